@@ -1,0 +1,118 @@
+"""Figures of experiments: every function takes a table and returns a matplotlib Figure; nothing global, nothing saved.
+
+Every seed is a point, the interval is the 95 % t interval of the mean over seeds, and the legend says how many seeds there are.
+"""
+
+import matplotlib
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from moe.analysis.statistics import with_intervals
+from moe.analysis.style import LABELS, RC, look
+from moe.results import by_seed, conditions, levels, summary
+
+
+@matplotlib.rc_context(RC)
+def noise_lb(runs: pd.DataFrame) -> Figure:
+    """The noise study at a glance: perplexity and load balance against router noise, one colour a load-balancing weight."""
+    return _factor_panels(runs, "noise", "lb", ["val/perplexity", "routing/load_cv/pooled"])
+
+
+@matplotlib.rc_context(RC)
+def factor_plot(runs: pd.DataFrame, factor: str, hue: str, metric: str) -> Figure:
+    """One metric against the levels of `factor`, evenly spaced, one colour a level of `hue`."""
+    return _factor_panels(runs, factor, hue, [metric])
+
+
+@matplotlib.rc_context(RC)
+def learning_curves(events: pd.DataFrame, by: str) -> Figure:
+    """Validation loss against step: a thin line a run, a thick one for their mean at the steps that all of them reached.
+
+    `events` is `moe.results.history(...).events` joined with the runs' column `by`.
+    """
+    half = events["step"].max() / 2
+    late = events.loc[events["step"] >= half, "val/loss"].astype(float)
+    figure = Figure(figsize=(10.8, _height(events[by].nunique())), layout="constrained")
+    whole, end = figure.subplots(1, 2)
+    for axes in (whole, end):
+        for index, level in enumerate(levels(events[by])):
+            _draw_curves(axes, events[events[by] == level], f"{level}", look(index))
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel(LABELS["val/loss"])
+    if late.nunique() > 1:  # the first steps dwarf what the conditions differ in
+        margin = 0.05 * (late.max() - late.min())
+        end.set(xlim=(half, None), ylim=(late.min() - margin, late.max() + margin), title="second half of training")
+    else:
+        end.remove()
+    _legend(figure, whole, "thin: one run, thick: mean over n runs, as far as all of them got")
+    return figure
+
+
+def _draw_curves(axes: Axes, events: pd.DataFrame, label: str, style: dict[str, str]) -> None:
+    curves = events.pivot(index="step", columns="folder", values="val/loss").astype(float)
+    mean = curves.dropna().mean(axis=1)
+    dot = "." if len(curves) < 30 else ""  # a single evaluation draws no line
+    for folder in curves:
+        axes.plot(curves[folder].dropna(), color=style["color"], linewidth=0.7, alpha=0.5, marker=dot, markersize=4)
+    axes.plot(
+        mean, color=style["color"], linestyle=style["linestyle"], linewidth=2.2, label=f"{label} (n={curves.shape[1]})"
+    )
+
+
+def _factor_panels(runs: pd.DataFrame, factor: str, hue: str, metrics: list[str]) -> Figure:
+    hues = runs[hue].nunique()
+    width = max(5.4, 0.25 * runs[factor].nunique() * hues)
+    figure = Figure(figsize=(width * len(metrics), _height(hues)), layout="constrained")
+    panels = figure.subplots(1, len(metrics), squeeze=False)[0]
+    for axes, metric in zip(panels, metrics, strict=True):
+        _draw(axes, runs, factor, hue, metric)
+    _legend(figure, panels[0], "small: one seed, lines join a seed; large: mean over n seeds and its 95 % t interval")
+    return figure
+
+
+def _draw(axes: Axes, runs: pd.DataFrame, factor: str, hue: str, metric: str) -> None:
+    """Seeds, means and intervals of one metric; the hues stand a little apart, so that equal values stay visible."""
+    places, hues = levels(runs[factor]), levels(runs[hue])
+    step = min(0.24, 0.7 / len(hues))
+    for index, (cell, members) in enumerate(conditions(runs, [hue])):
+        style = look(index)
+        x = [place + step * (index - (len(hues) - 1) / 2) for place in range(len(places))]
+        seeds = pd.DataFrame({place: by_seed(members[members[factor] == place], metric) for place in places})
+        for _, values in seeds.iterrows():
+            axes.plot(x, values, color=style["color"], linewidth=0.7, alpha=0.6, marker=style["marker"], markersize=4)
+        means = with_intervals(summary(members, [factor], [metric])).set_index(factor).reindex(places)
+        reach = (means["mean"] - means["ci_low"]).fillna(0)  # below two seeds there is no interval
+        counts = sorted({int(n) for n in means["n"].dropna()})
+        axes.errorbar(
+            [place + 0.35 * step for place in x],  # beside its seeds, not on top of them
+            means["mean"],
+            yerr=reach,
+            fmt=style["marker"],
+            color=style["color"],
+            markersize=8,
+            markeredgecolor="white",
+            capsize=4,
+            label=f"{LABELS.get(hue, '')} {cell[hue]} (n={'–'.join(map(str, counts))})".lstrip(),
+        )
+    axes.set_xticks(range(len(places)), [str(place) for place in places])
+    axes.set_xlim(-0.5, len(places) - 0.5)
+    if max(len(str(place)) for place in places) * len(places) > 40:
+        axes.tick_params(axis="x", rotation=25)
+        for label in axes.get_xticklabels():
+            label.set_horizontalalignment("right")
+    axes.grid(visible=False, axis="x")
+    axes.set_xlabel(LABELS.get(factor, factor))
+    axes.set_ylabel(LABELS.get(metric, metric))
+
+
+def _height(legend_entries: int) -> float:
+    """Inches: the panels keep their height however long the legend below them gets."""
+    return 4.4 + 0.11 * legend_entries
+
+
+def _legend(figure: Figure, axes: Axes, caption: str) -> None:
+    """The legend below all panels, under a line that says what the marks are."""
+    handles, labels = axes.get_legend_handles_labels()
+    style = {"ncols": 2, "fontsize": "small", "title_fontsize": "small"}
+    figure.legend(handles, labels, loc="outside lower center", title=caption, **style)

@@ -1,0 +1,176 @@
+"""Was it luck? Seed-paired contrasts, analysis of variance and what could have been seen, through scipy and statsmodels.
+
+The unit of replication is the seed: runs of the same seed share their data order and their initial weights, so differences
+are taken within a seed before they are averaged. Every function takes the table of runs (`moe.results.load`), a metric's column
+and the factors (without the seed), and returns a table; nothing is dropped without a note.
+"""
+
+import itertools
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+from statsmodels.formula.api import ols
+from statsmodels.stats.anova import anova_lm
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import TTestPower
+
+from moe.results import STD, by_seed, conditions, levels
+
+CONFIDENCE, POWER = 0.95, 0.8
+SIGN_PATTERNS = 2**16  # all of them up to 16 seeds, a random sample of that size beyond
+
+
+def with_intervals(summary: pd.DataFrame) -> pd.DataFrame:
+    """The summary with the 95 % t confidence interval of every mean over seeds, `ci_low` and `ci_high`; NaN below two seeds."""
+    enough = summary["n"] > 1
+    error = (summary[STD] / np.sqrt(summary["n"].where(enough))).where(enough & (summary[STD] > 0))
+    low, high = stats.t.interval(CONFIDENCE, (summary["n"] - 1).clip(lower=1), loc=summary["mean"], scale=error)
+    return summary.assign(ci_low=low, ci_high=high)
+
+
+def contrasts(
+    runs: pd.DataFrame, metric: str, factors: list[str], *, references: dict[str, Any] | None = None
+) -> pd.DataFrame:
+    """Every level of every factor against the factor's reference level, within each combination of the other factors.
+
+    The reference is the first level in sorted order unless `references` names one. Columns: `difference` (level minus reference, in
+    units of the metric, mean over paired seeds), its 95 % t interval `ci_low`, `ci_high`, `p` (paired t), `p Holm` over all rows of the
+    table, `d_z` (difference over the standard deviation, ddof=1, of the paired differences), `p Welch` (what ignoring the
+    pairing would say), `p sign-flip` (exact up to 16 seeds) with the smallest value it can take at this n, `detectable` (the
+    smallest true difference a paired t test would find with power 0.8, given the spread seen), and a `note`.
+    """
+    references = references or {}
+    for factor in references.keys() - set(factors):
+        raise ValueError(f"reference {factor}={references[factor]}: varied factors are {', '.join(factors) or 'none'}")
+    rows = []
+    for factor in factors:
+        others = [other for other in factors if other != factor]
+        reference = references.get(factor, levels(runs[factor])[0])
+        if reference not in levels(runs[factor]):
+            raise ValueError(f"reference {factor}={reference}: allowed are {', '.join(map(str, levels(runs[factor])))}")
+        for level in levels(runs[factor]):
+            if level == reference:
+                continue
+            for cell, members in conditions(runs, others):
+                if not {level, reference} <= set(members[factor]):
+                    continue  # not asked for here, as a temperature of a router that has none
+                treated = by_seed(members[members[factor] == level], metric)
+                baseline = by_seed(members[members[factor] == reference], metric)
+                names = {"factor": factor, "level": level, "reference": reference, "within": name_cell(cell)}
+                rows.append({"metric": metric} | names | _compare(treated, baseline))
+    table = pd.DataFrame(rows)
+    if not table.empty:
+        table.insert(table.columns.get_loc("p") + 1, "p Holm", _holm(table["p"]))
+    return table
+
+
+def anova(runs: pd.DataFrame, metric: str, factors: list[str]) -> pd.DataFrame:
+    """Factorial analysis of variance with all interactions and the seed as block: sum of squares, df, F, p, partial eta squared.
+
+    ValueError when a combination of levels and seed has no finite value (it names them), with one seed or no spread.
+    """
+    cells = {}
+    for cell, members in conditions(runs, factors):
+        cells |= {(*cell.values(), seed): value for seed, value in by_seed(members, metric).items()}
+    seeds = sorted({key[-1] for key in cells})
+    grid = list(itertools.product(*(levels(runs[factor]) for factor in factors), seeds))
+    missing = [name_cell(dict(zip([*factors, "seed"], key, strict=True))) for key in grid if key not in cells]
+    if not factors or len(seeds) < 2:
+        raise ValueError(f"analysis of variance needs a varied factor and two seeds, got {factors} and seeds {seeds}")
+    if missing:
+        raise ValueError(f"unbalanced, {len(missing)} of {len(grid)} cells have no {metric}: {'; '.join(missing)}")
+    # Safe names for the formula (router.temp is an attribute to it); levels by rank, because 1 and "1" are two levels.
+    names = [f"f{i}" for i in range(len(factors))]
+    table = pd.DataFrame(grid, columns=[*names, "seed"]).astype(str)
+    table["y"] = [cells[key] for key in grid]
+    fit = ols(f"y ~ {' * '.join(f'C({name})' for name in names)} + C(seed)", table).fit()
+    if fit.ssr <= 1e-20 * (table["y"] ** 2).sum():
+        raise ValueError(f"{metric} has no spread between seeds: nothing to test its factors against")
+    result = anova_lm(fit, typ=2).rename(columns={"sum_sq": "sum of squares", "PR(>F)": "p"})
+    result.index = [_term(term, dict(zip(names, factors, strict=True))) for term in result.index]
+    effects = result.index != "error"
+    share = result["sum of squares"] / (result["sum of squares"] + result.loc["error", "sum of squares"])
+    result["partial eta²"] = share.where(effects)
+    result.insert(0, "metric", metric)
+    return result.rename_axis("term").reset_index()
+
+
+@lru_cache
+def detectable_effect(n: int) -> float:
+    """The smallest d_z that a two-sided paired t test over n seeds finds with power 0.8; NaN below two seeds."""
+    return float(TTestPower().solve_power(nobs=n, alpha=1 - CONFIDENCE, power=POWER)) if n > 1 else float("nan")
+
+
+def sign_flip(differences: np.ndarray) -> float:
+    """Two-sided p of the mean when the sign of every paired difference is a coin toss: no assumption of normality."""
+    if len(differences) < 2:
+        return float("nan")
+    test = stats.permutation_test(
+        (differences,), np.mean, permutation_type="samples", n_resamples=SIGN_PATTERNS, vectorized=True, rng=0
+    )
+    return float(test.pvalue)
+
+
+def name_cell(cell: dict[str, Any]) -> str:
+    """A combination of levels as people write it on the command line: "lb=0.01, noise=0.1"."""
+    return ", ".join(f"{factor}={level}" for factor, level in cell.items())
+
+
+def _compare(treated: pd.Series, baseline: pd.Series) -> dict[str, Any]:
+    """One row of `contrasts`, from the values by seed at the two levels."""
+    seeds = treated.index.intersection(baseline.index)
+    unpaired = treated.index.symmetric_difference(baseline.index)
+    a, b = treated[seeds].to_numpy(), baseline[seeds].to_numpy()
+    differences, n = a - b, len(seeds)
+    low = high = p = d_z = detectable = float("nan")
+    notes = [f"without a partner: seed {', '.join(map(str, unpaired))}"] if len(unpaired) else []
+    # Differences equal but for rounding have no spread to test against; scipy would return a meaningless tiny p.
+    constant = n > 1 and np.ptp(differences) <= 1e-12 * np.abs([a, b]).max()
+    if n < 2:
+        notes.append("a test needs two paired seeds")
+    elif constant:
+        notes.append("the same difference in every seed: no spread to test against")
+    else:
+        test = stats.ttest_rel(a, b)
+        (low, high), p = test.confidence_interval(CONFIDENCE), test.pvalue
+        d_z = differences.mean() / differences.std(ddof=1)
+        detectable = detectable_effect(n) * differences.std(ddof=1)
+    return {
+        "n": n,
+        "difference": differences.mean() if n else float("nan"),
+        "ci_low": low,
+        "ci_high": high,
+        "p": p,
+        "d_z": d_z,
+        "p Welch": _welch(treated.to_numpy(), baseline.to_numpy()),
+        "p sign-flip": sign_flip(differences),
+        "smallest p sign-flip": 2 / min(2**n, SIGN_PATTERNS + 1) if n > 1 else float("nan"),
+        "detectable": detectable,
+        "note": "; ".join(notes),
+    }
+
+
+def _welch(a: np.ndarray, b: np.ndarray) -> float:
+    if min(len(a), len(b)) < 2 or (np.ptp(a) == 0 and np.ptp(b) == 0):
+        return float("nan")
+    return float(stats.ttest_ind(a, b, equal_var=False).pvalue)
+
+
+def _holm(p: pd.Series) -> np.ndarray:
+    """Holm's correction over the tests that could be made; NaN stays NaN and does not count."""
+    corrected = np.full(len(p), np.nan)
+    made = p.notna().to_numpy()
+    if made.any():
+        corrected[made] = multipletests(p[made], method="holm")[1]
+    return corrected
+
+
+def _term(term: str, factors: dict[str, str]) -> str:
+    """`C(f0):C(f1)` -> `noise:lb`."""
+    if term == "Residual":
+        return "error"
+    names = [part.removeprefix("C(").removesuffix(")") for part in term.split(":")]
+    return ":".join(factors.get(name, name) for name in names)

@@ -1,0 +1,45 @@
+"""How every figure looks: one palette, one set of sizes, one name for every metric."""
+
+PALETTE = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+    "#7F7F7F",
+)  # Okabe and Ito, 2008
+DASHES = ("-", "--", ":", "-.")
+MARKERS = ("o", "s", "^", "D")
+MOST_LINES = len(PALETTE) * len(DASHES)  # beyond that, two conditions would look the same
+
+RC = {
+    "figure.dpi": 100,
+    "savefig.dpi": 160,
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "legend.frameon": False,
+}
+
+LABELS = {
+    "val/loss": "validation loss (nats per token)",
+    "val/perplexity": "validation perplexity",
+    "val/accuracy": "validation accuracy (share of tokens)",
+    "routing/load_cv/pooled": "load CV over experts, layers pooled",
+    "noise": "router noise (std of the logits' noise)",
+    "lb": "load-balancing weight",
+}
+
+
+def look(index: int) -> dict[str, str]:
+    """Colour, dash and marker of the index-th condition: colour never has to tell two apart alone."""
+    return {
+        "color": PALETTE[index % len(PALETTE)],
+        "linestyle": DASHES[index // len(PALETTE) % len(DASHES)],
+        "marker": MARKERS[index % len(MARKERS)],
+    }

@@ -1,0 +1,86 @@
+"""Checkpoints that are either complete and verified or not there.
+
+Written to a temporary folder, hashed, flushed to disk, renamed; older ones go only after that. The newest that
+verifies is loaded; order is by step number, never by file time.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+log = logging.getLogger(__name__)
+
+KEEP = 2  # the newest, and one to fall back on
+
+
+def save(root: Path, step: int, state: dict[str, Any]) -> None:
+    """Write `state` as `root/step-NNNNNNNN`, atomically, then drop all but the newest `KEEP` checkpoints."""
+    final, temporary = root / f"step-{step:08d}", root / f".tmp-{step}"
+    root.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    with open(temporary / "state.pt", "wb") as file:
+        torch.save(state, file)
+        _flush(file.fileno())
+    digest = _sha256(temporary / "state.pt")
+    with open(temporary / "manifest.json", "w") as file:
+        json.dump({"step": step, "torch": torch.__version__, "sha256": {"state.pt": digest}}, file)
+        file.flush()
+        _flush(file.fileno())
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(temporary, final)
+    _flush_folder(root)
+    for old in sorted(root.glob("step-*"))[:-KEEP]:
+        shutil.rmtree(old)
+
+
+def load(root: Path) -> tuple[int, dict[str, Any]] | None:
+    """(step, state) of the newest checkpoint that verifies; None if there never was one.
+
+    Raises RuntimeError, naming them, if there are checkpoints and none of them verifies: starting again at step 0
+    silently would throw away work that may be recoverable.
+    """
+    for left_over in root.glob(".tmp-*"):
+        shutil.rmtree(left_over)
+    folders = sorted(root.glob("step-*"), reverse=True)
+    for folder in folders:
+        try:
+            return _read(folder)
+        except (OSError, ValueError, KeyError, RuntimeError, EOFError) as error:
+            log.warning("checkpoint %s is damaged (%s); trying the one before", folder, error)
+    if folders:
+        raise RuntimeError(f"no checkpoint of {', '.join(map(str, folders))} can be read; delete them to start afresh")
+    return None
+
+
+def _read(folder: Path) -> tuple[int, dict[str, Any]]:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name, digest in manifest["sha256"].items():
+        if _sha256(folder / name) != digest:
+            raise ValueError(f"{name} does not match its sha256")
+    if manifest["torch"] != torch.__version__:
+        log.warning("checkpoint of torch %s: the resumed run may differ in its last bits", manifest["torch"])
+    return manifest["step"], torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(descriptor: int) -> None:
+    os.fsync(descriptor)
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

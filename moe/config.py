@@ -1,0 +1,204 @@
+"""The configuration: its types and ranges, and the reading of a command line into checked cells before any work."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
+
+from moe.checks import ConfigError, build, finite, one_of, require
+
+# What a run computes does not depend on these, so they are no part of its identity and may change on a resume.
+FREE_KEYS = ("out", "threads", "save_every", "logger", "data.cache")
+
+
+@dataclass
+class ModelConfig:
+    """Decoder-only transformer; `dim` D, `ffn` F (of one expert), counts in units, `dropout` a probability."""
+
+    dim: int = MISSING
+    heads: int = MISSING
+    layers: int = MISSING
+    ffn: int = MISSING
+    num_experts: int = MISSING
+    expert: str = "silu"  # silu | swiglu
+    shared_experts: int = 0  # always-on experts of the same width, side by side with the routed ones
+    first_k_dense: int = 0  # the first layers that are dense feed-forward instead of MoE
+    dense_ffn: int = MISSING  # their width
+    dropout: float = 0.0
+    embed_scale: bool = True  # multiply embeddings by sqrt(D)
+    attention: str = "sdpa"  # eager | sdpa | flash_attention_2
+
+    def check(self) -> None:
+        one_of("model.expert", self.expert, ("silu", "swiglu"))
+        one_of("model.attention", self.attention, ("eager", "sdpa", "flash_attention_2"))
+        for name in ("dim", "heads", "layers", "ffn", "num_experts", "dense_ffn"):
+            value = getattr(self, name)
+            require(1 <= value <= 10**6, f"model.{name}", value, "a whole number from 1 to 10^6")
+        divides = self.dim % self.heads == 0 and (self.dim // self.heads) % 2 == 0
+        require(divides, "model.heads", self.heads, f"a divisor of model.dim={self.dim} leaving an even head width")
+        require(self.shared_experts >= 0, "model.shared_experts", self.shared_experts, ">= 0")
+        in_range = 0 <= self.first_k_dense <= self.layers
+        require(in_range, "model.first_k_dense", self.first_k_dense, f"between 0 and model.layers={self.layers}")
+        require(finite(self.dropout) and 0 <= self.dropout < 1, "model.dropout", self.dropout, "in [0, 1)")
+
+
+@dataclass
+class DataConfig:
+    """Where text comes from (`source`, a `_target_`), how it is tokenised, split and cut into blocks of `seq_len`."""
+
+    source: Any = MISSING
+    tokenizer: str = MISSING
+    vocab_size: int | None = None
+    seq_len: int = MISSING
+    val_percent: int = 10
+    max_val_blocks: int | None = None
+    cache: str = MISSING
+
+    def check(self) -> None:
+        require(self.seq_len >= 2, "data.seq_len", self.seq_len, "a whole number >= 2")
+        require(1 <= self.val_percent <= 50, "data.val_percent", self.val_percent, "between 1 and 50")
+        for name, low in (("vocab_size", 260), ("max_val_blocks", 1)):
+            value = getattr(self, name)
+            require(value is None or value >= low, f"data.{name}", value, f"a whole number >= {low}, or null")
+        if self.tokenizer == "bpe":
+            require(self.vocab_size is not None, "data.vocab_size", None, "given when data.tokenizer=bpe is trained")
+        build(self.source, "data.source")
+
+
+@dataclass
+class OptimizerConfig:
+    """Peak learning rates; Muon for matrices unless `muon_lr` is null, AdamW for the rest (for everything then)."""
+
+    muon_lr: float | None = MISSING
+    adamw_lr: float = MISSING
+    momentum: float = 0.95
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.1
+    warmup: float = 0.1  # fraction of optimizer steps
+    floor: float = 0.1  # last learning rate as a fraction of the peak
+    clip: float = 1.0  # largest global gradient norm
+
+    def check(self) -> None:
+        for name in ("muon_lr", "adamw_lr", "clip"):
+            value = getattr(self, name)
+            ok = value is None or (finite(value) and value > 0)
+            require(ok, f"optimizer.{name}", value, "a finite number > 0")
+        for name in ("momentum", "beta1", "beta2"):
+            value = getattr(self, name)
+            require(finite(value) and 0 <= value < 1, f"optimizer.{name}", value, "in [0, 1)")
+        for name in ("warmup", "floor"):
+            value = getattr(self, name)
+            require(finite(value) and 0 <= value <= 1, f"optimizer.{name}", value, "in [0, 1]")
+        decay = self.weight_decay
+        require(finite(decay) and decay >= 0, "optimizer.weight_decay", decay, "a finite number >= 0")
+
+
+@dataclass
+class LoggerConfig:
+    """W&B mirror of events.jsonl; mode auto: online when a key is set, else offline."""
+
+    mode: str = "auto"
+    project: str = "moe-routing"
+    entity: str | None = None
+
+    def check(self) -> None:
+        one_of("logger.mode", self.mode, ("auto", "online", "offline", "disabled"))
+
+
+@dataclass
+class Config:
+    """A run, completely: two equal configurations train bitwise-equal models on one machine."""
+
+    seed: int = 42
+    steps: int = 300  # optimizer steps
+    batch_size: int = 16  # sequences per micro-batch
+    grad_accum: int = 1  # micro-batches per optimizer step
+    noise: float = 0.0  # std of the Gaussian noise on router logits, training only
+    lb: float = 0.01  # weight of the load-balance loss, summed over layers
+    z: float = 0.0  # weight of the router z-loss, summed over layers
+    capacity: float | None = None  # capacity factor of training; null: dropless
+    eval_every: int = 100  # optimizer steps
+    save_every: int = 100  # optimizer steps
+    threads: int = 1
+    precision: str = "fp32"  # fp32 | bf16
+    compile: bool = False
+    out: str | None = None  # run folders go below it; null: outputs/, or multirun/ in a sweep
+    router: Any = MISSING
+    schedule: Any = MISSING
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+
+    @staticmethod
+    def of(config: DictConfig) -> "Config":
+        """The typed configuration of a composed one; from here on there is no OmegaConf."""
+        config = config.copy()
+        with open_dict(config):
+            config.pop("hydra", None)
+        typed = OmegaConf.to_object(config)
+        assert isinstance(typed, Config)
+        return typed
+
+    def check(self) -> None:
+        """Refuse what cannot be trained: `ConfigError` names the key, its value and what is allowed."""
+        for name in ("steps", "batch_size", "grad_accum", "eval_every", "save_every", "threads"):
+            require(1 <= getattr(self, name) <= 10**9, name, getattr(self, name), "a whole number from 1 to 10^9")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "between 0 and 2^32 - 1")
+        for name in ("noise", "lb", "z"):
+            value = getattr(self, name)
+            require(finite(value) and value >= 0, name, value, "a finite number >= 0")
+        ok = self.capacity is None or (finite(self.capacity) and self.capacity > 0)
+        require(ok, "capacity", self.capacity, "a finite number > 0, or null for dropless")
+        one_of("precision", self.precision, ("fp32", "bf16"))
+        self.model.check()
+        self.data.check()
+        self.logger.check()
+        self.optimizer.check()
+        build(self.schedule, "schedule")
+
+    def check_router(self) -> None:
+        """Build the router without memory for it, which checks its keys and ranges (this imports torch)."""
+        import torch
+
+        with torch.device("meta"):
+            router = build(self.router, "router", self.model.dim, self.model.num_experts)
+        if self.schedule.get("knob") == "temperature" and not router.schedulable:
+            raise ConfigError("schedule.knob=temperature: this router has no temperature; use router=temperature")
+
+    @property
+    def temperature(self) -> float:
+        """The router's own temperature, where a temperature schedule ends."""
+        return float(self.router.get("temp", 1.0))
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that what a run computes depends on, flat: {"model.dim": 128, ...}."""
+        flat = flatten(asdict(self))
+        return {
+            key: value
+            for key, value in flat.items()
+            if not any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+        }
+
+
+class Cell(NamedTuple):
+    """One run of a command: its configuration, its folder, and the names chosen from the groups."""
+
+    config: Config
+    folder: Path
+    experiment: str
+    choices: dict[str, str | None]
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+ConfigStore.instance().store(name="schema", node=Config)

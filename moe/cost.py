@@ -1,0 +1,61 @@
+"""What a model costs: parameters and floating-point operations, each with its formula stated."""
+
+import contextlib
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from moe.layer import MoELayer
+from moe.model import MoEForCausalLM
+
+
+class Parameters(NamedTuple):
+    """total: all of them, tied ones once. active: those that one token uses, so K/E of each routed expert stack."""
+
+    total: int
+    active: int
+
+
+def count_parameters(model: MoEForCausalLM) -> Parameters:
+    """Count parameters; a router without a fixed number of experts per token counts as using all of them."""
+    total = sum(p.numel() for p in model.parameters())
+    idle = 0
+    for layer in model.modules():
+        if isinstance(layer, MoELayer):
+            size = sum(p.numel() for p in layer.experts.parameters())
+            used = getattr(layer.router, "k", layer.router.num_experts)
+            idle += size - size * used // layer.router.num_experts
+    return Parameters(total, total - idle)
+
+
+def flops_per_token(model: MoEForCausalLM, seq_len: int) -> int:
+    """Forward FLOPs of one token: 2 per active matrix weight (the tied output matrix once, embedding look-up free),
+    plus attention scores and values, 2 * 2 * D * S/2 per layer for a causal context of mean length S/2.
+
+    Training costs three times as much. Norms, softmax and routing bookkeeping are left out.
+    """
+    config = model.config
+    vectors = sum(p.numel() for p in model.parameters() if p.ndim == 1)
+    matrices = count_parameters(model).active - vectors
+    return 2 * matrices + config.num_hidden_layers * 2 * config.hidden_size * seq_len
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start measuring peak memory from here, where the system can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):  # Linux: forget the resident-set peak
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_gb(device: torch.device) -> float | None:
+    """Peak since the reset, in 1e9 bytes: allocated on a GPU, resident in the process on a CPU (null if unknown)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9

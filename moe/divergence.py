@@ -1,0 +1,53 @@
+"""When a loss or gradient is not finite: stop before the optimizer step, and say where it comes from."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from moe.routing import Knobs
+
+
+class Diverged(Exception):
+    """Loss or gradient is not finite; the weights are still those before `step`."""
+
+    def __init__(self, step: int, where: str) -> None:
+        super().__init__(f"step {step}: {where} is not finite; lower the learning rate or see optimizer.clip")
+
+
+def blame(model: nn.Module, ids: Int[Tensor, "B S"], knobs: Knobs) -> str:
+    """The first thing that is not finite: a weight, else the output of a module in forward order, else a gradient.
+
+    Experts are named one by one. Runs the model once more, with hooks: this is the only place that has any.
+    """
+    for name, p in model.named_parameters():
+        if not p.isfinite().all():
+            return f"weight {_slice_name(name, p)}"
+    outputs: list[str] = []
+    hooks = [m.register_forward_hook(_note_output(outputs, name)) for name, m in model.named_modules() if name]
+    with torch.no_grad():
+        model(ids, knobs=knobs)
+    for hook in hooks:
+        hook.remove()
+    if outputs:
+        return f"output of {outputs[0]}"
+    for name, p in model.named_parameters():
+        if p.grad is not None and not p.grad.isfinite().all():
+            return f"gradient of {_slice_name(name, p.grad)}"
+    return "the loss"
+
+
+def _note_output(found: list[str], name: str) -> Callable[[nn.Module, object, object], None]:
+    def note(module: nn.Module, inputs: object, output: object) -> None:
+        if isinstance(output, Tensor) and not output.isfinite().all():
+            found.append(name)
+
+    return note
+
+
+def _slice_name(name: str, tensor: Tensor) -> str:
+    if tensor.ndim != 3:
+        return name
+    bad = (~tensor.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+    return f"{name} (expert {', '.join(map(str, bad))})"

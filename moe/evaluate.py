@@ -1,0 +1,55 @@
+"""Evaluation over the whole validation set: the same blocks for every seed, no noise, no dropout, dropless."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+
+from moe import metrics
+from moe.data import batch
+from moe.model import MoEForCausalLM, next_token
+from moe.routing import Knobs, RoutingStats
+
+
+@torch.no_grad()
+def evaluate(
+    model: MoEForCausalLM, data: Dataset, *, domains: tuple[str, ...], batch_size: int, temperature: float
+) -> dict[str, Any]:
+    """`val/loss` (nats per token), `val/perplexity`, `val/accuracy`, `val/loss/<domain>`, every routing metric, and
+    `routing/utilization` (L, E).
+
+    Token-weighted over all blocks; the model's mode is restored. Dropless, because a capacity limit makes the loss
+    depend on which sequences share a batch.
+    """
+    device = model.device
+    knobs = Knobs.of(temperature=temperature, device=device)
+    loss = torch.zeros(len(domains), dtype=torch.float64, device=device)
+    tokens, correct = torch.zeros_like(loss), torch.zeros_like(loss)
+    stats: RoutingStats | None = None
+    training = model.training
+    model.eval()
+    for start in range(0, len(data), batch_size):
+        ids, domain = (t.to(device) for t in batch(data, range(start, min(start + batch_size, len(data)))))
+        output = model(ids, knobs=knobs)
+        predictions, targets = next_token(output.logits, ids)
+        nats = F.cross_entropy(predictions.float().flatten(0, 1), targets.flatten(), reduction="none")
+        loss.index_add_(0, domain, nats.view_as(targets).double().sum(1))
+        correct.index_add_(0, domain, (predictions.argmax(-1) == targets).double().sum(1))
+        tokens.index_add_(0, domain, torch.full_like(domain, targets.shape[1], dtype=torch.float64))
+        if output.stats is not None:
+            stats = output.stats if stats is None else stats.merge(output.stats)
+    model.train(training)
+
+    mean = (loss.sum() / tokens.sum()).item()
+    values: dict[str, Any] = {
+        "val/loss": mean,
+        "val/perplexity": math.exp(mean) if mean < 700 else math.inf,
+        "val/accuracy": (correct.sum() / tokens.sum()).item(),
+    }
+    for name, nats, count in zip(domains, loss.tolist(), tokens.tolist(), strict=True):
+        values[f"val/loss/{name}"] = nats / count if count else None
+    if stats is not None:
+        values |= metrics.summarize(stats) | {"routing/utilization": metrics.utilization(stats)}
+    return values

@@ -1,0 +1,250 @@
+"""The language model: a Llama-type decoder from transformers' own parts with Mixture-of-Experts feed-forward layers.
+
+Parameter names follow transformers' Llama, so that dense checkpoints map onto it by name.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
+
+from moe.checks import build
+from moe.config import ModelConfig
+from moe.experts import Experts
+from moe.layer import MoELayer
+from moe.routers.base import Router
+from moe.routing import Context, Knobs, RoutingStats
+
+IGNORED = -100  # a label that is not predicted
+
+
+class MoEConfig(LlamaConfig):
+    """Llama's configuration (`intermediate_size`: width of one expert) plus what is ours; see `moe.config.ModelConfig`.
+
+    router: the `_target_` and hyper-parameters; temperature: what the model uses when no knobs are given.
+    """
+
+    model_type = "moe_routing"
+
+    num_experts: int = 8
+    expert: str = "silu"
+    shared_experts: int = 0
+    first_k_dense: int = 0
+    dense_ffn: int = 512
+    dropout: float = 0.0
+    embed_scale: bool = True
+    temperature: float = 1.0
+    router: dict[str, Any] | None = None
+
+    @staticmethod
+    def of(model: ModelConfig, router: dict[str, Any], *, vocab_size: int, seq_len: int) -> "MoEConfig":
+        """The transformers configuration of ours."""
+        return MoEConfig(
+            vocab_size=vocab_size,
+            max_position_embeddings=seq_len,
+            hidden_size=model.dim,
+            num_attention_heads=model.heads,
+            num_hidden_layers=model.layers,
+            intermediate_size=model.ffn,
+            num_experts=model.num_experts,
+            expert=model.expert,
+            shared_experts=model.shared_experts,
+            first_k_dense=model.first_k_dense,
+            dense_ffn=model.dense_ffn,
+            dropout=model.dropout,
+            embed_scale=model.embed_scale,
+            temperature=float(router.get("temp", 1.0)),
+            router=router,
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=0,
+            attn_implementation=model.attention,
+        )
+
+
+@dataclass
+class MoEOutput(CausalLMOutputWithPast):
+    """transformers' output (loss: mean cross-entropy in nats, unweighted aux not added) and what routing adds.
+
+    aux: {name: (L)} unweighted losses per MoE layer; stats: sums with leading (L); both None without MoE layers.
+    """
+
+    aux: dict[str, Tensor] | None = None
+    stats: RoutingStats | None = None
+
+
+class DenseFFN(nn.Module):
+    """One expert that every token passes: `Experts` with E = 1, and no router."""
+
+    def __init__(self, config: MoEConfig, width: int) -> None:
+        super().__init__()
+        self.experts = Experts(1, config.hidden_size, hidden=width, kind=config.expert, dropout=config.dropout)
+
+    def forward(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
+        rows = x.reshape(-1, x.shape[-1])
+        return self.experts(rows, torch.tensor([len(rows)])).view_as(x)
+
+
+class Block(nn.Module):
+    """x + attention(norm x), then x + feed-forward(norm x); returns the layer's routing record too, None if dense."""
+
+    def __init__(self, config: MoEConfig, index: int) -> None:
+        super().__init__()
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = LlamaAttention(config, layer_idx=index)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = _feed_forward(config, index)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Float[Tensor, "B S D"], context: Context, **attention: Any) -> tuple[Tensor, Any]:
+        attended, _ = self.self_attn(self.input_layernorm(x), **attention)
+        x = x + self.dropout(attended)
+        normed = self.post_attention_layernorm(x)
+        if isinstance(self.mlp, MoELayer):
+            y, aux, stats = self.mlp(normed, context)
+            return x + self.dropout(y), (aux, stats)
+        return x + self.dropout(self.mlp(normed)), None
+
+
+def _feed_forward(config: MoEConfig, index: int) -> nn.Module:
+    if index < config.first_k_dense:
+        return DenseFFN(config, config.dense_ffn)
+    router = build(config.router or {}, "router", config.hidden_size, config.num_experts)
+    if not isinstance(router, Router):
+        raise ValueError(f"router._target_={config.router}: must be a moe.routers.base.Router")
+    kind, dropout = config.expert, config.dropout
+    experts = Experts(
+        config.num_experts, config.hidden_size, hidden=config.intermediate_size, kind=kind, dropout=dropout
+    )
+    shared = DenseFFN(config, config.shared_experts * config.intermediate_size) if config.shared_experts else None
+    return MoELayer(router, experts, shared)
+
+
+class MoEPreTrainedModel(PreTrainedModel):
+    config_class = MoEConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = False
+    _no_split_modules = ["Block"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """N(0, initializer_range) for every matrix of ours, frozen router projections included; norms at 1."""
+        super()._init_weights(module)
+        if isinstance(module, Experts | Router):
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                nn.init.normal_(tensor, std=self.config.initializer_range)
+
+
+class MoEModel(MoEPreTrainedModel):
+    """Embedding, blocks, final norm: token ids to hidden states, and each MoE layer's (aux, stats)."""
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers))
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B S"],
+        context: Context,
+        *,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> tuple[Float[Tensor, "B S D"], list[Any]]:
+        x = self.embed_tokens(input_ids)
+        if self.config.embed_scale:
+            x = x * math.sqrt(self.config.hidden_size)
+        x = self.dropout(x)
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        position_ids = torch.arange(seen, seen + x.shape[1], device=x.device)[None]
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=x,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        rotary = self.rotary_emb(x, position_ids=position_ids)
+        records = []
+        for layer in self.layers:
+            x, record = layer(
+                x, context, attention_mask=mask, position_embeddings=rotary, past_key_values=past_key_values
+            )
+            records += [record] if record is not None else []
+        return self.dropout(self.norm(x)), records
+
+
+class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
+    """Next-token prediction; `save_pretrained`, `from_pretrained` and `generate` are transformers' own."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__(config)
+        self.model = MoEModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B S"],
+        labels: Int[Tensor, "B S"] | None = None,
+        *,
+        knobs: Knobs | None = None,
+        capacity: float | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool = False,
+        logits_to_keep: int = 0,
+        **_: Any,
+    ) -> MoEOutput:
+        """labels: as `input_ids`, unshifted, IGNORED where nothing is to be predicted. knobs: default to the model's
+        own temperature and no noise. capacity: a factor, or None for dropless."""
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if knobs is None:
+            knobs = Knobs.of(temperature=self.config.temperature, device=input_ids.device)
+        hidden, records = self.model(
+            input_ids,
+            Context(input_ids, knobs, capacity),
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+        )
+        logits = self.lm_head(hidden[:, -logits_to_keep:])
+        loss = None
+        if labels is not None:
+            predictions, targets = next_token(logits, labels)
+            loss = F.cross_entropy(predictions.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+        aux, stats = None, None
+        if records:
+            losses, sums = zip(*records, strict=True)
+            aux = {name: torch.stack([layer[name] for layer in losses]) for name in losses[0]}
+            stats = RoutingStats.stack(list(sums))
+        return MoEOutput(loss=loss, logits=logits, past_key_values=past_key_values, aux=aux, stats=stats)
+
+
+def next_token(
+    logits: Float[Tensor, "B S V"], labels: Int[Tensor, "B S"]
+) -> tuple[Float[Tensor, "B S-1 V"], Int[Tensor, "B S-1"]]:
+    """Predictions beside what they predict. The only place where labels are shifted."""
+    return logits[:, :-1], labels[:, 1:]
+
+
+AutoConfig.register("moe_routing", MoEConfig)
+AutoModelForCausalLM.register(MoEConfig, MoEForCausalLM)

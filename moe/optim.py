@@ -1,0 +1,115 @@
+"""Optimizers: Muon, one update per expert, for matrices; AdamW for embeddings and vectors; the learning-rate curve."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients (Jordan 2024)
+
+
+def orthogonalize(gradients: Float[Tensor, "N rows cols"], *, steps: int = 5) -> Float[Tensor, "N rows cols"]:
+    """Push the singular values of each of N matrices towards 1 (into about 0.7 ... 1.2), in bf16.
+
+    Quintic Newton-Schulz iteration, batched: one sequence of matrix products for all matrices of a shape.
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = gradients.to(torch.bfloat16, copy=True)
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum orthogonalised by Newton-Schulz (Jordan 2024), for parameters (rows, cols) and stacks (E, rows, cols).
+
+    A stack gets E separate updates: flattening it, as 2-D implementations do, would mix its experts. Parameters of
+    equal matrix shape are updated in one batch. Step size is lr * sqrt(max(1, rows/cols)); decay is decoupled.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        *,
+        lr: float,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        weight_decay: float = 0.0,
+        ns_steps: int = 5,
+    ) -> None:
+        settings = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
+        super().__init__(params, {**settings, "ns_steps": ns_steps})
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.ndim not in (2, 3):
+                    raise ValueError(f"Muon takes matrices and stacks of matrices, not shape {tuple(p.shape)}")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        assert closure is None, "closures are not supported"
+        for group in self.param_groups:
+            by_shape: dict[tuple[Any, ...], list[nn.Parameter]] = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape[(*p.shape[-2:], p.device)].append(p)
+            for params in by_shape.values():
+                self._update(params, group)
+        return None
+
+    def _update(self, params: list[nn.Parameter], group: dict[str, Any]) -> None:
+        directions = [self._direction(p, group) for p in params]
+        rows, cols = params[0].shape[-2:]
+        updates = orthogonalize(torch.cat(directions), steps=group["ns_steps"]).split([len(d) for d in directions])
+        for p, update in zip(params, updates, strict=True):
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.add_(update.view_as(p).to(p.dtype), alpha=-group["lr"] * math.sqrt(max(1, rows / cols)))
+
+    def _direction(self, p: nn.Parameter, group: dict[str, Any]) -> Float[Tensor, "N rows cols"]:
+        assert p.grad is not None
+        state = self.state[p]
+        if not state:
+            state["momentum"] = torch.zeros_like(p)
+        momentum = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+        direction = p.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+        return direction.reshape(-1, *p.shape[-2:])
+
+
+def build_optimizers(
+    model: nn.Module,
+    *,
+    muon_lr: float | None,
+    adamw_lr: float,
+    momentum: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+) -> list[torch.optim.Optimizer]:
+    """Muon for every matrix but the embeddings (attention, experts, router), AdamW for the rest; AdamW for all if
+    `muon_lr` is None. Weight decay applies to AdamW's matrices and vectors alike, and not to Muon's."""
+    matrices, others = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            matrix = muon_lr is not None and p.ndim >= 2 and "embed" not in name and "lm_head" not in name
+            (matrices if matrix else others).append(p)
+    adamw = torch.optim.AdamW(others, lr=adamw_lr, betas=betas, weight_decay=weight_decay, fused=True)
+    if muon_lr is None:
+        return [adamw]
+    return [Muon(matrices, lr=muon_lr, momentum=momentum), adamw]
+
+
+def learning_rate_scale(step: int, *, steps: int, warmup: float, floor: float) -> float:
+    """Share of the peak learning rate at optimizer step `step` (0-based): linear warm-up over the first `warmup`
+    fraction of steps, then a half cosine down to `floor` at the last step."""
+    rising = math.ceil(warmup * steps)
+    if step < rising:
+        return (step + 1) / rising
+    progress = (step - rising) / max(1, steps - 1 - rising)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,1 @@
+"""Routers: one file each, named by `_target_` in `conf/router/*.yaml`."""

@@ -1,0 +1,28 @@
+"""A router that cannot learn: the control that tells what learning to route is worth."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from moe.routers.base import Router, check_k
+from moe.routing import Context, Routing
+
+
+class Random(Router):
+    """Top-k of a fixed random projection of the hidden state, uniform gates 1/k.
+
+    It routes by content, as a trained router does, but is frozen at initialisation; expect imbalance, because hidden
+    states are not isotropic.
+    """
+
+    def __init__(self, dim: int, num_experts: int, *, k: int = 2) -> None:
+        super().__init__(dim, num_experts)
+        check_k(k, num_experts)
+        self.k = k
+        self.register_buffer("weight", torch.empty(num_experts, dim))
+
+    def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
+        logits = F.linear(x, self.weight)
+        expert = self.perturb(logits, context.knobs).topk(self.k).indices
+        return Routing.token_choice(expert, torch.full(expert.shape, 1 / self.k, device=x.device), logits=None)

@@ -1,0 +1,70 @@
+"""Top-k softmax routing, with or without temperature."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moe.checks import finite, require
+from moe.routers.base import Router, check_k
+from moe.routing import Context, Routing
+
+
+class TopK(Router):
+    """Each token takes the k experts of largest logit W x (Shazeer 1701.06538; k=1: Switch 2101.03961).
+
+    gate: the weight of a selected expert, with p = softmax over all experts:
+        renorm: p over the selected, summing to 1 (Mixtral). With k=1 that would be the constant 1 and starve the router
+            of gradient, so k=1 always uses p itself.
+        softmax_all: p itself.
+        uniform: 1/k; the gradient of p is passed straight through.
+    """
+
+    def __init__(
+        self, dim: int, num_experts: int, *, k: int = 2, gate: Literal["renorm", "softmax_all", "uniform"] = "renorm"
+    ) -> None:
+        super().__init__(dim, num_experts)
+        check_k(k, num_experts)
+        self.k = k
+        self.gate = gate
+        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+
+    def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
+        logits = F.linear(x, self.weight.float())
+        noisy = self.perturb(logits, context.knobs)
+        probs = torch.softmax(noisy / context.knobs.temperature, -1)
+        expert = noisy.topk(self.k).indices  # not of probs: at low temperature they round to ties
+        return Routing.token_choice(expert, self._gate(probs.gather(-1, expert)), probs=probs, logits=logits)
+
+    def _gate(self, top: Float[Tensor, "T K"]) -> Float[Tensor, "T K"]:
+        if self.gate == "uniform":
+            return 1 / self.k + top - top.detach()
+        if self.gate == "renorm" and self.k > 1:
+            return top / top.sum(-1, keepdim=True)
+        return top
+
+
+class Temperature(TopK):
+    """`TopK` on softmax(logits / temp); `temp` is where a temperature schedule ends.
+
+    Temperature never changes which experts have the largest logits: it acts through gate weights, the balance loss and
+    the size of the router's gradient (1/temp), so utilisation can only change through training. Entropy and
+    confidence are therefore reported at `temp` and at 1.
+    """
+
+    schedulable = True
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        *,
+        k: int = 2,
+        gate: Literal["renorm", "softmax_all", "uniform"] = "renorm",
+        temp: float = 1.0,
+    ) -> None:
+        require(finite(temp) and temp > 0, "router.temp", temp, "a finite number > 0")
+        super().__init__(dim, num_experts, k=k, gate=gate)
+        self.temp = temp

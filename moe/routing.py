@@ -1,0 +1,93 @@
+"""Routing as values: what a router is given, what it decides, and the sums by which it is remembered.
+
+Letters, everywhere in this package: T tokens, E experts, K experts per token, A assignments a router asks for,
+R assignments that are kept, D model width, F expert width, L layers, B sequences of S tokens (T = B*S).
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class Knobs(NamedTuple):
+    """What a schedule may turn while a run goes on; 0-dim tensors, so that compiled code need not specialise."""
+
+    temperature: Float[Tensor, ""]
+    noise: Float[Tensor, ""]
+
+    @staticmethod
+    def of(*, temperature: float = 1.0, noise: float = 0.0, device: torch.device | str | None = None) -> "Knobs":
+        return Knobs(torch.tensor(float(temperature), device=device), torch.tensor(float(noise), device=device))
+
+
+class Context(NamedTuple):
+    """What a layer knows besides the hidden states: token ids (their shape says which tokens share a sequence), the
+    knobs, and the capacity factor (None: dropless)."""
+
+    ids: Int[Tensor, "B S"]
+    knobs: Knobs
+    capacity: float | None = None
+
+
+class Routing(NamedTuple):
+    """A router's wish: a flat list of (token, expert, weight) assignments, before capacity.
+
+    token, expert, weight: (A); weights are fp32 and differentiable.
+    probs: (T, E) the distribution that the decision came from (noise and temperature applied), or None where the
+        router has none (hash); a metric of a missing distribution is null, never zero.
+    logits: (T, E) clean scores, before noise and temperature, or None.
+    """
+
+    token: Int[Tensor, "A"]
+    expert: Int[Tensor, "A"]
+    weight: Float[Tensor, "A"]
+    probs: Float[Tensor, "T E"] | None
+    logits: Float[Tensor, "T E"] | None
+
+    @staticmethod
+    def token_choice(
+        expert: Int[Tensor, "T K"],
+        weight: Float[Tensor, "T K"],
+        *,
+        probs: Float[Tensor, "T E"] | None = None,
+        logits: Float[Tensor, "T E"] | None = None,
+    ) -> "Routing":
+        """Every token names K experts: the common case in one line."""
+        tokens, k = expert.shape
+        token = torch.arange(tokens, device=expert.device).repeat_interleave(k)
+        return Routing(token, expert.flatten(), weight.flatten(), probs, logits)
+
+
+class RoutingStats(NamedTuple):
+    """Detached sums over tokens. Sums add up exactly over micro-batches, ranks and windows; ratios would not.
+
+    Every metric is a function of these sums and is defined in `moe.metrics`. Shapes are of one layer; a model stacks
+    its layers in front: (L, ...). A sum that does not exist for a router is NaN.
+    """
+
+    tokens: Float[Tensor, "*L"]
+    assignments: Float[Tensor, "*L"]
+    offered: Float[Tensor, "*L E"]  # assignments asked for, before capacity
+    kept: Float[Tensor, "*L E"]  # assignments carried out
+    unrouted: Float[Tensor, "*L"]  # tokens that no expert processed
+    importance: Float[Tensor, "*L E"]  # sum of probabilities
+    entropy: Float[Tensor, "*L"]  # sum of token entropies, nats, of `probs`
+    confidence: Float[Tensor, "*L"]  # sum of largest probabilities, of `probs`
+    entropy_t1: Float[Tensor, "*L"]  # the same two of softmax(logits): clean, at temperature 1
+    confidence_t1: Float[Tensor, "*L"]
+    logsumexp_squared: Float[Tensor, "*L"]
+
+    def merge(self, other: "RoutingStats") -> "RoutingStats":
+        """The sums over the tokens of both."""
+        return RoutingStats(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def pool(self) -> "RoutingStats":
+        """All layers as if they were one, by adding them: opposite imbalances of two layers cancel here."""
+        return RoutingStats(*(field.sum(0, keepdim=True) for field in self))
+
+    @staticmethod
+    def stack(layers: "list[RoutingStats]") -> "RoutingStats":
+        """(L, ...) from L layers."""
+        return RoutingStats(*(torch.stack(fields) for fields in zip(*layers, strict=True)))

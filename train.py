@@ -1,0 +1,49 @@
+"""Train one model, or a grid of them: `python train.py [-m] [key=value ...]`, see `--help`."""
+
+import os
+import sys
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall 20-fold beside another busy process
+
+import hydra
+from omegaconf import DictConfig
+
+from moe import commandline
+from moe.config import Cell, Config
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def run_cell(composed: DictConfig) -> None:
+    """One cell, wherever the launcher put it."""
+    from pathlib import Path
+
+    from hydra.core.hydra_config import HydraConfig
+
+    from moe.run import run
+
+    settings = HydraConfig.get()
+    choices = commandline.group_choices(settings)
+    experiment = str(choices.pop("experiment"))
+    run(Cell(Config.of(composed), Path(settings.runtime.output_dir), experiment, choices))
+
+
+def main() -> int:
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(commandline.help_text())
+        return 0
+    try:
+        cells = commandline.read_cells(sys.argv[1:])
+        if cells is not None:
+            from moe.run import check_folders, note_cells, report
+
+            check_folders(cells)
+            note_cells(cells)
+    except commandline.ConfigError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    run_cell()
+    return 0 if cells is None else report(cells)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
