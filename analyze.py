@@ -1,4 +1,4 @@
-"""Tables, statistics, figures and a report from finished runs: `python analyze.py multirun/noise_lb_seed --out analysis`."""
+"""Tables, statistics, figures and a report: `python analyze.py multirun/noise_lb_seed --out analysis`."""
 
 import argparse
 import json

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,9 @@ def load(root: Path) -> tuple[int, dict[str, Any]] | None:
     for folder in folders:
         try:
             return _read(folder)
-        except (OSError, ValueError, KeyError, RuntimeError, EOFError) as error:
-            log.warning("checkpoint %s is damaged (%s); trying the one before", folder, error)
+        except (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            reason = str(error).splitlines()[0]
+            log.warning("checkpoint %s is damaged (%s); trying the one before", folder, reason)
     if folders:
         raise RuntimeError(f"no checkpoint of {', '.join(map(str, folders))} can be read; delete them to start afresh")
     return None

@@ -45,7 +45,7 @@ def locate(path: str) -> Callable[..., Any]:
 
 
 def build(spec: dict[str, Any], key: str, *args: Any) -> Any:
-    """Call `spec["_target_"]` with `args` and the remaining entries of `spec` as keywords, names and types checked first.
+    """Call `spec["_target_"]` with `args` and the other entries of `spec` as keywords, names and types checked first.
 
     `key` is where the spec stands in the configuration (`"router"`), for messages.
     """

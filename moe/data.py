@@ -15,19 +15,17 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 import torch
 from filelock import FileLock
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from moe.corpus import Document, Source, checksums
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +43,7 @@ class Prepared(NamedTuple):
     train: datasets.Dataset
     val: datasets.Dataset
     domains: tuple[str, ...]
-    tokenizer: "PreTrainedTokenizerFast"
+    tokenizer: PreTrainedTokenizerFast
     manifest: dict[str, Any]
 
 
@@ -81,13 +79,12 @@ def prepare(
     if max_val_blocks is not None and max_val_blocks < 1:
         raise ValueError(f"data.max_val_blocks={max_val_blocks}: at least 1, or null for all")
 
-    blocks = {"seq_len": seq_len, "val_percent": val_percent, "max_val_blocks": max_val_blocks}
-    recipe = {
+    recipe: dict[str, Any] = {
         "format": FORMAT,
         "source": {"class": type(source).__name__, **vars(source)},
         "documents": source.describe(),
         "tokenizer": {"name": tokenizer, "vocab_size": vocab_size, "files": _tokenizer_files(tokenizer)},
-        "blocks": blocks,
+        "blocks": {"seq_len": seq_len, "val_percent": val_percent, "max_val_blocks": max_val_blocks},
         "packages": {name: metadata.version(name) for name in ("datasets", "tokenizers")},
     }
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
@@ -101,7 +98,7 @@ def prepare(
         if not folder.exists():
             unfinished = root / f"{key}.unfinished"
             shutil.rmtree(unfinished, ignore_errors=True)  # left by a process that was killed
-            contents = _build(source, unfinished, tokenizer=tokenizer, vocab_size=vocab_size, **blocks)
+            contents = _build(source, unfinished, tokenizer=tokenizer, vocab_size=vocab_size, **recipe["blocks"])
             _publish(unfinished, folder, {"key": key, **recipe, **contents})
     return _load(folder)
 
@@ -150,6 +147,8 @@ def _build(
     corpus: dict[str, list[Document]] = defaultdict(list)
     for document in tqdm(source.documents(), "read", unit=" documents", disable=None):
         corpus[document.domain].append(document)
+    if not corpus:
+        raise ValueError(f"data.source={source}: not one document")
     train, val = {}, {}
     for domain, documents in corpus.items():
         train[domain], val[domain] = _split(documents, val_percent)
@@ -206,11 +205,8 @@ def _split(documents: list[Document], val_percent: int) -> tuple[list[Document],
     return train, [document for document in documents if document.group in val]
 
 
-def _train_bpe(texts: list[str], vocab_size: int) -> "PreTrainedTokenizerFast":
+def _train_bpe(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE with single digits; deterministic, and any text survives encode and decode unchanged."""
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -234,11 +230,9 @@ def _train_bpe(texts: list[str], vocab_size: int) -> "PreTrainedTokenizerFast":
     )
 
 
-def _pretrained_tokenizer(name: str) -> "PreTrainedTokenizerFast":
-    from transformers import AutoTokenizer
-
+def _pretrained_tokenizer(name: str) -> PreTrainedTokenizerFast:
     pretrained = AutoTokenizer.from_pretrained(name)
-    if not pretrained.is_fast or pretrained.eos_token_id is None:
+    if not isinstance(pretrained, PreTrainedTokenizerFast) or pretrained.eos_token_id is None:
         raise ValueError(f"data.tokenizer={name}: must be a fast tokenizer that has an end-of-text token")
     return pretrained
 
@@ -248,7 +242,7 @@ def _tokenizer_files(name: str) -> dict[str, str]:
     return checksums(sorted(Path(name).glob("*token*.json")))
 
 
-def _tokenise(documents: list[Document], tokenizer: "PreTrainedTokenizerFast", label: str) -> np.ndarray:
+def _tokenise(documents: list[Document], tokenizer: PreTrainedTokenizerFast, label: str) -> np.ndarray:
     """Ids of the documents, each followed by the end-of-text token. Text that spells a special token stays text."""
     encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # a copy, to leave the tokenizer as it was
     encoder.encode_special_tokens = True
@@ -316,8 +310,6 @@ def _intact(folder: Path) -> bool:
 
 
 def _load(folder: Path) -> Prepared:
-    from transformers import PreTrainedTokenizerFast
-
     manifest = json.loads((folder / "manifest.json").read_text())
     train, val = (datasets.load_from_disk(folder / name).with_format("numpy") for name in ("train", "val"))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")

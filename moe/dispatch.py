@@ -27,7 +27,7 @@ class Plan(NamedTuple):
 
 
 def slots(assignments: int, num_experts: int, capacity: float) -> int:
-    """Assignments that one expert may take: ceil(capacity * A / E), at least 1 (GShard 2006.16668, Switch 2101.03961)."""
+    """Assignments that one expert may take: ceil(capacity * A / E), at least 1 (GShard 2006.16668)."""
     return max(1, math.ceil(capacity * assignments / num_experts))
 
 
@@ -43,7 +43,7 @@ def plan(routing: Routing, num_experts: int, *, capacity: float | None, seq_len:
     if capacity is None:
         order = torch.argsort(expert, stable=True)
         return Plan(token[order], weight[order], offered, offered)
-    queue = torch.argsort(token % seq_len, stable=True)  # position first; stable: then sequence, then the router's order
+    queue = torch.argsort(token % seq_len, stable=True)  # position first; stable: then sequence, then router's order
     order = queue[torch.argsort(expert[queue], stable=True)]
     place = torch.arange(len(order), device=order.device) - (offered.cumsum(0) - offered)[expert[order]]
     limit = slots(len(expert), num_experts, capacity)

@@ -1,4 +1,4 @@
-"""Evaluation over the whole validation set: the same blocks for every seed, no noise, no dropout, dropless."""
+"""Evaluation over the whole validation set: the same blocks for every seed, no noise, no dropout."""
 
 import math
 from typing import Any
@@ -15,13 +15,19 @@ from moe.routing import Knobs, RoutingStats
 
 @torch.no_grad()
 def evaluate(
-    model: MoEForCausalLM, data: Dataset, *, domains: tuple[str, ...], batch_size: int, temperature: float
+    model: MoEForCausalLM,
+    data: Dataset,
+    *,
+    domains: tuple[str, ...],
+    batch_size: int,
+    temperature: float,
+    capacity: float | None = None,
 ) -> dict[str, Any]:
     """`val/loss` (nats per token), `val/perplexity`, `val/accuracy`, `val/loss/<domain>`, every routing metric, and
     `routing/utilization` (L, E).
 
-    Token-weighted over all blocks; the model's mode is restored. Dropless, because a capacity limit makes the loss
-    depend on which sequences share a batch.
+    Token-weighted over all blocks; the model's mode is restored. Dropless unless a `capacity` factor is given: a limit
+    makes the loss depend on which sequences share a batch.
     """
     device = model.device
     knobs = Knobs.of(temperature=temperature, device=device)
@@ -32,7 +38,7 @@ def evaluate(
     model.eval()
     for start in range(0, len(data), batch_size):
         ids, domain = (t.to(device) for t in batch(data, range(start, min(start + batch_size, len(data)))))
-        output = model(ids, knobs=knobs)
+        output = model(ids, knobs=knobs, capacity=capacity)
         predictions, targets = next_token(output.logits, ids)
         nats = F.cross_entropy(predictions.float().flatten(0, 1), targets.flatten(), reduction="none")
         loss.index_add_(0, domain, nats.view_as(targets).double().sum(1))

@@ -1,13 +1,9 @@
 """Experts: E small feed-forward networks with stacked weights, each applied to its own group of rows."""
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-
-ExpertKind = Literal["silu", "swiglu"]
 
 
 class Experts(nn.Module):
@@ -16,7 +12,7 @@ class Experts(nn.Module):
     silu: down(silu(up x)), two matrices. swiglu: down(silu(gate x) * up x), three matrices (Shazeer 2002.05202).
     """
 
-    def __init__(self, num_experts: int, dim: int, *, hidden: int, kind: ExpertKind, dropout: float = 0.0) -> None:
+    def __init__(self, num_experts: int, dim: int, *, hidden: int, kind: str, dropout: float = 0.0) -> None:
         super().__init__()
         self.gate = nn.Parameter(torch.empty(num_experts, hidden, dim)) if kind == "swiglu" else None
         self.up = nn.Parameter(torch.empty(num_experts, hidden, dim))
@@ -24,7 +20,7 @@ class Experts(nn.Module):
         self.dropout = dropout
 
     def forward(self, x: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R D"]:
-        """Rows sorted by expert, `counts` of them for each; an expert without rows costs nothing and gets gradient 0."""
+        """Rows sorted by expert, `counts` of them for each; one without rows costs nothing, gets gradient 0."""
         groups = x.split(counts.tolist())
         # unbind, not indexing: the gradient of E slices is stacked once instead of E times in full size
         gates = self.gate.unbind() if self.gate is not None else [None] * len(groups)

@@ -1,12 +1,15 @@
 """The training loop, top to bottom. Data order, noise, dropout, schedules and learning rate are pure functions of
 (seed, step), so a resumed run needs the weights, the optimizers' state and the step number, and nothing else."""
 
+import functools
+import logging
 import math
 import os
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,9 +28,12 @@ from moe.evaluate import evaluate
 from moe.model import MoEConfig, MoEForCausalLM, MoEOutput
 from moe.optim import build_optimizers, learning_rate_scale
 from moe.record import EventLog
-from moe.routing import Knobs
+from moe.routing import Knobs, RoutingStats
+from moe.schedules import Schedule
 from moe.signals import Interrupted, Signals
 from moe.trackers import Mirror
+
+log = logging.getLogger(__name__)
 
 
 def train(config: Config, folder: Path, *, mirror: Mirror, signals: Signals) -> dict[str, Any]:
@@ -39,127 +45,197 @@ def train(config: Config, folder: Path, *, mirror: Mirror, signals: Signals) -> 
     torch.set_num_threads(config.threads)
     AcceleratorState._reset_state(reset_partial_state=True)  # the precision of an earlier cell in this process
     accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
-    device = accelerator.device
-    reset_peak_memory(device)
+    reset_peak_memory(accelerator.device)
     data = prepare_data(config)
-    model = build_model(config, vocab_size=len(data.tokenizer))
-    optimizers = build_optimizers(
-        model,
-        muon_lr=config.optimizer.muon_lr,
-        adamw_lr=config.optimizer.adamw_lr,
-        momentum=config.optimizer.momentum,
-        betas=(config.optimizer.beta1, config.optimizer.beta2),
-        weight_decay=config.optimizer.weight_decay,
-    )
-    start, elapsed, train_seconds = 0, 0.0, 0.0
-    if (loaded := checkpoint.load(folder / "checkpoints")) is not None:
-        start, state = loaded
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        elapsed, train_seconds = state["elapsed"], state["train_seconds"]
-    model, *optimizers = accelerator.prepare(model, *optimizers)
-    forward = torch.compile(model) if config.compile else model
-    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    if loaded is not None:
-        peaks = state["peaks"]
     schedule = build(config.schedule, "schedule")
-    weights = {"load_balance": config.lb, "router_z": config.z}
-    began = time.perf_counter() - elapsed
+    plain = build_model(config, vocab_size=len(data.tokenizer))
+    optimizers: list[Any] = build_optimizers(plain, **_optimizer_settings(config))
+    done, clock = _resume(folder, plain, optimizers)
+    model, *optimizers = accelerator.prepare(plain, *optimizers)
+    forward = torch.compile(model) if config.compile else model
 
-    def knobs_at(step: int) -> dict[str, float]:
-        progress = step / config.steps
-        settings = {"temperature": config.temperature, "noise": config.noise}
-        return {name: schedule(name, setting, progress) for name, setting in settings.items()}
+    with EventLog(folder / "events.jsonl", step=done) as events:
 
-    def save(step: int) -> None:
-        state = {
-            "model": accelerator.unwrap_model(model).state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-            "peaks": peaks,
-            "elapsed": time.perf_counter() - began,
-            "train_seconds": train_seconds,
-        }
-        checkpoint.save(folder / "checkpoints", step, state)
+        def record(kind: str, values: dict[str, Any]) -> dict[str, Any]:
+            values = values | {"time/elapsed": clock.elapsed()}
+            events.write(kind, done, values)
+            mirror.log(done, values)
+            return values
 
-    def validate(step: int) -> dict[str, Any]:
-        setting = knobs_at(step)
-        values = evaluate(
-            accelerator.unwrap_model(model),
-            data.val,
-            domains=data.domains,
-            batch_size=config.batch_size,
-            temperature=setting["temperature"],
-        )
-        last = max(0, step - 1)
-        values |= {"temperature": setting["temperature"], "learning_rate": peaks[0][0] * rate(last)}
-        values["time/elapsed"] = time.perf_counter() - began
-        record("eval", step, values)
-        tqdm.write(_eval_line(step, config.steps, values))
-        return values
+        def validate() -> dict[str, Any]:
+            setting = knob_settings(config, schedule, done)
+            values = validation(config, plain, data, temperature=setting["temperature"])
+            values = record("eval", values | {"learning_rate": _current_rate(optimizers)} | setting)
+            tqdm.write(_summary_line(done, config.steps, values))
+            return values
 
-    def rate(step: int) -> float:
-        warmup, floor = config.optimizer.warmup, config.optimizer.floor
-        return learning_rate_scale(step, steps=config.steps, warmup=warmup, floor=floor)
-
-    def record(kind: str, step: int, values: dict[str, Any]) -> None:
-        events.write(kind, step, values)
-        mirror.log(step, values)
-
-    with EventLog(folder / "events.jsonl", step=start) as events:
-        latest = validate(0) if start == 0 else {}
-        bar = tqdm(range(start, config.steps), initial=start, total=config.steps, unit="step", disable=None)
+        latest = validate() if done == 0 else {}
+        bar = tqdm(range(done, config.steps), initial=done, total=config.steps, unit="step", disable=None)
         for step in bar:
             tick = time.perf_counter()
+            setting = knob_settings(config, schedule, step)
+            knobs = Knobs.of(**setting, device=accelerator.device)
+            scale_learning_rates(optimizers, learning_rate_scale(step, **_curve_settings(config)))
             model.train()
-            setting = knobs_at(step)
-            knobs = Knobs.of(**setting, device=device)
-            for optimizer, peak in zip(optimizers, peaks, strict=True):
-                for group, lr in zip(optimizer.param_groups, peak, strict=True):
-                    group["lr"] = lr * rate(step)
-            outputs: list[MoEOutput] = []
+            outputs: list[Outcome] = []
             for micro, ids in enumerate(micro_batches(config, data, step)):
+                ids = ids.to(accelerator.device)
                 torch.manual_seed(random_stream(config.seed, step, micro))
-                output = forward(ids.to(device), ids.to(device), knobs=knobs, capacity=config.capacity)
-                total = output.loss + sum(weights[name] * aux.sum() for name, aux in (output.aux or {}).items())
-                accelerator.backward(total / config.grad_accum)
-                outputs.append(MoEOutput(loss=output.loss.detach(), aux=output.aux, stats=output.stats))
-            norm = accelerator.clip_grad_norm_(model.parameters(), config.optimizer.clip)
-            values = _means(outputs)
-            if not math.isfinite(values["train/loss"] + norm.item()):
-                raise Diverged(step, blame(accelerator.unwrap_model(model), ids.to(device), knobs))
+                output = forward(ids, ids, knobs=knobs, capacity=config.capacity)
+                accelerator.backward(total_loss(config, output) / config.grad_accum)
+                outputs.append(Outcome(output.loss.item(), output.aux or {}, output.stats))
+            norm = accelerator.clip_grad_norm_(model.parameters(), config.optimizer.clip).item()
+            values = step_values(outputs)
+            if not math.isfinite(values["train/loss"] + norm):
+                raise Diverged(step, blame(plain, ids, knobs))
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
 
-            seconds = time.perf_counter() - tick
-            train_seconds += seconds
-            values |= setting | {"learning_rate": optimizers[0].param_groups[0]["lr"], "grad_norm": norm.item()}
-            values["time/tokens_per_s"] = config.batch_size * config.grad_accum * config_seq(config) / seconds
-            values["time/elapsed"] = time.perf_counter() - began
             done = step + 1
-            record("train", done, values)
+            seconds = clock.trained(since=tick)
+            values |= {"time/tokens_per_s": config.batch_size * config.grad_accum * config.data.seq_len / seconds}
+            record("train", values | {"learning_rate": _current_rate(optimizers), "grad_norm": norm} | setting)
             if done % config.eval_every == 0 or done == config.steps:
-                latest = validate(done)
-            if done % config.save_every == 0 and done < config.steps:
-                save(done)
-            if signals.received is not None and done < config.steps:
-                save(done)
-                raise Interrupted(signals.received, done)
-            bar.set_postfix(_postfix(values, latest), refresh=False)
+                latest = validate()
+            if done < config.steps and (done % config.save_every == 0 or signals.received is not None):
+                checkpoint.save(folder / "checkpoints", done, _state(plain, optimizers, clock))
+                if signals.received is not None:
+                    raise Interrupted(signals.received, done)
+            bar.set_postfix(_postfix(values | setting, latest), refresh=False)
 
-    final = accelerator.unwrap_model(model)
-    _save_model(final, data, folder)
+    _save_model(plain, data, folder)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return {
-        "parameters": count_parameters(final)._asdict(),
-        "flops_per_token": flops_per_token(final, config.data.seq_len),
-        "seconds": time.perf_counter() - began,
-        "train_seconds": train_seconds,
-        "peak_memory_gb": peak_memory_gb(device),
-        "device": str(device),
+        "parameters": count_parameters(plain)._asdict(),
+        "flops_per_token": flops_per_token(plain, config.data.seq_len),
+        "seconds": clock.elapsed(),
+        "train_seconds": clock.train_seconds,
+        "peak_memory_gb": peak_memory_gb(accelerator.device),
+        "device": str(accelerator.device),
         "data": data.manifest,
     }
+
+
+class Clock:
+    """Wall time of a run over all its resumptions, in seconds; `train_seconds` leaves evaluation and saving out."""
+
+    def __init__(self, elapsed: float = 0.0, train_seconds: float = 0.0) -> None:
+        self._began = time.monotonic() - elapsed
+        self.train_seconds = train_seconds
+
+    def elapsed(self) -> float:
+        return time.monotonic() - self._began
+
+    def trained(self, *, since: float) -> float:
+        """Count a training step that began at `since` (`time.perf_counter()`); returns its seconds."""
+        seconds = time.perf_counter() - since
+        self.train_seconds += seconds
+        return seconds
+
+
+def total_loss(config: Config, output: MoEOutput) -> Tensor:
+    """What is minimised: cross-entropy plus weighted auxiliary losses, each summed over layers."""
+    assert output.loss is not None
+    aux = output.aux or {}
+    weighted = [
+        weight * aux[name].sum()
+        for name, weight in (("load_balance", config.lb), ("router_z", config.z))
+        if name in aux
+    ]
+    return torch.stack([output.loss, *weighted]).sum()
+
+
+def knob_settings(config: Config, schedule: Schedule, step: int) -> dict[str, float]:
+    """Temperature and noise at optimizer step `step`; the last evaluation, at `steps`, sees the run's own settings."""
+    progress = step / config.steps
+    return {
+        "temperature": schedule("temperature", config.temperature, progress),
+        "noise": schedule("noise", config.noise, progress),
+    }
+
+
+def validation(config: Config, model: MoEForCausalLM, data: Prepared, *, temperature: float) -> dict[str, Any]:
+    """The validation metrics, dropless; with a capacity factor also what the limit costs, as `val_capacity/...`."""
+    settings: dict[str, Any] = {
+        "domains": data.domains,
+        "batch_size": config.batch_size,
+        "temperature": temperature,
+    }
+    values = evaluate(model, data.val, **settings)
+    if config.capacity is not None:
+        limited = evaluate(model, data.val, capacity=config.capacity, **settings)
+        for name in ("val/loss", "val/perplexity", "routing/drop_rate", "routing/unrouted_rate"):
+            values[f"val_capacity/{name.split('/')[1]}"] = limited.get(name)
+    return values
+
+
+class Outcome(NamedTuple):
+    """What is kept of a micro-batch: mean cross-entropy, aux {name: (L)}, routing sums."""
+
+    loss: float
+    aux: dict[str, Tensor]
+    stats: RoutingStats | None
+
+
+def step_values(outputs: list[Outcome]) -> dict[str, Any]:
+    """Of one optimizer step: mean losses, unweighted (aux: mean over layers), and the routing metrics of all tokens."""
+    values: dict[str, Any] = {"train/loss": fmean(output.loss for output in outputs)}
+    for name in outputs[0].aux:
+        values[f"train/{name}"] = fmean(output.aux[name].mean().item() for output in outputs)
+    stats = [output.stats for output in outputs if output.stats is not None]
+    if stats:
+        sums = functools.reduce(RoutingStats.merge, stats)
+        values |= {f"train/{name}": value for name, value in metrics.summarize(sums, per_layer=False).items()}
+    return values
+
+
+def scale_learning_rates(optimizers: list[Any], scale: float) -> None:
+    """Set every group's learning rate to `scale` times its peak."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = scale * group["initial_lr"]
+
+
+def _current_rate(optimizers: list[Any]) -> float:
+    return optimizers[0].param_groups[0]["lr"]
+
+
+def _state(model: MoEForCausalLM, optimizers: list[Any], clock: Clock) -> dict[str, Any]:
+    return {
+        "model": model.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "elapsed": clock.elapsed(),
+        "train_seconds": clock.train_seconds,
+    }
+
+
+def _resume(folder: Path, model: MoEForCausalLM, optimizers: list[Any]) -> tuple[int, Clock]:
+    """Load the newest good checkpoint, if any: (optimizer steps done, clock)."""
+    loaded = checkpoint.load(folder / "checkpoints")
+    if loaded is None:
+        return 0, Clock()
+    done, state = loaded
+    model.load_state_dict(state["model"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    log.info("%s: resumed after step %d", folder, done)
+    return done, Clock(state["elapsed"], state["train_seconds"])
+
+
+def _optimizer_settings(config: Config) -> dict[str, Any]:
+    chosen = config.optimizer
+    return {
+        "muon_lr": chosen.muon_lr,
+        "adamw_lr": chosen.adamw_lr,
+        "momentum": chosen.momentum,
+        "betas": (chosen.beta1, chosen.beta2),
+        "weight_decay": chosen.weight_decay,
+    }
+
+
+def _curve_settings(config: Config) -> dict[str, Any]:
+    return {"steps": config.steps, "warmup": config.optimizer.warmup, "floor": config.optimizer.floor}
 
 
 def prepare_data(config: Config) -> Prepared:
@@ -179,9 +255,7 @@ def prepare_data(config: Config) -> Prepared:
 def build_model(config: Config, *, vocab_size: int) -> MoEForCausalLM:
     """The freshly initialised model of a configuration: a pure function of it and its seed."""
     torch.manual_seed(config.seed)
-    return MoEForCausalLM(
-        MoEConfig.of(config.model, config.router, vocab_size=vocab_size, seq_len=config.data.seq_len)
-    )
+    return MoEForCausalLM(MoEConfig.of(config.model, config.router, vocab_size=vocab_size, seq_len=config.data.seq_len))
 
 
 def random_stream(seed: int, step: int, micro: int) -> int:
@@ -197,24 +271,6 @@ def micro_batches(config: Config, data: Prepared, step: int) -> list[Tensor]:
     return list(ids.split(config.batch_size))
 
 
-def _means(outputs: list[MoEOutput]) -> dict[str, Any]:
-    """Losses of one optimizer step, unweighted, aux as the mean over layers; and the routing metrics of its tokens."""
-    values: dict[str, Any] = {"train/loss": torch.stack([o.loss for o in outputs]).mean().item()}
-    for name in outputs[0].aux or {}:
-        values[f"train/{name}"] = torch.stack([o.aux[name].detach().mean() for o in outputs if o.aux]).mean().item()
-    stats = outputs[0].stats
-    for output in outputs[1:]:
-        stats = stats.merge(output.stats) if stats is not None and output.stats is not None else None
-    if stats is not None:
-        routing = metrics.summarize(stats)
-        values |= {f"train/{name}": value for name, value in routing.items() if name.count("/") == 1}
-    return values
-
-
-def config_seq(config: Config) -> int:
-    return config.data.seq_len
-
-
 def _postfix(values: dict[str, Any], latest: dict[str, Any]) -> dict[str, str]:
     shown = {"loss": f"{values['train/loss']:.3f}"}
     if latest:
@@ -224,7 +280,7 @@ def _postfix(values: dict[str, Any], latest: dict[str, Any]) -> dict[str, str]:
     return shown | {"T": f"{values['temperature']:.2f}", "tok/s": f"{values['time/tokens_per_s']:,.0f}"}
 
 
-def _eval_line(step: int, steps: int, values: dict[str, Any]) -> str:
+def _summary_line(step: int, steps: int, values: dict[str, Any]) -> str:
     line = f"step {step:>5}/{steps}  val loss {values['val/loss']:.4f}  perplexity {values['val/perplexity']:.2f}"
     if "routing/load_cv" in values:
         line += f"  load CV {values['routing/load_cv']:.3f}"

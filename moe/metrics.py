@@ -112,9 +112,9 @@ METRICS: dict[str, Metric] = {
 }
 
 
-def summarize(stats: RoutingStats) -> dict[str, float | None]:
-    """Every metric as `routing/<name>` (mean over layers) and `routing/<name>/layerNN`; for balance also `/pooled`
-    (loads added over layers first, so that opposite imbalances cancel) and `/worst` (the worst layer).
+def summarize(stats: RoutingStats, *, per_layer: bool = True) -> dict[str, float | None]:
+    """Every metric as `routing/<name>` (mean over layers); with `per_layer` also `routing/<name>/layerNN` and, for
+    balance, `/pooled` (loads added over layers first, so that opposite imbalances cancel) and `/worst` (of a layer).
 
     None where a router has no such quantity.
     """
@@ -123,6 +123,8 @@ def summarize(stats: RoutingStats) -> dict[str, float | None]:
     for name, metric in METRICS.items():
         layers = metric.formula(stats)
         values[f"routing/{name}"] = _number(layers.mean())
+        if not per_layer:
+            continue
         if metric.balance:
             worst = layers.amax() if metric.better == "lower" else layers.amin()
             values[f"routing/{name}/pooled"] = _number(metric.formula(stats.pool())[0])

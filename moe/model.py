@@ -67,7 +67,7 @@ class MoEConfig(LlamaConfig):
             tie_word_embeddings=True,
             bos_token_id=0,
             eos_token_id=0,
-            attn_implementation=model.attention,
+            attn_implementation=model.attention,  # type: ignore[call-arg]
         )
 
 

@@ -94,15 +94,19 @@ def build_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """Muon for every matrix but the embeddings (attention, experts, router), AdamW for the rest; AdamW for all if
     `muon_lr` is None. Weight decay applies to AdamW's matrices and vectors alike, and not to Muon's."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, p in model.named_parameters():
         if p.requires_grad:
             matrix = muon_lr is not None and p.ndim >= 2 and "embed" not in name and "lm_head" not in name
             (matrices if matrix else others).append(p)
     adamw = torch.optim.AdamW(others, lr=adamw_lr, betas=betas, weight_decay=weight_decay, fused=True)
-    if muon_lr is None:
-        return [adamw]
-    return [Muon(matrices, lr=muon_lr, momentum=momentum), adamw]
+    muon = [] if muon_lr is None else [Muon(matrices, lr=muon_lr, momentum=momentum)]
+    optimizers: list[torch.optim.Optimizer] = [*muon, adamw]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]  # the peak, which a checkpoint keeps with the rest of the group
+    return optimizers
 
 
 def learning_rate_scale(step: int, *, steps: int, warmup: float, floor: float) -> float:

@@ -72,6 +72,7 @@ def history(events: list[dict[str, Any]]) -> dict[str, list[Any]]:
     series |= {"train_losses": [], "load_balancing_losses": [], "elapsed_times": [], "expert_utilizations": []}
     series |= {"expert_utilizations_per_layer": []}
     since: list[dict[str, Any]] = []
+    layers: list[Any] | None
     for event in events:
         if event["kind"] == "train":
             since.append(event)

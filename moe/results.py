@@ -1,8 +1,9 @@
 """Results: run folders in, one tidy table out.
 
-A row is a run. Its columns are facts about the run (`FACTS`), its factors (every leaf of its config, flattened with dots, and
-the choice of every config group under the group's name) and its final metrics, whose names hold a slash. "Final" is the last
-evaluation, never the best over the run. A run that did not finish keeps its row, with its status and without metrics.
+A row is a run. Its columns are facts about the run (`FACTS`), its factors (every leaf of its config, flattened with
+dots, and the choice of every config group under the group's name) and its final metrics, whose names hold a slash.
+"Final" is the last evaluation, never the best over the run. A run that did not finish keeps its row, with its status
+and without metrics.
 """
 
 import difflib
@@ -83,7 +84,7 @@ def load(paths: Iterable[Path | str]) -> pd.DataFrame:
     named = [column for column in table if "/" not in column and column not in FACTS]
     as_written = table[[column for column in named if table[column].isna().any()]]  # a gap must not turn 42 into 42.0
     table = table.infer_objects().assign(**as_written).astype(dict.fromkeys(metrics, float))
-    return table.reindex(columns=[*FACTS, *named, *metrics])
+    return table.reindex(columns=[*FACTS, *named, *metrics]).copy()  # a block per column would be slow
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -103,9 +104,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         row = {**factors, **facts}
         if record["status"] == "finished":
             metrics = _read_object(folder / "metrics.json")["final_metrics"]
-            row |= {
-                name: value for name, value in metrics.items() if not isinstance(value, list)
-            }  # scalars fit a table
+            row |= {name: value for name, value in metrics.items() if not isinstance(value, list)}
     except FileNotFoundError as error:
         row |= {"status": "unreadable", "error": f"no {Path(error.filename).name}"}
     except (OSError, TypeError, ValueError) as error:
@@ -116,9 +115,10 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def history(folders: Iterable[Path | str], *, kind: str = "eval") -> History:
-    """The events of one `kind` ("eval" or "train") of many runs. A step written twice, after a resume, counts as written last.
+    """The events of one `kind` ("eval" or "train") of many runs.
 
-    Read a run at a time into arrays: a thousand runs of 500 steps fit into memory.
+    A step written twice, after a resume, counts as written last. Runs become arrays one by one, so that a thousand
+    of them fit into memory.
     """
     tables, problems = [], []
     for folder in map(Path, folders):
@@ -181,7 +181,8 @@ def summary(runs: pd.DataFrame, factors: list[str], metrics: Iterable[str]) -> p
             rows.append(
                 condition | {"metric": metric, "n": len(values), "mean": values.mean(), STD: values.std(ddof=1)}
             )
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows, columns=[*factors, "metric", "n", "mean", STD])
+    return table.astype({"n": int, "mean": float, STD: float})
 
 
 def spread_table(summary: pd.DataFrame) -> pd.DataFrame:
@@ -190,8 +191,9 @@ def spread_table(summary: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for condition, members in conditions(summary, factors):
         n = members["n"].max()
-        cells = {row.metric: _spread(row.mean, row.std) + (f" (n={row.n})" if row.n < n else "")
-                 for row in members.rename(columns={STD: "std"}).itertuples(index=False)}  # fmt: skip
+        cells = {}
+        for metric, seeds, mean, std in members[["metric", "n", "mean", STD]].itertuples(index=False):
+            cells[metric] = _spread(mean, std) + (f" (n={seeds})" if seeds < n else "")
         rows.append(condition | cells | {"n seeds": n})
     return pd.DataFrame(rows)
 
@@ -216,7 +218,7 @@ def unfinished(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def write_sweep_tables(sweep: Path | str) -> pd.DataFrame:
-    """Write results.csv (a row a run) into the sweep's folder and return it; the noise study's table if noise and lb vary."""
+    """Write and return a sweep's results.csv (a row a run); if noise and lb vary, write the noise study's table too."""
     sweep = Path(sweep)
     runs = load([sweep])
     write_text(sweep / "results.csv", runs.to_csv(index=False))
@@ -233,7 +235,10 @@ def console_table(runs: pd.DataFrame) -> str:
     lines = []
     if metrics:
         lines += ["per condition: mean ± sample standard deviation (ddof=1) over n seeds"]
-        lines += [spread_table(summary(runs, factors, metrics)).to_string(index=False)]
+        try:
+            lines += [spread_table(summary(runs, factors, metrics)).to_string(index=False)]
+        except ValueError as error:  # a sweep over threads= repeats its conditions; that must not end a training
+            lines += [f"not shown: {error}"]
     rest = unfinished(runs)
     lines += [f"{len(runs) - len(rest)} of {len(runs)} runs finished"]
     lines += [f"  {row.status}: {row.run}" + (f": {row.error}" if row.error else "") for row in rest.itertuples()]
@@ -352,7 +357,7 @@ def _free_and_tied(runs: pd.DataFrame) -> tuple[list[str], dict[str, str]]:
         known = runs.dropna(subset=[factor])
         if known[factor].nunique() < 2 or ("seed" in runs and (known[factor] == known["seed"]).all()):
             continue  # data.seed=${seed} is the seed, not a factor
-        leader = next((other for other in free if (runs.groupby(other)[factor].nunique() < 2).all()), None)
+        leader = next((other for other in free if (runs.groupby(other, sort=False)[factor].nunique() < 2).all()), None)
         if leader is None:
             free.append(factor)
         else:
@@ -371,7 +376,7 @@ def _spread(mean: float, std: float) -> str:
 
 
 def _noise_study(runs: pd.DataFrame) -> pd.DataFrame:
-    """The finished runs under the noise study's own column names; "best" is over the run's evaluations, as it was there."""
+    """The finished runs under the noise study's own column names; "best" is over a run's evaluations, as there."""
     runs = runs[runs["status"] == "finished"]
     best = [
         history([folder]).events.get("val/loss", pd.Series(dtype=float)).astype(float).min()
@@ -380,4 +385,4 @@ def _noise_study(runs: pd.DataFrame) -> pd.DataFrame:
     with np.errstate(over="ignore"):  # a diverged run has an infinite perplexity
         perplexity = np.exp(best)
     runs = runs.assign(best_val_perplexity=perplexity, training_time_minutes=runs["train_seconds"] / 60)
-    return runs[list(NOISE_STUDY_COLUMNS.values())].set_axis(list(NOISE_STUDY_COLUMNS), axis=1)
+    return runs.reindex(columns=list(NOISE_STUDY_COLUMNS.values())).set_axis(list(NOISE_STUDY_COLUMNS), axis=1)

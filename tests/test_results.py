@@ -134,7 +134,7 @@ def test_an_unreadable_cell_list_is_reported(sweep: Path) -> None:
 
 
 def test_a_wrong_folder_names_the_nearest(sweep: Path) -> None:
-    with pytest.raises(ValueError, match="no folder .*noise_bl; the nearest is .*noise_lb$"):
+    with pytest.raises(ValueError, match=r"no folder .*noise_bl; the nearest is .*noise_lb$"):
         load([sweep.parent / "noise_bl"])
     (sweep.parent / "empty").mkdir()
     with pytest.raises(ValueError, match=r"no run in .*empty: a run folder holds a run\.json"):
@@ -209,6 +209,16 @@ def test_a_sweep_writes_its_two_tables(sweep: Path) -> None:
     assert study["best_val_perplexity"].tolist() == pytest.approx((study["val_loss"] - 0.5).map(math.exp).tolist())
     assert (study["training_time_minutes"] == 1.5).all()
     assert not list(sweep.glob(".*"))
+
+
+def test_a_sweep_without_a_finished_run_or_with_repeated_runs_still_gets_its_tables(tmp_path: Path) -> None:
+    for lb, noise in ((0.0, 0.0), (0.0, 0.1), (0.01, 0.0)):
+        write_run(tmp_path / "broken" / f"lb={lb},noise={noise}", status="failed", noise=noise, lb=lb)
+    assert "0 of 3 runs finished" in console_table(write_sweep_tables(tmp_path / "broken"))
+    assert pd.read_csv(tmp_path / "broken" / "moe_routing_noise_experiment_results.csv").empty
+    for threads in (1, 2):
+        write_run(tmp_path / "twice" / f"threads={threads}", threads=threads)
+    assert "not shown: seed 42 has more than one run" in console_table(write_sweep_tables(tmp_path / "twice"))
 
 
 def test_the_noise_table_needs_both_factors(tmp_path: Path) -> None:

@@ -35,8 +35,16 @@ def contrast(table: pd.DataFrame, factor: str, level: float, within: str) -> pd.
     ],
 )
 def test_contrasts_of_the_published_runs(
-    runs: pd.DataFrame, factor: str, level: float, within: str, difference: float, welch: float, paired: float, low: float, high: float
-) -> None:  # fmt: skip
+    runs: pd.DataFrame,
+    factor: str,
+    level: float,
+    within: str,
+    difference: float,
+    welch: float,
+    paired: float,
+    low: float,
+    high: float,
+) -> None:
     row = contrast(contrasts(runs, "ppl", ["noise", "lb"], references={"lb": 0.01}), factor, level, within)
     assert row["difference"] == pytest.approx(difference, abs=0.005)
     assert row["p Welch"] == pytest.approx(welch, abs=0.0005)
@@ -150,7 +158,7 @@ def test_two_runs_of_one_seed_are_no_replication(runs: pd.DataFrame) -> None:
 @pytest.mark.parametrize("references", [{"lb": 0.5}, {"router": "topk"}])
 def test_an_unknown_reference_is_refused(runs: pd.DataFrame, references: dict[str, object]) -> None:
     with pytest.raises(
-        ValueError, match="reference (lb=0.5: allowed are 0.0, 0.01|router=topk: varied factors are noise, lb)"
+        ValueError, match=r"reference (lb=0.5: allowed are 0.0, 0.01|router=topk: varied factors are noise, lb)"
     ):
         contrasts(runs, "ppl", ["noise", "lb"], references=references)
 

@@ -1,6 +1,6 @@
 """Figures of experiments: every function takes a table and returns a matplotlib Figure; nothing global, nothing saved.
 
-Every seed is a point, the interval is the 95 % t interval of the mean over seeds, and the legend says how many seeds there are.
+Every seed is a point, intervals are 95 % t intervals of the mean over seeds, and the legend says how many there are.
 """
 
 import matplotlib
@@ -15,7 +15,7 @@ from moe.results import by_seed, conditions, levels, summary
 
 @matplotlib.rc_context(RC)
 def noise_lb(runs: pd.DataFrame) -> Figure:
-    """The noise study at a glance: perplexity and load balance against router noise, one colour a load-balancing weight."""
+    """The noise study at a glance: perplexity and load CV against router noise, one colour a load-balancing weight."""
     return _factor_panels(runs, "noise", "lb", ["val/perplexity", "routing/load_cv/pooled"])
 
 
@@ -27,7 +27,7 @@ def factor_plot(runs: pd.DataFrame, factor: str, hue: str, metric: str) -> Figur
 
 @matplotlib.rc_context(RC)
 def learning_curves(events: pd.DataFrame, by: str) -> Figure:
-    """Validation loss against step: a thin line a run, a thick one for their mean at the steps that all of them reached.
+    """Validation loss against step: a thin line a run, a thick one their mean at the steps that all of them reached.
 
     `events` is `moe.results.history(...).events` joined with the runs' column `by`.
     """

@@ -1,4 +1,4 @@
-"""The report: what was run, what it says and how sure one may be, as Markdown with its tables as CSV and its figures as PNG."""
+"""The report: what was run, what it says and how sure one may be; Markdown, with tables as CSV and figures as PNG."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -27,7 +27,7 @@ from moe.results import (
     write_text,
 )
 
-# What is tested: metric -> its unit, and what a rise and a fall of it mean. Each is a family of its own for Holm's correction.
+# What is tested: metric -> its unit, and what a rise and a fall of it mean. Each is a family of its own for Holm.
 TESTED = {
     "val/perplexity": ("perplexity", "worse", "better"),
     "routing/load_cv/pooled": ("load CV", "less balanced", "more balanced"),
@@ -69,18 +69,19 @@ def write_report(runs: pd.DataFrame, out: Path | str, *, references: dict[str, A
     for name, figure in _figures(runs, factors, past):
         if isinstance(figure, Figure):
             figure.savefig(out / f"{name}.png")
-            lines.append(f"![{name}]({name}.png)")
+            lines += [f"![{name}]({name}.png)", ""]
         else:
-            lines.append(f"- {name}: not drawn, {figure}")
-    write_text(out / "report.md", "\n".join(lines) + "\n")
+            lines += [f"- {name}: not drawn, {figure}", ""]
+    write_text(out / "report.md", "\n".join(lines))
     return out / "report.md"
 
 
 CONTRASTS_EXPLAINED = """\
-`difference` is level minus reference over paired seeds, with its 95 % t interval and p of the paired t test; `p Holm` is corrected
-over all contrasts of the metric; `d_z` is the difference in standard deviations of the paired differences; `p Welch` ignores the
-pairing; `p sign-flip` is exact and can never go below `smallest p sign-flip`, however large the effect; `detectable` is the
-smallest true difference that this many seeds, spread as they are, show with power 0.8."""
+`difference` is level minus reference over paired seeds, with its 95 % t interval and p of the paired t test; `p Holm`
+is corrected over all contrasts of the metric; `d_z` is the difference in standard deviations (ddof=1) of the paired
+differences; `p Welch` ignores the pairing; `p sign-flip` is exact up to 16 seeds and can never go below `smallest p
+sign-flip`, however large the effect; `detectable` is the smallest true difference that this many seeds, spread as they
+are, show with power 0.8."""
 
 
 def verdict(contrast: pd.Series) -> str:

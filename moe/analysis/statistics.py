@@ -1,8 +1,8 @@
-"""Was it luck? Seed-paired contrasts, analysis of variance and what could have been seen, through scipy and statsmodels.
+"""Was it luck? Seed-paired contrasts, analysis of variance and detectable effects, through scipy and statsmodels.
 
-The unit of replication is the seed: runs of the same seed share their data order and their initial weights, so differences
-are taken within a seed before they are averaged. Every function takes the table of runs (`moe.results.load`), a metric's column
-and the factors (without the seed), and returns a table; nothing is dropped without a note.
+The unit of replication is the seed: runs of the same seed share their data order and their initial weights, so
+differences are taken within a seed before they are averaged. Functions take the table of runs (`moe.results.load`), a
+metric's column and the factors (without the seed), and return a table; nothing is dropped without a note.
 """
 
 import itertools
@@ -24,7 +24,7 @@ SIGN_PATTERNS = 2**16  # all of them up to 16 seeds, a random sample of that siz
 
 
 def with_intervals(summary: pd.DataFrame) -> pd.DataFrame:
-    """The summary with the 95 % t confidence interval of every mean over seeds, `ci_low` and `ci_high`; NaN below two seeds."""
+    """The summary with the 95 % t interval of every mean over seeds, `ci_low` and `ci_high`; NaN without a spread."""
     enough = summary["n"] > 1
     error = (summary[STD] / np.sqrt(summary["n"].where(enough))).where(enough & (summary[STD] > 0))
     low, high = stats.t.interval(CONFIDENCE, (summary["n"] - 1).clip(lower=1), loc=summary["mean"], scale=error)
@@ -36,11 +36,12 @@ def contrasts(
 ) -> pd.DataFrame:
     """Every level of every factor against the factor's reference level, within each combination of the other factors.
 
-    The reference is the first level in sorted order unless `references` names one. Columns: `difference` (level minus reference, in
-    units of the metric, mean over paired seeds), its 95 % t interval `ci_low`, `ci_high`, `p` (paired t), `p Holm` over all rows of the
-    table, `d_z` (difference over the standard deviation, ddof=1, of the paired differences), `p Welch` (what ignoring the
-    pairing would say), `p sign-flip` (exact up to 16 seeds) with the smallest value it can take at this n, `detectable` (the
-    smallest true difference a paired t test would find with power 0.8, given the spread seen), and a `note`.
+    The reference is the first level in sorted order unless `references` names one. Columns: `difference` (level minus
+    reference, in units of the metric, mean over paired seeds), its 95 % t interval `ci_low`, `ci_high`, `p` (paired t),
+    `p Holm` over all rows of the table, `d_z` (difference over the standard deviation, ddof=1, of the paired
+    differences), `p Welch` (what ignoring the pairing would say), `p sign-flip` (exact up to 16 seeds) with the
+    smallest value it can take at this n, `detectable` (the smallest true difference that a paired t test would find
+    with power 0.8, given the spread seen), and a `note`.
     """
     references = references or {}
     for factor in references.keys() - set(factors):
@@ -68,11 +69,11 @@ def contrasts(
 
 
 def anova(runs: pd.DataFrame, metric: str, factors: list[str]) -> pd.DataFrame:
-    """Factorial analysis of variance with all interactions and the seed as block: sum of squares, df, F, p, partial eta squared.
+    """Factorial analysis of variance, all interactions, the seed as block: sums of squares, df, F, p, partial eta².
 
     ValueError when a combination of levels and seed has no finite value (it names them), with one seed or no spread.
     """
-    cells = {}
+    cells: dict[tuple[Any, ...], float] = {}
     for cell, members in conditions(runs, factors):
         cells |= {(*cell.values(), seed): value for seed, value in by_seed(members, metric).items()}
     seeds = sorted({key[-1] for key in cells})
@@ -127,11 +128,9 @@ def _compare(treated: pd.Series, baseline: pd.Series) -> dict[str, Any]:
     differences, n = a - b, len(seeds)
     low = high = p = d_z = detectable = float("nan")
     notes = [f"without a partner: seed {', '.join(map(str, unpaired))}"] if len(unpaired) else []
-    # Differences equal but for rounding have no spread to test against; scipy would return a meaningless tiny p.
-    constant = n > 1 and np.ptp(differences) <= 1e-12 * np.abs([a, b]).max()
     if n < 2:
         notes.append("a test needs two paired seeds")
-    elif constant:
+    elif _constant(differences, scale=np.abs([a, b]).max()):
         notes.append("the same difference in every seed: no spread to test against")
     else:
         test = stats.ttest_rel(a, b)
@@ -154,9 +153,15 @@ def _compare(treated: pd.Series, baseline: pd.Series) -> dict[str, Any]:
 
 
 def _welch(a: np.ndarray, b: np.ndarray) -> float:
-    if min(len(a), len(b)) < 2 or (np.ptp(a) == 0 and np.ptp(b) == 0):
+    if min(len(a), len(b)) < 2 or (_constant(a, scale=np.abs(a).max()) and _constant(b, scale=np.abs(b).max())):
         return float("nan")
-    return float(stats.ttest_ind(a, b, equal_var=False).pvalue)
+    moments = [moment for sample in (a, b) for moment in (sample.mean(), sample.std(ddof=1), len(sample))]
+    return float(stats.ttest_ind_from_stats(*moments, equal_var=False).pvalue)  # one of the two may be constant
+
+
+def _constant(values: np.ndarray, *, scale: float) -> bool:
+    """Equal but for rounding at this scale: no spread to test against, and scipy would make a p of the rounding."""
+    return bool(np.ptp(values) <= 1e-12 * scale)
 
 
 def _holm(p: pd.Series) -> np.ndarray:

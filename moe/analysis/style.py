@@ -1,5 +1,7 @@
 """How every figure looks: one palette, one set of sizes, one name for every metric."""
 
+from typing import Any
+
 PALETTE = (
     "#0072B2",
     "#D55E00",
@@ -14,7 +16,7 @@ DASHES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D")
 MOST_LINES = len(PALETTE) * len(DASHES)  # beyond that, two conditions would look the same
 
-RC = {
+RC: dict[Any, Any] = {
     "figure.dpi": 100,
     "savefig.dpi": 160,
     "font.size": 10,

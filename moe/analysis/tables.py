@@ -10,7 +10,7 @@ P_VALUE = re.compile(r"(^|\s)p(\s|$)")  # columns such as "p", "p Holm" and "sma
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """The table in GitHub's Markdown: numbers to the right with five significant digits (p-values two), NaN as a dash."""
+    """The table in GitHub's Markdown: numbers to the right, with five significant digits (p-values two); NaN a dash."""
     if table.empty:
         return "(none)"
     head = [_text(column, "") for column in table]

@@ -16,6 +16,8 @@ class Random(Router):
     states are not isotropic.
     """
 
+    weight: Tensor
+
     def __init__(self, dim: int, num_experts: int, *, k: int = 2) -> None:
         super().__init__(dim, num_experts)
         check_k(k, num_experts)
@@ -25,4 +27,4 @@ class Random(Router):
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         logits = F.linear(x, self.weight)
         expert = self.perturb(logits, context.knobs).topk(self.k).indices
-        return Routing.token_choice(expert, torch.full(expert.shape, 1 / self.k, device=x.device), logits=None)
+        return Routing.token_choice(expert, torch.full(expert.shape, 1 / self.k, device=x.device))

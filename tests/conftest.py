@@ -1,0 +1,53 @@
+"""Shared by all tests: one thread, a small real corpus, and small configurations read as a user would write them."""
+
+import json
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import torch
+
+from moe import commandline
+from moe.config import Cell
+
+torch.set_num_threads(1)
+
+SMALL = (
+    "model.dim=32 model.heads=2 model.layers=2 model.ffn=32 model.num_experts=4 model.dense_ffn=64 "
+    "data.seq_len=32 data.vocab_size=400 data.max_val_blocks=12 "
+    "steps=6 batch_size=4 eval_every=3 save_every=2 logger.mode=disabled"
+).split()
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two domains of real text: Python's own help topics, by the first letter of their names."""
+    path = tmp_path_factory.mktemp("corpus") / "topics.jsonl"
+    rows = [{"text": text, "half": "early" if name < "d" else "late"} for name, text in sorted(topics.items())]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def small(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides that make any command small: tiny model, the test corpus, its own cache."""
+    cache = tmp_path_factory.mktemp("cache")
+    data = ["data=text", f"data.source.paths=[{corpus}]", "data.source.column=text", "data.source.domain=half"]
+    return [*data, f"data.cache={cache}", *SMALL]
+
+
+@pytest.fixture
+def cell(small: list[str], tmp_path: Path):  # noqa: ANN201 - a function of overrides
+    """Reads one small cell of a command line; its folder lies in the test's own directory."""
+
+    def read(*overrides: str) -> Cell:
+        cells = commandline.read_cells([*small, f"out={tmp_path}", *overrides])
+        assert cells is not None
+        return cells[0]
+
+    return read

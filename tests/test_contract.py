@@ -1,0 +1,201 @@
+"""The laws that every router keeps, whatever it does: each yaml of conf/router is held to all of them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import Tensor, nn
+
+from moe.checks import build
+from moe.commandline import CONF
+from moe.dispatch import plan
+from moe.experts import Experts
+from moe.layer import LayerOutput, MoELayer
+from moe.losses import auxiliary
+from moe.routers.base import Router
+from moe.routing import Context, Knobs, Routing
+
+B, S, D, E, F = 3, 8, 16, 8, 12
+YAMLS = sorted((CONF / "router").glob("*.yaml"))
+
+
+def make_router(path: Path, *, num_experts: int = E) -> Router:
+    torch.manual_seed(0)
+    router = build(yaml.safe_load(path.read_text()), "router", D, num_experts)
+    for tensor in (*router.parameters(), *router.buffers()):
+        if tensor.is_floating_point():
+            nn.init.normal_(tensor, std=0.5)
+    return router
+
+
+def make_layer(path: Path) -> MoELayer:
+    router = make_router(path)
+    experts = Experts(E, D, hidden=F, kind="silu")
+    for p in experts.parameters():
+        nn.init.normal_(p, std=0.3)
+    return MoELayer(router, experts)
+
+
+def context(ids: Tensor, *, noise: float = 0.0, capacity: float | None = None) -> Context:
+    return Context(ids, Knobs.of(noise=noise), capacity)
+
+
+def dense_weights(routing: Routing, tokens: int) -> Tensor:
+    """(T, E): the weight of each expert for each token."""
+    weights = torch.zeros(tokens, E)
+    return weights.index_put((routing.token, routing.expert), routing.weight, accumulate=True)
+
+
+@pytest.fixture(params=YAMLS, ids=lambda path: path.stem)
+def path(request: pytest.FixtureRequest) -> Path:
+    return request.param
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(B, S, D, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    return torch.randint(0, 1000, (B, S), generator=torch.Generator().manual_seed(2))
+
+
+def test_first_line_of_the_yaml_states_its_purpose(path: Path) -> None:
+    assert path.read_text().startswith("# ")
+    assert "causal" in path.read_text().splitlines()[0]
+
+
+def test_assignments_are_well_formed(path: Path, x: Tensor, ids: Tensor) -> None:
+    routing = make_router(path).eval()(x.view(-1, D), context(ids))
+    assert routing.token.shape == routing.expert.shape == routing.weight.shape
+    assert routing.weight.dtype == torch.float32
+    assert routing.token.min() >= 0
+    assert routing.token.max() < B * S
+    assert routing.expert.min() >= 0
+    assert routing.expert.max() < E
+    assert (routing.weight >= 0).all()
+    pairs = torch.stack([routing.token, routing.expert])
+    assert pairs.unique(dim=1).shape == pairs.shape, "an expert is asked for twice by one token"
+
+
+def test_probabilities_are_a_distribution_over_all_experts_in_fp32(path: Path, x: Tensor, ids: Tensor) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        layer = make_layer(path)
+        seen: list[Routing] = []
+        layer.router.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        layer(x.bfloat16(), context(ids))
+    [routing] = seen
+    if routing.probs is None:
+        return
+    assert routing.probs.shape == (B * S, E)
+    assert routing.probs.dtype == torch.float32
+    assert (routing.probs >= 0).all()
+    torch.testing.assert_close(routing.probs.sum(-1), torch.ones(B * S))
+
+
+def test_gradient_reaches_a_trainable_router_through_the_output_alone(path: Path, x: Tensor, ids: Tensor) -> None:
+    """k=1 with renormalised weights, or gates of None, would leave it exactly zero."""
+    layer = make_layer(path)
+    layer(x, context(ids)).y.square().sum().backward()
+    for name, p in layer.router.named_parameters():
+        assert p.grad is not None, name
+        assert p.grad.norm() > 1e-4, name
+
+
+def test_gradient_reaches_a_trainable_router_through_each_auxiliary_loss(path: Path, x: Tensor, ids: Tensor) -> None:
+    """A balance loss from integer counts, or of a softmax of a softmax, would have none."""
+    router = make_router(path)
+    if not list(router.parameters()):
+        return
+    routing = router(x.view(-1, D), context(ids))
+    offered = plan(routing, E, capacity=None, seq_len=S).offered
+    losses = auxiliary(routing, offered)
+    assert losses
+    for name, loss in losses.items():
+        [gradient] = torch.autograd.grad(loss, list(router.parameters()), retain_graph=True)
+        assert gradient.norm() > 1e-4, name
+
+
+def test_evaluation_is_deterministic_ignores_noise_and_changes_no_state(path: Path, x: Tensor, ids: Tensor) -> None:
+    layer = make_layer(path).eval()
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    first, second = layer(x, context(ids)).y, layer(x, context(ids, noise=9.0)).y
+    assert torch.equal(first, second)
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+
+
+def test_noise_changes_routing_in_training(path: Path, x: Tensor, ids: Tensor) -> None:
+    router = make_router(path)
+    weights = [dense_weights(router(x.view(-1, D), context(ids, noise=n)), B * S) for n in (0.0, 5.0)]
+    content_free = not list(router.parameters()) and not list(router.buffers())
+    assert torch.equal(*weights) == content_free, "only a router that never looks at the tokens is immune to noise"
+
+
+def test_causal_routers_do_not_see_the_future_or_other_sequences(path: Path, x: Tensor, ids: Tensor) -> None:
+    """The audit behind the label: replace a sequence's last tokens and all other sequences."""
+    layer = make_layer(path).eval()
+    changed_x, changed_ids = x.clone(), ids.clone()
+    changed_x[0, 5:], changed_ids[0, 5:] = 3.0, 7
+    changed_x[1:], changed_ids[1:] = -2.0, 11
+    kept = layer(x, context(ids)).y[0, :5], layer(changed_x, context(changed_ids)).y[0, :5]
+    assert torch.allclose(*kept, atol=1e-6) == layer.router.causal
+
+
+def test_dropping_by_position_does_not_let_the_future_in(path: Path, x: Tensor, ids: Tensor) -> None:
+    layer = make_layer(path).eval()
+    changed_x, changed_ids = x.clone(), ids.clone()
+    changed_x[:, 5:], changed_ids[:, 5:] = 3.0, 7
+    kept = [layer(a, context(b, capacity=0.6)).y[:, :5] for a, b in ((x, ids), (changed_x, changed_ids))]
+    assert torch.allclose(*kept, atol=1e-6) == layer.router.causal
+
+
+def test_permuting_sequences_permutes_the_output(path: Path, x: Tensor, ids: Tensor) -> None:
+    layer = make_layer(path).eval()
+    order = torch.tensor([2, 0, 1])
+    torch.testing.assert_close(layer(x[order], context(ids[order])).y, layer(x, context(ids)).y[order])
+
+
+def test_a_token_is_routed_alike_alone_and_in_company(path: Path, x: Tensor, ids: Tensor) -> None:
+    """What generation with a cache relies on."""
+    layer = make_layer(path).eval()
+    if layer.router.causal:
+        alone = layer(x[:1, 4:5], context(ids[:1, 4:5])).y
+        torch.testing.assert_close(alone, layer(x, context(ids)).y[:1, 4:5])
+
+
+@pytest.mark.parametrize("batch", ["one token", "identical tokens", "zeros", "huge"])
+@pytest.mark.parametrize("capacity", [None, 1.0])
+def test_degenerate_batches_are_finite_and_counted(path: Path, batch: str, capacity: float | None) -> None:
+    """Ties, one expert taking everything, empty experts: finite output, zero and not NaN gradients, all counted."""
+    shape = (1, 1, D) if batch == "one token" else (B, S, D)
+    fill = {"one token": 1.0, "identical tokens": 0.7, "zeros": 0.0, "huge": 1e4}[batch]
+    x = torch.full(shape, fill).requires_grad_()
+    layer = make_layer(path)
+    output: LayerOutput = layer(x, context(torch.full(shape[:2], 3), capacity=capacity))
+    (output.y.mean() + sum(output.aux.values())).backward()
+    assert output.y.isfinite().all()
+    for name, p in layer.named_parameters():
+        assert p.grad is not None, name
+        assert p.grad.isfinite().all(), name
+    assert output.stats.offered.sum() == output.stats.assignments
+    assert output.stats.kept.sum() <= output.stats.assignments
+    empty = output.stats.kept == 0
+    assert layer.experts.up.grad is not None
+    assert (layer.experts.up.grad[empty] == 0).all()
+
+
+def test_a_single_expert_is_a_plain_feed_forward_of_the_gate(path: Path, x: Tensor, ids: Tensor) -> None:
+    if yaml.safe_load(path.read_text()).get("k", 1) > 1:
+        spec = yaml.safe_load(path.read_text()) | {"k": 1}
+    else:
+        spec = yaml.safe_load(path.read_text())
+    router = build(spec, "router", D, 1)
+    for p in router.parameters():
+        nn.init.normal_(p)
+    experts = Experts(1, D, hidden=F, kind="silu")
+    for p in experts.parameters():
+        nn.init.normal_(p, std=0.3)
+    y = MoELayer(router, experts).eval()(x, context(ids)).y
+    torch.testing.assert_close(y.view(-1, D), experts(x.view(-1, D), torch.tensor([B * S])))

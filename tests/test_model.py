@@ -1,0 +1,151 @@
+"""The language model: size, shift, causality, saving, generation."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from moe.config import ModelConfig
+from moe.cost import count_parameters, flops_per_token
+from moe.model import IGNORED, MoEConfig, MoEForCausalLM, next_token
+from moe.routing import Knobs
+
+TOPK = {"_target_": "moe.routers.topk.TopK", "k": 2}
+V, S = 97, 16
+
+
+def make(router: dict[str, Any] = TOPK, *, vocab_size: int = V, **changes: Any) -> MoEForCausalLM:
+    sizes = {"dim": 32, "heads": 2, "layers": 2, "ffn": 32, "num_experts": 4, "dense_ffn": 64}
+    torch.manual_seed(0)
+    config = MoEConfig.of(ModelConfig(**{**sizes, **changes}), router, vocab_size=vocab_size, seq_len=S)
+    return MoEForCausalLM(config).eval()
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(0, V, (3, S), generator=torch.Generator().manual_seed(1))
+
+
+def test_the_sources_model_has_exactly_their_parameters() -> None:
+    """79,059,840 as printed; 36,592,512 active, 46.3 %: "28.4 %" leaves all experts out."""
+    sizes = {"dim": 384, "heads": 8, "layers": 6, "ffn": 1536, "num_experts": 8}
+    with torch.device("meta"):
+        parameters = count_parameters(make(vocab_size=49_152, **sizes))
+    assert parameters == (79_059_840, 36_592_512)
+    assert round(100 * parameters.active / parameters.total, 1) == 46.3
+
+
+def test_active_parameters_count_shared_experts_and_dense_layers_fully() -> None:
+    plain, shared, dense = make(), make(shared_experts=1), make(first_k_dense=1)
+    expert = 2 * 32 * 32
+    assert count_parameters(plain).total - count_parameters(plain).active == 2 * 2 * expert
+    assert count_parameters(shared).active - count_parameters(plain).active == 2 * expert
+    assert count_parameters(dense).total - count_parameters(dense).active == 2 * expert
+
+
+def test_the_dense_control_has_the_active_flops_of_the_routed_model_less_its_router() -> None:
+    routed, dense = make(), make(first_k_dense=2)
+    assert flops_per_token(routed, S) - flops_per_token(dense, S) == 2 * 2 * 4 * 32
+    assert dense(torch.zeros(1, S, dtype=torch.long)).stats is None
+
+
+def test_flops_of_a_linear_model_by_hand() -> None:
+    """dim 32, 2 layers: attention 4 D^2, two active experts 2 * 2 D F, router E D, head V D; scores 2 D S a layer."""
+    matrices = 2 * (4 * 32 * 32 + 2 * 2 * 32 * 32 + 4 * 32) + V * 32
+    assert flops_per_token(make(), S) == 2 * matrices + 2 * 2 * 32 * S
+
+
+def test_initial_loss_is_that_of_guessing(ids: torch.Tensor) -> None:
+    assert make()(ids, ids).loss.item() == pytest.approx(math.log(V), abs=0.15)
+
+
+def test_labels_are_shifted_once() -> None:
+    """A model that names its input scores nothing, one that names the next token scores everything."""
+    ids = torch.randint(0, V, (2, S))
+    one_hot = torch.nn.functional.one_hot(ids, V).float()
+    predictions, targets = next_token(one_hot, ids)
+    assert (predictions.argmax(-1) == targets).float().mean() < 0.2
+    predictions, targets = next_token(one_hot.roll(-1, dims=1), ids)
+    assert (predictions.argmax(-1) == targets).all()
+
+
+def test_copying_the_input_cannot_be_learned_and_random_text_stays_at_chance() -> None:
+    """With unshifted labels a few steps would bring the loss of random tokens near zero."""
+    model = make().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(60):
+        batch = torch.randint(0, V, (8, S), generator=generator)
+        loss = model(batch, batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() > math.log(V) - 0.1
+
+
+def test_ignored_labels_do_not_count(ids: torch.Tensor) -> None:
+    model, labels = make(), ids.clone()
+    labels[:, 8:] = IGNORED
+    torch.testing.assert_close(model(ids, labels).loss, model(ids[:, :8], ids[:, :8]).loss)
+
+
+def test_the_future_does_not_leak(ids: torch.Tensor) -> None:
+    model, changed = make(), ids.clone()
+    changed[:, 9:] = 5
+    torch.testing.assert_close(model(ids).logits[:, :9], model(changed).logits[:, :9], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("router", [TOPK, {"_target_": "moe.routers.hash.Hash"}, {"_target_": "moe.routers.random.Random"}])
+def test_saving_and_loading_gives_the_same_model(router: dict[str, Any], ids: torch.Tensor, tmp_path: Path) -> None:
+    model = make(router, expert="swiglu", shared_experts=1, first_k_dense=1)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(loaded, MoEForCausalLM)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_the_saved_model_remembers_its_temperature(ids: torch.Tensor, tmp_path: Path) -> None:
+    model = make({"_target_": "moe.routers.topk.Temperature", "temp": 3.0})
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(ids).logits, model(ids, knobs=Knobs.of(temperature=3.0)).logits)
+    assert not torch.allclose(loaded(ids).logits, model(ids, knobs=Knobs.of(temperature=1.0)).logits)
+
+
+@pytest.mark.parametrize("router", [TOPK, {"_target_": "moe.routers.hash.Hash"}])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_generation_with_a_cache_equals_recomputing_everything(
+    router: dict[str, Any], attention: str, ids: torch.Tensor
+) -> None:
+    model = make(router, attention=attention)
+    prompt, settings = ids[:1, :5], {"max_new_tokens": 8, "do_sample": False, "output_logits": True}
+    settings["return_dict_in_generate"] = True
+    cached, fresh = (model.generate(prompt, use_cache=use, **settings) for use in (True, False))
+    assert torch.equal(cached.sequences, fresh.sequences)
+    for a, b in zip(cached.logits, fresh.logits, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def test_auxiliary_losses_are_per_layer_and_unweighted(ids: torch.Tensor) -> None:
+    output = make()(ids, ids)
+    assert set(output.aux) == {"load_balance", "router_z"}
+    assert all(values.shape == (2,) for values in output.aux.values())
+    assert output.aux["load_balance"].mean().item() == pytest.approx(1, abs=0.2)
+
+
+def test_dropout_and_noise_act_in_training_only(ids: torch.Tensor) -> None:
+    model, knobs = make(dropout=0.5), Knobs.of(noise=1.0)
+    assert torch.equal(model(ids, knobs=knobs).logits, model(ids, knobs=knobs).logits)
+    model.train()
+    assert not torch.equal(model(ids, knobs=knobs).logits, model(ids, knobs=knobs).logits)
+
+
+def test_routing_is_computed_in_fp32_under_autocast(ids: torch.Tensor) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        output = make()(ids, ids)
+    assert output.aux["load_balance"].dtype == torch.float32
+    assert output.loss.dtype == torch.float32
