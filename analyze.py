@@ -17,7 +17,8 @@ def main() -> int:
 
     # Imported here, so that --help and a wrong command answer at once.
     from moe.analysis.report import write_report
-    from moe.results import console_table, load
+    from moe.results import load
+    from moe.summaries import console_table
 
     try:
         runs = load(arguments.folders)

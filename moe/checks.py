@@ -57,10 +57,17 @@ def build(spec: dict[str, Any], key: str, *args: Any) -> Any:
         if name not in types:
             raise unknown(f"key of {key}", f"{key}.{name}", (f"{key}.{known}" for known in types))
         require(_fits(value, types[name]), f"{key}.{name}", value, _describe(types[name]))
+        if types[name] is float:
+            values[name] = float(value)
     missing = [p.name for p in parameters if p.default is p.empty and p.name not in values]
     if missing:
         raise ConfigError(f"{key}.{missing[0]} is missing")
-    return target(*args, **values)
+    try:
+        return target(*args, **values)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error).splitlines()[0]) from error
 
 
 def _nearest(name: str, names: list[str]) -> str:

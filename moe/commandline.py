@@ -142,13 +142,12 @@ def _explain(error: Exception, overrides: list[str]) -> ConfigError:
             compose("config", overrides=[str(o.input_line) for o in [*groups, override]])
         except (HydraException, OmegaConfBaseException) as cause:
             return ConfigError(f"{override.input_line}: {_first_line(cause)}")
-    return ConfigError(_first_line(error))
+    return ConfigError(f"{' '.join(overrides)}: {_first_line(error)}")
 
 
 def _first_line(error: Exception) -> str:
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    key = getattr(error, "full_key", None)
-    return f"{key}: {line}" if (line := str(cause).strip().splitlines()[0]) and key else line
+    return str(cause).strip().splitlines()[0]
 
 
 def options(group: str) -> dict[str, str]:

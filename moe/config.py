@@ -59,11 +59,12 @@ class DataConfig:
     def check(self) -> None:
         require(self.seq_len >= 2, "data.seq_len", self.seq_len, "a whole number >= 2")
         require(1 <= self.val_percent <= 50, "data.val_percent", self.val_percent, "between 1 and 50")
-        for name, low in (("vocab_size", 260), ("max_val_blocks", 1)):
+        for name, low in (("vocab_size", 259), ("max_val_blocks", 1)):
             value = getattr(self, name)
             require(value is None or value >= low, f"data.{name}", value, f"a whole number >= {low}, or null")
-        if self.tokenizer == "bpe":
-            require(self.vocab_size is not None, "data.vocab_size", None, "given when data.tokenizer=bpe is trained")
+        trained = self.tokenizer == "bpe"
+        allowed = "given, because data.tokenizer=bpe is trained" if trained else "null: data.tokenizer has its own"
+        require(trained == (self.vocab_size is not None), "data.vocab_size", self.vocab_size, allowed)
         build(self.source, "data.source")
 
 
@@ -177,11 +178,7 @@ class Config:
     def identity(self) -> dict[str, Any]:
         """Everything that what a run computes depends on, flat: {"model.dim": 128, ...}."""
         flat = flatten(asdict(self))
-        return {
-            key: value
-            for key, value in flat.items()
-            if not any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
-        }
+        return {key: value for key, value in flat.items() if not is_free(key)}
 
 
 class Cell(NamedTuple):
@@ -191,6 +188,11 @@ class Cell(NamedTuple):
     folder: Path
     experiment: str
     choices: dict[str, str | None]
+
+
+def is_free(key: str) -> bool:
+    """Whether a flat key is one of `FREE_KEYS` or lies below one."""
+    return any(f"{key}.".startswith(f"{free}.") for free in FREE_KEYS)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

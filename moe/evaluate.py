@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from moe import metrics
 from moe.data import batch
-from moe.model import MoEForCausalLM, next_token
+from moe.model import IGNORED, MoEForCausalLM, next_token
 from moe.routing import Knobs, RoutingStats
 
 
@@ -39,11 +39,13 @@ def evaluate(
     for start in range(0, len(data), batch_size):
         ids, domain = (t.to(device) for t in batch(data, range(start, min(start + batch_size, len(data)))))
         output = model(ids, knobs=knobs, capacity=capacity)
-        predictions, targets = next_token(output.logits, ids)
-        nats = F.cross_entropy(predictions.float().flatten(0, 1), targets.flatten(), reduction="none")
+        targets = next_token(ids)
+        nats = F.cross_entropy(
+            output.logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+        )
         loss.index_add_(0, domain, nats.view_as(targets).double().sum(1))
-        correct.index_add_(0, domain, (predictions.argmax(-1) == targets).double().sum(1))
-        tokens.index_add_(0, domain, torch.full_like(domain, targets.shape[1], dtype=torch.float64))
+        correct.index_add_(0, domain, (output.logits.argmax(-1) == targets).double().sum(1))
+        tokens.index_add_(0, domain, (targets != IGNORED).double().sum(1))
         if output.stats is not None:
             stats = output.stats if stats is None else stats.merge(output.stats)
     model.train(training)

@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 from tqdm import tqdm
 
-from moe import checkpoint, metrics
+from moe import checkpoint, metrics, process
 from moe.checks import build
 from moe.config import Config
 from moe.cost import count_parameters, flops_per_token, peak_memory_gb, reset_peak_memory
@@ -42,7 +42,7 @@ def train(config: Config, folder: Path, *, mirror: Mirror, signals: Signals) -> 
     Leaves events.jsonl and model/ in `folder`. Raises Diverged before an optimizer step that would use a number that
     is not finite, and Interrupted, after a checkpoint, when a signal asked to stop.
     """
-    torch.set_num_threads(config.threads)
+    settings = process.set_up(threads=config.threads)
     AcceleratorState._reset_state(reset_partial_state=True)  # the precision of an earlier cell in this process
     accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
     reset_peak_memory(accelerator.device)
@@ -113,6 +113,7 @@ def train(config: Config, folder: Path, *, mirror: Mirror, signals: Signals) -> 
         "train_seconds": clock.train_seconds,
         "peak_memory_gb": peak_memory_gb(accelerator.device),
         "device": str(accelerator.device),
+        "process": settings,
         "data": data.manifest,
     }
 

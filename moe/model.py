@@ -30,10 +30,11 @@ IGNORED = -100  # a label that is not predicted
 class MoEConfig(LlamaConfig):
     """Llama's configuration (`intermediate_size`: width of one expert) plus what is ours; see `moe.config.ModelConfig`.
 
-    router: the `_target_` and hyper-parameters; temperature: what the model uses when no knobs are given.
+    router: the `_target_` and hyper-parameters; router_temperature: what the model uses when no knobs are given.
     """
 
     model_type = "moe_routing"
+    __no_type_check__ = True  # checked builds of the tests: transformers passes keywords that are no fields
 
     num_experts: int = 8
     expert: str = "silu"
@@ -42,13 +43,13 @@ class MoEConfig(LlamaConfig):
     dense_ffn: int = 512
     dropout: float = 0.0
     embed_scale: bool = True
-    temperature: float = 1.0
+    router_temperature: float = 1.0
     router: dict[str, Any] | None = None
 
     @staticmethod
     def of(model: ModelConfig, router: dict[str, Any], *, vocab_size: int, seq_len: int) -> "MoEConfig":
         """The transformers configuration of ours."""
-        return MoEConfig(
+        config = MoEConfig(
             vocab_size=vocab_size,
             max_position_embeddings=seq_len,
             hidden_size=model.dim,
@@ -62,13 +63,14 @@ class MoEConfig(LlamaConfig):
             dense_ffn=model.dense_ffn,
             dropout=model.dropout,
             embed_scale=model.embed_scale,
-            temperature=float(router.get("temp", 1.0)),
+            router_temperature=float(router.get("temp", 1.0)),
             router=router,
             tie_word_embeddings=True,
             bos_token_id=0,
             eos_token_id=0,
-            attn_implementation=model.attention,  # type: ignore[call-arg]
         )
+        config._attn_implementation = model.attention
+        return config
 
 
 @dataclass
@@ -219,7 +221,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if knobs is None:
-            knobs = Knobs.of(temperature=self.config.temperature, device=input_ids.device)
+            knobs = Knobs.of(temperature=self.config.router_temperature, device=input_ids.device)
         hidden, records = self.model(
             input_ids,
             Context(input_ids, knobs, capacity),
@@ -229,8 +231,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden[:, -logits_to_keep:])
         loss = None
         if labels is not None:
-            predictions, targets = next_token(logits, labels)
-            loss = F.cross_entropy(predictions.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+            loss = F.cross_entropy(logits.float().flatten(0, 1), next_token(labels).flatten(), ignore_index=IGNORED)
         aux, stats = None, None
         if records:
             losses, sums = zip(*records, strict=True)
@@ -239,11 +240,12 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         return MoEOutput(loss=loss, logits=logits, past_key_values=past_key_values, aux=aux, stats=stats)
 
 
-def next_token(
-    logits: Float[Tensor, "B S V"], labels: Int[Tensor, "B S"]
-) -> tuple[Float[Tensor, "B S-1 V"], Int[Tensor, "B S-1"]]:
-    """Predictions beside what they predict. The only place where labels are shifted."""
-    return logits[:, :-1], labels[:, 1:]
+def next_token(labels: Int[Tensor, "B S"]) -> Int[Tensor, "B S"]:
+    """What each position predicts: the label after it, and nothing (IGNORED) at the end. The only place that shifts.
+
+    Labels move rather than logits: slicing logits would cost a copy of them in the backward pass.
+    """
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
 AutoConfig.register("moe_routing", MoEConfig)

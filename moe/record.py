@@ -5,14 +5,19 @@ import os
 from pathlib import Path
 from statistics import fmean
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write atomically: a reader sees the old file or the new one, never half of one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write atomically: a reader sees the old file or the new one, never half of one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1, default=str) + "\n")
-    os.replace(temporary, path)
+    """Write `value` atomically as indented JSON."""
+    write_text(path, json.dumps(value, indent=1, default=str) + "\n")
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
@@ -34,15 +39,13 @@ class EventLog:
 
     def __init__(self, path: Path, *, step: int) -> None:
         kept = [event for event in read_events(path) if event["step"] <= step]
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(json.dumps(event) + "\n" for event in kept))
-        os.replace(temporary, path)
+        write_text(path, "".join(json.dumps(event) + "\n" for event in kept))
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 - closed by __exit__
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "EventLog":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:

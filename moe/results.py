@@ -8,43 +8,23 @@ and without metrics.
 
 import difflib
 import json
-import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 
-from moe.config import FREE_KEYS, flatten
+from moe.config import flatten
 
 FACTS = (
     *("folder", "experiment", "run", "status", "error", "causal", "commit"),
     *("seconds", "train_seconds", "peak_memory_gb", "parameters.total", "parameters.active"),
 )
-HEADLINE = ("val/loss", "val/perplexity", "val/accuracy", "routing/load_cv/pooled")
-STD = "std (ddof=1)"
 ABSENT = "absent"  # the level of a factor that a run's config does not have, such as router.temp of a top-k router
 
 RUN_FILES = ("run.json", "metrics.json", "events.jsonl")  # any of them marks a run: a crash may leave no run.json
 SWEEP_FILE = "sweep.json"
-GROUPS = ("variant", "router", "schedule", "model", "data", "optimizer")
-
-# Column of the noise study's own table -> our column; the last two are made in `_noise_study`.
-NOISE_STUDY_FILE = "moe_routing_noise_experiment_results.csv"
-NOISE_STUDY_COLUMNS = {
-    "seed": "seed",
-    "noise_std": "noise",
-    "load_balancing_weight": "lb",
-    "val_loss": "val/loss",
-    "val_accuracy": "val/accuracy",
-    "val_perplexity": "val/perplexity",
-    "training_time_minutes": "training_time_minutes",
-    "peak_memory_gb": "peak_memory_gb",
-    "best_val_perplexity": "best_val_perplexity",
-    "expert_usage_cv": "routing/load_cv/pooled",
-}
 
 
 class History(NamedTuple):
@@ -52,9 +32,6 @@ class History(NamedTuple):
 
     events: pd.DataFrame
     problems: list[str]
-
-
-# --- reading ---------------------------------------------------------------------------------------------------------
 
 
 def find_runs(paths: Iterable[Path | str]) -> list[Path]:
@@ -77,14 +54,13 @@ def load(paths: Iterable[Path | str]) -> pd.DataFrame:
     if not rows:
         raise ValueError(f"no run in {', '.join(map(str, paths))}: a run folder holds a run.json")
     known = [row for row in rows if "causal" in row]  # run.json could be read, so a leaf it lacks is truly absent
-    factors = dict.fromkeys(key for row in known for key in row if "/" not in key and key not in FACTS)
-    rows = [{**dict.fromkeys(factors, ABSENT), **row} if "causal" in row else row for row in rows]
-    table = pd.DataFrame(rows, dtype=object)
+    absent = {key: ABSENT for row in known for key in row if "/" not in key and key not in FACTS}
+    table = pd.DataFrame([absent | row if "causal" in row else row for row in rows], dtype=object)
     metrics = [column for column in table if "/" in column]
-    named = [column for column in table if "/" not in column and column not in FACTS]
-    as_written = table[[column for column in named if table[column].isna().any()]]  # a gap must not turn 42 into 42.0
+    factors = [column for column in table if "/" not in column and column not in FACTS]
+    as_written = table[[column for column in factors if table[column].isna().any()]]  # a gap must not turn 42 into 42.0
     table = table.infer_objects().assign(**as_written).astype(dict.fromkeys(metrics, float))
-    return table.reindex(columns=[*FACTS, *named, *metrics]).copy()  # a block per column would be slow
+    return table.reindex(columns=[*FACTS, *factors, *metrics]).copy()  # a block per column would be slow
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -122,137 +98,13 @@ def history(folders: Iterable[Path | str], *, kind: str = "eval") -> History:
     """
     tables, problems = [], []
     for folder in map(Path, folders):
-        events, unread = _read_events(folder)
+        events, unread = _read_events(folder, kind)
         problems += unread
-        rows = [event for (_, event_kind), event in sorted(events.items()) if event_kind == kind]
-        if rows:
-            tables.append(pd.DataFrame(rows).assign(folder=str(folder)))
+        if events:
+            tables.append(pd.DataFrame(events).assign(folder=str(folder)))
         elif not unread:
             problems.append(f"{folder}: no {kind} event")
     return History(pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(), problems)
-
-
-# --- factors and conditions ------------------------------------------------------------------------------------------
-
-
-def varied_factors(runs: pd.DataFrame) -> list[str]:
-    """Factors with more than one level, the seed last; those that only follow another one are in `tied_factors`."""
-    seed = ["seed"] if "seed" in runs and runs["seed"].nunique() > 1 else []
-    return _free_and_tied(runs)[0] + seed
-
-
-def tied_factors(runs: pd.DataFrame) -> dict[str, str]:
-    """Varied factor -> the factor that fixes its level in all these runs: their effects cannot be told apart."""
-    return _free_and_tied(runs)[1]
-
-
-def levels(column: pd.Series) -> list[Any]:
-    """The distinct levels of a factor, sorted: numbers, then text. The first is the reference level of contrasts."""
-    return sorted(column.dropna().unique().tolist(), key=lambda level: (isinstance(level, str), level))
-
-
-def conditions(runs: pd.DataFrame, factors: list[str]) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
-    """Every combination of levels that occurs, in sorted order, with its runs; all runs when there are no factors."""
-    if not factors:
-        yield {}, runs
-        return
-    for level in levels(runs[factors[0]]):
-        for rest, members in conditions(runs[runs[factors[0]] == level], factors[1:]):
-            yield {factors[0]: level, **rest}, members
-
-
-def by_seed(runs: pd.DataFrame, metric: str) -> pd.Series:
-    """The finite values of `metric` in one condition, indexed by seed. ValueError when a seed has two runs."""
-    values = runs.set_index("seed")[metric].astype(float)
-    values = values[values.map(math.isfinite)].sort_index()
-    if not values.index.is_unique:
-        seed = values.index[values.index.duplicated()][0]
-        folders = ", ".join(runs.loc[runs["seed"] == seed, "folder"])
-        raise ValueError(f"seed {seed} has more than one run of the same condition, give one of them: {folders}")
-    return values
-
-
-def summary(runs: pd.DataFrame, factors: list[str], metrics: Iterable[str]) -> pd.DataFrame:
-    """Per condition and metric: n seeds with a finite value, their mean and sample standard deviation (ddof=1)."""
-    rows = []
-    for condition, members in conditions(runs, factors):
-        for metric in metrics:
-            values = by_seed(members, metric)
-            rows.append(
-                condition | {"metric": metric, "n": len(values), "mean": values.mean(), STD: values.std(ddof=1)}
-            )
-    table = pd.DataFrame(rows, columns=[*factors, "metric", "n", "mean", STD])
-    return table.astype({"n": int, "mean": float, STD: float})
-
-
-def spread_table(summary: pd.DataFrame) -> pd.DataFrame:
-    """A summary with a row per condition and "mean ± std (ddof=1)" as text; a metric short of seeds names its own n."""
-    factors = [column for column in summary if column not in ("metric", "n", "mean", STD)]
-    rows = []
-    for condition, members in conditions(summary, factors):
-        n = members["n"].max()
-        cells = {}
-        for metric, seeds, mean, std in members[["metric", "n", "mean", STD]].itertuples(index=False):
-            cells[metric] = _spread(mean, std) + (f" (n={seeds})" if seeds < n else "")
-        rows.append(condition | cells | {"n seeds": n})
-    return pd.DataFrame(rows)
-
-
-def with_causality(runs: pd.DataFrame) -> pd.DataFrame:
-    """The same runs with "(causal: yes|no)" beside every router's name; a run that broke off learns it from its kin."""
-    if "router" not in runs:
-        return runs
-    words = runs["causal"].map({True: "yes", False: "no"})
-    known = words.groupby(runs["router"]).transform("first")
-    words = words.fillna(known).fillna("unknown")
-    return runs.assign(router=(runs["router"] + " (causal: " + words + ")").where(runs["router"].notna()))
-
-
-def unfinished(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs that are not finished: run, status and the first line of the error."""
-    rest = runs.loc[runs["status"] != "finished", ["experiment", "run", "status", "error"]]
-    return rest.assign(error=[str(e).strip().split("\n")[0] if isinstance(e, str) else "" for e in rest["error"]])
-
-
-# --- a sweep's own tables --------------------------------------------------------------------------------------------
-
-
-def write_sweep_tables(sweep: Path | str) -> pd.DataFrame:
-    """Write and return a sweep's results.csv (a row a run); if noise and lb vary, write the noise study's table too."""
-    sweep = Path(sweep)
-    runs = load([sweep])
-    write_text(sweep / "results.csv", runs.to_csv(index=False))
-    if {"noise", "lb"} <= set(varied_factors(runs)):
-        write_text(sweep / NOISE_STUDY_FILE, _noise_study(runs).to_csv(index=False))
-    return runs
-
-
-def console_table(runs: pd.DataFrame) -> str:
-    """Per condition mean ± std as text, then what is not finished."""
-    runs = with_causality(runs)
-    metrics = [metric for metric in HEADLINE if metric in runs]
-    factors = [factor for factor in varied_factors(runs) if factor != "seed"]
-    lines = []
-    if metrics:
-        lines += ["per condition: mean ± sample standard deviation (ddof=1) over n seeds"]
-        try:
-            lines += [spread_table(summary(runs, factors, metrics)).to_string(index=False)]
-        except ValueError as error:  # a sweep over threads= repeats its conditions; that must not end a training
-            lines += [f"not shown: {error}"]
-    rest = unfinished(runs)
-    lines += [f"{len(runs) - len(rest)} of {len(runs)} runs finished"]
-    lines += [f"  {row.status}: {row.run}" + (f": {row.error}" if row.error else "") for row in rest.itertuples()]
-    return "\n".join(lines)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a whole file or none of it: a reader never meets half a table."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-# --- inside ----------------------------------------------------------------------------------------------------------
 
 
 def _walk(paths: Iterable[Path | str]) -> tuple[list[Path], list[Path]]:
@@ -330,59 +182,21 @@ def _read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_events(folder: Path) -> tuple[dict[tuple[int, str], dict[str, Any]], list[str]]:
-    events: dict[tuple[int, str], dict[str, Any]] = {}
-    problems = []
+def _read_events(folder: Path, kind: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """The events of one kind, by step, and a line per thing not read."""
     path = folder / "events.jsonl"
     if not path.is_file():
-        return events, [f"{folder}: no events.jsonl"]
+        return [], [f"{folder}: no events.jsonl"]
+    events: dict[int, dict[str, Any]] = {}
+    problems = []
     with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 event = json.loads(line)
-                events[int(event["step"]), event["kind"]] = event
+                step, this_kind = int(event["step"]), event["kind"]
             except (ValueError, KeyError, TypeError):
                 problems.append(f"{path}: line {number} skipped, torn or no event")
-    return events, problems
-
-
-def _free_and_tied(runs: pd.DataFrame) -> tuple[list[str], dict[str, str]]:
-    """Split the varied factors; groups and root keys lead, because `router` says more than `router._target_` does."""
-    factors = [column for column in runs if "/" not in column and column not in (*FACTS, "seed")]
-    factors = [column for column in factors if not any(f"{column}.".startswith(f"{key}.") for key in FREE_KEYS)]
-    factors.sort(key=lambda column: (column not in GROUPS, "." in column))
-    free: list[str] = []
-    tied: dict[str, str] = {}
-    for factor in [*factors, "experiment"]:
-        known = runs.dropna(subset=[factor])
-        if known[factor].nunique() < 2 or ("seed" in runs and (known[factor] == known["seed"]).all()):
-            continue  # data.seed=${seed} is the seed, not a factor
-        leader = next((other for other in free if (runs.groupby(other, sort=False)[factor].nunique() < 2).all()), None)
-        if leader is None:
-            free.append(factor)
-        else:
-            tied[factor] = leader
-    return free, tied
-
-
-def _spread(mean: float, std: float) -> str:
-    """Two significant digits of the spread, and the mean to the same decimal."""
-    if not math.isfinite(mean):
-        return "–"
-    if not math.isfinite(std) or std == 0:
-        return f"{mean:.5g} ± {'0' if std == 0 else '–'}"
-    decimals = max(0, 1 - math.floor(math.log10(std)))
-    return f"{mean:.{decimals}f} ± {std:.{decimals}f}"
-
-
-def _noise_study(runs: pd.DataFrame) -> pd.DataFrame:
-    """The finished runs under the noise study's own column names; "best" is over a run's evaluations, as there."""
-    runs = runs[runs["status"] == "finished"]
-    best = [
-        history([folder]).events.get("val/loss", pd.Series(dtype=float)).astype(float).min()
-        for folder in runs["folder"]
-    ]
-    with np.errstate(over="ignore"):  # a diverged run has an infinite perplexity
-        perplexity = np.exp(best)
-    runs = runs.assign(best_val_perplexity=perplexity, training_time_minutes=runs["train_seconds"] / 60)
-    return runs.reindex(columns=list(NOISE_STUDY_COLUMNS.values())).set_axis(list(NOISE_STUDY_COLUMNS), axis=1)
+                continue
+            if this_kind == kind:
+                events[step] = event
+    return [events[step] for step in sorted(events)], problems

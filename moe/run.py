@@ -80,9 +80,9 @@ def report(cells: list[Cell]) -> int:
     states = [status(cell) for cell in cells]
     sweep = cells[0].folder.parent
     if len(cells) > 1 and sweep.is_dir():
-        from moe import results
+        from moe import summaries
 
-        print(f"\n{results.console_table(results.write_sweep_tables(sweep))}\n\n{sweep / 'results.csv'}")
+        print(f"\n{summaries.console_table(summaries.write_sweep_tables(sweep))}\n\n{sweep / 'results.csv'}")
     return 0 if set(states) == {"finished"} else 1
 
 

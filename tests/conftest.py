@@ -17,11 +17,11 @@ from moe.config import Cell
 
 torch.set_num_threads(1)
 
-SMALL = (
-    "model.dim=32 model.heads=2 model.layers=2 model.ffn=32 model.num_experts=4 model.dense_ffn=64 "
-    "data.seq_len=32 data.vocab_size=400 data.max_val_blocks=12 "
-    "steps=6 batch_size=4 eval_every=3 save_every=2 logger.mode=disabled"
-).split()
+SMALL = """
+    model.dim=32 model.heads=2 model.layers=2 model.ffn=32 model.num_experts=4 model.dense_ffn=64
+    data.seq_len=32 data.vocab_size=400 data.max_val_blocks=12
+    steps=6 batch_size=4 eval_every=3 save_every=2 logger.mode=disabled
+""".split()  # noqa: SIM905
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +42,7 @@ def small(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture
-def cell(small: list[str], tmp_path: Path):  # noqa: ANN201 - a function of overrides
+def cell(small: list[str], tmp_path: Path):
     """Reads one small cell of a command line; its folder lies in the test's own directory."""
 
     def read(*overrides: str) -> Cell:

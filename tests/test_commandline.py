@@ -32,7 +32,7 @@ def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedPro
         ("router=topq", "unknown option of router 'topq'; nearest: topk; known: hash, random, temperature, topk"),
         ("router=0.1", "unknown option of router '0.1'"),
         ("router={a:1}", "unknown option of router"),
-        ("router=temperature router.temp=0", r"router.temp=0: must be a finite number > 0"),
+        ("router=temperature router.temp=0", r"router.temp=0.0: must be a finite number > 0"),
         ("router.k=9", r"router.k=9: must be between 1 and model.num_experts=8"),
         ("router.k=two", "router.k=two: must be a whole number"),
         ("router.gate=renor", "router.gate=renor: must be one of renorm, softmax_all, uniform"),

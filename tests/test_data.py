@@ -15,8 +15,9 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from moe.corpus import DOMAINS, Document, Embedded, Hub
+from moe.corpus import Document, Hub
 from moe.data import Prepared, batch, batch_indices, prepare
+from moe.embedded import DOMAINS, Embedded
 
 ROOT = Path(__file__).parents[1]
 EMBEDDED = Embedded(list(DOMAINS), 20_000)

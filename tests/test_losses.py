@@ -34,7 +34,7 @@ def test_gradient_is_that_of_the_formula_through_probabilities_only() -> None:
 
 @given(st.integers(2, 8), st.floats(0, 60), st.integers(0, 99))
 @settings(max_examples=50, deadline=None)
-def test_top_k_routing_cannot_push_the_loss_below_one_by_shrinking_scores(experts: int, sharp: float, seed: int) -> None:
+def test_shrinking_scores_cannot_push_the_loss_below_one(experts: int, sharp: float, seed: int) -> None:
     """f and P of a top-k softmax are ordered alike on average; tiny probabilities must not "hack" the loss."""
     logits = sharp * torch.randn(1, experts, generator=torch.Generator().manual_seed(seed)).expand(50, -1)
     probs = torch.softmax(logits, -1)

@@ -8,12 +8,10 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from moe.results import (
+from moe.results import find_runs, history, load
+from moe.summaries import (
     console_table,
-    find_runs,
-    history,
     levels,
-    load,
     spread_table,
     summary,
     tied_factors,

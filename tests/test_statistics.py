@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from moe.analysis.statistics import anova, contrasts, detectable_effect, sign_flip, with_intervals
-from moe.results import STD, summary
+from moe.summaries import STD, summary
 
 PUBLISHED = Path(__file__).parent / "golden" / "routing_noise_runs.csv"
 

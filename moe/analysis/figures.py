@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from moe.analysis.statistics import with_intervals
 from moe.analysis.style import LABELS, RC, look
-from moe.results import by_seed, conditions, levels, summary
+from moe.summaries import by_seed, conditions, levels, summary
 
 
 @matplotlib.rc_context(RC)

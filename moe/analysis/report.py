@@ -12,11 +12,11 @@ from moe.analysis import figures
 from moe.analysis.statistics import anova, contrasts, name_cell, with_intervals
 from moe.analysis.style import MOST_LINES
 from moe.analysis.tables import markdown
-from moe.results import (
+from moe.record import write_text
+from moe.results import History, history
+from moe.summaries import (
     HEADLINE,
-    History,
     conditions,
-    history,
     levels,
     spread_table,
     summary,
@@ -24,7 +24,6 @@ from moe.results import (
     unfinished,
     varied_factors,
     with_causality,
-    write_text,
 )
 
 # What is tested: metric -> its unit, and what a rise and a fall of it mean. Each is a family of its own for Holm.

@@ -17,7 +17,7 @@ from statsmodels.stats.anova import anova_lm
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
-from moe.results import STD, by_seed, conditions, levels
+from moe.summaries import STD, by_seed, conditions, levels
 
 CONFIDENCE, POWER = 0.95, 0.8
 SIGN_PATTERNS = 2**16  # all of them up to 16 seeds, a random sample of that size beyond

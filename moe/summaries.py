@@ -1,0 +1,181 @@
+"""Summaries: runs grouped into conditions, each with its mean and spread over seeds; what a sweep writes and prints.
+
+A condition is one combination of levels of the factors that vary. Functions take the table of `moe.results.load`.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from moe.config import is_free
+from moe.record import write_text
+from moe.results import FACTS, history, load
+
+HEADLINE = ("val/loss", "val/perplexity", "val/accuracy", "routing/load_cv/pooled")
+STD = "std (ddof=1)"
+GROUPS = ("variant", "router", "schedule", "model", "data", "optimizer")
+
+# Column of the noise study's own table -> our column; `_noise_study` makes the two that no run has.
+NOISE_STUDY_FILE = "moe_routing_noise_experiment_results.csv"
+NOISE_STUDY_COLUMNS = {
+    "seed": "seed",
+    "noise_std": "noise",
+    "load_balancing_weight": "lb",
+    "val_loss": "val/loss",
+    "val_accuracy": "val/accuracy",
+    "val_perplexity": "val/perplexity",
+    "training_time_minutes": "training_time_minutes",
+    "peak_memory_gb": "peak_memory_gb",
+    "best_val_perplexity": "best_val_perplexity",
+    "expert_usage_cv": "routing/load_cv/pooled",
+}
+
+
+def varied_factors(runs: pd.DataFrame) -> list[str]:
+    """Factors with more than one level, the seed last; those that only follow another one are in `tied_factors`."""
+    seed = ["seed"] if "seed" in runs and runs["seed"].nunique() > 1 else []
+    return _free_and_tied(runs)[0] + seed
+
+
+def tied_factors(runs: pd.DataFrame) -> dict[str, str]:
+    """Varied factor -> the factor that fixes its level in all these runs: their effects cannot be told apart."""
+    return _free_and_tied(runs)[1]
+
+
+def levels(column: pd.Series) -> list[Any]:
+    """The distinct levels of a factor, sorted: numbers, then text. The first is the reference level of contrasts."""
+    return sorted(column.dropna().unique().tolist(), key=lambda level: (isinstance(level, str), level))
+
+
+def conditions(runs: pd.DataFrame, factors: list[str]) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+    """Every combination of levels that occurs, in sorted order, with its runs; all runs when there are no factors."""
+    if not factors:
+        yield {}, runs
+        return
+    for level in levels(runs[factors[0]]):
+        for rest, members in conditions(runs[runs[factors[0]] == level], factors[1:]):
+            yield {factors[0]: level, **rest}, members
+
+
+def by_seed(runs: pd.DataFrame, metric: str) -> pd.Series:
+    """The finite values of `metric` in one condition, indexed by seed. ValueError when a seed has two runs."""
+    values = runs.set_index("seed")[metric].astype(float)
+    values = values[values.map(math.isfinite)].sort_index()
+    if not values.index.is_unique:
+        seed = values.index[values.index.duplicated()][0]
+        folders = ", ".join(runs.loc[runs["seed"] == seed, "folder"])
+        raise ValueError(f"seed {seed} has more than one run of the same condition, give one of them: {folders}")
+    return values
+
+
+def summary(runs: pd.DataFrame, factors: list[str], metrics: Iterable[str]) -> pd.DataFrame:
+    """Per condition and metric: n seeds with a finite value, their mean and sample standard deviation (ddof=1)."""
+    rows = []
+    for condition, members in conditions(runs, factors):
+        for metric in metrics:
+            values = by_seed(members, metric)
+            rows.append(
+                condition | {"metric": metric, "n": len(values), "mean": values.mean(), STD: values.std(ddof=1)}
+            )
+    table = pd.DataFrame(rows, columns=[*factors, "metric", "n", "mean", STD])
+    return table.astype({"n": int, "mean": float, STD: float})
+
+
+def spread_table(summary: pd.DataFrame) -> pd.DataFrame:
+    """A summary with a row per condition and "mean ± std (ddof=1)" as text; a metric short of seeds names its own n."""
+    factors = [column for column in summary if column not in ("metric", "n", "mean", STD)]
+    rows = []
+    for condition, members in conditions(summary, factors):
+        n = members["n"].max()
+        cells = {}
+        for metric, seeds, mean, std in members[["metric", "n", "mean", STD]].itertuples(index=False):
+            cells[metric] = _spread(mean, std) + (f" (n={seeds})" if seeds < n else "")
+        rows.append(condition | cells | {"n seeds": n})
+    return pd.DataFrame(rows)
+
+
+def with_causality(runs: pd.DataFrame) -> pd.DataFrame:
+    """The same runs with "(causal: yes|no)" beside every router's name; a run that broke off learns it from its kin."""
+    if "router" not in runs:
+        return runs
+    words = runs["causal"].map({True: "yes", False: "no"})
+    words = words.fillna(words.groupby(runs["router"]).transform("first")).fillna("unknown")
+    return runs.assign(router=(runs["router"] + " (causal: " + words + ")").where(runs["router"].notna()))
+
+
+def unfinished(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs that are not finished: run, status and the first line of the error."""
+    rest = runs.loc[runs["status"] != "finished", ["experiment", "run", "status", "error"]]
+    return rest.assign(error=[e.strip().split("\n")[0] if isinstance(e, str) else "" for e in rest["error"]])
+
+
+def write_sweep_tables(sweep: Path) -> pd.DataFrame:
+    """Write and return a sweep's results.csv (a row a run); if noise and lb vary, write the noise study's table too."""
+    runs = load([sweep])
+    write_text(sweep / "results.csv", runs.to_csv(index=False))
+    if {"noise", "lb"} <= set(varied_factors(runs)):
+        write_text(sweep / NOISE_STUDY_FILE, _noise_study(runs).to_csv(index=False))
+    return runs
+
+
+def console_table(runs: pd.DataFrame) -> str:
+    """Per condition mean ± std as text, then what is not finished."""
+    runs = with_causality(runs)
+    metrics = [metric for metric in HEADLINE if metric in runs]
+    factors = [factor for factor in varied_factors(runs) if factor != "seed"]
+    lines = []
+    if metrics:
+        lines.append("per condition: mean ± sample standard deviation (ddof=1) over n seeds")
+        try:
+            lines.append(spread_table(summary(runs, factors, metrics)).to_string(index=False))
+        except ValueError as error:  # a sweep over threads= repeats its conditions; that must not end a training
+            lines.append(f"not shown: {error}")
+    rest = unfinished(runs)
+    lines.append(f"{len(runs) - len(rest)} of {len(runs)} runs finished")
+    lines += [f"  {row.status}: {row.run}" + (f": {row.error}" if row.error else "") for row in rest.itertuples()]
+    return "\n".join(lines)
+
+
+def _free_and_tied(runs: pd.DataFrame) -> tuple[list[str], dict[str, str]]:
+    """Split the varied factors; groups and root keys lead, because `router` says more than `router._target_` does."""
+    factors = [c for c in runs if "/" not in c and c not in (*FACTS, "seed") and not is_free(c)]
+    factors.sort(key=lambda column: (column not in GROUPS, "." in column))
+    free: list[str] = []
+    tied: dict[str, str] = {}
+    for factor in [*factors, "experiment"]:
+        known = runs.dropna(subset=[factor])
+        if known[factor].nunique() < 2 or ("seed" in runs and (known[factor] == known["seed"]).all()):
+            continue  # data.seed=${seed} is the seed, not a factor
+        leader = next((other for other in free if (runs.groupby(other, sort=False)[factor].nunique() < 2).all()), None)
+        if leader is None:
+            free.append(factor)
+        else:
+            tied[factor] = leader
+    return free, tied
+
+
+def _spread(mean: float, std: float) -> str:
+    """Two significant digits of the spread, and the mean to the same decimal."""
+    if not math.isfinite(mean):
+        return "–"
+    if not math.isfinite(std) or std == 0:
+        return f"{mean:.5g} ± {'0' if std == 0 else '–'}"
+    decimals = max(0, 1 - math.floor(math.log10(std)))
+    return f"{mean:.{decimals}f} ± {std:.{decimals}f}"
+
+
+def _noise_study(runs: pd.DataFrame) -> pd.DataFrame:
+    """The finished runs under the noise study's own column names; "best" is over a run's evaluations, as there."""
+    runs = runs[runs["status"] == "finished"]
+    best = [
+        history([folder]).events.get("val/loss", pd.Series(dtype=float)).astype(float).min()
+        for folder in runs["folder"]
+    ]
+    with np.errstate(over="ignore"):  # a diverged run has an infinite perplexity
+        perplexity = np.exp(best)
+    runs = runs.assign(best_val_perplexity=perplexity, training_time_minutes=runs["train_seconds"] / 60)
+    return runs.reindex(columns=list(NOISE_STUDY_COLUMNS.values())).set_axis(list(NOISE_STUDY_COLUMNS), axis=1)
