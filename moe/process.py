@@ -20,5 +20,5 @@ def set_up(*, threads: int) -> dict[str, object]:
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         options = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 256 * 2**20))
-        kept = all([libc.mallopt(option, value) for option, value in options])
+        kept = sum(libc.mallopt(option, value) for option, value in options) == len(options)
     return {"threads": threads, "keeps_freed_memory": kept}

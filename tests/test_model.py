@@ -14,6 +14,8 @@ from moe.model import IGNORED, MoEConfig, MoEForCausalLM, next_token
 from moe.routing import Knobs
 
 TOPK = {"_target_": "moe.routers.topk.TopK", "k": 2}
+HASH = {"_target_": "moe.routers.hash.Hash"}
+RANDOM = {"_target_": "moe.routers.random.Random"}
 V, S = 97, 16
 
 
@@ -98,9 +100,7 @@ def test_the_future_does_not_leak(ids: torch.Tensor) -> None:
     torch.testing.assert_close(model(ids).logits[:, :9], model(changed).logits[:, :9], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "router", [TOPK, {"_target_": "moe.routers.hash.Hash"}, {"_target_": "moe.routers.random.Random"}]
-)
+@pytest.mark.parametrize("router", [TOPK, HASH, RANDOM], ids=lambda spec: spec["_target_"])
 def test_saving_and_loading_gives_the_same_model(router: dict[str, Any], ids: torch.Tensor, tmp_path: Path) -> None:
     model = make(router, expert="swiglu", shared_experts=1, first_k_dense=1)
     model.save_pretrained(tmp_path)
@@ -118,7 +118,7 @@ def test_the_saved_model_remembers_its_temperature(ids: torch.Tensor, tmp_path: 
     assert not torch.allclose(loaded(ids).logits, model(ids, knobs=Knobs.of(temperature=1.0)).logits)
 
 
-@pytest.mark.parametrize("router", [TOPK, {"_target_": "moe.routers.hash.Hash"}])
+@pytest.mark.parametrize("router", [TOPK, HASH], ids=lambda spec: spec["_target_"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_generation_with_a_cache_equals_recomputing_everything(
     router: dict[str, Any], attention: str, ids: torch.Tensor

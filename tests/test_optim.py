@@ -1,5 +1,7 @@
 """Muon against torch's own on every slice, and the learning-rate curve."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -64,7 +66,7 @@ def test_the_learning_rate_rises_then_falls_to_the_floor_in_optimizer_steps() ->
     curve = [learning_rate_scale(step, steps=100, warmup=0.1, floor=0.1) for step in range(100)]
     assert curve[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
     assert curve[10] == pytest.approx(1.0)
-    assert all(a > b for a, b in zip(curve[10:], curve[11:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(curve[10:]))
     assert curve[-1] == pytest.approx(0.1)
 
 
