@@ -69,6 +69,7 @@ def train(config: Config, folder: Path, *, mirror: Mirror, signals: Signals) -> 
             tqdm.write(_summary_line(done, config.steps, values))
             return values
 
+        scale_learning_rates(optimizers, learning_rate_scale(done, **_curve_settings(config)))
         latest = validate() if done == 0 else {}
         bar = tqdm(range(done, config.steps), initial=done, total=config.steps, unit="step", disable=None)
         for step in bar:

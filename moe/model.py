@@ -80,6 +80,8 @@ class MoEOutput(CausalLMOutputWithPast):
     aux: {name: (L)} unweighted losses per MoE layer; stats: sums with leading (L); both None without MoE layers.
     """
 
+    __no_type_check__ = True  # accelerate builds it from a dict, which transformers unpacks
+
     aux: dict[str, Tensor] | None = None
     stats: RoutingStats | None = None
 

@@ -1,0 +1,187 @@
+"""The training loop: exact resumption, exact accumulation, and stopping before harm is done."""
+
+import hashlib
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moe import loop
+from moe.config import Cell
+from moe.divergence import Diverged, blame
+from moe.loop import build_model, knob_settings, micro_batches, prepare_data, train
+from moe.record import read_events
+from moe.routing import Knobs
+from moe.schedules import Linear
+from moe.signals import Interrupted, Signals
+from moe.trackers import Mirror
+
+
+def run(cell: Cell, *, stop_after: int | None = None) -> None:
+    """Train a cell; `stop_after`: pretend that SIGTERM arrives during that step."""
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    signals = Signals()
+
+    class Watch(Mirror):
+        def log(self, step: int, values: dict[str, Any]) -> None:
+            if step == stop_after:
+                signals.received = signal.SIGTERM
+
+    train(cell.config, cell.folder, mirror=Watch(cell), signals=signals)
+
+
+def weights(folder: Path) -> str:
+    return hashlib.sha256((folder / "model" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def untimed(folder: Path) -> list[dict[str, Any]]:
+    events = read_events(folder / "events.jsonl")
+    return [{key: value for key, value in e.items() if not key.startswith("time/")} for e in events]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["router=temperature", "schedule=linear", "noise=0.3", "model.dropout=0.1"],
+        ["optimizer=adamw", "grad_accum=2", "capacity=1.0", "precision=bf16"],
+    ],
+)
+@pytest.mark.parametrize("stop_after", [1, 3, 5])
+def test_an_interrupted_and_resumed_run_is_bitwise_the_undisturbed_one(
+    cell: Any, overrides: list[str], stop_after: int, tmp_path: Path
+) -> None:
+    straight, stopped = cell(*overrides, f"out={tmp_path}/a"), cell(*overrides, f"out={tmp_path}/b")
+    run(straight)
+    with pytest.raises(Interrupted) as interrupted:
+        run(stopped, stop_after=stop_after)
+    assert interrupted.value.exit_status == 143
+    assert not (stopped.folder / "model").exists()
+    torch.manual_seed(999)  # whatever the process did in between
+    run(stopped)
+    assert weights(straight.folder) == weights(stopped.folder)
+    assert untimed(straight.folder) == untimed(stopped.folder)
+    assert not (stopped.folder / "checkpoints").exists()
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(cell: Any, tmp_path: Path) -> None:
+    cells = [cell(f"seed={seed}", f"out={tmp_path}/{n}") for n, seed in enumerate((1, 1, 2))]
+    for one in cells:
+        run(one)
+    first, again, other = (weights(one.folder) for one in cells)
+    assert first == again != other
+
+
+def test_accumulating_four_micro_batches_of_two_is_one_of_eight(cell: Any, tmp_path: Path) -> None:
+    """Exact but for rounding with terms that are token means. (The balance loss is one of a micro-batch.)"""
+    whole = cell("batch_size=8", "lb=0", "z=0.1", f"out={tmp_path}/a")
+    parts = cell("batch_size=2", "grad_accum=4", "lb=0", "z=0.1", f"out={tmp_path}/b")
+    for one in (whole, parts):
+        run(one)
+    for a, b in zip(untimed(whole.folder), untimed(parts.folder), strict=True):
+        assert a["step"] == b["step"]
+        for key in {"train/loss", "train/router_z", "val/loss", "grad_norm"} & set(a):
+            assert a[key] == pytest.approx(b[key], rel=2e-4), key
+
+
+def test_every_training_step_is_recorded_with_unweighted_losses(cell: Any) -> None:
+    one = cell("lb=0.5", "z=0.1", "noise=0.2")
+    run(one)
+    events = untimed(one.folder)
+    training = [e for e in events if e["kind"] == "train"]
+    assert [e["step"] for e in training] == [1, 2, 3, 4, 5, 6]
+    assert [e["step"] for e in events if e["kind"] == "eval"] == [0, 3, 6]
+    assert all(0.9 < e["train/load_balance"] < 2 for e in training)
+    assert all(e["noise"] == 0.2 for e in training)
+
+
+def test_the_weights_of_the_losses_reach_the_gradient_even_if_logged_apart(cell: Any, tmp_path: Path) -> None:
+    runs = {}
+    for lb in (0.0, 1.0):
+        one = cell(f"lb={lb}", f"out={tmp_path}/{lb}")
+        run(one)
+        runs[lb] = untimed(one.folder)
+    first = [next(e for e in events if e["kind"] == "train") for events in runs.values()]
+    assert first[0]["train/loss"] == first[1]["train/loss"]
+    assert first[0]["train/load_balance"] == first[1]["train/load_balance"]
+    assert first[0]["grad_norm"] != first[1]["grad_norm"]
+
+
+def test_knobs_are_pure_functions_of_the_step_and_end_at_the_settings(cell: Any) -> None:
+    config = cell("router=temperature", "router.temp=2.0", "schedule=linear", "noise=0.1", "steps=10").config
+    schedule = Linear("temperature", 5.0)
+    settings = [knob_settings(config, schedule, step) for step in range(11)]
+    assert settings[0] == {"temperature": 5.0, "noise": 0.1}
+    assert settings[10] == {"temperature": 2.0, "noise": 0.1}
+
+
+def test_validation_blocks_are_the_same_for_every_seed_and_training_blocks_are_not(cell: Any) -> None:
+    one, two = cell("seed=1").config, cell("seed=2").config
+    data = prepare_data(one)
+    assert data.val["input_ids"][:].tolist() == prepare_data(two).val["input_ids"][:].tolist()
+    assert not torch.equal(micro_batches(one, data, 0)[0], micro_batches(two, data, 0)[0])
+
+
+def test_a_capacity_run_is_evaluated_dropless_and_limited(cell: Any) -> None:
+    one = cell("capacity=0.5")
+    run(one)
+    last = untimed(one.folder)[-1]
+    assert last["routing/drop_rate"] == 0
+    assert last["val_capacity/drop_rate"] > 0.4
+    assert last["val_capacity/loss"] != last["val/loss"]
+
+
+def test_nothing_not_finite_reaches_the_weights(cell: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss that is NaN at step 4 stops the run there, with the weights of the last checkpoint intact."""
+    one = cell("save_every=1")
+    honest = loop.total_loss
+    calls = []
+
+    def poisoned(*arguments: Any) -> torch.Tensor:
+        calls.append(1)
+        return honest(*arguments) * (float("nan") if len(calls) == 4 else 1.0)
+
+    monkeypatch.setattr(loop, "total_loss", poisoned)
+    with pytest.raises(Diverged, match=r"step 3: gradient of .* is not finite"):
+        run(one)
+    assert json.loads((one.folder / "events.jsonl").read_text().splitlines()[-1])["step"] == 3
+    monkeypatch.setattr(loop, "total_loss", honest)
+    run(one)
+    assert (one.folder / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("parameter", "expert", "named"),
+    [
+        ("model.layers.1.mlp.experts.up", 2, "weight model.layers.1.mlp.experts.up (expert 2)"),
+        ("model.layers.0.input_layernorm.weight", None, "weight model.layers.0.input_layernorm.weight"),
+    ],
+)
+def test_blame_names_layer_tensor_and_expert(cell: Any, parameter: str, expert: int | None, named: str) -> None:
+    config = cell().config
+    model = build_model(config, vocab_size=400)
+    ids = torch.zeros(1, 8, dtype=torch.long)
+    tensor = dict(model.named_parameters())[parameter]
+    with torch.no_grad():
+        tensor[expert if expert is not None else 0] = float("nan")
+    assert blame(model, ids, Knobs.of()) == named
+
+
+def test_blame_names_the_gradient_of_one_expert(cell: Any) -> None:
+    model = build_model(cell().config, vocab_size=400)
+    ids = torch.zeros(1, 8, dtype=torch.long)
+    model(ids, ids).loss.backward()
+    gradient = model.model.layers[1].mlp.experts.down.grad
+    gradient[3, 0, 0] = float("inf")
+    assert blame(model, ids, Knobs.of()) == "gradient of model.layers.1.mlp.experts.down (expert 3)"
+
+
+def test_blame_names_the_first_output_that_overflows(cell: Any) -> None:
+    model = build_model(cell().config, vocab_size=400)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight.fill_(3e38)
+    assert blame(model, torch.zeros(1, 8, dtype=torch.long), Knobs.of()).startswith(
+        "output of model.layers.0.self_attn.v_proj"
+    )
