@@ -104,7 +104,7 @@ def _compose(overrides: list[str]) -> DictConfig:
         composed = compose("config", overrides=overrides, return_hydra_config=True)
         OmegaConf.resolve(composed.hydra.run), OmegaConf.resolve(composed.hydra.sweep)
         return composed
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: a group set to null
         raise _explain(error, overrides) from None
 
 
@@ -133,6 +133,8 @@ def _explain(error: Exception, overrides: list[str]) -> ConfigError:
     groups = [o for o in ours if o.key_or_group in GROUPS]
     for override in groups:
         _check_override(override)
+        if override.value() is None:
+            return ConfigError(f"{override.input_line}: name one of {', '.join(options(override.key_or_group))}")
     base = compose("config", overrides=[str(o.input_line) for o in groups])
     known = flatten(OmegaConf.to_container(base))  # type: ignore[arg-type]
     for override in ours:
@@ -140,7 +142,7 @@ def _explain(error: Exception, overrides: list[str]) -> ConfigError:
             return unknown("key", override.key_or_group, known)
         try:
             compose("config", overrides=[str(o.input_line) for o in [*groups, override]])
-        except (HydraException, OmegaConfBaseException) as cause:
+        except (HydraException, OmegaConfBaseException, ValueError) as cause:
             return ConfigError(f"{override.input_line}: {_first_line(cause)}")
     return ConfigError(f"{' '.join(overrides)}: {_first_line(error)}")
 

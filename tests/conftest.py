@@ -21,7 +21,7 @@ SMALL = """
     model.dim=32 model.heads=2 model.layers=2 model.ffn=32 model.num_experts=4 model.dense_ffn=64
     data.seq_len=32 data.vocab_size=400 data.max_val_blocks=12
     steps=6 batch_size=4 eval_every=3 save_every=2 logger.mode=disabled
-""".split()  # noqa: SIM905
+""".split()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""A run folder is a run: skipped when finished, resumed when cut off, refused when different, safe from a second process.
+"""A run folder is a run: skipped when finished, resumed when cut off, refused when different, one process at a time.
 
 Through real processes and the user's own words.
 """
@@ -32,7 +32,7 @@ def snapshot(folder: Path) -> dict[str, str]:
     return {
         str(path.relative_to(folder)): f"{hashlib.sha256(path.read_bytes()).hexdigest()} {path.stat().st_mtime_ns}"
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in ("multirun.yaml", "run.lock", "results.csv")
+        if path.is_file() and path.name not in ("multirun.yaml", "run.lock")
     }
 
 
