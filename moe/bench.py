@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralForCausalLM, MixtralSparseMoeBlock
 
 from moe import process
-from moe.config import ModelConfig
+from moe.config import ModelConfig, OptimizerConfig
 from moe.experts import Experts
 from moe.layer import MoELayer
 from moe.model import MoEConfig, MoEForCausalLM
@@ -105,8 +105,7 @@ def step_variants(vocab_size: int, batch: int, seq_len: int) -> list[Variant]:
     mixtral.set_experts_implementation("grouped_mm")
 
     def step(model: nn.Module) -> Callable[[], object]:
-        settings: dict[str, Any] = {"momentum": 0.95, "betas": (0.9, 0.95), "weight_decay": 0.1}
-        optimizers = build_optimizers(model, muon_lr=0.02, adamw_lr=0.003, **settings)
+        optimizers = build_optimizers(model, OptimizerConfig(muon_lr=0.02, adamw_lr=0.01))
 
         def run() -> None:
             ids = torch.randint(0, vocab_size, (batch, seq_len))

@@ -144,7 +144,8 @@ def _explain(error: Exception, overrides: list[str]) -> ConfigError:
             compose("config", overrides=[str(o.input_line) for o in [*groups, override]])
         except (HydraException, OmegaConfBaseException, ValueError) as cause:
             return ConfigError(f"{override.input_line}: {_first_line(cause)}")
-    return ConfigError(f"{' '.join(overrides)}: {_first_line(error)}")
+    key = getattr(error, "full_key", None) or " ".join(overrides)
+    return ConfigError(f"{key}: {_first_line(error)}")
 
 
 def _first_line(error: Exception) -> str:

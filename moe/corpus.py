@@ -158,6 +158,7 @@ class Files:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "paths", tuple(self.paths))
+        self._files()  # a wrong path is refused before any work
 
     def documents(self) -> Iterator[Document]:
         return distinct(self._rows())

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor
 from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
 
 from moe import checkpoint, metrics, process
 from moe.checks import build
@@ -49,7 +50,7 @@ def train(config: Config, folder: Path, *, mirror: Mirror, signals: Signals) -> 
     data = prepare_data(config)
     schedule = build(config.schedule, "schedule")
     plain = build_model(config, vocab_size=len(data.tokenizer))
-    optimizers: list[Any] = build_optimizers(plain, **_optimizer_settings(config))
+    optimizers: list[Any] = build_optimizers(plain, config.optimizer)
     done, clock = _resume(folder, plain, optimizers)
     model, *optimizers = accelerator.prepare(plain, *optimizers)
     forward = torch.compile(model) if config.compile else model
@@ -69,14 +70,14 @@ def train(config: Config, folder: Path, *, mirror: Mirror, signals: Signals) -> 
             tqdm.write(_summary_line(done, config.steps, values))
             return values
 
-        scale_learning_rates(optimizers, learning_rate_scale(done, **_curve_settings(config)))
+        scale_learning_rates(config, optimizers, step=done)
         latest = validate() if done == 0 else {}
         bar = tqdm(range(done, config.steps), initial=done, total=config.steps, unit="step", disable=None)
         for step in bar:
             tick = time.perf_counter()
             setting = knob_settings(config, schedule, step)
             knobs = Knobs.of(**setting, device=accelerator.device)
-            scale_learning_rates(optimizers, learning_rate_scale(step, **_curve_settings(config)))
+            scale_learning_rates(config, optimizers, step=step)
             model.train()
             outputs: list[Outcome] = []
             for micro, ids in enumerate(micro_batches(config, data, step)):
@@ -192,8 +193,10 @@ def step_values(outputs: list[Outcome]) -> dict[str, Any]:
     return values
 
 
-def scale_learning_rates(optimizers: list[Any], scale: float) -> None:
-    """Set every group's learning rate to `scale` times its peak."""
+def scale_learning_rates(config: Config, optimizers: list[Any], *, step: int) -> None:
+    """Set every group's learning rate to what its peak and the curve say at optimizer step `step`."""
+    curve = config.optimizer
+    scale = learning_rate_scale(step, steps=config.steps, warmup=curve.warmup, floor=curve.floor)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = scale * group["initial_lr"]
@@ -223,21 +226,6 @@ def _resume(folder: Path, model: MoEForCausalLM, optimizers: list[Any]) -> tuple
         optimizer.load_state_dict(saved)
     log.info("%s: resumed after step %d", folder, done)
     return done, Clock(state["elapsed"], state["train_seconds"])
-
-
-def _optimizer_settings(config: Config) -> dict[str, Any]:
-    chosen = config.optimizer
-    return {
-        "muon_lr": chosen.muon_lr,
-        "adamw_lr": chosen.adamw_lr,
-        "momentum": chosen.momentum,
-        "betas": (chosen.beta1, chosen.beta2),
-        "weight_decay": chosen.weight_decay,
-    }
-
-
-def _curve_settings(config: Config) -> dict[str, Any]:
-    return {"steps": config.steps, "warmup": config.optimizer.warmup, "floor": config.optimizer.floor}
 
 
 def prepare_data(config: Config) -> Prepared:
@@ -290,6 +278,7 @@ def _summary_line(step: int, steps: int, values: dict[str, Any]) -> str:
 
 
 def _save_model(model: MoEForCausalLM, data: Prepared, folder: Path) -> None:
+    disable_progress_bar()  # of writing one small file
     temporary = folder / ".tmp-model"
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from moe.config import OptimizerConfig
+
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients (Jordan 2024)
 
 
@@ -83,26 +85,20 @@ class Muon(torch.optim.Optimizer):
         return direction.reshape(-1, *p.shape[-2:])
 
 
-def build_optimizers(
-    model: nn.Module,
-    *,
-    muon_lr: float | None,
-    adamw_lr: float,
-    momentum: float,
-    betas: tuple[float, float],
-    weight_decay: float,
-) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: nn.Module, settings: OptimizerConfig) -> list[torch.optim.Optimizer]:
     """Muon for every matrix but the embeddings (attention, experts, router), AdamW for the rest; AdamW for all if
     `muon_lr` is None. Weight decay applies to AdamW's matrices and vectors alike, and not to Muon's."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, p in model.named_parameters():
         if p.requires_grad:
-            matrix = muon_lr is not None and p.ndim >= 2 and "embed" not in name and "lm_head" not in name
+            matrix = settings.muon_lr is not None and p.ndim >= 2 and "embed" not in name and "lm_head" not in name
             (matrices if matrix else others).append(p)
-    adamw = torch.optim.AdamW(others, lr=adamw_lr, betas=betas, weight_decay=weight_decay, fused=True)
-    muon = [] if muon_lr is None else [Muon(matrices, lr=muon_lr, momentum=momentum)]
-    optimizers: list[torch.optim.Optimizer] = [*muon, adamw]
+    betas = (settings.beta1, settings.beta2)
+    adamw = torch.optim.AdamW(others, lr=settings.adamw_lr, betas=betas, weight_decay=settings.weight_decay, fused=True)
+    optimizers: list[torch.optim.Optimizer] = [adamw]
+    if settings.muon_lr is not None:
+        optimizers.insert(0, Muon(matrices, lr=settings.muon_lr, momentum=settings.momentum))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]  # the peak, which a checkpoint keeps with the rest of the group

@@ -36,11 +36,11 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 class EventLog:
     """Appends events, each a flat dict with "kind" and "step" (optimizer steps done), a line at a time.
 
-    On a resume from `step`, later events are dropped: the resumed run writes them again.
+    On a resume from `step`, later events are dropped, and all of them at step 0: the run writes them again.
     """
 
     def __init__(self, path: Path, *, step: int) -> None:
-        kept = [event for event in read_events(path) if event["step"] <= step]
+        kept = [event for event in read_events(path) if event["step"] <= step] if step else []
         write_text(path, "".join(json.dumps(event) + "\n" for event in kept))
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 - closed by __exit__
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from moe.config import ModelConfig
 from moe.cost import count_parameters, flops_per_token
 from moe.model import IGNORED, MoEConfig, MoEForCausalLM, next_token
-from moe.routing import Knobs
+from moe.routing import Context, Knobs
 
 TOPK = {"_target_": "moe.routers.topk.TopK", "k": 2}
 HASH = {"_target_": "moe.routers.hash.Hash"}
@@ -137,6 +137,20 @@ def test_auxiliary_losses_are_per_layer_and_unweighted(ids: torch.Tensor) -> Non
     assert set(output.aux) == {"load_balance", "router_z"}
     assert all(values.shape == (2,) for values in output.aux.values())
     assert output.aux["load_balance"].mean().item() == pytest.approx(1, abs=0.2)
+
+
+def test_the_recorded_load_is_that_of_what_the_router_really_sees(ids: torch.Tensor) -> None:
+    """Not of the block's raw input, before attention and norm, whose load is another one."""
+    model = make()
+    block = model.model.layers[1]
+    seen: list[torch.Tensor] = []
+    block.mlp.router.register_forward_hook(lambda module, inputs, routing: seen.append(routing.expert))
+    inputs: list[torch.Tensor] = []
+    block.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
+    offered = model(ids).stats.offered[1]
+    assert torch.equal(torch.bincount(seen[0], minlength=4).float(), offered)
+    raw = block.mlp.router(inputs[0].view(-1, 32), Context(ids, Knobs.of())).expert
+    assert not torch.equal(torch.bincount(raw, minlength=4).float(), offered)
 
 
 def test_dropout_and_noise_act_in_training_only(ids: torch.Tensor) -> None:

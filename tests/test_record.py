@@ -18,6 +18,13 @@ def test_a_resume_drops_what_it_will_write_again_and_a_torn_line(tmp_path: Path)
     assert read_events(path)[-1]["train/loss"] == 9.0
 
 
+def test_a_run_killed_before_its_first_checkpoint_starts_its_log_again(tmp_path: Path) -> None:
+    for _ in range(2):
+        with EventLog(tmp_path / "events.jsonl", step=0) as events:
+            events.write("eval", 0, {"val/loss": 1.0})
+    assert len(read_events(tmp_path / "events.jsonl")) == 1
+
+
 def test_every_event_is_on_disk_at_once(tmp_path: Path) -> None:
     with EventLog(tmp_path / "events.jsonl", step=0) as events:
         events.write("train", 1, {})

@@ -6,6 +6,7 @@ Through real processes and the user's own words.
 import fcntl
 import hashlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -72,8 +73,8 @@ def test_the_users_factorial_word_for_word(small: list[str], tmp_path: Path) -> 
     assert list((tmp_path / "analysis").glob("*.png"))
 
 
-def test_a_killed_run_resumes_bitwise_and_a_term_signal_checkpoints(small: list[str], tmp_path: Path) -> None:
-    """SIGKILL, then SIGTERM, then to the end; and once undisturbed."""
+def test_a_killed_run_resumes_bitwise_and_signals_checkpoint(small: list[str], tmp_path: Path) -> None:
+    """SIGKILL, then SIGTERM, then Ctrl-C, then to the end; and once undisturbed."""
     settings = ["router=temperature", "router.temp=1.5", "noise=0.1", "steps=200", "save_every=5", "eval_every=50"]
     commands = {name: [*small, *settings, f"out={tmp_path / name}"] for name in ("a", "b")}
     assert train(*commands["a"]).returncode == 0
@@ -94,6 +95,7 @@ def test_a_killed_run_resumes_bitwise_and_a_term_signal_checkpoints(small: list[
     assert state(folder_b)["status"] == "running"
     assert start_and_send(signal.SIGTERM) == 143
     assert state(folder_b)["status"] == "interrupted"
+    assert start_and_send(signal.SIGINT) == 130
     assert train(*commands["b"]).returncode == 0
     [folder_a] = [path.parent for path in (tmp_path / "a").rglob("run.json")]
     weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (folder_a, folder_b)]
@@ -186,6 +188,8 @@ def test_the_record_of_a_run_says_what_it_was(small: list[str], tmp_path: Path) 
         routing_entropies selection_confidences expert_utilizations load_balancing_losses""".split()
     assert set(series) <= set(metrics["history"])
     assert {len(metrics["history"][name]) for name in series} == {3}
+    assert all(0 < value <= math.log(4) for value in metrics["history"]["routing_entropies"])
+    assert all(0.25 <= value <= 1 for value in metrics["history"]["selection_confidences"])
     assert metrics["final_metrics"]["val/loss"] == metrics["history"]["val_losses"][-1]
     assert "routing/load_cv/layer01" in metrics["final_metrics"]
     assert os.path.getsize(next(run.parent.glob("model/*.safetensors"))) > 0
