@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralSparseMoeBlock
 
 from moe.experts import Experts
 from moe.layer import MoELayer
@@ -73,3 +74,26 @@ def test_statistics_are_detached_and_merging_halves_is_the_whole() -> None:
     for merged, field in zip(halves[0].merge(halves[1]), whole, strict=True):
         assert not field.requires_grad
         torch.testing.assert_close(merged, field)
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_the_layer_equals_transformers_mixtral_block(k: int) -> None:
+    """An implementation by other hands: same weights, same output and same gradient of the input."""
+    config = MixtralConfig(hidden_size=D, intermediate_size=H, num_local_experts=E, num_experts_per_tok=k)
+    config._experts_implementation = "eager"
+    block = filled(MixtralSparseMoeBlock(config))
+    experts, router = Experts(E, D, hidden=H, kind="swiglu"), TopK(D, E, k=k)
+    with torch.no_grad():
+        gate, up = block.experts.gate_up_proj.chunk(2, dim=1)
+        experts.gate.copy_(gate)
+        experts.up.copy_(up)
+        experts.down.copy_(block.experts.down_proj)
+        router.weight.copy_(block.gate.weight)
+    ours, theirs = (torch.randn(2, 5, D, generator=torch.Generator().manual_seed(4)) for _ in range(2))
+    y = MoELayer(router, experts)(ours.requires_grad_(), Context(torch.zeros(2, 5, dtype=torch.long), Knobs.of())).y
+    reference = block(theirs.requires_grad_())
+    reference = reference[0] if isinstance(reference, tuple) else reference
+    torch.testing.assert_close(y, reference)
+    for output in (y, reference):
+        output.square().sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
