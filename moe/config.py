@@ -162,13 +162,17 @@ class Config:
         build(self.schedule, "schedule")
 
     def check_router(self) -> None:
-        """Build the router without memory for it, which checks its keys and ranges (this imports torch)."""
+        """Build the router without memory for it, which checks its keys and ranges (this imports torch), and what
+        the schedule would make of its temperature and of the noise."""
         import torch
 
         with torch.device("meta"):
             router = build(self.router, "router", self.model.dim, self.model.num_experts)
         if self.schedule.get("knob") == "temperature" and not router.schedulable:
             raise ConfigError("schedule.knob=temperature: this router has no temperature; use router=temperature")
+        schedule = build(self.schedule, "schedule")
+        for knob, setting in (("temperature", self.temperature), ("noise", self.noise)):
+            schedule(knob, setting, 0.0)
 
     @property
     def temperature(self) -> float:

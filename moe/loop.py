@@ -30,7 +30,7 @@ from moe.model import MoEConfig, MoEForCausalLM, MoEOutput
 from moe.optim import build_optimizers, learning_rate_scale
 from moe.record import EventLog
 from moe.routing import Knobs, RoutingStats
-from moe.schedules import Schedule
+from moe.schedules import Constant, Schedule
 from moe.signals import Interrupted, Signals
 from moe.trackers import Mirror
 
@@ -149,7 +149,7 @@ def total_loss(config: Config, output: MoEOutput) -> Tensor:
     return torch.stack([output.loss, *weighted]).sum()
 
 
-def knob_settings(config: Config, schedule: Schedule, step: int) -> dict[str, float]:
+def knob_settings(config: Config, schedule: Schedule | Constant, step: int) -> dict[str, float]:
     """Temperature and noise at optimizer step `step`; the last evaluation, at `steps`, sees the run's own settings."""
     progress = step / config.steps
     return {
