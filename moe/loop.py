@@ -26,9 +26,11 @@ from moe.cost import count_parameters, flops_per_token, peak_memory_gb, reset_pe
 from moe.data import Prepared, batch, batch_indices, prepare
 from moe.divergence import Diverged, blame
 from moe.evaluate import evaluate
+from moe.layer import MoELayer
 from moe.model import MoEConfig, MoEForCausalLM, MoEOutput
 from moe.optim import build_optimizers, learning_rate_scale
 from moe.record import EventLog
+from moe.routers.base import Router
 from moe.routing import Knobs, RoutingStats
 from moe.schedules import Constant, Schedule
 from moe.signals import Interrupted, Signals
@@ -51,7 +53,9 @@ def train(config: Config, folder: Path, *, mirror: Mirror, signals: Signals) -> 
     schedule = build(config.schedule, "schedule")
     plain = build_model(config, vocab_size=len(data.tokenizer))
     optimizers: list[Any] = build_optimizers(plain, config.optimizer)
+    routers = [layer.router for layer in plain.modules() if isinstance(layer, MoELayer)]
     done, clock = _resume(folder, plain, optimizers)
+    weights = loss_weights(config, routers)
     model, *optimizers = accelerator.prepare(plain, *optimizers)
     forward = torch.compile(model) if config.compile else model
 
@@ -84,15 +88,19 @@ def train(config: Config, folder: Path, *, mirror: Mirror, signals: Signals) -> 
                 ids = ids.to(accelerator.device)
                 torch.manual_seed(random_stream(config.seed, step, micro))
                 output = forward(ids, ids, knobs=knobs, capacity=config.capacity)
-                accelerator.backward(total_loss(config, output) / config.grad_accum)
+                accelerator.backward(total_loss(weights, output) / config.grad_accum)
                 outputs.append(Outcome(output.loss.item(), output.aux or {}, output.stats))
             norm = accelerator.clip_grad_norm_(model.parameters(), config.optimizer.clip).item()
-            values = step_values(outputs)
+            sums = merged_stats(outputs)
+            values = step_values(outputs, sums)
             if not math.isfinite(values["train/loss"] + norm):
                 raise Diverged(step, blame(plain, ids, knobs))
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
+            if sums is not None:
+                for index, router in enumerate(routers):
+                    router.after_step(sums.layer(index))
 
             done = step + 1
             seconds = clock.trained(since=tick)
@@ -137,15 +145,16 @@ class Clock:
         return seconds
 
 
-def total_loss(config: Config, output: MoEOutput) -> Tensor:
+def loss_weights(config: Config, routers: list[Router]) -> dict[str, float]:
+    """The weight of every auxiliary loss by name: the configuration's, and those of the routers' own losses."""
+    own = routers[0].loss_weights if routers else {}
+    return {"load_balance": config.lb, "router_z": config.z, **own}
+
+
+def total_loss(weights: dict[str, float], output: MoEOutput) -> Tensor:
     """What is minimised: cross-entropy plus weighted auxiliary losses, each summed over layers."""
     assert output.loss is not None
-    aux = output.aux or {}
-    weighted = [
-        weight * aux[name].sum()
-        for name, weight in (("load_balance", config.lb), ("router_z", config.z))
-        if name in aux
-    ]
+    weighted = [weights[name] * values.sum() for name, values in (output.aux or {}).items()]
     return torch.stack([output.loss, *weighted]).sum()
 
 
@@ -181,14 +190,18 @@ class Outcome(NamedTuple):
     stats: RoutingStats | None
 
 
-def step_values(outputs: list[Outcome]) -> dict[str, Any]:
+def merged_stats(outputs: list[Outcome]) -> RoutingStats | None:
+    """The routing sums (L, ...) over all micro-batches of a step; None without MoE layers."""
+    stats = [output.stats for output in outputs if output.stats is not None]
+    return functools.reduce(RoutingStats.merge, stats) if stats else None
+
+
+def step_values(outputs: list[Outcome], sums: RoutingStats | None) -> dict[str, Any]:
     """Of one optimizer step: mean losses, unweighted (aux: mean over layers), and the routing metrics of all tokens."""
     values: dict[str, Any] = {"train/loss": fmean(output.loss for output in outputs)}
     for name in outputs[0].aux:
         values[f"train/{name}"] = fmean(output.aux[name].mean().item() for output in outputs)
-    stats = [output.stats for output in outputs if output.stats is not None]
-    if stats:
-        sums = functools.reduce(RoutingStats.merge, stats)
+    if sums is not None:
         values |= {f"train/{name}": value for name, value in metrics.summarize(sums, per_layer=False).items()}
     return values
 

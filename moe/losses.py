@@ -27,7 +27,7 @@ def router_z(logits: Float[Tensor, "T E"]) -> Float[Tensor, ""]:
 
 def auxiliary(routing: Routing, offered: Int[Tensor, "E"]) -> dict[str, Float[Tensor, ""]]:
     """Every auxiliary loss that this routing has, by name."""
-    losses = {}
+    losses = dict(routing.aux)
     if routing.probs is not None:
         losses["load_balance"] = load_balance(routing.probs, offered)
     if routing.logits is not None:

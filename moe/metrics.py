@@ -35,6 +35,7 @@ def measure(routing: Routing, plan: Plan, tokens: int) -> RoutingStats:
         entropy_t1=missing if at_t1 is None else torch.special.entr(at_t1).sum(),
         confidence_t1=missing if at_t1 is None else at_t1.amax(-1).sum(),
         logsumexp_squared=missing if routing.logits is None else torch.logsumexp(routing.logits, -1).square().sum(),
+        evidence=missing.expand(len(plan.offered)) if routing.evidence is None else routing.evidence,
     )
 
 

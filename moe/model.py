@@ -144,11 +144,13 @@ class MoEPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """N(0, initializer_range) for every matrix of ours, frozen router projections included; norms at 1."""
+        """N(0, initializer_range) for every matrix; norms at 1; routers as they say themselves."""
         super()._init_weights(module)
-        if isinstance(module, Experts | Router):
-            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-                nn.init.normal_(tensor, std=self.config.initializer_range)
+        if isinstance(module, Router):
+            module.initialize(self.config.initializer_range)
+        elif isinstance(module, Experts):
+            for p in module.parameters():
+                nn.init.normal_(p, std=self.config.initializer_range)
 
 
 class MoEModel(MoEPreTrainedModel):

@@ -4,10 +4,10 @@ Letters, everywhere in this package: T tokens, E experts, K experts per token, A
 R assignments that are kept, D model width, F expert width, L layers, B sequences of S tokens (T = B*S).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -38,6 +38,8 @@ class Routing(NamedTuple):
     probs: (T, E) the distribution that the decision came from (noise and temperature applied), or None where the
         router has none (hash); a metric of a missing distribution is null, never zero.
     logits: (T, E) clean scores, before noise and temperature, or None.
+    aux: auxiliary losses of this router alone, unweighted means over tokens; its `loss_weights` weight them.
+    evidence: (E) sums over tokens of whatever this router's `after_step` learns from, beside the loads, or None.
     """
 
     token: Int[Tensor, "A"]
@@ -45,19 +47,21 @@ class Routing(NamedTuple):
     weight: Float[Tensor, "A"]
     probs: Float[Tensor, "T E"] | None
     logits: Float[Tensor, "T E"] | None
+    aux: dict[str, Float[Tensor, ""]] = {}
+    evidence: Float[Tensor, "E"] | None = None
 
     @staticmethod
-    def token_choice(
-        expert: Int[Tensor, "T K"],
-        weight: Float[Tensor, "T K"],
-        *,
-        probs: Float[Tensor, "T E"] | None = None,
-        logits: Float[Tensor, "T E"] | None = None,
-    ) -> "Routing":
-        """Every token names K experts: the common case in one line."""
+    def token_choice(expert: Int[Tensor, "T K"], weight: Float[Tensor, "T K"], **rest: Any) -> "Routing":
+        """Every token names K experts: the common case in one line; `rest` are the other fields."""
         tokens, k = expert.shape
         token = torch.arange(tokens, device=expert.device).repeat_interleave(k)
-        return Routing(token, expert.flatten(), weight.flatten(), probs, logits)
+        return Routing(token, expert.flatten(), weight.flatten(), **{"probs": None, "logits": None, **rest})
+
+    @staticmethod
+    def masked(chosen: Bool[Tensor, "T E"], weight: Float[Tensor, "T E"], **rest: Any) -> "Routing":
+        """A token takes every expert where `chosen` is true: a varying number of them."""
+        token, expert = chosen.nonzero(as_tuple=True)
+        return Routing(token, expert, weight[token, expert], **{"probs": None, "logits": None, **rest})
 
 
 class RoutingStats(NamedTuple):
@@ -78,6 +82,7 @@ class RoutingStats(NamedTuple):
     entropy_t1: Float[Tensor, "*L"]  # the same two of softmax(logits): clean, at temperature 1
     confidence_t1: Float[Tensor, "*L"]
     logsumexp_squared: Float[Tensor, "*L"]
+    evidence: Float[Tensor, "*L E"]  # of `Routing.evidence`
 
     def merge(self, other: "RoutingStats") -> "RoutingStats":
         """The sums over the tokens of both."""
@@ -86,6 +91,10 @@ class RoutingStats(NamedTuple):
     def pool(self) -> "RoutingStats":
         """All layers as if they were one, by adding them: opposite imbalances of two layers cancel here."""
         return RoutingStats(*(field.sum(0, keepdim=True) for field in self))
+
+    def layer(self, index: int) -> "RoutingStats":
+        """The sums of one layer of a stack."""
+        return RoutingStats(*(field[index] for field in self))
 
     @staticmethod
     def stack(layers: "list[RoutingStats]") -> "RoutingStats":

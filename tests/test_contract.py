@@ -186,16 +186,10 @@ def test_degenerate_batches_are_finite_and_counted(path: Path, batch: str, capac
     assert (layer.experts.up.grad[empty] == 0).all()
 
 
-def test_a_single_expert_is_a_plain_feed_forward_of_the_gate(path: Path, x: Tensor, ids: Tensor) -> None:
-    if yaml.safe_load(path.read_text()).get("k", 1) > 1:
-        spec = yaml.safe_load(path.read_text()) | {"k": 1}
-    else:
-        spec = yaml.safe_load(path.read_text())
-    router = build(spec, "router", D, 1)
-    for p in router.parameters():
-        nn.init.normal_(p)
-    experts = Experts(1, D, hidden=F, kind="silu")
-    for p in experts.parameters():
-        nn.init.normal_(p, std=0.3)
-    y = MoELayer(router, experts).eval()(x, context(ids)).y
-    torch.testing.assert_close(y.view(-1, D), experts(x.view(-1, D), torch.tensor([B * S])))
+def test_the_layer_is_the_weighted_sum_of_every_expert_run_on_every_token(path: Path, x: Tensor, ids: Tensor) -> None:
+    layer = make_layer(path).eval()
+    flat = x.view(-1, D)
+    weights = dense_weights(layer.router(flat, context(ids)), B * S)
+    everywhere = layer.experts(flat.repeat(E, 1), torch.full((E,), B * S)).view(E, B * S, D)
+    expected = torch.einsum("te,etd->td", weights, everywhere)
+    torch.testing.assert_close(layer(x, context(ids)).y.view(-1, D), expected)

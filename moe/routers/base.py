@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moe.checks import require
-from moe.routing import Context, Knobs, Routing
+from moe.routing import Context, Knobs, Routing, RoutingStats
 
 
 class Router(nn.Module):
@@ -14,6 +14,7 @@ class Router(nn.Module):
     causal: whether a token's routing is independent of later tokens and of other sequences; audited by the contract
         test and printed beside the router's name everywhere.
     schedulable: whether the knob `temperature` acts on it.
+    loss_weights: weights of the auxiliary losses that this router alone has, by name.
     """
 
     causal: bool = True
@@ -23,9 +24,22 @@ class Router(nn.Module):
         super().__init__()
         self.dim = dim
         self.num_experts = num_experts
+        self.loss_weights: dict[str, float] = {}
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         raise NotImplementedError
+
+    def initialize(self, std: float) -> None:
+        """N(0, std) for every matrix; other parameters and buffers stay as the constructor left them."""
+        for p in self.parameters():
+            if p.ndim >= 2:
+                nn.init.normal_(p, std=std)
+
+    def after_step(self, stats: RoutingStats) -> None:
+        """Learn without gradient, once per optimizer step, from this layer's sums over all tokens of the step.
+
+        Never called in evaluation. What it changes must be a persistent buffer, so that checkpoints hold it.
+        """
 
     def perturb(self, logits: Float[Tensor, "T E"], knobs: Knobs) -> Float[Tensor, "T E"]:
         """logits + N(0, noise^2) in training, the logits themselves in evaluation.

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe.routers.base import Router, check_k
 from moe.routing import Context, Routing
@@ -23,6 +23,9 @@ class Random(Router):
         check_k(k, num_experts)
         self.k = k
         self.register_buffer("weight", torch.empty(num_experts, dim))
+
+    def initialize(self, std: float) -> None:
+        nn.init.normal_(self.weight, std=std)
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         logits = F.linear(x, self.weight)

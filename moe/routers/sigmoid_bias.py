@@ -1,0 +1,57 @@
+"""Balance without a balance loss: a bias per expert moves selection only."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moe.checks import finite, require
+from moe.routers.base import Router, check_k
+from moe.routing import Context, Routing, RoutingStats
+
+
+class SigmoidBias(Router):
+    """Select the k largest s + b, weight by s alone, with s = sigmoid(W x) (Wang et al. 2408.15664; DeepSeek-V3).
+
+    After each optimizer step b_e += rate * sign(mean load - load_e), from the load of the whole step, and b is centred,
+    because adding a constant to it changes nothing. Gates are s over the selected, normalised to sum 1 when
+    `normalise` (never for k=1). `probs` is s normalised over all experts, so that a balance loss may be added.
+    Expect load_cv to fall without `lb`; use lb=0.
+    """
+
+    bias: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        *,
+        k: int = 2,
+        rate: float = 1e-3,
+        update: Literal["sign", "proportional"] = "sign",
+        normalise: bool = True,
+    ) -> None:
+        super().__init__(dim, num_experts)
+        check_k(k, num_experts)
+        require(finite(rate) and rate >= 0, "router.rate", rate, "a finite number >= 0")
+        self.k, self.rate, self.update, self.normalise = k, rate, update, normalise
+        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        self.register_buffer("bias", torch.zeros(num_experts))
+
+    def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
+        logits = F.linear(x, self.weight.float())
+        scores = torch.sigmoid(self.perturb(logits, context.knobs))
+        expert = (scores + self.bias).topk(self.k).indices
+        weight = scores.gather(-1, expert)
+        if self.normalise and self.k > 1:
+            weight = weight / weight.sum(-1, keepdim=True)
+        return Routing.token_choice(expert, weight, probs=scores / scores.sum(-1, keepdim=True), logits=logits)
+
+    @torch.no_grad()
+    def after_step(self, stats: RoutingStats) -> None:
+        error = stats.offered.mean() - stats.offered
+        step = error.sign() if self.update == "sign" else error / stats.offered.mean()
+        self.bias += self.rate * step
+        self.bias -= self.bias.mean()

@@ -1,0 +1,102 @@
+"""Selection by s + b, gates by s, and the bias's own rule."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from moe.dispatch import plan
+from moe.loop import build_model, prepare_data, train
+from moe.metrics import measure
+from moe.routers.sigmoid_bias import SigmoidBias
+from moe.routing import Context, Knobs, RoutingStats
+from moe.signals import Signals
+from moe.trackers import Mirror
+
+D, E, T = 16, 8, 50
+
+
+def make(**settings: Any) -> SigmoidBias:
+    router = SigmoidBias(D, E, **settings)
+    nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(0))
+    return router
+
+
+def context(tokens: int = T) -> Context:
+    return Context(torch.zeros(1, tokens, dtype=torch.long), Knobs.of())
+
+
+def stats(loads: list[int]) -> RoutingStats:
+    router = make(k=1)
+    routing = router(torch.randn(T, D), context())
+    return measure(routing, plan(routing, E, capacity=None, seq_len=T), T)._replace(offered=torch.tensor(loads, dtype=torch.float32))
+
+
+def test_the_bias_moves_selection_and_no_gate() -> None:
+    x = torch.randn(T, D)
+    router = make(k=2, normalise=False)
+    router.bias[3] = 10.0
+    routing = router(x, context())
+    experts, weights = routing.expert.view(T, 2), routing.weight.view(T, 2)
+    assert (experts == 3).any(-1).all()
+    scores = torch.sigmoid(x @ router.weight.T)
+    torch.testing.assert_close(weights, scores.gather(-1, experts))
+
+
+def test_normalised_gates_sum_to_one_except_for_one_expert() -> None:
+    torch.testing.assert_close(make(k=3)(torch.randn(T, D), context()).weight.view(T, 3).sum(-1), torch.ones(T))
+    assert (make(k=1)(torch.randn(T, D), context()).weight < 1).all()
+
+
+@pytest.mark.parametrize(
+    ("update", "expected"),
+    [("sign", [1, 1, 1, 1, -1, -1, -1, -1]), ("proportional", [1, 0.5, 0.25, 0.25, -0.5, -0.5, -0.5, -0.5])],
+)
+def test_the_update_rule(update: Any, expected: list[float]) -> None:
+    router = make(rate=0.01, update=update)
+    router.after_step(stats([0, 4, 6, 6, 12, 12, 12, 12]))
+    torch.testing.assert_close(router.bias, 0.01 * torch.tensor(expected, dtype=torch.float32))
+
+
+def test_the_bias_stays_centred() -> None:
+    router = make(rate=0.1)
+    for load in ([0, 8, 8, 8, 8, 8, 8, 8], [1, 0, 0, 0, 0, 0, 0, 55]):
+        router.after_step(stats(load))
+        torch.testing.assert_close(router.bias.mean(), torch.tensor(0.0), atol=1e-6, rtol=0)
+
+
+def test_it_balances_a_skewed_router_without_any_gradient() -> None:
+    """Tokens that all prefer the same experts: MaxVio falls by more than half."""
+    torch.manual_seed(1)
+    router = make(k=2, rate=0.02)
+    x = torch.randn(400, D) + 0.8 * router.weight[0] / router.weight[0].norm()
+
+    def violation() -> float:
+        load = torch.bincount(router(x, context(400)).expert, minlength=E).float()
+        return (load.max() / load.mean() - 1).item()
+
+    before = violation()
+    for _ in range(200):
+        routing = router(x, context(400))
+        router.after_step(measure(routing, plan(routing, E, capacity=None, seq_len=400), 400))
+    assert violation() < before / 2
+
+
+def test_training_updates_it_once_per_optimizer_step_and_evaluation_never(
+    cell: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six steps of three micro-batches, with three evaluations between: six updates of the rate."""
+    one = cell("router=sigmoid_bias", "router.rate=1.0", "lb=0", "grad_accum=3")
+    one.folder.mkdir(parents=True)
+    calls: list[int] = []
+    monkeypatch.setattr(SigmoidBias, "after_step", lambda router, sums: calls.append(int(sums.tokens)))
+    train(one.config, one.folder, mirror=Mirror(one), signals=Signals())
+    layers, tokens_per_step = 2, 3 * 4 * 32
+    assert calls == [tokens_per_step] * 6 * layers
+
+
+def test_a_fresh_model_starts_without_bias(cell: Any) -> None:
+    config = cell("router=sigmoid_bias").config
+    model = build_model(config, vocab_size=len(prepare_data(config).tokenizer))
+    assert all((layer.mlp.router.bias == 0).all() for layer in model.model.layers)
