@@ -57,6 +57,7 @@ def run(cell: Cell) -> None:
             final = _write_metrics(cell.folder, facts)
             mirror.finish(final)
             _write(cell, "finished", facts)
+            log.info("%s: finished, val perplexity %.2f", cell.folder, final["val/perplexity"])
         except Interrupted as stop:
             mirror.finish({})
             _write(cell, "interrupted", error=str(stop))
