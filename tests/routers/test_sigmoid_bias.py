@@ -30,7 +30,8 @@ def context(tokens: int = T) -> Context:
 def stats(loads: list[int]) -> RoutingStats:
     router = make(k=1)
     routing = router(torch.randn(T, D), context())
-    return measure(routing, plan(routing, E, capacity=None, seq_len=T), T)._replace(offered=torch.tensor(loads, dtype=torch.float32))
+    sums = measure(routing, plan(routing, E, capacity=None, seq_len=T), T)
+    return sums._replace(offered=torch.tensor(loads, dtype=torch.float32))
 
 
 def test_the_bias_moves_selection_and_no_gate() -> None:
