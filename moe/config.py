@@ -169,7 +169,7 @@ class Config:
         with torch.device("meta"):
             router = build(self.router, "router", self.model.dim, self.model.num_experts)
         if self.schedule.get("knob") == "temperature" and not router.schedulable:
-            raise ConfigError("schedule.knob=temperature: this router has no temperature; use router=temperature")
+            raise ConfigError("schedule.knob=temperature: this router has no temperature; use temperature or gumbel")
         schedule = build(self.schedule, "schedule")
         for knob, setting in (("temperature", self.temperature), ("noise", self.noise)):
             schedule(knob, setting, 0.0)

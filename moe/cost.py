@@ -18,14 +18,15 @@ class Parameters(NamedTuple):
 
 
 def count_parameters(model: MoEForCausalLM) -> Parameters:
-    """Count parameters; a router without a fixed number of experts per token counts as using all of them."""
+    """Count parameters; where the number of experts per token varies, its mean counts, or all if it is not known."""
     total = sum(p.numel() for p in model.parameters())
     idle = 0
     for layer in model.modules():
         if isinstance(layer, MoELayer):
             size = sum(p.numel() for p in layer.experts.parameters())
-            used = getattr(layer.router, "k", layer.router.num_experts)
-            idle += size - size * used // layer.router.num_experts
+            experts = layer.router.num_experts
+            used = getattr(layer.router, "k", layer.router.mean_k) or experts
+            idle += size - round(size * used / experts)
     return Parameters(total, total - idle)
 
 

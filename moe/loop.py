@@ -55,7 +55,6 @@ def train(config: Config, folder: Path, *, mirror: Mirror, signals: Signals) -> 
     optimizers: list[Any] = build_optimizers(plain, config.optimizer)
     routers = [layer.router for layer in plain.modules() if isinstance(layer, MoELayer)]
     done, clock = _resume(folder, plain, optimizers)
-    weights = loss_weights(config, routers)
     model, *optimizers = accelerator.prepare(plain, *optimizers)
     forward = torch.compile(model) if config.compile else model
 
@@ -88,7 +87,7 @@ def train(config: Config, folder: Path, *, mirror: Mirror, signals: Signals) -> 
                 ids = ids.to(accelerator.device)
                 torch.manual_seed(random_stream(config.seed, step, micro))
                 output = forward(ids, ids, knobs=knobs, capacity=config.capacity)
-                accelerator.backward(total_loss(weights, output) / config.grad_accum)
+                accelerator.backward(total_loss(config, routers, output) / config.grad_accum)
                 outputs.append(Outcome(output.loss.item(), output.aux or {}, output.stats))
             norm = accelerator.clip_grad_norm_(model.parameters(), config.optimizer.clip).item()
             sums = merged_stats(outputs)
@@ -145,16 +144,17 @@ class Clock:
         return seconds
 
 
-def loss_weights(config: Config, routers: list[Router]) -> dict[str, float]:
-    """The weight of every auxiliary loss by name: the configuration's, and those of the routers' own losses."""
-    own = routers[0].loss_weights if routers else {}
-    return {"load_balance": config.lb, "router_z": config.z, **own}
+def total_loss(config: Config, routers: list[Router], output: MoEOutput) -> Tensor:
+    """What is minimised: cross-entropy plus auxiliary losses, weighted and summed over layers.
 
-
-def total_loss(weights: dict[str, float], output: MoEOutput) -> Tensor:
-    """What is minimised: cross-entropy plus weighted auxiliary losses, each summed over layers."""
+    The configuration weights the losses that all routers share, each router its own, and may change its mind.
+    """
     assert output.loss is not None
-    weighted = [weights[name] * values.sum() for name, values in (output.aux or {}).items()]
+    weighted = []
+    for name, values in (output.aux or {}).items():
+        shared = {"load_balance": config.lb, "router_z": config.z}
+        weights = [shared[name] if name in shared else router.loss_weights[name] for router in routers]
+        weighted.append((values * values.new_tensor(weights)).sum())
     return torch.stack([output.loss, *weighted]).sum()
 
 

@@ -16,7 +16,7 @@ def load_balance(probs: Float[Tensor, "T E"], offered: Int[Tensor, "E"]) -> Floa
     1 when either is uniform, for every K and E; E when one expert has everything. Gradient flows through P only.
     Switch Transformer (2101.03961, eq. 4-6), with f normalised by T*K as in GShard-style top-k.
     """
-    share = offered / offered.sum()
+    share = offered / offered.sum().clamp(min=1)  # a router may ask for nothing at all
     return len(offered) * (share * probs.mean(0)).sum()
 
 

@@ -105,7 +105,10 @@ def test_gradient_reaches_a_trainable_router_through_the_output_alone(path: Path
 
 
 def test_gradient_reaches_a_trainable_router_through_each_auxiliary_loss(path: Path, x: Tensor, ids: Tensor) -> None:
-    """A balance loss from integer counts, or of a softmax of a softmax, would have none."""
+    """A balance loss from integer counts, or of a softmax of a softmax, would have none.
+
+    One parameter is enough: learned noise, say, is no part of the clean logits that the z-loss sees.
+    """
     router = make_router(path)
     if not list(router.parameters()):
         return
@@ -116,8 +119,8 @@ def test_gradient_reaches_a_trainable_router_through_each_auxiliary_loss(path: P
     if len(offered.unique()) == 1:  # by construction: nothing to learn
         assert losses.pop("load_balance").item() == pytest.approx(1)
     for name, loss in losses.items():
-        [gradient] = torch.autograd.grad(loss, list(router.parameters()), retain_graph=True)
-        assert gradient.norm() > 1e-4, name
+        gradients = torch.autograd.grad(loss, list(router.parameters()), retain_graph=True, allow_unused=True)
+        assert max(g.norm() for g in gradients if g is not None) > 1e-4, name
 
 
 def test_evaluation_is_deterministic_ignores_noise_and_changes_no_state(path: Path, x: Tensor, ids: Tensor) -> None:
@@ -139,7 +142,7 @@ def test_noise_changes_routing_in_training(path: Path, x: Tensor, ids: Tensor) -
 def test_causal_routers_do_not_see_the_future_or_other_sequences(
     path: Path, capacity: float | None, x: Tensor, ids: Tensor
 ) -> None:
-    """The audit behind the label, in training (without noise) and in evaluation: replace the last tokens of all
+    """The audit behind the label, in training (with equal noise) and in evaluation: replace the last tokens of all
     sequences and, where nothing is dropped, all other sequences, which compete for capacity by design."""
     layer = make_layer(path)
     if capacity is not None and not hasattr(layer.router, "k"):
@@ -149,10 +152,13 @@ def test_causal_routers_do_not_see_the_future_or_other_sequences(
     if capacity is None:
         changed_x[1:], changed_ids[1:] = -2.0, 11
 
+    def output(tokens: Tensor, token_ids: Tensor) -> Tensor:
+        torch.manual_seed(0)  # what a router draws by itself is the same for both
+        return layer(tokens, context(token_ids, capacity=capacity)).y
+
     def unaffected(mode: bool) -> bool:
         layer.train(mode)
-        before, after = (layer(a, context(b, capacity=capacity)).y for a, b in ((x, ids), (changed_x, changed_ids)))
-        return torch.allclose(before[0, :5], after[0, :5], atol=1e-6)
+        return torch.allclose(output(x, ids)[0, :5], output(changed_x, changed_ids)[0, :5], atol=1e-6)
 
     assert all([unaffected(True), unaffected(False)]) == layer.router.causal
 

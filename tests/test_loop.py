@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import signal
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from moe import loop
 from moe.config import Cell
 from moe.divergence import Diverged, blame
-from moe.loop import build_model, knob_settings, micro_batches, prepare_data, train
+from moe.loop import build_model, knob_settings, micro_batches, prepare_data, total_loss, train
 from moe.record import read_events
 from moe.routing import Knobs
 from moe.schedules import Linear
@@ -107,6 +108,20 @@ def test_the_weights_of_the_losses_reach_the_gradient_even_if_logged_apart(cell:
     assert first[0]["train/loss"] == first[1]["train/loss"]
     assert first[0]["train/load_balance"] == first[1]["train/load_balance"]
     assert first[0]["grad_norm"] != first[1]["grad_norm"]
+
+
+def test_every_layers_router_weights_its_own_loss_as_it_stands(cell: Any) -> None:
+    """The sparsity controllers of two layers drift apart, step by step."""
+    config = cell("router=relu", "router.coefficient=0.5").config
+    model = build_model(config, vocab_size=400)
+    routers = [layer.mlp.router for layer in model.model.layers]
+    ids = torch.randint(0, 300, (2, 16))
+    output = model(ids, ids)
+    for weight in (0.5, 2.0):
+        routers[1].log_coefficient.fill_(math.log(weight))
+        sparsity = output.aux["sparsity"]
+        expected = output.loss + 0.5 * sparsity[0] + weight * sparsity[1]
+        torch.testing.assert_close(total_loss(config, routers, output), expected)
 
 
 def test_knobs_are_pure_functions_of_the_step_and_end_at_the_settings(cell: Any) -> None:

@@ -11,23 +11,28 @@ from moe.routing import Context, Knobs, Routing, RoutingStats
 class Router(nn.Module):
     """Maps (T, D) hidden states to assignments; subclasses implement `forward`.
 
-    causal: whether a token's routing is independent of later tokens and of other sequences; audited by the contract
-        test and printed beside the router's name everywhere.
+    causal: whether a token's routing, in training and in evaluation, is independent of later tokens and of other
+        sequences; audited by the contract test and printed beside the router's name everywhere.
     schedulable: whether the knob `temperature` acts on it.
-    loss_weights: weights of the auxiliary losses that this router alone has, by name.
+    mean_k: experts that a token uses, on average where the number varies; None if no one can say beforehand.
     """
 
     causal: bool = True
     schedulable: bool = False
+    mean_k: float | None = None
 
     def __init__(self, dim: int, num_experts: int) -> None:
         super().__init__()
         self.dim = dim
         self.num_experts = num_experts
-        self.loss_weights: dict[str, float] = {}
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         raise NotImplementedError
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """The weight of each auxiliary loss that this router alone has, by name; it may change from step to step."""
+        return {}
 
     def initialize(self, std: float) -> None:
         """N(0, std) for every matrix; other parameters and buffers stay as the constructor left them."""

@@ -1,0 +1,45 @@
+"""Cosine routing: the size of a hidden state or of an expert's embedding does not matter."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moe.checks import finite, require
+from moe.routers.base import Router, check_k
+from moe.routing import Context, Routing
+
+MIN_TAU = 0.01
+
+
+class Cosine(Router):
+    """Top-k by cos(P x, e) / tau, with P a projection to `proj_dim` dimensions and e the experts' embeddings
+    (X-MoE, Chi et al. 2204.09179).
+
+    The temperature tau is learned, as its logarithm, and never below 0.01; it is the only scale that logits have, and
+    they stay within +-1/tau. Gates are the softmax over the selected (k=1: over all, else the router would starve).
+    """
+
+    def __init__(self, dim: int, num_experts: int, *, k: int = 2, proj_dim: int = 16, tau: float = 0.3) -> None:
+        super().__init__(dim, num_experts)
+        check_k(k, num_experts)
+        require(1 <= proj_dim <= dim, "router.proj_dim", proj_dim, f"between 1 and model.dim={dim}")
+        require(finite(tau) and tau >= MIN_TAU, "router.tau", tau, f"a finite number >= {MIN_TAU}")
+        self.k = k
+        self.projection = nn.Parameter(torch.empty(proj_dim, dim))
+        self.embedding = nn.Parameter(torch.empty(num_experts, proj_dim))
+        self.log_tau = nn.Parameter(torch.full((1,), math.log(tau)))
+
+    def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
+        direction = F.normalize(F.linear(x, self.projection.float()), dim=-1)
+        cosine = F.linear(direction, F.normalize(self.embedding.float(), dim=-1))
+        logits = cosine / self.log_tau.float().clamp(min=math.log(MIN_TAU)).exp()
+        noisy = self.perturb(logits, context.knobs)
+        probs = torch.softmax(noisy, -1)
+        expert = noisy.topk(self.k).indices
+        weight = probs.gather(-1, expert)
+        if self.k > 1:
+            weight = weight / weight.sum(-1, keepdim=True)
+        return Routing.token_choice(expert, weight, probs=probs, logits=logits)

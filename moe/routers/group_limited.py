@@ -1,0 +1,52 @@
+"""Group-limited top-k: a token's experts come from few groups, so it travels to few devices."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from moe.checks import require
+from moe.routers.topk import TopK
+from moe.routing import Context, Routing
+
+
+class GroupLimited(TopK):
+    """Keep the `top_groups` of `groups` equal groups of neighbouring experts, then take the k largest logits in them.
+
+    A group is judged by the sum of its two largest probabilities (DeepSeek-V3 2412.19437; V2, 2405.04434, judged by
+    the largest). Gates as in `TopK`; `probs` is over all experts, so a balance loss sees the closed groups too.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        *,
+        k: int = 2,
+        groups: int = 4,
+        top_groups: int = 2,
+        gate: Literal["renorm", "softmax_all", "uniform"] = "renorm",
+    ) -> None:
+        super().__init__(dim, num_experts, k=k, gate=gate)
+        divides = groups >= 1 and num_experts % groups == 0
+        require(divides, "router.groups", groups, f"a divisor of model.num_experts={num_experts}")
+        require(1 <= top_groups <= groups, "router.top_groups", top_groups, f"between 1 and router.groups={groups}")
+        self.groups, self.top_groups, self.size = groups, top_groups, num_experts // groups
+        within = top_groups * self.size
+        require(k <= within, "router.k", k, f"at most {within}, the experts in router.top_groups={top_groups} groups")
+
+    def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
+        logits = F.linear(x, self.weight.float())
+        noisy = self.perturb(logits, context.knobs)
+        probs = torch.softmax(noisy, -1)
+        expert = noisy.masked_fill(~self._open(probs), -torch.inf).topk(self.k).indices
+        return Routing.token_choice(expert, self._gate(probs.gather(-1, expert)), probs=probs, logits=logits)
+
+    def _open(self, probs: Float[Tensor, "T E"]) -> Tensor:
+        """(T, E): which experts lie in a group that is kept."""
+        grouped = probs.unflatten(-1, (self.groups, self.size))
+        kept = grouped.topk(min(2, self.size)).values.sum(-1).topk(self.top_groups).indices
+        is_kept = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter(-1, kept, True)
+        return is_kept.repeat_interleave(self.size, -1)

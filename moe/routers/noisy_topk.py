@@ -1,0 +1,68 @@
+"""Noisy top-k: the router learns how much noise each of its logits gets."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moe.checks import finite, require
+from moe.routers.topk import TopK
+from moe.routing import Context, Routing
+
+FLOOR = 0.01  # least standard deviation of the learned noise, as the authors' code has it: the load divides by it
+
+
+class NoisyTopK(TopK):
+    """Top-k of H = W x + eps * (softplus(W_noise x) + 0.01), eps ~ N(0, 1) in training only (Shazeer 1701.06538).
+
+    Gates are the softmax of H over the selected (k=1: over all, as in `TopK`). Two losses balance, so use lb=0:
+        importance: CV^2 over experts of the sum of gates.
+        load: CV^2 over experts of the expected number of tokens, were each expert's own noise drawn again; unlike a
+            count it has a gradient.
+    The knob `noise` adds its N(0, noise^2) as for every router; `load` accounts for both.
+    """
+
+    def __init__(self, dim: int, num_experts: int, *, k: int = 2, importance: float = 0.1, load: float = 0.1) -> None:
+        for name, weight in (("importance", importance), ("load", load)):
+            require(finite(weight) and weight >= 0, f"router.{name}", weight, "a finite number >= 0")
+        super().__init__(dim, num_experts, k=k)
+        self.noise_weight = nn.Parameter(torch.empty(num_experts, dim))
+        self.importance, self.load = importance, load
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        return {"importance": self.importance, "load": self.load}
+
+    def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
+        logits = F.linear(x, self.weight.float())
+        spread = F.softplus(F.linear(x, self.noise_weight.float())) + FLOOR
+        noisy = self.perturb(logits, context.knobs)
+        if self.training:
+            noisy = noisy + spread * torch.randn_like(spread)
+        probs = torch.softmax(noisy, -1)
+        expert = noisy.topk(self.k).indices
+        weight = self._gate(probs.gather(-1, expert))
+        gates = torch.zeros_like(probs).scatter(-1, expert, weight)
+        staying = stay_probability(logits, noisy, torch.hypot(spread, context.knobs.noise), self.k)
+        aux = {"importance": cv_squared(gates.sum(0)), "load": cv_squared(staying.sum(0))}
+        return Routing.token_choice(expert, weight, probs=probs, logits=logits, aux=aux)
+
+
+def stay_probability(
+    clean: Float[Tensor, "T E"], noisy: Float[Tensor, "T E"], spread: Float[Tensor, "T E"], k: int
+) -> Float[Tensor, "T E"]:
+    """The probability that clean + spread * N(0, 1) of one expert is among the k largest, all others as in `noisy`.
+
+    The expert has to beat the k-th largest of the others: the (k+1)-th of all if it is among the k itself, else the
+    k-th.
+    """
+    if k == clean.shape[-1]:
+        return torch.ones_like(clean)
+    kth, following = noisy.topk(k + 1).values[:, -2:].split(1, dim=-1)
+    threshold = torch.where(noisy > following, following, kth)
+    return torch.special.ndtr((clean - threshold) / spread)
+
+
+def cv_squared(values: Float[Tensor, "E"]) -> Float[Tensor, ""]:
+    """Variance (ddof 0) / mean^2; 0 when all are equal, also for a single expert."""
+    return values.var(correction=0) / values.mean().square()

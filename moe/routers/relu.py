@@ -1,0 +1,54 @@
+"""ReLU routing: differentiable, with as many experts as have a positive gate."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moe.checks import finite, require
+from moe.routers.base import Router
+from moe.routing import Context, Routing, RoutingStats
+
+
+class ReLU(Router):
+    """Gates relu(W x); a token takes every expert with a positive gate, possibly none (ReMoE, Wang et al. 2412.14711).
+
+    The loss `sparsity` is the mean over tokens of sum_e f_e gate_e, with f_e the share of tokens that expert e takes,
+    relative to target / E: an L1 norm that presses harder on popular experts, so it balances too. Its weight starts at
+    `coefficient`; after each optimizer step it is multiplied by `rate` if tokens took more than `target` experts on
+    average, and divided by it if fewer. Each layer steers itself; the paper steers the mean over layers by one weight.
+    There is no softmax: `probs` and `logits` are None, and `lb` and `z` have nothing to act on.
+    """
+
+    log_coefficient: Tensor  # a logarithm cannot underflow to a weight of 0, from which no factor leads back
+
+    def __init__(
+        self, dim: int, num_experts: int, *, target: float = 2.0, coefficient: float = 1e-8, rate: float = 1.2
+    ) -> None:
+        super().__init__(dim, num_experts)
+        allowed = f"more than 0 and at most model.num_experts={num_experts}"
+        require(0 < target <= num_experts, "router.target", target, allowed)
+        require(finite(coefficient) and coefficient > 0, "router.coefficient", coefficient, "a finite number > 0")
+        require(finite(rate) and rate >= 1, "router.rate", rate, "a finite number >= 1")
+        self.target = self.mean_k = target
+        self.rate = rate
+        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        self.register_buffer("log_coefficient", torch.tensor(math.log(coefficient)))
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """The weight of `sparsity` as it stands; it changes with every step."""
+        return {"sparsity": self.log_coefficient.exp().item()}
+
+    def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
+        gates = torch.relu(self.perturb(F.linear(x, self.weight.float()), context.knobs))
+        chosen = gates > 0
+        popularity = chosen.float().mean(0) * self.num_experts / self.target
+        return Routing.masked(chosen, gates, aux={"sparsity": (popularity * gates).sum(-1).mean()})
+
+    @torch.no_grad()
+    def after_step(self, stats: RoutingStats) -> None:
+        active = stats.assignments / stats.tokens
+        self.log_coefficient += math.log(self.rate) * torch.sign(active - self.target)

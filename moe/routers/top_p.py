@@ -1,0 +1,40 @@
+"""Top-p: a token that is sure takes one expert, a token that is not takes several."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moe.checks import finite, require
+from moe.routers.base import Router
+from moe.routing import Context, Routing
+
+
+class TopP(Router):
+    """The fewest experts whose probabilities sum to at least p, and never more than `k_max` (Huang et al. 2403.07652).
+
+    Gates are the probabilities themselves, not renormalised: they sum to about p, and a lone expert keeps a gradient.
+    The loss `entropy`, the mean token entropy in nats, keeps the number of experts from growing to `k_max`.
+    """
+
+    def __init__(self, dim: int, num_experts: int, *, p: float = 0.4, k_max: int = 4, entropy: float = 1e-4) -> None:
+        super().__init__(dim, num_experts)
+        require(0 < p <= 1, "router.p", p, "more than 0 and at most 1")
+        require(1 <= k_max <= num_experts, "router.k_max", k_max, f"between 1 and model.num_experts={num_experts}")
+        require(finite(entropy) and entropy >= 0, "router.entropy", entropy, "a finite number >= 0")
+        self.p, self.k_max, self.entropy = p, k_max, entropy
+        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        return {"entropy": self.entropy}
+
+    def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
+        logits = F.linear(x, self.weight.float())
+        log_probs = torch.log_softmax(self.perturb(logits, context.knobs), -1)
+        probs = log_probs.exp()
+        top, expert = probs.topk(self.k_max)
+        needed = top.cumsum(-1) - top < self.p  # the better ones alone fall short of p
+        chosen = torch.zeros_like(probs, dtype=torch.bool).scatter(-1, expert, needed)
+        aux = {"entropy": -(probs * log_probs).sum(-1).mean()}  # not entr(probs): its gradient at 0 is infinite
+        return Routing.masked(chosen, probs, probs=probs, logits=logits, aux=aux)

@@ -1,0 +1,117 @@
+"""Thresholds: who passes, how they are learnt, and that they balance without a loss."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from moe.checks import ConfigError
+from moe.dispatch import plan
+from moe.metrics import measure
+from moe.routers.expert_threshold import ExpertThreshold
+from moe.routers.topk import TopK
+from moe.routing import Context, Knobs, RoutingStats
+
+D, E, T = 16, 8, 512
+
+
+def make(**settings: Any) -> ExpertThreshold:
+    router = ExpertThreshold(D, E, **settings)
+    nn.init.normal_(router.weight, std=0.5, generator=torch.Generator().manual_seed(0))
+    return router
+
+
+def context(tokens: int = T) -> Context:
+    return Context(torch.zeros(1, tokens, dtype=torch.long), Knobs.of())
+
+
+def stats(router: ExpertThreshold, x: Tensor) -> RoutingStats:
+    routing = router(x, context(len(x)))
+    return measure(routing, plan(routing, E, capacity=None, seq_len=len(x)), len(x))
+
+
+def quantiles(router: ExpertThreshold, x: Tensor) -> Tensor:
+    """Of each expert's scores, at 1 - 2 / E."""
+    scores = torch.sigmoid(x @ router.weight.T).detach().numpy()
+    return torch.from_numpy(np.quantile(scores, 1 - 2 / E, axis=0))
+
+
+def test_a_token_takes_every_expert_whose_threshold_it_exceeds_at_its_score() -> None:
+    router, x = make(), torch.randn(T, D)
+    router.threshold.copy_(torch.linspace(0.1, 0.9, E))
+    scores = torch.sigmoid(x @ router.weight.T)
+    routing = router(x, context())
+    expected = [(t, e) for t in range(T) for e in range(E) if scores[t, e] > router.threshold[e]]
+    assert list(zip(routing.token.tolist(), routing.expert.tolist(), strict=True)) == expected
+    torch.testing.assert_close(routing.weight, torch.stack([scores[pair] for pair in expected]))
+
+
+def test_a_token_below_every_threshold_gets_no_expert() -> None:
+    router = make()
+    router.threshold.fill_(0.999)
+    assert len(router(torch.zeros(T, D), context()).token) == 0
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_before_the_first_update_it_is_top_k(training: bool) -> None:
+    router, x = make(k=3).train(training), torch.randn(T, D)
+    routing = router(x, context())
+    top = TopK(D, E, k=3)
+    top.weight = router.weight
+    assert torch.equal(routing.expert.view(T, 3), top(x, context()).expert.view(T, 3).sort(-1).values)
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_on_the_batch_it_was_learnt_from_every_expert_takes_its_share(k: int) -> None:
+    """And so a token has k experts on average, but not each."""
+    router, x = make(k=k), torch.randn(T, D) + 0.5
+    router.after_step(stats(router, x))
+    routing = router(x, context())
+    assert torch.bincount(routing.expert, minlength=E).tolist() == [T * k // E] * E
+    assert len(torch.bincount(routing.token, minlength=T).unique()) > 1
+
+
+def test_the_first_update_sets_and_later_ones_average() -> None:
+    router, first, second = make(decay=0.75), torch.randn(T, D), torch.randn(T, D)
+    a, b = quantiles(router, first), quantiles(router, second)
+    router.after_step(stats(router, first))
+    torch.testing.assert_close(router.threshold, a)
+    router.after_step(stats(router, second))
+    torch.testing.assert_close(router.threshold, 0.75 * a + 0.25 * b)
+
+
+def test_a_step_learns_the_mean_over_its_micro_batches() -> None:
+    router, first, second = make(), torch.randn(T, D), torch.randn(3 * T, D)
+    a, b = quantiles(router, first), quantiles(router, second)
+    router.after_step(stats(router, first).merge(stats(router, second)))
+    torch.testing.assert_close(router.threshold, (a + 3 * b) / 4)
+
+
+def test_it_balances_a_skewed_router_on_fresh_batches() -> None:
+    router, generator = make(), torch.Generator().manual_seed(1)
+
+    def batch() -> Tensor:
+        return torch.randn(T, D, generator=generator) + 2 * router.weight[0].detach()
+
+    def load_cv() -> float:
+        load = stats(router, batch()).offered
+        return (load.std(correction=0) / load.mean()).item()
+
+    before = load_cv()
+    for _ in range(30):
+        router.after_step(stats(router, batch()))
+    assert before > 0.5
+    assert load_cv() < 0.15
+    assert stats(router, batch()).assignments.item() / T == pytest.approx(2, rel=0.1)
+
+
+def test_thresholds_are_saved() -> None:
+    assert list(make().state_dict()) == ["weight", "threshold"]
+
+
+@pytest.mark.parametrize("settings", [{"k": 0}, {"k": E + 1}, {"decay": 1.0}, {"decay": -0.1}, {"decay": float("nan")}])
+def test_settings_without_a_threshold_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=rf"router\.{next(iter(settings))}="):
+        ExpertThreshold(D, E, **settings)

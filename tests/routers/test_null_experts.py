@@ -1,0 +1,117 @@
+"""Null experts: what is left out, what the gates are, and the balance over all slots."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from moe.checks import ConfigError
+from moe.loop import build_model, prepare_data, total_loss
+from moe.routers.null_experts import NullExperts
+from moe.routing import Context, Knobs, Routing
+
+D, E, Z, T = 16, 8, 8, 400
+
+
+def make(**settings: Any) -> NullExperts:
+    router = NullExperts(D, E, **settings)
+    nn.init.normal_(router.weight, std=0.5, generator=torch.Generator().manual_seed(0))
+    return router
+
+
+def route(router: NullExperts, x: Tensor) -> Routing:
+    return router(x, Context(torch.zeros(1, len(x), dtype=torch.long), Knobs.of()))
+
+
+@pytest.mark.parametrize(("k", "nulls"), [(2, 1), (4, 8), (16, 8)])
+def test_selection_and_gates_token_by_token(k: int, nulls: int) -> None:
+    router, x = make(k=k, nulls=nulls), torch.randn(T, D)
+    routing = route(router, x)
+    logits = x @ router.weight.T
+    for t in range(T):
+        mine = routing.token == t
+        best = sorted(range(E + nulls), key=lambda slot: -logits[t, slot].item())[:k]
+        real = sorted(slot for slot in best if slot < E)
+        assert routing.expert[mine].tolist() == real
+        torch.testing.assert_close(routing.weight[mine], torch.softmax(logits[t, real], -1))
+
+
+def test_a_token_has_any_number_of_experts_and_only_nulls_give_it_none() -> None:
+    router, x = make(), torch.randn(T, D)
+    counts = torch.bincount(route(router, x).token, minlength=T)
+    assert set(counts.tolist()) == {0, 1, 2, 3, 4}
+    with torch.no_grad():
+        router.weight[E:] = 10 * x[0]
+    assert (route(router, x).token != 0).all()
+
+
+def test_probabilities_and_logits_are_those_of_the_real_experts() -> None:
+    router, x = make(), torch.randn(T, D)
+    routing, over_slots = route(router, x), torch.softmax(x @ router.weight.T, -1)[:, :E]
+    torch.testing.assert_close(routing.probs, over_slots / over_slots.sum(-1, keepdim=True))
+    torch.testing.assert_close(routing.logits, x @ router.weight[:E].T)
+
+
+def test_the_balance_loss_slot_by_slot() -> None:
+    """E + Z slots, every null counted with the mean share of all nulls."""
+    router, x = make(k=3, nulls=5), torch.randn(T, D)
+    logits = x @ router.weight.T
+    probs, picks = torch.softmax(logits, -1), logits.topk(3).indices.flatten().tolist()
+    share = [picks.count(slot) / (3 * T) for slot in range(E + 5)]
+    share[E:] = [sum(share[E:]) / 5] * 5
+    expected = (E + 5) * sum(f * p.item() for f, p in zip(share, probs.mean(0), strict=True))
+    assert route(router, x).aux["null_balance"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_it_is_one_when_balanced_and_does_not_care_which_null_is_chosen() -> None:
+    router = make()
+    uniform = torch.full((E + Z, E + Z), 1 / (E + Z))
+    around = (torch.arange(E + Z) - torch.arange(E + Z)[:, None]) % (E + Z) < 4  # every slot is chosen 4 times
+    assert router._balance(around, uniform).item() == pytest.approx(1)
+    probs = torch.softmax(torch.randn(T, E + Z), -1)
+    spread = torch.zeros(T, E + Z, dtype=torch.bool)
+    spread[:, :2] = True
+    lumped = spread.clone()
+    lumped[:, E : E + 2] = True
+    spread[: T // 2, E : E + 2], spread[T // 2 :, E + 4 : E + 6] = True, True
+    torch.testing.assert_close(router._balance(lumped, probs), router._balance(spread, probs))
+
+
+def test_the_balance_loss_alone_teaches_how_many_experts_to_use() -> None:
+    """From tokens that take hardly anything to k E / (E + Z) = 2 experts each."""
+    router, x = make(), torch.randn(T, D, generator=torch.Generator().manual_seed(1)) + 0.5
+    with torch.no_grad():
+        router.weight[E:] += 0.3
+    before = len(route(router, x).token) / T
+    optimizer = torch.optim.SGD(router.parameters(), lr=0.5)
+    for _ in range(100):
+        optimizer.zero_grad()
+        route(router, x).aux["null_balance"].backward()
+        optimizer.step()
+    assert before < 1
+    assert len(route(router, x).token) / T == pytest.approx(2, rel=0.1)
+
+
+def test_tokens_without_an_expert_leave_the_gradient_finite() -> None:
+    router, x = make(), torch.randn(T, D)
+    (route(router, x).weight * torch.randn(len(route(router, x).weight))).sum().backward()
+    assert router.weight.grad is not None
+    assert router.weight.grad.isfinite().all()
+    assert router.weight.grad.norm() > 0
+
+
+def test_its_loss_enters_training_with_its_own_weight(cell: Any) -> None:
+    config = cell("router=null_experts", "router.balance=0.25", "lb=0").config
+    model = build_model(config, vocab_size=len(prepare_data(config).tokenizer))
+    routers = [layer.mlp.router for layer in model.model.layers]
+    ids = torch.randint(0, 300, (2, 16))
+    output = model(ids, ids)
+    expected = output.loss + 0.25 * output.aux["null_balance"].sum()
+    torch.testing.assert_close(total_loss(config, routers, output), expected)
+
+
+@pytest.mark.parametrize("settings", [{"k": 1}, {"k": E + Z + 1}, {"nulls": 0}, {"balance": -0.1}])
+def test_settings_that_leave_nothing_to_choose_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=rf"router\.{next(iter(settings))}="):
+        NullExperts(D, E, **settings)

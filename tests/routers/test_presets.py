@@ -1,0 +1,35 @@
+"""Yaml files that are settings of `TopK` and nothing else: what each promises in its first line."""
+
+import torch
+import yaml
+from torch import nn
+
+from moe.checks import build
+from moe.commandline import CONF
+from moe.routing import Context, Knobs, Routing
+
+T, D, E = 40, 16, 8
+
+
+def route(name: str) -> Routing:
+    router = build(yaml.safe_load((CONF / "router" / f"{name}.yaml").read_text()), "router", D, E)
+    nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(0))
+    return router(torch.randn(T, D), Context(torch.zeros(1, T, dtype=torch.long), Knobs.of()))
+
+
+def test_switch_takes_the_most_probable_expert_with_its_probability() -> None:
+    routing = route("switch")
+    assert routing.probs is not None
+    torch.testing.assert_close(routing.weight, routing.probs.max(-1).values)
+    assert torch.equal(routing.expert, routing.probs.argmax(-1))
+
+
+def test_top2_takes_two_experts_in_proportion_to_their_probabilities() -> None:
+    routing = route("top2")
+    assert routing.probs is not None
+    best = routing.probs.topk(2).values
+    torch.testing.assert_close(routing.weight.view(T, 2), best / best.sum(-1, keepdim=True))
+
+
+def test_topk_hard_weighs_the_chosen_alike() -> None:
+    torch.testing.assert_close(route("topk_hard").weight, torch.full((2 * T,), 0.5))

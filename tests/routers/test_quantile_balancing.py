@@ -1,0 +1,137 @@
+"""Selection by s + b, gates by s, and biases that solve the balanced assignment."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linprog
+from scipy.sparse import coo_matrix
+from torch import Tensor, nn
+
+from moe.checks import ConfigError
+from moe.dispatch import plan
+from moe.metrics import measure
+from moe.routers.quantile_balancing import QuantileBalancing, balanced_bias
+from moe.routing import Context, Knobs, RoutingStats
+
+D, E, T = 16, 8, 400
+
+
+def make(**settings: Any) -> QuantileBalancing:
+    router = QuantileBalancing(D, E, **settings)
+    nn.init.normal_(router.weight, std=0.5, generator=torch.Generator().manual_seed(0))
+    return router
+
+
+def context(tokens: int = T) -> Context:
+    return Context(torch.zeros(1, tokens, dtype=torch.long), Knobs.of())
+
+
+def stats(router: QuantileBalancing, x: Tensor) -> RoutingStats:
+    routing = router(x, context(len(x)))
+    return measure(routing, plan(routing, E, capacity=None, seq_len=len(x)), len(x))
+
+
+def skewed(router: QuantileBalancing, generator: torch.Generator) -> Tensor:
+    """Tokens that all prefer the same experts."""
+    return torch.randn(T, D, generator=generator) + 2 * router.weight[0].detach()
+
+
+def load_cv(load: Tensor) -> float:
+    return (load.std(correction=0) / load.mean()).item()
+
+
+def test_the_bias_moves_selection_and_no_gate() -> None:
+    x, router = torch.randn(T, D), make(k=2)
+    router.bias[3] = 10.0
+    routing = router(x, context())
+    experts = routing.expert.view(T, 2)
+    assert (experts == 3).any(-1).all()
+    scores = torch.sigmoid(x @ router.weight.T).gather(-1, experts)
+    torch.testing.assert_close(routing.weight.view(T, 2), scores / scores.sum(-1, keepdim=True))
+
+
+def test_a_single_gate_is_the_score_itself() -> None:
+    x, router = torch.randn(T, D), make(k=1)
+    torch.testing.assert_close(router(x, context()).weight, torch.sigmoid(x @ router.weight.T).amax(-1))
+
+
+def dual(scores: Tensor, bias: Tensor, k: int) -> float:
+    """The linear program's dual at these biases: sum_te max(0, s_te + b_e - a_t) + k sum_t a_t - (T k / E) sum_e b_e,
+    minimised over a, which any a_t between the k-th and the (k + 1)-th largest s_te + b_e does."""
+    tokens, experts = scores.shape
+    return ((scores + bias).topk(k).values.sum() - tokens * k / experts * bias.sum()).item()
+
+
+def best_assignment(scores: Tensor, k: int) -> float:
+    """The largest total score of k different experts for each token and T k / E tokens for each expert."""
+    tokens, experts = scores.shape
+    pairs = np.arange(tokens * experts)
+    rows = np.concatenate([pairs // experts, tokens + pairs % experts])
+    limits = np.concatenate([np.full(tokens, k), np.full(experts, tokens * k / experts)])
+    uses = coo_matrix((np.ones(2 * len(pairs)), (rows, np.tile(pairs, 2))))
+    return -linprog(-scores.flatten().numpy(), A_eq=uses, b_eq=limits, bounds=(0, 1)).fun
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_alternating_the_two_quantiles_solves_the_balanced_assignment(k: int) -> None:
+    """To the optimum of a solver of linear programs, with exactly equal loads."""
+    scores = torch.rand(80, E, generator=torch.Generator().manual_seed(4), dtype=torch.float64) ** 3
+    scores[:, 0] += 0.5
+    bias = torch.zeros(E, dtype=torch.float64)
+    for _ in range(50):
+        bias = balanced_bias(scores, bias, k)
+    assert dual(scores, bias, k) == pytest.approx(best_assignment(scores, k), rel=1e-6)
+    assert torch.bincount((scores + bias).topk(k).indices.flatten(), minlength=E).tolist() == [80 * k // E] * E
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_half_a_step_minimises_the_dual_over_the_experts(k: int) -> None:
+    """Exactly T k / E tokens have s + b above their own cutoff, so the slope of the dual is 0."""
+    scores, bias = torch.rand(T, E), torch.randn(E)
+    found = balanced_bias(scores, bias, k)
+    for e in range(E):
+        cutoffs = [np.quantile((scores[t] + bias).numpy(), 1 - k / E) for t in range(T)]
+        assert sum((scores[t, e] + found[e]).item() > cutoffs[t] for t in range(T)) == T * k // E
+
+
+def test_the_bias_averages_over_steps_and_stays_centred() -> None:
+    router, x = make(decay=0.75), torch.randn(T, D)
+    router.bias.copy_(torch.linspace(-0.1, 0.1, E))
+    scores = torch.sigmoid(x @ router.weight.T)
+    expected = 0.75 * router.bias + 0.25 * balanced_bias(scores, router.bias, 2)
+    router.after_step(stats(router, x))
+    torch.testing.assert_close(router.bias, expected - expected.mean())
+
+
+def test_a_batch_is_not_affected_by_itself_and_evaluation_learns_nothing() -> None:
+    router, x = make(decay=0.0), torch.randn(T, D) + 0.5
+    first = router(x, context())
+    again = router(x, context())
+    assert torch.equal(first.expert, again.expert)
+    router.eval()(x, context())
+    assert (router.bias == 0).all()
+    router.after_step(stats(router, x))
+    assert not torch.equal(router(x, context()).expert, first.expert)
+
+
+def test_it_balances_a_skewed_router_on_fresh_batches_without_any_gradient() -> None:
+    router, generator = make(), torch.Generator().manual_seed(1)
+    before = load_cv(stats(router, skewed(router, generator)).offered)
+    for _ in range(80):
+        router.after_step(stats(router, skewed(router, generator)))
+    assert before > 0.5
+    assert load_cv(stats(router.eval(), skewed(router, generator)).offered) < 0.15
+
+
+def test_a_fresh_router_has_no_bias_and_saves_it() -> None:
+    router = make()
+    assert (router.bias == 0).all()
+    assert list(router.state_dict()) == ["weight", "bias"]
+
+
+@pytest.mark.parametrize("settings", [{"k": 0}, {"k": E + 1}, {"decay": 1.0}, {"decay": -0.1}, {"decay": float("nan")}])
+def test_settings_without_a_cutoff_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=rf"router\.{next(iter(settings))}="):
+        QuantileBalancing(D, E, **settings)

@@ -1,0 +1,143 @@
+"""ReLU gates, the load-weighted L1 norm, and the controller that finds its weight."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from moe.checks import ConfigError
+from moe.dispatch import plan
+from moe.metrics import measure
+from moe.routers.relu import ReLU
+from moe.routing import Context, Knobs, Routing, RoutingStats
+
+T, D, E = 60, 16, 8
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(T, D, generator=torch.Generator().manual_seed(1))
+
+
+def make(**settings: Any) -> ReLU:
+    router = ReLU(D, E, **settings)
+    nn.init.normal_(router.weight, std=0.3, generator=torch.Generator().manual_seed(3))
+    return router
+
+
+def route(router: ReLU, x: Tensor) -> Routing:
+    return router(x, Context(torch.zeros(1, len(x), dtype=torch.long), Knobs.of()))
+
+
+def sums(routing: Routing) -> RoutingStats:
+    return measure(routing, plan(routing, E, capacity=None, seq_len=T), T)
+
+
+def test_gates_are_the_positive_logits(x: Tensor) -> None:
+    router = make()
+    routing = route(router, x)
+    logits = (x @ router.weight.T).tolist()
+    expected = {(t, e): z for t, row in enumerate(logits) for e, z in enumerate(row) if z > 0}
+    got = dict(
+        zip(zip(routing.token.tolist(), routing.expert.tolist(), strict=True), routing.weight.tolist(), strict=True)
+    )
+    assert got == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_sparsity_is_the_l1_norm_weighted_by_load(x: Tensor) -> None:
+    router = make(target=3.0)
+    routing = route(router, x)
+    load = torch.bincount(routing.expert, minlength=E).tolist()
+    terms = zip(routing.expert.tolist(), routing.weight.tolist(), strict=True)
+    expected = sum(load[e] * E / (3 * T) * gate for e, gate in terms) / T
+    torch.testing.assert_close(routing.aux["sparsity"].item(), expected, rtol=1e-4, atol=0)
+
+
+def test_on_target_and_balanced_it_is_the_plain_l1_norm() -> None:
+    """Token t likes experts t and t + 1 (mod E): two each, all equally often, so every f_e is 1."""
+    router = ReLU(E, E, target=2.0)
+    router.weight.data = torch.eye(E) + torch.eye(E).roll(1, 0)
+    routing = route(router, torch.eye(E).repeat(5, 1))
+    torch.testing.assert_close(routing.aux["sparsity"], routing.weight.sum() / (5 * E))
+
+
+def test_the_gradient_presses_on_active_gates_in_proportion_to_their_experts_load() -> None:
+    router = ReLU(2, 2, target=1.0)
+    router.weight.data = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    x = torch.tensor([[1.0, -1.0], [1.0, -1.0], [1.0, -1.0], [-1.0, 1.0]])  # expert 0 three times, expert 1 once
+    route(router, x).aux["sparsity"].backward()
+    # f = 2/4 * load; d/dW_e = f_e * sum of its tokens / 4
+    torch.testing.assert_close(router.weight.grad, torch.tensor([[1.5 * 3, -1.5 * 3], [-0.5, 0.5]]) / 4)
+
+
+def test_tokens_without_a_positive_logit_have_no_expert() -> None:
+    router = make()
+    routing = route(router, torch.zeros(T, D))
+    assert len(routing.token) == 0
+    assert sums(routing).unrouted == T
+    routing.aux["sparsity"].backward()
+    assert torch.equal(router.weight.grad, torch.zeros(E, D))
+
+
+@pytest.mark.parametrize(("active", "factor"), [(3.0, 1.5), (2.0, 1.0), (1.0, 1 / 1.5), (0.0, 1 / 1.5)])
+def test_the_weight_rises_above_the_target_and_falls_below_it(x: Tensor, active: float, factor: float) -> None:
+    router = make(target=2.0, coefficient=1e-3, rate=1.5)
+    stats = sums(route(router, x))._replace(assignments=torch.tensor(active * T))
+    for step in range(1, 4):
+        router.after_step(stats)
+        torch.testing.assert_close(router.loss_weights["sparsity"], 1e-3 * factor**step, rtol=1e-4, atol=0)
+
+
+def test_the_weight_finds_its_way_back_from_nothing(x: Tensor) -> None:
+    """1,000 steps below the target drive it to 1e-87, which fp32 cannot hold; its logarithm can."""
+    router = make(target=2.0)
+    stats = sums(route(router, x))
+    for active in (0, 4):
+        for _ in range(1000):
+            router.after_step(stats._replace(assignments=torch.tensor(float(active * T))))
+    assert router.loss_weights["sparsity"] == pytest.approx(1e-8, rel=1e-2)
+
+
+def test_the_weight_is_saved_and_read_from_what_is_loaded() -> None:
+    trained, fresh = make(), make()
+    trained.log_coefficient.fill_(math.log(0.25))
+    fresh.load_state_dict(trained.state_dict())
+    assert fresh.loss_weights["sparsity"] == pytest.approx(0.25)
+
+
+def test_it_reaches_the_target_against_a_loss_that_wants_more() -> None:
+    """Four of eight at first; the other loss alone, gates that sum to 4, is easier with many. Inputs are off centre:
+    without a bias, centred ones would have half of all logits positive whatever W is."""
+    torch.manual_seed(0)
+    router = make(target=2.0, coefficient=1e-4)
+    optimizer = torch.optim.Adam(router.parameters(), lr=0.01)
+    active = []
+    for _ in range(400):
+        routing = route(router, torch.randn(T, D) + 1)
+        total = torch.zeros(T).index_add(0, routing.token, routing.weight)
+        optimizer.zero_grad()
+        ((total - 4).square().mean() + router.loss_weights["sparsity"] * routing.aux["sparsity"]).backward()
+        optimizer.step()
+        router.after_step(sums(routing))
+        active.append(len(routing.token) / T)
+    assert active[0] > 4
+    assert abs(sum(active[-100:]) / 100 - 2) < 0.3
+
+
+def test_it_has_no_fixed_k() -> None:
+    assert not hasattr(make(), "k")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target": 9.0}, r"router\.target=9\.0: must be more than 0 and at most model\.num_experts=8"),
+        ({"coefficient": 0.0}, r"router\.coefficient=0\.0: must be a finite number > 0"),
+        ({"rate": 0.9}, r"router\.rate=0\.9: must be a finite number >= 1"),
+    ],
+)
+def test_wrong_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make(**settings)
