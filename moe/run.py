@@ -43,11 +43,11 @@ def run(cell: Cell) -> None:
 
     cell.folder.mkdir(parents=True, exist_ok=True)
     with _locked(cell.folder) as free:
-        if not free or status(cell) == "finished":
-            log.info("%s: %s", cell.folder, "finished before, skipped" if free else "another process is training it")
-            return
         if difference := _difference(cell):
             log.error("%s holds another run: %s", cell.folder, "; ".join(difference))
+            return
+        if not free or status(cell) == "finished":
+            log.info("%s: %s", cell.folder, "finished before, skipped" if free else "another process is training it")
             return
         _write(cell, "running")
         mirror = Mirror(cell)
@@ -58,6 +58,8 @@ def run(cell: Cell) -> None:
             mirror.finish(final)
             _write(cell, "finished", facts)
             log.info("%s: finished, val perplexity %.2f", cell.folder, final["val/perplexity"])
+            if signals.received is not None:  # too late for this run, in time for the rest of a sweep
+                sys.exit(128 + signals.received)
         except Interrupted as stop:
             mirror.finish({})
             _write(cell, "interrupted", error=str(stop))

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from moe import loop
+from moe.commandline import options, read_cells
 from moe.config import Cell
 from moe.divergence import Diverged, blame
 from moe.loop import build_model, knob_settings, micro_batches, prepare_data, total_loss, train
@@ -146,6 +147,16 @@ def test_a_capacity_run_is_evaluated_dropless_and_limited(cell: Any) -> None:
     assert last["routing/drop_rate"] == 0
     assert last["val_capacity/drop_rate"] > 0.4
     assert last["val_capacity/loss"] != last["val/loss"]
+
+
+@pytest.mark.parametrize("experiment", sorted(options("experiment")))
+def test_the_first_and_last_cell_of_every_experiment_train(experiment: str, small: list[str], tmp_path: Path) -> None:
+    settings = [*small, "steps=2", "eval_every=2", f"out={tmp_path}"]
+    cells = read_cells([f"experiment={experiment}", *settings])
+    assert cells
+    for one in {cells[0].folder: cells[0], cells[-1].folder: cells[-1]}.values():
+        run(one)
+        assert untimed(one.folder)[-1]["step"] == 2
 
 
 def test_nothing_not_finite_reaches_the_weights(cell: Any, monkeypatch: pytest.MonkeyPatch) -> None:
