@@ -121,6 +121,7 @@ class Config:
     lb: float = 0.01  # weight of the load-balance loss, summed over layers
     z: float = 0.0  # weight of the router z-loss, summed over layers
     capacity: float | None = None  # capacity factor of training; null: dropless
+    drop: str = "position"  # who stays when there is a capacity: position | score | random; only position is causal
     eval_every: int = 100  # optimizer steps
     save_every: int = 100  # optimizer steps
     threads: int = 1
@@ -154,6 +155,7 @@ class Config:
             require(finite(value) and value >= 0, name, value, "a finite number >= 0")
         ok = self.capacity is None or (finite(self.capacity) and self.capacity > 0)
         require(ok, "capacity", self.capacity, "a finite number > 0, or null for dropless")
+        one_of("drop", self.drop, ("position", "score", "random"))
         one_of("precision", self.precision, ("fp32", "bf16"))
         self.model.check()
         self.data.check()

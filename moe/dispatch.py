@@ -4,6 +4,7 @@ Which expert a token wants is the router's business; whether it fits is decided 
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -31,24 +32,49 @@ def slots(assignments: int, num_experts: int, capacity: float) -> int:
     return max(1, math.ceil(capacity * assignments / num_experts))
 
 
-def plan(routing: Routing, num_experts: int, *, capacity: float | None, seq_len: int) -> Plan:
-    """Sort assignments by expert; with a capacity factor, each expert keeps only its first `slots` assignments.
+def by_position(routing: Routing, seq_len: int) -> Int[Tensor, "A"]:
+    """Earliest position in its sequence first, ties by sequence: whether a token is dropped never depends on later
+    tokens of its own sequence, and no sequence is favoured for standing first in the batch."""
+    return torch.argsort(routing.token % seq_len, stable=True)
 
-    First means the earliest position in its sequence, ties by sequence: whether a token is dropped never depends on
-    later tokens of its own sequence, and no sequence is favoured for standing first in the batch. Dropless when
-    `capacity` is None. Without a capacity, assignments of an expert stay in token order.
+
+def by_score(routing: Routing, seq_len: int) -> Int[Tensor, "A"]:
+    """Largest gate weight first (GShard's priority): not causal, a later token may displace an earlier one."""
+    return torch.argsort(routing.weight.detach(), descending=True, stable=True)
+
+
+def by_chance(routing: Routing, seq_len: int) -> Int[Tensor, "A"]:
+    """In random order: not causal, how many later tokens compete decides who stays."""
+    return torch.randperm(len(routing.token), device=routing.token.device)
+
+
+# In which order assignments queue for the slots of their expert; only the first keeps a causal router causal.
+DROP_POLICIES: dict[str, Callable[[Routing, int], Int[Tensor, "A"]]] = {
+    "position": by_position,
+    "score": by_score,
+    "random": by_chance,
+}
+
+
+def plan(routing: Routing, num_experts: int, *, capacity: float | None, seq_len: int, drop: str = "position") -> Plan:
+    """Sort assignments by expert; with a capacity factor, each expert keeps only the first `slots` of its queue.
+
+    Dropless when `capacity` is None; assignments of an expert then stay in token order.
     """
     token, expert, weight = routing.token, routing.expert, routing.weight
     offered = torch.bincount(expert, minlength=num_experts)
     if capacity is None:
         order = torch.argsort(expert, stable=True)
         return Plan(token[order], weight[order], offered, offered)
-    queue = torch.argsort(token % seq_len, stable=True)  # position first; stable: then sequence, then router's order
+    queue = DROP_POLICIES[drop](routing, seq_len)
     order = queue[torch.argsort(expert[queue], stable=True)]
     place = torch.arange(len(order), device=order.device) - (offered.cumsum(0) - offered)[expert[order]]
     limit = slots(len(expert), num_experts, capacity)
     order = order[place < limit]
-    return Plan(token[order], weight[order], offered, offered.clamp(max=limit))
+    token, weight = token[order], weight[order]
+    if routing.renormalise:
+        weight = weight / weight.new_zeros(len(expert)).index_add(0, token, weight)[token]
+    return Plan(token, weight, offered, offered.clamp(max=limit))
 
 
 def combine(outputs: Float[Tensor, "R D"], plan: Plan, tokens: int) -> Float[Tensor, "T D"]:

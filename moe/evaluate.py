@@ -22,6 +22,7 @@ def evaluate(
     batch_size: int,
     temperature: float,
     capacity: float | None = None,
+    drop: str = "position",
 ) -> dict[str, Any]:
     """`val/loss` (nats per token), `val/perplexity`, `val/accuracy`, `val/loss/<domain>`, every routing metric, and
     `routing/utilization` (L, E).
@@ -36,9 +37,10 @@ def evaluate(
     stats: RoutingStats | None = None
     training = model.training
     model.eval()
+    torch.manual_seed(0)  # for drop=random; training seeds every micro-batch itself
     for start in range(0, len(data), batch_size):
         ids, domain = (t.to(device) for t in batch(data, range(start, min(start + batch_size, len(data)))))
-        output = model(ids, knobs=knobs, capacity=capacity)
+        output = model(ids, knobs=knobs, capacity=capacity, drop=drop)
         targets = next_token(ids)
         nats = F.cross_entropy(
             output.logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"

@@ -38,7 +38,9 @@ class MoELayer(nn.Module):
         flat = x.reshape(-1, x.shape[-1])
         with torch.autocast(x.device.type, enabled=False):
             routing = self.router(flat.float(), context)
-        todo: Plan = plan(routing, self.router.num_experts, capacity=context.capacity, seq_len=x.shape[1])
+        todo: Plan = plan(
+            routing, self.router.num_experts, capacity=context.capacity, seq_len=x.shape[1], drop=context.drop
+        )
         rows = self.experts(flat.index_select(0, todo.token), todo.kept)
         y = combine(rows, todo, len(flat)).view_as(x)
         if self.shared is not None:

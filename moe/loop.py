@@ -86,7 +86,7 @@ def train(config: Config, folder: Path, *, mirror: Mirror, signals: Signals) -> 
             for micro, ids in enumerate(micro_batches(config, data, step)):
                 ids = ids.to(accelerator.device)
                 torch.manual_seed(random_stream(config.seed, step, micro))
-                output = forward(ids, ids, knobs=knobs, capacity=config.capacity)
+                output = forward(ids, ids, knobs=knobs, capacity=config.capacity, drop=config.drop)
                 accelerator.backward(total_loss(config, routers, output) / config.grad_accum)
                 outputs.append(Outcome(output.loss.item(), output.aux or {}, output.stats))
             norm = accelerator.clip_grad_norm_(model.parameters(), config.optimizer.clip).item()
@@ -176,7 +176,7 @@ def validation(config: Config, model: MoEForCausalLM, data: Prepared, *, tempera
     }
     values = evaluate(model, data.val, **settings)
     if config.capacity is not None:
-        limited = evaluate(model, data.val, capacity=config.capacity, **settings)
+        limited = evaluate(model, data.val, capacity=config.capacity, drop=config.drop, **settings)
         for name in ("val/loss", "val/perplexity", "routing/drop_rate", "routing/unrouted_rate"):
             values[f"val_capacity/{name.split('/')[1]}"] = limited.get(name)
     return values

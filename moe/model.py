@@ -214,6 +214,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         *,
         knobs: Knobs | None = None,
         capacity: float | None = None,
+        drop: str = "position",
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool = False,
@@ -221,14 +222,14 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         **_: Any,
     ) -> MoEOutput:
         """labels: as `input_ids`, unshifted, IGNORED where nothing is to be predicted. knobs: default to the model's
-        own temperature and no noise. capacity: a factor, or None for dropless."""
+        own temperature and no noise. capacity: a factor, or None for dropless; drop: the policy that goes with it."""
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if knobs is None:
             knobs = Knobs.of(temperature=self.config.router_temperature, device=input_ids.device)
         hidden, records = self.model(
             input_ids,
-            Context(input_ids, knobs, capacity),
+            Context(input_ids, knobs, capacity, drop),
             attention_mask=attention_mask,
             past_key_values=past_key_values,
         )

@@ -24,11 +24,12 @@ class Knobs(NamedTuple):
 
 class Context(NamedTuple):
     """What a layer knows besides the hidden states: token ids (their shape says which tokens share a sequence), the
-    knobs, and the capacity factor (None: dropless)."""
+    knobs, the capacity factor (None: dropless) and the drop policy (a key of `moe.dispatch.DROP_POLICIES`)."""
 
     ids: Int[Tensor, "B S"]
     knobs: Knobs
     capacity: float | None = None
+    drop: str = "position"
 
 
 class Routing(NamedTuple):
@@ -39,6 +40,7 @@ class Routing(NamedTuple):
         router has none (hash); a metric of a missing distribution is null, never zero.
     logits: (T, E) clean scores, before noise and temperature, or None.
     aux: auxiliary losses of this router alone, unweighted means over tokens; its `loss_weights` weight them.
+    renormalise: whether a token's weights are to sum to 1 again over the experts that keep it after drops.
     evidence: (E) sums over tokens of whatever this router's `after_step` learns from, beside the loads, or None.
     """
 
@@ -49,6 +51,7 @@ class Routing(NamedTuple):
     logits: Float[Tensor, "T E"] | None
     aux: dict[str, Float[Tensor, ""]] = {}
     evidence: Float[Tensor, "E"] | None = None
+    renormalise: bool = False
 
     @staticmethod
     def token_choice(expert: Int[Tensor, "T K"], weight: Float[Tensor, "T K"], **rest: Any) -> "Routing":

@@ -118,14 +118,14 @@ def _difference(cell: Cell) -> list[str]:
 def _write(cell: Cell, state: str, facts: dict[str, Any] | None = None, *, error: str | None = None) -> None:
     from moe.checks import locate
 
-    router = locate(cell.config.router["_target_"])
+    router: Any = locate(cell.config.router["_target_"])
     content = {
         "status": state,
         "error": error,
         "experiment": cell.experiment,
         "name": cell.folder.name,
         "choices": cell.choices,
-        "causal": getattr(router, "causal", None),
+        "causal": router.causal and (cell.config.capacity is None or cell.config.drop == "position"),
         "config": asdict(cell.config),
         "identity": cell.config.identity(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},

@@ -108,3 +108,55 @@ def test_gate_weights_get_their_gradient() -> None:
     order = torch.argsort(routing.expert, stable=True)
     assert weight.grad is not None
     torch.testing.assert_close(weight.grad[order], rows.sum(-1))
+
+
+def test_dropping_by_score_keeps_the_largest_weights() -> None:
+    routing = random_routing(24, 3, 2, seed=3)
+    todo = plan(routing, 3, capacity=0.5, seq_len=24, drop="score")
+    expert = torch.repeat_interleave(torch.arange(3), todo.kept)
+    for e in range(3):
+        best = routing.weight[routing.expert == e].sort(descending=True).values[: int(todo.kept[e])]
+        torch.testing.assert_close(todo.weight[expert == e].sort(descending=True).values, best)
+
+
+def test_dropping_at_random_is_reproducible_fair_and_within_capacity() -> None:
+    everyone = Routing.token_choice(torch.zeros(8, 1, dtype=torch.long), torch.ones(8, 1))
+    served = torch.zeros(8)
+    for seed in range(200):
+        torch.manual_seed(seed)
+        todo = plan(everyone, 2, capacity=1.0, seq_len=8, drop="random")
+        assert len(todo.token) == 4
+        served[todo.token] += 1
+        torch.manual_seed(seed)
+        assert torch.equal(plan(everyone, 2, capacity=1.0, seq_len=8, drop="random").token, todo.token)
+    assert (served - 100).abs().max() < 5 * (200 * 0.25) ** 0.5
+
+
+def test_weights_are_renormalised_over_the_experts_that_keep_a_token() -> None:
+    routing = random_routing(24, 4, 2, skew=1.0)
+    kept = plan(routing._replace(renormalise=True), 4, capacity=0.6, seq_len=24)
+    sums = torch.zeros(24).index_add(0, kept.token, kept.weight)
+    reached = torch.bincount(kept.token, minlength=24) > 0
+    assert not reached.all()
+    torch.testing.assert_close(sums[reached], torch.ones(int(reached.sum())))
+    plain = plan(routing, 4, capacity=0.6, seq_len=24)
+    assert torch.equal(plain.token, kept.token)
+    assert not torch.allclose(plain.weight, kept.weight)
+
+
+@pytest.mark.parametrize("drop", ["position", "score", "random"])
+@pytest.mark.parametrize(("experts", "k"), [(64, 1), (64, 4), (128, 2), (256, 2)])
+@pytest.mark.parametrize("capacity", [0.9, 1.0, 1.05, 1.25])
+def test_drop_rates_of_random_logits_agree_with_theory(drop: str, experts: int, k: int, capacity: float) -> None:
+    """E[(X - C)+] / (T k / E) for X ~ N(T p, T p (1 - p)), p = k / E; whoever is dropped, as many are."""
+    tokens = 16_384
+    todo = plan(random_routing(tokens, experts, k), experts, capacity=capacity, seq_len=256, drop=drop)
+    rate = 1 - (todo.kept.sum() / todo.offered.sum()).item()
+    mean, limit = tokens * k / experts, slots(tokens * k, experts, capacity)
+    deviation = (mean * (1 - k / experts)) ** 0.5
+    z = (limit - mean) / deviation
+    normal = torch.distributions.Normal(0, 1)
+    tail = 1 - normal.cdf(torch.tensor(z)).item()
+    expected = deviation * (normal.log_prob(torch.tensor(z)).exp().item() - z * tail) / mean
+    error = deviation / mean / experts**0.5  # one standard deviation of the mean over experts, at most
+    assert rate == pytest.approx(expected, abs=4 * error)

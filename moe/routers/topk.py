@@ -20,15 +20,24 @@ class TopK(Router):
             of gradient, so k=1 always uses p itself.
         softmax_all: p itself.
         uniform: 1/k; the gradient of p is passed straight through.
+    after_drops: let the weights of a token that lost experts to a capacity limit sum to 1 again over those it kept.
     """
 
     def __init__(
-        self, dim: int, num_experts: int, *, k: int = 2, gate: Literal["renorm", "softmax_all", "uniform"] = "renorm"
+        self,
+        dim: int,
+        num_experts: int,
+        *,
+        k: int = 2,
+        gate: Literal["renorm", "softmax_all", "uniform"] = "renorm",
+        after_drops: bool = False,
     ) -> None:
         super().__init__(dim, num_experts)
         check_k(k, num_experts)
+        require(not after_drops or k > 1, "router.after_drops", after_drops, "false for router.k=1, whose gate is p")
         self.k = k
         self.gate = gate
+        self.after_drops = after_drops
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
@@ -36,7 +45,8 @@ class TopK(Router):
         noisy = self.perturb(logits, context.knobs)
         probs = torch.softmax(noisy / context.knobs.temperature, -1)
         expert = noisy.topk(self.k).indices  # not of probs: at low temperature they round to ties
-        return Routing.token_choice(expert, self._gate(probs.gather(-1, expert)), probs=probs, logits=logits)
+        weight = self._gate(probs.gather(-1, expert))
+        return Routing.token_choice(expert, weight, probs=probs, logits=logits, renormalise=self.after_drops)
 
     def _gate(self, top: Float[Tensor, "T K"]) -> Float[Tensor, "T K"]:
         if self.gate == "uniform":
