@@ -19,6 +19,7 @@ import pandas as pd
 import pytest
 
 from moe.commandline import CONF
+from moe.run import _write
 
 TRAIN = CONF.parent / "train.py"
 ANALYZE = CONF.parent / "analyze.py"
@@ -193,3 +194,20 @@ def test_the_record_of_a_run_says_what_it_was(small: list[str], tmp_path: Path) 
     assert metrics["final_metrics"]["val/loss"] == metrics["history"]["val_losses"][-1]
     assert "routing/load_cv/layer01" in metrics["final_metrics"]
     assert os.path.getsize(next(run.parent.glob("model/*.safetensors"))) > 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "causal"),
+    [
+        ([], True),
+        (["capacity=1.0"], True),
+        (["capacity=1.0", "drop=score"], False),
+        (["drop=score"], True),
+        (["router=expert_choice"], False),
+    ],
+)
+def test_the_causal_label_is_that_of_router_and_drops_together(cell: Any, overrides: list[str], causal: bool) -> None:
+    one = cell(*overrides)
+    one.folder.mkdir(parents=True)
+    _write(one, "running")
+    assert state(one.folder)["causal"] is causal

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from moe.analysis.statistics import with_intervals
-from moe.analysis.style import LABELS, RC, look
+from moe.analysis.style import DASHES, LABELS, MARKERS, PALETTE, RC, look
 from moe.summaries import by_seed, conditions, levels, summary
 
 
@@ -46,6 +46,32 @@ def learning_curves(events: pd.DataFrame, by: str) -> Figure:
     else:
         end.remove()
     _legend(figure, whole, "thin: one run, thick: mean over n runs, as far as all of them got")
+    return figure
+
+
+@matplotlib.rc_context(RC)
+def capacity_lines(rows: pd.DataFrame, column: str) -> Figure:
+    """Experiment B: `column` (avg_drop_rate, tokens_per_s) against capacity factor, a line per (E, K).
+
+    Colour tells the number of experts, dash the experts per token.
+    """
+    figure = Figure(figsize=(7.2, 4.8), layout="constrained")
+    axes = figure.subplots()
+    experts, ks = sorted(rows["num_experts"].unique()), sorted(rows["top_k"].unique())
+    for (e, k), line in rows.groupby(["num_experts", "top_k"]):
+        axes.plot(
+            line["capacity_factor"],
+            line[column],
+            color=PALETTE[experts.index(e) % len(PALETTE)],
+            linestyle=DASHES[ks.index(k) % len(DASHES)],
+            marker=MARKERS[ks.index(k) % len(MARKERS)],
+            markersize=4,
+            label=f"E={e}, K={k}",
+        )
+    axes.set_xlabel("capacity factor")
+    axes.set_ylabel(LABELS[column])
+    axes.set_ylim(bottom=0)
+    _legend(figure, axes, f"random routing of {rows['num_tokens'].iloc[0]:,} tokens, {rows['device'].iloc[0]}")
     return figure
 
 

@@ -1,24 +1,18 @@
-"""Benchmarks: `python -m moe.bench layer|step`, our code beside peers and limits, interleaved in one process.
+"""Our layer and training step beside peers and limits, interleaved in one process.
 
 Every round times each variant once on fresh inputs; medians over rounds and their ratios are reported, because a
 shared machine makes absolute times meaningless. Peers come from installed packages.
 """
 
-import argparse
-import json
-import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralForCausalLM, MixtralSparseMoeBlock
 
-from moe import process
 from moe.config import ModelConfig, OptimizerConfig
 from moe.experts import Experts
 from moe.layer import MoELayer
@@ -163,36 +157,3 @@ def table(question: str, medians: dict[str, float]) -> str:
     lines = [f"| {question} | time / dense | dense / time |", "|---|--:|--:|"]
     lines += [f"| {name} | {value / limit:.2f} | {limit / value:.2f} |" for name, value in medians.items()]
     return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m moe.bench", description=__doc__)
-    parser.add_argument("question", choices=["layer", "step"])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--shapes", default="a,b,c,d", help="of the layer, comma-separated")
-    parser.add_argument("--json", type=Path, help="write the medians here too")
-    arguments = parser.parse_args()
-    process.set_up(threads=arguments.threads)
-    load = os.getloadavg()[0]
-    print(
-        f"torch {torch.__version__}, transformers {transformers.__version__}, {arguments.threads} threads, "
-        f"load {load:.1f}, fp32, forward + backward, median of {arguments.rounds}\n"
-    )
-    results = {}
-    if arguments.question == "layer":
-        for name in arguments.shapes.split(","):
-            shape = SHAPES[name]
-            title = f"layer {name}: " + ", ".join(f"{k}={v}" for k, v in shape._asdict().items())
-            results[title] = interleave(layer_variants(shape), rounds=arguments.rounds)
-            print(table(title, results[title]) + "\n")
-    else:
-        title = "training step: model=tiny, SwiGLU, vocabulary 4096, 16 x 128 tokens"
-        results[title] = interleave(step_variants(4096, 16, 128), rounds=arguments.rounds)
-        print(table(title, results[title]))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1))
-
-
-if __name__ == "__main__":
-    main()
