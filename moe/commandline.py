@@ -1,10 +1,14 @@
 """From a command line to checked cells: everything that can be refused is refused here, before the first run starts."""
 
+import csv
 import hashlib
+import json
 import re
 import sys
+from collections import defaultdict
 from dataclasses import fields
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -34,7 +38,21 @@ def run_name(overrides: str) -> str:
     return name if not overrides else f"{name[:LONGEST_NAME]}-{digest}"
 
 
+def best_level(results: str, factor: str) -> Any:
+    """The level of `factor` with the lowest mean final val/loss over the finished runs of a sweep's results.csv."""
+    if not Path(results).exists():
+        raise ConfigError(f"{factor} is taken from {results}, which does not exist: run that experiment first")
+    losses: dict[str, list[float]] = defaultdict(list)
+    with open(results, newline="") as file:
+        for row in csv.DictReader(file):
+            if row["status"] != "finished":
+                raise ConfigError(f"{factor} is taken from {results}, where {row['run']} is {row['status']}: finish it")
+            losses[row[factor]].append(float(row["val/loss"]))
+    return json.loads(min(losses, key=lambda level: fmean(losses[level])))
+
+
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+OmegaConf.register_new_resolver("best_level", best_level, replace=True)
 OmegaConf.register_new_resolver("first", lambda *values: next(v for v in values if v is not None), replace=True)
 
 
@@ -150,7 +168,7 @@ def _explain(error: Exception, overrides: list[str]) -> ConfigError:
 
 def _first_line(error: Exception) -> str:
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    return str(cause).strip().splitlines()[0]
+    return str(cause).strip().splitlines()[0].removeprefix("ConfigError raised while resolving interpolation: ")
 
 
 def options(group: str) -> dict[str, str]:

@@ -9,6 +9,17 @@ from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 
 from moe.checks import ConfigError, build, finite, one_of, require
 
+# Auxiliary loss -> the root key that weights it.
+LOSS_WEIGHTS = {
+    "load_balance": "lb",
+    "load_balance_sequence": "lb_sequence",
+    "load_balance_global": "lb_global",
+    "router_z": "z",
+    "router_entropy": "router_entropy",
+    "gate_variance": "gate_variance",
+    "simbal": "simbal",
+}
+
 # What a run computes does not depend on these, so they are no part of its identity and may change on a resume.
 FREE_KEYS = ("out", "threads", "save_every", "logger", "data.cache")
 
@@ -119,7 +130,12 @@ class Config:
     grad_accum: int = 1  # micro-batches per optimizer step
     noise: float = 0.0  # std of the Gaussian noise on router logits, training only
     lb: float = 0.01  # weight of the load-balance loss, summed over layers
-    z: float = 0.0  # weight of the router z-loss, summed over layers
+    lb_sequence: float = 0.0  # the same of each sequence by itself
+    lb_global: float = 0.0  # the same of the whole batch of an optimizer step
+    z: float = 0.0  # weight of the router z-loss; this and the following are summed over layers too
+    router_entropy: float = 0.0  # of the mean token entropy: sharpens
+    gate_variance: float = 0.0  # of minus the variance of probabilities over tokens
+    simbal: float = 0.0  # of the router rows' distance from orthonormal
     capacity: float | None = None  # capacity factor of training; null: dropless
     drop: str = "position"  # who stays when there is a capacity: position | score | random; only position is causal
     eval_every: int = 100  # optimizer steps
@@ -150,7 +166,7 @@ class Config:
         for name in ("steps", "batch_size", "grad_accum", "eval_every", "save_every", "threads"):
             require(1 <= getattr(self, name) <= 10**9, name, getattr(self, name), "a whole number from 1 to 10^9")
         require(0 <= self.seed < 2**32, "seed", self.seed, "between 0 and 2^32 - 1")
-        for name in ("noise", "lb", "z"):
+        for name in ("noise", *LOSS_WEIGHTS.values()):
             value = getattr(self, name)
             require(finite(value) and value >= 0, name, value, "a finite number >= 0")
         ok = self.capacity is None or (finite(self.capacity) and self.capacity > 0)

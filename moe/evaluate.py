@@ -1,6 +1,7 @@
 """Evaluation over the whole validation set: the same blocks for every seed, no noise, no dropout."""
 
 import math
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from datasets import Dataset
 
 from moe import metrics
 from moe.data import batch
+from moe.layer import MoELayer
 from moe.model import IGNORED, MoEForCausalLM, next_token
 from moe.routing import Knobs, RoutingStats
 
@@ -62,4 +64,9 @@ def evaluate(
         values[f"val/loss/{name}"] = nats / count if count else None
     if stats is not None:
         values |= metrics.summarize(stats) | {"routing/utilization": metrics.utilization(stats)}
+    rows = [layer.router.rows for layer in model.modules() if isinstance(layer, MoELayer)]
+    grams = [g for weight in rows if weight is not None and (g := metrics.router_gram(weight)) is not None]
+    if grams:
+        values["routing/router_gram"] = fmean(grams)
+        values |= {f"routing/router_gram/layer{layer:02d}": gram for layer, gram in enumerate(grams)}
     return values

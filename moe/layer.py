@@ -45,4 +45,7 @@ class MoELayer(nn.Module):
         y = combine(rows, todo, len(flat)).view_as(x)
         if self.shared is not None:
             y = y + self.shared(x)
-        return LayerOutput(y, losses.auxiliary(routing, todo.offered), measure(routing, todo, len(flat)))
+        aux = losses.auxiliary(routing, todo.offered, seq_len=x.shape[1], load=context.load)
+        if self.router.rows is not None:
+            aux["simbal"] = losses.similarity_preserving(self.router.rows)
+        return LayerOutput(y, aux, measure(routing, todo, len(flat), seq_len=x.shape[1], capacity=context.capacity))

@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from moe import checkpoint, metrics, process
 from moe.checks import build
-from moe.config import Config
+from moe.config import LOSS_WEIGHTS, Config
 from moe.cost import count_parameters, flops_per_token, peak_memory_gb, reset_peak_memory
 from moe.data import Prepared, batch, batch_indices, prepare
 from moe.divergence import Diverged, blame
@@ -83,12 +83,15 @@ def train(config: Config, folder: Path, *, mirror: Mirror, signals: Signals) -> 
             scale_learning_rates(config, optimizers, step=step)
             model.train()
             outputs: list[Outcome] = []
+            load = None
             for micro, ids in enumerate(micro_batches(config, data, step)):
                 ids = ids.to(accelerator.device)
                 torch.manual_seed(random_stream(config.seed, step, micro))
-                output = forward(ids, ids, knobs=knobs, capacity=config.capacity, drop=config.drop)
+                output = forward(ids, ids, knobs=knobs, capacity=config.capacity, drop=config.drop, load=load)
                 accelerator.backward(total_loss(config, routers, output) / config.grad_accum)
                 outputs.append(Outcome(output.loss.item(), output.aux or {}, output.stats))
+                if output.stats is not None:
+                    load = output.stats.offered if load is None else load + output.stats.offered
             norm = accelerator.clip_grad_norm_(model.parameters(), config.optimizer.clip).item()
             sums = merged_stats(outputs)
             values = step_values(outputs, sums)
@@ -152,8 +155,8 @@ def total_loss(config: Config, routers: list[Router], output: MoEOutput) -> Tens
     assert output.loss is not None
     weighted = []
     for name, values in (output.aux or {}).items():
-        shared = {"load_balance": config.lb, "router_z": config.z}
-        weights = [shared[name] if name in shared else router.loss_weights[name] for router in routers]
+        shared = getattr(config, LOSS_WEIGHTS[name]) if name in LOSS_WEIGHTS else None
+        weights = [router.loss_weights[name] if shared is None else shared for router in routers]
         weighted.append((values * values.new_tensor(weights)).sum())
     return torch.stack([output.loss, *weighted]).sum()
 

@@ -4,13 +4,13 @@ Each is a mean over the tokens of the micro-batch. A loss that a router cannot h
 """
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from moe.routing import Routing
 
 
-def load_balance(probs: Float[Tensor, "T E"], offered: Int[Tensor, "E"]) -> Float[Tensor, ""]:
+def load_balance(probs: Float[Tensor, "T E"], offered: Shaped[Tensor, "E"]) -> Float[Tensor, ""]:
     """E * sum_i f_i P_i: f the share of all A assignments (before drops), P the mean probability over all experts.
 
     1 when either is uniform, for every K and E; E when one expert has everything. Gradient flows through P only.
@@ -20,16 +20,56 @@ def load_balance(probs: Float[Tensor, "T E"], offered: Int[Tensor, "E"]) -> Floa
     return len(offered) * (share * probs.mean(0)).sum()
 
 
+def load_balance_sequence(
+    probs: Float[Tensor, "T E"], token: Int[Tensor, "A"], expert: Int[Tensor, "A"], seq_len: int
+) -> Float[Tensor, ""]:
+    """The load-balance loss of each sequence by itself, averaged: 1 when every sequence is balanced (DeepSeek-V3
+    2412.19437, eq. 17-20, where probabilities are sigmoid scores normalised over experts)."""
+    sequences, experts = len(probs) // seq_len, probs.shape[1]
+    offered = torch.bincount(token // seq_len * experts + expert, minlength=sequences * experts)
+    offered = offered.view(sequences, experts)
+    share = offered / offered.sum(1, keepdim=True).clamp(min=1)
+    return experts * (share * probs.view(sequences, seq_len, experts).mean(1)).sum(1).mean()
+
+
+def router_entropy(probs: Float[Tensor, "T E"]) -> Float[Tensor, ""]:
+    """Mean token entropy in nats; a positive weight sharpens the router, and lets it collapse."""
+    return -(probs * probs.clamp(min=torch.finfo(probs.dtype).tiny).log()).sum(-1).mean()
+
+
+def gate_variance(probs: Float[Tensor, "T E"]) -> Float[Tensor, ""]:
+    """Minus the variance over tokens of an expert's probability, summed over experts: a positive weight makes routing
+    decisions differ between tokens (Guo et al. 2505.22323, L_v)."""
+    return -probs.var(0, correction=0).sum()
+
+
+def similarity_preserving(weight: Float[Tensor, "E D"]) -> Float[Tensor, ""]:
+    """Entrywise L1 norm of W W^T - I: experts' router rows orthonormal, so that similar tokens keep similar routing and
+    load balances (SimBal, Omi et al. 2506.14038)."""
+    gram = weight @ weight.T
+    return (gram - torch.eye(len(weight), device=weight.device)).abs().sum()
+
+
 def router_z(logits: Float[Tensor, "T E"]) -> Float[Tensor, ""]:
     """Mean squared log-sum-exp of the clean logits: keeps them small (ST-MoE 2202.08906, eq. 5)."""
     return torch.logsumexp(logits, -1).square().mean()
 
 
-def auxiliary(routing: Routing, offered: Int[Tensor, "E"]) -> dict[str, Float[Tensor, ""]]:
-    """Every auxiliary loss that this routing has, by name."""
+def auxiliary(
+    routing: Routing, offered: Int[Tensor, "E"], *, seq_len: int, load: Float[Tensor, "E"] | None = None
+) -> dict[str, Float[Tensor, ""]]:
+    """Every auxiliary loss that this routing has, by name.
+
+    load: of earlier micro-batches of the optimizer step; `load_balance_global` counts it in, so that balance is asked
+    of the whole batch and single micro-batches may specialise (Qiu et al. 2501.11873).
+    """
     losses = dict(routing.aux)
     if routing.probs is not None:
         losses["load_balance"] = load_balance(routing.probs, offered)
+        losses["load_balance_sequence"] = load_balance_sequence(routing.probs, routing.token, routing.expert, seq_len)
+        losses["load_balance_global"] = load_balance(routing.probs, offered if load is None else offered + load)
+        losses["router_entropy"] = router_entropy(routing.probs)
+        losses["gate_variance"] = gate_variance(routing.probs)
     if routing.logits is not None:
         losses["router_z"] = router_z(routing.logits)
     return losses

@@ -12,30 +12,50 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moe.dispatch import Plan
+from moe.dispatch import Plan, slots
 from moe.routing import Routing, RoutingStats
 
 
 @torch.no_grad()
-def measure(routing: Routing, plan: Plan, tokens: int) -> RoutingStats:
-    """The sums of one layer over one micro-batch of `tokens` tokens."""
-    missing = plan.weight.new_tensor(math.nan)
-    probs = routing.probs
-    at_t1 = torch.softmax(routing.logits, -1) if routing.logits is not None else None
+def measure(
+    routing: Routing, plan: Plan, tokens: int, *, seq_len: int | None = None, capacity: float | None = None
+) -> RoutingStats:
+    """The sums of one layer over one micro-batch of `tokens` tokens, in sequences of `seq_len` (None: a single one)."""
+    experts = len(plan.offered)
+    nan = plan.weight.new_full((), math.nan)
+    probs, logits = routing.probs, routing.logits
+    at_t1 = torch.softmax(logits, -1) if logits is not None else None
     reached = torch.zeros(tokens, device=plan.token.device).index_fill_(0, plan.token, 1.0)
+    offered = plan.offered.float()
+    assignments = offered.sum()
+    routed = (assignments > 0).float()
+    chosen = reached.new_zeros(tokens, experts)
+    chosen[routing.token, routing.expert] = 1.0
+    with torch.autocast(chosen.device.type, enabled=False):  # bfloat16 cannot count beyond 256
+        coactivation = chosen.T @ chosen
+    sequences = chosen.unflatten(0, (-1, seq_len or tokens))
     return RoutingStats(
-        tokens=plan.weight.new_tensor(float(tokens)),
-        assignments=plan.offered.sum().float(),
-        offered=plan.offered.float(),
+        tokens=nan.new_full((), tokens),
+        assignments=assignments,
+        offered=offered,
         kept=plan.kept.float(),
+        slots=nan if capacity is None else nan.new_full((), experts * slots(len(routing.expert), experts, capacity)),
+        batches=routed,
+        max_violation=routed * (offered.amax() * experts / assignments.clamp(min=1) - 1),
+        coactivation=coactivation,
+        repeatable=sequences[:, 1:].sum(),
+        repeated=(sequences[:, 1:] * sequences[:, :-1]).sum(),
         unrouted=tokens - reached.sum(),
-        importance=missing.expand(len(plan.offered)) if probs is None else probs.sum(0),
-        entropy=missing if probs is None else torch.special.entr(probs).sum(),
-        confidence=missing if probs is None else probs.amax(-1).sum(),
-        entropy_t1=missing if at_t1 is None else torch.special.entr(at_t1).sum(),
-        confidence_t1=missing if at_t1 is None else at_t1.amax(-1).sum(),
-        logsumexp_squared=missing if routing.logits is None else torch.logsumexp(routing.logits, -1).square().sum(),
-        evidence=missing.expand(len(plan.offered)) if routing.evidence is None else routing.evidence,
+        importance=nan.expand(experts) if probs is None else probs.sum(0),
+        entropy=nan if probs is None else torch.special.entr(probs).sum(),
+        confidence=nan if probs is None else probs.amax(-1).sum(),
+        margin=nan if probs is None or experts == 1 else -probs.topk(2).values.diff().sum(),
+        chosen_mass=nan if probs is None else (probs * chosen).sum(),
+        entropy_t1=nan if at_t1 is None else torch.special.entr(at_t1).sum(),
+        confidence_t1=nan if at_t1 is None else at_t1.amax(-1).sum(),
+        logit_squared=nan if logits is None else logits.square().sum() / experts,
+        logsumexp_squared=nan if logits is None else torch.logsumexp(logits, -1).square().sum(),
+        evidence=nan.expand(experts) if routing.evidence is None else routing.evidence,
     )
 
 
@@ -56,6 +76,10 @@ def _max_violation(stats: RoutingStats) -> Tensor:
     return _relative_load(stats).amax(-1) - 1
 
 
+def _max_violation_two_sided(stats: RoutingStats) -> Tensor:
+    return (_relative_load(stats) - 1).abs().amax(-1)
+
+
 def _gini(stats: RoutingStats) -> Tensor:
     share = load_share(stats)
     return (share[:, :, None] - share[:, None, :]).abs().sum((1, 2)) / (2 * share.shape[-1])
@@ -68,6 +92,43 @@ def _load_entropy(stats: RoutingStats) -> Tensor:
 def _mutual_information(stats: RoutingStats) -> Tensor:
     mean = stats.importance / stats.tokens[:, None]
     return torch.special.entr(mean).sum(-1) - stats.entropy / stats.tokens
+
+
+def _k(stats: RoutingStats) -> Tensor:
+    return stats.assignments / stats.tokens
+
+
+def _attainable(stats: RoutingStats) -> Tensor:
+    """E/K - 1, the largest MaxVio when no token asks for an expert twice; CV^2 and Gini have theirs from it.
+
+    NaN where every token takes every expert. Where some take none (K < 1) it is that of the tokens which take one.
+    """
+    excess = stats.offered.shape[-1] / _k(stats).clamp(min=1) - 1
+    return excess.where(excess > 0, math.nan)
+
+
+def _cv_floor(stats: RoutingStats) -> Tensor:
+    variance = (stats.offered.shape[-1] - _k(stats).clamp(min=1)) / stats.assignments
+    return variance.sqrt().where(stats.assignments > 0, math.nan)
+
+
+def _gini_normalized(stats: RoutingStats) -> Tensor:
+    attainable = _attainable(stats)
+    return _gini(stats) * (1 + attainable) / attainable
+
+
+def _jaccard(stats: RoutingStats) -> Tensor:
+    experts = stats.offered.shape[-1]
+    i, j = torch.triu_indices(experts, experts, offset=1)
+    both = stats.coactivation[:, i, j]
+    either = stats.offered[:, i] + stats.offered[:, j] - both
+    # two unused experts, 0 / 0, are no pair
+    return (both / either).nanmean(-1).where(_k(stats) > 1, math.nan)
+
+
+def _jaccard_chance(stats: RoutingStats) -> Tensor:
+    others = _k(stats) - 1
+    return (others / (2 * (stats.offered.shape[-1] - 1) - others)).where(others > 0, math.nan)
 
 
 class Metric(NamedTuple):
@@ -84,10 +145,31 @@ METRICS: dict[str, Metric] = {
     "load_cv": Metric(
         _cv, "std (ddof 0) / mean of expert load; 0 balanced, at most sqrt(E/K - 1)", "lower", balance=True
     ),
+    "load_cv_normalized": Metric(
+        lambda s: _cv(s) / _attainable(s).sqrt(), "load_cv / its attainable maximum, for any K", "lower", balance=True
+    ),
+    "load_cv_floor": Metric(
+        _cv_floor, "load_cv that T tokens show by chance, each taking K experts at random", "lower", balance=True
+    ),
     "load_max_violation": Metric(
         _max_violation, "largest load / mean load - 1, one-sided MaxVio (Wang 2408.15664)", "lower", balance=True
     ),
+    "load_max_violation_normalized": Metric(
+        lambda s: _max_violation(s) / _attainable(s), "the same / its attainable maximum", "lower", balance=True
+    ),
+    "load_max_violation_two_sided": Metric(
+        _max_violation_two_sided,
+        "largest |load - mean load| / mean load; at least 1 if an expert is unused",
+        "lower",
+        balance=True,
+    ),
+    "load_max_violation_batch": Metric(
+        lambda s: s.max_violation / s.batches, "load_max_violation of a micro-batch, mean over micro-batches", "lower"
+    ),
     "load_gini": Metric(_gini, "Gini coefficient of expert load; 0 balanced, at most 1 - K/E", "lower", balance=True),
+    "load_gini_normalized": Metric(
+        _gini_normalized, "load_gini / its attainable maximum, for any K", "lower", balance=True
+    ),
     "load_entropy": Metric(
         lambda s: _load_entropy(s) / math.log(max(2, s.offered.shape[-1])),
         "entropy of the load / ln E; 1 balanced",
@@ -101,15 +183,30 @@ METRICS: dict[str, Metric] = {
         lambda s: (s.offered == 0).float().mean(-1), "share of experts that no token asked for", "lower", balance=True
     ),
     "drop_rate": Metric(lambda s: 1 - s.kept.sum(-1) / s.assignments, "share of assignments over capacity", "lower"),
+    "capacity_usage": Metric(
+        lambda s: s.kept.sum(-1) / s.slots, "share of the slots that capacity offers which are taken", "higher"
+    ),
     "unrouted_rate": Metric(lambda s: s.unrouted / s.tokens, "share of tokens that no expert processed", "lower"),
     "entropy": Metric(lambda s: s.entropy / s.tokens, "mean token entropy of the router, nats, at its temperature"),
     "entropy_t1": Metric(lambda s: s.entropy_t1 / s.tokens, "the same of the clean logits at temperature 1, nats"),
     "confidence": Metric(lambda s: s.confidence / s.tokens, "mean largest probability, at the router's temperature"),
     "confidence_t1": Metric(lambda s: s.confidence_t1 / s.tokens, "the same of the clean logits at temperature 1"),
+    "margin": Metric(lambda s: s.margin / s.tokens, "mean largest - second largest probability"),
+    "top_k_mass": Metric(lambda s: s.chosen_mass / s.tokens, "mean probability of all experts that a token asked for"),
     "mutual_information": Metric(
         _mutual_information, "entropy of the mean probability - mean token entropy, nats: soft specialisation"
     ),
     "logsumexp_squared": Metric(lambda s: s.logsumexp_squared / s.tokens, "mean logsumexp(logits)^2, the z-loss"),
+    "logit_rms": Metric(lambda s: (s.logit_squared / s.tokens).sqrt(), "root mean square of the clean logits"),
+    "jaccard": Metric(_jaccard, "mean over pairs of experts of |tokens of both| / |tokens of either|; K > 1"),
+    "jaccard_chance": Metric(_jaccard_chance, "jaccard of balanced routing at random, (K-1) / (2(E-1) - (K-1)); K > 1"),
+    "sequential_overlap": Metric(
+        lambda s: s.repeated / s.repeatable,
+        "share of assignments that the token before, of the sequence, asked for too",
+    ),
+    "sequential_overlap_chance": Metric(
+        lambda s: _k(s) / s.offered.shape[-1], "sequential_overlap of balanced routing at random, K/E"
+    ),
 }
 
 
@@ -133,6 +230,15 @@ def summarize(stats: RoutingStats, *, per_layer: bool = True) -> dict[str, float
         for layer, value in enumerate(layers):
             values[f"routing/{name}/layer{layer:02d}"] = _number(value)
     return values
+
+
+@torch.no_grad()
+def router_gram(rows: Float[Tensor, "E D"]) -> float | None:
+    """||W W^T - I||_F / sqrt(E (E - 1)) of the normalised rows: 0 orthogonal, 1 all alike; None for a single expert."""
+    experts = len(rows)
+    normed = torch.nn.functional.normalize(rows.double(), dim=-1)
+    distance = (normed @ normed.T - torch.eye(experts, device=rows.device)).norm()
+    return (distance / math.sqrt(experts * (experts - 1))).item() if experts > 1 else None
 
 
 def utilization(stats: RoutingStats) -> list[list[float]]:

@@ -170,6 +170,7 @@ class MoEModel(MoEPreTrainedModel):
         input_ids: Int[Tensor, "B S"],
         context: Context,
         *,
+        load: Float[Tensor, "L E"] | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
     ) -> tuple[Float[Tensor, "B S D"], list[Any]]:
@@ -187,8 +188,10 @@ class MoEModel(MoEPreTrainedModel):
             position_ids=position_ids,
         )
         rotary = self.rotary_emb(x, position_ids=position_ids)
-        records = []
+        records: list[Any] = []
         for layer in self.layers:
+            if load is not None:
+                context = context._replace(load=load[min(len(records), len(load) - 1)])  # dense layers ignore it
             x, record = layer(
                 x, context, attention_mask=mask, position_embeddings=rotary, past_key_values=past_key_values
             )
@@ -215,6 +218,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         knobs: Knobs | None = None,
         capacity: float | None = None,
         drop: str = "position",
+        load: Float[Tensor, "L E"] | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool = False,
@@ -222,7 +226,8 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         **_: Any,
     ) -> MoEOutput:
         """labels: as `input_ids`, unshifted, IGNORED where nothing is to be predicted. knobs: default to the model's
-        own temperature and no noise. capacity: a factor, or None for dropless; drop: the policy that goes with it."""
+        own temperature and no noise. capacity: a factor, or None for dropless; drop: the policy that goes with it.
+        load: of each MoE layer's experts in earlier micro-batches of the optimizer step."""
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if knobs is None:
@@ -230,6 +235,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         hidden, records = self.model(
             input_ids,
             Context(input_ids, knobs, capacity, drop),
+            load=load,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
         )

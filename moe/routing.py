@@ -24,12 +24,14 @@ class Knobs(NamedTuple):
 
 class Context(NamedTuple):
     """What a layer knows besides the hidden states: token ids (their shape says which tokens share a sequence), the
-    knobs, the capacity factor (None: dropless) and the drop policy (a key of `moe.dispatch.DROP_POLICIES`)."""
+    knobs, the capacity factor (None: dropless), the drop policy (a key of `moe.dispatch.DROP_POLICIES`), and the load
+    that this layer's experts had in earlier micro-batches of the optimizer step (None: this is the first)."""
 
     ids: Int[Tensor, "B S"]
     knobs: Knobs
     capacity: float | None = None
     drop: str = "position"
+    load: Float[Tensor, "E"] | None = None
 
 
 class Routing(NamedTuple):
@@ -69,6 +71,7 @@ class Routing(NamedTuple):
 
 class RoutingStats(NamedTuple):
     """Detached sums over tokens. Sums add up exactly over micro-batches, ranks and windows; ratios would not.
+    `batches` and `max_violation` are sums over micro-batches, so they alone depend on how tokens were cut into them.
 
     Every metric is a function of these sums and is defined in `moe.metrics`. Shapes are of one layer; a model stacks
     its layers in front: (L, ...). A sum that does not exist for a router is NaN.
@@ -78,12 +81,21 @@ class RoutingStats(NamedTuple):
     assignments: Float[Tensor, "*L"]
     offered: Float[Tensor, "*L E"]  # assignments asked for, before capacity
     kept: Float[Tensor, "*L E"]  # assignments carried out
+    slots: Float[Tensor, "*L"]  # assignments that fit, all experts together; NaN when dropless
+    batches: Float[Tensor, "*L"]  # micro-batches with an assignment
+    max_violation: Float[Tensor, "*L"]  # over those, the largest load / mean load - 1 of each
+    coactivation: Float[Tensor, "*L E E"]  # tokens that asked for both experts
+    repeatable: Float[Tensor, "*L"]  # assignments asked for by tokens that are not the first of their sequence
+    repeated: Float[Tensor, "*L"]  # those of them that the token before asked for too
     unrouted: Float[Tensor, "*L"]  # tokens that no expert processed
     importance: Float[Tensor, "*L E"]  # sum of probabilities
     entropy: Float[Tensor, "*L"]  # sum of token entropies, nats, of `probs`
     confidence: Float[Tensor, "*L"]  # sum of largest probabilities, of `probs`
-    entropy_t1: Float[Tensor, "*L"]  # the same two of softmax(logits): clean, at temperature 1
+    margin: Float[Tensor, "*L"]  # sum of the largest less the second largest, of `probs`
+    chosen_mass: Float[Tensor, "*L"]  # sum of the probabilities of the experts asked for, of `probs`
+    entropy_t1: Float[Tensor, "*L"]  # entropy and confidence of softmax(logits): clean, at temperature 1
     confidence_t1: Float[Tensor, "*L"]
+    logit_squared: Float[Tensor, "*L"]  # sum of mean squared logits
     logsumexp_squared: Float[Tensor, "*L"]
     evidence: Float[Tensor, "*L E"]  # of `Routing.evidence`
 

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from moe.config import is_free
+from moe.frontier import STEMS, bench_table, measured
 from moe.record import write_text
 from moe.results import FACTS, history, load
 
@@ -114,11 +115,18 @@ def unfinished(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def write_sweep_tables(sweep: Path) -> pd.DataFrame:
-    """Write and return a sweep's results.csv (a row a run); if noise and lb vary, write the noise study's table too."""
+    """Write and return a sweep's results.csv (a row a run).
+
+    If noise and lb vary, the noise study's table too; for experiments A and C the routing bench's.
+    """
     runs = load([sweep])
     write_text(sweep / "results.csv", runs.to_csv(index=False))
     if {"noise", "lb"} <= set(varied_factors(runs)):
         write_text(sweep / NOISE_STUDY_FILE, _noise_study(runs).to_csv(index=False))
+    for experiment, stem in STEMS.items():
+        members = runs[runs["experiment"] == experiment]
+        if len(members):
+            write_text(sweep / f"{stem}_summary.csv", bench_table(measured(members)).to_csv(index=False))
     return runs
 
 

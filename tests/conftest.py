@@ -42,6 +42,16 @@ def small(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture
+def finished_ablation(tmp_path: Path) -> Path:
+    """A folder of sweeps that holds the results of a small temperature ablation."""
+    rows = ["run,status,router.temp,val/loss", "a,finished,1.5,4.0", "b,finished,1.5,4.1"]
+    rows += ["c,finished,2.0,3.9", "d,finished,2.0,4.5"]
+    (tmp_path / "temperature_ablation").mkdir()
+    (tmp_path / "temperature_ablation" / "results.csv").write_text("\n".join(rows))
+    return tmp_path
+
+
+@pytest.fixture
 def cell(small: list[str], tmp_path: Path):
     """Reads one small cell of a command line; its folder lies in the test's own directory."""
 

@@ -117,8 +117,8 @@ def test_an_experiment_sweeps_by_itself_and_the_command_line_narrows_it() -> Non
 
 
 @pytest.mark.parametrize("experiment", sorted(options("experiment")))
-def test_the_cells_of_every_experiment_differ(experiment: str) -> None:
-    cells = read_cells([f"experiment={experiment}"]) or []
+def test_the_cells_of_every_experiment_differ(experiment: str, finished_ablation: Path) -> None:
+    cells = read_cells([f"experiment={experiment}", f"out={finished_ablation}"]) or []
     identities = [str(sorted(cell.config.identity().items(), key=str)) for cell in cells]
     assert len(set(identities)) == len(identities)
 
@@ -137,6 +137,22 @@ def test_a_variant_wins_over_an_experiment() -> None:
         assert all(cell.choices["variant"] == name for cell in cells)
         router = next((d["override /router"] for d in chosen.get("defaults", []) if "override /router" in d), None)
         assert router is None or all(cell.choices["router"] == router for cell in cells)
+
+
+def test_the_best_temperature_is_that_of_the_lowest_mean_over_seeds(finished_ablation: Path) -> None:
+    """2.0 has the lowest single run, 1.5 the lowest mean."""
+    cells = read_cells(["experiment=temperature_best_long", f"out={finished_ablation}"]) or []
+    assert {cell.config.temperature for cell in cells} == {1.5}
+    assert {cell.config.steps for cell in cells} == {600}
+
+
+def test_without_a_finished_ablation_there_is_no_best_temperature(tmp_path: Path, finished_ablation: Path) -> None:
+    with pytest.raises(ConfigError, match=r"results\.csv, which does not exist: run that experiment first"):
+        read_cells(["experiment=temperature_best_long", f"out={tmp_path / 'none'}"])
+    results = finished_ablation / "temperature_ablation" / "results.csv"
+    results.write_text(results.read_text().replace("c,finished", "c,failed"))
+    with pytest.raises(ConfigError, match="where c is failed: finish it"):
+        read_cells(["experiment=temperature_best_long", f"out={finished_ablation}"])
 
 
 def test_free_keys_change_neither_the_folder_nor_the_identity(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralS
 from moe.experts import Experts
 from moe.layer import MoELayer
 from moe.routers.topk import TopK
-from moe.routing import Context, Knobs
+from moe.routing import Context, Knobs, RoutingStats
 
 D, E, H = 8, 4, 12
 
@@ -71,9 +71,10 @@ def test_statistics_are_detached_and_merging_halves_is_the_whole() -> None:
     x, ids = torch.randn(6, 5, D), torch.zeros(6, 5, dtype=torch.long)
     whole = layer(x, Context(ids, Knobs.of())).stats
     halves = [layer(part, Context(ids[:3], Knobs.of())).stats for part in (x[:3], x[3:])]
-    for merged, field in zip(halves[0].merge(halves[1]), whole, strict=True):
+    for name, merged, field in zip(RoutingStats._fields, halves[0].merge(halves[1]), whole, strict=True):
         assert not field.requires_grad
-        torch.testing.assert_close(merged, field, equal_nan=True)
+        if name not in ("batches", "max_violation"):  # the two that are about micro-batches
+            torch.testing.assert_close(merged, field, equal_nan=True)
 
 
 @pytest.mark.parametrize("k", [2, 3])

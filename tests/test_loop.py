@@ -12,7 +12,7 @@ import torch
 
 from moe import loop
 from moe.commandline import options, read_cells
-from moe.config import Cell
+from moe.config import LOSS_WEIGHTS, Cell
 from moe.divergence import Diverged, blame
 from moe.loop import build_model, knob_settings, micro_batches, prepare_data, total_loss, train
 from moe.record import read_events
@@ -125,6 +125,26 @@ def test_every_layers_router_weights_its_own_loss_as_it_stands(cell: Any) -> Non
         torch.testing.assert_close(total_loss(config, routers, output), expected)
 
 
+@pytest.mark.parametrize(("name", "key"), LOSS_WEIGHTS.items())
+def test_every_shared_loss_is_logged_and_weighted_by_its_key(name: str, key: str, cell: Any) -> None:
+    config = cell("lb=0", f"{key}=0.3").config
+    model = build_model(config, vocab_size=400)
+    routers = [layer.mlp.router for layer in model.model.layers]
+    ids = torch.randint(0, 300, (2, 16))
+    output = model(ids, ids)
+    torch.testing.assert_close(total_loss(config, routers, output), output.loss + 0.3 * output.aux[name].sum())
+
+
+def test_accumulation_hands_the_load_of_the_step_so_far_to_the_next_micro_batch(cell: Any, tmp_path: Path) -> None:
+    """With one micro-batch a step the global balance loss is the plain one; with four it is not."""
+    for batch, accumulate in ((8, 1), (2, 4)):
+        one = cell(f"batch_size={batch}", f"grad_accum={accumulate}", f"out={tmp_path}/{accumulate}")
+        run(one)
+        steps = [e for e in untimed(one.folder) if e["kind"] == "train"]
+        same = [e["train/load_balance"] == e["train/load_balance_global"] for e in steps]
+        assert all(same) if accumulate == 1 else not any(same)
+
+
 def test_knobs_are_pure_functions_of_the_step_and_end_at_the_settings(cell: Any) -> None:
     config = cell("router=temperature", "router.temp=2.0", "schedule=linear", "noise=0.1", "steps=10").config
     schedule = Linear("temperature", 5.0)
@@ -150,8 +170,10 @@ def test_a_capacity_run_is_evaluated_dropless_and_limited(cell: Any) -> None:
 
 
 @pytest.mark.parametrize("experiment", sorted(options("experiment")))
-def test_the_first_and_last_cell_of_every_experiment_train(experiment: str, small: list[str], tmp_path: Path) -> None:
-    settings = [*small, "steps=2", "eval_every=2", f"out={tmp_path}"]
+def test_the_first_and_last_cell_of_every_experiment_train(
+    experiment: str, small: list[str], finished_ablation: Path
+) -> None:
+    settings = [*small, "steps=2", "eval_every=2", f"out={finished_ablation}"]
     cells = read_cells([f"experiment={experiment}", *settings])
     assert cells
     for one in {cells[0].folder: cells[0], cells[-1].folder: cells[-1]}.values():

@@ -7,7 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe.losses import load_balance, router_z
+from moe.losses import (
+    auxiliary,
+    gate_variance,
+    load_balance,
+    load_balance_sequence,
+    router_entropy,
+    router_z,
+    similarity_preserving,
+)
+from moe.routing import Routing
 
 
 @pytest.mark.parametrize("experts", [2, 8, 64])
@@ -54,3 +63,56 @@ def test_opposite_imbalances_of_two_layers_do_not_cancel() -> None:
 def test_z_loss_of_equal_logits_is_log_experts_squared() -> None:
     assert router_z(torch.zeros(7, 16)) == pytest.approx(math.log(16) ** 2)
     assert router_z(torch.full((7, 16), -math.log(16))) == pytest.approx(0, abs=1e-6)
+
+
+def test_sequences_are_balanced_one_by_one() -> None:
+    """Two sequences with opposite preferences are balanced together and not apart."""
+    probs = torch.tensor([[0.9, 0.1]] * 4 + [[0.1, 0.9]] * 4)
+    token, expert = torch.arange(8), torch.tensor([0] * 4 + [1] * 4)
+    assert load_balance(probs, torch.bincount(expert)) == pytest.approx(1)
+    assert load_balance_sequence(probs, token, expert, 4) == pytest.approx(1.8)
+    assert load_balance_sequence(probs, token, expert, 8) == pytest.approx(1)
+
+
+def test_one_sequence_is_the_whole_batch() -> None:
+    torch.manual_seed(0)
+    probs = torch.softmax(torch.randn(12, 4), -1)
+    expert = probs.topk(2).indices.flatten()
+    token = torch.arange(12).repeat_interleave(2)
+    whole = load_balance(probs, torch.bincount(expert, minlength=4))
+    torch.testing.assert_close(load_balance_sequence(probs, token, expert, 12), whole)
+
+
+def test_the_global_loss_counts_the_load_of_earlier_micro_batches() -> None:
+    """A micro-batch that takes what the earlier ones left costs nothing globally, and much by itself."""
+    probs = torch.tensor([[0.9, 0.1]]).expand(4, 2)
+    routing = Routing.token_choice(torch.zeros(4, 1, dtype=torch.long), torch.ones(4, 1), probs=probs)
+    offered = torch.tensor([4, 0])
+    alone = auxiliary(routing, offered, seq_len=4)
+    assert alone["load_balance"] == alone["load_balance_global"] == pytest.approx(1.8)
+    made_up = auxiliary(routing, offered, seq_len=4, load=torch.tensor([0.0, 4.0]))
+    assert made_up["load_balance"] == pytest.approx(1.8)
+    assert made_up["load_balance_global"] == pytest.approx(1)
+
+
+def test_router_entropy_at_both_ends_has_a_finite_gradient() -> None:
+    assert router_entropy(torch.full((3, 8), 1 / 8)) == pytest.approx(math.log(8))
+    certain = torch.eye(8).requires_grad_()
+    loss = router_entropy(certain)
+    loss.backward()
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+    assert certain.grad is not None
+    assert certain.grad.isfinite().all()
+
+
+def test_gate_variance_is_zero_for_equal_decisions_and_lowest_for_one_hot_ones() -> None:
+    """One-hot and balanced over E: E * (1/E)(1 - 1/E) = 1 - 1/E."""
+    assert gate_variance(torch.tensor([[0.7, 0.3]]).expand(6, 2)) == pytest.approx(0, abs=1e-7)
+    assert gate_variance(torch.eye(4).repeat(3, 1)) == pytest.approx(-(1 - 1 / 4))
+
+
+def test_similarity_preserving_is_zero_for_orthonormal_rows_only() -> None:
+    rows = torch.linalg.qr(torch.randn(16, 4)).Q.T
+    assert similarity_preserving(rows) == pytest.approx(0, abs=1e-5)
+    assert similarity_preserving(2 * rows) == pytest.approx(4 * 3, rel=1e-4)
+    assert similarity_preserving(rows[:1].expand(4, -1)) == pytest.approx(12, rel=1e-4)

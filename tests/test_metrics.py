@@ -1,24 +1,41 @@
 """Every metric against a closed form, at both ends of its range."""
 
+import functools
+import itertools
 import math
 
 import pytest
 import torch
 
 from moe.dispatch import plan
-from moe.metrics import METRICS, measure, summarize, utilization
+from moe.metrics import METRICS, measure, router_gram, summarize, utilization
 from moe.routing import Routing, RoutingStats
 
 E, K, T = 8, 2, 64
 LN_E = math.log(E)
 
 
-def stats_of(expert: torch.Tensor, probs: torch.Tensor | None, *, capacity: float | None = None) -> RoutingStats:
-    """One layer's sums, with a leading layer axis; clean logits are the logs of `probs`."""
+def sums(routing: Routing, tokens: int, *, seq_len: int | None = None, capacity: float | None = None) -> RoutingStats:
+    """One layer's sums, with a leading layer axis."""
+    todo = plan(routing, E, capacity=capacity, seq_len=seq_len or tokens)
+    return RoutingStats.stack([measure(routing, todo, tokens, seq_len=seq_len, capacity=capacity)])
+
+
+def stats_of(
+    expert: torch.Tensor,
+    probs: torch.Tensor | None = None,
+    *,
+    seq_len: int | None = None,
+    capacity: float | None = None,
+) -> RoutingStats:
+    """Of a choice (T, K); clean logits are the logs of `probs`."""
     logits = probs.log() if probs is not None else None
     routing = Routing.token_choice(expert, torch.ones(expert.shape), probs=probs, logits=logits)
-    todo = plan(routing, E, capacity=capacity, seq_len=len(expert))
-    return RoutingStats.stack([measure(routing, todo, len(expert))])
+    return sums(routing, len(expert), seq_len=seq_len, capacity=capacity)
+
+
+def value(stats: RoutingStats, name: str) -> float | None:
+    return summarize(stats)[f"routing/{name}"]
 
 
 def balanced() -> RoutingStats:
@@ -34,19 +51,33 @@ def collapsed() -> RoutingStats:
 
 CLOSED_FORMS = {  # metric: (balanced and undecided, everything to one expert with certainty)
     "load_cv": (0, math.sqrt(E - 1)),
+    "load_cv_normalized": (0, 1),
+    "load_cv_floor": (math.sqrt((E / K - 1) / T), math.sqrt((E - 1) / T)),
     "load_max_violation": (0, E - 1),
+    "load_max_violation_normalized": (0, 1),
+    "load_max_violation_two_sided": (0, E - 1),
+    "load_max_violation_batch": (0, E - 1),
     "load_gini": (0, (E - 1) / E),
+    "load_gini_normalized": (0, 1),
     "load_entropy": (1, 0),
     "effective_experts": (E, 1),
     "unused_experts": (0, (E - 1) / E),
     "drop_rate": (0, 0),
+    "capacity_usage": (None, None),  # dropless
     "unrouted_rate": (0, 0),
     "entropy": (LN_E, 0),
     "entropy_t1": (LN_E, 0),
     "confidence": (1 / E, 1),
     "confidence_t1": (1 / E, 1),
+    "margin": (0, 1),
+    "top_k_mass": (K / E, 1),
     "mutual_information": (0, 0),
     "logsumexp_squared": (0, 0),
+    "logit_rms": (LN_E, 12 * math.log(10) * math.sqrt(1 - 1 / E)),
+    "jaccard": (8 / 28 * 1 / 3, None),  # a ring: of all pairs the neighbours share half of their tokens
+    "jaccard_chance": ((K - 1) / (2 * (E - 1) - (K - 1)), None),
+    "sequential_overlap": (1 / 2, 1),
+    "sequential_overlap_chance": (K / E, 1 / E),
 }
 
 
@@ -58,11 +89,103 @@ def test_closed_forms(name: str) -> None:
 
 
 def test_top_2_cannot_be_less_balanced_than_its_attainable_maximum() -> None:
-    expert = torch.tensor([[0, 1]]).expand(T, 2)
-    values = summarize(stats_of(expert, None))
+    values = summarize(stats_of(torch.tensor([[0, 1]]).expand(T, 2)))
     assert values["routing/load_cv"] == pytest.approx(math.sqrt(E / K - 1))
     assert values["routing/load_gini"] == pytest.approx(1 - K / E)
     assert values["routing/load_max_violation"] == pytest.approx(E / K - 1)
+    for name in ("load_cv", "load_gini", "load_max_violation"):
+        assert values[f"routing/{name}_normalized"] == pytest.approx(1), name
+
+
+def test_where_every_token_takes_every_expert_no_imbalance_is_attainable() -> None:
+    values = summarize(stats_of(torch.arange(E).expand(T, E)))
+    for name in ("load_cv", "load_gini", "load_max_violation"):
+        assert values[f"routing/{name}"] == 0, name
+        assert values[f"routing/{name}_normalized"] is None, name
+    assert values["routing/load_cv_floor"] == 0
+    for name in ("jaccard", "sequential_overlap"):
+        assert values[f"routing/{name}"] == values[f"routing/{name}_chance"] == 1, name
+
+
+def test_an_expert_for_some_tokens_and_none_for_the_rest_is_as_unbalanced_as_can_be() -> None:
+    """K = 1/2: no expert can have more than all assignments, so the maximum is that of K = 1."""
+    chosen = torch.zeros(T, E, dtype=torch.bool)
+    chosen[::2, 0] = True
+    values = summarize(sums(Routing.masked(chosen, torch.ones(T, E)), T))
+    for name in ("load_cv", "load_gini", "load_max_violation"):
+        assert values[f"routing/{name}_normalized"] == pytest.approx(1), name
+    assert values["routing/load_cv_floor"] == pytest.approx(math.sqrt((E - 1) / (T / 2)))
+
+
+def test_the_floor_is_the_cv_of_routing_at_random() -> None:
+    generator = torch.Generator().manual_seed(0)
+    draws = [stats_of(torch.rand(T, E, generator=generator).topk(K).indices) for _ in range(500)]
+    floor = value(draws[0], "load_cv_floor")
+    assert sum(value(draw, "load_cv") ** 2 for draw in draws) / len(draws) == pytest.approx(floor**2, rel=0.05)
+
+
+def test_only_the_two_sided_violation_sees_an_unused_expert_among_equals() -> None:
+    stats = stats_of((torch.arange(7 * E) % (E - 1))[:, None])
+    assert value(stats, "load_max_violation") == pytest.approx(1 / (E - 1))
+    assert value(stats, "load_max_violation_two_sided") == pytest.approx(1)
+
+
+def test_the_violation_of_a_batch_is_not_that_of_all_batches() -> None:
+    """Every batch to one expert, each to another: balanced in the end, collapsed at any time."""
+    parts = [stats_of(torch.full((T, 1), e)) for e in range(E)]
+    stats = functools.reduce(RoutingStats.merge, parts)
+    assert value(stats, "load_max_violation") == 0
+    assert value(stats, "load_max_violation_batch") == E - 1
+
+
+def test_capacity_usage() -> None:
+    even = (torch.arange(T)[:, None] + torch.arange(K)) % E
+    assert value(stats_of(even, capacity=1.0), "capacity_usage") == 1
+    assert value(stats_of(even, capacity=2.0), "capacity_usage") == 1 / 2
+    assert value(stats_of(torch.zeros_like(even[:, :1]), capacity=1.0), "capacity_usage") == 1 / E
+
+
+def test_jaccard_is_of_all_pairs_whatever_their_rank() -> None:
+    """All pairs alike: its chance level. Fixed partners: 1 for those pairs and 0 for the rest."""
+    everyone = stats_of(torch.tensor(list(itertools.combinations(range(E), 2))))
+    assert value(everyone, "jaccard") == pytest.approx(value(everyone, "jaccard_chance"))
+    assert value(stats_of(torch.arange(E).view(-1, 2)), "jaccard") == pytest.approx((E / 2) / math.comb(E, 2))
+    triples = stats_of(torch.tensor([[0, 1, 2]]).expand(T, 3))
+    assert value(triples, "jaccard") == pytest.approx(3 / (math.comb(E, 2) - math.comb(E - 3, 2)))
+
+
+def test_pairs_are_counted_exactly_in_reduced_precision() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        stats = stats_of(torch.tensor([[0, 1]]).expand(1001, 2))
+    assert stats.coactivation[0, 0, 1] == 1001
+
+
+def test_sequential_overlap_never_crosses_into_the_next_sequence() -> None:
+    expert = torch.tensor([0, 1, 1, 0]).repeat(T // 4)[:, None]
+    assert value(stats_of(expert, seq_len=2), "sequential_overlap") == 0
+    assert value(stats_of(expert.roll(1), seq_len=2), "sequential_overlap") == 1
+    assert value(stats_of(expert, seq_len=1), "sequential_overlap") is None
+
+
+def test_top_k_mass_is_of_the_experts_asked_for_and_not_of_the_largest() -> None:
+    probs = torch.tensor([[0.5, 0.3, 0.2, *[0.0] * (E - 3)]])
+    stats = stats_of(torch.tensor([[0, 2]]), probs)
+    assert value(stats, "top_k_mass") == pytest.approx(0.7)
+    assert value(stats, "margin") == pytest.approx(0.2)
+
+
+def test_without_any_assignment_every_number_is_finite_or_null() -> None:
+    nothing = sums(Routing.masked(torch.zeros(T, E, dtype=torch.bool), torch.ones(T, E)), T, capacity=1.0)
+    values = summarize(nothing)
+    assert all(number is None or math.isfinite(number) for number in values.values())
+    assert values["routing/load_cv_floor"] is values["routing/load_max_violation_batch"] is None
+    assert value(nothing.merge(balanced()), "load_max_violation_batch") == 0
+
+
+def test_a_single_expert_has_no_runner_up() -> None:
+    routing = Routing.token_choice(torch.zeros(T, 1, dtype=torch.long), torch.ones(T, 1), probs=torch.ones(T, 1))
+    stats = measure(routing, plan(routing, 1, capacity=None, seq_len=T), T)
+    assert value(RoutingStats.stack([stats]), "margin") is None
 
 
 def test_specialisation_is_mutual_information() -> None:
@@ -96,15 +219,27 @@ def test_a_router_without_probabilities_has_null_metrics_not_zeros() -> None:
 
 
 def test_metrics_of_merged_sums_are_those_of_all_tokens() -> None:
+    """All but the one that is about micro-batches."""
     torch.manual_seed(0)
     probs = torch.softmax(torch.randn(T, E), -1)
     expert = probs.topk(K).indices
-    parts = stats_of(expert[:20], probs[:20]).merge(stats_of(expert[20:], probs[20:]))
-    whole = summarize(stats_of(expert, probs))
-    for name, value in summarize(parts).items():
-        assert value == pytest.approx(whole[name], rel=1e-5, abs=1e-6), name
+    parts = [stats_of(expert[part], probs[part], seq_len=4) for part in (slice(20), slice(20, T))]
+    whole = summarize(stats_of(expert, probs, seq_len=4))
+    for name, number in summarize(parts[0].merge(parts[1])).items():
+        if "batch" in name:
+            single = name.replace("_batch", "")
+            assert number == pytest.approx(sum(summarize(part)[single] for part in parts) / 2), name
+        else:
+            assert number == whole[name] or number == pytest.approx(whole[name], rel=1e-5, abs=1e-6), name
 
 
 def test_utilization_sums_to_one_per_layer() -> None:
     [shares] = utilization(balanced())
     assert shares == pytest.approx([1 / E] * E)
+
+
+def test_router_gram_at_both_ends() -> None:
+    orthogonal = torch.linalg.qr(torch.randn(16, 5)).Q.T
+    assert router_gram(7 * orthogonal) == pytest.approx(0, abs=1e-6)
+    assert router_gram(torch.ones(5, 16) * torch.arange(1, 6)[:, None]) == pytest.approx(1)
+    assert router_gram(torch.ones(1, 16)) is None

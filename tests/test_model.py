@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from moe.config import ModelConfig
+from moe.config import LOSS_WEIGHTS, ModelConfig
 from moe.cost import count_parameters, flops_per_token
 from moe.model import IGNORED, MoEConfig, MoEForCausalLM, next_token
 from moe.routing import Context, Knobs
@@ -52,6 +52,11 @@ def test_the_dense_control_has_the_active_flops_of_the_routed_model_less_its_rou
     routed, dense = make(), make(first_k_dense=2)
     assert flops_per_token(routed, S) - flops_per_token(dense, S) == 2 * 2 * 4 * 32
     assert dense(torch.zeros(1, S, dtype=torch.long)).stats is None
+
+
+def test_the_total_control_has_the_parameters_of_the_routed_model_less_its_router() -> None:
+    routed, dense = make(), make(first_k_dense=2, dense_ffn=4 * 32)
+    assert count_parameters(routed).total - count_parameters(dense).total == 2 * 4 * 32
 
 
 def test_flops_of_a_linear_model_by_hand() -> None:
@@ -134,7 +139,7 @@ def test_generation_with_a_cache_equals_recomputing_everything(
 
 def test_auxiliary_losses_are_per_layer_and_unweighted(ids: torch.Tensor) -> None:
     output = make()(ids, ids)
-    assert set(output.aux) == {"load_balance", "router_z"}
+    assert set(output.aux) == set(LOSS_WEIGHTS)
     assert all(values.shape == (2,) for values in output.aux.values())
     assert output.aux["load_balance"].mean().item() == pytest.approx(1, abs=0.2)
 

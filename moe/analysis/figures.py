@@ -3,6 +3,8 @@
 Every seed is a point, intervals are 95 % t intervals of the mean over seeds, and the legend says how many there are.
 """
 
+import math
+
 import matplotlib
 import pandas as pd
 from matplotlib.axes import Axes
@@ -10,6 +12,7 @@ from matplotlib.figure import Figure
 
 from moe.analysis.statistics import with_intervals
 from moe.analysis.style import DASHES, LABELS, MARKERS, PALETTE, RC, look
+from moe.frontier import pareto_front
 from moe.summaries import by_seed, conditions, levels, summary
 
 
@@ -32,20 +35,86 @@ def learning_curves(events: pd.DataFrame, by: str) -> Figure:
     `events` is `moe.results.history(...).events` joined with the runs' column `by`.
     """
     half = events["step"].max() / 2
-    late = events.loc[events["step"] >= half, "val/loss"].astype(float)
+    late = _late(events, "val/loss", since=half)
     figure = Figure(figsize=(10.8, _height(events[by].nunique())), layout="constrained")
     whole, end = figure.subplots(1, 2)
     for axes in (whole, end):
         for index, level in enumerate(levels(events[by])):
-            _draw_curves(axes, events[events[by] == level], f"{level}", look(index))
+            _draw_curves(axes, events[events[by] == level], "val/loss", f"{level}", look(index))
         axes.set_xlabel("optimizer step")
         axes.set_ylabel(LABELS["val/loss"])
-    if late.nunique() > 1:  # the first steps dwarf what the conditions differ in
-        margin = 0.05 * (late.max() - late.min())
-        end.set(xlim=(half, None), ylim=(late.min() - margin, late.max() + margin), title="second half of training")
+    if late:
+        end.set(xlim=(half, None), ylim=late, title="second half of training")
     else:
         end.remove()
     _legend(figure, whole, "thin: one run, thick: mean over n runs, as far as all of them got")
+    return figure
+
+
+@matplotlib.rc_context(RC)
+def overlay(events: pd.DataFrame, by: str) -> Figure:
+    """Training loss, validation loss and perplexity against step: a thin line a run, a thick one their mean.
+
+    The first quarter is left out: it would dwarf what the conditions differ in. `events` are those of both kinds of
+    `moe.results.history`, joined with the runs' column `by`.
+    """
+    figure = Figure(figsize=(8.4, 6.0 + _height(events[by].nunique())), layout="constrained")
+    panels = figure.subplots(3, 1, sharex=True)
+    quarter = events["step"].max() / 4
+    columns = {"train/loss": "training loss (nats per token)"}
+    columns |= {column: LABELS[column] for column in ("val/loss", "val/perplexity")}
+    for axes, (column, label) in zip(panels, columns.items(), strict=True):
+        for index, level in enumerate(levels(events[by])):
+            curves = events[events[by] == level].dropna(subset=[column])
+            if len(curves):
+                _draw_curves(axes, curves, column, f"{level}", look(index))
+        axes.set(ylabel=label, xlim=(quarter, None), ylim=_late(events, column, since=quarter))
+    panels[-1].set_xlabel("optimizer step, without the first quarter")
+    _legend(figure, panels[1], "thin: one run, thick: mean over n runs, as far as all of them got")
+    return figure
+
+
+SPEED = {
+    "tokens_per_s": "training speed, tokens per second (median over steps, higher is better)",
+    "tflops": "training speed, TFLOP/s (3 x forward FLOPs, median over steps, higher is better)",
+}
+
+
+@matplotlib.rc_context(RC)
+def frontier(runs: pd.DataFrame, x: str) -> Figure:
+    """Experiments A and C: perplexity against `x` (tokens_per_s, tflops), a colour a router, a marker a capacity.
+
+    `runs` are those of `moe.frontier.measured`. The front is that of the means: what no condition beats in both.
+    """
+    figure = Figure(figsize=(8.4, 1.2 + _height(len(runs.groupby(["router", "capacity"])))), layout="constrained")
+    axes = figure.subplots()
+    routers, capacities = levels(runs["router"]), levels(runs["capacity"])
+    means = []
+    for cell, members in conditions(runs, ["router", "capacity"]):
+        color = PALETTE[routers.index(cell["router"]) % len(PALETTE)]
+        marker = MARKERS[capacities.index(cell["capacity"]) % len(MARKERS)]
+        axes.plot(members[x], members["val/perplexity"], marker, color=color, markersize=4, alpha=0.6)
+        mean = with_intervals(summary(members, [], [x, "val/perplexity"])).set_index("metric")
+        reach = (mean["mean"] - mean["ci_low"]).fillna(0)  # below two seeds there is no interval
+        means.append(mean["mean"])
+        axes.errorbar(
+            mean.loc[x, "mean"],
+            mean.loc["val/perplexity", "mean"],
+            xerr=reach[x],
+            yerr=reach["val/perplexity"],
+            fmt=marker,
+            color=color,
+            markersize=9,
+            markeredgecolor="white",
+            capsize=4,
+            label=f"{cell['router']}, capacity {cell['capacity']} (n={mean['n'].min()})",
+        )
+    left, top = max(0.0, axes.get_xlim()[0]), axes.get_ylim()[1]  # no speed is negative, even if an interval is
+    front = pareto_front(pd.DataFrame(means), x, "val/perplexity")
+    corners = [(left, front["val/perplexity"].min()), *front.itertuples(index=False), (front[x].max(), top)]
+    axes.step(*zip(*corners, strict=True), where="pre", color="black", linewidth=1, zorder=1, label="Pareto front")
+    axes.set(xlim=(left, None), ylim=(None, top), xlabel=SPEED[x], ylabel="validation perplexity (lower is better)")
+    _legend(figure, axes, "small: one seed; large: mean over n seeds and its 95 % t intervals")
     return figure
 
 
@@ -75,8 +144,8 @@ def capacity_lines(rows: pd.DataFrame, column: str) -> Figure:
     return figure
 
 
-def _draw_curves(axes: Axes, events: pd.DataFrame, label: str, style: dict[str, str]) -> None:
-    curves = events.pivot(index="step", columns="folder", values="val/loss").astype(float)
+def _draw_curves(axes: Axes, events: pd.DataFrame, column: str, label: str, style: dict[str, str]) -> None:
+    curves = events.pivot(index="step", columns="folder", values=column).astype(float)
     mean = curves.dropna().mean(axis=1)
     dot = "." if len(curves) < 30 else ""  # a single evaluation draws no line
     for folder in curves:
@@ -84,6 +153,14 @@ def _draw_curves(axes: Axes, events: pd.DataFrame, label: str, style: dict[str, 
     axes.plot(
         mean, color=style["color"], linestyle=style["linestyle"], linewidth=2.2, label=f"{label} (n={curves.shape[1]})"
     )
+
+
+def _late(events: pd.DataFrame, column: str, *, since: float) -> tuple[float, float] | None:
+    """The range of a column from step `since` on, with a margin: the steps before dwarf what conditions differ in."""
+    late = events.loc[events["step"] >= since, column].astype(float)
+    late = late[late.map(math.isfinite)]
+    margin = 0.05 * (late.max() - late.min())
+    return (late.min() - margin, late.max() + margin) if late.nunique() > 1 else None
 
 
 def _factor_panels(runs: pd.DataFrame, factor: str, hue: str, metrics: list[str]) -> Figure:

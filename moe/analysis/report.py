@@ -12,6 +12,7 @@ from moe.analysis import figures
 from moe.analysis.statistics import anova, contrasts, name_cell, with_intervals
 from moe.analysis.style import MOST_LINES
 from moe.analysis.tables import markdown
+from moe.frontier import STEMS, measured
 from moe.record import write_text
 from moe.results import History, history
 from moe.summaries import (
@@ -167,6 +168,33 @@ def _figures(runs: pd.DataFrame, factors: list[str], past: History) -> Iterator[
     else:
         events = past.events.merge(labelled[["folder", "condition"]], on="folder")
         yield "learning_curves", figures.learning_curves(events, "condition")
+    for experiment, stem in STEMS.items():
+        members = runs[runs["experiment"] == experiment]
+        if len(members):
+            yield from _frontier_figures(members, stem)
+            yield f"{stem}_overlay", many or _overlay(labelled.loc[members.index])
+
+
+def _frontier_figures(runs: pd.DataFrame, stem: str) -> Iterator[tuple[str, Figure | str]]:
+    """Perplexity against both measures of speed, for runs that differ in nothing but router, capacity and seed."""
+    table = measured(runs)
+    others = [factor for factor in varied_factors(runs) if factor not in ("router", "capacity", "seed")]
+    for name, x in ((f"{stem}_frontier", "tokens_per_s"), (f"{stem}_frontier_tflops", "tflops")):
+        if others:
+            yield name, f"{', '.join(others)} varies beside router and capacity"
+        elif "val/perplexity" not in table or table[[x, "val/perplexity"]].dropna().empty:
+            yield name, f"no finished run has both {x} and val/perplexity"
+        else:
+            yield name, figures.frontier(table, x)
+
+
+def _overlay(runs: pd.DataFrame) -> Figure | str:
+    folders = runs.loc[runs["status"] != "missing", "folder"]
+    events = pd.concat([history(folders, kind=kind).events for kind in ("train", "eval")])
+    absent = [column for column in ("train/loss", "val/loss", "val/perplexity") if column not in events]
+    if absent:
+        return f"no run has {', '.join(absent)}"
+    return figures.overlay(events.merge(runs[["folder", "condition"]], on="folder"), "condition")
 
 
 def _factor_figure(runs: pd.DataFrame, factors: list[str], metric: str) -> Figure:

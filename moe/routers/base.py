@@ -34,6 +34,13 @@ class Router(nn.Module):
         """The weight of each auxiliary loss that this router alone has, by name; it may change from step to step."""
         return {}
 
+    @property
+    def rows(self) -> Float[Tensor, "E D"] | None:
+        """The matrix whose rows give the experts' logits, for losses on its geometry; None if there is none."""
+        weight = getattr(self, "weight", None)
+        matches = isinstance(weight, nn.Parameter) and weight.shape == (self.num_experts, self.dim)
+        return weight if matches else None
+
     def initialize(self, std: float) -> None:
         """N(0, std) for every matrix; other parameters and buffers stay as the constructor left them."""
         for p in self.parameters():
