@@ -4,7 +4,6 @@ import csv
 import hashlib
 import json
 import re
-import sys
 from collections import defaultdict
 from dataclasses import fields
 from pathlib import Path
@@ -198,9 +197,3 @@ def help_text() -> str:
         lines += ["", f"{group}="]
         lines += [f"  {name:<{width}}  {purpose}" for name, purpose in entries.items()]
     return "\n".join(lines)
-
-
-def fail(error: Exception) -> None:
-    """Print the one line and leave with status 2."""
-    print(f"train.py: {error}", file=sys.stderr)
-    raise SystemExit(2)

@@ -34,11 +34,6 @@ class History(NamedTuple):
     problems: list[str]
 
 
-def find_runs(paths: Iterable[Path | str]) -> list[Path]:
-    """Every run folder at or below `paths`, once each. ValueError when a path is no folder."""
-    return _walk(paths)[0]
-
-
 def load(paths: Iterable[Path | str]) -> pd.DataFrame:
     """One row a run at or below `paths`, and one for every cell that a sweep.json there names and that has no run.
 

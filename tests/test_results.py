@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from moe.results import find_runs, history, load
+from moe.results import history, load
 from moe.summaries import (
     console_table,
     levels,
@@ -74,8 +74,9 @@ def sweep(tmp_path: Path) -> Path:
 
 def test_any_mix_of_folders_finds_every_run_once(sweep: Path) -> None:
     one = sweep / "lb=0.0,noise=0.0,seed=42"
-    assert find_runs([sweep.parent]) == sorted(path for path in sweep.iterdir() if path.is_dir())
-    assert find_runs([one, sweep, sweep.parent])[0] == one
+    everything = sorted(str(path) for path in sweep.iterdir() if path.is_dir())
+    assert list(load([sweep.parent])["folder"]) == everything
+    assert load([one, sweep, sweep.parent])["folder"].iloc[0] == str(one)
     assert len(load([one, sweep, sweep.parent])) == 8
 
 
