@@ -35,6 +35,7 @@ LABELS = {
     "routing/load_cv/pooled": "load CV over experts, layers pooled",
     "noise": "router noise (std of the logits' noise)",
     "lb": "load-balancing weight",
+    "router.temp": "router temperature",
     "avg_drop_rate": "drop rate (share of assignments)",
     "tokens_per_s": "pack and combine (tokens per second)",
 }
