@@ -4,7 +4,6 @@ Written to a temporary folder, hashed, flushed to disk, renamed; older ones go o
 verifies is loaded; order is by step number, never by file time.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from moe.record import sha256, sync, write_json
 
 log = logging.getLogger(__name__)
 
@@ -26,17 +27,14 @@ def save(root: Path, step: int, state: dict[str, Any]) -> None:
     root.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    with open(temporary / "state.pt", "wb") as file:
-        torch.save(state, file)
-        _flush(file.fileno())
-    digest = _sha256(temporary / "state.pt")
-    with open(temporary / "manifest.json", "w") as file:
-        json.dump({"step": step, "torch": torch.__version__, "sha256": {"state.pt": digest}}, file)
-        file.flush()
-        _flush(file.fileno())
+    torch.save(state, temporary / "state.pt")
+    digest = sha256(temporary / "state.pt")
+    write_json(temporary / "manifest.json", {"step": step, "torch": torch.__version__, "sha256": {"state.pt": digest}})
+    for path in temporary.iterdir():
+        sync(path)
     shutil.rmtree(final, ignore_errors=True)
     os.rename(temporary, final)
-    _flush_folder(root)
+    sync(root)
     for old in sorted(root.glob("step-*"))[:-KEEP]:
         shutil.rmtree(old)
 
@@ -64,25 +62,8 @@ def load(root: Path) -> tuple[int, dict[str, Any]] | None:
 def _read(folder: Path) -> tuple[int, dict[str, Any]]:
     manifest = json.loads((folder / "manifest.json").read_text())
     for name, digest in manifest["sha256"].items():
-        if _sha256(folder / name) != digest:
+        if sha256(folder / name) != digest:
             raise ValueError(f"{name} does not match its sha256")
     if manifest["torch"] != torch.__version__:
         log.warning("checkpoint of torch %s: the resumed run may differ in its last bits", manifest["torch"])
     return manifest["step"], torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(descriptor: int) -> None:
-    os.fsync(descriptor)
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -119,7 +119,8 @@ def group_choices(hydra: Any) -> dict[str, str | None]:
 def _compose(overrides: list[str]) -> DictConfig:
     try:
         composed = compose("config", overrides=overrides, return_hydra_config=True)
-        OmegaConf.resolve(composed.hydra.run), OmegaConf.resolve(composed.hydra.sweep)
+        OmegaConf.resolve(composed.hydra.run)
+        OmegaConf.resolve(composed.hydra.sweep)
         return composed
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: a group set to null
         raise _explain(error, overrides) from None

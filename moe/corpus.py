@@ -15,6 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+from moe.record import sha256
+
 logger = logging.getLogger(__name__)
 
 SHINGLE_WORDS, MAX_SEEN = 13, 0.3  # a text with a larger share of its shingles seen before is a near duplicate
@@ -80,11 +82,7 @@ def distinct(documents: Iterable[Document]) -> Iterator[Document]:
 
 def checksums(files: Iterable[Path]) -> dict[str, str]:
     """sha256 of every file's bytes, by path."""
-    sums = {}
-    for path in files:
-        with path.open("rb") as stream:
-            sums[path.as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return sums
+    return {path.as_posix(): sha256(path) for path in files}
 
 
 @dataclass(frozen=True)

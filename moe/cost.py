@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 
-from moe.layer import MoELayer
 from moe.model import MoEForCausalLM
 
 
@@ -21,12 +20,11 @@ def count_parameters(model: MoEForCausalLM) -> Parameters:
     """Count parameters; where the number of experts per token varies, its mean counts, or all if it is not known."""
     total = sum(p.numel() for p in model.parameters())
     idle = 0
-    for layer in model.modules():
-        if isinstance(layer, MoELayer):
-            size = sum(p.numel() for p in layer.experts.parameters())
-            experts = layer.router.num_experts
-            used = getattr(layer.router, "k", layer.router.mean_k) or experts
-            idle += size - round(size * used / experts)
+    for layer in model.moe_layers:
+        size = sum(p.numel() for p in layer.experts.parameters())
+        experts = layer.router.num_experts
+        used = getattr(layer.router, "k", layer.router.mean_k) or experts
+        idle += size - round(size * used / experts)
     return Parameters(total, total - idle)
 
 

@@ -7,7 +7,6 @@ and the batch of a step needs no state.
 import hashlib
 import json
 import logging
-import os
 import shutil
 import sys
 from collections import Counter, defaultdict
@@ -26,6 +25,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from moe.corpus import Document, Source, checksums
+from moe.record import sha256, sync
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +180,7 @@ def _build(
             }
     return {
         "corpus_sha256": _digest(document for documents in corpus.values() for document in documents),
-        "tokenizer_sha256": hashlib.sha256((folder / "tokenizer" / "tokenizer.json").read_bytes()).hexdigest(),
+        "tokenizer_sha256": sha256(folder / "tokenizer" / "tokenizer.json"),
         "domains": counts,
     }
 
@@ -284,15 +284,9 @@ def _publish(unfinished: Path, folder: Path, manifest: dict[str, Any]) -> None:
     manifest["files"] = _file_sums(unfinished)
     (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
     for path in [*unfinished.rglob("*"), unfinished]:
-        _sync(path)
+        sync(path)
     unfinished.rename(folder)
-    _sync(folder.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    sync(folder.parent)
 
 
 def _file_sums(folder: Path) -> dict[str, str]:

@@ -10,7 +10,6 @@ from datasets import Dataset
 
 from moe import metrics
 from moe.data import batch
-from moe.layer import MoELayer
 from moe.model import IGNORED, MoEForCausalLM, next_token
 from moe.routing import Knobs, RoutingStats
 
@@ -64,7 +63,7 @@ def evaluate(
         values[f"val/loss/{name}"] = nats / count if count else None
     if stats is not None:
         values |= metrics.summarize(stats) | {"routing/utilization": metrics.utilization(stats)}
-    rows = [layer.router.rows for layer in model.modules() if isinstance(layer, MoELayer)]
+    rows = [layer.router.rows for layer in model.moe_layers]
     grams = [g for weight in rows if weight is not None and (g := metrics.router_gram(weight)) is not None]
     if grams:
         values["routing/router_gram"] = fmean(grams)

@@ -26,7 +26,6 @@ from moe.cost import count_parameters, flops_per_token, peak_memory_gb, reset_pe
 from moe.data import Prepared, batch, batch_indices, prepare
 from moe.divergence import Diverged, blame
 from moe.evaluate import evaluate
-from moe.layer import MoELayer
 from moe.model import MoEConfig, MoEForCausalLM, MoEOutput
 from moe.optim import build_optimizers, learning_rate_scale
 from moe.record import EventLog
@@ -53,7 +52,7 @@ def train(config: Config, folder: Path, *, mirror: Mirror, signals: Signals) -> 
     schedule = build(config.schedule, "schedule")
     plain = build_model(config, vocab_size=len(data.tokenizer))
     optimizers: list[Any] = build_optimizers(plain, config.optimizer)
-    routers = [layer.router for layer in plain.modules() if isinstance(layer, MoELayer)]
+    routers = [layer.router for layer in plain.moe_layers]
     done, clock = _resume(folder, plain, optimizers)
     model, *optimizers = accelerator.prepare(plain, *optimizers)
     forward = torch.compile(model) if config.compile else model

@@ -210,6 +210,11 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @property
+    def moe_layers(self) -> list[MoELayer]:
+        """The routed layers, in the order in which `aux` and `stats` stack them."""
+        return [block.mlp for block in self.model.layers if isinstance(block.mlp, MoELayer)]
+
     def forward(
         self,
         input_ids: Int[Tensor, "B S"],

@@ -1,5 +1,6 @@
 """The files of a run folder: events.jsonl (the truth, a line an event), metrics.json and run.json (made from it)."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -15,6 +16,21 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk, and not only in the system's memory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal digest of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path, value: object) -> None:

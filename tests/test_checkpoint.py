@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from moe import checkpoint
+from moe.record import sha256
 
 
 def state(step: int) -> dict[str, torch.Tensor]:
@@ -87,7 +88,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     file = tmp_path / "step-00000001" / "state.pt"
     file.write_bytes(pickle.dumps(Bomb(), protocol=2))
     manifest = json.loads((file.parent / "manifest.json").read_text())
-    manifest["sha256"]["state.pt"] = checkpoint._sha256(file)
+    manifest["sha256"]["state.pt"] = sha256(file)
     (file.parent / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(RuntimeError, match="can be read"):
         checkpoint.load(tmp_path)

@@ -1,16 +1,15 @@
 """Balance without a balance loss or a step size: biases that solve the balanced assignment of the last batch."""
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe.checks import require
-from moe.routers.base import Router, check_k
-from moe.routing import Context, Routing, RoutingStats
+from moe.routers.sigmoid_bias import BiasedSigmoid
+from moe.routing import RoutingStats
 
 
-class QuantileBalancing(Router):
+class QuantileBalancing(BiasedSigmoid):
     """Select the k largest s + b, weight by s alone, with s = sigmoid(W x) (Su, kexue.fm/archives/11619; Megatron-LM).
 
     To give tokens k experts each, and experts T k / E tokens each, at the largest total score is a linear program; its
@@ -21,30 +20,13 @@ class QuantileBalancing(Router):
     normalised to sum 1 (s itself for k=1). Expect load_cv to fall without `lb`; use lb=0.
     """
 
-    bias: Tensor
-
     def __init__(self, dim: int, num_experts: int, *, k: int = 2, decay: float = 0.9) -> None:
-        super().__init__(dim, num_experts)
-        check_k(k, num_experts)
+        super().__init__(dim, num_experts, k=k)
         require(0 <= decay < 1, "router.decay", decay, "at least 0, below 1")
-        self.k, self.decay = k, decay
-        self.weight = nn.Parameter(torch.empty(num_experts, dim))
-        self.register_buffer("bias", torch.zeros(num_experts))
+        self.decay = decay
 
-    def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
-        logits = F.linear(x, self.weight.float())
-        scores = torch.sigmoid(self.perturb(logits, context.knobs))
-        expert = (scores + self.bias).topk(self.k).indices
-        weight = scores.gather(-1, expert)
-        if self.k > 1:
-            weight = weight / weight.sum(-1, keepdim=True)
-        return Routing.token_choice(
-            expert,
-            weight,
-            probs=scores / scores.sum(-1, keepdim=True),
-            logits=logits,
-            evidence=len(x) * balanced_bias(scores.detach(), self.bias, self.k),
-        )
+    def evidence(self, scores: Float[Tensor, "T E"]) -> Float[Tensor, "E"]:
+        return len(scores) * balanced_bias(scores, self.bias, self.k)
 
     @torch.no_grad()
     def after_step(self, stats: RoutingStats) -> None:

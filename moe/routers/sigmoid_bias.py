@@ -12,16 +12,43 @@ from moe.routers.base import Router, check_k
 from moe.routing import Context, Routing, RoutingStats
 
 
-class SigmoidBias(Router):
-    """Select the k largest s + b, weight by s alone, with s = sigmoid(W x) (Wang et al. 2408.15664; DeepSeek-V3).
+class BiasedSigmoid(Router):
+    """Select the k largest s + b, weight by s alone, with s = sigmoid(W x); subclasses learn b, by `after_step`.
 
-    After each optimizer step b_e += rate * sign(mean load - load_e), from the load of the whole step, and b is centred,
-    because adding a constant to it changes nothing. Gates are s over the selected, normalised to sum 1 when
-    `normalise` (never for k=1). `probs` is s normalised over all experts, so that a balance loss may be added.
-    Expect load_cv to fall without `lb`; use lb=0.
+    Gates are s over the selected, normalised to sum 1 when `normalise` (never for k=1). `probs` is s normalised over
+    all experts, so that a balance loss may be added.
     """
 
     bias: Tensor
+
+    def __init__(self, dim: int, num_experts: int, *, k: int, normalise: bool = True) -> None:
+        super().__init__(dim, num_experts)
+        check_k(k, num_experts)
+        self.k, self.normalise = k, normalise
+        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        self.register_buffer("bias", torch.zeros(num_experts))
+
+    def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
+        logits = F.linear(x, self.weight.float())
+        scores = torch.sigmoid(self.perturb(logits, context.knobs))
+        expert = (scores + self.bias).topk(self.k).indices
+        weight = scores.gather(-1, expert)
+        if self.normalise and self.k > 1:
+            weight = weight / weight.sum(-1, keepdim=True)
+        probs = scores / scores.sum(-1, keepdim=True)
+        return Routing.token_choice(expert, weight, probs=probs, logits=logits, evidence=self.evidence(scores.detach()))
+
+    def evidence(self, scores: Float[Tensor, "T E"]) -> Float[Tensor, "E"] | None:
+        """What `after_step` learns from beside the loads, as a sum over tokens."""
+        return None
+
+
+class SigmoidBias(BiasedSigmoid):
+    """A bias that is nudged towards balance (Wang et al. 2408.15664; DeepSeek-V3).
+
+    After each optimizer step b_e += rate * sign(mean load - load_e), from the load of the whole step, and b is centred,
+    because adding a constant to it changes nothing. Expect load_cv to fall without `lb`; use lb=0.
+    """
 
     def __init__(
         self,
@@ -33,21 +60,9 @@ class SigmoidBias(Router):
         update: Literal["sign", "proportional"] = "sign",
         normalise: bool = True,
     ) -> None:
-        super().__init__(dim, num_experts)
-        check_k(k, num_experts)
+        super().__init__(dim, num_experts, k=k, normalise=normalise)
         require(finite(rate) and rate >= 0, "router.rate", rate, "a finite number >= 0")
-        self.k, self.rate, self.update, self.normalise = k, rate, update, normalise
-        self.weight = nn.Parameter(torch.empty(num_experts, dim))
-        self.register_buffer("bias", torch.zeros(num_experts))
-
-    def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
-        logits = F.linear(x, self.weight.float())
-        scores = torch.sigmoid(self.perturb(logits, context.knobs))
-        expert = (scores + self.bias).topk(self.k).indices
-        weight = scores.gather(-1, expert)
-        if self.normalise and self.k > 1:
-            weight = weight / weight.sum(-1, keepdim=True)
-        return Routing.token_choice(expert, weight, probs=scores / scores.sum(-1, keepdim=True), logits=logits)
+        self.rate, self.update = rate, update
 
     @torch.no_grad()
     def after_step(self, stats: RoutingStats) -> None:
