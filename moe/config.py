@@ -18,6 +18,7 @@ LOSS_WEIGHTS = {
     "router_entropy": "router_entropy",
     "gate_variance": "gate_variance",
     "simbal": "simbal",
+    "output_orthogonality": "output_orthogonality",
 }
 
 # What a run computes does not depend on these, so they are no part of its identity and may change on a resume.
@@ -136,6 +137,7 @@ class Config:
     router_entropy: float = 0.0  # of the mean token entropy: sharpens
     gate_variance: float = 0.0  # of minus the variance of probabilities over tokens
     simbal: float = 0.0  # of the router rows' distance from orthonormal
+    output_orthogonality: float = 0.0  # of the squared cosine of the outputs of a token's experts
     capacity: float | None = None  # capacity factor of training; null: dropless
     drop: str = "position"  # who stays when there is a capacity: position | score | random; only position is causal
     eval_every: int = 100  # optimizer steps

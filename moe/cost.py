@@ -17,27 +17,38 @@ class Parameters(NamedTuple):
 
 
 def count_parameters(model: MoEForCausalLM) -> Parameters:
-    """Count parameters; where the number of experts per token varies, its mean counts, or all if it is not known."""
+    """Count parameters; where the number of experts per token varies, its mean counts, or all if it is not known.
+
+    Where experts work on mixtures of tokens, a token uses all of them.
+    """
     total = sum(p.numel() for p in model.parameters())
+    seq_len = model.config.max_position_embeddings
     idle = 0
     for layer in model.moe_layers:
         size = sum(p.numel() for p in layer.experts.parameters())
         experts = layer.router.num_experts
-        used = getattr(layer.router, "k", layer.router.mean_k) or experts
-        idle += size - round(size * used / experts)
+        mixing = any(router.mixing_flops() for router in layer.router.chain)
+        used = None if mixing else layer.router.experts_per_token(seq_len)
+        idle += size - round(size * min(1.0, (used or experts) / experts))
     return Parameters(total, total - idle)
 
 
 def flops_per_token(model: MoEForCausalLM, seq_len: int) -> int:
-    """Forward FLOPs of one token: 2 per active matrix weight (the tied output matrix once, embedding look-up free),
-    plus attention scores and values, 2 * 2 * D * S/2 per layer for a causal context of mean length S/2.
+    """Forward FLOPs of one token: 2 per matrix weight that works for it (the tied output matrix once, embedding look-up
+    free; K/E of the routed experts), plus attention scores and values, 2 * 2 * D * S/2 per layer for a causal context
+    of mean length S/2, plus the mixing of tokens into slots where a router does that.
 
     Training costs three times as much. Norms, softmax and routing bookkeeping are left out.
     """
     config = model.config
-    vectors = sum(p.numel() for p in model.parameters() if p.ndim == 1)
-    matrices = count_parameters(model).active - vectors
-    return 2 * matrices + config.num_hidden_layers * 2 * config.hidden_size * seq_len
+    weights = float(sum(p.numel() for p in model.parameters() if p.ndim > 1))
+    mixing = 0
+    for layer in model.moe_layers:
+        size = sum(p.numel() for p in layer.experts.parameters())
+        experts = layer.router.num_experts
+        weights += size * ((layer.router.experts_per_token(seq_len) or experts) / experts - 1)
+        mixing += layer.router.mixing_flops()
+    return round(2 * weights) + mixing + config.num_hidden_layers * 2 * config.hidden_size * seq_len
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -13,6 +13,8 @@ from moe.data import batch
 from moe.model import IGNORED, MoEForCausalLM, next_token
 from moe.routing import Knobs, RoutingStats
 
+PROBE_STRIDE = 251  # a prime, so that tokens of all positions take part
+
 
 @torch.no_grad()
 def evaluate(
@@ -26,7 +28,7 @@ def evaluate(
     drop: str = "position",
 ) -> dict[str, Any]:
     """`val/loss` (nats per token), `val/perplexity`, `val/accuracy`, `val/loss/<domain>`, every routing metric, and
-    `routing/utilization` (L, E).
+    `routing/utilization` (L, E). The outputs of experts are compared on one token in `PROBE_STRIDE`.
 
     Token-weighted over all blocks; the model's mode is restored. Dropless unless a `capacity` factor is given: a limit
     makes the loss depend on which sequences share a batch.
@@ -41,7 +43,7 @@ def evaluate(
     torch.manual_seed(0)  # for drop=random; training seeds every micro-batch itself
     for start in range(0, len(data), batch_size):
         ids, domain = (t.to(device) for t in batch(data, range(start, min(start + batch_size, len(data)))))
-        output = model(ids, knobs=knobs, capacity=capacity, drop=drop)
+        output = model(ids, knobs=knobs, capacity=capacity, drop=drop, probe_stride=PROBE_STRIDE)
         targets = next_token(ids)
         nats = F.cross_entropy(
             output.logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
@@ -63,9 +65,13 @@ def evaluate(
         values[f"val/loss/{name}"] = nats / count if count else None
     if stats is not None:
         values |= metrics.summarize(stats) | {"routing/utilization": metrics.utilization(stats)}
-    rows = [layer.router.rows for layer in model.moe_layers]
-    grams = [g for weight in rows if weight is not None and (g := metrics.router_gram(weight)) is not None]
-    if grams:
-        values["routing/router_gram"] = fmean(grams)
+        values["routing/drop_rate_by_position"] = metrics.drop_rate_by_position(stats)
+        grams = [_mean([metrics.router_gram(router) for router in layer.router.chain]) for layer in model.moe_layers]
+        values["routing/router_gram"] = _mean(grams)
         values |= {f"routing/router_gram/layer{layer:02d}": gram for layer, gram in enumerate(grams)}
     return values
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if len(known) == len(values) else None

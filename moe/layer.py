@@ -1,5 +1,6 @@
 """The Mixture-of-Experts layer: router, dispatcher, experts, in that order, and no state of its own."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -9,17 +10,18 @@ from torch import Tensor, nn
 from moe import losses
 from moe.dispatch import Plan, combine, plan
 from moe.experts import Experts
-from moe.metrics import measure
+from moe.measurement import mean_cosine, measure
 from moe.routers.base import Router
-from moe.routing import Context, RoutingStats
+from moe.routing import Context, Routing, RoutingStats
 
 
 class LayerOutput(NamedTuple):
-    """y (B, S, D); aux: unweighted losses by name; stats: detached sums."""
+    """y (B, S, D); aux: unweighted losses by name; stats: detached sums; routing: one entry per router of the chain."""
 
     y: Float[Tensor, "B S D"]
     aux: dict[str, Float[Tensor, ""]]
     stats: RoutingStats
+    routing: tuple[Routing, ...]
 
 
 class MoELayer(nn.Module):
@@ -35,17 +37,43 @@ class MoELayer(nn.Module):
         self.shared = shared
 
     def forward(self, x: Float[Tensor, "B S D"], context: Context) -> LayerOutput:
-        flat = x.reshape(-1, x.shape[-1])
-        with torch.autocast(x.device.type, enabled=False):
-            routing = self.router(flat.float(), context)
-        todo: Plan = plan(
-            routing, self.router.num_experts, capacity=context.capacity, seq_len=x.shape[1], drop=context.drop
-        )
-        rows = self.experts(flat.index_select(0, todo.token), todo.kept)
-        y = combine(rows, todo, len(flat)).view_as(x)
+        first, *others = self.router.chain
+        outputs = [self._ask(first, x, context)]
+        for router in others:
+            x_so_far = x + sum(output.y for output in outputs)
+            outputs.append(self._ask(router, x_so_far, context))
+        y = sum((output.y for output in outputs[1:]), outputs[0].y)
         if self.shared is not None:
             y = y + self.shared(x)
-        aux = losses.auxiliary(routing, todo.offered, seq_len=x.shape[1], load=context.load)
-        if self.router.rows is not None:
-            aux["simbal"] = losses.similarity_preserving(self.router.rows)
-        return LayerOutput(y, aux, measure(routing, todo, len(flat), seq_len=x.shape[1], capacity=context.capacity))
+        aux = {name: torch.stack([output.aux[name] for output in outputs]).mean() for name in outputs[0].aux}
+        stats = functools.reduce(RoutingStats.merge, [output.stats for output in outputs])
+        return LayerOutput(y, aux, stats, tuple(routing for output in outputs for routing in output.routing))
+
+    def _ask(self, router: Router, x: Float[Tensor, "B S D"], context: Context) -> LayerOutput:
+        """What the experts add that one router chooses."""
+        flat = x.reshape(-1, x.shape[-1])
+        seq_len = x.shape[1]
+        with torch.autocast(x.device.type, enabled=False):
+            routing = router(flat.float(), context)
+        source = flat if routing.slots is None else routing.slots.gather(flat)
+        todo: Plan = plan(routing, router.num_experts, capacity=context.capacity, seq_len=seq_len, drop=context.drop)
+        rows = self.experts(source.index_select(0, todo.token), todo.kept)
+        y = combine(rows, todo, len(source))
+        if routing.slots is not None:
+            y = routing.slots.scatter(y)
+
+        aux = losses.auxiliary(routing, todo.offered, seq_len=seq_len, load=context.load)
+        if router.rows is not None:
+            aux["simbal"] = losses.similarity_preserving(router.rows)
+        if context.orthogonality:
+            aux["output_orthogonality"] = losses.output_orthogonality(rows, todo.token)
+        similarity = self._compare(flat[:: context.probe_stride]) if context.probe_stride else None
+        stats = measure(routing, todo, len(flat), seq_len=seq_len, capacity=context.capacity, similarity=similarity)
+        return LayerOutput(y.view_as(x), aux, stats, (routing,))
+
+    @torch.no_grad()
+    def _compare(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N"]:
+        """How alike the experts' outputs are, all of them run on the same tokens."""
+        experts = self.router.num_experts
+        outputs = self.experts(x.repeat(experts, 1), torch.full((experts,), len(x), device=x.device))
+        return mean_cosine(outputs.view(experts, *x.shape))

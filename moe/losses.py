@@ -4,6 +4,7 @@ Each is a mean over the tokens of the micro-batch. A loss that a router cannot h
 """
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
@@ -50,6 +51,27 @@ def similarity_preserving(weight: Float[Tensor, "E D"]) -> Float[Tensor, ""]:
     return (gram - torch.eye(len(weight), device=weight.device)).abs().sum()
 
 
+def output_orthogonality(rows: Float[Tensor, "R D"], token: Int[Tensor, "R"]) -> Float[Tensor, ""]:
+    """Mean squared cosine of the outputs that two experts give for the same token, over all such pairs; 0 without any.
+
+    rows: expert outputs before they are weighted; token: whose they are. Guo et al. (2505.22323, L_o) sum projections,
+    which are vectors and shrink with the outputs; the squared cosine is the share of squared length that a projection
+    keeps, 0 for orthogonal outputs and 1 for parallel ones. Reads the largest number of experts per token back from the
+    device.
+    """
+    order = torch.argsort(token, stable=True)
+    token = token[order]
+    rows = F.normalize(rows.float()[order], dim=-1)
+    most = int(token.bincount().amax()) if len(token) else 0
+    total, pairs = rows.new_zeros(()), rows.new_zeros(())
+    for apart in range(1, most):
+        same = token[apart:] == token[:-apart]
+        cosine = (rows[apart:] * rows[:-apart]).sum(-1)
+        total = total + (same * cosine.square()).sum()
+        pairs = pairs + same.sum()
+    return total / pairs.clamp(min=1)
+
+
 def router_z(logits: Float[Tensor, "T E"]) -> Float[Tensor, ""]:
     """Mean squared log-sum-exp of the clean logits: keeps them small (ST-MoE 2202.08906, eq. 5)."""
     return torch.logsumexp(logits, -1).square().mean()
@@ -66,7 +88,9 @@ def auxiliary(
     losses = dict(routing.aux)
     if routing.probs is not None:
         losses["load_balance"] = load_balance(routing.probs, offered)
-        losses["load_balance_sequence"] = load_balance_sequence(routing.probs, routing.token, routing.expert, seq_len)
+        if routing.slots is None:
+            by_sequence = load_balance_sequence(routing.probs, routing.token, routing.expert, seq_len)
+            losses["load_balance_sequence"] = by_sequence
         losses["load_balance_global"] = load_balance(routing.probs, offered if load is None else offered + load)
         losses["router_entropy"] = router_entropy(routing.probs)
         losses["gate_variance"] = gate_variance(routing.probs)

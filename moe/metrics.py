@@ -1,4 +1,4 @@
-"""Routing metrics: what is summed while running (`measure`), and every number computed from the sums (`METRICS`).
+"""Routing metrics: every number computed from the sums that `moe.measurement` takes while running.
 
 Training logs, evaluation, W&B, result files and figures all read this one table. Balance is judged on the offered
 load, before drops: counting kept assignments makes a tight capacity look like good balance.
@@ -12,51 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moe.dispatch import Plan, slots
-from moe.routing import Routing, RoutingStats
-
-
-@torch.no_grad()
-def measure(
-    routing: Routing, plan: Plan, tokens: int, *, seq_len: int | None = None, capacity: float | None = None
-) -> RoutingStats:
-    """The sums of one layer over one micro-batch of `tokens` tokens, in sequences of `seq_len` (None: a single one)."""
-    experts = len(plan.offered)
-    nan = plan.weight.new_full((), math.nan)
-    probs, logits = routing.probs, routing.logits
-    at_t1 = torch.softmax(logits, -1) if logits is not None else None
-    reached = torch.zeros(tokens, device=plan.token.device).index_fill_(0, plan.token, 1.0)
-    offered = plan.offered.float()
-    assignments = offered.sum()
-    routed = (assignments > 0).float()
-    chosen = reached.new_zeros(tokens, experts)
-    chosen[routing.token, routing.expert] = 1.0
-    with torch.autocast(chosen.device.type, enabled=False):  # bfloat16 cannot count beyond 256
-        coactivation = chosen.T @ chosen
-    sequences = chosen.unflatten(0, (-1, seq_len or tokens))
-    return RoutingStats(
-        tokens=nan.new_full((), tokens),
-        assignments=assignments,
-        offered=offered,
-        kept=plan.kept.float(),
-        slots=nan if capacity is None else nan.new_full((), experts * slots(len(routing.expert), experts, capacity)),
-        batches=routed,
-        max_violation=routed * (offered.amax() * experts / assignments.clamp(min=1) - 1),
-        coactivation=coactivation,
-        repeatable=sequences[:, 1:].sum(),
-        repeated=(sequences[:, 1:] * sequences[:, :-1]).sum(),
-        unrouted=tokens - reached.sum(),
-        importance=nan.expand(experts) if probs is None else probs.sum(0),
-        entropy=nan if probs is None else torch.special.entr(probs).sum(),
-        confidence=nan if probs is None else probs.amax(-1).sum(),
-        margin=nan if probs is None or experts == 1 else -probs.topk(2).values.diff().sum(),
-        chosen_mass=nan if probs is None else (probs * chosen).sum(),
-        entropy_t1=nan if at_t1 is None else torch.special.entr(at_t1).sum(),
-        confidence_t1=nan if at_t1 is None else at_t1.amax(-1).sum(),
-        logit_squared=nan if logits is None else logits.square().sum() / experts,
-        logsumexp_squared=nan if logits is None else torch.logsumexp(logits, -1).square().sum(),
-        evidence=nan.expand(experts) if routing.evidence is None else routing.evidence,
-    )
+from moe.routers.base import Router
+from moe.routing import RoutingStats
 
 
 def load_share(stats: RoutingStats) -> Float[Tensor, "L E"]:
@@ -92,6 +49,16 @@ def _load_entropy(stats: RoutingStats) -> Tensor:
 def _mutual_information(stats: RoutingStats) -> Tensor:
     mean = stats.importance / stats.tokens[:, None]
     return torch.special.entr(mean).sum(-1) - stats.entropy / stats.tokens
+
+
+def _position_information(stats: RoutingStats) -> Tensor:
+    """Plug-in mutual information less its expectation under independence, (P - 1)(E - 1) / 2n (Miller 1955)."""
+    counts = stats.offered_by_position
+    total = counts.sum((1, 2))
+    joint, place, expert = (c.flatten(1) / total[:, None] for c in (counts, counts.sum(2), counts.sum(1)))
+    entropies = [torch.special.entr(p).sum(-1) for p in (place, expert, joint)]
+    cells = ((place > 0).sum(-1) - 1) * ((expert > 0).sum(-1) - 1)
+    return entropies[0] + entropies[1] - entropies[2] - cells / (2 * total)
 
 
 def _k(stats: RoutingStats) -> Tensor:
@@ -166,6 +133,9 @@ METRICS: dict[str, Metric] = {
     "load_max_violation_batch": Metric(
         lambda s: s.max_violation / s.batches, "load_max_violation of a micro-batch, mean over micro-batches", "lower"
     ),
+    "load_max_violation_sequence": Metric(
+        lambda s: s.max_violation_sequence / s.sequences, "load_max_violation of a sequence, mean over them", "lower"
+    ),
     "load_gini": Metric(_gini, "Gini coefficient of expert load; 0 balanced, at most 1 - K/E", "lower", balance=True),
     "load_gini_normalized": Metric(
         _gini_normalized, "load_gini / its attainable maximum, for any K", "lower", balance=True
@@ -195,6 +165,12 @@ METRICS: dict[str, Metric] = {
     "top_k_mass": Metric(lambda s: s.chosen_mass / s.tokens, "mean probability of all experts that a token asked for"),
     "mutual_information": Metric(
         _mutual_information, "entropy of the mean probability - mean token entropy, nats: soft specialisation"
+    ),
+    "position_information": Metric(
+        _position_information, "mutual information of expert and decile of the position, nats, less its bias"
+    ),
+    "output_similarity": Metric(
+        lambda s: s.output_similarity / s.probed, "mean cosine of two experts' outputs for the same token", "lower"
     ),
     "logsumexp_squared": Metric(lambda s: s.logsumexp_squared / s.tokens, "mean logsumexp(logits)^2, the z-loss"),
     "logit_rms": Metric(lambda s: (s.logit_squared / s.tokens).sqrt(), "root mean square of the clean logits"),
@@ -233,12 +209,20 @@ def summarize(stats: RoutingStats, *, per_layer: bool = True) -> dict[str, float
 
 
 @torch.no_grad()
-def router_gram(rows: Float[Tensor, "E D"]) -> float | None:
-    """||W W^T - I||_F / sqrt(E (E - 1)) of the normalised rows: 0 orthogonal, 1 all alike; None for a single expert."""
-    experts = len(rows)
-    normed = torch.nn.functional.normalize(rows.double(), dim=-1)
-    distance = (normed @ normed.T - torch.eye(experts, device=rows.device)).norm()
-    return (distance / math.sqrt(experts * (experts - 1))).item() if experts > 1 else None
+def router_gram(router: Router) -> float | None:
+    """||W W^T - I||_F / sqrt(E (E - 1)) of the normalised rows of a router: 0 orthogonal, 1 all alike; None without
+    rows, or with a single one."""
+    if router.rows is None or len(router.rows) < 2:
+        return None
+    unit = torch.nn.functional.normalize(router.rows.double(), dim=-1)
+    distance = (unit @ unit.T - torch.eye(len(unit), device=unit.device)).norm()
+    return (distance / math.sqrt(len(unit) * (len(unit) - 1))).item()
+
+
+def drop_rate_by_position(stats: RoutingStats) -> list[float | None]:
+    """Share of the assignments of each decile of the position that were dropped, the mean over layers."""
+    rates = 1 - stats.kept_by_position.double() / stats.offered_by_position.double().sum(-1)
+    return [_number(rate) for rate in rates.mean(0)]
 
 
 def utilization(stats: RoutingStats) -> list[list[float]]:

@@ -20,9 +20,9 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNor
 from moe.checks import build
 from moe.config import ModelConfig
 from moe.experts import Experts
-from moe.layer import MoELayer
+from moe.layer import LayerOutput, MoELayer
 from moe.routers.base import Router
-from moe.routing import Context, Knobs, RoutingStats
+from moe.routing import Context, Knobs, Routing, RoutingStats
 
 IGNORED = -100  # a label that is not predicted
 
@@ -78,12 +78,14 @@ class MoEOutput(CausalLMOutputWithPast):
     """transformers' output (loss: mean cross-entropy in nats, unweighted aux not added) and what routing adds.
 
     aux: {name: (L)} unweighted losses per MoE layer; stats: sums with leading (L); both None without MoE layers.
+    routing: of each MoE layer what its routers decided, one entry per router of its chain.
     """
 
     __no_type_check__ = True  # accelerate builds it from a dict, which transformers unpacks
 
     aux: dict[str, Tensor] | None = None
     stats: RoutingStats | None = None
+    routing: list[tuple[Routing, ...]] | None = None
 
 
 class DenseFFN(nn.Module):
@@ -99,7 +101,7 @@ class DenseFFN(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm x), then x + feed-forward(norm x); returns the layer's routing record too, None if dense."""
+    """x + attention(norm x), then x + feed-forward(norm x); returns the MoE layer's output too, None if dense."""
 
     def __init__(self, config: MoEConfig, index: int) -> None:
         super().__init__()
@@ -109,13 +111,15 @@ class Block(nn.Module):
         self.mlp = _feed_forward(config, index)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Float[Tensor, "B S D"], context: Context, **attention: Any) -> tuple[Tensor, Any]:
-        attended, _ = self.self_attn(self.input_layernorm(x), **attention)
+    def forward(
+        self, x: Float[Tensor, "B S D"], context: Context, *attention: Any
+    ) -> tuple[Tensor, LayerOutput | None]:
+        attended, _ = self.self_attn(self.input_layernorm(x), *attention)
         x = x + self.dropout(attended)
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoELayer):
-            y, aux, stats = self.mlp(normed, context)
-            return x + self.dropout(y), (aux, stats)
+            output = self.mlp(normed, context)
+            return x + self.dropout(output.y), output
         return x + self.dropout(self.mlp(normed)), None
 
 
@@ -154,7 +158,7 @@ class MoEPreTrainedModel(PreTrainedModel):
 
 
 class MoEModel(MoEPreTrainedModel):
-    """Embedding, blocks, final norm: token ids to hidden states, and each MoE layer's (aux, stats)."""
+    """Embedding, blocks, final norm: token ids to hidden states, and each MoE layer's output."""
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__(config)
@@ -172,31 +176,24 @@ class MoEModel(MoEPreTrainedModel):
         *,
         load: Float[Tensor, "L E"] | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
-    ) -> tuple[Float[Tensor, "B S D"], list[Any]]:
+        cache: Cache | None = None,
+    ) -> tuple[Float[Tensor, "B S D"], list[LayerOutput]]:
         x = self.embed_tokens(input_ids)
         if self.config.embed_scale:
             x = x * math.sqrt(self.config.hidden_size)
         x = self.dropout(x)
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        seen = cache.get_seq_length() if cache is not None else 0
         position_ids = torch.arange(seen, seen + x.shape[1], device=x.device)[None]
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=x,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        # arguments in order here and for the attention, because transformers 5.24 renamed the cache
+        mask = create_causal_mask(self.config, x, attention_mask, cache, position_ids)
         rotary = self.rotary_emb(x, position_ids=position_ids)
-        records: list[Any] = []
+        outputs: list[LayerOutput] = []
         for layer in self.layers:
             if load is not None:
-                context = context._replace(load=load[min(len(records), len(load) - 1)])  # dense layers ignore it
-            x, record = layer(
-                x, context, attention_mask=mask, position_embeddings=rotary, past_key_values=past_key_values
-            )
-            records += [record] if record is not None else []
-        return self.dropout(self.norm(x)), records
+                context = context._replace(load=load[min(len(outputs), len(load) - 1)])  # dense layers ignore it
+            x, output = layer(x, context, rotary, mask, cache)
+            outputs += [output] if output is not None else []
+        return self.dropout(self.norm(x)), outputs
 
 
 class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
@@ -224,36 +221,41 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         capacity: float | None = None,
         drop: str = "position",
         load: Float[Tensor, "L E"] | None = None,
+        orthogonality: bool = False,
+        probe_stride: int | None = None,
         attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool = False,
         logits_to_keep: int = 0,
         **_: Any,
     ) -> MoEOutput:
         """labels: as `input_ids`, unshifted, IGNORED where nothing is to be predicted. knobs: default to the model's
-        own temperature and no noise. capacity: a factor, or None for dropless; drop: the policy that goes with it.
-        load: of each MoE layer's experts in earlier micro-batches of the optimizer step."""
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        own temperature and no noise. The rest is of `moe.routing.Context`, `load` for each MoE layer.
+        past_key_values: what transformers called `cache` before 5.24."""
+        cache = cache if cache is not None else past_key_values
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if knobs is None:
             knobs = Knobs.of(temperature=self.config.router_temperature, device=input_ids.device)
-        hidden, records = self.model(
+        hidden, layers = self.model(
             input_ids,
-            Context(input_ids, knobs, capacity, drop),
+            Context(input_ids, knobs, capacity, drop, orthogonality=orthogonality, probe_stride=probe_stride),
             load=load,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
         )
         logits = self.lm_head(hidden[:, -logits_to_keep:])
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits.float().flatten(0, 1), next_token(labels).flatten(), ignore_index=IGNORED)
-        aux, stats = None, None
-        if records:
-            losses, sums = zip(*records, strict=True)
-            aux = {name: torch.stack([layer[name] for layer in losses]) for name in losses[0]}
-            stats = RoutingStats.stack(list(sums))
-        return MoEOutput(loss=loss, logits=logits, past_key_values=past_key_values, aux=aux, stats=stats)
+        routed: dict[str, Any] = {}
+        if layers:
+            names = layers[0].aux
+            routed["aux"] = {name: torch.stack([layer.aux[name] for layer in layers]) for name in names}
+            routed["stats"] = RoutingStats.stack([layer.stats for layer in layers])
+            routed["routing"] = [layer.routing for layer in layers]
+        return MoEOutput(loss, logits, cache, **routed)  # in order, for the same reason as above
 
 
 def next_token(labels: Int[Tensor, "B S"]) -> Int[Tensor, "B S"]:

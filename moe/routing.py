@@ -23,15 +23,40 @@ class Knobs(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What a layer knows besides the hidden states: token ids (their shape says which tokens share a sequence), the
-    knobs, the capacity factor (None: dropless), the drop policy (a key of `moe.dispatch.DROP_POLICIES`), and the load
-    that this layer's experts had in earlier micro-batches of the optimizer step (None: this is the first)."""
+    """What a layer knows besides the hidden states.
+
+    ids: token ids; their shape says which tokens share a sequence.
+    capacity: the capacity factor, None: dropless; drop: the drop policy, a key of `moe.dispatch.DROP_POLICIES`.
+    load: of this layer's experts in earlier micro-batches of the optimizer step (None: this is the first).
+    orthogonality: whether to compute the loss on expert outputs, the only one that costs more than it may stay unused.
+    probe_stride: run every so-manieth token through all experts, to compare what they do (None: no token).
+    """
 
     ids: Int[Tensor, "B S"]
     knobs: Knobs
     capacity: float | None = None
     drop: str = "position"
     load: Float[Tensor, "E"] | None = None
+    orthogonality: bool = False
+    probe_stride: int | None = None
+
+
+class Slots(NamedTuple):
+    """What experts work on where they do not work on tokens: M slots a sequence, each a mixture of its tokens.
+
+    dispatch: slot m is sum_s dispatch[m, s] x_s; combine: token s gets sum_m combine[s, m] y_m.
+    """
+
+    dispatch: Float[Tensor, "B M S"]
+    combine: Float[Tensor, "B S M"]
+
+    def gather(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "BM D"]:
+        """The slots of all sequences, one after another, as rows."""
+        return (self.dispatch.to(x.dtype) @ x.unflatten(0, (len(self.dispatch), -1))).flatten(0, 1)
+
+    def scatter(self, y: Float[Tensor, "BM D"]) -> Float[Tensor, "T D"]:
+        """Rows of slots back to rows of tokens."""
+        return (self.combine.to(y.dtype) @ y.unflatten(0, (len(self.combine), -1))).flatten(0, 1)
 
 
 class Routing(NamedTuple):
@@ -44,6 +69,7 @@ class Routing(NamedTuple):
     aux: auxiliary losses of this router alone, unweighted means over tokens; its `loss_weights` weight them.
     renormalise: whether a token's weights are to sum to 1 again over the experts that keep it after drops.
     evidence: (E) sums over tokens of whatever this router's `after_step` learns from, beside the loads, or None.
+    slots: None, or mixtures of tokens that experts work on instead; `token` then numbers the slots of the batch.
     """
 
     token: Int[Tensor, "A"]
@@ -54,6 +80,7 @@ class Routing(NamedTuple):
     aux: dict[str, Float[Tensor, ""]] = {}
     evidence: Float[Tensor, "E"] | None = None
     renormalise: bool = False
+    slots: Slots | None = None
 
     @staticmethod
     def token_choice(expert: Int[Tensor, "T K"], weight: Float[Tensor, "T K"], **rest: Any) -> "Routing":
@@ -67,6 +94,9 @@ class Routing(NamedTuple):
         """A token takes every expert where `chosen` is true: a varying number of them."""
         token, expert = chosen.nonzero(as_tuple=True)
         return Routing(token, expert, weight[token, expert], **{"probs": None, "logits": None, **rest})
+
+
+DECILES = 10  # of the position in a sequence
 
 
 class RoutingStats(NamedTuple):
@@ -84,6 +114,10 @@ class RoutingStats(NamedTuple):
     slots: Float[Tensor, "*L"]  # assignments that fit, all experts together; NaN when dropless
     batches: Float[Tensor, "*L"]  # micro-batches with an assignment
     max_violation: Float[Tensor, "*L"]  # over those, the largest load / mean load - 1 of each
+    sequences: Float[Tensor, "*L"]  # sequences with an assignment
+    max_violation_sequence: Float[Tensor, "*L"]  # over those, the same of each
+    offered_by_position: Float[Tensor, "*L P E"]  # `offered`, by P deciles of the position in the sequence
+    kept_by_position: Float[Tensor, "*L P"]  # assignments carried out, of all experts together
     coactivation: Float[Tensor, "*L E E"]  # tokens that asked for both experts
     repeatable: Float[Tensor, "*L"]  # assignments asked for by tokens that are not the first of their sequence
     repeated: Float[Tensor, "*L"]  # those of them that the token before asked for too
@@ -98,6 +132,8 @@ class RoutingStats(NamedTuple):
     logit_squared: Float[Tensor, "*L"]  # sum of mean squared logits
     logsumexp_squared: Float[Tensor, "*L"]
     evidence: Float[Tensor, "*L E"]  # of `Routing.evidence`
+    probed: Float[Tensor, "*L"]  # tokens that every expert was run on
+    output_similarity: Float[Tensor, "*L"]  # over those, the mean cosine of two experts' outputs
 
     def merge(self, other: "RoutingStats") -> "RoutingStats":
         """The sums over the tokens of both."""

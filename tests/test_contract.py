@@ -41,10 +41,14 @@ def context(ids: Tensor, *, noise: float = 0.0, capacity: float | None = None) -
     return Context(ids, Knobs.of(noise=noise), capacity)
 
 
-def dense_weights(routing: Routing, tokens: int) -> Tensor:
-    """(T, E): the weight of each expert for each token."""
-    weights = torch.zeros(tokens, E)
+def dense_weights(routing: Routing) -> Tensor:
+    """(rows, E): the weight of each expert for each token, or for each slot where experts work on mixtures."""
+    weights = torch.zeros(rows_of(routing), E)
     return weights.index_put((routing.token, routing.expert), routing.weight, accumulate=True)
+
+
+def rows_of(routing: Routing) -> int:
+    return B * S if routing.slots is None else routing.slots.dispatch.shape[:2].numel()
 
 
 @pytest.fixture(params=YAMLS, ids=lambda path: path.stem)
@@ -68,11 +72,11 @@ def test_first_line_of_the_yaml_states_its_purpose(path: Path) -> None:
 
 
 def test_assignments_are_well_formed(path: Path, x: Tensor, ids: Tensor) -> None:
-    routing = make_router(path).eval()(x.view(-1, D), context(ids))
+    routing = make_router(path).eval().chain[0](x.view(-1, D), context(ids))
     assert routing.token.shape == routing.expert.shape == routing.weight.shape
     assert routing.weight.dtype == torch.float32
     assert routing.token.min() >= 0
-    assert routing.token.max() < B * S
+    assert routing.token.max() < rows_of(routing)
     assert routing.expert.min() >= 0
     assert routing.expert.max() < E
     assert (routing.weight >= 0).all()
@@ -84,7 +88,7 @@ def test_probabilities_are_a_distribution_over_all_experts_in_fp32(path: Path, x
     with torch.autocast("cpu", torch.bfloat16):
         layer = make_layer(path)
         seen: list[Routing] = []
-        layer.router.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        layer.router.chain[0].register_forward_hook(lambda module, inputs, output: seen.append(output))
         layer(x.bfloat16(), context(ids))
     [routing] = seen
     if routing.probs is None:
@@ -112,14 +116,15 @@ def test_gradient_reaches_a_trainable_router_through_each_auxiliary_loss(path: P
     router = make_router(path)
     if not list(router.parameters()):
         return
-    routing = router(x.view(-1, D), context(ids))
+    routing = router.chain[0](x.view(-1, D), context(ids))
     offered = plan(routing, E, capacity=None, seq_len=S).offered
     losses = auxiliary(routing, offered, seq_len=S)
     assert losses
     if len(offered.unique()) == 1:  # by construction: nothing to learn
         assert losses.pop("load_balance").item() == losses.pop("load_balance_global").item() == pytest.approx(1)
     for name, loss in losses.items():
-        gradients = torch.autograd.grad(loss, list(router.parameters()), retain_graph=True, allow_unused=True)
+        parameters = list(router.chain[0].parameters())
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
         assert max(g.norm() for g in gradients if g is not None) > 1e-4, name
 
 
@@ -133,9 +138,9 @@ def test_evaluation_is_deterministic_ignores_noise_and_changes_no_state(path: Pa
 
 def test_noise_changes_routing_in_training(path: Path, x: Tensor, ids: Tensor) -> None:
     router = make_router(path)
-    weights = [dense_weights(router(x.view(-1, D), context(ids, noise=n)), B * S) for n in (0.0, 5.0)]
-    content_free = not list(router.parameters()) and not list(router.buffers())
-    assert torch.equal(*weights) == content_free, "only a router that never looks at the tokens is immune to noise"
+    routings = [router.chain[0](x.view(-1, D), context(ids, noise=n)) for n in (0.0, 5.0)]
+    weights = [dense_weights(r) if r.slots is None else r.slots.combine for r in routings]
+    assert torch.equal(*weights) == (path.stem == "hash"), "only a router that never looks at the states is immune"
 
 
 @pytest.mark.parametrize("capacity", [None, 0.6])
@@ -198,10 +203,18 @@ def test_degenerate_batches_are_finite_and_counted(path: Path, batch: str, capac
     assert (layer.experts.up.grad[empty] == 0).all()
 
 
-def test_the_layer_is_the_weighted_sum_of_every_expert_run_on_every_token(path: Path, x: Tensor, ids: Tensor) -> None:
+def test_the_layer_is_the_weighted_sum_of_every_expert_run_on_every_row(path: Path, x: Tensor, ids: Tensor) -> None:
     layer = make_layer(path).eval()
     flat = x.view(-1, D)
-    weights = dense_weights(layer.router(flat, context(ids)), B * S)
-    everywhere = layer.experts(flat.repeat(E, 1), torch.full((E,), B * S)).view(E, B * S, D)
-    expected = torch.einsum("te,etd->td", weights, everywhere)
-    torch.testing.assert_close(layer(x, context(ids)).y.view(-1, D), expected)
+    for router in layer.router.chain:
+        routing = router(flat, context(ids))
+        rows = flat
+        if routing.slots is not None:
+            rows = torch.einsum("bms,bsd->bmd", routing.slots.dispatch, x).reshape(-1, D)
+        counts = torch.full((E,), len(rows))
+        everywhere = layer.experts(rows.repeat(E, 1), counts).view(E, -1, D)
+        out = torch.einsum("te,etd->td", dense_weights(routing), everywhere)
+        if routing.slots is not None:
+            out = torch.einsum("bsm,bmd->bsd", routing.slots.combine, out.view(B, -1, D)).reshape(-1, D)
+        flat = flat + out
+    torch.testing.assert_close(layer(x, context(ids)).y.view(-1, D), flat - x.view(-1, D))

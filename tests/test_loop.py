@@ -14,7 +14,9 @@ from moe import loop
 from moe.commandline import options, read_cells
 from moe.config import LOSS_WEIGHTS, Cell
 from moe.divergence import Diverged, blame
-from moe.loop import build_model, knob_settings, micro_batches, prepare_data, total_loss, train
+from moe.ingredients import build_model, knob_settings, micro_batches, prepare_data
+from moe.loop import train
+from moe.objective import total_loss
 from moe.record import read_events
 from moe.routing import Knobs
 from moe.schedules import Linear
@@ -131,7 +133,7 @@ def test_every_shared_loss_is_logged_and_weighted_by_its_key(name: str, key: str
     model = build_model(config, vocab_size=400)
     routers = [layer.mlp.router for layer in model.model.layers]
     ids = torch.randint(0, 300, (2, 16))
-    output = model(ids, ids)
+    output = model(ids, ids, orthogonality=True)
     torch.testing.assert_close(total_loss(config, routers, output), output.loss + 0.3 * output.aux[name].sum())
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from moe.dispatch import plan
-from moe.metrics import METRICS, measure, router_gram, summarize, utilization
+from moe.measurement import measure
+from moe.metrics import METRICS, router_gram, summarize, utilization
 from moe.routing import Routing, RoutingStats
 
 E, K, T = 8, 2, 64

@@ -138,7 +138,7 @@ def test_generation_with_a_cache_equals_recomputing_everything(
 
 
 def test_auxiliary_losses_are_per_layer_and_unweighted(ids: torch.Tensor) -> None:
-    output = make()(ids, ids)
+    output = make()(ids, ids, orthogonality=True)
     assert set(output.aux) == set(LOSS_WEIGHTS)
     assert all(values.shape == (2,) for values in output.aux.values())
     assert output.aux["load_balance"].mean().item() == pytest.approx(1, abs=0.2)

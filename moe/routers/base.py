@@ -1,7 +1,7 @@
 """What every router is: a module from hidden states to a `Routing`."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moe.checks import require
@@ -28,6 +28,26 @@ class Router(nn.Module):
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         raise NotImplementedError
+
+    @property
+    def chain(self) -> "list[Router]":
+        """The routers that a layer asks in turn, each seeing what the experts of the one before have added."""
+        return [self]
+
+    def experts_per_token(self, seq_len: int) -> float | None:
+        """How many experts work for a token of a sequence of `seq_len`, on average where that varies; None: unknown."""
+        k = getattr(self, "k", self.mean_k)
+        return None if k is None else float(k)
+
+    def mixing_flops(self) -> int:
+        """Forward FLOPs of a token beyond 2 per matrix weight."""
+        return 0
+
+    def before_training(self, counts: Int[Tensor, "V"]) -> None:
+        """Learn from how often each token id occurs in the training text, once, before the first step.
+
+        What it changes must be a persistent buffer, so that checkpoints hold it.
+        """
 
     @property
     def loss_weights(self) -> dict[str, float]:

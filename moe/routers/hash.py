@@ -1,28 +1,60 @@
 """Hash routing: the token id alone decides."""
 
+import heapq
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moe.checks import require
 from moe.routers.base import Router, check_k
 from moe.routing import Context, Routing
 
 
 class Hash(Router):
-    """Each token id has k fixed, distinct experts, drawn by an integer hash; gates 1/k (Roller et al. 2106.04426).
+    """Each token id has k fixed, distinct experts; gates 1/k, nothing is learned (Roller et al. 2106.04426).
 
-    No parameters, no probabilities. Ids are spread evenly over experts, tokens are not: frequent ids make load uneven.
+    balanced: before training, ids take the experts that have the least text so far, the most frequent id first, so that
+        loads are even over the training text (their "balanced" hash; longest processing time first); False: an integer
+        hash, which spreads ids evenly and text unevenly. Ids from `vocab_size` on share the experts of id % vocab_size.
     """
 
-    def __init__(self, dim: int, num_experts: int, *, k: int = 2) -> None:
+    table: Tensor
+
+    def __init__(
+        self, dim: int, num_experts: int, *, k: int = 2, balanced: bool = True, vocab_size: int = 65_536
+    ) -> None:
         super().__init__(dim, num_experts)
         check_k(k, num_experts)
-        self.k = k
+        require(vocab_size >= 1, "router.vocab_size", vocab_size, "at least 1")
+        self.k, self.balanced = k, balanced
+        pairs = torch.arange(vocab_size)[:, None] * num_experts + torch.arange(num_experts)
+        self.register_buffer("table", scramble(pairs).topk(k).indices.to(torch.int16))
+
+    def before_training(self, counts: Int[Tensor, "V"]) -> None:
+        if self.balanced:
+            folded = torch.zeros(len(self.table), dtype=counts.dtype)
+            folded.index_add_(0, torch.arange(len(counts)) % len(self.table), counts.cpu())
+            seen = int((folded > 0).sum())
+            order = folded.argsort(descending=True, stable=True)[:seen]
+            chosen = lightest(folded[order].tolist(), self.num_experts, self.k)
+            self.table[order] = torch.tensor(chosen, dtype=torch.int16).to(self.table.device)
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
-        pairs = context.ids.reshape(-1, 1) * self.num_experts + torch.arange(self.num_experts, device=x.device)
-        expert = scramble(pairs).topk(self.k).indices
+        expert = self.table[context.ids.flatten() % len(self.table)].long()
         return Routing.token_choice(expert, torch.full(expert.shape, 1 / self.k, device=x.device))
+
+
+def lightest(weights: list[int], bins: int, k: int) -> list[list[int]]:
+    """For each weight in turn, the k bins that hold least so far, which it is then added to."""
+    heap = [(0, b) for b in range(bins)]
+    chosen = []
+    for weight in weights:
+        taken = [heapq.heappop(heap) for _ in range(k)]
+        for load, b in taken:
+            heapq.heappush(heap, (load + weight, b))
+        chosen.append([b for _, b in taken])
+    return chosen
 
 
 def scramble(numbers: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moe.checks import ConfigError
 from moe.dispatch import plan
-from moe.metrics import measure
+from moe.measurement import measure
 from moe.routers.expert_threshold import ExpertThreshold
 from moe.routers.topk import TopK
 from moe.routing import Context, Knobs, RoutingStats

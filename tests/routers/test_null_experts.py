@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from moe.checks import ConfigError
-from moe.loop import build_model, prepare_data, total_loss
+from moe.ingredients import build_model, prepare_data
+from moe.objective import total_loss
 from moe.routers.null_experts import NullExperts
 from moe.routing import Context, Knobs, Routing
 

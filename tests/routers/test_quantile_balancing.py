@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moe.checks import ConfigError
 from moe.dispatch import plan
-from moe.metrics import measure
+from moe.measurement import measure
 from moe.routers.quantile_balancing import QuantileBalancing, balanced_bias
 from moe.routing import Context, Knobs, RoutingStats
 

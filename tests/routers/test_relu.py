@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moe.checks import ConfigError
 from moe.dispatch import plan
-from moe.metrics import measure
+from moe.measurement import measure
 from moe.routers.relu import ReLU
 from moe.routing import Context, Knobs, Routing, RoutingStats
 

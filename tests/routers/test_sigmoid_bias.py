@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from moe.dispatch import plan
-from moe.loop import build_model, prepare_data, train
-from moe.metrics import measure
+from moe.ingredients import build_model, prepare_data
+from moe.loop import train
+from moe.measurement import measure
 from moe.routers.sigmoid_bias import SigmoidBias
 from moe.routing import Context, Knobs, RoutingStats
 from moe.signals import Signals

@@ -1,0 +1,39 @@
+"""How strongly routers and experts are pulled, and how far a step moves them."""
+
+import torch
+from torch import Tensor, nn
+
+from moe.model import MoEForCausalLM
+
+Parts = dict[str, list[nn.Parameter]]
+
+
+def parts(model: MoEForCausalLM) -> Parts:
+    """The trainable parameters of all routers and of all experts; a part without any is left out."""
+    whole = {
+        "router": [p for layer in model.moe_layers for p in layer.router.parameters()],
+        "experts": [p for layer in model.moe_layers for p in layer.experts.parameters()],
+    }
+    trainable = {name: [p for p in params if p.requires_grad] for name, params in whole.items()}
+    return {name: params for name, params in trainable.items() if params}
+
+
+def gradient_norms(of: Parts) -> dict[str, float]:
+    """`grad_norm/<part>`: Euclidean norm of the gradient, before clipping."""
+    return {f"grad_norm/{name}": _norm([p.grad for p in params if p.grad is not None]) for name, params in of.items()}
+
+
+@torch.no_grad()
+def relative_updates(of: Parts, before: dict[str, list[Tensor]]) -> dict[str, float]:
+    """`update/<part>`: norm of what an optimizer step changed / norm of what was there, the effective learning rate.
+
+    before: copies of the parameters from before the step.
+    """
+    return {
+        f"update/{name}": _norm([p - old for p, old in zip(params, before[name], strict=True)]) / _norm(before[name])
+        for name, params in of.items()
+    }
+
+
+def _norm(tensors: list[Tensor]) -> float:
+    return torch.stack(torch._foreach_norm(tensors)).norm().item() if tensors else 0.0

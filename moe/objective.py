@@ -1,0 +1,53 @@
+"""What training minimises, and what is kept of a micro-batch to say how a step went."""
+
+import functools
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe import metrics
+from moe.config import LOSS_WEIGHTS, Config
+from moe.model import MoEOutput
+from moe.routers.base import Router
+from moe.routing import RoutingStats
+
+
+def total_loss(config: Config, routers: list[Router], output: MoEOutput) -> Tensor:
+    """What is minimised: cross-entropy plus auxiliary losses, weighted and summed over layers.
+
+    The configuration weights the losses that all routers share, each router its own, and may change its mind.
+    """
+    assert output.loss is not None
+    weighted = []
+    for name, values in (output.aux or {}).items():
+        shared = getattr(config, LOSS_WEIGHTS[name]) if name in LOSS_WEIGHTS else None
+        weights = [router.loss_weights[name] if shared is None else shared for router in routers]
+        if any(weights):  # a weight of 0 would still cost the backward pass
+            weighted.append((values * values.new_tensor(weights)).sum())
+    return torch.stack([output.loss, *weighted]).sum()
+
+
+class Outcome(NamedTuple):
+    """What is kept of a micro-batch: mean cross-entropy, aux {name: (L)}, routing sums."""
+
+    loss: float
+    aux: dict[str, Tensor]
+    stats: RoutingStats | None
+
+
+def merged_stats(outputs: list[Outcome]) -> RoutingStats | None:
+    """The routing sums (L, ...) over all micro-batches of a step; None without MoE layers."""
+    stats = [output.stats for output in outputs if output.stats is not None]
+    return functools.reduce(RoutingStats.merge, stats) if stats else None
+
+
+def step_values(outputs: list[Outcome], sums: RoutingStats | None) -> dict[str, Any]:
+    """Of one optimizer step: mean losses, unweighted (aux: mean over layers), and the routing metrics of all tokens."""
+    values: dict[str, Any] = {"train/loss": fmean(output.loss for output in outputs)}
+    for name in outputs[0].aux:
+        values[f"train/{name}"] = fmean(output.aux[name].mean().item() for output in outputs)
+    if sums is not None:
+        values |= {f"train/{name}": value for name, value in metrics.summarize(sums, per_layer=False).items()}
+    return values

@@ -1,0 +1,51 @@
+"""Soft MoE: experts work on mixtures of tokens, so nothing is selected, dropped or imbalanced."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moe.checks import require
+from moe.routers.base import Router
+from moe.routing import Context, Routing, Slots
+
+
+class SoftMoE(Router):
+    """Each expert has `slots` inputs a sequence, each a softmax-weighted mixture of its tokens; a token's output is a
+    softmax-weighted mixture of all slots' outputs (Puigcerver et al. 2308.00951, eq. 1-3).
+
+    Logits are `scale` times the cosine of token and slot embedding (their section 2.3), plus noise; dispatch weights
+    are the softmax over the tokens of a sequence, combine weights that over all slots. `probs` is what a token takes of
+    each expert's slots; loads are equal by construction, so lb does nothing. E * slots = K * seq_len costs what K
+    experts a token would. Not causal: every slot mixes the whole sequence. Generating token by token, where a sequence
+    is one token long, is another function than the trained one.
+    """
+
+    causal = False
+
+    def __init__(self, dim: int, num_experts: int, *, slots: int = 32) -> None:
+        super().__init__(dim, num_experts)
+        require(slots >= 1, "router.slots", slots, "at least 1")
+        self.slots = slots
+        self.weight = nn.Parameter(torch.empty(num_experts * slots, dim))
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def experts_per_token(self, seq_len: int) -> float:
+        return self.num_experts * self.slots / seq_len
+
+    def mixing_flops(self) -> int:
+        return 2 * 2 * len(self.weight) * self.dim  # into slots and back
+
+    def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
+        cosine = F.linear(F.normalize(x, dim=-1), F.normalize(self.weight.float(), dim=-1))
+        logits = self.perturb(self.scale * cosine, context.knobs).view(*context.ids.shape, -1)
+        combine = torch.softmax(logits, -1)
+        slot = torch.arange(len(logits) * len(self.weight), device=x.device)
+        return Routing(
+            token=slot,
+            expert=slot % len(self.weight) // self.slots,
+            weight=x.new_ones(len(slot)),
+            probs=combine.view(-1, self.num_experts, self.slots).sum(-1),
+            logits=None,
+            slots=Slots(dispatch=torch.softmax(logits, 1).mT, combine=combine),
+        )
