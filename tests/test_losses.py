@@ -12,6 +12,7 @@ from moe.losses import (
     gate_variance,
     load_balance,
     load_balance_sequence,
+    output_orthogonality,
     router_entropy,
     router_z,
     similarity_preserving,
@@ -116,3 +117,35 @@ def test_similarity_preserving_is_zero_for_orthonormal_rows_only() -> None:
     assert similarity_preserving(rows) == pytest.approx(0, abs=1e-5)
     assert similarity_preserving(2 * rows) == pytest.approx(4 * 3, rel=1e-4)
     assert similarity_preserving(rows[:1].expand(4, -1)) == pytest.approx(12, rel=1e-4)
+
+
+def test_outputs_of_a_tokens_experts_orthogonal_parallel_and_in_between() -> None:
+    """0 for orthogonal outputs, 1 for parallel ones of any length and sign, cos^2 in between; order does not matter."""
+    token = torch.tensor([1, 0, 0, 1])
+    east, north = torch.tensor([2.0, 0.0]), torch.tensor([0.0, 0.5])
+    assert output_orthogonality(torch.stack([east, east, north, north]), token) == 0
+    assert output_orthogonality(torch.stack([east, north, -3 * north, 5 * east]), token) == pytest.approx(1)
+    diagonal = torch.tensor([1.0, 1.0])
+    assert output_orthogonality(torch.stack([east, east, north, diagonal]), token) == pytest.approx(1 / 4)
+
+
+def test_output_orthogonality_is_the_mean_over_all_pairs_of_every_token() -> None:
+    """Against a loop, with 0, 1, 2 and 4 experts a token; its gradient turns outputs, and never shrinks them."""
+    torch.manual_seed(0)
+    token = torch.tensor([3, 0, 3, 1, 3, 1, 3])
+    rows = torch.randn(7, 5, requires_grad=True)
+    squares = [
+        torch.cosine_similarity(rows[i], rows[j], dim=0) ** 2
+        for i in range(7)
+        for j in range(i)
+        if token[i] == token[j]
+    ]
+    loss = output_orthogonality(rows, token)
+    torch.testing.assert_close(loss, torch.stack(squares).mean())
+    [gradient] = torch.autograd.grad(loss, rows)
+    torch.testing.assert_close((gradient * rows).sum(-1), torch.zeros(7), atol=1e-6, rtol=0)
+
+
+def test_without_a_pair_there_is_nothing_to_make_orthogonal() -> None:
+    assert output_orthogonality(torch.randn(3, 5), torch.tensor([0, 1, 2])) == 0
+    assert output_orthogonality(torch.randn(0, 5), torch.tensor([], dtype=torch.long)) == 0

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from moe.dispatch import plan
-from moe.measurement import measure
-from moe.metrics import METRICS, router_gram, summarize, utilization
+from moe.measurement import mean_cosine, measure
+from moe.metrics import METRICS, drop_rate_by_position, router_gram, summarize, utilization
+from moe.routers.hash import Hash
+from moe.routers.topk import TopK
 from moe.routing import Routing, RoutingStats
 
 E, K, T = 8, 2, 64
@@ -50,6 +52,18 @@ def collapsed() -> RoutingStats:
     return stats_of(torch.zeros(T, 1, dtype=torch.long), probs)
 
 
+def plug_in_information(counts: torch.Tensor) -> float:
+    joint = (counts / counts.sum()).double()
+    independent = joint.sum(0) * joint.sum(1, keepdim=True)
+    return float((joint * (joint / independent).clamp(min=1e-300).log()).sum())
+
+
+RING = torch.zeros(10, E)  # where `balanced` sends its tokens, by decile of their place
+for place in range(T):
+    for slot in range(K):
+        RING[place * 10 // T, (place + slot) % E] += 1
+RING_INFORMATION = plug_in_information(RING)
+
 CLOSED_FORMS = {  # metric: (balanced and undecided, everything to one expert with certainty)
     "load_cv": (0, math.sqrt(E - 1)),
     "load_cv_normalized": (0, 1),
@@ -58,6 +72,7 @@ CLOSED_FORMS = {  # metric: (balanced and undecided, everything to one expert wi
     "load_max_violation_normalized": (0, 1),
     "load_max_violation_two_sided": (0, E - 1),
     "load_max_violation_batch": (0, E - 1),
+    "load_max_violation_sequence": (0, E - 1),
     "load_gini": (0, (E - 1) / E),
     "load_gini_normalized": (0, 1),
     "load_entropy": (1, 0),
@@ -73,6 +88,8 @@ CLOSED_FORMS = {  # metric: (balanced and undecided, everything to one expert wi
     "margin": (0, 1),
     "top_k_mass": (K / E, 1),
     "mutual_information": (0, 0),
+    "position_information": (-(9 * (E - 1)) / (2 * T * K) + RING_INFORMATION, 0),
+    "output_similarity": (None, None),  # no token was run through all experts
     "logsumexp_squared": (0, 0),
     "logit_rms": (LN_E, 12 * math.log(10) * math.sqrt(1 - 1 / E)),
     "jaccard": (8 / 28 * 1 / 3, None),  # a ring: of all pairs the neighbours share half of their tokens
@@ -137,6 +154,56 @@ def test_the_violation_of_a_batch_is_not_that_of_all_batches() -> None:
     stats = functools.reduce(RoutingStats.merge, parts)
     assert value(stats, "load_max_violation") == 0
     assert value(stats, "load_max_violation_batch") == E - 1
+
+
+def test_the_violation_of_a_sequence_is_not_that_of_all_sequences() -> None:
+    """Every sequence to one expert, each to another; and a sequence that asks for nothing counts nowhere."""
+    expert = torch.arange(E).repeat_interleave(4)[:, None]
+    stats = stats_of(expert, seq_len=4)
+    assert value(stats, "load_max_violation") == 0
+    assert value(stats, "load_max_violation_sequence") == E - 1
+    assert value(stats_of(expert, seq_len=4 * E), "load_max_violation_sequence") == 0
+    chosen = torch.zeros(8, E, dtype=torch.bool)
+    chosen[:4, 0] = True
+    half = sums(Routing.masked(chosen, torch.ones(8, E)), 8, seq_len=4)
+    assert value(half, "load_max_violation_sequence") == E - 1
+
+
+def test_position_information_sees_routing_by_position_and_corrects_for_chance() -> None:
+    length, rounds = 40, 50
+    decile = (torch.arange(length) * 10 // length).repeat(rounds)
+    by_place = stats_of((decile % E)[:, None], seq_len=length)
+    known = plug_in_information(by_place.offered_by_position[0])
+    assert value(by_place, "position_information") == pytest.approx(known, abs=0.02)
+    assert known > 1.9
+    generator = torch.Generator().manual_seed(0)
+    draws = [
+        value(stats_of(torch.rand(400, E, generator=generator).topk(1).indices, seq_len=40), "position_information")
+        for _ in range(200)
+    ]
+    assert sum(draws) / len(draws) == pytest.approx(0, abs=0.008)  # the plug-in estimate would be 0.08
+
+
+def test_drops_by_position_under_each_policy() -> None:
+    """One expert wanted by all, room for half: by position the late half is lost, in every sequence alike."""
+    expert = torch.zeros(40, 1, dtype=torch.long)
+    stats = stats_of(expert, seq_len=20, capacity=E / 2)
+    assert drop_rate_by_position(stats) == [0] * 5 + [1] * 5
+    assert value(stats, "drop_rate") == 1 / 2
+    assert drop_rate_by_position(stats_of(expert, seq_len=20)) == [0] * 10
+
+
+def test_output_similarity_against_all_pairs() -> None:
+    torch.manual_seed(0)
+    outputs = torch.randn(4, 3, 6)
+    expected = [
+        sum(torch.cosine_similarity(outputs[i, n], outputs[j, n], dim=0) for i in range(4) for j in range(i)) / 6
+        for n in range(3)
+    ]
+    torch.testing.assert_close(mean_cosine(outputs), torch.stack(expected))
+    assert mean_cosine(outputs[:1]).tolist() == [0, 0, 0]
+    alike = mean_cosine(outputs[:1].repeat(5, 1, 1) * torch.arange(1, 6)[:, None, None])
+    torch.testing.assert_close(alike, torch.ones(3))
 
 
 def test_capacity_usage() -> None:
@@ -227,7 +294,7 @@ def test_metrics_of_merged_sums_are_those_of_all_tokens() -> None:
     parts = [stats_of(expert[part], probs[part], seq_len=4) for part in (slice(20), slice(20, T))]
     whole = summarize(stats_of(expert, probs, seq_len=4))
     for name, number in summarize(parts[0].merge(parts[1])).items():
-        if "batch" in name:
+        if name.endswith("load_max_violation_batch") or "violation_batch/" in name:
             single = name.replace("_batch", "")
             assert number == pytest.approx(sum(summarize(part)[single] for part in parts) / 2), name
         else:
@@ -240,7 +307,12 @@ def test_utilization_sums_to_one_per_layer() -> None:
 
 
 def test_router_gram_at_both_ends() -> None:
-    orthogonal = torch.linalg.qr(torch.randn(16, 5)).Q.T
-    assert router_gram(7 * orthogonal) == pytest.approx(0, abs=1e-6)
-    assert router_gram(torch.ones(5, 16) * torch.arange(1, 6)[:, None]) == pytest.approx(1)
-    assert router_gram(torch.ones(1, 16)) is None
+    def gram(rows: torch.Tensor) -> float | None:
+        router = TopK(rows.shape[1], len(rows), k=1)
+        router.weight = torch.nn.Parameter(rows)
+        return router_gram(router)
+
+    assert gram(7 * torch.linalg.qr(torch.randn(16, 5)).Q.T) == pytest.approx(0, abs=1e-6)
+    assert gram(torch.ones(5, 16) * torch.arange(1, 6)[:, None]) == pytest.approx(1)
+    assert gram(torch.ones(1, 16)) is None
+    assert router_gram(Hash(16, 5)) is None

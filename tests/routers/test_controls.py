@@ -1,8 +1,9 @@
 """The controls that cannot learn: hash and random."""
 
+import pytest
 import torch
 
-from moe.routers.hash import Hash, scramble
+from moe.routers.hash import Hash, lightest, scramble
 from moe.routers.random import Random
 from moe.routing import Context, Knobs
 
@@ -45,3 +46,48 @@ def test_random_is_frozen_and_saved() -> None:
     router = Random(D, E, k=2)
     assert list(router.parameters()) == []
     assert list(router.state_dict()) == ["weight"]
+
+
+def zipf(vocab: int) -> torch.Tensor:
+    """Counts of ids as in text: the r-th most frequent occurs 1/r as often as the first; ids in no order."""
+    counts = 10_000 // torch.arange(1, vocab + 1)
+    return counts[torch.randperm(vocab, generator=torch.Generator().manual_seed(0))]
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_balanced_hash_evens_out_the_text_and_not_the_ids(k: int) -> None:
+    """No expert is further above the mean than one id (of the least frequent that it took last), a bound of greedy
+    assignment; the integer hash is far from it."""
+    counts = zipf(2000)
+
+    def load_of(router: Hash) -> torch.Tensor:
+        router.before_training(counts)
+        load = torch.zeros(E, dtype=torch.long)
+        return load.index_add(0, router.table[: len(counts)].long().flatten(), counts.repeat_interleave(k))
+
+    load, plain = load_of(Hash(D, E, k=k)), load_of(Hash(D, E, k=k, balanced=False))
+    assert load.sum() == k * counts.sum()
+    assert load.max() - load.min() <= max(10_000 - k * counts.sum() / E, counts.min())
+    assert plain.max() - plain.min() > 100 * counts.min()
+
+
+def test_the_experts_of_an_id_are_distinct_and_ids_without_text_keep_their_hash() -> None:
+    router = Hash(D, E, k=3, vocab_size=100)
+    before = router.table.clone()
+    counts = torch.zeros(100, dtype=torch.long)
+    counts[:50] = torch.arange(50, 0, -1)
+    router.before_training(counts)
+    assert all(len(set(row)) == 3 for row in router.table.tolist())
+    assert torch.equal(router.table[50:], before[50:])
+    assert not torch.equal(router.table[:50], before[:50])
+    assert router.state_dict()["table"].shape == (100, 3)
+
+
+def test_lightest_bins_first() -> None:
+    assert lightest([5, 4, 3, 2], bins=2, k=1) == [[0], [1], [1], [0]]
+
+
+def test_ids_beyond_the_table_wrap_around() -> None:
+    router = Hash(D, E, k=2, vocab_size=10)
+    experts = router(torch.zeros(2, D), Context(torch.tensor([[3, 13]]), Knobs.of())).expert.view(2, 2)
+    assert torch.equal(experts[0], experts[1])
