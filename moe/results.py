@@ -63,7 +63,8 @@ def read_run(folder: Path) -> dict[str, Any]:
     row = _named_row(folder, "unreadable", None)
     try:
         record = _read_object(folder / "run.json")
-        factors = {key: _level(value) for key, value in (flatten(record["config"]) | record["choices"]).items()}
+        factors = {key: level(value) for key, value in (flatten(record["config"]) | record["choices"]).items()}
+        factors.pop("claims", None)  # `moe.analysis.claims.planned` reads them from the record
         parameters = record.get("parameters") or {}
         facts = {fact: record.get(fact) for fact in FACTS} | {
             "folder": str(folder),
@@ -143,7 +144,7 @@ def _named_row(folder: Path, status: str, error: str | None) -> dict[str, Any]:
     for part in folder.name.split(","):
         key, equals, text = part.partition("=")
         if equals:
-            row[key] = _level(_parse(text))
+            row[key] = level(_parse(text))
     return row | {
         "folder": str(folder),
         "experiment": folder.parent.name,
@@ -160,7 +161,7 @@ def _parse(text: str) -> Any:
         return text
 
 
-def _level(value: Any) -> bool | int | float | str:
+def level(value: Any) -> bool | int | float | str:
     """A leaf of a config as a level that can be compared: null is "none", a list its JSON."""
     if value is None:
         return "none"

@@ -4,13 +4,13 @@ import json
 import math
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
+from moe.analysis.replay import read_published
 from moe.bench.compare import Shape, interleave, layer_variants, step_variants, table
 from moe.bench.dispatch import measure, sweep
 
-GOLDEN = pd.read_csv(Path(__file__).parent / "golden" / "capacity_drop_rates.csv").set_index(["num_experts", "k"])
+GOLDEN = read_published("drop_rates").set_index(["num_experts", "k"])
 
 
 def test_every_layer_variant_runs_once_a_round() -> None:

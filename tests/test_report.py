@@ -11,12 +11,12 @@ import pandas as pd
 import pytest
 
 from moe.analysis.figures import factor_plot, learning_curves, noise_lb
+from moe.analysis.replay import read_published
 from moe.analysis.report import write_report
 from moe.analysis.tables import markdown
 from moe.results import history, load
 
 ROOT = Path(__file__).parent.parent
-PUBLISHED = ROOT / "tests" / "golden" / "routing_noise_runs.csv"
 
 
 def write_run(
@@ -51,7 +51,7 @@ def write_run(
 def published(tmp_path: Path) -> Path:
     """The 18 published runs as run folders, with as many more metrics as a run really has."""
     sweep = tmp_path / "multirun" / "noise_lb_seed"
-    for row in pd.read_csv(PUBLISHED).itertuples():
+    for row in read_published("noise_runs").itertuples():
         name = f"lb={row.load_balancing_weight},noise={row.noise_std},seed={row.seed}"
         metrics = {f"routing/entropy/layer{layer:02d}": 0.5 for layer in range(150)} | {
             "val/loss": row.val_loss,

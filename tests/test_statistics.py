@@ -1,20 +1,17 @@
 """Statistics against the 18 published runs of the noise study, and the laws that any such statistics must obey."""
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pytest
 
+from moe.analysis.replay import read_published
 from moe.analysis.statistics import anova, contrasts, detectable_effect, sign_flip, with_intervals
 from moe.summaries import STD, summary
-
-PUBLISHED = Path(__file__).parent / "golden" / "routing_noise_runs.csv"
 
 
 @pytest.fixture
 def runs() -> pd.DataFrame:
-    table = pd.read_csv(PUBLISHED).rename(columns={"noise_std": "noise", "load_balancing_weight": "lb"})
+    table = read_published("noise_runs").rename(columns={"noise_std": "noise", "load_balancing_weight": "lb"})
     return table.rename(columns={"val_perplexity": "ppl", "expert_usage_cv": "cv"}).assign(folder="published")
 
 

@@ -1,4 +1,5 @@
-"""Was it luck? Seed-paired contrasts, analysis of variance and detectable effects, through scipy and statsmodels.
+"""Was it luck? Seed-paired contrasts, equivalence, analysis of variance and detectable effects, through scipy and
+statsmodels.
 
 The unit of replication is the seed: runs of the same seed share their data order and their initial weights, so
 differences are taken within a seed before they are averaged. Functions take the table of runs (`moe.results.load`), a
@@ -6,6 +7,7 @@ metric's column and the factors (without the seed), and return a table; nothing 
 """
 
 import itertools
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -15,9 +17,11 @@ from scipy import stats
 from statsmodels.formula.api import ols
 from statsmodels.stats.anova import anova_lm
 from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.power import TTestPower
+from statsmodels.stats.power import TTestIndPower, TTestPower
+from statsmodels.stats.weightstats import DescrStatsW
 
-from moe.summaries import STD, by_seed, conditions, levels
+from moe.config import absolute
+from moe.summaries import STD, by_seed, conditions, levels, varied_factors
 
 CONFIDENCE, POWER = 0.95, 0.8
 SIGN_PATTERNS = 2**16  # all of them up to 16 seeds, a random sample of that size beyond
@@ -32,17 +36,28 @@ def with_intervals(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def contrasts(
-    runs: pd.DataFrame, metric: str, factors: list[str], *, references: dict[str, Any] | None = None
+    runs: pd.DataFrame,
+    metric: str,
+    factors: list[str],
+    *,
+    references: dict[str, Any] | None = None,
+    margin: float | str | None = None,
 ) -> pd.DataFrame:
     """Every level of every factor against the factor's reference level, within each combination of the other factors.
 
     The reference is the first level in sorted order unless `references` names one. Columns: `difference` (level minus
     reference, in units of the metric, mean over paired seeds), its 95 % t interval `ci_low`, `ci_high`, `p` (paired t),
-    `p Holm` over all rows of the table, `d_z` (difference over the standard deviation, ddof=1, of the paired
-    differences), `p Welch` (what ignoring the pairing would say), `p sign-flip` (exact up to 16 seeds) with the
-    smallest value it can take at this n, `detectable` (the smallest true difference that a paired t test would find
-    with power 0.8, given the spread seen), and a `note`.
+    `p Holm` and `p BH` (Benjamini-Hochberg: the false discovery rate) over all rows of the table, `d_z` (difference
+    over the standard deviation, ddof=1, of the paired differences), `p Welch` (what ignoring the pairing would say),
+    `p sign-flip` (exact up to 16 seeds) with the smallest value it can take at this n, `detectable` (the smallest true
+    difference that a paired t test would find with power 0.8, given the spread seen), and a `note`.
+
+    With a `margin`, in units of the metric or as text such as "1%" of the reference's mean: `margin` in units, `p TOST`
+    (two one-sided t tests that the true difference is smaller than it), `p TOST Holm`, and whether the two levels are
+    then `equivalent` at 5 %, which "no significant difference" never says.
     """
+    if margin is not None and absolute(margin, 1.0) <= 0:
+        raise ValueError(f"margin {margin}: must be positive, in units of {metric} or a text such as 1%")
     references = references or {}
     for factor in references.keys() - set(factors):
         raise ValueError(f"reference {factor}={references[factor]}: varied factors are {', '.join(factors) or 'none'}")
@@ -61,10 +76,16 @@ def contrasts(
                 treated = by_seed(members[members[factor] == level], metric)
                 baseline = by_seed(members[members[factor] == reference], metric)
                 names = {"factor": factor, "level": level, "reference": reference, "within": name_cell(cell)}
-                rows.append({"metric": metric} | names | _compare(treated, baseline))
+                rows.append({"metric": metric} | names | _compare(treated, baseline, margin))
     table = pd.DataFrame(rows)
-    if not table.empty:
-        table.insert(table.columns.get_loc("p") + 1, "p Holm", _holm(table["p"]))
+    if table.empty:
+        return table
+    place = table.columns.get_loc("p") + 1
+    table.insert(place, "p Holm", corrected(table["p"], "holm"))
+    table.insert(place + 1, "p BH", corrected(table["p"], "fdr_bh"))
+    if margin is not None:
+        table["p TOST Holm"] = corrected(table["p TOST"], "holm")
+        table["equivalent"] = table["p TOST Holm"] <= 1 - CONFIDENCE
     return table
 
 
@@ -99,10 +120,56 @@ def anova(runs: pd.DataFrame, metric: str, factors: list[str]) -> pd.DataFrame:
     return result.rename_axis("term").reset_index()
 
 
+def noise_floor(runs: pd.DataFrame, metrics: list[str], *, seeds: tuple[int, ...] = (3, 5, 8)) -> pd.DataFrame:
+    """How far runs differ by luck alone, from runs that differ in nothing but the seed: a row a metric.
+
+    `n`, `mean`, sample standard deviation (ddof=1) with its 95 % chi-square interval `std_low`, `std_high`, and per
+    number of seeds the smallest true difference that an unpaired two-sided t test over that many seeds on either side
+    finds with power 0.8: pairing by seed does better by as much as paired runs share. ValueError if a factor varies.
+    """
+    if factors := [factor for factor in varied_factors(runs) if factor != "seed"]:
+        raise ValueError(f"a noise floor needs runs that differ in the seed alone, but {', '.join(factors)} varies")
+    rows = []
+    for metric in metrics:
+        values = by_seed(runs, metric)
+        n, std = len(values), values.std(ddof=1)
+        tail = (1 - CONFIDENCE) / 2
+        low, high = std * np.sqrt((n - 1) / stats.chi2.ppf([1 - tail, tail], n - 1)) if n > 1 else (np.nan, np.nan)
+        row = {"metric": metric, "n": n, "mean": values.mean(), STD: std, "std_low": low, "std_high": high}
+        effects = {f"detectable, {k} seeds a side": std * detectable_effect(k, paired=False) for k in seeds}
+        rows.append(row | effects)
+    return pd.DataFrame(rows)
+
+
 @lru_cache
-def detectable_effect(n: int) -> float:
-    """The smallest d_z that a two-sided paired t test over n seeds finds with power 0.8; NaN below two seeds."""
-    return float(TTestPower().solve_power(nobs=n, alpha=1 - CONFIDENCE, power=POWER)) if n > 1 else float("nan")
+def detectable_effect(n: int, *, paired: bool = True) -> float:
+    """The smallest true difference that a two-sided t test finds with power 0.8, NaN below two seeds.
+
+    Paired: n pairs, in standard deviations of the paired differences (d_z). Unpaired: n seeds on either side, in
+    standard deviations of a single run.
+    """
+    if n < 2:
+        return float("nan")
+    known = {"nobs": n} if paired else {"nobs1": n}
+    return float((TTestPower() if paired else TTestIndPower()).solve_power(alpha=1 - CONFIDENCE, power=POWER, **known))
+
+
+def inside(differences: np.ndarray, low: float, high: float) -> tuple[float, float]:
+    """p of two one-sided t tests that the mean lies between two bounds (TOST), and two-sided p that it lies outside.
+
+    A bound may be infinite. There must be two differences, and a spread.
+    """
+    within, (_, above_low, _), (_, below_high, _) = DescrStatsW(differences).ttost_mean(low, high)
+    return float(within), float(min(1, 2 * (1 - max(above_low, below_high))))
+
+
+def corrected(p: pd.Series, method: str) -> np.ndarray:
+    """p-values corrected ("holm" or "fdr_bh") over the tests that could be made; NaN stays NaN and does not count."""
+    values = np.full(len(p), np.nan)
+    made = p.notna().to_numpy()
+    if made.any():
+        values[made] = multipletests(p[made], method=method)[1]
+    return values
 
 
 def sign_flip(differences: np.ndarray) -> float:
@@ -120,7 +187,7 @@ def name_cell(cell: dict[str, Any]) -> str:
     return ", ".join(f"{factor}={level}" for factor, level in cell.items())
 
 
-def _compare(treated: pd.Series, baseline: pd.Series) -> dict[str, Any]:
+def _compare(treated: pd.Series, baseline: pd.Series, margin: float | str | None) -> dict[str, Any]:
     """One row of `contrasts`, from the values by seed at the two levels."""
     seeds = treated.index.intersection(baseline.index)
     unpaired = treated.index.symmetric_difference(baseline.index)
@@ -130,14 +197,14 @@ def _compare(treated: pd.Series, baseline: pd.Series) -> dict[str, Any]:
     notes = [f"without a partner: seed {', '.join(map(str, unpaired))}"] if len(unpaired) else []
     if n < 2:
         notes.append("a test needs two paired seeds")
-    elif _constant(differences, scale=np.abs([a, b]).max()):
+    elif constant(differences, scale=np.abs([a, b]).max()):
         notes.append("the same difference in every seed: no spread to test against")
     else:
         test = stats.ttest_rel(a, b)
         (low, high), p = test.confidence_interval(CONFIDENCE), test.pvalue
         d_z = differences.mean() / differences.std(ddof=1)
         detectable = detectable_effect(n) * differences.std(ddof=1)
-    return {
+    row = {
         "n": n,
         "difference": differences.mean() if n else float("nan"),
         "ci_low": low,
@@ -150,27 +217,22 @@ def _compare(treated: pd.Series, baseline: pd.Series) -> dict[str, Any]:
         "detectable": detectable,
         "note": "; ".join(notes),
     }
+    if margin is not None:
+        bound = absolute(margin, b.mean()) if n else float("nan")
+        row |= {"margin": bound, "p TOST": inside(differences, -bound, bound)[0] if not math.isnan(p) else p}
+    return row
 
 
 def _welch(a: np.ndarray, b: np.ndarray) -> float:
-    if min(len(a), len(b)) < 2 or (_constant(a, scale=np.abs(a).max()) and _constant(b, scale=np.abs(b).max())):
+    if min(len(a), len(b)) < 2 or (constant(a, scale=np.abs(a).max()) and constant(b, scale=np.abs(b).max())):
         return float("nan")
     moments = [moment for sample in (a, b) for moment in (sample.mean(), sample.std(ddof=1), len(sample))]
     return float(stats.ttest_ind_from_stats(*moments, equal_var=False).pvalue)  # one of the two may be constant
 
 
-def _constant(values: np.ndarray, *, scale: float) -> bool:
+def constant(values: np.ndarray, *, scale: float) -> bool:
     """Equal but for rounding at this scale: no spread to test against, and scipy would make a p of the rounding."""
     return bool(np.ptp(values) <= 1e-12 * scale)
-
-
-def _holm(p: pd.Series) -> np.ndarray:
-    """Holm's correction over the tests that could be made; NaN stays NaN and does not count."""
-    corrected = np.full(len(p), np.nan)
-    made = p.notna().to_numpy()
-    if made.any():
-        corrected[made] = multipletests(p[made], method="holm")[1]
-    return corrected
 
 
 def _term(term: str, factors: dict[str, str]) -> str:

@@ -1,0 +1,244 @@
+"""Planned claims: what was said of a sweep before it was trained, judged by the runs that wrote it down.
+
+A claim (`moe.config.ClaimConfig`) stands in an experiment's yaml, so that every run's record holds it from before its
+first step; contrasts that no claim is about are post hoc. Differences are taken within a seed and averaged over all
+combinations of the other factors. Every claim says that a true difference lies in a range: above zero, below it, nearer
+to it than a margin, or of the claimed size.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from moe.analysis.statistics import CONFIDENCE, constant, corrected, detectable_effect, inside
+from moe.config import ClaimConfig, absolute
+from moe.frontier import measured
+from moe.results import level
+from moe.summaries import by_seed, conditions, levels, varied_factors, with_causality
+
+SPEED = "time/tokens_per_s"  # no final metric: `moe.frontier.measured` makes it from the event log
+NAN = float("nan")
+
+
+class _Pair(NamedTuple):
+    """One level against one reference: means over n seeds, the 95 % t interval of their difference, p that the claim
+    holds and that it does not, how far inside the claimed range the difference lies (negative: outside), what should
+    be known of it, and what keeps it from being decided."""
+
+    n: int
+    mean: float = NAN
+    reference_mean: float = NAN
+    low: float = NAN
+    high: float = NAN
+    p_for: float = NAN
+    p_against: float = NAN
+    favour: float = NAN
+    note: str = ""
+    doubt: str = ""
+
+
+def planned(runs: pd.DataFrame) -> list[tuple[ClaimConfig, pd.DataFrame]]:
+    """Every claim in the records of these runs, each with the runs, of one experiment, that hold it.
+
+    A claim that came later, after some seeds had run, is so judged by the others alone. ValueError names the folder of
+    a claim that cannot be read.
+    """
+    held: dict[tuple[str, str], list[Any]] = {}
+    readable = runs[~runs["status"].isin(["missing", "unreadable"])]
+    for index, folder, experiment in readable[["folder", "experiment"]].itertuples():
+        record = json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))
+        for claim in record["config"].get("claims", []):
+            held.setdefault((experiment, json.dumps(claim)), []).append(index)
+    claims = []
+    for (_, text), indices in held.items():
+        try:
+            claims.append((ClaimConfig(**json.loads(text)), runs.loc[indices]))
+        except TypeError as error:
+            raise ValueError(f"{runs.loc[indices[0], 'folder']}: cannot read the claim {text}: {error}") from None
+    return claims
+
+
+def judge_planned(runs: pd.DataFrame) -> pd.DataFrame:
+    """`judge` of every planned claim, with the experiment as first column: each experiment is a family for Holm."""
+    families: dict[str, list[tuple[ClaimConfig, pd.DataFrame]]] = {}
+    for claim, members in planned(runs):
+        families.setdefault(members["experiment"].iloc[0], []).append((claim, members))
+    tables = []
+    for experiment, family in families.items():
+        table = _judge(family)
+        table.insert(0, "experiment", experiment)
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def judge(runs: pd.DataFrame, claims: list[ClaimConfig]) -> pd.DataFrame:
+    """A row a claim: supported, contradicted or undecided by these runs (a table of `moe.results.load`), and why.
+
+    `difference` is `mean` minus `reference mean` over n paired seeds, with its 95 % t interval, in the least favourable
+    of the comparisons that the claim makes; `p` is that of all of them. A claim holds if every comparison does (their
+    largest p: intersection-union). It fails if one of them does (their smallest p, Bonferroni); of lowest and highest,
+    if some other level beats all that are named. p is two-sided, or that of two one-sided tests (TOST) where a
+    range has two ends. The verdict asks whether `p Holm`, over all these claims, is at most 5 %. `estimates` says where
+    the means lie, be it by luck: "as claimed", "against" or, if named levels differ in that, "mixed".
+    """
+    return _judge([(claim, runs) for claim in claims])
+
+
+def evidence(judged: pd.Series) -> str:
+    """A row of `judge` in words: what was compared, the means, the difference, how sure one may be, and the reason."""
+    j = judged
+    if j["n"] == 0:
+        return str(j["reason"])
+    text = f"{j['compared']}: {j['mean']:.4g} vs {j['reference mean']:.4g}"
+    text += f" ({j['difference'] / j['reference mean']:+.1%})" if j["reference mean"] else ""
+    if not math.isnan(j["p"]):
+        text += f", difference {j['difference']:+.3g} [{j['ci_low']:.3g}, {j['ci_high']:.3g}]"
+        text += f", p={j['p']:.2g} (Holm {j['p Holm']:.2g})"
+    return f"{text}, n={j['n']}" + (f"; {j['reason']}" if j["reason"] else "")
+
+
+def post_hoc(contrasts: pd.DataFrame, claims: list[ClaimConfig]) -> pd.DataFrame:
+    """The rows of a table of contrasts that no claim is about."""
+    return contrasts[[not any(_about(claim, row) for claim in claims) for _, row in contrasts.iterrows()]]
+
+
+def _judge(family: list[tuple[ClaimConfig, pd.DataFrame]]) -> pd.DataFrame:
+    table = pd.DataFrame([_judge_alone(claim, runs) for claim, runs in family])
+    if table.empty:
+        return table
+    table.insert(table.columns.get_loc("p") + 1, "p Holm", corrected(table["p"], "holm"))
+    sure = table["p Holm"] <= 1 - CONFIDENCE
+    lost = (table["p"] <= 1 - CONFIDENCE) & ~sure
+    doubt = table.pop("doubt").mask(lost, table["verdict"] + " before Holm's correction, not after it").mask(sure, "")
+    reason = ["; ".join(filter(None, parts)) for parts in zip(table["reason"], doubt, strict=True)]
+    return table.assign(verdict=table["verdict"].where(sure, "undecided"), reason=reason)
+
+
+def _judge_alone(claim: ClaimConfig, runs: pd.DataFrame) -> dict[str, Any]:
+    """The row of one claim, before the correction for the others."""
+    if claim.metric == SPEED and SPEED not in runs:
+        runs = runs.assign(**{SPEED: measured(runs)["tokens_per_s"]})
+    present = levels(runs[claim.factor]) if claim.factor in runs else []
+    named = [level(each) for each in claim.levels]
+    rivals = [level(each) for each in claim.than] or [each for each in present if each not in named]
+    absent = [f"{claim.factor}={each} is in no run" for each in (*named, *rivals) if each not in present]
+    absent += [] if rivals else [f"no other level of {claim.factor}"]
+    absent += [] if claim.metric in runs else [f"no run has {claim.metric}"]
+    row = {"claim": claim.text, "source": claim.source, "metric": claim.metric}
+    if absent:
+        compared = f"{claim.factor} {_names(named)} vs {_names(rivals)}"
+        return row | _row(compared, _Pair(0, doubt="; ".join(absent)), NAN, "undecided", "")
+
+    pairs = [[_compare(claim, runs, a, b) for b in rivals] for a in named]
+    favour, p_for, p_against = (
+        np.array([[getattr(pair, field) for pair in line] for line in pairs])
+        for field in ("favour", "p_for", "p_against")
+    )
+    if claim.kind in ("lowest", "highest"):  # fails if a rival beats all that are named
+        b = int(favour.max(axis=0).argmin())
+        a, against = int(favour[:, b].argmax()), p_against.max(axis=0)
+    else:
+        a, b = divmod(int(favour.argmin()), len(rivals))
+        against = p_against.ravel()
+    p_holds, p_fails = p_for.max(), min(1.0, len(against) * against.min())
+    estimates = "as claimed" if favour.min() > 0 else "against" if favour[a, b] < 0 else "mixed"
+    compared = f"{claim.factor} {_label(claim, runs, named[a])} vs {_label(claim, runs, rivals[b])}"
+    compared += f", the least favourable of {favour.size} comparisons" if favour.size > 1 else ""
+    untested = [pair.doubt for line in pairs for pair in line if math.isnan(pair.p_for)]
+    shown = pairs[a][b]._replace(doubt=untested[0]) if untested else pairs[a][b]
+    verdict = "supported" if p_holds < p_fails else "contradicted"
+    return row | _row(compared, shown, float(np.minimum(p_holds, p_fails)), verdict, estimates)
+
+
+def _row(compared: str, pair: _Pair, p: float, verdict: str, estimates: str) -> dict[str, Any]:
+    return {
+        "compared": compared,
+        "n": pair.n,
+        "mean": pair.mean,
+        "reference mean": pair.reference_mean,
+        "difference": pair.mean - pair.reference_mean,
+        "ci_low": pair.low,
+        "ci_high": pair.high,
+        "p": p,
+        "estimates": estimates,
+        "verdict": verdict,
+        "reason": pair.note,
+        "doubt": pair.doubt,
+    }
+
+
+def _compare(claim: ClaimConfig, runs: pd.DataFrame, treated: Any, reference: Any) -> _Pair:
+    """One level against one reference, over the seeds that have both in every combination of the other factors."""
+    cells: dict[tuple[int, str], pd.Series] = {}
+    others = [factor for factor in varied_factors(runs) if factor not in (claim.factor, "seed")]
+    for number, (_, members) in enumerate(conditions(runs, others)):
+        sides = [members[members[claim.factor] == side] for side in (treated, reference)]
+        if all(map(len, sides)):
+            cells |= {(number, side): by_seed(rows, claim.metric) for side, rows in zip("ab", sides, strict=True)}
+    if not cells:
+        return _Pair(0, doubt=f"no runs differ in {claim.factor} alone")
+    table = pd.DataFrame(cells)
+    whole = table.dropna()
+    lost = table.index.difference(whole.index)
+    note = f"left out, for lacking a finished run: seed {_names(lost)}" if len(lost) else ""
+    n = len(whole)
+    if n == 0:
+        return _Pair(0, note=note, doubt="no seed is left")
+    a, b = (whole.xs(side, axis=1, level=1).mean(axis=1).to_numpy() for side in "ab")
+    low, high = _range(claim, b.mean())
+    effect = (a - b).mean()
+    pair = _Pair(n, a.mean(), b.mean(), favour=min(effect - low, high - effect), note=note)
+    if n == 1:
+        return pair._replace(doubt="one seed: nothing to test a difference against")
+    if constant(a - b, scale=np.abs([a, b]).max()):
+        return pair._replace(doubt="the same difference in every seed: no spread to test against")
+    p_inside, p_outside = inside(a - b, low, high)
+    two_ends = math.isfinite(low) and math.isfinite(high)
+    ends = stats.ttest_rel(a, b).confidence_interval(CONFIDENCE)
+    seen = detectable_effect(n) * (a - b).std(ddof=1)
+    open_question = f"the interval is neither inside nor outside {low:.3g} ... {high:.3g}"
+    too_few = f"the smallest effect these seeds could have seen (power 0.8) is {seen:.2g}"
+    return pair._replace(
+        low=ends.low,
+        high=ends.high,
+        p_for=p_inside if two_ends else min(1.0, 2 * p_inside),
+        p_against=p_outside,
+        doubt=open_question if two_ends else too_few,
+    )
+
+
+def _range(claim: ClaimConfig, reference: float) -> tuple[float, float]:
+    """Where the claim says that the true difference lies."""
+    if claim.kind == "equivalent":
+        margin = absolute(claim.margin, reference)
+        return -margin, margin
+    least, most = [absolute(amount, reference) for amount in claim.size] or (0.0, math.inf)
+    return (least, most) if claim.kind in ("higher", "highest") else (-most, -least)
+
+
+def _about(claim: ClaimConfig, contrast: pd.Series) -> bool:
+    """Whether a claim compares the two levels of a contrast, in whatever direction."""
+    if (contrast["metric"], contrast["factor"]) != (claim.metric, claim.factor):
+        return False
+    named = [level(each) for each in claim.levels]
+    rivals = [level(each) for each in claim.than]
+    sides = [
+        each.partition(" (causal: ")[0] if isinstance(each, str) else each for each in contrast[["level", "reference"]]
+    ]
+    return any(a in named and (b in rivals if rivals else b not in named) for a, b in (sides, sides[::-1]))
+
+
+def _label(claim: ClaimConfig, runs: pd.DataFrame, side: Any) -> str:
+    """A level as the reader sees it: a router with its causality."""
+    if claim.factor != "router":
+        return str(side)
+    return " / ".join(with_causality(runs[runs["router"] == side])["router"].unique())
+
+
+def _names(items: Any) -> str:
+    return ", ".join(map(str, items))
