@@ -14,7 +14,6 @@ import pandas as pd
 from moe.results import ABSENT, history
 
 STEMS = {"experiment_a": "experiment_a", "experiment_c": "expC"}  # experiment -> how its files' names begin
-WARM_UP = 5  # first training steps that say nothing about speed
 
 # Column of the routing bench's own table -> our column, some of which `measured` makes; ours alone at the end.
 COLUMNS = {
@@ -43,12 +42,14 @@ COLUMNS = {
 def measured(runs: pd.DataFrame) -> pd.DataFrame:
     """The finished runs of a table, with what their folders say of speed, load and the best evaluation.
 
-    `tokens_per_s`: median over training steps after the first 5; `tflops`: 3 * forward FLOPs per token * tokens_per_s
-    / 1e12; `drop_rate` and `load_cv` (of the offered load): means over the second half of the training steps.
+    `tflops`: 3 * forward FLOPs per token * `time/tokens_per_s` / 1e12; `drop_rate` and `load_cv` (of the offered load):
+    means over the second half of the training steps.
     """
     runs = runs[runs["status"] == "finished"]
     rows = [_measure(Path(folder)) for folder in runs["folder"]]
-    return runs.assign(**{column: [row[column] for row in rows] for column in _MEASURED})
+    runs = runs.assign(**{column: [row[column] for row in rows] for column in _MEASURED})
+    speed = runs.get("time/tokens_per_s", pd.Series(math.nan, runs.index))
+    return runs.assign(tokens_per_s=speed, tflops=3 * runs["flops_per_token"] * speed / 1e12)
 
 
 def bench_table(measured: pd.DataFrame) -> pd.DataFrame:
@@ -66,7 +67,7 @@ def pareto_front(points: pd.DataFrame, more: str, less: str) -> pd.DataFrame:
 
 _MEASURED = (
     *("best_val_perplexity", "best_val_loss", "best_step", "world_size"),
-    *("tokens_per_s", "tflops", "drop_rate", "load_cv", "log_path"),
+    *("flops_per_token", "drop_rate", "load_cv", "log_path"),
 )
 
 
@@ -75,16 +76,14 @@ def _measure(folder: Path) -> dict[str, Any]:
     flops = json.loads((folder / "run.json").read_text(encoding="utf-8")).get("flops_per_token", math.nan)
     evals = _series(folder, "eval", "val/loss", "val/perplexity")
     best = evals.sort_values("val/loss", kind="stable", ignore_index=True).reindex([0])  # NaN are sorted last
-    train = _series(folder, "train", "time/tokens_per_s", "train/routing/drop_rate", "train/routing/load_cv")
-    speed = train.loc[train["step"] > WARM_UP, "time/tokens_per_s"].median()
+    train = _series(folder, "train", "train/routing/drop_rate", "train/routing/load_cv")
     late = train[train["step"] > train["step"].max() / 2]
     return {
         "best_val_perplexity": best["val/perplexity"].item(),
         "best_val_loss": best["val/loss"].item(),
         "best_step": best["step"].item(),
         "world_size": 1,  # a run is one process
-        "tokens_per_s": speed,
-        "tflops": 3 * flops * speed / 1e12,
+        "flops_per_token": flops,
         "drop_rate": late["train/routing/drop_rate"].mean(),
         "load_cv": late["train/routing/load_cv"].mean(),
         "log_path": str(folder / "events.jsonl"),

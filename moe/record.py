@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from types import TracebackType
 from typing import Any
 
@@ -111,6 +111,15 @@ def history(events: list[dict[str, Any]]) -> dict[str, list[Any]]:
         series["expert_utilizations"].append(layers and [fmean(column) for column in zip(*layers, strict=True)])
         since = []
     return series
+
+
+WARM_UP = 5  # first training steps that say nothing about speed
+
+
+def median_speed(events: list[dict[str, Any]]) -> float | None:
+    """Tokens per second of training steps, evaluation and saving excluded: the median after the first `WARM_UP`."""
+    speeds = [e["time/tokens_per_s"] for e in events if e["kind"] == "train" and e["step"] > WARM_UP]
+    return median(speeds) if speeds else None
 
 
 def _mean(events: list[dict[str, Any]], key: str) -> float | None:

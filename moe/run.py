@@ -142,6 +142,7 @@ def _write_metrics(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     history = record.history(events)
     final = {key: value for key, value in last.items() if "/" in key and not key.startswith("time/")}
     final |= {"train/loss": history["train_losses"][-1], "time/train_seconds": facts["train_seconds"]}
+    final["time/tokens_per_s"] = record.median_speed(events)
     record.write_json(folder / "metrics.json", {"final_metrics": final, "history": history})
     return final
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from moe.record import EventLog, history, read_events, write_json
+from moe.record import EventLog, history, median_speed, read_events, write_json
 
 
 def test_a_resume_drops_what_it_will_write_again_and_a_torn_line(tmp_path: Path) -> None:
@@ -53,3 +53,12 @@ def test_json_is_replaced_whole(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"a": 1})
     write_json(tmp_path / "a.json", {"a": 2})
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_speed_is_that_of_training_steps_after_the_first_five() -> None:
+    """The rest of the run, evaluations included, may be as slow as it likes."""
+    paces = {1: 1.0, 2: 1.0, 3: 1.0, 4: 1.0, 5: 1.0, 6: 100.0, 7: 300.0, 8: 250.0}
+    events = [{"kind": "train", "step": step, "time/tokens_per_s": pace} for step, pace in paces.items()]
+    events += [{"kind": "eval", "step": step} for step in range(9)]
+    assert median_speed(events) == 250.0
+    assert median_speed(events[:5]) is None
