@@ -36,10 +36,11 @@ class ModelConfig:
     num_experts: int = MISSING
     expert: str = "silu"  # silu | swiglu
     shared_experts: int = 0  # always-on experts of the same width, side by side with the routed ones
-    first_k_dense: int = 0  # the first layers that are dense feed-forward instead of MoE
+    first_k_dense_replace: int = 0  # the first layers that are dense feed-forward instead of MoE
     dense_ffn: int = MISSING  # their width
     dropout: float = 0.0
     embed_scale: bool = True  # multiply embeddings by sqrt(D)
+    neftune_noise_alpha: float = 0.0  # uniform noise on embeddings, before that factor, training only (2310.05914: 5)
     attention: str = "sdpa"  # eager | sdpa | flash_attention_2
 
     def check(self) -> None:
@@ -51,9 +52,11 @@ class ModelConfig:
         divides = self.dim % self.heads == 0 and (self.dim // self.heads) % 2 == 0
         require(divides, "model.heads", self.heads, f"a divisor of model.dim={self.dim} leaving an even head width")
         require(self.shared_experts >= 0, "model.shared_experts", self.shared_experts, ">= 0")
-        in_range = 0 <= self.first_k_dense <= self.layers
-        require(in_range, "model.first_k_dense", self.first_k_dense, f"between 0 and model.layers={self.layers}")
+        dense, allowed = self.first_k_dense_replace, f"between 0 and model.layers={self.layers}"
+        require(0 <= dense <= self.layers, "model.first_k_dense_replace", dense, allowed)
         require(finite(self.dropout) and 0 <= self.dropout < 1, "model.dropout", self.dropout, "in [0, 1)")
+        alpha = self.neftune_noise_alpha
+        require(finite(alpha) and alpha >= 0, "model.neftune_noise_alpha", alpha, "a finite number >= 0")
 
 
 @dataclass
@@ -226,17 +229,21 @@ class Config:
             claim.check(f"claims[{number}]", ["variant", *asdict(self), *self.identity()])
 
     def check_router(self) -> None:
-        """Build the router without memory for it, which checks its keys and ranges (this imports torch), and what
-        the schedule would make of its temperature and of the noise."""
-        import torch
-
-        with torch.device("meta"):
-            router = build(self.router, "router", self.model.dim, self.model.num_experts)
+        """Refuse a router with wrong keys or ranges, and what the schedule would make of its temperature and of the
+        noise."""
+        router = self.build_router()
         if self.schedule.get("knob") == "temperature" and not router.schedulable:
             raise ConfigError("schedule.knob=temperature: this router has no temperature; use temperature or gumbel")
         schedule = build(self.schedule, "schedule")
         for knob, setting in (("temperature", self.temperature), ("noise", self.noise)):
             schedule(knob, setting, 0.0)
+
+    def build_router(self) -> Any:
+        """The router of one layer, without memory for its parameters; this imports torch."""
+        import torch
+
+        with torch.device("meta"):
+            return build(self.router, "router", self.model.dim, self.model.num_experts)
 
     @property
     def temperature(self) -> float:

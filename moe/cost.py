@@ -41,7 +41,8 @@ def flops_per_token(model: MoEForCausalLM, seq_len: int) -> int:
     Training costs three times as much. Norms, softmax and routing bookkeeping are left out.
     """
     config = model.config
-    weights = float(sum(p.numel() for p in model.parameters() if p.ndim > 1))
+    parts = (*model.model.layers, model.lm_head)  # layers one by one: what they share works in each of them
+    weights = float(sum(p.numel() for part in parts for p in part.parameters() if p.ndim > 1))
     mixing = 0
     for layer in model.moe_layers:
         size = sum(p.numel() for p in layer.experts.parameters())

@@ -14,7 +14,8 @@ def parts(model: MoEForCausalLM) -> Parts:
         "router": [p for layer in model.moe_layers for p in layer.router.parameters()],
         "experts": [p for layer in model.moe_layers for p in layer.experts.parameters()],
     }
-    trainable = {name: [p for p in params if p.requires_grad] for name, params in whole.items()}
+    once = {name: dict.fromkeys(params) for name, params in whole.items()}  # routers of several layers may share some
+    trainable = {name: [p for p in params if p.requires_grad] for name, params in once.items()}
     return {name: params for name, params in trainable.items() if params}
 
 

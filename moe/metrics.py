@@ -210,11 +210,12 @@ def summarize(stats: RoutingStats, *, per_layer: bool = True) -> dict[str, float
 
 @torch.no_grad()
 def router_gram(router: Router) -> float | None:
-    """||W W^T - I||_F / sqrt(E (E - 1)) of the normalised rows of a router: 0 orthogonal, 1 all alike; None without
-    rows, or with a single one."""
-    if router.rows is None or len(router.rows) < 2:
+    """||W W^T - I||_F / sqrt(E (E - 1)) of the normalised directions of a router's experts: 0 orthogonal, 1 all alike;
+    None without any, or with a single one."""
+    directions = router.directions
+    if directions is None or len(directions) < 2:
         return None
-    unit = torch.nn.functional.normalize(router.rows.double(), dim=-1)
+    unit = torch.nn.functional.normalize(directions.double(), dim=-1)
     distance = (unit @ unit.T - torch.eye(len(unit), device=unit.device)).norm()
     return (distance / math.sqrt(len(unit) * (len(unit) - 1))).item()
 

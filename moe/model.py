@@ -39,10 +39,11 @@ class MoEConfig(LlamaConfig):
     num_experts: int = 8
     expert: str = "silu"
     shared_experts: int = 0
-    first_k_dense: int = 0
+    first_k_dense_replace: int = 0
     dense_ffn: int = 512
     dropout: float = 0.0
     embed_scale: bool = True
+    neftune_noise_alpha: float = 0.0
     router_temperature: float = 1.0
     router: dict[str, Any] | None = None
 
@@ -59,10 +60,11 @@ class MoEConfig(LlamaConfig):
             num_experts=model.num_experts,
             expert=model.expert,
             shared_experts=model.shared_experts,
-            first_k_dense=model.first_k_dense,
+            first_k_dense_replace=model.first_k_dense_replace,
             dense_ffn=model.dense_ffn,
             dropout=model.dropout,
             embed_scale=model.embed_scale,
+            neftune_noise_alpha=model.neftune_noise_alpha,
             router_temperature=float(router.get("temp", 1.0)),
             router=router,
             tie_word_embeddings=True,
@@ -124,7 +126,7 @@ class Block(nn.Module):
 
 
 def _feed_forward(config: MoEConfig, index: int) -> nn.Module:
-    if index < config.first_k_dense:
+    if index < config.first_k_dense_replace:
         return DenseFFN(config, config.dense_ffn)
     router = build(config.router or {}, "router", config.hidden_size, config.num_experts)
     if not isinstance(router, Router):
@@ -167,7 +169,14 @@ class MoEModel(MoEPreTrainedModel):
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.dropout = nn.Dropout(config.dropout)
+        for router in self._routers[1:]:
+            router.share(self._routers[0])
+        self._tied_weights_keys = _second_names(self)
         self.post_init()
+
+    @property
+    def _routers(self) -> list[Router]:
+        return [block.mlp.router for block in self.layers if isinstance(block.mlp, MoELayer)]
 
     def forward(
         self,
@@ -179,6 +188,8 @@ class MoEModel(MoEPreTrainedModel):
         cache: Cache | None = None,
     ) -> tuple[Float[Tensor, "B S D"], list[LayerOutput]]:
         x = self.embed_tokens(input_ids)
+        if self.training and self.config.neftune_noise_alpha:
+            x = x + neftune_noise(x, self.config.neftune_noise_alpha)
         if self.config.embed_scale:
             x = x * math.sqrt(self.config.hidden_size)
         x = self.dropout(x)
@@ -192,8 +203,21 @@ class MoEModel(MoEPreTrainedModel):
             if load is not None:
                 context = context._replace(load=load[min(len(outputs), len(load) - 1)])  # dense layers ignore it
             x, output = layer(x, context, rotary, mask, cache)
-            outputs += [output] if output is not None else []
+            if output is not None:
+                outputs.append(output)
+                context = context._replace(state=output.routing[-1].state)
         return self.dropout(self.norm(x)), outputs
+
+
+def neftune_noise(x: Float[Tensor, "B S D"], alpha: float) -> Float[Tensor, "B S D"]:
+    """Uniform on +-alpha / sqrt(S D), so that a sequence's noise has length alpha / sqrt(3) (NEFTune 2310.05914)."""
+    return torch.empty_like(x).uniform_(-1, 1) * (alpha / math.sqrt(x.shape[1] * x.shape[2]))
+
+
+def _second_names(module: nn.Module) -> dict[str, str]:
+    """Every further name of a parameter that has several -> its first: what `save_pretrained` must not write twice."""
+    first = {p: name for name, p in module.named_parameters()}
+    return {name: first[p] for name, p in module.named_parameters(remove_duplicate=False) if name != first[p]}
 
 
 class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):

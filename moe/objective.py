@@ -17,13 +17,17 @@ from moe.routing import RoutingStats
 def total_loss(config: Config, routers: list[Router], output: MoEOutput) -> Tensor:
     """What is minimised: cross-entropy plus auxiliary losses, weighted and summed over layers.
 
-    The configuration weights the losses that all routers share, each router its own, and may change its mind.
+    The configuration weights the losses that all routers share, each router its own, and may change its mind; it may
+    add to the former too.
     """
     assert output.loss is not None
     weighted = []
     for name, values in (output.aux or {}).items():
-        shared = getattr(config, LOSS_WEIGHTS[name]) if name in LOSS_WEIGHTS else None
-        weights = [router.loss_weights[name] if shared is None else shared for router in routers]
+        if name in LOSS_WEIGHTS:
+            shared = getattr(config, LOSS_WEIGHTS[name])
+            weights = [shared + router.loss_weights.get(name, 0.0) for router in routers]
+        else:
+            weights = [router.loss_weights[name] for router in routers]
         if any(weights):  # a weight of 0 would still cost the backward pass
             weighted.append((values * values.new_tensor(weights)).sum())
     return torch.stack([output.loss, *weighted]).sum()

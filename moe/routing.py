@@ -28,6 +28,7 @@ class Context(NamedTuple):
     ids: token ids; their shape says which tokens share a sequence.
     capacity: the capacity factor, None: dropless; drop: the drop policy, a key of `moe.dispatch.DROP_POLICIES`.
     load: of this layer's experts in earlier micro-batches of the optimizer step (None: this is the first).
+    state: what the router of the MoE layer before handed on of each token (None: this is the first, or it keeps none).
     orthogonality: whether to compute the loss on expert outputs, the only one that costs more than it may stay unused.
     probe_stride: run every so-manieth token through all experts, to compare what they do (None: no token).
     """
@@ -37,6 +38,7 @@ class Context(NamedTuple):
     capacity: float | None = None
     drop: str = "position"
     load: Float[Tensor, "E"] | None = None
+    state: Float[Tensor, "T H"] | None = None
     orthogonality: bool = False
     probe_stride: int | None = None
 
@@ -68,7 +70,8 @@ class Routing(NamedTuple):
     logits: (T, E) clean scores, before noise and temperature, or None.
     aux: auxiliary losses of this router alone, unweighted means over tokens; its `loss_weights` weight them.
     renormalise: whether a token's weights are to sum to 1 again over the experts that keep it after drops.
-    evidence: (E) sums over tokens of whatever this router's `after_step` learns from, beside the loads, or None.
+    evidence: (N) sums over tokens of whatever this router's `after_step` learns from, beside the loads, or None.
+    state: (T, H) what the router of the next MoE layer is to know of each token, or None.
     slots: None, or mixtures of tokens that experts work on instead; `token` then numbers the slots of the batch.
     """
 
@@ -78,7 +81,8 @@ class Routing(NamedTuple):
     probs: Float[Tensor, "T E"] | None
     logits: Float[Tensor, "T E"] | None
     aux: dict[str, Float[Tensor, ""]] = {}
-    evidence: Float[Tensor, "E"] | None = None
+    evidence: Float[Tensor, "N"] | None = None
+    state: Float[Tensor, "T H"] | None = None
     renormalise: bool = False
     slots: Slots | None = None
 
@@ -131,7 +135,7 @@ class RoutingStats(NamedTuple):
     confidence_t1: Float[Tensor, "*L"]
     logit_squared: Float[Tensor, "*L"]  # sum of mean squared logits
     logsumexp_squared: Float[Tensor, "*L"]
-    evidence: Float[Tensor, "*L E"]  # of `Routing.evidence`
+    evidence: Float[Tensor, "*L N"]  # of `Routing.evidence`
     probed: Float[Tensor, "*L"]  # tokens that every expert was run on
     output_similarity: Float[Tensor, "*L"]  # over those, the mean cosine of two experts' outputs
 

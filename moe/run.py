@@ -116,16 +116,14 @@ def _difference(cell: Cell) -> list[str]:
 
 
 def _write(cell: Cell, state: str, facts: dict[str, Any] | None = None, *, error: str | None = None) -> None:
-    from moe.checks import locate
-
-    router: Any = locate(cell.config.router["_target_"])
+    causal = cell.config.build_router().causal
     content = {
         "status": state,
         "error": error,
         "experiment": cell.experiment,
         "name": cell.folder.name,
         "choices": cell.choices,
-        "causal": router.causal and (cell.config.capacity is None or cell.config.drop == "position"),
+        "causal": causal and (cell.config.capacity is None or cell.config.drop == "position"),
         "config": asdict(cell.config),
         "identity": cell.config.identity(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},

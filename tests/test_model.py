@@ -41,7 +41,7 @@ def test_the_sources_model_has_exactly_their_parameters() -> None:
 
 
 def test_active_parameters_count_shared_experts_and_dense_layers_fully() -> None:
-    plain, shared, dense = make(), make(shared_experts=1), make(first_k_dense=1)
+    plain, shared, dense = make(), make(shared_experts=1), make(first_k_dense_replace=1)
     expert = 2 * 32 * 32
     assert count_parameters(plain).total - count_parameters(plain).active == 2 * 2 * expert
     assert count_parameters(shared).active - count_parameters(plain).active == 2 * expert
@@ -49,13 +49,13 @@ def test_active_parameters_count_shared_experts_and_dense_layers_fully() -> None
 
 
 def test_the_dense_control_has_the_active_flops_of_the_routed_model_less_its_router() -> None:
-    routed, dense = make(), make(first_k_dense=2)
+    routed, dense = make(), make(first_k_dense_replace=2)
     assert flops_per_token(routed, S) - flops_per_token(dense, S) == 2 * 2 * 4 * 32
     assert dense(torch.zeros(1, S, dtype=torch.long)).stats is None
 
 
 def test_the_total_control_has_the_parameters_of_the_routed_model_less_its_router() -> None:
-    routed, dense = make(), make(first_k_dense=2, dense_ffn=4 * 32)
+    routed, dense = make(), make(first_k_dense_replace=2, dense_ffn=4 * 32)
     assert count_parameters(routed).total - count_parameters(dense).total == 2 * 4 * 32
 
 
@@ -107,7 +107,7 @@ def test_the_future_does_not_leak(ids: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("router", [TOPK, HASH, RANDOM], ids=lambda spec: spec["_target_"])
 def test_saving_and_loading_gives_the_same_model(router: dict[str, Any], ids: torch.Tensor, tmp_path: Path) -> None:
-    model = make(router, expert="swiglu", shared_experts=1, first_k_dense=1)
+    model = make(router, expert="swiglu", shared_experts=1, first_k_dense_replace=1)
     model.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").exists()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -93,7 +93,7 @@ def step_variants(vocab_size: int, batch: int, seq_len: int) -> list[Variant]:
     sizes = ModelConfig(dim=128, heads=4, layers=4, ffn=256, num_experts=8, dense_ffn=512, expert="swiglu")
     router = {"_target_": "moe.routers.topk.TopK", "k": 2}
     routed = MoEForCausalLM(MoEConfig.of(sizes, router, vocab_size=vocab_size, seq_len=seq_len))
-    sizes.first_k_dense = sizes.layers
+    sizes.first_k_dense_replace = sizes.layers
     dense = MoEForCausalLM(MoEConfig.of(sizes, router, vocab_size=vocab_size, seq_len=seq_len))
     mixtral = MixtralForCausalLM(_mixtral_config(Shape(8, 2, 128, 256, 0), vocab_size=vocab_size))
     mixtral.set_experts_implementation("grouped_mm")

@@ -51,7 +51,10 @@ class Router(nn.Module):
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """The weight of each auxiliary loss that this router alone has, by name; it may change from step to step."""
+        """The weight of each auxiliary loss that this router alone has, by name; it may change from step to step.
+
+        Of a loss that all routers share, what this one adds to the weight of the configuration.
+        """
         return {}
 
     @property
@@ -60,6 +63,14 @@ class Router(nn.Module):
         weight = getattr(self, "weight", None)
         matches = isinstance(weight, nn.Parameter) and weight.shape == (self.num_experts, self.dim)
         return weight if matches else None
+
+    @property
+    def directions(self) -> Float[Tensor, "E N"] | None:
+        """One vector an expert by which this router tells experts apart, for metrics; None if there are none."""
+        return self.rows
+
+    def share(self, first: "Router") -> None:
+        """Take from the router of the model's first MoE layer the modules that all layers have in common."""
 
     def initialize(self, std: float) -> None:
         """N(0, std) for every matrix; other parameters and buffers stay as the constructor left them."""

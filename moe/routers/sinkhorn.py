@@ -46,14 +46,13 @@ class Sinkhorn(Router):
         logits = F.linear(x, self.weight.float())
         noisy = self.perturb(logits, context.knobs)
         planned = self.training or self.inference
-        order = log_plan(noisy / self.epsilon, self.iterations) if planned else noisy
+        order = log_plan(noisy.detach() / self.epsilon, self.iterations) if planned else noisy
         expert = order.topk(self.k).indices
         top = noisy.gather(-1, expert)
         weight = torch.sigmoid(top) if self.k == 1 else torch.softmax(top, -1)
         return Routing.token_choice(expert, weight, probs=torch.softmax(noisy, -1), logits=logits)
 
 
-@torch.no_grad()
 def log_plan(scores: Float[Tensor, "T E"], iterations: int) -> Float[Tensor, "T E"]:
     """Scale rows and columns of exp(scores) in turn, in logs: columns sum to 1/E, rows to 1/T in the limit."""
     tokens, experts = scores.shape
@@ -61,3 +60,14 @@ def log_plan(scores: Float[Tensor, "T E"], iterations: int) -> Float[Tensor, "T 
         scores = scores.log_softmax(1) - math.log(tokens)
         scores = scores.log_softmax(0) - math.log(experts)
     return scores
+
+
+def plain_plan(scores: Float[Tensor, "T E"], iterations: int) -> Float[Tensor, "T E"]:
+    """`log_plan` by scaling exp(scores) itself: what is too small for fp32 beside the best of its token is lost."""
+    tokens, experts = scores.shape
+    tiny = torch.finfo(scores.dtype).tiny
+    plan = (scores - scores.amax(1, keepdim=True)).exp()
+    for _ in range(iterations):
+        plan = plan / plan.sum(1, keepdim=True).clamp(min=tiny) / tokens
+        plan = plan / plan.sum(0, keepdim=True).clamp(min=tiny) / experts
+    return plan.clamp(min=tiny).log()

@@ -1,0 +1,204 @@
+"""SPECTRA: a recurrence over depth, expression vectors, repulsion, a transport plan and quotas, each separable."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moe.checks import finite, require
+from moe.routers.base import Router, check_k
+from moe.routers.quota import choose_within_quota
+from moe.routers.sinkhorn import log_plan, plain_plan
+from moe.routing import Context, Routing, RoutingStats
+
+
+class Spectra(Router):
+    """Top-k of a balanced plan that costs -cosine(routing vector, expression vector) for each token and expert.
+
+    Every part can be switched off by itself:
+    gru: routing vectors are the state of a GRU that runs over layers, never over positions, with h = 0 before the first
+        layer and one set of weights for the model (as in 2408.06793). Off: a linear map of each layer.
+    expression: expression vectors are P x, with P initialised orthogonal. Off: the routing vector's own coordinates are
+        the evidence, as their cosine to (1, ..., 1) (a fixed direction is as good as a learned one), and the routing
+        vector takes the place of the expression vector in what follows.
+    osr_repulsion_weight: adds |s| R to the cost, s the cosines, R the squared cosines of two experts' mean expression.
+    sinkhorn_epsilon, sinkhorn_iterations, log_sinkhorn_enabled: the plan, from exp(-cost / epsilon); 0 iterations: none.
+    expert_choice_routing, expert_choice_capacity_factor: each expert takes at most ceil(factor * T k / E) tokens,
+        those with the largest plan entries first.
+    ema_bias_weight, ema_alpha: adds weight * (load / mean load - 1) to the cost, loads an exponential moving average.
+    srip_enabled, so_lambda_max, so_warmup_steps: the loss `srip` = 0.7 ||G - I||_F^2 + 0.3 sigma_max(G - I)^2, G the Gram
+        matrix of mean expression vectors, with a weight that rises linearly over the first optimizer steps.
+    router_entropy_coef, cosine_similarities_loss_coef: weights of the entropy of the plan's rows and of the mean s^2.
+
+    Means over the batch, plan and quota make training not causal. Evaluation is, because it does without plan and quota
+    and takes running means, unless `sinkhorn_inference` asks for all as in training. Gates are the plan's rows over
+    the chosen, summing to 1 (k=1: p itself), with gradient through the plan.
+    """
+
+    mean_expression: Tensor
+    load: Tensor
+    steps: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        *,
+        k: int = 2,
+        router_dim: int = 16,
+        gru: bool = True,
+        expression: bool = True,
+        osr_repulsion_weight: float = 0.5,
+        sinkhorn_epsilon: float = 0.1,
+        sinkhorn_iterations: int = 3,
+        log_sinkhorn_enabled: bool = True,
+        sinkhorn_inference: bool = False,
+        expert_choice_routing: bool = True,
+        expert_choice_capacity_factor: float = 1.25,
+        ema_bias_weight: float = 0.1,
+        ema_alpha: float = 0.95,
+        srip_enabled: bool = True,
+        so_warmup_steps: int = 100,
+        so_lambda_max: float = 0.05,
+        router_entropy_coef: float = 1e-3,
+        cosine_similarities_loss_coef: float = 8e-4,
+    ) -> None:
+        super().__init__(dim, num_experts)
+        check_k(k, num_experts)
+        for name, value in (("router_dim", router_dim), ("so_warmup_steps", so_warmup_steps)):
+            require(value >= 1, f"router.{name}", value, "at least 1")
+        require(sinkhorn_iterations >= 0, "router.sinkhorn_iterations", sinkhorn_iterations, "at least 0")
+        epsilon, factor = sinkhorn_epsilon, expert_choice_capacity_factor
+        for name, value in (("sinkhorn_epsilon", epsilon), ("expert_choice_capacity_factor", factor)):
+            require(finite(value) and value > 0, f"router.{name}", value, "a finite number > 0")
+        require(0 <= ema_alpha < 1, "router.ema_alpha", ema_alpha, "in [0, 1)")
+        weights = {
+            "osr_repulsion_weight": osr_repulsion_weight,
+            "ema_bias_weight": ema_bias_weight,
+            "so_lambda_max": so_lambda_max,
+            "router_entropy_coef": router_entropy_coef,
+            "cosine_similarities_loss_coef": cosine_similarities_loss_coef,
+        }
+        for name, value in weights.items():
+            require(finite(value) and value >= 0, f"router.{name}", value, "a finite number >= 0")
+        self.k, self.weights = k, weights
+        self.epsilon, self.iterations = epsilon, sinkhorn_iterations
+        self.plan = log_plan if log_sinkhorn_enabled else plain_plan
+        self.inference = sinkhorn_inference
+        self.quota_factor = factor if expert_choice_routing and factor * k < num_experts else None
+        self.alpha = ema_alpha
+        self.warmup = so_warmup_steps
+        self.srip = srip_enabled and expression
+        self.causal = not (osr_repulsion_weight or sinkhorn_iterations or self.quota_factor)
+
+        width = num_experts * router_dim
+        self.gru = depth_gru(dim, width) if gru else None
+        self.linear = None if gru else nn.Parameter(torch.empty(width, dim))
+        self.projector = nn.Parameter(torch.empty(width, dim)) if expression else None
+        self.register_buffer("mean_expression", torch.zeros(num_experts, router_dim))
+        self.register_buffer("load", torch.full((num_experts,), 1 / num_experts))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    def initialize(self, std: float) -> None:
+        """The GRU initialises itself; the projector is 0.1 * orthogonal, for its loss wants orthogonal vectors."""
+        if self.linear is not None:
+            nn.init.normal_(self.linear, std=std)
+        if self.projector is not None:
+            nn.init.orthogonal_(self.projector, gain=0.1)
+
+    def share(self, first: Router) -> None:
+        assert isinstance(first, Spectra)
+        self.gru = first.gru
+
+    @property
+    def directions(self) -> Float[Tensor, "E N"] | None:
+        """The running mean expression vectors; None before the first step."""
+        return self.mean_expression if self.steps else None
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        weights = {
+            "router_entropy": self.weights["router_entropy_coef"],
+            "cosine_similarity": self.weights["cosine_similarities_loss_coef"],
+        }
+        if self.srip:
+            weights["srip"] = self.weights["so_lambda_max"] * min(1.0, self.steps.item() / self.warmup)
+        return weights
+
+    def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
+        state = self._next_state(x, context.state)
+        heads = F.linear(x, self.linear.float()) if self.linear is not None else state
+        assert heads is not None
+        routing = F.normalize(heads.unflatten(-1, (self.num_experts, -1)), dim=-1)
+        if self.projector is None:
+            expression, similarity = routing, routing.sum(-1) / math.sqrt(routing.shape[-1])
+        else:
+            expression = F.normalize(F.linear(x, self.projector.float()).view_as(routing), dim=-1)
+            similarity = (routing * expression).sum(-1)
+
+        planned = self.training or self.inference
+        mean = F.normalize(expression.mean(0), dim=-1)
+        logits = -self._cost(similarity, mean if planned else F.normalize(self.mean_expression, dim=-1)) / self.epsilon
+        scores = self.perturb(logits, context.knobs)
+        if planned:
+            scores = self.plan(scores, self.iterations)
+        scores = scores.log_softmax(-1)
+        probs = scores.exp()
+        quota = len(x)
+        if planned and self.quota_factor is not None:
+            quota = math.ceil(self.quota_factor * len(x) * self.k / self.num_experts)
+        chosen = choose_within_quota(scores.detach(), self.k, quota)
+        weight = probs * chosen
+        if self.k > 1:
+            weight = weight / weight.sum(-1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
+
+        aux = {"cosine_similarity": similarity.square().mean()}
+        if self.srip:
+            aux["srip"] = srip(mean)
+        seen = expression.detach().sum(0).flatten()
+        return Routing.masked(chosen, weight, probs=probs, logits=logits, aux=aux, evidence=seen, state=state)
+
+    def _next_state(self, x: Float[Tensor, "T D"], state: Float[Tensor, "T H"] | None) -> Float[Tensor, "T H"] | None:
+        if self.gru is None:
+            return None
+        if state is None:
+            state = x.new_zeros(len(x), self.gru.hidden_size)
+        gates, recurrent, *biases = (p.float() for p in self.gru.parameters())
+        return torch.gru_cell(x, state, gates, recurrent, *biases)
+
+    def _cost(self, similarity: Float[Tensor, "T E"], mean: Float[Tensor, "E N"]) -> Float[Tensor, "T E"]:
+        """-s + repulsion * |s| R + bias, with R the squared cosines of different experts' mean expression vectors."""
+        cost = self.weights["ema_bias_weight"] * (self.load * self.num_experts - 1) - similarity
+        if self.weights["osr_repulsion_weight"]:
+            overlap = (mean @ mean.T).square().fill_diagonal_(0)
+            cost = cost + self.weights["osr_repulsion_weight"] * similarity.abs() @ overlap
+        return cost
+
+    @torch.no_grad()
+    def after_step(self, stats: RoutingStats) -> None:
+        self.steps += 1
+        self.load.lerp_(stats.offered / stats.assignments, 1 - self.alpha)
+        seen = stats.evidence.view_as(self.mean_expression) / stats.tokens
+        self.mean_expression.lerp_(seen, 1 - self.alpha)
+
+
+def depth_gru(dim: int, width: int) -> nn.GRUCell:
+    """A GRU cell: of each gate the input weights Xavier-uniform and the recurrent ones orthogonal; no bias at first."""
+    gru = nn.GRUCell(dim, width)
+    with torch.no_grad():
+        for gate in gru.weight_ih.chunk(3):
+            nn.init.xavier_uniform_(gate)
+        for gate in gru.weight_hh.chunk(3):
+            nn.init.orthogonal_(gate)
+        gru.bias_ih.zero_()
+        gru.bias_hh.zero_()
+    return gru
+
+
+def srip(mean: Float[Tensor, "E N"]) -> Float[Tensor, ""]:
+    """0.7 ||G - I||_F^2 + 0.3 sigma_max(G - I)^2 of the Gram matrix of unit vectors: 0 if orthogonal (Bansal et al.
+    1810.09102 have either term)."""
+    deviation = mean @ mean.T - torch.eye(len(mean), device=mean.device)
+    return 0.7 * deviation.square().sum() + 0.3 * torch.linalg.matrix_norm(deviation, 2).square()
