@@ -1,6 +1,8 @@
-"""The laws that every router keeps, whatever it does: each yaml of conf/router is held to all of them."""
+"""The laws that every router keeps, whatever it does: each yaml of conf/router is held to all of them, and each arm of
+an ablation that changes a router's parts."""
 
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -20,17 +22,30 @@ B, S, D, E, F = 3, 8, 16, 8, 12
 YAMLS = sorted((CONF / "router").glob("*.yaml"))
 
 
-def make_router(path: Path, *, num_experts: int = E) -> Router:
+class Spec(NamedTuple):
+    """A router's name and its settings."""
+
+    name: str
+    settings: dict[str, Any]
+
+
+SPECS = [Spec(path.stem, yaml.safe_load(path.read_text())) for path in YAMLS]
+for arm in sorted((CONF / "variant").glob("spectra_*.yaml")):
+    [base] = [spec.settings for spec in SPECS if spec.name == "spectra"]
+    SPECS.append(Spec(arm.stem, base | yaml.safe_load(arm.read_text()).get("router", {})))
+
+
+def make_router(spec: Spec, *, num_experts: int = E) -> Router:
     torch.manual_seed(0)
-    router = build(yaml.safe_load(path.read_text()), "router", D, num_experts)
+    router = build(spec.settings, "router", D, num_experts)
     for tensor in (*router.parameters(), *router.buffers()):
         if tensor.is_floating_point():
             nn.init.normal_(tensor, std=0.5)
     return router
 
 
-def make_layer(path: Path) -> MoELayer:
-    router = make_router(path)
+def make_layer(spec: Spec) -> MoELayer:
+    router = make_router(spec)
     experts = Experts(E, D, hidden=F, kind="silu")
     for p in experts.parameters():
         nn.init.normal_(p, std=0.3)
@@ -39,6 +54,11 @@ def make_layer(path: Path) -> MoELayer:
 
 def context(ids: Tensor, *, noise: float = 0.0, capacity: float | None = None) -> Context:
     return Context(ids, Knobs.of(noise=noise), capacity)
+
+
+def as_second(layer: MoELayer, x: Tensor, context: Context) -> LayerOutput:
+    """The layer as the second of two, which knows what the router of the first hands on."""
+    return layer(x, context._replace(state=layer(x, context).routing[-1].state))
 
 
 def dense_weights(routing: Routing) -> Tensor:
@@ -51,8 +71,8 @@ def rows_of(routing: Routing) -> int:
     return B * S if routing.slots is None else routing.slots.dispatch.shape[:2].numel()
 
 
-@pytest.fixture(params=YAMLS, ids=lambda path: path.stem)
-def path(request: pytest.FixtureRequest) -> Path:
+@pytest.fixture(params=SPECS, ids=lambda spec: spec.name)
+def spec(request: pytest.FixtureRequest) -> Spec:
     return request.param
 
 
@@ -66,13 +86,14 @@ def ids() -> Tensor:
     return torch.randint(0, 1000, (B, S), generator=torch.Generator().manual_seed(2))
 
 
+@pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
 def test_first_line_of_the_yaml_states_its_purpose(path: Path) -> None:
     assert path.read_text().startswith("# ")
     assert "causal" in path.read_text().splitlines()[0]
 
 
-def test_assignments_are_well_formed(path: Path, x: Tensor, ids: Tensor) -> None:
-    routing = make_router(path).eval().chain[0](x.view(-1, D), context(ids))
+def test_assignments_are_well_formed(spec: Spec, x: Tensor, ids: Tensor) -> None:
+    routing = make_router(spec).eval().chain[0](x.view(-1, D), context(ids))
     assert routing.token.shape == routing.expert.shape == routing.weight.shape
     assert routing.weight.dtype == torch.float32
     assert routing.token.min() >= 0
@@ -80,13 +101,14 @@ def test_assignments_are_well_formed(path: Path, x: Tensor, ids: Tensor) -> None
     assert routing.expert.min() >= 0
     assert routing.expert.max() < E
     assert (routing.weight >= 0).all()
+    assert routing.state is None or len(routing.state) == B * S
     pairs = torch.stack([routing.token, routing.expert])
     assert pairs.unique(dim=1).shape == pairs.shape, "an expert is asked for twice by one token"
 
 
-def test_probabilities_are_a_distribution_over_all_experts_in_fp32(path: Path, x: Tensor, ids: Tensor) -> None:
+def test_probabilities_are_a_distribution_over_all_experts_in_fp32(spec: Spec, x: Tensor, ids: Tensor) -> None:
     with torch.autocast("cpu", torch.bfloat16):
-        layer = make_layer(path)
+        layer = make_layer(spec)
         seen: list[Routing] = []
         layer.router.chain[0].register_forward_hook(lambda module, inputs, output: seen.append(output))
         layer(x.bfloat16(), context(ids))
@@ -99,21 +121,21 @@ def test_probabilities_are_a_distribution_over_all_experts_in_fp32(path: Path, x
     torch.testing.assert_close(routing.probs.sum(-1), torch.ones(B * S))
 
 
-def test_gradient_reaches_a_trainable_router_through_the_output_alone(path: Path, x: Tensor, ids: Tensor) -> None:
+def test_gradient_reaches_a_trainable_router_through_the_output_alone(spec: Spec, x: Tensor, ids: Tensor) -> None:
     """k=1 with renormalised weights, or gates of None, would leave it exactly zero."""
-    layer = make_layer(path)
-    layer(x, context(ids)).y.square().sum().backward()
+    layer = make_layer(spec)
+    as_second(layer, x, context(ids)).y.square().sum().backward()
     for name, p in layer.router.named_parameters():
         assert p.grad is not None, name
         assert p.grad.norm() > 1e-4, name
 
 
-def test_gradient_reaches_a_trainable_router_through_each_auxiliary_loss(path: Path, x: Tensor, ids: Tensor) -> None:
+def test_gradient_reaches_a_trainable_router_through_each_auxiliary_loss(spec: Spec, x: Tensor, ids: Tensor) -> None:
     """A balance loss from integer counts, or of a softmax of a softmax, would have none.
 
     One parameter is enough: learned noise, say, is no part of the clean logits that the z-loss sees.
     """
-    router = make_router(path)
+    router = make_router(spec)
     if not list(router.parameters()):
         return
     routing = router.chain[0](x.view(-1, D), context(ids))
@@ -128,28 +150,28 @@ def test_gradient_reaches_a_trainable_router_through_each_auxiliary_loss(path: P
         assert max(g.norm() for g in gradients if g is not None) > 1e-4, name
 
 
-def test_evaluation_is_deterministic_ignores_noise_and_changes_no_state(path: Path, x: Tensor, ids: Tensor) -> None:
-    layer = make_layer(path).eval()
+def test_evaluation_is_deterministic_ignores_noise_and_changes_no_state(spec: Spec, x: Tensor, ids: Tensor) -> None:
+    layer = make_layer(spec).eval()
     before = {name: value.clone() for name, value in layer.state_dict().items()}
-    first, second = layer(x, context(ids)).y, layer(x, context(ids, noise=9.0)).y
+    first, second = (as_second(layer, x, context(ids, noise=noise)).y for noise in (0.0, 9.0))
     assert torch.equal(first, second)
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
 
 
-def test_noise_changes_routing_in_training(path: Path, x: Tensor, ids: Tensor) -> None:
-    router = make_router(path)
+def test_noise_changes_routing_in_training(spec: Spec, x: Tensor, ids: Tensor) -> None:
+    router = make_router(spec)
     routings = [router.chain[0](x.view(-1, D), context(ids, noise=n)) for n in (0.0, 5.0)]
     weights = [dense_weights(r) if r.slots is None else r.slots.combine for r in routings]
-    assert torch.equal(*weights) == (path.stem == "hash"), "only a router that never looks at the states is immune"
+    assert torch.equal(*weights) == (spec.name == "hash"), "only a router that never looks at the states is immune"
 
 
 @pytest.mark.parametrize("capacity", [None, 0.6])
 def test_causal_routers_do_not_see_the_future_or_other_sequences(
-    path: Path, capacity: float | None, x: Tensor, ids: Tensor
+    spec: Spec, capacity: float | None, x: Tensor, ids: Tensor
 ) -> None:
     """The audit behind the label, in training (with equal noise) and in evaluation: replace the last tokens of all
     sequences and, where nothing is dropped, all other sequences, which compete for capacity by design."""
-    layer = make_layer(path)
+    layer = make_layer(spec)
     if capacity is not None and not hasattr(layer.router, "k"):
         pytest.skip("the limit is a share of all assignments, which depend on every token: causal when dropless")
     changed_x, changed_ids = x.clone(), ids.clone()
@@ -159,7 +181,7 @@ def test_causal_routers_do_not_see_the_future_or_other_sequences(
 
     def output(tokens: Tensor, token_ids: Tensor) -> Tensor:
         torch.manual_seed(0)  # what a router draws by itself is the same for both
-        return layer(tokens, context(token_ids, capacity=capacity)).y
+        return as_second(layer, tokens, context(token_ids, capacity=capacity)).y
 
     def unaffected(mode: bool) -> bool:
         layer.train(mode)
@@ -168,28 +190,29 @@ def test_causal_routers_do_not_see_the_future_or_other_sequences(
     assert all([unaffected(True), unaffected(False)]) == layer.router.causal
 
 
-def test_permuting_sequences_permutes_the_output(path: Path, x: Tensor, ids: Tensor) -> None:
-    layer = make_layer(path).eval()
+def test_permuting_sequences_permutes_the_output(spec: Spec, x: Tensor, ids: Tensor) -> None:
+    layer = make_layer(spec).eval()
     order = torch.tensor([2, 0, 1])
-    torch.testing.assert_close(layer(x[order], context(ids[order])).y, layer(x, context(ids)).y[order])
+    permuted = as_second(layer, x[order], context(ids[order])).y
+    torch.testing.assert_close(permuted, as_second(layer, x, context(ids)).y[order])
 
 
-def test_a_token_is_routed_alike_alone_and_in_company(path: Path, x: Tensor, ids: Tensor) -> None:
+def test_a_token_is_routed_alike_alone_and_in_company(spec: Spec, x: Tensor, ids: Tensor) -> None:
     """What generation with a cache relies on."""
-    layer = make_layer(path).eval()
+    layer = make_layer(spec).eval()
     if layer.router.causal:
-        alone = layer(x[:1, 4:5], context(ids[:1, 4:5])).y
-        torch.testing.assert_close(alone, layer(x, context(ids)).y[:1, 4:5])
+        alone = as_second(layer, x[:1, 4:5], context(ids[:1, 4:5])).y
+        torch.testing.assert_close(alone, as_second(layer, x, context(ids)).y[:1, 4:5])
 
 
 @pytest.mark.parametrize("batch", ["one token", "identical tokens", "zeros", "huge"])
 @pytest.mark.parametrize("capacity", [None, 1.0])
-def test_degenerate_batches_are_finite_and_counted(path: Path, batch: str, capacity: float | None) -> None:
+def test_degenerate_batches_are_finite_and_counted(spec: Spec, batch: str, capacity: float | None) -> None:
     """Ties, one expert taking everything, empty experts: finite output, zero and not NaN gradients, all counted."""
     shape = (1, 1, D) if batch == "one token" else (B, S, D)
     fill = {"one token": 1.0, "identical tokens": 0.7, "zeros": 0.0, "huge": 1e4}[batch]
     x = torch.full(shape, fill).requires_grad_()
-    layer = make_layer(path)
+    layer = make_layer(spec)
     output: LayerOutput = layer(x, context(torch.full(shape[:2], 3), capacity=capacity))
     (output.y.mean() + sum(output.aux.values())).backward()
     assert output.y.isfinite().all()
@@ -203,8 +226,8 @@ def test_degenerate_batches_are_finite_and_counted(path: Path, batch: str, capac
     assert (layer.experts.up.grad[empty] == 0).all()
 
 
-def test_the_layer_is_the_weighted_sum_of_every_expert_run_on_every_row(path: Path, x: Tensor, ids: Tensor) -> None:
-    layer = make_layer(path).eval()
+def test_the_layer_is_the_weighted_sum_of_every_expert_run_on_every_row(spec: Spec, x: Tensor, ids: Tensor) -> None:
+    layer = make_layer(spec).eval()
     flat = x.view(-1, D)
     for router in layer.router.chain:
         routing = router(flat, context(ids))
