@@ -51,6 +51,7 @@ def untimed(folder: Path) -> list[dict[str, Any]]:
     [
         ["router=temperature", "schedule=linear", "noise=0.3", "model.dropout=0.1"],
         ["optimizer=adamw", "grad_accum=2", "capacity=1.0", "precision=bf16"],
+        ["router=spectra", "grad_accum=2", "model.neftune_noise_alpha=5"],
     ],
 )
 @pytest.mark.parametrize("stop_after", [1, 3, 5])
@@ -125,6 +126,16 @@ def test_every_layers_router_weights_its_own_loss_as_it_stands(cell: Any) -> Non
         sparsity = output.aux["sparsity"]
         expected = output.loss + 0.5 * sparsity[0] + weight * sparsity[1]
         torch.testing.assert_close(total_loss(config, routers, output), expected)
+
+
+def test_a_router_may_add_to_the_weight_of_a_shared_loss(cell: Any) -> None:
+    others = ["router.cosine_similarities_loss_coef=0", "router.so_lambda_max=0", "lb=0"]
+    config = cell("router=spectra", "router.router_entropy_coef=0.25", "router_entropy=0.5", *others).config
+    model = build_model(config, vocab_size=400)
+    ids = torch.randint(0, 300, (2, 16))
+    output = model(ids, ids)
+    expected = output.loss + 0.75 * output.aux["router_entropy"].sum()
+    torch.testing.assert_close(total_loss(config, [layer.router for layer in model.moe_layers], output), expected)
 
 
 @pytest.mark.parametrize(("name", "key"), LOSS_WEIGHTS.items())

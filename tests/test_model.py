@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from moe.config import LOSS_WEIGHTS, ModelConfig
 from moe.cost import count_parameters, flops_per_token
-from moe.model import IGNORED, MoEConfig, MoEForCausalLM, next_token
+from moe.model import IGNORED, MoEConfig, MoEForCausalLM, neftune_noise, next_token
 from moe.routing import Context, Knobs
 
 TOPK = {"_target_": "moe.routers.topk.TopK", "k": 2}
@@ -163,6 +163,16 @@ def test_dropout_and_noise_act_in_training_only(ids: torch.Tensor) -> None:
     assert torch.equal(model(ids, knobs=knobs).logits, model(ids, knobs=knobs).logits)
     model.train()
     assert not torch.equal(model(ids, knobs=knobs).logits, model(ids, knobs=knobs).logits)
+
+
+def test_embedding_noise_is_uniform_of_the_published_size_and_acts_in_training_only(ids: torch.Tensor) -> None:
+    """With alpha 5 the noise of a sequence has length 5 / sqrt(3), whatever its length and width."""
+    noise = neftune_noise(torch.empty(64, 10, 40), 5.0)
+    assert noise.abs().max() <= 5 / math.sqrt(10 * 40)
+    assert noise.flatten(1).norm(dim=1).mean().item() == pytest.approx(5 / math.sqrt(3), rel=0.02)
+    quiet, noisy = make(), make(neftune_noise_alpha=5.0)
+    assert torch.equal(noisy(ids).logits, quiet(ids).logits)
+    assert not torch.equal(noisy.train()(ids).logits, quiet.train()(ids).logits)
 
 
 def test_routing_is_computed_in_fp32_under_autocast(ids: torch.Tensor) -> None:

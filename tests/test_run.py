@@ -205,6 +205,8 @@ def test_the_record_of_a_run_says_what_it_was(small: list[str], tmp_path: Path) 
         (["capacity=1.0", "drop=score"], False),
         (["drop=score"], True),
         (["router=expert_choice"], False),
+        (["variant=spectra_full"], False),
+        (["variant=spectra_no_all"], True),
     ],
 )
 def test_the_causal_label_is_that_of_router_and_drops_together(cell: Any, overrides: list[str], causal: bool) -> None:

@@ -9,7 +9,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from moe.checks import ConfigError
-from moe.routers.sinkhorn import Sinkhorn, log_plan
+from moe.routers.sinkhorn import Sinkhorn, log_plan, plain_plan
 from moe.routers.topk import TopK
 from moe.routing import Context, Knobs, Routing
 
@@ -55,6 +55,13 @@ def test_the_logarithms_change_nothing(scores: Tensor, iterations: int) -> None:
 
 def test_scores_too_large_to_exponentiate_are_fine(scores: Tensor) -> None:
     assert log_plan(1e4 * scores, 50).isfinite().all()
+
+
+def test_the_plain_domain_gives_the_same_plan_until_numbers_get_too_small(scores: Tensor) -> None:
+    torch.testing.assert_close(plain_plan(scores, 20), log_plan(scores, 20), atol=1e-4, rtol=0)
+    small = 200 * scores
+    assert plain_plan(small, 20).isfinite().all()
+    assert not torch.allclose(plain_plan(small, 20), log_plan(small, 20), atol=1.0)
 
 
 def test_higher_scores_get_more_mass(scores: Tensor) -> None:

@@ -1,0 +1,396 @@
+"""SPECTRA part by part: state over depth, expression, repulsion, plan, quota, bias, losses, and what each switch removes."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from moe.checks import ConfigError
+from moe.config import ModelConfig, OptimizerConfig
+from moe.cost import flops_per_token
+from moe.dispatch import plan
+from moe.gradients import parts
+from moe.measurement import measure
+from moe.metrics import router_gram, summarize
+from moe.model import MoEConfig, MoEForCausalLM
+from moe.optim import build_optimizers
+from moe.routers.spectra import Spectra, srip
+from moe.routing import Context, Knobs, Routing, RoutingStats
+
+T, D, E, N = 48, 16, 8, 6
+BARE = {
+    "gru": False,
+    "osr_repulsion_weight": 0.0,
+    "sinkhorn_iterations": 0,
+    "expert_choice_routing": False,
+    "ema_bias_weight": 0.0,
+}
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(T, D, generator=torch.Generator().manual_seed(1))
+
+
+def make(**settings: Any) -> Spectra:
+    torch.manual_seed(2)
+    router = Spectra(D, E, **{"router_dim": N, **settings})
+    router.initialize(0.3)
+    return router
+
+
+def route(router: Spectra, x: Tensor, state: Tensor | None = None) -> Routing:
+    return router(x, Context(torch.zeros(1, len(x), dtype=torch.long), Knobs.of(), state=state))
+
+
+def chosen(routing: Routing, tokens: int = T) -> Tensor:
+    mask = torch.zeros(tokens, E, dtype=torch.bool)
+    mask[routing.token, routing.expert] = True
+    return mask
+
+
+def sums(routing: Routing, tokens: int = T) -> RoutingStats:
+    return measure(routing, plan(routing, E, capacity=None, seq_len=tokens), tokens)
+
+
+def vectors(router: Spectra, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Routing and expression vectors of a router without GRU, (T, E, N)."""
+    assert router.linear is not None
+    assert router.projector is not None
+    return (x @ router.linear.T).view(T, E, N), (x @ router.projector.T).view(T, E, N)
+
+
+def test_logits_are_cosines_over_epsilon_pair_by_pair(x: Tensor) -> None:
+    router = make(**BARE, sinkhorn_epsilon=0.2)
+    heads, expression = vectors(router, x)
+    expected = torch.cosine_similarity(heads, expression, dim=-1) / 0.2
+    torch.testing.assert_close(route(router, x).logits, expected)
+
+
+def test_without_expression_they_are_the_cosines_to_the_diagonal(x: Tensor) -> None:
+    router = make(**BARE, expression=False, sinkhorn_epsilon=0.2)
+    assert router.linear is not None
+    heads = (x @ router.linear.T).view(T, E, N)
+    expected = torch.cosine_similarity(heads, torch.ones(N), dim=-1) / 0.2
+    torch.testing.assert_close(route(router, x).logits, expected)
+
+
+def test_the_state_is_that_of_a_gru_cell_over_layers_from_zero() -> None:
+    routers = [make() for _ in range(3)]
+    assert routers[0].gru is not None
+    cell = nn.GRUCell(D, E * N)
+    nn.init.normal_(routers[0].gru.bias_hh)
+    cell.load_state_dict(routers[0].gru.state_dict())
+    state, expected = None, torch.zeros(T, E * N)
+    for depth, router in enumerate(routers):
+        router.share(routers[0])
+        x = torch.randn(T, D, generator=torch.Generator().manual_seed(depth))
+        state, expected = route(router, x, state).state, cell(x, expected)
+        torch.testing.assert_close(state, expected)
+
+
+def test_each_gates_recurrent_weights_are_orthogonal_and_input_weights_xavier() -> None:
+    gru = make().gru
+    assert gru is not None
+    for gate in gru.weight_hh.chunk(3):
+        torch.testing.assert_close(gate @ gate.T, torch.eye(E * N), atol=1e-5, rtol=0)
+    for gate in gru.weight_ih.chunk(3):
+        bound = math.sqrt(6 / (D + E * N))
+        assert 0.9 * bound < gate.abs().max() <= bound
+    assert not gru.bias_ih.any()
+    assert not gru.bias_hh.any()
+
+
+def test_the_projector_is_a_tenth_of_an_orthogonal_matrix() -> None:
+    projector = make().projector
+    assert projector is not None
+    torch.testing.assert_close(projector.T @ projector, 0.01 * torch.eye(D), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("settings", [{"log_sinkhorn_enabled": True}, {"log_sinkhorn_enabled": False}])
+def test_the_plan_prefers_low_cost_and_is_balanced(settings: dict[str, bool], x: Tensor) -> None:
+    """With the sign of the cost turned round, the chosen would be the least similar experts."""
+    router = make(**{**BARE, "sinkhorn_iterations": 200}, **settings)
+    routing = route(router, x)
+    assert routing.probs is not None
+    similarity = torch.cosine_similarity(*vectors(router, x), dim=-1)
+    mask = chosen(routing)
+    assert similarity[mask].mean() > 0.2 > -0.05 > similarity[~mask].mean()
+    torch.testing.assert_close(routing.probs.mean(0), torch.full((E,), 1 / E), atol=1e-3, rtol=0)
+
+
+def test_repulsion_raises_the_cost_of_an_expert_by_the_overlap_of_the_others(x: Tensor) -> None:
+    bare, repelled = (route(make(**{**BARE, "osr_repulsion_weight": weight}), x).logits for weight in (0.0, 0.7))
+    heads, expression = vectors(make(**BARE), x)
+    similarity = torch.cosine_similarity(heads, expression, dim=-1)
+    mean = nn.functional.normalize(expression, dim=-1).mean(0)
+    for e in range(E):
+        others = [f for f in range(E) if f != e]
+        overlaps = [torch.cosine_similarity(mean[f], mean[e], dim=0).square() for f in others]
+        extra = sum(similarity[:, f].abs() * overlap for f, overlap in zip(others, overlaps, strict=True))
+        torch.testing.assert_close(bare[:, e] - repelled[:, e], 0.7 * extra / 0.1, atol=1e-4, rtol=1e-4)
+
+
+def test_in_evaluation_repulsion_is_by_the_running_mean_of_steps(x: Tensor) -> None:
+    """After one step of the same batch, whatever `ema_alpha`, both means point the same way."""
+    router = make(**{**BARE, "osr_repulsion_weight": 0.7})
+    trained = route(router, x)
+    before = route(router.eval(), x).logits
+    router.after_step(sums(trained))
+    torch.testing.assert_close(route(router, x).logits, trained.logits)
+    assert not torch.allclose(before, trained.logits)
+
+
+def test_running_means_are_of_all_tokens_of_a_step(x: Tensor) -> None:
+    router = make(ema_alpha=0.75)
+    halves = [sums(route(router, half), T // 2) for half in x.split(T // 2)]
+    router.after_step(halves[0].merge(halves[1]))
+    expression = nn.functional.normalize((x @ router.projector.T).view(T, E, N), dim=-1)
+    torch.testing.assert_close(router.mean_expression, 0.25 * expression.mean(0))
+    load = halves[0].offered + halves[1].offered
+    torch.testing.assert_close(router.load, 0.75 / E + 0.25 * load / load.sum())
+
+
+def test_the_bias_turns_tokens_away_from_experts_that_were_popular(x: Tensor) -> None:
+    router = make(**{**BARE, "ema_bias_weight": 0.4}).eval()
+    level = route(router, x).logits
+    router.load.copy_(torch.tensor([0.5, 0.0] + [0.5 / (E - 2)] * (E - 2)))
+    shift = (route(router, x).logits - level) * 0.1
+    torch.testing.assert_close(shift, (-0.4 * (router.load * E - 1)).expand(T, E), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.25, 2.0])
+@pytest.mark.parametrize("iterations", [0, 3])
+def test_no_expert_gets_more_than_its_quota_in_training(factor: float, iterations: int, x: Tensor) -> None:
+    settings = {**BARE, "expert_choice_routing": True, "expert_choice_capacity_factor": factor}
+    router = make(**{**settings, "sinkhorn_iterations": iterations, "ema_bias_weight": 1.0})
+    router.load.copy_(torch.tensor([0.0, 1.0] + [0.5] * (E - 2)))  # everyone wants the first
+    quota = math.ceil(factor * T * 2 / E)
+    assert chosen(route(router, x)).sum(0).max() <= quota
+    assert chosen(route(router.eval(), x)).sum(0).max() > quota, "evaluation has no quota, so that it is causal"
+
+
+def test_gates_are_the_plan_over_the_chosen_and_pass_gradient_through_it(x: Tensor) -> None:
+    router = make()
+    routing = route(router, x)
+    assert routing.probs is not None
+    mask = chosen(routing)
+    expected = (routing.probs * mask / (routing.probs * mask).sum(-1, keepdim=True))[mask]
+    torch.testing.assert_close(routing.weight, expected)
+    torch.testing.assert_close(route(make(k=1), x).weight, route(make(k=1), x).probs[chosen(route(make(k=1), x))])
+
+
+def test_sinkhorn_inference_makes_evaluation_as_training(x: Tensor) -> None:
+    plain, planned = make(), make(sinkhorn_inference=True)
+    trained = route(planned, x)
+    torch.testing.assert_close(route(planned.eval(), x).probs, trained.probs)
+    assert torch.equal(chosen(route(planned, x)), chosen(trained))
+    assert not torch.equal(chosen(route(plain.eval(), x)), chosen(trained))
+
+
+def test_evaluation_is_causal_though_training_is_not(x: Tensor) -> None:
+    """A token's routing and state are the same alone; with `sinkhorn_inference` they are not."""
+    state = torch.randn(T, E * N)
+    for planned in (False, True):
+        router = make(sinkhorn_inference=planned).eval()
+        nn.init.normal_(router.mean_expression)
+        whole, alone = route(router, x, state), route(router, x[:5], state[:5])
+        torch.testing.assert_close(whole.state[:5], alone.state)
+        assert torch.allclose(whole.probs[:5], alone.probs, atol=1e-6) is not planned
+
+
+@pytest.mark.parametrize(
+    ("settings", "causal"),
+    [
+        (BARE, True),
+        ({**BARE, "gru": True, "ema_bias_weight": 0.1}, True),
+        ({**BARE, "osr_repulsion_weight": 0.1}, False),
+        ({**BARE, "sinkhorn_iterations": 1}, False),
+        ({**BARE, "expert_choice_routing": True}, False),
+        ({**BARE, "expert_choice_routing": True, "expert_choice_capacity_factor": 4.0}, True),
+    ],
+)
+def test_the_causal_label_is_that_of_the_configuration_in_training(settings: dict[str, Any], causal: bool) -> None:
+    router = make(**settings)
+    assert router.causal is causal
+    x = torch.randn(T, D)
+    other = torch.cat([x[:1], torch.full((T - 1, D), 0.7)])
+    unaffected = torch.allclose(route(router, x).probs[0], route(router, other).probs[0], atol=1e-6)
+    same = torch.equal(chosen(route(router, x))[0], chosen(route(router, other))[0])
+    assert (unaffected and same) or not causal
+
+
+def test_a_sharper_plan_is_more_confident_and_of_less_entropy(x: Tensor) -> None:
+    """Confidence is the mean largest probability; normalised entropy, under the same name elsewhere, falls instead."""
+    blurred, sharp = (
+        summarize(RoutingStats.stack([sums(route(make(sinkhorn_epsilon=epsilon), x))])) for epsilon in (0.5, 0.05)
+    )
+    assert sharp["routing/confidence"] > blurred["routing/confidence"]
+    assert sharp["routing/entropy"] < blurred["routing/entropy"]
+    probs = route(make(sinkhorn_epsilon=0.05), x).probs
+    assert sharp["routing/confidence"] == pytest.approx(probs.amax(-1).mean().item(), rel=1e-5)
+
+
+def test_srip_is_zero_for_orthogonal_vectors_and_by_hand_for_equal_ones() -> None:
+    assert srip(torch.eye(E, N + E)) == 0
+    alike = torch.tensor([[1.0, 0.0]] * 3)  # G - I is 1 off the diagonal: norm^2 6, largest singular value 2
+    assert srip(alike).item() == pytest.approx(0.7 * 6 + 0.3 * 4)
+
+
+def test_the_weight_of_srip_warms_up_with_the_steps(x: Tensor) -> None:
+    router = make(so_warmup_steps=4, so_lambda_max=0.2)
+    stats = sums(route(router, x))
+    weights = []
+    for _ in range(6):
+        weights.append(router.loss_weights["srip"])
+        router.after_step(stats)
+    assert weights == pytest.approx([0.0, 0.05, 0.1, 0.15, 0.2, 0.2])
+    assert "steps" in router.state_dict()
+
+
+def test_the_gram_metric_is_that_of_running_mean_expression(x: Tensor) -> None:
+    router = make()
+    assert router_gram(router) is None
+    router.after_step(sums(route(router, x)))
+    unit = nn.functional.normalize(nn.functional.normalize((x @ router.projector.T).view(T, E, N), dim=-1).mean(0), dim=-1)
+    expected = (unit @ unit.T - torch.eye(E)).norm().item() / math.sqrt(E * (E - 1))
+    assert router_gram(router) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "parameters", "losses"),
+    [
+        ({}, set(), set()),
+        ({"gru": False}, {"gru.weight_ih", "gru.weight_hh", "gru.bias_ih", "gru.bias_hh"}, set()),
+        ({"expression": False}, {"projector"}, {"srip"}),
+        ({"srip_enabled": False}, set(), {"srip"}),
+        ({"osr_repulsion_weight": 0.0}, set(), set()),
+        ({"expert_choice_routing": False}, set(), set()),
+    ],
+    ids=str,
+)
+def test_a_switch_removes_its_part_and_nothing_else(
+    settings: dict[str, Any], parameters: set[str], losses: set[str], x: Tensor
+) -> None:
+    tight = {"expert_choice_capacity_factor": 0.8}  # so that the quota binds
+    whole, less = make(**tight), make(**tight, **settings)
+    missing = {name for name, _ in whole.named_parameters()} - {name for name, _ in less.named_parameters()}
+    added = {name for name, _ in less.named_parameters()} - {name for name, _ in whole.named_parameters()}
+    assert missing == parameters
+    assert added == ({"linear"} if "gru" in settings else set())
+    assert set(route(whole, x).aux) - set(route(less, x).aux) == losses
+    assert set(whole.loss_weights) - set(less.loss_weights) == losses
+    assert (route(less, x).state is None) == ("gru" in settings)
+    changed = not torch.equal(route(whole, x).weight, route(less, x).weight)
+    assert changed == (bool(settings) and "srip_enabled" not in settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"router_dim": 0},
+        {"sinkhorn_epsilon": 0.0},
+        {"sinkhorn_iterations": -1},
+        {"expert_choice_capacity_factor": math.inf},
+        {"osr_repulsion_weight": -1.0},
+        {"ema_alpha": 1.0},
+        {"so_warmup_steps": 0},
+        {"so_lambda_max": math.nan},
+        {"k": E + 1},
+    ],
+    ids=str,
+)
+def test_what_makes_no_router_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=rf"router\.{next(iter(settings))}="):
+        Spectra(D, E, **settings)
+
+
+V, S = 97, 16
+
+
+def make_model(**changes: Any) -> MoEForCausalLM:
+    sizes = {"dim": 32, "heads": 2, "layers": 3, "ffn": 32, "num_experts": 4, "dense_ffn": 64, "shared_experts": 1}
+    router = {"_target_": "moe.routers.spectra.Spectra", "router_dim": 4}
+    torch.manual_seed(0)
+    config = MoEConfig.of(ModelConfig(**sizes, first_k_dense_replace=1), router | changes, vocab_size=V, seq_len=S)
+    model = MoEForCausalLM(config)
+    for layer in model.moe_layers:
+        nn.init.normal_(layer.router.mean_expression)
+        nn.init.normal_(layer.router.load, mean=0.25, std=0.1)
+        layer.router.steps.fill_(7)
+    return model.eval()
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    return torch.randint(0, V, (3, S), generator=torch.Generator().manual_seed(1))
+
+
+def test_all_layers_share_one_gru_which_every_list_of_parameters_holds_once() -> None:
+    model = make_model()
+    first, second = (layer.router for layer in model.moe_layers)
+    assert first.gru is second.gru
+    assert first.projector is not second.projector
+    both = parts(model)["router"]
+    assert len(both) == len({id(p) for p in both}) == 4 + 2
+    settings = OptimizerConfig(muon_lr=0.02, adamw_lr=0.01)
+    optimised = [p for o in build_optimizers(model, settings) for g in o.param_groups for p in g["params"]]
+    assert len(optimised) == len(set(optimised)) == len(list(model.parameters()))
+
+
+def test_flops_count_the_shared_gru_in_every_layer() -> None:
+    """Two layers, width 16 and dim 32: 3 (16 * 32 + 16 * 16) weights of the GRU against 16 * 32 of a linear map."""
+    gru, linear = flops_per_token(make_model(), S), flops_per_token(make_model(gru=False), S)
+    assert gru - linear == 2 * 2 * (3 * (16 * 32 + 16 * 16) - 16 * 32)
+
+
+def test_saving_and_loading_gives_the_same_model_with_a_shared_gru(ids: Tensor, tmp_path: Path) -> None:
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    first, second = (layer.router for layer in loaded.moe_layers)
+    assert first.gru.weight_hh is second.gru.weight_hh
+    assert second.steps == 7
+
+
+def test_a_checkpoint_restores_the_shared_gru(ids: Tensor, tmp_path: Path) -> None:
+    model, other = make_model(), make_model()
+    for p in other.parameters():
+        nn.init.normal_(p)
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert torch.equal(other(ids).logits, model(ids).logits)
+
+
+def test_the_future_and_other_sequences_do_not_leak_in_evaluation(ids: Tensor) -> None:
+    model, changed = make_model(), ids.clone()
+    changed[:, 9:], changed[1:] = 5, 7
+    torch.testing.assert_close(model(ids).logits[0, :9], model(changed).logits[0, :9], atol=1e-5, rtol=0)
+    order = torch.tensor([2, 0, 1])
+    torch.testing.assert_close(model(ids[order]).logits, model(ids).logits[order], atol=1e-5, rtol=0)
+
+
+def test_generation_with_a_cache_equals_recomputing_everything(ids: Tensor) -> None:
+    """The state is of a token, so that no cache needs to hold it."""
+    settings = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    cached, fresh = (make_model().generate(ids[:1, :5], use_cache=use, **settings) for use in (True, False))
+    assert torch.equal(cached.sequences, fresh.sequences)
+    for a, b in zip(cached.logits, fresh.logits, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def test_the_second_layer_depends_on_what_the_first_one_hands_on(ids: Tensor) -> None:
+    model = make_model()
+    routings = [layer[0] for layer in model(ids).routing]
+    context = Context(ids, Knobs.of())
+    seen: list[Tensor] = []
+    second = model.moe_layers[1].router
+    second.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
+    model(ids)
+    torch.testing.assert_close(second(seen[0], context._replace(state=routings[0].state)).probs, routings[1].probs)
+    assert not torch.allclose(second(seen[0], context).probs, routings[1].probs)
