@@ -7,12 +7,13 @@ from torch import Tensor
 
 @torch.no_grad()
 def choose_within_quota(scores: Float[Tensor, "T E"], k: int, quota: int) -> Bool[Tensor, "T E"]:
-    """Take (token, expert) pairs from the highest score down, unless the token has k experts or the expert `quota` tokens.
+    """Take (token, expert) pairs from the highest score down, unless the token has k experts or the expert is full.
 
-    A token gets fewer than k experts only when all others are full. The same by rounds, without reading anything back
-    from the device: every token wishes for its k best, every expert accepts its best `quota` wishes and is closed to
-    whatever scores no higher than the last of them, and those turned away wish again. In each round the wishes of one
-    more expert become final, of the one that is filled next on the way down, so E rounds suffice.
+    An expert is full at `quota` tokens; a token gets fewer than k experts only when all others are full. The same by
+    rounds, without reading anything back from the device: every token wishes for its k best, every expert accepts its
+    best `quota` wishes and is closed to whatever scores no higher than the last of them, and those turned away wish
+    again. In each round the wishes of one more expert become final, of the one that is filled next on the way down, so
+    E rounds suffice.
     """
     tokens, experts = scores.shape
     if quota >= tokens:

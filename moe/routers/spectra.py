@@ -24,12 +24,12 @@ class Spectra(Router):
         the evidence, as their cosine to (1, ..., 1) (a fixed direction is as good as a learned one), and the routing
         vector takes the place of the expression vector in what follows.
     osr_repulsion_weight: adds |s| R to the cost, s the cosines, R the squared cosines of two experts' mean expression.
-    sinkhorn_epsilon, sinkhorn_iterations, log_sinkhorn_enabled: the plan, from exp(-cost / epsilon); 0 iterations: none.
+    sinkhorn_epsilon, sinkhorn_iterations, log_sinkhorn_enabled: the plan, of exp(-cost / epsilon); 0 iterations: none.
     expert_choice_routing, expert_choice_capacity_factor: each expert takes at most ceil(factor * T k / E) tokens,
         those with the largest plan entries first.
     ema_bias_weight, ema_alpha: adds weight * (load / mean load - 1) to the cost, loads an exponential moving average.
-    srip_enabled, so_lambda_max, so_warmup_steps: the loss `srip` = 0.7 ||G - I||_F^2 + 0.3 sigma_max(G - I)^2, G the Gram
-        matrix of mean expression vectors, with a weight that rises linearly over the first optimizer steps.
+    srip_enabled, so_lambda_max, so_warmup_steps: the loss `srip` = 0.7 ||G - I||_F^2 + 0.3 sigma_max(G - I)^2, with G
+        the Gram matrix of mean expression vectors and a weight that rises linearly over the first optimizer steps.
     router_entropy_coef, cosine_similarities_loss_coef: weights of the entropy of the plan's rows and of the mean s^2.
 
     Means over the batch, plan and quota make training not causal. Evaluation is, because it does without plan and quota
@@ -67,8 +67,8 @@ class Spectra(Router):
     ) -> None:
         super().__init__(dim, num_experts)
         check_k(k, num_experts)
-        for name, value in (("router_dim", router_dim), ("so_warmup_steps", so_warmup_steps)):
-            require(value >= 1, f"router.{name}", value, "at least 1")
+        require(router_dim >= 1, "router.router_dim", router_dim, "at least 1")
+        require(so_warmup_steps >= 1, "router.so_warmup_steps", so_warmup_steps, "at least 1")
         require(sinkhorn_iterations >= 0, "router.sinkhorn_iterations", sinkhorn_iterations, "at least 0")
         epsilon, factor = sinkhorn_epsilon, expert_choice_capacity_factor
         for name, value in (("sinkhorn_epsilon", epsilon), ("expert_choice_capacity_factor", factor)):

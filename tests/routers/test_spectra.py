@@ -1,4 +1,4 @@
-"""SPECTRA part by part: state over depth, expression, repulsion, plan, quota, bias, losses, and what each switch removes."""
+"""SPECTRA part by part: state over depth, expression, repulsion, plan, quota, bias, losses; what a switch removes."""
 
 import math
 from pathlib import Path
@@ -256,7 +256,8 @@ def test_the_gram_metric_is_that_of_running_mean_expression(x: Tensor) -> None:
     router = make()
     assert router_gram(router) is None
     router.after_step(sums(route(router, x)))
-    unit = nn.functional.normalize(nn.functional.normalize((x @ router.projector.T).view(T, E, N), dim=-1).mean(0), dim=-1)
+    expression = nn.functional.normalize((x @ router.projector.T).view(T, E, N), dim=-1)
+    unit = nn.functional.normalize(expression.mean(0), dim=-1)
     expected = (unit @ unit.T - torch.eye(E)).norm().item() / math.sqrt(E * (E - 1))
     assert router_gram(router) == pytest.approx(expected, rel=1e-4)
 
