@@ -1,23 +1,16 @@
 """SPECTRA part by part: state over depth, expression, repulsion, plan, quota, bias, losses; what a switch removes."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from moe.checks import ConfigError
-from moe.config import ModelConfig, OptimizerConfig
-from moe.cost import flops_per_token
 from moe.dispatch import plan
-from moe.gradients import parts
 from moe.measurement import measure
 from moe.metrics import router_gram, summarize
-from moe.model import MoEConfig, MoEForCausalLM
-from moe.optim import build_optimizers
 from moe.routers.spectra import Spectra, srip
 from moe.routing import Context, Knobs, Routing, RoutingStats
 
@@ -308,90 +301,3 @@ def test_a_switch_removes_its_part_and_nothing_else(
 def test_what_makes_no_router_is_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=rf"router\.{next(iter(settings))}="):
         Spectra(D, E, **settings)
-
-
-V, S = 97, 16
-
-
-def make_model(**changes: Any) -> MoEForCausalLM:
-    sizes = {"dim": 32, "heads": 2, "layers": 3, "ffn": 32, "num_experts": 4, "dense_ffn": 64, "shared_experts": 1}
-    router = {"_target_": "moe.routers.spectra.Spectra", "router_dim": 4}
-    torch.manual_seed(0)
-    config = MoEConfig.of(ModelConfig(**sizes, first_k_dense_replace=1), router | changes, vocab_size=V, seq_len=S)
-    model = MoEForCausalLM(config)
-    for layer in model.moe_layers:
-        nn.init.normal_(layer.router.mean_expression)
-        nn.init.normal_(layer.router.load, mean=0.25, std=0.1)
-        layer.router.steps.fill_(7)
-    return model.eval()
-
-
-@pytest.fixture
-def ids() -> Tensor:
-    return torch.randint(0, V, (3, S), generator=torch.Generator().manual_seed(1))
-
-
-def test_all_layers_share_one_gru_which_every_list_of_parameters_holds_once() -> None:
-    model = make_model()
-    first, second = (layer.router for layer in model.moe_layers)
-    assert first.gru is second.gru
-    assert first.projector is not second.projector
-    both = parts(model)["router"]
-    assert len(both) == len({id(p) for p in both}) == 4 + 2
-    settings = OptimizerConfig(muon_lr=0.02, adamw_lr=0.01)
-    optimised = [p for o in build_optimizers(model, settings) for g in o.param_groups for p in g["params"]]
-    assert len(optimised) == len(set(optimised)) == len(list(model.parameters()))
-
-
-def test_flops_count_the_shared_gru_in_every_layer() -> None:
-    """Two layers, width 16 and dim 32: 3 (16 * 32 + 16 * 16) weights of the GRU against 16 * 32 of a linear map."""
-    gru, linear = flops_per_token(make_model(), S), flops_per_token(make_model(gru=False), S)
-    assert gru - linear == 2 * 2 * (3 * (16 * 32 + 16 * 16) - 16 * 32)
-
-
-def test_saving_and_loading_gives_the_same_model_with_a_shared_gru(ids: Tensor, tmp_path: Path) -> None:
-    model = make_model()
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(loaded(ids).logits, model(ids).logits)
-    first, second = (layer.router for layer in loaded.moe_layers)
-    assert first.gru.weight_hh is second.gru.weight_hh
-    assert second.steps == 7
-
-
-def test_a_checkpoint_restores_the_shared_gru(ids: Tensor, tmp_path: Path) -> None:
-    model, other = make_model(), make_model()
-    for p in other.parameters():
-        nn.init.normal_(p)
-    torch.save(model.state_dict(), tmp_path / "state.pt")
-    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert torch.equal(other(ids).logits, model(ids).logits)
-
-
-def test_the_future_and_other_sequences_do_not_leak_in_evaluation(ids: Tensor) -> None:
-    model, changed = make_model(), ids.clone()
-    changed[:, 9:], changed[1:] = 5, 7
-    torch.testing.assert_close(model(ids).logits[0, :9], model(changed).logits[0, :9], atol=1e-5, rtol=0)
-    order = torch.tensor([2, 0, 1])
-    torch.testing.assert_close(model(ids[order]).logits, model(ids).logits[order], atol=1e-5, rtol=0)
-
-
-def test_generation_with_a_cache_equals_recomputing_everything(ids: Tensor) -> None:
-    """The state is of a token, so that no cache needs to hold it."""
-    settings = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    cached, fresh = (make_model().generate(ids[:1, :5], use_cache=use, **settings) for use in (True, False))
-    assert torch.equal(cached.sequences, fresh.sequences)
-    for a, b in zip(cached.logits, fresh.logits, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
-
-
-def test_the_second_layer_depends_on_what_the_first_one_hands_on(ids: Tensor) -> None:
-    model = make_model()
-    routings = [layer[0] for layer in model(ids).routing]
-    context = Context(ids, Knobs.of())
-    seen: list[Tensor] = []
-    second = model.moe_layers[1].router
-    second.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
-    model(ids)
-    torch.testing.assert_close(second(seen[0], context._replace(state=routings[0].state)).probs, routings[1].probs)
-    assert not torch.allclose(second(seen[0], context).probs, routings[1].probs)
