@@ -38,7 +38,7 @@ LABELS = {
     "routing/confidence": "largest probability (token mean)",
     "routing/confidence_t1": "largest probability at T = 1 (token mean)",
     "routing/load_gini": "Gini coefficient of the experts' load",
-    "utilization/variance": "variance over a layer's experts (ddof 0, layer mean)",
+    "utilization/variance": "variance of load shares in a layer (ddof 0, mean)",
     "train/load_balance": "load-balance loss (unweighted, 1 is balanced)",
     "temperature": "router temperature",
     "noise": "router noise (std of the logits' noise)",

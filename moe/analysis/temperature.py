@@ -11,7 +11,7 @@ import pandas as pd
 from moe.analysis.statistics import contrasts, with_intervals
 from moe.config import is_free
 from moe.results import ABSENT, FACTS
-from moe.summaries import STD, varied_factors
+from moe.summaries import STD, tied_factors, varied_factors
 
 TEMPERATURE, LOSS = "router.temp", "val/loss"
 
@@ -105,9 +105,21 @@ def seed_means(table: pd.DataFrame, by: list[str], column: str) -> pd.DataFrame:
     return with_intervals(means)
 
 
-def ranking(members: pd.DataFrame, by: str) -> pd.DataFrame:
-    """The levels of `by` with their mean final loss over seeds, best first; empty if no loss is finite."""
-    return seed_means(members, [by], LOSS).sort_values("mean", kind="stable", ignore_index=True)
+def ranking(members: pd.DataFrame, by: str, metric: str = LOSS) -> pd.DataFrame:
+    """The levels of `by` with their mean over seeds, lowest first; empty if no value is finite."""
+    return seed_means(members, [by], metric).sort_values("mean", kind="stable", ignore_index=True)
+
+
+def names(members: pd.DataFrame) -> pd.Series:
+    """The study's name of each run's experiment, temp_1.0 or schedule_linear, with the steps if they are unusual."""
+    usual = members["steps"].mode()[0]
+    told = zip(members[TEMPERATURE], members["schedule"], members["steps"], strict=True)
+    named = [
+        (f"temp_{temperature}" if schedule == "constant" else f"schedule_{schedule}")
+        + (f"_{steps}_steps" if steps != usual else "")
+        for temperature, schedule, steps in told
+    ]
+    return pd.Series(named, members.index)
 
 
 def compare(members: pd.DataFrame, by: str, reference: float | str, metric: str = LOSS) -> pd.DataFrame:
@@ -138,5 +150,7 @@ def _comparable(runs: pd.DataFrame, *factors: str, none: str) -> pd.DataFrame | 
         return none
     # `quick_demo` is a part of `temperature_ablation`: the same configurations, and so the same runs
     runs = runs.drop_duplicates([c for c in runs if "/" not in c and c not in FACTS and not is_free(c)])
-    others = [factor for factor in varied_factors(runs) if factor not in (*factors, "seed", "experiment")]
+    # What only follows a factor, such as `schedule.start`, belongs to it; what else follows it would share its effect.
+    tied = {name: led for name, led in tied_factors(runs).items() if led != "steps" and not name.startswith(f"{led}.")}
+    others = [name for name in (*varied_factors(runs), *tied) if name not in (*factors, "seed", "experiment")]
     return f"{', '.join(others)} varies beside {', '.join(factors)} and seed" if others else runs

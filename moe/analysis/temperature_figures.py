@@ -229,9 +229,9 @@ def _drawn(sheet: Sheet, runs: pd.DataFrame, evals: pd.DataFrame) -> Figure | st
     members = sheet.members(runs)
     if isinstance(members, str):
         return members
-    absent = [column for column in sheet.final if column not in members or members[column].isna().all()]
+    absent = [column for column in sheet.final if column not in members or not np.isfinite(members[column]).any()]
     if absent:
-        return f"no run has {', '.join(absent)} at its end"
+        return f"no finished run has {', '.join(absent)}"
     table = sheet.table(members, evals)
     return table if isinstance(table, str) else sheet.draw(members, table)
 
