@@ -134,7 +134,8 @@ def _judge_alone(claim: ClaimConfig, runs: pd.DataFrame) -> dict[str, Any]:
         compared = f"{claim.factor} {_names(named)} vs {_names(rivals)}"
         return row | _row(compared, _Pair(0, doubt="; ".join(absent)), NAN, "undecided", "")
 
-    pairs = [[_compare(claim, runs, a, b) for b in rivals] for a in named]
+    others = [factor for factor in varied_factors(runs) if factor not in (claim.factor, "seed")]
+    pairs = [[_compare(claim, runs, others, a, b) for b in rivals] for a in named]
     favour, p_for, p_against = (
         np.array([[getattr(pair, field) for pair in line] for line in pairs])
         for field in ("favour", "p_for", "p_against")
@@ -172,10 +173,9 @@ def _row(compared: str, pair: _Pair, p: float, verdict: str, estimates: str) -> 
     }
 
 
-def _compare(claim: ClaimConfig, runs: pd.DataFrame, treated: Any, reference: Any) -> _Pair:
+def _compare(claim: ClaimConfig, runs: pd.DataFrame, others: list[str], treated: Any, reference: Any) -> _Pair:
     """One level against one reference, over the seeds that have both in every combination of the other factors."""
     cells: dict[tuple[int, str], pd.Series] = {}
-    others = [factor for factor in varied_factors(runs) if factor not in (claim.factor, "seed")]
     for number, (_, members) in enumerate(conditions(runs, others)):
         sides = [members[members[claim.factor] == side] for side in (treated, reference)]
         if all(map(len, sides)):
