@@ -131,7 +131,8 @@ def _judge_alone(claim: ClaimConfig, runs: pd.DataFrame) -> dict[str, Any]:
     absent += [] if claim.metric in runs else [f"no run has {claim.metric}"]
     row = {"claim": claim.text, "source": claim.source, "metric": claim.metric}
     if absent:
-        compared = f"{claim.factor} {_names(named)} vs {_names(rivals)}"
+        sides = [_names(_label(claim, runs, each) for each in side) for side in (named, rivals)]
+        compared = f"{claim.factor} {' vs '.join(sides)}"
         return row | _row(compared, _Pair(0, doubt="; ".join(absent)), NAN, "undecided", "")
 
     others = [factor for factor in varied_factors(runs) if factor not in (claim.factor, "seed")]
@@ -235,9 +236,9 @@ def _about(claim: ClaimConfig, contrast: pd.Series) -> bool:
 
 def _label(claim: ClaimConfig, runs: pd.DataFrame, side: Any) -> str:
     """A level as the reader sees it: a router with its causality."""
-    if claim.factor != "router":
+    if claim.factor != "router" or "router" not in runs:
         return str(side)
-    return " / ".join(with_causality(runs[runs["router"] == side])["router"].unique())
+    return " / ".join(with_causality(runs[runs["router"] == side])["router"].unique()) or str(side)
 
 
 def _names(items: Any) -> str:
