@@ -144,6 +144,32 @@ def capacity_lines(rows: pd.DataFrame, column: str) -> Figure:
     return figure
 
 
+@matplotlib.rc_context(RC)
+def forest(contrasts: pd.DataFrame, label: str) -> Figure:
+    """Differences of contrasts with their 95 % t intervals, a row each; filled where Holm's correction leaves p < 0.05.
+
+    `contrasts` are rows of `moe.analysis.statistics.contrasts` with an interval, all of the metric named `label`.
+    """
+    names = [
+        f"{c.factor} {c.level} vs {c.reference}" + (f" at {c.within}" if c.within else "") + f" (n={c.n})"
+        for c in contrasts.itertuples()
+    ]
+    figure = Figure(figsize=(8.4, 1.4 + 0.28 * len(contrasts)), layout="constrained")
+    axes = figure.subplots()
+    for row, (_, c) in enumerate(contrasts.iterrows()):
+        clear = c["ci_low"] > 0 or c["ci_high"] < 0
+        color = PALETTE[1 if c["difference"] > 0 else 0] if clear else PALETTE[7]
+        fill = color if c["p Holm"] < 0.05 else "white"
+        axes.plot([c["ci_low"], c["ci_high"]], [row, row], color=color, linewidth=2)
+        axes.plot(c["difference"], row, "o", color=color, markerfacecolor=fill, markersize=7)
+    axes.axvline(0, color="black", linewidth=1)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel(f"difference in {label}, with its 95 % t interval\nfilled: p < 0.05 after Holm's correction")
+    return figure
+
+
 def _draw_curves(axes: Axes, events: pd.DataFrame, column: str, label: str, style: dict[str, str]) -> None:
     curves = events.pivot(index="step", columns="folder", values=column).astype(float)
     mean = curves.dropna().mean(axis=1)

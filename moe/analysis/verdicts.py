@@ -1,0 +1,92 @@
+"""What the runs say and how sure one may be: sections of verdicts, conditions, contrasts and analyses of variance."""
+
+import math
+from collections.abc import Iterator
+from textwrap import shorten
+
+import pandas as pd
+
+from moe.analysis.accounts import folded
+from moe.analysis.document import Attachment, Block, Bullets, Heading, Table, Text
+from moe.analysis.evidence import TESTED, Evidence, stack
+from moe.analysis.statistics import anova, with_intervals
+from moe.summaries import spread_table, summary
+
+CONTRASTS_EXPLAINED = """\
+`difference` is level minus reference over paired seeds, with its 95 % t interval and p of the paired t test; `p Holm`
+is corrected over all contrasts of the metric; `d_z` is the difference in standard deviations (ddof=1) of the paired
+differences; `p Welch` ignores the pairing; `p sign-flip` is exact up to 16 seeds and can never go below `smallest p
+sign-flip`, however large the effect; `detectable` is the smallest true difference that this many seeds, spread as they
+are, show with power 0.8."""
+
+
+def post_hoc(evidence: Evidence) -> Iterator[Block]:
+    """Every contrast as a sentence: first those with a direction, then those that leave it open."""
+    yield Heading("Verdicts")
+    if evidence.contrasts.empty:
+        yield Text("None: no factor varies among runs with results.")
+        return
+    yield Text("Contrasts of every level with its reference, post hoc: nobody wrote them down before the runs.")
+    sentences = [verdict(row) for _, row in evidence.contrasts.iterrows()]
+    undecided = [sentence for sentence in sentences if "**undecided**" in sentence]
+    decided = [sentence for sentence in sentences if sentence not in undecided]
+    yield folded(decided, "contrasts with a direction") if decided else Text("No contrast has a direction.")
+    if undecided:
+        yield folded(undecided, "contrasts are undecided")
+
+
+def verdict(contrast: pd.Series) -> str:
+    """One contrast as a sentence that ends in its direction or in undecided."""
+    c = contrast
+    unit, up, down = TESTED[c["metric"]]
+    place = f" at {c['within']}" if c["within"] else ""
+    claim = f"{c['factor']} {c['level']} vs {c['reference']}{place}:"
+    note = f" ({c['note']})" if c["note"] else ""
+    if c["n"] == 0:
+        return f"{claim} no seed has its {unit} at both levels: **undecided**{note}"
+    claim += f" {c['difference']:+.3g} {unit}"
+    if math.isnan(c["p"]):
+        return f"{claim}, n={c['n']}: **undecided**{note}"
+    evidence = f"[{c['ci_low']:.3g}, {c['ci_high']:.3g}], p={c['p']:.2g} (Holm {c['p Holm']:.2g}), n={c['n']}"
+    if c["ci_low"] <= 0 <= c["ci_high"]:
+        seen = f"the smallest effect these seeds could have seen (power 0.8) is {c['detectable']:.2g}"
+        return f"{claim} {evidence}: **undecided**, {seen}{note}"
+    doubt = ", but not after Holm's correction" if c["p Holm"] > 0.05 else ""
+    return f"{claim} {evidence}: **{up if c['difference'] > 0 else down}**{doubt}{note}"
+
+
+def conditions(evidence: Evidence) -> Iterator[Block]:
+    """Mean and spread of the headline metrics, a row a condition."""
+    means = summary(evidence.runs, evidence.factors, evidence.metrics)
+    yield Heading("Conditions")
+    yield Text("Final evaluation, mean ± sample standard deviation (ddof=1) over n seeds.")
+    yield Table(spread_table(means))
+    yield _csv("conditions", with_intervals(means), "the same with 95 % t intervals.")
+
+
+def contrasts(evidence: Evidence) -> Iterator[Block]:
+    """All numbers behind the verdicts."""
+    yield Heading("Contrasts, paired by seed")
+    yield Text(CONTRASTS_EXPLAINED)
+    yield Table(evidence.contrasts)
+    yield _csv("contrasts", evidence.contrasts, "every row of this table.")
+
+
+def variance(evidence: Evidence) -> Iterator[Block]:
+    """Factorial analysis of variance of every tested metric, or why there is none."""
+    tables, refusals = [], []
+    for metric in evidence.tested:
+        try:
+            tables.append(anova(evidence.runs, metric, evidence.factors))
+        except ValueError as error:
+            refusals.append(shorten(f"{metric}: {error}", 500, placeholder=" …"))
+    yield Heading("Analysis of variance, seed as block")
+    if refusals:
+        yield Bullets(refusals)
+    table = stack(tables)
+    yield Table(table)
+    yield _csv("anova", table, "this table.")
+
+
+def _csv(name: str, table: pd.DataFrame, caption: str) -> Attachment:
+    return Attachment(f"{name}.csv", table.to_csv(index=False) if len(table.columns) else "", caption)

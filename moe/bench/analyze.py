@@ -1,0 +1,98 @@
+"""How long `analyze.py` takes over many runs, and how much memory: run folders are made here, and nothing is trained."""
+
+import json
+import math
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import islice, product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moe.metrics import METRICS
+
+ANALYZE = Path(__file__).parents[2] / "analyze.py"
+ROUTERS, CAPACITIES = ("switch", "topk", "softk", "hash", "sinkhorn"), (None, 1.0, 1.25, 1.5)
+LAYERS, EVALS = 12, 10
+
+
+class Cost(NamedTuple):
+    """`seconds` of the whole command and the largest resident memory of its process in `gigabytes` (10^9)."""
+
+    seconds: float
+    gigabytes: float
+
+
+def measure(*, runs: int, steps: int) -> Cost:
+    """Run `analyze.py` over that many folders in a temporary directory; the time to make them does not count."""
+    with tempfile.TemporaryDirectory() as place:
+        write_runs(Path(place) / "experiment_a", runs=runs, steps=steps)
+        command = [sys.executable, str(ANALYZE), place, "--out", str(Path(place) / "analysis")]
+        start = time.perf_counter()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        seconds = time.perf_counter() - start
+    return Cost(seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9)
+
+
+def write_runs(sweep: Path, *, runs: int, steps: int) -> None:
+    """Folders of finished runs, router x capacity x seed, with as many metrics as a run of 12 layers writes.
+
+    The experiment is the one whose figures need most: those of A and C read the training steps too.
+    """
+    rng = np.random.default_rng(0)
+    seeds = range(42, 42 + math.ceil(runs / len(ROUTERS) / len(CAPACITIES)))
+    for seed, (index, router), capacity in islice(product(seeds, enumerate(ROUTERS), CAPACITIES), runs):
+        loss = 3 + 0.02 * index + 0.05 * (capacity or 2.0) + 0.02 * rng.normal()
+        folder = sweep / f"capacity={capacity},router={router},seed={seed}"
+        folder.mkdir(parents=True)
+        events = list(_events(loss, steps, load=0.1 * (1 + index), rng=rng))
+        (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+        final = {name: value for name, value in events[-1].items() if "/" in name}
+        (folder / "metrics.json").write_text(json.dumps({"final_metrics": final, "history": {}}, indent=1))
+        record = _record(folder, router, capacity, seed)
+        (folder / "run.json").write_text(json.dumps(record, indent=1))
+
+
+def _events(loss: float, steps: int, *, load: float, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
+    """Every training step and `EVALS` evaluations, the last one after the last step; noise is drawn once per event."""
+    for step in range(1, steps + 1):
+        falling = loss + 4 * math.exp(-5 * step / steps) + 0.02 * rng.normal()
+        values = _routing("train/routing", load, rng.normal(size=2), layered=5)
+        yield {"kind": "train", "step": step, "train/loss": falling + 0.1, "time/tokens_per_s": 1e4 / loss} | values
+        if step * EVALS // steps > (step - 1) * EVALS // steps:
+            validation = {"val/loss": falling, "val/perplexity": math.exp(falling), "val/accuracy": 1 / falling}
+            values = _routing("routing", load, rng.normal(size=2), layered=len(METRICS))
+            yield {"kind": "eval", "step": step} | validation | values | {"time/elapsed": float(step)}
+
+
+def _routing(prefix: str, load: float, luck: np.ndarray, *, layered: int) -> dict[str, float]:
+    """Every metric of the catalogue; the first `layered` of them by layer too."""
+    a, b = float(luck[0]), float(luck[1])
+    values = {}
+    for rank, name in enumerate(METRICS):
+        values[f"{prefix}/{name}"] = load + 0.01 * a
+        if rank < layered:
+            values |= {f"{prefix}/{name}/layer{i:02d}": load * (1 + 0.1 * i) + 0.01 * b for i in range(LAYERS)}
+    values[f"{prefix}/load_cv/pooled"] = 0.9 * load + 0.01 * b
+    return values
+
+
+def _record(folder: Path, router: str, capacity: float | None, seed: int) -> dict[str, Any]:
+    config = {
+        **{"seed": seed, "capacity": capacity, "router": {"_target_": f"moe.routers.{router}", "k": 2}},
+        **{"model": {"dim": 128, "layers": LAYERS, "num_experts": 8}, "data": {"seed": seed}},
+        **{f"optimizer.key{i}": 0.1 for i in range(60)},
+    }
+    domains = {name: {"train": {"tokens": 10**6}, "val": {"tokens": 10**5}} for name in ("speech", "docs", "python")}
+    return {
+        **{"status": "finished", "error": None, "experiment": folder.parent.name, "name": folder.name, "causal": True},
+        **{"choices": {"router": router}, "config": config, "commit": "0" * 40, "parameters": {"total": 1, "active": 1}},
+        **{"flops_per_token": 10**6, "seconds": 2.0, "train_seconds": 1.0, "peak_memory_gb": None, "device": "cpu"},
+        **{"versions": {"python": "3.11"}, "machine": {"cpus": 2}},
+        "data": {"corpus_sha256": "0" * 64, "domains": domains},
+    }
