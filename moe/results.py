@@ -187,22 +187,23 @@ def _read_object(path: Path) -> dict[str, Any]:
 def _read_events(folder: Path, kind: str, columns: Sequence[str] | None) -> tuple[list[dict[str, Any]], list[str]]:
     """The events of one kind, by step, and a line per thing not read."""
     path = folder / "events.jsonl"
+    marks = {key: json.dumps(key).encode() + b": " for key in ("kind", "step", *(columns or ()))}
     events: dict[int, dict[str, Any]] = {}
     problems = []
     try:
         with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
-                if _is_of_another_kind(line, kind):
-                    continue
+                whole = line.startswith(b'{"kind": "') and line.endswith(b"}\n") and line.find(b"{", 1) < 0
+                if whole and not line.startswith(b'{"kind": "%b"' % kind.encode()):
+                    continue  # as the trainer writes another kind: parsing it would take far longer
                 try:
-                    event = json.loads(line)
+                    event = _pick(line, marks) if whole and columns is not None else json.loads(line)
                     step, this_kind = int(event["step"]), event["kind"]
                 except (ValueError, KeyError, TypeError, OverflowError):
                     problems.append(f"{path}: line {number} skipped, torn or no event")
                     continue
                 if this_kind == kind:
-                    wanted = event if columns is None else event.keys() & {"step", "kind", *columns}
-                    events[step] = {key: event[key] for key in wanted}
+                    events[step] = event if columns is None else {key: event[key] for key in marks if key in event}
     except FileNotFoundError:
         problems.append(f"{folder}: no events.jsonl")
     except OSError as error:
@@ -210,11 +211,14 @@ def _read_events(folder: Path, kind: str, columns: Sequence[str] | None) -> tupl
     return [events[step] for step in sorted(events)], problems
 
 
-def _is_of_another_kind(line: bytes, kind: str) -> bool:
-    """Whether a line is a whole event, as the trainer writes it, of another kind: parsing it would take far longer."""
-    return (
-        line.startswith(b'{"kind": "')
-        and line.endswith(b"}\n")
-        and line.find(b"{", 1) < 0  # two events in one line: a torn one went before
-        and not line.startswith(b'{"kind": "%b"' % kind.encode())
-    )
+def _pick(line: bytes, marks: dict[str, bytes]) -> dict[str, Any]:
+    """Some values of a flat event: finding a hundredth of them is ten times as fast as parsing all."""
+    event = {}
+    for key, mark in marks.items():
+        start = line.find(mark) + len(mark)
+        if start >= len(mark):
+            value = line[start : line.find(b",", start)]  # to the brace if it is the last one
+            if value.startswith(b"["):
+                return dict(json.loads(line))
+            event[key] = json.loads(value.removesuffix(b"}"))
+    return event

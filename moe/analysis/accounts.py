@@ -29,30 +29,33 @@ def what_was_run(evidence: Evidence) -> Iterator[Block]:
     yield Heading("What was run")
     yield Tally([(status, int(counts.get(status, 0)), tone) for status, tone in STATUSES.items()])
     yield Table(_by(runs, ["experiment"]))
-    table = _by(runs.assign(condition=evidence.condition.fillna("unknown")), ["experiment", "condition"])
-    if len(table) > SHORT:
-        yield Details(f"The same for each of {len(table)} conditions", [Table(table)])
-    elif evidence.factors:
-        yield Table(table)
-    yield Bullets(
-        [
-            f"factors: {', '.join(evidence.factors) or 'none varies'}; seeds: {_seeds(runs)}",
-            *_ties(evidence.tied),
-            *_not_finite(evidence),
-        ]
-    )
+    if evidence.factors:
+        several = ["experiment"] if runs["experiment"].nunique() > 1 else []
+        table = _by(runs.assign(condition=evidence.condition.fillna("unknown")), [*several, "condition"])
+        seen = table.loc[:, [column == "finished" or table[column].any() for column in table]]
+        yield (
+            Details(f"The same for each of {len(table)} conditions", [Table(seen)])
+            if len(table) > SHORT
+            else Table(seen)
+        )
+    yield Bullets([f"factors: {', '.join(evidence.factors) or 'none varies'}; seeds: {_seeds(runs)}"])
+    yield from listed([*_ties(evidence.tied), *_not_finite(evidence)])
     yield Attachment("runs.csv", evidence.loaded.to_csv(index=False), "a row per run: facts, factors, final metrics.")
     rest = unfinished(runs)
     if len(rest):
         yield Text(f"{len(rest)} of {len(runs)} runs did not finish and count nowhere below:")
         yield Table(rest)
     if evidence.problems:
-        yield folded(evidence.problems, "things could not be read from the event logs")
+        yield Text("Could not be read from the event logs:")
+        yield from listed(evidence.problems)
 
 
-def folded(items: list[str], what: str) -> Block:
-    """A list, behind a line with its length if it is long."""
-    return Details(f"{len(items)} {what}", [Bullets(items)]) if len(items) > SHORT else Bullets(items)
+def listed(items: list[str]) -> Iterator[Block]:
+    """A list; what is beyond the first `SHORT` items waits behind a line that says how many more there are."""
+    if items:
+        yield Bullets(items[:SHORT])
+    if items[SHORT:]:
+        yield Details(f"and {len(items) - SHORT} more", [Bullets(items[SHORT:])])
 
 
 def _by(runs: pd.DataFrame, columns: list[str]) -> pd.DataFrame:

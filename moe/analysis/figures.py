@@ -166,7 +166,9 @@ def forest(contrasts: pd.DataFrame, label: str) -> Figure:
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
-    axes.set_xlabel(f"difference in {label}, with its 95 % t interval\nfilled: p < 0.05 after Holm's correction")
+    figure.supxlabel(
+        f"difference in {label}, with its 95 % t interval; filled: p < 0.05 after Holm's correction", fontsize="medium"
+    )
     return figure
 
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from moe.analysis.statistics import with_intervals
 from moe.analysis.style import RC, look
-from moe.summaries import levels, summary
+from moe.summaries import STD, levels
 
 METRICS = {
     "routing/load_cv": "load CV over experts",
@@ -86,11 +86,12 @@ def _draw_conditions(axes: Axes, runs: pd.DataFrame, columns: list[str], x: list
     names = levels(runs["condition"])
     for index, name in enumerate(names):
         members, style = runs[runs["condition"] == name], dict[str, Any](look(index))
-        means = with_intervals(summary(members, [], columns)).set_index("metric").loc[columns]
+        finite = members[columns].astype(float).replace([math.inf, -math.inf], math.nan)
+        means = with_intervals(pd.DataFrame({"n": finite.count(), "mean": finite.mean(), STD: finite.std(ddof=1)}))
         if not means["n"].any():
             continue
         places = [place + 0.3 * ((index + 0.5) / len(names) - 0.5) for place in x]
-        for _, seed in members[columns].dropna(how="all").iterrows():
+        for _, seed in finite.dropna(how="all").iterrows():
             axes.plot(places, seed, ".", color=style["color"], markersize=3, alpha=0.5)
         reach = (means["mean"] - means["ci_low"]).fillna(0)  # below two seeds there is no interval
         label = f"{name} (n={means['n'].max()})"

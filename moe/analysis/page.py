@@ -79,7 +79,7 @@ def _link(name: str) -> str:
 
 
 def _inline(text: str) -> str:
-    text = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", html.escape(text))
+    text = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", html.escape(" ".join(text.splitlines())))
     return re.sub(r"`(.+?)`", r"<code>\1</code>", text)
 
 
@@ -89,9 +89,10 @@ def _anchor(text: str) -> str:
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --quiet: #59636e; --line: #d9dee3; --paper: #ffffff; --tint: #f5f7f9;
-  --accent: #0a66a3; --good: #12805c; --bad: #c2410c; --idle: #8b95a1; }
+  --shade: #00000022; --accent: #0a66a3; --good: #12805c; --bad: #c2410c; --idle: #8b95a1; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e3e7eb; --quiet: #9ba5b0; --line: #30373f; --paper: #14171b;
-  --tint: #1c2126; --accent: #6cb6ff; --good: #3fb68b; --bad: #f0883e; --idle: #6b7682; } }
+  --tint: #1c2126; --shade: #000000aa; --accent: #6cb6ff;
+  --good: #3fb68b; --bad: #f0883e; --idle: #6b7682; } }
 * { box-sizing: border-box; }
 html { scroll-padding-top: 1rem; -webkit-text-size-adjust: 100%; }
 body { margin: 0 auto; padding: 0 1.25rem 5rem; max-width: 62rem; background: var(--paper); color: var(--ink);
@@ -112,11 +113,16 @@ nav { font-size: .9rem; padding-top: 1rem; }
 nav ul { list-style: none; margin: 0; padding: 0; display: flex; flex-wrap: wrap; gap: .1rem 1rem; }
 nav a { color: var(--quiet); text-decoration: none; }
 nav a:hover { color: var(--accent); text-decoration: underline; }
-.scroll { overflow: auto; max-height: 34rem; margin: 1rem 0; border: 1px solid var(--line); border-radius: 8px; }
+.scroll { overflow: auto; max-height: 34rem; margin: 1rem 0; border: 1px solid var(--line); border-radius: 8px;
+  scrollbar-width: thin; background: linear-gradient(to left, var(--paper) 40%, transparent) 100% 0 / 2.5rem 100% local,
+  linear-gradient(to top, var(--paper) 40%, transparent) 0 100% / 100% 2.5rem local,
+  linear-gradient(to left, var(--shade), transparent) 100% 0 / .75rem 100%,
+  linear-gradient(to top, var(--shade), transparent) 0 100% / 100% .75rem; background-repeat: no-repeat; }
 table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem .75rem; text-align: left; vertical-align: top; white-space: nowrap; }
 th { position: sticky; top: 0; background: var(--tint); font-weight: 600; box-shadow: 0 1px var(--line); }
-td { border-top: 1px solid var(--line); max-width: 34rem; overflow: hidden; text-overflow: ellipsis; }
+td { border-top: 1px solid var(--line); }
+td.long { white-space: normal; min-width: 24rem; overflow-wrap: anywhere; }
 tbody tr:first-child td { border-top: 0; }
 tbody tr:hover { background: var(--tint); }
 .number { text-align: right; }
@@ -135,6 +141,7 @@ figcaption { color: var(--quiet); font-size: .875rem; margin-top: .5rem; max-wid
 .file { font-size: .9rem; color: var(--quiet); margin: .25rem 0; }
 details { margin: 1rem 0; }
 summary { cursor: pointer; color: var(--accent); }
+@media (prefers-color-scheme: dark) { img { filter: invert(.915) hue-rotate(180deg); } }
 @media (min-width: 82rem) {
   body { display: grid; grid-template-columns: 13rem minmax(0, 62rem); gap: 3rem; max-width: 80rem; }
   nav { position: sticky; top: 0; align-self: start; padding-top: 3.2rem; max-height: 100vh; overflow: auto; }

@@ -23,7 +23,7 @@ def causality(evidence: Evidence) -> Iterator[Block]:
     if "router" not in runs:
         return
     yield Heading("Routers")
-    yield Text("A router that is not causal sees later tokens when it routes one; its loss is no language model's.")
+    yield Text("A router that is not causal sees later tokens: its loss compares with no causal router's.")
     counts = runs["router"].value_counts(sort=False)
     finished = runs.loc[runs["status"] == "finished", "router"].value_counts()
     rows = [{"router": name, "runs": n, "finished": finished.get(name, 0)} for name, n in counts.items()]

@@ -9,6 +9,8 @@ import pandas as pd
 
 P_VALUE = re.compile(r"(^|\s)p(\s|$)")  # columns such as "p", "p Holm" and "smallest p sign-flip"
 
+LONG = 60  # characters of a cell that stay on one line
+
 
 def markdown(table: pd.DataFrame) -> str:
     """The table in GitHub's Markdown: numbers to the right, with five significant digits (p-values two); NaN a dash."""
@@ -20,19 +22,25 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def as_html(table: pd.DataFrame) -> str:
-    """The same table as an HTML element; every text in it is escaped."""
+    """The same table as an HTML element; every text in it is escaped, and cells with long text may wrap."""
     if table.empty:
         return "<p>(none)</p>"
-    classes = [' class="number"' if right else "" for right in _numeric(table)]
-    head, *body = [[html.escape(text) for text in row] for row in _cells(table)]
-    top = "".join(f'<th scope="col"{c}>{text}</th>' for c, text in zip(classes, head, strict=True))
-    rows = ["".join(f"<td{c}>{text}</td>" for c, text in zip(classes, row, strict=True)) for row in body]
-    return f"<table><thead><tr>{top}</tr></thead><tbody>{''.join(f'<tr>{row}</tr>' for row in rows)}</tbody></table>"
+    numeric = _numeric(table)
+    head, *body = [
+        "".join(_element(tag, text, right) for text, right in zip(row, numeric, strict=True))
+        for tag, row in zip(["th"] + ["td"] * len(table), _cells(table), strict=True)
+    ]
+    return f"<table><thead><tr>{head}</tr></thead><tbody><tr>{'</tr><tr>'.join(body)}</tr></tbody></table>"
 
 
 def harmless(text: str) -> str:
     """Text for Markdown on one line, in which nothing that came from the data becomes HTML or a link."""
     return " ".join(text.splitlines()).replace("<", "&lt;").replace("](", "]\\(")
+
+
+def _element(tag: str, text: str, right: bool) -> str:
+    kind = ' class="number"' if right else ' class="long"' if tag == "td" and len(text) > LONG else ""
+    return f"<{tag}{kind}>{html.escape(text)}</{tag}>"
 
 
 def _numeric(table: pd.DataFrame) -> list[bool]:

@@ -6,12 +6,17 @@ from textwrap import shorten
 
 import pandas as pd
 
-from moe.analysis.accounts import folded
+from moe.analysis.accounts import listed
 from moe.analysis.document import Attachment, Block, Bullets, Heading, Table, Text
 from moe.analysis.evidence import TESTED, Evidence, stack
 from moe.analysis.statistics import anova, with_intervals
 from moe.summaries import spread_table, summary
 
+STANDINGS = AFTER, BEFORE, UNDECIDED = (
+    "A direction, Holm's correction included",
+    "A direction, but not after Holm's correction",
+    "Undecided",
+)
 CONTRASTS_EXPLAINED = """\
 `difference` is level minus reference over paired seeds, with its 95 % t interval and p of the paired t test; `p Holm`
 is corrected over all contrasts of the metric; `d_z` is the difference in standard deviations (ddof=1) of the paired
@@ -21,18 +26,25 @@ are, show with power 0.8."""
 
 
 def post_hoc(evidence: Evidence) -> Iterator[Block]:
-    """Every contrast as a sentence: first those with a direction, then those that leave it open."""
+    """Every contrast as a sentence, the most certain ones first."""
     yield Heading("Verdicts")
     if evidence.contrasts.empty:
         yield Text("None: no factor varies among runs with results.")
         return
     yield Text("Contrasts of every level with its reference, post hoc: nobody wrote them down before the runs.")
-    sentences = [verdict(row) for _, row in evidence.contrasts.iterrows()]
-    undecided = [sentence for sentence in sentences if "**undecided**" in sentence]
-    decided = [sentence for sentence in sentences if sentence not in undecided]
-    yield folded(decided, "contrasts with a direction") if decided else Text("No contrast has a direction.")
-    if undecided:
-        yield folded(undecided, "contrasts are undecided")
+    sentences: dict[str, list[str]] = {}
+    for _, contrast in evidence.contrasts.iterrows():
+        sentences.setdefault(_standing(contrast), []).append(verdict(contrast))
+    for standing in STANDINGS:
+        if standing in sentences:
+            yield Text(f"**{standing}**: {len(sentences[standing])} of {len(evidence.contrasts)} contrasts.")
+            yield from listed(sentences[standing])
+
+
+def _standing(contrast: pd.Series) -> str:
+    if math.isnan(contrast["p"]) or contrast["ci_low"] <= 0 <= contrast["ci_high"]:
+        return UNDECIDED
+    return BEFORE if contrast["p Holm"] > 0.05 else AFTER
 
 
 def verdict(contrast: pd.Series) -> str:
@@ -47,11 +59,12 @@ def verdict(contrast: pd.Series) -> str:
     claim += f" {c['difference']:+.3g} {unit}"
     if math.isnan(c["p"]):
         return f"{claim}, n={c['n']}: **undecided**{note}"
+    standing = _standing(c)
     evidence = f"[{c['ci_low']:.3g}, {c['ci_high']:.3g}], p={c['p']:.2g} (Holm {c['p Holm']:.2g}), n={c['n']}"
-    if c["ci_low"] <= 0 <= c["ci_high"]:
+    if standing == UNDECIDED:
         seen = f"the smallest effect these seeds could have seen (power 0.8) is {c['detectable']:.2g}"
         return f"{claim} {evidence}: **undecided**, {seen}{note}"
-    doubt = ", but not after Holm's correction" if c["p Holm"] > 0.05 else ""
+    doubt = ", but not after Holm's correction" if standing == BEFORE else ""
     return f"{claim} {evidence}: **{up if c['difference'] > 0 else down}**{doubt}{note}"
 
 

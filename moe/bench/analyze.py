@@ -1,4 +1,4 @@
-"""How long `analyze.py` takes over many runs, and how much memory: run folders are made here, and nothing is trained."""
+"""How long `analyze.py` takes over many runs, and how much memory: folders are made here, nothing is trained."""
 
 import json
 import math
@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from itertools import islice, product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,57 +41,83 @@ def measure(*, runs: int, steps: int) -> Cost:
 def write_runs(sweep: Path, *, runs: int, steps: int) -> None:
     """Folders of finished runs, router x capacity x seed, with as many metrics as a run of 12 layers writes.
 
-    The experiment is the one whose figures need most: those of A and C read the training steps too.
+    The experiment is the one whose figures need most: those of A and C read the training steps too. Training steps
+    are those of the router, evaluations those of the run.
     """
     rng = np.random.default_rng(0)
+    training = [_training(steps, 0.1 * (1 + index), rng) for index in range(len(ROUTERS))]
     seeds = range(42, 42 + math.ceil(runs / len(ROUTERS) / len(CAPACITIES)))
     for seed, (index, router), capacity in islice(product(seeds, enumerate(ROUTERS), CAPACITIES), runs):
-        loss = 3 + 0.02 * index + 0.05 * (capacity or 2.0) + 0.02 * rng.normal()
         folder = sweep / f"capacity={capacity},router={router},seed={seed}"
         folder.mkdir(parents=True)
-        events = list(_events(loss, steps, load=0.1 * (1 + index), rng=rng))
-        (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-        final = {name: value for name, value in events[-1].items() if "/" in name}
+        loss = 3 + 0.02 * index + 0.05 * (capacity or 2.0) + 0.02 * rng.normal()
+        steps_of_evals = [steps * part // EVALS for part in range(EVALS + 1)]
+        evals = [_evaluation(step, loss + _falling(step, steps), 0.1 * (1 + index), rng) for step in steps_of_evals]
+        with open(folder / "events.jsonl", "w") as log:
+            for start, event in zip([0, *steps_of_evals], evals, strict=False):
+                log.writelines(training[index][start : event["step"]])
+                log.write(json.dumps(event) + "\n")
+        final = {name: value for name, value in evals[-1].items() if "/" in name}
         (folder / "metrics.json").write_text(json.dumps({"final_metrics": final, "history": {}}, indent=1))
-        record = _record(folder, router, capacity, seed)
-        (folder / "run.json").write_text(json.dumps(record, indent=1))
+        (folder / "run.json").write_text(json.dumps(_record(folder, router, capacity, seed), indent=1))
 
 
-def _events(loss: float, steps: int, *, load: float, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
-    """Every training step and `EVALS` evaluations, the last one after the last step; noise is drawn once per event."""
+def _training(steps: int, load: float, rng: np.random.Generator) -> list[str]:
+    """A line a training step."""
+    lines = []
     for step in range(1, steps + 1):
-        falling = loss + 4 * math.exp(-5 * step / steps) + 0.02 * rng.normal()
-        values = _routing("train/routing", load, rng.normal(size=2), layered=5)
-        yield {"kind": "train", "step": step, "train/loss": falling + 0.1, "time/tokens_per_s": 1e4 / loss} | values
-        if step * EVALS // steps > (step - 1) * EVALS // steps:
-            validation = {"val/loss": falling, "val/perplexity": math.exp(falling), "val/accuracy": 1 / falling}
-            values = _routing("routing", load, rng.normal(size=2), layered=len(METRICS))
-            yield {"kind": "eval", "step": step} | validation | values | {"time/elapsed": float(step)}
+        values = {"train/loss": 3 + _falling(step, steps) + 0.02 * rng.normal(), "time/tokens_per_s": 1e3 / load}
+        values |= _routing("train/routing", load, rng, layered=5)
+        lines.append(json.dumps({"kind": "train", "step": step} | values) + "\n")
+    return lines
 
 
-def _routing(prefix: str, load: float, luck: np.ndarray, *, layered: int) -> dict[str, float]:
-    """Every metric of the catalogue; the first `layered` of them by layer too."""
-    a, b = float(luck[0]), float(luck[1])
-    values = {}
+def _evaluation(step: int, loss: float, load: float, rng: np.random.Generator) -> dict[str, Any]:
+    validation = {"val/loss": loss, "val/perplexity": math.exp(loss), "val/accuracy": 1 / loss}
+    return {"kind": "eval", "step": step} | validation | _routing("routing", load, rng, layered=len(METRICS))
+
+
+def _falling(step: int, steps: int) -> float:
+    return 4 * math.exp(-5 * step / steps)
+
+
+def _routing(prefix: str, load: float, rng: np.random.Generator, *, layered: int) -> dict[str, float]:
+    """Every metric of the catalogue, all alike; the first `layered` of them by layer too."""
+    luck = 0.01 * float(rng.normal())
+    values = {f"{prefix}/load_cv/pooled": 0.9 * load + luck}
     for rank, name in enumerate(METRICS):
-        values[f"{prefix}/{name}"] = load + 0.01 * a
+        values[f"{prefix}/{name}"] = load + luck
         if rank < layered:
-            values |= {f"{prefix}/{name}/layer{i:02d}": load * (1 + 0.1 * i) + 0.01 * b for i in range(LAYERS)}
-    values[f"{prefix}/load_cv/pooled"] = 0.9 * load + 0.01 * b
+            values |= {f"{prefix}/{name}/layer{i:02d}": load * (1 + 0.1 * i) + luck for i in range(LAYERS)}
     return values
 
 
 def _record(folder: Path, router: str, capacity: float | None, seed: int) -> dict[str, Any]:
     config = {
-        **{"seed": seed, "capacity": capacity, "router": {"_target_": f"moe.routers.{router}", "k": 2}},
-        **{"model": {"dim": 128, "layers": LAYERS, "num_experts": 8}, "data": {"seed": seed}},
+        "seed": seed,
+        "capacity": capacity,
+        "router": {"_target_": f"moe.routers.{router}", "k": 2},
+        "model": {"dim": 128, "layers": LAYERS, "num_experts": 8},
+        "data": {"seed": seed},
         **{f"optimizer.key{i}": 0.1 for i in range(60)},
     }
     domains = {name: {"train": {"tokens": 10**6}, "val": {"tokens": 10**5}} for name in ("speech", "docs", "python")}
     return {
-        **{"status": "finished", "error": None, "experiment": folder.parent.name, "name": folder.name, "causal": True},
-        **{"choices": {"router": router}, "config": config, "commit": "0" * 40, "parameters": {"total": 1, "active": 1}},
-        **{"flops_per_token": 10**6, "seconds": 2.0, "train_seconds": 1.0, "peak_memory_gb": None, "device": "cpu"},
-        **{"versions": {"python": "3.11"}, "machine": {"cpus": 2}},
+        "status": "finished",
+        "error": None,
+        "experiment": folder.parent.name,
+        "name": folder.name,
+        "causal": True,
+        "choices": {"router": router},
+        "config": config,
+        "commit": "0" * 40,
+        "parameters": {"total": 1, "active": 1},
+        "flops_per_token": 10**6,
+        "seconds": 2.0,
+        "train_seconds": 1.0,
+        "peak_memory_gb": None,
+        "device": "cpu",
+        "versions": {"python": "3.11"},
+        "machine": {"cpus": 2},
         "data": {"corpus_sha256": "0" * 64, "domains": domains},
     }
