@@ -4,6 +4,7 @@ Every seed is a point, intervals are 95 % t intervals of the mean over seeds, an
 """
 
 import math
+from textwrap import shorten
 
 import matplotlib
 import pandas as pd
@@ -154,6 +155,7 @@ def forest(contrasts: pd.DataFrame, label: str) -> Figure:
         f"{c.factor} {c.level} vs {c.reference}" + (f" at {c.within}" if c.within else "") + f" (n={c.n})"
         for c in contrasts.itertuples()
     ]
+    names = [shorten(name, 90, placeholder=" …") for name in names]
     figure = Figure(figsize=(8.4, 1.4 + 0.28 * len(contrasts)), layout="constrained")
     axes = figure.subplots()
     for row, (_, c) in enumerate(contrasts.iterrows()):
