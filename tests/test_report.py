@@ -273,7 +273,7 @@ def test_differences_count_the_levels_of_every_key() -> None:
         {"lr": [0.1, 0.1, 0.2, None], "same": ["a"] * 4, "mixed": [1, "1", True, "none"], "gone": None}
     )
     differing, common = differences(table.astype(object))
-    assert differing.to_numpy().tolist() == [["lr", "0.1 (×2), 0.2 (×1)"], ["mixed", "True (×1), 1 (×2), none (×1)"]]
+    assert differing.to_numpy().tolist() == [["lr", "0.1 (×2), 0.2 (×1)"], ["mixed", "1 (×2), True (×1), none (×1)"]]
     assert common.to_numpy().tolist() == [["same", "a"]]
 
 

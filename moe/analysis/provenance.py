@@ -11,7 +11,6 @@ from moe.analysis.document import Block, Details, Heading, Table, Text
 from moe.analysis.evidence import Evidence
 from moe.config import flatten, is_free
 from moe.results import FACTS
-from moe.summaries import levels
 
 MOST_LEVELS = 12  # of one key that are written out
 SOFTWARE = ("commit", "versions", "machine", "device", "process")  # of a run's record
@@ -84,13 +83,12 @@ def differences(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     differing, common = [], []
     for key in table:
         counts = table[key].dropna().map(_shown).value_counts()
-        ordered = [_shown(level) for level in levels(table[key].map(_comparable))]
-        values = [f"{value} (×{counts[value]})" for value in dict.fromkeys(ordered)]
+        values = [f"{value} (×{counts[value]})" for value in sorted(counts.index, key=_order)]
         if len(values) > 1:
             more = [f"and {len(values) - MOST_LEVELS} more"] if len(values) > MOST_LEVELS else []
             differing.append({"key": key, "values": ", ".join(values[:MOST_LEVELS] + more)})
         elif values:
-            common.append({"key": key, "value": ordered[0]})
+            common.append({"key": key, "value": counts.index[0]})
     return pd.DataFrame(differing, columns=["key", "values"]), pd.DataFrame(common, columns=["key", "value"])
 
 
@@ -98,8 +96,12 @@ def _values(flat: dict[str, Any]) -> pd.DataFrame:
     return pd.DataFrame([{"key": key, "value": _shown(value)} for key, value in flat.items()], columns=["key", "value"])
 
 
-def _comparable(value: Any) -> Any:
-    return value if isinstance(value, bool | int | float | str) else _shown(value) if value is not None else None
+def _order(value: str) -> tuple[bool, float, str]:
+    """Numbers by size, then texts."""
+    try:
+        return False, float(value), value
+    except ValueError:
+        return True, 0.0, value
 
 
 def _shown(value: Any) -> str:

@@ -16,6 +16,7 @@ from moe.analysis import accounts, pictures, provenance, verdicts
 from moe.analysis.document import Attachment, Block, Details, Heading, Picture, as_markdown
 from moe.analysis.evidence import Evidence, gather
 from moe.analysis.page import element, page
+from moe.analysis.tables import harmless
 from moe.record import write_text
 
 Section = Callable[[Evidence], Iterable[Block]]
@@ -50,7 +51,7 @@ def write_report(runs: pd.DataFrame, out: Path | str, *, references: dict[str, A
 def write(title: str, blocks: Iterable[Block], out: Path) -> Path:
     """Write a document both ways, with its figures and attached files; figures are drawn, saved and freed in turn."""
     out.mkdir(parents=True, exist_ok=True)
-    headings, texts, elements = [], [f"# {title}"], []
+    headings, texts, elements = [], [f"# {harmless(title)}"], []
     for block in blocks:
         for leaf in block.blocks if isinstance(block, Details) else [block]:
             if isinstance(leaf, Attachment):
