@@ -153,7 +153,8 @@ def _frontier(runs: pd.DataFrame, stem: str) -> Drawn:
 
 def _overlay(evidence: Evidence, runs: pd.DataFrame) -> Figure | str:
     columns = ["train/loss", "val/loss", "val/perplexity"]
-    events = evidence.labelled(pd.concat([evidence.trains(columns), evidence.evals]))
+    evals = evidence.evals.filter(["folder", "step", *columns])  # the others would have a row a training step
+    events = evidence.labelled(pd.concat([evidence.trains(columns), evals]))
     events = events[events["folder"].isin(runs["folder"])] if len(events) else events
     absent = [column for column in columns if column not in events]
     return f"no run has {', '.join(absent)}" if absent else figures.overlay(events, "condition")
