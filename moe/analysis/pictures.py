@@ -1,0 +1,160 @@
+"""Sections of figures: each yields its figures by name, or a line with the reason why one cannot be drawn."""
+
+from collections.abc import Iterable, Iterator
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from moe.analysis import figures, layers
+from moe.analysis.document import Block, Bullets, Heading, Picture
+from moe.analysis.evidence import TESTED, Evidence
+from moe.analysis.statistics import name_cell
+from moe.analysis.style import LABELS
+from moe.frontier import STEMS, measured
+from moe.summaries import conditions, varied_factors
+
+Drawn = Iterator[tuple[str, Figure | str, str]]  # name, figure or reason, caption
+FOREST = 40  # contrasts of one figure
+
+
+def section(title: str, drawn: Iterable[tuple[str, Figure | str, str]]) -> Iterator[Block]:
+    """A heading and its figures; a figure's reason not to be drawn takes its place. No figures, no heading."""
+    headed = False
+    for name, figure, caption in drawn:
+        if not headed:
+            yield Heading(title)
+            headed = True
+        if isinstance(figure, Figure):
+            yield Picture(name, figure, caption)
+        else:
+            yield Bullets([f"{name}: not drawn, {figure}"])
+
+
+def effects(evidence: Evidence) -> Iterator[Block]:
+    """The tested metrics against the factors, and every contrast with its interval."""
+    yield from section("Effects of the factors", [*_factors(evidence), *_forests(evidence)])
+
+
+def training(evidence: Evidence) -> Iterator[Block]:
+    """Loss over training."""
+    yield from section("Learning curves", _curves(evidence))
+
+
+def routing(evidence: Evidence) -> Iterator[Block]:
+    """Routing by layer, over training and at its end, and dropped tokens by position."""
+    yield from section("Routing by layer and position", _layers(evidence))
+
+
+def speed(evidence: Evidence) -> Iterator[Block]:
+    """Experiments A and C: quality against speed, for those that are among the runs."""
+    yield from section("Quality against speed", _frontiers(evidence))
+
+
+def _factors(evidence: Evidence) -> Drawn:
+    runs, factors = evidence.runs, evidence.factors
+    if set(factors) == {"noise", "lb"} and set(evidence.tested) == set(TESTED):
+        yield "noise_lb", figures.noise_lb(runs), "Perplexity and load CV against router noise, by balance weight."
+        return
+    if not factors:
+        yield "factors", "no factor varies", ""
+        return
+    for metric in TESTED:
+        name, caption = "factors_" + metric.replace("/", "_"), f"Effect of {', '.join(factors)}: {LABELS[metric]}."
+        if metric not in runs:
+            yield name, f"no run has {metric}", caption
+        else:
+            yield name, evidence.too_many() or _factor_figure(runs, factors, metric), caption
+
+
+def _factor_figure(runs: pd.DataFrame, factors: list[str], metric: str) -> Figure:
+    """The factor with the most levels along x, every combination of the others a colour."""
+    factor = max(factors, key=lambda name: runs[name].nunique())
+    others = [name for name in factors if name != factor]
+    hues = {index: name_cell(cell) or "all" for cell, members in conditions(runs, others) for index in members.index}
+    return figures.factor_plot(runs.assign(others=pd.Series(hues, dtype=object)), factor, "others", metric)
+
+
+def _forests(evidence: Evidence) -> Drawn:
+    for metric in evidence.tested if len(evidence.contrasts) else []:
+        rows = evidence.contrasts[evidence.contrasts["metric"] == metric].dropna(subset=["ci_low"])
+        name, caption = (
+            "contrasts_" + metric.replace("/", "_"),
+            f"Contrasts paired by seed, 95 % t intervals: {metric}.",
+        )
+        reason = f"{len(rows)} contrasts are too many" if len(rows) > FOREST else ""
+        yield (
+            name,
+            reason or ("no contrast has an interval" if rows.empty else figures.forest(rows, LABELS[metric])),
+            caption,
+        )
+
+
+def _curves(evidence: Evidence) -> Drawn:
+    name, caption = "learning_curves", "Validation loss against optimizer step, every run and the mean of a condition."
+    events = evidence.labelled(evidence.evals)
+    if "val/loss" not in events or not events["val/loss"].notna().any():
+        yield name, "no run has an evaluation with val/loss", caption
+    else:
+        yield name, evidence.too_many() or figures.learning_curves(events, "condition"), caption
+
+
+def _layers(evidence: Evidence) -> Drawn:
+    events = evidence.labelled(evidence.evals)
+    runs = evidence.runs.assign(condition=evidence.condition)
+    panels = evidence.condition.nunique()
+    for metric in layers.METRICS:
+        name, caption = (
+            f"layers_{metric.replace('/', '_')}",
+            f"{layers.METRICS[metric].capitalize()} of every layer over training.",
+        )
+        columns = list(layers.layers_of(events.columns, metric).values())
+        if not columns or not events[columns].notna().any(axis=None):
+            yield name, f"no evaluation has {metric} by layer", caption
+        elif panels > layers.PANELS:
+            yield name, f"{panels} conditions are too many", caption
+        else:
+            seen = events.astype(dict.fromkeys(columns, float)).dropna(subset=columns, how="all")
+            yield name, layers.layer_trends(seen, metric), caption
+    final = [column for metric in layers.METRICS for column in layers.layers_of(runs.columns, metric).values()]
+    caption = "Routing of every layer at the last evaluation."
+    absent = (
+        "" if len(final) and runs[final].notna().any(axis=None) else "no finished run has a routing metric by layer"
+    )
+    yield "layer_profile", evidence.too_many() or absent or layers.layer_profile(runs), caption
+    caption = (
+        "Share of assignments over capacity, by position in the sequence: a drop policy by position starves its end."
+    )
+    absent = "" if set(layers.DECILES) <= set(runs) else f"no run has {layers.DECILES[0]}"
+    yield "drop_by_position", evidence.too_many() or absent or layers.drop_by_position(runs), caption
+
+
+def _frontiers(evidence: Evidence) -> Drawn:
+    for experiment, stem in STEMS.items():
+        runs = evidence.runs[evidence.runs["experiment"] == experiment]
+        if len(runs):
+            yield from _frontier(runs, stem)
+            caption = "Training loss, validation loss and perplexity against step."
+            yield f"{stem}_overlay", evidence.too_many() or _overlay(evidence, runs), caption
+
+
+def _frontier(runs: pd.DataFrame, stem: str) -> Drawn:
+    """Perplexity against both measures of speed, for runs that differ in nothing but router, capacity and seed."""
+    table = measured(runs)
+    others = [factor for factor in varied_factors(runs) if factor not in ("router", "capacity", "seed")]
+    for name, x in ((f"{stem}_frontier", "tokens_per_s"), (f"{stem}_frontier_tflops", "tflops")):
+        caption = f"Perplexity against {figures.SPEED[x].split(' (')[0]}."
+        if others:
+            yield name, f"{', '.join(others)} varies beside router and capacity", caption
+        elif "val/perplexity" not in table or table[[x, "val/perplexity"]].dropna().empty:
+            yield name, f"no finished run has both {x} and val/perplexity", caption
+        else:
+            yield name, figures.frontier(table, x), caption
+
+
+def _overlay(evidence: Evidence, runs: pd.DataFrame) -> Figure | str:
+    columns = ["train/loss", "val/loss", "val/perplexity"]
+    evals = evidence.evals.filter(["folder", "step", *columns])  # the others would have a row a training step
+    events = evidence.labelled(pd.concat([evidence.trains(columns), evals]))
+    events = events[events["folder"].isin(runs["folder"])] if len(events) else events
+    absent = [column for column in columns if column not in events]
+    return f"no run has {', '.join(absent)}" if absent else figures.overlay(events, "condition")
