@@ -33,11 +33,8 @@ def what_was_run(evidence: Evidence) -> Iterator[Block]:
         several = ["experiment"] if runs["experiment"].nunique() > 1 else []
         table = _by(runs.assign(condition=evidence.condition.fillna("unknown")), [*several, "condition"])
         seen = table.loc[:, [column == "finished" or table[column].any() for column in table]]
-        yield (
-            Details(f"The same for each of {len(table)} conditions", [Table(seen)])
-            if len(table) > SHORT
-            else Table(seen)
-        )
+        many = len(table) > SHORT
+        yield Details(f"The same for each of {len(table)} conditions", [Table(seen)]) if many else Table(seen)
     yield Bullets([f"factors: {', '.join(evidence.factors) or 'none varies'}; seeds: {_seeds(runs)}"])
     yield from listed([*_ties(evidence.tied), *_not_finite(evidence)])
     yield Attachment("runs.csv", evidence.loaded.to_csv(index=False), "a row per run: facts, factors, final metrics.")

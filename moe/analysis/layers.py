@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from moe.analysis.statistics import with_intervals
 from moe.analysis.style import RC, look
@@ -27,6 +28,12 @@ def layers_of(columns: pd.Index, metric: str) -> dict[int, str]:
     """Layer -> the column of `metric` in that layer, in order."""
     found = {column: re.fullmatch(rf"{re.escape(metric)}/layer(\d+)", column) for column in columns}
     return dict(sorted((int(match[1]), column) for column, match in found.items() if match))
+
+
+def known(table: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """The rows, of runs or of events, that have `metric` in some layer, as numbers there."""
+    columns = list(layers_of(table.columns, metric).values())
+    return table.astype(dict.fromkeys(columns, float)).dropna(subset=columns, how="all") if columns else table.iloc[:0]
 
 
 @matplotlib.rc_context(RC)
@@ -60,11 +67,12 @@ def layer_trends(events: pd.DataFrame, metric: str) -> Figure:
 @matplotlib.rc_context(RC)
 def layer_profile(runs: pd.DataFrame) -> Figure:
     """The final value of every metric of `METRICS` that some run has, against the layer, a line a condition."""
-    found = {metric: layers_of(runs.columns, metric) for metric in METRICS if layers_of(runs.columns, metric)}
+    found = {metric: layers_of(runs.columns, metric) for metric in METRICS if len(known(runs, metric))}
     figure = Figure(figsize=(max(6.4, 3.6 * len(found)), _height(runs)), layout="constrained")
     for axes, (metric, columns) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
         _draw_conditions(axes, runs, list(columns.values()), list(columns))
         axes.set(xlabel="layer", ylabel=METRICS[metric])
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend(figure)
     return figure
 
@@ -75,7 +83,9 @@ def drop_by_position(runs: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(6.4, _height(runs)), layout="constrained")
     axes = figure.subplots()
     _draw_conditions(axes, runs, DECILES, list(range(1, 11)))
-    axes.set(xlabel="decile of the position in the sequence", ylabel="drop rate (share of assignments)")
+    axes.set(
+        xticks=range(1, 11), xlabel="decile of the position in the sequence", ylabel="drop rate (share of assignments)"
+    )
     axes.set_ylim(bottom=0)
     _legend(figure)
     return figure
@@ -96,7 +106,6 @@ def _draw_conditions(axes: Axes, runs: pd.DataFrame, columns: list[str], x: list
         reach = (means["mean"] - means["ci_low"]).fillna(0)  # below two seeds there is no interval
         label = f"{name} (n={means['n'].max()})"
         axes.errorbar(places, means["mean"], yerr=reach, fmt="", capsize=2, markersize=5, label=label, **style)
-    axes.set_xticks(x)
 
 
 def _height(runs: pd.DataFrame) -> float:
@@ -105,6 +114,7 @@ def _height(runs: pd.DataFrame) -> float:
 
 def _legend(figure: Figure) -> None:
     title = "small: one seed; large: mean over n seeds and its 95 % t interval"
-    handles, labels = figure.axes[0].get_legend_handles_labels()
+    drawn = [axes.get_legend_handles_labels() for axes in figure.axes]
+    handles = {label: handle for pair in drawn for handle, label in zip(*pair, strict=True)}
     style = {"ncols": 2, "fontsize": "small", "title_fontsize": "small"}
-    figure.legend(handles, labels, loc="outside lower center", title=title, **style)
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", title=title, **style)

@@ -42,7 +42,7 @@ def training(evidence: Evidence) -> Iterator[Block]:
 
 def routing(evidence: Evidence) -> Iterator[Block]:
     """Routing by layer, over training and at its end, and dropped tokens by position."""
-    yield from section("Routing by layer and position", _layers(evidence))
+    yield from section("Routing by layer and position", [*_layers(evidence), *_at_the_end(evidence)])
 
 
 def speed(evidence: Evidence) -> Iterator[Block]:
@@ -77,16 +77,14 @@ def _factor_figure(runs: pd.DataFrame, factors: list[str], metric: str) -> Figur
 def _forests(evidence: Evidence) -> Drawn:
     for metric in evidence.tested if len(evidence.contrasts) else []:
         rows = evidence.contrasts[evidence.contrasts["metric"] == metric].dropna(subset=["ci_low"])
-        name, caption = (
-            "contrasts_" + metric.replace("/", "_"),
-            f"Contrasts paired by seed, 95 % t intervals: {metric}.",
-        )
-        reason = f"{len(rows)} contrasts are too many" if len(rows) > FOREST else ""
-        yield (
-            name,
-            reason or ("no contrast has an interval" if rows.empty else figures.forest(rows, LABELS[metric])),
-            caption,
-        )
+        name = "contrasts_" + metric.replace("/", "_")
+        caption = f"Contrasts paired by seed, 95 % t intervals: {LABELS[metric]}."
+        if rows.empty:
+            yield name, "no contrast has an interval", caption
+        elif len(rows) > FOREST:
+            yield name, f"{len(rows)} contrasts are too many", caption
+        else:
+            yield name, figures.forest(rows, LABELS[metric]), caption
 
 
 def _curves(evidence: Evidence) -> Drawn:
@@ -99,33 +97,30 @@ def _curves(evidence: Evidence) -> Drawn:
 
 
 def _layers(evidence: Evidence) -> Drawn:
-    events = evidence.labelled(evidence.evals)
-    runs = evidence.runs.assign(condition=evidence.condition)
-    panels = evidence.condition.nunique()
-    for metric in layers.METRICS:
-        name, caption = (
-            f"layers_{metric.replace('/', '_')}",
-            f"{layers.METRICS[metric].capitalize()} of every layer over training.",
-        )
-        columns = list(layers.layers_of(events.columns, metric).values())
-        if not columns or not events[columns].notna().any(axis=None):
+    events, panels = evidence.labelled(evidence.evals), evidence.condition.nunique()
+    for metric, label in layers.METRICS.items():
+        name, caption = "layers_" + metric.replace("/", "_"), f"{label} of every layer over training."
+        seen = layers.known(events, metric)
+        if seen.empty:
             yield name, f"no evaluation has {metric} by layer", caption
         elif panels > layers.PANELS:
             yield name, f"{panels} conditions are too many", caption
         else:
-            seen = events.astype(dict.fromkeys(columns, float)).dropna(subset=columns, how="all")
             yield name, layers.layer_trends(seen, metric), caption
-    final = [column for metric in layers.METRICS for column in layers.layers_of(runs.columns, metric).values()]
-    caption = "Routing of every layer at the last evaluation."
-    absent = (
-        "" if len(final) and runs[final].notna().any(axis=None) else "no finished run has a routing metric by layer"
-    )
-    yield "layer_profile", evidence.too_many() or absent or layers.layer_profile(runs), caption
-    caption = (
-        "Share of assignments over capacity, by position in the sequence: a drop policy by position starves its end."
-    )
-    absent = "" if set(layers.DECILES) <= set(runs) else f"no run has {layers.DECILES[0]}"
-    yield "drop_by_position", evidence.too_many() or absent or layers.drop_by_position(runs), caption
+
+
+def _at_the_end(evidence: Evidence) -> Drawn:
+    runs = evidence.runs.assign(condition=evidence.condition)
+    name, caption = "layer_profile", "Routing of every layer at the last evaluation."
+    if all(layers.known(runs, metric).empty for metric in layers.METRICS):
+        yield name, "no finished run has a routing metric by layer", caption
+    else:
+        yield name, evidence.too_many() or layers.layer_profile(runs), caption
+    name, caption = "drop_by_position", "Share of assignments over capacity, by position in the sequence."
+    if not set(layers.DECILES) <= set(runs):
+        yield name, f"no run has {layers.DECILES[0]}", caption
+    else:
+        yield name, evidence.too_many() or layers.drop_by_position(runs), caption
 
 
 def _frontiers(evidence: Evidence) -> Drawn:

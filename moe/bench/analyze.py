@@ -98,10 +98,19 @@ def _routing(prefix: str, load: float, rng: np.random.Generator, *, layered: int
 
 def _record(folder: Path, router: str, capacity: float | None, seed: int) -> dict[str, Any]:
     model = {"dim": 128, "layers": LAYERS, "num_experts": 8}
-    config = {"seed": seed, "capacity": capacity, "router": {"_target_": f"moe.routers.{router}", "k": 2}}
+    config: dict[str, Any] = {
+        "seed": seed,
+        "capacity": capacity,
+        "router": {"_target_": f"moe.routers.{router}", "k": 2},
+    }
     config |= {"model": model, "optimizer": {f"key{i}": 0.1 for i in range(60)}}
     domains = {name: {"train": {"tokens": 10**6}, "val": {"tokens": 10**5}} for name in ("speech", "docs", "python")}
-    record = {"status": "finished", "experiment": folder.parent.name, "name": folder.name, "causal": True}
+    record: dict[str, Any] = {
+        "status": "finished",
+        "experiment": folder.parent.name,
+        "name": folder.name,
+        "causal": True,
+    }
     record |= {"choices": {"router": router}, "config": config, "parameters": {"total": 2 * 10**6, "active": 10**6}}
     record |= {"flops_per_token": 10**6, "seconds": 2.0, "train_seconds": 1.0, "commit": "0" * 40, "device": "cpu"}
     return record | {"data": {"corpus_sha256": "0" * 64, "domains": domains}}
