@@ -12,13 +12,13 @@ from moe.results import load
 from moe.specialisation.study import FILE, compare_seeds, study
 
 
-def main() -> int:
+def main(command: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m moe.specialisation", description=__doc__)
     parser.add_argument("folders", nargs="+", help="run folders or folders above them")
     parser.add_argument("--blocks", type=int, default=32, help="validation blocks to measure on (32)")
     parser.add_argument("--samples", type=int, default=64, help="tokens a layer whose other routes are tried (64)")
     parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(command)
     process.set_up(threads=arguments.threads)
     try:
         for name in ("blocks", "samples"):

@@ -52,8 +52,9 @@ def page(seen: Observation, tokenizer: PreTrainedTokenizerFast, *, domains: tupl
         texts.append(f'<div class="text">{"".join(spans)}</div>')
     note = "Colour: the expert with the largest gate weight, in the layer selected. Hover over a token for all of them."
     return (
-        f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{escape(title)}: tokens by expert</title>\n'
-        f"<style>\n{STYLE}{_rules(layers, experts)}</style></head>\n<body>\n<h1>{escape(title)}</h1>\n"
+        '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'
+        f"<title>{escape(title)}: tokens by expert</title>\n<style>\n{STYLE}{_rules(layers, experts)}</style></head>\n"
+        f"<body>\n<h1>{escape(title)}</h1>\n"
         f'<p class="note">{note}</p>\n{"".join(radios)}\n'
         f'<input type="checkbox" id="numbers"><label for="numbers">numbers</label>\n'
         f"<main>\n<ul>{legend}</ul>\n{''.join(texts)}\n</main>\n</body>\n</html>\n"

@@ -1,5 +1,6 @@
 """How settled routing is: along a run, and from seed to seed, whatever the experts are called."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ def churn(traces: list[Trace]) -> list[dict[str, Any]]:
     return [
         {"since": before.step, "step": after.step}
         | {name: 1 - value for name, value in overlap(before.chosen, after.chosen).items()}
-        for before, after in zip(traces, traces[1:], strict=False)
+        for before, after in itertools.pairwise(traces)
     ]
 
 

@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from moe import trace
-from moe.config import Config, DataConfig, is_free
+from moe.config import Config, DataConfig
 from moe.ingredients import prepare_data
-from moe.model import MoEForCausalLM
 from moe.record import sha256, write_json, write_text
 from moe.routing import Knobs
 from moe.specialisation import information, stability
