@@ -26,7 +26,7 @@ from moe.analysis.document import (
     Tally,
     Text,
 )
-from moe.analysis.evidence import gather
+from moe.analysis.evidence import Wishes, gather
 from moe.analysis.figures import factor_plot, forest, learning_curves, noise_lb
 from moe.analysis.layers import drop_by_position, layer_profile, layer_trends
 from moe.analysis.provenance import differences
@@ -114,7 +114,7 @@ def published(tmp_path: Path) -> Path:
 
 
 def test_the_published_runs_give_the_published_verdicts(published: Path, tmp_path: Path) -> None:
-    text = write_report(load([published]), tmp_path / "out", references={"lb": 0.01}).read_text()
+    text = write_report(load([published]), tmp_path / "out", Wishes(references={"lb": 0.01})).read_text()
     assert (
         "noise 0.1 vs 0.0 at lb=0.01: +1.15 perplexity [0.967, 1.34], p=0.0014 (Holm 0.0085), n=3: **worse**\n" in text
     )
@@ -189,7 +189,7 @@ def test_the_table_of_what_was_run_counts_every_status(tmp_path: Path) -> None:
         (folder / "run.json").write_text(json.dumps(record | {"error": error}))
     (tmp_path / "x" / "sweep.json").write_text(json.dumps({"cells": ["noise=0.0,seed=9"]}))
     write_run(tmp_path / "y" / "noise=0.0,seed=1", {"val/loss": 1.0}, seed=1, noise=0.0)
-    blocks = list(what_was_run(gather(load([tmp_path]))))
+    blocks = list(what_was_run(gather(load([tmp_path]))[0]))
     assert [(name, n) for block in blocks if isinstance(block, Tally) for name, n, _ in block.parts] == [
         *(("finished", 3), ("missing", 1), ("failed", 1), ("diverged", 1), ("interrupted", 1), ("running", 1)),
         ("unreadable", 0),
@@ -331,7 +331,7 @@ def test_every_router_says_whether_it_is_causal(tmp_path: Path) -> None:
                 "val/perplexity": 3.0 + 0.1 * seed * causal,
             }
             write_run(tmp_path / "r" / f"{causal},{seed}", metrics, causal=causal, seed=seed)
-    text = write_report(load([tmp_path / "r"]), tmp_path / "out", references={"router": "topk"}).read_text()
+    text = write_report(load([tmp_path / "r"]), tmp_path / "out", Wishes(references={"router": "topk"})).read_text()
     assert "| expert_choice (causal: no) | 3 | 3 |" in text
     assert "router expert_choice (causal: no) vs topk (causal: yes): -0.2 perplexity" in text
     assert "factors_routing_load_cv_pooled: not drawn, no run has routing/load_cv/pooled" in text

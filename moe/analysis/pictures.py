@@ -1,20 +1,49 @@
 """Sections of figures: each yields its figures by name, or a line with the reason why one cannot be drawn."""
 
+import json
 from collections.abc import Iterable, Iterator
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from moe.analysis import figures, layers
-from moe.analysis.document import Block, Bullets, Heading, Picture
+from moe.analysis.document import Attachment, Block, Bullets, Heading, Picture
 from moe.analysis.evidence import TESTED, Evidence
+from moe.analysis.specialisation import gradients as draw_gradients
+from moe.analysis.specialisation import specialisation_figures
 from moe.analysis.statistics import name_cell
 from moe.analysis.style import LABELS
+from moe.analysis.temperature import TEMPERATURE
+from moe.analysis.temperature_figures import temperature_figures
+from moe.analysis.temperature_reports import specialization_report, summary_report
 from moe.frontier import STEMS, measured
+from moe.results import ABSENT
 from moe.summaries import conditions, varied_factors
 
 Drawn = Iterator[tuple[str, Figure | str, str]]  # name, figure or reason, caption
 FOREST = 40  # contrasts of one figure
+PULLS = ["grad_norm/router", "grad_norm/experts", "update/router", "update/experts"]
+TEMPERED = {
+    "temperature_ablation_comprehensive": "Loss, accuracy and entropy by temperature, over training and at its end.",
+    "routing_dynamics": "Entropy, confidence and balance over training, by temperature.",
+    "expert_utilization": "Share of assignments of each expert, by temperature.",
+    "schedule_comparison": "Schedules of the temperature beside each other.",
+    "expert_utilization_analysis": "Inequality of expert load against temperature.",
+    "entropy_analysis": "Router entropy over training, and how fast it changes.",
+}
+SPECIALISED = {
+    "expert_domains": "Share of a domain's assignments that an expert gets, relative to an even share.",
+    "specialisation_information": "What domain and token id say about experts, beside shuffled routing.",
+    "specialisation_stability": "How soon choices settle, how many change, and whether seeds agree.",
+    "expert_knockouts": "Rise of the loss without an expert, beside a null matched by load.",
+    "expert_importance": "Rise of the loss without an expert against its load.",
+    "route_regret": "What the best of sampled routes would have saved a token.",
+    "router_landscape": "Loss and changed choices along directions in the routers' weights.",
+    "expert_keywords": "Tokens that mark an expert, by TF-IDF.",
+    "expert_embeddings": "Experts by their outputs on shared tokens, in two dimensions.",
+    "expert_positions": "Experts by position in the sequence.",
+    "expert_coactivation": "Tokens that two experts share, relative to chance.",
+}
 
 
 def section(title: str, drawn: Iterable[tuple[str, Figure | str, str]]) -> Iterator[Block]:
@@ -48,6 +77,34 @@ def routing(evidence: Evidence) -> Iterator[Block]:
 def speed(evidence: Evidence) -> Iterator[Block]:
     """Experiments A and C: quality against speed, for those that are among the runs."""
     yield from section("Quality against speed", _frontiers(evidence))
+
+
+def gradients(evidence: Evidence) -> Iterator[Block]:
+    """How routers and experts are pulled, and how far a step moves them."""
+    trains = evidence.labelled(evidence.trains(PULLS))
+    drawn = evidence.too_many() or ("" if set(PULLS) <= set(trains) else f"no run has {', '.join(PULLS)}")
+    caption = "Gradient norms, and what a step changes relative to what was there, of routers and of experts."
+    yield from section("Gradients", [("gradients", drawn or draw_gradients(trains), caption)])
+
+
+def specialisation(evidence: Evidence) -> Iterator[Block]:
+    """What experts do, from what `python -m moe.specialisation` left in the run folders."""
+    drawn = specialisation_figures(evidence.runs)
+    yield from section("Specialisation", ((name, figure, SPECIALISED.get(name, "")) for name, figure in drawn))
+
+
+def temperature(evidence: Evidence) -> Iterator[Block]:
+    """The temperature study: its figures and reports, under its names, where routers have a temperature."""
+    runs = evidence.runs
+    if TEMPERATURE not in runs or (runs[TEMPERATURE].fillna(ABSENT) == ABSENT).all():
+        return
+    drawn = temperature_figures(runs, evidence.evals, evidence.trains(["train/load_balance"]))
+    yield from section("Temperature", ((name, figure, TEMPERED.get(name, "")) for name, figure in drawn))
+    for report in (summary_report, specialization_report):
+        content = json.dumps(report(runs, evidence.evals), indent=1, allow_nan=False) + "\n"
+        yield Attachment(
+            f"{report.__name__}.json", content, "the temperature study's own summary, with n and intervals."
+        )
 
 
 def _factors(evidence: Evidence) -> Drawn:

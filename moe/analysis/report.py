@@ -1,35 +1,44 @@
 """The report: what was run, what it says and how sure one may be, as report.md and report.html with files beside them.
 
-A section is a function from the evidence to blocks; a new one is a line in `SECTIONS`.
+A section is a function from the evidence to blocks; a new one is a line in one of the tuples of sections.
 """
 
 import io
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
 from moe.analysis import accounts, pictures, provenance, verdicts
-from moe.analysis.document import Attachment, Block, Details, Heading, Picture, as_markdown
-from moe.analysis.evidence import Evidence, gather
+from moe.analysis.document import Attachment, Block, Details, Heading, Picture, Table, as_markdown
+from moe.analysis.evidence import Evidence, Wishes, gather
 from moe.analysis.page import element, page
+from moe.analysis.replay import replay
 from moe.analysis.tables import harmless
 from moe.record import write_text
+from moe.summaries import levels
 
 Section = Callable[[Evidence], Iterable[Block]]
-SECTIONS: tuple[Section, ...] = (
-    accounts.what_was_run,
+BEFORE: tuple[Section, ...] = (accounts.what_was_run,)
+OF_EACH_EXPERIMENT: tuple[Section, ...] = (
+    verdicts.planned,
     verdicts.post_hoc,
+    verdicts.floor,
     pictures.effects,
     verdicts.conditions,
     verdicts.contrasts,
     verdicts.variance,
     pictures.training,
+    pictures.gradients,
     pictures.routing,
     pictures.speed,
+    pictures.specialisation,
+)
+AFTER: tuple[Section, ...] = (
+    pictures.temperature,
     provenance.causality,
     provenance.configuration,
     provenance.data,
@@ -37,15 +46,43 @@ SECTIONS: tuple[Section, ...] = (
 )
 
 
-def write_report(runs: pd.DataFrame, out: Path | str, *, references: dict[str, Any] | None = None) -> Path:
+def write_report(runs: pd.DataFrame, out: Path | str, wishes: Wishes | None = None) -> Path:
     """Write report.md, report.html, their figures and tables into `out` and return the path of report.md.
 
-    `runs` is what `moe.results.load` returns; `references` names the level that a factor's others are compared with.
+    `runs` is what `moe.results.load` returns. Of several experiments each has a part of the report and a folder.
     """
-    evidence = gather(runs, references=references)
-    experiments = [str(name) for name in sorted(runs["experiment"].dropna().unique())]
-    title = f"Report: {', '.join(experiments[:3])}" + (f" and {len(experiments) - 3} more" if experiments[3:] else "")
-    return write(title, (block for section in SECTIONS for block in section(evidence)), Path(out))
+    whole, *parts = gather(runs, wishes)
+    names = levels(runs["experiment"])
+    title = f"Report: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if names[3:] else "")
+    blocks = [_blocks(BEFORE, whole), _blocks(OF_EACH_EXPERIMENT, whole), _blocks(AFTER, whole)]
+    if parts:
+        blocks[1] = itertools.chain(*map(_part, names, parts))
+    return write(title, itertools.chain(*blocks), Path(out))
+
+
+def write_replay(out: Path | str) -> Path:
+    """The same for the sources' own numbers: what they published, recomputed and judged."""
+    again = replay()
+    blocks: list[Block] = [Heading("Sentences of the sources"), Table(again.sentences)]
+    for name, table in again.tables.items():
+        blocks += [Heading(name), Table(table), Attachment(f"{name}.csv", table.to_csv(index=False), "this table.")]
+    return write("Replay of the published numbers", blocks, Path(out))
+
+
+def _blocks(sections: Iterable[Section], evidence: Evidence) -> Iterator[Block]:
+    return itertools.chain.from_iterable(section(evidence) for section in sections)
+
+
+def _part(name: str, evidence: Evidence) -> Iterator[Block]:
+    """The sections of one experiment, a level further down, their files in a folder of its own."""
+    yield Heading(name)
+    for block in _blocks(OF_EACH_EXPERIMENT, evidence):
+        if isinstance(block, Heading):
+            yield block._replace(level=block.level + 1)
+        elif isinstance(block, Picture | Attachment):
+            yield block._replace(name=f"{name}/{block.name}")
+        else:
+            yield block
 
 
 def write(title: str, blocks: Iterable[Block], out: Path) -> Path:
@@ -54,6 +91,8 @@ def write(title: str, blocks: Iterable[Block], out: Path) -> Path:
     headings, texts, elements = [], [f"# {harmless(title)}"], []
     for block in blocks:
         for leaf in block.blocks if isinstance(block, Details) else [block]:
+            if isinstance(leaf, Attachment | Picture):
+                (out / leaf.name).parent.mkdir(parents=True, exist_ok=True)
             if isinstance(leaf, Attachment):
                 write_text(out / leaf.name, leaf.content)
             elif isinstance(leaf, Picture):

@@ -7,9 +7,12 @@ from textwrap import shorten
 import pandas as pd
 
 from moe.analysis.accounts import listed
+from moe.analysis.claims import evidence as in_words
+from moe.analysis.claims import planned as claims_of
+from moe.analysis.claims import post_hoc as not_claimed
 from moe.analysis.document import Attachment, Block, Bullets, Heading, Table, Text
 from moe.analysis.evidence import TESTED, Evidence, stack
-from moe.analysis.statistics import anova, with_intervals
+from moe.analysis.statistics import anova, noise_floor, with_intervals
 from moe.summaries import spread_table, summary
 
 STANDINGS = AFTER, BEFORE, UNDECIDED = (
@@ -17,28 +20,60 @@ STANDINGS = AFTER, BEFORE, UNDECIDED = (
     "A direction, but not after Holm's correction",
     "Undecided",
 )
+CLAIMS_EXPLAINED = """\
+Written down in the experiment's yaml, and so in every run's record, before its first step. A difference is taken within
+a seed, over all combinations of the other factors; the verdict asks whether p, Holm-corrected over these claims, is at
+most 5 %. Everything else in this report is post hoc."""
+FLOOR_EXPLAINED = """\
+Runs that differ in the seed alone: sample standard deviation (ddof=1) with its 95 % chi-square interval, and the
+smallest true difference that an unpaired t test over so many seeds on either side finds with power 0.8."""
 CONTRASTS_EXPLAINED = """\
 `difference` is level minus reference over paired seeds, with its 95 % t interval and p of the paired t test; `p Holm`
 is corrected over all contrasts of the metric; `d_z` is the difference in standard deviations (ddof=1) of the paired
 differences; `p Welch` ignores the pairing; `p sign-flip` is exact up to 16 seeds and can never go below `smallest p
 sign-flip`, however large the effect; `detectable` is the smallest true difference that this many seeds, spread as they
-are, show with power 0.8."""
+are, show with power 0.8; `p BH` is corrected for the false discovery rate (Benjamini-Hochberg); `p TOST`, for a metric
+with a `--margin`, is that of two one-sided tests that the difference is smaller than the margin."""
+
+
+def planned(evidence: Evidence) -> Iterator[Block]:
+    """What was claimed before the runs, each claim with its verdict."""
+    if evidence.claims.empty:
+        return
+    judged = evidence.claims
+    yield Heading("Planned claims")
+    yield Text(CLAIMS_EXPLAINED)
+    sentences = [
+        f"{row['claim']} ({row['source']}): **{row['verdict']}**; {in_words(row)}" for _, row in judged.iterrows()
+    ]
+    yield Bullets(sentences)
+    yield _csv("claims", judged, "every claim with its numbers.")
 
 
 def post_hoc(evidence: Evidence) -> Iterator[Block]:
-    """Every contrast as a sentence, the most certain ones first."""
+    """Every contrast that no claim is about as a sentence, the most certain ones first."""
     yield Heading("Verdicts")
     if evidence.contrasts.empty:
         yield Text("None: no factor varies among runs with results.")
         return
+    unclaimed = not_claimed(evidence.contrasts, [claim for claim, _ in claims_of(evidence.loaded)])
     yield Text("Contrasts of every level with its reference, post hoc: nobody wrote them down before the runs.")
     sentences: dict[str, list[str]] = {}
-    for _, contrast in evidence.contrasts.iterrows():
+    for _, contrast in unclaimed.iterrows():
         sentences.setdefault(_standing(contrast), []).append(verdict(contrast))
     for standing in STANDINGS:
         if standing in sentences:
-            yield Text(f"**{standing}**: {len(sentences[standing])} of {len(evidence.contrasts)} contrasts.")
+            yield Text(f"**{standing}**: {len(sentences[standing])} of {len(unclaimed)} contrasts.")
             yield from listed(sentences[standing])
+
+
+def floor(evidence: Evidence) -> Iterator[Block]:
+    """How far runs differ by luck alone, where nothing but the seed varies."""
+    seeds = evidence.runs["seed"].nunique() if "seed" in evidence.runs else 0
+    if not evidence.factors and seeds > 1 and evidence.metrics:
+        yield Heading("Noise floor")
+        yield Text(FLOOR_EXPLAINED)
+        yield Table(noise_floor(evidence.runs, evidence.metrics))
 
 
 def _standing(contrast: pd.Series) -> str:
@@ -61,6 +96,8 @@ def verdict(contrast: pd.Series) -> str:
         return f"{claim}, n={c['n']}: **undecided**{note}"
     standing = _standing(c)
     evidence = f"[{c['ci_low']:.3g}, {c['ci_high']:.3g}], p={c['p']:.2g} (Holm {c['p Holm']:.2g}), n={c['n']}"
+    if standing == UNDECIDED and pd.notna(c.get("p TOST Holm")) and c["equivalent"]:
+        return f"{claim} {evidence}: **equivalent** within {c['margin']:.3g} (TOST, Holm {c['p TOST Holm']:.2g}){note}"
     if standing == UNDECIDED:
         seen = f"the smallest effect these seeds could have seen (power 0.8) is {c['detectable']:.2g}"
         return f"{claim} {evidence}: **undecided**, {seen}{note}"
