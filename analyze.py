@@ -12,9 +12,8 @@ def main() -> int:
     add = parser.add_argument
     add("folders", nargs="*", default=["multirun"], help="run folders or folders above them (multirun)")
     add("--out", type=Path, default=Path("analysis"), help="folder for the report (analysis)")
-    wish: dict[str, Any] = {"action": "append", "default": [], "type": _pair}
-    add("--reference", metavar="FACTOR=LEVEL", help="compare levels with this one, such as lb=0.01", **wish)
-    add("--margin", metavar="METRIC=SIZE", help="what counts as equal, such as val/perplexity=1%%", **wish)
+    add("--reference", action="append", default=[], metavar="FACTOR=LEVEL", help="compare levels with this one")
+    add("--margin", action="append", default=[], metavar="METRIC=SIZE", help="count as equal: val/perplexity=1%%")
     add("--replay", action="store_true", help="judge the published numbers of the sources instead of runs")
     arguments = parser.parse_args()
 
@@ -29,7 +28,8 @@ def main() -> int:
             report = write_replay(arguments.out)
         else:
             runs = load(arguments.folders)
-            report = write_report(runs, arguments.out, Wishes(dict(arguments.reference), dict(arguments.margin)))
+            wishes = Wishes(*(dict(map(_pair, texts)) for texts in (arguments.reference, arguments.margin)))
+            report = write_report(runs, arguments.out, wishes)
             print(console_table(runs))
     except ValueError as error:
         print(f"analyze: {error}", file=sys.stderr)
@@ -38,10 +38,10 @@ def main() -> int:
     return 0
 
 
-def _pair(text: str) -> tuple[str, object]:
+def _pair(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
-        raise argparse.ArgumentTypeError(f"{text}: write NAME=VALUE, such as lb=0.01")
+        raise ValueError(f"{text}: write NAME=VALUE, such as lb=0.01")
     try:
         return name, json.loads(value)
     except ValueError:

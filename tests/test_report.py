@@ -154,6 +154,36 @@ def test_the_published_runs_give_the_published_verdicts(published: Path, tmp_pat
         assert all((side == 1).all() for side in edge), "nothing is cut off at the border"
 
 
+def test_claims_margins_and_several_experiments(published: Path, tmp_path: Path) -> None:
+    """Claims of the records are planned, all other contrasts post hoc; each experiment is judged by itself."""
+    claim = {"text": "noise hurts", "metric": "val/perplexity", "factor": "noise", "levels": [0.5], "than": [0.0]}
+    for path in published.glob("*/run.json"):
+        record = json.loads(path.read_text())
+        record["config"]["claims"] = [claim | {"kind": "higher", "source": "us"}]
+        path.write_text(json.dumps(record))
+    for seed in (42, 43, 44):  # a condition of the other experiment again
+        metrics = {"val/perplexity": 130.0 + seed, "val/loss": 4.9 + seed / 100}
+        write_run(tmp_path / "multirun" / "floor" / f"seed={seed}", metrics, seed=seed, noise=0.0, lb=0.0)
+    wishes = Wishes(references={"lb": 0.01}, margins={"val/perplexity": "3%"})
+    text = write_report(load([tmp_path / "multirun"]), tmp_path / "out", wishes).read_text()
+    assert "- noise hurts (us): **supported**; noise 0.5 vs 0.0: 144.3 vs 130.4 (+10.7%)" in text
+    assert "noise 0.5 vs 0.0 at lb=0.0: " not in text.split("Post hoc")[0].split("load CV")[0]
+    assert "lb 0.0 vs 0.01 at noise=0.0: +0.307 perplexity [-1.72, 2.33], p=0.58 (Holm 1), n=3: **equivalent**" in text
+    assert "### Noise floor" in text
+    assert "![noise_lb_seed/noise_lb](noise_lb_seed/noise_lb.png)" in text
+    assert (tmp_path / "out" / "noise_lb_seed" / "claims.csv").is_file()
+    assert not (tmp_path / "out" / "floor" / "claims.csv").exists()
+
+
+def test_the_sources_own_numbers_are_replayed(tmp_path: Path) -> None:
+    done = analyze("--replay", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "analysis" / "report.md").read_text()
+    assert "| supported |" in text
+    assert "| contradicted |" in text
+    assert (tmp_path / "analysis" / "noise_contrasts.csv").is_file()
+
+
 def test_every_run_is_accounted_for(published: Path, tmp_path: Path) -> None:
     write_run(published / "lb=0.0,noise=0.1,seed=45", {}, status="failed", seed=45, noise=0.1, lb=0.0)
     write_run(published / "lb=0.0,noise=0.5,seed=45", {"val/perplexity": math.inf}, seed=45, noise=0.5, lb=0.0)
@@ -232,7 +262,8 @@ def test_nothing_in_the_data_becomes_markup(tmp_path: Path) -> None:
     assert "](javascript" not in text
     page = Page(tmp_path / "out")
     assert {"script", "iframe", "object", "link", "base"}.isdisjoint(page.tags)
-    assert page.tags.count("img") == len(list((tmp_path / "out").glob("*.png")))
+    assert page.tags.count("img") == len(list((tmp_path / "out").rglob("*.png")))
+    assert {path.name for path in tmp_path.iterdir()} == {"x", "out"}, "nothing is written elsewhere"
     assert page.tags.count("style") == 1
     assert not [name for name in page.attributes if name.startswith("on")]
     assert "<script>alert(1)</script>" in page.text, "shown as text"
@@ -393,7 +424,7 @@ def test_the_command_prints_the_table_and_where_the_report_lies(published: Path,
     done = analyze(cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "18 of 18 runs finished" in done.stdout
-    assert done.stdout.endswith("report: analysis/report.md\n")
+    assert done.stdout.endswith("report: analysis/report.md and analysis/report.html\n")
     assert (tmp_path / "analysis" / "report.md").is_file()
 
 
@@ -401,7 +432,16 @@ def test_the_command_prints_the_table_and_where_the_report_lies(published: Path,
     ("arguments", "complaint"),
     [
         (["multirn"], "analyze: no folder multirn; the nearest is multirun\n"),
-        (["--reference", "lb"], "analyze: --reference lb: write FACTOR=LEVEL, such as lb=0.01\n"),
+        (["--reference", "lb"], "analyze: lb: write NAME=VALUE, such as lb=0.01\n"),
+        (["--reference", "depth=7"], "analyze: reference depth=7: varied factors are lb, noise\n"),
+        (
+            ["--margin", "val/loss=1%"],
+            "analyze: margin val/loss=1%: tested metrics are val/perplexity, routing/load_cv/pooled\n",
+        ),
+        (
+            ["--margin", "val/perplexity=-1"],
+            "analyze: margin -1: must be positive, in units of val/perplexity or a text such as 1%\n",
+        ),
         (["--reference", "lb=7"], "analyze: reference lb=7: allowed are 0.0, 0.01\n"),
     ],
 )

@@ -5,6 +5,7 @@ A section is a function from the evidence to blocks; a new one is a line in one 
 
 import io
 import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -76,11 +77,12 @@ def _blocks(sections: Iterable[Section], evidence: Evidence) -> Iterator[Block]:
 def _part(name: str, evidence: Evidence) -> Iterator[Block]:
     """The sections of one experiment, a level further down, their files in a folder of its own."""
     yield Heading(name)
+    folder = re.sub(r"[^\w-]+", "_", name)  # whatever a record calls itself, files stay below the report
     for block in _blocks(OF_EACH_EXPERIMENT, evidence):
         if isinstance(block, Heading):
             yield block._replace(level=block.level + 1)
         elif isinstance(block, Picture | Attachment):
-            yield block._replace(name=f"{name}/{block.name}")
+            yield block._replace(name=f"{folder}/{block.name}")
         else:
             yield block
 
