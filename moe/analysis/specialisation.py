@@ -78,7 +78,7 @@ def stability(runs: list[Studied]) -> Figure:
     left, middle, right = figure.subplots(1, 3)
     _by_step(left, runs, "saturation")
     _by_step(middle, runs, "churn")
-    agreeing = [run for run in runs if run.found["seed_agreement"]]
+    agreeing = [run for run in runs if run.found.get("seed_agreement")]
     _by_layer(right, agreeing, _agreement)
     left.set_ylabel("saturation: agreement with the last trace (κ)")
     middle.set_ylabel("churn: 1 - κ with the trace before")
