@@ -180,7 +180,7 @@ def _noise_study(runs: pd.DataFrame) -> pd.DataFrame:
     """The finished runs under the noise study's own column names; "best" is over a run's evaluations, as there."""
     runs = runs[runs["status"] == "finished"]
     best = [
-        history([folder]).events.get("val/loss", pd.Series(dtype=float)).astype(float).min()
+        history([folder], columns=["val/loss"]).events.get("val/loss", pd.Series(dtype=float)).astype(float).min()
         for folder in runs["folder"]
     ]
     with np.errstate(over="ignore"):  # a diverged run has an infinite perplexity

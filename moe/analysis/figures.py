@@ -4,6 +4,7 @@ Every seed is a point, intervals are 95 % t intervals of the mean over seeds, an
 """
 
 import math
+from textwrap import shorten
 
 import matplotlib
 import pandas as pd
@@ -141,6 +142,35 @@ def capacity_lines(rows: pd.DataFrame, column: str) -> Figure:
     axes.set_ylabel(LABELS[column])
     axes.set_ylim(bottom=0)
     _legend(figure, axes, f"random routing of {rows['num_tokens'].iloc[0]:,} tokens, {rows['device'].iloc[0]}")
+    return figure
+
+
+@matplotlib.rc_context(RC)
+def forest(contrasts: pd.DataFrame, label: str) -> Figure:
+    """Differences of contrasts with their 95 % t intervals, a row each; filled where Holm's correction leaves p < 0.05.
+
+    `contrasts` are rows of `moe.analysis.statistics.contrasts` with an interval, all of the metric named `label`.
+    """
+    names = [
+        f"{c.factor} {c.level} vs {c.reference}" + (f" at {c.within}" if c.within else "") + f" (n={c.n})"
+        for c in contrasts.itertuples()
+    ]
+    names = [shorten(name, 90, placeholder=" …") for name in names]
+    figure = Figure(figsize=(8.4, 1.4 + 0.28 * len(contrasts)), layout="constrained")
+    axes = figure.subplots()
+    for row, (_, c) in enumerate(contrasts.iterrows()):
+        clear = c["ci_low"] > 0 or c["ci_high"] < 0
+        color = PALETTE[1 if c["difference"] > 0 else 0] if clear else PALETTE[7]
+        fill = color if c["p Holm"] < 0.05 else "white"
+        axes.plot([c["ci_low"], c["ci_high"]], [row, row], color=color, linewidth=2)
+        axes.plot(c["difference"], row, "o", color=color, markerfacecolor=fill, markersize=7)
+    axes.axvline(0, color="black", linewidth=1)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.grid(visible=False, axis="y")
+    figure.supxlabel(
+        f"difference in {label}, with its 95 % t interval; filled: p < 0.05 after Holm's correction", fontsize="medium"
+    )
     return figure
 
 
