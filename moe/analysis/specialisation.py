@@ -78,8 +78,8 @@ def stability(runs: list[Studied]) -> Figure:
     left, middle, right = figure.subplots(1, 3)
     _by_step(left, runs, "saturation")
     _by_step(middle, runs, "churn")
-    agreeing = [run for run in runs if run.found["seed_agreement"]]
-    _by_layer(right, agreeing, _agreement)
+    agreeing = [run for run in runs if run.found.get("seed_agreement")]
+    _by_pair(right, agreeing)
     left.set_ylabel("saturation: agreement with the last trace (κ)")
     middle.set_ylabel("churn: 1 - κ with the trace before")
     right.set_ylabel("agreement with other seeds, matched (κ)")
@@ -87,8 +87,10 @@ def stability(runs: list[Studied]) -> Figure:
         right.set_title("no two runs differ in their seed only", fontsize="small")
     left.set_ylim(None, 1.03)
     middle.set_ylim(0, None)
-    note = "κ: 1 the same, 0 as shuffled tokens with these loads; left and middle: thin one run, thick mean over layers"
-    _legend(figure, left, f"{note} and runs")
+    right.set_ylim(min(0, right.get_ylim()[0]), None)
+    scale = "κ: 1 the same, 0 as shuffled tokens with these loads"
+    marks = "left, middle: mean over layers, thin a run, thick all; right: small a pair of seeds, large their mean"
+    _legend(figure, left, f"{scale};\n{marks}")
     return figure
 
 
@@ -281,10 +283,18 @@ def _by_step(axes: Axes, runs: list[Studied], name: str) -> None:
     axes.set_xlabel("optimizer step")
 
 
-def _agreement(found: dict[str, Any]) -> list[float | None]:
-    """κ with the other seeds of the condition, the mean over them, by layer."""
-    table = [[layer["kappa"] for layer in other["layers"]] for other in found["seed_agreement"]]
-    return np.array(table, dtype=float).mean(0).tolist()
+def _by_pair(axes: Axes, runs: list[Studied]) -> None:
+    """κ of each pair of seeds, and their mean without an interval: pairs that share a seed are not independent."""
+    styled = list(_styled(runs))
+    for index, (style, _, members) in enumerate(styled):
+        others = [other for run in members for other in run.found["seed_agreement"] if other["seed"] > run.seed]
+        pairs = np.array([[layer["kappa"] for layer in other["layers"]] for other in others], dtype=float)
+        x = np.arange(pairs.shape[-1]) + 0.7 * ((index + 0.5) / len(styled) - 0.5)
+        axes.plot(x, pairs.T, style["marker"], color=style["color"], markersize=3, alpha=0.6)
+        axes.plot(x, pairs.mean(0), style["marker"], color=style["color"], markersize=7, markeredgecolor="white")
+    axes.set_xlabel("layer")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(visible=False, axis="x")
 
 
 def _vocabulary(found: dict[str, Any], name: str) -> list[float | None]:
