@@ -1,5 +1,6 @@
 """Interventions: they change what they say, nothing else, and leave the model as it was."""
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,10 +12,9 @@ from torch import Tensor
 from moe.data import Prepared
 from moe.ingredients import build_model, prepare_data
 from moe.model import MoEForCausalLM
-from moe.routers.base import Router
-from moe.routing import Context, Knobs, Routing
+from moe.routing import Knobs, Routing
 from moe.specialisation.geometry import expert_outputs
-from moe.specialisation.interventions import altered, removed, rerouted, swapped
+from moe.specialisation.interventions import Change, altered, removed, rerouted, swapped
 from moe.specialisation.knockout import bootstrap, knockouts, rank_correlation
 from moe.specialisation.landscape import DISTANCES, landscape, moved
 from moe.specialisation.observation import Observation, blocks, next_token_nats, observe
@@ -22,18 +22,6 @@ from moe.specialisation.regret import route_regret
 
 KNOBS = Knobs.of()
 BLOCKS = 5
-
-
-class Fixed(Router):
-    """Every token takes the same experts, each with its own weight."""
-
-    def __init__(self, experts: tuple[int, ...], *, dim: int = 32) -> None:
-        super().__init__(dim, 4)
-        self.taken = experts
-
-    def forward(self, x: Tensor, context: Context) -> Routing:
-        expert = torch.tensor(self.taken).expand(len(x), -1)
-        return Routing.token_choice(expert, torch.linspace(0.8, 0.4, len(self.taken)).expand(len(x), -1))
 
 
 @pytest.fixture
@@ -61,9 +49,14 @@ def seen(model: MoEForCausalLM, data: Prepared) -> Observation:
     return observe(model, *blocks(data, BLOCKS), KNOBS)
 
 
-def with_router(model: MoEForCausalLM, layer: int, router: Router) -> Any:
-    """A context in which a layer has another router."""
-    return altered(model.moe_layers[layer], lambda routing, x: router(x, Context(torch.zeros(1, len(x)).long(), KNOBS)))
+def all_to(expert: int) -> Change:
+    """Every token takes the same expert, with weight 0.8, whatever its router says."""
+
+    def change(routing: Routing, x: Tensor) -> Routing:
+        token = torch.arange(len(x))
+        return routing._replace(token=token, expert=torch.full_like(token, expert), weight=torch.full((len(x),), 0.8))
+
+    return change
 
 
 def random_routing(tokens: int = 50, experts: int = 6, k: int = 3, *, logits: bool = True) -> Routing:
@@ -133,7 +126,7 @@ def test_swapped_tokens_take_the_new_experts_with_the_heaviest_first_and_others_
 def test_without_the_only_expert_a_layer_adds_nothing(model: MoEForCausalLM, data: Prepared) -> None:
     ids, domain = blocks(data, BLOCKS)
     layer = model.moe_layers[1]
-    with with_router(model, 1, Fixed((2,))):
+    with altered(model.moe_layers[1], all_to(2)):
         inner = layer.router
         found = knockouts(model, observe(model, ids, domain, KNOBS), KNOBS)["zeroed"]
         assert layer.router is inner
@@ -204,7 +197,7 @@ def test_with_equal_experts_no_route_is_regretted(model: MoEForCausalLM, data: P
 
 def test_regret_of_one_expert_a_token_is_that_of_trying_every_expert(model: MoEForCausalLM, data: Prepared) -> None:
     ids, domain = blocks(data, 1)
-    with with_router(model, 0, Fixed((1,))):
+    with altered(model.moe_layers[0], all_to(1)):
         observed = observe(model, ids, domain, KNOBS)
         [found, _] = route_regret(model, observed, KNOBS, samples=1)
         position = int(np.random.default_rng(0).integers(observed.ids.shape[1] - 1, size=(1, 1)))
@@ -242,7 +235,7 @@ def test_the_landscape_at_distance_zero_is_the_loss_and_the_gradient_points_uphi
 def test_moving_weights_is_relative_to_their_norm_and_undone_even_after_an_error() -> None:
     weight = torch.randn(3, 5)
     before = weight.clone()
-    with pytest.raises(KeyError), moved([weight], [torch.randn(3, 5)], -0.5):
+    with contextlib.suppress(KeyError), moved([weight], [torch.randn(3, 5)], -0.5):
         assert (weight - before).norm() == pytest.approx(0.5 * before.norm().item(), rel=1e-5)
         raise KeyError
     assert torch.equal(weight, before)

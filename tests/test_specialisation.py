@@ -1,5 +1,6 @@
 """Specialisation: the oracles of every count, settled routing, and what a studied run leaves behind."""
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -7,9 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from moe.analysis.specialisation import specialisation_figures
+from moe.results import load
 from moe.run import run
 from moe.specialisation.__main__ import main
 from moe.specialisation.geometry import projections
@@ -247,6 +251,10 @@ def test_a_studied_run_has_its_numbers_and_its_page_and_is_not_studied_twice(cel
     last = np.load(sorted((cells[0].folder / "trace").glob("*.npz"))[-1])["shape"]
     assert np.shape(first["load"]) == (last[0], last[2])
 
+    for figure in dict(specialisation_figures(load([tmp_path]))).values():
+        assert isinstance(figure, Figure)
+        figure.savefig(io.BytesIO(), dpi=20)
+
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/specialisation.json")}
     assert main(command) == 0
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/specialisation.json")}
@@ -255,6 +263,15 @@ def test_a_studied_run_has_its_numbers_and_its_page_and_is_not_studied_twice(cel
     changed = json.loads((cells[0].folder / "specialisation.json").read_text())
     assert changed["asked"]["model_sha256"] == second["asked"]["model_sha256"]
     assert changed["load"] == second["load"]
+
+
+def test_without_studies_the_reason_stands_for_the_figures(cell: Any) -> None:
+    made = cell()
+    made.folder.mkdir(parents=True)
+    (made.folder / "run.json").write_text(json.dumps({"status": "running", "config": {"seed": 1}, "choices": {}}))
+    assert list(specialisation_figures(load([made.folder]))) == [
+        ("specialisation", "no run has a specialisation.json: run python -m moe.specialisation FOLDER")
+    ]
 
 
 def test_a_command_that_cannot_be_done_is_refused_in_one_line(tmp_path: Path, capsys: Any) -> None:

@@ -65,8 +65,9 @@ def knockouts(runs: list[Studied]) -> Figure:
             axes.axhline(0, color="black", linewidth=0.6)
             axes.set_xticks(range(len(mean)))
             axes.grid(visible=False, axis="x")
-    figure.supxlabel("expert", fontsize="medium")
-    figure.supylabel("rise of the loss without it (nats per token)", fontsize="medium")
+    for axes in panels[-1]:
+        axes.set_xlabel("expert")
+    figure.supylabel("rise of the loss without it\n(nats per token)", fontsize="medium")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="small")
     return figure
@@ -103,7 +104,7 @@ def keywords(run: Studied) -> Figure:
     """The first TF-IDF keywords of every expert, with the share of the token's occurrences that it took."""
     layers = _shown(len(run.found["keywords"]), 4)
     experts = len(run.found["keywords"][0])
-    figure = Figure(figsize=(2.75 * len(layers), 1.0 + 0.95 * experts), layout="constrained")
+    figure = Figure(figsize=(max(7.0, 2.75 * len(layers)), 1.0 + 0.8 * experts), layout="constrained")
     for axes, layer in zip(figure.subplots(1, len(layers), squeeze=False)[0], layers, strict=True):
         axes.set_title(f"layer {layer}", fontsize="medium")
         axes.axis("off")
@@ -142,7 +143,8 @@ def _heatmaps(
         for axes, layer in zip(row, layers, strict=True):
             table = ratio(run.found, layer, *extra)
             image = axes.imshow(np.ma.masked_invalid(table), cmap=colours, norm=norm, aspect="auto")
-            axes.set_yticks(range(len(names)), names if axes is row[0] else [], fontsize=7)
+            if axes is row[0]:  # the others share its axis
+                axes.set_yticks(range(len(names)), names)
             axes.set_xticks(range(table.shape[-1]) if table.shape[-1] <= 16 else [])
             axes.tick_params(labelsize=7)
             axes.grid(visible=False)

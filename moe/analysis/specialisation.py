@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from moe.analysis import experts
 from moe.analysis.experts import Studied
 from moe.analysis.statistics import name_cell, with_intervals
-from moe.analysis.style import MOST_LINES, RC, look
+from moe.analysis.style import MOST_LINES, RC, legend, look
 from moe.summaries import conditions, summary, varied_factors
 
 FILE = "specialisation.json"
@@ -67,7 +67,7 @@ def information(runs: list[Studied]) -> Figure:
     left.set_ylabel("domain: information / attainable, chance out")
     middle.set_ylabel("token id: information / attainable, chance out")
     right.set_ylabel("vocabulary specialisation (mean largest share)")
-    _legend(figure, left, f"{SEEDS_CAPTION}; grey dash: 97.5 % quantile of shuffled routing")
+    legend(figure, f"{SEEDS_CAPTION}; grey dash: 97.5 % quantile of shuffled routing")
     return figure
 
 
@@ -79,7 +79,7 @@ def stability(runs: list[Studied]) -> Figure:
     _by_step(left, runs, "saturation")
     _by_step(middle, runs, "churn")
     agreeing = [run for run in runs if run.found.get("seed_agreement")]
-    _by_layer(right, agreeing, _agreement)
+    _by_pair(right, agreeing)
     left.set_ylabel("saturation: agreement with the last trace (κ)")
     middle.set_ylabel("churn: 1 - κ with the trace before")
     right.set_ylabel("agreement with other seeds, matched (κ)")
@@ -87,8 +87,10 @@ def stability(runs: list[Studied]) -> Figure:
         right.set_title("no two runs differ in their seed only", fontsize="small")
     left.set_ylim(None, 1.03)
     middle.set_ylim(0, None)
-    note = "κ: 1 the same, 0 as shuffled tokens with these loads; left and middle: thin one run, thick mean over layers"
-    _legend(figure, left, f"{note} and runs")
+    right.set_ylim(min(0, right.get_ylim()[0]), None)
+    scale = "κ: 1 the same, 0 as shuffled tokens with these loads"
+    marks = "left, middle: mean over layers, thin a run, thick all; right: small a pair of seeds, large their mean"
+    legend(figure, f"{scale};\n{marks}")
     return figure
 
 
@@ -138,7 +140,7 @@ def regret(runs: list[Studied]) -> Figure:
     routes = runs[0].found["regret"][0]["routes"]
     middle.set_ylabel(f"mean regret, best of {routes} routes (nats)")
     right.set_ylabel("mean loss of other routes - as chosen (nats)")
-    _legend(figure, middle, f"left: all layers and seeds; {SEEDS_CAPTION}")
+    legend(figure, f"left: all layers and seeds; {SEEDS_CAPTION}")
     return figure
 
 
@@ -171,7 +173,7 @@ def landscape(runs: list[Studied]) -> Figure:
     for axes in panels:
         axes.set_xlabel("distance / norm of the weights")
     note = "all routers move at once; thin: one run (random: mean of three directions), thick: mean over n seeds"
-    _legend(figure, left, note)
+    legend(figure, note)
     return figure
 
 
@@ -201,7 +203,7 @@ def gradients(trains: pd.DataFrame) -> Figure | str:
     for axes in panels[-1]:
         axes.set_xlabel("optimizer step")
     note = "thin: one run, thick: mean over n runs; gradients before clipping at every step, updates at evaluations"
-    _legend(figure, panels[0][0], note)
+    legend(figure, note)
     return figure
 
 
@@ -281,10 +283,18 @@ def _by_step(axes: Axes, runs: list[Studied], name: str) -> None:
     axes.set_xlabel("optimizer step")
 
 
-def _agreement(found: dict[str, Any]) -> list[float | None]:
-    """κ with the other seeds of the condition, the mean over them, by layer."""
-    table = [[layer["kappa"] for layer in other["layers"]] for other in found["seed_agreement"]]
-    return np.array(table, dtype=float).mean(0).tolist()
+def _by_pair(axes: Axes, runs: list[Studied]) -> None:
+    """κ of each pair of seeds, and their mean without an interval: pairs that share a seed are not independent."""
+    styled = list(_styled(runs))
+    for index, (style, _, members) in enumerate(styled):
+        others = [other for run in members for other in run.found["seed_agreement"] if other["seed"] > run.seed]
+        pairs = np.array([[layer["kappa"] for layer in other["layers"]] for other in others], dtype=float)
+        x = np.arange(pairs.shape[-1]) + 0.7 * ((index + 0.5) / len(styled) - 0.5)
+        axes.plot(x, pairs.T, style["marker"], color=style["color"], markersize=3, alpha=0.6)
+        axes.plot(x, pairs.mean(0), style["marker"], color=style["color"], markersize=7, markeredgecolor="white")
+    axes.set_xlabel("layer")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(visible=False, axis="x")
 
 
 def _vocabulary(found: dict[str, Any], name: str) -> list[float | None]:
@@ -301,9 +311,3 @@ def _get(entry: dict[str, Any] | None, *keys: str) -> Any:
     for key in keys:
         entry = None if entry is None else entry[key]
     return entry
-
-
-def _legend(figure: Figure, axes: Axes, caption: str) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    style = {"ncols": 2, "fontsize": "small", "title_fontsize": "small"}
-    figure.legend(handles, labels, loc="outside lower center", title=caption, **style)

@@ -67,10 +67,10 @@ def domain_dependence(
     permuted = np.stack([one_hot[rng.permutation(label)] for _ in range(PERMUTATIONS)])  # (P, B, D)
     null = mutual_information(np.swapaxes(permuted, 1, 2) @ by_block)
     table = one_hot[label].T @ by_block
-    ceiling = np.sqrt(entr(table.sum(-1) / table.sum()).sum() * _explicable(chosen))
+    ceiling = float(np.sqrt(entr(table.sum(-1) / table.sum()).sum() * _explicable(chosen)))
     tokens = chosen.any(-1)
     by_token = np.repeat(label, len(chosen) // len(domain))
-    return _against(mutual_information(table), ceiling, null) | {
+    return _against(float(mutual_information(table)), ceiling, null) | {
         "bias": (len(present) - 1) * (np.count_nonzero(table.sum(0)) - 1) / (2 * tokens.sum()),
         "ami": adjusted_mutual_info_score(by_token[tokens], set_labels(chosen[tokens])),
         "blocks": len(domain),

@@ -13,10 +13,11 @@ LINES = ("none", "2px solid", "2px dashed", "3px dotted")  # below the token: ei
 BLOCKS_A_DOMAIN = 2
 
 STYLE = """\
-:root { color-scheme: light dark; --page: #fff; --ink: #1a1a1a; --dim: #666; --strength: 42%; }
-@media (prefers-color-scheme: dark) { :root { --page: #161616; --ink: #ececec; --dim: #a0a0a0; --strength: 58%; } }
+:root { color-scheme: light dark; --page: #fff; --ink: #1a1a1a; --dim: #666; }
+@media (prefers-color-scheme: dark) { :root { --page: #161616; --ink: #ececec; --dim: #a0a0a0; } }
 body { background: var(--page); color: var(--ink); font: 15px/1.75 system-ui, sans-serif; margin: 2rem auto;
   max-width: 60rem; padding: 0 1rem; }
+h1 { font-size: 1.3rem; overflow-wrap: anywhere; }
 h2 { font-size: 1rem; margin: 1.5rem 0 0.25rem; }
 p.note { color: var(--dim); }
 div.text { font-family: ui-monospace, monospace; font-size: 13px; white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -75,7 +76,7 @@ def _rules(layers: int, experts: int) -> str:
     for e in range(experts):
         colour, line = COLOURS[e % len(COLOURS)], LINES[e // len(COLOURS) % len(LINES)]
         names = [f"#l{n}:checked ~ main .l{n}e{e}" for n in range(layers)]
-        look = f"background: color-mix(in srgb, {colour} var(--strength), var(--page)); border-bottom: {line} {colour}"
+        look = f"background: color-mix(in srgb, {colour} 42%, var(--page)); border-bottom: {line} {colour}"
         rules.append(f"{', '.join([*names, f'.e{e}'])} {{ {look} }}\n")
         numbered = [f"#l{n}:checked ~ #numbers:checked ~ main .l{n}e{e}::after" for n in range(layers)]
         rules.append(f'{", ".join(numbered)} {{ content: "{e}"; font-size: 0.65em; vertical-align: sub }}\n')
