@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from moe.analysis import experts
 from moe.analysis.experts import Studied
@@ -160,7 +161,7 @@ def landscape(runs: list[Studied]) -> Figure:
                 if chosen:
                     curve = np.mean(chosen, axis=0)
                     curves.append(curve - curve[found["distances"].index(0)])
-            line = {"color": style["color"], "linestyle": style["linestyle"]}
+            line: dict[str, Any] = {"color": style["color"], "linestyle": style["linestyle"]}
             for curve in curves:
                 axes.plot(found["distances"], curve, color=style["color"], linewidth=0.7, alpha=0.5)
             if curves:
@@ -197,7 +198,7 @@ def gradients(trains: pd.DataFrame) -> Figure | str:
             curves = members.pivot(index="step", columns="folder", values=column).astype(float).dropna(how="all")
             axes.plot(curves, color=style["color"], linewidth=0.6, alpha=0.45)
             mean = curves.dropna().mean(axis=1)
-            line = {"color": style["color"], "linestyle": style["linestyle"]}
+            line: dict[str, Any] = {"color": style["color"], "linestyle": style["linestyle"]}
             axes.plot(mean, linewidth=2, label=f"{condition} (n={curves.shape[1]})", **line)
         axes.set(ylabel=label, yscale="log")
     for axes in panels[-1]:
@@ -248,11 +249,16 @@ def _by_layer(axes: Axes, runs: list[Studied], value: Callable[[dict[str, Any]],
         )
         means = with_intervals(summary(table, ["layer"], ["value"]))
         reach = (means["mean"] - means["ci_low"]).fillna(0)  # below two seeds there is no interval
-        look_of = {"fmt": style["marker"], "color": style["color"], "markersize": 7, "markeredgecolor": "white"}
+        look_of: dict[str, Any] = {
+            "fmt": style["marker"],
+            "color": style["color"],
+            "markersize": 7,
+            "markeredgecolor": "white",
+        }
         label = f"{name} (n={means['n'].max()})"
         axes.errorbar(means["layer"] + shift, means["mean"], yerr=reach, capsize=3, label=label, **look_of)
     axes.set_xlabel("layer")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(visible=False, axis="x")
 
 
@@ -277,7 +283,7 @@ def _by_step(axes: Axes, runs: list[Studied], name: str) -> None:
         for curve in curves.values():
             axes.plot(curve, color=style["color"], linewidth=0.7, alpha=0.5)
         if curves:
-            line = {"color": style["color"], "linestyle": style["linestyle"], "marker": style["marker"]}
+            line: dict[str, Any] = {"color": style["color"], "linestyle": style["linestyle"], "marker": style["marker"]}
             label = f"{condition} (n={len(curves)})"
             axes.plot(pd.DataFrame(curves).mean(axis=1), linewidth=2, markersize=5, label=label, **line)
     axes.set_xlabel("optimizer step")
@@ -293,7 +299,7 @@ def _by_pair(axes: Axes, runs: list[Studied]) -> None:
         axes.plot(x, pairs.T, style["marker"], color=style["color"], markersize=3, alpha=0.6)
         axes.plot(x, pairs.mean(0), style["marker"], color=style["color"], markersize=7, markeredgecolor="white")
     axes.set_xlabel("layer")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(visible=False, axis="x")
 
 
