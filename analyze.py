@@ -4,41 +4,48 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folders", nargs="*", default=["multirun"], help="run folders or folders above them (multirun)")
-    parser.add_argument("--out", type=Path, default=Path("analysis"), help="folder for the report (analysis)")
-    parser.add_argument(
-        "--reference", action="append", default=[], metavar="FACTOR=LEVEL", help="compare levels with this one"
-    )
+    add = parser.add_argument
+    add("folders", nargs="*", default=["multirun"], help="run folders or folders above them (multirun)")
+    add("--out", type=Path, default=Path("analysis"), help="folder for the report (analysis)")
+    add("--reference", action="append", default=[], metavar="FACTOR=LEVEL", help="compare levels with this one")
+    add("--margin", action="append", default=[], metavar="METRIC=SIZE", help="count as equal: val/perplexity=1%%")
+    add("--replay", action="store_true", help="judge the published numbers of the sources instead of runs")
     arguments = parser.parse_args()
 
     # Imported here, so that --help and a wrong command answer at once.
-    from moe.analysis.report import write_report
+    from moe.analysis.evidence import Wishes
+    from moe.analysis.report import write_replay, write_report
     from moe.results import load
     from moe.summaries import console_table
 
     try:
-        runs = load(arguments.folders)
-        report = write_report(runs, arguments.out, references=dict(map(_reference, arguments.reference)))
+        if arguments.replay:
+            report = write_replay(arguments.out)
+        else:
+            runs = load(arguments.folders)
+            wishes = Wishes(*(dict(map(_pair, texts)) for texts in (arguments.reference, arguments.margin)))
+            report = write_report(runs, arguments.out, wishes)
+            print(console_table(runs))
     except ValueError as error:
         print(f"analyze: {error}", file=sys.stderr)
         return 2
-    print(console_table(runs))
-    print(f"report: {report}")
+    print(f"report: {report} and {report.with_suffix('.html')}")
     return 0
 
 
-def _reference(text: str) -> tuple[str, object]:
-    factor, equals, level = text.partition("=")
+def _pair(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
     if not equals:
-        raise ValueError(f"--reference {text}: write FACTOR=LEVEL, such as lb=0.01")
+        raise ValueError(f"{text}: write NAME=VALUE, such as lb=0.01")
     try:
-        return factor, json.loads(level)
+        return name, json.loads(value)
     except ValueError:
-        return factor, level
+        return name, value
 
 
 if __name__ == "__main__":

@@ -92,5 +92,5 @@ def _measure(folder: Path) -> dict[str, Any]:
 
 def _series(folder: Path, kind: str, *columns: str) -> pd.DataFrame:
     """`step` and these columns of a run's events of one kind, as numbers; what is not there is NaN, or has no row."""
-    events = history([folder], kind=kind).events.reindex(columns=["step", *columns])
+    events = history([folder], kind=kind, columns=columns).events.reindex(columns=["step", *columns])
     return events.astype(dict.fromkeys(columns, float))

@@ -9,7 +9,7 @@ and without metrics.
 import difflib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,8 +37,9 @@ class History(NamedTuple):
 def load(paths: Iterable[Path | str]) -> pd.DataFrame:
     """One row a run at or below `paths`, and one for every cell that a sweep.json there names and that has no run.
 
-    Beside the trainer's own statuses (finished, failed, running, interrupted) a row can be "unreadable" or "missing";
-    `error` then says why, and the factors are those that the folder's name holds.
+    Beside the trainer's own statuses (finished, failed, running, interrupted) a row can be "diverged" (failed, because
+    loss or gradient was not finite), "unreadable" or "missing"; `error` says why, and the factors of the last two are
+    those that the folder's name holds.
     """
     paths = list(paths)
     runs, sweeps = _walk(paths)
@@ -73,6 +74,8 @@ def read_run(folder: Path) -> dict[str, Any]:
             "parameters.total": parameters.get("total"),
             "parameters.active": parameters.get("active"),
         }
+        if facts["status"] == "failed" and str(facts["error"]).startswith("Diverged"):
+            facts["status"] = "diverged"
         row = {**factors, **facts}
         if record["status"] == "finished":
             metrics = _read_object(folder / "metrics.json")["final_metrics"]
@@ -86,15 +89,15 @@ def read_run(folder: Path) -> dict[str, Any]:
     return row
 
 
-def history(folders: Iterable[Path | str], *, kind: str = "eval") -> History:
-    """The events of one `kind` ("eval" or "train") of many runs.
+def history(folders: Iterable[Path | str], *, kind: str = "eval", columns: Sequence[str] | None = None) -> History:
+    """The events of one `kind` ("eval" or "train") of many runs, all metrics or only these `columns`.
 
     A step written twice, after a resume, counts as written last. Runs become arrays one by one, so that a thousand
     of them fit into memory.
     """
     tables, problems = [], []
     for folder in map(Path, folders):
-        events, unread = _read_events(folder, kind)
+        events, unread = _read_events(folder, kind, columns)
         problems += unread
         if events:
             tables.append(pd.DataFrame(events).assign(folder=str(folder)))
@@ -107,10 +110,14 @@ def _walk(paths: Iterable[Path | str]) -> tuple[list[Path], list[Path]]:
     """Run folders and sweep folders at or below `paths`; nothing inside a run folder is looked at."""
     runs: dict[Path, Path] = {}
     sweeps: dict[Path, Path] = {}
+
+    def closed(error: OSError) -> None:  # a folder that may not be read gets a row that says so
+        runs.setdefault(Path(error.filename).resolve(), Path(error.filename))
+
     for path in map(Path, paths):
         if not path.is_dir():
             raise ValueError(f"no folder {path}{_nearest(path)}")
-        for name, folders, files in os.walk(path):
+        for name, folders, files in os.walk(path, onerror=closed):
             folder = Path(name)
             if any(file in files for file in RUN_FILES):
                 runs.setdefault(folder.resolve(), folder)
@@ -178,21 +185,41 @@ def _read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_events(folder: Path, kind: str) -> tuple[list[dict[str, Any]], list[str]]:
+def _read_events(folder: Path, kind: str, columns: Sequence[str] | None) -> tuple[list[dict[str, Any]], list[str]]:
     """The events of one kind, by step, and a line per thing not read."""
     path = folder / "events.jsonl"
-    if not path.is_file():
-        return [], [f"{folder}: no events.jsonl"]
+    marks = {key: json.dumps(key).encode() + b": " for key in ("kind", "step", *(columns or ()))}
     events: dict[int, dict[str, Any]] = {}
     problems = []
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                event = json.loads(line)
-                step, this_kind = int(event["step"]), event["kind"]
-            except (ValueError, KeyError, TypeError):
-                problems.append(f"{path}: line {number} skipped, torn or no event")
-                continue
-            if this_kind == kind:
-                events[step] = event
+    try:
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                whole = line.startswith(b'{"kind": "') and line.endswith(b"}\n") and line.find(b"{", 1) < 0
+                if whole and not line.startswith(b'{"kind": "%b"' % kind.encode()):
+                    continue  # as the trainer writes another kind: parsing it would take far longer
+                try:
+                    event = _pick(line, marks) if whole and columns is not None else json.loads(line)
+                    step, this_kind = int(event["step"]), event["kind"]
+                except (ValueError, KeyError, TypeError, OverflowError):
+                    problems.append(f"{path}: line {number} skipped, torn or no event")
+                    continue
+                if this_kind == kind:
+                    events[step] = event if columns is None else {key: event[key] for key in marks if key in event}
+    except FileNotFoundError:
+        problems.append(f"{folder}: no events.jsonl")
+    except OSError as error:
+        problems.append(f"{path}: {error.strerror}")
     return [events[step] for step in sorted(events)], problems
+
+
+def _pick(line: bytes, marks: dict[str, bytes]) -> dict[str, Any]:
+    """Some values of a flat event: finding a hundredth of them is ten times as fast as parsing all."""
+    event = {}
+    for key, mark in marks.items():
+        start = line.find(mark) + len(mark)
+        if start >= len(mark):
+            value = line[start : line.find(b",", start)]  # to the brace if it is the last one
+            if value.startswith(b"["):
+                return dict(json.loads(line))
+            event[key] = json.loads(value.removesuffix(b"}"))
+    return event

@@ -117,6 +117,9 @@ def _difference(cell: Cell) -> list[str]:
 
 def _write(cell: Cell, state: str, facts: dict[str, Any] | None = None, *, error: str | None = None) -> None:
     causal = cell.config.build_router().causal
+    config, before = asdict(cell.config), _stored(cell).get("config")
+    if before is not None:  # on a resume too, claims are what was claimed before the first step
+        config["claims"] = before.get("claims", [])
     content = {
         "status": state,
         "error": error,
@@ -124,7 +127,7 @@ def _write(cell: Cell, state: str, facts: dict[str, Any] | None = None, *, error
         "name": cell.folder.name,
         "choices": cell.choices,
         "causal": causal and (cell.config.capacity is None or cell.config.drop == "position"),
-        "config": asdict(cell.config),
+        "config": config,
         "identity": cell.config.identity(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
         "machine": {"system": platform.platform(), "cpus": os.cpu_count()},

@@ -7,8 +7,12 @@ from pathlib import Path
 import pytest
 
 from moe.analysis.replay import read_published
+from moe.bench import analyze
+from moe.bench.analyze import write_runs
 from moe.bench.compare import Shape, interleave, layer_variants, step_variants, table
 from moe.bench.dispatch import measure, sweep
+from moe.results import history, load
+from moe.summaries import varied_factors
 
 GOLDEN = read_published("drop_rates").set_index(["num_experts", "k"])
 
@@ -62,3 +66,17 @@ def test_the_sweep_writes_the_sources_keys_and_figures(tmp_path: Path) -> None:
         "capacity_drop_rate_multi.png",
         "capacity_tokens_per_s_multi.png",
     ]
+
+
+def test_run_folders_for_the_analysis_are_whole_and_measured(tmp_path: Path) -> None:
+    write_runs(tmp_path / "experiment_a", runs=21, steps=20)
+    runs = load([tmp_path])
+    assert (runs["status"] == "finished").all()
+    assert varied_factors(runs) == ["router", "capacity", "seed"]
+    assert len(runs) == 21
+    events = {kind: history(runs["folder"], kind=kind) for kind in ("train", "eval")}
+    assert [len(part.events) for part in events.values()] == [21 * 20, 21 * 11]
+    assert not [problem for part in events.values() for problem in part.problems]
+    cost = analyze.measure(runs=2, steps=10)
+    assert cost.cpu_seconds > 0
+    assert 0.05 < cost.gigabytes < 4

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,52 @@ def test_history_skips_torn_lines_and_keeps_the_last_of_a_repeated_step(tmp_path
         f"{empty}: no events.jsonl",
     ]
     assert history([run], kind="train").events["step"].tolist() == [15]
+
+
+def test_some_columns_are_those_of_the_whole_and_a_torn_line_is_still_seen(tmp_path: Path) -> None:
+    lines = [
+        '{"kind": "eval", "step": 1, "val/loss": NaN, "x": [[1, 2], [3, 4]], "val/loss/prose": 5}',
+        '{"kind": "eval", "step": 2, "val/loss/prose": null, "x": [], "val/loss": 1e-07}',
+        '{"step": 3, "val/loss": 7.5, "kind": "eval"}',
+        '{"kind": "train", "step": 3, "val/loss": -Infinity}',
+        '{"kind": "train", "step": 4, "val/l{"kind": "eval", "step": 4, "val/loss": 4.0}',
+        '{"kind": "eval", "step": 5, "val/loss": 4.0',
+        '{"kind": "train", "st',
+    ]
+    (tmp_path / "events.jsonl").write_text("\n".join(lines))
+    whole = history([tmp_path])
+    for columns in (["val/loss"], ["val/loss", "val/loss/prose"], ["x", "val/loss"], ["nothing"]):
+        some = history([tmp_path], columns=columns)
+        kept = [column for column in ("kind", "step", *columns, "folder") if column in whole.events]
+        pd.testing.assert_frame_equal(some.events[kept], whole.events[kept])
+        assert set(some.events) == set(kept)
+        assert some.problems == whole.problems
+    assert whole.events["step"].tolist() == [1, 2, 3]
+    assert [problem.split(": ")[1] for problem in whole.problems] == [
+        f"line {number} skipped, torn or no event" for number in (5, 6, 7)
+    ]
+
+
+def test_divergence_is_no_ordinary_failure_and_a_closed_folder_no_crash(
+    sweep: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    diverged = sweep / "lb=0.0,noise=0.0,seed=42" / "run.json"
+    record = json.loads(diverged.read_text()) | {"status": "failed", "error": "Diverged: step 7: loss is not finite"}
+    diverged.write_text(json.dumps(record))
+    closed = sweep / "lb=0.0,noise=0.0,seed=43"
+    scan, read = os.scandir, Path.read_text
+    monkeypatch.setattr(os, "scandir", lambda path: _refuse(path) if Path(path) == closed else scan(path))
+    monkeypatch.setattr(
+        Path, "read_text", lambda path, **how: _refuse(path) if path.parent == closed else read(path, **how)
+    )
+    runs = load([sweep]).set_index("run")
+    assert len(runs) == 8
+    assert runs["status"].value_counts().to_dict() == {"finished": 6, "diverged": 1, "unreadable": 1}
+    assert "Permission denied" in runs.loc[closed.name, "error"]
+
+
+def _refuse(path: Path | str) -> Any:
+    raise PermissionError(13, "Permission denied", str(path))
 
 
 def test_varied_factors_leave_out_seed_copies_settings_and_followers(tmp_path: Path) -> None:

@@ -3,9 +3,20 @@
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
+from statsmodels.stats.weightstats import ttost_paired
 
 from moe.analysis.replay import read_published
-from moe.analysis.statistics import anova, contrasts, detectable_effect, sign_flip, with_intervals
+from moe.analysis.statistics import (
+    anova,
+    contrasts,
+    corrected,
+    detectable_effect,
+    inside,
+    noise_floor,
+    sign_flip,
+    with_intervals,
+)
 from moe.summaries import STD, summary
 
 
@@ -56,6 +67,102 @@ def test_noise_of_a_tenth_survives_holm_with_load_balancing_only(runs: pd.DataFr
     assert contrast(table, "noise", 0.1, "lb=0.01")["p Holm"] == pytest.approx(0.008, abs=0.001)
     assert contrast(table, "noise", 0.1, "lb=0.0")["p Holm"] == pytest.approx(0.066, abs=0.001)
     assert (table["p Holm"] >= table["p"]).all()
+
+
+def test_the_false_discovery_rate_is_that_of_benjamini_and_hochberg(runs: pd.DataFrame) -> None:
+    table = contrasts(runs, "ppl", ["noise", "lb"])
+    assert table["p BH"].tolist() == pytest.approx(stats.false_discovery_control(table["p"]).tolist())
+    assert ((table["p"] <= table["p BH"]) & (table["p BH"] <= table["p Holm"])).all()
+    gaps = corrected(pd.Series([0.01, float("nan"), 0.04]), "fdr_bh")
+    assert gaps == pytest.approx([0.02, float("nan"), 0.04], nan_ok=True)
+
+
+def test_equivalence_is_two_one_sided_paired_tests(runs: pd.DataFrame) -> None:
+    table = contrasts(runs, "ppl", ["noise", "lb"], references={"lb": 0.01}, margin="1%")
+    row = contrast(table, "lb", 0.0, "noise=0.0")
+    cell = runs[runs["noise"] == 0.0].pivot(index="seed", columns="lb", values="ppl")
+    assert row["margin"] == pytest.approx(0.01 * cell[0.01].mean())
+    expected = ttost_paired(cell[0.0].to_numpy(), cell[0.01].to_numpy(), -row["margin"], row["margin"])[0]
+    assert row["p TOST"] == pytest.approx(expected)
+    assert row["p TOST"] == pytest.approx(0.085, abs=0.001)
+    assert not table["equivalent"].any(), "three seeds that differ by 1.5 cannot show a tie within 1.3"
+    in_units = contrasts(runs, "ppl", ["noise", "lb"], references={"lb": 0.01}, margin=row["margin"])
+    assert contrast(in_units, "lb", 0.0, "noise=0.0")["p TOST"] == pytest.approx(row["p TOST"])
+    with pytest.raises(ValueError, match=r"margin 0\.0: must be positive"):
+        contrasts(runs, "ppl", ["noise"], margin=0.0)
+    with pytest.raises(ValueError, match="amount=1 percent: must be a finite number, or a text such as 5%"):
+        contrasts(runs, "ppl", ["noise"], margin="1 percent")
+
+
+def test_a_tiny_effect_of_many_seeds_is_both_real_and_equivalent() -> None:
+    rng = np.random.default_rng(0)
+    seeds = np.arange(200)
+    tables = [
+        pd.DataFrame({"arm": arm, "seed": seeds, "ppl": 100 + shift + rng.normal(0, 0.1, 200), "folder": "made up"})
+        for arm, shift in (("a", 0.0), ("b", 0.05))
+    ]
+    runs = pd.concat(tables, ignore_index=True)
+    [row] = [row for _, row in contrasts(runs, "ppl", ["arm"], margin=0.2).iterrows()]
+    assert row["p"] < 0.05
+    assert row["equivalent"]
+    loud = runs.assign(ppl=50 * runs["ppl"])
+    few = contrasts(loud[loud["seed"] < 3], "ppl", ["arm"], margin=0.2).iloc[0]
+    assert few["p"] > 0.05
+    assert not few["equivalent"], "no difference seen is not a tie"
+    wide = contrasts(runs, "ppl", ["arm"], margin=0.04).iloc[0]
+    assert not wide["equivalent"]
+
+
+def test_equivalence_without_a_spread_or_a_second_seed_is_unknown(runs: pd.DataFrame) -> None:
+    for table in (runs[runs["seed"] == 42], runs.assign(ppl=1.0)):
+        compared = contrasts(table, "ppl", ["noise", "lb"], margin="1%")
+        assert compared["p TOST"].isna().all()
+        assert not compared["equivalent"].any()
+
+
+def test_one_range_has_an_inside_and_an_outside() -> None:
+    differences = np.array([1.0, 2.0, 1.4, 1.9])
+    two_sided = stats.ttest_1samp(differences, 0).pvalue
+    assert inside(differences, 0.0, np.inf)[0] * 2 == pytest.approx(two_sided)
+    assert inside(differences, -np.inf, 0.0)[1] == pytest.approx(two_sided)
+    assert inside(differences, 0.0, np.inf)[1] == 1
+    within, outside = inside(differences, 5.0, 6.0)
+    assert within > 0.99
+    assert outside == pytest.approx(stats.ttest_1samp(differences, 5).pvalue)
+
+
+def test_the_noise_floor_is_the_spread_of_seeds(runs: pd.DataFrame) -> None:
+    cell = runs.loc[(runs["noise"] == 0.0) & (runs["lb"] == 0.01), ["seed", "folder", "ppl"]]
+    cell = cell.rename(columns={"ppl": "val/perplexity"}).assign(experiment="noise study")
+    row = noise_floor(cell, ["val/perplexity"], seeds=(3, 8)).iloc[0]
+    assert row["n"] == 3
+    assert row[STD] == pytest.approx(0.94 * np.sqrt(3 / 2), abs=0.006)
+    # of Pearson and Hartley's table: chi-square with 2 degrees of freedom, 0.975 and 0.025: 0.0506 and 7.378
+    assert (row["std_low"], row["std_high"]) == pytest.approx(
+        (row[STD] * np.sqrt(2 / 7.378), row[STD] * np.sqrt(2 / 0.0506)), rel=1e-3
+    )
+    for n in (3, 8):
+        effect = row[f"detectable, {n} seeds a side"] / row[STD]
+        limit, shift = stats.t.ppf(0.975, 2 * n - 2), effect * np.sqrt(n / 2)
+        power = stats.nct.sf(limit, 2 * n - 2, shift) + stats.nct.cdf(-limit, 2 * n - 2, shift)
+        assert power == pytest.approx(0.8, abs=1e-4)
+
+
+def test_the_noise_floors_interval_holds_the_truth_nineteen_times_in_twenty() -> None:
+    rng = np.random.default_rng(0)
+    draws = pd.DataFrame(rng.normal(0, 2, (8, 400))).add_prefix("val/")
+    floor = noise_floor(draws.assign(seed=range(8), folder="made up", experiment="made up"), list(draws.columns))
+    held = ((floor["std_low"] <= 2) & (floor["std_high"] >= 2)).sum()
+    assert stats.binom.ppf(0.001, 400, 0.95) <= held <= stats.binom.ppf(0.999, 400, 0.95)
+
+
+def test_a_noise_floor_is_refused_where_more_than_the_seed_varies(runs: pd.DataFrame) -> None:
+    table = runs[["noise", "lb", "seed", "folder"]].assign(**{"val/perplexity": runs["ppl"], "experiment": "x"})
+    with pytest.raises(ValueError, match="in the seed alone, but noise, lb varies"):
+        noise_floor(table, ["val/perplexity"])
+    one = noise_floor(table[(table["noise"] == 0.1) & (table["lb"] == 0.0)].head(1), ["val/perplexity"]).iloc[0]
+    assert one["n"] == 1
+    assert one[[STD, "std_low", "std_high", "detectable, 3 seeds a side"]].isna().all()
 
 
 @pytest.mark.parametrize(

@@ -131,10 +131,12 @@ def _judge_alone(claim: ClaimConfig, runs: pd.DataFrame) -> dict[str, Any]:
     absent += [] if claim.metric in runs else [f"no run has {claim.metric}"]
     row = {"claim": claim.text, "source": claim.source, "metric": claim.metric}
     if absent:
-        compared = f"{claim.factor} {_names(named)} vs {_names(rivals)}"
+        sides = [_names(_label(claim, runs, each) for each in side) for side in (named, rivals)]
+        compared = f"{claim.factor} {' vs '.join(sides)}"
         return row | _row(compared, _Pair(0, doubt="; ".join(absent)), NAN, "undecided", "")
 
-    pairs = [[_compare(claim, runs, a, b) for b in rivals] for a in named]
+    others = [factor for factor in varied_factors(runs) if factor not in (claim.factor, "seed")]
+    pairs = [[_compare(claim, runs, others, a, b) for b in rivals] for a in named]
     favour, p_for, p_against = (
         np.array([[getattr(pair, field) for pair in line] for line in pairs])
         for field in ("favour", "p_for", "p_against")
@@ -172,10 +174,9 @@ def _row(compared: str, pair: _Pair, p: float, verdict: str, estimates: str) -> 
     }
 
 
-def _compare(claim: ClaimConfig, runs: pd.DataFrame, treated: Any, reference: Any) -> _Pair:
+def _compare(claim: ClaimConfig, runs: pd.DataFrame, others: list[str], treated: Any, reference: Any) -> _Pair:
     """One level against one reference, over the seeds that have both in every combination of the other factors."""
     cells: dict[tuple[int, str], pd.Series] = {}
-    others = [factor for factor in varied_factors(runs) if factor not in (claim.factor, "seed")]
     for number, (_, members) in enumerate(conditions(runs, others)):
         sides = [members[members[claim.factor] == side] for side in (treated, reference)]
         if all(map(len, sides)):
@@ -235,9 +236,9 @@ def _about(claim: ClaimConfig, contrast: pd.Series) -> bool:
 
 def _label(claim: ClaimConfig, runs: pd.DataFrame, side: Any) -> str:
     """A level as the reader sees it: a router with its causality."""
-    if claim.factor != "router":
+    if claim.factor != "router" or "router" not in runs:
         return str(side)
-    return " / ".join(with_causality(runs[runs["router"] == side])["router"].unique())
+    return " / ".join(with_causality(runs[runs["router"] == side])["router"].unique()) or str(side)
 
 
 def _names(items: Any) -> str:

@@ -1,214 +1,115 @@
-"""The report: what was run, what it says and how sure one may be; Markdown, with tables as CSV and figures as PNG."""
+"""The report: what was run, what it says and how sure one may be, as report.md and report.html with files beside them.
 
-import math
-from collections.abc import Iterable, Iterator
+A section is a function from the evidence to blocks; a new one is a line in one of the tuples of sections.
+"""
+
+import io
+import itertools
+import re
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
+from PIL import Image
 
-from moe.analysis import figures
-from moe.analysis.statistics import anova, contrasts, name_cell, with_intervals
-from moe.analysis.style import MOST_LINES
-from moe.analysis.tables import markdown
-from moe.frontier import STEMS, measured
+from moe.analysis import accounts, pictures, provenance, verdicts
+from moe.analysis.document import Attachment, Block, Details, Heading, Picture, Table, as_markdown
+from moe.analysis.evidence import Evidence, Wishes, gather
+from moe.analysis.page import element, page
+from moe.analysis.replay import replay
+from moe.analysis.tables import harmless
 from moe.record import write_text
-from moe.results import History, history
-from moe.summaries import (
-    HEADLINE,
-    conditions,
-    levels,
-    spread_table,
-    summary,
-    tied_factors,
-    unfinished,
-    varied_factors,
-    with_causality,
+from moe.summaries import levels
+
+Section = Callable[[Evidence], Iterable[Block]]
+BEFORE: tuple[Section, ...] = (accounts.what_was_run,)
+OF_EACH_EXPERIMENT: tuple[Section, ...] = (
+    verdicts.planned,
+    verdicts.post_hoc,
+    verdicts.floor,
+    pictures.effects,
+    verdicts.conditions,
+    verdicts.contrasts,
+    verdicts.variance,
+    pictures.training,
+    pictures.gradients,
+    pictures.routing,
+    pictures.speed,
+    pictures.specialisation,
+)
+AFTER: tuple[Section, ...] = (
+    pictures.temperature,
+    provenance.causality,
+    provenance.configuration,
+    provenance.data,
+    provenance.software,
 )
 
-# What is tested: metric -> its unit, and what a rise and a fall of it mean. Each is a family of its own for Holm.
-TESTED = {
-    "val/perplexity": ("perplexity", "worse", "better"),
-    "routing/load_cv/pooled": ("load CV", "less balanced", "more balanced"),
-}
-SETTINGS = ("router", "schedule", "model", "data", "optimizer", "noise", "lb", "z", "capacity", "steps", "commit")
 
+def write_report(runs: pd.DataFrame, out: Path | str, wishes: Wishes | None = None) -> Path:
+    """Write report.md, report.html, their figures and tables into `out` and return the path of report.md.
 
-def write_report(runs: pd.DataFrame, out: Path | str, *, references: dict[str, Any] | None = None) -> Path:
-    """Write report.md, its CSV files and its figures into `out` and return the report's path.
-
-    `runs` is what `moe.results.load` returns; `references` names the level that a factor's others are compared with.
+    `runs` is what `moe.results.load` returns. Of several experiments each has a part of the report and a folder.
     """
-    out, as_loaded = Path(out), runs
-    runs = with_causality(runs)
-    if references and "router" in references:
-        label = f"{references['router']} (causal: "
-        routers = [router for router in levels(runs["router"]) if router.startswith(label)]
-        references = references | {"router": routers[0] if routers else references["router"]}
-    factors = [factor for factor in varied_factors(runs) if factor != "seed"]
-    metrics = [metric for metric in HEADLINE if metric in runs]
-    tested = [metric for metric in TESTED if metric in runs]
-    past = history(runs.loc[runs["status"] != "missing", "folder"])
+    whole, *parts = gather(runs, wishes)
+    names = levels(runs["experiment"])
+    title = f"Report: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if names[3:] else "")
+    blocks = [_blocks(BEFORE, whole), _blocks(OF_EACH_EXPERIMENT, whole), _blocks(AFTER, whole)]
+    if parts:
+        blocks[1] = itertools.chain(*map(_part, names, parts))
+    return write(title, itertools.chain(*blocks), Path(out))
 
-    means = summary(runs, factors, metrics)
-    compared = _stack(contrasts(runs, metric, factors, references=references) for metric in tested)
-    variance, refusals = _anovas(runs, tested, factors)
-    tables = {"runs": as_loaded, "conditions": with_intervals(means), "contrasts": compared, "anova": variance}
-    out.mkdir(parents=True, exist_ok=True)
-    for name, table in tables.items():
-        write_text(out / f"{name}.csv", table.to_csv(index=False) if len(table.columns) else "")
 
-    lines = ["# Report", "", *_what_was_run(runs, factors, past.problems)]
-    lines += ["", "## Verdicts", "", *_verdicts(compared)]
-    lines += ["", "## Conditions", "", "Final evaluation, mean ± sample standard deviation (ddof=1) over n seeds."]
-    lines += ["", markdown(spread_table(means))]
-    lines += ["", "## Contrasts, paired by seed", "", CONTRASTS_EXPLAINED, "", markdown(compared)]
-    lines += ["", "## Analysis of variance, seed as block", "", *refusals, "", markdown(variance)]
-    lines += ["", "## Figures", ""]
-    for name, figure in _figures(runs, factors, past):
-        if isinstance(figure, Figure):
-            figure.savefig(out / f"{name}.png")
-            lines += [f"![{name}]({name}.png)", ""]
+def write_replay(out: Path | str) -> Path:
+    """The same for the sources' own numbers: what they published, recomputed and judged."""
+    again = replay()
+    blocks: list[Block] = [Heading("Sentences of the sources"), Table(again.sentences)]
+    for name, table in again.tables.items():
+        blocks += [Heading(name), Table(table), Attachment(f"{name}.csv", table.to_csv(index=False), "this table.")]
+    return write("Replay of the published numbers", blocks, Path(out))
+
+
+def _blocks(sections: Iterable[Section], evidence: Evidence) -> Iterator[Block]:
+    return itertools.chain.from_iterable(section(evidence) for section in sections)
+
+
+def _part(name: str, evidence: Evidence) -> Iterator[Block]:
+    """The sections of one experiment, a level further down, their files in a folder of its own."""
+    yield Heading(name)
+    folder = re.sub(r"[^\w-]+", "_", name)  # whatever a record calls itself, files stay below the report
+    for block in _blocks(OF_EACH_EXPERIMENT, evidence):
+        if isinstance(block, Heading):
+            yield block._replace(level=block.level + 1)
+        elif isinstance(block, Picture | Attachment):
+            yield block._replace(name=f"{folder}/{block.name}")
         else:
-            lines += [f"- {name}: not drawn, {figure}", ""]
-    write_text(out / "report.md", "\n".join(lines))
+            yield block
+
+
+def write(title: str, blocks: Iterable[Block], out: Path) -> Path:
+    """Write a document both ways, with its figures and attached files; figures are drawn, saved and freed in turn."""
+    out.mkdir(parents=True, exist_ok=True)
+    headings, texts, elements = [], [f"# {harmless(title)}"], []
+    for block in blocks:
+        for leaf in block.blocks if isinstance(block, Details) else [block]:
+            if isinstance(leaf, Attachment | Picture):
+                (out / leaf.name).parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(leaf, Attachment):
+                write_text(out / leaf.name, leaf.content)
+            elif isinstance(leaf, Picture):
+                _save(leaf.figure, out / f"{leaf.name}.png")
+            elif isinstance(leaf, Heading) and leaf.level == 2:
+                headings.append(leaf.text)
+        texts.append(as_markdown(block))
+        elements.append(element(block, out))
+    write_text(out / "report.html", page(title, headings, elements))
+    write_text(out / "report.md", "\n\n".join(texts) + "\n")
     return out / "report.md"
 
 
-CONTRASTS_EXPLAINED = """\
-`difference` is level minus reference over paired seeds, with its 95 % t interval and p of the paired t test; `p Holm`
-is corrected over all contrasts of the metric; `d_z` is the difference in standard deviations (ddof=1) of the paired
-differences; `p Welch` ignores the pairing; `p sign-flip` is exact up to 16 seeds and can never go below `smallest p
-sign-flip`, however large the effect; `detectable` is the smallest true difference that this many seeds, spread as they
-are, show with power 0.8."""
-
-
-def verdict(contrast: pd.Series) -> str:
-    """One contrast as a sentence that ends in its direction or in undecided."""
-    c = contrast
-    unit, up, down = TESTED[c["metric"]]
-    place = f" at {c['within']}" if c["within"] else ""
-    claim = f"{c['factor']} {c['level']} vs {c['reference']}{place}:"
-    note = f" ({c['note']})" if c["note"] else ""
-    if c["n"] == 0:
-        return f"{claim} no seed has its {unit} at both levels: **undecided**{note}"
-    claim += f" {c['difference']:+.3g} {unit}"
-    if math.isnan(c["p"]):
-        return f"{claim}, n={c['n']}: **undecided**{note}"
-    evidence = f"[{c['ci_low']:.3g}, {c['ci_high']:.3g}], p={c['p']:.2g} (Holm {c['p Holm']:.2g}), n={c['n']}"
-    if c["ci_low"] <= 0 <= c["ci_high"]:
-        seen = f"the smallest effect these seeds could have seen (power 0.8) is {c['detectable']:.2g}"
-        return f"{claim} {evidence}: **undecided**, {seen}{note}"
-    doubt = ", but not after Holm's correction" if c["p Holm"] > 0.05 else ""
-    return f"{claim} {evidence}: **{up if c['difference'] > 0 else down}**{doubt}{note}"
-
-
-def _what_was_run(runs: pd.DataFrame, factors: list[str], problems: list[str]) -> list[str]:
-    counts = pd.crosstab(runs["experiment"], runs["status"]).reset_index()
-    lines = ["## What was run", "", markdown(counts), ""]
-    lines += [f"- factors: {', '.join(factors) or 'none varies'}; seeds: {_all_levels(runs, 'seed')}"]
-    lines += [f"- {setting}: {_all_levels(runs, setting)}" for setting in SETTINGS if setting in runs]
-    tied = {
-        follower: leader for follower, leader in tied_factors(runs).items() if not follower.startswith(f"{leader}.")
-    }
-    lines += [f"- {a} changes only together with {b}: their effects cannot be told apart" for a, b in tied.items()]
-    for metric in [metric for metric in HEADLINE if metric in runs]:
-        finite = runs[metric].map(lambda value: math.isfinite(value))
-        lost = runs.loc[(runs["status"] == "finished") & ~finite, "run"]
-        lines += [f"- {run}: finished, but its {metric} is not finite; left out of that metric" for run in lost]
-    rest = unfinished(runs)
-    if len(rest):
-        lines += ["", f"{len(rest)} of {len(runs)} runs did not finish and count nowhere below:", "", markdown(rest)]
-    if problems:
-        lines += ["", "Could not be read from the event logs:", "", *[f"- {problem}" for problem in problems]]
-    return lines
-
-
-def _verdicts(compared: pd.DataFrame) -> list[str]:
-    if compared.empty:
-        return ["None: no factor varies among runs with results."]
-    return [f"- {verdict(row)}" for _, row in compared.iterrows()]
-
-
-def _anovas(runs: pd.DataFrame, metrics: list[str], factors: list[str]) -> tuple[pd.DataFrame, list[str]]:
-    tables, refusals = [], []
-    for metric in metrics:
-        try:
-            tables.append(anova(runs, metric, factors))
-        except ValueError as error:
-            refusals.append(f"- {metric}: {error}")
-    return _stack(tables), refusals
-
-
-def _figures(runs: pd.DataFrame, factors: list[str], past: History) -> Iterator[tuple[str, Figure | str]]:
-    """Every figure by name, or the reason why its input is not there."""
-    labels = {
-        index: name_cell(cell) or "all runs" for cell, members in conditions(runs, factors) for index in members.index
-    }
-    labelled = runs.assign(condition=pd.Series(labels, dtype=object))
-    many = labelled["condition"].nunique() > MOST_LINES and f"{labelled['condition'].nunique()} conditions are too many"
-    if set(factors) == {"noise", "lb"} and all(metric in runs for metric in TESTED):
-        yield "noise_lb", figures.noise_lb(runs)
-    elif not factors:
-        yield "factors", "no factor varies"
-    else:
-        for metric in TESTED:
-            name = "factors_" + metric.replace("/", "_")
-            if metric not in runs:
-                yield name, f"no run has {metric}"
-            elif many:
-                yield name, many
-            else:
-                yield name, _factor_figure(runs, factors, metric)
-    if "val/loss" not in past.events:
-        yield "learning_curves", "no run has an evaluation with val/loss"
-    elif many:
-        yield "learning_curves", many
-    else:
-        events = past.events.merge(labelled[["folder", "condition"]], on="folder")
-        yield "learning_curves", figures.learning_curves(events, "condition")
-    for experiment, stem in STEMS.items():
-        members = runs[runs["experiment"] == experiment]
-        if len(members):
-            yield from _frontier_figures(members, stem)
-            yield f"{stem}_overlay", many or _overlay(labelled.loc[members.index])
-
-
-def _frontier_figures(runs: pd.DataFrame, stem: str) -> Iterator[tuple[str, Figure | str]]:
-    """Perplexity against both measures of speed, for runs that differ in nothing but router, capacity and seed."""
-    table = measured(runs)
-    others = [factor for factor in varied_factors(runs) if factor not in ("router", "capacity", "seed")]
-    for name, x in ((f"{stem}_frontier", "tokens_per_s"), (f"{stem}_frontier_tflops", "tflops")):
-        if others:
-            yield name, f"{', '.join(others)} varies beside router and capacity"
-        elif "val/perplexity" not in table or table[[x, "val/perplexity"]].dropna().empty:
-            yield name, f"no finished run has both {x} and val/perplexity"
-        else:
-            yield name, figures.frontier(table, x)
-
-
-def _overlay(runs: pd.DataFrame) -> Figure | str:
-    folders = runs.loc[runs["status"] != "missing", "folder"]
-    events = pd.concat([history(folders, kind=kind).events for kind in ("train", "eval")])
-    absent = [column for column in ("train/loss", "val/loss", "val/perplexity") if column not in events]
-    if absent:
-        return f"no run has {', '.join(absent)}"
-    return figures.overlay(events.merge(runs[["folder", "condition"]], on="folder"), "condition")
-
-
-def _factor_figure(runs: pd.DataFrame, factors: list[str], metric: str) -> Figure:
-    """The factor with the most levels along x, every combination of the others a colour."""
-    factor = max(factors, key=lambda name: runs[name].nunique())
-    others = [name for name in factors if name != factor]
-    hues = {index: name_cell(cell) or "all" for cell, members in conditions(runs, others) for index in members.index}
-    return figures.factor_plot(runs.assign(others=pd.Series(hues, dtype=object)), factor, "others", metric)
-
-
-def _all_levels(runs: pd.DataFrame, column: str) -> str:
-    return ", ".join(str(level) for level in sorted(runs[column].dropna().unique(), key=str))
-
-
-def _stack(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
-    tables = [table for table in tables if not table.empty]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+def _save(figure: Figure, path: Path) -> None:
+    """As PNG with a palette: a third of the size, and lines look the same."""
+    pixels = io.BytesIO()
+    figure.savefig(pixels, format="png")
+    Image.open(pixels).convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE).save(path, optimize=True)

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from matplotlib.figure import Figure
+
 PALETTE = (
     "#0072B2",
     "#D55E00",
@@ -33,6 +35,14 @@ LABELS = {
     "val/perplexity": "validation perplexity",
     "val/accuracy": "validation accuracy (share of tokens)",
     "routing/load_cv/pooled": "load CV over experts, layers pooled",
+    "routing/entropy": "router entropy (nats per token)",
+    "routing/entropy_t1": "router entropy at T = 1 (nats per token)",
+    "routing/confidence": "largest probability (token mean)",
+    "routing/confidence_t1": "largest probability at T = 1 (token mean)",
+    "routing/load_gini": "Gini coefficient of the experts' load",
+    "utilization/variance": "variance of load shares in a layer (ddof 0, mean)",
+    "train/load_balance": "load-balance loss (unweighted, 1 is balanced)",
+    "temperature": "router temperature",
     "noise": "router noise (std of the logits' noise)",
     "lb": "load-balancing weight",
     "router.temp": "router temperature",
@@ -48,3 +58,13 @@ def look(index: int) -> dict[str, str]:
         "linestyle": DASHES[index // len(PALETTE) % len(DASHES)],
         "marker": MARKERS[index % len(MARKERS)],
     }
+
+
+def legend(figure: Figure, caption: str) -> None:
+    """One legend for all panels, below them, under a line that says what the marks are; in columns that fit."""
+    drawn = [axes.get_legend_handles_labels() for axes in figure.axes]
+    handles = {label: handle for pair in drawn for handle, label in zip(*pair, strict=True)}
+    inches = 0.6 + 0.075 * max(map(len, handles), default=0)  # of the longest entry
+    columns = 2 if 2 * inches < figure.get_figwidth() else 1
+    style = {"title": caption, "ncols": columns, "fontsize": "small", "title_fontsize": "small"}
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", **style)

@@ -1,4 +1,4 @@
-"""The command line of the benchmarks: `python -m moe.bench layer|step|dispatch`."""
+"""The command line of the benchmarks: `python -m moe.bench layer|step|dispatch|analyze`."""
 
 import argparse
 import json
@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from moe import process
+from moe.bench import analyze
 from moe.bench.compare import SHAPES, Variant, interleave, layer_variants, step_variants, table
 from moe.bench.dispatch import sweep
 
@@ -30,6 +31,9 @@ def main() -> None:
     dispatch.add_argument("--seed", type=int, default=17)
     dispatch.add_argument("--iterations", type=int, default=5)
     dispatch.add_argument("--out", type=Path, default=Path("results"))
+    analysis = questions.add_parser("analyze", help="seconds and memory of analyze.py over many run folders")
+    analysis.add_argument("--runs", type=int, default=1000)
+    analysis.add_argument("--steps", type=int, default=500)
     for comparison in (layer, step):
         comparison.add_argument("--rounds", type=int, default=15)
         comparison.add_argument("--json", type=Path, help="write the medians, in seconds, here too")
@@ -37,6 +41,13 @@ def main() -> None:
         question.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
 
+    if arguments.question == "analyze":
+        cost = analyze.measure(runs=arguments.runs, steps=arguments.steps)
+        print(
+            f"{arguments.runs} runs of {arguments.steps} steps: {cost.seconds:.1f} s, of which {cost.cpu_seconds:.1f} s"
+            f" on a CPU, {cost.gigabytes:.2f} GB at its peak, load {os.getloadavg()[0]:.1f}"
+        )
+        return
     process.set_up(threads=arguments.threads)
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     print(f"{versions}, {arguments.threads} threads, load {os.getloadavg()[0]:.1f}, fp32\n")

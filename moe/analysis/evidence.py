@@ -1,0 +1,128 @@
+"""What a report is made of: everything its sections read, gathered once, before a single file is written."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from moe.analysis.claims import judge_planned
+from moe.analysis.statistics import contrasts, name_cell
+from moe.analysis.style import MOST_LINES
+from moe.results import History, history
+from moe.summaries import HEADLINE, conditions, levels, tied_factors, varied_factors, with_causality
+
+# What is tested: metric -> its unit, and what a rise and a fall of it mean. Each is a family of its own for Holm.
+TESTED = {
+    "val/perplexity": ("perplexity", "worse", "better"),
+    "routing/load_cv/pooled": ("load CV", "less balanced", "more balanced"),
+}
+
+
+class Wishes(NamedTuple):
+    """What the reader asked for: the level of a factor that its others are compared with, and per tested metric the
+    margin, in its units or as text such as "1%", within which two levels count as equal."""
+
+    references: dict[str, Any] = {}
+    margins: dict[str, float | str] = {}
+
+
+class Evidence(NamedTuple):
+    """The runs and all that was asked about them; nothing here changes while sections read it."""
+
+    loaded: pd.DataFrame  # as `moe.results.load` returned it
+    runs: pd.DataFrame  # the same, with "(causal: yes|no)" beside every router's name
+    factors: list[str]  # what varies, without the seed
+    tied: dict[str, str]  # varied factor -> the one that fixes it
+    condition: pd.Series  # per run, "lb=0.01, noise=0.1": the levels of the factors; absent where one is unknown
+    metrics: list[str]  # the headline metrics that some run has
+    tested: list[str]  # those of TESTED that some run has
+    claims: pd.DataFrame  # of `moe.analysis.claims.judge_planned`, one experiment only
+    contrasts: pd.DataFrame  # of `moe.analysis.statistics.contrasts`, all tested metrics, one experiment only
+    evals: pd.DataFrame  # every evaluation, all metrics
+    trains: Callable[[Sequence[str]], pd.DataFrame]  # these columns of every training step; read when asked for
+    problems: list[str]  # a line per thing in the event logs that could not be read
+
+    def labelled(self, events: pd.DataFrame) -> pd.DataFrame:
+        """Events of runs whose condition is known, with it as column "condition"."""
+        labels = pd.DataFrame({"folder": self.runs["folder"], "condition": self.condition}).dropna()
+        return events.merge(labels, on="folder") if len(events) else events
+
+    def too_many(self) -> str:
+        """Why a figure with a line a condition cannot be drawn; empty if it can."""
+        count = self.condition.nunique()
+        return f"{count} conditions are too many" if count > MOST_LINES else ""
+
+
+def gather(loaded: pd.DataFrame, wishes: Wishes | None = None) -> list[Evidence]:
+    """The evidence in a table of `moe.results.load`: of all runs and, if there are several experiments, of each.
+
+    Runs are compared within an experiment, so that claims, contrasts and figures are about what it varies.
+    ValueError for a reference or margin that nothing has, and for a seed with two runs of one condition.
+    """
+    wishes = wishes or Wishes()
+    past = history(loaded.loc[loaded["status"] != "missing", "folder"])
+    whole = _of(loaded, past)
+    names = levels(loaded["experiment"])
+    parts = [_of(loaded[loaded["experiment"] == name], past) for name in names] if len(names) > 1 else [whole]
+    _check(wishes, parts)
+    compared = [_compared(part, wishes) for part in parts]
+    return [whole, *compared] if len(names) > 1 else compared
+
+
+def _of(loaded: pd.DataFrame, past: History) -> Evidence:
+    runs = with_causality(loaded)
+    factors = [factor for factor in varied_factors(runs) if factor != "seed"]
+    names = {
+        index: name_cell(cell) or "all runs" for cell, members in conditions(runs, factors) for index in members.index
+    }
+    folders = runs.loc[runs["status"] != "missing", "folder"]
+    return Evidence(
+        loaded=loaded,
+        runs=runs,
+        factors=factors,
+        tied=tied_factors(runs),
+        condition=pd.Series(names, index=runs.index, dtype=object),
+        metrics=[metric for metric in HEADLINE if metric in runs],
+        tested=[metric for metric in TESTED if metric in runs],
+        claims=pd.DataFrame(),
+        contrasts=pd.DataFrame(),
+        evals=past.events[past.events["folder"].isin(folders)] if len(past.events) else past.events,
+        trains=lambda columns: history(folders, kind="train", columns=columns).events,
+        problems=past.problems,
+    )
+
+
+def _compared(part: Evidence, wishes: Wishes) -> Evidence:
+    """The same with its claims judged and its levels compared."""
+    chosen = {factor: level for factor, level in wishes.references.items() if factor in part.factors}
+    references = _labelled(chosen, part.runs)
+    tables = [
+        contrasts(part.runs, metric, part.factors, references=references, margin=wishes.margins.get(metric))
+        for metric in part.tested
+    ]
+    return part._replace(claims=judge_planned(part.loaded), contrasts=stack(tables))
+
+
+def _check(wishes: Wishes, parts: list[Evidence]) -> None:
+    factors = sorted({factor for part in parts for factor in part.factors})
+    for factor, level in wishes.references.items():
+        if factor not in factors:
+            raise ValueError(f"reference {factor}={level}: varied factors are {', '.join(factors) or 'none'}")
+    for metric, margin in wishes.margins.items():
+        if metric not in TESTED:
+            raise ValueError(f"margin {metric}={margin}: tested metrics are {', '.join(TESTED)}")
+
+
+def stack(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Tables one below the other; no rows at all make an empty table."""
+    tables = [table for table in tables if not table.empty]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def _labelled(references: dict[str, Any], runs: pd.DataFrame) -> dict[str, Any]:
+    """References with the router's level as the runs have it, "topk (causal: yes)", where people write "topk"."""
+    if "router" not in references:
+        return references
+    label = f"{references['router']} (causal: "
+    routers = [router for router in levels(runs["router"]) if router.startswith(label)]
+    return references | {"router": routers[0] if routers else references["router"]}

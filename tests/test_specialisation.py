@@ -1,0 +1,280 @@
+"""Specialisation: the oracles of every count, settled routing, and what a studied run leaves behind."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from moe.analysis.specialisation import specialisation_figures
+from moe.results import load
+from moe.run import run
+from moe.specialisation.__main__ import main
+from moe.specialisation.geometry import projections
+from moe.specialisation.information import (
+    by_position,
+    coactivation,
+    counts,
+    domain_dependence,
+    given,
+    shares,
+    vocabulary_dependence,
+)
+from moe.specialisation.observation import Observation
+from moe.specialisation.page import page
+from moe.specialisation.stability import agreement, churn, overlap, saturation
+from moe.specialisation.study import plain
+from moe.specialisation.vocabulary import keywords
+from moe.trace import Trace
+
+DOMAINS = np.repeat([0, 1, 2, 3], 8)
+TOKENS = 64  # of a block
+
+
+def chosen_by(labels: np.ndarray, *, k: int, experts: int) -> np.ndarray:
+    """(N, E): a token with label v takes the k experts from v * k on."""
+    columns = (labels[:, None] * k + np.arange(k)) % experts
+    return (np.arange(experts) == columns[..., None]).any(1)
+
+
+def at_random(shape: tuple[int, ...], *, k: int, seed: int = 0) -> np.ndarray:
+    scores = np.random.default_rng(seed).random(shape)
+    return scores >= np.sort(scores, axis=-1)[..., -k][..., None]
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(1)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_routing_by_domain_has_all_the_information_there_is_for_every_k(k: int, rng: np.random.Generator) -> None:
+    chosen = chosen_by(np.repeat(DOMAINS, TOKENS), k=k, experts=4 * k)
+    found = domain_dependence(chosen, DOMAINS, rng=rng)
+    assert found is not None
+    assert found["normalised"] == pytest.approx(1)
+    assert found["adjusted"] == pytest.approx(1)
+    assert found["ami"] == pytest.approx(1)
+    assert found["p"] == pytest.approx(1 / 1000)  # no shuffle of 32 blocks got there
+    table = given(counts(np.repeat(DOMAINS, TOKENS), shares(chosen), size=4))
+    np.testing.assert_allclose(table, np.kron(np.eye(4), np.full(k, 1 / k)))
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_random_routing_knows_nothing_of_domains_after_correction(k: int, rng: np.random.Generator) -> None:
+    found = domain_dependence(at_random((len(DOMAINS) * TOKENS, 8), k=k), DOMAINS, rng=rng)
+    assert found is not None
+    assert found["normalised"] > 0.0005  # plug-in information is never 0
+    assert abs(found["adjusted"]) < 0.003
+    assert abs(found["ami"]) < 0.01
+    assert 0.02 < found["p"] < 0.98
+    assert found["observed"] < 2.5 * found["bias"]
+
+
+def test_the_topic_of_a_block_is_not_mistaken_for_its_domain(rng: np.random.Generator) -> None:
+    topic = rng.integers(8, size=len(DOMAINS))  # every block has an expert of its own, whatever its domain
+    chosen = chosen_by(np.repeat(topic, TOKENS), k=1, experts=8)
+    found = domain_dependence(chosen, DOMAINS, rng=rng)
+    assert found is not None
+    assert found["observed"] > 10 * found["bias"]  # shuffled tokens would call that domain knowledge
+    assert found["p"] > 0.02
+    assert abs(found["adjusted"]) < 0.2
+
+
+def test_one_expert_for_all_and_one_domain_alone(rng: np.random.Generator) -> None:
+    single = np.zeros((len(DOMAINS) * TOKENS, 4), dtype=bool)
+    single[:, 2] = True
+    found = domain_dependence(single, DOMAINS, rng=rng)
+    assert found is not None
+    assert (found["normalised"], found["adjusted"], found["p"]) == (0, 0, 1)
+    assert domain_dependence(single, np.zeros_like(DOMAINS), rng=rng) is None
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_routing_by_token_id_is_fully_explained_by_it(k: int, rng: np.random.Generator) -> None:
+    ids = rng.integers(40, size=3000)
+    found = vocabulary_dependence(chosen_by(ids, k=k, experts=8), ids, rng=rng)
+    assert found is not None
+    assert found["ids"] == 40
+    assert found["id"]["normalised"] == pytest.approx(1)
+    assert found["specialisation"]["normalised"] == 1
+    assert found["specialisation"]["null"] < 0.5
+    blind = vocabulary_dependence(at_random((3000, 8), k=k), ids, rng=rng)
+    assert blind is not None
+    for measure in ("id", "specialisation"):
+        assert abs(blind[measure]["adjusted"]) < 0.01
+        assert blind[measure]["p"] > 0.02
+
+
+def test_rare_ids_and_labels_that_are_none_do_not_count(rng: np.random.Generator) -> None:
+    ids = np.repeat([0, 1, -1], [10, 9, 30])
+    found = vocabulary_dependence(chosen_by(np.repeat([0, 1, 2], [10, 9, 30]), k=1, experts=4), ids, rng=rng)
+    assert found is not None
+    assert (found["ids"], found["tokens"]) == (1, 10)
+    assert vocabulary_dependence(at_random((9, 4), k=1), np.zeros(9, dtype=int), rng=rng) is None
+
+
+def test_coactivation_counts_all_pairs_and_is_at_chance_for_random_sets() -> None:
+    chosen = np.array([[1, 1, 1, 0], [1, 0, 1, 0], [0, 1, 0, 0]], dtype=bool)
+    nan = np.nan
+    expected = [[nan, 1 / 2, 1, nan], [1 / 2, nan, 1 / 2, nan], [1, 1 / 2, nan, nan], [nan] * 4]
+    table = coactivation(chosen)
+    np.testing.assert_allclose(table[:3, :3], np.array(expected)[:3, :3])
+    assert np.isnan(table[3]).all()
+    assert (table[:3, 3] == 0).all()
+    off = coactivation(at_random((20_000, 8), k=3))[~np.eye(8, dtype=bool)]
+    np.testing.assert_allclose(off, 2 / 7, atol=0.02)
+
+
+def test_experts_by_position_are_those_of_the_decile() -> None:
+    seq_len = 20
+    chosen = chosen_by(np.arange(3 * seq_len) % seq_len * 10 // seq_len, k=1, experts=10)
+    np.testing.assert_allclose(by_position(chosen, seq_len), np.eye(10))
+
+
+def test_settled_routing_saturates_and_random_routing_does_not() -> None:
+    masks = [at_random((2, 5000, 8), k=2, seed=seed) for seed in range(2)]
+    traces = [Trace(1, masks[0]), Trace(2, masks[1]), Trace(3, masks[1])]
+    first, second, last = saturation(traces)
+    for name in ("overlap", "kappa", "kappa_shuffled"):
+        np.testing.assert_allclose(last[name], 1)
+        np.testing.assert_allclose(second[name], 1)
+    np.testing.assert_allclose(first["overlap"], 2 / 8, atol=0.02)
+    np.testing.assert_allclose([first["kappa"], first["kappa_shuffled"]], 0, atol=0.02)
+    changed, unchanged = churn(traces)
+    assert (changed["since"], changed["step"]) == (1, 2)
+    np.testing.assert_allclose(changed["overlap"], 1 - first["overlap"])
+    np.testing.assert_allclose(unchanged["overlap"], 0, atol=1e-12)
+
+
+def test_uneven_loads_alone_look_like_agreement_to_kappa_but_not_to_the_shuffled_one() -> None:
+    crowded = [np.random.default_rng(seed).random((1, 20_000, 1)) < 0.9 for seed in (0, 1)]
+    a, b = (np.concatenate([x, ~x, np.zeros_like(x), np.zeros_like(x)], -1) for x in crowded)
+    found = overlap(a, b)
+    assert found["kappa"][0] > 0.7
+    assert abs(found["kappa_shuffled"][0]) < 0.02
+    everything = np.ones((1, 10, 3), dtype=bool)
+    assert np.isnan(overlap(everything, everything)["kappa"]).all()
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_seeds_agree_whatever_experts_are_called_and_independent_ones_do_not(k: int, rng: np.random.Generator) -> None:
+    a, b = (at_random((1, 4000, 6), k=k, seed=seed) for seed in range(2))
+    [same] = agreement(a, a[..., rng.permutation(6)], rng=rng)
+    assert same["matched"] == same["kappa"] == 1
+    assert same["rand"] == pytest.approx(1)
+    [apart] = agreement(a, b, rng=rng)
+    assert apart["matched"] > k / 6  # matching finds something in noise: that is what chance is for
+    assert abs(apart["kappa"]) < 0.02
+    assert abs(apart["rand"]) < 0.01
+
+
+def words(*vocabulary: str) -> PreTrainedTokenizerFast:
+    """Token n is the n-th word."""
+    model = models.WordLevel({word: n for n, word in enumerate(vocabulary)}, unk_token=vocabulary[0])
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), clean_up_tokenization_spaces=False)
+
+
+def observation(ids: np.ndarray, chosen: np.ndarray) -> Observation:
+    weight = chosen / chosen.sum(-1, keepdims=True)
+    return Observation(ids, np.arange(len(ids)) % 2, chosen, weight, ids, np.zeros(ids.shape))
+
+
+def test_keywords_are_the_tokens_that_an_expert_has_for_itself() -> None:
+    ids = np.tile([0, 1, 0, 2], (6, 3))  # "the" goes to both experts, "cat" to 0, "dog" to 1
+    labels = np.where(ids == 1, 0, np.where(ids == 2, 1, np.arange(12) % 4 // 2))
+    seen = observation(ids, chosen_by(labels.ravel(), k=1, experts=2)[None])
+    [[first, second]] = keywords(seen, words("the", "cat", "dog"))
+    assert [entry["token"] for entry in first["keywords"]] == ["cat", "the"]
+    assert first["keywords"][0] | {"tfidf": 0} == {"token": "cat", "tfidf": 0, "count": 18, "share": 1}
+    assert second["keywords"][0]["token"] == "dog"
+    assert first["contexts"][0] == ["the", "cat", "the dog the cat the dog the cat"]
+
+
+def test_projections_keep_groups_of_like_experts_together() -> None:
+    centres = np.random.default_rng(0).normal(size=(2, 1, 30))
+    vectors = centres.repeat(6, 1) + 0.01 * np.random.default_rng(1).normal(size=(2, 6, 30))
+    found = projections(vectors)
+    assert found is not None
+    for name in ("pca", "tsne"):
+        within = max(np.linalg.norm(group - group.mean(0), axis=-1).max() for group in found[name])
+        assert np.linalg.norm(found[name][0].mean(0) - found[name][1].mean(0)) > 2 * within
+    assert found["explained"][0] > 0.99
+    assert projections(vectors[:1, :3]) is None
+
+
+def test_what_is_not_finite_becomes_null_and_arrays_become_lists() -> None:
+    value = {"a": np.array([[1.0, np.nan]]), "b": (np.int64(3), np.float32(np.inf)), "c": 0.123456789, "d": None}
+    assert plain(value) == {"a": [[1.0, None]], "b": [3, None], "c": 0.123457, "d": None}
+    json.dumps(plain(value), allow_nan=False)
+
+
+def test_the_page_shows_the_text_escaped_with_each_token_in_the_class_of_its_heaviest_expert() -> None:
+    ids = np.array([[0, 1, 2], [2, 1, 0]])
+    chosen = at_random((2, 6, 10), k=2)
+    weight = np.where(chosen, np.arange(10.0), 0)
+    seen = Observation(ids, np.array([0, 1]), chosen, weight, ids, np.zeros(ids.shape))
+    text = page(seen, words("<script>", "a&b", '"quoted"'), domains=("<code>", "prose"), title="<run>")
+    for raw in ("<script>", "a&b", "<code>", "<run>"):
+        assert raw not in text
+    for shown in ("&lt;script&gt;", "a&amp;b", "&quot;quoted&quot;", "<h2>&lt;code&gt;</h2>", "<h2>prose</h2>"):
+        assert shown in text
+    heaviest = weight[:, 1].argmax(-1)
+    assert f'<span class="l0e{heaviest[0]} l1e{heaviest[1]}" title="layer 0: {heaviest[0]} (' in text
+    assert "http" not in text
+    assert all(f"#l1:checked ~ main .l1e{expert}" in text for expert in range(10))
+
+
+def test_a_studied_run_has_its_numbers_and_its_page_and_is_not_studied_twice(cell: Any, tmp_path: Path) -> None:
+    cells = [cell("seed=1"), cell("seed=2"), cell("router=hash", "seed=1"), cell("router=soft_moe", "seed=1")]
+    cells = [made._replace(folder=tmp_path / str(number)) for number, made in enumerate(cells)]
+    for made in cells:
+        run(made)
+    command = [str(tmp_path), "--blocks", "6", "--samples", "6"]
+    assert main(command) == 0
+    first, second, hashed, slots = (json.loads((made.folder / "specialisation.json").read_text()) for made in cells)
+    assert (first["blocks"], first["tokens"], first["step"]) == (6, 6 * 32, 6)
+    assert [entry["seed"] for entry in first["seed_agreement"]] == [2]
+    assert [entry["seed"] for entry in second["seed_agreement"]] == [1]
+    assert hashed["seed_agreement"] == []
+    assert hashed["vocabulary"]["input"][0]["specialisation"]["normalised"] == 1
+    assert hashed["landscape"] is None
+    assert "mixtures" in slots["reason"]
+    assert "<script" not in (cells[0].folder / "tokens.html").read_text()
+    assert not (cells[3].folder / "tokens.html").exists()
+    last = np.load(sorted((cells[0].folder / "trace").glob("*.npz"))[-1])["shape"]
+    assert np.shape(first["load"]) == (last[0], last[2])
+
+    for figure in dict(specialisation_figures(load([tmp_path]))).values():
+        assert isinstance(figure, Figure)
+        figure.savefig(io.BytesIO(), dpi=20)
+
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/specialisation.json")}
+    assert main(command) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/specialisation.json")}
+    shutil.copy(cells[1].folder / "model" / "model.safetensors", cells[0].folder / "model" / "model.safetensors")
+    assert main(command) == 0
+    changed = json.loads((cells[0].folder / "specialisation.json").read_text())
+    assert changed["asked"]["model_sha256"] == second["asked"]["model_sha256"]
+    assert changed["load"] == second["load"]
+
+
+def test_without_studies_the_reason_stands_for_the_figures(cell: Any) -> None:
+    made = cell()
+    made.folder.mkdir(parents=True)
+    (made.folder / "run.json").write_text(json.dumps({"status": "running", "config": {"seed": 1}, "choices": {}}))
+    assert list(specialisation_figures(load([made.folder]))) == [
+        ("specialisation", "no run has a specialisation.json: run python -m moe.specialisation FOLDER")
+    ]
+
+
+def test_a_command_that_cannot_be_done_is_refused_in_one_line(tmp_path: Path, capsys: Any) -> None:
+    assert main([str(tmp_path / "nowhere")]) == 2
+    assert main([str(tmp_path), "--blocks", "0"]) == 2
+    assert "--blocks 0: must be at least 1" in capsys.readouterr().err
