@@ -236,10 +236,10 @@ def test_a_studied_run_has_its_numbers_and_its_page_and_is_not_studied_twice(cel
     cells = [made._replace(folder=tmp_path / str(number)) for number, made in enumerate(cells)]
     for made in cells:
         run(made)
-    command = [str(tmp_path), "--blocks", "6", "--samples", "6"]
+    command = [str(tmp_path), "--blocks", "12", "--samples", "6"]
     assert main(command) == 0
     first, second, hashed, slots = (json.loads((made.folder / "specialisation.json").read_text()) for made in cells)
-    assert (first["blocks"], first["tokens"], first["step"]) == (6, 6 * 32, 6)
+    assert (first["blocks"], first["tokens"], first["step"]) == (12, 12 * 32, 6)
     assert [entry["seed"] for entry in first["seed_agreement"]] == [2]
     assert [entry["seed"] for entry in second["seed_agreement"]] == [1]
     assert hashed["seed_agreement"] == []
