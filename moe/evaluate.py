@@ -30,8 +30,9 @@ def evaluate(
     """`val/loss` (nats per token), `val/perplexity`, `val/accuracy`, `val/loss/<domain>`, every routing metric, and
     `routing/utilization` (L, E). The outputs of experts are compared on one token in `PROBE_STRIDE`.
 
-    Token-weighted over all blocks; the model's mode is restored. Dropless unless a `capacity` factor is given: a limit
-    makes the loss depend on which sequences share a batch.
+    Token-weighted over all blocks; the model's mode is restored. Dropless unless a `capacity` factor is given. A limit,
+    or a router that is not causal, makes the loss depend on which sequences share a batch: batches mix the domains, as
+    those of training do.
     """
     device = model.device
     knobs = Knobs.of(temperature=temperature, device=device)
@@ -41,8 +42,10 @@ def evaluate(
     training = model.training
     model.eval()
     torch.manual_seed(0)  # for drop=random; training seeds every micro-batch itself
-    for start in range(0, len(data), batch_size):
-        ids, domain = (t.to(device) for t in batch(data, range(start, min(start + batch_size, len(data)))))
+    batches = math.ceil(len(data) / batch_size)
+    for first in range(batches):
+        # every so-manieth block: domains stand in a row, and a batch of one domain would overflow its experts' capacity
+        ids, domain = (t.to(device) for t in batch(data, range(first, len(data), batches)))
         output = model(ids, knobs=knobs, capacity=capacity, drop=drop, probe_stride=PROBE_STRIDE)
         targets = next_token(ids)
         nats = F.cross_entropy(

@@ -170,8 +170,10 @@ def _spread(mean: float, std: float) -> str:
     """Two significant digits of the spread, and the mean to the same decimal."""
     if not math.isfinite(mean):
         return "–"
-    if not math.isfinite(std) or std == 0:
-        return f"{mean:.5g} ± {'0' if std == 0 else '–'}"
+    if not math.isfinite(std):
+        return f"{mean:.5g} ± –"
+    if std <= 1e-12 * abs(mean):  # rounding, where every seed has the same value
+        return f"{mean:.5g} ± 0"
     decimals = max(0, 1 - math.floor(math.log10(std)))
     return f"{mean:.{decimals}f} ± {std:.{decimals}f}"
 

@@ -7,6 +7,7 @@ from datasets import Dataset
 
 from moe.commandline import CONF
 from moe.config import ModelConfig
+from moe.data import batch
 from moe.evaluate import PROBE_STRIDE, evaluate
 from moe.metrics import METRICS
 from moe.model import MoEConfig, MoEForCausalLM
@@ -49,3 +50,18 @@ def test_what_a_router_has_not_is_null() -> None:
 def test_outputs_of_experts_are_compared_on_tokens_of_all_positions() -> None:
     for seq_len in (64, 128, 512, 2048):
         assert len({place % seq_len for place in range(0, 251 * seq_len, PROBE_STRIDE)}) == seq_len
+
+
+def test_batches_mix_the_domains_and_read_every_block_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order in which they lie, each batch would be of one domain, and overflow the experts of that domain."""
+    read: list[list[int]] = []
+
+    def noted(data: Dataset, indices: range) -> tuple[torch.Tensor, torch.Tensor]:
+        read.append(list(indices))
+        return batch(data, indices)
+
+    monkeypatch.setattr("moe.evaluate.batch", noted)
+    evaluated("topk")
+    assert sorted(index for indices in read for index in indices) == list(range(6))
+    assert all(len(indices) <= 4 for indices in read)
+    assert all(min(indices) < 3 <= max(indices) for indices in read)

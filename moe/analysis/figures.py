@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from moe.analysis.statistics import with_intervals
-from moe.analysis.style import DASHES, LABELS, MARKERS, PALETTE, RC, look
+from moe.analysis.style import DASHES, LABELS, MARKERS, PALETTE, RC, legend, look
 from moe.frontier import pareto_front
 from moe.summaries import by_seed, conditions, levels, summary
 
@@ -48,7 +48,7 @@ def learning_curves(events: pd.DataFrame, by: str) -> Figure:
         end.set(xlim=(half, None), ylim=late, title="second half of training")
     else:
         end.remove()
-    _legend(figure, whole, "thin: one run, thick: mean over n runs, as far as all of them got")
+    legend(figure, "thin: one run, thick: mean over n runs, as far as all of them got")
     return figure
 
 
@@ -71,7 +71,7 @@ def overlay(events: pd.DataFrame, by: str) -> Figure:
                 _draw_curves(axes, curves, column, f"{level}", look(index))
         axes.set(ylabel=label, xlim=(quarter, None), ylim=_late(events, column, since=quarter))
     panels[-1].set_xlabel("optimizer step, without the first quarter")
-    _legend(figure, panels[1], "thin: one run, thick: mean over n runs, as far as all of them got")
+    legend(figure, "thin: one run, thick: mean over n runs, as far as all of them got")
     return figure
 
 
@@ -115,7 +115,7 @@ def frontier(runs: pd.DataFrame, x: str) -> Figure:
     corners = [(left, front["val/perplexity"].min()), *front.itertuples(index=False), (front[x].max(), top)]
     axes.step(*zip(*corners, strict=True), where="pre", color="black", linewidth=1, zorder=1, label="Pareto front")
     axes.set(xlim=(left, None), ylim=(None, top), xlabel=SPEED[x], ylabel="validation perplexity (lower is better)")
-    _legend(figure, axes, "small: one seed; large: mean over n seeds and its 95 % t intervals")
+    legend(figure, "small: one seed; large: mean over n seeds and its 95 % t intervals")
     return figure
 
 
@@ -141,7 +141,7 @@ def capacity_lines(rows: pd.DataFrame, column: str) -> Figure:
     axes.set_xlabel("capacity factor")
     axes.set_ylabel(LABELS[column])
     axes.set_ylim(bottom=0)
-    _legend(figure, axes, f"random routing of {rows['num_tokens'].iloc[0]:,} tokens, {rows['device'].iloc[0]}")
+    legend(figure, f"random routing of {rows['num_tokens'].iloc[0]:,} tokens, {rows['device'].iloc[0]}")
     return figure
 
 
@@ -200,7 +200,7 @@ def _factor_panels(runs: pd.DataFrame, factor: str, hue: str, metrics: list[str]
     panels = figure.subplots(1, len(metrics), squeeze=False)[0]
     for axes, metric in zip(panels, metrics, strict=True):
         _draw(axes, runs, factor, hue, metric)
-    _legend(figure, panels[0], "small: one seed, lines join a seed; large: mean over n seeds and its 95 % t interval")
+    legend(figure, "small: one seed, lines join a seed; large: mean over n seeds and its 95 % t interval")
     return figure
 
 
@@ -242,10 +242,3 @@ def _draw(axes: Axes, runs: pd.DataFrame, factor: str, hue: str, metric: str) ->
 def _height(legend_entries: int) -> float:
     """Inches: the panels keep their height however long the legend below them gets."""
     return 4.4 + 0.11 * legend_entries
-
-
-def _legend(figure: Figure, axes: Axes, caption: str) -> None:
-    """The legend below all panels, under a line that says what the marks are."""
-    handles, labels = axes.get_legend_handles_labels()
-    style = {"ncols": 2, "fontsize": "small", "title_fontsize": "small"}
-    figure.legend(handles, labels, loc="outside lower center", title=caption, **style)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from moe.analysis.statistics import with_intervals
-from moe.analysis.style import RC, look
+from moe.analysis.style import RC, legend, look
 from moe.summaries import STD, levels
 
 METRICS = {
@@ -73,7 +73,7 @@ def layer_profile(runs: pd.DataFrame) -> Figure:
         _draw_conditions(axes, runs, list(columns.values()), list(columns))
         axes.set(xlabel="layer", ylabel=METRICS[metric])
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend(figure)
+    legend(figure, "small: one seed; large: mean over n seeds and its 95 % t interval")
     return figure
 
 
@@ -87,7 +87,7 @@ def drop_by_position(runs: pd.DataFrame) -> Figure:
         xticks=range(1, 11), xlabel="decile of the position in the sequence", ylabel="drop rate (share of assignments)"
     )
     axes.set_ylim(bottom=0)
-    _legend(figure)
+    legend(figure, "small: one seed; large: mean over n seeds and its 95 % t interval")
     return figure
 
 
@@ -110,11 +110,3 @@ def _draw_conditions(axes: Axes, runs: pd.DataFrame, columns: list[str], x: list
 
 def _height(runs: pd.DataFrame) -> float:
     return 3.8 + 0.22 * math.ceil(runs["condition"].nunique() / 2)
-
-
-def _legend(figure: Figure) -> None:
-    title = "small: one seed; large: mean over n seeds and its 95 % t interval"
-    drawn = [axes.get_legend_handles_labels() for axes in figure.axes]
-    handles = {label: handle for pair in drawn for handle, label in zip(*pair, strict=True)}
-    style = {"ncols": 2, "fontsize": "small", "title_fontsize": "small"}
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", title=title, **style)

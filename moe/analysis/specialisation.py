@@ -13,11 +13,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from moe.analysis import experts
 from moe.analysis.experts import Studied
 from moe.analysis.statistics import name_cell, with_intervals
-from moe.analysis.style import MOST_LINES, RC, look
+from moe.analysis.style import MOST_LINES, RC, legend, look
 from moe.summaries import conditions, summary, varied_factors
 
 FILE = "specialisation.json"
@@ -67,7 +68,7 @@ def information(runs: list[Studied]) -> Figure:
     left.set_ylabel("domain: information / attainable, chance out")
     middle.set_ylabel("token id: information / attainable, chance out")
     right.set_ylabel("vocabulary specialisation (mean largest share)")
-    _legend(figure, left, f"{SEEDS_CAPTION}; grey dash: 97.5 % quantile of shuffled routing")
+    legend(figure, f"{SEEDS_CAPTION}; grey dash: 97.5 % quantile of shuffled routing")
     return figure
 
 
@@ -90,7 +91,7 @@ def stability(runs: list[Studied]) -> Figure:
     right.set_ylim(min(0, right.get_ylim()[0]), None)
     scale = "κ: 1 the same, 0 as shuffled tokens with these loads"
     marks = "left, middle: mean over layers, thin a run, thick all; right: small a pair of seeds, large their mean"
-    _legend(figure, left, f"{scale};\n{marks}")
+    legend(figure, f"{scale};\n{marks}")
     return figure
 
 
@@ -140,7 +141,7 @@ def regret(runs: list[Studied]) -> Figure:
     routes = runs[0].found["regret"][0]["routes"]
     middle.set_ylabel(f"mean regret, best of {routes} routes (nats)")
     right.set_ylabel("mean loss of other routes - as chosen (nats)")
-    _legend(figure, middle, f"left: all layers and seeds; {SEEDS_CAPTION}")
+    legend(figure, f"left: all layers and seeds; {SEEDS_CAPTION}")
     return figure
 
 
@@ -160,7 +161,7 @@ def landscape(runs: list[Studied]) -> Figure:
                 if chosen:
                     curve = np.mean(chosen, axis=0)
                     curves.append(curve - curve[found["distances"].index(0)])
-            line = {"color": style["color"], "linestyle": style["linestyle"]}
+            line: dict[str, Any] = {"color": style["color"], "linestyle": style["linestyle"]}
             for curve in curves:
                 axes.plot(found["distances"], curve, color=style["color"], linewidth=0.7, alpha=0.5)
             if curves:
@@ -173,7 +174,7 @@ def landscape(runs: list[Studied]) -> Figure:
     for axes in panels:
         axes.set_xlabel("distance / norm of the weights")
     note = "all routers move at once; thin: one run (random: mean of three directions), thick: mean over n seeds"
-    _legend(figure, left, note)
+    legend(figure, note)
     return figure
 
 
@@ -197,13 +198,13 @@ def gradients(trains: pd.DataFrame) -> Figure | str:
             curves = members.pivot(index="step", columns="folder", values=column).astype(float).dropna(how="all")
             axes.plot(curves, color=style["color"], linewidth=0.6, alpha=0.45)
             mean = curves.dropna().mean(axis=1)
-            line = {"color": style["color"], "linestyle": style["linestyle"]}
+            line: dict[str, Any] = {"color": style["color"], "linestyle": style["linestyle"]}
             axes.plot(mean, linewidth=2, label=f"{condition} (n={curves.shape[1]})", **line)
         axes.set(ylabel=label, yscale="log")
     for axes in panels[-1]:
         axes.set_xlabel("optimizer step")
     note = "thin: one run, thick: mean over n runs; gradients before clipping at every step, updates at evaluations"
-    _legend(figure, panels[0][0], note)
+    legend(figure, note)
     return figure
 
 
@@ -248,11 +249,16 @@ def _by_layer(axes: Axes, runs: list[Studied], value: Callable[[dict[str, Any]],
         )
         means = with_intervals(summary(table, ["layer"], ["value"]))
         reach = (means["mean"] - means["ci_low"]).fillna(0)  # below two seeds there is no interval
-        look_of = {"fmt": style["marker"], "color": style["color"], "markersize": 7, "markeredgecolor": "white"}
+        look_of: dict[str, Any] = {
+            "fmt": style["marker"],
+            "color": style["color"],
+            "markersize": 7,
+            "markeredgecolor": "white",
+        }
         label = f"{name} (n={means['n'].max()})"
         axes.errorbar(means["layer"] + shift, means["mean"], yerr=reach, capsize=3, label=label, **look_of)
     axes.set_xlabel("layer")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(visible=False, axis="x")
 
 
@@ -277,7 +283,7 @@ def _by_step(axes: Axes, runs: list[Studied], name: str) -> None:
         for curve in curves.values():
             axes.plot(curve, color=style["color"], linewidth=0.7, alpha=0.5)
         if curves:
-            line = {"color": style["color"], "linestyle": style["linestyle"], "marker": style["marker"]}
+            line: dict[str, Any] = {"color": style["color"], "linestyle": style["linestyle"], "marker": style["marker"]}
             label = f"{condition} (n={len(curves)})"
             axes.plot(pd.DataFrame(curves).mean(axis=1), linewidth=2, markersize=5, label=label, **line)
     axes.set_xlabel("optimizer step")
@@ -293,7 +299,7 @@ def _by_pair(axes: Axes, runs: list[Studied]) -> None:
         axes.plot(x, pairs.T, style["marker"], color=style["color"], markersize=3, alpha=0.6)
         axes.plot(x, pairs.mean(0), style["marker"], color=style["color"], markersize=7, markeredgecolor="white")
     axes.set_xlabel("layer")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(visible=False, axis="x")
 
 
@@ -311,9 +317,3 @@ def _get(entry: dict[str, Any] | None, *keys: str) -> Any:
     for key in keys:
         entry = None if entry is None else entry[key]
     return entry
-
-
-def _legend(figure: Figure, axes: Axes, caption: str) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    style = {"ncols": 2, "fontsize": "small", "title_fontsize": "small"}
-    figure.legend(handles, labels, loc="outside lower center", title=caption, **style)

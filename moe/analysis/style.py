@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from matplotlib.figure import Figure
+
 PALETTE = (
     "#0072B2",
     "#D55E00",
@@ -56,3 +58,13 @@ def look(index: int) -> dict[str, str]:
         "linestyle": DASHES[index // len(PALETTE) % len(DASHES)],
         "marker": MARKERS[index % len(MARKERS)],
     }
+
+
+def legend(figure: Figure, caption: str) -> None:
+    """One legend for all panels, below them, under a line that says what the marks are; in columns that fit."""
+    drawn = [axes.get_legend_handles_labels() for axes in figure.axes]
+    handles = {label: handle for pair in drawn for handle, label in zip(*pair, strict=True)}
+    inches = 0.6 + 0.075 * max(map(len, handles), default=0)  # of the longest entry
+    columns = 2 if 2 * inches < figure.get_figwidth() else 1
+    style = {"title": caption, "ncols": columns, "fontsize": "small", "title_fontsize": "small"}
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", **style)

@@ -1,6 +1,6 @@
 """The loss around a finished model as its routers' weights move, and how many decisions that changes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,7 +53,7 @@ def landscape(
 
 
 @contextmanager
-def moved(weights: list[Tensor], direction: list[Tensor], distance: float) -> Iterator[None]:
+def moved(weights: Sequence[Tensor], direction: Sequence[Tensor], distance: float) -> Iterator[None]:
     """Inside, each weight stands `distance` times its norm along its direction; outside, bit for bit where it was."""
     with torch.no_grad():
         before = [w.clone() for w in weights]

@@ -60,8 +60,8 @@ def observe(model: MoEForCausalLM, ids: Int[Tensor, "B S"], domain: Int[Tensor, 
         layers = [_weights(layer, tokens=block.numel(), experts=experts) for layer in output.routing]
         chosen, weight = (torch.stack(tensors) for tensors in zip(*layers, strict=True))
         parts.append((chosen, weight, output.logits.argmax(-1), _nats(output.logits, block)))
-    chosen, weight, predicted, nats = zip(*parts, strict=True)
-    tensors = (ids, domain, torch.cat(chosen, 1), torch.cat(weight, 1), torch.cat(predicted), torch.cat(nats))
+    masks, gates, tokens, nats = zip(*parts, strict=True)
+    tensors = (ids, domain, torch.cat(masks, 1), torch.cat(gates, 1), torch.cat(tokens), torch.cat(nats))
     return Observation(*(tensor.cpu().numpy() for tensor in tensors))
 
 

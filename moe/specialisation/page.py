@@ -48,7 +48,7 @@ def page(seen: Observation, tokenizer: PreTrainedTokenizerFast, *, domains: tupl
         spans = []
         for place, token in enumerate(seen.ids[row], start=first):
             names = " ".join(f"l{n}e{e}" for n, e in enumerate(heaviest[:, place]))
-            text = escape(tokenizer.decode([int(token)]))
+            text = escape(str(tokenizer.decode([int(token)])))
             spans.append(f'<span class="{names}" title="{escape(_title(seen, place))}">{text}</span>')
         texts.append(f'<div class="text">{"".join(spans)}</div>')
     note = "Colour: the expert with the largest gate weight, in the layer selected. Hover over a token for all of them."

@@ -1,5 +1,6 @@
 """What a better choice of experts would have been worth: counterfactual routes of single tokens at single layers."""
 
+import functools
 import math
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from moe.layer import MoELayer
 from moe.model import MoEForCausalLM
-from moe.routing import Knobs
+from moe.routing import Knobs, Routing
 from moe.specialisation.interventions import altered, swapped
 from moe.specialisation.knockout import bootstrap
 from moe.specialisation.observation import BATCH, Observation, next_token_nats
@@ -83,8 +84,12 @@ def _losses(
         tried = []
         for route in range(routes):
             window = order[part].roll(-route * experts // routes, dims=-1)
-            with altered(layer, lambda routing, _, t=token, w=window: swapped(routing, t.to(w), w)):
+            with altered(layer, functools.partial(_route, token=token.to(window.device), order=window)):
                 nats = next_token_nats(model, block, knobs).cpu()
             tried.append(nats[torch.arange(len(block)), place])
         losses.append(torch.stack(tried, -1))
     return torch.cat(losses).double().numpy()
+
+
+def _route(routing: Routing, x: Float[Tensor, "T D"], *, token: Int[Tensor, "B"], order: Int[Tensor, "B E"]) -> Routing:
+    return swapped(routing, token, order)

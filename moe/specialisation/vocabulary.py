@@ -47,4 +47,4 @@ def _context(ids: np.ndarray, place: int, tokenizer: PreTrainedTokenizerFast) ->
     block, position = divmod(place, ids.shape[1])
     row = ids[block].tolist()
     cuts = row[max(0, position - AROUND) : position], [row[position]], row[position + 1 : position + 1 + AROUND]
-    return [tokenizer.decode(cut) for cut in cuts]
+    return [str(tokenizer.decode(cut)) for cut in cuts]
