@@ -200,7 +200,7 @@ def test_regret_of_one_expert_a_token_is_that_of_trying_every_expert(model: MoEF
     with altered(model.moe_layers[0], all_to(1)):
         observed = observe(model, ids, domain, KNOBS)
         [found, _] = route_regret(model, observed, KNOBS, samples=1)
-        position = int(np.random.default_rng(0).integers(observed.ids.shape[1] - 1, size=(1, 1)))
+        position = np.random.default_rng(0).integers(observed.ids.shape[1] - 1, size=(1, 1)).item()
         tried = []
         for expert in range(4):
             here = torch.tensor([position]), torch.tensor([[expert, *(e for e in range(4) if e != expert)]])

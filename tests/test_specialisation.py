@@ -232,14 +232,15 @@ def test_the_page_shows_the_text_escaped_with_each_token_in_the_class_of_its_hea
 
 
 def test_a_studied_run_has_its_numbers_and_its_page_and_is_not_studied_twice(cell: Any, tmp_path: Path) -> None:
-    cells = [cell("seed=1"), cell("seed=2"), cell("router=hash", "seed=1"), cell("router=soft_moe", "seed=1")]
+    kinds = (["seed=1"], ["seed=2"], ["router=hash", "seed=1"], ["router=soft_moe", "seed=1"])
+    cells = [cell("model.layers=1", *kind) for kind in kinds]
     cells = [made._replace(folder=tmp_path / str(number)) for number, made in enumerate(cells)]
     for made in cells:
         run(made)
-    command = [str(tmp_path), "--blocks", "6", "--samples", "6"]
+    command = [str(tmp_path), "--blocks", "12", "--samples", "6"]
     assert main(command) == 0
     first, second, hashed, slots = (json.loads((made.folder / "specialisation.json").read_text()) for made in cells)
-    assert (first["blocks"], first["tokens"], first["step"]) == (6, 6 * 32, 6)
+    assert (first["blocks"], first["tokens"], first["step"]) == (12, 12 * 32, 6)
     assert [entry["seed"] for entry in first["seed_agreement"]] == [2]
     assert [entry["seed"] for entry in second["seed_agreement"]] == [1]
     assert hashed["seed_agreement"] == []

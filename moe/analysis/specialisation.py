@@ -106,11 +106,8 @@ def importance(runs: list[Studied]) -> Figure:
             found = [run.found["knockout"][method] for run in members]
             load = np.concatenate([np.ravel(run.found["load"]) for run in members]) * len(members[0].found["load"][0])
             rise = np.concatenate([np.ravel(entry["delta"]["mean"]) for entry in found])
-            correlations = [np.array(entry["rho"], dtype=float) for entry in found]
-            rho = (
-                np.nanmean(np.concatenate(correlations)) if np.isfinite(np.concatenate(correlations)).any() else np.nan
-            )
-            label = f"{name} (n={len(members)}): mean ρ = {rho:.2f}"
+            rho, beyond = (_mean([entry[key] for entry in found]) for key in ("rho", "rho_excess"))
+            label = f"{name} (n={len(members)}): mean ρ {rho:.2f}, of the rise beyond the null {beyond:.2f}"
             axes.scatter(load, rise, s=16, alpha=0.6, color=style["color"], marker=style["marker"], label=label)
         axes.axhline(0, color="black", linewidth=0.6)
         axes.set(xlabel="load of the expert / mean load of its layer", ylabel=f"rise of the loss, {words} (nats)")
@@ -132,9 +129,8 @@ def regret(runs: list[Studied]) -> Figure:
         values = np.sort(np.concatenate([layer["values"] for run in members for layer in run.found["regret"]]))
         share = np.arange(1, len(values) + 1) / len(values)
         left.step(values, share, where="post", color=style["color"], linestyle=style["linestyle"], label=name)
-    left.set(xscale="symlog", xlabel="regret of a token (nats)", ylabel="share of sampled tokens with less")
+    left.set(xlabel="regret of a token (nats)", ylabel="share of sampled tokens with less", xlim=(0, None))
     left.set_xscale("symlog", linthresh=0.01)
-    left.set_xlim(0, None)
     _by_layer(middle, runs, lambda found: [layer["regret"]["mean"] for layer in found["regret"]])
     _by_layer(right, runs, lambda found: [layer["advantage"]["mean"] for layer in found["regret"]])
     right.axhline(0, color="black", linewidth=0.6)
@@ -173,8 +169,7 @@ def landscape(runs: list[Studied]) -> Figure:
     right.set_ylabel("share of choices flipped, random directions")
     for axes in panels:
         axes.set_xlabel("distance / norm of the weights")
-    note = "all routers move at once; thin: one run (random: mean of three directions), thick: mean over n seeds"
-    legend(figure, note)
+    legend(figure, "all routers move at once; thin: one run (random: mean of 3 directions), thick: mean over n seeds")
     return figure
 
 
@@ -203,8 +198,7 @@ def gradients(trains: pd.DataFrame) -> Figure | str:
         axes.set(ylabel=label, yscale="log")
     for axes in panels[-1]:
         axes.set_xlabel("optimizer step")
-    note = "thin: one run, thick: mean over n runs; gradients before clipping at every step, updates at evaluations"
-    legend(figure, note)
+    legend(figure, "thin: one run, thick: mean over n runs; gradients before clipping, updates at evaluations")
     return figure
 
 
@@ -260,6 +254,12 @@ def _by_layer(axes: Axes, runs: list[Studied], value: Callable[[dict[str, Any]],
     axes.set_xlabel("layer")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(visible=False, axis="x")
+
+
+def _mean(values: list[list[float | None]]) -> float:
+    """The mean of what is there; NaN if nothing is."""
+    known = np.array([number for row in values for number in row if number is not None])
+    return float(known.mean()) if len(known) else float("nan")
 
 
 def _null(axes: Axes, runs: list[Studied], value: Callable[[dict[str, Any]], list[float | None]]) -> None:

@@ -40,7 +40,7 @@ def mutual_information(table: Float[np.ndarray, "*P V E"]) -> Float[np.ndarray, 
     """Plug-in mutual information of the two last axes, nats."""
     total = table.sum((-2, -1))
     joint = table / total[..., None, None]
-    return entr(joint.sum(-1)).sum(-1) + entr(joint.sum(-2)).sum(-1) - entr(joint).sum((-2, -1))
+    return np.asarray(entr(joint.sum(-1)).sum(-1) + entr(joint.sum(-2)).sum(-1) - entr(joint).sum((-2, -1)))
 
 
 def set_labels(chosen: Bool[np.ndarray, "N E"]) -> Int[np.ndarray, "N"]:
