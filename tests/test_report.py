@@ -138,7 +138,7 @@ def test_the_published_runs_give_the_published_verdicts(published: Path, tmp_pat
     }
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
     assert "- layers_routing_load_cv: not drawn, no evaluation has routing/load_cv by layer" in text
-    assert "- drop_by_position: not drawn, no run has val_capacity/drop_rate/decile0" in text
+    assert "- drop_by_position: not drawn, no finished run has a capacity limit" in text
     page = Page(tmp_path / "out")
     assert page.titles == re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
     assert page.tables == len(re.findall(r"^\| (?::---|---:)", text, flags=re.MULTILINE))

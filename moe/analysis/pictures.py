@@ -174,8 +174,8 @@ def _at_the_end(evidence: Evidence) -> Drawn:
     else:
         yield name, evidence.too_many() or layers.layer_profile(runs), caption
     name, caption = "drop_by_position", "Share of assignments over capacity, by position in the sequence."
-    if not set(layers.DECILES) <= set(runs):
-        yield name, f"no run has {layers.DECILES[0]}", caption
+    if runs.reindex(columns=layers.DECILES).isna().all(axis=None):
+        yield name, "no finished run has a capacity limit", caption
     else:
         yield name, evidence.too_many() or layers.drop_by_position(runs), caption
 
