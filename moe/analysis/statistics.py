@@ -24,7 +24,7 @@ from moe.config import absolute
 from moe.summaries import STD, by_seed, conditions, levels, varied_factors
 
 CONFIDENCE, POWER = 0.95, 0.8
-SIGN_PATTERNS = 2**16  # all of them up to 16 seeds, a random sample of that size beyond
+EXACT, RESAMPLES = 16, 9_999  # up to so many seeds all sign patterns, beyond a random sample of that size
 
 
 def with_intervals(summary: pd.DataFrame) -> pd.DataFrame:
@@ -176,10 +176,15 @@ def sign_flip(differences: np.ndarray) -> float:
     """Two-sided p of the mean when the sign of every paired difference is a coin toss: no assumption of normality."""
     if len(differences) < 2:
         return float("nan")
+    resamples = _patterns(len(differences))
     test = stats.permutation_test(
-        (differences,), np.mean, permutation_type="samples", n_resamples=SIGN_PATTERNS, vectorized=True, rng=0
+        (differences,), np.mean, permutation_type="samples", n_resamples=resamples, vectorized=True, rng=0
     )
     return float(test.pvalue)
+
+
+def _patterns(seeds: int) -> int:
+    return 2**seeds if seeds <= EXACT else RESAMPLES
 
 
 def name_cell(cell: dict[str, Any]) -> str:
@@ -213,7 +218,7 @@ def _compare(treated: pd.Series, baseline: pd.Series, margin: float | str | None
         "d_z": d_z,
         "p Welch": _welch(treated.to_numpy(), baseline.to_numpy()),
         "p sign-flip": sign_flip(differences),
-        "smallest p sign-flip": 2 / min(2**n, SIGN_PATTERNS + 1) if n > 1 else float("nan"),
+        "smallest p sign-flip": 2 / (_patterns(n) + (n > EXACT)) if n > 1 else float("nan"),
         "detectable": detectable,
         "note": "; ".join(notes),
     }
