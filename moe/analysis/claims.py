@@ -17,11 +17,9 @@ from scipy import stats
 
 from moe.analysis.statistics import CONFIDENCE, constant, corrected, detectable_effect, inside
 from moe.config import ClaimConfig, absolute
-from moe.frontier import measured
 from moe.results import level
 from moe.summaries import by_seed, conditions, levels, varied_factors, with_causality
 
-SPEED = "time/tokens_per_s"  # no final metric: `moe.frontier.measured` makes it from the event log
 NAN = float("nan")
 
 
@@ -121,8 +119,6 @@ def _judge(family: list[tuple[ClaimConfig, pd.DataFrame]]) -> pd.DataFrame:
 
 def _judge_alone(claim: ClaimConfig, runs: pd.DataFrame) -> dict[str, Any]:
     """The row of one claim, before the correction for the others."""
-    if claim.metric == SPEED and SPEED not in runs:
-        runs = runs.assign(**{SPEED: measured(runs)["tokens_per_s"]})
     present = levels(runs[claim.factor]) if claim.factor in runs else []
     named = [level(each) for each in claim.levels]
     rivals = [level(each) for each in claim.than] or [each for each in present if each not in named]
