@@ -23,7 +23,7 @@ def measure(
 ) -> RoutingStats:
     """The sums of one layer over one micro-batch of `tokens` tokens, in sequences of `seq_len` (None: a single one).
 
-    similarity: of experts' outputs on the first N tokens, from `mean_cosine`.
+    similarity: of the outputs of all experts for N of these tokens, from `mean_cosine`.
     """
     experts = len(plan.offered)
     nan = plan.weight.new_full((), math.nan)
