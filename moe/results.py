@@ -19,7 +19,7 @@ from moe.config import flatten
 
 FACTS = (
     *("folder", "experiment", "run", "status", "error", "causal", "commit"),
-    *("seconds", "train_seconds", "peak_memory_gb", "parameters.total", "parameters.active"),
+    *("seconds", "train_seconds", "peak_memory_gb", "parameters.total", "parameters.active", "flops_per_token"),
 )
 ABSENT = "absent"  # the level of a factor that a run's config does not have, such as router.temp of a top-k router
 
@@ -28,9 +28,11 @@ SWEEP_FILE = "sweep.json"
 
 
 class History(NamedTuple):
-    """`events`: a row per run and step (columns folder, kind, step, metrics); `problems`: a line per thing not read."""
+    """`evals`, `trains`: a row per run and step (columns folder, kind, step, metrics); `problems`: a line per thing not
+    read."""
 
-    events: pd.DataFrame
+    evals: pd.DataFrame
+    trains: pd.DataFrame
     problems: list[str]
 
 
@@ -89,21 +91,31 @@ def read_run(folder: Path) -> dict[str, Any]:
     return row
 
 
-def history(folders: Iterable[Path | str], *, kind: str = "eval", columns: Sequence[str] | None = None) -> History:
-    """The events of one `kind` ("eval" or "train") of many runs, all metrics or only these `columns`.
+def history(folders: Iterable[Path | str], *, training: Sequence[str] = ()) -> History:
+    """The events of many runs, each file read once: of evaluations everything, of training steps these columns.
 
     A step written twice, after a resume, counts as written last. Runs become arrays one by one, so that a thousand
     of them fit into memory.
     """
-    tables, problems = [], []
+    evals, trains, problems = [], [], []
     for folder in map(Path, folders):
-        events, unread = _read_events(folder, kind, columns)
+        of_run, unread = _read_events(folder, training)
         problems += unread
-        if events:
-            tables.append(pd.DataFrame(events).assign(folder=str(folder)))
+        if of_run["eval"]:
+            evals.append(pd.DataFrame(_in_order(of_run["eval"])).assign(folder=str(folder)))
         elif not unread:
-            problems.append(f"{folder}: no {kind} event")
-    return History(pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(), problems)
+            problems.append(f"{folder}: no eval event")
+        if of_run["train"]:
+            trains.append(pd.DataFrame(_in_order(of_run["train"])).assign(folder=str(folder)))
+    return History(_stacked(evals), _stacked(trains), problems)
+
+
+def _in_order(events: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
+    return [events[step] for step in sorted(events)]
+
+
+def _stacked(tables: list[pd.DataFrame]) -> pd.DataFrame:
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
 def _walk(paths: Iterable[Path | str]) -> tuple[list[Path], list[Path]]:
@@ -185,41 +197,44 @@ def _read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_events(folder: Path, kind: str, columns: Sequence[str] | None) -> tuple[list[dict[str, Any]], list[str]]:
-    """The events of one kind, by step, and a line per thing not read."""
+def _read_events(folder: Path, training: Sequence[str]) -> tuple[dict[str, dict[int, dict[str, Any]]], list[str]]:
+    """{kind: {step: event}} of one run, of training steps the columns `training`, and a line per thing not read."""
     path = folder / "events.jsonl"
-    marks = {key: json.dumps(key).encode() + b": " for key in ("kind", "step", *(columns or ()))}
-    events: dict[int, dict[str, Any]] = {}
+    marks = {key: json.dumps(key).encode() + b": " for key in ("step", *training)}
+    events: dict[str, dict[int, dict[str, Any]]] = {"eval": {}, "train": {}}
     problems = []
     try:
         with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
-                whole = line.startswith(b'{"kind": "') and line.endswith(b"}\n") and line.find(b"{", 1) < 0
-                if whole and not line.startswith(b'{"kind": "%b"' % kind.encode()):
-                    continue  # as the trainer writes another kind: parsing it would take far longer
+                trains = line.startswith(b'{"kind": "train"') and line.endswith(b"}\n") and line.find(b"{", 1) < 0
+                if trains and not training:
+                    continue
                 try:
-                    event = _pick(line, marks) if whole and columns is not None else json.loads(line)
-                    step, this_kind = int(event["step"]), event["kind"]
+                    event = _pick(line, marks) if trains else json.loads(line)
+                    step, kind = int(event["step"]), event["kind"]
                 except (ValueError, KeyError, TypeError, OverflowError):
                     problems.append(f"{path}: line {number} skipped, torn or no event")
                     continue
-                if this_kind == kind:
-                    events[step] = event if columns is None else {key: event[key] for key in marks if key in event}
+                if kind == "eval":
+                    events[kind][step] = event
+                elif kind == "train" and training:
+                    events[kind][step] = {key: event[key] for key in ("kind", *marks) if key in event}
     except FileNotFoundError:
         problems.append(f"{folder}: no events.jsonl")
     except OSError as error:
         problems.append(f"{path}: {error.strerror}")
-    return [events[step] for step in sorted(events)], problems
+    return events, problems
 
 
 def _pick(line: bytes, marks: dict[str, bytes]) -> dict[str, Any]:
     """Some values of a flat event: finding a hundredth of them is ten times as fast as parsing all."""
-    event = {}
+    event: dict[str, Any] = {}
     for key, mark in marks.items():
         start = line.find(mark) + len(mark)
         if start >= len(mark):
-            value = line[start : line.find(b",", start)]  # to the brace if it is the last one
-            if value.startswith(b"["):
-                return dict(json.loads(line))
-            event[key] = json.loads(value.removesuffix(b"}"))
-    return event
+            value = line[start : line.find(b",", start)].removesuffix(b"}")  # to the brace if it is the last one
+            try:
+                event[key] = float(value)
+            except ValueError:
+                return dict(json.loads(line))  # null, or a list
+    return event | {"kind": "train", "step": int(event["step"])}

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from moe.config import is_free
-from moe.frontier import STEMS, bench_table, measured
+from moe.frontier import LATE, STEMS, bench_table, measured
 from moe.record import write_text
 from moe.results import FACTS, history, load
 
@@ -126,7 +126,8 @@ def write_sweep_tables(sweep: Path) -> pd.DataFrame:
     for experiment, stem in STEMS.items():
         members = runs[runs["experiment"] == experiment]
         if len(members):
-            write_text(sweep / f"{stem}_summary.csv", bench_table(measured(members)).to_csv(index=False))
+            table = bench_table(measured(members, history(members["folder"], training=list(LATE))))
+            write_text(sweep / f"{stem}_summary.csv", table.to_csv(index=False))
     return runs
 
 
@@ -181,10 +182,8 @@ def _spread(mean: float, std: float) -> str:
 def _noise_study(runs: pd.DataFrame) -> pd.DataFrame:
     """The finished runs under the noise study's own column names; "best" is over a run's evaluations, as there."""
     runs = runs[runs["status"] == "finished"]
-    best = [
-        history([folder], columns=["val/loss"]).events.get("val/loss", pd.Series(dtype=float)).astype(float).min()
-        for folder in runs["folder"]
-    ]
+    evals = history(runs["folder"]).evals.reindex(columns=["folder", "val/loss"])
+    best = runs["folder"].map(evals.groupby("folder")["val/loss"].min()).astype(float)
     with np.errstate(over="ignore"):  # a diverged run has an infinite perplexity
         perplexity = np.exp(best)
     runs = runs.assign(best_val_perplexity=perplexity, training_time_minutes=runs["train_seconds"] / 60)

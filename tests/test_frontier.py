@@ -12,8 +12,8 @@ import pytest
 from moe.analysis.figures import frontier, overlay
 from moe.analysis.report import write_report
 from moe.commandline import read_cells
-from moe.frontier import bench_table, measured, pareto_front
-from moe.results import load
+from moe.frontier import LATE, bench_table, measured, pareto_front
+from moe.results import history, load
 from moe.summaries import write_sweep_tables
 
 # router -> final loss and tokens per second; expert choice has no k and is not causal
@@ -75,6 +75,11 @@ def write_sweep(folder: Path, routers: list[str], capacities: list[float]) -> Pa
     return folder
 
 
+def of(folders: list[Path]) -> pd.DataFrame:
+    runs = load(folders)
+    return measured(runs, history(runs["folder"], training=list(LATE)))
+
+
 @pytest.fixture
 def sweep_a(tmp_path: Path) -> Path:
     return write_sweep(tmp_path / "experiment_a", ["switch", "topk_hard", "softk"], [1.0, 1.25])
@@ -131,7 +136,7 @@ def test_flops_are_those_of_a_training_step_and_rates_those_of_its_second_half(t
     events += [{"kind": "eval", "step": step, "val/loss": 1.0} for step in range(9)]
     (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     (folder / "metrics.json").write_text(json.dumps({"final_metrics": {"time/tokens_per_s": 250.0}}))
-    row = bench_table(measured(load([folder]))).iloc[0]
+    row = bench_table(of([folder])).iloc[0]
     assert row["median_tokens_per_s"] == 250.0
     assert row["median_eff_tflops"] == pytest.approx(3 * FLOPS_PER_TOKEN * 250.0 / 1e12, rel=1e-12)
     assert row["mean_drop_rate"] == pytest.approx(0.25), "steps 5 to 8"
@@ -155,7 +160,7 @@ def test_the_front_is_what_none_beats() -> None:
 
 
 def test_the_frontier_shows_every_seed_its_means_and_their_front(sweep_c: Path) -> None:
-    runs = measured(load([sweep_c]))
+    runs = of([sweep_c])
     axes = frontier(runs, "tokens_per_s").axes[0]
     seeds = [line for line in axes.lines if line.get_markersize() == 4]
     assert sorted(x for line in seeds for x in line.get_xdata()) == sorted(runs["tokens_per_s"])

@@ -397,7 +397,7 @@ def test_figures_show_every_seed_and_name_n(published: Path) -> None:
     seeds = [line for line in left.lines if line.get_markersize() == 4 and len(line.get_xdata()) == 3]
     assert sorted(y for line in seeds for y in line.get_ydata()) == sorted(runs["val/perplexity"])
     assert len(factor_plot(runs, "lb", "noise", "val/loss").axes) == 1
-    events = history(runs["folder"]).events.merge(runs[["folder", "noise"]], on="folder")
+    events = history(runs["folder"]).evals.merge(runs[["folder", "noise"]], on="folder")
     assert learning_curves(events, "noise").axes[0].get_legend_handles_labels()[1] == [
         *("0.0 (n=6)", "0.1 (n=6)", "0.5 (n=6)")
     ]

@@ -147,7 +147,7 @@ def test_history_skips_torn_lines_and_keeps_the_last_of_a_repeated_step(tmp_path
         log.write('{"kind": "eval", "step": 20, "val/loss": 1.25}\n[]\n{"kind": "eval", "st')
     empty = write_run(tmp_path / "seed=2")
     (empty / "events.jsonl").unlink()
-    events, problems = history([run, empty])
+    events, _, problems = history([run, empty])
     assert events["step"].tolist() == [10, 20, 30]
     assert events["val/loss"].tolist() == [3.0, 1.25, 2.0]
     assert problems == [
@@ -155,31 +155,31 @@ def test_history_skips_torn_lines_and_keeps_the_last_of_a_repeated_step(tmp_path
         f"{run}/events.jsonl: line 7 skipped, torn or no event",
         f"{empty}: no events.jsonl",
     ]
-    assert history([run], kind="train").events["step"].tolist() == [15]
+    assert history([run], training=["train/loss"]).trains["step"].tolist() == [15]
+    assert history([run]).trains.empty
 
 
-def test_some_columns_are_those_of_the_whole_and_a_torn_line_is_still_seen(tmp_path: Path) -> None:
+def test_columns_of_training_steps_are_those_of_the_whole_lines_and_a_torn_line_is_still_seen(tmp_path: Path) -> None:
     lines = [
-        '{"kind": "eval", "step": 1, "val/loss": NaN, "x": [[1, 2], [3, 4]], "val/loss/prose": 5}',
-        '{"kind": "eval", "step": 2, "val/loss/prose": null, "x": [], "val/loss": 1e-07}',
-        '{"step": 3, "val/loss": 7.5, "kind": "eval"}',
-        '{"kind": "train", "step": 3, "val/loss": -Infinity}',
-        '{"kind": "train", "step": 4, "val/l{"kind": "eval", "step": 4, "val/loss": 4.0}',
-        '{"kind": "eval", "step": 5, "val/loss": 4.0',
-        '{"kind": "train", "st',
+        '{"kind": "train", "step": 1, "train/loss": NaN, "x": [[1, 2], [3, 4]], "train/loss/prose": 5}',
+        '{"kind": "train", "step": 2, "train/loss/prose": null, "x": [], "train/loss": 1e-07}',
+        '{"step": 3, "train/loss": 7.5, "kind": "train"}',
+        '{"kind": "eval", "step": 3, "train/loss": -Infinity}',
+        '{"kind": "train", "step": 4, "train/l{"kind": "eval", "step": 4, "train/loss": 4.0}',
+        '{"kind": "train", "step": 5, "train/loss": 4.0',
+        '{"kind": "eval", "st',
     ]
     (tmp_path / "events.jsonl").write_text("\n".join(lines))
-    whole = history([tmp_path])
-    for columns in (["val/loss"], ["val/loss", "val/loss/prose"], ["x", "val/loss"], ["nothing"]):
-        some = history([tmp_path], columns=columns)
-        kept = [column for column in ("kind", "step", *columns, "folder") if column in whole.events]
-        pd.testing.assert_frame_equal(some.events[kept], whole.events[kept])
-        assert set(some.events) == set(kept)
-        assert some.problems == whole.problems
-    assert whole.events["step"].tolist() == [1, 2, 3]
-    assert [problem.split(": ")[1] for problem in whole.problems] == [
-        f"line {number} skipped, torn or no event" for number in (5, 6, 7)
-    ]
+    whole = pd.DataFrame([json.loads(line) for line in lines[:3]]).assign(folder=str(tmp_path))
+    for columns in (["train/loss"], ["train/loss", "train/loss/prose"], ["x", "train/loss"], ["nothing"]):
+        evals, trains, problems = history([tmp_path], training=columns)
+        kept = [column for column in ("kind", "step", *columns, "folder") if column in whole]
+        pd.testing.assert_frame_equal(trains[kept], whole[kept], check_dtype=False)
+        assert set(trains) == set(kept)
+        assert evals["train/loss"].tolist() == [-math.inf]
+        assert [problem.split(": ")[1] for problem in problems] == [
+            f"line {number} skipped, torn or no event" for number in (5, 6, 7)
+        ]
 
 
 def test_divergence_is_no_ordinary_failure_and_a_closed_folder_no_crash(

@@ -90,7 +90,8 @@ def gini(shares: np.ndarray) -> np.ndarray:
 
 def read(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     runs = with_causality(load([folder]))
-    return runs, history(runs["folder"]).events, history(runs["folder"], kind="train").events
+    evals, trains, _ = history(runs["folder"], training=["train/load_balance"])
+    return runs, evals, trains
 
 
 def write_ablation(

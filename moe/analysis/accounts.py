@@ -42,9 +42,9 @@ def what_was_run(evidence: Evidence) -> Iterator[Block]:
     if len(rest):
         yield Text(f"{len(rest)} of {len(runs)} runs did not finish and count nowhere below:")
         yield Table(rest)
-    if evidence.problems:
+    if evidence.past.problems:
         yield Text("Could not be read from the event logs:")
-        yield from listed(evidence.problems)
+        yield from listed(evidence.past.problems)
 
 
 def listed(items: list[str]) -> Iterator[Block]:

@@ -1,6 +1,6 @@
 """What a report is made of: everything its sections read, gathered once, before a single file is written."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -8,6 +8,7 @@ import pandas as pd
 from moe.analysis.claims import judge_planned
 from moe.analysis.statistics import contrasts, name_cell
 from moe.analysis.style import MOST_LINES
+from moe.frontier import LATE
 from moe.results import History, history
 from moe.summaries import HEADLINE, conditions, levels, tied_factors, varied_factors, with_causality
 
@@ -16,6 +17,10 @@ TESTED = {
     "val/perplexity": ("perplexity", "worse", "better"),
     "routing/load_cv/pooled": ("load CV", "less balanced", "more balanced"),
 }
+
+# What is read of training steps: gradients and updates, losses, and what `moe.frontier` wants.
+PULLS = ("grad_norm/router", "grad_norm/experts", "update/router", "update/experts")
+TRAINING = (*PULLS, "train/loss", "train/load_balance", *LATE)
 
 
 class Wishes(NamedTuple):
@@ -38,9 +43,7 @@ class Evidence(NamedTuple):
     tested: list[str]  # those of TESTED that some run has
     claims: pd.DataFrame  # of `moe.analysis.claims.judge_planned`, one experiment only
     contrasts: pd.DataFrame  # of `moe.analysis.statistics.contrasts`, all tested metrics, one experiment only
-    evals: pd.DataFrame  # every evaluation, all metrics
-    trains: Callable[[Sequence[str]], pd.DataFrame]  # these columns of every training step; read when asked for
-    problems: list[str]  # a line per thing in the event logs that could not be read
+    past: History  # every evaluation, and the columns TRAINING of every training step
 
     def labelled(self, events: pd.DataFrame) -> pd.DataFrame:
         """Events of runs whose condition is known, with it as column "condition"."""
@@ -60,7 +63,7 @@ def gather(loaded: pd.DataFrame, wishes: Wishes | None = None) -> list[Evidence]
     ValueError for a reference or margin that nothing has, and for a seed with two runs of one condition.
     """
     wishes = wishes or Wishes()
-    past = history(loaded.loc[loaded["status"] != "missing", "folder"])
+    past = history(loaded.loc[loaded["status"] != "missing", "folder"], training=TRAINING)
     whole = _of(loaded, past)
     names = levels(loaded["experiment"])
     parts = [_of(loaded[loaded["experiment"] == name], past) for name in names] if len(names) > 1 else [whole]
@@ -86,10 +89,12 @@ def _of(loaded: pd.DataFrame, past: History) -> Evidence:
         tested=[metric for metric in TESTED if metric in runs],
         claims=pd.DataFrame(),
         contrasts=pd.DataFrame(),
-        evals=past.events[past.events["folder"].isin(folders)] if len(past.events) else past.events,
-        trains=lambda columns: history(folders, kind="train", columns=columns).events,
-        problems=past.problems,
+        past=History(_only(past.evals, folders), _only(past.trains, folders), past.problems),
     )
+
+
+def _only(events: pd.DataFrame, folders: pd.Series) -> pd.DataFrame:
+    return events[events["folder"].isin(folders)] if len(events) else events
 
 
 def _compared(part: Evidence, wishes: Wishes) -> Evidence:

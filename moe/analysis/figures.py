@@ -33,7 +33,7 @@ def factor_plot(runs: pd.DataFrame, factor: str, hue: str, metric: str) -> Figur
 def learning_curves(events: pd.DataFrame, by: str) -> Figure:
     """Validation loss against step: a thin line a run, a thick one their mean at the steps that all of them reached.
 
-    `events` is `moe.results.history(...).events` joined with the runs' column `by`.
+    `events` is `moe.results.history(...).evals` joined with the runs' column `by`.
     """
     half = events["step"].max() / 2
     late = _late(events, "val/loss", since=half)

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from moe.analysis import figures, layers
 from moe.analysis.document import Attachment, Block, Bullets, Heading, Picture
-from moe.analysis.evidence import TESTED, Evidence
+from moe.analysis.evidence import PULLS, TESTED, Evidence
 from moe.analysis.specialisation import gradients as draw_gradients
 from moe.analysis.specialisation import specialisation_figures
 from moe.analysis.statistics import name_cell
@@ -17,12 +17,11 @@ from moe.analysis.temperature import TEMPERATURE
 from moe.analysis.temperature_figures import temperature_figures
 from moe.analysis.temperature_reports import specialization_report, summary_report
 from moe.frontier import STEMS, measured
-from moe.results import ABSENT
+from moe.results import ABSENT, History
 from moe.summaries import conditions, varied_factors
 
 Drawn = Iterator[tuple[str, Figure | str, str]]  # name, figure or reason, caption
 FOREST = 40  # contrasts of one figure
-PULLS = ["grad_norm/router", "grad_norm/experts", "update/router", "update/experts"]
 TEMPERED = {
     "temperature_ablation_comprehensive": "Loss, accuracy and entropy by temperature, over training and at its end.",
     "routing_dynamics": "Entropy, confidence and balance over training, by temperature.",
@@ -81,7 +80,7 @@ def speed(evidence: Evidence) -> Iterator[Block]:
 
 def gradients(evidence: Evidence) -> Iterator[Block]:
     """How routers and experts are pulled, and how far a step moves them."""
-    trains = evidence.labelled(evidence.trains(PULLS))
+    trains = evidence.labelled(evidence.past.trains)
     drawn = evidence.too_many() or ("" if set(PULLS) <= set(trains) else f"no run has {', '.join(PULLS)}")
     caption = "Gradient norms, and what a step changes relative to what was there, of routers and of experts."
     yield from section("Gradients", [("gradients", drawn or draw_gradients(trains), caption)])
@@ -98,10 +97,10 @@ def temperature(evidence: Evidence) -> Iterator[Block]:
     runs = evidence.runs
     if TEMPERATURE not in runs or (runs[TEMPERATURE].fillna(ABSENT) == ABSENT).all():
         return
-    drawn = temperature_figures(runs, evidence.evals, evidence.trains(["train/load_balance"]))
+    drawn = temperature_figures(runs, evidence.past.evals, evidence.past.trains)
     yield from section("Temperature", ((name, figure, TEMPERED.get(name, "")) for name, figure in drawn))
     for report in (summary_report, specialization_report):
-        content = json.dumps(report(runs, evidence.evals), indent=1, allow_nan=False) + "\n"
+        content = json.dumps(report(runs, evidence.past.evals), indent=1, allow_nan=False) + "\n"
         yield Attachment(
             f"{report.__name__}.json", content, "the temperature study's own summary, with n and intervals."
         )
@@ -146,7 +145,7 @@ def _forests(evidence: Evidence) -> Drawn:
 
 def _curves(evidence: Evidence) -> Drawn:
     name, caption = "learning_curves", "Validation loss against optimizer step, every run and the mean of a condition."
-    events = evidence.labelled(evidence.evals)
+    events = evidence.labelled(evidence.past.evals)
     if "val/loss" not in events or not events["val/loss"].notna().any():
         yield name, "no run has an evaluation with val/loss", caption
     else:
@@ -154,7 +153,7 @@ def _curves(evidence: Evidence) -> Drawn:
 
 
 def _layers(evidence: Evidence) -> Drawn:
-    events, panels = evidence.labelled(evidence.evals), evidence.condition.nunique()
+    events, panels = evidence.labelled(evidence.past.evals), evidence.condition.nunique()
     for metric, label in layers.METRICS.items():
         name, caption = "layers_" + metric.replace("/", "_"), f"{label} of every layer over training."
         seen = layers.known(events, metric)
@@ -184,14 +183,14 @@ def _frontiers(evidence: Evidence) -> Drawn:
     for experiment, stem in STEMS.items():
         runs = evidence.runs[evidence.runs["experiment"] == experiment]
         if len(runs):
-            yield from _frontier(runs, stem)
+            yield from _frontier(runs, evidence.past, stem)
             caption = "Training loss, validation loss and perplexity against step."
             yield f"{stem}_overlay", evidence.too_many() or _overlay(evidence, runs), caption
 
 
-def _frontier(runs: pd.DataFrame, stem: str) -> Drawn:
+def _frontier(runs: pd.DataFrame, past: History, stem: str) -> Drawn:
     """Perplexity against both measures of speed, for runs that differ in nothing but router, capacity and seed."""
-    table = measured(runs)
+    table = measured(runs, past)
     others = [factor for factor in varied_factors(runs) if factor not in ("router", "capacity", "seed")]
     for name, x in ((f"{stem}_frontier", "tokens_per_s"), (f"{stem}_frontier_tflops", "tflops")):
         caption = f"Perplexity against {figures.SPEED[x].split(' (')[0]}."
@@ -205,8 +204,8 @@ def _frontier(runs: pd.DataFrame, stem: str) -> Drawn:
 
 def _overlay(evidence: Evidence, runs: pd.DataFrame) -> Figure | str:
     columns = ["train/loss", "val/loss", "val/perplexity"]
-    evals = evidence.evals.filter(["folder", "step", *columns])  # the others would have a row a training step
-    events = evidence.labelled(pd.concat([evidence.trains(columns), evals]))
+    past = [events.filter(["folder", "step", *columns]) for events in (evidence.past.trains, evidence.past.evals)]
+    events = evidence.labelled(pd.concat(past))
     events = events[events["folder"].isin(runs["folder"])] if len(events) else events
     absent = [column for column in columns if column not in events]
     return f"no run has {', '.join(absent)}" if absent else figures.overlay(events, "condition")
