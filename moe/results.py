@@ -94,28 +94,26 @@ def read_run(folder: Path) -> dict[str, Any]:
 def history(folders: Iterable[Path | str], *, training: Sequence[str] = ()) -> History:
     """The events of many runs, each file read once: of evaluations everything, of training steps these columns.
 
-    A step written twice, after a resume, counts as written last. Runs become arrays one by one, so that a thousand
+    A step written twice, after a resume, counts as written last. Some runs at a time become arrays, so that a thousand
     of them fit into memory.
     """
-    evals, trains, problems = [], [], []
-    for folder in map(Path, folders):
-        of_run, unread = _read_events(folder, training)
-        problems += unread
-        if of_run["eval"]:
-            evals.append(pd.DataFrame(_in_order(of_run["eval"])).assign(folder=str(folder)))
-        elif not unread:
-            problems.append(f"{folder}: no eval event")
-        if of_run["train"]:
-            trains.append(pd.DataFrame(_in_order(of_run["train"])).assign(folder=str(folder)))
-    return History(_stacked(evals), _stacked(trains), problems)
-
-
-def _in_order(events: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
-    return [events[step] for step in sorted(events)]
-
-
-def _stacked(tables: list[pd.DataFrame]) -> pd.DataFrame:
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+    tables: dict[str, list[pd.DataFrame]] = {"eval": [], "train": []}
+    problems = []
+    places = list(map(Path, folders))
+    for start in range(0, len(places), 20):
+        rows: dict[str, list[dict[str, Any]]] = {kind: [] for kind in tables}
+        for folder in places[start : start + 20]:
+            events, unread = _read_events(folder, training)
+            problems += unread
+            if not (events["eval"] or unread):
+                problems.append(f"{folder}: no eval event")
+            for kind, of_run in events.items():
+                rows[kind] += [of_run[step] | {"folder": str(folder)} for step in sorted(of_run)]
+        for kind, of_some in rows.items():
+            if of_some:
+                tables[kind].append(pd.DataFrame(of_some))
+    evals, trains = (pd.concat(t, ignore_index=True) if t else pd.DataFrame() for t in tables.values())
+    return History(evals, trains, problems)
 
 
 def _walk(paths: Iterable[Path | str]) -> tuple[list[Path], list[Path]]:

@@ -181,7 +181,11 @@ def test_the_overlay_draws_a_line_a_run_and_one_a_mean() -> None:
         for kind in ("train", "eval")
     )
     panels = overlay(events, "arm").axes
-    assert [len(axes.lines) for axes in panels] == [3 + 2] * 3
+    runs, mean = panels[0].lines[:2]
+    assert runs.get_ydata()[[0, 1, 3, 4]].tolist() == [2, 1, 2, 1]
+    assert np.isnan(runs.get_ydata()[[2, 5]]).all(), "runs are apart"
+    assert mean.get_ydata().tolist() == [2, 1]
+    assert [len(axes.lines) for axes in panels] == [2 * 2] * 3
     assert panels[0].get_legend_handles_labels()[1] == ["a (n=2)", "b (n=1)"]
     assert [axes.get_ylabel().split(" (")[0] for axes in panels] == [
         *("training loss", "validation loss", "validation perplexity")

@@ -325,7 +325,7 @@ def test_layers_are_drawn_as_means_over_seeds() -> None:
     means = [line for line in axes.lines if line.get_markersize() == 5]
     assert [line.get_ydata().tolist() for line in means] == [[7, 17, 27]] * 2
     seeds = [line for line in axes.lines if line.get_marker() == "."]
-    assert [line.get_ydata().tolist() for line in seeds] == [[6, 16, 26], [8, 18, 28]] * 2
+    assert [line.get_ydata().tolist() for line in seeds] == [[6, 16, 26, 8, 18, 28]] * 2
 
 
 def test_drops_are_drawn_by_decile() -> None:

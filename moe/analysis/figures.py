@@ -174,12 +174,15 @@ def forest(contrasts: pd.DataFrame, label: str) -> Figure:
     return figure
 
 
+BREAK = pd.Series([math.nan], index=[math.nan])  # between two runs: one broken line is drawn sooner than many
+
+
 def _draw_curves(axes: Axes, events: pd.DataFrame, column: str, label: str, style: dict[str, str]) -> None:
     curves = events.pivot(index="step", columns="folder", values=column).astype(float)
     mean = curves.dropna().mean(axis=1)
     dot = "." if len(curves) < 30 else ""  # a single evaluation draws no line
-    for folder in curves:
-        axes.plot(curves[folder].dropna(), color=style["color"], linewidth=0.7, alpha=0.5, marker=dot, markersize=4)
+    runs = pd.concat([pd.concat([curves[folder].dropna(), BREAK]) for folder in curves])
+    axes.plot(runs, color=style["color"], linewidth=0.7, alpha=0.5, marker=dot, markersize=4)
     axes.plot(
         mean, color=style["color"], linestyle=style["linestyle"], linewidth=2.2, label=f"{label} (n={curves.shape[1]})"
     )

@@ -101,8 +101,8 @@ def _draw_conditions(axes: Axes, runs: pd.DataFrame, columns: list[str], x: list
         if not means["n"].any():
             continue
         places = [place + 0.3 * ((index + 0.5) / len(names) - 0.5) for place in x]
-        for _, seed in finite.dropna(how="all").iterrows():
-            axes.plot(places, seed, ".", color=style["color"], markersize=3, alpha=0.5)
+        seeds = finite.dropna(how="all")
+        axes.plot(places * len(seeds), seeds.to_numpy().ravel(), ".", color=style["color"], markersize=3, alpha=0.5)
         reach = (means["mean"] - means["ci_low"]).fillna(0)  # below two seeds there is no interval
         label = f"{name} (n={means['n'].max()})"
         axes.errorbar(places, means["mean"], yerr=reach, fmt="", capsize=2, markersize=5, label=label, **style)
