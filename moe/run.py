@@ -138,12 +138,15 @@ def _write(cell: Cell, state: str, facts: dict[str, Any] | None = None, *, error
 
 
 def _write_metrics(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    from moe import trace
+
     events = record.read_events(folder / "events.jsonl")
     last = [event for event in events if event["kind"] == "eval"][-1]
     history = record.history(events)
     final = {key: value for key, value in last.items() if "/" in key and not key.startswith("time/")}
     final |= {"train/loss": history["train_losses"][-1], "time/train_seconds": facts["train_seconds"]}
     final["time/tokens_per_s"] = record.median_speed(events)
+    final |= trace.consistency(trace.read(folder / "trace"))
     record.write_json(folder / "metrics.json", {"final_metrics": final, "history": history})
     return final
 

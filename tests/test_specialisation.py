@@ -28,10 +28,10 @@ from moe.specialisation.information import (
 )
 from moe.specialisation.observation import Observation
 from moe.specialisation.page import page
-from moe.specialisation.stability import agreement, churn, overlap, saturation
+from moe.specialisation.stability import agreement, churn, saturation
 from moe.specialisation.study import plain
 from moe.specialisation.vocabulary import keywords
-from moe.trace import Trace
+from moe.trace import Trace, overlap
 
 DOMAINS = np.repeat([0, 1, 2, 3], 8)
 TOKENS = 64  # of a block

@@ -9,7 +9,7 @@ import torch
 from moe.ingredients import build_model, prepare_data
 from moe.loop import train
 from moe.signals import Signals
-from moe.trace import choices, milestones, probe_blocks, read, write
+from moe.trace import Trace, choices, consistency, milestones, probe_blocks, read, write
 from moe.trackers import Mirror
 
 
@@ -54,3 +54,15 @@ def test_a_run_leaves_a_trace_at_every_milestone_and_one_on_slots_leaves_none(ce
     assert [trace.step for trace in traces] == sorted(milestones(made.config.steps))
     assert not np.array_equal(traces[0].chosen, traces[-1].chosen)
     assert read(tmp_path / "soft" / "trace") == []
+
+
+def test_consistency_is_of_the_last_two_traces_and_chance_is_taken_out_of_it() -> None:
+    rng = np.random.default_rng(0)
+    first, last = (np.eye(8, dtype=bool)[rng.integers(8, size=(2, 5000))] for _ in range(2))
+    half = np.where(np.arange(5000)[:, None] < 2500, last, first)  # half of the tokens stay, the others choose anew
+    found = consistency([Trace(1, first), Trace(3, half), Trace(4, last)])
+    assert found["routing/consistency"] == pytest.approx(0.5 + 0.5 / 8, abs=0.02)
+    assert found["routing/consistency_kappa"] == pytest.approx(0.5, abs=0.02)
+    everything = Trace(5, np.ones((2, 10, 8), dtype=bool))
+    assert consistency([everything, everything]) == {"routing/consistency": 1.0, "routing/consistency_kappa": None}
+    assert set(consistency([everything]).values()) == {None}
