@@ -1,9 +1,10 @@
-"""Fine-tuning on conversations: labels on the assistant's words alone, several in a block that do not see each other."""
+"""Conversations: labels on the assistant's words alone, and several in a block that do not see each other."""
 
 import gzip
 import json
 import re
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,6 @@ from moe.specialisation.study import study
 from moe.tokenizer import train_bpe
 from moe.trackers import Mirror
 
-S = 64
 BPE = train_bpe(["one two three"], 259)  # bytes and special tokens
 set_template(BPE)
 
@@ -43,11 +43,11 @@ def words(name: str, count: int) -> str:
 
 def conversation(row: int) -> list[dict[str, str]]:
     """One to three exchanges of lengths that vary, every second with a system's message that all of those share."""
-    system = [{"role": "system", "content": "Answer as a pirate would do it, in one short line and no more."}]
+    system = [{"role": "system", "content": "Answer in one line."}]
     turns = [system[0]] * (row % 2)
     for turn in range(1 + row % 3):
-        turns += [{"role": "user", "content": words(f"q{row}t{turn}n", 3 + row % 5)}]
-        turns += [{"role": "assistant", "content": words(f"a{row}t{turn}n", 2 + 7 * row % 11)}]
+        turns += [{"role": "user", "content": words(f"q{row}t{turn}n", 2 + row % 4)}]
+        turns += [{"role": "assistant", "content": words(f"a{row}t{turn}n", 2 + 7 * row % 9)}]
     return turns
 
 
@@ -63,7 +63,7 @@ def source(path: Path, **changes: Any) -> Conversations:
 
 
 def make(source: Any, cache: Path, **changes: Any) -> Prepared:
-    settings = {"tokenizer": "bpe", "vocab_size": 400, "seq_len": S, "val_percent": 20, "max_val_blocks": None}
+    settings = {"tokenizer": "bpe", "vocab_size": 400, "seq_len": 64, "val_percent": 20, "max_val_blocks": None}
     return prepare(source, cache=str(cache), **{**settings, **changes})
 
 
@@ -74,7 +74,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def prepared(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    return make(source(file), tmp_path_factory.mktemp("cache"), seq_len=256)
+    return make(source(file), tmp_path_factory.mktemp("cache"), seq_len=512)
 
 
 def pieces(blocks: Batch) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -83,7 +83,7 @@ def pieces(blocks: Batch) -> list[tuple[torch.Tensor, torch.Tensor]]:
     found = []
     for ids, labels, positions in zip(blocks.ids, blocks.labels, blocks.position_ids, strict=True):
         starts = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
-        for start, end in zip(starts, starts[1:], strict=False):
+        for start, end in pairwise(starts):
             assert positions[start:end].tolist() == list(range(end - start))
             found.append((ids[start:end], labels[start:end]))
     return found
@@ -146,8 +146,8 @@ def test_the_tokenizers_own_template_is_used_and_saved(file, tmp_path):
     checked = 0
     for ids, labels in pieces(all_of(prepared, "val")):
         text, labelled = spoken(ids.numpy(), labels.numpy(), own)
-        assert re.match(r"<\|endoftext\|>\[(user|system)\] ", text)
         if labelled != "|":  # not the filling
+            assert re.match(r"<\|endoftext\|>\[(user|system)\] ", text)
             assert labelled == "|" + "|".join(re.findall(r"\[assistant\] (.*?<\|endoftext\|>)", text))
             checked += 1
     assert checked == sum(counts["val"]["documents"] for counts in prepared.manifest["domains"].values())
@@ -185,8 +185,9 @@ def test_every_answer_is_labelled_once_and_in_full(prepared, file):
     for split in ("train", "val"):
         for ids, labels in pieces(all_of(prepared, split)):
             text, labelled = spoken(ids.numpy(), labels.numpy(), prepared.tokenizer)
-            assert text.startswith(("<|im_start|>user\n", "<|im_start|>system\n"))
-            assert text.count("<|im_start|>assistant\n") >= labelled.count("<|im_end|>")
+            if labelled != "|":  # not the filling
+                assert text.startswith(("<|im_start|>user\n", "<|im_start|>system\n"))
+                assert text.count("<|im_start|>assistant\n") == labelled.count("<|im_end|>")
             said += [answer for answer in labelled.replace("<|im_end|>", "").split("|") if answer]
     rows = [turn for row in range(60) for turn in conversation(row)]
     assert sorted(said) == sorted(turn["content"] for turn in rows if turn["role"] == "assistant")
@@ -202,8 +203,10 @@ def test_the_manifest_counts_what_the_blocks_hold(prepared):
             assert counts["tokens"] == pytest.approx((1 - counts["filler_share"]) * blocks.ids[mine].numel())
             assert counts["truncated"] == counts["left_out"] == 0
             assert 0 < counts["filler_share"] < 0.5
+            first = int(mine.nonzero()[0])  # domains stand one after another
+            bounds = first, first + int(mine.sum())
             assert counts["documents"] == sum(
-                bool((labels != IGNORED).any()) for _, labels in pieces(blocks.take(mine.nonzero().flatten()))
+                bool((labels != IGNORED).any()) for _, labels in pieces(blocks.take(slice(*bounds)))
             )
     assert prepared.domains == ("everyday", "rewrite")
     assert prepared.tokenizer.chat_template == CHATML
@@ -249,7 +252,7 @@ def tiny(vocab: int, attention: str = "sdpa", **changes: Any) -> MoEForCausalLM:
     torch.manual_seed(0)
     size = ModelConfig(dim=16, heads=2, layers=2, ffn=8, num_experts=4, dense_ffn=16, attention=attention, **changes)
     router = {"_target_": "moe.routers.topk.TopK", "k": 2}
-    model = MoEForCausalLM(MoEConfig.of(size, router, vocab_size=vocab, seq_len=256)).eval()
+    model = MoEForCausalLM(MoEConfig.of(size, router, vocab_size=vocab, seq_len=512)).eval()
     with torch.no_grad():
         for p in model.parameters():
             p *= 8 if p.ndim > 1 else 1  # far from linear
@@ -360,7 +363,7 @@ def test_a_step_does_not_depend_on_how_it_is_cut_into_micro_batches(chat, tmp_pa
 def test_embedding_noise_acts_on_conversations_too(chat, tmp_path):
     quiet, noisy = (events(chat(f"model.neftune_noise_alpha={alpha}", f"out={tmp_path}/{alpha}")) for alpha in (0, 5))
     first = [
-        [event for event in run if event["kind"] == kind][0] for run in (quiet, noisy) for kind in ("eval", "train")
+        next(event for event in run if event["kind"] == kind) for run in (quiet, noisy) for kind in ("eval", "train")
     ]
     assert first[0]["val/loss"] == first[2]["val/loss"]
     assert first[1]["train/loss"] != first[3]["train/loss"]
