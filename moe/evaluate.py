@@ -31,9 +31,8 @@ def evaluate(
     `routing/utilization` (L, E). The outputs of experts are compared on one token in `PROBE_STRIDE`.
 
     Token-weighted over all blocks, `val/...` over the tokens with a label and routing over all; the model's mode is
-    restored. Dropless unless a `capacity` factor is given. A limit,
-    or a router that is not causal, makes the loss depend on which sequences share a batch: batches mix the domains, as
-    those of training do.
+    restored. Dropless unless a `capacity` factor is given. A limit, or a router that is not causal, makes the loss
+    depend on which sequences share a batch: batches mix the domains, as those of training do.
     """
     device = model.device
     knobs = Knobs.of(temperature=temperature, device=device)

@@ -98,8 +98,8 @@ def train(config: Config, folder: Path, *, mirror: Mirror, signals: Signals) -> 
             for micro, (blocks, weight) in enumerate(zip(batches, label_weights(batches), strict=True)):
                 blocks = blocks.to(accelerator.device)
                 torch.manual_seed(random_stream(config.seed, step, micro))
-                positions = {"position_ids": blocks.position_ids}
-                output = forward(blocks.ids, blocks.labels, **layer_settings, **positions, knobs=knobs, load=load)
+                inputs = {"input_ids": blocks.ids, "labels": blocks.labels, "position_ids": blocks.position_ids}
+                output = forward(**inputs, **layer_settings, knobs=knobs, load=load)
                 accelerator.backward(total_loss(config, routers, output, weight=weight) / config.grad_accum)
                 outputs.append(Outcome(output.loss.item() * weight, output.aux or {}, output.stats))
                 if output.stats is not None:

@@ -64,8 +64,7 @@ def observe(model: MoEForCausalLM, blocks: Batch, knobs: Knobs) -> Observation:
         parts.append((chosen, weight, output.logits.argmax(-1), _nats(output.logits, part.labels)))
     masks, gates, tokens, nats = zip(*parts, strict=True)
     tensors = (blocks.ids, blocks.domain, torch.cat(masks, 1), torch.cat(gates, 1), torch.cat(tokens), torch.cat(nats))
-    ids, domain, chosen, weight, predicted, loss = (tensor.cpu().numpy() for tensor in tensors)
-    return Observation(ids, domain, chosen, weight, predicted, loss, blocks)
+    return Observation(*(tensor.cpu().numpy() for tensor in tensors), blocks=blocks)
 
 
 @torch.no_grad()
