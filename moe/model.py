@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
 
-from moe.checks import build
+from moe.checks import build, require
 from moe.config import ModelConfig
 from moe.experts import Experts
 from moe.layer import LayerOutput, MoELayer
@@ -197,9 +197,9 @@ class MoEModel(MoEPreTrainedModel):
         seen = cache.get_seq_length() if cache is not None else 0
         if position_ids is None:
             position_ids = torch.arange(seen, seen + x.shape[1], device=x.device)[None]
-        elif self.config._attn_implementation == "flash_attention_2" and attention_mask is None and cache is None:
-            if (position_ids.diff() != 1).any():
-                raise ValueError("model.attention=flash_attention_2: must be sdpa or eager for several texts a block")
+        elif self.config._attn_implementation == "flash_attention_2":  # of several texts, it would need their lengths
+            packed = attention_mask is None and cache is None and bool((position_ids.diff() != 1).any())
+            require(not packed, "model.attention", "flash_attention_2", "sdpa or eager for several texts in a block")
         # arguments in order here and for the attention, because transformers 5.24 renamed the cache
         mask = create_causal_mask(self.config, x, attention_mask, cache, position_ids)
         rotary = self.rotary_emb(x, position_ids=position_ids)

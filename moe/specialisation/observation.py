@@ -1,7 +1,7 @@
 """What a model decides and predicts on validation blocks, as arrays; everything that is counted starts from here."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -64,7 +64,8 @@ def observe(model: MoEForCausalLM, blocks: Batch, knobs: Knobs) -> Observation:
         parts.append((chosen, weight, output.logits.argmax(-1), _nats(output.logits, part.labels)))
     masks, gates, tokens, nats = zip(*parts, strict=True)
     tensors = (blocks.ids, blocks.domain, torch.cat(masks, 1), torch.cat(gates, 1), torch.cat(tokens), torch.cat(nats))
-    return Observation(*(tensor.cpu().numpy() for tensor in tensors), blocks=blocks)
+    fields: tuple[Any, ...] = (*(tensor.cpu().numpy() for tensor in tensors), blocks)
+    return Observation(*fields)
 
 
 @torch.no_grad()
