@@ -22,13 +22,30 @@ logger = logging.getLogger(__name__)
 SHINGLE_WORDS, MAX_SEEN = 13, 0.3  # a text with a larger share of its shingles seen before is a near duplicate
 
 
+class Turn(NamedTuple):
+    """What system, user or assistant says in a conversation."""
+
+    role: str
+    content: str
+
+
 class Document(NamedTuple):
-    """One text with its label. Documents of one `group` (their source file) never part in a train/val split."""
+    """One text with its label. Documents of one `group` (their source file) never part in a train/val split.
+
+    turns: of a conversation; `text` is then what user and assistant say, without the instructions that many share.
+    """
 
     domain: str
     id: str
     text: str
     group: str
+    turns: tuple[Turn, ...] = ()
+
+    @staticmethod
+    def conversation(domain: str, id: str, turns: Sequence[Turn]) -> "Document":
+        """A conversation, which is its own group."""
+        text = "\n\n".join(turn.content for turn in turns if turn.role != "system")
+        return Document(domain, id, text, id, tuple(turns))
 
 
 @runtime_checkable
@@ -110,34 +127,46 @@ class Hub:
         return distinct(self._rows())
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        files = self._local_files()
-        licence = "the user's own" if files else "see the dataset's card"
-        packages = {"datasets": metadata.version("datasets")}
-        return {self.path: {"licence": licence, "packages": packages, "files": checksums(files)}}
+        return _describe_hub(self.path)
 
     def _rows(self) -> Iterator[Document]:
-        if files := self._local_files():
-            rows = _stream(files)
-        else:
-            from datasets import load_dataset
-
-            rows = load_dataset(self.path, self.name, split=self.split, streaming=True)
-        for number, row in enumerate(islice(rows, self.max_documents)):
-            id = f"{self.split}/{number}"
+        for id, row in _hub_rows(self.path, self.name, self.split, self.max_documents):
             text = _cell(row, self.text, key="data.source.text", id=id)
             domain = _cell(row, self.domain, key="data.source.domain", id=id) if self.domain else Path(self.path).stem
             yield Document(domain, id, text, id)
 
-    def _local_files(self) -> list[Path]:
-        """Files of a local `path`; none if it names a dataset on the hub."""
-        path = Path(self.path)
-        files = sorted(path.rglob("*")) if path.is_dir() else [path]
-        files = [file for file in files if file.suffix in (".parquet", ".jsonl")]
-        if path.is_dir() and len({file.suffix for file in files}) != 1:
-            raise ValueError(f"data.source.path={self.path}: a folder must hold .parquet or .jsonl files, of one kind")
-        if not all(file.is_file() for file in files):
-            raise ValueError(f"data.source.path={self.path}: no such file")
-        return files
+
+@dataclass(frozen=True)
+class Conversations:
+    """The first `max_samples` conversations of a dataset, found as those of `Hub`; duplicates are dropped.
+
+    `messages` is a column of lists of {role, content}; roles are system, user and assistant. Without `domain` the one
+    domain is the stem of `path`.
+
+    Raises ValueError for a missing file or column, another role, and a conversation in which no assistant speaks.
+    """
+
+    path: str
+    name: str | None
+    split: str
+    messages: str
+    domain: str | None
+    max_samples: int
+
+    def __post_init__(self) -> None:
+        if self.max_samples < 1:
+            raise ValueError(f"data.source.max_samples={self.max_samples}: must be at least 1")
+
+    def documents(self) -> Iterator[Document]:
+        return distinct(self._rows())
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        return _describe_hub(self.path)
+
+    def _rows(self) -> Iterator[Document]:
+        for id, row in _hub_rows(self.path, self.name, self.split, self.max_samples):
+            domain = _cell(row, self.domain, key="data.source.domain", id=id) if self.domain else Path(self.path).stem
+            yield Document.conversation(domain, id, _turns(row, self.messages, id=id))
 
 
 @dataclass(frozen=True)
@@ -190,6 +219,56 @@ class Files:
             if file.suffix not in (".txt", ".jsonl", ".parquet"):
                 raise ValueError(f"data.source.paths={file}: must be a .txt, .jsonl or .parquet file")
         return list(dict.fromkeys(files))
+
+
+def _hub_rows(path: str, name: str | None, split: str, count: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The first `count` rows of a dataset on the hub or of local files, with their ids."""
+    if files := _local_files(path):
+        rows = _stream(files)
+    else:
+        from datasets import load_dataset
+
+        rows = load_dataset(path, name, split=split, streaming=True)
+    for number, row in enumerate(islice(rows, count)):
+        yield f"{split}/{number}", row
+
+
+def _describe_hub(path: str) -> dict[str, dict[str, Any]]:
+    files = _local_files(path)
+    licence = "the user's own" if files else "see the dataset's card"
+    packages = {"datasets": metadata.version("datasets")}
+    return {path: {"licence": licence, "packages": packages, "files": checksums(files)}}
+
+
+def _local_files(name: str) -> list[Path]:
+    """Files of a local path; none if it names a dataset on the hub."""
+    path = Path(name)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    files = [file for file in files if file.suffix in (".parquet", ".jsonl")]
+    if path.is_dir() and len({file.suffix for file in files}) != 1:
+        raise ValueError(f"data.source.path={name}: a folder must hold .parquet or .jsonl files, of one kind")
+    if not all(file.is_file() for file in files):
+        raise ValueError(f"data.source.path={name}: no such file")
+    return files
+
+
+def _turns(row: dict[str, Any], column: str, *, id: str) -> list[Turn]:
+    """The turns of one column, or a ValueError that names the configuration key and the row."""
+    where = f"data.source.messages={column}: {id}"
+    if column not in row:
+        raise ValueError(f"{where} has no such column, only {', '.join(row)}")
+    try:
+        turns = [Turn(message["role"], message["content"]) for message in row[column]]
+    except (TypeError, KeyError):
+        raise ValueError(f"{where} holds no list of messages with role and content there") from None
+    for turn in turns:
+        if turn.role not in ("system", "user", "assistant"):
+            raise ValueError(f"{where} has a message of role {turn.role!r}; known: system, user, assistant")
+        if not isinstance(turn.content, str):
+            raise ValueError(f"{where} has a message of {turn.role} whose content is no text")
+    if not any(turn.role == "assistant" and turn.content.strip() for turn in turns):
+        raise ValueError(f"{where} has no message of an assistant, so there is nothing to learn from it")
+    return turns
 
 
 def _cell(row: dict[str, Any], column: str, *, key: str, id: str) -> str:

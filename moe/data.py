@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,23 +21,26 @@ import datasets
 import numpy as np
 import torch
 from filelock import FileLock
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from jaxtyping import Int
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
+from moe.chat import set_template
 from moe.corpus import Document, Source, checksums
+from moe.packing import Blocks, pack
 from moe.record import sha256, sync
+from moe.tokenizer import SPECIAL_TOKENS, pretrained_tokenizer, tokenise, tokenizer_files, train_bpe
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1  # raise it whenever the same arguments give other blocks or other files
-SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2, as in SmolLM
 
 
 class Prepared(NamedTuple):
     """Token blocks of one corpus.
 
-    train, val: columns input_ids (seq_len) and domain (an index into `domains`); no block mixes domains.
+    train, val: columns input_ids (seq_len) and domain (an index into `domains`); no block mixes domains. Blocks of
+        conversations have labels and position_ids (seq_len) too, see `Batch`.
     manifest: what the blocks were made of: counts, licences, versions, checksums.
     """
 
@@ -83,7 +87,7 @@ def prepare(
         "format": FORMAT,
         "source": {"class": type(source).__name__, **vars(source)},
         "documents": source.describe(),
-        "tokenizer": {"name": tokenizer, "vocab_size": vocab_size, "files": _tokenizer_files(tokenizer)},
+        "tokenizer": {"name": tokenizer, "vocab_size": vocab_size, "files": tokenizer_files(tokenizer)},
         "blocks": {"seq_len": seq_len, "val_percent": val_percent, "max_val_blocks": max_val_blocks},
         "packages": {name: metadata.version(name) for name in ("datasets", "tokenizers")},
     }
@@ -113,10 +117,36 @@ def batch_indices(num_blocks: int, batch_size: int, *, seed: int, step: int) -> 
     return indices
 
 
-def batch(dataset: datasets.Dataset, indices: Sequence[int] | np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """input_ids (B, S) and domain (B) of the blocks at `indices` (B), both int64."""
-    rows = dataset[indices]
-    return torch.from_numpy(rows["input_ids"]), torch.from_numpy(rows["domain"])
+class Batch(NamedTuple):
+    """Blocks as the model takes them.
+
+    labels: unshifted, IGNORED where nothing is predicted; of plain text the ids themselves.
+    position_ids: they start at 0 again with each conversation of a block, and none sees another; None: one text.
+    """
+
+    ids: Int[torch.Tensor, "B S"]
+    domain: Int[torch.Tensor, "B"]
+    labels: Int[torch.Tensor, "B S"]
+    position_ids: Int[torch.Tensor, "B S"] | None
+
+    def to(self, device: torch.device) -> "Batch":
+        positions = None if self.position_ids is None else self.position_ids.to(device)
+        return Batch(self.ids.to(device), self.domain.to(device), self.labels.to(device), positions)
+
+    def take(self, blocks: slice) -> "Batch":
+        positions = None if self.position_ids is None else self.position_ids[blocks]
+        return Batch(self.ids[blocks], self.domain[blocks], self.labels[blocks], positions)
+
+    def split(self, size: int) -> "list[Batch]":
+        """Batches of `size` blocks, the last one maybe smaller."""
+        return [self.take(slice(start, start + size)) for start in range(0, len(self.ids), size)]
+
+
+def batch(dataset: datasets.Dataset, indices: Sequence[int] | np.ndarray) -> Batch:
+    """The blocks at `indices` (B), all int64."""
+    rows = {name: torch.from_numpy(column) for name, column in dataset[indices].items()}
+    ids = rows["input_ids"]
+    return Batch(ids, rows["domain"], rows.get("labels", ids), rows.get("position_ids"))
 
 
 @lru_cache(maxsize=2)
@@ -156,17 +186,22 @@ def _build(
             logger.warning("domain %s has one source file only: all of it is train, none is val", domain)
 
     if vocab_size is not None:
-        pretrained = _train_bpe([document.text for documents in train.values() for document in documents], vocab_size)
+        pretrained = train_bpe([document.text for documents in train.values() for document in documents], vocab_size)
     else:
-        pretrained = _pretrained_tokenizer(tokenizer)
+        pretrained = pretrained_tokenizer(tokenizer)
+    make = _cut
+    if any(document.turns for documents in corpus.values() for document in documents):
+        set_template(pretrained)
+        make = pack
     pretrained.save_pretrained(folder / "tokenizer")
 
     counts: dict[str, Any] = {domain: {"sha256": _digest(documents)} for domain, documents in corpus.items()}
     for name, split, max_blocks in (("train", train, None), ("val", val, max_val_blocks)):
-        tokens = {
-            domain: _tokenise(documents, pretrained, f"tokenise {name} {domain}") for domain, documents in split.items()
+        blocks = {
+            domain: make(documents, pretrained, seq_len, f"tokenise {name} {domain}")
+            for domain, documents in split.items()
         }
-        dataset = _cut(tokens, seq_len, max_blocks)
+        dataset = _dataset(list(blocks.values()), seq_len, max_blocks)
         if not len(dataset):
             raise ValueError(f"data.seq_len={seq_len}: no {name} block is that long; give more or longer documents")
         dataset.save_to_disk(folder / name)
@@ -175,7 +210,7 @@ def _build(
             counts[domain][name] = {
                 "documents": len(documents),
                 "chars": sum(len(document.text) for document in documents),
-                "tokens": len(tokens[domain]),
+                **blocks[domain].counts,
                 "blocks": int((labels == label).sum()),
             }
     return {
@@ -205,73 +240,31 @@ def _split(documents: list[Document], val_percent: int) -> tuple[list[Document],
     return train, [document for document in documents if document.group in val]
 
 
-def _train_bpe(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with single digits; deterministic, and any text survives encode and decode unchanged."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer)
-    end, *chat = SPECIAL_TOKENS
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        bos_token=end,
-        eos_token=end,
-        unk_token=end,
-        additional_special_tokens=chat,
-        clean_up_tokenization_spaces=False,
-    )
+def _cut(documents: list[Document], tokenizer: PreTrainedTokenizerFast, seq_len: int, label: str) -> Blocks:
+    """Blocks of documents one after another, the tail dropped."""
+    ids = tokenise(documents, tokenizer, label)
+    return Blocks({"input_ids": ids[: len(ids) // seq_len * seq_len].reshape(-1, seq_len)}, {"tokens": len(ids)})
 
 
-def _pretrained_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    pretrained = AutoTokenizer.from_pretrained(name)
-    if not isinstance(pretrained, PreTrainedTokenizerFast) or pretrained.eos_token_id is None:
-        raise ValueError(f"data.tokenizer={name}: must be a fast tokenizer that has an end-of-text token")
-    return pretrained
-
-
-def _tokenizer_files(name: str) -> dict[str, str]:
-    """Checksums of a local tokenizer; none for "bpe" and for a name on the hub."""
-    return checksums(sorted(Path(name).glob("*token*.json")))
-
-
-def _tokenise(documents: list[Document], tokenizer: PreTrainedTokenizerFast, label: str) -> np.ndarray:
-    """Ids of the documents, each followed by the end-of-text token. Text that spells a special token stays text."""
-    encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # a copy, to leave the tokenizer as it was
-    encoder.encode_special_tokens = True
-    encoder.no_truncation()
-    ids = [np.empty(0, dtype=np.int32)]
-    for start in tqdm(range(0, len(documents), 64), label, leave=False, disable=None):
-        texts = [document.text for document in documents[start : start + 64]]
-        for encoding in encoder.encode_batch_fast(texts, add_special_tokens=False):
-            ids.append(np.array([*encoding.ids, tokenizer.eos_token_id], dtype=np.int32))
-    return np.concatenate(ids)
-
-
-def _cut(tokens: dict[str, np.ndarray], seq_len: int, max_blocks: int | None) -> datasets.Dataset:
-    """Blocks of `seq_len` tokens, domain by domain, each domain's tail dropped; `max_blocks` of them, evenly spaced."""
-    blocks = [ids[: len(ids) // seq_len * seq_len].reshape(-1, seq_len) for ids in tokens.values()]
-    input_ids = np.concatenate(blocks)
-    domain = np.repeat(np.arange(len(blocks)), [len(block) for block in blocks])
-    if max_blocks is not None and max_blocks < len(domain):
-        kept = np.arange(max_blocks) * len(domain) // max_blocks
-        input_ids, domain = input_ids[kept], domain[kept]
-    features = {"input_ids": datasets.List(datasets.Value("int32"), length=seq_len), "domain": datasets.Value("int32")}
-    return datasets.Dataset.from_dict({"input_ids": input_ids, "domain": domain}, features=datasets.Features(features))
+def _dataset(domains: list[Blocks], seq_len: int, max_blocks: int | None) -> datasets.Dataset:
+    """The blocks, domain by domain; `max_blocks` of them, evenly spaced."""
+    names = list(domains[0].columns)
+    columns = {name: np.concatenate([blocks.columns[name] for blocks in domains]) for name in names}
+    columns["domain"] = np.repeat(np.arange(len(domains)), [len(blocks.columns["input_ids"]) for blocks in domains])
+    count = len(columns["domain"])
+    if max_blocks is not None and max_blocks < count:
+        kept = np.arange(max_blocks) * count // max_blocks
+        columns = {name: column[kept] for name, column in columns.items()}
+    features = {name: datasets.List(datasets.Value("int32"), length=seq_len) for name in names}
+    features["domain"] = datasets.Value("int32")
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
 
 def _digest(documents: Iterable[Document]) -> str:
-    """sha256 of the documents' domains, ids and texts, in order."""
+    """sha256 of the documents' domains, ids, texts and turns, in order."""
     digest = hashlib.sha256()
     for document in documents:
-        for field in (document.domain, document.id, document.text):
+        for field in (document.domain, document.id, document.text, *chain(*document.turns)):
             digest.update(field.encode() + b"\0")
     return digest.hexdigest()
 

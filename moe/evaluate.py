@@ -30,9 +30,9 @@ def evaluate(
     """`val/loss` (nats per token), `val/perplexity`, `val/accuracy`, `val/loss/<domain>`, every routing metric, and
     `routing/utilization` (L, E). The outputs of experts are compared on one token in `PROBE_STRIDE`.
 
-    Token-weighted over all blocks; the model's mode is restored. Dropless unless a `capacity` factor is given. A limit,
-    or a router that is not causal, makes the loss depend on which sequences share a batch: batches mix the domains, as
-    those of training do.
+    Token-weighted over all blocks, `val/...` over the tokens with a label and routing over all; the model's mode is
+    restored. Dropless unless a `capacity` factor is given. A limit, or a router that is not causal, makes the loss
+    depend on which sequences share a batch: batches mix the domains, as those of training do.
     """
     device = model.device
     knobs = Knobs.of(temperature=temperature, device=device)
@@ -45,9 +45,10 @@ def evaluate(
     batches = math.ceil(len(data) / batch_size)
     for first in range(batches):
         # every so-manieth block: domains stand in a row, and a batch of one domain would overflow its experts' capacity
-        ids, domain = (t.to(device) for t in batch(data, range(first, len(data), batches)))
-        output = model(ids, knobs=knobs, capacity=capacity, drop=drop, probe_stride=PROBE_STRIDE)
-        targets = next_token(ids)
+        ids, domain, labels, positions = batch(data, range(first, len(data), batches)).to(device)
+        limits: dict[str, Any] = {"capacity": capacity, "drop": drop}
+        output = model(ids, position_ids=positions, knobs=knobs, probe_stride=PROBE_STRIDE, **limits)
+        targets = next_token(labels)
         nats = F.cross_entropy(
             output.logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
         )

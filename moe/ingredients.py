@@ -9,8 +9,8 @@ from torch import Tensor
 
 from moe.checks import build
 from moe.config import Config
-from moe.data import Prepared, batch, batch_indices, prepare
-from moe.model import MoEConfig, MoEForCausalLM
+from moe.data import Batch, Prepared, batch, batch_indices, prepare
+from moe.model import IGNORED, MoEConfig, MoEForCausalLM, next_token
 from moe.optim import learning_rate_scale
 from moe.schedules import Constant, Schedule
 
@@ -48,12 +48,20 @@ def random_stream(seed: int, step: int, micro: int) -> int:
     return int(np.random.SeedSequence((seed, step, micro)).generate_state(1, np.uint64)[0] >> 1)
 
 
-def micro_batches(config: Config, data: Prepared, step: int) -> list[Tensor]:
-    """The token ids of optimizer step `step`, cut into micro-batches: (batch_size, S) each."""
+def micro_batches(config: Config, data: Prepared, step: int) -> list[Batch]:
+    """The blocks of optimizer step `step`, cut into micro-batches of `batch_size`."""
     size = config.batch_size * config.grad_accum
     indices = batch_indices(len(data.train), size, seed=config.seed, step=step)
-    ids, _ = batch(data.train, indices)
-    return list(ids.split(config.batch_size))
+    return batch(data.train, indices).split(config.batch_size)
+
+
+def label_weights(batches: list[Batch]) -> list[float]:
+    """What a micro-batch's mean loss counts for in the step's: its labels / mean labels, 1 if they have equally many.
+
+    So that a step is the mean over its tokens, however they are cut into micro-batches.
+    """
+    labels = [int((next_token(micro.labels) != IGNORED).sum()) for micro in batches]
+    return [count * len(labels) / sum(labels) for count in labels]
 
 
 def knob_settings(config: Config, schedule: Schedule | Constant, step: int) -> dict[str, float]:

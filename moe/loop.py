@@ -25,6 +25,7 @@ from moe.evaluate import evaluate
 from moe.ingredients import (
     build_model,
     knob_settings,
+    label_weights,
     micro_batches,
     prepare_data,
     random_stream,
@@ -93,12 +94,14 @@ def train(config: Config, folder: Path, *, mirror: Mirror, signals: Signals) -> 
             model.train()
             outputs: list[Outcome] = []
             load = None
-            for micro, ids in enumerate(micro_batches(config, data, step)):
-                ids = ids.to(accelerator.device)
+            batches = micro_batches(config, data, step)
+            for micro, (blocks, weight) in enumerate(zip(batches, label_weights(batches), strict=True)):
+                blocks = blocks.to(accelerator.device)
                 torch.manual_seed(random_stream(config.seed, step, micro))
-                output = forward(ids, ids, **layer_settings, knobs=knobs, load=load)
-                accelerator.backward(total_loss(config, routers, output) / config.grad_accum)
-                outputs.append(Outcome(output.loss.item(), output.aux or {}, output.stats))
+                inputs = {"input_ids": blocks.ids, "labels": blocks.labels, "position_ids": blocks.position_ids}
+                output = forward(**inputs, **layer_settings, knobs=knobs, load=load)
+                accelerator.backward(total_loss(config, routers, output, weight=weight) / config.grad_accum)
+                outputs.append(Outcome(output.loss.item() * weight, output.aux or {}, output.stats))
                 if output.stats is not None:
                     load = output.stats.offered if load is None else load + output.stats.offered
             norms = gradients.gradient_norms(parts)
@@ -106,7 +109,7 @@ def train(config: Config, folder: Path, *, mirror: Mirror, signals: Signals) -> 
             sums = merged_stats(outputs)
             values = step_values(outputs, sums)
             if not math.isfinite(values["train/loss"] + norm):
-                raise Diverged(step, blame(plain, ids, knobs))
+                raise Diverged(step, blame(plain, blocks.ids, knobs, position_ids=blocks.position_ids))
             done = step + 1
             evaluates = done % config.eval_every == 0 or done == config.steps
             before = {name: [p.detach().clone() for p in params] for name, params in parts.items() if evaluates}

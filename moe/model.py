@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
 
-from moe.checks import build
+from moe.checks import build, require
 from moe.config import ModelConfig
 from moe.experts import Experts
 from moe.layer import LayerOutput, MoELayer
@@ -185,6 +185,7 @@ class MoEModel(MoEPreTrainedModel):
         *,
         load: Float[Tensor, "L E"] | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Int[Tensor, "#B S"] | None = None,
         cache: Cache | None = None,
     ) -> tuple[Float[Tensor, "B S D"], list[LayerOutput]]:
         x = self.embed_tokens(input_ids)
@@ -194,7 +195,11 @@ class MoEModel(MoEPreTrainedModel):
             x = x * math.sqrt(self.config.hidden_size)
         x = self.dropout(x)
         seen = cache.get_seq_length() if cache is not None else 0
-        position_ids = torch.arange(seen, seen + x.shape[1], device=x.device)[None]
+        if position_ids is None:
+            position_ids = torch.arange(seen, seen + x.shape[1], device=x.device)[None]
+        elif self.config._attn_implementation == "flash_attention_2":  # of several texts, it would need their lengths
+            packed = attention_mask is None and cache is None and bool((position_ids.diff() != 1).any())
+            require(not packed, "model.attention", "flash_attention_2", "sdpa or eager for several texts in a block")
         # arguments in order here and for the attention, because transformers 5.24 renamed the cache
         mask = create_causal_mask(self.config, x, attention_mask, cache, position_ids)
         rotary = self.rotary_emb(x, position_ids=position_ids)
@@ -248,6 +253,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         orthogonality: bool = False,
         probe_stride: int | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Int[Tensor, "#B S"] | None = None,
         cache: Cache | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool = False,
@@ -256,6 +262,8 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
     ) -> MoEOutput:
         """labels: as `input_ids`, unshifted, IGNORED where nothing is to be predicted. knobs: default to the model's
         own temperature and no noise. The rest is of `moe.routing.Context`, `load` for each MoE layer.
+        position_ids: where they do not go on by 1 another text begins, which sees nothing of those before (without
+        cache and attention_mask; transformers makes the mask).
         past_key_values: what transformers called `cache` before 5.24."""
         cache = cache if cache is not None else past_key_values
         if use_cache and cache is None:
@@ -267,6 +275,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             Context(input_ids, knobs, capacity, drop, orthogonality=orthogonality, probe_stride=probe_stride),
             load=load,
             attention_mask=attention_mask,
+            position_ids=position_ids,
             cache=cache,
         )
         logits = self.lm_head(hidden[:, -logits_to_keep:])

@@ -14,8 +14,8 @@ from moe.routers.base import Router
 from moe.routing import RoutingStats
 
 
-def total_loss(config: Config, routers: list[Router], output: MoEOutput) -> Tensor:
-    """What is minimised: cross-entropy plus auxiliary losses, weighted and summed over layers.
+def total_loss(config: Config, routers: list[Router], output: MoEOutput, *, weight: float = 1.0) -> Tensor:
+    """What is minimised: cross-entropy times `weight`, plus auxiliary losses, weighted and summed over layers.
 
     The configuration weights the losses that all routers share, each router its own, and may change its mind; it may
     add to the former too.
@@ -30,11 +30,11 @@ def total_loss(config: Config, routers: list[Router], output: MoEOutput) -> Tens
             weights = [router.loss_weights[name] for router in routers]
         if any(weights):  # a weight of 0 would still cost the backward pass
             weighted.append((values * values.new_tensor(weights)).sum())
-    return torch.stack([output.loss, *weighted]).sum()
+    return torch.stack([output.loss * weight, *weighted]).sum()
 
 
 class Outcome(NamedTuple):
-    """What is kept of a micro-batch: mean cross-entropy, aux {name: (L)}, routing sums."""
+    """What is kept of a micro-batch: its weighted mean cross-entropy, aux {name: (L)}, routing sums."""
 
     loss: float
     aux: dict[str, Tensor]

@@ -35,17 +35,17 @@ def probe_blocks(data: Prepared) -> list[int]:
 @torch.no_grad()
 def choices(model: MoEForCausalLM, data: Prepared, *, temperature: float) -> Bool[Tensor, "L N E"] | None:
     """Which experts the N tokens of the probe blocks ask for in each MoE layer; None where experts take no tokens."""
-    ids, _ = batch(data.val, probe_blocks(data))
+    probes = batch(data.val, probe_blocks(data)).to(model.device)
     knobs = Knobs.of(temperature=temperature, device=model.device)
     training = model.training
     model.eval()
     parts = []
-    for block in ids.split(4):
-        routing = model(block.to(model.device), knobs=knobs).routing
+    for ids, _, _, positions in probes.split(4):
+        routing = model(ids, position_ids=positions, knobs=knobs).routing
         if not routing or any(decision.slots is not None for layer in routing for decision in layer):
             break
         experts = model.config.num_experts
-        parts.append(torch.stack([chosen(layer, tokens=block.numel(), experts=experts) for layer in routing]))
+        parts.append(torch.stack([chosen(layer, tokens=ids.numel(), experts=experts) for layer in routing]))
     model.train(training)
     return torch.cat(parts, 1).cpu() if parts else None
 

@@ -200,10 +200,12 @@ def test_a_capped_validation_set_keeps_the_shares_of_the_domains(spelling, tmp_p
 
 def test_batch_gives_the_blocks_and_domains_asked_for(spelling):
     indices = np.array([5, 0, 5, len(spelling.train) - 1])
-    input_ids, domain = batch(spelling.train, indices)
+    input_ids, domain, labels, positions = batch(spelling.train, indices)
     assert input_ids.shape == (4, 16)
     assert domain.shape == (4,)
     assert input_ids.dtype == domain.dtype == torch.int64
+    assert torch.equal(labels, input_ids)
+    assert positions is None
     for row, index in enumerate(indices.tolist()):
         assert input_ids[row].tolist() == list(spelling.train[index]["input_ids"])
         assert domain[row] == spelling.train[index]["domain"]

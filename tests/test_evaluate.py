@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from moe.commandline import CONF
 from moe.config import ModelConfig
-from moe.data import batch
+from moe.data import Batch, batch
 from moe.evaluate import PROBE_STRIDE, evaluate
 from moe.metrics import METRICS
 from moe.model import MoEConfig, MoEForCausalLM
@@ -56,7 +56,7 @@ def test_batches_mix_the_domains_and_read_every_block_once(monkeypatch: pytest.M
     """In the order in which they lie, each batch would be of one domain, and overflow the experts of that domain."""
     read: list[list[int]] = []
 
-    def noted(data: Dataset, indices: range) -> tuple[torch.Tensor, torch.Tensor]:
+    def noted(data: Dataset, indices: range) -> Batch:
         read.append(list(indices))
         return batch(data, indices)
 

@@ -46,7 +46,7 @@ def model(cell: Any, data: Prepared) -> Iterator[MoEForCausalLM]:
 
 
 def seen(model: MoEForCausalLM, data: Prepared) -> Observation:
-    return observe(model, *blocks(data, BLOCKS), KNOBS)
+    return observe(model, blocks(data, BLOCKS), KNOBS)
 
 
 def all_to(expert: int) -> Change:
@@ -124,17 +124,17 @@ def test_swapped_tokens_take_the_new_experts_with_the_heaviest_first_and_others_
 
 
 def test_without_the_only_expert_a_layer_adds_nothing(model: MoEForCausalLM, data: Prepared) -> None:
-    ids, domain = blocks(data, BLOCKS)
+    probes = blocks(data, BLOCKS)
     layer = model.moe_layers[1]
     with altered(model.moe_layers[1], all_to(2)):
         inner = layer.router
-        found = knockouts(model, observe(model, ids, domain, KNOBS), KNOBS)["zeroed"]
+        found = knockouts(model, observe(model, probes, KNOBS), KNOBS)["zeroed"]
         assert layer.router is inner
-        base = next_token_nats(model, ids, KNOBS)[:, :-1].mean()
+        base = next_token_nats(model, probes, KNOBS)[:, :-1].mean()
         down = layer.experts.down.detach().clone()
         with torch.no_grad():
             layer.experts.down.zero_()
-        silent = next_token_nats(model, ids, KNOBS)[:, :-1].mean()
+        silent = next_token_nats(model, probes, KNOBS)[:, :-1].mean()
         with torch.no_grad():
             layer.experts.down.copy_(down)
     expected = (silent - base).item()
@@ -147,10 +147,9 @@ def test_without_the_only_expert_a_layer_adds_nothing(model: MoEForCausalLM, dat
 
 def test_knockouts_are_means_over_blocks_with_domains_apart(model: MoEForCausalLM, data: Prepared) -> None:
     found = knockouts(model, observed := seen(model, data), KNOBS)
-    ids = torch.from_numpy(observed.ids)
     for name, alone in (("zeroed", removed), ("rerouted", lambda r, hit: rerouted(r, hit, num_experts=4))):
         with altered(model.moe_layers[0], lambda routing, _, f=alone: f(routing, routing.expert == 3)):
-            rise = (next_token_nats(model, ids, KNOBS).numpy() - observed.nats)[:, :-1].mean(1)
+            rise = (next_token_nats(model, observed.blocks, KNOBS).numpy() - observed.nats)[:, :-1].mean(1)
         result = found[name]
         assert result["delta"]["mean"][0, 3] == pytest.approx(rise.mean(), abs=1e-6)
         assert result["delta"]["low"][0, 3] <= rise.mean() <= result["delta"]["high"][0, 3]
@@ -196,16 +195,16 @@ def test_with_equal_experts_no_route_is_regretted(model: MoEForCausalLM, data: P
 
 
 def test_regret_of_one_expert_a_token_is_that_of_trying_every_expert(model: MoEForCausalLM, data: Prepared) -> None:
-    ids, domain = blocks(data, 1)
+    probe = blocks(data, 1)
     with altered(model.moe_layers[0], all_to(1)):
-        observed = observe(model, ids, domain, KNOBS)
+        observed = observe(model, probe, KNOBS)
         [found, _] = route_regret(model, observed, KNOBS, samples=1)
         position = np.random.default_rng(0).integers(observed.ids.shape[1] - 1, size=(1, 1)).item()
         tried = []
         for expert in range(4):
             here = torch.tensor([position]), torch.tensor([[expert, *(e for e in range(4) if e != expert)]])
             with altered(model.moe_layers[0], lambda routing, _, h=here: swapped(routing, *h)):
-                tried.append(next_token_nats(model, ids, KNOBS)[0, position].item())
+                tried.append(next_token_nats(model, probe, KNOBS)[0, position].item())
     assert found["routes"] == 4
     assert found["regret"]["mean"] == pytest.approx(tried[1] - min(tried), abs=1e-5)
     assert found["advantage"]["mean"] == pytest.approx(np.mean(tried) - tried[1], abs=1e-5)
@@ -214,8 +213,9 @@ def test_regret_of_one_expert_a_token_is_that_of_trying_every_expert(model: MoEF
 def test_the_landscape_at_distance_zero_is_the_loss_and_the_gradient_points_uphill(
     model: MoEForCausalLM, data: Prepared
 ) -> None:
-    ids, domain = blocks(data, BLOCKS)
-    found = landscape(model, ids, domain, KNOBS)
+    probes = blocks(data, BLOCKS)
+    ids = probes.ids
+    found = landscape(model, probes, KNOBS)
     assert found is not None
     here = DISTANCES.index(0.0)
     for curve in found["curves"].values():
@@ -255,7 +255,6 @@ def test_every_kind_of_router_can_be_studied(router: str, cell: Any, data: Prepa
 
 
 def test_outputs_of_experts_are_unit_vectors_on_shared_tokens(model: MoEForCausalLM, data: Prepared) -> None:
-    ids, _ = blocks(data, BLOCKS)
-    vectors = expert_outputs(model, ids, KNOBS)
+    vectors = expert_outputs(model, blocks(data, BLOCKS), KNOBS)
     torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(2, 4))
     assert vectors[0, 0] @ vectors[0, 1] < 0.99

@@ -170,7 +170,7 @@ def test_validation_blocks_are_the_same_for_every_seed_and_training_blocks_are_n
     one, two = cell("seed=1").config, cell("seed=2").config
     data = prepare_data(one)
     assert data.val["input_ids"][:].tolist() == prepare_data(two).val["input_ids"][:].tolist()
-    assert not torch.equal(micro_batches(one, data, 0)[0], micro_batches(two, data, 0)[0])
+    assert not torch.equal(micro_batches(one, data, 0)[0].ids, micro_batches(two, data, 0)[0].ids)
 
 
 def test_a_capacity_run_is_evaluated_dropless_and_limited(cell: Any) -> None:

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from moe.analysis.specialisation import specialisation_figures
+from moe.data import Batch
 from moe.results import load
 from moe.run import run
 from moe.specialisation.__main__ import main
@@ -181,9 +183,15 @@ def words(*vocabulary: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), clean_up_tokenization_spaces=False)
 
 
+def made(ids: np.ndarray, domain: np.ndarray, chosen: np.ndarray, weight: np.ndarray) -> Observation:
+    tokens = torch.from_numpy(ids)
+    seen = Batch(tokens, torch.from_numpy(domain), tokens, None)
+    return Observation(ids, domain, chosen, weight, ids, np.zeros(ids.shape), seen)
+
+
 def observation(ids: np.ndarray, chosen: np.ndarray) -> Observation:
     weight = chosen / chosen.sum(-1, keepdims=True)
-    return Observation(ids, np.arange(len(ids)) % 2, chosen, weight, ids, np.zeros(ids.shape))
+    return made(ids, np.arange(len(ids)) % 2, chosen, weight)
 
 
 def test_keywords_are_the_tokens_that_an_expert_has_for_itself() -> None:
@@ -219,7 +227,7 @@ def test_the_page_shows_the_text_escaped_with_each_token_in_the_class_of_its_hea
     ids = np.array([[0, 1, 2], [2, 1, 0]])
     chosen = at_random((2, 6, 10), k=2)
     weight = np.where(chosen, np.arange(10.0), 0)
-    seen = Observation(ids, np.array([0, 1]), chosen, weight, ids, np.zeros(ids.shape))
+    seen = made(ids, np.array([0, 1]), chosen, weight)
     text = page(seen, words("<script>", "a&b", '"quoted"'), domains=("<code>", "prose"), title="<run>")
     for raw in ("<script>", "a&b", "<code>", "<run>"):
         assert raw not in text

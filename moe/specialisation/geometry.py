@@ -4,11 +4,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from torch import Tensor
 
+from moe.data import Batch
 from moe.model import MoEForCausalLM
 from moe.routing import Knobs, Routing
 from moe.specialisation.interventions import altered
@@ -18,14 +19,14 @@ PROBES = 64  # tokens that every expert works on
 
 
 @torch.no_grad()
-def expert_outputs(model: MoEForCausalLM, ids: Int[Tensor, "B S"], knobs: Knobs) -> Float[Tensor, "L E ND"]:
+def expert_outputs(model: MoEForCausalLM, blocks: Batch, knobs: Knobs) -> Float[Tensor, "L E ND"]:
     """What every expert of a layer makes of the same N tokens as its layer sees them, one vector an expert, norm 1.
 
     Outputs, not weights: hidden units can be permuted without changing what an expert does. The tokens are evenly
     spaced over the first blocks.
     """
-    ids = ids[:BATCH].to(model.device)
-    stride = max(1, ids.numel() // PROBES)
+    first = blocks.to(model.device).take(slice(BATCH))
+    stride = max(1, first.ids.numel() // PROBES)
     vectors = []
     for layer in model.moe_layers:
         inputs: list[Tensor] = []
@@ -35,7 +36,7 @@ def expert_outputs(model: MoEForCausalLM, ids: Int[Tensor, "B S"], knobs: Knobs)
             return routing
 
         with altered(layer, listen):
-            model(ids, knobs=knobs)
+            model(first.ids, position_ids=first.position_ids, knobs=knobs)
         x, experts = inputs[0][::stride].to(layer.experts.up.dtype), layer.router.num_experts
         outputs = layer.experts(x.repeat(experts, 1), torch.full((experts,), len(x)))
         vectors.append(torch.nn.functional.normalize(outputs.view(experts, -1).float(), dim=-1))

@@ -31,17 +31,16 @@ def knockouts(model: MoEForCausalLM, seen: Observation, knobs: Knobs) -> dict[st
         "rerouted": functools.partial(rerouted, num_experts=experts),
         "zeroed": removed,
     }
-    ids = torch.from_numpy(seen.ids)
     load = seen.chosen.sum(1) / seen.chosen.sum((1, 2))[:, None]
     results = {}
     for name, method in methods.items():
-        rise = np.zeros((2, len(model.moe_layers), experts, len(ids)))
+        rise = np.zeros((2, len(model.moe_layers), experts, len(seen.ids)))
         for index, layer in enumerate(model.moe_layers):
             for expert in range(experts):
                 for row, change in enumerate((_without(expert, method), _null(expert, method))):
                     with altered(layer, change):
-                        nats = next_token_nats(model, ids, knobs).cpu().numpy()
-                    rise[row, index, expert] = (nats - seen.nats)[:, :-1].mean(1)
+                        nats = next_token_nats(model, seen.blocks, knobs).cpu().numpy()
+                    rise[row, index, expert] = np.nanmean(nats - seen.nats, axis=1)
         results[name] = _summary(*rise, load=load, domain=seen.domain)
     return results
 

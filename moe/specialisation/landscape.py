@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
+from moe.data import Batch
 from moe.model import MoEForCausalLM
 from moe.routing import Knobs
 from moe.specialisation.observation import Observation, observe
@@ -17,9 +17,7 @@ DISTANCES = (-1.0, -0.5, -0.25, -0.1, 0.0, 0.1, 0.25, 0.5, 1.0)
 RANDOM_DIRECTIONS = 3
 
 
-def landscape(
-    model: MoEForCausalLM, ids: Int[Tensor, "B S"], domain: Int[Tensor, "B"], knobs: Knobs
-) -> dict[str, Any] | None:
+def landscape(model: MoEForCausalLM, blocks: Batch, knobs: Knobs) -> dict[str, Any] | None:
     """Loss, nats per token, and share of choices flipped, with all routers at W + distance * ||W|| * direction.
 
     Directions have norm 1 in every parameter of every layer (as in Li et al. 1712.09913, of whole parameters):
@@ -34,22 +32,23 @@ def landscape(
         f"random{number}": [torch.randn(w.shape, generator=draw).to(w) for w in weights]
         for number in range(RANDOM_DIRECTIONS)
     }
-    loss = model(ids.to(model.device), ids.to(model.device), knobs=knobs).loss
+    here = blocks.to(model.device)
+    loss = model(here.ids, here.labels, position_ids=here.position_ids, knobs=knobs).loss
     gradient = torch.autograd.grad(loss, weights, materialize_grads=True)
     if any(g.any() for g in gradient):
         directions["gradient"] = list(gradient)
-    here = observe(model, ids, domain, knobs)
+    unmoved = observe(model, blocks, knobs)
     curves = {}
     for name, direction in directions.items():
         seen = []
         for distance in DISTANCES:
             with moved(weights, direction, distance):
-                seen.append(observe(model, ids, domain, knobs))
+                seen.append(observe(model, blocks, knobs))
         curves[name] = {
             "loss": [float(np.nanmean(there.nats)) for there in seen],
-            "flipped": [_flipped(here, there) for there in seen],
+            "flipped": [_flipped(unmoved, there) for there in seen],
         }
-    return {"distances": DISTANCES, "blocks": len(ids), "tokens": ids.numel(), "curves": curves}
+    return {"distances": DISTANCES, "blocks": len(blocks.ids), "tokens": blocks.ids.numel(), "curves": curves}
 
 
 @contextmanager

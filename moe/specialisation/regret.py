@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moe.data import Batch
 from moe.layer import MoELayer
 from moe.model import MoEForCausalLM
 from moe.routing import Knobs, Routing
@@ -25,27 +26,26 @@ def route_regret(model: MoEForCausalLM, seen: Observation, knobs: Knobs, *, samp
     A token tries up to `ROUTES` sets of as many experts as it has: windows of its own random order of all experts, so
     that experts are tried equally often, and all of them for k = 1. Weights stay (`interventions.swapped`). One token
     of a block is changed at a time: it can act on later tokens of its block, never on other blocks, unless the router
-    looks at the whole batch. Tokens without an expert are left out.
+    looks at the whole batch. Tokens without an expert, and before a token without a label, are left out.
 
     regret >= 0 grows with the number of routes tried, because the best of several is picked with hindsight; what
     hindsight cannot fake is `advantage`, the mean loss over routes tried less the loss as chosen: > 0 if the router
     knows something, 0 if any experts do as well. better: share of the routes tried that beat the chosen one.
     """
-    ids = torch.from_numpy(seen.ids)
-    rounds = math.ceil(samples / len(ids))
+    rounds = math.ceil(samples / len(seen.ids))
     rng = np.random.default_rng(0)
-    token = rng.integers(seen.ids.shape[1] - 1, size=(rounds, len(ids)))
-    order = rng.permuted(np.tile(np.arange(model.config.num_experts), (rounds, len(ids), 1)), axis=-1)
+    token = rng.integers(seen.ids.shape[1] - 1, size=(rounds, len(seen.ids)))
+    order = rng.permuted(np.tile(np.arange(model.config.num_experts), (rounds, len(seen.ids), 1)), axis=-1)
     chosen = np.take_along_axis(seen.nats, token.T, axis=1).T
     results = []
     for layer, taken in zip(model.moe_layers, seen.chosen, strict=True):
         tried = np.stack(
             [
-                _losses(model, layer, ids, knobs, *map(torch.from_numpy, drawn))
+                _losses(model, layer, seen.blocks, knobs, *map(torch.from_numpy, drawn))
                 for drawn in zip(token, order, strict=True)
             ]
         )  # (rounds, B, routes)
-        routed = np.take_along_axis(taken.any(-1).reshape(seen.ids.shape), token.T, axis=1).T
+        routed = np.take_along_axis(taken.any(-1).reshape(seen.ids.shape), token.T, axis=1).T & ~np.isnan(chosen)
         least = np.minimum(chosen, tried.min(-1))
         values = {
             "regret": chosen - least,
@@ -61,14 +61,14 @@ def route_regret(model: MoEForCausalLM, seen: Observation, knobs: Knobs, *, samp
 
 
 def _block_means(values: Float[np.ndarray, "R B"], kept: np.ndarray) -> Float[np.ndarray, "B"]:
-    return (values * kept).sum(0) / kept.sum(0).clip(min=1)
+    return np.where(kept, values, 0).sum(0) / kept.sum(0).clip(min=1)
 
 
 @torch.no_grad()
 def _losses(
     model: MoEForCausalLM,
     layer: MoELayer,
-    ids: Int[Tensor, "B S"],
+    blocks: Batch,
     knobs: Knobs,
     position: Int[Tensor, "B"],
     order: Int[Tensor, "B E"],
@@ -77,16 +77,16 @@ def _losses(
     experts = order.shape[-1]
     routes = min(ROUTES, experts)
     losses = []
-    for start in range(0, len(ids), BATCH):
+    for start in range(0, len(blocks.ids), BATCH):
         part = slice(start, start + BATCH)
-        block, place = ids[part], position[part]
-        token = torch.arange(len(block)) * ids.shape[1] + place
+        block, place = blocks.take(part), position[part]
+        token = torch.arange(len(block.ids)) * blocks.ids.shape[1] + place
         tried = []
         for route in range(routes):
             window = order[part].roll(-route * experts // routes, dims=-1)
             with altered(layer, functools.partial(_route, token=token.to(window.device), order=window)):
                 nats = next_token_nats(model, block, knobs).cpu()
-            tried.append(nats[torch.arange(len(block)), place])
+            tried.append(nats[torch.arange(len(place)), place])
         losses.append(torch.stack(tried, -1))
     return torch.cat(losses).double().numpy()
 

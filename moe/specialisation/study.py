@@ -51,18 +51,18 @@ def study(folder: Path, *, blocks_wanted: int, samples: int) -> bool:
         raise ValueError(f"{folder}: its data is another now ({data.manifest['key']}, was {record['data']['key']})")
     disable_progress_bar()  # of loading one small file
     model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
-    ids, domain = blocks(data, blocks_wanted)
-    content: dict[str, Any] = {"asked": asked, "step": record["config"]["steps"], "reason": refusal(model, ids)}
+    probes = blocks(data, blocks_wanted)
+    content: dict[str, Any] = {"asked": asked, "step": record["config"]["steps"], "reason": refusal(model, probes)}
     if content["reason"] is None:
         knobs = Knobs.of(temperature=model.config.router_temperature, device=model.device)
-        seen = observe(model, ids, domain, knobs)
+        seen = observe(model, probes, knobs)
         content |= counted(seen, data.domains)
         content |= {"keywords": keywords(seen, data.tokenizer)}
         content |= {"knockout": knockouts(model, seen, knobs)}
         content |= {"regret": route_regret(model, seen, knobs, samples=samples)}
-        few = slice(None, None, max(1, len(ids) // LANDSCAPE_BLOCKS))
-        content |= {"landscape": landscape(model, ids[few], domain[few], knobs)}
-        content |= {"embedding": projections(expert_outputs(model, ids, knobs).numpy())}
+        few = slice(None, None, max(1, len(probes.ids) // LANDSCAPE_BLOCKS))
+        content |= {"landscape": landscape(model, probes.take(few), knobs)}
+        content |= {"embedding": projections(expert_outputs(model, probes, knobs).numpy())}
         traces = trace.read(folder / "trace")
         content |= {"saturation": stability.saturation(traces), "churn": stability.churn(traces)}
         write_text(folder / "tokens.html", page(seen, data.tokenizer, domains=data.domains, title=record["name"]))
@@ -76,6 +76,8 @@ def counted(seen: Observation, domains: tuple[str, ...]) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     following = np.roll(seen.ids, -1, axis=1)
     following[:, -1] = -1  # the last token of a block predicts nothing
+    if seen.blocks.position_ids is not None:  # and that of a conversation nothing of the next
+        following[:, :-1][seen.blocks.position_ids[:, 1:].numpy() == 0] = -1
     variants = {"input": seen.ids, "next": following, "predicted": seen.predicted}
     share = information.shares(seen.chosen)
     k = seen.chosen.sum(-1).mean(-1)
