@@ -1,5 +1,6 @@
 """The configuration: its types and ranges, and the reading of a command line into checked cells before any work."""
 
+import importlib.util
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,6 +8,7 @@ from typing import Any, NamedTuple
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 
+from moe import dense
 from moe.checks import ConfigError, build, finite, one_of, require, unknown
 
 # Auxiliary loss -> the root key that weights it.
@@ -22,7 +24,7 @@ LOSS_WEIGHTS = {
 }
 
 # What a run computes does not depend on these, so they are no part of its identity and may change on a resume.
-FREE_KEYS = ("out", "threads", "save_every", "logger", "data.cache", "claims")
+FREE_KEYS = ("out", "threads", "save_every", "gradient_checkpointing", "logger", "data.cache", "claims")
 
 
 @dataclass
@@ -42,10 +44,14 @@ class ModelConfig:
     embed_scale: bool = True  # multiply embeddings by sqrt(D)
     neftune_noise_alpha: float = 0.0  # uniform noise on embeddings, before that factor, training only (2310.05914: 5)
     attention: str = "sdpa"  # eager | sdpa | flash_attention_2
+    dense: str | None = None  # a dense Llama-type checkpoint to start from, a folder or hub name (`moe.upcycle`)
+    dense_digest: str | None = None  # which one that is; filled in, or given to insist on it
 
     def check(self) -> None:
         one_of("model.expert", self.expert, ("silu", "swiglu"))
         one_of("model.attention", self.attention, ("eager", "sdpa", "flash_attention_2"))
+        usable = self.attention != "flash_attention_2" or importlib.util.find_spec("flash_attn") is not None
+        require(usable, "model.attention", self.attention, "eager or sdpa, unless the package flash-attn is installed")
         for name in ("dim", "heads", "layers", "ffn", "num_experts", "dense_ffn"):
             value = getattr(self, name)
             require(1 <= value <= 10**6, f"model.{name}", value, "a whole number from 1 to 10^6")
@@ -89,6 +95,8 @@ class OptimizerConfig:
 
     muon_lr: float | None = MISSING
     adamw_lr: float = MISSING
+    router_lr: float | None = None  # of AdamW for routers and
+    experts_lr: float | None = None  # for routed experts; null: adamw_lr
     momentum: float = 0.95
     beta1: float = 0.9
     beta2: float = 0.95
@@ -98,10 +106,16 @@ class OptimizerConfig:
     clip: float = 1.0  # largest global gradient norm
 
     def check(self) -> None:
-        for name in ("muon_lr", "adamw_lr", "clip"):
+        for name in ("muon_lr", "adamw_lr", "router_lr", "experts_lr", "clip"):
             value = getattr(self, name)
             ok = value is None or (finite(value) and value > 0)
             require(ok, f"optimizer.{name}", value, "a finite number > 0")
+        for name in ("router_lr", "experts_lr"):
+            value = getattr(self, name)
+            ok = value is None or self.muon_lr is None
+            require(
+                ok, f"optimizer.{name}", value, f"null with optimizer.muon_lr={self.muon_lr}, which those matrices take"
+            )
         for name in ("momentum", "beta1", "beta2"):
             value = getattr(self, name)
             require(finite(value) and 0 <= value < 1, f"optimizer.{name}", value, "in [0, 1)")
@@ -189,6 +203,7 @@ class Config:
     threads: int = 1
     precision: str = "fp32"  # fp32 | bf16
     compile: bool = False
+    gradient_checkpointing: bool = False  # compute blocks again in the backward pass instead of keeping them
     out: str | None = None  # run folders go below it; null: outputs/, or multirun/ in a sweep
     router: Any = MISSING
     schedule: Any = MISSING
@@ -204,6 +219,8 @@ class Config:
         config = config.copy()
         with open_dict(config):
             config.pop("hydra", None)
+        if config.model.get("dense") is not None:
+            dense.resolve(config.model)
         typed = OmegaConf.to_object(config)
         assert isinstance(typed, Config)
         return typed
@@ -224,6 +241,11 @@ class Config:
         self.data.check()
         self.logger.check()
         self.optimizer.check()
+        flash = self.model.attention == "flash_attention_2"
+        require(not flash or self.precision == "bf16", "precision", self.precision, "bf16 with flash_attention_2")
+        if self.model.dense is not None:
+            name, digest = self.model.dense, self.model.dense_digest
+            dense.check_data(name, digest, tokenizer=self.data.tokenizer, seq_len=self.data.seq_len)
         build(self.schedule, "schedule")
         for number, claim in enumerate(self.claims):
             claim.check(f"claims[{number}]", ["variant", *asdict(self), *self.identity()])

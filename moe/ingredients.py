@@ -13,6 +13,7 @@ from moe.data import Batch, Prepared, batch, batch_indices, prepare
 from moe.model import IGNORED, MoEConfig, MoEForCausalLM, next_token
 from moe.optim import learning_rate_scale
 from moe.schedules import Constant, Schedule
+from moe.upcycle import upcycle
 
 
 def prepare_data(config: Config) -> Prepared:
@@ -30,9 +31,15 @@ def prepare_data(config: Config) -> Prepared:
 
 
 def build_model(config: Config, *, vocab_size: int) -> MoEForCausalLM:
-    """The freshly initialised model of a configuration: a pure function of it and its seed."""
+    """The untrained model of a configuration, or the one made of its dense checkpoint: a pure function of it and its
+    seed."""
     torch.manual_seed(config.seed)
-    return MoEForCausalLM(MoEConfig.of(config.model, config.router, vocab_size=vocab_size, seq_len=config.data.seq_len))
+    settings = MoEConfig.of(config.model, config.router, vocab_size=vocab_size, seq_len=config.data.seq_len)
+    model = MoEForCausalLM(settings)
+    if config.model.dense is not None:
+        upcycle(model, config.model)
+    model.model.recompute = config.gradient_checkpointing
+    return model
 
 
 def token_counts(data: Prepared) -> Int[Tensor, "V"]:

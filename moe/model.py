@@ -3,7 +3,9 @@
 Parameter names follow transformers' Llama, so that dense checkpoints map onto it by name.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +13,14 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
 
+from moe import dense
 from moe.checks import build, require
 from moe.config import ModelConfig
 from moe.experts import Experts
@@ -25,6 +29,22 @@ from moe.routers.base import Router
 from moe.routing import Context, Knobs, Routing, RoutingStats
 
 IGNORED = -100  # a label that is not predicted
+
+# What a model that is made of a dense checkpoint takes over from its configuration, beside the sizes.
+INHERITED = (
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rope_parameters",
+    "rms_norm_eps",
+    "attention_bias",
+    "attention_dropout",
+    "initializer_range",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
 
 
 class MoEConfig(LlamaConfig):
@@ -50,9 +70,17 @@ class MoEConfig(LlamaConfig):
     @staticmethod
     def of(model: ModelConfig, router: dict[str, Any], *, vocab_size: int, seq_len: int) -> "MoEConfig":
         """The transformers configuration of ours."""
+        settings: dict[str, Any] = {
+            "max_position_embeddings": seq_len,
+            "tie_word_embeddings": True,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        }
+        if model.dense is not None:
+            llama = LlamaConfig.from_pretrained(model.dense, revision=dense.revision(model.dense, model.dense_digest))
+            settings = {name: getattr(llama, name) for name in INHERITED}
         config = MoEConfig(
             vocab_size=vocab_size,
-            max_position_embeddings=seq_len,
             hidden_size=model.dim,
             num_attention_heads=model.heads,
             num_hidden_layers=model.layers,
@@ -67,9 +95,7 @@ class MoEConfig(LlamaConfig):
             neftune_noise_alpha=model.neftune_noise_alpha,
             router_temperature=float(router.get("temp", 1.0)),
             router=router,
-            tie_word_embeddings=True,
-            bos_token_id=0,
-            eos_token_id=0,
+            **settings,
         )
         config._attn_implementation = model.attention
         return config
@@ -160,7 +186,13 @@ class MoEPreTrainedModel(PreTrainedModel):
 
 
 class MoEModel(MoEPreTrainedModel):
-    """Embedding, blocks, final norm: token ids to hidden states, and each MoE layer's output."""
+    """Embedding, blocks, final norm: token ids to hidden states, and each MoE layer's output.
+
+    recompute: in training, keep only what goes into a block and compute the block again in the backward pass, with the
+        same random numbers.
+    """
+
+    recompute: bool = False
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__(config)
@@ -204,10 +236,12 @@ class MoEModel(MoEPreTrainedModel):
         mask = create_causal_mask(self.config, x, attention_mask, cache, position_ids)
         rotary = self.rotary_emb(x, position_ids=position_ids)
         outputs: list[LayerOutput] = []
+        recompute = self.recompute and self.training
         for layer in self.layers:
             if load is not None:
                 context = context._replace(load=load[min(len(outputs), len(load) - 1)])  # dense layers ignore it
-            x, output = layer(x, context, rotary, mask, cache)
+            run: Callable[..., Any] = functools.partial(checkpoint, layer, use_reentrant=False) if recompute else layer
+            x, output = run(x, context, rotary, mask, cache)
             if output is not None:
                 outputs.append(output)
                 context = context._replace(state=output.routing[-1].state)

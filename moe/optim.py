@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moe.config import OptimizerConfig
+from moe.gradients import parts
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients (Jordan 2024)
 
@@ -88,15 +89,21 @@ class Muon(torch.optim.Optimizer):
 
 def build_optimizers(model: nn.Module, settings: OptimizerConfig) -> list[torch.optim.Optimizer]:
     """Muon for every matrix but the embeddings (attention, experts, router), AdamW for the rest; AdamW for all if
-    `muon_lr` is None. Weight decay applies to AdamW's matrices and vectors alike, and not to Muon's."""
+    `muon_lr` is None, in groups of their own for routers and experts that have their own rates. Weight decay applies to
+    AdamW's matrices and vectors alike, and not to Muon's. What is frozen is in neither."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, p in model.named_parameters():
         if p.requires_grad:
             matrix = settings.muon_lr is not None and p.ndim >= 2 and "embed" not in name and "lm_head" not in name
             (matrices if matrix else others).append(p)
+    rates = {"router": settings.router_lr, "experts": settings.experts_lr}
+    apart = {name: params for name, params in parts(model).items() if rates[name] is not None}
+    taken = {p for params in apart.values() for p in params}
+    groups: list[dict[str, Any]] = [{"params": [p for p in others if p not in taken]}]
+    groups += [{"params": params, "lr": rates[name]} for name, params in apart.items()]
     betas = (settings.beta1, settings.beta2)
-    adamw = torch.optim.AdamW(others, lr=settings.adamw_lr, betas=betas, weight_decay=settings.weight_decay, fused=True)
+    adamw = torch.optim.AdamW(groups, lr=settings.adamw_lr, betas=betas, weight_decay=settings.weight_decay, fused=True)
     optimizers: list[torch.optim.Optimizer] = [adamw]
     if settings.muon_lr is not None:
         optimizers.insert(0, Muon(matrices, lr=settings.muon_lr, momentum=settings.momentum))
