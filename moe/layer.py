@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moe import losses
-from moe.dispatch import Plan, combine, plan
+from moe.dispatch import Plan, combine, gather, plan
 from moe.experts import Experts
 from moe.measurement import mean_cosine, measure
 from moe.routers.base import Router
@@ -57,7 +57,7 @@ class MoELayer(nn.Module):
             routing = router(flat.float(), context)
         source = flat if routing.slots is None else routing.slots.gather(flat)
         todo: Plan = plan(routing, router.num_experts, capacity=context.capacity, seq_len=seq_len, drop=context.drop)
-        rows = self.experts(source.index_select(0, todo.token), todo.kept)
+        rows = self.experts(gather(source, todo), todo.kept)
         y = combine(rows, todo, len(source))
         if routing.slots is not None:
             y = routing.slots.scatter(y)

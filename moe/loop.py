@@ -147,6 +147,7 @@ def train(config: Config, folder: Path, *, mirror: Mirror, signals: Signals) -> 
         "peak_memory_gb": peak_memory_gb(accelerator.device),
         "device": str(accelerator.device),
         "process": settings,
+        "experts_kernel": plain.experts_kernel(torch.bfloat16 if config.precision == "bf16" else torch.float32),
         "data": data.manifest,
     }
 

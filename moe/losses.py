@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from moe.routing import Routing
+from moe.routing import Routing, count
 
 
 def load_balance(probs: Float[Tensor, "T E"], offered: Shaped[Tensor, "E"]) -> Float[Tensor, ""]:
@@ -27,7 +27,7 @@ def load_balance_sequence(
     """The load-balance loss of each sequence by itself, averaged: 1 when every sequence is balanced (DeepSeek-V3
     2412.19437, eq. 17-20, where probabilities are sigmoid scores normalised over experts)."""
     sequences, experts = len(probs) // seq_len, probs.shape[1]
-    offered = torch.bincount(token // seq_len * experts + expert, minlength=sequences * experts)
+    offered = count(token // seq_len * experts + expert, sequences * experts)
     offered = offered.view(sequences, experts)
     share = offered / offered.sum(1, keepdim=True).clamp(min=1)
     return experts * (share * probs.view(sequences, seq_len, experts).mean(1)).sum(1).mean()
@@ -41,7 +41,7 @@ def router_entropy(probs: Float[Tensor, "T E"]) -> Float[Tensor, ""]:
 def gate_variance(probs: Float[Tensor, "T E"]) -> Float[Tensor, ""]:
     """Minus the variance over tokens of an expert's probability, summed over experts: a positive weight makes routing
     decisions differ between tokens (Guo et al. 2505.22323, L_v)."""
-    return -probs.var(0, correction=0).sum()
+    return -(probs - probs.mean(0)).square().mean(0).sum()  # `var` over the first dimension takes ten times as long
 
 
 def similarity_preserving(weight: Float[Tensor, "E D"]) -> Float[Tensor, ""]:

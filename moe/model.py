@@ -275,6 +275,10 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         """The routed layers, in the order in which `aux` and `stats` stack them."""
         return [block.mlp for block in self.model.layers if isinstance(block.mlp, MoELayer)]
 
+    def experts_kernel(self, dtype: torch.dtype) -> str | None:
+        """How the routed experts multiply in `dtype`, for the record: see `moe.experts.choose`; None without any."""
+        return self.moe_layers[0].experts.kernel(dtype) if self.moe_layers else None
+
     def forward(
         self,
         input_ids: Int[Tensor, "B S"],

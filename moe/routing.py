@@ -100,6 +100,11 @@ class Routing(NamedTuple):
         return Routing(token, expert, weight[token, expert], **{"probs": None, "logits": None, **rest})
 
 
+def count(index: Int[Tensor, "N"], bins: int) -> Int[Tensor, "bins"]:
+    """How often each of 0 ... bins-1 occurs: `bincount`, which on CUDA would read its largest number back."""
+    return index.new_zeros(bins).index_add_(0, index, torch.ones_like(index))
+
+
 DECILES = 10  # of the position in a sequence
 
 

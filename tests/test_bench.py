@@ -2,43 +2,91 @@
 
 import json
 import math
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
 
 from moe.analysis.replay import read_published
-from moe.bench import analyze
+from moe.bench import analyze, jobs
 from moe.bench.analyze import write_runs
-from moe.bench.compare import Shape, interleave, layer_variants, step_variants, table
 from moe.bench.dispatch import measure, sweep
+from moe.bench.growth import exponent, measure_point
+from moe.bench.layer import Shape, layer_variants
+from moe.bench.step import TRAINING, bare_step, measure_steps
+from moe.bench.timing import interleave, medians, relative
+from moe.config import Config, DataConfig, OptimizerConfig
 from moe.results import history, load
 from moe.summaries import varied_factors
 
 GOLDEN = read_published("drop_rates").set_index(["num_experts", "k"])
 
 
-def test_every_layer_variant_runs_once_a_round() -> None:
-    medians = interleave(layer_variants(Shape(4, 2, 16, 16, 32)), rounds=1)
-    assert list(medians)[:2] == ["dense, equal active FLOPs", "ours"]
-    assert all(seconds > 0 for seconds in medians.values())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_layer_variant_runs(dtype: torch.dtype) -> None:
+    seconds = interleave(layer_variants(Shape(4, 2, 16, 16, 32), dtype=dtype, device="cpu"), rounds=1)
+    assert {"dense", "ours", "Mixtral, grouped_mm"} <= set(seconds)
+    assert all(value > 0 for value in seconds.values())
 
 
-def test_every_step_variant_trains() -> None:
-    for name, step in step_variants(64, 2, 16):
-        assert step() is None, name
+def test_the_training_loop_and_the_bare_steps_take_turns(small: list[str], tmp_path: Path) -> None:
+    seconds = measure_steps(
+        [key for key in small if not key.startswith(("steps", "eval_every", "logger"))], rounds=1, folder=tmp_path
+    )
+    assert all(value > 0 for value in seconds.values())
+    assert {TRAINING, "dense", "ours, bare loop", "part: Muon", "part: statistics"} <= set(seconds)
+    assert seconds["part: statistics"] < seconds[TRAINING]
+    steps = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert sum(event["kind"] == "train" for event in steps) == 3  # the counted round and the two before
 
 
-def test_rounds_are_interleaved_and_the_first_two_do_not_count() -> None:
+def test_a_bare_step_trains() -> None:
+    model = nn.Linear(2, 2)
+    model.config = SimpleNamespace(vocab_size=2)
+    model.device = torch.device("cpu")
+    model.forward = lambda input_ids, labels: SimpleNamespace(loss=(model.weight - 3).square().mean())
+    config = Config(batch_size=1, data=DataConfig(seq_len=2), optimizer=OptimizerConfig(muon_lr=None, adamw_lr=0.5))
+    step = bare_step(model, config)
+    before = (model.weight - 3).abs().sum()
+    for _ in range(4):
+        step()
+    assert (model.weight - 3).abs().sum() < before - 1
+
+
+def test_the_first_rounds_do_not_count_and_turns_are_taken() -> None:
     order: list[str] = []
     variants = [(name, lambda name=name: order.append(name)) for name in "ab"]
-    medians = interleave(variants, rounds=3)
+    assert set(interleave(variants, rounds=3)) == {"a", "b"}
     assert order == ["a", "b"] * 5
-    assert set(medians) == {"a", "b"}
+    assert medians({"a": [100.0, 100.0, 1.0, 2.0, 9.0]}) == {"a": 2.0}
 
 
 def test_the_table_relates_everything_to_the_limit() -> None:
-    text = table("question", {"limit": 1.0, "ours": 2.0})
-    assert "| ours | 2.00 | 0.50 |" in text
+    table = relative("question", {"limit": 1.0, "ours": 2.0}, to="limit")
+    assert "| ours | 2 | 0.5 |" in table.markdown()
+
+
+def test_exponents_are_slopes_and_flops_grow_as_they_should() -> None:
+    assert exponent([1, 2, 4], [3.0, 12.0, 48.0]) == pytest.approx(2)
+    small = {"experts": 4, "k": 1, "batch": 1, "seq_len": 8, "rounds": 1, "dim": 16}
+    one, twice = measure_point(**small), measure_point(**{**small, "batch": 2})
+    more = measure_point(**{**small, "experts": 8})
+    assert one.seconds > 0
+    assert one.gigabytes >= 0
+    newton_schulz = 2 * one.flops - twice.flops  # what does not grow with the batch
+    matrices = 4 * (4 * 16 * 16 + 4 * 32 * 16 * 2)  # of 4 layers: attention, experts; without routers
+    assert newton_schulz > 5 * 4 * 16 * matrices
+    assert more.flops > one.flops
+
+
+def test_commands_are_timed_and_must_succeed(small: list[str], tmp_path: Path) -> None:
+    settings = [*small, "steps=1"]
+    assert 0 < jobs.first_step([*settings, f"out={tmp_path}"], tmp_path) < 300
+    with pytest.raises(subprocess.CalledProcessError):
+        jobs.train(["seed=abc"])
 
 
 @pytest.mark.parametrize(("experts", "k"), GOLDEN.index)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe.dispatch import combine, plan, slots
+from moe.dispatch import combine, gather, plan, slots
 from moe.routing import Routing
 
 
@@ -67,6 +67,38 @@ def test_gather_and_combine_equal_the_one_hot_einsum(capacity: float | None) -> 
     one_hot = torch.zeros(tokens, experts, dtype=torch.float64)
     one_hot[todo.token, expert] = todo.weight.double()
     torch.testing.assert_close(combine(rows, todo, tokens), torch.einsum("te,eij,tj->ti", one_hot, matrices, x))
+
+
+@pytest.mark.parametrize("capacity", [None, 0.5])
+def test_gather_and_combine_have_the_gradients_of_their_definition(capacity: float | None) -> None:
+    """In double precision against finite differences; the tokens of the list are in no order."""
+    routing = random_routing(6, 3, 2)
+    shuffled = torch.randperm(12, generator=torch.Generator().manual_seed(1))
+    routing = routing._replace(token=routing.token[shuffled], expert=routing.expert[shuffled])
+    todo = plan(routing, 3, capacity=capacity, seq_len=6)
+
+    def layer(x: Tensor, weight: Tensor) -> Tensor:
+        rows = gather(x, todo)
+        return combine(rows * rows, todo._replace(weight=weight), 6)
+
+    x = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
+    weight = todo.weight.double().requires_grad_()
+    assert torch.autograd.gradcheck(layer, (x, weight))
+    expected = torch.zeros(6, 2, dtype=torch.float64)
+    for token, w in zip(todo.token, weight, strict=True):
+        expected[token] += w * x[token] ** 2
+    torch.testing.assert_close(layer(x, weight), expected)
+
+
+def test_nothing_to_do_gives_zeros_and_no_gradient() -> None:
+    empty = Routing(*(torch.zeros(0, dtype=kind) for kind in (torch.long, torch.long, torch.float)), None, None)
+    todo = plan(empty, 3, capacity=None, seq_len=4)
+    x = torch.randn(4, 2, requires_grad=True)
+    y = combine(gather(x, todo), todo, 4)
+    y.sum().backward()
+    assert (y == 0).all()
+    assert x.grad is not None
+    assert (x.grad == 0).all()
 
 
 def test_dropless_keeps_everything_and_dropped_tokens_get_zero() -> None:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralSparseMoeBlock
 
-from moe.experts import Experts
+from moe.experts import Experts, choose
 from moe.layer import MoELayer
 from moe.routers.topk import TopK
 from moe.routing import Context, Knobs, RoutingStats
@@ -39,6 +39,76 @@ def test_expert_gradients_in_double_precision() -> None:
     experts = filled(Experts(3, 4, hidden=5, kind="swiglu")).double()
     x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda rows: experts(rows, torch.tensor([2, 0, 4])), x)
+
+
+@pytest.mark.parametrize("kind", ["silu", "swiglu"])
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_both_kernels_give_the_same_output_and_gradients(
+    kind: str, contiguous: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = filled(Experts(E, D, hidden=H, kind=kind))
+    results = []
+    for kernel in ("loop", "grouped"):
+        monkeypatch.setattr(Experts, "kernel", lambda self, dtype, kernel=kernel: kernel)
+        x = torch.linspace(-1, 1, 10 * D).view(10, D).requires_grad_()
+        y = experts(x, torch.tensor([3, 0, 5, 2]))
+        y.backward(torch.linspace(0, 1, 10 * D).view(10, D) if contiguous else torch.ones(1, 1).expand(10, D))
+        results.append([y.detach(), x.grad, *(p.grad for p in experts.parameters())])
+        experts.zero_grad()
+    assert results[1][-1].abs().sum() > 0
+    for ours, reference in zip(*results, strict=True):
+        torch.testing.assert_close(ours, reference)
+
+
+def test_the_grouped_kernel_follows_autocast_and_survives_no_rows() -> None:
+    """In bf16 within its rounding of 2^-8; gradients stay in the precision of the weights."""
+    experts = filled(Experts(64, D, hidden=16, kind="swiglu"))
+    assert experts.kernel(torch.bfloat16) == experts.kernel(torch.float32) == "grouped"
+    counts = torch.arange(64) % 2
+    x = torch.randn(32, D)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = experts(x, counts)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), experts(x, counts), atol=0.05 * y.abs().max().item(), rtol=0)
+    y.sum().backward()
+    assert experts.up.grad.dtype == torch.float32
+    assert (experts.up.grad[::2] == 0).all()
+    assert experts(x[:0], torch.zeros(64, dtype=torch.long)).shape == (0, D)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "stack", "expected"),
+    [
+        ("cpu", torch.float32, (8, 16, 8), "loop"),
+        ("cpu", torch.float32, (128, 16, 8), "grouped"),
+        ("cpu", torch.float32, (128, 16, 6), "loop"),  # rows of 24 bytes
+        ("cpu", torch.float64, (128, 16, 8), "loop"),
+        ("cuda", torch.bfloat16, (8, 16, 8), "grouped"),
+        ("cuda", torch.bfloat16, (8, 16, 12), "loop"),
+        ("cuda", torch.bfloat16, (1, 16, 8), "loop"),  # one product either way
+        ("cuda", torch.float32, (8, 16, 8), "loop"),
+    ],
+)
+def test_the_kernel_is_a_function_of_device_precision_and_shape(
+    device: str, dtype: torch.dtype, stack: tuple[int, ...], expected: str
+) -> None:
+    assert choose(device, dtype, stack) == expected
+
+
+@pytest.mark.parametrize("experts", [E, 64])
+def test_dropout_thins_the_hidden_units_in_training_alone(experts: int) -> None:
+    """64 equal hidden units: an output is the share of them that stays, over 0.5, of variance 1/64 around 1."""
+    made = Experts(experts, D, hidden=64, kind="silu", dropout=0.5)
+    with torch.no_grad():
+        for p in made.parameters():
+            p.fill_(0.1)
+    rows = torch.ones(4 * experts, D)
+    counts = torch.full((experts,), 4)
+    noisy, clean = made(rows, counts), made.eval()(rows, counts)
+    assert clean.std() < 1e-6
+    kept = noisy[:, 0] / clean[:, 0]
+    assert kept.std() > 0.05
+    assert (kept.mean() - 1).abs() < 5 * (1 / 64 / len(rows)) ** 0.5
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])

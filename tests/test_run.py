@@ -52,6 +52,7 @@ def test_the_users_factorial_word_for_word(small: list[str], tmp_path: Path) -> 
     results = pd.read_csv(sweep / "results.csv")
     assert len(results) == 18
     assert set(results["status"]) == {"finished"}
+    assert {state(path.parent)["experts_kernel"] for path in sweep.glob("*/run.json")} == {"loop"}
     assert all(sorted(seeds) == [42, 43, 44] for _, seeds in results.groupby(["noise", "lb"])["seed"])
     assert "ddof=1" in done.stdout
     columns = (

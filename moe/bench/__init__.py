@@ -1,1 +1,1 @@
-"""Benchmarks, run as `python -m moe.bench layer|step|dispatch`; what they found is in docs/benchmarks.md."""
+"""Benchmarks: `python -m moe.bench layer|step|growth|dispatch|sweep|analyze`; findings are in docs/benchmarks.md."""

@@ -1,18 +1,22 @@
 """How long `analyze.py` takes over many runs, and how much memory: folders are made here, nothing is trained."""
 
+import argparse
 import json
 import math
+import os
 import resource
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from itertools import islice, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from moe.bench.timing import Table
 from moe.metrics import METRICS
 
 ANALYZE = Path(__file__).parents[2] / "analyze.py"
@@ -26,6 +30,18 @@ class Cost(NamedTuple):
     seconds: float
     cpu_seconds: float
     gigabytes: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--runs", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=500)
+
+
+def answer(arguments: argparse.Namespace) -> Iterator[Table]:
+    cost = measure(runs=arguments.runs, steps=arguments.steps)
+    row = {"folders": f"{arguments.runs} runs of {arguments.steps} steps", "seconds": cost.seconds}
+    row |= {"seconds on a CPU": cost.cpu_seconds, "GB at its peak": cost.gigabytes, "load": os.getloadavg()[0]}
+    yield Table("analyze.py", [row])
 
 
 def measure(*, runs: int, steps: int) -> Cost:

@@ -4,18 +4,39 @@ Routing is random (independent normal logits), experts are the identity, gates a
 expert under a capacity limit and summing them back, as the routing bench did.
 """
 
+import argparse
 import itertools
 import json
-import time
+from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import pandas as pd
 import torch
 
-from moe.dispatch import combine, plan
+from moe.bench.timing import Table, interleave
+from moe.dispatch import Plan, combine, gather, plan
 from moe.routing import Routing
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--experts", type=int, nargs="+", default=[64, 128, 256])
+    parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--capacity", type=float, nargs="+", default=[0.9, 1.0, 1.05, 1.1, 1.15, 1.25, 1.5])
+    parser.add_argument("--tokens", type=int, default=32_768)
+    parser.add_argument("--dim", type=int, default=256)
+    parser.add_argument("--seed", type=int, default=17)
+    parser.add_argument("--iterations", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("results"))
+
+
+def answer(arguments: argparse.Namespace) -> Iterator[Table]:
+    grid = {"experts": arguments.experts, "ks": arguments.k, "capacities": arguments.capacity}
+    sizes = {name: getattr(arguments, name) for name in ("tokens", "dim", "seed", "iterations")}
+    rows = sweep(arguments.out, **grid, **sizes)
+    for title, column in (("drop rate by capacity factor", "avg_drop_rate"), ("tokens per second", "tokens_per_s")):
+        table = rows.pivot(index=["num_experts", "top_k"], columns="capacity_factor", values=column)
+        yield Table(title, [{"E, K": f"{e}, {k}", **row} for (e, k), row in table.T.to_dict().items()])
 
 
 def measure(
@@ -30,13 +51,14 @@ def measure(
     expert = torch.randn(tokens, experts, generator=generator).topk(k).indices
     routing = Routing.token_choice(expert, torch.ones(expert.shape))
     x = torch.randn(tokens, dim, generator=generator)
-    seconds = []
-    for _ in range(iterations + 2):
-        tick = time.perf_counter()
+
+    def pack_and_combine() -> Plan:
         todo = plan(routing, experts, capacity=capacity, seq_len=tokens)
-        combine(x.index_select(0, todo.token), todo, tokens)
-        seconds.append(time.perf_counter() - tick)
-    middle = median(seconds[2:])
+        combine(gather(x, todo), todo, tokens)
+        return todo
+
+    seconds = interleave([("pack_combine", pack_and_combine)], rounds=iterations)["pack_combine"]
+    todo = pack_and_combine()
     bytes_per_token = (2 + 2 * k) * dim * x.element_size()
     return {
         "name": "pack_combine",
@@ -48,10 +70,10 @@ def measure(
         "dtype": str(x.dtype).removeprefix("torch."),
         "device": str(x.device),
         "avg_drop_rate": 1 - (todo.kept.sum() / todo.offered.sum()).item(),
-        "avg_ms": 1e3 * middle,
-        "tokens_per_s": tokens / middle,
+        "avg_ms": 1e3 * seconds,
+        "tokens_per_s": tokens / seconds,
         "bytes_per_token_strict": bytes_per_token,
-        "bw_GiBps_strict": bytes_per_token * tokens / middle / 2**30,
+        "bw_GiBps_strict": bytes_per_token * tokens / seconds / 2**30,
     }
 
 

@@ -1,0 +1,93 @@
+"""Step time and peak memory against experts, tokens, sequence length and experts per token, with fitted exponents."""
+
+import argparse
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from moe import process
+from moe.bench.step import bare_step
+from moe.bench.timing import Table, interleave
+from moe.config import Config, DataConfig, ModelConfig, OptimizerConfig
+from moe.cost import flops_per_token, peak_memory_gb, reset_peak_memory
+from moe.ingredients import build_model
+from moe.model import MoEForCausalLM
+
+BASE = {"experts": 8, "k": 2, "batch": 16, "seq_len": 128}
+CURVES: dict[str, list[dict[str, int]]] = {
+    "experts": [{"experts": experts} for experts in (8, 16, 32, 64)],
+    "tokens": [{"batch": batch} for batch in (8, 16, 32, 64)],
+    "sequence length, same tokens": [{"seq_len": 2048 // batch, "batch": batch} for batch in (32, 16, 8, 4)],
+    "experts per token": [{"k": k} for k in (1, 2, 4, 8)],
+}
+
+
+class Point(NamedTuple):
+    """Of one training step: seconds, FLOPs by their formula, and peak memory in GB (10^9 bytes)."""
+
+    seconds: float
+    flops: float
+    gigabytes: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rounds", type=int, default=5)
+
+
+def answer(arguments: argparse.Namespace) -> Iterator[Table]:
+    """A process a point, because a process does not give memory back."""
+    rows = []
+    for name, settings in CURVES.items():
+        points = []
+        for setting in settings:
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+                points.append(fresh.submit(measure_point, **{**BASE, **setting}, rounds=arguments.rounds).result())
+        sizes = [next(iter(setting.values())) for setting in settings]
+        rows.append(
+            {
+                "growing": f"{name}: {sizes[0]} to {sizes[-1]}",
+                "time exponent": exponent(sizes, [point.seconds for point in points]),
+                "FLOPs exponent": exponent(sizes, [point.flops for point in points]),
+                "memory exponent": exponent(sizes, [point.gigabytes for point in points]),
+                "time, last / first": points[-1].seconds / points[0].seconds,
+                "memory, last / first": points[-1].gigabytes / points[0].gigabytes,
+            }
+        )
+    yield Table("growth of a training step of model=tiny", rows)
+
+
+def measure_point(*, experts: int, k: int, batch: int, seq_len: int, rounds: int, dim: int = 128) -> Point:
+    """A step of model=tiny so changed; the process's memory before the model is built does not count."""
+    process.set_up(threads=torch.get_num_threads())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sizes = ModelConfig(dim=dim, heads=4, layers=4, ffn=2 * dim, num_experts=experts, dense_ffn=4 * dim)
+    config = Config(batch_size=batch, data=DataConfig(seq_len=seq_len), model=sizes)
+    config.router = {"_target_": "moe.routers.topk.TopK", "k": k}
+    config.optimizer = OptimizerConfig(muon_lr=0.02, adamw_lr=0.01)
+    reset_peak_memory(device)
+    before = peak_memory_gb(device) or 0.0
+    model = build_model(config, vocab_size=4096)
+    nn.Module.to(model, device)
+    seconds = interleave([("step", bare_step(model, config))], rounds=rounds)["step"]
+    flops = 3 * flops_per_token(model, seq_len) * batch * seq_len + newton_schulz_flops(model)
+    return Point(seconds, flops, (peak_memory_gb(device) or float("nan")) - before)
+
+
+def newton_schulz_flops(model: MoEForCausalLM) -> float:
+    """Of Muon's five iterations for every matrix (r, c), r <= c: two products of 2 r^2 c and one of 2 r^3 each."""
+    total = 0.0
+    for name, p in model.named_parameters():
+        if p.ndim >= 2 and "embed" not in name:
+            short, long = sorted(p.shape[-2:])
+            total += p.numel() / (short * long) * 5 * (4 * short**2 * long + 2 * short**3)
+    return total
+
+
+def exponent(sizes: list[int], values: list[float]) -> float:
+    """Slope of a straight line through log value against log size: 1 where doubling doubles."""
+    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
