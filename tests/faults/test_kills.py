@@ -69,9 +69,7 @@ PLACES: dict[str, Callable[[int], tuple[str, str, int]]] = {
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("save", [1, 2, 3])
-def test_killed_while_a_checkpoint_is_written(
-    place: str, save: int, job: Any, undisturbed: Any, survived: Any
-) -> None:
+def test_killed_while_a_checkpoint_is_written(place: str, save: int, job: Any, undisturbed: Any, survived: Any) -> None:
     one = job()
     assert one.run(partial(before, *PLACES[place](save))) == -signal.SIGKILL
     expected = save if place == "before older ones go" else save - 1
@@ -80,7 +78,9 @@ def test_killed_while_a_checkpoint_is_written(
     assert resumed_from(one) == (SAVE_EVERY * expected or None)
     assert result(one.folder) == undisturbed
     assert not list(one.folder.rglob("*tmp*"))
-    survived(2, f"SIGKILL in the {save}. writing of a checkpoint, {place}", 1, "newest whole one used; exact; no litter")
+    survived(
+        2, f"SIGKILL in the {save}. writing of a checkpoint, {place}", 1, "newest whole one used; exact; no litter"
+    )
 
 
 @pytest.mark.parametrize("step", [1, 7, 20])
