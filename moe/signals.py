@@ -9,7 +9,6 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-
 PR_SET_PDEATHSIG = 1  # a name of linux/prctl.h
 
 
@@ -24,8 +23,8 @@ class Interrupted(BaseException):
 
 
 class Signals:
-    """Within `with Signals() as signals`, SIGTERM and SIGINT raise Interrupted, or, once `training` is set because there
-    are steps to save, set `signals.received` for the loop to see between two steps."""
+    """Within `with Signals() as signals`, SIGTERM and SIGINT raise Interrupted, or, once `training` is set because
+    there are steps to save, set `signals.received` for the loop to see between two steps."""
 
     def __init__(self) -> None:
         self.received: int | None = None

@@ -128,9 +128,7 @@ def test_a_data_cache_damaged_while_it_is_read(
     if status != 0:
         assert one.run() == 0, one.output
     assert result(one.folder) == undisturbed
-    end = (
-        "run goes on" if status == 0 else f"process ends (exit {status}), the same command makes them anew and resumes"
-    )
+    end = "run goes on" if status == 0 else f"process ends (exit {status}), the next one makes them anew"
     survived(12, f"cached token blocks {damage} under a running process", 1, f"{end}; exact")
 
 
@@ -174,9 +172,7 @@ def test_code_in_a_checkpoint_does_not_run(
     falls_back(cut_off, undisturbed)
     assert not marker.exists()
     assert set(tmp_path.iterdir()) == there
-    survived(
-        18, f"{kind} that runs code as newest checkpoint, its sha256 made to fit", 1, "refused, no code ran; exact"
-    )
+    survived(18, f"{kind} that runs code as newest checkpoint, with its sha256", 1, "refused, no code ran; exact")
 
 
 def test_a_zip_bomb_is_refused_without_unpacking(cut_off: Job, undisturbed: Any, survived: Any, tmp_path: Path) -> None:
@@ -280,6 +276,4 @@ def test_clocks_that_jump(cut_off: Job, undisturbed: Any, survived: Any) -> None
     times = [json.loads(line)["time/elapsed"] for line in (cut_off.folder / "events.jsonl").read_text().splitlines()]
     assert times == sorted(times)
     assert min(times) >= 0
-    survived(
-        21, "file times reversed; wall clock jumps by a day", 1, "newest by step is used; no negative duration; exact"
-    )
+    survived(21, "file times reversed; wall clock jumps by a day", 1, "newest by step; no negative duration; exact")

@@ -1,8 +1,9 @@
-"""Six hundred wrong and odd commands: one line and exit status 2, or cells that can be built; nothing is ever written."""
+"""Six hundred wrong and odd commands: one line and exit status 2, or cells that can be built; nothing is written."""
 
 import importlib.util
 import json
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,17 @@ from moe.commandline import GROUPS, options, read_cells
 from moe.config import Cell, flatten
 from moe.ingredients import build_model
 
-CASES = int(__import__("os").environ.get("CASES", 600))
+CASES = 600
 
 VALUES = st.sampled_from(
-    """0 -1 1 2 1e30 -1e30 1e-30 100000000000000000000 nan inf -inf null true false abc '' "" [] [1] [1,2] {} {a:1} {a:{b:c}}
-    1,2 0.5 topk ${seed} ${noise} ${nothing} ${.} ${oc.env:NOT_SET_ANYWHERE} ${oc.env:HOME} ${hydra:job.name} ../.. / a/b ä é✓
-    range(3) choice(1,2) glob(*) int(x) 'a b' [[1]] 9999999999999999999999999999999999999999 0x10 1_000 .5 5. - + = == \\ $ ${
-    } ] 'x 12abc None NaN moe.routers.topk.TopK os.system""".split()
+    r"""0 -1 1 2 1e30 -1e30 1e-30 100000000000000000000 9999999999999999999999999999999999999999 nan inf -inf NaN None null
+    true false abc '' "" [] [1] [1,2] [[1]] {} {a:1} {a:{b:c}} 1,2 0.5 .5 5. 0x10 1_000 12abc topk ../.. / a/b ä é✓
+    ${seed} ${noise} ${nothing} ${.} ${oc.env:NOT_SET_ANYWHERE} ${oc.env:HOME} ${hydra:job.name} range(3) choice(1,2)
+    glob(*) int(x) - + = == \\ $ ${ } ] 'x moe.routers.topk.TopK os.system""".split()
 )
 
 
+@cache
 def keys() -> list[str]:
     """Every key of the configuration, of every router, schedule and data source, and some that do not exist."""
     found: set[str] = {"nois", "router.kk", "a.b.c", "model", "hydra.run.dir", "seed.x", "model.dim.x", "claims.0.text"}
@@ -98,12 +100,7 @@ def test_any_command_is_refused_in_one_line_or_can_be_built(
                     build_model(cell.config, vocab_size=300)
 
     fuzz()
-    print(counts)
     assert counts["refused"] > 200
     assert counts["accepted"] > 20
-    survived(
-        17,
-        f"fuzzed commands: {len(keys())} keys, all groups, deletions, additions, odd values",
-        sum(counts.values()),
-        f"{counts['refused']} refused in one line with exit 2, {counts['accepted']} accepted and buildable; no file, no traceback",
-    )
+    end = f"{counts['refused']} refused in one line, exit 2; {counts['accepted']} could be built; nothing written"
+    survived(17, f"fuzzed commands: {len(keys())} keys, all groups, additions, deletions", sum(counts.values()), end)

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import pytest
-import victims
 from victims import Job, die, ended, patch, result
 
 SAVE_EVERY = 3  # of `conftest.TINY`
@@ -58,7 +57,7 @@ def before(module: str, name: str, call: int) -> None:
     patch(module, name, wrap)
 
 
-# Where in the n-th save: what is called there, and how often before. A save syncs two files, then renames, syncs, prunes.
+# Where in the n-th save: the n-th call of which function. A save syncs two files, then renames, syncs, prunes.
 PLACES: dict[str, Callable[[int], tuple[str, str, int]]] = {
     "its file still empty": lambda n: ("torch", "save", n),
     "without its manifest": lambda n: ("moe.checkpoint", "write_json", n),
@@ -78,9 +77,7 @@ def test_killed_while_a_checkpoint_is_written(place: str, save: int, job: Any, u
     assert resumed_from(one) == (SAVE_EVERY * expected or None)
     assert result(one.folder) == undisturbed
     assert not list(one.folder.rglob("*tmp*"))
-    survived(
-        2, f"SIGKILL in the {save}. writing of a checkpoint, {place}", 1, "newest whole one used; exact; no litter"
-    )
+    survived(2, f"SIGKILL in the {save}. writing of a checkpoint, {place}", 1, "newest whole one used; exact")
 
 
 @pytest.mark.parametrize("step", [1, 7, 20])

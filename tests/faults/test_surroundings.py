@@ -49,7 +49,9 @@ def test_a_full_disk(leave: int, words: list[str], small_disk: Path, undisturbed
     assert one.run() == 0, one.output
     assert "resumed after step" in one.output
     assert result(one.folder) == undisturbed
-    survived(9, f"disk full but for {leave} bytes from step 7 on", 1, "exit 1 with the cause; resumed with space: exact")
+    survived(
+        9, f"disk full but for {leave} bytes from step 7 on", 1, "exit 1 with the cause; resumed with space: exact"
+    )
 
 
 def small_files(limit: int) -> None:
@@ -117,7 +119,9 @@ def test_numbers_that_are_not_finite(what: str, sabotage: Any, job: Any, undistu
     assert one.steps() == 4
     assert one.run() == 0
     assert result(one.folder) == undisturbed
-    survived(10, f"{what} in step 4", 1, "stops before the optimizer, names step, tensor, expert; exit 1; resumed: exact")
+    survived(
+        10, f"{what} in step 4", 1, "stops before the optimizer, names step, tensor, expert; exit 1; resumed: exact"
+    )
 
 
 def no_wandb() -> None:
@@ -164,7 +168,9 @@ def test_wandb_fails(what: str, mode: str, sabotage: Any, job: Any, undisturbed:
 
 
 @pytest.mark.parametrize(
-    "name", ["é ✓ 漢字", "with space", "n" * 200, "a/b/../c", "semi;colon 'quoted'"], ids=["unicode", "space", "long", "up", "odd"]
+    "name",
+    ["é ✓ 漢字", "with space", "n" * 200, "a/b/../c", "semi;colon 'quoted'"],
+    ids=["unicode", "space", "long", "up", "odd"],
 )
 def test_odd_folder_names(name: str, words: list[str], tmp_path: Path, undisturbed: Any, survived: Any) -> None:
     one = Job(tmp_path / "job", words)
@@ -264,7 +270,9 @@ def test_a_slow_disk_changes_nothing(job: Any, undisturbed: Any, survived: Any) 
     one = job()
     assert one.run(slow_blocks) == 0
     assert result(one.folder) == undisturbed
-    survived(24, "reading a batch takes 50 ms", 1, "exact. There are no loader workers to kill: blocks are mapped files")
+    survived(
+        24, "reading a batch takes 50 ms", 1, "exact. There are no loader workers to kill: blocks are mapped files"
+    )
 
 
 @pytest.mark.parametrize(
@@ -300,4 +308,9 @@ def test_a_long_run_keeps_its_memory_and_disk(job: Any, survived: Any) -> None:
     assert growth < 15
     assert saved <= 4  # two to keep, one being written, one being pruned
     assert not (one.folder / "checkpoints").exists()
-    survived(28, "a run of 600 steps that saves every 5", 1, f"memory grows by {max(growth, 0):.0f} MB; {saved} checkpoints at most")
+    survived(
+        28,
+        "a run of 600 steps that saves every 5",
+        1,
+        f"memory grows by {max(growth, 0):.0f} MB; {saved} checkpoints at most",
+    )

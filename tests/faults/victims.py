@@ -1,4 +1,4 @@
-"""Real processes to be killed: `train.py` forked from a server that has imported everything, so that starts are cheap."""
+"""Processes to be killed: `train.py`, forked from a server that has imported everything, so that starts are fast."""
 
 import json
 import multiprocessing
