@@ -8,7 +8,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall 20
 import hydra
 from omegaconf import DictConfig
 
-from moe import commandline
+from moe import commandline, sweep
 from moe.config import Cell, Config
 
 
@@ -33,16 +33,10 @@ def main() -> int:
         return 0
     try:
         cells = commandline.read_cells(sys.argv[1:])
-        if cells is not None:
-            from moe.run import check_folders, note_cells, report
-
-            check_folders(cells)
-            note_cells(cells)
+        return sweep.carry_out(cells or [], run_cell)
     except commandline.ConfigError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
-    run_cell()
-    return 0 if cells is None else report(cells)
 
 
 if __name__ == "__main__":

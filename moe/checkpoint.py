@@ -24,16 +24,21 @@ KEEP = 2  # the newest, and one to fall back on
 def save(root: Path, step: int, state: dict[str, Any]) -> None:
     """Write `state` as `root/step-NNNNNNNN`, atomically, then drop all but the newest `KEEP` checkpoints."""
     final, temporary = root / f"step-{step:08d}", root / f".tmp-{step}"
-    root.mkdir(parents=True, exist_ok=True)
+    root.mkdir(exist_ok=True)  # without parents: a run folder that someone deleted is an error
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    torch.save(state, temporary / "state.pt")
-    digest = sha256(temporary / "state.pt")
-    write_json(temporary / "manifest.json", {"step": step, "torch": torch.__version__, "sha256": {"state.pt": digest}})
-    for path in temporary.iterdir():
-        sync(path)
-    shutil.rmtree(final, ignore_errors=True)
-    os.rename(temporary, final)
+    try:
+        with open(temporary / "state.pt", "wb") as file:  # of ours, because torch's own hides "No space left on device"
+            torch.save(state, file)
+        digest = sha256(temporary / "state.pt")
+        write_json(temporary / "manifest.json", {"step": step, **_maker(), "sha256": {"state.pt": digest}})
+        for path in temporary.iterdir():
+            sync(path)
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(temporary, final)
+    except BaseException:  # give the space back
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     sync(root)
     for old in sorted(root.glob("step-*"))[:-KEEP]:
         shutil.rmtree(old)
@@ -61,9 +66,16 @@ def load(root: Path) -> tuple[int, dict[str, Any]] | None:
 
 def _read(folder: Path) -> tuple[int, dict[str, Any]]:
     manifest = json.loads((folder / "manifest.json").read_text())
-    for name, digest in manifest["sha256"].items():
-        if sha256(folder / name) != digest:
-            raise ValueError(f"{name} does not match its sha256")
-    if manifest["torch"] != torch.__version__:
-        log.warning("checkpoint of torch %s: the resumed run may differ in its last bits", manifest["torch"])
+    if sha256(folder / "state.pt") != manifest["sha256"]["state.pt"]:
+        raise ValueError("state.pt does not match its sha256")
+    if folder.name != f"step-{manifest['step']:08d}":
+        raise ValueError(f"its manifest is that of step {manifest['step']}")
+    for name, ours in _maker().items():
+        if (theirs := manifest.get(name)) != ours:
+            log.warning("checkpoint of %s %s, here %s: the run may end with other last bits", name, theirs, ours)
     return manifest["step"], torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+
+
+def _maker() -> dict[str, Any]:
+    """What bits depend on beside the configuration."""
+    return {"torch": torch.__version__, "threads": torch.get_num_threads()}

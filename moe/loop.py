@@ -85,6 +85,7 @@ def train(config: Config, folder: Path, *, mirror: Mirror, signals: Signals) -> 
 
         scale_learning_rates(config, optimizers, step=done)
         latest = validate() if done == 0 else {}
+        signals.training = True
         bar = tqdm(range(done, config.steps), initial=done, total=config.steps, unit="step", disable=None)
         for step in bar:
             tick = time.perf_counter()
@@ -232,6 +233,7 @@ def _save_model(model: MoEForCausalLM, data: Prepared, folder: Path) -> None:
     disable_progress_bar()  # of writing one small file
     temporary = folder / ".tmp-model"
     shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()  # an error if someone deleted the run folder; the next line would make it anew
     model.save_pretrained(temporary)
     data.tokenizer.save_pretrained(temporary)
     shutil.rmtree(folder / "model", ignore_errors=True)

@@ -18,106 +18,122 @@ from typing import Any
 from moe import record
 from moe.checks import ConfigError
 from moe.config import Cell
+from moe.signals import Interrupted, Signals, follow_parent
 
 log = logging.getLogger(__name__)
 
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "hydra-core", "omegaconf", "numpy")
 
 
-def check_folders(cells: list[Cell]) -> None:
-    """Refuse, before any cell starts, a folder that holds a run of another configuration; note what a sweep wants."""
-    for cell in cells:
-        difference = _difference(cell)
-        if difference:
-            raise ConfigError(
-                f"{cell.folder} holds another run: {'; '.join(difference)}. Choose another out=DIR or delete the folder"
-            )
-
-
 def run(cell: Cell) -> None:
     """Train one cell, or skip it if it is finished. What happened is in the folder's run.json; a failure is written
     there and printed, not raised, so that a sweep goes on."""
-    from moe.loop import train
-    from moe.signals import Interrupted, Signals
-    from moe.trackers import Mirror
-
+    follow_parent()
     cell.folder.mkdir(parents=True, exist_ok=True)
-    with _locked(cell.folder) as free:
-        if difference := _difference(cell):
-            log.error("%s holds another run: %s", cell.folder, "; ".join(difference))
-            return
-        if not free or status(cell) == "finished":
-            log.info("%s: %s", cell.folder, "finished before, skipped" if free else "another process is training it")
-            return
-        _write(cell, "running")
-        mirror = Mirror(cell)
-        try:
-            with Signals() as signals:
-                facts = train(cell.config, cell.folder, mirror=mirror, signals=signals)
-            final = _write_metrics(cell.folder, facts)
-            mirror.finish(final)
-            _write(cell, "finished", facts)
-            log.info("%s: finished, val perplexity %.2f", cell.folder, final["val/perplexity"])
-            if signals.received is not None:  # too late for this run, in time for the rest of a sweep
-                sys.exit(128 + signals.received)
-        except Interrupted as stop:
-            mirror.finish({})
-            _write(cell, "interrupted", error=str(stop))
-            log.warning("%s: %s", cell.folder, stop)
-            sys.exit(stop.exit_status)
-        except Exception as error:  # recorded, so that the other cells of a sweep still run; `report` exits with 1
-            mirror.finish({})
-            reason = (str(error).strip().splitlines() or [""])[0]
-            _write(cell, "failed", error=f"{type(error).__name__}: {reason}")
-            log.error("%s failed: %s: %s", cell.folder, type(error).__name__, reason)
-            (cell.folder / "traceback.txt").write_text(traceback.format_exc())
+    with locked(cell.folder / "run.lock") as owner:
+        if owner is not None:
+            log.info("%s: another process is training it (%s)", cell.folder, owner)
+        elif differences := difference(cell):
+            log.error("%s holds another run: %s", cell.folder, "; ".join(differences))
+        elif finished(cell):
+            log.info("%s: finished before, skipped", cell.folder)
+        else:
+            _train(cell)
+
+
+def finished(cell: Cell) -> bool:
+    """Whether the folder holds this very run, complete."""
+    return status(cell) == "finished" and not difference(cell)
 
 
 def status(cell: Cell) -> str:
     """finished | failed | running | interrupted | missing."""
-    return str(_stored(cell).get("status", "missing"))
+    return str(stored(cell).get("status", "missing"))
 
 
-def report(cells: list[Cell]) -> int:
-    """After a command's cells have run: the sweep's tables, and the exit status (1 if any cell is not finished)."""
-    states = [status(cell) for cell in cells]
-    sweep = cells[0].folder.parent
-    if len(cells) > 1 and sweep.is_dir():
-        from moe import summaries
-
-        print(f"\n{summaries.console_table(summaries.write_sweep_tables(sweep))}\n\n{sweep / 'results.csv'}")
-    return 0 if set(states) == {"finished"} else 1
-
-
-def note_cells(cells: list[Cell]) -> None:
-    """Write down which cells a sweep is to have, so that missing ones can be named later."""
-    if len(cells) < 2:
-        return
-    sweep = cells[0].folder.parent
-    sweep.mkdir(parents=True, exist_ok=True)
-    path = sweep / "sweep.json"
-    before = json.loads(path.read_text())["cells"] if path.exists() else []
-    record.write_json(path, {"cells": sorted({*before, *(cell.folder.name for cell in cells)})})
-
-
-def _stored(cell: Cell) -> dict[str, Any]:
-    path = cell.folder / "run.json"
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def _difference(cell: Cell) -> list[str]:
+def difference(cell: Cell) -> list[str]:
     """The keys in which a folder's run differs from this cell, as "key: theirs, here ours"."""
-    stored = _stored(cell).get("identity")
-    if stored is None:
+    theirs = stored(cell).get("identity")
+    if theirs is None:
         return []
     ours = json.loads(json.dumps(cell.config.identity()))
-    keys = [key for key in {**stored, **ours} if stored.get(key) != ours.get(key)]
-    return [f"{key} is {stored.get(key)} there, {ours.get(key)} here" for key in keys]
+    keys = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
+    return [f"{key} is {theirs.get(key)} there, {ours.get(key)} here" for key in keys]
+
+
+def stored(cell: Cell) -> dict[str, Any]:
+    """The folder's run.json; empty if there is no run. Raises ConfigError where it cannot be told what is there."""
+    path = cell.folder / "run.json"
+    if not path.exists():
+        if (cell.folder / "checkpoints").exists():
+            raise ConfigError(f"{cell.folder} holds checkpoints and no run.json that says of what: delete the folder")
+        return {}
+    try:
+        content = json.loads(path.read_text())
+        return {**content}
+    except (OSError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}): delete the folder, or choose another out=DIR") from None
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[str | None]:
+    """Hold the lock file at `path`, which the system frees when a process dies; yields None, or the pid of whoever
+    has it."""
+    with open(path, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            yield file.read() or "unknown"
+            return
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield None
+
+
+def _train(cell: Cell) -> None:
+    from moe.loop import train
+    from moe.trackers import Mirror
+
+    final: dict[str, Any] = {}
+    try:
+        _write(cell, "running")
+        with Signals() as signals:
+            mirror = Mirror(cell)
+            try:
+                facts = train(cell.config, cell.folder, mirror=mirror, signals=signals)
+                final = _write_metrics(cell.folder, facts)
+            finally:
+                mirror.finish(final)
+        _write(cell, "finished", facts)
+        log.info("%s: finished, val perplexity %.2f", cell.folder, final["val/perplexity"])
+        if signals.received is not None:  # too late for this run, in time for the rest of a sweep
+            sys.exit(128 + signals.received)
+    except Interrupted as stop:
+        _write(cell, "interrupted", error=str(stop))
+        log.warning("%s: %s", cell.folder, stop)
+        sys.exit(stop.exit_status)
+    except Exception as error:  # recorded, so that the other cells of a sweep still run, and the command exits with 1
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        log.error("%s failed: %s", cell.folder, reason)
+        try:
+            record.write_text(cell.folder / "traceback.txt", traceback.format_exc())
+            _write(cell, "failed", error=reason)
+        except OSError as second:
+            log.error("%s: that cannot be written down: %s", cell.folder, second)
+
+
+def _first_line(error: Exception) -> str:
+    line = (str(error).strip().splitlines() or [""])[0]
+    if isinstance(error, MemoryError) or "out of memory" in line or "can't allocate memory" in line:
+        line += "; a smaller batch_size with a larger grad_accum needs less memory"
+    return line
 
 
 def _write(cell: Cell, state: str, facts: dict[str, Any] | None = None, *, error: str | None = None) -> None:
     causal = cell.config.build_router().causal
-    config, before = asdict(cell.config), _stored(cell).get("config")
+    config, before = asdict(cell.config), stored(cell).get("config")
     if before is not None:  # on a resume too, claims are what was claimed before the first step
         config["claims"] = before.get("claims", [])
     content = {
@@ -161,15 +177,3 @@ def _commit() -> str | None:
     except OSError:
         return None
     return done.stdout.strip() or None
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Hold the folder's lock; False if another process has it. The system frees it when a process dies."""
-    with open(folder / "run.lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True

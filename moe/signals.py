@@ -1,24 +1,34 @@
-"""Asking a run to stop: the first signal is noted and acted upon between steps, a second Ctrl-C quits at once."""
+"""Asking a run to stop: at once before training, between two steps during it; a second Ctrl-C quits at once."""
 
+import ctypes
+import multiprocessing
+import os
 import signal
+import sys
 import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+PR_SET_PDEATHSIG = 1  # a name of linux/prctl.h
 
-class Interrupted(Exception):
-    """A signal stopped the run after a checkpoint at `step`."""
 
-    def __init__(self, number: int, step: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name} after step {step}; the same command resumes it")
+class Interrupted(BaseException):
+    """A signal stopped the run after a checkpoint at `step`, or before training. Like KeyboardInterrupt no Exception:
+    whoever survives errors must not survive this."""
+
+    def __init__(self, number: int, step: int | None = None) -> None:
+        when = "before it trained" if step is None else f"after step {step}"
+        super().__init__(f"stopped by {signal.Signals(number).name} {when}; the same command resumes it")
         self.exit_status = 128 + number
 
 
 class Signals:
-    """Within `with Signals() as signals`, SIGTERM and SIGINT set `signals.received` instead of ending the process."""
+    """Within `with Signals() as signals`, SIGTERM and SIGINT raise Interrupted, or, once `training` is set because
+    there are steps to save, set `signals.received` for the loop to see between two steps."""
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.training = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
@@ -34,3 +44,20 @@ class Signals:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
+        if not self.training:
+            raise Interrupted(number)
+
+
+def follow_parent() -> None:
+    """In a launcher's worker process, have SIGTERM sent when the process that started it dies, even by SIGKILL.
+
+    Linux only; elsewhere an orphaned worker finishes its run, and the run's lock keeps others away from it.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None or parent.pid is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    try:
+        os.kill(parent.pid, 0)
+    except ProcessLookupError:  # it died before that call
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -67,7 +67,7 @@ class Trace(NamedTuple):
 
 def write(folder: Path, step: int, mask: Bool[Tensor, "L N E"]) -> None:
     """Write `folder/step-NNNNNNNN.npz`, atomically, eight choices to a byte."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     temporary = folder / f".tmp-{step}.npz"
     np.savez_compressed(temporary, bits=np.packbits(mask.numpy()), shape=np.array(mask.shape))
     os.replace(temporary, folder / f"step-{step:08d}.npz")

@@ -24,6 +24,10 @@ SMALL = """
 """.split()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--reliability", type=Path, help="with -m faults: the file to write what was survived to")
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two domains of real text: Python's own help topics, by the first letter of their names."""

@@ -1,0 +1,98 @@
+"""All cells of a command together: what is refused before the first one trains, and what is told after the last."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from moe import record
+from moe.checks import ConfigError
+from moe.config import Cell
+from moe.run import difference, finished, locked, status
+
+
+def carry_out(cells: list[Cell], launch: Callable[[], object]) -> int:
+    """Have `launch` train what is not finished of `cells`, tell what became of them, and return the exit status: 1 if
+    any is not finished then.
+
+    Raises ConfigError, with a message of one line, before anything is written, if a folder cannot take its run.
+    """
+    if cells and all(map(finished, cells)):
+        return _report(cells, ["finished"] * len(cells))
+    for cell in cells:
+        _check_folder(cell)
+    before = [_state(cell) for cell in cells]
+    with _reserved(cells):
+        try:
+            launch()
+        except SystemExit as stop:
+            if stop.code != 1:  # which is Hydra's for a cell that raised; the others are there to be reported
+                raise
+        return _report(cells, before)
+
+
+def _check_folder(cell: Cell) -> None:
+    """Refuse a folder that holds a run of another configuration, cannot be written to, or has links out of it."""
+    if differences := difference(cell):
+        raise ConfigError(
+            f"{cell.folder} holds another run: {'; '.join(differences)}. Choose another out=DIR or delete the folder"
+        )
+    there = next(path for path in (cell.folder, *cell.folder.absolute().parents) if os.path.lexists(path))
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise ConfigError(f"{cell.folder} cannot be made: {there} is no folder that can be written to")
+    for path in cell.folder.rglob("*"):
+        if path.is_symlink() and not path.resolve().is_relative_to(cell.folder.resolve()):
+            raise ConfigError(f"{path} is a link that leads out of the run folder: delete it")
+
+
+@contextmanager
+def _reserved(cells: list[Cell]) -> Iterator[None]:
+    """Keep other sweeps out of a sweep's folder until this one ends or dies; note which cells it is to have."""
+    if len(cells) < 2:
+        yield
+        return
+    sweep = cells[0].folder.parent
+    sweep.mkdir(parents=True, exist_ok=True)
+    with locked(sweep / "sweep.lock") as owner:
+        if owner is not None:
+            raise ConfigError(f"{sweep} is in use by another sweep, process {owner}: wait for it, or choose out=DIR")
+        names = {*_notes(sweep).get("cells", []), *(cell.folder.name for cell in cells)}
+        record.write_json(sweep / "sweep.json", {"cells": sorted(names)})
+        yield
+
+
+def _notes(sweep: Path) -> dict[str, Any]:
+    path = sweep / "sweep.json"
+    return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+def _state(cell: Cell) -> str:
+    """The status in run.json, with what it cannot say of itself: that the process died, or is another one."""
+    if status(cell) == "running":
+        with locked(cell.folder / "run.lock") as owner:
+            return "killed" if owner is None else f"in use by process {owner}"
+    return "finished" if finished(cell) else status(cell)
+
+
+def _report(cells: list[Cell], before: list[str]) -> int:
+    """Print what became of each cell since `before`, and the sweep's tables; returns the exit status."""
+    after = [_state(cell) for cell in cells]
+    sweep = cells[0].folder.parent if cells else Path()
+    if set(before) == {"finished"} or len(cells) > 1:
+        print()
+        for cell, old, new in zip(cells, before, after, strict=True):
+            print(f"{_outcome(old, new):<11} {cell.folder.name}")
+    if len(cells) > 1 and sweep.is_dir():
+        from moe import summaries
+
+        table = summaries.console_table(summaries.write_sweep_tables(sweep))
+        print(f"\n{table}\n\n{sweep / 'results.csv'}")
+    return 0 if set(after) <= {"finished"} else 1
+
+
+def _outcome(before: str, after: str) -> str:
+    if after != "finished":
+        return after
+    return {"finished": "skipped", "missing": "finished"}.get(before, "resumed")

@@ -1,0 +1,82 @@
+"""Breaking runs on purpose: `pytest -m faults`; `--reliability FILE` also writes down what was survived."""
+
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from victims import Job, result
+
+TINY = """
+    model.dim=16 model.heads=2 model.layers=2 model.ffn=16 model.num_experts=4 model.dense_ffn=16 model.dropout=0.1
+    data.seq_len=16 data.vocab_size=300 data.max_val_blocks=4 router=temperature noise=0.1
+    steps=24 batch_size=2 eval_every=12 save_every=3 logger.mode=disabled
+""".split()
+
+HEADER = """# What was broken on purpose, and what happened
+
+Written by `OMP_NUM_THREADS=1 python -m pytest -m faults --reliability docs/reliability.md`, on {machine}. Every fault
+hits a real process of `train.py` that trains a small model on real text. *Exact* means: after the same command was run
+again, the sha256 of the weights and every line of events.jsonl and metrics.json, durations aside, are those of a run
+that nothing disturbed. Numbers in front are those of the list of faults that the tests were written for.
+
+| | injected | times | what happened |
+|---:|---|---:|---|
+"""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.faults)
+
+
+class Notes:
+    """What the tests of a session say of themselves through `record_property("fault", (row, injected, times, end))`."""
+
+    def __init__(self, target: Path) -> None:
+        self.target, self.rows = target, []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call":
+            rows = [value for name, value in report.user_properties if name == "fault"]
+            self.rows += [(*row[:3], row[3] if report.passed else "**not survived**") for row in rows]
+
+    def pytest_sessionfinish(self) -> None:
+        machine = f"{os.cpu_count()} CPU cores, {platform.system()}, Python {platform.python_version()}"
+        lines = [f"| {row} | {what} | {times} | {end} |\n" for row, what, times, end in sorted(self.rows)]
+        self.target.write_text(HEADER.format(machine=machine) + "".join(lines))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if target := config.getoption("--reliability"):
+        config.pluginmanager.register(Notes(target))
+
+
+@pytest.fixture(scope="session")
+def words(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The arguments of a run of a second."""
+    data = ["data=text", f"data.source.paths=[{corpus}]", "data.source.column=text", "data.source.domain=half"]
+    return [*data, f"data.cache={tmp_path_factory.mktemp('cache')}", *TINY]
+
+
+@pytest.fixture
+def job(words: list[str], tmp_path: Path) -> Callable[..., Job]:
+    """`job("a", "seed=7")` is a command with its own folder `a`."""
+    return lambda name="job", *more: Job(tmp_path / name, [*words, *more])
+
+
+@pytest.fixture(scope="session")
+def undisturbed(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the run of `words` ends with if left alone."""
+    alone = Job(tmp_path_factory.mktemp("undisturbed"), words)
+    assert alone.run() == 0, alone.output
+    return result(alone.folder)
+
+
+@pytest.fixture
+def survived(record_property: Callable[[str, object], None]) -> Callable[[int, str, int, str], None]:
+    """`survived(row, injected, times, end)`: a line of the report, if the test passes."""
+    return lambda row, injected, times, end: record_property("fault", (row, injected, times, end))

@@ -1,0 +1,239 @@
+"""Processes that end at any moment, by any signal: nothing is lost but what was not saved, and the end is the same."""
+
+import os
+import random
+import re
+import signal
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+from victims import Job, die, ended, patch, result
+
+SAVE_EVERY = 3  # of `conftest.TINY`
+
+
+def resumed_from(job: Job) -> int | None:
+    found = re.search(r"resumed after step (\d+)", job.output)
+    return int(found[1]) if found else None
+
+
+def test_killed_at_twenty_random_moments(job: Any, undisturbed: Any, survived: Any) -> None:
+    """Each time another run, so that all moments are met, from the first file to the last."""
+    draw, hits, lost = random.Random(1), 0, []
+    for attempt in range(20):
+        one = job(str(attempt))
+        process = one.start()
+        one.wait_for_step(process, draw.randint(1, 24))
+        time.sleep(draw.uniform(0, 0.05))
+        process.kill()
+        hits += ended(process) == -signal.SIGKILL
+        steps = one.steps()
+        assert one.run() == 0, one.output
+        assert result(one.folder) == undisturbed
+        if (saved := resumed_from(one)) is not None:
+            lost.append(steps - saved)
+    assert hits >= 15
+    assert len(lost) >= 10
+    assert max(lost) <= SAVE_EVERY
+    survived(1, "SIGKILL at a random step", hits, f"exact; at most {max(lost)} steps done again, of save_every=3")
+
+
+def before(module: str, name: str, call: int) -> None:
+    """Die before the `call`-th call of a function."""
+    calls = []
+
+    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
+        def fatal(*args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            if len(calls) == call:
+                die()
+            return function(*args, **kwargs)
+
+        return fatal
+
+    patch(module, name, wrap)
+
+
+# Where in the n-th save: the n-th call of which function. A save syncs two files, then renames, syncs, prunes.
+PLACES: dict[str, Callable[[int], tuple[str, str, int]]] = {
+    "its file still empty": lambda n: ("torch", "save", n),
+    "without its manifest": lambda n: ("moe.checkpoint", "write_json", n),
+    "before the rename": lambda n: ("moe.checkpoint", "sync", 3 * n - 1),
+    "before older ones go": lambda n: ("moe.checkpoint", "sync", 3 * n),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("save", [1, 2, 3])
+def test_killed_while_a_checkpoint_is_written(place: str, save: int, job: Any, undisturbed: Any, survived: Any) -> None:
+    one = job()
+    assert one.run(partial(before, *PLACES[place](save))) == -signal.SIGKILL
+    expected = save if place == "before older ones go" else save - 1
+    assert len(one.checkpoints) == expected
+    assert one.run() == 0, one.output
+    assert resumed_from(one) == (SAVE_EVERY * expected or None)
+    assert result(one.folder) == undisturbed
+    assert not list(one.folder.rglob("*tmp*"))
+    survived(2, f"SIGKILL in the {save}. writing of a checkpoint, {place}", 1, "newest whole one used; exact")
+
+
+@pytest.mark.parametrize("step", [1, 7, 20])
+def test_sigterm_checkpoints_and_exits_with_143(step: int, job: Any, undisturbed: Any, survived: Any) -> None:
+    one = job()
+    process = one.start()
+    one.wait_for_step(process, step)
+    began = time.monotonic()
+    os.kill(process.pid, signal.SIGTERM)
+    assert ended(process) == 143
+    seconds = time.monotonic() - began
+    assert seconds < 10
+    assert one.state["status"] == "interrupted"
+    steps = one.steps()
+    assert one.run() == 0
+    assert resumed_from(one) == steps
+    assert result(one.folder) == undisturbed
+    survived(3, f"SIGTERM in step {step}", 1, f"checkpoint after that step, exit 143, in {seconds:.1f} s; exact")
+
+
+def slow_source() -> None:
+    """Reading documents takes a minute."""
+    import moe.corpus
+
+    def sleeping(documents: Any) -> Any:
+        print("READING", flush=True)
+        time.sleep(60)
+        return documents
+
+    moe.corpus.distinct = sleeping
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_stopped_while_data_are_prepared(
+    number: int, status: int, job: Any, undisturbed: Any, survived: Any, tmp_path: Any
+) -> None:
+    one = job("a", f"data.cache={tmp_path / 'cache'}")
+    process = one.start(slow_source)
+    while "READING" not in one.output:
+        assert process.is_alive(), one.output
+        time.sleep(0.01)
+    began = time.monotonic()
+    os.kill(process.pid, number)
+    assert ended(process) == status
+    assert time.monotonic() - began < 10
+    assert one.state["status"] == ("running" if status == -9 else "interrupted")
+    assert one.run() == 0
+    assert result(one.folder) == undisturbed
+    assert not list((tmp_path / "cache").glob("*unfinished"))
+    row = 24 if number == signal.SIGKILL else 3
+    name = signal.Signals(number).name
+    end = f"exit {status} at once" if status > 0 else "unfinished data made anew"
+    survived(row, f"{name} while text is read and tokenised", 1, f"{end}; same batches, exact")
+
+
+def test_one_ctrl_c_checkpoints_and_exits_with_130(job: Any, undisturbed: Any, survived: Any) -> None:
+    one = job()
+    process = one.start()
+    one.wait_for_step(process, 5)
+    os.kill(process.pid, signal.SIGINT)
+    assert ended(process) == 130
+    steps = one.steps()
+    assert one.run() == 0
+    assert resumed_from(one) == steps
+    assert result(one.folder) == undisturbed
+    survived(4, "Ctrl-C", 1, "checkpoint after that step, exit 130; exact")
+
+
+def long_step() -> None:
+    """The seventh step takes a minute."""
+    from moe import loop
+
+    honest, calls = loop.total_loss, []
+
+    def sleeping(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 7:
+            print("SLEEPING", flush=True)
+            time.sleep(60)
+        return honest(*args)
+
+    loop.total_loss = sleeping
+
+
+def test_a_second_ctrl_c_quits_at_once(job: Any, undisturbed: Any, survived: Any) -> None:
+    one = job()
+    process = one.start(long_step)
+    while "SLEEPING" not in one.output:
+        assert process.is_alive(), one.output
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGINT)
+    time.sleep(0.2)
+    assert process.is_alive()
+    began = time.monotonic()
+    os.kill(process.pid, signal.SIGINT)
+    assert ended(process) != 0
+    assert time.monotonic() - began < 2
+    assert one.run() == 0
+    assert resumed_from(one) == 6
+    assert result(one.folder) == undisturbed
+    survived(4, "Ctrl-C twice within one long step", 1, "quits at once; last checkpoint loads; exact")
+
+
+def test_every_event_is_on_disk_when_it_was_written(job: Any, survived: Any) -> None:
+    """Line by line: a process that dies right after a step has told of it."""
+    one = job()
+    assert one.run(partial(before, "moe.loop", "validation", 2)) == -signal.SIGKILL
+    assert one.steps() == 12
+    survived(28, "SIGKILL right after a step's event was written", 1, "the event is in the file, whole")
+
+
+def test_two_hundred_random_faults_in_one_run(job: Any, survived: Any) -> None:
+    """The soak: kills and signals while starting, training and saving, damaged checkpoints, torn events."""
+    draw = random.Random(2)
+    settings = ("steps=400", "save_every=1", "eval_every=200")
+    calm, one = job("calm", *settings), job("soaked", *settings)
+    assert calm.run() == 0, calm.output
+    counts = dict.fromkeys(("SIGKILL", "SIGTERM", "SIGINT", "flipped bit", "truncated file", "torn line"), 0)
+    ends = {"SIGKILL": -signal.SIGKILL, "SIGTERM": 143, "SIGINT": 130}
+    while sum(counts.values()) < 200:
+        kind = draw.choice(list(counts))
+        if kind in ends:
+            process = one.start()
+            if draw.random() < 0.3:
+                time.sleep(draw.uniform(0, 0.8))  # while it starts, which no event tells
+            else:
+                one.wait_for_step(process, one.steps() + draw.randint(1, 3))
+            os.kill(process.pid, signal.Signals[kind])
+            assert ended(process) in (ends[kind], -signal.Signals[kind], 1), one.output
+        elif not harm(one, kind, draw):
+            continue
+        counts[kind] += 1
+    assert one.run() == 0, one.output
+    assert result(one.folder) == result(calm.folder)
+    told = ", ".join(f"{count} × {kind}" for kind, count in counts.items())
+    survived(28, f"soak of one run: {told}", sum(counts.values()), "exact")
+
+
+def harm(job: Job, kind: str, draw: random.Random) -> bool:
+    """Damage one file of the newest of two checkpoints, or the end of the events; False if there is none."""
+    if kind == "torn line":
+        events = next(iter((job.root / "runs").glob("*/*/events.jsonl")), None)
+        if events is None:
+            return False
+        with events.open("a") as file:
+            file.write('{"kind": "train", "st')
+        return True
+    if not list((job.root / "runs").glob("*/*/")) or len(job.checkpoints) < 2:
+        return False
+    path = draw.choice(sorted(job.checkpoints[-1].iterdir()))
+    content = bytearray(path.read_bytes())
+    if not content:
+        return False
+    if kind == "flipped bit":
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    else:
+        del content[draw.randrange(len(content)) :]
+    path.write_bytes(bytes(content))
+    return True

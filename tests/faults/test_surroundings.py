@@ -1,0 +1,316 @@
+"""Disks that are full, folders that cannot be written to, W&B that fails, memory that ends, numbers that overflow."""
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from victims import Job, ended, patch, result
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one megabyte of its own."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], check=True)
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def fill(disk: Path, *, leave: int) -> Path:
+    """Fill a disk but for some bytes."""
+    statistics = os.statvfs(disk)
+    ballast = disk / "ballast"
+    ballast.write_bytes(bytes(max(0, statistics.f_bavail * statistics.f_frsize - leave)))
+    return ballast
+
+
+@pytest.mark.parametrize("leave", [64_000, 4096, 0])
+def test_a_full_disk(leave: int, words: list[str], small_disk: Path, undisturbed: Any, survived: Any) -> None:
+    """From step 7 on: 64 KB are too few for a checkpoint, 4 KB soon for an event, nothing for anything."""
+    one = Job(small_disk, words)
+    one.log = small_disk.parent / "log"
+    process = one.start()
+    one.wait_for_step(process, 7)
+    ballast = fill(small_disk, leave=leave)
+    assert ended(process) == 1
+    assert "No space left on device" in one.output
+    assert "Traceback" not in one.output
+    assert one.checkpoints
+    ballast.unlink()
+    assert one.run() == 0, one.output
+    assert "resumed after step" in one.output
+    assert result(one.folder) == undisturbed
+    survived(
+        9, f"disk full but for {leave} bytes from step 7 on", 1, "exit 1 with the cause; resumed with space: exact"
+    )
+
+
+def small_files(limit: int) -> None:
+    """No file may grow beyond `limit` bytes: what a quota does, where nothing can be mounted."""
+    import signal
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+
+def test_a_quota(job: Any, undisturbed: Any, survived: Any) -> None:
+    one = job()
+    assert one.run(partial(small_files, 20_000)) == 1
+    assert "File too large" in one.output
+    assert one.run() == 0, one.output
+    assert result(one.folder) == undisturbed
+    survived(9, "no file may exceed 20 KB (RLIMIT_FSIZE)", 1, "exit 1 with the cause; resumed without: exact")
+
+
+def poisoned_loss(step: int, value: float) -> None:
+    def wrap(honest: Any) -> Any:
+        calls: list[int] = []
+
+        def total_loss(*args: Any) -> Any:
+            calls.append(1)
+            return honest(*args) * (value if len(calls) == step else 1.0)
+
+        return total_loss
+
+    patch("moe.loop", "total_loss", wrap)
+
+
+def poisoned_expert(step: int) -> None:
+    """The gradient of one expert alone is not finite."""
+
+    def wrap(honest: Any) -> Any:
+        calls: list[int] = []
+
+        def gradient_norms(parts: Any) -> Any:
+            calls.append(1)
+            if len(calls) == step:
+                expert = next(p for p in parts["experts"] if p.grad is not None)
+                expert.grad[2, 0, 0] = float("nan")
+            return honest(parts)
+
+        return gradient_norms
+
+    patch("moe.gradients", "gradient_norms", wrap)
+
+
+@pytest.mark.parametrize(
+    ("what", "sabotage"),
+    [
+        ("NaN loss", partial(poisoned_loss, 5, float("nan"))),
+        ("infinite loss", partial(poisoned_loss, 5, float("inf"))),
+        ("NaN gradient of expert 2 alone", partial(poisoned_expert, 5)),
+    ],
+)
+def test_numbers_that_are_not_finite(what: str, sabotage: Any, job: Any, undisturbed: Any, survived: Any) -> None:
+    one = job()
+    assert one.run(sabotage) == 1
+    assert one.state["status"] == "failed"
+    assert "Diverged: step 4: " in one.state["error"]
+    assert "expert 2" in one.state["error"] or "loss" in what
+    assert one.steps() == 4
+    assert one.run() == 0
+    assert result(one.folder) == undisturbed
+    survived(
+        10, f"{what} in step 4", 1, "stops before the optimizer, names step, tensor, expert; exit 1; resumed: exact"
+    )
+
+
+def no_wandb() -> None:
+    sys.modules["wandb"] = None  # type: ignore[assignment]
+
+
+def no_server() -> None:
+    os.environ |= {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_MODE": "online"}
+    patch("moe.trackers", "START_SECONDS", lambda seconds: 2)
+
+
+def no_key() -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        os.environ.pop(name, None)
+    os.environ |= {"HOME": "/nonexistent", "NETRC": "/nonexistent"}
+
+
+def broken_log() -> None:
+    import wandb
+
+    def log(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise OSError("the connection is gone")
+
+    wandb.Run.log = log
+
+
+@pytest.mark.parametrize(
+    ("what", "mode", "sabotage"),
+    [
+        ("W&B not installed", "offline", no_wandb),
+        ("W&B server down", "online", no_server),
+        ("no W&B key", "online", no_key),
+        ("wandb.log raises", "offline", broken_log),
+    ],
+)
+def test_wandb_fails(what: str, mode: str, sabotage: Any, job: Any, undisturbed: Any, survived: Any) -> None:
+    one = job()
+    one.arguments.remove("logger.mode=disabled")
+    one.arguments.append(f"logger.mode={mode}")
+    assert one.run(sabotage) == 0, one.output
+    assert "W&B" in one.output
+    assert result(one.folder) == undisturbed
+    survived(11, what, 1, "one warning; run finishes; events complete; exact")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["é ✓ 漢字", "with space", "n" * 200, "a/b/../c", "semi;colon 'quoted'"],
+    ids=["unicode", "space", "long", "up", "odd"],
+)
+def test_odd_folder_names(name: str, words: list[str], tmp_path: Path, undisturbed: Any, survived: Any) -> None:
+    one = Job(tmp_path / "job", words)
+    quoted = str(tmp_path / name).replace("\\", "\\\\").replace('"', '\\"')
+    one.arguments[-1] = f'out="{quoted}"'
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    assert one.run() == 0, one.output
+    [folder] = (tmp_path / name).glob("*/*/")
+    assert result(folder) == undisturbed
+    survived(19, f"out= of {name[:20]!r}", 1, "works; exact")
+
+
+@pytest.mark.parametrize("value", ["x" * 300, "a/../../../b", "ü ñ"], ids=["long", "up", "unicode"])
+def test_odd_values_name_a_folder_inside(value: str, words: list[str], tmp_path: Path, survived: Any) -> None:
+    corpus = next(word for word in words if word.startswith("data.source.paths=")).split("=")[1][1:-1]
+    path = tmp_path / "text" / ("x" * 200 if len(value) > 200 else value.replace("..", "d")) / "t.jsonl"
+    path.parent.mkdir(parents=True)
+    shutil.copy(corpus, path)
+    one = Job(tmp_path / "job", [*words, f'data.source.paths=["{path}"]', "steps=1"])
+    assert one.run() == 0, one.output
+    assert one.folder.parent.parent == tmp_path / "job" / "runs"
+    survived(19, f"a swept value of {value[:16]!r} names the run folder", 1, "one folder deep, inside the sweep's")
+
+
+@pytest.mark.parametrize("place", ["read-only disk", "file in the way", "deleted while it runs"])
+def test_folders_that_cannot_be_written_to(
+    place: str, words: list[str], small_disk: Path, tmp_path: Path, survived: Any
+) -> None:
+    one = Job(tmp_path / "job", words)
+    if place == "deleted while it runs":
+        process = one.start()
+        one.wait_for_step(process, 4)
+        folder = one.folder
+        shutil.rmtree(folder)
+        assert ended(process) == 1
+        assert not folder.exists()
+        assert "No such file or directory" in one.output
+    else:
+        target = small_disk / "runs" if place.startswith("read") else tmp_path / "file"
+        if place.startswith("read"):
+            subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+        else:
+            target.write_text("")
+        one.arguments[-1] = f"out={target}"
+        assert one.run() == 2
+        assert one.output.count("\n") == 1
+        folder = target
+    assert str(folder) in one.output
+    assert "Traceback" not in one.output
+    survived(20, f"run folder: {place}", 1, "error names it; nothing is made anew in its place")
+
+
+def little_memory(megabytes: int) -> None:
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limit = used + megabytes * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def memory_error() -> None:
+    def wrap(honest: Any) -> Any:
+        def total_loss(config: Any, *args: Any) -> Any:
+            if config.seed == 1:
+                raise MemoryError
+            return honest(config, *args)
+
+        return total_loss
+
+    patch("moe.loop", "total_loss", wrap)
+
+
+def test_memory_ends(job: Any, survived: Any) -> None:
+    one = job("a", "batch_size=20000", "data.seq_len=128", "steps=2")
+    assert one.run(partial(little_memory, 1500)) == 1
+    assert one.state["status"] == "failed"
+    assert "a smaller batch_size" in one.state["error"]
+    sweep = job("b", "-m", "seed=1,2", "steps=2")
+    assert sweep.run(memory_error) == 1
+    assert "a smaller batch_size" in sweep.output
+    states = {path.name[-6:]: path for path in (sweep.root / "runs").glob("*/*/")}
+    assert len(states) == 2
+    assert len(list((sweep.root / "runs").rglob("model.safetensors"))) == 1
+    survived(22, "RLIMIT_AS; MemoryError in one cell of two", 2, "cell fails and suggests batch_size; the other runs")
+
+
+def slow_blocks() -> None:
+    def wrap(honest: Any) -> Any:
+        def micro_batches(*args: Any) -> Any:
+            time.sleep(0.05)
+            return honest(*args)
+
+        return micro_batches
+
+    patch("moe.loop", "micro_batches", wrap)
+
+
+def test_a_slow_disk_changes_nothing(job: Any, undisturbed: Any, survived: Any) -> None:
+    one = job()
+    assert one.run(slow_blocks) == 0
+    assert result(one.folder) == undisturbed
+    survived(
+        24, "reading a batch takes 50 ms", 1, "exact. There are no loader workers to kill: blocks are mapped files"
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "batch_size=1 data.seq_len=2 data.max_val_blocks=1",
+        "capacity=0.001",
+        "model.num_experts=64 batch_size=1 data.seq_len=4",
+        "router.k=4",
+        "model.num_experts=1 router.k=1",
+    ],
+)
+def test_degenerate_routing(settings: str, job: Any, survived: Any) -> None:
+    one = job("a", *settings.split(), "steps=3")
+    assert one.run() == 0, one.output
+    for event in result(one.folder)["events"]:
+        assert all(value == value for value in event.values() if isinstance(value, float))  # no NaN
+    survived(26, f"degenerate routing: {settings}", 1, "trains; loss and gradients finite; null where undefined")
+
+
+def test_a_long_run_keeps_its_memory_and_disk(job: Any, survived: Any) -> None:
+    one = job("a", "steps=600", "save_every=5", "eval_every=50")
+    process = one.start()
+    memory, saved = [], 0
+    for step in range(100, 600, 20):
+        one.wait_for_step(process, step)
+        if process.is_alive():
+            memory.append(int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * resource.getpagesize())
+            saved = max(saved, len(list((one.folder / "checkpoints").glob("*"))))
+    assert ended(process) == 0
+    growth = (memory[-1] - memory[0]) / 2**20
+    assert len(memory) > 15
+    assert growth < 15
+    assert saved <= 4  # two to keep, one being written, one being pruned
+    assert not (one.folder / "checkpoints").exists()
+    survived(
+        28,
+        "a run of 600 steps that saves every 5",
+        1,
+        f"memory grows by {max(growth, 0):.0f} MB; {saved} checkpoints at most",
+    )

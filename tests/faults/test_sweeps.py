@@ -1,0 +1,171 @@
+"""Sweeps that are killed, met by a second one, run again or changed: only what is unfinished is trained."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from victims import TRAIN, Job, die, ended, patch, result
+
+from moe.record import sha256
+
+JOBLIB = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+
+
+def results(job: Job) -> dict[str, Any]:
+    """The result of every cell, by the name of its folder."""
+    return {folder.name: result(folder) for folder in (job.root / "runs").glob("*/*/")}
+
+
+def files(root: Path) -> dict[Path, tuple[str, int]]:
+    return {path: (sha256(path), path.stat().st_mtime_ns) for path in root.rglob("*") if path.is_file()}
+
+
+def children(pid: int) -> list[int]:
+    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
+def test_the_users_factorial_killed_half_way_with_two_workers(job: Any, survived: Any) -> None:
+    """`-m noise=0.0,0.1,0.5 lb=0.0,0.01 seed=42,43,44` under joblib: its workers stop, and the end is the serial one."""
+    grid = ("-m", "noise=0.0,0.1,0.5", "lb=0.0,0.01", "seed=42,43,44", "steps=6", "eval_every=6")
+    calm, one = job("calm", *grid), job("killed", *grid)
+    for each in (calm, one):
+        each.arguments.remove("noise=0.1")
+    assert calm.run() == 0, calm.output
+    one.arguments += JOBLIB
+    sweep = subprocess.Popen(
+        [sys.executable, str(TRAIN), *one.arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while len(list((one.root / "runs").rglob("metrics.json"))) < 6:
+        assert sweep.poll() is None
+        time.sleep(0.02)
+    workers = children(sweep.pid)
+    assert len(workers) >= 2
+    sweep.kill()
+    sweep.wait()
+    deadline = time.monotonic() + 20
+    while alive := [pid for pid in workers if training(pid)]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.05)
+    done = {path: value for folder in finished(one) for path, value in files(folder).items()}
+    assert one.run() == 0, one.output
+    assert results(one) == results(calm)
+    assert len(results(one)) == 18
+    assert all(files(path.parent)[path] == value for path, value in done.items())
+    survived(
+        14,
+        "SIGKILL of the user's 18-cell factorial with two joblib workers",
+        1,
+        "workers stop; same command: all exact",
+    )
+
+
+def training(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/cmdline")
+    return status.exists() and b"loky" in status.read_bytes() and b"resource_tracker" not in status.read_bytes()
+
+
+def finished(job: Job) -> list[Path]:
+    return [path.parent for path in (job.root / "runs").rglob("run.json") if '"status": "finished"' in path.read_text()]
+
+
+def end_of_seed_two(way: str) -> None:
+    def wrap(honest: Any) -> Any:
+        def total_loss(config: Any, *args: Any) -> Any:
+            if config.seed == 2 and way == "raises":
+                raise ValueError("out of luck")
+            if config.seed == 2 and way == "exits":
+                sys.exit(3)
+            if config.seed == 2:
+                die()
+            return honest(config, *args)
+
+        return total_loss
+
+    patch("moe.loop", "total_loss", wrap)
+
+
+def test_one_cell_ends_badly(job: Any, survived: Any) -> None:
+    for way, status in (("raises", 1), ("exits", 3), ("killed", -signal.SIGKILL)):
+        one = job(way, "-m", "seed=1,2,3", "steps=4")
+        assert one.run(partial(end_of_seed_two, way)) == status
+        first = next(folder for folder in finished(one) if folder.name.endswith("seed=1") or "seed=1" in folder.name)
+        before = files(first)
+        if way == "raises":
+            assert "failed" in one.output
+            assert "ValueError: out of luck" in one.output
+            assert len(finished(one)) == 2
+        assert one.run() == 0, one.output
+        assert len(finished(one)) == 3
+        assert files(first) == before
+        assert "skipped" in one.output
+        assert "resumed" in one.output
+        told = {"raises": "others run, error in the table, exit 1", "exits": "sweep stops, exit 3"}.get(
+            way, "sweep dies"
+        )
+        survived(14, f"one cell of three {way}", 1, f"{told}; run again: only what is unfinished; others untouched")
+
+
+def test_two_sweeps_in_one_folder(job: Any, survived: Any) -> None:
+    one = job("a", "-m", "seed=1,2", "steps=60")
+    process = one.start()
+    while not list((one.root / "runs").rglob("events.jsonl")):
+        assert process.is_alive(), one.output
+        time.sleep(0.01)
+    second = Job(one.root, one.arguments[:-1])
+    second.log = one.root / "second"
+    assert second.run() == 2
+    assert f"is in use by another sweep, process {process.pid}" in second.output
+    assert second.output.count("\n") == 1
+    assert ended(process) == 0
+    assert len(finished(one)) == 2
+    survived(
+        13, "a second sweep in the same folder", 1, "refused with the first one's pid, exit 2; the first is unharmed"
+    )
+
+
+def test_a_finished_sweep_is_left_alone(job: Any, survived: Any) -> None:
+    """Nothing is written, not even touched, and torch is not imported."""
+    one = job("a", "-m", "seed=1,2", "steps=2")
+    assert one.run() == 0
+    before = files(one.root / "runs")
+    code = (
+        f"import runpy, sys; sys.argv = {[str(TRAIN), *one.arguments]!r}\n"
+        f"try: runpy.run_path({str(TRAIN)!r}, run_name='__main__')\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        "assert 'torch' not in sys.modules"
+    )
+    began = time.process_time(), sum(os.times()[2:4])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=TRAIN.parent)
+    seconds = sum(os.times()[2:4]) - began[1]
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("skipped") == 2
+    assert files(one.root / "runs") == before
+    survived(
+        15,
+        "a finished sweep of two, again",
+        1,
+        f"skipped in {seconds:.1f} s of CPU without importing torch; no file touched",
+    )
+
+
+def test_a_changed_configuration_is_refused(job: Any, survived: Any) -> None:
+    """By another folder where the command differs, and by the difference where only the defaults did."""
+    one = job()
+    assert one.run() == 0
+    record = one.folder / "run.json"
+    text = record.read_text()
+    changes = {'"optimizer.adamw_lr": ': "lr", '"model.num_experts": ': "experts", '"seed": ': "seed"}
+    for line, what in changes.items():
+        start = text.rindex(line) + len(line)
+        stop = text.index(",", start)
+        record.write_text(text[:start] + "7" + text[stop:])
+        assert one.run() == 2, what
+        assert "is 7 there" in one.output
+        assert one.output.count("\n") == 1
+    end = "refused with the difference, exit 2. There is no override flag: two configurations are never one run"
+    survived(16, "the folder's run has another lr, number of experts, seed", len(changes), end)
