@@ -1,5 +1,6 @@
 """The benchmark runs and times what it says; how fast anything is, is not tested."""
 
+import argparse
 import json
 import math
 import subprocess
@@ -11,9 +12,9 @@ import torch
 from torch import nn
 
 from moe.analysis.replay import read_published
-from moe.bench import analyze, jobs
+from moe.bench import analyze, dispatch, jobs
 from moe.bench.analyze import write_runs
-from moe.bench.dispatch import measure, sweep
+from moe.bench.dispatch import measure
 from moe.bench.growth import exponent, measure_point
 from moe.bench.layer import Shape, layer_variants
 from moe.bench.step import TRAINING, bare_step, measure_steps
@@ -103,9 +104,13 @@ def test_published_drop_rates_are_met_within_sampling_error(experts: int, k: int
 
 def test_the_sweep_writes_the_sources_keys_and_figures(tmp_path: Path) -> None:
     sizes = {"tokens": 512, "dim": 8, "seed": 17, "iterations": 1}
-    sweep(tmp_path, experts=[4, 8], ks=[1, 2], capacities=[1.0, 1.25], **sizes)
+    asked = argparse.Namespace(out=tmp_path, experts=[4, 8], k=[1, 2], capacity=[1.0, 1.25], **sizes)
+    drops, _ = dispatch.answer(asked)
+    assert [row["E, K"] for row in drops.rows] == ["4, 1", "4, 2", "8, 1", "8, 2"]
+    assert "| E, K | 1.0 | 1.25 |" in drops.markdown()
     rows = [json.loads(line) for line in (tmp_path / "capacity_cf_multi.jsonl").read_text().splitlines()]
     assert len(rows) == 8
+    assert drops.rows[0]["1.25"] == rows[1]["avg_drop_rate"]
     keys = "name num_experts top_k capacity_factor num_tokens hidden_dim dtype device avg_drop_rate avg_ms tokens_per_s"
     assert set(keys.split()) <= set(rows[0])
     for row in rows:

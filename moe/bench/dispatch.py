@@ -35,7 +35,7 @@ def answer(arguments: argparse.Namespace) -> Iterator[Table]:
     sizes = {name: getattr(arguments, name) for name in ("tokens", "dim", "seed", "iterations")}
     rows = sweep(arguments.out, **grid, **sizes)
     for title, column in (("drop rate by capacity factor", "avg_drop_rate"), ("tokens per second", "tokens_per_s")):
-        table = rows.pivot(index=["num_experts", "top_k"], columns="capacity_factor", values=column)
+        table = rows.pivot(index=["num_experts", "top_k"], columns="capacity_factor", values=column).rename(columns=str)
         yield Table(title, [{"E, K": f"{e}, {k}", **row} for (e, k), row in table.T.to_dict().items()])
 
 
