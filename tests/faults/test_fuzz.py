@@ -20,8 +20,8 @@ from moe.ingredients import build_model
 CASES = 600
 
 VALUES = st.sampled_from(
-    r"""0 -1 1 2 1e30 -1e30 1e-30 100000000000000000000 9999999999999999999999999999999999999999 nan inf -inf NaN None null
-    true false abc '' "" [] [1] [1,2] [[1]] {} {a:1} {a:{b:c}} 1,2 0.5 .5 5. 0x10 1_000 12abc topk ../.. / a/b ä é✓
+    r"""0 -1 1 2 1e30 -1e30 1e-30 100000000000000000000 9999999999999999999999999999999999999999 nan inf -inf NaN null
+    None true false abc '' "" [] [1] [1,2] [[1]] {} {a:1} {a:{b:c}} 1,2 0.5 .5 5. 0x10 1_000 12abc topk ../.. / a/b ä é✓
     ${seed} ${noise} ${nothing} ${.} ${oc.env:NOT_SET_ANYWHERE} ${oc.env:HOME} ${hydra:job.name} range(3) choice(1,2)
     glob(*) int(x) - + = == \\ $ ${ } ] 'x moe.routers.topk.TopK os.system""".split()
 )

@@ -49,9 +49,7 @@ def test_a_full_disk(leave: int, words: list[str], small_disk: Path, undisturbed
     assert one.run() == 0, one.output
     assert "resumed after step" in one.output
     assert result(one.folder) == undisturbed
-    survived(
-        9, f"disk full but for {leave} bytes from step 7 on", 1, "exit 1 with the cause; resumed with space: exact"
-    )
+    survived(9, f"disk full but for {leave} bytes from step 7 on", 1, "exit 1, cause named; with space: exact")
 
 
 def small_files(limit: int) -> None:
@@ -119,9 +117,7 @@ def test_numbers_that_are_not_finite(what: str, sabotage: Any, job: Any, undistu
     assert one.steps() == 4
     assert one.run() == 0
     assert result(one.folder) == undisturbed
-    survived(
-        10, f"{what} in step 4", 1, "stops before the optimizer, names step, tensor, expert; exit 1; resumed: exact"
-    )
+    survived(10, f"{what} in step 4", 1, "stops before the update, names step, tensor, expert; rerun: exact")
 
 
 def no_wandb() -> None:
@@ -270,9 +266,7 @@ def test_a_slow_disk_changes_nothing(job: Any, undisturbed: Any, survived: Any) 
     one = job()
     assert one.run(slow_blocks) == 0
     assert result(one.folder) == undisturbed
-    survived(
-        24, "reading a batch takes 50 ms", 1, "exact. There are no loader workers to kill: blocks are mapped files"
-    )
+    survived(24, "reading a batch takes 50 ms", 1, "exact. No loader workers exist: blocks are mapped files")
 
 
 @pytest.mark.parametrize(

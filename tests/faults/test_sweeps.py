@@ -30,7 +30,7 @@ def children(pid: int) -> list[int]:
 
 
 def test_the_users_factorial_killed_half_way_with_two_workers(job: Any, survived: Any) -> None:
-    """`-m noise=0.0,0.1,0.5 lb=0.0,0.01 seed=42,43,44` under joblib: its workers stop, and the end is the serial one."""
+    """`-m noise=0.0,0.1,0.5 lb=0.0,0.01 seed=42,43,44` under joblib: workers stop, the end is the serial one."""
     grid = ("-m", "noise=0.0,0.1,0.5", "lb=0.0,0.01", "seed=42,43,44", "steps=6", "eval_every=6")
     calm, one = job("calm", *grid), job("killed", *grid)
     for each in (calm, one):
@@ -56,12 +56,7 @@ def test_the_users_factorial_killed_half_way_with_two_workers(job: Any, survived
     assert results(one) == results(calm)
     assert len(results(one)) == 18
     assert all(files(path.parent)[path] == value for path, value in done.items())
-    survived(
-        14,
-        "SIGKILL of the user's 18-cell factorial with two joblib workers",
-        1,
-        "workers stop; same command: all exact",
-    )
+    survived(14, "SIGKILL of the user's 18-cell sweep, two workers", 1, "workers stop; rerun: all exact")
 
 
 def training(pid: int) -> bool:
@@ -104,9 +99,7 @@ def test_one_cell_ends_badly(job: Any, survived: Any) -> None:
         assert files(first) == before
         assert "skipped" in one.output
         assert "resumed" in one.output
-        told = {"raises": "others run, error in the table, exit 1", "exits": "sweep stops, exit 3"}.get(
-            way, "sweep dies"
-        )
+        told = {"raises": "others run, error shown, exit 1", "exits": "sweep stops, exit 3"}.get(way, "sweep dies")
         survived(14, f"one cell of three {way}", 1, f"{told}; run again: only what is unfinished; others untouched")
 
 
@@ -123,9 +116,7 @@ def test_two_sweeps_in_one_folder(job: Any, survived: Any) -> None:
     assert second.output.count("\n") == 1
     assert ended(process) == 0
     assert len(finished(one)) == 2
-    survived(
-        13, "a second sweep in the same folder", 1, "refused with the first one's pid, exit 2; the first is unharmed"
-    )
+    survived(13, "a second sweep in the same folder", 1, "refused with the first one's pid, exit 2; first unharmed")
 
 
 def test_a_finished_sweep_is_left_alone(job: Any, survived: Any) -> None:
@@ -149,7 +140,7 @@ def test_a_finished_sweep_is_left_alone(job: Any, survived: Any) -> None:
         15,
         "a finished sweep of two, again",
         1,
-        f"skipped in {seconds:.1f} s of CPU without importing torch; no file touched",
+        f"skipped in {seconds:.1f} CPU s, without torch; no file touched",
     )
 
 

@@ -28,7 +28,7 @@ class Job:
 
     def __init__(self, root: Path, arguments: list[str]) -> None:
         self.root, self.log = root, root / "log"
-        self.arguments = [*arguments, f"out={root / 'runs'}"]
+        self.arguments = [*sorted(arguments, key="-m".__ne__), f"out={root / 'runs'}"]
         root.mkdir(parents=True, exist_ok=True)
 
     def start(self, sabotage: Sabotage | None = None) -> BaseProcess:
