@@ -8,7 +8,6 @@ Needs the extra `upcycle`, to read the model file inside. Weights are 4-bit ther
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
