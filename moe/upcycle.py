@@ -24,7 +24,8 @@ def upcycle(model: MoEForCausalLM, settings: ModelConfig) -> None:
     every router whose weights of a token sum to one (not, for example, top-1 with its probability as weight).
 
     Experts start equal and stay equal only as long as they see the same tokens with the same weights: the router's own
-    initialisation (and noise, where there is some) sends them different ones from the first step.
+    initialisation (and noise, where there is some) sends them different ones from the first step. While they are equal
+    it does not matter which ones a token takes, so that the router learns from auxiliary losses alone at first.
 
     Raises ValueError if the checkpoint lacks weights.
     """

@@ -1,11 +1,12 @@
-"""Upcycling: an MoE made of a dense checkpoint computes the same, trains at its own rates, resumes and reloads."""
+"""Upcycling: what is made of a dense checkpoint computes the same, trains as told, and is refused if it is wrong."""
 
-import copy
+import hashlib
 import json
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
@@ -14,59 +15,71 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from moe.checks import ConfigError
-from moe.commandline import read_cells
+from moe.commandline import CONF, read_cells
 from moe.config import Cell
-from moe.gradients import parts
-from moe.ingredients import build_model, scale_learning_rates
+from moe.ingredients import build_model, prepare_data, scale_learning_rates
 from moe.loop import train
+from moe.model import MoEForCausalLM
 from moe.optim import build_optimizers
 from moe.routing import Knobs
 from moe.signals import Interrupted, Signals
-from moe.tokenizer import train_bpe
 from moe.trackers import Mirror
 
-V, S = 400, 32
+V = 400  # the vocabulary of the small corpus
+Read = Callable[..., Cell]
 
 
-def write_checkpoint(folder: Path, **changes: Any) -> Path:
-    """A small random Llama whose settings are nobody's defaults, with a tokenizer; matrices large, to show mistakes."""
-    settings: dict[str, Any] = {
-        "vocab_size": V,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
-        "rms_norm_eps": 1e-3,
-        "initializer_range": 0.3,
-        "tie_word_embeddings": True,
-    }
+@pytest.fixture(scope="module")
+def tokenizer(small: list[str]) -> Any:
+    """That of the small corpus, as a checkpoint would have it."""
+    [one] = read_cells(small) or []
+    return prepare_data(one.config).tokenizer
+
+
+@pytest.fixture(scope="module")
+def tied(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dense(tmp_path_factory.mktemp("tied"), tokenizer, tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="module")
+def untied(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dense(tmp_path_factory.mktemp("untied"), tokenizer, tie_word_embeddings=False)
+
+
+def make_dense(folder: Path, tokenizer: Any, **changes: Any) -> Path:
+    """A random Llama of three layers whose every setting differs from our defaults; weights large enough to matter."""
     torch.manual_seed(3)
-    LlamaForCausalLM(LlamaConfig(**settings | changes)).save_pretrained(folder)
-    train_bpe(list(topics.values()), V).save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=V,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        rms_norm_eps=1e-3,
+        rope_parameters={"rope_type": "default", "rope_theta": 77.0},
+        initializer_range=0.3,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        **changes,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
-@pytest.fixture(scope="session")
-def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("dense") / "tied")
-
-
-@pytest.fixture(scope="session")
-def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("dense") / "untied", tie_word_embeddings=False)
-
-
 @pytest.fixture
-def upcycled(small: list[str], tmp_path: Path) -> Callable[..., Cell]:
-    """Reads a cell that starts from a checkpoint; its sizes are given nowhere."""
-    kept = [word for word in small if not word.startswith(("model.", "data.vocab_size"))]
+def upcycled(small: list[str], tmp_path: Path) -> Read:
+    """Reads one small cell that starts from a dense checkpoint."""
+    data = [word for word in small if word.startswith("data") and "vocab_size" not in word]
+    run = [word for word in small if not word.startswith(("data", "model"))]
+    fixed = [*data, *run, "model=upcycled", "model.num_experts=4", "data.vocab_size=null", "optimizer=finetune"]
 
     def read(folder: Path, *overrides: str) -> Cell:
-        start = ["model=upcycled", f"model.dense={folder}", f"data.tokenizer={folder}", "data.vocab_size=null"]
-        cells = read_cells([*kept, *start, "model.num_experts=4", f"out={tmp_path}", *overrides])
+        words = [*fixed, f"model.dense={folder}", f"data.tokenizer={folder}", f"out={tmp_path}", *overrides]
+        cells = read_cells(words)
         assert cells is not None
         return cells[0]
 
@@ -75,14 +88,17 @@ def upcycled(small: list[str], tmp_path: Path) -> Callable[..., Cell]:
 
 @pytest.fixture
 def ids() -> torch.Tensor:
-    return torch.randint(0, V, (3, S), generator=torch.Generator().manual_seed(1))
+    return torch.randint(3, V, (3, 16), generator=torch.Generator().manual_seed(1))
 
 
-def made(cell: Cell) -> Any:
-    return build_model(cell.config, vocab_size=V).eval()
+def dense_model(folder: Path, *, layers: int = 3) -> LlamaForCausalLM:
+    model = LlamaForCausalLM.from_pretrained(folder).eval()
+    del model.model.layers[layers:]
+    return model
 
 
 def run(cell: Cell, *, stop_after: int | None = None) -> None:
+    """Train a cell; `stop_after`: pretend that SIGTERM arrives during that step."""
     cell.folder.mkdir(parents=True, exist_ok=True)
     signals = Signals()
 
@@ -94,182 +110,311 @@ def run(cell: Cell, *, stop_after: int | None = None) -> None:
     train(cell.config, cell.folder, mirror=Watch(cell), signals=signals)
 
 
-@pytest.mark.parametrize("checkpoint", ["tied", "untied"])
+# ---- The same function ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
 @pytest.mark.parametrize(
     "overrides",
     [
         [],
         ["model.shared_experts=1"],
-        ["model.shared_experts=2", "router=spectra"],
-        ["model.first_k_dense_replace=1", "router=sigmoid_bias"],
-        ["model.attention=eager", "router=temperature", "router.temp=3.0"],
+        ["model.shared_experts=2", "model.first_k_dense_replace=1"],
+        ["model.first_k_dense_replace=3"],
+        ["model.layers=2", "router.k=3"],
+        ["router=spectra"],
+        ["router=sigmoid_bias", "model.shared_experts=1"],
     ],
     ids=" ".join,
 )
-def test_before_training_the_logits_are_those_of_the_dense_model(
-    checkpoint: str, overrides: list[str], upcycled: Any, ids: torch.Tensor, request: pytest.FixtureRequest
+def test_the_logits_are_those_of_the_dense_model(
+    kind: str, overrides: list[str], upcycled: Read, ids: torch.Tensor, request: pytest.FixtureRequest
 ) -> None:
-    folder = request.getfixturevalue(checkpoint)
-    with torch.no_grad():
-        expected = LlamaForCausalLM.from_pretrained(folder)(ids).logits
-        found = made(upcycled(folder, *overrides))(ids).logits
-    assert expected.std() > 0.5
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    folder = request.getfixturevalue(kind)
+    config = upcycled(folder, *overrides).config
+    model = build_model(config, vocab_size=V).eval()
+    expected = dense_model(folder, layers=config.model.layers)(ids).logits
+    assert expected.std() > 0.5, "large enough to compare"
+    torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=0)
+    tied = model.lm_head.weight is model.model.embed_tokens.weight
+    assert tied == (kind == "tied")
 
 
-def test_the_first_layers_alone_are_those_of_the_shortened_dense_model(
-    upcycled: Any, untied: Path, ids: torch.Tensor
+def test_a_gate_that_does_not_sum_to_one_changes_the_function(upcycled: Read, tied: Path, ids: torch.Tensor) -> None:
+    """So that the equality above says something of the experts."""
+    model = build_model(upcycled(tied, "router.gate=softmax_all").config, vocab_size=V).eval()
+    assert (model(ids).logits - dense_model(tied)(ids).logits).abs().max() > 0.1
+
+
+def test_sizes_are_the_checkpoints(upcycled: Read, tied: Path) -> None:
+    config = upcycled(tied).config.model
+    assert (config.dim, config.heads, config.layers, config.ffn, config.dense_ffn) == (32, 4, 3, 48, 48)
+    assert (config.expert, config.embed_scale) == ("swiglu", False)
+
+
+def test_experts_are_alike_at_first_and_differ_after_training(upcycled: Read, tied: Path) -> None:
+    one = upcycled(tied)
+    before = build_model(one.config, vocab_size=V).model.layers[0].mlp.experts.up
+    assert torch.equal(before[0], before[3])
+    run(one)
+    after = load_file(one.folder / "model" / "model.safetensors")["model.layers.0.mlp.experts.up"]
+    assert not torch.equal(after[0], after[3])
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_the_saved_model_writes_the_text_of_the_dense_one(
+    kind: str, upcycled: Read, ids: torch.Tensor, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    dense = LlamaForCausalLM.from_pretrained(untied)
-    dense.model.layers = dense.model.layers[:2]
-    with torch.no_grad():
-        torch.testing.assert_close(
-            made(upcycled(untied, "model.layers=2"))(ids).logits, dense(ids).logits, atol=1e-4, rtol=1e-4
-        )
+    folder = request.getfixturevalue(kind)
+    build_model(upcycled(folder, "model.shared_experts=1").config, vocab_size=V).save_pretrained(tmp_path / "saved")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert isinstance(loaded, MoEForCausalLM)
+    settings = {"max_new_tokens": 12, "do_sample": False}
+    ours, theirs = (model.generate(ids[:1, :5], **settings) for model in (loaded, dense_model(folder)))
+    assert torch.equal(ours, theirs)
+    assert ours.shape[1] > 7, "more than the end of the text"
+    for name in ("num_key_value_heads", "rope_parameters", "rms_norm_eps", "tie_word_embeddings", "eos_token_id"):
+        assert getattr(loaded.config, name) == getattr(LlamaConfig.from_pretrained(folder), name)
 
 
-def test_shared_experts_are_frozen_and_a_resumed_run_is_bitwise_the_undisturbed_one(
-    upcycled: Any, tied: Path, tmp_path: Path
+def test_equal_experts_give_the_router_no_gradient_but_that_of_auxiliary_losses(
+    upcycled: Read, tied: Path, ids: torch.Tensor
 ) -> None:
-    settings = [tied, "model.shared_experts=1", "optimizer=finetune", "gradient_checkpointing=true", "noise=0.2"]
-    straight, stopped = (upcycled(*settings, f"out={tmp_path / name}") for name in "ab")
+    model = build_model(upcycled(tied).config, vocab_size=V).train()
+    output = model(ids, ids)
+    gate = model.moe_layers[0].router.weight
+    [plain] = torch.autograd.grad(output.loss, gate, retain_graph=True)
+    [balanced] = torch.autograd.grad(output.loss + output.aux["load_balance"].sum(), gate)
+    assert plain.abs().max() < 1e-4 * balanced.abs().max()
+
+
+# ---- Training ---------------------------------------------------------------------------------------------------
+
+
+def test_shared_experts_stay_what_they_were_and_the_others_move(upcycled: Read, tied: Path) -> None:
+    one = upcycled(tied, "model.shared_experts=1")
+    before = {name: p.clone() for name, p in build_model(one.config, vocab_size=V).named_parameters()}
+    with pytest.raises(Interrupted):
+        run(one, stop_after=3)
+    run(one)  # what is frozen is frozen after a resume too
+    after = load_file(one.folder / "model" / "model.safetensors")
+    same = {name for name, p in before.items() if name in after and torch.equal(p, after[name])}
+    assert same == {name for name in before if ".shared." in name}
+    assert len(same) == 3 * 3
+
+
+def test_an_interrupted_upcycled_run_is_bitwise_the_undisturbed_one(
+    upcycled: Read, untied: Path, tmp_path: Path
+) -> None:
+    settings = ["model.shared_experts=1", "noise=0.3", "gradient_checkpointing=true"]
+    straight, stopped = (upcycled(untied, *settings, f"out={tmp_path}/{name}") for name in "ab")
     run(straight)
     with pytest.raises(Interrupted):
         run(stopped, stop_after=3)
     run(stopped)
-    after, again = (load_file(cell.folder / "model" / "model.safetensors") for cell in (straight, stopped))
-    before = made(straight).state_dict()
-    assert all(torch.equal(after[name], again[name]) for name in after)
-    moved = {name for name in after if not torch.equal(after[name], before[name])}
-    frozen = {name for name in after if ".shared." in name}
-    assert len(frozen) == 3 * 3
-    assert moved.isdisjoint(frozen)
-    assert {name for name in after if ".mlp.experts." in name or ".router." in name} <= moved
-    mlp = load_file(tied / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
-    torch.testing.assert_close(after["model.layers.1.mlp.shared.experts.down"][0], mlp / 2)
+    digests = {
+        hashlib.sha256((one.folder / "model" / "model.safetensors").read_bytes()).hexdigest()
+        for one in (straight, stopped)
+    }
+    assert len(digests) == 1
 
 
-def test_routers_experts_and_the_rest_have_their_own_rates_through_the_whole_curve(upcycled: Any, tied: Path) -> None:
-    config = upcycled(tied, "optimizer=finetune", "router=spectra", "model.shared_experts=1").config
-    model = made(upcycled(tied, "optimizer=finetune", "router=spectra", "model.shared_experts=1"))
-    (optimizer,) = build_optimizers(model, config.optimizer)
-    rate = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    assert set(rate) == set(trainable)
-    of = parts(model)
-    assert {rate[p] for p in of["router"]} == {5e-5}
-    assert {rate[p] for p in of["experts"]} == {1e-5}
-    assert {rate[p] for p in trainable if p not in {*of["router"], *of["experts"]}} == {1e-5}
-    scale_learning_rates(config, [optimizer], step=config.steps - 1)
-    last = [group["lr"] / rate[group["params"][0]] for group in optimizer.param_groups]
-    assert last == pytest.approx([config.optimizer.floor] * 3)
-
-
-@pytest.mark.parametrize("router", ["topk", "spectra", "noisy_topk", "gumbel", "chain_of_experts"])
-def test_gradient_checkpointing_changes_no_gradient(cell: Any, router: str) -> None:
-    """With noise, dropout, a capacity limit at random, and what layers hand to each other."""
-    overrides = [f"router={router}", "noise=0.5", "model.dropout=0.2", "capacity=1.0", "drop=random"]
-    ids = torch.randint(0, V, (3, S), generator=torch.Generator().manual_seed(1))
-    seen = []
-    for recompute in ("false", "true"):
-        model = build_model(cell(*overrides, f"gradient_checkpointing={recompute}").config, vocab_size=V).train()
-        assert model.model.recompute == (recompute == "true")
-        torch.manual_seed(5)
-        output = model(ids, ids, knobs=Knobs.of(noise=0.5), capacity=1.0, drop="random")
-        (output.loss + sum(value.sum() for value in output.aux.values())).backward()
-        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        seen.append((output.loss.item(), output.stats.kept, copy.deepcopy(model.state_dict()), gradients))
-    (loss, kept, state, plain), (loss_again, kept_again, state_again, recomputed) = seen
-    assert loss == loss_again
-    assert torch.equal(kept, kept_again)
-    assert all(torch.equal(state[name], state_again[name]) for name in state)
-    assert plain.keys() == recomputed.keys()
-    assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
-
-
-def test_a_saved_model_reloads_by_itself_and_writes_what_the_dense_one_writes(
-    upcycled: Any, untied: Path, tmp_path: Path
+@pytest.mark.parametrize("router", ["topk", "spectra"])
+def test_routers_and_experts_move_at_their_own_rates(
+    router: str, upcycled: Read, tied: Path, ids: torch.Tensor
 ) -> None:
-    made(upcycled(untied, "model.shared_experts=1")).save_pretrained(tmp_path / "model")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
-    dense = LlamaForCausalLM.from_pretrained(untied).eval()
-    prompt = AutoTokenizer.from_pretrained(untied)("The class statement", return_tensors="pt")
-    written = [
-        model.generate(**prompt, max_new_tokens=12, do_sample=False, eos_token_id=-1) for model in (again, dense)
-    ]
-    assert torch.equal(*written)
-    assert again.config.num_key_value_heads == 2
-    assert again.config.rope_parameters["rope_theta"] == 500.0
+    """The first step of AdamW moves every weight by its learning rate, whatever the gradient."""
+    rates = {"router": 3e-3, "experts": 2e-3, "else": 1e-3}
+    words = ["optimizer.router_lr=3e-3", "optimizer.experts_lr=2e-3", "optimizer.adamw_lr=1e-3"]
+    config = upcycled(tied, f"router={router}", *words, "optimizer.weight_decay=0", "optimizer.warmup=0").config
+    model = build_model(config, vocab_size=V).train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizers = build_optimizers(model, config.optimizer)
+    scale_learning_rates(config, optimizers, step=0)
+    output = model(ids, ids)
+    (output.loss + output.aux["load_balance"].sum()).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    seen = set()
+    for name, p in model.named_parameters():
+        assert p.grad is not None
+        moved = (p - before[name]).abs()[p.grad.abs() > 1e-6].detach()
+        part = "router" if ".router." in name else "experts" if ".experts." in name else "else"
+        if len(moved):
+            seen.add(part)
+            assert moved.median().item() == pytest.approx(rates[part], rel=0.02), name
+    assert seen == set(rates)
+    scale_learning_rates(config, optimizers, step=config.steps - 1)
+    peaks = [(group["lr"], group["initial_lr"]) for group in optimizers[0].param_groups]
+    assert [peak for _, peak in peaks] == [1e-3, 3e-3, 2e-3]
+    assert all(rate == pytest.approx(0.1 * peak) for rate, peak in peaks)
 
 
-def test_another_checkpoint_in_the_same_folder_is_another_run(upcycled: Any, tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "dense")
-    first = upcycled(folder).config.identity()
-    torch.manual_seed(4)
-    LlamaForCausalLM(LlamaConfig.from_pretrained(folder)).save_pretrained(folder)
-    second = upcycled(folder).config.identity()
-    assert {key for key in first if first[key] != second[key]} == {"model.dense_digest"}
+@pytest.mark.parametrize("router", ["topk", "spectra", "chain_of_experts", "soft_moe"])
+def test_recomputed_blocks_have_the_same_gradients(router: str, cell: Read) -> None:
+    """Noise, dropout and what routers hand from layer to layer included; and statistics are counted once."""
+    config = cell(f"router={router}", "model.dropout=0.3", "capacity=1.0").config
+    model = build_model(config, vocab_size=V).train()
+    ids = torch.randint(0, V, (2, 16), generator=torch.Generator().manual_seed(1))
+    found = []
+    for recompute in (False, True):
+        model.model.recompute = recompute
+        torch.manual_seed(5)
+        output = model(ids, ids, knobs=Knobs.of(noise=0.5), capacity=1.0, orthogonality=True)
+        (output.loss + sum(values.sum() for values in output.aux.values())).backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        found.append([output.logits, *output.stats, *output.aux.values(), *gradients])
+        model.zero_grad()
+    for kept, again in zip(*found, strict=True):
+        torch.testing.assert_close(again, kept, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_key_recomputes_every_block(cell: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    for wanted in (False, True):
+        model = build_model(cell(f"gradient_checkpointing={wanted}").config, vocab_size=V).train()
+        count = [0]
+        for block in model.model.layers:
+            block.register_forward_pre_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
+        ids = torch.zeros(1, 8, dtype=torch.long)
+        model(ids, ids).loss.backward()
+        calls.append(count[0])
+    assert calls == [2, 4]
+
+
+# ---- Refusals ---------------------------------------------------------------------------------------------------
+
+
+def change(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.fixture
+def copy(tied: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for path in tied.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
 
 
 @pytest.mark.parametrize(
-    ("overrides", "line"),
+    ("overrides", "message"),
     [
-        (["model.dim=64"], r"model\.dim=64: .*32"),
-        (["model.layers=4"], r"model\.layers=4: .*at most 3"),
-        (["router.k=5"], r"router\.k=5: .*between 1 and model\.num_experts=4"),
-        (["data.seq_len=65"], r"data\.seq_len=65: .*at most 64"),
-        (["data.tokenizer=bpe", "data.vocab_size=400"], r"data\.tokenizer=bpe: .*that of model\.dense"),
-        (
-            ["optimizer=muon", "optimizer.router_lr=1e-4"],
-            r"optimizer\.router_lr=0\.0001: .*null with optimizer\.muon_lr",
-        ),
-        (["model.attention=flash_attention_2"], r"model\.attention=flash_attention_2: .*flash-attn"),
+        ("router.k=5", "router.k=5: must be between 1 and model.num_experts=4"),
+        ("model.layers=4", "model.layers=4: must be at most 3, those of"),
+        ("model.dim=64", "model.dim=64: must be 32, as in"),
+        ("model.expert=silu", "model.expert=silu: must be swiglu, as in"),
+        ("model.dense_digest=00", "model.dense_digest=00: must be [0-9a-f]{64}, as in"),
+        ("data.seq_len=65", "data.seq_len=65: must be at most 64"),
+        ("data.tokenizer=bpe data.vocab_size=400", "data.tokenizer=bpe: must be that of model.dense="),
+        ("optimizer=muon optimizer.router_lr=1e-4", "optimizer.router_lr=0.0001: must be null with optimizer.muon_lr"),
+        ("optimizer.experts_lr=0", "optimizer.experts_lr=0.0: must be a finite number > 0"),
+        ("model.attention=flash_attention_2", "model.attention=flash_attention_2: must be eager or sdpa, unless"),
     ],
 )
-def test_what_does_not_fit_the_checkpoint_is_refused_in_one_line(
-    upcycled: Any, tied: Path, overrides: list[str], line: str
-) -> None:
-    with pytest.raises(ConfigError, match=line) as refused:
-        upcycled(tied, *overrides)
-    assert "\n" not in str(refused.value)
+def test_wrong_settings(overrides: str, message: str, upcycled: Read, tied: Path) -> None:
+    with pytest.raises(ConfigError, match=message) as raised:
+        upcycled(tied, *overrides.split())
+    assert "\n" not in str(raised.value)
 
 
-def test_a_folder_that_is_no_dense_llama_is_refused_in_one_line(upcycled: Any, tied: Path, tmp_path: Path) -> None:
-    odd = tmp_path / "odd"
-    odd.mkdir()
-    with pytest.raises(ConfigError, match=r"model\.dense=.*config\.json"):
-        upcycled(odd)
-    settings = json.loads((tied / "config.json").read_text())
-    for change in ({"model_type": "mixtral"}, {"mlp_bias": True}, {"hidden_act": "gelu"}):
-        (odd / "config.json").write_text(json.dumps(settings | change))
-        with pytest.raises(ConfigError, match=r"model\.dense=.*a Llama with SwiGLU without bias"):
-            upcycled(odd)
-    (odd / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"config\.json cannot be read"):
-        upcycled(odd)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gpt2"}, "must be a Llama with SwiGLU without bias, not .'gpt2'"),
+        ({"hidden_act": "gelu"}, "must be a Llama with SwiGLU without bias"),
+        ({"mlp_bias": True}, "must be a Llama with SwiGLU without bias"),
+        ({"vocab_size": 500}, "data.tokenizer=.*: must be of 500 tokens like .*; it has 400"),
+    ],
+)
+def test_wrong_checkpoints(changes: dict[str, Any], message: str, upcycled: Read, copy: Path) -> None:
+    change(copy, **changes)
+    with pytest.raises(ConfigError, match=message):
+        upcycled(copy)
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [("config.json", "a folder with config.json"), ("model.safetensors", "weights"), ("tokenizer.json", "tokenizer")],
+)
+def test_incomplete_folders(missing: str, message: str, upcycled: Read, copy: Path) -> None:
+    (copy / missing).unlink()
+    with pytest.raises(ConfigError, match=message):
+        upcycled(copy)
+
+
+def test_a_checkpoint_without_all_weights_is_refused(upcycled: Read, copy: Path) -> None:
+    change(copy, num_hidden_layers=4)
+    with pytest.raises(ValueError, match=r"without weights for model\.layers\.3\."):
+        build_model(upcycled(copy).config, vocab_size=V)
+
+
+def test_other_weights_in_the_same_folder_are_another_run(upcycled: Read, copy: Path) -> None:
+    before = upcycled(copy).config.identity()
+    weights = copy / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    after = upcycled(copy).config.identity()
+    assert {key for key in before if before[key] != after[key]} == {"model.dense_digest"}
+
+
+def test_flash_attention_wants_bf16(cell: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    with pytest.raises(ConfigError, match="precision=fp32: must be bf16 with flash_attention_2"):
+        cell("model.attention=flash_attention_2")
+
+
+def test_a_missing_folder_is_one_line_and_exit_status_2(tmp_path: Path) -> None:
+    words = ["model=upcycled", "model.dense=/no/such/place", "data.vocab_size=null", "data.tokenizer=/no/such/place"]
+    train_py = str(CONF.parent / "train.py")
+    done = subprocess.run([sys.executable, train_py, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("train.py: model.dense=/no/such/place: no such folder, and none on the hub")
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- The real one -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from moe.smollm2 import make  # an extra that only these tests need
+
+    folder = tmp_path_factory.mktemp("checkpoint") / "smollm2"
+    make(folder)
+    return folder
 
 
 @pytest.mark.checkpoint
-def test_the_real_model_answers_and_its_first_layers_become_experts(
-    upcycled: Any, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    from moe.smollm2 import make
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+class TestSmolLM2:
+    def test_it_knows_the_capital_of_france(self, smollm2: Path) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(smollm2)
+        question = [{"role": "user", "content": "What is the capital of France?"}]
+        prompt = tokenizer.apply_chat_template(
+            question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        model = LlamaForCausalLM.from_pretrained(smollm2)
+        answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+        assert tokenizer.decode(answer, skip_special_tokens=True) == "The capital of France is Paris."
 
-    folder = tmp_path_factory.mktemp("real") / "smollm2"
-    make(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert tokenizer.tokenize("in 2026") == ["in", "Ġ", "2", "0", "2", "6"], "every digit is a token"
-    dense = LlamaForCausalLM.from_pretrained(folder).eval()
-    chat = [{"role": "user", "content": "What is the capital of France?"}]
-    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    answer = dense.generate(**prompt, max_new_tokens=10, do_sample=False)
-    assert "Paris" in tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :])
+    def test_every_digit_is_a_token_and_all_text_survives(self, smollm2: Path) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(smollm2)
+        text = "a 12\n  345 <|im_end|> Grüße, 世界"
+        ids = tokenizer(text)["input_ids"]
+        assert [token for token in tokenizer.convert_ids_to_tokens(ids) if token.isdigit()] == list("12345")
+        assert tokenizer.decode(ids) == text
 
-    config = upcycled(folder, "model.layers=3", "model.num_experts=2", "model.shared_experts=1").config
-    assert (config.model.dim, config.model.ffn, config.model.heads) == (576, 1536, 9)
-    ids = tokenizer("The state of the union is strong.", return_tensors="pt").input_ids
-    model = build_model(config, vocab_size=len(tokenizer)).eval()
-    dense.model.layers = dense.model.layers[:3]
-    with torch.no_grad():
-        expected, found = dense(ids).logits, model(ids).logits
-    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+    @pytest.mark.parametrize("shared", [0, 1])
+    def test_its_first_layers_upcycled_compute_the_same(self, shared: int, smollm2: Path, upcycled: Read) -> None:
+        config = upcycled(smollm2, "model.layers=3", f"model.shared_experts={shared}").config
+        model = build_model(config, vocab_size=49_152).eval()
+        ids = torch.randint(20, 49_152, (2, 24), generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            expected = dense_model(smollm2, layers=3)(ids).logits
+            difference = (model(ids).logits - expected).abs().max()
+        assert difference < 1e-4 * expected.abs().max()
