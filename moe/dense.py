@@ -24,6 +24,10 @@ SIZES = {
     "dense_ffn": "intermediate_size",
 }
 
+# What the model takes over beside the sizes, as transformers' LlamaConfig reads it.
+INHERITED = """num_key_value_heads head_dim max_position_embeddings rope_parameters rms_norm_eps attention_bias
+    attention_dropout initializer_range tie_word_embeddings bos_token_id eos_token_id pad_token_id""".split()
+
 
 def resolve(model: DictConfig) -> None:
     """Write into a composed `model` group what the checkpoint `model.dense` says: sizes, layers if none are given, and

@@ -30,22 +30,6 @@ from moe.routing import Context, Knobs, Routing, RoutingStats
 
 IGNORED = -100  # a label that is not predicted
 
-# What a model that is made of a dense checkpoint takes over from its configuration, beside the sizes.
-INHERITED = (
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-    "rope_parameters",
-    "rms_norm_eps",
-    "attention_bias",
-    "attention_dropout",
-    "initializer_range",
-    "tie_word_embeddings",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-)
-
 
 class MoEConfig(LlamaConfig):
     """Llama's configuration (`intermediate_size`: width of one expert) plus what is ours; see `moe.config.ModelConfig`.
@@ -78,7 +62,7 @@ class MoEConfig(LlamaConfig):
         }
         if model.dense is not None:
             llama = LlamaConfig.from_pretrained(model.dense, revision=dense.revision(model.dense, model.dense_digest))
-            settings = {name: getattr(llama, name) for name in INHERITED}
+            settings = {name: getattr(llama, name) for name in dense.INHERITED}
         config = MoEConfig(
             vocab_size=vocab_size,
             hidden_size=model.dim,
