@@ -28,8 +28,7 @@ def save(root: Path, step: int, state: dict[str, Any]) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        with open(temporary / "state.pt", "wb") as file:  # of ours, because torch's own hides "No space left on device"
-            torch.save(state, file)
+        _write_state(state, temporary / "state.pt")
         digest = sha256(temporary / "state.pt")
         write_json(temporary / "manifest.json", {"step": step, **_maker(), "sha256": {"state.pt": digest}})
         for path in temporary.iterdir():
@@ -62,6 +61,17 @@ def load(root: Path) -> tuple[int, dict[str, Any]] | None:
     if folders:
         raise RuntimeError(f"no checkpoint of {', '.join(map(str, folders))} can be read; delete them to start afresh")
     return None
+
+
+def _write_state(state: dict[str, Any], path: Path) -> None:
+    """`torch.save`, which tells a full disk as an inconsistency of its own: here it is the system's error."""
+    try:
+        with open(path, "wb") as file:
+            torch.save(state, file)
+    except RuntimeError as error:
+        if isinstance(cause := error.__context__, OSError):
+            raise cause from None
+        raise
 
 
 def _read(folder: Path) -> tuple[int, dict[str, Any]]:

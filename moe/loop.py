@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from torch import nn
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
@@ -106,11 +107,14 @@ def train(config: Config, folder: Path, *, mirror: Mirror, signals: Signals) -> 
                 if output.stats is not None:
                     load = output.stats.offered if load is None else load + output.stats.offered
             norms = gradients.gradient_norms(parts)
-            norm = accelerator.clip_grad_norm_(model.parameters(), config.optimizer.clip).item()
+            norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+            norms |= {"grad_norm": norm.item()}
             sums = merged_stats(outputs)
             values = step_values(outputs, sums)
-            if not math.isfinite(values["train/loss"] + norm):
+            if not math.isfinite(values["train/loss"] + norms["grad_norm"]):
                 raise Diverged(step, blame(plain, blocks.ids, knobs, position_ids=blocks.position_ids))
+            # a norm that is not finite would spread to all gradients, so only now
+            nn.utils.clip_grads_with_norm_(model.parameters(), config.optimizer.clip, norm)
             done = step + 1
             evaluates = done % config.eval_every == 0 or done == config.steps
             before = {name: [p.detach().clone() for p in params] for name, params in parts.items() if evaluates}
@@ -125,7 +129,10 @@ def train(config: Config, folder: Path, *, mirror: Mirror, signals: Signals) -> 
 
             seconds = clock.trained(since=tick)
             values |= {"time/tokens_per_s": config.batch_size * config.grad_accum * config.data.seq_len / seconds}
-            record("train", values | {"learning_rate": _current_rate(optimizers), "grad_norm": norm} | norms | setting)
+            record(
+                "train",
+                values | {"learning_rate": _current_rate(optimizers)} | norms | setting,
+            )
             if evaluates:
                 latest = validate()
             if done in milestones:

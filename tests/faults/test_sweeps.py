@@ -1,5 +1,6 @@
 """Sweeps that are killed, met by a second one, run again or changed: only what is unfinished is trained."""
 
+import json
 import os
 import signal
 import subprocess
@@ -88,7 +89,7 @@ def test_one_cell_ends_badly(job: Any, survived: Any) -> None:
     for way, status in (("raises", 1), ("exits", 3), ("killed", -signal.SIGKILL)):
         one = job(way, "-m", "seed=1,2,3", "steps=4")
         assert one.run(partial(end_of_seed_two, way)) == status
-        first = next(folder for folder in finished(one) if folder.name.endswith("seed=1") or "seed=1" in folder.name)
+        [first] = [f for f in finished(one) if json.loads((f / "run.json").read_text())["config"]["seed"] == 1]
         before = files(first)
         if way == "raises":
             assert "failed" in one.output
