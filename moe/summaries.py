@@ -150,9 +150,10 @@ def console_table(runs: pd.DataFrame) -> str:
 
 
 def _free_and_tied(runs: pd.DataFrame) -> tuple[list[str], dict[str, str]]:
-    """Split the varied factors; groups and root keys lead, because `router` says more than `router._target_` does."""
+    """Split the varied factors; an arm (`variant`) leads what it fixes, and groups and root keys what lies below them,
+    because `router` says more than `router._target_` does."""
     factors = [c for c in runs if "/" not in c and c not in (*FACTS, "seed") and not is_free(c)]
-    factors.sort(key=lambda column: (column not in GROUPS, "." in column))
+    factors.sort(key=lambda column: (GROUPS.index(column) if column in GROUPS else len(GROUPS), "." in column))
     free: list[str] = []
     tied: dict[str, str] = {}
     for factor in [*factors, "experiment"]:

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import matplotlib.image
+import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
@@ -32,8 +33,10 @@ from moe.analysis.layers import drop_by_position, layer_profile, layer_trends
 from moe.analysis.provenance import differences
 from moe.analysis.replay import read_published
 from moe.analysis.report import write, write_report
+from moe.analysis.statistics import contrasts
 from moe.analysis.tables import markdown
 from moe.results import history, load
+from moe.summaries import with_causality
 
 ROOT = Path(__file__).parent.parent
 
@@ -130,6 +133,7 @@ def test_the_published_runs_give_the_published_verdicts(published: Path, tmp_pat
         "conditions.csv",
         "contrasts.csv",
         "anova.csv",
+        "progress.csv",
         "noise_lb.png",
         "learning_curves.png",
         "contrasts_val_perplexity.png",
@@ -152,6 +156,19 @@ def test_the_published_runs_give_the_published_verdicts(published: Path, tmp_pat
         assert pixels.std() > 0.05, "something is drawn"
         edge = (pixels[0, :, :3], pixels[-1, :, :3], pixels[:, 0, :3], pixels[:, -1, :3])
         assert all((side == 1).all() for side in edge), "nothing is cut off at the border"
+
+
+def test_contrasts_are_told_at_shares_of_training_that_every_run_has(published: Path, tmp_path: Path) -> None:
+    write_report(load([published]), tmp_path / "out")
+    table = pd.read_csv(tmp_path / "out" / "progress.csv")
+    assert sorted(table["share"].unique()) == [0.25, 0.5, 0.75, 1.0], "no run was evaluated at 10 %"
+    end = contrasts(with_causality(load([published])), "val/loss", ["noise", "lb"])
+    for _, rows in table.groupby("share"):  # the runs of this test fall alike
+        np.testing.assert_allclose(rows["difference"], end["difference"])
+        np.testing.assert_allclose(rows["p Holm"], end["p Holm"])
+    first = end.iloc[0]
+    cell = f"{first['difference']:+.3f} [{first['ci_low']:.3f}, {first['ci_high']:.3f}]"
+    assert cell in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_claims_margins_and_several_experiments(published: Path, tmp_path: Path) -> None:

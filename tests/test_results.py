@@ -22,7 +22,13 @@ from moe.summaries import (
 
 
 def write_run(
-    folder: Path, *, status: str = "finished", router: str = "topk", loss: float = 2.0, **config: Any
+    folder: Path,
+    *,
+    status: str = "finished",
+    router: str = "topk",
+    variant: str | None = None,
+    loss: float = 2.0,
+    **config: Any,
 ) -> Path:
     """A run folder as the trainer leaves it; three evaluations, of which the second is the best."""
     folder.mkdir(parents=True)
@@ -34,7 +40,7 @@ def write_run(
         "name": folder.name,
         "config": keys
         | {"router": {"_target_": f"moe.{router}", "k": 2}, "data": {"seed": keys["seed"], "cache": "c"}},
-        "choices": {"router": router, "schedule": "constant", "model": "tiny", "data": "embedded", "variant": None},
+        "choices": {"router": router, "schedule": "constant", "model": "tiny", "data": "embedded", "variant": variant},
         "causal": router != "expert_choice",
         "commit": "abc1234",
         "seconds": 100.0,
@@ -212,6 +218,14 @@ def test_varied_factors_leave_out_seed_copies_settings_and_followers(tmp_path: P
     assert varied_factors(runs) == ["router", "seed"]
     assert tied_factors(runs) == {"z": "router", "router._target_": "router"}
     assert levels(runs["z"]) == [0.1, "absent"]
+
+
+def test_an_arm_leads_the_groups_that_it_fixes(tmp_path: Path) -> None:
+    for variant, router in (("top1", "topk"), ("top2", "topk"), ("hash", "hash")):
+        write_run(tmp_path / "x" / variant, router=router, variant=variant)
+    runs = load([tmp_path])
+    assert varied_factors(runs) == ["variant"]
+    assert tied_factors(runs)["router"] == "variant"
 
 
 def test_experiments_with_equal_cells_stay_apart(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
-from moe.analysis import accounts, pictures, provenance, verdicts
+from moe.analysis import accounts, pictures, progress, provenance, verdicts
 from moe.analysis.document import Attachment, Block, Details, Heading, Picture, Table, as_markdown
 from moe.analysis.evidence import Evidence, Wishes, gather
 from moe.analysis.page import element, page
@@ -31,6 +31,7 @@ OF_EACH_EXPERIMENT: tuple[Section, ...] = (
     pictures.effects,
     verdicts.conditions,
     verdicts.contrasts,
+    progress.progress,
     verdicts.variance,
     pictures.training,
     pictures.gradients,
