@@ -99,13 +99,18 @@ def spread_table(summary: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+NAMED_ROUTERS = ("router", "variant")  # columns whose levels say how tokens are routed
+
+
 def with_causality(runs: pd.DataFrame) -> pd.DataFrame:
-    """The same runs with "(causal: yes|no)" beside every router's name; a run that broke off learns it from its kin."""
-    if "router" not in runs:
-        return runs
+    """The same runs with "(causal: yes|no)" beside the name of every router and arm; a run that broke off learns it
+    from its kin."""
     words = runs["causal"].map({True: "yes", False: "no"})
-    words = words.fillna(words.groupby(runs["router"]).transform("first")).fillna("unknown")
-    return runs.assign(router=(runs["router"] + " (causal: " + words + ")").where(runs["router"].notna()))
+    named = [column for column in NAMED_ROUTERS if column in runs and not runs[column].isin(["none"]).all()]
+    for column in named:
+        known = words.fillna(words.groupby(runs[column]).transform("first")).fillna("unknown")
+        runs = runs.assign(**{column: (runs[column] + " (causal: " + known + ")").where(runs[column].notna())})
+    return runs
 
 
 def unfinished(runs: pd.DataFrame) -> pd.DataFrame:

@@ -42,7 +42,13 @@ ROOT = Path(__file__).parent.parent
 
 
 def write_run(
-    folder: Path, metrics: dict[str, float], *, causal: bool = True, status: str = "finished", **keys: object
+    folder: Path,
+    metrics: dict[str, float],
+    *,
+    causal: bool = True,
+    status: str = "finished",
+    variant: str | None = None,
+    **keys: object,
 ) -> None:
     folder.mkdir(parents=True)
     router = "topk" if causal else "expert_choice"
@@ -53,7 +59,7 @@ def write_run(
         "commit": "abc1234",
         "experiment": folder.parent.name,
         "name": folder.name,
-        "choices": {"router": router, "variant": None},
+        "choices": {"router": router, "variant": variant},
         "config": keys,
         "seconds": 2.0,
         "train_seconds": 1.0,
@@ -384,6 +390,17 @@ def test_every_router_says_whether_it_is_causal(tmp_path: Path) -> None:
     assert "router expert_choice (causal: no) vs topk (causal: yes): -0.2 perplexity" in text
     assert "factors_routing_load_cv_pooled: not drawn, no run has routing/load_cv/pooled" in text
     assert (tmp_path / "out" / "factors_val_perplexity.png").stat().st_size > 5_000
+
+
+def test_an_arm_is_named_with_the_causality_of_its_router_and_leads_it(tmp_path: Path) -> None:
+    for seed in (1, 2, 3):
+        for variant, causal in (("top1", True), ("top2", True), ("choice", False)):
+            metrics = {"val/perplexity": 3.0 + 0.1 * seed * causal}
+            write_run(tmp_path / "r" / f"{variant},{seed}", metrics, causal=causal, variant=variant, seed=seed)
+    text = write_report(load([tmp_path / "r"]), tmp_path / "out", Wishes(references={"variant": "top2"})).read_text()
+    assert "variant choice (causal: no) vs top2 (causal: yes): -0.2 perplexity" in text
+    assert "variant top1 (causal: yes) vs top2 (causal: yes): +0 perplexity" in text
+    assert "router changes only together with variant" in text
 
 
 def test_a_single_run_is_reported_too(published: Path, tmp_path: Path) -> None:

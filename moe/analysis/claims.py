@@ -18,7 +18,7 @@ from scipy import stats
 from moe.analysis.statistics import CONFIDENCE, constant, corrected, detectable_effect, inside
 from moe.config import ClaimConfig, absolute
 from moe.results import level
-from moe.summaries import by_seed, conditions, levels, varied_factors, with_causality
+from moe.summaries import NAMED_ROUTERS, by_seed, conditions, levels, varied_factors, with_causality
 
 NAN = float("nan")
 
@@ -231,10 +231,10 @@ def _about(claim: ClaimConfig, contrast: pd.Series) -> bool:
 
 
 def _label(claim: ClaimConfig, runs: pd.DataFrame, side: Any) -> str:
-    """A level as the reader sees it: a router with its causality."""
-    if claim.factor != "router" or "router" not in runs:
+    """A level as the reader sees it: a router or arm with its causality."""
+    if claim.factor not in NAMED_ROUTERS or claim.factor not in runs:
         return str(side)
-    return " / ".join(with_causality(runs[runs["router"] == side])["router"].unique()) or str(side)
+    return " / ".join(with_causality(runs[runs[claim.factor] == side])[claim.factor].unique()) or str(side)
 
 
 def _names(items: Any) -> str:

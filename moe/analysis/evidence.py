@@ -10,7 +10,7 @@ from moe.analysis.statistics import contrasts, name_cell
 from moe.analysis.style import MOST_LINES
 from moe.frontier import LATE
 from moe.results import History, history
-from moe.summaries import HEADLINE, conditions, levels, tied_factors, varied_factors, with_causality
+from moe.summaries import HEADLINE, NAMED_ROUTERS, conditions, levels, tied_factors, varied_factors, with_causality
 
 # What is tested: metric -> its unit, and what a rise and a fall of it mean. Each is a family of its own for Holm.
 TESTED = {
@@ -125,9 +125,9 @@ def stack(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
 
 def _labelled(references: dict[str, Any], runs: pd.DataFrame) -> dict[str, Any]:
-    """References with the router's level as the runs have it, "topk (causal: yes)", where people write "topk"."""
-    if "router" not in references:
-        return references
-    label = f"{references['router']} (causal: "
-    routers = [router for router in levels(runs["router"]) if router.startswith(label)]
-    return references | {"router": routers[0] if routers else references["router"]}
+    """References with a router or arm as the runs name it, "topk (causal: yes)", where people write "topk"."""
+    labelled = dict(references)
+    for factor in references.keys() & set(NAMED_ROUTERS):
+        names = [name for name in levels(runs[factor]) if str(name).startswith(f"{references[factor]} (causal: ")]
+        labelled |= {factor: names[0]} if names else {}
+    return labelled
