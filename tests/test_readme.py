@@ -1,16 +1,20 @@
 """The README tells the truth: its commands compose, its tables are complete, its example keeps the contract."""
 
+import json
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 
 from moe.commandline import CONF, read_cells
 from moe.metrics import METRICS
+from moe.tokenizer import train_bpe
 
 ROOT = CONF.parent
 README = (ROOT / "README.md").read_text()
-COMMANDS = re.findall(r"^python train\.py (.*?)(?:\s+#.*)?$", README, flags=re.MULTILINE)
+WHOLE_LINES = README.replace("\\\n", " ")
+COMMANDS = re.findall(r"^python train\.py (.*?)(?:\s+#.*)?$", WHOLE_LINES, flags=re.MULTILINE)
 
 
 def test_there_are_commands() -> None:
@@ -18,6 +22,20 @@ def test_there_are_commands() -> None:
     assert "router=temperature router.temp=1.5" in COMMANDS
 
 
+@pytest.fixture
+def downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A working folder that holds what `python -m moe.smollm2 smollm2` leaves, as far as reading a command needs it."""
+    monkeypatch.chdir(tmp_path)
+    Path("smollm2").mkdir()
+    tokenizer = train_bpe(["some words"], 259)
+    tokenizer.save_pretrained("smollm2")
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
+    settings = {"model_type": "llama", "vocab_size": len(tokenizer), "max_position_embeddings": 8192} | sizes
+    Path("smollm2/config.json").write_text(json.dumps(settings))
+    Path("smollm2/model.safetensors").touch()
+
+
+@pytest.mark.usefixtures("downloaded")
 @pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith("--")])
 def test_commands_compose(command: str) -> None:
     assert read_cells(shlex.split(command))
