@@ -200,9 +200,9 @@ def test_nothing_not_finite_reaches_the_weights(cell: Any, monkeypatch: pytest.M
     honest = loop.total_loss
     calls = []
 
-    def poisoned(*arguments: Any) -> torch.Tensor:
+    def poisoned(*arguments: Any, **weight: float) -> torch.Tensor:
         calls.append(1)
-        return honest(*arguments) * (float("nan") if len(calls) == 4 else 1.0)
+        return honest(*arguments, **weight) * (float("nan") if len(calls) == 4 else 1.0)
 
     monkeypatch.setattr(loop, "total_loss", poisoned)
     with pytest.raises(Diverged, match=r"step 3: gradient of .* is not finite"):
