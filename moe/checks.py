@@ -36,9 +36,9 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     return ConfigError(f"unknown {kind} '{name}'{_nearest(name, names)}{listing}")
 
 
-def locate(path: str) -> Callable[..., Any]:
+def locate(path: object) -> Callable[..., Any]:
     """The class or function that a dotted `_target_` names."""
-    found = pydoc.locate(path)
+    found = pydoc.locate(path) if isinstance(path, str) else None
     if not callable(found):
         raise ConfigError(f"_target_={path}: must name a class or function that can be imported")
     return found
