@@ -220,7 +220,8 @@ class Config:
         with open_dict(config):
             config.pop("hydra", None)
         if config.model.get("dense") is not None:
-            dense.resolve(config.model)
+            given = {str(k): None if OmegaConf.is_missing(config.model, k) else config.model[k] for k in config.model}
+            config.model.update(dense.resolve(given))
         typed = OmegaConf.to_object(config)
         assert isinstance(typed, Config)
         return typed

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from omegaconf import DictConfig, OmegaConf
 from tokenizers import Tokenizer
 
 from moe.checks import ConfigError, require
@@ -29,24 +28,23 @@ INHERITED = """num_key_value_heads head_dim max_position_embeddings rope_paramet
     attention_dropout initializer_range tie_word_embeddings bos_token_id eos_token_id pad_token_id""".split()
 
 
-def resolve(model: DictConfig) -> None:
-    """Write into a composed `model` group what the checkpoint `model.dense` says: sizes, layers if none are given, and
-    `dense_digest`.
+def resolve(model: dict[str, Any]) -> dict[str, Any]:
+    """What the checkpoint `model["dense"]` says of a `model` group, in which None stands for what is not given: sizes,
+    the number of layers if none is given, and `dense_digest`.
 
     Raises ConfigError for a checkpoint that is missing or no Llama, and for a given value that is not the checkpoint's.
     """
-    name = model.dense
-    settings = _settings(name, model.dense_digest)
+    name = model["dense"]
+    settings = _settings(name, model["dense_digest"])
     values = {key: settings[theirs] for key, theirs in SIZES.items()}
-    values |= {"expert": "swiglu", "embed_scale": False, "dense_digest": digest(name, model.dense_digest)}
+    values |= {"expert": "swiglu", "embed_scale": False, "dense_digest": digest(name, model["dense_digest"])}
     for key, value in values.items():
-        given = None if OmegaConf.is_missing(model, key) else model[key]
-        require(given in (None, value), f"model.{key}", given, f"{value}, as in {name}; model=upcycled leaves it out")
-        model[key] = value
-    layers = settings["num_hidden_layers"]
-    if OmegaConf.is_missing(model, "layers"):
-        model.layers = layers
-    require(model.layers <= layers, "model.layers", model.layers, f"at most {layers}, those of {name}")
+        allowed = f"{value}, as in {name}; model=upcycled leaves it out"
+        require(model[key] in (None, value), f"model.{key}", model[key], allowed)
+    most = settings["num_hidden_layers"]
+    layers = most if model["layers"] is None else model["layers"]
+    require(layers <= most, "model.layers", layers, f"at most {most}, those of {name}")
+    return values | {"layers": layers}
 
 
 def check_data(name: str, revision: str | None, *, tokenizer: str, seq_len: int) -> None:

@@ -29,15 +29,16 @@ def run(cell: Cell) -> None:
     """Train one cell, or skip it if it is finished. What happened is in the folder's run.json; a failure is written
     there and printed, not raised, so that a sweep goes on."""
     follow_parent()
+    if finished(cell):
+        log.info("%s: finished before, skipped", cell.folder)
+        return
     cell.folder.mkdir(parents=True, exist_ok=True)
     with locked(cell.folder / "run.lock") as owner:
         if owner is not None:
             log.info("%s: another process is training it (%s)", cell.folder, owner)
         elif differences := difference(cell):
             log.error("%s holds another run: %s", cell.folder, "; ".join(differences))
-        elif finished(cell):
-            log.info("%s: finished before, skipped", cell.folder)
-        else:
+        elif not finished(cell):  # by another process, since the line above
             _train(cell)
 
 

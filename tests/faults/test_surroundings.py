@@ -73,9 +73,9 @@ def poisoned_loss(step: int, value: float) -> None:
     def wrap(honest: Any) -> Any:
         calls: list[int] = []
 
-        def total_loss(*args: Any) -> Any:
+        def total_loss(*args: Any, **weight: float) -> Any:
             calls.append(1)
-            return honest(*args) * (value if len(calls) == step else 1.0)
+            return honest(*args, **weight) * (value if len(calls) == step else 1.0)
 
         return total_loss
 
@@ -227,10 +227,10 @@ def little_memory(megabytes: int) -> None:
 
 def memory_error() -> None:
     def wrap(honest: Any) -> Any:
-        def total_loss(config: Any, *args: Any) -> Any:
+        def total_loss(config: Any, *args: Any, **weight: float) -> Any:
             if config.seed == 1:
                 raise MemoryError
-            return honest(config, *args)
+            return honest(config, *args, **weight)
 
         return total_loss
 

@@ -71,14 +71,14 @@ def finished(job: Job) -> list[Path]:
 
 def end_of_seed_two(way: str) -> None:
     def wrap(honest: Any) -> Any:
-        def total_loss(config: Any, *args: Any) -> Any:
+        def total_loss(config: Any, *args: Any, **weight: float) -> Any:
             if config.seed == 2 and way == "raises":
                 raise ValueError("out of luck")
             if config.seed == 2 and way == "exits":
                 sys.exit(3)
             if config.seed == 2:
                 die()
-            return honest(config, *args)
+            return honest(config, *args, **weight)
 
         return total_loss
 
