@@ -152,12 +152,12 @@ def long_step() -> None:
 
     honest, calls = loop.total_loss, []
 
-    def sleeping(*args: Any) -> Any:
+    def sleeping(*args: Any, **weight: float) -> Any:
         calls.append(1)
         if len(calls) == 7:
             print("SLEEPING", flush=True)
             time.sleep(60)
-        return honest(*args)
+        return honest(*args, **weight)
 
     loop.total_loss = sleeping
 
@@ -192,7 +192,7 @@ def test_every_event_is_on_disk_when_it_was_written(job: Any, survived: Any) -> 
 def test_two_hundred_random_faults_in_one_run(job: Any, survived: Any) -> None:
     """The soak: kills and signals while starting, training and saving, damaged checkpoints, torn events."""
     draw = random.Random(2)
-    settings = ("steps=400", "save_every=1", "eval_every=200")
+    settings = ("steps=1000", "save_every=1", "eval_every=500")
     calm, one = job("calm", *settings), job("soaked", *settings)
     assert calm.run() == 0, calm.output
     counts = dict.fromkeys(("SIGKILL", "SIGTERM", "SIGINT", "flipped bit", "truncated file", "torn line"), 0)

@@ -15,7 +15,7 @@ from typing import Any
 from moe.record import read_events, sha256
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
-LIMIT = 120  # seconds that any run here may take
+LIMIT = 400  # seconds that any run here may take
 
 Sabotage = Callable[[], None]
 
