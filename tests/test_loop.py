@@ -3,38 +3,23 @@
 import hashlib
 import json
 import math
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from training import run
 
 from moe import loop
 from moe.commandline import options, read_cells
-from moe.config import LOSS_WEIGHTS, Cell
+from moe.config import LOSS_WEIGHTS
 from moe.divergence import Diverged, blame
 from moe.ingredients import build_model, knob_settings, micro_batches, prepare_data
-from moe.loop import train
 from moe.objective import total_loss
 from moe.record import read_events
 from moe.routing import Knobs
 from moe.schedules import Linear
-from moe.signals import Interrupted, Signals
-from moe.trackers import Mirror
-
-
-def run(cell: Cell, *, stop_after: int | None = None) -> None:
-    """Train a cell; `stop_after`: pretend that SIGTERM arrives during that step."""
-    cell.folder.mkdir(parents=True, exist_ok=True)
-    signals = Signals()
-
-    class Watch(Mirror):
-        def log(self, step: int, values: dict[str, Any]) -> None:
-            if step == stop_after:
-                signals.received = signal.SIGTERM
-
-    train(cell.config, cell.folder, mirror=Watch(cell), signals=signals)
+from moe.signals import Interrupted
 
 
 def weights(folder: Path) -> str:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,18 +11,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from training import run
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from moe.checks import ConfigError
 from moe.commandline import CONF, read_cells
 from moe.config import Cell
 from moe.ingredients import build_model, prepare_data, scale_learning_rates
-from moe.loop import train
 from moe.model import MoEForCausalLM
 from moe.optim import build_optimizers
 from moe.routing import Knobs
-from moe.signals import Interrupted, Signals
-from moe.trackers import Mirror
+from moe.signals import Interrupted
 
 V = 400  # the vocabulary of the small corpus
 Read = Callable[..., Cell]
@@ -95,19 +93,6 @@ def dense_model(folder: Path, *, layers: int = 3) -> LlamaForCausalLM:
     model = LlamaForCausalLM.from_pretrained(folder).eval()
     del model.model.layers[layers:]
     return model
-
-
-def run(cell: Cell, *, stop_after: int | None = None) -> None:
-    """Train a cell; `stop_after`: pretend that SIGTERM arrives during that step."""
-    cell.folder.mkdir(parents=True, exist_ok=True)
-    signals = Signals()
-
-    class Watch(Mirror):
-        def log(self, step: int, values: dict[str, Any]) -> None:
-            if step == stop_after:
-                signals.received = signal.SIGTERM
-
-    train(cell.config, cell.folder, mirror=Watch(cell), signals=signals)
 
 
 # ---- The same function ------------------------------------------------------------------------------------------
