@@ -1,7 +1,11 @@
 """The W&B mirror of events.jsonl: it may fail at any moment, and training neither stops nor changes."""
 
+import hashlib
+import json
 import logging
 import os
+import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,19 @@ from moe.config import Cell
 log = logging.getLogger(__name__)
 
 START_SECONDS, FINISH_SECONDS = 20, 60  # that a server may keep a run waiting
+STEP = "step"  # optimizer steps done: the horizontal axis of everything
+FINAL = "final"  # prefix of the final metrics in a W&B summary, where those of an unfinished run are missing
+CONDITION = "condition"  # the config key to group by
+
+
+def condition(cell: Cell) -> str:
+    """One name for all cells that differ in their seed alone: what the folder's name says without it, for people, and
+    a digest of the configuration without it, which tells apart whatever is not the same."""
+    rest = {key: value for key, value in cell.config.identity().items() if key != "seed"}
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:6]
+    overrides = re.sub("-[0-9a-f]{8}$", "", cell.folder.name).split(",")  # that digest knows the seed
+    told = ",".join(part for part in overrides if not part.startswith("seed="))
+    return f"{told[:100] or 'base'} {digest}"
 
 
 class Mirror:
@@ -29,16 +46,16 @@ class Mirror:
                 self._run = _start(cell, attempt)
                 return
             except Exception as error:  # whatever goes wrong in there is no reason to stop a study
-                log.warning("W&B %s mode does not start: %s", attempt, _line(error))
+                log.warning("W&B %s mode does not start: %s", attempt, first_line(error))
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Log the numbers among `values` at optimizer step `step`."""
         numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
-        self._try(lambda: self._run.log({**numbers, "step": step}))
+        self._try(lambda: self._run.log({**numbers, STEP: step}))
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Write the summary and end the W&B run."""
-        numbers = {key: value for key, value in summary.items() if isinstance(value, int | float | str)}
+        """Write the final metrics of a run, none if it did not finish, and end the W&B run."""
+        numbers = {f"{FINAL}/{key}": value for key, value in summary.items() if isinstance(value, int | float)}
         self._try(lambda: self._run.summary.update(numbers))
         self._try(lambda: self._run.finish())
         self._run = None
@@ -49,7 +66,7 @@ class Mirror:
         try:
             action()
         except Exception as error:  # as above
-            log.warning("W&B stops mirroring: %s", _line(error))
+            log.warning("W&B stops mirroring: %s", first_line(error))
             self._run = None
 
 
@@ -65,16 +82,15 @@ def _start(cell: Cell, mode: str) -> Any:
         entity=cell.config.logger.entity,
         group=cell.experiment,
         name=cell.folder.name,
-        config={**cell.config.identity(), **{f"choice/{group}": name for group, name in cell.choices.items()}},
+        config={**asdict(cell.config), "choices": cell.choices, CONDITION: condition(cell)},
         dir=str(Path(cell.folder).absolute()),
         settings=settings,
         reinit="finish_previous",
     )
-    for pattern in ("train/*", "val/*", "routing/*", "time/*", "temperature", "noise", "learning_rate", "grad_norm"):
-        run.define_metric(pattern, step_metric="step")
-    run.define_metric("val/loss", step_metric="step", summary="last")
+    run.define_metric("*", step_metric=STEP)
     return run
 
 
-def _line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error of W&B says, short enough for a terminal."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

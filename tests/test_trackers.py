@@ -15,12 +15,11 @@ from moe.trackers import Mirror
 TRAIN = CONF.parent / "train.py"
 
 
-def wandb_history(run: Path) -> list[dict[str, Any]]:
-    """The history of an offline W&B run, read with W&B's own command."""
+def wandb_records(run: Path) -> list[dict[str, Any]]:
+    """The records of an offline W&B run, read with W&B's own command."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(run)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    records = [json.loads(line) for line in done.stdout.splitlines()]
-    return [record["history"]["item"] for record in records if record["type"] == "history"]
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def test_an_offline_run_holds_what_events_jsonl_holds(small: list[str], tmp_path: Path) -> None:
@@ -29,12 +28,28 @@ def test_an_offline_run_holds_what_events_jsonl_holds(small: list[str], tmp_path
     assert done.returncode == 0, done.stderr
     [folder] = [path.parent for path in tmp_path.rglob("run.json")]
     [run] = folder.glob("wandb/offline-run-*/*.wandb")
-    mirrored = wandb_history(run)
+    records = wandb_records(run)
+    mirrored = [record["history"]["item"] for record in records if record["type"] == "history"]
     events = read_events(folder / "events.jsonl")
     assert len(mirrored) == len(events)
     for row, event in zip(mirrored, events, strict=True):
         numbers = {k: v for k, v in event.items() if isinstance(v, int | float)}
         assert {k: row[k] for k in numbers} == numbers
+    [axis] = [record["metric"] for record in records if record["type"] == "metric"]
+    assert (axis["glob_name"], axis["step_metric"]) == ("*", "step")
+    summary: dict[str, Any] = {}
+    for record in records:
+        summary |= record["summary"]["update"] if record["type"] == "summary" else {}
+    final = json.loads((folder / "metrics.json").read_text())["final_metrics"]
+    known = {f"final/{key}": value for key, value in final.items() if isinstance(value, int | float)}
+    assert {key: value for key, value in summary.items() if key.startswith("final/")} == known
+    told = json.loads((folder / "run.json").read_text())
+    [start] = [record["run"] for record in records if record["type"] == "run"]
+    assert (start["run_group"], start["display_name"]) == ("default", folder.name)
+    config = {key: value for key, value in start["config"]["update"].items() if key != "_wandb"}
+    condition = config.pop("condition")
+    assert config == {**told["config"], "choices": told["choices"]}
+    assert condition.startswith("batch_size=4,")
 
 
 @pytest.mark.parametrize(
