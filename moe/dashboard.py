@@ -1,7 +1,7 @@
 """A W&B workspace for an experiment, as code: `python -m moe.dashboard noise_lb_seed`, see docs/dashboards.md.
 
 Seeds of one condition are drawn as their mean, with the range from least to greatest. What compares settings are the
- final values of finished runs. Needs the extra `dashboard`.
+final values of finished runs. Needs the extra `dashboard`.
 """
 
 import argparse
