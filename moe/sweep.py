@@ -42,8 +42,13 @@ def _check_folder(cell: Cell) -> None:
     there = next(path for path in (cell.folder, *cell.folder.absolute().parents) if os.path.lexists(path))
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         raise ConfigError(f"{cell.folder} cannot be made: {there} is no folder that can be written to")
+    mirror = cell.folder / "wandb"  # in there W&B links to its own logs, and nobody else writes
     for path in cell.folder.rglob("*"):
-        if path.is_symlink() and not path.resolve().is_relative_to(cell.folder.resolve()):
+        if (
+            path.is_symlink()
+            and mirror not in path.parents
+            and not path.resolve().is_relative_to(cell.folder.resolve())
+        ):
             raise ConfigError(f"{path} is a link that leads out of the run folder: delete it")
 
 

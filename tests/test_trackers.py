@@ -10,6 +10,8 @@ import pytest
 
 from moe.commandline import CONF
 from moe.record import read_events
+from moe.run import run
+from moe.sweep import carry_out
 from moe.trackers import Mirror
 
 TRAIN = CONF.parent / "train.py"
@@ -50,6 +52,16 @@ def test_an_offline_run_holds_what_events_jsonl_holds(small: list[str], tmp_path
     condition = config.pop("condition")
     assert config == {**told["config"], "choices": told["choices"]}
     assert condition.startswith("batch_size=4,")
+
+
+def test_wandb_may_link_to_its_own_logs_outside_the_run_folder(cell: Any) -> None:
+    """W&B 0.31 does, and a run that was cut off is resumed all the same."""
+    one = cell("logger.mode=offline")
+    one.folder.mkdir(parents=True)
+    Mirror(one).finish({})
+    [mirrored] = one.folder.glob("wandb/offline-run-*")
+    (mirrored / "log").symlink_to("/")
+    assert carry_out([one], lambda: run(one)) == 0
 
 
 @pytest.mark.parametrize(
