@@ -19,8 +19,10 @@ from moe.results import level
 from moe.summaries import HEADLINE, varied_factors
 from moe.trackers import CONDITION, FINAL, STEP, first_line
 
-LOSS = ("val/loss", "val/perplexity", "val/accuracy", "train/loss", "learning_rate", "grad_norm")
-PARTS = ("grad_norm/router", "grad_norm/experts", "update/router", "update/experts")
+LOSS = (
+    *("val/loss", "val/perplexity", "val/accuracy", "train/loss", "learning_rate"),
+    *("grad_norm", "grad_norm/router", "grad_norm/experts", "update/router", "update/experts"),
+)
 LIMIT = ("val_capacity/loss", "val_capacity/drop_rate", "val_capacity/unrouted_rate")
 SHARPNESS = ("entropy", "entropy_t1", "confidence", "confidence_t1", "margin", "top_k_mass", "logit_rms")
 # six, as many as W&B has panels on a page of a section: a page is a layer
@@ -44,7 +46,7 @@ def sections(cells: list[Cell]) -> dict[str, list[Panel]]:
     weighted = [f"train/{loss}" for loss, key in LOSS_WEIGHTS.items() if any(getattr(c, key) for c in configs)]
     balance = [f"routing/{name}" for name, metric in METRICS.items() if metric.balance]
     lines = {
-        "Loss": [*LOSS, *PARTS, *weighted],
+        "Loss": [*LOSS, *weighted],
         "Routing per layer": [f"routing/{name}/layer{layer:02d}" for layer in range(layers) for name in PER_LAYER],
         "Balance": [*balance, *(LIMIT if any(config.capacity is not None for config in configs) else ())],
         "Temperature": ["temperature", "noise", *(f"routing/{name}" for name in SHARPNESS)],
@@ -70,17 +72,19 @@ def workspace(cells: list[Cell], *, entity: str, project: str) -> Any:
     except ImportError as error:
         raise ConfigError(f"{error.name} is not installed: pip install -e '.[dashboard]'") from None
 
+    most = 2 * len(cells)  # runs in a panel: W&B draws ten unless told, and a run that was resumed is several to it
+
     def draw(panel: Panel) -> Any:
         settings: dict[str, Any] = {
             "title": _title(panel),
             "groupby": wr.Config(panel.by or CONDITION),
             "groupby_aggfunc": "mean",
             "groupby_rangefunc": "minmax",  # of the standard deviation W&B does not say which one it is
-            "max_runs_to_show": len(cells),  # ten, unless told
+            "max_runs_to_show": most,
         }
         if panel.by is None:
             return wr.LinePlot(x=STEP, y=[panel.metric], **settings)
-        return wr.BarPlot(metrics=[panel.metric], max_bars_to_show=len(cells), **settings)
+        return wr.BarPlot(metrics=[panel.metric], max_bars_to_show=most, **settings)
 
     columns = [f"config:{expr.groupby_str_to_key(f'config.{key}').name}" for key in factors(cells)]
     return ws.Workspace(
@@ -91,7 +95,7 @@ def workspace(cells: list[Cell], *, entity: str, project: str) -> Any:
             ws.Section(name=name, panels=list(map(draw, panels)), is_open=name in ("Loss", "Factor tables"))
             for name, panels in sections(cells).items()
         ],
-        settings=ws.WorkspaceSettings(max_runs=len(cells)),
+        settings=ws.WorkspaceSettings(max_runs=most),
         runset_settings=ws.RunsetSettings(
             filters=ws.And(ws.Metric("Group") == cells[0].experiment),
             groupby=[ws.Config(CONDITION)],
