@@ -1,5 +1,6 @@
 """Train one model, or a grid of them: `python train.py [-m] [key=value ...]`, see `--help`."""
 
+import logging
 import os
 import sys
 
@@ -8,7 +9,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall 20
 import hydra
 from omegaconf import DictConfig
 
-from moe import commandline, sweep
+from moe import commandline, ranks, sweep
 from moe.config import Cell, Config
 
 
@@ -31,11 +32,14 @@ def main() -> int:
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(commandline.help_text())
         return 0
+    if not ranks.is_first():
+        logging.disable(logging.WARNING)
     try:
         cells = commandline.read_cells(sys.argv[1:])
         return sweep.carry_out(cells or [], run_cell)
     except commandline.ConfigError as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        if ranks.is_first():
+            print(f"train.py: {error}", file=sys.stderr)
         return 2
 
 

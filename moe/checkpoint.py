@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from moe import ranks
 from moe.record import sha256, sync, write_json
 
 log = logging.getLogger(__name__)
@@ -49,8 +50,9 @@ def load(root: Path) -> tuple[int, dict[str, Any]] | None:
     Raises RuntimeError, naming them, if there are checkpoints and none of them verifies: starting again at step 0
     silently would throw away work that may be recoverable.
     """
-    for left_over in root.glob(".tmp-*"):
-        shutil.rmtree(left_over)
+    if ranks.is_first():
+        for left_over in root.glob(".tmp-*"):
+            shutil.rmtree(left_over)
     folders = sorted(root.glob("step-*"), reverse=True)
     for folder in folders:
         try:
@@ -88,4 +90,4 @@ def _read(folder: Path) -> tuple[int, dict[str, Any]]:
 
 def _maker() -> dict[str, Any]:
     """What bits depend on beside the configuration."""
-    return {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "ranks": ranks.number()}

@@ -20,7 +20,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from moe.checks import ConfigError, unknown
+from moe import ranks
+from moe.checks import ConfigError, require, unknown
 from moe.config import Cell, Config, flatten
 from moe.run import finished
 
@@ -82,6 +83,9 @@ def _expand(arguments: list[str], *, multirun: bool) -> list[Cell]:
     for override in overrides:
         _check_override(override)
     base = _compose([str(o.input_line) for o in overrides if not o.is_sweep_override()])
+    launcher = base.hydra.runtime.choices["hydra/launcher"]
+    allowed = f"basic, or left out: this launch has {ranks.number()} processes, which train one cell after another"
+    require(launcher == "basic" or ranks.number() == 1, "hydra/launcher", launcher, allowed)
     multirun = multirun or str(base.hydra.mode) == "RunMode.MULTIRUN"
     if not multirun:
         swept = [o.input_line for o in overrides if o.is_sweep_override()]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 
-from moe import dense
+from moe import dense, ranks
 from moe.checks import ConfigError, build, finite, one_of, require, unknown
 
 # Auxiliary loss -> the root key that weights it.
@@ -24,7 +24,17 @@ LOSS_WEIGHTS = {
 }
 
 # What a run computes does not depend on these, so they are no part of its identity and may change on a resume.
-FREE_KEYS = ("out", "threads", "save_every", "gradient_checkpointing", "logger", "data.cache", "claims")
+FREE_KEYS = (
+    "out",
+    "threads",
+    "save_every",
+    "gradient_checkpointing",
+    "expert_parallel",
+    "rank_timeout",
+    "logger",
+    "data.cache",
+    "claims",
+)
 
 
 @dataclass
@@ -204,6 +214,8 @@ class Config:
     precision: str = "fp32"  # fp32 | bf16
     compile: bool = False
     gradient_checkpointing: bool = False  # compute blocks again in the backward pass instead of keeping them
+    expert_parallel: bool = False  # share experts out among the ranks instead of copying them
+    rank_timeout: int = 600  # seconds after which a rank that waits for another gives up
     out: str | None = None  # run folders go below it; null: outputs/, or multirun/ in a sweep
     router: Any = MISSING
     schedule: Any = MISSING
@@ -228,7 +240,7 @@ class Config:
 
     def check(self) -> None:
         """Refuse what cannot be trained: `ConfigError` names the key, its value and what is allowed."""
-        for name in ("steps", "batch_size", "grad_accum", "eval_every", "save_every", "threads"):
+        for name in ("steps", "batch_size", "grad_accum", "eval_every", "save_every", "threads", "rank_timeout"):
             require(1 <= getattr(self, name) <= 10**9, name, getattr(self, name), "a whole number from 1 to 10^9")
         require(0 <= self.seed < 2**32, "seed", self.seed, "between 0 and 2^32 - 1")
         for name in ("noise", *LOSS_WEIGHTS.values()):
@@ -238,6 +250,7 @@ class Config:
         require(ok, "capacity", self.capacity, "a finite number > 0, or null for dropless")
         one_of("drop", self.drop, ("position", "score", "random"))
         one_of("precision", self.precision, ("fp32", "bf16"))
+        self._check_ranks()
         self.model.check()
         self.data.check()
         self.logger.check()
@@ -250,6 +263,21 @@ class Config:
         build(self.schedule, "schedule")
         for number, claim in enumerate(self.claims):
             claim.check(f"claims[{number}]", ["variant", *asdict(self), *self.identity()])
+
+    def _check_ranks(self) -> None:
+        """Refuse what cannot be shared out among the processes of this launch."""
+        number = ranks.number()
+        allowed = f"a multiple of the {number} processes of this launch, which share the micro-batches of a step"
+        require(self.grad_accum % number == 0, "grad_accum", self.grad_accum, allowed)
+        if self.expert_parallel:
+            experts, allowed = self.model.num_experts, f"a multiple of the {number} processes, with expert_parallel"
+            require(experts % number == 0, "model.num_experts", experts, allowed)
+            require(
+                not ranks.fsdp(),
+                "expert_parallel",
+                True,
+                "false when the launch file says FSDP, which shards experts too",
+            )
 
     def check_router(self) -> None:
         """Refuse a router with wrong keys or ranges, and what the schedule would make of its temperature and of the

@@ -6,7 +6,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from moe import ranks
 from moe.routing import Knobs
+from moe.sharding import whole
 
 
 class Diverged(Exception):
@@ -21,23 +23,27 @@ def blame(
 ) -> str:
     """The first thing that is not finite: a weight, else the output of a module in forward order, else a gradient.
 
-    Experts are named one by one. Runs the model once more, with hooks: this is the only place that has any.
+    Experts are named one by one. Runs the model once more, with hooks: this is the only place that has any. All ranks
+    call it together, each with blocks of its own.
     """
-    for name, p in model.named_parameters():
-        if not p.isfinite().all():
-            return f"weight {_slice_name(name, p)}"
+    weights = _first_bad({name: p.detach() for name, p in model.named_parameters()})
+    gradients = _first_bad({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    if weights is not None:
+        return f"weight {weights}"
     outputs: list[str] = []
     hooks = [m.register_forward_hook(_note_output(outputs, name)) for name, m in model.named_modules() if name]
     with torch.no_grad():
         model(ids, knobs=knobs, position_ids=position_ids)
     for hook in hooks:
         hook.remove()
+    outputs = [output for found in ranks.gathered(outputs) for output in found]
     if outputs:
         return f"output of {outputs[0]}"
-    for name, p in model.named_parameters():
-        if p.grad is not None and not p.grad.isfinite().all():
-            return f"gradient of {_slice_name(name, p.grad)}"
-    return "the loss"
+    return "the loss" if gradients is None else f"gradient of {gradients}"
+
+
+def _first_bad(tensors: dict[str, Tensor]) -> str | None:
+    return next((_slice_name(name, t) for name, t in whole(tensors).items() if not t.isfinite().all()), None)
 
 
 def _note_output(found: list[str], name: str) -> Callable[[nn.Module, object, object], None]:

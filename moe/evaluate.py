@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 
-from moe import metrics
+from moe import metrics, ranks
 from moe.data import batch
 from moe.model import IGNORED, MoEForCausalLM, next_token
 from moe.routing import Knobs, RoutingStats
@@ -31,7 +31,7 @@ def evaluate(
     `routing/utilization` (L, E). The outputs of experts are compared on one token in `PROBE_STRIDE`.
 
     Token-weighted over all blocks, `val/...` over the tokens with a label and routing over all; the model's mode is
-    restored. Dropless unless a `capacity` factor is given. A limit, or a router that is not causal, makes the loss
+    restored. Ranks share the batches and get the same values. Dropless unless a `capacity` factor is given. A limit, or a router that is not causal, makes the loss
     depend on which sequences share a batch: batches mix the domains, as those of training do.
     """
     device = model.device
@@ -41,9 +41,11 @@ def evaluate(
     stats: RoutingStats | None = None
     training = model.training
     model.eval()
-    torch.manual_seed(0)  # for drop=random; training seeds every micro-batch itself
     batches = math.ceil(len(data) / batch_size)
-    for first in range(batches):
+    for turn in range(ranks.index(), ranks.number() * math.ceil(batches / ranks.number()), ranks.number()):
+        # sharded weights need every rank at every turn: one that has no batch left repeats the last, which counts 0 times
+        first, times = min(turn, batches - 1), int(turn < batches)
+        torch.manual_seed(first)  # for drop=random; training seeds every micro-batch itself
         # every so-manieth block: domains stand in a row, and a batch of one domain would overflow its experts' capacity
         ids, domain, labels, positions = batch(data, range(first, len(data), batches)).to(device)
         limits: dict[str, Any] = {"capacity": capacity, "drop": drop}
@@ -52,12 +54,15 @@ def evaluate(
         nats = F.cross_entropy(
             output.logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
         )
-        loss.index_add_(0, domain, nats.view_as(targets).double().sum(1))
-        correct.index_add_(0, domain, (output.logits.argmax(-1) == targets).double().sum(1))
-        tokens.index_add_(0, domain, (targets != IGNORED).double().sum(1))
+        loss.index_add_(0, domain, times * nats.view_as(targets).double().sum(1))
+        correct.index_add_(0, domain, times * (output.logits.argmax(-1) == targets).double().sum(1))
+        tokens.index_add_(0, domain, times * (targets != IGNORED).double().sum(1))
         if output.stats is not None:
-            stats = output.stats if stats is None else stats.merge(output.stats)
+            counted = RoutingStats(*(times * field for field in output.stats))
+            stats = counted if stats is None else stats.merge(counted)
     model.train(training)
+    loss, tokens, correct = ranks.total((loss, tokens, correct))
+    stats = None if stats is None else RoutingStats(*ranks.total(stats))
 
     mean = (loss.sum() / tokens.sum()).item()
     values: dict[str, Any] = {

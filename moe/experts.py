@@ -7,6 +7,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from moe.exchange import travelling
+from moe.sharding import here
 
 
 class Experts(nn.Module):
@@ -24,11 +28,18 @@ class Experts(nn.Module):
 
     def kernel(self, dtype: torch.dtype) -> str:
         """Which kernel multiplies in `dtype` where the weights are: see `choose`."""
-        return choose(self.up.device.type, dtype, self.up.shape)
+        return choose(self.up.device.type, dtype, here(self.up).shape)
 
     @torch.compiler.disable  # group sizes change at every step, and compiled grouped_mm takes bf16 alone (torch 2.13)
     def forward(self, x: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R D"]:
         """Rows sorted by expert, `counts` of them for each; one without rows costs nothing, gets gradient 0."""
+        if isinstance(self.up, DTensor):  # the other experts are on other ranks
+            return travelling(x, counts, self._run)
+        return self._run(x, counts)
+
+    def _run(self, x: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R D"]:
+        """The same with the experts of this rank."""
+        gate, up, down = (None if p is None else here(p) for p in (self.gate, self.up, self.down))
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         if len(x) and self.kernel(dtype) == "grouped":
@@ -37,15 +48,12 @@ class Experts(nn.Module):
             def linear(rows: Tensor, stack: Tensor) -> Tensor:
                 return _GroupedLinear.apply(rows, stack.to(dtype), ends)
 
-            return self._expert(x.to(dtype), self.gate, self.up, self.down, linear)
+            return self._expert(x.to(dtype), gate, up, down, linear)
         groups = x.split(counts.tolist())
         # unbind, not indexing: the gradient of E slices is stacked once instead of E times in full size
-        gates = self.gate.unbind() if self.gate is not None else [None] * len(groups)
-        outputs = [
-            self._expert(rows, gate, up, down)
-            for rows, gate, up, down in zip(groups, gates, self.up.unbind(), self.down.unbind(), strict=True)
-        ]
-        return torch.cat(outputs)
+        gates = gate.unbind() if gate is not None else [None] * len(groups)
+        stacks = zip(groups, gates, up.unbind(), down.unbind(), strict=True)
+        return torch.cat([self._expert(*matrices) for matrices in stacks])
 
     def _expert(
         self,

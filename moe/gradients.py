@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from moe.layer import MoELayer
+from moe.sharding import norm
 
 Parts = dict[str, list[nn.Parameter]]
 
@@ -22,7 +23,9 @@ def parts(model: nn.Module) -> Parts:
 
 def gradient_norms(of: Parts) -> dict[str, float]:
     """`grad_norm/<part>`: Euclidean norm of the gradient, before clipping."""
-    return {f"grad_norm/{name}": _norm([p.grad for p in params if p.grad is not None]) for name, params in of.items()}
+    return {
+        f"grad_norm/{name}": norm([p.grad for p in params if p.grad is not None]).item() for name, params in of.items()
+    }
 
 
 @torch.no_grad()
@@ -32,10 +35,8 @@ def relative_updates(of: Parts, before: dict[str, list[Tensor]]) -> dict[str, fl
     before: copies of the parameters from before the step.
     """
     return {
-        f"update/{name}": _norm([p - old for p, old in zip(params, before[name], strict=True)]) / _norm(before[name])
+        f"update/{name}": (
+            norm([p - old for p, old in zip(params, before[name], strict=True)]) / norm(before[name])
+        ).item()
         for name, params in of.items()
     }
-
-
-def _norm(tensors: list[Tensor]) -> float:
-    return torch.stack(torch._foreach_norm(tensors)).norm().item() if tensors else 0.0

@@ -4,10 +4,10 @@ import functools
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from moe import losses
+from moe import losses, ranks
 from moe.dispatch import Plan, combine, gather, plan
 from moe.experts import Experts
 from moe.measurement import mean_cosine, measure
@@ -62,7 +62,10 @@ class MoELayer(nn.Module):
         if routing.slots is not None:
             y = routing.slots.scatter(y)
 
-        aux = losses.auxiliary(routing, todo.offered, seq_len=seq_len, load=context.load)
+        load = context.load
+        if self.training and ranks.number() > 1:  # ranks work on consecutive micro-batches at once
+            load = _before(todo.offered) + (0 if load is None else load)
+        aux = losses.auxiliary(routing, todo.offered, seq_len=seq_len, load=load)
         if router.rows is not None:
             aux["simbal"] = losses.similarity_preserving(router.rows)
         if context.orthogonality:
@@ -77,3 +80,8 @@ class MoELayer(nn.Module):
         experts = self.router.num_experts
         outputs = self.experts(x.repeat(experts, 1), torch.full((experts,), len(x), device=x.device))
         return mean_cosine(outputs.view(experts, *x.shape))
+
+
+@torch.compiler.disable
+def _before(offered: Int[Tensor, "E"]) -> Int[Tensor, "E"]:
+    return ranks.before(offered)

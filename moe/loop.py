@@ -6,17 +6,18 @@ import math
 import os
 import shutil
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import nn
+from accelerate.utils import DistributedDataParallelKwargs
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from moe import checkpoint, gradients, process, trace
+from moe import checkpoint, gradients, parallel, process, ranks, sharding, trace
 from moe.checks import build
 from moe.config import Config
 from moe.cost import count_parameters, flops_per_token, peak_memory_gb, reset_peak_memory
@@ -51,43 +52,54 @@ def train(config: Config, folder: Path, *, mirror: Mirror, signals: Signals) -> 
     that is not finite, and Interrupted, after a checkpoint, when a signal asked to stop.
     """
     settings = process.set_up(threads=config.threads)
-    AcceleratorState._reset_state(reset_partial_state=True)  # the precision of an earlier cell in this process
-    accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
+    AcceleratorState._reset_state()  # the precision of an earlier cell in this process
+    accelerator = Accelerator(
+        mixed_precision="bf16" if config.precision == "bf16" else "no",
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
     reset_peak_memory(accelerator.device)
     data = prepare_data(config)
     schedule = build(config.schedule, "schedule")
     plain = build_model(config, vocab_size=len(data.tokenizer))
-    optimizers: list[Any] = build_optimizers(plain, config.optimizer)
+    model = parallel.spread(plain, accelerator, expert_parallel=config.expert_parallel)
+    optimizers = build_optimizers(plain, config.optimizer)
     routers = [layer.router for layer in plain.moe_layers]
     counts = token_counts(data)
     for router in routers:
         router.before_training(counts)
     done, clock = _resume(folder, plain, optimizers)
     parts, milestones = gradients.parts(plain), trace.milestones(config.steps)
-    model, *optimizers = accelerator.prepare(plain, *optimizers)
     forward = torch.compile(model) if config.compile else model
     layer_settings: dict[str, Any] = {"capacity": config.capacity, "drop": config.drop}
     layer_settings["orthogonality"] = config.output_orthogonality > 0
 
-    with EventLog(folder / "events.jsonl", step=done) as events:
+    with EventLog(folder / "events.jsonl", step=done) if ranks.is_first() else nullcontext() as events:
 
         def record(kind: str, values: dict[str, Any]) -> dict[str, Any]:
             values = values | {"time/elapsed": clock.elapsed()}
-            events.write(kind, done, values)
-            mirror.log(done, values)
+            if events is not None:
+                events.write(kind, done, values)
+                mirror.log(done, values)
             return values
 
         def validate() -> dict[str, Any]:
             setting = knob_settings(config, schedule, done)
             values = validation(config, plain, data, temperature=setting["temperature"])
             values = record("eval", values | {"learning_rate": _current_rate(optimizers)} | setting)
-            tqdm.write(_summary_line(done, config.steps, values))
+            if ranks.is_first():
+                tqdm.write(_summary_line(done, config.steps, values))
             return values
 
         scale_learning_rates(config, optimizers, step=done)
         latest = validate() if done == 0 else {}
         signals.training = True
-        bar = tqdm(range(done, config.steps), initial=done, total=config.steps, unit="step", disable=None)
+        bar = tqdm(
+            range(done, config.steps),
+            initial=done,
+            total=config.steps,
+            unit="step",
+            disable=None if ranks.is_first() else True,
+        )
         for step in bar:
             tick = time.perf_counter()
             setting = knob_settings(config, schedule, step)
@@ -97,24 +109,30 @@ def train(config: Config, folder: Path, *, mirror: Mirror, signals: Signals) -> 
             outputs: list[Outcome] = []
             load = None
             batches = micro_batches(config, data, step)
-            for micro, (blocks, weight) in enumerate(zip(batches, label_weights(batches), strict=True)):
-                blocks = blocks.to(accelerator.device)
+            weights = label_weights(batches)
+            ours = range(ranks.index(), config.grad_accum, ranks.number())  # ranks take the micro-batches in turn
+            for micro in ours:
+                blocks = batches[micro].to(accelerator.device)
                 torch.manual_seed(random_stream(config.seed, step, micro))
                 inputs = {"input_ids": blocks.ids, "labels": blocks.labels, "position_ids": blocks.position_ids}
-                output = forward(**inputs, **layer_settings, knobs=knobs, load=load)
-                accelerator.backward(total_loss(config, routers, output, weight=weight) / config.grad_accum)
-                outputs.append(Outcome(output.loss.item() * weight, output.aux or {}, output.stats))
-                if output.stats is not None:
-                    load = output.stats.offered if load is None else load + output.stats.offered
+                with nullcontext() if micro == ours[-1] else accelerator.no_sync(model):
+                    output = forward(**inputs, **layer_settings, knobs=knobs, load=load)
+                    accelerator.backward(total_loss(config, routers, output, weight=weights[micro]) / len(ours))
+                aux = {name: values.detach() for name, values in (output.aux or {}).items()}
+                outputs.append(Outcome(output.loss.detach() * weights[micro], aux, output.stats))
+                if output.stats is not None and micro != ours[-1]:
+                    [offered] = ranks.total([output.stats.offered])
+                    load = offered if load is None else load + offered
             norms = gradients.gradient_norms(parts)
-            norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+            grads = [p.grad for p in model.parameters() if p.grad is not None]
+            norm = sharding.norm(grads)
             norms |= {"grad_norm": norm.item()}
             sums = merged_stats(outputs)
             values = step_values(outputs, sums)
             if not math.isfinite(values["train/loss"] + norms["grad_norm"]):
                 raise Diverged(step, blame(plain, blocks.ids, knobs, position_ids=blocks.position_ids))
             # a norm that is not finite would spread to all gradients, so only now
-            nn.utils.clip_grads_with_norm_(model.parameters(), config.optimizer.clip, norm)
+            torch._foreach_mul_(list(map(sharding.here, grads)), (config.optimizer.clip / (norm + 1e-6)).clamp(max=1.0))
             done = step + 1
             evaluates = done % config.eval_every == 0 or done == config.steps
             before = {name: [p.detach().clone() for p in params] for name, params in parts.items() if evaluates}
@@ -137,16 +155,20 @@ def train(config: Config, folder: Path, *, mirror: Mirror, signals: Signals) -> 
                 latest = validate()
             if done in milestones:
                 choices = trace.choices(plain, data, temperature=knob_settings(config, schedule, done)["temperature"])
-                if choices is not None:
+                if choices is not None and ranks.is_first():
                     trace.write(folder / "trace", done, choices)
-            if done < config.steps and (done % config.save_every == 0 or signals.received is not None):
-                checkpoint.save(folder / "checkpoints", done, _state(plain, optimizers, clock))
-                if signals.received is not None:
-                    raise Interrupted(signals.received, done)
+            stop = ranks.largest(signals.received or 0)
+            if done < config.steps and (done % config.save_every == 0 or stop):
+                state = parallel.state(plain, optimizers) | clock.state()
+                if ranks.is_first():
+                    checkpoint.save(folder / "checkpoints", done, state)
+                if stop:
+                    raise Interrupted(stop, done)
             bar.set_postfix(_postfix(values | setting, latest), refresh=False)
 
     _save_model(plain, data, folder)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    if ranks.is_first():
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return {
         "parameters": count_parameters(plain)._asdict(),
         "flops_per_token": flops_per_token(plain, config.data.seq_len),
@@ -155,6 +177,7 @@ def train(config: Config, folder: Path, *, mirror: Mirror, signals: Signals) -> 
         "peak_memory_gb": peak_memory_gb(accelerator.device),
         "device": str(accelerator.device),
         "process": settings,
+        "ranks": {"number": ranks.number(), "layout": parallel.layout(expert_parallel=config.expert_parallel)},
         "experts_kernel": plain.experts_kernel(torch.bfloat16 if config.precision == "bf16" else torch.float32),
         "data": data.manifest,
     }
@@ -169,6 +192,9 @@ class Clock:
 
     def elapsed(self) -> float:
         return time.monotonic() - self._began
+
+    def state(self) -> dict[str, float]:
+        return {"elapsed": self.elapsed(), "train_seconds": self.train_seconds}
 
     def trained(self, *, since: float) -> float:
         """Count a training step that began at `since` (`time.perf_counter()`); returns its seconds."""
@@ -198,24 +224,13 @@ def _current_rate(optimizers: list[Any]) -> float:
     return optimizers[0].param_groups[0]["lr"]
 
 
-def _state(model: MoEForCausalLM, optimizers: list[Any], clock: Clock) -> dict[str, Any]:
-    return {
-        "model": model.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        "elapsed": clock.elapsed(),
-        "train_seconds": clock.train_seconds,
-    }
-
-
 def _resume(folder: Path, model: MoEForCausalLM, optimizers: list[Any]) -> tuple[int, Clock]:
     """Load the newest good checkpoint, if any: (optimizer steps done, clock)."""
     loaded = checkpoint.load(folder / "checkpoints")
     if loaded is None:
         return 0, Clock()
     done, state = loaded
-    model.load_state_dict(state["model"])
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
+    parallel.load_state(model, optimizers, state)
     log.info("%s: resumed after step %d", folder, done)
     return done, Clock(state["elapsed"], state["train_seconds"])
 
@@ -237,11 +252,14 @@ def _summary_line(step: int, steps: int, values: dict[str, Any]) -> str:
 
 
 def _save_model(model: MoEForCausalLM, data: Prepared, folder: Path) -> None:
+    weights = sharding.whole(model.state_dict())
+    if not ranks.is_first():
+        return
     disable_progress_bar()  # of writing one small file
     temporary = folder / ".tmp-model"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()  # an error if someone deleted the run folder; the next line would make it anew
-    model.save_pretrained(temporary)
+    model.save_pretrained(temporary, state_dict=weights)
     data.tokenizer.save_pretrained(temporary)
     shutil.rmtree(folder / "model", ignore_errors=True)
     os.rename(temporary, folder / "model")

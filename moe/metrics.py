@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moe.routers.base import Router
 from moe.routing import RoutingStats
+from moe.sharding import whole
 
 
 def load_share(stats: RoutingStats) -> Float[Tensor, "L E"]:
@@ -212,7 +213,7 @@ def summarize(stats: RoutingStats, *, per_layer: bool = True) -> dict[str, float
 def router_gram(router: Router) -> float | None:
     """||W W^T - I||_F / sqrt(E (E - 1)) of the normalised directions of a router's experts: 0 orthogonal, 1 all alike;
     None without any, or with a single one."""
-    directions = router.directions
+    directions = whole(router.directions)
     if directions is None or len(directions) < 2:
         return None
     unit = torch.nn.functional.normalize(directions.double(), dim=-1)

@@ -1,13 +1,12 @@
 """What training minimises, and what is kept of a micro-batch to say how a step went."""
 
 import functools
-from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from moe import metrics
+from moe import metrics, ranks
 from moe.config import LOSS_WEIGHTS, Config
 from moe.model import MoEOutput
 from moe.routers.base import Router
@@ -36,22 +35,26 @@ def total_loss(config: Config, routers: list[Router], output: MoEOutput, *, weig
 class Outcome(NamedTuple):
     """What is kept of a micro-batch: its weighted mean cross-entropy, aux {name: (L)}, routing sums."""
 
-    loss: float
+    loss: Tensor
     aux: dict[str, Tensor]
     stats: RoutingStats | None
 
 
 def merged_stats(outputs: list[Outcome]) -> RoutingStats | None:
-    """The routing sums (L, ...) over all micro-batches of a step; None without MoE layers."""
+    """The routing sums (L, ...) over all micro-batches of a step, of all ranks; None without MoE layers."""
     stats = [output.stats for output in outputs if output.stats is not None]
-    return functools.reduce(RoutingStats.merge, stats) if stats else None
+    return RoutingStats(*ranks.total(functools.reduce(RoutingStats.merge, stats))) if stats else None
 
 
 def step_values(outputs: list[Outcome], sums: RoutingStats | None) -> dict[str, Any]:
-    """Of one optimizer step: mean losses, unweighted (aux: mean over layers), and the routing metrics of all tokens."""
-    values: dict[str, Any] = {"train/loss": fmean(output.loss for output in outputs)}
-    for name in outputs[0].aux:
-        values[f"train/{name}"] = fmean(output.aux[name].mean().item() for output in outputs)
+    """Of one optimizer step: mean losses, unweighted (aux: mean over layers), and the routing metrics of all tokens.
+
+    outputs: of this rank's micro-batches, as many as every other rank has; sums: of all ranks.
+    """
+    names = ["loss", *outputs[0].aux]
+    means = [torch.stack([o.loss, *(o.aux[name].mean() for name in names[1:])]) for o in outputs]
+    [added] = ranks.total([torch.stack(means).double().mean(0)])
+    values: dict[str, Any] = {f"train/{n}": v / ranks.number() for n, v in zip(names, added.tolist(), strict=True)}
     if sums is not None:
         values |= {f"train/{name}": value for name, value in metrics.summarize(sums, per_layer=False).items()}
     return values

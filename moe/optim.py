@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moe.config import OptimizerConfig
 from moe.gradients import parts
+from moe.sharding import here, like, whole
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients (Jordan 2024)
 
@@ -75,7 +76,10 @@ class Muon(torch.optim.Optimizer):
         updates = orthogonalize(torch.cat(directions), steps=group["ns_steps"]).split([len(d) for d in directions])
         for p, update in zip(params, updates, strict=True):
             p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.add_(update.view_as(p).to(p.dtype), alpha=-group["lr"] * math.sqrt(max(1, rows / cols)))
+            if p.ndim == 2:
+                update = here(like(update.view(p.shape), p))
+            ours = here(p)
+            ours.add_(update.view_as(ours).to(p.dtype), alpha=-group["lr"] * math.sqrt(max(1, rows / cols)))
 
     def _direction(self, p: nn.Parameter, group: dict[str, Any]) -> Float[Tensor, "N rows cols"]:
         assert p.grad is not None
@@ -84,12 +88,13 @@ class Muon(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(p)
         momentum = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
         direction = p.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+        direction = here(direction) if p.ndim == 3 else whole(direction)  # a rank's part of a stack is whole matrices
         return direction.reshape(-1, *p.shape[-2:])
 
 
 def build_optimizers(model: nn.Module, settings: OptimizerConfig) -> list[torch.optim.Optimizer]:
     """Muon for every matrix but the embeddings (attention, experts, router), AdamW for the rest; AdamW for all if
-    `muon_lr` is None, in groups of their own for routers and experts that have their own rates. Weight decay applies to
+    `muon_lr` is None, in groups of their own for routers and experts, which may have their own rates. Weight decay applies to
     AdamW's matrices and vectors alike, and not to Muon's. What is frozen is in neither."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
@@ -98,10 +103,10 @@ def build_optimizers(model: nn.Module, settings: OptimizerConfig) -> list[torch.
             matrix = settings.muon_lr is not None and p.ndim >= 2 and "embed" not in name and "lm_head" not in name
             (matrices if matrix else others).append(p)
     rates = {"router": settings.router_lr, "experts": settings.experts_lr}
-    apart = {name: params for name, params in parts(model).items() if rates[name] is not None}
-    taken = {p for params in apart.values() for p in params}
+    own = {name: [p for p in params if p in set(others)] for name, params in parts(model).items()}
+    taken = {p for params in own.values() for p in params}
     groups: list[dict[str, Any]] = [{"params": [p for p in others if p not in taken]}]
-    groups += [{"params": params, "lr": rates[name]} for name, params in apart.items()]
+    groups += [{"params": params, "lr": rates[name] or settings.adamw_lr} for name, params in own.items()]
     betas = (settings.beta1, settings.beta2)
     adamw = torch.optim.AdamW(groups, lr=settings.adamw_lr, betas=betas, weight_decay=settings.weight_decay, fused=True)
     optimizers: list[torch.optim.Optimizer] = [adamw]

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from moe import record
+from moe import ranks, record
 from moe.checks import ConfigError
 from moe.config import Cell
 from moe.signals import Interrupted, Signals, follow_parent
@@ -27,19 +27,33 @@ LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "h
 
 def run(cell: Cell) -> None:
     """Train one cell, or skip it if it is finished. What happened is in the folder's run.json; a failure is written
-    there and printed, not raised, so that a sweep goes on."""
+    there and printed, not raised, so that a sweep goes on.
+
+    Of several ranks the first decides, and holds the lock; the others train with it, or not.
+    """
     follow_parent()
-    if finished(cell):
-        log.info("%s: finished before, skipped", cell.folder)
-        return
-    cell.folder.mkdir(parents=True, exist_ok=True)
-    with locked(cell.folder / "run.lock") as owner:
-        if owner is not None:
-            log.info("%s: another process is training it (%s)", cell.folder, owner)
-        elif differences := difference(cell):
-            log.error("%s holds another run: %s", cell.folder, "; ".join(differences))
-        elif not finished(cell):  # by another process, since the line above
+    if not ranks.is_first():
+        if ranks.told(None):
             _train(cell)
+    elif finished(cell):
+        log.info("%s: finished before, skipped", cell.folder)
+        ranks.told(False)
+    else:
+        cell.folder.mkdir(parents=True, exist_ok=True)
+        with locked(cell.folder / "run.lock") as owner:
+            if ranks.told(_is_ours(cell, owner)):
+                _train(cell)
+
+
+def _is_ours(cell: Cell, owner: str | None) -> bool:
+    """Whether this process, if it holds the lock that `owner` has otherwise, is to train the cell; says why not."""
+    if owner is not None:
+        log.info("%s: another process is training it (%s)", cell.folder, owner)
+        return False
+    if differences := difference(cell):
+        log.error("%s holds another run: %s", cell.folder, "; ".join(differences))
+        return False
+    return not finished(cell)  # by another process, since it was last asked
 
 
 def finished(cell: Cell) -> bool:
@@ -94,6 +108,7 @@ def locked(path: Path) -> Iterator[str | None]:
 
 
 def _train(cell: Cell) -> None:
+    from moe.divergence import Diverged
     from moe.loop import train
     from moe.trackers import Mirror
 
@@ -104,11 +119,12 @@ def _train(cell: Cell) -> None:
             mirror = Mirror(cell)
             try:
                 facts = train(cell.config, cell.folder, mirror=mirror, signals=signals)
-                final = _write_metrics(cell.folder, facts)
+                final = _write_metrics(cell.folder, facts) if ranks.is_first() else {}
             finally:
                 mirror.finish(final)
         _write(cell, "finished", facts)
-        log.info("%s: finished, val perplexity %.2f", cell.folder, final["val/perplexity"])
+        if final:
+            log.info("%s: finished, val perplexity %.2f", cell.folder, final["val/perplexity"])
         if signals.received is not None:  # too late for this run, in time for the rest of a sweep
             sys.exit(128 + signals.received)
     except Interrupted as stop:
@@ -119,20 +135,27 @@ def _train(cell: Cell) -> None:
         reason = f"{type(error).__name__}: {_first_line(error)}"
         log.error("%s failed: %s", cell.folder, reason)
         try:
-            record.write_text(cell.folder / "traceback.txt", traceback.format_exc())
+            if ranks.is_first():
+                record.write_text(cell.folder / "traceback.txt", traceback.format_exc())
             _write(cell, "failed", error=reason)
         except OSError as second:
             log.error("%s: that cannot be written down: %s", cell.folder, second)
+        if ranks.number() > 1 and not isinstance(error, Diverged):  # which is the same on all; else who knows
+            sys.exit(1)
 
 
 def _first_line(error: Exception) -> str:
     line = (str(error).strip().splitlines() or [""])[0]
     if isinstance(error, MemoryError) or "out of memory" in line or "can't allocate memory" in line:
         line += "; a smaller batch_size with a larger grad_accum needs less memory"
+    if ranks.number() > 1 and any(word in line for word in ("gloo", "NCCL")):
+        line += "; another rank died or was frozen: the same command resumes the run"
     return line
 
 
 def _write(cell: Cell, state: str, facts: dict[str, Any] | None = None, *, error: str | None = None) -> None:
+    if not ranks.is_first():
+        return
     causal = cell.config.build_router().causal
     config, before = asdict(cell.config), stored(cell).get("config")
     if before is not None:  # on a resume too, claims are what was claimed before the first step

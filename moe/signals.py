@@ -9,6 +9,8 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+from moe import ranks
+
 PR_SET_PDEATHSIG = 1  # a name of linux/prctl.h
 
 
@@ -49,15 +51,17 @@ class Signals:
 
 
 def follow_parent() -> None:
-    """In a launcher's worker process, have SIGTERM sent when the process that started it dies, even by SIGKILL.
+    """In a launcher's worker process, or a rank, have SIGTERM sent when the process that started it dies, even by
+    SIGKILL.
 
     Linux only; elsewhere an orphaned worker finishes its run, and the run's lock keeps others away from it.
     """
     parent = multiprocessing.parent_process()
-    if parent is None or parent.pid is None or sys.platform != "linux":
+    started_by = os.getppid() if parent is None and ranks.number() > 1 else getattr(parent, "pid", None)
+    if started_by is None or sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     try:
-        os.kill(parent.pid, 0)
+        os.kill(started_by, 0)
     except ProcessLookupError:  # it died before that call
         os.kill(os.getpid(), signal.SIGTERM)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moe import record
+from moe import ranks, record
 from moe.checks import ConfigError
 from moe.config import Cell
 from moe.run import difference, finished, locked, status
@@ -19,12 +19,22 @@ def carry_out(cells: list[Cell], launch: Callable[[], object]) -> int:
 
     Raises ConfigError, with a message of one line, before anything is written, if a folder cannot take its run.
     """
-    if cells and all(map(finished, cells)):
+    if not cells:
+        launch()
+        return 0
+    ranks.start(timeout=cells[0].config.rank_timeout)
+    if not ranks.is_first():  # the first looks at the folders, and tells what became of the cells
+        if ranks.told(None):
+            launch()
+        return 0
+    if all(map(finished, cells)):
+        ranks.told(False)
         return _report(cells, ["finished"] * len(cells))
     for cell in cells:
         _check_folder(cell)
     before = [_state(cell) for cell in cells]
     with _reserved(cells):
+        ranks.told(True)
         try:
             launch()
         except SystemExit as stop:
@@ -84,7 +94,7 @@ def _state(cell: Cell) -> str:
 def _report(cells: list[Cell], before: list[str]) -> int:
     """Print what became of each cell since `before`, and the sweep's tables; returns the exit status."""
     after = [_state(cell) for cell in cells]
-    sweep = cells[0].folder.parent if cells else Path()
+    sweep = cells[0].folder.parent
     if set(before) == {"finished"} or len(cells) > 1:
         print()
         for cell, old, new in zip(cells, before, after, strict=True):

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from moe import ranks
 from moe.config import Cell
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ class Mirror:
 
     def __init__(self, cell: Cell) -> None:
         self._run: Any = None
-        mode = cell.config.logger.mode
+        mode = cell.config.logger.mode if ranks.is_first() else "disabled"
         if mode == "auto":
             mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
         for attempt in {"online": ("online", "offline"), "offline": ("offline",), "disabled": ()}[mode]:

@@ -1,0 +1,37 @@
+"""Tensors of which every rank has a part (DTensors), beside ordinary ones, of which every rank has its own."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+def whole(tree: Any) -> Any:
+    """A tensor, or dicts and lists of them, with every sharded tensor put together; all ranks call this together."""
+    if isinstance(tree, dict):
+        return {key: whole(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [whole(value) for value in tree]
+    return tree.full_tensor() if isinstance(tree, DTensor) else tree
+
+
+def like(value: Tensor, target: Tensor) -> Tensor:
+    """`value`, which every rank has whole, sharded as `target` is."""
+    if not isinstance(target, DTensor):
+        return value
+    copies = DTensor.from_local(value.to(target.device), target.device_mesh, run_check=False)
+    return copies.redistribute(placements=target.placements)
+
+
+def here(tensor: Tensor) -> Tensor:
+    """What of a tensor is on this rank."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def norm(tensors: list[Tensor]) -> Tensor:
+    """Euclidean norm of all numbers in `tensors`, on all ranks; 0-dim."""
+    sharded = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
+    others = [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
+    norms = [whole(nn.utils.get_total_norm(some)) for some in (sharded, others) if some]
+    return torch.stack(norms).norm() if norms else torch.zeros(())
