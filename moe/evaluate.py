@@ -31,8 +31,9 @@ def evaluate(
     `routing/utilization` (L, E). The outputs of experts are compared on one token in `PROBE_STRIDE`.
 
     Token-weighted over all blocks, `val/...` over the tokens with a label and routing over all; the model's mode is
-    restored. Ranks share the batches and get the same values. Dropless unless a `capacity` factor is given. A limit, or a router that is not causal, makes the loss
-    depend on which sequences share a batch: batches mix the domains, as those of training do.
+    restored. Ranks share the batches and get the same values. Dropless unless a `capacity` factor is given. A limit, or
+    a router that is not causal, makes the loss depend on which sequences share a batch: batches mix the domains, as
+    those of training do.
     """
     device = model.device
     knobs = Knobs.of(temperature=temperature, device=device)
@@ -43,7 +44,7 @@ def evaluate(
     model.eval()
     batches = math.ceil(len(data) / batch_size)
     for turn in range(ranks.index(), ranks.number() * math.ceil(batches / ranks.number()), ranks.number()):
-        # sharded weights need every rank at every turn: one that has no batch left repeats the last, which counts 0 times
+        # sharded weights need every rank at every turn: one without a batch left repeats the last, which counts 0 times
         first, times = min(turn, batches - 1), int(turn < batches)
         torch.manual_seed(first)  # for drop=random; training seeds every micro-batch itself
         # every so-manieth block: domains stand in a row, and a batch of one domain would overflow its experts' capacity

@@ -39,7 +39,8 @@ class Experts(nn.Module):
 
     def _run(self, x: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R D"]:
         """The same with the experts of this rank."""
-        gate, up, down = (None if p is None else here(p) for p in (self.gate, self.up, self.down))
+        up, down = here(self.up), here(self.down)
+        gate = here(self.gate) if self.gate is not None else None
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         if len(x) and self.kernel(dtype) == "grouped":

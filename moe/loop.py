@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
@@ -53,10 +52,7 @@ def train(config: Config, folder: Path, *, mirror: Mirror, signals: Signals) -> 
     """
     settings = process.set_up(threads=config.threads)
     AcceleratorState._reset_state()  # the precision of an earlier cell in this process
-    accelerator = Accelerator(
-        mixed_precision="bf16" if config.precision == "bf16" else "no",
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
+    accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
     reset_peak_memory(accelerator.device)
     data = prepare_data(config)
     schedule = build(config.schedule, "schedule")
@@ -252,7 +248,7 @@ def _summary_line(step: int, steps: int, values: dict[str, Any]) -> str:
 
 
 def _save_model(model: MoEForCausalLM, data: Prepared, folder: Path) -> None:
-    weights = sharding.whole(model.state_dict())
+    weights = sharding.weights(model)
     if not ranks.is_first():
         return
     disable_progress_bar()  # of writing one small file

@@ -43,7 +43,10 @@ class Outcome(NamedTuple):
 def merged_stats(outputs: list[Outcome]) -> RoutingStats | None:
     """The routing sums (L, ...) over all micro-batches of a step, of all ranks; None without MoE layers."""
     stats = [output.stats for output in outputs if output.stats is not None]
-    return RoutingStats(*ranks.total(functools.reduce(RoutingStats.merge, stats))) if stats else None
+    if not stats:
+        return None
+    ours = functools.reduce(RoutingStats.merge, stats)
+    return RoutingStats(*ranks.total(ours))
 
 
 def step_values(outputs: list[Outcome], sums: RoutingStats | None) -> dict[str, Any]:

@@ -94,8 +94,8 @@ class Muon(torch.optim.Optimizer):
 
 def build_optimizers(model: nn.Module, settings: OptimizerConfig) -> list[torch.optim.Optimizer]:
     """Muon for every matrix but the embeddings (attention, experts, router), AdamW for the rest; AdamW for all if
-    `muon_lr` is None, in groups of their own for routers and experts, which may have their own rates. Weight decay applies to
-    AdamW's matrices and vectors alike, and not to Muon's. What is frozen is in neither."""
+    `muon_lr` is None, in groups of their own for routers and experts, which may have their own rates. Weight decay
+    applies to AdamW's matrices and vectors alike, and not to Muon's. What is frozen is in neither."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, p in model.named_parameters():

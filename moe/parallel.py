@@ -1,6 +1,7 @@
 """How a model lies on the ranks of a run: a copy on each (DDP), a shard of every weight on each (FSDP2), or copies of
 all but the experts, which are shared out among the ranks. Sharded tensors are DTensors."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from moe import ranks
 from moe.model import MoEForCausalLM
-from moe.sharding import like, whole
+from moe.sharding import like, weights, whole
 
 
 def layout(*, expert_parallel: bool) -> str:
@@ -25,8 +26,8 @@ def layout(*, expert_parallel: bool) -> str:
 
 
 def spread(model: MoEForCausalLM, accelerator: Accelerator, *, expert_parallel: bool) -> nn.Module:
-    """Lay `model`, of which every rank has a copy, out over the ranks and on their devices, in place; returns the module
-    to call in training. Optimizers are to be made afterwards.
+    """Lay `model`, of which every rank has a copy, out over ranks and devices, in place; returns the module to call in
+    training. Optimizers are to be made afterwards.
 
     FSDP gathers a layer's experts when they are needed, and all the rest, in which routers may share modules, at once.
     """
@@ -36,10 +37,12 @@ def spread(model: MoEForCausalLM, accelerator: Accelerator, *, expert_parallel: 
     mesh = init_device_mesh(accelerator.device.type, (ranks.number(),))
     model.to(accelerator.device)
     if kind == "sharded":
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # of writing into its outputs, which nobody does
         accelerator.prepare_model(model, evaluation_mode=True)  # the precision alone
         for layer in model.moe_layers:
             fully_shard(layer.experts, mesh=mesh)
-        return fully_shard(model, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        return model
     apart = set()
     for layer in model.moe_layers:
         for name, p in layer.experts.named_parameters():
@@ -54,8 +57,8 @@ def spread(model: MoEForCausalLM, accelerator: Accelerator, *, expert_parallel: 
 
 
 def state(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
-    """Everything that training has changed, in whole tensors: the same whatever the layout, so that another can go on."""
-    return {"model": whole(model.state_dict()), "optimizers": [whole(o.state_dict()) for o in optimizers]}
+    """Everything that training has changed, in whole tensors: the same in all layouts, so that another can go on."""
+    return {"model": weights(model), "optimizers": [whole(o.state_dict()) for o in optimizers]}
 
 
 def load_state(model: nn.Module, optimizers: list[torch.optim.Optimizer], saved: dict[str, Any]) -> None:

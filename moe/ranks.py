@@ -90,6 +90,6 @@ def before(counts: "Int[Tensor, 'E']") -> "Int[Tensor, 'E']":
     import torch
     import torch.distributed as dist
 
-    everyone = counts.new_empty(number(), *counts.shape)
-    dist.all_gather_into_tensor(everyone, counts)
-    return torch.sum(everyone[: index()], 0)
+    everyone = [torch.empty_like(counts) for _ in range(number())]
+    dist.all_gather(everyone, counts)
+    return torch.stack(everyone)[: index()].sum(0)

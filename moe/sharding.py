@@ -24,6 +24,16 @@ def like(value: Tensor, target: Tensor) -> Tensor:
     return copies.redistribute(placements=target.placements)
 
 
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """A model's state in whole tensors, which names that share one still share; all ranks call this together."""
+    once: dict[int, Tensor] = {}
+    state = model.state_dict(keep_vars=True)
+    for tensor in state.values():
+        if id(tensor) not in once:
+            once[id(tensor)] = whole(tensor.detach())
+    return {name: once[id(tensor)] for name, tensor in state.items()}
+
+
 def here(tensor: Tensor) -> Tensor:
     """What of a tensor is on this rank."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
