@@ -14,12 +14,12 @@ if TYPE_CHECKING:  # who only asks for numbers need not wait for torch
 
 def number() -> int:
     """How many ranks this run has."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 
 def index() -> int:
     """Which of them this process is, from 0."""
-    return int(os.environ.get("RANK", 0)) if number() > 1 else 0
+    return int(os.environ.get("RANK", 0))
 
 
 def is_first() -> bool:
