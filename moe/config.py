@@ -1,6 +1,7 @@
 """The configuration: its types and ranges, and the reading of a command line into checked cells before any work."""
 
 import importlib.util
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ FREE_KEYS = (
     "out",
     "threads",
     "save_every",
+    "save_milestones",
     "gradient_checkpointing",
     "expert_parallel",
     "rank_timeout",
@@ -210,6 +212,7 @@ class Config:
     drop: str = "position"  # who stays when there is a capacity: position | score | random; only position is causal
     eval_every: int = 100  # optimizer steps
     save_every: int = 100  # optimizer steps
+    save_milestones: bool = False  # keep the model at 10, 25, 50 and 75 % of the steps too
     threads: int = 1
     precision: str = "fp32"  # fp32 | bf16
     compile: bool = False
@@ -269,6 +272,8 @@ class Config:
         number = ranks.number()
         allowed = f"a multiple of the {number} processes of this launch, which share the micro-batches of a step"
         require(self.grad_accum % number == 0, "grad_accum", self.grad_accum, allowed)
+        deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+        require(not deepspeed, "distributed_type", "DEEPSPEED", "MULTI_GPU or FSDP in the launch file")
         if self.expert_parallel:
             experts, allowed = self.model.num_experts, f"a multiple of the {number} processes, with expert_parallel"
             require(experts % number == 0, "model.num_experts", experts, allowed)

@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 def train(config: Config, folder: Path, *, mirror: Mirror, signals: Signals) -> dict[str, Any]:
     """Train to the end, from the newest checkpoint in `folder` if there is one; returns facts about the run.
 
-    Leaves events.jsonl, trace/ and model/ in `folder`. Raises Diverged before an optimizer step that would use a number
+    Leaves events.jsonl, trace/, model/ and, if asked to, milestones/ in `folder`. Raises Diverged before an optimizer step that would use a number
     that is not finite, and Interrupted, after a checkpoint, when a signal asked to stop.
     """
     settings = process.set_up(threads=config.threads)
@@ -153,6 +153,9 @@ def train(config: Config, folder: Path, *, mirror: Mirror, signals: Signals) -> 
                 choices = trace.choices(plain, data, temperature=knob_settings(config, schedule, done)["temperature"])
                 if choices is not None and ranks.is_first():
                     trace.write(folder / "trace", done, choices)
+                if config.save_milestones and done < config.steps:
+                    (folder / "milestones").mkdir(exist_ok=True)
+                    _save_model(plain, data, folder / "milestones" / f"step-{done:08d}")
             stop = ranks.largest(signals.received or 0)
             if done < config.steps and (done % config.save_every == 0 or stop):
                 state = parallel.state(plain, optimizers) | clock.state()
@@ -162,7 +165,7 @@ def train(config: Config, folder: Path, *, mirror: Mirror, signals: Signals) -> 
                     raise Interrupted(stop, done)
             bar.set_postfix(_postfix(values | setting, latest), refresh=False)
 
-    _save_model(plain, data, folder)
+    _save_model(plain, data, folder / "model")
     if ranks.is_first():
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return {
@@ -247,15 +250,16 @@ def _summary_line(step: int, steps: int, values: dict[str, Any]) -> str:
     return f"{line}  {values['time/elapsed']:.0f} s"
 
 
-def _save_model(model: MoEForCausalLM, data: Prepared, folder: Path) -> None:
+def _save_model(model: MoEForCausalLM, data: Prepared, target: Path) -> None:
+    """Write model and tokenizer to `target`, in the run folder or a folder there, atomically."""
     weights = sharding.weights(model)
     if not ranks.is_first():
         return
     disable_progress_bar()  # of writing one small file
-    temporary = folder / ".tmp-model"
+    temporary = target.with_name(f".tmp-{target.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()  # an error if someone deleted the run folder; the next line would make it anew
     model.save_pretrained(temporary, state_dict=weights)
     data.tokenizer.save_pretrained(temporary)
-    shutil.rmtree(folder / "model", ignore_errors=True)
-    os.rename(temporary, folder / "model")
+    shutil.rmtree(target, ignore_errors=True)
+    os.rename(temporary, target)

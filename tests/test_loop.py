@@ -15,8 +15,9 @@ from moe.commandline import options, read_cells
 from moe.config import LOSS_WEIGHTS
 from moe.divergence import Diverged, blame
 from moe.ingredients import build_model, knob_settings, micro_batches, prepare_data
+from moe.model import MoEForCausalLM
 from moe.objective import total_loss
-from moe.record import read_events
+from moe.record import read_events, sha256
 from moe.routing import Knobs
 from moe.schedules import Linear
 from moe.signals import Interrupted
@@ -54,6 +55,22 @@ def test_an_interrupted_and_resumed_run_is_bitwise_the_undisturbed_one(
     assert weights(straight.folder) == weights(stopped.folder)
     assert untimed(straight.folder) == untimed(stopped.folder)
     assert not (stopped.folder / "checkpoints").exists()
+
+
+def test_models_of_the_milestones_are_kept_and_load(cell: Any, tmp_path: Path) -> None:
+    kept, stopped = (cell("steps=8", "save_milestones=true", f"out={tmp_path}/{name}") for name in "ab")
+    run(kept)
+    with pytest.raises(Interrupted):
+        run(stopped, stop_after=3)
+    run(stopped)
+    names = [path.name for path in sorted((kept.folder / "milestones").iterdir())]
+    assert names == ["step-00000001", "step-00000002", "step-00000004", "step-00000006"]
+    for name in names:
+        one, other = (each.folder / "milestones" / name / "model.safetensors" for each in (kept, stopped))
+        assert sha256(one) == sha256(other)
+    first = MoEForCausalLM.from_pretrained(kept.folder / "milestones" / names[0])
+    last = MoEForCausalLM.from_pretrained(kept.folder / "model")
+    assert not torch.equal(first.lm_head.weight, last.lm_head.weight)
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(cell: Any, tmp_path: Path) -> None:
