@@ -18,7 +18,7 @@ from typing import Any
 from moe import ranks, record
 from moe.checks import ConfigError
 from moe.config import Cell
-from moe.signals import Interrupted, Signals, follow_parent
+from moe.signals import STOP, Interrupted, Signals, follow_parent
 
 log = logging.getLogger(__name__)
 
@@ -125,11 +125,12 @@ def _train(cell: Cell) -> None:
         _write(cell, "finished", facts)
         if final:
             log.info("%s: finished, val perplexity %.2f", cell.folder, final["val/perplexity"])
-        if signals.received is not None:  # too late for this run, in time for the rest of a sweep
+        if signals.received in STOP:  # too late for this run, in time for the rest of a sweep
             sys.exit(128 + signals.received)
     except Interrupted as stop:
         _write(cell, "interrupted", error=str(stop))
         log.warning("%s: %s", cell.folder, stop)
+        stop.pass_on()
         sys.exit(stop.exit_status)
     except Exception as error:  # recorded, so that the other cells of a sweep still run, and the command exits with 1
         reason = f"{type(error).__name__}: {_first_line(error)}"

@@ -11,6 +11,8 @@ from typing import Any
 
 from moe import ranks
 
+STOP = (signal.SIGTERM, signal.SIGINT)
+REQUEUE = (signal.SIGUSR1, signal.SIGUSR2)  # of batch systems, where whoever started the process handles them
 PR_SET_PDEATHSIG = 1  # a name of linux/prctl.h
 
 
@@ -21,12 +23,17 @@ class Interrupted(BaseException):
     def __init__(self, number: int, step: int | None = None) -> None:
         when = "before it trained" if step is None else f"after step {step}"
         super().__init__(f"stopped by {signal.Signals(number).name} {when}; the same command resumes it")
-        self.exit_status = 128 + number
+        self.number, self.exit_status = number, 128 + number
+
+    def pass_on(self) -> None:
+        """Have a batch system's own handler put the job back into the queue, now that the run is saved."""
+        if self.number in REQUEUE:
+            signal.raise_signal(self.number)
 
 
 class Signals:
-    """Within `with Signals() as signals`, SIGTERM and SIGINT raise Interrupted, or, once `training` is set because
-    there are steps to save, set `signals.received` for the loop to see between two steps."""
+    """Within `with Signals() as signals`, SIGTERM, SIGINT and a batch system's signal raise Interrupted, or, once
+    `training` is set because there are steps to save, set `signals.received` for the loop to see between two steps."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -35,7 +42,8 @@ class Signals:
 
     def __enter__(self) -> "Signals":
         if threading.current_thread() is threading.main_thread():  # elsewhere Python cannot set handlers
-            self._before = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
+            numbers = [*STOP, *(n for n in REQUEUE if callable(signal.getsignal(n)))]
+            self._before = {n: signal.signal(n, self._note) for n in numbers}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:

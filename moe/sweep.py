@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from moe import ranks, record
 from moe.checks import ConfigError
 from moe.config import Cell
-from moe.run import difference, finished, locked, status
+from moe.run import difference, finished, locked, status, stored
 
 
 def carry_out(cells: list[Cell], launch: Callable[[], object]) -> int:
@@ -40,6 +41,8 @@ def carry_out(cells: list[Cell], launch: Callable[[], object]) -> int:
         except SystemExit as stop:
             if stop.code != 1:  # which is Hydra's for a cell that raised; the others are there to be reported
                 raise
+        if len(cells) > 1:
+            _wait(cells)
         return _report(cells, before)
 
 
@@ -91,6 +94,17 @@ def _state(cell: Cell) -> str:
     return "finished" if finished(cell) else status(cell)
 
 
+def _wait(cells: list[Cell]) -> None:
+    """Let cells that other processes train come to their end: those that a launcher left alone when it gave up at one
+    whose process was killed, and those of an earlier sweep that was killed itself."""
+    told = False
+    while others := [cell.folder.name for cell in cells if _state(cell).startswith("in use")]:
+        if not told:
+            print(f"waiting for cells that are still trained: {', '.join(others)}", flush=True)
+        told = True
+        time.sleep(1)
+
+
 def _report(cells: list[Cell], before: list[str]) -> int:
     """Print what became of each cell since `before`, and the sweep's tables; returns the exit status."""
     after = [_state(cell) for cell in cells]
@@ -98,7 +112,7 @@ def _report(cells: list[Cell], before: list[str]) -> int:
     if set(before) == {"finished"} or len(cells) > 1:
         print()
         for cell, old, new in zip(cells, before, after, strict=True):
-            print(f"{_outcome(old, new):<11} {cell.folder.name}")
+            print(f"{_outcome(old, new):<11} {cell.folder.name}{_reason(cell, new)}")
     if len(cells) > 1 and sweep.is_dir():
         from moe import summaries
 
@@ -111,3 +125,9 @@ def _outcome(before: str, after: str) -> str:
     if after != "finished":
         return after
     return {"finished": "skipped", "missing": "finished"}.get(before, "resumed")
+
+
+def _reason(cell: Cell, state: str) -> str:
+    """Why a cell is not finished: the first line of its error, wherever it was printed."""
+    error = "its process ended without a word" if state == "killed" else stored(cell).get("error")
+    return f": {error}" if error else ""

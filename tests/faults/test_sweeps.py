@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from victims import TRAIN, Job, die, ended, patch, result
+from victims import LIMIT, TRAIN, Job, die, ended, patch, result
 
 from moe.record import sha256
 
@@ -31,29 +31,33 @@ def children(pid: int) -> list[int]:
 
 
 def test_the_users_factorial_killed_half_way_with_two_workers(job: Any, survived: Any) -> None:
-    """`-m noise=0.0,0.1,0.5 lb=0.0,0.01 seed=42,43,44` under joblib: workers stop, the end is the serial one."""
+    """`-m noise=0.0,0.1,0.5 lb=0.0,0.01 seed=42,43,44` under joblib: workers stop, the end is the serial one.
+
+    Joblib's sweeps are processes of their own, since a forked one waits at its end for workers that wait for it.
+    """
     grid = ("-m", "noise=0.0,0.1,0.5", "lb=0.0,0.01", "seed=42,43,44", "steps=6", "eval_every=6")
     calm, one = job("calm", *grid), job("killed", *grid)
     for each in (calm, one):
         each.arguments.remove("noise=0.1")
     assert calm.run() == 0, calm.output
     one.arguments += JOBLIB
-    sweep = subprocess.Popen(
-        [sys.executable, str(TRAIN), *one.arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while len(list((one.root / "runs").rglob("metrics.json"))) < 6:
-        assert sweep.poll() is None
-        time.sleep(0.02)
-    workers = children(sweep.pid)
-    assert len(workers) >= 2
-    sweep.kill()
-    sweep.wait()
-    deadline = time.monotonic() + 20
-    while alive := [pid for pid in workers if training(pid)]:
-        assert time.monotonic() < deadline, alive
-        time.sleep(0.05)
-    done = {path: value for folder in finished(one) for path, value in files(folder).items()}
-    assert one.run() == 0, one.output
+    command = [sys.executable, str(TRAIN), *one.arguments]
+    with one.log.open("w") as log:
+        sweep = subprocess.Popen(command, stdout=log, stderr=log)
+        while len(list((one.root / "runs").rglob("metrics.json"))) < 6:
+            assert sweep.poll() is None, one.output
+            time.sleep(0.02)
+        workers = children(sweep.pid)
+        assert len(workers) >= 2
+        sweep.kill()
+        sweep.wait()
+        deadline = time.monotonic() + 20
+        while alive := [pid for pid in workers if training(pid)]:
+            assert time.monotonic() < deadline, alive
+            time.sleep(0.05)
+        done = {path: value for folder in finished(one) for path, value in files(folder).items()}
+        assert len(finished(one)) < 18
+        assert subprocess.run(command, stdout=log, stderr=log, timeout=LIMIT).returncode == 0, one.output
     assert results(one) == results(calm)
     assert len(results(one)) == 18
     assert all(files(path.parent)[path] == value for path, value in done.items())
