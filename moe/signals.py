@@ -53,9 +53,10 @@ class Signals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = number
+        if self.received not in REQUEUE:  # a batch system may send SIGTERM beside it
+            self.received = number
         if not self.training:
-            raise Interrupted(number)
+            raise Interrupted(self.received)
 
 
 def follow_parent() -> None:

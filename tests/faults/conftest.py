@@ -29,7 +29,7 @@ that nothing disturbed. Numbers in front are those of the list of faults that th
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.is_relative_to(Path(__file__).parent):
+        if item.path.is_relative_to(Path(__file__).parent) and not item.get_closest_marker("clusters"):
             item.add_marker(pytest.mark.faults)
 
 

@@ -19,7 +19,7 @@ JOBLIB = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
 
 def results(job: Job) -> dict[str, Any]:
     """The result of every cell, by the name of its folder."""
-    return {folder.name: result(folder) for folder in (job.root / "runs").glob("*/*/")}
+    return {path.parent.name: result(path.parent) for path in (job.root / "runs").glob("*/*/run.json")}
 
 
 def files(root: Path) -> dict[Path, tuple[str, int]]:
