@@ -287,24 +287,36 @@ def test_degenerate_routing(settings: str, job: Any, survived: Any) -> None:
     survived(26, f"degenerate routing: {settings}", 1, "trains; loss and gradients finite; null where undefined")
 
 
-def test_a_long_run_keeps_its_memory_and_disk(job: Any, survived: Any) -> None:
-    one = job("a", "steps=600", "save_every=5", "eval_every=50")
+def test_a_long_run_keeps_its_memory_disk_and_log_within_bounds(job: Any, survived: Any) -> None:
+    """5,000 steps: memory after 500 of them and at the end; the sizes of what is written on the way."""
+    one = job("a", "steps=5000", "save_every=50", "eval_every=500", "model.layers=1", "batch_size=1")
     process = one.start()
-    memory, saved = [], 0
-    for step in range(100, 600, 20):
-        one.wait_for_step(process, step)
-        if process.is_alive():
-            memory.append(int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * resource.getpagesize())
+    one.wait_for_step(process, 1)
+    memory: dict[int, int] = {}
+    steps = saved = 0
+    with (one.folder / "events.jsonl").open() as events:
+        while process.is_alive():
+            steps += sum('"kind": "train"' in line for line in events)
+            memory[steps] = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * resource.getpagesize()
             saved = max(saved, len(list((one.folder / "checkpoints").glob("*"))))
-    assert ended(process) == 0
-    growth = (memory[-1] - memory[0]) / 2**20
-    assert len(memory) > 15
-    assert growth < 15
+            time.sleep(0.1)
+    assert ended(process) == 0, one.output
+    early = [used for step, used in memory.items() if 500 <= step < 1000]
+    late = [used for step, used in memory.items() if 4500 <= step < 5000]  # after that, all events are read at once
+    assert min(len(early), len(late)) > 10
+    growth = (max(late) - max(early)) / 2**20
+    assert growth < 5
     assert saved <= 4  # two to keep, one being written, one being pruned
     assert not (one.folder / "checkpoints").exists()
+    sizes = {path.name: path.stat().st_size for path in one.folder.rglob("*") if path.is_file()}
+    per_step = sizes.pop("events.jsonl") / 5000
+    assert per_step < 2500
+    assert sum(sizes.values()) < 500_000
+    assert len(one.output.splitlines()) < 20  # a line an evaluation
     survived(
         28,
-        "a run of 600 steps that saves every 5",
+        "a run of 5,000 steps that saves every 50",
         1,
-        f"memory grows by {max(growth, 0):.0f} MB; {saved} checkpoints at most",
+        f"memory grows by {max(growth, 0):.1f} MB after step 500; {saved} checkpoints at most; {per_step:.0f} bytes of "
+        "events a step, all else constant; a line of log an evaluation",
     )
