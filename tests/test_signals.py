@@ -26,8 +26,9 @@ def test_a_batch_systems_handler_hears_of_its_signal_after_the_run(heard: list[i
 
 
 def test_no_other_signal_is_passed_on_and_none_is_taken_that_nobody_handles(heard: list[int]) -> None:
-    with pytest.raises(Interrupted, match="stopped by SIGTERM") as stop, Signals():
+    with Signals():
         assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+    with pytest.raises(Interrupted, match="stopped by SIGTERM") as stop, Signals():
         signal.raise_signal(signal.SIGTERM)
     stop.value.pass_on()
     assert heard == []
