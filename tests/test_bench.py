@@ -41,7 +41,9 @@ def test_the_training_loop_and_the_bare_steps_take_turns(small: list[str], tmp_p
     assert {TRAINING, "dense", "ours, bare loop", "part: Muon", "part: statistics"} <= set(seconds)
     assert seconds["part: statistics"] < seconds[TRAINING]
     steps = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
-    assert sum(event["kind"] == "train" for event in steps) == 3  # the counted round and the two before
+    kinds = [event["kind"] for event in steps]
+    assert kinds == ["eval", *["train"] * 3]  # the counted round and the two before
+    assert not list(tmp_path.glob("trace/*"))  # a trace would be counted as part of a step
 
 
 def test_a_bare_step_trains() -> None:
