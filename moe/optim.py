@@ -44,8 +44,8 @@ def _iterate(x: Float[Tensor, "N rows cols"], steps: int) -> Float[Tensor, "N ro
 def _iterate_gram(x: Float[Tensor, "N rows cols"], steps: int) -> Float[Tensor, "N rows cols"]:
     """The same as one product Q x at the end: Q is a polynomial of the Gram matrix, which is iterated instead of x.
 
-    Five steps are 17 products of rows^3 and 2 of rows^2 cols instead of 5 and 10: fewer from cols = 1.5 rows on, 0.84 of
-    all FLOPs at 2 rows, 0.56 at 4. Rounding errors in the Gram matrix grow twelvefold a step: not for bf16.
+    Five steps are 17 products of rows^3 and 2 of rows^2 cols instead of 5 and 10: less from cols = 1.5 rows on, 0.84 of
+    the FLOPs at 2 rows, 0.56 at 4. Rounding errors in the Gram matrix grow twelvefold a step: not for bf16.
     """
     gram = x @ x.mT
     product = factor = _factor(gram)
