@@ -8,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moe.dispatch import Plan, slots
-from moe.routing import DECILES, Routing, RoutingStats
+from moe.losses import router_entropy
+from moe.routing import DECILES, Routing, RoutingStats, count
 
 
 @torch.no_grad()
@@ -27,15 +28,9 @@ def measure(
     """
     experts = len(plan.offered)
     nan = plan.weight.new_full((), math.nan)
-    probs, logits = routing.probs, routing.logits
-    at_t1 = torch.softmax(logits, -1) if logits is not None else None
     offered = plan.offered.float()
     assignments = offered.sum()
     routed = (assignments > 0).float()
-    chosen = nan.expand(tokens, experts)
-    if routing.slots is None:
-        chosen = nan.new_zeros(tokens, experts)
-        chosen[routing.token, routing.expert] = 1.0
     return RoutingStats(
         tokens=nan.new_full((), tokens),
         assignments=assignments,
@@ -44,46 +39,80 @@ def measure(
         slots=nan if capacity is None else nan.new_full((), experts * slots(len(routing.expert), experts, capacity)),
         batches=routed,
         max_violation=routed * (offered.amax() * experts / assignments.clamp(min=1) - 1),
-        **_choices(chosen, plan, seq_len or tokens, by_token=routing.slots is None),
-        importance=nan.expand(experts) if probs is None else probs.sum(0),
-        entropy=nan if probs is None else torch.special.entr(probs).sum(),
-        confidence=nan if probs is None else probs.amax(-1).sum(),
-        margin=nan if probs is None or experts == 1 else -probs.topk(2).values.diff().sum(),
-        chosen_mass=nan if probs is None else (probs * chosen).sum(),
-        entropy_t1=nan if at_t1 is None else torch.special.entr(at_t1).sum(),
-        confidence_t1=nan if at_t1 is None else at_t1.amax(-1).sum(),
-        logit_squared=nan if logits is None else logits.square().sum() / experts,
-        logsumexp_squared=nan if logits is None else torch.logsumexp(logits, -1).square().sum(),
+        **_choices(routing, plan, tokens, seq_len or tokens),
+        **_probabilities(routing, nan.expand(experts)),
+        **_clean_logits(routing.logits, nan),
         evidence=nan.expand(experts) if routing.evidence is None else routing.evidence,
         probed=nan.new_full((), 0 if similarity is None else len(similarity)),
         output_similarity=nan.new_zeros(()) if similarity is None else similarity.sum(),
     )
 
 
-def _choices(chosen: Float[Tensor, "T E"], plan: Plan, seq_len: int, *, by_token: bool) -> dict[str, Tensor]:
-    """The sums that depend on which tokens chose which experts (1 in `chosen`): NaN where experts take no tokens."""
-    tokens, experts = chosen.shape
-    sequences = chosen.unflatten(0, (-1, seq_len))
-    loads = sequences.sum(1)
+def _choices(routing: Routing, plan: Plan, tokens: int, seq_len: int) -> dict[str, Tensor]:
+    """The sums that depend on which tokens chose which experts: NaN where experts take no tokens.
+
+    Whatever can be is counted over assignments, K a token, instead of over (T, E).
+    """
+    experts = len(plan.offered)
+    if routing.slots is not None:
+        nan = plan.weight.new_full((), math.nan)
+        return {
+            **dict.fromkeys(("sequences", "max_violation_sequence", "repeatable", "repeated", "unrouted"), nan),
+            "offered_by_position": nan.expand(DECILES, experts),
+            "kept_by_position": nan.expand(DECILES),
+            "coactivation": nan.expand(experts, experts),
+        }
+    token, expert = routing.token, routing.expert
+    loads = count(token // seq_len * experts + expert, tokens // seq_len * experts).view(-1, experts).float()
     asked = loads.sum(1)
     violation = loads.amax(1) * experts / asked.clamp(min=1) - 1
-    decile = torch.arange(seq_len, device=chosen.device) * DECILES // seq_len
-    by_place = chosen.new_zeros(DECILES, experts).index_add_(0, decile, sequences.sum(0))
-    reached = kept = chosen.sum()  # NaN
-    if by_token:
-        reached = chosen.new_zeros(tokens).index_fill_(0, plan.token, 1.0).sum()
-        kept = chosen.new_zeros(DECILES).index_add_(0, decile[plan.token % seq_len], torch.ones_like(plan.weight))
+    place = token % seq_len
+    by_place = count(place * DECILES // seq_len * experts + expert, DECILES * experts).view(DECILES, experts)
+    one = plan.weight.new_ones(())  # a Python number would be copied to the device
+    chosen = plan.weight.new_zeros(tokens, experts).index_put_((token, expert), one)
+    sequences = chosen.view(-1, seq_len * experts)
     with torch.autocast(chosen.device.type, enabled=False):  # bfloat16 cannot count beyond 256
         coactivation = chosen.T @ chosen
+        repeated = torch.linalg.vecdot(sequences[:, experts:], sequences[:, :-experts])  # faster than product and sum
     return {
-        "sequences": (asked > 0).sum() + 0 * reached,
+        "sequences": (asked > 0).float().sum(),
         "max_violation_sequence": ((asked > 0) * violation).sum(),
-        "offered_by_position": by_place,
-        "kept_by_position": kept.expand(DECILES),
+        "offered_by_position": by_place.float(),
+        "kept_by_position": count(plan.token % seq_len * DECILES // seq_len, DECILES).float(),
         "coactivation": coactivation,
-        "repeatable": sequences[:, 1:].sum(),
-        "repeated": (sequences[:, 1:] * sequences[:, :-1]).sum(),
-        "unrouted": tokens - reached,
+        "repeatable": (place > 0).float().sum(),
+        "repeated": repeated.sum(),
+        "unrouted": tokens - chosen.new_zeros(tokens).index_fill_(0, plan.token, 1.0).sum(),
+    }
+
+
+def _probabilities(routing: Routing, nan: Float[Tensor, "E"]) -> dict[str, Tensor]:
+    """The sums over the distribution that decided: NaN without one."""
+    probs = routing.probs
+    if probs is None:
+        return {"importance": nan, **dict.fromkeys(("entropy", "confidence", "margin", "chosen_mass"), nan[0])}
+    first, at = probs.max(-1, keepdim=True)
+    second = probs.scatter(-1, at, 0.0).amax(-1, keepdim=True)  # two maxima take half the time of `topk`
+    return {
+        "importance": probs.sum(0),
+        "entropy": router_entropy(probs) * len(probs),  # half the time of `entr`
+        "confidence": first.sum(),
+        "margin": nan[0] if probs.shape[-1] == 1 else (first - second).sum(),
+        "chosen_mass": nan[0] if routing.slots is not None else probs[routing.token, routing.expert].sum(),
+    }
+
+
+def _clean_logits(logits: Float[Tensor, "T E"] | None, nan: Float[Tensor, ""]) -> dict[str, Tensor]:
+    """The sums over the clean logits, at temperature 1: NaN without any."""
+    if logits is None:
+        return dict.fromkeys(("entropy_t1", "confidence_t1", "logit_squared", "logsumexp_squared"), nan)
+    log_probs = torch.log_softmax(logits, -1)
+    probs = log_probs.exp()
+    return {
+        "entropy_t1": -(probs * log_probs).sum(),
+        "confidence_t1": probs.amax(-1).sum(),
+        "logit_squared": logits.square().sum() / logits.shape[-1],
+        "logsumexp_squared": (logits[:, 0] - log_probs[:, 0]).square().sum(),
     }
 
 

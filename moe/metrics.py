@@ -193,7 +193,7 @@ def summarize(stats: RoutingStats, *, per_layer: bool = True) -> dict[str, float
 
     None where a router has no such quantity.
     """
-    stats = RoutingStats(*(field.double().cpu() for field in stats))
+    stats = _on_host(stats)
     values: dict[str, float | None] = {}
     for name, metric in METRICS.items():
         layers = metric.formula(stats)
@@ -207,6 +207,13 @@ def summarize(stats: RoutingStats, *, per_layer: bool = True) -> dict[str, float
         for layer, value in enumerate(layers):
             values[f"routing/{name}/layer{layer:02d}"] = _number(value)
     return values
+
+
+def _on_host(stats: RoutingStats) -> RoutingStats:
+    """In double precision, fetched at once: every transfer from a GPU waits for it."""
+    numbers = torch.cat([field.flatten() for field in stats]).cpu().double()
+    parts = numbers.split([field.numel() for field in stats])
+    return RoutingStats(*(part.view(field.shape) for part, field in zip(parts, stats, strict=True)))
 
 
 @torch.no_grad()

@@ -22,16 +22,46 @@ def orthogonalize(gradients: Float[Tensor, "N rows cols"], *, steps: int = 5) ->
     Quintic Newton-Schulz iteration, batched: one sequence of matrix products for all matrices of a shape. In bf16 on a
     GPU; in fp32 on a CPU, where bf16 products are emulated, 80 times slower, unless the processor has them.
     """
-    a, b, c = NEWTON_SCHULZ
     x = gradients.to(torch.bfloat16 if gradients.is_cuda else torch.float32, copy=True)
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    rows, cols = x.shape[-2:]
+    iterate = _iterate_gram if x.dtype == torch.float32 and 2 * cols >= 3 * rows else _iterate
+    x = iterate(x, steps)
+    return x.mT if tall else x
+
+
+def _iterate(x: Float[Tensor, "N rows cols"], steps: int) -> Float[Tensor, "N rows cols"]:
+    a, b, c = NEWTON_SCHULZ
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+    return x
+
+
+def _iterate_gram(x: Float[Tensor, "N rows cols"], steps: int) -> Float[Tensor, "N rows cols"]:
+    """The same as one product Q x at the end: Q is a polynomial of the Gram matrix, which is iterated instead of x.
+
+    Five steps are 17 products of rows^3 and 2 of rows^2 cols instead of 5 and 10: less from cols = 1.5 rows on, 0.84 of
+    the FLOPs at 2 rows, 0.56 at 4. Rounding errors in the Gram matrix grow twelvefold a step: not for bf16.
+    """
+    gram = x @ x.mT
+    product = factor = _factor(gram)
+    for _ in range(steps - 1):
+        gram = factor @ gram @ factor
+        factor = _factor(gram)
+        product = factor @ product
+    return product @ x
+
+
+def _factor(gram: Float[Tensor, "N rows rows"]) -> Float[Tensor, "N rows rows"]:
+    """What a step multiplies x by: a I + b G + c G^2."""
+    a, b, c = NEWTON_SCHULZ
+    factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    factor.diagonal(dim1=-2, dim2=-1).add_(a)
+    return factor
 
 
 class Muon(torch.optim.Optimizer):

@@ -12,14 +12,18 @@ from torch import Tensor
 
 
 class Knobs(NamedTuple):
-    """What a schedule may turn while a run goes on; 0-dim tensors, so that compiled code need not specialise."""
+    """What a schedule may turn while a run goes on; 0-dim tensors, so that compiled code need not specialise.
+
+    noise: None where there is none, and then none is drawn either.
+    """
 
     temperature: Float[Tensor, ""]
-    noise: Float[Tensor, ""]
+    noise: Float[Tensor, ""] | None
 
     @staticmethod
     def of(*, temperature: float = 1.0, noise: float = 0.0, device: torch.device | str | None = None) -> "Knobs":
-        return Knobs(torch.tensor(float(temperature), device=device), torch.tensor(float(noise), device=device))
+        drawn = torch.full((), float(noise), device=device) if noise else None  # filled there, not copied there
+        return Knobs(torch.full((), float(temperature), device=device), drawn)
 
 
 class Context(NamedTuple):

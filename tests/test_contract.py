@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe.checks import build
 from moe.commandline import CONF
@@ -19,6 +20,11 @@ from moe.routers.base import Router
 from moe.routing import Context, Knobs, Routing
 
 B, S, D, E, F = 3, 8, 16, 8, 12
+# operators whose result, or its size, the host waits for; lift_fresh: `torch.tensor`, whose copy it waits for
+WAITING = {
+    *("_local_scalar_dense", "nonzero", "masked_select", "bincount", "_unique2", "unique_dim", "equal", "lift_fresh"),
+    "repeat_interleave",
+}
 YAMLS = sorted((CONF / "router").glob("*.yaml"))
 
 
@@ -161,6 +167,36 @@ def test_evaluation_is_deterministic_ignores_noise_and_changes_no_state(spec: Sp
     first, second = (as_second(layer, x, context(ids, noise=noise)).y for noise in (0.0, 9.0))
     assert torch.equal(first, second)
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+
+
+def test_forward_and_backward_wait_for_the_device_only_where_sizes_depend_on_values(
+    spec: Spec, x: Tensor, ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for each `Routing.masked` and once for each capacity limit; what waits on a GPU shows on a CPU as a call."""
+    asked: list[str] = []
+
+    class Listen(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = func.overloadpacket.__name__
+            by_mask = name == "index" and any(t is not None and t.dtype == torch.bool for t in args[1])
+            if by_mask or name in WAITING:
+                asked.append(name)
+            return func(*args, **(kwargs or {}))
+
+    masked = Routing.masked
+    made: list[str] = []
+    monkeypatch.setattr(Routing, "masked", lambda *args, **rest: made.append("nonzero") or masked(*args, **rest))
+    monkeypatch.setattr(Experts, "kernel", lambda self, dtype: "grouped")  # what runs on a GPU
+    layer = make_layer(spec)
+    for capacity in (None, 1.0):
+        situation = context(ids, noise=0.1, capacity=capacity)
+        with Listen():
+            output = layer(x.requires_grad_(), situation)
+            torch.stack([output.y.square().mean(), *output.aux.values()]).sum().backward()
+        limits = ["index"] * len(layer.router.chain) if capacity else []
+        assert sorted(asked) == sorted([*made, *limits])
+        asked.clear()
+        made.clear()
 
 
 def test_noise_changes_routing_in_training(spec: Spec, x: Tensor, ids: Tensor) -> None:

@@ -184,6 +184,53 @@ def test_position_information_sees_routing_by_position_and_corrects_for_chance()
     assert sum(draws) / len(draws) == pytest.approx(0, abs=0.008)  # the plug-in estimate would be 0.08
 
 
+@pytest.mark.parametrize("capacity", [None, 0.7])
+@pytest.mark.parametrize("seq_len", [1, 16, T])
+def test_the_sums_of_choices_token_by_token(capacity: float | None, seq_len: int) -> None:
+    """Tokens that ask for none to four experts, some of which have no room."""
+    generator = torch.Generator().manual_seed(3)
+    chosen = torch.rand(T, E, generator=generator) < torch.rand(T, 1, generator=generator) / 2
+    probs = torch.rand(T, E, generator=generator)
+    routing = Routing.masked(chosen, probs, probs=probs)
+    kept = plan(routing, E, capacity=capacity, seq_len=seq_len)
+    names = ("repeatable", "repeated", "chosen_mass", "margin", "entropy", "sequences", "max_violation_sequence")
+    expected = {name: torch.zeros(()) for name in names}
+    expected |= {"offered_by_position": torch.zeros(10, E), "kept_by_position": torch.zeros(10)}
+    expected["coactivation"] = torch.zeros(E, E)
+    expected["unrouted"] = torch.tensor(float(T - len(set(kept.token.tolist()))))
+    for token in kept.token:
+        expected["kept_by_position"][token % seq_len * 10 // seq_len] += 1
+    for t in range(T):
+        mine = [e for e in range(E) if chosen[t, e]]
+        place = t % seq_len
+        for e in mine:
+            expected["offered_by_position"][place * 10 // seq_len, e] += 1
+            expected["chosen_mass"] += probs[t, e]
+            expected["repeatable"] += place > 0
+            expected["repeated"] += place > 0 and chosen[t - 1, e]
+            for other in mine:
+                expected["coactivation"][e, other] += 1
+        second, first = probs[t].sort().values[-2:]
+        expected["margin"] += first - second
+        expected["entropy"] -= (probs[t] * probs[t].log()).sum()
+    for rows in chosen.view(-1, seq_len, E):
+        loads = rows.sum(0).float()
+        if loads.sum() > 0:
+            expected["sequences"] += 1
+            expected["max_violation_sequence"] += loads.max() / loads.mean() - 1
+    stats = measure(routing, kept, T, seq_len=seq_len, capacity=capacity)
+    for name, value in expected.items():
+        torch.testing.assert_close(getattr(stats, name), value, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_step_fetches_its_sums_from_the_device_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[torch.Tensor] = []
+    fetch = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: fetched.append(tensor) or fetch(tensor))
+    summarize(balanced(), per_layer=False)
+    assert len(fetched) == 1
+
+
 def test_drops_by_position_under_each_policy() -> None:
     """One expert wanted by all, room for half: by position the late half is lost, in every sequence alike."""
     expert = torch.zeros(40, 1, dtype=torch.long)

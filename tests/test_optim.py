@@ -47,6 +47,26 @@ def test_every_matrix_of_a_batch_is_orthogonalised_by_itself() -> None:
     assert singular.max() < 1.3
 
 
+@pytest.mark.parametrize("shape", [(32, 32), (32, 47), (32, 48), (64, 32), (32, 128)])
+@pytest.mark.parametrize("kind", ["random", "rank one", "ill-conditioned", "zero"])
+def test_whatever_is_iterated_the_result_is_that_of_the_definition_in_double_precision(
+    shape: tuple[int, int], kind: str
+) -> None:
+    """Matrices that are at least 1.5 times as wide as high, or as high as wide, are iterated on their Gram matrices."""
+    generator = torch.Generator().manual_seed(1)
+    u, s, v = torch.linalg.svd(torch.randn(3, *shape, generator=generator, dtype=torch.float64), full_matrices=False)
+    spectrum = {"random": s, "rank one": s * (torch.arange(32) == 0), "zero": 0 * s}
+    spectrum["ill-conditioned"] = torch.logspace(0, -6, 32).double().expand_as(s)
+    gradients = ((u * spectrum[kind][:, None]) @ v).float()
+    x = gradients.double()
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    error = (orthogonalize(gradients) - x).norm(dim=(-2, -1))
+    assert (error <= 1e-3 * x.norm(dim=(-2, -1))).all()
+
+
 def test_the_momentum_buffer_survives_low_precision() -> None:
     """In-place iteration on the buffer would corrupt it."""
     p = nn.Parameter(torch.zeros(8, 8, dtype=torch.bfloat16))

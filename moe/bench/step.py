@@ -5,7 +5,9 @@ import copy
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from signal import SIGTERM
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM
 
 from moe import losses
 from moe.bench.layer import Shape, mixtral_config
-from moe.bench.timing import Table, Variant, clock, medians, now, relative
+from moe.bench.timing import UNCOUNTED, Table, Variant, clock, medians, now, relative
 from moe.commandline import read_cells
 from moe.config import Config
 from moe.dispatch import plan
@@ -24,7 +26,7 @@ from moe.measurement import measure
 from moe.model import MoEForCausalLM
 from moe.optim import build_optimizers
 from moe.record import EventLog
-from moe.signals import Signals
+from moe.signals import Interrupted, Signals
 from moe.trackers import Mirror
 
 SETTINGS = ("logger.mode=disabled", "model.expert=swiglu")
@@ -49,22 +51,28 @@ def answer(arguments: argparse.Namespace) -> Iterator[Table]:
 def measure_steps(overrides: list[str], *, rounds: int, folder: Path) -> dict[str, float]:
     """Median seconds by variant; names of parts of our step begin with "part: ".
 
-    The real training loop sets the pace: the others take their turn when it reports a step.
+    The real training loop sets the pace: the others take their turn when it reports a step. Its run is cut off at 1 %,
+    because evaluations, traces and checkpoints, which belong to longer runs, would be counted as steps.
     """
-    cells = read_cells([*SETTINGS, *overrides, f"steps={rounds + 2}", f"eval_every={rounds + 2}", f"out={folder}"])
+    steps = rounds + UNCOUNTED
+    late = [f"{key}={100 * steps}" for key in ("steps", "eval_every", "save_every")]
+    cells = read_cells([*SETTINGS, *overrides, *late, f"out={folder}"])
     assert cells is not None, overrides
     config = cells[0].config
-    with Signals() as signals, EventLog(folder / "parts.jsonl", step=0) as events:
-        turns = Turns([*step_variants(config), *part_variants(config, events)])
+    with Signals() as signals, EventLog(folder / "parts.jsonl", step=0) as events, suppress(Interrupted):
+        turns = Turns([*step_variants(config), *part_variants(config, events)], signals, stop_after=steps)
         train(config, folder, mirror=turns, signals=signals)
     return medians(turns.seconds)
 
 
 class Turns(Mirror):
-    """Notes how long the training loop took since it last had the word, then lets the variants have their turn."""
+    """Notes how long the training loop took since it last had the word, then lets the variants have their turn; asks it
+    to stop after some steps."""
 
-    def __init__(self, variants: list[Variant]) -> None:
+    def __init__(self, variants: list[Variant], signals: Signals, *, stop_after: int) -> None:
         self.variants = variants
+        self.signals = signals
+        self.stop_after = stop_after
         self.seconds: dict[str, list[float]] = defaultdict(list)
         self.began = now()
 
@@ -73,6 +81,8 @@ class Turns(Mirror):
             self.seconds[TRAINING].append(now() - self.began)
             for name, run in self.variants:
                 self.seconds[name].append(clock(run))
+        if step == self.stop_after:
+            self.signals.received = SIGTERM
         self.began = now()
 
 

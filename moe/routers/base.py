@@ -85,11 +85,13 @@ class Router(nn.Module):
         """
 
     def perturb(self, logits: Float[Tensor, "T E"], knobs: Knobs) -> Float[Tensor, "T E"]:
-        """logits + N(0, noise^2) in training, the logits themselves in evaluation.
+        """logits + N(0, noise^2) in training, the logits themselves without noise and in evaluation.
 
         Noise enters before temperature, softmax and selection, so it moves selection, gates and balance loss alike.
         """
-        return logits + knobs.noise * torch.randn_like(logits) if self.training else logits
+        if knobs.noise is None or not self.training:
+            return logits
+        return logits + knobs.noise * torch.randn_like(logits)
 
 
 def check_k(k: int, num_experts: int) -> None:

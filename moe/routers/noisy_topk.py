@@ -43,7 +43,8 @@ class NoisyTopK(TopK):
         expert = noisy.topk(self.k).indices
         weight = self._gate(probs.gather(-1, expert))
         gates = torch.zeros_like(probs).scatter(-1, expert, weight)
-        staying = stay_probability(logits, noisy, torch.hypot(spread, context.knobs.noise), self.k)
+        noise = context.knobs.noise
+        staying = stay_probability(logits, noisy, spread if noise is None else torch.hypot(spread, noise), self.k)
         aux = {"importance": cv_squared(gates.sum(0)), "load": cv_squared(staying.sum(0))}
         return Routing.token_choice(expert, weight, probs=probs, logits=logits, aux=aux)
 

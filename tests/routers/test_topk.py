@@ -76,6 +76,15 @@ def test_entropy_rises_with_temperature(x: Tensor) -> None:
     assert entropy(0.5) < entropy(1.0) < entropy(2.0) < entropy(10.0)
 
 
+def test_without_noise_none_is_drawn(x: Tensor) -> None:
+    before = torch.get_rng_state()
+    routing = route(TopK(D, E), x)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.testing.assert_close(routing.probs, torch.softmax(routing.logits, -1))
+    route(TopK(D, E), x, noise=0.1)
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
 def test_noise_enters_before_temperature_softmax_and_selection() -> None:
     """With equal logits everything comes from noise: at T the spread of log-probabilities is noise / T."""
     x = torch.zeros(20_000, D)
