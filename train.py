@@ -1,9 +1,11 @@
 """Train one model, or a grid of them: `python train.py [-m] [key=value ...]`, see `--help`."""
 
+import gc
 import logging
 import os
 import sys
 
+gc.disable()  # until there is something to train: importing makes a million objects, and all of them stay
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall 20-fold beside another busy process
 
 import hydra

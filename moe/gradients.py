@@ -1,6 +1,7 @@
 """How strongly routers and experts are pulled, and how far a step moves them."""
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from moe.layer import MoELayer
@@ -21,11 +22,9 @@ def parts(model: nn.Module) -> Parts:
     return {name: params for name, params in trainable.items() if params}
 
 
-def gradient_norms(of: Parts) -> dict[str, float]:
-    """`grad_norm/<part>`: Euclidean norm of the gradient, before clipping."""
-    return {
-        f"grad_norm/{name}": norm([p.grad for p in params if p.grad is not None]).item() for name, params in of.items()
-    }
+def gradient_norms(of: Parts) -> dict[str, Float[Tensor, ""]]:
+    """`grad_norm/<part>`: Euclidean norm of the gradient, before clipping; left on the device."""
+    return {f"grad_norm/{name}": norm([p.grad for p in params if p.grad is not None]) for name, params in of.items()}
 
 
 @torch.no_grad()

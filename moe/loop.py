@@ -47,8 +47,8 @@ log = logging.getLogger(__name__)
 def train(config: Config, folder: Path, *, mirror: Mirror, signals: Signals) -> dict[str, Any]:
     """Train to the end, from the newest checkpoint in `folder` if there is one; returns facts about the run.
 
-    Leaves events.jsonl, trace/, model/ and, if asked to, milestones/ in `folder`. Raises Diverged before an optimizer step that would use a number
-    that is not finite, and Interrupted, after a checkpoint, when a signal asked to stop.
+    Leaves events.jsonl, trace/, model/ and, if asked to, milestones/ in `folder`. Raises Diverged before an optimizer
+    step that would use a number that is not finite, and Interrupted, after a checkpoint, when a signal asked to stop.
     """
     settings = process.set_up(threads=config.threads)
     AcceleratorState._reset_state()  # the precision of an earlier cell in this process
@@ -119,13 +119,12 @@ def train(config: Config, folder: Path, *, mirror: Mirror, signals: Signals) -> 
                 if output.stats is not None and micro != ours[-1]:
                     [offered] = ranks.total([output.stats.offered])
                     load = offered if load is None else load + offered
-            norms = gradients.gradient_norms(parts)
             grads = [p.grad for p in model.parameters() if p.grad is not None]
-            norm = sharding.norm(grads)
-            norms |= {"grad_norm": norm.item()}
+            norms = gradients.gradient_norms(parts) | {"grad_norm": (norm := sharding.norm(grads))}
             sums = merged_stats(outputs)
             values = step_values(outputs, sums)
-            if not math.isfinite(values["train/loss"] + norms["grad_norm"]):
+            values |= dict(zip(norms, torch.stack(list(norms.values())).tolist(), strict=True))
+            if not math.isfinite(values["train/loss"] + values["grad_norm"]):
                 raise Diverged(step, blame(plain, blocks.ids, knobs, position_ids=blocks.position_ids))
             # a norm that is not finite would spread to all gradients, so only now
             torch._foreach_mul_(list(map(sharding.here, grads)), (config.optimizer.clip / (norm + 1e-6)).clamp(max=1.0))
@@ -143,10 +142,7 @@ def train(config: Config, folder: Path, *, mirror: Mirror, signals: Signals) -> 
 
             seconds = clock.trained(since=tick)
             values |= {"time/tokens_per_s": config.batch_size * config.grad_accum * config.data.seq_len / seconds}
-            record(
-                "train",
-                values | {"learning_rate": _current_rate(optimizers)} | norms | setting,
-            )
+            record("train", values | {"learning_rate": _current_rate(optimizers)} | setting)
             if evaluates:
                 latest = validate()
             if done in milestones:

@@ -2,6 +2,7 @@
 except that the number of threads decides the order of sums."""
 
 import ctypes
+import gc
 import platform
 
 import torch
@@ -16,6 +17,7 @@ def set_up(*, threads: int) -> dict[str, object]:
     mapping off and trimming off, the process keeps its peak memory until it ends.
     """
     torch.set_num_threads(threads)
+    gc.enable()  # which train.py has off while it imports
     kept = False
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
