@@ -5,7 +5,6 @@ import logging
 import os
 import sys
 
-gc.disable()  # until there is something to train: importing makes a million objects, and all of them stay
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall 20-fold beside another busy process
 
 import hydra
@@ -34,6 +33,7 @@ def main() -> int:
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(commandline.help_text())
         return 0
+    gc.disable()  # until there is something to train: importing makes a million objects, and all of them stay
     if not ranks.is_first():
         logging.disable(logging.WARNING)
     try:
