@@ -17,8 +17,8 @@ from moe.analysis.claims import evidence, judge, judge_planned, planned, post_ho
 from moe.analysis.replay import as_runs, claims_of, read_published
 from moe.analysis.statistics import contrasts
 from moe.checks import ConfigError
+from moe.claim import ClaimConfig
 from moe.commandline import options, read_cells
-from moe.config import ClaimConfig
 from moe.metrics import METRICS
 from moe.results import load
 from moe.run import _write

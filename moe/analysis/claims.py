@@ -1,6 +1,6 @@
 """Planned claims: what was said of a sweep before it was trained, judged by the runs that wrote it down.
 
-A claim (`moe.config.ClaimConfig`) stands in an experiment's yaml, so that every run's record holds it from before its
+A claim (`moe.claim.ClaimConfig`) stands in an experiment's yaml, so that every run's record holds it from before its
 first step; contrasts that no claim is about are post hoc. Differences are taken within a seed and averaged over all
 combinations of the other factors. Every claim says that a true difference lies in a range: above zero, below it, nearer
 to it than a margin, or of the claimed size.
@@ -16,7 +16,7 @@ import pandas as pd
 from scipy import stats
 
 from moe.analysis.statistics import CONFIDENCE, constant, corrected, detectable_effect, inside
-from moe.config import ClaimConfig, absolute
+from moe.claim import ClaimConfig, absolute
 from moe.results import level
 from moe.summaries import NAMED_ROUTERS, by_seed, conditions, levels, varied_factors, with_causality
 

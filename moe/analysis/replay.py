@@ -13,8 +13,8 @@ import yaml
 
 from moe.analysis.claims import evidence, judge
 from moe.analysis.statistics import anova, contrasts
+from moe.claim import ClaimConfig
 from moe.commandline import CONF
-from moe.config import ClaimConfig
 
 OURS = {  # published column -> ours
     "noise_std": "noise",

@@ -20,7 +20,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestIndPower, TTestPower
 from statsmodels.stats.weightstats import DescrStatsW
 
-from moe.config import absolute
+from moe.claim import absolute
 from moe.summaries import STD, by_seed, conditions, levels, varied_factors
 
 CONFIDENCE, POWER = 0.95, 0.8
