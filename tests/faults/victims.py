@@ -36,6 +36,8 @@ class Job:
         self.log.write_text("")
         process = _SERVER.Process(target=_train, args=(self.arguments, self.log, sabotage))
         process.start()
+        while _ignores_interrupts(process.pid):  # as the server does that it was forked from, for a moment
+            time.sleep(0.001)
         return process
 
     def run(self, sabotage: Sabotage | None = None) -> int:
@@ -70,6 +72,12 @@ class Job:
         while self.steps() < step and process.is_alive():
             assert time.monotonic() < deadline, self.output
             time.sleep(0.002)
+
+
+def _ignores_interrupts(pid: int | None) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text()
+    [ignored] = [line.split()[1] for line in status.splitlines() if line.startswith("SigIgn:")]
+    return bool(int(ignored, 16) >> (signal.SIGINT - 1) & 1)
 
 
 def ended(process: BaseProcess) -> int:
