@@ -1,7 +1,6 @@
 """The configuration: its types and ranges, and the reading of a command line into checked cells before any work."""
 
 import importlib.util
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -232,17 +231,12 @@ class Config:
         number = ranks.number()
         allowed = f"a multiple of the {number} processes of this launch, which share the micro-batches of a step"
         require(self.grad_accum % number == 0, "grad_accum", self.grad_accum, allowed)
-        deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+        deepspeed, fsdp = map(ranks.launched_with, ("DEEPSPEED", "FSDP"))
         require(not deepspeed, "distributed_type", "DEEPSPEED", "MULTI_GPU or FSDP in the launch file")
         if self.expert_parallel:
             experts, allowed = self.model.num_experts, f"a multiple of the {number} processes, with expert_parallel"
             require(experts % number == 0, "model.num_experts", experts, allowed)
-            require(
-                not ranks.fsdp(),
-                "expert_parallel",
-                True,
-                "false when the launch file says FSDP, which shards experts too",
-            )
+            require(not fsdp, "expert_parallel", True, "false when the launch file says FSDP, which shards experts too")
 
     def check_router(self) -> None:
         """Refuse a router with wrong keys or ranges, and what the schedule would make of its temperature and of the

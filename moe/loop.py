@@ -123,7 +123,7 @@ def train(config: Config, folder: Path, *, mirror: Mirror, signals: Signals) -> 
             norms = gradients.gradient_norms(parts) | {"grad_norm": (norm := sharding.norm(grads))}
             sums = merged_stats(outputs)
             values = step_values(outputs, sums)
-            values |= dict(zip(norms, torch.stack(list(norms.values())).tolist(), strict=True))
+            values |= dict(zip(norms, torch.stack([n.to(norm.device) for n in norms.values()]).tolist(), strict=True))
             if not math.isfinite(values["train/loss"] + values["grad_norm"]):
                 raise Diverged(step, blame(plain, blocks.ids, knobs, position_ids=blocks.position_ids))
             # a norm that is not finite would spread to all gradients, so only now

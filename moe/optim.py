@@ -133,9 +133,10 @@ def build_optimizers(model: nn.Module, settings: OptimizerConfig) -> list[torch.
             matrix = settings.muon_lr is not None and p.ndim >= 2 and "embed" not in name and "lm_head" not in name
             (matrices if matrix else others).append(p)
     rates = {"router": settings.router_lr, "experts": settings.experts_lr}
-    own = {name: [p for p in params if p in set(others)] for name, params in parts(model).items()}
+    rest = dict.fromkeys(others)
+    own = {name: [p for p in params if p in rest] for name, params in parts(model).items()}
     taken = {p for params in own.values() for p in params}
-    groups: list[dict[str, Any]] = [{"params": [p for p in others if p not in taken]}]
+    groups: list[dict[str, Any]] = [{"params": [p for p in rest if p not in taken]}]
     groups += [{"params": params, "lr": rates[name] or settings.adamw_lr} for name, params in own.items()]
     betas = (settings.beta1, settings.beta2)
     adamw = torch.optim.AdamW(groups, lr=settings.adamw_lr, betas=betas, weight_decay=settings.weight_decay, fused=True)

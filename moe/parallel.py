@@ -22,7 +22,7 @@ def layout(*, expert_parallel: bool) -> str:
         return "single"
     if expert_parallel:
         return "experts"
-    return "sharded" if ranks.fsdp() else "replicated"
+    return "sharded" if ranks.launched_with("FSDP") else "replicated"
 
 
 def spread(model: MoEForCausalLM, accelerator: Accelerator, *, expert_parallel: bool) -> nn.Module:
@@ -32,7 +32,7 @@ def spread(model: MoEForCausalLM, accelerator: Accelerator, *, expert_parallel: 
     FSDP gathers a layer's experts when they are needed, and all the rest, in which routers may share modules, at once.
     """
     kind = layout(expert_parallel=expert_parallel)
-    if kind == "single" or kind == "replicated":
+    if kind in ("single", "replicated"):
         return accelerator.prepare_model(model)
     mesh = init_device_mesh(accelerator.device.type, (ranks.number(),))
     model.to(accelerator.device)
@@ -67,8 +67,10 @@ def load_state(model: nn.Module, optimizers: list[torch.optim.Optimizer], saved:
     model.load_state_dict({name: like(value, own[name]) for name, value in saved["model"].items()})
     for optimizer, theirs in zip(optimizers, saved["optimizers"], strict=True):
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        states = {
-            number: {name: like(v, p) if torch.is_tensor(v) and v.shape == p.shape else v for name, v in values.items()}
-            for (number, values), p in ((item, params[item[0]]) for item in theirs["state"].items())
-        }
+        states = {number: _shared_out(values, params[number]) for number, values in theirs["state"].items()}
         optimizer.load_state_dict({**theirs, "state": states})
+
+
+def _shared_out(values: dict[str, Any], p: nn.Parameter) -> dict[str, Any]:
+    """What an optimizer knows of a parameter, with whatever has its shape sharded as it is."""
+    return {name: like(v, p) if torch.is_tensor(v) and v.shape == p.shape else v for name, v in values.items()}

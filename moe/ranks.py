@@ -26,9 +26,9 @@ def is_first() -> bool:
     return index() == 0
 
 
-def fsdp() -> bool:
-    """Whether the launch file of Accelerate says that weights are to be sharded."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+def launched_with(engine: str) -> bool:
+    """Whether Accelerate's launch file names this engine, FSDP or DEEPSPEED."""
+    return os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true"
 
 
 def start(*, timeout: int) -> None:

@@ -1,6 +1,5 @@
 """The training loop: exact resumption, exact accumulation, and stopping before harm is done."""
 
-import hashlib
 import json
 import math
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from training import run
+from training import run, untimed
 
 from moe import loop
 from moe.commandline import options, read_cells
@@ -17,19 +16,14 @@ from moe.divergence import Diverged, blame
 from moe.ingredients import build_model, knob_settings, micro_batches, prepare_data
 from moe.model import MoEForCausalLM
 from moe.objective import total_loss
-from moe.record import read_events, sha256
+from moe.record import sha256
 from moe.routing import Knobs
 from moe.schedules import Linear
 from moe.signals import Interrupted
 
 
 def weights(folder: Path) -> str:
-    return hashlib.sha256((folder / "model" / "model.safetensors").read_bytes()).hexdigest()
-
-
-def untimed(folder: Path) -> list[dict[str, Any]]:
-    events = read_events(folder / "events.jsonl")
-    return [{key: value for key, value in e.items() if not key.startswith("time/")} for e in events]
+    return sha256(folder / "model" / "model.safetensors")
 
 
 @pytest.mark.parametrize(

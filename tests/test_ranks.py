@@ -12,12 +12,13 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
+from training import untimed
 
 from moe import ranks
 from moe.commandline import CONF
 from moe.exchange import travelling
 from moe.model import MoEForCausalLM
-from moe.record import read_events, sha256
+from moe.record import sha256
 
 pytestmark = pytest.mark.ranks
 
@@ -39,12 +40,6 @@ def command(words: list[str]) -> subprocess.CompletedProcess[str]:
 def only_run(folder: Path) -> Path:
     [run] = folder.glob("*/*/")
     return run
-
-
-def events(run: Path) -> list[dict[str, Any]]:
-    return [
-        {k: v for k, v in event.items() if not k.startswith("time/")} for event in read_events(run / "events.jsonl")
-    ]
 
 
 def differences(a: Any, b: Any) -> list[float]:
@@ -103,8 +98,8 @@ def test_two_ranks_are_one(
     for name, weight in expected.items():
         apart, length = (weights[name] - weight).double().norm(), weight.double().norm()
         assert apart <= 1e-3 * length + 1e-6, name
-    assert max(differences(events(two), events(one))) < 1e-2
-    first_two, first = (next(e for e in events(run) if e["kind"] == "train") for run in (two, one))
+    assert max(differences(untimed(two), untimed(one))) < 1e-2
+    first_two, first = (next(e for e in untimed(run) if e["kind"] == "train") for run in (two, one))
     counted = [key for key in first if any(word in key for word in ("load_cv", "load_gini", "drop_rate", "overlap"))]
     assert counted
     assert all(first_two[key] == pytest.approx(first[key], rel=1e-12) for key in counted)  # counts, before any update

@@ -1,10 +1,12 @@
-"""A run in this process, to its end or to a signal."""
+"""A run in this process, to its end or to a signal; what a run folder tells."""
 
 import signal
+from pathlib import Path
 from typing import Any
 
 from moe.config import Cell
 from moe.loop import train
+from moe.record import read_events
 from moe.signals import Signals
 from moe.trackers import Mirror
 
@@ -20,3 +22,9 @@ def run(cell: Cell, *, stop_after: int | None = None) -> None:
                 signals.received = signal.SIGTERM
 
     train(cell.config, cell.folder, mirror=Watch(cell), signals=signals)
+
+
+def untimed(folder: Path) -> list[dict[str, Any]]:
+    """The events of a run, without durations."""
+    events = read_events(folder / "events.jsonl")
+    return [{key: value for key, value in e.items() if not key.startswith("time/")} for e in events]

@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 from test_sweeps import files, finished, results
-from victims import LIMIT, TRAIN, Job
+from victims import LIMIT, Job
 
 from moe.record import read_events
 
@@ -87,14 +86,8 @@ def settings(words: list[str], swept: tuple[str, ...]) -> list[str]:
     return [word for word in words if word.split("=")[0] not in keys]
 
 
-def start(one: Job) -> subprocess.Popen[bytes]:
-    """A process that is no child of multiprocessing, for launchers clean up when the interpreter ends."""
-    with one.log.open("w") as log:
-        return subprocess.Popen([sys.executable, str(TRAIN), *one.arguments], stdout=log, stderr=log)
-
-
 def run(one: Job) -> int:
-    return start(one).wait(2 * LIMIT)  # eighteen processes that import torch
+    return one.spawn().wait(2 * LIMIT)  # eighteen processes that import torch
 
 
 def training(one: Job, seed: int, step: int, sweep: subprocess.Popen[bytes]) -> int:
@@ -136,7 +129,7 @@ def test_the_users_factorial_ends_as_the_serial_one(launcher: Any, processes: in
 
 def test_one_cell_of_three_is_killed(sweep: Any, serial: Any) -> None:
     one = sweep(*THREE, *SUBMITIT)
-    process = start(one)
+    process = one.spawn()
     os.kill(training(one, 1, 10, process), signal.SIGKILL)
     assert process.wait(LIMIT) == 1
     [killed] = told(one, "killed")
@@ -153,7 +146,7 @@ def test_one_cell_of_three_is_killed(sweep: Any, serial: Any) -> None:
 
 def test_a_second_sweep_in_the_same_folder_is_refused(sweep: Any, serial: Any) -> None:
     one = sweep(*THREE, *SUBMITIT)
-    process = start(one)
+    process = one.spawn()
     cell = training(one, 1, 1, process)
     os.kill(cell, signal.SIGSTOP)
     second = Job(one.root, one.arguments[:-1])
@@ -168,12 +161,12 @@ def test_a_second_sweep_in_the_same_folder_is_refused(sweep: Any, serial: Any) -
 
 def test_a_sweep_that_is_killed_leaves_cells_that_the_next_one_waits_for(sweep: Any, serial: Any) -> None:
     one = sweep(*THREE, *SUBMITIT)
-    process = start(one)
+    process = one.spawn()
     orphan = training(one, 1, 1, process)
     os.kill(orphan, signal.SIGSTOP)
     process.kill()
     process.wait()
-    again = start(one)
+    again = one.spawn()
     while "waiting for cells that are still trained" not in one.output:
         assert again.poll() is None, one.output
         time.sleep(0.1)
@@ -185,7 +178,7 @@ def test_a_sweep_that_is_killed_leaves_cells_that_the_next_one_waits_for(sweep: 
 def test_a_time_limit_saves_and_puts_the_cell_back_into_the_queue(sweep: Any, serial: Any) -> None:
     """Submitit's own handler alone would lose what was done since the last checkpoint."""
     one = sweep(*THREE, *SUBMITIT, "save_every=1000")
-    process = start(one)
+    process = one.spawn()
     os.kill(training(one, 2, 30, process), signal.SIGUSR2)
     assert process.wait(LIMIT) == 0, one.output
     logs = "".join(path.read_text() for path in (one.root / "runs").rglob("*_log.out"))
@@ -197,7 +190,7 @@ def test_a_time_limit_saves_and_puts_the_cell_back_into_the_queue(sweep: Any, se
 def test_slurm_from_submission_to_requeue(slurm: Path, sweep: Any, serial: Any) -> None:
     """Two jobs at a time; SIGTERM before the signal of the time limit, as preemption sends them."""
     one = sweep(*THREE, "hydra/launcher=slurm", "hydra.launcher.array_parallelism=2", "save_every=1000")
-    process = start(one)
+    process = one.spawn()
     cell = training(one, 1, 30, process)
     os.kill(cell, signal.SIGTERM)
     os.kill(cell, signal.SIGUSR2)
@@ -212,7 +205,7 @@ def test_slurm_from_submission_to_requeue(slurm: Path, sweep: Any, serial: Any) 
 
 def test_ray_resumes_a_cell_whose_worker_was_killed(sweep: Any, serial: Any) -> None:
     one = sweep(*THREE, *RAY)
-    process = start(one)
+    process = one.spawn()
     os.kill(training(one, 1, 10, process), signal.SIGKILL)
     assert process.wait(LIMIT) == 0, one.output
     assert len(told(one, "finished")) == 3

@@ -3,14 +3,13 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from test_sweeps import children
-from victims import LIMIT, TRAIN, Job, result
+from victims import LIMIT, Job, result
 
 from moe.commandline import CONF
 
@@ -19,9 +18,7 @@ STEP = ("grad_accum=2", "save_every=4")
 
 def launch(job: Job, file: str = "ddp") -> subprocess.Popen[bytes]:
     """Two ranks of `train.py` with this job's arguments."""
-    words = ["-m", "accelerate.commands.launch", "--config_file", str(CONF / "launch" / f"{file}.yaml"), str(TRAIN)]
-    with open(job.log, "wb") as log:
-        return subprocess.Popen([sys.executable, *words, *job.arguments], stdout=log, stderr=log)
+    return job.spawn("-m", "accelerate.commands.launch", "--config_file", str(CONF / "launch" / f"{file}.yaml"))
 
 
 def wait_for_step(job: Job, launcher: subprocess.Popen[bytes], step: int) -> list[int]:

@@ -5,12 +5,15 @@ import multiprocessing
 import os
 import runpy
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+from training import untimed
 
 from moe.record import read_events, sha256
 
@@ -39,6 +42,11 @@ class Job:
         while _ignores_interrupts(process.pid):  # as the server does that it was forked from, for a moment
             time.sleep(0.001)
         return process
+
+    def spawn(self, *launcher: str) -> subprocess.Popen[bytes]:
+        """`train.py` as a process that is no child of multiprocessing, started by Python or by a `launcher` of it."""
+        with self.log.open("wb") as log:
+            return subprocess.Popen([sys.executable, *launcher, str(TRAIN), *self.arguments], stdout=log, stderr=log)
 
     def run(self, sabotage: Sabotage | None = None) -> int:
         """Start it and wait for its end; returns the exit status, -N after signal N."""
@@ -95,12 +103,8 @@ def result(folder: Path) -> dict[str, Any]:
     metrics = json.loads((folder / "metrics.json").read_text())
     metrics["history"].pop("elapsed_times")
     final = {key: value for key, value in metrics["final_metrics"].items() if not key.startswith("time/")}
-    events = [
-        {key: value for key, value in event.items() if not key.startswith("time/")}
-        for event in read_events(folder / "events.jsonl")
-    ]
     weights = sha256(folder / "model" / "model.safetensors")
-    return {"weights": weights, "events": events, "final": final, "history": metrics["history"]}
+    return {"weights": weights, "events": untimed(folder), "final": final, "history": metrics["history"]}
 
 
 def _train(arguments: list[str], log: Path, sabotage: Sabotage | None) -> None:
