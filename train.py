@@ -4,6 +4,7 @@ import gc
 import logging
 import os
 import sys
+import time
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall 20-fold beside another busy process
 
@@ -40,8 +41,9 @@ def main() -> int:
         cells = commandline.read_cells(sys.argv[1:])
         return sweep.carry_out(cells or [], run_cell)
     except commandline.ConfigError as error:
-        if ranks.is_first():
-            print(f"train.py: {error}", file=sys.stderr)
+        if not ranks.is_first():  # the first says the same, and its end is ours; unless it is wrong here alone
+            time.sleep(10)
+        print(f"train.py: {error}", file=sys.stderr)
         return 2
 
 
