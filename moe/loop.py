@@ -105,7 +105,7 @@ def train(config: Config, folder: Path, *, mirror: Mirror, signals: Signals) -> 
             outputs: list[Outcome] = []
             load = None
             batches = micro_batches(config, data, step)
-            weights = label_weights(batches)
+            weights, own = label_weights(batches), [router.loss_weights for router in routers]
             ours = range(ranks.index(), config.grad_accum, ranks.number())  # ranks take the micro-batches in turn
             for micro in ours:
                 blocks = batches[micro].to(accelerator.device)
@@ -113,7 +113,7 @@ def train(config: Config, folder: Path, *, mirror: Mirror, signals: Signals) -> 
                 inputs = {"input_ids": blocks.ids, "labels": blocks.labels, "position_ids": blocks.position_ids}
                 with nullcontext() if micro == ours[-1] else accelerator.no_sync(model):
                     output = forward(**inputs, **layer_settings, knobs=knobs, load=load)
-                    accelerator.backward(total_loss(config, routers, output, weight=weights[micro]) / len(ours))
+                    accelerator.backward(total_loss(config, own, output, weight=weights[micro]) / len(ours))
                 aux = {name: values.detach() for name, values in (output.aux or {}).items()}
                 outputs.append(Outcome(output.loss.detach() * weights[micro], aux, output.stats))
                 if output.stats is not None and micro != ours[-1]:

@@ -9,26 +9,25 @@ from torch import Tensor
 from moe import metrics, ranks
 from moe.config import LOSS_WEIGHTS, Config
 from moe.model import MoEOutput
-from moe.routers.base import Router
 from moe.routing import RoutingStats
 
 
-def total_loss(config: Config, routers: list[Router], output: MoEOutput, *, weight: float = 1.0) -> Tensor:
+def total_loss(config: Config, own: list[dict[str, float]], output: MoEOutput, *, weight: float = 1.0) -> Tensor:
     """What is minimised: cross-entropy times `weight`, plus auxiliary losses, weighted and summed over layers.
 
-    The configuration weights the losses that all routers share, each router its own, and may change its mind; it may
-    add to the former too.
+    The configuration weights the losses that all routers share; own: the `loss_weights` of each layer's router, for its
+    own losses and on top of those of the configuration.
     """
     assert output.loss is not None
     weighted = []
     for name, values in (output.aux or {}).items():
         if name in LOSS_WEIGHTS:
             shared = getattr(config, LOSS_WEIGHTS[name])
-            weights = [shared + router.loss_weights.get(name, 0.0) for router in routers]
+            weights = [shared + more.get(name, 0.0) for more in own]
         else:
-            weights = [router.loss_weights[name] for router in routers]
-        if any(weights):  # a weight of 0 would still cost the backward pass
-            weighted.append((values * values.new_tensor(weights)).sum())
+            weights = [of_router[name] for of_router in own]
+        # numbers, not a tensor, which would be copied to the device; a weight of 0 would still cost the backward pass
+        weighted += [w * value for w, value in zip(weights, values.unbind(), strict=True) if w]
     return torch.stack([output.loss * weight, *weighted]).sum()
 
 

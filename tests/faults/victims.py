@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,10 @@ class Job:
     def start(self, sabotage: Sabotage | None = None) -> BaseProcess:
         """`train.py` with this job's arguments, in a process of its own; `sabotage()` is called in it first."""
         self.log.write_text("")
-        process = _SERVER.Process(target=_train, args=(self.arguments, self.log, sabotage))
+        ready = _SERVER.Event()
+        process = _SERVER.Process(target=_train, args=(self.arguments, self.log, ready, sabotage))
         process.start()
-        while _ignores_interrupts(process.pid):  # as the server does that it was forked from, for a moment
-            time.sleep(0.001)
+        assert ready.wait(LIMIT)
         return process
 
     def spawn(self, *launcher: str) -> subprocess.Popen[bytes]:
@@ -82,12 +83,6 @@ class Job:
             time.sleep(0.002)
 
 
-def _ignores_interrupts(pid: int | None) -> bool:
-    status = Path(f"/proc/{pid}/status").read_text()
-    [ignored] = [line.split()[1] for line in status.splitlines() if line.startswith("SigIgn:")]
-    return bool(int(ignored, 16) >> (signal.SIGINT - 1) & 1)
-
-
 def ended(process: BaseProcess) -> int:
     """Exit status of a process that ends by itself."""
     process.join(LIMIT)
@@ -107,7 +102,9 @@ def result(folder: Path) -> dict[str, Any]:
     return {"weights": weights, "events": untimed(folder), "final": final, "history": metrics["history"]}
 
 
-def _train(arguments: list[str], log: Path, sabotage: Sabotage | None) -> None:
+def _train(arguments: list[str], log: Path, ready: Event, sabotage: Sabotage | None) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a fork server ignores it, and so does a shell's `&`
+    ready.set()
     output = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
     os.dup2(output, 1)
     os.dup2(output, 2)

@@ -105,11 +105,11 @@ def test_tokens_without_an_expert_leave_the_gradient_finite() -> None:
 def test_its_loss_enters_training_with_its_own_weight(cell: Any) -> None:
     config = cell("router=null_experts", "router.balance=0.25", "lb=0").config
     model = build_model(config, vocab_size=len(prepare_data(config).tokenizer))
-    routers = [layer.mlp.router for layer in model.model.layers]
+    own = [layer.router.loss_weights for layer in model.moe_layers]
     ids = torch.randint(0, 300, (2, 16))
     output = model(ids, ids)
     expected = output.loss + 0.25 * output.aux["null_balance"].sum()
-    torch.testing.assert_close(total_loss(config, routers, output), expected)
+    torch.testing.assert_close(total_loss(config, own, output), expected)
 
 
 @pytest.mark.parametrize("settings", [{"k": 1}, {"k": E + Z + 1}, {"nulls": 0}, {"balance": -0.1}])
