@@ -174,6 +174,7 @@ class Config:
     save_milestones: bool = False  # keep the model at 10, 25, 50 and 75 % of the steps too
     threads: int = 1
     precision: str = "fp32"  # fp32 | bf16
+    matmul_precision: str = "highest"  # of fp32 products: highest | high (TF32 on a GPU) | medium (bf16 where faster)
     compile: bool = False
     gradient_checkpointing: bool = False  # compute blocks again in the backward pass instead of keeping them
     expert_parallel: bool = False  # share experts out among the ranks instead of copying them
@@ -212,6 +213,7 @@ class Config:
         require(ok, "capacity", self.capacity, "a finite number > 0, or null for dropless")
         one_of("drop", self.drop, ("position", "score", "random"))
         one_of("precision", self.precision, ("fp32", "bf16"))
+        one_of("matmul_precision", self.matmul_precision, ("highest", "high", "medium"))
         self._check_ranks()
         self.model.check()
         self.data.check()

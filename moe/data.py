@@ -130,8 +130,13 @@ class Batch(NamedTuple):
     position_ids: Int[torch.Tensor, "B S"] | None
 
     def to(self, device: torch.device) -> "Batch":
-        positions = None if self.position_ids is None else self.position_ids.to(device)
-        return Batch(self.ids.to(device), self.domain.to(device), self.labels.to(device), positions)
+        """On `device`; a GPU goes on with what it has to do meanwhile."""
+
+        def move(values: torch.Tensor) -> torch.Tensor:
+            return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+        positions = None if self.position_ids is None else move(self.position_ids)
+        return Batch(move(self.ids), move(self.domain), move(self.labels), positions)
 
     def take(self, blocks: slice) -> "Batch":
         positions = None if self.position_ids is None else self.position_ids[blocks]

@@ -50,7 +50,7 @@ def train(config: Config, folder: Path, *, mirror: Mirror, signals: Signals) -> 
     Leaves events.jsonl, trace/, model/ and, if asked to, milestones/ in `folder`. Raises Diverged before an optimizer
     step that would use a number that is not finite, and Interrupted, after a checkpoint, when a signal asked to stop.
     """
-    settings = process.set_up(threads=config.threads)
+    settings = process.set_up(threads=config.threads, matmul_precision=config.matmul_precision)
     AcceleratorState._reset_state()  # the precision of an earlier cell in this process
     accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
     reset_peak_memory(accelerator.device)
@@ -119,6 +119,7 @@ def train(config: Config, folder: Path, *, mirror: Mirror, signals: Signals) -> 
                 if output.stats is not None and micro != ours[-1]:
                     [offered] = ranks.total([output.stats.offered])
                     load = offered if load is None else load + offered
+                del output  # with its logits, before the next ones are made
             grads = [p.grad for p in model.parameters() if p.grad is not None]
             norms = gradients.gradient_norms(parts) | {"grad_norm": (norm := sharding.norm(grads))}
             sums = merged_stats(outputs)

@@ -16,9 +16,9 @@ from moe.bench import analyze, dispatch, jobs
 from moe.bench.analyze import write_runs
 from moe.bench.dispatch import measure
 from moe.bench.growth import exponent, measure_point
-from moe.bench.layer import Shape, layer_variants
+from moe.bench.layer import Shape, layer_passes, least_bytes
 from moe.bench.step import TRAINING, bare_step, measure_steps
-from moe.bench.timing import interleave, medians, relative
+from moe.bench.timing import interleave, medians, product_flops, relative
 from moe.config import Config, DataConfig, OptimizerConfig
 from moe.results import history, load
 from moe.summaries import varied_factors
@@ -28,18 +28,32 @@ GOLDEN = read_published("drop_rates").set_index(["num_experts", "k"])
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_layer_variant_runs(dtype: torch.dtype) -> None:
-    seconds = interleave(layer_variants(Shape(4, 2, 16, 16, 32), dtype=dtype, device="cpu"), rounds=1)
+    shape = Shape(4, 2, 16, 16, 32)
+    passes = layer_passes(shape, dtype=dtype)
+    seconds = interleave([(name, one.both_ways) for name, one in passes.items()], rounds=1)
     assert {"dense", "ours", "Mixtral, grouped_mm"} <= set(seconds)
     assert all(value > 0 for value in seconds.values())
+    assert all(one.bytes_kept() > least_bytes(shape, dtype) for one in passes.values())
+
+
+def test_what_a_dense_layer_keeps_is_counted_once_and_without_its_parameters() -> None:
+    """The input, and of SwiGLU's hidden vector gate, silu(gate), up and their product."""
+    shape = Shape(4, 2, 16, 8, 32)
+    dense = layer_passes(shape, dtype=torch.float32)["dense"]
+    assert dense.bytes_kept() == 4 * (32 * 16 + 4 * 32 * 2 * 8)
+    assert least_bytes(shape, torch.float32) == 4 * (32 * 16 + 2 * 32 * 2 * 8)
 
 
 def test_the_training_loop_and_the_bare_steps_take_turns(small: list[str], tmp_path: Path) -> None:
-    seconds = measure_steps(
+    seconds, tokens, flops, dtype = measure_steps(
         [key for key in small if not key.startswith(("steps", "eval_every", "logger"))], rounds=1, folder=tmp_path
     )
     assert all(value > 0 for value in seconds.values())
     assert {TRAINING, "dense", "ours, bare loop", "part: Muon", "part: statistics"} <= set(seconds)
     assert seconds["part: statistics"] < seconds[TRAINING]
+    assert (tokens, dtype) == (4 * 32, torch.float32)
+    assert flops > 0
+    assert product_flops(dtype) > 0
     steps = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     kinds = [event["kind"] for event in steps]
     assert kinds == ["eval", *["train"] * 3]  # the counted round and the two before

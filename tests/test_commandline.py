@@ -38,6 +38,7 @@ def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedPro
         ("router.gate=renor", "router.gate=renor: must be one of renorm, softmax_all, uniform"),
         ("model.heads=5", r"model.heads=5: must be a divisor of model.dim=128"),
         ("precision=fp16", "precision=fp16: must be one of fp32, bf16; nearest: bf16"),
+        ("matmul_precision=hi", "matmul_precision=hi: must be one of highest, high, medium; nearest: high"),
         ("steps=0", "steps=0: must be a whole number"),
         ("steps=100000000000000000000", "steps=1.*: must be a whole number"),
         ("seed=-1", "seed=-1: must be between"),

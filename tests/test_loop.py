@@ -131,7 +131,9 @@ def test_a_router_may_add_to_the_weight_of_a_shared_loss(cell: Any) -> None:
     ids = torch.randint(0, 300, (2, 16))
     output = model(ids, ids)
     expected = output.loss + 0.75 * output.aux["router_entropy"].sum()
-    torch.testing.assert_close(total_loss(config, [layer.router.loss_weights for layer in model.moe_layers], output), expected)
+    torch.testing.assert_close(
+        total_loss(config, [layer.router.loss_weights for layer in model.moe_layers], output), expected
+    )
 
 
 @pytest.mark.parametrize(("name", "key"), LOSS_WEIGHTS.items())

@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from moe.bench.timing import Table, interleave
+from moe.bench.timing import Table, device, interleave
 from moe.dispatch import Plan, combine, gather, plan
 from moe.routing import Routing
 
@@ -48,9 +48,9 @@ def measure(
     is written and read once, (2 + 2k) D values.
     """
     generator = torch.Generator().manual_seed(seed)
-    expert = torch.randn(tokens, experts, generator=generator).topk(k).indices
-    routing = Routing.token_choice(expert, torch.ones(expert.shape))
-    x = torch.randn(tokens, dim, generator=generator)
+    expert = torch.randn(tokens, experts, generator=generator).topk(k).indices.to(device())
+    routing = Routing.token_choice(expert, torch.ones(expert.shape, device=device()))
+    x = torch.randn(tokens, dim, generator=generator).to(device())
 
     def pack_and_combine() -> Plan:
         todo = plan(routing, experts, capacity=capacity, seq_len=tokens)

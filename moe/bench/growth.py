@@ -12,7 +12,7 @@ from torch import nn
 
 from moe import process
 from moe.bench.step import bare_step
-from moe.bench.timing import Table, interleave
+from moe.bench.timing import Table, device, interleave
 from moe.config import Config, DataConfig, ModelConfig, OptimizerConfig
 from moe.cost import flops_per_token, peak_memory_gb, reset_peak_memory
 from moe.ingredients import build_model
@@ -20,7 +20,7 @@ from moe.model import MoEForCausalLM
 
 BASE = {"experts": 8, "k": 2, "batch": 16, "seq_len": 128}
 CURVES: dict[str, list[dict[str, int]]] = {
-    "experts": [{"experts": experts} for experts in (8, 16, 32, 64)],
+    "experts": [{"experts": experts} for experts in (8, 16, 32, 64, 128, 256)],
     "tokens": [{"batch": batch} for batch in (8, 16, 32, 64)],
     "sequence length, same tokens": [{"seq_len": 2048 // batch, "batch": batch} for batch in (32, 16, 8, 4)],
     "experts per token": [{"k": k} for k in (1, 2, 4, 8)],
@@ -64,18 +64,17 @@ def answer(arguments: argparse.Namespace) -> Iterator[Table]:
 def measure_point(*, experts: int, k: int, batch: int, seq_len: int, rounds: int, dim: int = 128) -> Point:
     """A step of model=tiny so changed; the process's memory before the model is built does not count."""
     process.set_up(threads=torch.get_num_threads())
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sizes = ModelConfig(dim=dim, heads=4, layers=4, ffn=2 * dim, num_experts=experts, dense_ffn=4 * dim)
     config = Config(batch_size=batch, data=DataConfig(seq_len=seq_len), model=sizes)
     config.router = {"_target_": "moe.routers.topk.TopK", "k": k}
     config.optimizer = OptimizerConfig(muon_lr=0.02, adamw_lr=0.01)
-    reset_peak_memory(device)
-    before = peak_memory_gb(device) or 0.0
+    reset_peak_memory(device())
+    before = peak_memory_gb(device()) or 0.0
     model = build_model(config, vocab_size=4096)
-    nn.Module.to(model, device)
+    nn.Module.to(model, device())
     seconds = interleave([("step", bare_step(model, config))], rounds=rounds)["step"]
     flops = 3 * flops_per_token(model, seq_len) * batch * seq_len + newton_schulz_flops(model)
-    return Point(seconds, flops, (peak_memory_gb(device) or float("nan")) - before)
+    return Point(seconds, flops, (peak_memory_gb(device()) or float("nan")) - before)
 
 
 def newton_schulz_flops(model: MoEForCausalLM) -> float:

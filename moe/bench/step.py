@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from signal import SIGTERM
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,9 +16,10 @@ from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM
 
 from moe import losses
 from moe.bench.layer import Shape, mixtral_config
-from moe.bench.timing import UNCOUNTED, Table, Variant, clock, medians, now, relative
+from moe.bench.timing import UNCOUNTED, Table, Variant, clock, device, medians, now, product_flops, relative
 from moe.commandline import read_cells
 from moe.config import Config
+from moe.cost import flops_per_token
 from moe.dispatch import plan
 from moe.ingredients import build_model, prepare_data
 from moe.loop import train
@@ -40,16 +41,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def answer(arguments: argparse.Namespace) -> Iterator[Table]:
     with tempfile.TemporaryDirectory() as folder:
-        seconds = measure_steps(arguments.overrides, rounds=arguments.rounds, folder=Path(folder))
+        seconds, tokens, flops, dtype = measure_steps(arguments.overrides, rounds=arguments.rounds, folder=Path(folder))
     parts = {name: seconds.pop(name) for name in list(seconds) if name.startswith("part: ")}
     run = ", ".join(arguments.overrides) or "model=tiny"
     yield relative(f"training step: {run}, SwiGLU", seconds, to="dense")
     shares = [{"part": name[6:], "share": value / seconds[TRAINING]} for name, value in parts.items()]
     yield Table("of that step in training", shares)
+    reached = flops / seconds[TRAINING]
+    limit = product_flops(dtype)
+    speed = {"tokens": tokens, "tokens / s": tokens / seconds[TRAINING], "TFLOP / s": reached / 1e12}
+    yield Table("speed in training, Muon's FLOPs apart", [speed | {"of a large product's": reached / limit}])
 
 
-def measure_steps(overrides: list[str], *, rounds: int, folder: Path) -> dict[str, float]:
-    """Median seconds by variant; names of parts of our step begin with "part: ".
+class Measured(NamedTuple):
+    """Median seconds by variant, where names of parts of our step begin with "part: "; of our step in training its
+    tokens, its FLOPs without Muon's, and what it multiplies in."""
+
+    seconds: dict[str, float]
+    tokens: int
+    flops: float
+    dtype: torch.dtype
+
+
+def measure_steps(overrides: list[str], *, rounds: int, folder: Path) -> Measured:
+    """Time steps of that run.
 
     The real training loop sets the pace: the others take their turn when it reports a step. Its run is cut off at 1 %,
     because evaluations, traces and checkpoints, which belong to longer runs, would be counted as steps.
@@ -62,7 +77,10 @@ def measure_steps(overrides: list[str], *, rounds: int, folder: Path) -> dict[st
     with Signals() as signals, EventLog(folder / "parts.jsonl", step=0) as events, suppress(Interrupted):
         turns = Turns([*step_variants(config), *part_variants(config, events)], signals, stop_after=steps)
         train(config, folder, mirror=turns, signals=signals)
-    return medians(turns.seconds)
+    tokens = config.batch_size * config.grad_accum * config.data.seq_len
+    flops = 3.0 * tokens * flops_per_token(_model(config), config.data.seq_len)
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    return Measured(medians(turns.seconds), tokens, flops, dtype)
 
 
 class Turns(Mirror):
@@ -134,14 +152,13 @@ def part_variants(config: Config, events: EventLog) -> list[Variant]:
 def bare_step(model: nn.Module, config: Config) -> Callable[[], None]:
     """Forward, backward and optimizers, with the balance loss where there is one; gradients stay until the next."""
     optimizers = build_optimizers(model, config.optimizer)
-    device = next(model.parameters()).device.type
     model.train()
 
     def run() -> None:
         for optimizer in optimizers:
             optimizer.zero_grad()
         ids = _random_ids(model, config)
-        with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bf16"):
+        with torch.autocast(device().type, torch.bfloat16, enabled=config.precision == "bf16"):
             output = model(input_ids=ids, labels=ids)
         balance = output.aux["load_balance"].sum() if getattr(output, "aux", None) else 0.0
         (output.loss + config.lb * balance).backward()
@@ -153,7 +170,7 @@ def bare_step(model: nn.Module, config: Config) -> Callable[[], None]:
 
 def _model(config: Config) -> MoEForCausalLM:
     model = build_model(config, vocab_size=len(prepare_data(config).tokenizer))
-    nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
+    nn.Module.to(model, device())
     return model
 
 

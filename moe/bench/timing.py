@@ -31,6 +31,18 @@ def _text(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+def device() -> torch.device:
+    """What is timed: the GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def product_flops(dtype: torch.dtype) -> float:
+    """FLOPs a second of a large matrix product, which no model exceeds."""
+    size = 8192 if device().type == "cuda" else 2048
+    one, other = torch.randn(2, size, size, device=device(), dtype=dtype)
+    return 2 * size**3 / interleave([("product", lambda: one @ other)], rounds=5)["product"]
+
+
 def interleave(variants: list[Variant], *, rounds: int) -> dict[str, float]:
     """Median seconds of each variant over `rounds` rounds, after those that are not counted."""
     seconds: dict[str, list[float]] = {name: [] for name, _ in variants}
