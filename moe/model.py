@@ -53,7 +53,7 @@ class DenseFFN(nn.Module):
 
     def forward(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
         rows = x.reshape(-1, x.shape[-1])
-        return self.experts(rows, torch.tensor([len(rows)])).view_as(x)
+        return self.experts(rows, torch.tensor([len(rows)], device="cpu")).view_as(x)
 
 
 class Block(nn.Module):

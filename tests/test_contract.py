@@ -199,6 +199,18 @@ def test_forward_and_backward_wait_for_the_device_only_where_sizes_depend_on_val
         made.clear()
 
 
+def test_no_tensor_is_made_on_the_default_device(spec: Spec, x: Tensor, ids: Tensor) -> None:
+    """Which on a GPU would be another than that of the layer; here it is one without memory, and mixing is an error."""
+    layer = make_layer(spec)
+    for capacity in (None, 1.0):
+        situation = context(ids, noise=0.1, capacity=capacity)._replace(orthogonality=True, probe_stride=3)
+        with torch.device("meta"):
+            output = layer(x.requires_grad_(), situation)
+            torch.stack([output.y.square().mean(), *output.aux.values()]).sum().backward()
+            for router in layer.router.chain:
+                router.after_step(output.stats)
+
+
 def test_noise_changes_routing_in_training(spec: Spec, x: Tensor, ids: Tensor) -> None:
     router = make_router(spec)
     routings = [router.chain[0](x.view(-1, D), context(ids, noise=n)) for n in (0.0, 5.0)]

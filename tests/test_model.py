@@ -8,9 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from moe.config import LOSS_WEIGHTS, ModelConfig
+from moe.config import LOSS_WEIGHTS, ModelConfig, OptimizerConfig
 from moe.cost import count_parameters, flops_per_token
+from moe.metrics import summarize
 from moe.model import IGNORED, MoEConfig, MoEForCausalLM, neftune_noise, next_token
+from moe.optim import build_optimizers
 from moe.routing import Context, Knobs
 
 TOPK = {"_target_": "moe.routers.topk.TopK", "k": 2}
@@ -63,6 +65,21 @@ def test_flops_of_a_linear_model_by_hand() -> None:
     """dim 32, 2 layers: attention 4 D^2, two active experts 2 * 2 D F, router E D, head V D; scores 2 D S a layer."""
     matrices = 2 * (4 * 32 * 32 + 2 * 2 * 32 * 32 + 4 * 32) + V * 32
     assert flops_per_token(make(), S) == 2 * matrices + 2 * 2 * 32 * S
+
+
+def test_no_tensor_is_made_on_the_default_device(ids: torch.Tensor) -> None:
+    """Here one without memory, which must not meet those of the model, with all that it may be made of."""
+    model = make(layers=3, first_k_dense_replace=1, shared_experts=1, dropout=0.1, neftune_noise_alpha=5.0)
+    model.model.recompute = True
+    packed = torch.tensor([*range(9), *range(S - 9)]).expand_as(ids)
+    optimizers = build_optimizers(model, OptimizerConfig(muon_lr=0.02, adamw_lr=0.01))
+    with torch.device("meta"):
+        output = model.train()(ids, ids, position_ids=packed)
+        output.loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        summarize(output.stats)
+        model.eval().generate(ids[:1, :4], attention_mask=torch.ones(1, 4, device="cpu"), max_new_tokens=2)
 
 
 def test_initial_loss_is_that_of_guessing(ids: torch.Tensor) -> None:
