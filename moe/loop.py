@@ -65,7 +65,8 @@ def train(config: Config, folder: Path, *, mirror: Mirror, signals: Signals) -> 
         router.before_training(counts)
     done, clock = _resume(folder, plain, optimizers)
     parts, milestones = gradients.parts(plain), trace.milestones(config.steps)
-    forward = torch.compile(model) if config.compile else model
+    eager_draws = {"fallback_random": True}  # noise and dropout are those of the run that is not compiled
+    forward = torch.compile(model, options=eager_draws) if config.compile else model
     layer_settings: dict[str, Any] = {"capacity": config.capacity, "drop": config.drop}
     layer_settings["orthogonality"] = config.output_orthogonality > 0
 
