@@ -264,14 +264,18 @@ def test_a_token_is_routed_alike_alone_and_in_company(spec: Spec, x: Tensor, ids
         torch.testing.assert_close(alone, as_second(layer, x, context(ids)).y[:1, 4:5])
 
 
-@pytest.mark.parametrize("batch", ["one token", "identical tokens", "zeros", "huge"])
+@pytest.mark.parametrize("batch", ["one token", "identical tokens", "zeros", "huge", "far below 0"])
 @pytest.mark.parametrize("capacity", [None, 1.0])
 def test_degenerate_batches_are_finite_and_counted(spec: Spec, batch: str, capacity: float | None) -> None:
     """Ties, one expert taking everything, empty experts: finite output, zero and not NaN gradients, all counted."""
     shape = (1, 1, D) if batch == "one token" else (B, S, D)
-    fill = {"one token": 1.0, "identical tokens": 0.7, "zeros": 0.0, "huge": 1e4}[batch]
+    fill = {"one token": 1.0, "identical tokens": 0.7, "zeros": 0.0, "huge": 1e4, "far below 0": 1e4}[batch]
     x = torch.full(shape, fill).requires_grad_()
     layer = make_layer(spec)
+    if batch == "far below 0":  # every logit of a linear router, where each sigmoid is 0 in fp32
+        with torch.no_grad():
+            for p in layer.router.parameters():
+                p.copy_(-p.abs())
     output: LayerOutput = layer(x, context(torch.full(shape[:2], 3), capacity=capacity))
     (output.y.mean() + sum(output.aux.values())).backward()
     assert output.y.isfinite().all()

@@ -34,12 +34,13 @@ class ExpertThreshold(Router):
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         logits = F.linear(x, self.weight.float())
-        scores = torch.sigmoid(self.perturb(logits, context.knobs))
+        log_scores = F.logsigmoid(self.perturb(logits, context.knobs))
+        scores = log_scores.exp()
         top = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.topk(self.quota).indices, True)
         return Routing.masked(
             torch.where(self.threshold.isinf(), top, scores > self.threshold),
             scores,
-            probs=scores / scores.sum(-1, keepdim=True),
+            probs=log_scores.softmax(-1),
             logits=logits,
             evidence=len(x) * scores.detach().quantile(1 - self.quota / self.num_experts, dim=0),
         )

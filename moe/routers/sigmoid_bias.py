@@ -30,12 +30,12 @@ class BiasedSigmoid(Router):
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         logits = F.linear(x, self.weight.float())
-        scores = torch.sigmoid(self.perturb(logits, context.knobs))
+        log_scores = F.logsigmoid(self.perturb(logits, context.knobs))  # dividing by a sum of scores could be 0 / 0
+        scores = log_scores.exp()
         expert = (scores + self.bias).topk(self.k).indices
-        weight = scores.gather(-1, expert)
-        if self.normalise and self.k > 1:
-            weight = weight / weight.sum(-1, keepdim=True)
-        probs = scores / scores.sum(-1, keepdim=True)
+        normalise = self.normalise and self.k > 1
+        weight = log_scores.gather(-1, expert).softmax(-1) if normalise else scores.gather(-1, expert)
+        probs = log_scores.softmax(-1)
         return Routing.token_choice(expert, weight, probs=probs, logits=logits, evidence=self.evidence(scores.detach()))
 
     def evidence(self, scores: Float[Tensor, "T E"]) -> Float[Tensor, "E"] | None:
