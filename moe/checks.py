@@ -44,11 +44,13 @@ def locate(path: object) -> Callable[..., Any]:
     return found
 
 
-def build(spec: dict[str, Any], key: str, *args: Any) -> Any:
+def build(spec: Any, key: str, *args: Any) -> Any:
     """Call `spec["_target_"]` with `args` and the other entries of `spec` as keywords, names and types checked first.
 
     `key` is where the spec stands in the configuration (`"router"`), for messages.
     """
+    if not isinstance(spec, dict) or "_target_" not in spec:
+        raise ConfigError(f"{key}={spec}: must name its class as {key}._target_")
     target = locate(spec["_target_"])
     values = {name: value for name, value in spec.items() if name != "_target_"}
     parameters = list(inspect.signature(target).parameters.values())[len(args) :]

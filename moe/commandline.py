@@ -93,6 +93,9 @@ def _expand(arguments: list[str], *, multirun: bool) -> list[Cell]:
             raise ConfigError(f"{swept[0]}: several values need a sweep; add -m")
         grid: list[list[str]] = [arguments]
     else:
+        for override in overrides:
+            if override.is_sweep_override() and (key := override.key_or_group) in ("experiment", "out"):
+                raise ConfigError(f"{override.input_line}: a command has one {key}; give one command for each")
         params = [f"{key}={value}" for key, value in (base.hydra.sweeper.params or {}).items()]
         [grid] = BasicSweeper.split_arguments(parser.parse_overrides(params) + overrides, None)
     cells = [_cell(cell, multirun=multirun) for cell in grid]
@@ -134,8 +137,10 @@ def _compose(overrides: list[str]) -> DictConfig:
 
 def _check_override(override: Override) -> None:
     """Refuse added and deleted keys, unknown keys of the root and unknown options of a group, by name."""
-    if override.is_add() or override.is_delete():
+    if override.is_add() or override.is_force_add() or override.is_delete():
         raise ConfigError(f"{override.input_line}: keys cannot be added or deleted; set them as key=value")
+    if override.package is not None:
+        raise ConfigError(f"{override.input_line}: groups have their places; write {override.key_or_group}=...")
     key = override.key_or_group
     if not key:
         raise ConfigError(f"{override.input_line}: the key is missing; write key=value")
@@ -149,6 +154,9 @@ def _explain(error: Exception, overrides: list[str]) -> ConfigError:
     """One line for an error of Hydra or OmegaConf: find the override that causes it, and say what would do."""
     if isinstance(error, ConfigError):
         return error
+    for extra, plugin in (("slurm", "submitit"), ("ray", "ray")):
+        if f"hydra/launcher/{plugin}" in str(error):
+            return ConfigError(f"hydra/launcher: this one needs `pip install -e '.[{extra}]'`")
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
     except HydraException as syntax:
@@ -163,7 +171,8 @@ def _explain(error: Exception, overrides: list[str]) -> ConfigError:
     known = flatten(OmegaConf.to_container(base))  # type: ignore[arg-type]
     for override in ours:
         if override not in groups and not any(f"{key}.".startswith(f"{override.key_or_group}.") for key in known):
-            return unknown("key", override.key_or_group, known)
+            owner = [str(o.input_line) for o in groups if override.key_or_group.startswith(f"{o.key_or_group}.")]
+            return unknown(" of ".join(["key", *owner]), override.key_or_group, known)
         try:
             compose("config", overrides=[str(o.input_line) for o in [*groups, override]])
         except (HydraException, OmegaConfBaseException, ValueError) as cause:

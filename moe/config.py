@@ -24,7 +24,8 @@ LOSS_WEIGHTS = {
     "output_orthogonality": "output_orthogonality",
 }
 
-# What a run computes does not depend on these, so they are no part of its identity and may change on a resume.
+# What a run computes does not depend on these, but for last bits (threads) and draws of dropout (expert_parallel), so
+# they are no part of its identity and may change on a resume.
 FREE_KEYS = (
     "out",
     "threads",
@@ -197,6 +198,8 @@ class Config:
         if config.model.get("dense") is not None:
             given = {str(k): None if OmegaConf.is_missing(config.model, k) else config.model[k] for k in config.model}
             config.model.update(dense.resolve(given))
+        sized = not OmegaConf.is_missing(config.model, "dim")
+        require(sized, "model.dense", None, "the folder or hub name of a dense Llama-type checkpoint, with its sizes")
         typed = OmegaConf.to_object(config)
         assert isinstance(typed, Config)
         return typed

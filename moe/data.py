@@ -50,6 +50,11 @@ class Prepared(NamedTuple):
     tokenizer: PreTrainedTokenizerFast
     manifest: dict[str, Any]
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """sha256 of the text and of the tokenizer: with the configuration, all that the blocks depend on."""
+        return {name: self.manifest[name] for name in ("corpus_sha256", "tokenizer_sha256")}
+
 
 def prepare(
     source: Source,

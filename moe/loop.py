@@ -63,10 +63,10 @@ def train(config: Config, folder: Path, *, mirror: Mirror, signals: Signals) -> 
     counts = token_counts(data)
     for router in routers:
         router.before_training(counts)
-    done, clock = _resume(folder, plain, optimizers)
+    done, clock = _resume(folder, plain, optimizers, data)
     parts, milestones = gradients.parts(plain), trace.milestones(config.steps)
-    eager_draws = {"fallback_random": True}  # noise and dropout are those of the run that is not compiled
-    forward = torch.compile(model, options=eager_draws) if config.compile else model
+    same_draws: dict[str, Any] = {"fallback_random": True}  # noise and dropout as without compilation
+    forward = torch.compile(model, options=same_draws) if config.compile else model
     layer_settings: dict[str, Any] = {"capacity": config.capacity, "drop": config.drop}
     layer_settings["orthogonality"] = config.output_orthogonality > 0
 
@@ -156,7 +156,7 @@ def train(config: Config, folder: Path, *, mirror: Mirror, signals: Signals) -> 
                     _save_model(plain, data, folder / "milestones" / f"step-{done:08d}")
             stop = ranks.largest(signals.received or 0)
             if done < config.steps and (done % config.save_every == 0 or stop):
-                state = parallel.state(plain, optimizers) | clock.state()
+                state = parallel.state(plain, optimizers) | clock.state() | {"data": data.digests}
                 if ranks.is_first():
                     checkpoint.save(folder / "checkpoints", done, state)
                 if stop:
@@ -221,12 +221,17 @@ def _current_rate(optimizers: list[Any]) -> float:
     return optimizers[0].param_groups[0]["lr"]
 
 
-def _resume(folder: Path, model: MoEForCausalLM, optimizers: list[Any]) -> tuple[int, Clock]:
-    """Load the newest good checkpoint, if any: (optimizer steps done, clock)."""
+def _resume(folder: Path, model: MoEForCausalLM, optimizers: list[Any], data: Prepared) -> tuple[int, Clock]:
+    """Load the newest good checkpoint, if any: (optimizer steps done, clock); ValueError if it saw other text."""
     loaded = checkpoint.load(folder / "checkpoints")
     if loaded is None:
         return 0, Clock()
     done, state = loaded
+    if state["data"] != data.digests:
+        raise ValueError(
+            f"{folder}: up to step {done} it was trained on other text or tokens than data.* gives now; "
+            "restore them, or choose another out=DIR"
+        )
     parallel.load_state(model, optimizers, state)
     log.info("%s: resumed after step %d", folder, done)
     return done, Clock(state["elapsed"], state["train_seconds"])

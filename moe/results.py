@@ -9,6 +9,7 @@ and without metrics.
 import difflib
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,14 +42,16 @@ def load(paths: Iterable[Path | str]) -> pd.DataFrame:
 
     Beside the trainer's own statuses (finished, failed, running, interrupted) a row can be "diverged" (failed, because
     loss or gradient was not finite), "unreadable" or "missing"; `error` says why, and the factors of the last two are
-    those that the folder's name holds.
+    those that sweep.json or else the folder's name holds.
     """
     paths = list(paths)
     runs, sweeps = _walk(paths)
-    rows = [read_run(folder) for folder in runs]
-    found = {folder.resolve() for folder in runs}
-    for sweep in sweeps:
-        rows += [row for row in _cells(sweep) if Path(row["folder"]).resolve() not in found]
+    asked = {Path(row["folder"]).resolve(): row for sweep in sweeps for row in _cells(sweep)}
+    rows = []
+    for folder in runs:
+        row, cell = read_run(folder), asked.pop(folder.resolve(), {})
+        rows.append(row if "causal" in row else row | {key: cell[key] for key in cell.keys() - set(FACTS)})
+    rows += asked.values()
     if not rows:
         raise ValueError(f"no run in {', '.join(map(str, paths))}: a run folder holds a run.json")
     known = [row for row in rows if "causal" in row]  # run.json could be read, so a leaf it lacks is truly absent
@@ -150,15 +153,20 @@ def _cells(sweep: Path) -> list[dict[str, Any]]:
     """A row for every cell that a sweep was asked for; `load` keeps those without a run."""
     try:
         cells = _read_object(sweep / SWEEP_FILE)["cells"]
-        return [_named_row(sweep / cell, "missing", "no run in this cell of the sweep") for cell in cells]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [
+            _named_row(sweep / name, "missing", "no run in this cell of the sweep")
+            | {key: level(value) for key, value in factors.items()}
+            for name, factors in cells.items()
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return [_named_row(sweep / SWEEP_FILE, "unreadable", f"which cells are missing is unknown: {error}")]
 
 
 def _named_row(folder: Path, status: str, error: str | None) -> dict[str, Any]:
-    """What the name alone says of a run: `lb=0.0,noise=0.1,seed=42` holds three factors."""
+    """What the name alone says of a run: `lb=0.0,noise=0.1,seed=42` holds three factors; one that was cut or changed
+    for the file system, and ends in a digest instead, none."""
     row: dict[str, Any] = {}
-    for part in folder.name.split(","):
+    for part in folder.name.split(",") if not re.search("-[0-9a-f]{8}$", folder.name) else ():
         key, equals, text = part.partition("=")
         if equals:
             row[key] = level(_parse(text))

@@ -157,7 +157,6 @@ def _first_line(error: Exception) -> str:
 def _write(cell: Cell, state: str, facts: dict[str, Any] | None = None, *, error: str | None = None) -> None:
     if not ranks.is_first():
         return
-    causal = cell.config.build_router().causal
     config, before = asdict(cell.config), stored(cell).get("config")
     if before is not None:  # on a resume too, claims are what was claimed before the first step
         config["claims"] = before.get("claims", [])
@@ -167,7 +166,7 @@ def _write(cell: Cell, state: str, facts: dict[str, Any] | None = None, *, error
         "experiment": cell.experiment,
         "name": cell.folder.name,
         "choices": cell.choices,
-        "causal": causal and (cell.config.capacity is None or cell.config.drop == "position"),
+        "causal": cell.config.build_router().is_causal(capacity=cell.config.capacity, drop=cell.config.drop),
         "config": config,
         "identity": cell.config.identity(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},

@@ -103,12 +103,13 @@ NAMED_ROUTERS = ("router", "variant")  # columns whose levels say how tokens are
 
 
 def with_causality(runs: pd.DataFrame) -> pd.DataFrame:
-    """The same runs with "(causal: yes|no)" beside the name of every router and arm; a run that broke off learns it
-    from its kin."""
+    """The same runs with "(causal: ...)" beside the name of every router and arm: yes, no, "by setting" where runs of
+    one differ (as under drop=position,score), so that it stays one level of its factor, "unknown" if no run tells."""
     words = runs["causal"].map({True: "yes", False: "no"})
     named = [column for column in NAMED_ROUTERS if column in runs and not runs[column].isin(["none"]).all()]
     for column in named:
-        known = words.fillna(words.groupby(runs[column]).transform("first")).fillna("unknown")
+        by_name = words.groupby(runs[column])
+        known = by_name.transform("first").where(by_name.transform("nunique") < 2, "by setting").fillna("unknown")
         runs = runs.assign(**{column: (runs[column] + " (causal: " + known + ")").where(runs[column].notna())})
     return runs
 
@@ -146,7 +147,7 @@ def console_table(runs: pd.DataFrame) -> str:
         lines.append("per condition: mean ± sample standard deviation (ddof=1) over n seeds")
         try:
             lines.append(spread_table(summary(runs, factors, metrics)).to_string(index=False))
-        except ValueError as error:  # a sweep over threads= repeats its conditions; that must not end a training
+        except ValueError as error:  # a copied run folder repeats a seed; that must not end a training
             lines.append(f"not shown: {error}")
     rest = unfinished(runs)
     lines.append(f"{len(runs) - len(rest)} of {len(runs)} runs finished")

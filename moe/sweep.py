@@ -67,7 +67,8 @@ def _check_folder(cell: Cell) -> None:
 
 @contextmanager
 def _reserved(cells: list[Cell]) -> Iterator[None]:
-    """Keep other sweeps out of a sweep's folder until this one ends or dies; note which cells it is to have."""
+    """Keep other sweeps out of a sweep's folder until this one ends or dies; note which cells it is to have, and their
+    factors."""
     if len(cells) < 2:
         yield
         return
@@ -76,8 +77,8 @@ def _reserved(cells: list[Cell]) -> Iterator[None]:
     with locked(sweep / "sweep.lock") as owner:
         if owner is not None:
             raise ConfigError(f"{sweep} is in use by another sweep, process {owner}: wait for it, or choose out=DIR")
-        names = {*_notes(sweep).get("cells", []), *(cell.folder.name for cell in cells)}
-        record.write_json(sweep / "sweep.json", {"cells": sorted(names)})
+        asked = {cell.folder.name: cell.choices | cell.config.identity() for cell in cells}
+        record.write_json(sweep / "sweep.json", {"cells": _notes(sweep).get("cells", {}) | asked})
         yield
 
 

@@ -88,7 +88,7 @@ def test_the_table_relates_everything_to_the_limit() -> None:
 
 def test_exponents_are_slopes_and_flops_grow_as_they_should() -> None:
     assert exponent([1, 2, 4], [3.0, 12.0, 48.0]) == pytest.approx(2)
-    small = {"experts": 4, "k": 1, "batch": 1, "seq_len": 8, "rounds": 1, "dim": 16}
+    small = {"experts": 4, "k": 1, "batch": 1, "seq_len": 8, "rounds": 1, "threads": 1, "dim": 16}
     one, twice = measure_point(**small), measure_point(**{**small, "batch": 2})
     more = measure_point(**{**small, "experts": 8})
     assert one.seconds > 0

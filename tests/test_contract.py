@@ -226,6 +226,13 @@ def fixed_k(spec: Spec) -> bool:
 CAPACITIES = [(spec, None) for spec in SPECS] + [(spec, 0.6) for spec in SPECS if fixed_k(spec)]
 
 
+def test_a_capacity_limit_keeps_causal_what_has_a_fixed_number_of_experts_and_drops_by_position(spec: Spec) -> None:
+    router = make_router(spec)
+    assert router.is_causal(capacity=None, drop="score") == router.causal
+    assert router.is_causal(capacity=1.0, drop="position") == (router.causal and fixed_k(spec))
+    assert not router.is_causal(capacity=1.0, drop="score")
+
+
 @pytest.mark.parametrize(("spec", "capacity"), CAPACITIES, ids=lambda value: getattr(value, "name", str(value)))
 def test_causal_routers_do_not_see_the_future_or_other_sequences(
     spec: Spec, capacity: float | None, x: Tensor, ids: Tensor

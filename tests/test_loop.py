@@ -51,6 +51,19 @@ def test_an_interrupted_and_resumed_run_is_bitwise_the_undisturbed_one(
     assert not (stopped.folder / "checkpoints").exists()
 
 
+def test_a_run_does_not_go_on_with_other_text(cell: Any, corpus: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text(corpus.read_text())
+    one = cell(f"data.source.paths=[{text}]")
+    with pytest.raises(Interrupted):
+        run(one, stop_after=3)
+    text.write_text("".join(line + "\n" for line in corpus.read_text().splitlines()[5:]))
+    with pytest.raises(ValueError, match="up to step 3 it was trained on other text"):
+        run(one)
+    text.write_text(corpus.read_text())
+    run(one)
+
+
 def test_models_of_the_milestones_are_kept_and_load(cell: Any, tmp_path: Path) -> None:
     kept, stopped = (cell("steps=8", "save_milestones=true", f"out={tmp_path}/{name}") for name in "ab")
     run(kept)

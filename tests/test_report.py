@@ -211,7 +211,7 @@ def test_every_run_is_accounted_for(published: Path, tmp_path: Path) -> None:
     write_run(published / "lb=0.0,noise=0.1,seed=45", {}, status="failed", seed=45, noise=0.1, lb=0.0)
     write_run(published / "lb=0.0,noise=0.5,seed=45", {"val/perplexity": math.inf}, seed=45, noise=0.5, lb=0.0)
     (published / "lb=0.0,noise=0.0,seed=42" / "run.json").write_text("{")
-    (published / "sweep.json").write_text(json.dumps({"cells": ["lb=0.0,noise=0.0,seed=45"]}))
+    (published / "sweep.json").write_text(json.dumps({"cells": {"lb=0.0,noise=0.0,seed=45": {}}}))
     with (published / "lb=0.0,noise=0.0,seed=43" / "events.jsonl").open("a") as log:
         log.write('{"kind": "ev')
     text = write_report(load([published]), tmp_path / "out").read_text()
@@ -240,7 +240,7 @@ def test_the_table_of_what_was_run_counts_every_status(tmp_path: Path) -> None:
         write_run(folder, {}, status=status, seed=seed + 2, noise=0.1)
         record = json.loads((folder / "run.json").read_text())
         (folder / "run.json").write_text(json.dumps(record | {"error": error}))
-    (tmp_path / "x" / "sweep.json").write_text(json.dumps({"cells": ["noise=0.0,seed=9"]}))
+    (tmp_path / "x" / "sweep.json").write_text(json.dumps({"cells": {"noise=0.0,seed=9": {}}}))
     write_run(tmp_path / "y" / "noise=0.0,seed=1", {"val/loss": 1.0}, seed=1, noise=0.0)
     blocks = list(what_was_run(gather(load([tmp_path]))[0]))
     assert [(name, n) for block in blocks if isinstance(block, Tally) for name, n, _ in block.parts] == [

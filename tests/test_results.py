@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from moe.summaries import (
     summary,
     tied_factors,
     varied_factors,
+    with_causality,
     write_sweep_tables,
 )
 
@@ -75,7 +77,9 @@ def sweep(tmp_path: Path) -> Path:
                 write_run(folder / name, noise=noise, lb=lb, seed=seed, loss=2.0 + noise + 0.01 * (seed - 42))
     (folder / "multirun.yaml").write_text("{}")
     (folder / "results.csv").write_text("old")
-    (folder / "sweep.json").write_text(json.dumps({"cells": [path.name for path in folder.iterdir() if path.is_dir()]}))
+    (folder / "sweep.json").write_text(
+        json.dumps({"cells": {path.name: {} for path in folder.iterdir() if path.is_dir()}})
+    )
     return folder
 
 
@@ -106,7 +110,7 @@ def test_whatever_is_not_finished_keeps_its_row(sweep: Path) -> None:
     (sweep / "lb=0.0,noise=0.5,seed=44" / "events.jsonl").write_text("")
     (write_run(sweep / "lb=0.0,noise=0.5,seed=45", noise=0.5, seed=45) / "metrics.json").unlink()
     (write_run(sweep / "lb=0.0,noise=0.5,seed=46", noise=0.5, seed=46) / "run.json").write_text("[]")
-    cells = json.loads((sweep / "sweep.json").read_text())["cells"] + ["lb=0.0,noise=0.9,seed=42"]
+    cells = json.loads((sweep / "sweep.json").read_text())["cells"] | {"lb=0.0,noise=0.9,seed=42": {}}
     (sweep / "sweep.json").write_text(json.dumps({"cells": cells}))
 
     runs = load([sweep]).set_index("run")
@@ -130,6 +134,23 @@ def test_whatever_is_not_finished_keeps_its_row(sweep: Path) -> None:
     assert "failed: lb=0.0,noise=0.5,seed=42: CUDA out of memory" in text
     assert "missing: lb=0.0,noise=0.9,seed=42" in text
     assert "second line" not in text
+
+
+def test_a_cell_whose_name_was_cut_has_the_factors_that_it_was_asked_for(tmp_path: Path) -> None:
+    """A digest in place of what does not fit into a name must not become a level of the last factor."""
+    sweep = tmp_path / "x"
+    names = {seed: f"data.source.paths=_a_,seed={seed}-0123456{seed % 10}" for seed in (42, 43, 44)}
+    write_run(sweep / names[42], seed=42)
+    (sweep / names[43]).mkdir()
+    (sweep / names[43] / "run.json").write_text("{")
+    asked = {name: {"seed": seed, "capacity": None, "router": "topk"} for seed, name in names.items()}
+    (sweep / "sweep.json").write_text(json.dumps({"cells": asked}))
+    runs = load([sweep])
+    assert runs["status"].tolist() == ["finished", "unreadable", "missing"]
+    assert runs["seed"].tolist() == [42, 43, 44]
+    assert (runs["capacity"] == "none").all()
+    assert varied_factors(runs) == ["seed"]
+    assert load([sweep / names[43]])["status"].tolist() == ["unreadable"]
 
 
 def test_an_unreadable_cell_list_is_reported(sweep: Path) -> None:
@@ -226,6 +247,17 @@ def test_an_arm_leads_the_groups_that_it_fixes(tmp_path: Path) -> None:
     runs = load([tmp_path])
     assert varied_factors(runs) == ["variant"]
     assert tied_factors(runs)["router"] == "variant"
+
+
+def test_a_router_that_is_causal_under_some_settings_stays_one_level(tmp_path: Path) -> None:
+    """As under drop=position,score: two names for it would leave nothing to compare within one level."""
+    for drop, seed in product(("position", "score"), (1, 2)):
+        folder = write_run(tmp_path / "x" / f"drop={drop},seed={seed}", drop=drop, seed=seed)
+        record = json.loads((folder / "run.json").read_text())
+        (folder / "run.json").write_text(json.dumps(record | {"causal": drop == "position"}))
+    runs = with_causality(load([tmp_path]))
+    assert runs["router"].unique().tolist() == ["topk (causal: by setting)"]
+    assert varied_factors(runs) == ["drop", "seed"]
 
 
 def test_experiments_with_equal_cells_stay_apart(tmp_path: Path) -> None:

@@ -21,7 +21,9 @@ def progress(evidence: Evidence) -> Iterator[Block]:
     if table.empty:
         return
     cells = [
-        f"{c.difference:+.3f} [{c.ci_low:.3f}, {c.ci_high:.3f}]{' *' if c.significant else ''}"
+        f"{c.difference:+.3f}"
+        + (f" [{c.ci_low:.3f}, {c.ci_high:.3f}]" if c.n > 1 else "")
+        + (" *" if c.significant else "")
         for c in table.itertuples()
     ]
     shown = table.assign(cell=cells, share=table["share"].map("{:.0%}".format))

@@ -294,6 +294,8 @@ def _by_pair(axes: Axes, runs: list[Studied]) -> None:
     styled = list(_styled(runs))
     for index, (style, _, members) in enumerate(styled):
         others = [other for run in members for other in run.found["seed_agreement"] if other["seed"] > run.seed]
+        if not others:
+            continue
         pairs = np.array([[layer["kappa"] for layer in other["layers"]] for other in others], dtype=float)
         x = np.arange(pairs.shape[-1]) + 0.7 * ((index + 0.5) / len(styled) - 0.5)
         axes.plot(x, pairs.T, style["marker"], color=style["color"], markersize=3, alpha=0.6)

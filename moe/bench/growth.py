@@ -7,7 +7,6 @@ from multiprocessing import get_context
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import nn
 
 from moe import process
@@ -46,7 +45,8 @@ def answer(arguments: argparse.Namespace) -> Iterator[Table]:
         points = []
         for setting in settings:
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-                points.append(fresh.submit(measure_point, **{**BASE, **setting}, rounds=arguments.rounds).result())
+                asked = {**BASE, **setting, "rounds": arguments.rounds, "threads": arguments.threads}
+                points.append(fresh.submit(measure_point, **asked).result())
         sizes = [next(iter(setting.values())) for setting in settings]
         rows.append(
             {
@@ -61,9 +61,11 @@ def answer(arguments: argparse.Namespace) -> Iterator[Table]:
     yield Table("growth of a training step of model=tiny", rows)
 
 
-def measure_point(*, experts: int, k: int, batch: int, seq_len: int, rounds: int, dim: int = 128) -> Point:
+def measure_point(
+    *, experts: int, k: int, batch: int, seq_len: int, rounds: int, threads: int, dim: int = 128
+) -> Point:
     """A step of model=tiny so changed; the process's memory before the model is built does not count."""
-    process.set_up(threads=torch.get_num_threads())
+    process.set_up(threads=threads)
     sizes = ModelConfig(dim=dim, heads=4, layers=4, ffn=2 * dim, num_experts=experts, dense_ffn=4 * dim)
     config = Config(batch_size=batch, data=DataConfig(seq_len=seq_len), model=sizes)
     config.router = {"_target_": "moe.routers.topk.TopK", "k": k}

@@ -29,6 +29,11 @@ class Router(nn.Module):
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         raise NotImplementedError
 
+    def is_causal(self, *, capacity: float | None, drop: str) -> bool:
+        """`causal`, under a capacity limit as well: if it drops by position, and if the number of assignments, of which
+        the limit is a share, does not depend on later tokens."""
+        return self.causal and (capacity is None or (drop == "position" and hasattr(self, "k")))
+
     @property
     def chain(self) -> "list[Router]":
         """The routers that a layer asks in turn, each seeing what the experts of the one before have added."""

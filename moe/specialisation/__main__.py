@@ -30,7 +30,7 @@ def main(command: list[str] | None = None) -> int:
             new = study(folder, blocks_wanted=arguments.blocks, samples=arguments.samples)
             print(f"{folder / FILE}: {'written' if new else 'up to date'}", flush=True)
         compare_seeds(finished)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"moe.specialisation: {error}", file=sys.stderr)
         return 2
     print(f"{len(finished)} of {len(runs)} runs are finished")
