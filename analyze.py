@@ -14,6 +14,7 @@ def main() -> int:
     add("--out", type=Path, default=Path("analysis"), help="folder for the report (analysis)")
     add("--reference", action="append", default=[], metavar="FACTOR=LEVEL", help="compare levels with this one")
     add("--margin", action="append", default=[], metavar="METRIC=SIZE", help="count as equal: val/perplexity=1%%")
+    add("--metric", action="append", default=[], metavar="NAME", help="judge this final metric too: routing/load_gini")
     add("--replay", action="store_true", help="judge the published numbers of the sources instead of runs")
     arguments = parser.parse_args()
 
@@ -28,9 +29,10 @@ def main() -> int:
             report = write_replay(arguments.out)
         else:
             runs = load(arguments.folders)
-            wishes = Wishes(*(dict(map(_pair, texts)) for texts in (arguments.reference, arguments.margin)))
+            references, margins = (dict(map(_pair, texts)) for texts in (arguments.reference, arguments.margin))
+            wishes = Wishes(references, margins, tuple(arguments.metric))
             report = write_report(runs, arguments.out, wishes)
-            print(console_table(runs))
+            print(console_table(runs, wishes.metrics))
     except ValueError as error:
         print(f"analyze: {error}", file=sys.stderr)
         return 2

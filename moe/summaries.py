@@ -17,6 +17,11 @@ from moe.record import write_text
 from moe.results import FACTS, history, load
 
 HEADLINE = ("val/loss", "val/perplexity", "val/accuracy", "routing/load_cv/pooled")
+ROUTING = (
+    *("routing/load_max_violation", "routing/load_gini", "routing/unused_experts", "routing/entropy"),
+    *("routing/jaccard", "routing/router_gram", "routing/sequential_overlap"),
+    *("routing/consistency", "routing/consistency_kappa"),
+)
 STD = "std (ddof=1)"
 GROUPS = ("variant", "router", "schedule", "model", "data", "optimizer")
 
@@ -60,6 +65,11 @@ def conditions(runs: pd.DataFrame, factors: list[str]) -> Iterator[tuple[dict[st
     for level in levels(runs[factors[0]]):
         for rest, members in conditions(runs[runs[factors[0]] == level], factors[1:]):
             yield {factors[0]: level, **rest}, members
+
+
+def present(runs: pd.DataFrame, metrics: Iterable[str]) -> list[str]:
+    """Those of `metrics` that some run has, each once, in their order."""
+    return [metric for metric in dict.fromkeys(metrics) if metric in runs and runs[metric].notna().any()]
 
 
 def by_seed(runs: pd.DataFrame, metric: str) -> pd.Series:
@@ -137,16 +147,16 @@ def write_sweep_tables(sweep: Path) -> pd.DataFrame:
     return runs
 
 
-def console_table(runs: pd.DataFrame) -> str:
-    """Per condition mean ± std as text, then what is not finished."""
+def console_table(runs: pd.DataFrame, metrics: Iterable[str] = ()) -> str:
+    """Per condition mean ± std as text, of the headline metrics and of `metrics`, then what is not finished."""
     runs = with_causality(runs)
-    metrics = [metric for metric in HEADLINE if metric in runs]
+    shown = present(runs, (*HEADLINE, *metrics))
     factors = [factor for factor in varied_factors(runs) if factor != "seed"]
     lines = []
-    if metrics:
+    if shown:
         lines.append("per condition: mean ± sample standard deviation (ddof=1) over n seeds")
         try:
-            lines.append(spread_table(summary(runs, factors, metrics)).to_string(index=False))
+            lines.append(spread_table(summary(runs, factors, shown)).to_string(index=False))
         except ValueError as error:  # a copied run folder repeats a seed; that must not end a training
             lines.append(f"not shown: {error}")
     rest = unfinished(runs)

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from statsmodels.stats.multitest import multipletests
 
 from moe.analysis.accounts import what_was_run
 from moe.analysis.document import (
@@ -196,6 +197,66 @@ def test_claims_margins_and_several_experiments(published: Path, tmp_path: Path)
     assert "![noise_lb_seed/noise_lb](noise_lb_seed/noise_lb.png)" in text
     assert (tmp_path / "out" / "noise_lb_seed" / "claims.csv").is_file()
     assert not (tmp_path / "out" / "floor" / "claims.csv").exists()
+
+
+def test_a_metric_that_is_wished_for_is_judged_like_the_others_and_all_are_one_family(
+    published: Path, tmp_path: Path
+) -> None:
+    runs, metric = load([published]), "val/accuracy"
+    wishes = Wishes(margins={metric: "5%"}, metrics=(metric, "val/perplexity", metric))
+    text = write_report(runs, tmp_path / "out", wishes).read_text()
+    table = pd.read_csv(tmp_path / "out" / "contrasts.csv")
+    alone = contrasts(with_causality(runs), metric, ["noise", "lb"], margin="5%").set_index(
+        ["factor", "level", "within"]
+    )
+    wished = table[table["metric"] == metric].fillna({"within": ""}).astype({"level": float})
+    same = ["n", "difference", "ci_low", "ci_high", "p", "p TOST", "p TOST Holm", "equivalent"]
+    np.testing.assert_allclose(
+        wished.set_index(["factor", "level", "within"])[same].astype(float), alone[same].astype(float)
+    )
+    assert table["metric"].value_counts().to_dict() == {"val/perplexity": 7, "routing/load_cv/pooled": 7, metric: 7}
+    for column, method in (("p Holm", "holm"), ("p BH", "fdr_bh")):
+        np.testing.assert_allclose(table[column], multipletests(table["p"], method=method)[1])
+    assert table.loc[table["metric"] != metric, "equivalent"].isna().all(), "no margin, no answer"
+    assert re.search(r"noise 0\.5 vs 0\.0 at lb=0\.0: -\S+ val/accuracy \[.*n=3: \*\*lower\*\*", text)
+    assert set(pd.read_csv(tmp_path / "out" / "anova.csv")["metric"]) == {*table["metric"]}
+    for name in ("noise_lb", "factors_val_accuracy", "contrasts_val_accuracy"):
+        assert f"![{name}]({name}.png)" in text
+    assert not (tmp_path / "out" / "factors_val_perplexity.png").exists(), "noise_lb shows it"
+
+
+def test_a_metric_beyond_the_headline_is_wished_for_by_name(published: Path, tmp_path: Path) -> None:
+    metric = "routing/entropy/layer03"
+    done = analyze("--metric", metric, "--metric", "val/loss", "--margin", f"{metric}=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    head = next(line for line in done.stdout.splitlines() if "val/loss" in line)
+    assert head.split() == [
+        *("noise", "lb", "val/loss", "val/perplexity", "val/accuracy", "routing/load_cv/pooled", metric, "n", "seeds")
+    ]
+    text = (tmp_path / "analysis" / "report.md").read_text()
+    assert f"| routing/load_cv/pooled | {metric} | n seeds |" in text
+    assert f"lb 0.01 vs 0.0 at noise=0.0: +0 {metric}, n=3: **undecided** (the same difference in every seed" in text
+    assert f"- {metric} has no spread between seeds" in text.replace(f"{metric}: ", "", 1)
+
+
+def test_routing_is_told_by_condition_wherever_it_was_measured(tmp_path: Path) -> None:
+    for noise, ginis in ((0.0, (0.1, 0.3)), (0.1, (0.4, 0.4))):
+        for seed, gini in enumerate(ginis):
+            metrics = {"val/loss": 1.0 + seed, "routing/load_gini": gini, "routing/jaccard": math.nan}
+            metrics |= {"routing/consistency_kappa": 0.5 + seed} if noise else {}
+            write_run(tmp_path / "x" / f"{noise},{seed}", metrics, seed=seed, noise=noise)
+    text = write_report(load([tmp_path / "x"]), tmp_path / "out").read_text()
+    rows = [line for line in text.split("**Routing by condition**")[1].splitlines() if line.startswith("|")]
+    assert [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[:4] if "---" not in row] == [
+        ["noise", "load_gini", "consistency_kappa", "n seeds"],
+        ["0", "0.20 ± 0.14", "– (n=0)", "2"],
+        ["0.1", "0.4 ± 0", "1.00 ± 0.71", "2"],
+    ]
+    means = pd.read_csv(tmp_path / "out" / "conditions.csv").set_index(["noise", "metric"])["mean"]
+    assert means.loc[[(0.0, "val/loss"), (0.0, "routing/load_gini"), (0.1, "routing/load_gini")]].tolist() == [
+        *(1.5, pytest.approx(0.2), 0.4)
+    ]
+    assert means.index.is_unique
 
 
 def test_the_sources_own_numbers_are_replayed(tmp_path: Path) -> None:
@@ -476,6 +537,8 @@ def test_the_command_prints_the_table_and_where_the_report_lies(published: Path,
             ["--margin", "val/perplexity=-1"],
             "analyze: margin -1: must be positive, in units of val/perplexity or a text such as 1%\n",
         ),
+        (["--metric", "val/acuracy"], "analyze: unknown metric 'val/acuracy'; nearest: val/accuracy\n"),
+        (["--metric", "noise", "--metric", "val/loss"], "analyze: unknown metric 'noise'\n"),
         (["--reference", "lb=7"], "analyze: reference lb=7: allowed are 0.0, 0.01\n"),
     ],
 )

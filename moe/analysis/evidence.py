@@ -6,13 +6,24 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from moe.analysis.claims import judge_planned
-from moe.analysis.statistics import contrasts, name_cell
+from moe.analysis.statistics import as_one_family, contrasts, name_cell
 from moe.analysis.style import MOST_LINES
+from moe.checks import unknown
 from moe.frontier import LATE
 from moe.results import History, history
-from moe.summaries import HEADLINE, NAMED_ROUTERS, conditions, levels, tied_factors, varied_factors, with_causality
+from moe.summaries import (
+    HEADLINE,
+    NAMED_ROUTERS,
+    conditions,
+    levels,
+    present,
+    tied_factors,
+    varied_factors,
+    with_causality,
+)
 
-# What is tested: metric -> its unit, and what a rise and a fall of it mean. Each is a family of its own for Holm.
+# What is always tested: metric -> its unit, and what a rise and a fall of it mean. Each is a family of its own for
+# corrections; with metrics that a reader wishes for, chosen with the results at hand, all of them are one.
 TESTED = {
     "val/perplexity": ("perplexity", "worse", "better"),
     "routing/load_cv/pooled": ("load CV", "less balanced", "more balanced"),
@@ -24,11 +35,12 @@ TRAINING = (*PULLS, "train/loss", "train/load_balance", *LATE)
 
 
 class Wishes(NamedTuple):
-    """What the reader asked for: the level of a factor that its others are compared with, and per tested metric the
-    margin, in its units or as text such as "1%", within which two levels count as equal."""
+    """What the reader asked for: the level of a factor that its others are compared with, per tested metric the margin,
+    in its units or as text such as "1%", within which two levels count as equal, and final metrics to test as well."""
 
     references: dict[str, Any] = {}
     margins: dict[str, float | str] = {}
+    metrics: tuple[str, ...] = ()
 
 
 class Evidence(NamedTuple):
@@ -39,8 +51,8 @@ class Evidence(NamedTuple):
     factors: list[str]  # what varies, without the seed
     tied: dict[str, str]  # varied factor -> the one that fixes it
     condition: pd.Series  # per run, "lb=0.01, noise=0.1": the levels of the factors; absent where one is unknown
-    metrics: list[str]  # the headline metrics that some run has
-    tested: list[str]  # those of TESTED that some run has
+    metrics: list[str]  # the headline metrics and those wished for that some run has
+    tested: list[str]  # the metrics of TESTED and those wished for that some run has
     claims: pd.DataFrame  # of `moe.analysis.claims.judge_planned`, one experiment only
     contrasts: pd.DataFrame  # of `moe.analysis.statistics.contrasts`, all tested metrics, one experiment only
     past: History  # every evaluation, and the columns TRAINING of every training step
@@ -60,19 +72,23 @@ def gather(loaded: pd.DataFrame, wishes: Wishes | None = None) -> list[Evidence]
     """The evidence in a table of `moe.results.load`: of all runs and, if there are several experiments, of each.
 
     Runs are compared within an experiment, so that claims, contrasts and figures are about what it varies.
-    ValueError for a reference or margin that nothing has, and for a seed with two runs of one condition.
+    ValueError for a reference, margin or metric that nothing has, and for a seed with two runs of one condition.
     """
     wishes = wishes or Wishes()
     past = history(loaded.loc[loaded["status"] != "missing", "folder"], training=TRAINING)
-    whole = _of(loaded, past)
+    whole = _of(loaded, past, wishes.metrics)
     names = levels(loaded["experiment"])
-    parts = [_of(loaded[loaded["experiment"] == name], past) for name in names] if len(names) > 1 else [whole]
+    parts = (
+        [_of(loaded[loaded["experiment"] == name], past, wishes.metrics) for name in names]
+        if len(names) > 1
+        else [whole]
+    )
     _check(wishes, parts)
     compared = [_compared(part, wishes) for part in parts]
     return [whole, *compared] if len(names) > 1 else compared
 
 
-def _of(loaded: pd.DataFrame, past: History) -> Evidence:
+def _of(loaded: pd.DataFrame, past: History, wished: tuple[str, ...]) -> Evidence:
     runs = with_causality(loaded)
     factors = [factor for factor in varied_factors(runs) if factor != "seed"]
     names = {
@@ -85,8 +101,8 @@ def _of(loaded: pd.DataFrame, past: History) -> Evidence:
         factors=factors,
         tied=tied_factors(runs),
         condition=pd.Series(names, index=runs.index, dtype=object),
-        metrics=[metric for metric in HEADLINE if metric in runs],
-        tested=[metric for metric in TESTED if metric in runs],
+        metrics=present(runs, (*HEADLINE, *wished)),
+        tested=present(runs, (*TESTED, *wished)),
         claims=pd.DataFrame(),
         contrasts=pd.DataFrame(),
         past=History(_only(past.evals, folders), _only(past.trains, folders), past.problems),
@@ -105,7 +121,11 @@ def _compared(part: Evidence, wishes: Wishes) -> Evidence:
         contrasts(part.runs, metric, part.factors, references=references, margin=wishes.margins.get(metric))
         for metric in part.tested
     ]
-    return part._replace(claims=judge_planned(part.loaded), contrasts=stack(tables))
+    table = stack(tables)
+    return part._replace(
+        claims=judge_planned(part.loaded),
+        contrasts=table if set(part.tested) <= set(TESTED) else as_one_family(table),
+    )
 
 
 def _check(wishes: Wishes, parts: list[Evidence]) -> None:
@@ -113,9 +133,14 @@ def _check(wishes: Wishes, parts: list[Evidence]) -> None:
     for factor, level in wishes.references.items():
         if factor not in factors:
             raise ValueError(f"reference {factor}={level}: varied factors are {', '.join(factors) or 'none'}")
+    metrics = [column for column in parts[0].loaded if "/" in column]
+    for metric in wishes.metrics:
+        if metric not in metrics:
+            raise unknown("metric", metric, metrics)
+    tested = dict.fromkeys((*TESTED, *wishes.metrics))
     for metric, margin in wishes.margins.items():
-        if metric not in TESTED:
-            raise ValueError(f"margin {metric}={margin}: tested metrics are {', '.join(TESTED)}")
+        if metric not in tested:
+            raise ValueError(f"margin {metric}={margin}: tested metrics are {', '.join(tested)}")
 
 
 def stack(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:

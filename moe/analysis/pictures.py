@@ -108,15 +108,17 @@ def temperature(evidence: Evidence) -> Iterator[Block]:
 
 def _factors(evidence: Evidence) -> Drawn:
     runs, factors = evidence.runs, evidence.factors
-    if set(factors) == {"noise", "lb"} and set(evidence.tested) == set(TESTED):
+    metrics = list(dict.fromkeys((*TESTED, *evidence.tested)))
+    if set(factors) == {"noise", "lb"} and set(TESTED) <= set(evidence.tested):
         yield "noise_lb", figures.noise_lb(runs), "Perplexity and load CV against router noise, by balance weight."
-        return
+        metrics = metrics[len(TESTED) :]
     if not factors:
         yield "factors", "no factor varies", ""
         return
-    for metric in TESTED:
-        name, caption = "factors_" + metric.replace("/", "_"), f"Effect of {', '.join(factors)}: {LABELS[metric]}."
-        if metric not in runs:
+    for metric in metrics:
+        label = LABELS.get(metric, metric)
+        name, caption = "factors_" + metric.replace("/", "_"), f"Effect of {', '.join(factors)}: {label}."
+        if metric not in evidence.tested:
             yield name, f"no run has {metric}", caption
         else:
             yield name, evidence.too_many() or _factor_figure(runs, factors, metric), caption
@@ -133,14 +135,14 @@ def _factor_figure(runs: pd.DataFrame, factors: list[str], metric: str) -> Figur
 def _forests(evidence: Evidence) -> Drawn:
     for metric in evidence.tested if len(evidence.contrasts) else []:
         rows = evidence.contrasts[evidence.contrasts["metric"] == metric].dropna(subset=["ci_low"])
-        name = "contrasts_" + metric.replace("/", "_")
-        caption = f"Contrasts paired by seed, 95 % t intervals: {LABELS[metric]}."
+        name, label = "contrasts_" + metric.replace("/", "_"), LABELS.get(metric, metric)
+        caption = f"Contrasts paired by seed, 95 % t intervals: {label}."
         if rows.empty:
             yield name, "no contrast has an interval", caption
         elif len(rows) > FOREST:
             yield name, f"{len(rows)} contrasts are too many", caption
         else:
-            yield name, figures.forest(rows, LABELS[metric]), caption
+            yield name, figures.forest(rows, label), caption
 
 
 def _curves(evidence: Evidence) -> Drawn:

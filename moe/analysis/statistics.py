@@ -77,15 +77,18 @@ def contrasts(
                 baseline = by_seed(members[members[factor] == reference], metric)
                 names = {"factor": factor, "level": level, "reference": reference, "within": name_cell(cell)}
                 rows.append({"metric": metric} | names | _compare(treated, baseline, margin))
-    table = pd.DataFrame(rows)
+    return as_one_family(pd.DataFrame(rows))
+
+
+def as_one_family(table: pd.DataFrame) -> pd.DataFrame:
+    """Contrasts, be it of several metrics, with everything that is corrected, corrected over all rows of the table."""
     if table.empty:
         return table
-    place = table.columns.get_loc("p") + 1
-    table.insert(place, "p Holm", corrected(table["p"], "holm"))
-    table.insert(place + 1, "p BH", corrected(table["p"], "fdr_bh"))
-    if margin is not None:
-        table["p TOST Holm"] = corrected(table["p TOST"], "holm")
-        table["equivalent"] = table["p TOST Holm"] <= 1 - CONFIDENCE
+    table = table.assign(**{"p Holm": corrected(table["p"], "holm"), "p BH": corrected(table["p"], "fdr_bh")})
+    if "p TOST" in table:
+        holm = corrected(table["p TOST"], "holm")
+        equivalent = pd.Series(holm <= 1 - CONFIDENCE, index=table.index).where(table["margin"].notna())
+        table = table.assign(**{"p TOST Holm": holm, "equivalent": equivalent})
     return table
 
 
@@ -215,6 +218,8 @@ def _compare(treated: pd.Series, baseline: pd.Series, margin: float | str | None
         "ci_low": low,
         "ci_high": high,
         "p": p,
+        "p Holm": float("nan"),  # both come with the other rows, in `as_one_family`
+        "p BH": float("nan"),
         "d_z": d_z,
         "p Welch": _welch(treated.to_numpy(), baseline.to_numpy()),
         "p sign-flip": sign_flip(differences),

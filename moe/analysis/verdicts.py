@@ -13,7 +13,7 @@ from moe.analysis.claims import post_hoc as not_claimed
 from moe.analysis.document import Attachment, Block, Bullets, Heading, Table, Text
 from moe.analysis.evidence import TESTED, Evidence, stack
 from moe.analysis.statistics import anova, noise_floor, with_intervals
-from moe.summaries import spread_table, summary
+from moe.summaries import ROUTING, present, spread_table, summary
 
 STANDINGS = AFTER, BEFORE, UNDECIDED = (
     "A direction, Holm's correction included",
@@ -29,11 +29,12 @@ Runs that differ in the seed alone: sample standard deviation (ddof=1) with its 
 smallest true difference that an unpaired t test over so many seeds on either side finds with power 0.8."""
 CONTRASTS_EXPLAINED = """\
 `difference` is level minus reference over paired seeds, with its 95 % t interval and p of the paired t test; `p Holm`
-is corrected over all contrasts of the metric; `d_z` is the difference in standard deviations (ddof=1) of the paired
-differences; `p Welch` ignores the pairing; `p sign-flip` is exact up to 16 seeds and can never go below `smallest p
-sign-flip`, however large the effect; `detectable` is the smallest true difference that this many seeds, spread as they
-are, show with power 0.8; `p BH` is corrected for the false discovery rate (Benjamini-Hochberg); `p TOST`, for a metric
-with a `--margin`, is that of two one-sided tests that the difference is smaller than the margin."""
+is corrected over all contrasts of the metric, and of every metric if `--metric` added one; `d_z` is the difference in
+standard deviations (ddof=1) of the paired differences; `p Welch` ignores the pairing; `p sign-flip` is exact up to 16
+seeds and can never go below `smallest p sign-flip`, however large the effect; `detectable` is the smallest true
+difference that this many seeds, spread as they are, show with power 0.8; `p BH` is corrected for the false discovery
+rate (Benjamini-Hochberg), over the same contrasts; `p TOST`, for a metric with a `--margin`, is that of two one-sided
+tests that the difference is smaller than the margin."""
 
 
 def planned(evidence: Evidence) -> Iterator[Block]:
@@ -85,7 +86,7 @@ def _standing(contrast: pd.Series) -> str:
 def verdict(contrast: pd.Series) -> str:
     """One contrast as a sentence that ends in its direction or in undecided."""
     c = contrast
-    unit, up, down = TESTED[c["metric"]]
+    unit, up, down = TESTED.get(c["metric"], (c["metric"], "higher", "lower"))
     place = f" at {c['within']}" if c["within"] else ""
     claim = f"{c['factor']} {c['level']} vs {c['reference']}{place}:"
     note = f" ({c['note']})" if c["note"] else ""
@@ -106,11 +107,16 @@ def verdict(contrast: pd.Series) -> str:
 
 
 def conditions(evidence: Evidence) -> Iterator[Block]:
-    """Mean and spread of the headline metrics, a row a condition."""
-    means = summary(evidence.runs, evidence.factors, evidence.metrics)
+    """Mean and spread of the headline metrics and of routing, a row a condition."""
+    routing = present(evidence.runs, ROUTING)
+    means = summary(evidence.runs, evidence.factors, dict.fromkeys((*evidence.metrics, *routing)))
     yield Heading("Conditions")
     yield Text("Final evaluation, mean ± sample standard deviation (ddof=1) over n seeds.")
-    yield Table(spread_table(means))
+    yield Table(spread_table(means[means["metric"].isin(evidence.metrics)]))
+    if routing:
+        yield Text("**Routing by condition**: the same of `routing/...`, mean over layers.")
+        table = spread_table(means[means["metric"].isin(routing)])
+        yield Table(table.rename(columns=lambda name: name.removeprefix("routing/")))
     yield _csv("conditions", with_intervals(means), "the same with 95 % t intervals.")
 
 
