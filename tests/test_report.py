@@ -1,5 +1,6 @@
 """The report: every run is accounted for, sentences follow from the data, and no state of the folders breaks it."""
 
+import itertools
 import json
 import math
 import re
@@ -239,13 +240,33 @@ def test_a_metric_beyond_the_headline_is_wished_for_by_name(published: Path, tmp
     assert f"- {metric} has no spread between seeds" in text.replace(f"{metric}: ", "", 1)
 
 
+def test_an_experiment_without_the_metric_is_corrected_as_if_nobody_had_wished_for_it(tmp_path: Path) -> None:
+    for experiment, metrics in (("has", ["routing/load_gini"]), ("has_not", [])):
+        for noise, seed in itertools.product((0.0, 0.1), (1, 2, 3)):
+            names = ["val/perplexity", "routing/load_cv/pooled", *metrics]
+            values = {name: (seed + noise) ** index for index, name in enumerate(names, start=2)}
+            write_run(tmp_path / experiment / f"{noise},{seed}", values, seed=seed, noise=noise)
+    _, has, has_not = gather(load([tmp_path]), Wishes(metrics=("routing/load_gini",)))
+    assert has.tested == [*has_not.tested, "routing/load_gini"]
+    np.testing.assert_allclose(has.contrasts["p Holm"], multipletests(has.contrasts["p"], method="holm")[1])
+    np.testing.assert_allclose(has_not.contrasts["p Holm"], has_not.contrasts["p"])
+    np.testing.assert_allclose(has_not.contrasts["p"], has.contrasts["p"][:2])
+
+
+def test_a_metric_that_is_null_everywhere_is_no_wish_to_grant(tmp_path: Path) -> None:
+    write_run(tmp_path / "x" / "seed=1", {"val/loss": 1.0, "routing/jaccard": math.nan}, seed=1)
+    with pytest.raises(ValueError, match=r"^metric routing/jaccard: null in every run$"):
+        gather(load([tmp_path]), Wishes(metrics=("routing/jaccard",)))
+
+
 def test_routing_is_told_by_condition_wherever_it_was_measured(tmp_path: Path) -> None:
     for noise, ginis in ((0.0, (0.1, 0.3)), (0.1, (0.4, 0.4))):
         for seed, gini in enumerate(ginis):
             metrics = {"val/loss": 1.0 + seed, "routing/load_gini": gini, "routing/jaccard": math.nan}
             metrics |= {"routing/consistency_kappa": 0.5 + seed} if noise else {}
             write_run(tmp_path / "x" / f"{noise},{seed}", metrics, seed=seed, noise=noise)
-    text = write_report(load([tmp_path / "x"]), tmp_path / "out").read_text()
+    wishes = Wishes(metrics=("routing/consistency_kappa",))  # stands in the table of conditions as well
+    text = write_report(load([tmp_path / "x"]), tmp_path / "out", wishes).read_text()
     rows = [line for line in text.split("**Routing by condition**")[1].splitlines() if line.startswith("|")]
     assert [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[:4] if "---" not in row] == [
         ["noise", "load_gini", "consistency_kappa", "n seeds"],

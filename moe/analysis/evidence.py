@@ -1,6 +1,7 @@
 """What a report is made of: everything its sections read, gathered once, before a single file is written."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -76,19 +77,15 @@ def gather(loaded: pd.DataFrame, wishes: Wishes | None = None) -> list[Evidence]
     """
     wishes = wishes or Wishes()
     past = history(loaded.loc[loaded["status"] != "missing", "folder"], training=TRAINING)
-    whole = _of(loaded, past, wishes.metrics)
-    names = levels(loaded["experiment"])
-    parts = (
-        [_of(loaded[loaded["experiment"] == name], past, wishes.metrics) for name in names]
-        if len(names) > 1
-        else [whole]
-    )
+    of = partial(_of, past=past, wished=wishes.metrics)
+    whole, names = of(loaded), levels(loaded["experiment"])
+    parts = [of(loaded[loaded["experiment"] == name]) for name in names] if len(names) > 1 else [whole]
     _check(wishes, parts)
     compared = [_compared(part, wishes) for part in parts]
     return [whole, *compared] if len(names) > 1 else compared
 
 
-def _of(loaded: pd.DataFrame, past: History, wished: tuple[str, ...]) -> Evidence:
+def _of(loaded: pd.DataFrame, *, past: History, wished: tuple[str, ...]) -> Evidence:
     runs = with_causality(loaded)
     factors = [factor for factor in varied_factors(runs) if factor != "seed"]
     names = {
@@ -137,6 +134,8 @@ def _check(wishes: Wishes, parts: list[Evidence]) -> None:
     for metric in wishes.metrics:
         if metric not in metrics:
             raise unknown("metric", metric, metrics)
+        if not any(metric in part.tested for part in parts):
+            raise ValueError(f"metric {metric}: null in every run")
     tested = dict.fromkeys((*TESTED, *wishes.metrics))
     for metric, margin in wishes.margins.items():
         if metric not in tested:

@@ -115,7 +115,7 @@ def conditions(evidence: Evidence) -> Iterator[Block]:
     yield Table(spread_table(means[means["metric"].isin(evidence.metrics)]))
     if routing:
         yield Text("**Routing by condition**: the same of `routing/...`, mean over layers.")
-        table = spread_table(means[means["metric"].isin(routing)])
+        table = spread_table(means[means["metric"].isin(routing)])[[*evidence.factors, *routing, "n seeds"]]
         yield Table(table.rename(columns=lambda name: name.removeprefix("routing/")))
     yield _csv("conditions", with_intervals(means), "the same with 95 % t intervals.")
 
