@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from itertools import product
 from pathlib import Path
 
 import matplotlib.image
@@ -198,6 +199,16 @@ def test_claims_margins_and_several_experiments(published: Path, tmp_path: Path)
     assert "![noise_lb_seed/noise_lb](noise_lb_seed/noise_lb.png)" in text
     assert (tmp_path / "out" / "noise_lb_seed" / "claims.csv").is_file()
     assert not (tmp_path / "out" / "floor" / "claims.csv").exists()
+
+
+def test_a_reference_holds_for_the_experiments_that_have_it(published: Path, tmp_path: Path) -> None:
+    for lb, seed in product((0.0, 0.02), (42, 43)):
+        metrics = {"val/perplexity": 130.0 + seed + 100 * lb}
+        write_run(tmp_path / "multirun" / "other" / f"lb={lb},seed={seed}", metrics, seed=seed, noise=0.0, lb=lb)
+    _, *parts = gather(load([tmp_path / "multirun"]), Wishes(references={"lb": 0.01}))
+    assert [set(part.contrasts.query("factor == 'lb'")["reference"]) for part in parts] == [{0.01}, {0.0}]
+    with pytest.raises(ValueError, match=r"reference lb=7: allowed are 0.0, 0.01, 0.02"):
+        gather(load([tmp_path / "multirun"]), Wishes(references={"lb": 7}))
 
 
 def test_a_metric_that_is_wished_for_is_judged_like_the_others_and_all_are_one_family(

@@ -112,10 +112,10 @@ def _only(events: pd.DataFrame, folders: pd.Series) -> pd.DataFrame:
 
 def _compared(part: Evidence, wishes: Wishes) -> Evidence:
     """The same with its claims judged and its levels compared."""
-    chosen = {factor: level for factor, level in wishes.references.items() if factor in part.factors}
-    references = _labelled(chosen, part.runs)
     tables = [
-        contrasts(part.runs, metric, part.factors, references=references, margin=wishes.margins.get(metric))
+        contrasts(
+            part.runs, metric, part.factors, references=_references(part, wishes), margin=wishes.margins.get(metric)
+        )
         for metric in part.tested
     ]
     table = stack(tables)
@@ -130,6 +130,9 @@ def _check(wishes: Wishes, parts: list[Evidence]) -> None:
     for factor, level in wishes.references.items():
         if factor not in factors:
             raise ValueError(f"reference {factor}={level}: varied factors are {', '.join(factors) or 'none'}")
+        if not any(factor in _references(part, wishes) for part in parts):
+            known = levels(pd.concat([part.runs[factor] for part in parts if factor in part.factors]))
+            raise ValueError(f"reference {factor}={level}: allowed are {', '.join(map(str, known))}")
     metrics = [column for column in parts[0].loaded if "/" in column]
     for metric in wishes.metrics:
         if metric not in metrics:
@@ -148,10 +151,13 @@ def stack(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
-def _labelled(references: dict[str, Any], runs: pd.DataFrame) -> dict[str, Any]:
-    """References with a router or arm as the runs name it, "topk (causal: yes)", where people write "topk"."""
-    labelled = dict(references)
-    for factor in references.keys() & set(NAMED_ROUTERS):
-        names = [name for name in levels(runs[factor]) if str(name).startswith(f"{references[factor]} (causal: ")]
-        labelled |= {factor: names[0]} if names else {}
-    return labelled
+def _references(part: Evidence, wishes: Wishes) -> dict[str, Any]:
+    """The wished references that are levels there, a router or arm as its runs name it: "topk (causal: yes)", where
+    people write "topk"."""
+    found = {}
+    for factor, level in wishes.references.items():
+        for name in levels(part.runs[factor]) if factor in part.factors else []:
+            named = factor in NAMED_ROUTERS and str(name).startswith(f"{level} (causal: ")
+            if name == level or named:
+                found[factor] = name
+    return found
