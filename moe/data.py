@@ -33,7 +33,7 @@ from moe.tokenizer import SPECIAL_TOKENS, pretrained_tokenizer, tokenise, tokeni
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # raise it whenever the same arguments give other blocks or other files
+FORMAT = 2  # raise it whenever the same arguments give other blocks or other files
 
 
 class Prepared(NamedTuple):
@@ -41,6 +41,8 @@ class Prepared(NamedTuple):
 
     train, val: columns input_ids (seq_len) and domain (an index into `domains`); no block mixes domains. Blocks of
         conversations have labels and position_ids (seq_len) too, see `Batch`.
+    val: document too, a number for each source file (`Document.group`, which the split never parts; a conversation is
+        its own). A block has that of its first token, whatever follows. Blocks of one document are not independent.
     manifest: what the blocks were made of: counts, licences, versions, checksums.
     """
 
@@ -211,7 +213,7 @@ def _build(
             domain: make(documents, pretrained, seq_len, f"tokenise {name} {domain}")
             for domain, documents in split.items()
         }
-        dataset = _dataset(list(blocks.values()), seq_len, max_blocks)
+        dataset = _dataset(list(blocks.values()), max_blocks, documents=name == "val")
         if not len(dataset):
             raise ValueError(f"data.seq_len={seq_len}: no {name} block is that long; give more or longer documents")
         dataset.save_to_disk(folder / name)
@@ -252,22 +254,30 @@ def _split(documents: list[Document], val_percent: int) -> tuple[list[Document],
 
 def _cut(documents: list[Document], tokenizer: PreTrainedTokenizerFast, seq_len: int, label: str) -> Blocks:
     """Blocks of documents one after another, the tail dropped."""
-    ids = tokenise(documents, tokenizer, label)
-    return Blocks({"input_ids": ids[: len(ids) // seq_len * seq_len].reshape(-1, seq_len)}, {"tokens": len(ids)})
+    parts = tokenise(documents, tokenizer, label)
+    ids = np.concatenate([np.empty(0, dtype=np.int32), *parts])
+    blocks = ids[: len(ids) // seq_len * seq_len].reshape(-1, seq_len)
+    ends = np.cumsum([len(part) for part in parts])
+    first = np.searchsorted(ends, np.arange(len(blocks)) * seq_len, side="right")
+    return Blocks({"input_ids": blocks}, [documents[place].group for place in first], {"tokens": len(ids)})
 
 
-def _dataset(domains: list[Blocks], seq_len: int, max_blocks: int | None) -> datasets.Dataset:
-    """The blocks, domain by domain; `max_blocks` of them, evenly spaced."""
-    names = list(domains[0].columns)
-    columns = {name: np.concatenate([blocks.columns[name] for blocks in domains]) for name in names}
-    columns["domain"] = np.repeat(np.arange(len(domains)), [len(blocks.columns["input_ids"]) for blocks in domains])
+def _dataset(domains: list[Blocks], max_blocks: int | None, *, documents: bool) -> datasets.Dataset:
+    """The blocks, domain by domain, with their `documents` or without; `max_blocks` of them, evenly spaced."""
+    columns = {name: np.concatenate([blocks.columns[name] for blocks in domains]) for name in domains[0].columns}
+    columns["domain"] = np.repeat(np.arange(len(domains)), [len(blocks.document) for blocks in domains])
+    if documents:
+        numbers: dict[tuple[int, str], int] = {}
+        pairs = [(label, name) for label, blocks in enumerate(domains) for name in blocks.document]
+        columns["document"] = np.array([numbers.setdefault(pair, len(numbers)) for pair in pairs], dtype=np.int32)
     count = len(columns["domain"])
     if max_blocks is not None and max_blocks < count:
         kept = np.arange(max_blocks) * count // max_blocks
         columns = {name: column[kept] for name, column in columns.items()}
-    features = {name: datasets.List(datasets.Value("int32"), length=seq_len) for name in names}
-    features["domain"] = datasets.Value("int32")
-    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    features = datasets.Features({name: datasets.Value("int32") for name in columns})
+    for name in [name for name, column in columns.items() if column.ndim > 1]:
+        features[name] = datasets.List(features[name], length=columns[name].shape[1])
+    return datasets.Dataset.from_dict(columns, features=features)
 
 
 def _digest(documents: Iterable[Document]) -> str:

@@ -16,9 +16,13 @@ from moe.model import IGNORED
 
 
 class Blocks(NamedTuple):
-    """Blocks of one domain: columns by name, and what the manifest says of them beside their number."""
+    """Blocks of one domain: columns by name, and what the manifest says of them beside their number.
+
+    document: the `Document.group` of each block's first token.
+    """
 
     columns: dict[str, Int[np.ndarray, "N S"]]
+    document: list[str]
     counts: dict[str, int | float]
 
 
@@ -31,14 +35,15 @@ def pack(documents: list[Document], tokenizer: PreTrainedTokenizerFast, seq_len:
     """
     whole = tokenise(documents, tokenizer, label)
     cut = [Tokens(ids[:seq_len], labels[:seq_len]) for ids, labels in whole]
-    kept = [tokens for tokens in cut if (tokens.labels != IGNORED).any()]
-    groups = best_fit([len(tokens.ids) for tokens in kept], seq_len)
-    columns = {name: np.empty((len(groups), seq_len), np.int32) for name in ("input_ids", "labels", "position_ids")}
+    learnable = [place for place, tokens in enumerate(cut) if (tokens.labels != IGNORED).any()]
+    kept = [cut[place] for place in learnable]
+    rows = best_fit([len(tokens.ids) for tokens in kept], seq_len)
+    columns = {name: np.empty((len(rows), seq_len), np.int32) for name in ("input_ids", "labels", "position_ids")}
     columns["labels"][:] = IGNORED
     fillers, filled = cycle(kept), 0
-    for row, group in enumerate(groups):
+    for row, members in enumerate(rows):
         end = 0
-        for index in group:
+        for index in members:
             end = _write(columns, row, end, kept[index])
         filled += seq_len - end
         while end < seq_len:
@@ -48,9 +53,9 @@ def pack(documents: list[Document], tokenizer: PreTrainedTokenizerFast, seq_len:
         "labelled_tokens": int((columns["labels"] != IGNORED).sum()),
         "truncated": sum(len(tokens.ids) > seq_len for tokens in whole),
         "left_out": len(cut) - len(kept),
-        "filler_share": filled / columns["input_ids"].size if groups else 0.0,
+        "filler_share": filled / columns["input_ids"].size if rows else 0.0,
     }
-    return Blocks(columns, counts)
+    return Blocks(columns, [documents[learnable[members[0]]].group for members in rows], counts)
 
 
 def best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:

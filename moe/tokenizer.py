@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Int
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -57,12 +58,12 @@ def encoder(tokenizer: PreTrainedTokenizerFast, *, special: bool) -> Tokenizer:
     return copy
 
 
-def tokenise(documents: list[Document], tokenizer: PreTrainedTokenizerFast, label: str) -> np.ndarray:
-    """Ids of the documents, each followed by the end-of-text token. Text that spells a special token stays text."""
+def tokenise(documents: list[Document], tokenizer: PreTrainedTokenizerFast, label: str) -> list[Int[np.ndarray, "_"]]:
+    """Ids of each document with the end-of-text token after them. Text that spells a special token stays text."""
     words = encoder(tokenizer, special=False)
-    ids = [np.empty(0, dtype=np.int32)]
+    ids = []
     for start in tqdm(range(0, len(documents), 64), label, leave=False, disable=None):
         texts = [document.text for document in documents[start : start + 64]]
         for encoding in words.encode_batch_fast(texts, add_special_tokens=False):
             ids.append(np.array([*encoding.ids, tokenizer.eos_token_id], dtype=np.int32))
-    return np.concatenate(ids)
+    return ids

@@ -1,6 +1,7 @@
 """The command line: `python -m moe.specialisation multirun/noise_lb_seed` studies every finished run below it."""
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -28,7 +29,11 @@ def main(command: list[str] | None = None) -> int:
         finished = [Path(folder) for folder in runs.loc[runs["status"] == "finished", "folder"]]
         for folder in finished:
             new = study(folder, blocks_wanted=arguments.blocks, samples=arguments.samples)
-            print(f"{folder / FILE}: {'written' if new else 'up to date'}", flush=True)
+            loss = json.loads((folder / FILE).read_text())["val_loss"]
+            interval = (
+                f"val/loss {loss['mean']}, 95 % over {loss['documents']} documents: {loss['low']} to {loss['high']}"
+            )
+            print(f"{folder / FILE}: {'written' if new else 'up to date'}; {interval}", flush=True)
         compare_seeds(finished)
     except (ValueError, OSError) as error:
         print(f"moe.specialisation: {error}", file=sys.stderr)

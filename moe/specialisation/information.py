@@ -1,10 +1,12 @@
 """How much the choice of experts says about domain, token and position, and how much of that is chance.
 
-Every token counts once: each of its k experts gets 1/k. The entropy of experts then has a part that no label can
+Each of a token's k experts gets 1/k of it. The entropy of experts then has a part that no label can
 explain, mean ln k, because a token has k of them; information is judged against the rest, so that every deterministic
 function of the label (hash routing of the token id, say) scores 1 for every k.
 """
 
+from collections import Counter
+from math import factorial, prod
 from typing import Any
 
 import numpy as np
@@ -49,32 +51,57 @@ def set_labels(chosen: Bool[np.ndarray, "N E"]) -> Int[np.ndarray, "N"]:
 
 
 def domain_dependence(
-    chosen: Bool[np.ndarray, "N E"], domain: Int[np.ndarray, "B"], *, rng: np.random.Generator
+    chosen: Bool[np.ndarray, "N E"],
+    domain: Int[np.ndarray, "B"],
+    document: Int[np.ndarray, "B"],
+    *,
+    rng: np.random.Generator,
 ) -> dict[str, Any] | None:
-    """I(domain; expert) / sqrt(H(domain) (H(expert) - mean ln k)), against domains shuffled over blocks.
+    """I(domain; expert) / sqrt(H(domain) (H(expert) - mean ln k)), against domains shuffled over documents.
 
-    Whole blocks are shuffled because the tokens of a block share their domain and much else: against shuffled tokens,
-    or the analytic bias (D-1)(E-1)/2N that is given too, any topic of a block would look like its domain. `adjusted` is
-    1 for routing by domain and 0 on average for routing that is blind to it; `ami` is scikit-learn's, of the sets of
-    experts, whose chance is that of independent tokens. None if all blocks are of one domain.
+    Whole documents are shuffled because what a document's blocks share beyond their domain is much: against shuffled
+    blocks or tokens, or the analytic bias (D-1)(E-1)/2N that is given too, routing by topic would look like routing by
+    domain. Here a document counts once, however long: domains differ in how long their documents are, which a
+    shuffle would undo, so that totals over tokens would differ from shuffled ones without any dependence.
+
+    `adjusted` is 1 for routing by domain and 0 on average for routing that is blind to it; `p_least` is the smallest p
+    that the numbers of documents allow (`least_p`); `ami` is scikit-learn's, of the sets of experts, where a token
+    counts once and chance is that of independent tokens. None if all blocks are of one domain.
     """
-    present, label = np.unique(domain, return_inverse=True)
+    tokens, routed = len(chosen) // len(domain), chosen.any(-1)
+    chosen = chosen[routed]
+    present, by_token = np.unique(np.repeat(domain, tokens)[routed], return_inverse=True)
     if len(present) < 2:
         return None
-    share = shares(chosen)
-    by_block = share.reshape(len(domain), -1, share.shape[-1]).sum(1)
+    _, unit, length = np.unique(np.repeat(document, tokens)[routed], return_inverse=True, return_counts=True)
+    weight = 1 / length[unit]
+    profile = counts(unit, shares(chosen) * weight[:, None], size=len(length))
+    label = np.zeros_like(length)
+    label[unit] = by_token
     one_hot = np.eye(len(present))
-    permuted = np.stack([one_hot[rng.permutation(label)] for _ in range(PERMUTATIONS)])  # (P, B, D)
-    null = mutual_information(np.swapaxes(permuted, 1, 2) @ by_block)
-    table = one_hot[label].T @ by_block
-    ceiling = float(np.sqrt(entr(table.sum(-1) / table.sum()).sum() * _explicable(chosen)))
-    tokens = chosen.any(-1)
-    by_token = np.repeat(label, len(chosen) // len(domain))
+    permuted = np.stack([one_hot[rng.permutation(label)] for _ in range(PERMUTATIONS)])  # (P, documents, D)
+    null = mutual_information(np.swapaxes(permuted, 1, 2) @ profile)
+    table = one_hot[label].T @ profile
+    ceiling = float(np.sqrt(entr(table.sum(-1) / len(length)).sum() * _explicable(chosen, weight)))
+    effective = weight.sum() ** 2 / (weight**2).sum()  # Kish: as many tokens of equal weight would vary as much
     return _against(float(mutual_information(table)), ceiling, null) | {
-        "bias": (len(present) - 1) * (np.count_nonzero(table.sum(0)) - 1) / (2 * tokens.sum()),
-        "ami": adjusted_mutual_info_score(by_token[tokens], set_labels(chosen[tokens])),
-        "blocks": len(domain),
+        "p_least": least_p(label),
+        "documents": len(length),
+        "bias": (len(present) - 1) * (np.count_nonzero(table.sum(0)) - 1) / (2 * effective),
+        "ami": adjusted_mutual_info_score(by_token, set_labels(chosen)),
     }
+
+
+def least_p(labels: Int[np.ndarray, "N"]) -> float:
+    """The smallest p of a permutation test over units with these labels, whatever is observed.
+
+    It is the share of the labellings that part the units just so, where labels of as many units may trade names, and at
+    least 1 / (`PERMUTATIONS` + 1): 1 if each unit has its own label, 1/35 for 4 + 4 of them.
+    """
+    sizes = Counter(labels.tolist()).values()
+    ways = factorial(len(labels)) // prod(factorial(size) for size in sizes)
+    alike = prod(factorial(number) for number in Counter(sizes).values())
+    return max(alike / ways, 1 / (PERMUTATIONS + 1))
 
 
 def vocabulary_dependence(
@@ -106,7 +133,9 @@ def vocabulary_dependence(
     return {
         "ids": size,
         "tokens": len(label),
-        "id": _against(informed(label), _explicable(chosen), np.array([informed(order) for order in shuffled])),
+        "id": _against(
+            informed(label), _explicable(chosen, np.ones(len(label))), np.array([informed(order) for order in shuffled])
+        ),
         "specialisation": _against(specialised(label), 1.0, np.array([specialised(order) for order in shuffled])),
     }
 
@@ -125,12 +154,11 @@ def by_position(chosen: Bool[np.ndarray, "N E"], seq_len: int) -> Float[np.ndarr
     return given(counts(deciles, shares(chosen), size=DECILES))
 
 
-def _explicable(chosen: Bool[np.ndarray, "N E"]) -> float:
-    """H(expert) - mean ln k: the most that any label can say about experts, nats."""
-    routed = chosen[chosen.any(-1)]
-    share = shares(routed)
-    ceiling = entr(share.mean(0)).sum() - entr(share).sum(-1).mean()
-    return ceiling if ceiling > TINY else 0.0
+def _explicable(chosen: Bool[np.ndarray, "N E"], weight: Float[np.ndarray, "N"]) -> float:
+    """H(expert) - mean ln k of tokens with an expert: the most that any label can say about experts, nats."""
+    share = shares(chosen)
+    ceiling = entr(np.average(share, axis=0, weights=weight)).sum() - np.average(entr(share).sum(-1), weights=weight)
+    return float(ceiling) if ceiling > TINY else 0.0
 
 
 def _against(observed: float, ceiling: float, null: Float[np.ndarray, "P"]) -> dict[str, float]:

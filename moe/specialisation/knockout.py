@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moe.model import MoEForCausalLM
 from moe.routing import Knobs, Routing
+from moe.specialisation.information import counts
 from moe.specialisation.interventions import Change, altered, removed, rerouted
 from moe.specialisation.observation import Observation, next_token_nats
 
@@ -19,7 +20,9 @@ RESAMPLES = 2000
 Method = Callable[[Routing, Bool[Tensor, "A"]], Routing]
 
 
-def knockouts(model: MoEForCausalLM, seen: Observation, knobs: Knobs) -> dict[str, dict[str, Any]]:
+def knockouts(
+    model: MoEForCausalLM, seen: Observation, knobs: Knobs, *, document: Int[np.ndarray, "B"]
+) -> dict[str, dict[str, Any]]:
     """The rise of the loss, nats per token, without each expert of each layer, in two ways.
 
     rerouted: its assignments go to the next-best experts of their tokens; zeroed: they add nothing. The null of both is
@@ -41,19 +44,30 @@ def knockouts(model: MoEForCausalLM, seen: Observation, knobs: Knobs) -> dict[st
                     with altered(layer, change):
                         nats = next_token_nats(model, seen.blocks, knobs).cpu().numpy()
                     rise[row, index, expert] = np.nanmean(nats - seen.nats, axis=1)
-        results[name] = _summary(*rise, load=load, domain=seen.domain)
+        results[name] = _summary(*rise, load=load, domain=seen.domain, document=document)
     return results
 
 
-def bootstrap(values: Float[np.ndarray, "*X B"]) -> dict[str, Any]:
-    """The mean over blocks and its 95 % percentile bootstrap interval; every X sees the same 2000 resamples.
+def bootstrap(
+    values: Float[np.ndarray, "*X B"],
+    document: Int[np.ndarray, "B"],
+    *,
+    weight: Float[np.ndarray, "B"] | None = None,
+) -> dict[str, Any]:
+    """The (weighted) mean over blocks and its 95 % percentile bootstrap interval over `documents` of them.
 
-    Blocks are what text varies by; the interval says nothing about other seeds.
+    Documents are drawn with all their blocks, from all domains together, because the blocks of one are no independent
+    witnesses; every X sees the same 2000 resamples. A percentile interval over few documents (below about 20) is too
+    narrow, that over one is NaN, and none says anything about other seeds.
     """
-    units = values.shape[-1]
-    often = np.random.default_rng(0).multinomial(units, np.full(units, 1 / units), size=RESAMPLES)
-    low, high = np.quantile(values @ often.T / units, [0.025, 0.975], axis=-1)
-    return {"mean": values.mean(-1), "low": low, "high": high}
+    weight = np.ones(len(document)) if weight is None else weight
+    unit = np.unique(document, return_inverse=True)[1]
+    sizes = np.bincount(unit, weight)
+    sums = counts(unit, np.moveaxis(values * weight, -1, 0).reshape(len(unit), -1), size=len(sizes))
+    often = np.random.default_rng(0).multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), size=RESAMPLES)
+    means = (often @ sums / (often @ sizes)[:, None]).reshape(RESAMPLES, *values.shape[:-1])
+    low, high = np.quantile(means, [0.025, 0.975], axis=0) if len(sizes) > 1 else np.full((2, *means.shape[1:]), np.nan)
+    return {"mean": np.average(values, axis=-1, weights=weight), "low": low, "high": high, "documents": len(sizes)}
 
 
 def _summary(
@@ -62,14 +76,15 @@ def _summary(
     *,
     load: Float[np.ndarray, "L E"],
     domain: Int[np.ndarray, "B"],
+    document: Int[np.ndarray, "B"],
 ) -> dict[str, Any]:
     """delta, null, excess = delta - null: (L, E) means with intervals; by_domain: (L, E, domains that occur) of delta;
     rho, rho_excess: (L) Spearman's correlation, over experts, of load with delta and with excess."""
     excess = rise - null
     return {
-        "delta": bootstrap(rise),
-        "null": bootstrap(null),
-        "excess": bootstrap(excess),
+        "delta": bootstrap(rise, document),
+        "null": bootstrap(null, document),
+        "excess": bootstrap(excess, document),
         "domains": np.unique(domain),
         "by_domain": np.stack([rise[..., domain == d].mean(-1) for d in np.unique(domain)], -1),
         "rho": [rank_correlation(*pair) for pair in zip(load, rise.mean(-1), strict=True)],

@@ -34,9 +34,18 @@ class Observation(NamedTuple):
 
 
 def blocks(data: Prepared, count: int) -> Batch:
-    """`count` evenly spaced validation blocks, or of all: domains keep their shares."""
+    """`count` evenly spaced validation blocks, or all: domains keep their shares."""
+    return batch(data.val, _places(data, count))
+
+
+def documents(data: Prepared, count: int) -> Int[np.ndarray, "B"]:
+    """The document that each of those `blocks` begins in."""
+    return np.asarray(data.val[_places(data, count)]["document"])
+
+
+def _places(data: Prepared, count: int) -> list[int]:
     count = min(count, len(data.val))
-    return batch(data.val, [index * len(data.val) // count for index in range(count)])
+    return [index * len(data.val) // count for index in range(count)]
 
 
 def refusal(model: MoEForCausalLM, blocks: Batch) -> str | None:

@@ -20,7 +20,9 @@ from moe.specialisation.observation import BATCH, Observation, next_token_nats
 ROUTES = 8  # alternatives tried for a token
 
 
-def route_regret(model: MoEForCausalLM, seen: Observation, knobs: Knobs, *, samples: int) -> list[dict[str, Any]]:
+def route_regret(
+    model: MoEForCausalLM, seen: Observation, knobs: Knobs, *, document: Int[np.ndarray, "B"], samples: int
+) -> list[dict[str, Any]]:
     """By layer, for about `samples` tokens: next-token loss as chosen less the least over the routes tried, nats.
 
     A token tries up to `ROUTES` sets of as many experts as it has: windows of its own random order of all experts, so
@@ -54,7 +56,7 @@ def route_regret(model: MoEForCausalLM, seen: Observation, knobs: Knobs, *, samp
         }
         blocks = routed.any(0)
         results.append(
-            {name: bootstrap(_block_means(value, routed)[blocks]) for name, value in values.items()}
+            {name: bootstrap(_block_means(value, routed)[blocks], document[blocks]) for name, value in values.items()}
             | {"tokens": int(routed.sum()), "routes": tried.shape[-1], "values": values["regret"][routed]}
         )
     return results

@@ -6,24 +6,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from moe import trace
 from moe.config import Config, DataConfig
+from moe.data import Prepared
 from moe.ingredients import prepare_data
+from moe.model import MoEForCausalLM
 from moe.record import sha256, write_json, write_text
 from moe.routing import Knobs
 from moe.specialisation import information, stability
 from moe.specialisation.geometry import expert_outputs, projections
-from moe.specialisation.knockout import knockouts
+from moe.specialisation.knockout import bootstrap, knockouts
 from moe.specialisation.landscape import landscape
-from moe.specialisation.observation import Observation, blocks, observe, refusal
+from moe.specialisation.observation import Observation, blocks, documents, next_token_nats, observe, refusal
 from moe.specialisation.page import page
 from moe.specialisation.regret import route_regret
 from moe.specialisation.vocabulary import keywords
 
-FORMAT = 1  # raise it whenever the same model gives other numbers
+FORMAT = 2  # raise it whenever the same model gives other numbers
 FILE = "specialisation.json"
 LANDSCAPE_BLOCKS = 8
 
@@ -47,19 +50,20 @@ def study(folder: Path, *, blocks_wanted: int, samples: int) -> bool:
         return False
     began = time.monotonic()
     data = prepare_data(Config(data=DataConfig(**record["config"]["data"])))
-    if data.manifest["files"] != record["data"]["files"]:
+    if _trained_on(data.manifest) != _trained_on(record["data"]):
         raise ValueError(f"{folder}: its data is another now ({data.manifest['key']}, was {record['data']['key']})")
     disable_progress_bar()  # of loading one small file
     model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
-    probes = blocks(data, blocks_wanted)
+    probes, document = blocks(data, blocks_wanted), documents(data, blocks_wanted)
+    knobs = Knobs.of(temperature=model.config.router_temperature, device=model.device)
     content: dict[str, Any] = {"asked": asked, "step": record["config"]["steps"], "reason": refusal(model, probes)}
+    content |= {"val_loss": validation_loss(model, data, knobs)}
     if content["reason"] is None:
-        knobs = Knobs.of(temperature=model.config.router_temperature, device=model.device)
         seen = observe(model, probes, knobs)
-        content |= counted(seen, data.domains)
+        content |= counted(seen, data.domains, document=document)
         content |= {"keywords": keywords(seen, data.tokenizer)}
-        content |= {"knockout": knockouts(model, seen, knobs)}
-        content |= {"regret": route_regret(model, seen, knobs, samples=samples)}
+        content |= {"knockout": knockouts(model, seen, knobs, document=document)}
+        content |= {"regret": route_regret(model, seen, knobs, document=document, samples=samples)}
         few = slice(None, None, max(1, len(probes.ids) // LANDSCAPE_BLOCKS))
         content |= {"landscape": landscape(model, probes.take(few), knobs)}
         content |= {"embedding": projections(expert_outputs(model, probes, knobs).numpy())}
@@ -71,7 +75,19 @@ def study(folder: Path, *, blocks_wanted: int, samples: int) -> bool:
     return True
 
 
-def counted(seen: Observation, domains: tuple[str, ...]) -> dict[str, Any]:
+def validation_loss(model: MoEForCausalLM, data: Prepared, knobs: Knobs) -> dict[str, Any]:
+    """`val/loss`, nats per token of all validation blocks, with its interval over documents (`bootstrap`).
+
+    It says how far this run's loss depends on the text that happens to be validated on, and nothing of other seeds.
+    A router that looks at the whole batch sees other batches here than in `moe.evaluate`.
+    """
+    nats = next_token_nats(model, blocks(data, len(data.val)), knobs).cpu().double().numpy()
+    tokens = (~np.isnan(nats)).sum(1).astype(float)
+    found = bootstrap(np.nanmean(nats, axis=1), documents(data, len(data.val)), weight=tokens)
+    return found | {"blocks": len(nats), "tokens": int(tokens.sum())}
+
+
+def counted(seen: Observation, domains: tuple[str, ...], *, document: Int[np.ndarray, "B"]) -> dict[str, Any]:
     """What follows from the choices alone, by layer: domains, vocabulary, position, pairs of experts."""
     rng = np.random.default_rng(0)
     following = np.roll(seen.ids, -1, axis=1)
@@ -85,11 +101,12 @@ def counted(seen: Observation, domains: tuple[str, ...]) -> dict[str, Any]:
     return {
         "tokens": seen.ids.size,
         "blocks": len(seen.ids),
+        "documents": len(np.unique(document)),
         "domains": domains,
         "experts_per_token": k,
         "load": share.sum(1) / share.sum((1, 2))[:, None],
         "given_domain": [information.given(information.counts(by_token, s, size=len(domains))) for s in share],
-        "domain": [information.domain_dependence(chosen, seen.domain, rng=rng) for chosen in seen.chosen],
+        "domain": [information.domain_dependence(chosen, seen.domain, document, rng=rng) for chosen in seen.chosen],
         "vocabulary": {
             name: [information.vocabulary_dependence(chosen, ids.ravel(), rng=rng) for chosen in seen.chosen]
             for name, ids in variants.items()
@@ -126,7 +143,13 @@ def compare_seeds(folders: list[Path]) -> None:
 def _kin(a: dict[str, Any], b: dict[str, Any]) -> bool:
     """Whether two runs differ in their seed only, on the same blocks."""
     same = {key for key in a["identity"] | b["identity"] if a["identity"].get(key) == b["identity"].get(key)}
-    return set(a["identity"]) | set(b["identity"]) == same | {"seed"} and a["data"]["files"] == b["data"]["files"]
+    alike = _trained_on(a["data"]) == _trained_on(b["data"])
+    return alike and set(a["identity"]) | set(b["identity"]) == same | {"seed"}
+
+
+def _trained_on(manifest: dict[str, Any]) -> dict[str, str]:
+    """Checksums without those of the validation files: they changed when blocks got a document, while no token did."""
+    return {path: digest for path, digest in manifest["files"].items() if not path.startswith("val/")}
 
 
 def plain(value: Any) -> Any:
