@@ -25,7 +25,7 @@ from moe.evaluate import evaluate
 from moe.ingredients import label_weights
 from moe.loop import train
 from moe.model import IGNORED, MoEConfig, MoEForCausalLM, next_token
-from moe.packing import best_fit
+from moe.packing import best_fit, pack
 from moe.record import read_events
 from moe.run import run
 from moe.signals import Signals
@@ -225,6 +225,25 @@ def test_long_conversations_lose_their_end_and_those_without_a_label_are_left_ou
         assert all((row != IGNORED).any() for row in all_of(prepared, split).labels)
 
 
+def test_a_packed_block_has_the_document_of_the_conversation_it_begins_with():
+    contents = [words(f"c{row}n", 1 + 5 * row % 7) for row in range(12)]
+    talks = [talk("Hi", content)._replace(group=f"group{row // 2}") for row, content in enumerate(contents)]
+    silent = talk("Hi", "Ahoy", roles=("user",))  # never labelled, so left out
+    blocks = pack([silent, *talks], BPE, 160, "")
+    assert len(blocks.document) > 3
+    for row, document in enumerate(blocks.document):
+        end = [*np.flatnonzero(blocks.columns["position_ids"][row] == 0), 160][1]
+        first = BPE.decode(blocks.columns["input_ids"][row, :end])
+        [expected] = {one.group for one, content in zip(talks, contents, strict=True) if f"\n{content}<" in first}
+        assert document == expected
+
+
+def test_conversations_are_documents_of_their_own(prepared):
+    numbers = prepared.val["document"][:]
+    assert len(set(numbers.tolist())) == len(prepared.val) > 1  # each begins with another
+    assert "document" not in prepared.train.column_names
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_best_fit_places_every_length_once_and_overfills_no_block(seed):
     size, lengths = 50, np.random.default_rng(seed).integers(1, 51, 200).tolist()
@@ -386,6 +405,8 @@ def test_a_run_on_conversations_learns_and_can_be_studied(chat):
     assert found["reason"] is None
     assert all(value is not None for row in found["knockout"]["zeroed"]["delta"]["mean"] for value in row)
     assert all(0 < layer["tokens"] <= 12 and layer["regret"]["mean"] >= 0 for layer in found["regret"])
+    assert found["documents"] == found["blocks"] == found["knockout"]["zeroed"]["delta"]["documents"] == 4
+    assert found["val_loss"]["mean"] == pytest.approx(metrics["final_metrics"]["val/loss"], rel=1e-4)
 
 
 # ---- Sources -----------------------------------------------------------------------------------------------------

@@ -195,7 +195,32 @@ def test_a_capped_validation_set_keeps_the_shares_of_the_domains(spelling, tmp_p
     kept = make(Spelling(), tmp_path, max_val_blocks=cap).val
     assert len(kept) == cap < len(spelling.val)
     assert (np.abs(np.bincount(kept["domain"][:], minlength=3) - cap * whole / whole.sum()) < 1).all()
-    assert {tuple(block) for block in kept["input_ids"]} <= {tuple(block) for block in spelling.val["input_ids"]}
+    whole = {tuple(block["input_ids"]): block["document"] for block in spelling.val}
+    assert all(whole[tuple(block["input_ids"])] == block["document"] for block in kept)
+
+
+def owners(prepared: Prepared, source) -> list[tuple[int, str]]:
+    """Domain and group of each validation block's first token, read off the text between ends of text."""
+    groups = {document.text: document.group for document in source.documents()}
+    blocks, found = prepared.val[:], []
+    for domain in range(len(prepared.domains)):
+        ids = blocks["input_ids"][blocks["domain"] == domain]
+        ends = np.flatnonzero(ids.ravel() == 0)
+        parts = np.split(ids.ravel(), ends + 1)
+        texts = [prepared.tokenizer.decode(part[part != 0]) for part in parts]
+        for place in np.searchsorted(ends, np.arange(len(ids)) * ids.shape[1]):  # an end of text belongs to its text
+            [group] = {group for text, group in groups.items() if text.startswith(texts[place].rstrip("\ufffd"))}
+            found.append((domain, group))
+    return found
+
+
+@pytest.mark.parametrize("source", [Spelling(), Embedded(list(DOMAINS), 40_000)])
+def test_a_validation_block_has_the_number_of_its_first_tokens_document(source, tmp_path):
+    prepared = make(source, tmp_path, val_percent=50)
+    numbers, expected = prepared.val["document"][:].tolist(), owners(prepared, source)
+    assert len(set(zip(numbers, expected, strict=True))) == len(set(numbers)) == len(set(expected))
+    assert len(prepared.domains) < len(set(numbers)) < len(numbers)
+    assert prepared.train.column_names == ["input_ids", "domain"]  # training reads no more than it did
 
 
 def test_batch_gives_the_blocks_and_domains_asked_for(spelling):
@@ -291,6 +316,11 @@ def test_a_second_start_reads_no_document(tmp_path):
 def test_every_argument_has_its_own_cache(spelling, tmp_path, change):
     source = change.pop("source", Spelling())
     assert make(source, tmp_path, **change).manifest["key"] != spelling.manifest["key"]
+
+
+def test_caches_of_an_earlier_format_are_made_anew(spelling, tmp_path, monkeypatch):
+    monkeypatch.setattr("moe.data.FORMAT", 1)  # whose validation blocks had no document
+    assert make(Spelling(), tmp_path).manifest["key"] != spelling.manifest["key"]
 
 
 def truncate(path: Path) -> None:

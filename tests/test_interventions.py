@@ -17,7 +17,7 @@ from moe.specialisation.geometry import expert_outputs
 from moe.specialisation.interventions import Change, altered, removed, rerouted, swapped
 from moe.specialisation.knockout import bootstrap, knockouts, rank_correlation
 from moe.specialisation.landscape import DISTANCES, landscape, moved
-from moe.specialisation.observation import Observation, blocks, next_token_nats, observe
+from moe.specialisation.observation import Observation, blocks, documents, next_token_nats, observe
 from moe.specialisation.regret import route_regret
 
 KNOBS = Knobs.of()
@@ -128,7 +128,7 @@ def test_without_the_only_expert_a_layer_adds_nothing(model: MoEForCausalLM, dat
     layer = model.moe_layers[1]
     with altered(model.moe_layers[1], all_to(2)):
         inner = layer.router
-        found = knockouts(model, observe(model, probes, KNOBS), KNOBS)["zeroed"]
+        found = knockouts(model, observe(model, probes, KNOBS), KNOBS, document=np.arange(BLOCKS))["zeroed"]
         assert layer.router is inner
         base = next_token_nats(model, probes, KNOBS)[:, :-1].mean()
         down = layer.experts.down.detach().clone()
@@ -146,13 +146,15 @@ def test_without_the_only_expert_a_layer_adds_nothing(model: MoEForCausalLM, dat
 
 
 def test_knockouts_are_means_over_blocks_with_domains_apart(model: MoEForCausalLM, data: Prepared) -> None:
-    found = knockouts(model, observed := seen(model, data), KNOBS)
+    document = documents(data, BLOCKS)
+    found = knockouts(model, observed := seen(model, data), KNOBS, document=document)
     for name, alone in (("zeroed", removed), ("rerouted", lambda r, hit: rerouted(r, hit, num_experts=4))):
         with altered(model.moe_layers[0], lambda routing, _, f=alone: f(routing, routing.expert == 3)):
             rise = (next_token_nats(model, observed.blocks, KNOBS).numpy() - observed.nats)[:, :-1].mean(1)
         result = found[name]
         assert result["delta"]["mean"][0, 3] == pytest.approx(rise.mean(), abs=1e-6)
         assert result["delta"]["low"][0, 3] <= rise.mean() <= result["delta"]["high"][0, 3]
+        assert result["delta"]["low"][0, 3] == pytest.approx(bootstrap(rise.astype(float), document)["low"], abs=1e-6)
         for place, domain in enumerate(result["domains"]):
             expected = rise[observed.domain == domain].mean()
             assert result["by_domain"][0, 3, place] == pytest.approx(expected, abs=1e-6)
@@ -162,10 +164,41 @@ def test_knockouts_are_means_over_blocks_with_domains_apart(model: MoEForCausalL
 
 def test_bootstrap_intervals_cover_the_mean_and_shrink_with_the_spread() -> None:
     values = np.random.default_rng(0).normal(size=(1, 400))
-    found = bootstrap(np.concatenate([values, values / 10]))
+    found = bootstrap(np.concatenate([values, values / 10]), np.arange(400))
     reach = 1.96 * values.std() / 20
     assert found["high"][0] - found["mean"][0] == pytest.approx(reach, rel=0.1)
     assert (found["high"] - found["low"])[1] == pytest.approx((found["high"] - found["low"])[0] / 10)
+
+
+def test_blocks_of_one_document_count_as_one_witness_and_weights_as_so_many_blocks() -> None:
+    draw = np.random.default_rng(0)
+    values, often = draw.normal(size=(2, 30)), draw.integers(1, 6, size=30)
+    alone = bootstrap(values, np.arange(30))
+    repeated = bootstrap(values.repeat(5, axis=1), np.arange(30).repeat(5))
+    for name in ("mean", "low", "high"):
+        np.testing.assert_allclose(repeated[name], alone[name])
+    assert alone["documents"] == repeated["documents"] == 30
+    document = np.arange(30) // 3
+    weighted = bootstrap(values, document, weight=often.astype(float))
+    written_out = bootstrap(values.repeat(often, axis=1), document.repeat(often))
+    for name in ("mean", "low", "high"):
+        np.testing.assert_allclose(weighted[name], written_out[name])
+    single = bootstrap(values, np.full(30, 7))
+    np.testing.assert_allclose(single["mean"], values.mean(1))
+    assert np.isnan([single["low"], single["high"]]).all()
+
+
+def test_the_interval_over_documents_covers_as_often_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe.specialisation.knockout.RESAMPLES", 300)
+    draw, inside, too_narrow = np.random.default_rng(0), 0, 0
+    document = np.arange(40).repeat(5)
+    for _ in range(200):
+        values = draw.normal(size=40).repeat(5) + 0.3 * draw.normal(size=200)
+        found, naive = bootstrap(values, document), bootstrap(values, np.arange(200))
+        inside += found["low"] < 0 < found["high"]
+        too_narrow += not naive["low"] < 0 < naive["high"]
+    assert 0.88 < inside / 200 < 0.99
+    assert too_narrow / 200 > 0.2
 
 
 def test_rank_correlation_is_nan_where_there_is_nothing_to_rank() -> None:
@@ -180,14 +213,14 @@ def test_with_equal_experts_no_route_is_regretted(model: MoEForCausalLM, data: P
     with torch.no_grad():
         for p in stacks:
             p.copy_(p[:1].expand_as(p).clone())
-    equal = route_regret(model, seen(model, data), KNOBS, samples=10)
+    equal = route_regret(model, seen(model, data), KNOBS, document=documents(data, BLOCKS), samples=10)
     with torch.no_grad():
         for p, old in zip(stacks, before, strict=True):
             p.copy_(old)
     for layer in equal:
         np.testing.assert_allclose(layer["values"], 0, atol=1e-4)
         assert layer["better"]["mean"] < 0.5
-    unequal = route_regret(model, seen(model, data), KNOBS, samples=10)
+    unequal = route_regret(model, seen(model, data), KNOBS, document=documents(data, BLOCKS), samples=10)
     for layer in unequal:
         assert layer["tokens"] == len(layer["values"]) == 10
         assert (layer["values"] >= 0).all()
@@ -198,7 +231,7 @@ def test_regret_of_one_expert_a_token_is_that_of_trying_every_expert(model: MoEF
     probe = blocks(data, 1)
     with altered(model.moe_layers[0], all_to(1)):
         observed = observe(model, probe, KNOBS)
-        [found, _] = route_regret(model, observed, KNOBS, samples=1)
+        [found, _] = route_regret(model, observed, KNOBS, document=documents(data, 1), samples=1)
         position = np.random.default_rng(0).integers(observed.ids.shape[1] - 1, size=(1, 1)).item()
         tried = []
         for expert in range(4):
@@ -246,11 +279,11 @@ def test_every_kind_of_router_can_be_studied(router: str, cell: Any, data: Prepa
     config = cell(f"router={router}").config
     model = build_model(config, vocab_size=len(data.tokenizer)).eval()
     observed = seen(model, data)
-    for result in knockouts(model, observed, KNOBS).values():
+    for result in knockouts(model, observed, KNOBS, document=documents(data, BLOCKS)).values():
         assert np.isfinite(result["delta"]["mean"]).all()
         unused = observed.chosen.sum(1) == 0
         assert (result["delta"]["mean"][unused] == 0).all()
-    for layer in route_regret(model, observed, KNOBS, samples=BLOCKS):
+    for layer in route_regret(model, observed, KNOBS, document=documents(data, BLOCKS), samples=BLOCKS):
         assert (layer["values"] >= 0).all()
 
 

@@ -1,6 +1,7 @@
 """Specialisation: the oracles of every count, settled routing, and what a studied run leaves behind."""
 
 import io
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -25,6 +26,7 @@ from moe.specialisation.information import (
     counts,
     domain_dependence,
     given,
+    least_p,
     shares,
     vocabulary_dependence,
 )
@@ -36,6 +38,7 @@ from moe.specialisation.vocabulary import keywords
 from moe.trace import Trace, overlap
 
 DOMAINS = np.repeat([0, 1, 2, 3], 8)
+DOCUMENTS = np.arange(32) // 2  # of two blocks each
 TOKENS = 64  # of a block
 
 
@@ -58,19 +61,20 @@ def rng() -> np.random.Generator:
 @pytest.mark.parametrize("k", [1, 2])
 def test_routing_by_domain_has_all_the_information_there_is_for_every_k(k: int, rng: np.random.Generator) -> None:
     chosen = chosen_by(np.repeat(DOMAINS, TOKENS), k=k, experts=4 * k)
-    found = domain_dependence(chosen, DOMAINS, rng=rng)
+    found = domain_dependence(chosen, DOMAINS, DOCUMENTS, rng=rng)
     assert found is not None
     assert found["normalised"] == pytest.approx(1)
     assert found["adjusted"] == pytest.approx(1)
     assert found["ami"] == pytest.approx(1)
-    assert found["p"] == pytest.approx(1 / 1000)  # no shuffle of 32 blocks got there
+    assert found["documents"] == 16
+    assert found["p"] == found["p_least"] == pytest.approx(1 / 1000)  # no shuffle of 16 documents got there
     table = given(counts(np.repeat(DOMAINS, TOKENS), shares(chosen), size=4))
     np.testing.assert_allclose(table, np.kron(np.eye(4), np.full(k, 1 / k)))
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_random_routing_knows_nothing_of_domains_after_correction(k: int, rng: np.random.Generator) -> None:
-    found = domain_dependence(at_random((len(DOMAINS) * TOKENS, 8), k=k), DOMAINS, rng=rng)
+    found = domain_dependence(at_random((len(DOMAINS) * TOKENS, 8), k=k), DOMAINS, DOCUMENTS, rng=rng)
     assert found is not None
     assert found["normalised"] > 0.0005  # plug-in information is never 0
     assert abs(found["adjusted"]) < 0.003
@@ -79,23 +83,102 @@ def test_random_routing_knows_nothing_of_domains_after_correction(k: int, rng: n
     assert found["observed"] < 2.5 * found["bias"]
 
 
-def test_the_topic_of_a_block_is_not_mistaken_for_its_domain(rng: np.random.Generator) -> None:
-    topic = rng.integers(8, size=len(DOMAINS))  # every block has an expert of its own, whatever its domain
-    chosen = chosen_by(np.repeat(topic, TOKENS), k=1, experts=8)
-    found = domain_dependence(chosen, DOMAINS, rng=rng)
+def test_the_topic_of_a_document_is_not_mistaken_for_its_domain(rng: np.random.Generator) -> None:
+    topic = rng.integers(8, size=16)  # every document has an expert of its own, whatever its domain
+    chosen = chosen_by(np.repeat(topic[DOCUMENTS], TOKENS), k=1, experts=8)
+    found = domain_dependence(chosen, DOMAINS, DOCUMENTS, rng=rng)
     assert found is not None
     assert found["observed"] > 10 * found["bias"]  # shuffled tokens would call that domain knowledge
     assert found["p"] > 0.02
     assert abs(found["adjusted"]) < 0.2
 
 
+def by_document(
+    lengths: list[list[int]], rng: np.random.Generator, *, of_domain: float = 0.0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Experts of 8 tokens a block, drawn from preferences of the document and, `of_domain` of them, of its domain.
+
+    lengths: in blocks, of each domain's documents. Returns who was chosen, and each block's domain and document.
+    """
+    domain = np.repeat(np.arange(len(lengths)), [len(own) for own in lengths])
+    shared, own = (rng.dirichlet(np.ones(8), size=count) for count in (len(lengths), len(domain)))
+    preference = (of_domain * shared[domain] + (1 - of_domain) * own).cumsum(-1)
+    document = np.repeat(np.arange(len(domain)), np.concatenate(lengths))
+    expert = (rng.random(len(document) * 8)[:, None] > preference[np.repeat(document, 8)]).sum(-1)
+    return np.eye(8, dtype=bool)[expert.clip(max=7)], domain[document], document
+
+
+ALIKE, UNEVEN = [[4] * 6] * 3, [[14] * 4, [3] * 12, [1] * 16]
+
+
+@pytest.mark.parametrize(("lengths", "least"), [(ALIKE, 0.01), (UNEVEN, 0.0)])
+def test_routing_by_document_is_called_routing_by_domain_as_often_as_chance_allows(
+    lengths: list[list[int]], least: float, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    """About 5 % of 200 models that know documents and no domains are significant; with blocks as units most are."""
+    monkeypatch.setattr("moe.specialisation.information.PERMUTATIONS", 99)
+    found, of_blocks = [], []
+    for repeat in range(200):
+        chosen, domain, document = by_document(lengths, rng)
+        found.append(domain_dependence(chosen, domain, document, rng=rng))
+        if repeat < 20:
+            of_blocks.append(domain_dependence(chosen, domain, np.arange(len(domain)), rng=rng))
+    rate, wrong = (np.mean([one["p"] <= 0.05 for one in many]) for many in (found, of_blocks))
+    assert least <= rate <= 0.1
+    assert wrong > 0.5
+    assert abs(np.mean([one["adjusted"] for one in found])) < 0.02
+
+
+def test_a_domain_that_matters_beside_its_documents_is_found_if_there_are_enough(rng: np.random.Generator) -> None:
+    many = domain_dependence(*by_document([[3] * 12] * 3, rng, of_domain=0.7), rng=rng)
+    few = domain_dependence(*by_document([[18] * 2] * 3, rng, of_domain=0.7), rng=rng)
+    assert many is not None
+    assert few is not None
+    assert many["p"] == many["p_least"] == 1 / 1000
+    assert many["adjusted"] > 0.05
+    assert few["p"] >= 0.05 > many["p"]
+    assert few["p_least"] == pytest.approx(1 / 15)
+    assert (many["documents"], few["documents"]) == (36, 6)
+
+
+def test_a_document_counts_once_however_long(rng: np.random.Generator) -> None:
+    chosen, domain, document = by_document(UNEVEN, rng)
+    blocks = np.arange(len(document)).repeat(np.where(document == 20, 5, 1))  # one document five times over
+    longer = chosen.reshape(len(document), 8, 8)[blocks].reshape(-1, 8)
+    once = domain_dependence(chosen, domain, document, rng=np.random.default_rng(0))
+    again = domain_dependence(longer, domain[blocks], document[blocks], rng=np.random.default_rng(0))
+    assert once is not None
+    assert again is not None
+    for name in ("observed", "normalised", "null", "null_high", "adjusted", "z", "p", "p_least", "documents"):
+        assert again[name] == pytest.approx(once[name]), name
+
+
+def test_domains_of_one_document_each_cannot_be_told_from_documents(rng: np.random.Generator) -> None:
+    found = domain_dependence(chosen_by(np.repeat(DOMAINS, TOKENS), k=1, experts=4), DOMAINS, DOMAINS, rng=rng)
+    assert found is not None
+    assert found["normalised"] == pytest.approx(1)
+    assert found["p"] == found["p_least"] == 1
+    assert np.isnan(found["adjusted"])
+    assert np.isnan(found["z"])
+
+
+@pytest.mark.parametrize("labels", [[0, 1], [0, 0, 1], [0, 0, 1, 1], [0, 1, 1, 2, 2], [5, 5, 5, 7, 7, 7], [3, 3, 1, 0]])
+def test_the_least_p_is_one_of_as_many_partitions_as_there_are(labels: list[int]) -> None:
+    partitions = {
+        frozenset(frozenset(np.flatnonzero(np.array(order) == label).tolist()) for label in labels)
+        for order in itertools.permutations(labels)
+    }
+    assert least_p(np.array(labels)) == 1 / len(partitions)
+    assert least_p(np.repeat(np.arange(6), 40)) == 1 / 1000
+
+
 def test_one_expert_for_all_and_one_domain_alone(rng: np.random.Generator) -> None:
     single = np.zeros((len(DOMAINS) * TOKENS, 4), dtype=bool)
     single[:, 2] = True
-    found = domain_dependence(single, DOMAINS, rng=rng)
+    found = domain_dependence(single, DOMAINS, DOCUMENTS, rng=rng)
     assert found is not None
     assert (found["normalised"], found["adjusted"], found["p"]) == (0, 0, 1)
-    assert domain_dependence(single, np.zeros_like(DOMAINS), rng=rng) is None
+    assert domain_dependence(single, np.zeros_like(DOMAINS), DOCUMENTS, rng=rng) is None
 
 
 @pytest.mark.parametrize("k", [1, 2])
@@ -239,7 +322,9 @@ def test_the_page_shows_the_text_escaped_with_each_token_in_the_class_of_its_hea
     assert all(f"#l1:checked ~ main .l1e{expert}" in text for expert in range(10))
 
 
-def test_a_studied_run_has_its_numbers_and_its_page_and_is_not_studied_twice(cell: Any, tmp_path: Path) -> None:
+def test_a_studied_run_has_its_numbers_and_its_page_and_is_not_studied_twice(
+    cell: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     kinds = (["seed=1"], ["seed=2"], ["router=hash", "seed=1"], ["router=soft_moe", "seed=1"])
     cells = [cell("model.layers=1", *kind) for kind in kinds]
     cells = [made._replace(folder=tmp_path / str(number)) for number, made in enumerate(cells)]
@@ -255,6 +340,15 @@ def test_a_studied_run_has_its_numbers_and_its_page_and_is_not_studied_twice(cel
     assert hashed["vocabulary"]["input"][0]["specialisation"]["normalised"] == 1
     assert hashed["landscape"] is None
     assert "mixtures" in slots["reason"]
+    for made, found in zip(cells, (first, second, hashed, slots), strict=True):
+        loss, metrics = found["val_loss"], json.loads((made.folder / "metrics.json").read_text())
+        if found is not slots:  # its batches are others here
+            assert loss["mean"] == pytest.approx(metrics["final_metrics"]["val/loss"], rel=1e-4)
+        assert loss["low"] < loss["mean"] < loss["high"]
+        assert (loss["blocks"], loss["tokens"]) == (12, 12 * 31)
+    [domain] = first["domain"]
+    assert domain["documents"] == first["documents"] == first["val_loss"]["documents"]
+    assert domain["p"] >= domain["p_least"] > 0
     assert "<script" not in (cells[0].folder / "tokens.html").read_text()
     assert not (cells[3].folder / "tokens.html").exists()
     last = np.load(sorted((cells[0].folder / "trace").glob("*.npz"))[-1])["shape"]
@@ -268,10 +362,23 @@ def test_a_studied_run_has_its_numbers_and_its_page_and_is_not_studied_twice(cel
     assert main(command) == 0
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/specialisation.json")}
     shutil.copy(cells[1].folder / "model" / "model.safetensors", cells[0].folder / "model" / "model.safetensors")
+    forge(cells[0].folder, "val/data-00000-of-00001.arrow")  # as in runs from before blocks had documents
     assert main(command) == 0
     changed = json.loads((cells[0].folder / "specialisation.json").read_text())
     assert changed["asked"]["model_sha256"] == second["asked"]["model_sha256"]
     assert changed["load"] == second["load"]
+    assert [entry["seed"] for entry in changed["seed_agreement"]] == [2]
+    forge(cells[0].folder, "train/data-00000-of-00001.arrow")
+    assert main([*command, "--samples", "7"]) == 2
+    assert "its data is another now" in capsys.readouterr().err
+
+
+def forge(folder: Path, file: str) -> None:
+    """Give one of a run's data files another checksum."""
+    record = json.loads((folder / "run.json").read_text())
+    assert record["data"]["files"].pop(file)
+    record["data"]["files"][file] = "another"
+    (folder / "run.json").write_text(json.dumps(record))
 
 
 def test_without_studies_the_reason_stands_for_the_figures(cell: Any) -> None:

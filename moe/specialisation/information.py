@@ -164,15 +164,17 @@ def _explicable(chosen: Bool[np.ndarray, "N E"], weight: Float[np.ndarray, "N"])
 def _against(observed: float, ceiling: float, null: Float[np.ndarray, "P"]) -> dict[str, float]:
     """A statistic, and the same as shares of its ceiling: raw, its null, and adjusted so that chance is 0.
 
-    Where there is nothing to explain (ceiling 0: one set of experts for all tokens) the shares are 0.
+    Where there is nothing to explain (ceiling 0: one set of experts for all tokens) the shares are 0; where chance
+    explains it all, what is beyond chance is NaN.
     """
     mean, std = null.mean(), null.std(ddof=1)
+    room = ceiling - mean
     return {
         "observed": observed,
         "normalised": observed / ceiling if ceiling else 0.0,
         "null": mean / ceiling if ceiling else 0.0,
         "null_high": np.quantile(null, 0.975) / ceiling if ceiling else 0.0,
-        "adjusted": (observed - mean) / (ceiling - mean) if ceiling - mean > TINY else 0.0,
+        "adjusted": (observed - mean) / room if room > TINY else np.nan if ceiling else 0.0,
         "z": (observed - mean) / std if std > TINY else np.nan,
         "p": (1 + np.sum(null >= observed - TINY)) / (1 + len(null)),
     }
