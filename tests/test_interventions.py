@@ -183,6 +183,8 @@ def test_blocks_of_one_document_count_as_one_witness_and_weights_as_so_many_bloc
     written_out = bootstrap(values.repeat(often, axis=1), document.repeat(often))
     for name in ("mean", "low", "high"):
         np.testing.assert_allclose(weighted[name], written_out[name])
+    same = bootstrap(np.full(30, 2.5), np.minimum(np.arange(30), 4))  # nothing varies, however long documents are
+    np.testing.assert_allclose([same["low"], same["high"]], 2.5)
     single = bootstrap(values, np.full(30, 7))
     np.testing.assert_allclose(single["mean"], values.mean(1))
     assert np.isnan([single["low"], single["high"]]).all()

@@ -110,7 +110,8 @@ def vocabulary_dependence(
     """Two measures of how far a token id fixes its experts, over ids with `MIN_OCCURRENCES` or more.
 
     id: I(id; expert) / (H(expert) - mean ln k). specialisation: mean over ids of the largest share of an id's tokens
-    that one expert took (OLMoE 2409.02060); both against tokens shuffled among those ids. Labels below 0 are no ids.
+    that one expert took (OLMoE 2409.02060); both against tokens shuffled among those ids, across documents: ids that
+    some documents prefer look informative where routing goes by document. Labels below 0 are no ids.
     None if no id is frequent enough.
     """
     frequent, occurrences = np.unique(labels[(labels >= 0) & chosen.any(-1)], return_counts=True)
