@@ -27,9 +27,9 @@ from transformers import PreTrainedTokenizerFast
 
 from moe.chat import set_template
 from moe.corpus import Document, Source, checksums
-from moe.packing import Blocks, pack
+from moe.packing import Blocks, cut, pack
 from moe.record import sha256, sync
-from moe.tokenizer import SPECIAL_TOKENS, pretrained_tokenizer, tokenise, tokenizer_files, train_bpe
+from moe.tokenizer import SPECIAL_TOKENS, pretrained_tokenizer, tokenizer_files, train_bpe
 
 logger = logging.getLogger(__name__)
 
@@ -201,7 +201,7 @@ def _build(
         pretrained = train_bpe([document.text for documents in train.values() for document in documents], vocab_size)
     else:
         pretrained = pretrained_tokenizer(tokenizer)
-    make = _cut
+    make = cut
     if any(document.turns for documents in corpus.values() for document in documents):
         set_template(pretrained)
         make = pack
@@ -250,16 +250,6 @@ def _split(documents: list[Document], val_percent: int) -> tuple[list[Document],
         val = {min(chars, key=lambda group: (chars[group], group))}
     train = [document for document in documents if document.group not in val]
     return train, [document for document in documents if document.group in val]
-
-
-def _cut(documents: list[Document], tokenizer: PreTrainedTokenizerFast, seq_len: int, label: str) -> Blocks:
-    """Blocks of documents one after another, the tail dropped."""
-    parts = tokenise(documents, tokenizer, label)
-    ids = np.concatenate([np.empty(0, dtype=np.int32), *parts])
-    blocks = ids[: len(ids) // seq_len * seq_len].reshape(-1, seq_len)
-    ends = np.cumsum([len(part) for part in parts])
-    first = np.searchsorted(ends, np.arange(len(blocks)) * seq_len, side="right")
-    return Blocks({"input_ids": blocks}, [documents[place].group for place in first], {"tokens": len(ids)})
 
 
 def _dataset(domains: list[Blocks], max_blocks: int | None, *, documents: bool) -> datasets.Dataset:

@@ -1,4 +1,4 @@
-"""Several conversations in one block, full to the last token."""
+"""Documents to blocks full to the last token: texts one after another, or several whole conversations in a block."""
 
 from bisect import bisect_left, insort
 from collections import defaultdict
@@ -10,9 +10,11 @@ import numpy as np
 from jaxtyping import Int
 from transformers import PreTrainedTokenizerFast
 
-from moe.chat import Tokens, tokenise
+from moe import chat
+from moe.chat import Tokens
 from moe.corpus import Document
 from moe.model import IGNORED
+from moe.tokenizer import tokenise
 
 
 class Blocks(NamedTuple):
@@ -26,6 +28,16 @@ class Blocks(NamedTuple):
     counts: dict[str, int | float]
 
 
+def cut(documents: list[Document], tokenizer: PreTrainedTokenizerFast, seq_len: int, label: str) -> Blocks:
+    """Blocks of documents one after another, the tail dropped."""
+    parts = tokenise(documents, tokenizer, label)
+    ids = np.concatenate([np.empty(0, dtype=np.int32), *parts])
+    blocks = ids[: len(ids) // seq_len * seq_len].reshape(-1, seq_len)
+    ends = np.cumsum([len(part) for part in parts])
+    first = np.searchsorted(ends, np.arange(len(blocks)) * seq_len, side="right")
+    return Blocks({"input_ids": blocks}, [documents[place].group for place in first], {"tokens": len(ids)})
+
+
 def pack(documents: list[Document], tokenizer: PreTrainedTokenizerFast, seq_len: int, label: str) -> Blocks:
     """Blocks of whole conversations, each in the fullest block that has room for it, the longest first.
 
@@ -33,7 +45,7 @@ def pack(documents: list[Document], tokenizer: PreTrainedTokenizerFast, seq_len:
     beginnings of conversations, once more and without labels: padding would be routed like text, and always alike, so
     every routing statistic and balance loss would be about it too. position_ids start at 0 with each piece.
     """
-    whole = tokenise(documents, tokenizer, label)
+    whole = chat.tokenise(documents, tokenizer, label)
     cut = [Tokens(ids[:seq_len], labels[:seq_len]) for ids, labels in whole]
     learnable = [place for place, tokens in enumerate(cut) if (tokens.labels != IGNORED).any()]
     kept = [cut[place] for place in learnable]

@@ -95,8 +95,9 @@ def domain_dependence(
 def least_p(labels: Int[np.ndarray, "N"]) -> float:
     """The smallest p of a permutation test over units with these labels, whatever is observed.
 
-    It is the share of the labellings that part the units just so, where labels of as many units may trade names, and at
-    least 1 / (`PERMUTATIONS` + 1): 1 if each unit has its own label, 1/35 for 4 + 4 of them.
+    It is the share of all labellings that part the units just so (labels of equally many units may trade names), at
+    least 1 / (`PERMUTATIONS` + 1): 1 if each unit has its own label, 1/35 for 4 + 4 of them. Where the share is the
+    larger, p, from random labellings, scatters around it.
     """
     sizes = Counter(labels.tolist()).values()
     ways = factorial(len(labels)) // prod(factorial(size) for size in sizes)
