@@ -61,6 +61,7 @@ def _choices(routing: Routing, plan: Plan, tokens: int, seq_len: int) -> dict[st
             "offered_by_position": nan.expand(DECILES, experts),
             "kept_by_position": nan.expand(DECILES),
             "coactivation": nan.expand(experts, experts),
+            "tokens_by_active": nan.expand(experts + 1),
         }
     token, expert = routing.token, routing.expert
     loads = count(token // seq_len * experts + expert, tokens // seq_len * experts).view(-1, experts).float()
@@ -82,6 +83,7 @@ def _choices(routing: Routing, plan: Plan, tokens: int, seq_len: int) -> dict[st
         "coactivation": coactivation,
         "repeatable": (place > 0).float().sum(),
         "repeated": repeated.sum(),
+        "tokens_by_active": count(chosen.sum(1).long(), experts + 1).float(),
         "unrouted": tokens - chosen.new_zeros(tokens).index_fill_(0, plan.token, 1.0).sum(),
     }
 

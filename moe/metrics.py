@@ -66,6 +66,15 @@ def _k(stats: RoutingStats) -> Tensor:
     return stats.assignments / stats.tokens
 
 
+def _active_moments(stats: RoutingStats) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the number of experts that a token asks for; of its distribution, not of sums of squares,
+    whose rounding would give a fixed number a variance."""
+    numbers = torch.arange(stats.tokens_by_active.shape[-1])
+    share = stats.tokens_by_active / stats.tokens_by_active.sum(-1, keepdim=True)
+    mean = (share * numbers).sum(-1)
+    return mean, (share * (numbers - mean[:, None]).square()).sum(-1)
+
+
 def _attainable(stats: RoutingStats) -> Tensor:
     """E/K - 1, the largest MaxVio when no token asks for an expert twice; CV^2 and Gini have theirs from it.
 
@@ -156,6 +165,10 @@ METRICS: dict[str, Metric] = {
     "drop_rate": Metric(lambda s: 1 - s.kept.sum(-1) / s.assignments, "share of assignments over capacity", "lower"),
     "capacity_usage": Metric(
         lambda s: s.kept.sum(-1) / s.slots, "share of the slots that capacity offers which are taken", "higher"
+    ),
+    "active_experts": Metric(lambda s: _active_moments(s)[0], "mean number of experts that a token asked for"),
+    "active_experts_std": Metric(
+        lambda s: _active_moments(s)[1].sqrt(), "std (ddof 0) over tokens of the same; 0 where it is fixed"
     ),
     "unrouted_rate": Metric(lambda s: s.unrouted / s.tokens, "share of tokens that no expert processed", "lower"),
     "entropy": Metric(lambda s: s.entropy / s.tokens, "mean token entropy of the router, nats, at its temperature"),

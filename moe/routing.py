@@ -134,6 +134,7 @@ class RoutingStats(NamedTuple):
     coactivation: Float[Tensor, "*L E E"]  # tokens that asked for both experts
     repeatable: Float[Tensor, "*L"]  # assignments asked for by tokens that are not the first of their sequence
     repeated: Float[Tensor, "*L"]  # those of them that the token before asked for too
+    tokens_by_active: Float[Tensor, "*L E+1"]  # tokens that asked for 0, 1 ... E experts
     unrouted: Float[Tensor, "*L"]  # tokens that no expert processed
     importance: Float[Tensor, "*L E"]  # sum of probabilities
     entropy: Float[Tensor, "*L"]  # sum of token entropies, nats, of `probs`

@@ -78,6 +78,8 @@ CLOSED_FORMS = {  # metric: (balanced and undecided, everything to one expert wi
     "load_entropy": (1, 0),
     "effective_experts": (E, 1),
     "unused_experts": (0, (E - 1) / E),
+    "active_experts": (K, 1),
+    "active_experts_std": (0, 0),
     "drop_rate": (0, 0),
     "capacity_usage": (None, None),  # dropless
     "unrouted_rate": (0, 0),
@@ -196,13 +198,14 @@ def test_the_sums_of_choices_token_by_token(capacity: float | None, seq_len: int
     names = ("repeatable", "repeated", "chosen_mass", "margin", "entropy", "sequences", "max_violation_sequence")
     expected = {name: torch.zeros(()) for name in names}
     expected |= {"offered_by_position": torch.zeros(10, E), "kept_by_position": torch.zeros(10)}
-    expected["coactivation"] = torch.zeros(E, E)
+    expected |= {"coactivation": torch.zeros(E, E), "tokens_by_active": torch.zeros(E + 1)}
     expected["unrouted"] = torch.tensor(float(T - len(set(kept.token.tolist()))))
     for token in kept.token:
         expected["kept_by_position"][token % seq_len * 10 // seq_len] += 1
     for t in range(T):
         mine = [e for e in range(E) if chosen[t, e]]
         place = t % seq_len
+        expected["tokens_by_active"][len(mine)] += 1
         for e in mine:
             expected["offered_by_position"][place * 10 // seq_len, e] += 1
             expected["chosen_mass"] += probs[t, e]
@@ -229,6 +232,28 @@ def test_a_step_fetches_its_sums_from_the_device_at_once(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: fetched.append(tensor) or fetch(tensor))
     summarize(balanced(), per_layer=False)
     assert len(fetched) == 1
+
+
+def test_active_experts_are_counted_before_drops_and_over_all_tokens() -> None:
+    """Tokens that ask for 0, 1, 3 and 4 experts: a mean of 2 and a variance of (4 + 1 + 1 + 4) / 4."""
+    chosen = torch.arange(E) < torch.tensor([[0], [1], [3], [4]])
+    parts = [
+        sums(Routing.masked(chosen[part], torch.ones(len(chosen[part]), E)), len(chosen[part]), capacity=1.0)
+        for part in (slice(4), slice(1), slice(1, 4))
+    ]
+    for stats in (parts[0], parts[1].merge(parts[2])):
+        assert value(stats, "active_experts") == 2
+        assert value(stats, "active_experts_std") == pytest.approx(math.sqrt(2.5))
+        assert value(stats, "drop_rate") > 0
+    assert value(parts[1], "active_experts") == value(parts[1], "active_experts_std") == 0
+
+
+@pytest.mark.parametrize("k", [1, 3, E])
+def test_a_fixed_number_of_experts_does_not_vary_over_however_many_tokens(k: int) -> None:
+    """Of sums of squares in single precision the rounding would be seen: here 3 million tokens, 27 million for k = 3."""
+    many = functools.reduce(RoutingStats.merge, [stats_of(torch.arange(k).expand(10_007, k))] * 301)
+    assert value(many, "active_experts") == k
+    assert value(many, "active_experts_std") == 0
 
 
 def test_drops_by_position_under_each_policy() -> None:
