@@ -250,7 +250,7 @@ def test_active_experts_are_counted_before_drops_and_over_all_tokens() -> None:
 
 @pytest.mark.parametrize("k", [1, 3, E])
 def test_a_fixed_number_of_experts_does_not_vary_over_however_many_tokens(k: int) -> None:
-    """Of sums of squares in single precision the rounding would be seen: here 3 million tokens, 27 million for k = 3."""
+    """Of sums of squares in single precision the rounding would be seen: here of 3 million tokens' squares."""
     many = functools.reduce(RoutingStats.merge, [stats_of(torch.arange(k).expand(10_007, k))] * 301)
     assert value(many, "active_experts") == k
     assert value(many, "active_experts_std") == 0

@@ -67,6 +67,21 @@ def test_flops_of_a_linear_model_by_hand() -> None:
     assert flops_per_token(make(), S) == 2 * matrices + 2 * 2 * 32 * S
 
 
+def test_flops_are_those_of_the_experts_that_tokens_asked_for() -> None:
+    """Half an expert more in one layer; in a chain of two routers, where a token counts twice, a whole one."""
+    half, chain = 2 * 2 * 32 * 32 // 2, {"_target_": "moe.routers.chain_of_experts.ChainOfExperts", "k": 2}
+    for router, extra in ((TOPK, half), (chain, 2 * half)):
+        model = make(router)
+        assert flops_per_token(model, S, active=[2.0, 2.0]) == flops_per_token(model, S)
+        assert flops_per_token(model, S, active=[None, 2.5]) == flops_per_token(model, S) + extra
+
+
+def test_a_number_of_experts_that_no_one_can_say_costs_what_it_is_at_most() -> None:
+    top_p = make({"_target_": "moe.routers.top_p.TopP", "k_max": 2})
+    assert flops_per_token(top_p, S) == flops_per_token(make(), S)
+    assert count_parameters(top_p) == count_parameters(make())
+
+
 def test_no_tensor_is_made_on_the_default_device(ids: torch.Tensor) -> None:
     """Here one without memory, which must not meet those of the model, with all that it may be made of."""
     model = make(layers=3, first_k_dense_replace=1, shared_experts=1, dropout=0.1, neftune_noise_alpha=5.0)
