@@ -144,7 +144,9 @@ METRICS: dict[str, Metric] = {
         lambda s: s.max_violation / s.batches, "load_max_violation of a micro-batch, mean over micro-batches", "lower"
     ),
     "load_max_violation_sequence": Metric(
-        lambda s: s.max_violation_sequence / s.sequences, "load_max_violation of a sequence, mean over them", "lower"
+        lambda s: s.max_violation_sequence / s.sequences,
+        "load_max_violation of a sequence (block), mean over them",
+        "lower",
     ),
     "load_gini": Metric(_gini, "Gini coefficient of expert load; 0 balanced, at most 1 - K/E", "lower", balance=True),
     "load_gini_normalized": Metric(
@@ -181,7 +183,8 @@ METRICS: dict[str, Metric] = {
         _mutual_information, "entropy of the mean probability - mean token entropy, nats: soft specialisation"
     ),
     "position_information": Metric(
-        _position_information, "mutual information of expert and decile of the position, nats, less its bias"
+        _position_information,
+        "mutual information of expert and decile of the position in the text, nats, less its bias",
     ),
     "output_similarity": Metric(
         lambda s: s.output_similarity / s.probed, "mean cosine of two experts' outputs for the same token", "lower"
@@ -192,7 +195,7 @@ METRICS: dict[str, Metric] = {
     "jaccard_chance": Metric(_jaccard_chance, "jaccard of balanced routing at random, (K-1) / (2(E-1) - (K-1)); K > 1"),
     "sequential_overlap": Metric(
         lambda s: s.repeated / s.repeatable,
-        "share of assignments that the token before, of the sequence, asked for too",
+        "share of assignments that the token before, of the same text, asked for too",
     ),
     "sequential_overlap_chance": Metric(
         lambda s: _k(s) / s.offered.shape[-1], "sequential_overlap of balanced routing at random, K/E"
