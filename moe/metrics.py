@@ -69,7 +69,7 @@ def _k(stats: RoutingStats) -> Tensor:
 def _active_moments(stats: RoutingStats) -> tuple[Tensor, Tensor]:
     """Mean and variance of the number of experts that a token asks for; of its distribution, not of sums of squares,
     whose rounding would give a fixed number a variance."""
-    numbers = torch.arange(stats.tokens_by_active.shape[-1])
+    numbers = torch.arange(stats.tokens_by_active.shape[-1], device=stats.tokens.device)
     share = stats.tokens_by_active / stats.tokens_by_active.sum(-1, keepdim=True)
     mean = (share * numbers).sum(-1)
     return mean, (share * (numbers - mean[:, None]).square()).sum(-1)
