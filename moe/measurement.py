@@ -74,13 +74,15 @@ def _choices(
     asked = loads.sum(1)
     violation = loads.amax(1) * experts / asked.clamp(min=1) - 1
     if place is None:
-        place = torch.arange(tokens, device=token.device) % seq_len
+        place = torch.arange(seq_len, device=token.device).repeat(tokens // seq_len)
     decile, follows = place * DECILES // seq_len, (place > 0).float()
     by_decile = count(decile[token] * experts + expert, DECILES * experts).view(DECILES, experts)
     one = plan.weight.new_ones(())  # a Python number would be copied to the device
     chosen = plan.weight.new_zeros(tokens, experts).index_put_((token, expert), one)
     with torch.autocast(chosen.device.type, enabled=False):  # bfloat16 cannot count beyond 256
         coactivation = chosen.T @ chosen
+        active = chosen.sum(1)
+        repeatable = active @ follows
         repeated = torch.linalg.vecdot(chosen[1:], chosen[:-1]) @ follows[1:]  # faster than product and sum
     return {
         "sequences": (asked > 0).float().sum(),
@@ -88,9 +90,9 @@ def _choices(
         "offered_by_position": by_decile.float(),
         "kept_by_position": count(decile[plan.token], DECILES).float(),
         "coactivation": coactivation,
-        "repeatable": follows[token].sum(),
+        "repeatable": repeatable,
         "repeated": repeated,
-        "tokens_by_active": count(chosen.sum(1).long(), experts + 1).float(),
+        "tokens_by_active": count(active.long(), experts + 1).float(),
         "unrouted": tokens - chosen.new_zeros(tokens).index_fill_(0, plan.token, 1.0).sum(),
     }
 

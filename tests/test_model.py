@@ -63,7 +63,7 @@ def test_the_total_control_has_the_parameters_of_the_routed_model_less_its_route
 
 @pytest.mark.parametrize("kind", ["silu", "swiglu"])
 def test_every_single_expert_begins_with_the_standard_deviation_of_all_matrices(kind: str) -> None:
-    """Stacked weights too, whose fan-in is that of one expert and not of the stack; and no two experts begin alike."""
+    """In stacks too, of which rules that go by the fan-in take that of the whole stack; and no two begin alike."""
     model = make(expert=kind, shared_experts=1, first_k_dense_replace=1)
     std = model.config.initializer_range
     assert std == 0.02
