@@ -31,12 +31,12 @@ class Context(NamedTuple):
     """What a layer knows besides the hidden states.
 
     ids: token ids; their shape says which tokens share a sequence.
-    place: of each token in its text, from `places`, where a sequence may hold several (None: it is one text).
     capacity: the capacity factor, None: dropless; drop: the drop policy, a key of `moe.dispatch.DROP_POLICIES`.
     load: of this layer's experts in earlier micro-batches of the optimizer step (None: this is the first).
     state: what the router of the MoE layer before handed on of each token (None: this is the first, or it keeps none).
     orthogonality: whether to compute the loss on expert outputs, the only one that costs more than it may stay unused.
     probe_stride: run every so-manieth token through all experts, to compare what they do (None: no token).
+    place: of each token in its text, from `places`, where a sequence may hold several (None: it is one text).
     """
 
     ids: Int[Tensor, "B S"]
