@@ -1,6 +1,7 @@
 """What a model costs: parameters and floating-point operations, each with its formula stated."""
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ class Parameters(NamedTuple):
 
 
 def count_parameters(model: MoEForCausalLM) -> Parameters:
-    """Count parameters; where the number of experts per token varies, its mean counts, or all if it is not known.
+    """Count parameters, with `Router.experts_per_token` of the experts active.
 
     Where experts work on mixtures of tokens, a token uses all of them.
     """
@@ -28,15 +29,18 @@ def count_parameters(model: MoEForCausalLM) -> Parameters:
         size = sum(p.numel() for p in layer.experts.parameters())
         experts = layer.router.num_experts
         mixing = any(router.mixing_flops() for router in layer.router.chain)
-        used = None if mixing else layer.router.experts_per_token(seq_len)
-        idle += size - round(size * min(1.0, (used or experts) / experts))
+        used = experts if mixing else layer.router.experts_per_token(seq_len)
+        idle += size - round(size * min(1.0, used / experts))
     return Parameters(total, total - idle)
 
 
-def flops_per_token(model: MoEForCausalLM, seq_len: int) -> int:
+def flops_per_token(model: MoEForCausalLM, seq_len: int, *, active: Sequence[float | None] | None = None) -> int:
     """Forward FLOPs of one token: 2 per matrix weight that works for it (the tied output matrix once, embedding look-up
     free; K/E of the routed experts), plus attention scores and values, 2 * 2 * D * S/2 per layer for a causal context
     of mean length S/2, plus the mixing of tokens into slots where a router does that.
+
+    active: `routing/active_experts` of each MoE layer, to count the experts that tokens asked for; without it, and
+    where there is none, K is `Router.experts_per_token`: where the number varies, what it is intended to be.
 
     Training costs three times as much. Norms, softmax and routing bookkeeping are left out.
     """
@@ -44,11 +48,13 @@ def flops_per_token(model: MoEForCausalLM, seq_len: int) -> int:
     parts = (*model.model.layers, model.lm_head)  # layers one by one: what they share works in each of them
     weights = float(sum(p.numel() for part in parts for p in part.parameters() if p.ndim > 1))
     mixing = 0
-    for layer in model.moe_layers:
+    for layer, asked in zip(model.moe_layers, active or [None] * len(model.moe_layers), strict=True):
         size = sum(p.numel() for p in layer.experts.parameters())
-        experts = layer.router.num_experts
-        weights += size * ((layer.router.experts_per_token(seq_len) or experts) / experts - 1)
-        mixing += layer.router.mixing_flops()
+        router = layer.router
+        # in the metrics, a token counts once for each router of a chain
+        used = router.experts_per_token(seq_len) if asked is None else asked * len(router.chain)
+        weights += size * (used / router.num_experts - 1)
+        mixing += router.mixing_flops()
     return round(2 * weights) + mixing + config.num_hidden_layers * 2 * config.hidden_size * seq_len
 
 

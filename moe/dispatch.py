@@ -37,7 +37,8 @@ def slots(assignments: int, num_experts: int, capacity: float) -> int:
 
 def by_position(routing: Routing, seq_len: int) -> Int[Tensor, "A"]:
     """Earliest position in its sequence first, ties by sequence: whether a token is dropped never depends on later
-    tokens of its own sequence, and no sequence is favoured for standing first in the batch."""
+    tokens of its own sequence, and no sequence is favoured for standing first in the batch. Of several texts in one
+    sequence, the first is."""
     return torch.argsort(routing.token % seq_len, stable=True)
 
 

@@ -1,7 +1,8 @@
 """Quality against speed: experiments A and C as one table under the routing bench's own column names.
 
 Speed is that of training steps alone, without evaluation. FLOPs are those of `moe.cost.flops_per_token`, a forward
-pass, times 3 for a training step; an assignment that a capacity limit drops counts as if it were kept.
+pass, times 3 for a training step. They count the experts that tokens of the last validation asked for, which over
+training may have been more (`relu`) or fewer, and an assignment that a capacity limit drops as if it were kept.
 """
 
 import math
@@ -59,7 +60,7 @@ def measured(runs: pd.DataFrame, past: History) -> pd.DataFrame:
     speed = runs.get("time/tokens_per_s", pd.Series(math.nan, runs.index))
     return runs.assign(
         **columns,
-        world_size=1,  # a run is one process
+        world_size=runs["ranks.number"].astype("Int64"),
         log_path=runs["folder"].map(lambda folder: str(Path(folder) / "events.jsonl")),
         tokens_per_s=speed,
         tflops=3 * runs["flops_per_token"].astype(float) * speed / 1e12,

@@ -71,7 +71,15 @@ class MoELayer(nn.Module):
         if context.orthogonality:
             aux["output_orthogonality"] = losses.output_orthogonality(rows, todo.token)
         similarity = self._compare(flat[:: context.probe_stride]) if context.probe_stride else None
-        stats = measure(routing, todo, len(flat), seq_len=seq_len, capacity=context.capacity, similarity=similarity)
+        stats = measure(
+            routing,
+            todo,
+            len(flat),
+            seq_len=seq_len,
+            place=None if context.place is None else context.place.flatten(),
+            capacity=context.capacity,
+            similarity=similarity,
+        )
         return LayerOutput(y.view_as(x), aux, stats, (routing,))
 
     @torch.no_grad()

@@ -166,9 +166,10 @@ def train(config: Config, folder: Path, *, mirror: Mirror, signals: Signals) -> 
     _save_model(plain, data, folder / "model")
     if ranks.is_first():
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    active = [latest[f"routing/active_experts/layer{index:02d}"] for index in range(len(routers))]
     return {
         "parameters": count_parameters(plain)._asdict(),
-        "flops_per_token": flops_per_token(plain, config.data.seq_len),
+        "flops_per_token": flops_per_token(plain, config.data.seq_len, active=active),
         "seconds": clock.elapsed(),
         "train_seconds": clock.train_seconds,
         "peak_memory_gb": peak_memory_gb(accelerator.device),

@@ -25,7 +25,8 @@ def load_balance_sequence(
     probs: Float[Tensor, "T E"], token: Int[Tensor, "A"], expert: Int[Tensor, "A"], seq_len: int
 ) -> Float[Tensor, ""]:
     """The load-balance loss of each sequence by itself, averaged: 1 when every sequence is balanced (DeepSeek-V3
-    2412.19437, eq. 17-20, where probabilities are sigmoid scores normalised over experts)."""
+    2412.19437, eq. 17-20, where probabilities are sigmoid scores normalised over experts). Several
+    conversations in one block are one sequence here: a single one may be too short to be balanced."""
     sequences, experts = len(probs) // seq_len, probs.shape[1]
     offered = count(token // seq_len * experts + expert, sequences * experts)
     offered = offered.view(sequences, experts)

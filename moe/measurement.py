@@ -4,7 +4,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe.dispatch import Plan, slots
@@ -19,11 +19,15 @@ def measure(
     tokens: int,
     *,
     seq_len: int | None = None,
+    place: Int[Tensor, "T"] | None = None,
     capacity: float | None = None,
     similarity: Float[Tensor, "N"] | None = None,
 ) -> RoutingStats:
     """The sums of one layer over one micro-batch of `tokens` tokens, in sequences of `seq_len` (None: a single one).
 
+    place: of each token in its text, from `moe.routing.places` (None: a sequence is one text). Positions, and which
+        token follows which, are counted within a text; `max_violation_sequence` is of a sequence with all its texts,
+        for a single one may be too short to be balanced.
     similarity: of the outputs of all experts for N of these tokens, from `mean_cosine`.
     """
     experts = len(plan.offered)
@@ -39,7 +43,7 @@ def measure(
         slots=nan if capacity is None else nan.new_full((), experts * slots(len(routing.expert), experts, capacity)),
         batches=routed,
         max_violation=routed * (offered.amax() * experts / assignments.clamp(min=1) - 1),
-        **_choices(routing, plan, tokens, seq_len or tokens),
+        **_choices(routing, plan, tokens, seq_len or tokens, place),
         **_probabilities(routing, nan.expand(experts)),
         **_clean_logits(routing.logits, nan),
         evidence=nan.expand(experts) if routing.evidence is None else routing.evidence,
@@ -48,7 +52,9 @@ def measure(
     )
 
 
-def _choices(routing: Routing, plan: Plan, tokens: int, seq_len: int) -> dict[str, Tensor]:
+def _choices(
+    routing: Routing, plan: Plan, tokens: int, seq_len: int, place: Int[Tensor, "T"] | None
+) -> dict[str, Tensor]:
     """The sums that depend on which tokens chose which experts: NaN where experts take no tokens.
 
     Whatever can be is counted over assignments, K a token, instead of over (T, E).
@@ -61,27 +67,32 @@ def _choices(routing: Routing, plan: Plan, tokens: int, seq_len: int) -> dict[st
             "offered_by_position": nan.expand(DECILES, experts),
             "kept_by_position": nan.expand(DECILES),
             "coactivation": nan.expand(experts, experts),
+            "tokens_by_active": nan.expand(experts + 1),
         }
     token, expert = routing.token, routing.expert
     loads = count(token // seq_len * experts + expert, tokens // seq_len * experts).view(-1, experts).float()
     asked = loads.sum(1)
     violation = loads.amax(1) * experts / asked.clamp(min=1) - 1
-    place = token % seq_len
-    by_place = count(place * DECILES // seq_len * experts + expert, DECILES * experts).view(DECILES, experts)
+    if place is None:
+        place = torch.arange(seq_len, device=token.device).repeat(tokens // seq_len)
+    decile, follows = place * DECILES // seq_len, (place > 0).float()
+    by_decile = count(decile[token] * experts + expert, DECILES * experts).view(DECILES, experts)
     one = plan.weight.new_ones(())  # a Python number would be copied to the device
     chosen = plan.weight.new_zeros(tokens, experts).index_put_((token, expert), one)
-    sequences = chosen.view(-1, seq_len * experts)
     with torch.autocast(chosen.device.type, enabled=False):  # bfloat16 cannot count beyond 256
         coactivation = chosen.T @ chosen
-        repeated = torch.linalg.vecdot(sequences[:, experts:], sequences[:, :-experts])  # faster than product and sum
+        active = chosen.sum(1)
+        repeatable = active @ follows
+        repeated = torch.linalg.vecdot(chosen[1:], chosen[:-1]) @ follows[1:]  # faster than product and sum
     return {
         "sequences": (asked > 0).float().sum(),
         "max_violation_sequence": ((asked > 0) * violation).sum(),
-        "offered_by_position": by_place.float(),
-        "kept_by_position": count(plan.token % seq_len * DECILES // seq_len, DECILES).float(),
+        "offered_by_position": by_decile.float(),
+        "kept_by_position": count(decile[plan.token], DECILES).float(),
         "coactivation": coactivation,
-        "repeatable": (place > 0).float().sum(),
-        "repeated": repeated.sum(),
+        "repeatable": repeatable,
+        "repeated": repeated,
+        "tokens_by_active": count(active.long(), experts + 1).float(),
         "unrouted": tokens - chosen.new_zeros(tokens).index_fill_(0, plan.token, 1.0).sum(),
     }
 

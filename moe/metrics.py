@@ -66,6 +66,15 @@ def _k(stats: RoutingStats) -> Tensor:
     return stats.assignments / stats.tokens
 
 
+def _active_moments(stats: RoutingStats) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the number of experts that a token asks for; of its distribution, not of sums of squares,
+    whose rounding would give a fixed number a variance."""
+    numbers = torch.arange(stats.tokens_by_active.shape[-1], device=stats.tokens.device)
+    share = stats.tokens_by_active / stats.tokens_by_active.sum(-1, keepdim=True)
+    mean = (share * numbers).sum(-1)
+    return mean, (share * (numbers - mean[:, None]).square()).sum(-1)
+
+
 def _attainable(stats: RoutingStats) -> Tensor:
     """E/K - 1, the largest MaxVio when no token asks for an expert twice; CV^2 and Gini have theirs from it.
 
@@ -135,7 +144,9 @@ METRICS: dict[str, Metric] = {
         lambda s: s.max_violation / s.batches, "load_max_violation of a micro-batch, mean over micro-batches", "lower"
     ),
     "load_max_violation_sequence": Metric(
-        lambda s: s.max_violation_sequence / s.sequences, "load_max_violation of a sequence, mean over them", "lower"
+        lambda s: s.max_violation_sequence / s.sequences,
+        "load_max_violation of a sequence (block), mean over them",
+        "lower",
     ),
     "load_gini": Metric(_gini, "Gini coefficient of expert load; 0 balanced, at most 1 - K/E", "lower", balance=True),
     "load_gini_normalized": Metric(
@@ -157,6 +168,10 @@ METRICS: dict[str, Metric] = {
     "capacity_usage": Metric(
         lambda s: s.kept.sum(-1) / s.slots, "share of the slots that capacity offers which are taken", "higher"
     ),
+    "active_experts": Metric(lambda s: _active_moments(s)[0], "mean number of experts that a token asked for"),
+    "active_experts_std": Metric(
+        lambda s: _active_moments(s)[1].sqrt(), "std (ddof 0) over tokens of the same; 0 where it is fixed"
+    ),
     "unrouted_rate": Metric(lambda s: s.unrouted / s.tokens, "share of tokens that no expert processed", "lower"),
     "entropy": Metric(lambda s: s.entropy / s.tokens, "mean token entropy of the router, nats, at its temperature"),
     "entropy_t1": Metric(lambda s: s.entropy_t1 / s.tokens, "the same of the clean logits at temperature 1, nats"),
@@ -168,7 +183,8 @@ METRICS: dict[str, Metric] = {
         _mutual_information, "entropy of the mean probability - mean token entropy, nats: soft specialisation"
     ),
     "position_information": Metric(
-        _position_information, "mutual information of expert and decile of the position, nats, less its bias"
+        _position_information,
+        "mutual information of expert and decile of the position in the text, nats, less its bias",
     ),
     "output_similarity": Metric(
         lambda s: s.output_similarity / s.probed, "mean cosine of two experts' outputs for the same token", "lower"
@@ -179,7 +195,7 @@ METRICS: dict[str, Metric] = {
     "jaccard_chance": Metric(_jaccard_chance, "jaccard of balanced routing at random, (K-1) / (2(E-1) - (K-1)); K > 1"),
     "sequential_overlap": Metric(
         lambda s: s.repeated / s.repeatable,
-        "share of assignments that the token before, of the sequence, asked for too",
+        "share of assignments that the token before, of the same text, asked for too",
     ),
     "sequential_overlap_chance": Metric(
         lambda s: _k(s) / s.offered.shape[-1], "sequential_overlap of balanced routing at random, K/E"

@@ -24,7 +24,7 @@ from moe.checks import build, require
 from moe.experts import Experts
 from moe.layer import LayerOutput, MoELayer
 from moe.routers.base import Router
-from moe.routing import Context, Knobs, Routing, RoutingStats
+from moe.routing import Context, Knobs, Routing, RoutingStats, places
 
 IGNORED = -100  # a label that is not predicted
 
@@ -238,7 +238,15 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             knobs = Knobs.of(temperature=self.config.router_temperature, device=input_ids.device)
         hidden, layers = self.model(
             input_ids,
-            Context(input_ids, knobs, capacity, drop, orthogonality=orthogonality, probe_stride=probe_stride),
+            Context(
+                input_ids,
+                knobs,
+                capacity,
+                drop,
+                orthogonality=orthogonality,
+                probe_stride=probe_stride,
+                place=None if position_ids is None else places(position_ids.expand_as(input_ids)),
+            ),
             load=load,
             attention_mask=attention_mask,
             position_ids=position_ids,

@@ -21,6 +21,7 @@ from moe.config import flatten
 FACTS = (
     *("folder", "experiment", "run", "status", "error", "causal", "commit"),
     *("seconds", "train_seconds", "peak_memory_gb", "parameters.total", "parameters.active", "flops_per_token"),
+    "ranks.number",
 )
 ABSENT = "absent"  # the level of a factor that a run's config does not have, such as router.temp of a top-k router
 
@@ -78,6 +79,7 @@ def read_run(folder: Path) -> dict[str, Any]:
             "run": record.get("name") or folder.name,
             "parameters.total": parameters.get("total"),
             "parameters.active": parameters.get("active"),
+            "ranks.number": (record.get("ranks") or {}).get("number"),
         }
         if facts["status"] == "failed" and str(facts["error"]).startswith("Diverged"):
             facts["status"] = "diverged"

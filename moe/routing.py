@@ -7,6 +7,7 @@ R assignments that are kept, D model width, F expert width, L layers, B sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -35,6 +36,7 @@ class Context(NamedTuple):
     state: what the router of the MoE layer before handed on of each token (None: this is the first, or it keeps none).
     orthogonality: whether to compute the loss on expert outputs, the only one that costs more than it may stay unused.
     probe_stride: run every so-manieth token through all experts, to compare what they do (None: no token).
+    place: of each token in its text, from `places`, where a sequence may hold several (None: it is one text).
     """
 
     ids: Int[Tensor, "B S"]
@@ -45,6 +47,15 @@ class Context(NamedTuple):
     state: Float[Tensor, "T H"] | None = None
     orthogonality: bool = False
     probe_stride: int | None = None
+    place: Int[Tensor, "B S"] | None = None
+
+
+def places(position_ids: Int[Tensor, "B S"]) -> Int[Tensor, "B S"]:
+    """How many tokens of its own text precede each token of a sequence: a text begins wherever positions do not go on
+    by 1. Places are below S whatever the positions are."""
+    index = torch.arange(position_ids.shape[1], device=position_ids.device)
+    begins = F.pad(position_ids.diff() != 1, (1, 0), value=True)
+    return index - (index * begins).cummax(1).values
 
 
 class Slots(NamedTuple):
@@ -109,7 +120,7 @@ def count(index: Int[Tensor, "N"], bins: int) -> Int[Tensor, "bins"]:
     return index.new_zeros(bins).index_add_(0, index, torch.ones_like(index))
 
 
-DECILES = 10  # of the position in a sequence
+DECILES = 10  # tenths of a sequence's length, by which positions in a text are told apart
 
 
 class RoutingStats(NamedTuple):
@@ -129,11 +140,12 @@ class RoutingStats(NamedTuple):
     max_violation: Float[Tensor, "*L"]  # over those, the largest load / mean load - 1 of each
     sequences: Float[Tensor, "*L"]  # sequences with an assignment
     max_violation_sequence: Float[Tensor, "*L"]  # over those, the same of each
-    offered_by_position: Float[Tensor, "*L P E"]  # `offered`, by P deciles of the position in the sequence
+    offered_by_position: Float[Tensor, "*L P E"]  # `offered`, by P deciles of the position, see DECILES
     kept_by_position: Float[Tensor, "*L P"]  # assignments carried out, of all experts together
     coactivation: Float[Tensor, "*L E E"]  # tokens that asked for both experts
-    repeatable: Float[Tensor, "*L"]  # assignments asked for by tokens that are not the first of their sequence
+    repeatable: Float[Tensor, "*L"]  # assignments asked for by tokens that are not the first of their text
     repeated: Float[Tensor, "*L"]  # those of them that the token before asked for too
+    tokens_by_active: Float[Tensor, "*L E+1"]  # tokens that asked for 0, 1 ... E experts
     unrouted: Float[Tensor, "*L"]  # tokens that no expert processed
     importance: Float[Tensor, "*L E"]  # sum of probabilities
     entropy: Float[Tensor, "*L"]  # sum of token entropies, nats, of `probs`

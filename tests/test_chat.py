@@ -327,6 +327,24 @@ def test_domain_losses_and_accuracy_are_over_labelled_tokens(prepared):
     assert output.stats.tokens.sum() == 2 * blocks.ids.numel()  # routing counts all tokens
 
 
+def test_routing_is_counted_within_each_conversation(prepared):
+    """Token by token: positions, and which token follows which."""
+    model, blocks = tiny(400), all_of(prepared, "val")
+    with torch.no_grad():
+        output = model(blocks.ids, position_ids=blocks.position_ids)
+    place, length = blocks.position_ids.flatten().tolist(), blocks.ids.shape[1]
+    assert max(place) < length - 1
+    for layer, [routing] in enumerate(output.routing):
+        chosen = set(zip(routing.token.tolist(), routing.expert.tolist(), strict=True))
+        by_position, repeated = torch.zeros(10, 4), 0
+        for token, expert in chosen:
+            by_position[place[token] * 10 // length, expert] += 1
+            repeated += place[token] > 0 and (token - 1, expert) in chosen
+        assert torch.equal(output.stats.offered_by_position[layer], by_position)
+        assert output.stats.repeated[layer] == repeated
+        assert output.stats.repeatable[layer] == sum(place[token] > 0 for token, _ in chosen)
+
+
 def test_flash_attention_is_refused_where_texts_share_a_block(prepared):
     model, blocks = tiny(400), batch(prepared.train, [len(prepared.train) - 1])
     model.config._attn_implementation = "flash_attention_2"

@@ -17,7 +17,7 @@ from moe.experts import Experts
 from moe.layer import LayerOutput, MoELayer
 from moe.losses import auxiliary
 from moe.routers.base import Router
-from moe.routing import Context, Knobs, Routing
+from moe.routing import Context, Knobs, Routing, places
 
 B, S, D, E, F = 3, 8, 16, 8, 12
 # operators whose result, or its size, the host waits for; lift_fresh: `torch.tensor`, whose copy it waits for
@@ -191,7 +191,8 @@ def test_forward_and_backward_wait_for_the_device_only_where_sizes_depend_on_val
     for capacity in (None, 1.0):
         situation = context(ids, noise=0.1, capacity=capacity)
         with Listen():
-            output = layer(x.requires_grad_(), situation)
+            packed = situation._replace(place=places((torch.arange(S) % 5).expand(B, S)))
+            output = layer(x.requires_grad_(), packed)
             torch.stack([output.y.square().mean(), *output.aux.values()]).sum().backward()
         limits = ["index"] * len(layer.router.chain) if capacity else []
         assert sorted(asked) == sorted([*made, *limits])

@@ -27,7 +27,9 @@ ROUTERS = {
 FLOPS_PER_TOKEN = 2_000_000
 
 
-def write_run(folder: Path, router: str, capacity: float, seed: int, *, status: str = "finished") -> Path:
+def write_run(
+    folder: Path, router: str, capacity: float, seed: int, *, status: str = "finished", ranks: int = 1
+) -> Path:
     """A run of 40 steps, evaluated every 10 and best at step 30; slow at first and wherever it evaluates."""
     folder.mkdir(parents=True)
     loss, speed = ROUTERS[router]
@@ -48,6 +50,7 @@ def write_run(folder: Path, router: str, capacity: float, seed: int, *, status: 
             "model": {"dim": 128, "num_experts": 8},
         },
         "flops_per_token": FLOPS_PER_TOKEN,
+        "ranks": {"number": ranks},
     }
     (folder / "run.json").write_text(json.dumps(record))
     final = {"val/loss": loss, "val/perplexity": math.exp(loss), "time/tokens_per_s": speed}
@@ -127,7 +130,7 @@ def test_a_sweep_writes_the_routing_benchs_table(sweep_a: Path, sweep_c: Path) -
 
 
 def test_flops_are_those_of_a_training_step_and_rates_those_of_its_second_half(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "experiment_a" / "seed=42", "softk", 1.0, 42)
+    folder = write_run(tmp_path / "experiment_a" / "seed=42", "softk", 1.0, 42, ranks=2)
     rates = dict.fromkeys(range(1, 5), 0.9) | {5: 0.1, 6: 0.2, 7: 0.3, 8: 0.4}
     events = [
         {"kind": "train", "step": step, "train/routing/drop_rate": rate, "train/routing/load_cv": 2 * rate}
@@ -137,6 +140,7 @@ def test_flops_are_those_of_a_training_step_and_rates_those_of_its_second_half(t
     (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     (folder / "metrics.json").write_text(json.dumps({"final_metrics": {"time/tokens_per_s": 250.0}}))
     row = bench_table(of([folder])).iloc[0]
+    assert row["world_size"] == 2
     assert row["median_tokens_per_s"] == 250.0
     assert row["median_eff_tflops"] == pytest.approx(3 * FLOPS_PER_TOKEN * 250.0 / 1e12, rel=1e-12)
     assert row["mean_drop_rate"] == pytest.approx(0.25), "steps 5 to 8"

@@ -12,6 +12,7 @@ from training import run, untimed
 from moe import loop
 from moe.commandline import options, read_cells
 from moe.config import LOSS_WEIGHTS
+from moe.cost import flops_per_token
 from moe.divergence import Diverged, blame
 from moe.ingredients import build_model, knob_settings, micro_batches, prepare_data
 from moe.model import MoEForCausalLM
@@ -191,6 +192,16 @@ def test_a_capacity_run_is_evaluated_dropless_and_limited(cell: Any) -> None:
     assert last["routing/drop_rate"] == 0
     assert last["val_capacity/drop_rate"] > 0.4
     assert last["val_capacity/loss"] != last["val/loss"]
+
+
+def test_flops_are_recorded_of_the_experts_that_validation_tokens_asked_for(cell: Any) -> None:
+    one = cell("router=top_p", "steps=1", "eval_every=1")
+    facts = run(one)
+    last = untimed(one.folder)[-1]
+    active = [last[f"routing/active_experts/layer{layer:02d}"] for layer in range(2)]
+    assert all(1 < number < 4 for number in active)
+    model = MoEForCausalLM.from_pretrained(one.folder / "model")
+    assert facts["flops_per_token"] == flops_per_token(model, 32, active=active) < flops_per_token(model, 32)
 
 
 @pytest.mark.parametrize("experiment", sorted(options("experiment")))

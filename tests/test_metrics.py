@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,29 +13,25 @@ from moe.measurement import mean_cosine, measure
 from moe.metrics import METRICS, drop_rate_by_position, router_gram, summarize, utilization
 from moe.routers.hash import Hash
 from moe.routers.topk import TopK
-from moe.routing import Routing, RoutingStats
+from moe.routing import Routing, RoutingStats, places
 
 E, K, T = 8, 2, 64
 LN_E = math.log(E)
 
 
-def sums(routing: Routing, tokens: int, *, seq_len: int | None = None, capacity: float | None = None) -> RoutingStats:
+def sums(
+    routing: Routing, tokens: int, *, seq_len: int | None = None, capacity: float | None = None, **rest: Any
+) -> RoutingStats:
     """One layer's sums, with a leading layer axis."""
     todo = plan(routing, E, capacity=capacity, seq_len=seq_len or tokens)
-    return RoutingStats.stack([measure(routing, todo, tokens, seq_len=seq_len, capacity=capacity)])
+    return RoutingStats.stack([measure(routing, todo, tokens, seq_len=seq_len, capacity=capacity, **rest)])
 
 
-def stats_of(
-    expert: torch.Tensor,
-    probs: torch.Tensor | None = None,
-    *,
-    seq_len: int | None = None,
-    capacity: float | None = None,
-) -> RoutingStats:
+def stats_of(expert: torch.Tensor, probs: torch.Tensor | None = None, **rest: Any) -> RoutingStats:
     """Of a choice (T, K); clean logits are the logs of `probs`."""
     logits = probs.log() if probs is not None else None
     routing = Routing.token_choice(expert, torch.ones(expert.shape), probs=probs, logits=logits)
-    return sums(routing, len(expert), seq_len=seq_len, capacity=capacity)
+    return sums(routing, len(expert), **rest)
 
 
 def value(stats: RoutingStats, name: str) -> float | None:
@@ -78,6 +75,8 @@ CLOSED_FORMS = {  # metric: (balanced and undecided, everything to one expert wi
     "load_entropy": (1, 0),
     "effective_experts": (E, 1),
     "unused_experts": (0, (E - 1) / E),
+    "active_experts": (K, 1),
+    "active_experts_std": (0, 0),
     "drop_rate": (0, 0),
     "capacity_usage": (None, None),  # dropless
     "unrouted_rate": (0, 0),
@@ -185,9 +184,9 @@ def test_position_information_sees_routing_by_position_and_corrects_for_chance()
 
 
 @pytest.mark.parametrize("capacity", [None, 0.7])
-@pytest.mark.parametrize("seq_len", [1, 16, T])
-def test_the_sums_of_choices_token_by_token(capacity: float | None, seq_len: int) -> None:
-    """Tokens that ask for none to four experts, some of which have no room."""
+@pytest.mark.parametrize(("seq_len", "text_len"), [(1, 1), (16, 16), (T, T), (16, 7), (T, 30)])
+def test_the_sums_of_choices_token_by_token(capacity: float | None, seq_len: int, text_len: int) -> None:
+    """Tokens that ask for none to four experts, some without room, in texts of which a sequence may hold several."""
     generator = torch.Generator().manual_seed(3)
     chosen = torch.rand(T, E, generator=generator) < torch.rand(T, 1, generator=generator) / 2
     probs = torch.rand(T, E, generator=generator)
@@ -196,13 +195,14 @@ def test_the_sums_of_choices_token_by_token(capacity: float | None, seq_len: int
     names = ("repeatable", "repeated", "chosen_mass", "margin", "entropy", "sequences", "max_violation_sequence")
     expected = {name: torch.zeros(()) for name in names}
     expected |= {"offered_by_position": torch.zeros(10, E), "kept_by_position": torch.zeros(10)}
-    expected["coactivation"] = torch.zeros(E, E)
+    expected |= {"coactivation": torch.zeros(E, E), "tokens_by_active": torch.zeros(E + 1)}
     expected["unrouted"] = torch.tensor(float(T - len(set(kept.token.tolist()))))
     for token in kept.token:
-        expected["kept_by_position"][token % seq_len * 10 // seq_len] += 1
+        expected["kept_by_position"][token % seq_len % text_len * 10 // seq_len] += 1
     for t in range(T):
         mine = [e for e in range(E) if chosen[t, e]]
-        place = t % seq_len
+        place = t % seq_len % text_len
+        expected["tokens_by_active"][len(mine)] += 1
         for e in mine:
             expected["offered_by_position"][place * 10 // seq_len, e] += 1
             expected["chosen_mass"] += probs[t, e]
@@ -218,7 +218,8 @@ def test_the_sums_of_choices_token_by_token(capacity: float | None, seq_len: int
         if loads.sum() > 0:
             expected["sequences"] += 1
             expected["max_violation_sequence"] += loads.max() / loads.mean() - 1
-    stats = measure(routing, kept, T, seq_len=seq_len, capacity=capacity)
+    within = None if text_len == seq_len else (torch.arange(seq_len) % text_len).repeat(T // seq_len)
+    stats = measure(routing, kept, T, seq_len=seq_len, place=within, capacity=capacity)
     for name, value in expected.items():
         torch.testing.assert_close(getattr(stats, name), value, msg=lambda text, name=name: f"{name}: {text}")
 
@@ -229,6 +230,28 @@ def test_a_step_fetches_its_sums_from_the_device_at_once(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: fetched.append(tensor) or fetch(tensor))
     summarize(balanced(), per_layer=False)
     assert len(fetched) == 1
+
+
+def test_active_experts_are_counted_before_drops_and_over_all_tokens() -> None:
+    """Tokens that ask for 0, 1, 3 and 4 experts: a mean of 2 and a variance of (4 + 1 + 1 + 4) / 4."""
+    chosen = torch.arange(E) < torch.tensor([[0], [1], [3], [4]])
+    parts = [
+        sums(Routing.masked(chosen[part], torch.ones(len(chosen[part]), E)), len(chosen[part]), capacity=1.0)
+        for part in (slice(4), slice(1), slice(1, 4))
+    ]
+    for stats in (parts[0], parts[1].merge(parts[2])):
+        assert value(stats, "active_experts") == 2
+        assert value(stats, "active_experts_std") == pytest.approx(math.sqrt(2.5))
+        assert value(stats, "drop_rate") > 0
+    assert value(parts[1], "active_experts") == value(parts[1], "active_experts_std") == 0
+
+
+@pytest.mark.parametrize("k", [1, 3, E])
+def test_a_fixed_number_of_experts_does_not_vary_over_however_many_tokens(k: int) -> None:
+    """Of sums of squares in single precision the rounding would be seen: here of 3 million tokens' squares."""
+    many = functools.reduce(RoutingStats.merge, [stats_of(torch.arange(k).expand(10_007, k))] * 301)
+    assert value(many, "active_experts") == k
+    assert value(many, "active_experts_std") == 0
 
 
 def test_drops_by_position_under_each_policy() -> None:
@@ -280,6 +303,27 @@ def test_sequential_overlap_never_crosses_into_the_next_sequence() -> None:
     assert value(stats_of(expert, seq_len=2), "sequential_overlap") == 0
     assert value(stats_of(expert.roll(1), seq_len=2), "sequential_overlap") == 1
     assert value(stats_of(expert, seq_len=1), "sequential_overlap") is None
+
+
+def test_a_text_begins_wherever_positions_do_not_go_on() -> None:
+    """At 0 again, after padding on the left, and at the start of a sequence, where generation may be far into one."""
+    positions = torch.tensor([[0, 1, 2, 0, 1], [1, 1, 0, 1, 2], [5, 6, 7, 8, 9]])
+    assert places(positions).tolist() == [[0, 1, 2, 0, 1], [0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]
+    assert places(positions[:, -1:]).tolist() == [[0], [0], [0]]
+
+
+def test_of_two_texts_in_a_sequence_the_second_begins_anew() -> None:
+    """Texts of 6 and 4 tokens, each from expert to expert; only across the border between them one is repeated."""
+    expert = torch.tensor([0, 1, 0, 1, 0, 1, 1, 0, 1, 0])[:, None]
+    place = places(torch.tensor([[*range(6), *range(4)]])).flatten()
+    packed, one = stats_of(expert, seq_len=10, place=place), stats_of(expert, seq_len=10)
+    assert value(packed, "sequential_overlap") == 0
+    assert packed.repeatable == 8
+    assert value(one, "sequential_overlap") == pytest.approx(1 / 9)
+    assert packed.offered_by_position[0, :, 0].tolist() == [1, 1, 1, 1, 1, 0, 0, 0, 0, 0]
+    assert packed.offered_by_position[0, :, 1].tolist() == [1, 1, 1, 1, 0, 1, 0, 0, 0, 0]
+    assert packed.kept_by_position[0].tolist() == [2, 2, 2, 2, 1, 1, 0, 0, 0, 0]
+    assert one.kept_by_position[0].tolist() == [1] * 10
 
 
 def test_top_k_mass_is_of_the_experts_asked_for_and_not_of_the_largest() -> None:

@@ -61,10 +61,41 @@ def test_the_total_control_has_the_parameters_of_the_routed_model_less_its_route
     assert count_parameters(routed).total - count_parameters(dense).total == 2 * 4 * 32
 
 
+@pytest.mark.parametrize("kind", ["silu", "swiglu"])
+def test_every_single_expert_begins_with_the_standard_deviation_of_all_matrices(kind: str) -> None:
+    """In stacks too, of which rules that go by the fan-in take that of the whole stack; and no two begin alike."""
+    model = make(expert=kind, shared_experts=1, first_k_dense_replace=1)
+    std = model.config.initializer_range
+    assert std == 0.02
+    stacks = [p for name, p in model.named_parameters() if ".experts." in name]
+    assert len(stacks) == (3 if kind == "swiglu" else 2) * 3  # of a dense layer, routed and shared experts
+    for matrix in (matrix for stack in stacks for matrix in stack):
+        count = matrix.numel()
+        assert matrix.std().item() == pytest.approx(std, rel=5 / math.sqrt(2 * count))
+        assert matrix.mean().item() == pytest.approx(0, abs=5 * std / math.sqrt(count))
+    one, other = model.moe_layers[0].experts.up[:2]
+    assert torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1].abs() < 5 / math.sqrt(one.numel())
+
+
 def test_flops_of_a_linear_model_by_hand() -> None:
     """dim 32, 2 layers: attention 4 D^2, two active experts 2 * 2 D F, router E D, head V D; scores 2 D S a layer."""
     matrices = 2 * (4 * 32 * 32 + 2 * 2 * 32 * 32 + 4 * 32) + V * 32
     assert flops_per_token(make(), S) == 2 * matrices + 2 * 2 * 32 * S
+
+
+def test_flops_are_those_of_the_experts_that_tokens_asked_for() -> None:
+    """Half an expert more in one layer; in a chain of two routers, where a token counts twice, a whole one."""
+    half, chain = 2 * 2 * 32 * 32 // 2, {"_target_": "moe.routers.chain_of_experts.ChainOfExperts", "k": 2}
+    for router, extra in ((TOPK, half), (chain, 2 * half)):
+        model = make(router)
+        assert flops_per_token(model, S, active=[2.0, 2.0]) == flops_per_token(model, S)
+        assert flops_per_token(model, S, active=[None, 2.5]) == flops_per_token(model, S) + extra
+
+
+def test_a_number_of_experts_that_no_one_can_say_costs_what_it_is_at_most() -> None:
+    top_p = make({"_target_": "moe.routers.top_p.TopP", "k_max": 2})
+    assert flops_per_token(top_p, S) == flops_per_token(make(), S)
+    assert count_parameters(top_p) == count_parameters(make())
 
 
 def test_no_tensor_is_made_on_the_default_device(ids: torch.Tensor) -> None:

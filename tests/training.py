@@ -11,8 +11,8 @@ from moe.signals import Signals
 from moe.trackers import Mirror
 
 
-def run(cell: Cell, *, stop_after: int | None = None) -> None:
-    """Train a cell; `stop_after`: pretend that SIGTERM arrives during that step."""
+def run(cell: Cell, *, stop_after: int | None = None) -> dict[str, Any]:
+    """Train a cell, for facts about it; `stop_after`: pretend that SIGTERM arrives during that step."""
     cell.folder.mkdir(parents=True, exist_ok=True)
     signals = Signals()
 
@@ -21,7 +21,7 @@ def run(cell: Cell, *, stop_after: int | None = None) -> None:
             if step == stop_after:
                 signals.received = signal.SIGTERM
 
-    train(cell.config, cell.folder, mirror=Watch(cell), signals=signals)
+    return train(cell.config, cell.folder, mirror=Watch(cell), signals=signals)
 
 
 def untimed(folder: Path) -> list[dict[str, Any]]:

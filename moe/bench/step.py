@@ -108,7 +108,6 @@ def step_variants(config: Config) -> list[Variant]:
     """Bare steps (forward, backward, optimizers) on random tokens: dense of equal active FLOPs, ours, Mixtral."""
     ours = _model(config)
     sizes, k = config.model, ours.moe_layers[0].router.experts_per_token(config.data.seq_len)
-    assert k is not None, "a router with a fixed number of experts per token"
     dense = copy.deepcopy(config)
     dense.model.first_k_dense_replace = sizes.layers
     dense.model.dense_ffn = round(k * sizes.ffn)

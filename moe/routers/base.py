@@ -14,7 +14,7 @@ class Router(nn.Module):
     causal: whether a token's routing, in training and in evaluation, is independent of later tokens and of other
         sequences; audited by the contract test and printed beside the router's name everywhere.
     schedulable: whether the knob `temperature` acts on it.
-    mean_k: experts that a token uses, on average where the number varies; None if no one can say beforehand.
+    mean_k: experts that a token is to use on average, where their number varies; None if no one can say beforehand.
     """
 
     causal: bool = True
@@ -39,10 +39,11 @@ class Router(nn.Module):
         """The routers that a layer asks in turn, each seeing what the experts of the one before have added."""
         return [self]
 
-    def experts_per_token(self, seq_len: int) -> float | None:
-        """How many experts work for a token of a sequence of `seq_len`, on average where that varies; None: unknown."""
+    def experts_per_token(self, seq_len: int) -> float:
+        """How many experts work for a token of a sequence of `seq_len`; where that varies, how many are to work on
+        average, or can at most if no one can say."""
         k = getattr(self, "k", self.mean_k)
-        return None if k is None else float(k)
+        return float(self.num_experts if k is None else k)
 
     def mixing_flops(self) -> int:
         """Forward FLOPs of a token beyond 2 per matrix weight."""

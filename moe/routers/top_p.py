@@ -29,6 +29,9 @@ class TopP(Router):
     def loss_weights(self) -> dict[str, float]:
         return {"entropy": self.entropy}
 
+    def experts_per_token(self, seq_len: int) -> float:
+        return float(self.k_max)  # at most
+
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         logits = F.linear(x, self.weight.float())
         log_probs = torch.log_softmax(self.perturb(logits, context.knobs), -1)
