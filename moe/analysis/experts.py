@@ -50,14 +50,14 @@ def coactivations(runs: list[Studied]) -> Figure:
 
 @matplotlib.rc_context(RC)
 def knockouts(runs: list[Studied]) -> Figure:
-    """The rise of the loss without each expert, re-routed and zeroed, with intervals over blocks and the null."""
+    """The rise of the loss without each expert, re-routed and zeroed, with intervals over documents and the null."""
     figure, panels, layers = _grid(runs, height=2.0)
     for row, run in zip(panels, runs, strict=False):
         for axes, layer in zip(row, layers, strict=True):
             for index, (method, found) in enumerate(run.found["knockout"].items()):
                 mean, low, high = (_array(found["delta"][name][layer]) for name in ("mean", "low", "high"))
                 x = np.arange(len(mean)) + 0.4 * index - 0.2
-                axes.bar(x, mean, 0.38, color=PALETTE[index], label=f"{method}, 95 % bootstrap over blocks")
+                axes.bar(x, mean, 0.38, color=PALETTE[index], label=f"{method}, 95 % bootstrap over documents")
                 axes.errorbar(x, mean, [mean - low, high - mean], fmt="none", ecolor="#404040", elinewidth=0.9)
                 null = _array(found["null"]["mean"][layer])
                 label = "as many random assignments instead" if index == 0 else None
