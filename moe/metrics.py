@@ -103,6 +103,17 @@ def _jaccard(stats: RoutingStats) -> Tensor:
     return (both / either).nanmean(-1).where(_k(stats) > 1, math.nan)
 
 
+def _sequential_overlap(stats: RoutingStats) -> Tensor:
+    return stats.repeated / stats.repeatable
+
+
+def _sequential_overlap_kappa(stats: RoutingStats) -> Tensor:
+    """Chance: of two unrelated tokens, each of which has expert e with probability K f_e."""
+    chance = _k(stats) * load_share(stats).square().sum(-1)
+    room = (1 - chance).where(chance < 1 - 1e-6, math.nan)
+    return (_sequential_overlap(stats) - chance) / room
+
+
 def _jaccard_chance(stats: RoutingStats) -> Tensor:
     others = _k(stats) - 1
     return (others / (2 * (stats.offered.shape[-1] - 1) - others)).where(others > 0, math.nan)
@@ -194,11 +205,14 @@ METRICS: dict[str, Metric] = {
     "jaccard": Metric(_jaccard, "mean over pairs of experts of |tokens of both| / |tokens of either|; K > 1"),
     "jaccard_chance": Metric(_jaccard_chance, "jaccard of balanced routing at random, (K-1) / (2(E-1) - (K-1)); K > 1"),
     "sequential_overlap": Metric(
-        lambda s: s.repeated / s.repeatable,
-        "share of assignments that the token before, of the same text, asked for too",
+        _sequential_overlap, "share of assignments that the token before, of the same text, asked for too"
     ),
     "sequential_overlap_chance": Metric(
         lambda s: _k(s) / s.offered.shape[-1], "sequential_overlap of balanced routing at random, K/E"
+    ),
+    "sequential_overlap_kappa": Metric(
+        _sequential_overlap_kappa,
+        "sequential_overlap beyond that of two unrelated tokens under these loads, as a share of the room above it",
     ),
 }
 

@@ -19,8 +19,13 @@ from moe.results import FACTS, history, load
 HEADLINE = ("val/loss", "val/perplexity", "val/accuracy", "routing/load_cv/pooled")
 ROUTING = (
     *("routing/load_max_violation", "routing/load_gini", "routing/unused_experts", "routing/entropy"),
-    *("routing/jaccard", "routing/router_gram", "routing/sequential_overlap"),
-    *("routing/consistency", "routing/consistency_kappa"),
+    *("routing/jaccard", "routing/router_gram"),
+    *(
+        "routing/sequential_overlap",
+        "routing/sequential_overlap_kappa",
+        "routing/consistency",
+        "routing/consistency_kappa",
+    ),
 )
 STD = "std (ddof=1)"
 GROUPS = ("variant", "router", "schedule", "model", "data", "optimizer")

@@ -95,6 +95,7 @@ CLOSED_FORMS = {  # metric: (balanced and undecided, everything to one expert wi
     "jaccard_chance": ((K - 1) / (2 * (E - 1) - (K - 1)), None),
     "sequential_overlap": (1 / 2, 1),
     "sequential_overlap_chance": (K / E, 1 / E),
+    "sequential_overlap_kappa": ((1 / 2 - K / E) / (1 - K / E), None),
 }
 
 
@@ -303,6 +304,20 @@ def test_sequential_overlap_never_crosses_into_the_next_sequence() -> None:
     assert value(stats_of(expert, seq_len=2), "sequential_overlap") == 0
     assert value(stats_of(expert.roll(1), seq_len=2), "sequential_overlap") == 1
     assert value(stats_of(expert, seq_len=1), "sequential_overlap") is None
+
+
+def test_overlap_beyond_chance_does_not_rise_with_an_uneven_load() -> None:
+    """Of tokens that choose without regard to each other, one expert four times as often as the seven others together;
+    in the same choices, sorted, tokens nearly always agree with the one before."""
+    torch.manual_seed(0)
+    uneven = torch.tensor([28.0, *[1.0] * 7]).log() + torch.distributions.Gumbel(0.0, 1.0).sample((20_000, E))
+    for k in (1, 2):
+        chosen = uneven.topk(k).indices
+        stats = stats_of(chosen, seq_len=20_000)
+        assert value(stats, "sequential_overlap") > 2 * k / E
+        assert value(stats, "sequential_overlap_kappa") == pytest.approx(0, abs=0.02)
+    alike = stats_of(uneven.argmax(-1).sort().values[:, None], seq_len=20_000)
+    assert value(alike, "sequential_overlap_kappa") > 0.99
 
 
 def test_a_text_begins_wherever_positions_do_not_go_on() -> None:
