@@ -17,8 +17,10 @@ from moe.summaries import STD, levels
 
 METRICS = {
     "routing/load_cv": "load CV over experts",
+    "routing/load_max_violation": "MaxVio (largest load / mean - 1)",
     "routing/entropy": "router entropy (nats)",
     "routing/mutual_information": "mutual information (nats)",
+    "routing/router_gram": "Gram of router directions",
 }
 DECILES = [f"val_capacity/drop_rate/decile{decile}" for decile in range(10)]
 PANELS = 12  # small multiples beyond that are too small
@@ -57,7 +59,9 @@ def layer_trends(events: pd.DataFrame, metric: str) -> Figure:
         axes.set_title(f"{condition.replace(', ', chr(10))} (n={members['folder'].nunique()})", fontsize="medium")
     for axes in grid[len(panels) :]:
         axes.remove()
-    figure.supxlabel("optimizer step", fontsize="medium")
+    for axes in grid[max(0, len(panels) - columns) : len(panels)]:  # those with none below
+        axes.set_xlabel("optimizer step")
+        axes.tick_params(labelbottom=True)
     figure.supylabel(METRICS[metric], fontsize="medium")
     handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize="small")
@@ -68,8 +72,12 @@ def layer_trends(events: pd.DataFrame, metric: str) -> Figure:
 def layer_profile(runs: pd.DataFrame) -> Figure:
     """The final value of every metric of `METRICS` that some run has, against the layer, a line a condition."""
     found = {metric: layers_of(runs.columns, metric) for metric in METRICS if len(known(runs, metric))}
-    figure = Figure(figsize=(max(6.4, 3.6 * len(found)), _height(runs)), layout="constrained")
-    for axes, (metric, columns) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
+    across, rows = min(3, len(found)), math.ceil(len(found) / 3)
+    figure = Figure(figsize=(max(6.4, 3.6 * across), _height(runs) + 3.2 * (rows - 1)), layout="constrained")
+    grid = figure.subplots(rows, across, squeeze=False).flatten()
+    for axes in grid[len(found) :]:
+        axes.remove()
+    for axes, (metric, columns) in zip(grid, found.items(), strict=False):
         _draw_conditions(axes, runs, list(columns.values()), list(columns))
         axes.set(xlabel="layer", ylabel=METRICS[metric])
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
