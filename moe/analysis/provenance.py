@@ -13,7 +13,7 @@ from moe.config import flatten, is_free
 from moe.results import FACTS
 
 MOST_LEVELS = 12  # of one key that are written out
-SOFTWARE = ("commit", "versions", "machine", "device", "process")  # of a run's record
+SOFTWARE = ("commit", "versions", "machine", "device", "ranks", "process")  # of a run's record
 
 
 def causality(evidence: Evidence) -> Iterator[Block]:
