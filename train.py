@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+import signal
 import sys
 import time
 
@@ -34,6 +35,8 @@ def main() -> int:
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(commandline.help_text())
         return 0
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until a run handles it: libraries swallow KeyboardInterrupt
     gc.disable()  # until there is something to train: importing makes a million objects, and all of them stay
     if not ranks.is_first():
         logging.disable(logging.WARNING)

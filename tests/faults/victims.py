@@ -103,7 +103,7 @@ def result(folder: Path) -> dict[str, Any]:
 
 
 def _train(arguments: list[str], log: Path, ready: Event, sabotage: Sabotage | None) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a fork server ignores it, and so does a shell's `&`
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a fork server ignores it, and so does a shell's `&`
     ready.set()
     output = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
     os.dup2(output, 1)
