@@ -112,10 +112,9 @@ def _only(events: pd.DataFrame, folders: pd.Series) -> pd.DataFrame:
 
 def _compared(part: Evidence, wishes: Wishes) -> Evidence:
     """The same with its claims judged and its levels compared."""
+    references = _references(part, wishes)
     tables = [
-        contrasts(
-            part.runs, metric, part.factors, references=_references(part, wishes), margin=wishes.margins.get(metric)
-        )
+        contrasts(part.runs, metric, part.factors, references=references, margin=wishes.margins.get(metric))
         for metric in part.tested
     ]
     table = stack(tables)
