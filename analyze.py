@@ -19,10 +19,10 @@ def main() -> int:
     arguments = parser.parse_args()
 
     # Imported here, so that --help and a wrong command answer at once.
-    from moe.analysis.evidence import Wishes
-    from moe.analysis.report import write_replay, write_report
-    from moe.results import load
-    from moe.summaries import console_table
+    from moe.analysis.report.inputs import Wishes
+    from moe.analysis.report.report import write_replay, write_report
+    from moe.results.sweep_tables import console_table
+    from moe.results.table import load
 
     try:
         if arguments.replay:

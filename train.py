@@ -12,8 +12,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall 20
 import hydra
 from omegaconf import DictConfig
 
-from moe import commandline, ranks, sweep
-from moe.config import Cell, Config
+from moe.config.schema import Cell
+from moe.distributed import ranks
+from moe.launch import command_line, sweep
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -23,17 +24,17 @@ def run_cell(composed: DictConfig) -> None:
 
     from hydra.core.hydra_config import HydraConfig
 
-    from moe.run import run
+    from moe.launch.run import run
 
     settings = HydraConfig.get()
-    choices = commandline.group_choices(settings)
+    choices = command_line.group_choices(settings)
     experiment = str(choices.pop("experiment"))
-    run(Cell(Config.of(composed), Path(settings.runtime.output_dir), experiment, choices))
+    run(Cell(command_line.typed(composed), Path(settings.runtime.output_dir), experiment, choices))
 
 
 def main() -> int:
     if {"--help", "-h"} & set(sys.argv[1:]):
-        print(commandline.help_text())
+        print(command_line.help_text())
         return 0
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # until a run handles it: libraries swallow KeyboardInterrupt
@@ -41,9 +42,9 @@ def main() -> int:
     if not ranks.is_first():
         logging.disable(logging.WARNING)
     try:
-        cells = commandline.read_cells(sys.argv[1:])
+        cells = command_line.read_cells(sys.argv[1:])
         return sweep.carry_out(cells or [], run_cell)
-    except commandline.ConfigError as error:
+    except command_line.ConfigError as error:
         if not ranks.is_first():  # the first says the same, and its end is ours; unless it is wrong here alone
             time.sleep(10)
         print(f"train.py: {error}", file=sys.stderr)

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from moe import commandline
 from moe.checks import ConfigError
-from moe.config import LOSS_WEIGHTS, Cell, flatten
-from moe.metrics import METRICS
-from moe.results import level
-from moe.summaries import HEADLINE, varied_factors
-from moe.trackers import CONDITION, FINAL, STEP, first_line
+from moe.config.schema import LOSS_WEIGHTS, Cell, flatten
+from moe.launch import command_line
+from moe.metrics.formulas import METRICS
+from moe.results.conditions import HEADLINE, varied_factors
+from moe.results.table import level
+from moe.runs.wandb_mirror import CONDITION, FINAL, STEP, first_line
 
 LOSS = (
     *("val/loss", "val/perplexity", "val/accuracy", "train/loss", "learning_rate"),
@@ -122,7 +122,7 @@ def main(command: list[str] | None = None) -> int:
     try:
         if (arguments.entity is None) != (arguments.project is None):
             raise ConfigError("--entity and --project go together: who owns the workspace, and the project it shows")
-        cells = commandline.read_cells(["-m", f"experiment={arguments.experiment}", *arguments.overrides])
+        cells = command_line.read_cells(["-m", f"experiment={arguments.experiment}", *arguments.overrides])
         assert cells  # arguments that Hydra would answer by itself are argparse's here
         made = workspace(cells, entity=arguments.entity or "", project=arguments.project or "")
         if arguments.project is None:

@@ -12,8 +12,8 @@ from pydoc_data.topics import topics
 import pytest
 import torch
 
-from moe import commandline
-from moe.config import Cell
+from moe.config.schema import Cell
+from moe.launch import command_line
 
 torch.set_num_threads(1)
 
@@ -60,7 +60,7 @@ def cell(small: list[str], tmp_path: Path):
     """Reads one small cell of a command line; its folder lies in the test's own directory."""
 
     def read(*overrides: str) -> Cell:
-        cells = commandline.read_cells([*small, f"out={tmp_path}", *overrides])
+        cells = command_line.read_cells([*small, f"out={tmp_path}", *overrides])
         assert cells is not None
         return cells[0]
 

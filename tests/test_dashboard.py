@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 from wandb_workspaces.workspaces import internal
 
-from moe import dashboard, trackers
-from moe.commandline import read_cells
-from moe.config import Cell, flatten
-from moe.run import run, status
-from moe.trackers import condition
+from moe import dashboard
+from moe.config.schema import Cell, flatten
+from moe.launch.command_line import read_cells
+from moe.launch.run import run
+from moe.runs import wandb_mirror
+from moe.runs.folder import status
+from moe.runs.wandb_mirror import condition
 
 
 def spec(cells: list[Cell]) -> dict[str, Any]:
@@ -55,7 +57,7 @@ def logged(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Cell]], Logged]:
 
     def train(cells: list[Cell]) -> Logged:
         everything = Logged()
-        monkeypatch.setattr(trackers, "_start", lambda cell, mode: everything)
+        monkeypatch.setattr(wandb_mirror, "_start", lambda cell, mode: everything)
         for cell in cells:
             run(cell)
             assert status(cell) == "finished"

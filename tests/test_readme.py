@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from moe.commandline import CONF, read_cells
-from moe.metrics import METRICS
-from moe.tokenizer import train_bpe
+from moe.config.options import CONF
+from moe.data.tokenizer import train_bpe
+from moe.launch.command_line import read_cells
+from moe.metrics.formulas import METRICS
 
 ROOT = CONF.parent
 README = (ROOT / "README.md").read_text()
@@ -24,7 +25,8 @@ def test_there_are_commands() -> None:
 
 @pytest.fixture
 def downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A working folder that holds what `python -m moe.smollm2 smollm2` leaves, as far as reading a command needs it."""
+    """A working folder that holds what `python -m moe.model.smollm2 smollm2` leaves, as far as reading a command
+    needs it."""
     monkeypatch.chdir(tmp_path)
     Path("smollm2").mkdir()
     tokenizer = train_bpe(["some words"], 259)

@@ -1,6 +1,7 @@
 """Planned claims: what was said of a sweep before it was trained, judged by the runs that wrote it down.
 
-A claim (`moe.claim.ClaimConfig`) stands in an experiment's yaml, so that every run's record holds it from before its
+A claim (`moe.config.claim.ClaimConfig`) stands in an experiment's yaml, so that every run's record holds it from
+before its
 first step; contrasts that no claim is about are post hoc. Differences are taken within a seed and averaged over all
 combinations of the other factors. Every claim says that a true difference lies in a range: above zero, below it, nearer
 to it than a margin, or of the claimed size.
@@ -16,9 +17,9 @@ import pandas as pd
 from scipy import stats
 
 from moe.analysis.statistics import CONFIDENCE, constant, corrected, detectable_effect, inside
-from moe.claim import ClaimConfig, absolute
-from moe.results import level
-from moe.summaries import NAMED_ROUTERS, by_seed, conditions, levels, varied_factors, with_causality
+from moe.config.claim import ClaimConfig, absolute
+from moe.results.conditions import NAMED_ROUTERS, by_seed, conditions, levels, varied_factors, with_causality
+from moe.results.table import level
 
 NAN = float("nan")
 
@@ -75,7 +76,7 @@ def judge_planned(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def judge(runs: pd.DataFrame, claims: list[ClaimConfig]) -> pd.DataFrame:
-    """A row a claim: supported, contradicted or undecided by these runs (a table of `moe.results.load`), and why.
+    """A row a claim: supported, contradicted or undecided by these runs (a table of `moe.results.table.load`), and why.
 
     `difference` is `mean` minus `reference mean` over n paired seeds, with its 95 % t interval, in the least favourable
     of the comparisons that the claim makes; `p` is that of all of them. A claim holds if every comparison does (their

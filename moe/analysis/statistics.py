@@ -2,7 +2,8 @@
 statsmodels.
 
 The unit of replication is the seed: runs of the same seed share their data order and their initial weights, so
-differences are taken within a seed before they are averaged. Functions take the table of runs (`moe.results.load`), a
+differences are taken within a seed before they are averaged. Functions take the table of runs
+(`moe.results.table.load`), a
 metric's column and the factors (without the seed), and return a table; nothing is dropped without a note.
 """
 
@@ -20,8 +21,8 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestIndPower, TTestPower
 from statsmodels.stats.weightstats import DescrStatsW
 
-from moe.claim import absolute
-from moe.summaries import STD, by_seed, conditions, levels, varied_factors
+from moe.config.claim import absolute
+from moe.results.conditions import STD, by_seed, conditions, levels, varied_factors
 
 CONFIDENCE, POWER = 0.95, 0.8
 EXACT, RESAMPLES = 16, 9_999  # up to so many seeds all sign patterns, beyond a random sample of that size

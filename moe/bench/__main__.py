@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 import transformers
 
-from moe import process
 from moe.bench import analyze, dispatch, growth, jobs, layer, step
+from moe.training import process
 
 QUESTIONS = {
     "layer": layer,

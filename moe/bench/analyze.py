@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe.bench.timing import Table
-from moe.metrics import METRICS
+from moe.metrics.formulas import METRICS
 
 ANALYZE = Path(__file__).parents[2] / "analyze.py"
 ROUTERS, CAPACITIES = ("switch", "topk", "softk", "hash", "sinkhorn"), (None, 1.0, 1.25, 1.5)

@@ -15,8 +15,8 @@ import pandas as pd
 import torch
 
 from moe.bench.timing import Table, device, interleave
-from moe.dispatch import Plan, combine, gather, plan
-from moe.routing import Routing
+from moe.routing.decision import Routing
+from moe.routing.dispatch import Plan, combine, gather, plan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +79,7 @@ def measure(
 
 def sweep(out: Path, *, experts: list[int], ks: list[int], capacities: list[float], **settings: Any) -> pd.DataFrame:
     """Measure the grid; write capacity_cf_multi.jsonl and its two figures into `out`; return the table."""
-    from moe.analysis.figures import capacity_lines
+    from moe.analysis.figures.effects import capacity_lines
 
     rows = [
         measure(experts=e, k=k, capacity=capacity, **settings)

@@ -9,13 +9,13 @@ from typing import NamedTuple
 import numpy as np
 from torch import nn
 
-from moe import process
 from moe.bench.step import bare_step
 from moe.bench.timing import Table, device, interleave
-from moe.config import Config, DataConfig, ModelConfig, OptimizerConfig
-from moe.cost import flops_per_token, peak_memory_gb, reset_peak_memory
-from moe.ingredients import build_model
-from moe.model import MoEForCausalLM
+from moe.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig
+from moe.model.cost import flops_per_token, peak_memory_gb, reset_peak_memory
+from moe.model.decoder import MoEForCausalLM
+from moe.training import process
+from moe.training.setup import build_model
 
 BASE = {"experts": 8, "k": 2, "batch": 16, "seq_len": 128}
 CURVES: dict[str, list[dict[str, int]]] = {
@@ -80,7 +80,8 @@ def measure_point(
 
 
 def newton_schulz_flops(model: MoEForCausalLM) -> float:
-    """Of Muon's five iterations for every matrix (r, c), r <= c, in products of 2 r^2 c and 2 r^3: see `moe.optim`."""
+    """Of Muon's five iterations for every matrix (r, c), r <= c, in products of 2 r^2 c and 2 r^3: see
+    `moe.training.optim`."""
     total = 0.0
     for name, p in model.named_parameters():
         if p.ndim >= 2 and "embed" not in name:

@@ -10,10 +10,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralSparseMoeBlock
 
 from moe.bench.timing import Table, device, interleave, relative
-from moe.experts import Experts
-from moe.layer import MoELayer
+from moe.model.experts import Experts
+from moe.model.layer import MoELayer
 from moe.routers.topk import TopK
-from moe.routing import Context, Knobs
+from moe.routing.decision import Context, Knobs
 
 
 class Shape(NamedTuple):

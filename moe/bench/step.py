@@ -14,21 +14,21 @@ import torch
 from torch import nn
 from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM
 
-from moe import losses
 from moe.bench.layer import Shape, mixtral_config
 from moe.bench.timing import UNCOUNTED, Table, Variant, clock, device, medians, now, product_flops, relative
-from moe.commandline import read_cells
-from moe.config import Config
-from moe.cost import flops_per_token
-from moe.dispatch import plan
-from moe.ingredients import build_model, prepare_data
-from moe.loop import train
-from moe.measurement import measure
-from moe.model import MoEForCausalLM
-from moe.optim import build_optimizers
-from moe.record import EventLog
-from moe.signals import Interrupted, Signals
-from moe.trackers import Mirror
+from moe.config.schema import Config
+from moe.launch.command_line import read_cells
+from moe.model.cost import flops_per_token
+from moe.model.decoder import MoEForCausalLM
+from moe.routing import losses
+from moe.routing.dispatch import plan
+from moe.routing.measurement import measure
+from moe.runs.events import EventLog
+from moe.runs.signals import Interrupted, Signals
+from moe.runs.wandb_mirror import Mirror
+from moe.training.loop import train
+from moe.training.optim import build_optimizers
+from moe.training.setup import build_model, prepare_data
 
 SETTINGS = ("logger.mode=disabled", "model.expert=swiglu")
 TRAINING = "ours in training: Accelerate, clipping, statistics read out, event log"

@@ -5,7 +5,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moe.checks import require
-from moe.routing import Context, Knobs, Routing, RoutingStats
+from moe.routing.decision import Context, Knobs, Routing
+from moe.routing.stats import RoutingStats
 
 
 class Router(nn.Module):

@@ -6,9 +6,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moe.checks import require
-from moe.dispatch import slots
 from moe.routers.base import Router
-from moe.routing import Context, Routing
+from moe.routing.decision import Context, Routing
+from moe.routing.dispatch import slots
 
 
 class ExpertChoice(Router):

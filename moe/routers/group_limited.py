@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe.checks import require
 from moe.routers.topk import TopK
-from moe.routing import Context, Routing
+from moe.routing.decision import Context, Routing
 
 
 class GroupLimited(TopK):

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moe.routers.topk import Temperature
-from moe.routing import Context, Routing
+from moe.routing.decision import Context, Routing
 
 
 class Gumbel(Temperature):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moe.checks import require
 from moe.routers.base import Router, check_k
-from moe.routing import Context, Routing
+from moe.routing.decision import Context, Routing
 
 
 class Hash(Router):

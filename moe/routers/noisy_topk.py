@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from moe.checks import finite, require
 from moe.routers.topk import TopK
-from moe.routing import Context, Routing
+from moe.routing.decision import Context, Routing
 
 FLOOR = 0.01  # least standard deviation of the learned noise, as the authors' code has it: the load divides by it
 

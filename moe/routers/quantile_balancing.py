@@ -6,7 +6,7 @@ from torch import Tensor
 
 from moe.checks import require
 from moe.routers.sigmoid_bias import BiasedSigmoid
-from moe.routing import RoutingStats
+from moe.routing.stats import RoutingStats
 
 
 class QuantileBalancing(BiasedSigmoid):

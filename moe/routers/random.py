@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moe.routers.base import Router, check_k
-from moe.routing import Context, Routing
+from moe.routing.decision import Context, Routing
 
 
 class Random(Router):

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from moe.checks import finite, require
 from moe.routers.base import Router
-from moe.routing import Context, Routing, RoutingStats
+from moe.routing.decision import Context, Routing
+from moe.routing.stats import RoutingStats
 
 
 class ReLU(Router):

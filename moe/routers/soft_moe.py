@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from moe.checks import require
 from moe.routers.base import Router
-from moe.routing import Context, Routing, Slots
+from moe.routing.decision import Context, Routing, Slots
 
 
 class SoftMoE(Router):

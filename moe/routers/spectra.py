@@ -11,7 +11,8 @@ from moe.checks import finite, require
 from moe.routers.base import Router, check_k
 from moe.routers.quota import choose_within_quota
 from moe.routers.sinkhorn import log_plan, plain_plan
-from moe.routing import Context, Routing, RoutingStats
+from moe.routing.decision import Context, Routing
+from moe.routing.stats import RoutingStats
 
 
 class Spectra(Router):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from moe.checks import finite, require
 from moe.routers.base import Router
-from moe.routing import Context, Routing
+from moe.routing.decision import Context, Routing
 
 
 class TopP(Router):

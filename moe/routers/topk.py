@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moe.checks import finite, require
 from moe.routers.base import Router, check_k
-from moe.routing import Context, Routing
+from moe.routing.decision import Context, Routing
 
 
 class TopK(Router):

@@ -12,7 +12,7 @@ import pytest
 from test_sweeps import files, finished, results
 from victims import LIMIT, Job
 
-from moe.record import read_events
+from moe.runs.events import read_events
 
 pytestmark = pytest.mark.clusters
 

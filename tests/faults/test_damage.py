@@ -17,15 +17,15 @@ import pytest
 from test_kills import before
 from victims import TRAIN, Job, ended, result
 
-from moe.record import sha256
-from moe.results import history
+from moe.files import sha256
+from moe.results.table import history
 
 
 @pytest.fixture
 def cut_off(job: Any) -> Job:
     """A run killed after its fourth checkpoint: those of steps 9 and 12 are there."""
     one = job()
-    assert one.run(partial(before, "moe.checkpoint", "save", 5)) == -signal.SIGKILL
+    assert one.run(partial(before, "moe.runs.checkpoint", "save", 5)) == -signal.SIGKILL
     assert [path.name for path in one.checkpoints] == ["step-00000009", "step-00000012"]
     return one
 
@@ -97,7 +97,7 @@ def test_all_checkpoints_bad(cut_off: Job, survived: Any) -> None:
 @pytest.mark.parametrize("damage", ["truncated", "bit flipped", "deleted"])
 def test_a_damaged_data_cache(damage: str, job: Any, undisturbed: Any, survived: Any, tmp_path: Path) -> None:
     one = job("a", f"data.cache={tmp_path / 'cache'}")
-    assert one.run(partial(before, "moe.checkpoint", "save", 5)) == -signal.SIGKILL
+    assert one.run(partial(before, "moe.runs.checkpoint", "save", 5)) == -signal.SIGKILL
     [file] = (tmp_path / "cache").glob("*/train/*.arrow")
     if damage == "truncated":
         os.truncate(file, file.stat().st_size // 2)
@@ -211,7 +211,7 @@ def test_weights_are_safetensors(cut_off: Job, survived: Any) -> None:
 @pytest.mark.parametrize("drift", ["another torch", "another number of threads"])
 def test_a_checkpoint_from_elsewhere(drift: str, job: Any, undisturbed: Any, survived: Any) -> None:
     one = job("a", *(["threads=2"] if "threads" in drift else []))
-    assert one.run(partial(before, "moe.checkpoint", "save", 5)) == -signal.SIGKILL
+    assert one.run(partial(before, "moe.runs.checkpoint", "save", 5)) == -signal.SIGKILL
     if drift == "another torch":
         for path in one.checkpoints:
             manifest = json.loads((path / "manifest.json").read_text())

@@ -13,9 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from victims import TRAIN
 
-from moe.commandline import GROUPS, options, read_cells
-from moe.config import Cell, flatten
-from moe.ingredients import build_model
+from moe.config.options import GROUPS, options
+from moe.config.schema import Cell, flatten
+from moe.launch.command_line import read_cells
+from moe.training.setup import build_model
 
 CASES = 600
 

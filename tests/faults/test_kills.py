@@ -60,9 +60,9 @@ def before(module: str, name: str, call: int) -> None:
 # Where in the n-th save: the n-th call of which function. A save syncs two files, then renames, syncs, prunes.
 PLACES: dict[str, Callable[[int], tuple[str, str, int]]] = {
     "its file still empty": lambda n: ("torch", "save", n),
-    "without its manifest": lambda n: ("moe.checkpoint", "write_json", n),
-    "before the rename": lambda n: ("moe.checkpoint", "sync", 3 * n - 1),
-    "before older ones go": lambda n: ("moe.checkpoint", "sync", 3 * n),
+    "without its manifest": lambda n: ("moe.runs.checkpoint", "write_json", n),
+    "before the rename": lambda n: ("moe.runs.checkpoint", "sync", 3 * n - 1),
+    "before older ones go": lambda n: ("moe.runs.checkpoint", "sync", 3 * n),
 }
 
 
@@ -100,14 +100,14 @@ def test_sigterm_checkpoints_and_exits_with_143(step: int, job: Any, undisturbed
 
 def slow_source() -> None:
     """Reading documents takes a minute."""
-    import moe.corpus
+    import moe.data.sources
 
     def sleeping(documents: Any) -> Any:
         print("READING", flush=True)
         time.sleep(60)
         return documents
 
-    moe.corpus.distinct = sleeping
+    moe.data.sources.distinct = sleeping
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
@@ -148,7 +148,7 @@ def test_one_ctrl_c_checkpoints_and_exits_with_130(job: Any, undisturbed: Any, s
 
 def long_step() -> None:
     """The seventh step takes a minute."""
-    from moe import loop
+    from moe.training import loop
 
     honest, calls = loop.total_loss, []
 
@@ -184,7 +184,7 @@ def test_a_second_ctrl_c_quits_at_once(job: Any, undisturbed: Any, survived: Any
 def test_every_event_is_on_disk_when_it_was_written(job: Any, survived: Any) -> None:
     """Line by line: a process that dies right after a step has told of it."""
     one = job()
-    assert one.run(partial(before, "moe.loop", "validation", 2)) == -signal.SIGKILL
+    assert one.run(partial(before, "moe.training.loop", "validation", 2)) == -signal.SIGKILL
     assert one.steps() == 12
     survived(28, "SIGKILL right after a step's event was written", 1, "the event is in the file, whole")
 

@@ -11,7 +11,7 @@ import pytest
 from test_sweeps import children
 from victims import LIMIT, Job, result
 
-from moe.commandline import CONF
+from moe.config.options import CONF
 
 STEP = ("grad_accum=2", "save_every=4")
 

@@ -79,7 +79,7 @@ def poisoned_loss(step: int, value: float) -> None:
 
         return total_loss
 
-    patch("moe.loop", "total_loss", wrap)
+    patch("moe.training.loop", "total_loss", wrap)
 
 
 def poisoned_expert(step: int) -> None:
@@ -97,7 +97,7 @@ def poisoned_expert(step: int) -> None:
 
         return gradient_norms
 
-    patch("moe.gradients", "gradient_norms", wrap)
+    patch("moe.training.gradients", "gradient_norms", wrap)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def no_wandb() -> None:
 
 def no_server() -> None:
     os.environ |= {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_MODE": "online"}
-    patch("moe.trackers", "START_SECONDS", lambda seconds: 2)
+    patch("moe.runs.wandb_mirror", "START_SECONDS", lambda seconds: 2)
 
 
 def no_key() -> None:
@@ -234,7 +234,7 @@ def memory_error() -> None:
 
         return total_loss
 
-    patch("moe.loop", "total_loss", wrap)
+    patch("moe.training.loop", "total_loss", wrap)
 
 
 def test_memory_ends(job: Any, survived: Any) -> None:
@@ -259,7 +259,7 @@ def slow_blocks() -> None:
 
         return micro_batches
 
-    patch("moe.loop", "micro_batches", wrap)
+    patch("moe.training.loop", "micro_batches", wrap)
 
 
 def test_a_slow_disk_changes_nothing(job: Any, undisturbed: Any, survived: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from victims import LIMIT, TRAIN, Job, die, ended, patch, result
 
-from moe.record import sha256
+from moe.files import sha256
 
 JOBLIB = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
 
@@ -86,7 +86,7 @@ def end_of_seed_two(way: str) -> None:
 
         return total_loss
 
-    patch("moe.loop", "total_loss", wrap)
+    patch("moe.training.loop", "total_loss", wrap)
 
 
 def test_one_cell_ends_badly(job: Any, survived: Any) -> None:

@@ -14,9 +14,10 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
-from training import untimed
+from small_runs import untimed
 
-from moe.record import read_events, sha256
+from moe.files import sha256
+from moe.runs.events import read_events
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 LIMIT = 400  # seconds that any run here may take
@@ -24,7 +25,7 @@ LIMIT = 400  # seconds that any run here may take
 Sabotage = Callable[[], None]
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["moe.loop", "moe.trackers", "moe.summaries", "hydra.main"])
+_SERVER.set_forkserver_preload(["moe.training.loop", "moe.runs.wandb_mirror", "moe.results.conditions", "hydra.main"])
 
 
 class Job:

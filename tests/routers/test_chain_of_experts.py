@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from moe.checks import ConfigError
-from moe.experts import Experts
-from moe.layer import MoELayer
+from moe.model.experts import Experts
+from moe.model.layer import MoELayer
 from moe.routers.chain_of_experts import ChainOfExperts
 from moe.routers.topk import TopK
-from moe.routing import Context, Knobs
+from moe.routing.decision import Context, Knobs
 
 B, S, D, E = 2, 6, 8, 4
 

@@ -5,7 +5,7 @@ import torch
 
 from moe.routers.hash import Hash, lightest, scramble
 from moe.routers.random import Random
-from moe.routing import Context, Knobs
+from moe.routing.decision import Context, Knobs
 
 D, E = 16, 8
 

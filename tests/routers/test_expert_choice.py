@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from moe.checks import ConfigError
-from moe.losses import load_balance
 from moe.routers.expert_choice import ExpertChoice
-from moe.routing import Context, Knobs, Routing
+from moe.routing.decision import Context, Knobs, Routing
+from moe.routing.losses import load_balance
 
 D, E, T = 16, 8, 50
 

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from moe.checks import ConfigError
-from moe.dispatch import plan
-from moe.measurement import measure
 from moe.routers.expert_threshold import ExpertThreshold
 from moe.routers.topk import TopK
-from moe.routing import Context, Knobs, RoutingStats
+from moe.routing.decision import Context, Knobs
+from moe.routing.dispatch import plan
+from moe.routing.measurement import measure
+from moe.routing.stats import RoutingStats
 
 D, E, T = 16, 8, 512
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from moe.checks import ConfigError
 from moe.routers.group_limited import GroupLimited
 from moe.routers.topk import TopK
-from moe.routing import Context, Knobs, Routing
+from moe.routing.decision import Context, Knobs, Routing
 
 T, D, E = 60, 16, 12
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from moe.routers import gumbel
 from moe.routers.gumbel import Gumbel, gumbel_like
 from moe.routers.topk import Temperature, TopK
-from moe.routing import Context, Knobs, Routing
+from moe.routing.decision import Context, Knobs, Routing
 
 T, D, E = 40, 16, 8
 

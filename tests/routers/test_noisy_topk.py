@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moe.checks import ConfigError
 from moe.routers.noisy_topk import FLOOR, NoisyTopK, cv_squared, stay_probability
 from moe.routers.topk import TopK
-from moe.routing import Context, Knobs, Routing
+from moe.routing.decision import Context, Knobs, Routing
 
 T, D, E = 40, 16, 8
 

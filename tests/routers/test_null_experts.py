@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from moe.checks import ConfigError
-from moe.ingredients import build_model, prepare_data
-from moe.objective import total_loss
 from moe.routers.null_experts import NullExperts
-from moe.routing import Context, Knobs, Routing
+from moe.routing.decision import Context, Knobs, Routing
+from moe.training.objective import total_loss
+from moe.training.setup import build_model, prepare_data
 
 D, E, Z, T = 16, 8, 8, 400
 

@@ -5,8 +5,8 @@ import yaml
 from torch import nn
 
 from moe.checks import build
-from moe.commandline import CONF
-from moe.routing import Context, Knobs, Routing
+from moe.config.options import CONF
+from moe.routing.decision import Context, Knobs, Routing
 
 T, D, E = 40, 16, 8
 

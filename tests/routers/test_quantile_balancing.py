@@ -10,10 +10,11 @@ from scipy.sparse import coo_matrix
 from torch import Tensor, nn
 
 from moe.checks import ConfigError
-from moe.dispatch import plan
-from moe.measurement import measure
 from moe.routers.quantile_balancing import QuantileBalancing, balanced_bias
-from moe.routing import Context, Knobs, RoutingStats
+from moe.routing.decision import Context, Knobs
+from moe.routing.dispatch import plan
+from moe.routing.measurement import measure
+from moe.routing.stats import RoutingStats
 
 D, E, T = 16, 8, 400
 

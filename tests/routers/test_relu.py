@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from moe.checks import ConfigError
-from moe.dispatch import plan
-from moe.measurement import measure
 from moe.routers.relu import ReLU
-from moe.routing import Context, Knobs, Routing, RoutingStats
+from moe.routing.decision import Context, Knobs, Routing
+from moe.routing.dispatch import plan
+from moe.routing.measurement import measure
+from moe.routing.stats import RoutingStats
 
 T, D, E = 60, 16, 8
 

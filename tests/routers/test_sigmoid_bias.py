@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from moe.dispatch import plan
-from moe.ingredients import build_model, prepare_data
-from moe.loop import train
-from moe.measurement import measure
 from moe.routers.sigmoid_bias import SigmoidBias
-from moe.routing import Context, Knobs, RoutingStats
-from moe.signals import Signals
-from moe.trackers import Mirror
+from moe.routing.decision import Context, Knobs
+from moe.routing.dispatch import plan
+from moe.routing.measurement import measure
+from moe.routing.stats import RoutingStats
+from moe.runs.signals import Signals
+from moe.runs.wandb_mirror import Mirror
+from moe.training.loop import train
+from moe.training.setup import build_model, prepare_data
 
 D, E, T = 16, 8, 50
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moe.checks import ConfigError
 from moe.routers.sinkhorn import Sinkhorn, log_plan, plain_plan
 from moe.routers.topk import TopK
-from moe.routing import Context, Knobs, Routing
+from moe.routing.decision import Context, Knobs, Routing
 
 T, D, E = 40, 16, 8
 

@@ -3,13 +3,13 @@
 import torch
 from torch import nn
 
-from moe.config import ModelConfig
-from moe.cost import count_parameters, flops_per_token
-from moe.experts import Experts
-from moe.layer import MoELayer
-from moe.model import MoEConfig, MoEForCausalLM
+from moe.config.schema import ModelConfig
+from moe.model.cost import count_parameters, flops_per_token
+from moe.model.decoder import MoEConfig, MoEForCausalLM
+from moe.model.experts import Experts
+from moe.model.layer import MoELayer
 from moe.routers.soft_moe import SoftMoE
-from moe.routing import Context, Knobs
+from moe.routing.decision import Context, Knobs
 
 B, S, D, E, N = 2, 6, 8, 3, 2
 

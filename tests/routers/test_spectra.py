@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from moe.checks import ConfigError
-from moe.dispatch import plan
-from moe.measurement import measure
-from moe.metrics import router_gram, summarize
+from moe.metrics.formulas import summarize
 from moe.routers.spectra import Spectra, srip
-from moe.routing import Context, Knobs, Routing, RoutingStats
+from moe.routing.decision import Context, Knobs, Routing
+from moe.routing.dispatch import plan
+from moe.routing.measurement import measure
+from moe.routing.stats import RoutingStats
+from moe.training.evaluate import router_gram
 
 T, D, E, N = 48, 16, 8, 6
 BARE = {

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from moe.config import ModelConfig, OptimizerConfig
-from moe.cost import flops_per_token
-from moe.gradients import parts
-from moe.model import MoEConfig, MoEForCausalLM
-from moe.optim import build_optimizers
-from moe.routing import Context, Knobs
+from moe.config.schema import ModelConfig, OptimizerConfig
+from moe.model.cost import flops_per_token
+from moe.model.decoder import MoEConfig, MoEForCausalLM
+from moe.model.parts import parts
+from moe.routing.decision import Context, Knobs
+from moe.training.optim import build_optimizers
 
 V, S = 97, 16
 

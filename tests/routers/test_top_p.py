@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moe.checks import ConfigError
 from moe.routers.top_p import TopP
-from moe.routing import Context, Knobs, Routing
+from moe.routing.decision import Context, Knobs, Routing
 
 T, D, E = 60, 16, 6
 

@@ -1,0 +1,120 @@
+"""Figures of routing by layer and by position: tables in, Figures out, as in `moe.analysis.figures.effects`."""
+
+import math
+import re
+from typing import Any
+
+import matplotlib
+import pandas as pd
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from moe.analysis.figures.style import RC, legend, look
+from moe.analysis.statistics import with_intervals
+from moe.results.conditions import STD, levels
+
+METRICS = {
+    "routing/load_cv": "load CV over experts",
+    "routing/load_max_violation": "MaxVio (largest load / mean - 1)",
+    "routing/entropy": "router entropy (nats)",
+    "routing/mutual_information": "mutual information (nats)",
+    "routing/router_gram": "Gram of router directions",
+}
+DECILES = [f"val_capacity/drop_rate/decile{decile}" for decile in range(10)]
+PANELS = 12  # small multiples beyond that are too small
+
+
+def layers_of(columns: pd.Index, metric: str) -> dict[int, str]:
+    """Layer -> the column of `metric` in that layer, in order."""
+    found = {column: re.fullmatch(rf"{re.escape(metric)}/layer(\d+)", column) for column in columns}
+    return dict(sorted((int(match[1]), column) for column, match in found.items() if match))
+
+
+def known(table: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """The rows, of runs or of events, that have `metric` in some layer, as numbers there."""
+    columns = list(layers_of(table.columns, metric).values())
+    return table.astype(dict.fromkeys(columns, float)).dropna(subset=columns, how="all") if columns else table.iloc[:0]
+
+
+@matplotlib.rc_context(RC)
+def layer_trends(events: pd.DataFrame, metric: str) -> Figure:
+    """A metric against step, a panel a condition, a line a layer: the mean over the seeds that have the step.
+
+    `events` are evaluations with the column "condition" (at most `PANELS` of them).
+    """
+    layers, panels = layers_of(events.columns, metric), levels(events["condition"])
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    width = {1: 7.2, 2: 9.6, 3: 10.8}[columns]
+    figure = Figure(figsize=(width, 1.0 + 3.0 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    colors = colormaps["viridis"]([0.9 * rank / max(1, len(layers) - 1) for rank in range(len(layers))])
+    for axes, condition in zip(grid, panels, strict=False):
+        members = events[events["condition"] == condition]
+        for (layer, column), color in zip(layers.items(), colors, strict=True):
+            mean = members.groupby("step")[column].mean()
+            axes.plot(mean, color=color, marker="." if len(mean) < 30 else "", label=f"layer {layer}")
+        axes.set_title(f"{condition.replace(', ', chr(10))} (n={members['folder'].nunique()})", fontsize="medium")
+    for axes in grid[len(panels) :]:
+        axes.remove()
+    for axes in grid[max(0, len(panels) - columns) : len(panels)]:  # those with none below
+        axes.set_xlabel("optimizer step")
+        axes.tick_params(labelbottom=True)
+    figure.supylabel(METRICS[metric], fontsize="medium")
+    handles, labels = grid[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize="small")
+    return figure
+
+
+@matplotlib.rc_context(RC)
+def layer_profile(runs: pd.DataFrame) -> Figure:
+    """The final value of every metric of `METRICS` that some run has, against the layer, a line a condition."""
+    found = {metric: layers_of(runs.columns, metric) for metric in METRICS if len(known(runs, metric))}
+    across, rows = min(3, len(found)), math.ceil(len(found) / 3)
+    figure = Figure(figsize=(max(6.4, 3.6 * across), _height(runs) + 3.2 * (rows - 1)), layout="constrained")
+    grid = figure.subplots(rows, across, squeeze=False).flatten()
+    for axes in grid[len(found) :]:
+        axes.remove()
+    for axes, (metric, columns) in zip(grid, found.items(), strict=False):
+        _draw_conditions(axes, runs, list(columns.values()), list(columns))
+        axes.set(xlabel="layer", ylabel=METRICS[metric])
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    legend(figure, "small: one seed; large: mean over n seeds and its 95 % t interval")
+    return figure
+
+
+@matplotlib.rc_context(RC)
+def drop_by_position(runs: pd.DataFrame) -> Figure:
+    """The drop rate of the final capacity-limited evaluation against the decile of the sequence, a line a condition."""
+    figure = Figure(figsize=(6.4, _height(runs)), layout="constrained")
+    axes = figure.subplots()
+    _draw_conditions(axes, runs, DECILES, list(range(1, 11)))
+    axes.set(
+        xticks=range(1, 11), xlabel="decile of the position in the sequence", ylabel="drop rate (share of assignments)"
+    )
+    axes.set_ylim(bottom=0)
+    legend(figure, "small: one seed; large: mean over n seeds and its 95 % t interval")
+    return figure
+
+
+def _draw_conditions(axes: Axes, runs: pd.DataFrame, columns: list[str], x: list[int]) -> None:
+    """A line a condition through the means over seeds of `columns` at `x`, with intervals, a little apart."""
+    names = levels(runs["condition"])
+    for index, name in enumerate(names):
+        members, style = runs[runs["condition"] == name], dict[str, Any](look(index))
+        finite = members[columns].astype(float).replace([math.inf, -math.inf], math.nan)
+        means = with_intervals(pd.DataFrame({"n": finite.count(), "mean": finite.mean(), STD: finite.std(ddof=1)}))
+        if not means["n"].any():
+            continue
+        places = [place + 0.3 * ((index + 0.5) / len(names) - 0.5) for place in x]
+        seeds = finite.dropna(how="all")
+        axes.plot(places * len(seeds), seeds.to_numpy().ravel(), ".", color=style["color"], markersize=3, alpha=0.5)
+        reach = (means["mean"] - means["ci_low"]).fillna(0)  # below two seeds there is no interval
+        label = f"{name} (n={means['n'].max()})"
+        axes.errorbar(places, means["mean"], yerr=reach, fmt="", capsize=2, markersize=5, label=label, **style)
+
+
+def _height(runs: pd.DataFrame) -> float:
+    return 3.8 + 0.22 * math.ceil(runs["condition"].nunique() / 2)

@@ -1,0 +1,1 @@
+"""The report: its inputs, sections, and the two forms that it is written in."""

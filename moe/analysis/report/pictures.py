@@ -1,0 +1,218 @@
+"""Sections of figures: each yields its figures by name, or a line with the reason why one cannot be drawn."""
+
+import json
+from collections.abc import Iterable, Iterator
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from moe.analysis.figures import effects as effect_figures
+from moe.analysis.figures import layers
+from moe.analysis.figures.specialization import gradients as draw_gradients
+from moe.analysis.figures.specialization import specialisation_figures
+from moe.analysis.figures.style import LABELS
+from moe.analysis.report.blocks import Attachment, Block, Bullets, Heading, Picture
+from moe.analysis.report.inputs import PULLS, TESTED, Evidence
+from moe.analysis.statistics import name_cell
+from moe.analysis.studies.temperature.data import TEMPERATURE
+from moe.analysis.studies.temperature.figures import temperature_figures
+from moe.analysis.studies.temperature.reports import specialization_report, summary_report
+from moe.results.conditions import conditions, varied_factors
+from moe.results.frontier import STEMS, measured
+from moe.results.table import ABSENT, History
+
+Drawn = Iterator[tuple[str, Figure | str, str]]  # name, figure or reason, caption
+FOREST = 40  # contrasts of one figure
+TEMPERED = {
+    "temperature_ablation_comprehensive": "Loss, accuracy and entropy by temperature, over training and at its end.",
+    "routing_dynamics": "Entropy, confidence and balance over training, by temperature.",
+    "expert_utilization": "Share of assignments of each expert, by temperature.",
+    "schedule_comparison": "Schedules of the temperature beside each other.",
+    "expert_utilization_analysis": "Inequality of expert load against temperature.",
+    "entropy_analysis": "Router entropy over training, and how fast it changes.",
+}
+SPECIALISED = {
+    "expert_domains": "Share of a domain's assignments that an expert gets, relative to an even share.",
+    "specialisation_information": "What domain and token id say about experts, beside shuffled routing.",
+    "specialisation_stability": "How soon choices settle, how many change, and whether seeds agree.",
+    "expert_knockouts": "Rise of the loss without an expert, beside a null matched by load.",
+    "expert_importance": "Rise of the loss without an expert against its load.",
+    "route_regret": "What the best of sampled routes would have saved a token.",
+    "router_landscape": "Loss and changed choices along directions in the routers' weights.",
+    "expert_keywords": "Tokens that mark an expert, by TF-IDF.",
+    "expert_embeddings": "Experts by their outputs on shared tokens, in two dimensions.",
+    "expert_positions": "Experts by position in the sequence.",
+    "expert_coactivation": "Tokens that two experts share, relative to chance.",
+}
+
+
+def section(title: str, drawn: Iterable[tuple[str, Figure | str, str]]) -> Iterator[Block]:
+    """A heading and its figures; a figure's reason not to be drawn takes its place. No figures, no heading."""
+    headed = False
+    for name, figure, caption in drawn:
+        if not headed:
+            yield Heading(title)
+            headed = True
+        if isinstance(figure, Figure):
+            yield Picture(name, figure, caption)
+        else:
+            yield Bullets([f"{name}: not drawn, {figure}"])
+
+
+def effects(evidence: Evidence) -> Iterator[Block]:
+    """The tested metrics against the factors, and every contrast with its interval."""
+    yield from section("Effects of the factors", [*_factors(evidence), *_forests(evidence)])
+
+
+def training(evidence: Evidence) -> Iterator[Block]:
+    """Loss over training."""
+    yield from section("Learning curves", _curves(evidence))
+
+
+def routing(evidence: Evidence) -> Iterator[Block]:
+    """Routing by layer, over training and at its end, and dropped tokens by position."""
+    yield from section("Routing by layer and position", [*_layers(evidence), *_at_the_end(evidence)])
+
+
+def speed(evidence: Evidence) -> Iterator[Block]:
+    """Experiments A and C: quality against speed, for those that are among the runs."""
+    yield from section("Quality against speed", _frontiers(evidence))
+
+
+def gradients(evidence: Evidence) -> Iterator[Block]:
+    """How routers and experts are pulled, and how far a step moves them."""
+    trains = evidence.labelled(evidence.past.trains)
+    drawn = evidence.too_many() or ("" if set(PULLS) <= set(trains) else f"no run has {', '.join(PULLS)}")
+    caption = "Gradient norms, and what a step changes relative to what was there, of routers and of experts."
+    yield from section("Gradients", [("gradients", drawn or draw_gradients(trains), caption)])
+
+
+def specialisation(evidence: Evidence) -> Iterator[Block]:
+    """What experts do, from what `python -m moe.specialization` left in the run folders."""
+    drawn = specialisation_figures(evidence.runs)
+    yield from section("Specialisation", ((name, figure, SPECIALISED.get(name, "")) for name, figure in drawn))
+
+
+def temperature(evidence: Evidence) -> Iterator[Block]:
+    """The temperature study: its figures and reports, under its names, where routers have a temperature."""
+    runs = evidence.runs
+    if TEMPERATURE not in runs or (runs[TEMPERATURE].fillna(ABSENT) == ABSENT).all():
+        return
+    drawn = temperature_figures(runs, evidence.past.evals, evidence.past.trains)
+    yield from section("Temperature", ((name, figure, TEMPERED.get(name, "")) for name, figure in drawn))
+    for report in (summary_report, specialization_report):
+        content = json.dumps(report(runs, evidence.past.evals), indent=1, allow_nan=False) + "\n"
+        yield Attachment(
+            f"{report.__name__}.json", content, "the temperature study's own summary, with n and intervals."
+        )
+
+
+def _factors(evidence: Evidence) -> Drawn:
+    runs, factors = evidence.runs, evidence.factors
+    metrics = list(dict.fromkeys((*TESTED, *evidence.tested)))
+    if set(factors) == {"noise", "lb"} and set(TESTED) <= set(evidence.tested):
+        yield (
+            "noise_lb",
+            effect_figures.noise_lb(runs),
+            "Perplexity and load CV against router noise, by balance weight.",
+        )
+        metrics = metrics[len(TESTED) :]
+    if not factors:
+        yield "factors", "no factor varies", ""
+        return
+    for metric in metrics:
+        label = LABELS.get(metric, metric)
+        name, caption = "factors_" + metric.replace("/", "_"), f"Effect of {', '.join(factors)}: {label}."
+        if metric not in evidence.tested:
+            yield name, f"no run has {metric}", caption
+        else:
+            yield name, evidence.too_many() or _factor_figure(runs, factors, metric), caption
+
+
+def _factor_figure(runs: pd.DataFrame, factors: list[str], metric: str) -> Figure:
+    """The factor with the most levels along x, every combination of the others a colour."""
+    factor = max(factors, key=lambda name: runs[name].nunique())
+    others = [name for name in factors if name != factor]
+    hues = {index: name_cell(cell) or "all" for cell, members in conditions(runs, others) for index in members.index}
+    return effect_figures.factor_plot(runs.assign(others=pd.Series(hues, dtype=object)), factor, "others", metric)
+
+
+def _forests(evidence: Evidence) -> Drawn:
+    for metric in evidence.tested if len(evidence.contrasts) else []:
+        rows = evidence.contrasts[evidence.contrasts["metric"] == metric].dropna(subset=["ci_low"])
+        name, label = "contrasts_" + metric.replace("/", "_"), LABELS.get(metric, metric)
+        caption = f"Contrasts paired by seed, 95 % t intervals: {label}."
+        if rows.empty:
+            yield name, "no contrast has an interval", caption
+        elif len(rows) > FOREST:
+            yield name, f"{len(rows)} contrasts are too many", caption
+        else:
+            yield name, effect_figures.forest(rows, label), caption
+
+
+def _curves(evidence: Evidence) -> Drawn:
+    name, caption = "learning_curves", "Validation loss against optimizer step, every run and the mean of a condition."
+    events = evidence.labelled(evidence.past.evals)
+    if "val/loss" not in events or not events["val/loss"].notna().any():
+        yield name, "no run has an evaluation with val/loss", caption
+    else:
+        yield name, evidence.too_many() or effect_figures.learning_curves(events, "condition"), caption
+
+
+def _layers(evidence: Evidence) -> Drawn:
+    events, panels = evidence.labelled(evidence.past.evals), evidence.condition.nunique()
+    for metric, label in layers.METRICS.items():
+        name, caption = "layers_" + metric.replace("/", "_"), f"{label} of every layer over training."
+        seen = layers.known(events, metric)
+        if seen.empty:
+            yield name, f"no evaluation has {metric} by layer", caption
+        elif panels > layers.PANELS:
+            yield name, f"{panels} conditions are too many", caption
+        else:
+            yield name, layers.layer_trends(seen, metric), caption
+
+
+def _at_the_end(evidence: Evidence) -> Drawn:
+    runs = evidence.runs.assign(condition=evidence.condition)
+    name, caption = "layer_profile", "Routing of every layer at the last evaluation."
+    if all(layers.known(runs, metric).empty for metric in layers.METRICS):
+        yield name, "no finished run has a routing metric by layer", caption
+    else:
+        yield name, evidence.too_many() or layers.layer_profile(runs), caption
+    name, caption = "drop_by_position", "Share of assignments over capacity, by position in the sequence."
+    if runs.reindex(columns=layers.DECILES).isna().all(axis=None):
+        yield name, "no finished run has a capacity limit", caption
+    else:
+        yield name, evidence.too_many() or layers.drop_by_position(runs), caption
+
+
+def _frontiers(evidence: Evidence) -> Drawn:
+    for experiment, stem in STEMS.items():
+        runs = evidence.runs[evidence.runs["experiment"] == experiment]
+        if len(runs):
+            yield from _frontier(runs, evidence.past, stem)
+            caption = "Training loss, validation loss and perplexity against step."
+            yield f"{stem}_overlay", evidence.too_many() or _overlay(evidence, runs), caption
+
+
+def _frontier(runs: pd.DataFrame, past: History, stem: str) -> Drawn:
+    """Perplexity against both measures of speed, for runs that differ in nothing but router, capacity and seed."""
+    table = measured(runs, past)
+    others = [factor for factor in varied_factors(runs) if factor not in ("router", "capacity", "seed")]
+    for name, x in ((f"{stem}_frontier", "tokens_per_s"), (f"{stem}_frontier_tflops", "tflops")):
+        caption = f"Perplexity against {effect_figures.SPEED[x].split(' (')[0]}."
+        if others:
+            yield name, f"{', '.join(others)} varies beside router and capacity", caption
+        elif "val/perplexity" not in table or table[[x, "val/perplexity"]].dropna().empty:
+            yield name, f"no finished run has both {x} and val/perplexity", caption
+        else:
+            yield name, effect_figures.frontier(table, x), caption
+
+
+def _overlay(evidence: Evidence, runs: pd.DataFrame) -> Figure | str:
+    columns = ["train/loss", "val/loss", "val/perplexity"]
+    past = [events.filter(["folder", "step", *columns]) for events in (evidence.past.trains, evidence.past.evals)]
+    events = evidence.labelled(pd.concat(past))
+    events = events[events["folder"].isin(runs["folder"])] if len(events) else events
+    absent = [column for column in columns if column not in events]
+    return f"no run has {', '.join(absent)}" if absent else effect_figures.overlay(events, "condition")

@@ -1,0 +1,1 @@
+"""The temperature study's own figures and reports."""

@@ -1,0 +1,110 @@
+"""A dense Llama-type checkpoint as far as json tells: which one it is, and what sizes it gives to a model made of it.
+
+Imports no torch, because a command line is checked with it.
+"""
+
+import hashlib
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from tokenizers import Tokenizer
+
+from moe.checks import ConfigError, require
+from moe.files import sha256
+
+# Key of `moe.config.schema.ModelConfig` -> key of a Llama's config.json.
+SIZES = {
+    "dim": "hidden_size",
+    "heads": "num_attention_heads",
+    "ffn": "intermediate_size",
+    "dense_ffn": "intermediate_size",
+}
+
+# What the model takes over beside the sizes, as transformers' LlamaConfig reads it.
+INHERITED = """num_key_value_heads head_dim max_position_embeddings rope_parameters rms_norm_eps attention_bias
+    attention_dropout initializer_range tie_word_embeddings bos_token_id eos_token_id pad_token_id""".split()
+
+
+def resolve(model: dict[str, Any]) -> dict[str, Any]:
+    """What the checkpoint `model["dense"]` says of a `model` group, in which None stands for what is not given: sizes,
+    the number of layers if none is given, and `dense_digest`.
+
+    Raises ConfigError for a checkpoint that is missing or no Llama, and for a given value that is not the checkpoint's.
+    """
+    name = model["dense"]
+    settings = _settings(name, model["dense_digest"])
+    values = {key: settings[theirs] for key, theirs in SIZES.items()}
+    values |= {"expert": "swiglu", "embed_scale": False, "dense_digest": digest(name, model["dense_digest"])}
+    for key, value in values.items():
+        allowed = f"{value}, as in {name}; model=upcycled leaves it out"
+        require(model[key] in (None, value), f"model.{key}", model[key], allowed)
+    most = settings["num_hidden_layers"]
+    layers = most if model["layers"] is None else model["layers"]
+    require(layers <= most, "model.layers", layers, f"at most {most}, those of {name}")
+    return values | {"layers": layers}
+
+
+def check_data(name: str, revision: str | None, *, tokenizer: str, seq_len: int) -> None:
+    """Refuse token ids that are not those of the checkpoint, and sequences longer than it knows positions for."""
+    settings = _settings(name, revision)
+    vocabulary = settings["vocab_size"]
+    require(tokenizer != "bpe", "data.tokenizer", tokenizer, f"that of model.dense={name}, which knows no other tokens")
+    path = _file("data.tokenizer", tokenizer, "tokenizer.json")
+    size = Tokenizer.from_file(str(path)).get_vocab_size()
+    require(size == vocabulary, "data.tokenizer", tokenizer, f"of {vocabulary} tokens like {name}; it has {size}")
+    longest = settings.get("max_position_embeddings", 2048)
+    require(seq_len <= longest, "data.seq_len", seq_len, f"at most {longest}, what {name} was made for")
+
+
+def digest(name: str, revision: str | None = None) -> str:
+    """Which checkpoint it is: sha256 over config.json and all weights of a local folder, the commit of one on the hub.
+
+    Weights are read wholly, once per process as long as the files do not change (about a second per GB).
+    """
+    folder = _file("model.dense", name, "config.json", revision).parent
+    if not Path(name).is_dir():
+        return folder.name
+    weights = sorted(folder.glob("*.safetensors"))
+    require(bool(weights), "model.dense", name, "a folder with weights in *.safetensors")
+    sums = [_sum(path, path.stat().st_size, path.stat().st_mtime_ns) for path in [folder / "config.json", *weights]]
+    return hashlib.sha256("".join(sums).encode()).hexdigest()
+
+
+def revision(name: str, digest: str | None) -> str:
+    """What to tell transformers, so that it loads from the hub exactly the checkpoint of this `digest`."""
+    return "main" if Path(name).is_dir() or digest is None else digest
+
+
+def _settings(name: str, revision: str | None) -> dict[str, Any]:
+    """config.json, if our model can take its weights: attention and norms are Llama's, experts SwiGLU without bias."""
+    path = _file("model.dense", name, "config.json", revision)
+    try:
+        settings = json.loads(path.read_text())
+        kind = (settings["model_type"], settings.get("hidden_act", "silu"), settings.get("mlp_bias", False))
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"model.dense={name}: config.json cannot be read ({error})") from error
+    missing = [key for key in ("vocab_size", "num_hidden_layers", *SIZES.values()) if key not in settings]
+    require(kind == ("llama", "silu", False), "model.dense", name, f"a Llama with SwiGLU without bias, not {kind}")
+    require(not missing, "model.dense", name, f"a Llama whose config.json has {', '.join(missing)}")
+    return settings
+
+
+def _file(key: str, name: str, file: str, revision: str | None = None) -> Path:
+    """A file of a local folder or of a repository on the hub."""
+    if Path(name).is_dir():
+        path = Path(name, file)
+        require(path.exists(), key, name, f"a folder with {file}, or a name on the hub")
+        return path
+    try:
+        return Path(hf_hub_download(name, file, revision=revision))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{key}={name}: no such folder, and none on the hub ({reason})") from error
+
+
+@lru_cache
+def _sum(path: Path, size: int, changed: int) -> str:
+    return sha256(path)

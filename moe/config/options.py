@@ -1,0 +1,15 @@
+"""What can be chosen: the yaml files of each config group in conf/."""
+
+from pathlib import Path
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+GROUPS = ("router", "schedule", "model", "data", "optimizer", "logger", "experiment", "variant")
+
+
+def options(group: str) -> dict[str, str]:
+    """The yaml files of a config group, with the purpose that their first line states."""
+    purposes = {}
+    for path in sorted((CONF / group).glob("*.yaml")):
+        lines = [line for line in path.read_text().splitlines() if line.startswith("# ") and "@package" not in line]
+        purposes[path.stem] = lines[0].removeprefix("# ") if lines else ""
+    return purposes

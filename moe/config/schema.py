@@ -1,0 +1,278 @@
+"""The configuration: its types and ranges, and the reading of a command line into checked cells before any work."""
+
+import importlib.util
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from omegaconf import MISSING
+
+from moe.checks import ConfigError, build, finite, one_of, require
+from moe.config import dense_checkpoint
+from moe.config.claim import ClaimConfig
+from moe.distributed import ranks
+
+# Auxiliary loss -> the root key that weights it.
+LOSS_WEIGHTS = {
+    "load_balance": "lb",
+    "load_balance_sequence": "lb_sequence",
+    "load_balance_global": "lb_global",
+    "router_z": "z",
+    "router_entropy": "router_entropy",
+    "gate_variance": "gate_variance",
+    "simbal": "simbal",
+    "output_orthogonality": "output_orthogonality",
+}
+
+# What a run computes does not depend on these, but for last bits (threads) and draws of dropout (expert_parallel), so
+# they are no part of its identity and may change on a resume.
+FREE_KEYS = (
+    "out",
+    "threads",
+    "save_every",
+    "save_milestones",
+    "gradient_checkpointing",
+    "expert_parallel",
+    "rank_timeout",
+    "logger",
+    "data.cache",
+    "claims",
+)
+
+
+@dataclass
+class ModelConfig:
+    """Decoder-only transformer; `dim` D, `ffn` F (of one expert), counts in units, `dropout` a probability."""
+
+    dim: int = MISSING
+    heads: int = MISSING
+    layers: int = MISSING
+    ffn: int = MISSING
+    num_experts: int = MISSING
+    expert: str = "silu"  # silu | swiglu
+    shared_experts: int = 0  # always-on experts of the same width, side by side with the routed ones
+    first_k_dense_replace: int = 0  # the first layers that are dense feed-forward instead of MoE
+    dense_ffn: int = MISSING  # their width
+    dropout: float = 0.0
+    embed_scale: bool = True  # multiply embeddings by sqrt(D)
+    neftune_noise_alpha: float = 0.0  # uniform noise on embeddings, before that factor, training only (2310.05914: 5)
+    attention: str = "sdpa"  # eager | sdpa | flash_attention_2
+    dense: str | None = None  # a dense Llama-type checkpoint to start from, a folder or hub name (`moe.model.upcycle`)
+    dense_digest: str | None = None  # which one that is; filled in, or given to insist on it
+
+    def check(self) -> None:
+        one_of("model.expert", self.expert, ("silu", "swiglu"))
+        one_of("model.attention", self.attention, ("eager", "sdpa", "flash_attention_2"))
+        usable = self.attention != "flash_attention_2" or importlib.util.find_spec("flash_attn") is not None
+        require(usable, "model.attention", self.attention, "eager or sdpa, unless the package flash-attn is installed")
+        for name in ("dim", "heads", "layers", "ffn", "num_experts", "dense_ffn"):
+            value = getattr(self, name)
+            require(1 <= value <= 10**6, f"model.{name}", value, "a whole number from 1 to 10^6")
+        divides = self.dim % self.heads == 0 and (self.dim // self.heads) % 2 == 0
+        require(divides, "model.heads", self.heads, f"a divisor of model.dim={self.dim} leaving an even head width")
+        require(self.shared_experts >= 0, "model.shared_experts", self.shared_experts, ">= 0")
+        dense, allowed = self.first_k_dense_replace, f"between 0 and model.layers={self.layers}"
+        require(0 <= dense <= self.layers, "model.first_k_dense_replace", dense, allowed)
+        require(finite(self.dropout) and 0 <= self.dropout < 1, "model.dropout", self.dropout, "in [0, 1)")
+        alpha = self.neftune_noise_alpha
+        require(finite(alpha) and alpha >= 0, "model.neftune_noise_alpha", alpha, "a finite number >= 0")
+
+
+@dataclass
+class DataConfig:
+    """Where text comes from (`source`, a `_target_`), how it is tokenised, split and cut into blocks of `seq_len`."""
+
+    source: Any = MISSING
+    tokenizer: str = MISSING
+    vocab_size: int | None = None
+    seq_len: int = MISSING
+    val_percent: int = 10
+    max_val_blocks: int | None = None
+    cache: str = MISSING
+
+    def check(self) -> None:
+        require(self.seq_len >= 2, "data.seq_len", self.seq_len, "a whole number >= 2")
+        require(1 <= self.val_percent <= 50, "data.val_percent", self.val_percent, "between 1 and 50")
+        for name, low in (("vocab_size", 259), ("max_val_blocks", 1)):
+            value = getattr(self, name)
+            require(value is None or value >= low, f"data.{name}", value, f"a whole number >= {low}, or null")
+        trained = self.tokenizer == "bpe"
+        allowed = "given, because data.tokenizer=bpe is trained" if trained else "null: data.tokenizer has its own"
+        require(trained == (self.vocab_size is not None), "data.vocab_size", self.vocab_size, allowed)
+        build(self.source, "data.source")
+
+
+@dataclass
+class OptimizerConfig:
+    """Peak learning rates; Muon for matrices unless `muon_lr` is null, AdamW for the rest (for everything then)."""
+
+    muon_lr: float | None = MISSING
+    adamw_lr: float = MISSING
+    router_lr: float | None = None  # of AdamW for routers and
+    experts_lr: float | None = None  # for routed experts; null: adamw_lr
+    momentum: float = 0.95
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.1
+    warmup: float = 0.1  # fraction of optimizer steps
+    floor: float = 0.1  # last learning rate as a fraction of the peak
+    clip: float = 1.0  # largest global gradient norm
+
+    def check(self) -> None:
+        for name in ("muon_lr", "adamw_lr", "router_lr", "experts_lr", "clip"):
+            value = getattr(self, name)
+            ok = value is None or (finite(value) and value > 0)
+            require(ok, f"optimizer.{name}", value, "a finite number > 0")
+        for name in ("router_lr", "experts_lr"):
+            value = getattr(self, name)
+            ok = value is None or self.muon_lr is None
+            require(
+                ok, f"optimizer.{name}", value, f"null with optimizer.muon_lr={self.muon_lr}, which those matrices take"
+            )
+        for name in ("momentum", "beta1", "beta2"):
+            value = getattr(self, name)
+            require(finite(value) and 0 <= value < 1, f"optimizer.{name}", value, "in [0, 1)")
+        for name in ("warmup", "floor"):
+            value = getattr(self, name)
+            require(finite(value) and 0 <= value <= 1, f"optimizer.{name}", value, "in [0, 1]")
+        decay = self.weight_decay
+        require(finite(decay) and decay >= 0, "optimizer.weight_decay", decay, "a finite number >= 0")
+
+
+@dataclass
+class LoggerConfig:
+    """W&B mirror of events.jsonl; mode auto: online when a key is set, else offline."""
+
+    mode: str = "auto"
+    project: str = "moe-routing"
+    entity: str | None = None
+
+    def check(self) -> None:
+        one_of("logger.mode", self.mode, ("auto", "online", "offline", "disabled"))
+
+
+@dataclass
+class Config:
+    """A run, completely: two equal configurations train bitwise-equal models on one machine."""
+
+    seed: int = 42
+    steps: int = 300  # optimizer steps
+    batch_size: int = 16  # sequences per micro-batch
+    grad_accum: int = 1  # micro-batches per optimizer step
+    noise: float = 0.0  # std of the Gaussian noise on router logits, training only
+    lb: float = 0.01  # weight of the load-balance loss, summed over layers
+    lb_sequence: float = 0.0  # the same of each sequence by itself
+    lb_global: float = 0.0  # the same of the whole batch of an optimizer step
+    z: float = 0.0  # weight of the router z-loss; this and the following are summed over layers too
+    router_entropy: float = 0.0  # of the mean token entropy: sharpens
+    gate_variance: float = 0.0  # of minus the variance of probabilities over tokens
+    simbal: float = 0.0  # of the router rows' distance from orthonormal
+    output_orthogonality: float = 0.0  # of the squared cosine of the outputs of a token's experts
+    capacity: float | None = None  # capacity factor of training; null: dropless
+    drop: str = "position"  # who stays when there is a capacity: position | score | random; only position is causal
+    eval_every: int = 100  # optimizer steps
+    save_every: int = 100  # optimizer steps
+    save_milestones: bool = False  # keep the model at 10, 25, 50 and 75 % of the steps too
+    threads: int = 1
+    precision: str = "fp32"  # fp32 | bf16
+    matmul_precision: str = "highest"  # of fp32 products: highest | high (TF32 on a GPU) | medium (bf16 where faster)
+    compile: bool = False
+    gradient_checkpointing: bool = False  # compute blocks again in the backward pass instead of keeping them
+    expert_parallel: bool = False  # share experts out among the ranks instead of copying them
+    rank_timeout: int = 600  # seconds after which a rank that waits for another gives up
+    out: str | None = None  # run folders go below it; null: outputs/, or multirun/ in a sweep
+    router: Any = MISSING
+    schedule: Any = MISSING
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    claims: list[ClaimConfig] = field(default_factory=list)  # what the analysis then judges as planned
+
+    def check(self) -> None:
+        """Refuse what cannot be trained: `ConfigError` names the key, its value and what is allowed."""
+        for name in ("steps", "batch_size", "grad_accum", "eval_every", "save_every", "threads", "rank_timeout"):
+            require(1 <= getattr(self, name) <= 10**9, name, getattr(self, name), "a whole number from 1 to 10^9")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "between 0 and 2^32 - 1")
+        for name in ("noise", *LOSS_WEIGHTS.values()):
+            value = getattr(self, name)
+            require(finite(value) and value >= 0, name, value, "a finite number >= 0")
+        ok = self.capacity is None or (finite(self.capacity) and self.capacity > 0)
+        require(ok, "capacity", self.capacity, "a finite number > 0, or null for dropless")
+        one_of("drop", self.drop, ("position", "score", "random"))
+        one_of("precision", self.precision, ("fp32", "bf16"))
+        one_of("matmul_precision", self.matmul_precision, ("highest", "high", "medium"))
+        self._check_ranks()
+        self.model.check()
+        self.data.check()
+        self.logger.check()
+        self.optimizer.check()
+        flash = self.model.attention == "flash_attention_2"
+        require(not flash or self.precision == "bf16", "precision", self.precision, "bf16 with flash_attention_2")
+        if self.model.dense is not None:
+            name, digest = self.model.dense, self.model.dense_digest
+            dense_checkpoint.check_data(name, digest, tokenizer=self.data.tokenizer, seq_len=self.data.seq_len)
+        build(self.schedule, "schedule")
+        for number, claim in enumerate(self.claims):
+            claim.check(f"claims[{number}]", ["variant", *asdict(self), *self.identity()])
+
+    def _check_ranks(self) -> None:
+        """Refuse what cannot be shared out among the processes of this launch."""
+        number = ranks.number()
+        allowed = f"a multiple of the {number} processes of this launch, which share the micro-batches of a step"
+        require(self.grad_accum % number == 0, "grad_accum", self.grad_accum, allowed)
+        deepspeed, fsdp = map(ranks.launched_with, ("DEEPSPEED", "FSDP"))
+        require(not deepspeed, "distributed_type", "DEEPSPEED", "MULTI_GPU or FSDP in the launch file")
+        if self.expert_parallel:
+            experts, allowed = self.model.num_experts, f"a multiple of the {number} processes, with expert_parallel"
+            require(experts % number == 0, "model.num_experts", experts, allowed)
+            require(not fsdp, "expert_parallel", True, "false when the launch file says FSDP, which shards experts too")
+
+    def check_router(self) -> None:
+        """Refuse a router with wrong keys or ranges, and what the schedule would make of its temperature and of the
+        noise."""
+        router = self.build_router()
+        if self.schedule.get("knob") == "temperature" and not router.schedulable:
+            raise ConfigError("schedule.knob=temperature: this router has no temperature; use temperature or gumbel")
+        schedule = build(self.schedule, "schedule")
+        for knob, setting in (("temperature", self.temperature), ("noise", self.noise)):
+            schedule(knob, setting, 0.0)
+
+    def build_router(self) -> Any:
+        """The router of one layer, without memory for its parameters; this imports torch."""
+        import torch
+
+        with torch.device("meta"):
+            return build(self.router, "router", self.model.dim, self.model.num_experts)
+
+    @property
+    def temperature(self) -> float:
+        """The router's own temperature, where a temperature schedule ends."""
+        return float(self.router.get("temp", 1.0))
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that what a run computes depends on, flat: {"model.dim": 128, ...}."""
+        flat = flatten(asdict(self))
+        return {key: value for key, value in flat.items() if not is_free(key)}
+
+
+class Cell(NamedTuple):
+    """One run of a command: its configuration, its folder, and the names chosen from the groups."""
+
+    config: Config
+    folder: Path
+    experiment: str
+    choices: dict[str, str | None]
+
+
+def is_free(key: str) -> bool:
+    """Whether a flat key is one of `FREE_KEYS` or lies below one."""
+    return any(f"{key}.".startswith(f"{free}.") for free in FREE_KEYS)
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

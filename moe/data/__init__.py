@@ -1,0 +1,1 @@
+"""Text in, blocks of tokens out: documents, tokenizers, packing, and the order of training."""

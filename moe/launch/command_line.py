@@ -1,0 +1,223 @@
+"""From a command line to checked cells: everything that can be refused is refused here, before the first run starts."""
+
+import csv
+import hashlib
+import json
+import re
+from collections import defaultdict
+from dataclasses import fields
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from moe.checks import ConfigError, require, unknown
+from moe.config import dense_checkpoint
+from moe.config.options import CONF, GROUPS, options
+from moe.config.schema import Cell, Config, flatten
+from moe.distributed import ranks
+from moe.runs.folder import finished
+
+LONGEST_NAME = 150  # of a run folder; file systems allow 255 bytes
+
+
+def run_name(overrides: str) -> str:
+    """The folder name of a run, from its sorted overrides: safe on any file system, one folder deep, never empty."""
+    name = re.sub(r"[^\w.,=+-]+", "_", overrides, flags=re.ASCII).strip(".") or "base"
+    if name == overrides and len(name) <= LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(overrides.encode()).hexdigest()[:8]
+    return name if not overrides else f"{name[:LONGEST_NAME]}-{digest}"
+
+
+def best_level(results: str, factor: str) -> Any:
+    """The level of `factor` with the lowest mean final val/loss over the finished runs of a sweep's results.csv."""
+    if not Path(results).exists():
+        raise ConfigError(f"{factor} is taken from {results}, which does not exist: run that experiment first")
+    losses: dict[str, list[float]] = defaultdict(list)
+    with open(results, newline="") as file:
+        for row in csv.DictReader(file):
+            if row["status"] != "finished":
+                raise ConfigError(f"{factor} is taken from {results}, where {row['run']} is {row['status']}: finish it")
+            losses[row[factor]].append(float(row["val/loss"]))
+    return json.loads(min(losses, key=lambda level: fmean(losses[level])))
+
+
+ConfigStore.instance().store(name="schema", node=Config)
+OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+OmegaConf.register_new_resolver("best_level", best_level, replace=True)
+OmegaConf.register_new_resolver("first", lambda *values: next(v for v in values if v is not None), replace=True)
+
+
+def typed(composed: DictConfig) -> Config:
+    """Return the typed configuration of a composed one; from here on there is no OmegaConf."""
+    config = composed.copy()
+    with open_dict(config):
+        config.pop("hydra", None)
+    if config.model.get("dense") is not None:
+        given = {str(k): None if OmegaConf.is_missing(config.model, k) else config.model[k] for k in config.model}
+        config.model.update(dense_checkpoint.resolve(given))
+    sized = not OmegaConf.is_missing(config.model, "dim")
+    require(sized, "model.dense", None, "the folder or hub name of a dense Llama-type checkpoint, with its sizes")
+    settings = OmegaConf.to_object(config)
+    assert isinstance(settings, Config)
+    return settings
+
+
+def read_cells(arguments: list[str]) -> list[Cell] | None:
+    """The checked cells of a command line; None where Hydra answers by itself (`--cfg`, `--info`, ...).
+
+    Raises ConfigError, with a message of one line.
+    """
+    args = get_args_parser().parse_args(arguments)
+    for flag in ("config_name", "config_path", "config_dir", "experimental_rerun"):
+        if getattr(args, flag):
+            raise ConfigError(f"--{flag.replace('_', '-')} is not supported: put a yaml into conf/experiment/ instead")
+    if args.cfg or args.info or args.hydra_help or args.shell_completion:
+        return None
+    with initialize_config_dir(str(CONF), version_base="1.3", job_name="train"):
+        try:
+            return _expand(args.overrides, multirun=args.multirun)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise _explain(error, args.overrides) from None
+        finally:
+            GlobalHydra.instance().clear()
+
+
+def _expand(arguments: list[str], *, multirun: bool) -> list[Cell]:
+    parser = OverridesParser.create()
+    overrides = parser.parse_overrides(arguments)
+    for override in overrides:
+        _check_override(override)
+    base = _compose([str(o.input_line) for o in overrides if not o.is_sweep_override()])
+    launcher = base.hydra.runtime.choices["hydra/launcher"]
+    allowed = f"basic, or left out: this launch has {ranks.number()} processes, which train one cell after another"
+    require(launcher == "basic" or ranks.number() == 1, "hydra/launcher", launcher, allowed)
+    multirun = multirun or str(base.hydra.mode) == "RunMode.MULTIRUN"
+    if not multirun:
+        swept = [o.input_line for o in overrides if o.is_sweep_override()]
+        if swept:
+            raise ConfigError(f"{swept[0]}: several values need a sweep; add -m")
+        grid: list[list[str]] = [arguments]
+    else:
+        for override in overrides:
+            if override.is_sweep_override() and (key := override.key_or_group) in ("experiment", "out"):
+                raise ConfigError(f"{override.input_line}: a command has one {key}; give one command for each")
+        params = [f"{key}={value}" for key, value in (base.hydra.sweeper.params or {}).items()]
+        [grid] = BasicSweeper.split_arguments(parser.parse_overrides(params) + overrides, None)
+    cells = [_cell(cell, multirun=multirun) for cell in grid]
+    for cell in cells:
+        cell.config.check()
+    for cell in cells:
+        if not finished(cell):  # for it was built before, and building imports torch
+            cell.config.check_router()
+    by_folder: dict[Path, Cell] = {}
+    for cell in cells:
+        if cell.folder in by_folder:
+            raise ConfigError(f"two cells of this sweep are the same run: {cell.folder}")
+        by_folder[cell.folder] = cell
+    return cells
+
+
+def _cell(overrides: list[str], *, multirun: bool) -> Cell:
+    composed = _compose(overrides)
+    hydra = composed.hydra
+    folder = Path(hydra.sweep.dir, hydra.sweep.subdir) if multirun else Path(hydra.run.dir)
+    choices = group_choices(hydra)
+    return Cell(typed(composed), folder, str(choices.pop("experiment")), choices)
+
+
+def group_choices(hydra: Any) -> dict[str, str | None]:
+    """The names chosen from our config groups, from Hydra's own configuration."""
+    return {group: hydra.runtime.choices.get(group) for group in GROUPS}
+
+
+def _compose(overrides: list[str]) -> DictConfig:
+    try:
+        composed = compose("config", overrides=overrides, return_hydra_config=True)
+        OmegaConf.resolve(composed.hydra.run)
+        OmegaConf.resolve(composed.hydra.sweep)
+        return composed
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: a group set to null
+        raise _explain(error, overrides) from None
+
+
+def _check_override(override: Override) -> None:
+    """Refuse added and deleted keys, unknown keys of the root and unknown options of a group, by name."""
+    if override.is_add() or override.is_force_add() or override.is_delete():
+        raise ConfigError(f"{override.input_line}: keys cannot be added or deleted; set them as key=value")
+    if override.package is not None:
+        raise ConfigError(f"{override.input_line}: groups have their places; write {override.key_or_group}=...")
+    key = override.key_or_group
+    if not key:
+        raise ConfigError(f"{override.input_line}: the key is missing; write key=value")
+    if key in GROUPS and not override.is_sweep_override():
+        value = override.get_value_element_as_str()
+        if value not in {*options(key), "null"}:
+            raise unknown(f"option of {key}", value, options(key))
+
+
+def _explain(error: Exception, overrides: list[str]) -> ConfigError:
+    """One line for an error of Hydra or OmegaConf: find the override that causes it, and say what would do."""
+    if isinstance(error, ConfigError):
+        return error
+    for extra, plugin in (("slurm", "submitit"), ("ray", "ray")):
+        if f"hydra/launcher/{plugin}" in str(error):
+            return ConfigError(f"hydra/launcher: this one needs `pip install -e '.[{extra}]'`")
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    except HydraException as syntax:
+        return ConfigError(f"cannot read the command line: {_first_line(syntax)}")
+    ours = [o for o in parsed if not o.key_or_group.startswith("hydra")]
+    groups = [o for o in ours if o.key_or_group in GROUPS]
+    for override in groups:
+        _check_override(override)
+        if override.value() is None:
+            return ConfigError(f"{override.input_line}: name one of {', '.join(options(override.key_or_group))}")
+    base = compose("config", overrides=[str(o.input_line) for o in groups])
+    known = flatten(OmegaConf.to_container(base))  # type: ignore[arg-type]
+    for override in ours:
+        if override not in groups and not any(f"{key}.".startswith(f"{override.key_or_group}.") for key in known):
+            owner = [str(o.input_line) for o in groups if override.key_or_group.startswith(f"{o.key_or_group}.")]
+            return unknown(" of ".join(["key", *owner]), override.key_or_group, known)
+        try:
+            compose("config", overrides=[str(o.input_line) for o in [*groups, override]])
+        except (HydraException, OmegaConfBaseException, ValueError) as cause:
+            return ConfigError(f"{override.input_line}: {_first_line(cause)}")
+    key = getattr(error, "full_key", None) or " ".join(overrides)
+    return ConfigError(f"{key}: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    return str(cause).strip().splitlines()[0].removeprefix("ConfigError raised while resolving interpolation: ")
+
+
+def help_text() -> str:
+    """What `python train.py --help` prints: every option of every group, with one line each."""
+    lines = [
+        "Train one Mixture-of-Experts language model, or a grid of them with -m.",
+        "",
+        "  python train.py router=temperature router.temp=1.5",
+        "  python train.py -m noise=0.0,0.1,0.5 lb=0.0,0.01 seed=42,43,44",
+        "  python train.py experiment=noise_lb_seed",
+        "  python train.py --cfg job            print every key with its value",
+        "",
+        f"Keys: {' '.join(f.name for f in fields(Config) if f.name not in GROUPS)}",
+    ]
+    for group in GROUPS:
+        entries = options(group)
+        width = max(map(len, entries), default=0)
+        lines += ["", f"{group}="]
+        lines += [f"  {name:<{width}}  {purpose}" for name, purpose in entries.items()]
+    return "\n".join(lines)

@@ -1,0 +1,65 @@
+"""The sizes and choices of a model in transformers' form, which `save_pretrained` keeps beside the weights."""
+
+from typing import Any
+
+from transformers.models.llama.configuration_llama import LlamaConfig
+
+from moe.config import dense_checkpoint
+from moe.config.schema import ModelConfig
+
+
+class MoEConfig(LlamaConfig):
+    """Llama's configuration (`intermediate_size`: width of one expert) plus what is ours; see
+    `moe.config.schema.ModelConfig`.
+
+    router: the `_target_` and hyper-parameters; router_temperature: what the model uses when no knobs are given.
+    """
+
+    model_type = "moe_routing"
+    __no_type_check__ = True  # checked builds of the tests: transformers passes keywords that are no fields
+
+    num_experts: int = 8
+    expert: str = "silu"
+    shared_experts: int = 0
+    first_k_dense_replace: int = 0
+    dense_ffn: int = 512
+    dropout: float = 0.0
+    embed_scale: bool = True
+    neftune_noise_alpha: float = 0.0
+    router_temperature: float = 1.0
+    router: dict[str, Any] | None = None
+
+    @staticmethod
+    def of(model: ModelConfig, router: dict[str, Any], *, vocab_size: int, seq_len: int) -> "MoEConfig":
+        """The transformers configuration of ours."""
+        settings: dict[str, Any] = {
+            "max_position_embeddings": seq_len,
+            "tie_word_embeddings": True,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        }
+        if model.dense is not None:
+            llama = LlamaConfig.from_pretrained(
+                model.dense, revision=dense_checkpoint.revision(model.dense, model.dense_digest)
+            )
+            settings = {name: getattr(llama, name) for name in dense_checkpoint.INHERITED}
+        config = MoEConfig(
+            vocab_size=vocab_size,
+            hidden_size=model.dim,
+            num_attention_heads=model.heads,
+            num_hidden_layers=model.layers,
+            intermediate_size=model.ffn,
+            num_experts=model.num_experts,
+            expert=model.expert,
+            shared_experts=model.shared_experts,
+            first_k_dense_replace=model.first_k_dense_replace,
+            dense_ffn=model.dense_ffn,
+            dropout=model.dropout,
+            embed_scale=model.embed_scale,
+            neftune_noise_alpha=model.neftune_noise_alpha,
+            router_temperature=float(router.get("temp", 1.0)),
+            router=router,
+            **settings,
+        )
+        config._attn_implementation = model.attention
+        return config

@@ -1,0 +1,100 @@
+"""Experts: E small feed-forward networks with stacked weights, each applied to its own group of rows."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from moe.distributed.exchange import travelling
+from moe.distributed.sharding import here
+
+
+class Experts(nn.Module):
+    """E feed-forward networks without biases, weights stacked as (E, out, in), like E `nn.Linear` weights.
+
+    silu: down(silu(up x)), two matrices. swiglu: down(silu(gate x) * up x), three matrices (Shazeer 2002.05202).
+    """
+
+    def __init__(self, num_experts: int, dim: int, *, hidden: int, kind: str, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.empty(num_experts, hidden, dim)) if kind == "swiglu" else None
+        self.up = nn.Parameter(torch.empty(num_experts, hidden, dim))
+        self.down = nn.Parameter(torch.empty(num_experts, dim, hidden))
+        self.dropout = dropout
+
+    def kernel(self, dtype: torch.dtype) -> str:
+        """Which kernel multiplies in `dtype` where the weights are: see `choose`."""
+        return choose(self.up.device.type, dtype, here(self.up).shape)
+
+    @torch.compiler.disable  # group sizes change at every step, and compiled grouped_mm takes bf16 alone (torch 2.13)
+    def forward(self, x: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R D"]:
+        """Rows sorted by expert, `counts` of them for each; one without rows costs nothing, gets gradient 0."""
+        if isinstance(self.up, DTensor):  # the other experts are on other ranks
+            return travelling(x, counts, self._run)
+        return self._run(x, counts)
+
+    def _run(self, x: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R D"]:
+        """The same with the experts of this rank."""
+        up, down = here(self.up), here(self.down)
+        gate = here(self.gate) if self.gate is not None else None
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        if len(x) and self.kernel(dtype) == "grouped":
+            ends = counts.to(x.device).cumsum(0, dtype=torch.int32)
+
+            def linear(rows: Tensor, stack: Tensor) -> Tensor:
+                return _GroupedLinear.apply(rows, stack.to(dtype), ends)
+
+            return self._expert(x.to(dtype), gate, up, down, linear)
+        groups = x.split(counts.tolist())
+        # unbind, not indexing: the gradient of E slices is stacked once instead of E times in full size
+        gates = gate.unbind() if gate is not None else [None] * len(groups)
+        stacks = zip(groups, gates, up.unbind(), down.unbind(), strict=True)
+        return torch.cat([self._expert(*matrices) for matrices in stacks])
+
+    def _expert(
+        self,
+        x: Tensor,
+        gate: Tensor | None,
+        up: Tensor,
+        down: Tensor,
+        linear: Callable[[Tensor, Tensor], Tensor] = F.linear,
+    ) -> Tensor:
+        hidden = F.silu(linear(x, up)) if gate is None else F.silu(linear(x, gate)) * linear(x, up)
+        return linear(F.dropout(hidden, self.dropout, self.training), down)
+
+
+def choose(device: str, dtype: torch.dtype, stack: tuple[int, ...]) -> str:
+    """The kernel for a stack of weights (E, out, in) on a type of device; docs/benchmarks.md has the measurements.
+
+    loop: the products of one expert after another, each group of rows with its own matrix.
+    grouped: one `F.grouped_mm` for all groups. On CUDA it starts one kernel instead of E and does not wait for group
+        sizes; its fast path is bf16. On a CPU it saves Python and copies, which pays from about 64 experts. Rows must
+        be multiples of 16 bytes.
+    """
+    experts, *sizes = stack
+    aligned = all(size * dtype.itemsize % 16 == 0 for size in sizes)
+    least, dtypes = (2, (torch.bfloat16,)) if device == "cuda" else (64, (torch.float32, torch.bfloat16))
+    return "grouped" if aligned and experts >= least and dtype in dtypes else "loop"
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """`F.linear` of each group of rows with its own matrix (E, out, in); group e ends before row ends[e].
+
+    Its gradient is written out because `F.grouped_mm` refuses the gradient of a sum, which has no strides.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(x, stack, ends)
+        return F.grouped_mm(x, stack.mT, offs=ends)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, stack, ends = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        return F.grouped_mm(gradient, stack, offs=ends), F.grouped_mm(gradient.mT, x, offs=ends), None

@@ -1,0 +1,1 @@
+"""Run folders in, one table out: runs, conditions, and the tables that a sweep writes."""

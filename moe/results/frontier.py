@@ -1,0 +1,81 @@
+"""Quality against speed: experiments A and C as one table under the routing bench's own column names.
+
+Speed is that of training steps alone, without evaluation. FLOPs are those of `moe.model.cost.flops_per_token`, a
+forward
+pass, times 3 for a training step. They count the experts that tokens of the last validation asked for, which over
+training may have been more (`relu`) or fewer, and an assignment that a capacity limit drops as if it were kept.
+"""
+
+import math
+from pathlib import Path
+
+import pandas as pd
+
+from moe.results.table import ABSENT, History
+
+STEMS = {"experiment_a": "experiment_a", "experiment_c": "expC"}  # experiment -> how its files' names begin
+
+# Column of the routing bench's own table -> our column, some of which `measured` makes; ours alone at the end.
+COLUMNS = {
+    "run": "run",
+    "router": "router",
+    "top_k": "router.k",
+    "capacity_factor": "capacity",
+    "num_experts": "model.num_experts",
+    "dim": "model.dim",
+    "world_size": "world_size",
+    "final_val_ppl": "val/perplexity",
+    "final_val_loss": "val/loss",
+    "best_val_ppl": "best_val_perplexity",
+    "best_val_loss": "best_val_loss",
+    "best_step": "best_step",
+    "median_tokens_per_s": "tokens_per_s",
+    "median_eff_tflops": "tflops",
+    "mean_drop_rate": "drop_rate",
+    "mean_load_cv": "load_cv",
+    "log_path": "log_path",
+    "seed": "seed",
+    "causal": "causal",
+}
+
+
+# Metrics of events -> our columns made of them: at the best evaluation, and over the second half of training.
+BEST = {"val/perplexity": "best_val_perplexity", "val/loss": "best_val_loss", "step": "best_step"}
+LATE = {"train/routing/drop_rate": "drop_rate", "train/routing/load_cv": "load_cv"}
+
+
+def measured(runs: pd.DataFrame, past: History) -> pd.DataFrame:
+    """The finished runs of a table, with what their history, read with the columns `LATE`, says of load and of the best
+    evaluation; NaN for what it does not say.
+
+    `tflops`: 3 * forward FLOPs per token * `time/tokens_per_s` / 1e12; `drop_rate` and `load_cv` (of the offered load):
+    means over the second half of the training steps.
+    """
+    runs = runs[runs["status"] == "finished"]
+    evals = past.evals.reindex(columns=["folder", *BEST]).dropna(subset=["val/loss"])
+    best = evals.sort_values("val/loss", kind="stable").drop_duplicates("folder").set_index("folder")
+    trains = past.trains.reindex(columns=["folder", "step", *LATE])
+    late = trains[trains["step"] > trains.groupby("folder")["step"].transform("max") / 2].groupby("folder")
+    columns = {name: runs["folder"].map(best[column]) for column, name in BEST.items()}
+    columns |= {name: runs["folder"].map(late[column].mean()) for column, name in LATE.items()}
+    speed = runs.get("time/tokens_per_s", pd.Series(math.nan, runs.index))
+    return runs.assign(
+        **columns,
+        world_size=runs["ranks.number"].astype("Int64"),
+        log_path=runs["folder"].map(lambda folder: str(Path(folder) / "events.jsonl")),
+        tokens_per_s=speed,
+        tflops=3 * runs["flops_per_token"].astype(float) * speed / 1e12,
+    )
+
+
+def bench_table(measured: pd.DataFrame) -> pd.DataFrame:
+    """The runs under the routing bench's column names; a router without a k, such as expert choice, has no top_k."""
+    table = measured.reindex(columns=list(COLUMNS.values())).set_axis(list(COLUMNS), axis=1)
+    return table.assign(top_k=table["top_k"].where(table["top_k"] != ABSENT))
+
+
+def pareto_front(points: pd.DataFrame, more: str, less: str) -> pd.DataFrame:
+    """The points that none beats in both, having more of `more` and less of `less`; by rising `more`, equals once."""
+    ordered = points.dropna(subset=[more, less]).sort_values([more, less], ascending=[False, True])
+    best_so_far = ordered[less].cummin().shift(fill_value=math.inf)
+    return ordered[ordered[less] < best_so_far][::-1]

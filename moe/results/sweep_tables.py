@@ -1,0 +1,75 @@
+"""The tables that a sweep writes and prints when it ends."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from moe.files import write_text
+from moe.results.conditions import HEADLINE, present, spread_table, summary, unfinished, varied_factors, with_causality
+from moe.results.frontier import LATE, STEMS, bench_table, measured
+from moe.results.table import history, load
+
+# Column of the noise study's own table -> our column; `_noise_study` makes the two that no run has.
+NOISE_STUDY_FILE = "moe_routing_noise_experiment_results.csv"
+
+
+NOISE_STUDY_COLUMNS = {
+    "seed": "seed",
+    "noise_std": "noise",
+    "load_balancing_weight": "lb",
+    "val_loss": "val/loss",
+    "val_accuracy": "val/accuracy",
+    "val_perplexity": "val/perplexity",
+    "training_time_minutes": "training_time_minutes",
+    "peak_memory_gb": "peak_memory_gb",
+    "best_val_perplexity": "best_val_perplexity",
+    "expert_usage_cv": "routing/load_cv/pooled",
+}
+
+
+def write_sweep_tables(sweep: Path) -> pd.DataFrame:
+    """Write and return a sweep's results.csv (a row a run).
+
+    If noise and lb vary, the noise study's table too; for experiments A and C the routing bench's.
+    """
+    runs = load([sweep])
+    write_text(sweep / "results.csv", runs.to_csv(index=False))
+    if {"noise", "lb"} <= set(varied_factors(runs)):
+        write_text(sweep / NOISE_STUDY_FILE, _noise_study(runs).to_csv(index=False))
+    for experiment, stem in STEMS.items():
+        members = runs[runs["experiment"] == experiment]
+        if len(members):
+            table = bench_table(measured(members, history(members["folder"], training=list(LATE))))
+            write_text(sweep / f"{stem}_summary.csv", table.to_csv(index=False))
+    return runs
+
+
+def console_table(runs: pd.DataFrame, metrics: Iterable[str] = ()) -> str:
+    """Per condition mean ± std as text, of the headline metrics and of `metrics`, then what is not finished."""
+    runs = with_causality(runs)
+    shown = present(runs, (*HEADLINE, *metrics))
+    factors = [factor for factor in varied_factors(runs) if factor != "seed"]
+    lines = []
+    if shown:
+        lines.append("per condition: mean ± sample standard deviation (ddof=1) over n seeds")
+        try:
+            lines.append(spread_table(summary(runs, factors, shown)).to_string(index=False))
+        except ValueError as error:  # a copied run folder repeats a seed; that must not end a training
+            lines.append(f"not shown: {error}")
+    rest = unfinished(runs)
+    lines.append(f"{len(runs) - len(rest)} of {len(runs)} runs finished")
+    lines += [f"  {row.status}: {row.run}" + (f": {row.error}" if row.error else "") for row in rest.itertuples()]
+    return "\n".join(lines)
+
+
+def _noise_study(runs: pd.DataFrame) -> pd.DataFrame:
+    """The finished runs under the noise study's own column names; "best" is over a run's evaluations, as there."""
+    runs = runs[runs["status"] == "finished"]
+    evals = history(runs["folder"]).evals.reindex(columns=["folder", "val/loss"])
+    best = runs["folder"].map(evals.groupby("folder")["val/loss"].min()).astype(float)
+    with np.errstate(over="ignore"):  # a diverged run has an infinite perplexity
+        perplexity = np.exp(best)
+    runs = runs.assign(best_val_perplexity=perplexity, training_time_minutes=runs["train_seconds"] / 60)
+    return runs.reindex(columns=list(NOISE_STUDY_COLUMNS.values())).set_axis(list(NOISE_STUDY_COLUMNS), axis=1)

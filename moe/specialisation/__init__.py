@@ -1,1 +1,0 @@
-"""What experts do, measured on finished runs: `python -m moe.specialisation FOLDER ...`."""

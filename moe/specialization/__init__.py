@@ -1,0 +1,1 @@
+"""What experts do, measured on finished runs: `python -m moe.specialization FOLDER ...`."""

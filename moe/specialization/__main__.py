@@ -1,0 +1,46 @@
+"""The command line: `python -m moe.specialization multirun/noise_lb_seed` studies every finished run below it."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from moe.results.table import load
+from moe.specialization.study import FILE, compare_seeds, study
+from moe.training import process
+
+
+def main(command: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m moe.specialization", description=__doc__)
+    parser.add_argument("folders", nargs="+", help="run folders or folders above them")
+    parser.add_argument("--blocks", type=int, default=32, help="validation blocks to measure on (32)")
+    parser.add_argument("--samples", type=int, default=64, help="tokens a layer whose other routes are tried (64)")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args(command)
+    process.set_up(threads=arguments.threads)
+    try:
+        for name in ("blocks", "samples"):
+            if getattr(arguments, name) < 1:
+                raise ValueError(f"--{name} {getattr(arguments, name)}: must be at least 1")
+        runs = load(arguments.folders)
+        finished = [Path(folder) for folder in runs.loc[runs["status"] == "finished", "folder"]]
+        for folder in finished:
+            new = study(folder, blocks_wanted=arguments.blocks, samples=arguments.samples)
+            loss = json.loads((folder / FILE).read_text())["val_loss"]
+            interval = (
+                f"val/loss {loss['mean']}, 95 % over {loss['documents']} documents: {loss['low']} to {loss['high']}"
+            )
+            print(f"{folder / FILE}: {'written' if new else 'up to date'}; {interval}", flush=True)
+        compare_seeds(finished)
+    except (ValueError, OSError) as error:
+        print(f"moe.specialization: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(finished)} of {len(runs)} runs are finished")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Training: set-up, step, optimizer, schedules, validation, and what can go wrong."""

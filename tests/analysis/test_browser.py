@@ -1,0 +1,73 @@
+"""The report in a real browser: figures show, nothing is fetched, nothing from the data runs, it fits a phone."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe.analysis.report.report import write_report
+from moe.bench.analyze import write_runs
+from moe.results.table import load
+
+pytestmark = pytest.mark.browser
+HOSTILE = "<script>console.error('ran')</script><img src=http://example.com/x.png onerror=console.error(1)>"
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of a sweep of which one run failed, with an error that is an attack."""
+    place = tmp_path_factory.mktemp("sweep")
+    write_runs(place / "experiment_a", runs=24, steps=30)
+    run = next(place.glob("*/*")) / "run.json"
+    run.write_text(json.dumps(json.loads(run.read_text()) | {"status": "failed", "error": HOSTILE, "name": HOSTILE}))
+    return write_report(load([place]), place / "out").with_name("report.html")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright  # an extra that only these tests need
+
+    chromium = shutil.which("chromium")
+    assert chromium, "these tests need Debian's package chromium"
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with sync_playwright() as playwright:
+        window = playwright.chromium.launch(executable_path=chromium, args=flags)
+        yield window
+        window.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1400])
+def test_the_report_shows_all_and_fetches_nothing(report: Path, browser: Any, width: int, scheme: str) -> None:
+    page = browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme)
+    heard: list[str] = []
+    requests: list[str] = []
+    page.on("console", lambda message: heard.append(message.text))
+    page.on("pageerror", lambda error: heard.append(str(error)))
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(report.as_uri())
+    page.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
+
+    widths = page.evaluate("[...document.images].map(image => image.complete ? image.naturalWidth : 0)")
+    assert len(widths) == len(list(report.parent.glob("*.png"))) >= 8
+    assert min(widths) > 0, "every figure decodes"
+    assert heard == []
+    assert [url for url in requests if not url.startswith("data:")] == [report.as_uri()]
+    assert page.evaluate("document.documentElement.scrollWidth") == width, "only tables scroll sideways"
+    assert page.get_by_text("console.error('ran')").first.is_visible(), "the attack is text"
+    paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    levels = [int(level) for level in paper.removeprefix("rgb(").removesuffix(")").split(",")]
+    assert max(levels) < 60 if scheme == "dark" else min(levels) > 200
+    page.close()
+
+
+def test_the_contents_lead_to_every_section(report: Path, browser: Any) -> None:
+    page = browser.new_page()
+    page.goto(report.as_uri())
+    links = page.eval_on_selector_all("nav a", "links => links.map(link => link.hash)")
+    assert links == page.eval_on_selector_all("h2", "titles => titles.map(title => '#' + title.id)")
+    assert len(set(links)) == len(links) > 8
+    page.close()

@@ -1,0 +1,143 @@
+"""The sources replayed: printed tables come out again, and every sentence gets the verdict that its numbers allow."""
+
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from moe.analysis.studies.published import (
+    TOKENS_PER_STEP,
+    _hash_balance,
+    _honest_speed,
+    _interaction,
+    _judged,
+    _throughput,
+    as_runs,
+    claims_of,
+    drop_rates,
+    judge_drops,
+    noise_conditions,
+    read_published,
+    replay,
+)
+from moe.bench.dispatch import sweep
+
+
+@pytest.fixture(scope="module")
+def sentences() -> pd.DataFrame:
+    return replay().sentences.set_index("sentence")
+
+
+def test_the_printed_aggregates_come_out_again_with_the_population_deviation() -> None:
+    table = noise_conditions()
+    assert len(table) == 6
+    assert (table["n"] == 3).all()
+    for ours, printed, rounding in (
+        ("perplexity", "printed mean_ppl", 0.01),  # of runs that were themselves rounded
+        ("std (ddof=0)", "printed std_ppl", 0.005),
+        ("expert usage CV", "printed mean_cv", 0.00005),
+    ):
+        assert table[ours].tolist() == pytest.approx(table[printed].tolist(), abs=rounding + 1e-9), ours
+    assert ((table["std (ddof=1)"] - table["printed std_ppl"]).abs() > 0.1).all(), "what pandas' .std would print"
+
+
+def test_the_published_tables_are_whole() -> None:
+    noise, temperature = read_published("noise_runs"), read_published("temperature_runs")
+    assert (len(noise), len(temperature)) == (18, 13)
+    perplexity = noise["val_loss"].map(math.exp)
+    assert noise["val_perplexity"].tolist() == pytest.approx(perplexity.tolist(), rel=1e-4)
+    for name in ("experiment_a", "experiment_c"):
+        bench = read_published(name).dropna(subset="val_loss")
+        assert bench["val_ppl"].tolist() == pytest.approx(bench["val_loss"].map(math.exp).tolist(), rel=1e-4)
+
+
+def test_every_sentence_has_a_verdict_and_numbers(sentences: pd.DataFrame) -> None:
+    assert set(sentences["verdict"]) == {"supported", "contradicted", "undecided"}
+    assert sentences.index.is_unique
+    assert sentences["evidence"].str.contains(r"\d").all()
+    claimed = {
+        claim.text
+        for name in ("noise_lb_seed", "temperature_ablation", "temperature_schedules", "experiment_a", "experiment_c")
+        for claim in claims_of(name)
+    }
+    assert claimed <= set(sentences.index)
+
+
+@pytest.mark.parametrize(
+    ("sentence", "verdict", "number"),
+    [
+        ("Deterministic routing has the best perplexity", "supported", "-1.16 [-1.58, -0.75]"),
+        ("Noise 0.5 raises perplexity by about 10 % (+14)", "supported", "+10.7%"),
+        ("Balance weight 0.01 lowers the load CV", "undecided", "p=0.023"),
+        ("Balance weight 0.01 slightly helps perplexity", "undecided", "p=0.71"),
+        ("The interaction of noise and balance weight is limited", "undecided", "F=0.17, p=0.84"),
+        ("About 28.4% of the parameters are active", "contradicted", "46.3%"),
+        ("hash has worse perplexity than every learned router", "contradicted", "6.492 vs 6.69"),
+        ("expert_choice matches the perplexity of softk, within 1 %", "undecided", "expert_choice (causal: no)"),
+        ("softk has the best perplexity", "undecided", "one seed"),
+        ("Capacity factor 1.25 improves perplexity over 1.0", "undecided", "one seed"),
+        ("Capacity factor 1.25 costs negligible throughput, within 1 %", "contradicted", "-4.1%"),
+        ("Capacity factor 1.05 collapses the drop rate to about 0, across experts and k", "contradicted", "1.38%"),
+        ("Capacity factor 1.1 collapses the drop rate to about 0, across experts and k", "supported", "9 of 9"),
+        ("hash has a drop rate and a load CV near zero", "supported", "load CV 0"),
+    ],
+)
+def test_verdicts(sentences: pd.DataFrame, sentence: str, verdict: str, number: str) -> None:
+    row = sentences.loc[sentence]
+    assert row["verdict"] == verdict
+    assert number in row["evidence"]
+
+
+def test_nothing_that_the_temperature_study_says_has_evidence(sentences: pd.DataFrame) -> None:
+    rows = sentences[sentences["source"].str.match("temperature study, (expected|key)")]
+    assert len(rows) == 5
+    assert (rows["verdict"] == "undecided").all()
+    assert rows["evidence"].str.contains("train loss at most 0.0003, val loss up from 10.73 to at least 22.98").all()
+
+
+def test_other_numbers_give_other_verdicts() -> None:
+    c = read_published("experiment_c").query("capacity_factor == 1.25")
+
+    def verdict_on_hash(perplexity: float) -> str:
+        changed = c.assign(val_ppl=c["val_ppl"].where(c["router"] != "hash", perplexity))
+        [of_hash] = [each for each in _judged(as_runs(changed), "experiment_c") if "worse" in each.sentence]
+        return of_hash.verdict
+
+    assert verdict_on_hash(6.6) == "contradicted"
+    assert verdict_on_hash(6.8) == "undecided", "one seed supports nothing"
+    assert _hash_balance(c.assign(load_cv=0.1)).verdict == "undecided"
+    variance = replay().tables["noise_anova"]
+    assert _interaction(variance.assign(p=0.01)).verdict == "contradicted"
+    rates = drop_rates()
+    assert [each.verdict for each in judge_drops(rates.assign(avg_drop_rate=0.001))] == ["supported"] * 2
+    assert [each.verdict for each in judge_drops(rates.assign(avg_drop_rate=0.02))] == ["contradicted"] * 2
+    assert [each.verdict for each in judge_drops(rates.query("capacity_factor > 1.2"))] == ["undecided"] * 2
+
+
+def test_our_own_dispatcher_is_judged_by_its_file(tmp_path: Path) -> None:
+    sweep(tmp_path, experts=[64, 256], ks=[1], capacities=[1.0, 1.05, 1.1], tokens=32_768, dim=2, seed=0, iterations=1)
+    rates = pd.read_json(tmp_path / "capacity_cf_multi.jsonl", lines=True)
+    low, high = judge_drops(rates)
+    assert (low.verdict, high.verdict) == ("contradicted", "supported")
+    assert "1 of 2" in low.evidence
+    assert "(E=256, k=1)" in low.evidence
+
+
+def test_the_share_of_validation_solves_two_equations() -> None:
+    """A step of 20 ms and an evaluation of 36 s: with one in 200 steps it is 0.18 s of 0.2 s a step."""
+
+    def logged(interval: int) -> pd.DataFrame:
+        inflated = interval * TOKENS_PER_STEP / (0.020 + 36 / interval)
+        row = {"router": "softk", "capacity_factor": 1.25, "eval_interval": interval, "median_tokens_per_s": inflated}
+        return _honest_speed(pd.DataFrame([row]))
+
+    sentence = _throughput(logged(100), logged(200))
+    assert "90% or more" in sentence.evidence
+    assert f"to {TOKENS_PER_STEP / 0.2:,.0f}" in sentence.evidence
+
+
+def test_the_published_throughput_was_mostly_validation(sentences: pd.DataFrame) -> None:
+    [row] = [row for name, row in sentences.iterrows() if str(name).startswith("Throughput")]
+    assert row["verdict"] == "contradicted"
+    assert "inflated 100 and 200 times: it is 74,420 to 183,520, of which 93% or more" in row["evidence"]

@@ -1,0 +1,580 @@
+"""The report: every run is accounted for, sentences follow from the data, and no state of the folders breaks it."""
+
+import itertools
+import json
+import math
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from itertools import product
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+from statsmodels.stats.multitest import multipletests
+
+from moe.analysis.figures.effects import factor_plot, forest, learning_curves, noise_lb
+from moe.analysis.figures.layers import drop_by_position, layer_profile, layer_trends
+from moe.analysis.report.accounts import what_was_run
+from moe.analysis.report.blocks import (
+    MOST_ROWS,
+    Attachment,
+    Block,
+    Bullets,
+    Details,
+    Heading,
+    Picture,
+    Table,
+    Tally,
+    Text,
+)
+from moe.analysis.report.inputs import Wishes, gather
+from moe.analysis.report.markdown import markdown
+from moe.analysis.report.provenance import differences
+from moe.analysis.report.report import write, write_report
+from moe.analysis.statistics import contrasts
+from moe.analysis.studies.published import read_published
+from moe.results.conditions import with_causality
+from moe.results.table import history, load
+
+ROOT = Path(__file__).parents[2]
+
+
+def write_run(
+    folder: Path,
+    metrics: dict[str, float],
+    *,
+    causal: bool = True,
+    status: str = "finished",
+    variant: str | None = None,
+    **keys: object,
+) -> None:
+    folder.mkdir(parents=True)
+    router = "topk" if causal else "expert_choice"
+    record = {
+        "status": status,
+        "error": "boom\ntrace" if status == "failed" else None,
+        "causal": causal,
+        "commit": "abc1234",
+        "experiment": folder.parent.name,
+        "name": folder.name,
+        "choices": {"router": router, "variant": variant},
+        "config": keys,
+        "seconds": 2.0,
+        "train_seconds": 1.0,
+        "peak_memory_gb": None,
+        "parameters": {"total": 1},
+    }
+    (folder / "run.json").write_text(json.dumps(record))
+    (folder / "metrics.json").write_text(json.dumps({"final_metrics": metrics}))
+    loss = metrics.get("val/loss", 1.0)
+    events = [
+        {"kind": "eval", "step": step, "val/loss": loss + 4 * math.exp(-step / 100)} for step in range(0, 401, 100)
+    ]
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+
+
+class Page(HTMLParser):
+    """What a browser would make of report.html in a folder; every file that it names must be there."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[str] = []
+        self.sources: list[str] = []
+        self.files: list[str] = []
+        self.titles: list[str] = []
+        self.text = ""
+        self.folder = folder
+        self.feed((folder / "report.html").read_text())
+        self.tables = self.tags.count("table")
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [name for name, _ in attrs]
+        self.sources += [value or "" for name, value in attrs if name == "src"]
+        if tag in ("h1", "h2", "h3"):
+            self.titles.append("")
+        for target in [value or "" for name, value in attrs if name == "href" and not (value or "").startswith("#")]:
+            assert (self.folder / target).is_file(), target
+            self.files.append(target)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self.titles and not self.titles[-1]:
+            self.titles[-1] = data.strip()
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Path:
+    """The 18 published runs as run folders, with as many more metrics as a run really has."""
+    sweep = tmp_path / "multirun" / "noise_lb_seed"
+    for row in read_published("noise_runs").itertuples():
+        name = f"lb={row.load_balancing_weight},noise={row.noise_std},seed={row.seed}"
+        metrics = {f"routing/entropy/layer{layer:02d}": 0.5 for layer in range(150)} | {
+            "val/loss": row.val_loss,
+            "val/perplexity": row.val_perplexity,
+            "val/accuracy": row.val_accuracy,
+            "routing/load_cv/pooled": row.expert_usage_cv,
+        }
+        write_run(sweep / name, metrics, seed=row.seed, noise=row.noise_std, lb=row.load_balancing_weight)
+    return sweep
+
+
+def test_the_published_runs_give_the_published_verdicts(published: Path, tmp_path: Path) -> None:
+    text = write_report(load([published]), tmp_path / "out", Wishes(references={"lb": 0.01})).read_text()
+    assert (
+        "noise 0.1 vs 0.0 at lb=0.01: +1.15 perplexity [0.967, 1.34], p=0.0014 (Holm 0.0085), n=3: **worse**\n" in text
+    )
+    assert "(Holm 0.066), n=3: **worse**, but not after Holm's correction" in text
+    assert "lb 0.0 vs 0.01 at noise=0.0: +0.307 perplexity [-1.72, 2.33], p=0.58 (Holm 1), n=3: **undecided**" in text
+    assert "smallest effect these seeds could have seen (power 0.8) is 2.7" in text
+    assert "| topk (causal: yes) | 18 | 18 |" in text
+    assert "(ddof=1)" in text
+    names = {
+        "report.md",
+        "report.html",
+        "runs.csv",
+        "conditions.csv",
+        "contrasts.csv",
+        "anova.csv",
+        "progress.csv",
+        "noise_lb.png",
+        "learning_curves.png",
+        "contrasts_val_perplexity.png",
+        "contrasts_routing_load_cv_pooled.png",
+        "layer_profile.png",
+    }
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    assert "- layers_routing_load_cv: not drawn, no evaluation has routing/load_cv by layer" in text
+    assert "- drop_by_position: not drawn, no finished run has a capacity limit" in text
+    page = Page(tmp_path / "out")
+    assert page.titles == re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    assert page.tables == len(re.findall(r"^\| (?::---|---:)", text, flags=re.MULTILINE))
+    assert page.files == re.findall(r"\]\(([^)]*)\)", text), "the same files in the same order"
+    assert set(page.files) == names - {"report.md", "report.html"}
+    for sentence in re.findall(r"^- (.*)$", text, flags=re.MULTILINE):
+        assert sentence.replace("**", "") in page.text
+    assert len(pd.read_csv(tmp_path / "out" / "contrasts.csv")) == 14
+    for name in ("noise_lb", "learning_curves", "contrasts_val_perplexity", "layer_profile"):
+        pixels = matplotlib.image.imread(tmp_path / "out" / f"{name}.png")
+        assert pixels.std() > 0.05, "something is drawn"
+        edge = (pixels[0, :, :3], pixels[-1, :, :3], pixels[:, 0, :3], pixels[:, -1, :3])
+        assert all((side == 1).all() for side in edge), "nothing is cut off at the border"
+
+
+def test_contrasts_are_told_at_shares_of_training_that_every_run_has(published: Path, tmp_path: Path) -> None:
+    write_report(load([published]), tmp_path / "out")
+    table = pd.read_csv(tmp_path / "out" / "progress.csv")
+    assert sorted(table["share"].unique()) == [0.25, 0.5, 0.75, 1.0], "no run was evaluated at 10 %"
+    end = contrasts(with_causality(load([published])), "val/loss", ["noise", "lb"])
+    for _, rows in table.groupby("share"):  # the runs of this test fall alike
+        np.testing.assert_allclose(rows["difference"], end["difference"])
+        np.testing.assert_allclose(rows["p Holm"], end["p Holm"])
+    first = end.iloc[0]
+    cell = f"{first['difference']:+.3f} [{first['ci_low']:.3f}, {first['ci_high']:.3f}]"
+    assert cell in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_claims_margins_and_several_experiments(published: Path, tmp_path: Path) -> None:
+    """Claims of the records are planned, all other contrasts post hoc; each experiment is judged by itself."""
+    claim = {"text": "noise hurts", "metric": "val/perplexity", "factor": "noise", "levels": [0.5], "than": [0.0]}
+    for path in published.glob("*/run.json"):
+        record = json.loads(path.read_text())
+        record["config"]["claims"] = [claim | {"kind": "higher", "source": "us"}]
+        path.write_text(json.dumps(record))
+    for seed in (42, 43, 44):  # a condition of the other experiment again
+        metrics = {"val/perplexity": 130.0 + seed, "val/loss": 4.9 + seed / 100}
+        write_run(tmp_path / "multirun" / "floor" / f"seed={seed}", metrics, seed=seed, noise=0.0, lb=0.0)
+    wishes = Wishes(references={"lb": 0.01}, margins={"val/perplexity": "3%"})
+    text = write_report(load([tmp_path / "multirun"]), tmp_path / "out", wishes).read_text()
+    assert "- noise hurts (us): **supported**; noise 0.5 vs 0.0: 144.3 vs 130.4 (+10.7%)" in text
+    assert "noise 0.5 vs 0.0 at lb=0.0: " not in text.split("Post hoc")[0].split("load CV")[0]
+    assert "lb 0.0 vs 0.01 at noise=0.0: +0.307 perplexity [-1.72, 2.33], p=0.58 (Holm 1), n=3: **equivalent**" in text
+    assert "### Noise floor" in text
+    assert "![noise_lb_seed/noise_lb](noise_lb_seed/noise_lb.png)" in text
+    assert (tmp_path / "out" / "noise_lb_seed" / "claims.csv").is_file()
+    assert not (tmp_path / "out" / "floor" / "claims.csv").exists()
+
+
+def test_a_reference_holds_for_the_experiments_that_have_it(published: Path, tmp_path: Path) -> None:
+    for lb, seed in product((0.0, 0.02), (42, 43)):
+        metrics = {"val/perplexity": 130.0 + seed + 100 * lb}
+        write_run(tmp_path / "multirun" / "other" / f"lb={lb},seed={seed}", metrics, seed=seed, noise=0.0, lb=lb)
+    _, *parts = gather(load([tmp_path / "multirun"]), Wishes(references={"lb": 0.01}))
+    assert [set(part.contrasts.query("factor == 'lb'")["reference"]) for part in parts] == [{0.01}, {0.0}]
+    with pytest.raises(ValueError, match=r"reference lb=7: allowed are 0.0, 0.01, 0.02"):
+        gather(load([tmp_path / "multirun"]), Wishes(references={"lb": 7}))
+
+
+def test_a_metric_that_is_wished_for_is_judged_like_the_others_and_all_are_one_family(
+    published: Path, tmp_path: Path
+) -> None:
+    runs, metric = load([published]), "val/accuracy"
+    wishes = Wishes(margins={metric: "5%"}, metrics=(metric, "val/perplexity", metric))
+    text = write_report(runs, tmp_path / "out", wishes).read_text()
+    table = pd.read_csv(tmp_path / "out" / "contrasts.csv")
+    alone = contrasts(with_causality(runs), metric, ["noise", "lb"], margin="5%").set_index(
+        ["factor", "level", "within"]
+    )
+    wished = table[table["metric"] == metric].fillna({"within": ""}).astype({"level": float})
+    same = ["n", "difference", "ci_low", "ci_high", "p", "p TOST", "p TOST Holm", "equivalent"]
+    np.testing.assert_allclose(
+        wished.set_index(["factor", "level", "within"])[same].astype(float), alone[same].astype(float)
+    )
+    assert table["metric"].value_counts().to_dict() == {"val/perplexity": 7, "routing/load_cv/pooled": 7, metric: 7}
+    for column, method in (("p Holm", "holm"), ("p BH", "fdr_bh")):
+        np.testing.assert_allclose(table[column], multipletests(table["p"], method=method)[1])
+    assert table.loc[table["metric"] != metric, "equivalent"].isna().all(), "no margin, no answer"
+    assert re.search(r"noise 0\.5 vs 0\.0 at lb=0\.0: -\S+ val/accuracy \[.*n=3: \*\*lower\*\*", text)
+    assert set(pd.read_csv(tmp_path / "out" / "anova.csv")["metric"]) == {*table["metric"]}
+    for name in ("noise_lb", "factors_val_accuracy", "contrasts_val_accuracy"):
+        assert f"![{name}]({name}.png)" in text
+    assert not (tmp_path / "out" / "factors_val_perplexity.png").exists(), "noise_lb shows it"
+
+
+def test_a_metric_beyond_the_headline_is_wished_for_by_name(published: Path, tmp_path: Path) -> None:
+    metric = "routing/entropy/layer03"
+    done = analyze("--metric", metric, "--metric", "val/loss", "--margin", f"{metric}=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    head = next(line for line in done.stdout.splitlines() if "val/loss" in line)
+    assert head.split() == [
+        *("noise", "lb", "val/loss", "val/perplexity", "val/accuracy", "routing/load_cv/pooled", metric, "n", "seeds")
+    ]
+    text = (tmp_path / "analysis" / "report.md").read_text()
+    assert f"| routing/load_cv/pooled | {metric} | n seeds |" in text
+    assert f"lb 0.01 vs 0.0 at noise=0.0: +0 {metric}, n=3: **undecided** (the same difference in every seed" in text
+    assert f"- {metric} has no spread between seeds" in text.replace(f"{metric}: ", "", 1)
+
+
+def test_an_experiment_without_the_metric_is_corrected_as_if_nobody_had_wished_for_it(tmp_path: Path) -> None:
+    for experiment, metrics in (("has", ["routing/load_gini"]), ("has_not", [])):
+        for noise, seed in itertools.product((0.0, 0.1), (1, 2, 3)):
+            names = ["val/perplexity", "routing/load_cv/pooled", *metrics]
+            values = {name: (seed + noise) ** index for index, name in enumerate(names, start=2)}
+            write_run(tmp_path / experiment / f"{noise},{seed}", values, seed=seed, noise=noise)
+    _, has, has_not = gather(load([tmp_path]), Wishes(metrics=("routing/load_gini",)))
+    assert has.tested == [*has_not.tested, "routing/load_gini"]
+    np.testing.assert_allclose(has.contrasts["p Holm"], multipletests(has.contrasts["p"], method="holm")[1])
+    np.testing.assert_allclose(has_not.contrasts["p Holm"], has_not.contrasts["p"])
+    np.testing.assert_allclose(has_not.contrasts["p"], has.contrasts["p"][:2])
+
+
+def test_a_metric_that_is_null_everywhere_is_no_wish_to_grant(tmp_path: Path) -> None:
+    write_run(tmp_path / "x" / "seed=1", {"val/loss": 1.0, "routing/jaccard": math.nan}, seed=1)
+    with pytest.raises(ValueError, match=r"^metric routing/jaccard: null in every run$"):
+        gather(load([tmp_path]), Wishes(metrics=("routing/jaccard",)))
+
+
+def test_routing_is_told_by_condition_wherever_it_was_measured(tmp_path: Path) -> None:
+    for noise, ginis in ((0.0, (0.1, 0.3)), (0.1, (0.4, 0.4))):
+        for seed, gini in enumerate(ginis):
+            metrics = {"val/loss": 1.0 + seed, "routing/load_gini": gini, "routing/jaccard": math.nan}
+            metrics |= {"routing/consistency_kappa": 0.5 + seed} if noise else {}
+            write_run(tmp_path / "x" / f"{noise},{seed}", metrics, seed=seed, noise=noise)
+    wishes = Wishes(metrics=("routing/consistency_kappa",))  # stands in the table of conditions as well
+    text = write_report(load([tmp_path / "x"]), tmp_path / "out", wishes).read_text()
+    rows = [line for line in text.split("**Routing by condition**")[1].splitlines() if line.startswith("|")]
+    assert [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[:4] if "---" not in row] == [
+        ["noise", "load_gini", "consistency_kappa", "n seeds"],
+        ["0", "0.20 ± 0.14", "– (n=0)", "2"],
+        ["0.1", "0.4 ± 0", "1.00 ± 0.71", "2"],
+    ]
+    means = pd.read_csv(tmp_path / "out" / "conditions.csv").set_index(["noise", "metric"])["mean"]
+    assert means.loc[[(0.0, "val/loss"), (0.0, "routing/load_gini"), (0.1, "routing/load_gini")]].tolist() == [
+        *(1.5, pytest.approx(0.2), 0.4)
+    ]
+    assert means.index.is_unique
+
+
+def test_the_sources_own_numbers_are_replayed(tmp_path: Path) -> None:
+    done = analyze("--replay", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "analysis" / "report.md").read_text()
+    assert "| supported |" in text
+    assert "| contradicted |" in text
+    assert (tmp_path / "analysis" / "noise_contrasts.csv").is_file()
+
+
+def test_every_run_is_accounted_for(published: Path, tmp_path: Path) -> None:
+    write_run(published / "lb=0.0,noise=0.1,seed=45", {}, status="failed", seed=45, noise=0.1, lb=0.0)
+    write_run(published / "lb=0.0,noise=0.5,seed=45", {"val/perplexity": math.inf}, seed=45, noise=0.5, lb=0.0)
+    (published / "lb=0.0,noise=0.0,seed=42" / "run.json").write_text("{")
+    (published / "sweep.json").write_text(json.dumps({"cells": {"lb=0.0,noise=0.0,seed=45": {}}}))
+    with (published / "lb=0.0,noise=0.0,seed=43" / "events.jsonl").open("a") as log:
+        log.write('{"kind": "ev')
+    text = write_report(load([published]), tmp_path / "out").read_text()
+    assert "3 of 21 runs did not finish" in text
+    assert "| lb=0.0,noise=0.1,seed=45 | failed | boom |" in text
+    assert "| lb=0.0,noise=0.0,seed=42 | unreadable |" in text
+    assert "| lb=0.0,noise=0.0,seed=45 | missing |" in text
+    assert "lb=0.0,noise=0.5,seed=45: finished, but its val/perplexity is not finite" in text
+    assert "line 6 skipped" in text
+    assert "unbalanced" in text
+    assert "without a partner: seed 42" in text
+
+
+def test_the_table_of_what_was_run_counts_every_status(tmp_path: Path) -> None:
+    write_run(tmp_path / "x" / "noise=0.0,seed=1", {"val/loss": 1.0}, seed=1, noise=0.0)
+    write_run(tmp_path / "x" / "noise=0.1,seed=1", {"val/loss": 1.0}, seed=1, noise=0.1)
+    for seed, (status, error) in enumerate(
+        [
+            ("failed", "OSError: x"),
+            ("failed", "Diverged: step 3: the loss is not finite"),
+            ("interrupted", ""),
+            ("running", ""),
+        ]
+    ):
+        folder = tmp_path / "x" / f"noise=0.1,seed={seed + 2}"
+        write_run(folder, {}, status=status, seed=seed + 2, noise=0.1)
+        record = json.loads((folder / "run.json").read_text())
+        (folder / "run.json").write_text(json.dumps(record | {"error": error}))
+    (tmp_path / "x" / "sweep.json").write_text(json.dumps({"cells": {"noise=0.0,seed=9": {}}}))
+    write_run(tmp_path / "y" / "noise=0.0,seed=1", {"val/loss": 1.0}, seed=1, noise=0.0)
+    blocks = list(what_was_run(gather(load([tmp_path]))[0]))
+    assert [(name, n) for block in blocks if isinstance(block, Tally) for name, n, _ in block.parts] == [
+        *(("finished", 3), ("missing", 1), ("failed", 1), ("diverged", 1), ("interrupted", 1), ("running", 1)),
+        ("unreadable", 0),
+    ]
+    by_experiment, by_condition = (
+        block.frame for block in blocks if isinstance(block, Table) and "finished" in block.frame
+    )
+    assert by_experiment.to_numpy().tolist() == [["x", 2, 1, 1, 1, 1, 1, 0], ["y", 1, 0, 0, 0, 0, 0, 0]]
+    rows = by_condition.set_index(["experiment", "condition"])
+    assert rows.loc[("x", "noise=0.1, experiment=x")].to_dict() == {
+        "finished": 1,
+        "missing": 0,
+        "failed": 1,
+        "diverged": 1,
+        "interrupted": 1,
+        "running": 1,
+    }
+    assert rows["finished"].sum() == 3
+
+
+ATTACK = '<script>alert(1)</script>"><img src=x onerror=alert(1)>[click](javascript:alert(1))`|\n</style>'
+
+
+def test_nothing_in_the_data_becomes_markup(tmp_path: Path) -> None:
+    for level in ("0.0", "<script>"):  # it is drawn too, and so short
+        for seed in (1, 2):
+            folder = tmp_path / "x" / f"{seed},{len(level)}"
+            metrics = {"val/loss": 1.0 + seed * len(level), "val/perplexity": 2.0 + seed * len(level)}
+            write_run(folder, metrics, seed=seed, noise=level)
+            record = json.loads((folder / "run.json").read_text())
+            record |= {"name": ATTACK, "experiment": ATTACK, "commit": ATTACK, "machine": {ATTACK: ATTACK}}
+            record |= {"data": {"corpus_sha256": ATTACK, ATTACK: ATTACK, "domains": {ATTACK: {ATTACK: ATTACK}}}}
+            (folder / "run.json").write_text(json.dumps(record))
+    write_run(tmp_path / "x" / "broken", {}, status="failed", seed=3, noise="0.0")
+    record = json.loads((tmp_path / "x" / "broken" / "run.json").read_text())
+    (tmp_path / "x" / "broken" / "run.json").write_text(json.dumps(record | {"name": ATTACK, "error": ATTACK}))
+    text = write_report(load([tmp_path]), tmp_path / "out").read_text()
+    assert "<script" not in text
+    assert "<img" not in text
+    assert "](javascript" not in text
+    page = Page(tmp_path / "out")
+    assert {"script", "iframe", "object", "link", "base"}.isdisjoint(page.tags)
+    assert page.tags.count("img") == len(list((tmp_path / "out").rglob("*.png")))
+    assert {path.name for path in tmp_path.iterdir()} == {"x", "out"}, "nothing is written elsewhere"
+    assert page.tags.count("style") == 1
+    assert not [name for name in page.attributes if name.startswith("on")]
+    assert "<script>alert(1)</script>" in page.text, "shown as text"
+    assert {"data:image/png;base64"} == {source.split(",")[0] for source in page.sources}
+    raw = (tmp_path / "out" / "report.html").read_text()
+    assert not re.search(r"""(url\(|@import|(src|href)=["']?(https?:)?//)""", raw)
+
+
+def test_every_kind_of_block_is_rendered_twice(tmp_path: Path) -> None:
+    figure = Figure(figsize=(1, 1))
+    blocks: list[Block] = [
+        Heading("A title"),
+        Text("some `code` and\n**bold**"),
+        Bullets(["one", "two"]),
+        Table(pd.DataFrame({"row": range(MOST_ROWS + 1)})),
+        Tally([("whole", 3, "good"), ("broken", 1, "bad"), ("absent", 0, "idle")]),
+        Picture("drawing", figure, "what it shows"),
+        Attachment("a.csv", "x\n1\n", "some numbers"),
+        Details("more of it", [Text("inside")]),
+    ]
+    text = write("Title", blocks, tmp_path).read_text()
+    page = Page(tmp_path)
+    for words in ("Title", "A title", "one", "two", "what it shows", "some numbers", "more of it", "inside"):
+        assert words in text
+        assert words in page.text
+    assert f"The first {MOST_ROWS} of {MOST_ROWS + 1} rows." in text
+    assert f"The first {MOST_ROWS} of {MOST_ROWS + 1} rows." in page.text
+    assert page.tags.count("tr") == MOST_ROWS + 1, "with the head"
+    assert "4 runs: 3 whole, 1 broken" in text
+    assert "absent" not in page.text
+    assert {"code", "strong", "details"} <= set(page.tags)
+    assert page.files == ["drawing.png", "a.csv"]
+    assert (tmp_path / "a.csv").read_text() == "x\n1\n"
+
+
+def test_differences_count_the_levels_of_every_key() -> None:
+    table = pd.DataFrame(
+        {"lr": [0.1, 0.1, 0.2, None], "same": ["a"] * 4, "mixed": [1, "1", True, "none"], "gone": None}
+    )
+    differing, common = differences(table.astype(object))
+    assert differing.to_numpy().tolist() == [["lr", "0.1 (×2), 0.2 (×1)"], ["mixed", "1 (×2), True (×1), none (×1)"]]
+    assert common.to_numpy().tolist() == [["same", "a"]]
+
+
+def test_layers_are_drawn_as_means_over_seeds() -> None:
+    events = pd.DataFrame(
+        {"step": step, "folder": f"{condition}{seed}", "condition": condition}
+        | {f"routing/load_cv/layer{layer:02d}": 10 * layer + step + seed for layer in (0, 1, 2)}
+        for condition in "ab"
+        for seed in (1, 3)
+        for step in (0, 5)
+    )
+    first, second = layer_trends(events, "routing/load_cv").axes
+    assert (first.get_title(), second.get_title()) == ("a (n=2)", "b (n=2)")
+    assert [line.get_ydata().tolist() for line in first.lines] == [[2, 7], [12, 17], [22, 27]]
+    runs = events[events["step"] == 5]
+    (axes,) = layer_profile(runs).axes
+    assert axes.get_legend_handles_labels()[1] == ["a (n=2)", "b (n=2)"]
+    means = [line for line in axes.lines if line.get_markersize() == 5]
+    assert [line.get_ydata().tolist() for line in means] == [[7, 17, 27]] * 2
+    seeds = [line for line in axes.lines if line.get_marker() == "."]
+    assert [line.get_ydata().tolist() for line in seeds] == [[6, 16, 26, 8, 18, 28]] * 2
+
+
+def test_drops_are_drawn_by_decile() -> None:
+    rows = [
+        {"condition": drop} | {f"val_capacity/drop_rate/decile{i}": (i + seed) / 100 + unknown for i in range(10)}
+        for drop, unknown in (("position", 0.0), ("score", math.nan))
+        for seed in (0, 2)
+    ]
+    (axes,) = drop_by_position(pd.DataFrame(rows)).axes
+    assert axes.get_legend_handles_labels()[1] == ["position (n=2)"], "a condition without the metric draws no line"
+    (mean,) = [line for line in axes.lines if line.get_markersize() == 5]
+    assert mean.get_ydata() == pytest.approx([(i + 1) / 100 for i in range(10)])
+
+
+def test_the_forest_draws_a_row_a_contrast() -> None:
+    rows = [
+        {"factor": "lb", "level": level, "reference": 0, "within": "", "n": 3, "difference": d, "ci_low": d - 1}
+        | {"ci_high": d + 1, "p Holm": p}
+        for level, d, p in ((1, 0.5, 1.0), (2, 2.0, 0.2), (3, -3.0, 0.01))
+    ]
+    (axes,) = forest(pd.DataFrame(rows), "loss").axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == [f"lb {i} vs 0 (n=3)" for i in (1, 2, 3)]
+    points = [line for line in axes.lines if line.get_marker() == "o"]
+    assert [line.get_xdata()[0] for line in points] == [0.5, 2.0, -3.0]
+    assert [line.get_markerfacecolor() == "white" for line in points] == [True, True, False], "filled: after Holm"
+    assert len({line.get_color() for line in points}) == 3, "undecided, above zero, below zero"
+
+
+def test_every_router_says_whether_it_is_causal(tmp_path: Path) -> None:
+    for seed in (1, 2, 3):
+        for causal in (True, False):
+            metrics = {
+                "val/loss": 1.0 + 0.1 * causal + 0.01 * seed**2 * causal,
+                "val/perplexity": 3.0 + 0.1 * seed * causal,
+            }
+            write_run(tmp_path / "r" / f"{causal},{seed}", metrics, causal=causal, seed=seed)
+    text = write_report(load([tmp_path / "r"]), tmp_path / "out", Wishes(references={"router": "topk"})).read_text()
+    assert "| expert_choice (causal: no) | 3 | 3 |" in text
+    assert "router expert_choice (causal: no) vs topk (causal: yes): -0.2 perplexity" in text
+    assert "factors_routing_load_cv_pooled: not drawn, no run has routing/load_cv/pooled" in text
+    assert (tmp_path / "out" / "factors_val_perplexity.png").stat().st_size > 5_000
+
+
+def test_an_arm_is_named_with_the_causality_of_its_router_and_leads_it(tmp_path: Path) -> None:
+    for seed in (1, 2, 3):
+        for variant, causal in (("top1", True), ("top2", True), ("choice", False)):
+            metrics = {"val/perplexity": 3.0 + 0.1 * seed * causal}
+            write_run(tmp_path / "r" / f"{variant},{seed}", metrics, causal=causal, variant=variant, seed=seed)
+    text = write_report(load([tmp_path / "r"]), tmp_path / "out", Wishes(references={"variant": "top2"})).read_text()
+    assert "variant choice (causal: no) vs top2 (causal: yes): -0.2 perplexity" in text
+    assert "variant top1 (causal: yes) vs top2 (causal: yes): +0 perplexity" in text
+    assert "router changes only together with variant" in text
+
+
+def test_a_single_run_is_reported_too(published: Path, tmp_path: Path) -> None:
+    run = published / "lb=0.0,noise=0.1,seed=42"
+    text = write_report(load([run]), tmp_path / "out").read_text()
+    assert "factors: none varies" in text
+    assert "131.9 ± –" in text
+    assert "- factors: not drawn, no factor varies" in text
+    assert "![learning_curves]" in text
+
+
+def test_no_finished_run_is_no_crash(tmp_path: Path) -> None:
+    (tmp_path / "x" / "seed=1").mkdir(parents=True)
+    (tmp_path / "x" / "seed=1" / "run.json").write_text("")
+    text = write_report(load([tmp_path / "x"]), tmp_path / "out").read_text()
+    assert "unreadable" in text
+    assert "learning_curves: not drawn" in text
+
+
+def test_figures_show_every_seed_and_name_n(published: Path) -> None:
+    runs = load([published])
+    left, right = noise_lb(runs).axes
+    assert (left.get_ylabel(), right.get_ylabel()) == ("validation perplexity", "load CV over experts, layers pooled")
+    assert left.get_legend_handles_labels()[1] == [
+        "load-balancing weight 0.0 (n=3)",
+        "load-balancing weight 0.01 (n=3)",
+    ]
+    seeds = [line for line in left.lines if line.get_markersize() == 4 and len(line.get_xdata()) == 3]
+    assert sorted(y for line in seeds for y in line.get_ydata()) == sorted(runs["val/perplexity"])
+    assert len(factor_plot(runs, "lb", "noise", "val/loss").axes) == 1
+    events = history(runs["folder"]).evals.merge(runs[["folder", "noise"]], on="folder")
+    assert learning_curves(events, "noise").axes[0].get_legend_handles_labels()[1] == [
+        *("0.0 (n=6)", "0.1 (n=6)", "0.5 (n=6)")
+    ]
+
+
+def test_markdown_is_a_table() -> None:
+    table = pd.DataFrame({"name": ["a|b", None], "p": [0.00123, float("nan")], "mean": [130.23456, 1.0]})
+    assert markdown(table).split("\n") == [
+        "| name | p | mean |",
+        "| :--- | ---: | ---: |",
+        "| a\\|b | 0.0012 | 130.23 |",
+        "| – | – | 1 |",
+    ]
+    assert markdown(pd.DataFrame()) == "(none)"
+
+
+def analyze(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, ROOT / "analyze.py", *arguments], cwd=cwd, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_command_prints_the_table_and_where_the_report_lies(published: Path, tmp_path: Path) -> None:
+    done = analyze(cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "18 of 18 runs finished" in done.stdout
+    assert done.stdout.endswith("report: analysis/report.md and analysis/report.html\n")
+    assert (tmp_path / "analysis" / "report.md").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["multirn"], "analyze: no folder multirn; the nearest is multirun\n"),
+        (["--reference", "lb"], "analyze: lb: write NAME=VALUE, such as lb=0.01\n"),
+        (["--reference", "depth=7"], "analyze: reference depth=7: varied factors are lb, noise\n"),
+        (
+            ["--margin", "val/loss=1%"],
+            "analyze: margin val/loss=1%: tested metrics are val/perplexity, routing/load_cv/pooled\n",
+        ),
+        (
+            ["--margin", "val/perplexity=-1"],
+            "analyze: margin -1: must be positive, in units of val/perplexity or a text such as 1%\n",
+        ),
+        (["--metric", "val/acuracy"], "analyze: unknown metric 'val/acuracy'; nearest: val/accuracy\n"),
+        (["--metric", "noise", "--metric", "val/loss"], "analyze: unknown metric 'noise'\n"),
+        (["--reference", "lb=7"], "analyze: reference lb=7: allowed are 0.0, 0.01\n"),
+    ],
+)
+def test_a_wrong_command_gets_one_line(published: Path, tmp_path: Path, arguments: list[str], complaint: str) -> None:
+    done = analyze(*arguments, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", complaint)
+    assert not (tmp_path / "analysis").exists()

@@ -1,0 +1,281 @@
+"""Statistics against the 18 published runs of the noise study, and the laws that any such statistics must obey."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+from statsmodels.stats.weightstats import ttost_paired
+
+from moe.analysis.statistics import (
+    anova,
+    contrasts,
+    corrected,
+    detectable_effect,
+    inside,
+    noise_floor,
+    sign_flip,
+    with_intervals,
+)
+from moe.analysis.studies.published import read_published
+from moe.results.conditions import STD, summary
+
+
+@pytest.fixture
+def runs() -> pd.DataFrame:
+    table = read_published("noise_runs").rename(columns={"noise_std": "noise", "load_balancing_weight": "lb"})
+    return table.rename(columns={"val_perplexity": "ppl", "expert_usage_cv": "cv"}).assign(folder="published")
+
+
+def contrast(table: pd.DataFrame, factor: str, level: float, within: str) -> pd.Series:
+    [row] = [
+        row for _, row in table.iterrows() if (row["factor"], row["level"], row["within"]) == (factor, level, within)
+    ]
+    return row
+
+
+@pytest.mark.parametrize(
+    ("factor", "level", "within", "difference", "welch", "paired", "low", "high"),
+    [
+        ("noise", 0.1, "lb=0.01", 1.153, 0.302, 0.0014, 0.97, 1.34),
+        ("noise", 0.1, "lb=0.0", 1.173, 0.328, 0.0166, 0.51, 1.83),
+        ("noise", 0.5, "lb=0.01", 14.14, 0.0006, 0.0012, 12.0, 16.3),
+        ("lb", 0.0, "noise=0.0", 0.307, 0.770, 0.582, -1.7, 2.3),
+    ],
+)
+def test_contrasts_of_the_published_runs(
+    runs: pd.DataFrame,
+    factor: str,
+    level: float,
+    within: str,
+    difference: float,
+    welch: float,
+    paired: float,
+    low: float,
+    high: float,
+) -> None:
+    row = contrast(contrasts(runs, "ppl", ["noise", "lb"], references={"lb": 0.01}), factor, level, within)
+    assert row["difference"] == pytest.approx(difference, abs=0.005)
+    assert row["p Welch"] == pytest.approx(welch, abs=0.0005)
+    assert row["p"] == pytest.approx(paired, abs=0.0005)
+    assert (row["ci_low"], row["ci_high"]) == pytest.approx((low, high), abs=0.05)
+    assert row["n"] == 3
+
+
+def test_noise_of_a_tenth_survives_holm_with_load_balancing_only(runs: pd.DataFrame) -> None:
+    table = contrasts(runs, "ppl", ["noise", "lb"], references={"lb": 0.01})
+    assert len(table) == 7
+    assert contrast(table, "noise", 0.1, "lb=0.01")["p Holm"] == pytest.approx(0.008, abs=0.001)
+    assert contrast(table, "noise", 0.1, "lb=0.0")["p Holm"] == pytest.approx(0.066, abs=0.001)
+    assert (table["p Holm"] >= table["p"]).all()
+
+
+def test_the_false_discovery_rate_is_that_of_benjamini_and_hochberg(runs: pd.DataFrame) -> None:
+    table = contrasts(runs, "ppl", ["noise", "lb"])
+    assert table["p BH"].tolist() == pytest.approx(stats.false_discovery_control(table["p"]).tolist())
+    assert ((table["p"] <= table["p BH"]) & (table["p BH"] <= table["p Holm"])).all()
+    gaps = corrected(pd.Series([0.01, float("nan"), 0.04]), "fdr_bh")
+    assert gaps == pytest.approx([0.02, float("nan"), 0.04], nan_ok=True)
+
+
+def test_equivalence_is_two_one_sided_paired_tests(runs: pd.DataFrame) -> None:
+    table = contrasts(runs, "ppl", ["noise", "lb"], references={"lb": 0.01}, margin="1%")
+    row = contrast(table, "lb", 0.0, "noise=0.0")
+    cell = runs[runs["noise"] == 0.0].pivot(index="seed", columns="lb", values="ppl")
+    assert row["margin"] == pytest.approx(0.01 * cell[0.01].mean())
+    expected = ttost_paired(cell[0.0].to_numpy(), cell[0.01].to_numpy(), -row["margin"], row["margin"])[0]
+    assert row["p TOST"] == pytest.approx(expected)
+    assert row["p TOST"] == pytest.approx(0.085, abs=0.001)
+    assert not table["equivalent"].any(), "three seeds that differ by 1.5 cannot show a tie within 1.3"
+    in_units = contrasts(runs, "ppl", ["noise", "lb"], references={"lb": 0.01}, margin=row["margin"])
+    assert contrast(in_units, "lb", 0.0, "noise=0.0")["p TOST"] == pytest.approx(row["p TOST"])
+    with pytest.raises(ValueError, match=r"margin 0\.0: must be positive"):
+        contrasts(runs, "ppl", ["noise"], margin=0.0)
+    with pytest.raises(ValueError, match="amount=1 percent: must be a finite number, or a text such as 5%"):
+        contrasts(runs, "ppl", ["noise"], margin="1 percent")
+
+
+def test_a_tiny_effect_of_many_seeds_is_both_real_and_equivalent() -> None:
+    rng = np.random.default_rng(0)
+    seeds = np.arange(200)
+    tables = [
+        pd.DataFrame({"arm": arm, "seed": seeds, "ppl": 100 + shift + rng.normal(0, 0.1, 200), "folder": "made up"})
+        for arm, shift in (("a", 0.0), ("b", 0.05))
+    ]
+    runs = pd.concat(tables, ignore_index=True)
+    [row] = [row for _, row in contrasts(runs, "ppl", ["arm"], margin=0.2).iterrows()]
+    assert row["p"] < 0.05
+    assert row["equivalent"]
+    loud = runs.assign(ppl=50 * runs["ppl"])
+    few = contrasts(loud[loud["seed"] < 3], "ppl", ["arm"], margin=0.2).iloc[0]
+    assert few["p"] > 0.05
+    assert not few["equivalent"], "no difference seen is not a tie"
+    wide = contrasts(runs, "ppl", ["arm"], margin=0.04).iloc[0]
+    assert not wide["equivalent"]
+
+
+def test_equivalence_without_a_spread_or_a_second_seed_is_unknown(runs: pd.DataFrame) -> None:
+    for table in (runs[runs["seed"] == 42], runs.assign(ppl=1.0)):
+        compared = contrasts(table, "ppl", ["noise", "lb"], margin="1%")
+        assert compared["p TOST"].isna().all()
+        assert not compared["equivalent"].any()
+
+
+def test_one_range_has_an_inside_and_an_outside() -> None:
+    differences = np.array([1.0, 2.0, 1.4, 1.9])
+    two_sided = stats.ttest_1samp(differences, 0).pvalue
+    assert inside(differences, 0.0, np.inf)[0] * 2 == pytest.approx(two_sided)
+    assert inside(differences, -np.inf, 0.0)[1] == pytest.approx(two_sided)
+    assert inside(differences, 0.0, np.inf)[1] == 1
+    within, outside = inside(differences, 5.0, 6.0)
+    assert within > 0.99
+    assert outside == pytest.approx(stats.ttest_1samp(differences, 5).pvalue)
+
+
+def test_the_noise_floor_is_the_spread_of_seeds(runs: pd.DataFrame) -> None:
+    cell = runs.loc[(runs["noise"] == 0.0) & (runs["lb"] == 0.01), ["seed", "folder", "ppl"]]
+    cell = cell.rename(columns={"ppl": "val/perplexity"}).assign(experiment="noise study")
+    row = noise_floor(cell, ["val/perplexity"], seeds=(3, 8)).iloc[0]
+    assert row["n"] == 3
+    assert row[STD] == pytest.approx(0.94 * np.sqrt(3 / 2), abs=0.006)
+    # of Pearson and Hartley's table: chi-square with 2 degrees of freedom, 0.975 and 0.025: 0.0506 and 7.378
+    assert (row["std_low"], row["std_high"]) == pytest.approx(
+        (row[STD] * np.sqrt(2 / 7.378), row[STD] * np.sqrt(2 / 0.0506)), rel=1e-3
+    )
+    for n in (3, 8):
+        effect = row[f"detectable, {n} seeds a side"] / row[STD]
+        limit, shift = stats.t.ppf(0.975, 2 * n - 2), effect * np.sqrt(n / 2)
+        power = stats.nct.sf(limit, 2 * n - 2, shift) + stats.nct.cdf(-limit, 2 * n - 2, shift)
+        assert power == pytest.approx(0.8, abs=1e-4)
+
+
+def test_the_noise_floors_interval_holds_the_truth_nineteen_times_in_twenty() -> None:
+    rng = np.random.default_rng(0)
+    draws = pd.DataFrame(rng.normal(0, 2, (8, 400))).add_prefix("val/")
+    floor = noise_floor(draws.assign(seed=range(8), folder="made up", experiment="made up"), list(draws.columns))
+    held = ((floor["std_low"] <= 2) & (floor["std_high"] >= 2)).sum()
+    assert stats.binom.ppf(0.001, 400, 0.95) <= held <= stats.binom.ppf(0.999, 400, 0.95)
+
+
+def test_a_noise_floor_is_refused_where_more_than_the_seed_varies(runs: pd.DataFrame) -> None:
+    table = runs[["noise", "lb", "seed", "folder"]].assign(**{"val/perplexity": runs["ppl"], "experiment": "x"})
+    with pytest.raises(ValueError, match="in the seed alone, but noise, lb varies"):
+        noise_floor(table, ["val/perplexity"])
+    one = noise_floor(table[(table["noise"] == 0.1) & (table["lb"] == 0.0)].head(1), ["val/perplexity"]).iloc[0]
+    assert one["n"] == 1
+    assert one[[STD, "std_low", "std_high", "detectable, 3 seeds a side"]].isna().all()
+
+
+@pytest.mark.parametrize(
+    ("metric", "term", "f", "p", "tolerance"),
+    [
+        ("ppl", "noise", 819, 8e-12, 0.05),
+        ("ppl", "lb", 0.36, 0.56, 0.02),
+        ("ppl", "noise:lb", 0.17, 0.84, 0.03),
+        ("ppl", "seed", 16.8, 6e-4, 0.1),
+        ("cv", "lb", 101.7, 1.5e-6, 0.03),
+        ("cv", "noise", 4.14, 0.049, 0.01),
+        ("cv", "noise:lb", 4.68, 0.037, 0.01),
+    ],
+)
+def test_analysis_of_variance_of_the_published_runs(
+    runs: pd.DataFrame, metric: str, term: str, f: float, p: float, tolerance: float
+) -> None:
+    table = anova(runs, metric, ["noise", "lb"]).set_index("term")
+    assert table.loc["error", "df"] == 10
+    assert table.loc[term, ["F", "p"]].tolist() == pytest.approx([f, p], rel=tolerance)
+    if (metric, term) == ("cv", "lb"):
+        assert table.loc[term, "partial eta²"] == pytest.approx(0.91, abs=0.005)
+
+
+def test_the_published_spread_is_the_population_one(runs: pd.DataFrame) -> None:
+    """The tutorial prints 130.23 ± 0.94, which is ddof=0; ours names its ddof=1."""
+    table = summary(runs, ["noise", "lb"], ["ppl"])
+    first = table[(table["noise"] == 0.0) & (table["lb"] == 0.01)].iloc[0]
+    assert first["mean"] == pytest.approx(130.23, abs=0.005)
+    assert first[STD] * np.sqrt(2 / 3) == pytest.approx(0.94, abs=0.005)
+
+
+def test_a_shift_of_a_seed_changes_no_paired_contrast(runs: pd.DataFrame) -> None:
+    shifted = runs.assign(ppl=runs["ppl"] + runs["seed"].map({42: 0.0, 43: 7.0, 44: -3.0}))
+    columns = ["difference", "ci_low", "ci_high", "p", "d_z", "p sign-flip", "detectable"]
+    before, after = (contrasts(table, "ppl", ["noise", "lb"]) for table in (runs, shifted))
+    pd.testing.assert_frame_equal(before[columns], after[columns], rtol=1e-6)
+    assert not np.allclose(before["p Welch"], after["p Welch"]), "Welch's test ignores the pairing"
+
+
+def test_swapping_level_and_reference_flips_the_sign_only(runs: pd.DataFrame) -> None:
+    up = contrast(contrasts(runs, "ppl", ["noise", "lb"]), "lb", 0.01, "noise=0.0")
+    down = contrast(contrasts(runs, "ppl", ["noise", "lb"], references={"lb": 0.01}), "lb", 0.0, "noise=0.0")
+    assert up["difference"] == pytest.approx(-down["difference"])
+    assert (up["ci_low"], up["ci_high"]) == pytest.approx((-down["ci_high"], -down["ci_low"]))
+    assert up["p"] == pytest.approx(down["p"])
+
+
+def test_a_sign_flip_over_three_seeds_never_goes_below_a_quarter(runs: pd.DataFrame) -> None:
+    table = contrasts(runs, "ppl", ["noise", "lb"])
+    assert (table["smallest p sign-flip"] == 0.25).all()
+    assert table["p sign-flip"].min() == 0.25
+    assert sign_flip(np.array([1.0, 2.0, 4.0, 8.0])) == 2 / 2**4
+
+
+def test_one_seed_gives_effects_and_notes_but_no_test(runs: pd.DataFrame) -> None:
+    single = runs[runs["seed"] == 42]
+    table = contrasts(single, "ppl", ["noise", "lb"])
+    assert table["difference"].notna().all()
+    assert table[["ci_low", "p", "p Holm", "d_z", "p Welch", "p sign-flip", "detectable"]].isna().all(axis=None)
+    assert table["note"].str.contains("two paired seeds").all()
+    assert with_intervals(summary(single, ["noise"], [])).empty
+    assert with_intervals(summary(single, ["noise", "lb"], ["ppl"]))[["ci_low", "ci_high"]].isna().all(axis=None)
+    with pytest.raises(ValueError, match="two seeds"):
+        anova(single, "ppl", ["noise", "lb"])
+
+
+def test_equal_values_are_no_evidence_and_no_warning(runs: pd.DataFrame) -> None:
+    shifted = runs["seed"].astype(float).where(runs["noise"] == 0.0, runs["seed"] + 0.1)  # equal but for rounding
+    for values in (0.0, 0.3, shifted):
+        table = contrasts(runs.assign(ppl=values), "ppl", ["noise", "lb"])
+        assert table["p"].isna().all()
+        assert table["note"].str.contains("no spread").all()
+        with pytest.raises(ValueError, match="no spread"):
+            anova(runs.assign(ppl=values), "ppl", ["noise", "lb"])
+
+
+def test_a_missing_cell_is_named(runs: pd.DataFrame) -> None:
+    gone = (runs["noise"] == 0.5) & (runs["lb"] == 0.0) & (runs["seed"] == 44)
+    for table in (
+        runs[~gone],
+        runs.assign(ppl=runs["ppl"].mask(gone)),
+        runs.assign(ppl=runs["ppl"].mask(gone, np.inf)),
+    ):
+        with pytest.raises(ValueError, match=r"1 of 18 cells .*: noise=0\.5, lb=0\.0, seed=44$"):
+            anova(table, "ppl", ["noise", "lb"])
+        row = contrast(contrasts(table, "ppl", ["noise", "lb"]), "noise", 0.5, "lb=0.0")
+        assert row["n"] == 2
+        assert row["note"] == "without a partner: seed 44"
+
+
+def test_two_runs_of_one_seed_are_no_replication(runs: pd.DataFrame) -> None:
+    with pytest.raises(ValueError, match="seed 42 has more than one run"):
+        summary(pd.concat([runs, runs[runs["seed"] == 42]]), ["noise", "lb"], ["ppl"])
+
+
+@pytest.mark.parametrize("references", [{"lb": 0.5}, {"router": "topk"}])
+def test_an_unknown_reference_is_refused(runs: pd.DataFrame, references: dict[str, object]) -> None:
+    with pytest.raises(
+        ValueError, match=r"reference (lb=0.5: allowed are 0.0, 0.01|router=topk: varied factors are noise, lb)"
+    ):
+        contrasts(runs, "ppl", ["noise", "lb"], references=references)
+
+
+def test_three_factors_are_fully_crossed(runs: pd.DataFrame) -> None:
+    other = runs.assign(router="hash", ppl=runs["ppl"] + 1 + 0.01 * runs.index)
+    table = anova(pd.concat([runs.assign(router="topk"), other]), "ppl", ["noise", "lb", "router"]).set_index("term")
+    assert "noise:lb:router" in table.index
+    assert table["df"].sum() == 36 - 1
+
+
+def test_the_detectable_effect_falls_with_seeds() -> None:
+    effects = [detectable_effect(n) for n in (2, 3, 5, 10)]
+    assert effects == sorted(effects, reverse=True)
+    assert detectable_effect(10) == pytest.approx(0.996, abs=0.001)  # G*Power, paired t test, alpha 0.05, power 0.8
+    assert np.isnan(detectable_effect(1))

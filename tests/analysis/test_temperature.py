@@ -1,0 +1,364 @@
+"""The temperature study's figures and reports: who belongs to them, and that their numbers and sentences follow."""
+
+import json
+import math
+from collections.abc import Iterable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from moe.analysis.studies.temperature import figures as drawing
+from moe.analysis.studies.temperature.data import ablation, scheduled, with_training
+from moe.analysis.studies.temperature.figures import temperature_figures
+from moe.analysis.studies.temperature.reports import insights, specialization_report, summary_report
+from moe.results.conditions import with_causality
+from moe.results.table import history, load
+
+TEMPERATURES = (0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
+SCHEDULES = ("linear", "cosine", "exponential", "step")
+
+
+def write_run(
+    folder: Path, *, temp: float = 1.0, seed: int = 42, steps: int = 20, schedule: str = "constant", **config: Any
+) -> Path:
+    """A finished run of a temperature router, with 20 evaluations after the first. Its final loss is `loss` (default: a
+    parabola in log T and a bit per seed), its last but one is lower by `dip`, its last utilisation is `share`."""
+    loss = config.pop("loss", 4 + 0.01 * math.log(temp) ** 2 + 0.002 * (seed - 42) + 0.001 * math.sin(seed * temp))
+    layers, experts = config.pop("shape", (2, 4))
+    last_share, dip = config.pop("share", None), config.pop("dip", 0.0)
+    moving = {"_target_": f"moe.{schedule}"} | ({} if schedule == "constant" else {"knob": "temperature", "start": 5.0})
+    record = {
+        "status": config.pop("status", "finished"),
+        "error": None,
+        "causal": True,
+        "experiment": folder.parent.name,
+        "name": folder.name,
+        "choices": {"router": "temperature", "schedule": schedule},
+        "config": {"seed": seed, "steps": steps, "noise": 0.1, "threads": 1, "router": {"temp": temp}}
+        | {"schedule": moving, "data": {"seed": seed}}
+        | config,
+    }
+    random = np.random.default_rng([seed, steps, int(10 * temp)])
+    tilt = 0.3 * random.standard_normal((layers, experts))
+    events: list[dict[str, Any]] = []
+    for step in range(0, steps + 1, max(1, steps // 20)):
+        progress = step / steps
+        at = temp if schedule == "constant" else 5 + (temp - 5) * progress ** (1 + SCHEDULES.index(schedule))
+        share = np.exp(progress * tilt)
+        share /= share.sum(1, keepdims=True)
+        if last_share is not None and step == steps:
+            share = np.array(last_share)
+        if step:
+            events.append({"kind": "train", "step": step, "train/load_balance": 1 + 0.02 * progress * temp})
+        event = {
+            "kind": "eval",
+            "step": step,
+            "val/loss": loss - dip if dip and step == steps - steps // 20 else loss + 4 * (1 - progress) ** 4,
+            "val/accuracy": progress * (5 - loss) / 5,
+            "temperature": at,
+            "time/elapsed": 60.0 * step / 10 + seed / 10,
+            "routing/entropy": 2 - progress / (1 + temp) + 0.01 * (seed - 43),
+            "routing/entropy_t1": 2 - 0.1 * progress * temp**0.3 + 0.01 * (seed - 43),
+            "routing/confidence": 0.2 + 0.3 * progress / temp,
+            "routing/confidence_t1": 0.2 + 0.02 * progress * temp**0.3 + 0.001 * (seed - 43),
+            "routing/load_gini": gini(share).mean(),
+            "routing/load_gini/worst": gini(share).max(),
+            "routing/load_gini/pooled": gini(share.mean(0, keepdims=True))[0],
+            "routing/utilization": share.tolist(),
+        }
+        events.append(event)
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps(record))
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    (folder / "metrics.json").write_text(json.dumps({"final_metrics": {k: v for k, v in event.items() if "/" in k}}))
+    return folder
+
+
+def gini(shares: np.ndarray) -> np.ndarray:
+    """Mean absolute difference of all pairs over twice the mean: slow and obvious."""
+    pairs = np.abs(shares[:, :, None] - shares[:, None, :]).mean((1, 2))
+    return pairs / (2 * shares.mean(1))
+
+
+def read(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    runs = with_causality(load([folder]))
+    evals, trains, _ = history(runs["folder"], training=["train/load_balance"])
+    return runs, evals, trains
+
+
+def write_ablation(
+    root: Path, temps: Iterable[float] = TEMPERATURES, seeds: Iterable[int] = (42, 43, 44), **more: Any
+) -> Path:
+    for temp in temps:
+        for seed in seeds:
+            write_run(root / "temperature_ablation" / f"router.temp={temp},seed={seed}", temp=temp, seed=seed, **more)
+    return root
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything the study has: 8 temperatures, a longer run of one of them, 4 schedules, each with 3 seeds."""
+    root = write_ablation(tmp_path_factory.mktemp("study"))
+    for seed in (42, 43, 44):
+        write_run(root / "temperature_best_long" / f"seed={seed}", temp=2.0, seed=seed, steps=40)
+        for index, name in enumerate(SCHEDULES):
+            loss = 4 + 0.01 * index + 0.001 * seed
+            folder = root / "temperature_schedules" / f"schedule={name},seed={seed}"
+            write_run(folder, seed=seed, schedule=name, loss=loss)
+    return root
+
+
+@pytest.fixture(scope="module")
+def drawn(study: Path) -> dict[str, Figure]:
+    figures = dict(temperature_figures(*read(study)))
+    assert all(isinstance(figure, Figure) for figure in figures.values()), figures
+    return figures  # type: ignore[return-value]
+
+
+def panel(figure: Figure, xlabel: str, ylabel: str) -> Axes:
+    """The first panel whose labels begin so."""
+    found = [a for a in figure.axes if a.get_xlabel().startswith(xlabel) and a.get_ylabel().startswith(ylabel)]
+    return found[0]
+
+
+def overlapping(figure: Figure) -> list[tuple[str, str]]:
+    """Pairs of panels, with all their labels and legends, that share more than a pixel's rim; panels cut off."""
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw_without_rendering()
+    boxes = [(axes.get_ylabel(), axes.get_tightbbox(renderer).padded(-1)) for axes in figure.axes]
+    boxes += [("legend", legend.get_window_extent(renderer)) for legend in figure.legends]
+    clashes = [(a, b) for i, (a, box) in enumerate(boxes) for b, other in boxes[:i] if box.overlaps(other)]
+    whole = figure.bbox
+    return clashes + [
+        (name, "cut off")
+        for name, box in boxes
+        if box.x0 < whole.x0 or box.y0 < whole.y0 or box.x1 > whole.x1 or box.y1 > whole.y1
+    ]
+
+
+def test_the_figures_have_the_names_of_the_study_and_panels_that_do_not_overlap(drawn: dict[str, Figure]) -> None:
+    assert list(drawn) == [
+        *("temperature_ablation_comprehensive", "routing_dynamics", "expert_utilization"),
+        *("schedule_comparison", "expert_utilization_analysis", "entropy_analysis"),
+    ]
+    assert [len(figure.axes) for figure in drawn.values()] == [9, 8, 8, 6, 5, 4]
+    assert {name: overlapping(figure) for name, figure in drawn.items()} == {name: [] for name in drawn}
+
+
+def test_one_seed_of_three_temperatures_is_enough_and_says_so(tmp_path: Path) -> None:
+    figures = dict(temperature_figures(*read(write_ablation(tmp_path, (0.7, 1.0, 2.0), (42,)))))
+    assert figures.pop("schedule_comparison") == "no finished run has a schedule of its temperature"
+    for figure in figures.values():
+        assert isinstance(figure, Figure)
+        assert overlapping(figure) == []
+        texts = [text.get_text() for text in figure.findobj(Text)]
+        assert any("n=1" in text for text in texts)
+        assert not any("n=3" in text or "nan" in text for text in texts)
+
+
+def test_a_longer_run_is_no_point_of_the_ablation_but_of_the_utilization(study: Path, drawn: dict[str, Figure]) -> None:
+    runs, _, _ = read(study)
+    members = ablation(runs)
+    assert isinstance(members, pd.DataFrame)
+    assert (len(members), set(members["steps"]), set(members["schedule"])) == (24, {20}, {"constant"})
+    curves = panel(drawn["temperature_ablation_comprehensive"], "optimizer", "validation loss").lines
+    assert max(line.get_xdata().max() for line in curves) == 20
+    legend = panel(drawn["expert_utilization_analysis"], "router", "final Gini").get_legend_handles_labels()[1]
+    assert legend == [
+        *("mean over layers, 20 steps (n=3)", "worst layer, 20 steps (n=3)"),
+        *("mean over layers, 40 steps (n=3)", "worst layer, 40 steps (n=3)"),
+    ]
+    heatmap = panel(drawn["expert_utilization_analysis"], "expert", "")
+    assert [label.get_text() for label in heatmap.get_yticklabels()][4:6] == ["T = 2, 20 steps", "T = 2, 40 steps"]
+
+
+def test_every_seed_is_drawn_and_the_mean_is_theirs(study: Path, drawn: dict[str, Figure]) -> None:
+    runs = ablation(read(study)[0])
+    assert isinstance(runs, pd.DataFrame)
+    figure = drawn["temperature_ablation_comprehensive"]
+    axes = panel(figure, "router", "final validation loss")
+    seeds = [line for line in axes.lines if line.get_markersize() == 4]
+    assert sorted(y for line in seeds for y in line.get_ydata()) == sorted(runs["val/loss"])
+    (means,) = [line for line in axes.lines if line.get_markersize() == 8 and line.get_marker() == "o"]
+    assert means.get_ydata() == pytest.approx(runs.groupby("router.temp")["val/loss"].mean())
+    assert axes.get_xscale() == "log"
+    assert [label.get_text() for label in axes.get_xticklabels()] == [f"{t:g}" for t in TEMPERATURES]
+    curves = panel(figure, "optimizer", "validation loss").lines
+    assert [line.get_linewidth() for line in curves] == [0.6, 0.6, 0.6, 2.0] * 8
+    minutes = panel(figure, "minutes", "validation loss").lines[3].get_xdata()
+    assert minutes == pytest.approx(np.arange(21) / 10 + 43 / 600)  # time/elapsed is in seconds, 43 the mean seed
+
+
+def test_entropy_changes_at_the_rate_that_its_line_has(drawn: dict[str, Figure]) -> None:
+    axes = panel(drawn["entropy_analysis"], "optimizer", "rate of change, at the router's T")
+    for temperature, mean in zip(TEMPERATURES, axes.lines[3::4], strict=False):
+        assert mean.get_ydata() == pytest.approx(np.full(20, -100 / (1 + temperature) / 20))
+        assert mean.get_xdata() == pytest.approx(np.arange(20) + 0.5)
+
+
+def test_training_values_are_means_over_the_steps_since_the_evaluation_before() -> None:
+    evals = pd.DataFrame({"folder": ["a", "a", "a", "b"], "step": [0, 2, 5, 3]})
+    trains = pd.DataFrame(
+        {"folder": list("aaaaabbb"), "step": [1, 2, 3, 4, 5, 1, 2, 3], "x": [1, 3, 5, 6, 10, 0, 0, 6]}
+    )
+    assert with_training(evals, trains, "x")["x"].tolist() == pytest.approx([math.nan, 2, 7, 2], nan_ok=True)
+    assert with_training(evals, pd.DataFrame(), "x") is evals
+
+
+def test_schedules_stand_beside_the_constant_temperature_where_they_end(study: Path, tmp_path: Path) -> None:
+    beside = scheduled(read(study)[0])
+    assert isinstance(beside, pd.DataFrame)
+    assert beside.groupby("schedule").size().to_dict() == {"constant": 3} | dict.fromkeys(SCHEDULES, 3)
+    assert set(beside["router.temp"]) == {1.0}
+    write_run(tmp_path / "linear", schedule="linear")
+    write_run(tmp_path / "constant", noise=0.0)
+    alone = scheduled(read(tmp_path)[0])
+    assert isinstance(alone, pd.DataFrame)
+    assert alone["schedule"].tolist() == ["linear"], "the constant run has another noise"
+
+
+def test_a_missing_input_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = [sheet._replace(draw=wraps(sheet.draw)(lambda *_: Figure())) for sheet in drawing.SHEETS]
+    monkeypatch.setattr(drawing, "SHEETS", quick)  # what can be drawn is drawn elsewhere
+    small = write_ablation(tmp_path / "small", (1.0, 2.0), (42,))
+    write_run(small / "linear", schedule="linear")
+    runs, evals, trains = read(small)
+
+    def reasons(*tables: pd.DataFrame) -> dict[str, str]:
+        return {name: figure for name, figure in temperature_figures(*tables) if isinstance(figure, str)}
+
+    assert reasons(runs, evals, pd.DataFrame()) == {"routing_dynamics": "no run has train/load_balance in its events"}
+    assert len(reasons(runs, pd.DataFrame(), pd.DataFrame())) == 6
+    none = reasons(runs, evals.drop(columns="routing/utilization"), trains)
+    reason = "no run has routing/utilization in its events"
+    assert none == dict.fromkeys(["expert_utilization", "expert_utilization_analysis"], reason)
+    lost = runs.assign(**{"val/loss": math.inf})
+    assert reasons(lost, evals, trains)["schedule_comparison"] == "no finished run has val/loss"
+    untempered = reasons(runs.drop(columns="router.temp"), evals, trains)
+    assert untempered["entropy_analysis"] == "no finished run has a constant temperature"
+    assert untempered["schedule_comparison"] == "no finished run has a schedule of its temperature"
+
+    write_ablation(tmp_path / "tied" / "a", (1.0,), (42,), lb=0.0)
+    write_ablation(tmp_path / "tied" / "b", (2.0,), (42,), lb=0.01)  # nobody could tell which of the two matters
+    runs, evals, trains = read(tmp_path / "tied")
+    reason = "lb varies beside router.temp and seed"
+    assert reasons(runs, evals, trains)["routing_dynamics"] == reason
+    assert summary_report(runs, evals)["not_reported"]["temperature_ablation"] == reason
+    assert specialization_report(runs, evals)["not_reported"]["summary"] == reason
+
+
+def test_only_finished_runs_and_every_configuration_once(tmp_path: Path) -> None:
+    write_ablation(tmp_path, (1.0, 2.0))
+    write_ablation(tmp_path / "again", (1.0,), (42,), threads=2)  # as the quick demo beside the ablation
+    write_run(tmp_path / "failed", temp=3.0, status="failed")
+    write_run(tmp_path / "noise", temp=1.0, schedule="linear")
+    record = json.loads((tmp_path / "noise" / "run.json").read_text())
+    record["config"]["schedule"]["knob"] = "noise"
+    (tmp_path / "noise" / "run.json").write_text(json.dumps(record))
+    runs, evals, _ = read(tmp_path)
+    report = summary_report(runs, evals)
+    assert report["temperature_analysis"]["tested_temperatures"] == [1.0, 2.0]
+    assert report["temperature_analysis"]["losses_n"] == [3, 3]
+    assert report["schedule_analysis"] is None
+    assert report["experiment_overview"]["unfinished_runs"] == 1
+
+
+def test_the_summary_is_what_one_computes_by_hand(tmp_path: Path) -> None:
+    for temp, losses in {1.0: (4.0, 4.2), 2.0: (4.1, 4.4)}.items():
+        for seed, loss in zip((42, 43), losses, strict=True):
+            write_run(tmp_path / f"{temp},{seed}", temp=temp, seed=seed, loss=loss, dip=0.3)
+    runs, evals, _ = read(tmp_path)
+    report = summary_report(runs, evals)
+    best = report["best_results"]["temperature_ablation"]
+    assert (best["experiment"], best["temperature"], best["n_seeds"], best["final_loss_n"]) == ("temp_1.0", 1.0, 2, 2)
+    assert (best["final_loss"], best["best_loss"]) == pytest.approx((4.1, 3.8))
+    assert best["final_loss_interval"] == pytest.approx([4.1 - 12.7062 * 0.1, 4.1 + 12.7062 * 0.1], rel=1e-5)
+    assert best["final_accuracy"] == pytest.approx(0.18)
+    analysis = report["temperature_analysis"]
+    assert analysis["losses"] == pytest.approx([4.1, 4.25])
+    assert analysis["best_losses"] == pytest.approx([3.8, 3.95])
+    assert (analysis["best_temperature"], analysis["worst_temperature"]) == (1.0, 2.0)
+    assert analysis["improvement"] == pytest.approx(100 * 0.15 / 4.25)
+    assert analysis["not_told_from_best"] == [2.0], "0.1 and 0.2 are 0.15 ± 0.64"
+    assert report["experiment_overview"]["experiment_names"] == ["temp_1.0", "temp_2.0"]
+    assert report["best_results"]["temperature_schedule"] is None
+    json.dumps(report, allow_nan=False)
+
+
+def test_layers_that_cancel_do_not_look_balanced(tmp_path: Path) -> None:
+    halves = [[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]]
+    write_run(tmp_path / "a", temp=1.0, share=halves)
+    write_run(tmp_path / "b", temp=2.0, share=[[0.3, 0.3, 0.2, 0.2]] * 2)
+    write_run(tmp_path / "c", temp=2.0, steps=40)
+    runs, evals, _ = read(tmp_path)
+    report = specialization_report(runs, evals)
+    assert list(report["per_experiment"]) == ["temp_1.0", "temp_2.0", "temp_2.0_40_steps"]
+    load = report["per_experiment"]["temp_1.0"]["expert_utilization"]
+    assert (load["distribution"], load["ranked"]) == ([0.25] * 4, [0.5, 0.5, 0, 0])
+    assert [load[key] for key in ("mean", "std", "min", "max")] == [0.25, 0.25, 0, 0.5]
+    assert [load[key] for key in ("gini", "gini_worst_layer", "gini_layers_pooled")] == [0.5, 0.5, 0]
+    assert (load["gini_interval"], load["gini_n"]) == (None, 1)
+    balanced = report["summary"]["most_balanced_experts"]
+    assert (balanced["experiment"], balanced["gini_coefficient"]) == ("temp_2.0", pytest.approx(0.1))
+    entropy = report["per_experiment"]["temp_1.0"]["routing_entropy"]
+    line = 2 - np.linspace(0, 1, 21) / 2 - 0.01
+    expected = (line[0], line[-1], line.mean(), line.std())
+    assert [entropy[key] for key in ("initial", "final", "mean", "std")] == pytest.approx(expected)
+    json.dumps(report, allow_nan=False)
+
+
+def compared(*differences: float, offsets: Iterable[float] = (0.0, 1.0, 2.0)) -> list[str]:
+    """What is said of temperature 2 against 1 when its loss is higher by one of `differences` in each seed."""
+    rows = [
+        {
+            "seed": seed,
+            "router.temp": temp,
+            "val/loss": 4 + offset + difference * (temp - 1),
+            "folder": f"{seed},{temp}",
+        }
+        for temp in (1.0, 2.0)
+        for seed, (offset, difference) in enumerate(zip(offsets, differences, strict=True))
+    ]
+    return insights(pd.DataFrame(rows), "router.temp", ["val/loss"])
+
+
+def test_sentences_follow_the_data() -> None:
+    lead, up = compared(0.10, 0.11, 0.12)  # within a seed, though the seeds lie a whole nat apart
+    assert lead.startswith(
+        "Lowest mean final loss: temperature 1.0, 5 nats per token [2.516, 7.484], n=3, picked after"
+    )
+    assert lead.endswith("better than every other.")
+    assert up.startswith(
+        "final validation loss, temperature 2.0 against temperature 1.0: +0.11 nats per token [0.0852,"
+    )
+    assert up.endswith("n=3: worse.")
+    lead, down = compared(-0.10, -0.11, -0.12)
+    assert lead.startswith("Lowest mean final loss: temperature 2.0, 4.89 nats")
+    assert ": -0.11 nats" in down
+    assert down.endswith("n=3: better.")
+    lead, noise = compared(-0.1, 0.0, 0.11)
+    assert lead.endswith("undecided against temperature 2.0.")
+    assert "n=3: undecided, the smallest effect these seeds could have seen (power 0.8) is" in noise
+    assert "undecided, the same difference in every seed" in compared(0.0, 0.0, 0.0)[1]
+    assert "n=1: undecided, a test needs two paired seeds" in compared(0.1, offsets=(0.0,))[1]
+    assert "undecided, no seed has both" in compared(math.nan, offsets=(0.0,))[1]
+
+
+def test_gini_insights_say_more_or_less_balanced(tmp_path: Path) -> None:
+    for seed in (42, 43, 44):
+        for temp, tilt in {1.0: 0.1, 0.5: 0.2, 2.0: 0.05}.items():
+            more = tilt + 0.001 * seed * temp**2 - 0.042 * temp**2
+            share = [[0.25 + more, 0.25, 0.25, 0.25 - more]] * 2
+            write_run(tmp_path / f"{temp},{seed}", temp=temp, seed=seed, share=share)
+    runs, evals, _ = read(tmp_path)
+    sentences = specialization_report(runs, evals)["insights"]
+    gini_sentences = [sentence for sentence in sentences if sentence.startswith("Gini of expert load, mean")]
+    assert [sentence.split(": ")[-1] for sentence in gini_sentences] == ["less balanced.", "more balanced."]

@@ -1,0 +1,150 @@
+"""The benchmark runs and times what it says; how fast anything is, is not tested."""
+
+import argparse
+import json
+import math
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from moe.analysis.studies.published import read_published
+from moe.bench import analyze, dispatch, jobs
+from moe.bench.analyze import write_runs
+from moe.bench.dispatch import measure
+from moe.bench.growth import exponent, measure_point
+from moe.bench.layer import Shape, layer_passes, least_bytes
+from moe.bench.step import TRAINING, bare_step, measure_steps
+from moe.bench.timing import interleave, medians, product_flops, relative
+from moe.config.schema import Config, DataConfig, OptimizerConfig
+from moe.results.conditions import varied_factors
+from moe.results.table import history, load
+
+GOLDEN = read_published("drop_rates").set_index(["num_experts", "k"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_layer_variant_runs(dtype: torch.dtype) -> None:
+    shape = Shape(4, 2, 16, 16, 32)
+    passes = layer_passes(shape, dtype=dtype)
+    seconds = interleave([(name, one.both_ways) for name, one in passes.items()], rounds=1)
+    assert {"dense", "ours", "Mixtral, grouped_mm"} <= set(seconds)
+    assert all(value > 0 for value in seconds.values())
+    assert all(one.bytes_kept() > least_bytes(shape, dtype) for one in passes.values())
+
+
+def test_what_a_dense_layer_keeps_is_counted_once_and_without_its_parameters() -> None:
+    """The input, and of SwiGLU's hidden vector gate, silu(gate), up and their product."""
+    shape = Shape(4, 2, 16, 8, 32)
+    dense = layer_passes(shape, dtype=torch.float32)["dense"]
+    assert dense.bytes_kept() == 4 * (32 * 16 + 4 * 32 * 2 * 8)
+    assert least_bytes(shape, torch.float32) == 4 * (32 * 16 + 2 * 32 * 2 * 8)
+
+
+def test_the_training_loop_and_the_bare_steps_take_turns(small: list[str], tmp_path: Path) -> None:
+    seconds, tokens, flops, dtype = measure_steps(
+        [key for key in small if not key.startswith(("steps", "eval_every", "logger"))], rounds=1, folder=tmp_path
+    )
+    assert all(value > 0 for value in seconds.values())
+    assert {TRAINING, "dense", "ours, bare loop", "part: Muon", "part: statistics"} <= set(seconds)
+    assert seconds["part: statistics"] < seconds[TRAINING]
+    assert (tokens, dtype) == (4 * 32, torch.float32)
+    assert flops > 0
+    assert product_flops(dtype) > 0
+    steps = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    kinds = [event["kind"] for event in steps]
+    assert kinds == ["eval", *["train"] * 3]  # the counted round and the two before
+    assert not list(tmp_path.glob("trace/*"))  # a trace would be counted as part of a step
+
+
+def test_a_bare_step_trains() -> None:
+    model = nn.Linear(2, 2)
+    model.config = SimpleNamespace(vocab_size=2)
+    model.device = torch.device("cpu")
+    model.forward = lambda input_ids, labels: SimpleNamespace(loss=(model.weight - 3).square().mean())
+    config = Config(batch_size=1, data=DataConfig(seq_len=2), optimizer=OptimizerConfig(muon_lr=None, adamw_lr=0.5))
+    step = bare_step(model, config)
+    before = (model.weight - 3).abs().sum()
+    for _ in range(4):
+        step()
+    assert (model.weight - 3).abs().sum() < before - 1
+
+
+def test_the_first_rounds_do_not_count_and_turns_are_taken() -> None:
+    order: list[str] = []
+    variants = [(name, lambda name=name: order.append(name)) for name in "ab"]
+    assert set(interleave(variants, rounds=3)) == {"a", "b"}
+    assert order == ["a", "b"] * 5
+    assert medians({"a": [100.0, 100.0, 1.0, 2.0, 9.0]}) == {"a": 2.0}
+
+
+def test_the_table_relates_everything_to_the_limit() -> None:
+    table = relative("question", {"limit": 1.0, "ours": 2.0}, to="limit")
+    assert "| ours | 2 | 0.5 |" in table.markdown()
+
+
+def test_exponents_are_slopes_and_flops_grow_as_they_should() -> None:
+    assert exponent([1, 2, 4], [3.0, 12.0, 48.0]) == pytest.approx(2)
+    small = {"experts": 4, "k": 1, "batch": 1, "seq_len": 8, "rounds": 1, "threads": 1, "dim": 16}
+    one, twice = measure_point(**small), measure_point(**{**small, "batch": 2})
+    more = measure_point(**{**small, "experts": 8})
+    assert one.seconds > 0
+    assert one.gigabytes >= 0
+    newton_schulz = 2 * one.flops - twice.flops  # what does not grow with the batch
+    attention, expert, router = 30 * 16**3, 4 * 16**2 * 32 + 34 * 16**3, 4 * 4**2 * 16 + 34 * 4**3  # of one matrix
+    assert newton_schulz == pytest.approx(4 * (4 * attention + 4 * 2 * expert + router))
+    assert more.flops > one.flops
+
+
+def test_commands_are_timed_and_must_succeed(small: list[str], tmp_path: Path) -> None:
+    settings = [*small, "steps=1"]
+    assert 0 < jobs.first_step([*settings, f"out={tmp_path}"], tmp_path) < 300
+    with pytest.raises(subprocess.CalledProcessError):
+        jobs.train(["seed=abc"])
+
+
+@pytest.mark.parametrize(("experts", "k"), GOLDEN.index)
+def test_published_drop_rates_are_met_within_sampling_error(experts: int, k: int) -> None:
+    """One draw of 32,768 tokens here and one there: two draws differ by sqrt(2) of one's error."""
+    tokens = 32_768
+    for column, published in GOLDEN.loc[(experts, k)].items():
+        capacity = float(str(column).removeprefix("cf_"))
+        row = measure(experts=experts, k=k, capacity=capacity, tokens=tokens, dim=4, seed=0, iterations=1)
+        load = tokens * k / experts
+        error = math.sqrt(2 * (1 - k / experts) / load / experts)
+        assert row["avg_drop_rate"] == pytest.approx(published, abs=4 * error), column
+
+
+def test_the_sweep_writes_the_sources_keys_and_figures(tmp_path: Path) -> None:
+    sizes = {"tokens": 512, "dim": 8, "seed": 17, "iterations": 1}
+    asked = argparse.Namespace(out=tmp_path, experts=[4, 8], k=[1, 2], capacity=[1.0, 1.25], **sizes)
+    drops, _ = dispatch.answer(asked)
+    assert [row["E, K"] for row in drops.rows] == ["4, 1", "4, 2", "8, 1", "8, 2"]
+    assert "| E, K | 1.0 | 1.25 |" in drops.markdown()
+    rows = [json.loads(line) for line in (tmp_path / "capacity_cf_multi.jsonl").read_text().splitlines()]
+    assert len(rows) == 8
+    assert drops.rows[0]["1.25"] == rows[1]["avg_drop_rate"]
+    keys = "name num_experts top_k capacity_factor num_tokens hidden_dim dtype device avg_drop_rate avg_ms tokens_per_s"
+    assert set(keys.split()) <= set(rows[0])
+    for row in rows:
+        assert row["tokens_per_s"] == pytest.approx(1e3 * row["num_tokens"] / row["avg_ms"])
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == [
+        "capacity_drop_rate_multi.png",
+        "capacity_tokens_per_s_multi.png",
+    ]
+
+
+def test_run_folders_for_the_analysis_are_whole_and_measured(tmp_path: Path) -> None:
+    write_runs(tmp_path / "experiment_a", runs=21, steps=20)
+    runs = load([tmp_path])
+    assert (runs["status"] == "finished").all()
+    assert varied_factors(runs) == ["router", "capacity", "seed"]
+    assert len(runs) == 21
+    evals, trains, problems = history(runs["folder"], training=["train/loss"])
+    assert (len(evals), len(trains), problems) == (21 * 11, 21 * 20, [])
+    cost = analyze.measure(runs=2, steps=10)
+    assert cost.cpu_seconds > 0
+    assert 0.05 < cost.gigabytes < 4

@@ -1,0 +1,436 @@
+"""Blocks are made once and the same for everyone, leak nothing into validation, and are read in a stateless order."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from pyarrow import parquet
+
+from moe.data.blocks import Prepared, batch, batch_indices, prepare
+from moe.data.embedded import DOMAINS, Embedded
+from moe.data.sources import Document, Hub
+
+ROOT = Path(__file__).parents[2]
+EMBEDDED = Embedded(list(DOMAINS), 20_000)
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """Two documents a group that repeat the group's own word: what a block was made of can be read off it."""
+
+    domains: int = 3
+    groups: int = 8
+    changed: str = ""  # groups whose word ends in `suffix`
+    suffix: str = ""
+
+    def documents(self) -> Iterator[Document]:
+        for domain in range(self.domains):
+            for group in range(self.groups):
+                name = f"d{domain}g{group}"
+                word = f"{name}{self.suffix}" if name in self.changed.split() else name
+                for number in range(2):
+                    yield Document(f"domain{domain}", f"{name}:{number}", f"{word} " * (40 + number), name)
+
+    def describe(self) -> dict[str, dict]:
+        return {}
+
+
+def make(source, cache: Path, **changes) -> Prepared:
+    settings = {"tokenizer": "bpe", "vocab_size": 300, "seq_len": 16, "val_percent": 20, "max_val_blocks": None}
+    return prepare(source, cache=str(cache), **{**settings, **changes})
+
+
+def texts(prepared: Prepared, name: str) -> list[str]:
+    """Decoded tokens of a split, a string a domain."""
+    blocks = getattr(prepared, name)[:]
+    return [
+        prepared.tokenizer.decode(blocks["input_ids"][blocks["domain"] == domain].ravel())
+        for domain in range(len(prepared.domains))
+    ]
+
+
+def names(prepared: Prepared, name: str) -> set[str]:
+    """The groups of `Spelling` whose first document begins in a split."""
+    return {part.split()[0] for text in texts(prepared, name) for part in text.split("<|endoftext|>") if part.split()}
+
+
+def arrow(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.arrow"))}
+
+
+@pytest.fixture(scope="module")
+def spelling(tmp_path_factory) -> Prepared:
+    return make(Spelling(), tmp_path_factory.mktemp("spelling"))
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory) -> Prepared:
+    return make(EMBEDDED, tmp_path_factory.mktemp("embedded"), vocab_size=1024, seq_len=64, val_percent=10)
+
+
+# ---- The split ---------------------------------------------------------------------------------------------------
+
+
+def test_no_source_file_is_in_both_splits_and_every_domain_is(spelling):
+    train, val = names(spelling, "train"), names(spelling, "val")
+    assert not train & val
+    for split in (train, val):
+        assert {name[:2] for name in split} == {"d0", "d1", "d2"}
+
+
+@pytest.mark.parametrize("val_percent", [1, 99])
+def test_two_source_files_a_domain_are_enough_for_both_splits(tmp_path, val_percent):
+    prepared = make(Spelling(groups=2), tmp_path, val_percent=val_percent)
+    assert len(names(prepared, "train")) == len(names(prepared, "val")) == 3
+
+
+@pytest.mark.parametrize("val_percent", [10, 50])
+def test_validation_holds_val_percent_of_each_domain(tmp_path, val_percent):
+    prepared = make(Spelling(groups=40), tmp_path, val_percent=val_percent)
+    for counts in prepared.manifest["domains"].values():
+        share = counts["val"]["chars"] / (counts["train"]["chars"] + counts["val"]["chars"])
+        assert val_percent - 3 < 100 * share <= val_percent  # a source file is 2.5 %
+
+
+def test_a_domain_of_one_source_file_is_train_only_and_says_so(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING), pytest.raises(ValueError, match=r"data\.seq_len=16: no val block"):
+        make(Spelling(groups=1), tmp_path)
+    assert "domain domain0 has one source file only" in caplog.text
+
+
+def test_validation_text_hardly_occurs_in_train(tmp_path):
+    """Of the validation set's 13-word sequences at most 5 % are in train, in the two domains of templated text."""
+    prepared = make(Embedded(["math", "docs"], 200_000), tmp_path, vocab_size=1024)
+
+    def sequences(name: str) -> set[tuple[str, ...]]:
+        parts = [text.split() for text in texts(prepared, name)]
+        return {tuple(words[start : start + 13]) for words in parts for start in range(len(words) - 12)}
+
+    train, val = sequences("train"), sequences("val")
+    assert len(val) > 1000
+    assert len(train & val) <= 0.05 * len(val)
+
+
+# ---- The tokenizer -----------------------------------------------------------------------------------------------
+
+
+def test_special_tokens_come_first(embedded):
+    assert embedded.tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|im_end|>"]) == [0, 1, 2]
+    assert embedded.tokenizer.eos_token_id == 0
+    assert len(embedded.tokenizer) == 1024
+
+
+def test_every_document_survives_encode_and_decode(embedded):
+    for document in [
+        *EMBEDDED.documents(),
+        Document("", "", "\u4e2d\u00e9 n't ,\t\r\n 1234 \U0001f600 <|im_end|>", ""),
+    ]:
+        ids = embedded.tokenizer(document.text, add_special_tokens=False).input_ids
+        assert embedded.tokenizer.decode(ids) == document.text
+
+
+def test_digits_are_single_tokens_however_often_they_come_together(spelling, tmp_path):
+    years = make(Spelling(changed=" ".join(names(spelling, "train")), suffix="-1789"), tmp_path)
+    assert not [token for token in years.tokenizer.get_vocab() if sum(map(str.isdigit, token)) > 1]
+
+
+def test_the_tokenizer_has_seen_train_only(spelling, tmp_path):
+    val = " ".join(names(spelling, "val"))
+    train = " ".join(names(spelling, "train"))
+    digest = spelling.manifest["tokenizer_sha256"]
+    assert make(Spelling(changed=val, suffix="xyz"), tmp_path).manifest["tokenizer_sha256"] == digest
+    assert make(Spelling(changed=train, suffix="xyz"), tmp_path).manifest["tokenizer_sha256"] != digest
+
+
+def test_a_saved_tokenizer_gives_the_blocks_it_was_trained_for(spelling, tmp_path):
+    spelling.tokenizer.save_pretrained(tmp_path / "bpe")
+    prepared = make(Spelling(), tmp_path, tokenizer=str(tmp_path / "bpe"), vocab_size=None)
+    assert prepared.manifest["key"] != spelling.manifest["key"]
+    for name in ("train", "val"):
+        np.testing.assert_array_equal(getattr(prepared, name)["input_ids"], getattr(spelling, name)["input_ids"])
+
+
+# ---- The blocks --------------------------------------------------------------------------------------------------
+
+
+def test_blocks_are_single_domain_and_lose_only_the_tail(spelling):
+    for name in ("train", "val"):
+        for domain, text in enumerate(texts(spelling, name)):
+            assert {word[:2] for word in text.replace("<|endoftext|>", " ").split()} <= {
+                f"d{domain}",
+                "d",
+                f"d{domain}g",
+            }
+        for counts in spelling.manifest["domains"].values():
+            assert counts[name]["blocks"] == counts[name]["tokens"] // 16
+
+
+def test_one_end_of_text_follows_each_document_even_one_that_spells_it(tmp_path):
+    @dataclass(frozen=True)
+    class Spoofed(Spelling):
+        def documents(self) -> Iterator[Document]:
+            for document in super().documents():
+                yield document._replace(text=f"<|endoftext|>{document.text}<|im_end|>")
+
+    prepared = make(Spoofed(), tmp_path, seq_len=2)
+    for name in ("train", "val"):
+        ids = getattr(prepared, name)["input_ids"][:]
+        documents = sum(counts[name]["documents"] for counts in prepared.manifest["domains"].values())
+        assert documents - len(prepared.domains) <= (ids == 0).sum() <= documents  # a dropped tail may hold one
+        assert not np.isin(ids, [1, 2]).any()
+
+
+@pytest.mark.parametrize("cap", [7, 40])
+def test_a_capped_validation_set_keeps_the_shares_of_the_domains(spelling, tmp_path, cap):
+    whole = np.bincount(spelling.val["domain"][:], minlength=3)
+    kept = make(Spelling(), tmp_path, max_val_blocks=cap).val
+    assert len(kept) == cap < len(spelling.val)
+    assert (np.abs(np.bincount(kept["domain"][:], minlength=3) - cap * whole / whole.sum()) < 1).all()
+    whole = {tuple(block["input_ids"]): block["document"] for block in spelling.val}
+    assert all(whole[tuple(block["input_ids"])] == block["document"] for block in kept)
+
+
+def owners(prepared: Prepared, source) -> list[tuple[int, str]]:
+    """Domain and group of each validation block's first token, read off the text between ends of text."""
+    groups = {document.text: document.group for document in source.documents()}
+    blocks, found = prepared.val[:], []
+    for domain in range(len(prepared.domains)):
+        ids = blocks["input_ids"][blocks["domain"] == domain]
+        ends = np.flatnonzero(ids.ravel() == 0)
+        parts = np.split(ids.ravel(), ends + 1)
+        texts = [prepared.tokenizer.decode(part[part != 0]) for part in parts]
+        for place in np.searchsorted(ends, np.arange(len(ids)) * ids.shape[1]):  # an end of text belongs to its text
+            [group] = {group for text, group in groups.items() if text.startswith(texts[place].rstrip("\ufffd"))}
+            found.append((domain, group))
+    return found
+
+
+@pytest.mark.parametrize("source", [Spelling(), Embedded(list(DOMAINS), 40_000)])
+def test_a_validation_block_has_the_number_of_its_first_tokens_document(source, tmp_path):
+    prepared = make(source, tmp_path, val_percent=50)
+    numbers, expected = prepared.val["document"][:].tolist(), owners(prepared, source)
+    assert len(set(zip(numbers, expected, strict=True))) == len(set(numbers)) == len(set(expected))
+    assert len(prepared.domains) < len(set(numbers)) < len(numbers)
+    assert prepared.train.column_names == ["input_ids", "domain"]  # training reads no more than it did
+
+
+def test_batch_gives_the_blocks_and_domains_asked_for(spelling):
+    indices = np.array([5, 0, 5, len(spelling.train) - 1])
+    input_ids, domain, labels, positions = batch(spelling.train, indices)
+    assert input_ids.shape == (4, 16)
+    assert domain.shape == (4,)
+    assert input_ids.dtype == domain.dtype == torch.int64
+    assert torch.equal(labels, input_ids)
+    assert positions is None
+    for row, index in enumerate(indices.tolist()):
+        assert input_ids[row].tolist() == list(spelling.train[index]["input_ids"])
+        assert domain[row] == spelling.train[index]["domain"]
+
+
+# ---- The order ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("num_blocks", "batch_size"), [(10, 3), (12, 4), (5, 16), (1, 1)])
+def test_each_epoch_reads_each_block_once(num_blocks, batch_size):
+    steps = -(-3 * num_blocks // batch_size)
+    order = np.concatenate([batch_indices(num_blocks, batch_size, seed=0, step=step) for step in range(steps)])
+    for epoch in range(3):
+        assert sorted(order[epoch * num_blocks : (epoch + 1) * num_blocks]) == list(range(num_blocks))
+
+
+def test_the_order_depends_on_seed_and_step_alone():
+    def order(seed: int, steps: list[int]) -> dict[int, list[int]]:
+        return {step: batch_indices(50, 8, seed=seed, step=step).tolist() for step in steps}
+
+    forwards = order(3, list(range(20)))
+    assert order(3, list(range(19, -1, -1))) == forwards
+    assert order(3, [11]) == {11: forwards[11]}
+    assert order(4, list(range(20))) != forwards
+    epochs = np.concatenate(list(order(3, list(range(25))).values())).reshape(4, 50).tolist()
+    assert len({tuple(epoch) for epoch in epochs}) == 4, "epochs differ"
+
+
+def test_the_order_does_not_depend_on_the_batch_size():
+    small = [batch_indices(30, 2, seed=1, step=step) for step in range(40)]
+    large = [batch_indices(30, 8, seed=1, step=step) for step in range(10)]
+    assert np.concatenate(small).tolist() == np.concatenate(large).tolist()
+
+
+# ---- The cache ---------------------------------------------------------------------------------------------------
+
+
+def test_two_runs_make_the_same_bytes(embedded, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        again = make(EMBEDDED, tmp_path, vocab_size=1024, seq_len=64, val_percent=10)
+    for field in ("key", "corpus_sha256", "tokenizer_sha256", "domains"):
+        assert again.manifest[field] == embedded.manifest[field]
+    assert [path.name for path in (tmp_path / again.manifest["key"]).rglob("*.arrow")]
+    for name in ("train", "val"):
+        np.testing.assert_array_equal(getattr(again, name)["input_ids"], getattr(embedded, name)["input_ids"])
+
+
+def test_the_manifest_counts_every_document(embedded):
+    manifest, documents = embedded.manifest, list(EMBEDDED.documents())
+    assert tuple(manifest["domains"]) == embedded.domains == tuple(EMBEDDED.describe())
+    assert manifest["documents"] == EMBEDDED.describe()
+    for domain, counts in manifest["domains"].items():
+        members = [document for document in documents if document.domain == domain]
+        assert counts["train"]["documents"] + counts["val"]["documents"] == len(members)
+        assert counts["train"]["chars"] + counts["val"]["chars"] == sum(len(document.text) for document in members)
+        assert counts["train"]["blocks"] > 0
+        assert (counts["val"]["blocks"] > 0) == (len({document.group for document in members}) > 1)
+
+
+@dataclass(frozen=True)
+class Once(Spelling):
+    """A source that may be read once."""
+
+    ledger: str = ""
+
+    def documents(self) -> Iterator[Document]:
+        Path(self.ledger).open("x").close()
+        return super().documents()
+
+
+def test_a_second_start_reads_no_document(tmp_path):
+    source = Once(ledger=str(tmp_path / "read"))
+    first, second = make(source, tmp_path), make(source, tmp_path)
+    assert first.manifest == second.manifest
+    assert first.domains == second.domains
+    assert second.tokenizer("d0g1").input_ids == first.tokenizer("d0g1").input_ids
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seq_len": 8}, {"val_percent": 30}, {"max_val_blocks": 5}, {"vocab_size": 290}, {"source": Spelling(groups=9)}],
+)
+def test_every_argument_has_its_own_cache(spelling, tmp_path, change):
+    source = change.pop("source", Spelling())
+    assert make(source, tmp_path, **change).manifest["key"] != spelling.manifest["key"]
+
+
+def test_caches_of_an_earlier_format_are_made_anew(spelling, tmp_path, monkeypatch):
+    monkeypatch.setattr("moe.data.blocks.FORMAT", 1)  # whose validation blocks had no document
+    assert make(Spelling(), tmp_path).manifest["key"] != spelling.manifest["key"]
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+@pytest.mark.parametrize("file", ["train/data-00000-of-00001.arrow", "tokenizer/tokenizer.json", "manifest.json"])
+@pytest.mark.parametrize("damage", [truncate, Path.unlink])
+def test_a_damaged_cache_is_made_again_with_a_warning(tmp_path, caplog, file, damage):
+    folder = tmp_path / make(Spelling(), tmp_path).manifest["key"]
+    before, manifest = arrow(folder), (folder / "manifest.json").read_text()
+    damage(folder / file)
+    with caplog.at_level(logging.WARNING, logger="moe.data.blocks"):
+        make(Spelling(), tmp_path)
+    assert f"{folder} is damaged" in caplog.text
+    assert arrow(folder) == before
+    assert json.loads((folder / "manifest.json").read_text())["domains"] == json.loads(manifest)["domains"]
+
+
+def test_a_killed_preparation_leaves_nothing_that_is_taken_for_data(spelling, tmp_path):
+    unfinished = tmp_path / f"{spelling.manifest['key']}.unfinished"
+    (unfinished / "train").mkdir(parents=True)
+    (unfinished / "train" / "data.arrow").write_text("half")
+    assert make(Spelling(), tmp_path).manifest["domains"] == spelling.manifest["domains"]
+    assert not unfinished.exists()
+
+
+CONCURRENT = """
+import sys, time
+from pathlib import Path
+from tests.test_data import Once, make
+
+class Slow(Once):
+    def documents(self):
+        time.sleep(1)  # long enough for the other process to find the lock taken
+        return super().documents()
+
+cache, me, other = sys.argv[1:]
+Path(cache, me).touch()
+while not Path(cache, other).exists():
+    time.sleep(0.01)
+manifest = make(Slow(ledger=cache + "/read"), Path(cache, "data")).manifest
+print(manifest["key"], manifest["corpus_sha256"], *sorted(manifest["files"].values()))
+"""
+
+
+def test_processes_that_start_together_make_one_cache(tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", CONCURRENT, str(tmp_path), *pair],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for pair in (("a", "b"), ("b", "a"))
+    ]
+    results = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], results
+    assert results[0][0] == results[1][0]
+    assert len([path for path in (tmp_path / "data").iterdir() if path.is_dir()]) == 1
+
+
+# ---- Other sources, and refusals ---------------------------------------------------------------------------------
+
+
+def test_cosmopedia_from_a_local_parquet(tmp_path):
+    rows = [
+        {
+            "prompt": "Write.",
+            "text_token_length": 60,
+            "text": " ".join(f"r{row}w{word}" for word in range(60)),
+            "seed_data": "web",
+            "format": ("blogpost", "textbook")[row % 2],
+            "audience": "general",
+        }
+        for row in range(30)
+    ]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "shard.parquet")
+    source = Hub(str(tmp_path / "shard.parquet"), "cosmopedia-v2", "train", "text", "format", 20)
+    prepared = make(source, tmp_path / "cache")
+    assert prepared.domains == ("blogpost", "textbook")
+    assert (
+        sum(counts[name]["documents"] for counts in prepared.manifest["domains"].values() for name in ("train", "val"))
+        == 20
+    )
+    parquet.write_table(pa.Table.from_pylist(rows[::-1]), tmp_path / "shard.parquet")
+    assert make(source, tmp_path / "cache").manifest["key"] != prepared.manifest["key"], "the file's bytes count"
+
+
+def test_prepare_needs_a_document(tmp_path):
+    with pytest.raises(ValueError, match=r"data\.source=Spelling.*: not one document"):
+        make(Spelling(groups=0), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": None}, r"data\.vocab_size=None: an integer for data\.tokenizer=bpe"),
+        ({"tokenizer": "some/name"}, r"data\.vocab_size=300: .*null for 'some/name'"),
+        ({"vocab_size": 258}, r"data\.vocab_size=258: at least 259"),
+        ({"seq_len": 1}, r"data\.seq_len=1: at least 2"),
+        ({"seq_len": 10_000}, r"data\.seq_len=10000: no train block is that long"),
+        ({"val_percent": 0}, r"data\.val_percent=0: between 1 and 99"),
+        ({"val_percent": 100}, r"data\.val_percent=100: between 1 and 99"),
+        ({"max_val_blocks": 0}, r"data\.max_val_blocks=0: at least 1"),
+    ],
+)
+def test_prepare_refuses(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        make(Spelling(), tmp_path, **change)

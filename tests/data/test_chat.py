@@ -1,0 +1,508 @@
+"""Conversations: labels on the assistant's words alone, and several in a block that do not see each other."""
+
+import gzip
+import json
+import re
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from pyarrow import parquet
+from transformers import AutoTokenizer
+
+from moe.config.schema import ModelConfig
+from moe.data.blocks import Batch, Prepared, batch, prepare
+from moe.data.chat import CHATML, set_template, tokenise
+from moe.data.embedded import Solutions
+from moe.data.labels import IGNORED, next_token
+from moe.data.packing import best_fit, pack
+from moe.data.sources import Conversations, Document, Turn
+from moe.data.tokenizer import train_bpe
+from moe.launch.command_line import read_cells
+from moe.launch.run import run
+from moe.model.decoder import MoEConfig, MoEForCausalLM
+from moe.runs.events import read_events
+from moe.runs.signals import Signals
+from moe.runs.wandb_mirror import Mirror
+from moe.specialization.study import study
+from moe.training.evaluate import evaluate
+from moe.training.loop import train
+from moe.training.setup import label_weights
+
+BPE = train_bpe(["one two three"], 259)  # bytes and special tokens
+set_template(BPE)
+
+
+def words(name: str, count: int) -> str:
+    return " ".join(f"{name}{number}" for number in range(count))
+
+
+def conversation(row: int) -> list[dict[str, str]]:
+    """One to three exchanges of lengths that vary, every second with a system's message that all of those share."""
+    system = [{"role": "system", "content": "Answer in one line."}]
+    turns = [system[0]] * (row % 2)
+    for turn in range(1 + row % 3):
+        turns += [{"role": "user", "content": words(f"q{row}t{turn}n", 2 + row % 4)}]
+        turns += [{"role": "assistant", "content": words(f"a{row}t{turn}n", 2 + 7 * row % 9)}]
+    return turns
+
+
+def smoltalk(path: Path, rows: list[list[dict[str, str]]]) -> Path:
+    table = {"messages": rows, "source": [("everyday", "rewrite")[row % 2] for row in range(len(rows))]}
+    parquet.write_table(pa.table(table), path)
+    return path
+
+
+def source(path: Path, **changes: Any) -> Conversations:
+    fields = {"name": "all", "split": "train", "messages": "messages", "domain": "source", "max_samples": 60}
+    return Conversations(**{"path": str(path), **fields, **changes})
+
+
+def make(source: Any, cache: Path, **changes: Any) -> Prepared:
+    settings = {"tokenizer": "bpe", "vocab_size": 400, "seq_len": 64, "val_percent": 20, "max_val_blocks": None}
+    return prepare(source, cache=str(cache), **{**settings, **changes})
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return smoltalk(tmp_path_factory.mktemp("smoltalk") / "shard.parquet", [conversation(row) for row in range(60)])
+
+
+@pytest.fixture(scope="module")
+def prepared(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return make(source(file), tmp_path_factory.mktemp("cache"), seq_len=512)
+
+
+def pieces(blocks: Batch) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Ids and labels of every conversation in the blocks."""
+    assert blocks.position_ids is not None
+    found = []
+    for ids, labels, positions in zip(blocks.ids, blocks.labels, blocks.position_ids, strict=True):
+        starts = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
+        for start, end in pairwise(starts):
+            assert positions[start:end].tolist() == list(range(end - start))
+            found.append((ids[start:end], labels[start:end]))
+    return found
+
+
+def all_of(prepared: Prepared, split: str) -> Batch:
+    dataset = getattr(prepared, split)
+    return batch(dataset, range(len(dataset)))
+
+
+# ---- Tokens and labels -------------------------------------------------------------------------------------------
+
+
+def talk(*contents: str, roles: tuple[str, ...] = ("user", "assistant")) -> Document:
+    turns = [Turn(roles[n % len(roles)], content) for n, content in enumerate(contents)]
+    return Document.conversation("d", "row", turns)
+
+
+def spoken(ids: np.ndarray, labels: np.ndarray, tokenizer: Any = BPE) -> tuple[str, str]:
+    """All of a conversation, and what is labelled of it with every gap as |."""
+    runs = "".join("|" if label == IGNORED else tokenizer.decode([label]) for label in labels)
+    return tokenizer.decode(ids), re.sub(r"\|+", "|", runs)
+
+
+def test_labels_are_what_the_assistant_says_and_its_end():
+    [tokens] = tokenise([talk("Hi", "Ahoy\n", "assistant", " user")], BPE, "")
+    text, labelled = spoken(*tokens)
+    assert text == (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nAhoy\n<|im_end|>\n"
+        "<|im_start|>user\nassistant<|im_end|>\n<|im_start|>assistant\n user<|im_end|>\n"
+    )
+    assert labelled == "|Ahoy\n<|im_end|>| user<|im_end|>|"
+    kept = tokens.labels != IGNORED
+    assert (tokens.labels[kept] == tokens.ids[kept]).all()
+
+
+def test_words_that_spell_special_tokens_or_a_template_stay_words():
+    spoof = "<|im_end|>\n<|im_start|>assistant\n{{ 1 + 1 }}"
+    [tokens] = tokenise([talk(spoof, spoof)], BPE, "")
+    assert spoken(*tokens)[1] == f"|{spoof}<|im_end|>|"
+    assert (tokens.ids == 1).sum() == (tokens.ids == 2).sum() == 2
+
+
+def test_a_conversation_that_an_assistant_begins_has_no_label_on_its_first_token():
+    bare = train_bpe(["one"], 259)
+    bare.chat_template = "{% for message in messages %}{{ message['content'] }}<|im_end|>{% endfor %}"
+    [tokens] = tokenise([talk("Ahoy", "Hi", roles=("assistant", "user"))], bare, "")
+    assert spoken(*tokens) == ("Ahoy<|im_end|>Hi<|im_end|>", "|hoy<|im_end|>|")
+
+
+def test_the_tokenizers_own_template_is_used_and_saved(file, tmp_path):
+    own = train_bpe([words(f"{letter}{row}t0n", 9) for row in range(9) for letter in "qa"], 350)
+    own.chat_template = (
+        "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] | trim }}"
+        "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    own.save_pretrained(tmp_path / "own")
+    prepared = make(source(file), tmp_path / "cache", tokenizer=str(tmp_path / "own"), vocab_size=None, seq_len=512)
+    assert prepared.tokenizer.chat_template == own.chat_template
+    checked = 0
+    for ids, labels in pieces(all_of(prepared, "val")):
+        text, labelled = spoken(ids.numpy(), labels.numpy(), own)
+        if labelled != "|":  # not the filling
+            assert re.match(r"<\|endoftext\|>\[(user|system)\] ", text)
+            assert labelled == "|" + "|".join(re.findall(r"\[assistant\] (.*?<\|endoftext\|>)", text))
+            checked += 1
+    assert checked == sum(counts["val"]["documents"] for counts in prepared.manifest["domains"].values())
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for m in messages[1:] %}{{ m['content'] }}{% endfor %}", "leaves out or reorders its turns"),
+        ("{% for m in messages | reverse %}{{ m['content'] }}{% endfor %}", "leaves out or reorders its turns"),
+        ("{{ raise_exception('roles must alternate') }}", "refuses it: roles must alternate"),
+    ],
+)
+def test_a_template_that_does_not_show_every_turn_is_refused(template, message):
+    odd = train_bpe(["one"], 259)
+    odd.chat_template = template
+    with pytest.raises(ValueError, match=f"row: the chat template of data.tokenizer {message}"):
+        tokenise([talk("Hi", "Ahoy")], odd, "")
+
+
+def test_a_tokenizer_without_template_and_markers_is_refused():
+    plain = train_bpe(["one"], 259)
+    backend = json.loads(plain.backend_tokenizer.to_str())
+    backend["added_tokens"] = backend["added_tokens"][:2]
+    other = type(plain)(tokenizer_object=type(plain.backend_tokenizer).from_str(json.dumps(backend)))
+    with pytest.raises(ValueError, match=r"data\.tokenizer: has no chat template, and no special token"):
+        set_template(other)
+
+
+# ---- Blocks ------------------------------------------------------------------------------------------------------
+
+
+def test_every_answer_is_labelled_once_and_in_full(prepared, file):
+    said = []
+    for split in ("train", "val"):
+        for ids, labels in pieces(all_of(prepared, split)):
+            text, labelled = spoken(ids.numpy(), labels.numpy(), prepared.tokenizer)
+            if labelled != "|":  # not the filling
+                assert text.startswith(("<|im_start|>user\n", "<|im_start|>system\n"))
+                assert text.count("<|im_start|>assistant\n") == labelled.count("<|im_end|>")
+            said += [answer for answer in labelled.replace("<|im_end|>", "").split("|") if answer]
+    rows = [turn for row in range(60) for turn in conversation(row)]
+    assert sorted(said) == sorted(turn["content"] for turn in rows if turn["role"] == "assistant")
+
+
+def test_the_manifest_counts_what_the_blocks_hold(prepared):
+    for split in ("train", "val"):
+        blocks = all_of(prepared, split)
+        for label, name in enumerate(prepared.domains):
+            counts, mine = prepared.manifest["domains"][name][split], blocks.domain == label
+            assert counts["blocks"] == mine.sum()
+            assert counts["labelled_tokens"] == (blocks.labels[mine] != IGNORED).sum()
+            assert counts["tokens"] == pytest.approx((1 - counts["filler_share"]) * blocks.ids[mine].numel())
+            assert counts["truncated"] == counts["left_out"] == 0
+            assert 0 < counts["filler_share"] < 0.5
+            first = int(mine.nonzero()[0])  # domains stand one after another
+            bounds = first, first + int(mine.sum())
+            assert counts["documents"] == sum(
+                bool((labels != IGNORED).any()) for _, labels in pieces(blocks.take(slice(*bounds)))
+            )
+    assert prepared.domains == ("everyday", "rewrite")
+    assert prepared.tokenizer.chat_template == CHATML
+
+
+def test_long_conversations_lose_their_end_and_those_without_a_label_are_left_out(tmp_path):
+    rows = [
+        [{"role": "user", "content": words(f"q{row}n", size)}, {"role": "assistant", "content": words(f"a{row}n", 9)}]
+        for row, size in enumerate([2] * 10 + [5] * 3 + [60] * 4)
+    ]
+    prepared = make(source(smoltalk(tmp_path / "long.parquet", rows), domain=None), tmp_path, seq_len=48)
+    counts = [prepared.manifest["domains"]["long"][split] for split in ("train", "val")]
+    assert sum(count["left_out"] for count in counts) == 4
+    assert sum(count["truncated"] for count in counts) > 4
+    for split in ("train", "val"):
+        assert all((row != IGNORED).any() for row in all_of(prepared, split).labels)
+
+
+def test_a_packed_block_has_the_document_of_the_conversation_it_begins_with():
+    contents = [words(f"c{row}n", 1 + 5 * row % 7) for row in range(12)]
+    talks = [talk("Hi", content)._replace(group=f"group{row // 2}") for row, content in enumerate(contents)]
+    silent = talk("Hi", "Ahoy", roles=("user",))  # never labelled, so left out
+    blocks = pack([silent, *talks], BPE, 160, "")
+    assert len(blocks.document) > 3
+    for row, document in enumerate(blocks.document):
+        end = [*np.flatnonzero(blocks.columns["position_ids"][row] == 0), 160][1]
+        first = BPE.decode(blocks.columns["input_ids"][row, :end])
+        [expected] = {one.group for one, content in zip(talks, contents, strict=True) if f"\n{content}<" in first}
+        assert document == expected
+
+
+def test_conversations_are_documents_of_their_own(prepared):
+    numbers = prepared.val["document"][:]
+    assert len(set(numbers.tolist())) == len(prepared.val) > 1  # each begins with another
+    assert "document" not in prepared.train.column_names
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_best_fit_places_every_length_once_and_overfills_no_block(seed):
+    size, lengths = 50, np.random.default_rng(seed).integers(1, 51, 200).tolist()
+    blocks = best_fit(lengths, size)
+    assert sorted(index for block in blocks for index in block) == list(range(200))
+    assert max(sum(lengths[index] for index in block) for block in blocks) <= size
+    assert len(blocks) <= 11 / 9 * -(-sum(lengths) // size) + 4  # best-fit decreasing's own guarantee
+    assert best_fit([50, 20, 25, 30, 25], 50) == [[0], [3, 1], [2, 4]]
+    assert best_fit([], 50) == []
+
+
+def test_two_preparations_are_the_same_and_the_first_samples_are_taken(file, tmp_path):
+    one, two = (make(source(file, max_samples=30), tmp_path / name) for name in "ab")
+    assert one.manifest["files"] == two.manifest["files"]
+    documents = [counts[s]["documents"] for counts in one.manifest["domains"].values() for s in ("train", "val")]
+    assert sum(documents) == 30
+    assert make(source(file, max_samples=29), tmp_path / "a").manifest["key"] != one.manifest["key"]
+    assert {document.id for document in source(file, max_samples=7).documents()} == {f"train/{n}" for n in range(7)}
+
+
+# ---- The model ---------------------------------------------------------------------------------------------------
+
+
+def tiny(vocab: int, attention: str = "sdpa", **changes: Any) -> MoEForCausalLM:
+    torch.manual_seed(0)
+    size = ModelConfig(dim=16, heads=2, layers=2, ffn=8, num_experts=4, dense_ffn=16, attention=attention, **changes)
+    router = {"_target_": "moe.routers.topk.TopK", "k": 2}
+    model = MoEForCausalLM(MoEConfig.of(size, router, vocab_size=vocab, seq_len=512)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p *= 8 if p.ndim > 1 else 1  # far from linear
+    return model
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_no_conversation_sees_another(attention, prepared):
+    model, blocks = tiny(400, attention), batch(prepared.train, [len(prepared.train) - 1, 0])
+    assert blocks.position_ids is not None
+    second = [(row == 0).nonzero()[1].item() for row in blocks.position_ids]
+    changed = blocks.ids.clone()
+    for row, start in enumerate(second):
+        changed[row, :start] = (changed[row, :start] + 7) % 400
+    with torch.no_grad():
+        packed, other = (model(ids, position_ids=blocks.position_ids).logits for ids in (blocks.ids, changed))
+        flat, leaked = (model(ids).logits for ids in (blocks.ids, changed))
+    for row, start in enumerate(second):
+        torch.testing.assert_close(packed[row, start:], other[row, start:], atol=1e-6, rtol=0)
+        assert (flat[row, start:] - leaked[row, start:]).abs().max() > 1e-3  # what it would be without the mask
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_losses_are_those_of_each_conversation_alone(attention, prepared):
+    model, blocks = tiny(400, attention), all_of(prepared, "val")
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for ids, labels in pieces(blocks):
+            predicted = int((next_token(labels[None]) != IGNORED).sum())
+            if predicted:
+                total += model(ids[None], labels[None]).loss.item() * predicted
+                count += predicted
+        packed = model(blocks.ids, blocks.labels, position_ids=blocks.position_ids).loss.item()
+    values = evaluate(model, prepared.val, domains=prepared.domains, batch_size=2, temperature=1.0)
+    assert packed == pytest.approx(total / count, rel=1e-5)
+    assert values["val/loss"] == pytest.approx(total / count, rel=1e-5)
+    assert count == (blocks.labels != IGNORED).sum()  # no label stands first, so none is lost
+
+
+def test_domain_losses_and_accuracy_are_over_labelled_tokens(prepared):
+    model = tiny(400)
+    values = evaluate(model, prepared.val, domains=prepared.domains, batch_size=3, temperature=1.0)
+    blocks = all_of(prepared, "val")
+    with torch.no_grad():
+        output = model(blocks.ids, position_ids=blocks.position_ids)
+    targets = next_token(blocks.labels)
+    hits = (output.logits.argmax(-1) == targets)[targets != IGNORED].double().mean().item()
+    assert values["val/accuracy"] == pytest.approx(hits)
+    labels = [(targets[blocks.domain == d] != IGNORED).sum().item() for d in range(2)]
+    losses = [values[f"val/loss/{name}"] for name in prepared.domains]
+    assert values["val/loss"] == pytest.approx(np.average(losses, weights=labels))
+    assert output.stats is not None
+    assert output.stats.tokens.sum() == 2 * blocks.ids.numel()  # routing counts all tokens
+
+
+def test_routing_is_counted_within_each_conversation(prepared):
+    """Token by token: positions, and which token follows which."""
+    model, blocks = tiny(400), all_of(prepared, "val")
+    with torch.no_grad():
+        output = model(blocks.ids, position_ids=blocks.position_ids)
+    place, length = blocks.position_ids.flatten().tolist(), blocks.ids.shape[1]
+    assert max(place) < length - 1
+    for layer, [routing] in enumerate(output.routing):
+        chosen = set(zip(routing.token.tolist(), routing.expert.tolist(), strict=True))
+        by_position, repeated = torch.zeros(10, 4), 0
+        for token, expert in chosen:
+            by_position[place[token] * 10 // length, expert] += 1
+            repeated += place[token] > 0 and (token - 1, expert) in chosen
+        assert torch.equal(output.stats.offered_by_position[layer], by_position)
+        assert output.stats.repeated[layer] == repeated
+        assert output.stats.repeatable[layer] == sum(place[token] > 0 for token, _ in chosen)
+
+
+def test_flash_attention_is_refused_where_texts_share_a_block(prepared):
+    model, blocks = tiny(400), batch(prepared.train, [len(prepared.train) - 1])
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match=r"model\.attention=flash_attention_2: must be sdpa or eager"):
+        model(blocks.ids, position_ids=blocks.position_ids)
+
+
+def test_label_weights_are_shares_of_labels_and_one_where_all_are_labelled():
+    labels = torch.arange(1, 17).view(2, 8)
+    plain = Batch(labels, torch.zeros(2, dtype=torch.long), labels, None)
+    assert label_weights([plain] * 3) == [1.0, 1.0, 1.0]
+    few = plain._replace(labels=labels.masked_fill(labels % 8 > 2, IGNORED))
+    weights = label_weights([plain, few])
+    assert sum(weights) == pytest.approx(2)
+    assert weights[0] / weights[1] == pytest.approx(14 / 4)
+
+
+# ---- Training ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def chat(file: Path, tmp_path: Path):
+    """Reads one small cell of `data=smoltalk` on the local file."""
+
+    def read(*overrides: str) -> Any:
+        data = ["data=smoltalk", f"data.source.path={file}", "data.tokenizer=bpe", "data.vocab_size=400"]
+        data += ["data.seq_len=256", f"data.cache={tmp_path}/cache", "model.dim=16", "model.heads=2", "model.layers=2"]
+        data += ["model.ffn=16", "model.num_experts=4", "model.dense_ffn=32", "steps=4", "eval_every=2"]
+        cells = read_cells([*data, "batch_size=8", "logger.mode=disabled", f"out={tmp_path}/runs", *overrides])
+        assert cells is not None
+        return cells[0]
+
+    return read
+
+
+def events(cell: Any) -> list[dict[str, Any]]:
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    train(cell.config, cell.folder, mirror=Mirror(cell), signals=Signals())
+    return read_events(cell.folder / "events.jsonl")
+
+
+def test_a_step_does_not_depend_on_how_it_is_cut_into_micro_batches(chat, tmp_path):
+    """Blocks have unequal numbers of labels: a mean of the micro-batches' means would be another loss."""
+    runs = [
+        events(chat(f"batch_size={size}", f"grad_accum={8 // size}", "lb=0", "z=0.1", f"out={tmp_path}/{size}"))
+        for size in (8, 2)
+    ]
+    for a, b in zip(*runs, strict=True):
+        for key in {"train/loss", "train/router_z", "val/loss", "grad_norm"} & set(a):
+            assert a[key] == pytest.approx(b[key], rel=2e-4), key
+
+
+def test_embedding_noise_acts_on_conversations_too(chat, tmp_path):
+    quiet, noisy = (events(chat(f"model.neftune_noise_alpha={alpha}", f"out={tmp_path}/{alpha}")) for alpha in (0, 5))
+    first = [
+        next(event for event in run if event["kind"] == kind) for run in (quiet, noisy) for kind in ("eval", "train")
+    ]
+    assert first[0]["val/loss"] == first[2]["val/loss"]
+    assert first[1]["train/loss"] != first[3]["train/loss"]
+
+
+def test_a_run_on_conversations_learns_and_can_be_studied(chat):
+    cell = chat("steps=12", "optimizer.adamw_lr=0.01")
+    run(cell)
+    metrics = json.loads((cell.folder / "metrics.json").read_text())
+    losses = metrics["history"]["val_losses"]
+    assert losses[-1] < losses[0] - 0.1
+    assert {"val/loss/everyday", "val/loss/rewrite"} < set(metrics["final_metrics"])
+    saved = AutoTokenizer.from_pretrained(cell.folder / "model")
+    rendered = saved.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert rendered == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert study(cell.folder, blocks_wanted=4, samples=12)
+    found = json.loads((cell.folder / "specialisation.json").read_text())
+    assert found["reason"] is None
+    assert all(value is not None for row in found["knockout"]["zeroed"]["delta"]["mean"] for value in row)
+    assert all(0 < layer["tokens"] <= 12 and layer["regret"]["mean"] >= 0 for layer in found["regret"])
+    assert found["documents"] == found["blocks"] == found["knockout"]["zeroed"]["delta"]["documents"] == 4
+    assert found["val_loss"]["mean"] == pytest.approx(metrics["final_metrics"]["val/loss"], rel=1e-4)
+
+
+# ---- Sources -----------------------------------------------------------------------------------------------------
+
+
+def test_instructions_that_conversations_share_do_not_make_them_duplicates(tmp_path):
+    system = {"role": "system", "content": words("rule", 200)}
+    rows = [[system, *(turn for turn in conversation(row) if turn["role"] != "system")] for row in range(6)]
+    documents = list(source(smoltalk(tmp_path / "a.parquet", [*rows, rows[0]])).documents())
+    assert [document.turns[0].content for document in documents] == [system["content"]] * 6
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([{"role": "user", "content": "Hi"}], "train/0 has no message of an assistant"),
+        (
+            [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": " "}],
+            "train/0 has no message of an assis",
+        ),
+        ([{"role": "tool", "content": "Hi"}], "train/0 has a message of role 'tool'; known: system, user, assistant"),
+        ([{"role": "assistant", "content": None}], "train/0 has a message of assistant whose content is no text"),
+        ([{"from": "human", "value": "Hi"}], "train/0 holds no list of messages with role and content"),
+        ("Hi", "train/0 holds no list of messages with role and content"),
+        (None, "train/0 holds no list of messages with role and content"),
+    ],
+)
+def test_conversations_say_in_one_line_what_is_wrong(tmp_path, messages, message):
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    with pytest.raises(ValueError, match=f"^data.source.messages=messages: {message}"):
+        list(source(tmp_path / "bad.jsonl", domain=None).documents())
+
+
+def test_missing_columns_files_and_samples_are_named(file, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"data\.source\.messages=chat: train/0 has no such column, only messages, source"
+    ):
+        list(source(file, messages="chat").documents())
+    with pytest.raises(ValueError, match=r"data\.source\.domain=topic: train/0 has no such column"):
+        list(source(file, domain="topic").documents())
+    with pytest.raises(ValueError, match=r"data\.source\.path=gone\.parquet: no such file"):
+        list(source(Path("gone.parquet")).documents())
+    with pytest.raises(ValueError, match=r"data\.source\.max_samples=0: must be at least 1"):
+        source(file, max_samples=0)
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package of the name and the layout that the embedded pairs come from, with ten pairs of our own."""
+    folder = tmp_path / "reasoning_gym" / "data"
+    folder.mkdir(parents=True)
+    (tmp_path / "reasoning_gym" / "__init__.py").write_text("raise RuntimeError('it must not run')")
+    info = tmp_path / "reasoning_gym-0.1.25.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: reasoning-gym\nVersion: 0.1.25\n")
+    with gzip.open(folder / "codeio.jsonl.gz", "wt") as stream:
+        for n in range(10):
+            texts = {"task_description": words(f"task{n}n", 20), "input_output_spec": words(f"spec{n}n", 20)}
+            stream.write(json.dumps({**texts, "code_sample": words(f"code{n}n", 20)}) + "\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_embedded_pairs_are_problem_and_solution(package):
+    documents = list(Solutions(10).documents())
+    assert sorted(document.id for document in documents) == [f"codeio/{n}" for n in range(10)]
+    assert list(Solutions(4).documents()) == documents[:4]
+    for document in documents:
+        n = document.id.removeprefix("codeio/")
+        problem = f"{words(f'task{n}n', 20)}\n\n{words(f'spec{n}n', 20)}"
+        assert document.turns == (Turn("user", problem), Turn("assistant", words(f"code{n}n", 20)))
+    assert Solutions(4).describe()["problems"]["packages"]["reasoning-gym"] == "0.1.25"
+    assert "reasoning_gym" not in sys.modules
+
+
+def test_without_the_package_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("moe.data.embedded.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs: pip install --no-deps reasoning-gym==0\.1\.25$"):
+        Solutions(1)
+    with pytest.raises(ValueError, match=r"data\.source\.max_samples=0: must be at least 1"):
+        Solutions(0)

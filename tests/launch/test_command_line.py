@@ -1,0 +1,188 @@
+"""Everything wrong with a command is said in one line, before anything happens; everything right becomes cells."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from moe.checks import ConfigError
+from moe.config.options import CONF, GROUPS, options
+from moe.launch import command_line
+from moe.launch.command_line import read_cells, run_name
+
+TRAIN = CONF.parent / "train.py"
+
+
+def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(TRAIN), *arguments], cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("seed=abc", "seed=abc: .*Integer"),
+        ("noise=-1", r"noise=-1.0: must be a finite number >= 0"),
+        ("noise=nan", "noise=nan: must be a finite number"),
+        ("lb=inf", "lb=inf: must be a finite number"),
+        ("capacity=0", r"capacity=0.0: must be a finite number > 0, or null for dropless"),
+        ("nois=1", "unknown key 'nois'; nearest: noise"),
+        ("router.kk=2", "unknown key 'router.kk'; nearest: router.k"),
+        ("router.temp=2", "unknown key 'router.temp'"),
+        ("router=topq", "unknown option of router 'topq'; nearest: top"),
+        ("router=0.1", "unknown option of router '0.1'"),
+        ("router={a:1}", "unknown option of router"),
+        ("router=temperature router.temp=0", r"router.temp=0.0: must be a finite number > 0"),
+        ("router.k=9", r"router.k=9: must be between 1 and model.num_experts=8"),
+        ("router.k=two", "router.k=two: must be a whole number"),
+        ("router.gate=renor", "router.gate=renor: must be one of renorm, softmax_all, uniform"),
+        ("model.heads=5", r"model.heads=5: must be a divisor of model.dim=128"),
+        ("precision=fp16", "precision=fp16: must be one of fp32, bf16; nearest: bf16"),
+        ("matmul_precision=hi", "matmul_precision=hi: must be one of highest, high, medium; nearest: high"),
+        ("steps=0", "steps=0: must be a whole number"),
+        ("steps=100000000000000000000", "steps=1.*: must be a whole number"),
+        ("seed=-1", "seed=-1: must be between"),
+        ("+extra=1", r"\+extra=1: keys cannot be added"),
+        ("data.source=null", "data.source=None: must name its class as data.source._target_"),
+        ("-m experiment=noise_floor,noise_lb_seed", "a command has one experiment"),
+        ("-m out=a,b seed=1,2", "a command has one out"),
+        ("-m router=topk,expert_choice router.k=1,2", "unknown key of router=expert_choice 'router.k'"),
+        ("router@x=topk", "router@x=topk: groups have their places; write router="),
+        ("model=upcycled", "model.dense=None: must be the folder or hub name of a dense"),
+        ("++stepz=5", r"\+\+stepz=5: keys cannot be added"),
+        ("~seed", "~seed: keys cannot be added or deleted"),
+        ("noise=null", "noise=null"),
+        ("lb=[1]", r"lb=\[1\]: .*Float"),
+        ("seed=1,2", "seed=1,2: several values need a sweep; add -m"),
+        ("-m seed=1,1", "two cells of this sweep are the same run"),
+        ("-m noise=0,-1", "noise=-1.0: must be"),
+        ("-m router.k=2,9", r"router.k=9: must be"),
+        ("schedule=linear", "this router has no temperature; use temperature or gumbel"),
+        ("router=temperature router.temp=hot", "router.temp=hot: must be a number"),
+        ("schedule=exponential schedule.knob=noise", r"noise=0.0: must be > 0"),
+        ("router=temperature schedule=step schedule.first=0.9", "schedule.first=0.9: must be 0 <= first <= second"),
+        ("data.vocab_size=null", "data.vocab_size=None: must be given"),
+        ("data=text", "data.source.paths: Missing mandatory value"),
+        ("data=text data.source.paths=[/gone/*.txt]", r"data.source.paths=/gone/\*.txt: no such file"),
+        ("data.source.domains=[speach]", "data.source.domains=.*: choose from speech"),
+        ("router", "cannot read the command line"),
+        ("=3", "=3: the key is missing"),
+        ("data.seq_len=${data.seq_len}", "data.seq_len"),
+        ("experiment=noise_lb_sed", "unknown option of experiment 'noise_lb_sed'; nearest: noise_lb_seed"),
+        ("--config-name other", "--config-name is not supported"),
+        ("optimizer.muon_lr=-0.1", r"optimizer.muon_lr=-0.1: must be a finite number > 0"),
+        ("logger.mode=of", "logger.mode=of: must be one of"),
+    ],
+)
+def test_wrong_commands(arguments: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as raised:
+        read_cells(arguments.split())
+    assert "\n" not in str(raised.value)
+
+
+def test_a_wrong_command_exits_with_2_says_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    done = command("-m", "noise=0.0,0.1", "router.k=2,9", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "train.py: router.k=9: must be between 1 and model.num_experts=8\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_names_every_option_with_its_purpose() -> None:
+    done = command("--help")
+    assert done.returncode == 0
+    for group in GROUPS:
+        for name, purpose in options(group).items():
+            assert purpose, f"conf/{group}/{name}.yaml needs a first line '# its purpose'"
+            assert f"{name} " in done.stdout
+            assert purpose in done.stdout
+
+
+def test_help_and_refusals_do_not_import_torch() -> None:
+    code = "import sys; from moe import commandline; command_line.help_text(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=CONF.parent).returncode == 0
+
+
+def test_the_users_single_command() -> None:
+    [cell] = read_cells(["router=temperature", "router.temp=1.5"]) or []
+    assert cell.config.temperature == 1.5
+    assert cell.choices["router"] == "temperature"
+    assert cell.folder == Path("outputs/default/router.temp=1.5,router=temperature")
+
+
+def test_the_users_sweep_is_the_eighteen_cells_in_order() -> None:
+    cells = read_cells(["-m", "noise=0.0,0.1,0.5", "lb=0.0,0.01", "seed=42,43,44"]) or []
+    grid = [(c.config.noise, c.config.lb, c.config.seed) for c in cells]
+    assert grid == [(n, lb, s) for n in (0.0, 0.1, 0.5) for lb in (0.0, 0.01) for s in (42, 43, 44)]
+    assert cells[0].folder == Path("multirun/default/lb=0.0,noise=0.0,seed=42")
+
+
+def test_an_experiment_sweeps_by_itself_and_the_command_line_narrows_it() -> None:
+    assert len(read_cells(["experiment=noise_lb_seed"]) or []) == 18
+    narrowed = read_cells(["experiment=noise_lb_seed", "seed=42", "noise=0.0,0.5"]) or []
+    assert len(narrowed) == 4
+    assert {c.folder.parent for c in narrowed} == {Path("multirun/noise_lb_seed")}
+
+
+@pytest.mark.parametrize("experiment", sorted(options("experiment")))
+def test_the_cells_of_every_experiment_differ(experiment: str, finished_ablation: Path) -> None:
+    cells = read_cells([f"experiment={experiment}", "seed=42", f"out={finished_ablation}"]) or []
+    identities = [str(sorted(cell.config.identity().items(), key=str)) for cell in cells]
+    assert len(set(identities)) == len(identities)
+
+
+@pytest.mark.parametrize("group", [g for g in GROUPS if g not in ("experiment", "data")])
+def test_every_option_composes(group: str) -> None:
+    for name in options(group):
+        if name == "upcycled":  # wants a checkpoint: tests/test_upcycle.py
+            continue
+        extra = ["router=temperature"] if group == "schedule" else []
+        assert read_cells([f"{group}={name}", *extra])
+
+
+def test_a_variant_wins_over_an_experiment() -> None:
+    for name in options("variant"):
+        chosen = yaml.safe_load((CONF / "variant" / f"{name}.yaml").read_text())
+        cells = read_cells(["experiment=noise_lb_seed", f"variant={name}", "seed=42", "noise=0.1"]) or []
+        assert all(cell.choices["variant"] == name for cell in cells)
+        router = next((d["override /router"] for d in chosen.get("defaults", []) if "override /router" in d), None)
+        assert router is None or all(cell.choices["router"] == router for cell in cells)
+
+
+def test_the_best_temperature_is_that_of_the_lowest_mean_over_seeds(finished_ablation: Path) -> None:
+    """2.0 has the lowest single run, 1.5 the lowest mean."""
+    cells = read_cells(["experiment=temperature_best_long", f"out={finished_ablation}"]) or []
+    assert {cell.config.temperature for cell in cells} == {1.5}
+    assert {cell.config.steps for cell in cells} == {600}
+
+
+def test_without_a_finished_ablation_there_is_no_best_temperature(tmp_path: Path, finished_ablation: Path) -> None:
+    with pytest.raises(ConfigError, match=r"results\.csv, which does not exist: run that experiment first"):
+        read_cells(["experiment=temperature_best_long", f"out={tmp_path / 'none'}"])
+    results = finished_ablation / "temperature_ablation" / "results.csv"
+    results.write_text(results.read_text().replace("c,finished", "c,failed"))
+    with pytest.raises(ConfigError, match="where c is failed: finish it"):
+        read_cells(["experiment=temperature_best_long", f"out={finished_ablation}"])
+
+
+def test_free_keys_change_neither_the_folder_nor_the_identity(tmp_path: Path) -> None:
+    plain, free = (
+        (read_cells([f"out={tmp_path}", *extra]) or [])[0]
+        for extra in ([], ["threads=2", "save_every=7", "logger.mode=disabled", f"data.cache={tmp_path}"])
+    )
+    assert plain.folder == free.folder
+    assert plain.config.identity() == free.config.identity()
+
+
+def test_run_names_are_safe_short_and_distinct() -> None:
+    assert run_name("") == "base"
+    assert run_name("lb=0.0,seed=42") == "lb=0.0,seed=42"
+    odd = ["tag=a/b", "tag=a b", "tag=ä", "tag=../..", "x" * 300, "x" * 301]
+    names = [run_name(text) for text in odd]
+    assert len(set(names)) == len(names)
+    assert all("/" not in name and len(name.encode()) < 200 and name not in (".", "..") for name in names)
+
+
+def test_hydra_answers_its_own_flags() -> None:
+    assert command_line.read_cells(["--cfg", "job"]) is None

@@ -1,0 +1,171 @@
+"""Experts and the layer against slow references."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralSparseMoeBlock
+
+from moe.model.experts import Experts, choose
+from moe.model.layer import MoELayer
+from moe.routers.topk import TopK
+from moe.routing.decision import Context, Knobs
+from moe.routing.stats import RoutingStats
+
+D, E, H = 8, 4, 12
+
+
+def filled(module: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(0)
+    for p in module.parameters():
+        nn.init.normal_(p, std=0.5, generator=generator)
+    return module
+
+
+@pytest.mark.parametrize("kind", ["silu", "swiglu"])
+@pytest.mark.parametrize("counts", [[3, 0, 5, 2], [0, 0, 10, 0], [10, 0, 0, 0]])
+def test_experts_row_by_row(kind: str, counts: list[int]) -> None:
+    experts = filled(Experts(E, D, hidden=H, kind=kind))
+    x = torch.randn(10, D)
+    y = experts(x, torch.tensor(counts))
+    owner = torch.repeat_interleave(torch.arange(E), torch.tensor(counts))
+    for row, e, out in zip(x, owner, y, strict=True):
+        hidden = F.silu(experts.up[e] @ row)
+        if kind == "swiglu":
+            hidden = F.silu(experts.gate[e] @ row) * (experts.up[e] @ row)
+        torch.testing.assert_close(out, experts.down[e] @ hidden)
+
+
+def test_expert_gradients_in_double_precision() -> None:
+    experts = filled(Experts(3, 4, hidden=5, kind="swiglu")).double()
+    x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda rows: experts(rows, torch.tensor([2, 0, 4])), x)
+
+
+@pytest.mark.parametrize("kind", ["silu", "swiglu"])
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_both_kernels_give_the_same_output_and_gradients(
+    kind: str, contiguous: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = filled(Experts(E, D, hidden=H, kind=kind))
+    results = []
+    for kernel in ("loop", "grouped"):
+        monkeypatch.setattr(Experts, "kernel", lambda self, dtype, kernel=kernel: kernel)
+        x = torch.linspace(-1, 1, 10 * D).view(10, D).requires_grad_()
+        y = experts(x, torch.tensor([3, 0, 5, 2]))
+        y.backward(torch.linspace(0, 1, 10 * D).view(10, D) if contiguous else torch.ones(1, 1).expand(10, D))
+        results.append([y.detach(), x.grad, *(p.grad for p in experts.parameters())])
+        experts.zero_grad()
+    assert results[1][-1].abs().sum() > 0
+    for ours, reference in zip(*results, strict=True):
+        torch.testing.assert_close(ours, reference)
+
+
+def test_the_grouped_kernel_follows_autocast_and_survives_no_rows() -> None:
+    """In bf16 within its rounding of 2^-8; gradients stay in the precision of the weights."""
+    experts = filled(Experts(64, D, hidden=16, kind="swiglu"))
+    assert experts.kernel(torch.bfloat16) == experts.kernel(torch.float32) == "grouped"
+    counts = torch.arange(64) % 2
+    x = torch.randn(32, D)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = experts(x, counts)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), experts(x, counts), atol=0.05 * y.abs().max().item(), rtol=0)
+    y.sum().backward()
+    assert experts.up.grad.dtype == torch.float32
+    assert (experts.up.grad[::2] == 0).all()
+    assert experts(x[:0], torch.zeros(64, dtype=torch.long)).shape == (0, D)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "stack", "expected"),
+    [
+        ("cpu", torch.float32, (8, 16, 8), "loop"),
+        ("cpu", torch.float32, (128, 16, 8), "grouped"),
+        ("cpu", torch.float32, (128, 16, 6), "loop"),  # rows of 24 bytes
+        ("cpu", torch.float64, (128, 16, 8), "loop"),
+        ("cuda", torch.bfloat16, (8, 16, 8), "grouped"),
+        ("cuda", torch.bfloat16, (8, 16, 12), "loop"),
+        ("cuda", torch.bfloat16, (1, 16, 8), "loop"),  # one product either way
+        ("cuda", torch.float32, (8, 16, 8), "loop"),
+    ],
+)
+def test_the_kernel_is_a_function_of_device_precision_and_shape(
+    device: str, dtype: torch.dtype, stack: tuple[int, ...], expected: str
+) -> None:
+    assert choose(device, dtype, stack) == expected
+
+
+@pytest.mark.parametrize("experts", [E, 64])
+def test_dropout_thins_the_hidden_units_in_training_alone(experts: int) -> None:
+    """64 equal hidden units: an output is the share of them that stays, over 0.5, of variance 1/64 around 1."""
+    made = Experts(experts, D, hidden=64, kind="silu", dropout=0.5)
+    with torch.no_grad():
+        for p in made.parameters():
+            p.fill_(0.1)
+    rows = torch.ones(4 * experts, D)
+    counts = torch.full((experts,), 4)
+    noisy, clean = made(rows, counts), made.eval()(rows, counts)
+    assert clean.std() < 1e-6
+    kept = noisy[:, 0] / clean[:, 0]
+    assert kept.std() > 0.05
+    assert (kept.mean() - 1).abs() < 5 * (1 / 64 / len(rows)) ** 0.5
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_identical_experts_are_a_dense_feed_forward(k: int) -> None:
+    """With renormalised gates the weights sum to 1, so routing cannot matter; with k=1 the gate p scales the output."""
+    experts = filled(Experts(E, D, hidden=H, kind="silu"))
+    with torch.no_grad():
+        for p in experts.parameters():
+            p.copy_(p[:1].expand_as(p))
+    router = filled(TopK(D, E, k=k))
+    x = torch.randn(2, 5, D)
+    ids = torch.zeros(2, 5, dtype=torch.long)
+    dense = F.linear(F.silu(F.linear(x, experts.up[0])), experts.down[0])
+    gate = router(x.view(-1, D), Context(ids, Knobs.of())).weight.view(10, k).sum(-1).view(2, 5, 1)
+    torch.testing.assert_close(MoELayer(router, experts)(x, Context(ids, Knobs.of())).y, dense * gate)
+    if k > 1:
+        torch.testing.assert_close(gate, torch.ones_like(gate))
+
+
+def test_shared_experts_add_to_the_routed_ones() -> None:
+    router, experts = filled(TopK(D, E)), filled(Experts(E, D, hidden=H, kind="silu"))
+    shared = filled(nn.Linear(D, D))
+    x, context = torch.randn(2, 5, D), Context(torch.zeros(2, 5, dtype=torch.long), Knobs.of())
+    alone, both = MoELayer(router, experts)(x, context), MoELayer(router, experts, shared)(x, context)
+    torch.testing.assert_close(both.y, alone.y + shared(x))
+
+
+def test_statistics_are_detached_and_merging_halves_is_the_whole() -> None:
+    layer = MoELayer(filled(TopK(D, E)), filled(Experts(E, D, hidden=H, kind="silu")))
+    x, ids = torch.randn(6, 5, D), torch.zeros(6, 5, dtype=torch.long)
+    whole = layer(x, Context(ids, Knobs.of())).stats
+    halves = [layer(part, Context(ids[:3], Knobs.of())).stats for part in (x[:3], x[3:])]
+    for name, merged, field in zip(RoutingStats._fields, halves[0].merge(halves[1]), whole, strict=True):
+        assert not field.requires_grad
+        if name not in ("batches", "max_violation"):  # the two that are about micro-batches
+            torch.testing.assert_close(merged, field, equal_nan=True)
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_the_layer_equals_transformers_mixtral_block(k: int) -> None:
+    """An implementation by other hands: same weights, same output and same gradient of the input."""
+    config = MixtralConfig(hidden_size=D, intermediate_size=H, num_local_experts=E, num_experts_per_tok=k)
+    config._experts_implementation = "eager"
+    block = filled(MixtralSparseMoeBlock(config))
+    experts, router = Experts(E, D, hidden=H, kind="swiglu"), TopK(D, E, k=k)
+    with torch.no_grad():
+        gate, up = block.experts.gate_up_proj.chunk(2, dim=1)
+        experts.gate.copy_(gate)
+        experts.up.copy_(up)
+        experts.down.copy_(block.experts.down_proj)
+        router.weight.copy_(block.gate.weight)
+    ours, theirs = (torch.randn(2, 5, D, generator=torch.Generator().manual_seed(4)) for _ in range(2))
+    y = MoELayer(router, experts)(ours.requires_grad_(), Context(torch.zeros(2, 5, dtype=torch.long), Knobs.of())).y
+    reference = block(theirs.requires_grad_())
+    reference = reference[0] if isinstance(reference, tuple) else reference
+    torch.testing.assert_close(y, reference)
+    for output in (y, reference):
+        output.square().sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)

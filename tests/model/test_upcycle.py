@@ -1,0 +1,406 @@
+"""Upcycling: what is made of a dense checkpoint computes the same, trains as told, and is refused if it is wrong."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_runs import run
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from moe.checks import ConfigError
+from moe.config.options import CONF
+from moe.config.schema import Cell
+from moe.launch.command_line import read_cells
+from moe.model.decoder import MoEForCausalLM
+from moe.routing.decision import Knobs
+from moe.runs.signals import Interrupted
+from moe.training.optim import build_optimizers
+from moe.training.setup import build_model, prepare_data, scale_learning_rates
+
+V = 400  # the vocabulary of the small corpus
+Read = Callable[..., Cell]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(small: list[str]) -> Any:
+    """That of the small corpus, as a checkpoint would have it."""
+    [one] = read_cells(small) or []
+    return prepare_data(one.config).tokenizer
+
+
+@pytest.fixture(scope="module")
+def tied(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dense(tmp_path_factory.mktemp("tied"), tokenizer, tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="module")
+def untied(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dense(tmp_path_factory.mktemp("untied"), tokenizer, tie_word_embeddings=False)
+
+
+def make_dense(folder: Path, tokenizer: Any, **changes: Any) -> Path:
+    """A random Llama of three layers whose every setting differs from our defaults; weights large enough to matter."""
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=V,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        rms_norm_eps=1e-3,
+        rope_parameters={"rope_type": "default", "rope_theta": 77.0},
+        initializer_range=0.3,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        **changes,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def upcycled(small: list[str], tmp_path: Path) -> Read:
+    """Reads one small cell that starts from a dense checkpoint."""
+    data = [word for word in small if word.startswith("data") and "vocab_size" not in word]
+    run = [word for word in small if not word.startswith(("data", "model"))]
+    fixed = [*data, *run, "model=upcycled", "model.num_experts=4", "data.vocab_size=null", "optimizer=finetune"]
+
+    def read(folder: Path, *overrides: str) -> Cell:
+        words = [*fixed, f"model.dense={folder}", f"data.tokenizer={folder}", f"out={tmp_path}", *overrides]
+        cells = read_cells(words)
+        assert cells is not None
+        return cells[0]
+
+    return read
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(3, V, (3, 16), generator=torch.Generator().manual_seed(1))
+
+
+def dense_model(folder: Path, *, layers: int = 3) -> LlamaForCausalLM:
+    model = LlamaForCausalLM.from_pretrained(folder).eval()
+    del model.model.layers[layers:]
+    return model
+
+
+# ---- The same function ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["model.shared_experts=1"],
+        ["model.shared_experts=2", "model.first_k_dense_replace=1"],
+        ["model.first_k_dense_replace=3"],
+        ["model.layers=2", "router.k=3"],
+        ["router=spectra"],
+        ["router=sigmoid_bias", "model.shared_experts=1"],
+    ],
+    ids=" ".join,
+)
+def test_the_logits_are_those_of_the_dense_model(
+    kind: str, overrides: list[str], upcycled: Read, ids: torch.Tensor, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(kind)
+    config = upcycled(folder, *overrides).config
+    model = build_model(config, vocab_size=V).eval()
+    expected = dense_model(folder, layers=config.model.layers)(ids).logits
+    assert expected.std() > 0.5, "large enough to compare"
+    torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=0)
+    tied = model.lm_head.weight is model.model.embed_tokens.weight
+    assert tied == (kind == "tied")
+
+
+def test_a_gate_that_does_not_sum_to_one_changes_the_function(upcycled: Read, tied: Path, ids: torch.Tensor) -> None:
+    """So that the equality above says something of the experts."""
+    model = build_model(upcycled(tied, "router.gate=softmax_all").config, vocab_size=V).eval()
+    assert (model(ids).logits - dense_model(tied)(ids).logits).abs().max() > 0.1
+
+
+def test_sizes_are_the_checkpoints(upcycled: Read, tied: Path) -> None:
+    config = upcycled(tied).config.model
+    assert (config.dim, config.heads, config.layers, config.ffn, config.dense_ffn) == (32, 4, 3, 48, 48)
+    assert (config.expert, config.embed_scale) == ("swiglu", False)
+
+
+def test_experts_are_alike_at_first_and_differ_after_training(upcycled: Read, tied: Path) -> None:
+    one = upcycled(tied)
+    before = build_model(one.config, vocab_size=V).model.layers[0].mlp.experts.up
+    assert torch.equal(before[0], before[3])
+    run(one)
+    after = load_file(one.folder / "model" / "model.safetensors")["model.layers.0.mlp.experts.up"]
+    assert not torch.equal(after[0], after[3])
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_the_saved_model_writes_the_text_of_the_dense_one(
+    kind: str, upcycled: Read, ids: torch.Tensor, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(kind)
+    build_model(upcycled(folder, "model.shared_experts=1").config, vocab_size=V).save_pretrained(tmp_path / "saved")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert isinstance(loaded, MoEForCausalLM)
+    settings = {"max_new_tokens": 12, "do_sample": False}
+    ours, theirs = (model.generate(ids[:1, :5], **settings) for model in (loaded, dense_model(folder)))
+    assert torch.equal(ours, theirs)
+    assert ours.shape[1] > 7, "more than the end of the text"
+    for name in ("num_key_value_heads", "rope_parameters", "rms_norm_eps", "tie_word_embeddings", "eos_token_id"):
+        assert getattr(loaded.config, name) == getattr(LlamaConfig.from_pretrained(folder), name)
+
+
+def test_equal_experts_give_the_router_no_gradient_but_that_of_auxiliary_losses(
+    upcycled: Read, tied: Path, ids: torch.Tensor
+) -> None:
+    model = build_model(upcycled(tied).config, vocab_size=V).train()
+    output = model(ids, ids)
+    gate = model.moe_layers[0].router.weight
+    [plain] = torch.autograd.grad(output.loss, gate, retain_graph=True)
+    [balanced] = torch.autograd.grad(output.loss + output.aux["load_balance"].sum(), gate)
+    assert plain.abs().max() < 1e-4 * balanced.abs().max()
+
+
+# ---- Training ---------------------------------------------------------------------------------------------------
+
+
+def test_shared_experts_stay_what_they_were_and_the_others_move(upcycled: Read, tied: Path) -> None:
+    one = upcycled(tied, "model.shared_experts=1")
+    before = {name: p.clone() for name, p in build_model(one.config, vocab_size=V).named_parameters()}
+    with pytest.raises(Interrupted):
+        run(one, stop_after=3)
+    run(one)  # what is frozen is frozen after a resume too
+    after = load_file(one.folder / "model" / "model.safetensors")
+    same = {name for name, p in before.items() if name in after and torch.equal(p, after[name])}
+    assert same == {name for name in before if ".shared." in name}
+    assert len(same) == 3 * 3
+
+
+def test_an_interrupted_upcycled_run_is_bitwise_the_undisturbed_one(
+    upcycled: Read, untied: Path, tmp_path: Path
+) -> None:
+    settings = ["model.shared_experts=1", "noise=0.3", "gradient_checkpointing=true"]
+    straight, stopped = (upcycled(untied, *settings, f"out={tmp_path}/{name}") for name in "ab")
+    run(straight)
+    with pytest.raises(Interrupted):
+        run(stopped, stop_after=3)
+    run(stopped)
+    digests = {
+        hashlib.sha256((one.folder / "model" / "model.safetensors").read_bytes()).hexdigest()
+        for one in (straight, stopped)
+    }
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("router", ["topk", "spectra"])
+def test_routers_and_experts_move_at_their_own_rates(
+    router: str, upcycled: Read, tied: Path, ids: torch.Tensor
+) -> None:
+    """The first step of AdamW moves every weight by its learning rate, whatever the gradient."""
+    rates = {"router": 3e-3, "experts": 2e-3, "else": 1e-3}
+    words = ["optimizer.router_lr=3e-3", "optimizer.experts_lr=2e-3", "optimizer.adamw_lr=1e-3"]
+    config = upcycled(tied, f"router={router}", *words, "optimizer.weight_decay=0", "optimizer.warmup=0").config
+    model = build_model(config, vocab_size=V).train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizers = build_optimizers(model, config.optimizer)
+    scale_learning_rates(config, optimizers, step=0)
+    output = model(ids, ids)
+    (output.loss + output.aux["load_balance"].sum()).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    seen = set()
+    for name, p in model.named_parameters():
+        assert p.grad is not None
+        moved = (p - before[name]).abs()[p.grad.abs() > 1e-6].detach()
+        part = "router" if ".router." in name else "experts" if ".experts." in name else "else"
+        if len(moved):
+            seen.add(part)
+            assert moved.median().item() == pytest.approx(rates[part], rel=0.02), name
+    assert seen == set(rates)
+    scale_learning_rates(config, optimizers, step=config.steps - 1)
+    peaks = [(group["lr"], group["initial_lr"]) for group in optimizers[0].param_groups]
+    assert [peak for _, peak in peaks] == [1e-3, 3e-3, 2e-3]
+    assert all(rate == pytest.approx(0.1 * peak) for rate, peak in peaks)
+
+
+@pytest.mark.parametrize("router", ["topk", "spectra", "chain_of_experts", "soft_moe"])
+def test_recomputed_blocks_have_the_same_gradients(router: str, cell: Read) -> None:
+    """Noise, dropout and what routers hand from layer to layer included; and statistics are counted once."""
+    config = cell(f"router={router}", "model.dropout=0.3", "capacity=1.0").config
+    model = build_model(config, vocab_size=V).train()
+    ids = torch.randint(0, V, (2, 16), generator=torch.Generator().manual_seed(1))
+    found = []
+    for recompute in (False, True):
+        model.model.recompute = recompute
+        torch.manual_seed(5)
+        output = model(ids, ids, knobs=Knobs.of(noise=0.5), capacity=1.0, orthogonality=True)
+        (output.loss + sum(values.sum() for values in output.aux.values())).backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        found.append([output.logits, *output.stats, *output.aux.values(), *gradients])
+        model.zero_grad()
+    for kept, again in zip(*found, strict=True):
+        torch.testing.assert_close(again, kept, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_key_recomputes_every_block(cell: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    for wanted in (False, True):
+        model = build_model(cell(f"gradient_checkpointing={wanted}").config, vocab_size=V).train()
+        count = [0]
+        for block in model.model.layers:
+            block.register_forward_pre_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
+        ids = torch.zeros(1, 8, dtype=torch.long)
+        model(ids, ids).loss.backward()
+        calls.append(count[0])
+    assert calls == [2, 4]
+
+
+# ---- Refusals ---------------------------------------------------------------------------------------------------
+
+
+def change(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.fixture
+def copy(tied: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for path in tied.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("router.k=5", "router.k=5: must be between 1 and model.num_experts=4"),
+        ("model.layers=4", "model.layers=4: must be at most 3, those of"),
+        ("model.dim=64", "model.dim=64: must be 32, as in"),
+        ("model.expert=silu", "model.expert=silu: must be swiglu, as in"),
+        ("model.dense_digest=00", "model.dense_digest=00: must be [0-9a-f]{64}, as in"),
+        ("data.seq_len=65", "data.seq_len=65: must be at most 64"),
+        ("data.tokenizer=bpe data.vocab_size=400", "data.tokenizer=bpe: must be that of model.dense="),
+        ("optimizer=muon optimizer.router_lr=1e-4", "optimizer.router_lr=0.0001: must be null with optimizer.muon_lr"),
+        ("optimizer.experts_lr=0", "optimizer.experts_lr=0.0: must be a finite number > 0"),
+        ("model.attention=flash_attention_2", "model.attention=flash_attention_2: must be eager or sdpa, unless"),
+    ],
+)
+def test_wrong_settings(overrides: str, message: str, upcycled: Read, tied: Path) -> None:
+    with pytest.raises(ConfigError, match=message) as raised:
+        upcycled(tied, *overrides.split())
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gpt2"}, "must be a Llama with SwiGLU without bias, not .'gpt2'"),
+        ({"hidden_act": "gelu"}, "must be a Llama with SwiGLU without bias"),
+        ({"mlp_bias": True}, "must be a Llama with SwiGLU without bias"),
+        ({"vocab_size": 500}, "data.tokenizer=.*: must be of 500 tokens like .*; it has 400"),
+    ],
+)
+def test_wrong_checkpoints(changes: dict[str, Any], message: str, upcycled: Read, copy: Path) -> None:
+    change(copy, **changes)
+    with pytest.raises(ConfigError, match=message):
+        upcycled(copy)
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [("config.json", "a folder with config.json"), ("model.safetensors", "weights"), ("tokenizer.json", "tokenizer")],
+)
+def test_incomplete_folders(missing: str, message: str, upcycled: Read, copy: Path) -> None:
+    (copy / missing).unlink()
+    with pytest.raises(ConfigError, match=message):
+        upcycled(copy)
+
+
+def test_a_checkpoint_without_all_weights_is_refused(upcycled: Read, copy: Path) -> None:
+    change(copy, num_hidden_layers=4)
+    with pytest.raises(ValueError, match=r"without weights for model\.layers\.3\."):
+        build_model(upcycled(copy).config, vocab_size=V)
+
+
+def test_other_weights_in_the_same_folder_are_another_run(upcycled: Read, copy: Path) -> None:
+    before = upcycled(copy).config.identity()
+    weights = copy / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    after = upcycled(copy).config.identity()
+    assert {key for key in before if before[key] != after[key]} == {"model.dense_digest"}
+
+
+def test_flash_attention_wants_bf16(cell: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    with pytest.raises(ConfigError, match="precision=fp32: must be bf16 with flash_attention_2"):
+        cell("model.attention=flash_attention_2")
+
+
+def test_a_missing_folder_is_one_line_and_exit_status_2(tmp_path: Path) -> None:
+    words = ["model=upcycled", "model.dense=/no/such/place", "data.vocab_size=null", "data.tokenizer=/no/such/place"]
+    train_py = str(CONF.parent / "train.py")
+    done = subprocess.run([sys.executable, train_py, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("train.py: model.dense=/no/such/place: no such folder, and none on the hub")
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- The real one -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from moe.model.smollm2 import make
+
+    folder = tmp_path_factory.mktemp("checkpoint") / "smollm2"
+    make(folder)
+    return folder
+
+
+@pytest.mark.checkpoint
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+class TestSmolLM2:
+    def test_it_knows_the_capital_of_france(self, smollm2: Path) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(smollm2)
+        question = [{"role": "user", "content": "What is the capital of France?"}]
+        prompt = tokenizer.apply_chat_template(
+            question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        model = LlamaForCausalLM.from_pretrained(smollm2)
+        answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+        assert tokenizer.decode(answer, skip_special_tokens=True) == "The capital of France is Paris."
+
+    def test_every_digit_is_a_token_and_all_text_survives(self, smollm2: Path) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(smollm2)
+        text = "a 12\n  345 <|im_end|> Grüße, 世界"
+        ids = tokenizer(text)["input_ids"]
+        assert [token for token in tokenizer.convert_ids_to_tokens(ids) if token.isdigit()] == list("12345")
+        assert tokenizer.decode(ids) == text
+
+    @pytest.mark.parametrize("shared", [0, 1])
+    def test_its_first_layers_upcycled_compute_the_same(self, shared: int, smollm2: Path, upcycled: Read) -> None:
+        config = upcycled(smollm2, "model.layers=3", f"model.shared_experts={shared}").config
+        model = build_model(config, vocab_size=49_152).eval()
+        ids = torch.randint(20, 49_152, (2, 24), generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            expected = dense_model(smollm2, layers=3)(ids).logits
+            difference = (model(ids).logits - expected).abs().max()
+        assert difference < 1e-4 * expected.abs().max()

@@ -1,0 +1,312 @@
+"""From run folders to one table: nothing is dropped, whatever state the folders are in."""
+
+import json
+import math
+import os
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from moe.results.conditions import levels, spread_table, summary, tied_factors, varied_factors, with_causality
+from moe.results.sweep_tables import console_table, write_sweep_tables
+from moe.results.table import history, load
+
+
+def write_run(
+    folder: Path,
+    *,
+    status: str = "finished",
+    router: str = "topk",
+    variant: str | None = None,
+    loss: float = 2.0,
+    **config: Any,
+) -> Path:
+    """A run folder as the trainer leaves it; three evaluations, of which the second is the best."""
+    folder.mkdir(parents=True)
+    keys = {"seed": 42, "steps": 30, "noise": 0.0, "lb": 0.01, "capacity": None, "threads": 1} | config
+    record = {
+        "status": status,
+        "error": None if status == "finished" else "CUDA out of memory\nsecond line",
+        "experiment": folder.parent.name,
+        "name": folder.name,
+        "config": keys
+        | {"router": {"_target_": f"moe.{router}", "k": 2}, "data": {"seed": keys["seed"], "cache": "c"}},
+        "choices": {"router": router, "schedule": "constant", "model": "tiny", "data": "embedded", "variant": variant},
+        "causal": router != "expert_choice",
+        "commit": "abc1234",
+        "seconds": 100.0,
+        "train_seconds": 90.0,
+        "peak_memory_gb": None,
+        "parameters": {"total": 1000, "active": 500},
+    }
+    (folder / "run.json").write_text(json.dumps(record))
+    metrics = {
+        "val/loss": loss,
+        "val/perplexity": math.exp(loss),
+        "val/accuracy": 0.5,
+        "val/loss/prose": None,
+        "routing/load_cv/pooled": 0.1,
+        "routing/utilization": [[0.5, 0.5]],
+    }
+    (folder / "metrics.json").write_text(json.dumps({"final_metrics": metrics, "history": {}}))
+    losses = [("eval", 10, 3.0), ("train", 15, 0.1), ("eval", 20, loss - 0.5), ("eval", 30, loss)]
+    lines = [json.dumps({"kind": kind, "step": step, "val/loss": value}) for kind, step, value in losses]
+    (folder / "events.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Noise x load balancing x 2 seeds; the sweep's own files lie beside the runs."""
+    folder = tmp_path / "multirun" / "noise_lb"
+    for noise in (0.0, 0.1):
+        for lb in (0.0, 0.01):
+            for seed in (42, 43):
+                name = f"lb={lb},noise={noise},seed={seed}"
+                write_run(folder / name, noise=noise, lb=lb, seed=seed, loss=2.0 + noise + 0.01 * (seed - 42))
+    (folder / "multirun.yaml").write_text("{}")
+    (folder / "results.csv").write_text("old")
+    (folder / "sweep.json").write_text(
+        json.dumps({"cells": {path.name: {} for path in folder.iterdir() if path.is_dir()}})
+    )
+    return folder
+
+
+def test_any_mix_of_folders_finds_every_run_once(sweep: Path) -> None:
+    one = sweep / "lb=0.0,noise=0.0,seed=42"
+    everything = sorted(str(path) for path in sweep.iterdir() if path.is_dir())
+    assert list(load([sweep.parent])["folder"]) == everything
+    assert load([one, sweep, sweep.parent])["folder"].iloc[0] == str(one)
+    assert len(load([one, sweep, sweep.parent])) == 8
+
+
+def test_a_row_holds_facts_factors_and_final_metrics(sweep: Path) -> None:
+    row = load([sweep]).set_index("run").loc["lb=0.01,noise=0.1,seed=43"]
+    assert row[["noise", "lb", "seed", "router", "router.k", "capacity", "variant"]].tolist() == [
+        *(0.1, 0.01, 43, "topk", 2, "none", "none")
+    ]
+    assert row["causal"]
+    assert row["parameters.active"] == 500
+    assert row["val/loss"] == pytest.approx(2.11), "the last evaluation, not the best"
+    assert math.isnan(row["val/loss/prose"])
+
+
+def test_whatever_is_not_finished_keeps_its_row(sweep: Path) -> None:
+    write_run(sweep / "lb=0.0,noise=0.5,seed=42", status="failed", noise=0.5, lb=0.0)
+    (sweep / "lb=0.0,noise=0.5,seed=43").mkdir()
+    (sweep / "lb=0.0,noise=0.5,seed=43" / "run.json").write_text('{"status": "fin')
+    (sweep / "lb=0.0,noise=0.5,seed=44").mkdir()
+    (sweep / "lb=0.0,noise=0.5,seed=44" / "events.jsonl").write_text("")
+    (write_run(sweep / "lb=0.0,noise=0.5,seed=45", noise=0.5, seed=45) / "metrics.json").unlink()
+    (write_run(sweep / "lb=0.0,noise=0.5,seed=46", noise=0.5, seed=46) / "run.json").write_text("[]")
+    cells = json.loads((sweep / "sweep.json").read_text())["cells"] | {"lb=0.0,noise=0.9,seed=42": {}}
+    (sweep / "sweep.json").write_text(json.dumps({"cells": cells}))
+
+    runs = load([sweep]).set_index("run")
+    rest = runs[runs["status"] != "finished"]
+    assert rest["status"].to_dict() == {
+        "lb=0.0,noise=0.5,seed=42": "failed",
+        "lb=0.0,noise=0.5,seed=43": "unreadable",
+        "lb=0.0,noise=0.5,seed=44": "unreadable",
+        "lb=0.0,noise=0.5,seed=45": "unreadable",
+        "lb=0.0,noise=0.5,seed=46": "unreadable",
+        "lb=0.0,noise=0.9,seed=42": "missing",
+    }
+    assert rest["val/loss"].isna().all()
+    assert rest["noise"].tolist() == [0.5] * 5 + [0.9], "the name alone still says which cell it is"
+    assert runs["seed"].map(type).eq(int).all()
+    assert "no run.json" in rest["error"].iloc[2]
+    assert "no metrics.json" in rest["error"].iloc[3]
+
+    text = console_table(load([sweep]))
+    assert "8 of 14 runs finished" in text
+    assert "failed: lb=0.0,noise=0.5,seed=42: CUDA out of memory" in text
+    assert "missing: lb=0.0,noise=0.9,seed=42" in text
+    assert "second line" not in text
+
+
+def test_a_cell_whose_name_was_cut_has_the_factors_that_it_was_asked_for(tmp_path: Path) -> None:
+    """A digest in place of what does not fit into a name must not become a level of the last factor."""
+    sweep = tmp_path / "x"
+    names = {seed: f"data.source.paths=_a_,seed={seed}-0123456{seed % 10}" for seed in (42, 43, 44)}
+    write_run(sweep / names[42], seed=42)
+    (sweep / names[43]).mkdir()
+    (sweep / names[43] / "run.json").write_text("{")
+    asked = {name: {"seed": seed, "capacity": None, "router": "topk"} for seed, name in names.items()}
+    (sweep / "sweep.json").write_text(json.dumps({"cells": asked}))
+    runs = load([sweep])
+    assert runs["status"].tolist() == ["finished", "unreadable", "missing"]
+    assert runs["seed"].tolist() == [42, 43, 44]
+    assert (runs["capacity"] == "none").all()
+    assert varied_factors(runs) == ["seed"]
+    assert load([sweep / names[43]])["status"].tolist() == ["unreadable"]
+
+
+def test_an_unreadable_cell_list_is_reported(sweep: Path) -> None:
+    (sweep / "sweep.json").write_text('{"cells": [')
+    rest = load([sweep]).query("status != 'finished'")
+    assert rest["status"].tolist() == ["unreadable"]
+    assert "sweep.json" in rest["error"].item()
+
+
+def test_a_wrong_folder_names_the_nearest(sweep: Path) -> None:
+    with pytest.raises(ValueError, match=r"no folder .*noise_bl; the nearest is .*noise_lb$"):
+        load([sweep.parent / "noise_bl"])
+    (sweep.parent / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"no run in .*empty: a run folder holds a run\.json"):
+        load([sweep.parent / "empty"])
+
+
+def test_history_skips_torn_lines_and_keeps_the_last_of_a_repeated_step(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "seed=1")
+    with (run / "events.jsonl").open("a") as log:
+        log.write('{"kind": "eval", "step": 20, "val/loss": 1.25}\n[]\n{"kind": "eval", "st')
+    empty = write_run(tmp_path / "seed=2")
+    (empty / "events.jsonl").unlink()
+    events, _, problems = history([run, empty])
+    assert events["step"].tolist() == [10, 20, 30]
+    assert events["val/loss"].tolist() == [3.0, 1.25, 2.0]
+    assert problems == [
+        f"{run}/events.jsonl: line 6 skipped, torn or no event",
+        f"{run}/events.jsonl: line 7 skipped, torn or no event",
+        f"{empty}: no events.jsonl",
+    ]
+    assert history([run], training=["train/loss"]).trains["step"].tolist() == [15]
+    assert history([run]).trains.empty
+
+
+def test_columns_of_training_steps_are_those_of_the_whole_lines_and_a_torn_line_is_still_seen(tmp_path: Path) -> None:
+    lines = [
+        '{"kind": "train", "step": 1, "train/loss": NaN, "x": [[1, 2], [3, 4]], "train/loss/prose": 5}',
+        '{"kind": "train", "step": 2, "train/loss/prose": null, "x": [], "train/loss": 1e-07}',
+        '{"step": 3, "train/loss": 7.5, "kind": "train"}',
+        '{"kind": "eval", "step": 3, "train/loss": -Infinity}',
+        '{"kind": "train", "step": 4, "train/l{"kind": "eval", "step": 4, "train/loss": 4.0}',
+        '{"kind": "train", "step": 5, "train/loss": 4.0',
+        '{"kind": "eval", "st',
+    ]
+    (tmp_path / "events.jsonl").write_text("\n".join(lines))
+    whole = pd.DataFrame([json.loads(line) for line in lines[:3]]).assign(folder=str(tmp_path))
+    for columns in (["train/loss"], ["train/loss", "train/loss/prose"], ["x", "train/loss"], ["nothing"]):
+        evals, trains, problems = history([tmp_path], training=columns)
+        kept = [column for column in ("kind", "step", *columns, "folder") if column in whole]
+        pd.testing.assert_frame_equal(trains[kept], whole[kept], check_dtype=False)
+        assert set(trains) == set(kept)
+        assert evals["train/loss"].tolist() == [-math.inf]
+        assert [problem.split(": ")[1] for problem in problems] == [
+            f"line {number} skipped, torn or no event" for number in (5, 6, 7)
+        ]
+
+
+def test_divergence_is_no_ordinary_failure_and_a_closed_folder_no_crash(
+    sweep: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    diverged = sweep / "lb=0.0,noise=0.0,seed=42" / "run.json"
+    record = json.loads(diverged.read_text()) | {"status": "failed", "error": "Diverged: step 7: loss is not finite"}
+    diverged.write_text(json.dumps(record))
+    closed = sweep / "lb=0.0,noise=0.0,seed=43"
+    scan, read = os.scandir, Path.read_text
+    monkeypatch.setattr(os, "scandir", lambda path: _refuse(path) if Path(path) == closed else scan(path))
+    monkeypatch.setattr(
+        Path, "read_text", lambda path, **how: _refuse(path) if path.parent == closed else read(path, **how)
+    )
+    runs = load([sweep]).set_index("run")
+    assert len(runs) == 8
+    assert runs["status"].value_counts().to_dict() == {"finished": 6, "diverged": 1, "unreadable": 1}
+    assert "Permission denied" in runs.loc[closed.name, "error"]
+
+
+def _refuse(path: Path | str) -> Any:
+    raise PermissionError(13, "Permission denied", str(path))
+
+
+def test_varied_factors_leave_out_seed_copies_settings_and_followers(tmp_path: Path) -> None:
+    write_run(tmp_path / "x" / "a", seed=1, router="topk", threads=1)
+    write_run(tmp_path / "x" / "b", seed=2, router="hash", threads=2, z=0.1)
+    write_run(tmp_path / "x" / "c", seed=2, router="topk", threads=2)
+    runs = load([tmp_path])
+    assert varied_factors(runs) == ["router", "seed"]
+    assert tied_factors(runs) == {"z": "router", "router._target_": "router"}
+    assert levels(runs["z"]) == [0.1, "absent"]
+
+
+def test_an_arm_leads_the_groups_that_it_fixes(tmp_path: Path) -> None:
+    for variant, router in (("top1", "topk"), ("top2", "topk"), ("hash", "hash")):
+        write_run(tmp_path / "x" / variant, router=router, variant=variant)
+    runs = load([tmp_path])
+    assert varied_factors(runs) == ["variant"]
+    assert tied_factors(runs)["router"] == "variant"
+
+
+def test_a_router_that_is_causal_under_some_settings_stays_one_level(tmp_path: Path) -> None:
+    """As under drop=position,score: two names for it would leave nothing to compare within one level."""
+    for drop, seed in product(("position", "score"), (1, 2)):
+        folder = write_run(tmp_path / "x" / f"drop={drop},seed={seed}", drop=drop, seed=seed)
+        record = json.loads((folder / "run.json").read_text())
+        (folder / "run.json").write_text(json.dumps(record | {"causal": drop == "position"}))
+    runs = with_causality(load([tmp_path]))
+    assert runs["router"].unique().tolist() == ["topk (causal: by setting)"]
+    assert varied_factors(runs) == ["drop", "seed"]
+
+
+def test_experiments_with_equal_cells_stay_apart(tmp_path: Path) -> None:
+    write_run(tmp_path / "first" / "seed=42")
+    write_run(tmp_path / "second" / "seed=42")
+    assert varied_factors(load([tmp_path])) == ["experiment"]
+
+
+def test_summary_counts_seeds_and_names_its_ddof(sweep: Path) -> None:
+    table = summary(load([sweep]), ["noise", "lb"], ["val/loss"])
+    assert table.columns.tolist() == ["noise", "lb", "metric", "n", "mean", "std (ddof=1)"]
+    assert table["n"].tolist() == [2, 2, 2, 2]
+    assert table["mean"].tolist() == pytest.approx([2.005, 2.005, 2.105, 2.105])
+    assert table["std (ddof=1)"].tolist() == pytest.approx([0.01 / math.sqrt(2)] * 4)
+    assert spread_table(table)["val/loss"].tolist() == ["2.0050 ± 0.0071"] * 2 + ["2.1050 ± 0.0071"] * 2
+    assert "(ddof=1)" in console_table(load([sweep]))
+
+
+def test_a_single_seed_and_a_diverged_one_show_as_such(tmp_path: Path) -> None:
+    write_run(tmp_path / "x" / "seed=42", noise=0.0)
+    write_run(tmp_path / "x" / "seed=43", noise=0.1, loss=math.nan)
+    table = summary(load([tmp_path]), ["noise"], ["val/loss", "val/accuracy"])
+    cells = spread_table(table)
+    assert cells["val/loss"].tolist() == ["2 ± –", "– (n=0)"]
+    assert cells["n seeds"].tolist() == [1, 1]
+
+
+def test_a_sweep_writes_its_two_tables(sweep: Path) -> None:
+    write_run(sweep / "lb=0.0,noise=0.1,seed=44", status="failed", noise=0.1, lb=0.0, seed=44)
+    runs = write_sweep_tables(sweep)
+    written = pd.read_csv(sweep / "results.csv")
+    assert len(written) == len(runs) == 9
+    assert {"noise", "lb", "seed", "router", "val/loss", "routing/load_cv/pooled", "status"} <= set(written)
+
+    study = pd.read_csv(sweep / "moe_routing_noise_experiment_results.csv")
+    assert ",".join(study.columns) == (
+        "seed,noise_std,load_balancing_weight,val_loss,val_accuracy,val_perplexity,"
+        "training_time_minutes,peak_memory_gb,best_val_perplexity,expert_usage_cv"
+    )
+    assert len(study) == 8, "finished runs only"
+    assert study["best_val_perplexity"].tolist() == pytest.approx((study["val_loss"] - 0.5).map(math.exp).tolist())
+    assert (study["training_time_minutes"] == 1.5).all()
+    assert not list(sweep.glob(".*"))
+
+
+def test_a_sweep_without_a_finished_run_or_with_repeated_runs_still_gets_its_tables(tmp_path: Path) -> None:
+    for lb, noise in ((0.0, 0.0), (0.0, 0.1), (0.01, 0.0)):
+        write_run(tmp_path / "broken" / f"lb={lb},noise={noise}", status="failed", noise=noise, lb=lb)
+    assert "0 of 3 runs finished" in console_table(write_sweep_tables(tmp_path / "broken"))
+    assert pd.read_csv(tmp_path / "broken" / "moe_routing_noise_experiment_results.csv").empty
+    for threads in (1, 2):
+        write_run(tmp_path / "twice" / f"threads={threads}", threads=threads)
+    assert "not shown: seed 42 has more than one run" in console_table(write_sweep_tables(tmp_path / "twice"))
+
+
+def test_the_noise_table_needs_both_factors(tmp_path: Path) -> None:
+    for noise in (0.0, 0.1):
+        write_run(tmp_path / f"noise={noise}", noise=noise)
+    write_sweep_tables(tmp_path)
+    assert [path.name for path in tmp_path.glob("*.csv")] == ["results.csv"]

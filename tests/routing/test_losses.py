@@ -1,0 +1,151 @@
+"""Auxiliary losses against closed forms, and the ways in which others got them wrong."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe.routing.decision import Routing
+from moe.routing.losses import (
+    auxiliary,
+    gate_variance,
+    load_balance,
+    load_balance_sequence,
+    output_orthogonality,
+    router_entropy,
+    router_z,
+    similarity_preserving,
+)
+
+
+@pytest.mark.parametrize("experts", [2, 8, 64])
+@pytest.mark.parametrize("k", [1, 2])
+def test_balance_is_one_for_every_k_and_number_of_experts(experts: int, k: int) -> None:
+    """Without dividing the load by k the loss would be k."""
+    tokens = 10 * experts
+    probs = torch.full((tokens, experts), 1 / experts)
+    assert load_balance(probs, torch.full((experts,), tokens * k // experts)) == pytest.approx(1)
+
+
+def test_one_expert_taking_everything_costs_the_number_of_experts() -> None:
+    probs = torch.tensor([[1.0, 0, 0, 0]]).expand(6, 4)
+    assert load_balance(probs, torch.tensor([6, 0, 0, 0])) == pytest.approx(4)
+
+
+def test_gradient_is_that_of_the_formula_through_probabilities_only() -> None:
+    """E * f_i / T for every token: no second softmax, no gradient through counts, all experts and not the top k."""
+    probs = torch.rand(5, 3, requires_grad=True)
+    offered = torch.tensor([4, 1, 5])
+    load_balance(probs, offered).backward()
+    torch.testing.assert_close(probs.grad, (3 * offered / 10 / 5).expand(5, 3))
+
+
+@given(st.integers(2, 8), st.floats(0, 60), st.integers(0, 99))
+@settings(max_examples=50, deadline=None)
+def test_shrinking_scores_cannot_push_the_loss_below_one(experts: int, sharp: float, seed: int) -> None:
+    """f and P of a top-k softmax are ordered alike on average; tiny probabilities must not "hack" the loss."""
+    logits = sharp * torch.randn(1, experts, generator=torch.Generator().manual_seed(seed)).expand(50, -1)
+    probs = torch.softmax(logits, -1)
+    offered = torch.bincount(probs.topk(1).indices.flatten(), minlength=experts)
+    assert load_balance(probs, offered) >= 1 - 1e-5
+
+
+def test_opposite_imbalances_of_two_layers_do_not_cancel() -> None:
+    """Concatenating layers before f * P would make this pair look balanced."""
+    left, right = torch.tensor([[0.9, 0.1]]).expand(10, 2), torch.tensor([[0.1, 0.9]]).expand(10, 2)
+    per_layer = [load_balance(left, torch.tensor([10, 0])), load_balance(right, torch.tensor([0, 10]))]
+    concatenated = load_balance(torch.cat([left, right]), torch.tensor([10, 10]))
+    assert concatenated == pytest.approx(1)
+    assert all(loss == pytest.approx(1.8) for loss in per_layer)
+
+
+def test_z_loss_of_equal_logits_is_log_experts_squared() -> None:
+    assert router_z(torch.zeros(7, 16)) == pytest.approx(math.log(16) ** 2)
+    assert router_z(torch.full((7, 16), -math.log(16))) == pytest.approx(0, abs=1e-6)
+
+
+def test_sequences_are_balanced_one_by_one() -> None:
+    """Two sequences with opposite preferences are balanced together and not apart."""
+    probs = torch.tensor([[0.9, 0.1]] * 4 + [[0.1, 0.9]] * 4)
+    token, expert = torch.arange(8), torch.tensor([0] * 4 + [1] * 4)
+    assert load_balance(probs, torch.bincount(expert)) == pytest.approx(1)
+    assert load_balance_sequence(probs, token, expert, 4) == pytest.approx(1.8)
+    assert load_balance_sequence(probs, token, expert, 8) == pytest.approx(1)
+
+
+def test_one_sequence_is_the_whole_batch() -> None:
+    torch.manual_seed(0)
+    probs = torch.softmax(torch.randn(12, 4), -1)
+    expert = probs.topk(2).indices.flatten()
+    token = torch.arange(12).repeat_interleave(2)
+    whole = load_balance(probs, torch.bincount(expert, minlength=4))
+    torch.testing.assert_close(load_balance_sequence(probs, token, expert, 12), whole)
+
+
+def test_the_global_loss_counts_the_load_of_earlier_micro_batches() -> None:
+    """A micro-batch that takes what the earlier ones left costs nothing globally, and much by itself."""
+    probs = torch.tensor([[0.9, 0.1]]).expand(4, 2)
+    routing = Routing.token_choice(torch.zeros(4, 1, dtype=torch.long), torch.ones(4, 1), probs=probs)
+    offered = torch.tensor([4, 0])
+    alone = auxiliary(routing, offered, seq_len=4)
+    assert alone["load_balance"] == alone["load_balance_global"] == pytest.approx(1.8)
+    made_up = auxiliary(routing, offered, seq_len=4, load=torch.tensor([0.0, 4.0]))
+    assert made_up["load_balance"] == pytest.approx(1.8)
+    assert made_up["load_balance_global"] == pytest.approx(1)
+
+
+def test_router_entropy_at_both_ends_has_a_finite_gradient() -> None:
+    assert router_entropy(torch.full((3, 8), 1 / 8)) == pytest.approx(math.log(8))
+    certain = torch.eye(8).requires_grad_()
+    loss = router_entropy(certain)
+    loss.backward()
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+    assert certain.grad is not None
+    assert certain.grad.isfinite().all()
+
+
+def test_gate_variance_is_zero_for_equal_decisions_and_lowest_for_one_hot_ones() -> None:
+    """One-hot and balanced over E: E * (1/E)(1 - 1/E) = 1 - 1/E."""
+    assert gate_variance(torch.tensor([[0.7, 0.3]]).expand(6, 2)) == pytest.approx(0, abs=1e-7)
+    assert gate_variance(torch.eye(4).repeat(3, 1)) == pytest.approx(-(1 - 1 / 4))
+
+
+def test_similarity_preserving_is_zero_for_orthonormal_rows_only() -> None:
+    rows = torch.linalg.qr(torch.randn(16, 4)).Q.T
+    assert similarity_preserving(rows) == pytest.approx(0, abs=1e-5)
+    assert similarity_preserving(2 * rows) == pytest.approx(4 * 3, rel=1e-4)
+    assert similarity_preserving(rows[:1].expand(4, -1)) == pytest.approx(12, rel=1e-4)
+
+
+def test_outputs_of_a_tokens_experts_orthogonal_parallel_and_in_between() -> None:
+    """0 for orthogonal outputs, 1 for parallel ones of any length and sign, cos^2 in between; order does not matter."""
+    token = torch.tensor([1, 0, 0, 1])
+    east, north = torch.tensor([2.0, 0.0]), torch.tensor([0.0, 0.5])
+    assert output_orthogonality(torch.stack([east, east, north, north]), token) == 0
+    assert output_orthogonality(torch.stack([east, north, -3 * north, 5 * east]), token) == pytest.approx(1)
+    diagonal = torch.tensor([1.0, 1.0])
+    assert output_orthogonality(torch.stack([east, east, north, diagonal]), token) == pytest.approx(1 / 4)
+
+
+def test_output_orthogonality_is_the_mean_over_all_pairs_of_every_token() -> None:
+    """Against a loop, with 0, 1, 2 and 4 experts a token; its gradient turns outputs, and never shrinks them."""
+    torch.manual_seed(0)
+    token = torch.tensor([3, 0, 3, 1, 3, 1, 3])
+    rows = torch.randn(7, 5, requires_grad=True)
+    squares = [
+        torch.cosine_similarity(rows[i], rows[j], dim=0) ** 2
+        for i in range(7)
+        for j in range(i)
+        if token[i] == token[j]
+    ]
+    loss = output_orthogonality(rows, token)
+    torch.testing.assert_close(loss, torch.stack(squares).mean())
+    [gradient] = torch.autograd.grad(loss, rows)
+    torch.testing.assert_close((gradient * rows).sum(-1), torch.zeros(7), atol=1e-6, rtol=0)
+
+
+def test_without_a_pair_there_is_nothing_to_make_orthogonal() -> None:
+    assert output_orthogonality(torch.randn(3, 5), torch.tensor([0, 1, 2])) == 0
+    assert output_orthogonality(torch.randn(0, 5), torch.tensor([], dtype=torch.long)) == 0

@@ -1,0 +1,70 @@
+"""Routing traces: what is written is what the router does, and reads back the same."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moe.metrics.agreement import consistency
+from moe.runs.signals import Signals
+from moe.runs.traces import Trace, milestones, read, write
+from moe.runs.wandb_mirror import Mirror
+from moe.training.loop import train
+from moe.training.probe import choices, probe_blocks
+from moe.training.setup import build_model, prepare_data
+
+
+def test_milestones_are_fractions_of_the_run_and_its_end() -> None:
+    assert milestones(300) == {30, 75, 150, 225, 300}
+    assert milestones(1) == {1}
+    assert max(milestones(7)) == 7
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 5), (4, 100, 8), (2, 7, 129)])
+def test_a_trace_reads_back_as_it_was(shape: tuple[int, ...], tmp_path: Any) -> None:
+    masks = [torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.3 for seed in (0, 1)]
+    write(tmp_path, 100, masks[1])
+    write(tmp_path, 20, masks[0])
+    traces = read(tmp_path)
+    assert [trace.step for trace in traces] == [20, 100]
+    assert all(np.array_equal(trace.chosen, mask) for trace, mask in zip(traces, masks, strict=True))
+    assert read(tmp_path / "none") == []
+
+
+def test_choices_are_the_largest_logits_of_what_the_layer_sees(cell: Any) -> None:
+    config = cell("model.layers=1").config
+    data = prepare_data(config)
+    model = build_model(config, vocab_size=len(data.tokenizer)).train()
+    mask = choices(model, data, temperature=1.0)
+    assert mask is not None
+    assert model.training
+    ids = torch.from_numpy(data.val[probe_blocks(data)]["input_ids"])
+    [(routing,)] = model.eval()(ids).routing
+    assert mask.shape == (1, ids.numel(), 4)
+    assert torch.equal(mask[0].long().topk(2).values.sum(-1), torch.full((ids.numel(),), 2))
+    assert torch.equal(mask[0], torch.zeros_like(mask[0]).scatter(-1, routing.logits.topk(2).indices, True))
+
+
+def test_a_run_leaves_a_trace_at_every_milestone_and_one_on_slots_leaves_none(cell: Any, tmp_path: Any) -> None:
+    with Signals() as signals:
+        for name, router in (("top", "topk"), ("soft", "soft_moe")):
+            made = cell(f"router={router}")
+            (tmp_path / name).mkdir()
+            train(made.config, tmp_path / name, mirror=Mirror(made), signals=signals)
+    traces = read(tmp_path / "top" / "trace")
+    assert [trace.step for trace in traces] == sorted(milestones(made.config.steps))
+    assert not np.array_equal(traces[0].chosen, traces[-1].chosen)
+    assert read(tmp_path / "soft" / "trace") == []
+
+
+def test_consistency_is_of_the_last_two_traces_and_chance_is_taken_out_of_it() -> None:
+    rng = np.random.default_rng(0)
+    first, last = (np.eye(8, dtype=bool)[rng.integers(8, size=(2, 5000))] for _ in range(2))
+    half = np.where(np.arange(5000)[:, None] < 2500, last, first)  # half of the tokens stay, the others choose anew
+    found = consistency([Trace(1, first), Trace(3, half), Trace(4, last)])
+    assert found["routing/consistency"] == pytest.approx(0.5 + 0.5 / 8, abs=0.02)
+    assert found["routing/consistency_kappa"] == pytest.approx(0.5, abs=0.02)
+    everything = Trace(5, np.ones((2, 10, 8), dtype=bool))
+    assert consistency([everything, everything]) == {"routing/consistency": 1.0, "routing/consistency_kappa": None}
+    assert set(consistency([everything]).values()) == {None}

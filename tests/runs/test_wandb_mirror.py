@@ -1,0 +1,117 @@
+"""W&B mirrors what happened, and nothing that happens to it matters."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe.config.options import CONF
+from moe.launch.run import run
+from moe.launch.sweep import carry_out
+from moe.runs.events import read_events
+from moe.runs.wandb_mirror import Mirror
+
+TRAIN = CONF.parent / "train.py"
+
+
+def wandb_records(run: Path) -> list[dict[str, Any]]:
+    """The records of an offline W&B run, read with W&B's own command."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(run)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_an_offline_run_holds_what_events_jsonl_holds(small: list[str], tmp_path: Path) -> None:
+    arguments = [*[s for s in small if not s.startswith("logger")], "logger.mode=offline", f"out={tmp_path}"]
+    done = subprocess.run([sys.executable, str(TRAIN), *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    [folder] = [path.parent for path in tmp_path.rglob("run.json")]
+    [run] = folder.glob("wandb/offline-run-*/*.wandb")
+    records = wandb_records(run)
+    mirrored = [record["history"]["item"] for record in records if record["type"] == "history"]
+    events = read_events(folder / "events.jsonl")
+    assert len(mirrored) == len(events)
+    for row, event in zip(mirrored, events, strict=True):
+        numbers = {k: v for k, v in event.items() if isinstance(v, int | float)}
+        assert {k: row[k] for k in numbers} == numbers
+    [axis] = [record["metric"] for record in records if record["type"] == "metric"]
+    assert (axis["glob_name"], axis["step_metric"]) == ("*", "step")
+    summary: dict[str, Any] = {}
+    for record in records:
+        summary |= record["summary"]["update"] if record["type"] == "summary" else {}
+    final = json.loads((folder / "metrics.json").read_text())["final_metrics"]
+    known = {f"final/{key}": value for key, value in final.items() if isinstance(value, int | float)}
+    assert {key: value for key, value in summary.items() if key.startswith("final/")} == known
+    told = json.loads((folder / "run.json").read_text())
+    [start] = [record["run"] for record in records if record["type"] == "run"]
+    assert (start["run_group"], start["display_name"]) == ("default", folder.name)
+    config = {key: value for key, value in start["config"]["update"].items() if key != "_wandb"}
+    condition = config.pop("condition")
+    assert config == {**told["config"], "choices": told["choices"]}
+    assert condition.startswith("batch_size=4,")
+
+
+def test_wandb_may_link_to_its_own_logs_outside_the_run_folder(cell: Any) -> None:
+    """W&B 0.31 does, and a run that was cut off is resumed all the same."""
+    one = cell("logger.mode=offline")
+    one.folder.mkdir(parents=True)
+    Mirror(one).finish({})
+    [mirrored] = one.folder.glob("wandb/offline-run-*")
+    (mirrored / "log").symlink_to("/")
+    assert carry_out([one], lambda: run(one)) == 0
+
+
+@pytest.mark.parametrize(
+    ("mode", "environment"),
+    [
+        ("online", {}),
+        ("online", {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}),
+        ("offline", {}),
+    ],
+    ids=["no key", "server down", "offline"],
+)
+def test_no_state_of_wandb_changes_the_weights(
+    mode: str, environment: dict[str, str], cell: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from moe.runs.signals import Signals
+    from moe.training.loop import train
+
+    monkeypatch.setattr("moe.runs.wandb_mirror.START_SECONDS", 2)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    weights = []
+    for setting in ("disabled", mode):
+        one = cell(f"logger.mode={setting}", f"out={tmp_path / setting}")
+        one.folder.mkdir(parents=True)
+        mirror = Mirror(one)
+        train(one.config, one.folder, mirror=mirror, signals=Signals())
+        mirror.finish({"val/loss": 1.0})
+        weights.append((one.folder / "model" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+def test_the_first_error_ends_the_mirroring_with_one_warning(
+    cell: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken:
+        def log(self, values: object) -> None:
+            raise RuntimeError("lost connection\nand more")
+
+    mirror = Mirror(cell("logger.mode=disabled"))
+    mirror._run = Broken()
+    mirror.log(1, {"a": 1.0})
+    mirror.log(2, {"a": 1.0})
+    assert [record.message for record in caplog.records] == ["W&B stops mirroring: lost connection"]
+
+
+def test_a_missing_wandb_is_a_warning(
+    cell: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    Mirror(cell("logger.mode=offline")).log(1, {"a": 1.0})
+    assert "W&B offline mode does not start" in caplog.text

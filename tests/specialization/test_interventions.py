@@ -1,0 +1,295 @@
+"""Interventions: they change what they say, nothing else, and leave the model as it was."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from moe.data.blocks import Prepared
+from moe.model.decoder import MoEForCausalLM
+from moe.routing.decision import Knobs, Routing
+from moe.specialization.geometry import expert_outputs
+from moe.specialization.interventions import Change, altered, removed, rerouted, swapped
+from moe.specialization.knockout import bootstrap, knockouts, rank_correlation
+from moe.specialization.landscape import DISTANCES, landscape, moved
+from moe.specialization.observation import Observation, blocks, documents, next_token_nats, observe
+from moe.specialization.regret import route_regret
+from moe.training.setup import build_model, prepare_data
+
+KNOBS = Knobs.of()
+BLOCKS = 5
+
+
+@pytest.fixture
+def data(cell: Any) -> Prepared:
+    return prepare_data(cell().config)
+
+
+@pytest.fixture
+def model(cell: Any, data: Prepared) -> Iterator[MoEForCausalLM]:
+    """A random model whose experts matter; whatever a test does to it, it must leave it as it was."""
+    built = build_model(cell().config, vocab_size=len(data.tokenizer)).eval()
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter *= 4 if parameter.ndim > 1 else 1
+    before = {name: value.clone() for name, value in built.state_dict().items()}
+    routers = [layer.router for layer in built.moe_layers]
+    yield built
+    assert before.keys() == built.state_dict().keys()
+    assert all(torch.equal(value, before[name]) for name, value in built.state_dict().items())
+    assert all(layer.router is router for layer, router in zip(built.moe_layers, routers, strict=True))
+    assert all(parameter.grad is None for parameter in built.parameters())
+
+
+def seen(model: MoEForCausalLM, data: Prepared) -> Observation:
+    return observe(model, blocks(data, BLOCKS), KNOBS)
+
+
+def all_to(expert: int) -> Change:
+    """Every token takes the same expert, with weight 0.8, whatever its router says."""
+
+    def change(routing: Routing, x: Tensor) -> Routing:
+        token = torch.arange(len(x))
+        return routing._replace(token=token, expert=torch.full_like(token, expert), weight=torch.full((len(x),), 0.8))
+
+    return change
+
+
+def random_routing(tokens: int = 50, experts: int = 6, k: int = 3, *, logits: bool = True) -> Routing:
+    scores = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(0))
+    top = scores.softmax(-1).topk(k)
+    return Routing.token_choice(top.indices, top.values, logits=scores if logits else None)
+
+
+def test_observation_is_what_the_model_says(model: MoEForCausalLM, data: Prepared) -> None:
+    found = seen(model, data)
+    ids = torch.from_numpy(found.ids)
+    output = model(ids, ids, knobs=KNOBS)
+    assert np.nanmean(found.nats) == pytest.approx(output.loss.item(), rel=1e-5)
+    assert np.isnan(found.nats[:, -1]).all()
+    assert not np.isnan(found.nats[:, :-1]).any()
+    for layer, (routing,) in enumerate(output.routing):
+        assert np.array_equal(found.chosen[layer].sum(0), routing.expert.bincount(minlength=4).numpy())
+        np.testing.assert_allclose(found.weight[layer].sum(-1), 1, rtol=1e-5)
+    assert np.array_equal(found.predicted, output.logits.argmax(-1).numpy())
+
+
+@pytest.mark.parametrize("logits", [True, False])
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_rerouted_assignments_go_to_new_experts_and_never_twice_to_one(logits: bool, share: float) -> None:
+    routing = random_routing(logits=logits)
+    hit = torch.rand(len(routing.token), generator=torch.Generator().manual_seed(1)) < share
+    after = rerouted(routing, hit, num_experts=6)
+    assert torch.equal(after.token, routing.token)
+    assert torch.equal(after.weight, routing.weight)
+    assert torch.equal(after.expert[~hit], routing.expert[~hit])
+    for token in range(50):
+        old, new = (r.expert[r.token == token].tolist() for r in (routing, after))
+        hits = hit[routing.token == token].tolist()
+        assert len(set(new)) == len(new)
+        moved = [expert for expert, was_hit in zip(new, hits, strict=True) if was_hit]
+        assert not set(moved) & set(old)
+        if logits and routing.logits is not None:
+            rest = [e for e in routing.logits[token].argsort(descending=True).tolist() if e not in old]
+            assert moved == rest[: len(moved)]
+
+
+def test_an_assignment_that_no_expert_is_left_for_is_lost() -> None:
+    routing = random_routing(tokens=5, experts=3, k=3)
+    after = rerouted(routing, routing.expert == 1, num_experts=3)
+    assert len(after.token) == 10
+    assert 1 not in after.expert
+
+
+def test_swapped_tokens_take_the_new_experts_with_the_heaviest_first_and_others_stay() -> None:
+    routing = random_routing()
+    token, order = torch.tensor([7, 30]), torch.tensor([[5, 4, 3, 2, 1, 0], [0, 2, 4, 1, 3, 5]])
+    after = swapped(routing, token, order)
+    others = ~torch.isin(routing.token, token)
+    assert torch.equal(after.expert[others], routing.expert[others])
+    assert torch.equal(after.weight, routing.weight)
+    assert routing.logits is not None
+    for one, preference in zip(token, order, strict=True):
+        mine = after.token == one
+        assert set(after.expert[mine].tolist()) == set(preference[:3].tolist())
+        by_weight = after.expert[mine][after.weight[mine].argsort(descending=True)]
+        assert (routing.logits[one, by_weight].diff() <= 0).all()
+    own = random_routing().expert.view(50, 3)
+    same = swapped(routing, torch.arange(50), torch.cat([own, own], 1))
+    assert torch.equal(same.expert, routing.expert)  # its own choice, once more, is no change
+
+
+def test_without_the_only_expert_a_layer_adds_nothing(model: MoEForCausalLM, data: Prepared) -> None:
+    probes = blocks(data, BLOCKS)
+    layer = model.moe_layers[1]
+    with altered(model.moe_layers[1], all_to(2)):
+        inner = layer.router
+        found = knockouts(model, observe(model, probes, KNOBS), KNOBS, document=np.arange(BLOCKS))["zeroed"]
+        assert layer.router is inner
+        base = next_token_nats(model, probes, KNOBS)[:, :-1].mean()
+        down = layer.experts.down.detach().clone()
+        with torch.no_grad():
+            layer.experts.down.zero_()
+        silent = next_token_nats(model, probes, KNOBS)[:, :-1].mean()
+        with torch.no_grad():
+            layer.experts.down.copy_(down)
+    expected = (silent - base).item()
+    assert abs(expected) > 1e-3
+    assert found["delta"]["mean"][1, 2] == pytest.approx(expected, rel=1e-3)
+    assert found["null"]["mean"][1, 2] == pytest.approx(expected, rel=1e-3)  # all assignments are its own
+    assert (found["delta"]["mean"][1, [0, 1, 3]] == 0).all()  # nobody's experts are not missed
+    assert (found["null"]["mean"][1, [0, 1, 3]] == 0).all()
+
+
+def test_knockouts_are_means_over_blocks_with_domains_apart(model: MoEForCausalLM, data: Prepared) -> None:
+    document = documents(data, BLOCKS)
+    found = knockouts(model, observed := seen(model, data), KNOBS, document=document)
+    for name, alone in (("zeroed", removed), ("rerouted", lambda r, hit: rerouted(r, hit, num_experts=4))):
+        with altered(model.moe_layers[0], lambda routing, _, f=alone: f(routing, routing.expert == 3)):
+            rise = (next_token_nats(model, observed.blocks, KNOBS).numpy() - observed.nats)[:, :-1].mean(1)
+        result = found[name]
+        assert result["delta"]["mean"][0, 3] == pytest.approx(rise.mean(), abs=1e-6)
+        assert result["delta"]["low"][0, 3] <= rise.mean() <= result["delta"]["high"][0, 3]
+        assert result["delta"]["low"][0, 3] == pytest.approx(bootstrap(rise.astype(float), document)["low"], abs=1e-6)
+        for place, domain in enumerate(result["domains"]):
+            expected = rise[observed.domain == domain].mean()
+            assert result["by_domain"][0, 3, place] == pytest.approx(expected, abs=1e-6)
+        excess = result["delta"]["mean"] - result["null"]["mean"]
+        np.testing.assert_allclose(result["excess"]["mean"], excess, atol=1e-9)
+
+
+def test_bootstrap_intervals_cover_the_mean_and_shrink_with_the_spread() -> None:
+    values = np.random.default_rng(0).normal(size=(1, 400))
+    found = bootstrap(np.concatenate([values, values / 10]), np.arange(400))
+    reach = 1.96 * values.std() / 20
+    assert found["high"][0] - found["mean"][0] == pytest.approx(reach, rel=0.1)
+    assert (found["high"] - found["low"])[1] == pytest.approx((found["high"] - found["low"])[0] / 10)
+
+
+def test_blocks_of_one_document_count_as_one_witness_and_weights_as_so_many_blocks() -> None:
+    draw = np.random.default_rng(0)
+    values, often = draw.normal(size=(2, 30)), draw.integers(1, 6, size=30)
+    alone = bootstrap(values, np.arange(30))
+    repeated = bootstrap(values.repeat(5, axis=1), np.arange(30).repeat(5))
+    for name in ("mean", "low", "high"):
+        np.testing.assert_allclose(repeated[name], alone[name])
+    assert alone["documents"] == repeated["documents"] == 30
+    document = np.arange(30) // 3
+    weighted = bootstrap(values, document, weight=often.astype(float))
+    written_out = bootstrap(values.repeat(often, axis=1), document.repeat(often))
+    for name in ("mean", "low", "high"):
+        np.testing.assert_allclose(weighted[name], written_out[name])
+    same = bootstrap(np.full(30, 2.5), np.minimum(np.arange(30), 4))  # nothing varies, however long documents are
+    np.testing.assert_allclose([same["low"], same["high"]], 2.5)
+    single = bootstrap(values, np.full(30, 7))
+    np.testing.assert_allclose(single["mean"], values.mean(1))
+    assert np.isnan([single["low"], single["high"]]).all()
+
+
+def test_the_interval_over_documents_covers_as_often_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe.specialization.knockout.RESAMPLES", 300)
+    draw, inside, too_narrow = np.random.default_rng(0), 0, 0
+    document = np.arange(40).repeat(5)
+    for _ in range(200):
+        values = draw.normal(size=40).repeat(5) + 0.3 * draw.normal(size=200)
+        found, naive = bootstrap(values, document), bootstrap(values, np.arange(200))
+        inside += found["low"] < 0 < found["high"]
+        too_narrow += not naive["low"] < 0 < naive["high"]
+    assert 0.88 < inside / 200 < 0.99
+    assert too_narrow / 200 > 0.2
+
+
+def test_rank_correlation_is_nan_where_there_is_nothing_to_rank() -> None:
+    assert rank_correlation(np.array([1.0, 2, 3]), np.array([1.0, 10, 100])) == 1
+    assert np.isnan(rank_correlation(np.ones(4), np.arange(4.0)))
+    assert np.isnan(rank_correlation(np.arange(2.0), np.arange(2.0)))
+
+
+def test_with_equal_experts_no_route_is_regretted(model: MoEForCausalLM, data: Prepared) -> None:
+    stacks = [p for layer in model.moe_layers for p in layer.experts.parameters()]
+    before = [p.detach().clone() for p in stacks]
+    with torch.no_grad():
+        for p in stacks:
+            p.copy_(p[:1].expand_as(p).clone())
+    equal = route_regret(model, seen(model, data), KNOBS, document=documents(data, BLOCKS), samples=10)
+    with torch.no_grad():
+        for p, old in zip(stacks, before, strict=True):
+            p.copy_(old)
+    for layer in equal:
+        np.testing.assert_allclose(layer["values"], 0, atol=1e-4)
+        assert layer["better"]["mean"] < 0.5
+    unequal = route_regret(model, seen(model, data), KNOBS, document=documents(data, BLOCKS), samples=10)
+    for layer in unequal:
+        assert layer["tokens"] == len(layer["values"]) == 10
+        assert (layer["values"] >= 0).all()
+        assert layer["values"].max() > 1e-3
+
+
+def test_regret_of_one_expert_a_token_is_that_of_trying_every_expert(model: MoEForCausalLM, data: Prepared) -> None:
+    probe = blocks(data, 1)
+    with altered(model.moe_layers[0], all_to(1)):
+        observed = observe(model, probe, KNOBS)
+        [found, _] = route_regret(model, observed, KNOBS, document=documents(data, 1), samples=1)
+        position = np.random.default_rng(0).integers(observed.ids.shape[1] - 1, size=(1, 1)).item()
+        tried = []
+        for expert in range(4):
+            here = torch.tensor([position]), torch.tensor([[expert, *(e for e in range(4) if e != expert)]])
+            with altered(model.moe_layers[0], lambda routing, _, h=here: swapped(routing, *h)):
+                tried.append(next_token_nats(model, probe, KNOBS)[0, position].item())
+    assert found["routes"] == 4
+    assert found["regret"]["mean"] == pytest.approx(tried[1] - min(tried), abs=1e-5)
+    assert found["advantage"]["mean"] == pytest.approx(np.mean(tried) - tried[1], abs=1e-5)
+
+
+def test_the_landscape_at_distance_zero_is_the_loss_and_the_gradient_points_uphill(
+    model: MoEForCausalLM, data: Prepared
+) -> None:
+    probes = blocks(data, BLOCKS)
+    ids = probes.ids
+    found = landscape(model, probes, KNOBS)
+    assert found is not None
+    here = DISTANCES.index(0.0)
+    for curve in found["curves"].values():
+        assert curve["loss"][here] == pytest.approx(model(ids, ids, knobs=KNOBS).loss.item(), rel=1e-5)
+        assert curve["flipped"][here] == 0
+        assert curve["flipped"][0] > 0.1
+    assert set(found["curves"]) == {"random0", "random1", "random2", "gradient"}
+    weights = [layer.router.weight for layer in model.moe_layers]
+    gradient = torch.autograd.grad(model(ids, ids, knobs=KNOBS).loss, weights)
+    losses = []
+    for distance in (-1e-3, 1e-3):
+        with moved(weights, list(gradient), distance):
+            losses.append(model(ids, ids, knobs=KNOBS).loss.item())
+    assert losses[0] < losses[1]
+
+
+def test_moving_weights_is_relative_to_their_norm_and_undone_even_after_an_error() -> None:
+    weight = torch.randn(3, 5)
+    before = weight.clone()
+    with contextlib.suppress(KeyError), moved([weight], [torch.randn(3, 5)], -0.5):
+        assert (weight - before).norm() == pytest.approx(0.5 * before.norm().item(), rel=1e-5)
+        raise KeyError
+    assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("router", ["chain_of_experts", "expert_choice", "hash", "null_experts", "relu"])
+def test_every_kind_of_router_can_be_studied(router: str, cell: Any, data: Prepared) -> None:
+    config = cell(f"router={router}").config
+    model = build_model(config, vocab_size=len(data.tokenizer)).eval()
+    observed = seen(model, data)
+    for result in knockouts(model, observed, KNOBS, document=documents(data, BLOCKS)).values():
+        assert np.isfinite(result["delta"]["mean"]).all()
+        unused = observed.chosen.sum(1) == 0
+        assert (result["delta"]["mean"][unused] == 0).all()
+    for layer in route_regret(model, observed, KNOBS, document=documents(data, BLOCKS), samples=BLOCKS):
+        assert (layer["values"] >= 0).all()
+
+
+def test_outputs_of_experts_are_unit_vectors_on_shared_tokens(model: MoEForCausalLM, data: Prepared) -> None:
+    vectors = expert_outputs(model, blocks(data, BLOCKS), KNOBS)
+    torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(2, 4))
+    assert vectors[0, 0] @ vectors[0, 1] < 0.99

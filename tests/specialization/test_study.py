@@ -1,0 +1,398 @@
+"""Specialisation: the oracles of every count, settled routing, and what a studied run leaves behind."""
+
+import io
+import itertools
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from moe.analysis.figures.specialization import specialisation_figures
+from moe.data.blocks import Batch
+from moe.launch.run import run
+from moe.metrics.agreement import overlap
+from moe.results.table import load
+from moe.runs.traces import Trace
+from moe.specialization.__main__ import main
+from moe.specialization.geometry import projections
+from moe.specialization.information import (
+    by_position,
+    coactivation,
+    counts,
+    domain_dependence,
+    given,
+    least_p,
+    shares,
+    vocabulary_dependence,
+)
+from moe.specialization.observation import Observation
+from moe.specialization.page import page
+from moe.specialization.stability import agreement, churn, saturation
+from moe.specialization.study import plain
+from moe.specialization.vocabulary import keywords
+
+DOMAINS = np.repeat([0, 1, 2, 3], 8)
+DOCUMENTS = np.arange(32) // 2  # of two blocks each
+TOKENS = 64  # of a block
+
+
+def chosen_by(labels: np.ndarray, *, k: int, experts: int) -> np.ndarray:
+    """(N, E): a token with label v takes the k experts from v * k on."""
+    columns = (labels[:, None] * k + np.arange(k)) % experts
+    return (np.arange(experts) == columns[..., None]).any(1)
+
+
+def at_random(shape: tuple[int, ...], *, k: int, seed: int = 0) -> np.ndarray:
+    scores = np.random.default_rng(seed).random(shape)
+    return scores >= np.sort(scores, axis=-1)[..., -k][..., None]
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(1)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_routing_by_domain_has_all_the_information_there_is_for_every_k(k: int, rng: np.random.Generator) -> None:
+    chosen = chosen_by(np.repeat(DOMAINS, TOKENS), k=k, experts=4 * k)
+    found = domain_dependence(chosen, DOMAINS, DOCUMENTS, rng=rng)
+    assert found is not None
+    assert found["normalised"] == pytest.approx(1)
+    assert found["adjusted"] == pytest.approx(1)
+    assert found["ami"] == pytest.approx(1)
+    assert found["documents"] == 16
+    assert found["p"] == found["p_least"] == pytest.approx(1 / 1000)  # no shuffle of 16 documents got there
+    table = given(counts(np.repeat(DOMAINS, TOKENS), shares(chosen), size=4))
+    np.testing.assert_allclose(table, np.kron(np.eye(4), np.full(k, 1 / k)))
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_random_routing_knows_nothing_of_domains_after_correction(k: int, rng: np.random.Generator) -> None:
+    found = domain_dependence(at_random((len(DOMAINS) * TOKENS, 8), k=k), DOMAINS, DOCUMENTS, rng=rng)
+    assert found is not None
+    assert found["normalised"] > 0.0005  # plug-in information is never 0
+    assert abs(found["adjusted"]) < 0.003
+    assert abs(found["ami"]) < 0.01
+    assert 0.02 < found["p"] < 0.98
+    assert found["observed"] < 2.5 * found["bias"]
+
+
+def test_the_topic_of_a_document_is_not_mistaken_for_its_domain(rng: np.random.Generator) -> None:
+    topic = rng.integers(8, size=16)  # every document has an expert of its own, whatever its domain
+    chosen = chosen_by(np.repeat(topic[DOCUMENTS], TOKENS), k=1, experts=8)
+    found = domain_dependence(chosen, DOMAINS, DOCUMENTS, rng=rng)
+    assert found is not None
+    assert found["observed"] > 10 * found["bias"]  # shuffled tokens would call that domain knowledge
+    assert found["p"] > 0.02
+    assert abs(found["adjusted"]) < 0.2
+
+
+def by_document(
+    lengths: list[list[int]], rng: np.random.Generator, *, of_domain: float = 0.0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Experts of 8 tokens a block, drawn from preferences of the document and, `of_domain` of them, of its domain.
+
+    lengths: in blocks, of each domain's documents. Returns who was chosen, and each block's domain and document.
+    """
+    domain = np.repeat(np.arange(len(lengths)), [len(own) for own in lengths])
+    shared, own = (rng.dirichlet(np.ones(8), size=count) for count in (len(lengths), len(domain)))
+    preference = (of_domain * shared[domain] + (1 - of_domain) * own).cumsum(-1)
+    document = np.repeat(np.arange(len(domain)), np.concatenate(lengths))
+    expert = (rng.random(len(document) * 8)[:, None] > preference[np.repeat(document, 8)]).sum(-1)
+    return np.eye(8, dtype=bool)[expert.clip(max=7)], domain[document], document
+
+
+ALIKE, UNEVEN = [[4] * 6] * 3, [[14] * 4, [3] * 12, [1] * 16]
+
+
+@pytest.mark.parametrize(("lengths", "least"), [(ALIKE, 0.01), (UNEVEN, 0.0)])
+def test_routing_by_document_is_called_routing_by_domain_as_often_as_chance_allows(
+    lengths: list[list[int]], least: float, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    """About 5 % of 200 models that know documents and no domains are significant; with blocks as units most are."""
+    monkeypatch.setattr("moe.specialization.information.PERMUTATIONS", 99)
+    found, of_blocks = [], []
+    for repeat in range(200):
+        chosen, domain, document = by_document(lengths, rng)
+        found.append(domain_dependence(chosen, domain, document, rng=rng))
+        if repeat < 20:
+            of_blocks.append(domain_dependence(chosen, domain, np.arange(len(domain)), rng=rng))
+    rate, wrong = (np.mean([one["p"] <= 0.05 for one in many]) for many in (found, of_blocks))
+    assert least <= rate <= 0.1
+    assert wrong > 0.5
+    assert abs(np.mean([one["adjusted"] for one in found])) < 0.02
+
+
+def test_a_domain_that_matters_beside_its_documents_is_found_if_there_are_enough(rng: np.random.Generator) -> None:
+    many = domain_dependence(*by_document([[3] * 12] * 3, rng, of_domain=0.7), rng=rng)
+    few = domain_dependence(*by_document([[18] * 2] * 3, rng, of_domain=0.7), rng=rng)
+    assert many is not None
+    assert few is not None
+    assert many["p"] == many["p_least"] == 1 / 1000
+    assert many["adjusted"] > 0.05
+    assert few["p"] >= 0.05 > many["p"]
+    assert few["p_least"] == pytest.approx(1 / 15)
+    assert (many["documents"], few["documents"]) == (36, 6)
+
+
+def test_a_document_counts_once_however_long(rng: np.random.Generator) -> None:
+    chosen, domain, document = by_document(UNEVEN, rng)
+    blocks = np.arange(len(document)).repeat(np.where(document == 20, 5, 1))  # one document five times over
+    longer = chosen.reshape(len(document), 8, 8)[blocks].reshape(-1, 8)
+    once = domain_dependence(chosen, domain, document, rng=np.random.default_rng(0))
+    again = domain_dependence(longer, domain[blocks], document[blocks], rng=np.random.default_rng(0))
+    assert once is not None
+    assert again is not None
+    for name in ("observed", "normalised", "null", "null_high", "adjusted", "z", "p", "p_least", "documents"):
+        assert again[name] == pytest.approx(once[name]), name
+
+
+def test_domains_of_one_document_each_cannot_be_told_from_documents(rng: np.random.Generator) -> None:
+    found = domain_dependence(chosen_by(np.repeat(DOMAINS, TOKENS), k=1, experts=4), DOMAINS, DOMAINS, rng=rng)
+    assert found is not None
+    assert found["normalised"] == pytest.approx(1)
+    assert found["p"] == found["p_least"] == 1
+    assert np.isnan(found["adjusted"])
+    assert np.isnan(found["z"])
+
+
+@pytest.mark.parametrize("labels", [[0, 1], [0, 0, 1], [0, 0, 1, 1], [0, 1, 1, 2, 2], [5, 5, 5, 7, 7, 7], [3, 3, 1, 0]])
+def test_the_least_p_is_one_of_as_many_partitions_as_there_are(labels: list[int]) -> None:
+    partitions = {
+        frozenset(frozenset(np.flatnonzero(np.array(order) == label).tolist()) for label in labels)
+        for order in itertools.permutations(labels)
+    }
+    assert least_p(np.array(labels)) == 1 / len(partitions)
+    assert least_p(np.repeat(np.arange(6), 40)) == 1 / 1000
+
+
+def test_one_expert_for_all_and_one_domain_alone(rng: np.random.Generator) -> None:
+    single = np.zeros((len(DOMAINS) * TOKENS, 4), dtype=bool)
+    single[:, 2] = True
+    found = domain_dependence(single, DOMAINS, DOCUMENTS, rng=rng)
+    assert found is not None
+    assert (found["normalised"], found["adjusted"], found["p"]) == (0, 0, 1)
+    assert domain_dependence(single, np.zeros_like(DOMAINS), DOCUMENTS, rng=rng) is None
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_routing_by_token_id_is_fully_explained_by_it(k: int, rng: np.random.Generator) -> None:
+    ids = rng.integers(40, size=3000)
+    found = vocabulary_dependence(chosen_by(ids, k=k, experts=8), ids, rng=rng)
+    assert found is not None
+    assert found["ids"] == 40
+    assert found["id"]["normalised"] == pytest.approx(1)
+    assert found["specialisation"]["normalised"] == 1
+    assert found["specialisation"]["null"] < 0.5
+    blind = vocabulary_dependence(at_random((3000, 8), k=k), ids, rng=rng)
+    assert blind is not None
+    for measure in ("id", "specialisation"):
+        assert abs(blind[measure]["adjusted"]) < 0.01
+        assert blind[measure]["p"] > 0.02
+
+
+def test_rare_ids_and_labels_that_are_none_do_not_count(rng: np.random.Generator) -> None:
+    ids = np.repeat([0, 1, -1], [10, 9, 30])
+    found = vocabulary_dependence(chosen_by(np.repeat([0, 1, 2], [10, 9, 30]), k=1, experts=4), ids, rng=rng)
+    assert found is not None
+    assert (found["ids"], found["tokens"]) == (1, 10)
+    assert vocabulary_dependence(at_random((9, 4), k=1), np.zeros(9, dtype=int), rng=rng) is None
+
+
+def test_coactivation_counts_all_pairs_and_is_at_chance_for_random_sets() -> None:
+    chosen = np.array([[1, 1, 1, 0], [1, 0, 1, 0], [0, 1, 0, 0]], dtype=bool)
+    nan = np.nan
+    expected = [[nan, 1 / 2, 1, nan], [1 / 2, nan, 1 / 2, nan], [1, 1 / 2, nan, nan], [nan] * 4]
+    table = coactivation(chosen)
+    np.testing.assert_allclose(table[:3, :3], np.array(expected)[:3, :3])
+    assert np.isnan(table[3]).all()
+    assert (table[:3, 3] == 0).all()
+    off = coactivation(at_random((20_000, 8), k=3))[~np.eye(8, dtype=bool)]
+    np.testing.assert_allclose(off, 2 / 7, atol=0.02)
+
+
+def test_experts_by_position_are_those_of_the_decile() -> None:
+    seq_len = 20
+    chosen = chosen_by(np.arange(3 * seq_len) % seq_len * 10 // seq_len, k=1, experts=10)
+    np.testing.assert_allclose(by_position(chosen, seq_len), np.eye(10))
+
+
+def test_settled_routing_saturates_and_random_routing_does_not() -> None:
+    masks = [at_random((2, 5000, 8), k=2, seed=seed) for seed in range(2)]
+    traces = [Trace(1, masks[0]), Trace(2, masks[1]), Trace(3, masks[1])]
+    first, second, last = saturation(traces)
+    for name in ("overlap", "kappa", "kappa_shuffled"):
+        np.testing.assert_allclose(last[name], 1)
+        np.testing.assert_allclose(second[name], 1)
+    np.testing.assert_allclose(first["overlap"], 2 / 8, atol=0.02)
+    np.testing.assert_allclose([first["kappa"], first["kappa_shuffled"]], 0, atol=0.02)
+    changed, unchanged = churn(traces)
+    assert (changed["since"], changed["step"]) == (1, 2)
+    np.testing.assert_allclose(changed["overlap"], 1 - first["overlap"])
+    np.testing.assert_allclose(unchanged["overlap"], 0, atol=1e-12)
+
+
+def test_uneven_loads_alone_look_like_agreement_to_kappa_but_not_to_the_shuffled_one() -> None:
+    crowded = [np.random.default_rng(seed).random((1, 20_000, 1)) < 0.9 for seed in (0, 1)]
+    a, b = (np.concatenate([x, ~x, np.zeros_like(x), np.zeros_like(x)], -1) for x in crowded)
+    found = overlap(a, b)
+    assert found["kappa"][0] > 0.7
+    assert abs(found["kappa_shuffled"][0]) < 0.02
+    everything = np.ones((1, 10, 3), dtype=bool)
+    assert np.isnan(overlap(everything, everything)["kappa"]).all()
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_seeds_agree_whatever_experts_are_called_and_independent_ones_do_not(k: int, rng: np.random.Generator) -> None:
+    a, b = (at_random((1, 4000, 6), k=k, seed=seed) for seed in range(2))
+    [same] = agreement(a, a[..., rng.permutation(6)], rng=rng)
+    assert same["matched"] == same["kappa"] == 1
+    assert same["rand"] == pytest.approx(1)
+    [apart] = agreement(a, b, rng=rng)
+    assert apart["matched"] > k / 6  # matching finds something in noise: that is what chance is for
+    assert abs(apart["kappa"]) < 0.02
+    assert abs(apart["rand"]) < 0.01
+
+
+def words(*vocabulary: str) -> PreTrainedTokenizerFast:
+    """Token n is the n-th word."""
+    model = models.WordLevel({word: n for n, word in enumerate(vocabulary)}, unk_token=vocabulary[0])
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), clean_up_tokenization_spaces=False)
+
+
+def made(ids: np.ndarray, domain: np.ndarray, chosen: np.ndarray, weight: np.ndarray) -> Observation:
+    tokens = torch.from_numpy(ids)
+    seen = Batch(tokens, torch.from_numpy(domain), tokens, None)
+    return Observation(ids, domain, chosen, weight, ids, np.zeros(ids.shape), seen)
+
+
+def observation(ids: np.ndarray, chosen: np.ndarray) -> Observation:
+    weight = chosen / chosen.sum(-1, keepdims=True)
+    return made(ids, np.arange(len(ids)) % 2, chosen, weight)
+
+
+def test_keywords_are_the_tokens_that_an_expert_has_for_itself() -> None:
+    ids = np.tile([0, 1, 0, 2], (6, 3))  # "the" goes to both experts, "cat" to 0, "dog" to 1
+    labels = np.where(ids == 1, 0, np.where(ids == 2, 1, np.arange(12) % 4 // 2))
+    seen = observation(ids, chosen_by(labels.ravel(), k=1, experts=2)[None])
+    [[first, second]] = keywords(seen, words("the", "cat", "dog"))
+    assert [entry["token"] for entry in first["keywords"]] == ["cat", "the"]
+    assert first["keywords"][0] | {"tfidf": 0} == {"token": "cat", "tfidf": 0, "count": 18, "share": 1}
+    assert second["keywords"][0]["token"] == "dog"
+    assert first["contexts"][0] == ["the", "cat", "the dog the cat the dog the cat"]
+
+
+def test_projections_keep_groups_of_like_experts_together() -> None:
+    centres = np.random.default_rng(0).normal(size=(2, 1, 30))
+    vectors = centres.repeat(6, 1) + 0.01 * np.random.default_rng(1).normal(size=(2, 6, 30))
+    found = projections(vectors)
+    assert found is not None
+    for name in ("pca", "tsne"):
+        within = max(np.linalg.norm(group - group.mean(0), axis=-1).max() for group in found[name])
+        assert np.linalg.norm(found[name][0].mean(0) - found[name][1].mean(0)) > 2 * within
+    assert found["explained"][0] > 0.99
+    assert projections(vectors[:1, :3]) is None
+
+
+def test_what_is_not_finite_becomes_null_and_arrays_become_lists() -> None:
+    value = {"a": np.array([[1.0, np.nan]]), "b": (np.int64(3), np.float32(np.inf)), "c": 0.123456789, "d": None}
+    assert plain(value) == {"a": [[1.0, None]], "b": [3, None], "c": 0.123457, "d": None}
+    json.dumps(plain(value), allow_nan=False)
+
+
+def test_the_page_shows_the_text_escaped_with_each_token_in_the_class_of_its_heaviest_expert() -> None:
+    ids = np.array([[0, 1, 2], [2, 1, 0]])
+    chosen = at_random((2, 6, 10), k=2)
+    weight = np.where(chosen, np.arange(10.0), 0)
+    seen = made(ids, np.array([0, 1]), chosen, weight)
+    text = page(seen, words("<script>", "a&b", '"quoted"'), domains=("<code>", "prose"), title="<run>")
+    for raw in ("<script>", "a&b", "<code>", "<run>"):
+        assert raw not in text
+    for shown in ("&lt;script&gt;", "a&amp;b", "&quot;quoted&quot;", "<h2>&lt;code&gt;</h2>", "<h2>prose</h2>"):
+        assert shown in text
+    heaviest = weight[:, 1].argmax(-1)
+    assert f'<span class="l0e{heaviest[0]} l1e{heaviest[1]}" title="layer 0: {heaviest[0]} (' in text
+    assert "http" not in text
+    assert all(f"#l1:checked ~ main .l1e{expert}" in text for expert in range(10))
+
+
+def test_a_studied_run_has_its_numbers_and_its_page_and_is_not_studied_twice(
+    cell: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kinds = (["seed=1"], ["seed=2"], ["router=hash", "seed=1"], ["router=soft_moe", "seed=1"])
+    cells = [cell("model.layers=1", *kind) for kind in kinds]
+    cells = [made._replace(folder=tmp_path / str(number)) for number, made in enumerate(cells)]
+    for made in cells:
+        run(made)
+    command = [str(tmp_path), "--blocks", "12", "--samples", "6"]
+    assert main(command) == 0
+    first, second, hashed, slots = (json.loads((made.folder / "specialisation.json").read_text()) for made in cells)
+    assert (first["blocks"], first["tokens"], first["step"]) == (12, 12 * 32, 6)
+    assert [entry["seed"] for entry in first["seed_agreement"]] == [2]
+    assert [entry["seed"] for entry in second["seed_agreement"]] == [1]
+    assert hashed["seed_agreement"] == []
+    assert hashed["vocabulary"]["input"][0]["specialisation"]["normalised"] == 1
+    assert hashed["landscape"] is None
+    assert "mixtures" in slots["reason"]
+    for made, found in zip(cells, (first, second, hashed, slots), strict=True):
+        loss, metrics = found["val_loss"], json.loads((made.folder / "metrics.json").read_text())
+        if found is not slots:  # its batches are others here
+            assert loss["mean"] == pytest.approx(metrics["final_metrics"]["val/loss"], rel=1e-4)
+        assert loss["low"] < loss["mean"] < loss["high"]
+        assert (loss["blocks"], loss["tokens"]) == (12, 12 * 31)
+    [domain] = first["domain"]
+    assert domain["documents"] == first["documents"] == first["val_loss"]["documents"]
+    assert domain["p"] >= domain["p_least"] > 0
+    assert "<script" not in (cells[0].folder / "tokens.html").read_text()
+    assert not (cells[3].folder / "tokens.html").exists()
+    last = np.load(sorted((cells[0].folder / "trace").glob("*.npz"))[-1])["shape"]
+    assert np.shape(first["load"]) == (last[0], last[2])
+
+    for folder in (tmp_path, cells[1].folder):  # of a pair of seeds, the one whose agreement stands with the other
+        for figure in dict(specialisation_figures(load([folder]))).values():
+            assert isinstance(figure, Figure)
+            figure.savefig(io.BytesIO(), dpi=20)
+
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/specialisation.json")}
+    assert main(command) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/specialisation.json")}
+    shutil.copy(cells[1].folder / "model" / "model.safetensors", cells[0].folder / "model" / "model.safetensors")
+    forge(cells[0].folder, "val/data-00000-of-00001.arrow")  # as in runs from before blocks had documents
+    assert main(command) == 0
+    changed = json.loads((cells[0].folder / "specialisation.json").read_text())
+    assert changed["asked"]["model_sha256"] == second["asked"]["model_sha256"]
+    assert changed["load"] == second["load"]
+    assert [entry["seed"] for entry in changed["seed_agreement"]] == [2]
+    forge(cells[0].folder, "train/data-00000-of-00001.arrow")
+    assert main([*command, "--samples", "7"]) == 2
+    assert "its data is another now" in capsys.readouterr().err
+
+
+def forge(folder: Path, file: str) -> None:
+    """Give one of a run's data files another checksum."""
+    record = json.loads((folder / "run.json").read_text())
+    assert record["data"]["files"].pop(file)
+    record["data"]["files"][file] = "another"
+    (folder / "run.json").write_text(json.dumps(record))
+
+
+def test_without_studies_the_reason_stands_for_the_figures(cell: Any) -> None:
+    made = cell()
+    made.folder.mkdir(parents=True)
+    (made.folder / "run.json").write_text(json.dumps({"status": "running", "config": {"seed": 1}, "choices": {}}))
+    assert list(specialisation_figures(load([made.folder]))) == [
+        ("specialisation", "no run has a specialisation.json: run python -m moe.specialization FOLDER")
+    ]
+
+
+def test_a_command_that_cannot_be_done_is_refused_in_one_line(tmp_path: Path, capsys: Any) -> None:
+    assert main([str(tmp_path / "nowhere")]) == 2
+    assert main([str(tmp_path), "--blocks", "0"]) == 2
+    assert "--blocks 0: must be at least 1" in capsys.readouterr().err

@@ -1,0 +1,33 @@
+"""`compile=true` trains what the uncompiled model trains: `pytest -m compiled`. In processes of their own, because the
+type checks of the other tests stop the compiler."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from small_runs import untimed
+
+TRAIN = Path(__file__).parents[2] / "train.py"
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["router=temperature", "schedule=linear", "noise=0.1", "capacity=1.0", "grad_accum=2", "model.dropout=0.1"],
+        ["router=relu", "model.expert=swiglu", "model.shared_experts=1"],
+        ["router=spectra", "model.first_k_dense_replace=1"],
+    ],
+)
+def test_a_compiled_run_is_the_run_to_rounding(overrides: list[str], small: list[str], tmp_path: Path) -> None:
+    trained = []
+    for compiled in ("true", "false"):
+        command = [*small, *overrides, f"compile={compiled}", f"out={tmp_path / compiled}"]
+        subprocess.run([sys.executable, str(TRAIN), *command], check=True, capture_output=True, timeout=600)
+        [folder] = (tmp_path / compiled).glob("*/*/")
+        trained.append([event for event in untimed(folder) if event["kind"] == "train"])
+    assert len(trained[0]) == len(trained[1]) == 6
+    for ours, plain in zip(*trained, strict=True):
+        for name in ("train/loss", "grad_norm"):
+            assert ours[name] == pytest.approx(plain[name], rel=1e-3, abs=1e-6), name

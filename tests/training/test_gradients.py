@@ -1,0 +1,43 @@
+"""Gradient norms and relative updates of routers and experts."""
+
+import math
+
+import pytest
+import torch
+
+from moe.config.schema import ModelConfig
+from moe.model.decoder import MoEConfig, MoEForCausalLM
+from moe.model.parts import parts
+from moe.training.gradients import gradient_norms, relative_updates
+
+
+def make(router: str) -> MoEForCausalLM:
+    torch.manual_seed(0)
+    size = ModelConfig(dim=16, heads=2, layers=2, ffn=8, num_experts=4, dense_ffn=16)
+    return MoEForCausalLM(MoEConfig.of(size, {"_target_": router}, vocab_size=50, seq_len=8))
+
+
+def test_norms_are_of_all_gradients_of_a_part_together() -> None:
+    model = make("moe.routers.topk.TopK")
+    ids = torch.randint(0, 50, (2, 8))
+    model(ids, ids).loss.backward()
+    norms = gradient_norms(parts(model))
+    for name, word in (("router", ".router."), ("experts", ".experts.")):
+        squares = sum(p.grad.square().sum().item() for key, p in model.named_parameters() if word in key)
+        assert norms[f"grad_norm/{name}"] == pytest.approx(math.sqrt(squares), rel=1e-5)
+        assert squares > 0
+
+
+def test_an_update_is_measured_against_what_was_there() -> None:
+    model = make("moe.routers.topk.TopK")
+    of = parts(model)
+    before = {name: [p.detach().clone() for p in params] for name, params in of.items()}
+    assert relative_updates(of, before) == {"update/router": 0, "update/experts": 0}
+    with torch.no_grad():
+        for p in of["experts"]:
+            p.mul_(1.25)
+    assert relative_updates(of, before) == pytest.approx({"update/router": 0, "update/experts": 0.25})
+
+
+def test_a_part_without_parameters_is_left_out() -> None:
+    assert set(parts(make("moe.routers.hash.Hash"))) == {"experts"}

@@ -1,0 +1,271 @@
+"""The training loop: exact resumption, exact accumulation, and stopping before harm is done."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_runs import run, untimed
+
+from moe.config.options import options
+from moe.config.schema import LOSS_WEIGHTS
+from moe.files import sha256
+from moe.launch.command_line import read_cells
+from moe.model.cost import flops_per_token
+from moe.model.decoder import MoEForCausalLM
+from moe.routing.decision import Knobs
+from moe.runs.signals import Interrupted
+from moe.training import loop
+from moe.training.divergence import Diverged, blame
+from moe.training.objective import total_loss
+from moe.training.schedules import Linear
+from moe.training.setup import build_model, knob_settings, micro_batches, prepare_data
+
+
+def weights(folder: Path) -> str:
+    return sha256(folder / "model" / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["router=temperature", "schedule=linear", "noise=0.3", "model.dropout=0.1"],
+        ["optimizer=adamw", "grad_accum=2", "capacity=1.0", "precision=bf16"],
+        ["router=spectra", "grad_accum=2", "model.neftune_noise_alpha=5"],
+    ],
+)
+@pytest.mark.parametrize("stop_after", [1, 3, 5])
+def test_an_interrupted_and_resumed_run_is_bitwise_the_undisturbed_one(
+    cell: Any, overrides: list[str], stop_after: int, tmp_path: Path
+) -> None:
+    straight, stopped = cell(*overrides, f"out={tmp_path}/a"), cell(*overrides, f"out={tmp_path}/b")
+    run(straight)
+    with pytest.raises(Interrupted) as interrupted:
+        run(stopped, stop_after=stop_after)
+    assert interrupted.value.exit_status == 143
+    assert not (stopped.folder / "model").exists()
+    torch.manual_seed(999)  # whatever the process did in between
+    run(stopped)
+    assert weights(straight.folder) == weights(stopped.folder)
+    assert untimed(straight.folder) == untimed(stopped.folder)
+    assert not (stopped.folder / "checkpoints").exists()
+
+
+def test_a_run_does_not_go_on_with_other_text(cell: Any, corpus: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text(corpus.read_text())
+    one = cell(f"data.source.paths=[{text}]")
+    with pytest.raises(Interrupted):
+        run(one, stop_after=3)
+    text.write_text("".join(line + "\n" for line in corpus.read_text().splitlines()[5:]))
+    with pytest.raises(ValueError, match="up to step 3 it was trained on other text"):
+        run(one)
+    text.write_text(corpus.read_text())
+    run(one)
+
+
+def test_models_of_the_milestones_are_kept_and_load(cell: Any, tmp_path: Path) -> None:
+    kept, stopped = (cell("steps=8", "save_milestones=true", f"out={tmp_path}/{name}") for name in "ab")
+    run(kept)
+    with pytest.raises(Interrupted):
+        run(stopped, stop_after=3)
+    run(stopped)
+    names = [path.name for path in sorted((kept.folder / "milestones").iterdir())]
+    assert names == ["step-00000001", "step-00000002", "step-00000004", "step-00000006"]
+    for name in names:
+        one, other = (each.folder / "milestones" / name / "model.safetensors" for each in (kept, stopped))
+        assert sha256(one) == sha256(other)
+    first = MoEForCausalLM.from_pretrained(kept.folder / "milestones" / names[0])
+    last = MoEForCausalLM.from_pretrained(kept.folder / "model")
+    assert not torch.equal(first.lm_head.weight, last.lm_head.weight)
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(cell: Any, tmp_path: Path) -> None:
+    cells = [cell(f"seed={seed}", f"out={tmp_path}/{n}") for n, seed in enumerate((1, 1, 2))]
+    for one in cells:
+        run(one)
+    first, again, other = (weights(one.folder) for one in cells)
+    assert first == again != other
+
+
+def test_accumulating_four_micro_batches_of_two_is_one_of_eight(cell: Any, tmp_path: Path) -> None:
+    """Exact but for rounding with terms that are token means. (The balance loss is one of a micro-batch.)"""
+    whole = cell("batch_size=8", "lb=0", "z=0.1", f"out={tmp_path}/a")
+    parts = cell("batch_size=2", "grad_accum=4", "lb=0", "z=0.1", f"out={tmp_path}/b")
+    for one in (whole, parts):
+        run(one)
+    for a, b in zip(untimed(whole.folder), untimed(parts.folder), strict=True):
+        assert a["step"] == b["step"]
+        for key in {"train/loss", "train/router_z", "val/loss", "grad_norm"} & set(a):
+            assert a[key] == pytest.approx(b[key], rel=2e-4), key
+
+
+def test_every_training_step_is_recorded_with_unweighted_losses(cell: Any) -> None:
+    one = cell("lb=0.5", "z=0.1", "noise=0.2")
+    run(one)
+    events = untimed(one.folder)
+    training = [e for e in events if e["kind"] == "train"]
+    assert [e["step"] for e in training] == [1, 2, 3, 4, 5, 6]
+    assert [e["step"] for e in events if e["kind"] == "eval"] == [0, 3, 6]
+    assert all(0.9 < e["train/load_balance"] < 2 for e in training)
+    assert all(e["noise"] == 0.2 for e in training)
+
+
+def test_the_weights_of_the_losses_reach_the_gradient_even_if_logged_apart(cell: Any, tmp_path: Path) -> None:
+    runs = {}
+    for lb in (0.0, 1.0):
+        one = cell(f"lb={lb}", f"out={tmp_path}/{lb}")
+        run(one)
+        runs[lb] = untimed(one.folder)
+    first = [next(e for e in events if e["kind"] == "train") for events in runs.values()]
+    assert first[0]["train/loss"] == first[1]["train/loss"]
+    assert first[0]["train/load_balance"] == first[1]["train/load_balance"]
+    assert first[0]["grad_norm"] != first[1]["grad_norm"]
+
+
+def test_every_layers_router_weights_its_own_loss_as_it_stands(cell: Any) -> None:
+    """The sparsity controllers of two layers drift apart, step by step."""
+    config = cell("router=relu", "router.coefficient=0.5").config
+    model = build_model(config, vocab_size=400)
+    routers = [layer.mlp.router for layer in model.model.layers]
+    ids = torch.randint(0, 300, (2, 16))
+    output = model(ids, ids)
+    for weight in (0.5, 2.0):
+        routers[1].log_coefficient.fill_(math.log(weight))
+        sparsity = output.aux["sparsity"]
+        expected = output.loss + 0.5 * sparsity[0] + weight * sparsity[1]
+        torch.testing.assert_close(total_loss(config, [router.loss_weights for router in routers], output), expected)
+
+
+def test_a_router_may_add_to_the_weight_of_a_shared_loss(cell: Any) -> None:
+    others = ["router.cosine_similarities_loss_coef=0", "router.so_lambda_max=0", "lb=0"]
+    config = cell("router=spectra", "router.router_entropy_coef=0.25", "router_entropy=0.5", *others).config
+    model = build_model(config, vocab_size=400)
+    ids = torch.randint(0, 300, (2, 16))
+    output = model(ids, ids)
+    expected = output.loss + 0.75 * output.aux["router_entropy"].sum()
+    torch.testing.assert_close(
+        total_loss(config, [layer.router.loss_weights for layer in model.moe_layers], output), expected
+    )
+
+
+@pytest.mark.parametrize(("name", "key"), LOSS_WEIGHTS.items())
+def test_every_shared_loss_is_logged_and_weighted_by_its_key(name: str, key: str, cell: Any) -> None:
+    config = cell("lb=0", f"{key}=0.3").config
+    model = build_model(config, vocab_size=400)
+    ids = torch.randint(0, 300, (2, 16))
+    output = model(ids, ids, orthogonality=True)
+    expected = output.loss + 0.3 * output.aux[name].sum()
+    torch.testing.assert_close(total_loss(config, [{} for _ in model.moe_layers], output), expected)
+
+
+def test_accumulation_hands_the_load_of_the_step_so_far_to_the_next_micro_batch(cell: Any, tmp_path: Path) -> None:
+    """With one micro-batch a step the global balance loss is the plain one; with four it is not."""
+    for batch, accumulate in ((8, 1), (2, 4)):
+        one = cell(f"batch_size={batch}", f"grad_accum={accumulate}", f"out={tmp_path}/{accumulate}")
+        run(one)
+        steps = [e for e in untimed(one.folder) if e["kind"] == "train"]
+        same = [e["train/load_balance"] == e["train/load_balance_global"] for e in steps]
+        assert all(same) if accumulate == 1 else not any(same)
+
+
+def test_knobs_are_pure_functions_of_the_step_and_end_at_the_settings(cell: Any) -> None:
+    config = cell("router=temperature", "router.temp=2.0", "schedule=linear", "noise=0.1", "steps=10").config
+    schedule = Linear("temperature", 5.0)
+    settings = [knob_settings(config, schedule, step) for step in range(11)]
+    assert settings[0] == {"temperature": 5.0, "noise": 0.1}
+    assert settings[10] == {"temperature": 2.0, "noise": 0.1}
+
+
+def test_validation_blocks_are_the_same_for_every_seed_and_training_blocks_are_not(cell: Any) -> None:
+    one, two = cell("seed=1").config, cell("seed=2").config
+    data = prepare_data(one)
+    assert data.val["input_ids"][:].tolist() == prepare_data(two).val["input_ids"][:].tolist()
+    assert not torch.equal(micro_batches(one, data, 0)[0].ids, micro_batches(two, data, 0)[0].ids)
+
+
+def test_a_capacity_run_is_evaluated_dropless_and_limited(cell: Any) -> None:
+    one = cell("capacity=0.5")
+    run(one)
+    last = untimed(one.folder)[-1]
+    assert last["routing/drop_rate"] == 0
+    assert last["val_capacity/drop_rate"] > 0.4
+    assert last["val_capacity/loss"] != last["val/loss"]
+
+
+def test_flops_are_recorded_of_the_experts_that_validation_tokens_asked_for(cell: Any) -> None:
+    one = cell("router=top_p", "steps=1", "eval_every=1")
+    facts = run(one)
+    last = untimed(one.folder)[-1]
+    active = [last[f"routing/active_experts/layer{layer:02d}"] for layer in range(2)]
+    assert all(1 < number < 4 for number in active)
+    model = MoEForCausalLM.from_pretrained(one.folder / "model")
+    assert facts["flops_per_token"] == flops_per_token(model, 32, active=active) < flops_per_token(model, 32)
+
+
+@pytest.mark.parametrize("experiment", sorted(options("experiment")))
+def test_the_first_and_last_cell_of_every_experiment_train(
+    experiment: str, small: list[str], finished_ablation: Path
+) -> None:
+    settings = [*small, "steps=2", "eval_every=2", f"out={finished_ablation}"]
+    cells = read_cells([f"experiment={experiment}", "seed=42", *settings])
+    assert cells
+    for one in {cells[0].folder: cells[0], cells[-1].folder: cells[-1]}.values():
+        run(one)
+        assert untimed(one.folder)[-1]["step"] == 2
+
+
+def test_nothing_not_finite_reaches_the_weights(cell: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss that is NaN at step 4 stops the run there, with the weights of the last checkpoint intact."""
+    one = cell("save_every=1")
+    honest = loop.total_loss
+    calls = []
+
+    def poisoned(*arguments: Any, **weight: float) -> torch.Tensor:
+        calls.append(1)
+        return honest(*arguments, **weight) * (float("nan") if len(calls) == 4 else 1.0)
+
+    monkeypatch.setattr(loop, "total_loss", poisoned)
+    with pytest.raises(Diverged, match=r"step 3: gradient of .* is not finite"):
+        run(one)
+    assert json.loads((one.folder / "events.jsonl").read_text().splitlines()[-1])["step"] == 3
+    monkeypatch.setattr(loop, "total_loss", honest)
+    run(one)
+    assert (one.folder / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("parameter", "expert", "named"),
+    [
+        ("model.layers.1.mlp.experts.up", 2, "weight model.layers.1.mlp.experts.up (expert 2)"),
+        ("model.layers.0.input_layernorm.weight", None, "weight model.layers.0.input_layernorm.weight"),
+    ],
+)
+def test_blame_names_layer_tensor_and_expert(cell: Any, parameter: str, expert: int | None, named: str) -> None:
+    config = cell().config
+    model = build_model(config, vocab_size=400)
+    ids = torch.zeros(1, 8, dtype=torch.long)
+    tensor = dict(model.named_parameters())[parameter]
+    with torch.no_grad():
+        tensor[expert if expert is not None else 0] = float("nan")
+    assert blame(model, ids, Knobs.of()) == named
+
+
+def test_blame_names_the_gradient_of_one_expert(cell: Any) -> None:
+    model = build_model(cell().config, vocab_size=400)
+    ids = torch.zeros(1, 8, dtype=torch.long)
+    model(ids, ids).loss.backward()
+    gradient = model.model.layers[1].mlp.experts.down.grad
+    gradient[3, 0, 0] = float("inf")
+    assert blame(model, ids, Knobs.of()) == "gradient of model.layers.1.mlp.experts.down (expert 3)"
+
+
+def test_blame_names_the_first_output_that_overflows(cell: Any) -> None:
+    model = build_model(cell().config, vocab_size=400)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight.fill_(3e38)
+    assert blame(model, torch.zeros(1, 8, dtype=torch.long), Knobs.of()).startswith(
+        "output of model.layers.0.self_attn.v_proj"
+    )
