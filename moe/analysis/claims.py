@@ -36,7 +36,7 @@ class _Pair(NamedTuple):
     high: float = NAN
     p_for: float = NAN
     p_against: float = NAN
-    favour: float = NAN
+    favor: float = NAN
     note: str = ""
     doubt: str = ""
 
@@ -78,7 +78,7 @@ def judge_planned(runs: pd.DataFrame) -> pd.DataFrame:
 def judge(runs: pd.DataFrame, claims: list[ClaimConfig]) -> pd.DataFrame:
     """A row a claim: supported, contradicted or undecided by these runs (a table of `moe.results.table.load`), and why.
 
-    `difference` is `mean` minus `reference mean` over n paired seeds, with its 95 % t interval, in the least favourable
+    `difference` is `mean` minus `reference mean` over n paired seeds, with its 95 % t interval, in the least favorable
     of the comparisons that the claim makes; `p` is that of all of them. A claim holds if every comparison does (their
     largest p: intersection-union). It fails if one of them does (their smallest p, Bonferroni); of lowest and highest,
     if some other level beats all that are named. p is two-sided, or that of two one-sided tests (TOST) where a
@@ -134,20 +134,20 @@ def _judge_alone(claim: ClaimConfig, runs: pd.DataFrame) -> dict[str, Any]:
 
     others = [factor for factor in varied_factors(runs) if factor not in (claim.factor, "seed")]
     pairs = [[_compare(claim, runs, others, a, b) for b in rivals] for a in named]
-    favour, p_for, p_against = (
+    favor, p_for, p_against = (
         np.array([[getattr(pair, field) for pair in line] for line in pairs])
-        for field in ("favour", "p_for", "p_against")
+        for field in ("favor", "p_for", "p_against")
     )
     if claim.kind in ("lowest", "highest"):  # fails if a rival beats all that are named
-        b = int(favour.max(axis=0).argmin())
-        a, against = int(favour[:, b].argmax()), p_against.max(axis=0)
+        b = int(favor.max(axis=0).argmin())
+        a, against = int(favor[:, b].argmax()), p_against.max(axis=0)
     else:
-        a, b = divmod(int(favour.argmin()), len(rivals))
+        a, b = divmod(int(favor.argmin()), len(rivals))
         against = p_against.ravel()
     p_holds, p_fails = p_for.max(), min(1.0, len(against) * against.min())
-    estimates = "as claimed" if favour.min() > 0 else "against" if favour[a, b] < 0 else "mixed"
+    estimates = "as claimed" if favor.min() > 0 else "against" if favor[a, b] < 0 else "mixed"
     compared = f"{claim.factor} {_label(claim, runs, named[a])} vs {_label(claim, runs, rivals[b])}"
-    compared += f", the least favourable of {favour.size} comparisons" if favour.size > 1 else ""
+    compared += f", the least favorable of {favor.size} comparisons" if favor.size > 1 else ""
     untested = [pair.doubt for line in pairs for pair in line if math.isnan(pair.p_for)]
     shown = pairs[a][b]._replace(doubt=untested[0]) if untested else pairs[a][b]
     verdict = "supported" if p_holds < p_fails else "contradicted"
@@ -190,7 +190,7 @@ def _compare(claim: ClaimConfig, runs: pd.DataFrame, others: list[str], treated:
     a, b = (whole.xs(side, axis=1, level=1).mean(axis=1).to_numpy() for side in "ab")
     low, high = _range(claim, b.mean())
     effect = (a - b).mean()
-    pair = _Pair(n, a.mean(), b.mean(), favour=min(effect - low, high - effect), note=note)
+    pair = _Pair(n, a.mean(), b.mean(), favor=min(effect - low, high - effect), note=note)
     if n == 1:
         return pair._replace(doubt="one seed: nothing to test a difference against")
     if constant(a - b, scale=np.abs([a, b]).max()):

@@ -105,7 +105,7 @@ def _falling(step: int, steps: int) -> float:
 
 
 def _routing(prefix: str, load: float, rng: np.random.Generator, *, layered: int) -> dict[str, float]:
-    """Every metric of the catalogue, all alike; the first `layered` of them by layer too."""
+    """Every metric of the catalog, all alike; the first `layered` of them by layer too."""
     luck = 0.01 * float(rng.normal())
     values = {f"{prefix}/load_cv/pooled": 0.9 * load + luck}
     for rank, name in enumerate(METRICS):

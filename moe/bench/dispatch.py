@@ -16,7 +16,7 @@ import torch
 
 from moe.bench.timing import Table, device, interleave
 from moe.routing.decision import Routing
-from moe.routing.dispatch import Plan, combine, gather, plan
+from moe.routing.dispatch import Dispatch, combine, dispatch, gather
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,8 +52,8 @@ def measure(
     routing = Routing.token_choice(expert, torch.ones(expert.shape, device=device()))
     x = torch.randn(tokens, dim, generator=generator).to(device())
 
-    def pack_and_combine() -> Plan:
-        todo = plan(routing, experts, capacity=capacity, seq_len=tokens)
+    def pack_and_combine() -> Dispatch:
+        todo = dispatch(routing, experts, capacity=capacity, seq_len=tokens)
         combine(gather(x, todo), todo, tokens)
         return todo
 

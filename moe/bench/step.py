@@ -21,7 +21,7 @@ from moe.launch.command_line import read_cells
 from moe.model.cost import flops_per_token
 from moe.model.decoder import MoEForCausalLM
 from moe.routing import losses
-from moe.routing.dispatch import plan
+from moe.routing.dispatch import dispatch
 from moe.routing.measurement import measure
 from moe.runs.events import EventLog
 from moe.runs.signals import Interrupted, Signals
@@ -133,7 +133,7 @@ def part_variants(config: Config, events: EventLog) -> list[Variant]:
         layers = model(ids).routing or []
     seq_len, experts = config.data.seq_len, config.model.num_experts
     routings = [routing for layer in layers for routing in layer]
-    plans = [plan(routing, experts, capacity=config.capacity, seq_len=seq_len) for routing in routings]
+    plans = [dispatch(routing, experts, capacity=config.capacity, seq_len=seq_len) for routing in routings]
     line = {f"train/routing/{i}": i / 7 for i in range(100)}
     both = list(zip(routings, plans, strict=True))
     return [
@@ -142,7 +142,7 @@ def part_variants(config: Config, events: EventLog) -> list[Variant]:
         ("part: auxiliary losses", lambda: [losses.auxiliary(r, p.offered, seq_len=seq_len) for r, p in both]),
         (
             "part: dispatch plan",
-            lambda: [plan(r, experts, capacity=config.capacity, seq_len=seq_len) for r in routings],
+            lambda: [dispatch(r, experts, capacity=config.capacity, seq_len=seq_len) for r in routings],
         ),
         ("part: a line of the event log", lambda: events.write("train", 1, line)),
     ]

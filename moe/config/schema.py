@@ -80,7 +80,7 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """Where text comes from (`source`, a `_target_`), how it is tokenised, split and cut into blocks of `seq_len`."""
+    """Where text comes from (`source`, a `_target_`), how it is tokenized, split and cut into blocks of `seq_len`."""
 
     source: Any = MISSING
     tokenizer: str = MISSING
@@ -218,7 +218,7 @@ class Config:
 
     def _check_ranks(self) -> None:
         """Refuse what cannot be shared out among the processes of this launch."""
-        number = ranks.number()
+        number = ranks.world_size()
         allowed = f"a multiple of the {number} processes of this launch, which share the micro-batches of a step"
         require(self.grad_accum % number == 0, "grad_accum", self.grad_accum, allowed)
         deepspeed, fsdp = map(ranks.launched_with, ("DEEPSPEED", "FSDP"))

@@ -1,4 +1,4 @@
-"""Documents to token blocks: split, tokenise, cut, cache as Arrow; and the order in which training reads the blocks.
+"""Documents to token blocks: split, tokenize, cut, cache as Arrow; and the order in which training reads the blocks.
 
 Everything here is a pure function of its arguments, so every seed, rank and resumed run sees the same validation set,
 and the batch of a step needs no state.
@@ -43,7 +43,7 @@ class Prepared(NamedTuple):
         conversations have labels and position_ids (seq_len) too, see `Batch`.
     val: document too, a number for each source file (`Document.group`, which the split never parts; a conversation is
         its own). A block has that of its first token, whatever follows. Blocks of one document are not independent.
-    manifest: what the blocks were made of: counts, licences, versions, checksums.
+    manifest: what the blocks were made of: counts, licenses, versions, checksums.
     """
 
     train: datasets.Dataset
@@ -210,7 +210,7 @@ def _build(
     counts: dict[str, Any] = {domain: {"sha256": _digest(documents)} for domain, documents in corpus.items()}
     for name, split, max_blocks in (("train", train, None), ("val", val, max_val_blocks)):
         blocks = {
-            domain: make(documents, pretrained, seq_len, f"tokenise {name} {domain}")
+            domain: make(documents, pretrained, seq_len, f"tokenize {name} {domain}")
             for domain, documents in split.items()
         }
         dataset = _dataset(list(blocks.values()), max_blocks, documents=name == "val")

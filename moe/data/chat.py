@@ -36,11 +36,11 @@ def set_template(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = CHATML
 
 
-def tokenise(conversations: list[Document], tokenizer: PreTrainedTokenizerFast, label: str) -> list[Tokens]:
-    """Tokens of the conversations; labelled are the assistant's words and the special token that ends them.
+def tokenize(conversations: list[Document], tokenizer: PreTrainedTokenizerFast, label: str) -> list[Tokens]:
+    """Tokens of the conversations; labeled are the assistant's words and the special token that ends them.
 
     The template writes a mark for each turn, which the words then replace: so words that spell a special token stay
-    words, and no template has to say which words are the assistant's. Words are tokenised apart from what stands before
+    words, and no template has to say which words are the assistant's. Words are tokenized apart from what stands before
     them, as they are when a model writes them. Raises ValueError where a template leaves out or reorders turns.
     """
     markup, words = encoder(tokenizer, special=True), encoder(tokenizer, special=False)

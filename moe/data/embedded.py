@@ -1,4 +1,4 @@
-"""Labelled domains of real text that installed packages hold: documents without a download.
+"""Labeled domains of real text that installed packages hold: documents without a download.
 
 Packages are read as data: none of their code runs. Files come in a pseudo-random order that is the same on every
 machine, because a domain is cut after its first documents.
@@ -155,7 +155,7 @@ def _cpp() -> Iterator[Document]:
 
 class _Domain(NamedTuple):
     read: Callable[[], Iterable[Document]]
-    licence: str
+    license: str
     packages: tuple[str, ...] = ()  # as pip takes them
 
     def missing(self) -> list[str]:
@@ -185,7 +185,7 @@ DOMAINS = {
 
 @dataclass(frozen=True)
 class Embedded:
-    """Labelled domains of real text found in installed packages: no hub, no network.
+    """Labeled domains of real text found in installed packages: no hub, no network.
 
     speech (US annual messages), scripture (King James Bible), problems (tasks with Python solutions), math and docs
     (docstrings), python (standard library), cpp (torch headers). A domain stops at the first document that reaches
@@ -214,7 +214,7 @@ class Embedded:
         object.__setattr__(self, "domains", tuple(present))
 
     def documents(self) -> Iterator[Document]:
-        """NFC-normalised documents, domain by domain in the order of `DOMAINS`, duplicates removed across domains."""
+        """NFC-normalized documents, domain by domain in the order of `DOMAINS`, duplicates removed across domains."""
         duplicates = DuplicateFilter()
         for name in self.domains:
             chars = 0
@@ -227,7 +227,7 @@ class Embedded:
                         break
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        return {name: {"licence": DOMAINS[name].licence, "packages": DOMAINS[name].versions()} for name in self.domains}
+        return {name: {"license": DOMAINS[name].license, "packages": DOMAINS[name].versions()} for name in self.domains}
 
 
 @dataclass(frozen=True)
@@ -258,4 +258,4 @@ class Solutions:
 
     def describe(self) -> dict[str, dict[str, Any]]:
         domain = DOMAINS["problems"]
-        return {"problems": {"licence": domain.licence, "packages": domain.versions()}}
+        return {"problems": {"license": domain.license, "packages": domain.versions()}}

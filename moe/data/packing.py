@@ -14,7 +14,7 @@ from moe.data import chat
 from moe.data.chat import Tokens
 from moe.data.labels import IGNORED
 from moe.data.sources import Document
-from moe.data.tokenizer import tokenise
+from moe.data.tokenizer import tokenize
 
 
 class Blocks(NamedTuple):
@@ -30,7 +30,7 @@ class Blocks(NamedTuple):
 
 def cut(documents: list[Document], tokenizer: PreTrainedTokenizerFast, seq_len: int, label: str) -> Blocks:
     """Blocks of documents one after another, the tail dropped."""
-    parts = tokenise(documents, tokenizer, label)
+    parts = tokenize(documents, tokenizer, label)
     ids = np.concatenate([np.empty(0, dtype=np.int32), *parts])
     blocks = ids[: len(ids) // seq_len * seq_len].reshape(-1, seq_len)
     ends = np.cumsum([len(part) for part in parts])
@@ -45,7 +45,7 @@ def pack(documents: list[Document], tokenizer: PreTrainedTokenizerFast, seq_len:
     beginnings of conversations, once more and without labels: padding would be routed like text, and always alike, so
     every routing statistic and balance loss would be about it too. position_ids start at 0 with each piece.
     """
-    whole = chat.tokenise(documents, tokenizer, label)
+    whole = chat.tokenize(documents, tokenizer, label)
     cut = [Tokens(ids[:seq_len], labels[:seq_len]) for ids, labels in whole]
     learnable = [place for place, tokens in enumerate(cut) if (tokens.labels != IGNORED).any()]
     kept = [cut[place] for place in learnable]
@@ -62,7 +62,7 @@ def pack(documents: list[Document], tokenizer: PreTrainedTokenizerFast, seq_len:
             end = _write(columns, row, end, Tokens(ids := next(fillers).ids, np.full_like(ids, IGNORED)))
     counts: dict[str, int | float] = {
         "tokens": sum(len(tokens.ids) for tokens in kept),
-        "labelled_tokens": int((columns["labels"] != IGNORED).sum()),
+        "labeled_tokens": int((columns["labels"] != IGNORED).sum()),
         "truncated": sum(len(tokens.ids) > seq_len for tokens in whole),
         "left_out": len(cut) - len(kept),
         "filler_share": filled / columns["input_ids"].size if rows else 0.0,

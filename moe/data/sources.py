@@ -57,7 +57,7 @@ class Source(Protocol):
         ...
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        """Licence, package versions and file checksums, by domain or path; JSON-able."""
+        """License, package versions and file checksums, by domain or path; JSON-able."""
         ...
 
 
@@ -191,7 +191,7 @@ class Files:
         return distinct(self._rows())
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        return {"files": {"licence": "the user's own", "files": checksums(self._files())}}
+        return {"files": {"license": "the user's own", "files": checksums(self._files())}}
 
     def _rows(self) -> Iterator[Document]:
         for file in self._files():
@@ -235,9 +235,9 @@ def _hub_rows(path: str, name: str | None, split: str, count: int) -> Iterator[t
 
 def _describe_hub(path: str) -> dict[str, dict[str, Any]]:
     files = _local_files(path)
-    licence = "the user's own" if files else "see the dataset's card"
+    license = "the user's own" if files else "see the dataset's card"
     packages = {"datasets": metadata.version("datasets")}
-    return {path: {"licence": licence, "packages": packages, "files": checksums(files)}}
+    return {path: {"license": license, "packages": packages, "files": checksums(files)}}
 
 
 def _local_files(name: str) -> list[Path]:

@@ -58,7 +58,7 @@ def encoder(tokenizer: PreTrainedTokenizerFast, *, special: bool) -> Tokenizer:
     return copy
 
 
-def tokenise(documents: list[Document], tokenizer: PreTrainedTokenizerFast, label: str) -> list[Int[np.ndarray, "_"]]:
+def tokenize(documents: list[Document], tokenizer: PreTrainedTokenizerFast, label: str) -> list[Int[np.ndarray, "_"]]:
     """Ids of each document with the end-of-text token after them. Text that spells a special token stays text."""
     words = encoder(tokenizer, special=False)
     ids = []

@@ -11,7 +11,7 @@ from torch import Tensor
 Apply = Callable[[Tensor, Tensor], Tensor]  # rows sorted by expert, and how many each has -> rows
 
 
-def travelling(rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"], apply: Apply) -> Float[Tensor, "R D"]:
+def traveling(rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"], apply: Apply) -> Float[Tensor, "R D"]:
     """What `apply` would give for rows sorted by expert, `counts` of them for each, if it had all E experts.
 
     Each of N ranks has E/N of them, in order. All ranks call this together, each with rows of its own, as many as it

@@ -12,18 +12,18 @@ if TYPE_CHECKING:  # who only asks for numbers need not wait for torch
     from torch import Tensor
 
 
-def number() -> int:
+def world_size() -> int:
     """How many ranks this run has."""
     return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 
-def index() -> int:
+def rank() -> int:
     """Which of them this process is, from 0."""
     return int(os.environ.get("RANK", 0))
 
 
 def is_first() -> bool:
-    return index() == 0
+    return rank() == 0
 
 
 def launched_with(engine: str) -> bool:
@@ -33,7 +33,7 @@ def launched_with(engine: str) -> bool:
 
 def start(*, timeout: int) -> None:
     """Let the ranks find one another; from then on, one that waits for another fails after `timeout` seconds."""
-    if number() == 1:
+    if world_size() == 1:
         return
     import torch
     from accelerate import PartialState
@@ -41,25 +41,25 @@ def start(*, timeout: int) -> None:
     PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=timeout))
 
 
-def told(value: Any) -> Any:
+def broadcast(value: Any) -> Any:
     """The value that the first rank has."""
-    return gathered(value)[0]
+    return all_gather(value)[0]
 
 
-def gathered(value: Any) -> list[Any]:
+def all_gather(value: Any) -> list[Any]:
     """The values of all ranks, in their order."""
-    if number() == 1:
+    if world_size() == 1:
         return [value]
     import torch.distributed as dist
 
-    values = [None] * number()
+    values = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
 
 
-def largest(value: int) -> int:
+def maximum(value: int) -> int:
     """The largest of the values of all ranks."""
-    if number() == 1:
+    if world_size() == 1:
         return value
     import torch
     import torch.distributed as dist
@@ -72,7 +72,7 @@ def largest(value: int) -> int:
 
 def total(tensors: "Sequence[Tensor]") -> "list[Tensor]":
     """The sums over ranks of tensors that have the same shapes on each, added in fp64 and in one exchange."""
-    if number() == 1:
+    if world_size() == 1:
         return list(tensors)
     import torch
     import torch.distributed as dist
@@ -83,13 +83,13 @@ def total(tensors: "Sequence[Tensor]") -> "list[Tensor]":
     return [part.view_as(tensor).to(tensor.dtype) for part, tensor in zip(parts, tensors, strict=True)]
 
 
-def before(counts: "Int[Tensor, 'E']") -> "Int[Tensor, 'E']":
+def sum_before(counts: "Int[Tensor, 'E']") -> "Int[Tensor, 'E']":
     """The sum over the ranks before this one."""
-    if number() == 1:
+    if world_size() == 1:
         return counts.new_zeros(counts.shape)
     import torch
     import torch.distributed as dist
 
-    everyone = [torch.empty_like(counts) for _ in range(number())]
+    everyone = [torch.empty_like(counts) for _ in range(world_size())]
     dist.all_gather(everyone, counts)
-    return torch.stack(everyone)[: index()].sum(0)
+    return torch.stack(everyone)[: rank()].sum(0)

@@ -7,16 +7,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 
-def whole(tree: Any) -> Any:
+def full(tree: Any) -> Any:
     """A tensor, or dicts and lists of them, with every sharded tensor put together; all ranks call this together."""
     if isinstance(tree, dict):
-        return {key: whole(value) for key, value in tree.items()}
+        return {key: full(value) for key, value in tree.items()}
     if isinstance(tree, list):
-        return [whole(value) for value in tree]
+        return [full(value) for value in tree]
     return tree.full_tensor() if isinstance(tree, DTensor) else tree
 
 
-def like(value: Tensor, target: Tensor) -> Tensor:
+def shard_like(value: Tensor, target: Tensor) -> Tensor:
     """`value`, which every rank has whole, sharded as `target` is."""
     if not isinstance(target, DTensor):
         return value
@@ -24,17 +24,17 @@ def like(value: Tensor, target: Tensor) -> Tensor:
     return copies.redistribute(placements=target.placements)
 
 
-def weights(model: nn.Module) -> dict[str, Tensor]:
+def full_state(model: nn.Module) -> dict[str, Tensor]:
     """A model's state in whole tensors, which names that share one still share; all ranks call this together."""
     once: dict[int, Tensor] = {}
     state = model.state_dict(keep_vars=True)
     for tensor in state.values():
         if id(tensor) not in once:
-            once[id(tensor)] = whole(tensor.detach())
+            once[id(tensor)] = full(tensor.detach())
     return {name: once[id(tensor)] for name, tensor in state.items()}
 
 
-def here(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
     """What of a tensor is on this rank."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -43,5 +43,5 @@ def norm(tensors: list[Tensor]) -> Tensor:
     """Euclidean norm of all numbers in `tensors`, on all ranks; 0-dim."""
     sharded = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
     others = [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
-    norms = [whole(nn.utils.get_total_norm(some)) for some in (sharded, others) if some]
+    norms = [full(nn.utils.get_total_norm(some)) for some in (sharded, others) if some]
     return torch.stack(norms).norm() if norms else torch.zeros(())

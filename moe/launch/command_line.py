@@ -101,8 +101,8 @@ def _expand(arguments: list[str], *, multirun: bool) -> list[Cell]:
         _check_override(override)
     base = _compose([str(o.input_line) for o in overrides if not o.is_sweep_override()])
     launcher = base.hydra.runtime.choices["hydra/launcher"]
-    allowed = f"basic, or left out: this launch has {ranks.number()} processes, which train one cell after another"
-    require(launcher == "basic" or ranks.number() == 1, "hydra/launcher", launcher, allowed)
+    allowed = f"basic, or left out: this launch has {ranks.world_size()} processes, which train one cell after another"
+    require(launcher == "basic" or ranks.world_size() == 1, "hydra/launcher", launcher, allowed)
     multirun = multirun or str(base.hydra.mode) == "RunMode.MULTIRUN"
     if not multirun:
         swept = [o.input_line for o in overrides if o.is_sweep_override()]

@@ -31,15 +31,15 @@ def run(cell: Cell) -> None:
     """
     follow_parent()
     if not ranks.is_first():
-        if ranks.told(None):
+        if ranks.broadcast(None):
             _train(cell)
     elif finished(cell):
         log.info("%s: finished before, skipped", cell.folder)
-        ranks.told(False)
+        ranks.broadcast(False)
     else:
         cell.folder.mkdir(parents=True, exist_ok=True)
         with locked(cell.folder / "run.lock") as owner:
-            if ranks.told(_is_ours(cell, owner)):
+            if ranks.broadcast(_is_ours(cell, owner)):
                 _train(cell)
 
 
@@ -88,7 +88,7 @@ def _train(cell: Cell) -> None:
             _write(cell, "failed", error=reason)
         except OSError as second:
             log.error("%s: that cannot be written down: %s", cell.folder, second)
-        if ranks.number() > 1 and not isinstance(error, Diverged):  # which is the same on all; else who knows
+        if ranks.world_size() > 1 and not isinstance(error, Diverged):  # which is the same on all; else who knows
             sys.exit(1)
 
 
@@ -96,7 +96,7 @@ def _first_line(error: Exception) -> str:
     line = (str(error).strip().splitlines() or [""])[0]
     if isinstance(error, MemoryError) or "out of memory" in line or "can't allocate memory" in line:
         line += "; a smaller batch_size with a larger grad_accum needs less memory"
-    if ranks.number() > 1 and any(word in line for word in ("gloo", "NCCL")):
+    if ranks.world_size() > 1 and any(word in line for word in ("gloo", "NCCL")):
         line += "; another rank died or was frozen: the same command resumes the run"
     return line
 

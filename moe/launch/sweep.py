@@ -26,17 +26,17 @@ def carry_out(cells: list[Cell], launch: Callable[[], object]) -> int:
         return 0
     ranks.start(timeout=cells[0].config.rank_timeout)
     if not ranks.is_first():  # the first looks at the folders, and tells what became of the cells
-        if ranks.told(None):
+        if ranks.broadcast(None):
             launch()
         return 0
     if all(map(finished, cells)):
-        ranks.told(False)
+        ranks.broadcast(False)
         return _report(cells, ["finished"] * len(cells))
     for cell in cells:
         _check_folder(cell)
     before = [_state(cell) for cell in cells]
     with _reserved(cells):
-        ranks.told(True)
+        ranks.broadcast(True)
         try:
             launch()
         except SystemExit as stop:

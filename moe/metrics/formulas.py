@@ -189,7 +189,7 @@ METRICS: dict[str, Metric] = {
     "margin": Metric(lambda s: s.margin / s.tokens, "mean largest - second largest probability"),
     "top_k_mass": Metric(lambda s: s.chosen_mass / s.tokens, "mean probability of all experts that a token asked for"),
     "mutual_information": Metric(
-        _mutual_information, "entropy of the mean probability - mean token entropy, nats: soft specialisation"
+        _mutual_information, "entropy of the mean probability - mean token entropy, nats: soft specialization"
     ),
     "position_information": Metric(
         _position_information,

@@ -12,7 +12,7 @@ from moe.model.experts import Experts
 from moe.routers.base import Router
 from moe.routing import losses
 from moe.routing.decision import Context, Routing
-from moe.routing.dispatch import Plan, combine, gather, plan
+from moe.routing.dispatch import Dispatch, combine, dispatch, gather
 from moe.routing.measurement import mean_cosine, measure
 from moe.routing.stats import RoutingStats
 
@@ -58,14 +58,16 @@ class MoELayer(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             routing = router(flat.float(), context)
         source = flat if routing.slots is None else routing.slots.gather(flat)
-        todo: Plan = plan(routing, router.num_experts, capacity=context.capacity, seq_len=seq_len, drop=context.drop)
+        todo: Dispatch = dispatch(
+            routing, router.num_experts, capacity=context.capacity, seq_len=seq_len, drop=context.drop
+        )
         rows = self.experts(gather(source, todo), todo.kept)
         y = combine(rows, todo, len(source))
         if routing.slots is not None:
             y = routing.slots.scatter(y)
 
         load = context.load
-        if self.training and ranks.number() > 1:  # ranks work on consecutive micro-batches at once
+        if self.training and ranks.world_size() > 1:  # ranks work on consecutive micro-batches at once
             load = _before(todo.offered) + (0 if load is None else load)
         aux = losses.auxiliary(routing, todo.offered, seq_len=seq_len, load=load)
         if router.rows is not None:
@@ -94,4 +96,4 @@ class MoELayer(nn.Module):
 
 @torch.compiler.disable
 def _before(offered: Int[Tensor, "E"]) -> Int[Tensor, "E"]:
-    return ranks.before(offered)
+    return ranks.sum_before(offered)

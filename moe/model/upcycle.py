@@ -17,14 +17,14 @@ from moe.model.layer import MoELayer
 
 def upcycle(model: MoEForCausalLM, settings: ModelConfig) -> None:
     """Give `model` the weights of the checkpoint `settings.dense`: attention, norms, embeddings and head by name, its
-    MLP to every expert of its layer; routers stay as they were initialised.
+    MLP to every expert of its layer; routers stay as they were initialized.
 
     Shared experts are copies too, and are frozen. With n of them, a layer would give 1 + n times the MLP, so that the
     output matrices of routed and shared experts are divided by 1 + n. The logits are then those of the dense model for
     every router whose weights of a token sum to one (not, for example, top-1 with its probability as weight).
 
     Experts start equal and stay equal only as long as they see the same tokens with the same weights: the router's own
-    initialisation (and noise, where there is some) sends them different ones from the first step. While they are equal
+    initialization (and noise, where there is some) sends them different ones from the first step. While they are equal
     it does not matter which ones a token takes, so that the router learns from auxiliary losses alone at first.
 
     Raises ValueError if the checkpoint lacks weights.

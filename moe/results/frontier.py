@@ -44,7 +44,7 @@ BEST = {"val/perplexity": "best_val_perplexity", "val/loss": "best_val_loss", "s
 LATE = {"train/routing/drop_rate": "drop_rate", "train/routing/load_cv": "load_cv"}
 
 
-def measured(runs: pd.DataFrame, past: History) -> pd.DataFrame:
+def with_training_means(runs: pd.DataFrame, past: History) -> pd.DataFrame:
     """The finished runs of a table, with what their history, read with the columns `LATE`, says of load and of the best
     evaluation; NaN for what it does not say.
 

@@ -8,7 +8,7 @@ import pandas as pd
 
 from moe.files import write_text
 from moe.results.conditions import HEADLINE, present, spread_table, summary, unfinished, varied_factors, with_causality
-from moe.results.frontier import LATE, STEMS, bench_table, measured
+from moe.results.frontier import LATE, STEMS, bench_table, with_training_means
 from moe.results.table import history, load
 
 # Column of the noise study's own table -> our column; `_noise_study` makes the two that no run has.
@@ -41,7 +41,7 @@ def write_sweep_tables(sweep: Path) -> pd.DataFrame:
     for experiment, stem in STEMS.items():
         members = runs[runs["experiment"] == experiment]
         if len(members):
-            table = bench_table(measured(members, history(members["folder"], training=list(LATE))))
+            table = bench_table(with_training_means(members, history(members["folder"], training=list(LATE))))
             write_text(sweep / f"{stem}_summary.csv", table.to_csv(index=False))
     return runs
 

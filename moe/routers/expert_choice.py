@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from moe.checks import require
 from moe.routers.base import Router
 from moe.routing.decision import Context, Routing
-from moe.routing.dispatch import slots
+from moe.routing.dispatch import capacity_slots
 
 
 class ExpertChoice(Router):
     """Each expert takes its ceil(capacity_factor * T / E) tokens of largest p = softmax(W x) (Zhou et al. 2202.09368).
 
-    The gate is p itself, not renormalised; a token gets 0 ... E experts, `capacity_factor` on average, and one that no
+    The gate is p itself, not renormalized; a token gets 0 ... E experts, `capacity_factor` on average, and one that no
     expert takes gets none. Every load is the same, so the balance loss is the constant 1. Not causal: whether an expert
     takes a token depends on all others of the batch, so results change with its size (a token alone gets every expert).
     """
@@ -31,6 +31,6 @@ class ExpertChoice(Router):
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         logits = F.linear(x, self.weight.float())
         probs = torch.softmax(self.perturb(logits, context.knobs), -1)
-        weight, token = probs.topk(slots(len(x), self.num_experts, self.capacity_factor), dim=0)
+        weight, token = probs.topk(capacity_slots(len(x), self.num_experts, self.capacity_factor), dim=0)
         expert = torch.arange(self.num_experts, device=x.device).expand_as(token)
         return Routing(token.flatten(), expert.flatten(), weight.flatten(), probs=probs, logits=logits)

@@ -16,7 +16,7 @@ class ExpertThreshold(Router):
 
     The threshold is a moving average, with `decay`, of the (1 - k/E) quantile of a batch's scores, which T k / E tokens
     exceed. So experts are balanced without a balance loss, and a token has k of them on average, 0 ... E in fact; one
-    that passes no threshold gets none. Gates are s, not normalised. Thresholds are learnt once per step from the scores
+    that passes no threshold gets none. Gates are s, not normalized. Thresholds are learnt once per step from the scores
     that selected (noise included), as the mean over micro-batches; the first step, without any, is routed by top-k (the
     paper warms up with expert choice, which is not causal). A capacity limit is a share of the batch's assignments,
     whose number varies here: causal when dropless. Use lb=0.
@@ -43,11 +43,11 @@ class ExpertThreshold(Router):
             scores,
             probs=log_scores.softmax(-1),
             logits=logits,
-            evidence=len(x) * scores.detach().quantile(1 - self.quota / self.num_experts, dim=0),
+            feedback=len(x) * scores.detach().quantile(1 - self.quota / self.num_experts, dim=0),
         )
 
     @torch.no_grad()
     def after_step(self, stats: RoutingStats) -> None:
-        latest = stats.evidence / stats.tokens
+        latest = stats.feedback / stats.tokens
         average = self.decay * self.threshold + (1 - self.decay) * latest
         self.threshold.copy_(torch.where(self.threshold.isinf(), latest, average))

@@ -13,7 +13,7 @@ from moe.routing.decision import Context, Routing
 
 
 class GroupLimited(TopK):
-    """Keep the `top_groups` of `groups` equal groups of neighbouring experts, then take the k largest logits in them.
+    """Keep the `top_groups` of `groups` equal groups of neighboring experts, then take the k largest logits in them.
 
     A group is judged by the sum of its two largest probabilities (DeepSeek-V3 2412.19437; V2, 2405.04434, judged by
     the largest). Gates as in `TopK`; `probs` is over all experts, so a balance loss sees the closed groups too.

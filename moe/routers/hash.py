@@ -58,7 +58,7 @@ def lightest(weights: list[int], bins: int, k: int) -> list[list[int]]:
 
 
 def scramble(numbers: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
-    """A fixed pseudo-random 32-bit number for each integer (the murmur3 finaliser)."""
+    """A fixed pseudo-random 32-bit number for each integer (the murmur3 finalizer)."""
     h = numbers & 0xFFFFFFFF
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         h = ((h ^ (h >> shift)) * factor) & 0xFFFFFFFF

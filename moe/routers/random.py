@@ -12,7 +12,7 @@ from moe.routing.decision import Context, Routing
 class Random(Router):
     """Top-k of a fixed random projection of the hidden state, uniform gates 1/k.
 
-    It routes by content, as a trained router does, but is frozen at initialisation; expect imbalance, because hidden
+    It routes by content, as a trained router does, but is frozen at initialization; expect imbalance, because hidden
     states are not isotropic.
     """
 

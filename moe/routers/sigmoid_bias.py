@@ -16,16 +16,16 @@ from moe.routing.stats import RoutingStats
 class BiasedSigmoid(Router):
     """Select the k largest s + b, weight by s alone, with s = sigmoid(W x); subclasses learn b, by `after_step`.
 
-    Gates are s over the selected, normalised to sum 1 when `normalise` (never for k=1). `probs` is s normalised over
+    Gates are s over the selected, normalized to sum 1 when `normalize` (never for k=1). `probs` is s normalized over
     all experts, so that a balance loss may be added.
     """
 
     bias: Tensor
 
-    def __init__(self, dim: int, num_experts: int, *, k: int, normalise: bool = True) -> None:
+    def __init__(self, dim: int, num_experts: int, *, k: int, normalize: bool = True) -> None:
         super().__init__(dim, num_experts)
         check_k(k, num_experts)
-        self.k, self.normalise = k, normalise
+        self.k, self.normalize = k, normalize
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         self.register_buffer("bias", torch.zeros(num_experts))
 
@@ -34,12 +34,12 @@ class BiasedSigmoid(Router):
         log_scores = F.logsigmoid(self.perturb(logits, context.knobs))  # dividing by a sum of scores could be 0 / 0
         scores = log_scores.exp()
         expert = (scores + self.bias).topk(self.k).indices
-        normalise = self.normalise and self.k > 1
-        weight = log_scores.gather(-1, expert).softmax(-1) if normalise else scores.gather(-1, expert)
+        normalize = self.normalize and self.k > 1
+        weight = log_scores.gather(-1, expert).softmax(-1) if normalize else scores.gather(-1, expert)
         probs = log_scores.softmax(-1)
-        return Routing.token_choice(expert, weight, probs=probs, logits=logits, evidence=self.evidence(scores.detach()))
+        return Routing.token_choice(expert, weight, probs=probs, logits=logits, feedback=self.feedback(scores.detach()))
 
-    def evidence(self, scores: Float[Tensor, "T E"]) -> Float[Tensor, "E"] | None:
+    def feedback(self, scores: Float[Tensor, "T E"]) -> Float[Tensor, "E"] | None:
         """What `after_step` learns from beside the loads, as a sum over tokens."""
         return None
 
@@ -47,8 +47,8 @@ class BiasedSigmoid(Router):
 class SigmoidBias(BiasedSigmoid):
     """A bias that is nudged towards balance (Wang et al. 2408.15664; DeepSeek-V3).
 
-    After each optimizer step b_e += rate * sign(mean load - load_e), from the load of the whole step, and b is centred,
-    because adding a constant to it changes nothing. Expect load_cv to fall without `lb`; use lb=0.
+    After each optimizer step b_e += rate * sign(mean load - load_e), from the load of the whole step; then b is
+    centered, because adding a constant to it changes nothing. Expect load_cv to fall without `lb`; use lb=0.
     """
 
     def __init__(
@@ -59,9 +59,9 @@ class SigmoidBias(BiasedSigmoid):
         k: int = 2,
         rate: float = 1e-3,
         update: Literal["sign", "proportional"] = "sign",
-        normalise: bool = True,
+        normalize: bool = True,
     ) -> None:
-        super().__init__(dim, num_experts, k=k, normalise=normalise)
+        super().__init__(dim, num_experts, k=k, normalize=normalize)
         require(finite(rate) and rate >= 0, "router.rate", rate, "a finite number >= 0")
         self.rate, self.update = rate, update
 

@@ -21,8 +21,8 @@ class Spectra(Router):
     Every part can be switched off by itself:
     gru: routing vectors are the state of a GRU that runs over layers, never over positions, with h = 0 before the first
         layer and one set of weights for the model (as in 2408.06793). Off: a linear map of each layer.
-    expression: expression vectors are P x, with P initialised orthogonal. Off: the routing vector's own coordinates are
-        the evidence, as their cosine to (1, ..., 1) (a fixed direction is as good as a learned one), and the routing
+    expression: expression vectors are P x, with P initialized orthogonal. Off: the routing vector's own coordinates are
+        the feedback, as their cosine to (1, ..., 1) (a fixed direction is as good as a learned one), and the routing
         vector takes the place of the expression vector in what follows.
     osr_repulsion_weight: adds |s| R to the cost, s the cosines, R the squared cosines of two experts' mean expression.
     sinkhorn_epsilon, sinkhorn_iterations, log_sinkhorn_enabled: the plan, of exp(-cost / epsilon); 0 iterations: none.
@@ -103,7 +103,7 @@ class Spectra(Router):
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
     def initialize(self, std: float) -> None:
-        """The GRU initialises itself; the projector is 0.1 * orthogonal, for its loss wants orthogonal vectors."""
+        """The GRU initializes itself; the projector is 0.1 * orthogonal, for its loss wants orthogonal vectors."""
         if self.linear is not None:
             nn.init.normal_(self.linear, std=std)
         if self.projector is not None:
@@ -159,7 +159,7 @@ class Spectra(Router):
         if self.srip:
             aux["srip"] = srip(mean)
         seen = expression.detach().sum(0).flatten()
-        return Routing.masked(chosen, weight, probs=probs, logits=logits, aux=aux, evidence=seen, state=state)
+        return Routing.masked(chosen, weight, probs=probs, logits=logits, aux=aux, feedback=seen, state=state)
 
     def _next_state(self, x: Float[Tensor, "T D"], state: Float[Tensor, "T H"] | None) -> Float[Tensor, "T H"] | None:
         if self.gru is None:
@@ -181,7 +181,7 @@ class Spectra(Router):
     def after_step(self, stats: RoutingStats) -> None:
         self.steps += 1
         self.load.lerp_(stats.offered / stats.assignments, 1 - self.alpha)
-        seen = stats.evidence.view_as(self.mean_expression) / stats.tokens
+        seen = stats.feedback.view_as(self.mean_expression) / stats.tokens
         self.mean_expression.lerp_(seen, 1 - self.alpha)
 
 

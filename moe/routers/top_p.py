@@ -13,7 +13,7 @@ from moe.routing.decision import Context, Routing
 class TopP(Router):
     """The fewest experts whose probabilities sum to at least p, and never more than `k_max` (Huang et al. 2403.07652).
 
-    Gates are the probabilities themselves, not renormalised: they sum to about p, and a lone expert keeps a gradient.
+    Gates are the probabilities themselves, not renormalized: they sum to about p, and a lone expert keeps a gradient.
     The loss `entropy`, the mean token entropy in nats, keeps the number of experts from growing to `k_max`.
     """
 

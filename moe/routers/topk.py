@@ -46,7 +46,7 @@ class TopK(Router):
         probs = torch.softmax(noisy / context.knobs.temperature, -1)
         expert = noisy.topk(self.k).indices  # not of probs: at low temperature they round to ties
         weight = self._gate(probs.gather(-1, expert))
-        return Routing.token_choice(expert, weight, probs=probs, logits=logits, renormalise=self.after_drops)
+        return Routing.token_choice(expert, weight, probs=probs, logits=logits, renormalize=self.after_drops)
 
     def _gate(self, top: Float[Tensor, "T K"]) -> Float[Tensor, "T K"]:
         if self.gate == "uniform":
@@ -60,7 +60,7 @@ class Temperature(TopK):
     """`TopK` on softmax(logits / temp); `temp` is where a temperature schedule ends.
 
     Temperature never changes which experts have the largest logits: it acts through gate weights, the balance loss and
-    the size of the router's gradient (1/temp), so utilisation can only change through training. Entropy and
+    the size of the router's gradient (1/temp), so utilization can only change through training. Entropy and
     confidence are therefore reported at `temp` and at 1.
     """
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Knobs(NamedTuple):
-    """What a schedule may turn while a run goes on; 0-dim tensors, so that compiled code need not specialise.
+    """What a schedule may turn while a run goes on; 0-dim tensors, so that compiled code need not specialize.
 
     noise: None where there is none, and then none is drawn either.
     """
@@ -84,8 +84,8 @@ class Routing(NamedTuple):
         router has none (hash); a metric of a missing distribution is null, never zero.
     logits: (T, E) clean scores, before noise and temperature, or None.
     aux: auxiliary losses of this router alone, unweighted means over tokens; its `loss_weights` weight them.
-    renormalise: whether a token's weights are to sum to 1 again over the experts that keep it after drops.
-    evidence: (N) sums over tokens of whatever this router's `after_step` learns from, beside the loads, or None.
+    renormalize: whether a token's weights are to sum to 1 again over the experts that keep it after drops.
+    feedback: (N) sums over tokens of whatever this router's `after_step` learns from, beside the loads, or None.
     state: (T, H) what the router of the next MoE layer is to know of each token, or None.
     slots: None, or mixtures of tokens that experts work on instead; `token` then numbers the slots of the batch.
     """
@@ -96,9 +96,9 @@ class Routing(NamedTuple):
     probs: Float[Tensor, "T E"] | None
     logits: Float[Tensor, "T E"] | None
     aux: dict[str, Float[Tensor, ""]] = {}
-    evidence: Float[Tensor, "N"] | None = None
+    feedback: Float[Tensor, "N"] | None = None
     state: Float[Tensor, "T H"] | None = None
-    renormalise: bool = False
+    renormalize: bool = False
     slots: Slots | None = None
 
     @staticmethod

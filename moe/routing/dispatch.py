@@ -15,7 +15,7 @@ from torch import Tensor
 from moe.routing.decision import Routing, count
 
 
-class Plan(NamedTuple):
+class Dispatch(NamedTuple):
     """Kept assignments, sorted by expert.
 
     token, weight: (R) token index and gate weight, expert 0's assignments first.
@@ -30,14 +30,14 @@ class Plan(NamedTuple):
     by_token: Int[Tensor, "R"]
 
 
-def slots(assignments: int, num_experts: int, capacity: float) -> int:
+def capacity_slots(assignments: int, num_experts: int, capacity: float) -> int:
     """Assignments that one expert may take: ceil(capacity * A / E), at least 1 (GShard 2006.16668)."""
     return max(1, math.ceil(capacity * assignments / num_experts))
 
 
 def by_position(routing: Routing, seq_len: int) -> Int[Tensor, "A"]:
     """Earliest position in its sequence first, ties by sequence: whether a token is dropped never depends on later
-    tokens of its own sequence, and no sequence is favoured for standing first in the batch. Of several texts in one
+    tokens of its own sequence, and no sequence is favored for standing first in the batch. Of several texts in one
     sequence, the first is."""
     return torch.argsort(routing.token % seq_len, stable=True)
 
@@ -60,7 +60,9 @@ DROP_POLICIES: dict[str, Callable[[Routing, int], Int[Tensor, "A"]]] = {
 }
 
 
-def plan(routing: Routing, num_experts: int, *, capacity: float | None, seq_len: int, drop: str = "position") -> Plan:
+def dispatch(
+    routing: Routing, num_experts: int, *, capacity: float | None, seq_len: int, drop: str = "position"
+) -> Dispatch:
     """Sort assignments by expert; with a capacity factor, each expert keeps only the first `slots` of its queue.
 
     Dropless when `capacity` is None; assignments of an expert then stay in token order. With a capacity, the number of
@@ -71,24 +73,24 @@ def plan(routing: Routing, num_experts: int, *, capacity: float | None, seq_len:
     if capacity is None:
         order = torch.argsort(expert, stable=True)
         token = token[order]
-        return Plan(token, weight[order], offered, offered, torch.argsort(token, stable=True))
+        return Dispatch(token, weight[order], offered, offered, torch.argsort(token, stable=True))
     queue = DROP_POLICIES[drop](routing, seq_len)
     order = queue[torch.argsort(expert[queue], stable=True)]
     place = torch.arange(len(order), device=order.device) - (offered.cumsum(0) - offered)[expert[order]]
-    limit = slots(len(expert), num_experts, capacity)
+    limit = capacity_slots(len(expert), num_experts, capacity)
     order = order[place < limit]
     token, weight = token[order], weight[order]
-    if routing.renormalise:
+    if routing.renormalize:
         weight = weight / weight.new_zeros(len(expert)).index_add(0, token, weight)[token]
-    return Plan(token, weight, offered, offered.clamp(max=limit), torch.argsort(token, stable=True))
+    return Dispatch(token, weight, offered, offered.clamp(max=limit), torch.argsort(token, stable=True))
 
 
-def gather(x: Float[Tensor, "T D"], plan: Plan) -> Float[Tensor, "R D"]:
+def gather(x: Float[Tensor, "T D"], plan: Dispatch) -> Float[Tensor, "R D"]:
     """A copy of its token for each assignment."""
     return _Gather.apply(x, plan.token, plan.by_token)
 
 
-def combine(outputs: Float[Tensor, "R D"], plan: Plan, tokens: int) -> Float[Tensor, "T D"]:
+def combine(outputs: Float[Tensor, "R D"], plan: Dispatch, tokens: int) -> Float[Tensor, "T D"]:
     """Weighted sum of each token's expert outputs; a token without any gets zeros (the residual carries it on)."""
     return _Combine.apply(outputs, plan.weight.to(outputs.dtype), plan.token, plan.by_token, tokens)
 

@@ -15,7 +15,7 @@ def load_balance(probs: Float[Tensor, "T E"], offered: Shaped[Tensor, "E"]) -> F
     """E * sum_i f_i P_i: f the share of all A assignments (before drops), P the mean probability over all experts.
 
     1 when either is uniform, for every K and E; E when one expert has everything. Gradient flows through P only.
-    Switch Transformer (2101.03961, eq. 4-6), with f normalised by T*K as in GShard-style top-k.
+    Switch Transformer (2101.03961, eq. 4-6), with f normalized by T*K as in GShard-style top-k.
     """
     share = offered / offered.sum().clamp(min=1)  # a router may ask for nothing at all
     return len(offered) * (share * probs.mean(0)).sum()
@@ -25,7 +25,7 @@ def load_balance_sequence(
     probs: Float[Tensor, "T E"], token: Int[Tensor, "A"], expert: Int[Tensor, "A"], seq_len: int
 ) -> Float[Tensor, ""]:
     """The load-balance loss of each sequence by itself, averaged: 1 when every sequence is balanced (DeepSeek-V3
-    2412.19437, eq. 17-20, where probabilities are sigmoid scores normalised over experts). Several
+    2412.19437, eq. 17-20, where probabilities are sigmoid scores normalized over experts). Several
     conversations in one block are one sequence here: a single one may be too short to be balanced."""
     sequences, experts = len(probs) // seq_len, probs.shape[1]
     offered = count(token // seq_len * experts + expert, sequences * experts)
@@ -84,7 +84,7 @@ def auxiliary(
     """Every auxiliary loss that this routing has, by name.
 
     load: of earlier micro-batches of the optimizer step; `load_balance_global` counts it in, so that balance is asked
-    of the whole batch and single micro-batches may specialise (Qiu et al. 2501.11873).
+    of the whole batch and single micro-batches may specialize (Qiu et al. 2501.11873).
     """
     losses = dict(routing.aux)
     if routing.probs is not None:

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe.routing.decision import Routing, count
-from moe.routing.dispatch import Plan, slots
+from moe.routing.dispatch import Dispatch, capacity_slots
 from moe.routing.losses import router_entropy
 from moe.routing.stats import DECILES, RoutingStats
 
@@ -16,7 +16,7 @@ from moe.routing.stats import DECILES, RoutingStats
 @torch.no_grad()
 def measure(
     routing: Routing,
-    plan: Plan,
+    plan: Dispatch,
     tokens: int,
     *,
     seq_len: int | None = None,
@@ -42,20 +42,22 @@ def measure(
         assignments=assignments,
         offered=offered,
         kept=plan.kept.float(),
-        slots=nan if capacity is None else nan.new_full((), experts * slots(len(routing.expert), experts, capacity)),
+        slots=nan
+        if capacity is None
+        else nan.new_full((), experts * capacity_slots(len(routing.expert), experts, capacity)),
         batches=routed,
         max_violation=routed * (offered.amax() * experts / assignments.clamp(min=1) - 1),
         **_choices(routing, plan, tokens, seq_len or tokens, place),
         **_probabilities(routing, nan.expand(experts)),
         **_clean_logits(routing.logits, nan),
-        evidence=nan.expand(experts) if routing.evidence is None else routing.evidence,
+        feedback=nan.expand(experts) if routing.feedback is None else routing.feedback,
         probed=nan.new_full((), 0 if similarity is None else len(similarity)),
         output_similarity=nan.new_zeros(()) if similarity is None else similarity.sum(),
     )
 
 
 def _choices(
-    routing: Routing, plan: Plan, tokens: int, seq_len: int, place: Int[Tensor, "T"] | None
+    routing: Routing, plan: Dispatch, tokens: int, seq_len: int, place: Int[Tensor, "T"] | None
 ) -> dict[str, Tensor]:
     """The sums that depend on which tokens chose which experts: NaN where experts take no tokens.
 

@@ -43,7 +43,7 @@ class RoutingStats(NamedTuple):
     confidence_t1: Float[Tensor, "*L"]
     logit_squared: Float[Tensor, "*L"]  # sum of mean squared logits
     logsumexp_squared: Float[Tensor, "*L"]
-    evidence: Float[Tensor, "*L N"]  # of `Routing.evidence`
+    feedback: Float[Tensor, "*L N"]  # of `Routing.feedback`
     probed: Float[Tensor, "*L"]  # tokens that every expert was run on
     output_similarity: Float[Tensor, "*L"]  # over those, the mean cosine of two experts' outputs
 

@@ -90,4 +90,4 @@ def _read(folder: Path) -> tuple[int, dict[str, Any]]:
 
 def _maker() -> dict[str, Any]:
     """What bits depend on beside the configuration."""
-    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "ranks": ranks.number()}
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "ranks": ranks.world_size()}

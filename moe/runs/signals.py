@@ -66,7 +66,7 @@ def follow_parent() -> None:
     Linux only; elsewhere an orphaned worker finishes its run, and the run's lock keeps others away from it.
     """
     parent = multiprocessing.parent_process()
-    started_by = os.getppid() if parent is None and ranks.number() > 1 else getattr(parent, "pid", None)
+    started_by = os.getppid() if parent is None and ranks.world_size() > 1 else getattr(parent, "pid", None)
     if started_by is None or sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -46,7 +46,7 @@ def expert_outputs(model: MoEForCausalLM, blocks: Batch, knobs: Knobs) -> Float[
 def projections(vectors: Float[np.ndarray, "L E F"]) -> dict[str, Any] | None:
     """pca, tsne: (L, E, 2) of all experts of all layers together; explained: the two components' shares of variance.
 
-    t-SNE keeps neighbours, not distances. None with fewer than four experts in all.
+    t-SNE keeps neighbors, not distances. None with fewer than four experts in all.
     """
     rows = vectors.reshape(-1, vectors.shape[-1]).astype(float)
     if len(rows) < 4:

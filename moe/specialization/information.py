@@ -95,9 +95,9 @@ def domain_dependence(
 def least_p(labels: Int[np.ndarray, "N"]) -> float:
     """The smallest p of a permutation test over units with these labels, whatever is observed.
 
-    It is the share of all labellings that part the units just so (labels of equally many units may trade names), at
+    It is the share of all labelings that part the units just so (labels of equally many units may trade names), at
     least 1 / (`PERMUTATIONS` + 1): 1 if each unit has its own label, 1/35 for 4 + 4 of them. Where the share is the
-    larger, p, from random labellings, scatters around it.
+    larger, p, from random labelings, scatters around it.
     """
     sizes = Counter(labels.tolist()).values()
     ways = factorial(len(labels)) // prod(factorial(size) for size in sizes)
@@ -110,7 +110,7 @@ def vocabulary_dependence(
 ) -> dict[str, Any] | None:
     """Two measures of how far a token id fixes its experts, over ids with `MIN_OCCURRENCES` or more.
 
-    id: I(id; expert) / (H(expert) - mean ln k). specialisation: mean over ids of the largest share of an id's tokens
+    id: I(id; expert) / (H(expert) - mean ln k). specialization: mean over ids of the largest share of an id's tokens
     that one expert took (OLMoE 2409.02060); both against tokens shuffled among those ids, across documents: ids that
     some documents prefer look informative where routing goes by document. Labels below 0 are no ids.
     None if no id is frequent enough.
@@ -128,7 +128,7 @@ def vocabulary_dependence(
     def informed(order: Int[np.ndarray, "N"]) -> float:
         return float(mutual_information(counts(order, share, size=size)))
 
-    def specialised(order: Int[np.ndarray, "N"]) -> float:
+    def specialized(order: Int[np.ndarray, "N"]) -> float:
         table = counts(order, chosen.astype(float), size=size)
         return float((table.max(-1) / np.bincount(order, minlength=size)).mean())
 
@@ -138,7 +138,7 @@ def vocabulary_dependence(
         "id": _against(
             informed(label), _explicable(chosen, np.ones(len(label))), np.array([informed(order) for order in shuffled])
         ),
-        "specialisation": _against(specialised(label), 1.0, np.array([specialised(order) for order in shuffled])),
+        "specialization": _against(specialized(label), 1.0, np.array([specialized(order) for order in shuffled])),
     }
 
 
@@ -173,7 +173,7 @@ def _against(observed: float, ceiling: float, null: Float[np.ndarray, "P"]) -> d
     room = ceiling - mean
     return {
         "observed": observed,
-        "normalised": observed / ceiling if ceiling else 0.0,
+        "normalized": observed / ceiling if ceiling else 0.0,
         "null": mean / ceiling if ceiling else 0.0,
         "null_high": np.quantile(null, 0.975) / ceiling if ceiling else 0.0,
         "adjusted": (observed - mean) / room if room > TINY else np.nan if ceiling else 0.0,

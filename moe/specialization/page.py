@@ -1,4 +1,4 @@
-"""Text coloured by expert: one HTML page without scripts, network or other files."""
+"""Text colored by expert: one HTML page without scripts, network or other files."""
 
 from html import escape
 
@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 from moe.analysis.figures.style import PALETTE
 from moe.specialization.observation import Observation
 
-COLOURS = (*PALETTE[:6], "#F0E442", PALETTE[-1])  # Okabe and Ito; yellow for black, which no dark page shows
+COLORS = (*PALETTE[:6], "#F0E442", PALETTE[-1])  # Okabe and Ito; yellow for black, which no dark page shows
 LINES = ("none", "2px solid", "2px dashed", "3px dotted")  # below the token: eight more experts each
 BLOCKS_A_DOMAIN = 2
 
@@ -29,7 +29,7 @@ label { margin-right: 1rem; }
 
 
 def page(seen: Observation, tokenizer: PreTrainedTokenizerFast, *, domains: tuple[str, ...], title: str) -> str:
-    """The first two blocks of each domain; a token has the colour of its heaviest expert in the layer selected.
+    """The first two blocks of each domain; a token has the color of its heaviest expert in the layer selected.
 
     Its hover title names all its experts and gate weights in every layer.
     """
@@ -51,7 +51,7 @@ def page(seen: Observation, tokenizer: PreTrainedTokenizerFast, *, domains: tupl
             text = escape(str(tokenizer.decode([int(token)])))
             spans.append(f'<span class="{names}" title="{escape(_title(seen, place))}">{text}</span>')
         texts.append(f'<div class="text">{"".join(spans)}</div>')
-    note = "Colour: the expert with the largest gate weight, in the layer selected. Hover over a token for all of them."
+    note = "Color: the expert with the largest gate weight, in the layer selected. Hover over a token for all of them."
     return (
         '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'
         f"<title>{escape(title)}: tokens by expert</title>\n<style>\n{STYLE}{_rules(layers, experts)}</style></head>\n"
@@ -74,9 +74,9 @@ def _rules(layers: int, experts: int) -> str:
     """Style sheets are the layer selector: a token has a class for each layer, which counts while that is selected."""
     rules = []
     for e in range(experts):
-        colour, line = COLOURS[e % len(COLOURS)], LINES[e // len(COLOURS) % len(LINES)]
+        color, line = COLORS[e % len(COLORS)], LINES[e // len(COLORS) % len(LINES)]
         names = [f"#l{n}:checked ~ main .l{n}e{e}" for n in range(layers)]
-        look = f"background: color-mix(in srgb, {colour} 42%, var(--page)); border-bottom: {line} {colour}"
+        look = f"background: color-mix(in srgb, {color} 42%, var(--page)); border-bottom: {line} {color}"
         rules.append(f"{', '.join([*names, f'.e{e}'])} {{ {look} }}\n")
         numbered = [f"#l{n}:checked ~ #numbers:checked ~ main .l{n}e{e}::after" for n in range(layers)]
         rules.append(f'{", ".join(numbered)} {{ content: "{e}"; font-size: 0.65em; vertical-align: sub }}\n')

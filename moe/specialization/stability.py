@@ -34,7 +34,7 @@ def agreement(
 ) -> list[dict[str, float]]:
     """How alike two models route the same tokens, by layer, whatever their experts are called.
 
-    matched: overlap / k under the renaming of experts that maximises it (Hungarian); chance: the same with the tokens
+    matched: overlap / k under the renaming of experts that maximizes it (Hungarian); chance: the same with the tokens
     of one side shuffled, mean of `SHUFFLES`; kappa: (matched - chance) / (1 - chance). rand: adjusted Rand index of the
     sets of experts as clusters of tokens, where two sets that share all but one expert count as different.
     """

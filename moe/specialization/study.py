@@ -27,12 +27,12 @@ from moe.specialization.vocabulary import keywords
 from moe.training.setup import prepare_data
 
 FORMAT = 2  # raise it whenever the same model gives other numbers
-FILE = "specialisation.json"
+FILE = "specialization.json"
 LANDSCAPE_BLOCKS = 8
 
 
 def study(folder: Path, *, blocks_wanted: int, samples: int) -> bool:
-    """Write `specialisation.json` and `tokens.html` into a finished run's folder; False if they are up to date.
+    """Write `specialization.json` and `tokens.html` into a finished run's folder; False if they are up to date.
 
     ValueError for a run that is not finished, or whose data can no longer be made as it was.
     """

@@ -7,7 +7,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from moe.distributed import ranks
-from moe.distributed.sharding import whole
+from moe.distributed.sharding import full
 from moe.routing.decision import Knobs
 
 
@@ -36,14 +36,14 @@ def blame(
         model(ids, knobs=knobs, position_ids=position_ids)
     for hook in hooks:
         hook.remove()
-    outputs = [output for found in ranks.gathered(outputs) for output in found]
+    outputs = [output for found in ranks.all_gather(outputs) for output in found]
     if outputs:
         return f"output of {outputs[0]}"
     return "the loss" if gradients is None else f"gradient of {gradients}"
 
 
 def _first_bad(tensors: dict[str, Tensor]) -> str | None:
-    return next((_slice_name(name, t) for name, t in whole(tensors).items() if not t.isfinite().all()), None)
+    return next((_slice_name(name, t) for name, t in full(tensors).items() if not t.isfinite().all()), None)
 
 
 def _note_output(found: list[str], name: str) -> Callable[[nn.Module, object, object], None]:

@@ -11,7 +11,7 @@ from datasets import Dataset
 from moe.data.blocks import batch
 from moe.data.labels import IGNORED, next_token
 from moe.distributed import ranks
-from moe.distributed.sharding import whole
+from moe.distributed.sharding import full
 from moe.metrics import formulas
 from moe.model.decoder import MoEForCausalLM
 from moe.routers.base import Router
@@ -48,7 +48,7 @@ def evaluate(
     training = model.training
     model.eval()
     batches = math.ceil(len(data) / batch_size)
-    for turn in range(ranks.index(), ranks.number() * math.ceil(batches / ranks.number()), ranks.number()):
+    for turn in range(ranks.rank(), ranks.world_size() * math.ceil(batches / ranks.world_size()), ranks.world_size()):
         # sharded weights need every rank at every turn: one without a batch left repeats the last, which counts 0 times
         first, times = min(turn, batches - 1), int(turn < batches)
         torch.manual_seed(first)  # for drop=random; training seeds every micro-batch itself
@@ -89,9 +89,9 @@ def evaluate(
 
 @torch.no_grad()
 def router_gram(router: Router) -> float | None:
-    """||W W^T - I||_F / sqrt(E (E - 1)) of the normalised directions of a router's experts: 0 orthogonal, 1 all alike;
+    """||W W^T - I||_F / sqrt(E (E - 1)) of the normalized directions of a router's experts: 0 orthogonal, 1 all alike;
     None without any, or with a single one."""
-    directions = whole(router.directions)
+    directions = full(router.directions)
     if directions is None or len(directions) < 2:
         return None
     unit = torch.nn.functional.normalize(directions.double(), dim=-1)

@@ -111,7 +111,7 @@ def train(config: Config, folder: Path, *, mirror: Mirror, signals: Signals) -> 
             load = None
             batches = micro_batches(config, data, step)
             weights, own = label_weights(batches), [router.loss_weights for router in routers]
-            ours = range(ranks.index(), config.grad_accum, ranks.number())  # ranks take the micro-batches in turn
+            ours = range(ranks.rank(), config.grad_accum, ranks.world_size())  # ranks take the micro-batches in turn
             for micro in ours:
                 blocks = batches[micro].to(accelerator.device)
                 torch.manual_seed(random_stream(config.seed, step, micro))
@@ -133,7 +133,9 @@ def train(config: Config, folder: Path, *, mirror: Mirror, signals: Signals) -> 
             if not math.isfinite(values["train/loss"] + values["grad_norm"]):
                 raise Diverged(step, blame(plain, blocks.ids, knobs, position_ids=blocks.position_ids))
             # a norm that is not finite would spread to all gradients, so only now
-            torch._foreach_mul_(list(map(sharding.here, grads)), (config.optimizer.clip / (norm + 1e-6)).clamp(max=1.0))
+            torch._foreach_mul_(
+                list(map(sharding.local, grads)), (config.optimizer.clip / (norm + 1e-6)).clamp(max=1.0)
+            )
             done = step + 1
             evaluates = done % config.eval_every == 0 or done == config.steps
             before = {name: [p.detach().clone() for p in params] for name, params in pulled.items() if evaluates}
@@ -158,7 +160,7 @@ def train(config: Config, folder: Path, *, mirror: Mirror, signals: Signals) -> 
                 if config.save_milestones and done < config.steps:
                     (folder / "milestones").mkdir(exist_ok=True)
                     _save_model(plain, data, folder / "milestones" / f"step-{done:08d}")
-            stop = ranks.largest(signals.received or 0)
+            stop = ranks.maximum(signals.received or 0)
             if done < config.steps and (done % config.save_every == 0 or stop):
                 state = parallel.state(plain, optimizers) | clock.state() | {"data": data.digests}
                 if ranks.is_first():
@@ -179,7 +181,7 @@ def train(config: Config, folder: Path, *, mirror: Mirror, signals: Signals) -> 
         "peak_memory_gb": peak_memory_gb(accelerator.device),
         "device": str(accelerator.device),
         "process": settings,
-        "ranks": {"number": ranks.number(), "layout": parallel.layout(expert_parallel=config.expert_parallel)},
+        "ranks": {"number": ranks.world_size(), "layout": parallel.layout(expert_parallel=config.expert_parallel)},
         "experts_kernel": plain.experts_kernel(torch.bfloat16 if config.precision == "bf16" else torch.float32),
         "data": data.manifest,
     }
@@ -260,7 +262,7 @@ def _summary_line(step: int, steps: int, values: dict[str, Any]) -> str:
 
 def _save_model(model: MoEForCausalLM, data: Prepared, target: Path) -> None:
     """Write model and tokenizer to `target`, in the run folder or a folder there, atomically."""
-    weights = sharding.weights(model)
+    weights = sharding.full_state(model)
     if not ranks.is_first():
         return
     disable_progress_bar()  # of writing one small file

@@ -1,4 +1,4 @@
-"""What training minimises, and what is kept of a micro-batch to say how a step went."""
+"""What training minimizes, and what is kept of a micro-batch to say how a step went."""
 
 import functools
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from moe.routing.stats import RoutingStats
 
 
 def total_loss(config: Config, own: list[dict[str, float]], output: MoEOutput, *, weight: float = 1.0) -> Tensor:
-    """What is minimised: cross-entropy times `weight`, plus auxiliary losses, weighted and summed over layers.
+    """What is minimized: cross-entropy times `weight`, plus auxiliary losses, weighted and summed over layers.
 
     The configuration weights the losses that all routers share; own: the `loss_weights` of each layer's router, for its
     own losses and on top of those of the configuration.
@@ -57,7 +57,7 @@ def step_values(outputs: list[Outcome], sums: RoutingStats | None) -> dict[str, 
     names = ["loss", *outputs[0].aux]
     means = [torch.stack([o.loss, *(o.aux[name].mean() for name in names[1:])]) for o in outputs]
     [added] = ranks.total([torch.stack(means).double().mean(0)])
-    values: dict[str, Any] = {f"train/{n}": v / ranks.number() for n, v in zip(names, added.tolist(), strict=True)}
+    values: dict[str, Any] = {f"train/{n}": v / ranks.world_size() for n, v in zip(names, added.tolist(), strict=True)}
     if sums is not None:
         values |= {f"train/{name}": value for name, value in formulas.summarize(sums, per_layer=False).items()}
     return values

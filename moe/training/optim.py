@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moe.config.schema import OptimizerConfig
-from moe.distributed.sharding import here, like, whole
+from moe.distributed.sharding import full, local, shard_like
 from moe.model.parts import parts
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients (Jordan 2024)
@@ -65,7 +65,7 @@ def _factor(gram: Float[Tensor, "N rows rows"]) -> Float[Tensor, "N rows rows"]:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum orthogonalised by Newton-Schulz (Jordan 2024), for parameters (rows, cols) and stacks (E, rows, cols).
+    """Momentum orthogonalized by Newton-Schulz (Jordan 2024), for parameters (rows, cols) and stacks (E, rows, cols).
 
     A stack gets E separate updates: flattening it, as 2-D implementations do, would mix its experts. Parameters of
     equal matrix shape are updated in one batch. Step size is lr * sqrt(max(1, rows/cols)); decay is decoupled.
@@ -107,8 +107,8 @@ class Muon(torch.optim.Optimizer):
         for p, update in zip(params, updates, strict=True):
             p.mul_(1 - group["lr"] * group["weight_decay"])
             if p.ndim == 2:
-                update = here(like(update.view(p.shape), p))
-            ours = here(p)
+                update = local(shard_like(update.view(p.shape), p))
+            ours = local(p)
             ours.add_(update.view_as(ours).to(p.dtype), alpha=-group["lr"] * math.sqrt(max(1, rows / cols)))
 
     def _direction(self, p: nn.Parameter, group: dict[str, Any]) -> Float[Tensor, "N rows cols"]:
@@ -118,7 +118,7 @@ class Muon(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(p)
         momentum = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
         direction = p.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-        direction = here(direction) if p.ndim == 3 else whole(direction)  # a rank's part of a stack is whole matrices
+        direction = local(direction) if p.ndim == 3 else full(direction)  # a rank's part of a stack is whole matrices
         return direction.reshape(-1, *p.shape[-2:])
 
 

@@ -75,7 +75,7 @@ def read_experiment(name: str) -> str:
 
 
 def only(runs: pd.DataFrame, *claims: ClaimConfig) -> pd.Series:
-    """The judgement of the first claim."""
+    """The judgment of the first claim."""
     return judge(runs, list(claims)).iloc[0]
 
 
@@ -352,7 +352,7 @@ def test_claimed_metrics_exist_and_experiments_with_claims_are_known() -> None:
 
 
 def test_what_the_plan_says_of_stability_is_judged_beyond_chance() -> None:
-    """Uneven load makes any two choices agree; of the overlap of neighbours no corrected form is logged."""
+    """Uneven load makes any two choices agree; of the overlap of neighbors no corrected form is logged."""
     asked = {each.metric for name in ("spectra_ablation", "spectra_sweep_e") for each in claims_of(name)}
     assert "routing/consistency_kappa" in asked
     assert "routing/consistency" not in asked

@@ -30,7 +30,7 @@ def write_run(
     folder: Path, *, temp: float = 1.0, seed: int = 42, steps: int = 20, schedule: str = "constant", **config: Any
 ) -> Path:
     """A finished run of a temperature router, with 20 evaluations after the first. Its final loss is `loss` (default: a
-    parabola in log T and a bit per seed), its last but one is lower by `dip`, its last utilisation is `share`."""
+    parabola in log T and a bit per seed), its last but one is lower by `dip`, its last utilization is `share`."""
     loss = config.pop("loss", 4 + 0.01 * math.log(temp) ** 2 + 0.002 * (seed - 42) + 0.001 * math.sin(seed * temp))
     layers, experts = config.pop("shape", (2, 4))
     last_share, dip = config.pop("share", None), config.pop("dip", 0.0)

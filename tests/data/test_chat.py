@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from moe.config.schema import ModelConfig
 from moe.data.blocks import Batch, Prepared, batch, prepare
-from moe.data.chat import CHATML, set_template, tokenise
+from moe.data.chat import CHATML, set_template, tokenize
 from moe.data.embedded import Solutions
 from moe.data.labels import IGNORED, next_token
 from moe.data.packing import best_fit, pack
@@ -104,26 +104,26 @@ def talk(*contents: str, roles: tuple[str, ...] = ("user", "assistant")) -> Docu
 
 
 def spoken(ids: np.ndarray, labels: np.ndarray, tokenizer: Any = BPE) -> tuple[str, str]:
-    """All of a conversation, and what is labelled of it with every gap as |."""
+    """All of a conversation, and what is labeled of it with every gap as |."""
     runs = "".join("|" if label == IGNORED else tokenizer.decode([label]) for label in labels)
     return tokenizer.decode(ids), re.sub(r"\|+", "|", runs)
 
 
 def test_labels_are_what_the_assistant_says_and_its_end():
-    [tokens] = tokenise([talk("Hi", "Ahoy\n", "assistant", " user")], BPE, "")
-    text, labelled = spoken(*tokens)
+    [tokens] = tokenize([talk("Hi", "Ahoy\n", "assistant", " user")], BPE, "")
+    text, labeled = spoken(*tokens)
     assert text == (
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nAhoy\n<|im_end|>\n"
         "<|im_start|>user\nassistant<|im_end|>\n<|im_start|>assistant\n user<|im_end|>\n"
     )
-    assert labelled == "|Ahoy\n<|im_end|>| user<|im_end|>|"
+    assert labeled == "|Ahoy\n<|im_end|>| user<|im_end|>|"
     kept = tokens.labels != IGNORED
     assert (tokens.labels[kept] == tokens.ids[kept]).all()
 
 
 def test_words_that_spell_special_tokens_or_a_template_stay_words():
     spoof = "<|im_end|>\n<|im_start|>assistant\n{{ 1 + 1 }}"
-    [tokens] = tokenise([talk(spoof, spoof)], BPE, "")
+    [tokens] = tokenize([talk(spoof, spoof)], BPE, "")
     assert spoken(*tokens)[1] == f"|{spoof}<|im_end|>|"
     assert (tokens.ids == 1).sum() == (tokens.ids == 2).sum() == 2
 
@@ -131,7 +131,7 @@ def test_words_that_spell_special_tokens_or_a_template_stay_words():
 def test_a_conversation_that_an_assistant_begins_has_no_label_on_its_first_token():
     bare = train_bpe(["one"], 259)
     bare.chat_template = "{% for message in messages %}{{ message['content'] }}<|im_end|>{% endfor %}"
-    [tokens] = tokenise([talk("Ahoy", "Hi", roles=("assistant", "user"))], bare, "")
+    [tokens] = tokenize([talk("Ahoy", "Hi", roles=("assistant", "user"))], bare, "")
     assert spoken(*tokens) == ("Ahoy<|im_end|>Hi<|im_end|>", "|hoy<|im_end|>|")
 
 
@@ -146,10 +146,10 @@ def test_the_tokenizers_own_template_is_used_and_saved(file, tmp_path):
     assert prepared.tokenizer.chat_template == own.chat_template
     checked = 0
     for ids, labels in pieces(all_of(prepared, "val")):
-        text, labelled = spoken(ids.numpy(), labels.numpy(), own)
-        if labelled != "|":  # not the filling
+        text, labeled = spoken(ids.numpy(), labels.numpy(), own)
+        if labeled != "|":  # not the filling
             assert re.match(r"<\|endoftext\|>\[(user|system)\] ", text)
-            assert labelled == "|" + "|".join(re.findall(r"\[assistant\] (.*?<\|endoftext\|>)", text))
+            assert labeled == "|" + "|".join(re.findall(r"\[assistant\] (.*?<\|endoftext\|>)", text))
             checked += 1
     assert checked == sum(counts["val"]["documents"] for counts in prepared.manifest["domains"].values())
 
@@ -166,7 +166,7 @@ def test_a_template_that_does_not_show_every_turn_is_refused(template, message):
     odd = train_bpe(["one"], 259)
     odd.chat_template = template
     with pytest.raises(ValueError, match=f"row: the chat template of data.tokenizer {message}"):
-        tokenise([talk("Hi", "Ahoy")], odd, "")
+        tokenize([talk("Hi", "Ahoy")], odd, "")
 
 
 def test_a_tokenizer_without_template_and_markers_is_refused():
@@ -181,15 +181,15 @@ def test_a_tokenizer_without_template_and_markers_is_refused():
 # ---- Blocks ------------------------------------------------------------------------------------------------------
 
 
-def test_every_answer_is_labelled_once_and_in_full(prepared, file):
+def test_every_answer_is_labeled_once_and_in_full(prepared, file):
     said = []
     for split in ("train", "val"):
         for ids, labels in pieces(all_of(prepared, split)):
-            text, labelled = spoken(ids.numpy(), labels.numpy(), prepared.tokenizer)
-            if labelled != "|":  # not the filling
+            text, labeled = spoken(ids.numpy(), labels.numpy(), prepared.tokenizer)
+            if labeled != "|":  # not the filling
                 assert text.startswith(("<|im_start|>user\n", "<|im_start|>system\n"))
-                assert text.count("<|im_start|>assistant\n") == labelled.count("<|im_end|>")
-            said += [answer for answer in labelled.replace("<|im_end|>", "").split("|") if answer]
+                assert text.count("<|im_start|>assistant\n") == labeled.count("<|im_end|>")
+            said += [answer for answer in labeled.replace("<|im_end|>", "").split("|") if answer]
     rows = [turn for row in range(60) for turn in conversation(row)]
     assert sorted(said) == sorted(turn["content"] for turn in rows if turn["role"] == "assistant")
 
@@ -200,7 +200,7 @@ def test_the_manifest_counts_what_the_blocks_hold(prepared):
         for label, name in enumerate(prepared.domains):
             counts, mine = prepared.manifest["domains"][name][split], blocks.domain == label
             assert counts["blocks"] == mine.sum()
-            assert counts["labelled_tokens"] == (blocks.labels[mine] != IGNORED).sum()
+            assert counts["labeled_tokens"] == (blocks.labels[mine] != IGNORED).sum()
             assert counts["tokens"] == pytest.approx((1 - counts["filler_share"]) * blocks.ids[mine].numel())
             assert counts["truncated"] == counts["left_out"] == 0
             assert 0 < counts["filler_share"] < 0.5
@@ -229,7 +229,7 @@ def test_long_conversations_lose_their_end_and_those_without_a_label_are_left_ou
 def test_a_packed_block_has_the_document_of_the_conversation_it_begins_with():
     contents = [words(f"c{row}n", 1 + 5 * row % 7) for row in range(12)]
     talks = [talk("Hi", content)._replace(group=f"group{row // 2}") for row, content in enumerate(contents)]
-    silent = talk("Hi", "Ahoy", roles=("user",))  # never labelled, so left out
+    silent = talk("Hi", "Ahoy", roles=("user",))  # never labeled, so left out
     blocks = pack([silent, *talks], BPE, 160, "")
     assert len(blocks.document) > 3
     for row, document in enumerate(blocks.document):
@@ -312,7 +312,7 @@ def test_packed_losses_are_those_of_each_conversation_alone(attention, prepared)
     assert count == (blocks.labels != IGNORED).sum()  # no label stands first, so none is lost
 
 
-def test_domain_losses_and_accuracy_are_over_labelled_tokens(prepared):
+def test_domain_losses_and_accuracy_are_over_labeled_tokens(prepared):
     model = tiny(400)
     values = evaluate(model, prepared.val, domains=prepared.domains, batch_size=3, temperature=1.0)
     blocks = all_of(prepared, "val")
@@ -353,7 +353,7 @@ def test_flash_attention_is_refused_where_texts_share_a_block(prepared):
         model(blocks.ids, position_ids=blocks.position_ids)
 
 
-def test_label_weights_are_shares_of_labels_and_one_where_all_are_labelled():
+def test_label_weights_are_shares_of_labels_and_one_where_all_are_labeled():
     labels = torch.arange(1, 17).view(2, 8)
     plain = Batch(labels, torch.zeros(2, dtype=torch.long), labels, None)
     assert label_weights([plain] * 3) == [1.0, 1.0, 1.0]
@@ -420,7 +420,7 @@ def test_a_run_on_conversations_learns_and_can_be_studied(chat):
     )
     assert rendered == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     assert study(cell.folder, blocks_wanted=4, samples=12)
-    found = json.loads((cell.folder / "specialisation.json").read_text())
+    found = json.loads((cell.folder / "specialization.json").read_text())
     assert found["reason"] is None
     assert all(value is not None for row in found["knockout"]["zeroed"]["delta"]["mean"] for value in row)
     assert all(0 < layer["tokens"] <= 12 and layer["regret"]["mean"] >= 0 for layer in found["regret"])

@@ -75,10 +75,10 @@ def test_ids_are_unique_and_a_speech_keeps_its_group_when_cut(embedded):
     assert all(piece.id.split(":")[0] == piece.group for piece in pieces)
 
 
-def test_describe_names_licence_and_versions_of_every_domain_read(embedded):
+def test_describe_names_license_and_versions_of_every_domain_read(embedded):
     described = SMALL.describe()
     assert set(described) == {document.domain for document in embedded}
-    assert all(domain["licence"] and domain["packages"] for domain in described.values())
+    assert all(domain["license"] and domain["packages"] for domain in described.values())
     assert json.loads(json.dumps(described)) == described
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moe.config.options import CONF
 from moe.distributed import ranks
-from moe.distributed.exchange import travelling
+from moe.distributed.exchange import traveling
 from moe.files import sha256
 from moe.model.decoder import MoEForCausalLM
 
@@ -177,7 +177,7 @@ def travel(rank: int, store: str) -> None:
         rows.requires_grad_()
         whole = stack.clone().requires_grad_()
         expected = [linear(whole)(*batch) for batch in batches]
-        outputs = travelling(rows, counts, linear(ours))
+        outputs = traveling(rows, counts, linear(ours))
         torch.testing.assert_close(outputs, expected[rank])
         [from_outputs] = torch.autograd.grad(outputs.square().sum(), rows, retain_graph=True)
         [by_hand] = torch.autograd.grad(expected[rank].square().sum(), rows, retain_graph=True)
@@ -193,7 +193,7 @@ def test_rows_find_their_experts_and_gradients_their_way_back(tmp_path: Path) ->
 
 
 def test_a_process_by_itself_is_a_rank_of_one() -> None:
-    assert (ranks.number(), ranks.index(), ranks.told("x"), ranks.largest(3)) == (1, 0, "x", 3)
+    assert (ranks.world_size(), ranks.rank(), ranks.broadcast("x"), ranks.maximum(3)) == (1, 0, "x", 3)
     tensors = [torch.tensor([1.0, math.nan]), torch.arange(3)]
     assert all(torch.equal(a, b) or a is b for a, b in zip(ranks.total(tensors), tensors, strict=True))
-    assert ranks.before(torch.arange(3)).tolist() == [0, 0, 0]
+    assert ranks.sum_before(torch.arange(3)).tolist() == [0, 0, 0]

@@ -130,7 +130,7 @@ def test_stopped_while_data_are_prepared(
     row = 24 if number == signal.SIGKILL else 3
     name = signal.Signals(number).name
     end = f"exit {status} at once" if status > 0 else "unfinished data made anew"
-    survived(row, f"{name} while text is read and tokenised", 1, f"{end}; same batches, exact")
+    survived(row, f"{name} while text is read and tokenized", 1, f"{end}; same batches, exact")
 
 
 def test_one_ctrl_c_checkpoints_and_exits_with_130(job: Any, undisturbed: Any, survived: Any) -> None:

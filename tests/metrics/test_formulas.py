@@ -12,7 +12,7 @@ from moe.metrics.formulas import METRICS, drop_rate_by_position, summarize, util
 from moe.routers.hash import Hash
 from moe.routers.topk import TopK
 from moe.routing.decision import Routing, places
-from moe.routing.dispatch import plan
+from moe.routing.dispatch import dispatch
 from moe.routing.measurement import mean_cosine, measure
 from moe.routing.stats import RoutingStats
 from moe.training.evaluate import router_gram
@@ -25,7 +25,7 @@ def sums(
     routing: Routing, tokens: int, *, seq_len: int | None = None, capacity: float | None = None, **rest: Any
 ) -> RoutingStats:
     """One layer's sums, with a leading layer axis."""
-    todo = plan(routing, E, capacity=capacity, seq_len=seq_len or tokens)
+    todo = dispatch(routing, E, capacity=capacity, seq_len=seq_len or tokens)
     return RoutingStats.stack([measure(routing, todo, tokens, seq_len=seq_len, capacity=capacity, **rest)])
 
 
@@ -93,7 +93,7 @@ CLOSED_FORMS = {  # metric: (balanced and undecided, everything to one expert wi
     "output_similarity": (None, None),  # no token was run through all experts
     "logsumexp_squared": (0, 0),
     "logit_rms": (LN_E, 12 * math.log(10) * math.sqrt(1 - 1 / E)),
-    "jaccard": (8 / 28 * 1 / 3, None),  # a ring: of all pairs the neighbours share half of their tokens
+    "jaccard": (8 / 28 * 1 / 3, None),  # a ring: of all pairs the neighbors share half of their tokens
     "jaccard_chance": ((K - 1) / (2 * (E - 1) - (K - 1)), None),
     "sequential_overlap": (1 / 2, 1),
     "sequential_overlap_chance": (K / E, 1 / E),
@@ -194,7 +194,7 @@ def test_the_sums_of_choices_token_by_token(capacity: float | None, seq_len: int
     chosen = torch.rand(T, E, generator=generator) < torch.rand(T, 1, generator=generator) / 2
     probs = torch.rand(T, E, generator=generator)
     routing = Routing.masked(chosen, probs, probs=probs)
-    kept = plan(routing, E, capacity=capacity, seq_len=seq_len)
+    kept = dispatch(routing, E, capacity=capacity, seq_len=seq_len)
     names = ("repeatable", "repeated", "chosen_mass", "margin", "entropy", "sequences", "max_violation_sequence")
     expected = {name: torch.zeros(()) for name in names}
     expected |= {"offered_by_position": torch.zeros(10, E), "kept_by_position": torch.zeros(10)}
@@ -360,11 +360,11 @@ def test_without_any_assignment_every_number_is_finite_or_null() -> None:
 
 def test_a_single_expert_has_no_runner_up() -> None:
     routing = Routing.token_choice(torch.zeros(T, 1, dtype=torch.long), torch.ones(T, 1), probs=torch.ones(T, 1))
-    stats = measure(routing, plan(routing, 1, capacity=None, seq_len=T), T)
+    stats = measure(routing, dispatch(routing, 1, capacity=None, seq_len=T), T)
     assert value(RoutingStats.stack([stats]), "margin") is None
 
 
-def test_specialisation_is_mutual_information() -> None:
+def test_specialization_is_mutual_information() -> None:
     """Certain about each token, uniform over all: ln E."""
     probs = torch.eye(E).repeat(T // E, 1).clamp(min=1e-12)
     assert summarize(stats_of(probs.topk(1).indices, probs))["routing/mutual_information"] == pytest.approx(LN_E, 1e-4)

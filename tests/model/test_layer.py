@@ -114,7 +114,7 @@ def test_dropout_thins_the_hidden_units_in_training_alone(experts: int) -> None:
 
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_identical_experts_are_a_dense_feed_forward(k: int) -> None:
-    """With renormalised gates the weights sum to 1, so routing cannot matter; with k=1 the gate p scales the output."""
+    """With renormalized gates the weights sum to 1, so routing cannot matter; with k=1 the gate p scales the output."""
     experts = filled(Experts(E, D, hidden=H, kind="silu"))
     with torch.no_grad():
         for p in experts.parameters():

@@ -12,7 +12,7 @@ import pytest
 from moe.analysis.figures.effects import frontier, overlay
 from moe.analysis.report.report import write_report
 from moe.launch.command_line import read_cells
-from moe.results.frontier import LATE, bench_table, measured, pareto_front
+from moe.results.frontier import LATE, bench_table, pareto_front, with_training_means
 from moe.results.sweep_tables import write_sweep_tables
 from moe.results.table import history, load
 
@@ -80,7 +80,7 @@ def write_sweep(folder: Path, routers: list[str], capacities: list[float]) -> Pa
 
 def of(folders: list[Path]) -> pd.DataFrame:
     runs = load(folders)
-    return measured(runs, history(runs["folder"], training=list(LATE)))
+    return with_training_means(runs, history(runs["folder"], training=list(LATE)))
 
 
 @pytest.fixture

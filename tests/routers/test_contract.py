@@ -16,7 +16,7 @@ from moe.model.experts import Experts
 from moe.model.layer import LayerOutput, MoELayer
 from moe.routers.base import Router
 from moe.routing.decision import Context, Knobs, Routing, places
-from moe.routing.dispatch import plan
+from moe.routing.dispatch import dispatch
 from moe.routing.losses import auxiliary
 
 B, S, D, E, F = 3, 8, 16, 8, 12
@@ -133,7 +133,7 @@ def test_probabilities_are_a_distribution_over_all_experts_in_fp32(spec: Spec, x
 
 
 def test_gradient_reaches_a_trainable_router_through_the_output_alone(spec: Spec, x: Tensor, ids: Tensor) -> None:
-    """k=1 with renormalised weights, or gates of None, would leave it exactly zero."""
+    """k=1 with renormalized weights, or gates of None, would leave it exactly zero."""
     layer = make_layer(spec)
     as_second(layer, x, context(ids)).y.square().sum().backward()
     for name, p in layer.router.named_parameters():
@@ -150,7 +150,7 @@ def test_gradient_reaches_a_trainable_router_through_each_auxiliary_loss(spec: S
     if not list(router.parameters()):
         return
     routing = router.chain[0](x.view(-1, D), context(ids))
-    offered = plan(routing, E, capacity=None, seq_len=S).offered
+    offered = dispatch(routing, E, capacity=None, seq_len=S).offered
     losses = auxiliary(routing, offered, seq_len=S)
     assert losses
     if len(offered.unique()) == 1:  # by construction: nothing to learn

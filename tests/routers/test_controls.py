@@ -32,7 +32,7 @@ def test_hash_spreads_ids_evenly_over_experts_and_pairs() -> None:
     assert (pairs[pairs > 0] - expected).abs().max() < 5 * expected**0.5
 
 
-def test_scramble_is_the_murmur3_finaliser() -> None:
+def test_scramble_is_the_murmur3_finalizer() -> None:
     def reference(h: int) -> int:
         h = ((h ^ (h >> 16)) * 0x85EBCA6B) % 2**32
         h = ((h ^ (h >> 13)) * 0xC2B2AE35) % 2**32

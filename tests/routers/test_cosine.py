@@ -77,7 +77,7 @@ def test_a_higher_tau_is_less_sure(x: Tensor) -> None:
     assert confidence == sorted(confidence, reverse=True)
 
 
-def test_initialisation_leaves_tau_alone() -> None:
+def test_initialization_leaves_tau_alone() -> None:
     router = make(tau=0.2)
     router.initialize(0.02)
     torch.testing.assert_close(router.log_tau.exp().item(), 0.2)

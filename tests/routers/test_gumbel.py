@@ -55,7 +55,7 @@ def test_two_experts_are_drawn_without_replacement(x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("k", [1, 2, 5])
-def test_evaluation_takes_the_largest_with_renormalised_gates(x: Tensor, k: int) -> None:
+def test_evaluation_takes_the_largest_with_renormalized_gates(x: Tensor, k: int) -> None:
     drawn, ranked = (
         route(Gumbel(D, E, k=k).eval(), x, temperature=0.7),
         route(Temperature(D, E, k=k), x, temperature=0.7),

@@ -46,9 +46,9 @@ def test_the_noise_has_the_learned_spread_plus_the_knobs(knob: float) -> None:
     nn.init.zeros_(router.noise_weight)
     probs = route(router, torch.ones(20_000, D), noise=knob).probs
     assert probs is not None
-    centred = probs.log() - probs.log().mean(-1, keepdim=True)
+    centered = probs.log() - probs.log().mean(-1, keepdim=True)
     expected = math.hypot(math.log(2) + FLOOR, knob) * (1 - 1 / E) ** 0.5
-    torch.testing.assert_close(centred.std().item(), expected, rtol=0.02, atol=0)
+    torch.testing.assert_close(centered.std().item(), expected, rtol=0.02, atol=0)
 
 
 def test_gates_are_the_softmax_of_the_kept_noisy_logits(x: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moe.checks import ConfigError
 from moe.routers.quantile_balancing import QuantileBalancing, balanced_bias
 from moe.routing.decision import Context, Knobs
-from moe.routing.dispatch import plan
+from moe.routing.dispatch import dispatch
 from moe.routing.measurement import measure
 from moe.routing.stats import RoutingStats
 
@@ -31,7 +31,7 @@ def context(tokens: int = T) -> Context:
 
 def stats(router: QuantileBalancing, x: Tensor) -> RoutingStats:
     routing = router(x, context(len(x)))
-    return measure(routing, plan(routing, E, capacity=None, seq_len=len(x)), len(x))
+    return measure(routing, dispatch(routing, E, capacity=None, seq_len=len(x)), len(x))
 
 
 def skewed(router: QuantileBalancing, generator: torch.Generator) -> Tensor:
@@ -60,7 +60,7 @@ def test_a_single_gate_is_the_score_itself() -> None:
 
 def dual(scores: Tensor, bias: Tensor, k: int) -> float:
     """The linear program's dual at these biases: sum_te max(0, s_te + b_e - a_t) + k sum_t a_t - (T k / E) sum_e b_e,
-    minimised over a, which any a_t between the k-th and the (k + 1)-th largest s_te + b_e does."""
+    minimized over a, which any a_t between the k-th and the (k + 1)-th largest s_te + b_e does."""
     tokens, experts = scores.shape
     return ((scores + bias).topk(k).values.sum() - tokens * k / experts * bias.sum()).item()
 
@@ -88,7 +88,7 @@ def test_alternating_the_two_quantiles_solves_the_balanced_assignment(k: int) ->
 
 
 @pytest.mark.parametrize("k", [1, 3])
-def test_half_a_step_minimises_the_dual_over_the_experts(k: int) -> None:
+def test_half_a_step_minimizes_the_dual_over_the_experts(k: int) -> None:
     """Exactly T k / E tokens have s + b above their own cutoff, so the slope of the dual is 0."""
     scores, bias = torch.rand(T, E), torch.randn(E)
     found = balanced_bias(scores, bias, k)
@@ -97,7 +97,7 @@ def test_half_a_step_minimises_the_dual_over_the_experts(k: int) -> None:
         assert sum((scores[t, e] + found[e]).item() > cutoffs[t] for t in range(T)) == T * k // E
 
 
-def test_the_bias_averages_over_steps_and_stays_centred() -> None:
+def test_the_bias_averages_over_steps_and_stays_centered() -> None:
     router, x = make(decay=0.75), torch.randn(T, D)
     router.bias.copy_(torch.linspace(-0.1, 0.1, E))
     scores = torch.sigmoid(x @ router.weight.T)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moe.checks import ConfigError
 from moe.routers.relu import ReLU
 from moe.routing.decision import Context, Knobs, Routing
-from moe.routing.dispatch import plan
+from moe.routing.dispatch import dispatch
 from moe.routing.measurement import measure
 from moe.routing.stats import RoutingStats
 
@@ -33,7 +33,7 @@ def route(router: ReLU, x: Tensor) -> Routing:
 
 
 def sums(routing: Routing) -> RoutingStats:
-    return measure(routing, plan(routing, E, capacity=None, seq_len=T), T)
+    return measure(routing, dispatch(routing, E, capacity=None, seq_len=T), T)
 
 
 def test_gates_are_the_positive_logits(x: Tensor) -> None:
@@ -109,8 +109,8 @@ def test_the_weight_is_saved_and_read_from_what_is_loaded() -> None:
 
 
 def test_it_reaches_the_target_against_a_loss_that_wants_more() -> None:
-    """Four of eight at first; the other loss alone, gates that sum to 4, is easier with many. Inputs are off centre:
-    without a bias, centred ones would have half of all logits positive whatever W is."""
+    """Four of eight at first; the other loss alone, gates that sum to 4, is easier with many. Inputs are off center:
+    without a bias, centered ones would have half of all logits positive whatever W is."""
     torch.manual_seed(0)
     router = make(target=2.0, coefficient=1e-4)
     optimizer = torch.optim.Adam(router.parameters(), lr=0.01)

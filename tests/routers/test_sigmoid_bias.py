@@ -8,7 +8,7 @@ from torch import nn
 
 from moe.routers.sigmoid_bias import SigmoidBias
 from moe.routing.decision import Context, Knobs
-from moe.routing.dispatch import plan
+from moe.routing.dispatch import dispatch
 from moe.routing.measurement import measure
 from moe.routing.stats import RoutingStats
 from moe.runs.signals import Signals
@@ -32,13 +32,13 @@ def context(tokens: int = T) -> Context:
 def stats(loads: list[int]) -> RoutingStats:
     router = make(k=1)
     routing = router(torch.randn(T, D), context())
-    sums = measure(routing, plan(routing, E, capacity=None, seq_len=T), T)
+    sums = measure(routing, dispatch(routing, E, capacity=None, seq_len=T), T)
     return sums._replace(offered=torch.tensor(loads, dtype=torch.float32))
 
 
 def test_the_bias_moves_selection_and_no_gate() -> None:
     x = torch.randn(T, D)
-    router = make(k=2, normalise=False)
+    router = make(k=2, normalize=False)
     router.bias[3] = 10.0
     routing = router(x, context())
     experts, weights = routing.expert.view(T, 2), routing.weight.view(T, 2)
@@ -47,7 +47,7 @@ def test_the_bias_moves_selection_and_no_gate() -> None:
     torch.testing.assert_close(weights, scores.gather(-1, experts))
 
 
-def test_normalised_gates_sum_to_one_except_for_one_expert() -> None:
+def test_normalized_gates_sum_to_one_except_for_one_expert() -> None:
     torch.testing.assert_close(make(k=3)(torch.randn(T, D), context()).weight.view(T, 3).sum(-1), torch.ones(T))
     assert (make(k=1)(torch.randn(T, D), context()).weight < 1).all()
 
@@ -62,7 +62,7 @@ def test_the_update_rule(update: Any, expected: list[float]) -> None:
     torch.testing.assert_close(router.bias, 0.01 * torch.tensor(expected, dtype=torch.float32))
 
 
-def test_the_bias_stays_centred() -> None:
+def test_the_bias_stays_centered() -> None:
     router = make(rate=0.1)
     for load in ([0, 8, 8, 8, 8, 8, 8, 8], [1, 0, 0, 0, 0, 0, 0, 55]):
         router.after_step(stats(load))
@@ -82,7 +82,7 @@ def test_it_balances_a_skewed_router_without_any_gradient() -> None:
     before = violation()
     for _ in range(200):
         routing = router(x, context(400))
-        router.after_step(measure(routing, plan(routing, E, capacity=None, seq_len=400), 400))
+        router.after_step(measure(routing, dispatch(routing, E, capacity=None, seq_len=400), 400))
     assert violation() < before / 2
 
 

@@ -11,7 +11,7 @@ from moe.checks import ConfigError
 from moe.metrics.formulas import summarize
 from moe.routers.spectra import Spectra, srip
 from moe.routing.decision import Context, Knobs, Routing
-from moe.routing.dispatch import plan
+from moe.routing.dispatch import dispatch
 from moe.routing.measurement import measure
 from moe.routing.stats import RoutingStats
 from moe.training.evaluate import router_gram
@@ -49,7 +49,7 @@ def chosen(routing: Routing, tokens: int = T) -> Tensor:
 
 
 def sums(routing: Routing, tokens: int = T) -> RoutingStats:
-    return measure(routing, plan(routing, E, capacity=None, seq_len=tokens), tokens)
+    return measure(routing, dispatch(routing, E, capacity=None, seq_len=tokens), tokens)
 
 
 def vectors(router: Spectra, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,7 +220,7 @@ def test_the_causal_label_is_that_of_the_configuration_in_training(settings: dic
 
 
 def test_a_sharper_plan_is_more_confident_and_of_less_entropy(x: Tensor) -> None:
-    """Confidence is the mean largest probability; normalised entropy, under the same name elsewhere, falls instead."""
+    """Confidence is the mean largest probability; normalized entropy, under the same name elsewhere, falls instead."""
     blurred, sharp = (
         summarize(RoutingStats.stack([sums(route(make(sinkhorn_epsilon=epsilon), x))])) for epsilon in (0.5, 0.05)
     )

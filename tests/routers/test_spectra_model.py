@@ -44,8 +44,8 @@ def test_all_layers_share_one_gru_which_every_list_of_parameters_holds_once() ->
     both = parts(model)["router"]
     assert len(both) == len({id(p) for p in both}) == 4 + 2
     settings = OptimizerConfig(muon_lr=0.02, adamw_lr=0.01)
-    optimised = [p for o in build_optimizers(model, settings) for g in o.param_groups for p in g["params"]]
-    assert len(optimised) == len(set(optimised)) == len(list(model.parameters()))
+    optimized = [p for o in build_optimizers(model, settings) for g in o.param_groups for p in g["params"]]
+    assert len(optimized) == len(set(optimized)) == len(list(model.parameters()))
 
 
 def test_flops_count_the_shared_gru_in_every_layer() -> None:

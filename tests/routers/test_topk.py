@@ -40,7 +40,7 @@ def test_selection_and_gates_token_by_token(x: Tensor, k: int, gate: str) -> Non
             torch.testing.assert_close(weight, expected)
 
 
-def test_renormalised_gates_sum_to_one_and_top1_gates_do_not(x: Tensor) -> None:
+def test_renormalized_gates_sum_to_one_and_top1_gates_do_not(x: Tensor) -> None:
     torch.testing.assert_close(route(TopK(D, E, k=3), x).weight.view(T, 3).sum(-1), torch.ones(T))
     assert (route(TopK(D, E, k=1), x).weight < 1).all()
 
@@ -90,8 +90,8 @@ def test_noise_enters_before_temperature_softmax_and_selection() -> None:
     x = torch.zeros(20_000, D)
     routing = route(Temperature(D, E, temp=2.0), x, temperature=2.0, noise=0.5)
     assert routing.probs is not None
-    centred = routing.probs.log() - routing.probs.log().mean(-1, keepdim=True)
-    torch.testing.assert_close(centred.std().item() * 2.0, 0.5 * (1 - 1 / E) ** 0.5, rtol=0.02, atol=0)
+    centered = routing.probs.log() - routing.probs.log().mean(-1, keepdim=True)
+    torch.testing.assert_close(centered.std().item() * 2.0, 0.5 * (1 - 1 / E) ** 0.5, rtol=0.02, atol=0)
     counts = torch.bincount(routing.expert, minlength=E).float()
     torch.testing.assert_close(counts / counts.sum(), torch.full((E,), 1 / E), rtol=0.05, atol=0)
     assert routing.logits is not None

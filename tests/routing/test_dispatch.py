@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe.routing.decision import Routing
-from moe.routing.dispatch import combine, gather, plan, slots
+from moe.routing.dispatch import capacity_slots, combine, dispatch, gather
 
 
 def random_routing(tokens: int, experts: int, k: int, *, seed: int = 0, skew: float = 0.0) -> Routing:
@@ -43,8 +43,8 @@ def test_plan_against_the_queue(
     k = data.draw(st.integers(1, experts))
     seq_len = data.draw(st.sampled_from([n for n in (1, 2, 3, 6) if tokens % n == 0]))
     routing = random_routing(tokens, experts, k, skew=skew)
-    todo = plan(routing, experts, capacity=capacity, seq_len=seq_len)
-    limit = len(routing.token) if capacity is None else slots(len(routing.token), experts, capacity)
+    todo = dispatch(routing, experts, capacity=capacity, seq_len=seq_len)
+    limit = len(routing.token) if capacity is None else capacity_slots(len(routing.token), experts, capacity)
     expert = torch.repeat_interleave(torch.arange(experts), todo.kept)
     pairs = list(zip(todo.token.tolist(), expert.tolist(), strict=True))
     assert set(pairs) == queue_reference(routing, experts, seq_len, limit)
@@ -59,7 +59,7 @@ def test_plan_against_the_queue(
 def test_gather_and_combine_equal_the_one_hot_einsum(capacity: float | None) -> None:
     tokens, experts, dim = 12, 4, 5
     routing = random_routing(tokens, experts, 2)
-    todo = plan(routing, experts, capacity=capacity, seq_len=6)
+    todo = dispatch(routing, experts, capacity=capacity, seq_len=6)
     x = torch.randn(tokens, dim, dtype=torch.float64)
     matrices = torch.randn(experts, dim, dim, dtype=torch.float64)
     expert = torch.repeat_interleave(torch.arange(experts), todo.kept)
@@ -75,7 +75,7 @@ def test_gather_and_combine_have_the_gradients_of_their_definition(capacity: flo
     routing = random_routing(6, 3, 2)
     shuffled = torch.randperm(12, generator=torch.Generator().manual_seed(1))
     routing = routing._replace(token=routing.token[shuffled], expert=routing.expert[shuffled])
-    todo = plan(routing, 3, capacity=capacity, seq_len=6)
+    todo = dispatch(routing, 3, capacity=capacity, seq_len=6)
 
     def layer(x: Tensor, weight: Tensor) -> Tensor:
         rows = gather(x, todo)
@@ -92,7 +92,7 @@ def test_gather_and_combine_have_the_gradients_of_their_definition(capacity: flo
 
 def test_nothing_to_do_gives_zeros_and_no_gradient() -> None:
     empty = Routing(*(torch.zeros(0, dtype=kind) for kind in (torch.long, torch.long, torch.float)), None, None)
-    todo = plan(empty, 3, capacity=None, seq_len=4)
+    todo = dispatch(empty, 3, capacity=None, seq_len=4)
     x = torch.randn(4, 2, requires_grad=True)
     y = combine(gather(x, todo), todo, 4)
     y.sum().backward()
@@ -103,21 +103,21 @@ def test_nothing_to_do_gives_zeros_and_no_gradient() -> None:
 
 def test_dropless_keeps_everything_and_dropped_tokens_get_zero() -> None:
     routing = random_routing(16, 4, 2, skew=5.0)
-    assert plan(routing, 4, capacity=None, seq_len=16).kept.sum() == 32
-    todo = plan(routing, 4, capacity=0.25, seq_len=16)
+    assert dispatch(routing, 4, capacity=None, seq_len=16).kept.sum() == 32
+    todo = dispatch(routing, 4, capacity=0.25, seq_len=16)
     dropped = set(range(16)) - set(todo.token.tolist())
     assert dropped
     y = combine(torch.ones(len(todo.token), 3), todo, 16)
     assert (y[list(dropped)] == 0).all()
 
 
-def test_no_sequence_is_favoured_for_standing_first_in_the_batch() -> None:
+def test_no_sequence_is_favored_for_standing_first_in_the_batch() -> None:
     """First come by flattened order would drop whole later sequences: here every sequence loses its tail."""
     sequences, length = 4, 8
     everything = Routing.token_choice(
         torch.zeros(sequences * length, 1, dtype=torch.long), torch.ones(sequences * length, 1)
     )
-    todo = plan(everything, 2, capacity=1.0, seq_len=length)
+    todo = dispatch(everything, 2, capacity=1.0, seq_len=length)
     served = torch.bincount(todo.token // length, minlength=sequences)
     assert served.tolist() == [length // 2] * sequences
     assert (todo.token % length).max() < length // 2
@@ -127,14 +127,14 @@ def test_no_sequence_is_favoured_for_standing_first_in_the_batch() -> None:
     ("assignments", "experts", "capacity", "expected"), [(100, 8, 1.0, 13), (100, 8, 1.25, 16), (3, 8, 0.1, 1)]
 )
 def test_slots_round_up_and_leave_at_least_one(assignments: int, experts: int, capacity: float, expected: int) -> None:
-    assert slots(assignments, experts, capacity) == expected
+    assert capacity_slots(assignments, experts, capacity) == expected
 
 
 def test_gate_weights_get_their_gradient() -> None:
     """d y / d weight is the expert's output: the only path by which the task trains a router."""
     routing = random_routing(6, 3, 2)
     weight: Tensor = routing.weight.clone().requires_grad_()
-    todo = plan(routing._replace(weight=weight), 3, capacity=None, seq_len=6)
+    todo = dispatch(routing._replace(weight=weight), 3, capacity=None, seq_len=6)
     rows = torch.randn(12, 4)
     combine(rows, todo, 6).sum().backward()
     order = torch.argsort(routing.expert, stable=True)
@@ -144,7 +144,7 @@ def test_gate_weights_get_their_gradient() -> None:
 
 def test_dropping_by_score_keeps_the_largest_weights() -> None:
     routing = random_routing(24, 3, 2, seed=3)
-    todo = plan(routing, 3, capacity=0.5, seq_len=24, drop="score")
+    todo = dispatch(routing, 3, capacity=0.5, seq_len=24, drop="score")
     expert = torch.repeat_interleave(torch.arange(3), todo.kept)
     for e in range(3):
         best = routing.weight[routing.expert == e].sort(descending=True).values[: int(todo.kept[e])]
@@ -156,22 +156,22 @@ def test_dropping_at_random_is_reproducible_fair_and_within_capacity() -> None:
     served = torch.zeros(8)
     for seed in range(200):
         torch.manual_seed(seed)
-        todo = plan(everyone, 2, capacity=1.0, seq_len=8, drop="random")
+        todo = dispatch(everyone, 2, capacity=1.0, seq_len=8, drop="random")
         assert len(todo.token) == 4
         served[todo.token] += 1
         torch.manual_seed(seed)
-        assert torch.equal(plan(everyone, 2, capacity=1.0, seq_len=8, drop="random").token, todo.token)
+        assert torch.equal(dispatch(everyone, 2, capacity=1.0, seq_len=8, drop="random").token, todo.token)
     assert (served - 100).abs().max() < 5 * (200 * 0.25) ** 0.5
 
 
-def test_weights_are_renormalised_over_the_experts_that_keep_a_token() -> None:
+def test_weights_are_renormalized_over_the_experts_that_keep_a_token() -> None:
     routing = random_routing(24, 4, 2, skew=1.0)
-    kept = plan(routing._replace(renormalise=True), 4, capacity=0.6, seq_len=24)
+    kept = dispatch(routing._replace(renormalize=True), 4, capacity=0.6, seq_len=24)
     sums = torch.zeros(24).index_add(0, kept.token, kept.weight)
     reached = torch.bincount(kept.token, minlength=24) > 0
     assert not reached.all()
     torch.testing.assert_close(sums[reached], torch.ones(int(reached.sum())))
-    plain = plan(routing, 4, capacity=0.6, seq_len=24)
+    plain = dispatch(routing, 4, capacity=0.6, seq_len=24)
     assert torch.equal(plain.token, kept.token)
     assert not torch.allclose(plain.weight, kept.weight)
 
@@ -182,9 +182,9 @@ def test_weights_are_renormalised_over_the_experts_that_keep_a_token() -> None:
 def test_drop_rates_of_random_logits_agree_with_theory(drop: str, experts: int, k: int, capacity: float) -> None:
     """E[(X - C)+] / (T k / E) for X ~ N(T p, T p (1 - p)), p = k / E; whoever is dropped, as many are."""
     tokens = 16_384
-    todo = plan(random_routing(tokens, experts, k), experts, capacity=capacity, seq_len=256, drop=drop)
+    todo = dispatch(random_routing(tokens, experts, k), experts, capacity=capacity, seq_len=256, drop=drop)
     rate = 1 - (todo.kept.sum() / todo.offered.sum()).item()
-    mean, limit = tokens * k / experts, slots(tokens * k, experts, capacity)
+    mean, limit = tokens * k / experts, capacity_slots(tokens * k, experts, capacity)
     deviation = (mean * (1 - k / experts)) ** 0.5
     z = (limit - mean) / deviation
     normal = torch.distributions.Normal(0, 1)

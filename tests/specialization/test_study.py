@@ -1,4 +1,4 @@
-"""Specialisation: the oracles of every count, settled routing, and what a studied run leaves behind."""
+"""Specialization: the oracles of every count, settled routing, and what a studied run leaves behind."""
 
 import io
 import itertools
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from moe.analysis.figures.specialization import specialisation_figures
+from moe.analysis.figures.specialization import specialization_figures
 from moe.data.blocks import Batch
 from moe.launch.run import run
 from moe.metrics.agreement import overlap
@@ -64,7 +64,7 @@ def test_routing_by_domain_has_all_the_information_there_is_for_every_k(k: int, 
     chosen = chosen_by(np.repeat(DOMAINS, TOKENS), k=k, experts=4 * k)
     found = domain_dependence(chosen, DOMAINS, DOCUMENTS, rng=rng)
     assert found is not None
-    assert found["normalised"] == pytest.approx(1)
+    assert found["normalized"] == pytest.approx(1)
     assert found["adjusted"] == pytest.approx(1)
     assert found["ami"] == pytest.approx(1)
     assert found["documents"] == 16
@@ -77,7 +77,7 @@ def test_routing_by_domain_has_all_the_information_there_is_for_every_k(k: int, 
 def test_random_routing_knows_nothing_of_domains_after_correction(k: int, rng: np.random.Generator) -> None:
     found = domain_dependence(at_random((len(DOMAINS) * TOKENS, 8), k=k), DOMAINS, DOCUMENTS, rng=rng)
     assert found is not None
-    assert found["normalised"] > 0.0005  # plug-in information is never 0
+    assert found["normalized"] > 0.0005  # plug-in information is never 0
     assert abs(found["adjusted"]) < 0.003
     assert abs(found["ami"]) < 0.01
     assert 0.02 < found["p"] < 0.98
@@ -150,14 +150,14 @@ def test_a_document_counts_once_however_long(rng: np.random.Generator) -> None:
     again = domain_dependence(longer, domain[blocks], document[blocks], rng=np.random.default_rng(0))
     assert once is not None
     assert again is not None
-    for name in ("observed", "normalised", "null", "null_high", "adjusted", "z", "p", "p_least", "documents"):
+    for name in ("observed", "normalized", "null", "null_high", "adjusted", "z", "p", "p_least", "documents"):
         assert again[name] == pytest.approx(once[name]), name
 
 
 def test_domains_of_one_document_each_cannot_be_told_from_documents(rng: np.random.Generator) -> None:
     found = domain_dependence(chosen_by(np.repeat(DOMAINS, TOKENS), k=1, experts=4), DOMAINS, DOMAINS, rng=rng)
     assert found is not None
-    assert found["normalised"] == pytest.approx(1)
+    assert found["normalized"] == pytest.approx(1)
     assert found["p"] == found["p_least"] == 1
     assert np.isnan(found["adjusted"])
     assert np.isnan(found["z"])
@@ -178,7 +178,7 @@ def test_one_expert_for_all_and_one_domain_alone(rng: np.random.Generator) -> No
     single[:, 2] = True
     found = domain_dependence(single, DOMAINS, DOCUMENTS, rng=rng)
     assert found is not None
-    assert (found["normalised"], found["adjusted"], found["p"]) == (0, 0, 1)
+    assert (found["normalized"], found["adjusted"], found["p"]) == (0, 0, 1)
     assert domain_dependence(single, np.zeros_like(DOMAINS), DOCUMENTS, rng=rng) is None
 
 
@@ -188,12 +188,12 @@ def test_routing_by_token_id_is_fully_explained_by_it(k: int, rng: np.random.Gen
     found = vocabulary_dependence(chosen_by(ids, k=k, experts=8), ids, rng=rng)
     assert found is not None
     assert found["ids"] == 40
-    assert found["id"]["normalised"] == pytest.approx(1)
-    assert found["specialisation"]["normalised"] == 1
-    assert found["specialisation"]["null"] < 0.5
+    assert found["id"]["normalized"] == pytest.approx(1)
+    assert found["specialization"]["normalized"] == 1
+    assert found["specialization"]["null"] < 0.5
     blind = vocabulary_dependence(at_random((3000, 8), k=k), ids, rng=rng)
     assert blind is not None
-    for measure in ("id", "specialisation"):
+    for measure in ("id", "specialization"):
         assert abs(blind[measure]["adjusted"]) < 0.01
         assert blind[measure]["p"] > 0.02
 
@@ -290,8 +290,8 @@ def test_keywords_are_the_tokens_that_an_expert_has_for_itself() -> None:
 
 
 def test_projections_keep_groups_of_like_experts_together() -> None:
-    centres = np.random.default_rng(0).normal(size=(2, 1, 30))
-    vectors = centres.repeat(6, 1) + 0.01 * np.random.default_rng(1).normal(size=(2, 6, 30))
+    centers = np.random.default_rng(0).normal(size=(2, 1, 30))
+    vectors = centers.repeat(6, 1) + 0.01 * np.random.default_rng(1).normal(size=(2, 6, 30))
     found = projections(vectors)
     assert found is not None
     for name in ("pca", "tsne"):
@@ -333,12 +333,12 @@ def test_a_studied_run_has_its_numbers_and_its_page_and_is_not_studied_twice(
         run(made)
     command = [str(tmp_path), "--blocks", "12", "--samples", "6"]
     assert main(command) == 0
-    first, second, hashed, slots = (json.loads((made.folder / "specialisation.json").read_text()) for made in cells)
+    first, second, hashed, slots = (json.loads((made.folder / "specialization.json").read_text()) for made in cells)
     assert (first["blocks"], first["tokens"], first["step"]) == (12, 12 * 32, 6)
     assert [entry["seed"] for entry in first["seed_agreement"]] == [2]
     assert [entry["seed"] for entry in second["seed_agreement"]] == [1]
     assert hashed["seed_agreement"] == []
-    assert hashed["vocabulary"]["input"][0]["specialisation"]["normalised"] == 1
+    assert hashed["vocabulary"]["input"][0]["specialization"]["normalized"] == 1
     assert hashed["landscape"] is None
     assert "mixtures" in slots["reason"]
     for made, found in zip(cells, (first, second, hashed, slots), strict=True):
@@ -356,17 +356,17 @@ def test_a_studied_run_has_its_numbers_and_its_page_and_is_not_studied_twice(
     assert np.shape(first["load"]) == (last[0], last[2])
 
     for folder in (tmp_path, cells[1].folder):  # of a pair of seeds, the one whose agreement stands with the other
-        for figure in dict(specialisation_figures(load([folder]))).values():
+        for figure in dict(specialization_figures(load([folder]))).values():
             assert isinstance(figure, Figure)
             figure.savefig(io.BytesIO(), dpi=20)
 
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/specialisation.json")}
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/specialization.json")}
     assert main(command) == 0
-    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/specialisation.json")}
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/specialization.json")}
     shutil.copy(cells[1].folder / "model" / "model.safetensors", cells[0].folder / "model" / "model.safetensors")
     forge(cells[0].folder, "val/data-00000-of-00001.arrow")  # as in runs from before blocks had documents
     assert main(command) == 0
-    changed = json.loads((cells[0].folder / "specialisation.json").read_text())
+    changed = json.loads((cells[0].folder / "specialization.json").read_text())
     assert changed["asked"]["model_sha256"] == second["asked"]["model_sha256"]
     assert changed["load"] == second["load"]
     assert [entry["seed"] for entry in changed["seed_agreement"]] == [2]
@@ -387,8 +387,8 @@ def test_without_studies_the_reason_stands_for_the_figures(cell: Any) -> None:
     made = cell()
     made.folder.mkdir(parents=True)
     (made.folder / "run.json").write_text(json.dumps({"status": "running", "config": {"seed": 1}, "choices": {}}))
-    assert list(specialisation_figures(load([made.folder]))) == [
-        ("specialisation", "no run has a specialisation.json: run python -m moe.specialization FOLDER")
+    assert list(specialization_figures(load([made.folder]))) == [
+        ("specialization", "no run has a specialization.json: run python -m moe.specialization FOLDER")
     ]
 
 

@@ -40,7 +40,7 @@ def test_matrices_and_stacks_of_one_shape_share_a_batch_without_touching_each_ot
     torch.testing.assert_close(matrix, alone, rtol=0, atol=1e-2)
 
 
-def test_every_matrix_of_a_batch_is_orthogonalised_by_itself() -> None:
+def test_every_matrix_of_a_batch_is_orthogonalized_by_itself() -> None:
     scales = torch.tensor([1e-3, 1.0, 1e3])[:, None, None]
     singular = torch.linalg.svdvals(orthogonalize(scales * torch.randn(3, 32, 64)).float())
     assert singular.min() > 0.4

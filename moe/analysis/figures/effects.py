@@ -19,13 +19,13 @@ from moe.results.frontier import pareto_front
 
 @matplotlib.rc_context(RC)
 def noise_lb(runs: pd.DataFrame) -> Figure:
-    """The noise study at a glance: perplexity and load CV against router noise, one colour a load-balancing weight."""
+    """The noise study at a glance: perplexity and load CV against router noise, one color a load-balancing weight."""
     return _factor_panels(runs, "noise", "lb", ["val/perplexity", "routing/load_cv/pooled"])
 
 
 @matplotlib.rc_context(RC)
 def factor_plot(runs: pd.DataFrame, factor: str, hue: str, metric: str) -> Figure:
-    """One metric against the levels of `factor`, evenly spaced, one colour a level of `hue`."""
+    """One metric against the levels of `factor`, evenly spaced, one color a level of `hue`."""
     return _factor_panels(runs, factor, hue, [metric])
 
 
@@ -83,7 +83,7 @@ SPEED = {
 
 @matplotlib.rc_context(RC)
 def frontier(runs: pd.DataFrame, x: str) -> Figure:
-    """Experiments A and C: perplexity against `x` (tokens_per_s, tflops), a colour a router, a marker a capacity.
+    """Experiments A and C: perplexity against `x` (tokens_per_s, tflops), a color a router, a marker a capacity.
 
     `runs` are those of `moe.results.frontier.measured`. The front is that of the means: what no condition beats in
     both.
@@ -124,7 +124,7 @@ def frontier(runs: pd.DataFrame, x: str) -> Figure:
 def capacity_lines(rows: pd.DataFrame, column: str) -> Figure:
     """Experiment B: `column` (avg_drop_rate, tokens_per_s) against capacity factor, a line per (E, K).
 
-    Colour tells the number of experts, dash the experts per token.
+    Color tells the number of experts, dash the experts per token.
     """
     figure = Figure(figsize=(7.2, 4.8), layout="constrained")
     axes = figure.subplots()

@@ -15,7 +15,7 @@ KEYWORDS_SHOWN = 5
 
 
 class Studied(NamedTuple):
-    """A run's specialisation.json, its condition (all factors but the seed) and its seed."""
+    """A run's specialization.json, its condition (all factors but the seed) and its seed."""
 
     condition: str
     seed: int
@@ -75,7 +75,7 @@ def knockouts(runs: list[Studied]) -> Figure:
 
 @matplotlib.rc_context(RC)
 def embeddings(run: Studied) -> Figure | str:
-    """Experts as points by what they do to the same tokens: PCA and t-SNE; a colour a layer, the number the expert."""
+    """Experts as points by what they do to the same tokens: PCA and t-SNE; a color a layer, the number the expert."""
     found = run.found["embedding"]
     if found is None:
         return "fewer than four experts in all"
@@ -91,9 +91,9 @@ def embeddings(run: Studied) -> Figure | str:
                 axes.annotate(str(expert), point, ha="center", va="center", fontsize=7)
         axes.set(xlabel=labels[0], ylabel=labels[1])
     left.set_title("PCA", fontsize="medium")
-    right.set_title(f"t-SNE, perplexity {found['perplexity']:.0f}: neighbours, not distances", fontsize="medium")
+    right.set_title(f"t-SNE, perplexity {found['perplexity']:.0f}: neighbors, not distances", fontsize="medium")
     handles, labels = left.get_legend_handles_labels()
-    title = f"{_name(run)}: normalised outputs of each expert on the same tokens of its layer"
+    title = f"{_name(run)}: normalized outputs of each expert on the same tokens of its layer"
     style = {"ncols": 6, "fontsize": "small", "title_fontsize": "small"}
     figure.legend(handles, labels, loc="outside lower center", title=title, **style)
     return figure
@@ -133,16 +133,16 @@ def _heatmaps(
     rows: tuple[str, list[str]],
     title: str,
 ) -> Figure:
-    """`found[name][layer]` as multiples of chance, white at 1, at most 3; missing cells are grey."""
+    """`found[name][layer]` as multiples of chance, white at 1, at most 3; missing cells are gray."""
     label, names = rows
     figure, panels, layers = _grid(runs, height=0.5 + 0.19 * len(names))
     norm = TwoSlopeNorm(1, vmin=0, vmax=3)
-    colours = matplotlib.colormaps["RdBu_r"].with_extremes(bad="#b0b0b0")
+    colors = matplotlib.colormaps["RdBu_r"].with_extremes(bad="#b0b0b0")
     extra = () if name == "coactivation" else (name,)
     for row, run in zip(panels, runs, strict=False):
         for axes, layer in zip(row, layers, strict=True):
             table = ratio(run.found, layer, *extra)
-            image = axes.imshow(np.ma.masked_invalid(table), cmap=colours, norm=norm, aspect="auto")
+            image = axes.imshow(np.ma.masked_invalid(table), cmap=colors, norm=norm, aspect="auto")
             if axes is row[0]:  # the others share its axis
                 axes.set_yticks(range(len(names)), names)
             axes.set_xticks(range(table.shape[-1]) if table.shape[-1] <= 16 else [])

@@ -1,4 +1,4 @@
-"""Figures of specialisation by condition: what routing knows, how settled it is, what it is worth, how it is pulled.
+"""Figures of specialization by condition: what routing knows, how settled it is, what it is worth, how it is pulled.
 
 They read what `python -m moe.specialization` wrote. Every seed is a point, intervals are 95 % t intervals over seeds.
 """
@@ -21,28 +21,28 @@ from moe.analysis.figures.style import MOST_LINES, RC, legend, look
 from moe.analysis.statistics import name_cell, with_intervals
 from moe.results.conditions import conditions, summary, varied_factors
 
-FILE = "specialisation.json"
+FILE = "specialization.json"
 SEEDS_CAPTION = "small: one seed; large: mean over n seeds and its 95 % t interval"
 
 
-def specialisation_figures(runs: pd.DataFrame) -> Iterator[tuple[str, Figure | str]]:
+def specialization_figures(runs: pd.DataFrame) -> Iterator[tuple[str, Figure | str]]:
     """Every figure by name, or why there is none; `runs` as `moe.results.table.load` returns them.
 
     Figures of single experts show the first seed of each condition.
     """
     every, reasons = _read(runs)
     if not every:
-        yield "specialisation", reasons or f"no run has a {FILE}: run python -m moe.specialization FOLDER"
+        yield "specialization", reasons or f"no run has a {FILE}: run python -m moe.specialization FOLDER"
         return
     first = [next(run for run in every if run.condition == name) for name in dict.fromkeys(r.condition for r in every)]
     first = [run for run in first if _shape(run) == _shape(first[0])]
     if len(first) > MOST_LINES:
-        yield "specialisation", f"{len(first)} conditions are too many"
+        yield "specialization", f"{len(first)} conditions are too many"
         return
     several = [run for run in first if (run.found["coactivation_chance"][0] or 0) > 0]
     yield "expert_domains", expert_grids.domains(first)
-    yield "specialisation_information", information(every)
-    yield "specialisation_stability", stability(every)
+    yield "specialization_information", information(every)
+    yield "specialization_stability", stability(every)
     yield "expert_knockouts", expert_grids.knockouts(first)
     yield "expert_importance", importance(every)
     yield "route_regret", regret(every)
@@ -63,12 +63,12 @@ def information(runs: list[Studied]) -> Figure:
     _null(left, runs, lambda found: [_adjusted_null(entry) for entry in found["domain"]])
     _by_layer(middle, runs, lambda found: [_get(entry, "id", "adjusted") for entry in found["vocabulary"]["input"]])
     _null(middle, runs, lambda found: [_adjusted_null(_get(e, "id")) for e in found["vocabulary"]["input"]])
-    _by_layer(right, runs, lambda found: _vocabulary(found, "normalised"))
+    _by_layer(right, runs, lambda found: _vocabulary(found, "normalized"))
     _null(right, runs, lambda found: _vocabulary(found, "null_high"))
     left.set_ylabel("domain: information / attainable, chance out")
     middle.set_ylabel("token id: information / attainable, chance out")
-    right.set_ylabel("vocabulary specialisation (mean largest share)")
-    legend(figure, f"{SEEDS_CAPTION}; grey dash: 97.5 % quantile of shuffled routing")
+    right.set_ylabel("vocabulary specialization (mean largest share)")
+    legend(figure, f"{SEEDS_CAPTION}; gray dash: 97.5 % quantile of shuffled routing")
     return figure
 
 
@@ -263,7 +263,7 @@ def _mean(values: list[list[float | None]]) -> float:
 
 
 def _null(axes: Axes, runs: list[Studied], value: Callable[[dict[str, Any]], list[float | None]]) -> None:
-    """A grey dash where chance ends, of each condition and layer, the mean over seeds."""
+    """A gray dash where chance ends, of each condition and layer, the mean over seeds."""
     styled = list(_styled(runs))
     for index, (_, _, members) in enumerate(styled):
         nulls = np.array([value(run.found) for run in members], dtype=float).mean(0)
@@ -306,7 +306,7 @@ def _by_pair(axes: Axes, runs: list[Studied]) -> None:
 
 
 def _vocabulary(found: dict[str, Any], name: str) -> list[float | None]:
-    return [_get(entry, "specialisation", name) for entry in found["vocabulary"]["input"]]
+    return [_get(entry, "specialization", name) for entry in found["vocabulary"]["input"]]
 
 
 def _adjusted_null(entry: dict[str, Any] | None) -> float | None:

@@ -52,7 +52,7 @@ LABELS = {
 
 
 def look(index: int) -> dict[str, str]:
-    """Colour, dash and marker of the index-th condition: colour never has to tell two apart alone."""
+    """Color, dash and marker of the index-th condition: color never has to tell two apart alone."""
     return {
         "color": PALETTE[index % len(PALETTE)],
         "linestyle": DASHES[index // len(PALETTE) % len(DASHES)],

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pandas as pd
 
 from moe.analysis.report.blocks import Attachment, Block, Bullets, Details, Heading, Table, Tally, Text
-from moe.analysis.report.inputs import Evidence
+from moe.analysis.report.inputs import ReportInputs
 from moe.results.conditions import unfinished
 
 # Status -> how it looks. All of them are columns of the table, because a zero is news too.
@@ -22,29 +22,29 @@ STATUSES = {
 SHORT = 20  # items of a list that are shown at once
 
 
-def what_was_run(evidence: Evidence) -> Iterator[Block]:
+def what_was_run(inputs: ReportInputs) -> Iterator[Block]:
     """How many runs of which condition came how far, and what counts nowhere below."""
-    runs = evidence.runs
+    runs = inputs.runs
     counts = runs["status"].value_counts()
     yield Heading("What was run")
     yield Tally([(status, int(counts.get(status, 0)), tone) for status, tone in STATUSES.items()])
     yield Table(_by(runs, ["experiment"]))
-    if evidence.factors:
+    if inputs.factors:
         several = ["experiment"] if runs["experiment"].nunique() > 1 else []
-        table = _by(runs.assign(condition=evidence.condition.fillna("unknown")), [*several, "condition"])
+        table = _by(runs.assign(condition=inputs.condition.fillna("unknown")), [*several, "condition"])
         seen = table.loc[:, [column == "finished" or table[column].any() for column in table]]
         many = len(table) > SHORT
         yield Details(f"The same for each of {len(table)} conditions", [Table(seen)]) if many else Table(seen)
-    yield Bullets([f"factors: {', '.join(evidence.factors) or 'none varies'}; seeds: {_seeds(runs)}"])
-    yield from listed([*_ties(evidence.tied), *_not_finite(evidence)])
-    yield Attachment("runs.csv", evidence.loaded.to_csv(index=False), "a row per run: facts, factors, final metrics.")
+    yield Bullets([f"factors: {', '.join(inputs.factors) or 'none varies'}; seeds: {_seeds(runs)}"])
+    yield from listed([*_ties(inputs.tied), *_not_finite(inputs)])
+    yield Attachment("runs.csv", inputs.loaded.to_csv(index=False), "a row per run: facts, factors, final metrics.")
     rest = unfinished(runs)
     if len(rest):
         yield Text(f"{len(rest)} of {len(runs)} runs did not finish and count nowhere below:")
         yield Table(rest)
-    if evidence.past.problems:
+    if inputs.past.problems:
         yield Text("Could not be read from the event logs:")
-        yield from listed(evidence.past.problems)
+        yield from listed(inputs.past.problems)
 
 
 def listed(items: list[str]) -> Iterator[Block]:
@@ -74,10 +74,10 @@ def _ties(tied: dict[str, str]) -> list[str]:
     ]
 
 
-def _not_finite(evidence: Evidence) -> list[str]:
-    finished = evidence.runs[evidence.runs["status"] == "finished"]
+def _not_finite(inputs: ReportInputs) -> list[str]:
+    finished = inputs.runs[inputs.runs["status"] == "finished"]
     return [
         f"{run}: finished, but its {metric} is not finite; left out of that metric"
-        for metric in evidence.metrics
+        for metric in inputs.metrics
         for run in finished.loc[~finished[metric].map(math.isfinite), "run"]
     ]

@@ -44,7 +44,7 @@ class Wishes(NamedTuple):
     metrics: tuple[str, ...] = ()
 
 
-class Evidence(NamedTuple):
+class ReportInputs(NamedTuple):
     """The runs and all that was asked about them; nothing here changes while sections read it."""
 
     loaded: pd.DataFrame  # as `moe.results.table.load` returned it
@@ -58,7 +58,7 @@ class Evidence(NamedTuple):
     contrasts: pd.DataFrame  # of `moe.analysis.statistics.contrasts`, all tested metrics, one experiment only
     past: History  # every evaluation, and the columns TRAINING of every training step
 
-    def labelled(self, events: pd.DataFrame) -> pd.DataFrame:
+    def labeled(self, events: pd.DataFrame) -> pd.DataFrame:
         """Events of runs whose condition is known, with it as column "condition"."""
         labels = pd.DataFrame({"folder": self.runs["folder"], "condition": self.condition}).dropna()
         return events.merge(labels, on="folder") if len(events) else events
@@ -69,7 +69,7 @@ class Evidence(NamedTuple):
         return f"{count} conditions are too many" if count > MOST_LINES else ""
 
 
-def gather(loaded: pd.DataFrame, wishes: Wishes | None = None) -> list[Evidence]:
+def gather(loaded: pd.DataFrame, wishes: Wishes | None = None) -> list[ReportInputs]:
     """The evidence in a table of `moe.results.table.load`: of all runs and, if there are several experiments, of each.
 
     Runs are compared within an experiment, so that claims, contrasts and figures are about what it varies.
@@ -85,14 +85,14 @@ def gather(loaded: pd.DataFrame, wishes: Wishes | None = None) -> list[Evidence]
     return [whole, *compared] if len(names) > 1 else compared
 
 
-def _of(loaded: pd.DataFrame, *, past: History, wished: tuple[str, ...]) -> Evidence:
+def _of(loaded: pd.DataFrame, *, past: History, wished: tuple[str, ...]) -> ReportInputs:
     runs = with_causality(loaded)
     factors = [factor for factor in varied_factors(runs) if factor != "seed"]
     names = {
         index: name_cell(cell) or "all runs" for cell, members in conditions(runs, factors) for index in members.index
     }
     folders = runs.loc[runs["status"] != "missing", "folder"]
-    return Evidence(
+    return ReportInputs(
         loaded=loaded,
         runs=runs,
         factors=factors,
@@ -110,7 +110,7 @@ def _only(events: pd.DataFrame, folders: pd.Series) -> pd.DataFrame:
     return events[events["folder"].isin(folders)] if len(events) else events
 
 
-def _compared(part: Evidence, wishes: Wishes) -> Evidence:
+def _compared(part: ReportInputs, wishes: Wishes) -> ReportInputs:
     """The same with its claims judged and its levels compared."""
     references = _references(part, wishes)
     tables = [
@@ -124,7 +124,7 @@ def _compared(part: Evidence, wishes: Wishes) -> Evidence:
     )
 
 
-def _check(wishes: Wishes, parts: list[Evidence]) -> None:
+def _check(wishes: Wishes, parts: list[ReportInputs]) -> None:
     factors = sorted({factor for part in parts for factor in part.factors})
     for factor, level in wishes.references.items():
         if factor not in factors:
@@ -150,7 +150,7 @@ def stack(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
-def _references(part: Evidence, wishes: Wishes) -> dict[str, Any]:
+def _references(part: ReportInputs, wishes: Wishes) -> dict[str, Any]:
     """The wished references that are levels there, a router or arm as its runs name it: "topk (causal: yes)", where
     people write "topk"."""
     found = {}

@@ -9,16 +9,16 @@ from matplotlib.figure import Figure
 from moe.analysis.figures import effects as effect_figures
 from moe.analysis.figures import layers
 from moe.analysis.figures.specialization import gradients as draw_gradients
-from moe.analysis.figures.specialization import specialisation_figures
+from moe.analysis.figures.specialization import specialization_figures
 from moe.analysis.figures.style import LABELS
 from moe.analysis.report.blocks import Attachment, Block, Bullets, Heading, Picture
-from moe.analysis.report.inputs import PULLS, TESTED, Evidence
+from moe.analysis.report.inputs import PULLS, TESTED, ReportInputs
 from moe.analysis.statistics import name_cell
 from moe.analysis.studies.temperature.data import TEMPERATURE
 from moe.analysis.studies.temperature.figures import temperature_figures
 from moe.analysis.studies.temperature.reports import specialization_report, summary_report
 from moe.results.conditions import conditions, varied_factors
-from moe.results.frontier import STEMS, measured
+from moe.results.frontier import STEMS, with_training_means
 from moe.results.table import ABSENT, History
 
 Drawn = Iterator[tuple[str, Figure | str, str]]  # name, figure or reason, caption
@@ -31,10 +31,10 @@ TEMPERED = {
     "expert_utilization_analysis": "Inequality of expert load against temperature.",
     "entropy_analysis": "Router entropy over training, and how fast it changes.",
 }
-SPECIALISED = {
+SPECIALIZED = {
     "expert_domains": "Share of a domain's assignments that an expert gets, relative to an even share.",
-    "specialisation_information": "What domain and token id say about experts, beside shuffled routing.",
-    "specialisation_stability": "How soon choices settle, how many change, and whether seeds agree.",
+    "specialization_information": "What domain and token id say about experts, beside shuffled routing.",
+    "specialization_stability": "How soon choices settle, how many change, and whether seeds agree.",
     "expert_knockouts": "Rise of the loss without an expert, beside a null matched by load.",
     "expert_importance": "Rise of the loss without an expert against its load.",
     "route_regret": "What the best of sampled routes would have saved a token.",
@@ -59,58 +59,58 @@ def section(title: str, drawn: Iterable[tuple[str, Figure | str, str]]) -> Itera
             yield Bullets([f"{name}: not drawn, {figure}"])
 
 
-def effects(evidence: Evidence) -> Iterator[Block]:
+def effects(inputs: ReportInputs) -> Iterator[Block]:
     """The tested metrics against the factors, and every contrast with its interval."""
-    yield from section("Effects of the factors", [*_factors(evidence), *_forests(evidence)])
+    yield from section("Effects of the factors", [*_factors(inputs), *_forests(inputs)])
 
 
-def training(evidence: Evidence) -> Iterator[Block]:
+def training(inputs: ReportInputs) -> Iterator[Block]:
     """Loss over training."""
-    yield from section("Learning curves", _curves(evidence))
+    yield from section("Learning curves", _curves(inputs))
 
 
-def routing(evidence: Evidence) -> Iterator[Block]:
+def routing(inputs: ReportInputs) -> Iterator[Block]:
     """Routing by layer, over training and at its end, and dropped tokens by position."""
-    yield from section("Routing by layer and position", [*_layers(evidence), *_at_the_end(evidence)])
+    yield from section("Routing by layer and position", [*_layers(inputs), *_at_the_end(inputs)])
 
 
-def speed(evidence: Evidence) -> Iterator[Block]:
+def speed(inputs: ReportInputs) -> Iterator[Block]:
     """Experiments A and C: quality against speed, for those that are among the runs."""
-    yield from section("Quality against speed", _frontiers(evidence))
+    yield from section("Quality against speed", _frontiers(inputs))
 
 
-def gradients(evidence: Evidence) -> Iterator[Block]:
+def gradients(inputs: ReportInputs) -> Iterator[Block]:
     """How routers and experts are pulled, and how far a step moves them."""
-    trains = evidence.labelled(evidence.past.trains)
-    drawn = evidence.too_many() or ("" if set(PULLS) <= set(trains) else f"no run has {', '.join(PULLS)}")
+    trains = inputs.labeled(inputs.past.trains)
+    drawn = inputs.too_many() or ("" if set(PULLS) <= set(trains) else f"no run has {', '.join(PULLS)}")
     caption = "Gradient norms, and what a step changes relative to what was there, of routers and of experts."
     yield from section("Gradients", [("gradients", drawn or draw_gradients(trains), caption)])
 
 
-def specialisation(evidence: Evidence) -> Iterator[Block]:
+def specialization(inputs: ReportInputs) -> Iterator[Block]:
     """What experts do, from what `python -m moe.specialization` left in the run folders."""
-    drawn = specialisation_figures(evidence.runs)
-    yield from section("Specialisation", ((name, figure, SPECIALISED.get(name, "")) for name, figure in drawn))
+    drawn = specialization_figures(inputs.runs)
+    yield from section("Specialization", ((name, figure, SPECIALIZED.get(name, "")) for name, figure in drawn))
 
 
-def temperature(evidence: Evidence) -> Iterator[Block]:
+def temperature(inputs: ReportInputs) -> Iterator[Block]:
     """The temperature study: its figures and reports, under its names, where routers have a temperature."""
-    runs = evidence.runs
+    runs = inputs.runs
     if TEMPERATURE not in runs or (runs[TEMPERATURE].fillna(ABSENT) == ABSENT).all():
         return
-    drawn = temperature_figures(runs, evidence.past.evals, evidence.past.trains)
+    drawn = temperature_figures(runs, inputs.past.evals, inputs.past.trains)
     yield from section("Temperature", ((name, figure, TEMPERED.get(name, "")) for name, figure in drawn))
     for report in (summary_report, specialization_report):
-        content = json.dumps(report(runs, evidence.past.evals), indent=1, allow_nan=False) + "\n"
+        content = json.dumps(report(runs, inputs.past.evals), indent=1, allow_nan=False) + "\n"
         yield Attachment(
             f"{report.__name__}.json", content, "the temperature study's own summary, with n and intervals."
         )
 
 
-def _factors(evidence: Evidence) -> Drawn:
-    runs, factors = evidence.runs, evidence.factors
-    metrics = list(dict.fromkeys((*TESTED, *evidence.tested)))
-    if set(factors) == {"noise", "lb"} and set(TESTED) <= set(evidence.tested):
+def _factors(inputs: ReportInputs) -> Drawn:
+    runs, factors = inputs.runs, inputs.factors
+    metrics = list(dict.fromkeys((*TESTED, *inputs.tested)))
+    if set(factors) == {"noise", "lb"} and set(TESTED) <= set(inputs.tested):
         yield (
             "noise_lb",
             effect_figures.noise_lb(runs),
@@ -123,23 +123,23 @@ def _factors(evidence: Evidence) -> Drawn:
     for metric in metrics:
         label = LABELS.get(metric, metric)
         name, caption = "factors_" + metric.replace("/", "_"), f"Effect of {', '.join(factors)}: {label}."
-        if metric not in evidence.tested:
+        if metric not in inputs.tested:
             yield name, f"no run has {metric}", caption
         else:
-            yield name, evidence.too_many() or _factor_figure(runs, factors, metric), caption
+            yield name, inputs.too_many() or _factor_figure(runs, factors, metric), caption
 
 
 def _factor_figure(runs: pd.DataFrame, factors: list[str], metric: str) -> Figure:
-    """The factor with the most levels along x, every combination of the others a colour."""
+    """The factor with the most levels along x, every combination of the others a color."""
     factor = max(factors, key=lambda name: runs[name].nunique())
     others = [name for name in factors if name != factor]
     hues = {index: name_cell(cell) or "all" for cell, members in conditions(runs, others) for index in members.index}
     return effect_figures.factor_plot(runs.assign(others=pd.Series(hues, dtype=object)), factor, "others", metric)
 
 
-def _forests(evidence: Evidence) -> Drawn:
-    for metric in evidence.tested if len(evidence.contrasts) else []:
-        rows = evidence.contrasts[evidence.contrasts["metric"] == metric].dropna(subset=["ci_low"])
+def _forests(inputs: ReportInputs) -> Drawn:
+    for metric in inputs.tested if len(inputs.contrasts) else []:
+        rows = inputs.contrasts[inputs.contrasts["metric"] == metric].dropna(subset=["ci_low"])
         name, label = "contrasts_" + metric.replace("/", "_"), LABELS.get(metric, metric)
         caption = f"Contrasts paired by seed, 95 % t intervals: {label}."
         if rows.empty:
@@ -150,17 +150,17 @@ def _forests(evidence: Evidence) -> Drawn:
             yield name, effect_figures.forest(rows, label), caption
 
 
-def _curves(evidence: Evidence) -> Drawn:
+def _curves(inputs: ReportInputs) -> Drawn:
     name, caption = "learning_curves", "Validation loss against optimizer step, every run and the mean of a condition."
-    events = evidence.labelled(evidence.past.evals)
+    events = inputs.labeled(inputs.past.evals)
     if "val/loss" not in events or not events["val/loss"].notna().any():
         yield name, "no run has an evaluation with val/loss", caption
     else:
-        yield name, evidence.too_many() or effect_figures.learning_curves(events, "condition"), caption
+        yield name, inputs.too_many() or effect_figures.learning_curves(events, "condition"), caption
 
 
-def _layers(evidence: Evidence) -> Drawn:
-    events, panels = evidence.labelled(evidence.past.evals), evidence.condition.nunique()
+def _layers(inputs: ReportInputs) -> Drawn:
+    events, panels = inputs.labeled(inputs.past.evals), inputs.condition.nunique()
     for metric, label in layers.METRICS.items():
         name, caption = "layers_" + metric.replace("/", "_"), f"{label} of every layer over training."
         seen = layers.known(events, metric)
@@ -172,32 +172,32 @@ def _layers(evidence: Evidence) -> Drawn:
             yield name, layers.layer_trends(seen, metric), caption
 
 
-def _at_the_end(evidence: Evidence) -> Drawn:
-    runs = evidence.runs.assign(condition=evidence.condition)
+def _at_the_end(inputs: ReportInputs) -> Drawn:
+    runs = inputs.runs.assign(condition=inputs.condition)
     name, caption = "layer_profile", "Routing of every layer at the last evaluation."
     if all(layers.known(runs, metric).empty for metric in layers.METRICS):
         yield name, "no finished run has a routing metric by layer", caption
     else:
-        yield name, evidence.too_many() or layers.layer_profile(runs), caption
+        yield name, inputs.too_many() or layers.layer_profile(runs), caption
     name, caption = "drop_by_position", "Share of assignments over capacity, by position in the sequence."
     if runs.reindex(columns=layers.DECILES).isna().all(axis=None):
         yield name, "no finished run has a capacity limit", caption
     else:
-        yield name, evidence.too_many() or layers.drop_by_position(runs), caption
+        yield name, inputs.too_many() or layers.drop_by_position(runs), caption
 
 
-def _frontiers(evidence: Evidence) -> Drawn:
+def _frontiers(inputs: ReportInputs) -> Drawn:
     for experiment, stem in STEMS.items():
-        runs = evidence.runs[evidence.runs["experiment"] == experiment]
+        runs = inputs.runs[inputs.runs["experiment"] == experiment]
         if len(runs):
-            yield from _frontier(runs, evidence.past, stem)
+            yield from _frontier(runs, inputs.past, stem)
             caption = "Training loss, validation loss and perplexity against step."
-            yield f"{stem}_overlay", evidence.too_many() or _overlay(evidence, runs), caption
+            yield f"{stem}_overlay", inputs.too_many() or _overlay(inputs, runs), caption
 
 
 def _frontier(runs: pd.DataFrame, past: History, stem: str) -> Drawn:
     """Perplexity against both measures of speed, for runs that differ in nothing but router, capacity and seed."""
-    table = measured(runs, past)
+    table = with_training_means(runs, past)
     others = [factor for factor in varied_factors(runs) if factor not in ("router", "capacity", "seed")]
     for name, x in ((f"{stem}_frontier", "tokens_per_s"), (f"{stem}_frontier_tflops", "tflops")):
         caption = f"Perplexity against {effect_figures.SPEED[x].split(' (')[0]}."
@@ -209,10 +209,10 @@ def _frontier(runs: pd.DataFrame, past: History, stem: str) -> Drawn:
             yield name, effect_figures.frontier(table, x), caption
 
 
-def _overlay(evidence: Evidence, runs: pd.DataFrame) -> Figure | str:
+def _overlay(inputs: ReportInputs, runs: pd.DataFrame) -> Figure | str:
     columns = ["train/loss", "val/loss", "val/perplexity"]
-    past = [events.filter(["folder", "step", *columns]) for events in (evidence.past.trains, evidence.past.evals)]
-    events = evidence.labelled(pd.concat(past))
+    past = [events.filter(["folder", "step", *columns]) for events in (inputs.past.trains, inputs.past.evals)]
+    events = inputs.labeled(pd.concat(past))
     events = events[events["folder"].isin(runs["folder"])] if len(events) else events
     absent = [column for column in columns if column not in events]
     return f"no run has {', '.join(absent)}" if absent else effect_figures.overlay(events, "condition")

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pandas as pd
 
 from moe.analysis.report.blocks import Attachment, Block, Heading, Table, Text
-from moe.analysis.report.inputs import Evidence, stack
+from moe.analysis.report.inputs import ReportInputs, stack
 from moe.analysis.statistics import contrasts
 
 LOSS = "val/loss"
@@ -15,9 +15,9 @@ Difference of the validation loss from the reference's, in nats per token, at sh
 run was evaluated: paired by seed, with its 95 % t interval; *: p <= 0.05 after Holm's correction over the column."""
 
 
-def progress(evidence: Evidence) -> Iterator[Block]:
+def progress(inputs: ReportInputs) -> Iterator[Block]:
     """A row a contrast, a column a share of training."""
-    table = over_training(evidence)
+    table = over_training(inputs)
     if table.empty:
         return
     cells = [
@@ -34,13 +34,13 @@ def progress(evidence: Evidence) -> Iterator[Block]:
     yield Attachment("progress.csv", table.to_csv(index=False), "this table, with n and p.")
 
 
-def over_training(evidence: Evidence) -> pd.DataFrame:
+def over_training(inputs: ReportInputs) -> pd.DataFrame:
     """`moe.analysis.statistics.contrasts` of the validation loss at those of `SHARES` at which every finished run was
     evaluated, a family for Holm each; with the columns `share` and `significant`."""
-    runs, evals = evidence.runs[evidence.runs["status"] == "finished"], evidence.past.evals
-    if evidence.contrasts.empty or LOSS not in evals:
+    runs, evals = inputs.runs[inputs.runs["status"] == "finished"], inputs.past.evals
+    if inputs.contrasts.empty or LOSS not in evals:
         return pd.DataFrame()
-    pairs = evidence.contrasts[["factor", "reference"]].drop_duplicates("factor")
+    pairs = inputs.contrasts[["factor", "reference"]].drop_duplicates("factor")
     references = dict(pairs.itertuples(index=False, name=None))
     losses = evals.pivot(index="step", columns="folder", values=LOSS).astype(float)
     tables = []
@@ -48,7 +48,7 @@ def over_training(evidence: Evidence) -> pd.DataFrame:
         at = [losses[folder].dropna() if folder in losses else pd.Series(dtype=float) for folder in runs["folder"]]
         values = [of_run.get(round(share * of_run.index.max())) if len(of_run) else None for of_run in at]
         if None not in values:
-            table = contrasts(runs.assign(**{LOSS: values}), LOSS, evidence.factors, references=references)
+            table = contrasts(runs.assign(**{LOSS: values}), LOSS, inputs.factors, references=references)
             tables.append(table.assign(share=share))
     table = stack(tables)
     return table if table.empty else table.assign(significant=table["p Holm"] <= 0.05)

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from moe.analysis.report.blocks import Block, Details, Heading, Table, Text
-from moe.analysis.report.inputs import Evidence
+from moe.analysis.report.inputs import ReportInputs
 from moe.config.schema import flatten, is_free
 from moe.results.table import FACTS
 
@@ -16,9 +16,9 @@ MOST_LEVELS = 12  # of one key that are written out
 SOFTWARE = ("commit", "versions", "machine", "device", "ranks", "process")  # of a run's record
 
 
-def causality(evidence: Evidence) -> Iterator[Block]:
+def causality(inputs: ReportInputs) -> Iterator[Block]:
     """Every router with whether a token's routing depends on later tokens."""
-    runs = evidence.runs
+    runs = inputs.runs
     if "router" not in runs:
         return
     yield Heading("Routers")
@@ -29,13 +29,13 @@ def causality(evidence: Evidence) -> Iterator[Block]:
     yield Table(pd.DataFrame(rows, columns=["router", "runs", "finished"]))
 
 
-def configuration(evidence: Evidence) -> Iterator[Block]:
+def configuration(inputs: ReportInputs) -> Iterator[Block]:
     """The keys in which the runs differ, each with its role, and those in which all agree."""
-    runs = evidence.runs
+    runs = inputs.runs
     keys = [key for key in runs if "/" not in key and key not in FACTS]
     differing, common = differences(runs[keys])
-    role = dict.fromkeys(evidence.factors, "varied") | {"seed": "unit of replication"}
-    role |= {follower: f"follows {leader}" for follower, leader in evidence.tied.items()}
+    role = dict.fromkeys(inputs.factors, "varied") | {"seed": "unit of replication"}
+    role |= {follower: f"follows {leader}" for follower, leader in inputs.tied.items()}
     roles = [
         role.get(key, "free: no part of what is computed" if is_free(key) else "follows seed")
         for key in differing["key"]
@@ -47,10 +47,10 @@ def configuration(evidence: Evidence) -> Iterator[Block]:
     yield Details(f"{len(common)} keys in which all runs agree", [Table(common)])
 
 
-def data(evidence: Evidence) -> Iterator[Block]:
+def data(inputs: ReportInputs) -> Iterator[Block]:
     """Every data manifest that occurs: which text, from which packages, with which checksums."""
     manifests: dict[str, list[Any]] = {}
-    for record in _records(evidence.runs):
+    for record in _records(inputs.runs):
         if isinstance(record.get("data"), dict):
             manifests.setdefault(json.dumps(record["data"], sort_keys=True), []).append(record)
     yield Heading("Data")
@@ -67,9 +67,9 @@ def data(evidence: Evidence) -> Iterator[Block]:
         yield Details("The rest of the manifest", [Table(_values(flatten(manifest)))])
 
 
-def software(evidence: Evidence) -> Iterator[Block]:
+def software(inputs: ReportInputs) -> Iterator[Block]:
     """Commit, machine and library versions: where the runs differ, and what they share."""
-    rows = [flatten({key: record.get(key) for key in SOFTWARE}) for record in _records(evidence.runs)]
+    rows = [flatten({key: record.get(key) for key in SOFTWARE}) for record in _records(inputs.runs)]
     differing, common = differences(pd.DataFrame(rows, dtype=object))
     yield Heading("Code, machine and versions")
     if len(differing):

@@ -16,13 +16,13 @@ from PIL import Image
 from moe.analysis.report import accounts, pictures, progress, provenance, verdicts
 from moe.analysis.report.blocks import Attachment, Block, Details, Heading, Picture, Table, as_markdown
 from moe.analysis.report.html import element, page
-from moe.analysis.report.inputs import Evidence, Wishes, gather
+from moe.analysis.report.inputs import ReportInputs, Wishes, gather
 from moe.analysis.report.markdown import harmless
 from moe.analysis.studies.published import replay
 from moe.files import write_text
 from moe.results.conditions import levels
 
-Section = Callable[[Evidence], Iterable[Block]]
+Section = Callable[[ReportInputs], Iterable[Block]]
 BEFORE: tuple[Section, ...] = (accounts.what_was_run,)
 OF_EACH_EXPERIMENT: tuple[Section, ...] = (
     verdicts.planned,
@@ -37,7 +37,7 @@ OF_EACH_EXPERIMENT: tuple[Section, ...] = (
     pictures.gradients,
     pictures.routing,
     pictures.speed,
-    pictures.specialisation,
+    pictures.specialization,
 )
 AFTER: tuple[Section, ...] = (
     pictures.temperature,
@@ -71,15 +71,15 @@ def write_replay(out: Path | str) -> Path:
     return write("Replay of the published numbers", blocks, Path(out))
 
 
-def _blocks(sections: Iterable[Section], evidence: Evidence) -> Iterator[Block]:
-    return itertools.chain.from_iterable(section(evidence) for section in sections)
+def _blocks(sections: Iterable[Section], inputs: ReportInputs) -> Iterator[Block]:
+    return itertools.chain.from_iterable(section(inputs) for section in sections)
 
 
-def _part(name: str, evidence: Evidence) -> Iterator[Block]:
+def _part(name: str, inputs: ReportInputs) -> Iterator[Block]:
     """The sections of one experiment, a level further down, their files in a folder of its own."""
     yield Heading(name)
     folder = re.sub(r"[^\w-]+", "_", name)  # whatever a record calls itself, files stay below the report
-    for block in _blocks(OF_EACH_EXPERIMENT, evidence):
+    for block in _blocks(OF_EACH_EXPERIMENT, inputs):
         if isinstance(block, Heading):
             yield block._replace(level=block.level + 1)
         elif isinstance(block, Picture | Attachment):

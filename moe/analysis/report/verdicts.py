@@ -11,7 +11,7 @@ from moe.analysis.claims import planned as claims_of
 from moe.analysis.claims import post_hoc as not_claimed
 from moe.analysis.report.accounts import listed
 from moe.analysis.report.blocks import Attachment, Block, Bullets, Heading, Table, Text
-from moe.analysis.report.inputs import TESTED, Evidence, stack
+from moe.analysis.report.inputs import TESTED, ReportInputs, stack
 from moe.analysis.statistics import anova, noise_floor, with_intervals
 from moe.results.conditions import ROUTING, present, spread_table, summary
 
@@ -37,11 +37,11 @@ rate (Benjamini-Hochberg), over the same contrasts; `p TOST`, for a metric with 
 tests that the difference is smaller than the margin."""
 
 
-def planned(evidence: Evidence) -> Iterator[Block]:
+def planned(inputs: ReportInputs) -> Iterator[Block]:
     """What was claimed before the runs, each claim with its verdict."""
-    if evidence.claims.empty:
+    if inputs.claims.empty:
         return
-    judged = evidence.claims
+    judged = inputs.claims
     yield Heading("Planned claims")
     yield Text(CLAIMS_EXPLAINED)
     sentences = [
@@ -51,13 +51,13 @@ def planned(evidence: Evidence) -> Iterator[Block]:
     yield _csv("claims", judged, "every claim with its numbers.")
 
 
-def post_hoc(evidence: Evidence) -> Iterator[Block]:
+def post_hoc(inputs: ReportInputs) -> Iterator[Block]:
     """Every contrast that no claim is about as a sentence, the most certain ones first."""
     yield Heading("Verdicts")
-    if evidence.contrasts.empty:
+    if inputs.contrasts.empty:
         yield Text("None: no factor varies among runs with results.")
         return
-    unclaimed = not_claimed(evidence.contrasts, [claim for claim, _ in claims_of(evidence.loaded)])
+    unclaimed = not_claimed(inputs.contrasts, [claim for claim, _ in claims_of(inputs.loaded)])
     yield Text("Contrasts of every level with its reference, post hoc: nobody wrote them down before the runs.")
     sentences: dict[str, list[str]] = {}
     for _, contrast in unclaimed.iterrows():
@@ -68,13 +68,13 @@ def post_hoc(evidence: Evidence) -> Iterator[Block]:
             yield from listed(sentences[standing])
 
 
-def floor(evidence: Evidence) -> Iterator[Block]:
+def floor(inputs: ReportInputs) -> Iterator[Block]:
     """How far runs differ by luck alone, where nothing but the seed varies."""
-    seeds = evidence.runs["seed"].nunique() if "seed" in evidence.runs else 0
-    if not evidence.factors and seeds > 1 and evidence.metrics:
+    seeds = inputs.runs["seed"].nunique() if "seed" in inputs.runs else 0
+    if not inputs.factors and seeds > 1 and inputs.metrics:
         yield Heading("Noise floor")
         yield Text(FLOOR_EXPLAINED)
-        yield Table(noise_floor(evidence.runs, evidence.metrics))
+        yield Table(noise_floor(inputs.runs, inputs.metrics))
 
 
 def _standing(contrast: pd.Series) -> str:
@@ -106,34 +106,34 @@ def verdict(contrast: pd.Series) -> str:
     return f"{claim} {evidence}: **{up if c['difference'] > 0 else down}**{doubt}{note}"
 
 
-def conditions(evidence: Evidence) -> Iterator[Block]:
+def conditions(inputs: ReportInputs) -> Iterator[Block]:
     """Mean and spread of the headline metrics and of routing, a row a condition."""
-    routing = present(evidence.runs, ROUTING)
-    means = summary(evidence.runs, evidence.factors, dict.fromkeys((*evidence.metrics, *routing)))
+    routing = present(inputs.runs, ROUTING)
+    means = summary(inputs.runs, inputs.factors, dict.fromkeys((*inputs.metrics, *routing)))
     yield Heading("Conditions")
     yield Text("Final evaluation, mean ± sample standard deviation (ddof=1) over n seeds.")
-    yield Table(spread_table(means[means["metric"].isin(evidence.metrics)]))
+    yield Table(spread_table(means[means["metric"].isin(inputs.metrics)]))
     if routing:
         yield Text("**Routing by condition**: the same of `routing/...`, mean over layers.")
-        table = spread_table(means[means["metric"].isin(routing)])[[*evidence.factors, *routing, "n seeds"]]
+        table = spread_table(means[means["metric"].isin(routing)])[[*inputs.factors, *routing, "n seeds"]]
         yield Table(table.rename(columns=lambda name: name.removeprefix("routing/")))
     yield _csv("conditions", with_intervals(means), "the same with 95 % t intervals.")
 
 
-def contrasts(evidence: Evidence) -> Iterator[Block]:
+def contrasts(inputs: ReportInputs) -> Iterator[Block]:
     """All numbers behind the verdicts."""
     yield Heading("Contrasts, paired by seed")
     yield Text(CONTRASTS_EXPLAINED)
-    yield Table(evidence.contrasts)
-    yield _csv("contrasts", evidence.contrasts, "every row of this table.")
+    yield Table(inputs.contrasts)
+    yield _csv("contrasts", inputs.contrasts, "every row of this table.")
 
 
-def variance(evidence: Evidence) -> Iterator[Block]:
+def variance(inputs: ReportInputs) -> Iterator[Block]:
     """Factorial analysis of variance of every tested metric, or why there is none."""
     tables, refusals = [], []
-    for metric in evidence.tested:
+    for metric in inputs.tested:
         try:
-            tables.append(anova(evidence.runs, metric, evidence.factors))
+            tables.append(anova(inputs.runs, metric, inputs.factors))
         except ValueError as error:
             refusals.append(shorten(f"{metric}: {error}", 500, placeholder=" …"))
     yield Heading("Analysis of variance, seed as block")

@@ -1,4 +1,4 @@
-"""The temperature study: which runs belong to it, their curves, their utilisation and their means over seeds.
+"""The temperature study: which runs belong to it, their curves, their utilization and their means over seeds.
 
 Every selection is a table or, as text, the reason why there is none. A run is one seed of one condition in all of them.
 """

@@ -132,7 +132,7 @@ def expert_utilization(runs: pd.DataFrame, table: pd.DataFrame) -> Figure:
 
 @matplotlib.rc_context(RC)
 def schedule_comparison(runs: pd.DataFrame, events: pd.DataFrame) -> Figure:
-    """Loss, temperature and accuracy over steps, and final loss and accuracy, a colour a schedule."""
+    """Loss, temperature and accuracy over steps, and final loss and accuracy, a color a schedule."""
     figure = Figure(figsize=(15, 9.4), layout="constrained")
     panels = figure.subplot_mosaic([[LOSS, "late", "temperature"], [ACCURACY, "final", "final accuracy"]])
     style = looks(runs)

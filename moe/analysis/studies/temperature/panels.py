@@ -1,6 +1,6 @@
 """What the panels of the temperature study's figures are made of: curves, values against temperature, heatmaps, tables.
 
-Functions draw a table on axes. A style maps each level of a factor to the colour, dash and label of its lines.
+Functions draw a table on axes. A style maps each level of a factor to the color, dash and label of its lines.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ Style = dict[Any, dict[str, Any]]
 
 
 def shades(runs: pd.DataFrame) -> Style:
-    """Temperatures from cold and dark to hot and light; neighbours differ in dash too."""
+    """Temperatures from cold and dark to hot and light; neighbors differ in dash too."""
     temperatures = sorted(runs[TEMPERATURE].unique())
     colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.88, len(temperatures)))  # its yellow is lost on white
     return {
@@ -29,7 +29,7 @@ def shades(runs: pd.DataFrame) -> Style:
 
 
 def looks(runs: pd.DataFrame) -> Style:
-    """Schedules, in the colours of other conditions; what is compared with them, the constant temperature, is black."""
+    """Schedules, in the colors of other conditions; what is compared with them, the constant temperature, is black."""
     names = sorted(set(runs["schedule"]) - {"constant"})
     style: Style = {name: {**look(index), "label": name} for index, name in enumerate(names)}
     if "constant" in set(runs["schedule"]):
@@ -110,7 +110,7 @@ def draw_schedules(axes: Axes, runs: pd.DataFrame, metric: str, style: Style) ->
 
 
 def draw_heatmap(axes: Axes, values: np.ndarray, rows: list[str], label: str, *, largest: float) -> None:
-    """Shares of assignments, (conditions, E), written into their cells; the colour scale goes from 0 to `largest`."""
+    """Shares of assignments, (conditions, E), written into their cells; the color scale goes from 0 to `largest`."""
     axes.imshow(values, aspect="auto", cmap="Blues", vmin=0, vmax=largest)
     for (row, column), value in np.ndenumerate(values):
         color = "white" if value > 0.6 * largest else "black"

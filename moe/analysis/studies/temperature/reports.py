@@ -36,7 +36,7 @@ MEANINGS = {
 QUALITY, SPECIALIZATION = list(MEANINGS)[:2], list(MEANINGS)[2:]
 DEFINITIONS = {
     "final_loss": "validation loss in nats per token at the last evaluation; every choice and comparison uses it",
-    "best_loss": "lowest over a run's evaluations: optimistic, because it was chosen on what it is measured on",
+    "best_loss": "lowest over a run's evaluations: optimiztic, because it was chosen on what it is measured on",
     "losses": "final losses, means over seeds, in the order of the levels tested",
     "improvement": "100 (worst - best) / worst of the mean final losses; both were picked after seeing them",
     "not_told_from_best": "levels whose seed-paired difference from the best has a 95 % t interval with 0, or none",
