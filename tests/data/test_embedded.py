@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 SMALL = Embedded(list(DOMAINS), 20_000)
 DIGEST = """
 import hashlib, json, sys
-from moe.embedded import DOMAINS, Embedded
+from moe.data.embedded import DOMAINS, Embedded
 before = set(sys.modules)
 documents = [list(document) for document in Embedded(list(DOMAINS), 20_000).documents()]
 print(hashlib.sha256(json.dumps(documents).encode()).hexdigest(), *(set(sys.modules) - before))
