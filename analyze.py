@@ -22,13 +22,13 @@ def main() -> int:
     from moe.analysis.report.inputs import Wishes
     from moe.analysis.report.report import write_replay, write_report
     from moe.results.sweep_tables import console_table
-    from moe.results.table import load
+    from moe.results.table import load_runs
 
     try:
         if arguments.replay:
             report = write_replay(arguments.out)
         else:
-            runs = load(arguments.folders)
+            runs = load_runs(arguments.folders)
             references, margins = (dict(map(_pair, texts)) for texts in (arguments.reference, arguments.margin))
             wishes = Wishes(references, margins, tuple(arguments.metric))
             report = write_report(runs, arguments.out, wishes)

@@ -76,7 +76,7 @@ def judge_planned(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def judge(runs: pd.DataFrame, claims: list[ClaimConfig]) -> pd.DataFrame:
-    """A row a claim: supported, contradicted or undecided by these runs (a table of `moe.results.table.load`), and why.
+    """A row a claim: supported, contradicted or undecided by these runs (a table of `load_runs`), and why.
 
     `difference` is `mean` minus `reference mean` over n paired seeds, with its 95 % t interval, in the least favorable
     of the comparisons that the claim makes; `p` is that of all of them. A claim holds if every comparison does (their

@@ -3,7 +3,7 @@ statsmodels.
 
 The unit of replication is the seed: runs of the same seed share their data order and their initial weights, so
 differences are taken within a seed before they are averaged. Functions take the table of runs
-(`moe.results.table.load`), a
+(`load_runs`), a
 metric's column and the factors (without the seed), and return a table; nothing is dropped without a note.
 """
 

@@ -130,11 +130,11 @@ def _write_metrics(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
 
     logged = events.read_events(folder / "events.jsonl")
     last = [event for event in logged if event["kind"] == "eval"][-1]
-    history = events.history(logged)
+    history = events.evaluation_series(logged)
     final = {key: value for key, value in last.items() if "/" in key and not key.startswith("time/")}
     final |= {"train/loss": history["train_losses"][-1], "time/train_seconds": facts["train_seconds"]}
     final["time/tokens_per_s"] = events.median_speed(logged)
-    final |= consistency(traces.read(folder / "trace"))
+    final |= consistency(traces.read_traces(folder / "trace"))
     files.write_json(folder / "metrics.json", {"final_metrics": final, "history": history})
     return final
 

@@ -1,6 +1,7 @@
 """Summaries: runs grouped into conditions, each with its mean and spread over seeds; what a sweep writes and prints.
 
-A condition is one combination of levels of the factors that vary. Functions take the table of `moe.results.table.load`.
+A condition is one combination of levels of the factors that vary. The functions take the table that
+`moe.results.table.load_runs` returns.
 """
 
 import math
@@ -24,7 +25,7 @@ ROUTING = (
     ),
 )
 STD = "std (ddof=1)"
-GROUPS = ("variant", "router", "schedule", "model", "data", "optimizer")
+FACTOR_GROUPS = ("variant", "router", "schedule", "model", "data", "optimizer")
 
 
 def varied_factors(runs: pd.DataFrame) -> list[str]:
@@ -120,7 +121,12 @@ def _free_and_tied(runs: pd.DataFrame) -> tuple[list[str], dict[str, str]]:
     """Split the varied factors; an arm (`variant`) leads what it fixes, and groups and root keys what lies below them,
     because `router` says more than `router._target_` does."""
     factors = [c for c in runs if "/" not in c and c not in (*FACTS, "seed") and not is_free(c)]
-    factors.sort(key=lambda column: (GROUPS.index(column) if column in GROUPS else len(GROUPS), "." in column))
+    factors.sort(
+        key=lambda column: (
+            FACTOR_GROUPS.index(column) if column in FACTOR_GROUPS else len(FACTOR_GROUPS),
+            "." in column,
+        )
+    )
     free: list[str] = []
     tied: dict[str, str] = {}
     for factor in [*factors, "experiment"]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from moe.results.table import ABSENT, History
+from moe.results.table import ABSENT, EventTables
 
 STEMS = {"experiment_a": "experiment_a", "experiment_c": "expC"}  # experiment -> how its files' names begin
 
@@ -44,7 +44,7 @@ BEST = {"val/perplexity": "best_val_perplexity", "val/loss": "best_val_loss", "s
 LATE = {"train/routing/drop_rate": "drop_rate", "train/routing/load_cv": "load_cv"}
 
 
-def with_training_means(runs: pd.DataFrame, past: History) -> pd.DataFrame:
+def with_training_means(runs: pd.DataFrame, past: EventTables) -> pd.DataFrame:
     """The finished runs of a table, with what their history, read with the columns `LATE`, says of load and of the best
     evaluation; NaN for what it does not say.
 

@@ -9,7 +9,7 @@ import pandas as pd
 from moe.files import write_text
 from moe.results.conditions import HEADLINE, present, spread_table, summary, unfinished, varied_factors, with_causality
 from moe.results.frontier import LATE, STEMS, bench_table, with_training_means
-from moe.results.table import history, load
+from moe.results.table import load_runs, read_event_tables
 
 # Column of the noise study's own table -> our column; `_noise_study` makes the two that no run has.
 NOISE_STUDY_FILE = "moe_routing_noise_experiment_results.csv"
@@ -34,14 +34,14 @@ def write_sweep_tables(sweep: Path) -> pd.DataFrame:
 
     If noise and lb vary, the noise study's table too; for experiments A and C the routing bench's.
     """
-    runs = load([sweep])
+    runs = load_runs([sweep])
     write_text(sweep / "results.csv", runs.to_csv(index=False))
     if {"noise", "lb"} <= set(varied_factors(runs)):
         write_text(sweep / NOISE_STUDY_FILE, _noise_study(runs).to_csv(index=False))
     for experiment, stem in STEMS.items():
         members = runs[runs["experiment"] == experiment]
         if len(members):
-            table = bench_table(with_training_means(members, history(members["folder"], training=list(LATE))))
+            table = bench_table(with_training_means(members, read_event_tables(members["folder"], training=list(LATE))))
             write_text(sweep / f"{stem}_summary.csv", table.to_csv(index=False))
     return runs
 
@@ -67,7 +67,7 @@ def console_table(runs: pd.DataFrame, metrics: Iterable[str] = ()) -> str:
 def _noise_study(runs: pd.DataFrame) -> pd.DataFrame:
     """The finished runs under the noise study's own column names; "best" is over a run's evaluations, as there."""
     runs = runs[runs["status"] == "finished"]
-    evals = history(runs["folder"]).evals.reindex(columns=["folder", "val/loss"])
+    evals = read_event_tables(runs["folder"]).evals.reindex(columns=["folder", "val/loss"])
     best = runs["folder"].map(evals.groupby("folder")["val/loss"].min()).astype(float)
     with np.errstate(over="ignore"):  # a diverged run has an infinite perplexity
         perplexity = np.exp(best)

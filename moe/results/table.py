@@ -29,7 +29,7 @@ RUN_FILES = ("run.json", "metrics.json", "events.jsonl")  # any of them marks a 
 SWEEP_FILE = "sweep.json"
 
 
-class History(NamedTuple):
+class EventTables(NamedTuple):
     """`evals`, `trains`: a row per run and step (columns folder, kind, step, metrics); `problems`: a line per thing not
     read."""
 
@@ -38,7 +38,7 @@ class History(NamedTuple):
     problems: list[str]
 
 
-def load(paths: Iterable[Path | str]) -> pd.DataFrame:
+def load_runs(paths: Iterable[Path | str]) -> pd.DataFrame:
     """One row a run at or below `paths`, and one for every cell that a sweep.json there names and that has no run.
 
     Beside the trainer's own statuses (finished, failed, running, interrupted) a row can be "diverged" (failed, because
@@ -96,7 +96,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     return row
 
 
-def history(folders: Iterable[Path | str], *, training: Sequence[str] = ()) -> History:
+def read_event_tables(folders: Iterable[Path | str], *, training: Sequence[str] = ()) -> EventTables:
     """The events of many runs, each file read once: of evaluations everything, of training steps these columns.
 
     A step written twice, after a resume, counts as written last. Some runs at a time become arrays, so that a thousand
@@ -118,7 +118,7 @@ def history(folders: Iterable[Path | str], *, training: Sequence[str] = ()) -> H
             if of_some:
                 tables[kind].append(pd.DataFrame(of_some))
     evals, trains = (pd.concat(t, ignore_index=True) if t else pd.DataFrame() for t in tables.values())
-    return History(evals, trains, problems)
+    return EventTables(evals, trains, problems)
 
 
 def _walk(paths: Iterable[Path | str]) -> tuple[list[Path], list[Path]]:
@@ -152,7 +152,7 @@ def _nearest(path: Path) -> str:
 
 
 def _cells(sweep: Path) -> list[dict[str, Any]]:
-    """A row for every cell that a sweep was asked for; `load` keeps those without a run."""
+    """A row for every cell that a sweep was asked for; `load_runs` keeps those without a run."""
     try:
         cells = _read_object(sweep / SWEEP_FILE)["cells"]
         return [

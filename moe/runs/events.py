@@ -56,7 +56,7 @@ SERIES = {
 }
 
 
-def history(events: list[dict[str, Any]]) -> dict[str, list[Any]]:
+def evaluation_series(events: list[dict[str, Any]]) -> dict[str, list[Any]]:
     """Series with one entry an evaluation; `train_*` and losses are means over the training steps since the last one
     (null at step 0), `elapsed_times` are minutes, `load_balancing_losses` are unweighted (1: balanced), the mean over
     layers, `expert_utilizations` are shares per expert, the mean over layers."""

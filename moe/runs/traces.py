@@ -26,7 +26,7 @@ class Trace(NamedTuple):
     chosen: Bool[np.ndarray, "L N E"]
 
 
-def write(folder: Path, step: int, mask: Bool[Tensor, "L N E"]) -> None:
+def write_trace(folder: Path, step: int, mask: Bool[Tensor, "L N E"]) -> None:
     """Write `folder/step-NNNNNNNN.npz`, atomically, eight choices to a byte."""
     folder.mkdir(exist_ok=True)
     temporary = folder / f".tmp-{step}.npz"
@@ -34,7 +34,7 @@ def write(folder: Path, step: int, mask: Bool[Tensor, "L N E"]) -> None:
     os.replace(temporary, folder / f"step-{step:08d}.npz")
 
 
-def read(folder: Path) -> list[Trace]:
+def read_traces(folder: Path) -> list[Trace]:
     """The traces of a run in the order of their steps; empty if there are none."""
     traces = []
     for path in sorted(folder.glob("step-*.npz")):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from moe.results.table import load
+from moe.results.table import load_runs
 from moe.specialization.study import FILE, compare_seeds, study
 from moe.training import process
 
@@ -25,7 +25,7 @@ def main(command: list[str] | None = None) -> int:
         for name in ("blocks", "samples"):
             if getattr(arguments, name) < 1:
                 raise ValueError(f"--{name} {getattr(arguments, name)}: must be at least 1")
-        runs = load(arguments.folders)
+        runs = load_runs(arguments.folders)
         finished = [Path(folder) for folder in runs.loc[runs["status"] == "finished", "folder"]]
         for folder in finished:
             new = study(folder, blocks_wanted=arguments.blocks, samples=arguments.samples)

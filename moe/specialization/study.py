@@ -67,7 +67,7 @@ def study(folder: Path, *, blocks_wanted: int, samples: int) -> bool:
         few = slice(None, None, max(1, len(probes.ids) // LANDSCAPE_BLOCKS))
         content |= {"landscape": landscape(model, probes.take(few), knobs)}
         content |= {"embedding": projections(expert_outputs(model, probes, knobs).numpy())}
-        read = traces.read(folder / "trace")
+        read = traces.read_traces(folder / "trace")
         content |= {"saturation": stability.saturation(read), "churn": stability.churn(read)}
         write_text(folder / "tokens.html", page(seen, data.tokenizer, domains=data.domains, title=record["name"]))
     content["seconds"] = time.monotonic() - began
@@ -124,7 +124,7 @@ def compare_seeds(folders: list[Path]) -> None:
     """
     rng = np.random.default_rng(0)
     runs = {folder: json.loads((folder / "run.json").read_text()) for folder in folders}
-    last = {folder: read[-1].chosen for folder in folders if (read := traces.read(folder / "trace"))}
+    last = {folder: read[-1].chosen for folder in folders if (read := traces.read_traces(folder / "trace"))}
     for folder in folders:
         others = [other for other in last if other != folder and folder in last and _kin(runs[folder], runs[other])]
         others = [other for other in others if last[other].shape == last[folder].shape]

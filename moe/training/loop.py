@@ -156,7 +156,7 @@ def train(config: Config, folder: Path, *, mirror: Mirror, signals: Signals) -> 
             if done in milestones:
                 chosen = choices(plain, data, temperature=knob_settings(config, schedule, done)["temperature"])
                 if chosen is not None and ranks.is_first():
-                    traces.write(folder / "trace", done, chosen)
+                    traces.write_trace(folder / "trace", done, chosen)
                 if config.save_milestones and done < config.steps:
                     (folder / "milestones").mkdir(exist_ok=True)
                     _save_model(plain, data, folder / "milestones" / f"step-{done:08d}")

@@ -10,7 +10,7 @@ import pytest
 
 from moe.analysis.report.report import write_report
 from moe.bench.analyze import write_runs
-from moe.results.table import load
+from moe.results.table import load_runs
 
 pytestmark = pytest.mark.browser
 HOSTILE = "<script>console.error('ran')</script><img src=http://example.com/x.png onerror=console.error(1)>"
@@ -23,7 +23,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_runs(place / "experiment_a", runs=24, steps=30)
     run = next(place.glob("*/*")) / "run.json"
     run.write_text(json.dumps(json.loads(run.read_text()) | {"status": "failed", "error": HOSTILE, "name": HOSTILE}))
-    return write_report(load([place]), place / "out").with_name("report.html")
+    return write_report(load_runs([place]), place / "out").with_name("report.html")
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from moe.launch.command_line import read_cells
 from moe.launch.run import _write
 from moe.metrics.agreement import consistency
 from moe.metrics.formulas import METRICS
-from moe.results.table import load
+from moe.results.table import load_runs
 
 PPL = "val/perplexity"
 WITH_CLAIMS = [
@@ -325,7 +325,7 @@ def sweep(tmp_path: Path):
             path.write_text(json.dumps(record | {"status": "finished"}, indent=1))
             final = {name: rng.normal(100, 1) for name in names}
             (cell.folder / "metrics.json").write_text(json.dumps({"final_metrics": final}))
-        return load([tmp_path])
+        return load_runs([tmp_path])
 
     return write
 

@@ -39,7 +39,7 @@ from moe.analysis.report.report import write, write_report
 from moe.analysis.statistics import contrasts
 from moe.analysis.studies.published import read_published
 from moe.results.conditions import with_causality
-from moe.results.table import history, load
+from moe.results.table import read_event_tables, load_runs
 
 ROOT = Path(__file__).parents[2]
 
@@ -126,7 +126,7 @@ def published(tmp_path: Path) -> Path:
 
 
 def test_the_published_runs_give_the_published_verdicts(published: Path, tmp_path: Path) -> None:
-    text = write_report(load([published]), tmp_path / "out", Wishes(references={"lb": 0.01})).read_text()
+    text = write_report(load_runs([published]), tmp_path / "out", Wishes(references={"lb": 0.01})).read_text()
     assert (
         "noise 0.1 vs 0.0 at lb=0.01: +1.15 perplexity [0.967, 1.34], p=0.0014 (Holm 0.0085), n=3: **worse**\n" in text
     )
@@ -168,10 +168,10 @@ def test_the_published_runs_give_the_published_verdicts(published: Path, tmp_pat
 
 
 def test_contrasts_are_told_at_shares_of_training_that_every_run_has(published: Path, tmp_path: Path) -> None:
-    write_report(load([published]), tmp_path / "out")
+    write_report(load_runs([published]), tmp_path / "out")
     table = pd.read_csv(tmp_path / "out" / "progress.csv")
     assert sorted(table["share"].unique()) == [0.25, 0.5, 0.75, 1.0], "no run was evaluated at 10 %"
-    end = contrasts(with_causality(load([published])), "val/loss", ["noise", "lb"])
+    end = contrasts(with_causality(load_runs([published])), "val/loss", ["noise", "lb"])
     for _, rows in table.groupby("share"):  # the runs of this test fall alike
         np.testing.assert_allclose(rows["difference"], end["difference"])
         np.testing.assert_allclose(rows["p Holm"], end["p Holm"])
@@ -191,7 +191,7 @@ def test_claims_margins_and_several_experiments(published: Path, tmp_path: Path)
         metrics = {"val/perplexity": 130.0 + seed, "val/loss": 4.9 + seed / 100}
         write_run(tmp_path / "multirun" / "floor" / f"seed={seed}", metrics, seed=seed, noise=0.0, lb=0.0)
     wishes = Wishes(references={"lb": 0.01}, margins={"val/perplexity": "3%"})
-    text = write_report(load([tmp_path / "multirun"]), tmp_path / "out", wishes).read_text()
+    text = write_report(load_runs([tmp_path / "multirun"]), tmp_path / "out", wishes).read_text()
     assert "- noise hurts (us): **supported**; noise 0.5 vs 0.0: 144.3 vs 130.4 (+10.7%)" in text
     assert "noise 0.5 vs 0.0 at lb=0.0: " not in text.split("Post hoc")[0].split("load CV")[0]
     assert "lb 0.0 vs 0.01 at noise=0.0: +0.307 perplexity [-1.72, 2.33], p=0.58 (Holm 1), n=3: **equivalent**" in text
@@ -205,16 +205,16 @@ def test_a_reference_holds_for_the_experiments_that_have_it(published: Path, tmp
     for lb, seed in product((0.0, 0.02), (42, 43)):
         metrics = {"val/perplexity": 130.0 + seed + 100 * lb}
         write_run(tmp_path / "multirun" / "other" / f"lb={lb},seed={seed}", metrics, seed=seed, noise=0.0, lb=lb)
-    _, *parts = gather(load([tmp_path / "multirun"]), Wishes(references={"lb": 0.01}))
+    _, *parts = gather(load_runs([tmp_path / "multirun"]), Wishes(references={"lb": 0.01}))
     assert [set(part.contrasts.query("factor == 'lb'")["reference"]) for part in parts] == [{0.01}, {0.0}]
     with pytest.raises(ValueError, match=r"reference lb=7: allowed are 0.0, 0.01, 0.02"):
-        gather(load([tmp_path / "multirun"]), Wishes(references={"lb": 7}))
+        gather(load_runs([tmp_path / "multirun"]), Wishes(references={"lb": 7}))
 
 
 def test_a_metric_that_is_wished_for_is_judged_like_the_others_and_all_are_one_family(
     published: Path, tmp_path: Path
 ) -> None:
-    runs, metric = load([published]), "val/accuracy"
+    runs, metric = load_runs([published]), "val/accuracy"
     wishes = Wishes(margins={metric: "5%"}, metrics=(metric, "val/perplexity", metric))
     text = write_report(runs, tmp_path / "out", wishes).read_text()
     table = pd.read_csv(tmp_path / "out" / "contrasts.csv")
@@ -257,7 +257,7 @@ def test_an_experiment_without_the_metric_is_corrected_as_if_nobody_had_wished_f
             names = ["val/perplexity", "routing/load_cv/pooled", *metrics]
             values = {name: (seed + noise) ** index for index, name in enumerate(names, start=2)}
             write_run(tmp_path / experiment / f"{noise},{seed}", values, seed=seed, noise=noise)
-    _, has, has_not = gather(load([tmp_path]), Wishes(metrics=("routing/load_gini",)))
+    _, has, has_not = gather(load_runs([tmp_path]), Wishes(metrics=("routing/load_gini",)))
     assert has.tested == [*has_not.tested, "routing/load_gini"]
     np.testing.assert_allclose(has.contrasts["p Holm"], multipletests(has.contrasts["p"], method="holm")[1])
     np.testing.assert_allclose(has_not.contrasts["p Holm"], has_not.contrasts["p"])
@@ -267,7 +267,7 @@ def test_an_experiment_without_the_metric_is_corrected_as_if_nobody_had_wished_f
 def test_a_metric_that_is_null_everywhere_is_no_wish_to_grant(tmp_path: Path) -> None:
     write_run(tmp_path / "x" / "seed=1", {"val/loss": 1.0, "routing/jaccard": math.nan}, seed=1)
     with pytest.raises(ValueError, match=r"^metric routing/jaccard: null in every run$"):
-        gather(load([tmp_path]), Wishes(metrics=("routing/jaccard",)))
+        gather(load_runs([tmp_path]), Wishes(metrics=("routing/jaccard",)))
 
 
 def test_routing_is_told_by_condition_wherever_it_was_measured(tmp_path: Path) -> None:
@@ -277,7 +277,7 @@ def test_routing_is_told_by_condition_wherever_it_was_measured(tmp_path: Path) -
             metrics |= {"routing/consistency_kappa": 0.5 + seed} if noise else {}
             write_run(tmp_path / "x" / f"{noise},{seed}", metrics, seed=seed, noise=noise)
     wishes = Wishes(metrics=("routing/consistency_kappa",))  # stands in the table of conditions as well
-    text = write_report(load([tmp_path / "x"]), tmp_path / "out", wishes).read_text()
+    text = write_report(load_runs([tmp_path / "x"]), tmp_path / "out", wishes).read_text()
     rows = [line for line in text.split("**Routing by condition**")[1].splitlines() if line.startswith("|")]
     assert [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[:4] if "---" not in row] == [
         ["noise", "load_gini", "consistency_kappa", "n seeds"],
@@ -307,7 +307,7 @@ def test_every_run_is_accounted_for(published: Path, tmp_path: Path) -> None:
     (published / "sweep.json").write_text(json.dumps({"cells": {"lb=0.0,noise=0.0,seed=45": {}}}))
     with (published / "lb=0.0,noise=0.0,seed=43" / "events.jsonl").open("a") as log:
         log.write('{"kind": "ev')
-    text = write_report(load([published]), tmp_path / "out").read_text()
+    text = write_report(load_runs([published]), tmp_path / "out").read_text()
     assert "3 of 21 runs did not finish" in text
     assert "| lb=0.0,noise=0.1,seed=45 | failed | boom |" in text
     assert "| lb=0.0,noise=0.0,seed=42 | unreadable |" in text
@@ -335,7 +335,7 @@ def test_the_table_of_what_was_run_counts_every_status(tmp_path: Path) -> None:
         (folder / "run.json").write_text(json.dumps(record | {"error": error}))
     (tmp_path / "x" / "sweep.json").write_text(json.dumps({"cells": {"noise=0.0,seed=9": {}}}))
     write_run(tmp_path / "y" / "noise=0.0,seed=1", {"val/loss": 1.0}, seed=1, noise=0.0)
-    blocks = list(what_was_run(gather(load([tmp_path]))[0]))
+    blocks = list(what_was_run(gather(load_runs([tmp_path]))[0]))
     assert [(name, n) for block in blocks if isinstance(block, Tally) for name, n, _ in block.parts] == [
         *(("finished", 3), ("missing", 1), ("failed", 1), ("diverged", 1), ("interrupted", 1), ("running", 1)),
         ("unreadable", 0),
@@ -372,7 +372,7 @@ def test_nothing_in_the_data_becomes_markup(tmp_path: Path) -> None:
     write_run(tmp_path / "x" / "broken", {}, status="failed", seed=3, noise="0.0")
     record = json.loads((tmp_path / "x" / "broken" / "run.json").read_text())
     (tmp_path / "x" / "broken" / "run.json").write_text(json.dumps(record | {"name": ATTACK, "error": ATTACK}))
-    text = write_report(load([tmp_path]), tmp_path / "out").read_text()
+    text = write_report(load_runs([tmp_path]), tmp_path / "out").read_text()
     assert "<script" not in text
     assert "<img" not in text
     assert "](javascript" not in text
@@ -478,7 +478,7 @@ def test_every_router_says_whether_it_is_causal(tmp_path: Path) -> None:
                 "val/perplexity": 3.0 + 0.1 * seed * causal,
             }
             write_run(tmp_path / "r" / f"{causal},{seed}", metrics, causal=causal, seed=seed)
-    text = write_report(load([tmp_path / "r"]), tmp_path / "out", Wishes(references={"router": "topk"})).read_text()
+    text = write_report(load_runs([tmp_path / "r"]), tmp_path / "out", Wishes(references={"router": "topk"})).read_text()
     assert "| expert_choice (causal: no) | 3 | 3 |" in text
     assert "router expert_choice (causal: no) vs topk (causal: yes): -0.2 perplexity" in text
     assert "factors_routing_load_cv_pooled: not drawn, no run has routing/load_cv/pooled" in text
@@ -490,7 +490,7 @@ def test_an_arm_is_named_with_the_causality_of_its_router_and_leads_it(tmp_path:
         for variant, causal in (("top1", True), ("top2", True), ("choice", False)):
             metrics = {"val/perplexity": 3.0 + 0.1 * seed * causal}
             write_run(tmp_path / "r" / f"{variant},{seed}", metrics, causal=causal, variant=variant, seed=seed)
-    text = write_report(load([tmp_path / "r"]), tmp_path / "out", Wishes(references={"variant": "top2"})).read_text()
+    text = write_report(load_runs([tmp_path / "r"]), tmp_path / "out", Wishes(references={"variant": "top2"})).read_text()
     assert "variant choice (causal: no) vs top2 (causal: yes): -0.2 perplexity" in text
     assert "variant top1 (causal: yes) vs top2 (causal: yes): +0 perplexity" in text
     assert "router changes only together with variant" in text
@@ -498,7 +498,7 @@ def test_an_arm_is_named_with_the_causality_of_its_router_and_leads_it(tmp_path:
 
 def test_a_single_run_is_reported_too(published: Path, tmp_path: Path) -> None:
     run = published / "lb=0.0,noise=0.1,seed=42"
-    text = write_report(load([run]), tmp_path / "out").read_text()
+    text = write_report(load_runs([run]), tmp_path / "out").read_text()
     assert "factors: none varies" in text
     assert "131.9 ± –" in text
     assert "- factors: not drawn, no factor varies" in text
@@ -508,13 +508,13 @@ def test_a_single_run_is_reported_too(published: Path, tmp_path: Path) -> None:
 def test_no_finished_run_is_no_crash(tmp_path: Path) -> None:
     (tmp_path / "x" / "seed=1").mkdir(parents=True)
     (tmp_path / "x" / "seed=1" / "run.json").write_text("")
-    text = write_report(load([tmp_path / "x"]), tmp_path / "out").read_text()
+    text = write_report(load_runs([tmp_path / "x"]), tmp_path / "out").read_text()
     assert "unreadable" in text
     assert "learning_curves: not drawn" in text
 
 
 def test_figures_show_every_seed_and_name_n(published: Path) -> None:
-    runs = load([published])
+    runs = load_runs([published])
     left, right = noise_lb(runs).axes
     assert (left.get_ylabel(), right.get_ylabel()) == ("validation perplexity", "load CV over experts, layers pooled")
     assert left.get_legend_handles_labels()[1] == [
@@ -524,7 +524,7 @@ def test_figures_show_every_seed_and_name_n(published: Path) -> None:
     seeds = [line for line in left.lines if line.get_markersize() == 4 and len(line.get_xdata()) == 3]
     assert sorted(y for line in seeds for y in line.get_ydata()) == sorted(runs["val/perplexity"])
     assert len(factor_plot(runs, "lb", "noise", "val/loss").axes) == 1
-    events = history(runs["folder"]).evals.merge(runs[["folder", "noise"]], on="folder")
+    events = read_event_tables(runs["folder"]).evals.merge(runs[["folder", "noise"]], on="folder")
     assert learning_curves(events, "noise").axes[0].get_legend_handles_labels()[1] == [
         *("0.0 (n=6)", "0.1 (n=6)", "0.5 (n=6)")
     ]

@@ -20,7 +20,7 @@ from moe.analysis.studies.temperature.data import ablation, scheduled, with_trai
 from moe.analysis.studies.temperature.figures import temperature_figures
 from moe.analysis.studies.temperature.reports import insights, specialization_report, summary_report
 from moe.results.conditions import with_causality
-from moe.results.table import history, load
+from moe.results.table import read_event_tables, load_runs
 
 TEMPERATURES = (0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
 SCHEDULES = ("linear", "cosine", "exponential", "step")
@@ -89,8 +89,8 @@ def gini(shares: np.ndarray) -> np.ndarray:
 
 
 def read(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    runs = with_causality(load([folder]))
-    evals, trains, _ = history(runs["folder"], training=["train/load_balance"])
+    runs = with_causality(load_runs([folder]))
+    evals, trains, _ = read_event_tables(runs["folder"], training=["train/load_balance"])
     return runs, evals, trains
 
 

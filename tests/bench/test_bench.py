@@ -21,7 +21,7 @@ from moe.bench.step import TRAINING, bare_step, measure_steps
 from moe.bench.timing import interleave, medians, product_flops, relative
 from moe.config.schema import Config, DataConfig, OptimizerConfig
 from moe.results.conditions import varied_factors
-from moe.results.table import history, load
+from moe.results.table import load_runs, read_event_tables
 
 GOLDEN = read_published("drop_rates").set_index(["num_experts", "k"])
 
@@ -139,11 +139,11 @@ def test_the_sweep_writes_the_sources_keys_and_figures(tmp_path: Path) -> None:
 
 def test_run_folders_for_the_analysis_are_whole_and_measured(tmp_path: Path) -> None:
     write_runs(tmp_path / "experiment_a", runs=21, steps=20)
-    runs = load([tmp_path])
+    runs = load_runs([tmp_path])
     assert (runs["status"] == "finished").all()
     assert varied_factors(runs) == ["router", "capacity", "seed"]
     assert len(runs) == 21
-    evals, trains, problems = history(runs["folder"], training=["train/loss"])
+    evals, trains, problems = read_event_tables(runs["folder"], training=["train/loss"])
     assert (len(evals), len(trains), problems) == (21 * 11, 21 * 20, [])
     cost = analyze.measure(runs=2, steps=10)
     assert cost.cpu_seconds > 0

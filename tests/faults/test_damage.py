@@ -18,7 +18,7 @@ from test_kills import before
 from victims import TRAIN, Job, ended, result
 
 from moe.files import sha256
-from moe.results.table import history
+from moe.results.table import read_event_tables
 
 
 @pytest.fixture
@@ -228,13 +228,13 @@ def test_a_torn_last_line(cut_off: Job, undisturbed: Any, survived: Any) -> None
     events = cut_off.folder / "events.jsonl"
     with events.open("a") as file:
         file.write('{"kind": "train", "step": 16, "train/lo')
-    _, table, problems = history([cut_off.folder], training=["train/loss"])
+    _, table, problems = read_event_tables([cut_off.folder], training=["train/loss"])
     assert table["step"].tolist() == list(range(1, 16))
     assert len(problems) == 1
     assert "torn" in problems[0]
     assert cut_off.run() == 0
     assert result(cut_off.folder) == undisturbed
-    assert history([cut_off.folder], training=["train/loss"]).trains["step"].tolist() == list(range(1, 25))
+    assert read_event_tables([cut_off.folder], training=["train/loss"]).trains["step"].tolist() == list(range(1, 25))
     survived(27, "half a line at the end of events.jsonl", 1, "analysis skips and names it; rewritten on resume; exact")
 
 

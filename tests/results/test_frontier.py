@@ -14,7 +14,7 @@ from moe.analysis.report.report import write_report
 from moe.launch.command_line import read_cells
 from moe.results.frontier import LATE, bench_table, pareto_front, with_training_means
 from moe.results.sweep_tables import write_sweep_tables
-from moe.results.table import history, load
+from moe.results.table import load_runs, read_event_tables
 
 # router -> final loss and tokens per second; expert choice has no k and is not causal
 ROUTERS = {
@@ -79,8 +79,8 @@ def write_sweep(folder: Path, routers: list[str], capacities: list[float]) -> Pa
 
 
 def of(folders: list[Path]) -> pd.DataFrame:
-    runs = load(folders)
-    return with_training_means(runs, history(runs["folder"], training=list(LATE)))
+    runs = load_runs(folders)
+    return with_training_means(runs, read_event_tables(runs["folder"], training=list(LATE)))
 
 
 @pytest.fixture
@@ -200,7 +200,7 @@ def test_the_overlay_draws_a_line_a_run_and_one_a_mean() -> None:
 def test_the_report_draws_them_under_the_routing_benchs_names(
     sweep: str, stem: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    text = write_report(load([request.getfixturevalue(sweep)]), tmp_path / "out").read_text()
+    text = write_report(load_runs([request.getfixturevalue(sweep)]), tmp_path / "out").read_text()
     for name in (f"{stem}_frontier", f"{stem}_frontier_tflops", f"{stem}_overlay"):
         assert f"![{name}]({name}.png)" in text
         pixels = matplotlib.image.imread(tmp_path / "out" / f"{name}.png")
@@ -215,13 +215,13 @@ def test_a_missing_input_is_a_line_in_the_report(sweep_a: Path, tmp_path: Path) 
         record = json.loads((folder / "run.json").read_text())
         del record["flops_per_token"]
         (folder / "run.json").write_text(json.dumps(record))
-    text = write_report(load([sweep_a]), tmp_path / "out").read_text()
+    text = write_report(load_runs([sweep_a]), tmp_path / "out").read_text()
     assert "![experiment_a_frontier]" in text
     assert "- experiment_a_frontier_tflops: not drawn, no finished run has both tflops and val/perplexity" in text
     for folder in sweep_a.iterdir():
         (folder / "events.jsonl").unlink()
         (folder / "metrics.json").write_text(json.dumps({"final_metrics": {"val/perplexity": 2.0}}))
-    text = write_report(load([sweep_a]), tmp_path / "out").read_text()
+    text = write_report(load_runs([sweep_a]), tmp_path / "out").read_text()
     assert "- experiment_a_frontier: not drawn, no finished run has both tokens_per_s and val/perplexity" in text
     assert "- experiment_a_overlay: not drawn, no run has train/loss, val/loss, val/perplexity" in text
 
@@ -231,7 +231,7 @@ def test_another_factor_or_no_finished_run_draws_no_frontier(sweep_a: Path, tmp_
         record = json.loads((folder / "run.json").read_text())
         record["config"]["lb"] = 0.1 * (record["config"]["seed"] == 44)
         (folder / "run.json").write_text(json.dumps(record))
-    text = write_report(load([sweep_a]), tmp_path / "out").read_text()
+    text = write_report(load_runs([sweep_a]), tmp_path / "out").read_text()
     assert "- experiment_a_frontier: not drawn, lb varies beside router and capacity" in text
     write_run(tmp_path / "none" / "experiment_c" / "seed=1", "hash", 1.25, 1, status="failed")
     runs = write_sweep_tables(tmp_path / "none" / "experiment_c")

@@ -12,7 +12,7 @@ import pytest
 
 from moe.results.conditions import levels, spread_table, summary, tied_factors, varied_factors, with_causality
 from moe.results.sweep_tables import console_table, write_sweep_tables
-from moe.results.table import history, load
+from moe.results.table import load_runs, read_event_tables
 
 
 def write_run(
@@ -78,13 +78,13 @@ def sweep(tmp_path: Path) -> Path:
 def test_any_mix_of_folders_finds_every_run_once(sweep: Path) -> None:
     one = sweep / "lb=0.0,noise=0.0,seed=42"
     everything = sorted(str(path) for path in sweep.iterdir() if path.is_dir())
-    assert list(load([sweep.parent])["folder"]) == everything
-    assert load([one, sweep, sweep.parent])["folder"].iloc[0] == str(one)
-    assert len(load([one, sweep, sweep.parent])) == 8
+    assert list(load_runs([sweep.parent])["folder"]) == everything
+    assert load_runs([one, sweep, sweep.parent])["folder"].iloc[0] == str(one)
+    assert len(load_runs([one, sweep, sweep.parent])) == 8
 
 
 def test_a_row_holds_facts_factors_and_final_metrics(sweep: Path) -> None:
-    row = load([sweep]).set_index("run").loc["lb=0.01,noise=0.1,seed=43"]
+    row = load_runs([sweep]).set_index("run").loc["lb=0.01,noise=0.1,seed=43"]
     assert row[["noise", "lb", "seed", "router", "router.k", "capacity", "variant"]].tolist() == [
         *(0.1, 0.01, 43, "topk", 2, "none", "none")
     ]
@@ -105,7 +105,7 @@ def test_whatever_is_not_finished_keeps_its_row(sweep: Path) -> None:
     cells = json.loads((sweep / "sweep.json").read_text())["cells"] | {"lb=0.0,noise=0.9,seed=42": {}}
     (sweep / "sweep.json").write_text(json.dumps({"cells": cells}))
 
-    runs = load([sweep]).set_index("run")
+    runs = load_runs([sweep]).set_index("run")
     rest = runs[runs["status"] != "finished"]
     assert rest["status"].to_dict() == {
         "lb=0.0,noise=0.5,seed=42": "failed",
@@ -121,7 +121,7 @@ def test_whatever_is_not_finished_keeps_its_row(sweep: Path) -> None:
     assert "no run.json" in rest["error"].iloc[2]
     assert "no metrics.json" in rest["error"].iloc[3]
 
-    text = console_table(load([sweep]))
+    text = console_table(load_runs([sweep]))
     assert "8 of 14 runs finished" in text
     assert "failed: lb=0.0,noise=0.5,seed=42: CUDA out of memory" in text
     assert "missing: lb=0.0,noise=0.9,seed=42" in text
@@ -137,27 +137,27 @@ def test_a_cell_whose_name_was_cut_has_the_factors_that_it_was_asked_for(tmp_pat
     (sweep / names[43] / "run.json").write_text("{")
     asked = {name: {"seed": seed, "capacity": None, "router": "topk"} for seed, name in names.items()}
     (sweep / "sweep.json").write_text(json.dumps({"cells": asked}))
-    runs = load([sweep])
+    runs = load_runs([sweep])
     assert runs["status"].tolist() == ["finished", "unreadable", "missing"]
     assert runs["seed"].tolist() == [42, 43, 44]
     assert (runs["capacity"] == "none").all()
     assert varied_factors(runs) == ["seed"]
-    assert load([sweep / names[43]])["status"].tolist() == ["unreadable"]
+    assert load_runs([sweep / names[43]])["status"].tolist() == ["unreadable"]
 
 
 def test_an_unreadable_cell_list_is_reported(sweep: Path) -> None:
     (sweep / "sweep.json").write_text('{"cells": [')
-    rest = load([sweep]).query("status != 'finished'")
+    rest = load_runs([sweep]).query("status != 'finished'")
     assert rest["status"].tolist() == ["unreadable"]
     assert "sweep.json" in rest["error"].item()
 
 
 def test_a_wrong_folder_names_the_nearest(sweep: Path) -> None:
     with pytest.raises(ValueError, match=r"no folder .*noise_bl; the nearest is .*noise_lb$"):
-        load([sweep.parent / "noise_bl"])
+        load_runs([sweep.parent / "noise_bl"])
     (sweep.parent / "empty").mkdir()
     with pytest.raises(ValueError, match=r"no run in .*empty: a run folder holds a run\.json"):
-        load([sweep.parent / "empty"])
+        load_runs([sweep.parent / "empty"])
 
 
 def test_history_skips_torn_lines_and_keeps_the_last_of_a_repeated_step(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_history_skips_torn_lines_and_keeps_the_last_of_a_repeated_step(tmp_path
         log.write('{"kind": "eval", "step": 20, "val/loss": 1.25}\n[]\n{"kind": "eval", "st')
     empty = write_run(tmp_path / "seed=2")
     (empty / "events.jsonl").unlink()
-    events, _, problems = history([run, empty])
+    events, _, problems = read_event_tables([run, empty])
     assert events["step"].tolist() == [10, 20, 30]
     assert events["val/loss"].tolist() == [3.0, 1.25, 2.0]
     assert problems == [
@@ -174,8 +174,8 @@ def test_history_skips_torn_lines_and_keeps_the_last_of_a_repeated_step(tmp_path
         f"{run}/events.jsonl: line 7 skipped, torn or no event",
         f"{empty}: no events.jsonl",
     ]
-    assert history([run], training=["train/loss"]).trains["step"].tolist() == [15]
-    assert history([run]).trains.empty
+    assert read_event_tables([run], training=["train/loss"]).trains["step"].tolist() == [15]
+    assert read_event_tables([run]).trains.empty
 
 
 def test_columns_of_training_steps_are_those_of_the_whole_lines_and_a_torn_line_is_still_seen(tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_columns_of_training_steps_are_those_of_the_whole_lines_and_a_torn_line_
     (tmp_path / "events.jsonl").write_text("\n".join(lines))
     whole = pd.DataFrame([json.loads(line) for line in lines[:3]]).assign(folder=str(tmp_path))
     for columns in (["train/loss"], ["train/loss", "train/loss/prose"], ["x", "train/loss"], ["nothing"]):
-        evals, trains, problems = history([tmp_path], training=columns)
+        evals, trains, problems = read_event_tables([tmp_path], training=columns)
         kept = [column for column in ("kind", "step", *columns, "folder") if column in whole]
         pd.testing.assert_frame_equal(trains[kept], whole[kept], check_dtype=False)
         assert set(trains) == set(kept)
@@ -213,7 +213,7 @@ def test_divergence_is_no_ordinary_failure_and_a_closed_folder_no_crash(
     monkeypatch.setattr(
         Path, "read_text", lambda path, **how: _refuse(path) if path.parent == closed else read(path, **how)
     )
-    runs = load([sweep]).set_index("run")
+    runs = load_runs([sweep]).set_index("run")
     assert len(runs) == 8
     assert runs["status"].value_counts().to_dict() == {"finished": 6, "diverged": 1, "unreadable": 1}
     assert "Permission denied" in runs.loc[closed.name, "error"]
@@ -227,7 +227,7 @@ def test_varied_factors_leave_out_seed_copies_settings_and_followers(tmp_path: P
     write_run(tmp_path / "x" / "a", seed=1, router="topk", threads=1)
     write_run(tmp_path / "x" / "b", seed=2, router="hash", threads=2, z=0.1)
     write_run(tmp_path / "x" / "c", seed=2, router="topk", threads=2)
-    runs = load([tmp_path])
+    runs = load_runs([tmp_path])
     assert varied_factors(runs) == ["router", "seed"]
     assert tied_factors(runs) == {"z": "router", "router._target_": "router"}
     assert levels(runs["z"]) == [0.1, "absent"]
@@ -236,7 +236,7 @@ def test_varied_factors_leave_out_seed_copies_settings_and_followers(tmp_path: P
 def test_an_arm_leads_the_groups_that_it_fixes(tmp_path: Path) -> None:
     for variant, router in (("top1", "topk"), ("top2", "topk"), ("hash", "hash")):
         write_run(tmp_path / "x" / variant, router=router, variant=variant)
-    runs = load([tmp_path])
+    runs = load_runs([tmp_path])
     assert varied_factors(runs) == ["variant"]
     assert tied_factors(runs)["router"] == "variant"
 
@@ -247,7 +247,7 @@ def test_a_router_that_is_causal_under_some_settings_stays_one_level(tmp_path: P
         folder = write_run(tmp_path / "x" / f"drop={drop},seed={seed}", drop=drop, seed=seed)
         record = json.loads((folder / "run.json").read_text())
         (folder / "run.json").write_text(json.dumps(record | {"causal": drop == "position"}))
-    runs = with_causality(load([tmp_path]))
+    runs = with_causality(load_runs([tmp_path]))
     assert runs["router"].unique().tolist() == ["topk (causal: by setting)"]
     assert varied_factors(runs) == ["drop", "seed"]
 
@@ -255,23 +255,23 @@ def test_a_router_that_is_causal_under_some_settings_stays_one_level(tmp_path: P
 def test_experiments_with_equal_cells_stay_apart(tmp_path: Path) -> None:
     write_run(tmp_path / "first" / "seed=42")
     write_run(tmp_path / "second" / "seed=42")
-    assert varied_factors(load([tmp_path])) == ["experiment"]
+    assert varied_factors(load_runs([tmp_path])) == ["experiment"]
 
 
 def test_summary_counts_seeds_and_names_its_ddof(sweep: Path) -> None:
-    table = summary(load([sweep]), ["noise", "lb"], ["val/loss"])
+    table = summary(load_runs([sweep]), ["noise", "lb"], ["val/loss"])
     assert table.columns.tolist() == ["noise", "lb", "metric", "n", "mean", "std (ddof=1)"]
     assert table["n"].tolist() == [2, 2, 2, 2]
     assert table["mean"].tolist() == pytest.approx([2.005, 2.005, 2.105, 2.105])
     assert table["std (ddof=1)"].tolist() == pytest.approx([0.01 / math.sqrt(2)] * 4)
     assert spread_table(table)["val/loss"].tolist() == ["2.0050 ± 0.0071"] * 2 + ["2.1050 ± 0.0071"] * 2
-    assert "(ddof=1)" in console_table(load([sweep]))
+    assert "(ddof=1)" in console_table(load_runs([sweep]))
 
 
 def test_a_single_seed_and_a_diverged_one_show_as_such(tmp_path: Path) -> None:
     write_run(tmp_path / "x" / "seed=42", noise=0.0)
     write_run(tmp_path / "x" / "seed=43", noise=0.1, loss=math.nan)
-    table = summary(load([tmp_path]), ["noise"], ["val/loss", "val/accuracy"])
+    table = summary(load_runs([tmp_path]), ["noise"], ["val/loss", "val/accuracy"])
     cells = spread_table(table)
     assert cells["val/loss"].tolist() == ["2 ± –", "– (n=0)"]
     assert cells["n seeds"].tolist() == [1, 1]

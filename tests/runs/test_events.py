@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from moe.files import write_json
-from moe.runs.events import EventLog, history, median_speed, read_events
+from moe.runs.events import EventLog, evaluation_series, median_speed, read_events
 
 
 def test_a_resume_drops_what_it_will_write_again_and_a_torn_line(tmp_path: Path) -> None:
@@ -40,7 +40,7 @@ def test_history_has_one_entry_an_evaluation_and_means_of_the_steps_between() ->
         return values | layers | shares | {"routing/entropy": 1.5}
 
     train = [{"kind": "train", "step": s, "train/loss": float(s), "train/load_balance": 1.0 + s} for s in (1, 2)]
-    series = history([evaluation(0), *train, evaluation(2)])
+    series = evaluation_series([evaluation(0), *train, evaluation(2)])
     assert series["steps"] == [0, 2]
     assert series["train_losses"] == [None, 1.5]
     assert series["load_balancing_losses"] == [None, 2.5]

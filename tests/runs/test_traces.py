@@ -8,7 +8,7 @@ import torch
 
 from moe.metrics.agreement import consistency
 from moe.runs.signals import Signals
-from moe.runs.traces import Trace, milestones, read, write
+from moe.runs.traces import Trace, milestones, read_traces, write_trace
 from moe.runs.wandb_mirror import Mirror
 from moe.training.loop import train
 from moe.training.probe import choices, probe_blocks
@@ -24,12 +24,12 @@ def test_milestones_are_fractions_of_the_run_and_its_end() -> None:
 @pytest.mark.parametrize("shape", [(1, 3, 5), (4, 100, 8), (2, 7, 129)])
 def test_a_trace_reads_back_as_it_was(shape: tuple[int, ...], tmp_path: Any) -> None:
     masks = [torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.3 for seed in (0, 1)]
-    write(tmp_path, 100, masks[1])
-    write(tmp_path, 20, masks[0])
-    traces = read(tmp_path)
+    write_trace(tmp_path, 100, masks[1])
+    write_trace(tmp_path, 20, masks[0])
+    traces = read_traces(tmp_path)
     assert [trace.step for trace in traces] == [20, 100]
     assert all(np.array_equal(trace.chosen, mask) for trace, mask in zip(traces, masks, strict=True))
-    assert read(tmp_path / "none") == []
+    assert read_traces(tmp_path / "none") == []
 
 
 def test_choices_are_the_largest_logits_of_what_the_layer_sees(cell: Any) -> None:
@@ -52,10 +52,10 @@ def test_a_run_leaves_a_trace_at_every_milestone_and_one_on_slots_leaves_none(ce
             made = cell(f"router={router}")
             (tmp_path / name).mkdir()
             train(made.config, tmp_path / name, mirror=Mirror(made), signals=signals)
-    traces = read(tmp_path / "top" / "trace")
+    traces = read_traces(tmp_path / "top" / "trace")
     assert [trace.step for trace in traces] == sorted(milestones(made.config.steps))
     assert not np.array_equal(traces[0].chosen, traces[-1].chosen)
-    assert read(tmp_path / "soft" / "trace") == []
+    assert read_traces(tmp_path / "soft" / "trace") == []
 
 
 def test_consistency_is_of_the_last_two_traces_and_chance_is_taken_out_of_it() -> None:

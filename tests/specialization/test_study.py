@@ -18,7 +18,7 @@ from moe.analysis.figures.specialization import specialization_figures
 from moe.data.blocks import Batch
 from moe.launch.run import run
 from moe.metrics.agreement import overlap
-from moe.results.table import load
+from moe.results.table import load_runs
 from moe.runs.traces import Trace
 from moe.specialization.__main__ import main
 from moe.specialization.geometry import projections
@@ -356,7 +356,7 @@ def test_a_studied_run_has_its_numbers_and_its_page_and_is_not_studied_twice(
     assert np.shape(first["load"]) == (last[0], last[2])
 
     for folder in (tmp_path, cells[1].folder):  # of a pair of seeds, the one whose agreement stands with the other
-        for figure in dict(specialization_figures(load([folder]))).values():
+        for figure in dict(specialization_figures(load_runs([folder]))).values():
             assert isinstance(figure, Figure)
             figure.savefig(io.BytesIO(), dpi=20)
 
@@ -387,7 +387,7 @@ def test_without_studies_the_reason_stands_for_the_figures(cell: Any) -> None:
     made = cell()
     made.folder.mkdir(parents=True)
     (made.folder / "run.json").write_text(json.dumps({"status": "running", "config": {"seed": 1}, "choices": {}}))
-    assert list(specialization_figures(load([made.folder]))) == [
+    assert list(specialization_figures(load_runs([made.folder]))) == [
         ("specialization", "no run has a specialization.json: run python -m moe.specialization FOLDER")
     ]
 

@@ -33,7 +33,7 @@ def factor_plot(runs: pd.DataFrame, factor: str, hue: str, metric: str) -> Figur
 def learning_curves(events: pd.DataFrame, by: str) -> Figure:
     """Validation loss against step: a thin line a run, a thick one their mean at the steps that all of them reached.
 
-    `events` is `moe.results.table.history(...).evals` joined with the runs' column `by`.
+    `events` is `read_event_tables(...).evals` joined with the runs' column `by`.
     """
     half = events["step"].max() / 2
     late = _late(events, "val/loss", since=half)
@@ -57,7 +57,7 @@ def overlay(events: pd.DataFrame, by: str) -> Figure:
     """Training loss, validation loss and perplexity against step: a thin line a run, a thick one their mean.
 
     The first quarter is left out: it would dwarf what the conditions differ in. `events` are those of both kinds of
-    `moe.results.table.history`, joined with the runs' column `by`.
+    `read_event_tables`, joined with the runs' column `by`.
     """
     figure = Figure(figsize=(8.4, 6.0 + _height(events[by].nunique())), layout="constrained")
     panels = figure.subplots(3, 1, sharex=True)

@@ -26,7 +26,7 @@ SEEDS_CAPTION = "small: one seed; large: mean over n seeds and its 95 % t interv
 
 
 def specialization_figures(runs: pd.DataFrame) -> Iterator[tuple[str, Figure | str]]:
-    """Every figure by name, or why there is none; `runs` as `moe.results.table.load` returns them.
+    """Every figure by name, or why there is none; `runs` as `load_runs` returns them.
 
     Figures of single experts show the first seed of each condition.
     """

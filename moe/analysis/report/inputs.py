@@ -21,7 +21,7 @@ from moe.results.conditions import (
     with_causality,
 )
 from moe.results.frontier import LATE
-from moe.results.table import History, history
+from moe.results.table import EventTables, read_event_tables
 
 # What is always tested: metric -> its unit, and what a rise and a fall of it mean. Each is a family of its own for
 # corrections; with metrics that a reader wishes for, chosen with the results at hand, all of them are one.
@@ -47,7 +47,7 @@ class Wishes(NamedTuple):
 class ReportInputs(NamedTuple):
     """The runs and all that was asked about them; nothing here changes while sections read it."""
 
-    loaded: pd.DataFrame  # as `moe.results.table.load` returned it
+    loaded: pd.DataFrame  # as `load_runs` returned it
     runs: pd.DataFrame  # the same, with "(causal: yes|no)" beside every router's name
     factors: list[str]  # what varies, without the seed
     tied: dict[str, str]  # varied factor -> the one that fixes it
@@ -56,7 +56,7 @@ class ReportInputs(NamedTuple):
     tested: list[str]  # the metrics of TESTED and those wished for that some run has
     claims: pd.DataFrame  # of `moe.analysis.claims.judge_planned`, one experiment only
     contrasts: pd.DataFrame  # of `moe.analysis.statistics.contrasts`, all tested metrics, one experiment only
-    past: History  # every evaluation, and the columns TRAINING of every training step
+    past: EventTables  # every evaluation, and the columns TRAINING of every training step
 
     def labeled(self, events: pd.DataFrame) -> pd.DataFrame:
         """Events of runs whose condition is known, with it as column "condition"."""
@@ -70,13 +70,13 @@ class ReportInputs(NamedTuple):
 
 
 def gather(loaded: pd.DataFrame, wishes: Wishes | None = None) -> list[ReportInputs]:
-    """The evidence in a table of `moe.results.table.load`: of all runs and, if there are several experiments, of each.
+    """The evidence in a table of `load_runs`: of all runs and, if there are several experiments, of each.
 
     Runs are compared within an experiment, so that claims, contrasts and figures are about what it varies.
     ValueError for a reference, margin or metric that nothing has, and for a seed with two runs of one condition.
     """
     wishes = wishes or Wishes()
-    past = history(loaded.loc[loaded["status"] != "missing", "folder"], training=TRAINING)
+    past = read_event_tables(loaded.loc[loaded["status"] != "missing", "folder"], training=TRAINING)
     of = partial(_of, past=past, wished=wishes.metrics)
     whole, names = of(loaded), levels(loaded["experiment"])
     parts = [of(loaded[loaded["experiment"] == name]) for name in names] if len(names) > 1 else [whole]
@@ -85,7 +85,7 @@ def gather(loaded: pd.DataFrame, wishes: Wishes | None = None) -> list[ReportInp
     return [whole, *compared] if len(names) > 1 else compared
 
 
-def _of(loaded: pd.DataFrame, *, past: History, wished: tuple[str, ...]) -> ReportInputs:
+def _of(loaded: pd.DataFrame, *, past: EventTables, wished: tuple[str, ...]) -> ReportInputs:
     runs = with_causality(loaded)
     factors = [factor for factor in varied_factors(runs) if factor != "seed"]
     names = {
@@ -102,7 +102,7 @@ def _of(loaded: pd.DataFrame, *, past: History, wished: tuple[str, ...]) -> Repo
         tested=present(runs, (*TESTED, *wished)),
         claims=pd.DataFrame(),
         contrasts=pd.DataFrame(),
-        past=History(_only(past.evals, folders), _only(past.trains, folders), past.problems),
+        past=EventTables(_only(past.evals, folders), _only(past.trains, folders), past.problems),
     )
 
 

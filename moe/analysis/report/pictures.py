@@ -19,7 +19,7 @@ from moe.analysis.studies.temperature.figures import temperature_figures
 from moe.analysis.studies.temperature.reports import specialization_report, summary_report
 from moe.results.conditions import conditions, varied_factors
 from moe.results.frontier import STEMS, with_training_means
-from moe.results.table import ABSENT, History
+from moe.results.table import ABSENT, EventTables
 
 Drawn = Iterator[tuple[str, Figure | str, str]]  # name, figure or reason, caption
 FOREST = 40  # contrasts of one figure
@@ -195,7 +195,7 @@ def _frontiers(inputs: ReportInputs) -> Drawn:
             yield f"{stem}_overlay", inputs.too_many() or _overlay(inputs, runs), caption
 
 
-def _frontier(runs: pd.DataFrame, past: History, stem: str) -> Drawn:
+def _frontier(runs: pd.DataFrame, past: EventTables, stem: str) -> Drawn:
     """Perplexity against both measures of speed, for runs that differ in nothing but router, capacity and seed."""
     table = with_training_means(runs, past)
     others = [factor for factor in varied_factors(runs) if factor not in ("router", "capacity", "seed")]

@@ -51,7 +51,7 @@ AFTER: tuple[Section, ...] = (
 def write_report(runs: pd.DataFrame, out: Path | str, wishes: Wishes | None = None) -> Path:
     """Write report.md, report.html, their figures and tables into `out` and return the path of report.md.
 
-    `runs` is what `moe.results.table.load` returns. Of several experiments each has a part of the report and a folder.
+    `runs` is what `load_runs` returns. Of several experiments each has a part of the report and a folder.
     """
     whole, *parts = gather(runs, wishes)
     names = levels(runs["experiment"])

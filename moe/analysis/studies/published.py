@@ -94,7 +94,7 @@ def read_published(name: str) -> pd.DataFrame:
 
 
 def as_runs(table: pd.DataFrame) -> pd.DataFrame:
-    """A published table as `moe.results.table.load` would return it; the bench and the temperature study had one
+    """A published table as `load_runs` would return it; the bench and the temperature study had one
     seed."""
     runs = table[[column for column in OURS if column in table]].rename(columns=OURS)
     if "router" in runs:

@@ -45,7 +45,7 @@ def scheduled(runs: pd.DataFrame) -> pd.DataFrame | str:
 def curves(members: pd.DataFrame, events: pd.DataFrame, columns: Iterable[str]) -> pd.DataFrame | str:
     """One row a run of `members` and event: folder, seed, router.temp, schedule, steps, step, and `columns` as numbers.
 
-    `events` is `moe.results.table.history(...).evals`, or a join of it on `folder`.
+    `events` is `read_event_tables(...).evals`, or a join of it on `folder`.
     """
     columns = list(columns)
     absent = [column for column in ("folder", "step", *columns) if column not in events]

@@ -217,8 +217,8 @@ def temperature_figures(
 ) -> Iterator[tuple[str, Figure | str]]:
     """Every figure by its file stem, or the reason why it cannot be drawn.
 
-    `runs` is `moe.results.table.load` through `with_causality`; `evals` and `trains` are the events of both kinds of
-    `moe.results.table.history`.
+    `runs` is `load_runs` through `with_causality`; `evals` and `trains` are the events of both kinds of
+    `read_event_tables`.
     """
     evals = with_training(evals, trains, BALANCE)
     for sheet in SHEETS:

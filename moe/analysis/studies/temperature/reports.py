@@ -54,7 +54,7 @@ DEFINITIONS = {
 def summary_report(runs: pd.DataFrame, evals: pd.DataFrame) -> dict[str, Any]:
     """summary_report.json: what was run, the best temperature and schedule, and how sure one may be of them.
 
-    `runs` is `moe.results.table.load` through `with_causality`; `evals` the evaluations of `moe.results.table.history`.
+    `runs` is `load_runs` through `with_causality`; `evals` the evaluations of `read_event_tables`.
     """
     tempered, moving, steady = ablation(runs), scheduled(runs), constant_runs(runs)
     tables = [table for table in (tempered, steady, moving) if isinstance(table, pd.DataFrame)]
