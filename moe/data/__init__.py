@@ -1,1 +1,1 @@
-"""Text in, blocks of tokens out: documents, tokenizers, packing, and the order of training."""
+"""Data: text goes in and blocks of tokens come out. Documents, tokenizers, packing, and the order of training."""

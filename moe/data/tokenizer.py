@@ -1,4 +1,4 @@
-"""Tokenizers: trained on the documents or the user's own, and text to token ids."""
+"""Tokenizers, trained on the documents or loaded from elsewhere, and the conversion of text to token ids."""
 
 from pathlib import Path
 
@@ -10,11 +10,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from moe.data.sources import Document, checksums
 
-SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2, as in SmolLM
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # Ids 0, 1 and 2, as in SmolLM.
 
 
 def train_bpe(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with single digits; deterministic, and any text survives encode and decode unchanged."""
+    """Train byte-level BPE in which every digit is a token of its own.
+
+    Training is deterministic. Any text survives encoding and decoding unchanged.
+    """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -39,6 +42,7 @@ def train_bpe(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def pretrained_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """Load a tokenizer from a path or the hub. Raises ValueError if it is not a fast one with an end-of-text token."""
     pretrained = AutoTokenizer.from_pretrained(name)
     if not isinstance(pretrained, PreTrainedTokenizerFast) or pretrained.eos_token_id is None:
         raise ValueError(f"data.tokenizer={name}: must be a fast tokenizer that has an end-of-text token")
@@ -46,24 +50,32 @@ def pretrained_tokenizer(name: str) -> PreTrainedTokenizerFast:
 
 
 def tokenizer_files(name: str) -> dict[str, str]:
-    """Checksums of a local tokenizer; none for "bpe" and for a name on the hub."""
+    """Return the checksums of a local tokenizer's files; an empty dict for "bpe" and for a name on the hub."""
     return checksums(sorted(Path(name).glob("*token*.json")))
 
 
-def encoder(tokenizer: PreTrainedTokenizerFast, *, special: bool) -> Tokenizer:
-    """A copy that turns any text into ids; text that spells a special token is that token if `special`, else text."""
+def text_encoder(tokenizer: PreTrainedTokenizerFast, *, parse_special: bool) -> Tokenizer:
+    """Return a copy that turns any text into ids, without truncation.
+
+    Text that spells a special token becomes that token if `parse_special`, and stays text otherwise.
+    """
     copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    copy.encode_special_tokens = not special
+    copy.encode_special_tokens = not parse_special
     copy.no_truncation()
     return copy
 
 
-def tokenize(documents: list[Document], tokenizer: PreTrainedTokenizerFast, label: str) -> list[Int[np.ndarray, "_"]]:
-    """Ids of each document with the end-of-text token after them. Text that spells a special token stays text."""
-    words = encoder(tokenizer, special=False)
+def tokenize_texts(
+    documents: list[Document], tokenizer: PreTrainedTokenizerFast, progress: str
+) -> list[Int[np.ndarray, "_"]]:
+    """Return the token ids of each document, followed by the end-of-text token.
+
+    Text that spells a special token stays text. `progress` names the progress bar.
+    """
+    encoder = text_encoder(tokenizer, parse_special=False)
     ids = []
-    for start in tqdm(range(0, len(documents), 64), label, leave=False, disable=None):
+    for start in tqdm(range(0, len(documents), 64), progress, leave=False, disable=None):
         texts = [document.text for document in documents[start : start + 64]]
-        for encoding in words.encode_batch_fast(texts, add_special_tokens=False):
+        for encoding in encoder.encode_batch_fast(texts, add_special_tokens=False):
             ids.append(np.array([*encoding.ids, tokenizer.eos_token_id], dtype=np.int32))
     return ids

@@ -1,20 +1,20 @@
 """Which experts a fixed set of validation tokens asks for."""
 
+import numpy as np
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from moe.data.blocks import Prepared, batch
+from moe.data.blocks import Prepared, batch, evenly_spaced
 from moe.model.decoder import MoEForCausalLM
 from moe.routing.decision import Knobs, Routing
 
 BLOCKS = 32
 
 
-def probe_blocks(data: Prepared) -> list[int]:
+def probe_blocks(data: Prepared) -> np.ndarray:
     """Evenly spaced validation blocks, so that domains keep their shares: the same for every run on the same data."""
-    count = min(BLOCKS, len(data.val))
-    return [index * len(data.val) // count for index in range(count)]
+    return evenly_spaced(len(data.val), BLOCKS)
 
 
 @torch.no_grad()

@@ -319,7 +319,7 @@ def test_every_argument_has_its_own_cache(spelling, tmp_path, change):
 
 
 def test_caches_of_an_earlier_format_are_made_anew(spelling, tmp_path, monkeypatch):
-    monkeypatch.setattr("moe.data.blocks.FORMAT", 1)  # whose validation blocks had no document
+    monkeypatch.setattr("moe.data.blocks.CACHE_FORMAT", 1)  # whose validation blocks had no document
     assert make(Spelling(), tmp_path).manifest["key"] != spelling.manifest["key"]
 
 
@@ -351,7 +351,7 @@ def test_a_killed_preparation_leaves_nothing_that_is_taken_for_data(spelling, tm
 CONCURRENT = """
 import sys, time
 from pathlib import Path
-from tests.test_data import Once, make
+from tests.data.test_blocks import Once, make
 
 class Slow(Once):
     def documents(self):
@@ -421,14 +421,14 @@ def test_prepare_needs_a_document(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"vocab_size": None}, r"data\.vocab_size=None: an integer for data\.tokenizer=bpe"),
-        ({"tokenizer": "some/name"}, r"data\.vocab_size=300: .*null for 'some/name'"),
-        ({"vocab_size": 258}, r"data\.vocab_size=258: at least 259"),
-        ({"seq_len": 1}, r"data\.seq_len=1: at least 2"),
+        ({"vocab_size": None}, r"data\.vocab_size=null: must be an integer for data\.tokenizer=bpe"),
+        ({"tokenizer": "some/name"}, r"data\.vocab_size=300: must be null for data\.tokenizer=some/name"),
+        ({"vocab_size": 258}, r"data\.vocab_size=258: must be at least 259"),
+        ({"seq_len": 1}, r"data\.seq_len=1: must be at least 2"),
         ({"seq_len": 10_000}, r"data\.seq_len=10000: no train block is that long"),
-        ({"val_percent": 0}, r"data\.val_percent=0: between 1 and 99"),
-        ({"val_percent": 100}, r"data\.val_percent=100: between 1 and 99"),
-        ({"max_val_blocks": 0}, r"data\.max_val_blocks=0: at least 1"),
+        ({"val_percent": 0}, r"data\.val_percent=0: must be between 1 and 99"),
+        ({"val_percent": 100}, r"data\.val_percent=100: must be between 1 and 99"),
+        ({"max_val_blocks": 0}, r"data\.max_val_blocks=0: must be at least 1"),
     ],
 )
 def test_prepare_refuses(tmp_path, change, message):
