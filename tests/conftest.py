@@ -6,11 +6,17 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
+from importlib import import_module
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
 import torch
+
+# Import the large libraries before `moe`. Python does not find their compiled files if they are imported from a module
+# that jaxtyping instruments, and then compiles thousands of files again: 20 seconds for every test process.
+for name in "transformers.models.mixtral.modeling_mixtral datasets scipy.stats statsmodels.formula.api".split():
+    import_module(name)
 
 from moe.config.schema import Cell
 from moe.launch import command_line

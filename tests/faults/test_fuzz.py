@@ -64,7 +64,10 @@ def overrides() -> st.SearchStrategy[str]:
     return st.one_of(one, one, one, group, st.sampled_from(CHOICES), deleted, st.text(max_size=12))
 
 
-COMMANDS = st.tuples(st.sampled_from([[], [], ["-m"]]), st.lists(overrides(), min_size=1, max_size=3))
+def commands() -> st.SearchStrategy[tuple[list[str], list[str]]]:
+    return st.tuples(st.sampled_from([[], [], ["-m"]]), st.lists(overrides(), min_size=1, max_size=3))
+
+
 FUZZ = settings(max_examples=CASES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
@@ -77,7 +80,7 @@ def test_any_command_is_refused_in_one_line_or_can_be_built(
     counts = {"refused": 0, "accepted": 0}
 
     @FUZZ
-    @given(COMMANDS)
+    @given(commands())
     def fuzz(command: tuple[list[str], list[str]]) -> None:
         accepted.clear()
         arguments = [*command[0], *(word for word in command[1] if not word.startswith("-"))]
