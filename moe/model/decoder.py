@@ -130,7 +130,7 @@ class MoEModel(MoEPreTrainedModel):
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.dropout = nn.Dropout(config.dropout)
         for router in self._routers[1:]:
-            router.share(self._routers[0])
+            router.tie_to(self._routers[0])
         self._tied_weights_keys = _second_names(self)
         self.post_init()
 

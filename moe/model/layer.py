@@ -70,8 +70,8 @@ class MoELayer(nn.Module):
         if self.training and ranks.world_size() > 1:  # ranks work on consecutive micro-batches at once
             load = _before(todo.offered) + (0 if load is None else load)
         aux = losses.auxiliary(routing, todo.offered, seq_len=seq_len, load=load)
-        if router.rows is not None:
-            aux["simbal"] = losses.similarity_preserving(router.rows)
+        if router.expert_rows is not None:
+            aux["simbal"] = losses.similarity_preserving(router.expert_rows)
         if context.orthogonality:
             aux["output_orthogonality"] = losses.output_orthogonality(rows, todo.token)
         similarity = self._compare(flat[:: context.probe_stride]) if context.probe_stride else None

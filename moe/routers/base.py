@@ -1,6 +1,7 @@
-"""What every router is: a module from hidden states to a `Routing`."""
+"""The interface that every router implements."""
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -10,97 +11,151 @@ from moe.routing.stats import RoutingStats
 
 
 class Router(nn.Module):
-    """Maps (T, D) hidden states to assignments; subclasses implement `forward`.
+    """Base class of all routers: a module that maps the hidden states (T, D) of T tokens to a `Routing`.
 
-    causal: whether a token's routing, in training and in evaluation, is independent of later tokens and of other
-        sequences; audited by the contract test and printed beside the router's name everywhere.
-    schedulable: whether the knob `temperature` acts on it.
-    mean_k: experts that a token is to use on average, where their number varies; None if no one can say beforehand.
+    A subclass must
+    - call `super().__init__(dim, num_experts, fixed_k=...)` and take `dim` and `num_experts` itself as its first two
+      arguments. All other arguments are keyword-only settings and get their values from the router's yaml file.
+      `fixed_k` is the number of experts that every token gets, for every input, in training and in evaluation. It is
+      None if that number can vary from token to token. The argument has no default, so that nobody forgets it.
+    - implement `forward(x, context)`. It receives x in fp32 and returns the assignments before any capacity limit.
+    - set `causal = False` if the experts of a token, in training or in evaluation, depend on later tokens of the
+      sequence or on other sequences of the batch. The class variable holds for all instances; `__init__` may set it
+      for one instance.
+
+    A subclass may declare, where the default does not fit,
+    - `expert_rows`: the matrix (E, D) whose rows produce the experts' logits. Default: None. A router that declares it
+      gets the SimBal loss (key `simbal`) and the metric `routing/router_gram`. `LinearRouter` declares it.
+    - `expert_directions`: one vector per expert, for `routing/router_gram` alone. Default: `expert_rows`.
+    - `mean_k`: the mean number of experts per token that a router with `fixed_k=None` aims at. Default: None, unknown.
+    - `schedulable = True`: the schedule of the temperature changes what this router does.
+    - `loss_weights`: the weights of the auxiliary losses that `forward` returns in `Routing.aux`.
+    - `chain`: the routers of a layer that routes several times in a row.
+    - `experts_per_token`, `mixing_flops`: the work per token, for FLOPs and parameter counts.
+
+    A subclass may implement, where it has something to do,
+    - `initialize`: draw the initial weights. Default: N(0, std) for each matrix.
+    - `before_training`: learn from token frequencies, once.
+    - `after_step`: learn without a gradient, after each optimizer step.
+    - `tie_to`: use modules of the first MoE layer's router.
+
+    Attribute names have no other meaning: the code reads nothing of a router but what this docstring lists. The test
+    tests/routers/test_contract.py checks each router in conf/router against these declarations.
     """
 
     causal: bool = True
     schedulable: bool = False
     mean_k: float | None = None
 
-    def __init__(self, dim: int, num_experts: int) -> None:
+    def __init__(self, dim: int, num_experts: int, *, fixed_k: int | None) -> None:
+        """Raises ConfigError if `fixed_k` is a number outside 1 ... num_experts."""
         super().__init__()
+        if fixed_k is not None:
+            check_k(fixed_k, num_experts)
         self.dim = dim
         self.num_experts = num_experts
+        self.fixed_k = fixed_k
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
+        """Return the assignments of T tokens, before capacity."""
         raise NotImplementedError
 
     def is_causal(self, *, capacity: float | None, drop: str) -> bool:
-        """`causal`, under a capacity limit as well: if it drops by position, and if the number of assignments, of which
-        the limit is a share, does not depend on later tokens."""
-        return self.causal and (capacity is None or (drop == "position" and hasattr(self, "k")))
+        """Return whether routing is causal under this capacity factor (None: dropless) and drop policy.
+
+        A capacity limit is a share of the number of assignments in the batch. The limit is therefore independent of
+        later tokens only if every token has the same number of experts. Which assignments are dropped is independent
+        of later tokens only with the policy `position`.
+        """
+        return self.causal and (capacity is None or (drop == "position" and self.fixed_k is not None))
 
     @property
     def chain(self) -> "list[Router]":
-        """The routers that a layer asks in turn, each seeing what the experts of the one before have added."""
+        """The routers that a layer runs one after another. Each sees the input plus all that experts have added so far.
+
+        All links of a chain have the `fixed_k` of the router that returns it.
+        """
         return [self]
 
     def experts_per_token(self, seq_len: int) -> float:
-        """How many experts work for a token of a sequence of `seq_len`; where that varies, how many are to work on
-        average, or can at most if no one can say."""
-        k = getattr(self, "k", self.mean_k)
-        return float(self.num_experts if k is None else k)
+        """Return how many experts process a token of a sequence of `seq_len` tokens, over the whole chain.
+
+        If that number varies, return the mean that the router aims at; without one, the number of experts.
+        """
+        k = self.mean_k if self.fixed_k is None else self.fixed_k
+        return float(self.num_experts if k is None else k * len(self.chain))
 
     def mixing_flops(self) -> int:
-        """Forward FLOPs of a token beyond 2 per matrix weight."""
+        """Return the forward FLOPs per token beyond 2 per weight of each matrix."""
         return 0
 
     def before_training(self, counts: Int[Tensor, "V"]) -> None:
-        """Learn from how often each token id occurs in the training text, once, before the first step.
+        """Learn from how often each token id occurs in the training text. Called once, before the first step.
 
-        What it changes must be a persistent buffer, so that checkpoints hold it.
+        Store what this changes in a persistent buffer, so that checkpoints contain it.
         """
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """The weight of each auxiliary loss that this router alone has, by name; it may change from step to step.
+        """The weight of each auxiliary loss that only this router has, by name. It may change from step to step.
 
-        Of a loss that all routers share, what this one adds to the weight of the configuration.
+        For the name of a loss that all routers share, this is added to the weight in the configuration.
         """
         return {}
 
     @property
-    def rows(self) -> Float[Tensor, "E D"] | None:
-        """The matrix whose rows give the experts' logits, for losses on its geometry; None if there is none."""
-        weight = getattr(self, "weight", None)
-        matches = isinstance(weight, nn.Parameter) and weight.shape == (self.num_experts, self.dim)
-        return weight if matches else None
+    def expert_rows(self) -> Float[Tensor, "E D"] | None:
+        """The matrix whose rows produce the experts' logits, for losses on its geometry. None if there is none."""
+        return None
 
     @property
-    def directions(self) -> Float[Tensor, "E N"] | None:
-        """One vector an expert by which this router tells experts apart, for metrics; None if there are none."""
-        return self.rows
+    def expert_directions(self) -> Float[Tensor, "E N"] | None:
+        """One vector per expert by which this router tells experts apart, for metrics. None if there is none."""
+        return self.expert_rows
 
-    def share(self, first: "Router") -> None:
-        """Take from the router of the model's first MoE layer the modules that all layers have in common."""
+    def tie_to(self, first: "Router") -> None:
+        """Replace the modules that all layers share by those of the router in the model's first MoE layer."""
 
     def initialize(self, std: float) -> None:
-        """N(0, std) for every matrix; other parameters and buffers stay as the constructor left them."""
+        """Draw each matrix from N(0, std). Other parameters and buffers keep the values from the constructor."""
         for p in self.parameters():
             if p.ndim >= 2:
                 nn.init.normal_(p, std=std)
 
     def after_step(self, stats: RoutingStats) -> None:
-        """Learn without gradient, once per optimizer step, from this layer's sums over all tokens of the step.
+        """Learn without a gradient from this layer's sums over all tokens of an optimizer step.
 
-        Never called in evaluation. What it changes must be a persistent buffer, so that checkpoints hold it.
+        Called once after each step, never in evaluation. Store what this changes in a persistent buffer, so that
+        checkpoints contain it.
         """
 
     def perturb(self, logits: Float[Tensor, "T E"], knobs: Knobs) -> Float[Tensor, "T E"]:
-        """logits + N(0, noise^2) in training, the logits themselves without noise and in evaluation.
+        """Return logits + N(0, noise^2) in training; return the logits unchanged in evaluation or without noise.
 
-        Noise enters before temperature, softmax and selection, so it moves selection, gates and balance loss alike.
+        Noise comes before temperature, softmax and selection, so that it affects selection, gates and balance loss
+        alike.
         """
         if knobs.noise is None or not self.training:
             return logits
         return logits + knobs.noise * torch.randn_like(logits)
 
 
+class LinearRouter(Router):
+    """Base class of routers whose logits are W x: `weight` is W (E, D) and declared as `expert_rows`."""
+
+    def __init__(self, dim: int, num_experts: int, *, fixed_k: int | None) -> None:
+        super().__init__(dim, num_experts, fixed_k=fixed_k)
+        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+
+    @property
+    def expert_rows(self) -> Float[Tensor, "E D"]:
+        return self.weight
+
+    def logits(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T E"]:
+        """Return W x in fp32."""
+        return F.linear(x, self.weight.float())
+
+
 def check_k(k: int, num_experts: int) -> None:
-    """Refuse a number of experts per token outside 1 ... E."""
+    """Raise ConfigError if the number of experts per token is outside 1 ... E."""
     require(1 <= k <= num_experts, "router.k", k, f"between 1 and model.num_experts={num_experts}")

@@ -14,15 +14,11 @@ class ChainOfExperts(Router):
     """
 
     def __init__(self, dim: int, num_experts: int, *, iterations: int = 2, k: int = 1) -> None:
-        super().__init__(dim, num_experts)
+        super().__init__(dim, num_experts, fixed_k=k)
         require(iterations >= 1, "router.iterations", iterations, "at least 1")
-        self.k = k
         for iteration in range(iterations):
             self.add_module(str(iteration), TopK(dim, num_experts, k=k))
 
     @property
     def chain(self) -> list[Router]:
         return [router for router in self.children() if isinstance(router, Router)]
-
-    def experts_per_token(self, seq_len: int) -> float:
-        return float(self.k * len(self.chain))

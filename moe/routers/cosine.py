@@ -8,13 +8,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moe.checks import finite, require
-from moe.routers.base import Router, check_k
+from moe.routers.base import Router
 from moe.routing.decision import Context, Routing
 
 MIN_TAU = 0.01
 
 
-class Cosine(Router):
+class CosineRouter(Router):
     """Top-k by cos(P x, e) / tau, with P a projection to `proj_dim` dimensions and e the experts' embeddings
     (X-MoE, Chi et al. 2204.09179).
 
@@ -23,8 +23,7 @@ class Cosine(Router):
     """
 
     def __init__(self, dim: int, num_experts: int, *, k: int = 2, proj_dim: int = 16, tau: float = 0.3) -> None:
-        super().__init__(dim, num_experts)
-        check_k(k, num_experts)
+        super().__init__(dim, num_experts, fixed_k=k)
         require(1 <= proj_dim <= dim, "router.proj_dim", proj_dim, f"between 1 and model.dim={dim}")
         require(finite(tau) and tau >= MIN_TAU, "router.tau", tau, f"a finite number >= {MIN_TAU}")
         self.k = k

@@ -3,15 +3,15 @@
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe.checks import require
-from moe.routers.base import Router, check_k
+from moe.routers.base import LinearRouter, check_k
 from moe.routing.decision import Context, Routing
 from moe.routing.stats import RoutingStats
 
 
-class ExpertThreshold(Router):
+class ExpertThreshold(LinearRouter):
     """A token takes every expert whose score s = sigmoid(W x) exceeds that expert's threshold (Sun et al. 2603.11535).
 
     The threshold is a moving average, with `decay`, of the (1 - k/E) quantile of a batch's scores, which T k / E tokens
@@ -25,16 +25,15 @@ class ExpertThreshold(Router):
     threshold: Tensor
 
     def __init__(self, dim: int, num_experts: int, *, k: int = 2, decay: float = 0.9) -> None:
-        super().__init__(dim, num_experts)
+        super().__init__(dim, num_experts, fixed_k=None)
         check_k(k, num_experts)
         require(0 <= decay < 1, "router.decay", decay, "at least 0, below 1")
-        self.quota, self.decay = k, decay  # no `k`: the number of experts per token is not fixed
+        self.quota, self.decay = k, decay
         self.mean_k = float(k)
-        self.weight = nn.Parameter(torch.empty(num_experts, dim))
         self.register_buffer("threshold", torch.full((num_experts,), torch.inf))  # infinite: not yet estimated
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
-        logits = F.linear(x, self.weight.float())
+        logits = self.logits(x)
         log_scores = F.logsigmoid(self.perturb(logits, context.knobs))
         scores = log_scores.exp()
         top = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.topk(self.quota).indices, True)

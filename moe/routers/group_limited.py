@@ -3,7 +3,6 @@
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -38,7 +37,7 @@ class GroupLimited(TopK):
         require(k <= within, "router.k", k, f"at most {within}, the experts in router.top_groups={top_groups} groups")
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
-        logits = F.linear(x, self.weight.float())
+        logits = self.logits(x)
         noisy = self.perturb(logits, context.knobs)
         probs = torch.softmax(noisy, -1)
         expert = noisy.masked_fill(~self._open(probs), -torch.inf).topk(self.k).indices

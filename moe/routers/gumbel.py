@@ -1,7 +1,6 @@
 """Stochastic top-k: here temperature explores, because experts are drawn and not ranked."""
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -24,7 +23,7 @@ class Gumbel(Temperature):
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         temperature = context.knobs.temperature
-        logits = F.linear(x, self.weight.float())
+        logits = self.logits(x)
         noisy = self.perturb(logits, context.knobs)
         drawn = noisy + temperature * gumbel_like(noisy) if self.training else noisy
         expert = drawn.topk(self.k).indices

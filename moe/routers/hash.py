@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe.checks import require
-from moe.routers.base import Router, check_k
+from moe.routers.base import Router
 from moe.routing.decision import Context, Routing
 
 
@@ -24,8 +24,7 @@ class Hash(Router):
     def __init__(
         self, dim: int, num_experts: int, *, k: int = 2, balanced: bool = True, vocab_size: int = 65_536
     ) -> None:
-        super().__init__(dim, num_experts)
-        check_k(k, num_experts)
+        super().__init__(dim, num_experts, fixed_k=k)
         require(vocab_size >= 1, "router.vocab_size", vocab_size, "at least 1")
         self.k, self.balanced = k, balanced
         pairs = torch.arange(vocab_size)[:, None] * num_experts + torch.arange(num_experts)

@@ -34,7 +34,7 @@ class NoisyTopK(TopK):
         return {"importance": self.importance, "load": self.load}
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
-        logits = F.linear(x, self.weight.float())
+        logits = self.logits(x)
         spread = F.softplus(F.linear(x, self.noise_weight.float())) + FLOOR
         noisy = self.perturb(logits, context.knobs)
         if self.training:

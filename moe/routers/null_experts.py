@@ -23,12 +23,12 @@ class NullExperts(Router):
     """
 
     def __init__(self, dim: int, num_experts: int, *, k: int = 4, nulls: int = 8, balance: float = 0.01) -> None:
-        super().__init__(dim, num_experts)
+        super().__init__(dim, num_experts, fixed_k=None)
         require(nulls >= 1, "router.nulls", nulls, "at least 1")
         slots = num_experts + nulls
         require(2 <= k <= slots, "router.k", k, f"between 2 and model.num_experts + router.nulls={slots}")
         require(finite(balance) and balance >= 0, "router.balance", balance, "a finite number >= 0")
-        self.slots_per_token = k  # no `k`: the number of experts per token is not fixed
+        self.slots_per_token = k
         self.mean_k = k * num_experts / slots
         self.balance = balance
         self.weight = nn.Parameter(torch.empty(slots, dim))

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moe.routers.base import Router, check_k
+from moe.routers.base import Router
 from moe.routing.decision import Context, Routing
 
 
@@ -19,8 +19,7 @@ class Random(Router):
     weight: Tensor
 
     def __init__(self, dim: int, num_experts: int, *, k: int = 2) -> None:
-        super().__init__(dim, num_experts)
-        check_k(k, num_experts)
+        super().__init__(dim, num_experts, fixed_k=k)
         self.k = k
         self.register_buffer("weight", torch.empty(num_experts, dim))
 

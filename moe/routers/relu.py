@@ -3,17 +3,16 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe.checks import finite, require
-from moe.routers.base import Router
+from moe.routers.base import LinearRouter
 from moe.routing.decision import Context, Routing
 from moe.routing.stats import RoutingStats
 
 
-class ReLU(Router):
+class ReLU(LinearRouter):
     """Gates relu(W x); a token takes every expert with a positive gate, possibly none (ReMoE, Wang et al. 2412.14711).
 
     The loss `sparsity` is the mean over tokens of sum_e f_e gate_e, with f_e the share of tokens that expert e takes,
@@ -28,14 +27,13 @@ class ReLU(Router):
     def __init__(
         self, dim: int, num_experts: int, *, target: float = 2.0, coefficient: float = 1e-8, rate: float = 1.2
     ) -> None:
-        super().__init__(dim, num_experts)
+        super().__init__(dim, num_experts, fixed_k=None)
         allowed = f"more than 0 and at most model.num_experts={num_experts}"
         require(0 < target <= num_experts, "router.target", target, allowed)
         require(finite(coefficient) and coefficient > 0, "router.coefficient", coefficient, "a finite number > 0")
         require(finite(rate) and rate >= 1, "router.rate", rate, "a finite number >= 1")
         self.target = self.mean_k = target
         self.rate = rate
-        self.weight = nn.Parameter(torch.empty(num_experts, dim))
         self.register_buffer("log_coefficient", torch.tensor(math.log(coefficient)))
 
     @property
@@ -44,7 +42,7 @@ class ReLU(Router):
         return {"sparsity": self.log_coefficient.exp().item()}
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
-        gates = torch.relu(self.perturb(F.linear(x, self.weight.float()), context.knobs))
+        gates = torch.relu(self.perturb(self.logits(x), context.knobs))
         chosen = gates > 0
         popularity = chosen.float().mean(0) * self.num_experts / self.target
         return Routing.masked(chosen, gates, aux={"sparsity": (popularity * gates).sum(-1).mean()})

@@ -5,15 +5,15 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe.checks import finite, require
-from moe.routers.base import Router, check_k
+from moe.routers.base import LinearRouter
 from moe.routing.decision import Context, Routing
 from moe.routing.stats import RoutingStats
 
 
-class BiasedSigmoid(Router):
+class BiasedSigmoid(LinearRouter):
     """Select the k largest s + b, weight by s alone, with s = sigmoid(W x); subclasses learn b, by `after_step`.
 
     Gates are s over the selected, normalized to sum 1 when `normalize` (never for k=1). `probs` is s normalized over
@@ -23,14 +23,12 @@ class BiasedSigmoid(Router):
     bias: Tensor
 
     def __init__(self, dim: int, num_experts: int, *, k: int, normalize: bool = True) -> None:
-        super().__init__(dim, num_experts)
-        check_k(k, num_experts)
+        super().__init__(dim, num_experts, fixed_k=k)
         self.k, self.normalize = k, normalize
-        self.weight = nn.Parameter(torch.empty(num_experts, dim))
         self.register_buffer("bias", torch.zeros(num_experts))
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
-        logits = F.linear(x, self.weight.float())
+        logits = self.logits(x)
         log_scores = F.logsigmoid(self.perturb(logits, context.knobs))  # dividing by a sum of scores could be 0 / 0
         scores = log_scores.exp()
         expert = (scores + self.bias).topk(self.k).indices

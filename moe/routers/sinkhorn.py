@@ -3,16 +3,15 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe.checks import finite, require
-from moe.routers.base import Router, check_k
+from moe.routers.base import LinearRouter
 from moe.routing.decision import Context, Routing
 
 
-class Sinkhorn(Router):
+class Sinkhorn(LinearRouter):
     """In training each token takes the k largest entries of a transport plan over the batch, in which tokens have equal
     mass and experts get equal mass (S-BASE, Clark et al. 2202.01169); in evaluation the k largest logits.
 
@@ -35,15 +34,13 @@ class Sinkhorn(Router):
         iterations: int = 10,
         inference: bool = False,
     ) -> None:
-        super().__init__(dim, num_experts)
-        check_k(k, num_experts)
+        super().__init__(dim, num_experts, fixed_k=k)
         require(finite(epsilon) and epsilon > 0, "router.epsilon", epsilon, "a finite number > 0")
         require(iterations >= 1, "router.iterations", iterations, "at least 1")
         self.k, self.epsilon, self.iterations, self.inference = k, epsilon, iterations, inference
-        self.weight = nn.Parameter(torch.empty(num_experts, dim))
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
-        logits = F.linear(x, self.weight.float())
+        logits = self.logits(x)
         noisy = self.perturb(logits, context.knobs)
         planned = self.training or self.inference
         order = log_plan(noisy.detach() / self.epsilon, self.iterations) if planned else noisy

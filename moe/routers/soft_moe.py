@@ -24,7 +24,7 @@ class SoftMoE(Router):
     causal = False
 
     def __init__(self, dim: int, num_experts: int, *, slots: int = 32) -> None:
-        super().__init__(dim, num_experts)
+        super().__init__(dim, num_experts, fixed_k=None)
         require(slots >= 1, "router.slots", slots, "at least 1")
         self.slots = slots
         self.weight = nn.Parameter(torch.empty(num_experts * slots, dim))

@@ -66,8 +66,10 @@ class Spectra(Router):
         router_entropy_coef: float = 1e-3,
         cosine_similarities_loss_coef: float = 8e-4,
     ) -> None:
-        super().__init__(dim, num_experts)
+        limited = expert_choice_routing and expert_choice_capacity_factor * k < num_experts
+        super().__init__(dim, num_experts, fixed_k=None if limited else k)
         check_k(k, num_experts)
+        self.mean_k = float(k)
         require(router_dim >= 1, "router.router_dim", router_dim, "at least 1")
         require(so_warmup_steps >= 1, "router.so_warmup_steps", so_warmup_steps, "at least 1")
         require(sinkhorn_iterations >= 0, "router.sinkhorn_iterations", sinkhorn_iterations, "at least 0")
@@ -88,7 +90,7 @@ class Spectra(Router):
         self.epsilon, self.iterations = epsilon, sinkhorn_iterations
         self.plan = log_plan if log_sinkhorn_enabled else plain_plan
         self.inference = sinkhorn_inference
-        self.quota_factor = factor if expert_choice_routing and factor * k < num_experts else None
+        self.quota_factor = factor if limited else None
         self.alpha = ema_alpha
         self.warmup = so_warmup_steps
         self.srip = srip_enabled and expression
@@ -109,12 +111,12 @@ class Spectra(Router):
         if self.projector is not None:
             nn.init.orthogonal_(self.projector, gain=0.1)
 
-    def share(self, first: Router) -> None:
+    def tie_to(self, first: Router) -> None:
         assert isinstance(first, Spectra)
         self.gru = first.gru
 
     @property
-    def directions(self) -> Float[Tensor, "E N"] | None:
+    def expert_directions(self) -> Float[Tensor, "E N"] | None:
         """The running mean expression vectors; None before the first step."""
         return self.mean_expression if self.steps else None
 

@@ -1,16 +1,15 @@
 """Top-p: a token that is sure takes one expert, a token that is not takes several."""
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe.checks import finite, require
-from moe.routers.base import Router
+from moe.routers.base import LinearRouter
 from moe.routing.decision import Context, Routing
 
 
-class TopP(Router):
+class TopP(LinearRouter):
     """The fewest experts whose probabilities sum to at least p, and never more than `k_max` (Huang et al. 2403.07652).
 
     Gates are the probabilities themselves, not renormalized: they sum to about p, and a lone expert keeps a gradient.
@@ -18,12 +17,11 @@ class TopP(Router):
     """
 
     def __init__(self, dim: int, num_experts: int, *, p: float = 0.4, k_max: int = 4, entropy: float = 1e-4) -> None:
-        super().__init__(dim, num_experts)
+        super().__init__(dim, num_experts, fixed_k=None)
         require(0 < p <= 1, "router.p", p, "more than 0 and at most 1")
         require(1 <= k_max <= num_experts, "router.k_max", k_max, f"between 1 and model.num_experts={num_experts}")
         require(finite(entropy) and entropy >= 0, "router.entropy", entropy, "a finite number >= 0")
         self.p, self.k_max, self.entropy = p, k_max, entropy
-        self.weight = nn.Parameter(torch.empty(num_experts, dim))
 
     @property
     def loss_weights(self) -> dict[str, float]:
@@ -33,7 +31,7 @@ class TopP(Router):
         return float(self.k_max)  # at most
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
-        logits = F.linear(x, self.weight.float())
+        logits = self.logits(x)
         log_probs = torch.log_softmax(self.perturb(logits, context.knobs), -1)
         probs = log_probs.exp()
         top, expert = probs.topk(self.k_max)

@@ -3,16 +3,15 @@
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe.checks import finite, require
-from moe.routers.base import Router, check_k
+from moe.routers.base import LinearRouter
 from moe.routing.decision import Context, Routing
 
 
-class TopK(Router):
+class TopK(LinearRouter):
     """Each token takes the k experts of largest logit W x (Shazeer 1701.06538; k=1: Switch 2101.03961).
 
     gate: the weight of a selected expert, with p = softmax over all experts:
@@ -32,16 +31,14 @@ class TopK(Router):
         gate: Literal["renorm", "softmax_all", "uniform"] = "renorm",
         after_drops: bool = False,
     ) -> None:
-        super().__init__(dim, num_experts)
-        check_k(k, num_experts)
+        super().__init__(dim, num_experts, fixed_k=k)
         require(not after_drops or k > 1, "router.after_drops", after_drops, "false for router.k=1, whose gate is p")
         self.k = k
         self.gate = gate
         self.after_drops = after_drops
-        self.weight = nn.Parameter(torch.empty(num_experts, dim))
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
-        logits = F.linear(x, self.weight.float())
+        logits = self.logits(x)
         noisy = self.perturb(logits, context.knobs)
         probs = torch.softmax(noisy / context.knobs.temperature, -1)
         expert = noisy.topk(self.k).indices  # not of probs: at low temperature they round to ties

@@ -21,7 +21,7 @@ class Altered(Router):
     """A router that decides as the one it wraps and then does what `change` makes of it; in every link of a chain."""
 
     def __init__(self, router: Router, change: Change) -> None:
-        super().__init__(router.dim, router.num_experts)
+        super().__init__(router.dim, router.num_experts, fixed_k=None)
         self.router = router
         self.change = change
 
@@ -31,8 +31,8 @@ class Altered(Router):
         return [self] if links == [self.router] else [Altered(link, self.change) for link in links]
 
     @property
-    def rows(self) -> Float[Tensor, "E D"] | None:
-        return self.router.rows
+    def expert_rows(self) -> Float[Tensor, "E D"] | None:
+        return self.router.expert_rows
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         return self.change(self.router(x, context), x)

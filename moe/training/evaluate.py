@@ -91,7 +91,7 @@ def evaluate(
 def router_gram(router: Router) -> float | None:
     """||W W^T - I||_F / sqrt(E (E - 1)) of the normalized directions of a router's experts: 0 orthogonal, 1 all alike;
     None without any, or with a single one."""
-    directions = full(router.directions)
+    directions = full(router.expert_directions)
     if directions is None or len(directions) < 2:
         return None
     unit = torch.nn.functional.normalize(directions.double(), dim=-1)

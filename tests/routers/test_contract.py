@@ -1,6 +1,7 @@
 """The laws that every router keeps, whatever it does: each yaml of conf/router is held to all of them, and each arm of
 an ablation that changes a router's parts."""
 
+import itertools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -219,18 +220,57 @@ def test_noise_changes_routing_in_training(spec: Spec, x: Tensor, ids: Tensor) -
     assert torch.equal(*weights) == (spec.name == "hash"), "only a router that never looks at the states is immune"
 
 
-def fixed_k(spec: Spec) -> bool:
-    """Elsewhere the limit is a share of assignments, which depend on every token: causal when dropless."""
-    return hasattr(make_router(spec), "k")
+def test_every_token_gets_fixed_k_experts_and_a_router_without_it_is_seen_to_vary(
+    spec: Spec, x: Tensor, ids: Tensor
+) -> None:
+    """For every input that the other tests know, in training and in evaluation, in each link of a chain."""
+    flat = x.view(-1, D)
+    inputs = [flat, 100 * flat, torch.full_like(flat, 0.7), torch.zeros_like(flat), torch.full_like(flat, 1e4)]
+    router = make_router(spec)
+    for link in router.chain:
+        assert link.fixed_k == router.fixed_k
+        counts = set()
+        for mode in (True, False):
+            link.train(mode)
+            for tokens, noise in itertools.product(inputs, (0.0, 1.0)):
+                routing = link(tokens, context(ids, noise=noise))
+                counts |= set(torch.bincount(routing.token, minlength=rows_of(routing)).tolist())
+                alone = link(tokens[:1], context(ids[:1, :1], noise=noise))
+                if routing.slots is None:
+                    counts |= set(torch.bincount(alone.token, minlength=1).tolist())
+        if router.fixed_k is not None:
+            assert counts == {router.fixed_k}
+        elif routing.slots is None and not spec.settings.get("expert_choice_routing"):  # a quota: see test_spectra.py
+            assert len(counts) > 1, "it could declare a fixed_k"
 
 
-CAPACITIES = [(spec, None) for spec in SPECS] + [(spec, 0.6) for spec in SPECS if fixed_k(spec)]
+def test_expert_rows_are_one_trainable_row_per_expert_that_moves_its_logit_alone(
+    spec: Spec, x: Tensor, ids: Tensor
+) -> None:
+    for router in make_router(spec).eval().chain:
+        rows = router.expert_rows
+        if rows is None:
+            continue
+        assert rows.shape == (E, D)
+        assert any(rows is p for p in router.parameters())
+        if router(x.view(-1, D), context(ids)).logits is None:  # ReLU: its gates are what is left of them
+            continue
+        before = router(x.view(-1, D), context(ids)).logits
+        with torch.no_grad():
+            rows[3] += 1.0
+        changed = (router(x.view(-1, D), context(ids)).logits != before).any(0)
+        assert changed.tolist() == [expert == 3 for expert in range(E)]
+
+
+# Where the number of experts varies, the limit is a share of assignments, which depend on every token.
+FIXED = [spec for spec in SPECS if make_router(spec).fixed_k is not None]
+CAPACITIES = [(spec, None) for spec in SPECS] + [(spec, 0.6) for spec in FIXED]
 
 
 def test_a_capacity_limit_keeps_causal_what_has_a_fixed_number_of_experts_and_drops_by_position(spec: Spec) -> None:
     router = make_router(spec)
     assert router.is_causal(capacity=None, drop="score") == router.causal
-    assert router.is_causal(capacity=1.0, drop="position") == (router.causal and fixed_k(spec))
+    assert router.is_causal(capacity=1.0, drop="position") == (router.causal and router.fixed_k is not None)
     assert not router.is_causal(capacity=1.0, drop="score")
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moe.checks import ConfigError
-from moe.routers.cosine import MIN_TAU, Cosine
+from moe.routers.cosine import MIN_TAU, CosineRouter
 from moe.routing.decision import Context, Knobs, Routing
 
 T, D, E = 40, 16, 8
@@ -19,15 +19,15 @@ def x() -> Tensor:
     return torch.randn(T, D, generator=torch.Generator().manual_seed(1))
 
 
-def make(**settings: Any) -> Cosine:
-    router = Cosine(D, E, **{"proj_dim": 6, **settings})
+def make(**settings: Any) -> CosineRouter:
+    router = CosineRouter(D, E, **{"proj_dim": 6, **settings})
     generator = torch.Generator().manual_seed(2)
     nn.init.normal_(router.projection, generator=generator)
     nn.init.normal_(router.embedding, generator=generator)
     return router
 
 
-def route(router: Cosine, x: Tensor) -> Routing:
+def route(router: CosineRouter, x: Tensor) -> Routing:
     return router(x, Context(torch.zeros(1, len(x), dtype=torch.long), Knobs.of()))
 
 

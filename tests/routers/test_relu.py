@@ -128,7 +128,7 @@ def test_it_reaches_the_target_against_a_loss_that_wants_more() -> None:
 
 
 def test_it_has_no_fixed_k() -> None:
-    assert not hasattr(make(), "k")
+    assert make().fixed_k is None
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def test_the_state_is_that_of_a_gru_cell_over_layers_from_zero() -> None:
     cell.load_state_dict(routers[0].gru.state_dict())
     state, expected = None, torch.zeros(T, E * N)
     for depth, router in enumerate(routers):
-        router.share(routers[0])
+        router.tie_to(routers[0])
         x = torch.randn(T, D, generator=torch.Generator().manual_seed(depth))
         state, expected = route(router, x, state).state, cell(x, expected)
         torch.testing.assert_close(state, expected)
@@ -104,6 +104,24 @@ def test_the_projector_is_a_tenth_of_an_orthogonal_matrix() -> None:
     projector = make().projector
     assert projector is not None
     torch.testing.assert_close(projector.T @ projector, 0.01 * torch.eye(D), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "fixed"),
+    [
+        ({"expert_choice_capacity_factor": 0.5}, False),
+        ({"expert_choice_capacity_factor": 4.0}, True),  # E tokens' worth for each expert: nobody is turned away
+        ({"expert_choice_capacity_factor": 0.5, "expert_choice_routing": False}, True),
+    ],
+)
+def test_the_number_of_experts_is_fixed_unless_a_quota_can_leave_a_token_with_fewer(
+    settings: dict[str, Any], fixed: bool
+) -> None:
+    router = make(**settings)
+    assert router.fixed_k == (2 if fixed else None)
+    assert router.experts_per_token(T) == 2
+    numbers = chosen(route(router, torch.ones(T, D))).sum(1).unique().tolist()
+    assert (numbers == [2]) == fixed
 
 
 @pytest.mark.parametrize("settings", [{"log_sinkhorn_enabled": True}, {"log_sinkhorn_enabled": False}])

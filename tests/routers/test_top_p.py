@@ -72,8 +72,8 @@ def test_the_loss_is_the_mean_token_entropy_with_a_finite_gradient(x: Tensor) ->
 
 
 def test_it_has_no_fixed_k() -> None:
-    """What counts active parameters by `k` must not find one."""
-    assert not hasattr(TopP(D, E), "k")
+    """Active parameters must not be counted as if it had one."""
+    assert TopP(D, E).fixed_k is None
     assert TopP(D, E, entropy=0.5).loss_weights == {"entropy": 0.5}
 
 
