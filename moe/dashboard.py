@@ -12,22 +12,23 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from moe.checks import ConfigError
-from moe.config.schema import LOSS_WEIGHTS, Cell, flatten
+from moe.config.schema import Cell, flatten
 from moe.launch import command_line
-from moe.metrics.formulas import METRICS
+from moe.metrics.catalog import Metric, lookup, select
 from moe.results.conditions import HEADLINE, varied_factors
 from moe.results.table import level
+from moe.routing.loss_table import LOSSES
 from moe.runs.wandb_mirror import CONDITION, FINAL, STEP, first_line
 
-LOSS = (
-    *("val/loss", "val/perplexity", "val/accuracy", "train/loss", "learning_rate"),
-    *("grad_norm", "grad_norm/router", "grad_norm/experts", "update/router", "update/experts"),
-)
-LIMIT = ("val_capacity/loss", "val_capacity/drop_rate", "val_capacity/unrouted_rate")
-SHARPNESS = ("entropy", "entropy_t1", "confidence", "confidence_t1", "margin", "top_k_mass", "logit_rms")
-# six, as many as W&B has panels on a page of a section: a page is a layer
-PER_LAYER = ("load_cv", "unused_experts", "entropy_t1", "confidence_t1", "mutual_information", "output_similarity")
-COMPARED = (*HEADLINE, "time/tokens_per_s", "time/train_seconds")
+
+def _names(metrics: list[Metric]) -> list[str]:
+    return [metric.name for metric in metrics]
+
+
+LIMIT = _names(select(group="capacity limit"))
+SHARPNESS = _names(select(group="sharpness"))
+PER_LAYER = _names(select(shown="dashboard layers"))
+COMPARED = [*HEADLINE, *_names(select(group="speed", written="end"))]
 
 
 class Panel(NamedTuple):
@@ -43,14 +44,15 @@ def sections(cells: list[Cell]) -> dict[str, list[Panel]]:
     layers = max(config.model.layers - config.model.first_k_dense_replace for config in configs)
     if layers == 0:
         raise ConfigError("no run of it has a Mixture-of-Experts layer, so there is no routing to show")
-    weighted = [f"train/{loss}" for loss, key in LOSS_WEIGHTS.items() if any(getattr(c, key) for c in configs)]
-    balance = [f"routing/{name}" for name, metric in METRICS.items() if metric.balance]
+    weighted = [f"train/{name}" for name, loss in LOSSES.items() if any(getattr(c, loss.weight) for c in configs)]
+    limit = LIMIT if any(config.capacity is not None for config in configs) else []
+    gradients, settings = _names(select(group="gradients")), _names(select(group="settings"))
     lines = {
-        "Loss": [*LOSS, *weighted],
-        "Routing per layer": [f"routing/{name}/layer{layer:02d}" for layer in range(layers) for name in PER_LAYER],
-        "Balance": [*balance, *(LIMIT if any(config.capacity is not None for config in configs) else ())],
-        "Temperature": ["temperature", "noise", *(f"routing/{name}" for name in SHARPNESS)],
-        "Cost": ["time/tokens_per_s", "time/elapsed"],
+        "Loss": [*_names(select(group="quality")), "train/loss", *weighted, *gradients],
+        "Routing per layer": [f"{name}/layer{layer:02d}" for layer in range(layers) for name in PER_LAYER],
+        "Balance": [*_names(select(group="balance")), *limit],
+        "Schedules and sharpness": [*settings, *SHARPNESS],
+        "Time": _names(select(group="speed", written="step")),
     }
     bars = [Panel(f"{FINAL}/{metric}", key) for key in (CONDITION, *factors(cells)) for metric in COMPARED]
     return {name: list(map(Panel, metrics)) for name, metrics in lines.items()} | {"Factor tables": bars}
@@ -107,7 +109,7 @@ def workspace(cells: list[Cell], *, entity: str, project: str) -> Any:
 def _title(panel: Panel) -> str:
     if panel.by is not None:
         return f"{panel.metric} by {panel.by.removeprefix('choices.')}: mean, least and greatest run"
-    metric = METRICS.get(panel.metric.removeprefix("routing/").partition("/")[0])
+    metric = lookup(panel.metric)
     return f"{panel.metric} ({metric.better} is better)" if metric and metric.better else panel.metric
 
 

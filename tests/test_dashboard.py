@@ -99,8 +99,8 @@ def test_every_panel_shows_what_is_logged(
     cells = read_cells([f"experiment={name}", "seed=42", *narrowed, *settings]) or []
     keys = logged(cells)
     assert unlogged(cells, keys) == set()
-    monkeypatch.setattr(dashboard, "SHARPNESS", ("entropy", "entropyy"))
-    monkeypatch.setattr(dashboard, "COMPARED", ("val/loss", "val/los"))
+    monkeypatch.setattr(dashboard, "SHARPNESS", ["routing/entropy", "routing/entropyy"])
+    monkeypatch.setattr(dashboard, "COMPARED", ["val/loss", "val/los"])
     assert unlogged(cells, keys) == {"routing/entropyy", "final/val/los"}
 
 
@@ -110,7 +110,7 @@ def test_what_an_experiment_turns_on_has_panels(small: list[str]) -> None:
 
     plain = shown("lb=0")
     assert {"routing/load_cv/layer00", "routing/load_cv/layer01", "temperature", "time/tokens_per_s"} <= plain
-    assert shown("lb=0", "model.layers=3") - plain == {f"routing/{name}/layer02" for name in dashboard.PER_LAYER}
+    assert shown("lb=0", "model.layers=3") - plain == {f"{name}/layer02" for name in dashboard.PER_LAYER}
     assert shown("lb=0", "model.layers=3", "model.first_k_dense_replace=1") == plain
     assert shown("lb=0", "capacity=1.0") - plain == set(dashboard.LIMIT)
     assert shown("lb=0", "z=0.1") - plain == {"train/router_z"}

@@ -10,7 +10,8 @@ import pytest
 from moe.config.options import CONF
 from moe.data.tokenizer import train_bpe
 from moe.launch.command_line import read_cells
-from moe.metrics.formulas import METRICS
+from moe.metrics.__main__ import readme_table
+from moe.metrics.catalog import METRICS
 
 ROOT = CONF.parent
 README = (ROOT / "README.md").read_text()
@@ -43,9 +44,12 @@ def test_commands_compose(command: str) -> None:
     assert read_cells(shlex.split(command))
 
 
-def test_every_metric_is_defined() -> None:
-    for name in (*METRICS, "router_gram"):
-        assert f"`routing/{name}`" in README, name
+def test_the_table_of_metrics_is_that_of_the_catalog() -> None:
+    """To write it anew: `python -m moe.metrics readme`, between the two comments."""
+    _, table, _ = re.split("<!-- .*metrics.* -->\n", README)
+    assert table.strip() == readme_table().strip()
+    for name, metric in METRICS.items():
+        assert f"`{name}`" in table or metric.group == "router loss", name
 
 
 def test_the_file_tree_names_every_module() -> None:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe.bench.timing import Table
-from moe.metrics.formulas import METRICS
+from moe.metrics.catalog import ROUTING
 
 ANALYZE = Path(__file__).parents[2] / "analyze.py"
 ROUTERS, CAPACITIES = ("switch", "topk", "softk", "hash", "sinkhorn"), (None, 1.0, 1.25, 1.5)
@@ -90,14 +90,14 @@ def _training(steps: int, load: float, rng: np.random.Generator) -> list[str]:
         values = {
             "train/loss": 3 + _falling(step, steps) + 0.02 * rng.normal(),
         }
-        values |= _routing("train/routing", load, rng, layered=5)
+        values |= _routing("train/", load, rng, layered=5)
         lines.append(json.dumps({"kind": "train", "step": step} | values) + "\n")
     return lines
 
 
 def _evaluation(step: int, loss: float, load: float, rng: np.random.Generator) -> dict[str, Any]:
     validation = {"val/loss": loss, "val/perplexity": math.exp(loss), "val/accuracy": 1 / loss}
-    return {"kind": "eval", "step": step} | validation | _routing("routing", load, rng, layered=len(METRICS))
+    return {"kind": "eval", "step": step} | validation | _routing("", load, rng, layered=len(ROUTING))
 
 
 def _falling(step: int, steps: int) -> float:
@@ -107,11 +107,11 @@ def _falling(step: int, steps: int) -> float:
 def _routing(prefix: str, load: float, rng: np.random.Generator, *, layered: int) -> dict[str, float]:
     """Every metric of the catalog, all alike; the first `layered` of them by layer too."""
     luck = 0.01 * float(rng.normal())
-    values = {f"{prefix}/load_cv/pooled": 0.9 * load + luck}
-    for rank, name in enumerate(METRICS):
-        values[f"{prefix}/{name}"] = load + luck
+    values = {f"{prefix}routing/load_cv/pooled": 0.9 * load + luck}
+    for rank, name in enumerate(ROUTING):
+        values[f"{prefix}{name}"] = load + luck
         if rank < layered:
-            values |= {f"{prefix}/{name}/layer{i:02d}": load * (1 + 0.1 * i) + luck for i in range(LAYERS)}
+            values |= {f"{prefix}{name}/layer{i:02d}": load * (1 + 0.1 * i) + luck for i in range(LAYERS)}
     return values
 
 

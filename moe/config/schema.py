@@ -11,18 +11,7 @@ from moe.checks import ConfigError, build, finite, one_of, require
 from moe.config import dense_checkpoint
 from moe.config.claim import ClaimConfig
 from moe.distributed import ranks
-
-# Auxiliary loss -> the root key that weights it.
-LOSS_WEIGHTS = {
-    "load_balance": "lb",
-    "load_balance_sequence": "lb_sequence",
-    "load_balance_global": "lb_global",
-    "router_z": "z",
-    "router_entropy": "router_entropy",
-    "gate_variance": "gate_variance",
-    "simbal": "simbal",
-    "output_orthogonality": "output_orthogonality",
-}
+from moe.routing.loss_table import LOSSES
 
 # What a run computes does not depend on these, but for last bits (threads) and draws of dropout (expert_parallel), so
 # they are no part of its identity and may change on a resume.
@@ -194,7 +183,7 @@ class Config:
         for name in ("steps", "batch_size", "grad_accum", "eval_every", "save_every", "threads", "rank_timeout"):
             require(1 <= getattr(self, name) <= 10**9, name, getattr(self, name), "a whole number from 1 to 10^9")
         require(0 <= self.seed < 2**32, "seed", self.seed, "between 0 and 2^32 - 1")
-        for name in ("noise", *LOSS_WEIGHTS.values()):
+        for name in ("noise", *(loss.weight for loss in LOSSES.values())):
             value = getattr(self, name)
             require(finite(value) and value >= 0, name, value, "a finite number >= 0")
         ok = self.capacity is None or (finite(self.capacity) and self.capacity > 0)

@@ -134,7 +134,7 @@ def _write_metrics(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     final = {key: value for key, value in last.items() if "/" in key and not key.startswith("time/")}
     final |= {"train/loss": history["train_losses"][-1], "time/train_seconds": facts["train_seconds"]}
     final["time/tokens_per_s"] = events.median_speed(logged)
-    final |= consistency(traces.read_traces(folder / "trace"))
+    final |= consistency([trace.chosen for trace in traces.read_traces(folder / "trace")])
     files.write_json(folder / "metrics.json", {"final_metrics": final, "history": history})
     return final
 

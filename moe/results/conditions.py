@@ -11,19 +11,11 @@ from typing import Any
 import pandas as pd
 
 from moe.config.schema import is_free
+from moe.metrics.catalog import select
 from moe.results.table import FACTS
 
-HEADLINE = ("val/loss", "val/perplexity", "val/accuracy", "routing/load_cv/pooled")
-ROUTING = (
-    *("routing/load_max_violation", "routing/load_gini", "routing/unused_experts", "routing/entropy"),
-    *("routing/jaccard", "routing/router_gram"),
-    *(
-        "routing/sequential_overlap",
-        "routing/sequential_overlap_kappa",
-        "routing/consistency",
-        "routing/consistency_kappa",
-    ),
-)
+HEADLINE = tuple(metric.headline for metric in select(shown="headline"))
+ROUTING = tuple(metric.name for metric in select(shown="conditions"))
 STD = "std (ddof=1)"
 FACTOR_GROUPS = ("variant", "router", "schedule", "model", "data", "optimizer")
 

@@ -12,7 +12,7 @@ from moe.data.blocks import batch
 from moe.data.labels import IGNORED, next_token
 from moe.distributed import ranks
 from moe.distributed.sharding import full
-from moe.metrics import formulas
+from moe.metrics.summary import drop_rate_by_position, summarize, utilization
 from moe.model.decoder import MoEForCausalLM
 from moe.routers.base import Router
 from moe.routing.decision import Knobs
@@ -79,8 +79,8 @@ def evaluate(
     for name, nats, count in zip(domains, loss.tolist(), tokens.tolist(), strict=True):
         values[f"val/loss/{name}"] = nats / count if count else None
     if stats is not None:
-        values |= formulas.summarize(stats) | {"routing/utilization": formulas.utilization(stats)}
-        values["routing/drop_rate_by_position"] = formulas.drop_rate_by_position(stats)
+        values |= summarize(stats) | {"routing/utilization": utilization(stats)}
+        values["routing/drop_rate_by_position"] = drop_rate_by_position(stats)
         grams = [_mean([router_gram(router) for router in layer.router.chain]) for layer in model.moe_layers]
         values["routing/router_gram"] = _mean(grams)
         values |= {f"routing/router_gram/layer{layer:02d}": gram for layer, gram in enumerate(grams)}

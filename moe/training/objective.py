@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moe.config.schema import LOSS_WEIGHTS, Config
+from moe.config.schema import Config
 from moe.distributed import ranks
-from moe.metrics import formulas
+from moe.metrics.summary import summarize
 from moe.model.decoder import MoEOutput
+from moe.routing.loss_table import LOSSES
 from moe.routing.stats import RoutingStats
 
 
@@ -22,8 +23,8 @@ def total_loss(config: Config, own: list[dict[str, float]], output: MoEOutput, *
     assert output.loss is not None
     weighted = []
     for name, values in (output.aux or {}).items():
-        if name in LOSS_WEIGHTS:
-            shared = getattr(config, LOSS_WEIGHTS[name])
+        if name in LOSSES:
+            shared = getattr(config, LOSSES[name].weight)
             weights = [shared + more.get(name, 0.0) for more in own]
         else:
             weights = [of_router[name] for of_router in own]
@@ -59,5 +60,5 @@ def step_values(outputs: list[Outcome], sums: RoutingStats | None) -> dict[str, 
     [added] = ranks.total([torch.stack(means).double().mean(0)])
     values: dict[str, Any] = {f"train/{n}": v / ranks.world_size() for n, v in zip(names, added.tolist(), strict=True)}
     if sums is not None:
-        values |= {f"train/{name}": value for name, value in formulas.summarize(sums, per_layer=False).items()}
+        values |= {f"train/{name}": value for name, value in summarize(sums, per_layer=False).items()}
     return values

@@ -8,12 +8,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from moe.config.schema import LOSS_WEIGHTS, ModelConfig, OptimizerConfig
+from moe.config.schema import ModelConfig, OptimizerConfig
 from moe.data.labels import IGNORED, next_token
-from moe.metrics.formulas import summarize
+from moe.metrics.summary import summarize
 from moe.model.cost import count_parameters, flops_per_token
 from moe.model.decoder import MoEConfig, MoEForCausalLM, neftune_noise
 from moe.routing.decision import Context, Knobs
+from moe.routing.loss_table import LOSSES
 from moe.training.optim import build_optimizers
 
 TOPK = {"_target_": "moe.routers.topk.TopK", "k": 2}
@@ -188,7 +189,7 @@ def test_generation_with_a_cache_equals_recomputing_everything(
 
 def test_auxiliary_losses_are_per_layer_and_unweighted(ids: torch.Tensor) -> None:
     output = make()(ids, ids, orthogonality=True)
-    assert set(output.aux) == set(LOSS_WEIGHTS)
+    assert set(output.aux) == set(LOSSES)
     assert all(values.shape == (2,) for values in output.aux.values())
     assert output.aux["load_balance"].mean().item() == pytest.approx(1, abs=0.2)
 

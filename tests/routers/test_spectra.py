@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moe.checks import ConfigError
-from moe.metrics.formulas import summarize
+from moe.metrics.summary import summarize
 from moe.routers.spectra import Spectra, srip
 from moe.routing.decision import Context, Knobs, Routing
 from moe.routing.dispatch import dispatch

@@ -8,7 +8,7 @@ import torch
 
 from moe.metrics.agreement import consistency
 from moe.runs.signals import Signals
-from moe.runs.traces import Trace, milestones, read_traces, write_trace
+from moe.runs.traces import milestones, read_traces, write_trace
 from moe.runs.wandb_mirror import Mirror
 from moe.training.loop import train
 from moe.training.probe import choices, probe_blocks
@@ -62,9 +62,9 @@ def test_consistency_is_of_the_last_two_traces_and_chance_is_taken_out_of_it() -
     rng = np.random.default_rng(0)
     first, last = (np.eye(8, dtype=bool)[rng.integers(8, size=(2, 5000))] for _ in range(2))
     half = np.where(np.arange(5000)[:, None] < 2500, last, first)  # half of the tokens stay, the others choose anew
-    found = consistency([Trace(1, first), Trace(3, half), Trace(4, last)])
+    found = consistency([first, half, last])
     assert found["routing/consistency"] == pytest.approx(0.5 + 0.5 / 8, abs=0.02)
     assert found["routing/consistency_kappa"] == pytest.approx(0.5, abs=0.02)
-    everything = Trace(5, np.ones((2, 10, 8), dtype=bool))
+    everything = np.ones((2, 10, 8), dtype=bool)
     assert consistency([everything, everything]) == {"routing/consistency": 1.0, "routing/consistency_kappa": None}
     assert set(consistency([everything]).values()) == {None}

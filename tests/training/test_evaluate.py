@@ -8,7 +8,7 @@ from datasets import Dataset
 from moe.config.options import CONF
 from moe.config.schema import ModelConfig
 from moe.data.blocks import Batch, batch
-from moe.metrics.formulas import METRICS
+from moe.metrics.catalog import ROUTING
 from moe.model.decoder import MoEConfig, MoEForCausalLM
 from moe.training.evaluate import PROBE_STRIDE, evaluate
 
@@ -34,7 +34,7 @@ def schema() -> set[str]:
 def test_every_router_is_measured_by_the_same_names(router: str, schema: set[str]) -> None:
     values = evaluated(router)
     assert set(values) == schema
-    assert {f"routing/{name}/layer00" for name in METRICS} < schema
+    assert {f"{name}/layer00" for name in ROUTING} < schema
 
 
 def test_what_a_router_has_not_is_null() -> None:

@@ -10,12 +10,12 @@ import torch
 from small_runs import run, untimed
 
 from moe.config.options import options
-from moe.config.schema import LOSS_WEIGHTS
 from moe.files import sha256
 from moe.launch.command_line import read_cells
 from moe.model.cost import flops_per_token
 from moe.model.decoder import MoEForCausalLM
 from moe.routing.decision import Knobs
+from moe.routing.loss_table import LOSSES
 from moe.runs.signals import Interrupted
 from moe.training import loop
 from moe.training.divergence import Diverged, blame
@@ -151,7 +151,7 @@ def test_a_router_may_add_to_the_weight_of_a_shared_loss(cell: Any) -> None:
     )
 
 
-@pytest.mark.parametrize(("name", "key"), LOSS_WEIGHTS.items())
+@pytest.mark.parametrize(("name", "key"), [(name, loss.weight) for name, loss in LOSSES.items()])
 def test_every_shared_loss_is_logged_and_weighted_by_its_key(name: str, key: str, cell: Any) -> None:
     config = cell("lb=0", f"{key}=0.3").config
     model = build_model(config, vocab_size=400)

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moe.analysis.figures.style import DASHES, LABELS, MARKERS, PALETTE, RC, legend, look
+from moe.analysis.figures.style import DASHES, MARKERS, OTHER_LABELS, PALETTE, RC, axis_label, legend, look
 from moe.analysis.statistics import with_intervals
 from moe.results.conditions import by_seed, conditions, levels, summary
 from moe.results.frontier import pareto_front
@@ -43,7 +43,7 @@ def learning_curves(events: pd.DataFrame, by: str) -> Figure:
         for index, level in enumerate(levels(events[by])):
             _draw_curves(axes, events[events[by] == level], "val/loss", f"{level}", look(index))
         axes.set_xlabel("optimizer step")
-        axes.set_ylabel(LABELS["val/loss"])
+        axes.set_ylabel(axis_label("val/loss"))
     if late:
         end.set(xlim=(half, None), ylim=late, title="second half of training")
     else:
@@ -62,14 +62,12 @@ def overlay(events: pd.DataFrame, by: str) -> Figure:
     figure = Figure(figsize=(8.4, 6.0 + _height(events[by].nunique())), layout="constrained")
     panels = figure.subplots(3, 1, sharex=True)
     quarter = events["step"].max() / 4
-    columns = {"train/loss": "training loss (nats per token)"}
-    columns |= {column: LABELS[column] for column in ("val/loss", "val/perplexity")}
-    for axes, (column, label) in zip(panels, columns.items(), strict=True):
+    for axes, column in zip(panels, ("train/loss", "val/loss", "val/perplexity"), strict=True):
         for index, level in enumerate(levels(events[by])):
             curves = events[events[by] == level].dropna(subset=[column])
             if len(curves):
                 _draw_curves(axes, curves, column, f"{level}", look(index))
-        axes.set(ylabel=label, xlim=(quarter, None), ylim=_late(events, column, since=quarter))
+        axes.set(ylabel=axis_label(column), xlim=(quarter, None), ylim=_late(events, column, since=quarter))
     panels[-1].set_xlabel("optimizer step, without the first quarter")
     legend(figure, "thin: one run, thick: mean over n runs, as far as all of them got")
     return figure
@@ -140,7 +138,7 @@ def capacity_lines(rows: pd.DataFrame, column: str) -> Figure:
             label=f"E={e}, K={k}",
         )
     axes.set_xlabel("capacity factor")
-    axes.set_ylabel(LABELS[column])
+    axes.set_ylabel(axis_label(column))
     axes.set_ylim(bottom=0)
     legend(figure, f"random routing of {rows['num_tokens'].iloc[0]:,} tokens, {rows['device'].iloc[0]}")
     return figure
@@ -230,7 +228,7 @@ def _draw(axes: Axes, runs: pd.DataFrame, factor: str, hue: str, metric: str) ->
             markersize=8,
             markeredgecolor="white",
             capsize=4,
-            label=f"{LABELS.get(hue, '')} {cell[hue]} (n={'–'.join(map(str, counts))})".lstrip(),
+            label=f"{OTHER_LABELS.get(hue, '')} {cell[hue]} (n={'–'.join(map(str, counts))})".lstrip(),
         )
     axes.set_xticks(range(len(places)), [str(place) for place in places])
     axes.set_xlim(-0.5, len(places) - 0.5)
@@ -239,8 +237,8 @@ def _draw(axes: Axes, runs: pd.DataFrame, factor: str, hue: str, metric: str) ->
         for label in axes.get_xticklabels():
             label.set_horizontalalignment("right")
     axes.grid(visible=False, axis="x")
-    axes.set_xlabel(LABELS.get(factor, factor))
-    axes.set_ylabel(LABELS.get(metric, metric))
+    axes.set_xlabel(axis_label(factor))
+    axes.set_ylabel(axis_label(metric))
 
 
 def _height(legend_entries: int) -> float:

@@ -11,18 +11,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from moe.analysis.figures.style import RC, legend, look
+from moe.analysis.figures.style import RC, axis_label, legend, look
 from moe.analysis.statistics import with_intervals
+from moe.metrics.catalog import select
 from moe.results.conditions import STD, levels
 
-METRICS = {
-    "routing/load_cv": "load CV over experts",
-    "routing/load_max_violation": "MaxVio (largest load / mean - 1)",
-    "routing/entropy": "router entropy (nats)",
-    "routing/mutual_information": "mutual information (nats)",
-    "routing/router_gram": "Gram of router directions",
-}
-DECILES = [f"val_capacity/drop_rate/decile{decile}" for decile in range(10)]
+METRICS = {metric.name: metric.axis for metric in select(shown="layer figures")}
+DROP_RATE = "val_capacity/drop_rate"
+DECILES = [f"{DROP_RATE}/decile{decile}" for decile in range(10)]
 PANELS = 12  # small multiples beyond that are too small
 
 
@@ -91,9 +87,7 @@ def drop_by_position(runs: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(6.4, _height(runs)), layout="constrained")
     axes = figure.subplots()
     _draw_conditions(axes, runs, DECILES, list(range(1, 11)))
-    axes.set(
-        xticks=range(1, 11), xlabel="decile of the position in the sequence", ylabel="drop rate (share of assignments)"
-    )
+    axes.set(xticks=range(1, 11), xlabel="decile of the position in the sequence", ylabel=axis_label(DROP_RATE))
     axes.set_ylim(bottom=0)
     legend(figure, "small: one seed; large: mean over n seeds and its 95 % t interval")
     return figure

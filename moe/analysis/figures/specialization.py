@@ -19,6 +19,7 @@ from moe.analysis.figures import expert_grids
 from moe.analysis.figures.expert_grids import Studied
 from moe.analysis.figures.style import MOST_LINES, RC, legend, look
 from moe.analysis.statistics import name_cell, with_intervals
+from moe.metrics.catalog import select
 from moe.results.conditions import conditions, summary, varied_factors
 
 FILE = "specialization.json"
@@ -176,12 +177,7 @@ def landscape(runs: list[Studied]) -> Figure:
 @matplotlib.rc_context(RC)
 def gradients(trains: pd.DataFrame) -> Figure | str:
     """Gradient norms and relative updates of routers and experts by step, of train events that have a `condition`."""
-    columns = {
-        "grad_norm/router": "gradient norm of all routers",
-        "grad_norm/experts": "gradient norm of all experts",
-        "update/router": "relative update of the routers",
-        "update/experts": "relative update of the experts",
-    }
+    columns = {metric.name: metric.axis for metric in select(shown="gradient figure")}
     columns = {column: label for column, label in columns.items() if column in trains and trains[column].notna().any()}
     if not columns:
         return "no train event has a gradient norm"

@@ -1,8 +1,10 @@
-"""How every figure looks: one palette, one set of sizes, one name for every metric."""
+"""How every figure looks: one palette, one set of sizes, one label for every column."""
 
 from typing import Any
 
 from matplotlib.figure import Figure
+
+from moe.metrics.catalog import lookup
 
 PALETTE = (
     "#0072B2",
@@ -30,25 +32,20 @@ RC: dict[Any, Any] = {
     "legend.frameon": False,
 }
 
-LABELS = {
-    "val/loss": "validation loss (nats per token)",
-    "val/perplexity": "validation perplexity",
-    "val/accuracy": "validation accuracy (share of tokens)",
-    "routing/load_cv/pooled": "load CV over experts, layers pooled",
-    "routing/entropy": "router entropy (nats per token)",
-    "routing/entropy_t1": "router entropy at T = 1 (nats per token)",
-    "routing/confidence": "largest probability (token mean)",
-    "routing/confidence_t1": "largest probability at T = 1 (token mean)",
-    "routing/load_gini": "Gini coefficient of the experts' load",
-    "utilization/variance": "variance of load shares in a layer (ddof 0, mean)",
-    "train/load_balance": "load-balance loss (unweighted, 1 is balanced)",
-    "temperature": "router temperature",
-    "noise": "router noise (std of the logits' noise)",
+# Columns that are no metrics of a run: factors, and what only one study computes.
+OTHER_LABELS = {
     "lb": "load-balancing weight",
     "router.temp": "router temperature",
+    "utilization/variance": "variance of load shares in a layer (ddof 0, mean)",
     "avg_drop_rate": "drop rate (share of assignments)",
     "tokens_per_s": "pack and combine (tokens per second)",
 }
+
+
+def axis_label(column: str) -> str:
+    """Return the label of a metric, with its unit, or of a factor; the column's own name if neither is known."""
+    metric = lookup(column)
+    return metric.axis if metric else OTHER_LABELS.get(column, column)
 
 
 def look(index: int) -> dict[str, str]:

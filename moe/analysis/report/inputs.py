@@ -10,6 +10,7 @@ from moe.analysis.claims import judge_planned
 from moe.analysis.figures.style import MOST_LINES
 from moe.analysis.statistics import as_one_family, contrasts, name_cell
 from moe.checks import unknown
+from moe.metrics.catalog import select
 from moe.results.conditions import (
     HEADLINE,
     NAMED_ROUTERS,
@@ -23,15 +24,12 @@ from moe.results.conditions import (
 from moe.results.frontier import LATE
 from moe.results.table import EventTables, read_event_tables
 
-# What is always tested: metric -> its unit, and what a rise and a fall of it mean. Each is a family of its own for
-# corrections; with metrics that a reader wishes for, chosen with the results at hand, all of them are one.
-TESTED = {
-    "val/perplexity": ("perplexity", "worse", "better"),
-    "routing/load_cv/pooled": ("load CV", "less balanced", "more balanced"),
-}
+# Metrics that are always tested. Each is a family of its own for corrections; with metrics that a reader adds after
+# seeing the results, all of them are one family.
+TESTED = tuple(metric.headline for metric in select(shown="tested"))
 
 # What is read of training steps: gradients and updates, losses, and what `moe.results.frontier` wants.
-PULLS = ("grad_norm/router", "grad_norm/experts", "update/router", "update/experts")
+PULLS = tuple(metric.name for metric in select(shown="gradient figure"))
 TRAINING = (*PULLS, "train/loss", "train/load_balance", *LATE)
 
 

@@ -10,7 +10,7 @@ from moe.analysis.figures import effects as effect_figures
 from moe.analysis.figures import layers
 from moe.analysis.figures.specialization import gradients as draw_gradients
 from moe.analysis.figures.specialization import specialization_figures
-from moe.analysis.figures.style import LABELS
+from moe.analysis.figures.style import axis_label
 from moe.analysis.report.blocks import Attachment, Block, Bullets, Heading, Picture
 from moe.analysis.report.inputs import PULLS, TESTED, ReportInputs
 from moe.analysis.statistics import name_cell
@@ -121,8 +121,7 @@ def _factors(inputs: ReportInputs) -> Drawn:
         yield "factors", "no factor varies", ""
         return
     for metric in metrics:
-        label = LABELS.get(metric, metric)
-        name, caption = "factors_" + metric.replace("/", "_"), f"Effect of {', '.join(factors)}: {label}."
+        name, caption = "factors_" + metric.replace("/", "_"), f"Effect of {', '.join(factors)}: {axis_label(metric)}."
         if metric not in inputs.tested:
             yield name, f"no run has {metric}", caption
         else:
@@ -140,14 +139,16 @@ def _factor_figure(runs: pd.DataFrame, factors: list[str], metric: str) -> Figur
 def _forests(inputs: ReportInputs) -> Drawn:
     for metric in inputs.tested if len(inputs.contrasts) else []:
         rows = inputs.contrasts[inputs.contrasts["metric"] == metric].dropna(subset=["ci_low"])
-        name, label = "contrasts_" + metric.replace("/", "_"), LABELS.get(metric, metric)
-        caption = f"Contrasts paired by seed, 95 % t intervals: {label}."
+        name, caption = (
+            "contrasts_" + metric.replace("/", "_"),
+            f"Contrasts paired by seed, 95 % t intervals: {axis_label(metric)}.",
+        )
         if rows.empty:
             yield name, "no contrast has an interval", caption
         elif len(rows) > FOREST:
             yield name, f"{len(rows)} contrasts are too many", caption
         else:
-            yield name, effect_figures.forest(rows, label), caption
+            yield name, effect_figures.forest(rows, axis_label(metric)), caption
 
 
 def _curves(inputs: ReportInputs) -> Drawn:
@@ -161,8 +162,8 @@ def _curves(inputs: ReportInputs) -> Drawn:
 
 def _layers(inputs: ReportInputs) -> Drawn:
     events, panels = inputs.labeled(inputs.past.evals), inputs.condition.nunique()
-    for metric, label in layers.METRICS.items():
-        name, caption = "layers_" + metric.replace("/", "_"), f"{label} of every layer over training."
+    for metric, axis in layers.METRICS.items():
+        name, caption = "layers_" + metric.replace("/", "_"), f"{axis} of every layer over training."
         seen = layers.known(events, metric)
         if seen.empty:
             yield name, f"no evaluation has {metric} by layer", caption

@@ -11,8 +11,9 @@ from moe.analysis.claims import planned as claims_of
 from moe.analysis.claims import post_hoc as not_claimed
 from moe.analysis.report.accounts import listed
 from moe.analysis.report.blocks import Attachment, Block, Bullets, Heading, Table, Text
-from moe.analysis.report.inputs import TESTED, ReportInputs, stack
+from moe.analysis.report.inputs import ReportInputs, stack
 from moe.analysis.statistics import anova, noise_floor, with_intervals
+from moe.metrics.catalog import lookup
 from moe.results.conditions import ROUTING, present, spread_table, summary
 
 STANDINGS = AFTER, BEFORE, UNDECIDED = (
@@ -86,7 +87,10 @@ def _standing(contrast: pd.Series) -> str:
 def verdict(contrast: pd.Series) -> str:
     """One contrast as a sentence that ends in its direction or in undecided."""
     c = contrast
-    unit, up, down = TESTED.get(c["metric"], (c["metric"], "higher", "lower"))
+    metric = lookup(c["metric"])
+    unit, up, down = (
+        (metric.noun or metric.name, metric.rise, metric.fall) if metric else (c["metric"], "higher", "lower")
+    )
     place = f" at {c['within']}" if c["within"] else ""
     claim = f"{c['factor']} {c['level']} vs {c['reference']}{place}:"
     note = f" ({c['note']})" if c["note"] else ""

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-from moe.analysis.figures.style import LABELS, look
+from moe.analysis.figures.style import axis_label, look
 from moe.analysis.studies.temperature.data import TEMPERATURE, seed_means
 
 Style = dict[Any, dict[str, Any]]
@@ -66,7 +66,7 @@ def draw_curves(
             marker="." if len(means) < 5 else "",
             label=f"{look_of['label']} (n={n})",
         )
-    axes.set(xlabel="optimizer step", ylabel=LABELS.get(column, column))
+    axes.set(xlabel="optimizer step", ylabel=axis_label(column))
 
 
 def draw_against_temperature(axes: Axes, runs: pd.DataFrame, metrics: dict[str, str]) -> None:
@@ -89,7 +89,7 @@ def draw_against_temperature(axes: Axes, runs: pd.DataFrame, metrics: dict[str, 
     axes.set_xscale("log")
     axes.set_xticks(temperatures, [f"{temperature:g}" for temperature in temperatures])
     axes.minorticks_off()
-    axes.set(xlabel="router temperature (log scale)", ylabel=f"final {LABELS[next(iter(metrics))]}")
+    axes.set(xlabel="router temperature (log scale)", ylabel=f"final {axis_label(next(iter(metrics)))}")
     if len(series) > 1:
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize="small", borderaxespad=0)
 
@@ -106,7 +106,7 @@ def draw_schedules(axes: Axes, runs: pd.DataFrame, metric: str, style: Style) ->
     axes.set_xlim(-0.5, len(style) - 0.5)
     axes.tick_params(axis="x", labelsize=8.5)
     axes.grid(visible=False, axis="x")
-    axes.set_ylabel(f"final {LABELS[metric]}")
+    axes.set_ylabel(f"final {axis_label(metric)}")
 
 
 def draw_heatmap(axes: Axes, values: np.ndarray, rows: list[str], label: str, *, largest: float) -> None:

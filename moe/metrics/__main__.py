@@ -1,0 +1,76 @@
+"""Print the reference of all metrics: `python -m moe.metrics > docs/metrics.md`, README's table with `readme`."""
+
+import sys
+from collections.abc import Iterable
+
+from moe.metrics.catalog import ENTRIES, GROUPS, LETTERS, VARIANTS, WRITTEN, Metric, select
+
+INTRODUCTION = """\
+# Metrics
+
+Generated from `moe/metrics/catalog.py` by `python -m moe.metrics > docs/metrics.md`; a test compares.
+
+Where each metric is written:
+
+{written}
+A metric that is written at every step too is the value of that step alone; routing metrics are called
+`train/routing/...` there. Ratios are taken of sums over all tokens, so micro-batches and processes do not change them.
+A routing metric is the mean over layers. A metric that a router does not have is null, never zero.
+
+Some metrics have variants, whose names follow after a slash:
+
+{variants}
+Letters in the formulas:
+
+{letters}"""
+
+
+def page() -> str:
+    """Return docs/metrics.md: every metric by group."""
+    introduction = INTRODUCTION.format(
+        written=_bullets(f"{word}: {meaning}" for word, meaning in WRITTEN.items()),
+        variants=_bullets(f"`/{variant}`: {meaning}" for variant, meaning in VARIANTS.items()),
+        letters=_bullets(LETTERS.splitlines()),
+    )
+    return introduction + "".join(map(_section, GROUPS))
+
+
+def readme_table() -> str:
+    """Return README's table: every metric but the losses of single routers."""
+    entries = [metric for metric in ENTRIES if metric.group != "router loss"]
+    rows = [[f"`{metric.name}`", metric.formula, metric.meaning] for metric in entries]
+    return _table(["metric", "formula", "meaning"], rows)
+
+
+def _section(group: str) -> str:
+    rows = [
+        [
+            f"`{metric.name}`",
+            metric.formula,
+            metric.meaning,
+            metric.unit,
+            metric.better or "",
+            ", ".join(f"`{variant}`" for variant in metric.variants),
+            _written(metric),
+        ]
+        for metric in select(group=group)
+    ]
+    head = ["metric", "formula", "meaning", "unit", "better", "variants", "written"]
+    return f"\n## {GROUPS[group]}\n\n{_table(head, rows)}"
+
+
+def _written(metric: Metric) -> str:
+    return ", ".join((*metric.written, "step") if metric.function else metric.written)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _bullets(lines: Iterable[str]) -> str:
+    return "".join(f"- {line}\n" for line in lines)
+
+
+if __name__ == "__main__":
+    print(readme_table() if sys.argv[1:] == ["readme"] else page(), end="")

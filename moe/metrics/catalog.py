@@ -1,0 +1,742 @@
+"""Catalog of every metric that a run writes: formula, meaning, label, unit and where it is shown, one entry each.
+
+README's table, docs/metrics.md, the lists of the report, the labels of figures and the panels of the dashboard are
+derived from these entries. The module does not import torch. The letters in the formulas are explained in `LETTERS`.
+"""
+
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from moe.metrics import formulas
+from moe.metrics.formulas import Sums
+from moe.routing.loss_table import LOSSES, ROUTER_LOSSES, Loss
+
+LETTERS = """\
+T tokens, L layers with experts, E experts, K experts that a token asks for (on average, where the number varies).
+c_e: load of expert e, the number of assignments that tokens ask it for, before drops; f_e = c_e / Σ c.
+p_t: the router's probabilities for token t, at the router's temperature; P_e: mean of p_te over tokens.
+z_t: the clean logits of token t, without noise and temperature. H(p) = -Σ p ln p, in nats.
+"""
+
+GROUPS = {
+    "quality": "Quality on the validation set",
+    "capacity limit": "Quality under the capacity limit of training",
+    "balance": "Balance of the load",
+    "capacity": "Capacity and the number of experts",
+    "sharpness": "Sharpness of the router",
+    "specialization": "Specialization of the experts",
+    "agreement": "Agreement between tokens, and over training",
+    "loss": "Losses in training",
+    "router loss": "Losses of single routers",
+    "gradients": "Gradients and updates",
+    "settings": "Settings that a schedule changes",
+    "speed": "Time",
+    "distribution": "Distributions, as lists",
+}
+
+VARIANTS = {
+    "pooled": "the loads of all layers are added first, so that opposite imbalances cancel",
+    "worst": "value of the worst layer",
+    "layerNN": "value of one layer with experts, from `/layer00`",
+    "<domain>": "value of one domain of the data",
+    "decileN": "value of one tenth of the positions in the sequence, `/decile0` to `/decile9`",
+}
+LAYER = ("layerNN",)
+POOLED = ("pooled", "worst", *LAYER)
+
+SHOWN = {
+    "headline": "tables of the console and of the report",
+    "tested": "compared and tested in every report",
+    "conditions": "the report's table of routing by condition",
+    "layer figures": "figures by layer",
+    "gradient figure": "the figure of gradients and updates",
+    "dashboard layers": "the dashboard's panels of each layer: six, as many as W&B has on a page, so a page is a layer",
+}
+
+WRITTEN = {
+    "evaluation": "at every evaluation, and the last one in metrics.json",
+    "step": "at every optimizer step",
+    "end": "once, in metrics.json",
+}
+
+
+class Metric(NamedTuple):
+    """A metric: what it means and where it is shown.
+
+    A metric with a `function` is computed from routing sums alone and is the mean over layers. Such a metric is also
+    written at every optimizer step, as `train/<name>` and without variants.
+    """
+
+    name: str
+    formula: str
+    meaning: str
+    label: str  # `axis` adds the unit
+    group: str  # key of GROUPS
+    unit: str = ""
+    better: str | None = None  # "lower" | "higher"
+    variants: tuple[str, ...] = ()  # keys of VARIANTS
+    written: tuple[str, ...] = ("evaluation",)  # keys of WRITTEN
+    function: Callable[[Sums], np.ndarray] | None = None
+    shown: tuple[str, ...] = ()  # keys of SHOWN
+    headline_variant: str = ""  # the variant that is tested and shown in headlines
+    noun: str = ""  # names a difference of it in a sentence
+
+    @property
+    def axis(self) -> str:
+        """Label with the unit, for the axis of a figure."""
+        return f"{self.label} ({self.unit})" if self.unit else self.label
+
+    @property
+    def headline(self) -> str:
+        """Full name of the variant that is tested and shown in headlines."""
+        return f"{self.name}/{self.headline_variant}" if self.headline_variant else self.name
+
+    @property
+    def rise(self) -> str:
+        """Word for a rise of this metric, such as "worse"."""
+        return self._direction("higher")
+
+    @property
+    def fall(self) -> str:
+        """Word for a fall of this metric, such as "better"."""
+        return self._direction("lower")
+
+    def _direction(self, direction: str) -> str:
+        if self.better is None:
+            return direction
+        improves = direction == self.better
+        if self.group == "balance":
+            return "more balanced" if improves else "less balanced"
+        return "better" if improves else "worse"
+
+    def variant(self, suffix: str) -> "Metric | None":
+        """Return this metric under the name and label of a variant; None if it has no such variant."""
+        if "pooled" in self.variants and suffix == "pooled":
+            text = "layers pooled"
+        elif "worst" in self.variants and suffix == "worst":
+            text = "worst layer"
+        elif "layerNN" in self.variants and (match := re.fullmatch(r"layer(\d+)", suffix)):
+            text = f"layer {int(match[1])}"
+        elif "decileN" in self.variants and (match := re.fullmatch(r"decile(\d)", suffix)):
+            text = f"decile {match[1]} of the position"
+        elif "<domain>" in self.variants and suffix:
+            text = suffix
+        else:
+            return None
+        return self._replace(name=f"{self.name}/{suffix}", label=f"{self.label}, {text}")
+
+
+def _loss(name: str, loss: Loss, group: str) -> Metric:
+    source = f" {loss.paper}." if loss.paper else ""
+    return Metric(
+        f"train/{name}",
+        loss.formula,
+        f"{loss.meaning} Weighted by `{loss.weight}`.{source}",
+        f"{name.replace('_', '-')} loss, unweighted",
+        group,
+        written=("step",),
+    )
+
+
+ENTRIES = (
+    Metric(
+        "val/loss",
+        "-mean ln p(next token)",
+        "Cross-entropy of the validation tokens. No capacity limit, no noise, no dropout.",
+        "validation loss",
+        "quality",
+        unit="nats per token",
+        better="lower",
+        variants=("<domain>",),
+        shown=("headline",),
+    ),
+    Metric(
+        "val/perplexity",
+        "exp(val/loss)",
+        "Exponential of the validation loss.",
+        "validation perplexity",
+        "quality",
+        better="lower",
+        shown=("headline", "tested"),
+        noun="perplexity",
+    ),
+    Metric(
+        "val/accuracy",
+        "mean [argmax p = next token]",
+        "Share of validation tokens that the model predicts.",
+        "validation accuracy",
+        "quality",
+        unit="share of tokens",
+        better="higher",
+        shown=("headline",),
+    ),
+    Metric(
+        "val_capacity/loss",
+        "-mean ln p(next token)",
+        "`val/loss` with the capacity limit of training. Absent without a limit, like all `val_capacity/...`.",
+        "validation loss under the capacity limit",
+        "capacity limit",
+        unit="nats per token",
+        better="lower",
+    ),
+    Metric(
+        "val_capacity/perplexity",
+        "exp(val_capacity/loss)",
+        "Exponential of that loss.",
+        "validation perplexity under the capacity limit",
+        "capacity limit",
+        better="lower",
+    ),
+    Metric(
+        "val_capacity/drop_rate",
+        "1 - kept / Σ c",
+        "Share of assignments over capacity. The deciles show where in a sequence they are dropped.",
+        "drop rate",
+        "capacity limit",
+        unit="share of assignments",
+        better="lower",
+        variants=("decileN",),
+    ),
+    Metric(
+        "val_capacity/unrouted_rate",
+        "tokens without an expert / T",
+        "Share of tokens that no expert processed.",
+        "unrouted tokens under the capacity limit",
+        "capacity limit",
+        unit="share of tokens",
+        better="lower",
+    ),
+    Metric(
+        "routing/load_cv",
+        "std(c) / mean(c), ddof 0",
+        "Coefficient of variation of the load. 0 is balanced; at most sqrt(E/K - 1). "
+        "The noise study calls `/pooled` expert usage CV.",
+        "load CV over experts",
+        "balance",
+        better="lower",
+        variants=POOLED,
+        function=formulas.load_cv,
+        shown=("headline", "tested", "layer figures", "dashboard layers"),
+        headline_variant="pooled",
+        noun="load CV",
+    ),
+    Metric(
+        "routing/load_cv_normalized",
+        "load_cv / sqrt(E/K - 1)",
+        "Load CV as a share of its maximum, so that K = 1 and K = 2 compare. Null for K = E.",
+        "load CV / its maximum",
+        "balance",
+        better="lower",
+        variants=POOLED,
+        function=formulas.load_cv_normalized,
+    ),
+    Metric(
+        "routing/load_cv_floor",
+        "sqrt((E/K - 1) / T)",
+        "Load CV that T tokens show by chance, each taking K experts at random.",
+        "load CV of routing at random",
+        "balance",
+        better="lower",
+        variants=POOLED,
+        function=formulas.load_cv_floor,
+    ),
+    Metric(
+        "routing/load_max_violation",
+        "max(c) / mean(c) - 1",
+        "Excess of the busiest expert, one-sided MaxVio (Wang et al. 2408.15664). At most E/K - 1.",
+        "MaxVio (largest load / mean - 1)",
+        "balance",
+        better="lower",
+        variants=POOLED,
+        function=formulas.load_max_violation,
+        shown=("conditions", "layer figures"),
+    ),
+    Metric(
+        "routing/load_max_violation_normalized",
+        "load_max_violation / (E/K - 1)",
+        "MaxVio as a share of its maximum. Null for K = E.",
+        "MaxVio / its maximum",
+        "balance",
+        better="lower",
+        variants=POOLED,
+        function=formulas.load_max_violation_normalized,
+    ),
+    Metric(
+        "routing/load_max_violation_two_sided",
+        "max(abs(c - mean(c))) / mean(c)",
+        "Largest distance from the mean load (SPECTRA). At least 1 once an expert is unused.",
+        "two-sided MaxVio",
+        "balance",
+        better="lower",
+        variants=POOLED,
+        function=formulas.load_max_violation_two_sided,
+    ),
+    Metric(
+        "routing/load_max_violation_batch",
+        "mean over micro-batches of max(c) / mean(c) - 1",
+        "MaxVio of one micro-batch. It depends on how tokens are cut into micro-batches.",
+        "MaxVio of a micro-batch",
+        "balance",
+        better="lower",
+        variants=LAYER,
+        function=formulas.load_max_violation_batch,
+    ),
+    Metric(
+        "routing/load_max_violation_sequence",
+        "mean over sequences of max(c) / mean(c) - 1",
+        "MaxVio of one sequence (block).",
+        "MaxVio of a sequence",
+        "balance",
+        better="lower",
+        variants=LAYER,
+        function=formulas.load_max_violation_sequence,
+    ),
+    Metric(
+        "routing/load_gini",
+        "Σ_ij abs(f_i - f_j) / 2E",
+        "Gini coefficient of the load. 0 is balanced; at most 1 - K/E.",
+        "Gini coefficient of the experts' load",
+        "balance",
+        better="lower",
+        variants=POOLED,
+        function=formulas.load_gini,
+        shown=("conditions",),
+    ),
+    Metric(
+        "routing/load_gini_normalized",
+        "load_gini / (1 - K/E)",
+        "Gini coefficient as a share of its maximum. Null for K = E.",
+        "Gini coefficient / its maximum",
+        "balance",
+        better="lower",
+        variants=POOLED,
+        function=formulas.load_gini_normalized,
+    ),
+    Metric(
+        "routing/load_entropy",
+        "H(f) / ln E",
+        "Entropy of the load relative to a balanced one. 1 is balanced.",
+        "entropy of the load / ln E",
+        "balance",
+        better="higher",
+        variants=POOLED,
+        function=formulas.load_entropy,
+    ),
+    Metric(
+        "routing/effective_experts",
+        "exp(H(f))",
+        "Number of experts that would have the same entropy with equal loads, 1 to E.",
+        "effective number of experts",
+        "balance",
+        better="higher",
+        variants=POOLED,
+        function=formulas.effective_experts,
+    ),
+    Metric(
+        "routing/unused_experts",
+        "mean_e [c_e = 0]",
+        "Share of experts that no token asked for.",
+        "unused experts",
+        "balance",
+        unit="share of experts",
+        better="lower",
+        variants=POOLED,
+        function=formulas.unused_experts,
+        shown=("conditions", "dashboard layers"),
+    ),
+    Metric(
+        "routing/drop_rate",
+        "1 - kept / Σ c",
+        "Share of assignments over capacity. 0 in evaluations, which have no capacity limit.",
+        "drop rate",
+        "capacity",
+        unit="share of assignments",
+        better="lower",
+        variants=LAYER,
+        function=formulas.drop_rate,
+    ),
+    Metric(
+        "routing/capacity_usage",
+        "kept / capacity of all experts",
+        "Share of the capacity that is used. Null when dropless.",
+        "used share of the capacity",
+        "capacity",
+        better="higher",
+        variants=LAYER,
+        function=formulas.capacity_usage,
+    ),
+    Metric(
+        "routing/unrouted_rate",
+        "tokens without an expert / T",
+        "Share of tokens that no expert processed.",
+        "unrouted tokens",
+        "capacity",
+        unit="share of tokens",
+        better="lower",
+        variants=LAYER,
+        function=formulas.unrouted_rate,
+    ),
+    Metric(
+        "routing/active_experts",
+        "mean_t (experts that t asks for)",
+        "Number of experts that a token asks for: K where it is fixed.",
+        "experts per token",
+        "capacity",
+        variants=LAYER,
+        function=formulas.active_experts,
+    ),
+    Metric(
+        "routing/active_experts_std",
+        "std_t (experts that t asks for), ddof 0",
+        "Spread of that number over tokens: 0 where it is fixed.",
+        "std of experts per token",
+        "capacity",
+        variants=LAYER,
+        function=formulas.active_experts_std,
+    ),
+    Metric(
+        "routing/entropy",
+        "mean_t H(p_t)",
+        "Entropy of the router's probabilities, at its temperature.",
+        "router entropy",
+        "sharpness",
+        unit="nats per token",
+        variants=LAYER,
+        function=formulas.entropy,
+        shown=("conditions", "layer figures"),
+    ),
+    Metric(
+        "routing/entropy_t1",
+        "mean_t H(softmax(z_t))",
+        "Entropy of the clean logits at temperature 1.",
+        "router entropy at T = 1",
+        "sharpness",
+        unit="nats per token",
+        variants=LAYER,
+        function=formulas.entropy_t1,
+        shown=("dashboard layers",),
+    ),
+    Metric(
+        "routing/confidence",
+        "mean_t max_e p_te",
+        "Largest probability of a token, at the router's temperature.",
+        "largest probability",
+        "sharpness",
+        unit="token mean",
+        variants=LAYER,
+        function=formulas.confidence,
+    ),
+    Metric(
+        "routing/confidence_t1",
+        "mean_t max softmax(z_t)",
+        "Largest probability of the clean logits at temperature 1.",
+        "largest probability at T = 1",
+        "sharpness",
+        unit="token mean",
+        variants=LAYER,
+        function=formulas.confidence_t1,
+        shown=("dashboard layers",),
+    ),
+    Metric(
+        "routing/margin",
+        "mean_t (largest p_te - second largest p_te)",
+        "Lead of the most probable expert.",
+        "largest - second largest probability",
+        "sharpness",
+        unit="token mean",
+        variants=LAYER,
+        function=formulas.margin,
+    ),
+    Metric(
+        "routing/top_k_mass",
+        "mean_t Σ p_te over the experts that t asks for",
+        "Probability of all experts that a token asks for.",
+        "probability of the experts asked for",
+        "sharpness",
+        unit="token mean",
+        variants=LAYER,
+        function=formulas.top_k_mass,
+    ),
+    Metric(
+        "routing/logit_rms",
+        "sqrt(mean_te z_te²)",
+        "Root mean square of the clean logits.",
+        "RMS of the router logits",
+        "sharpness",
+        variants=LAYER,
+        function=formulas.logit_rms,
+    ),
+    Metric(
+        "routing/logsumexp_squared",
+        "mean_t (ln Σ_e exp z_te)²",
+        "What the router z-loss punishes.",
+        "squared log-sum-exp of the router logits",
+        "sharpness",
+        variants=LAYER,
+        function=formulas.logsumexp_squared,
+    ),
+    Metric(
+        "routing/mutual_information",
+        "H(P) - mean_t H(p_t)",
+        "Mutual information of token and expert: soft specialization.",
+        "mutual information",
+        "specialization",
+        unit="nats",
+        variants=LAYER,
+        function=formulas.mutual_information,
+        shown=("layer figures", "dashboard layers"),
+    ),
+    Metric(
+        "routing/position_information",
+        "I(expert; decile of the position), corrected for bias",
+        "Mutual information of expert and tenth of the position in the text (bias: Miller 1955).",
+        "mutual information of expert and position",
+        "specialization",
+        unit="nats",
+        variants=LAYER,
+        function=formulas.position_information,
+    ),
+    Metric(
+        "routing/output_similarity",
+        "mean cosine over all pairs of experts",
+        "Similarity of two experts' outputs for the same token. Measured on one validation token in 251.",
+        "cosine of two experts' outputs",
+        "specialization",
+        better="lower",
+        variants=LAYER,
+        function=formulas.output_similarity,
+        shown=("dashboard layers",),
+    ),
+    Metric(
+        "routing/jaccard",
+        "mean over pairs of experts: tokens of both / tokens of either",
+        "Overlap of the token sets of two experts. Null for K <= 1.",
+        "Jaccard index of two experts' tokens",
+        "agreement",
+        variants=LAYER,
+        function=formulas.jaccard,
+        shown=("conditions",),
+    ),
+    Metric(
+        "routing/jaccard_chance",
+        "(K - 1) / (2 (E - 1) - (K - 1))",
+        "Jaccard index of balanced routing at random. Null for K <= 1.",
+        "Jaccard index at random",
+        "agreement",
+        variants=LAYER,
+        function=formulas.jaccard_chance,
+    ),
+    Metric(
+        "routing/router_gram",
+        "‖G - I‖_F / sqrt(E (E - 1))",
+        "Distance of the experts' normalized directions (router rows; SPECTRA: mean expression vectors) from "
+        "orthogonal; G is their Gram matrix. 0 is orthogonal, 1 is all alike.",
+        "Gram of router directions",
+        "specialization",
+        variants=LAYER,
+        shown=("conditions", "layer figures"),
+    ),
+    Metric(
+        "routing/sequential_overlap",
+        "assignments that the token before asked for too / assignments",
+        "Share of a token's experts that the token before it in the text asked for too.",
+        "overlap with the token before",
+        "agreement",
+        variants=LAYER,
+        function=formulas.sequential_overlap,
+        shown=("conditions",),
+    ),
+    Metric(
+        "routing/sequential_overlap_chance",
+        "K/E",
+        "Sequential overlap of balanced routing at random.",
+        "overlap with the token before at random",
+        "agreement",
+        variants=LAYER,
+        function=formulas.sequential_overlap_chance,
+    ),
+    Metric(
+        "routing/sequential_overlap_kappa",
+        "(o - K Σ f²) / (1 - K Σ f²)",
+        "Sequential overlap o beyond the chance of these loads.",
+        "overlap with the token before, beyond chance",
+        "agreement",
+        variants=LAYER,
+        function=formulas.sequential_overlap_kappa,
+        shown=("conditions",),
+    ),
+    Metric(
+        "routing/consistency",
+        "experts shared by the last two traces / K",
+        "Share of a token's experts that it asked for at 75 % of training and still does at the end, on 4,096 "
+        "validation tokens.",
+        "experts that a token keeps",
+        "agreement",
+        written=("end",),
+        shown=("conditions",),
+    ),
+    Metric(
+        "routing/consistency_kappa",
+        "(consistency - chance) / (1 - chance)",
+        "Consistency beyond what the same loads would share by chance.",
+        "experts that a token keeps, beyond chance",
+        "agreement",
+        written=("end",),
+        shown=("conditions",),
+    ),
+    Metric(
+        "train/loss",
+        "-mean ln p(next token)",
+        "Cross-entropy of the step's batch, without auxiliary losses. In metrics.json: mean since the last but one "
+        "evaluation.",
+        "training loss",
+        "loss",
+        unit="nats per token",
+        better="lower",
+        written=("step", "end"),
+    ),
+    *(_loss(name, loss, "loss") for name, loss in LOSSES.items()),
+    *(_loss(name, loss, "router loss") for name, loss in ROUTER_LOSSES.items()),
+    Metric(
+        "grad_norm",
+        "‖gradient‖₂",
+        "Norm of the gradient of all parameters, before clipping.",
+        "gradient norm",
+        "gradients",
+        written=("step",),
+    ),
+    Metric(
+        "grad_norm/router",
+        "‖gradient of all routers‖₂",
+        "Norm of the gradient of all routers, before clipping.",
+        "gradient norm of all routers",
+        "gradients",
+        written=("step",),
+        shown=("gradient figure",),
+    ),
+    Metric(
+        "grad_norm/experts",
+        "‖gradient of all experts‖₂",
+        "Norm of the gradient of all experts, before clipping.",
+        "gradient norm of all experts",
+        "gradients",
+        written=("step",),
+        shown=("gradient figure",),
+    ),
+    Metric(
+        "update/router",
+        "‖change‖₂ / ‖weights before‖₂",
+        "Relative change of the routers by an optimizer step. Only at steps that end with an evaluation.",
+        "relative update of the routers",
+        "gradients",
+        written=("step",),
+        shown=("gradient figure",),
+    ),
+    Metric(
+        "update/experts",
+        "‖change‖₂ / ‖weights before‖₂",
+        "Relative change of the experts by an optimizer step. Only at steps that end with an evaluation.",
+        "relative update of the experts",
+        "gradients",
+        written=("step",),
+        shown=("gradient figure",),
+    ),
+    Metric(
+        "learning_rate",
+        "schedule of the optimizer",
+        "Learning rate of the first parameter group.",
+        "learning rate",
+        "settings",
+        written=("evaluation", "step"),
+    ),
+    Metric(
+        "temperature",
+        "schedule of the router",
+        "Temperature that divides the router's logits.",
+        "router temperature",
+        "settings",
+        written=("evaluation", "step"),
+    ),
+    Metric(
+        "noise",
+        "schedule of the router",
+        "Standard deviation of the Gaussian noise on the router's logits, in training only.",
+        "router noise",
+        "settings",
+        unit="std of the logits' noise",
+        written=("evaluation", "step"),
+    ),
+    Metric(
+        "time/tokens_per_s",
+        "tokens of the step / its seconds",
+        "Speed of training steps alone, without evaluation and saving. In metrics.json: median after the first five.",
+        "training speed",
+        "speed",
+        unit="tokens per second",
+        better="higher",
+        written=("step", "end"),
+    ),
+    Metric(
+        "time/elapsed",
+        "wall time",
+        "Time since the start of the run, over all its resumptions.",
+        "elapsed time",
+        "speed",
+        unit="s",
+        written=("evaluation", "step"),
+    ),
+    Metric(
+        "time/train_seconds",
+        "wall time of all steps",
+        "Time of training steps alone, without evaluation and saving.",
+        "training time",
+        "speed",
+        unit="s",
+        better="lower",
+        written=("end",),
+    ),
+    Metric(
+        "routing/utilization",
+        "f of every layer and expert",
+        "Share of the assignments by layer and expert.",
+        "share of assignments",
+        "distribution",
+    ),
+    Metric(
+        "routing/drop_rate_by_position",
+        "1 - kept / asked for, by decile of the position",
+        "Share of assignments over capacity in each tenth of the positions, mean over layers. 0 when dropless.",
+        "drop rate",
+        "distribution",
+    ),
+)
+METRICS = {metric.name: metric for metric in ENTRIES}
+ROUTING = {name: metric for name, metric in METRICS.items() if metric.function is not None}
+
+
+def select(*, group: str | None = None, shown: str | None = None, written: str | None = None) -> list[Metric]:
+    """Return the entries that meet all conditions, in the order of the catalog."""
+    return [
+        metric
+        for metric in ENTRIES
+        if group in (None, metric.group)
+        and (shown is None or shown in metric.shown)
+        and (written is None or written in metric.written)
+    ]
+
+
+def lookup(name: str) -> Metric | None:
+    """Return the entry of a metric, or of the variant `name`, with the variant's name and label; None if there is none.
+
+    Understands `/pooled`, `/worst`, `/layer03`, `/<domain>`, `/decile0` and `train/routing/...`.
+    """
+    if name in METRICS:
+        return METRICS[name]
+    if name.startswith("train/routing/"):
+        metric = ROUTING.get(name.removeprefix("train/"))
+        return metric and metric._replace(name=name, label=f"{metric.label}, in training")
+    base, _, suffix = name.rpartition("/")
+    return METRICS[base].variant(suffix) if base in METRICS else None

@@ -1,0 +1,60 @@
+"""Compute every routing metric from the sums that a model leaves behind."""
+
+import numpy as np
+import torch
+
+from moe.metrics import formulas
+from moe.metrics.catalog import ROUTING
+from moe.metrics.formulas import Sums
+from moe.routing.stats import RoutingStats
+
+
+def summarize(stats: RoutingStats, *, per_layer: bool = True) -> dict[str, float | None]:
+    """Return every metric as `routing/<name>`, the mean over layers; None where a router has no such quantity.
+
+    With `per_layer` add the variants `/layerNN` and, where the catalog has them, `/pooled` and `/worst`.
+    """
+    sums = to_numpy(stats)
+    pooled = sums.pool() if per_layer else sums
+    values: dict[str, float | None] = {}
+    with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0 is NaN: no such quantity
+        for name, metric in ROUTING.items():
+            assert metric.function is not None
+            layers = metric.function(sums)
+            values[name] = _number(layers.mean())
+            if not per_layer:
+                continue
+            if "pooled" in metric.variants:
+                worst = layers.max() if metric.better == "lower" else layers.min()
+                values[f"{name}/pooled"] = _number(metric.function(pooled)[0])
+                values[f"{name}/worst"] = _number(worst)
+            for layer, value in enumerate(layers):
+                values[f"{name}/layer{layer:02d}"] = _number(value)
+    return values
+
+
+def to_numpy(stats: RoutingStats) -> Sums:
+    """Fetch all sums from the device in one transfer: each transfer from a GPU waits for the GPU."""
+    numbers = torch.cat([field.flatten() for field in stats]).cpu().double().numpy()
+    ends = np.cumsum([field.numel() for field in stats])
+    parts = np.split(numbers, ends[:-1])
+    return Sums(
+        {name: part.reshape(field.shape) for name, part, field in zip(stats._fields, parts, stats, strict=True)}
+    )
+
+
+def drop_rate_by_position(stats: RoutingStats) -> list[float | None]:
+    """Return the drop rate of each decile of the position, the mean over layers."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rates = formulas.drop_rate_by_position(to_numpy(stats))
+    return [_number(rate) for rate in rates.mean(0)]
+
+
+def utilization(stats: RoutingStats) -> list[list[float]]:
+    """Return each expert's share of the assignments, (L, E)."""
+    shares: list[list[float]] = formulas.load_share(to_numpy(stats)).tolist()
+    return shares
+
+
+def _number(value: np.floating) -> float | None:
+    return None if np.isnan(value) else float(value)

@@ -1,0 +1,117 @@
+"""Table of all auxiliary losses: the configuration key that weights each one, its formula, meaning and paper.
+
+The losses are computed in `moe.routing.losses` and in the routers. This module does not import torch, so that the
+configuration and the analysis can read it quickly. The letters in the formulas are explained in docs/metrics.md.
+"""
+
+from typing import NamedTuple
+
+
+class Loss(NamedTuple):
+    """An auxiliary loss. It is a mean over the tokens of a micro-batch and is logged unweighted."""
+
+    weight: str  # key of the configuration that weights it; its values in all layers are weighted alike and summed
+    formula: str
+    meaning: str
+    paper: str
+
+
+# Losses that any router can have. `weight` is a key at the root of the configuration.
+LOSSES = {
+    "load_balance": Loss(
+        "lb",
+        "E Σ_e f_e P_e",
+        "Load-balance loss. 1 is balanced for every K and E, and E is the value when one expert has everything.",
+        "Switch Transformer, 2101.03961, eq. 4-6",
+    ),
+    "load_balance_sequence": Loss(
+        "lb_sequence",
+        "E Σ_e f_e P_e, of each sequence by itself",
+        "Load-balance loss of each sequence (block), averaged over sequences.",
+        "DeepSeek-V3, 2412.19437, eq. 17-20",
+    ),
+    "load_balance_global": Loss(
+        "lb_global",
+        "E Σ_e f_e P_e, f over the optimizer step so far",
+        "Load-balance loss of the whole batch of an optimizer step: single micro-batches may specialize.",
+        "Qiu et al., 2501.11873",
+    ),
+    "router_z": Loss(
+        "z",
+        "mean_t (ln Σ_e exp z_te)²",
+        "Router z-loss: keeps the logits small.",
+        "ST-MoE, 2202.08906, eq. 5",
+    ),
+    "router_entropy": Loss(
+        "router_entropy",
+        "mean_t H(p_t)",
+        "Mean entropy of the router's probabilities in nats. A positive weight sharpens the router, up to collapse.",
+        "",
+    ),
+    "gate_variance": Loss(
+        "gate_variance",
+        "-Σ_e var_t p_te",
+        "Minus the variance over tokens of each expert's probability. A positive weight makes decisions differ.",
+        "Guo et al., 2505.22323, L_v",
+    ),
+    "simbal": Loss(
+        "simbal",
+        "‖W Wᵀ - I‖₁",
+        "Entrywise distance of the experts' router rows from orthonormal, so that similar tokens keep similar routing.",
+        "SimBal, Omi et al., 2506.14038",
+    ),
+    "output_orthogonality": Loss(
+        "output_orthogonality",
+        "mean of cos² over pairs of a token's experts",
+        "Squared cosine of the outputs that two experts give for the same token. Computed only where it is weighted.",
+        "Guo et al., 2505.22323, L_o",
+    ),
+}
+
+# Losses that one router brings along. `weight` is a key of conf/router/<router>.yaml.
+ROUTER_LOSSES = {
+    "importance": Loss(
+        "router.importance",
+        "CV² over experts of Σ_t gate_te",
+        "Imbalance of the summed gates (`router=noisy_topk`).",
+        "Shazeer et al., 1701.06538",
+    ),
+    "load": Loss(
+        "router.load",
+        "CV² over experts of the expected load",
+        "Imbalance of the number of tokens expected under the router's noise (`router=noisy_topk`).",
+        "Shazeer et al., 1701.06538",
+    ),
+    "null_balance": Loss(
+        "router.balance",
+        "S Σ_s f_s P_s over S experts and null experts",
+        "Load-balance loss that counts null experts too (`router=null_experts`). 1 is balanced.",
+        "AdaMoE, Zeng et al., 2406.13233",
+    ),
+    "sparsity": Loss(
+        "router.coefficient",
+        "mean_t Σ_e f_e gate_te E / target",
+        "L1 norm of the gates, stronger for popular experts (`router=relu`); f_e: share of tokens that take expert e. "
+        "The key sets the first weight, which then adapts.",
+        "ReMoE, Wang et al., 2412.14711",
+    ),
+    "entropy": Loss(
+        "router.entropy",
+        "mean_t H(p_t)",
+        "Mean entropy of the router's probabilities in nats: keeps the number of experts small (`router=top_p`).",
+        "Huang et al., 2403.07652",
+    ),
+    "cosine_similarity": Loss(
+        "router.cosine_similarities_loss_coef",
+        "mean_te s_te²",
+        "Squared similarity of routing and expression vectors (`router=spectra`).",
+        "",
+    ),
+    "srip": Loss(
+        "router.so_lambda_max",
+        "0.7 ‖G - I‖_F² + 0.3 σ_max(G - I)²",
+        "Distance of the experts' mean expression vectors from orthogonal; G is their Gram matrix (`router=spectra`). "
+        "The weight warms up.",
+        "Bansal et al., 1810.09102",
+    ),
+}

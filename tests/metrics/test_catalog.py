@@ -1,0 +1,150 @@
+"""The catalog: every metric that a run writes is an entry, and every entry is written."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+
+import pytest
+import torch
+import yaml
+
+from moe.checks import build
+from moe.config.options import CONF
+from moe.config.schema import Cell, Config
+from moe.launch.run import run
+from moe.metrics.__main__ import page
+from moe.metrics.catalog import ENTRIES, GROUPS, METRICS, ROUTING, SHOWN, VARIANTS, WRITTEN, Metric, lookup, select
+from moe.routing.decision import Context, Knobs
+from moe.routing.loss_table import LOSSES, ROUTER_LOSSES
+from moe.runs.events import read_events
+
+LAYERS, DOMAINS = 2, ("early", "late")  # of the small runs of tests
+FORMS = {
+    "pooled": ["pooled"],
+    "worst": ["worst"],
+    "layerNN": [f"layer{layer:02d}" for layer in range(LAYERS)],
+    "<domain>": DOMAINS,
+    "decileN": [f"decile{decile}" for decile in range(10)],
+}
+
+
+def names(metrics: Iterable[Metric]) -> set[str]:
+    """Names of metrics and of all their variants."""
+    every = list(metrics)
+    variants = {f"{m.name}/{form}" for m in every for variant in m.variants for form in FORMS[variant]}
+    return variants | {metric.name for metric in every}
+
+
+def test_a_run_writes_what_the_catalog_says_and_nothing_else(cell: Callable[..., Cell]) -> None:
+    made = cell("capacity=1.0", "output_orthogonality=0.1")  # without a limit or this weight some metrics are absent
+    run(made)
+    events = read_events(made.folder / "events.jsonl")
+    evaluated = names(select(written="evaluation"))
+    stepped = {m.name for m in select(written="step") if m.group != "router loss"}
+    stepped |= {f"train/{name}" for name in ROUTING}
+    updates = {name for name in stepped if name.startswith("update/")}
+    for event in events:
+        written = set(event) - {"kind", "step"}
+        if event["kind"] == "eval":
+            assert written == evaluated
+        else:
+            assert written == (stepped if event["step"] % 3 == 0 else stepped - updates)
+    final = json.loads((made.folder / "metrics.json").read_text())["final_metrics"]
+    at_the_end = {name for name in evaluated if "/" in name and not name.startswith("time/")}
+    assert set(final) == at_the_end | {metric.name for metric in select(written="end")}
+    assert all(lookup(name) for event in events for name in set(event) - {"kind", "step"})
+
+
+@pytest.fixture(scope="module")
+def own_losses() -> dict[str, set[str]]:
+    """Name of the router's yaml -> losses that it brings along."""
+    found = {}
+    for path in sorted((CONF / "router").glob("*.yaml")):
+        first = next(iter(build(yaml.safe_load(path.read_text()), "router", 16, 8).chain))
+        first.initialize(0.02)
+        context = Context(torch.zeros(2, 8, dtype=torch.long), Knobs.of())
+        found[path.stem] = set(first(torch.randn(16, 16), context).aux)
+    return found
+
+
+def test_every_loss_of_a_router_is_in_the_table_under_the_key_that_weights_it(own_losses: dict[str, set[str]]) -> None:
+    assert set().union(*own_losses.values()) == set(ROUTER_LOSSES)
+    for router, losses in own_losses.items():
+        keys = yaml.safe_load((CONF / "router" / f"{router}.yaml").read_text())
+        for name in losses:
+            assert ROUTER_LOSSES[name].weight.removeprefix("router.") in keys, (router, name)
+
+
+def test_every_shared_loss_is_weighted_by_a_key_of_the_configuration() -> None:
+    assert {loss.weight for loss in LOSSES.values()} <= {field.name for field in fields(Config)}
+    assert not set(LOSSES) & set(ROUTER_LOSSES)
+
+
+def test_entries_use_the_words_of_the_catalog() -> None:
+    assert len(METRICS) == len(ENTRIES)
+    for metric in ENTRIES:
+        assert metric.group in GROUPS, metric.name
+        assert metric.better in (None, "lower", "higher"), metric.name
+        assert set(metric.variants) <= set(VARIANTS), metric.name
+        assert set(metric.written) <= set(WRITTEN), metric.name
+        assert set(metric.shown) <= set(SHOWN), metric.name
+        assert metric.meaning.endswith("."), metric.name
+        assert "|" not in metric.formula + metric.meaning, metric.name  # would end a cell of a Markdown table
+    assert {word for metric in ENTRIES for word in metric.shown} == set(SHOWN)
+    assert {metric.group for metric in ENTRIES} == set(GROUPS)
+
+
+@pytest.mark.parametrize(
+    ("name", "axis"),
+    [
+        ("val/loss", "validation loss (nats per token)"),
+        ("val/loss/python", "validation loss, python (nats per token)"),
+        ("routing/load_cv/pooled", "load CV over experts, layers pooled"),
+        ("routing/load_gini/worst", "Gini coefficient of the experts' load, worst layer"),
+        ("routing/entropy/layer03", "router entropy, layer 3 (nats per token)"),
+        ("train/routing/drop_rate", "drop rate, in training (share of assignments)"),
+        ("val_capacity/drop_rate/decile9", "drop rate, decile 9 of the position (share of assignments)"),
+    ],
+)
+def test_variants_have_names_and_labels(name: str, axis: str) -> None:
+    metric = lookup(name)
+    assert metric is not None
+    assert (metric.name, metric.axis) == (name, axis)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "val/los",
+            "routing/entropy/pooled",
+            "routing/load_cv/layer",
+            "val/perplexity/python",
+            "train/routing/consistency",
+        ),
+        *("router.temp", "", "/", "val_capacity/drop_rate/decile10", "routing/load_cv/pooled/layer00"),
+    ],
+)
+def test_what_no_run_writes_is_not_found(name: str) -> None:
+    assert lookup(name) is None
+
+
+def test_a_change_has_a_word_in_its_direction() -> None:
+    directions = {metric.headline: (metric.rise, metric.fall) for metric in ENTRIES}
+    assert directions["val/perplexity"] == ("worse", "better")
+    assert directions["val/accuracy"] == ("better", "worse")
+    assert directions["routing/load_cv/pooled"] == ("less balanced", "more balanced")
+    assert directions["routing/load_entropy"] == ("more balanced", "less balanced")
+    assert directions["routing/entropy"] == ("higher", "lower")
+
+
+def test_the_page_of_metrics_is_that_of_the_catalog() -> None:
+    """To write it anew: `python -m moe.metrics > docs/metrics.md`."""
+    assert (CONF.parent / "docs" / "metrics.md").read_text() == page()
+
+
+def test_the_catalog_needs_no_torch() -> None:
+    code = "import sys; import moe.metrics.__main__, moe.analysis.figures.layers; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
