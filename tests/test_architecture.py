@@ -16,9 +16,8 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"checks", "files"},
     {"distributed", "routing", "data"},
-    {"config", "routers"},
+    {"config", "metrics", "routers"},
     {"model", "runs"},
-    {"metrics"},
     {"results", "training"},
     {"analysis", "launch"},
     {"dashboard", "specialization"},

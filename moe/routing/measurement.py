@@ -1,4 +1,4 @@
-"""What is summed of a layer's routing while running; `moe.metrics.formulas` makes numbers of the sums."""
+"""What is summed of a layer's routing while running; `moe.metrics.catalog` makes numbers of the sums."""
 
 import math
 

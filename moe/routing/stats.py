@@ -13,7 +13,7 @@ class RoutingStats(NamedTuple):
     """Detached sums over tokens. Sums add up exactly over micro-batches, ranks and windows; ratios would not.
     `batches` and `max_violation` are sums over micro-batches, so they alone depend on how tokens were cut into them.
 
-    Every metric is a function of these sums and is defined in `moe.metrics.formulas`. Shapes are of one layer; a
+    Every metric is a function of these sums and is defined in `moe.metrics.catalog`. Shapes are of one layer; a
     model stacks
     its layers in front: (L, ...). A sum that does not exist for a router is NaN.
     """
