@@ -230,7 +230,7 @@ def test_a_metric_that_is_wished_for_is_judged_like_the_others_and_all_are_one_f
     for column, method in (("p Holm", "holm"), ("p BH", "fdr_bh")):
         np.testing.assert_allclose(table[column], multipletests(table["p"], method=method)[1])
     assert table.loc[table["metric"] != metric, "equivalent"].isna().all(), "no margin, no answer"
-    assert re.search(r"noise 0\.5 vs 0\.0 at lb=0\.0: -\S+ val/accuracy \[.*n=3: \*\*lower\*\*", text)
+    assert re.search(r"noise 0\.5 vs 0\.0 at lb=0\.0: -\S+ val/accuracy \[.*n=3: \*\*worse\*\*", text)
     assert set(pd.read_csv(tmp_path / "out" / "anova.csv")["metric"]) == {*table["metric"]}
     for name in ("noise_lb", "factors_val_accuracy", "contrasts_val_accuracy"):
         assert f"![{name}]({name}.png)" in text
