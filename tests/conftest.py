@@ -6,22 +6,25 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
-from importlib import import_module
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from pydoc_data.topics import topics
 
+# Large libraries are imported before `moe`, so that Python finds their compiled files. In imports made by a module that
+# jaxtyping instruments, it looks for compiled files of another name, and would compile thousands of modules again.
+import datasets  # noqa: F401
 import pytest
+import statsmodels.formula.api  # noqa: F401
 import torch
-
-# Import the large libraries before `moe`. Python does not find their compiled files if they are imported from a module
-# that jaxtyping instruments, and then compiles thousands of files again: 20 seconds for every test process.
-for name in "transformers.models.mixtral.modeling_mixtral datasets scipy.stats statsmodels.formula.api".split():
-    import_module(name)
+import transformers.models.mixtral.modeling_mixtral  # noqa: F401
 
 from moe.config.schema import Cell
 from moe.launch import command_line
 
 torch.set_num_threads(1)
+
+OUT = Path("/out")  # stands for the folder of a test in cells that several tests use
 
 SMALL = """
     model.dim=32 model.heads=2 model.layers=2 model.ffn=32 model.num_experts=4 model.dense_ffn=64
@@ -61,13 +64,22 @@ def finished_ablation(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@cache
+def read_small_cell(overrides: tuple[str, ...]) -> Cell:
+    """Compose a cell whose folder lies below `OUT`. Hydra takes half a second for it, so each is composed once."""
+    cells = command_line.read_cells([f"out={OUT}", *overrides])
+    assert cells is not None
+    return cells[0]
+
+
 @pytest.fixture
 def cell(small: list[str], tmp_path: Path):
-    """Reads one small cell of a command line; its folder lies in the test's own directory."""
+    """Return a function that reads one small cell of a command line; its folder lies in the test's own directory."""
 
     def read(*overrides: str) -> Cell:
-        cells = command_line.read_cells([*small, f"out={tmp_path}", *overrides])
-        assert cells is not None
-        return cells[0]
+        [out] = [word.removeprefix("out=") for word in overrides if word.startswith("out=")] or [str(tmp_path)]
+        one = deepcopy(read_small_cell((*small, *(word for word in overrides if not word.startswith("out=")))))
+        one.config.out = out
+        return one._replace(folder=out / one.folder.relative_to(OUT))
 
     return read

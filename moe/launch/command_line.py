@@ -108,14 +108,14 @@ def _expand(arguments: list[str], *, multirun: bool) -> list[Cell]:
         swept = [o.input_line for o in overrides if o.is_sweep_override()]
         if swept:
             raise ConfigError(f"{swept[0]}: several values need a sweep; add -m")
-        grid: list[list[str]] = [arguments]
+        cells = [_cell(base, multirun=False)]
     else:
         for override in overrides:
             if override.is_sweep_override() and (key := override.key_or_group) in ("experiment", "out"):
                 raise ConfigError(f"{override.input_line}: a command has one {key}; give one command for each")
         params = [f"{key}={value}" for key, value in (base.hydra.sweeper.params or {}).items()]
         [grid] = BasicSweeper.split_arguments(parser.parse_overrides(params) + overrides, None)
-    cells = [_cell(cell, multirun=multirun) for cell in grid]
+        cells = [_cell(_compose(cell), multirun=True) for cell in grid]
     for cell in cells:
         cell.config.check()
     for cell in cells:
@@ -129,8 +129,7 @@ def _expand(arguments: list[str], *, multirun: bool) -> list[Cell]:
     return cells
 
 
-def _cell(overrides: list[str], *, multirun: bool) -> Cell:
-    composed = _compose(overrides)
+def _cell(composed: DictConfig, *, multirun: bool) -> Cell:
     hydra = composed.hydra
     folder = Path(hydra.sweep.dir, hydra.sweep.subdir) if multirun else Path(hydra.run.dir)
     choices = group_choices(hydra)

@@ -100,7 +100,7 @@ def test_help_names_every_option_with_its_purpose() -> None:
 
 
 def test_help_and_refusals_do_not_import_torch() -> None:
-    code = "import sys; from moe import commandline; command_line.help_text(); sys.exit('torch' in sys.modules)"
+    code = "import sys; from moe.launch import command_line; command_line.help_text(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=CONF.parent).returncode == 0
 
 
