@@ -1,4 +1,4 @@
-"""The command line: `python -m moe.specialization multirun/noise_lb_seed` studies every finished run below it."""
+"""Command line: `python -m moe.specialization multirun/noise_lb_seed` studies every finished run in that folder."""
 
 import argparse
 import json
@@ -9,16 +9,18 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from moe.results.table import load_runs
-from moe.specialization.study import FILE, compare_seeds, study
+from moe.specialization.study import RESULTS_FILE, compare_seeds, study
 from moe.training import process
 
 
 def main(command: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m moe.specialization", description=__doc__)
-    parser.add_argument("folders", nargs="+", help="run folders or folders above them")
+    parser.add_argument("folders", nargs="+", help="run folders, or folders that contain some")
     parser.add_argument("--blocks", type=int, default=32, help="validation blocks to measure on (32)")
-    parser.add_argument("--samples", type=int, default=64, help="tokens a layer whose other routes are tried (64)")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--samples", type=int, default=64, help="tokens of a layer for which other experts are tried (64)"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch (1)")
     arguments = parser.parse_args(command)
     process.set_up(threads=arguments.threads)
     try:
@@ -28,12 +30,12 @@ def main(command: list[str] | None = None) -> int:
         runs = load_runs(arguments.folders)
         finished = [Path(folder) for folder in runs.loc[runs["status"] == "finished", "folder"]]
         for folder in finished:
-            new = study(folder, blocks_wanted=arguments.blocks, samples=arguments.samples)
-            loss = json.loads((folder / FILE).read_text())["val_loss"]
+            written = study(folder, blocks_wanted=arguments.blocks, samples=arguments.samples)
+            loss = json.loads((folder / RESULTS_FILE).read_text())["val_loss"]
             interval = (
                 f"val/loss {loss['mean']}, 95 % over {loss['documents']} documents: {loss['low']} to {loss['high']}"
             )
-            print(f"{folder / FILE}: {'written' if new else 'up to date'}; {interval}", flush=True)
+            print(f"{folder / RESULTS_FILE}: {'written' if written else 'up to date'}; {interval}", flush=True)
         compare_seeds(finished)
     except (ValueError, OSError) as error:
         print(f"moe.specialization: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Experts as points: what they do to the same tokens, projected to two dimensions."""
+"""Represents each expert by its outputs for the same tokens, and projects the experts to two dimensions."""
 
 from typing import Any
 
@@ -12,30 +12,30 @@ from torch import Tensor
 from moe.data.blocks import Batch
 from moe.model.decoder import MoEForCausalLM
 from moe.routing.decision import Knobs, Routing
-from moe.specialization.interventions import altered
-from moe.specialization.observation import BATCH
+from moe.specialization.interventions import intervene
+from moe.specialization.observation import BLOCKS_PER_PASS
 
-PROBES = 64  # tokens that every expert works on
+PROBE_TOKENS = 64  # Tokens that every expert works on.
 
 
 @torch.no_grad()
 def expert_outputs(model: MoEForCausalLM, blocks: Batch, knobs: Knobs) -> Float[Tensor, "L E ND"]:
-    """What every expert of a layer makes of the same N tokens as its layer sees them, one vector an expert, norm 1.
+    """Return the outputs of every expert for the same N tokens, as one vector of norm 1 per expert.
 
-    Outputs, not weights: hidden units can be permuted without changing what an expert does. The tokens are evenly
-    spaced over the first blocks.
+    The tokens are evenly spaced over the first blocks; an expert gets the hidden states that reach its layer. Outputs
+    are used rather than weights, because hidden units can be permuted without changing what an expert does.
     """
-    first = blocks.to(model.device).take(slice(BATCH))
-    stride = max(1, first.ids.numel() // PROBES)
+    first = blocks.to(model.device).take(slice(BLOCKS_PER_PASS))
+    stride = max(1, first.ids.numel() // PROBE_TOKENS)
     vectors = []
     for layer in model.moe_layers:
         inputs: list[Tensor] = []
 
-        def listen(routing: Routing, x: Tensor, inputs: list[Tensor] = inputs) -> Routing:
+        def record_input(routing: Routing, x: Tensor, inputs: list[Tensor] = inputs) -> Routing:
             inputs.append(x)
             return routing
 
-        with altered(layer, listen):
+        with intervene(layer, record_input):
             model(first.ids, position_ids=first.position_ids, knobs=knobs)
         x, experts = inputs[0][::stride].to(layer.experts.up.dtype), layer.router.num_experts
         outputs = layer.experts(x.repeat(experts, 1), torch.full((experts,), len(x)))
@@ -44,9 +44,13 @@ def expert_outputs(model: MoEForCausalLM, blocks: Batch, knobs: Knobs) -> Float[
 
 
 def projections(vectors: Float[np.ndarray, "L E F"]) -> dict[str, Any] | None:
-    """pca, tsne: (L, E, 2) of all experts of all layers together; explained: the two components' shares of variance.
+    """Return two-dimensional projections of all experts of all layers together.
 
-    t-SNE keeps neighbors, not distances. None with fewer than four experts in all.
+    pca, tsne: coordinates (L, E, 2). t-SNE keeps neighbors, not distances.
+    explained: the shares of the variance that the two components of the PCA explain.
+    perplexity: about how many neighbors t-SNE considers.
+
+    Returns None with fewer than four experts in all.
     """
     rows = vectors.reshape(-1, vectors.shape[-1]).astype(float)
     if len(rows) < 4:

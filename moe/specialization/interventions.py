@@ -1,6 +1,6 @@
-"""Changing what a router decided, from outside: a wrapped router edits the `Routing` that the layer is about to use.
+"""Changes what a router decided, from outside the model: a wrapper edits the `Routing` before the layer uses it.
 
-Nothing in the model knows of it, and when the `with` block ends the layer has its own router again.
+The model does not know about it. When the `with` block ends, the layer has its own router again.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,86 +14,89 @@ from moe.model.layer import MoELayer
 from moe.routers.base import Router
 from moe.routing.decision import Context, Routing
 
-Change = Callable[[Routing, Tensor], Routing]  # what was decided, for which (T, D) hidden states -> what is done
+Intervention = Callable[[Routing, Tensor], Routing]  # (the router's decision, hidden states (T, D)) -> the new decision
 
 
-class Altered(Router):
-    """A router that decides as the one it wraps and then does what `change` makes of it; in every link of a chain."""
+class InterveningRouter(Router):
+    """Router that decides like the router it wraps and then applies an intervention. In a chain, it wraps every router
+    of the chain."""
 
-    def __init__(self, router: Router, change: Change) -> None:
+    def __init__(self, router: Router, intervention: Intervention) -> None:
         super().__init__(router.dim, router.num_experts, fixed_k=None)
         self.router = router
-        self.change = change
+        self.intervention = intervention
 
     @property
     def chain(self) -> list[Router]:
         links = self.router.chain
-        return [self] if links == [self.router] else [Altered(link, self.change) for link in links]
+        return [self] if links == [self.router] else [InterveningRouter(link, self.intervention) for link in links]
 
     @property
     def expert_rows(self) -> Float[Tensor, "E D"] | None:
         return self.router.expert_rows
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
-        return self.change(self.router(x, context), x)
+        return self.intervention(self.router(x, context), x)
 
 
 @contextmanager
-def altered(layer: MoELayer, change: Change) -> Iterator[None]:
-    """Inside, the layer's router is `Altered`; outside, it is the very same router as before."""
+def intervene(layer: MoELayer, intervention: Intervention) -> Iterator[None]:
+    """Apply an intervention to every decision of a layer's router inside the `with` block."""
     router = layer.router
-    layer.router = Altered(router, change)
+    layer.router = InterveningRouter(router, intervention)
     try:
         yield
     finally:
         layer.router = router
 
 
-def removed(routing: Routing, hit: Bool[Tensor, "A"]) -> Routing:
-    """Without the assignments that are hit: their experts add nothing, the others keep their weights."""
-    return routing._replace(token=routing.token[~hit], expert=routing.expert[~hit], weight=routing.weight[~hit])
+def remove(routing: Routing, selected: Bool[Tensor, "A"]) -> Routing:
+    """Return the routing without the selected assignments. Their experts add nothing; the others keep their weights."""
+    return routing._replace(
+        token=routing.token[~selected], expert=routing.expert[~selected], weight=routing.weight[~selected]
+    )
 
 
-def rerouted(routing: Routing, hit: Bool[Tensor, "A"], *, num_experts: int) -> Routing:
-    """The assignments that are hit go to the best experts, by logits, that their token did not choose; weights stay.
+def reroute(routing: Routing, selected: Bool[Tensor, "A"], *, num_experts: int) -> Routing:
+    """Send the selected assignments to the best experts, by logits, that their token has not chosen. Weights stay.
 
-    A router without logits (hash) has no next best: a random one then, the same at every call. A token that has no
-    expert left loses the assignment.
+    A router without logits (hash) has no next-best expert: a random one is taken, the same at every call. If no expert
+    is left for a token, the assignment is removed.
     """
     scores = routing.logits
     if scores is None:
         tokens = int(routing.token.max()) + 1
-        scores = torch.rand(tokens, num_experts, generator=torch.Generator().manual_seed(0)).to(hit.device)
+        scores = torch.rand(tokens, num_experts, generator=torch.Generator().manual_seed(0)).to(selected.device)
     taken = torch.zeros_like(scores, dtype=torch.bool)
     taken[routing.token, routing.expert] = True
     best_first = scores.masked_fill(taken, -torch.inf).argsort(-1, descending=True)
-    token = routing.token[hit]
-    rank = _occurrence(token)
-    expert, kept = routing.expert.clone(), torch.ones_like(hit)
-    expert[hit] = best_first[token, rank]
-    kept[hit] = rank < (~taken).sum(-1)[token]
-    return routing._replace(token=routing.token[kept], expert=expert[kept], weight=routing.weight[kept])
+    token = routing.token[selected]
+    rank = _earlier_occurrences(token)
+    expert, remaining = routing.expert.clone(), torch.ones_like(selected)
+    expert[selected] = best_first[token, rank]
+    remaining[selected] = rank < (~taken).sum(-1)[token]
+    return routing._replace(token=routing.token[remaining], expert=expert[remaining], weight=routing.weight[remaining])
 
 
-def swapped(routing: Routing, token: Int[Tensor, "B"], order: Int[Tensor, "B E"]) -> Routing:
-    """Token b takes the first k of the experts in order[b], k the number that it chose; its weights stay.
+def swap_experts(routing: Routing, token: Int[Tensor, "B"], order: Int[Tensor, "B E"]) -> Routing:
+    """Give token[b] the first k experts of order[b], where k is the number of its experts so far. Its weights stay.
 
-    The expert with the largest logit gets the largest weight, as a router would have it.
+    The expert with the largest logit gets the largest weight, as it would from a router.
     """
     expert = routing.expert.clone()
     for one, preference in zip(token, order, strict=True):
-        mine = (routing.token == one).nonzero()[:, 0]
-        mine = mine[routing.weight[mine].argsort(descending=True, stable=True)]
-        new = preference[: len(mine)]
+        assignments = (routing.token == one).nonzero()[:, 0]
+        assignments = assignments[routing.weight[assignments].argsort(descending=True, stable=True)]
+        new = preference[: len(assignments)]
         if routing.logits is not None:
             new = new[routing.logits[one, new].argsort(descending=True, stable=True)]
-        expert[mine] = new
+        expert[assignments] = new
     return routing._replace(expert=expert)
 
 
-def _occurrence(token: Int[Tensor, "H"]) -> Int[Tensor, "H"]:
-    """How many earlier entries name the same token."""
-    ordered, place = token.sort(stable=True)
-    rank = torch.empty_like(token)
-    rank[place] = torch.arange(len(token), device=token.device) - torch.searchsorted(ordered, ordered)
-    return rank
+def _earlier_occurrences(token: Int[Tensor, "H"]) -> Int[Tensor, "H"]:
+    """Return, for each entry, how many earlier entries are the same token."""
+    ordered, original = token.sort(stable=True)
+    earlier = torch.empty_like(token)
+    earlier[original] = torch.arange(len(token), device=token.device) - torch.searchsorted(ordered, ordered)
+    return earlier

@@ -1,4 +1,4 @@
-"""The loss around a finished model as its routers' weights move, and how many decisions that changes."""
+"""Measures the loss around a finished model while the weights of its routers move, and how many choices change."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,42 +18,47 @@ RANDOM_DIRECTIONS = 3
 
 
 def landscape(model: MoEForCausalLM, blocks: Batch, knobs: Knobs) -> dict[str, Any] | None:
-    """Loss, nats per token, and share of choices flipped, with all routers at W + distance * ||W|| * direction.
+    """Return the loss (nats per token) and the share of choices flipped, with all routers at W + distance ||W||
+    direction.
 
-    Directions have norm 1 in every parameter of every layer (as in Li et al. 1712.09913, of whole parameters):
-    `RANDOM_DIRECTIONS` Gaussian ones, and that of the loss's gradient on the same blocks, along which the loss falls
-    first on the negative side. A gradient of zero gives no such direction. None if routers have no weights to train.
+    A direction has norm 1 in every parameter of every layer (Li et al. 1712.09913 normalize each filter). There are
+    `RANDOM_DIRECTIONS` Gaussian directions, and the direction of the gradient of the loss on the same blocks, along
+    which the loss falls at first on the negative side. If the gradient is zero, its direction is left out. Returns None
+    if the routers have no trainable weights.
     """
     weights = [p for layer in model.moe_layers for p in layer.router.parameters() if p.requires_grad]
     if not weights:
         return None
-    draw = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     directions = {
-        f"random{number}": [torch.randn(w.shape, generator=draw).to(w) for w in weights]
+        f"random{number}": [torch.randn(w.shape, generator=generator).to(w) for w in weights]
         for number in range(RANDOM_DIRECTIONS)
     }
-    here = blocks.to(model.device)
-    loss = model(here.ids, here.labels, position_ids=here.position_ids, knobs=knobs).loss
+    on_device = blocks.to(model.device)
+    loss = model(on_device.ids, on_device.labels, position_ids=on_device.position_ids, knobs=knobs).loss
     gradient = torch.autograd.grad(loss, weights, materialize_grads=True)
     if any(g.any() for g in gradient):
         directions["gradient"] = list(gradient)
     unmoved = observe(model, blocks, knobs)
     curves = {}
     for name, direction in directions.items():
-        seen = []
+        observations = []
         for distance in DISTANCES:
-            with moved(weights, direction, distance):
-                seen.append(observe(model, blocks, knobs))
+            with moved_weights(weights, direction, distance):
+                observations.append(observe(model, blocks, knobs))
         curves[name] = {
-            "loss": [float(np.nanmean(there.nats)) for there in seen],
-            "flipped": [_flipped(unmoved, there) for there in seen],
+            "loss": [float(np.nanmean(observed.nats)) for observed in observations],
+            "flipped": [_flipped(unmoved, observed) for observed in observations],
         }
     return {"distances": DISTANCES, "blocks": len(blocks.ids), "tokens": blocks.ids.numel(), "curves": curves}
 
 
 @contextmanager
-def moved(weights: Sequence[Tensor], direction: Sequence[Tensor], distance: float) -> Iterator[None]:
-    """Inside, each weight stands `distance` times its norm along its direction; outside, bit for bit where it was."""
+def moved_weights(weights: Sequence[Tensor], direction: Sequence[Tensor], distance: float) -> Iterator[None]:
+    """Move each weight by `distance` times its norm along its direction inside the `with` block.
+
+    Afterwards each weight has its old value again, bit for bit.
+    """
     with torch.no_grad():
         before = [w.clone() for w in weights]
         try:
@@ -65,7 +70,7 @@ def moved(weights: Sequence[Tensor], direction: Sequence[Tensor], distance: floa
                 w.copy_(old)
 
 
-def _flipped(here: Observation, there: Observation) -> float:
-    """Share of the assignments of one side, the larger, that the other does not have."""
-    size = np.maximum(here.chosen.sum(-1), there.chosen.sum(-1)).sum()
-    return float(1 - (here.chosen & there.chosen).sum() / size)
+def _flipped(a: Observation, b: Observation) -> float:
+    """Return the share of assignments that changed: of the larger side, those that the other does not have."""
+    size = np.maximum(a.chosen.sum(-1), b.chosen.sum(-1)).sum()
+    return float(1 - (a.chosen & b.chosen).sum() / size)

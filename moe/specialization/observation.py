@@ -1,4 +1,7 @@
-"""What a model decides and predicts on validation blocks, as arrays; everything that is counted starts from here."""
+"""Runs a model over validation blocks and returns what it chooses and predicts, as arrays.
+
+All statistics of the specialization study start from these arrays.
+"""
 
 import math
 from typing import Any, NamedTuple
@@ -9,20 +12,23 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from moe.data.blocks import Batch, Prepared, batch
+from moe.data.blocks import Batch, Prepared, batch, evenly_spaced
 from moe.data.labels import IGNORED, next_token
 from moe.model.decoder import MoEForCausalLM
 from moe.routing.decision import Knobs, Routing
 
-BATCH = 8  # blocks a forward pass; routers that are not causal see these together
+BLOCKS_PER_PASS = 8  # Blocks in one forward pass. A router that is not causal sees them together.
 
 
 class Observation(NamedTuple):
-    """B blocks of S tokens, N = B*S tokens one after another, each block of one domain.
+    """What a model did on B blocks of S tokens, N = B * S tokens one after another. Each block is of one domain.
 
-    chosen: who was asked for, in any iteration of a chain. weight: with what gate weight, 0 elsewhere.
-    predicted: the likeliest next token. nats: cross-entropy of the true next token, NaN where it has no label: at the
-    end of a block, and in conversations before all that no assistant says. blocks: what the model saw.
+    chosen: which experts a token asked for, in any iteration of a chain.
+    weight: the gate weight of each token and expert; 0 if the expert was not chosen.
+    predicted: the most likely next token.
+    nats: cross-entropy of the true next token. NaN where the next token has no label: at the end of a block, and in
+        conversations before every token that the assistant does not say.
+    blocks: the input of the model.
     """
 
     ids: Int[np.ndarray, "B S"]
@@ -34,23 +40,18 @@ class Observation(NamedTuple):
     blocks: Batch
 
 
-def blocks(data: Prepared, count: int) -> Batch:
-    """`count` evenly spaced validation blocks, or all: domains keep their shares."""
-    return batch(data.val, _places(data, count))
+def validation_blocks(data: Prepared, count: int) -> Batch:
+    """Return `count` evenly spaced validation blocks, or all if there are fewer."""
+    return batch(data.val, evenly_spaced(len(data.val), count))
 
 
-def documents(data: Prepared, count: int) -> Int[np.ndarray, "B"]:
-    """The document that each of those `blocks` begins in."""
-    return np.asarray(data.val[_places(data, count)]["document"])
+def documents_of_blocks(data: Prepared, count: int) -> Int[np.ndarray, "B"]:
+    """Return the document in which each of the `validation_blocks` begins."""
+    return np.asarray(data.val[evenly_spaced(len(data.val), count)]["document"])
 
 
-def _places(data: Prepared, count: int) -> list[int]:
-    count = min(count, len(data.val))
-    return [index * len(data.val) // count for index in range(count)]
-
-
-def refusal(model: MoEForCausalLM, blocks: Batch) -> str | None:
-    """Why experts of this model have no tokens of their own to be studied by; None if they do."""
+def reason_not_studied(model: MoEForCausalLM, blocks: Batch) -> str | None:
+    """Return why this model's routing cannot be studied, or None if it can: experts must work on single tokens."""
     if not model.moe_layers:
         return "a dense model: there is no routing"
     with torch.no_grad():
@@ -62,14 +63,14 @@ def refusal(model: MoEForCausalLM, blocks: Batch) -> str | None:
 
 @torch.no_grad()
 def observe(model: MoEForCausalLM, blocks: Batch, knobs: Knobs) -> Observation:
-    """Run the blocks through a model in evaluation mode; ValueError where `refusal` has a reason."""
-    if reason := refusal(model, blocks):
+    """Run the blocks through a model in evaluation mode. Raises ValueError if `reason_not_studied` gives a reason."""
+    if reason := reason_not_studied(model, blocks):
         raise ValueError(reason)
     experts = model.config.num_experts
     parts = []
-    for part in blocks.to(model.device).split(BATCH):
+    for part in blocks.to(model.device).split(BLOCKS_PER_PASS):
         output = model(part.ids, position_ids=part.position_ids, knobs=knobs)
-        layers = [_weights(layer, tokens=part.ids.numel(), experts=experts) for layer in output.routing]
+        layers = [_choices(layer, tokens=part.ids.numel(), experts=experts) for layer in output.routing]
         chosen, weight = (torch.stack(tensors) for tensors in zip(*layers, strict=True))
         parts.append((chosen, weight, output.logits.argmax(-1), _nats(output.logits, part.labels)))
     masks, gates, tokens, nats = zip(*parts, strict=True)
@@ -80,8 +81,8 @@ def observe(model: MoEForCausalLM, blocks: Batch, knobs: Knobs) -> Observation:
 
 @torch.no_grad()
 def next_token_nats(model: MoEForCausalLM, blocks: Batch, knobs: Knobs) -> Float[Tensor, "B S"]:
-    """Cross-entropy of each next token; NaN where it has no label."""
-    parts = blocks.to(model.device).split(BATCH)
+    """Return the cross-entropy of each next token; NaN where it has no label."""
+    parts = blocks.to(model.device).split(BLOCKS_PER_PASS)
     return torch.cat([_nats(model(p.ids, position_ids=p.position_ids, knobs=knobs).logits, p.labels) for p in parts])
 
 
@@ -91,9 +92,10 @@ def _nats(logits: Float[Tensor, "B S V"], labels: Int[Tensor, "B S"]) -> Float[T
     return nats.view_as(targets).masked_fill(targets == IGNORED, math.nan)
 
 
-def _weights(
+def _choices(
     decisions: tuple[Routing, ...], *, tokens: int, experts: int
 ) -> tuple[Bool[Tensor, "N E"], Float[Tensor, "N E"]]:
+    """Return which experts each token chose in one layer, and with which gate weights."""
     chosen = torch.zeros(tokens, experts, dtype=torch.bool, device=decisions[0].token.device)
     weight = torch.zeros(tokens, experts, device=chosen.device)
     for decision in decisions:

@@ -1,4 +1,4 @@
-"""What a better choice of experts would have been worth: counterfactual routes of single tokens at single layers."""
+"""Measures how much lower the loss of single tokens would be with other experts in one layer (route regret)."""
 
 import functools
 import math
@@ -13,41 +13,44 @@ from moe.data.blocks import Batch
 from moe.model.decoder import MoEForCausalLM
 from moe.model.layer import MoELayer
 from moe.routing.decision import Knobs, Routing
-from moe.specialization.interventions import altered, swapped
+from moe.specialization.interventions import intervene, swap_experts
 from moe.specialization.knockout import bootstrap
-from moe.specialization.observation import BATCH, Observation, next_token_nats
+from moe.specialization.observation import BLOCKS_PER_PASS, Observation, next_token_nats
 
-ROUTES = 8  # alternatives tried for a token
+MAX_ROUTES = 8  # Sets of experts that are tried for a token.
 
 
 def route_regret(
-    model: MoEForCausalLM, seen: Observation, knobs: Knobs, *, document: Int[np.ndarray, "B"], samples: int
+    model: MoEForCausalLM, observed: Observation, knobs: Knobs, *, document: Int[np.ndarray, "B"], samples: int
 ) -> list[dict[str, Any]]:
-    """By layer, for about `samples` tokens: next-token loss as chosen less the least over the routes tried, nats.
+    """Return, by layer, the regret of about `samples` tokens: next-token loss as routed minus the smallest loss of the
+    routes tried, in nats.
 
-    A token tries up to `ROUTES` sets of as many experts as it has: windows of its own random order of all experts, so
-    that experts are tried equally often, and all of them for k = 1. Weights stay (`interventions.swapped`). One token
-    of a block is changed at a time: it can act on later tokens of its block, never on other blocks, unless the router
-    looks at the whole batch. Tokens without an expert, and before a token without a label, are left out.
+    A token tries up to `MAX_ROUTES` sets of as many experts as it has. They are windows of a random order of all
+    experts, drawn for this token, so that all experts are tried equally often; for k = 1 and few experts all of them
+    are tried. The gate weights stay (see `interventions.swap_experts`). Only one token of a block is changed at a time.
+    The change can influence later tokens of its block, but no other blocks, unless the router looks at the whole batch.
+    Tokens without an expert and tokens whose next token has no label are left out.
 
-    regret >= 0 grows with the number of routes tried, because the best of several is picked with hindsight; what
-    hindsight cannot fake is `advantage`, the mean loss over routes tried less the loss as chosen: > 0 if the router
-    knows something, 0 if any experts do as well. better: share of the routes tried that beat the chosen one.
+    regret: at least 0. It grows with the number of routes tried, because the best of several is picked afterwards.
+    advantage: the mean loss over the routes tried minus the loss as routed. It does not depend on that choice: it is
+        above 0 if the router knows something, and 0 if any other experts do as well.
+    better: the share of the routes tried that beat the chosen one.
     """
-    rounds = math.ceil(samples / len(seen.ids))
+    rounds = math.ceil(samples / len(observed.ids))
     rng = np.random.default_rng(0)
-    token = rng.integers(seen.ids.shape[1] - 1, size=(rounds, len(seen.ids)))
-    order = rng.permuted(np.tile(np.arange(model.config.num_experts), (rounds, len(seen.ids), 1)), axis=-1)
-    chosen = np.take_along_axis(seen.nats, token.T, axis=1).T
+    token = rng.integers(observed.ids.shape[1] - 1, size=(rounds, len(observed.ids)))
+    order = rng.permuted(np.tile(np.arange(model.config.num_experts), (rounds, len(observed.ids), 1)), axis=-1)
+    chosen = np.take_along_axis(observed.nats, token.T, axis=1).T
     results = []
-    for layer, taken in zip(model.moe_layers, seen.chosen, strict=True):
+    for layer, taken in zip(model.moe_layers, observed.chosen, strict=True):
         tried = np.stack(
             [
-                _losses(model, layer, seen.blocks, knobs, *map(torch.from_numpy, drawn))
+                _losses(model, layer, observed.blocks, knobs, *map(torch.from_numpy, drawn))
                 for drawn in zip(token, order, strict=True)
             ]
         )  # (rounds, B, routes)
-        routed = np.take_along_axis(taken.any(-1).reshape(seen.ids.shape), token.T, axis=1).T & ~np.isnan(chosen)
+        routed = np.take_along_axis(taken.any(-1).reshape(observed.ids.shape), token.T, axis=1).T & ~np.isnan(chosen)
         least = np.minimum(chosen, tried.min(-1))
         values = {
             "regret": chosen - least,
@@ -62,8 +65,9 @@ def route_regret(
     return results
 
 
-def _block_means(values: Float[np.ndarray, "R B"], kept: np.ndarray) -> Float[np.ndarray, "B"]:
-    return np.where(kept, values, 0).sum(0) / kept.sum(0).clip(min=1)
+def _block_means(values: Float[np.ndarray, "R B"], included: np.ndarray) -> Float[np.ndarray, "B"]:
+    """Return the mean of the included values of each block."""
+    return np.where(included, values, 0).sum(0) / included.sum(0).clip(min=1)
 
 
 @torch.no_grad()
@@ -75,23 +79,23 @@ def _losses(
     position: Int[Tensor, "B"],
     order: Int[Tensor, "B E"],
 ) -> Float[np.ndarray, "B M"]:
-    """The loss at one position of each block for each window of the order in which it tries experts."""
+    """Return the loss at one position of each block, for each window of the order in which it tries experts."""
     experts = order.shape[-1]
-    routes = min(ROUTES, experts)
+    routes = min(MAX_ROUTES, experts)
     losses = []
-    for start in range(0, len(blocks.ids), BATCH):
-        part = slice(start, start + BATCH)
-        block, place = blocks.take(part), position[part]
-        token = torch.arange(len(block.ids)) * blocks.ids.shape[1] + place
+    for start in range(0, len(blocks.ids), BLOCKS_PER_PASS):
+        part = slice(start, start + BLOCKS_PER_PASS)
+        block, position_in_block = blocks.take(part), position[part]
+        token = torch.arange(len(block.ids)) * blocks.ids.shape[1] + position_in_block
         tried = []
         for route in range(routes):
             window = order[part].roll(-route * experts // routes, dims=-1)
-            with altered(layer, functools.partial(_route, token=token.to(window.device), order=window)):
+            with intervene(layer, functools.partial(_swap, token=token.to(window.device), order=window)):
                 nats = next_token_nats(model, block, knobs).cpu()
-            tried.append(nats[torch.arange(len(place)), place])
+            tried.append(nats[torch.arange(len(position_in_block)), position_in_block])
         losses.append(torch.stack(tried, -1))
     return torch.cat(losses).double().numpy()
 
 
-def _route(routing: Routing, x: Float[Tensor, "T D"], *, token: Int[Tensor, "B"], order: Int[Tensor, "B E"]) -> Routing:
-    return swapped(routing, token, order)
+def _swap(routing: Routing, x: Float[Tensor, "T D"], *, token: Int[Tensor, "B"], order: Int[Tensor, "B E"]) -> Routing:
+    return swap_experts(routing, token, order)

@@ -1,4 +1,4 @@
-"""How settled routing is: along a run, and from seed to seed, whatever the experts are called."""
+"""Measures how stable routing is: during a run, and between seeds, whose experts have no common names."""
 
 import itertools
 from typing import Any
@@ -10,18 +10,18 @@ from sklearn.metrics import adjusted_rand_score
 
 from moe.metrics.agreement import beyond_chance, overlap
 from moe.runs.traces import Trace
-from moe.specialization.information import set_labels
+from moe.specialization.information import expert_set_labels
 
 SHUFFLES = 20
 
 
 def saturation(traces: list[Trace]) -> list[dict[str, Any]]:
-    """`overlap` of every trace with the last one (OLMoE 2409.02060)."""
+    """Return the `overlap` of every trace with the last one (OLMoE 2409.02060)."""
     return [{"step": trace.step} | overlap(trace.chosen, traces[-1].chosen) for trace in traces]
 
 
 def churn(traces: list[Trace]) -> list[dict[str, Any]]:
-    """1 - `overlap` of every two traces in a row: how many choices changed since the step `since`."""
+    """Return 1 - `overlap` of every two traces in a row: the share of choices that changed since the step `since`."""
     return [
         {"since": before.step, "step": after.step}
         | {name: 1 - value for name, value in overlap(before.chosen, after.chosen).items()}
@@ -29,30 +29,33 @@ def churn(traces: list[Trace]) -> list[dict[str, Any]]:
     ]
 
 
-def agreement(
+def seed_agreement(
     a: Bool[np.ndarray, "L N E"], b: Bool[np.ndarray, "L N E"], *, rng: np.random.Generator
 ) -> list[dict[str, float]]:
-    """How alike two models route the same tokens, by layer, whatever their experts are called.
+    """Return, for each layer, how similarly two models route the same tokens.
 
-    matched: overlap / k under the renaming of experts that maximizes it (Hungarian); chance: the same with the tokens
-    of one side shuffled, mean of `SHUFFLES`; kappa: (matched - chance) / (1 - chance). rand: adjusted Rand index of the
-    sets of experts as clusters of tokens, where two sets that share all but one expert count as different.
+    matched: overlap / k after the experts of one model are renamed such that it is largest (Hungarian algorithm).
+    chance: the same with the tokens of one model shuffled, mean of `SHUFFLES` shuffles.
+    kappa: (matched - chance) / (1 - chance).
+    rand: adjusted Rand index of the sets of experts as clusters of tokens. Two sets that differ in one expert count as
+        different clusters.
     """
     layers = []
-    for one, other in zip(a, b, strict=True):
-        matched = _matched(one, other)
-        chance = np.mean([_matched(one, rng.permutation(other)) for _ in range(SHUFFLES)])
+    for chosen_a, chosen_b in zip(a, b, strict=True):
+        matched = _matched(chosen_a, chosen_b)
+        chance = np.mean([_matched(chosen_a, rng.permutation(chosen_b)) for _ in range(SHUFFLES)])
         layers.append(
             {
                 "matched": matched,
                 "chance": float(chance),
                 "kappa": float(beyond_chance(np.array(matched), chance)),
-                "rand": float(adjusted_rand_score(set_labels(one), set_labels(other))),
+                "rand": float(adjusted_rand_score(expert_set_labels(chosen_a), expert_set_labels(chosen_b))),
             }
         )
     return layers
 
 
 def _matched(a: Bool[np.ndarray, "N E"], b: Bool[np.ndarray, "N E"]) -> float:
+    """Return the overlap / k under the best one-to-one match of experts."""
     both = a.T.astype(float) @ b
     return float(both[linear_sum_assignment(both, maximize=True)].sum() / max(a.sum(), b.sum()))

@@ -1,4 +1,4 @@
-"""Everything about the experts of one finished run, as plain JSON, and the seeds of a sweep beside each other."""
+"""Studies the experts of finished runs, writes the results as JSON, and compares the seeds of a sweep."""
 
 import json
 import time
@@ -20,144 +20,171 @@ from moe.specialization import information, stability
 from moe.specialization.geometry import expert_outputs, projections
 from moe.specialization.knockout import bootstrap, knockouts
 from moe.specialization.landscape import landscape
-from moe.specialization.observation import Observation, blocks, documents, next_token_nats, observe, refusal
+from moe.specialization.observation import (
+    Observation,
+    documents_of_blocks,
+    next_token_nats,
+    observe,
+    reason_not_studied,
+    validation_blocks,
+)
 from moe.specialization.page import page
 from moe.specialization.regret import route_regret
 from moe.specialization.vocabulary import keywords
 from moe.training.setup import prepare_data
 
-FORMAT = 2  # raise it whenever the same model gives other numbers
-FILE = "specialization.json"
+STUDY_FORMAT = 2  # Increase it whenever the same model gives different numbers.
+RESULTS_FILE = "specialization.json"
 LANDSCAPE_BLOCKS = 8
+NO_NEXT_TOKEN = -1  # Label of a token that predicts nothing, because its text ends there.
 
 
 def study(folder: Path, *, blocks_wanted: int, samples: int) -> bool:
-    """Write `specialization.json` and `tokens.html` into a finished run's folder; False if they are up to date.
+    """Write `specialization.json` and `tokens.html` into the folder of a finished run.
 
-    ValueError for a run that is not finished, or whose data can no longer be made as it was.
+    Returns False, and writes nothing, if they are up to date. Raises ValueError for a run that is not finished, or
+    whose data can no longer be made as it was.
     """
     record = json.loads((folder / "run.json").read_text())
     if record["status"] != "finished":
         raise ValueError(f"{folder}: the run is {record['status']}, not finished")
-    asked = {
-        "format": FORMAT,
+    settings = {
+        "format": STUDY_FORMAT,
         "model_sha256": sha256(folder / "model" / "model.safetensors"),
         "blocks_wanted": blocks_wanted,
         "samples": samples,
     }
-    path = folder / FILE
-    if path.exists() and json.loads(path.read_text())["asked"] == asked:
+    path = folder / RESULTS_FILE
+    if path.exists() and json.loads(path.read_text()).get("settings") == settings:
         return False
     began = time.monotonic()
     data = prepare_data(Config(data=DataConfig(**record["config"]["data"])))
-    if _trained_on(data.manifest) != _trained_on(record["data"]):
-        raise ValueError(f"{folder}: its data is another now ({data.manifest['key']}, was {record['data']['key']})")
-    disable_progress_bar()  # of loading one small file
+    if _training_files(data.manifest) != _training_files(record["data"]):
+        raise ValueError(f"{folder}: its data has changed (is {data.manifest['key']}, was {record['data']['key']})")
+    disable_progress_bar()  # It is one small file.
     model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
-    probes, document = blocks(data, blocks_wanted), documents(data, blocks_wanted)
+    probes, document = validation_blocks(data, blocks_wanted), documents_of_blocks(data, blocks_wanted)
     knobs = Knobs.of(temperature=model.config.router_temperature, device=model.device)
-    content: dict[str, Any] = {"asked": asked, "step": record["config"]["steps"], "reason": refusal(model, probes)}
+    content: dict[str, Any] = {
+        "settings": settings,
+        "step": record["config"]["steps"],
+        "reason": reason_not_studied(model, probes),
+    }
     content |= {"val_loss": validation_loss(model, data, knobs)}
     if content["reason"] is None:
-        seen = observe(model, probes, knobs)
-        content |= counted(seen, data.domains, document=document)
-        content |= {"keywords": keywords(seen, data.tokenizer)}
-        content |= {"knockout": knockouts(model, seen, knobs, document=document)}
-        content |= {"regret": route_regret(model, seen, knobs, document=document, samples=samples)}
+        observed = observe(model, probes, knobs)
+        content |= routing_statistics(observed, data.domains, document=document)
+        content |= {"keywords": keywords(observed, data.tokenizer)}
+        content |= {"knockout": knockouts(model, observed, knobs, document=document)}
+        content |= {"regret": route_regret(model, observed, knobs, document=document, samples=samples)}
         few = slice(None, None, max(1, len(probes.ids) // LANDSCAPE_BLOCKS))
         content |= {"landscape": landscape(model, probes.take(few), knobs)}
         content |= {"embedding": projections(expert_outputs(model, probes, knobs).numpy())}
         read = traces.read_traces(folder / "trace")
         content |= {"saturation": stability.saturation(read), "churn": stability.churn(read)}
-        write_text(folder / "tokens.html", page(seen, data.tokenizer, domains=data.domains, title=record["name"]))
+        write_text(folder / "tokens.html", page(observed, data.tokenizer, domains=data.domains, title=record["name"]))
     content["seconds"] = time.monotonic() - began
-    write_json(path, plain(content))
+    write_json(path, to_json(content))
     return True
 
 
 def validation_loss(model: MoEForCausalLM, data: Prepared, knobs: Knobs) -> dict[str, Any]:
-    """`val/loss`, nats per token of all validation blocks, with its interval over documents (`bootstrap`).
+    """Return `val/loss`, in nats per token of all validation blocks, with its `bootstrap` interval over documents.
 
-    It says how far this run's loss depends on the text that happens to be validated on, and nothing of other seeds.
-    A router that looks at the whole batch sees other batches here than in `moe.training.evaluate`.
+    The interval tells how far the loss of this run depends on the sample of validation text. It tells nothing about
+    other seeds. A router that looks at the whole batch sees other batches here than in `moe.training.evaluate`.
     """
-    nats = next_token_nats(model, blocks(data, len(data.val)), knobs).cpu().double().numpy()
+    nats = next_token_nats(model, validation_blocks(data, len(data.val)), knobs).cpu().double().numpy()
     tokens = (~np.isnan(nats)).sum(1).astype(float)
-    found = bootstrap(np.nanmean(nats, axis=1), documents(data, len(data.val)), weight=tokens)
+    found = bootstrap(np.nanmean(nats, axis=1), documents_of_blocks(data, len(data.val)), weight=tokens)
     return found | {"blocks": len(nats), "tokens": int(tokens.sum())}
 
 
-def counted(seen: Observation, domains: tuple[str, ...], *, document: Int[np.ndarray, "B"]) -> dict[str, Any]:
-    """What follows from the choices alone, by layer: domains, vocabulary, position, pairs of experts."""
+def routing_statistics(
+    observed: Observation, domains: tuple[str, ...], *, document: Int[np.ndarray, "B"]
+) -> dict[str, Any]:
+    """Return, by layer, what follows from the choices alone: domains, vocabulary, position, pairs of experts."""
     rng = np.random.default_rng(0)
-    following = np.roll(seen.ids, -1, axis=1)
-    following[:, -1] = -1  # the last token of a block predicts nothing
-    if seen.blocks.position_ids is not None:  # and that of a conversation nothing of the next
-        following[:, :-1][seen.blocks.position_ids[:, 1:].numpy() == 0] = -1
-    variants = {"input": seen.ids, "next": following, "predicted": seen.predicted}
-    share = information.shares(seen.chosen)
-    k = seen.chosen.sum(-1).mean(-1)
-    by_token = np.repeat(seen.domain, seen.ids.shape[1])
+    next_ids = np.roll(observed.ids, -1, axis=1)
+    next_ids[:, -1] = NO_NEXT_TOKEN
+    if observed.blocks.position_ids is not None:  # The last token of a conversation does not predict the next one.
+        next_ids[:, :-1][observed.blocks.position_ids[:, 1:].numpy() == 0] = NO_NEXT_TOKEN
+    variants = {"input": observed.ids, "next": next_ids, "predicted": observed.predicted}
+    share = information.expert_shares(observed.chosen)
+    k = observed.chosen.sum(-1).mean(-1)
+    by_token = np.repeat(observed.domain, observed.ids.shape[1])
     return {
-        "tokens": seen.ids.size,
-        "blocks": len(seen.ids),
+        "tokens": observed.ids.size,
+        "blocks": len(observed.ids),
         "documents": len(np.unique(document)),
         "domains": domains,
         "experts_per_token": k,
         "load": share.sum(1) / share.sum((1, 2))[:, None],
-        "given_domain": [information.given(information.counts(by_token, s, size=len(domains))) for s in share],
-        "domain": [information.domain_dependence(chosen, seen.domain, document, rng=rng) for chosen in seen.chosen],
+        "given_domain": [
+            information.conditional_probabilities(information.sum_by_label(by_token, s, size=len(domains)))
+            for s in share
+        ],
+        "domain": [
+            information.domain_dependence(chosen, observed.domain, document, rng=rng) for chosen in observed.chosen
+        ],
         "vocabulary": {
-            name: [information.vocabulary_dependence(chosen, ids.ravel(), rng=rng) for chosen in seen.chosen]
+            name: [information.vocabulary_dependence(chosen, ids.ravel(), rng=rng) for chosen in observed.chosen]
             for name, ids in variants.items()
         },
-        "given_position": [information.by_position(chosen, seen.ids.shape[1]) for chosen in seen.chosen],
-        "coactivation": [information.coactivation(chosen) for chosen in seen.chosen],
-        "coactivation_chance": (k - 1) / max(1, seen.chosen.shape[-1] - 1),
+        "given_position": [
+            information.probabilities_by_position(chosen, observed.ids.shape[1]) for chosen in observed.chosen
+        ],
+        "coactivation": [information.coactivation(chosen) for chosen in observed.chosen],
+        "coactivation_chance": (k - 1) / max(1, observed.chosen.shape[-1] - 1),
     }
 
 
 def compare_seeds(folders: list[Path]) -> None:
-    """Write into each studied run how its routing agrees with that of the runs that differ from it in the seed alone.
+    """Add to the results of each studied run how its routing agrees with that of runs that differ in the seed alone.
 
-    Only runs on the same data with traces of the same shape are compared, at their last traces.
+    The last traces are compared. Runs must have the same data and traces of the same shape.
     """
     rng = np.random.default_rng(0)
     runs = {folder: json.loads((folder / "run.json").read_text()) for folder in folders}
     last = {folder: read[-1].chosen for folder in folders if (read := traces.read_traces(folder / "trace"))}
     for folder in folders:
-        others = [other for other in last if other != folder and folder in last and _kin(runs[folder], runs[other])]
+        others = [
+            other
+            for other in last
+            if other != folder and folder in last and _differ_in_seed_only(runs[folder], runs[other])
+        ]
         others = [other for other in others if last[other].shape == last[folder].shape]
-        content = json.loads((folder / FILE).read_text())
+        content = json.loads((folder / RESULTS_FILE).read_text())
         content["seed_agreement"] = [
             {
                 "seed": runs[other]["config"]["seed"],
                 "folder": other.name,
-                "layers": stability.agreement(last[folder], last[other], rng=rng),
+                "layers": stability.seed_agreement(last[folder], last[other], rng=rng),
             }
             for other in others
         ]
-        write_json(folder / FILE, plain(content))
+        write_json(folder / RESULTS_FILE, to_json(content))
 
 
-def _kin(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Whether two runs differ in their seed only, on the same blocks."""
+def _differ_in_seed_only(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Return whether two runs differ in the seed alone and were trained on the same blocks."""
     same = {key for key in a["identity"] | b["identity"] if a["identity"].get(key) == b["identity"].get(key)}
-    alike = _trained_on(a["data"]) == _trained_on(b["data"])
+    alike = _training_files(a["data"]) == _training_files(b["data"])
     return alike and set(a["identity"]) | set(b["identity"]) == same | {"seed"}
 
 
-def _trained_on(manifest: dict[str, Any]) -> dict[str, str]:
-    """Checksums without those of the validation files: they changed when blocks got a document, while no token did."""
+def _training_files(manifest: dict[str, Any]) -> dict[str, str]:
+    """Return the checksums of the files that training reads. Those of the validation blocks are left out: they can
+    change while all tokens stay the same."""
     return {path: digest for path, digest in manifest["files"].items() if not path.startswith("val/")}
 
 
-def plain(value: Any) -> Any:
-    """Arrays as lists, numbers as Python's own with six significant digits, what is not finite as null."""
+def to_json(value: Any) -> Any:
+    """Convert arrays to lists and numbers to Python numbers with six significant digits; NaN and infinity to None."""
     if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: to_json(item) for key, item in value.items()}
     if isinstance(value, np.ndarray | list | tuple):
-        return [plain(item) for item in value]
+        return [to_json(item) for item in value]
     if isinstance(value, float | np.floating):
         return float(f"{value:.6g}") if np.isfinite(value) else None
     return value.item() if isinstance(value, np.generic) else value

@@ -1,4 +1,4 @@
-"""Which tokens an expert takes (TF-IDF keywords, with their text around them)."""
+"""Finds the tokens that are typical of each expert (keywords by TF-IDF), with the text around them."""
 
 from typing import Any
 
@@ -6,45 +6,51 @@ import numpy as np
 from sklearn.feature_extraction.text import TfidfTransformer
 from transformers import PreTrainedTokenizerFast
 
-from moe.specialization.information import counts
+from moe.specialization.information import sum_by_label
 from moe.specialization.observation import Observation
 
-KEYWORDS, LEAST = 10, 3  # an expert; occurrences that make a keyword
-CONTEXTS, AROUND = 3, 8  # snippets an expert; tokens on either side
+KEYWORDS_PER_EXPERT, CONTEXTS_PER_EXPERT = 10, 3
+MIN_TOKENS = 3  # A keyword went to the expert at least so often.
+TOKENS_AROUND = 8  # Tokens of context on either side.
 
 
-def keywords(seen: Observation, tokenizer: PreTrainedTokenizerFast) -> list[list[dict[str, Any]]]:
-    """By layer and expert: the tokens of largest TF-IDF, the expert's tokens being its document, and contexts.
+def keywords(observed: Observation, tokenizer: PreTrainedTokenizerFast) -> list[list[dict[str, Any]]]:
+    """Return, by layer and expert, the tokens with the largest TF-IDF and text in which they occur.
 
-    Term frequencies are logarithmic (1 + ln tf) so that the commonest words of the language do not fill every list.
-    share: of the token's occurrences, those that went to this expert; chance is the expert's share of all tokens.
-    contexts: text around the occurrence with the largest gate weight of each of the first keywords, cut in three.
+    For TF-IDF, all tokens that an expert took are one document. Term frequencies are logarithmic (1 + ln tf), so that
+    the most common words of the language do not fill every list.
+
+    share: of the token's occurrences, the share that went to this expert. By chance it is the expert's share of all
+        tokens.
+    contexts: text before, at and after the occurrence with the largest gate weight, for each of the first keywords.
     """
-    ids = seen.ids.ravel()
+    ids = observed.ids.ravel()
     vocabulary, labels = np.unique(ids, return_inverse=True)
     occurrences = np.bincount(labels)
     words = [tokenizer.decode([int(token)]) for token in vocabulary]
     layers = []
-    for chosen, weight in zip(seen.chosen, seen.weight, strict=True):
-        table = counts(labels, chosen.astype(float), size=len(vocabulary)).T
-        scores = TfidfTransformer(sublinear_tf=True).fit_transform(table).toarray() * (table >= LEAST)
+    for chosen, weight in zip(observed.chosen, observed.weight, strict=True):
+        table = sum_by_label(labels, chosen.astype(float), size=len(vocabulary)).T
+        scores = TfidfTransformer(sublinear_tf=True).fit_transform(table).toarray() * (table >= MIN_TOKENS)
         experts = []
         for expert, (row, count) in enumerate(zip(scores, table, strict=True)):
-            best = [place for place in np.argsort(-row, kind="stable")[:KEYWORDS] if row[place] > 0]
+            best = [word for word in np.argsort(-row, kind="stable")[:KEYWORDS_PER_EXPERT] if row[word] > 0]
             entries = [
-                {"token": words[p], "tfidf": row[p], "count": int(count[p]), "share": count[p] / occurrences[p]}
-                for p in best
+                {"token": words[w], "tfidf": row[w], "count": int(count[w]), "share": count[w] / occurrences[w]}
+                for w in best
             ]
             taken = np.where(chosen[:, expert], weight[:, expert], -np.inf)
-            places = [int(np.argmax(np.where(labels == p, taken, -np.inf))) for p in best[:CONTEXTS]]
-            experts.append({"keywords": entries, "contexts": [_context(seen.ids, p, tokenizer) for p in places]})
+            tokens = [int(np.argmax(np.where(labels == w, taken, -np.inf))) for w in best[:CONTEXTS_PER_EXPERT]]
+            experts.append(
+                {"keywords": entries, "contexts": [_context(observed.ids, token, tokenizer) for token in tokens]}
+            )
         layers.append(experts)
     return layers
 
 
-def _context(ids: np.ndarray, place: int, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Text before a token, the token, text after, all of its own block."""
-    block, position = divmod(place, ids.shape[1])
+def _context(ids: np.ndarray, token: int, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Return the text before a token, the token, and the text after it, all from its own block."""
+    block, position = divmod(token, ids.shape[1])
     row = ids[block].tolist()
-    cuts = row[max(0, position - AROUND) : position], [row[position]], row[position + 1 : position + 1 + AROUND]
-    return [str(tokenizer.decode(cut)) for cut in cuts]
+    before, after = row[max(0, position - TOKENS_AROUND) : position], row[position + 1 : position + 1 + TOKENS_AROUND]
+    return [str(tokenizer.decode(part)) for part in (before, [row[position]], after)]

@@ -13,10 +13,10 @@ from moe.data.blocks import Prepared
 from moe.model.decoder import MoEForCausalLM
 from moe.routing.decision import Knobs, Routing
 from moe.specialization.geometry import expert_outputs
-from moe.specialization.interventions import Change, altered, removed, rerouted, swapped
+from moe.specialization.interventions import Intervention, intervene, remove, reroute, swap_experts
 from moe.specialization.knockout import bootstrap, knockouts, rank_correlation
-from moe.specialization.landscape import DISTANCES, landscape, moved
-from moe.specialization.observation import Observation, blocks, documents, next_token_nats, observe
+from moe.specialization.landscape import DISTANCES, landscape, moved_weights
+from moe.specialization.observation import Observation, documents_of_blocks, next_token_nats, observe, validation_blocks
 from moe.specialization.regret import route_regret
 from moe.training.setup import build_model, prepare_data
 
@@ -46,17 +46,17 @@ def model(cell: Any, data: Prepared) -> Iterator[MoEForCausalLM]:
 
 
 def seen(model: MoEForCausalLM, data: Prepared) -> Observation:
-    return observe(model, blocks(data, BLOCKS), KNOBS)
+    return observe(model, validation_blocks(data, BLOCKS), KNOBS)
 
 
-def all_to(expert: int) -> Change:
+def all_to(expert: int) -> Intervention:
     """Every token takes the same expert, with weight 0.8, whatever its router says."""
 
-    def change(routing: Routing, x: Tensor) -> Routing:
+    def intervention(routing: Routing, x: Tensor) -> Routing:
         token = torch.arange(len(x))
         return routing._replace(token=token, expert=torch.full_like(token, expert), weight=torch.full((len(x),), 0.8))
 
-    return change
+    return intervention
 
 
 def random_routing(tokens: int = 50, experts: int = 6, k: int = 3, *, logits: bool = True) -> Routing:
@@ -83,7 +83,7 @@ def test_observation_is_what_the_model_says(model: MoEForCausalLM, data: Prepare
 def test_rerouted_assignments_go_to_new_experts_and_never_twice_to_one(logits: bool, share: float) -> None:
     routing = random_routing(logits=logits)
     hit = torch.rand(len(routing.token), generator=torch.Generator().manual_seed(1)) < share
-    after = rerouted(routing, hit, num_experts=6)
+    after = reroute(routing, hit, num_experts=6)
     assert torch.equal(after.token, routing.token)
     assert torch.equal(after.weight, routing.weight)
     assert torch.equal(after.expert[~hit], routing.expert[~hit])
@@ -100,7 +100,7 @@ def test_rerouted_assignments_go_to_new_experts_and_never_twice_to_one(logits: b
 
 def test_an_assignment_that_no_expert_is_left_for_is_lost() -> None:
     routing = random_routing(tokens=5, experts=3, k=3)
-    after = rerouted(routing, routing.expert == 1, num_experts=3)
+    after = reroute(routing, routing.expert == 1, num_experts=3)
     assert len(after.token) == 10
     assert 1 not in after.expert
 
@@ -108,7 +108,7 @@ def test_an_assignment_that_no_expert_is_left_for_is_lost() -> None:
 def test_swapped_tokens_take_the_new_experts_with_the_heaviest_first_and_others_stay() -> None:
     routing = random_routing()
     token, order = torch.tensor([7, 30]), torch.tensor([[5, 4, 3, 2, 1, 0], [0, 2, 4, 1, 3, 5]])
-    after = swapped(routing, token, order)
+    after = swap_experts(routing, token, order)
     others = ~torch.isin(routing.token, token)
     assert torch.equal(after.expert[others], routing.expert[others])
     assert torch.equal(after.weight, routing.weight)
@@ -119,14 +119,14 @@ def test_swapped_tokens_take_the_new_experts_with_the_heaviest_first_and_others_
         by_weight = after.expert[mine][after.weight[mine].argsort(descending=True)]
         assert (routing.logits[one, by_weight].diff() <= 0).all()
     own = random_routing().expert.view(50, 3)
-    same = swapped(routing, torch.arange(50), torch.cat([own, own], 1))
+    same = swap_experts(routing, torch.arange(50), torch.cat([own, own], 1))
     assert torch.equal(same.expert, routing.expert)  # its own choice, once more, is no change
 
 
 def test_without_the_only_expert_a_layer_adds_nothing(model: MoEForCausalLM, data: Prepared) -> None:
-    probes = blocks(data, BLOCKS)
+    probes = validation_blocks(data, BLOCKS)
     layer = model.moe_layers[1]
-    with altered(model.moe_layers[1], all_to(2)):
+    with intervene(model.moe_layers[1], all_to(2)):
         inner = layer.router
         found = knockouts(model, observe(model, probes, KNOBS), KNOBS, document=np.arange(BLOCKS))["zeroed"]
         assert layer.router is inner
@@ -146,10 +146,10 @@ def test_without_the_only_expert_a_layer_adds_nothing(model: MoEForCausalLM, dat
 
 
 def test_knockouts_are_means_over_blocks_with_domains_apart(model: MoEForCausalLM, data: Prepared) -> None:
-    document = documents(data, BLOCKS)
+    document = documents_of_blocks(data, BLOCKS)
     found = knockouts(model, observed := seen(model, data), KNOBS, document=document)
-    for name, alone in (("zeroed", removed), ("rerouted", lambda r, hit: rerouted(r, hit, num_experts=4))):
-        with altered(model.moe_layers[0], lambda routing, _, f=alone: f(routing, routing.expert == 3)):
+    for name, alone in (("zeroed", remove), ("rerouted", lambda r, hit: reroute(r, hit, num_experts=4))):
+        with intervene(model.moe_layers[0], lambda routing, _, f=alone: f(routing, routing.expert == 3)):
             rise = (next_token_nats(model, observed.blocks, KNOBS).numpy() - observed.nats)[:, :-1].mean(1)
         result = found[name]
         assert result["delta"]["mean"][0, 3] == pytest.approx(rise.mean(), abs=1e-6)
@@ -191,7 +191,7 @@ def test_blocks_of_one_document_count_as_one_witness_and_weights_as_so_many_bloc
 
 
 def test_the_interval_over_documents_covers_as_often_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moe.specialization.knockout.RESAMPLES", 300)
+    monkeypatch.setattr("moe.specialization.knockout.BOOTSTRAP_RESAMPLES", 300)
     draw, inside, too_narrow = np.random.default_rng(0), 0, 0
     document = np.arange(40).repeat(5)
     for _ in range(200):
@@ -215,14 +215,14 @@ def test_with_equal_experts_no_route_is_regretted(model: MoEForCausalLM, data: P
     with torch.no_grad():
         for p in stacks:
             p.copy_(p[:1].expand_as(p).clone())
-    equal = route_regret(model, seen(model, data), KNOBS, document=documents(data, BLOCKS), samples=10)
+    equal = route_regret(model, seen(model, data), KNOBS, document=documents_of_blocks(data, BLOCKS), samples=10)
     with torch.no_grad():
         for p, old in zip(stacks, before, strict=True):
             p.copy_(old)
     for layer in equal:
         np.testing.assert_allclose(layer["values"], 0, atol=1e-4)
         assert layer["better"]["mean"] < 0.5
-    unequal = route_regret(model, seen(model, data), KNOBS, document=documents(data, BLOCKS), samples=10)
+    unequal = route_regret(model, seen(model, data), KNOBS, document=documents_of_blocks(data, BLOCKS), samples=10)
     for layer in unequal:
         assert layer["tokens"] == len(layer["values"]) == 10
         assert (layer["values"] >= 0).all()
@@ -230,15 +230,15 @@ def test_with_equal_experts_no_route_is_regretted(model: MoEForCausalLM, data: P
 
 
 def test_regret_of_one_expert_a_token_is_that_of_trying_every_expert(model: MoEForCausalLM, data: Prepared) -> None:
-    probe = blocks(data, 1)
-    with altered(model.moe_layers[0], all_to(1)):
+    probe = validation_blocks(data, 1)
+    with intervene(model.moe_layers[0], all_to(1)):
         observed = observe(model, probe, KNOBS)
-        [found, _] = route_regret(model, observed, KNOBS, document=documents(data, 1), samples=1)
+        [found, _] = route_regret(model, observed, KNOBS, document=documents_of_blocks(data, 1), samples=1)
         position = np.random.default_rng(0).integers(observed.ids.shape[1] - 1, size=(1, 1)).item()
         tried = []
         for expert in range(4):
             here = torch.tensor([position]), torch.tensor([[expert, *(e for e in range(4) if e != expert)]])
-            with altered(model.moe_layers[0], lambda routing, _, h=here: swapped(routing, *h)):
+            with intervene(model.moe_layers[0], lambda routing, _, h=here: swap_experts(routing, *h)):
                 tried.append(next_token_nats(model, probe, KNOBS)[0, position].item())
     assert found["routes"] == 4
     assert found["regret"]["mean"] == pytest.approx(tried[1] - min(tried), abs=1e-5)
@@ -248,7 +248,7 @@ def test_regret_of_one_expert_a_token_is_that_of_trying_every_expert(model: MoEF
 def test_the_landscape_at_distance_zero_is_the_loss_and_the_gradient_points_uphill(
     model: MoEForCausalLM, data: Prepared
 ) -> None:
-    probes = blocks(data, BLOCKS)
+    probes = validation_blocks(data, BLOCKS)
     ids = probes.ids
     found = landscape(model, probes, KNOBS)
     assert found is not None
@@ -262,7 +262,7 @@ def test_the_landscape_at_distance_zero_is_the_loss_and_the_gradient_points_uphi
     gradient = torch.autograd.grad(model(ids, ids, knobs=KNOBS).loss, weights)
     losses = []
     for distance in (-1e-3, 1e-3):
-        with moved(weights, list(gradient), distance):
+        with moved_weights(weights, list(gradient), distance):
             losses.append(model(ids, ids, knobs=KNOBS).loss.item())
     assert losses[0] < losses[1]
 
@@ -270,7 +270,7 @@ def test_the_landscape_at_distance_zero_is_the_loss_and_the_gradient_points_uphi
 def test_moving_weights_is_relative_to_their_norm_and_undone_even_after_an_error() -> None:
     weight = torch.randn(3, 5)
     before = weight.clone()
-    with contextlib.suppress(KeyError), moved([weight], [torch.randn(3, 5)], -0.5):
+    with contextlib.suppress(KeyError), moved_weights([weight], [torch.randn(3, 5)], -0.5):
         assert (weight - before).norm() == pytest.approx(0.5 * before.norm().item(), rel=1e-5)
         raise KeyError
     assert torch.equal(weight, before)
@@ -281,15 +281,15 @@ def test_every_kind_of_router_can_be_studied(router: str, cell: Any, data: Prepa
     config = cell(f"router={router}").config
     model = build_model(config, vocab_size=len(data.tokenizer)).eval()
     observed = seen(model, data)
-    for result in knockouts(model, observed, KNOBS, document=documents(data, BLOCKS)).values():
+    for result in knockouts(model, observed, KNOBS, document=documents_of_blocks(data, BLOCKS)).values():
         assert np.isfinite(result["delta"]["mean"]).all()
         unused = observed.chosen.sum(1) == 0
         assert (result["delta"]["mean"][unused] == 0).all()
-    for layer in route_regret(model, observed, KNOBS, document=documents(data, BLOCKS), samples=BLOCKS):
+    for layer in route_regret(model, observed, KNOBS, document=documents_of_blocks(data, BLOCKS), samples=BLOCKS):
         assert (layer["values"] >= 0).all()
 
 
 def test_outputs_of_experts_are_unit_vectors_on_shared_tokens(model: MoEForCausalLM, data: Prepared) -> None:
-    vectors = expert_outputs(model, blocks(data, BLOCKS), KNOBS)
+    vectors = expert_outputs(model, validation_blocks(data, BLOCKS), KNOBS)
     torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(2, 4))
     assert vectors[0, 0] @ vectors[0, 1] < 0.99

@@ -23,19 +23,19 @@ from moe.runs.traces import Trace
 from moe.specialization.__main__ import main
 from moe.specialization.geometry import projections
 from moe.specialization.information import (
-    by_position,
     coactivation,
-    counts,
+    conditional_probabilities,
     domain_dependence,
-    given,
-    least_p,
-    shares,
+    expert_shares,
+    probabilities_by_position,
+    smallest_p,
+    sum_by_label,
     vocabulary_dependence,
 )
 from moe.specialization.observation import Observation
 from moe.specialization.page import page
-from moe.specialization.stability import agreement, churn, saturation
-from moe.specialization.study import plain
+from moe.specialization.stability import churn, saturation, seed_agreement
+from moe.specialization.study import to_json
 from moe.specialization.vocabulary import keywords
 
 DOMAINS = np.repeat([0, 1, 2, 3], 8)
@@ -68,8 +68,8 @@ def test_routing_by_domain_has_all_the_information_there_is_for_every_k(k: int, 
     assert found["adjusted"] == pytest.approx(1)
     assert found["ami"] == pytest.approx(1)
     assert found["documents"] == 16
-    assert found["p"] == found["p_least"] == pytest.approx(1 / 1000)  # no shuffle of 16 documents got there
-    table = given(counts(np.repeat(DOMAINS, TOKENS), shares(chosen), size=4))
+    assert found["p"] == found["smallest_p"] == pytest.approx(1 / 1000)  # no shuffle of 16 documents got there
+    table = conditional_probabilities(sum_by_label(np.repeat(DOMAINS, TOKENS), expert_shares(chosen), size=4))
     np.testing.assert_allclose(table, np.kron(np.eye(4), np.full(k, 1 / k)))
 
 
@@ -135,10 +135,10 @@ def test_a_domain_that_matters_beside_its_documents_is_found_if_there_are_enough
     few = domain_dependence(*by_document([[18] * 2] * 3, rng, of_domain=0.7), rng=rng)
     assert many is not None
     assert few is not None
-    assert many["p"] == many["p_least"] == 1 / 1000
+    assert many["p"] == many["smallest_p"] == 1 / 1000
     assert many["adjusted"] > 0.05
     assert few["p"] >= 0.05 > many["p"]
-    assert few["p_least"] == pytest.approx(1 / 15)
+    assert few["smallest_p"] == pytest.approx(1 / 15)
     assert (many["documents"], few["documents"]) == (36, 6)
 
 
@@ -150,7 +150,7 @@ def test_a_document_counts_once_however_long(rng: np.random.Generator) -> None:
     again = domain_dependence(longer, domain[blocks], document[blocks], rng=np.random.default_rng(0))
     assert once is not None
     assert again is not None
-    for name in ("observed", "normalized", "null", "null_high", "adjusted", "z", "p", "p_least", "documents"):
+    for name in ("observed", "normalized", "null", "null_high", "adjusted", "z", "p", "smallest_p", "documents"):
         assert again[name] == pytest.approx(once[name]), name
 
 
@@ -158,7 +158,7 @@ def test_domains_of_one_document_each_cannot_be_told_from_documents(rng: np.rand
     found = domain_dependence(chosen_by(np.repeat(DOMAINS, TOKENS), k=1, experts=4), DOMAINS, DOMAINS, rng=rng)
     assert found is not None
     assert found["normalized"] == pytest.approx(1)
-    assert found["p"] == found["p_least"] == 1
+    assert found["p"] == found["smallest_p"] == 1
     assert np.isnan(found["adjusted"])
     assert np.isnan(found["z"])
 
@@ -169,8 +169,8 @@ def test_the_least_p_is_one_of_as_many_partitions_as_there_are(labels: list[int]
         frozenset(frozenset(np.flatnonzero(np.array(order) == label).tolist()) for label in labels)
         for order in itertools.permutations(labels)
     }
-    assert least_p(np.array(labels)) == 1 / len(partitions)
-    assert least_p(np.repeat(np.arange(6), 40)) == 1 / 1000
+    assert smallest_p(np.array(labels)) == 1 / len(partitions)
+    assert smallest_p(np.repeat(np.arange(6), 40)) == 1 / 1000
 
 
 def test_one_expert_for_all_and_one_domain_alone(rng: np.random.Generator) -> None:
@@ -221,7 +221,7 @@ def test_coactivation_counts_all_pairs_and_is_at_chance_for_random_sets() -> Non
 def test_experts_by_position_are_those_of_the_decile() -> None:
     seq_len = 20
     chosen = chosen_by(np.arange(3 * seq_len) % seq_len * 10 // seq_len, k=1, experts=10)
-    np.testing.assert_allclose(by_position(chosen, seq_len), np.eye(10))
+    np.testing.assert_allclose(probabilities_by_position(chosen, seq_len), np.eye(10))
 
 
 def test_settled_routing_saturates_and_random_routing_does_not() -> None:
@@ -252,10 +252,10 @@ def test_uneven_loads_alone_look_like_agreement_to_kappa_but_not_to_the_shuffled
 @pytest.mark.parametrize("k", [1, 2])
 def test_seeds_agree_whatever_experts_are_called_and_independent_ones_do_not(k: int, rng: np.random.Generator) -> None:
     a, b = (at_random((1, 4000, 6), k=k, seed=seed) for seed in range(2))
-    [same] = agreement(a, a[..., rng.permutation(6)], rng=rng)
+    [same] = seed_agreement(a, a[..., rng.permutation(6)], rng=rng)
     assert same["matched"] == same["kappa"] == 1
     assert same["rand"] == pytest.approx(1)
-    [apart] = agreement(a, b, rng=rng)
+    [apart] = seed_agreement(a, b, rng=rng)
     assert apart["matched"] > k / 6  # matching finds something in noise: that is what chance is for
     assert abs(apart["kappa"]) < 0.02
     assert abs(apart["rand"]) < 0.01
@@ -303,8 +303,8 @@ def test_projections_keep_groups_of_like_experts_together() -> None:
 
 def test_what_is_not_finite_becomes_null_and_arrays_become_lists() -> None:
     value = {"a": np.array([[1.0, np.nan]]), "b": (np.int64(3), np.float32(np.inf)), "c": 0.123456789, "d": None}
-    assert plain(value) == {"a": [[1.0, None]], "b": [3, None], "c": 0.123457, "d": None}
-    json.dumps(plain(value), allow_nan=False)
+    assert to_json(value) == {"a": [[1.0, None]], "b": [3, None], "c": 0.123457, "d": None}
+    json.dumps(to_json(value), allow_nan=False)
 
 
 def test_the_page_shows_the_text_escaped_with_each_token_in_the_class_of_its_heaviest_expert() -> None:
@@ -349,7 +349,7 @@ def test_a_studied_run_has_its_numbers_and_its_page_and_is_not_studied_twice(
         assert (loss["blocks"], loss["tokens"]) == (12, 12 * 31)
     [domain] = first["domain"]
     assert domain["documents"] == first["documents"] == first["val_loss"]["documents"]
-    assert domain["p"] >= domain["p_least"] > 0
+    assert domain["p"] >= domain["smallest_p"] > 0
     assert "<script" not in (cells[0].folder / "tokens.html").read_text()
     assert not (cells[3].folder / "tokens.html").exists()
     last = np.load(sorted((cells[0].folder / "trace").glob("*.npz"))[-1])["shape"]
@@ -367,12 +367,12 @@ def test_a_studied_run_has_its_numbers_and_its_page_and_is_not_studied_twice(
     forge(cells[0].folder, "val/data-00000-of-00001.arrow")  # as in runs from before blocks had documents
     assert main(command) == 0
     changed = json.loads((cells[0].folder / "specialization.json").read_text())
-    assert changed["asked"]["model_sha256"] == second["asked"]["model_sha256"]
+    assert changed["settings"]["model_sha256"] == second["settings"]["model_sha256"]
     assert changed["load"] == second["load"]
     assert [entry["seed"] for entry in changed["seed_agreement"]] == [2]
     forge(cells[0].folder, "train/data-00000-of-00001.arrow")
     assert main([*command, "--samples", "7"]) == 2
-    assert "its data is another now" in capsys.readouterr().err
+    assert "its data has changed" in capsys.readouterr().err
 
 
 def forge(folder: Path, file: str) -> None:
