@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m moe.bench layer|step|growth|dispatch|sweep|analyze`; findings are in docs/benchmarks.md."""
+"""Benchmarks: `python -m moe.bench layer|step|growth|dispatch|sweep|analyze`. docs/benchmarks.md has the results."""

@@ -1,4 +1,4 @@
-"""The command line of the benchmarks: one subcommand a question, each prints its tables."""
+"""Command line of the benchmarks: each subcommand answers one question and prints its tables."""
 
 import argparse
 import json
@@ -28,8 +28,8 @@ def main() -> None:
     for name, module in QUESTIONS.items():
         question = questions.add_parser(name, help=(module.__doc__ or "").splitlines()[0])
         module.add_arguments(question)
-        question.add_argument("--threads", type=int, default=1)
-        question.add_argument("--json", type=Path, help="write the tables here too")
+        question.add_argument("--threads", type=int, default=1, help="threads of PyTorch (1)")
+        question.add_argument("--json", type=Path, help="also write the tables to this file")
     arguments = parser.parse_args()
     process.set_up(threads=arguments.threads)
     machine = {

@@ -1,4 +1,4 @@
-"""How long `analyze.py` takes over many runs, and how much memory: folders are made here, nothing is trained."""
+"""How long `analyze.py` takes over many runs, and how much memory. The run folders are made up; nothing is trained."""
 
 import argparse
 import json
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moe.bench.timing import Table
+from moe.bench.timing import TimingTable
 from moe.metrics.catalog import ROUTING
 
 ANALYZE = Path(__file__).parents[2] / "analyze.py"
@@ -25,7 +25,7 @@ LAYERS, EVALS = 12, 10
 
 
 class Cost(NamedTuple):
-    """Of the whole command: `seconds` by the clock and of CPU time, and its largest resident memory in GB (10^9)."""
+    """Cost of a whole command: wall-clock seconds, CPU seconds, and peak resident memory in GB (10^9 bytes)."""
 
     seconds: float
     cpu_seconds: float
@@ -37,18 +37,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=500)
 
 
-def answer(arguments: argparse.Namespace) -> Iterator[Table]:
-    cost = measure(runs=arguments.runs, steps=arguments.steps)
+def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:
+    cost = measure_analysis(runs=arguments.runs, steps=arguments.steps)
     row = {"folders": f"{arguments.runs} runs of {arguments.steps} steps", "seconds": cost.seconds}
-    row |= {"seconds on a CPU": cost.cpu_seconds, "GB at its peak": cost.gigabytes, "load": os.getloadavg()[0]}
-    yield Table("analyze.py", [row])
+    row |= {"CPU seconds": cost.cpu_seconds, "peak GB": cost.gigabytes, "load": os.getloadavg()[0]}
+    yield TimingTable("analyze.py", [row])
 
 
-def measure(*, runs: int, steps: int) -> Cost:
-    """Run `analyze.py` over that many folders in a temporary directory; the time to make them does not count."""
-    with tempfile.TemporaryDirectory() as place:
-        write_runs(Path(place) / "experiment_a", runs=runs, steps=steps)
-        command = [sys.executable, str(ANALYZE), place, "--out", str(Path(place) / "analysis")]
+def measure_analysis(*, runs: int, steps: int) -> Cost:
+    """Run `analyze.py` over that many run folders in a temporary directory. Making the folders does not count."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_runs(Path(folder) / "experiment_a", runs=runs, steps=steps)
+        command = [sys.executable, str(ANALYZE), folder, "--out", str(Path(folder) / "analysis")]
         start = time.perf_counter()
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -59,10 +59,10 @@ def measure(*, runs: int, steps: int) -> Cost:
 
 
 def write_runs(sweep: Path, *, runs: int, steps: int) -> None:
-    """Folders of finished runs, router x capacity x seed, with as many metrics as a run of 12 layers writes.
+    """Write folders of finished runs, router x capacity x seed, with as many metrics as a run of 12 layers has.
 
-    The experiment is the one whose figures need most: those of A and C read the training steps too. Training steps
-    are those of the router, evaluations those of the run.
+    The experiment is one whose figures need the most data: those of A and C read the training steps too. Runs of one
+    router share their training steps; evaluations differ from run to run.
     """
     rng = np.random.default_rng(0)
     training = [_training(steps, 0.1 * (1 + index), rng) for index in range(len(ROUTERS))]
@@ -84,7 +84,7 @@ def write_runs(sweep: Path, *, runs: int, steps: int) -> None:
 
 
 def _training(steps: int, load: float, rng: np.random.Generator) -> list[str]:
-    """A line a training step."""
+    """Return one line for each training step."""
     lines = []
     for step in range(1, steps + 1):
         values = {
@@ -96,22 +96,24 @@ def _training(steps: int, load: float, rng: np.random.Generator) -> list[str]:
 
 
 def _evaluation(step: int, loss: float, load: float, rng: np.random.Generator) -> dict[str, Any]:
+    """Return the event of one evaluation."""
     validation = {"val/loss": loss, "val/perplexity": math.exp(loss), "val/accuracy": 1 / loss}
     return {"kind": "eval", "step": step} | validation | _routing("", load, rng, layered=len(ROUTING))
 
 
 def _falling(step: int, steps: int) -> float:
+    """Return a loss that falls during a run, above its final value."""
     return 4 * math.exp(-5 * step / steps)
 
 
 def _routing(prefix: str, load: float, rng: np.random.Generator, *, layered: int) -> dict[str, float]:
-    """Every metric of the catalog, all alike; the first `layered` of them by layer too."""
-    luck = 0.01 * float(rng.normal())
-    values = {f"{prefix}routing/load_cv/pooled": 0.9 * load + luck}
-    for rank, name in enumerate(ROUTING):
-        values[f"{prefix}{name}"] = load + luck
-        if rank < layered:
-            values |= {f"{prefix}{name}/layer{i:02d}": load * (1 + 0.1 * i) + luck for i in range(LAYERS)}
+    """Return a value for every metric of the catalog, and for the first `layered` of them one for each layer too."""
+    noise = 0.01 * float(rng.normal())
+    values = {f"{prefix}routing/load_cv/pooled": 0.9 * load + noise}
+    for index, name in enumerate(ROUTING):
+        values[f"{prefix}{name}"] = load + noise
+        if index < layered:
+            values |= {f"{prefix}{name}/layer{i:02d}": load * (1 + 0.1 * i) + noise for i in range(LAYERS)}
     return values
 
 

@@ -1,7 +1,7 @@
 """Experiment B: drop rate and speed of the dispatcher alone, over experts, experts per token and capacity factor.
 
-Routing is random (independent normal logits), experts are the identity, gates are 1: what is timed is packing tokens by
-expert under a capacity limit and summing them back, as the routing bench did.
+Routing is random (independent normal logits), experts are the identity, and gate weights are 1. Two things are timed:
+gathering tokens by expert under a capacity limit, and summing them back. The routing bench timed the same.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from moe.bench.timing import Table, device, interleave
+from moe.bench.timing import TimingTable, time_in_turns, timed_device
 from moe.routing.decision import Routing
 from moe.routing.dispatch import Dispatch, combine, dispatch, gather
 
@@ -30,35 +30,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("results"))
 
 
-def answer(arguments: argparse.Namespace) -> Iterator[Table]:
+def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:
     grid = {"experts": arguments.experts, "ks": arguments.k, "capacities": arguments.capacity}
     sizes = {name: getattr(arguments, name) for name in ("tokens", "dim", "seed", "iterations")}
-    rows = sweep(arguments.out, **grid, **sizes)
+    rows = measure_grid(arguments.out, **grid, **sizes)
     for title, column in (("drop rate by capacity factor", "avg_drop_rate"), ("tokens per second", "tokens_per_s")):
         table = rows.pivot(index=["num_experts", "top_k"], columns="capacity_factor", values=column).rename(columns=str)
-        yield Table(title, [{"E, K": f"{e}, {k}", **row} for (e, k), row in table.T.to_dict().items()])
+        yield TimingTable(title, [{"E, K": f"{e}, {k}", **row} for (e, k), row in table.T.to_dict().items()])
 
 
-def measure(
+def measure_dispatch(
     *, experts: int, k: int, capacity: float, tokens: int, dim: int, seed: int, iterations: int
 ) -> dict[str, Any]:
-    """One line of the result: drop rate, and median time over `iterations` packs and combines after two uncounted.
+    """Return one row of the result: drop rate, and the median time of `iterations` rounds of packing and combining.
 
-    The bytes of a token are those that must move at least: it is read once and written once, and each of its k copies
-    is written and read once, (2 + 2k) D values.
+    The bytes of a token are the smallest number that must move: (2 + 2k) D values. The token is read once and written
+    once, and each of its k copies is written once and read once.
     """
     generator = torch.Generator().manual_seed(seed)
-    expert = torch.randn(tokens, experts, generator=generator).topk(k).indices.to(device())
-    routing = Routing.token_choice(expert, torch.ones(expert.shape, device=device()))
-    x = torch.randn(tokens, dim, generator=generator).to(device())
+    expert = torch.randn(tokens, experts, generator=generator).topk(k).indices.to(timed_device())
+    routing = Routing.token_choice(expert, torch.ones(expert.shape, device=timed_device()))
+    x = torch.randn(tokens, dim, generator=generator).to(timed_device())
 
     def pack_and_combine() -> Dispatch:
-        todo = dispatch(routing, experts, capacity=capacity, seq_len=tokens)
-        combine(gather(x, todo), todo, tokens)
-        return todo
+        plan = dispatch(routing, experts, capacity=capacity, seq_len=tokens)
+        combine(gather(x, plan), plan, tokens)
+        return plan
 
-    seconds = interleave([("pack_combine", pack_and_combine)], rounds=iterations)["pack_combine"]
-    todo = pack_and_combine()
+    seconds = time_in_turns([("pack_combine", pack_and_combine)], rounds=iterations)["pack_combine"]
+    plan = pack_and_combine()
     bytes_per_token = (2 + 2 * k) * dim * x.element_size()
     return {
         "name": "pack_combine",
@@ -69,7 +69,7 @@ def measure(
         "hidden_dim": dim,
         "dtype": str(x.dtype).removeprefix("torch."),
         "device": str(x.device),
-        "avg_drop_rate": 1 - (todo.kept.sum() / todo.offered.sum()).item(),
+        "avg_drop_rate": 1 - (plan.kept.sum() / plan.offered.sum()).item(),
         "avg_ms": 1e3 * seconds,
         "tokens_per_s": tokens / seconds,
         "bytes_per_token_strict": bytes_per_token,
@@ -77,12 +77,14 @@ def measure(
     }
 
 
-def sweep(out: Path, *, experts: list[int], ks: list[int], capacities: list[float], **settings: Any) -> pd.DataFrame:
-    """Measure the grid; write capacity_cf_multi.jsonl and its two figures into `out`; return the table."""
+def measure_grid(
+    out: Path, *, experts: list[int], ks: list[int], capacities: list[float], **settings: Any
+) -> pd.DataFrame:
+    """Measure all combinations, write capacity_cf_multi.jsonl and two figures to `out`, and return the table."""
     from moe.analysis.figures.effects import capacity_lines
 
     rows = [
-        measure(experts=e, k=k, capacity=capacity, **settings)
+        measure_dispatch(experts=e, k=k, capacity=capacity, **settings)
         for e, k, capacity in itertools.product(experts, ks, capacities)
     ]
     out.mkdir(parents=True, exist_ok=True)

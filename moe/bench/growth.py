@@ -1,4 +1,4 @@
-"""Step time and peak memory against experts, tokens, sequence length and experts per token, with fitted exponents."""
+"""How step time and peak memory grow with experts, tokens, sequence length and experts per token (exponents)."""
 
 import argparse
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from moe.bench.step import bare_step
-from moe.bench.timing import Table, device, interleave
+from moe.bench.timing import TimingTable, time_in_turns, timed_device
 from moe.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig
 from moe.model.cost import flops_per_token, peak_memory_gb, reset_peak_memory
 from moe.model.decoder import MoEForCausalLM
@@ -26,8 +26,8 @@ CURVES: dict[str, list[dict[str, int]]] = {
 }
 
 
-class Point(NamedTuple):
-    """Of one training step: seconds, FLOPs by their formula, and peak memory in GB (10^9 bytes)."""
+class StepCost(NamedTuple):
+    """Cost of one training step: seconds, FLOPs by formula, and peak memory in GB (10^9 bytes)."""
 
     seconds: float
     flops: float
@@ -38,15 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=5)
 
 
-def answer(arguments: argparse.Namespace) -> Iterator[Table]:
-    """A process a point, because a process does not give memory back."""
+def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:
+    """Measure each point in a process of its own, because a process does not return memory to the system."""
     rows = []
     for name, settings in CURVES.items():
         points = []
         for setting in settings:
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-                asked = {**BASE, **setting, "rounds": arguments.rounds, "threads": arguments.threads}
-                points.append(fresh.submit(measure_point, **asked).result())
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
+                settings_of_point = {**BASE, **setting, "rounds": arguments.rounds, "threads": arguments.threads}
+                points.append(executor.submit(measure_point, **settings_of_point).result())
         sizes = [next(iter(setting.values())) for setting in settings]
         rows.append(
             {
@@ -58,30 +58,30 @@ def answer(arguments: argparse.Namespace) -> Iterator[Table]:
                 "memory, last / first": points[-1].gigabytes / points[0].gigabytes,
             }
         )
-    yield Table("growth of a training step of model=tiny", rows)
+    yield TimingTable("growth of a training step of model=tiny", rows)
 
 
 def measure_point(
     *, experts: int, k: int, batch: int, seq_len: int, rounds: int, threads: int, dim: int = 128
-) -> Point:
-    """A step of model=tiny so changed; the process's memory before the model is built does not count."""
+) -> StepCost:
+    """Measure a step of model=tiny with these sizes. Memory that the process used before building it does not count."""
     process.set_up(threads=threads)
     sizes = ModelConfig(dim=dim, heads=4, layers=4, ffn=2 * dim, num_experts=experts, dense_ffn=4 * dim)
     config = Config(batch_size=batch, data=DataConfig(seq_len=seq_len), model=sizes)
     config.router = {"_target_": "moe.routers.topk.TopK", "k": k}
     config.optimizer = OptimizerConfig(muon_lr=0.02, adamw_lr=0.01)
-    reset_peak_memory(device())
-    before = peak_memory_gb(device()) or 0.0
+    reset_peak_memory(timed_device())
+    before = peak_memory_gb(timed_device()) or 0.0
     model = build_model(config, vocab_size=4096)
-    nn.Module.to(model, device())
-    seconds = interleave([("step", bare_step(model, config))], rounds=rounds)["step"]
+    nn.Module.to(model, timed_device())
+    seconds = time_in_turns([("step", bare_step(model, config))], rounds=rounds)["step"]
     flops = 3 * flops_per_token(model, seq_len) * batch * seq_len + newton_schulz_flops(model)
-    return Point(seconds, flops, (peak_memory_gb(device()) or float("nan")) - before)
+    return StepCost(seconds, flops, (peak_memory_gb(timed_device()) or float("nan")) - before)
 
 
 def newton_schulz_flops(model: MoEForCausalLM) -> float:
-    """Of Muon's five iterations for every matrix (r, c), r <= c, in products of 2 r^2 c and 2 r^3: see
-    `moe.training.optim`."""
+    """Return the FLOPs of Muon's five iterations for all matrices (r, c) with r <= c. Matrix products cost 2 r^2 c or
+    2 r^3; see `moe.training.optim`."""
     total = 0.0
     for name, p in model.named_parameters():
         if p.ndim >= 2 and "embed" not in name:
@@ -92,5 +92,5 @@ def newton_schulz_flops(model: MoEForCausalLM) -> float:
 
 
 def exponent(sizes: list[int], values: list[float]) -> float:
-    """Slope of a straight line through log value against log size: 1 where doubling doubles."""
+    """Return the slope of a line through log value against log size: 1 if twice the size costs twice as much."""
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])

@@ -1,4 +1,4 @@
-"""One MoE layer, forward and backward, beside its limits and transformers' Mixtral block."""
+"""One MoE layer, forward and backward, compared with its limits and with the Mixtral block of transformers."""
 
 import argparse
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralSparseMoeBlock
 
-from moe.bench.timing import Table, device, interleave, relative
+from moe.bench.timing import TimingTable, relative_table, time_in_turns, timed_device
 from moe.model.experts import Experts
 from moe.model.layer import MoELayer
 from moe.routers.topk import TopK
@@ -36,24 +36,28 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shapes", default=",".join(SHAPES), help="see docs/benchmarks.md")
+    parser.add_argument(
+        "--shapes", default=",".join(SHAPES), help="names of shapes, comma-separated; see docs/benchmarks.md"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--rounds", type=int, default=15)
 
 
-def answer(arguments: argparse.Namespace) -> Iterator[Table]:
+def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:
     for name in arguments.shapes.split(","):
         sizes = ", ".join(f"{letter}={size}" for letter, size in SHAPES[name]._asdict().items())
         passes = layer_passes(SHAPES[name], dtype=DTYPES[arguments.dtype])
-        seconds = interleave([(title, one.both_ways) for title, one in passes.items()], rounds=arguments.rounds)
-        table = relative(f"layer {name}: {sizes}, {arguments.dtype} on {device()}", seconds, to="dense")
+        seconds = time_in_turns(
+            [(title, one.forward_and_backward) for title, one in passes.items()], rounds=arguments.rounds
+        )
+        table = relative_table(f"layer {name}: {sizes}, {arguments.dtype} on {timed_device()}", seconds, to="dense")
         for row, one in zip(table.rows, passes.values(), strict=True):
-            row["kept for the backward pass / least"] = one.bytes_kept() / least_bytes(SHAPES[name], one.dtype)
+            row["saved for the backward pass / least"] = one.saved_bytes() / least_saved_bytes(SHAPES[name], one.dtype)
         yield table
 
 
-class Pass(NamedTuple):
-    """A layer with what it takes: `rows` fresh random rows of width `dim` every time."""
+class LayerPass(NamedTuple):
+    """Layer with its input: new random numbers (1, rows, dim) for every pass."""
 
     forward: Callable[[Tensor], Tensor]
     module: nn.Module
@@ -61,67 +65,70 @@ class Pass(NamedTuple):
     dim: int
     dtype: torch.dtype
 
-    def both_ways(self) -> None:
-        """Forward and backward, of a loss that costs next to nothing."""
+    def forward_and_backward(self) -> None:
+        """Run forward and backward, with a loss that costs almost nothing."""
         self.forward(self._input()).square().mean().backward()
         self.module.zero_grad()
 
-    def bytes_kept(self) -> int:
-        """What the forward pass leaves in memory for the backward pass, parameters apart."""
+    def saved_bytes(self) -> int:
+        """Return the bytes that the forward pass saves for the backward pass, parameters excluded."""
         parameters = {p.untyped_storage().data_ptr() for p in self.module.parameters()}
-        kept: dict[int, torch.UntypedStorage] = {}
+        saved: dict[int, torch.UntypedStorage] = {}
 
-        def keep(tensor: Tensor) -> Tensor:
+        def save(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in parameters:
-                kept[storage.data_ptr()] = storage
+                saved[storage.data_ptr()] = storage
             return tensor
 
-        with saved_tensors_hooks(keep, lambda tensor: tensor):
+        with saved_tensors_hooks(save, lambda tensor: tensor):
             self.forward(self._input())
-        return sum(storage.nbytes() for storage in kept.values())
+        return sum(storage.nbytes() for storage in saved.values())
 
     def _input(self) -> Tensor:
-        return torch.randn(1, self.rows, self.dim, device=device(), dtype=self.dtype, requires_grad=True)
+        return torch.randn(1, self.rows, self.dim, device=timed_device(), dtype=self.dtype, requires_grad=True)
 
 
-def least_bytes(shape: Shape, dtype: torch.dtype) -> int:
-    """The tokens, and of each assignment the products with two matrices of its expert: all else follows from them."""
+def least_saved_bytes(shape: Shape, dtype: torch.dtype) -> int:
+    """Return the fewest bytes that a backward pass needs: the tokens, and for each assignment its products with two
+    matrices of its expert. All other values follow from them."""
     return (shape.tokens * shape.dim + 2 * shape.tokens * shape.k * shape.ffn) * dtype.itemsize
 
 
-def layer_passes(shape: Shape, *, dtype: torch.dtype) -> dict[str, Pass]:
-    """Two limits (a dense layer of equal active FLOPs, and our experts on equal groups of rows, without routing), ours,
-    and the block of transformers' Mixtral in its two implementations.
+def layer_passes(shape: Shape, *, dtype: torch.dtype) -> dict[str, LayerPass]:
+    """Return the variants by name: two limits, `MoELayer`, and transformers' Mixtral block in two implementations.
 
-    All have three matrices of the same size an expert (SwiGLU).
+    The limits are a dense layer of equal active FLOPs, and the experts alone, which get equal groups of rows without
+    routing. In all variants an expert has three matrices of the same sizes (SwiGLU).
     """
     torch.manual_seed(0)
     router = TopK(shape.dim, shape.experts, k=shape.k)
     experts = Experts(shape.experts, shape.dim, hidden=shape.ffn, kind="swiglu")
     dense = Experts(1, shape.dim, hidden=shape.k * shape.ffn, kind="swiglu")
     blocks = {name: MixtralSparseMoeBlock(mixtral_config(shape, name)) for name in ("grouped_mm", "eager")}
-    ours = MoELayer(router, experts)
-    for module in (ours, dense, *blocks.values()):
-        module.to(device(), dtype)
+    moe_layer = MoELayer(router, experts)
+    for module in (moe_layer, dense, *blocks.values()):
+        module.to(timed_device(), dtype)
         for p in module.parameters():
             nn.init.normal_(p, std=0.02)
-    context = Context(torch.zeros(1, shape.tokens, dtype=torch.long, device=device()), Knobs.of(device=device()))
+    context = Context(
+        torch.zeros(1, shape.tokens, dtype=torch.long, device=timed_device()), Knobs.of(device=timed_device())
+    )
     limited = context._replace(capacity=1.25)
     rows = shape.tokens * shape.k
-    equal = torch.full((shape.experts,), rows // shape.experts, device=device())
+    equal = torch.full((shape.experts,), rows // shape.experts, device=timed_device())
     forward: dict[str, tuple[Callable[[Tensor], Tensor], nn.Module, int]] = {
         "dense": (lambda x: dense(x[0], torch.tensor([shape.tokens])), dense, shape.tokens),
-        "our experts on equal groups": (lambda x: experts(x[0], equal), experts, rows),
-        "ours": (lambda x: ours(x, context).y, ours, shape.tokens),
-        "ours, capacity 1.25": (lambda x: ours(x, limited).y, ours, shape.tokens),
+        "experts alone, equal groups": (lambda x: experts(x[0], equal), experts, rows),
+        "MoE": (lambda x: moe_layer(x, context).y, moe_layer, shape.tokens),
+        "MoE, capacity 1.25": (lambda x: moe_layer(x, limited).y, moe_layer, shape.tokens),
         **{f"Mixtral, {name}": (_first_of(block), block, shape.tokens) for name, block in blocks.items()},
     }
-    return {name: Pass(*one, shape.dim, dtype) for name, one in forward.items()}
+    return {name: LayerPass(*one, shape.dim, dtype) for name, one in forward.items()}
 
 
 def mixtral_config(shape: Shape, implementation: str, **others: Any) -> MixtralConfig:
-    """transformers' configuration of experts of this shape; others: of the rest of a model."""
+    """Return Mixtral's configuration for experts of this shape; `others` are settings of the rest of a model."""
     config = MixtralConfig(
         hidden_size=shape.dim,
         intermediate_size=shape.ffn,
@@ -136,6 +143,8 @@ def mixtral_config(shape: Shape, implementation: str, **others: Any) -> MixtralC
 
 
 def _first_of(block: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return a function that gives the first output of a block, which may return a tuple."""
+
     def forward(x: Tensor) -> Tensor:
         output = block(x)
         return output[0] if isinstance(output, tuple) else output

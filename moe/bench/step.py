@@ -1,4 +1,4 @@
-"""A training step: ours bare and as training runs it, beside a dense model and Mixtral, and what it is made of."""
+"""One training step, bare and in training, compared with a dense model and Mixtral, and the shares of its parts."""
 
 import argparse
 import copy
@@ -15,7 +15,17 @@ from torch import nn
 from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM
 
 from moe.bench.layer import Shape, mixtral_config
-from moe.bench.timing import UNCOUNTED, Table, Variant, clock, device, medians, now, product_flops, relative
+from moe.bench.timing import (
+    UNCOUNTED,
+    TimingTable,
+    Variant,
+    medians,
+    now,
+    product_flops,
+    relative_table,
+    time_call,
+    timed_device,
+)
 from moe.config.schema import Config
 from moe.launch.command_line import read_cells
 from moe.model.cost import flops_per_token
@@ -31,31 +41,37 @@ from moe.training.optim import build_optimizers
 from moe.training.setup import build_model, prepare_data
 
 SETTINGS = ("logger.mode=disabled", "model.expert=swiglu")
-TRAINING = "ours in training: Accelerate, clipping, statistics read out, event log"
+TRAINING = "MoE in training: Accelerate, clipping, metrics, event log"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("overrides", nargs="*", help="of the run, as train.py takes them: model=small batch_size=32")
+    parser.add_argument("overrides", nargs="*", help="overrides of the run, as for train.py: model=small batch_size=32")
     parser.add_argument("--rounds", type=int, default=15)
 
 
-def answer(arguments: argparse.Namespace) -> Iterator[Table]:
+def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:
     with tempfile.TemporaryDirectory() as folder:
         seconds, tokens, flops, dtype = measure_steps(arguments.overrides, rounds=arguments.rounds, folder=Path(folder))
     parts = {name: seconds.pop(name) for name in list(seconds) if name.startswith("part: ")}
     run = ", ".join(arguments.overrides) or "model=tiny"
-    yield relative(f"training step: {run}, SwiGLU", seconds, to="dense")
+    yield relative_table(f"training step: {run}, SwiGLU", seconds, to="dense")
     shares = [{"part": name[6:], "share": value / seconds[TRAINING]} for name, value in parts.items()]
-    yield Table("of that step in training", shares)
-    reached = flops / seconds[TRAINING]
+    yield TimingTable("shares of that step in training", shares)
+    flops_per_second = flops / seconds[TRAINING]
     limit = product_flops(dtype)
-    speed = {"tokens": tokens, "tokens / s": tokens / seconds[TRAINING], "TFLOP / s": reached / 1e12}
-    yield Table("speed in training, Muon's FLOPs apart", [speed | {"of a large product's": reached / limit}])
+    speed = {"tokens": tokens, "tokens / s": tokens / seconds[TRAINING], "TFLOP / s": flops_per_second / 1e12}
+    yield TimingTable(
+        "speed in training, without Muon's FLOPs", [speed | {"of a large product": flops_per_second / limit}]
+    )
 
 
-class Measured(NamedTuple):
-    """Median seconds by variant, where names of parts of our step begin with "part: "; of our step in training its
-    tokens, its FLOPs without Muon's, and what it multiplies in."""
+class StepTimes(NamedTuple):
+    """Times of a training step.
+
+    seconds: the median of each variant. Names of parts of the step in training begin with "part: ".
+    tokens, flops: the tokens of the step in training, and its FLOPs without Muon's.
+    dtype: the type in which it multiplies matrices.
+    """
 
     seconds: dict[str, float]
     tokens: int
@@ -63,15 +79,15 @@ class Measured(NamedTuple):
     dtype: torch.dtype
 
 
-def measure_steps(overrides: list[str], *, rounds: int, folder: Path) -> Measured:
-    """Time steps of that run.
+def measure_steps(overrides: list[str], *, rounds: int, folder: Path) -> StepTimes:
+    """Time the steps of a run with these overrides.
 
-    The real training loop sets the pace: the others take their turn when it reports a step. Its run is cut off at 1 %,
-    because evaluations, traces and checkpoints, which belong to longer runs, would be counted as steps.
+    The real training loop runs, and the other variants take their turn whenever it reports a step. The run is stopped
+    after 1 % of its steps: evaluations, traces and checkpoints belong to longer runs and would be counted as steps.
     """
     steps = rounds + UNCOUNTED
-    late = [f"{key}={100 * steps}" for key in ("steps", "eval_every", "save_every")]
-    cells = read_cells([*SETTINGS, *overrides, *late, f"out={folder}"])
+    beyond_end = [f"{key}={100 * steps}" for key in ("steps", "eval_every", "save_every")]
+    cells = read_cells([*SETTINGS, *overrides, *beyond_end, f"out={folder}"])
     assert cells is not None, overrides
     config = cells[0].config
     with Signals() as signals, EventLog(folder / "parts.jsonl", step=0) as events, suppress(Interrupted):
@@ -80,12 +96,12 @@ def measure_steps(overrides: list[str], *, rounds: int, folder: Path) -> Measure
     tokens = config.batch_size * config.grad_accum * config.data.seq_len
     flops = 3.0 * tokens * flops_per_token(_model(config), config.data.seq_len)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    return Measured(medians(turns.seconds), tokens, flops, dtype)
+    return StepTimes(medians(turns.seconds), tokens, flops, dtype)
 
 
 class Turns(Mirror):
-    """Notes how long the training loop took since it last had the word, then lets the variants have their turn; asks it
-    to stop after some steps."""
+    """Mirror of the training loop that times each of its steps, then times every variant once, and finally asks the
+    loop to stop."""
 
     def __init__(self, variants: list[Variant], signals: Signals, *, stop_after: int) -> None:
         self.variants = variants
@@ -98,50 +114,57 @@ class Turns(Mirror):
         if "train/loss" in values:
             self.seconds[TRAINING].append(now() - self.began)
             for name, run in self.variants:
-                self.seconds[name].append(clock(run))
+                self.seconds[name].append(time_call(run))
         if step == self.stop_after:
             self.signals.received = SIGTERM
         self.began = now()
 
 
 def step_variants(config: Config) -> list[Variant]:
-    """Bare steps (forward, backward, optimizers) on random tokens: dense of equal active FLOPs, ours, Mixtral."""
-    ours = _model(config)
-    sizes, k = config.model, ours.moe_layers[0].router.experts_per_token(config.data.seq_len)
+    """Return bare steps (forward, backward, optimizers) on random tokens: of a dense model of equal active FLOPs, of
+    the configured MoE model, and of Mixtral."""
+    moe_model = _model(config)
+    sizes, k = config.model, moe.moe_layers[0].router.experts_per_token(config.data.seq_len)
     dense = copy.deepcopy(config)
     dense.model.first_k_dense_replace = sizes.layers
     dense.model.dense_ffn = round(k * sizes.ffn)
     shape = Shape(sizes.num_experts, round(k), sizes.dim, sizes.ffn, 0)
-    rest = {"num_hidden_layers": sizes.layers, "num_attention_heads": sizes.heads, "num_key_value_heads": sizes.heads}
-    mixtral = MixtralForCausalLM(mixtral_config(shape, "grouped_mm", vocab_size=ours.config.vocab_size, **rest))
-    nn.Module.to(mixtral, ours.device)
+    attention = {
+        "num_hidden_layers": sizes.layers,
+        "num_attention_heads": sizes.heads,
+        "num_key_value_heads": sizes.heads,
+    }
+    mixtral = MixtralForCausalLM(
+        mixtral_config(shape, "grouped_mm", vocab_size=moe_model.config.vocab_size, **attention)
+    )
+    nn.Module.to(mixtral, moe_model.device)
     return [
         ("dense", bare_step(_model(dense), config)),
-        ("ours, bare loop", bare_step(ours, config)),
+        ("MoE, bare loop", bare_step(moe_model, config)),
         ("Mixtral, grouped_mm, bare loop", bare_step(mixtral, config)),
     ]
 
 
 def part_variants(config: Config, events: EventLog) -> list[Variant]:
-    """What the whole model spends on its parts in a step; the statistics and losses are of one batch."""
+    """Return the parts of a step of the whole model. Statistics and losses are computed for one batch."""
     model = _model(config)
     optimizers = build_optimizers(model, config.optimizer)
     step = bare_step(model, config)
-    step()  # leaves gradients
+    step()  # Leaves gradients for the optimizers.
     ids = _random_ids(model, config)
     with torch.no_grad():
         layers = model(ids).routing or []
     seq_len, experts = config.data.seq_len, config.model.num_experts
     routings = [routing for layer in layers for routing in layer]
-    plans = [dispatch(routing, experts, capacity=config.capacity, seq_len=seq_len) for routing in routings]
+    dispatches = [dispatch(routing, experts, capacity=config.capacity, seq_len=seq_len) for routing in routings]
     line = {f"train/routing/{i}": i / 7 for i in range(100)}
-    both = list(zip(routings, plans, strict=True))
+    both = list(zip(routings, dispatches, strict=True))
     return [
         *((f"part: {type(optimizer).__name__}", optimizer.step) for optimizer in optimizers),
-        ("part: statistics", lambda: [measure(r, p, ids.numel(), seq_len=seq_len) for r, p in both]),
-        ("part: auxiliary losses", lambda: [losses.auxiliary(r, p.offered, seq_len=seq_len) for r, p in both]),
+        ("part: statistics", lambda: [measure(r, d, ids.numel(), seq_len=seq_len) for r, d in both]),
+        ("part: auxiliary losses", lambda: [losses.auxiliary(r, d.offered, seq_len=seq_len) for r, d in both]),
         (
-            "part: dispatch plan",
+            "part: dispatch",
             lambda: [dispatch(r, experts, capacity=config.capacity, seq_len=seq_len) for r in routings],
         ),
         ("part: a line of the event log", lambda: events.write("train", 1, line)),
@@ -149,7 +172,10 @@ def part_variants(config: Config, events: EventLog) -> list[Variant]:
 
 
 def bare_step(model: nn.Module, config: Config) -> Callable[[], None]:
-    """Forward, backward and optimizers, with the balance loss where there is one; gradients stay until the next."""
+    """Return a function that runs forward, backward and optimizers, with the load-balancing loss if the model has one.
+
+    Gradients stay until the next call.
+    """
     optimizers = build_optimizers(model, config.optimizer)
     model.train()
 
@@ -157,7 +183,7 @@ def bare_step(model: nn.Module, config: Config) -> Callable[[], None]:
         for optimizer in optimizers:
             optimizer.zero_grad()
         ids = _random_ids(model, config)
-        with torch.autocast(device().type, torch.bfloat16, enabled=config.precision == "bf16"):
+        with torch.autocast(timed_device().type, torch.bfloat16, enabled=config.precision == "bf16"):
             output = model(input_ids=ids, labels=ids)
         balance = output.aux["load_balance"].sum() if getattr(output, "aux", None) else 0.0
         (output.loss + config.lb * balance).backward()
@@ -169,7 +195,7 @@ def bare_step(model: nn.Module, config: Config) -> Callable[[], None]:
 
 def _model(config: Config) -> MoEForCausalLM:
     model = build_model(config, vocab_size=len(prepare_data(config).tokenizer))
-    nn.Module.to(model, device())
+    nn.Module.to(model, timed_device())
     return model
 
 

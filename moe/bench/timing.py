@@ -1,7 +1,7 @@
-"""Timing by turns, and tables of what was timed.
+"""Times variants in turns and makes tables of the results.
 
-Every round times each variant once; medians over rounds and their ratios are reported, because a shared machine makes
-absolute times meaningless.
+Each round times every variant once. The tables show medians over rounds and their ratios, because absolute times mean
+nothing on a shared machine.
 """
 
 import time
@@ -12,16 +12,17 @@ from typing import Any, NamedTuple
 import torch
 
 Variant = tuple[str, Callable[[], object]]
-UNCOUNTED = 2  # first rounds, in which caches and allocators warm up
+UNCOUNTED = 2  # The first rounds do not count, because caches and allocators warm up in them.
 
 
-class Table(NamedTuple):
-    """Rows of equal keys; the first is the label."""
+class TimingTable(NamedTuple):
+    """Rows with the same keys. The first key is the label of the row."""
 
     title: str
     rows: list[dict[str, Any]]
 
     def markdown(self) -> str:
+        """Return the table as Markdown, with its title above it."""
         names = list(self.rows[0])
         lines = [f"**{self.title}**", "", f"| {' | '.join(names)} |", f"|---|{'--:|' * (len(names) - 1)}"]
         return "\n".join(lines + [f"| {' | '.join(_text(value) for value in row.values())} |" for row in self.rows])
@@ -31,37 +32,40 @@ def _text(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def device() -> torch.device:
-    """What is timed: the GPU where there is one."""
+def timed_device() -> torch.device:
+    """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def product_flops(dtype: torch.dtype) -> float:
-    """FLOPs a second of a large matrix product, which no model exceeds."""
-    size = 8192 if device().type == "cuda" else 2048
-    one, other = torch.randn(2, size, size, device=device(), dtype=dtype)
-    return 2 * size**3 / interleave([("product", lambda: one @ other)], rounds=5)["product"]
+    """Measure the FLOPs per second of a large matrix product, which no model exceeds."""
+    size = 8192 if timed_device().type == "cuda" else 2048
+    a, b = torch.randn(2, size, size, device=timed_device(), dtype=dtype)
+    return 2 * size**3 / time_in_turns([("product", lambda: a @ b)], rounds=5)["product"]
 
 
-def interleave(variants: list[Variant], *, rounds: int) -> dict[str, float]:
-    """Median seconds of each variant over `rounds` rounds, after those that are not counted."""
+def time_in_turns(variants: list[Variant], *, rounds: int) -> dict[str, float]:
+    """Return the median seconds of each variant over `rounds` rounds, which follow those that are not counted."""
     seconds: dict[str, list[float]] = {name: [] for name, _ in variants}
     for _ in range(rounds + UNCOUNTED):
         for name, run in variants:
-            seconds[name].append(clock(run))
+            seconds[name].append(time_call(run))
     return medians(seconds)
 
 
-def clock(run: Callable[[], object]) -> float:
-    """Seconds of one call."""
-    tick = now()
+def time_call(run: Callable[[], object]) -> float:
+    """Return the seconds that one call takes."""
+    start = now()
     run()
-    return now() - tick
+    return now() - start
 
 
 def now() -> float:
-    """Seconds, for differences: of processor time where one thread of a CPU does everything, because other processes
-    then do not count; else by the clock, once a GPU has done what it was given."""
+    """Return a time in seconds, from which differences can be taken.
+
+    If one thread of a CPU does everything, it is processor time, so that other processes do not count. Otherwise it is
+    wall-clock time, after a GPU has finished its work.
+    """
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     elif torch.get_num_threads() == 1:
@@ -70,13 +74,13 @@ def now() -> float:
 
 
 def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
-    """Of each variant's counted rounds."""
+    """Return the median of the counted rounds of each variant."""
     return {name: median(values[UNCOUNTED:]) for name, values in seconds.items()}
 
 
-def relative(title: str, seconds: dict[str, float], *, to: str) -> Table:
-    """Each variant's time beside that of the variant `to`, and the inverse: the fraction of its speed."""
-    return Table(
+def relative_table(title: str, seconds: dict[str, float], *, to: str) -> TimingTable:
+    """Return each variant's time as a multiple of that of the variant `to`, and its speed as a fraction of it."""
+    return TimingTable(
         title,
         [
             {"variant": name, f"time / {to}": value / seconds[to], f"{to} / time": seconds[to] / value}

@@ -14,11 +14,11 @@ from torch import nn
 from moe.analysis.studies.published import read_published
 from moe.bench import analyze, dispatch, jobs
 from moe.bench.analyze import write_runs
-from moe.bench.dispatch import measure
+from moe.bench.dispatch import measure_dispatch
 from moe.bench.growth import exponent, measure_point
-from moe.bench.layer import Shape, layer_passes, least_bytes
+from moe.bench.layer import Shape, layer_passes, least_saved_bytes
 from moe.bench.step import TRAINING, bare_step, measure_steps
-from moe.bench.timing import interleave, medians, product_flops, relative
+from moe.bench.timing import medians, product_flops, relative_table, time_in_turns
 from moe.config.schema import Config, DataConfig, OptimizerConfig
 from moe.results.conditions import varied_factors
 from moe.results.table import load_runs, read_event_tables
@@ -30,18 +30,18 @@ GOLDEN = read_published("drop_rates").set_index(["num_experts", "k"])
 def test_every_layer_variant_runs(dtype: torch.dtype) -> None:
     shape = Shape(4, 2, 16, 16, 32)
     passes = layer_passes(shape, dtype=dtype)
-    seconds = interleave([(name, one.both_ways) for name, one in passes.items()], rounds=1)
-    assert {"dense", "ours", "Mixtral, grouped_mm"} <= set(seconds)
+    seconds = time_in_turns([(name, one.forward_and_backward) for name, one in passes.items()], rounds=1)
+    assert {"dense", "MoE", "Mixtral, grouped_mm"} <= set(seconds)
     assert all(value > 0 for value in seconds.values())
-    assert all(one.bytes_kept() > least_bytes(shape, dtype) for one in passes.values())
+    assert all(one.saved_bytes() > least_saved_bytes(shape, dtype) for one in passes.values())
 
 
 def test_what_a_dense_layer_keeps_is_counted_once_and_without_its_parameters() -> None:
     """The input, and of SwiGLU's hidden vector gate, silu(gate), up and their product."""
     shape = Shape(4, 2, 16, 8, 32)
     dense = layer_passes(shape, dtype=torch.float32)["dense"]
-    assert dense.bytes_kept() == 4 * (32 * 16 + 4 * 32 * 2 * 8)
-    assert least_bytes(shape, torch.float32) == 4 * (32 * 16 + 2 * 32 * 2 * 8)
+    assert dense.saved_bytes() == 4 * (32 * 16 + 4 * 32 * 2 * 8)
+    assert least_saved_bytes(shape, torch.float32) == 4 * (32 * 16 + 2 * 32 * 2 * 8)
 
 
 def test_the_training_loop_and_the_bare_steps_take_turns(small: list[str], tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_the_training_loop_and_the_bare_steps_take_turns(small: list[str], tmp_p
         [key for key in small if not key.startswith(("steps", "eval_every", "logger"))], rounds=1, folder=tmp_path
     )
     assert all(value > 0 for value in seconds.values())
-    assert {TRAINING, "dense", "ours, bare loop", "part: Muon", "part: statistics"} <= set(seconds)
+    assert {TRAINING, "dense", "MoE, bare loop", "part: Muon", "part: statistics"} <= set(seconds)
     assert seconds["part: statistics"] < seconds[TRAINING]
     assert (tokens, dtype) == (4 * 32, torch.float32)
     assert flops > 0
@@ -76,13 +76,13 @@ def test_a_bare_step_trains() -> None:
 def test_the_first_rounds_do_not_count_and_turns_are_taken() -> None:
     order: list[str] = []
     variants = [(name, lambda name=name: order.append(name)) for name in "ab"]
-    assert set(interleave(variants, rounds=3)) == {"a", "b"}
+    assert set(time_in_turns(variants, rounds=3)) == {"a", "b"}
     assert order == ["a", "b"] * 5
     assert medians({"a": [100.0, 100.0, 1.0, 2.0, 9.0]}) == {"a": 2.0}
 
 
 def test_the_table_relates_everything_to_the_limit() -> None:
-    table = relative("question", {"limit": 1.0, "ours": 2.0}, to="limit")
+    table = relative_table("question", {"limit": 1.0, "ours": 2.0}, to="limit")
     assert "| ours | 2 | 0.5 |" in table.markdown()
 
 
@@ -101,9 +101,9 @@ def test_exponents_are_slopes_and_flops_grow_as_they_should() -> None:
 
 def test_commands_are_timed_and_must_succeed(small: list[str], tmp_path: Path) -> None:
     settings = [*small, "steps=1"]
-    assert 0 < jobs.first_step([*settings, f"out={tmp_path}"], tmp_path) < 300
+    assert 0 < jobs.seconds_to_first_step([*settings, f"out={tmp_path}"], tmp_path) < 300
     with pytest.raises(subprocess.CalledProcessError):
-        jobs.train(["seed=abc"])
+        jobs.time_training(["seed=abc"])
 
 
 @pytest.mark.parametrize(("experts", "k"), GOLDEN.index)
@@ -112,7 +112,7 @@ def test_published_drop_rates_are_met_within_sampling_error(experts: int, k: int
     tokens = 32_768
     for column, published in GOLDEN.loc[(experts, k)].items():
         capacity = float(str(column).removeprefix("cf_"))
-        row = measure(experts=experts, k=k, capacity=capacity, tokens=tokens, dim=4, seed=0, iterations=1)
+        row = measure_dispatch(experts=experts, k=k, capacity=capacity, tokens=tokens, dim=4, seed=0, iterations=1)
         load = tokens * k / experts
         error = math.sqrt(2 * (1 - k / experts) / load / experts)
         assert row["avg_drop_rate"] == pytest.approx(published, abs=4 * error), column
@@ -145,6 +145,6 @@ def test_run_folders_for_the_analysis_are_whole_and_measured(tmp_path: Path) -> 
     assert len(runs) == 21
     evals, trains, problems = read_event_tables(runs["folder"], training=["train/loss"])
     assert (len(evals), len(trains), problems) == (21 * 11, 21 * 20, [])
-    cost = analyze.measure(runs=2, steps=10)
+    cost = analyze.measure_analysis(runs=2, steps=10)
     assert cost.cpu_seconds > 0
     assert 0.05 < cost.gigabytes < 4
