@@ -124,7 +124,7 @@ def step_variants(config: Config) -> list[Variant]:
     """Return bare steps (forward, backward, optimizers) on random tokens: of a dense model of equal active FLOPs, of
     the configured MoE model, and of Mixtral."""
     moe_model = _model(config)
-    sizes, k = config.model, moe.moe_layers[0].router.experts_per_token(config.data.seq_len)
+    sizes, k = config.model, moe_model.moe_layers[0].router.experts_per_token(config.data.seq_len)
     dense = copy.deepcopy(config)
     dense.model.first_k_dense_replace = sizes.layers
     dense.model.dense_ffn = round(k * sizes.ffn)
