@@ -1,4 +1,4 @@
-"""Sparse upcycling (2212.05055): turns a dense Llama-type checkpoint into a Mixture of Experts with the same outputs."""
+"""Sparse upcycling (2212.05055): turns a dense Llama-type checkpoint into a Mixture of Experts with equal outputs."""
 
 from typing import Any
 

@@ -17,11 +17,11 @@ TINY = """
 
 HEADER = """# What was broken on purpose, and what happened
 
-Written by `OMP_NUM_THREADS=1 python -m pytest -m faults --reliability=docs/reliability.md`, on {machine}. Every fault
-hits a real process of `train.py` that trains a small model on real text. *Exact* means: after the same command was run
-again, the sha256 of the weights and every line of events.jsonl and metrics.json, durations aside, are those of a run
-that nothing disturbed. Numbers in front are those of the list of faults that the tests were written for. Launchers of
-clusters have tests of their own: [clusters.md](clusters.md).
+The command `OMP_NUM_THREADS=1 python -m pytest -m faults --reliability=docs/reliability.md` wrote this page on {machine}.
+Every fault hits a real process of `train.py` that trains a small model on real text. *Exact* means: the same command was
+run again afterwards, and then the sha256 of the weights and every line of events.jsonl and metrics.json, except
+durations, were equal to those of an undisturbed run. The first column refers to the list of faults for which the tests
+were written. [clusters.md](clusters.md) describes the tests of cluster launchers.
 
 | | injected | times | what happened |
 |---:|---|---:|---|

@@ -1,4 +1,4 @@
-"""An upcycled model computes the same as its dense checkpoint and trains as configured; wrong checkpoints are refused."""
+"""An upcycled model computes what its dense checkpoint does, trains as configured, and refuses wrong checkpoints."""
 
 import hashlib
 import json
