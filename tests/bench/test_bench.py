@@ -1,4 +1,4 @@
-"""The benchmark runs and times what it says; how fast anything is, is not tested."""
+"""The benchmarks run and measure what they claim to. No test requires a speed."""
 
 import argparse
 import json
@@ -36,8 +36,8 @@ def test_every_layer_variant_runs(dtype: torch.dtype) -> None:
     assert all(one.saved_bytes() > least_saved_bytes(shape, dtype) for one in passes.values())
 
 
-def test_what_a_dense_layer_keeps_is_counted_once_and_without_its_parameters() -> None:
-    """The input, and of SwiGLU's hidden vector gate, silu(gate), up and their product."""
+def test_what_a_dense_layer_saves_is_counted_once_and_without_its_parameters() -> None:
+    """It saves the input, and of SwiGLU's hidden vectors gate, silu(gate), up and their product."""
     shape = Shape(4, 2, 16, 8, 32)
     dense = layer_passes(shape, dtype=torch.float32)["dense"]
     assert dense.saved_bytes() == 4 * (32 * 16 + 4 * 32 * 2 * 8)
@@ -56,8 +56,8 @@ def test_the_training_loop_and_the_bare_steps_take_turns(small: list[str], tmp_p
     assert product_flops(dtype) > 0
     steps = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     kinds = [event["kind"] for event in steps]
-    assert kinds == ["eval", *["train"] * 3]  # the counted round and the two before
-    assert not list(tmp_path.glob("trace/*"))  # a trace would be counted as part of a step
+    assert kinds == ["eval", *["train"] * 3]  # The counted round and the two before it.
+    assert not list(tmp_path.glob("trace/*"))  # A trace would be counted as part of a step.
 
 
 def test_a_bare_step_trains() -> None:
@@ -93,8 +93,8 @@ def test_exponents_are_slopes_and_flops_grow_as_they_should() -> None:
     more = measure_point(**{**small, "experts": 8})
     assert one.seconds > 0
     assert one.gigabytes >= 0
-    newton_schulz = 2 * one.flops - twice.flops  # what does not grow with the batch
-    attention, expert, router = 30 * 16**3, 4 * 16**2 * 32 + 34 * 16**3, 4 * 4**2 * 16 + 34 * 4**3  # of one matrix
+    newton_schulz = 2 * one.flops - twice.flops  # The part that does not grow with the batch.
+    attention, expert, router = 30 * 16**3, 4 * 16**2 * 32 + 34 * 16**3, 4 * 4**2 * 16 + 34 * 4**3  # Of one matrix.
     assert newton_schulz == pytest.approx(4 * (4 * attention + 4 * 2 * expert + router))
     assert more.flops > one.flops
 
@@ -108,7 +108,7 @@ def test_commands_are_timed_and_must_succeed(small: list[str], tmp_path: Path) -
 
 @pytest.mark.parametrize(("experts", "k"), GOLDEN.index)
 def test_published_drop_rates_are_met_within_sampling_error(experts: int, k: int) -> None:
-    """One draw of 32,768 tokens here and one there: two draws differ by sqrt(2) of one's error."""
+    """Both rates are from one draw of 32,768 tokens, so their difference has sqrt(2) times the error of one."""
     tokens = 32_768
     for column, published in GOLDEN.loc[(experts, k)].items():
         capacity = float(str(column).removeprefix("cf_"))

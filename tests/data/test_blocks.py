@@ -1,4 +1,4 @@
-"""Blocks are made once and the same for everyone, leak nothing into validation, and are read in a stateless order."""
+"""Blocks are made once, are the same for every process, leak nothing into validation, and are read without state."""
 
 import json
 import logging
@@ -25,11 +25,11 @@ EMBEDDED = Embedded(list(DOMAINS), 20_000)
 
 @dataclass(frozen=True)
 class Spelling:
-    """Two documents a group that repeat the group's own word: what a block was made of can be read off it."""
+    """Source with two documents per group that repeat a word of this group. The text of a block shows its group."""
 
     domains: int = 3
     groups: int = 8
-    changed: str = ""  # groups whose word ends in `suffix`
+    changed: str = ""  # Groups whose word ends in `suffix`.
     suffix: str = ""
 
     def documents(self) -> Iterator[Document]:
@@ -50,7 +50,7 @@ def make(source, cache: Path, **changes) -> Prepared:
 
 
 def texts(prepared: Prepared, name: str) -> list[str]:
-    """Decoded tokens of a split, a string a domain."""
+    """Return the decoded tokens of a split, one string per domain."""
     blocks = getattr(prepared, name)[:]
     return [
         prepared.tokenizer.decode(blocks["input_ids"][blocks["domain"] == domain].ravel())
@@ -59,7 +59,7 @@ def texts(prepared: Prepared, name: str) -> list[str]:
 
 
 def names(prepared: Prepared, name: str) -> set[str]:
-    """The groups of `Spelling` whose first document begins in a split."""
+    """Return the groups of `Spelling` of which a document begins in a split."""
     return {part.split()[0] for text in texts(prepared, name) for part in text.split("<|endoftext|>") if part.split()}
 
 
@@ -98,7 +98,7 @@ def test_validation_holds_val_percent_of_each_domain(tmp_path, val_percent):
     prepared = make(Spelling(groups=40), tmp_path, val_percent=val_percent)
     for counts in prepared.manifest["domains"].values():
         share = counts["val"]["chars"] / (counts["train"]["chars"] + counts["val"]["chars"])
-        assert val_percent - 3 < 100 * share <= val_percent  # a source file is 2.5 %
+        assert val_percent - 3 < 100 * share <= val_percent  # A source file is 2.5 %.
 
 
 def test_a_domain_of_one_source_file_is_train_only_and_says_so(tmp_path, caplog):
@@ -108,7 +108,7 @@ def test_a_domain_of_one_source_file_is_train_only_and_says_so(tmp_path, caplog)
 
 
 def test_validation_text_hardly_occurs_in_train(tmp_path):
-    """Of the validation set's 13-word sequences at most 5 % are in train, in the two domains of templated text."""
+    """At most 5 % of the 13-word sequences of the validation set are in train, in the two domains with templated text."""
     prepared = make(Embedded(["math", "docs"], 200_000), tmp_path, vocab_size=1024)
 
     def sequences(name: str) -> set[tuple[str, ...]]:
@@ -185,22 +185,22 @@ def test_one_end_of_text_follows_each_document_even_one_that_spells_it(tmp_path)
     for name in ("train", "val"):
         ids = getattr(prepared, name)["input_ids"][:]
         documents = sum(counts[name]["documents"] for counts in prepared.manifest["domains"].values())
-        assert documents - len(prepared.domains) <= (ids == 0).sum() <= documents  # a dropped tail may hold one
+        assert documents - len(prepared.domains) <= (ids == 0).sum() <= documents  # A dropped tail may contain one.
         assert not np.isin(ids, [1, 2]).any()
 
 
 @pytest.mark.parametrize("cap", [7, 40])
 def test_a_capped_validation_set_keeps_the_shares_of_the_domains(spelling, tmp_path, cap):
-    whole = np.bincount(spelling.val["domain"][:], minlength=3)
-    kept = make(Spelling(), tmp_path, max_val_blocks=cap).val
-    assert len(kept) == cap < len(spelling.val)
-    assert (np.abs(np.bincount(kept["domain"][:], minlength=3) - cap * whole / whole.sum()) < 1).all()
-    whole = {tuple(block["input_ids"]): block["document"] for block in spelling.val}
-    assert all(whole[tuple(block["input_ids"])] == block["document"] for block in kept)
+    uncapped = np.bincount(spelling.val["domain"][:], minlength=3)
+    capped = make(Spelling(), tmp_path, max_val_blocks=cap).val
+    assert len(capped) == cap < len(spelling.val)
+    assert (np.abs(np.bincount(capped["domain"][:], minlength=3) - cap * uncapped / uncapped.sum()) < 1).all()
+    document = {tuple(block["input_ids"]): block["document"] for block in spelling.val}
+    assert all(document[tuple(block["input_ids"])] == block["document"] for block in capped)
 
 
 def owners(prepared: Prepared, source) -> list[tuple[int, str]]:
-    """Domain and group of each validation block's first token, read off the text between ends of text."""
+    """Return domain and group of the first token of each validation block, from the text between end-of-text tokens."""
     groups = {document.text: document.group for document in source.documents()}
     blocks, found = prepared.val[:], []
     for domain in range(len(prepared.domains)):
@@ -208,7 +208,9 @@ def owners(prepared: Prepared, source) -> list[tuple[int, str]]:
         ends = np.flatnonzero(ids.ravel() == 0)
         parts = np.split(ids.ravel(), ends + 1)
         texts = [prepared.tokenizer.decode(part[part != 0]) for part in parts]
-        for place in np.searchsorted(ends, np.arange(len(ids)) * ids.shape[1]):  # an end of text belongs to its text
+        for place in np.searchsorted(
+            ends, np.arange(len(ids)) * ids.shape[1]
+        ):  # An end-of-text token belongs to its text.
             [group] = {group for text, group in groups.items() if text.startswith(texts[place].rstrip("\ufffd"))}
             found.append((domain, group))
     return found
@@ -220,7 +222,7 @@ def test_a_validation_block_has_the_number_of_its_first_tokens_document(source, 
     numbers, expected = prepared.val["document"][:].tolist(), owners(prepared, source)
     assert len(set(zip(numbers, expected, strict=True))) == len(set(numbers)) == len(set(expected))
     assert len(prepared.domains) < len(set(numbers)) < len(numbers)
-    assert prepared.train.column_names == ["input_ids", "domain"]  # training reads no more than it did
+    assert prepared.train.column_names == ["input_ids", "domain"]  # Training needs no other column.
 
 
 def test_batch_gives_the_blocks_and_domains_asked_for(spelling):
@@ -292,7 +294,7 @@ def test_the_manifest_counts_every_document(embedded):
 
 @dataclass(frozen=True)
 class Once(Spelling):
-    """A source that may be read once."""
+    """Source that can be read only once."""
 
     ledger: str = ""
 
@@ -319,7 +321,7 @@ def test_every_argument_has_its_own_cache(spelling, tmp_path, change):
 
 
 def test_caches_of_an_earlier_format_are_made_anew(spelling, tmp_path, monkeypatch):
-    monkeypatch.setattr("moe.data.blocks.CACHE_FORMAT", 1)  # whose validation blocks had no document
+    monkeypatch.setattr("moe.data.blocks.CACHE_FORMAT", 1)  # An earlier format.
     assert make(Spelling(), tmp_path).manifest["key"] != spelling.manifest["key"]
 
 
@@ -355,7 +357,7 @@ from tests.data.test_blocks import Once, make
 
 class Slow(Once):
     def documents(self):
-        time.sleep(1)  # long enough for the other process to find the lock taken
+        time.sleep(1)  # Long enough for the other process to find the lock taken.
         return super().documents()
 
 cache, me, other = sys.argv[1:]

@@ -1,4 +1,4 @@
-"""Conversations: labels on the assistant's words alone, and several in a block that do not see each other."""
+"""Conversations: only the assistant's words have labels, and conversations in one block do not see each other."""
 
 import gzip
 import json
@@ -34,7 +34,7 @@ from moe.training.evaluate import evaluate
 from moe.training.loop import train
 from moe.training.setup import label_weights
 
-BPE = train_bpe(["one two three"], 259)  # bytes and special tokens
+BPE = train_bpe(["one two three"], 259)  # All bytes and the special tokens.
 set_template(BPE)
 
 
@@ -43,7 +43,7 @@ def words(name: str, count: int) -> str:
 
 
 def conversation(row: int) -> list[dict[str, str]]:
-    """One to three exchanges of lengths that vary, every second with a system's message that all of those share."""
+    """One to three exchanges of varying lengths. Every second conversation begins with the same system message."""
     system = [{"role": "system", "content": "Answer in one line."}]
     turns = [system[0]] * (row % 2)
     for turn in range(1 + row % 3):
@@ -79,7 +79,7 @@ def prepared(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 
 
 def pieces(blocks: Batch) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Ids and labels of every conversation in the blocks."""
+    """Return ids and labels of every conversation in the blocks."""
     assert blocks.position_ids is not None
     found = []
     for ids, labels, positions in zip(blocks.ids, blocks.labels, blocks.position_ids, strict=True):
@@ -104,7 +104,7 @@ def talk(*contents: str, roles: tuple[str, ...] = ("user", "assistant")) -> Docu
 
 
 def spoken(ids: np.ndarray, labels: np.ndarray, tokenizer: Any = BPE) -> tuple[str, str]:
-    """All of a conversation, and what is labeled of it with every gap as |."""
+    """Return the text of a conversation, and its labeled text with | for every gap."""
     runs = "".join("|" if label == IGNORED else tokenizer.decode([label]) for label in labels)
     return tokenizer.decode(ids), re.sub(r"\|+", "|", runs)
 
@@ -204,7 +204,7 @@ def test_the_manifest_counts_what_the_blocks_hold(prepared):
             assert counts["tokens"] == pytest.approx((1 - counts["filler_share"]) * blocks.ids[mine].numel())
             assert counts["truncated"] == counts["left_out"] == 0
             assert 0 < counts["filler_share"] < 0.5
-            first = int(mine.nonzero()[0])  # domains stand one after another
+            first = int(mine.nonzero()[0])  # Blocks are ordered by domain.
             bounds = first, first + int(mine.sum())
             assert counts["documents"] == sum(
                 bool((labels != IGNORED).any()) for _, labels in pieces(blocks.take(slice(*bounds)))
@@ -229,7 +229,7 @@ def test_long_conversations_lose_their_end_and_those_without_a_label_are_left_ou
 def test_a_packed_block_has_the_document_of_the_conversation_it_begins_with():
     contents = [words(f"c{row}n", 1 + 5 * row % 7) for row in range(12)]
     talks = [talk("Hi", content)._replace(group=f"group{row // 2}") for row, content in enumerate(contents)]
-    silent = talk("Hi", "Ahoy", roles=("user",))  # never labeled, so left out
+    silent = talk("Hi", "Ahoy", roles=("user",))  # Without a label, so it is left out.
     blocks = pack([silent, *talks], BPE, 160, "")
     assert len(blocks.document) > 3
     for row, document in enumerate(blocks.document):
@@ -241,7 +241,7 @@ def test_a_packed_block_has_the_document_of_the_conversation_it_begins_with():
 
 def test_conversations_are_documents_of_their_own(prepared):
     numbers = prepared.val["document"][:]
-    assert len(set(numbers.tolist())) == len(prepared.val) > 1  # each begins with another
+    assert len(set(numbers.tolist())) == len(prepared.val) > 1  # Each begins with another conversation.
     assert "document" not in prepared.train.column_names
 
 
@@ -251,7 +251,7 @@ def test_best_fit_places_every_length_once_and_overfills_no_block(seed):
     blocks = best_fit(lengths, size)
     assert sorted(index for block in blocks for index in block) == list(range(200))
     assert max(sum(lengths[index] for index in block) for block in blocks) <= size
-    assert len(blocks) <= 11 / 9 * -(-sum(lengths) // size) + 4  # best-fit decreasing's own guarantee
+    assert len(blocks) <= 11 / 9 * -(-sum(lengths) // size) + 4  # The guarantee of best-fit decreasing.
     assert best_fit([50, 20, 25, 30, 25], 50) == [[0], [3, 1], [2, 4]]
     assert best_fit([], 50) == []
 
@@ -275,7 +275,7 @@ def tiny(vocab: int, attention: str = "sdpa", **changes: Any) -> MoEForCausalLM:
     model = MoEForCausalLM(MoEConfig.of(size, router, vocab_size=vocab, seq_len=512)).eval()
     with torch.no_grad():
         for p in model.parameters():
-            p *= 8 if p.ndim > 1 else 1  # far from linear
+            p *= 8 if p.ndim > 1 else 1  # Far from linear.
     return model
 
 
@@ -292,7 +292,7 @@ def test_no_conversation_sees_another(attention, prepared):
         flat, leaked = (model(ids).logits for ids in (blocks.ids, changed))
     for row, start in enumerate(second):
         torch.testing.assert_close(packed[row, start:], other[row, start:], atol=1e-6, rtol=0)
-        assert (flat[row, start:] - leaked[row, start:]).abs().max() > 1e-3  # what it would be without the mask
+        assert (flat[row, start:] - leaked[row, start:]).abs().max() > 1e-3  # The effect without the mask.
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -309,7 +309,7 @@ def test_packed_losses_are_those_of_each_conversation_alone(attention, prepared)
     values = evaluate(model, prepared.val, domains=prepared.domains, batch_size=2, temperature=1.0)
     assert packed == pytest.approx(total / count, rel=1e-5)
     assert values["val/loss"] == pytest.approx(total / count, rel=1e-5)
-    assert count == (blocks.labels != IGNORED).sum()  # no label stands first, so none is lost
+    assert count == (blocks.labels != IGNORED).sum()  # No conversation begins with a label, so none is lost.
 
 
 def test_domain_losses_and_accuracy_are_over_labeled_tokens(prepared):
@@ -325,11 +325,11 @@ def test_domain_losses_and_accuracy_are_over_labeled_tokens(prepared):
     losses = [values[f"val/loss/{name}"] for name in prepared.domains]
     assert values["val/loss"] == pytest.approx(np.average(losses, weights=labels))
     assert output.stats is not None
-    assert output.stats.tokens.sum() == 2 * blocks.ids.numel()  # routing counts all tokens
+    assert output.stats.tokens.sum() == 2 * blocks.ids.numel()  # Routing statistics count all tokens.
 
 
 def test_routing_is_counted_within_each_conversation(prepared):
-    """Token by token: positions, and which token follows which."""
+    """Checked token by token: positions, and which token follows which."""
     model, blocks = tiny(400), all_of(prepared, "val")
     with torch.no_grad():
         output = model(blocks.ids, position_ids=blocks.position_ids)
@@ -368,7 +368,7 @@ def test_label_weights_are_shares_of_labels_and_one_where_all_are_labeled():
 
 @pytest.fixture
 def chat(file: Path, tmp_path: Path):
-    """Reads one small cell of `data=smoltalk` on the local file."""
+    """A function that reads one small cell of `data=smoltalk` on the local file."""
 
     def read(*overrides: str) -> Any:
         data = ["data=smoltalk", f"data.source.path={file}", "data.tokenizer=bpe", "data.vocab_size=400"]
@@ -388,7 +388,7 @@ def events(cell: Any) -> list[dict[str, Any]]:
 
 
 def test_a_step_does_not_depend_on_how_it_is_cut_into_micro_batches(chat, tmp_path):
-    """Blocks have unequal numbers of labels: a mean of the micro-batches' means would be another loss."""
+    """Blocks have unequal numbers of labels, so the mean of the micro-batches' means would be a different loss."""
     runs = [
         events(chat(f"batch_size={size}", f"grad_accum={8 // size}", "lb=0", "z=0.1", f"out={tmp_path}/{size}"))
         for size in (8, 2)
@@ -474,7 +474,7 @@ def test_missing_columns_files_and_samples_are_named(file, tmp_path):
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package of the name and the layout that the embedded pairs come from, with ten pairs of our own."""
+    """A package with the name and layout of the one that holds the embedded pairs, with ten made-up pairs."""
     folder = tmp_path / "reasoning_gym" / "data"
     folder.mkdir(parents=True)
     (tmp_path / "reasoning_gym" / "__init__.py").write_text("raise RuntimeError('it must not run')")

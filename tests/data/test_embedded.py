@@ -1,4 +1,4 @@
-"""Installed packages give the same documents everywhere, without running, and say in one line what is wrong."""
+"""Installed packages give the same documents on every machine, none of their code runs, and errors are one line."""
 
 import hashlib
 import importlib.util

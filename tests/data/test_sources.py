@@ -1,4 +1,4 @@
-"""Datasets and files give their documents without copies, and say in one line what is wrong."""
+"""Data sets and files give their documents without duplicates, and errors are one line."""
 
 import json
 from pathlib import Path

@@ -17,9 +17,9 @@ TINY = """
 
 HEADER = """# What was broken on purpose, and what happened
 
-The command `OMP_NUM_THREADS=1 python -m pytest -m faults --reliability=docs/reliability.md` wrote this page on {machine}.
-Every fault hits a real process of `train.py` that trains a small model on real text. *Exact* means: the same command was
-run again afterwards, and then the sha256 of the weights and every line of events.jsonl and metrics.json, except
+This page was written by `OMP_NUM_THREADS=1 python -m pytest -m faults --reliability=docs/reliability.md` on {machine}.
+Every fault hits a real process of `train.py` that trains a small model on real text. *Exact* means: the same command
+was run again afterwards, and then the sha256 of the weights and every line of events.jsonl and metrics.json, except
 durations, were equal to those of an undisturbed run. The first column refers to the list of faults for which the tests
 were written. [clusters.md](clusters.md) describes the tests of cluster launchers.
 

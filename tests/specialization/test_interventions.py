@@ -1,4 +1,4 @@
-"""Interventions: they change what they say, nothing else, and leave the model as it was."""
+"""Interventions change what they are meant to change and nothing else, and restore the model afterwards."""
 
 import contextlib
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ def data(cell: Any) -> Prepared:
 
 @pytest.fixture
 def model(cell: Any, data: Prepared) -> Iterator[MoEForCausalLM]:
-    """A random model whose experts matter; whatever a test does to it, it must leave it as it was."""
+    """A random model whose experts matter. The test must leave it unchanged."""
     built = build_model(cell().config, vocab_size=len(data.tokenizer)).eval()
     with torch.no_grad():
         for parameter in built.parameters():
@@ -50,7 +50,7 @@ def seen(model: MoEForCausalLM, data: Prepared) -> Observation:
 
 
 def all_to(expert: int) -> Intervention:
-    """Every token takes the same expert, with weight 0.8, whatever its router says."""
+    """Return the intervention that gives every token the same expert with weight 0.8."""
 
     def intervention(routing: Routing, x: Tensor) -> Routing:
         token = torch.arange(len(x))
@@ -120,7 +120,7 @@ def test_swapped_tokens_take_the_new_experts_with_the_heaviest_first_and_others_
         assert (routing.logits[one, by_weight].diff() <= 0).all()
     own = random_routing().expert.view(50, 3)
     same = swap_experts(routing, torch.arange(50), torch.cat([own, own], 1))
-    assert torch.equal(same.expert, routing.expert)  # its own choice, once more, is no change
+    assert torch.equal(same.expert, routing.expert)  # A token that gets its own experts again is unchanged.
 
 
 def test_without_the_only_expert_a_layer_adds_nothing(model: MoEForCausalLM, data: Prepared) -> None:
@@ -140,8 +140,8 @@ def test_without_the_only_expert_a_layer_adds_nothing(model: MoEForCausalLM, dat
     expected = (silent - base).item()
     assert abs(expected) > 1e-3
     assert found["delta"]["mean"][1, 2] == pytest.approx(expected, rel=1e-3)
-    assert found["null"]["mean"][1, 2] == pytest.approx(expected, rel=1e-3)  # all assignments are its own
-    assert (found["delta"]["mean"][1, [0, 1, 3]] == 0).all()  # nobody's experts are not missed
+    assert found["null"]["mean"][1, 2] == pytest.approx(expected, rel=1e-3)  # All assignments are those of this expert.
+    assert (found["delta"]["mean"][1, [0, 1, 3]] == 0).all()  # Experts without tokens change nothing.
     assert (found["null"]["mean"][1, [0, 1, 3]] == 0).all()
 
 
@@ -183,7 +183,9 @@ def test_blocks_of_one_document_count_as_one_witness_and_weights_as_so_many_bloc
     written_out = bootstrap(values.repeat(often, axis=1), document.repeat(often))
     for name in ("mean", "low", "high"):
         np.testing.assert_allclose(weighted[name], written_out[name])
-    same = bootstrap(np.full(30, 2.5), np.minimum(np.arange(30), 4))  # nothing varies, however long documents are
+    same = bootstrap(
+        np.full(30, 2.5), np.minimum(np.arange(30), 4)
+    )  # Nothing varies, whatever the lengths of the documents.
     np.testing.assert_allclose([same["low"], same["high"]], 2.5)
     single = bootstrap(values, np.full(30, 7))
     np.testing.assert_allclose(single["mean"], values.mean(1))

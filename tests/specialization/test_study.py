@@ -1,4 +1,4 @@
-"""Specialization: the oracles of every count, settled routing, and what a studied run leaves behind."""
+"""The specialization study: statistics against known cases, stability of routing, and the files that a study writes."""
 
 import io
 import itertools
@@ -39,12 +39,12 @@ from moe.specialization.study import to_json
 from moe.specialization.vocabulary import keywords
 
 DOMAINS = np.repeat([0, 1, 2, 3], 8)
-DOCUMENTS = np.arange(32) // 2  # of two blocks each
-TOKENS = 64  # of a block
+DOCUMENTS = np.arange(32) // 2  # Two blocks each.
+TOKENS = 64  # Per block.
 
 
 def chosen_by(labels: np.ndarray, *, k: int, experts: int) -> np.ndarray:
-    """(N, E): a token with label v takes the k experts from v * k on."""
+    """Return choices (N, E) in which a token with label v takes the k experts from v * k on."""
     columns = (labels[:, None] * k + np.arange(k)) % experts
     return (np.arange(experts) == columns[..., None]).any(1)
 
@@ -68,7 +68,7 @@ def test_routing_by_domain_has_all_the_information_there_is_for_every_k(k: int, 
     assert found["adjusted"] == pytest.approx(1)
     assert found["ami"] == pytest.approx(1)
     assert found["documents"] == 16
-    assert found["p"] == found["smallest_p"] == pytest.approx(1 / 1000)  # no shuffle of 16 documents got there
+    assert found["p"] == found["smallest_p"] == pytest.approx(1 / 1000)  # No shuffle of 16 documents reached it.
     table = conditional_probabilities(sum_by_label(np.repeat(DOMAINS, TOKENS), expert_shares(chosen), size=4))
     np.testing.assert_allclose(table, np.kron(np.eye(4), np.full(k, 1 / k)))
 
@@ -77,7 +77,7 @@ def test_routing_by_domain_has_all_the_information_there_is_for_every_k(k: int, 
 def test_random_routing_knows_nothing_of_domains_after_correction(k: int, rng: np.random.Generator) -> None:
     found = domain_dependence(at_random((len(DOMAINS) * TOKENS, 8), k=k), DOMAINS, DOCUMENTS, rng=rng)
     assert found is not None
-    assert found["normalized"] > 0.0005  # plug-in information is never 0
+    assert found["normalized"] > 0.0005  # The plug-in estimate is never 0.
     assert abs(found["adjusted"]) < 0.003
     assert abs(found["ami"]) < 0.01
     assert 0.02 < found["p"] < 0.98
@@ -85,11 +85,11 @@ def test_random_routing_knows_nothing_of_domains_after_correction(k: int, rng: n
 
 
 def test_the_topic_of_a_document_is_not_mistaken_for_its_domain(rng: np.random.Generator) -> None:
-    topic = rng.integers(8, size=16)  # every document has an expert of its own, whatever its domain
+    topic = rng.integers(8, size=16)  # Every document has its expert, independent of its domain.
     chosen = chosen_by(np.repeat(topic[DOCUMENTS], TOKENS), k=1, experts=8)
     found = domain_dependence(chosen, DOMAINS, DOCUMENTS, rng=rng)
     assert found is not None
-    assert found["observed"] > 10 * found["bias"]  # shuffled tokens would call that domain knowledge
+    assert found["observed"] > 10 * found["bias"]  # Shuffled tokens would take this for knowledge of domains.
     assert found["p"] > 0.02
     assert abs(found["adjusted"]) < 0.2
 
@@ -97,11 +97,12 @@ def test_the_topic_of_a_document_is_not_mistaken_for_its_domain(rng: np.random.G
 def by_document(
     lengths: list[list[int]], rng: np.random.Generator, *, of_domain: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Experts of 8 tokens a block, drawn from preferences of the document and, `of_domain` of them, of its domain.
+    """Return the experts of 8 tokens per block, the domain of each block and its document.
 
-    lengths: in blocks, of each domain's documents. Returns who was chosen, and each block's domain and document.
+    Experts are drawn from preferences of the document, and for a share `of_domain` from preferences of its domain.
+    `lengths` are the numbers of blocks of the documents, by domain.
     """
-    domain = np.repeat(np.arange(len(lengths)), [len(own) for own in lengths])
+    domain = np.repeat(np.arange(len(lengths)), [len(documents) for documents in lengths])
     shared, own = (rng.dirichlet(np.ones(8), size=count) for count in (len(lengths), len(domain)))
     preference = (of_domain * shared[domain] + (1 - of_domain) * own).cumsum(-1)
     document = np.repeat(np.arange(len(domain)), np.concatenate(lengths))
@@ -116,7 +117,7 @@ ALIKE, UNEVEN = [[4] * 6] * 3, [[14] * 4, [3] * 12, [1] * 16]
 def test_routing_by_document_is_called_routing_by_domain_as_often_as_chance_allows(
     lengths: list[list[int]], least: float, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
 ) -> None:
-    """About 5 % of 200 models that know documents and no domains are significant; with blocks as units most are."""
+    """Of 200 models that know documents but no domains about 5 % are significant; with blocks as units most are."""
     monkeypatch.setattr("moe.specialization.information.PERMUTATIONS", 99)
     found, of_blocks = [], []
     for repeat in range(200):
@@ -144,7 +145,7 @@ def test_a_domain_that_matters_beside_its_documents_is_found_if_there_are_enough
 
 def test_a_document_counts_once_however_long(rng: np.random.Generator) -> None:
     chosen, domain, document = by_document(UNEVEN, rng)
-    blocks = np.arange(len(document)).repeat(np.where(document == 20, 5, 1))  # one document five times over
+    blocks = np.arange(len(document)).repeat(np.where(document == 20, 5, 1))  # One document is repeated five times.
     longer = chosen.reshape(len(document), 8, 8)[blocks].reshape(-1, 8)
     once = domain_dependence(chosen, domain, document, rng=np.random.default_rng(0))
     again = domain_dependence(longer, domain[blocks], document[blocks], rng=np.random.default_rng(0))
@@ -256,13 +257,13 @@ def test_seeds_agree_whatever_experts_are_called_and_independent_ones_do_not(k: 
     assert same["matched"] == same["kappa"] == 1
     assert same["rand"] == pytest.approx(1)
     [apart] = seed_agreement(a, b, rng=rng)
-    assert apart["matched"] > k / 6  # matching finds something in noise: that is what chance is for
+    assert apart["matched"] > k / 6  # Matching finds some agreement in noise; `chance` measures it.
     assert abs(apart["kappa"]) < 0.02
     assert abs(apart["rand"]) < 0.01
 
 
 def words(*vocabulary: str) -> PreTrainedTokenizerFast:
-    """Token n is the n-th word."""
+    """Return a tokenizer whose token n is the n-th word."""
     model = models.WordLevel({word: n for n, word in enumerate(vocabulary)}, unk_token=vocabulary[0])
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), clean_up_tokenization_spaces=False)
 
@@ -279,7 +280,7 @@ def observation(ids: np.ndarray, chosen: np.ndarray) -> Observation:
 
 
 def test_keywords_are_the_tokens_that_an_expert_has_for_itself() -> None:
-    ids = np.tile([0, 1, 0, 2], (6, 3))  # "the" goes to both experts, "cat" to 0, "dog" to 1
+    ids = np.tile([0, 1, 0, 2], (6, 3))  # "the" goes to both experts, "cat" to 0, "dog" to 1.
     labels = np.where(ids == 1, 0, np.where(ids == 2, 1, np.arange(12) % 4 // 2))
     seen = observation(ids, chosen_by(labels.ravel(), k=1, experts=2)[None])
     [[first, second]] = keywords(seen, words("the", "cat", "dog"))
@@ -343,7 +344,7 @@ def test_a_studied_run_has_its_numbers_and_its_page_and_is_not_studied_twice(
     assert "mixtures" in slots["reason"]
     for made, found in zip(cells, (first, second, hashed, slots), strict=True):
         loss, metrics = found["val_loss"], json.loads((made.folder / "metrics.json").read_text())
-        if found is not slots:  # its batches are others here
+        if found is not slots:  # It sees other batches here.
             assert loss["mean"] == pytest.approx(metrics["final_metrics"]["val/loss"], rel=1e-4)
         assert loss["low"] < loss["mean"] < loss["high"]
         assert (loss["blocks"], loss["tokens"]) == (12, 12 * 31)
@@ -355,7 +356,7 @@ def test_a_studied_run_has_its_numbers_and_its_page_and_is_not_studied_twice(
     last = np.load(sorted((cells[0].folder / "trace").glob("*.npz"))[-1])["shape"]
     assert np.shape(first["load"]) == (last[0], last[2])
 
-    for folder in (tmp_path, cells[1].folder):  # of a pair of seeds, the one whose agreement stands with the other
+    for folder in (tmp_path, cells[1].folder):  # One of a pair of seeds.
         for figure in dict(specialization_figures(load_runs([folder]))).values():
             assert isinstance(figure, Figure)
             figure.savefig(io.BytesIO(), dpi=20)
@@ -364,7 +365,7 @@ def test_a_studied_run_has_its_numbers_and_its_page_and_is_not_studied_twice(
     assert main(command) == 0
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/specialization.json")}
     shutil.copy(cells[1].folder / "model" / "model.safetensors", cells[0].folder / "model" / "model.safetensors")
-    forge(cells[0].folder, "val/data-00000-of-00001.arrow")  # as in runs from before blocks had documents
+    forge(cells[0].folder, "val/data-00000-of-00001.arrow")  # Validation blocks may change.
     assert main(command) == 0
     changed = json.loads((cells[0].folder / "specialization.json").read_text())
     assert changed["settings"]["model_sha256"] == second["settings"]["model_sha256"]
@@ -376,7 +377,7 @@ def test_a_studied_run_has_its_numbers_and_its_page_and_is_not_studied_twice(
 
 
 def forge(folder: Path, file: str) -> None:
-    """Give one of a run's data files another checksum."""
+    """Give one of the data files of a run another checksum."""
     record = json.loads((folder / "run.json").read_text())
     assert record["data"]["files"].pop(file)
     record["data"]["files"][file] = "another"
