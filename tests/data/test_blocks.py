@@ -108,7 +108,7 @@ def test_a_domain_of_one_source_file_is_train_only_and_says_so(tmp_path, caplog)
 
 
 def test_validation_text_hardly_occurs_in_train(tmp_path):
-    """At most 5 % of the 13-word sequences of the validation set are in train, in the two domains with templated text."""
+    """At most 5 % of the 13-word sequences of validation are in train, in the two domains with templated text."""
     prepared = make(Embedded(["math", "docs"], 200_000), tmp_path, vocab_size=1024)
 
     def sequences(name: str) -> set[tuple[str, ...]]:
