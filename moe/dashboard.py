@@ -1,7 +1,7 @@
-"""A W&B workspace for an experiment, as code: `python -m moe.dashboard noise_lb_seed`, see docs/dashboards.md.
+"""Build a W&B workspace for an experiment: `python -m moe.dashboard noise_lb_seed`, see docs/dashboards.md.
 
-Seeds of one condition are drawn as their mean, with the range from least to greatest. What compares settings are the
-final values of finished runs. Needs the extra `dashboard`.
+The seeds of one condition are drawn as their mean, with the range from the smallest to the largest value. Settings are
+compared by the final values of finished runs. Needs the extra `dashboard`.
 """
 
 import argparse
@@ -32,14 +32,20 @@ COMPARED = [*HEADLINE, *_names(select(group="speed", written="end"))]
 
 
 class Panel(NamedTuple):
-    """A metric over optimizer steps, a line a condition; or, with `by`, final: a bar for each level of a config key."""
+    """A panel with one metric over optimizer steps, one line for each condition.
+
+    With `by` the panel shows final values instead, one bar for each level of that configuration key.
+    """
 
     metric: str
     by: str | None = None
 
 
 def sections(cells: list[Cell]) -> dict[str, list[Panel]]:
-    """The panels of an experiment by section, in their order. ConfigError if nothing in it is routed."""
+    """Return the panels of an experiment by section, in order.
+
+    Raises ConfigError if no run has a Mixture-of-Experts layer.
+    """
     configs = [cell.config for cell in cells]
     layers = max(config.model.layers - config.model.first_k_dense_replace for config in configs)
     if layers == 0:
@@ -59,14 +65,20 @@ def sections(cells: list[Cell]) -> dict[str, list[Panel]]:
 
 
 def factors(cells: list[Cell]) -> list[str]:
-    """The keys of a run's W&B config that vary in an experiment, without the seed and what only follows another one."""
+    """Return the keys of the runs' W&B config that vary in an experiment.
+
+    Leaves out the seed, and keys whose value only follows from another varied key.
+    """
     rows = [flatten(asdict(cell.config)) | cell.choices | {"experiment": cell.experiment} for cell in cells]
     varied = varied_factors(pd.DataFrame([{key: level(value) for key, value in row.items()} for row in rows]))
     return [f"choices.{key}" if key in cells[0].choices else key for key in varied if key != "seed"]
 
 
 def workspace(cells: list[Cell], *, entity: str, project: str) -> Any:
-    """The runs of an experiment by condition, and its sections: a `wandb_workspaces` Workspace, every field checked."""
+    """Return a `wandb_workspaces` Workspace: the runs of an experiment grouped by condition, and its sections.
+
+    The schema of wandb-workspaces checks every field. Raises ConfigError if that package is not installed.
+    """
     try:
         import wandb_workspaces.reports.v2 as wr
         import wandb_workspaces.workspaces as ws
@@ -74,19 +86,20 @@ def workspace(cells: list[Cell], *, entity: str, project: str) -> Any:
     except ImportError as error:
         raise ConfigError(f"{error.name} is not installed: pip install -e '.[dashboard]'") from None
 
-    most = 2 * len(cells)  # runs in a panel: W&B draws ten unless told, and a run that was resumed is several to it
+    # Runs in a panel. W&B draws ten by default, and counts a resumed run several times.
+    largest_number = 2 * len(cells)
 
     def draw(panel: Panel) -> Any:
         settings: dict[str, Any] = {
             "title": _title(panel),
             "groupby": wr.Config(panel.by or CONDITION),
             "groupby_aggfunc": "mean",
-            "groupby_rangefunc": "minmax",  # of the standard deviation W&B does not say which one it is
-            "max_runs_to_show": most,
+            "groupby_rangefunc": "minmax",  # W&B does not say which ddof its standard deviation has
+            "max_runs_to_show": largest_number,
         }
         if panel.by is None:
             return wr.LinePlot(x=STEP, y=[panel.metric], **settings)
-        return wr.BarPlot(metrics=[panel.metric], max_bars_to_show=most, **settings)
+        return wr.BarPlot(metrics=[panel.metric], max_bars_to_show=largest_number, **settings)
 
     columns = [f"config:{expr.groupby_str_to_key(f'config.{key}').name}" for key in factors(cells)]
     return ws.Workspace(
@@ -97,7 +110,7 @@ def workspace(cells: list[Cell], *, entity: str, project: str) -> Any:
             ws.Section(name=name, panels=list(map(draw, panels)), is_open=name in ("Loss", "Factor tables"))
             for name, panels in sections(cells).items()
         ],
-        settings=ws.WorkspaceSettings(max_runs=most),
+        settings=ws.WorkspaceSettings(max_runs=largest_number),
         runset_settings=ws.RunsetSettings(
             filters=ws.And(ws.Metric("Group") == cells[0].experiment),
             groupby=[ws.Config(CONDITION)],
@@ -108,7 +121,7 @@ def workspace(cells: list[Cell], *, entity: str, project: str) -> Any:
 
 def _title(panel: Panel) -> str:
     if panel.by is not None:
-        return f"{panel.metric} by {panel.by.removeprefix('choices.')}: mean, least and greatest run"
+        return f"{panel.metric} by {panel.by.removeprefix('choices.')}: mean, smallest and largest run"
     metric = lookup(panel.metric)
     return f"{panel.metric} ({metric.better} is better)" if metric and metric.better else panel.metric
 
@@ -117,31 +130,33 @@ def main(command: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m moe.dashboard", description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("experiment", help="a name of conf/experiment")
-    add("overrides", nargs="*", metavar="key=value", help="what train.py was given beside it")
+    add("overrides", nargs="*", metavar="key=value", help="the other overrides that train.py was given")
     add("--entity", help="with --project: save the workspace there, instead of printing it as JSON")
     add("--project")
     arguments = parser.parse_intermixed_args(command)
     try:
         if (arguments.entity is None) != (arguments.project is None):
-            raise ConfigError("--entity and --project go together: who owns the workspace, and the project it shows")
+            raise ConfigError(
+                "--entity and --project go together: the owner of the workspace, and the project that it shows"
+            )
         cells = command_line.read_cells(["-m", f"experiment={arguments.experiment}", *arguments.overrides])
-        assert cells  # arguments that Hydra would answer by itself are argparse's here
-        made = workspace(cells, entity=arguments.entity or "", project=arguments.project or "")
+        assert cells  # argparse has answered the arguments that Hydra would answer by itself, such as --help
+        built = workspace(cells, entity=arguments.entity or "", project=arguments.project or "")
         if arguments.project is None:
-            print(made._to_model().model_dump_json(by_alias=True, exclude_none=True, indent=1))
+            print(built._to_model().model_dump_json(by_alias=True, exclude_none=True, indent=1))
         else:
-            print(_save(made))
+            print(_save(built))
     except ConfigError as error:
         print(f"moe.dashboard: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _save(made: Any) -> str:
-    """The address of the saved workspace."""
+def _save(built: Any) -> str:
+    """Save the workspace to W&B and return its address."""
     try:
-        return str(made.save().url)
-    except Exception as error:  # W&B has kinds of errors that share nothing else, and some are private
+        return str(built.save().url)
+    except Exception as error:  # the errors of W&B have no other common class, and some are private
         raise ConfigError(f"W&B does not save it: {first_line(error)}") from None
 
 

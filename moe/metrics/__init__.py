@@ -1,1 +1,1 @@
-"""Every metric: what it means, and its formula over the sums that routing leaves behind."""
+"""Catalog of all metrics, and the formulas of routing metrics over the sums that a model measures."""

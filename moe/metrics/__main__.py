@@ -15,7 +15,8 @@ Where each metric is written:
 {written}
 A metric that is written at every step too is the value of that step alone; routing metrics are called
 `train/routing/...` there. Ratios are taken of sums over all tokens, so micro-batches and processes do not change them.
-A routing metric is the mean over layers. A metric that a router does not have is null, never zero.
+Routing metrics and auxiliary losses are means over layers; losses are logged unweighted. A metric that a router does
+not have is null, never zero.
 
 Some metrics have variants, whose names follow after a slash:
 

@@ -590,8 +590,8 @@ ENTRIES = (
     Metric(
         "train/loss",
         "-mean ln p(next token)",
-        "Cross-entropy of the step's batch, without auxiliary losses. In metrics.json: mean since the last but one "
-        "evaluation.",
+        "Cross-entropy of the step's batch, without auxiliary losses. In metrics.json: mean over the steps "
+        "between the last two evaluations.",
         "training loss",
         "loss",
         unit="nats per token",

@@ -118,7 +118,7 @@ def drop_rate_by_position(s: Sums) -> Float[np.ndarray, "L P"]:
 
 
 def capacity_usage(s: Sums) -> Layers:
-    return s.kept.sum(-1) / s.slots
+    return s.kept.sum(-1) / s.capacity
 
 
 def active_experts(s: Sums) -> Layers:
