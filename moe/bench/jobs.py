@@ -12,7 +12,7 @@ from pathlib import Path
 from moe.bench.timing import TimingTable
 
 TRAIN = Path(__file__).parents[2] / "train.py"
-SETTINGS = "logger.mode=disabled model.dim=64 model.layers=2 model.heads=2 data.max_val_blocks=32".split()
+SMALL_MODEL = "logger.mode=disabled model.dim=64 model.layers=2 model.heads=2 data.max_val_blocks=32".split()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:
-    settings = [*SETTINGS, *arguments.overrides]
+    settings = [*SMALL_MODEL, *arguments.overrides]
     with tempfile.TemporaryDirectory() as folder:
         time_training([*settings, "steps=1", f"out={folder}/prepare"])  # Prepares the data, which does not count.
         first_step = seconds_to_first_step([*settings, "steps=1", f"out={folder}/start"], Path(folder) / "start")

@@ -40,8 +40,8 @@ from moe.training.loop import train
 from moe.training.optim import build_optimizers
 from moe.training.setup import build_model, prepare_data
 
-SETTINGS = ("logger.mode=disabled", "model.expert=swiglu")
-TRAINING = "MoE in training: Accelerate, clipping, metrics, event log"
+SWIGLU = ("logger.mode=disabled", "model.expert=swiglu")
+IN_TRAINING = "MoE in training: Accelerate, clipping, metrics, event log"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,11 +55,11 @@ def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:
     parts = {name: seconds.pop(name) for name in list(seconds) if name.startswith("part: ")}
     run = ", ".join(arguments.overrides) or "model=tiny"
     yield relative_table(f"training step: {run}, SwiGLU", seconds, to="dense")
-    shares = [{"part": name[6:], "share": value / seconds[TRAINING]} for name, value in parts.items()]
+    shares = [{"part": name[6:], "share": value / seconds[IN_TRAINING]} for name, value in parts.items()]
     yield TimingTable("shares of that step in training", shares)
-    flops_per_second = flops / seconds[TRAINING]
+    flops_per_second = flops / seconds[IN_TRAINING]
     limit = product_flops(dtype)
-    speed = {"tokens": tokens, "tokens / s": tokens / seconds[TRAINING], "TFLOP / s": flops_per_second / 1e12}
+    speed = {"tokens": tokens, "tokens / s": tokens / seconds[IN_TRAINING], "TFLOP / s": flops_per_second / 1e12}
     yield TimingTable(
         "speed in training, without Muon's FLOPs", [speed | {"of a large product": flops_per_second / limit}]
     )
@@ -87,7 +87,7 @@ def measure_steps(overrides: list[str], *, rounds: int, folder: Path) -> StepTim
     """
     steps = rounds + UNCOUNTED
     beyond_end = [f"{key}={100 * steps}" for key in ("steps", "eval_every", "save_every")]
-    cells = read_cells([*SETTINGS, *overrides, *beyond_end, f"out={folder}"])
+    cells = read_cells([*SWIGLU, *overrides, *beyond_end, f"out={folder}"])
     assert cells is not None, overrides
     config = cells[0].config
     with Signals() as signals, EventLog(folder / "parts.jsonl", step=0) as events, suppress(Interrupted):
@@ -112,7 +112,7 @@ class Turns(Mirror):
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         if "train/loss" in values:
-            self.seconds[TRAINING].append(now() - self.began)
+            self.seconds[IN_TRAINING].append(now() - self.began)
             for name, run in self.variants:
                 self.seconds[name].append(time_call(run))
         if step == self.stop_after:

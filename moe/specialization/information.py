@@ -15,7 +15,8 @@ from scipy import sparse
 from scipy.special import entr
 from sklearn.metrics import adjusted_mutual_info_score
 
-DECILES = 10
+from moe.routing.stats import DECILES
+
 MIN_OCCURRENCES = 10  # Token ids with fewer occurrences are left out, as in OLMoE (2409.02060).
 PERMUTATIONS = 999
 TINY = 1e-12  # Nats below this are rounding errors.
@@ -38,7 +39,7 @@ def conditional_probabilities(table: Float[np.ndarray, "*L V E"]) -> Float[np.nd
     return np.divide(table, total, out=np.full(table.shape, np.nan), where=total > 0)
 
 
-def mutual_information(table: Float[np.ndarray, "*P V E"]) -> Float[np.ndarray, "*P"]:
+def information_from_counts(table: Float[np.ndarray, "*P V E"]) -> Float[np.ndarray, "*P"]:
     """Return the plug-in estimate of the mutual information of the last two axes, in nats."""
     total = table.sum((-2, -1))
     joint = table / total[..., None, None]
@@ -82,11 +83,11 @@ def domain_dependence(
     label[unit] = by_token
     one_hot = np.eye(len(present))
     permuted = np.stack([one_hot[rng.permutation(label)] for _ in range(PERMUTATIONS)])  # (P, documents, D)
-    null = mutual_information(np.swapaxes(permuted, 1, 2) @ profile)
+    null = information_from_counts(np.swapaxes(permuted, 1, 2) @ profile)
     table = one_hot[label].T @ profile
     ceiling = float(np.sqrt(entr(table.sum(-1) / len(length)).sum() * _explainable_entropy(chosen, weight)))
     effective = weight.sum() ** 2 / (weight**2).sum()  # Kish: as many tokens of equal weight would vary as much.
-    return _compare_with_null(float(mutual_information(table)), ceiling, null) | {
+    return _compare_with_null(float(information_from_counts(table)), ceiling, null) | {
         "smallest_p": smallest_p(label),
         "documents": len(length),
         "bias": (len(present) - 1) * (np.count_nonzero(table.sum(0)) - 1) / (2 * effective),
@@ -131,7 +132,7 @@ def vocabulary_dependence(
     share = expert_shares(chosen)
 
     def information(order: Int[np.ndarray, "N"]) -> float:
-        return float(mutual_information(sum_by_label(order, share, size=size)))
+        return float(information_from_counts(sum_by_label(order, share, size=size)))
 
     def largest_share(order: Int[np.ndarray, "N"]) -> float:
         table = sum_by_label(order, chosen.astype(float), size=size)
