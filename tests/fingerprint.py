@@ -47,7 +47,8 @@ NAMES = ("router", "schedule", "variant", "optimizer", "capacity", "drop", "seed
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        corpus = Path(folder) / "topics.jsonl"
+        corpus = Path(folder) / "corpus" / "topics.jsonl"  # the split depends on the name of the last folder
+        corpus.parent.mkdir()
         rows = [{"text": text, "half": "early" if name < "d" else "late"} for name, text in sorted(topics.items())]
         corpus.write_text("\n".join(json.dumps(row) for row in rows))
         data = [f"data.source.paths=[{corpus}]", f"data.cache={folder}/cache"]
@@ -68,11 +69,14 @@ def print_sweep(overrides: list[str], out: Path, title: str) -> None:
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     if done.returncode:
         print(f"# exit status {done.returncode}: {done.stderr.strip()[-300:]}")
-    for path in sorted(out.rglob("run.json")):
+    lines = []
+    for path in out.rglob("run.json"):
         record, weights = json.loads(path.read_text()), path.parent / "model" / "model.safetensors"
         digest = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.exists() else record["status"]
         chosen = {**record["config"], **record["choices"]}
-        print(f"{digest}  {title}:", *(f"{name}={chosen[name]}" for name in NAMES), flush=True)
+        lines.append((" ".join(f"{name}={chosen[name]}" for name in NAMES), digest))
+    for run, digest in sorted(lines):  # folders' names depend on the temporary folder, and so would their order
+        print(f"{digest}  {title}: {run}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A run in this process, to its end or to a signal; what a run folder tells."""
+"""Train a cell in this process, to its end or until a pretended signal, and read what its folder says."""
 
 import signal
 from pathlib import Path
@@ -7,24 +7,30 @@ from typing import Any
 from moe.config.schema import Cell
 from moe.runs.events import read_events
 from moe.runs.signals import Signals
-from moe.runs.wandb_mirror import Mirror
 from moe.training.loop import train
+from moe.training.recorder import RunListener
+
+
+class StopAfter(RunListener):
+    """Pretends that SIGTERM arrives when step `stop_after` is recorded; never if that is None."""
+
+    def __init__(self, signals: Signals, stop_after: int | None) -> None:
+        self.signals = signals
+        self.stop_after = stop_after
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        if step == self.stop_after:
+            self.signals.received = signal.SIGTERM
 
 
 def run(cell: Cell, *, stop_after: int | None = None) -> dict[str, Any]:
-    """Train a cell, for facts about it; `stop_after`: pretend that SIGTERM arrives during that step."""
+    """Train a cell and return facts about the run; `stop_after`: the step after which it is asked to stop."""
     cell.folder.mkdir(parents=True, exist_ok=True)
     signals = Signals()
-
-    class Watch(Mirror):
-        def log(self, step: int, values: dict[str, Any]) -> None:
-            if step == stop_after:
-                signals.received = signal.SIGTERM
-
-    return train(cell.config, cell.folder, mirror=Watch(cell), signals=signals)
+    return train(cell.config, cell.folder, signals=signals, listeners=[StopAfter(signals, stop_after)])
 
 
 def untimed(folder: Path) -> list[dict[str, Any]]:
-    """The events of a run, without durations."""
+    """Return the events of a run without times and durations."""
     events = read_events(folder / "events.jsonl")
     return [{key: value for key, value in e.items() if not key.startswith("time/")} for e in events]

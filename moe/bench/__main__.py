@@ -31,7 +31,7 @@ def main() -> None:
         question.add_argument("--threads", type=int, default=1, help="threads of PyTorch (1)")
         question.add_argument("--json", type=Path, help="also write the tables to this file")
     arguments = parser.parse_args()
-    process.set_up(threads=arguments.threads)
+    process.configure(threads=arguments.threads)
     machine = {
         "processor": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),

@@ -65,7 +65,7 @@ def measure_point(
     *, experts: int, k: int, batch: int, seq_len: int, rounds: int, threads: int, dim: int = 128
 ) -> StepCost:
     """Measure a step of model=tiny with these sizes. Memory that the process used before building it does not count."""
-    process.set_up(threads=threads)
+    process.configure(threads=threads)
     sizes = ModelConfig(dim=dim, heads=4, layers=4, ffn=2 * dim, num_experts=experts, dense_ffn=4 * dim)
     config = Config(batch_size=batch, data=DataConfig(seq_len=seq_len), model=sizes)
     config.router = {"_target_": "moe.routers.topk.TopK", "k": k}

@@ -35,9 +35,9 @@ from moe.routing.dispatch import dispatch
 from moe.routing.measurement import measure
 from moe.runs.events import EventLog
 from moe.runs.signals import Interrupted, Signals
-from moe.runs.wandb_mirror import Mirror
 from moe.training.loop import train
 from moe.training.optim import build_optimizers
+from moe.training.recorder import RunListener
 from moe.training.setup import build_model, prepare_data
 
 SWIGLU = ("logger.mode=disabled", "model.expert=swiglu")
@@ -92,15 +92,15 @@ def measure_steps(overrides: list[str], *, rounds: int, folder: Path) -> StepTim
     config = cells[0].config
     with Signals() as signals, EventLog(folder / "parts.jsonl", step=0) as events, suppress(Interrupted):
         turns = Turns([*step_variants(config), *part_variants(config, events)], signals, stop_after=steps)
-        train(config, folder, mirror=turns, signals=signals)
+        train(config, folder, signals=signals, listeners=[turns])
     tokens = config.batch_size * config.grad_accum * config.data.seq_len
     flops = 3.0 * tokens * flops_per_token(_model(config), config.data.seq_len)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     return StepTimes(medians(turns.seconds), tokens, flops, dtype)
 
 
-class Turns(Mirror):
-    """Mirror of the training loop that times each of its steps, then times every variant once, and finally asks the
+class Turns(RunListener):
+    """Listener of the training loop that times each of its steps, then times every variant once, and finally asks the
     loop to stop."""
 
     def __init__(self, variants: list[Variant], signals: Signals, *, stop_after: int) -> None:

@@ -1,1 +1,1 @@
-"""One run on several processes: who they are, and tensors that are spread over them."""
+"""One run on several processes: ranks, sharded tensors, and experts that are distributed over the ranks."""

@@ -1,5 +1,9 @@
-"""The processes of one run, as `accelerate launch` and torchrun start them: the ranks. They share the micro-batches of
-a step, and the first of them alone reads and writes the run's files. A process by itself is a rank of one."""
+"""The processes (ranks) of one run, as `accelerate launch` and torchrun start them, and how they communicate.
+
+The ranks share the micro-batches of each optimizer step. Only the first rank writes the files of the run, and only
+its answer counts where files decide what happens. A single process counts as one rank. All functions that
+communicate must be called by all ranks together.
+"""
 
 import os
 from collections.abc import Sequence
@@ -8,31 +12,32 @@ from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Int
 
-if TYPE_CHECKING:  # who only asks for numbers need not wait for torch
+if TYPE_CHECKING:  # importing torch takes seconds, and many callers only need `rank` or `world_size`
     from torch import Tensor
 
 
 def world_size() -> int:
-    """How many ranks this run has."""
+    """Return the number of ranks."""
     return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 
 def rank() -> int:
-    """Which of them this process is, from 0."""
+    """Return the number of this process among the ranks, from 0."""
     return int(os.environ.get("RANK", 0))
 
 
 def is_first() -> bool:
+    """Return whether this process is rank 0."""
     return rank() == 0
 
 
 def launched_with(engine: str) -> bool:
-    """Whether Accelerate's launch file names this engine, FSDP or DEEPSPEED."""
+    """Return whether the launch file of Accelerate selects this engine, FSDP or DEEPSPEED."""
     return os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true"
 
 
 def start(*, timeout: int) -> None:
-    """Let the ranks find one another; from then on, one that waits for another fails after `timeout` seconds."""
+    """Connect the ranks. From then on a rank that waits for another one fails after `timeout` seconds."""
     if world_size() == 1:
         return
     import torch
@@ -42,12 +47,12 @@ def start(*, timeout: int) -> None:
 
 
 def broadcast(value: Any) -> Any:
-    """The value that the first rank has."""
+    """Return the value of the first rank; any object that can be pickled."""
     return all_gather(value)[0]
 
 
 def all_gather(value: Any) -> list[Any]:
-    """The values of all ranks, in their order."""
+    """Return the values of all ranks in the order of the ranks; any objects that can be pickled."""
     if world_size() == 1:
         return [value]
     import torch.distributed as dist
@@ -57,21 +62,24 @@ def all_gather(value: Any) -> list[Any]:
     return values
 
 
-def maximum(value: int) -> int:
-    """The largest of the values of all ranks."""
+def all_reduce_max(value: int) -> int:
+    """Return the largest value of all ranks."""
     if world_size() == 1:
         return value
     import torch
     import torch.distributed as dist
     from accelerate import PartialState
 
-    most = torch.tensor(value, device=PartialState().device)
-    dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    return int(most)
+    largest = torch.tensor(value, device=PartialState().device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
 
 
-def total(tensors: "Sequence[Tensor]") -> "list[Tensor]":
-    """The sums over ranks of tensors that have the same shapes on each, added in fp64 and in one exchange."""
+def all_reduce_sum(tensors: "Sequence[Tensor]") -> "list[Tensor]":
+    """Return the sum of each tensor over all ranks, which must pass tensors of the same shapes.
+
+    The tensors are added in fp64 and in one communication.
+    """
     if world_size() == 1:
         return list(tensors)
     import torch
@@ -83,13 +91,13 @@ def total(tensors: "Sequence[Tensor]") -> "list[Tensor]":
     return [part.view_as(tensor).to(tensor.dtype) for part, tensor in zip(parts, tensors, strict=True)]
 
 
-def sum_before(counts: "Int[Tensor, 'E']") -> "Int[Tensor, 'E']":
-    """The sum over the ranks before this one."""
+def sum_of_lower_ranks(counts: "Int[Tensor, 'E']") -> "Int[Tensor, 'E']":
+    """Return the sum of `counts` over all ranks with a lower number than this one; 0 on the first rank."""
     if world_size() == 1:
         return counts.new_zeros(counts.shape)
     import torch
     import torch.distributed as dist
 
-    everyone = [torch.empty_like(counts) for _ in range(world_size())]
-    dist.all_gather(everyone, counts)
-    return torch.stack(everyone)[: rank()].sum(0)
+    gathered = [torch.empty_like(counts) for _ in range(world_size())]
+    dist.all_gather(gathered, counts)
+    return torch.stack(gathered)[: rank()].sum(0)

@@ -1,4 +1,4 @@
-"""Tensors of which every rank has a part (DTensors), beside ordinary ones, of which every rank has its own."""
+"""Helpers for sharded tensors (DTensors), of which each rank holds one part, that also accept ordinary tensors."""
 
 from typing import Any
 
@@ -7,41 +7,47 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 
-def full(tree: Any) -> Any:
-    """A tensor, or dicts and lists of them, with every sharded tensor put together; all ranks call this together."""
+def full_tensors(tree: Any) -> Any:
+    """Return a tensor, or nested dicts and lists of tensors, with every sharded tensor replaced by the full one.
+
+    All ranks call this together.
+    """
     if isinstance(tree, dict):
-        return {key: full(value) for key, value in tree.items()}
+        return {key: full_tensors(value) for key, value in tree.items()}
     if isinstance(tree, list):
-        return [full(value) for value in tree]
+        return [full_tensors(value) for value in tree]
     return tree.full_tensor() if isinstance(tree, DTensor) else tree
 
 
 def shard_like(value: Tensor, target: Tensor) -> Tensor:
-    """`value`, which every rank has whole, sharded as `target` is."""
+    """Shard `value`, a full tensor that every rank has, in the way `target` is sharded."""
     if not isinstance(target, DTensor):
         return value
-    copies = DTensor.from_local(value.to(target.device), target.device_mesh, run_check=False)
-    return copies.redistribute(placements=target.placements)
+    replicated = DTensor.from_local(value.to(target.device), target.device_mesh, run_check=False)
+    return replicated.redistribute(placements=target.placements)
 
 
-def full_state(model: nn.Module) -> dict[str, Tensor]:
-    """A model's state in whole tensors, which names that share one still share; all ranks call this together."""
-    once: dict[int, Tensor] = {}
+def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict of a model in full tensors. All ranks call this together.
+
+    Names that share one tensor in the model also share one in the result.
+    """
+    by_identity: dict[int, Tensor] = {}
     state = model.state_dict(keep_vars=True)
     for tensor in state.values():
-        if id(tensor) not in once:
-            once[id(tensor)] = full(tensor.detach())
-    return {name: once[id(tensor)] for name, tensor in state.items()}
+        if id(tensor) not in by_identity:
+            by_identity[id(tensor)] = full_tensors(tensor.detach())
+    return {name: by_identity[id(tensor)] for name, tensor in state.items()}
 
 
-def local(tensor: Tensor) -> Tensor:
-    """What of a tensor is on this rank."""
+def local_part(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a sharded tensor; any other tensor is returned as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def norm(tensors: list[Tensor]) -> Tensor:
-    """Euclidean norm of all numbers in `tensors`, on all ranks; 0-dim."""
+def global_norm(tensors: list[Tensor]) -> Tensor:
+    """Return the Euclidean norm of all elements of all tensors, over all parts of the sharded ones; 0-dim."""
     sharded = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
-    others = [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
-    norms = [full(nn.utils.get_total_norm(some)) for some in (sharded, others) if some]
+    ordinary = [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
+    norms = [full_tensors(nn.utils.get_total_norm(group)) for group in (sharded, ordinary) if group]
     return torch.stack(norms).norm() if norms else torch.zeros(())

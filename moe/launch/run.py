@@ -55,7 +55,7 @@ def _is_ours(cell: Cell, owner: str | None) -> bool:
 
 
 def _train(cell: Cell) -> None:
-    from moe.runs.wandb_mirror import Mirror
+    from moe.runs.wandb_mirror import WandbMirror
     from moe.training.divergence import Diverged
     from moe.training.loop import train
 
@@ -63,9 +63,9 @@ def _train(cell: Cell) -> None:
     try:
         _write(cell, "running")
         with Signals() as signals:
-            mirror = Mirror(cell)
+            mirror = WandbMirror(cell)
             try:
-                facts = train(cell.config, cell.folder, mirror=mirror, signals=signals)
+                facts = train(cell.config, cell.folder, signals=signals, listeners=[mirror])
                 final = _write_metrics(cell.folder, facts) if ranks.is_first() else {}
             finally:
                 mirror.finish(final)

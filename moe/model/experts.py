@@ -9,8 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moe.distributed.exchange import traveling
-from moe.distributed.sharding import local
+from moe.distributed.exchange import run_distributed_experts
+from moe.distributed.sharding import local_part
 
 
 class Experts(nn.Module):
@@ -28,19 +28,19 @@ class Experts(nn.Module):
 
     def kernel(self, dtype: torch.dtype) -> str:
         """Which kernel multiplies in `dtype` where the weights are: see `choose`."""
-        return choose(self.up.device.type, dtype, local(self.up).shape)
+        return choose(self.up.device.type, dtype, local_part(self.up).shape)
 
     @torch.compiler.disable  # group sizes change at every step, and compiled grouped_mm takes bf16 alone (torch 2.13)
     def forward(self, x: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R D"]:
         """Rows sorted by expert, `counts` of them for each; one without rows costs nothing, gets gradient 0."""
         if isinstance(self.up, DTensor):  # the other experts are on other ranks
-            return traveling(x, counts, self._run)
+            return run_distributed_experts(x, counts, self._run)
         return self._run(x, counts)
 
     def _run(self, x: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R D"]:
         """The same with the experts of this rank."""
-        up, down = local(self.up), local(self.down)
-        gate = local(self.gate) if self.gate is not None else None
+        up, down = local_part(self.up), local_part(self.down)
+        gate = local_part(self.gate) if self.gate is not None else None
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         if len(x) and self.kernel(dtype) == "grouped":

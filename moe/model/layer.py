@@ -96,4 +96,4 @@ class MoELayer(nn.Module):
 
 @torch.compiler.disable
 def _before(offered: Int[Tensor, "E"]) -> Int[Tensor, "E"]:
-    return ranks.sum_before(offered)
+    return ranks.sum_of_lower_ranks(offered)

@@ -1,7 +1,8 @@
-"""Checkpoints that are either complete and verified or not there.
+"""Write and read checkpoints that are either complete and verified, or not there at all.
 
-Written to a temporary folder, hashed, flushed to disk, renamed; older ones go only after that. The newest that
-verifies is loaded; order is by step number, never by file time.
+A checkpoint is written to a temporary folder, hashed, flushed to disk and then renamed. Older ones are deleted only
+after that. Reading takes the newest one whose hash is right. The order is that of the step numbers, never of file
+times.
 """
 
 import json
@@ -19,24 +20,24 @@ from moe.files import sha256, sync, write_json
 
 log = logging.getLogger(__name__)
 
-KEEP = 2  # the newest, and one to fall back on
+KEEP = 2  # the newest, and one for the case that the newest is damaged
 
 
 def save(root: Path, step: int, state: dict[str, Any]) -> None:
-    """Write `state` as `root/step-NNNNNNNN`, atomically, then drop all but the newest `KEEP` checkpoints."""
+    """Write `state` to `root/step-NNNNNNNN`, atomically; then delete all but the newest `KEEP` checkpoints."""
     final, temporary = root / f"step-{step:08d}", root / f".tmp-{step}"
-    root.mkdir(exist_ok=True)  # without parents: a run folder that someone deleted is an error
+    root.mkdir(exist_ok=True)  # without parents: a run folder that somebody deleted is an error
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         _write_state(state, temporary / "state.pt")
         digest = sha256(temporary / "state.pt")
-        write_json(temporary / "manifest.json", {"step": step, **_maker(), "sha256": {"state.pt": digest}})
+        write_json(temporary / "manifest.json", {"step": step, **_environment(), "sha256": {"state.pt": digest}})
         for path in temporary.iterdir():
             sync(path)
         shutil.rmtree(final, ignore_errors=True)
         os.rename(temporary, final)
-    except BaseException:  # give the space back
+    except BaseException:  # free the disk space
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync(root)
@@ -45,14 +46,14 @@ def save(root: Path, step: int, state: dict[str, Any]) -> None:
 
 
 def load(root: Path) -> tuple[int, dict[str, Any]] | None:
-    """(step, state) of the newest checkpoint that verifies; None if there never was one.
+    """Return (step, state) of the newest intact checkpoint in `root`; None if there is no checkpoint.
 
-    Raises RuntimeError, naming them, if there are checkpoints and none of them verifies: starting again at step 0
-    silently would throw away work that may be recoverable.
+    Raises RuntimeError with their names if there are checkpoints, but all are damaged. The run does not start again at
+    step 0 by itself, because somebody may still recover the checkpoints.
     """
     if ranks.is_first():
-        for left_over in root.glob(".tmp-*"):
-            shutil.rmtree(left_over)
+        for leftover in root.glob(".tmp-*"):  # of a process that was killed while it wrote
+            shutil.rmtree(leftover)
     folders = sorted(root.glob("step-*"), reverse=True)
     for folder in folders:
         try:
@@ -66,7 +67,7 @@ def load(root: Path) -> tuple[int, dict[str, Any]] | None:
 
 
 def _write_state(state: dict[str, Any], path: Path) -> None:
-    """`torch.save`, which tells a full disk as an inconsistency of its own: here it is the system's error."""
+    """Save with `torch.save`, but raise the OSError of a full disk, which torch hides behind a RuntimeError."""
     try:
         with open(path, "wb") as file:
             torch.save(state, file)
@@ -77,17 +78,23 @@ def _write_state(state: dict[str, Any], path: Path) -> None:
 
 
 def _read(folder: Path) -> tuple[int, dict[str, Any]]:
+    """Read one checkpoint; raises an error of many possible types if it is damaged."""
     manifest = json.loads((folder / "manifest.json").read_text())
     if sha256(folder / "state.pt") != manifest["sha256"]["state.pt"]:
         raise ValueError("state.pt does not match its sha256")
     if folder.name != f"step-{manifest['step']:08d}":
-        raise ValueError(f"its manifest is that of step {manifest['step']}")
-    for name, ours in _maker().items():
-        if (theirs := manifest.get(name)) != ours:
-            log.warning("checkpoint of %s %s, here %s: the run may end with other last bits", name, theirs, ours)
+        raise ValueError(f"its manifest says step {manifest['step']}")
+    for name, present in _environment().items():
+        if (saved := manifest.get(name)) != present:
+            log.warning(
+                "checkpoint was saved with %s=%s and is resumed with %s: the run may end with other last bits",
+                name,
+                saved,
+                present,
+            )
     return manifest["step"], torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
 
 
-def _maker() -> dict[str, Any]:
-    """What bits depend on beside the configuration."""
+def _environment() -> dict[str, Any]:
+    """Return what the last bits of a run depend on, apart from the configuration."""
     return {"torch": torch.__version__, "threads": torch.get_num_threads(), "ranks": ranks.world_size()}

@@ -1,4 +1,7 @@
-"""Asking a run to stop: at once before training, between two steps during it; a second Ctrl-C quits at once."""
+"""Stop a run on a signal: at once before training, and after the present step, with a checkpoint, during training.
+
+A second Ctrl-C stops it at once in any case.
+"""
 
 import ctypes
 import multiprocessing
@@ -12,13 +15,15 @@ from typing import Any
 from moe.distributed import ranks
 
 STOP = (signal.SIGTERM, signal.SIGINT)
-REQUEUE = (signal.SIGUSR1, signal.SIGUSR2)  # of batch systems, where whoever started the process handles them
-PR_SET_PDEATHSIG = 1  # a name of linux/prctl.h
+REQUEUE = (signal.SIGUSR1, signal.SIGUSR2)  # sent by batch systems; handled only if a handler is already installed
+PR_SET_PDEATHSIG = 1  # as in linux/prctl.h
 
 
 class Interrupted(BaseException):
-    """A signal stopped the run after a checkpoint at `step`, or before training. Like KeyboardInterrupt no Exception:
-    whoever survives errors must not survive this."""
+    """A signal stopped the run: after the checkpoint of `step`, or before training if `step` is None.
+
+    Like KeyboardInterrupt it is not an Exception, so that code which catches errors and goes on does not catch it.
+    """
 
     def __init__(self, number: int, step: int | None = None) -> None:
         when = "before it trained" if step is None else f"after step {step}"
@@ -26,14 +31,17 @@ class Interrupted(BaseException):
         self.number, self.exit_status = number, 128 + number
 
     def pass_on(self) -> None:
-        """Have a batch system's own handler put the job back into the queue, now that the run is saved."""
+        """Raise the signal again for the batch system's own handler, which puts the job back into the queue."""
         if self.number in REQUEUE:
             signal.raise_signal(self.number)
 
 
 class Signals:
-    """Within `with Signals() as signals`, SIGTERM, SIGINT and a batch system's signal raise Interrupted, or, once
-    `training` is set because there are steps to save, set `signals.received` for the loop to see between two steps."""
+    """Context manager that handles SIGTERM, SIGINT and the signals of batch systems.
+
+    Before training a signal raises Interrupted. The training loop sets `training` when it has steps to save; from then
+    on a signal only sets `received`, which the loop reads after each step.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -41,7 +49,7 @@ class Signals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python cannot set handlers
+        if threading.current_thread() is threading.main_thread():  # Python can set handlers only there
             numbers = [*STOP, *(n for n in REQUEUE if callable(signal.getsignal(n)))]
             self._before = {n: signal.signal(n, self._note) for n in numbers}
         return self
@@ -53,17 +61,17 @@ class Signals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if self.received not in REQUEUE:  # a batch system may send SIGTERM beside it
+        if self.received not in REQUEUE:  # a batch system may send SIGTERM right after its own signal
             self.received = number
         if not self.training:
             raise Interrupted(self.received)
 
 
 def follow_parent() -> None:
-    """In a launcher's worker process, or a rank, have SIGTERM sent when the process that started it dies, even by
-    SIGKILL.
+    """In a worker process of a launcher, or in a rank, ask for SIGTERM when the parent process dies, even by SIGKILL.
 
-    Linux only; elsewhere an orphaned worker finishes its run, and the run's lock keeps others away from it.
+    Works on Linux only. On other systems a worker whose parent died finishes its run; the lock of the run folder keeps
+    other processes from training the same run.
     """
     parent = multiprocessing.parent_process()
     started_by = os.getppid() if parent is None and ranks.world_size() > 1 else getattr(parent, "pid", None)
@@ -72,5 +80,5 @@ def follow_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     try:
         os.kill(started_by, 0)
-    except ProcessLookupError:  # it died before that call
+    except ProcessLookupError:  # it died before prctl was called
         os.kill(os.getpid(), signal.SIGTERM)

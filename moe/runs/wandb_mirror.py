@@ -1,4 +1,4 @@
-"""The W&B mirror of events.jsonl: it may fail at any moment, and training neither stops nor changes."""
+"""Copy the events of a run to W&B. Whatever fails in W&B, training neither stops nor changes."""
 
 import hashlib
 import json
@@ -14,27 +14,29 @@ from moe.distributed import ranks
 
 log = logging.getLogger(__name__)
 
-START_SECONDS, FINISH_SECONDS = 20, 60  # that a server may keep a run waiting
-STEP = "step"  # optimizer steps done: the horizontal axis of everything
-FINAL = "final"  # prefix of the final metrics in a W&B summary, where those of an unfinished run are missing
-CONDITION = "condition"  # the config key to group by
+START_SECONDS, FINISH_SECONDS = 20, 60  # how long a run waits for the W&B server at its start and at its end
+STEP = "step"  # optimizer steps done; the horizontal axis of all charts
+FINAL = "final"  # prefix of the final metrics in a W&B summary; an unfinished run has none
+CONDITION = "condition"  # the config key by which dashboards group runs
 
 
 def condition(cell: Cell) -> str:
-    """One name for all cells that differ in their seed alone: what the folder's name says without it, for people, and
-    a digest of the configuration without it, which tells apart whatever is not the same."""
-    rest = {key: value for key, value in cell.config.identity().items() if key != "seed"}
-    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:6]
-    overrides = re.sub("-[0-9a-f]{8}$", "", cell.folder.name).split(",")  # that digest knows the seed
-    told = ",".join(part for part in overrides if not part.startswith("seed="))
-    return f"{told[:100] or 'base'} {digest}"
+    """Return a name that is the same for all cells that differ only in their seed, and different for all others.
+
+    It consists of the folder's name without the seed, for people, and a digest of the configuration without the seed.
+    """
+    seedless = {key: value for key, value in cell.config.identity().items() if key != "seed"}
+    digest = hashlib.sha256(json.dumps(seedless, sort_keys=True).encode()).hexdigest()[:6]
+    overrides = re.sub("-[0-9a-f]{8}$", "", cell.folder.name).split(",")  # a digest of all, with the seed, is cut off
+    readable = ",".join(override for override in overrides if not override.startswith("seed="))
+    return f"{readable[:100] or 'base'} {digest}"
 
 
-class Mirror:
-    """Logs to W&B what it is given; the first error ends the mirroring with one warning.
+class WandbMirror:
+    """Run listener that copies events and final metrics to W&B. The first error ends this with one warning.
 
-    mode auto: online when an API key is set, else offline (`wandb sync` uploads later). A server that cannot be
-    reached turns online into offline.
+    logger.mode=auto is online if WANDB_API_KEY is set, and otherwise offline (`wandb sync` uploads later). If the
+    server cannot be reached, online becomes offline.
     """
 
     def __init__(self, cell: Cell) -> None:
@@ -46,16 +48,16 @@ class Mirror:
             try:
                 self._run = _start(cell, attempt)
                 return
-            except Exception as error:  # whatever goes wrong in there is no reason to stop a study
+            except Exception as error:  # no error of W&B is a reason to stop a study
                 log.warning("W&B %s mode does not start: %s", attempt, first_line(error))
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        """Log the numbers among `values` at optimizer step `step`."""
+        """Log those of `values` that are numbers, after `step` optimizer steps."""
         numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
         self._try(lambda: self._run.log({**numbers, STEP: step}))
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Write the final metrics of a run, none if it did not finish, and end the W&B run."""
+        """Write the final metrics to the W&B summary, and end the W&B run."""
         numbers = {f"{FINAL}/{key}": value for key, value in summary.items() if isinstance(value, int | float)}
         self._try(lambda: self._run.summary.update(numbers))
         self._try(lambda: self._run.finish())
@@ -93,5 +95,5 @@ def _start(cell: Cell, mode: str) -> Any:
 
 
 def first_line(error: Exception) -> str:
-    """What an error of W&B says, short enough for a terminal."""
+    """Return the first line of an error's message, or its type if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -22,7 +22,7 @@ def main(command: list[str] | None = None) -> int:
     )
     parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch (1)")
     arguments = parser.parse_args(command)
-    process.set_up(threads=arguments.threads)
+    process.configure(threads=arguments.threads)
     try:
         for name in ("blocks", "samples"):
             if getattr(arguments, name) < 1:

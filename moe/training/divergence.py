@@ -1,4 +1,4 @@
-"""When a loss or gradient is not finite: stop before the optimizer step, and say where it comes from."""
+"""Find out where a loss or gradient that is not finite comes from. Training stops before the optimizer step."""
 
 from collections.abc import Callable
 
@@ -7,12 +7,12 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from moe.distributed import ranks
-from moe.distributed.sharding import full
+from moe.distributed.sharding import full_tensors
 from moe.routing.decision import Knobs
 
 
 class Diverged(Exception):
-    """Loss or gradient is not finite; the weights are still those before `step`."""
+    """The loss or a gradient is not finite. The weights are still those from before `step`."""
 
     def __init__(self, step: int, where: str) -> None:
         super().__init__(f"step {step}: {where} is not finite; lower the learning rate or see optimizer.clip")
@@ -21,13 +21,13 @@ class Diverged(Exception):
 def blame(
     model: nn.Module, ids: Int[Tensor, "B S"], knobs: Knobs, *, position_ids: Int[Tensor, "B S"] | None = None
 ) -> str:
-    """The first thing that is not finite: a weight, else the output of a module in forward order, else a gradient.
+    """Return the name of the first thing that is not finite, with the numbers of the experts concerned.
 
-    Experts are named one by one. Runs the model once more, with hooks: this is the only place that has any. All ranks
-    call it together, each with blocks of its own.
+    Searches the weights, then the outputs of the modules in forward order, then the gradients. The model runs once
+    more for this, with hooks; no other code uses hooks. All ranks call this together, each with its own blocks.
     """
-    weights = _first_bad({name: p.detach() for name, p in model.named_parameters()})
-    gradients = _first_bad({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    weights = _first_not_finite({name: p.detach() for name, p in model.named_parameters()})
+    gradients = _first_not_finite({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     if weights is not None:
         return f"weight {weights}"
     outputs: list[str] = []
@@ -42,11 +42,14 @@ def blame(
     return "the loss" if gradients is None else f"gradient of {gradients}"
 
 
-def _first_bad(tensors: dict[str, Tensor]) -> str | None:
-    return next((_slice_name(name, t) for name, t in full(tensors).items() if not t.isfinite().all()), None)
+def _first_not_finite(tensors: dict[str, Tensor]) -> str | None:
+    full = full_tensors(tensors)
+    return next((_with_experts(name, t) for name, t in full.items() if not t.isfinite().all()), None)
 
 
 def _note_output(found: list[str], name: str) -> Callable[[nn.Module, object, object], None]:
+    """Return a hook that appends `name` to `found` if the module's output is not finite."""
+
     def note(module: nn.Module, inputs: object, output: object) -> None:
         if isinstance(output, Tensor) and not output.isfinite().all():
             found.append(name)
@@ -54,7 +57,8 @@ def _note_output(found: list[str], name: str) -> Callable[[nn.Module, object, ob
     return note
 
 
-def _slice_name(name: str, tensor: Tensor) -> str:
+def _with_experts(name: str, tensor: Tensor) -> str:
+    """Return the name of a tensor; for a stack of experts (E, rows, cols) also which experts are not finite."""
     if tensor.ndim != 3:
         return name
     bad = (~tensor.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()

@@ -1,4 +1,4 @@
-"""Evaluation over the whole validation set: the same blocks for every seed, no noise, no dropout."""
+"""Evaluation on the whole validation set: the same blocks for every seed, without noise and dropout."""
 
 import math
 from statistics import fmean
@@ -11,14 +11,39 @@ from datasets import Dataset
 from moe.data.blocks import batch
 from moe.data.labels import IGNORED, next_token
 from moe.distributed import ranks
-from moe.distributed.sharding import full
+from moe.distributed.sharding import full_tensors
 from moe.metrics.summary import drop_rate_by_position, summarize, utilization
 from moe.model.decoder import MoEForCausalLM
 from moe.routers.base import Router
 from moe.routing.decision import Knobs
 from moe.routing.stats import RoutingStats
+from moe.training.optim import learning_rate
+from moe.training.schedules import knob_settings
+from moe.training.setup import Training
 
-PROBE_STRIDE = 251  # a prime, so that tokens of all positions take part
+PROBE_STRIDE = 251  # a prime, so that tokens at all positions take part
+
+
+def validate(training: Training, step: int) -> dict[str, Any]:
+    """Return the validation metrics of a run after `step` optimizer steps, with the settings of that step.
+
+    They are dropless. If the run has a capacity factor, `val_capacity/...` say what the limit changes.
+    """
+    config, data = training.config, training.data
+    settings = knob_settings(config, training.schedule, step)
+    arguments: dict[str, Any] = {
+        "domains": data.domains,
+        "batch_size": config.batch_size,
+        "temperature": settings["temperature"],
+    }
+    values = evaluate(training.model, data.val, **arguments)
+    if config.capacity is not None:
+        limited = evaluate(training.model, data.val, capacity=config.capacity, drop=config.drop, **arguments)
+        for name in ("val/loss", "val/perplexity", "routing/drop_rate", "routing/unrouted_rate"):
+            values[f"val_capacity/{name.split('/')[1]}"] = limited.get(name)
+        for decile, rate in enumerate(limited.get("routing/drop_rate_by_position", [])):
+            values[f"val_capacity/drop_rate/decile{decile}"] = rate
+    return values | {"learning_rate": learning_rate(training.optimizers)} | settings
 
 
 @torch.no_grad()
@@ -32,13 +57,16 @@ def evaluate(
     capacity: float | None = None,
     drop: str = "position",
 ) -> dict[str, Any]:
-    """`val/loss` (nats per token), `val/perplexity`, `val/accuracy`, `val/loss/<domain>`, every routing metric, and
-    `routing/utilization` (L, E). The outputs of experts are compared on one token in `PROBE_STRIDE`.
+    """Return the metrics of a model on validation data, dropless unless a `capacity` factor is given.
 
-    Token-weighted over all blocks, `val/...` over the tokens with a label and routing over all; the model's mode is
-    restored. Ranks share the batches and get the same values. Dropless unless a `capacity` factor is given. A limit, or
-    a router that is not causal, makes the loss depend on which sequences share a batch: batches mix the domains, as
-    those of training do.
+    These are `val/loss` (nats per token), `val/perplexity`, `val/accuracy`, `val/loss/<domain>`, every routing metric,
+    and `routing/utilization` (L, E). `val/...` are means over the tokens with a label, routing metrics over all
+    tokens. The outputs of experts are compared on one token in `PROBE_STRIDE`.
+
+    With a capacity limit, or a router that is not causal, the loss depends on which sequences share a batch. Each
+    batch therefore mixes the domains, as the batches of training do.
+
+    The ranks share the batches, call this together and get the same values. The model's training mode is restored.
     """
     device = model.device
     knobs = Knobs.of(temperature=temperature, device=device)
@@ -49,10 +77,12 @@ def evaluate(
     model.eval()
     batches = math.ceil(len(data) / batch_size)
     for turn in range(ranks.rank(), ranks.world_size() * math.ceil(batches / ranks.world_size()), ranks.world_size()):
-        # sharded weights need every rank at every turn: one without a batch left repeats the last, which counts 0 times
+        # with sharded weights all ranks must run the model equally often: a rank that has no batch left runs the last
+        # one again and counts it 0 times
         first, times = min(turn, batches - 1), int(turn < batches)
-        torch.manual_seed(first)  # for drop=random; training seeds every micro-batch itself
-        # every so-manieth block: domains stand in a row, and a batch of one domain would overflow its experts' capacity
+        torch.manual_seed(first)  # for drop=random
+        # blocks at equal distances: the data are sorted by domain, and a batch of a single domain would overflow the
+        # capacity of that domain's experts
         ids, domain, labels, positions = batch(data, range(first, len(data), batches)).to(device)
         limits: dict[str, Any] = {"capacity": capacity, "drop": drop}
         output = model(ids, position_ids=positions, knobs=knobs, probe_stride=PROBE_STRIDE, **limits)
@@ -67,8 +97,8 @@ def evaluate(
             counted = RoutingStats(*(times * field for field in output.stats))
             stats = counted if stats is None else stats.merge(counted)
     model.train(training)
-    loss, tokens, correct = ranks.total((loss, tokens, correct))
-    stats = None if stats is None else RoutingStats(*ranks.total(stats))
+    loss, tokens, correct = ranks.all_reduce_sum((loss, tokens, correct))
+    stats = None if stats is None else RoutingStats(*ranks.all_reduce_sum(stats))
 
     mean = (loss.sum() / tokens.sum()).item()
     values: dict[str, Any] = {
@@ -89,9 +119,12 @@ def evaluate(
 
 @torch.no_grad()
 def router_gram(router: Router) -> float | None:
-    """||W W^T - I||_F / sqrt(E (E - 1)) of the normalized directions of a router's experts: 0 orthogonal, 1 all alike;
-    None without any, or with a single one."""
-    directions = full(router.expert_directions)
+    """Return how similar the directions of a router's experts are: 0 if all are orthogonal, 1 if all are equal.
+
+    This is ||W W^T - I||_F / sqrt(E (E - 1)) with one normalized direction in each row of W. None if the router has no
+    directions or a single one.
+    """
+    directions = full_tensors(router.expert_directions)
     if directions is None or len(directions) < 2:
         return None
     unit = torch.nn.functional.normalize(directions.double(), dim=-1)

@@ -1,4 +1,4 @@
-"""What training minimizes, and what is kept of a micro-batch to say how a step went."""
+"""The loss that training minimizes, and the values that say how a step went."""
 
 import functools
 from typing import Any, NamedTuple
@@ -14,50 +14,59 @@ from moe.routing.loss_table import LOSSES
 from moe.routing.stats import RoutingStats
 
 
-def total_loss(config: Config, own: list[dict[str, float]], output: MoEOutput, *, weight: float = 1.0) -> Tensor:
-    """What is minimized: cross-entropy times `weight`, plus auxiliary losses, weighted and summed over layers.
+def total_loss(
+    config: Config, router_weights: list[dict[str, float]], output: MoEOutput, *, weight: float = 1.0
+) -> Tensor:
+    """Return the loss to minimize: cross-entropy times `weight`, plus the weighted auxiliary losses of all layers.
 
-    The configuration weights the losses that all routers share; own: the `loss_weights` of each layer's router, for its
-    own losses and on top of those of the configuration.
+    router_weights: the `loss_weights` of each layer's router. They weight the losses that only this router has. For a
+    loss that all routers share, they are added to the weight in the configuration.
     """
     assert output.loss is not None
     weighted = []
     for name, values in (output.aux or {}).items():
         if name in LOSSES:
             shared = getattr(config, LOSSES[name].weight)
-            weights = [shared + more.get(name, 0.0) for more in own]
+            weights = [shared + of_router.get(name, 0.0) for of_router in router_weights]
         else:
-            weights = [of_router[name] for of_router in own]
-        # numbers, not a tensor, which would be copied to the device; a weight of 0 would still cost the backward pass
+            weights = [of_router[name] for of_router in router_weights]
+        # weights are Python numbers, because a tensor would be copied to the device; a loss with weight 0 is left out,
+        # because it would still cost a backward pass
         weighted += [w * value for w, value in zip(weights, values.unbind(), strict=True) if w]
     return torch.stack([output.loss * weight, *weighted]).sum()
 
 
 class Outcome(NamedTuple):
-    """What is kept of a micro-batch: its weighted mean cross-entropy, aux {name: (L)}, routing sums."""
+    """What is kept of one micro-batch after its backward pass.
+
+    loss: its mean cross-entropy times its weight in the step.
+    aux: each auxiliary loss by layer (L).
+    stats: its routing sums (L, ...); None without MoE layers.
+    """
 
     loss: Tensor
     aux: dict[str, Tensor]
     stats: RoutingStats | None
 
 
-def merged_stats(outputs: list[Outcome]) -> RoutingStats | None:
-    """The routing sums (L, ...) over all micro-batches of a step, of all ranks; None without MoE layers."""
-    stats = [output.stats for output in outputs if output.stats is not None]
+def merged_stats(outcomes: list[Outcome]) -> RoutingStats | None:
+    """Return the routing sums (L, ...) over all micro-batches of a step and all ranks; None without MoE layers."""
+    stats = [outcome.stats for outcome in outcomes if outcome.stats is not None]
     if not stats:
         return None
-    ours = functools.reduce(RoutingStats.merge, stats)
-    return RoutingStats(*ranks.total(ours))
+    of_this_rank = functools.reduce(RoutingStats.merge, stats)
+    return RoutingStats(*ranks.all_reduce_sum(of_this_rank))
 
 
-def step_values(outputs: list[Outcome], sums: RoutingStats | None) -> dict[str, Any]:
-    """Of one optimizer step: mean losses, unweighted (aux: mean over layers), and the routing metrics of all tokens.
+def step_values(outcomes: list[Outcome], sums: RoutingStats | None) -> dict[str, Any]:
+    """Return the mean losses of an optimizer step, unweighted and averaged over layers, and its routing metrics.
 
-    outputs: of this rank's micro-batches, as many as every other rank has; sums: of all ranks.
+    outcomes: of this rank's micro-batches; every rank has equally many.
+    sums: routing sums of all ranks, from `merged_stats`.
     """
-    names = ["loss", *outputs[0].aux]
-    means = [torch.stack([o.loss, *(o.aux[name].mean() for name in names[1:])]) for o in outputs]
-    [added] = ranks.total([torch.stack(means).double().mean(0)])
+    names = ["loss", *outcomes[0].aux]
+    means = [torch.stack([o.loss, *(o.aux[name].mean() for name in names[1:])]) for o in outcomes]
+    [added] = ranks.all_reduce_sum([torch.stack(means).double().mean(0)])
     values: dict[str, Any] = {f"train/{n}": v / ranks.world_size() for n, v in zip(names, added.tolist(), strict=True)}
     if sums is not None:
         values |= {f"train/{name}": value for name, value in summarize(sums, per_layer=False).items()}

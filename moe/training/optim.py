@@ -1,4 +1,7 @@
-"""Optimizers: Muon, one update per expert, for matrices; AdamW for embeddings and vectors; the learning-rate curve."""
+"""Optimizers and the learning-rate curve.
+
+Muon updates matrices, each expert's separately; AdamW updates embeddings and vectors.
+"""
 
 import math
 from collections import defaultdict
@@ -9,18 +12,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moe.config.schema import OptimizerConfig
-from moe.distributed.sharding import full, local, shard_like
+from moe.config.schema import Config, OptimizerConfig
+from moe.distributed.sharding import full_tensors, local_part, shard_like
 from moe.model.parts import parts
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients (Jordan 2024)
 
 
 def orthogonalize(gradients: Float[Tensor, "N rows cols"], *, steps: int = 5) -> Float[Tensor, "N rows cols"]:
-    """Push the singular values of each of N matrices towards 1 (into about 0.7 ... 1.2).
+    """Return the N matrices with singular values moved towards 1, to between about 0.7 and 1.2.
 
-    Quintic Newton-Schulz iteration, batched: one sequence of matrix products for all matrices of a shape. In bf16 on a
-    GPU; in fp32 on a CPU, where bf16 products are emulated, 80 times slower, unless the processor has them.
+    Uses the quintic Newton-Schulz iteration (Jordan 2024) on all N matrices in one batch. Computes in bf16 on a GPU
+    and in fp32 on a CPU: most CPUs emulate bf16 products, which takes 80 times as long.
     """
     x = gradients.to(torch.bfloat16 if gradients.is_cuda else torch.float32, copy=True)
     tall = x.shape[-2] > x.shape[-1]
@@ -34,6 +37,7 @@ def orthogonalize(gradients: Float[Tensor, "N rows cols"], *, steps: int = 5) ->
 
 
 def _iterate(x: Float[Tensor, "N rows cols"], steps: int) -> Float[Tensor, "N rows cols"]:
+    """Carry out `steps` iterations x <- (a I + b G + c G^2) x with G = x x^T."""
     a, b, c = NEWTON_SCHULZ
     for _ in range(steps):
         gram = x @ x.mT
@@ -42,10 +46,11 @@ def _iterate(x: Float[Tensor, "N rows cols"], steps: int) -> Float[Tensor, "N ro
 
 
 def _iterate_gram(x: Float[Tensor, "N rows cols"], steps: int) -> Float[Tensor, "N rows cols"]:
-    """The same as one product Q x at the end: Q is a polynomial of the Gram matrix, which is iterated instead of x.
+    """Compute the same as `_iterate`, but iterate the Gram matrix G = x x^T and multiply x once, at the end.
 
-    Five steps are 17 products of rows^3 and 2 of rows^2 cols instead of 5 and 10: less from cols = 1.5 rows on, 0.84 of
-    the FLOPs at 2 rows, 0.56 at 4. Rounding errors in the Gram matrix grow twelvefold a step: not for bf16.
+    This works because the result is Q x, where Q is a polynomial of G. Five steps take 17 products of rows^3 and 2 of
+    rows^2 cols, instead of 5 and 10. That is less work if cols >= 1.5 rows: 0.84 of the FLOPs at cols = 2 rows, 0.56
+    at cols = 4 rows. Rounding errors in the Gram matrix grow by a factor of twelve in each step, which rules out bf16.
     """
     gram = x @ x.mT
     product = factor = _factor(gram)
@@ -57,7 +62,7 @@ def _iterate_gram(x: Float[Tensor, "N rows cols"], steps: int) -> Float[Tensor, 
 
 
 def _factor(gram: Float[Tensor, "N rows rows"]) -> Float[Tensor, "N rows rows"]:
-    """What a step multiplies x by: a I + b G + c G^2."""
+    """Return the factor of one step, a I + b G + c G^2."""
     a, b, c = NEWTON_SCHULZ
     factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
     factor.diagonal(dim1=-2, dim2=-1).add_(a)
@@ -65,10 +70,12 @@ def _factor(gram: Float[Tensor, "N rows rows"]) -> Float[Tensor, "N rows rows"]:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum orthogonalized by Newton-Schulz (Jordan 2024), for parameters (rows, cols) and stacks (E, rows, cols).
+    """Optimizer that steps along the momentum, orthogonalized by Newton-Schulz iteration (Jordan 2024).
 
-    A stack gets E separate updates: flattening it, as 2-D implementations do, would mix its experts. Parameters of
-    equal matrix shape are updated in one batch. Step size is lr * sqrt(max(1, rows/cols)); decay is decoupled.
+    Takes matrices (rows, cols) and stacks of experts (E, rows, cols); raises ValueError for other shapes. Each expert
+    of a stack gets its own update: flattening the stack to 2-D, as other implementations do, would mix the experts.
+    Matrices of equal shape are orthogonalized in one batch. The step size is lr * sqrt(max(1, rows/cols)). Weight
+    decay is decoupled.
     """
 
     def __init__(
@@ -86,7 +93,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.ndim not in (2, 3):
-                    raise ValueError(f"Muon takes matrices and stacks of matrices, not shape {tuple(p.shape)}")
+                    raise ValueError(f"Muon: parameters must have 2 or 3 dimensions, not shape {tuple(p.shape)}")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -101,31 +108,38 @@ class Muon(torch.optim.Optimizer):
         return None
 
     def _update(self, params: list[nn.Parameter], group: dict[str, Any]) -> None:
+        """Update parameters whose last two dimensions are equal."""
         directions = [self._direction(p, group) for p in params]
         rows, cols = params[0].shape[-2:]
         updates = orthogonalize(torch.cat(directions), steps=group["ns_steps"]).split([len(d) for d in directions])
         for p, update in zip(params, updates, strict=True):
             p.mul_(1 - group["lr"] * group["weight_decay"])
             if p.ndim == 2:
-                update = local(shard_like(update.view(p.shape), p))
-            ours = local(p)
-            ours.add_(update.view_as(ours).to(p.dtype), alpha=-group["lr"] * math.sqrt(max(1, rows / cols)))
+                update = local_part(shard_like(update.view(p.shape), p))
+            weights = local_part(p)
+            weights.add_(update.view_as(weights).to(p.dtype), alpha=-group["lr"] * math.sqrt(max(1, rows / cols)))
 
     def _direction(self, p: nn.Parameter, group: dict[str, Any]) -> Float[Tensor, "N rows cols"]:
+        """Update the momentum of `p` and return the direction to orthogonalize, as a stack of matrices."""
         assert p.grad is not None
         state = self.state[p]
         if not state:
             state["momentum"] = torch.zeros_like(p)
         momentum = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
         direction = p.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-        direction = local(direction) if p.ndim == 3 else full(direction)  # a rank's part of a stack is whole matrices
+        direction = (
+            local_part(direction) if p.ndim == 3 else full_tensors(direction)
+        )  # a rank's part of a stack is whole matrices
         return direction.reshape(-1, *p.shape[-2:])
 
 
 def build_optimizers(model: nn.Module, settings: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """Muon for every matrix but the embeddings (attention, experts, router), AdamW for the rest; AdamW for all if
-    `muon_lr` is None, in groups of their own for routers and experts, which may have their own rates. Weight decay
-    applies to AdamW's matrices and vectors alike, and not to Muon's. What is frozen is in neither."""
+    """Return the optimizers of all trainable parameters: AdamW, and Muon in front of it unless `muon_lr` is None.
+
+    Muon updates the matrices of attention, experts and routers, without weight decay. AdamW updates embeddings, the
+    output layer and vectors, or everything if `muon_lr` is None, and applies weight decay to matrices and vectors
+    alike. In AdamW, routers and experts are separate parameter groups, which may have their own learning rates.
+    """
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, p in model.named_parameters():
@@ -133,11 +147,11 @@ def build_optimizers(model: nn.Module, settings: OptimizerConfig) -> list[torch.
             matrix = settings.muon_lr is not None and p.ndim >= 2 and "embed" not in name and "lm_head" not in name
             (matrices if matrix else others).append(p)
     rates = {"router": settings.router_lr, "experts": settings.experts_lr}
-    rest = dict.fromkeys(others)
-    own = {name: [p for p in params if p in rest] for name, params in parts(model).items()}
-    taken = {p for params in own.values() for p in params}
-    groups: list[dict[str, Any]] = [{"params": [p for p in rest if p not in taken]}]
-    groups += [{"params": params, "lr": rates[name] or settings.adamw_lr} for name, params in own.items()]
+    for_adamw = dict.fromkeys(others)
+    by_part = {name: [p for p in params if p in for_adamw] for name, params in parts(model).items()}
+    in_parts = {p for params in by_part.values() for p in params}
+    groups: list[dict[str, Any]] = [{"params": [p for p in for_adamw if p not in in_parts]}]
+    groups += [{"params": params, "lr": rates[name] or settings.adamw_lr} for name, params in by_part.items()]
     betas = (settings.beta1, settings.beta2)
     adamw = torch.optim.AdamW(groups, lr=settings.adamw_lr, betas=betas, weight_decay=settings.weight_decay, fused=True)
     optimizers: list[torch.optim.Optimizer] = [adamw]
@@ -145,15 +159,32 @@ def build_optimizers(model: nn.Module, settings: OptimizerConfig) -> list[torch.
         optimizers.insert(0, Muon(matrices, lr=settings.muon_lr, momentum=settings.momentum))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]  # the peak, which a checkpoint keeps with the rest of the group
+            group["initial_lr"] = group["lr"]  # the peak of the learning-rate curve
     return optimizers
 
 
 def learning_rate_scale(step: int, *, steps: int, warmup: float, floor: float) -> float:
-    """Share of the peak learning rate at optimizer step `step` (0-based): linear warm-up over the first `warmup`
-    fraction of steps, then a half cosine down to `floor` at the last step."""
-    rising = math.ceil(warmup * steps)
-    if step < rising:
-        return (step + 1) / rising
-    progress = (step - rising) / max(1, steps - 1 - rising)
+    """Return the learning rate at optimizer step `step` (0-based) as a fraction of its peak.
+
+    It rises linearly over the first `warmup` fraction of the steps, then falls as half a cosine to `floor` at the last
+    step.
+    """
+    warmup_steps = math.ceil(warmup * steps)
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, steps - 1 - warmup_steps)
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def scale_learning_rates(config: Config, optimizers: list[torch.optim.Optimizer], *, step: int) -> None:
+    """Set the learning rate of every parameter group to its value at optimizer step `step`."""
+    curve = config.optimizer
+    scale = learning_rate_scale(step, steps=config.steps, warmup=curve.warmup, floor=curve.floor)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = scale * group["initial_lr"]
+
+
+def learning_rate(optimizers: list[torch.optim.Optimizer]) -> float:
+    """Return the present learning rate of the first parameter group, which stands for all in the event log."""
+    return optimizers[0].param_groups[0]["lr"]

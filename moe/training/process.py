@@ -1,4 +1,4 @@
-"""Settings of the whole process, made once before work starts: threads, the precision of products, the allocator."""
+"""Settings of the whole process, made once before training: threads, matrix precision, memory allocator."""
 
 import ctypes
 import gc
@@ -6,19 +6,22 @@ import platform
 
 import torch
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # names of malloc.h
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # as in malloc.h
 
 
-def set_up(*, threads: int, matmul_precision: str = "highest") -> dict[str, object]:
-    """Use `threads` threads, which decide the order of sums; multiply fp32 matrices in `matmul_precision`, as torch
-    names it; keep freed memory instead of handing it back. Returns what was set, for the record.
+def configure(*, threads: int, matmul_precision: str = "highest") -> dict[str, object]:
+    """Set threads, precision and allocator, and return these settings for the run record.
 
-    glibc maps every block over 32 MB afresh, so each logits-sized tensor pays for zeroed pages at every step. With
-    mapping off and trimming off, the process keeps its peak memory until it ends.
+    threads: number of threads of torch. It decides the order of sums, and so the last bits of every result.
+    matmul_precision: precision of fp32 matrix products: highest, high or medium, as torch names it.
+
+    With glibc, freed memory is kept by the process instead of being returned to the system. By default glibc maps
+    every block over 32 MB anew, so that each tensor of the size of the logits costs fresh zeroed pages at every step.
+    The process then keeps its peak memory until it ends.
     """
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(matmul_precision)
-    gc.enable()  # which train.py has off while it imports
+    gc.enable()  # train.py switches it off while it imports
     kept = False
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

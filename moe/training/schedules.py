@@ -1,7 +1,8 @@
-"""Schedules of a knob (temperature or noise): pure functions of progress, so a resumed run needs no schedule state.
+"""Schedules of temperature or noise over a run.
 
-A schedule ends at the run's own setting (`router.temp`, `noise`), which is also what the saved model keeps; the knob
-that it does not turn stays there from first to last step.
+A schedule changes one of the two and ends at the value in the configuration (`router.temp` or `noise`), which the saved
+model also has. The other one has its configured value at every step. Schedules are pure functions of the progress of
+a run, so a resumed run needs no schedule state.
 """
 
 import math
@@ -9,13 +10,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moe.checks import ConfigError, finite, require
+from moe.config.schema import Config
 
 Knob = Literal["temperature", "noise"]
 
 
 @dataclass(frozen=True)
-class Constant:
-    """Both knobs at the run's own settings."""
+class ConstantSchedule:
+    """Schedule that changes nothing: temperature and noise have their configured values at every step."""
 
     def __call__(self, knob: str, setting: float, progress: float) -> float:
         return setting
@@ -23,7 +25,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Turns `knob` from `start` to the run's setting; subclasses give the curve, `between`, for progress in [0, 1]."""
+    """Schedule that changes `knob` from `start` to its configured value; subclasses define the curve, `between`."""
 
     knob: Knob
     start: float
@@ -32,10 +34,11 @@ class Schedule:
         self._check("schedule.start", self.start)
 
     def __call__(self, knob: str, setting: float, progress: float) -> float:
-        """The value of `knob` at `progress`, given the run's own `setting` of it."""
+        """Return the value of `knob` at `progress` in [0, 1], given its configured value `setting`."""
         return self.between(setting, progress) if knob == self.knob else setting
 
     def between(self, setting: float, progress: float) -> float:
+        """Return the value at `progress` in [0, 1]: `start` at 0 and `setting` at 1."""
         raise NotImplementedError
 
     def _check(self, key: str, value: float) -> None:
@@ -45,24 +48,27 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Linear(Schedule):
-    """start + (setting - start) p."""
+class LinearSchedule(Schedule):
+    """Straight line: start + (setting - start) p at progress p."""
 
     def between(self, setting: float, progress: float) -> float:
         return self.start + (setting - self.start) * progress
 
 
 @dataclass(frozen=True)
-class Cosine(Schedule):
-    """Half a cosine: slow, fast, slow."""
+class CosineSchedule(Schedule):
+    """Half a cosine: changes slowly at both ends and fast in the middle."""
 
     def between(self, setting: float, progress: float) -> float:
         return setting + (self.start - setting) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @dataclass(frozen=True)
-class Exponential(Schedule):
-    """start (setting / start)^p: equal factors in equal times, so neither end may be 0."""
+class ExponentialSchedule(Schedule):
+    """Exponential curve: start (setting / start)^p at progress p. It multiplies by the same factor in equal times.
+
+    Raises ConfigError if `start` or the configured value is not above 0.
+    """
 
     def between(self, setting: float, progress: float) -> float:
         if self.start <= 0 or setting <= 0:
@@ -71,8 +77,8 @@ class Exponential(Schedule):
 
 
 @dataclass(frozen=True)
-class Step(Schedule):
-    """start, then `middle` from progress `first`, then the run's setting from progress `second`."""
+class StepSchedule(Schedule):
+    """Three constant values: `start`, then `middle` from progress `first`, the configured value from `second`."""
 
     middle: float
     first: float
@@ -87,3 +93,15 @@ class Step(Schedule):
         if progress < self.first:
             return self.start
         return self.middle if progress < self.second else setting
+
+
+def knob_settings(config: Config, schedule: Schedule | ConstantSchedule, step: int) -> dict[str, float]:
+    """Return temperature and noise at optimizer step `step` (0-based).
+
+    At `step` = `steps`, which only the last evaluation uses, they are the configuration's own values.
+    """
+    progress = step / config.steps
+    return {
+        "temperature": schedule("temperature", config.temperature, progress),
+        "noise": schedule("noise", config.noise, progress),
+    }

@@ -1,24 +1,78 @@
-"""What a run is made of: data, model, batches and settings of a step, each a pure function of the configuration."""
+"""Everything that is made once before the first training step: data, model, optimizers, devices."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe.checks import build
 from moe.config.schema import Config
-from moe.data.blocks import Batch, Prepared, batch, batch_indices, prepare
-from moe.data.labels import IGNORED, next_token
+from moe.data.blocks import Prepared, prepare
+from moe.model.cost import reset_peak_memory
 from moe.model.decoder import MoEConfig, MoEForCausalLM
+from moe.model.parts import Parts, parts
 from moe.model.upcycle import upcycle
-from moe.training.optim import learning_rate_scale
-from moe.training.schedules import Constant, Schedule
+from moe.routers.base import Router
+from moe.training import parallel, process
+from moe.training.optim import build_optimizers, scale_learning_rates
+from moe.training.schedules import ConstantSchedule, Schedule
+
+
+class Training(NamedTuple):
+    """The objects that a run trains with. Only the model and the optimizers change during training.
+
+    process: the settings of the process, for the run record.
+    model: is evaluated and saved; `wrapped` has the same parameters.
+    wrapped: the model as it is distributed over ranks.
+    forward: `wrapped`, compiled if the configuration asks for it; this is what a training step calls.
+    parts: the trainable parameters of all routers and of all experts.
+    """
+
+    config: Config
+    process: dict[str, Any]
+    accelerator: Accelerator
+    data: Prepared
+    schedule: Schedule | ConstantSchedule
+    model: MoEForCausalLM
+    wrapped: nn.Module
+    forward: Callable[..., Any]
+    optimizers: list[torch.optim.Optimizer]
+    parts: Parts
+
+    @property
+    def routers(self) -> list[Router]:
+        """The router of each MoE layer."""
+        return [layer.router for layer in self.model.moe_layers]
+
+
+def set_up(config: Config) -> Training:
+    """Make everything that a configuration trains with, as it is before the first step."""
+    settings = process.configure(threads=config.threads, matmul_precision=config.matmul_precision)
+    AcceleratorState._reset_state()  # it would keep the precision of an earlier run in this process
+    accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
+    reset_peak_memory(accelerator.device)
+    data = prepare_data(config)
+    schedule = build(config.schedule, "schedule")
+    model = build_model(config, vocab_size=len(data.tokenizer))
+    wrapped = parallel.distribute(model, accelerator, expert_parallel=config.expert_parallel)
+    optimizers = build_optimizers(model, config.optimizer)
+    scale_learning_rates(config, optimizers, step=0)
+    counts = token_counts(data)
+    for layer in model.moe_layers:
+        layer.router.before_training(counts)
+    options: dict[str, Any] = {"fallback_random": True}  # draws the same noise and dropout as without compilation
+    forward = torch.compile(wrapped, options=options) if config.compile else wrapped
+    return Training(
+        config, settings, accelerator, data, schedule, model, wrapped, forward, optimizers, parts=parts(model)
+    )
 
 
 def prepare_data(config: Config) -> Prepared:
-    """The prepared data of a configuration, from the cache when it is there."""
+    """Return the prepared data of a configuration, from the cache if they are there."""
     settings = config.data
     return prepare(
         build(settings.source, "data.source"),
@@ -32,8 +86,10 @@ def prepare_data(config: Config) -> Prepared:
 
 
 def build_model(config: Config, *, vocab_size: int) -> MoEForCausalLM:
-    """The untrained model of a configuration, or the one made of its dense checkpoint: a pure function of it and its
-    seed."""
+    """Return the model of a configuration before training; with `model.dense`, made from that dense checkpoint.
+
+    The weights depend on nothing but the configuration, its seed included, and the dense checkpoint.
+    """
     torch.manual_seed(config.seed)
     settings = MoEConfig.of(config.model, config.router, vocab_size=vocab_size, seq_len=config.data.seq_len)
     model = MoEForCausalLM(settings)
@@ -44,47 +100,8 @@ def build_model(config: Config, *, vocab_size: int) -> MoEForCausalLM:
 
 
 def token_counts(data: Prepared) -> Int[Tensor, "V"]:
-    """How often each token id occurs in the training blocks."""
+    """Count how often each token id occurs in the training blocks."""
     counts = torch.zeros(len(data.tokenizer), dtype=torch.long)
     for rows in data.train.select_columns("input_ids").iter(batch_size=4096):
         counts += torch.from_numpy(rows["input_ids"]).flatten().bincount(minlength=len(counts))
     return counts
-
-
-def random_stream(seed: int, step: int, micro: int) -> int:
-    """The seed of everything random (noise, dropout) in one micro-batch."""
-    return int(np.random.SeedSequence((seed, step, micro)).generate_state(1, np.uint64)[0] >> 1)
-
-
-def micro_batches(config: Config, data: Prepared, step: int) -> list[Batch]:
-    """The blocks of optimizer step `step`, cut into micro-batches of `batch_size`."""
-    size = config.batch_size * config.grad_accum
-    indices = batch_indices(len(data.train), size, seed=config.seed, step=step)
-    return batch(data.train, indices).split(config.batch_size)
-
-
-def label_weights(batches: list[Batch]) -> list[float]:
-    """What a micro-batch's mean loss counts for in the step's: its labels / mean labels, 1 if they have equally many.
-
-    So that a step is the mean over its tokens, however they are cut into micro-batches.
-    """
-    labels = [int((next_token(micro.labels) != IGNORED).sum()) for micro in batches]
-    return [count * len(labels) / sum(labels) for count in labels]
-
-
-def knob_settings(config: Config, schedule: Schedule | Constant, step: int) -> dict[str, float]:
-    """Temperature and noise at optimizer step `step`; the last evaluation, at `steps`, sees the run's own settings."""
-    progress = step / config.steps
-    return {
-        "temperature": schedule("temperature", config.temperature, progress),
-        "noise": schedule("noise", config.noise, progress),
-    }
-
-
-def scale_learning_rates(config: Config, optimizers: list[Any], *, step: int) -> None:
-    """Set every group's learning rate to what its peak and the curve say at optimizer step `step`."""
-    curve = config.optimizer
-    scale = learning_rate_scale(step, steps=config.steps, warmup=curve.warmup, floor=curve.floor)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = scale * group["initial_lr"]

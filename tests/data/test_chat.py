@@ -28,11 +28,10 @@ from moe.launch.run import run
 from moe.model.decoder import MoEConfig, MoEForCausalLM
 from moe.runs.events import read_events
 from moe.runs.signals import Signals
-from moe.runs.wandb_mirror import Mirror
 from moe.specialization.study import study
 from moe.training.evaluate import evaluate
 from moe.training.loop import train
-from moe.training.setup import label_weights
+from moe.training.step import label_weights
 
 BPE = train_bpe(["one two three"], 259)  # All bytes and the special tokens.
 set_template(BPE)
@@ -383,7 +382,7 @@ def chat(file: Path, tmp_path: Path):
 
 def events(cell: Any) -> list[dict[str, Any]]:
     cell.folder.mkdir(parents=True, exist_ok=True)
-    train(cell.config, cell.folder, mirror=Mirror(cell), signals=Signals())
+    train(cell.config, cell.folder, signals=Signals())
     return read_events(cell.folder / "events.jsonl")
 
 

@@ -1,4 +1,7 @@
-"""A run on several ranks is the run on one: real processes, started by Accelerate with the files of conf/launch/."""
+"""A run on several ranks trains the same model as a run on one rank.
+
+The ranks are real processes, which Accelerate starts with the files in conf/launch/.
+"""
 
 import json
 import math
@@ -16,7 +19,7 @@ from torch import Tensor
 
 from moe.config.options import CONF
 from moe.distributed import ranks
-from moe.distributed.exchange import traveling
+from moe.distributed.exchange import run_distributed_experts
 from moe.files import sha256
 from moe.model.decoder import MoEForCausalLM
 
@@ -29,7 +32,8 @@ LAUNCH = {
     "sharded": [*ACCELERATE, str(CONF / "launch/fsdp.yaml"), TRAIN],
     "experts": [*ACCELERATE, str(CONF / "launch/ddp.yaml"), TRAIN, "expert_parallel=true"],
 }
-# everything that could depend on how tokens are cut up: noise, dropout, capacity, three scopes of balance, odd batches
+# everything that could depend on how tokens are divided: noise, dropout, capacity, balance losses of three scopes,
+# a batch size that is odd
 STEP = "grad_accum=4 batch_size=3 noise=0.3 lb_sequence=0.1 lb_global=0.1 z=0.01".split()
 
 
@@ -43,7 +47,7 @@ def only_run(folder: Path) -> Path:
 
 
 def differences(a: Any, b: Any) -> list[float]:
-    """Relative differences of all numbers in two equal structures."""
+    """Return the relative differences of all numbers in two equal nested structures."""
     if isinstance(a, dict):
         assert a.keys() == b.keys()
         return [d for key in a for d in differences(a[key], b[key])]
@@ -57,7 +61,7 @@ def differences(a: Any, b: Any) -> list[float]:
 
 @pytest.fixture(scope="module")
 def alone(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The run folder of one process for these overrides, trained once."""
+    """Function that returns the folder of a run on one process with these overrides, which is trained only once."""
     known: dict[tuple[str, ...], Path] = {}
 
     def run(*overrides: str) -> Path:
@@ -84,12 +88,12 @@ def alone(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_two_ranks_are_one(
     layout: str, overrides: tuple[str, ...], small: list[str], alone: Any, tmp_path: Path
 ) -> None:
-    if layout != "experts":  # which draw the dropout of their outputs where they are
+    if layout != "experts":  # divided experts draw dropout on their own rank, so other numbers
         overrides = (*overrides, "model.dropout=0.1")
     one = alone(*overrides)
     done = command([*LAUNCH[layout], *small, *STEP, *overrides, f"out={tmp_path}"])
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("step ") == 3  # one rank speaks
+    assert done.stdout.count("step ") == 3  # only one rank prints
     two = only_run(tmp_path)
     assert json.loads((two / "run.json").read_text())["ranks"] == {"number": 2, "layout": layout}
 
@@ -108,7 +112,7 @@ def test_two_ranks_are_one(
 
 
 def test_two_replicas_are_one_to_the_last_bit(small: list[str], alone: Any, tmp_path: Path) -> None:
-    """Because two numbers have only one sum: with more ranks the order of additions changes last bits."""
+    """Two numbers can be added in one order only. With more ranks, the order of additions changes the last bits."""
     overrides = ("router=topk", "grad_accum=2", "model.dropout=0.1")
     done = command([*LAUNCH["replicated"], *small, *STEP, *overrides, f"out={tmp_path}"])
     assert done.returncode == 0, done.stderr
@@ -116,7 +120,7 @@ def test_two_replicas_are_one_to_the_last_bit(small: list[str], alone: Any, tmp_
     assert sha256(one) == sha256(two)
 
 
-def test_a_sweep_and_what_is_finished_of_it(small: list[str], tmp_path: Path) -> None:
+def test_a_sweep_on_two_ranks_skips_finished_cells(small: list[str], tmp_path: Path) -> None:
     words = [*LAUNCH["replicated"], "-m", *small, *STEP, "seed=1,2", "steps=2", f"out={tmp_path}"]
     done = command(words)
     assert done.returncode == 0, done.stderr
@@ -137,7 +141,7 @@ def test_a_sweep_and_what_is_finished_of_it(small: list[str], tmp_path: Path) ->
         (["-m", "seed=1,2", "hydra/launcher=joblib"], "hydra/launcher=joblib: must be basic"),
     ],
 )
-def test_what_cannot_be_shared_out_is_refused_at_once(
+def test_settings_that_cannot_be_divided_over_the_ranks_are_refused_at_once(
     words: list[str], line: str, small: list[str], tmp_path: Path
 ) -> None:
     done = command([*LAUNCH["replicated"], *sorted([*small, *STEP, *words], key="-m".__ne__), f"out={tmp_path}/runs"])
@@ -148,7 +152,7 @@ def test_what_cannot_be_shared_out_is_refused_at_once(
     assert not (tmp_path / "runs").exists()
 
 
-# ---- Rows that travel, against one process that has all experts ---------------------------------------------------
+# ---- Experts on several ranks, compared with one process that has all experts -------------------------------------
 
 
 def linear(stack: Tensor) -> Any:
@@ -157,18 +161,18 @@ def linear(stack: Tensor) -> Any:
     )
 
 
-def travel(rank: int, store: str) -> None:
+def compare_with_all_experts(rank: int, store: str) -> None:
     ranks_, experts, dim = 3, 6, 4
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks_)
     stack = torch.randn(experts, dim, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
-    ours = stack[2 * rank : 2 * rank + 2].clone().requires_grad_()
+    local = stack[2 * rank : 2 * rank + 2].clone().requires_grad_()
     for turn in range(4):
         batches = []
-        for each in range(ranks_):  # every rank knows what all have, to check itself
+        for each in range(ranks_):  # every rank makes the rows of all ranks, to compute what it expects
             generator = torch.Generator().manual_seed(10 * turn + each)
             counts = torch.randint(0, 4, (experts,), generator=generator)
             if turn == 1 or (turn == 2 and each == 1):
-                counts[2:] = 0  # experts of some ranks, or of all ranks but one, get nothing
+                counts[2:] = 0  # the experts of some ranks, or of all ranks but one, get no rows
             if turn == 3:
                 counts[:] = 0
             rows = torch.randn(int(counts.sum()), dim, dtype=torch.float64, generator=generator)
@@ -177,23 +181,23 @@ def travel(rank: int, store: str) -> None:
         rows.requires_grad_()
         whole = stack.clone().requires_grad_()
         expected = [linear(whole)(*batch) for batch in batches]
-        outputs = traveling(rows, counts, linear(ours))
+        outputs = run_distributed_experts(rows, counts, linear(local))
         torch.testing.assert_close(outputs, expected[rank])
         [from_outputs] = torch.autograd.grad(outputs.square().sum(), rows, retain_graph=True)
         [by_hand] = torch.autograd.grad(expected[rank].square().sum(), rows, retain_graph=True)
         torch.testing.assert_close(from_outputs, by_hand)
-        gradient = torch.autograd.grad(outputs.square().sum(), ours)[0]
+        gradient = torch.autograd.grad(outputs.square().sum(), local)[0]
         everything = torch.autograd.grad(sum(part.square().sum() for part in expected), whole)[0]
         torch.testing.assert_close(gradient, everything[2 * rank : 2 * rank + 2])
     dist.destroy_process_group()
 
 
-def test_rows_find_their_experts_and_gradients_their_way_back(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(travel, args=(str(tmp_path / "store"),), nprocs=3)
+def test_distributed_experts_give_the_outputs_and_gradients_of_local_ones(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(compare_with_all_experts, args=(str(tmp_path / "store"),), nprocs=3)
 
 
-def test_a_process_by_itself_is_a_rank_of_one() -> None:
-    assert (ranks.world_size(), ranks.rank(), ranks.broadcast("x"), ranks.maximum(3)) == (1, 0, "x", 3)
+def test_a_single_process_is_one_rank() -> None:
+    assert (ranks.world_size(), ranks.rank(), ranks.broadcast("x"), ranks.all_reduce_max(3)) == (1, 0, "x", 3)
     tensors = [torch.tensor([1.0, math.nan]), torch.arange(3)]
-    assert all(torch.equal(a, b) or a is b for a, b in zip(ranks.total(tensors), tensors, strict=True))
-    assert ranks.sum_before(torch.arange(3)).tolist() == [0, 0, 0]
+    assert all(torch.equal(a, b) or a is b for a, b in zip(ranks.all_reduce_sum(tensors), tensors, strict=True))
+    assert ranks.sum_of_lower_ranks(torch.arange(3)).tolist() == [0, 0, 0]

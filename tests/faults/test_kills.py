@@ -148,9 +148,9 @@ def test_one_ctrl_c_checkpoints_and_exits_with_130(job: Any, undisturbed: Any, s
 
 def long_step() -> None:
     """The seventh step takes a minute."""
-    from moe.training import loop
+    from moe.training import step
 
-    honest, calls = loop.total_loss, []
+    honest, calls = step.total_loss, []
 
     def sleeping(*args: Any, **weight: float) -> Any:
         calls.append(1)
@@ -159,7 +159,7 @@ def long_step() -> None:
             time.sleep(60)
         return honest(*args, **weight)
 
-    loop.total_loss = sleeping
+    step.total_loss = sleeping
 
 
 def test_a_second_ctrl_c_quits_at_once(job: Any, undisturbed: Any, survived: Any) -> None:
@@ -184,7 +184,7 @@ def test_a_second_ctrl_c_quits_at_once(job: Any, undisturbed: Any, survived: Any
 def test_every_event_is_on_disk_when_it_was_written(job: Any, survived: Any) -> None:
     """Line by line: a process that dies right after a step has told of it."""
     one = job()
-    assert one.run(partial(before, "moe.training.loop", "validation", 2)) == -signal.SIGKILL
+    assert one.run(partial(before, "moe.training.loop", "validate", 2)) == -signal.SIGKILL
     assert one.steps() == 12
     survived(28, "SIGKILL right after a step's event was written", 1, "the event is in the file, whole")
 

@@ -79,7 +79,7 @@ def poisoned_loss(step: int, value: float) -> None:
 
         return total_loss
 
-    patch("moe.training.loop", "total_loss", wrap)
+    patch("moe.training.step", "total_loss", wrap)
 
 
 def poisoned_expert(step: int) -> None:
@@ -234,7 +234,7 @@ def memory_error() -> None:
 
         return total_loss
 
-    patch("moe.training.loop", "total_loss", wrap)
+    patch("moe.training.step", "total_loss", wrap)
 
 
 def test_memory_ends(job: Any, survived: Any) -> None:
@@ -259,7 +259,7 @@ def slow_blocks() -> None:
 
         return micro_batches
 
-    patch("moe.training.loop", "micro_batches", wrap)
+    patch("moe.training.step", "micro_batches", wrap)
 
 
 def test_a_slow_disk_changes_nothing(job: Any, undisturbed: Any, survived: Any) -> None:

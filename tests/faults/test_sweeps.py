@@ -86,7 +86,7 @@ def end_of_seed_two(way: str) -> None:
 
         return total_loss
 
-    patch("moe.training.loop", "total_loss", wrap)
+    patch("moe.training.step", "total_loss", wrap)
 
 
 def test_one_cell_ends_badly(job: Any, survived: Any) -> None:

@@ -21,8 +21,8 @@ from moe.launch.command_line import read_cells
 from moe.model.decoder import MoEForCausalLM
 from moe.routing.decision import Knobs
 from moe.runs.signals import Interrupted
-from moe.training.optim import build_optimizers
-from moe.training.setup import build_model, prepare_data, scale_learning_rates
+from moe.training.optim import build_optimizers, scale_learning_rates
+from moe.training.setup import build_model, prepare_data
 
 V = 400  # Size of the vocabulary of the small corpus.
 Read = Callable[..., Cell]

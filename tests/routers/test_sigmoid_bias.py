@@ -12,7 +12,6 @@ from moe.routing.dispatch import dispatch
 from moe.routing.measurement import measure
 from moe.routing.stats import RoutingStats
 from moe.runs.signals import Signals
-from moe.runs.wandb_mirror import Mirror
 from moe.training.loop import train
 from moe.training.setup import build_model, prepare_data
 
@@ -94,7 +93,7 @@ def test_training_updates_it_once_per_optimizer_step_and_evaluation_never(
     one.folder.mkdir(parents=True)
     calls: list[int] = []
     monkeypatch.setattr(SigmoidBias, "after_step", lambda router, sums: calls.append(int(sums.tokens)))
-    train(one.config, one.folder, mirror=Mirror(one), signals=Signals())
+    train(one.config, one.folder, signals=Signals())
     layers, tokens_per_step = 2, 3 * 4 * 32
     assert calls == [tokens_per_step] * 6 * layers
 

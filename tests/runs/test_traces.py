@@ -9,9 +9,8 @@ import torch
 from moe.metrics.agreement import consistency
 from moe.runs.signals import Signals
 from moe.runs.traces import milestones, read_traces, write_trace
-from moe.runs.wandb_mirror import Mirror
 from moe.training.loop import train
-from moe.training.probe import choices, probe_blocks
+from moe.training.probe import assigned_experts, probe_blocks
 from moe.training.setup import build_model, prepare_data
 
 
@@ -36,7 +35,7 @@ def test_choices_are_the_largest_logits_of_what_the_layer_sees(cell: Any) -> Non
     config = cell("model.layers=1").config
     data = prepare_data(config)
     model = build_model(config, vocab_size=len(data.tokenizer)).train()
-    mask = choices(model, data, temperature=1.0)
+    mask = assigned_experts(model, data, temperature=1.0)
     assert mask is not None
     assert model.training
     ids = torch.from_numpy(data.val[probe_blocks(data)]["input_ids"])
@@ -51,7 +50,7 @@ def test_a_run_leaves_a_trace_at_every_milestone_and_one_on_slots_leaves_none(ce
         for name, router in (("top", "topk"), ("soft", "soft_moe")):
             made = cell(f"router={router}")
             (tmp_path / name).mkdir()
-            train(made.config, tmp_path / name, mirror=Mirror(made), signals=signals)
+            train(made.config, tmp_path / name, signals=signals)
     traces = read_traces(tmp_path / "top" / "trace")
     assert [trace.step for trace in traces] == sorted(milestones(made.config.steps))
     assert not np.array_equal(traces[0].chosen, traces[-1].chosen)

@@ -12,7 +12,7 @@ from moe.config.options import CONF
 from moe.launch.run import run
 from moe.launch.sweep import carry_out
 from moe.runs.events import read_events
-from moe.runs.wandb_mirror import Mirror
+from moe.runs.wandb_mirror import WandbMirror
 
 TRAIN = CONF.parent / "train.py"
 
@@ -58,7 +58,7 @@ def test_wandb_may_link_to_its_own_logs_outside_the_run_folder(cell: Any) -> Non
     """W&B 0.31 does, and a run that was cut off is resumed all the same."""
     one = cell("logger.mode=offline")
     one.folder.mkdir(parents=True)
-    Mirror(one).finish({})
+    WandbMirror(one).finish({})
     [mirrored] = one.folder.glob("wandb/offline-run-*")
     (mirrored / "log").symlink_to("/")
     assert carry_out([one], lambda: run(one)) == 0
@@ -88,8 +88,8 @@ def test_no_state_of_wandb_changes_the_weights(
     for setting in ("disabled", mode):
         one = cell(f"logger.mode={setting}", f"out={tmp_path / setting}")
         one.folder.mkdir(parents=True)
-        mirror = Mirror(one)
-        train(one.config, one.folder, mirror=mirror, signals=Signals())
+        mirror = WandbMirror(one)
+        train(one.config, one.folder, signals=Signals(), listeners=[mirror])
         mirror.finish({"val/loss": 1.0})
         weights.append((one.folder / "model" / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
@@ -102,7 +102,7 @@ def test_the_first_error_ends_the_mirroring_with_one_warning(
         def log(self, values: object) -> None:
             raise RuntimeError("lost connection\nand more")
 
-    mirror = Mirror(cell("logger.mode=disabled"))
+    mirror = WandbMirror(cell("logger.mode=disabled"))
     mirror._run = Broken()
     mirror.log(1, {"a": 1.0})
     mirror.log(2, {"a": 1.0})
@@ -113,5 +113,5 @@ def test_a_missing_wandb_is_a_warning(
     cell: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    Mirror(cell("logger.mode=offline")).log(1, {"a": 1.0})
+    WandbMirror(cell("logger.mode=offline")).log(1, {"a": 1.0})
     assert "W&B offline mode does not start" in caplog.text

@@ -1,5 +1,7 @@
-"""`compile=true` trains what the uncompiled model trains: `pytest -m compiled`. In processes of their own, because the
-type checks of the other tests stop the compiler."""
+"""Test that `compile=true` trains the same model: `pytest -m compiled`.
+
+The runs are separate processes, because the runtime type checks of the other tests stop the compiler.
+"""
 
 import subprocess
 import sys
@@ -20,7 +22,7 @@ TRAIN = Path(__file__).parents[2] / "train.py"
         ["router=spectra", "model.first_k_dense_replace=1"],
     ],
 )
-def test_a_compiled_run_is_the_run_to_rounding(overrides: list[str], small: list[str], tmp_path: Path) -> None:
+def test_a_compiled_run_differs_only_by_rounding(overrides: list[str], small: list[str], tmp_path: Path) -> None:
     trained = []
     for compiled in ("true", "false"):
         command = [*small, *overrides, f"compile={compiled}", f"out={tmp_path / compiled}"]
@@ -28,6 +30,6 @@ def test_a_compiled_run_is_the_run_to_rounding(overrides: list[str], small: list
         [folder] = (tmp_path / compiled).glob("*/*/")
         trained.append([event for event in untimed(folder) if event["kind"] == "train"])
     assert len(trained[0]) == len(trained[1]) == 6
-    for ours, plain in zip(*trained, strict=True):
+    for fast, plain in zip(*trained, strict=True):
         for name in ("train/loss", "grad_norm"):
-            assert ours[name] == pytest.approx(plain[name], rel=1e-3, abs=1e-6), name
+            assert fast[name] == pytest.approx(plain[name], rel=1e-3, abs=1e-6), name

@@ -1,4 +1,4 @@
-"""Evaluation: one schema for every router, null where a router has no such quantity."""
+"""Evaluation returns the same metric names for every router, with null where a metric does not apply."""
 
 import pytest
 import torch
@@ -31,13 +31,13 @@ def schema() -> set[str]:
 
 
 @pytest.mark.parametrize("router", sorted(path.stem for path in (CONF / "router").glob("*.yaml")))
-def test_every_router_is_measured_by_the_same_names(router: str, schema: set[str]) -> None:
+def test_every_router_has_the_same_metric_names(router: str, schema: set[str]) -> None:
     values = evaluated(router)
     assert set(values) == schema
     assert {f"{name}/layer00" for name in ROUTING} < schema
 
 
-def test_what_a_router_has_not_is_null() -> None:
+def test_a_metric_that_does_not_apply_to_a_router_is_null() -> None:
     hashed, soft, top = evaluated("hash"), evaluated("soft_moe"), evaluated("topk")
     assert hashed["routing/entropy"] is hashed["routing/router_gram"] is hashed["routing/entropy_t1"] is None
     assert soft["routing/jaccard"] is soft["routing/unrouted_rate"] is soft["routing/position_information"] is None
@@ -53,7 +53,7 @@ def test_outputs_of_experts_are_compared_on_tokens_of_all_positions() -> None:
 
 
 def test_batches_mix_the_domains_and_read_every_block_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the order in which they lie, each batch would be of one domain, and overflow the experts of that domain."""
+    """Blocks are sorted by domain. Batches of neighbors would have one domain each, and overflow its experts."""
     read: list[list[int]] = []
 
     def noted(data: Dataset, indices: range) -> Batch:

@@ -8,7 +8,7 @@ import torch
 from moe.config.schema import ModelConfig
 from moe.model.decoder import MoEConfig, MoEForCausalLM
 from moe.model.parts import parts
-from moe.training.gradients import gradient_norms, relative_updates
+from moe.training.gradients import copies, gradient_norms, relative_updates
 
 
 def make(router: str) -> MoEForCausalLM:
@@ -28,15 +28,15 @@ def test_norms_are_of_all_gradients_of_a_part_together() -> None:
         assert squares > 0
 
 
-def test_an_update_is_measured_against_what_was_there() -> None:
+def test_an_update_is_relative_to_the_norm_before_it() -> None:
     model = make("moe.routers.topk.TopK")
-    of = parts(model)
-    before = {name: [p.detach().clone() for p in params] for name, params in of.items()}
-    assert relative_updates(of, before) == {"update/router": 0, "update/experts": 0}
+    by_part = parts(model)
+    before = copies(by_part)
+    assert relative_updates(by_part, before) == {"update/router": 0, "update/experts": 0}
     with torch.no_grad():
-        for p in of["experts"]:
+        for p in by_part["experts"]:
             p.mul_(1.25)
-    assert relative_updates(of, before) == pytest.approx({"update/router": 0, "update/experts": 0.25})
+    assert relative_updates(by_part, before) == pytest.approx({"update/router": 0, "update/experts": 0.25})
 
 
 def test_a_part_without_parameters_is_left_out() -> None:

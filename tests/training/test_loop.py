@@ -1,4 +1,4 @@
-"""The training loop: exact resumption, exact accumulation, and stopping before harm is done."""
+"""The training loop resumes exactly, accumulates exactly, and stops before a number that is not finite does harm."""
 
 import json
 import math
@@ -17,11 +17,12 @@ from moe.model.decoder import MoEForCausalLM
 from moe.routing.decision import Knobs
 from moe.routing.loss_table import LOSSES
 from moe.runs.signals import Interrupted
-from moe.training import loop
+from moe.training import step as training_step
 from moe.training.divergence import Diverged, blame
 from moe.training.objective import total_loss
-from moe.training.schedules import Linear
-from moe.training.setup import build_model, knob_settings, micro_batches, prepare_data
+from moe.training.schedules import LinearSchedule, knob_settings
+from moe.training.setup import build_model, prepare_data
+from moe.training.step import micro_batches
 
 
 def weights(folder: Path) -> str:
@@ -46,7 +47,7 @@ def test_an_interrupted_and_resumed_run_is_bitwise_the_undisturbed_one(
         run(stopped, stop_after=stop_after)
     assert interrupted.value.exit_status == 143
     assert not (stopped.folder / "model").exists()
-    torch.manual_seed(999)  # whatever the process did in between
+    torch.manual_seed(999)  # the random state of the process must not matter
     run(stopped)
     assert weights(straight.folder) == weights(stopped.folder)
     assert untimed(straight.folder) == untimed(stopped.folder)
@@ -91,7 +92,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(cell: Any,
 
 
 def test_accumulating_four_micro_batches_of_two_is_one_of_eight(cell: Any, tmp_path: Path) -> None:
-    """Exact but for rounding with terms that are token means. (The balance loss is one of a micro-batch.)"""
+    """Exact except for rounding, for losses that are means over tokens. (The balance loss is of one micro-batch.)"""
     whole = cell("batch_size=8", "lb=0", "z=0.1", f"out={tmp_path}/a")
     parts = cell("batch_size=2", "grad_accum=4", "lb=0", "z=0.1", f"out={tmp_path}/b")
     for one in (whole, parts):
@@ -113,7 +114,7 @@ def test_every_training_step_is_recorded_with_unweighted_losses(cell: Any) -> No
     assert all(e["noise"] == 0.2 for e in training)
 
 
-def test_the_weights_of_the_losses_reach_the_gradient_even_if_logged_apart(cell: Any, tmp_path: Path) -> None:
+def test_losses_are_logged_unweighted_but_their_weights_reach_the_gradient(cell: Any, tmp_path: Path) -> None:
     runs = {}
     for lb in (0.0, 1.0):
         one = cell(f"lb={lb}", f"out={tmp_path}/{lb}")
@@ -125,8 +126,8 @@ def test_the_weights_of_the_losses_reach_the_gradient_even_if_logged_apart(cell:
     assert first[0]["grad_norm"] != first[1]["grad_norm"]
 
 
-def test_every_layers_router_weights_its_own_loss_as_it_stands(cell: Any) -> None:
-    """The sparsity controllers of two layers drift apart, step by step."""
+def test_the_router_of_each_layer_weights_its_loss_with_its_present_weight(cell: Any) -> None:
+    """The sparsity controllers of two layers get different weights during training."""
     config = cell("router=relu", "router.coefficient=0.5").config
     model = build_model(config, vocab_size=400)
     routers = [layer.mlp.router for layer in model.model.layers]
@@ -171,9 +172,9 @@ def test_accumulation_hands_the_load_of_the_step_so_far_to_the_next_micro_batch(
         assert all(same) if accumulate == 1 else not any(same)
 
 
-def test_knobs_are_pure_functions_of_the_step_and_end_at_the_settings(cell: Any) -> None:
+def test_knobs_are_pure_functions_of_the_step_and_end_at_the_configured_values(cell: Any) -> None:
     config = cell("router=temperature", "router.temp=2.0", "schedule=linear", "noise=0.1", "steps=10").config
-    schedule = Linear("temperature", 5.0)
+    schedule = LinearSchedule("temperature", 5.0)
     settings = [knob_settings(config, schedule, step) for step in range(11)]
     assert settings[0] == {"temperature": 5.0, "noise": 0.1}
     assert settings[10] == {"temperature": 2.0, "noise": 0.1}
@@ -195,7 +196,7 @@ def test_a_capacity_run_is_evaluated_dropless_and_limited(cell: Any) -> None:
     assert last["val_capacity/loss"] != last["val/loss"]
 
 
-def test_flops_are_recorded_of_the_experts_that_validation_tokens_asked_for(cell: Any) -> None:
+def test_recorded_flops_count_the_experts_that_validation_tokens_asked_for(cell: Any) -> None:
     one = cell("router=top_p", "steps=1", "eval_every=1")
     facts = run(one)
     last = untimed(one.folder)[-1]
@@ -218,20 +219,20 @@ def test_the_first_and_last_cell_of_every_experiment_train(
 
 
 def test_nothing_not_finite_reaches_the_weights(cell: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A loss that is NaN at step 4 stops the run there, with the weights of the last checkpoint intact."""
+    """A loss that is NaN in the fourth step stops the run there. The last checkpoint is intact and resumes."""
     one = cell("save_every=1")
-    honest = loop.total_loss
+    correct = training_step.total_loss
     calls = []
 
     def poisoned(*arguments: Any, **weight: float) -> torch.Tensor:
         calls.append(1)
-        return honest(*arguments, **weight) * (float("nan") if len(calls) == 4 else 1.0)
+        return correct(*arguments, **weight) * (float("nan") if len(calls) == 4 else 1.0)
 
-    monkeypatch.setattr(loop, "total_loss", poisoned)
+    monkeypatch.setattr(training_step, "total_loss", poisoned)
     with pytest.raises(Diverged, match=r"step 3: gradient of .* is not finite"):
         run(one)
     assert json.loads((one.folder / "events.jsonl").read_text().splitlines()[-1])["step"] == 3
-    monkeypatch.setattr(loop, "total_loss", honest)
+    monkeypatch.setattr(training_step, "total_loss", correct)
     run(one)
     assert (one.folder / "model").exists()
 

@@ -1,4 +1,4 @@
-"""Muon against torch's own on every slice, and the learning-rate curve."""
+"""Compare Muon on stacks with torch's Muon on every slice; check the learning-rate curve."""
 
 import itertools
 
@@ -16,16 +16,16 @@ def test_a_stack_is_updated_like_its_slices_by_torch(nesterov: bool, shape: tupl
     generator = torch.Generator().manual_seed(0)
     stack = nn.Parameter(torch.randn(3, *shape, generator=generator))
     slices = [nn.Parameter(stack[e].detach().clone()) for e in range(3)]
-    ours = Muon([stack], lr=0.1, momentum=0.9, nesterov=nesterov, weight_decay=0.3)
-    theirs = torch.optim.Muon(slices, lr=0.1, momentum=0.9, nesterov=nesterov, weight_decay=0.3)
+    stacked = Muon([stack], lr=0.1, momentum=0.9, nesterov=nesterov, weight_decay=0.3)
+    reference = torch.optim.Muon(slices, lr=0.1, momentum=0.9, nesterov=nesterov, weight_decay=0.3)
     for _ in range(3):
         gradient = torch.randn(3, *shape, generator=generator)
         stack.grad = gradient.clone()
         for e, p in enumerate(slices):
             p.grad = gradient[e].clone()
-        ours.step()
-        theirs.step()
-    # both iterate in bf16, whose rounding differs between one batched and several single products
+        stacked.step()
+        reference.step()
+    # torch iterates in bf16
     torch.testing.assert_close(stack, torch.stack(list(slices)), rtol=0, atol=4e-3)
     assert not torch.allclose(stack, torch.stack(list(slices)) + 0.02, atol=4e-3)
 
@@ -49,10 +49,8 @@ def test_every_matrix_of_a_batch_is_orthogonalized_by_itself() -> None:
 
 @pytest.mark.parametrize("shape", [(32, 32), (32, 47), (32, 48), (64, 32), (32, 128)])
 @pytest.mark.parametrize("kind", ["random", "rank one", "ill-conditioned", "zero"])
-def test_whatever_is_iterated_the_result_is_that_of_the_definition_in_double_precision(
-    shape: tuple[int, int], kind: str
-) -> None:
-    """Matrices that are at least 1.5 times as wide as high, or as high as wide, are iterated on their Gram matrices."""
+def test_both_iterations_agree_with_the_definition_in_double_precision(shape: tuple[int, int], kind: str) -> None:
+    """Matrices with one side at least 1.5 times as long as the other are iterated on their Gram matrices."""
     generator = torch.Generator().manual_seed(1)
     u, s, v = torch.linalg.svd(torch.randn(3, *shape, generator=generator, dtype=torch.float64), full_matrices=False)
     spectrum = {"random": s, "rank one": s * (torch.arange(32) == 0), "zero": 0 * s}
@@ -82,7 +80,10 @@ def test_vectors_are_refused() -> None:
 
 
 def test_the_learning_rate_rises_then_falls_to_the_floor_in_optimizer_steps() -> None:
-    """Ticking a scheduler made for micro-batches once per optimizer step left the sources at 0.905 of the peak."""
+    """The studies behind this framework advanced a scheduler meant for micro-batches once per optimizer step.
+
+    Their learning rate therefore ended at 0.905 of its peak.
+    """
     curve = [learning_rate_scale(step, steps=100, warmup=0.1, floor=0.1) for step in range(100)]
     assert curve[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
     assert curve[10] == pytest.approx(1.0)

@@ -1,4 +1,4 @@
-"""Settings of the process hold while a cell trains, and a later cell of the same process makes its own."""
+"""The settings of the process hold while a cell trains; a later cell in the same process makes its own settings."""
 
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,12 @@ from small_runs import run
 from moe.training import process
 
 
-def test_each_cell_of_a_process_multiplies_as_it_says(cell: Any, tmp_path: Path) -> None:
+def test_each_cell_of_a_process_has_its_own_matmul_precision(cell: Any, tmp_path: Path) -> None:
     for precision in ("high", "highest"):
         run(cell("steps=1", f"matmul_precision={precision}", f"out={tmp_path}/{precision}"))
         assert torch.get_float32_matmul_precision() == precision
 
 
-def test_what_was_set_is_recorded() -> None:
-    settings = process.set_up(threads=1, matmul_precision="highest")
+def test_the_settings_are_returned() -> None:
+    settings = process.configure(threads=1, matmul_precision="highest")
     assert (settings["threads"], settings["matmul_precision"]) == (1, "highest")

@@ -1,4 +1,4 @@
-"""Schedules are pure functions of progress that end at the run's own setting."""
+"""Schedules are pure functions of progress that end at the configured value."""
 
 import itertools
 
@@ -7,35 +7,42 @@ import yaml
 
 from moe.checks import ConfigError, build
 from moe.config.options import CONF
-from moe.training.schedules import Constant, Cosine, Exponential, Linear, Schedule, Step
+from moe.training.schedules import (
+    ConstantSchedule,
+    CosineSchedule,
+    ExponentialSchedule,
+    LinearSchedule,
+    Schedule,
+    StepSchedule,
+)
 
 PROGRESS = [i / 20 for i in range(21)]
 YAMLS = sorted((CONF / "schedule").glob("*.yaml"))
 
 
 @pytest.fixture(params=YAMLS, ids=lambda path: path.stem)
-def schedule(request: pytest.FixtureRequest) -> Schedule | Constant:
+def schedule(request: pytest.FixtureRequest) -> Schedule | ConstantSchedule:
     return build(yaml.safe_load(request.param.read_text()), "schedule")
 
 
-def test_every_schedule_ends_at_the_setting_and_never_rises_on_the_way(schedule: Schedule | Constant) -> None:
+def test_every_schedule_ends_at_the_setting_and_never_rises_on_the_way(schedule: Schedule | ConstantSchedule) -> None:
     values = [schedule("temperature", 1.0, p) for p in PROGRESS]
     assert values[-1] == pytest.approx(1.0)
     assert values[0] in (5.0, 1.0)
     assert all(a >= b for a, b in itertools.pairwise(values))
 
 
-def test_every_schedule_leaves_the_other_knob_alone(schedule: Schedule | Constant) -> None:
+def test_every_schedule_leaves_the_other_knob_alone(schedule: Schedule | ConstantSchedule) -> None:
     assert [schedule("noise", 0.1, p) for p in PROGRESS] == [0.1] * len(PROGRESS)
 
 
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
-        (Linear("temperature", 5.0), [5.0, 4.0, 3.0, 2.0, 1.0]),
-        (Cosine("temperature", 5.0), [5.0, 3 + 2 * 0.5**0.5, 3.0, 3 - 2 * 0.5**0.5, 1.0]),
-        (Exponential("temperature", 5.0), [5.0, 5**0.75, 5**0.5, 5**0.25, 1.0]),
-        (Step("temperature", 5.0, 2.0, 0.2, 0.6), [5.0, 2.0, 2.0, 1.0, 1.0]),
+        (LinearSchedule("temperature", 5.0), [5.0, 4.0, 3.0, 2.0, 1.0]),
+        (CosineSchedule("temperature", 5.0), [5.0, 3 + 2 * 0.5**0.5, 3.0, 3 - 2 * 0.5**0.5, 1.0]),
+        (ExponentialSchedule("temperature", 5.0), [5.0, 5**0.75, 5**0.5, 5**0.25, 1.0]),
+        (StepSchedule("temperature", 5.0, 2.0, 0.2, 0.6), [5.0, 2.0, 2.0, 1.0, 1.0]),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -45,23 +52,23 @@ def test_closed_forms_at_quarters(schedule: Schedule, expected: list[float]) -> 
 
 def test_steps_scale_with_the_run() -> None:
     """At fractions of the run, not at hard-coded step numbers: 100 and 300 of 500 are 0.2 and 0.6."""
-    schedule = Step("temperature", 5.0, 2.0, 0.2, 0.6)
+    schedule = StepSchedule("temperature", 5.0, 2.0, 0.2, 0.6)
     for steps in (5, 500):
         assert [schedule("temperature", 1.0, s / steps) for s in range(steps)].count(5.0) == steps // 5
 
 
 def test_noise_can_decay_to_nothing() -> None:
-    assert Linear("noise", 0.5)("noise", 0.0, 1.0) == 0.0
+    assert LinearSchedule("noise", 0.5)("noise", 0.0, 1.0) == 0.0
     with pytest.raises(ConfigError, match=r"noise=0\.0: must be > 0"):
-        Exponential("noise", 0.5)("noise", 0.0, 0.5)
+        ExponentialSchedule("noise", 0.5)("noise", 0.0, 0.5)
 
 
 @pytest.mark.parametrize(("knob", "start"), [("temperature", 0.0), ("temperature", float("nan")), ("noise", -0.1)])
 def test_impossible_starts_are_refused(knob: str, start: float) -> None:
     with pytest.raises(ConfigError, match=r"schedule\.start="):
-        Linear(knob, start)  # type: ignore[arg-type]
+        LinearSchedule(knob, start)  # type: ignore[arg-type]
 
 
 def test_steps_in_the_wrong_order_are_refused() -> None:
     with pytest.raises(ConfigError, match="first <= second"):
-        Step("temperature", 5.0, 2.0, 0.7, 0.6)
+        StepSchedule("temperature", 5.0, 2.0, 0.7, 0.6)

@@ -1,0 +1,45 @@
+"""What a person sees of a run in the terminal: a progress bar and one line for each evaluation."""
+
+from typing import Any
+
+from tqdm import tqdm
+
+from moe.distributed import ranks
+
+
+class Progress:
+    """Progress bar over the optimizer steps of a run; only the first rank shows it."""
+
+    def __init__(self, *, done: int, steps: int) -> None:
+        hidden = None if ranks.is_first() else True  # None: tqdm shows the bar in a terminal only
+        self._bar = tqdm(initial=done, total=steps, unit="step", disable=hidden)
+        self._steps = steps
+        self._perplexity = ""
+
+    def evaluated(self, step: int, values: dict[str, Any]) -> None:
+        """Print the line of an evaluation after `step` optimizer steps."""
+        self._perplexity = f"{values['val/perplexity']:.1f}"
+        if not ranks.is_first():
+            return
+        line = f"step {step:>5}/{self._steps}  val loss {values['val/loss']:.4f}"
+        line += f"  perplexity {values['val/perplexity']:.2f}"
+        if "routing/load_cv" in values:
+            line += f"  load CV {values['routing/load_cv']:.3f}"
+        tqdm.write(f"{line}  {values['time/elapsed']:.0f} s")
+
+    def trained(self, values: dict[str, Any]) -> None:
+        """Advance the bar by one step and show the values of that step beside it."""
+        shown = {"loss": f"{values['train/loss']:.3f}"}
+        if self._perplexity:
+            shown["val ppl"] = self._perplexity
+        if "train/routing/load_cv" in values:
+            shown["load CV"] = f"{values['train/routing/load_cv']:.2f}"
+        shown |= {"T": f"{values['temperature']:.2f}", "tok/s": f"{values['time/tokens_per_s']:,.0f}"}
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()

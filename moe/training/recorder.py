@@ -1,0 +1,57 @@
+"""Record the events of a run: first in events.jsonl, then with everyone who listens to the run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, runtime_checkable
+
+from moe.distributed import ranks
+from moe.runs.events import EventLog
+from moe.training.state import Clock
+
+
+@runtime_checkable
+class RunListener(Protocol):
+    """Receives the events of a run, on the first rank only: the W&B mirror, a benchmark, a test.
+
+    An exception that a listener raises ends the run, so a listener that may fail handles its own errors.
+    """
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """Receive one event after `step` optimizer steps.
+
+        Values of a training step have the key "train/loss", values of an evaluation have "val/loss".
+        """
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Receive the final metrics after the last event; they are empty if the run did not finish.
+
+        The code that started the run calls this, because final metrics are computed after training. A listener that
+        inherits from this class need not implement it.
+        """
+        return
+
+
+class Recorder:
+    """Writes the events of a run that continues after `step` optimizer steps; ranks other than the first do nothing."""
+
+    def __init__(self, folder: Path, listeners: Sequence[RunListener], clock: Clock, *, step: int) -> None:
+        self._events = EventLog(folder / "events.jsonl", step=step) if ranks.is_first() else None
+        self._listeners = listeners
+        self._clock = clock
+
+    def record(self, kind: str, step: int, values: dict[str, Any]) -> dict[str, Any]:
+        """Record an event of this kind, "train" or "eval"; return its values with the time."""
+        values = values | {"time/elapsed": self._clock.elapsed()}
+        if self._events is not None:
+            self._events.write(kind, step, values)
+            for listener in self._listeners:
+                listener.log(step, values)
+        return values
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._events is not None:
+            self._events.__exit__(kind, error, tb)

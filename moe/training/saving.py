@@ -1,0 +1,47 @@
+"""Save what a run leaves for later: the model, and traces and models at milestones."""
+
+import os
+import shutil
+from pathlib import Path
+
+from transformers.utils.logging import disable_progress_bar
+
+from moe.distributed import ranks
+from moe.distributed.sharding import full_state_dict
+from moe.runs import traces
+from moe.training.probe import assigned_experts
+from moe.training.schedules import knob_settings
+from moe.training.setup import Training
+
+
+def save_model(training: Training, target: Path) -> None:
+    """Write the model and its tokenizer to the folder `target`, atomically. All ranks call this together.
+
+    The parent of `target` must exist: a run folder that somebody deleted during training is an error.
+    """
+    weights = full_state_dict(training.model)
+    if not ranks.is_first():
+        return
+    disable_progress_bar()  # transformers would show one while it writes a single small file
+    temporary = target.with_name(f".tmp-{target.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()  # without parents, because save_pretrained would create a deleted run folder again
+    training.model.save_pretrained(temporary, state_dict=weights)
+    training.data.tokenizer.save_pretrained(temporary)
+    shutil.rmtree(target, ignore_errors=True)
+    os.rename(temporary, target)
+
+
+def save_milestone(folder: Path, training: Training, step: int) -> None:
+    """Write the trace after `step` optimizer steps, and with `save_milestones` the model, to a run's folder.
+
+    The last step has no model here, because the run saves its final model anyway. All ranks call this together.
+    """
+    config = training.config
+    temperature = knob_settings(config, training.schedule, step)["temperature"]
+    chosen = assigned_experts(training.model, training.data, temperature=temperature)
+    if chosen is not None and ranks.is_first():
+        traces.write_trace(folder / "trace", step, chosen)
+    if config.save_milestones and step < config.steps:
+        (folder / "milestones").mkdir(exist_ok=True)
+        save_model(training, folder / "milestones" / f"step-{step:08d}")

@@ -1,0 +1,110 @@
+"""Save everything that a resume needs in a checkpoint, and resume from it."""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moe.distributed import ranks
+from moe.distributed.sharding import full_state_dict, full_tensors, shard_like
+from moe.runs import checkpoint
+from moe.training.setup import Training
+
+log = logging.getLogger(__name__)
+
+
+class Clock:
+    """Wall-clock time of a run in seconds, with all its resumes. `train_seconds` is without evaluation and saving."""
+
+    def __init__(self, elapsed: float = 0.0, train_seconds: float = 0.0) -> None:
+        self._began = time.monotonic() - elapsed
+        self.train_seconds = train_seconds
+
+    def elapsed(self) -> float:
+        return time.monotonic() - self._began
+
+    def add_step(self, *, began: float) -> float:
+        """Count a training step that began at `began` (`time.perf_counter()`) and ends now; return its seconds."""
+        seconds = time.perf_counter() - began
+        self.train_seconds += seconds
+        return seconds
+
+
+class TrainState(NamedTuple):
+    """Everything that a resume needs: what a checkpoint holds, field by field.
+
+    Random states, the data order, schedules and learning rates are not here because they are pure functions of the
+    configuration and the step. A new field cannot be forgotten: `capture` must give all fields a value, and
+    `resume` must unpack all of them.
+
+    step: optimizer steps done.
+    model: the model's state, in full tensors, so that a run can resume with another number or layout of ranks.
+    optimizers: the state of each optimizer, also in full tensors.
+    elapsed, train_seconds: see `Clock`.
+    data: digests of the text and the tokens.
+    """
+
+    step: int
+    model: dict[str, Tensor]
+    optimizers: list[dict[str, Any]]
+    elapsed: float
+    train_seconds: float
+    data: dict[str, Any]
+
+
+def capture(training: Training, step: int, clock: Clock) -> TrainState:
+    """Return the state of a run after `step` optimizer steps. All ranks call this together."""
+    return TrainState(
+        step=step,
+        model=full_state_dict(training.model),
+        optimizers=[full_tensors(optimizer.state_dict()) for optimizer in training.optimizers],
+        elapsed=clock.elapsed(),
+        train_seconds=clock.train_seconds,
+        data=training.data.digests,
+    )
+
+
+def save_checkpoint(folder: Path, training: Training, step: int, clock: Clock) -> None:
+    """Write the state of a run after `step` optimizer steps to `folder/checkpoints`. All ranks call this together."""
+    state = capture(training, step, clock)
+    if ranks.is_first():
+        checkpoint.save(folder / "checkpoints", step, state._asdict())
+
+
+def resume(folder: Path, training: Training) -> tuple[int, Clock]:
+    """Load the newest intact checkpoint in `folder/checkpoints`; return the number of steps done and the clock.
+
+    Without a checkpoint these are 0 and a new clock. Raises ValueError if the checkpoint does not have exactly the
+    fields of `TrainState`, or if the run was trained on other text or tokens than it has now.
+    """
+    loaded = checkpoint.load(folder / "checkpoints")
+    if loaded is None:
+        return 0, Clock()
+    saved_step, fields = loaded
+    if differing := fields.keys() ^ set(TrainState._fields):
+        raise ValueError(
+            f"{folder}: its checkpoint of step {saved_step} is of another version of this program, "
+            f"which differs in {', '.join(sorted(differing))}; resume with that version, or choose another out=DIR"
+        )
+    step, model, optimizers, elapsed, train_seconds, data = TrainState(**fields)
+    if data != training.data.digests:
+        raise ValueError(
+            f"{folder}: up to step {step} it was trained on other text or tokens than data.* gives now; "
+            "restore them, or choose another out=DIR"
+        )
+    present = training.model.state_dict()
+    training.model.load_state_dict({name: shard_like(value, present[name]) for name, value in model.items()})
+    for optimizer, saved in zip(training.optimizers, optimizers, strict=True):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        states = {number: _sharded(values, parameters[number]) for number, values in saved["state"].items()}
+        optimizer.load_state_dict({**saved, "state": states})
+    log.info("%s: resumed after step %d", folder, step)
+    return step, Clock(elapsed, train_seconds)
+
+
+def _sharded(values: dict[str, Any], p: nn.Parameter) -> dict[str, Any]:
+    """Return an optimizer's state of parameter `p`, with every tensor of its shape sharded as `p` is."""
+    return {name: shard_like(v, p) if torch.is_tensor(v) and v.shape == p.shape else v for name, v in values.items()}

@@ -1,0 +1,117 @@
+"""One optimizer step: its micro-batches, loss, gradients and update.
+
+Data order, noise, dropout, schedules and learning rates are pure functions of (configuration, step). A resumed run
+therefore repeats them exactly without restoring any random state.
+"""
+
+import math
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe.config.schema import Config
+from moe.data.blocks import Batch, Prepared, batch, batch_indices
+from moe.data.labels import IGNORED, next_token
+from moe.distributed import ranks
+from moe.distributed.sharding import global_norm, local_part
+from moe.routing.decision import Knobs
+from moe.training import gradients
+from moe.training.divergence import Diverged, blame
+from moe.training.objective import Outcome, merged_stats, step_values, total_loss
+from moe.training.optim import learning_rate, scale_learning_rates
+from moe.training.schedules import knob_settings
+from moe.training.setup import Training
+
+
+def train_step(training: Training, step: int, *, measure_updates: bool = False) -> dict[str, Any]:
+    """Carry out optimizer step `step` (0-based) and return what the event log records about it.
+
+    These are the losses (unweighted), the routing metrics, the gradient norms, the learning rate, temperature and
+    noise; with `measure_updates` also how far the step moved the routers and the experts, relative to their norms.
+    Raises Diverged before the update if the loss or a gradient is not finite; the weights are then unchanged.
+    """
+    config, optimizers = training.config, training.optimizers
+    settings = knob_settings(config, training.schedule, step)
+    knobs = Knobs.of(**settings, device=training.accelerator.device)
+    scale_learning_rates(config, optimizers, step=step)
+    training.wrapped.train()
+    outcomes, last = accumulate_gradients(training, step, knobs)
+
+    grads = [p.grad for p in training.wrapped.parameters() if p.grad is not None]
+    norms = gradients.gradient_norms(training.parts) | {"grad_norm": (norm := global_norm(grads))}
+    sums = merged_stats(outcomes)
+    values = step_values(outcomes, sums)
+    values |= dict(zip(norms, torch.stack([n.to(norm.device) for n in norms.values()]).tolist(), strict=True))
+    if not math.isfinite(values["train/loss"] + values["grad_norm"]):
+        raise Diverged(step, blame(training.model, last.ids, knobs, position_ids=last.position_ids))
+
+    # clip only now: a norm that is not finite would make all gradients not finite, and hide where it came from
+    clip = (config.optimizer.clip / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_([local_part(gradient) for gradient in grads], clip)
+    before = gradients.copies(training.parts) if measure_updates else {}
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    if measure_updates:
+        values |= gradients.relative_updates(training.parts, before)
+    if sums is not None:
+        for index, router in enumerate(training.routers):
+            router.after_step(sums.layer(index))
+    return values | {"learning_rate": learning_rate(optimizers)} | settings
+
+
+def accumulate_gradients(training: Training, step: int, knobs: Knobs) -> tuple[list[Outcome], Batch]:
+    """Add the gradients of this rank's micro-batches; return what is kept of each, and the last micro-batch.
+
+    The ranks take the micro-batches of a step in turn. The routers see the load of the step so far, which
+    `lb_global` needs.
+    """
+    config, accelerator = training.config, training.accelerator
+    batches = micro_batches(config, training.data, step)
+    weights, router_weights = label_weights(batches), [router.loss_weights for router in training.routers]
+    layer_settings: dict[str, Any] = {"capacity": config.capacity, "drop": config.drop}
+    layer_settings["orthogonality"] = config.output_orthogonality > 0
+    outcomes: list[Outcome] = []
+    load: Tensor | None = None
+    numbers = range(ranks.rank(), config.grad_accum, ranks.world_size())
+    for micro in numbers:
+        blocks = batches[micro].to(accelerator.device)
+        torch.manual_seed(random_stream(config.seed, step, micro))
+        inputs = {"input_ids": blocks.ids, "labels": blocks.labels, "position_ids": blocks.position_ids}
+        # DDP exchanges gradients in the backward pass of the last micro-batch only
+        with nullcontext() if micro == numbers[-1] else accelerator.no_sync(training.wrapped):
+            output = training.forward(**inputs, **layer_settings, knobs=knobs, load=load)
+            loss = total_loss(config, router_weights, output, weight=weights[micro])
+            accelerator.backward(loss / len(numbers))
+        aux = {name: values.detach() for name, values in (output.aux or {}).items()}
+        outcomes.append(Outcome(output.loss.detach() * weights[micro], aux, output.stats))
+        if output.stats is not None and micro != numbers[-1]:
+            [offered] = ranks.all_reduce_sum([output.stats.offered])
+            load = offered if load is None else load + offered
+        del output, loss  # frees the logits before the next micro-batch makes its own
+    return outcomes, blocks
+
+
+def micro_batches(config: Config, data: Prepared, step: int) -> list[Batch]:
+    """Return the blocks of optimizer step `step`, split into micro-batches of `batch_size` blocks."""
+    size = config.batch_size * config.grad_accum
+    indices = batch_indices(len(data.train), size, seed=config.seed, step=step)
+    return batch(data.train, indices).split(config.batch_size)
+
+
+def label_weights(batches: list[Batch]) -> list[float]:
+    """Return the weight of each micro-batch's mean loss: its number of labels / the mean number of labels.
+
+    The loss of a step is then the mean over all its labels, however they are divided into micro-batches. All weights
+    are 1 if all micro-batches have the same number of labels.
+    """
+    labels = [int((next_token(micro.labels) != IGNORED).sum()) for micro in batches]
+    return [count * len(labels) / sum(labels) for count in labels]
+
+
+def random_stream(seed: int, step: int, micro: int) -> int:
+    """Return the seed of everything random in one micro-batch: noise, dropout, random drops."""
+    return int(np.random.SeedSequence((seed, step, micro)).generate_state(1, np.uint64)[0] >> 1)

@@ -1,0 +1,51 @@
+"""A checkpoint holds exactly the fields of TrainState; listeners see what events.jsonl says."""
+
+from typing import Any
+
+import pytest
+from small_runs import run
+
+from moe.runs import checkpoint
+from moe.runs.events import read_events
+from moe.runs.signals import Interrupted, Signals
+from moe.training.loop import train
+from moe.training.recorder import RunListener
+from moe.training.state import TrainState
+
+
+def test_a_checkpoint_without_a_field_or_with_an_unknown_one_is_refused(cell: Any) -> None:
+    one = cell()
+    with pytest.raises(Interrupted):
+        run(one, stop_after=3)
+    loaded = checkpoint.load(one.folder / "checkpoints")
+    assert loaded is not None
+    step, fields = loaded
+    assert step == fields["step"] == 3
+    assert set(fields) == set(TrainState._fields)
+    for changed, name in (
+        ({key: value for key, value in fields.items() if key != "optimizers"}, "optimizers"),
+        ({**fields, "sampler": 1}, "sampler"),
+    ):
+        checkpoint.save(one.folder / "checkpoints", step, changed)
+        with pytest.raises(ValueError, match=f"step 3 is of another version of this program, which differs in {name};"):
+            run(one)
+    checkpoint.save(one.folder / "checkpoints", step, fields)
+    assert run(one)["train_seconds"] > fields["train_seconds"]
+
+
+def test_every_listener_receives_the_events_of_the_file_in_their_order(cell: Any) -> None:
+    class Collector(RunListener):
+        def __init__(self) -> None:
+            self.events: list[dict[str, Any]] = []
+
+        def log(self, step: int, values: dict[str, Any]) -> None:
+            written = read_events(one.folder / "events.jsonl")
+            assert len(written) == len(self.events) + 1  # the file comes first
+            self.events.append({"step": step, **values})
+
+    one, listeners = cell(), [Collector(), Collector()]
+    one.folder.mkdir(parents=True)
+    train(one.config, one.folder, signals=Signals(), listeners=listeners)
+    for event in (written := read_events(one.folder / "events.jsonl")):
+        del event["kind"]
+    assert listeners[0].events == listeners[1].events == written
