@@ -1,4 +1,4 @@
-"""Command line: `python -m moe.specialization multirun/noise_lb_seed` studies every finished run in that folder."""
+"""Study every finished run in the given folders: `python -m moe.specialization multirun/noise_lb_seed`."""
 
 import argparse
 import json
