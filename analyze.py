@@ -19,7 +19,7 @@ def main() -> int:
     arguments = parser.parse_args()
 
     # Imported here, so that --help and a wrong command answer at once.
-    from moe.analysis.report.inputs import Wishes
+    from moe.analysis.report.inputs import ReportOptions
     from moe.analysis.report.report import write_replay, write_report
     from moe.results.sweep_tables import console_table
     from moe.results.table import load_runs
@@ -30,9 +30,9 @@ def main() -> int:
         else:
             runs = load_runs(arguments.folders)
             references, margins = (dict(map(_pair, texts)) for texts in (arguments.reference, arguments.margin))
-            wishes = Wishes(references, margins, tuple(arguments.metric))
-            report = write_report(runs, arguments.out, wishes)
-            print(console_table(runs, wishes.metrics))
+            options = ReportOptions(references, margins, tuple(arguments.metric))
+            report = write_report(runs, arguments.out, options)
+            print(console_table(runs, options.metrics))
     except ValueError as error:
         print(f"analyze: {error}", file=sys.stderr)
         return 2

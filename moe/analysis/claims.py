@@ -1,10 +1,9 @@
-"""Planned claims: what was said of a sweep before it was trained, judged by the runs that wrote it down.
+"""Judges planned claims: what an experiment said before its runs were trained.
 
-A claim (`moe.config.claim.ClaimConfig`) stands in an experiment's yaml, so that every run's record holds it from
-before its
-first step; contrasts that no claim is about are post hoc. Differences are taken within a seed and averaged over all
-combinations of the other factors. Every claim says that a true difference lies in a range: above zero, below it, nearer
-to it than a margin, or of the claimed size.
+A claim (`moe.config.claim.ClaimConfig`) stands in the experiment's yaml, and so in the record of every run before its
+first step. Contrasts that no claim is about are post hoc. Differences are taken between runs of the same seed and
+averaged over all combinations of the other factors. Every claim says that a true difference lies in a range: above
+zero, below zero, closer to zero than a margin, or within the claimed size.
 """
 
 import json
@@ -16,7 +15,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from moe.analysis.statistics import CONFIDENCE, constant, corrected, detectable_effect, inside
+from moe.analysis.sentences import detectable_note
+from moe.analysis.statistics import CONFIDENCE, corrected, detectable_effect, has_no_spread, range_test
 from moe.config.claim import ClaimConfig, absolute
 from moe.results.conditions import NAMED_ROUTERS, by_seed, conditions, levels, varied_factors, with_causality
 from moe.results.table import level
@@ -24,10 +24,13 @@ from moe.results.table import level
 NAN = float("nan")
 
 
-class _Pair(NamedTuple):
-    """One level against one reference: means over n seeds, the 95 % t interval of their difference, p that the claim
-    holds and that it does not, how far inside the claimed range the difference lies (negative: outside), what should
-    be known of it, and what keeps it from being decided."""
+class _Comparison(NamedTuple):
+    """One level against one reference level, over n seeds.
+
+    low, high: the 95 % t interval of the difference of the two means. p_for, p_against: p that the claim holds, and
+    that it does not. favor: how far inside the claimed range the difference lies; negative if it lies outside.
+    note: what the reader should know. doubt: what keeps the comparison from being decided.
+    """
 
     n: int
     mean: float = NAN
@@ -41,11 +44,11 @@ class _Pair(NamedTuple):
     doubt: str = ""
 
 
-def planned(runs: pd.DataFrame) -> list[tuple[ClaimConfig, pd.DataFrame]]:
-    """Every claim in the records of these runs, each with the runs, of one experiment, that hold it.
+def planned_claims(runs: pd.DataFrame) -> list[tuple[ClaimConfig, pd.DataFrame]]:
+    """Return every claim in the records of these runs, each with the runs of one experiment that recorded it.
 
-    A claim that came later, after some seeds had run, is so judged by the others alone. ValueError names the folder of
-    a claim that cannot be read.
+    A claim that was added after some seeds had run is judged by the other seeds alone. Raises ValueError with the
+    folder of a claim that cannot be read.
     """
     held: dict[tuple[str, str], list[Any]] = {}
     readable = runs[~runs["status"].isin(["missing", "unreadable"])]
@@ -63,9 +66,12 @@ def planned(runs: pd.DataFrame) -> list[tuple[ClaimConfig, pd.DataFrame]]:
 
 
 def judge_planned(runs: pd.DataFrame) -> pd.DataFrame:
-    """`judge` of every planned claim, with the experiment as first column: each experiment is a family for Holm."""
+    """Return `judge` of every planned claim; each experiment is a family of its own for Holm's correction.
+
+    The experiment is the first column.
+    """
     families: dict[str, list[tuple[ClaimConfig, pd.DataFrame]]] = {}
-    for claim, members in planned(runs):
+    for claim, members in planned_claims(runs):
         families.setdefault(members["experiment"].iloc[0], []).append((claim, members))
     tables = []
     for experiment, family in families.items():
@@ -76,20 +82,22 @@ def judge_planned(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def judge(runs: pd.DataFrame, claims: list[ClaimConfig]) -> pd.DataFrame:
-    """A row a claim: supported, contradicted or undecided by these runs (a table of `load_runs`), and why.
+    """Return a row for each claim: supported, contradicted or undecided by these runs, and why.
 
-    `difference` is `mean` minus `reference mean` over n paired seeds, with its 95 % t interval, in the least favorable
-    of the comparisons that the claim makes; `p` is that of all of them. A claim holds if every comparison does (their
-    largest p: intersection-union). It fails if one of them does (their smallest p, Bonferroni); of lowest and highest,
-    if some other level beats all that are named. p is two-sided, or that of two one-sided tests (TOST) where a
-    range has two ends. The verdict asks whether `p Holm`, over all these claims, is at most 5 %. `estimates` says where
-    the means lie, be it by luck: "as claimed", "against" or, if named levels differ in that, "mixed".
+    `runs` is a table of `moe.results.table.load_runs`. `difference` is `mean` minus `reference mean` over n paired
+    seeds, with its 95 % t interval. These belong to the least favorable of the comparisons that the claim makes; `p`
+    belongs to all of them. A claim holds if every comparison holds (p is the largest of theirs, intersection-union). It
+    fails if one comparison fails (p is the smallest of theirs, after Bonferroni). A claim of kind lowest or highest
+    fails if some other level beats all levels that it names. p is two-sided, or that of two one-sided tests (TOST) if
+    the range has two ends. A claim is decided if `p Holm`, corrected for all these claims, is at most 5 %. `estimates`
+    says where the means lie, which may be by chance: "as claimed", "against", or "mixed" if the named levels differ in
+    this.
     """
     return _judge([(claim, runs) for claim in claims])
 
 
-def evidence(judged: pd.Series) -> str:
-    """A row of `judge` in words: what was compared, the means, the difference, how sure one may be, and the reason."""
+def evidence_sentence(judged: pd.Series) -> str:
+    """Return a row of `judge` in words: what was compared, the means, the difference, its p, and the reason."""
     j = judged
     if j["n"] == 0:
         return str(j["reason"])
@@ -101,8 +109,8 @@ def evidence(judged: pd.Series) -> str:
     return f"{text}, n={j['n']}" + (f"; {j['reason']}" if j["reason"] else "")
 
 
-def post_hoc(contrasts: pd.DataFrame, claims: list[ClaimConfig]) -> pd.DataFrame:
-    """The rows of a table of contrasts that no claim is about."""
+def contrasts_without_claim(contrasts: pd.DataFrame, claims: list[ClaimConfig]) -> pd.DataFrame:
+    """Return the rows of a table of contrasts that no claim is about."""
     return contrasts[[not any(_about(claim, row) for claim in claims) for _, row in contrasts.iterrows()]]
 
 
@@ -119,7 +127,7 @@ def _judge(family: list[tuple[ClaimConfig, pd.DataFrame]]) -> pd.DataFrame:
 
 
 def _judge_alone(claim: ClaimConfig, runs: pd.DataFrame) -> dict[str, Any]:
-    """The row of one claim, before the correction for the others."""
+    """Return the row of one claim, before the correction for the other claims."""
     present = levels(runs[claim.factor]) if claim.factor in runs else []
     named = [level(each) for each in claim.levels]
     rivals = [level(each) for each in claim.than] or [each for each in present if each not in named]
@@ -128,17 +136,17 @@ def _judge_alone(claim: ClaimConfig, runs: pd.DataFrame) -> dict[str, Any]:
     absent += [] if claim.metric in runs else [f"no run has {claim.metric}"]
     row = {"claim": claim.text, "source": claim.source, "metric": claim.metric}
     if absent:
-        sides = [_names(_label(claim, runs, each) for each in side) for side in (named, rivals)]
+        sides = [_listed(_label(claim, runs, each) for each in side) for side in (named, rivals)]
         compared = f"{claim.factor} {' vs '.join(sides)}"
-        return row | _row(compared, _Pair(0, doubt="; ".join(absent)), NAN, "undecided", "")
+        return row | _row(compared, _Comparison(0, doubt="; ".join(absent)), NAN, "undecided", "")
 
     others = [factor for factor in varied_factors(runs) if factor not in (claim.factor, "seed")]
-    pairs = [[_compare(claim, runs, others, a, b) for b in rivals] for a in named]
+    comparisons = [[_compare(claim, runs, others, a, b) for b in rivals] for a in named]
     favor, p_for, p_against = (
-        np.array([[getattr(pair, field) for pair in line] for line in pairs])
+        np.array([[getattr(pair, field) for pair in line] for line in comparisons])
         for field in ("favor", "p_for", "p_against")
     )
-    if claim.kind in ("lowest", "highest"):  # fails if a rival beats all that are named
+    if claim.kind in ("lowest", "highest"):  # fails if one rival beats all named levels
         b = int(favor.max(axis=0).argmin())
         a, against = int(favor[:, b].argmax()), p_against.max(axis=0)
     else:
@@ -148,70 +156,69 @@ def _judge_alone(claim: ClaimConfig, runs: pd.DataFrame) -> dict[str, Any]:
     estimates = "as claimed" if favor.min() > 0 else "against" if favor[a, b] < 0 else "mixed"
     compared = f"{claim.factor} {_label(claim, runs, named[a])} vs {_label(claim, runs, rivals[b])}"
     compared += f", the least favorable of {favor.size} comparisons" if favor.size > 1 else ""
-    untested = [pair.doubt for line in pairs for pair in line if math.isnan(pair.p_for)]
-    shown = pairs[a][b]._replace(doubt=untested[0]) if untested else pairs[a][b]
+    untested = [pair.doubt for line in comparisons for pair in line if math.isnan(pair.p_for)]
+    shown = comparisons[a][b]._replace(doubt=untested[0]) if untested else comparisons[a][b]
     verdict = "supported" if p_holds < p_fails else "contradicted"
     return row | _row(compared, shown, float(np.minimum(p_holds, p_fails)), verdict, estimates)
 
 
-def _row(compared: str, pair: _Pair, p: float, verdict: str, estimates: str) -> dict[str, Any]:
+def _row(compared: str, comparison: _Comparison, p: float, verdict: str, estimates: str) -> dict[str, Any]:
     return {
         "compared": compared,
-        "n": pair.n,
-        "mean": pair.mean,
-        "reference mean": pair.reference_mean,
-        "difference": pair.mean - pair.reference_mean,
-        "ci_low": pair.low,
-        "ci_high": pair.high,
+        "n": comparison.n,
+        "mean": comparison.mean,
+        "reference mean": comparison.reference_mean,
+        "difference": comparison.mean - comparison.reference_mean,
+        "ci_low": comparison.low,
+        "ci_high": comparison.high,
         "p": p,
         "estimates": estimates,
         "verdict": verdict,
-        "reason": pair.note,
-        "doubt": pair.doubt,
+        "reason": comparison.note,
+        "doubt": comparison.doubt,
     }
 
 
-def _compare(claim: ClaimConfig, runs: pd.DataFrame, others: list[str], treated: Any, reference: Any) -> _Pair:
-    """One level against one reference, over the seeds that have both in every combination of the other factors."""
+def _compare(claim: ClaimConfig, runs: pd.DataFrame, others: list[str], treated: Any, reference: Any) -> _Comparison:
+    """Compare two levels, over the seeds that have both of them in every combination of the other factors."""
     cells: dict[tuple[int, str], pd.Series] = {}
     for number, (_, members) in enumerate(conditions(runs, others)):
         sides = [members[members[claim.factor] == side] for side in (treated, reference)]
         if all(map(len, sides)):
             cells |= {(number, side): by_seed(rows, claim.metric) for side, rows in zip("ab", sides, strict=True)}
     if not cells:
-        return _Pair(0, doubt=f"no runs differ in {claim.factor} alone")
+        return _Comparison(0, doubt=f"no runs differ in {claim.factor} alone")
     table = pd.DataFrame(cells)
-    whole = table.dropna()
-    lost = table.index.difference(whole.index)
-    note = f"left out, for lacking a finished run: seed {_names(lost)}" if len(lost) else ""
-    n = len(whole)
+    complete = table.dropna()
+    lost = table.index.difference(complete.index)
+    note = f"left out, because a finished run is missing: seed {_listed(lost)}" if len(lost) else ""
+    n = len(complete)
     if n == 0:
-        return _Pair(0, note=note, doubt="no seed is left")
-    a, b = (whole.xs(side, axis=1, level=1).mean(axis=1).to_numpy() for side in "ab")
+        return _Comparison(0, note=note, doubt="no seed is left")
+    a, b = (complete.xs(side, axis=1, level=1).mean(axis=1).to_numpy() for side in "ab")
     low, high = _range(claim, b.mean())
     effect = (a - b).mean()
-    pair = _Pair(n, a.mean(), b.mean(), favor=min(effect - low, high - effect), note=note)
+    pair = _Comparison(n, a.mean(), b.mean(), favor=min(effect - low, high - effect), note=note)
     if n == 1:
         return pair._replace(doubt="one seed: nothing to test a difference against")
-    if constant(a - b, scale=np.abs([a, b]).max()):
+    if has_no_spread(a - b, scale=np.abs([a, b]).max()):
         return pair._replace(doubt="the same difference in every seed: no spread to test against")
-    p_inside, p_outside = inside(a - b, low, high)
+    p_inside, p_outside = range_test(a - b, low, high)
     two_ends = math.isfinite(low) and math.isfinite(high)
     ends = stats.ttest_rel(a, b).confidence_interval(CONFIDENCE)
-    seen = detectable_effect(n) * (a - b).std(ddof=1)
+    detectable = detectable_effect(n) * (a - b).std(ddof=1)
     open_question = f"the interval is neither inside nor outside {low:.3g} ... {high:.3g}"
-    too_few = f"the smallest effect these seeds could have seen (power 0.8) is {seen:.2g}"
     return pair._replace(
         low=ends.low,
         high=ends.high,
         p_for=p_inside if two_ends else min(1.0, 2 * p_inside),
         p_against=p_outside,
-        doubt=open_question if two_ends else too_few,
+        doubt=open_question if two_ends else detectable_note(detectable),
     )
 
 
 def _range(claim: ClaimConfig, reference: float) -> tuple[float, float]:
-    """Where the claim says that the true difference lies."""
+    """Return the range in which the true difference lies according to the claim."""
     if claim.kind == "equivalent":
         margin = absolute(claim.margin, reference)
         return -margin, margin
@@ -220,7 +227,7 @@ def _range(claim: ClaimConfig, reference: float) -> tuple[float, float]:
 
 
 def _about(claim: ClaimConfig, contrast: pd.Series) -> bool:
-    """Whether a claim compares the two levels of a contrast, in whatever direction."""
+    """Return whether a claim compares the two levels of a contrast, in either direction."""
     if (contrast["metric"], contrast["factor"]) != (claim.metric, claim.factor):
         return False
     named = [level(each) for each in claim.levels]
@@ -232,11 +239,11 @@ def _about(claim: ClaimConfig, contrast: pd.Series) -> bool:
 
 
 def _label(claim: ClaimConfig, runs: pd.DataFrame, side: Any) -> str:
-    """A level as the reader sees it: a router or arm with its causality."""
+    """Return a level as the reader sees it: a router or arm with its causality."""
     if claim.factor not in NAMED_ROUTERS or claim.factor not in runs:
         return str(side)
     return " / ".join(with_causality(runs[runs[claim.factor] == side])[claim.factor].unique()) or str(side)
 
 
-def _names(items: Any) -> str:
+def _listed(items: Any) -> str:
     return ", ".join(map(str, items))

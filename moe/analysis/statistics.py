@@ -1,10 +1,9 @@
-"""Was it luck? Seed-paired contrasts, equivalence, analysis of variance and detectable effects, through scipy and
-statsmodels.
+"""Tests whether differences may be due to chance: contrasts paired by seed, equivalence, analysis of variance.
 
-The unit of replication is the seed: runs of the same seed share their data order and their initial weights, so
-differences are taken within a seed before they are averaged. Functions take the table of runs
-(`load_runs`), a
-metric's column and the factors (without the seed), and return a table; nothing is dropped without a note.
+The unit of replication is the seed. Runs of the same seed share their data order and their initial weights, so
+differences are taken between runs of the same seed before they are averaged. Functions take the table of runs
+(`moe.results.table.load_runs`), the column of a metric and the factors without the seed, and return a table. No run is
+left out without a note. The tests are those of scipy and statsmodels.
 """
 
 import itertools
@@ -25,11 +24,12 @@ from moe.config.claim import absolute
 from moe.results.conditions import STD, by_seed, conditions, levels, varied_factors
 
 CONFIDENCE, POWER = 0.95, 0.8
-EXACT, RESAMPLES = 16, 9_999  # up to so many seeds all sign patterns, beyond a random sample of that size
+EXACT_SEEDS = 16  # up to this number of seeds, a sign-flip test tries all patterns of signs
+RANDOM_PATTERNS = 9_999  # for more seeds, it tries this many random patterns
 
 
 def with_intervals(summary: pd.DataFrame) -> pd.DataFrame:
-    """The summary with the 95 % t interval of every mean over seeds, `ci_low` and `ci_high`; NaN without a spread."""
+    """Add the 95 % t interval of every mean over seeds as `ci_low` and `ci_high`; they are NaN without a spread."""
     enough = summary["n"] > 1
     error = (summary[STD] / np.sqrt(summary["n"].where(enough))).where(enough & (summary[STD] > 0))
     low, high = stats.t.interval(CONFIDENCE, (summary["n"] - 1).clip(lower=1), loc=summary["mean"], scale=error)
@@ -44,18 +44,23 @@ def contrasts(
     references: dict[str, Any] | None = None,
     margin: float | str | None = None,
 ) -> pd.DataFrame:
-    """Every level of every factor against the factor's reference level, within each combination of the other factors.
+    """Compare every level of every factor with the factor's reference level, for each combination of other factors.
 
-    The reference is the first level in sorted order unless `references` names one. Columns: `difference` (level minus
-    reference, in units of the metric, mean over paired seeds), its 95 % t interval `ci_low`, `ci_high`, `p` (paired t),
-    `p Holm` and `p BH` (Benjamini-Hochberg: the false discovery rate) over all rows of the table, `d_z` (difference
-    over the standard deviation, ddof=1, of the paired differences), `p Welch` (what ignoring the pairing would say),
-    `p sign-flip` (exact up to 16 seeds) with the smallest value it can take at this n, `detectable` (the smallest true
-    difference that a paired t test would find with power 0.8, given the spread seen), and a `note`.
+    The reference level is the first in sorted order unless `references` names another. The columns are:
 
-    With a `margin`, in units of the metric or as text such as "1%" of the reference's mean: `margin` in units, `p TOST`
-    (two one-sided t tests that the true difference is smaller than it), `p TOST Holm`, and whether the two levels are
-    then `equivalent` at 5 %, which "no significant difference" never says.
+    - `difference`: level minus reference in units of the metric, mean over paired seeds; `ci_low` and `ci_high` are its
+      95 % t interval, `p` is that of the paired t test.
+    - `p Holm`, `p BH`: p corrected over all rows of the table (Holm; Benjamini-Hochberg, the false discovery rate).
+    - `d_z`: the difference divided by the standard deviation (ddof=1) of the paired differences.
+    - `p Welch`: p of a test that ignores the pairing.
+    - `p sign-flip`: exact up to 16 seeds; `smallest p sign-flip` is the smallest value it can take at this n.
+    - `detectable`: the smallest true difference that a paired t test would find with power 0.8, given this spread.
+    - `note`: what the reader should know, such as a seed that was left out.
+
+    With a `margin`, in units of the metric or as text such as "1%" of the reference's mean, there are four more:
+    `margin` in units, `p TOST` (two one-sided t tests that the true difference is smaller than the margin),
+    `p TOST Holm`, and `equivalent`: whether the levels are equivalent at 5 %. A difference that is not significant
+    would not show that. Raises ValueError for a margin that is not positive and for an unknown reference.
     """
     if margin is not None and absolute(margin, 1.0) <= 0:
         raise ValueError(f"margin {margin}: must be positive, in units of {metric} or a text such as 1%")
@@ -73,7 +78,7 @@ def contrasts(
                 continue
             for cell, members in conditions(runs, others):
                 if not {level, reference} <= set(members[factor]):
-                    continue  # not asked for here, as a temperature of a router that has none
+                    continue  # this cell was not planned, such as the temperature of a router that has none
                 treated = by_seed(members[members[factor] == level], metric)
                 baseline = by_seed(members[members[factor] == reference], metric)
                 names = {"factor": factor, "level": level, "reference": reference, "within": name_cell(cell)}
@@ -82,7 +87,7 @@ def contrasts(
 
 
 def as_one_family(table: pd.DataFrame) -> pd.DataFrame:
-    """Contrasts, be it of several metrics, with everything that is corrected, corrected over all rows of the table."""
+    """Correct the p-values of contrasts, which may be of several metrics, over all rows of the table."""
     if table.empty:
         return table
     table = table.assign(**{"p Holm": corrected(table["p"], "holm"), "p BH": corrected(table["p"], "fdr_bh")})
@@ -94,9 +99,10 @@ def as_one_family(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def anova(runs: pd.DataFrame, metric: str, factors: list[str]) -> pd.DataFrame:
-    """Factorial analysis of variance, all interactions, the seed as block: sums of squares, df, F, p, partial eta².
+    """Return the factorial analysis of variance with all interactions and the seed as block.
 
-    ValueError when a combination of levels and seed has no finite value (it names them), with one seed or no spread.
+    Columns: sum of squares, df, F, p and partial eta². Raises ValueError if a combination of levels and seed has no
+    finite value (the message lists them), if there is one seed only, or if seeds do not differ.
     """
     cells: dict[tuple[Any, ...], float] = {}
     for cell, members in conditions(runs, factors):
@@ -108,7 +114,7 @@ def anova(runs: pd.DataFrame, metric: str, factors: list[str]) -> pd.DataFrame:
         raise ValueError(f"analysis of variance needs a varied factor and two seeds, got {factors} and seeds {seeds}")
     if missing:
         raise ValueError(f"unbalanced, {len(missing)} of {len(grid)} cells have no {metric}: {'; '.join(missing)}")
-    # Safe names for the formula (router.temp is an attribute to it); levels by rank, because 1 and "1" are two levels.
+    # A formula would read router.temp as an attribute of router, so factors have other names in it.
     names = [f"f{i}" for i in range(len(factors))]
     table = pd.DataFrame(grid, columns=[*names, "seed"]).astype(str)
     table["y"] = [cells[key] for key in grid]
@@ -125,11 +131,12 @@ def anova(runs: pd.DataFrame, metric: str, factors: list[str]) -> pd.DataFrame:
 
 
 def noise_floor(runs: pd.DataFrame, metrics: list[str], *, seeds: tuple[int, ...] = (3, 5, 8)) -> pd.DataFrame:
-    """How far runs differ by luck alone, from runs that differ in nothing but the seed: a row a metric.
+    """Return how far runs that differ in the seed alone are apart, with a row for each metric.
 
-    `n`, `mean`, sample standard deviation (ddof=1) with its 95 % chi-square interval `std_low`, `std_high`, and per
-    number of seeds the smallest true difference that an unpaired two-sided t test over that many seeds on either side
-    finds with power 0.8: pairing by seed does better by as much as paired runs share. ValueError if a factor varies.
+    Columns: `n`, `mean`, the sample standard deviation (ddof=1) with its 95 % chi-square interval `std_low` and
+    `std_high`, and for each of `seeds` the smallest true difference that an unpaired two-sided t test over that many
+    seeds on each side finds with power 0.8. A test paired by seed finds smaller ones, the more so the more that runs
+    of the same seed have in common. Raises ValueError if a factor varies.
     """
     if factors := [factor for factor in varied_factors(runs) if factor != "seed"]:
         raise ValueError(f"a noise floor needs runs that differ in the seed alone, but {', '.join(factors)} varies")
@@ -147,10 +154,10 @@ def noise_floor(runs: pd.DataFrame, metrics: list[str], *, seeds: tuple[int, ...
 
 @lru_cache
 def detectable_effect(n: int, *, paired: bool = True) -> float:
-    """The smallest true difference that a two-sided t test finds with power 0.8, NaN below two seeds.
+    """Return the smallest true difference that a two-sided t test finds with power 0.8; NaN below two seeds.
 
-    Paired: n pairs, in standard deviations of the paired differences (d_z). Unpaired: n seeds on either side, in
-    standard deviations of a single run.
+    A paired test has n pairs, and the result is in standard deviations of the paired differences (d_z). An unpaired
+    test has n seeds on each side, and the result is in standard deviations of a single run.
     """
     if n < 2:
         return float("nan")
@@ -158,17 +165,17 @@ def detectable_effect(n: int, *, paired: bool = True) -> float:
     return float((TTestPower() if paired else TTestIndPower()).solve_power(alpha=1 - CONFIDENCE, power=POWER, **known))
 
 
-def inside(differences: np.ndarray, low: float, high: float) -> tuple[float, float]:
-    """p of two one-sided t tests that the mean lies between two bounds (TOST), and two-sided p that it lies outside.
+def range_test(differences: np.ndarray, low: float, high: float) -> tuple[float, float]:
+    """Return the p of a mean between two bounds (two one-sided t tests, TOST), and the two-sided p of one outside.
 
-    A bound may be infinite. There must be two differences, and a spread.
+    A bound may be infinite. There must be at least two differences, and they must differ.
     """
     within, (_, above_low, _), (_, below_high, _) = DescrStatsW(differences).ttost_mean(low, high)
     return float(within), float(min(1, 2 * (1 - max(above_low, below_high))))
 
 
 def corrected(p: pd.Series, method: str) -> np.ndarray:
-    """p-values corrected ("holm" or "fdr_bh") over the tests that could be made; NaN stays NaN and does not count."""
+    """Return p-values corrected by "holm" or "fdr_bh". NaN stands for a test that could not be made and is ignored."""
     values = np.full(len(p), np.nan)
     made = p.notna().to_numpy()
     if made.any():
@@ -177,7 +184,7 @@ def corrected(p: pd.Series, method: str) -> np.ndarray:
 
 
 def sign_flip(differences: np.ndarray) -> float:
-    """Two-sided p of the mean when the sign of every paired difference is a coin toss: no assumption of normality."""
+    """Return the two-sided p of the mean if every sign were random, which assumes no normal distribution."""
     if len(differences) < 2:
         return float("nan")
     resamples = _patterns(len(differences))
@@ -188,16 +195,17 @@ def sign_flip(differences: np.ndarray) -> float:
 
 
 def _patterns(seeds: int) -> int:
-    return 2**seeds if seeds <= EXACT else RESAMPLES
+    """Return how many patterns of signs a sign-flip test tries."""
+    return 2**seeds if seeds <= EXACT_SEEDS else RANDOM_PATTERNS
 
 
 def name_cell(cell: dict[str, Any]) -> str:
-    """A combination of levels as people write it on the command line: "lb=0.01, noise=0.1"."""
+    """Return a combination of levels in the form of the command line: "lb=0.01, noise=0.1"."""
     return ", ".join(f"{factor}={level}" for factor, level in cell.items())
 
 
 def _compare(treated: pd.Series, baseline: pd.Series, margin: float | str | None) -> dict[str, Any]:
-    """One row of `contrasts`, from the values by seed at the two levels."""
+    """Return one row of `contrasts` from the values at the two levels, which are indexed by seed."""
     seeds = treated.index.intersection(baseline.index)
     unpaired = treated.index.symmetric_difference(baseline.index)
     a, b = treated[seeds].to_numpy(), baseline[seeds].to_numpy()
@@ -206,7 +214,7 @@ def _compare(treated: pd.Series, baseline: pd.Series, margin: float | str | None
     notes = [f"without a partner: seed {', '.join(map(str, unpaired))}"] if len(unpaired) else []
     if n < 2:
         notes.append("a test needs two paired seeds")
-    elif constant(differences, scale=np.abs([a, b]).max()):
+    elif has_no_spread(differences, scale=np.abs([a, b]).max()):
         notes.append("the same difference in every seed: no spread to test against")
     else:
         test = stats.ttest_rel(a, b)
@@ -219,35 +227,36 @@ def _compare(treated: pd.Series, baseline: pd.Series, margin: float | str | None
         "ci_low": low,
         "ci_high": high,
         "p": p,
-        "p Holm": float("nan"),  # both come with the other rows, in `as_one_family`
+        "p Holm": float("nan"),  # `as_one_family` sets both, when all rows are there
         "p BH": float("nan"),
         "d_z": d_z,
         "p Welch": _welch(treated.to_numpy(), baseline.to_numpy()),
         "p sign-flip": sign_flip(differences),
-        "smallest p sign-flip": 2 / (_patterns(n) + (n > EXACT)) if n > 1 else float("nan"),
+        "smallest p sign-flip": 2 / (_patterns(n) + (n > EXACT_SEEDS)) if n > 1 else float("nan"),
         "detectable": detectable,
         "note": "; ".join(notes),
     }
     if margin is not None:
         bound = absolute(margin, b.mean()) if n else float("nan")
-        row |= {"margin": bound, "p TOST": inside(differences, -bound, bound)[0] if not math.isnan(p) else p}
+        row |= {"margin": bound, "p TOST": range_test(differences, -bound, bound)[0] if not math.isnan(p) else p}
     return row
 
 
 def _welch(a: np.ndarray, b: np.ndarray) -> float:
-    if min(len(a), len(b)) < 2 or (constant(a, scale=np.abs(a).max()) and constant(b, scale=np.abs(b).max())):
+    """Return the p of Welch's t test; NaN if it cannot be made."""
+    if min(len(a), len(b)) < 2 or (has_no_spread(a, scale=np.abs(a).max()) and has_no_spread(b, scale=np.abs(b).max())):
         return float("nan")
     moments = [moment for sample in (a, b) for moment in (sample.mean(), sample.std(ddof=1), len(sample))]
-    return float(stats.ttest_ind_from_stats(*moments, equal_var=False).pvalue)  # one of the two may be constant
+    return float(stats.ttest_ind_from_stats(*moments, equal_var=False).pvalue)  # one of the two may have no spread
 
 
-def constant(values: np.ndarray, *, scale: float) -> bool:
-    """Equal but for rounding at this scale: no spread to test against, and scipy would make a p of the rounding."""
+def has_no_spread(values: np.ndarray, *, scale: float) -> bool:
+    """Return whether the values are equal but for rounding at this scale, from which scipy would compute a p."""
     return bool(np.ptp(values) <= 1e-12 * scale)
 
 
 def _term(term: str, factors: dict[str, str]) -> str:
-    """`C(f0):C(f1)` -> `noise:lb`."""
+    """Return a term with the factors' own names, such as `noise:lb` for `C(f0):C(f1)`."""
     if term == "Residual":
         return "error"
     names = [part.removeprefix("C(").removesuffix(")") for part in term.split(":")]

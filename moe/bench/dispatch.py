@@ -81,7 +81,7 @@ def measure_grid(
     out: Path, *, experts: list[int], ks: list[int], capacities: list[float], **settings: Any
 ) -> pd.DataFrame:
     """Measure all combinations, write capacity_cf_multi.jsonl and two figures to `out`, and return the table."""
-    from moe.analysis.figures.effects import capacity_lines
+    from moe.analysis.studies.routing_bench import capacity_lines
 
     rows = [
         measure_dispatch(experts=e, k=k, capacity=capacity, **settings)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-DECILES = 10  # number of equal parts into which positions in a sequence are grouped
+from moe.routing.positions import DECILES as DECILES
 
 
 class RoutingStats(NamedTuple):

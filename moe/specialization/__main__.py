@@ -8,8 +8,9 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from moe.analysis.figures.specialization import SPECIALIZATION_FILE
 from moe.results.table import load_runs
-from moe.specialization.study import RESULTS_FILE, compare_seeds, study
+from moe.specialization.study import compare_seeds, study
 from moe.training import process
 
 
@@ -31,11 +32,11 @@ def main(command: list[str] | None = None) -> int:
         finished = [Path(folder) for folder in runs.loc[runs["status"] == "finished", "folder"]]
         for folder in finished:
             written = study(folder, blocks_wanted=arguments.blocks, samples=arguments.samples)
-            loss = json.loads((folder / RESULTS_FILE).read_text())["val_loss"]
+            loss = json.loads((folder / SPECIALIZATION_FILE).read_text())["val_loss"]
             interval = (
                 f"val/loss {loss['mean']}, 95 % over {loss['documents']} documents: {loss['low']} to {loss['high']}"
             )
-            print(f"{folder / RESULTS_FILE}: {'written' if written else 'up to date'}; {interval}", flush=True)
+            print(f"{folder / SPECIALIZATION_FILE}: {'written' if written else 'up to date'}; {interval}", flush=True)
         compare_seeds(finished)
     except (ValueError, OSError) as error:
         print(f"moe.specialization: {error}", file=sys.stderr)

@@ -15,7 +15,7 @@ from scipy import sparse
 from scipy.special import entr
 from sklearn.metrics import adjusted_mutual_info_score
 
-from moe.routing.stats import DECILES
+from moe.routing.positions import DECILES
 
 MIN_OCCURRENCES = 10  # Token ids with fewer occurrences are left out, as in OLMoE (2409.02060).
 PERMUTATIONS = 999

@@ -10,6 +10,7 @@ from jaxtyping import Int
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
+from moe.analysis.figures.specialization import SPECIALIZATION_FILE
 from moe.config.schema import Config, DataConfig
 from moe.data.blocks import Prepared
 from moe.files import sha256, write_json, write_text
@@ -28,13 +29,11 @@ from moe.specialization.observation import (
     reason_not_studied,
     validation_blocks,
 )
-from moe.specialization.page import page
 from moe.specialization.regret import route_regret
 from moe.specialization.vocabulary import keywords
 from moe.training.setup import prepare_data
 
 STUDY_FORMAT = 2  # Increase it whenever the same model gives different numbers.
-RESULTS_FILE = "specialization.json"
 LANDSCAPE_BLOCKS = 8
 NO_NEXT_TOKEN = -1  # Label of a token that predicts nothing, because its text ends there.
 
@@ -54,7 +53,7 @@ def study(folder: Path, *, blocks_wanted: int, samples: int) -> bool:
         "blocks_wanted": blocks_wanted,
         "samples": samples,
     }
-    path = folder / RESULTS_FILE
+    path = folder / SPECIALIZATION_FILE
     if path.exists() and json.loads(path.read_text()).get("settings") == settings:
         return False
     began = time.monotonic()
@@ -154,7 +153,7 @@ def compare_seeds(folders: list[Path]) -> None:
             if other != folder and folder in last and _differ_in_seed_only(runs[folder], runs[other])
         ]
         others = [other for other in others if last[other].shape == last[folder].shape]
-        content = json.loads((folder / RESULTS_FILE).read_text())
+        content = json.loads((folder / SPECIALIZATION_FILE).read_text())
         content["seed_agreement"] = [
             {
                 "seed": runs[other]["config"]["seed"],
@@ -163,7 +162,7 @@ def compare_seeds(folders: list[Path]) -> None:
             }
             for other in others
         ]
-        write_json(folder / RESULTS_FILE, to_json(content))
+        write_json(folder / SPECIALIZATION_FILE, to_json(content))
 
 
 def _differ_in_seed_only(a: dict[str, Any], b: dict[str, Any]) -> bool:

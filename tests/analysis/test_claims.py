@@ -13,9 +13,9 @@ import pytest
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from moe.analysis.claims import evidence, judge, judge_planned, planned, post_hoc
+from moe.analysis.claims import contrasts_without_claim, evidence_sentence, judge, judge_planned, planned_claims
 from moe.analysis.statistics import contrasts
-from moe.analysis.studies.published import as_runs, claims_of, read_published
+from moe.analysis.studies.published import as_runs, experiment_claims, read_published
 from moe.checks import ConfigError
 from moe.config.claim import ClaimConfig
 from moe.config.options import CONF, options
@@ -236,7 +236,7 @@ def test_what_is_not_there_leaves_a_claim_undecided(asked: ClaimConfig, reason: 
     assert table["verdict"].tolist() == ["undecided", "supported"]
     assert reason in table["reason"].iloc[0]
     assert table["n"].iloc[0] == 0
-    assert reason in evidence(table.iloc[0])
+    assert reason in evidence_sentence(table.iloc[0])
     assert table["p Holm"].iloc[1] == table["p"].iloc[1], "a test that cannot be made costs the others nothing"
 
 
@@ -276,7 +276,7 @@ def test_a_seed_that_lacks_a_run_is_left_out_and_named() -> None:
     lost = (runs["noise"] == 0.5) & (runs["lb"] == 0.0) & (runs["seed"] == 44)
     row = only(runs.assign(**{PPL: runs[PPL].mask(lost)}), claim("higher", [0.5], [0.0]))
     assert row["n"] == 2
-    assert row["reason"].startswith("left out, for lacking a finished run: seed 44")
+    assert row["reason"].startswith("left out, because a finished run is missing: seed 44")
     assert row["difference"] == pytest.approx(
         only(runs[runs["seed"] != 44], claim("higher", [0.5], [0.0]))["difference"]
     )
@@ -285,22 +285,22 @@ def test_a_seed_that_lacks_a_run_is_left_out_and_named() -> None:
 def test_causality_stands_beside_routers() -> None:
     runs = runs_of({"softk": 100, "expert_choice": 100}, factor="router")
     runs = runs.assign(causal=runs["router"] != "expert_choice")
-    [asked] = [each for each in claims_of("experiment_c") if each.kind == "equivalent"]
+    [asked] = [each for each in experiment_claims("experiment_c") if each.kind == "equivalent"]
     assert only(runs, asked)["compared"] == "router expert_choice (causal: no) vs softk (causal: yes)"
 
 
 def test_contrasts_that_nobody_claimed_are_post_hoc() -> None:
     runs = as_runs(read_published("noise_runs"))
     table = contrasts(runs, PPL, ["noise", "lb"])
-    left = post_hoc(table, [claim("higher", [0.5], [0.0])])
+    left = contrasts_without_claim(table, [claim("higher", [0.5], [0.0])])
     assert set(zip(left["factor"], left["level"], strict=True)) == {("noise", 0.1), ("lb", 0.01)}
-    assert post_hoc(table, [claim("lowest", [0.0])])["factor"].unique().tolist() == ["lb"]
-    assert len(post_hoc(table.assign(metric="val/loss"), [claim("lowest", [0.0])])) == len(table)
+    assert contrasts_without_claim(table, [claim("lowest", [0.0])])["factor"].unique().tolist() == ["lb"]
+    assert len(contrasts_without_claim(table.assign(metric="val/loss"), [claim("lowest", [0.0])])) == len(table)
     routers = pd.DataFrame(
         [{"metric": PPL, "factor": "router", "level": "b (causal: no)", "reference": "a (causal: yes)"}]
     )
     about = ClaimConfig(text="", metric=PPL, factor="router", levels=["a"], than=["b"], kind="lower")
-    assert post_hoc(routers, [about]).empty
+    assert contrasts_without_claim(routers, [about]).empty
 
 
 @pytest.fixture
@@ -334,16 +334,17 @@ def test_an_experiment_can_judge_all_that_it_claims(experiment: str, sweep) -> N
     narrowed = NARROWED.get(experiment, [])
     runs = sweep(experiment, *narrowed, seeds=(42, 43, 44))
     [cell, *_] = read_cells([f"experiment={experiment}", *narrowed, "seed=42"]) or []
-    assert [(each, len(held)) for each, held in planned(runs)] == [(each, len(runs)) for each in cell.config.claims]
+    planned = [(each, len(members)) for each, members in planned_claims(runs)]
+    assert planned == [(each, len(runs)) for each in cell.config.claims]
     table = judge_planned(runs)
-    assert table["claim"].tolist() == [each.text for each in claims_of(experiment)]
+    assert table["claim"].tolist() == [each.text for each in experiment_claims(experiment)]
     assert (table["experiment"] == experiment).all()
     assert (table["n"] == 3).all()
     assert table["p Holm"].notna().all()
 
 
 def test_claimed_metrics_exist_and_experiments_with_claims_are_known() -> None:
-    claimed = {each.metric for name in WITH_CLAIMS for each in claims_of(name)}
+    claimed = {each.metric for name in WITH_CLAIMS for each in experiment_claims(name)}
     domains = {f"val/loss/{domain}" for domain in ("python", "cpp", "math")}
     assert all(lookup(metric) for metric in claimed)
     assert {metric for metric in claimed if metric.startswith("val/loss/")} <= domains
@@ -352,7 +353,7 @@ def test_claimed_metrics_exist_and_experiments_with_claims_are_known() -> None:
 
 def test_what_the_plan_says_of_stability_is_judged_beyond_chance() -> None:
     """Uneven load makes any two choices agree; of the overlap of neighbors no corrected form is logged."""
-    asked = {each.metric for name in ("spectra_ablation", "spectra_sweep_e") for each in claims_of(name)}
+    asked = {each.metric for name in ("spectra_ablation", "spectra_sweep_e") for each in experiment_claims(name)}
     assert "routing/consistency_kappa" in asked
     assert "routing/consistency" not in asked
 
@@ -370,8 +371,8 @@ def test_a_later_claim_is_judged_by_later_runs_alone(sweep) -> None:
 def test_experiments_are_families_apart_and_runs_without_claims_make_none(sweep) -> None:
     few = ["noise=0.0,0.5", "lb=0.0,0.01"]
     runs = sweep("noise_lb_seed", "claims=[]", *few)
-    assert planned(runs) == []
-    assert planned(sweep("noise_lb_seed", *few)) == [], "a run that has begun takes no new claims"
+    assert planned_claims(runs) == []
+    assert planned_claims(sweep("noise_lb_seed", *few)) == [], "a run that has begun takes no new claims"
     assert judge_planned(runs).empty
     runs = sweep("temperature_schedules")
     assert set(judge_planned(runs)["experiment"]) == {"temperature_schedules"}
@@ -388,7 +389,7 @@ def test_a_claim_of_another_version_is_named(sweep) -> None:
     path = Path(runs["folder"].iloc[0]) / "run.json"
     path.write_text(path.read_text().replace('"kind": "lowest"', '"sort": "lowest"'))
     with pytest.raises(ValueError, match=r"cannot read the claim .*sort"):
-        planned(runs)
+        planned_claims(runs)
 
 
 def test_claims_are_no_part_of_a_runs_identity_or_its_table(sweep, tmp_path: Path) -> None:

@@ -9,13 +9,13 @@ import pytest
 from moe.analysis.studies.published import (
     TOKENS_PER_STEP,
     _hash_balance,
-    _honest_speed,
     _interaction,
     _judged,
     _throughput,
+    _with_corrected_speed,
     as_runs,
-    claims_of,
     drop_rates,
+    experiment_claims,
     judge_drops,
     noise_conditions,
     read_published,
@@ -59,7 +59,7 @@ def test_every_sentence_has_a_verdict_and_numbers(sentences: pd.DataFrame) -> No
     claimed = {
         claim.text
         for name in ("noise_lb_seed", "temperature_ablation", "temperature_schedules", "experiment_a", "experiment_c")
-        for claim in claims_of(name)
+        for claim in experiment_claims(name)
     }
     assert claimed <= set(sentences.index)
 
@@ -130,7 +130,7 @@ def test_the_share_of_validation_solves_two_equations() -> None:
     def logged(interval: int) -> pd.DataFrame:
         inflated = interval * TOKENS_PER_STEP / (0.020 + 36 / interval)
         row = {"router": "softk", "capacity_factor": 1.25, "eval_interval": interval, "median_tokens_per_s": inflated}
-        return _honest_speed(pd.DataFrame([row]))
+        return _with_corrected_speed(pd.DataFrame([row]))
 
     sentence = _throughput(logged(100), logged(200))
     assert "90% or more" in sentence.evidence
@@ -140,4 +140,4 @@ def test_the_share_of_validation_solves_two_equations() -> None:
 def test_the_published_throughput_was_mostly_validation(sentences: pd.DataFrame) -> None:
     [row] = [row for name, row in sentences.iterrows() if str(name).startswith("Throughput")]
     assert row["verdict"] == "contradicted"
-    assert "inflated 100 and 200 times: it is 74,420 to 183,520, of which 93% or more" in row["evidence"]
+    assert "inflated 100 and 200 times: it is 74,420 to 183,520, and 93% or more" in row["evidence"]

@@ -17,29 +17,30 @@ import pytest
 from matplotlib.figure import Figure
 from statsmodels.stats.multitest import multipletests
 
-from moe.analysis.figures.effects import factor_plot, forest, learning_curves, noise_lb
+from moe.analysis.figures.curves import learning_curves
+from moe.analysis.figures.drawing import Drawing
+from moe.analysis.figures.effects import factor_panels, factor_plot, forest
 from moe.analysis.figures.layers import drop_by_position, layer_profile, layer_trends
-from moe.analysis.report.accounts import what_was_run
 from moe.analysis.report.blocks import (
-    MOST_ROWS,
+    MAX_ROWS,
     Attachment,
-    Block,
-    Bullets,
+    BulletList,
     Details,
     Heading,
-    Picture,
-    Table,
-    Tally,
-    Text,
+    Paragraph,
+    ReportBlock,
+    StatusBar,
+    TableBlock,
 )
-from moe.analysis.report.inputs import Wishes, gather
-from moe.analysis.report.markdown import markdown
-from moe.analysis.report.provenance import differences
-from moe.analysis.report.report import write, write_report
+from moe.analysis.report.inputs import ReportOptions, collect_inputs
+from moe.analysis.report.markdown import table_as_markdown
+from moe.analysis.report.report import save_report, write_report
+from moe.analysis.report.sections.overview import what_was_run
+from moe.analysis.report.sections.provenance import differences
 from moe.analysis.statistics import contrasts
 from moe.analysis.studies.published import read_published
 from moe.results.conditions import with_causality
-from moe.results.table import read_event_tables, load_runs
+from moe.results.table import load_runs, read_event_tables
 
 ROOT = Path(__file__).parents[2]
 
@@ -126,7 +127,7 @@ def published(tmp_path: Path) -> Path:
 
 
 def test_the_published_runs_give_the_published_verdicts(published: Path, tmp_path: Path) -> None:
-    text = write_report(load_runs([published]), tmp_path / "out", Wishes(references={"lb": 0.01})).read_text()
+    text = write_report(load_runs([published]), tmp_path / "out", ReportOptions(references={"lb": 0.01})).read_text()
     assert (
         "noise 0.1 vs 0.0 at lb=0.01: +1.15 perplexity [0.967, 1.34], p=0.0014 (Holm 0.0085), n=3: **worse**\n" in text
     )
@@ -190,8 +191,8 @@ def test_claims_margins_and_several_experiments(published: Path, tmp_path: Path)
     for seed in (42, 43, 44):  # a condition of the other experiment again
         metrics = {"val/perplexity": 130.0 + seed, "val/loss": 4.9 + seed / 100}
         write_run(tmp_path / "multirun" / "floor" / f"seed={seed}", metrics, seed=seed, noise=0.0, lb=0.0)
-    wishes = Wishes(references={"lb": 0.01}, margins={"val/perplexity": "3%"})
-    text = write_report(load_runs([tmp_path / "multirun"]), tmp_path / "out", wishes).read_text()
+    options = ReportOptions(references={"lb": 0.01}, margins={"val/perplexity": "3%"})
+    text = write_report(load_runs([tmp_path / "multirun"]), tmp_path / "out", options).read_text()
     assert "- noise hurts (us): **supported**; noise 0.5 vs 0.0: 144.3 vs 130.4 (+10.7%)" in text
     assert "noise 0.5 vs 0.0 at lb=0.0: " not in text.split("Post hoc")[0].split("load CV")[0]
     assert "lb 0.0 vs 0.01 at noise=0.0: +0.307 perplexity [-1.72, 2.33], p=0.58 (Holm 1), n=3: **equivalent**" in text
@@ -205,18 +206,18 @@ def test_a_reference_holds_for_the_experiments_that_have_it(published: Path, tmp
     for lb, seed in product((0.0, 0.02), (42, 43)):
         metrics = {"val/perplexity": 130.0 + seed + 100 * lb}
         write_run(tmp_path / "multirun" / "other" / f"lb={lb},seed={seed}", metrics, seed=seed, noise=0.0, lb=lb)
-    _, *parts = gather(load_runs([tmp_path / "multirun"]), Wishes(references={"lb": 0.01}))
+    _, *parts = collect_inputs(load_runs([tmp_path / "multirun"]), ReportOptions(references={"lb": 0.01}))
     assert [set(part.contrasts.query("factor == 'lb'")["reference"]) for part in parts] == [{0.01}, {0.0}]
     with pytest.raises(ValueError, match=r"reference lb=7: allowed are 0.0, 0.01, 0.02"):
-        gather(load_runs([tmp_path / "multirun"]), Wishes(references={"lb": 7}))
+        collect_inputs(load_runs([tmp_path / "multirun"]), ReportOptions(references={"lb": 7}))
 
 
 def test_a_metric_that_is_wished_for_is_judged_like_the_others_and_all_are_one_family(
     published: Path, tmp_path: Path
 ) -> None:
     runs, metric = load_runs([published]), "val/accuracy"
-    wishes = Wishes(margins={metric: "5%"}, metrics=(metric, "val/perplexity", metric))
-    text = write_report(runs, tmp_path / "out", wishes).read_text()
+    options = ReportOptions(margins={metric: "5%"}, metrics=(metric, "val/perplexity", metric))
+    text = write_report(runs, tmp_path / "out", options).read_text()
     table = pd.read_csv(tmp_path / "out" / "contrasts.csv")
     alone = contrasts(with_causality(runs), metric, ["noise", "lb"], margin="5%").set_index(
         ["factor", "level", "within"]
@@ -257,7 +258,7 @@ def test_an_experiment_without_the_metric_is_corrected_as_if_nobody_had_wished_f
             names = ["val/perplexity", "routing/load_cv/pooled", *metrics]
             values = {name: (seed + noise) ** index for index, name in enumerate(names, start=2)}
             write_run(tmp_path / experiment / f"{noise},{seed}", values, seed=seed, noise=noise)
-    _, has, has_not = gather(load_runs([tmp_path]), Wishes(metrics=("routing/load_gini",)))
+    _, has, has_not = collect_inputs(load_runs([tmp_path]), ReportOptions(metrics=("routing/load_gini",)))
     assert has.tested == [*has_not.tested, "routing/load_gini"]
     np.testing.assert_allclose(has.contrasts["p Holm"], multipletests(has.contrasts["p"], method="holm")[1])
     np.testing.assert_allclose(has_not.contrasts["p Holm"], has_not.contrasts["p"])
@@ -267,7 +268,7 @@ def test_an_experiment_without_the_metric_is_corrected_as_if_nobody_had_wished_f
 def test_a_metric_that_is_null_everywhere_is_no_wish_to_grant(tmp_path: Path) -> None:
     write_run(tmp_path / "x" / "seed=1", {"val/loss": 1.0, "routing/jaccard": math.nan}, seed=1)
     with pytest.raises(ValueError, match=r"^metric routing/jaccard: null in every run$"):
-        gather(load_runs([tmp_path]), Wishes(metrics=("routing/jaccard",)))
+        collect_inputs(load_runs([tmp_path]), ReportOptions(metrics=("routing/jaccard",)))
 
 
 def test_routing_is_told_by_condition_wherever_it_was_measured(tmp_path: Path) -> None:
@@ -276,8 +277,8 @@ def test_routing_is_told_by_condition_wherever_it_was_measured(tmp_path: Path) -
             metrics = {"val/loss": 1.0 + seed, "routing/load_gini": gini, "routing/jaccard": math.nan}
             metrics |= {"routing/consistency_kappa": 0.5 + seed} if noise else {}
             write_run(tmp_path / "x" / f"{noise},{seed}", metrics, seed=seed, noise=noise)
-    wishes = Wishes(metrics=("routing/consistency_kappa",))  # stands in the table of conditions as well
-    text = write_report(load_runs([tmp_path / "x"]), tmp_path / "out", wishes).read_text()
+    options = ReportOptions(metrics=("routing/consistency_kappa",))  # stands in the table of conditions as well
+    text = write_report(load_runs([tmp_path / "x"]), tmp_path / "out", options).read_text()
     rows = [line for line in text.split("**Routing by condition**")[1].splitlines() if line.startswith("|")]
     assert [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[:4] if "---" not in row] == [
         ["noise", "load_gini", "consistency_kappa", "n seeds"],
@@ -335,13 +336,13 @@ def test_the_table_of_what_was_run_counts_every_status(tmp_path: Path) -> None:
         (folder / "run.json").write_text(json.dumps(record | {"error": error}))
     (tmp_path / "x" / "sweep.json").write_text(json.dumps({"cells": {"noise=0.0,seed=9": {}}}))
     write_run(tmp_path / "y" / "noise=0.0,seed=1", {"val/loss": 1.0}, seed=1, noise=0.0)
-    blocks = list(what_was_run(gather(load_runs([tmp_path]))[0]))
-    assert [(name, n) for block in blocks if isinstance(block, Tally) for name, n, _ in block.parts] == [
+    blocks = list(what_was_run(collect_inputs(load_runs([tmp_path]))[0]))
+    assert [(name, n) for block in blocks if isinstance(block, StatusBar) for name, n, _ in block.counts] == [
         *(("finished", 3), ("missing", 1), ("failed", 1), ("diverged", 1), ("interrupted", 1), ("running", 1)),
         ("unreadable", 0),
     ]
     by_experiment, by_condition = (
-        block.frame for block in blocks if isinstance(block, Table) and "finished" in block.frame
+        block.frame for block in blocks if isinstance(block, TableBlock) and "finished" in block.frame
     )
     assert by_experiment.to_numpy().tolist() == [["x", 2, 1, 1, 1, 1, 1, 0], ["y", 1, 0, 0, 0, 0, 0, 0]]
     rows = by_condition.set_index(["experiment", "condition"])
@@ -390,24 +391,24 @@ def test_nothing_in_the_data_becomes_markup(tmp_path: Path) -> None:
 
 def test_every_kind_of_block_is_rendered_twice(tmp_path: Path) -> None:
     figure = Figure(figsize=(1, 1))
-    blocks: list[Block] = [
+    blocks: list[ReportBlock] = [
         Heading("A title"),
-        Text("some `code` and\n**bold**"),
-        Bullets(["one", "two"]),
-        Table(pd.DataFrame({"row": range(MOST_ROWS + 1)})),
-        Tally([("whole", 3, "good"), ("broken", 1, "bad"), ("absent", 0, "idle")]),
-        Picture("drawing", figure, "what it shows"),
+        Paragraph("some `code` and\n**bold**"),
+        BulletList(["one", "two"]),
+        TableBlock(pd.DataFrame({"row": range(MAX_ROWS + 1)})),
+        StatusBar([("whole", 3, "good"), ("broken", 1, "bad"), ("absent", 0, "idle")]),
+        Drawing("drawing", "what it shows", figure),
         Attachment("a.csv", "x\n1\n", "some numbers"),
-        Details("more of it", [Text("inside")]),
+        Details("more of it", [Paragraph("inside")]),
     ]
-    text = write("Title", blocks, tmp_path).read_text()
+    text = save_report("Title", blocks, tmp_path).read_text()
     page = Page(tmp_path)
     for words in ("Title", "A title", "one", "two", "what it shows", "some numbers", "more of it", "inside"):
         assert words in text
         assert words in page.text
-    assert f"The first {MOST_ROWS} of {MOST_ROWS + 1} rows." in text
-    assert f"The first {MOST_ROWS} of {MOST_ROWS + 1} rows." in page.text
-    assert page.tags.count("tr") == MOST_ROWS + 1, "with the head"
+    assert f"The first {MAX_ROWS} of {MAX_ROWS + 1} rows." in text
+    assert f"The first {MAX_ROWS} of {MAX_ROWS + 1} rows." in page.text
+    assert page.tags.count("tr") == MAX_ROWS + 1, "with the head"
     assert "4 runs: 3 whole, 1 broken" in text
     assert "absent" not in page.text
     assert {"code", "strong", "details"} <= set(page.tags)
@@ -478,7 +479,8 @@ def test_every_router_says_whether_it_is_causal(tmp_path: Path) -> None:
                 "val/perplexity": 3.0 + 0.1 * seed * causal,
             }
             write_run(tmp_path / "r" / f"{causal},{seed}", metrics, causal=causal, seed=seed)
-    text = write_report(load_runs([tmp_path / "r"]), tmp_path / "out", Wishes(references={"router": "topk"})).read_text()
+    options = ReportOptions(references={"router": "topk"})
+    text = write_report(load_runs([tmp_path / "r"]), tmp_path / "out", options).read_text()
     assert "| expert_choice (causal: no) | 3 | 3 |" in text
     assert "router expert_choice (causal: no) vs topk (causal: yes): -0.2 perplexity" in text
     assert "factors_routing_load_cv_pooled: not drawn, no run has routing/load_cv/pooled" in text
@@ -490,7 +492,8 @@ def test_an_arm_is_named_with_the_causality_of_its_router_and_leads_it(tmp_path:
         for variant, causal in (("top1", True), ("top2", True), ("choice", False)):
             metrics = {"val/perplexity": 3.0 + 0.1 * seed * causal}
             write_run(tmp_path / "r" / f"{variant},{seed}", metrics, causal=causal, variant=variant, seed=seed)
-    text = write_report(load_runs([tmp_path / "r"]), tmp_path / "out", Wishes(references={"variant": "top2"})).read_text()
+    options = ReportOptions(references={"variant": "top2"})
+    text = write_report(load_runs([tmp_path / "r"]), tmp_path / "out", options).read_text()
     assert "variant choice (causal: no) vs top2 (causal: yes): -0.2 perplexity" in text
     assert "variant top1 (causal: yes) vs top2 (causal: yes): +0 perplexity" in text
     assert "router changes only together with variant" in text
@@ -515,7 +518,7 @@ def test_no_finished_run_is_no_crash(tmp_path: Path) -> None:
 
 def test_figures_show_every_seed_and_name_n(published: Path) -> None:
     runs = load_runs([published])
-    left, right = noise_lb(runs).axes
+    left, right = factor_panels(runs, "noise", "lb", ["val/perplexity", "routing/load_cv/pooled"]).axes
     assert (left.get_ylabel(), right.get_ylabel()) == ("validation perplexity", "load CV over experts, layers pooled")
     assert left.get_legend_handles_labels()[1] == [
         "load-balancing weight 0.0 (n=3)",
@@ -532,13 +535,13 @@ def test_figures_show_every_seed_and_name_n(published: Path) -> None:
 
 def test_markdown_is_a_table() -> None:
     table = pd.DataFrame({"name": ["a|b", None], "p": [0.00123, float("nan")], "mean": [130.23456, 1.0]})
-    assert markdown(table).split("\n") == [
+    assert table_as_markdown(table).split("\n") == [
         "| name | p | mean |",
         "| :--- | ---: | ---: |",
         "| a\\|b | 0.0012 | 130.23 |",
         "| – | – | 1 |",
     ]
-    assert markdown(pd.DataFrame()) == "(none)"
+    assert table_as_markdown(pd.DataFrame()) == "(none)"
 
 
 def analyze(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -11,8 +11,8 @@ from moe.analysis.statistics import (
     contrasts,
     corrected,
     detectable_effect,
-    inside,
     noise_floor,
+    range_test,
     sign_flip,
     with_intervals,
 )
@@ -123,10 +123,10 @@ def test_equivalence_without_a_spread_or_a_second_seed_is_unknown(runs: pd.DataF
 def test_one_range_has_an_inside_and_an_outside() -> None:
     differences = np.array([1.0, 2.0, 1.4, 1.9])
     two_sided = stats.ttest_1samp(differences, 0).pvalue
-    assert inside(differences, 0.0, np.inf)[0] * 2 == pytest.approx(two_sided)
-    assert inside(differences, -np.inf, 0.0)[1] == pytest.approx(two_sided)
-    assert inside(differences, 0.0, np.inf)[1] == 1
-    within, outside = inside(differences, 5.0, 6.0)
+    assert range_test(differences, 0.0, np.inf)[0] * 2 == pytest.approx(two_sided)
+    assert range_test(differences, -np.inf, 0.0)[1] == pytest.approx(two_sided)
+    assert range_test(differences, 0.0, np.inf)[1] == 1
+    within, outside = range_test(differences, 5.0, 6.0)
     assert within > 0.99
     assert outside == pytest.approx(stats.ttest_1samp(differences, 5).pvalue)
 

@@ -15,12 +15,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from moe.analysis.figures.drawing import Drawing
 from moe.analysis.studies.temperature import figures as drawing
 from moe.analysis.studies.temperature.data import ablation, scheduled, with_training
-from moe.analysis.studies.temperature.figures import temperature_figures
+from moe.analysis.studies.temperature.figures import temperature_drawings
 from moe.analysis.studies.temperature.reports import insights, specialization_report, summary_report
 from moe.results.conditions import with_causality
-from moe.results.table import read_event_tables, load_runs
+from moe.results.table import load_runs, read_event_tables
 
 TEMPERATURES = (0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
 SCHEDULES = ("linear", "cosine", "exponential", "step")
@@ -116,9 +117,13 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def by_name(drawings: Iterable[Drawing]) -> dict[str, Figure | str]:
+    return {drawn.name: drawn.figure or drawn.reason for drawn in drawings}
+
+
 @pytest.fixture(scope="module")
 def drawn(study: Path) -> dict[str, Figure]:
-    figures = dict(temperature_figures(*read(study)))
+    figures = by_name(temperature_drawings(*read(study)))
     assert all(isinstance(figure, Figure) for figure in figures.values()), figures
     return figures  # type: ignore[return-value]
 
@@ -154,7 +159,7 @@ def test_the_figures_have_the_names_of_the_study_and_panels_that_do_not_overlap(
 
 
 def test_one_seed_of_three_temperatures_is_enough_and_says_so(tmp_path: Path) -> None:
-    figures = dict(temperature_figures(*read(write_ablation(tmp_path, (0.7, 1.0, 2.0), (42,)))))
+    figures = by_name(temperature_drawings(*read(write_ablation(tmp_path, (0.7, 1.0, 2.0), (42,)))))
     assert figures.pop("schedule_comparison") == "no finished run has a schedule of its temperature"
     for figure in figures.values():
         assert isinstance(figure, Figure)
@@ -226,14 +231,14 @@ def test_schedules_stand_beside_the_constant_temperature_where_they_end(study: P
 
 
 def test_a_missing_input_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quick = [sheet._replace(draw=wraps(sheet.draw)(lambda *_: Figure())) for sheet in drawing.SHEETS]
-    monkeypatch.setattr(drawing, "SHEETS", quick)  # what can be drawn is drawn elsewhere
+    quick = [recipe._replace(draw=wraps(recipe.draw)(lambda *_: Figure())) for recipe in drawing.RECIPES]
+    monkeypatch.setattr(drawing, "RECIPES", quick)  # what can be drawn is drawn elsewhere
     small = write_ablation(tmp_path / "small", (1.0, 2.0), (42,))
     write_run(small / "linear", schedule="linear")
     runs, evals, trains = read(small)
 
     def reasons(*tables: pd.DataFrame) -> dict[str, str]:
-        return {name: figure for name, figure in temperature_figures(*tables) if isinstance(figure, str)}
+        return {drawn.name: drawn.reason for drawn in temperature_drawings(*tables) if drawn.figure is None}
 
     assert reasons(runs, evals, pd.DataFrame()) == {"routing_dynamics": "no run has train/load_balance in its events"}
     assert len(reasons(runs, pd.DataFrame(), pd.DataFrame())) == 6
@@ -333,7 +338,7 @@ def compared(*differences: float, offsets: Iterable[float] = (0.0, 1.0, 2.0)) ->
 def test_sentences_follow_the_data() -> None:
     lead, up = compared(0.10, 0.11, 0.12)  # within a seed, though the seeds lie a whole nat apart
     assert lead.startswith(
-        "Lowest mean final loss: temperature 1.0, 5 nats per token [2.516, 7.484], n=3, picked after"
+        "Lowest mean final loss: temperature 1.0, 5 nats per token [2.516, 7.484], n=3, chosen after"
     )
     assert lead.endswith("better than every other.")
     assert up.startswith(
@@ -347,9 +352,9 @@ def test_sentences_follow_the_data() -> None:
     lead, noise = compared(-0.1, 0.0, 0.11)
     assert lead.endswith("undecided against temperature 2.0.")
     assert "n=3: undecided, the smallest effect these seeds could have seen (power 0.8) is" in noise
-    assert "undecided, the same difference in every seed" in compared(0.0, 0.0, 0.0)[1]
-    assert "n=1: undecided, a test needs two paired seeds" in compared(0.1, offsets=(0.0,))[1]
-    assert "undecided, no seed has both" in compared(math.nan, offsets=(0.0,))[1]
+    assert "undecided (the same difference in every seed" in compared(0.0, 0.0, 0.0)[1]
+    assert "n=1: undecided (a test needs two paired seeds" in compared(0.1, offsets=(0.0,))[1]
+    assert "no seed has a value at both levels: undecided" in compared(math.nan, offsets=(0.0,))[1]
 
 
 def test_gini_insights_say_more_or_less_balanced(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from moe.analysis.figures.effects import frontier, overlay
 from moe.analysis.report.report import write_report
+from moe.analysis.studies.routing_bench import frontier, overlay
 from moe.launch.command_line import read_cells
 from moe.results.frontier import LATE, bench_table, pareto_front, with_training_means
 from moe.results.sweep_tables import write_sweep_tables

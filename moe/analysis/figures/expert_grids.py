@@ -1,4 +1,4 @@
-"""Figures of single experts: what each prefers and what it is worth, one run a row, one layer a column."""
+"""Figures of single experts: what each prefers and what it is worth. A row is a run, a column is a layer."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,14 +8,14 @@ import numpy as np
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from moe.analysis.figures.style import MARKERS, PALETTE, RC
+from moe.analysis.figures.style import MARKER_SHAPES, PALETTE, RC
 
-MOST_ROWS, MOST_COLUMNS = 4, 6  # of small panels in a figure that is as wide as a report
+MAX_RUNS, MAX_LAYERS = 4, 6  # rows and columns of panels in a figure that is as wide as a report
 KEYWORDS_SHOWN = 5
 
 
-class Studied(NamedTuple):
-    """A run's specialization.json, its condition (all factors but the seed) and its seed."""
+class MeasuredRun(NamedTuple):
+    """A run with its condition (all factors but the seed), its seed, and the content of its specialization.json."""
 
     condition: str
     seed: int
@@ -23,23 +23,30 @@ class Studied(NamedTuple):
 
 
 @matplotlib.rc_context(RC)
-def domains(runs: list[Studied]) -> Figure:
-    """P(expert | domain) as a multiple of an even share, 1: no preference."""
+def expert_domains(runs: list[MeasuredRun]) -> Figure:
+    """Draw P(expert | domain) as a multiple of an even share; 1 is no preference."""
     names = runs[0].found["domains"]
-    return _heatmaps(runs, "given_domain", _relative, rows=("domain", names), title="share of a domain's assignments")
+    return _heatmaps(
+        runs, "given_domain", _relative_to_even_share, rows=("domain", names), title="share of a domain's assignments"
+    )
 
 
 @matplotlib.rc_context(RC)
-def positions(runs: list[Studied]) -> Figure:
-    """P(expert | decile of the position in the sequence) as a multiple of an even share."""
+def expert_positions(runs: list[MeasuredRun]) -> Figure:
+    """Draw P(expert | decile of the position in the sequence) as a multiple of an even share."""
     names = [str(decile + 1) for decile in range(len(runs[0].found["given_position"][0]))]
     title = "share of a position's assignments"
-    return _heatmaps(runs, "given_position", _relative, rows=("decile of the position", names), title=title)
+    return _heatmaps(
+        runs, "given_position", _relative_to_even_share, rows=("decile of the position", names), title=title
+    )
 
 
 @matplotlib.rc_context(RC)
-def coactivations(runs: list[Studied]) -> Figure:
-    """How often an expert's tokens took another expert too, as a multiple of chance; only for more than one a token."""
+def expert_coactivation(runs: list[MeasuredRun]) -> Figure:
+    """Draw how often an expert's tokens chose another expert too, as a multiple of chance.
+
+    The runs must have more than one expert per token.
+    """
     names = [str(expert) for expert in range(len(runs[0].found["load"][0]))]
 
     def to_chance(found: dict[str, Any], layer: int) -> np.ndarray:
@@ -49,8 +56,12 @@ def coactivations(runs: list[Studied]) -> Figure:
 
 
 @matplotlib.rc_context(RC)
-def knockouts(runs: list[Studied]) -> Figure:
-    """The rise of the loss without each expert, re-routed and zeroed, with intervals over documents and the null."""
+def expert_knockouts(runs: list[MeasuredRun]) -> Figure:
+    """Draw the rise of the loss without each expert, with intervals over documents.
+
+    Its tokens go to other experts, or its output becomes zero. A dash is the rise when as many random assignments are
+    removed.
+    """
     figure, panels, layers = _grid(runs, height=2.0)
     for row, run in zip(panels, runs, strict=False):
         for axes, layer in zip(row, layers, strict=True):
@@ -74,8 +85,11 @@ def knockouts(runs: list[Studied]) -> Figure:
 
 
 @matplotlib.rc_context(RC)
-def embeddings(run: Studied) -> Figure | str:
-    """Experts as points by what they do to the same tokens: PCA and t-SNE; a color a layer, the number the expert."""
+def expert_embeddings(run: MeasuredRun) -> Figure | str:
+    """Draw experts as points by their outputs on the same tokens, by PCA and by t-SNE; return a reason if too few.
+
+    Each layer has a color, and each point the number of its expert.
+    """
     found = run.found["embedding"]
     if found is None:
         return "fewer than four experts in all"
@@ -85,8 +99,8 @@ def embeddings(run: Studied) -> Figure | str:
     names = (f"component 1 ({explained[0]:.0f} % of variance)", f"component 2 ({explained[1]:.0f} %)")
     for axes, name, labels in ((left, "pca", names), (right, "tsne", ("t-SNE 1", "t-SNE 2"))):
         for layer, points in enumerate(np.array(found[name])):
-            look = {"color": PALETTE[layer % len(PALETTE)], "marker": MARKERS[layer % len(MARKERS)]}
-            axes.scatter(*points.T, s=140, alpha=0.35, label=f"layer {layer}", linewidth=0, **look)
+            point_style = {"color": PALETTE[layer % len(PALETTE)], "marker": MARKER_SHAPES[layer % len(MARKER_SHAPES)]}
+            axes.scatter(*points.T, s=140, alpha=0.35, label=f"layer {layer}", linewidth=0, **point_style)
             for expert, point in enumerate(points):
                 axes.annotate(str(expert), point, ha="center", va="center", fontsize=7)
         axes.set(xlabel=labels[0], ylabel=labels[1])
@@ -100,9 +114,9 @@ def embeddings(run: Studied) -> Figure | str:
 
 
 @matplotlib.rc_context(RC)
-def keywords(run: Studied) -> Figure:
-    """The first TF-IDF keywords of every expert, with the share of the token's occurrences that it took."""
-    layers = _shown(len(run.found["keywords"]), 4)
+def expert_keywords(run: MeasuredRun) -> Figure:
+    """Draw the first keywords of every expert by TF-IDF, with the share of the token's occurrences that it got."""
+    layers = _evenly_spaced(len(run.found["keywords"]), 4)
     experts = len(run.found["keywords"][0])
     figure = Figure(figsize=(max(7.0, 2.75 * len(layers)), 1.0 + 0.8 * experts), layout="constrained")
     for axes, layer in zip(figure.subplots(1, len(layers), squeeze=False)[0], layers, strict=True):
@@ -115,25 +129,25 @@ def keywords(run: Studied) -> Figure:
             text = "\n".join(lines) or "no token 3 times"
             axes.text(0.12, expert + 0.05, text, va="top", fontsize=7.5, family="monospace", parse_math=False)
             axes.axhline(expert, color="#d0d0d0", linewidth=0.6)
-    caption = f"{_name(run)}: expert, its tokens of largest TF-IDF, and the share of their occurrences that it took"
+    caption = f"{_name(run)}: expert, its tokens of largest TF-IDF, and the share of their occurrences that it got"
     figure.supxlabel(caption, fontsize="small")
     return figure
 
 
-def _relative(found: dict[str, Any], layer: int, name: str) -> np.ndarray:
+def _relative_to_even_share(found: dict[str, Any], layer: int, name: str) -> np.ndarray:
     table = _array(found[name][layer])
     return table * table.shape[-1]
 
 
 def _heatmaps(
-    runs: list[Studied],
+    runs: list[MeasuredRun],
     name: str,
     ratio: Callable[..., np.ndarray],
     *,
     rows: tuple[str, list[str]],
     title: str,
 ) -> Figure:
-    """`found[name][layer]` as multiples of chance, white at 1, at most 3; missing cells are gray."""
+    """Draw `found[name][layer]` as multiples of chance: white at 1, darkest from 3 on; missing cells are gray."""
     label, names = rows
     figure, panels, layers = _grid(runs, height=0.5 + 0.19 * len(names))
     norm = TwoSlopeNorm(1, vmin=0, vmax=3)
@@ -143,7 +157,7 @@ def _heatmaps(
         for axes, layer in zip(row, layers, strict=True):
             table = ratio(run.found, layer, *extra)
             image = axes.imshow(np.ma.masked_invalid(table), cmap=colors, norm=norm, aspect="auto")
-            if axes is row[0]:  # the others share its axis
+            if axes is row[0]:  # the other panels of the row share this axis
                 axes.set_yticks(range(len(names)), names)
             axes.set_xticks(range(table.shape[-1]) if table.shape[-1] <= 16 else [])
             axes.tick_params(labelsize=7)
@@ -156,10 +170,10 @@ def _heatmaps(
     return figure
 
 
-def _grid(runs: list[Studied], *, height: float) -> tuple[Figure, np.ndarray, list[int]]:
-    """Panels for the first runs and for layers evenly spaced, titled; says how many runs are left out."""
-    layers = _shown(len(runs[0].found["load"]), MOST_COLUMNS)
-    shown = runs[:MOST_ROWS]
+def _grid(runs: list[MeasuredRun], *, height: float) -> tuple[Figure, np.ndarray, list[int]]:
+    """Return panels with titles for the first runs and for some layers; a title says how many runs are left out."""
+    layers = _evenly_spaced(len(runs[0].found["load"]), MAX_LAYERS)
+    shown = runs[:MAX_RUNS]
     figure = Figure(figsize=(10.4, 1.2 + height * len(shown)), layout="constrained")
     panels = figure.subplots(len(shown), len(layers), squeeze=False, sharey="row")
     for row, run in zip(panels, shown, strict=True):
@@ -172,15 +186,15 @@ def _grid(runs: list[Studied], *, height: float) -> tuple[Figure, np.ndarray, li
     return figure, panels, layers
 
 
-def _shown(count: int, most: int) -> list[int]:
-    """At most `most` of 0 ... count-1, evenly spaced, with both ends."""
+def _evenly_spaced(count: int, most: int) -> list[int]:
+    """Return at most `most` of 0 ... count-1, evenly spaced, with both ends."""
     return sorted({round(place) for place in np.linspace(0, count - 1, min(count, most))})
 
 
-def _name(run: Studied) -> str:
+def _name(run: MeasuredRun) -> str:
     return f"{run.condition}, seed {run.seed}"
 
 
 def _array(values: Any) -> np.ndarray:
-    """Nulls of JSON as NaN."""
+    """Return an array of numbers in which nulls of JSON are NaN."""
     return np.array(values, dtype=float)

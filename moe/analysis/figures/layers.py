@@ -1,4 +1,4 @@
-"""Figures of routing by layer and by position: tables in, Figures out, as in `moe.analysis.figures.effects`."""
+"""Figures of routing by layer and by position in the sequence."""
 
 import math
 import re
@@ -11,34 +11,36 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from moe.analysis.figures.style import RC, axis_label, legend, look
+from moe.analysis.figures.style import RC, axis_label, interval_reach, line_style, shared_legend
 from moe.analysis.statistics import with_intervals
 from moe.metrics.catalog import select
 from moe.results.conditions import STD, levels
+from moe.routing.positions import DECILES
 
 METRICS = {metric.name: metric.axis for metric in select(shown="layer figures")}
 DROP_RATE = "val_capacity/drop_rate"
-DECILES = [f"{DROP_RATE}/decile{decile}" for decile in range(10)]
-PANELS = 12  # small multiples beyond that are too small
+DROP_RATES = [f"{DROP_RATE}/decile{decile}" for decile in range(DECILES)]
+MAX_PANELS = 12  # more of them would be too small
 
 
 def layers_of(columns: pd.Index, metric: str) -> dict[int, str]:
-    """Layer -> the column of `metric` in that layer, in order."""
+    """Return layer -> the column of `metric` in that layer, sorted by layer."""
     found = {column: re.fullmatch(rf"{re.escape(metric)}/layer(\d+)", column) for column in columns}
     return dict(sorted((int(match[1]), column) for column, match in found.items() if match))
 
 
-def known(table: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The rows, of runs or of events, that have `metric` in some layer, as numbers there."""
+def with_layer_values(table: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Return the rows (runs or events) that have a value of `metric` in some layer, with these columns as numbers."""
     columns = list(layers_of(table.columns, metric).values())
     return table.astype(dict.fromkeys(columns, float)).dropna(subset=columns, how="all") if columns else table.iloc[:0]
 
 
 @matplotlib.rc_context(RC)
 def layer_trends(events: pd.DataFrame, metric: str) -> Figure:
-    """A metric against step, a panel a condition, a line a layer: the mean over the seeds that have the step.
+    """Draw a metric against the step, with a panel for each condition and a line for each layer.
 
-    `events` are evaluations with the column "condition" (at most `PANELS` of them).
+    A line is the mean over the seeds that have the step. `events` are evaluations with a column "condition", which has
+    at most `MAX_PANELS` levels.
     """
     layers, panels = layers_of(events.columns, metric), levels(events["condition"])
     columns = min(3, len(panels))
@@ -55,7 +57,7 @@ def layer_trends(events: pd.DataFrame, metric: str) -> Figure:
         axes.set_title(f"{condition.replace(', ', chr(10))} (n={members['folder'].nunique()})", fontsize="medium")
     for axes in grid[len(panels) :]:
         axes.remove()
-    for axes in grid[max(0, len(panels) - columns) : len(panels)]:  # those with none below
+    for axes in grid[max(0, len(panels) - columns) : len(panels)]:  # panels with no panel below them
         axes.set_xlabel("optimizer step")
         axes.tick_params(labelbottom=True)
     figure.supylabel(METRICS[metric], fontsize="medium")
@@ -66,8 +68,8 @@ def layer_trends(events: pd.DataFrame, metric: str) -> Figure:
 
 @matplotlib.rc_context(RC)
 def layer_profile(runs: pd.DataFrame) -> Figure:
-    """The final value of every metric of `METRICS` that some run has, against the layer, a line a condition."""
-    found = {metric: layers_of(runs.columns, metric) for metric in METRICS if len(known(runs, metric))}
+    """Draw the final values of `METRICS` against the layer, with a line for each condition; skip those no run has."""
+    found = {metric: layers_of(runs.columns, metric) for metric in METRICS if len(with_layer_values(runs, metric))}
     across, rows = min(3, len(found)), math.ceil(len(found) / 3)
     figure = Figure(figsize=(max(6.4, 3.6 * across), _height(runs) + 3.2 * (rows - 1)), layout="constrained")
     grid = figure.subplots(rows, across, squeeze=False).flatten()
@@ -77,27 +79,31 @@ def layer_profile(runs: pd.DataFrame) -> Figure:
         _draw_conditions(axes, runs, list(columns.values()), list(columns))
         axes.set(xlabel="layer", ylabel=METRICS[metric])
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    legend(figure, "small: one seed; large: mean over n seeds and its 95 % t interval")
+    shared_legend(figure, "small: one seed; large: mean over n seeds and its 95 % t interval")
     return figure
 
 
 @matplotlib.rc_context(RC)
 def drop_by_position(runs: pd.DataFrame) -> Figure:
-    """The drop rate of the final capacity-limited evaluation against the decile of the sequence, a line a condition."""
+    """Draw the drop rate at the final evaluation with a capacity limit, by decile of the sequence and condition."""
     figure = Figure(figsize=(6.4, _height(runs)), layout="constrained")
     axes = figure.subplots()
-    _draw_conditions(axes, runs, DECILES, list(range(1, 11)))
-    axes.set(xticks=range(1, 11), xlabel="decile of the position in the sequence", ylabel=axis_label(DROP_RATE))
+    _draw_conditions(axes, runs, DROP_RATES, list(range(1, DECILES + 1)))
+    axes.set(
+        xticks=range(1, DECILES + 1),
+        xlabel="decile of the position in the sequence",
+        ylabel=axis_label(DROP_RATE),
+    )
     axes.set_ylim(bottom=0)
-    legend(figure, "small: one seed; large: mean over n seeds and its 95 % t interval")
+    shared_legend(figure, "small: one seed; large: mean over n seeds and its 95 % t interval")
     return figure
 
 
 def _draw_conditions(axes: Axes, runs: pd.DataFrame, columns: list[str], x: list[int]) -> None:
-    """A line a condition through the means over seeds of `columns` at `x`, with intervals, a little apart."""
+    """Draw the means over seeds of `columns` at `x`, with intervals: a line for each condition, a little apart."""
     names = levels(runs["condition"])
     for index, name in enumerate(names):
-        members, style = runs[runs["condition"] == name], dict[str, Any](look(index))
+        members, style = runs[runs["condition"] == name], dict[str, Any](line_style(index))
         finite = members[columns].astype(float).replace([math.inf, -math.inf], math.nan)
         means = with_intervals(pd.DataFrame({"n": finite.count(), "mean": finite.mean(), STD: finite.std(ddof=1)}))
         if not means["n"].any():
@@ -105,9 +111,10 @@ def _draw_conditions(axes: Axes, runs: pd.DataFrame, columns: list[str], x: list
         places = [place + 0.3 * ((index + 0.5) / len(names) - 0.5) for place in x]
         seeds = finite.dropna(how="all")
         axes.plot(places * len(seeds), seeds.to_numpy().ravel(), ".", color=style["color"], markersize=3, alpha=0.5)
-        reach = (means["mean"] - means["ci_low"]).fillna(0)  # below two seeds there is no interval
         label = f"{name} (n={means['n'].max()})"
-        axes.errorbar(places, means["mean"], yerr=reach, fmt="", capsize=2, markersize=5, label=label, **style)
+        axes.errorbar(
+            places, means["mean"], yerr=interval_reach(means), fmt="", capsize=2, markersize=5, label=label, **style
+        )
 
 
 def _height(runs: pd.DataFrame) -> float:

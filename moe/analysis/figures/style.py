@@ -1,7 +1,8 @@
-"""How every figure looks: one palette, one set of sizes, one label for every column."""
+"""The look of all figures: colors, sizes and labels."""
 
 from typing import Any
 
+import pandas as pd
 from matplotlib.figure import Figure
 
 from moe.metrics.catalog import lookup
@@ -17,8 +18,8 @@ PALETTE = (
     "#7F7F7F",
 )  # Okabe and Ito, 2008
 DASHES = ("-", "--", ":", "-.")
-MARKERS = ("o", "s", "^", "D")
-MOST_LINES = len(PALETTE) * len(DASHES)  # beyond that, two conditions would look the same
+MARKER_SHAPES = ("o", "s", "^", "D")
+MOST_LINES = len(PALETTE) * len(DASHES)  # with more lines, two conditions would look the same
 
 RC: dict[Any, Any] = {
     "figure.dpi": 100,
@@ -48,20 +49,30 @@ def axis_label(column: str) -> str:
     return metric.axis if metric else OTHER_LABELS.get(column, column)
 
 
-def look(index: int) -> dict[str, str]:
-    """Color, dash and marker of the index-th condition: color never has to tell two apart alone."""
+def line_style(index: int) -> dict[str, str]:
+    """Return color, dash and marker of the index-th condition. Conditions never differ in color alone."""
     return {
         "color": PALETTE[index % len(PALETTE)],
         "linestyle": DASHES[index // len(PALETTE) % len(DASHES)],
-        "marker": MARKERS[index % len(MARKERS)],
+        "marker": MARKER_SHAPES[index % len(MARKER_SHAPES)],
     }
 
 
-def legend(figure: Figure, caption: str) -> None:
-    """One legend for all panels, below them, under a line that says what the marks are; in columns that fit."""
+def shared_legend(figure: Figure, title: str) -> None:
+    """Draw one legend for all panels below them. Its title says what the marks mean."""
     drawn = [axes.get_legend_handles_labels() for axes in figure.axes]
     handles = {label: handle for pair in drawn for handle, label in zip(*pair, strict=True)}
-    inches = 0.6 + 0.075 * max(map(len, handles), default=0)  # of the longest entry
+    inches = 0.6 + 0.075 * max(map(len, handles), default=0)  # the width of the longest entry
     columns = 2 if 2 * inches < figure.get_figwidth() else 1
-    style = {"title": caption, "ncols": columns, "fontsize": "small", "title_fontsize": "small"}
+    style = {"title": title, "ncols": columns, "fontsize": "small", "title_fontsize": "small"}
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", **style)
+
+
+def panel_height(legend_entries: int) -> float:
+    """Return the height of a figure in inches, so that its panels keep their height however long the legend is."""
+    return 4.4 + 0.11 * legend_entries
+
+
+def interval_reach(means: pd.DataFrame) -> pd.Series:
+    """Return half the length of each mean's 95 % t interval; 0 for a single seed, which has no interval."""
+    return (means["mean"] - means["ci_low"]).fillna(0)

@@ -1,102 +1,99 @@
-"""A document: a list of blocks, built once and rendered twice, here as Markdown and in `moe.analysis.report.html` as
-HTML.
+"""Blocks: the pieces that a report consists of, such as a heading, a table or a figure.
 
-Sections yield blocks and know neither Markdown nor HTML. In every text `**bold**` and `` `code` `` are markup, all else
-is shown as it stands: whatever a run's name or error holds, it becomes neither HTML nor a link.
+A section of the report yields blocks and knows neither Markdown nor HTML. `moe.analysis.report.markdown` and
+`moe.analysis.report.html` render each block. In every text, `**bold**` and `` `code` `` are markup. All other
+characters are shown as they are, so the name or the error of a run can become neither HTML nor a link.
 """
 
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import pandas as pd
-from matplotlib.figure import Figure
 
-from moe.analysis.report.markdown import harmless, markdown
+from moe.analysis.figures.drawing import Drawing
 
-MOST_ROWS = 200  # of a table; a page that shows more is not read
+MAX_ROWS = 200  # of a table; nobody reads a page that shows more
+LIST_LENGTH = 20  # items of a list that are visible at once
 
 
 class Heading(NamedTuple):
-    """Level 2 begins a section and stands in the table of contents, level 3 a part of one."""
+    """A title. Level 2 begins a section and is listed in the table of contents; level 3 begins a part of a section."""
 
     text: str
     level: int = 2
 
 
-class Text(NamedTuple):
-    """A paragraph."""
+class Paragraph(NamedTuple):
+    """A paragraph of text."""
 
     text: str
 
 
-class Bullets(NamedTuple):
+class BulletList(NamedTuple):
     """A list of sentences."""
 
     items: list[str]
 
 
-class Table(NamedTuple):
-    """A table; beyond `MOST_ROWS` rows it is cut, and says so."""
+class TableBlock(NamedTuple):
+    """A table. Only its first `MAX_ROWS` rows are shown, and a line below it says so."""
 
     frame: pd.DataFrame
 
 
-class Tally(NamedTuple):
-    """How many of a whole are what: (name, count, "good" | "bad" | "idle"), in the order in which they are shown."""
+class StatusBar(NamedTuple):
+    """Number of runs by status: (status, count, "good" | "bad" | "idle"), in the order in which they are shown."""
 
-    parts: list[tuple[str, int, str]]
-
-
-class Picture(NamedTuple):
-    """A figure, saved as `name`.png; the caption says in words what it shows."""
-
-    name: str
-    figure: Figure
-    caption: str
+    counts: list[tuple[str, int, str]]
 
 
 class Attachment(NamedTuple):
-    """A file beside the report, by its name; the caption says what it holds."""
+    """A file that lies beside the report; the caption says what it holds."""
 
     name: str
     content: str
     caption: str
 
 
-Leaf = Heading | Text | Bullets | Table | Tally | Picture | Attachment
+SimpleBlock = Heading | Paragraph | BulletList | TableBlock | StatusBar | Drawing | Attachment
 
 
 class Details(NamedTuple):
-    """Blocks behind a line that opens them."""
+    """Blocks that are hidden until the reader opens them; the summary is the line to click."""
 
     summary: str
-    blocks: list[Leaf]
+    blocks: list[SimpleBlock]
 
 
-Block = Leaf | Details
+ReportBlock = SimpleBlock | Details
 
 
-def as_markdown(block: Block) -> str:
-    """The block in GitHub's Markdown."""
-    match block:
-        case Heading(text, level):
-            return f"{'#' * level} {harmless(text)}"
-        case Text(text):
-            return harmless(text)
-        case Bullets(items):
-            return "\n".join(f"- {harmless(item)}" for item in items)
-        case Table(frame):
-            return markdown(frame.head(MOST_ROWS)) + (f"\n\n{cut(frame)}" if cut(frame) else "")
-        case Tally(parts):
-            return f"{sum(n for _, n, _ in parts)} runs: " + ", ".join(f"{n} {name}" for name, n, _ in parts if n)
-        case Picture(name, _, caption):
-            return f"![{name}]({name}.png)\n\n{harmless(caption)}"
-        case Attachment(name, _, caption):
-            return f"[{name}]({name}): {harmless(caption)}"
-        case Details(summary, leaves):
-            inner = "\n\n".join(as_markdown(leaf) for leaf in leaves)
-            return f"<details><summary>{harmless(summary)}</summary>\n\n{inner}\n\n</details>"
+def truncation_note(frame: pd.DataFrame) -> str:
+    """Return the line that says how many rows of a table are shown, or an empty text if all of them are."""
+    return f"The first {MAX_ROWS} of {len(frame)} rows." if len(frame) > MAX_ROWS else ""
 
 
-def cut(frame: pd.DataFrame) -> str:
-    """What a table's reader has to know if not all of its rows are shown."""
-    return f"The first {MOST_ROWS} of {len(frame)} rows." if len(frame) > MOST_ROWS else ""
+def not_drawn(drawing: Drawing) -> str:
+    """Return the sentence that takes the place of a figure that could not be drawn."""
+    return f"{drawing.name}: not drawn, {drawing.reason}"
+
+
+def long_list(items: list[str]) -> Iterator[ReportBlock]:
+    """Yield a list whose items after the first `LIST_LENGTH` are hidden behind a line that says how many there are."""
+    if items:
+        yield BulletList(items[:LIST_LENGTH])
+    if items[LIST_LENGTH:]:
+        yield Details(f"and {len(items) - LIST_LENGTH} more", [BulletList(items[LIST_LENGTH:])])
+
+
+def csv_file(name: str, table: pd.DataFrame, caption: str) -> Attachment:
+    """Return a table as a CSV file beside the report; a table without columns becomes an empty file."""
+    return Attachment(f"{name}.csv", table.to_csv(index=False) if len(table.columns) else "", caption)
+
+
+def figure_section(title: str, drawings: Iterable[Drawing]) -> Iterator[ReportBlock]:
+    """Yield a heading and the figures below it; without figures, yield nothing."""
+    for number, drawing in enumerate(drawings):
+        if number == 0:
+            yield Heading(title)
+        yield drawing

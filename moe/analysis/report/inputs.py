@@ -1,6 +1,6 @@
-"""What a report is made of: everything its sections read, gathered once, before a single file is written."""
+"""Collects everything that the sections of a report read, once, before the first file is written."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,21 +21,23 @@ from moe.results.conditions import (
     varied_factors,
     with_causality,
 )
-from moe.results.frontier import LATE
 from moe.results.table import EventTables, read_event_tables
 
-# Metrics that are always tested. Each is a family of its own for corrections; with metrics that a reader adds after
-# seeing the results, all of them are one family.
+# The metrics that are always tested. For corrections, each is a family of its own. A metric that the reader adds may
+# have been chosen after seeing the results; then all tested metrics together are one family.
 TESTED = tuple(metric.headline for metric in select(shown="tested"))
 
-# What is read of training steps: gradients and updates, losses, and what `moe.results.frontier` wants.
-PULLS = tuple(metric.name for metric in select(shown="gradient figure"))
-TRAINING = (*PULLS, "train/loss", "train/load_balance", *LATE)
+GRADIENT_METRICS = tuple(metric.name for metric in select(shown="gradient figure"))
+TRAINING_METRICS = (*GRADIENT_METRICS, "train/loss")  # what every report reads of training steps
 
 
-class Wishes(NamedTuple):
-    """What the reader asked for: the level of a factor that its others are compared with, per tested metric the margin,
-    in its units or as text such as "1%", within which two levels count as equal, and final metrics to test as well."""
+class ReportOptions(NamedTuple):
+    """What the reader of a report chooses.
+
+    references: factor -> the level that its other levels are compared with.
+    margins: tested metric -> the largest difference that counts as equal, in its units or as text such as "1%".
+    metrics: final metrics that are tested in addition to `TESTED`.
+    """
 
     references: dict[str, Any] = {}
     margins: dict[str, float | str] = {}
@@ -43,47 +45,55 @@ class Wishes(NamedTuple):
 
 
 class ReportInputs(NamedTuple):
-    """The runs and all that was asked about them; nothing here changes while sections read it."""
+    """The runs, and everything that was computed about them before the sections read it."""
 
-    loaded: pd.DataFrame  # as `load_runs` returned it
+    loaded: pd.DataFrame  # as `moe.results.table.load_runs` returned it
     runs: pd.DataFrame  # the same, with "(causal: yes|no)" beside every router's name
-    factors: list[str]  # what varies, without the seed
-    tied: dict[str, str]  # varied factor -> the one that fixes it
-    condition: pd.Series  # per run, "lb=0.01, noise=0.1": the levels of the factors; absent where one is unknown
-    metrics: list[str]  # the headline metrics and those wished for that some run has
-    tested: list[str]  # the metrics of TESTED and those wished for that some run has
-    claims: pd.DataFrame  # of `moe.analysis.claims.judge_planned`, one experiment only
-    contrasts: pd.DataFrame  # of `moe.analysis.statistics.contrasts`, all tested metrics, one experiment only
-    past: EventTables  # every evaluation, and the columns TRAINING of every training step
+    factors: list[str]  # the factors that vary, without the seed
+    tied: dict[str, str]  # a factor that varies -> the factor that determines its level in all runs
+    condition: pd.Series  # of each run, such as "lb=0.01, noise=0.1"; no entry where a level is unknown
+    metrics: list[str]  # the headline metrics and those of the options, as far as some run has them
+    tested: list[str]  # `TESTED` and the metrics of the options, as far as some run has them
+    claims: pd.DataFrame  # from `moe.analysis.claims.judge_planned`; empty if there are several experiments
+    contrasts: pd.DataFrame  # from `moe.analysis.statistics.contrasts`, all tested metrics; empty likewise
+    past: EventTables  # every evaluation, and some metrics of every training step
 
-    def labeled(self, events: pd.DataFrame) -> pd.DataFrame:
-        """Events of runs whose condition is known, with it as column "condition"."""
+    def with_condition(self, events: pd.DataFrame) -> pd.DataFrame:
+        """Return the events of runs whose condition is known, with the condition as a column."""
         labels = pd.DataFrame({"folder": self.runs["folder"], "condition": self.condition}).dropna()
         return events.merge(labels, on="folder") if len(events) else events
 
-    def too_many(self) -> str:
-        """Why a figure with a line a condition cannot be drawn; empty if it can."""
+    def too_many_lines(self) -> str:
+        """Return why a figure with a line for each condition cannot be drawn; an empty text if it can."""
         count = self.condition.nunique()
         return f"{count} conditions are too many" if count > MOST_LINES else ""
 
 
-def gather(loaded: pd.DataFrame, wishes: Wishes | None = None) -> list[ReportInputs]:
-    """The evidence in a table of `load_runs`: of all runs and, if there are several experiments, of each.
+def collect_inputs(
+    loaded: pd.DataFrame, options: ReportOptions | None = None, *, training_columns: Iterable[str] = ()
+) -> list[ReportInputs]:
+    """Return the inputs of all runs together, followed by those of each experiment if there are several.
 
-    Runs are compared within an experiment, so that claims, contrasts and figures are about what it varies.
-    ValueError for a reference, margin or metric that nothing has, and for a seed with two runs of one condition.
+    Runs are compared within an experiment, so claims, contrasts and figures concern the factors that it varies.
+    `loaded` is a table of `moe.results.table.load_runs`. `training_columns` are metrics of training steps to read in
+    addition to `TRAINING_METRICS`. Raises ValueError for a reference, margin or metric that no run has, and for two
+    runs with the same seed in one condition.
     """
-    wishes = wishes or Wishes()
-    past = read_event_tables(loaded.loc[loaded["status"] != "missing", "folder"], training=TRAINING)
-    of = partial(_of, past=past, wished=wishes.metrics)
-    whole, names = of(loaded), levels(loaded["experiment"])
-    parts = [of(loaded[loaded["experiment"] == name]) for name in names] if len(names) > 1 else [whole]
-    _check(wishes, parts)
-    compared = [_compared(part, wishes) for part in parts]
-    return [whole, *compared] if len(names) > 1 else compared
+    options = options or ReportOptions()
+    columns = dict.fromkeys((*TRAINING_METRICS, *training_columns))
+    past = read_event_tables(loaded.loc[loaded["status"] != "missing", "folder"], training=list(columns))
+    describe = partial(_describe, past=past, extra_metrics=options.metrics)
+    everything, names = describe(loaded), levels(loaded["experiment"])
+    if len(names) < 2:
+        _check(options, [everything])
+        return [_with_comparisons(everything, options)]
+    experiments = [describe(loaded[loaded["experiment"] == name]) for name in names]
+    _check(options, experiments)
+    return [everything, *(_with_comparisons(experiment, options) for experiment in experiments)]
 
 
-def _of(loaded: pd.DataFrame, *, past: EventTables, wished: tuple[str, ...]) -> ReportInputs:
+def _describe(loaded: pd.DataFrame, *, past: EventTables, extra_metrics: tuple[str, ...]) -> ReportInputs:
+    """Return the inputs of some runs, without claims and contrasts."""
     runs = with_causality(loaded)
     factors = [factor for factor in varied_factors(runs) if factor != "seed"]
     names = {
@@ -96,64 +106,67 @@ def _of(loaded: pd.DataFrame, *, past: EventTables, wished: tuple[str, ...]) -> 
         factors=factors,
         tied=tied_factors(runs),
         condition=pd.Series(names, index=runs.index, dtype=object),
-        metrics=present(runs, (*HEADLINE, *wished)),
-        tested=present(runs, (*TESTED, *wished)),
+        metrics=present(runs, (*HEADLINE, *extra_metrics)),
+        tested=present(runs, (*TESTED, *extra_metrics)),
         claims=pd.DataFrame(),
         contrasts=pd.DataFrame(),
-        past=EventTables(_only(past.evals, folders), _only(past.trains, folders), past.problems),
+        past=EventTables(_events_of(past.evals, folders), _events_of(past.trains, folders), past.problems),
     )
 
 
-def _only(events: pd.DataFrame, folders: pd.Series) -> pd.DataFrame:
+def _events_of(events: pd.DataFrame, folders: pd.Series) -> pd.DataFrame:
     return events[events["folder"].isin(folders)] if len(events) else events
 
 
-def _compared(part: ReportInputs, wishes: Wishes) -> ReportInputs:
-    """The same with its claims judged and its levels compared."""
-    references = _references(part, wishes)
+def _with_comparisons(inputs: ReportInputs, options: ReportOptions) -> ReportInputs:
+    """Return the inputs with claims judged and levels compared."""
+    references = _reference_levels(inputs, options)
     tables = [
-        contrasts(part.runs, metric, part.factors, references=references, margin=wishes.margins.get(metric))
-        for metric in part.tested
+        contrasts(inputs.runs, metric, inputs.factors, references=references, margin=options.margins.get(metric))
+        for metric in inputs.tested
     ]
     table = stack(tables)
-    return part._replace(
-        claims=judge_planned(part.loaded),
-        contrasts=table if set(part.tested) <= set(TESTED) else as_one_family(table),
+    return inputs._replace(
+        claims=judge_planned(inputs.loaded),
+        contrasts=table if set(inputs.tested) <= set(TESTED) else as_one_family(table),
     )
 
 
-def _check(wishes: Wishes, parts: list[ReportInputs]) -> None:
-    factors = sorted({factor for part in parts for factor in part.factors})
-    for factor, level in wishes.references.items():
+def _check(options: ReportOptions, experiments: list[ReportInputs]) -> None:
+    """Raise ValueError for an option that names a factor, level or metric that no experiment has."""
+    factors = sorted({factor for inputs in experiments for factor in inputs.factors})
+    for factor, level in options.references.items():
         if factor not in factors:
             raise ValueError(f"reference {factor}={level}: varied factors are {', '.join(factors) or 'none'}")
-        if not any(factor in _references(part, wishes) for part in parts):
-            known = levels(pd.concat([part.runs[factor] for part in parts if factor in part.factors]))
+        if not any(factor in _reference_levels(inputs, options) for inputs in experiments):
+            known = levels(pd.concat([inputs.runs[factor] for inputs in experiments if factor in inputs.factors]))
             raise ValueError(f"reference {factor}={level}: allowed are {', '.join(map(str, known))}")
-    metrics = [column for column in parts[0].loaded if "/" in column]
-    for metric in wishes.metrics:
+    metrics = [column for column in experiments[0].loaded if "/" in column]
+    for metric in options.metrics:
         if metric not in metrics:
             raise unknown("metric", metric, metrics)
-        if not any(metric in part.tested for part in parts):
+        if not any(metric in inputs.tested for inputs in experiments):
             raise ValueError(f"metric {metric}: null in every run")
-    tested = dict.fromkeys((*TESTED, *wishes.metrics))
-    for metric, margin in wishes.margins.items():
+    tested = dict.fromkeys((*TESTED, *options.metrics))
+    for metric, margin in options.margins.items():
         if metric not in tested:
             raise ValueError(f"margin {metric}={margin}: tested metrics are {', '.join(tested)}")
 
 
 def stack(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Tables one below the other; no rows at all make an empty table."""
+    """Return the rows of all tables in one table; an empty table if none has a row."""
     tables = [table for table in tables if not table.empty]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
-def _references(part: ReportInputs, wishes: Wishes) -> dict[str, Any]:
-    """The wished references that are levels there, a router or arm as its runs name it: "topk (causal: yes)", where
-    people write "topk"."""
+def _reference_levels(inputs: ReportInputs, options: ReportOptions) -> dict[str, Any]:
+    """Return the references of the options that are levels of these runs, under the names that the runs have.
+
+    A reader writes "topk" where the runs say "topk (causal: yes)".
+    """
     found = {}
-    for factor, level in wishes.references.items():
-        for name in levels(part.runs[factor]) if factor in part.factors else []:
+    for factor, level in options.references.items():
+        for name in levels(inputs.runs[factor]) if factor in inputs.factors else []:
             named = factor in NAMED_ROUTERS and str(name).startswith(f"{level} (causal: ")
             if name == level or named:
                 found[factor] = name

@@ -1,64 +1,89 @@
-"""Tables as text: a DataFrame in, Markdown or HTML out, with the same numbers in both."""
+"""Renders report blocks as GitHub's Markdown."""
 
-import html
 import math
 import re
 from typing import Any
 
 import pandas as pd
 
+from moe.analysis.figures.drawing import Drawing
+from moe.analysis.report.blocks import (
+    MAX_ROWS,
+    Attachment,
+    BulletList,
+    Details,
+    Heading,
+    Paragraph,
+    ReportBlock,
+    StatusBar,
+    TableBlock,
+    not_drawn,
+    truncation_note,
+)
+
 P_VALUE = re.compile(r"(^|\s)p(\s|$)")  # columns such as "p", "p Holm" and "smallest p sign-flip"
 
-LONG = 60  # characters of a cell that stay on one line
+
+def block_as_markdown(block: ReportBlock) -> str:
+    """Return a block as Markdown."""
+    match block:
+        case Heading(text, level):
+            return f"{'#' * level} {escaped(text)}"
+        case Paragraph(text):
+            return escaped(text)
+        case BulletList(items):
+            return "\n".join(f"- {escaped(item)}" for item in items)
+        case TableBlock(frame):
+            return "\n\n".join(filter(None, [table_as_markdown(frame.head(MAX_ROWS)), truncation_note(frame)]))
+        case StatusBar(counts):
+            return f"{sum(n for _, n, _ in counts)} runs: " + ", ".join(f"{n} {name}" for name, n, _ in counts if n)
+        case Drawing(name, caption, figure):
+            drawn = f"![{name}]({name}.png)\n\n{escaped(caption)}"
+            return drawn if figure else f"- {escaped(not_drawn(block))}"
+        case Attachment(name, _, caption):
+            return f"[{name}]({name}): {escaped(caption)}"
+        case Details(summary, blocks):
+            inner = "\n\n".join(block_as_markdown(inner) for inner in blocks)
+            return f"<details><summary>{escaped(summary)}</summary>\n\n{inner}\n\n</details>"
 
 
-def markdown(table: pd.DataFrame) -> str:
-    """The table in GitHub's Markdown: numbers to the right, with five significant digits (p-values two); NaN a dash."""
+def table_as_markdown(table: pd.DataFrame) -> str:
+    """Return a table as Markdown. Numbers are aligned to the right."""
     if table.empty:
         return "(none)"
-    rule = ["---:" if right else ":---" for right in _numeric(table)]
-    head, *body = [[harmless(text).replace("|", "\\|") for text in row] for row in _cells(table)]
+    rule = ["---:" if right else ":---" for right in numeric_columns(table)]
+    head, *body = [[escaped(text).replace("|", "\\|") for text in row] for row in table_cells(table)]
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, rule, *body])
 
 
-def as_html(table: pd.DataFrame) -> str:
-    """The same table as an HTML element; every text in it is escaped, and cells with long text may wrap."""
-    if table.empty:
-        return "<p>(none)</p>"
-    numeric = _numeric(table)
-    head, *body = [
-        "".join(_element(tag, text, right) for text, right in zip(row, numeric, strict=True))
-        for tag, row in zip(["th"] + ["td"] * len(table), _cells(table), strict=True)
-    ]
-    return f"<table><thead><tr>{head}</tr></thead><tbody><tr>{'</tr><tr>'.join(body)}</tr></tbody></table>"
+def escaped(text: str) -> str:
+    """Return text on one line of Markdown, in which nothing that came from the data becomes HTML or a link."""
+    return one_line(text).replace("<", "&lt;").replace("](", "]\\(")
 
 
-def harmless(text: str) -> str:
-    """Text for Markdown on one line, in which nothing that came from the data becomes HTML or a link."""
-    return " ".join(text.splitlines()).replace("<", "&lt;").replace("](", "]\\(")
+def one_line(text: str) -> str:
+    """Return text with its line breaks replaced by spaces."""
+    return " ".join(text.splitlines())
 
 
-def _element(tag: str, text: str, right: bool) -> str:
-    kind = ' class="number"' if right else ' class="long"' if tag == "td" and len(text) > LONG else ""
-    return f"<{tag}{kind}>{html.escape(text)}</{tag}>"
-
-
-def _numeric(table: pd.DataFrame) -> list[bool]:
+def numeric_columns(table: pd.DataFrame) -> list[bool]:
+    """Return for each column whether it holds numbers."""
     return [pd.api.types.is_numeric_dtype(table[column]) for column in table]
 
 
-def _cells(table: pd.DataFrame) -> list[list[str]]:
-    """Head and rows as text."""
+def table_cells(table: pd.DataFrame) -> list[list[str]]:
+    """Return the head and the rows of a table as text.
+
+    Floats have five significant digits, p-values two. NaN and None are shown as a dash.
+    """
     digits = [".2g" if P_VALUE.search(str(column)) else ".5g" for column in table]
     rows = table.itertuples(index=False, name=None)
     return [[str(column) for column in table]] + [
-        [_text(value, d) for value, d in zip(row, digits, strict=True)] for row in rows
+        [_cell_text(value, d) for value, d in zip(row, digits, strict=True)] for row in rows
     ]
 
 
-def _text(value: Any, digits: str) -> str:
+def _cell_text(value: Any, digits: str) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
-    if isinstance(value, float):
-        return format(value, digits)
-    return str(value)
+    return format(value, digits) if isinstance(value, float) else str(value)

@@ -1,116 +1,141 @@
-"""The report: what was run, what it says and how sure one may be, as report.md and report.html with files beside them.
+"""Writes the report: report.md and report.html, with figures and tables as files beside them.
 
-A section is a function from the evidence to blocks; a new one is a line in one of the tuples of sections.
+A section is a function that takes `ReportInputs` and yields blocks. To add one, append it to one of the tuples below.
+To add what a single source study needs, see `moe.analysis.studies.registered`.
 """
 
 import io
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
-from moe.analysis.report import accounts, pictures, progress, provenance, verdicts
-from moe.analysis.report.blocks import Attachment, Block, Details, Heading, Picture, Table, as_markdown
-from moe.analysis.report.html import element, page
-from moe.analysis.report.inputs import ReportInputs, Wishes, gather
-from moe.analysis.report.markdown import harmless
+from moe.analysis.figures.drawing import Drawing
+from moe.analysis.report.blocks import Attachment, Details, Heading, ReportBlock, TableBlock, csv_file
+from moe.analysis.report.html import block_as_html, render_page
+from moe.analysis.report.inputs import ReportInputs, ReportOptions, collect_inputs
+from moe.analysis.report.markdown import block_as_markdown, escaped
+from moe.analysis.report.sections.comparisons import (
+    analysis_of_variance,
+    condition_table,
+    contrast_table,
+    noise_floor_table,
+)
+from moe.analysis.report.sections.factor_effects import factor_effects
+from moe.analysis.report.sections.over_training import contrasts_over_training, gradient_norms, learning_curves
+from moe.analysis.report.sections.overview import what_was_run
+from moe.analysis.report.sections.provenance import causality, configuration, data, software
+from moe.analysis.report.sections.routing import expert_specialization, routing_by_layer
+from moe.analysis.report.sections.verdicts import claim_verdicts, contrast_verdicts
+from moe.analysis.report.study import Section
 from moe.analysis.studies.published import replay
+from moe.analysis.studies.registered import STUDIES
 from moe.files import write_text
 from moe.results.conditions import levels
 
-Section = Callable[[ReportInputs], Iterable[Block]]
-BEFORE: tuple[Section, ...] = (accounts.what_was_run,)
-OF_EACH_EXPERIMENT: tuple[Section, ...] = (
-    verdicts.planned,
-    verdicts.post_hoc,
-    verdicts.floor,
-    pictures.effects,
-    verdicts.conditions,
-    verdicts.contrasts,
-    progress.progress,
-    verdicts.variance,
-    pictures.training,
-    pictures.gradients,
-    pictures.routing,
-    pictures.speed,
-    pictures.specialization,
+FIRST: tuple[Section, ...] = (what_was_run,)
+FOR_EACH_EXPERIMENT: tuple[Section, ...] = (
+    claim_verdicts,
+    contrast_verdicts,
+    noise_floor_table,
+    factor_effects,
+    condition_table,
+    contrast_table,
+    contrasts_over_training,
+    analysis_of_variance,
+    learning_curves,
+    gradient_norms,
+    routing_by_layer,
+    *itertools.chain.from_iterable(study.experiment_sections for study in STUDIES),
+    expert_specialization,
 )
-AFTER: tuple[Section, ...] = (
-    pictures.temperature,
-    provenance.causality,
-    provenance.configuration,
-    provenance.data,
-    provenance.software,
+LAST: tuple[Section, ...] = (
+    *itertools.chain.from_iterable(study.report_sections for study in STUDIES),
+    causality,
+    configuration,
+    data,
+    software,
 )
 
 
-def write_report(runs: pd.DataFrame, out: Path | str, wishes: Wishes | None = None) -> Path:
-    """Write report.md, report.html, their figures and tables into `out` and return the path of report.md.
+def write_report(runs: pd.DataFrame, out: Path | str, options: ReportOptions | None = None) -> Path:
+    """Write the report about `runs`, a table of `moe.results.table.load_runs`, and return the path of report.md.
 
-    `runs` is what `load_runs` returns. Of several experiments each has a part of the report and a folder.
+    If there are several experiments, each has its own part of the report and its own folder for files.
     """
-    whole, *parts = gather(runs, wishes)
+    columns = itertools.chain.from_iterable(study.training_columns for study in STUDIES)
+    all_runs, *experiments = collect_inputs(runs, options, training_columns=tuple(columns))
     names = levels(runs["experiment"])
     title = f"Report: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if names[3:] else "")
-    blocks = [_blocks(BEFORE, whole), _blocks(OF_EACH_EXPERIMENT, whole), _blocks(AFTER, whole)]
-    if parts:
-        blocks[1] = itertools.chain(*map(_part, names, parts))
-    return write(title, itertools.chain(*blocks), Path(out))
+    middle: Iterable[ReportBlock] = _blocks(FOR_EACH_EXPERIMENT, all_runs)
+    if experiments:
+        middle = itertools.chain(*map(_experiment_part, names, experiments))
+    return save_report(title, itertools.chain(_blocks(FIRST, all_runs), middle, _blocks(LAST, all_runs)), Path(out))
 
 
 def write_replay(out: Path | str) -> Path:
-    """The same for the sources' own numbers: what they published, recomputed and judged."""
+    """Write the same for the numbers that the source studies published: recomputed, and judged like our own."""
     again = replay()
-    blocks: list[Block] = [Heading("Sentences of the sources"), Table(again.sentences)]
+    blocks: list[ReportBlock] = [Heading("Sentences of the sources"), TableBlock(again.sentences)]
     for name, table in again.tables.items():
-        blocks += [Heading(name), Table(table), Attachment(f"{name}.csv", table.to_csv(index=False), "this table.")]
-    return write("Replay of the published numbers", blocks, Path(out))
+        blocks += [Heading(name), TableBlock(table), csv_file(name, table, "this table.")]
+    return save_report("Replay of the published numbers", blocks, Path(out))
 
 
-def _blocks(sections: Iterable[Section], inputs: ReportInputs) -> Iterator[Block]:
+def save_report(title: str, blocks: Iterable[ReportBlock], out: Path) -> Path:
+    """Write report.md and report.html into the folder `out`, with the figures and attachments; return report.md.
+
+    Each figure is drawn, saved and freed before the next one is drawn.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    contents, texts, elements = [], [f"# {escaped(title)}"], []
+    for block in blocks:
+        for inner in block.blocks if isinstance(block, Details) else [block]:
+            _save_file(inner, out)
+        if isinstance(block, Heading) and block.level == 2:
+            contents.append(block.text)
+        texts.append(block_as_markdown(block))
+        elements.append(block_as_html(block, out))
+    page = render_page("report.html.j2", title=title, contents=contents, blocks=elements)
+    write_text(out / "report.html", page)
+    write_text(out / "report.md", "\n\n".join(texts) + "\n")
+    return out / "report.md"
+
+
+def _blocks(sections: Iterable[Section], inputs: ReportInputs) -> Iterator[ReportBlock]:
     return itertools.chain.from_iterable(section(inputs) for section in sections)
 
 
-def _part(name: str, inputs: ReportInputs) -> Iterator[Block]:
-    """The sections of one experiment, a level further down, their files in a folder of its own."""
+def _experiment_part(name: str, inputs: ReportInputs) -> Iterator[ReportBlock]:
+    """Yield the sections of one experiment, with headings one level lower and files in a folder of its own."""
     yield Heading(name)
-    folder = re.sub(r"[^\w-]+", "_", name)  # whatever a record calls itself, files stay below the report
-    for block in _blocks(OF_EACH_EXPERIMENT, inputs):
+    folder = re.sub(r"[^\w-]+", "_", name)  # whatever the experiment is called, its files stay below the report
+    for block in _blocks(FOR_EACH_EXPERIMENT, inputs):
         if isinstance(block, Heading):
             yield block._replace(level=block.level + 1)
-        elif isinstance(block, Picture | Attachment):
+        elif isinstance(block, Attachment) or (isinstance(block, Drawing) and block.figure):
             yield block._replace(name=f"{folder}/{block.name}")
         else:
             yield block
 
 
-def write(title: str, blocks: Iterable[Block], out: Path) -> Path:
-    """Write a document both ways, with its figures and attached files; figures are drawn, saved and freed in turn."""
-    out.mkdir(parents=True, exist_ok=True)
-    headings, texts, elements = [], [f"# {harmless(title)}"], []
-    for block in blocks:
-        for leaf in block.blocks if isinstance(block, Details) else [block]:
-            if isinstance(leaf, Attachment | Picture):
-                (out / leaf.name).parent.mkdir(parents=True, exist_ok=True)
-            if isinstance(leaf, Attachment):
-                write_text(out / leaf.name, leaf.content)
-            elif isinstance(leaf, Picture):
-                _save(leaf.figure, out / f"{leaf.name}.png")
-            elif isinstance(leaf, Heading) and leaf.level == 2:
-                headings.append(leaf.text)
-        texts.append(as_markdown(block))
-        elements.append(element(block, out))
-    write_text(out / "report.html", page(title, headings, elements))
-    write_text(out / "report.md", "\n\n".join(texts) + "\n")
-    return out / "report.md"
+def _save_file(block: ReportBlock, out: Path) -> None:
+    """Write the file of a figure or an attachment; other blocks have none."""
+    match block:
+        case Attachment(name, content):
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            write_text(out / name, content)
+        case Drawing(name, _, Figure() as figure):
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            _save_figure(figure, out / f"{name}.png")
 
 
-def _save(figure: Figure, path: Path) -> None:
-    """As PNG with a palette: a third of the size, and lines look the same."""
+def _save_figure(figure: Figure, path: Path) -> None:
+    """Save as PNG with a palette of 256 colors: a third of the size, and lines look the same."""
     pixels = io.BytesIO()
     figure.savefig(pixels, format="png")
     Image.open(pixels).convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE).save(path, optimize=True)

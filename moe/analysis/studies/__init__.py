@@ -1,1 +1,1 @@
-"""What only one published study needs."""
+"""What only one source study needs. `registered` lists the studies that add something to the report."""

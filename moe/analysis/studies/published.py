@@ -1,8 +1,8 @@
-"""The sources' own numbers, judged as ours are: published tables recomputed, their sentences held against them.
+"""Judges what the source studies published: recomputes their tables, and compares their sentences with their numbers.
 
-`moe/analysis/published/` holds what was published, under the sources' own column names: the runs of the noise study (3
-seeds), of the temperature study and of the routing bench's experiments A and C (one seed each), and its drop rates (B).
-A sentence that has one seed is undecided, unless the numbers it was drawn from already go the other way.
+The folder published_tables/ holds the published numbers under the sources' own column names: the runs of the noise
+study (3 seeds), of the temperature study and of the routing bench's experiments A and C (one seed each), and the drop
+rates of its experiment B. A sentence that rests on one seed is undecided, unless that seed says the opposite.
 """
 
 from importlib.resources import files
@@ -11,12 +11,12 @@ from typing import NamedTuple
 import pandas as pd
 import yaml
 
-from moe.analysis.claims import evidence, judge
+from moe.analysis.claims import evidence_sentence, judge
 from moe.analysis.statistics import anova, contrasts
 from moe.config.claim import ClaimConfig
 from moe.config.options import CONF
 
-OURS = {  # published column -> ours
+COLUMNS = {  # column of a published table -> column of our tables
     "noise_std": "noise",
     "load_balancing_weight": "lb",
     "temperature": "router.temp",
@@ -32,17 +32,17 @@ OURS = {  # published column -> ours
     "gini": "routing/load_gini/pooled",
     "tokens_per_s": "time/tokens_per_s",
 }
-NAMES = {"top1": "switch"}  # the bench's router with the same selection; its gate weight was 1
+ROUTER_NAMES = {"top1": "switch"}  # it selects in the same way, with a gate weight of 1
 NON_CAUSAL = ("expert_choice",)
 TOKENS_PER_STEP = 32_768  # of the bench
-FROZEN = "no gradient reached the routers of top1 (our switch) and topk_hard"  # so they were as random as hash
-VALIDATION = "the time of a step was mostly that of validation"
+NOT_TRAINED = "no gradient reached the routers of top1 (our switch) and topk_hard"  # so they were as random as hash
+TIMED_VALIDATION = "the time of a step was mostly that of validation"
 FALLBACK = "expert_choice routed 94 % of tokens or more as softk does"  # an expert took 64 tokens of 8,192 at most
-ABOUT_ZERO = 0.01  # "from 1-10 % to about 0": less than what the sentence itself calls a drop rate
+ABOUT_ZERO = 0.01  # the sentence says "from 1-10 % to about 0", so about 0 is less than 1 %
 
 
 class Sentence(NamedTuple):
-    """What a source says, whether its numbers bear it out (supported, contradicted or undecided), and these numbers."""
+    """A sentence of a source, the verdict of its numbers (supported, contradicted or undecided), and these numbers."""
 
     source: str
     sentence: str
@@ -51,16 +51,16 @@ class Sentence(NamedTuple):
 
 
 class Replay(NamedTuple):
-    """`tables` by name, and `sentences`, a row a `Sentence`."""
+    """The recomputed `tables` by name, and `sentences`, a table with a row for each `Sentence`."""
 
     tables: dict[str, pd.DataFrame]
     sentences: pd.DataFrame
 
 
 def replay() -> Replay:
-    """Recompute what was published and judge every sentence that was drawn from it."""
+    """Recompute the published tables and judge every sentence that the sources drew from them."""
     noise, temperature = as_runs(read_published("noise_runs")), read_published("temperature_runs")
-    a, c = _honest_speed(read_published("experiment_a")), _honest_speed(read_published("experiment_c"))
+    a, c = _with_corrected_speed(read_published("experiment_a")), _with_corrected_speed(read_published("experiment_c"))
     drops, factors, metrics = drop_rates(), ["noise", "lb"], ["val/perplexity", "routing/load_cv/pooled"]
     variance = pd.concat([anova(noise, metric, factors) for metric in metrics], ignore_index=True)
     compared = [contrasts(noise, metrics[0], factors, margin="1%"), contrasts(noise, metrics[1], factors)]
@@ -78,9 +78,9 @@ def replay() -> Replay:
         _interaction(variance),
         _active_share(),
         *_copying(temperature),
-        *_judged(as_runs(a), "experiment_a", caveat=f"{FROZEN}; {VALIDATION}"),
+        *_judged(as_runs(a), "experiment_a", caveat=f"{NOT_TRAINED}; {TIMED_VALIDATION}"),
         *judge_drops(drops),
-        *_judged(as_runs(c[c["capacity_factor"] == 1.25]), "experiment_c", caveat=f"{FROZEN}; {FALLBACK}"),
+        *_judged(as_runs(c[c["capacity_factor"] == 1.25]), "experiment_c", caveat=f"{NOT_TRAINED}; {FALLBACK}"),
         _hash_balance(c),
         _throughput(a, c),
     ]
@@ -88,28 +88,27 @@ def replay() -> Replay:
 
 
 def read_published(name: str) -> pd.DataFrame:
-    """A published table by the name of its file, under the source's own column names."""
-    with (files("moe.analysis") / "published" / f"{name}.csv").open(encoding="utf-8") as file:
+    """Return a published table by the name of its file, under the source's own column names."""
+    with (files("moe.analysis.studies") / "published_tables" / f"{name}.csv").open(encoding="utf-8") as file:
         return pd.read_csv(file)
 
 
 def as_runs(table: pd.DataFrame) -> pd.DataFrame:
-    """A published table as `load_runs` would return it; the bench and the temperature study had one
-    seed."""
-    runs = table[[column for column in OURS if column in table]].rename(columns=OURS)
+    """Return a published table in the form of `load_runs`; the bench and the temperature study had one seed."""
+    runs = table[[column for column in COLUMNS if column in table]].rename(columns=COLUMNS)
     if "router" in runs:
-        runs = runs.assign(router=runs["router"].replace(NAMES), causal=~runs["router"].isin(NON_CAUSAL))
+        runs = runs.assign(router=runs["router"].replace(ROUTER_NAMES), causal=~runs["router"].isin(NON_CAUSAL))
     return runs.assign(seed=runs.get("seed", 0), status="finished", folder="published", experiment="published")
 
 
-def claims_of(experiment: str) -> list[ClaimConfig]:
-    """The claims in one of our experiments' yaml."""
+def experiment_claims(experiment: str) -> list[ClaimConfig]:
+    """Return the claims in the yaml of one of our experiments."""
     content = yaml.safe_load((CONF / "experiment" / f"{experiment}.yaml").read_text(encoding="utf-8"))
     return [ClaimConfig(**claim) for claim in content["claims"]]
 
 
 def noise_conditions() -> pd.DataFrame:
-    """The noise study's printed table beside its recomputation: its ± is the population standard deviation (ddof=0)."""
+    """Return the noise study's printed table beside its recomputation; its ± is the population deviation (ddof=0)."""
     keys = ["noise_std", "load_balancing_weight"]
     cells = read_published("noise_runs").groupby(keys)
     perplexity = cells["val_perplexity"]
@@ -127,16 +126,17 @@ def noise_conditions() -> pd.DataFrame:
 
 
 def drop_rates() -> pd.DataFrame:
-    """The published drop rates, under the names in the capacity_cf_multi.jsonl of `python -m moe.bench dispatch`."""
+    """Return the published drop rates under the names of capacity_cf_multi.jsonl of `python -m moe.bench dispatch`."""
     wide = read_published("drop_rates").rename(columns={"k": "top_k"})
     long = wide.melt(["num_experts", "top_k"], var_name="capacity_factor", value_name="avg_drop_rate")
     return long.assign(capacity_factor=long["capacity_factor"].str.removeprefix("cf_").astype(float))
 
 
 def judge_drops(drops: pd.DataFrame) -> list[Sentence]:
-    """Experiment B's sentence on any capacity_cf_multi.jsonl (`pd.read_json(path, lines=True)`), per capacity factor.
+    """Judge experiment B's sentence for each capacity factor.
 
-    A drop rate of random routing over many tokens is all but deterministic, so it needs no seeds.
+    `drops` is the content of a capacity_cf_multi.jsonl (`pd.read_json(path, lines=True)`). The drop rate of random
+    routing over many tokens hardly varies, so no seeds are needed.
     """
     sentences = []
     before = drops.loc[drops["capacity_factor"] == 1.0, "avg_drop_rate"]
@@ -159,18 +159,19 @@ def judge_drops(drops: pd.DataFrame) -> list[Sentence]:
 
 
 def _judged(runs: pd.DataFrame, experiment: str, *, caveat: str = "") -> list[Sentence]:
-    """The claims of one of our experiments, judged by the published runs."""
+    """Judge the claims of one of our experiments by the published runs."""
     sentences = []
-    for _, row in judge(runs, claims_of(experiment)).iterrows():
+    for _, row in judge(runs, experiment_claims(experiment)).iterrows():
         opposite = row["n"] == 1 and row["estimates"] == "against"
         row["verdict"] = "contradicted" if opposite else row["verdict"]
         row["reason"] = "one seed, and it says the opposite" if opposite else row["reason"]
-        parts = filter(None, [evidence(row), caveat])
+        parts = filter(None, [evidence_sentence(row), caveat])
         sentences.append(Sentence(row["source"], row["claim"], row["verdict"], "; ".join(parts)))
     return sentences
 
 
 def _interaction(variance: pd.DataFrame) -> Sentence:
+    """Judge the noise study's sentence about the interaction of noise and balance weight."""
     rows = variance[variance["term"] == "noise:lb"].set_index("metric")
     p = rows.loc["val/perplexity", "p"]
     seen = "; ".join(f"{name}: F={row['F']:.2f}, p={row['p']:.2g}" for name, row in rows.iterrows())
@@ -184,6 +185,7 @@ def _interaction(variance: pd.DataFrame) -> Sentence:
 
 
 def _active_share() -> Sentence:
+    """Judge the temperature study's share of active parameters."""
     [row] = read_published("parameters").itertuples()
     printed = row.printed_active / row.total
     active = (row.printed_active + row.experts * row.top_k / row.num_experts) / row.total
@@ -196,10 +198,10 @@ def _active_share() -> Sentence:
 
 
 def _copying(runs: pd.DataFrame) -> list[Sentence]:
-    """The temperature study's sentences: without evidence, whatever its numbers say."""
+    """Return the temperature study's sentences, which have no evidence: its training measured copying."""
     best, final, train = runs["best_val_loss"], runs["final_val_loss"], runs["last_train_loss"]
     caveat = (
-        "no evidence, for labels were not shifted and training measured copying: train loss at most "
+        "no evidence, because labels were not shifted, so that training measured copying: train loss at most "
         f"{train.max():.4f}, val loss up from {best.min():.2f} to at least {final.min():.2f}"
     )
     ablation = runs[(runs["schedule"] == "constant") & (runs["steps"] == runs["steps"].min())]
@@ -210,25 +212,32 @@ def _copying(runs: pd.DataFrame) -> list[Sentence]:
 
 
 def _hash_balance(c: pd.DataFrame) -> Sentence:
+    """Judge the bench's sentence about the balance of hash routing."""
     row = c[(c["router"] == "hash") & (c["capacity_factor"] == 1.25)].iloc[0]
     balanced = row["drop_rate"] == row["load_cv"] == 0
     return Sentence(
         "routing bench, C",
         "hash has a drop rate and a load CV near zero",
         "supported" if balanced else "undecided",
-        f"drop rate {row['drop_rate']:g}, load CV {row['load_cv']:g}; by construction, for it hashed the position",
+        f"drop rate {row['drop_rate']:g}, load CV {row['load_cv']:g}; by construction, because it hashed the position",
     )
 
 
-def _honest_speed(runs: pd.DataFrame) -> pd.DataFrame:
-    """The bench counted the tokens of one step in the time between evaluations as those of all steps in between, so
-    its tokens/s (and TFLOP/s, GiB/s) are too large by the number of steps between evaluations."""
+def _with_corrected_speed(runs: pd.DataFrame) -> pd.DataFrame:
+    """Add the true tokens per second.
+
+    The bench's tokens/s (and TFLOP/s, GiB/s) are too large by the number of steps between evaluations: it counted the
+    tokens of one step in the time between evaluations as those of all steps in between.
+    """
     return runs.assign(tokens_per_s=runs["median_tokens_per_s"] / runs["eval_interval"])
 
 
 def _throughput(a: pd.DataFrame, c: pd.DataFrame) -> Sentence:
-    """A step's logged time is its own plus its share of an evaluation, every 100 steps in A and every 200 in C: two
-    equations a router, for the time of an evaluation and so for its share."""
+    """Judge the bench's throughput.
+
+    The logged time of a step contains its share of an evaluation, which came every 100 steps in A and every 200 in C.
+    These are two equations for each router, from which the time of an evaluation follows, and so its share.
+    """
     both = a.merge(c, on=["router", "capacity_factor"], suffixes=("_a", "_c"))
     seconds = {side: TOKENS_PER_STEP / both[f"tokens_per_s_{side}"] for side in "ac"}
     evaluation = (seconds["a"] - seconds["c"]) / (1 / both["eval_interval_a"] - 1 / both["eval_interval_c"])
@@ -238,6 +247,6 @@ def _throughput(a: pd.DataFrame, c: pd.DataFrame) -> Sentence:
         f"Throughput is {a['median_tokens_per_s'].min():.3g} to {c['median_tokens_per_s'].max():.3g} tokens/s",
         "contradicted",
         f"inflated {a['eval_interval'].iloc[0]} and {c['eval_interval'].iloc[0]} times: it is "
-        f"{a['tokens_per_s'].min():,.0f} to {c['tokens_per_s'].max():,.0f}, of which {share.min():.0%} or more of the "
-        "time in C went into validation, so that it ranks validation",
+        f"{a['tokens_per_s'].min():,.0f} to {c['tokens_per_s'].max():,.0f}, and {share.min():.0%} or more of the "
+        "time in C went into validation, so it ranks routers by validation",
     )

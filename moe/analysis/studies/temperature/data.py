@@ -1,6 +1,6 @@
-"""The temperature study: which runs belong to it, their curves, their utilization and their means over seeds.
+"""Selects the runs of the temperature study, and reads their curves, expert utilization and means over seeds.
 
-Every selection is a table or, as text, the reason why there is none. A run is one seed of one condition in all of them.
+Every selection is a table with a row for each run, or the reason why there is none as text.
 """
 
 from collections.abc import Iterable
@@ -13,28 +13,28 @@ from moe.config.schema import is_free
 from moe.results.conditions import STD, tied_factors, varied_factors
 from moe.results.table import ABSENT, FACTS
 
-TEMPERATURE, LOSS = "router.temp", "val/loss"
+TEMPERATURE, VALIDATION_LOSS = "router.temp", "val/loss"
 
 
 def ablation(runs: pd.DataFrame) -> pd.DataFrame | str:
-    """The finished runs at constant temperatures, those of the commonest length (of two as common, the shorter)."""
+    """Return the finished runs at constant temperatures that have the most common length; of two, the shorter."""
     steady, _ = _by_schedule(runs)
-    return _comparable(_commonest_length(steady), TEMPERATURE, none="no finished run has a constant temperature")
+    return _comparable(_most_common_length(steady), TEMPERATURE, none="no finished run has a constant temperature")
 
 
 def constant_runs(runs: pd.DataFrame) -> pd.DataFrame | str:
-    """The finished runs at constant temperatures, of every length."""
+    """Return the finished runs at constant temperatures, of every length."""
     steady, _ = _by_schedule(runs)
     return _comparable(steady, TEMPERATURE, "steps", none="no finished run has a constant temperature")
 
 
 def scheduled(runs: pd.DataFrame) -> pd.DataFrame | str:
-    """The finished runs whose temperature follows a schedule, those of the commonest length.
+    """Return the finished runs whose temperature follows a schedule and that have the most common length.
 
-    Beside them the runs that stay all the time where the schedules end, if nothing else tells the two apart.
+    They include the runs whose temperature is constant where the schedules end, if they differ in nothing else.
     """
     steady, moving = _by_schedule(runs)
-    moving = _commonest_length(moving)
+    moving = _most_common_length(moving)
     beside = steady[steady[TEMPERATURE].isin(moving[TEMPERATURE]) & steady["steps"].isin(moving["steps"])]
     none = "no finished run has a schedule of its temperature"
     both = _comparable(pd.concat([moving, beside]), "schedule", none=none)
@@ -42,10 +42,11 @@ def scheduled(runs: pd.DataFrame) -> pd.DataFrame | str:
     return alone if isinstance(both, str) or isinstance(alone, str) else both
 
 
-def curves(members: pd.DataFrame, events: pd.DataFrame, columns: Iterable[str]) -> pd.DataFrame | str:
-    """One row a run of `members` and event: folder, seed, router.temp, schedule, steps, step, and `columns` as numbers.
+def evaluation_curves(members: pd.DataFrame, events: pd.DataFrame, columns: Iterable[str]) -> pd.DataFrame | str:
+    """Return the evaluations of `members`, with a row for each run and step.
 
-    `events` is `read_event_tables(...).evals`, or a join of it on `folder`.
+    The table has the columns folder, seed, router.temp, schedule, steps and step, and `columns` as numbers. `events` is
+    `moe.results.table.read_event_tables(...).evals`, or that table with more columns.
     """
     columns = list(columns)
     absent = [column for column in ("folder", "step", *columns) if column not in events]
@@ -60,7 +61,7 @@ def curves(members: pd.DataFrame, events: pd.DataFrame, columns: Iterable[str]) 
 
 
 def with_training(evals: pd.DataFrame, trains: pd.DataFrame, column: str) -> pd.DataFrame:
-    """The evaluations with the mean of a training column over the steps since the one before, if there is any."""
+    """Add the mean of a training column over the steps since the evaluation before, if training steps have it."""
     if not ({"folder", "step"} <= set(evals) and {"folder", "step", column} <= set(trains)):
         return evals
     ends = evals[["folder", "step"]].assign(evaluation=evals["step"]).sort_values("step")
@@ -70,12 +71,13 @@ def with_training(evals: pd.DataFrame, trains: pd.DataFrame, column: str) -> pd.
     return evals.merge(means.rename(columns={"evaluation": "step"}), on=["folder", "step"], how="left")
 
 
-def utilization(members: pd.DataFrame, evals: pd.DataFrame) -> pd.DataFrame | str:
-    """The runs of `members` with what the last evaluation says of the (L, E) shares of assignments per expert.
+def with_utilization(members: pd.DataFrame, evals: pd.DataFrame) -> pd.DataFrame | str:
+    """Add to each run how its last evaluation distributes assignments over experts, from shares of shape (L, E).
 
-    `shares`, (E), is the mean over layers and `ranked`, (E), the same of each layer's shares sorted first, largest to
-    smallest: the i-th expert of one layer is not that of another. `utilization/variance` and `/std` (ddof 0, over a
-    layer's experts) are means over layers; `/min` and `/max` are the extremes of all layers.
+    `shares`, (E), is the mean over layers. `ranked`, (E), is the mean over layers after the shares of each layer were
+    sorted from largest to smallest, because expert i of one layer has nothing to do with expert i of another.
+    `utilization/variance` and `utilization/std` (ddof 0, over the experts of a layer) are means over layers.
+    `utilization/min` and `utilization/max` are the extremes of all layers.
     """
     if "routing/utilization" not in evals or evals["routing/utilization"].isna().all():
         return "no run has routing/utilization in its events"
@@ -99,31 +101,33 @@ def utilization(members: pd.DataFrame, evals: pd.DataFrame) -> pd.DataFrame | st
 
 
 def seed_means(table: pd.DataFrame, by: list[str], column: str) -> pd.DataFrame:
-    """Per combination of `by`: n seeds with a finite value, their mean, sample deviation and 95 % t interval."""
+    """Return for each combination of `by` n seeds with a finite value, their mean, deviation and 95 % t interval."""
     values = table[np.isfinite(table[column].astype(float))]
     means = values.groupby(by)[column].agg(n="count", mean="mean", **{STD: "std"}).reset_index()  # ddof=1
     return with_intervals(means)
 
 
-def ranking(members: pd.DataFrame, by: str, metric: str = LOSS) -> pd.DataFrame:
-    """The levels of `by` with their mean over seeds, lowest first; empty if no value is finite."""
+def ranking(members: pd.DataFrame, by: str, metric: str = VALIDATION_LOSS) -> pd.DataFrame:
+    """Return the levels of `by` with their mean over seeds, lowest first; an empty table if no value is finite."""
     return seed_means(members, [by], metric).sort_values("mean", kind="stable", ignore_index=True)
 
 
-def names(members: pd.DataFrame) -> pd.Series:
-    """The study's name of each run's experiment, temp_1.0 or schedule_linear, with the steps if they are unusual."""
+def experiment_names(members: pd.DataFrame) -> pd.Series:
+    """Return the study's name for each run, temp_1.0 or schedule_linear, with the steps if their number is unusual."""
     usual = members["steps"].mode()[0]
-    told = zip(members[TEMPERATURE], members["schedule"], members["steps"], strict=True)
+    columns = zip(members[TEMPERATURE], members["schedule"], members["steps"], strict=True)
     named = [
         (f"temp_{temperature}" if schedule == "constant" else f"schedule_{schedule}")
         + (f"_{steps}_steps" if steps != usual else "")
-        for temperature, schedule, steps in told
+        for temperature, schedule, steps in columns
     ]
     return pd.Series(named, members.index)
 
 
-def compare(members: pd.DataFrame, by: str, reference: float | str, metric: str = LOSS) -> pd.DataFrame:
-    """The levels of `by` against one of them, paired by seed, with whether the 95 % t interval decides the sign."""
+def compare_levels(
+    members: pd.DataFrame, by: str, reference: float | str, metric: str = VALIDATION_LOSS
+) -> pd.DataFrame:
+    """Compare the levels of `by` with one of them, paired by seed; `decided`: the 95 % t interval excludes 0."""
     table = contrasts(members, metric, [by], references={by: reference})
     if table.empty:
         return table
@@ -131,8 +135,8 @@ def compare(members: pd.DataFrame, by: str, reference: float | str, metric: str 
 
 
 def _by_schedule(runs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Finished runs of routers that have a temperature: it stays the same; it follows a schedule."""
-    needed = [TEMPERATURE, "schedule", "schedule.knob", "steps", "seed", LOSS]
+    """Return the finished runs whose router has a constant temperature, and those where it follows a schedule."""
+    needed = [TEMPERATURE, "schedule", "schedule.knob", "steps", "seed", VALIDATION_LOSS]
     runs = runs.reindex(columns=[*runs, *(column for column in needed if column not in runs)])
     runs = runs[(runs["status"] == "finished") & runs[TEMPERATURE].notna() & (runs[TEMPERATURE] != ABSENT)]
     runs = runs.astype({TEMPERATURE: float})
@@ -140,17 +144,17 @@ def _by_schedule(runs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     return runs[steady], runs[~steady & (runs["schedule.knob"] != "noise")]
 
 
-def _commonest_length(runs: pd.DataFrame) -> pd.DataFrame:
+def _most_common_length(runs: pd.DataFrame) -> pd.DataFrame:
     return runs[runs["steps"].isin(runs["steps"].mode()[:1])]
 
 
 def _comparable(runs: pd.DataFrame, *factors: str, none: str) -> pd.DataFrame | str:
-    """The runs if nothing but `factors`, the seed and the experiment's name varies; one configuration counts once."""
+    """Return the runs if they differ only in `factors`, seed and experiment; equal configurations count once."""
     if runs.empty:
         return none
-    # `quick_demo` is a part of `temperature_ablation`: the same configurations, and so the same runs
+    # `quick_demo` has some configurations of `temperature_ablation`, and so the same runs
     runs = runs.drop_duplicates([c for c in runs if "/" not in c and c not in FACTS and not is_free(c)])
-    # What only follows a factor, such as `schedule.start`, belongs to it; what else follows it would share its effect.
+    # A key below a factor, such as `schedule.start`, belongs to it. Any other key that changes with it is a confounder.
     tied = {name: led for name, led in tied_factors(runs).items() if led != "steps" and not name.startswith(f"{led}.")}
     others = [name for name in (*varied_factors(runs), *tied) if name not in (*factors, "seed", "experiment")]
     return f"{', '.join(others)} varies beside {', '.join(factors)} and seed" if others else runs

@@ -1,30 +1,29 @@
-"""The six figures of the temperature study, under its file names: tables in, matplotlib Figures out.
+"""The six figures of the temperature study, under its file names.
 
-Every seed is thin or small, every mean thick or large with its 95 % t interval, and every legend says how many seeds.
+Seeds are thin lines or small points. Means are thick or large, with their 95 % t interval, and every legend says how
+many seeds there are.
 """
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from moe.analysis.figures.drawing import Drawing, drawing
 from moe.analysis.figures.style import RC
 from moe.analysis.studies.temperature.data import (
-    LOSS,
     TEMPERATURE,
+    VALIDATION_LOSS,
     ablation,
-    compare,
     constant_runs,
-    curves,
-    ranking,
+    evaluation_curves,
     scheduled,
-    seed_means,
-    utilization,
     with_training,
+    with_utilization,
 )
 from moe.analysis.studies.temperature.panels import (
     draw_against_temperature,
@@ -33,13 +32,14 @@ from moe.analysis.studies.temperature.panels import (
     draw_legend,
     draw_schedules,
     draw_table,
-    looks,
-    marks,
-    routers,
-    shades,
+    marks_explained,
+    runs_explained,
+    schedule_style,
+    temperature_style,
 )
+from moe.analysis.studies.temperature.tables import ablation_statistics, condition_names, utilization_statistics
 
-ACCURACY, BALANCE = "val/accuracy", "train/load_balance"
+ACCURACY, LOAD_BALANCE = "val/accuracy", "train/load_balance"
 ENTROPIES = {"routing/entropy": "at the router's T", "routing/entropy_t1": "at T = 1"}
 CONFIDENCES = {"routing/confidence": "at the router's T", "routing/confidence_t1": "at T = 1"}
 GINIS = {"routing/load_gini": "mean over layers", "routing/load_gini/worst": "worst layer"}
@@ -47,11 +47,11 @@ OTHER_EXPERTS = (
     "Expert i of one layer or seed is not expert i of another: means by index hide imbalance, "
     "means by rank and the Gini of single layers do not."
 )
-TAUTOLOGY = """\
-Temperature divides the logits: at the
-router's temperature, entropy grows and
+ENTROPY_NOTE = """\
+Temperature divides the logits, so at the
+router's own temperature entropy grows and
 confidence falls with T by definition.
-At temperature 1 they tell how training
+At temperature 1 they show how training
 changed the logits themselves.
 
 Load-balance loss: E Σ f P, unweighted,
@@ -62,48 +62,48 @@ dashed: balanced."""
 
 @matplotlib.rc_context(RC)
 def temperature_ablation_comprehensive(runs: pd.DataFrame, events: pd.DataFrame) -> Figure:
-    """Loss and accuracy over steps and minutes, their final values and the entropy against temperature, a table."""
+    """Draw loss and accuracy over steps and minutes, their final values and the entropy by temperature, and a table."""
     figure = Figure(figsize=(15, 13), layout="constrained")
     panels = figure.subplot_mosaic(
         [["loss", "late", "minutes"], ["final", "final accuracy", "entropy"], ["accuracy", "late accuracy", "table"]]
     )
-    style = shades(runs)
-    draw_curves(panels["loss"], events, LOSS, TEMPERATURE, style)
-    draw_curves(panels["late"], events, LOSS, TEMPERATURE, style, late=True)
+    style = temperature_style(runs)
+    draw_curves(panels["loss"], events, VALIDATION_LOSS, TEMPERATURE, style)
+    draw_curves(panels["late"], events, VALIDATION_LOSS, TEMPERATURE, style, late=True)
     minutes = events.assign(minutes=events["time/elapsed"] / 60)
-    draw_curves(panels["minutes"], minutes, LOSS, TEMPERATURE, style, x="minutes")
+    draw_curves(panels["minutes"], minutes, VALIDATION_LOSS, TEMPERATURE, style, x="minutes")
     panels["minutes"].set_xlabel("minutes of wall clock, evaluations included")
     draw_curves(panels["accuracy"], events, ACCURACY, TEMPERATURE, style)
     draw_curves(panels["late accuracy"], events, ACCURACY, TEMPERATURE, style, late=True)
-    draw_against_temperature(panels["final"], runs, {LOSS: ""})
+    draw_against_temperature(panels["final"], runs, {VALIDATION_LOSS: ""})
     draw_against_temperature(panels["final accuracy"], runs, {ACCURACY: ""})
     draw_against_temperature(panels["entropy"], runs, ENTROPIES)
-    draw_table(panels["table"], _statistics(runs), widths=[0.43, 0.57])
+    draw_table(panels["table"], ablation_statistics(runs), widths=[0.43, 0.57])
     draw_legend(figure, panels["loss"], runs)
     return figure
 
 
 @matplotlib.rc_context(RC)
 def routing_dynamics(runs: pd.DataFrame, events: pd.DataFrame) -> Figure:
-    """Entropy and confidence, at the router's temperature and at 1, over steps and at the end; load-balance loss."""
+    """Draw entropy and confidence over steps and at the end, at two temperatures, and the load-balance loss."""
     figure = Figure(figsize=(17, 8.8), layout="constrained")
-    panels = figure.subplot_mosaic([[*ENTROPIES, "entropies", BALANCE], [*CONFIDENCES, "confidences", "note"]])
-    style = shades(runs)
-    for column in (*ENTROPIES, *CONFIDENCES, BALANCE):
+    panels = figure.subplot_mosaic([[*ENTROPIES, "entropies", LOAD_BALANCE], [*CONFIDENCES, "confidences", "note"]])
+    style = temperature_style(runs)
+    for column in (*ENTROPIES, *CONFIDENCES, LOAD_BALANCE):
         draw_curves(panels[column], events, column, TEMPERATURE, style)
-    panels[BALANCE].axhline(1, color="black", linewidth=1, linestyle="--")
+    panels[LOAD_BALANCE].axhline(1, color="black", linewidth=1, linestyle="--")
     draw_against_temperature(panels["entropies"], runs, ENTROPIES)
     draw_against_temperature(panels["confidences"], runs, CONFIDENCES)
     panels["note"].axis("off")
-    panels["note"].text(0, 0.95, TAUTOLOGY, va="top", linespacing=1.5)
+    panels["note"].text(0, 0.95, ENTROPY_NOTE, va="top", linespacing=1.5)
     draw_legend(figure, panels["routing/entropy"], runs)
     return figure
 
 
 @matplotlib.rc_context(RC)
 def expert_utilization(runs: pd.DataFrame, table: pd.DataFrame) -> Figure:
-    """A panel per temperature: every expert's share of assignments, mean over layers, beside balance, 1/E."""
-    style, experts = shades(table), len(table["shares"].iloc[0])
+    """Draw every expert's share of assignments, mean over layers, with a panel for each temperature."""
+    style, experts = temperature_style(table), len(table["shares"].iloc[0])
     columns = min(4, len(style))
     rows = math.ceil(len(style) / columns)
     figure = Figure(figsize=(max(9.0, 3.7 * columns), 1.2 + 3.2 * rows), layout="constrained")
@@ -123,7 +123,7 @@ def expert_utilization(runs: pd.DataFrame, table: pd.DataFrame) -> Figure:
         axes.remove()
     figure.supxlabel(
         "expert (bar: mean over layers and n seeds; point: a seed, mean over layers; dashed: balance, 1/E)\n"
-        f"{OTHER_EXPERTS}\n{routers(runs)}",
+        f"{OTHER_EXPERTS}\n{runs_explained(runs)}",
         fontsize="small",
     )
     figure.supylabel("share of assignments, last evaluation", fontsize="medium")
@@ -132,22 +132,22 @@ def expert_utilization(runs: pd.DataFrame, table: pd.DataFrame) -> Figure:
 
 @matplotlib.rc_context(RC)
 def schedule_comparison(runs: pd.DataFrame, events: pd.DataFrame) -> Figure:
-    """Loss, temperature and accuracy over steps, and final loss and accuracy, a color a schedule."""
+    """Draw loss, temperature and accuracy over steps, and final loss and accuracy, with a color for each schedule."""
     figure = Figure(figsize=(15, 9.4), layout="constrained")
-    panels = figure.subplot_mosaic([[LOSS, "late", "temperature"], [ACCURACY, "final", "final accuracy"]])
-    style = looks(runs)
-    for column in (LOSS, "temperature", ACCURACY):
+    panels = figure.subplot_mosaic([[VALIDATION_LOSS, "late", "temperature"], [ACCURACY, "final", "final accuracy"]])
+    style = schedule_style(runs)
+    for column in (VALIDATION_LOSS, "temperature", ACCURACY):
         draw_curves(panels[column], events, column, "schedule", style)
-    draw_curves(panels["late"], events, LOSS, "schedule", style, late=True)
-    draw_schedules(panels["final"], runs, LOSS, style)
+    draw_curves(panels["late"], events, VALIDATION_LOSS, "schedule", style, late=True)
+    draw_schedules(panels["final"], runs, VALIDATION_LOSS, style)
     draw_schedules(panels["final accuracy"], runs, ACCURACY, style)
-    draw_legend(figure, panels[LOSS], runs)
+    draw_legend(figure, panels[VALIDATION_LOSS], runs)
     return figure
 
 
 @matplotlib.rc_context(RC)
 def expert_utilization_analysis(runs: pd.DataFrame, table: pd.DataFrame) -> Figure:
-    """Gini and variance of the load against temperature, shares by expert and by rank, and all of it as a table."""
+    """Draw Gini and variance of the load by temperature, shares by expert and by rank, and a table of them."""
     cells = table.groupby([TEMPERATURE, "steps"])
     heights = [4.2, 1.1 + 0.34 * len(cells), 0.3 + 0.3 * len(cells)]
     figure = Figure(figsize=(13, sum(heights) + 1.4), layout="constrained")
@@ -157,7 +157,7 @@ def expert_utilization_analysis(runs: pd.DataFrame, table: pd.DataFrame) -> Figu
     draw_against_temperature(panels["gini"], table, GINIS)
     draw_against_temperature(panels["variance"], table, {"utilization/variance": ""})
     largest = max(float(np.stack(table[kind].tolist()).max()) for kind in ("shares", "ranked"))
-    names = _names(table)
+    names = condition_names(table)
     for kind, label in (
         ("shares", "expert\n(mean over layers and seeds, by index)"),
         ("ranked", "experts of each layer from most to least used\n(mean over layers and seeds, by rank)"),
@@ -165,16 +165,16 @@ def expert_utilization_analysis(runs: pd.DataFrame, table: pd.DataFrame) -> Figu
         values = np.stack([np.stack(members[kind].tolist()).mean(0) for _, members in cells])
         draw_heatmap(panels[kind], values, list(names.values()), label, largest=largest)
     panels["ranked"].tick_params(labelleft=False)
-    draw_table(panels["table"], _utilization_statistics(table), widths=[0.15, 0.05, 0.2, 0.2, 0.2, 0.1, 0.1])
-    figure.supxlabel(f"{marks(runs)}\n{OTHER_EXPERTS}\n{routers(runs)}", fontsize="small")
+    draw_table(panels["table"], utilization_statistics(table), widths=[0.15, 0.05, 0.2, 0.2, 0.2, 0.1, 0.1])
+    figure.supxlabel(f"{marks_explained(runs)}\n{OTHER_EXPERTS}\n{runs_explained(runs)}", fontsize="small")
     return figure
 
 
 @matplotlib.rc_context(RC)
 def entropy_analysis(runs: pd.DataFrame, events: pd.DataFrame) -> Figure:
-    """Entropy over steps and its rate of change, at the router's temperature and at temperature 1."""
+    """Draw entropy and its rate of change over steps, at the router's temperature and at temperature 1."""
     figure = Figure(figsize=(12, 9), layout="constrained")
-    panels, style = figure.subplots(2, 2), shades(runs)
+    panels, style = figure.subplots(2, 2), temperature_style(runs)
     for (left, right), column in zip(panels, ENTROPIES, strict=True):
         draw_curves(left, events, column, TEMPERATURE, style)
         draw_curves(right, _rates(events, column), "rate", TEMPERATURE, style)
@@ -184,112 +184,96 @@ def entropy_analysis(runs: pd.DataFrame, events: pd.DataFrame) -> Figure:
     return figure
 
 
-class Sheet(NamedTuple):
-    """A figure: its runs, the table made of their events, the final metrics that it needs, and who draws it."""
+class FigureRecipe(NamedTuple):
+    """How to make one figure.
+
+    members: selects the runs. table: makes of them and of their evaluations the table that is drawn. final: the final
+    metrics that the runs must have. draw: draws the figure; its name is that of the file.
+    """
 
     members: Callable[[pd.DataFrame], pd.DataFrame | str]
     table: Callable[[pd.DataFrame, pd.DataFrame], pd.DataFrame | str]
     final: tuple[str, ...]
     draw: Callable[[pd.DataFrame, pd.DataFrame], Figure]
+    caption: str
 
 
-def _reading(*columns: str) -> Callable[[pd.DataFrame, pd.DataFrame], pd.DataFrame | str]:
-    return lambda members, evals: curves(members, evals, columns)
+def _curves_of(*columns: str) -> Callable[[pd.DataFrame, pd.DataFrame], pd.DataFrame | str]:
+    return lambda members, evals: evaluation_curves(members, evals, columns)
 
 
-SHEETS = [
-    Sheet(
+RECIPES = [
+    FigureRecipe(
         ablation,
-        _reading(LOSS, ACCURACY, "time/elapsed"),
-        (LOSS, ACCURACY, *ENTROPIES),
+        _curves_of(VALIDATION_LOSS, ACCURACY, "time/elapsed"),
+        (VALIDATION_LOSS, ACCURACY, *ENTROPIES),
         temperature_ablation_comprehensive,
+        "Loss, accuracy and router entropy by temperature, over training and at its end.",
     ),
-    Sheet(ablation, _reading(*ENTROPIES, *CONFIDENCES, BALANCE), (*ENTROPIES, *CONFIDENCES), routing_dynamics),
-    Sheet(ablation, utilization, tuple(GINIS), expert_utilization),
-    Sheet(scheduled, _reading(LOSS, ACCURACY, "temperature"), (LOSS, ACCURACY), schedule_comparison),
-    Sheet(constant_runs, utilization, tuple(GINIS), expert_utilization_analysis),
-    Sheet(ablation, _reading(*ENTROPIES), (), entropy_analysis),
+    FigureRecipe(
+        ablation,
+        _curves_of(*ENTROPIES, *CONFIDENCES, LOAD_BALANCE),
+        (*ENTROPIES, *CONFIDENCES),
+        routing_dynamics,
+        "Router entropy, confidence and balance over training, by temperature.",
+    ),
+    FigureRecipe(
+        ablation,
+        with_utilization,
+        tuple(GINIS),
+        expert_utilization,
+        "Share of assignments of each expert, by temperature.",
+    ),
+    FigureRecipe(
+        scheduled,
+        _curves_of(VALIDATION_LOSS, ACCURACY, "temperature"),
+        (VALIDATION_LOSS, ACCURACY),
+        schedule_comparison,
+        "Schedules of the temperature beside each other.",
+    ),
+    FigureRecipe(
+        constant_runs,
+        with_utilization,
+        tuple(GINIS),
+        expert_utilization_analysis,
+        "Inequality of the experts' load against temperature.",
+    ),
+    FigureRecipe(
+        ablation,
+        _curves_of(*ENTROPIES),
+        (),
+        entropy_analysis,
+        "Router entropy over training, and how fast it changes.",
+    ),
 ]
 
 
-def temperature_figures(
-    runs: pd.DataFrame, evals: pd.DataFrame, trains: pd.DataFrame
-) -> Iterator[tuple[str, Figure | str]]:
-    """Every figure by its file stem, or the reason why it cannot be drawn.
+def temperature_drawings(runs: pd.DataFrame, evals: pd.DataFrame, trains: pd.DataFrame) -> Iterator[Drawing]:
+    """Yield every figure under its file name, or the reason why it cannot be drawn.
 
-    `runs` is `load_runs` through `with_causality`; `evals` and `trains` are the events of both kinds of
-    `read_event_tables`.
+    `runs` is a table of `moe.results.table.load_runs` after `with_causality`. `evals` and `trains` are the events of
+    both kinds of `moe.results.table.read_event_tables`.
     """
-    evals = with_training(evals, trains, BALANCE)
-    for sheet in SHEETS:
-        yield sheet.draw.__name__, _drawn(sheet, runs, evals)
+    evals = with_training(evals, trains, LOAD_BALANCE)
+    for recipe in RECIPES:
+        yield drawing(recipe.draw.__name__, recipe.caption, _figure_or_reason(recipe, runs, evals))
 
 
-def _drawn(sheet: Sheet, runs: pd.DataFrame, evals: pd.DataFrame) -> Figure | str:
-    members = sheet.members(runs)
+def _figure_or_reason(recipe: FigureRecipe, runs: pd.DataFrame, evals: pd.DataFrame) -> Figure | str:
+    members = recipe.members(runs)
     if isinstance(members, str):
         return members
-    absent = [column for column in sheet.final if column not in members or not np.isfinite(members[column]).any()]
+    absent = [column for column in recipe.final if column not in members or not np.isfinite(members[column]).any()]
     if absent:
         return f"no finished run has {', '.join(absent)}"
-    table = sheet.table(members, evals)
-    return table if isinstance(table, str) else sheet.draw(members, table)
+    table = recipe.table(members, evals)
+    return table if isinstance(table, str) else recipe.draw(members, table)
 
 
 def _rates(events: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Change per 100 steps between a run's evaluations, half-way between them."""
+    """Return the change per 100 steps between two evaluations of a run, at the step half-way between them."""
     runs = events.groupby("folder")
     between = runs["step"].diff()
     return events.assign(rate=100 * runs[column].diff() / between, step=events["step"] - between / 2).dropna(
         subset=["rate"]
     )
-
-
-def _statistics(runs: pd.DataFrame) -> pd.DataFrame:
-    """The ablation in nine lines: best and worst by the mean final loss, and whether they can be told apart."""
-    losses = ranking(runs, TEMPERATURE)
-    best, worst = losses.iloc[0], losses.iloc[-1]
-    rivals = compare(runs, TEMPERATURE, best[TEMPERATURE])
-    lines = {
-        "best temperature": f"{best[TEMPERATURE]:g}",
-        "its final loss": f"{_interval(best, '.4g')}, n={int(best['n'])}",
-        "worst temperature": f"{worst[TEMPERATURE]:g}",
-        "its final loss ": f"{_interval(worst, '.4g')}, n={int(worst['n'])}",
-        "improvement": f"{100 * (1 - best['mean'] / worst['mean']):.3g} %",
-    }
-    if len(rivals):
-        pair = rivals[rivals["level"] == worst[TEMPERATURE]].iloc[0]
-        undecided = ", ".join(f"{level:g}" for level in rivals.loc[~rivals["decided"], "level"])
-        lines["worst − best, paired"] = f"{_interval(pair.rename({'difference': 'mean'}), '.3g')}, n={pair['n']}"
-        lines["not told from the best"] = undecided or "none"
-    lines["temperatures tested"] = f"{len(losses)}"
-    lines["interval"] = "95 % t over n seeds"
-    return pd.DataFrame(lines.items(), columns=["final validation loss", "nats per token"])
-
-
-def _utilization_statistics(table: pd.DataFrame) -> pd.DataFrame:
-    metrics = {
-        "Gini, mean over layers": "routing/load_gini",
-        "Gini, worst layer": "routing/load_gini/worst",
-        "variance, mean over layers": "utilization/variance",
-    }
-    rows, names = [], _names(table)
-    for cell, members in table.groupby([TEMPERATURE, "steps"]):
-        row = {"condition": names[cell], "n": f"{len(members)}"}
-        for name, metric in metrics.items():
-            row[name] = _interval(seed_means(members, ["steps"], metric).iloc[0], ".3g")
-        row |= {f"{end} share": f"{members[f'utilization/{end}'].mean():.3f}" for end in ("min", "max")}
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def _names(table: pd.DataFrame) -> dict[Any, str]:
-    """Temperature and steps of every condition -> its name, which says the steps if they vary."""
-    length = ", {} steps" if table["steps"].nunique() > 1 else ""
-    return {cell: f"T = {cell[0]:g}{length.format(cell[1])}" for cell in table.groupby([TEMPERATURE, "steps"]).groups}
-
-
-def _interval(row: pd.Series, digits: str) -> str:
-    if math.isnan(row["ci_low"]):
-        return f"{row['mean']:{digits}}"
-    return f"{row['mean']:{digits}} [{row['ci_low']:{digits}}, {row['ci_high']:{digits}}]"

@@ -1,0 +1,92 @@
+"""Figures of curves over training: every run is a thin line, the mean over the runs of a condition a thick one."""
+
+import math
+from typing import Any
+
+import matplotlib
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from moe.analysis.figures.style import RC, axis_label, line_style, panel_height, shared_legend
+from moe.metrics.catalog import select
+from moe.results.conditions import levels
+
+CURVES_TITLE = "thin: one run, thick: mean over n runs, as far as all of them got"
+
+
+@matplotlib.rc_context(RC)
+def learning_curves(events: pd.DataFrame, by: str) -> Figure:
+    """Draw the validation loss against the step, and its second half once more beside it.
+
+    A thick line is the mean at the steps that all runs of a condition reached. `events` is
+    `moe.results.table.read_event_tables(...).evals` joined with the column `by` of the runs.
+    """
+    half = events["step"].max() / 2
+    late = range_since(events, "val/loss", half)
+    figure = Figure(figsize=(10.8, panel_height(events[by].nunique())), layout="constrained")
+    whole, end = figure.subplots(1, 2)
+    for axes in (whole, end):
+        for index, level in enumerate(levels(events[by])):
+            draw_curves(axes, events[events[by] == level], "val/loss", f"{level}", line_style(index))
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel(axis_label("val/loss"))
+    if late:
+        end.set(xlim=(half, None), ylim=late, title="second half of training")
+    else:
+        end.remove()
+    shared_legend(figure, CURVES_TITLE)
+    return figure
+
+
+@matplotlib.rc_context(RC)
+def gradient_norms(trains: pd.DataFrame) -> Figure | str:
+    """Draw gradient norms and relative updates of routers and experts by step.
+
+    `trains` are events of training steps with a column "condition". Returns a reason if none has a gradient norm.
+    """
+    columns = {metric.name: metric.axis for metric in select(shown="gradient figure")}
+    columns = {column: label for column, label in columns.items() if column in trains and trains[column].notna().any()}
+    if not columns:
+        return "no train event has a gradient norm"
+    figure = Figure(figsize=(10.4, 7.2), layout="constrained")
+    panels = figure.subplots(2, 2, sharex=True)
+    for axes, (column, label) in zip(panels.flat, columns.items(), strict=False):
+        for index, (condition, members) in enumerate(trains.groupby("condition")):
+            style = line_style(index)
+            curves = members.pivot(index="step", columns="folder", values=column).astype(float).dropna(how="all")
+            axes.plot(curves, color=style["color"], linewidth=0.6, alpha=0.45)
+            mean = curves.dropna().mean(axis=1)
+            line: dict[str, Any] = {"color": style["color"], "linestyle": style["linestyle"]}
+            axes.plot(mean, linewidth=2, label=f"{condition} (n={curves.shape[1]})", **line)
+        axes.set(ylabel=label, yscale="log")
+    for axes in panels[-1]:
+        axes.set_xlabel("optimizer step")
+    shared_legend(figure, "thin: one run, thick: mean over n runs; gradients before clipping, updates at evaluations")
+    return figure
+
+
+BREAK = pd.Series([math.nan], index=[math.nan])  # between two runs: one line with gaps is drawn faster than many lines
+
+
+def draw_curves(axes: Axes, events: pd.DataFrame, column: str, label: str, style: dict[str, str]) -> None:
+    """Draw a column of events against the step: each run thin, their mean thick."""
+    curves = events.pivot(index="step", columns="folder", values=column).astype(float)
+    mean = curves.dropna().mean(axis=1)
+    dot = "." if len(curves) < 30 else ""  # a single evaluation draws no line
+    runs = pd.concat([pd.concat([curves[folder].dropna(), BREAK]) for folder in curves])
+    axes.plot(runs, color=style["color"], linewidth=0.7, alpha=0.5, marker=dot, markersize=4)
+    axes.plot(
+        mean, color=style["color"], linestyle=style["linestyle"], linewidth=2.2, label=f"{label} (n={curves.shape[1]})"
+    )
+
+
+def range_since(events: pd.DataFrame, column: str, step: float) -> tuple[float, float] | None:
+    """Return the range of a column from a step on, with a margin; None if it is a single value.
+
+    Earlier steps have so much larger losses that the differences between conditions would be invisible.
+    """
+    late = events.loc[events["step"] >= step, column].astype(float)
+    late = late[late.map(math.isfinite)]
+    margin = 0.05 * (late.max() - late.min())
+    return (late.min() - margin, late.max() + margin) if late.nunique() > 1 else None

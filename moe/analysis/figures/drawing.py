@@ -1,0 +1,22 @@
+"""A figure with its name and caption, or the reason why it could not be drawn."""
+
+from typing import NamedTuple
+
+from matplotlib.figure import Figure
+
+
+class Drawing(NamedTuple):
+    """A figure of the report. `figure` is None if it could not be drawn; `reason` then says why.
+
+    `name` is the stem of the file that the figure is saved as. `caption` says in words what the figure shows.
+    """
+
+    name: str
+    caption: str
+    figure: Figure | None
+    reason: str = ""
+
+
+def drawing(name: str, caption: str, result: Figure | str) -> Drawing:
+    """Return a `Drawing` of what a figure function returned: a figure, or the reason why there is none."""
+    return Drawing(name, caption, result) if isinstance(result, Figure) else Drawing(name, caption, None, result)

@@ -1,0 +1,244 @@
+"""Figures of specialization by condition: what routing depends on, how stable it is, and what each expert is worth.
+
+Every seed is a point. Intervals are 95 % t intervals of the mean over seeds.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from moe.analysis.figures.expert_grids import MeasuredRun
+from moe.analysis.figures.style import RC, interval_reach, line_style, shared_legend
+from moe.analysis.statistics import with_intervals
+from moe.results.conditions import summary
+
+SEEDS_TITLE = "small: one seed; large: mean over n seeds and its 95 % t interval"
+
+
+@matplotlib.rc_context(RC)
+def specialization_information(runs: list[MeasuredRun]) -> Figure:
+    """Draw by layer what domain and token id say about experts, beside what they say about shuffled routing."""
+    figure = Figure(figsize=(10.4, 4.6), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    _draw_by_layer(left, runs, lambda found: [_get(entry, "adjusted") for entry in found["domain"]])
+    _draw_null(left, runs, lambda found: [_adjusted_null(entry) for entry in found["domain"]])
+    _draw_by_layer(
+        middle, runs, lambda found: [_get(entry, "id", "adjusted") for entry in found["vocabulary"]["input"]]
+    )
+    _draw_null(middle, runs, lambda found: [_adjusted_null(_get(e, "id")) for e in found["vocabulary"]["input"]])
+    _draw_by_layer(right, runs, lambda found: _vocabulary_measure(found, "normalized"))
+    _draw_null(right, runs, lambda found: _vocabulary_measure(found, "null_high"))
+    left.set_ylabel("domain: information / attainable, chance out")
+    middle.set_ylabel("token id: information / attainable, chance out")
+    right.set_ylabel("vocabulary specialization (mean largest share)")
+    shared_legend(figure, f"{SEEDS_TITLE}; gray dash: 97.5 % quantile of shuffled routing")
+    return figure
+
+
+@matplotlib.rc_context(RC)
+def specialization_stability(runs: list[MeasuredRun]) -> Figure:
+    """Draw overlap with the final choices, changed choices between traces, and agreement of seeds, beyond chance."""
+    figure = Figure(figsize=(10.4, 4.6), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    _draw_by_step(left, runs, "saturation")
+    _draw_by_step(middle, runs, "churn")
+    agreeing = [run for run in runs if run.found.get("seed_agreement")]
+    _draw_by_pair(right, agreeing)
+    left.set_ylabel("saturation: agreement with the last trace (κ)")
+    middle.set_ylabel("churn: 1 - κ with the trace before")
+    right.set_ylabel("agreement with other seeds, matched (κ)")
+    if not agreeing:
+        right.set_title("no two runs differ in their seed only", fontsize="small")
+    left.set_ylim(None, 1.03)
+    middle.set_ylim(0, None)
+    right.set_ylim(min(0, right.get_ylim()[0]), None)
+    scale = "κ: 1 the same, 0 as shuffled tokens with these loads"
+    marks = "left, middle: mean over layers, thin a run, thick all; right: small a pair of seeds, large their mean"
+    shared_legend(figure, f"{scale};\n{marks}")
+    return figure
+
+
+@matplotlib.rc_context(RC)
+def expert_importance(runs: list[MeasuredRun]) -> Figure:
+    """Draw how much the loss rises without an expert against the expert's load; the legend has the rank correlation."""
+    figure = Figure(figsize=(10.4, 4.8), layout="constrained")
+    panels = figure.subplots(1, 2)
+    methods = {"rerouted": "its tokens re-routed", "zeroed": "its output zeroed"}
+    for axes, (method, words) in zip(panels, methods.items(), strict=True):
+        for style, name, members in _by_condition(runs):
+            found = [run.found["knockout"][method] for run in members]
+            load = np.concatenate([np.ravel(run.found["load"]) for run in members]) * len(members[0].found["load"][0])
+            rise = np.concatenate([np.ravel(entry["delta"]["mean"]) for entry in found])
+            rho, beyond = (_mean([entry[key] for entry in found]) for key in ("rho", "rho_excess"))
+            label = f"{name} (n={len(members)}): mean ρ {rho:.2f}, of the rise beyond the null {beyond:.2f}"
+            axes.scatter(load, rise, s=16, alpha=0.6, color=style["color"], marker=style["marker"], label=label)
+        axes.axhline(0, color="black", linewidth=0.6)
+        axes.set(xlabel="load of the expert / mean load of its layer", ylabel=f"rise of the loss, {words} (nats)")
+        handles, labels = axes.get_legend_handles_labels()
+        axes.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.14), fontsize="x-small")
+    figure.supxlabel(
+        "a point: an expert of a layer of a run; ρ: Spearman's within a layer, mean over layers and runs",
+        fontsize="small",
+    )
+    return figure
+
+
+@matplotlib.rc_context(RC)
+def regret_by_route(runs: list[MeasuredRun]) -> Figure:
+    """Draw the regret of tokens, its mean by layer, and how much better the chosen route is than other routes."""
+    figure = Figure(figsize=(10.4, 4.6), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    for style, name, members in _by_condition(runs):
+        values = np.sort(np.concatenate([layer["values"] for run in members for layer in run.found["regret"]]))
+        share = np.arange(1, len(values) + 1) / len(values)
+        left.step(values, share, where="post", color=style["color"], linestyle=style["linestyle"], label=name)
+    left.set(xlabel="regret of a token (nats)", ylabel="share of sampled tokens with less", xlim=(0, None))
+    left.set_xscale("symlog", linthresh=0.01)
+    _draw_by_layer(middle, runs, lambda found: [layer["regret"]["mean"] for layer in found["regret"]])
+    _draw_by_layer(right, runs, lambda found: [layer["advantage"]["mean"] for layer in found["regret"]])
+    right.axhline(0, color="black", linewidth=0.6)
+    routes = runs[0].found["regret"][0]["routes"]
+    middle.set_ylabel(f"mean regret, best of {routes} routes (nats)")
+    right.set_ylabel("mean loss of other routes - as chosen (nats)")
+    shared_legend(figure, f"left: all layers and seeds; {SEEDS_TITLE}")
+    return figure
+
+
+@matplotlib.rc_context(RC)
+def router_landscape(runs: list[MeasuredRun]) -> Figure:
+    """Draw loss and changed choices as the routers' weights move at random or along the gradient."""
+    figure = Figure(figsize=(10.4, 4.6), layout="constrained")
+    panels = figure.subplots(1, 3)
+    for style, name, members in _by_condition(runs):
+        for axes, (kind, value) in zip(
+            panels, (("random", "loss"), ("gradient", "loss"), ("random", "flipped")), strict=True
+        ):
+            curves = []
+            for run in members:
+                found = run.found["landscape"]
+                chosen = [curve[value] for key, curve in found["curves"].items() if key.startswith(kind)]
+                if chosen:
+                    curve = np.mean(chosen, axis=0)
+                    curves.append(curve - curve[found["distances"].index(0)])
+            line: dict[str, Any] = {"color": style["color"], "linestyle": style["linestyle"]}
+            for curve in curves:
+                axes.plot(found["distances"], curve, color=style["color"], linewidth=0.7, alpha=0.5)
+            if curves:
+                label = f"{name} (n={len(curves)})"
+                axes.plot(found["distances"], np.mean(curves, axis=0), linewidth=2.2, marker=".", label=label, **line)
+    left, middle, right = panels
+    left.set_ylabel("rise of the loss (nats), random directions")
+    middle.set_ylabel("rise of the loss (nats), along the gradient")
+    right.set_ylabel("share of choices flipped, random directions")
+    for axes in panels:
+        axes.set_xlabel("distance / norm of the weights")
+    shared_legend(
+        figure, "all routers move at once; thin: one run (random: mean of 3 directions), thick: mean over n seeds"
+    )
+    return figure
+
+
+def _by_condition(runs: list[MeasuredRun]) -> Iterator[tuple[dict[str, str], str, list[MeasuredRun]]]:
+    """Yield the line style, the name and the runs of each condition."""
+    for index, name in enumerate(dict.fromkeys(run.condition for run in runs)):
+        yield line_style(index), name, [run for run in runs if run.condition == name]
+
+
+def _draw_by_layer(axes: Axes, runs: list[MeasuredRun], value: Callable[[dict[str, Any]], list[float | None]]) -> None:
+    """Draw one number for each layer: seeds, and means with t intervals. Conditions are a little apart."""
+    styled = list(_by_condition(runs))
+    for index, (style, name, members) in enumerate(styled):
+        rows = [
+            {"seed": run.seed, "folder": "", "layer": layer, "value": np.nan if number is None else number}
+            for run in members
+            for layer, number in enumerate(value(run.found))
+        ]
+        table = pd.DataFrame(rows)
+        shift = 0.7 * ((index + 0.5) / len(styled) - 0.5)
+        axes.plot(
+            table["layer"] + shift, table["value"], style["marker"], color=style["color"], markersize=3, alpha=0.6
+        )
+        means = with_intervals(summary(table, ["layer"], ["value"]))
+        look: dict[str, Any] = {
+            "fmt": style["marker"],
+            "color": style["color"],
+            "markersize": 7,
+            "markeredgecolor": "white",
+        }
+        label = f"{name} (n={means['n'].max()})"
+        axes.errorbar(means["layer"] + shift, means["mean"], yerr=interval_reach(means), capsize=3, label=label, **look)
+    axes.set_xlabel("layer")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(visible=False, axis="x")
+
+
+def _mean(values: list[list[float | None]]) -> float:
+    """Return the mean of the values that are not null; NaN if all are."""
+    known = np.array([number for row in values for number in row if number is not None])
+    return float(known.mean()) if len(known) else float("nan")
+
+
+def _draw_null(axes: Axes, runs: list[MeasuredRun], value: Callable[[dict[str, Any]], list[float | None]]) -> None:
+    """Draw a gray dash where chance ends, for each condition and layer; it is the mean over seeds."""
+    styled = list(_by_condition(runs))
+    for index, (_, _, members) in enumerate(styled):
+        nulls = np.array([value(run.found) for run in members], dtype=float).mean(0)
+        shift = 0.7 * ((index + 0.5) / len(styled) - 0.5)
+        axes.plot(np.arange(len(nulls)) + shift, nulls, "_", color="#606060", markersize=9, markeredgewidth=1.6)
+
+
+def _draw_by_step(axes: Axes, runs: list[MeasuredRun], name: str) -> None:
+    """Draw κ of traces against the step: each run thin, the mean of a condition thick."""
+    for style, condition, members in _by_condition(runs):
+        curves = {
+            run.seed: pd.Series(
+                {entry["step"]: np.mean(np.array(entry["kappa_shuffled"], dtype=float)) for entry in run.found[name]}
+            )
+            for run in members
+            if run.found[name]
+        }
+        for curve in curves.values():
+            axes.plot(curve, color=style["color"], linewidth=0.7, alpha=0.5)
+        if curves:
+            line: dict[str, Any] = {"color": style["color"], "linestyle": style["linestyle"], "marker": style["marker"]}
+            label = f"{condition} (n={len(curves)})"
+            axes.plot(pd.DataFrame(curves).mean(axis=1), linewidth=2, markersize=5, label=label, **line)
+    axes.set_xlabel("optimizer step")
+
+
+def _draw_by_pair(axes: Axes, runs: list[MeasuredRun]) -> None:
+    """Draw κ of each pair of seeds, and their mean without an interval, for pairs with a common seed are dependent."""
+    styled = list(_by_condition(runs))
+    for index, (style, _, members) in enumerate(styled):
+        others = [other for run in members for other in run.found["seed_agreement"] if other["seed"] > run.seed]
+        if not others:
+            continue
+        pairs = np.array([[layer["kappa"] for layer in other["layers"]] for other in others], dtype=float)
+        x = np.arange(pairs.shape[-1]) + 0.7 * ((index + 0.5) / len(styled) - 0.5)
+        axes.plot(x, pairs.T, style["marker"], color=style["color"], markersize=3, alpha=0.6)
+        axes.plot(x, pairs.mean(0), style["marker"], color=style["color"], markersize=7, markeredgecolor="white")
+    axes.set_xlabel("layer")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(visible=False, axis="x")
+
+
+def _vocabulary_measure(found: dict[str, Any], name: str) -> list[float | None]:
+    return [_get(entry, "specialization", name) for entry in found["vocabulary"]["input"]]
+
+
+def _adjusted_null(entry: dict[str, Any] | None) -> float | None:
+    """Return the 97.5 % quantile of chance, on the scale from which chance is subtracted."""
+    return None if entry is None else (entry["null_high"] - entry["null"]) / max(1 - entry["null"], 1e-12)
+
+
+def _get(entry: dict[str, Any] | None, *keys: str) -> Any:
+    """Return a field of a nested object; None if the object or a part of it is null."""
+    for key in keys:
+        entry = None if entry is None else entry[key]
+    return entry

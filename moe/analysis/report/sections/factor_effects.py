@@ -1,0 +1,66 @@
+"""Figures of the effects of factors: the tested metrics against the levels, and all contrasts with intervals."""
+
+from collections.abc import Iterator
+from itertools import chain
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from moe.analysis.figures import effects
+from moe.analysis.figures.drawing import Drawing, drawing
+from moe.analysis.figures.style import axis_label
+from moe.analysis.report.blocks import ReportBlock, figure_section
+from moe.analysis.report.inputs import TESTED, ReportInputs
+from moe.analysis.statistics import name_cell
+from moe.analysis.studies.registered import STUDIES
+from moe.results.conditions import conditions
+
+MAX_CONTRASTS = 40  # in one figure
+
+
+def factor_effects(inputs: ReportInputs) -> Iterator[ReportBlock]:
+    """Yield the tested metrics against the factors, and every contrast with its interval."""
+    yield from figure_section("Effects of the factors", chain(_factor_drawings(inputs), _contrast_drawings(inputs)))
+
+
+def _factor_drawings(inputs: ReportInputs) -> Iterator[Drawing]:
+    """Yield a figure for each tested metric; a study's figure may take the place of some of them."""
+    metrics = list(dict.fromkeys((*TESTED, *inputs.tested)))
+    for overview_figure in (function for study in STUDIES for function in study.overview_figures):
+        overview = overview_figure(inputs)
+        if overview:
+            yield overview.drawing
+            metrics = [metric for metric in metrics if metric not in overview.metrics]
+    if not inputs.factors:
+        yield drawing("factors", "Effects of the factors that vary.", "no factor varies")
+        return
+    for metric in metrics:
+        caption = f"Effect of {', '.join(inputs.factors)}: {axis_label(metric)}."
+        absent = "" if metric in inputs.tested else f"no run has {metric}"
+        result = absent or inputs.too_many_lines() or _factor_figure(inputs.runs, inputs.factors, metric)
+        yield drawing(_file_name("factors", metric), caption, result)
+
+
+def _factor_figure(runs: pd.DataFrame, factors: list[str], metric: str) -> Figure:
+    """Draw the factor with the most levels along x, and every combination of the others in a color."""
+    factor = max(factors, key=lambda name: runs[name].nunique())
+    others = [name for name in factors if name != factor]
+    colors = {index: name_cell(cell) or "all" for cell, members in conditions(runs, others) for index in members.index}
+    return effects.factor_plot(runs.assign(others=pd.Series(colors, dtype=object)), factor, "others", metric)
+
+
+def _contrast_drawings(inputs: ReportInputs) -> Iterator[Drawing]:
+    for metric in inputs.tested if len(inputs.contrasts) else []:
+        rows = inputs.contrasts[inputs.contrasts["metric"] == metric].dropna(subset=["ci_low"])
+        label = axis_label(metric)
+        if rows.empty:
+            result: Figure | str = "no contrast has an interval"
+        elif len(rows) > MAX_CONTRASTS:
+            result = f"{len(rows)} contrasts are too many"
+        else:
+            result = effects.forest(rows, label)
+        yield drawing(_file_name("contrasts", metric), f"Contrasts paired by seed, 95 % t intervals: {label}.", result)
+
+
+def _file_name(kind: str, metric: str) -> str:
+    return f"{kind}_{metric.replace('/', '_')}"

@@ -1,0 +1,85 @@
+"""How things change during training: contrasts of the loss, learning curves, and gradients."""
+
+from collections.abc import Iterator
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from moe.analysis.figures import curves
+from moe.analysis.figures.drawing import drawing
+from moe.analysis.report.blocks import Heading, Paragraph, ReportBlock, TableBlock, csv_file, figure_section
+from moe.analysis.report.inputs import GRADIENT_METRICS, ReportInputs, stack
+from moe.analysis.sentences import SIGNIFICANCE
+from moe.analysis.statistics import contrasts
+
+VALIDATION_LOSS = "val/loss"
+SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the steps of a run
+CONTRASTS_EXPLAINED = """\
+Difference of the validation loss from that of the reference level, in nats per token, paired by seed and with its 95 %
+t interval. The columns are shares of training at which every finished run was evaluated. *: p <= 0.05 after Holm's
+correction for the contrasts in the column."""
+GRADIENTS_CAPTION = """\
+Gradient norms of routers and experts, and how much an optimizer step changes their weights relative to the weights'
+size."""
+
+
+def contrasts_over_training(inputs: ReportInputs) -> Iterator[ReportBlock]:
+    """Yield the contrasts of the validation loss, a row for each contrast and a column for each share of training."""
+    table = contrasts_at_shares(inputs)
+    if table.empty:
+        return
+    cells = [
+        f"{c.difference:+.3f}"
+        + (f" [{c.ci_low:.3f}, {c.ci_high:.3f}]" if c.n > 1 else "")
+        + (" *" if c.significant else "")
+        for c in table.itertuples()
+    ]
+    shown = table.assign(cell=cells, share=table["share"].map("{:.0%}".format))
+    names = ["factor", "level", "reference", "within"]
+    yield Heading("Over training")
+    yield Paragraph(CONTRASTS_EXPLAINED)
+    yield TableBlock(shown.pivot_table("cell", names, "share", aggfunc="first", sort=False).reset_index())
+    yield csv_file("progress", table, "this table, with n and p.")
+
+
+def contrasts_at_shares(inputs: ReportInputs) -> pd.DataFrame:
+    """Return `moe.analysis.statistics.contrasts` of the validation loss at shares of training.
+
+    The shares are those of `SHARES` at which every finished run was evaluated. Each share is a family of its own for
+    Holm's correction. Two columns are added: `share` and `significant`.
+    """
+    runs, evals = inputs.runs[inputs.runs["status"] == "finished"], inputs.past.evals
+    if inputs.contrasts.empty or VALIDATION_LOSS not in evals:
+        return pd.DataFrame()
+    pairs = inputs.contrasts[["factor", "reference"]].drop_duplicates("factor")
+    references = dict(pairs.itertuples(index=False, name=None))
+    losses = evals.pivot(index="step", columns="folder", values=VALIDATION_LOSS).astype(float)
+    by_run = [losses[folder].dropna() if folder in losses else pd.Series(dtype=float) for folder in runs["folder"]]
+    tables = []
+    for share in SHARES:
+        values = [run.get(round(share * run.index.max())) if len(run) else None for run in by_run]
+        if None not in values:
+            at_share = runs.assign(**{VALIDATION_LOSS: values})
+            table = contrasts(at_share, VALIDATION_LOSS, inputs.factors, references=references)
+            tables.append(table.assign(share=share))
+    table = stack(tables)
+    return table if table.empty else table.assign(significant=table["p Holm"] <= SIGNIFICANCE)
+
+
+def learning_curves(inputs: ReportInputs) -> Iterator[ReportBlock]:
+    """Yield the validation loss against the step."""
+    events = inputs.with_condition(inputs.past.evals)
+    if VALIDATION_LOSS not in events or not events[VALIDATION_LOSS].notna().any():
+        result: Figure | str = f"no run has an evaluation with {VALIDATION_LOSS}"
+    else:
+        result = inputs.too_many_lines() or curves.learning_curves(events, "condition")
+    caption = "Validation loss against optimizer step: every run, and the mean of each condition."
+    yield from figure_section("Learning curves", [drawing("learning_curves", caption, result)])
+
+
+def gradient_norms(inputs: ReportInputs) -> Iterator[ReportBlock]:
+    """Yield the gradients of routers and experts, and how far a step moves their weights."""
+    trains = inputs.with_condition(inputs.past.trains)
+    absent = "" if set(GRADIENT_METRICS) <= set(trains) else f"no run has {', '.join(GRADIENT_METRICS)}"
+    result = inputs.too_many_lines() or absent or curves.gradient_norms(trains)
+    yield from figure_section("Gradients", [drawing("gradients", GRADIENTS_CAPTION, result)])

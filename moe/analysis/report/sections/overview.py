@@ -1,0 +1,92 @@
+"""The first section: how many runs there are, and what became of each."""
+
+import math
+from collections.abc import Iterator
+
+import pandas as pd
+
+from moe.analysis.report.blocks import (
+    LIST_LENGTH,
+    BulletList,
+    Details,
+    Heading,
+    Paragraph,
+    ReportBlock,
+    StatusBar,
+    TableBlock,
+    csv_file,
+    long_list,
+)
+from moe.analysis.report.inputs import ReportInputs
+from moe.results.conditions import unfinished
+
+# Status -> its color. Every status has a column in the table, because it matters too that no run failed.
+STATUSES = {
+    "finished": "good",
+    "missing": "idle",
+    "failed": "bad",
+    "diverged": "bad",
+    "interrupted": "idle",
+    "running": "idle",
+    "unreadable": "bad",
+}
+
+
+def what_was_run(inputs: ReportInputs) -> Iterator[ReportBlock]:
+    """Yield the number of runs by status, experiment and condition, and the runs that no result below includes."""
+    runs = inputs.runs
+    counts = runs["status"].value_counts()
+    yield Heading("What was run")
+    yield StatusBar([(status, int(counts.get(status, 0)), tone) for status, tone in STATUSES.items()])
+    yield TableBlock(_status_counts(runs, ["experiment"]))
+    if inputs.factors:
+        yield _condition_counts(inputs)
+    yield BulletList([f"factors: {', '.join(inputs.factors) or 'none varies'}; seeds: {_seeds(runs)}"])
+    yield from long_list([*_confounded_factors(inputs.tied), *_values_left_out(inputs)])
+    yield csv_file("runs", inputs.loaded, "a row for each run: facts, factors and final metrics.")
+    rest = unfinished(runs)
+    if len(rest):
+        yield Paragraph(f"{len(rest)} of {len(runs)} runs did not finish. No result below includes them:")
+        yield TableBlock(rest)
+    if inputs.past.problems:
+        yield Paragraph("Could not be read from the event logs:")
+        yield from long_list(inputs.past.problems)
+
+
+def _condition_counts(inputs: ReportInputs) -> ReportBlock:
+    """Return the number of runs of each condition by status, without the statuses that no run has."""
+    runs = inputs.runs
+    several = ["experiment"] if runs["experiment"].nunique() > 1 else []
+    table = _status_counts(runs.assign(condition=inputs.condition.fillna("unknown")), [*several, "condition"])
+    shown = TableBlock(table.loc[:, [column == "finished" or table[column].any() for column in table]])
+    if len(table) > LIST_LENGTH:
+        return Details(f"The same for each of {len(table)} conditions", [shown])
+    return shown
+
+
+def _status_counts(runs: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+    """Return a row for each combination of levels and a column for each status."""
+    table = pd.crosstab([runs[column] for column in columns], runs["status"])
+    others = [status for status in table if status not in STATUSES]
+    return table.reindex(columns=[*STATUSES, *others], fill_value=0).reset_index()
+
+
+def _seeds(runs: pd.DataFrame) -> str:
+    return ", ".join(map(str, sorted(runs["seed"].dropna().unique(), key=str))) if "seed" in runs else "unknown"
+
+
+def _confounded_factors(tied: dict[str, str]) -> list[str]:
+    return [
+        f"{follower} changes only together with {leader}: their effects cannot be told apart"
+        for follower, leader in tied.items()
+        if not follower.startswith(f"{leader}.")
+    ]
+
+
+def _values_left_out(inputs: ReportInputs) -> list[str]:
+    finished = inputs.runs[inputs.runs["status"] == "finished"]
+    return [
+        f"{run}: finished, but its {metric} is not finite; left out of that metric"
+        for metric in inputs.metrics
+        for run in finished.loc[~finished[metric].map(math.isfinite), "run"]
+    ]

@@ -1,0 +1,121 @@
+"""Where the numbers come from: routers, configurations, data, code, machine and versions."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from moe.analysis.report.blocks import Details, Heading, Paragraph, ReportBlock, TableBlock
+from moe.analysis.report.inputs import ReportInputs
+from moe.config.schema import flatten, is_free
+from moe.results.table import FACTS
+
+MAX_LEVELS = 12  # of one key that are listed
+SOFTWARE = ("commit", "versions", "machine", "device", "ranks", "process")  # of a run's record
+
+
+def causality(inputs: ReportInputs) -> Iterator[ReportBlock]:
+    """Yield every router, and whether a token's routing depends on later tokens."""
+    runs = inputs.runs
+    if "router" not in runs:
+        return
+    yield Heading("Routers")
+    yield Paragraph(
+        "A router that is not causal sees later tokens, so its loss cannot be compared with that of a causal router."
+    )
+    counts = runs["router"].value_counts(sort=False)
+    finished = runs.loc[runs["status"] == "finished", "router"].value_counts()
+    rows = [{"router": name, "runs": n, "finished": finished.get(name, 0)} for name, n in counts.items()]
+    yield TableBlock(pd.DataFrame(rows, columns=["router", "runs", "finished"]))
+
+
+def configuration(inputs: ReportInputs) -> Iterator[ReportBlock]:
+    """Yield the keys in which the runs differ, each with its role, and the keys in which all runs agree."""
+    runs = inputs.runs
+    keys = [key for key in runs if "/" not in key and key not in FACTS]
+    differing, common = differences(runs[keys])
+    role = dict.fromkeys(inputs.factors, "varied") | {"seed": "unit of replication"}
+    role |= {follower: f"follows {leader}" for follower, leader in inputs.tied.items()}
+    roles = [
+        role.get(key, "free: does not change what is computed" if is_free(key) else "follows seed")
+        for key in differing["key"]
+    ]
+    yield Heading("Configuration")
+    yield Paragraph("Keys in which the runs differ." if len(differing) else "No key differs between the runs.")
+    if len(differing):
+        yield TableBlock(differing.assign(role=roles))
+    yield Details(f"{len(common)} keys in which all runs agree", [TableBlock(common)])
+
+
+def data(inputs: ReportInputs) -> Iterator[ReportBlock]:
+    """Yield every data manifest that occurs: which text the runs read, from which packages, with which checksums."""
+    manifests: dict[str, list[Any]] = {}
+    for record in _records(inputs.runs):
+        if isinstance(record.get("data"), dict):
+            manifests.setdefault(json.dumps(record["data"], sort_keys=True), []).append(record)
+    yield Heading("Data")
+    if not manifests:
+        yield Paragraph("No run has a data manifest.")
+    if len(manifests) > 1:
+        yield Paragraph(f"**{len(manifests)} different manifests**: compare only runs that share a manifest.")
+    for text, records in manifests.items():
+        manifest = json.loads(text)
+        domains = manifest.pop("domains", {})
+        yield Paragraph(f"{len(records)} runs read corpus `{manifest.get('corpus_sha256', 'without a checksum')}`.")
+        if isinstance(domains, dict) and all(isinstance(domain, dict) for domain in domains.values()):
+            yield TableBlock(pd.DataFrame([{"domain": name} | flatten(domain) for name, domain in domains.items()]))
+        yield Details("The rest of the manifest", [TableBlock(_key_table(flatten(manifest)))])
+
+
+def software(inputs: ReportInputs) -> Iterator[ReportBlock]:
+    """Yield commit, machine and library versions: where the runs differ, and what they share."""
+    rows = [flatten({key: record.get(key) for key in SOFTWARE}) for record in _records(inputs.runs)]
+    differing, common = differences(pd.DataFrame(rows, dtype=object))
+    yield Heading("Code, machine and versions")
+    if len(differing):
+        yield Paragraph("**Runs differ here**, so the last digits of their numbers need not be comparable.")
+        yield TableBlock(differing)
+    yield TableBlock(common)
+
+
+def differences(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the keys with several values, each value with its number of runs, and the keys with one value.
+
+    `table` has a row for each run and a column for each key.
+    """
+    differing, common = [], []
+    for key in table:
+        counts = table[key].dropna().map(_value_text).value_counts()
+        values = [f"{value} (×{counts[value]})" for value in sorted(counts.index, key=_sort_key)]
+        if len(values) > 1:
+            more = [f"and {len(values) - MAX_LEVELS} more"] if len(values) > MAX_LEVELS else []
+            differing.append({"key": key, "values": ", ".join(values[:MAX_LEVELS] + more)})
+        elif values:
+            common.append({"key": key, "value": counts.index[0]})
+    return pd.DataFrame(differing, columns=["key", "values"]), pd.DataFrame(common, columns=["key", "value"])
+
+
+def _key_table(flat: dict[str, Any]) -> pd.DataFrame:
+    return pd.DataFrame(
+        [{"key": key, "value": _value_text(value)} for key, value in flat.items()], columns=["key", "value"]
+    )
+
+
+def _sort_key(value: str) -> tuple[bool, float, str]:
+    """Sort numbers by size, then texts."""
+    try:
+        return False, float(value), value
+    except ValueError:
+        return True, 0.0, value
+
+
+def _value_text(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _records(runs: pd.DataFrame) -> Iterable[dict[str, Any]]:
+    """Yield the run.json of every run that has a readable one."""
+    for folder in runs.loc[~runs["status"].isin(["missing", "unreadable"]), "folder"]:
+        yield json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))

@@ -1,0 +1,59 @@
+"""Figures of routing: by layer, by position in the sequence, and what single experts do."""
+
+from collections.abc import Iterator
+
+from matplotlib.figure import Figure
+
+from moe.analysis.figures import layers
+from moe.analysis.figures.drawing import Drawing, drawing
+from moe.analysis.figures.specialization import specialization_drawings
+from moe.analysis.report.blocks import ReportBlock, figure_section
+from moe.analysis.report.inputs import ReportInputs
+
+
+def routing_by_layer(inputs: ReportInputs) -> Iterator[ReportBlock]:
+    """Yield routing by layer, over training and at its end, and dropped assignments by position."""
+    yield from figure_section("Routing by layer and position", _routing_drawings(inputs))
+
+
+def expert_specialization(inputs: ReportInputs) -> Iterator[ReportBlock]:
+    """Yield what experts do, from the files that `python -m moe.specialization` wrote into the run folders."""
+    yield from figure_section("Specialization", specialization_drawings(inputs.runs))
+
+
+def _routing_drawings(inputs: ReportInputs) -> Iterator[Drawing]:
+    yield from _layer_trends(inputs)
+    yield _layer_profile(inputs)
+    yield _drop_by_position(inputs)
+
+
+def _layer_trends(inputs: ReportInputs) -> Iterator[Drawing]:
+    events, panels = inputs.with_condition(inputs.past.evals), inputs.condition.nunique()
+    for metric, label in layers.METRICS.items():
+        rows = layers.with_layer_values(events, metric)
+        if rows.empty:
+            result: Figure | str = f"no evaluation has {metric} by layer"
+        elif panels > layers.MAX_PANELS:
+            result = f"{panels} conditions are too many"
+        else:
+            result = layers.layer_trends(rows, metric)
+        yield drawing("layers_" + metric.replace("/", "_"), f"{label} of every layer over training.", result)
+
+
+def _layer_profile(inputs: ReportInputs) -> Drawing:
+    runs = inputs.runs.assign(condition=inputs.condition)
+    if all(layers.with_layer_values(runs, metric).empty for metric in layers.METRICS):
+        result: Figure | str = "no finished run has a routing metric by layer"
+    else:
+        result = inputs.too_many_lines() or layers.layer_profile(runs)
+    return drawing("layer_profile", "Routing of every layer at the last evaluation.", result)
+
+
+def _drop_by_position(inputs: ReportInputs) -> Drawing:
+    runs = inputs.runs.assign(condition=inputs.condition)
+    if runs.reindex(columns=layers.DROP_RATES).isna().all(axis=None):
+        result: Figure | str = "no finished run has a capacity limit"
+    else:
+        result = inputs.too_many_lines() or layers.drop_by_position(runs)
+    caption = "Share of assignments that were dropped because an expert was full, by position in the sequence."
+    return drawing("drop_by_position", caption, result)

@@ -1,0 +1,67 @@
+"""Verdicts in sentences: on the claims that were planned, and on every other comparison of two levels."""
+
+from collections.abc import Iterator
+
+import pandas as pd
+
+from moe.analysis.claims import contrasts_without_claim, evidence_sentence, planned_claims
+from moe.analysis.report.blocks import BulletList, Heading, Paragraph, ReportBlock, csv_file, long_list
+from moe.analysis.report.inputs import ReportInputs
+from moe.analysis.sentences import UNDECIDED, UNTIL_CORRECTED, WITH_CORRECTION, contrast_sentence, standing
+from moe.metrics.catalog import lookup
+
+TITLES = {
+    WITH_CORRECTION: "A direction, Holm's correction included",
+    UNTIL_CORRECTED: "A direction, but not after Holm's correction",
+    UNDECIDED: "Undecided",
+}
+CLAIMS_EXPLAINED = """\
+These claims were written into the experiment's yaml, and so into the record of every run, before its first step. Each
+difference is taken between runs of the same seed and averaged over all combinations of the other factors. A claim is
+supported or contradicted if p is at most 5 % after Holm's correction for the number of these claims; otherwise it is
+undecided. Everything else in this report is post hoc: it was looked at after the runs."""
+POST_HOC = """\
+Each level of a factor is compared with the factor's reference level. These comparisons are post hoc: nobody wrote them
+down before the runs."""
+
+
+def claim_verdicts(inputs: ReportInputs) -> Iterator[ReportBlock]:
+    """Yield every planned claim with its verdict."""
+    if inputs.claims.empty:
+        return
+    judged = inputs.claims
+    yield Heading("Planned claims")
+    yield Paragraph(CLAIMS_EXPLAINED)
+    sentences = [
+        f"{row['claim']} ({row['source']}): **{row['verdict']}**; {evidence_sentence(row)}"
+        for _, row in judged.iterrows()
+    ]
+    yield BulletList(sentences)
+    yield csv_file("claims", judged, "every claim with its numbers.")
+
+
+def contrast_verdicts(inputs: ReportInputs) -> Iterator[ReportBlock]:
+    """Yield a sentence for every contrast that no claim is about, the most certain ones first."""
+    yield Heading("Verdicts")
+    if inputs.contrasts.empty:
+        yield Paragraph("None: no factor varies among the runs with results.")
+        return
+    rows = contrasts_without_claim(inputs.contrasts, [claim for claim, _ in planned_claims(inputs.loaded)])
+    yield Paragraph(POST_HOC)
+    sentences: dict[str, list[str]] = {}
+    for _, contrast in rows.iterrows():
+        sentences.setdefault(standing(contrast), []).append(_verdict(contrast))
+    for name, title in TITLES.items():
+        if name in sentences:
+            yield Paragraph(f"**{title}**: {len(sentences[name])} of {len(rows)} contrasts.")
+            yield from long_list(sentences[name])
+
+
+def _verdict(contrast: pd.Series) -> str:
+    c = contrast
+    metric = lookup(c["metric"])
+    unit, up, down = (
+        (metric.noun or metric.name, metric.rise, metric.fall) if metric else (c["metric"], "higher", "lower")
+    )
+    subject = f"{c['factor']} {c['level']} vs {c['reference']}" + (f" at {c['within']}" if c["within"] else "")
+    return contrast_sentence(c, subject, unit=unit, up=up, down=down)

@@ -1,0 +1,32 @@
+"""What a source study adds to the report, as one value."""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from moe.analysis.figures.drawing import Drawing
+from moe.analysis.report.blocks import ReportBlock
+from moe.analysis.report.inputs import ReportInputs
+
+Section = Callable[[ReportInputs], Iterable[ReportBlock]]
+
+
+class OverviewFigure(NamedTuple):
+    """A figure that replaces the report's own figures of these metrics."""
+
+    drawing: Drawing
+    metrics: tuple[str, ...]
+
+
+class Study(NamedTuple):
+    """A source study's own figures and sections. A section yields nothing for runs that do not belong to the study.
+
+    training_columns: metrics of training steps that the study reads.
+    overview_figures: functions that return a figure for the section on the effects of factors, or None.
+    experiment_sections: sections about the runs of one experiment, after those on routing.
+    report_sections: sections about all runs, before those on where the numbers come from.
+    """
+
+    training_columns: tuple[str, ...] = ()
+    overview_figures: tuple[Callable[[ReportInputs], OverviewFigure | None], ...] = ()
+    experiment_sections: tuple[Section, ...] = ()
+    report_sections: tuple[Section, ...] = ()

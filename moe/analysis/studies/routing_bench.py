@@ -1,0 +1,159 @@
+"""The routing bench's figures: quality against speed (experiments A and C), and capacity factors (experiment B)."""
+
+from collections.abc import Iterator
+
+import matplotlib
+import pandas as pd
+from matplotlib.figure import Figure
+
+from moe.analysis.figures.curves import CURVES_TITLE, draw_curves, range_since
+from moe.analysis.figures.drawing import Drawing, drawing
+from moe.analysis.figures.style import (
+    DASHES,
+    MARKER_SHAPES,
+    PALETTE,
+    RC,
+    axis_label,
+    interval_reach,
+    line_style,
+    panel_height,
+    shared_legend,
+)
+from moe.analysis.report.blocks import ReportBlock, figure_section
+from moe.analysis.report.inputs import ReportInputs
+from moe.analysis.report.study import Study
+from moe.analysis.statistics import with_intervals
+from moe.results.conditions import conditions, levels, summary, varied_factors
+from moe.results.frontier import LATE, STEMS, pareto_front, with_training_means
+from moe.results.table import EventTables
+
+SPEED = {
+    "tokens_per_s": "training speed, tokens per second (median over steps, higher is better)",
+    "tflops": "training speed, TFLOP/s (3 x forward FLOPs, median over steps, higher is better)",
+}
+
+
+@matplotlib.rc_context(RC)
+def frontier(runs: pd.DataFrame, x: str) -> Figure:
+    """Draw perplexity against a speed, tokens_per_s or tflops: a color for each router, a marker for each capacity.
+
+    `runs` are those of `moe.results.frontier.with_training_means`. The Pareto front joins the means that no other
+    condition beats in both.
+    """
+    figure = Figure(figsize=(8.4, 1.2 + panel_height(len(runs.groupby(["router", "capacity"])))), layout="constrained")
+    axes = figure.subplots()
+    routers, capacities = levels(runs["router"]), levels(runs["capacity"])
+    means = []
+    for cell, members in conditions(runs, ["router", "capacity"]):
+        color = PALETTE[routers.index(cell["router"]) % len(PALETTE)]
+        marker = MARKER_SHAPES[capacities.index(cell["capacity"]) % len(MARKER_SHAPES)]
+        axes.plot(members[x], members["val/perplexity"], marker, color=color, markersize=4, alpha=0.6)
+        mean = with_intervals(summary(members, [], [x, "val/perplexity"])).set_index("metric")
+        reach = interval_reach(mean)
+        means.append(mean["mean"])
+        axes.errorbar(
+            mean.loc[x, "mean"],
+            mean.loc["val/perplexity", "mean"],
+            xerr=reach[x],
+            yerr=reach["val/perplexity"],
+            fmt=marker,
+            color=color,
+            markersize=9,
+            markeredgecolor="white",
+            capsize=4,
+            label=f"{cell['router']}, capacity {cell['capacity']} (n={mean['n'].min()})",
+        )
+    left, top = max(0.0, axes.get_xlim()[0]), axes.get_ylim()[1]  # a speed is never negative, even if its interval is
+    front = pareto_front(pd.DataFrame(means), x, "val/perplexity")
+    corners = [(left, front["val/perplexity"].min()), *front.itertuples(index=False), (front[x].max(), top)]
+    axes.step(*zip(*corners, strict=True), where="pre", color="black", linewidth=1, zorder=1, label="Pareto front")
+    axes.set(xlim=(left, None), ylim=(None, top), xlabel=SPEED[x], ylabel="validation perplexity (lower is better)")
+    shared_legend(figure, "small: one seed; large: mean over n seeds and its 95 % t intervals")
+    return figure
+
+
+@matplotlib.rc_context(RC)
+def overlay(events: pd.DataFrame, by: str) -> Figure:
+    """Draw training loss, validation loss and perplexity against the step: each run thin, the means thick.
+
+    The first quarter of training is left out, because its losses are so large that differences between conditions
+    would be invisible. `events` are both kinds of events, joined with the column `by` of the runs.
+    """
+    figure = Figure(figsize=(8.4, 6.0 + panel_height(events[by].nunique())), layout="constrained")
+    panels = figure.subplots(3, 1, sharex=True)
+    quarter = events["step"].max() / 4
+    for axes, column in zip(panels, ("train/loss", "val/loss", "val/perplexity"), strict=True):
+        for index, level in enumerate(levels(events[by])):
+            curves = events[events[by] == level].dropna(subset=[column])
+            if len(curves):
+                draw_curves(axes, curves, column, f"{level}", line_style(index))
+        axes.set(ylabel=axis_label(column), xlim=(quarter, None), ylim=range_since(events, column, quarter))
+    panels[-1].set_xlabel("optimizer step, without the first quarter")
+    shared_legend(figure, CURVES_TITLE)
+    return figure
+
+
+@matplotlib.rc_context(RC)
+def capacity_lines(rows: pd.DataFrame, column: str) -> Figure:
+    """Draw a column, avg_drop_rate or tokens_per_s, against the capacity factor.
+
+    There is a line for each number of experts (its color) and of experts per token (its dash).
+    """
+    figure = Figure(figsize=(7.2, 4.8), layout="constrained")
+    axes = figure.subplots()
+    experts, ks = sorted(rows["num_experts"].unique()), sorted(rows["top_k"].unique())
+    for (e, k), line in rows.groupby(["num_experts", "top_k"]):
+        axes.plot(
+            line["capacity_factor"],
+            line[column],
+            color=PALETTE[experts.index(e) % len(PALETTE)],
+            linestyle=DASHES[ks.index(k) % len(DASHES)],
+            marker=MARKER_SHAPES[ks.index(k) % len(MARKER_SHAPES)],
+            markersize=4,
+            label=f"E={e}, K={k}",
+        )
+    axes.set_xlabel("capacity factor")
+    axes.set_ylabel(axis_label(column))
+    axes.set_ylim(bottom=0)
+    shared_legend(figure, f"random routing of {rows['num_tokens'].iloc[0]:,} tokens, {rows['device'].iloc[0]}")
+    return figure
+
+
+def quality_against_speed(inputs: ReportInputs) -> Iterator[ReportBlock]:
+    """Yield quality against speed for experiments A and C, as far as they are among the runs."""
+    yield from figure_section("Quality against speed", _drawings(inputs))
+
+
+def _drawings(inputs: ReportInputs) -> Iterator[Drawing]:
+    for experiment, stem in STEMS.items():
+        runs = inputs.runs[inputs.runs["experiment"] == experiment]
+        if len(runs):
+            yield from _frontier_drawings(runs, inputs.past, stem)
+            caption = "Training loss, validation loss and perplexity against the step."
+            yield drawing(f"{stem}_overlay", caption, inputs.too_many_lines() or _overlay(inputs, runs))
+
+
+def _frontier_drawings(runs: pd.DataFrame, past: EventTables, stem: str) -> Iterator[Drawing]:
+    """Yield perplexity against both measures of speed, for runs that differ in router, capacity and seed alone."""
+    table = with_training_means(runs, past)
+    others = [factor for factor in varied_factors(runs) if factor not in ("router", "capacity", "seed")]
+    for name, x in ((f"{stem}_frontier", "tokens_per_s"), (f"{stem}_frontier_tflops", "tflops")):
+        if others:
+            result: Figure | str = f"{', '.join(others)} varies beside router and capacity"
+        elif "val/perplexity" not in table or table[[x, "val/perplexity"]].dropna().empty:
+            result = f"no finished run has both {x} and val/perplexity"
+        else:
+            result = frontier(table, x)
+        yield drawing(name, f"Perplexity against {SPEED[x].split(' (')[0]}.", result)
+
+
+def _overlay(inputs: ReportInputs, runs: pd.DataFrame) -> Figure | str:
+    columns = ["train/loss", "val/loss", "val/perplexity"]
+    past = [events.filter(["folder", "step", *columns]) for events in (inputs.past.trains, inputs.past.evals)]
+    events = inputs.with_condition(pd.concat(past))
+    events = events[events["folder"].isin(runs["folder"])] if len(events) else events
+    absent = [column for column in columns if column not in events]
+    return f"no run has {', '.join(absent)}" if absent else overlay(events, "condition")
+
+
+ROUTING_BENCH = Study(training_columns=tuple(LATE), experiment_sections=(quality_against_speed,))

@@ -1,0 +1,27 @@
+"""What the temperature study adds to the report: its figures and its two JSON files, under the study's own names."""
+
+import json
+from collections.abc import Iterator
+
+from moe.analysis.report.blocks import Attachment, ReportBlock, figure_section
+from moe.analysis.report.inputs import ReportInputs
+from moe.analysis.report.study import Study
+from moe.analysis.studies.temperature.data import TEMPERATURE
+from moe.analysis.studies.temperature.figures import LOAD_BALANCE, temperature_drawings
+from moe.analysis.studies.temperature.reports import specialization_report, summary_report
+from moe.results.table import ABSENT
+
+
+def temperature_section(inputs: ReportInputs) -> Iterator[ReportBlock]:
+    """Yield the study's figures and JSON files if some router has a temperature."""
+    runs, evals = inputs.runs, inputs.past.evals
+    if TEMPERATURE not in runs or (runs[TEMPERATURE].fillna(ABSENT) == ABSENT).all():
+        return
+    yield from figure_section("Temperature", temperature_drawings(runs, evals, inputs.past.trains))
+    for report in (summary_report, specialization_report):
+        content = json.dumps(report(runs, evals), indent=1, allow_nan=False) + "\n"
+        caption = "the temperature study's own summary, with n and intervals."
+        yield Attachment(f"{report.__name__}.json", content, caption)
+
+
+TEMPERATURE_STUDY = Study(training_columns=(LOAD_BALANCE,), report_sections=(temperature_section,))
