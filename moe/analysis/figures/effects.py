@@ -11,7 +11,16 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moe.analysis.figures.style import PALETTE, RC, axis_label, interval_reach, line_style, panel_height, shared_legend
+from moe.analysis.figures.style import (
+    OTHER_LABELS,
+    PALETTE,
+    RC,
+    axis_label,
+    interval_reach,
+    line_style,
+    panel_height,
+    shared_legend,
+)
 from moe.analysis.statistics import with_intervals
 from moe.results.conditions import by_seed, conditions, levels, summary
 
