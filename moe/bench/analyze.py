@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe.bench.timing import TimingTable
-from moe.metrics.catalog import ROUTING
+from moe.metrics.catalog import ROUTING_METRICS
 
 ANALYZE = Path(__file__).parents[2] / "analyze.py"
 ROUTERS, CAPACITIES = ("switch", "topk", "softk", "hash", "sinkhorn"), (None, 1.0, 1.25, 1.5)
@@ -98,7 +98,7 @@ def _training(steps: int, load: float, rng: np.random.Generator) -> list[str]:
 def _evaluation(step: int, loss: float, load: float, rng: np.random.Generator) -> dict[str, Any]:
     """Return the event of one evaluation."""
     validation = {"val/loss": loss, "val/perplexity": math.exp(loss), "val/accuracy": 1 / loss}
-    return {"kind": "eval", "step": step} | validation | _routing("", load, rng, layered=len(ROUTING))
+    return {"kind": "eval", "step": step} | validation | _routing("", load, rng, layered=len(ROUTING_METRICS))
 
 
 def _falling(step: int, steps: int) -> float:
@@ -110,7 +110,7 @@ def _routing(prefix: str, load: float, rng: np.random.Generator, *, layered: int
     """Return a value for every metric of the catalog, and for the first `layered` of them one for each layer too."""
     noise = 0.01 * float(rng.normal())
     values = {f"{prefix}routing/load_cv/pooled": 0.9 * load + noise}
-    for index, name in enumerate(ROUTING):
+    for index, name in enumerate(ROUTING_METRICS):
         values[f"{prefix}{name}"] = load + noise
         if index < layered:
             values |= {f"{prefix}{name}/layer{i:02d}": load * (1 + 0.1 * i) + noise for i in range(LAYERS)}

@@ -19,6 +19,8 @@ T tokens, L layers with experts, E experts, K experts that a token asks for (on 
 c_e: load of expert e, the number of assignments that tokens ask it for, before drops; f_e = c_e / Σ c.
 p_t: the router's probabilities for token t, at the router's temperature; P_e: mean of p_te over tokens.
 z_t: the clean logits of token t, without noise and temperature. H(p) = -Σ p ln p, in nats.
+kept: number of assignments carried out, after drops. W: the router's matrix, one row for each expert.
+mean_t, std_t, var_t: over tokens; CV: std / mean; [A] is 1 where A is true and 0 elsewhere.
 """
 
 GROUPS = {
@@ -714,7 +716,8 @@ ENTRIES = (
     ),
 )
 METRICS = {metric.name: metric for metric in ENTRIES}
-ROUTING = {name: metric for name, metric in METRICS.items() if metric.function is not None}
+# Metrics that are computed from routing sums alone.
+ROUTING_METRICS = {name: metric for name, metric in METRICS.items() if metric.function is not None}
 
 
 def select(*, group: str | None = None, shown: str | None = None, written: str | None = None) -> list[Metric]:
@@ -736,7 +739,7 @@ def lookup(name: str) -> Metric | None:
     if name in METRICS:
         return METRICS[name]
     if name.startswith("train/routing/"):
-        metric = ROUTING.get(name.removeprefix("train/"))
+        metric = ROUTING_METRICS.get(name.removeprefix("train/"))
         return metric and metric._replace(name=name, label=f"{metric.label}, in training")
     base, _, suffix = name.rpartition("/")
     return METRICS[base].variant(suffix) if base in METRICS else None

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from moe.metrics import formulas
-from moe.metrics.catalog import ROUTING
+from moe.metrics.catalog import ROUTING_METRICS
 from moe.metrics.formulas import Sums
 from moe.routing.stats import RoutingStats
 
@@ -18,7 +18,7 @@ def summarize(stats: RoutingStats, *, per_layer: bool = True) -> dict[str, float
     pooled = sums.pool() if per_layer else sums
     values: dict[str, float | None] = {}
     with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0 is NaN: no such quantity
-        for name, metric in ROUTING.items():
+        for name, metric in ROUTING_METRICS.items():
             assert metric.function is not None
             layers = metric.function(sums)
             values[name] = _number(layers.mean())

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe.metrics.catalog import ROUTING
+from moe.metrics.catalog import ROUTING_METRICS
 from moe.metrics.summary import drop_rate_by_position, summarize, utilization
 from moe.routers.hash import Hash
 from moe.routers.topk import TopK
@@ -102,7 +102,7 @@ CLOSED_FORMS = {  # metric: (balanced and undecided, everything to one expert wi
 }
 
 
-@pytest.mark.parametrize("name", ROUTING)
+@pytest.mark.parametrize("name", ROUTING_METRICS)
 def test_closed_forms(name: str) -> None:
     low, high = CLOSED_FORMS[name.removeprefix("routing/")]
     assert summarize(balanced())[name] == pytest.approx(low, abs=1e-5)

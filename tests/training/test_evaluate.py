@@ -8,7 +8,7 @@ from datasets import Dataset
 from moe.config.options import CONF
 from moe.config.schema import ModelConfig
 from moe.data.blocks import Batch, batch
-from moe.metrics.catalog import ROUTING
+from moe.metrics.catalog import ROUTING_METRICS
 from moe.model.decoder import MoEConfig, MoEForCausalLM
 from moe.training.evaluate import PROBE_STRIDE, evaluate
 
@@ -34,7 +34,7 @@ def schema() -> set[str]:
 def test_every_router_has_the_same_metric_names(router: str, schema: set[str]) -> None:
     values = evaluated(router)
     assert set(values) == schema
-    assert {f"{name}/layer00" for name in ROUTING} < schema
+    assert {f"{name}/layer00" for name in ROUTING_METRICS} < schema
 
 
 def test_a_metric_that_does_not_apply_to_a_router_is_null() -> None:
