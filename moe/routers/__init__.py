@@ -1,1 +1,1 @@
-"""Routers: one file each, named by `_target_` in `conf/router/*.yaml`."""
+"""Routers, one per file. `_target_` in `conf/router/*.yaml` names the class."""

@@ -1,4 +1,4 @@
-"""Chain of experts: the same experts, asked several times in a row, each time by a router of its own."""
+"""Chain of experts: the same experts process a token several times in a row."""
 
 from moe.checks import require
 from moe.routers.base import Router
@@ -6,11 +6,13 @@ from moe.routers.topk import TopK
 
 
 class ChainOfExperts(Router):
-    """x_0 = x, x_c = x_{c-1} + sum_i g_{c,i} E_i(x_{c-1}) for c = 1 ... `iterations`, each with its own `TopK` of `k`
-    experts; the layer returns x_C - x_0, for the block adds x itself (Wang et al. 2506.18945).
+    """Router that runs `iterations` top-k routers in a row over the same experts (Wang et al. 2506.18945).
 
-    The work is that of k * iterations experts a token, in sequence. One iteration is `TopK`. Losses are means over
-    iterations; in the metrics a token counts once an iteration.
+    x_0 = x and x_c = x_{c-1} + sum_i g_{c,i} E_i(x_{c-1}) for c = 1 ... `iterations`. Each iteration has its own `TopK`
+    of `k` experts. The layer returns x_C - x_0, because the decoder layer adds x itself. Causal.
+
+    A token costs as much as k * iterations experts, which run one after another. With one iteration this is `TopK`.
+    Losses are means over iterations. In the metrics a token counts once per iteration.
     """
 
     def __init__(self, dim: int, num_experts: int, *, iterations: int = 2, k: int = 1) -> None:

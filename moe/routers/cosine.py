@@ -1,4 +1,4 @@
-"""Cosine routing: the size of a hidden state or of an expert's embedding does not matter."""
+"""Cosine routing: neither the length of a hidden state nor that of an expert embedding matters."""
 
 import math
 
@@ -15,11 +15,12 @@ MIN_TAU = 0.01
 
 
 class CosineRouter(Router):
-    """Top-k by cos(P x, e) / tau, with P a projection to `proj_dim` dimensions and e the experts' embeddings
-    (X-MoE, Chi et al. 2204.09179).
+    """Router that takes the top-k of cos(P x, e) / tau (X-MoE, Chi et al. 2204.09179).
 
-    The temperature tau is learned, as its logarithm, and never below 0.01; it is the only scale that logits have, and
-    they stay within +-1/tau. Gates are the softmax over the selected (k=1: over all, else the router would starve).
+    P projects to `proj_dim` dimensions, and e are the expert embeddings. The temperature tau is learned, as its
+    logarithm, and never falls below 0.01. It alone sets the scale of the logits, which stay within +-1/tau. Gates are
+    the softmax over the selected experts. With k=1 they are the softmax over all experts, because the gate would
+    otherwise be the constant 1 and the router would get no gradient. Causal.
     """
 
     def __init__(self, dim: int, num_experts: int, *, k: int = 2, proj_dim: int = 16, tau: float = 0.3) -> None:

@@ -1,4 +1,4 @@
-"""Experts choose tokens: perfect balance, bought with causality."""
+"""Expert choice: experts choose tokens, which gives perfect balance but is not causal."""
 
 import torch
 from jaxtyping import Float
@@ -11,11 +11,14 @@ from moe.routing.dispatch import capacity_slots
 
 
 class ExpertChoice(LinearRouter):
-    """Each expert takes its ceil(capacity_factor * T / E) tokens of largest p = softmax(W x) (Zhou et al. 2202.09368).
+    """Router in which each expert takes the tokens that score highest for it (Zhou et al. 2202.09368).
 
-    The gate is p itself, not renormalized; a token gets 0 ... E experts, `capacity_factor` on average, and one that no
-    expert takes gets none. Every load is the same, so the balance loss is the constant 1. Not causal: whether an expert
-    takes a token depends on all others of the batch, so results change with its size (a token alone gets every expert).
+    With p = softmax(W x), each expert takes the ceil(capacity_factor * T / E) tokens of largest p. The gate is p, not
+    renormalized. A token gets 0 ... E experts, `capacity_factor` on average.
+
+    All loads are equal, so the balance loss is the constant 1 and load_cv is 0. Tokens that no expert takes are counted
+    by unrouted_rate. Not causal: whether an expert takes a token depends on all other tokens of the batch. Results
+    therefore change with the size of the batch, and a token alone gets every expert.
     """
 
     causal = False

@@ -1,4 +1,4 @@
-"""Expert choice made causal: each expert has a threshold learnt from earlier batches."""
+"""Expert threshold: a causal form of expert choice, with thresholds learned from earlier batches."""
 
 import torch
 import torch.nn.functional as F
@@ -12,14 +12,18 @@ from moe.routing.stats import RoutingStats
 
 
 class ExpertThreshold(LinearRouter):
-    """A token takes every expert whose score s = sigmoid(W x) exceeds that expert's threshold (Sun et al. 2603.11535).
+    """Router in which a token takes every expert whose threshold its score exceeds (Sun et al. 2603.11535).
 
-    The threshold is a moving average, with `decay`, of the (1 - k/E) quantile of a batch's scores, which T k / E tokens
-    exceed. So experts are balanced without a balance loss, and a token has k of them on average, 0 ... E in fact; one
-    that passes no threshold gets none. Gates are s, not normalized. Thresholds are learnt once per step from the scores
-    that selected (noise included), as the mean over micro-batches; the first step, without any, is routed by top-k (the
-    paper warms up with expert choice, which is not causal). A capacity limit is a share of the batch's assignments,
-    whose number varies here: causal when dropless. Use lb=0.
+    Scores are s = sigmoid(W x), and gates are s, not normalized. An expert's threshold is a moving average, with decay
+    `decay`, of the (1 - k/E) quantile of the scores in a batch. T k / E tokens exceed that quantile. A token therefore
+    has k experts on average, but any number from 0 to E. A token that exceeds no threshold has no expert.
+
+    Thresholds are updated once per step, with the mean over micro-batches of the quantiles of the scores that selected
+    (noise included). In the first step there are no thresholds yet, and tokens take their top-k experts. (The paper
+    starts with expert choice, which is not causal.)
+
+    Expect balanced loads without a balance loss; use lb=0. Causal when dropless. Not causal under a capacity limit,
+    which is a share of the number of assignments in the batch, and that number varies.
     """
 
     threshold: Tensor
@@ -30,7 +34,7 @@ class ExpertThreshold(LinearRouter):
         require(0 <= decay < 1, "router.decay", decay, "at least 0, below 1")
         self.quota, self.decay = k, decay
         self.mean_k = float(k)
-        self.register_buffer("threshold", torch.full((num_experts,), torch.inf))  # infinite: not yet estimated
+        self.register_buffer("threshold", torch.full((num_experts,), torch.inf))  # inf: no estimate yet
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         logits = self.logits(x)

@@ -1,4 +1,4 @@
-"""Group-limited top-k: a token's experts come from few groups, so it travels to few devices."""
+"""Group-limited top-k: the experts of a token come from few groups, so it travels to few devices."""
 
 from typing import Literal
 
@@ -12,10 +12,11 @@ from moe.routing.decision import Context, Routing
 
 
 class GroupLimited(TopK):
-    """Keep the `top_groups` of `groups` equal groups of neighboring experts, then take the k largest logits in them.
+    """Router that takes the top-k experts within the best `top_groups` of `groups` groups.
 
-    A group is judged by the sum of its two largest probabilities (DeepSeek-V3 2412.19437; V2, 2405.04434, judged by
-    the largest). Gates as in `TopK`; `probs` is over all experts, so a balance loss sees the closed groups too.
+    Groups are equally large and consist of neighboring experts. The score of a group is the sum of its two largest
+    probabilities (DeepSeek-V3 2412.19437; DeepSeek-V2 2405.04434 uses the largest). Gates are those of `TopK`. `probs`
+    covers all experts, so a balance loss also acts on experts in groups that were not selected. Causal.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class GroupLimited(TopK):
         return Routing.token_choice(expert, self._gate(probs.gather(-1, expert)), probs=probs, logits=logits)
 
     def _open(self, probs: Float[Tensor, "T E"]) -> Tensor:
-        """(T, E): which experts lie in a group that is kept."""
+        """Return the mask (T, E) of the experts in selected groups."""
         grouped = probs.unflatten(-1, (self.groups, self.size))
         kept = grouped.topk(min(2, self.size)).values.sum(-1).topk(self.top_groups).indices
         is_kept = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter(-1, kept, True)

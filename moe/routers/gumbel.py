@@ -1,4 +1,4 @@
-"""Stochastic top-k: here temperature explores, because experts are drawn and not ranked."""
+"""Stochastic top-k: experts are drawn at random in training, so that temperature sets how much is explored."""
 
 import torch
 from jaxtyping import Float
@@ -9,13 +9,15 @@ from moe.routing.decision import Context, Routing
 
 
 class Gumbel(Temperature):
-    """In training, draw k experts without replacement from p = softmax(logits / temperature); in evaluation, take the
-    k largest.
+    """Router that draws k experts without replacement in training, and takes the k largest logits in evaluation.
 
-    The draw is the top-k of logits + temperature * Gumbel noise (Kool et al. 1903.06059). Gates are p over the
-    selected, summing to 1; their gradient is that of the relaxed draw, softmax(logits / temperature + Gumbel noise)
-    over all experts, passed straight through (Jang et al. 1611.01144), so k=1 learns although its gate is 1.
-    `probs` is p. The knob `noise` moves the logits, and so p, before the draw.
+    In training, experts are drawn from p = softmax(logits / temperature), as the top-k of logits + temperature * Gumbel
+    noise (Kool et al. 1903.06059). Gates are p over the selected experts, summing to 1. Their gradient is that of the
+    relaxed draw, softmax(logits / temperature + Gumbel noise) over all experts, passed straight through (Jang et al.
+    1611.01144). With k=1 the router therefore learns although its gate is 1. `probs` is p. The knob `noise` moves the
+    logits, and with them p, before the draw.
+
+    Expect temperature to change which experts are chosen in training, unlike in `Temperature`. Causal.
     """
 
     def __init__(self, dim: int, num_experts: int, *, k: int = 2, temp: float = 1.0) -> None:
@@ -34,5 +36,5 @@ class Gumbel(Temperature):
 
 
 def gumbel_like(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Standard Gumbel noise: the negative logarithm of Exponential(1)."""
+    """Return standard Gumbel noise in the shape of x: the negative logarithm of Exponential(1)."""
     return -torch.empty_like(x).exponential_().log()

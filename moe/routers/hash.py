@@ -1,4 +1,4 @@
-"""Hash routing: the token id alone decides."""
+"""Hash routing: the token id alone determines the experts."""
 
 import heapq
 
@@ -12,11 +12,14 @@ from moe.routing.decision import Context, Routing
 
 
 class Hash(Router):
-    """Each token id has k fixed, distinct experts; gates 1/k, nothing is learned (Roller et al. 2106.04426).
+    """Router that maps each token id to k fixed, distinct experts with gates 1/k (Roller et al. 2106.04426).
 
-    balanced: before training, ids take the experts that have the least text so far, the most frequent id first, so that
-        loads are even over the training text (their "balanced" hash; longest processing time first); False: an integer
-        hash, which spreads ids evenly and text unevenly. Ids from `vocab_size` on share the experts of id % vocab_size.
+    Nothing is learned. The router has no probabilities and no logits, so metrics and losses of those are null. Causal.
+
+    balanced: before training, assign ids to experts, the most frequent id first, each to the k experts that have the
+        fewest training tokens so far ("balanced" in the paper; known as longest processing time first). Loads are then
+        even over the training text. If false, an integer hash spreads ids evenly, and tokens unevenly.
+    vocab_size: ids from `vocab_size` on share the experts of id % vocab_size.
     """
 
     table: Tensor
@@ -45,7 +48,7 @@ class Hash(Router):
 
 
 def lightest(weights: list[int], bins: int, k: int) -> list[list[int]]:
-    """For each weight in turn, the k bins that hold least so far, which it is then added to."""
+    """Return the k emptiest bins for each weight in turn, which is then added to each of them."""
     heap = [(0, b) for b in range(bins)]
     chosen = []
     for weight in weights:
@@ -57,7 +60,7 @@ def lightest(weights: list[int], bins: int, k: int) -> list[list[int]]:
 
 
 def scramble(numbers: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
-    """A fixed pseudo-random 32-bit number for each integer (the murmur3 finalizer)."""
+    """Return a fixed pseudo-random 32-bit number for each integer (the finalizer of murmur3)."""
     h = numbers & 0xFFFFFFFF
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         h = ((h ^ (h >> shift)) * factor) & 0xFFFFFFFF

@@ -9,17 +9,18 @@ from moe.checks import finite, require
 from moe.routers.topk import TopK
 from moe.routing.decision import Context, Routing
 
-FLOOR = 0.01  # least standard deviation of the learned noise, as the authors' code has it: the load divides by it
+FLOOR = 0.01  # smallest standard deviation of the learned noise, as in the authors' code: the loss divides by it
 
 
 class NoisyTopK(TopK):
-    """Top-k of H = W x + eps * (softplus(W_noise x) + 0.01), eps ~ N(0, 1) in training only (Shazeer 1701.06538).
+    """Router that takes the top-k of logits with learned noise (Shazeer et al. 1701.06538).
 
-    Gates are the softmax of H over the selected (k=1: over all, as in `TopK`). Two losses balance, so use lb=0:
+    H = W x + eps * (softplus(W_noise x) + 0.01), with eps ~ N(0, 1) in training and 0 in evaluation. Gates are the
+    softmax of H over the selected experts (k=1: over all, as in `TopK`). Two losses balance the load; use lb=0:
         importance: CV^2 over experts of the sum of gates.
-        load: CV^2 over experts of the expected number of tokens, were each expert's own noise drawn again; unlike a
-            count it has a gradient.
-    The knob `noise` adds its N(0, noise^2) as for every router; `load` accounts for both.
+        load: CV^2 over experts of the expected number of tokens if the noise of that expert were drawn again. Unlike a
+            count of tokens it has a gradient.
+    The knob `noise` adds its N(0, noise^2) as in every router, and the loss `load` takes it into account. Causal.
     """
 
     def __init__(self, dim: int, num_experts: int, *, k: int = 2, importance: float = 0.1, load: float = 0.1) -> None:
@@ -52,10 +53,11 @@ class NoisyTopK(TopK):
 def stay_probability(
     clean: Float[Tensor, "T E"], noisy: Float[Tensor, "T E"], spread: Float[Tensor, "T E"], k: int
 ) -> Float[Tensor, "T E"]:
-    """The probability that clean + spread * N(0, 1) of one expert is among the k largest, all others as in `noisy`.
+    """Return the probability that an expert is among the k largest if its own noise is drawn again.
 
-    The expert has to beat the k-th largest of the others: the (k+1)-th of all if it is among the k itself, else the
-    k-th.
+    Its logit is then clean + spread * N(0, 1), while all other experts keep their logits in `noisy`. The expert has to
+    beat the k-th largest of the others. That is the (k+1)-th largest of all if the expert is among the k itself, and
+    the k-th otherwise.
     """
     if k == clean.shape[-1]:
         return torch.ones_like(clean)
@@ -65,5 +67,5 @@ def stay_probability(
 
 
 def cv_squared(values: Float[Tensor, "E"]) -> Float[Tensor, ""]:
-    """Variance (ddof 0) / mean^2; 0 when all are equal, also for a single expert."""
+    """Return variance (ddof 0) / mean^2. It is 0 if all values are equal, also for a single expert."""
     return values.var(correction=0) / values.mean().square()

@@ -1,4 +1,4 @@
-"""A varying number of experts per token, by letting tokens choose nothing."""
+"""Null experts: tokens may choose experts that do nothing, so the number of real experts varies."""
 
 import torch
 import torch.nn.functional as F
@@ -11,27 +11,33 @@ from moe.routing.decision import Context, Routing
 
 
 class NullExperts(Router):
-    """Each token takes its k largest of E + `nulls` logits W x; slots after the E-th are null experts, which cost and
-    add nothing, so a token has 0 ... k experts, k E / (E + nulls) on average when balanced (AdaMoE, Zeng 2406.13233).
+    """Router that takes the top-k of E experts and `nulls` null experts (AdaMoE, Zeng et al. 2406.13233).
 
-    Gates are the softmax of the logits of the real experts selected: 1 for a token with a single one, which gives the
-    router no gradient through the output. Balance over all slots is the auxiliary loss `null_balance`, with weight
-    `balance`: S * sum_s f_s P_s over the S = E + nulls slots, f a slot's share of the T k choices, for nulls their mean
-    share (no need to balance them among each other), P the mean softmax over all slots; 1 is balanced. It replaces
-    `lb`: use lb=0. `probs` and `logits` are those of the real experts, so that metrics, and `z`, are of them alone. A
-    capacity limit is a share of the batch's assignments, which vary here: causal when dropless.
+    Logits are W x. Null experts come after the E real ones. They cost nothing and add nothing. A token therefore has
+    0 ... k real experts, and k E / (E + nulls) on average if all are balanced. Gates are the softmax over the real
+    experts selected. For a token with one real expert the gate is 1, and the router gets no gradient through the
+    output.
+
+    The auxiliary loss `null_balance`, with weight `balance`, balances all N = E + nulls choices: N * sum_n f_n P_n. P
+    is the mean softmax over all choices. f is the share of each choice in the T k choices made; a null expert counts
+    with the mean share of all nulls, because nulls need not be balanced among themselves. The loss is 1 if balanced. It
+    replaces the balance loss: use lb=0.
+
+    `probs` and `logits` are those of the real experts, so metrics and the z-loss ignore nulls. Expect
+    active_experts_std above 0. Causal when dropless. Not causal under a capacity limit, which is a share of the number
+    of assignments, and that number varies.
     """
 
     def __init__(self, dim: int, num_experts: int, *, k: int = 4, nulls: int = 8, balance: float = 0.01) -> None:
         super().__init__(dim, num_experts, fixed_k=None)
         require(nulls >= 1, "router.nulls", nulls, "at least 1")
-        slots = num_experts + nulls
-        require(2 <= k <= slots, "router.k", k, f"between 2 and model.num_experts + router.nulls={slots}")
+        choices = num_experts + nulls
+        require(2 <= k <= choices, "router.k", k, f"between 2 and model.num_experts + router.nulls={choices}")
         require(finite(balance) and balance >= 0, "router.balance", balance, "a finite number >= 0")
-        self.slots_per_token = k
-        self.mean_k = k * num_experts / slots
+        self.k = k
+        self.mean_k = k * num_experts / choices
         self.balance = balance
-        self.weight = nn.Parameter(torch.empty(slots, dim))
+        self.weight = nn.Parameter(torch.empty(choices, dim))
 
     @property
     def loss_weights(self) -> dict[str, float]:
@@ -40,9 +46,9 @@ class NullExperts(Router):
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         logits = F.linear(x, self.weight.float())
         noisy = self.perturb(logits, context.knobs)
-        chosen = torch.zeros_like(noisy, dtype=torch.bool).scatter(-1, noisy.topk(self.slots_per_token).indices, True)
+        chosen = torch.zeros_like(noisy, dtype=torch.bool).scatter(-1, noisy.topk(self.k).indices, True)
         real, noisy_real = chosen[:, : self.num_experts], noisy[:, : self.num_experts]
-        gated = real | ~real.any(-1, keepdim=True)  # a row of nothing would have no softmax
+        gated = real | ~real.any(-1, keepdim=True)  # a row without any expert would have no softmax
         return Routing.masked(
             real,
             torch.softmax(noisy_real.masked_fill(~gated, -torch.inf), -1),
@@ -51,7 +57,7 @@ class NullExperts(Router):
             aux={"null_balance": self._balance(chosen, torch.softmax(noisy, -1))},
         )
 
-    def _balance(self, chosen: Bool[Tensor, "T S"], probs: Float[Tensor, "T S"]) -> Float[Tensor, ""]:
-        share = chosen.float().mean(0) / self.slots_per_token
+    def _balance(self, chosen: Bool[Tensor, "T N"], probs: Float[Tensor, "T N"]) -> Float[Tensor, ""]:
+        share = chosen.float().mean(0) / self.k
         share[self.num_experts :] = share[self.num_experts :].mean()
         return len(share) * (share * probs.mean(0)).sum()

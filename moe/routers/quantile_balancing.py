@@ -1,4 +1,4 @@
-"""Balance without a balance loss or a step size: biases that solve the balanced assignment of the last batch."""
+"""Quantile balancing: biases that solve the balanced assignment of the last batch, without a step size."""
 
 import torch
 from jaxtyping import Float
@@ -10,14 +10,16 @@ from moe.routing.stats import RoutingStats
 
 
 class QuantileBalancing(BiasedSigmoid):
-    """Select the k largest s + b, weight by s alone, with s = sigmoid(W x) (Su, kexue.fm/archives/11619; Megatron-LM).
+    """Router that selects the k largest s + b and weights by s alone (Su, kexue.fm/archives/11619; Megatron-LM).
 
-    To give tokens k experts each, and experts T k / E tokens each, at the largest total score is a linear program; its
-    dual has a cutoff a per token and a bias b per expert. Each step minimizes it exactly over a, then over b, by the
-    same quantile q = 1 - k/E along either axis: a_t = q of s_te + b_e over e, -b_e = q of s_te - a_t over t. b is
-    averaged over micro-batches and, with `decay`, over steps, and centered, because adding a constant to it changes
-    nothing. It acts from the next step on, never on the one it was learnt from. Gates are s over the selected,
-    normalized to sum 1 (s itself for k=1). Expect load_cv to fall without `lb`; use lb=0.
+    s = sigmoid(W x). To give each token k experts and each expert T k / E tokens at the largest total score is a linear
+    program. Its dual problem has one cutoff a per token and one bias b per expert. Each step minimizes the dual exactly
+    over a, then over b. Both minima are the same quantile q = 1 - k/E: a_t is the q-quantile of s_te + b_e over e, and
+    -b_e is the q-quantile of s_te - a_t over t. b is averaged over micro-batches and, with decay `decay`, over steps.
+    It is centered, because adding a constant to it changes nothing.
+
+    A bias acts from the step after the one from which it was learned. Gates are s over the selected experts, normalized
+    to sum 1 (s itself for k=1). Expect load_cv to fall without a balance loss; use lb=0. Causal.
     """
 
     def __init__(self, dim: int, num_experts: int, *, k: int = 2, decay: float = 0.9) -> None:
@@ -35,7 +37,7 @@ class QuantileBalancing(BiasedSigmoid):
 
 
 def balanced_bias(scores: Float[Tensor, "T E"], bias: Float[Tensor, "E"], k: int) -> Float[Tensor, "E"]:
-    """The bias of each expert that minimizes the dual beside the tokens' cutoffs under the `bias` of before."""
+    """Return the biases that minimize the dual, given the cutoffs of the tokens under the previous `bias`."""
     q = 1 - k / scores.shape[1]
     cutoff = (scores + bias).quantile(q, dim=1, keepdim=True)
     return -(scores - cutoff).quantile(q, dim=0)

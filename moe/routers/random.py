@@ -1,4 +1,4 @@
-"""A router that cannot learn: the control that tells what learning to route is worth."""
+"""Random routing: a control that cannot learn, to show what learning to route is worth."""
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +10,10 @@ from moe.routing.decision import Context, Routing
 
 
 class Random(Router):
-    """Top-k of a fixed random projection of the hidden state, uniform gates 1/k.
+    """Router that takes the top-k of a fixed random projection of the hidden state, with gates 1/k.
 
-    It routes by content, as a trained router does, but is frozen at initialization; expect imbalance, because hidden
-    states are not isotropic.
+    It routes by content, as a trained router does, but stays as it was initialized. Expect imbalance, because hidden
+    states are not isotropic. Causal.
     """
 
     weight: Tensor

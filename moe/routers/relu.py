@@ -1,4 +1,4 @@
-"""ReLU routing: differentiable, with as many experts as have a positive gate."""
+"""ReLU routing: fully differentiable; a token takes all experts with a positive gate."""
 
 import math
 
@@ -13,16 +13,20 @@ from moe.routing.stats import RoutingStats
 
 
 class ReLU(LinearRouter):
-    """Gates relu(W x); a token takes every expert with a positive gate, possibly none (ReMoE, Wang et al. 2412.14711).
+    """Router with gates relu(W x): a token takes every expert with a positive gate, possibly none (ReMoE 2412.14711).
 
-    The loss `sparsity` is the mean over tokens of sum_e f_e gate_e, with f_e the share of tokens that expert e takes,
-    relative to target / E: an L1 norm that presses harder on popular experts, so it balances too. Its weight starts at
-    `coefficient`; after each optimizer step it is multiplied by `rate` if tokens took more than `target` experts on
-    average, and divided by it if fewer. Each layer steers itself; the paper steers the mean over layers by one weight.
-    There is no softmax: `probs` and `logits` are None, and `lb` and `z` have nothing to act on.
+    The auxiliary loss `sparsity` (Wang et al., ReMoE) is the mean over tokens of sum_e f_e gate_e. f_e is the share of
+    tokens that take expert e, relative to target / E. This is an L1 norm that presses harder on popular experts, so it
+    also balances. Its weight starts at `coefficient`. After each optimizer step the weight is multiplied by `rate` if
+    tokens took more than `target` experts on average, and divided by `rate` if they took fewer. Each layer steers its
+    own weight; the paper steers the mean over layers by one weight.
+
+    There is no softmax: `probs` and `logits` are None, and the losses `lb` and `z` do not apply. Expect active_experts
+    to approach `target`. Causal when dropless. Not causal under a capacity limit, which is a share of the number of
+    assignments in the batch, and that number varies.
     """
 
-    log_coefficient: Tensor  # a logarithm cannot underflow to a weight of 0, from which no factor leads back
+    log_coefficient: Tensor  # the logarithm, because a weight that underflowed to 0 could not grow again
 
     def __init__(
         self, dim: int, num_experts: int, *, target: float = 2.0, coefficient: float = 1e-8, rate: float = 1.2
@@ -38,7 +42,7 @@ class ReLU(LinearRouter):
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """The weight of `sparsity` as it stands; it changes with every step."""
+        """The current weight of `sparsity`, which changes with every step."""
         return {"sparsity": self.log_coefficient.exp().item()}
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:

@@ -1,4 +1,4 @@
-"""Balance without a balance loss: a bias per expert moves selection only."""
+"""Balance without a balance loss: a bias per expert that affects selection only."""
 
 from typing import Literal
 
@@ -14,10 +14,10 @@ from moe.routing.stats import RoutingStats
 
 
 class BiasedSigmoid(LinearRouter):
-    """Select the k largest s + b, weight by s alone, with s = sigmoid(W x); subclasses learn b, by `after_step`.
+    """Base class of routers that select the k largest s + b and weight by s alone, with s = sigmoid(W x).
 
-    Gates are s over the selected, normalized to sum 1 when `normalize` (never for k=1). `probs` is s normalized over
-    all experts, so that a balance loss may be added.
+    Subclasses learn the bias b in `after_step`. Gates are s over the selected experts, normalized to sum 1 if
+    `normalize` is set (never for k=1). `probs` is s normalized over all experts, so that a balance loss can be added.
     """
 
     bias: Tensor
@@ -29,7 +29,7 @@ class BiasedSigmoid(LinearRouter):
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         logits = self.logits(x)
-        log_scores = F.logsigmoid(self.perturb(logits, context.knobs))  # dividing by a sum of scores could be 0 / 0
+        log_scores = F.logsigmoid(self.perturb(logits, context.knobs))  # in logs, because a sum of scores can be 0
         scores = log_scores.exp()
         expert = (scores + self.bias).topk(self.k).indices
         normalize = self.normalize and self.k > 1
@@ -38,15 +38,16 @@ class BiasedSigmoid(LinearRouter):
         return Routing.token_choice(expert, weight, probs=probs, logits=logits, feedback=self.feedback(scores.detach()))
 
     def feedback(self, scores: Float[Tensor, "T E"]) -> Float[Tensor, "E"] | None:
-        """What `after_step` learns from beside the loads, as a sum over tokens."""
+        """Return sums over tokens from which `after_step` learns in addition to the loads, or None."""
         return None
 
 
 class SigmoidBias(BiasedSigmoid):
-    """A bias that is nudged towards balance (Wang et al. 2408.15664; DeepSeek-V3).
+    """Router whose biases take a small step towards balance after each optimizer step (Wang 2408.15664; DeepSeek-V3).
 
-    After each optimizer step b_e += rate * sign(mean load - load_e), from the load of the whole step; then b is
-    centered, because adding a constant to it changes nothing. Expect load_cv to fall without `lb`; use lb=0.
+    b_e += rate * sign(mean load - load_e), with the loads of the whole optimizer step. With update=proportional the
+    sign is replaced by the difference relative to the mean load. Then b is centered, because adding a constant to it
+    changes nothing. Expect load_cv to fall without a balance loss; use lb=0. Causal.
     """
 
     def __init__(

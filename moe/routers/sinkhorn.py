@@ -1,4 +1,4 @@
-"""Balanced assignment in training by optimal transport, greedy routing afterwards."""
+"""Sinkhorn routing: balanced assignment by optimal transport in training, greedy routing in evaluation."""
 
 import math
 
@@ -12,14 +12,18 @@ from moe.routing.decision import Context, Routing
 
 
 class Sinkhorn(LinearRouter):
-    """In training each token takes the k largest entries of a transport plan over the batch, in which tokens have equal
-    mass and experts get equal mass (S-BASE, Clark et al. 2202.01169); in evaluation the k largest logits.
+    """Router that takes the top-k of a transport plan in training, and of the logits in evaluation.
 
-    The plan is Sinkhorn's of logits / epsilon, noise included, without gradient; it selects and never weights. Gates:
-    sigmoid(logit) for k=1, else the softmax of the selected logits, so that in evaluation it is `TopK`. The smaller
-    epsilon beside the spread of the logits, the closer the plan is to the best balanced assignment, and the more
-    iterations it takes. `inference` uses the plan in evaluation too. Not causal: in training a token's experts depend
-    on the whole batch. Use lb=0.
+    Known as S-BASE (Clark et al. 2202.01169). In the plan over the batch all tokens have equal mass, and all experts
+    get equal mass. The plan is Sinkhorn's of logits / epsilon, noise included, without a gradient. It selects experts
+    and never weights them. Gates are sigmoid(logit) for k=1, otherwise the softmax of the selected logits, so that
+    evaluation with k > 1 equals `TopK`. The smaller epsilon is relative to the spread of the logits, the closer the
+    plan is to the best balanced assignment, and the more iterations it needs.
+
+    inference: use the plan in evaluation too.
+
+    Expect a low load_cv in training; evaluation is greedy and can be less balanced. Use lb=0. Not causal: in training
+    the experts of a token depend on the whole batch.
     """
 
     causal = False
@@ -51,7 +55,10 @@ class Sinkhorn(LinearRouter):
 
 
 def log_plan(scores: Float[Tensor, "T E"], iterations: int) -> Float[Tensor, "T E"]:
-    """Scale rows and columns of exp(scores) in turn, in logs: columns sum to 1/E, rows to 1/T in the limit."""
+    """Return the logarithm of the transport plan of exp(scores), after `iterations` of Sinkhorn's algorithm.
+
+    Rows are scaled to sum 1/T and columns to sum 1/E in turn. Columns are scaled last; rows sum to 1/T in the limit.
+    """
     tokens, experts = scores.shape
     for _ in range(iterations):
         scores = scores.log_softmax(1) - math.log(tokens)
@@ -60,7 +67,10 @@ def log_plan(scores: Float[Tensor, "T E"], iterations: int) -> Float[Tensor, "T 
 
 
 def plain_plan(scores: Float[Tensor, "T E"], iterations: int) -> Float[Tensor, "T E"]:
-    """`log_plan` by scaling exp(scores) itself: what is too small for fp32 beside the best of its token is lost."""
+    """Return what `log_plan` returns, computed by scaling exp(scores) itself.
+
+    Entries too small for fp32 relative to the best expert of their token are lost.
+    """
     tokens, experts = scores.shape
     tiny = torch.finfo(scores.dtype).tiny
     plan = (scores - scores.amax(1, keepdim=True)).exp()

@@ -1,4 +1,4 @@
-"""Soft MoE: experts work on mixtures of tokens, so nothing is selected, dropped or imbalanced."""
+"""Soft MoE: experts process mixtures of tokens, so nothing is selected, dropped or imbalanced."""
 
 import torch
 import torch.nn.functional as F
@@ -11,14 +11,16 @@ from moe.routing.decision import Context, Routing, Slots
 
 
 class SoftMoE(Router):
-    """Each expert has `slots` inputs a sequence, each a softmax-weighted mixture of its tokens; a token's output is a
-    softmax-weighted mixture of all slots' outputs (Puigcerver et al. 2308.00951, eq. 1-3).
+    """Router that gives each expert `slots` inputs per sequence, each a mixture of the tokens of the sequence.
 
-    Logits are `scale` times the cosine of token and slot embedding (their section 2.3), plus noise; dispatch weights
-    are the softmax over the tokens of a sequence, combine weights that over all slots. `probs` is what a token takes of
-    each expert's slots; loads are equal by construction, so lb does nothing. E * slots = K * seq_len costs what K
-    experts a token would. Not causal: every slot mixes the whole sequence. Generating token by token, where a sequence
-    is one token long, is another function than the trained one.
+    Puigcerver et al. 2308.00951, equations 1-3: a slot's input is a softmax-weighted mixture of tokens, and a token's
+    output is a softmax-weighted mixture of the outputs of all slots. Logits are `scale` times the cosine of token and
+    slot embedding (their section 2.3), plus noise. Dispatch weights are the softmax over the tokens of a sequence,
+    combine weights the softmax over all slots. `probs` is the sum of the combine weights over each expert's slots.
+
+    E * slots = K * seq_len costs as much as K experts per token. Loads are equal by construction; use lb=0. Metrics of
+    which token chose which expert are null. Not causal: every slot mixes the whole sequence. When text is generated
+    token by token, a sequence is one token long, so the layer computes another function than in training.
     """
 
     causal = False
@@ -34,7 +36,7 @@ class SoftMoE(Router):
         return self.num_experts * self.slots / seq_len
 
     def mixing_flops(self) -> int:
-        return 2 * 2 * len(self.weight) * self.dim  # into slots and back
+        return 2 * 2 * len(self.weight) * self.dim  # tokens to slots, and slots to tokens
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         cosine = F.linear(F.normalize(x, dim=-1), F.normalize(self.weight.float(), dim=-1))

@@ -1,4 +1,4 @@
-"""SPECTRA: a recurrence over depth, expression vectors, repulsion, a transport plan and quotas, each separable."""
+"""SPECTRA: a recurrence over depth, expression vectors, repulsion, a transport plan and quotas."""
 
 import math
 
@@ -16,26 +16,35 @@ from moe.routing.stats import RoutingStats
 
 
 class Spectra(Router):
-    """Top-k of a balanced plan that costs -cosine(routing vector, expression vector) for each token and expert.
+    """Router that takes the top-k of a balanced transport plan over -cosine(routing vector, expression vector).
 
-    Every part can be switched off by itself:
-    gru: routing vectors are the state of a GRU that runs over layers, never over positions, with h = 0 before the first
-        layer and one set of weights for the model (as in 2408.06793). Off: a linear map of each layer.
-    expression: expression vectors are P x, with P initialized orthogonal. Off: the routing vector's own coordinates are
-        the feedback, as their cosine to (1, ..., 1) (a fixed direction is as good as a learned one), and the routing
-        vector takes the place of the expression vector in what follows.
-    osr_repulsion_weight: adds |s| R to the cost, s the cosines, R the squared cosines of two experts' mean expression.
-    sinkhorn_epsilon, sinkhorn_iterations, log_sinkhorn_enabled: the plan, of exp(-cost / epsilon); 0 iterations: none.
-    expert_choice_routing, expert_choice_capacity_factor: each expert takes at most ceil(factor * T k / E) tokens,
-        those with the largest plan entries first.
-    ema_bias_weight, ema_alpha: adds weight * (load / mean load - 1) to the cost, loads an exponential moving average.
-    srip_enabled, so_lambda_max, so_warmup_steps: the loss `srip` = 0.7 ||G - I||_F^2 + 0.3 sigma_max(G - I)^2, with G
-        the Gram matrix of mean expression vectors and a weight that rises linearly over the first optimizer steps.
-    router_entropy_coef, cosine_similarities_loss_coef: weights of the entropy of the plan's rows and of the mean s^2.
+    Each token has one routing vector and one expression vector per expert. s is their cosine, and cost = -s plus the
+    terms below. Every part can be switched off by itself:
 
-    Means over the batch, plan and quota make training not causal. Evaluation is, because it does without plan and quota
-    and takes running means, unless `sinkhorn_inference` asks for all as in training. Gates are the plan's rows over
-    the chosen, summing to 1 (k=1: p itself), with gradient through the plan.
+    gru: the routing vectors are the state of a GRU that runs over layers, never over positions. It starts with h = 0
+        before the first layer and has one set of weights for the whole model (as in 2408.06793). If false, they are a
+        linear map of the hidden state, with its own weights in each layer.
+    expression: the expression vectors are P x, with P initialized as an orthogonal matrix. If false, s is the cosine of
+        the routing vector with (1, ..., 1), because a fixed direction is as good as a learned one, and the routing
+        vector replaces the expression vector in all that follows.
+    osr_repulsion_weight: weight of the term |s| R in the cost. R holds the squared cosines of the mean expression
+        vectors of two experts.
+    sinkhorn_epsilon, sinkhorn_iterations, log_sinkhorn_enabled: the plan of exp(-cost / epsilon), computed in
+        logarithms or directly. With 0 iterations there is no plan.
+    sinkhorn_inference: use plan, quota and batch means in evaluation too.
+    expert_choice_routing, expert_choice_capacity_factor: each expert takes at most ceil(factor * T k / E) tokens, those
+        with the largest plan entries first. This quota can leave a token with fewer than k experts.
+    ema_bias_weight, ema_alpha: weight of the term (load / mean load - 1) in the cost. Loads are an exponential moving
+        average over steps.
+    srip_enabled, so_lambda_max, so_warmup_steps: the auxiliary loss `srip`, see the function. Its weight rises linearly
+        to `so_lambda_max` over the first `so_warmup_steps` optimizer steps.
+    router_entropy_coef, cosine_similarities_loss_coef: weights of two more losses, the mean entropy of the rows of the
+        plan and the mean of s^2.
+
+    Gates are the rows of the plan over the chosen experts, summing to 1 (k=1: p itself), with a gradient through the
+    plan. With a quota no load in training exceeds factor times the mean load. Use lb=0. Not causal in training, where
+    plan, quota and means depend on the whole batch. Evaluation uses no plan and no quota, and running means, so it is
+    causal without `sinkhorn_inference`. Declared causal only if neither repulsion nor plan nor quota is used.
     """
 
     mean_expression: Tensor
@@ -105,7 +114,10 @@ class Spectra(Router):
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
     def initialize(self, std: float) -> None:
-        """The GRU initializes itself; the projector is 0.1 * orthogonal, for its loss wants orthogonal vectors."""
+        """Initialize P as 0.1 * orthogonal, because the loss `srip` asks for orthogonal vectors.
+
+        The GRU initializes itself.
+        """
         if self.linear is not None:
             nn.init.normal_(self.linear, std=std)
         if self.projector is not None:
@@ -117,7 +129,7 @@ class Spectra(Router):
 
     @property
     def expert_directions(self) -> Float[Tensor, "E N"] | None:
-        """The running mean expression vectors; None before the first step."""
+        """The running means of the expression vectors, or None before the first step."""
         return self.mean_expression if self.steps else None
 
     @property
@@ -160,8 +172,8 @@ class Spectra(Router):
         aux = {"cosine_similarity": similarity.square().mean()}
         if self.srip:
             aux["srip"] = srip(mean)
-        seen = expression.detach().sum(0).flatten()
-        return Routing.masked(chosen, weight, probs=probs, logits=logits, aux=aux, feedback=seen, state=state)
+        sums = expression.detach().sum(0).flatten()
+        return Routing.masked(chosen, weight, probs=probs, logits=logits, aux=aux, feedback=sums, state=state)
 
     def _next_state(self, x: Float[Tensor, "T D"], state: Float[Tensor, "T H"] | None) -> Float[Tensor, "T H"] | None:
         if self.gru is None:
@@ -172,7 +184,7 @@ class Spectra(Router):
         return torch.gru_cell(x, state, gates, recurrent, *biases)
 
     def _cost(self, similarity: Float[Tensor, "T E"], mean: Float[Tensor, "E N"]) -> Float[Tensor, "T E"]:
-        """-s + repulsion * |s| R + bias, with R the squared cosines of different experts' mean expression vectors."""
+        """Return -s + repulsion * |s| R + bias, with R the squared cosines of different mean expression vectors."""
         cost = self.weights["ema_bias_weight"] * (self.load * self.num_experts - 1) - similarity
         if self.weights["osr_repulsion_weight"]:
             overlap = (mean @ mean.T).square().fill_diagonal_(0)
@@ -183,12 +195,15 @@ class Spectra(Router):
     def after_step(self, stats: RoutingStats) -> None:
         self.steps += 1
         self.load.lerp_(stats.offered / stats.assignments, 1 - self.alpha)
-        seen = stats.feedback.view_as(self.mean_expression) / stats.tokens
-        self.mean_expression.lerp_(seen, 1 - self.alpha)
+        latest = stats.feedback.view_as(self.mean_expression) / stats.tokens
+        self.mean_expression.lerp_(latest, 1 - self.alpha)
 
 
 def depth_gru(dim: int, width: int) -> nn.GRUCell:
-    """A GRU cell: of each gate the input weights Xavier-uniform and the recurrent ones orthogonal; no bias at first."""
+    """Return a GRU cell without bias at first.
+
+    For each gate the input weights are Xavier-uniform and the recurrent weights orthogonal.
+    """
     gru = nn.GRUCell(dim, width)
     with torch.no_grad():
         for gate in gru.weight_ih.chunk(3):
@@ -201,7 +216,9 @@ def depth_gru(dim: int, width: int) -> nn.GRUCell:
 
 
 def srip(mean: Float[Tensor, "E N"]) -> Float[Tensor, ""]:
-    """0.7 ||G - I||_F^2 + 0.3 sigma_max(G - I)^2 of the Gram matrix of unit vectors: 0 if orthogonal (Bansal et al.
-    1810.09102 have either term)."""
+    """Return 0.7 ||G - I||_F^2 + 0.3 sigma_max(G - I)^2 for the Gram matrix G of unit vectors.
+
+    It is 0 if the vectors are orthogonal. Bansal et al. (1810.09102) propose each of the two terms.
+    """
     deviation = mean @ mean.T - torch.eye(len(mean), device=mean.device)
     return 0.7 * deviation.square().sum() + 0.3 * torch.linalg.matrix_norm(deviation, 2).square()

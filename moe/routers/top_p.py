@@ -1,4 +1,4 @@
-"""Top-p: a token that is sure takes one expert, a token that is not takes several."""
+"""Top-p routing: a confident token takes one expert, an uncertain one takes several."""
 
 import torch
 from jaxtyping import Float
@@ -10,10 +10,14 @@ from moe.routing.decision import Context, Routing
 
 
 class TopP(LinearRouter):
-    """The fewest experts whose probabilities sum to at least p, and never more than `k_max` (Huang et al. 2403.07652).
+    """Router that takes the fewest experts whose probabilities sum to at least p (Huang et al. 2403.07652).
 
-    Gates are the probabilities themselves, not renormalized: they sum to about p, and a lone expert keeps a gradient.
-    The loss `entropy`, the mean token entropy in nats, keeps the number of experts from growing to `k_max`.
+    Never more than `k_max` experts. Gates are the probabilities softmax(W x) themselves, not renormalized. They sum to
+    about p, and the gate of a single expert keeps a gradient. The auxiliary loss `entropy`, the mean token entropy in
+    nats, keeps the number of experts from growing to `k_max`.
+
+    Expect active_experts to fall as the router becomes confident. Causal when dropless. Not causal under a capacity
+    limit, which is a share of the number of assignments in the batch, and that number varies.
     """
 
     def __init__(self, dim: int, num_experts: int, *, p: float = 0.4, k_max: int = 4, entropy: float = 1e-4) -> None:
@@ -28,14 +32,14 @@ class TopP(LinearRouter):
         return {"entropy": self.entropy}
 
     def experts_per_token(self, seq_len: int) -> float:
-        return float(self.k_max)  # at most
+        return float(self.k_max)  # an upper bound
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         logits = self.logits(x)
         log_probs = torch.log_softmax(self.perturb(logits, context.knobs), -1)
         probs = log_probs.exp()
         top, expert = probs.topk(self.k_max)
-        needed = top.cumsum(-1) - top < self.p  # the better ones alone fall short of p
+        needed = top.cumsum(-1) - top < self.p  # the more probable experts alone sum to less than p
         chosen = torch.zeros_like(probs, dtype=torch.bool).scatter(-1, expert, needed)
         aux = {"entropy": -(probs * log_probs).sum(-1).mean()}  # not entr(probs): its gradient at 0 is infinite
         return Routing.masked(chosen, probs, probs=probs, logits=logits, aux=aux)

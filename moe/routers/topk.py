@@ -1,4 +1,4 @@
-"""Top-k softmax routing, with or without temperature."""
+"""Top-k softmax routing, with and without a temperature."""
 
 from typing import Literal
 
@@ -12,14 +12,16 @@ from moe.routing.decision import Context, Routing
 
 
 class TopK(LinearRouter):
-    """Each token takes the k experts of largest logit W x (Shazeer 1701.06538; k=1: Switch 2101.03961).
+    """Router in which each token takes the k experts of largest logit W x (Shazeer 1701.06538; k=1: Switch 2101.03961).
 
-    gate: the weight of a selected expert, with p = softmax over all experts:
-        renorm: p over the selected, summing to 1 (Mixtral). With k=1 that would be the constant 1 and starve the router
-            of gradient, so k=1 always uses p itself.
+    Expect imbalance (a high load_cv) unless a balance loss is used. Causal.
+
+    gate: the weight of a selected expert, with p = softmax over all experts.
+        renorm: p divided by its sum over the selected experts (Mixtral). With k=1 that would be the constant 1 and give
+            the router no gradient, so k=1 always uses p itself.
         softmax_all: p itself.
-        uniform: 1/k; the gradient of p is passed straight through.
-    after_drops: let the weights of a token that lost experts to a capacity limit sum to 1 again over those it kept.
+        uniform: 1/k in the forward pass; the gradient is that of p (straight through).
+    after_drops: if a token loses experts to a capacity limit, renormalize its weights to sum 1 over those it keeps.
     """
 
     def __init__(
@@ -41,7 +43,7 @@ class TopK(LinearRouter):
         logits = self.logits(x)
         noisy = self.perturb(logits, context.knobs)
         probs = torch.softmax(noisy / context.knobs.temperature, -1)
-        expert = noisy.topk(self.k).indices  # not of probs: at low temperature they round to ties
+        expert = noisy.topk(self.k).indices  # not of probs, which at low temperature round to ties
         weight = self._gate(probs.gather(-1, expert))
         return Routing.token_choice(expert, weight, probs=probs, logits=logits, renormalize=self.after_drops)
 
@@ -54,11 +56,11 @@ class TopK(LinearRouter):
 
 
 class Temperature(TopK):
-    """`TopK` on softmax(logits / temp); `temp` is where a temperature schedule ends.
+    """`TopK` with p = softmax(logits / temp). A temperature schedule ends at `temp`.
 
-    Temperature never changes which experts have the largest logits: it acts through gate weights, the balance loss and
-    the size of the router's gradient (1/temp), so utilization can only change through training. Entropy and
-    confidence are therefore reported at `temp` and at 1.
+    Temperature never changes which experts have the largest logits. It acts through gate weights, the balance loss and
+    the size of the router's gradient (1/temp), so it can change the load only through training. Entropy and confidence
+    are reported both at `temp` and at temperature 1. Causal.
     """
 
     schedulable = True
