@@ -7,7 +7,7 @@ from torch import Tensor
 from moe.checks import require
 from moe.routers.base import LinearRouter
 from moe.routing.decision import Context, Routing
-from moe.routing.dispatch import capacity_slots
+from moe.routing.dispatch import capacity_per_expert
 
 
 class ExpertChoice(LinearRouter):
@@ -32,6 +32,6 @@ class ExpertChoice(LinearRouter):
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         logits = self.logits(x)
         probs = torch.softmax(self.perturb(logits, context.knobs), -1)
-        weight, token = probs.topk(capacity_slots(len(x), self.num_experts, self.capacity_factor), dim=0)
+        weight, token = probs.topk(capacity_per_expert(len(x), self.num_experts, self.capacity_factor), dim=0)
         expert = torch.arange(self.num_experts, device=x.device).expand_as(token)
         return Routing(token.flatten(), expert.flatten(), weight.flatten(), probs=probs, logits=logits)

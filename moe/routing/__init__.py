@@ -1,1 +1,1 @@
-"""What a router decides, what fits into the capacity, which losses it has, and the sums that remember it."""
+"""Routing decisions, their dispatch under a capacity limit, their auxiliary losses, and the sums for metrics."""

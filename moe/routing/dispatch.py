@@ -1,6 +1,6 @@
-"""The dispatcher: which assignments fit, in what order the experts work through them, and how results come back.
+"""The dispatcher: which assignments fit into the capacity, and the way of tokens to experts and back.
 
-Which expert a token wants is the router's business; whether it fits is decided here.
+The router decides which experts a token asks for. This module decides which of these assignments are carried out.
 """
 
 import math
@@ -16,11 +16,11 @@ from moe.routing.decision import Routing, count
 
 
 class Dispatch(NamedTuple):
-    """Kept assignments, sorted by expert.
+    """The assignments that are carried out, sorted by expert.
 
-    token, weight: (R) token index and gate weight, expert 0's assignments first.
+    token, weight: (R) token index and gate weight. The assignments of expert 0 come first.
     offered, kept: (E) assignments per expert before and after capacity.
-    by_token: (R) the same assignments in the order of their tokens.
+    by_token: (R) indices that sort these assignments by token.
     """
 
     token: Int[Tensor, "R"]
@@ -30,43 +30,52 @@ class Dispatch(NamedTuple):
     by_token: Int[Tensor, "R"]
 
 
-def capacity_slots(assignments: int, num_experts: int, capacity: float) -> int:
-    """Assignments that one expert may take: ceil(capacity * A / E), at least 1 (GShard 2006.16668)."""
+def capacity_per_expert(assignments: int, num_experts: int, capacity: float) -> int:
+    """Return the capacity of one expert in assignments: ceil(capacity * A / E), at least 1 (GShard 2006.16668)."""
     return max(1, math.ceil(capacity * assignments / num_experts))
 
 
-def by_position(routing: Routing, seq_len: int) -> Int[Tensor, "A"]:
-    """Earliest position in its sequence first, ties by sequence: whether a token is dropped never depends on later
-    tokens of its own sequence, and no sequence is favored for standing first in the batch. Of several texts in one
-    sequence, the first is."""
+def order_by_position(routing: Routing, seq_len: int) -> Int[Tensor, "A"]:
+    """Sort assignments by position in the sequence, earliest first, and those at the same position by sequence.
+
+    Whether a token is dropped then never depends on later tokens of its own sequence. No sequence has an advantage
+    because it comes first in the batch. If a sequence contains several documents, the first one has an advantage.
+    """
     return torch.argsort(routing.token % seq_len, stable=True)
 
 
-def by_score(routing: Routing, seq_len: int) -> Int[Tensor, "A"]:
-    """Largest gate weight first (GShard's priority): not causal, a later token may displace an earlier one."""
+def order_by_score(routing: Routing, seq_len: int) -> Int[Tensor, "A"]:
+    """Sort assignments by gate weight, largest first (as in GShard).
+
+    Not causal, because a later token can displace an earlier one.
+    """
     return torch.argsort(routing.weight.detach(), descending=True, stable=True)
 
 
-def by_chance(routing: Routing, seq_len: int) -> Int[Tensor, "A"]:
-    """In random order: not causal, how many later tokens compete decides who stays."""
+def order_at_random(routing: Routing, seq_len: int) -> Int[Tensor, "A"]:
+    """Shuffle assignments.
+
+    Not causal, because the chance of a token depends on how many later tokens compete with it.
+    """
     return torch.randperm(len(routing.token), device=routing.token.device)
 
 
-# In which order assignments queue for the slots of their expert; only the first keeps a causal router causal.
+# The order in which an expert accepts assignments until it is full. Only the first keeps a causal router causal.
 DROP_POLICIES: dict[str, Callable[[Routing, int], Int[Tensor, "A"]]] = {
-    "position": by_position,
-    "score": by_score,
-    "random": by_chance,
+    "position": order_by_position,
+    "score": order_by_score,
+    "random": order_at_random,
 }
 
 
 def dispatch(
     routing: Routing, num_experts: int, *, capacity: float | None, seq_len: int, drop: str = "position"
 ) -> Dispatch:
-    """Sort assignments by expert; with a capacity factor, each expert keeps only the first `slots` of its queue.
+    """Return the assignments that are carried out, sorted by expert.
 
-    Dropless when `capacity` is None; assignments of an expert then stay in token order. With a capacity, the number of
-    assignments that fit is read back from the device.
+    capacity: the capacity factor. Each expert keeps assignments up to `capacity_per_expert`, in the order of the policy
+        `drop`. The number of assignments that fit is read back from the device. None: all assignments are kept, and
+        those of one expert stay in token order.
     """
     token, expert, weight = routing.token, routing.expert, routing.weight
     offered = count(expert, num_experts)
@@ -76,27 +85,32 @@ def dispatch(
         return Dispatch(token, weight[order], offered, offered, torch.argsort(token, stable=True))
     queue = DROP_POLICIES[drop](routing, seq_len)
     order = queue[torch.argsort(expert[queue], stable=True)]
-    place = torch.arange(len(order), device=order.device) - (offered.cumsum(0) - offered)[expert[order]]
-    limit = capacity_slots(len(expert), num_experts, capacity)
-    order = order[place < limit]
+    rank = torch.arange(len(order), device=order.device) - (offered.cumsum(0) - offered)[expert[order]]
+    limit = capacity_per_expert(len(expert), num_experts, capacity)
+    order = order[rank < limit]
     token, weight = token[order], weight[order]
     if routing.renormalize:
         weight = weight / weight.new_zeros(len(expert)).index_add(0, token, weight)[token]
     return Dispatch(token, weight, offered, offered.clamp(max=limit), torch.argsort(token, stable=True))
 
 
-def gather(x: Float[Tensor, "T D"], plan: Dispatch) -> Float[Tensor, "R D"]:
-    """A copy of its token for each assignment."""
-    return _Gather.apply(x, plan.token, plan.by_token)
+def gather(x: Float[Tensor, "T D"], dispatched: Dispatch) -> Float[Tensor, "R D"]:
+    """Return the hidden state of its token for each assignment."""
+    return _Gather.apply(x, dispatched.token, dispatched.by_token)
 
 
-def combine(outputs: Float[Tensor, "R D"], plan: Dispatch, tokens: int) -> Float[Tensor, "T D"]:
-    """Weighted sum of each token's expert outputs; a token without any gets zeros (the residual carries it on)."""
-    return _Combine.apply(outputs, plan.weight.to(outputs.dtype), plan.token, plan.by_token, tokens)
+def combine(outputs: Float[Tensor, "R D"], dispatched: Dispatch, tokens: int) -> Float[Tensor, "T D"]:
+    """Return the weighted sum of the expert outputs of each of `tokens` tokens.
+
+    A token without experts gets zeros; the residual connection passes it on.
+    """
+    weight = dispatched.weight.to(outputs.dtype)
+    return _Combine.apply(outputs, weight, dispatched.token, dispatched.by_token, tokens)
 
 
-# Each of the two is the other's gradient. Written out because a sum over rows that are known beforehand needs no copy
-# of weighted rows, and no atomic additions, which `index_add` makes on CUDA in an order that differs between runs.
+# Each of these two functions computes the gradient of the other. They are written by hand because a sum over known rows
+# needs neither a copy of the weighted rows nor the atomic additions of `index_add`. On CUDA the order of atomic
+# additions differs between runs, and so do the results.
 
 
 class _Gather(torch.autograd.Function):
@@ -127,7 +141,7 @@ class _Combine(torch.autograd.Function):
 
 
 def _sum(rows: Tensor, token: Tensor, by_token: Tensor, tokens: int, weight: Tensor | None = None) -> Tensor:
-    """(T, D): the rows of each token added up, in the order of their experts."""
+    """Return the sum of the rows of each token (T, D), added in the order of the experts."""
     counts = count(token, tokens)
     weights = None if weight is None else weight[by_token]
     starts = counts.cumsum(0) - counts

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe.routing.decision import Routing, count
-from moe.routing.dispatch import Dispatch, capacity_slots
+from moe.routing.dispatch import Dispatch, capacity_per_expert
 from moe.routing.losses import router_entropy
 from moe.routing.stats import DECILES, RoutingStats
 
@@ -45,7 +45,7 @@ def measure(
         kept=dispatched.kept.float(),
         capacity=nan
         if capacity is None
-        else nan.new_full((), experts * capacity_slots(len(routing.expert), experts, capacity)),
+        else nan.new_full((), experts * capacity_per_expert(len(routing.expert), experts, capacity)),
         batches=routed,
         max_violation=routed * (offered.amax() * experts / assignments.clamp(min=1) - 1),
         **_choices(routing, dispatched, tokens, seq_len or tokens, place),

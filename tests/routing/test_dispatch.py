@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe.routing.decision import Routing
-from moe.routing.dispatch import capacity_slots, combine, dispatch, gather
+from moe.routing.dispatch import capacity_per_expert, combine, dispatch, gather
 
 
 def random_routing(tokens: int, experts: int, k: int, *, seed: int = 0, skew: float = 0.0) -> Routing:
@@ -44,7 +44,7 @@ def test_plan_against_the_queue(
     seq_len = data.draw(st.sampled_from([n for n in (1, 2, 3, 6) if tokens % n == 0]))
     routing = random_routing(tokens, experts, k, skew=skew)
     todo = dispatch(routing, experts, capacity=capacity, seq_len=seq_len)
-    limit = len(routing.token) if capacity is None else capacity_slots(len(routing.token), experts, capacity)
+    limit = len(routing.token) if capacity is None else capacity_per_expert(len(routing.token), experts, capacity)
     expert = torch.repeat_interleave(torch.arange(experts), todo.kept)
     pairs = list(zip(todo.token.tolist(), expert.tolist(), strict=True))
     assert set(pairs) == queue_reference(routing, experts, seq_len, limit)
@@ -127,7 +127,7 @@ def test_no_sequence_is_favored_for_standing_first_in_the_batch() -> None:
     ("assignments", "experts", "capacity", "expected"), [(100, 8, 1.0, 13), (100, 8, 1.25, 16), (3, 8, 0.1, 1)]
 )
 def test_slots_round_up_and_leave_at_least_one(assignments: int, experts: int, capacity: float, expected: int) -> None:
-    assert capacity_slots(assignments, experts, capacity) == expected
+    assert capacity_per_expert(assignments, experts, capacity) == expected
 
 
 def test_gate_weights_get_their_gradient() -> None:
@@ -184,7 +184,7 @@ def test_drop_rates_of_random_logits_agree_with_theory(drop: str, experts: int, 
     tokens = 16_384
     todo = dispatch(random_routing(tokens, experts, k), experts, capacity=capacity, seq_len=256, drop=drop)
     rate = 1 - (todo.kept.sum() / todo.offered.sum()).item()
-    mean, limit = tokens * k / experts, capacity_slots(tokens * k, experts, capacity)
+    mean, limit = tokens * k / experts, capacity_per_expert(tokens * k, experts, capacity)
     deviation = (mean * (1 - k / experts)) ** 0.5
     z = (limit - mean) / deviation
     normal = torch.distributions.Normal(0, 1)
