@@ -32,7 +32,7 @@ from moe.model.cost import flops_per_token
 from moe.model.decoder import MoEForCausalLM
 from moe.routing import losses
 from moe.routing.dispatch import dispatch
-from moe.routing.measurement import measure
+from moe.routing.measurement import collect_stats
 from moe.runs.events import EventLog
 from moe.runs.signals import Interrupted, Signals
 from moe.training.loop import train
@@ -161,7 +161,7 @@ def part_variants(config: Config, events: EventLog) -> list[Variant]:
     both = list(zip(routings, dispatches, strict=True))
     return [
         *((f"part: {type(optimizer).__name__}", optimizer.step) for optimizer in optimizers),
-        ("part: statistics", lambda: [measure(r, d, ids.numel(), seq_len=seq_len) for r, d in both]),
+        ("part: statistics", lambda: [collect_stats(r, d, ids.numel(), seq_len=seq_len) for r, d in both]),
         ("part: auxiliary losses", lambda: [losses.auxiliary(r, d.offered, seq_len=seq_len) for r, d in both]),
         (
             "part: dispatch",

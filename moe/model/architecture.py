@@ -1,4 +1,4 @@
-"""The sizes and choices of a model in transformers' form, which `save_pretrained` keeps beside the weights."""
+"""The configuration class of the model for transformers. `save_pretrained` writes it beside the weights."""
 
 from typing import Any
 
@@ -9,14 +9,15 @@ from moe.config.schema import ModelConfig
 
 
 class MoEConfig(LlamaConfig):
-    """Llama's configuration (`intermediate_size`: width of one expert) plus what is ours; see
-    `moe.config.schema.ModelConfig`.
+    """Llama's configuration with the fields of `moe.config.schema.ModelConfig` that Llama lacks.
 
-    router: the `_target_` and hyper-parameters; router_temperature: what the model uses when no knobs are given.
+    intermediate_size: the width of one expert.
+    router: the router's `_target_` and its settings.
+    router_temperature: the temperature that the model uses if it is called without knobs.
     """
 
     model_type = "moe_routing"
-    __no_type_check__ = True  # checked builds of the tests: transformers passes keywords that are no fields
+    __no_type_check__ = True  # for the type-checked tests: transformers passes keywords that are not fields
 
     num_experts: int = 8
     expert: str = "silu"
@@ -31,7 +32,7 @@ class MoEConfig(LlamaConfig):
 
     @staticmethod
     def of(model: ModelConfig, router: dict[str, Any], *, vocab_size: int, seq_len: int) -> "MoEConfig":
-        """The transformers configuration of ours."""
+        """Return the transformers configuration of a model in this project's configuration."""
         settings: dict[str, Any] = {
             "max_position_embeddings": seq_len,
             "tie_word_embeddings": True,

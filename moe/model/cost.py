@@ -1,4 +1,4 @@
-"""What a model costs: parameters and floating-point operations, each with its formula stated."""
+"""The cost of a model: number of parameters, FLOPs and peak memory."""
 
 import contextlib
 from collections.abc import Sequence
@@ -11,16 +11,20 @@ from moe.model.decoder import MoEForCausalLM
 
 
 class Parameters(NamedTuple):
-    """total: all of them, tied ones once. active: those that one token uses, so K/E of each routed expert stack."""
+    """Numbers of parameters.
+
+    total: all parameters; tied ones count once.
+    active: the parameters that process one token, with K/E of the routed experts.
+    """
 
     total: int
     active: int
 
 
 def count_parameters(model: MoEForCausalLM) -> Parameters:
-    """Count parameters, with `Router.experts_per_token` of the experts active.
+    """Count parameters, with `Router.experts_per_token` active experts.
 
-    Where experts work on mixtures of tokens, a token uses all of them.
+    If experts process mixtures of tokens, all experts are active for each token.
     """
     total = sum(p.numel() for p in model.parameters())
     seq_len = model.config.max_position_embeddings
@@ -35,23 +39,26 @@ def count_parameters(model: MoEForCausalLM) -> Parameters:
 
 
 def flops_per_token(model: MoEForCausalLM, seq_len: int, *, active: Sequence[float | None] | None = None) -> int:
-    """Forward FLOPs of one token: 2 per matrix weight that works for it (the tied output matrix once, embedding look-up
-    free; K/E of the routed experts), plus attention scores and values, 2 * 2 * D * S/2 per layer for a causal context
-    of mean length S/2, plus the mixing of tokens into slots where a router does that.
+    """Return the forward FLOPs of one token.
 
-    active: `routing/active_experts` of each MoE layer, to count the experts that tokens asked for; without it, and
-    where there is none, K is `Router.experts_per_token`: where the number varies, what it is intended to be.
+    They are the sum of
+    - 2 for each weight of the matrices that process the token. The tied output matrix counts once, because looking up
+      an embedding is free. Routed experts count K/E.
+    - 2 * 2 * D * S/2 per layer for attention scores and values, with a causal context of mean length S/2.
+    - the mixing of tokens into slots, if the router does that.
+    Norms, softmax and the dispatch of tokens are left out. Training costs three times as much.
 
-    Training costs three times as much. Norms, softmax and routing bookkeeping are left out.
+    active: the metric `routing/active_experts` of each MoE layer, to use as K. Where it is missing or None, K is
+        `Router.experts_per_token`, which is the intended mean if the number varies.
     """
     config = model.config
-    parts = (*model.model.layers, model.lm_head)  # layers one by one: what they share works in each of them
+    parts = (*model.model.layers, model.lm_head)  # layer by layer, because shared modules work in each layer
     weights = float(sum(p.numel() for part in parts for p in part.parameters() if p.ndim > 1))
     mixing = 0
     for layer, asked in zip(model.moe_layers, active or [None] * len(model.moe_layers), strict=True):
         size = sum(p.numel() for p in layer.experts.parameters())
         router = layer.router
-        # in the metrics, a token counts once for each router of a chain
+        # in the metrics, a token counts once per router of a chain
         used = router.experts_per_token(seq_len) if asked is None else asked * len(router.chain)
         weights += size * (used / router.num_experts - 1)
         mixing += router.mixing_flops()
@@ -59,16 +66,19 @@ def flops_per_token(model: MoEForCausalLM, seq_len: int, *, active: Sequence[flo
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Start measuring peak memory from here, where the system can."""
+    """Reset the peak memory to the present memory, if the system can."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        with contextlib.suppress(OSError):  # Linux: forget the resident-set peak
+        with contextlib.suppress(OSError):  # Linux: resets the peak of the resident set
             Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory_gb(device: torch.device) -> float | None:
-    """Peak since the reset, in 1e9 bytes: allocated on a GPU, resident in the process on a CPU (null if unknown)."""
+    """Return the peak memory since the reset in 1e9 bytes, or None if unknown.
+
+    On a GPU this is allocated memory, on a CPU the resident set of the process.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     try:

@@ -1,6 +1,7 @@
-"""The language model: a Llama-type decoder from transformers' own parts with Mixture-of-Experts feed-forward layers.
+"""The language model: a Llama-type decoder with Mixture-of-Experts feed-forward layers.
 
-Parameter names follow transformers' Llama, so that dense checkpoints map onto it by name.
+Attention, norms and position embeddings are those of transformers. Parameter names follow transformers' Llama, so that
+dense checkpoints can be loaded by name.
 """
 
 import functools
@@ -25,19 +26,21 @@ from moe.model.architecture import MoEConfig
 from moe.model.experts import Experts
 from moe.model.layer import LayerOutput, MoELayer
 from moe.routers.base import Router
-from moe.routing.decision import Context, Knobs, Routing, places
+from moe.routing.decision import Context, Knobs, Routing, document_positions
 from moe.routing.stats import RoutingStats
 
 
 @dataclass
 class MoEOutput(CausalLMOutputWithPast):
-    """transformers' output (loss: mean cross-entropy in nats, unweighted aux not added) and what routing adds.
+    """transformers' output plus the results of routing.
 
-    aux: {name: (L)} unweighted losses per MoE layer; stats: sums with leading (L); both None without MoE layers.
-    routing: of each MoE layer what its routers decided, one entry per router of its chain.
+    loss: mean cross-entropy in nats, without auxiliary losses.
+    aux: {name: (L)} unweighted auxiliary losses of each MoE layer. None without MoE layers.
+    stats: sums for metrics, with a first dimension L. None without MoE layers.
+    routing: for each MoE layer the decision of each router of its chain. None without MoE layers.
     """
 
-    __no_type_check__ = True  # accelerate builds it from a dict, which transformers unpacks
+    __no_type_check__ = True  # accelerate builds it from a dict that transformers unpacks
 
     aux: dict[str, Tensor] | None = None
     stats: RoutingStats | None = None
@@ -45,7 +48,7 @@ class MoEOutput(CausalLMOutputWithPast):
 
 
 class DenseFFN(nn.Module):
-    """One expert that every token passes: `Experts` with E = 1, and no router."""
+    """A dense feed-forward network: `Experts` with E = 1 and no router."""
 
     def __init__(self, config: MoEConfig, width: int) -> None:
         super().__init__()
@@ -56,8 +59,11 @@ class DenseFFN(nn.Module):
         return self.experts(rows, torch.tensor([len(rows)], device="cpu")).view_as(x)
 
 
-class Block(nn.Module):
-    """x + attention(norm x), then x + feed-forward(norm x); returns the MoE layer's output too, None if dense."""
+class DecoderLayer(nn.Module):
+    """x + attention(norm x), then x + feed-forward(norm x).
+
+    `forward` also returns the output of the MoE layer, or None if the feed-forward network is dense.
+    """
 
     def __init__(self, config: MoEConfig, index: int) -> None:
         super().__init__()
@@ -97,14 +103,14 @@ class MoEPreTrainedModel(PreTrainedModel):
     config_class = MoEConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = False
-    _no_split_modules = ["Block"]
+    _no_split_modules = ["DecoderLayer"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_attention_backend = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """N(0, initializer_range) for every matrix; norms at 1; routers as they say themselves."""
+        """Draw every matrix from N(0, initializer_range) and set norms to 1. Routers initialize themselves."""
         super()._init_weights(module)
         if isinstance(module, Router):
             module.initialize(self.config.initializer_range)
@@ -114,10 +120,10 @@ class MoEPreTrainedModel(PreTrainedModel):
 
 
 class MoEModel(MoEPreTrainedModel):
-    """Embedding, blocks, final norm: token ids to hidden states, and each MoE layer's output.
+    """Embedding, decoder layers and final norm. Maps token ids to hidden states and the outputs of MoE layers.
 
-    recompute: in training, keep only what goes into a block and compute the block again in the backward pass, with the
-        same random numbers.
+    recompute: in training, store only the input of each decoder layer and compute the layer again in the backward
+        pass, with the same random numbers.
     """
 
     recompute: bool = False
@@ -125,7 +131,7 @@ class MoEModel(MoEPreTrainedModel):
     def __init__(self, config: MoEConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.dropout = nn.Dropout(config.dropout)
@@ -157,10 +163,10 @@ class MoEModel(MoEPreTrainedModel):
         seen = cache.get_seq_length() if cache is not None else 0
         if position_ids is None:
             position_ids = torch.arange(seen, seen + x.shape[1], device=x.device)[None]
-        elif self.config._attn_implementation == "flash_attention_2":  # of several texts, it would need their lengths
+        elif self.config._attn_implementation == "flash_attention_2":  # it would need the lengths of documents
             packed = attention_mask is None and cache is None and bool((position_ids.diff() != 1).any())
-            require(not packed, "model.attention", "flash_attention_2", "sdpa or eager for several texts in a block")
-        # arguments in order here and for the attention, because transformers 5.24 renamed the cache
+            require(not packed, "model.attention", "flash_attention_2", "sdpa or eager for several documents a block")
+        # positional arguments here and for the attention, because transformers 5.24 renamed the argument for the cache
         mask = create_causal_mask(self.config, x, attention_mask, cache, position_ids)
         rotary = self.rotary_emb(x, position_ids=position_ids)
         outputs: list[LayerOutput] = []
@@ -177,18 +183,21 @@ class MoEModel(MoEPreTrainedModel):
 
 
 def neftune_noise(x: Float[Tensor, "B S D"], alpha: float) -> Float[Tensor, "B S D"]:
-    """Uniform on +-alpha / sqrt(S D), so that a sequence's noise has length alpha / sqrt(3) (NEFTune 2310.05914)."""
+    """Return noise in the shape of x, uniform on +-alpha / sqrt(S D) (NEFTune 2310.05914).
+
+    The noise of a sequence has length alpha / sqrt(3).
+    """
     return torch.empty_like(x).uniform_(-1, 1) * (alpha / math.sqrt(x.shape[1] * x.shape[2]))
 
 
 def _second_names(module: nn.Module) -> dict[str, str]:
-    """Every further name of a parameter that has several -> its first: what `save_pretrained` must not write twice."""
+    """Return {further name: first name} for parameters with several names, which `save_pretrained` must write once."""
     first = {p: name for name, p in module.named_parameters()}
     return {name: first[p] for name, p in module.named_parameters(remove_duplicate=False) if name != first[p]}
 
 
 class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
-    """Next-token prediction; `save_pretrained`, `from_pretrained` and `generate` are transformers' own."""
+    """`MoEModel` plus output matrix. `save_pretrained`, `from_pretrained` and `generate` are those of transformers."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -200,12 +209,14 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
 
     @property
     def moe_layers(self) -> list[MoELayer]:
-        """The routed layers, in the order in which `aux` and `stats` stack them."""
+        """The MoE layers, in the order in which `aux` and `stats` stack them."""
         return [block.mlp for block in self.model.layers if isinstance(block.mlp, MoELayer)]
 
     def experts_kernel(self, dtype: torch.dtype) -> str | None:
-        """How the routed experts multiply in `dtype`, for the record: see `moe.model.experts.choose`; None without
-        any."""
+        """Return the kernel of the routed experts in `dtype`, see `moe.model.experts.choose_kernel`.
+
+        None without MoE layers.
+        """
         return self.moe_layers[0].experts.kernel(dtype) if self.moe_layers else None
 
     def forward(
@@ -227,11 +238,16 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,
         **_: Any,
     ) -> MoEOutput:
-        """labels: as `input_ids`, unshifted, IGNORED where nothing is to be predicted. knobs: default to the model's
-        own temperature and no noise. The rest is of `moe.routing.decision.Context`, `load` for each MoE layer.
-        position_ids: where they do not go on by 1 another text begins, which sees nothing of those before (without
-        cache and attention_mask; transformers makes the mask).
-        past_key_values: what transformers called `cache` before 5.24."""
+        """Return logits, loss, auxiliary losses, sums for metrics and routing decisions.
+
+        labels: token ids, not shifted, with IGNORED where nothing is predicted. None: no loss.
+        knobs: default to the temperature of the model's configuration and no noise.
+        capacity, drop, orthogonality, probe_stride: see `moe.routing.decision.Context`.
+        load: as in `Context`, for each MoE layer.
+        position_ids: where they do not increase by 1, a new document begins. A document does not attend to the
+            documents before it. (Only without cache and attention_mask. transformers makes the mask.)
+        past_key_values: the name of `cache` in transformers before 5.24.
+        """
         cache = cache if cache is not None else past_key_values
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
@@ -246,7 +262,9 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
                 drop,
                 orthogonality=orthogonality,
                 probe_stride=probe_stride,
-                place=None if position_ids is None else places(position_ids.expand_as(input_ids)),
+                document_position=None
+                if position_ids is None
+                else document_positions(position_ids.expand_as(input_ids)),
             ),
             load=load,
             attention_mask=attention_mask,
@@ -263,7 +281,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             routed["aux"] = {name: torch.stack([layer.aux[name] for layer in layers]) for name in names}
             routed["stats"] = RoutingStats.stack([layer.stats for layer in layers])
             routed["routing"] = [layer.routing for layer in layers]
-        return MoEOutput(loss, logits, cache, **routed)  # in order, for the same reason as above
+        return MoEOutput(loss, logits, cache, **routed)  # positional arguments, for the same reason as above
 
 
 AutoConfig.register("moe_routing", MoEConfig)

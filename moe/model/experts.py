@@ -1,4 +1,4 @@
-"""Experts: E small feed-forward networks with stacked weights, each applied to its own group of rows."""
+"""Experts: E feed-forward networks with stacked weights. Each processes its own group of rows."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,9 +14,10 @@ from moe.distributed.sharding import local_part
 
 
 class Experts(nn.Module):
-    """E feed-forward networks without biases, weights stacked as (E, out, in), like E `nn.Linear` weights.
+    """E feed-forward networks without biases. Weights are stacked as (E, out, in), like E `nn.Linear` weights.
 
-    silu: down(silu(up x)), two matrices. swiglu: down(silu(gate x) * up x), three matrices (Shazeer 2002.05202).
+    kind: `silu` computes down(silu(up x)) with two matrices, `swiglu` computes down(silu(gate x) * up x) with three
+        (Shazeer 2002.05202).
     """
 
     def __init__(self, num_experts: int, dim: int, *, hidden: int, kind: str, dropout: float = 0.0) -> None:
@@ -27,18 +28,21 @@ class Experts(nn.Module):
         self.dropout = dropout
 
     def kernel(self, dtype: torch.dtype) -> str:
-        """Which kernel multiplies in `dtype` where the weights are: see `choose`."""
-        return choose(self.up.device.type, dtype, local_part(self.up).shape)
+        """Return which kernel multiplies in `dtype` on the device of the weights: see `choose_kernel`."""
+        return choose_kernel(self.up.device.type, dtype, local_part(self.up).shape)
 
-    @torch.compiler.disable  # group sizes change at every step, and compiled grouped_mm takes bf16 alone (torch 2.13)
+    @torch.compiler.disable  # group sizes change at every step, and compiled grouped_mm takes only bf16 (torch 2.13)
     def forward(self, x: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R D"]:
-        """Rows sorted by expert, `counts` of them for each; one without rows costs nothing, gets gradient 0."""
-        if isinstance(self.up, DTensor):  # the other experts are on other ranks
+        """Return the outputs for rows that are sorted by expert, `counts` rows for each expert.
+
+        An expert without rows costs nothing and gets a gradient of 0.
+        """
+        if isinstance(self.up, DTensor):  # this rank holds only some of the experts
             return run_distributed_experts(x, counts, self._run)
         return self._run(x, counts)
 
     def _run(self, x: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R D"]:
-        """The same with the experts of this rank."""
+        """Return the outputs of the experts on this rank."""
         up, down = local_part(self.up), local_part(self.down)
         gate = local_part(self.gate) if self.gate is not None else None
         device = x.device.type
@@ -51,7 +55,7 @@ class Experts(nn.Module):
 
             return self._expert(x.to(dtype), gate, up, down, linear)
         groups = x.split(counts.tolist())
-        # unbind, not indexing: the gradient of E slices is stacked once instead of E times in full size
+        # unbind, because indexing would create E gradients of full size; unbind stacks the E slices once
         gates = gate.unbind() if gate is not None else [None] * len(groups)
         stacks = zip(groups, gates, up.unbind(), down.unbind(), strict=True)
         return torch.cat([self._expert(*matrices) for matrices in stacks])
@@ -68,13 +72,13 @@ class Experts(nn.Module):
         return linear(F.dropout(hidden, self.dropout, self.training), down)
 
 
-def choose(device: str, dtype: torch.dtype, stack: tuple[int, ...]) -> str:
-    """The kernel for a stack of weights (E, out, in) on a type of device; docs/benchmarks.md has the measurements.
+def choose_kernel(device: str, dtype: torch.dtype, stack: tuple[int, ...]) -> str:
+    """Return the name of the kernel for stacked weights (E, out, in). docs/benchmarks.md has the measurements.
 
-    loop: the products of one expert after another, each group of rows with its own matrix.
-    grouped: one `F.grouped_mm` for all groups. On CUDA it starts one kernel instead of E and does not wait for group
-        sizes; its fast path is bf16. On a CPU it saves Python and copies, which pays from about 64 experts. Rows must
-        be multiples of 16 bytes.
+    loop: one matrix product per expert, one after another.
+    grouped: one `F.grouped_mm` for all experts. On CUDA it starts one kernel instead of E and does not wait for group
+        sizes. Its fast path is bf16. On a CPU it saves Python calls and copies, which pays from about 64 experts.
+        Rows must be multiples of 16 bytes.
     """
     experts, *sizes = stack
     aligned = all(size * dtype.itemsize % 16 == 0 for size in sizes)
@@ -83,9 +87,9 @@ def choose(device: str, dtype: torch.dtype, stack: tuple[int, ...]) -> str:
 
 
 class _GroupedLinear(torch.autograd.Function):
-    """`F.linear` of each group of rows with its own matrix (E, out, in); group e ends before row ends[e].
+    """`F.linear` of each group of rows with its own matrix of a stack (E, out, in). Group e ends before row ends[e].
 
-    Its gradient is written out because `F.grouped_mm` refuses the gradient of a sum, which has no strides.
+    The gradient is written by hand because `F.grouped_mm` refuses the gradient of a sum, which has strides of 0.
     """
 
     @staticmethod

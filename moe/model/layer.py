@@ -1,4 +1,4 @@
-"""The Mixture-of-Experts layer: router, dispatcher, experts, in that order, and no state of its own."""
+"""The Mixture-of-Experts layer: router, dispatcher and experts. The layer itself has no state."""
 
 import functools
 from typing import NamedTuple
@@ -13,12 +13,18 @@ from moe.routers.base import Router
 from moe.routing import losses
 from moe.routing.decision import Context, Routing
 from moe.routing.dispatch import Dispatch, combine, dispatch, gather
-from moe.routing.measurement import mean_cosine, measure
+from moe.routing.measurement import collect_stats, mean_cosine
 from moe.routing.stats import RoutingStats
 
 
 class LayerOutput(NamedTuple):
-    """y (B, S, D); aux: unweighted losses by name; stats: detached sums; routing: one entry per router of the chain."""
+    """The output of an MoE layer.
+
+    y: (B, S, D), without the residual.
+    aux: unweighted auxiliary losses by name.
+    stats: sums for metrics, without gradients.
+    routing: the decision of each router of the chain.
+    """
 
     y: Float[Tensor, "B S D"]
     aux: dict[str, Float[Tensor, ""]]
@@ -27,9 +33,9 @@ class LayerOutput(NamedTuple):
 
 
 class MoELayer(nn.Module):
-    """y = sum over kept assignments of weight * expert(x), plus the shared experts, which every token passes.
+    """MoE layer: y = sum over kept assignments of weight * expert(x), plus the output of the shared experts.
 
-    Routing runs in fp32 whatever the precision of the rest.
+    Every token passes through the shared experts. Routers run in fp32, whatever the precision of the other modules.
     """
 
     def __init__(self, router: Router, experts: Experts, shared: nn.Module | None = None) -> None:
@@ -40,10 +46,10 @@ class MoELayer(nn.Module):
 
     def forward(self, x: Float[Tensor, "B S D"], context: Context) -> LayerOutput:
         first, *others = self.router.chain
-        outputs = [self._ask(first, x, context)]
+        outputs = [self._route(first, x, context)]
         for router in others:
             x_so_far = x + sum(output.y for output in outputs)
-            outputs.append(self._ask(router, x_so_far, context))
+            outputs.append(self._route(router, x_so_far, context))
         y = sum((output.y for output in outputs[1:]), outputs[0].y)
         if self.shared is not None:
             y = y + self.shared(x)
@@ -51,36 +57,36 @@ class MoELayer(nn.Module):
         stats = functools.reduce(RoutingStats.merge, [output.stats for output in outputs])
         return LayerOutput(y, aux, stats, tuple(routing for output in outputs for routing in output.routing))
 
-    def _ask(self, router: Router, x: Float[Tensor, "B S D"], context: Context) -> LayerOutput:
-        """What the experts add that one router chooses."""
+    def _route(self, router: Router, x: Float[Tensor, "B S D"], context: Context) -> LayerOutput:
+        """Run one router of the chain and the experts that it chooses."""
         flat = x.reshape(-1, x.shape[-1])
         seq_len = x.shape[1]
         with torch.autocast(x.device.type, enabled=False):
             routing = router(flat.float(), context)
         source = flat if routing.slots is None else routing.slots.gather(flat)
-        todo: Dispatch = dispatch(
+        dispatched: Dispatch = dispatch(
             routing, router.num_experts, capacity=context.capacity, seq_len=seq_len, drop=context.drop
         )
-        rows = self.experts(gather(source, todo), todo.kept)
-        y = combine(rows, todo, len(source))
+        rows = self.experts(gather(source, dispatched), dispatched.kept)
+        y = combine(rows, dispatched, len(source))
         if routing.slots is not None:
             y = routing.slots.scatter(y)
 
         load = context.load
-        if self.training and ranks.world_size() > 1:  # ranks work on consecutive micro-batches at once
-            load = _before(todo.offered) + (0 if load is None else load)
-        aux = losses.auxiliary(routing, todo.offered, seq_len=seq_len, load=load)
+        if self.training and ranks.world_size() > 1:  # ranks process consecutive micro-batches at the same time
+            load = _load_of_earlier_ranks(dispatched.offered) + (0 if load is None else load)
+        aux = losses.auxiliary(routing, dispatched.offered, seq_len=seq_len, load=load)
         if router.expert_rows is not None:
             aux["simbal"] = losses.similarity_preserving(router.expert_rows)
         if context.orthogonality:
-            aux["output_orthogonality"] = losses.output_orthogonality(rows, todo.token)
+            aux["output_orthogonality"] = losses.output_orthogonality(rows, dispatched.token)
         similarity = self._compare(flat[:: context.probe_stride]) if context.probe_stride else None
-        stats = measure(
+        stats = collect_stats(
             routing,
-            todo,
+            dispatched,
             len(flat),
             seq_len=seq_len,
-            place=None if context.place is None else context.place.flatten(),
+            document_position=None if context.document_position is None else context.document_position.flatten(),
             capacity=context.capacity,
             similarity=similarity,
         )
@@ -88,12 +94,12 @@ class MoELayer(nn.Module):
 
     @torch.no_grad()
     def _compare(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N"]:
-        """How alike the experts' outputs are, all of them run on the same tokens."""
+        """Return the mean similarity of the outputs of all experts for each of N tokens."""
         experts = self.router.num_experts
         outputs = self.experts(x.repeat(experts, 1), torch.full((experts,), len(x), device=x.device))
         return mean_cosine(outputs.view(experts, *x.shape))
 
 
 @torch.compiler.disable
-def _before(offered: Int[Tensor, "E"]) -> Int[Tensor, "E"]:
+def _load_of_earlier_ranks(offered: Int[Tensor, "E"]) -> Int[Tensor, "E"]:
     return ranks.sum_of_lower_ranks(offered)

@@ -43,8 +43,8 @@ class Context(NamedTuple):
         routers without state.
     orthogonality: whether to compute the loss on expert outputs. The other losses are cheap and always computed.
     probe_stride: run every n-th token through all experts, to compare their outputs. None: no token.
-    place: the position of each token in its document, from `places`, if sequences contain several documents. None if
-        each sequence is one document.
+    document_position: the position of each token in its document, from `document_positions`, if sequences contain
+        several documents. None if each sequence is one document.
     """
 
     ids: Int[Tensor, "B S"]
@@ -55,10 +55,10 @@ class Context(NamedTuple):
     state: Float[Tensor, "T H"] | None = None
     orthogonality: bool = False
     probe_stride: int | None = None
-    place: Int[Tensor, "B S"] | None = None
+    document_position: Int[Tensor, "B S"] | None = None
 
 
-def places(position_ids: Int[Tensor, "B S"]) -> Int[Tensor, "B S"]:
+def document_positions(position_ids: Int[Tensor, "B S"]) -> Int[Tensor, "B S"]:
     """Return how many tokens of the same document precede each token of a sequence.
 
     A new document begins wherever `position_ids` do not increase by 1. Results are below S for any positions.

@@ -14,22 +14,23 @@ from moe.routing.stats import DECILES, RoutingStats
 
 
 @torch.no_grad()
-def measure(
+def collect_stats(
     routing: Routing,
     dispatched: Dispatch,
     tokens: int,
     *,
     seq_len: int | None = None,
-    place: Int[Tensor, "T"] | None = None,
+    document_position: Int[Tensor, "T"] | None = None,
     capacity: float | None = None,
     similarity: Float[Tensor, "N"] | None = None,
 ) -> RoutingStats:
     """Compute the sums of one layer over one micro-batch of `tokens` tokens.
 
     seq_len: length of the sequences; None if all tokens are one sequence.
-    place: position of each token in its text, from `moe.routing.decision.places`; None if each sequence is one text.
-        Positions, and which token follows which, are counted within a text. `max_violation_sequence` takes a sequence
-        with all its texts, because a single text may be too short to be balanced.
+    document_position: position of each token in its document, from `moe.routing.decision.document_positions`; None if
+        each sequence is one document. Positions, and which token follows which, are counted within a document.
+        `max_violation_sequence` takes a sequence with all its documents, because a single document may be too short to
+        be balanced.
     capacity: capacity factor; None if dropless.
     similarity: mean cosine of the experts' outputs for N of these tokens, from `mean_cosine`.
     """
@@ -48,7 +49,7 @@ def measure(
         else nan.new_full((), experts * capacity_per_expert(len(routing.expert), experts, capacity)),
         batches=routed,
         max_violation=routed * (offered.amax() * experts / assignments.clamp(min=1) - 1),
-        **_choices(routing, dispatched, tokens, seq_len or tokens, place),
+        **_choices(routing, dispatched, tokens, seq_len or tokens, document_position),
         **_probabilities(routing, nan.expand(experts)),
         **_clean_logits(routing.logits, nan),
         feedback=nan.expand(experts) if routing.feedback is None else routing.feedback,
@@ -58,7 +59,7 @@ def measure(
 
 
 def _choices(
-    routing: Routing, dispatched: Dispatch, tokens: int, seq_len: int, place: Int[Tensor, "T"] | None
+    routing: Routing, dispatched: Dispatch, tokens: int, seq_len: int, document_position: Int[Tensor, "T"] | None
 ) -> dict[str, Tensor]:
     """Compute the sums that depend on which tokens chose which experts; NaN if experts take slots instead of tokens.
 
@@ -78,9 +79,9 @@ def _choices(
     loads = count(token // seq_len * experts + expert, tokens // seq_len * experts).view(-1, experts).float()
     assignments = loads.sum(1)
     violation = loads.amax(1) * experts / assignments.clamp(min=1) - 1
-    if place is None:
-        place = torch.arange(seq_len, device=token.device).repeat(tokens // seq_len)
-    decile, follows = place * DECILES // seq_len, (place > 0).float()
+    if document_position is None:
+        document_position = torch.arange(seq_len, device=token.device).repeat(tokens // seq_len)
+    decile, follows = document_position * DECILES // seq_len, (document_position > 0).float()
     by_decile = count(decile[token] * experts + expert, DECILES * experts).view(DECILES, experts)
     one = dispatched.weight.new_ones(())  # a Python number would be copied to the device
     chosen = dispatched.weight.new_zeros(tokens, experts).index_put_((token, expert), one)

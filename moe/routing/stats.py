@@ -26,10 +26,10 @@ class RoutingStats(NamedTuple):
     max_violation: Float[Tensor, "*L"]  # sum over those micro-batches of largest load / mean load - 1
     sequences: Float[Tensor, "*L"]  # sequences that have an assignment
     max_violation_sequence: Float[Tensor, "*L"]  # sum over those sequences of largest load / mean load - 1
-    offered_by_position: Float[Tensor, "*L P E"]  # `offered` by decile of the position in the text, P = DECILES
+    offered_by_position: Float[Tensor, "*L P E"]  # `offered` by decile of the position in the document, P = DECILES
     kept_by_position: Float[Tensor, "*L P"]  # assignments carried out by decile, summed over experts
     coactivation: Float[Tensor, "*L E E"]  # tokens that asked for both experts
-    repeatable: Float[Tensor, "*L"]  # assignments of tokens that are not the first of their text
+    repeatable: Float[Tensor, "*L"]  # assignments of tokens that are not the first of their document
     repeated: Float[Tensor, "*L"]  # part of `repeatable` that the token before asked for too
     tokens_by_active: Float[Tensor, "*L E+1"]  # tokens that asked for 0, 1 ... E experts
     unrouted: Float[Tensor, "*L"]  # tokens that no expert processed

@@ -12,9 +12,9 @@ from moe.metrics.catalog import ROUTING_METRICS
 from moe.metrics.summary import drop_rate_by_position, summarize, utilization
 from moe.routers.hash import Hash
 from moe.routers.topk import TopK
-from moe.routing.decision import Routing, places
+from moe.routing.decision import Routing, document_positions
 from moe.routing.dispatch import dispatch
-from moe.routing.measurement import mean_cosine, measure
+from moe.routing.measurement import collect_stats, mean_cosine
 from moe.routing.stats import RoutingStats
 from moe.training.evaluate import router_gram
 
@@ -27,7 +27,7 @@ def sums(
 ) -> RoutingStats:
     """One layer's sums, with a leading layer axis."""
     todo = dispatch(routing, E, capacity=capacity, seq_len=seq_len or tokens)
-    return RoutingStats.stack([measure(routing, todo, tokens, seq_len=seq_len, capacity=capacity, **rest)])
+    return RoutingStats.stack([collect_stats(routing, todo, tokens, seq_len=seq_len, capacity=capacity, **rest)])
 
 
 def stats_of(expert: torch.Tensor, probs: torch.Tensor | None = None, **rest: Any) -> RoutingStats:
@@ -223,7 +223,7 @@ def test_the_sums_of_choices_token_by_token(capacity: float | None, seq_len: int
             expected["sequences"] += 1
             expected["max_violation_sequence"] += loads.max() / loads.mean() - 1
     within = None if text_len == seq_len else (torch.arange(seq_len) % text_len).repeat(T // seq_len)
-    stats = measure(routing, kept, T, seq_len=seq_len, place=within, capacity=capacity)
+    stats = collect_stats(routing, kept, T, seq_len=seq_len, document_position=within, capacity=capacity)
     for name, value in expected.items():
         torch.testing.assert_close(getattr(stats, name), value, msg=lambda text, name=name: f"{name}: {text}")
 
@@ -326,15 +326,15 @@ def test_overlap_beyond_chance_does_not_rise_with_an_uneven_load() -> None:
 def test_a_text_begins_wherever_positions_do_not_go_on() -> None:
     """At 0 again, after padding on the left, and at the start of a sequence, where generation may be far into one."""
     positions = torch.tensor([[0, 1, 2, 0, 1], [1, 1, 0, 1, 2], [5, 6, 7, 8, 9]])
-    assert places(positions).tolist() == [[0, 1, 2, 0, 1], [0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]
-    assert places(positions[:, -1:]).tolist() == [[0], [0], [0]]
+    assert document_positions(positions).tolist() == [[0, 1, 2, 0, 1], [0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]
+    assert document_positions(positions[:, -1:]).tolist() == [[0], [0], [0]]
 
 
 def test_of_two_texts_in_a_sequence_the_second_begins_anew() -> None:
     """Texts of 6 and 4 tokens, each from expert to expert; only across the border between them one is repeated."""
     expert = torch.tensor([0, 1, 0, 1, 0, 1, 1, 0, 1, 0])[:, None]
-    place = places(torch.tensor([[*range(6), *range(4)]])).flatten()
-    packed, one = stats_of(expert, seq_len=10, place=place), stats_of(expert, seq_len=10)
+    document_position = document_positions(torch.tensor([[*range(6), *range(4)]])).flatten()
+    packed, one = stats_of(expert, seq_len=10, document_position=document_position), stats_of(expert, seq_len=10)
     assert value(packed, "sequential_overlap") == 0
     assert packed.repeatable == 8
     assert value(one, "sequential_overlap") == pytest.approx(1 / 9)
@@ -361,7 +361,7 @@ def test_without_any_assignment_every_number_is_finite_or_null() -> None:
 
 def test_a_single_expert_has_no_runner_up() -> None:
     routing = Routing.token_choice(torch.zeros(T, 1, dtype=torch.long), torch.ones(T, 1), probs=torch.ones(T, 1))
-    stats = measure(routing, dispatch(routing, 1, capacity=None, seq_len=T), T)
+    stats = collect_stats(routing, dispatch(routing, 1, capacity=None, seq_len=T), T)
     assert value(RoutingStats.stack([stats]), "margin") is None
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralSparseMoeBlock
 
-from moe.model.experts import Experts, choose
+from moe.model.experts import Experts, choose_kernel
 from moe.model.layer import MoELayer
 from moe.routers.topk import TopK
 from moe.routing.decision import Context, Knobs
@@ -93,7 +93,7 @@ def test_the_grouped_kernel_follows_autocast_and_survives_no_rows() -> None:
 def test_the_kernel_is_a_function_of_device_precision_and_shape(
     device: str, dtype: torch.dtype, stack: tuple[int, ...], expected: str
 ) -> None:
-    assert choose(device, dtype, stack) == expected
+    assert choose_kernel(device, dtype, stack) == expected
 
 
 @pytest.mark.parametrize("experts", [E, 64])

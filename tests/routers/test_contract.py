@@ -16,7 +16,7 @@ from moe.config.options import CONF
 from moe.model.experts import Experts
 from moe.model.layer import LayerOutput, MoELayer
 from moe.routers.base import Router
-from moe.routing.decision import Context, Knobs, Routing, places
+from moe.routing.decision import Context, Knobs, Routing, document_positions
 from moe.routing.dispatch import dispatch
 from moe.routing.losses import auxiliary
 
@@ -192,7 +192,7 @@ def test_forward_and_backward_wait_for_the_device_only_where_sizes_depend_on_val
     for capacity in (None, 1.0):
         situation = context(ids, noise=0.1, capacity=capacity)
         with Listen():
-            packed = situation._replace(place=places((torch.arange(S) % 5).expand(B, S)))
+            packed = situation._replace(document_position=document_positions((torch.arange(S) % 5).expand(B, S)))
             output = layer(x.requires_grad_(), packed)
             torch.stack([output.y.square().mean(), *output.aux.values()]).sum().backward()
         limits = ["index"] * len(layer.router.chain) if capacity else []

@@ -12,7 +12,7 @@ from moe.routers.expert_threshold import ExpertThreshold
 from moe.routers.topk import TopK
 from moe.routing.decision import Context, Knobs
 from moe.routing.dispatch import dispatch
-from moe.routing.measurement import measure
+from moe.routing.measurement import collect_stats
 from moe.routing.stats import RoutingStats
 
 D, E, T = 16, 8, 512
@@ -30,7 +30,7 @@ def context(tokens: int = T) -> Context:
 
 def stats(router: ExpertThreshold, x: Tensor) -> RoutingStats:
     routing = router(x, context(len(x)))
-    return measure(routing, dispatch(routing, E, capacity=None, seq_len=len(x)), len(x))
+    return collect_stats(routing, dispatch(routing, E, capacity=None, seq_len=len(x)), len(x))
 
 
 def quantiles(router: ExpertThreshold, x: Tensor) -> Tensor:

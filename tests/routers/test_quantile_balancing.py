@@ -13,7 +13,7 @@ from moe.checks import ConfigError
 from moe.routers.quantile_balancing import QuantileBalancing, balanced_bias
 from moe.routing.decision import Context, Knobs
 from moe.routing.dispatch import dispatch
-from moe.routing.measurement import measure
+from moe.routing.measurement import collect_stats
 from moe.routing.stats import RoutingStats
 
 D, E, T = 16, 8, 400
@@ -31,7 +31,7 @@ def context(tokens: int = T) -> Context:
 
 def stats(router: QuantileBalancing, x: Tensor) -> RoutingStats:
     routing = router(x, context(len(x)))
-    return measure(routing, dispatch(routing, E, capacity=None, seq_len=len(x)), len(x))
+    return collect_stats(routing, dispatch(routing, E, capacity=None, seq_len=len(x)), len(x))
 
 
 def skewed(router: QuantileBalancing, generator: torch.Generator) -> Tensor:

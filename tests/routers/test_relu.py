@@ -11,7 +11,7 @@ from moe.checks import ConfigError
 from moe.routers.relu import ReLU
 from moe.routing.decision import Context, Knobs, Routing
 from moe.routing.dispatch import dispatch
-from moe.routing.measurement import measure
+from moe.routing.measurement import collect_stats
 from moe.routing.stats import RoutingStats
 
 T, D, E = 60, 16, 8
@@ -33,7 +33,7 @@ def route(router: ReLU, x: Tensor) -> Routing:
 
 
 def sums(routing: Routing) -> RoutingStats:
-    return measure(routing, dispatch(routing, E, capacity=None, seq_len=T), T)
+    return collect_stats(routing, dispatch(routing, E, capacity=None, seq_len=T), T)
 
 
 def test_gates_are_the_positive_logits(x: Tensor) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from moe.routers.sigmoid_bias import SigmoidBias
 from moe.routing.decision import Context, Knobs
 from moe.routing.dispatch import dispatch
-from moe.routing.measurement import measure
+from moe.routing.measurement import collect_stats
 from moe.routing.stats import RoutingStats
 from moe.runs.signals import Signals
 from moe.training.loop import train
@@ -31,7 +31,7 @@ def context(tokens: int = T) -> Context:
 def stats(loads: list[int]) -> RoutingStats:
     router = make(k=1)
     routing = router(torch.randn(T, D), context())
-    sums = measure(routing, dispatch(routing, E, capacity=None, seq_len=T), T)
+    sums = collect_stats(routing, dispatch(routing, E, capacity=None, seq_len=T), T)
     return sums._replace(offered=torch.tensor(loads, dtype=torch.float32))
 
 
@@ -81,7 +81,7 @@ def test_it_balances_a_skewed_router_without_any_gradient() -> None:
     before = violation()
     for _ in range(200):
         routing = router(x, context(400))
-        router.after_step(measure(routing, dispatch(routing, E, capacity=None, seq_len=400), 400))
+        router.after_step(collect_stats(routing, dispatch(routing, E, capacity=None, seq_len=400), 400))
     assert violation() < before / 2
 
 

@@ -12,7 +12,7 @@ from moe.metrics.summary import summarize
 from moe.routers.spectra import Spectra, srip
 from moe.routing.decision import Context, Knobs, Routing
 from moe.routing.dispatch import dispatch
-from moe.routing.measurement import measure
+from moe.routing.measurement import collect_stats
 from moe.routing.stats import RoutingStats
 from moe.training.evaluate import router_gram
 
@@ -49,7 +49,7 @@ def chosen(routing: Routing, tokens: int = T) -> Tensor:
 
 
 def sums(routing: Routing, tokens: int = T) -> RoutingStats:
-    return measure(routing, dispatch(routing, E, capacity=None, seq_len=tokens), tokens)
+    return collect_stats(routing, dispatch(routing, E, capacity=None, seq_len=tokens), tokens)
 
 
 def vectors(router: Spectra, x: Tensor) -> tuple[Tensor, Tensor]:
