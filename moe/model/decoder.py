@@ -165,7 +165,8 @@ class MoEModel(MoEPreTrainedModel):
             position_ids = torch.arange(seen, seen + x.shape[1], device=x.device)[None]
         elif self.config._attn_implementation == "flash_attention_2":  # it would need the lengths of documents
             packed = attention_mask is None and cache is None and bool((position_ids.diff() != 1).any())
-            require(not packed, "model.attention", "flash_attention_2", "sdpa or eager for several documents a block")
+            allowed = "sdpa or eager for blocks of several documents"
+            require(not packed, "model.attention", "flash_attention_2", allowed)
         # positional arguments here and for the attention, because transformers 5.24 renamed the argument for the cache
         mask = create_causal_mask(self.config, x, attention_mask, cache, position_ids)
         rotary = self.rotary_emb(x, position_ids=position_ids)
