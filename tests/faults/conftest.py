@@ -52,7 +52,8 @@ class Notes:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if target := config.getoption("--reliability"):
+    in_worker = hasattr(config, "workerinput")  # of pytest-xdist, whose controller is told of all tests
+    if not in_worker and (target := config.getoption("--reliability")):
         config.pluginmanager.register(Notes(target))
 
 

@@ -65,7 +65,7 @@ def test_a_rank_is_killed(victim: int, job: Any, calm: dict[str, Any], survived:
 
 
 def test_a_rank_is_frozen(job: Any, calm: dict[str, Any], survived: Any) -> None:
-    one = job("a", *STEP, "rank_timeout=5")
+    one = job("a", *STEP, "rank_timeout=10")
     launcher = launch(one)
     pids = wait_for_step(one, launcher, 9)
     os.kill(pids[1], signal.SIGSTOP)
