@@ -2,11 +2,13 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from small_runs import run, untimed
 
 from moe.config.options import options
@@ -29,6 +31,21 @@ def weights(folder: Path) -> str:
     return sha256(folder / "model" / "model.safetensors")
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return the folder of a run that nothing interrupted; each is trained once."""
+    known: dict[tuple[str, ...], Path] = {}
+
+    def train(cell: Any, *overrides: str) -> Path:
+        if overrides not in known:
+            one = cell(*overrides, f"out={tmp_path_factory.mktemp('undisturbed')}")
+            run(one)
+            known[overrides] = one.folder
+        return known[overrides]
+
+    return train
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -39,18 +56,17 @@ def weights(folder: Path) -> str:
 )
 @pytest.mark.parametrize("stop_after", [1, 3, 5])
 def test_an_interrupted_and_resumed_run_is_bitwise_the_undisturbed_one(
-    cell: Any, overrides: list[str], stop_after: int, tmp_path: Path
+    cell: Any, undisturbed: Callable[..., Path], overrides: list[str], stop_after: int
 ) -> None:
-    straight, stopped = cell(*overrides, f"out={tmp_path}/a"), cell(*overrides, f"out={tmp_path}/b")
-    run(straight)
+    straight, stopped = undisturbed(cell, *overrides), cell(*overrides)
     with pytest.raises(Interrupted) as interrupted:
         run(stopped, stop_after=stop_after)
     assert interrupted.value.exit_status == 143
     assert not (stopped.folder / "model").exists()
     torch.manual_seed(999)  # the random state of the process must not matter
     run(stopped)
-    assert weights(straight.folder) == weights(stopped.folder)
-    assert untimed(straight.folder) == untimed(stopped.folder)
+    assert weights(straight) == weights(stopped.folder)
+    assert untimed(straight) == untimed(stopped.folder)
     assert not (stopped.folder / "checkpoints").exists()
 
 
@@ -208,8 +224,11 @@ def test_recorded_flops_count_the_experts_that_validation_tokens_asked_for(cell:
 
 @pytest.mark.parametrize("experiment", sorted(options("experiment")))
 def test_the_first_and_last_cell_of_every_experiment_train(
-    experiment: str, small: list[str], finished_ablation: Path
+    experiment: str, small: list[str], finished_ablation: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    split = BasicSweeper.split_arguments  # only these two are composed: Hydra takes long for all of them
+    ends = staticmethod(lambda *arguments: [grid[:: max(1, len(grid) - 1)] for grid in split(*arguments)])
+    monkeypatch.setattr(BasicSweeper, "split_arguments", ends)
     settings = [*small, "steps=2", "eval_every=2", f"out={finished_ablation}"]
     cells = read_cells([f"experiment={experiment}", "seed=42", *settings])
     assert cells
