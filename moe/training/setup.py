@@ -50,7 +50,7 @@ class Training(NamedTuple):
 
 
 def set_up(config: Config) -> Training:
-    """Make everything that a configuration trains with, as it is before the first step."""
+    """Make everything that a run trains with, in the state before its first step."""
     settings = process.configure(threads=config.threads, matmul_precision=config.matmul_precision)
     AcceleratorState._reset_state()  # it would keep the precision of an earlier run in this process
     accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
@@ -67,7 +67,16 @@ def set_up(config: Config) -> Training:
     options: dict[str, Any] = {"fallback_random": True}  # draws the same noise and dropout as without compilation
     forward = torch.compile(wrapped, options=options) if config.compile else wrapped
     return Training(
-        config, settings, accelerator, data, schedule, model, wrapped, forward, optimizers, parts=parts(model)
+        config=config,
+        process=settings,
+        accelerator=accelerator,
+        data=data,
+        schedule=schedule,
+        model=model,
+        wrapped=wrapped,
+        forward=forward,
+        optimizers=optimizers,
+        parts=parts(model),
     )
 
 
