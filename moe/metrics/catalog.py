@@ -79,6 +79,7 @@ class Metric(NamedTuple):
     group: str  # key of GROUPS
     unit: str = ""
     better: str | None = None  # "lower" | "higher"
+    directions: tuple[str, str] | None = None  # words for a rise and for a fall, if `better` does not tell
     variants: tuple[str, ...] = ()  # keys of VARIANTS
     written: tuple[str, ...] = ("evaluation",)  # keys of WRITTEN
     function: Callable[[Sums], np.ndarray] | None = None
@@ -99,12 +100,12 @@ class Metric(NamedTuple):
     @property
     def rise(self) -> str:
         """Word for a rise of this metric, such as "worse"."""
-        return self._direction("higher")
+        return self.directions[0] if self.directions else self._direction("higher")
 
     @property
     def fall(self) -> str:
         """Word for a fall of this metric, such as "better"."""
-        return self._direction("lower")
+        return self.directions[1] if self.directions else self._direction("lower")
 
     def _direction(self, direction: str) -> str:
         if self.better is None:
@@ -406,6 +407,7 @@ ENTRIES = (
         "router entropy",
         "sharpness",
         unit="nats per token",
+        directions=("less sharp", "sharper"),
         variants=LAYER,
         function=formulas.entropy,
         shown=("conditions", "layer figures"),
@@ -417,6 +419,7 @@ ENTRIES = (
         "router entropy at T = 1",
         "sharpness",
         unit="nats per token",
+        directions=("less sharp", "sharper"),
         variants=LAYER,
         function=formulas.entropy_t1,
         shown=("dashboard layers",),
@@ -428,6 +431,7 @@ ENTRIES = (
         "largest probability",
         "sharpness",
         unit="token mean",
+        directions=("sharper", "less sharp"),
         variants=LAYER,
         function=formulas.confidence,
     ),
@@ -438,6 +442,7 @@ ENTRIES = (
         "largest probability at T = 1",
         "sharpness",
         unit="token mean",
+        directions=("sharper", "less sharp"),
         variants=LAYER,
         function=formulas.confidence_t1,
         shown=("dashboard layers",),
@@ -449,6 +454,7 @@ ENTRIES = (
         "largest - second largest probability",
         "sharpness",
         unit="token mean",
+        directions=("sharper", "less sharp"),
         variants=LAYER,
         function=formulas.margin,
     ),
@@ -487,6 +493,7 @@ ENTRIES = (
         "mutual information",
         "specialization",
         unit="nats",
+        directions=("more specialized", "less specialized"),
         variants=LAYER,
         function=formulas.mutual_information,
         shown=("layer figures", "dashboard layers"),

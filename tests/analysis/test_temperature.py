@@ -365,5 +365,5 @@ def test_gini_insights_say_more_or_less_balanced(tmp_path: Path) -> None:
             write_run(tmp_path / f"{temp},{seed}", temp=temp, seed=seed, share=share)
     runs, evals, _ = read(tmp_path)
     sentences = specialization_report(runs, evals)["insights"]
-    gini_sentences = [sentence for sentence in sentences if sentence.startswith("Gini of expert load, mean")]
+    gini_sentences = [sentence for sentence in sentences if sentence.startswith("final Gini coefficient of the experts' load, temp")]
     assert [sentence.split(": ")[-1] for sentence in gini_sentences] == ["less balanced.", "more balanced."]

@@ -148,7 +148,8 @@ def test_a_change_has_a_word_in_its_direction() -> None:
     assert directions["val/accuracy"] == ("better", "worse")
     assert directions["routing/load_cv/pooled"] == ("less balanced", "more balanced")
     assert directions["routing/load_entropy"] == ("more balanced", "less balanced")
-    assert directions["routing/entropy"] == ("higher", "lower")
+    assert directions["routing/entropy"] == ("less sharp", "sharper")
+    assert directions["routing/jaccard"] == ("higher", "lower")
 
 
 def test_the_page_of_metrics_is_that_of_the_catalog() -> None:

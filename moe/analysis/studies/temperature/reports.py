@@ -24,17 +24,12 @@ from moe.analysis.studies.temperature.data import (
     scheduled,
     with_utilization,
 )
+from moe.metrics.catalog import lookup
 from moe.results.conditions import STD, levels, unfinished
 
-# The metrics that sentences are about: metric -> its name, its unit, and what a rise and a fall of it mean.
-MEANINGS = {
-    VALIDATION_LOSS: ("final validation loss", "nats per token", "worse", "better"),
-    "val/accuracy": ("final validation accuracy", "of tokens", "better", "worse"),
-    "routing/load_gini": ("Gini of expert load, mean over layers", "", "less balanced", "more balanced"),
-    "routing/load_gini/worst": ("Gini of expert load, worst layer", "", "less balanced", "more balanced"),
-    "routing/entropy_t1": ("router entropy at temperature 1", "nats per token", "less sharp logits", "sharper logits"),
-}
-QUALITY, SPECIALIZATION = list(MEANINGS)[:2], list(MEANINGS)[2:]
+# The metrics that sentences are about.
+QUALITY = [VALIDATION_LOSS, "val/accuracy"]
+SPECIALIZATION = ["routing/load_gini", "routing/load_gini/worst", "routing/entropy_t1"]
 DEFINITIONS = {
     "final_loss": "validation loss in nats per token at the last evaluation; every choice and comparison uses it",
     "best_loss": "lowest over a run's evaluations: optimistic, because the evaluation was chosen by its own loss",
@@ -157,9 +152,11 @@ def _lowest_loss(members: pd.DataFrame, by: str) -> str:
 
 
 def _sentence(contrast: pd.Series) -> str:
-    name, unit, up, down = MEANINGS[contrast["metric"]]
+    metric = lookup(contrast["metric"])
+    assert metric is not None
     level, reference = (_level_name(contrast["factor"], contrast[side]) for side in ("level", "reference"))
-    sentence = contrast_sentence(contrast, f"{name}, {level} against {reference}", unit=unit, up=up, down=down)
+    subject = f"final {metric.label}, {level} against {reference}"
+    sentence = contrast_sentence(contrast, subject, unit=metric.unit, up=metric.rise, down=metric.fall)
     return sentence.replace("**", "") + "."
 
 
