@@ -42,7 +42,7 @@ def contrasts(
     factors: list[str],
     *,
     references: dict[str, Any] | None = None,
-    margin: float | str | None = None,
+    margin: int | float | str | None = None,
 ) -> pd.DataFrame:
     """Compare every level of every factor with the factor's reference level, for each combination of other factors.
 
@@ -204,7 +204,7 @@ def name_cell(cell: dict[str, Any]) -> str:
     return ", ".join(f"{factor}={level}" for factor, level in cell.items())
 
 
-def _compare(treated: pd.Series, baseline: pd.Series, margin: float | str | None) -> dict[str, Any]:
+def _compare(treated: pd.Series, baseline: pd.Series, margin: int | float | str | None) -> dict[str, Any]:
     """Return one row of `contrasts` from the values at the two levels, which are indexed by seed."""
     seeds = treated.index.intersection(baseline.index)
     unpaired = treated.index.symmetric_difference(baseline.index)

@@ -4,8 +4,10 @@ import itertools
 import json
 import math
 import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from html.parser import HTMLParser
 from itertools import product
 from pathlib import Path
@@ -43,6 +45,8 @@ from moe.results.conditions import with_causality
 from moe.results.table import load_runs, read_event_tables
 
 ROOT = Path(__file__).parents[2]
+
+Analyze = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def write_run(
@@ -238,9 +242,24 @@ def test_a_metric_that_is_wished_for_is_judged_like_the_others_and_all_are_one_f
     assert not (tmp_path / "out" / "factors_val_perplexity.png").exists(), "noise_lb shows it"
 
 
-def test_a_metric_beyond_the_headline_is_wished_for_by_name(published: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def analyze(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Analyze:
+    """Return a function that runs analyze.py in `tmp_path` and in this process, where pandas is imported already."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["analyze.py", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / "analyze.py"), run_name="__main__")
+        printed = capsys.readouterr()
+        return subprocess.CompletedProcess(sys.argv, int(ended.value.code or 0), printed.out, printed.err)
+
+    return run
+
+
+def test_a_metric_beyond_the_headline_is_wished_for_by_name(published: Path, analyze: Analyze, tmp_path: Path) -> None:
     metric = "routing/entropy/layer03"
-    done = analyze("--metric", metric, "--metric", "val/loss", "--margin", f"{metric}=1", cwd=tmp_path)
+    done = analyze("--metric", metric, "--metric", "val/loss", "--margin", f"{metric}=1")
     assert done.returncode == 0, done.stderr
     head = next(line for line in done.stdout.splitlines() if "val/loss" in line)
     assert head.split() == [
@@ -292,8 +311,8 @@ def test_routing_is_told_by_condition_wherever_it_was_measured(tmp_path: Path) -
     assert means.index.is_unique
 
 
-def test_the_sources_own_numbers_are_replayed(tmp_path: Path) -> None:
-    done = analyze("--replay", cwd=tmp_path)
+def test_the_sources_own_numbers_are_replayed(analyze: Analyze, tmp_path: Path) -> None:
+    done = analyze("--replay")
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "analysis" / "report.md").read_text()
     assert "| supported |" in text
@@ -544,14 +563,9 @@ def test_markdown_is_a_table() -> None:
     assert table_as_markdown(pd.DataFrame()) == "(none)"
 
 
-def analyze(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, ROOT / "analyze.py", *arguments], cwd=cwd, capture_output=True, text=True, check=False
-    )
-
-
 def test_the_command_prints_the_table_and_where_the_report_lies(published: Path, tmp_path: Path) -> None:
-    done = analyze(cwd=tmp_path)
+    command = [sys.executable, ROOT / "analyze.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "18 of 18 runs finished" in done.stdout
     assert done.stdout.endswith("report: analysis/report.md and analysis/report.html\n")
@@ -577,7 +591,9 @@ def test_the_command_prints_the_table_and_where_the_report_lies(published: Path,
         (["--reference", "lb=7"], "analyze: reference lb=7: allowed are 0.0, 0.01\n"),
     ],
 )
-def test_a_wrong_command_gets_one_line(published: Path, tmp_path: Path, arguments: list[str], complaint: str) -> None:
-    done = analyze(*arguments, cwd=tmp_path)
+def test_a_wrong_command_gets_one_line(
+    published: Path, analyze: Analyze, tmp_path: Path, arguments: list[str], complaint: str
+) -> None:
+    done = analyze(*arguments)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", complaint)
     assert not (tmp_path / "analysis").exists()

@@ -40,7 +40,7 @@ class ReportOptions(NamedTuple):
     """
 
     references: dict[str, Any] = {}
-    margins: dict[str, float | str] = {}
+    margins: dict[str, int | float | str] = {}
     metrics: tuple[str, ...] = ()
 
 
