@@ -29,6 +29,7 @@ from moe.specialization.observation import (
     reason_not_studied,
     validation_blocks,
 )
+from moe.specialization.page import token_page
 from moe.specialization.regret import route_regret
 from moe.specialization.vocabulary import keywords
 from moe.training.setup import prepare_data
