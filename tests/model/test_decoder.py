@@ -86,7 +86,7 @@ def test_flops_of_a_linear_model_by_hand() -> None:
 
 
 def test_flops_are_those_of_the_experts_that_tokens_asked_for() -> None:
-    """Half an expert more in one layer; in a chain of two routers, where a token counts twice, a whole one."""
+    """Half an expert more in one layer. In a chain of two routers a token counts twice, so it is one expert more."""
     half, chain = 2 * 2 * 32 * 32 // 2, {"_target_": "moe.routers.chain_of_experts.ChainOfExperts", "k": 2}
     for router, extra in ((TOPK, half), (chain, 2 * half)):
         model = make(router)
@@ -101,7 +101,7 @@ def test_a_number_of_experts_that_no_one_can_say_costs_what_it_is_at_most() -> N
 
 
 def test_no_tensor_is_made_on_the_default_device(ids: torch.Tensor) -> None:
-    """Here one without memory, which must not meet those of the model, with all that it may be made of."""
+    """The default device is `meta` here, where mixing devices is an error. With every optional part of the model."""
     model = make(layers=3, first_k_dense_replace=1, shared_experts=1, dropout=0.1, neftune_noise_alpha=5.0)
     model.model.recompute = True
     packed = torch.tensor([*range(9), *range(S - 9)]).expand_as(ids)
@@ -195,7 +195,7 @@ def test_auxiliary_losses_are_per_layer_and_unweighted(ids: torch.Tensor) -> Non
 
 
 def test_the_recorded_load_is_that_of_what_the_router_really_sees(ids: torch.Tensor) -> None:
-    """Not of the block's raw input, before attention and norm, whose load is another one."""
+    """The load is that of the normalized output of attention. The layer's own input would give another load."""
     model = make()
     block = model.model.layers[1]
     seen: list[torch.Tensor] = []

@@ -150,7 +150,7 @@ def test_statistics_are_detached_and_merging_halves_is_the_whole() -> None:
 
 @pytest.mark.parametrize("k", [2, 3])
 def test_the_layer_equals_transformers_mixtral_block(k: int) -> None:
-    """An implementation by other hands: same weights, same output and same gradient of the input."""
+    """Compared with transformers' implementation: same weights, same output, same gradient of the input."""
     config = MixtralConfig(hidden_size=D, intermediate_size=H, num_local_experts=E, num_experts_per_tok=k)
     config._experts_implementation = "eager"
     block = filled(MixtralSparseMoeBlock(config))

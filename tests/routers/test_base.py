@@ -1,4 +1,4 @@
-"""What a router declares, and that nothing else about it is read: names of attributes have no meaning."""
+"""A router is known by its declarations alone; the names of its attributes have no meaning."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ IDS = torch.arange(B * S).view(B, S)
 
 
 class Alternating(Router):
-    """Tokens at even positions get one expert, those at odd positions two: `k` is whichever it was last."""
+    """Give tokens at even positions one expert and tokens at odd positions two. `k` is the last number."""
 
     def __init__(self, dim: int, num_experts: int) -> None:
         super().__init__(dim, num_experts, fixed_k=None)
@@ -35,7 +35,7 @@ class Alternating(Router):
 
 
 class Renamed(Router):
-    """Top-1 of logits M x, with M under a name of its own."""
+    """Router that takes the top-1 of logits M x, with M under another name than `weight`."""
 
     def __init__(self, dim: int, num_experts: int) -> None:
         super().__init__(dim, num_experts, fixed_k=1)

@@ -1,4 +1,4 @@
-"""Chain of experts: the recurrence written out, and what one iteration is."""
+"""Chain of experts: the recurrence against a loop, and one iteration against top-k."""
 
 import pytest
 import torch

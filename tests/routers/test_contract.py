@@ -64,12 +64,12 @@ def context(ids: Tensor, *, noise: float = 0.0, capacity: float | None = None) -
 
 
 def as_second(layer: MoELayer, x: Tensor, context: Context) -> LayerOutput:
-    """The layer as the second of two, which knows what the router of the first hands on."""
+    """Run the layer as the second of two: it gets the state that the router of the first returned."""
     return layer(x, context._replace(state=layer(x, context).routing[-1].state))
 
 
 def dense_weights(routing: Routing) -> Tensor:
-    """(rows, E): the weight of each expert for each token, or for each slot where experts work on mixtures."""
+    """Return the weight of each expert for each token (T, E), or for each slot if experts process slots."""
     weights = torch.zeros(rows_of(routing), E)
     return weights.index_put((routing.token, routing.expert), routing.weight, accumulate=True)
 
@@ -134,7 +134,7 @@ def test_probabilities_are_a_distribution_over_all_experts_in_fp32(spec: Spec, x
 
 
 def test_gradient_reaches_a_trainable_router_through_the_output_alone(spec: Spec, x: Tensor, ids: Tensor) -> None:
-    """k=1 with renormalized weights, or gates of None, would leave it exactly zero."""
+    """The gradient would be exactly zero with k=1 and renormalized weights."""
     layer = make_layer(spec)
     as_second(layer, x, context(ids)).y.square().sum().backward()
     for name, p in layer.router.named_parameters():
@@ -173,7 +173,7 @@ def test_evaluation_is_deterministic_ignores_noise_and_changes_no_state(spec: Sp
 def test_forward_and_backward_wait_for_the_device_only_where_sizes_depend_on_values(
     spec: Spec, x: Tensor, ids: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once for each `Routing.masked` and once for each capacity limit; what waits on a GPU shows on a CPU as a call."""
+    """Once for each `Routing.masked` and once for each capacity limit. Counts on a CPU the operators that would wait."""
     asked: list[str] = []
 
     class Listen(TorchDispatchMode):
@@ -202,7 +202,7 @@ def test_forward_and_backward_wait_for_the_device_only_where_sizes_depend_on_val
 
 
 def test_no_tensor_is_made_on_the_default_device(spec: Spec, x: Tensor, ids: Tensor) -> None:
-    """Which on a GPU would be another than that of the layer; here it is one without memory, and mixing is an error."""
+    """On a GPU the default device differs from the layer's. Here it is `meta`, where mixing devices is an error."""
     layer = make_layer(spec)
     for capacity in (None, 1.0):
         situation = context(ids, noise=0.1, capacity=capacity)._replace(orthogonality=True, probe_stride=3)
@@ -223,7 +223,7 @@ def test_noise_changes_routing_in_training(spec: Spec, x: Tensor, ids: Tensor) -
 def test_every_token_gets_fixed_k_experts_and_a_router_without_it_is_seen_to_vary(
     spec: Spec, x: Tensor, ids: Tensor
 ) -> None:
-    """For every input that the other tests know, in training and in evaluation, in each link of a chain."""
+    """For ordinary and extreme inputs, in training and in evaluation, in each link of a chain."""
     flat = x.view(-1, D)
     inputs = [flat, 100 * flat, torch.full_like(flat, 0.7), torch.zeros_like(flat), torch.full_like(flat, 1e4)]
     router = make_router(spec)
@@ -305,7 +305,7 @@ def test_permuting_sequences_permutes_the_output(spec: Spec, x: Tensor, ids: Ten
 
 
 def test_a_token_is_routed_alike_alone_and_in_company(spec: Spec, x: Tensor, ids: Tensor) -> None:
-    """What generation with a cache relies on."""
+    """Generation with a cache relies on this."""
     layer = make_layer(spec).eval()
     if layer.router.causal:
         alone = as_second(layer, x[:1, 4:5], context(ids[:1, 4:5])).y

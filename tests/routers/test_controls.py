@@ -49,7 +49,7 @@ def test_random_is_frozen_and_saved() -> None:
 
 
 def zipf(vocab: int) -> torch.Tensor:
-    """Counts of ids as in text: the r-th most frequent occurs 1/r as often as the first; ids in no order."""
+    """Return counts of ids as in text: the r-th most frequent id occurs 1/r as often as the first. Ids are shuffled."""
     counts = 10_000 // torch.arange(1, vocab + 1)
     return counts[torch.randperm(vocab, generator=torch.Generator().manual_seed(0))]
 

@@ -1,4 +1,4 @@
-"""Experts choose tokens: equal loads, gates that are probabilities, and tokens nobody takes."""
+"""Expert choice: equal loads, gates that are probabilities, and tokens that no expert takes."""
 
 import math
 

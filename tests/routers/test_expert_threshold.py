@@ -1,4 +1,4 @@
-"""Thresholds: who passes, how they are learnt, and that they balance without a loss."""
+"""Expert thresholds: which tokens exceed them, how they are learned, and that they balance without a loss."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ def stats(router: ExpertThreshold, x: Tensor) -> RoutingStats:
 
 
 def quantiles(router: ExpertThreshold, x: Tensor) -> Tensor:
-    """Of each expert's scores, at 1 - 2 / E."""
+    """Return the (1 - 2 / E) quantile of each expert's scores."""
     scores = torch.sigmoid(x @ router.weight.T).detach().numpy()
     return torch.from_numpy(np.quantile(scores, 1 - 2 / E, axis=0))
 
@@ -66,7 +66,7 @@ def test_before_the_first_update_it_is_top_k(training: bool) -> None:
 
 @pytest.mark.parametrize("k", [1, 2, 5])
 def test_on_the_batch_it_was_learnt_from_every_expert_takes_its_share(k: int) -> None:
-    """And so a token has k experts on average, but not each."""
+    """A token then has k experts on average, but not every token has k."""
     router, x = make(k=k), torch.randn(T, D) + 0.5
     router.after_step(stats(router, x))
     routing = router(x, context())

@@ -65,7 +65,7 @@ def test_evaluation_takes_the_largest_with_renormalized_gates(x: Tensor, k: int)
 
 
 def test_temperature_explores(x: Tensor) -> None:
-    """Unlike in top-k, a higher temperature changes who is chosen: agreement with the largest falls."""
+    """Unlike in top-k, a higher temperature changes which experts are chosen: fewer of them have the largest logits."""
     torch.manual_seed(0)
     best = route(Gumbel(D, E, k=1).eval(), x.repeat(50, 1)).expert
     agreement = [

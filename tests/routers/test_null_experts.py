@@ -1,4 +1,4 @@
-"""Null experts: what is left out, what the gates are, and the balance over all slots."""
+"""Null experts: which assignments are left out, the gates, and the balance over all choices."""
 
 from typing import Any
 
@@ -55,7 +55,7 @@ def test_probabilities_and_logits_are_those_of_the_real_experts() -> None:
 
 
 def test_the_balance_loss_slot_by_slot() -> None:
-    """E + Z slots, every null counted with the mean share of all nulls."""
+    """Over E + Z choices, every null counted with the mean share of all nulls."""
     router, x = make(k=3, nulls=5), torch.randn(T, D)
     logits = x @ router.weight.T
     probs, picks = torch.softmax(logits, -1), logits.topk(3).indices.flatten().tolist()
@@ -80,7 +80,7 @@ def test_it_is_one_when_balanced_and_does_not_care_which_null_is_chosen() -> Non
 
 
 def test_the_balance_loss_alone_teaches_how_many_experts_to_use() -> None:
-    """From tokens that take hardly anything to k E / (E + Z) = 2 experts each."""
+    """Tokens take hardly any real expert at first, and k E / (E + Z) = 2 on average in the end."""
     router, x = make(), torch.randn(T, D, generator=torch.Generator().manual_seed(1)) + 0.5
     with torch.no_grad():
         router.weight[E:] += 0.3

@@ -1,4 +1,4 @@
-"""Yaml files that are settings of `TopK` and nothing else: what each promises in its first line."""
+"""Yaml files that only set options of `TopK` do what their first line says."""
 
 import torch
 import yaml

@@ -9,7 +9,7 @@ from moe.routers.quota import choose_within_quota
 
 
 def greedy(scores: Tensor, k: int, quota: int) -> Tensor:
-    """One pair after another, the highest score first."""
+    """Serve one pair after another, the highest score first."""
     chosen = torch.zeros_like(scores, dtype=torch.bool)
     for place in scores.flatten().argsort(descending=True).tolist():
         token, expert = divmod(place, scores.shape[1])
@@ -20,7 +20,7 @@ def greedy(scores: Tensor, k: int, quota: int) -> Tensor:
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[Tensor, int, int]:
-    """Scores with any preference of all tokens for some experts, k and quota."""
+    """Draw scores, which may prefer the same experts for all tokens, k and quota."""
     tokens, experts = draw(st.integers(1, 30)), draw(st.integers(1, 8))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
     skew = draw(st.sampled_from([0.0, 1.0, 10.0]))

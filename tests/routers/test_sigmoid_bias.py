@@ -1,4 +1,4 @@
-"""Selection by s + b, gates by s, and the bias's own rule."""
+"""Selection by s + b, gates by s, and the update rule of the bias."""
 
 from typing import Any
 

@@ -45,7 +45,7 @@ def test_tokens_and_experts_have_equal_mass(scores: Tensor) -> None:
 
 @pytest.mark.parametrize("iterations", [1, 3, 20])
 def test_the_logarithms_change_nothing(scores: Tensor, iterations: int) -> None:
-    """Against scaling exp(scores) itself, rows first."""
+    """Compared with scaling exp(scores) itself, rows first."""
     plan = scores.double().exp()
     for _ in range(iterations):
         plan = plan / plan.sum(1, keepdim=True) / T
@@ -76,7 +76,7 @@ def test_a_constant_per_token_or_per_expert_changes_nothing(scores: Tensor) -> N
 
 
 def test_with_small_epsilon_the_plan_selects_the_best_balanced_assignment(scores: Tensor) -> None:
-    """Of all assignments with T / E tokens for every expert, that of the largest total score."""
+    """Return the assignment of largest total score among those with T / E tokens for every expert."""
     _, column = linear_sum_assignment(scores.repeat_interleave(T // E, 1).numpy(), maximize=True)
     chosen = log_plan(scores.double() / 0.01, 5000).argmax(-1)
     assert chosen.tolist() == (column // (T // E)).tolist()

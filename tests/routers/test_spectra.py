@@ -126,7 +126,7 @@ def test_the_number_of_experts_is_fixed_unless_a_quota_can_leave_a_token_with_fe
 
 @pytest.mark.parametrize("settings", [{"log_sinkhorn_enabled": True}, {"log_sinkhorn_enabled": False}])
 def test_the_plan_prefers_low_cost_and_is_balanced(settings: dict[str, bool], x: Tensor) -> None:
-    """With the sign of the cost turned round, the chosen would be the least similar experts."""
+    """If the sign of the cost were wrong, the least similar experts would be chosen."""
     router = make(**{**BARE, "sinkhorn_iterations": 200}, **settings)
     routing = route(router, x)
     assert routing.probs is not None

@@ -1,4 +1,4 @@
-"""SPECTRA in a whole model: one GRU for all layers, counted once and saved once; the state that layers hand on."""
+"""SPECTRA in a model: one GRU for all layers, counted and saved once, and the state that goes from layer to layer."""
 
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ def test_the_future_and_other_sequences_do_not_leak_in_evaluation(ids: Tensor) -
 
 
 def test_generation_with_a_cache_equals_recomputing_everything(ids: Tensor) -> None:
-    """The state is of a token, so that no cache needs to hold it."""
+    """The state belongs to one token, so no cache needs to store it."""
     settings = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     cached, fresh = (make_model().generate(ids[:1, :5], use_cache=use, **settings) for use in (True, False))
     assert torch.equal(cached.sequences, fresh.sequences)

@@ -26,7 +26,7 @@ def route(router: TopP, x: Tensor, *, std: float = 0.3) -> Routing:
 
 @pytest.mark.parametrize("p", [0.1, 0.4, 0.8, 0.99])
 def test_no_smaller_set_of_experts_holds_p(x: Tensor, p: float) -> None:
-    """Against every subset: the chosen one holds p, none that does is smaller, none of its size holds more."""
+    """Compared with every subset: the chosen one holds p, no smaller set does, none of its size sums to more."""
     routing = route(TopP(D, E, p=p, k_max=E), x)
     assert routing.probs is not None
     for t, probs in enumerate(routing.probs.tolist()):
@@ -72,7 +72,7 @@ def test_the_loss_is_the_mean_token_entropy_with_a_finite_gradient(x: Tensor) ->
 
 
 def test_it_has_no_fixed_k() -> None:
-    """Active parameters must not be counted as if it had one."""
+    """Active parameters must not be counted as if the number were fixed."""
     assert TopP(D, E).fixed_k is None
     assert TopP(D, E, entropy=0.5).loss_weights == {"entropy": 0.5}
 

@@ -55,7 +55,7 @@ def test_uniform_gates_pass_the_probabilities_gradient_straight_through(x: Tenso
 
 @pytest.mark.parametrize("temperature", [0.01, 0.5, 2.0, 10.0])
 def test_temperature_never_changes_which_experts_are_chosen(x: Tensor, temperature: float) -> None:
-    """Not even where the softmax saturates into ties: selection is by logits."""
+    """Not even if the softmax saturates into ties, because logits select."""
     plain, scaled = route(Temperature(D, E), x), route(Temperature(D, E), x, temperature=temperature)
     assert torch.equal(plain.expert, scaled.expert)
     assert not torch.equal(plain.weight, scaled.weight)

@@ -112,7 +112,7 @@ def test_dropless_keeps_everything_and_dropped_tokens_get_zero() -> None:
 
 
 def test_no_sequence_is_favored_for_standing_first_in_the_batch() -> None:
-    """First come by flattened order would drop whole later sequences: here every sequence loses its tail."""
+    """Drops in the order of a flat batch would drop whole later sequences. Here every sequence loses its tail."""
     sequences, length = 4, 8
     everything = Routing.token_choice(
         torch.zeros(sequences * length, 1, dtype=torch.long), torch.ones(sequences * length, 1)
@@ -180,7 +180,7 @@ def test_weights_are_renormalized_over_the_experts_that_keep_a_token() -> None:
 @pytest.mark.parametrize(("experts", "k"), [(64, 1), (64, 4), (128, 2), (256, 2)])
 @pytest.mark.parametrize("capacity", [0.9, 1.0, 1.05, 1.25])
 def test_drop_rates_of_random_logits_agree_with_theory(drop: str, experts: int, k: int, capacity: float) -> None:
-    """E[(X - C)+] / (T k / E) for X ~ N(T p, T p (1 - p)), p = k / E; whoever is dropped, as many are."""
+    """E[(X - C)+] / (T k / E) for X ~ N(T p, T p (1 - p)), p = k / E. The policy does not change it."""
     tokens = 16_384
     todo = dispatch(random_routing(tokens, experts, k), experts, capacity=capacity, seq_len=256, drop=drop)
     rate = 1 - (todo.kept.sum() / todo.offered.sum()).item()

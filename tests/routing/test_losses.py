@@ -1,4 +1,4 @@
-"""Auxiliary losses against closed forms, and the ways in which others got them wrong."""
+"""Auxiliary losses against closed forms, and against mistakes known from other code."""
 
 import math
 
@@ -67,7 +67,7 @@ def test_z_loss_of_equal_logits_is_log_experts_squared() -> None:
 
 
 def test_sequences_are_balanced_one_by_one() -> None:
-    """Two sequences with opposite preferences are balanced together and not apart."""
+    """Two sequences with opposite preferences are balanced together, but not each by itself."""
     probs = torch.tensor([[0.9, 0.1]] * 4 + [[0.1, 0.9]] * 4)
     token, expert = torch.arange(8), torch.tensor([0] * 4 + [1] * 4)
     assert load_balance(probs, torch.bincount(expert)) == pytest.approx(1)
@@ -85,7 +85,7 @@ def test_one_sequence_is_the_whole_batch() -> None:
 
 
 def test_the_global_loss_counts_the_load_of_earlier_micro_batches() -> None:
-    """A micro-batch that takes what the earlier ones left costs nothing globally, and much by itself."""
+    """A micro-batch that balances the earlier ones costs nothing globally, and much if counted alone."""
     probs = torch.tensor([[0.9, 0.1]]).expand(4, 2)
     routing = Routing.token_choice(torch.zeros(4, 1, dtype=torch.long), torch.ones(4, 1), probs=probs)
     offered = torch.tensor([4, 0])
