@@ -173,7 +173,7 @@ def test_evaluation_is_deterministic_ignores_noise_and_changes_no_state(spec: Sp
 def test_forward_and_backward_wait_for_the_device_only_where_sizes_depend_on_values(
     spec: Spec, x: Tensor, ids: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once for each `Routing.masked` and once for each capacity limit. Counts on a CPU the operators that would wait."""
+    """Once per `Routing.masked` and once per capacity limit. Counts on a CPU the operators that would wait."""
     asked: list[str] = []
 
     class Listen(TorchDispatchMode):
