@@ -1,4 +1,4 @@
-"""Tables, statistics, figures and a report: `python analyze.py multirun/noise_lb_seed --out analysis`."""
+"""Write tables, statistics, figures and a report: `python analyze.py multirun/noise_lb_seed --out analysis`."""
 
 import argparse
 import json
@@ -10,15 +10,27 @@ from typing import Any
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("folders", nargs="*", default=["multirun"], help="run folders or folders above them (multirun)")
-    add("--out", type=Path, default=Path("analysis"), help="folder for the report (analysis)")
-    add("--reference", action="append", default=[], metavar="FACTOR=LEVEL", help="compare levels with this one")
-    add("--margin", action="append", default=[], metavar="METRIC=SIZE", help="count as equal: val/perplexity=1%%")
-    add("--metric", action="append", default=[], metavar="NAME", help="judge this final metric too: routing/load_gini")
-    add("--replay", action="store_true", help="judge the published numbers of the sources instead of runs")
+    add("folders", nargs="*", default=["multirun"], help="run folders or folders above them (default: multirun)")
+    add("--out", type=Path, default=Path("analysis"), help="folder to write the report to (default: analysis)")
+    add(
+        "--reference",
+        action="append",
+        default=[],
+        metavar="FACTOR=LEVEL",
+        help="compare other levels with this one",
+    )
+    add(
+        "--margin",
+        action="append",
+        default=[],
+        metavar="METRIC=SIZE",
+        help="treat as equal: val/perplexity=1%%",
+    )
+    add("--metric", action="append", default=[], metavar="NAME", help="test this final metric too: routing/load_gini")
+    add("--replay", action="store_true", help="judge the published numbers of the source studies instead of runs")
     arguments = parser.parse_args()
 
-    # Imported here, so that --help and a wrong command answer at once.
+    # Import here, so that --help and a wrong command answer at once.
     from moe.analysis.report.inputs import ReportOptions
     from moe.analysis.report.report import write_replay, write_report
     from moe.results.sweep_tables import console_table
@@ -43,7 +55,7 @@ def main() -> int:
 def _pair(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
-        raise ValueError(f"{text}: write NAME=VALUE, such as lb=0.01")
+        raise ValueError(f"{text}: must be NAME=VALUE, such as lb=0.01")
     try:
         return name, json.loads(value)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Train one model, or a grid of them: `python train.py [-m] [key=value ...]`, see `--help`."""
+"""Train one model, or a grid of models: `python train.py [-m] [key=value ...]`. `--help` lists what can be set."""
 
 import gc
 import logging
@@ -7,19 +7,21 @@ import signal
 import sys
 import time
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall 20-fold beside another busy process
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin are 20 times slower beside a busy process
 
 import hydra
 from omegaconf import DictConfig
 
+from moe.checks import ConfigError
 from moe.config.schema import Cell
 from moe.distributed import ranks
 from moe.launch import command_line, sweep
+from moe.runs.record import RecordError
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def run_cell(composed: DictConfig) -> None:
-    """One cell, wherever the launcher put it."""
+    """Train one cell, in the process that the launcher chose for it."""
     from pathlib import Path
 
     from hydra.core.hydra_config import HydraConfig
@@ -37,15 +39,15 @@ def main() -> int:
         print(command_line.help_text())
         return 0
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until a run handles it: libraries swallow KeyboardInterrupt
-    gc.disable()  # until there is something to train: importing makes a million objects, and all of them stay
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # libraries swallow KeyboardInterrupt; a run sets its own handler
+    gc.disable()  # training enables it again: imports make a million objects that all stay
     if not ranks.is_first():
         logging.disable(logging.WARNING)
     try:
         cells = command_line.read_cells(sys.argv[1:])
         return sweep.carry_out(cells or [], run_cell)
-    except command_line.ConfigError as error:
-        if not ranks.is_first():  # the first says the same, and its end is ours; unless it is wrong here alone
+    except (ConfigError, RecordError) as error:
+        if not ranks.is_first():  # the first rank prints the same error and its exit ends this rank too
             time.sleep(10)
         print(f"train.py: {error}", file=sys.stderr)
         return 2

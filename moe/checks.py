@@ -1,16 +1,24 @@
-"""One-line complaints about configuration: key, value, what is allowed, and the nearest name."""
+"""One-line messages about bad input: they name the key, its value, what is allowed, and the nearest known name."""
 
 import difflib
 import inspect
 import math
 import pydoc
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import is_dataclass
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
 
 
 class ConfigError(ValueError):
-    """The user's configuration is wrong; the message is one line, made to be read on a terminal."""
+    """The user's configuration is wrong. The message is one line for a terminal."""
+
+
+def first_line(error: object) -> str:
+    """Return the first line of an error's message, or the name of its class if the message is empty."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def require(ok: bool, key: str, value: object, allowed: str) -> None:
@@ -25,19 +33,19 @@ def one_of(key: str, value: str, allowed: Iterable[str]) -> None:
 
 
 def finite(value: float) -> bool:
-    """True for an ordinary number: not nan, not inf."""
+    """Return whether `value` is a number and neither nan nor infinite."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
-    """The error for a `name` that is not among the `known` ones, with the nearest of them."""
+    """Return the error for a `name` that is not among the `known` ones; it names the nearest of them."""
     names = sorted(known)
     listing = f"; known: {', '.join(names)}" if len(names) <= 20 else ""
     return ConfigError(f"unknown {kind} '{name}'{_nearest(name, names)}{listing}")
 
 
 def locate(path: object) -> Callable[..., Any]:
-    """The class or function that a dotted `_target_` names."""
+    """Return the class or function that a dotted `_target_` names. Raises ConfigError if there is none."""
     found = pydoc.locate(path) if isinstance(path, str) else None
     if not callable(found):
         raise ConfigError(f"_target_={path}: must name a class or function that can be imported")
@@ -45,9 +53,10 @@ def locate(path: object) -> Callable[..., Any]:
 
 
 def build(spec: Any, key: str, *args: Any) -> Any:
-    """Call `spec["_target_"]` with `args` and the other entries of `spec` as keywords, names and types checked first.
+    """Call the class or function `spec["_target_"]` with `args`, and the other entries of `spec` as keywords.
 
-    `key` is where the spec stands in the configuration (`"router"`), for messages.
+    Names and types of the keywords are checked first. `key` is the place of the spec in the configuration, such as
+    "router", for messages. Raises ConfigError.
     """
     if not isinstance(spec, dict) or "_target_" not in spec:
         raise ConfigError(f"{key}={spec}: must name its class as {key}._target_")
@@ -69,7 +78,53 @@ def build(spec: Any, key: str, *args: Any) -> Any:
     except ConfigError:
         raise
     except ValueError as error:
-        raise ConfigError(str(error).splitlines()[0]) from error
+        raise ConfigError(first_line(error)) from error
+
+
+def parse(kind: type[T], content: object, place: str = "") -> T:
+    """Return JSON `content` as a `kind`, a dataclass or NamedTuple.
+
+    The keys must be exactly the fields of `kind`, and every value must fit its annotation. `place` is where the content
+    stands in its file. Raises ValueError, with a message of one line that names the key.
+    """
+    if not isinstance(content, dict):
+        raise ValueError(f"{place or 'the content'} is {_shorten(content)}: must be an object")
+    types = get_type_hints(kind)
+    types = {name: annotation for name, annotation in types.items() if get_origin(annotation) is not ClassVar}
+    for name in content:
+        if name not in types:
+            raise unknown("key", _join(place, name), (_join(place, known) for known in types))
+    for name in types:
+        if name not in content:
+            raise ValueError(f"{_join(place, name)} is missing")
+    return kind(**{name: _parse_value(types[name], content[name], _join(place, name)) for name in types})
+
+
+def _parse_value(annotation: Any, value: object, place: str) -> Any:
+    union = get_origin(annotation) in (Union, UnionType)
+    options = get_args(annotation) if union else (annotation,)
+    record = next((option for option in options if _is_record(option)), None)
+    if record is not None and not (value is None and _fits(None, annotation)):
+        return parse(record, value, place)
+    if get_origin(annotation) is list and _is_record(get_args(annotation)[0]) and isinstance(value, list):
+        return [parse(get_args(annotation)[0], item, f"{place}[{number}]") for number, item in enumerate(value)]
+    if not _fits(value, annotation):
+        raise ValueError(f"{place} is {_shorten(value)}: must be {_describe(annotation)}")
+    if isinstance(value, int) and not isinstance(value, bool) and float in options and int not in options:
+        return float(value)
+    return value
+
+
+def _is_record(annotation: Any) -> bool:
+    return isinstance(annotation, type) and (is_dataclass(annotation) or hasattr(annotation, "_fields"))
+
+
+def _join(place: str, name: object) -> str:
+    return f"{place}.{name}" if place else str(name)
+
+
+def _shorten(value: object) -> str:
+    return text if len(text := repr(value)) <= 60 else f"{text[:57]}..."
 
 
 def _nearest(name: str, names: list[str]) -> str:
@@ -78,6 +133,12 @@ def _nearest(name: str, names: list[str]) -> str:
 
 
 def _fits(value: object, annotation: Any) -> bool:
+    """Return whether a value from yaml or JSON fits the annotation of a parameter or field."""
+    if annotation is Any:
+        return True
+    if get_origin(annotation) is dict:
+        of_keys, of_values = get_args(annotation)
+        return isinstance(value, dict) and all(_fits(k, of_keys) and _fits(v, of_values) for k, v in value.items())
     if get_origin(annotation) is Literal:
         return value in get_args(annotation)
     if get_origin(annotation) in (list, tuple, Sequence):  # yaml has lists only
@@ -85,7 +146,9 @@ def _fits(value: object, annotation: Any) -> bool:
     if get_origin(annotation) in (Union, UnionType):
         return any(_fits(value, option) for option in get_args(annotation))
     if annotation is float:  # a whole number is a fine float; True is not a number
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return abs(value) < 2**1023  # a larger one has no float
+        return isinstance(value, float)
     if annotation is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, annotation) if isinstance(annotation, type) else value is annotation
@@ -96,8 +159,15 @@ def _describe(annotation: Any) -> str:
         return f"one of {', '.join(map(str, get_args(annotation)))}"
     if get_origin(annotation) in (list, tuple, Sequence):
         return f"a list of {_describe(get_args(annotation)[0])}"
+    if get_origin(annotation) is dict:
+        return f"an object, each value {_describe(get_args(annotation)[1])}"
     if get_origin(annotation) in (Union, UnionType):
         return " or ".join(_describe(option) for option in get_args(annotation))
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}.get(
-        annotation, str(annotation)
-    )
+    return {
+        Any: "anything",
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        type(None): "null",
+    }.get(annotation, str(annotation))

@@ -1,4 +1,4 @@
-"""Files that a reader never sees half written."""
+"""Atomic writes, so that a reader never sees half a file, and digests."""
 
 import hashlib
 import json
@@ -7,11 +7,12 @@ from pathlib import Path
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write atomically: a reader sees the old file or the new one, never half of one; the same text is left alone."""
-    if path.exists() and path.read_text(encoding="utf-8") == text:
+    """Write `text` to `path` atomically: a reader sees the old file or the new one. An equal file is left untouched."""
+    content = text.encode()
+    if path.exists() and path.read_bytes() == content:
         return
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content)
     os.replace(temporary, path)
 
 
@@ -21,7 +22,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk, and not only in the system's memory."""
+    """Wait until the system has written a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -30,6 +31,6 @@ def sync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal digest of a file's content."""
+    """Return the hexadecimal sha256 digest of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

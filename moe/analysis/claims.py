@@ -6,7 +6,6 @@ averaged over all combinations of the other factors. Every claim says that a tru
 zero, below zero, closer to zero than a margin, or within the claimed size.
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from moe.analysis.statistics import CONFIDENCE, corrected, detectable_effect, ha
 from moe.config.claim import ClaimConfig, absolute
 from moe.results.conditions import NAMED_ROUTERS, by_seed, conditions, levels, varied_factors, with_causality
 from moe.results.table import level
+from moe.runs.record import RunRecord
 
 NAN = float("nan")
 
@@ -50,19 +50,17 @@ def planned_claims(runs: pd.DataFrame) -> list[tuple[ClaimConfig, pd.DataFrame]]
     A claim that was added after some seeds had run is judged by the other seeds alone. Raises ValueError with the
     folder of a claim that cannot be read.
     """
-    held: dict[tuple[str, str], list[Any]] = {}
+    held: dict[tuple[str, str], tuple[ClaimConfig, list[Any]]] = {}
     readable = runs[~runs["status"].isin(["missing", "unreadable"])]
     for index, folder, experiment in readable[["folder", "experiment"]].itertuples():
-        record = json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))
-        for claim in record["config"].get("claims", []):
-            held.setdefault((experiment, json.dumps(claim)), []).append(index)
-    claims = []
-    for (_, text), indices in held.items():
+        record = RunRecord.read(Path(folder) / RunRecord.FILE)
         try:
-            claims.append((ClaimConfig(**json.loads(text)), runs.loc[indices]))
-        except TypeError as error:
-            raise ValueError(f"{runs.loc[indices[0], 'folder']}: cannot read the claim {text}: {error}") from None
-    return claims
+            claims = record.claims()
+        except ValueError as error:
+            raise ValueError(f"{folder}: cannot read the claim: {error}") from None
+        for claim in claims:
+            held.setdefault((experiment, repr(claim)), (claim, []))[1].append(index)
+    return [(claim, runs.loc[indices]) for claim, indices in held.values()]
 
 
 def judge_planned(runs: pd.DataFrame) -> pd.DataFrame:

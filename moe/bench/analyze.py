@@ -18,6 +18,7 @@ import numpy as np
 
 from moe.bench.timing import TimingTable
 from moe.metrics.catalog import ROUTING_METRICS
+from moe.runs.record import Machine, MetricsRecord, Parameters, Ranks, RunFacts, RunRecord
 
 ANALYZE = Path(__file__).parents[2] / "analyze.py"
 ROUTERS, CAPACITIES = ("switch", "topk", "softk", "hash", "sinkhorn"), (None, 1.0, 1.25, 1.5)
@@ -79,8 +80,8 @@ def write_runs(sweep: Path, *, runs: int, steps: int) -> None:
                 log.write(json.dumps(event) + "\n")
         final = {name: value for name, value in evals[-1].items() if "/" in name}
         final["time/tokens_per_s"] = 1e3 / (1 + index) * (1 + 0.01 * rng.normal())
-        (folder / "metrics.json").write_text(json.dumps({"final_metrics": final, "history": {}}, indent=1))
-        (folder / "run.json").write_text(json.dumps(_record(folder, router, capacity, seed), indent=1))
+        MetricsRecord(final_metrics=final, history={}).write(folder / MetricsRecord.FILE)
+        _record(folder, router, capacity, seed).write(folder / RunRecord.FILE)
 
 
 def _training(steps: int, load: float, rng: np.random.Generator) -> list[str]:
@@ -117,21 +118,38 @@ def _routing(prefix: str, load: float, rng: np.random.Generator, *, layered: int
     return values
 
 
-def _record(folder: Path, router: str, capacity: float | None, seed: int) -> dict[str, Any]:
-    model = {"dim": 128, "layers": LAYERS, "num_experts": 8}
+def _record(folder: Path, router: str, capacity: float | None, seed: int) -> RunRecord:
     config: dict[str, Any] = {
         "seed": seed,
         "capacity": capacity,
         "router": {"_target_": f"moe.routers.{router}", "k": 2},
+        "model": {"dim": 128, "layers": LAYERS, "num_experts": 8},
+        "optimizer": {f"key{i}": 0.1 for i in range(60)},
     }
-    config |= {"model": model, "optimizer": {f"key{i}": 0.1 for i in range(60)}}
     domains = {name: {"train": {"tokens": 10**6}, "val": {"tokens": 10**5}} for name in ("speech", "docs", "python")}
-    record: dict[str, Any] = {
-        "status": "finished",
-        "experiment": folder.parent.name,
-        "name": folder.name,
-        "causal": True,
-    }
-    record |= {"choices": {"router": router}, "config": config, "parameters": {"total": 2 * 10**6, "active": 10**6}}
-    record |= {"flops_per_token": 10**6, "seconds": 2.0, "train_seconds": 1.0, "commit": "0" * 40, "device": "cpu"}
-    return record | {"data": {"corpus_sha256": "0" * 64, "domains": domains}}
+    facts = RunFacts(
+        parameters=Parameters(total=2 * 10**6, active=10**6),
+        flops_per_token=10**6,
+        seconds=2.0,
+        train_seconds=1.0,
+        peak_memory_gb=None,
+        device="cpu",
+        process={},
+        ranks=Ranks(number=1, layout="single"),
+        experts_kernel="loop",
+        data={"corpus_sha256": "0" * 64, "domains": domains},
+    )
+    return RunRecord(
+        status="finished",
+        error=None,
+        experiment=folder.parent.name,
+        name=folder.name,
+        choices={"router": router},
+        causal=True,
+        config=config,
+        identity={},
+        versions={},
+        machine=Machine(system="Linux", cpus=2),
+        commit="0" * 40,
+        facts=facts,
+    )

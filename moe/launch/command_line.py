@@ -1,10 +1,10 @@
-"""From a command line to checked cells: everything that can be refused is refused here, before the first run starts."""
+"""Turning a command line into checked cells, so that every mistake is refused before the first run starts."""
 
 import csv
 import hashlib
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import fields
 from pathlib import Path
 from statistics import fmean
@@ -21,18 +21,21 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from moe.checks import ConfigError, require, unknown
+from moe.checks import ConfigError, first_line, require, unknown
 from moe.config import dense_checkpoint
 from moe.config.options import CONF, GROUPS, options
 from moe.config.schema import Cell, Config, flatten
 from moe.distributed import ranks
 from moe.runs.folder import finished
 
-LONGEST_NAME = 150  # of a run folder; file systems allow 255 bytes
+LONGEST_NAME = 150  # bytes in the name of a run folder; file systems allow 255
 
 
 def run_name(overrides: str) -> str:
-    """The folder name of a run, from its sorted overrides: safe on any file system, one folder deep, never empty."""
+    """Return the folder name of a run from its sorted overrides: never empty, one level deep, safe on any file system.
+
+    A name that had to be changed or cut ends in a digest.
+    """
     name = re.sub(r"[^\w.,=+-]+", "_", overrides, flags=re.ASCII).strip(".") or "base"
     if name == overrides and len(name) <= LONGEST_NAME:
         return name
@@ -41,14 +44,17 @@ def run_name(overrides: str) -> str:
 
 
 def best_level(results: str, factor: str) -> Any:
-    """The level of `factor` with the lowest mean final val/loss over the finished runs of a sweep's results.csv."""
+    """Return the level of `factor` with the lowest mean final val/loss in a sweep's results.csv.
+
+    Raises ConfigError if there is no such file, or if a run in it is not finished.
+    """
     if not Path(results).exists():
-        raise ConfigError(f"{factor} is taken from {results}, which does not exist: run that experiment first")
+        raise ConfigError(f"{factor} comes from {results}, which does not exist: run that experiment first")
     losses: dict[str, list[float]] = defaultdict(list)
     with open(results, newline="") as file:
         for row in csv.DictReader(file):
             if row["status"] != "finished":
-                raise ConfigError(f"{factor} is taken from {results}, where {row['run']} is {row['status']}: finish it")
+                raise ConfigError(f"{factor} comes from {results}, where {row['run']} is {row['status']}: finish it")
             losses[row[factor]].append(float(row["val/loss"]))
     return json.loads(min(losses, key=lambda level: fmean(losses[level])))
 
@@ -60,7 +66,7 @@ OmegaConf.register_new_resolver("first", lambda *values: next(v for v in values 
 
 
 def typed(composed: DictConfig) -> Config:
-    """Return the typed configuration of a composed one; from here on there is no OmegaConf."""
+    """Return a composed configuration as a `Config`. Everything after this works without OmegaConf."""
     config = composed.copy()
     with open_dict(config):
         config.pop("hydra", None)
@@ -75,9 +81,9 @@ def typed(composed: DictConfig) -> Config:
 
 
 def read_cells(arguments: list[str]) -> list[Cell] | None:
-    """The checked cells of a command line; None where Hydra answers by itself (`--cfg`, `--info`, ...).
+    """Return the checked cells of a command line; None where Hydra answers by itself (`--cfg`, `--info`, ...).
 
-    Raises ConfigError, with a message of one line.
+    Raises ConfigError, or RecordError for a run folder that cannot be read, both with a message of one line.
     """
     args = get_args_parser().parse_args(arguments)
     for flag in ("config_name", "config_path", "config_dir", "experimental_rerun"):
@@ -119,13 +125,11 @@ def _expand(arguments: list[str], *, multirun: bool) -> list[Cell]:
     for cell in cells:
         cell.config.check()
     for cell in cells:
-        if not finished(cell):  # for it was built before, and building imports torch
+        if not finished(cell):  # the router of a finished run is known to be valid, and this check imports torch
             cell.config.check_router()
-    by_folder: dict[Path, Cell] = {}
-    for cell in cells:
-        if cell.folder in by_folder:
-            raise ConfigError(f"two cells of this sweep are the same run: {cell.folder}")
-        by_folder[cell.folder] = cell
+    for folder, count in Counter(cell.folder for cell in cells).items():
+        if count > 1:
+            raise ConfigError(f"two cells of this sweep are the same run: {folder}")
     return cells
 
 
@@ -137,7 +141,7 @@ def _cell(composed: DictConfig, *, multirun: bool) -> Cell:
 
 
 def group_choices(hydra: Any) -> dict[str, str | None]:
-    """The names chosen from our config groups, from Hydra's own configuration."""
+    """Return the option chosen from each config group, given Hydra's own configuration."""
     return {group: hydra.runtime.choices.get(group) for group in GROUPS}
 
 
@@ -152,11 +156,11 @@ def _compose(overrides: list[str]) -> DictConfig:
 
 
 def _check_override(override: Override) -> None:
-    """Refuse added and deleted keys, unknown keys of the root and unknown options of a group, by name."""
+    """Raise ConfigError for an override that adds or deletes a key, has no key, or names an unknown option."""
     if override.is_add() or override.is_force_add() or override.is_delete():
-        raise ConfigError(f"{override.input_line}: keys cannot be added or deleted; set them as key=value")
+        raise ConfigError(f"{override.input_line}: keys cannot be added or deleted, only set as key=value")
     if override.package is not None:
-        raise ConfigError(f"{override.input_line}: groups have their places; write {override.key_or_group}=...")
+        raise ConfigError(f"{override.input_line}: a group cannot be moved; write {override.key_or_group}=...")
     key = override.key_or_group
     if not key:
         raise ConfigError(f"{override.input_line}: the key is missing; write key=value")
@@ -167,50 +171,54 @@ def _check_override(override: Override) -> None:
 
 
 def _explain(error: Exception, overrides: list[str]) -> ConfigError:
-    """One line for an error of Hydra or OmegaConf: find the override that causes it, and say what would do."""
+    """Return an error of Hydra or OmegaConf as one line that names the override that causes it and what is allowed."""
     if isinstance(error, ConfigError):
         return error
     for extra, plugin in (("slurm", "submitit"), ("ray", "ray")):
         if f"hydra/launcher/{plugin}" in str(error):
-            return ConfigError(f"hydra/launcher: this one needs `pip install -e '.[{extra}]'`")
+            return ConfigError(f"hydra/launcher: this launcher needs `pip install -e '.[{extra}]'`")
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
     except HydraException as syntax:
-        return ConfigError(f"cannot read the command line: {_first_line(syntax)}")
-    ours = [o for o in parsed if not o.key_or_group.startswith("hydra")]
-    groups = [o for o in ours if o.key_or_group in GROUPS]
+        return ConfigError(f"cannot read the command line: {_cause(syntax)}")
+    project_overrides = [o for o in parsed if not o.key_or_group.startswith("hydra")]
+    groups = [o for o in project_overrides if o.key_or_group in GROUPS]
     for override in groups:
         _check_override(override)
         if override.value() is None:
-            return ConfigError(f"{override.input_line}: name one of {', '.join(options(override.key_or_group))}")
+            return ConfigError(f"{override.input_line}: must be one of {', '.join(options(override.key_or_group))}")
     base = compose("config", overrides=[str(o.input_line) for o in groups])
     known = flatten(OmegaConf.to_container(base))  # type: ignore[arg-type]
-    for override in ours:
+    for override in project_overrides:
         if override not in groups and not any(f"{key}.".startswith(f"{override.key_or_group}.") for key in known):
             owner = [str(o.input_line) for o in groups if override.key_or_group.startswith(f"{o.key_or_group}.")]
             return unknown(" of ".join(["key", *owner]), override.key_or_group, known)
         try:
             compose("config", overrides=[str(o.input_line) for o in [*groups, override]])
         except (HydraException, OmegaConfBaseException, ValueError) as cause:
-            return ConfigError(f"{override.input_line}: {_first_line(cause)}")
+            return ConfigError(f"{override.input_line}: {_cause(cause)}")
     key = getattr(error, "full_key", None) or " ".join(overrides)
-    return ConfigError(f"{key}: {_first_line(error)}")
+    return ConfigError(f"{key}: {_cause(error)}")
 
 
-def _first_line(error: Exception) -> str:
+def _cause(error: Exception) -> str:
+    """Return the first line of an error of Hydra, without what Hydra puts in front of an error of OmegaConf."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    return str(cause).strip().splitlines()[0].removeprefix("ConfigError raised while resolving interpolation: ")
+    return first_line(cause).removeprefix("ConfigError raised while resolving interpolation: ")
 
 
 def help_text() -> str:
-    """What `python train.py --help` prints: every option of every group, with one line each."""
+    """Return the text of `python train.py --help`: the keys, and every option of every group with its purpose."""
     lines = [
-        "Train one Mixture-of-Experts language model, or a grid of them with -m.",
+        "Train one Mixture-of-Experts language model, or with -m one for each combination of several values.",
         "",
         "  python train.py router=temperature router.temp=1.5",
         "  python train.py -m noise=0.0,0.1,0.5 lb=0.0,0.01 seed=42,43,44",
         "  python train.py experiment=noise_lb_seed",
-        "  python train.py --cfg job            print every key with its value",
+        "  python train.py --cfg job            print every key and its value",
+        "",
+        "Set a key as key=value, a key in a group as group.key=value (router.temp=1.5), a group by the name of",
+        "one of its options (router=temperature).",
         "",
         f"Keys: {' '.join(f.name for f in fields(Config) if f.name not in GROUPS)}",
     ]

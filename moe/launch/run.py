@@ -1,4 +1,4 @@
-"""A run folder is a run's identity: finished runs are skipped, interrupted ones resumed, different ones refused."""
+"""Training one cell in its run folder: skip a finished run, resume an interrupted one, refuse a different one."""
 
 import logging
 import os
@@ -6,16 +6,18 @@ import platform
 import subprocess
 import sys
 import traceback
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from moe import files
+from moe.checks import first_line, parse
 from moe.config.schema import Cell
 from moe.distributed import ranks
 from moe.runs import events
-from moe.runs.folder import difference, finished, locked, stored
+from moe.runs.folder import difference, finished, locked, stored_record
+from moe.runs.record import Machine, MetricsRecord, RecordError, RunFacts, RunRecord, Status
 from moe.runs.signals import STOP, Interrupted, Signals, follow_parent
 
 log = logging.getLogger(__name__)
@@ -24,34 +26,48 @@ LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "h
 
 
 def run(cell: Cell) -> None:
-    """Train one cell, or skip it if it is finished. What happened is in the folder's run.json; a failure is written
-    there and printed, not raised, so that a sweep goes on.
+    """Train one cell, or skip it if it is finished.
 
-    Of several ranks the first decides, and holds the lock; the others train with it, or not.
+    The folder's run.json says what happened. A failure is written there and printed, but not raised, so that a sweep
+    goes on. Of several ranks the first one decides whether to train and holds the lock.
     """
     follow_parent()
     if not ranks.is_first():
         if ranks.broadcast(None):
             _train(cell)
-    elif finished(cell):
+        return
+    try:
+        already_finished = finished(cell)
+    except RecordError as error:
+        log.error("%s", error)
+        ranks.broadcast(False)
+        return
+    if already_finished:
         log.info("%s: finished before, skipped", cell.folder)
         ranks.broadcast(False)
-    else:
-        cell.folder.mkdir(parents=True, exist_ok=True)
-        with locked(cell.folder / "run.lock") as owner:
-            if ranks.broadcast(_is_ours(cell, owner)):
-                _train(cell)
+        return
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    with locked(cell.folder / "run.lock") as owner:
+        if ranks.broadcast(_may_train(cell, owner)):
+            _train(cell)
 
 
-def _is_ours(cell: Cell, owner: str | None) -> bool:
-    """Whether this process, if it holds the lock that `owner` has otherwise, is to train the cell; says why not."""
+def _may_train(cell: Cell, owner: str | None) -> bool:
+    """Return whether this process is to train the cell, and log why not; `owner` holds the lock if this one does not.
+
+    Another process may have written to the folder since it was last looked at.
+    """
     if owner is not None:
         log.info("%s: another process is training it (%s)", cell.folder, owner)
         return False
-    if differences := difference(cell):
-        log.error("%s holds another run: %s", cell.folder, "; ".join(differences))
+    try:
+        if differences := difference(cell):
+            log.error("%s holds another run: %s", cell.folder, "; ".join(differences))
+            return False
+        return not finished(cell)
+    except RecordError as error:
+        log.error("%s", error)
         return False
-    return not finished(cell)  # by another process, since it was last asked
 
 
 def _train(cell: Cell) -> None:
@@ -61,39 +77,45 @@ def _train(cell: Cell) -> None:
 
     final: dict[str, Any] = {}
     try:
-        _write(cell, "running")
+        write_run_record(cell, "running")
         with Signals() as signals:
             mirror = WandbMirror(cell)
             try:
-                facts = train(cell.config, cell.folder, signals=signals, listeners=[mirror])
+                facts = parse(RunFacts, train(cell.config, cell.folder, signals=signals, listeners=[mirror]))
                 final = _write_metrics(cell.folder, facts) if ranks.is_first() else {}
             finally:
                 mirror.finish(final)
-        _write(cell, "finished", facts)
+        write_run_record(cell, "finished", facts)
         if final:
             log.info("%s: finished, val perplexity %.2f", cell.folder, final["val/perplexity"])
-        if signals.received in STOP:  # too late for this run, in time for the rest of a sweep
+        if signals.received in STOP:  # this run is complete, but the rest of a sweep must stop
             sys.exit(128 + signals.received)
     except Interrupted as stop:
-        _write(cell, "interrupted", error=str(stop))
+        _write_end(cell, "interrupted", str(stop))
         log.warning("%s: %s", cell.folder, stop)
         stop.pass_on()
         sys.exit(stop.exit_status)
-    except Exception as error:  # recorded, so that the other cells of a sweep still run, and the command exits with 1
-        reason = f"{type(error).__name__}: {_first_line(error)}"
+    except Exception as error:  # record it: the other cells of a sweep go on, and the command exits with 1
+        reason = f"{type(error).__name__}: {_reason(error)}"
         log.error("%s failed: %s", cell.folder, reason)
-        try:
-            if ranks.is_first():
-                files.write_text(cell.folder / "traceback.txt", traceback.format_exc())
-            _write(cell, "failed", error=reason)
-        except OSError as second:
-            log.error("%s: that cannot be written down: %s", cell.folder, second)
-        if ranks.world_size() > 1 and not isinstance(error, Diverged):  # which is the same on all; else who knows
+        _write_end(cell, "failed", reason, details=traceback.format_exc())
+        if ranks.world_size() > 1 and not isinstance(error, Diverged):  # only divergence is sure to be on all ranks
             sys.exit(1)
 
 
-def _first_line(error: Exception) -> str:
-    line = (str(error).strip().splitlines() or [""])[0]
+def _write_end(cell: Cell, status: Status, error: str, *, details: str | None = None) -> None:
+    """Write how a run ended too early, or log that even this is impossible, as on a full disk."""
+    try:
+        if details is not None and ranks.is_first():
+            files.write_text(cell.folder / "traceback.txt", details)
+        write_run_record(cell, status, error=error)
+    except (OSError, ValueError) as second:
+        log.error("%s: this cannot be written to the folder: %s", cell.folder, first_line(second))
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of an error, with advice for the common cases."""
+    line = first_line(error) if str(error).strip() else ""
     if isinstance(error, MemoryError) or "out of memory" in line or "can't allocate memory" in line:
         line += "; a smaller batch_size with a larger grad_accum needs less memory"
     if ranks.world_size() > 1 and any(word in line for word in ("gloo", "NCCL")):
@@ -101,46 +123,48 @@ def _first_line(error: Exception) -> str:
     return line
 
 
-def _write(cell: Cell, state: str, facts: dict[str, Any] | None = None, *, error: str | None = None) -> None:
+def write_run_record(cell: Cell, status: Status, facts: RunFacts | None = None, *, error: str | None = None) -> None:
+    """Write the run record of a cell, on the first rank."""
     if not ranks.is_first():
         return
-    config, before = asdict(cell.config), stored(cell).get("config")
-    if before is not None:  # on a resume too, claims are what was claimed before the first step
-        config["claims"] = before.get("claims", [])
-    content = {
-        "status": state,
-        "error": error,
-        "experiment": cell.experiment,
-        "name": cell.folder.name,
-        "choices": cell.choices,
-        "causal": cell.config.build_router().is_causal(capacity=cell.config.capacity, drop=cell.config.drop),
-        "config": config,
-        "identity": cell.config.identity(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
-        "machine": {"system": platform.platform(), "cpus": os.cpu_count()},
-        "commit": _commit(),
-        **(facts or {}),
-    }
-    files.write_json(cell.folder / "run.json", content)
+    config, before = cell.config, stored_record(cell)
+    if before is not None:  # claims count as planned only if they were there before the first step
+        config = replace(config, claims=before.claims())
+    record = RunRecord(
+        status=status,
+        error=error,
+        experiment=cell.experiment,
+        name=cell.folder.name,
+        choices=cell.choices,
+        causal=config.build_router().is_causal(capacity=config.capacity, drop=config.drop),
+        config=asdict(config),
+        identity=config.identity(),
+        versions={"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        machine=Machine(platform.platform(), os.cpu_count()),
+        commit=_commit(),
+        facts=facts,
+    )
+    record.write(cell.folder / RunRecord.FILE)
 
 
-def _write_metrics(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
+def _write_metrics(folder: Path, facts: RunFacts) -> dict[str, Any]:
+    """Write metrics.json from the event log and the traces of a run; return the final metrics."""
     from moe.metrics.agreement import consistency
     from moe.runs import traces
 
-    logged = events.read_events(folder / "events.jsonl")
+    logged = events.read_events(folder / events.FILE)
     last = [event for event in logged if event["kind"] == "eval"][-1]
     history = events.evaluation_series(logged)
     final = {key: value for key, value in last.items() if "/" in key and not key.startswith("time/")}
-    final |= {"train/loss": history["train_losses"][-1], "time/train_seconds": facts["train_seconds"]}
+    final |= {"train/loss": history["train_losses"][-1], "time/train_seconds": facts.train_seconds}
     final["time/tokens_per_s"] = events.median_speed(logged)
     final |= consistency([trace.chosen for trace in traces.read_traces(folder / "trace")])
-    files.write_json(folder / "metrics.json", {"final_metrics": final, "history": history})
+    MetricsRecord(final_metrics=final, history=history).write(folder / MetricsRecord.FILE)
     return final
 
 
 def _commit() -> str | None:
-    """The commit of this framework's checkout, with a mark if files differ from it."""
+    """Return the commit of this project's checkout, marked "-dirty" if files differ from it; None if unknown."""
     root = Path(__file__).parent
     try:
         done = subprocess.run(

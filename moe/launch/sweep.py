@@ -1,31 +1,28 @@
-"""All cells of a command together: what is refused before the first one trains, and what is told after the last."""
+"""All cells of a command: check their folders before the first one trains, and report on them after the last one."""
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
-from moe import files
 from moe.checks import ConfigError
 from moe.config.schema import Cell
 from moe.distributed import ranks
-from moe.runs.folder import difference, finished, locked, status, stored
+from moe.runs.folder import difference, finished, locked, status, stored_record
+from moe.runs.record import RecordError, SweepRecord
 
 
 def carry_out(cells: list[Cell], launch: Callable[[], object]) -> int:
-    """Have `launch` train what is not finished of `cells`, tell what became of them, and return the exit status: 1 if
-    any is not finished then.
+    """Let `launch` train those of `cells` that are not finished, report on all, and return the exit status.
 
-    Raises ConfigError, with a message of one line, before anything is written, if a folder cannot take its run.
+    The status is 1 if any cell is not finished afterwards. Raises ConfigError or RecordError, with a message of one
+    line, before anything is written, if a folder cannot take its run.
     """
     if not cells:
         launch()
         return 0
     ranks.start(timeout=cells[0].config.rank_timeout)
-    if not ranks.is_first():  # the first looks at the folders, and tells what became of the cells
+    if not ranks.is_first():  # the first rank checks the folders and reports
         if ranks.broadcast(None):
             launch()
         return 0
@@ -40,7 +37,7 @@ def carry_out(cells: list[Cell], launch: Callable[[], object]) -> int:
         try:
             launch()
         except SystemExit as stop:
-            if stop.code != 1:  # which is Hydra's for a cell that raised; the others are there to be reported
+            if stop.code != 1:  # Hydra exits with 1 if a cell raised; report on the other cells then
                 raise
         if len(cells) > 1:
             _wait(cells)
@@ -48,15 +45,15 @@ def carry_out(cells: list[Cell], launch: Callable[[], object]) -> int:
 
 
 def _check_folder(cell: Cell) -> None:
-    """Refuse a folder that holds a run of another configuration, cannot be written to, or has links out of it."""
+    """Raise ConfigError if a folder holds another run, cannot be written to, or has links that lead out of it."""
     if differences := difference(cell):
         raise ConfigError(
             f"{cell.folder} holds another run: {'; '.join(differences)}. Choose another out=DIR or delete the folder"
         )
-    there = next(path for path in (cell.folder, *cell.folder.absolute().parents) if os.path.lexists(path))
-    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        raise ConfigError(f"{cell.folder} cannot be made: {there} is no folder that can be written to")
-    mirror = cell.folder / "wandb"  # in there W&B links to its own logs, and nobody else writes
+    nearest = next(path for path in (cell.folder, *cell.folder.absolute().parents) if os.path.lexists(path))
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
+        raise ConfigError(f"{cell.folder} cannot be made: {nearest} is not a folder that can be written to")
+    mirror = cell.folder / "wandb"  # W&B keeps links to its own logs there
     for path in cell.folder.rglob("*"):
         if (
             path.is_symlink()
@@ -68,8 +65,7 @@ def _check_folder(cell: Cell) -> None:
 
 @contextmanager
 def _reserved(cells: list[Cell]) -> Iterator[None]:
-    """Keep other sweeps out of a sweep's folder until this one ends or dies; note which cells it is to have, and their
-    factors."""
+    """Keep other sweeps out of the sweep folder until this one ends, and add its cells to sweep.json."""
     if len(cells) < 2:
         yield
         return
@@ -78,37 +74,40 @@ def _reserved(cells: list[Cell]) -> Iterator[None]:
     with locked(sweep / "sweep.lock") as owner:
         if owner is not None:
             raise ConfigError(f"{sweep} is in use by another sweep, process {owner}: wait for it, or choose out=DIR")
+        path = sweep / SweepRecord.FILE
+        earlier = SweepRecord.read(path).cells if path.exists() else {}
         asked = {cell.folder.name: cell.choices | cell.config.identity() for cell in cells}
-        files.write_json(sweep / "sweep.json", {"cells": _notes(sweep).get("cells", {}) | asked})
+        SweepRecord(cells=earlier | asked).write(path)
         yield
 
 
-def _notes(sweep: Path) -> dict[str, Any]:
-    path = sweep / "sweep.json"
-    return dict(json.loads(path.read_text())) if path.exists() else {}
-
-
 def _state(cell: Cell) -> str:
-    """The status in run.json, with what it cannot say of itself: that the process died, or is another one."""
-    if status(cell) == "running":
-        with locked(cell.folder / "run.lock") as owner:
-            return "killed" if owner is None else f"in use by process {owner}"
-    return "finished" if finished(cell) else status(cell)
+    """Return the status in run.json, or what it cannot hold: killed, in use by a process, unreadable."""
+    try:
+        found = status(cell)
+        if found == "running":
+            with locked(cell.folder / "run.lock") as owner:
+                return "killed" if owner is None else f"in use by process {owner}"
+        return found
+    except RecordError:
+        return "unreadable"
 
 
 def _wait(cells: list[Cell]) -> None:
-    """Let cells that other processes train come to their end: those that a launcher left alone when it gave up at one
-    whose process was killed, and those of an earlier sweep that was killed itself."""
-    told = False
+    """Wait for cells that other processes still train.
+
+    A launcher gives up on all cells when the process of one is killed, and an earlier sweep may have been killed.
+    """
+    announced = False
     while others := [cell.folder.name for cell in cells if _state(cell).startswith("in use")]:
-        if not told:
+        if not announced:
             print(f"waiting for cells that are still trained: {', '.join(others)}", flush=True)
-        told = True
+        announced = True
         time.sleep(1)
 
 
 def _report(cells: list[Cell], before: list[str]) -> int:
-    """Print what became of each cell since `before`, and the sweep's tables; returns the exit status."""
+    """Print what became of each cell since `before`, and the sweep's tables; return the exit status."""
     after = [_state(cell) for cell in cells]
     sweep = cells[0].folder.parent
     if set(before) == {"finished"} or len(cells) > 1:
@@ -130,6 +129,11 @@ def _outcome(before: str, after: str) -> str:
 
 
 def _reason(cell: Cell, state: str) -> str:
-    """Why a cell is not finished: the first line of its error, wherever it was printed."""
-    error = "its process ended without a word" if state == "killed" else stored(cell).get("error")
-    return f": {error}" if error else ""
+    """Return why a cell is not finished; a worker process may have printed it elsewhere."""
+    if state == "killed":
+        return ": its process ended without a message"
+    try:
+        record = stored_record(cell)
+    except RecordError as error:
+        return f": {error}"
+    return f": {record.error}" if record is not None and record.error else ""

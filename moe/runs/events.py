@@ -1,34 +1,60 @@
-"""The files of a run folder: events.jsonl (the truth, a line an event), metrics.json and run.json (made from it)."""
+"""The event log of a run, events.jsonl: it holds every training step and every evaluation, one event per line."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean, median
 from types import TracebackType
 from typing import Any
 
+import orjson
+
 from moe.files import write_text
+
+FILE = "events.jsonl"
+
+
+def iterate_events(path: Path) -> Iterator[dict[str, Any] | None]:
+    """Yield the event of each line of a log, and None for a line that is torn or holds no event.
+
+    An event is a flat dict with at least "kind" ("train" or "eval") and "step". Raises OSError.
+    """
+    with path.open("rb") as lines:
+        for line in lines:
+            try:
+                event = orjson.loads(line)
+            except ValueError:
+                event = _with_nonfinite(line)
+            yield event if isinstance(event, dict) and {"kind", "step"} <= event.keys() and _is_event(event) else None
+
+
+def _with_nonfinite(line: bytes) -> Any:
+    """Return the content of a line with NaN or Infinity, which orjson refuses; None if it is no JSON at all."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _is_event(event: dict[str, Any]) -> bool:
+    return isinstance(event["kind"], str) and type(event["step"]) is int
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """Every whole line; the torn last line of a killed run is left out."""
-    events = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError:
-            break  # only the last line of a killed run can be torn
-    return events
+    """Return all events of a log, without the torn last line that a killed run may leave; empty if there is no log."""
+    return [event for event in iterate_events(path) if event is not None] if path.exists() else []
 
 
 class EventLog:
-    """Appends events, each a flat dict with "kind" and "step" (optimizer steps done), a line at a time.
+    """Log to which each event is appended as one line, at once. "step" is the number of optimizer steps done.
 
-    On a resume from `step`, later events are dropped, and all of them at step 0: the run writes them again.
+    A run that resumes from `step` writes all later events again, so the log drops them when it opens; at step 0 it
+    drops all events.
     """
 
     def __init__(self, path: Path, *, step: int) -> None:
-        kept = [event for event in read_events(path) if event["step"] <= step] if step else []
-        write_text(path, "".join(json.dumps(event) + "\n" for event in kept))
+        earlier = [event for event in read_events(path) if event["step"] <= step] if step else []
+        write_text(path, "".join(json.dumps(event) + "\n" for event in earlier))
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 - closed by __exit__
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
@@ -41,7 +67,7 @@ class EventLog:
         self._file.close()
 
 
-# history series: at each evaluation, the value of an event key; layers of a routing metric go into `<series>_per_layer`
+# Series of metrics.json -> the key of an evaluation event. Values by layer go into `<series>_per_layer`.
 SERIES = {
     "steps": "step",
     "val_losses": "val/loss",
@@ -57,9 +83,12 @@ SERIES = {
 
 
 def evaluation_series(events: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Series with one entry an evaluation; `train_*` and losses are means over the training steps since the last one
-    (null at step 0), `elapsed_times` are minutes, `load_balancing_losses` are unweighted (1: balanced), the mean over
-    layers, `expert_utilizations` are shares per expert, the mean over layers."""
+    """Return the series of metrics.json, each with one entry per evaluation.
+
+    `train_losses` and `load_balancing_losses` are means over the training steps since the evaluation before (null at
+    step 0). `load_balancing_losses` are unweighted (1 is balanced) and a mean over layers. `elapsed_times` are minutes.
+    `expert_utilizations` are shares by expert, a mean over layers.
+    """
     series: dict[str, list[Any]] = {name: [] for name in SERIES}
     series |= {"train_losses": [], "load_balancing_losses": [], "elapsed_times": [], "expert_utilizations": []}
     series |= {"expert_utilizations_per_layer": []}
@@ -84,11 +113,14 @@ def evaluation_series(events: list[dict[str, Any]]) -> dict[str, list[Any]]:
     return series
 
 
-WARM_UP = 5  # first training steps that say nothing about speed
+WARM_UP = 5  # the first training steps are slower than the rest
 
 
 def median_speed(events: list[dict[str, Any]]) -> float | None:
-    """Tokens per second of training steps, evaluation and saving excluded: the median after the first `WARM_UP`."""
+    """Return the median tokens per second of training steps after the first `WARM_UP`; None without such steps.
+
+    Evaluation and saving do not count.
+    """
     speeds = [e["time/tokens_per_s"] for e in events if e["kind"] == "train" and e["step"] > WARM_UP]
     return median(speeds) if speeds else None
 

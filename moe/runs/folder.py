@@ -1,4 +1,4 @@
-"""What a run folder is: whether it holds this run, how far that came, and who works in it."""
+"""Questions about a run folder: whether it holds a certain run, how far that run came, and which process uses it."""
 
 import fcntl
 import json
@@ -6,50 +6,51 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from moe.checks import ConfigError
 from moe.config.schema import Cell
+from moe.runs.record import RecordError, RunRecord
 
 
 def finished(cell: Cell) -> bool:
-    """Whether the folder holds this very run, complete."""
+    """Return whether the folder holds exactly this run, complete."""
     return status(cell) == "finished" and not difference(cell)
 
 
 def status(cell: Cell) -> str:
-    """finished | failed | running | interrupted | missing."""
-    return str(stored(cell).get("status", "missing"))
+    """Return finished, failed, running, interrupted, or missing. Raises RecordError like `stored_record`."""
+    record = stored_record(cell)
+    return "missing" if record is None else record.status
 
 
 def difference(cell: Cell) -> list[str]:
-    """The keys in which a folder's run differs from this cell, as "key: theirs, here ours"."""
-    theirs = stored(cell).get("identity")
-    if theirs is None:
+    """Return the keys in which the run in the folder differs from this cell, as "key is A there, B here"."""
+    record = stored_record(cell)
+    if record is None:
         return []
-    ours = json.loads(json.dumps(cell.config.identity()))
-    keys = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
-    return [f"{key} is {theirs.get(key)} there, {ours.get(key)} here" for key in keys]
+    there, here = record.identity, json.loads(json.dumps(cell.config.identity()))
+    keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+    return [f"{key} is {there.get(key)} there, {here.get(key)} here" for key in keys]
 
 
-def stored(cell: Cell) -> dict[str, Any]:
-    """The folder's run.json; empty if there is no run. Raises ConfigError where it cannot be told what is there."""
-    path = cell.folder / "run.json"
-    if not path.exists():
-        if (cell.folder / "checkpoints").exists():
-            raise ConfigError(f"{cell.folder} holds checkpoints and no run.json that says of what: delete the folder")
-        return {}
-    try:
-        content = json.loads(path.read_text())
-        return {**content}
-    except (OSError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}): delete the folder, or choose another out=DIR") from None
+def stored_record(cell: Cell) -> RunRecord | None:
+    """Return the run record in the folder; None if there is no run.
+
+    Raises RecordError for a record that cannot be read, and for checkpoints without a record.
+    """
+    path = cell.folder / RunRecord.FILE
+    if path.exists():
+        return RunRecord.read(path)
+    if (cell.folder / "checkpoints").exists():
+        raise RecordError(f"{cell.folder} holds checkpoints, but no {RunRecord.FILE}: {RunRecord.ADVICE}")
+    return None
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[str | None]:
-    """Hold the lock file at `path`, which the system frees when a process dies; yields None, or the pid of whoever
-    has it."""
+    """Try to hold the lock file at `path`; yield None, or the process id of the owner if another process holds it.
+
+    The system frees the lock when its owner dies.
+    """
     with open(path, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -11,12 +11,12 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from moe.analysis.figures.specialization import SPECIALIZATION_FILE
-from moe.config.schema import Config, DataConfig
 from moe.data.blocks import Prepared
 from moe.files import sha256, write_json, write_text
 from moe.model.decoder import MoEForCausalLM
 from moe.routing.decision import Knobs
 from moe.runs import traces
+from moe.runs.record import RunRecord
 from moe.specialization import information, stability
 from moe.specialization.geometry import expert_outputs, projections
 from moe.specialization.knockout import bootstrap, knockouts
@@ -45,9 +45,10 @@ def study(folder: Path, *, blocks_wanted: int, samples: int) -> bool:
     Returns False, and writes nothing, if they are up to date. Raises ValueError for a run that is not finished, or
     whose data can no longer be made as it was.
     """
-    record = json.loads((folder / "run.json").read_text())
-    if record["status"] != "finished":
-        raise ValueError(f"{folder}: the run is {record['status']}, not finished")
+    record = RunRecord.read(folder / RunRecord.FILE)
+    if record.status != "finished" or record.facts is None:
+        raise ValueError(f"{folder}: the run is {record.status}, not finished")
+    config = record.typed_config()
     settings = {
         "format": STUDY_FORMAT,
         "model_sha256": sha256(folder / "model" / "model.safetensors"),
@@ -58,16 +59,17 @@ def study(folder: Path, *, blocks_wanted: int, samples: int) -> bool:
     if path.exists() and json.loads(path.read_text()).get("settings") == settings:
         return False
     began = time.monotonic()
-    data = prepare_data(Config(data=DataConfig(**record["config"]["data"])))
-    if _training_files(data.manifest) != _training_files(record["data"]):
-        raise ValueError(f"{folder}: its data has changed (is {data.manifest['key']}, was {record['data']['key']})")
+    data = prepare_data(config)
+    if _training_files(data.manifest) != _training_files(record.facts.data):
+        before, now = record.facts.data.get("key"), data.manifest["key"]
+        raise ValueError(f"{folder}: its data has changed (is {now}, was {before})")
     disable_progress_bar()  # It is one small file.
     model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
     probes, document = validation_blocks(data, blocks_wanted), documents_of_blocks(data, blocks_wanted)
     knobs = Knobs.of(temperature=model.config.router_temperature, device=model.device)
     content: dict[str, Any] = {
         "settings": settings,
-        "step": record["config"]["steps"],
+        "step": config.steps,
         "reason": reason_not_studied(model, probes),
     }
     content |= {"val_loss": validation_loss(model, data, knobs)}
@@ -82,9 +84,7 @@ def study(folder: Path, *, blocks_wanted: int, samples: int) -> bool:
         content |= {"embedding": projections(expert_outputs(model, probes, knobs).numpy())}
         read = traces.read_traces(folder / "trace")
         content |= {"saturation": stability.saturation(read), "churn": stability.churn(read)}
-        write_text(
-            folder / "tokens.html", token_page(observed, data.tokenizer, domains=data.domains, title=record["name"])
-        )
+        write_text(folder / "tokens.html", token_page(observed, data.tokenizer, domains=data.domains, title=record.name))
     content["seconds"] = time.monotonic() - began
     write_json(path, to_json(content))
     return True
@@ -147,7 +147,7 @@ def compare_seeds(folders: list[Path]) -> None:
     The last traces are compared. Runs must have the same data and traces of the same shape.
     """
     rng = np.random.default_rng(0)
-    runs = {folder: json.loads((folder / "run.json").read_text()) for folder in folders}
+    runs = {folder: RunRecord.read(folder / RunRecord.FILE) for folder in folders}
     last = {folder: read[-1].chosen for folder in folders if (read := traces.read_traces(folder / "trace"))}
     for folder in folders:
         others = [
@@ -159,7 +159,7 @@ def compare_seeds(folders: list[Path]) -> None:
         content = json.loads((folder / SPECIALIZATION_FILE).read_text())
         content["seed_agreement"] = [
             {
-                "seed": runs[other]["config"]["seed"],
+                "seed": runs[other].typed_config().seed,
                 "folder": other.name,
                 "layers": stability.seed_agreement(last[folder], last[other], rng=rng),
             }
@@ -168,17 +168,18 @@ def compare_seeds(folders: list[Path]) -> None:
         write_json(folder / SPECIALIZATION_FILE, to_json(content))
 
 
-def _differ_in_seed_only(a: dict[str, Any], b: dict[str, Any]) -> bool:
+def _differ_in_seed_only(a: RunRecord, b: RunRecord) -> bool:
     """Return whether two runs differ in the seed alone and were trained on the same blocks."""
-    same = {key for key in a["identity"] | b["identity"] if a["identity"].get(key) == b["identity"].get(key)}
-    alike = _training_files(a["data"]) == _training_files(b["data"])
-    return alike and set(a["identity"]) | set(b["identity"]) == same | {"seed"}
+    if a.facts is None or b.facts is None or _training_files(a.facts.data) != _training_files(b.facts.data):
+        return False
+    keys = a.identity.keys() | b.identity.keys()
+    return {key for key in keys if a.identity.get(key) != b.identity.get(key)} <= {"seed"} <= keys
 
 
 def _training_files(manifest: dict[str, Any]) -> dict[str, str]:
     """Return the checksums of the files that training reads. Those of the validation blocks are left out: they can
     change while all tokens stay the same."""
-    return {path: digest for path, digest in manifest["files"].items() if not path.startswith("val/")}
+    return {path: digest for path, digest in manifest.get("files", {}).items() if not path.startswith("val/")}
 
 
 def to_json(value: Any) -> Any:

@@ -41,7 +41,7 @@ def save_milestone(folder: Path, training: Training, step: int) -> None:
     temperature = knob_settings(config, training.schedule, step)["temperature"]
     chosen = assigned_experts(training.model, training.data, temperature=temperature)
     if chosen is not None and ranks.is_first():
-        traces.write_trace(folder / "trace", step, chosen)
+        traces.write_trace(folder / "trace", step, chosen.numpy())
     if config.save_milestones and step < config.steps:
         (folder / "milestones").mkdir(exist_ok=True)
         save_model(training, folder / "milestones" / f"step-{step:08d}")

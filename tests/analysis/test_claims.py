@@ -13,6 +13,8 @@ import pytest
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
+from run_folders import change_record, write_metrics
+
 from moe.analysis.claims import contrasts_without_claim, evidence_sentence, judge, judge_planned, planned_claims
 from moe.analysis.statistics import contrasts
 from moe.analysis.studies.published import as_runs, experiment_claims, read_published
@@ -20,7 +22,7 @@ from moe.checks import ConfigError
 from moe.config.claim import ClaimConfig
 from moe.config.options import CONF, options
 from moe.launch.command_line import read_cells
-from moe.launch.run import _write
+from moe.launch.run import write_run_record
 from moe.metrics.catalog import lookup
 from moe.results.table import load_runs
 
@@ -318,12 +320,10 @@ def sweep(tmp_path: Path):
         names = {each.metric for cell in cells for each in cell.config.claims}
         for cell in cells:
             cell.folder.mkdir(parents=True, exist_ok=True)
-            _write(cell, "running")
-            path = cell.folder / "run.json"
-            record = json.loads(path.read_text())
-            path.write_text(json.dumps(record | {"status": "finished"}, indent=1))
+            write_run_record(cell, "running")
+            change_record(cell.folder, status="finished")
             final = {name: rng.normal(100, 1) for name in names}
-            (cell.folder / "metrics.json").write_text(json.dumps({"final_metrics": final}))
+            write_metrics(cell.folder, final)
         return load_runs([tmp_path])
 
     return write
@@ -388,7 +388,7 @@ def test_a_claim_of_another_version_is_named(sweep) -> None:
     runs = sweep("noise_lb_seed", "lb=0.0", "noise=0.0")
     path = Path(runs["folder"].iloc[0]) / "run.json"
     path.write_text(path.read_text().replace('"kind": "lowest"', '"sort": "lowest"'))
-    with pytest.raises(ValueError, match=r"cannot read the claim .*sort"):
+    with pytest.raises(ValueError, match=r"cannot read the claim: .*sort"):
         planned_claims(runs)
 
 

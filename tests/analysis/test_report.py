@@ -19,6 +19,8 @@ import pytest
 from matplotlib.figure import Figure
 from statsmodels.stats.multitest import multipletests
 
+from run_folders import change_record, write_cells, write_metrics, write_record
+
 from moe.analysis.figures.curves import learning_curves
 from moe.analysis.figures.drawing import Drawing
 from moe.analysis.figures.effects import factor_panels, factor_plot, forest
@@ -60,22 +62,20 @@ def write_run(
 ) -> None:
     folder.mkdir(parents=True)
     router = "topk" if causal else "expert_choice"
-    record = {
-        "status": status,
-        "error": "boom\ntrace" if status == "failed" else None,
-        "causal": causal,
-        "commit": "abc1234",
-        "experiment": folder.parent.name,
-        "name": folder.name,
-        "choices": {"router": router, "variant": variant},
-        "config": keys,
-        "seconds": 2.0,
-        "train_seconds": 1.0,
-        "peak_memory_gb": None,
-        "parameters": {"total": 1},
-    }
-    (folder / "run.json").write_text(json.dumps(record))
-    (folder / "metrics.json").write_text(json.dumps({"final_metrics": metrics}))
+    write_record(
+        folder,
+        status=status,
+        error="boom\ntrace" if status == "failed" else None,
+        causal=causal,
+        commit="abc1234",
+        choices={"router": router, "variant": variant},
+        config=keys,
+        seconds=2.0,
+        train_seconds=1.0,
+        peak_memory_gb=None,
+        parameters={"total": 1, "active": 1},
+    )
+    write_metrics(folder, metrics)
     loss = metrics.get("val/loss", 1.0)
     events = [
         {"kind": "eval", "step": step, "val/loss": loss + 4 * math.exp(-step / 100)} for step in range(0, 401, 100)
@@ -188,10 +188,10 @@ def test_contrasts_are_told_at_shares_of_training_that_every_run_has(published: 
 def test_claims_margins_and_several_experiments(published: Path, tmp_path: Path) -> None:
     """Claims of the records are planned, all other contrasts post hoc; each experiment is judged by itself."""
     claim = {"text": "noise hurts", "metric": "val/perplexity", "factor": "noise", "levels": [0.5], "than": [0.0]}
+    claim |= {"kind": "higher", "source": "us", "margin": None, "size": []}
     for path in published.glob("*/run.json"):
-        record = json.loads(path.read_text())
-        record["config"]["claims"] = [claim | {"kind": "higher", "source": "us"}]
-        path.write_text(json.dumps(record))
+        config = json.loads(path.read_text())["config"]
+        change_record(path.parent, config=config | {"claims": [claim]})
     for seed in (42, 43, 44):  # a condition of the other experiment again
         metrics = {"val/perplexity": 130.0 + seed, "val/loss": 4.9 + seed / 100}
         write_run(tmp_path / "multirun" / "floor" / f"seed={seed}", metrics, seed=seed, noise=0.0, lb=0.0)
@@ -324,7 +324,7 @@ def test_every_run_is_accounted_for(published: Path, tmp_path: Path) -> None:
     write_run(published / "lb=0.0,noise=0.1,seed=45", {}, status="failed", seed=45, noise=0.1, lb=0.0)
     write_run(published / "lb=0.0,noise=0.5,seed=45", {"val/perplexity": math.inf}, seed=45, noise=0.5, lb=0.0)
     (published / "lb=0.0,noise=0.0,seed=42" / "run.json").write_text("{")
-    (published / "sweep.json").write_text(json.dumps({"cells": {"lb=0.0,noise=0.0,seed=45": {}}}))
+    write_cells(published, {"lb=0.0,noise=0.0,seed=45": {}})
     with (published / "lb=0.0,noise=0.0,seed=43" / "events.jsonl").open("a") as log:
         log.write('{"kind": "ev')
     text = write_report(load_runs([published]), tmp_path / "out").read_text()
@@ -351,9 +351,8 @@ def test_the_table_of_what_was_run_counts_every_status(tmp_path: Path) -> None:
     ):
         folder = tmp_path / "x" / f"noise=0.1,seed={seed + 2}"
         write_run(folder, {}, status=status, seed=seed + 2, noise=0.1)
-        record = json.loads((folder / "run.json").read_text())
-        (folder / "run.json").write_text(json.dumps(record | {"error": error}))
-    (tmp_path / "x" / "sweep.json").write_text(json.dumps({"cells": {"noise=0.0,seed=9": {}}}))
+        change_record(folder, error=error)
+    write_cells(tmp_path / "x", {"noise=0.0,seed=9": {}})
     write_run(tmp_path / "y" / "noise=0.0,seed=1", {"val/loss": 1.0}, seed=1, noise=0.0)
     blocks = list(what_was_run(collect_inputs(load_runs([tmp_path]))[0]))
     assert [(name, n) for block in blocks if isinstance(block, StatusBar) for name, n, _ in block.counts] == [
@@ -385,13 +384,10 @@ def test_nothing_in_the_data_becomes_markup(tmp_path: Path) -> None:
             folder = tmp_path / "x" / f"{seed},{len(level)}"
             metrics = {"val/loss": 1.0 + seed * len(level), "val/perplexity": 2.0 + seed * len(level)}
             write_run(folder, metrics, seed=seed, noise=level)
-            record = json.loads((folder / "run.json").read_text())
-            record |= {"name": ATTACK, "experiment": ATTACK, "commit": ATTACK, "machine": {ATTACK: ATTACK}}
-            record |= {"data": {"corpus_sha256": ATTACK, ATTACK: ATTACK, "domains": {ATTACK: {ATTACK: ATTACK}}}}
-            (folder / "run.json").write_text(json.dumps(record))
+            made_of = {"corpus_sha256": ATTACK, ATTACK: ATTACK, "domains": {ATTACK: {ATTACK: ATTACK}}}
+            change_record(folder, name=ATTACK, experiment=ATTACK, commit=ATTACK, versions={ATTACK: ATTACK}, data=made_of)
     write_run(tmp_path / "x" / "broken", {}, status="failed", seed=3, noise="0.0")
-    record = json.loads((tmp_path / "x" / "broken" / "run.json").read_text())
-    (tmp_path / "x" / "broken" / "run.json").write_text(json.dumps(record | {"name": ATTACK, "error": ATTACK}))
+    change_record(tmp_path / "x" / "broken", name=ATTACK, error=ATTACK)
     text = write_report(load_runs([tmp_path]), tmp_path / "out").read_text()
     assert "<script" not in text
     assert "<img" not in text

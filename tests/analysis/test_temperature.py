@@ -15,6 +15,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from run_folders import write_metrics, write_record
+
 from moe.analysis.figures.drawing import Drawing
 from moe.analysis.studies.temperature import figures as drawing
 from moe.analysis.studies.temperature.data import ablation, scheduled, with_training
@@ -77,9 +79,9 @@ def write_run(
         }
         events.append(event)
     folder.mkdir(parents=True)
-    (folder / "run.json").write_text(json.dumps(record))
+    write_record(folder, **record)
     (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    (folder / "metrics.json").write_text(json.dumps({"final_metrics": {k: v for k, v in event.items() if "/" in k}}))
+    write_metrics(folder, {k: v for k, v in event.items() if "/" in k})
     return folder
 
 

@@ -95,7 +95,7 @@ def test_two_ranks_are_one(
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("step ") == 3  # only one rank prints
     two = only_run(tmp_path)
-    assert json.loads((two / "run.json").read_text())["ranks"] == {"number": 2, "layout": layout}
+    assert json.loads((two / "run.json").read_text())["facts"]["ranks"] == {"number": 2, "layout": layout}
 
     weights, expected = (load_file(run / "model/model.safetensors") for run in (two, one))
     assert weights.keys() == expected.keys()

@@ -133,7 +133,7 @@ def test_one_cell_of_three_is_killed(sweep: Any, serial: Any) -> None:
     os.kill(training(one, 1, 10, process), signal.SIGKILL)
     assert process.wait(LIMIT) == 1
     [killed] = told(one, "killed")
-    assert killed.endswith(": its process ended without a word")
+    assert killed.endswith(": its process ended without a message")
     assert len(told(one, "finished")) == 2
     before = {path: value for folder in finished(one) for path, value in files(folder).items()}
     assert len(finished(one)) == 2

@@ -19,7 +19,7 @@ import pandas as pd
 import pytest
 
 from moe.config.options import CONF
-from moe.launch.run import _write
+from moe.launch.run import write_run_record
 
 TRAIN = CONF.parent / "train.py"
 ANALYZE = CONF.parent / "analyze.py"
@@ -52,7 +52,7 @@ def test_the_users_factorial_word_for_word(small: list[str], tmp_path: Path) -> 
     results = pd.read_csv(sweep / "results.csv")
     assert len(results) == 18
     assert set(results["status"]) == {"finished"}
-    assert {state(path.parent)["experts_kernel"] for path in sweep.glob("*/run.json")} == {"loop"}
+    assert {state(path.parent)["facts"]["experts_kernel"] for path in sweep.glob("*/run.json")} == {"loop"}
     assert all(sorted(seeds) == [42, 43, 44] for _, seeds in results.groupby(["noise", "lb"])["seed"])
     assert "ddof=1" in done.stdout
     columns = (
@@ -184,8 +184,8 @@ def test_the_record_of_a_run_says_what_it_was(small: list[str], tmp_path: Path) 
     assert record["causal"] is True
     assert record["choices"]["router"] == "topk"
     assert record["config"]["model"]["dim"] == 32
-    assert record["parameters"]["active"] < record["parameters"]["total"]
-    assert record["data"]["key"]
+    assert record["facts"]["parameters"]["active"] < record["facts"]["parameters"]["total"]
+    assert record["facts"]["data"]["key"]
     assert {"torch", "transformers", "python"} <= set(record["versions"])
     metrics = json.loads((run.parent / "metrics.json").read_text())
     series = """steps train_losses val_losses val_accuracies val_perplexities elapsed_times learning_rates temperatures
@@ -214,5 +214,5 @@ def test_the_record_of_a_run_says_what_it_was(small: list[str], tmp_path: Path) 
 def test_the_causal_label_is_that_of_router_and_drops_together(cell: Any, overrides: list[str], causal: bool) -> None:
     one = cell(*overrides)
     one.folder.mkdir(parents=True)
-    _write(one, "running")
+    write_run_record(one, "running")
     assert state(one.folder)["causal"] is causal

@@ -8,7 +8,7 @@ import pytest
 
 from moe.config.schema import Cell
 from moe.launch.command_line import read_cells
-from moe.launch.run import _write
+from moe.launch.run import write_run_record
 from moe.launch.sweep import carry_out
 
 
@@ -23,7 +23,7 @@ def cells(small: list[str], tmp_path: Path) -> list[Cell]:
 def leave(cell: Cell, status: str, error: str | None = None) -> None:
     """What a worker leaves in the folder of its cell."""
     cell.folder.mkdir(parents=True, exist_ok=True)
-    _write(cell, status, error=error)
+    write_run_record(cell, status, error=error)
 
 
 def test_what_became_of_each_cell_is_told_with_the_reason(cells: list[Cell], capsys: pytest.CaptureFixture) -> None:
@@ -46,7 +46,7 @@ def test_what_became_of_each_cell_is_told_with_the_reason(cells: list[Cell], cap
         f"resumed     {resumed.folder.name}",
         f"finished    {finished.folder.name}",
         f"failed      {failed.folder.name}: ValueError: out of luck",
-        f"killed      {killed.folder.name}: its process ended without a word",
+        f"killed      {killed.folder.name}: its process ended without a message",
         f"missing     {missing.folder.name}",
     ]
 

@@ -8,6 +8,7 @@ import matplotlib.image
 import numpy as np
 import pandas as pd
 import pytest
+from run_folders import change_record, write_metrics, write_record
 
 from moe.analysis.report.report import write_report
 from moe.analysis.studies.routing_bench import frontier, overlay
@@ -36,25 +37,24 @@ def write_run(
     luck = np.random.default_rng(seed)
     loss += 0.02 * (1.25 - capacity) + 0.01 * luck.normal()
     speed *= 1 - 0.1 * (capacity - 1) + 0.01 * luck.normal()
-    record = {
-        "status": status,
-        "error": None if status == "finished" else "boom",
-        "experiment": folder.parent.name,
-        "name": folder.name,
-        "causal": router != "expert_choice",
-        "choices": {"router": router},
-        "config": {
-            "seed": seed,
-            "capacity": capacity,
-            "router": {"_target_": router} | ({} if router == "expert_choice" else {"k": 1 + (router != "switch")}),
-            "model": {"dim": 128, "num_experts": 8},
-        },
-        "flops_per_token": FLOPS_PER_TOKEN,
-        "ranks": {"number": ranks},
+    config = {
+        "seed": seed,
+        "capacity": capacity,
+        "router": {"_target_": router} | ({} if router == "expert_choice" else {"k": 1 + (router != "switch")}),
+        "model": {"dim": 128, "num_experts": 8},
     }
-    (folder / "run.json").write_text(json.dumps(record))
+    write_record(
+        folder,
+        status=status,
+        error=None if status == "finished" else "boom",
+        causal=router != "expert_choice",
+        choices={"router": router},
+        config=config,
+        flops_per_token=FLOPS_PER_TOKEN,
+        ranks={"number": ranks, "layout": "replicated"},
+    )
     final = {"val/loss": loss, "val/perplexity": math.exp(loss), "time/tokens_per_s": speed}
-    (folder / "metrics.json").write_text(json.dumps({"final_metrics": final}))
+    write_metrics(folder, final)
     events = []
     for step in range(41):
         falling = loss + 4 * math.exp(-step / 4)
@@ -138,7 +138,7 @@ def test_flops_are_those_of_a_training_step_and_rates_those_of_its_second_half(t
     ]
     events += [{"kind": "eval", "step": step, "val/loss": 1.0} for step in range(9)]
     (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    (folder / "metrics.json").write_text(json.dumps({"final_metrics": {"time/tokens_per_s": 250.0}}))
+    write_metrics(folder, {"time/tokens_per_s": 250.0})
     row = bench_table(of([folder])).iloc[0]
     assert row["world_size"] == 2
     assert row["median_tokens_per_s"] == 250.0
@@ -212,15 +212,13 @@ def test_the_report_draws_them_under_the_routing_benchs_names(
 
 def test_a_missing_input_is_a_line_in_the_report(sweep_a: Path, tmp_path: Path) -> None:
     for folder in sweep_a.iterdir():
-        record = json.loads((folder / "run.json").read_text())
-        del record["flops_per_token"]
-        (folder / "run.json").write_text(json.dumps(record))
+        change_record(folder, facts=None)
     text = write_report(load_runs([sweep_a]), tmp_path / "out").read_text()
     assert "![experiment_a_frontier]" in text
     assert "- experiment_a_frontier_tflops: not drawn, no finished run has both tflops and val/perplexity" in text
     for folder in sweep_a.iterdir():
         (folder / "events.jsonl").unlink()
-        (folder / "metrics.json").write_text(json.dumps({"final_metrics": {"val/perplexity": 2.0}}))
+        write_metrics(folder, {"val/perplexity": 2.0})
     text = write_report(load_runs([sweep_a]), tmp_path / "out").read_text()
     assert "- experiment_a_frontier: not drawn, no finished run has both tokens_per_s and val/perplexity" in text
     assert "- experiment_a_overlay: not drawn, no run has train/loss, val/loss, val/perplexity" in text

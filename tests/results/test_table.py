@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from run_folders import change_record, write_cells, write_metrics, write_record
 
 from moe.results.conditions import levels, spread_table, summary, tied_factors, varied_factors, with_causality
 from moe.results.sweep_tables import console_table, write_sweep_tables
@@ -27,22 +28,19 @@ def write_run(
     """A run folder as the trainer leaves it; three evaluations, of which the second is the best."""
     folder.mkdir(parents=True)
     keys = {"seed": 42, "steps": 30, "noise": 0.0, "lb": 0.01, "capacity": None, "threads": 1} | config
-    record = {
-        "status": status,
-        "error": None if status == "finished" else "CUDA out of memory\nsecond line",
-        "experiment": folder.parent.name,
-        "name": folder.name,
-        "config": keys
-        | {"router": {"_target_": f"moe.{router}", "k": 2}, "data": {"seed": keys["seed"], "cache": "c"}},
-        "choices": {"router": router, "schedule": "constant", "model": "tiny", "data": "embedded", "variant": variant},
-        "causal": router != "expert_choice",
-        "commit": "abc1234",
-        "seconds": 100.0,
-        "train_seconds": 90.0,
-        "peak_memory_gb": None,
-        "parameters": {"total": 1000, "active": 500},
-    }
-    (folder / "run.json").write_text(json.dumps(record))
+    write_record(
+        folder,
+        status=status,
+        error=None if status == "finished" else "CUDA out of memory\nsecond line",
+        config=keys | {"router": {"_target_": f"moe.{router}", "k": 2}, "data": {"seed": keys["seed"], "cache": "c"}},
+        choices={"router": router, "schedule": "constant", "model": "tiny", "data": "embedded", "variant": variant},
+        causal=router != "expert_choice",
+        commit="abc1234",
+        seconds=100.0,
+        train_seconds=90.0,
+        peak_memory_gb=None,
+        parameters={"total": 1000, "active": 500},
+    )
     metrics = {
         "val/loss": loss,
         "val/perplexity": math.exp(loss),
@@ -51,7 +49,7 @@ def write_run(
         "routing/load_cv/pooled": 0.1,
         "routing/utilization": [[0.5, 0.5]],
     }
-    (folder / "metrics.json").write_text(json.dumps({"final_metrics": metrics, "history": {}}))
+    write_metrics(folder, metrics)
     losses = [("eval", 10, 3.0), ("train", 15, 0.1), ("eval", 20, loss - 0.5), ("eval", 30, loss)]
     lines = [json.dumps({"kind": kind, "step": step, "val/loss": value}) for kind, step, value in losses]
     (folder / "events.jsonl").write_text("\n".join(lines) + "\n")
@@ -69,9 +67,7 @@ def sweep(tmp_path: Path) -> Path:
                 write_run(folder / name, noise=noise, lb=lb, seed=seed, loss=2.0 + noise + 0.01 * (seed - 42))
     (folder / "multirun.yaml").write_text("{}")
     (folder / "results.csv").write_text("old")
-    (folder / "sweep.json").write_text(
-        json.dumps({"cells": {path.name: {} for path in folder.iterdir() if path.is_dir()}})
-    )
+    write_cells(folder, {path.name: {} for path in folder.iterdir() if path.is_dir()})
     return folder
 
 
@@ -103,7 +99,7 @@ def test_whatever_is_not_finished_keeps_its_row(sweep: Path) -> None:
     (write_run(sweep / "lb=0.0,noise=0.5,seed=45", noise=0.5, seed=45) / "metrics.json").unlink()
     (write_run(sweep / "lb=0.0,noise=0.5,seed=46", noise=0.5, seed=46) / "run.json").write_text("[]")
     cells = json.loads((sweep / "sweep.json").read_text())["cells"] | {"lb=0.0,noise=0.9,seed=42": {}}
-    (sweep / "sweep.json").write_text(json.dumps({"cells": cells}))
+    write_cells(sweep, cells)
 
     runs = load_runs([sweep]).set_index("run")
     rest = runs[runs["status"] != "finished"]
@@ -136,7 +132,7 @@ def test_a_cell_whose_name_was_cut_has_the_factors_that_it_was_asked_for(tmp_pat
     (sweep / names[43]).mkdir()
     (sweep / names[43] / "run.json").write_text("{")
     asked = {name: {"seed": seed, "capacity": None, "router": "topk"} for seed, name in names.items()}
-    (sweep / "sweep.json").write_text(json.dumps({"cells": asked}))
+    write_cells(sweep, asked)
     runs = load_runs([sweep])
     assert runs["status"].tolist() == ["finished", "unreadable", "missing"]
     assert runs["seed"].tolist() == [42, 43, 44]
@@ -204,9 +200,8 @@ def test_columns_of_training_steps_are_those_of_the_whole_lines_and_a_torn_line_
 def test_divergence_is_no_ordinary_failure_and_a_closed_folder_no_crash(
     sweep: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    diverged = sweep / "lb=0.0,noise=0.0,seed=42" / "run.json"
-    record = json.loads(diverged.read_text()) | {"status": "failed", "error": "Diverged: step 7: loss is not finite"}
-    diverged.write_text(json.dumps(record))
+    diverged = sweep / "lb=0.0,noise=0.0,seed=42"
+    change_record(diverged, status="failed", error="Diverged: step 7: loss is not finite")
     closed = sweep / "lb=0.0,noise=0.0,seed=43"
     scan, read = os.scandir, Path.read_text
     monkeypatch.setattr(os, "scandir", lambda path: _refuse(path) if Path(path) == closed else scan(path))
@@ -245,8 +240,7 @@ def test_a_router_that_is_causal_under_some_settings_stays_one_level(tmp_path: P
     """As under drop=position,score: two names for it would leave nothing to compare within one level."""
     for drop, seed in product(("position", "score"), (1, 2)):
         folder = write_run(tmp_path / "x" / f"drop={drop},seed={seed}", drop=drop, seed=seed)
-        record = json.loads((folder / "run.json").read_text())
-        (folder / "run.json").write_text(json.dumps(record | {"causal": drop == "position"}))
+        change_record(folder, causal=drop == "position")
     runs = with_causality(load_runs([tmp_path]))
     assert runs["router"].unique().tolist() == ["topk (causal: by setting)"]
     assert varied_factors(runs) == ["drop", "seed"]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from run_folders import change_record, write_record
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -378,16 +379,15 @@ def test_a_studied_run_has_its_numbers_and_its_page_and_is_not_studied_twice(
 
 def forge(folder: Path, file: str) -> None:
     """Give one of the data files of a run another checksum."""
-    record = json.loads((folder / "run.json").read_text())
-    assert record["data"]["files"].pop(file)
-    record["data"]["files"][file] = "another"
-    (folder / "run.json").write_text(json.dumps(record))
+    data = json.loads((folder / "run.json").read_text())["facts"]["data"]
+    assert data["files"].pop(file)
+    change_record(folder, data=data | {"files": data["files"] | {file: "another"}})
 
 
 def test_without_studies_the_reason_stands_for_the_figures(cell: Any) -> None:
     made = cell()
     made.folder.mkdir(parents=True)
-    (made.folder / "run.json").write_text(json.dumps({"status": "running", "config": {"seed": 1}, "choices": {}}))
+    write_record(made.folder, status="running", config={"seed": 1})
     assert [(drawn.name, drawn.reason) for drawn in specialization_drawings(load_runs([made.folder]))] == [
         ("specialization", "no run has a specialization.json: run python -m moe.specialization FOLDER")
     ]

@@ -11,9 +11,9 @@ from moe.analysis.report.blocks import Heading, Paragraph, ReportBlock, TableBlo
 from moe.analysis.report.inputs import GRADIENT_METRICS, ReportInputs, stack
 from moe.analysis.sentences import SIGNIFICANCE
 from moe.analysis.statistics import contrasts
+from moe.runs.traces import MILESTONES
 
 VALIDATION_LOSS = "val/loss"
-SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the steps of a run
 CONTRASTS_EXPLAINED = """\
 Difference of the validation loss from that of the reference level, in nats per token, paired by seed and with its 95 %
 t interval. The columns are shares of training at which every finished run was evaluated. *: p <= 0.05 after Holm's
@@ -45,7 +45,7 @@ def contrasts_over_training(inputs: ReportInputs) -> Iterator[ReportBlock]:
 def contrasts_at_shares(inputs: ReportInputs) -> pd.DataFrame:
     """Return `moe.analysis.statistics.contrasts` of the validation loss at shares of training.
 
-    The shares are those of `SHARES` at which every finished run was evaluated. Each share is a family of its own for
+    The shares are those of `MILESTONES` at which every finished run was evaluated. Each share is a family of its own for
     Holm's correction. Two columns are added: `share` and `significant`.
     """
     runs, evals = inputs.runs[inputs.runs["status"] == "finished"], inputs.past.evals
@@ -56,7 +56,7 @@ def contrasts_at_shares(inputs: ReportInputs) -> pd.DataFrame:
     losses = evals.pivot(index="step", columns="folder", values=VALIDATION_LOSS).astype(float)
     by_run = [losses[folder].dropna() if folder in losses else pd.Series(dtype=float) for folder in runs["folder"]]
     tables = []
-    for share in SHARES:
+    for share in MILESTONES:
         values = [run.get(round(share * run.index.max())) if len(run) else None for run in by_run]
         if None not in values:
             at_share = runs.assign(**{VALIDATION_LOSS: values})

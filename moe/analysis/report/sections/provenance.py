@@ -11,9 +11,9 @@ from moe.analysis.report.blocks import Details, Heading, Paragraph, ReportBlock,
 from moe.analysis.report.inputs import ReportInputs
 from moe.config.schema import flatten, is_free
 from moe.results.table import FACTS
+from moe.runs.record import RunRecord
 
 MAX_LEVELS = 12  # of one key that are listed
-SOFTWARE = ("commit", "versions", "machine", "device", "ranks", "process")  # of a run's record
 
 
 def causality(inputs: ReportInputs) -> Iterator[ReportBlock]:
@@ -53,8 +53,8 @@ def data(inputs: ReportInputs) -> Iterator[ReportBlock]:
     """Yield every data manifest that occurs: which text the runs read, from which packages, with which checksums."""
     manifests: dict[str, list[Any]] = {}
     for record in _records(inputs.runs):
-        if isinstance(record.get("data"), dict):
-            manifests.setdefault(json.dumps(record["data"], sort_keys=True), []).append(record)
+        if record.facts is not None:
+            manifests.setdefault(json.dumps(record.facts.data, sort_keys=True), []).append(record)
     yield Heading("Data")
     if not manifests:
         yield Paragraph("No run has a data manifest.")
@@ -71,7 +71,7 @@ def data(inputs: ReportInputs) -> Iterator[ReportBlock]:
 
 def software(inputs: ReportInputs) -> Iterator[ReportBlock]:
     """Yield commit, machine and library versions: where the runs differ, and what they share."""
-    rows = [flatten({key: record.get(key) for key in SOFTWARE}) for record in _records(inputs.runs)]
+    rows = [flatten(_software(record)) for record in _records(inputs.runs)]
     differing, common = differences(pd.DataFrame(rows, dtype=object))
     yield Heading("Code, machine and versions")
     if len(differing):
@@ -115,7 +115,16 @@ def _value_text(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _records(runs: pd.DataFrame) -> Iterable[dict[str, Any]]:
-    """Yield the run.json of every run that has a readable one."""
+def _software(record: RunRecord) -> dict[str, Any]:
+    """Return what the last digits of a run may depend on beside its configuration."""
+    always = {"commit": record.commit, "versions": record.versions, "machine": record.machine._asdict()}
+    facts = record.facts
+    if facts is None:
+        return always
+    return always | {"device": facts.device, "ranks": facts.ranks._asdict(), "process": facts.process}
+
+
+def _records(runs: pd.DataFrame) -> Iterable[RunRecord]:
+    """Yield the record of every run that has a readable one."""
     for folder in runs.loc[~runs["status"].isin(["missing", "unreadable"]), "folder"]:
-        yield json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))
+        yield RunRecord.read(Path(folder) / RunRecord.FILE)

@@ -1,0 +1,183 @@
+"""The records that runs and sweeps leave as JSON: run.json, metrics.json and sweep.json.
+
+Each file has one class, which writes it and reads it. Reading checks every field, so that code which holds a record
+never meets a missing key or a wrong type. Imports no torch, because a command line is checked with it.
+"""
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+
+from moe.checks import first_line, parse
+from moe.config.claim import ClaimConfig
+from moe.config.schema import Config
+from moe.files import write_json
+
+FORMAT = 1  # of all three files; raise it whenever a field is added, removed or changes its meaning
+
+R = TypeVar("R", bound="_Record")
+Status = Literal["running", "interrupted", "failed", "finished"]
+
+
+class RecordError(ValueError):
+    """A record cannot be read; the message is one line that names the file, what is wrong, and what to do."""
+
+
+class Machine(NamedTuple):
+    """Operating system, and number of CPUs if it is known."""
+
+    system: str
+    cpus: int | None
+
+
+class Parameters(NamedTuple):
+    """Number of parameters: all of them, and those that one token uses."""
+
+    total: int
+    active: int
+
+
+class Ranks(NamedTuple):
+    """Number of processes that trained the run, and how they shared the model."""
+
+    number: int
+    layout: str
+
+
+class RunFacts(NamedTuple):
+    """What is known of a run only once it has been trained; the training loop returns it.
+
+    flops_per_token: of a forward pass. seconds: wall time over all resumptions; train_seconds: without evaluation and
+    saving. peak_memory_gb: in 1e9 bytes, null if unknown. process: thread and memory settings. experts_kernel: null
+    for a model without experts. data: the manifest of the data, see `moe.data.blocks.Prepared`.
+    """
+
+    parameters: Parameters
+    flops_per_token: int
+    seconds: float
+    train_seconds: float
+    peak_memory_gb: float | None
+    device: str
+    process: dict[str, Any]
+    ranks: Ranks
+    experts_kernel: str | None
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Record:
+    """A JSON file with a format number. Subclasses add the fields and say what to do about a bad file."""
+
+    FILE: ClassVar[str]
+    ADVICE: ClassVar[str]
+
+    format: int = FORMAT
+
+    @classmethod
+    def read(cls: type[R], path: Path) -> R:
+        """Read the record at `path`. Raises RecordError for a missing, torn or foreign file, or another format."""
+        try:
+            content = _load(path)
+            if isinstance(content, dict) and content.get("format") != FORMAT:
+                raise ValueError(f"written by another version of this project: {_number(content)}, here {FORMAT}")
+            return parse(cls, content)
+        except FileNotFoundError:
+            raise RecordError(f"{path.parent}: no {path.name}") from None
+        except OSError as error:
+            raise RecordError(f"{path}: cannot be read: {error.strerror}") from None
+        except ValueError as error:
+            raise RecordError(f"{path}: {first_line(error)}; {cls.ADVICE}") from None
+
+    def write(self, path: Path) -> None:
+        """Write the record to `path`, atomically."""
+        write_json(path, {field.name: _plain(getattr(self, field.name)) for field in fields(self)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord(_Record):
+    """run.json: what a run is, how far it came, and what is known of it.
+
+    error: the first line of what ended the run, if it failed or was interrupted. choices: the option chosen from each
+    config group. causal: whether the routing of a token depends on no later token. config: the whole configuration.
+    identity: the part of it that decides what the run computes, flat. versions: of Python and of libraries. commit: of
+    this project, null if unknown. facts: null until the run is finished.
+    """
+
+    FILE = "run.json"
+    ADVICE = "delete the folder or choose another out=DIR"
+
+    status: Status
+    error: str | None
+    experiment: str
+    name: str
+    choices: dict[str, str | None]
+    causal: bool
+    config: dict[str, Any]
+    identity: dict[str, Any]
+    versions: dict[str, str]
+    machine: Machine
+    commit: str | None
+    facts: RunFacts | None
+
+    def typed_config(self) -> Config:
+        """Return the configuration. Raises ValueError, naming the key, if it is not one of this version."""
+        return parse(Config, self.config)
+
+    def claims(self) -> list[ClaimConfig]:
+        """Return the planned claims. Raises ValueError, naming the key, for a claim of another version."""
+        claims = self.config.get("claims", [])
+        if not isinstance(claims, list):
+            raise ValueError(f"claims={claims!r:.80}: must be a list")
+        return [parse(ClaimConfig, claim, f"claims[{number}]") for number, claim in enumerate(claims)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricsRecord(_Record):
+    """metrics.json: the final metrics of a finished run, and its series with one entry per evaluation.
+
+    A metric that the run does not have is null; one with a value for each layer and expert is a list of lists.
+    """
+
+    FILE = "metrics.json"
+    ADVICE = "delete the folder or choose another out=DIR"
+
+    final_metrics: dict[str, int | float | list[Any] | None]
+    history: dict[str, list[Any]]
+
+    def scalars(self) -> dict[str, int | float | None]:
+        """Return the final metrics that are one number, or null."""
+        return {name: value for name, value in self.final_metrics.items() if not isinstance(value, list)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepRecord(_Record):
+    """sweep.json: every cell that a sweep folder is to have, by folder name, each with its factors and their levels."""
+
+    FILE = "sweep.json"
+    ADVICE = "delete this file; it says only which cells a sweep was asked for"
+
+    cells: dict[str, dict[str, Any]]
+
+
+def _load(path: Path) -> Any:
+    """Return the content of a JSON file. Raises ValueError if it is torn or no JSON, OSError if it cannot be read."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(content, ensure_ascii=False).encode()  # half a surrogate pair could never be printed
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"torn or no JSON ({first_line(error)})") from None
+    return content
+
+
+def _number(content: dict[str, Any]) -> str:
+    return f"format {content['format']!r:.20}" if "format" in content else "no format number"
+
+
+def _plain(value: Any) -> Any:
+    """Return a NamedTuple, and those in it, as dicts."""
+    if hasattr(value, "_asdict"):
+        return {name: _plain(item) for name, item in value._asdict().items()}
+    return value

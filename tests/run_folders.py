@@ -1,0 +1,59 @@
+"""Made-up records of runs: the fields that a test does not care about are filled in."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from moe.runs.record import FORMAT, RunFacts
+
+RECORD = {
+    "format": FORMAT,
+    "status": "finished",
+    "error": None,
+    "choices": {},
+    "causal": True,
+    "config": {},
+    "identity": {},
+    "versions": {"python": "3.11"},
+    "machine": {"system": "Linux", "cpus": 2},
+    "commit": None,
+    "facts": None,
+}
+FACTS = {
+    "parameters": {"total": 1000, "active": 500},
+    "flops_per_token": 1000,
+    "seconds": 2.0,
+    "train_seconds": 1.0,
+    "peak_memory_gb": None,
+    "device": "cpu",
+    "process": {"threads": 1},
+    "ranks": {"number": 1, "layout": "single"},
+    "experts_kernel": "loop",
+    "data": {},
+}
+
+
+def write_record(folder: Path, **fields: Any) -> None:
+    """Write run.json with these fields; a field of `RunFacts` gives the run facts."""
+    facts = {name: fields.pop(name) for name in RunFacts._fields if name in fields}
+    named = {"experiment": folder.parent.name, "name": folder.name}
+    record = RECORD | named | ({"facts": FACTS | facts} if facts else {}) | fields
+    (folder / "run.json").write_text(json.dumps(record))
+
+
+def change_record(folder: Path, **fields: Any) -> None:
+    """Replace fields of a run.json, facts among them."""
+    record = json.loads((folder / "run.json").read_text())
+    for name in [name for name in fields if name in RunFacts._fields]:
+        record["facts"] = (record["facts"] or FACTS) | {name: fields.pop(name)}
+    (folder / "run.json").write_text(json.dumps(record | fields))
+
+
+def write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
+    """Write metrics.json with these final metrics."""
+    (folder / "metrics.json").write_text(json.dumps({"format": FORMAT, "final_metrics": metrics, "history": {}}))
+
+
+def write_cells(sweep: Path, cells: dict[str, dict[str, Any]]) -> None:
+    """Write the sweep.json of a sweep that was asked for these cells."""
+    (sweep / "sweep.json").write_text(json.dumps({"format": FORMAT, "cells": cells}))

@@ -1,0 +1,232 @@
+"""Records read back as they were written, and any other file is refused in one line that names it."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_folders import change_record, write_cells, write_metrics, write_record
+
+from moe.config.options import CONF
+from moe.results.sweep_tables import console_table
+from moe.results.table import load_runs
+from moe.runs.record import (
+    FORMAT,
+    Machine,
+    MetricsRecord,
+    Parameters,
+    Ranks,
+    RecordError,
+    RunFacts,
+    RunRecord,
+    SweepRecord,
+)
+
+FACTS = RunFacts(
+    parameters=Parameters(total=10, active=5),
+    flops_per_token=100,
+    seconds=2.5,
+    train_seconds=2.0,
+    peak_memory_gb=None,
+    device="cpu",
+    process={"threads": 1},
+    ranks=Ranks(number=1, layout="single"),
+    experts_kernel="loop",
+    data={"key": "k", "files": {"a": "b"}},
+)
+RUN = RunRecord(
+    status="finished",
+    error=None,
+    experiment="default",
+    name="seed=1",
+    choices={"router": "topk", "variant": None},
+    causal=True,
+    config={"seed": 1, "router": {"k": 2}, "claims": []},
+    identity={"seed": 1},
+    versions={"python": "3.11"},
+    machine=Machine(system="Linux", cpus=None),
+    commit="ä\u2028",
+    facts=FACTS,
+)
+METRICS = MetricsRecord(
+    final_metrics={"val/loss": 1.5, "val/perplexity": math.inf, "x/y": None, "routing/utilization": [[0.5, 0.5]]},
+    history={"steps": [0, 1], "train_losses": [None, 1.0]},
+)
+SWEEP = SweepRecord(cells={"seed=1": {"seed": 1, "capacity": None}})
+
+
+@pytest.mark.parametrize("record", [RUN, replace(RUN, status="running", facts=None), METRICS, SWEEP])
+def test_a_record_reads_back_as_it_was_written(record: Any, tmp_path: Path) -> None:
+    record.write(tmp_path / record.FILE)
+    assert type(record).read(tmp_path / record.FILE) == record
+    assert [path.name for path in tmp_path.iterdir()] == [record.FILE]
+    assert json.loads((tmp_path / record.FILE).read_text())["format"] == FORMAT
+
+
+def whole(record: Any, path: Path) -> dict[str, Any]:
+    record.write(path)
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("record", [RUN, METRICS, SWEEP])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "torn or no JSON"),
+        (b'{"format": 1, "status"', "torn or no JSON"),
+        (b"\xff\xfe\x00", "torn or no JSON"),
+        (b"[" * 100_000, "torn or no JSON"),
+        (b'{"format": 1, "x": "\\ud800"}', "torn or no JSON"),
+        (b"[]", "the content is []: must be an object"),
+        (b"null", "the content is None: must be an object"),
+        (b"{}", "written by another version of this project: no format number, here 1"),
+        (b'{"format": 7, "a": 1}', "written by another version of this project: format 7, here 1"),
+        (b'{"format": [1]}', "written by another version of this project: format [1], here 1"),
+        (b'{"format": 1}', "is missing"),
+    ],
+)
+def test_a_torn_or_foreign_file_is_refused_in_one_line(record: Any, content: bytes, said: str, tmp_path: Path) -> None:
+    path = tmp_path / record.FILE
+    path.write_bytes(content)
+    with pytest.raises(RecordError) as raised:
+        type(record).read(path)
+    assert str(raised.value).startswith(f"{path}: {said}" if said != "is missing" else f"{path}: ")
+    assert said in str(raised.value)
+    assert str(raised.value).endswith(record.ADVICE)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_every_missing_unknown_or_mistyped_field_is_named(tmp_path: Path) -> None:
+    """Of every record, at every depth."""
+    path = tmp_path / "x.json"
+
+    def refused(record: Any, content: Any, name: str) -> None:
+        path.write_text(json.dumps(content))
+        with pytest.raises(RecordError) as raised:
+            type(record).read(path)
+        assert name in str(raised.value)
+        assert len(str(raised.value).splitlines()) == 1
+
+    for record in (RUN, METRICS, SWEEP):
+        content = whole(record, path)
+        for name in content.keys() - {"format"}:
+            refused(record, {key: value for key, value in content.items() if key != name}, name)
+            refused(record, content | {name: 10**400}, name)
+            refused(record, content | {name: [1]}, name)
+        refused(record, content | {"line\nbreak": 1}, "line")
+    content = whole(RUN, path)
+    for name in RunFacts._fields:
+        refused(RUN, content | {"facts": {k: v for k, v in content["facts"].items() if k != name}}, f"facts.{name}")
+        refused(RUN, content | {"facts": content["facts"] | {name: [True]}}, f"facts.{name}")
+    refused(RUN, content | {"facts": content["facts"] | {"extra": 1}}, "facts.extra")
+    refused(RUN, content | {"status": "done"}, "one of running, interrupted, failed, finished")
+    refused(
+        RUN, content | {"machine": {"system": "Linux", "cpus": True}}, "machine.cpus is True: must be a whole number"
+    )
+    refused(
+        METRICS, whole(METRICS, path) | {"final_metrics": {"val/loss": "low"}}, "final_metrics is {'val/loss': 'low'}"
+    )
+    refused(METRICS, whole(METRICS, path) | {"final_metrics": {"val/loss": 10**400}}, "final_metrics")
+    refused(SWEEP, {"format": FORMAT, "cells": {"seed=1": None}}, "cells is {'seed=1': None}")
+
+
+def test_a_missing_file_and_a_folder_in_its_place_are_named(tmp_path: Path) -> None:
+    with pytest.raises(RecordError, match=r"no run\.json"):
+        RunRecord.read(tmp_path / "run.json")
+    (tmp_path / "run.json").mkdir()
+    with pytest.raises(RecordError, match=r"run\.json: cannot be read: Is a directory"):
+        RunRecord.read(tmp_path / "run.json")
+
+
+def test_whole_numbers_may_stand_for_numbers(tmp_path: Path) -> None:
+    content = whole(RUN, tmp_path / "run.json")
+    (tmp_path / "run.json").write_text(json.dumps(content | {"facts": content["facts"] | {"seconds": 2}}))
+    facts = RunRecord.read(tmp_path / "run.json").facts
+    assert facts is not None
+    assert isinstance(facts.seconds, float)
+
+
+def test_configuration_and_claims_are_read_as_their_types(cell: Any) -> None:
+    from moe.launch.run import write_run_record
+
+    claim = "{text: new, metric: val/perplexity, factor: noise, levels: [0.5], than: [0.0], kind: higher}"
+    one = cell(f"claims=[{claim}]")
+    one.folder.mkdir(parents=True)
+    write_run_record(one, "running")
+    record = RunRecord.read(one.folder / "run.json")
+    assert record.typed_config() == one.config
+    assert record.claims() == one.config.claims
+    for name, value in (("seed", "one"), ("model", {}), ("claims", [{"text": "x"}]), ("extra", 1)):
+        with pytest.raises(ValueError, match=name):
+            replace(record, config=record.config | {name: value}).typed_config()
+
+
+def test_the_analysis_keeps_every_unreadable_run_as_a_row(tmp_path: Path) -> None:
+    damage = {
+        "seed=1": b"{",
+        "seed=2": b"[]",
+        "seed=3": b"\xff",
+        "seed=4": b'{"format": 0}',
+        "seed=5": b'{"format": 1}',
+    }
+    for name, content in damage.items():
+        (tmp_path / "x" / name).mkdir(parents=True)
+        (tmp_path / "x" / name / "run.json").write_bytes(content)
+    for seed, final in ((6, {"val/loss": "low"}), (7, {"val/loss": 1.0})):
+        (tmp_path / "x" / f"seed={seed}").mkdir()
+        write_record(tmp_path / "x" / f"seed={seed}", config={"seed": seed})
+        write_metrics(tmp_path / "x" / f"seed={seed}", final)
+    write_cells(tmp_path / "x", {"seed=8": {"seed": 8}})
+    runs = load_runs([tmp_path]).set_index("run")
+    assert runs["status"].tolist() == ["unreadable"] * 6 + ["finished", "missing"]
+    for name in [*damage, "seed=6"]:
+        assert str(tmp_path / "x" / name) in runs.loc[name, "error"]
+    assert "format 0, here 1" in runs.loc["seed=4", "error"]
+    assert "1 of 8 runs finished" in console_table(load_runs([tmp_path]))
+    done = subprocess.run(
+        [sys.executable, str(CONF.parent / "analyze.py"), str(tmp_path / "x"), "--out", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "out" / "report.md").read_text().count("| unreadable |") == 6
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": 0}', '{"format": 1}'])
+def test_training_refuses_an_unreadable_folder_with_status_2(
+    content: str, small: list[str], cell: Any, tmp_path: Path
+) -> None:
+    folder = cell().folder
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(content)
+    command = [sys.executable, str(CONF.parent / "train.py"), *small, f"out={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"train.py: {folder / 'run.json'}: ")
+    assert done.stderr.endswith("; delete the folder or choose another out=DIR\n")
+    assert [path.name for path in folder.iterdir()] == ["run.json"]
+
+
+def test_training_refuses_a_sweep_whose_list_of_cells_is_torn(small: list[str], tmp_path: Path) -> None:
+    (tmp_path / "default").mkdir()
+    (tmp_path / "default" / "sweep.json").write_text('{"cells": {')
+    command = [sys.executable, str(CONF.parent / "train.py"), "-m", *small, "seed=1,2", f"out={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "sweep.json: torn or no JSON" in done.stderr
+    assert "delete this file" in done.stderr
+
+
+def test_a_changed_record_of_the_helper_is_still_a_record(tmp_path: Path) -> None:
+    write_record(tmp_path, seconds=1.0)
+    change_record(tmp_path, seconds=3.0, causal=False)
+    record = RunRecord.read(tmp_path / "run.json")
+    assert record.facts is not None
+    assert (record.facts.seconds, record.causal) == (3.0, False)
