@@ -108,6 +108,9 @@ def _parse_value(annotation: Any, value: object, place: str) -> Any:
         return parse(record, value, place)
     if get_origin(annotation) is list and _is_record(get_args(annotation)[0]) and isinstance(value, list):
         return [parse(get_args(annotation)[0], item, f"{place}[{number}]") for number, item in enumerate(value)]
+    mapping = next((option for option in options if get_origin(option) is dict), None)
+    if mapping is not None and isinstance(value, dict):
+        return {key: _parse_value(get_args(mapping)[1], item, _join(place, key)) for key, item in value.items()}
     if not _fits(value, annotation):
         raise ValueError(f"{place} is {_shorten(value)}: must be {_describe(annotation)}")
     if isinstance(value, int) and not isinstance(value, bool) and float in options and int not in options:
@@ -145,12 +148,10 @@ def _fits(value: object, annotation: Any) -> bool:
         return isinstance(value, list) and all(_fits(item, get_args(annotation)[0]) for item in value)
     if get_origin(annotation) in (Union, UnionType):
         return any(_fits(value, option) for option in get_args(annotation))
-    if annotation is float:  # a whole number is a fine float; True is not a number
-        if isinstance(value, int) and not isinstance(value, bool):
-            return abs(value) < 2**1023  # a larger one has no float
-        return isinstance(value, float)
-    if annotation is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+    if annotation in (int, float):  # a whole number is a float too, but True is no number
+        if isinstance(value, int):
+            return not isinstance(value, bool) and abs(value) < 2**1023  # a larger one has no float
+        return annotation is float and isinstance(value, float)
     return isinstance(value, annotation) if isinstance(annotation, type) else value is annotation
 
 

@@ -1,4 +1,4 @@
-"""What an experiment says beforehand that it will show: `moe.analysis.claims` judges it."""
+"""Planned claims: what an experiment is expected to show. `moe.analysis.claims` judges them after it ran."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,11 +10,12 @@ from moe.checks import finite, one_of, require, unknown
 
 @dataclass
 class ClaimConfig:
-    """What is said of a sweep before it is trained: the `levels` of a `factor` change a `metric` as `kind` says.
+    """A claim that the `levels` of a `factor` change a `metric` in the way that `kind` says.
 
-    higher, lower: every one of `levels` against every one of `than`. highest, lowest: against all the other levels.
-    equivalent: the difference is smaller than `margin`. A `margin` or `size` is in units of the metric, or a text such
-    as 5%, of the mean at the level compared with; `size` is the range of the claimed rise or fall.
+    Kinds: "higher" and "lower" compare each of `levels` with each level in `than`. "highest" and "lowest" compare them
+    with all other levels. "equivalent": the difference from `than` is smaller than `margin`. `size` is the range of the
+    claimed rise or fall. `margin` and `size` are in units of the metric, or a text such as 5%, which is a share of the
+    mean at the level compared with.
     """
 
     text: str = MISSING
@@ -30,27 +31,27 @@ class ClaimConfig:
     def check(self, key: str, factors: list[str]) -> None:
         one_of(f"{key}.kind", self.kind, ("higher", "lower", "highest", "lowest", "equivalent"))
         one_of(f"{key}.metric", self.metric.split("/")[0], ("val", "val_capacity", "routing", "train", "time"))
-        elsewhere = self.factor.startswith(("router.", "schedule."))  # another cell's router or schedule may have it
+        elsewhere = self.factor.startswith(("router.", "schedule."))  # only some cells may have such a key
         if not elsewhere and self.factor not in factors:
             raise unknown(f"factor of {key}", self.factor, factors)
         require(bool(self.levels), f"{key}.levels", self.levels, "a list of at least one level")
         all_others = self.kind in ("highest", "lowest")
-        allowed = f"empty: {self.kind} is against all other levels" if all_others else "a list of at least one level"
+        allowed = f"empty: {self.kind} compares with all other levels" if all_others else "a list of at least one level"
         require(all_others != bool(self.than), f"{key}.than", self.than, allowed)
         both = [level for level in self.levels if level in self.than]
-        require(not both, f"{key}.than", self.than, f"without {both}, which levels has too")
+        require(not both, f"{key}.than", self.than, f"without {both}, which levels contains too")
         equivalent = self.kind == "equivalent"
-        allowed = "given, such as 1%" if equivalent else "left out: only kind=equivalent has one"
+        allowed = "given, such as 1%" if equivalent else "left out: only kind=equivalent has a margin"
         require(equivalent == (self.margin is not None), f"{key}.margin", self.margin, allowed)
         sized = self.kind in ("higher", "lower") and len(self.size) == 2
-        require(sized or not self.size, f"{key}.size", self.size, "two amounts, and kind higher or lower")
+        require(sized or not self.size, f"{key}.size", self.size, "two amounts, with kind=higher or kind=lower")
         amounts = [absolute(amount, 1.0) for amount in ([self.margin] if equivalent else self.size)]
         ok = all(amount > 0 for amount in amounts) and amounts == sorted(amounts)
         require(ok, f"{key}.{'margin' if equivalent else 'size'}", self.margin or self.size, "positive and rising")
 
 
 def absolute(amount: Any, reference: float) -> float:
-    """An amount in units of a metric: a number is one, "5%" is that share of `reference`, taken as positive."""
+    """Return an amount in units of a metric; "5%" is that share of the absolute value of `reference`."""
     share = isinstance(amount, str) and amount.endswith("%")
     try:
         value = float(amount[:-1] if share else amount)

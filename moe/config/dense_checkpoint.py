@@ -1,4 +1,4 @@
-"""A dense Llama-type checkpoint as far as json tells: which one it is, and what sizes it gives to a model made of it.
+"""A dense Llama-type checkpoint to start from: its digest, and the sizes that its config.json gives to the model.
 
 Imports no torch, because a command line is checked with it.
 """
@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from tokenizers import Tokenizer
 
-from moe.checks import ConfigError, require
+from moe.checks import ConfigError, first_line, require
 from moe.files import sha256
 
 # Key of `moe.config.schema.ModelConfig` -> key of a Llama's config.json.
@@ -23,46 +23,51 @@ SIZES = {
     "dense_ffn": "intermediate_size",
 }
 
-# What the model takes over beside the sizes, as transformers' LlamaConfig reads it.
+# What the model takes over in addition to the sizes, under the names of transformers' LlamaConfig.
 INHERITED = """num_key_value_heads head_dim max_position_embeddings rope_parameters rms_norm_eps attention_bias
     attention_dropout initializer_range tie_word_embeddings bos_token_id eos_token_id pad_token_id""".split()
 
 
 def resolve(model: dict[str, Any]) -> dict[str, Any]:
-    """What the checkpoint `model["dense"]` says of a `model` group, in which None stands for what is not given: sizes,
-    the number of layers if none is given, and `dense_digest`.
+    """Return the keys of the `model` group that the checkpoint `model["dense"]` fixes.
 
-    Raises ConfigError for a checkpoint that is missing or no Llama, and for a given value that is not the checkpoint's.
+    These are sizes, `dense_digest`, and the number of layers if it is None; None means that a key is not given. Raises
+    ConfigError for a checkpoint that is missing or no Llama, and for a given value that differs from the checkpoint's.
     """
     name = model["dense"]
     settings = _settings(name, model["dense_digest"])
-    values = {key: settings[theirs] for key, theirs in SIZES.items()}
+    values = {key: settings[llama_key] for key, llama_key in SIZES.items()}
     values |= {"expert": "swiglu", "embed_scale": False, "dense_digest": digest(name, model["dense_digest"])}
     for key, value in values.items():
-        allowed = f"{value}, as in {name}; model=upcycled leaves it out"
+        allowed = f"{value}, as in {name}; model=upcycled leaves this key out"
         require(model[key] in (None, value), f"model.{key}", model[key], allowed)
     most = settings["num_hidden_layers"]
     layers = most if model["layers"] is None else model["layers"]
-    require(layers <= most, "model.layers", layers, f"at most {most}, those of {name}")
+    require(layers <= most, "model.layers", layers, f"at most {most}, the number of layers of {name}")
     return values | {"layers": layers}
 
 
 def check_data(name: str, revision: str | None, *, tokenizer: str, seq_len: int) -> None:
-    """Refuse token ids that are not those of the checkpoint, and sequences longer than it knows positions for."""
+    """Raise ConfigError for a tokenizer other than the checkpoint's, and for sequences longer than its positions."""
     settings = _settings(name, revision)
     vocabulary = settings["vocab_size"]
-    require(tokenizer != "bpe", "data.tokenizer", tokenizer, f"that of model.dense={name}, which knows no other tokens")
+    require(tokenizer != "bpe", "data.tokenizer", tokenizer, f"the tokenizer of model.dense={name}")
     path = _file("data.tokenizer", tokenizer, "tokenizer.json")
     size = Tokenizer.from_file(str(path)).get_vocab_size()
-    require(size == vocabulary, "data.tokenizer", tokenizer, f"of {vocabulary} tokens like {name}; it has {size}")
+    require(
+        size == vocabulary,
+        "data.tokenizer",
+        tokenizer,
+        f"of {vocabulary} tokens like {name}; it has {size}",
+    )
     longest = settings.get("max_position_embeddings", 2048)
-    require(seq_len <= longest, "data.seq_len", seq_len, f"at most {longest}, what {name} was made for")
+    require(seq_len <= longest, "data.seq_len", seq_len, f"at most {longest}, the number of positions of {name}")
 
 
 def digest(name: str, revision: str | None = None) -> str:
-    """Which checkpoint it is: sha256 over config.json and all weights of a local folder, the commit of one on the hub.
+    """Return the digest of a checkpoint: sha256 of config.json and all weights of a folder, or the commit on the hub.
 
-    Weights are read wholly, once per process as long as the files do not change (about a second per GB).
+    This reads all weights, about a second per GB, but only once per process while the files do not change.
     """
     folder = _file("model.dense", name, "config.json", revision).parent
     if not Path(name).is_dir():
@@ -74,12 +79,15 @@ def digest(name: str, revision: str | None = None) -> str:
 
 
 def revision(name: str, digest: str | None) -> str:
-    """What to tell transformers, so that it loads from the hub exactly the checkpoint of this `digest`."""
+    """Return the `revision` with which transformers loads exactly the checkpoint of this `digest` from the hub."""
     return "main" if Path(name).is_dir() or digest is None else digest
 
 
 def _settings(name: str, revision: str | None) -> dict[str, Any]:
-    """config.json, if our model can take its weights: attention and norms are Llama's, experts SwiGLU without bias."""
+    """Return the content of config.json. Raises ConfigError if the model cannot take over the weights.
+
+    They must be those of a Llama: its attention and norms, and SwiGLU without bias for the experts.
+    """
     path = _file("model.dense", name, "config.json", revision)
     try:
         settings = json.loads(path.read_text())
@@ -93,7 +101,7 @@ def _settings(name: str, revision: str | None) -> dict[str, Any]:
 
 
 def _file(key: str, name: str, file: str, revision: str | None = None) -> Path:
-    """A file of a local folder or of a repository on the hub."""
+    """Return the path of a file in a local folder, or of a repository on the hub, which is downloaded."""
     if Path(name).is_dir():
         path = Path(name, file)
         require(path.exists(), key, name, f"a folder with {file}, or a name on the hub")
@@ -101,8 +109,7 @@ def _file(key: str, name: str, file: str, revision: str | None = None) -> Path:
     try:
         return Path(hf_hub_download(name, file, revision=revision))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{key}={name}: no such folder, and none on the hub ({reason})") from error
+        raise ConfigError(f"{key}={name}: no such folder, and none on the hub ({first_line(error)})") from error
 
 
 @lru_cache

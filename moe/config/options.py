@@ -1,4 +1,4 @@
-"""What can be chosen: the yaml files of each config group in conf/."""
+"""The options of each config group: the yaml files in conf/."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ GROUPS = ("router", "schedule", "model", "data", "optimizer", "logger", "experim
 
 
 def options(group: str) -> dict[str, str]:
-    """The yaml files of a config group, with the purpose that their first line states."""
+    """Return the options of a config group, each with the purpose that the first line of its yaml states."""
     purposes = {}
     for path in sorted((CONF / group).glob("*.yaml")):
         lines = [line for line in path.read_text().splitlines() if line.startswith("# ") and "@package" not in line]

@@ -1,4 +1,4 @@
-"""The configuration: its types and ranges, and the reading of a command line into checked cells before any work."""
+"""The typed configuration of a run: keys, types, defaults, and allowed ranges."""
 
 import importlib.util
 from dataclasses import asdict, dataclass, field
@@ -10,11 +10,13 @@ from omegaconf import MISSING
 from moe.checks import ConfigError, build, finite, one_of, require
 from moe.config import dense_checkpoint
 from moe.config.claim import ClaimConfig
+from moe.data.limits import check_limits
 from moe.distributed import ranks
 from moe.routing.loss_table import LOSSES
 
-# What a run computes does not depend on these, but for last bits (threads) and draws of dropout (expert_parallel), so
-# they are no part of its identity and may change on a resume.
+# Keys that are not part of a run's identity, so that they may change on a resume. What a run computes does not depend
+# on them, except for last bits (threads) and the random numbers of dropout (expert_parallel). conf/config.yaml leaves
+# the same keys out of folder names.
 FREE_KEYS = (
     "out",
     "threads",
@@ -31,7 +33,7 @@ FREE_KEYS = (
 
 @dataclass
 class ModelConfig:
-    """Decoder-only transformer; `dim` D, `ffn` F (of one expert), counts in units, `dropout` a probability."""
+    """Decoder-only transformer. `dim` is the width D, and `ffn` the hidden width F of one expert."""
 
     dim: int = MISSING
     heads: int = MISSING
@@ -39,15 +41,15 @@ class ModelConfig:
     ffn: int = MISSING
     num_experts: int = MISSING
     expert: str = "silu"  # silu | swiglu
-    shared_experts: int = 0  # always-on experts of the same width, side by side with the routed ones
-    first_k_dense_replace: int = 0  # the first layers that are dense feed-forward instead of MoE
-    dense_ffn: int = MISSING  # their width
-    dropout: float = 0.0
+    shared_experts: int = 0  # experts of the same width that every token uses, beside the routed ones
+    first_k_dense_replace: int = 0  # number of first layers that are dense feed-forward instead of MoE
+    dense_ffn: int = MISSING  # hidden width of those dense layers
+    dropout: float = 0.0  # a probability
     embed_scale: bool = True  # multiply embeddings by sqrt(D)
-    neftune_noise_alpha: float = 0.0  # uniform noise on embeddings, before that factor, training only (2310.05914: 5)
+    neftune_noise_alpha: float = 0.0  # uniform noise on embeddings in training, before that factor (2310.05914: 5)
     attention: str = "sdpa"  # eager | sdpa | flash_attention_2
-    dense: str | None = None  # a dense Llama-type checkpoint to start from, a folder or hub name (`moe.model.upcycle`)
-    dense_digest: str | None = None  # which one that is; filled in, or given to insist on it
+    dense: str | None = None  # dense Llama-type checkpoint to start from, a folder or hub name (`moe.model.upcycle`)
+    dense_digest: str | None = None  # digest of that checkpoint; filled in, or given to insist on it
 
     def check(self) -> None:
         one_of("model.expert", self.expert, ("silu", "swiglu"))
@@ -69,7 +71,7 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """Where text comes from (`source`, a `_target_`), how it is tokenized, split and cut into blocks of `seq_len`."""
+    """Source of the text (a `_target_`), and how it is tokenized, split, and cut into blocks of `seq_len` tokens."""
 
     source: Any = MISSING
     tokenizer: str = MISSING
@@ -80,32 +82,31 @@ class DataConfig:
     cache: str = MISSING
 
     def check(self) -> None:
-        require(self.seq_len >= 2, "data.seq_len", self.seq_len, "a whole number >= 2")
-        require(1 <= self.val_percent <= 50, "data.val_percent", self.val_percent, "between 1 and 50")
-        for name, low in (("vocab_size", 259), ("max_val_blocks", 1)):
-            value = getattr(self, name)
-            require(value is None or value >= low, f"data.{name}", value, f"a whole number >= {low}, or null")
-        trained = self.tokenizer == "bpe"
-        allowed = "given, because data.tokenizer=bpe is trained" if trained else "null: data.tokenizer has its own"
-        require(trained == (self.vocab_size is not None), "data.vocab_size", self.vocab_size, allowed)
+        check_limits(
+            tokenizer=self.tokenizer,
+            vocab_size=self.vocab_size,
+            seq_len=self.seq_len,
+            val_percent=self.val_percent,
+            max_val_blocks=self.max_val_blocks,
+        )
         build(self.source, "data.source")
 
 
 @dataclass
 class OptimizerConfig:
-    """Peak learning rates; Muon for matrices unless `muon_lr` is null, AdamW for the rest (for everything then)."""
+    """Peak learning rates of Muon, for matrices, and AdamW, for the rest; if `muon_lr` is null, AdamW trains all."""
 
     muon_lr: float | None = MISSING
     adamw_lr: float = MISSING
-    router_lr: float | None = None  # of AdamW for routers and
-    experts_lr: float | None = None  # for routed experts; null: adamw_lr
+    router_lr: float | None = None  # AdamW's rate for routers; null: adamw_lr
+    experts_lr: float | None = None  # AdamW's rate for routed experts; null: adamw_lr
     momentum: float = 0.95
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 0.1
-    warmup: float = 0.1  # fraction of optimizer steps
-    floor: float = 0.1  # last learning rate as a fraction of the peak
-    clip: float = 1.0  # largest global gradient norm
+    warmup: float = 0.1  # fraction of the optimizer steps
+    floor: float = 0.1  # last learning rate, as a fraction of the peak
+    clip: float = 1.0  # largest allowed global gradient norm
 
     def check(self) -> None:
         for name in ("muon_lr", "adamw_lr", "router_lr", "experts_lr", "clip"):
@@ -130,7 +131,7 @@ class OptimizerConfig:
 
 @dataclass
 class LoggerConfig:
-    """W&B mirror of events.jsonl; mode auto: online when a key is set, else offline."""
+    """Mirror of events.jsonl at Weights & Biases. Mode "auto": online if an API key is set, else offline."""
 
     mode: str = "auto"
     project: str = "moe-routing"
@@ -142,7 +143,7 @@ class LoggerConfig:
 
 @dataclass
 class Config:
-    """A run, completely: two equal configurations train bitwise-equal models on one machine."""
+    """The whole configuration of a run. Equal configurations train bitwise equal models on one machine."""
 
     seed: int = 42
     steps: int = 300  # optimizer steps
@@ -150,36 +151,36 @@ class Config:
     grad_accum: int = 1  # micro-batches per optimizer step
     noise: float = 0.0  # std of the Gaussian noise on router logits, training only
     lb: float = 0.01  # weight of the load-balance loss, summed over layers
-    lb_sequence: float = 0.0  # the same of each sequence by itself
-    lb_global: float = 0.0  # the same of the whole batch of an optimizer step
-    z: float = 0.0  # weight of the router z-loss; this and the following are summed over layers too
-    router_entropy: float = 0.0  # of the mean token entropy: sharpens
-    gate_variance: float = 0.0  # of minus the variance of probabilities over tokens
-    simbal: float = 0.0  # of the router rows' distance from orthonormal
-    output_orthogonality: float = 0.0  # of the squared cosine of the outputs of a token's experts
+    lb_sequence: float = 0.0  # weight of the load-balance loss of each sequence by itself
+    lb_global: float = 0.0  # weight of the load-balance loss of the whole batch of an optimizer step
+    z: float = 0.0  # weight of the router z-loss; this loss and the following ones are summed over layers too
+    router_entropy: float = 0.0  # weight of the mean entropy of a token's probabilities: makes routing sharper
+    gate_variance: float = 0.0  # weight of minus the variance of probabilities over tokens
+    simbal: float = 0.0  # weight of the distance of the router rows from orthonormal
+    output_orthogonality: float = 0.0  # weight of the squared cosine between the outputs of a token's experts
     capacity: float | None = None  # capacity factor of training; null: dropless
-    drop: str = "position"  # who stays when there is a capacity: position | score | random; only position is causal
+    drop: str = "position"  # which tokens a full expert keeps: by position | score | random; only position is causal
     eval_every: int = 100  # optimizer steps
     save_every: int = 100  # optimizer steps
-    save_milestones: bool = False  # keep the model at 10, 25, 50 and 75 % of the steps too
+    save_milestones: bool = False  # save the model at 10, 25, 50 and 75 % of the steps too
     threads: int = 1
     precision: str = "fp32"  # fp32 | bf16
-    matmul_precision: str = "highest"  # of fp32 products: highest | high (TF32 on a GPU) | medium (bf16 where faster)
+    matmul_precision: str = "highest"  # of fp32: highest | high (TF32 on a GPU) | medium (bf16 where faster)
     compile: bool = False
-    gradient_checkpointing: bool = False  # compute blocks again in the backward pass instead of keeping them
-    expert_parallel: bool = False  # share experts out among the ranks instead of copying them
-    rank_timeout: int = 600  # seconds after which a rank that waits for another gives up
-    out: str | None = None  # run folders go below it; null: outputs/, or multirun/ in a sweep
+    gradient_checkpointing: bool = False  # compute layers again in the backward pass instead of storing them
+    expert_parallel: bool = False  # divide the experts among the ranks instead of copying them
+    rank_timeout: int = 600  # seconds that a rank waits for another one before it gives up
+    out: str | None = None  # parent of the run folders; null: outputs/, or multirun/ in a sweep
     router: Any = MISSING
     schedule: Any = MISSING
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
-    claims: list[ClaimConfig] = field(default_factory=list)  # what the analysis then judges as planned
+    claims: list[ClaimConfig] = field(default_factory=list)  # planned claims, which the analysis judges
 
     def check(self) -> None:
-        """Refuse what cannot be trained: `ConfigError` names the key, its value and what is allowed."""
+        """Raise ConfigError, naming the key, its value and what is allowed, for a run that cannot be trained."""
         for name in ("steps", "batch_size", "grad_accum", "eval_every", "save_every", "threads", "rank_timeout"):
             require(1 <= getattr(self, name) <= 10**9, name, getattr(self, name), "a whole number from 1 to 10^9")
         require(0 <= self.seed < 2**32, "seed", self.seed, "between 0 and 2^32 - 1")
@@ -206,7 +207,7 @@ class Config:
             claim.check(f"claims[{number}]", ["variant", *asdict(self), *self.identity()])
 
     def _check_ranks(self) -> None:
-        """Refuse what cannot be shared out among the processes of this launch."""
+        """Raise ConfigError for a run that cannot be divided among the processes of this launch."""
         number = ranks.world_size()
         allowed = f"a multiple of the {number} processes of this launch, which share the micro-batches of a step"
         require(self.grad_accum % number == 0, "grad_accum", self.grad_accum, allowed)
@@ -218,17 +219,18 @@ class Config:
             require(not fsdp, "expert_parallel", True, "false when the launch file says FSDP, which shards experts too")
 
     def check_router(self) -> None:
-        """Refuse a router with wrong keys or ranges, and what the schedule would make of its temperature and of the
-        noise."""
+        """Raise ConfigError for wrong keys or ranges of the router, and for a schedule that does not fit it."""
         router = self.build_router()
         if self.schedule.get("knob") == "temperature" and not router.schedulable:
-            raise ConfigError("schedule.knob=temperature: this router has no temperature; use temperature or gumbel")
+            raise ConfigError(
+                "schedule.knob=temperature: this router has no temperature; use router=temperature or router=gumbel"
+            )
         schedule = build(self.schedule, "schedule")
         for knob, setting in (("temperature", self.temperature), ("noise", self.noise)):
             schedule(knob, setting, 0.0)
 
     def build_router(self) -> Any:
-        """The router of one layer, without memory for its parameters; this imports torch."""
+        """Return the router of one layer, without memory for its parameters. This imports torch."""
         import torch
 
         with torch.device("meta"):
@@ -236,17 +238,17 @@ class Config:
 
     @property
     def temperature(self) -> float:
-        """The router's own temperature, where a temperature schedule ends."""
+        """The router's own temperature, at which a temperature schedule ends."""
         return float(self.router.get("temp", 1.0))
 
     def identity(self) -> dict[str, Any]:
-        """Everything that what a run computes depends on, flat: {"model.dim": 128, ...}."""
+        """Return the keys that decide what a run computes, flat: {"model.dim": 128, ...}."""
         flat = flatten(asdict(self))
         return {key: value for key, value in flat.items() if not is_free(key)}
 
 
 class Cell(NamedTuple):
-    """One run of a command: its configuration, its folder, and the names chosen from the groups."""
+    """One combination of a command: its configuration, its run folder, and the options chosen from the groups."""
 
     config: Config
     folder: Path
@@ -255,12 +257,12 @@ class Cell(NamedTuple):
 
 
 def is_free(key: str) -> bool:
-    """Whether a flat key is one of `FREE_KEYS` or lies below one."""
+    """Return whether a flat key is one of `FREE_KEYS` or lies below one."""
     return any(f"{key}.".startswith(f"{free}.") for free in FREE_KEYS)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    """Return a nested dict with dotted keys: {"a": {"b": 1}} becomes {"a.b": 1}."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}

@@ -27,9 +27,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from moe.data.chat import set_template
+from moe.data.limits import check_limits
 from moe.data.packing import Blocks, concatenate, pack
 from moe.data.sources import Document, Source, checksums
-from moe.data.tokenizer import SPECIAL_TOKENS, pretrained_tokenizer, tokenizer_files, train_bpe
+from moe.data.tokenizer import pretrained_tokenizer, tokenizer_files, train_bpe
 from moe.files import sha256, sync
 
 log = logging.getLogger(__name__)
@@ -82,13 +83,14 @@ def prepare(
     If several processes prepare the same data at once, one makes it and the others wait. A damaged cache is made again.
     Raises ValueError for a value outside its range.
     """
-    _check(tokenizer, vocab_size, seq_len, val_percent, max_val_blocks)
+    blocks = {"seq_len": seq_len, "val_percent": val_percent, "max_val_blocks": max_val_blocks}
+    check_limits(tokenizer=tokenizer, vocab_size=vocab_size, **blocks)
     recipe: dict[str, Any] = {
         "format": CACHE_FORMAT,
         "source": {"class": type(source).__name__, **vars(source)},
         "documents": source.describe(),
         "tokenizer": {"name": tokenizer, "vocab_size": vocab_size, "files": tokenizer_files(tokenizer)},
-        "blocks": {"seq_len": seq_len, "val_percent": val_percent, "max_val_blocks": max_val_blocks},
+        "blocks": blocks,
         "packages": {name: metadata.version(name) for name in ("datasets", "tokenizers")},
     }
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
@@ -102,7 +104,7 @@ def prepare(
         if not folder.exists():
             unfinished = root / f"{key}.unfinished"
             shutil.rmtree(unfinished, ignore_errors=True)  # A process that was killed may have left it.
-            contents = _build(source, unfinished, tokenizer=tokenizer, vocab_size=vocab_size, **recipe["blocks"])
+            contents = _build(source, unfinished, tokenizer=tokenizer, vocab_size=vocab_size, **blocks)
             _publish(unfinished, folder, {"key": key, **recipe, **contents})
     return _load(folder)
 
@@ -178,25 +180,6 @@ def _permutation(num_blocks: int, seed: int, epoch: int) -> np.ndarray:
 
 
 # ---- Making the blocks ------------------------------------------------------------------------------------------
-
-
-def _check(tokenizer: str, vocab_size: int | None, seq_len: int, val_percent: int, max_val_blocks: int | None) -> None:
-    """Raise ValueError for a value that `prepare` does not allow."""
-    smallest = 256 + len(SPECIAL_TOKENS)
-    if tokenizer == "bpe" and vocab_size is None:
-        raise ValueError("data.vocab_size=null: must be an integer for data.tokenizer=bpe")
-    if tokenizer != "bpe" and vocab_size is not None:
-        raise ValueError(
-            f"data.vocab_size={vocab_size}: must be null for data.tokenizer={tokenizer}, which has its own"
-        )
-    if vocab_size is not None and vocab_size < smallest:
-        raise ValueError(f"data.vocab_size={vocab_size}: must be at least {smallest}, all bytes and special tokens")
-    if seq_len < 2:
-        raise ValueError(f"data.seq_len={seq_len}: must be at least 2, an input and a target")
-    if not 0 < val_percent < 100:
-        raise ValueError(f"data.val_percent={val_percent}: must be between 1 and 99")
-    if max_val_blocks is not None and max_val_blocks < 1:
-        raise ValueError(f"data.max_val_blocks={max_val_blocks}: must be at least 1, or null for all")
 
 
 def _build(

@@ -423,8 +423,8 @@ def test_prepare_needs_a_document(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"vocab_size": None}, r"data\.vocab_size=null: must be an integer for data\.tokenizer=bpe"),
-        ({"tokenizer": "some/name"}, r"data\.vocab_size=300: must be null for data\.tokenizer=some/name"),
+        ({"vocab_size": None}, r"data\.vocab_size=None: must be a whole number, because data\.tokenizer=bpe"),
+        ({"tokenizer": "some/name"}, r"data\.vocab_size=300: must be null, because data\.tokenizer=some/name"),
         ({"vocab_size": 258}, r"data\.vocab_size=258: must be at least 259"),
         ({"seq_len": 1}, r"data\.seq_len=1: must be at least 2"),
         ({"seq_len": 10_000}, r"data\.seq_len=10000: no train block is that long"),

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 
 from moe.checks import ConfigError
 from moe.config.options import CONF, GROUPS, options
+from moe.config.schema import Config, flatten, is_free
 from moe.launch import command_line
 from moe.launch.command_line import read_cells, run_name
 
@@ -48,7 +50,7 @@ def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedPro
         ("-m experiment=noise_floor,noise_lb_seed", "a command has one experiment"),
         ("-m out=a,b seed=1,2", "a command has one out"),
         ("-m router=topk,expert_choice router.k=1,2", "unknown key of router=expert_choice 'router.k'"),
-        ("router@x=topk", "router@x=topk: groups have their places; write router="),
+        ("router@x=topk", "router@x=topk: a group cannot be moved; write router="),
         ("model=upcycled", "model.dense=None: must be the folder or hub name of a dense"),
         ("++stepz=5", r"\+\+stepz=5: keys cannot be added"),
         ("~seed", "~seed: keys cannot be added or deleted"),
@@ -58,11 +60,11 @@ def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedPro
         ("-m seed=1,1", "two cells of this sweep are the same run"),
         ("-m noise=0,-1", "noise=-1.0: must be"),
         ("-m router.k=2,9", r"router.k=9: must be"),
-        ("schedule=linear", "this router has no temperature; use temperature or gumbel"),
+        ("schedule=linear", "this router has no temperature; router=temperature and router=gumbel have one"),
         ("router=temperature router.temp=hot", "router.temp=hot: must be a number"),
         ("schedule=exponential schedule.knob=noise", r"noise=0.0: must be > 0"),
         ("router=temperature schedule=step schedule.first=0.9", "schedule.first=0.9: must be 0 <= first <= second"),
-        ("data.vocab_size=null", "data.vocab_size=None: must be given"),
+        ("data.vocab_size=null", "data.vocab_size=None: must be a whole number, because data.tokenizer=bpe is trained"),
         ("data=text", "data.source.paths: Missing mandatory value"),
         ("data=text data.source.paths=[/gone/*.txt]", r"data.source.paths=/gone/\*.txt: no such file"),
         ("data.source.domains=[speach]", "data.source.domains=.*: choose from speech"),
@@ -186,3 +188,12 @@ def test_run_names_are_safe_short_and_distinct() -> None:
 
 def test_hydra_answers_its_own_flags() -> None:
     assert command_line.read_cells(["--cfg", "job"]) is None
+
+
+def test_the_keys_left_out_of_folder_names_are_the_free_keys() -> None:
+    """And the experiment, which is the folder above."""
+    content = yaml.safe_load((CONF / "config.yaml").read_text())
+    left_out = content["hydra"]["job"]["config"]["override_dirname"]["exclude_keys"]
+    [cell] = read_cells([]) or []
+    keys = {*GROUPS, *(field.name for field in fields(Config)), *flatten(asdict(cell.config))}
+    assert sorted(left_out) == sorted(["experiment", *(key for key in keys if is_free(key))])

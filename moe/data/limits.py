@@ -1,0 +1,25 @@
+"""The allowed values of the data settings. Imports no torch, because a command line is checked with it."""
+
+from moe.checks import require
+
+SMALLEST_VOCABULARY = 259  # 256 bytes, and the three special tokens of `moe.data.tokenizer`
+
+
+def check_limits(
+    *, tokenizer: str, vocab_size: int | None, seq_len: int, val_percent: int, max_val_blocks: int | None
+) -> None:
+    """Raise ConfigError, naming the key, for a value that cannot be used."""
+    if tokenizer == "bpe":
+        require(
+            vocab_size is not None, "data.vocab_size", None, "a whole number, because data.tokenizer=bpe is trained"
+        )
+    else:
+        allowed = f"null, because data.tokenizer={tokenizer} has its own vocabulary"
+        require(vocab_size is None, "data.vocab_size", vocab_size, allowed)
+    enough = vocab_size is None or vocab_size >= SMALLEST_VOCABULARY
+    allowed = f"at least {SMALLEST_VOCABULARY}: all bytes and the special tokens"
+    require(enough, "data.vocab_size", vocab_size, allowed)
+    require(seq_len >= 2, "data.seq_len", seq_len, "at least 2: an input and a target")
+    require(1 <= val_percent <= 99, "data.val_percent", val_percent, "between 1 and 99")
+    some = max_val_blocks is None or max_val_blocks >= 1
+    require(some, "data.max_val_blocks", max_val_blocks, "at least 1, or null for all")
