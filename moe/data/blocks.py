@@ -83,7 +83,7 @@ def prepare(
     If several processes prepare the same data at once, one makes it and the others wait. A damaged cache is made again.
     Raises ValueError for a value outside its range.
     """
-    blocks = {"seq_len": seq_len, "val_percent": val_percent, "max_val_blocks": max_val_blocks}
+    blocks: dict[str, Any] = {"seq_len": seq_len, "val_percent": val_percent, "max_val_blocks": max_val_blocks}
     check_limits(tokenizer=tokenizer, vocab_size=vocab_size, **blocks)
     recipe: dict[str, Any] = {
         "format": CACHE_FORMAT,
