@@ -84,7 +84,9 @@ def study(folder: Path, *, blocks_wanted: int, samples: int) -> bool:
         content |= {"embedding": projections(expert_outputs(model, probes, knobs).numpy())}
         read = traces.read_traces(folder / "trace")
         content |= {"saturation": stability.saturation(read), "churn": stability.churn(read)}
-        write_text(folder / "tokens.html", token_page(observed, data.tokenizer, domains=data.domains, title=record.name))
+        write_text(
+            folder / "tokens.html", token_page(observed, data.tokenizer, domains=data.domains, title=record.name)
+        )
     content["seconds"] = time.monotonic() - began
     write_json(path, to_json(content))
     return True

@@ -45,8 +45,8 @@ def contrasts_over_training(inputs: ReportInputs) -> Iterator[ReportBlock]:
 def contrasts_at_shares(inputs: ReportInputs) -> pd.DataFrame:
     """Return `moe.analysis.statistics.contrasts` of the validation loss at shares of training.
 
-    The shares are those of `MILESTONES` at which every finished run was evaluated. Each share is a family of its own for
-    Holm's correction. Two columns are added: `share` and `significant`.
+    The shares are those of `MILESTONES` at which every finished run was evaluated. Each share is a family of its own
+    for Holm's correction. Two columns are added: `share` and `significant`.
     """
     runs, evals = inputs.runs[inputs.runs["status"] == "finished"], inputs.past.evals
     if inputs.contrasts.empty or VALIDATION_LOSS not in evals:
