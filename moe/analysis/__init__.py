@@ -1,1 +1,1 @@
-"""From the table of runs to tables, statistics, figures and a report: pure functions of columns, no routing metrics."""
+"""Makes statistics, verdicts, figures and a report from the table of runs. It never computes a routing metric."""

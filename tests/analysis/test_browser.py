@@ -1,4 +1,4 @@
-"""The report in a real browser: figures show, nothing is fetched, nothing from the data runs, it fits a phone."""
+"""Tests of the report in a browser: it shows all figures, fetches nothing, runs nothing, and fits a phone."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ HOSTILE = "<script>console.error('ran')</script><img src=http://example.com/x.pn
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of a sweep of which one run failed, with an error that is an attack."""
+    """Return the report of a sweep in which one run failed with an error that is an attack."""
     place = tmp_path_factory.mktemp("sweep")
     write_runs(place / "experiment_a", runs=24, steps=30)
     run = next(place.glob("*/*")) / "run.json"

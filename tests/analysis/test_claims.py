@@ -1,4 +1,4 @@
-"""Claims: written down before training, judged by the runs that hold them; data decide, and luck does not."""
+"""Tests of planned claims: runs that recorded a claim judge it, the data decide, and chance does not."""
 
 import json
 import math
@@ -60,7 +60,7 @@ def claim(kind: str, levels: list[Any], than: list[Any] | None = None, **extra: 
 def runs_of(
     means: dict[Any, float], *, seeds: int = 5, spread: float = 0.1, draw: int = 0, factor: str = "noise"
 ) -> pd.DataFrame:
-    """Runs at these levels with these true means: every seed has its own (large) luck, every run a little more."""
+    """Return runs with these true means by level; seeds differ by much, and runs of a seed by a little more."""
     rng = np.random.default_rng(draw)
     luck = rng.normal(0, 5, seeds)
     rows = [
@@ -76,7 +76,7 @@ def read_experiment(name: str) -> str:
 
 
 def only(runs: pd.DataFrame, *claims: ClaimConfig) -> pd.Series:
-    """The judgment of the first claim."""
+    """Return the judgment of the first claim."""
     return judge(runs, list(claims)).iloc[0]
 
 
@@ -307,7 +307,7 @@ def test_contrasts_that_nobody_claimed_are_post_hoc() -> None:
 
 @pytest.fixture
 def sweep(tmp_path: Path):
-    """Records of an experiment's cells as they are before training, then with made-up results."""
+    """Return a function that writes the records of an experiment's cells, with made-up results."""
 
     def write(experiment: str, *overrides: str, seeds: tuple[int, ...] = (42, 43)) -> pd.DataFrame:
         composed = read_cells([f"experiment={experiment}", f"out={tmp_path}", "seed=0", *overrides]) or []
@@ -352,7 +352,7 @@ def test_claimed_metrics_exist_and_experiments_with_claims_are_known() -> None:
 
 
 def test_what_the_plan_says_of_stability_is_judged_beyond_chance() -> None:
-    """Uneven load makes any two choices agree; of the overlap of neighbors no corrected form is logged."""
+    """An uneven load alone makes choices agree, so claims about stability use agreement beyond chance."""
     asked = {each.metric for name in ("spectra_ablation", "spectra_sweep_e") for each in experiment_claims(name)}
     assert "routing/consistency_kappa" in asked
     assert "routing/consistency" not in asked

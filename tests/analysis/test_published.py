@@ -1,4 +1,4 @@
-"""The sources replayed: printed tables come out again, and every sentence gets the verdict that its numbers allow."""
+"""Tests of the replay: printed tables are reproduced, and every sentence gets the verdict that its numbers allow."""
 
 import math
 from pathlib import Path
@@ -21,7 +21,7 @@ from moe.analysis.studies.published import (
     read_published,
     replay,
 )
-from moe.bench.dispatch import sweep
+from moe.bench.dispatch import measure_grid
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,9 @@ def test_other_numbers_give_other_verdicts() -> None:
 
 
 def test_our_own_dispatcher_is_judged_by_its_file(tmp_path: Path) -> None:
-    sweep(tmp_path, experts=[64, 256], ks=[1], capacities=[1.0, 1.05, 1.1], tokens=32_768, dim=2, seed=0, iterations=1)
+    measure_grid(
+        tmp_path, experts=[64, 256], ks=[1], capacities=[1.0, 1.05, 1.1], tokens=32_768, dim=2, seed=0, iterations=1
+    )
     rates = pd.read_json(tmp_path / "capacity_cf_multi.jsonl", lines=True)
     low, high = judge_drops(rates)
     assert (low.verdict, high.verdict) == ("contradicted", "supported")

@@ -1,4 +1,4 @@
-"""The report: every run is accounted for, sentences follow from the data, and no state of the folders breaks it."""
+"""Tests of the report: it counts every run, its sentences follow from the data, and no broken folder stops it."""
 
 import itertools
 import json
@@ -84,7 +84,7 @@ def write_run(
 
 
 class Page(HTMLParser):
-    """What a browser would make of report.html in a folder; every file that it names must be there."""
+    """Parser of report.html in a folder. Every file that the page links to must be there."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def published(tmp_path: Path) -> Path:
-    """The 18 published runs as run folders, with as many more metrics as a run really has."""
+    """Return the sweep folder of the 18 published runs, with as many more metrics as a real run has."""
     sweep = tmp_path / "multirun" / "noise_lb_seed"
     for row in read_published("noise_runs").itertuples():
         name = f"lb={row.load_balancing_weight},noise={row.noise_std},seed={row.seed}"
@@ -172,7 +172,7 @@ def test_the_published_runs_give_the_published_verdicts(published: Path, tmp_pat
         assert all((side == 1).all() for side in edge), "nothing is cut off at the border"
 
 
-def test_contrasts_are_told_at_shares_of_training_that_every_run_has(published: Path, tmp_path: Path) -> None:
+def test_contrasts_are_reported_at_shares_of_training_that_every_run_has(published: Path, tmp_path: Path) -> None:
     write_report(load_runs([published]), tmp_path / "out")
     table = pd.read_csv(tmp_path / "out" / "progress.csv")
     assert sorted(table["share"].unique()) == [0.25, 0.5, 0.75, 1.0], "no run was evaluated at 10 %"
@@ -186,7 +186,7 @@ def test_contrasts_are_told_at_shares_of_training_that_every_run_has(published: 
 
 
 def test_claims_margins_and_several_experiments(published: Path, tmp_path: Path) -> None:
-    """Claims of the records are planned, all other contrasts post hoc; each experiment is judged by itself."""
+    """Claims in the records are planned, all other contrasts are post hoc, and each experiment is judged alone."""
     claim = {"text": "noise hurts", "metric": "val/perplexity", "factor": "noise", "levels": [0.5], "than": [0.0]}
     claim |= {"kind": "higher", "source": "us", "margin": None, "size": []}
     for path in published.glob("*/run.json"):
@@ -216,9 +216,7 @@ def test_a_reference_holds_for_the_experiments_that_have_it(published: Path, tmp
         collect_inputs(load_runs([tmp_path / "multirun"]), ReportOptions(references={"lb": 7}))
 
 
-def test_a_metric_that_is_wished_for_is_judged_like_the_others_and_all_are_one_family(
-    published: Path, tmp_path: Path
-) -> None:
+def test_an_added_metric_is_judged_like_the_others_and_all_are_one_family(published: Path, tmp_path: Path) -> None:
     runs, metric = load_runs([published]), "val/accuracy"
     options = ReportOptions(margins={metric: "5%"}, metrics=(metric, "val/perplexity", metric))
     text = write_report(runs, tmp_path / "out", options).read_text()
@@ -226,10 +224,10 @@ def test_a_metric_that_is_wished_for_is_judged_like_the_others_and_all_are_one_f
     alone = contrasts(with_causality(runs), metric, ["noise", "lb"], margin="5%").set_index(
         ["factor", "level", "within"]
     )
-    wished = table[table["metric"] == metric].fillna({"within": ""}).astype({"level": float})
+    added = table[table["metric"] == metric].fillna({"within": ""}).astype({"level": float})
     same = ["n", "difference", "ci_low", "ci_high", "p", "p TOST", "p TOST Holm", "equivalent"]
     np.testing.assert_allclose(
-        wished.set_index(["factor", "level", "within"])[same].astype(float), alone[same].astype(float)
+        added.set_index(["factor", "level", "within"])[same].astype(float), alone[same].astype(float)
     )
     assert table["metric"].value_counts().to_dict() == {"val/perplexity": 7, "routing/load_cv/pooled": 7, metric: 7}
     for column, method in (("p Holm", "holm"), ("p BH", "fdr_bh")):
@@ -257,7 +255,7 @@ def analyze(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     return run
 
 
-def test_a_metric_beyond_the_headline_is_wished_for_by_name(published: Path, analyze: Analyze, tmp_path: Path) -> None:
+def test_a_metric_beyond_the_headline_is_added_by_name(published: Path, analyze: Analyze, tmp_path: Path) -> None:
     metric = "routing/entropy/layer03"
     done = analyze("--metric", metric, "--metric", "val/loss", "--margin", f"{metric}=1")
     assert done.returncode == 0, done.stderr
@@ -271,7 +269,7 @@ def test_a_metric_beyond_the_headline_is_wished_for_by_name(published: Path, ana
     assert f"- {metric} has no spread between seeds" in text.replace(f"{metric}: ", "", 1)
 
 
-def test_an_experiment_without_the_metric_is_corrected_as_if_nobody_had_wished_for_it(tmp_path: Path) -> None:
+def test_an_experiment_without_the_added_metric_is_corrected_as_if_it_had_not_been_added(tmp_path: Path) -> None:
     for experiment, metrics in (("has", ["routing/load_gini"]), ("has_not", [])):
         for noise, seed in itertools.product((0.0, 0.1), (1, 2, 3)):
             names = ["val/perplexity", "routing/load_cv/pooled", *metrics]
@@ -284,13 +282,13 @@ def test_an_experiment_without_the_metric_is_corrected_as_if_nobody_had_wished_f
     np.testing.assert_allclose(has_not.contrasts["p"], has.contrasts["p"][:2])
 
 
-def test_a_metric_that_is_null_everywhere_is_no_wish_to_grant(tmp_path: Path) -> None:
+def test_a_metric_that_is_null_everywhere_cannot_be_added(tmp_path: Path) -> None:
     write_run(tmp_path / "x" / "seed=1", {"val/loss": 1.0, "routing/jaccard": math.nan}, seed=1)
     with pytest.raises(ValueError, match=r"^metric routing/jaccard: null in every run$"):
         collect_inputs(load_runs([tmp_path]), ReportOptions(metrics=("routing/jaccard",)))
 
 
-def test_routing_is_told_by_condition_wherever_it_was_measured(tmp_path: Path) -> None:
+def test_routing_is_reported_by_condition_wherever_it_was_measured(tmp_path: Path) -> None:
     for noise, ginis in ((0.0, (0.1, 0.3)), (0.1, (0.4, 0.4))):
         for seed, gini in enumerate(ginis):
             metrics = {"val/loss": 1.0 + seed, "routing/load_gini": gini, "routing/jaccard": math.nan}
@@ -320,7 +318,7 @@ def test_the_sources_own_numbers_are_replayed(analyze: Analyze, tmp_path: Path) 
     assert (tmp_path / "analysis" / "noise_contrasts.csv").is_file()
 
 
-def test_every_run_is_accounted_for(published: Path, tmp_path: Path) -> None:
+def test_every_run_is_counted(published: Path, tmp_path: Path) -> None:
     write_run(published / "lb=0.0,noise=0.1,seed=45", {}, status="failed", seed=45, noise=0.1, lb=0.0)
     write_run(published / "lb=0.0,noise=0.5,seed=45", {"val/perplexity": math.inf}, seed=45, noise=0.5, lb=0.0)
     (published / "lb=0.0,noise=0.0,seed=42" / "run.json").write_text("{")

@@ -1,4 +1,4 @@
-"""Statistics against the 18 published runs of the noise study, and the laws that any such statistics must obey."""
+"""Tests of the statistics: the 18 published runs of the noise study, and laws that such statistics obey."""
 
 import numpy as np
 import pandas as pd

@@ -1,4 +1,4 @@
-"""The temperature study's figures and reports: who belongs to them, and that their numbers and sentences follow."""
+"""Tests of the temperature study: which runs it selects, and that its numbers and sentences follow from them."""
 
 import json
 import math
@@ -86,7 +86,7 @@ def write_run(
 
 
 def gini(shares: np.ndarray) -> np.ndarray:
-    """Mean absolute difference of all pairs over twice the mean: slow and obvious."""
+    """Return the mean absolute difference of all pairs divided by twice the mean; slow, but obviously right."""
     pairs = np.abs(shares[:, :, None] - shares[:, None, :]).mean((1, 2))
     return pairs / (2 * shares.mean(1))
 
@@ -108,7 +108,7 @@ def write_ablation(
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Everything the study has: 8 temperatures, a longer run of one of them, 4 schedules, each with 3 seeds."""
+    """Return the study's runs: 8 temperatures, a longer run of one of them, and 4 schedules, each with 3 seeds."""
     root = write_ablation(tmp_path_factory.mktemp("study"))
     for seed in (42, 43, 44):
         write_run(root / "temperature_best_long" / f"seed={seed}", temp=2.0, seed=seed, steps=40)
@@ -131,13 +131,13 @@ def drawn(study: Path) -> dict[str, Figure]:
 
 
 def panel(figure: Figure, xlabel: str, ylabel: str) -> Axes:
-    """The first panel whose labels begin so."""
+    """Return the first panel whose labels begin with these texts."""
     found = [a for a in figure.axes if a.get_xlabel().startswith(xlabel) and a.get_ylabel().startswith(ylabel)]
     return found[0]
 
 
 def overlapping(figure: Figure) -> list[tuple[str, str]]:
-    """Pairs of panels, with all their labels and legends, that share more than a pixel's rim; panels cut off."""
+    """Return pairs of panels that overlap by more than a pixel, with labels and legends, and panels that are cut off."""
     renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw_without_rendering()
     boxes = [(axes.get_ylabel(), axes.get_tightbbox(renderer).padded(-1)) for axes in figure.axes]
@@ -323,7 +323,7 @@ def test_layers_that_cancel_do_not_look_balanced(tmp_path: Path) -> None:
 
 
 def compared(*differences: float, offsets: Iterable[float] = (0.0, 1.0, 2.0)) -> list[str]:
-    """What is said of temperature 2 against 1 when its loss is higher by one of `differences` in each seed."""
+    """Return the sentences about temperature 2 against 1 if its loss is higher by one of `differences` in each seed."""
     rows = [
         {
             "seed": seed,

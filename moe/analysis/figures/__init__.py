@@ -1,1 +1,1 @@
-"""Figures: each function draws one from a table."""
+"""Figures: each function draws one figure from a table. `drawing` joins a figure with its name and caption."""

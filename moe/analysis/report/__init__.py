@@ -1,1 +1,1 @@
-"""The report: its inputs, sections, and the two forms that it is written in."""
+"""The report: its inputs, its sections, and how it becomes Markdown and HTML."""

@@ -1,1 +1,1 @@
-"""The temperature study's own figures and reports."""
+"""The temperature study's own figures and JSON reports."""

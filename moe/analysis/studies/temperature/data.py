@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 
+from moe.analysis.sentences import UNDECIDED, standing
 from moe.analysis.statistics import contrasts, with_intervals
 from moe.config.schema import is_free
 from moe.results.conditions import STD, tied_factors, varied_factors
@@ -131,7 +132,7 @@ def compare_levels(
     table = contrasts(members, metric, [by], references={by: reference})
     if table.empty:
         return table
-    return table.assign(decided=(table["ci_low"] > 0) | (table["ci_high"] < 0))
+    return table.assign(decided=[standing(contrast) != UNDECIDED for _, contrast in table.iterrows()])
 
 
 def _by_schedule(runs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
