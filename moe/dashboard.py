@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from moe.checks import ConfigError
+from moe.checks import ConfigError, first_line
 from moe.config.schema import Cell, flatten
 from moe.launch import command_line
 from moe.metrics.catalog import Metric, lookup, select
 from moe.results.conditions import HEADLINE, varied_factors
 from moe.results.table import level
 from moe.routing.loss_table import LOSSES
-from moe.runs.wandb_mirror import CONDITION, FINAL, STEP, first_line
+from moe.runs.wandb_mirror import CONDITION, FINAL, STEP
 
 
 def _names(metrics: list[Metric]) -> list[str]:

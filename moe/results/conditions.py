@@ -1,4 +1,4 @@
-"""Summaries: runs grouped into conditions, each with its mean and spread over seeds; what a sweep writes and prints.
+"""Summaries: runs grouped into conditions, each with its mean and spread over seeds.
 
 A condition is one combination of levels of the factors that vary. The functions take the table that
 `moe.results.table.load_runs` returns.
@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from moe.checks import first_line
 from moe.config.schema import is_free
 from moe.metrics.catalog import select
 from moe.results.table import FACTS
@@ -21,23 +22,26 @@ FACTOR_GROUPS = ("variant", "router", "schedule", "model", "data", "optimizer")
 
 
 def varied_factors(runs: pd.DataFrame) -> list[str]:
-    """Factors with more than one level, the seed last; those that only follow another one are in `tied_factors`."""
+    """Return the factors with more than one level, the seed last, without those in `tied_factors`."""
     seed = ["seed"] if "seed" in runs and runs["seed"].nunique() > 1 else []
     return _free_and_tied(runs)[0] + seed
 
 
 def tied_factors(runs: pd.DataFrame) -> dict[str, str]:
-    """Varied factor -> the factor that fixes its level in all these runs: their effects cannot be told apart."""
+    """Return each varied factor whose level another factor fixes in all these runs, with that other factor.
+
+    The effects of the two cannot be told apart.
+    """
     return _free_and_tied(runs)[1]
 
 
 def levels(column: pd.Series) -> list[Any]:
-    """The distinct levels of a factor, sorted: numbers, then text. The first is the reference level of contrasts."""
+    """Return the distinct levels of a factor: numbers, then text, both sorted. Contrasts compare with the first."""
     return sorted(column.dropna().unique().tolist(), key=lambda level: (isinstance(level, str), level))
 
 
 def conditions(runs: pd.DataFrame, factors: list[str]) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
-    """Every combination of levels that occurs, in sorted order, with its runs; all runs when there are no factors."""
+    """Yield each combination of levels that occurs, sorted, with its runs; without factors yield all runs."""
     if not factors:
         yield {}, runs
         return
@@ -47,12 +51,12 @@ def conditions(runs: pd.DataFrame, factors: list[str]) -> Iterator[tuple[dict[st
 
 
 def present(runs: pd.DataFrame, metrics: Iterable[str]) -> list[str]:
-    """Those of `metrics` that some run has, each once, in their order."""
+    """Return those of `metrics` that some run has, in their order, without repetition."""
     return [metric for metric in dict.fromkeys(metrics) if metric in runs and runs[metric].notna().any()]
 
 
 def by_seed(runs: pd.DataFrame, metric: str) -> pd.Series:
-    """The finite values of `metric` in one condition, indexed by seed. ValueError when a seed has two runs."""
+    """Return the finite values of `metric` in one condition by seed. Raises ValueError if a seed has two runs."""
     values = runs.set_index("seed")[metric].astype(float)
     values = values[values.map(math.isfinite)].sort_index()
     if not values.index.is_unique:
@@ -63,7 +67,7 @@ def by_seed(runs: pd.DataFrame, metric: str) -> pd.Series:
 
 
 def summary(runs: pd.DataFrame, factors: list[str], metrics: Iterable[str]) -> pd.DataFrame:
-    """Per condition and metric: n seeds with a finite value, their mean and sample standard deviation (ddof=1)."""
+    """Return n, mean and sample standard deviation (ddof=1) of the finite values, by condition and metric."""
     rows = []
     for condition, members in conditions(runs, factors):
         for metric in metrics:
@@ -76,7 +80,10 @@ def summary(runs: pd.DataFrame, factors: list[str], metrics: Iterable[str]) -> p
 
 
 def spread_table(summary: pd.DataFrame) -> pd.DataFrame:
-    """A summary with a row per condition and "mean ± std (ddof=1)" as text; a metric short of seeds names its own n."""
+    """Return a summary as text, "mean ± std (ddof=1)", with a row per condition.
+
+    A metric that has fewer seeds than others names its own n.
+    """
     factors = [column for column in summary if column not in ("metric", "n", "mean", STD)]
     rows = []
     for condition, members in conditions(summary, factors):
@@ -92,8 +99,11 @@ NAMED_ROUTERS = ("router", "variant")  # columns whose levels say how tokens are
 
 
 def with_causality(runs: pd.DataFrame) -> pd.DataFrame:
-    """The same runs with "(causal: ...)" beside the name of every router and arm: yes, no, "by setting" where runs of
-    one differ (as under drop=position,score), so that it stays one level of its factor, "unknown" if no run tells."""
+    """Return the same runs with "(causal: ...)" after the name of every router and arm.
+
+    It is yes, no, "unknown" if no run says it, or "by setting" where the runs of one name differ, as under
+    drop=position,score. So a name stays one level of its factor.
+    """
     words = runs["causal"].map({True: "yes", False: "no"})
     named = [column for column in NAMED_ROUTERS if column in runs and not runs[column].isin(["none"]).all()]
     for column in named:
@@ -104,14 +114,17 @@ def with_causality(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def unfinished(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs that are not finished: run, status and the first line of the error."""
+    """Return the runs that are not finished: experiment, run, status, and the first line of the error."""
     rest = runs.loc[runs["status"] != "finished", ["experiment", "run", "status", "error"]]
-    return rest.assign(error=[e.strip().split("\n")[0] if isinstance(e, str) else "" for e in rest["error"]])
+    return rest.assign(error=[first_line(e) if isinstance(e, str) and e else "" for e in rest["error"]])
 
 
 def _free_and_tied(runs: pd.DataFrame) -> tuple[list[str], dict[str, str]]:
-    """Split the varied factors; an arm (`variant`) leads what it fixes, and groups and root keys what lies below them,
-    because `router` says more than `router._target_` does."""
+    """Return the varied factors, and the tied ones with the factor that fixes each.
+
+    An arm (`variant`) comes before the factors that it fixes, and a group or root key before the keys below it, because
+    `router` says more than `router._target_`.
+    """
     factors = [c for c in runs if "/" not in c and c not in (*FACTS, "seed") and not is_free(c)]
     factors.sort(
         key=lambda column: (
@@ -134,7 +147,7 @@ def _free_and_tied(runs: pd.DataFrame) -> tuple[list[str], dict[str, str]]:
 
 
 def _spread(mean: float, std: float) -> str:
-    """Two significant digits of the spread, and the mean to the same decimal."""
+    """Return the spread with two significant digits, and the mean with the same number of decimals."""
     if not math.isfinite(mean):
         return "–"
     if not math.isfinite(std):

@@ -1,9 +1,8 @@
 """Quality against speed: experiments A and C as one table under the routing bench's own column names.
 
 Speed is that of training steps alone, without evaluation. FLOPs are those of `moe.model.cost.flops_per_token`, a
-forward
-pass, times 3 for a training step. They count the experts that tokens of the last validation asked for, which over
-training may have been more (`relu`) or fewer, and an assignment that a capacity limit drops as if it were kept.
+forward pass, times 3 for a training step. They count the experts that tokens of the last validation asked for; earlier
+in training tokens may have asked for more (`relu`) or fewer. An assignment that a capacity limit drops counts too.
 """
 
 import math
@@ -45,8 +44,9 @@ LATE = {"train/routing/drop_rate": "drop_rate", "train/routing/load_cv": "load_c
 
 
 def with_training_means(runs: pd.DataFrame, past: EventTables) -> pd.DataFrame:
-    """The finished runs of a table, with what their history, read with the columns `LATE`, says of load and of the best
-    evaluation; NaN for what it does not say.
+    """Return the finished runs with columns about speed, load, and the best evaluation; NaN where events lack them.
+
+    past: the events of the runs, read with the columns `LATE`.
 
     `tflops`: 3 * forward FLOPs per token * `time/tokens_per_s` / 1e12; `drop_rate` and `load_cv` (of the offered load):
     means over the second half of the training steps.
@@ -69,13 +69,16 @@ def with_training_means(runs: pd.DataFrame, past: EventTables) -> pd.DataFrame:
 
 
 def bench_table(measured: pd.DataFrame) -> pd.DataFrame:
-    """The runs under the routing bench's column names; a router without a k, such as expert choice, has no top_k."""
+    """Return the runs under the routing bench's column names; top_k is missing for a router without k."""
     table = measured.reindex(columns=list(COLUMNS.values())).set_axis(list(COLUMNS), axis=1)
     return table.assign(top_k=table["top_k"].where(table["top_k"] != ABSENT))
 
 
 def pareto_front(points: pd.DataFrame, more: str, less: str) -> pd.DataFrame:
-    """The points that none beats in both, having more of `more` and less of `less`; by rising `more`, equals once."""
+    """Return the points that no other point beats both in `more` and in `less`.
+
+    They are in rising order of `more`; of equal points one is kept.
+    """
     ordered = points.dropna(subset=[more, less]).sort_values([more, less], ascending=[False, True])
     best_so_far = ordered[less].cummin().shift(fill_value=math.inf)
     return ordered[ordered[less] < best_so_far][::-1]

@@ -1,4 +1,4 @@
-"""The tables that a sweep writes and prints when it ends."""
+"""The tables that a sweep writes and prints at its end."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,9 +30,9 @@ NOISE_STUDY_COLUMNS = {
 
 
 def write_sweep_tables(sweep: Path) -> pd.DataFrame:
-    """Write and return a sweep's results.csv (a row a run).
+    """Write the results.csv of a sweep, one row per run, and return it as a table.
 
-    If noise and lb vary, the noise study's table too; for experiments A and C the routing bench's.
+    If noise and lb vary, write the noise study's table too; for experiments A and C that of the routing bench.
     """
     runs = load_runs([sweep])
     write_text(sweep / "results.csv", runs.to_csv(index=False))
@@ -47,7 +47,7 @@ def write_sweep_tables(sweep: Path) -> pd.DataFrame:
 
 
 def console_table(runs: pd.DataFrame, metrics: Iterable[str] = ()) -> str:
-    """Per condition mean ± std as text, of the headline metrics and of `metrics`, then what is not finished."""
+    """Return mean ± std by condition, of the headline metrics and of `metrics`, and the unfinished runs, as text."""
     runs = with_causality(runs)
     shown = present(runs, (*HEADLINE, *metrics))
     factors = [factor for factor in varied_factors(runs) if factor != "seed"]
@@ -65,7 +65,10 @@ def console_table(runs: pd.DataFrame, metrics: Iterable[str] = ()) -> str:
 
 
 def _noise_study(runs: pd.DataFrame) -> pd.DataFrame:
-    """The finished runs under the noise study's own column names; "best" is over a run's evaluations, as there."""
+    """Return the finished runs under the noise study's own column names.
+
+    As in that study, "best" is the best evaluation of a run.
+    """
     runs = runs[runs["status"] == "finished"]
     evals = read_event_tables(runs["folder"]).evals.reindex(columns=["folder", "val/loss"])
     best = runs["folder"].map(evals.groupby("folder")["val/loss"].min()).astype(float)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from moe.checks import first_line
 from moe.distributed import ranks
 from moe.files import sha256, sync, write_json
 
@@ -59,7 +60,7 @@ def load(root: Path) -> tuple[int, dict[str, Any]] | None:
         try:
             return _read(folder)
         except (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             log.warning("checkpoint %s is damaged (%s); trying the one before", folder, reason)
     if folders:
         raise RuntimeError(f"no checkpoint of {', '.join(map(str, folders))} can be read; delete them to start afresh")

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from moe.checks import first_line
 from moe.config.schema import Cell
 from moe.distributed import ranks
 
@@ -92,8 +93,3 @@ def _start(cell: Cell, mode: str) -> Any:
     )
     run.define_metric("*", step_metric=STEP)
     return run
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its type if it has no message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
