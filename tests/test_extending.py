@@ -1,0 +1,90 @@
+"""The recipes of docs/extending.md work as printed, all of them together, in a copy of this project."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+FILE = re.compile(r"^```(?:python|yaml)\n# (\S+\.(?:py|yaml))\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+DIFF = re.compile(r"^```diff\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SMALL = """
+    model.dim=16 model.heads=2 model.layers=1 model.ffn=16 model.num_experts=4 model.dense_ffn=32
+    data.seq_len=32 data.vocab_size=300 data.max_val_blocks=4 data.source.longest=3000
+    steps=2 batch_size=2 eval_every=1 logger.mode=disabled
+""".split()
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of this project with every recipe applied."""
+    copy = tmp_path_factory.mktemp("extended")
+    for folder in ("moe", "conf", "tests", "docs"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "example-report"))
+    for name in ("train.py", "analyze.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, copy / name)
+    for name, content in FILE.findall(PAGE):
+        assert not (copy / name).exists(), f"{name}: not a new file"
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_text(content, encoding="utf-8")
+    for diff in DIFF.findall(PAGE):
+        done = subprocess.run(
+            ["git", "apply", "--recount", "-"], cwd=copy, input=diff, text=True, capture_output=True, check=False
+        )
+        assert done.returncode == 0, f"{diff}\n{done.stderr}"
+    (copy / "docs" / "metrics.md").write_text(python(copy, "-m", "moe.metrics"), encoding="utf-8")
+    return copy
+
+
+def python(project: Path, *arguments: str) -> str:
+    """Run Python in a project, and return what it prints; it must succeed."""
+    environment = os.environ | {"PYTHONPATH": str(project), "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=project, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_there_are_five_recipes_and_each_file_is_in_the_table() -> None:
+    head, *recipes = re.split(r"^## ", PAGE, flags=re.MULTILINE)
+    assert len(recipes) == 5
+    for name in [name for name, _ in FILE.findall(PAGE)] + re.findall(r"^\+\+\+ b/(\S+)", PAGE, re.MULTILINE):
+        assert f"`{name}`" in head or (name.startswith("tests/") and "a test" in head), name
+
+
+def test_runs_and_a_report_with_every_recipe(project: Path) -> None:
+    python(project, "train.py", "-m", "router=distance,steady", "data=topics", f"data.cache={project}/cache", *SMALL)
+    runs = {"distance" in path.parent.name: path.parent for path in project.rglob("run.json")}
+    finals = {has: json.loads((folder / "metrics.json").read_text())["final_metrics"] for has, folder in runs.items()}
+    assert set(finals) == {True, False}
+    for final in finals.values():
+        assert 0 <= final["routing/near_ties"] <= 1
+        assert {"val/loss/statements", "val/loss/other"} <= set(final)
+    events = [json.loads(line) for line in (runs[False] / "events.jsonl").read_text().splitlines()]
+    assert all(event["train/steadiness"] > 0 for event in events if event["kind"] == "train")
+    python(project, "analyze.py", "multirun", "--metric", "routing/near_ties", "--out", "analysis")
+    report = (project / "analysis" / "report.md").read_text(encoding="utf-8")
+    assert "routing/near_ties" in report
+
+
+def test_the_recipes_keep_every_law(project: Path) -> None:
+    """The contract of routers, the catalog of metrics, and the tests that the recipes bring along."""
+    tests = [name for name, _ in FILE.findall(PAGE) if name.startswith("tests/")]
+    laws = ["tests/routers/test_contract.py", "tests/metrics/test_catalog.py"]
+    python(project, "-m", "pytest", "-q", *tests, *laws, "-k", "distance or steady or near or loss or page")
+
+
+def test_readme_shows_the_same_router() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = dict(FILE.findall(readme))
+    assert shown
+    for name, content in FILE.findall(PAGE):
+        if "distance" in name and not name.startswith("tests/"):
+            assert shown[name] == content
