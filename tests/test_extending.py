@@ -72,6 +72,8 @@ def test_runs_and_a_report_with_every_recipe(project: Path) -> None:
     python(project, "analyze.py", "multirun", "--metric", "routing/near_ties", "--out", "analysis")
     report = (project / "analysis" / "report.md").read_text(encoding="utf-8")
     assert "routing/near_ties" in report
+    assert "quality_and_balance.png" in report
+    assert (project / "analysis" / "quality_and_balance.png").exists()
 
 
 def test_the_recipes_keep_every_law(project: Path) -> None:
