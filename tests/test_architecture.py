@@ -1,6 +1,6 @@
-"""Imports go one way, and docs/architecture.md draws them as they are.
+"""Imports go in one direction, and docs/architecture.md shows them as they are.
 
-`python tests/test_architecture.py` prints the picture of the rooms for docs/architecture.md.
+`python tests/test_architecture.py` prints the picture of the packages for docs/architecture.md.
 """
 
 import ast
@@ -12,8 +12,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# From the ground up: a room may import rooms of lower floors only. A room is a package of moe/ or a file beside them.
-FLOORS = [
+# The layers of the code, lowest first. A package may import packages of lower layers only. A single file in moe/ counts
+# as a package here.
+LAYERS = [
     {"checks", "files"},
     {"distributed", "routing", "data"},
     {"config", "metrics", "routers"},
@@ -23,18 +24,17 @@ FLOORS = [
     {"dashboard", "specialization"},
     {"bench"},
 ]
-FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-WITHOUT_TORCH = {
-    "analysis",
-    "results",
-    "config",
-    "checks",
-    "files",
-}  # these answer at once: importing torch takes seconds
+LAYER = {package: number for number, packages in enumerate(LAYERS) for package in packages}
+# Packages that must start quickly. Importing torch takes seconds.
+WITHOUT_TORCH = {"analysis", "results", "config", "checks", "files"}
 
 
 class Import(NamedTuple):
-    """One import: the module that has it, the module that it names, and whether it runs when the module is imported."""
+    """One import statement.
+
+    importer: the module that contains it. imported: the module that it names.
+    at_once: whether the statement runs as soon as `importer` is imported.
+    """
 
     importer: str
     imported: str
@@ -50,7 +50,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports() -> Iterator[Import]:
-    """Yield every import of every module; type-checking imports count as well, as not at once."""
+    """Yield every import of every module. Imports for type checking are included, with `at_once` false."""
     known = modules()
     for module, path in known.items():
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -71,24 +71,24 @@ def imports() -> Iterator[Import]:
 IMPORTS = list(imports())
 
 
-def room(module: str) -> str:
-    """Return the package of moe/ or the top-level file that a module belongs to; a library's own name for others."""
+def package(module: str) -> str:
+    """Return the package of moe/ or the single file that a module belongs to. For a library, return its name."""
     first, *below = module.split(".")
     return below[0] if first == "moe" and below else first
 
 
 def arrows() -> dict[str, set[str]]:
-    """Return for every room the other rooms that it imports."""
-    ours = {room: set() for room in FLOOR} | {"train.py": set(), "analyze.py": set()}
+    """For every package, return the other packages that it imports."""
+    found = {name: set() for name in LAYER} | {"train.py": set(), "analyze.py": set()}
     for one in IMPORTS:
-        if one.imported.startswith("moe.") and room(one.importer) != room(one.imported):
-            name = room(one.importer)
-            ours[name if name in FLOOR else f"{name}.py"].add(room(one.imported))
-    return ours
+        if one.imported.startswith("moe.") and package(one.importer) != package(one.imported):
+            name = package(one.importer)
+            found[name if name in LAYER else f"{name}.py"].add(package(one.imported))
+    return found
 
 
 def reached(start: str) -> set[str]:
-    """Return all that importing a module imports at once, through modules of ours, with the packages above them."""
+    """Return every module that is loaded when a module is imported, including the parent packages of ours."""
     seen: set[str] = set()
     todo = [start]
     while todo:
@@ -100,9 +100,9 @@ def reached(start: str) -> set[str]:
     return seen
 
 
-def test_every_room_stands_on_a_floor() -> None:
-    rooms = {room(module) for module in modules() if module.startswith("moe.")}
-    assert rooms == set(FLOOR)
+def test_every_package_belongs_to_a_layer() -> None:
+    packages = {package(module) for module in modules() if module.startswith("moe.")}
+    assert packages == set(LAYER)
 
 
 def test_imports_go_down() -> None:
@@ -110,7 +110,8 @@ def test_imports_go_down() -> None:
         (one.importer, one.imported)
         for one in IMPORTS
         if one.importer.startswith("moe.") and one.imported.startswith("moe.")
-        if room(one.importer) != room(one.imported) and FLOOR[room(one.importer)] <= FLOOR[room(one.imported)]
+        if package(one.importer) != package(one.imported)
+        and LAYER[package(one.importer)] <= LAYER[package(one.imported)]
     }
     assert not up
 
@@ -119,38 +120,41 @@ def test_imports_go_down() -> None:
     ("importer", "forbidden"),
     [
         ("data", {"model", "routers", "routing", "training"}),
-        ("routing", set(FLOOR) - {"routing"}),
+        ("routing", set(LAYER) - {"routing"}),
         ("analysis", {"torch", "training", "model", "launch"}),
         ("results", {"torch", "training", "model", "launch"}),
     ],
 )
-def test_what_a_room_never_imports(importer: str, forbidden: set[str]) -> None:
-    """Not even inside a function."""
-    found = {(one.importer, one.imported) for one in IMPORTS if room(one.importer) == importer}
-    assert not {pair for pair in found if room(pair[1]) in forbidden}
+def test_what_a_package_never_imports(importer: str, forbidden: set[str]) -> None:
+    """Imports inside functions count too."""
+    found = {(one.importer, one.imported) for one in IMPORTS if package(one.importer) == importer}
+    assert not {pair for pair in found if package(pair[1]) in forbidden}
 
 
 def test_only_the_entry_points_import_hydra() -> None:
-    users = {one.importer for one in IMPORTS if room(one.imported) == "hydra"}
+    users = {one.importer for one in IMPORTS if package(one.imported) == "hydra"}
     assert users
-    assert all(user == "train" or room(user) == "launch" for user in users)
+    assert all(user == "train" or package(user) == "launch" for user in users)
 
 
-@pytest.mark.parametrize("module", [name for name in modules() if room(name) in WITHOUT_TORCH])
+@pytest.mark.parametrize("module", [name for name in modules() if package(name) in WITHOUT_TORCH])
 def test_reading_results_needs_no_torch(module: str) -> None:
     heavy = {name for name in reached(module) if name.split(".")[0] in ("torch", "transformers", "datasets")}
     assert not heavy
 
 
 def picture() -> str:
-    """Return the rooms as a Mermaid graph, with an arrow to each room that a room imports and reaches no other way."""
+    """Return the packages as a Mermaid graph with an arrow for each import between packages.
+
+    An arrow is left out if a longer path of arrows already connects the two packages.
+    """
     direct = arrows()
 
     def below(name: str) -> set[str]:
         return {far for near in direct.get(name, ()) for far in {near} | below(near)}
 
     lines = ["```mermaid", "flowchart TD"]
-    for name in ["train.py", "analyze.py", *(name for rooms in reversed(FLOORS) for name in sorted(rooms))]:
+    for name in ["train.py", "analyze.py", *(name for packages in reversed(LAYERS) for name in sorted(packages))]:
         lines.append(f'  {name.removesuffix(".py")}["{name}"]')
         others = {near: set().union(*(below(other) for other in direct[name] - {near})) for near in direct[name]}
         lines += [
@@ -159,15 +163,15 @@ def picture() -> str:
     return "\n".join([*lines, "```"])
 
 
-def test_the_picture_of_the_rooms_is_the_code() -> None:
+def test_the_picture_shows_the_imports_of_the_code() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     assert picture() in page, "docs/architecture.md: paste what `python tests/test_architecture.py` prints"
 
 
-def test_the_page_names_every_room() -> None:
+def test_the_page_names_every_package() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    rooms = [name if name in ("checks", "files", "dashboard") else f"{name}/" for name in FLOOR]
-    assert not [name for name in rooms if f"`{name}" not in page]
+    packages = [name if name in ("checks", "files", "dashboard") else f"{name}/" for name in LAYER]
+    assert not [name for name in packages if f"`{name}" not in page]
 
 
 if __name__ == "__main__":

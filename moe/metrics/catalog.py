@@ -44,7 +44,7 @@ VARIANTS = {
     "worst": "value of the worst layer",
     "layerNN": "value of one layer with experts, from `/layer00`",
     "<domain>": "value of one domain of the data",
-    "decileN": "value of one tenth of the positions in the sequence, `/decile0` to `/decile9`",
+    "decileN": "value of one decile of the position, `/decile0` to `/decile9`",
 }
 LAYER = ("layerNN",)
 POOLED = ("pooled", "worst", *LAYER)
@@ -196,7 +196,7 @@ ENTRIES = (
     Metric(
         "val_capacity/drop_rate",
         "1 - kept / Σ c",
-        "Share of assignments over capacity. The deciles show where in a sequence they are dropped.",
+        "Share of assignments over capacity. The deciles show at which positions they are dropped.",
         "drop rate",
         "capacity limit",
         unit="share of assignments",
@@ -501,7 +501,7 @@ ENTRIES = (
     Metric(
         "routing/position_information",
         "I(expert; decile of the position), corrected for bias",
-        "Mutual information of expert and tenth of the position in the text (bias: Miller 1955).",
+        "Mutual information of expert and decile of the token's position (bias: Miller 1955).",
         "mutual information of expert and position",
         "specialization",
         unit="nats",
@@ -691,7 +691,7 @@ ENTRIES = (
     Metric(
         "time/elapsed",
         "wall time",
-        "Time since the start of the run, over all its resumptions.",
+        "Time that the run was active after set-up. A resumed run continues the count; pauses are not counted.",
         "elapsed time",
         "speed",
         unit="s",
@@ -717,7 +717,7 @@ ENTRIES = (
     Metric(
         "routing/drop_rate_by_position",
         "1 - kept / asked for, by decile of the position",
-        "Share of assignments over capacity in each tenth of the positions, mean over layers. 0 when dropless.",
+        "Share of assignments over capacity in each decile of the position, mean over layers. 0 when dropless.",
         "drop rate",
         "distribution",
     ),

@@ -1,7 +1,7 @@
 """Formulas of the routing metrics: pure NumPy functions of the sums that `moe.routing.measurement` takes.
 
 Each function takes `Sums` of L layers and returns an array (L). NaN means that the router has no such quantity.
-`moe.metrics.catalog` says which metric uses which function. Balance is judged on the offered load, before drops:
+`moe.metrics.catalog` says which metric uses which function. Balance is computed from the load before drops:
 kept assignments would make a tight capacity look like good balance.
 """
 
@@ -79,7 +79,7 @@ def load_max_violation_two_sided(s: Sums) -> Layers:
 
 
 def load_max_violation_batch(s: Sums) -> Layers:
-    return s.max_violation / s.batches
+    return s.max_violation / s.micro_batches
 
 
 def load_max_violation_sequence(s: Sums) -> Layers:
@@ -154,7 +154,7 @@ def margin(s: Sums) -> Layers:
 
 
 def top_k_mass(s: Sums) -> Layers:
-    return s.chosen_mass / s.tokens
+    return s.top_k_mass / s.tokens
 
 
 def logsumexp_squared(s: Sums) -> Layers:

@@ -19,9 +19,9 @@ class Router(nn.Module):
       `fixed_k` is the number of experts that every token gets, for every input, in training and in evaluation. It is
       None if that number can vary from token to token. The argument has no default, so that nobody forgets it.
     - implement `forward(x, context)`. It receives x in fp32 and returns the assignments before any capacity limit.
-    - set `causal = False` if the experts of a token, in training or in evaluation, depend on later tokens of the
-      sequence or on other sequences of the batch. The class variable holds for all instances; `__init__` may set it
-      for one instance.
+    - set `causal = False` if the experts that a token asks for, in training or in evaluation, depend on later tokens of
+      the sequence or on other sequences of the micro-batch. The class variable holds for all instances; `__init__` may
+      set it for one instance.
 
     A subclass may declare, where the default does not fit,
     - `expert_rows`: the matrix (E, D) whose rows produce the experts' logits. Default: None. A router that declares it
@@ -63,9 +63,11 @@ class Router(nn.Module):
     def is_causal(self, *, capacity: float | None, drop: str) -> bool:
         """Return whether routing is causal under this capacity factor (None: dropless) and drop policy.
 
-        A capacity limit is a share of the number of assignments in the batch. The limit is therefore independent of
-        later tokens only if every token has the same number of experts. Which assignments are dropped is independent
-        of later tokens only with the policy `position`.
+        Causal means that the experts that process a token never depend on later tokens. A capacity limit is a share of
+        the number of assignments in the micro-batch. The limit is therefore independent of later tokens only if every
+        token has the same number of experts. The dropped assignments are independent of later tokens only with the
+        policy `position`. Even then they can depend on other sequences of the micro-batch, namely on their tokens at
+        the same or an earlier position.
         """
         return self.causal and (capacity is None or (drop == "position" and self.fixed_k is not None))
 
@@ -132,8 +134,8 @@ class Router(nn.Module):
     def perturb(self, logits: Float[Tensor, "T E"], knobs: Knobs) -> Float[Tensor, "T E"]:
         """Return logits + N(0, noise^2) in training; return the logits unchanged in evaluation or without noise.
 
-        Noise comes before temperature, softmax and selection, so that it affects selection, gates and balance loss
-        alike.
+        Noise comes before temperature, softmax and selection. It therefore affects the selection, the gate weights and
+        the balance loss.
         """
         if knobs.noise is None or not self.training:
             return logits

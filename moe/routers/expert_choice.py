@@ -13,12 +13,14 @@ from moe.routing.dispatch import capacity_per_expert
 class ExpertChoice(LinearRouter):
     """Router in which each expert takes the tokens that score highest for it (Zhou et al. 2202.09368).
 
-    With p = softmax(W x), each expert takes the ceil(capacity_factor * T / E) tokens of largest p. The gate is p, not
-    renormalized. A token gets 0 ... E experts, `capacity_factor` on average.
+    With p = softmax(W x), each expert takes the ceil(capacity_factor * T / E) tokens of largest p. T is the number of
+    tokens in the micro-batch. The gate weight is p, not renormalized. A token gets 0 ... E experts, `capacity_factor`
+    on average. `capacity_factor` multiplies tokens and decides what the router asks for. The configuration key
+    `capacity` multiplies assignments and decides what is dropped afterwards.
 
     All loads are equal, so the balance loss is the constant 1 and load_cv is 0. Tokens that no expert takes are counted
-    by unrouted_rate. Not causal: whether an expert takes a token depends on all other tokens of the batch. Results
-    therefore change with the size of the batch, and a token alone gets every expert.
+    by unrouted_rate. Not causal: whether an expert takes a token depends on all other tokens of the micro-batch.
+    Results therefore change with its size, and a token alone gets every expert.
     """
 
     causal = False

@@ -14,16 +14,18 @@ from moe.routing.decision import Context, Routing
 class Sinkhorn(LinearRouter):
     """Router that takes the top-k of a transport plan in training, and of the logits in evaluation.
 
-    Known as S-BASE (Clark et al. 2202.01169). In the plan over the batch all tokens have equal mass, and all experts
-    get equal mass. The plan is Sinkhorn's of logits / epsilon, noise included, without a gradient. It selects experts
-    and never weights them. Gates are sigmoid(logit) for k=1, otherwise the softmax of the selected logits, so that
-    evaluation with k > 1 equals `TopK`. The smaller epsilon is relative to the spread of the logits, the closer the
-    plan is to the best balanced assignment, and the more iterations it needs.
+    Known as S-BASE (Clark et al. 2202.01169). The plan is a matrix (tokens of the micro-batch x experts). Every row has
+    the same sum, and every column has the same sum. It is computed with Sinkhorn's algorithm from (noisy logits) /
+    epsilon. No gradient flows through it. If epsilon is small compared with the spread of the logits, the plan is close
+    to the best balanced assignment but needs more iterations.
+
+    The plan only decides which experts are chosen. It does not affect gate weights. These are sigmoid(logit) for k=1,
+    otherwise the softmax of the chosen logits. With k > 1, evaluation therefore equals `TopK`.
 
     inference: use the plan in evaluation too.
 
-    Expect a low load_cv in training; evaluation is greedy and can be less balanced. Use lb=0. Not causal: in training
-    the experts of a token depend on the whole batch.
+    Expect a low load_cv in training. Evaluation takes the largest logits and can be less balanced. Use lb=0, because
+    the plan already balances the load. Not causal: in training the experts of a token depend on the whole micro-batch.
     """
 
     causal = False
@@ -47,17 +49,18 @@ class Sinkhorn(LinearRouter):
         logits = self.logits(x)
         noisy = self.perturb(logits, context.knobs)
         planned = self.training or self.inference
-        order = log_plan(noisy.detach() / self.epsilon, self.iterations) if planned else noisy
-        expert = order.topk(self.k).indices
+        selection_scores = log_plan(noisy.detach() / self.epsilon, self.iterations) if planned else noisy
+        expert = selection_scores.topk(self.k).indices
         top = noisy.gather(-1, expert)
         weight = torch.sigmoid(top) if self.k == 1 else torch.softmax(top, -1)
         return Routing.token_choice(expert, weight, probs=torch.softmax(noisy, -1), logits=logits)
 
 
 def log_plan(scores: Float[Tensor, "T E"], iterations: int) -> Float[Tensor, "T E"]:
-    """Return the logarithm of the transport plan of exp(scores), after `iterations` of Sinkhorn's algorithm.
+    """Return the logarithm of the plan that `iterations` of Sinkhorn's algorithm make of exp(scores).
 
-    Rows are scaled to sum 1/T and columns to sum 1/E in turn. Columns are scaled last; rows sum to 1/T in the limit.
+    Each iteration scales the rows to sum 1/T, then the columns to sum 1/E. In the result the columns sum to 1/E, and
+    the rows approach 1/T with more iterations.
     """
     tokens, experts = scores.shape
     for _ in range(iterations):
@@ -67,9 +70,10 @@ def log_plan(scores: Float[Tensor, "T E"], iterations: int) -> Float[Tensor, "T 
 
 
 def plain_plan(scores: Float[Tensor, "T E"], iterations: int) -> Float[Tensor, "T E"]:
-    """Return what `log_plan` returns, computed by scaling exp(scores) itself.
+    """Return what `log_plan` returns, computed with exp(scores) instead of logarithms.
 
-    Entries too small for fp32 relative to the best expert of their token are lost.
+    `Spectra` uses it with log_sinkhorn_enabled=false. Entries that are too small for fp32, compared with the token's
+    largest entry, become zero.
     """
     tokens, experts = scores.shape
     tiny = torch.finfo(scores.dtype).tiny

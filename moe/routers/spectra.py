@@ -43,8 +43,8 @@ class Spectra(Router):
 
     Gates are the rows of the plan over the chosen experts, summing to 1 (k=1: p itself), with a gradient through the
     plan. With a quota no load in training exceeds factor times the mean load. Use lb=0. Not causal in training, where
-    plan, quota and means depend on the whole batch. Evaluation uses no plan and no quota, and running means, so it is
-    causal without `sinkhorn_inference`. Declared causal only if neither repulsion nor plan nor quota is used.
+    plan, quota and means depend on the whole micro-batch. Evaluation uses no plan and no quota, and running means, so
+    it is causal without `sinkhorn_inference`. Declared causal only if neither repulsion nor plan nor quota is used.
     """
 
     mean_expression: Tensor

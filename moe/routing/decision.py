@@ -43,8 +43,8 @@ class Context(NamedTuple):
         routers without state.
     orthogonality: whether to compute the loss on expert outputs. The other losses are cheap and always computed.
     probe_stride: run every n-th token through all experts, to compare their outputs. None: no token.
-    document_position: the position of each token in its document, from `document_positions`, if sequences contain
-        several documents. None if each sequence is one document.
+    document_position: the position of each token in its document, from `document_positions`. None if `position_ids` do
+        not mark documents; positions then count from the start of the sequence.
     """
 
     ids: Int[Tensor, "B S"]

@@ -1,6 +1,9 @@
-"""The dispatcher: which assignments fit into the capacity, and the way of tokens to experts and back.
+"""Dispatch: select the assignments that fit into the capacity, send tokens to experts, and combine the outputs.
 
 The router decides which experts a token asks for. This module decides which of these assignments are carried out.
+
+Letters in shapes: T tokens, E experts, D width of a hidden state, A assignments that the router asks for, R assignments
+that are carried out after drops.
 """
 
 import math
@@ -16,10 +19,10 @@ from moe.routing.decision import Routing, count
 
 
 class Dispatch(NamedTuple):
-    """The assignments that are carried out, sorted by expert.
+    """The R assignments that are carried out, sorted by expert.
 
     token, weight: (R) token index and gate weight. The assignments of expert 0 come first.
-    offered, kept: (E) assignments per expert before and after capacity.
+    offered, kept: (E) assignments per expert before and after capacity. `offered` is the load.
     by_token: (R) indices that sort these assignments by token.
     """
 
@@ -31,15 +34,20 @@ class Dispatch(NamedTuple):
 
 
 def capacity_per_expert(assignments: int, num_experts: int, capacity: float) -> int:
-    """Return the capacity of one expert in assignments: ceil(capacity * A / E), at least 1 (GShard 2006.16668)."""
+    """Return the capacity of one expert: ceil(capacity * A / E) assignments, at least 1 (GShard 2006.16668).
+
+    assignments: A, the number of assignments in the micro-batch. capacity: the capacity factor.
+    """
     return max(1, math.ceil(capacity * assignments / num_experts))
 
 
 def order_by_position(routing: Routing, seq_len: int) -> Int[Tensor, "A"]:
-    """Sort assignments by position in the sequence, earliest first, and those at the same position by sequence.
+    """Sort assignments by position in the sequence, earliest first.
 
-    Whether a token is dropped then never depends on later tokens of its own sequence. No sequence has an advantage
-    because it comes first in the batch. If a sequence contains several documents, the first one has an advantage.
+    Whether a token is dropped then never depends on tokens at later positions. It can depend on tokens of other
+    sequences at the same or an earlier position. Ties at one position go to the earlier sequence if the router lists
+    its assignments token by token. Apart from these ties, a sequence gains nothing by coming first in the micro-batch.
+    If a sequence contains several documents, the first one has an advantage.
     """
     return torch.argsort(routing.token % seq_len, stable=True)
 
@@ -55,12 +63,13 @@ def order_by_score(routing: Routing, seq_len: int) -> Int[Tensor, "A"]:
 def order_at_random(routing: Routing, seq_len: int) -> Int[Tensor, "A"]:
     """Shuffle assignments.
 
-    Not causal, because the chance of a token depends on how many later tokens compete with it.
+    Not causal, because the chance that a token is dropped depends on how many later tokens compete with it.
     """
     return torch.randperm(len(routing.token), device=routing.token.device)
 
 
-# The order in which an expert accepts assignments until it is full. Only the first keeps a causal router causal.
+# The order in which an expert accepts assignments until it is full. Only `position` keeps a causal router causal: a
+# drop then never depends on later tokens. See `Router.is_causal`.
 DROP_POLICIES: dict[str, Callable[[Routing, int], Int[Tensor, "A"]]] = {
     "position": order_by_position,
     "score": order_by_score,
@@ -74,8 +83,11 @@ def dispatch(
     """Return the assignments that are carried out, sorted by expert.
 
     capacity: the capacity factor. Each expert keeps assignments up to `capacity_per_expert`, in the order of the policy
-        `drop`. The number of assignments that fit is read back from the device. None: all assignments are kept, and
-        those of one expert stay in token order.
+        `drop`. With a limit, this function waits for the device once, to read how many assignments fit. None: all
+        assignments are kept, and those of one expert stay in the order in which the router listed them.
+
+    If `routing.renormalize` is set, the weights that a token keeps after drops are divided by their sum. Without a
+    limit nothing is dropped, and weights stay as they are.
     """
     token, expert, weight = routing.token, routing.expert, routing.weight
     offered = count(expert, num_experts)
@@ -85,32 +97,35 @@ def dispatch(
         return Dispatch(token, weight[order], offered, offered, torch.argsort(token, stable=True))
     queue = DROP_POLICIES[drop](routing, seq_len)
     order = queue[torch.argsort(expert[queue], stable=True)]
-    rank = torch.arange(len(order), device=order.device) - (offered.cumsum(0) - offered)[expert[order]]
+    place = torch.arange(len(order), device=order.device) - (offered.cumsum(0) - offered)[expert[order]]
     limit = capacity_per_expert(len(expert), num_experts, capacity)
-    order = order[rank < limit]
+    order = order[place < limit]
     token, weight = token[order], weight[order]
     if routing.renormalize:
+        # On CUDA `index_add` adds in no fixed order. With two experts per token the sum is the same in any order; with
+        # more, its last bits can differ between runs.
         weight = weight / weight.new_zeros(len(expert)).index_add(0, token, weight)[token]
     return Dispatch(token, weight, offered, offered.clamp(max=limit), torch.argsort(token, stable=True))
 
 
 def gather(x: Float[Tensor, "T D"], dispatched: Dispatch) -> Float[Tensor, "R D"]:
-    """Return the hidden state of its token for each assignment."""
+    """For each assignment, return the hidden state of its token."""
     return _Gather.apply(x, dispatched.token, dispatched.by_token)
 
 
 def combine(outputs: Float[Tensor, "R D"], dispatched: Dispatch, tokens: int) -> Float[Tensor, "T D"]:
-    """Return the weighted sum of the expert outputs of each of `tokens` tokens.
+    """For each of `tokens` tokens, return the weighted sum of the outputs of its experts.
 
-    A token without experts gets zeros; the residual connection passes it on.
+    A token without experts gets zeros. The residual connection of the layer still carries its hidden state.
     """
     weight = dispatched.weight.to(outputs.dtype)
     return _Combine.apply(outputs, weight, dispatched.token, dispatched.by_token, tokens)
 
 
-# Each of these two functions computes the gradient of the other. They are written by hand because a sum over known rows
-# needs neither a copy of the weighted rows nor the atomic additions of `index_add`. On CUDA the order of atomic
-# additions differs between runs, and so do the results.
+# Gather and combine are each other's backward pass. Both are written by hand, because the gradient that PyTorch would
+# use adds floating-point rows with `index_add`. On CUDA that uses atomic additions, whose order differs between runs,
+# and so do the results. `_sum` adds the rows of a token in a fixed order and makes no copy of the weighted rows.
+# (`count` also uses `index_add`, but on integers, where the order does not matter.)
 
 
 class _Gather(torch.autograd.Function):
@@ -135,13 +150,13 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, token = ctx.saved_tensors
-        copies = gradient.index_select(0, token)
-        by_weight = (copies * rows).sum(-1) if ctx.needs_input_grad[1] else None
-        return copies.mul_(weight[:, None]), by_weight, None, None, None
+        token_gradients = gradient.index_select(0, token)
+        weight_gradient = (token_gradients * rows).sum(-1) if ctx.needs_input_grad[1] else None
+        return token_gradients.mul_(weight[:, None]), weight_gradient, None, None, None
 
 
 def _sum(rows: Tensor, token: Tensor, by_token: Tensor, tokens: int, weight: Tensor | None = None) -> Tensor:
-    """Return the sum of the rows of each token (T, D), added in the order of the experts."""
+    """For each token, return the (weighted) sum of its rows (T, D), added in the order of the experts."""
     counts = count(token, tokens)
     weights = None if weight is None else weight[by_token]
     starts = counts.cumsum(0) - counts

@@ -1,4 +1,4 @@
-"""Measure the routing of a layer as sums over tokens, from which `moe.metrics.catalog` computes metrics."""
+"""Summarize the routing of a layer in sums over tokens. `moe.metrics.catalog` computes metrics from them."""
 
 import math
 
@@ -26,12 +26,13 @@ def collect_stats(
 ) -> RoutingStats:
     """Compute the sums of one layer over one micro-batch of `tokens` tokens.
 
-    seq_len: length of the sequences; None if all tokens are one sequence.
-    document_position: position of each token in its document, from `moe.routing.decision.document_positions`; None if
-        each sequence is one document. Positions, and which token follows which, are counted within a document.
-        `max_violation_sequence` takes a sequence with all its documents, because a single document may be too short to
-        be balanced.
-    capacity: capacity factor; None if dropless.
+    seq_len: length of the sequences. None if all tokens are one sequence.
+    document_position: position of each token in its document, from `moe.routing.decision.document_positions`. Positions
+        and neighboring tokens are then determined within each document. None: they are determined within each
+        sequence. Blocks of plain text have None. They can hold several documents, but do not mark where one begins.
+        `max_violation_sequence` always covers whole sequences, because a single document may be too short to be
+        balanced.
+    capacity: capacity factor. None if dropless.
     similarity: mean cosine of the experts' outputs for N of these tokens, from `mean_cosine`.
     """
     experts = len(dispatched.offered)
@@ -47,7 +48,7 @@ def collect_stats(
         capacity=nan
         if capacity is None
         else nan.new_full((), experts * capacity_per_expert(len(routing.expert), experts, capacity)),
-        batches=routed,
+        micro_batches=routed,
         max_violation=routed * (offered.amax() * experts / assignments.clamp(min=1) - 1),
         **_choices(routing, dispatched, tokens, seq_len or tokens, document_position),
         **_probabilities(routing, nan.expand(experts)),
@@ -61,9 +62,9 @@ def collect_stats(
 def _choices(
     routing: Routing, dispatched: Dispatch, tokens: int, seq_len: int, document_position: Int[Tensor, "T"] | None
 ) -> dict[str, Tensor]:
-    """Compute the sums that depend on which tokens chose which experts; NaN if experts take slots instead of tokens.
+    """Compute the sums that depend on which tokens chose which experts. NaN for Soft MoE, whose experts take slots.
 
-    Counting over assignments, K for each token, is faster than over (T, E) and is done where possible.
+    Counting the assignments (K per token) is faster than counting a mask (T, E), and is done where possible.
     """
     experts = len(dispatched.offered)
     if routing.slots is not None:
@@ -85,11 +86,11 @@ def _choices(
     by_decile = count(decile[token] * experts + expert, DECILES * experts).view(DECILES, experts)
     one = dispatched.weight.new_ones(())  # a Python number would be copied to the device
     chosen = dispatched.weight.new_zeros(tokens, experts).index_put_((token, expert), one)
-    with torch.autocast(chosen.device.type, enabled=False):  # bfloat16 cannot count beyond 256
+    with torch.autocast(chosen.device.type, enabled=False):  # bfloat16 does not represent all integers above 256
         coactivation = chosen.T @ chosen
         active = chosen.sum(1)
         repeatable = active @ follows
-        repeated = torch.linalg.vecdot(chosen[1:], chosen[:-1]) @ follows[1:]  # faster than product and sum
+        repeated = torch.linalg.vecdot(chosen[1:], chosen[:-1]) @ follows[1:]  # faster than multiplying and summing
     return {
         "sequences": (assignments > 0).float().sum(),
         "max_violation_sequence": ((assignments > 0) * violation).sum(),
@@ -104,23 +105,23 @@ def _choices(
 
 
 def _probabilities(routing: Routing, nan: Float[Tensor, "E"]) -> dict[str, Tensor]:
-    """Compute the sums over the probabilities from which the router chose; NaN for a router without probabilities."""
+    """Compute the sums over the router's probabilities. NaN for a router without probabilities."""
     probs = routing.probs
     if probs is None:
-        return {"importance": nan, **dict.fromkeys(("entropy", "confidence", "margin", "chosen_mass"), nan[0])}
+        return {"importance": nan, **dict.fromkeys(("entropy", "confidence", "margin", "top_k_mass"), nan[0])}
     first, index = probs.max(-1, keepdim=True)
-    second = probs.scatter(-1, index, 0.0).amax(-1, keepdim=True)  # two maxima take half the time of `topk`
+    second = probs.scatter(-1, index, 0.0).amax(-1, keepdim=True)  # two calls of max take half the time of `topk`
     return {
         "importance": probs.sum(0),
         "entropy": router_entropy(probs) * len(probs),  # takes half the time of `torch.special.entr`
         "confidence": first.sum(),
         "margin": nan[0] if probs.shape[-1] == 1 else (first - second).sum(),
-        "chosen_mass": nan[0] if routing.slots is not None else probs[routing.token, routing.expert].sum(),
+        "top_k_mass": nan[0] if routing.slots is not None else probs[routing.token, routing.expert].sum(),
     }
 
 
 def _clean_logits(logits: Float[Tensor, "T E"] | None, nan: Float[Tensor, ""]) -> dict[str, Tensor]:
-    """Compute the sums over the clean logits, at temperature 1; NaN for a router without logits."""
+    """Compute the sums over the clean logits, at temperature 1. NaN for a router without logits."""
     if logits is None:
         return dict.fromkeys(("entropy_t1", "confidence_t1", "logit_squared", "logsumexp_squared"), nan)
     log_probs = torch.log_softmax(logits, -1)
@@ -134,8 +135,10 @@ def _clean_logits(logits: Float[Tensor, "T E"] | None, nan: Float[Tensor, ""]) -
 
 
 def mean_cosine(outputs: Float[Tensor, "E N D"]) -> Float[Tensor, "N"]:
-    """Compute for each of N tokens the mean cosine of the outputs of two experts, over all pairs; 0 for one expert."""
+    """For each of N tokens, compute the mean cosine of two experts' outputs, over all pairs. 0 for one expert."""
     experts = len(outputs)
     unit = F.normalize(outputs.float(), dim=-1)
-    pairs = unit.sum(0).square().sum(-1) - unit.square().sum((0, 2))  # a zero output has cosine 0 with all others
+    # ||sum of unit vectors||^2 is the sum of all cosines; subtract those of an expert with itself. `normalize` keeps a
+    # zero output zero, so its cosine with any other output is 0.
+    pairs = unit.sum(0).square().sum(-1) - unit.square().sum((0, 2))
     return pairs / max(1, experts * (experts - 1))

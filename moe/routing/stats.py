@@ -10,34 +10,38 @@ from moe.routing.positions import DECILES as DECILES
 
 
 class RoutingStats(NamedTuple):
-    """Sums over tokens, without gradient. Sums add up exactly over micro-batches and ranks; ratios would not.
+    """Sums over tokens, without gradient. Sums can be added over micro-batches and ranks; ratios could not.
 
-    `batches` and `max_violation` are sums over micro-batches. Only they depend on how tokens were cut into
+    `micro_batches` and `max_violation` are sums over micro-batches. Only they depend on how tokens were divided into
     micro-batches. `moe.metrics.catalog` defines the metrics that are computed from these sums. The shapes below are
-    those of one layer; a model stacks its layers in front, (L, ...). A sum that a router does not have is NaN.
+    those of one layer. A model stacks its layers in front, (L, ...). A sum that a router does not have is NaN.
+
+    "Document" below means a packed conversation. Blocks of plain text do not mark where a document begins, so there it
+    means the whole sequence.
     """
 
     tokens: Float[Tensor, "*L"]
     assignments: Float[Tensor, "*L"]
-    offered: Float[Tensor, "*L E"]  # load: assignments that tokens asked for, before capacity
+    offered: Float[Tensor, "*L E"]  # the load: assignments that tokens asked for, before capacity
     kept: Float[Tensor, "*L E"]  # assignments carried out
     capacity: Float[Tensor, "*L"]  # assignments that all experts together accept; NaN when dropless
-    batches: Float[Tensor, "*L"]  # micro-batches that have an assignment
+    micro_batches: Float[Tensor, "*L"]  # micro-batches that have an assignment
     max_violation: Float[Tensor, "*L"]  # sum over those micro-batches of largest load / mean load - 1
     sequences: Float[Tensor, "*L"]  # sequences that have an assignment
     max_violation_sequence: Float[Tensor, "*L"]  # sum over those sequences of largest load / mean load - 1
-    offered_by_position: Float[Tensor, "*L P E"]  # `offered` by decile of the position in the document, P = DECILES
+    # `offered` by decile of the position in the document: position * DECILES // sequence length; P = DECILES
+    offered_by_position: Float[Tensor, "*L P E"]
     kept_by_position: Float[Tensor, "*L P"]  # assignments carried out by decile, summed over experts
     coactivation: Float[Tensor, "*L E E"]  # tokens that asked for both experts
-    repeatable: Float[Tensor, "*L"]  # assignments of tokens that are not the first of their document
-    repeated: Float[Tensor, "*L"]  # part of `repeatable` that the token before asked for too
+    repeatable: Float[Tensor, "*L"]  # assignments of tokens that have a token before them in their document
+    repeated: Float[Tensor, "*L"]  # those of them whose expert the token before asked for too (sequential overlap)
     tokens_by_active: Float[Tensor, "*L E+1"]  # tokens that asked for 0, 1 ... E experts
     unrouted: Float[Tensor, "*L"]  # tokens that no expert processed
     importance: Float[Tensor, "*L E"]  # summed probability of each expert
     entropy: Float[Tensor, "*L"]  # of the probabilities of each token, in nats
     confidence: Float[Tensor, "*L"]  # largest probability of each token
     margin: Float[Tensor, "*L"]  # largest - second largest probability of each token
-    chosen_mass: Float[Tensor, "*L"]  # probability of the experts that each token asked for
+    top_k_mass: Float[Tensor, "*L"]  # probability of the experts that each token asked for
     entropy_t1: Float[Tensor, "*L"]  # like `entropy`, of softmax(logits): without noise, at temperature 1
     confidence_t1: Float[Tensor, "*L"]  # like `confidence`, of softmax(logits)
     logit_squared: Float[Tensor, "*L"]  # mean over experts of the squared logits of each token

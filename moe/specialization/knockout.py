@@ -23,14 +23,14 @@ Removal = Callable[[Routing, Bool[Tensor, "A"]], Routing]  # (decision, selected
 def knockouts(
     model: MoEForCausalLM, observed: Observation, knobs: Knobs, *, document: Int[np.ndarray, "B"]
 ) -> dict[str, dict[str, Any]]:
-    """Return the rise of the loss, in nats per token, without each expert of each layer, for two kinds of removal.
+    """For each expert of each layer, return how much the loss rises (nats per token) when it is removed, in two ways.
 
     rerouted: the expert's assignments go to the next-best experts of their tokens.
     zeroed: the expert's assignments add nothing.
 
-    The null of both does the same to as many random assignments of the layer, batch by batch. It measures what the loss
-    of that much work costs, whichever expert does it. It is drawn once, so the excess of a single expert over it is
-    noisy. See `_summary` for the fields.
+    For comparison (the load-matched null), the same change is applied to equally many random assignments of the layer
+    in each forward pass. This shows the cost of removing that many assignments from any experts. The random choice is
+    made only once, so the excess of a single expert is noisy. See `_summary` for the fields.
     """
     experts = model.config.num_experts
     removals: dict[str, Removal] = {
@@ -85,9 +85,10 @@ def _summary(
 ) -> dict[str, Any]:
     """Return the results of one kind of removal.
 
-    delta, null, excess = delta - null: means (L, E) with intervals.
-    by_domain: delta (L, E, domains that occur).
-    rho, rho_excess: (L) Spearman's correlation over experts of the load with delta and with excess.
+    delta: rise of the loss. null: the same for random assignments. excess: delta - null. Each has a mean and an
+        interval, with shape (L, E).
+    by_domain: delta by domain (L, E, number of domains that occur).
+    rho, rho_excess: (L) Spearman's correlation between load and delta, and between load and excess, over experts.
     """
     excess = rise - null
     return {

@@ -17,7 +17,11 @@ log = logging.getLogger(__name__)
 
 
 class Clock:
-    """Wall-clock time of a run in seconds, with all its resumes. `train_seconds` is without evaluation and saving."""
+    """Wall-clock time in seconds that a run was active after its set-up, added over all its sessions.
+
+    The time between two sessions is not counted, nor is time after the last checkpoint of a session that was killed.
+    `train_seconds` is the time of training steps alone, without evaluation and saving.
+    """
 
     def __init__(self, elapsed: float = 0.0, train_seconds: float = 0.0) -> None:
         self._began = time.monotonic() - elapsed

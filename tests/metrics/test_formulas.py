@@ -196,7 +196,7 @@ def test_the_sums_of_choices_token_by_token(capacity: float | None, seq_len: int
     probs = torch.rand(T, E, generator=generator)
     routing = Routing.masked(chosen, probs, probs=probs)
     kept = dispatch(routing, E, capacity=capacity, seq_len=seq_len)
-    names = ("repeatable", "repeated", "chosen_mass", "margin", "entropy", "sequences", "max_violation_sequence")
+    names = ("repeatable", "repeated", "top_k_mass", "margin", "entropy", "sequences", "max_violation_sequence")
     expected = {name: torch.zeros(()) for name in names}
     expected |= {"offered_by_position": torch.zeros(10, E), "kept_by_position": torch.zeros(10)}
     expected |= {"coactivation": torch.zeros(E, E), "tokens_by_active": torch.zeros(E + 1)}
@@ -209,7 +209,7 @@ def test_the_sums_of_choices_token_by_token(capacity: float | None, seq_len: int
         expected["tokens_by_active"][len(mine)] += 1
         for e in mine:
             expected["offered_by_position"][place * 10 // seq_len, e] += 1
-            expected["chosen_mass"] += probs[t, e]
+            expected["top_k_mass"] += probs[t, e]
             expected["repeatable"] += place > 0
             expected["repeated"] += place > 0 and chosen[t - 1, e]
             for other in mine:

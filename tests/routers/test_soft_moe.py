@@ -67,7 +67,7 @@ def test_probabilities_are_what_a_token_takes_of_each_experts_slots() -> None:
 def test_what_it_has_no_value_for_is_null_and_its_load_is_even() -> None:
     stats = layer()(torch.randn(B, S, D), context()).stats
     assert stats.offered.tolist() == [B * N] * E
-    for field in (stats.coactivation, stats.repeated, stats.unrouted, stats.chosen_mass, stats.entropy_t1):
+    for field in (stats.coactivation, stats.repeated, stats.unrouted, stats.top_k_mass, stats.entropy_t1):
         assert field.isnan().all()
 
 
