@@ -1,8 +1,8 @@
 """The processes (ranks) of one run, as `accelerate launch` and torchrun start them, and how they communicate.
 
-The ranks share the micro-batches of each optimizer step. Only the first rank writes the files of the run, and only
-its answer counts where files decide what happens. A single process counts as one rank. All functions that
-communicate must be called by all ranks together.
+The ranks share the micro-batches of each optimizer step. Only rank 0 writes the files of the run. If a decision depends
+on files, rank 0 decides for all ranks. A single process counts as one rank. All functions that communicate must be
+called by all ranks together.
 """
 
 import os
@@ -18,11 +18,12 @@ if TYPE_CHECKING:  # importing torch takes seconds, and many callers only need `
 
 def world_size() -> int:
     """Return the number of ranks."""
+    # WORLD_SIZE alone does not mean that there are ranks. Launchers always set RANK too.
     return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 
 def rank() -> int:
-    """Return the number of this process among the ranks, from 0."""
+    """Return the rank of this process, from 0."""
     return int(os.environ.get("RANK", 0))
 
 
@@ -32,12 +33,12 @@ def is_first() -> bool:
 
 
 def launched_with(engine: str) -> bool:
-    """Return whether the launch file of Accelerate selects this engine, FSDP or DEEPSPEED."""
+    """Return whether the Accelerate configuration enables this engine, FSDP or DEEPSPEED."""
     return os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true"
 
 
 def start(*, timeout: int) -> None:
-    """Connect the ranks. From then on a rank that waits for another one fails after `timeout` seconds."""
+    """Connect the ranks. Afterwards, a rank that waits for another one for more than `timeout` seconds fails."""
     if world_size() == 1:
         return
     import torch
@@ -47,12 +48,12 @@ def start(*, timeout: int) -> None:
 
 
 def broadcast(value: Any) -> Any:
-    """Return the value of the first rank; any object that can be pickled."""
+    """Return the value of rank 0. It can be any object that can be pickled."""
     return all_gather(value)[0]
 
 
 def all_gather(value: Any) -> list[Any]:
-    """Return the values of all ranks in the order of the ranks; any objects that can be pickled."""
+    """Return the values of all ranks, in the order of the ranks. They can be any objects that can be pickled."""
     if world_size() == 1:
         return [value]
     import torch.distributed as dist
@@ -76,9 +77,9 @@ def all_reduce_max(value: int) -> int:
 
 
 def all_reduce_sum(tensors: "Sequence[Tensor]") -> "list[Tensor]":
-    """Return the sum of each tensor over all ranks, which must pass tensors of the same shapes.
+    """Return the sum of each tensor over all ranks. All ranks must pass tensors of the same shapes.
 
-    The tensors are added in fp64 and in one communication.
+    The tensors are added in fp64, in one collective call.
     """
     if world_size() == 1:
         return list(tensors)
@@ -92,7 +93,7 @@ def all_reduce_sum(tensors: "Sequence[Tensor]") -> "list[Tensor]":
 
 
 def sum_of_lower_ranks(counts: "Int[Tensor, 'E']") -> "Int[Tensor, 'E']":
-    """Return the sum of `counts` over all ranks with a lower number than this one; 0 on the first rank."""
+    """Return the sum of `counts` over all ranks below this one. On rank 0 it is 0."""
     if world_size() == 1:
         return counts.new_zeros(counts.shape)
     import torch

@@ -1,4 +1,7 @@
-"""Helpers for sharded tensors (DTensors), of which each rank holds one part, that also accept ordinary tensors."""
+"""Helpers for sharded tensors (DTensors). Each rank holds one part of such a tensor.
+
+The helpers also accept ordinary tensors.
+"""
 
 from typing import Any
 
@@ -20,7 +23,7 @@ def full_tensors(tree: Any) -> Any:
 
 
 def shard_like(value: Tensor, target: Tensor) -> Tensor:
-    """Shard `value`, a full tensor that every rank has, in the way `target` is sharded."""
+    """Return `value`, a full tensor that every rank has, sharded like `target`."""
     if not isinstance(target, DTensor):
         return value
     replicated = DTensor.from_local(value.to(target.device), target.device_mesh, run_check=False)
@@ -30,7 +33,7 @@ def shard_like(value: Tensor, target: Tensor) -> Tensor:
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the state dict of a model in full tensors. All ranks call this together.
 
-    Names that share one tensor in the model also share one in the result.
+    Tied weights stay tied: names that refer to the same tensor in the model still do in the result.
     """
     by_identity: dict[int, Tensor] = {}
     state = model.state_dict(keep_vars=True)
@@ -41,12 +44,15 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a sharded tensor; any other tensor is returned as it is."""
+    """Return this rank's part of a sharded tensor. Return any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def global_norm(tensors: list[Tensor]) -> Tensor:
-    """Return the Euclidean norm of all elements of all tensors, over all parts of the sharded ones; 0-dim."""
+    """Return the Euclidean norm of all elements of all tensors, as a tensor of shape ().
+
+    For sharded tensors, the parts of all ranks count. All ranks call this together.
+    """
     sharded = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
     ordinary = [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
     norms = [full_tensors(nn.utils.get_total_norm(group)) for group in (sharded, ordinary) if group]

@@ -48,9 +48,10 @@ class Ranks(NamedTuple):
 class RunFacts(NamedTuple):
     """What is known of a run only once it has been trained; the training loop returns it.
 
-    flops_per_token: of a forward pass. seconds: wall time over all resumptions; train_seconds: without evaluation and
-    saving. peak_memory_gb: in 1e9 bytes, null if unknown. process: thread and memory settings. experts_kernel: null
-    for a model without experts. data: the manifest of the data, see `moe.data.blocks.Prepared`.
+    flops_per_token: of a forward pass. seconds: time that the run was active after set-up, added over all its sessions;
+    train_seconds: without evaluation and saving. peak_memory_gb: in 1e9 bytes, null if unknown. process: thread and
+    memory settings. experts_kernel: null for a model without experts. data: the manifest of the data, see
+    `moe.data.blocks.Prepared`.
     """
 
     parameters: Parameters

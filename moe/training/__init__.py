@@ -1,1 +1,1 @@
-"""Training: set-up, step, optimizer, schedules, validation, and what can go wrong."""
+"""Training: set-up, step, optimizer, schedules, validation, and the search for numbers that are not finite."""

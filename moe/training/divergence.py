@@ -1,4 +1,4 @@
-"""Find out where a loss or gradient that is not finite comes from. Training stops before the optimizer step."""
+"""Find the source of a loss or gradient that is not finite. Training stops before the optimizer step."""
 
 from collections.abc import Callable
 
@@ -18,13 +18,13 @@ class Diverged(Exception):
         super().__init__(f"step {step}: {where} is not finite; lower the learning rate or see optimizer.clip")
 
 
-def blame(
+def locate_nonfinite(
     model: nn.Module, ids: Int[Tensor, "B S"], knobs: Knobs, *, position_ids: Int[Tensor, "B S"] | None = None
 ) -> str:
-    """Return the name of the first thing that is not finite, with the numbers of the experts concerned.
+    """Return the name of the first tensor that is not finite, with the numbers of the experts concerned.
 
-    Searches the weights, then the outputs of the modules in forward order, then the gradients. The model runs once
-    more for this, with hooks; no other code uses hooks. All ranks call this together, each with its own blocks.
+    Searches the weights, then the outputs of the modules in forward order, then the gradients. For the outputs, the
+    model runs once more with forward hooks. All ranks call this together, each with its own blocks.
     """
     weights = _first_not_finite({name: p.detach() for name, p in model.named_parameters()})
     gradients = _first_not_finite({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
@@ -58,7 +58,7 @@ def _note_output(found: list[str], name: str) -> Callable[[nn.Module, object, ob
 
 
 def _with_experts(name: str, tensor: Tensor) -> str:
-    """Return the name of a tensor; for a stack of experts (E, rows, cols) also which experts are not finite."""
+    """Return the name of a tensor. For a stack of experts (E, rows, cols), add which experts are not finite."""
     if tensor.ndim != 3:
         return name
     bad = (~tensor.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()

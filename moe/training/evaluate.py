@@ -27,7 +27,7 @@ PROBE_STRIDE = 251  # a prime, so that tokens at all positions take part
 def validate(training: Training, step: int) -> dict[str, Any]:
     """Return the validation metrics of a run after `step` optimizer steps, with the settings of that step.
 
-    They are dropless. If the run has a capacity factor, `val_capacity/...` say what the limit changes.
+    Validation is dropless. If the run has a capacity factor, it is repeated with the limit, as `val_capacity/...`.
     """
     config, data = training.config, training.data
     settings = knob_settings(config, training.schedule, step)
@@ -63,10 +63,11 @@ def evaluate(
     and `routing/utilization` (L, E). `val/...` are means over the tokens with a label, routing metrics over all
     tokens. The outputs of experts are compared on one token in `PROBE_STRIDE`.
 
-    With a capacity limit, or a router that is not causal, the loss depends on which sequences share a batch. Each
-    batch therefore mixes the domains, as the batches of training do.
+    With a capacity limit, or a router that is not causal, the loss depends on which sequences share a micro-batch. Each
+    micro-batch therefore mixes the domains, as in training.
 
-    The ranks share the batches, call this together and get the same values. The model's training mode is restored.
+    All ranks call this together. They share the micro-batches and get the same values. The model's training mode is
+    restored.
     """
     device = model.device
     knobs = Knobs.of(temperature=temperature, device=device)
@@ -77,12 +78,12 @@ def evaluate(
     model.eval()
     batches = math.ceil(len(data) / batch_size)
     for turn in range(ranks.rank(), ranks.world_size() * math.ceil(batches / ranks.world_size()), ranks.world_size()):
-        # with sharded weights all ranks must run the model equally often: a rank that has no batch left runs the last
-        # one again and counts it 0 times
+        # With sharded weights all ranks must run the model equally often. A rank that has no micro-batch left runs the
+        # last one again and counts it 0 times.
         first, times = min(turn, batches - 1), int(turn < batches)
         torch.manual_seed(first)  # for drop=random
-        # blocks at equal distances: the data are sorted by domain, and a batch of a single domain would overflow the
-        # capacity of that domain's experts
+        # Take blocks at equal distances. The data are sorted by domain, and a micro-batch of a single domain would
+        # exceed the capacity of that domain's experts.
         ids, domain, labels, positions = batch(data, range(first, len(data), batches)).to(device)
         limits: dict[str, Any] = {"capacity": capacity, "drop": drop}
         output = model(ids, position_ids=positions, knobs=knobs, probe_stride=PROBE_STRIDE, **limits)

@@ -19,16 +19,16 @@ def gradient_norms(parts: Parts) -> dict[str, Float[Tensor, ""]]:
     }
 
 
-def copies(parts: Parts) -> dict[str, list[Tensor]]:
+def copy_parameters(parts: Parts) -> dict[str, list[Tensor]]:
     """Return copies of all parameters of each part, for `relative_updates`."""
     return {name: [p.detach().clone() for p in params] for name, params in parts.items()}
 
 
 @torch.no_grad()
 def relative_updates(parts: Parts, before: dict[str, list[Tensor]]) -> dict[str, float]:
-    """Return `update/<part>`: norm of the change of an optimizer step / norm of the parameters before it.
+    """Return `update/<part>`: norm of the change by an optimizer step / norm of the parameters before it.
 
-    This is the effective learning rate of each part. before: `copies` of the parameters from before the step.
+    This is the effective learning rate of each part. before: the result of `copy_parameters` before the step.
     """
     return {
         f"update/{name}": (

@@ -24,11 +24,12 @@ from moe.training.step import train_step
 
 
 def train(config: Config, folder: Path, *, signals: Signals, listeners: Sequence[RunListener] = ()) -> dict[str, Any]:
-    """Train to the end, from the newest checkpoint in `folder` if there is one; return facts for the run record.
+    """Train a run to the end and return facts for the run record.
 
-    Writes events.jsonl, trace/, model/ and, if the configuration asks for them, milestones/ to `folder`, which must
-    exist. Raises Diverged before an optimizer step that would use a number that is not finite, and Interrupted, after
-    a checkpoint, if a signal asked the run to stop.
+    Training starts from the newest checkpoint in `folder` if there is one. `folder` must exist. This function writes
+    events.jsonl, trace/, model/ and, if the configuration asks for them, milestones/ to it. Raises Diverged before an
+    optimizer step that would use a number that is not finite. Raises Interrupted if a signal asked the run to stop,
+    after it has saved a checkpoint.
     """
     training = set_up(config)
     done, clock = resume(folder, training)
@@ -66,9 +67,9 @@ def train(config: Config, folder: Path, *, signals: Signals, listeners: Sequence
 
 
 def facts(training: Training, clock: Clock, latest: dict[str, Any]) -> dict[str, Any]:
-    """Return what the run record says about a finished run.
+    """Return the facts about a finished run for its run record.
 
-    latest: the values of the last evaluation, whose number of active experts per token decides the FLOPs.
+    latest: the values of the last evaluation. Its number of active experts per token determines the FLOPs.
     """
     config, model, device = training.config, training.model, training.accelerator.device
     active = [latest[f"routing/active_experts/layer{index:02d}"] for index in range(len(training.routers))]

@@ -1,4 +1,4 @@
-"""The loss that training minimizes, and the values that say how a step went."""
+"""Compute the loss that training minimizes, and the values that describe a step in the event log."""
 
 import functools
 from typing import Any, NamedTuple
@@ -27,21 +27,21 @@ def total_loss(
     for name, values in (output.aux or {}).items():
         if name in LOSSES:
             shared = getattr(config, LOSSES[name].weight)
-            weights = [shared + of_router.get(name, 0.0) for of_router in router_weights]
+            weights = [shared + own.get(name, 0.0) for own in router_weights]
         else:
-            weights = [of_router[name] for of_router in router_weights]
-        # weights are Python numbers, because a tensor would be copied to the device; a loss with weight 0 is left out,
-        # because it would still cost a backward pass
+            weights = [own[name] for own in router_weights]
+        # Weights are Python numbers, because a tensor would be copied to the device. A loss with weight 0 is left out,
+        # because it would still cost a backward pass.
         weighted += [w * value for w, value in zip(weights, values.unbind(), strict=True) if w]
     return torch.stack([output.loss * weight, *weighted]).sum()
 
 
 class Outcome(NamedTuple):
-    """What is kept of one micro-batch after its backward pass.
+    """The values of one micro-batch that are kept after its backward pass.
 
-    loss: its mean cross-entropy times its weight in the step.
+    loss: mean cross-entropy times the weight of the micro-batch in its step.
     aux: each auxiliary loss by layer (L).
-    stats: its routing sums (L, ...); None without MoE layers.
+    stats: routing sums (L, ...). None without MoE layers.
     """
 
     loss: Tensor
@@ -50,18 +50,18 @@ class Outcome(NamedTuple):
 
 
 def merged_stats(outcomes: list[Outcome]) -> RoutingStats | None:
-    """Return the routing sums (L, ...) over all micro-batches of a step and all ranks; None without MoE layers."""
+    """Return the routing sums (L, ...) over all micro-batches of a step and all ranks. None without MoE layers."""
     stats = [outcome.stats for outcome in outcomes if outcome.stats is not None]
     if not stats:
         return None
-    of_this_rank = functools.reduce(RoutingStats.merge, stats)
-    return RoutingStats(*ranks.all_reduce_sum(of_this_rank))
+    local = functools.reduce(RoutingStats.merge, stats)
+    return RoutingStats(*ranks.all_reduce_sum(local))
 
 
 def step_values(outcomes: list[Outcome], sums: RoutingStats | None) -> dict[str, Any]:
     """Return the mean losses of an optimizer step, unweighted and averaged over layers, and its routing metrics.
 
-    outcomes: of this rank's micro-batches; every rank has equally many.
+    outcomes: one for each of this rank's micro-batches. Every rank has the same number of them.
     sums: routing sums of all ranks, from `merged_stats`.
     """
     names = ["loss", *outcomes[0].aux]

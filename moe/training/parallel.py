@@ -29,9 +29,10 @@ def layout(*, expert_parallel: bool) -> str:
 
 
 def distribute(model: MoEForCausalLM, accelerator: Accelerator, *, expert_parallel: bool) -> nn.Module:
-    """Distribute `model`, of which every rank has a copy, over ranks and devices; return the module to train with.
+    """Distribute `model` over ranks and devices, and return the module to train with.
 
-    The parameters of `model` are replaced in place, so the optimizers must be made afterwards.
+    Every rank passes an equal copy of the model. The parameters of `model` are replaced in place, so the optimizers
+    must be created afterwards.
     """
     kind = layout(expert_parallel=expert_parallel)
     if kind in ("single", "replicated"):
@@ -49,7 +50,7 @@ def _shard(model: MoEForCausalLM, accelerator: Accelerator) -> nn.Module:
     once, because routers of several layers may share modules.
     """
     mesh = init_device_mesh(accelerator.device.type, (ranks.world_size(),))
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # warns of changing its outputs in place: not done here
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # about in-place changes of outputs: we make none
     accelerator.prepare_model(model, evaluation_mode=True)  # sets up autocast only
     for layer in model.moe_layers:
         fully_shard(layer.experts, mesh=mesh)

@@ -1,4 +1,4 @@
-"""What a person sees of a run in the terminal: a progress bar and one line for each evaluation."""
+"""Show the progress of a run in the terminal: a progress bar, and one line for each evaluation."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Record the events of a run: first in events.jsonl, then with everyone who listens to the run."""
+"""Record the events of a run: write them to events.jsonl, then pass them to the listeners of the run."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Save what a run leaves for later: the model, and traces and models at milestones."""
+"""Save the final model of a run, and traces and models at milestones."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ from moe.training.setup import Training
 def save_model(training: Training, target: Path) -> None:
     """Write the model and its tokenizer to the folder `target`, atomically. All ranks call this together.
 
-    The parent of `target` must exist: a run folder that somebody deleted during training is an error.
+    Raises FileNotFoundError if the parent of `target` does not exist, because someone deleted the run folder.
     """
     weights = full_state_dict(training.model)
     if not ranks.is_first():
@@ -33,9 +33,10 @@ def save_model(training: Training, target: Path) -> None:
 
 
 def save_milestone(folder: Path, training: Training, step: int) -> None:
-    """Write the trace after `step` optimizer steps, and with `save_milestones` the model, to a run's folder.
+    """Write the trace after `step` optimizer steps to a run's folder. With `save_milestones`, write the model too.
 
-    The last step has no model here, because the run saves its final model anyway. All ranks call this together.
+    The model after the last step is not written here, because the run saves its final model anyway. All ranks call
+    this together.
     """
     config = training.config
     temperature = knob_settings(config, training.schedule, step)["temperature"]

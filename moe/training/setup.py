@@ -26,10 +26,11 @@ class Training(NamedTuple):
     """The objects that a run trains with. Only the model and the optimizers change during training.
 
     process: the settings of the process, for the run record.
-    model: is evaluated and saved; `wrapped` has the same parameters.
-    wrapped: the model as it is distributed over ranks.
-    forward: `wrapped`, compiled if the configuration asks for it; this is what a training step calls.
-    parts: the trainable parameters of all routers and of all experts.
+    model: the plain model, which is evaluated and saved.
+    wrapped: the module that distributes `model` over the ranks (for example DDP). It has the same parameters. On one
+        rank it is `model` itself.
+    forward: `wrapped`, compiled if the configuration asks for it. A training step calls it.
+    parts: the trainable parameters of all routers ("router") and of all experts ("experts"), for norms and updates.
     """
 
     config: Config
@@ -50,9 +51,9 @@ class Training(NamedTuple):
 
 
 def set_up(config: Config) -> Training:
-    """Make everything that a run trains with, in the state before its first step."""
+    """Create all objects that a run trains with, in their state before the first step."""
     settings = process.configure(threads=config.threads, matmul_precision=config.matmul_precision)
-    AcceleratorState._reset_state()  # it would keep the precision of an earlier run in this process
+    AcceleratorState._reset_state()  # otherwise an earlier run in this process decides the precision
     accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
     reset_peak_memory(accelerator.device)
     data = prepare_data(config)
@@ -81,7 +82,7 @@ def set_up(config: Config) -> Training:
 
 
 def prepare_data(config: Config) -> Prepared:
-    """Return the prepared data of a configuration, from the cache if they are there."""
+    """Return the prepared data of a configuration. They are read from the cache if it has them."""
     settings = config.data
     return prepare(
         build(settings.source, "data.source"),
@@ -95,9 +96,9 @@ def prepare_data(config: Config) -> Prepared:
 
 
 def build_model(config: Config, *, vocab_size: int) -> MoEForCausalLM:
-    """Return the model of a configuration before training; with `model.dense`, made from that dense checkpoint.
+    """Return the model of a configuration before training. With `model.dense`, it is made from that dense checkpoint.
 
-    The weights depend on nothing but the configuration, its seed included, and the dense checkpoint.
+    The weights depend only on the configuration, including its seed, and on the dense checkpoint.
     """
     torch.manual_seed(config.seed)
     settings = MoEConfig.of(config.model, config.router, vocab_size=vocab_size, seq_len=config.data.seq_len)

@@ -31,24 +31,23 @@ class Clock:
         return time.monotonic() - self._began
 
     def add_step(self, *, began: float) -> float:
-        """Count a training step that began at `began` (`time.perf_counter()`) and ends now; return its seconds."""
+        """Add the seconds since `began` (a value of `time.perf_counter()`) to `train_seconds`, and return them."""
         seconds = time.perf_counter() - began
         self.train_seconds += seconds
         return seconds
 
 
 class TrainState(NamedTuple):
-    """Everything that a resume needs: what a checkpoint holds, field by field.
+    """The contents of a checkpoint: everything that a resume needs.
 
     Random states, the data order, schedules and learning rates are not here because they are pure functions of the
-    configuration and the step. A new field cannot be forgotten: `capture` must give all fields a value, and
-    `resume` must unpack all of them.
+    configuration and the step. If you add a field, `capture` and `resume` fail until they handle it.
 
     step: optimizer steps done.
     model: the model's state, in full tensors, so that a run can resume with another number or layout of ranks.
     optimizers: the state of each optimizer, also in full tensors.
     elapsed, train_seconds: see `Clock`.
-    data: digests of the text and the tokens.
+    data: checksums of the text and of the tokenizer.
     """
 
     step: int
@@ -81,8 +80,8 @@ def save_checkpoint(folder: Path, training: Training, step: int, clock: Clock) -
 def resume(folder: Path, training: Training) -> tuple[int, Clock]:
     """Load the newest intact checkpoint in `folder/checkpoints`; return the number of steps done and the clock.
 
-    Without a checkpoint these are 0 and a new clock. Raises ValueError if the checkpoint does not have exactly the
-    fields of `TrainState`, or if the run was trained on other text or tokens than it has now.
+    Without a checkpoint, return 0 and a new clock. Raises ValueError if the checkpoint does not have exactly the fields
+    of `TrainState`, or if the text or the tokenizer has changed since.
     """
     loaded = checkpoint.load(folder / "checkpoints")
     if loaded is None:
@@ -90,17 +89,17 @@ def resume(folder: Path, training: Training) -> tuple[int, Clock]:
     saved_step, fields = loaded
     if differing := fields.keys() ^ set(TrainState._fields):
         raise ValueError(
-            f"{folder}: its checkpoint of step {saved_step} is of another version of this program, "
-            f"which differs in {', '.join(sorted(differing))}; resume with that version, or choose another out=DIR"
+            f"{folder}: the checkpoint of step {saved_step} was written by another version of this program "
+            f"(different fields: {', '.join(sorted(differing))}); resume with that version, or choose another out=DIR"
         )
     step, model, optimizers, elapsed, train_seconds, data = TrainState(**fields)
     if data != training.data.digests:
         raise ValueError(
-            f"{folder}: up to step {step} it was trained on other text or tokens than data.* gives now; "
-            "restore them, or choose another out=DIR"
+            f"{folder}: the text or the tokenizer of data.* has changed since step {step}; "
+            "restore the old data, or choose another out=DIR"
         )
-    present = training.model.state_dict()
-    training.model.load_state_dict({name: shard_like(value, present[name]) for name, value in model.items()})
+    current = training.model.state_dict()
+    training.model.load_state_dict({name: shard_like(value, current[name]) for name, value in model.items()})
     for optimizer, saved in zip(training.optimizers, optimizers, strict=True):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         states = {number: _sharded(values, parameters[number]) for number, values in saved["state"].items()}
@@ -110,5 +109,5 @@ def resume(folder: Path, training: Training) -> tuple[int, Clock]:
 
 
 def _sharded(values: dict[str, Any], p: nn.Parameter) -> dict[str, Any]:
-    """Return an optimizer's state of parameter `p`, with every tensor of its shape sharded as `p` is."""
+    """Return an optimizer's state of parameter `p`. Tensors with the shape of `p` are sharded like `p`."""
     return {name: shard_like(v, p) if torch.is_tensor(v) and v.shape == p.shape else v for name, v in values.items()}

@@ -19,7 +19,7 @@ from moe.distributed import ranks
 from moe.distributed.sharding import global_norm, local_part
 from moe.routing.decision import Knobs
 from moe.training import gradients
-from moe.training.divergence import Diverged, blame
+from moe.training.divergence import Diverged, locate_nonfinite
 from moe.training.objective import Outcome, merged_stats, step_values, total_loss
 from moe.training.optim import learning_rate, scale_learning_rates
 from moe.training.schedules import knob_settings
@@ -27,31 +27,33 @@ from moe.training.setup import Training
 
 
 def train_step(training: Training, step: int, *, measure_updates: bool = False) -> dict[str, Any]:
-    """Carry out optimizer step `step` (0-based) and return what the event log records about it.
+    """Carry out optimizer step `step` (0-based) and return its values for the event log.
 
-    These are the losses (unweighted), the routing metrics, the gradient norms, the learning rate, temperature and
-    noise; with `measure_updates` also how far the step moved the routers and the experts, relative to their norms.
-    Raises Diverged before the update if the loss or a gradient is not finite; the weights are then unchanged.
+    The values are the losses (unweighted), the routing metrics, the gradient norms, the learning rate, temperature and
+    noise. With `measure_updates`, they include the relative changes of the routers and of the experts. Raises Diverged
+    before the update if the loss or a gradient is not finite. The weights are then unchanged.
     """
     config, optimizers = training.config, training.optimizers
     settings = knob_settings(config, training.schedule, step)
     knobs = Knobs.of(**settings, device=training.accelerator.device)
     scale_learning_rates(config, optimizers, step=step)
     training.wrapped.train()
-    outcomes, last = accumulate_gradients(training, step, knobs)
+    outcomes, last_blocks = accumulate_gradients(training, step, knobs)
 
     grads = [p.grad for p in training.wrapped.parameters() if p.grad is not None]
-    norms = gradients.gradient_norms(training.parts) | {"grad_norm": (norm := global_norm(grads))}
+    norms: dict[str, Tensor] = dict(gradients.gradient_norms(training.parts))
+    norm = norms["grad_norm"] = global_norm(grads)
     sums = merged_stats(outcomes)
     values = step_values(outcomes, sums)
     values |= dict(zip(norms, torch.stack([n.to(norm.device) for n in norms.values()]).tolist(), strict=True))
     if not math.isfinite(values["train/loss"] + values["grad_norm"]):
-        raise Diverged(step, blame(training.model, last.ids, knobs, position_ids=last.position_ids))
+        where = locate_nonfinite(training.model, last_blocks.ids, knobs, position_ids=last_blocks.position_ids)
+        raise Diverged(step, where)
 
-    # clip only now: a norm that is not finite would make all gradients not finite, and hide where it came from
+    # Clip after the check. Clipping with a non-finite norm would make every gradient non-finite and hide the source.
     clip = (config.optimizer.clip / (norm + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_([local_part(gradient) for gradient in grads], clip)
-    before = gradients.copies(training.parts) if measure_updates else {}
+    before = gradients.copy_parameters(training.parts) if measure_updates else {}
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
@@ -64,34 +66,38 @@ def train_step(training: Training, step: int, *, measure_updates: bool = False) 
 
 
 def accumulate_gradients(training: Training, step: int, knobs: Knobs) -> tuple[list[Outcome], Batch]:
-    """Add the gradients of this rank's micro-batches; return what is kept of each, and the last micro-batch.
+    """Add up the gradients of this rank's micro-batches.
 
-    The ranks take the micro-batches of a step in turn. The routers see the load of the step so far, which
-    `lb_global` needs.
+    Returns the loss and routing sums of each micro-batch, and the blocks of the last micro-batch.
+
+    Rank r takes micro-batches r, r + world_size, and so on. The ranks work at the same time. Each forward pass also
+    gets the load summed over the earlier micro-batches of this step, which `lb_global` needs.
     """
     config, accelerator = training.config, training.accelerator
     batches = micro_batches(config, training.data, step)
-    weights, router_weights = label_weights(batches), [router.loss_weights for router in training.routers]
+    weights = label_weights(batches)
+    router_weights = [router.loss_weights for router in training.routers]
     layer_settings: dict[str, Any] = {"capacity": config.capacity, "drop": config.drop}
     layer_settings["orthogonality"] = config.output_orthogonality > 0
     outcomes: list[Outcome] = []
     load: Tensor | None = None
-    numbers = range(ranks.rank(), config.grad_accum, ranks.world_size())
-    for micro in numbers:
-        blocks = batches[micro].to(accelerator.device)
-        torch.manual_seed(random_stream(config.seed, step, micro))
+    micro_numbers = range(ranks.rank(), config.grad_accum, ranks.world_size())
+    for number in micro_numbers:
+        blocks = batches[number].to(accelerator.device)
+        torch.manual_seed(micro_batch_seed(config.seed, step, number))
         inputs = {"input_ids": blocks.ids, "labels": blocks.labels, "position_ids": blocks.position_ids}
-        # DDP exchanges gradients in the backward pass of the last micro-batch only
-        with nullcontext() if micro == numbers[-1] else accelerator.no_sync(training.wrapped):
+        # DDP exchanges gradients in the backward pass of the last micro-batch only.
+        with nullcontext() if number == micro_numbers[-1] else accelerator.no_sync(training.wrapped):
             output = training.forward(**inputs, **layer_settings, knobs=knobs, load=load)
-            loss = total_loss(config, router_weights, output, weight=weights[micro])
-            accelerator.backward(loss / len(numbers))
+            loss = total_loss(config, router_weights, output, weight=weights[number])
+            # The gradient is then the mean over this rank's micro-batches. DDP and FSDP average it over the ranks.
+            accelerator.backward(loss / len(micro_numbers))
         aux = {name: values.detach() for name, values in (output.aux or {}).items()}
-        outcomes.append(Outcome(output.loss.detach() * weights[micro], aux, output.stats))
-        if output.stats is not None and micro != numbers[-1]:
+        outcomes.append(Outcome(output.loss.detach() * weights[number], aux, output.stats))
+        if output.stats is not None and number != micro_numbers[-1]:
             [offered] = ranks.all_reduce_sum([output.stats.offered])
             load = offered if load is None else load + offered
-        del output, loss  # frees the logits before the next micro-batch makes its own
+        del output, loss  # frees the logits before the next micro-batch creates its own
     return outcomes, blocks
 
 
@@ -108,10 +114,10 @@ def label_weights(batches: list[Batch]) -> list[float]:
     The loss of a step is then the mean over all its labels, however they are divided into micro-batches. All weights
     are 1 if all micro-batches have the same number of labels.
     """
-    labels = [int((next_token(micro.labels) != IGNORED).sum()) for micro in batches]
+    labels = [int((next_token(blocks.labels) != IGNORED).sum()) for blocks in batches]
     return [count * len(labels) / sum(labels) for count in labels]
 
 
-def random_stream(seed: int, step: int, micro: int) -> int:
-    """Return the seed of everything random in one micro-batch: noise, dropout, random drops."""
-    return int(np.random.SeedSequence((seed, step, micro)).generate_state(1, np.uint64)[0] >> 1)
+def micro_batch_seed(seed: int, step: int, number: int) -> int:
+    """Return the seed of all random numbers in micro-batch `number` of a step: noise, dropout and random drops."""
+    return int(np.random.SeedSequence((seed, step, number)).generate_state(1, np.uint64)[0] >> 1)

@@ -8,7 +8,7 @@ import torch
 from moe.config.schema import ModelConfig
 from moe.model.decoder import MoEConfig, MoEForCausalLM
 from moe.model.parts import parts
-from moe.training.gradients import copies, gradient_norms, relative_updates
+from moe.training.gradients import copy_parameters, gradient_norms, relative_updates
 
 
 def make(router: str) -> MoEForCausalLM:
@@ -31,7 +31,7 @@ def test_norms_are_of_all_gradients_of_a_part_together() -> None:
 def test_an_update_is_relative_to_the_norm_before_it() -> None:
     model = make("moe.routers.topk.TopK")
     by_part = parts(model)
-    before = copies(by_part)
+    before = copy_parameters(by_part)
     assert relative_updates(by_part, before) == {"update/router": 0, "update/experts": 0}
     with torch.no_grad():
         for p in by_part["experts"]:

@@ -27,7 +27,9 @@ def test_a_checkpoint_without_a_field_or_with_an_unknown_one_is_refused(cell: An
         ({**fields, "sampler": 1}, "sampler"),
     ):
         checkpoint.save(one.folder / "checkpoints", step, changed)
-        with pytest.raises(ValueError, match=f"step 3 is of another version of this program, which differs in {name};"):
+        with pytest.raises(
+            ValueError, match=rf"step 3 was written by another version of this program \(different fields: {name}\);"
+        ):
             run(one)
     checkpoint.save(one.folder / "checkpoints", step, fields)
     assert run(one)["train_seconds"] > fields["train_seconds"]
