@@ -1,1 +1,1 @@
-"""Research on Mixture-of-Experts routing: change one thing, train small models over a grid, know if it was luck."""
+"""Research on Mixture-of-Experts routing: change one setting, train small models over a grid, test the differences."""

@@ -30,8 +30,8 @@ def overlap(a: Bool[np.ndarray, "L N E"], b: Bool[np.ndarray, "L N E"]) -> dict[
 
 def beyond_chance(observed: np.ndarray, chance: Any) -> np.ndarray:
     """Compute (observed - chance) / (1 - chance); NaN where chance is 1."""
-    room = np.asarray(1 - chance, dtype=float)
-    return np.divide(observed - chance, room, out=np.full(room.shape, np.nan), where=room > 1e-12)
+    attainable = np.asarray(1 - chance, dtype=float)
+    return np.divide(observed - chance, attainable, out=np.full(attainable.shape, np.nan), where=attainable > 1e-12)
 
 
 def consistency(chosen: Sequence[Bool[np.ndarray, "L N E"]]) -> dict[str, float | None]:

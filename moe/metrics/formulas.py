@@ -208,8 +208,8 @@ def sequential_overlap_chance(s: Sums) -> Layers:
 def sequential_overlap_kappa(s: Sums) -> Layers:
     """Compare with two unrelated tokens, each of which asks for expert e with probability K f_e."""
     chance = experts_per_token(s) * np.square(load_share(s)).sum(-1)
-    room = np.where(chance < 1 - 1e-6, 1 - chance, math.nan)
-    return (sequential_overlap(s) - chance) / room
+    attainable = np.where(chance < 1 - 1e-6, 1 - chance, math.nan)
+    return (sequential_overlap(s) - chance) / attainable
 
 
 class _Moments(NamedTuple):
