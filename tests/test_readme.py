@@ -1,4 +1,4 @@
-"""The README tells the truth: its commands compose, its tables are complete, its example keeps the contract."""
+"""The README is correct: its commands compose, its tables are complete, its example keeps the contract."""
 
 import json
 import re

@@ -23,7 +23,7 @@ class ExpertThreshold(LinearRouter):
     starts with expert choice, which is not causal.)
 
     Expect balanced loads without a balance loss; use lb=0. Causal when dropless. Not causal under a capacity limit,
-    which is a share of the number of assignments in the batch, and that number varies.
+    which is a share of the number of assignments in the micro-batch, and that number varies.
     """
 
     threshold: Tensor

@@ -23,7 +23,7 @@ class ReLU(LinearRouter):
 
     There is no softmax: `probs` and `logits` are None, and the losses `lb` and `z` do not apply. Expect active_experts
     to approach `target`. Causal when dropless. Not causal under a capacity limit, which is a share of the number of
-    assignments in the batch, and that number varies.
+    assignments in the micro-batch, and that number varies.
     """
 
     log_coefficient: Tensor  # the logarithm, because a weight that underflowed to 0 could not grow again

@@ -17,7 +17,7 @@ class TopP(LinearRouter):
     nats, keeps the number of experts from growing to `k_max`.
 
     Expect active_experts to fall as the router becomes confident. Causal when dropless. Not causal under a capacity
-    limit, which is a share of the number of assignments in the batch, and that number varies.
+    limit, which is a share of the number of assignments in the micro-batch, and that number varies.
     """
 
     def __init__(self, dim: int, num_experts: int, *, p: float = 0.4, k_max: int = 4, entropy: float = 1e-4) -> None:

@@ -1,4 +1,4 @@
-"""Events are the truth; history and resumption are made from them."""
+"""Tests of events.jsonl: history and resume state are computed from the events alone."""
 
 from pathlib import Path
 
