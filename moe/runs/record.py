@@ -161,6 +161,25 @@ class SweepRecord(_Record):
     cells: dict[str, dict[str, Any]]
 
 
+SPECIALIZATION_FILE = "specialization.json"
+
+
+def read_specialization(path: Path) -> dict[str, Any] | None:
+    """Return what `python -m moe.specialization` wrote to `path`; None if there is no such file.
+
+    Raises RecordError, with one line, for a file that is torn, or that is not of this kind.
+    """
+    try:
+        content = _load(path)
+        if not isinstance(content, dict) or not {"settings", "reason", "val_loss"} <= content.keys():
+            raise ValueError("must have settings, reason and val_loss")
+        return content
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise RecordError(f"{path}: {first_line(error)}; delete the file and measure the run again") from None
+
+
 def _load(path: Path) -> Any:
     """Return the content of a JSON file. Raises ValueError if it is torn or no JSON, OSError if it cannot be read."""
     try:

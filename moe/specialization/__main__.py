@@ -1,15 +1,14 @@
 """Study every finished run in the given folders: `python -m moe.specialization multirun/noise_lb_seed`."""
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from moe.analysis.figures.specialization import SPECIALIZATION_FILE
 from moe.results.table import load_runs
+from moe.runs.record import SPECIALIZATION_FILE, read_specialization
 from moe.specialization.study import compare_seeds, study
 from moe.training import process
 
@@ -32,7 +31,7 @@ def main(command: list[str] | None = None) -> int:
         finished = [Path(folder) for folder in runs.loc[runs["status"] == "finished", "folder"]]
         for folder in finished:
             written = study(folder, blocks_wanted=arguments.blocks, samples=arguments.samples)
-            loss = json.loads((folder / SPECIALIZATION_FILE).read_text())["val_loss"]
+            loss = (read_specialization(folder / SPECIALIZATION_FILE) or {})["val_loss"]
             interval = (
                 f"val/loss {loss['mean']}, 95 % over {loss['documents']} documents: {loss['low']} to {loss['high']}"
             )

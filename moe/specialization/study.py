@@ -1,6 +1,5 @@
 """Studies the experts of finished runs, writes the results as JSON, and compares the seeds of a sweep."""
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,12 @@ from jaxtyping import Int
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from moe.analysis.figures.specialization import SPECIALIZATION_FILE
 from moe.data.blocks import Prepared
 from moe.files import sha256, write_json, write_text
 from moe.model.decoder import MoEForCausalLM
 from moe.routing.decision import Knobs
 from moe.runs import traces
-from moe.runs.record import RunRecord
+from moe.runs.record import SPECIALIZATION_FILE, RunRecord, read_specialization
 from moe.specialization import information, stability
 from moe.specialization.geometry import expert_outputs, projections
 from moe.specialization.knockout import bootstrap, knockouts
@@ -56,13 +54,14 @@ def study(folder: Path, *, blocks_wanted: int, samples: int) -> bool:
         "samples": samples,
     }
     path = folder / SPECIALIZATION_FILE
-    if path.exists() and json.loads(path.read_text()).get("settings") == settings:
+    before = read_specialization(path)
+    if before is not None and before["settings"] == settings:
         return False
     began = time.monotonic()
     data = prepare_data(config)
     if _training_files(data.manifest) != _training_files(record.facts.data):
-        before, now = record.facts.data.get("key"), data.manifest["key"]
-        raise ValueError(f"{folder}: its data has changed (is {now}, was {before})")
+        then, now = record.facts.data.get("key"), data.manifest["key"]
+        raise ValueError(f"{folder}: its data has changed (is {now}, was {then})")
     disable_progress_bar()  # It is one small file.
     model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
     probes, document = validation_blocks(data, blocks_wanted), documents_of_blocks(data, blocks_wanted)
@@ -158,7 +157,7 @@ def compare_seeds(folders: list[Path]) -> None:
             if other != folder and folder in last and _differ_in_seed_only(runs[folder], runs[other])
         ]
         others = [other for other in others if last[other].shape == last[folder].shape]
-        content = json.loads((folder / SPECIALIZATION_FILE).read_text())
+        content = read_specialization(folder / SPECIALIZATION_FILE) or {}
         content["seed_agreement"] = [
             {
                 "seed": runs[other].typed_config().seed,

@@ -16,6 +16,7 @@ from moe.results.sweep_tables import console_table
 from moe.results.table import load_runs
 from moe.runs.record import (
     FORMAT,
+    SPECIALIZATION_FILE,
     Machine,
     MetricsRecord,
     Parameters,
@@ -24,6 +25,7 @@ from moe.runs.record import (
     RunFacts,
     RunRecord,
     SweepRecord,
+    read_specialization,
 )
 
 FACTS = RunFacts(
@@ -229,3 +231,14 @@ def test_a_changed_record_of_the_helper_is_still_a_record(tmp_path: Path) -> Non
     record = RunRecord.read(tmp_path / "run.json")
     assert record.facts is not None
     assert (record.facts.seconds, record.causal) == (3.0, False)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "null", '{"settings": {}}', "\x00"])
+def test_a_bad_study_is_one_line_and_a_missing_one_is_none(tmp_path: Path, text: str) -> None:
+    path = tmp_path / SPECIALIZATION_FILE
+    assert read_specialization(path) is None
+    path.write_text(text)
+    with pytest.raises(RecordError) as caught:
+        read_specialization(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -1,6 +1,5 @@
 """All figures of specialization, from the files that `python -m moe.specialization` wrote into the run folders."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,7 @@ from moe.analysis.figures.expert_grids import MeasuredRun
 from moe.analysis.figures.style import MOST_LINES
 from moe.analysis.statistics import name_cell
 from moe.results.conditions import conditions, varied_factors
-
-SPECIALIZATION_FILE = "specialization.json"
+from moe.runs.record import SPECIALIZATION_FILE, RecordError, read_specialization
 
 
 def specialization_drawings(runs: pd.DataFrame) -> Iterator[Drawing]:
@@ -74,8 +72,10 @@ def _read(runs: pd.DataFrame) -> tuple[list[MeasuredRun], str]:
     every, reasons = [], []
     for cell, members in conditions(runs, factors):
         for folder, seed in sorted(zip(members["folder"], members["seed"], strict=True), key=lambda pair: pair[1]):
-            path = Path(folder) / SPECIALIZATION_FILE
-            found = json.loads(path.read_text()) if path.exists() else None
+            try:
+                found = read_specialization(Path(folder) / SPECIALIZATION_FILE)
+            except RecordError as error:
+                found = {"reason": str(error)}
             if found is not None and found["reason"] is None:
                 every.append(MeasuredRun(name_cell(cell) or "all runs", int(seed), found))
             elif found is not None:
