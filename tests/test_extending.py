@@ -79,7 +79,7 @@ def test_runs_and_a_report_with_every_recipe(project: Path) -> None:
 def test_the_recipes_keep_every_law(project: Path) -> None:
     """The contract of routers, the catalog of metrics, and the tests that the recipes bring along."""
     tests = [name for name, _ in FILE.findall(PAGE) if name.startswith("tests/")]
-    laws = ["tests/routers/test_contract.py", "tests/metrics/test_catalog.py"]
+    laws = ["tests/routers/test_contract.py", "tests/metrics/test_catalog.py", "tests/metrics/test_formulas.py"]
     python(project, "-m", "pytest", "-q", *tests, *laws, "-k", "distance or steady or near or loss or page")
 
 

@@ -164,12 +164,17 @@ def _write_metrics(folder: Path, facts: RunFacts) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Return the commit of this project's checkout, marked "-dirty" if files differ from it; None if unknown."""
-    root = Path(__file__).parent
+    """Return the commit of this project's checkout; None if unknown.
+
+    It is marked "-dirty" if the code or a yaml differs from the commit, or is not part of it.
+    """
+    root = Path(__file__).parents[2]
+    code = ("moe", "conf", "train.py")
     try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=root, capture_output=True, text=True
+        head, changes = (
+            subprocess.run(["git", *command], cwd=root, capture_output=True, text=True).stdout.strip()
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", *code])
         )
     except OSError:
         return None
-    return done.stdout.strip() or None
+    return head + ("-dirty" if changes else "") if head else None

@@ -1,6 +1,6 @@
 """Print the reference of all metrics: `python -m moe.metrics > docs/metrics.md`, README's table with `readme`."""
 
-import sys
+import argparse
 from collections.abc import Iterable
 
 from moe.metrics.catalog import ENTRIES, GROUPS, LETTERS, VARIANTS, WRITTEN, Metric, select
@@ -74,4 +74,6 @@ def _bullets(lines: Iterable[str]) -> str:
 
 
 if __name__ == "__main__":
-    print(readme_table() if sys.argv[1:] == ["readme"] else page(), end="")
+    parser = argparse.ArgumentParser(prog="python -m moe.metrics", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("table", nargs="?", choices=["page", "readme"], default="page", help="what to print (page)")
+    print(readme_table() if parser.parse_args().table == "readme" else page(), end="")

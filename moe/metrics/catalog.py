@@ -59,7 +59,7 @@ SHOWN = {
 }
 
 WRITTEN = {
-    "evaluation": "at every evaluation, and the last one in metrics.json",
+    "evaluation": "at every evaluation; metrics.json has the last value, except of settings and times",
     "step": "at every optimizer step",
     "end": "once, in metrics.json",
 }

@@ -570,7 +570,7 @@ def test_the_command_prints_the_table_and_where_the_report_lies(published: Path,
     ("arguments", "complaint"),
     [
         (["multirn"], "analyze: no folder multirn; the nearest is multirun\n"),
-        (["--reference", "lb"], "analyze: lb: write NAME=VALUE, such as lb=0.01\n"),
+        (["--reference", "lb"], "analyze: lb: must be NAME=VALUE, such as lb=0.01\n"),
         (["--reference", "depth=7"], "analyze: reference depth=7: varied factors are lb, noise\n"),
         (
             ["--margin", "val/loss=1%"],

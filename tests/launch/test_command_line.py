@@ -60,7 +60,7 @@ def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedPro
         ("-m seed=1,1", "two cells of this sweep are the same run"),
         ("-m noise=0,-1", "noise=-1.0: must be"),
         ("-m router.k=2,9", r"router.k=9: must be"),
-        ("schedule=linear", "this router has no temperature; router=temperature and router=gumbel have one"),
+        ("schedule=linear", "this router has no temperature; use router=temperature or router=gumbel"),
         ("router=temperature router.temp=hot", "router.temp=hot: must be a number"),
         ("schedule=exponential schedule.knob=noise", r"noise=0.0: must be > 0"),
         ("router=temperature schedule=step schedule.first=0.9", "schedule.first=0.9: must be 0 <= first <= second"),

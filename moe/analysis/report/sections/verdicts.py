@@ -11,8 +11,8 @@ from moe.analysis.sentences import UNDECIDED, UNTIL_CORRECTED, WITH_CORRECTION, 
 from moe.metrics.catalog import lookup
 
 TITLES = {
-    WITH_CORRECTION: "A direction, Holm's correction included",
-    UNTIL_CORRECTED: "A direction, but not after Holm's correction",
+    WITH_CORRECTION: "Significant after Holm's correction",
+    UNTIL_CORRECTED: "Significant only before Holm's correction",
     UNDECIDED: "Undecided",
 }
 CLAIMS_EXPLAINED = """\
