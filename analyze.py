@@ -48,6 +48,9 @@ def main() -> int:
     except ValueError as error:
         print(f"analyze: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"analyze: --out {arguments.out}: cannot be written: {error.strerror}: {error.filename}", file=sys.stderr)
+        return 2
     print(f"report: {report} and {report.with_suffix('.html')}")
     return 0
 

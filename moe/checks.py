@@ -77,6 +77,8 @@ def build(spec: Any, key: str, *args: Any) -> Any:
         return target(*args, **values)
     except ConfigError:
         raise
+    except TypeError as error:
+        raise ConfigError(f"{key}._target_={spec['_target_']}: cannot be built: {first_line(error)}") from error
     except ValueError as error:
         raise ConfigError(first_line(error)) from error
 

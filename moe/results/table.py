@@ -74,18 +74,19 @@ def read_run(folder: Path) -> dict[str, Any]:
     row = _named_row(folder, "unreadable", None)
     try:
         record = RunRecord.read(folder / RunRecord.FILE)
-        row = _factors(record) | _facts(folder, record)
-        if record.status == "finished":
-            row |= MetricsRecord.read(folder / MetricsRecord.FILE).scalars()
+        if type(seed := record.config.get("seed", 0)) is not int:
+            raise RecordError(f"{folder / RunRecord.FILE}: config.seed={seed!r:.40}: must be a whole number")
+        factors = _factors(record)
+        metrics = MetricsRecord.read(folder / MetricsRecord.FILE).scalars() if record.status == "finished" else {}
+        return factors | _facts(folder, record) | metrics
     except RecordError as error:
-        row |= {"status": "unreadable", "error": str(error)}
-    return row
+        return row | {"status": "unreadable", "error": str(error)}
 
 
 def _factors(record: RunRecord) -> dict[str, Any]:
     leaves = flatten(record.config) | record.choices
     factors = {key: level(value) for key, value in leaves.items() if "/" not in key}
-    factors.pop("claims", None)  # claims are no setting: `moe.analysis.claims.planned` reads them from the record
+    factors.pop("claims", None)  # no setting: `moe.analysis.claims.planned_claims` reads them from the record
     return factors
 
 
@@ -174,7 +175,7 @@ def _cells(sweep: Path) -> list[dict[str, Any]]:
     try:
         return [
             _named_row(sweep / name, "missing", "no run in this cell of the sweep")
-            | {key: level(value) for key, value in factors.items()}
+            | {key: level(value) for key, value in factors.items() if key not in FACTS and "/" not in key}
             for name, factors in SweepRecord.read(path).cells.items()
         ]
     except RecordError as error:

@@ -146,6 +146,10 @@ class MetricsRecord(_Record):
     final_metrics: dict[str, int | float | list[Any] | None]
     history: dict[str, list[Any]]
 
+    def __post_init__(self) -> None:
+        if wrong := [name for name in self.final_metrics if "/" not in name]:
+            raise ValueError(f"final_metrics.{wrong[0]}: the name of a metric has a slash")
+
     def scalars(self) -> dict[str, int | float | None]:
         """Return the final metrics that are one number, or null."""
         return {name: value for name, value in self.final_metrics.items() if not isinstance(value, list)}
@@ -162,6 +166,10 @@ class SweepRecord(_Record):
 
 
 SPECIALIZATION_FILE = "specialization.json"
+MEASURED = (  # what figures read of it, if experts could be measured
+    *("load", "domains", "domain", "vocabulary", "keywords", "coactivation", "coactivation_chance"),
+    *("given_position", "knockout", "regret", "landscape", "embedding"),
+)
 
 
 def read_specialization(path: Path) -> dict[str, Any] | None:
@@ -173,6 +181,9 @@ def read_specialization(path: Path) -> dict[str, Any] | None:
         content = _load(path)
         if not isinstance(content, dict) or not {"settings", "reason", "val_loss"} <= content.keys():
             raise ValueError("must have settings, reason and val_loss")
+        wrong = [name for name in MEASURED if not isinstance(content.get(name), list | dict)]
+        if content["reason"] is None and wrong:
+            raise ValueError(f"{wrong[0]} must be a list or an object")
         return content
     except FileNotFoundError:
         return None

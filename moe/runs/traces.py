@@ -3,6 +3,7 @@
 Router saturation, churn, and the agreement between seeds follow from these traces, without keeping the weights.
 """
 
+import math
 import os
 import zipfile
 from pathlib import Path
@@ -42,8 +43,10 @@ def read_traces(folder: Path) -> list[Trace]:
     for path in sorted(folder.glob("step-*.npz")):
         try:
             with np.load(path, allow_pickle=False) as file:
-                shape = tuple(file["shape"])
-                bits = np.unpackbits(file["bits"], count=int(np.prod(shape)))
+                shape, packed = tuple(map(int, file["shape"])), file["bits"]
+                if len(shape) != 3 or min(shape) < 1 or (math.prod(shape) + 7) // 8 != packed.size:
+                    raise ValueError(f"shape {shape} does not fit {packed.size} bytes")
+                bits = np.unpackbits(packed, count=math.prod(shape))
             traces.append(Trace(int(path.stem.removeprefix("step-")), bits.reshape(shape).astype(bool)))
         except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path}: torn or no trace ({first_line(error)}); delete the run folder") from None

@@ -40,6 +40,8 @@ def main(command: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"moe.specialization: {error}", file=sys.stderr)
         return 2
+    for row in runs[runs["status"] == "unreadable"].itertuples():
+        print(f"unreadable: {row.error}", file=sys.stderr)
     print(f"{len(finished)} of {len(runs)} runs are finished")
     return 0
 

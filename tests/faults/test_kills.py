@@ -100,14 +100,15 @@ def test_sigterm_checkpoints_and_exits_with_143(step: int, job: Any, undisturbed
 
 def slow_source() -> None:
     """Reading documents takes a minute."""
-    import moe.data.sources
+    from moe.data import sources
 
     def sleeping(documents: Any) -> Any:
         print("READING", flush=True)
         time.sleep(60)
         return documents
 
-    moe.data.sources.distinct = sleeping
+    assert sources.without_duplicates
+    sources.without_duplicates = sleeping
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])

@@ -233,7 +233,10 @@ def test_a_changed_record_of_the_helper_is_still_a_record(tmp_path: Path) -> Non
     assert (record.facts.seconds, record.causal) == (3.0, False)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "null", '{"settings": {}}', "\x00"])
+MISTYPED_STUDY = '{"settings": {}, "reason": null, "val_loss": {}, "load": "x"}'
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "null", '{"settings": {}}', "\x00", MISTYPED_STUDY])
 def test_a_bad_study_is_one_line_and_a_missing_one_is_none(tmp_path: Path, text: str) -> None:
     path = tmp_path / SPECIALIZATION_FILE
     assert read_specialization(path) is None
@@ -242,3 +245,18 @@ def test_a_bad_study_is_one_line_and_a_missing_one_is_none(tmp_path: Path, text:
         read_specialization(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_final_metrics_cannot_take_the_place_of_facts() -> None:
+    with pytest.raises(ValueError, match=r"final_metrics\.status"):
+        MetricsRecord(final_metrics={"val/loss": 1.0, "status": 4}, history={})
+
+
+def test_a_seed_that_is_no_number_and_a_cell_with_facts_stay_rows(tmp_path: Path) -> None:
+    (tmp_path / "seed=1").mkdir()
+    write_record(tmp_path / "seed=1", config={"seed": "x"})
+    SweepRecord(cells={"seed=2": {"folder": 3, "seed": 2}}).write(tmp_path / SweepRecord.FILE)
+    runs = load_runs([tmp_path]).set_index("run")
+    assert runs.loc["seed=1", "status"] == "unreadable"
+    assert "config.seed='x'" in runs.loc["seed=1", "error"]
+    assert runs.loc["seed=2", "folder"] == str(tmp_path / "seed=2")

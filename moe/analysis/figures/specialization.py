@@ -69,6 +69,7 @@ def _drawings(measured: list[MeasuredRun], first: list[MeasuredRun]) -> Iterator
 def _read(runs: pd.DataFrame) -> tuple[list[MeasuredRun], str]:
     """Return the measured runs in order of condition and seed, and why the others could not be measured."""
     factors = [factor for factor in varied_factors(runs) if factor != "seed"]
+    runs = runs[runs["status"] == "finished"]
     every, reasons = [], []
     for cell, members in conditions(runs, factors):
         for folder, seed in sorted(zip(members["folder"], members["seed"], strict=True), key=lambda pair: pair[1]):

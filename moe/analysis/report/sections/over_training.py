@@ -1,5 +1,6 @@
 """How things change during training: contrasts of the loss, learning curves, and gradients."""
 
+import math
 from collections.abc import Iterator
 
 import pandas as pd
@@ -30,7 +31,7 @@ def contrasts_over_training(inputs: ReportInputs) -> Iterator[ReportBlock]:
         return
     cells = [
         f"{c.difference:+.3f}"
-        + (f" [{c.ci_low:.3f}, {c.ci_high:.3f}]" if c.n > 1 else "")
+        + (f" [{c.ci_low:.3f}, {c.ci_high:.3f}]" if c.n > 1 and math.isfinite(c.ci_low) else "")
         + (" *" if c.significant else "")
         for c in table.itertuples()
     ]
