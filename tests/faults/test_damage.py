@@ -106,7 +106,7 @@ def test_a_damaged_data_cache(damage: str, job: Any, undisturbed: Any, survived:
     else:
         shutil.rmtree(tmp_path / "cache")
     assert one.run() == 0, one.output
-    assert damage == "deleted" or "damaged: making it again" in one.output
+    assert damage == "deleted" or "damaged: it is made again" in one.output
     assert result(one.folder) == undisturbed
     survived(12, f"cached token blocks {damage} before a resume", 1, "checksum finds it; made anew; exact")
 
