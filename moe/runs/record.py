@@ -168,7 +168,7 @@ class SweepRecord(_Record):
 SPECIALIZATION_FILE = "specialization.json"
 MEASURED = (  # what figures read of it, if experts could be measured
     *("load", "domains", "domain", "vocabulary", "keywords", "coactivation", "coactivation_chance"),
-    *("given_position", "knockout", "regret", "landscape", "embedding"),
+    "given_position",
 )
 
 
