@@ -169,12 +169,11 @@ def _commit() -> str | None:
     It is marked "-dirty" if the code or a yaml differs from the commit, or is not part of it.
     """
     root = Path(__file__).parents[2]
-    code = ("moe", "conf", "train.py")
+    command = ["git", "status", "--porcelain=v2", "--branch", "--", "moe", "conf", "train.py"]
     try:
-        head, changes = (
-            subprocess.run(["git", *command], cwd=root, capture_output=True, text=True).stdout.strip()
-            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", *code])
-        )
+        lines = subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.splitlines()
     except OSError:
         return None
+    head = next((line.split()[-1] for line in lines if line.startswith("# branch.oid")), None)
+    changes = [line for line in lines if not line.startswith("#")]
     return head + ("-dirty" if changes else "") if head else None
