@@ -16,7 +16,7 @@ from moe.analysis.figures.style import (
     PALETTE,
     RC,
     axis_label,
-    interval_reach,
+    draw_means,
     line_style,
     panel_height,
     shared_legend,
@@ -55,18 +55,8 @@ def _draw_levels(axes: Axes, runs: pd.DataFrame, factor: str, hue: str, metric: 
         for _, values in seeds.iterrows():
             axes.plot(x, values, color=style["color"], linewidth=0.7, alpha=0.6, marker=style["marker"], markersize=4)
         means = with_intervals(summary(members, [factor], [metric])).set_index(factor).reindex(places)
-        counts = sorted({int(n) for n in means["n"].dropna()})
-        axes.errorbar(
-            [place + 0.35 * step for place in x],  # beside its seeds, not on top of them
-            means["mean"],
-            yerr=interval_reach(means),
-            fmt=style["marker"],
-            color=style["color"],
-            markersize=8,
-            markeredgecolor="white",
-            capsize=4,
-            label=f"{OTHER_LABELS.get(hue, '')} {cell[hue]} (n={'–'.join(map(str, counts))})".lstrip(),
-        )
+        beside = [place + 0.35 * step for place in x]  # not on top of the seeds
+        draw_means(axes, beside, means, style, f"{OTHER_LABELS.get(hue, '')} {cell[hue]}")
     axes.set_xticks(range(len(places)), [str(place) for place in places])
     axes.set_xlim(-0.5, len(places) - 0.5)
     if max(len(str(place)) for place in places) * len(places) > 40:

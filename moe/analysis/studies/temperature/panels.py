@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-from moe.analysis.figures.style import axis_label, interval_reach, line_style
+from moe.analysis.figures.style import axis_label, draw_means, line_style
 from moe.analysis.studies.temperature.data import TEMPERATURE, seed_means
 
 Style = dict[Any, dict[str, Any]]
@@ -87,7 +87,7 @@ def draw_against_temperature(axes: Axes, runs: pd.DataFrame, metrics: dict[str, 
             axes.plot(place, seed[metric], color=color, marker=style["marker"], markersize=4, linewidth=0.7, alpha=0.5)
         means = seed_means(members, [TEMPERATURE], metric)
         label = ", ".join(filter(None, [name, length]))
-        _draw_means(axes, means[TEMPERATURE] * shift * 1.02, means, style, label)
+        draw_means(axes, means[TEMPERATURE] * shift * 1.02, means, style, label)
     axes.set_xscale("log")
     axes.set_xticks(temperatures, [f"{temperature:g}" for temperature in temperatures])
     axes.minorticks_off()
@@ -103,7 +103,7 @@ def draw_schedules(axes: Axes, runs: pd.DataFrame, metric: str, style: Style) ->
         seeds = {"linestyle": "", "markersize": 4, "alpha": 0.6, "marker": line["marker"]}
         axes.plot([place] * len(members), members[metric], color=line["color"], **seeds)
         means = seed_means(members, ["schedule"], metric)
-        _draw_means(axes, pd.Series(place + 0.15, means.index), means, line, name)
+        draw_means(axes, pd.Series(place + 0.15, means.index), means, line, name)
     axes.set_xticks(range(len(style)), [line["label"].replace(" at ", "\nat ") for line in style.values()])
     axes.set_xlim(-0.5, len(style) - 0.5)
     axes.tick_params(axis="x", labelsize=8.5)
@@ -156,18 +156,3 @@ def runs_explained(runs: pd.DataFrame) -> str:
     """Return which routers the runs have, with their causality, and how many steps."""
     names, steps = (", ".join(map(str, sorted(runs[column].unique()))) for column in ("router", "steps"))
     return f"router: {names}; steps: {steps}"
-
-
-def _draw_means(axes: Axes, places: pd.Series, means: pd.DataFrame, style: dict[str, Any], name: str) -> None:
-    counts = "–".join(map(str, sorted(means["n"].unique())))
-    axes.errorbar(
-        places,
-        means["mean"],
-        yerr=interval_reach(means),
-        fmt=style["marker"],
-        color=style["color"],
-        markersize=8,
-        markeredgecolor="white",
-        capsize=4,
-        label=f"{name} (n={counts})".lstrip(),
-    )
