@@ -1,4 +1,4 @@
-"""A router is known by its declarations alone; the names of its attributes have no meaning."""
+"""Tests that the code uses only what a router declares, whatever the names of its other attributes."""
 
 from typing import Any
 
@@ -19,12 +19,15 @@ IDS = torch.arange(B * S).view(B, S)
 
 
 class Alternating(Router):
-    """Give tokens at even positions one expert and tokens at odd positions two. `k` is the last number."""
+    """Router that gives tokens at even positions one expert and tokens at odd positions two.
+
+    Its attribute `k` holds the number of the last token. It is not a declaration.
+    """
 
     def __init__(self, dim: int, num_experts: int) -> None:
         super().__init__(dim, num_experts, fixed_k=None)
         self.k = 1
-        self.weight = nn.Parameter(torch.randn(num_experts, dim))  # of no logit: it scales the gates
+        self.weight = nn.Parameter(torch.randn(num_experts, dim))  # scales the gates and produces no logits
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         chosen = torch.zeros(len(x), self.num_experts, dtype=torch.bool)
@@ -35,7 +38,7 @@ class Alternating(Router):
 
 
 class Renamed(Router):
-    """Router that takes the top-1 of logits M x, with M under another name than `weight`."""
+    """Router that takes the largest of the logits M x and stores M under another name than `weight`."""
 
     def __init__(self, dim: int, num_experts: int) -> None:
         super().__init__(dim, num_experts, fixed_k=1)
@@ -53,13 +56,14 @@ class Renamed(Router):
 
 
 def losses(router: Router) -> dict[str, Tensor]:
+    """Return the auxiliary losses of a layer with this router and random inputs."""
     layer = MoELayer(router, Experts(E, D, hidden=8, kind="silu"))
     for p in layer.experts.parameters():
         nn.init.normal_(p, std=0.1)
     return layer(torch.randn(B, S, D), Context(IDS, Knobs.of())).aux
 
 
-def test_a_router_that_varies_an_attribute_k_is_not_causal_under_a_capacity() -> None:
+def test_a_router_without_fixed_k_is_not_causal_under_a_capacity_even_if_it_has_an_attribute_k() -> None:
     router = Alternating(D, E)
     routing = router(torch.randn(B * S, D), Context(IDS, Knobs.of()))
     assert set(torch.bincount(routing.token).tolist()) == {1, 2}
@@ -67,28 +71,28 @@ def test_a_router_that_varies_an_attribute_k_is_not_causal_under_a_capacity() ->
     assert not router.is_causal(capacity=1.0, drop="position")
 
 
-def test_a_router_with_a_fixed_k_under_any_name_is_causal_when_it_drops_by_position() -> None:
+def test_a_router_with_fixed_k_is_causal_under_a_capacity_when_it_drops_by_position() -> None:
     router = Renamed(D, E)
     assert router.is_causal(capacity=1.0, drop="position")
     assert not router.is_causal(capacity=1.0, drop="score")
     assert router.experts_per_token(S) == 1
 
 
-def test_the_work_of_a_varying_number_of_experts_is_what_the_router_aims_at() -> None:
+def test_experts_per_token_is_mean_k_if_the_number_varies_and_all_experts_without_mean_k() -> None:
     router = Alternating(D, E)
-    assert router.experts_per_token(S) == E, "nobody can say: the most there can be"
+    assert router.experts_per_token(S) == E, "without mean_k, the largest possible number"
     router.mean_k = 1.5
     assert router.experts_per_token(S) == 1.5
 
 
-def test_a_parameter_called_weight_is_no_declaration() -> None:
+def test_a_parameter_named_weight_does_not_declare_expert_rows() -> None:
     router = Alternating(D, E)
     assert router.weight.shape == (E, D)
     assert "simbal" not in losses(router)
     assert router_gram(router) is None
 
 
-def test_declared_rows_get_their_loss_and_metric_under_any_name() -> None:
+def test_declared_expert_rows_get_simbal_and_router_gram_under_any_attribute_name() -> None:
     router = Renamed(D, E)
     with torch.no_grad():
         router.matrix.copy_(torch.linalg.qr(torch.randn(D, D)).Q[:E])
@@ -100,22 +104,22 @@ def test_declared_rows_get_their_loss_and_metric_under_any_name() -> None:
     assert router_gram(router) == pytest.approx(1)
 
 
-def test_whether_the_number_is_fixed_must_be_declared() -> None:
-    class Silent(Router):
+def test_a_router_must_pass_fixed_k() -> None:
+    class Undeclared(Router):
         def __init__(self, dim: int, num_experts: int) -> None:
             super().__init__(dim, num_experts)  # type: ignore[call-arg]
 
     with pytest.raises(TypeError, match="fixed_k"):
-        Silent(D, E)
+        Undeclared(D, E)
 
 
 @pytest.mark.parametrize("k", [0, 5])
-def test_a_fixed_number_is_between_1_and_all(k: int) -> None:
+def test_fixed_k_must_be_between_1_and_the_number_of_experts(k: int) -> None:
     with pytest.raises(ConfigError, match=rf"router\.k={k}: must be between 1 and model\.num_experts=4"):
         Router(D, E, fixed_k=k)
 
 
 @pytest.mark.parametrize("base", [Router, LinearRouter])
-def test_a_declaration_adds_no_entry_to_the_saved_weights(base: Any) -> None:
+def test_declarations_add_no_entry_to_the_saved_weights(base: Any) -> None:
     names = ["weight"] if base is LinearRouter else []
     assert list(base(D, E, fixed_k=2).state_dict()) == names

@@ -1,4 +1,4 @@
-"""Chain of experts: the recurrence against a loop, and one iteration against top-k."""
+"""Tests of the chain of experts: its iterations against a loop, and one iteration against top-k."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from moe.routing.decision import Context, Knobs
 B, S, D, E = 2, 6, 8, 4
 
 
-def filled(router: nn.Module) -> MoELayer:
+def make_layer(router: nn.Module) -> MoELayer:
     torch.manual_seed(0)
     layer = MoELayer(router, Experts(E, D, hidden=5, kind="silu"))
     for p in layer.parameters():
@@ -27,7 +27,7 @@ def context() -> Context:
 
 
 def test_one_iteration_is_top_k() -> None:
-    chain, plain = filled(ChainOfExperts(D, E, iterations=1, k=2)), filled(TopK(D, E, k=2))
+    chain, plain = make_layer(ChainOfExperts(D, E, iterations=1, k=2)), make_layer(TopK(D, E, k=2))
     x = torch.randn(B, S, D)
     a, b = chain(x, context()), plain(x, context())
     assert torch.equal(a.y, b.y)
@@ -35,8 +35,8 @@ def test_one_iteration_is_top_k() -> None:
     assert all(torch.equal(p, q) or p.isnan().all() for p, q in zip(a.stats, b.stats, strict=True))
 
 
-def test_each_iteration_has_its_own_router_and_sees_what_the_one_before_added() -> None:
-    layer = filled(ChainOfExperts(D, E, iterations=3, k=1))
+def test_each_iteration_has_its_own_router_and_gets_the_output_of_the_previous_one() -> None:
+    layer = make_layer(ChainOfExperts(D, E, iterations=3, k=1))
     x = torch.randn(B, S, D)
     state = x
     for router in layer.router.chain:
@@ -47,8 +47,8 @@ def test_each_iteration_has_its_own_router_and_sees_what_the_one_before_added() 
     assert not torch.equal(weights[0], weights[1])
 
 
-def test_losses_are_means_over_iterations_and_assignments_are_counted_in_each() -> None:
-    layer = filled(ChainOfExperts(D, E, iterations=2, k=1))
+def test_losses_are_means_over_iterations_and_assignments_are_sums() -> None:
+    layer = make_layer(ChainOfExperts(D, E, iterations=2, k=1))
     x = torch.randn(B, S, D)
     first = MoELayer(layer.router.chain[0], layer.experts)(x, context())
     second = MoELayer(layer.router.chain[1], layer.experts)(x + first.y, context())
@@ -60,6 +60,6 @@ def test_losses_are_means_over_iterations_and_assignments_are_counted_in_each() 
     assert layer.router.experts_per_token(S) == 2
 
 
-def test_no_iteration_is_refused() -> None:
+def test_zero_iterations_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"router\.iterations=0"):
         ChainOfExperts(D, E, iterations=0)

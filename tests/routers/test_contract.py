@@ -1,5 +1,4 @@
-"""The laws that every router keeps, whatever it does: each yaml of conf/router is held to all of them, and each arm of
-an ablation that changes a router's parts."""
+"""Tests of what must hold for every router: for each yaml in conf/router and each arm of the SPECTRA ablation."""
 
 import itertools
 from pathlib import Path
@@ -21,7 +20,8 @@ from moe.routing.dispatch import dispatch
 from moe.routing.losses import auxiliary
 
 B, S, D, E, F = 3, 8, 16, 8, 12
-# operators whose result, or its size, the host waits for; lift_fresh: `torch.tensor`, whose copy it waits for
+# Operators that make the host wait for the device: for their result, for its size, or (lift_fresh, which is
+# `torch.tensor`) for a copy to the device.
 WAITING = {
     *("_local_scalar_dense", "nonzero", "masked_select", "bincount", "_unique2", "unique_dim", "equal", "lift_fresh"),
     "repeat_interleave",
@@ -30,7 +30,7 @@ YAMLS = sorted((CONF / "router").glob("*.yaml"))
 
 
 class Spec(NamedTuple):
-    """A router's name and its settings."""
+    """The name of a router and the settings in its yaml."""
 
     name: str
     settings: dict[str, Any]
@@ -43,6 +43,7 @@ for arm in sorted((CONF / "variant").glob("spectra_*.yaml")):
 
 
 def make_router(spec: Spec, *, num_experts: int = E) -> Router:
+    """Build the router. Draw all its parameters and buffers at random, so that no part of it has no effect."""
     torch.manual_seed(0)
     router = build(spec.settings, "router", D, num_experts)
     for tensor in (*router.parameters(), *router.buffers()):
@@ -63,18 +64,19 @@ def context(ids: Tensor, *, noise: float = 0.0, capacity: float | None = None) -
     return Context(ids, Knobs.of(noise=noise), capacity)
 
 
-def as_second(layer: MoELayer, x: Tensor, context: Context) -> LayerOutput:
-    """Run the layer as the second of two: it gets the state that the router of the first returned."""
+def run_as_second_layer(layer: MoELayer, x: Tensor, context: Context) -> LayerOutput:
+    """Run the layer twice. The second time, its router gets the state that it returned the first time."""
     return layer(x, context._replace(state=layer(x, context).routing[-1].state))
 
 
 def dense_weights(routing: Routing) -> Tensor:
-    """Return the weight of each expert for each token (T, E), or for each slot if experts process slots."""
+    """Return the weight of each expert for each token (T, E), or for each slot (B * M, E) if experts process slots."""
     weights = torch.zeros(rows_of(routing), E)
     return weights.index_put((routing.token, routing.expert), routing.weight, accumulate=True)
 
 
 def rows_of(routing: Routing) -> int:
+    """Return how many vectors the experts choose from: tokens, or slots if experts process slots."""
     return B * S if routing.slots is None else routing.slots.dispatch.shape[:2].numel()
 
 
@@ -94,7 +96,7 @@ def ids() -> Tensor:
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
-def test_the_yaml_states_its_purpose_with_the_true_causal_flag_and_its_equation(path: Path) -> None:
+def test_a_yaml_begins_with_its_purpose_whether_it_is_causal_and_its_equation(path: Path) -> None:
     purpose, equation = path.read_text().splitlines()[:2]
     assert purpose.startswith("# ")
     [spec] = [spec for spec in SPECS if spec.name == path.stem]
@@ -104,7 +106,9 @@ def test_the_yaml_states_its_purpose_with_the_true_causal_flag_and_its_equation(
     assert "=" in equation
 
 
-def test_assignments_are_well_formed(spec: Spec, x: Tensor, ids: Tensor) -> None:
+def test_tokens_experts_and_weights_of_assignments_are_valid_and_no_pair_occurs_twice(
+    spec: Spec, x: Tensor, ids: Tensor
+) -> None:
     routing = make_router(spec).eval().chain[0](x.view(-1, D), context(ids))
     assert routing.token.shape == routing.expert.shape == routing.weight.shape
     assert routing.weight.dtype == torch.float32
@@ -115,7 +119,7 @@ def test_assignments_are_well_formed(spec: Spec, x: Tensor, ids: Tensor) -> None
     assert (routing.weight >= 0).all()
     assert routing.state is None or len(routing.state) == B * S
     pairs = torch.stack([routing.token, routing.expert])
-    assert pairs.unique(dim=1).shape == pairs.shape, "an expert is asked for twice by one token"
+    assert pairs.unique(dim=1).shape == pairs.shape, "a token asks for the same expert twice"
 
 
 def test_probabilities_are_a_distribution_over_all_experts_in_fp32(spec: Spec, x: Tensor, ids: Tensor) -> None:
@@ -133,19 +137,24 @@ def test_probabilities_are_a_distribution_over_all_experts_in_fp32(spec: Spec, x
     torch.testing.assert_close(routing.probs.sum(-1), torch.ones(B * S))
 
 
-def test_gradient_reaches_a_trainable_router_through_the_output_alone(spec: Spec, x: Tensor, ids: Tensor) -> None:
-    """The gradient would be exactly zero with k=1 and renormalized weights."""
+def test_every_parameter_gets_a_gradient_from_the_output_alone(spec: Spec, x: Tensor, ids: Tensor) -> None:
+    """Every parameter of a router gets a gradient from the layer's output, without auxiliary losses.
+
+    With k=1 and renormalized weights that gradient would be exactly zero.
+    """
     layer = make_layer(spec)
-    as_second(layer, x, context(ids)).y.square().sum().backward()
+    run_as_second_layer(layer, x, context(ids)).y.square().sum().backward()
     for name, p in layer.router.named_parameters():
         assert p.grad is not None, name
         assert p.grad.norm() > 1e-4, name
 
 
-def test_gradient_reaches_a_trainable_router_through_each_auxiliary_loss(spec: Spec, x: Tensor, ids: Tensor) -> None:
-    """A balance loss from integer counts, or of a softmax of a softmax, would have none.
+def test_each_auxiliary_loss_has_a_gradient_on_the_router(spec: Spec, x: Tensor, ids: Tensor) -> None:
+    """Every auxiliary loss has a gradient on at least one parameter of the router.
 
-    One parameter is enough: learned noise, say, is no part of the clean logits that the z-loss sees.
+    A balance loss would have no gradient if it used only integer counts, and almost none with a softmax of a softmax.
+    One parameter is enough, because not every loss depends on all of them. The z-loss, for example, does not depend on
+    learned noise.
     """
     router = make_router(spec)
     if not list(router.parameters()):
@@ -154,7 +163,7 @@ def test_gradient_reaches_a_trainable_router_through_each_auxiliary_loss(spec: S
     offered = dispatch(routing, E, capacity=None, seq_len=S).offered
     losses = auxiliary(routing, offered, seq_len=S)
     assert losses
-    if len(offered.unique()) == 1:  # by construction: nothing to learn
+    if len(offered.unique()) == 1:  # a router that balances by construction: its balance loss is constant
         assert losses.pop("load_balance").item() == losses.pop("load_balance_global").item() == pytest.approx(1)
     for name, loss in losses.items():
         parameters = list(router.chain[0].parameters())
@@ -162,10 +171,10 @@ def test_gradient_reaches_a_trainable_router_through_each_auxiliary_loss(spec: S
         assert max(g.norm() for g in gradients if g is not None) > 1e-4, name
 
 
-def test_evaluation_is_deterministic_ignores_noise_and_changes_no_state(spec: Spec, x: Tensor, ids: Tensor) -> None:
+def test_evaluation_is_deterministic_and_ignores_noise_and_changes_no_state(spec: Spec, x: Tensor, ids: Tensor) -> None:
     layer = make_layer(spec).eval()
     before = {name: value.clone() for name, value in layer.state_dict().items()}
-    first, second = (as_second(layer, x, context(ids, noise=noise)).y for noise in (0.0, 9.0))
+    first, second = (run_as_second_layer(layer, x, context(ids, noise=noise)).y for noise in (0.0, 9.0))
     assert torch.equal(first, second)
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
 
@@ -173,57 +182,70 @@ def test_evaluation_is_deterministic_ignores_noise_and_changes_no_state(spec: Sp
 def test_forward_and_backward_wait_for_the_device_only_where_sizes_depend_on_values(
     spec: Spec, x: Tensor, ids: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once per `Routing.masked` and once per capacity limit. Counts on a CPU the operators that would wait."""
-    asked: list[str] = []
+    """The host waits for the device once per `Routing.masked` and once per capacity limit, and nowhere else.
 
-    class Listen(TorchDispatchMode):
+    The test counts, on a CPU, the operators that would wait on a GPU.
+    """
+    waiting_calls: list[str] = []
+
+    class CountWaitingOperators(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             name = func.overloadpacket.__name__
             by_mask = name == "index" and any(t is not None and t.dtype == torch.bool for t in args[1])
             if by_mask or name in WAITING:
-                asked.append(name)
+                waiting_calls.append(name)
             return func(*args, **(kwargs or {}))
 
     masked = Routing.masked
-    made: list[str] = []
-    monkeypatch.setattr(Routing, "masked", lambda *args, **rest: made.append("nonzero") or masked(*args, **rest))
-    monkeypatch.setattr(Experts, "kernel", lambda self, dtype: "grouped")  # what runs on a GPU
+    masked_calls: list[str] = []
+    monkeypatch.setattr(
+        Routing, "masked", lambda *args, **kwargs: masked_calls.append("nonzero") or masked(*args, **kwargs)
+    )
+    monkeypatch.setattr(Experts, "kernel", lambda self, dtype: "grouped")  # the kernel that runs on a GPU
     layer = make_layer(spec)
     for capacity in (None, 1.0):
-        situation = context(ids, noise=0.1, capacity=capacity)
-        with Listen():
-            packed = situation._replace(document_position=document_positions((torch.arange(S) % 5).expand(B, S)))
+        layer_context = context(ids, noise=0.1, capacity=capacity)
+        with CountWaitingOperators():
+            packed = layer_context._replace(document_position=document_positions((torch.arange(S) % 5).expand(B, S)))
             output = layer(x.requires_grad_(), packed)
             torch.stack([output.y.square().mean(), *output.aux.values()]).sum().backward()
-        limits = ["index"] * len(layer.router.chain) if capacity else []
-        assert sorted(asked) == sorted([*made, *limits])
-        asked.clear()
-        made.clear()
+        capacity_calls = ["index"] * len(layer.router.chain) if capacity else []
+        assert sorted(waiting_calls) == sorted([*masked_calls, *capacity_calls])
+        waiting_calls.clear()
+        masked_calls.clear()
 
 
-def test_no_tensor_is_made_on_the_default_device(spec: Spec, x: Tensor, ids: Tensor) -> None:
-    """On a GPU the default device differs from the layer's. Here it is `meta`, where mixing devices is an error."""
+def test_no_tensor_is_created_on_the_default_device(spec: Spec, x: Tensor, ids: Tensor) -> None:
+    """The layer and its router create all tensors on the device of their input.
+
+    On a GPU the default device (the CPU) is another one. Here the default device is `meta`, because mixing it with the
+    CPU is an error.
+    """
     layer = make_layer(spec)
     for capacity in (None, 1.0):
-        situation = context(ids, noise=0.1, capacity=capacity)._replace(orthogonality=True, probe_stride=3)
+        layer_context = context(ids, noise=0.1, capacity=capacity)._replace(orthogonality=True, probe_stride=3)
         with torch.device("meta"):
-            output = layer(x.requires_grad_(), situation)
+            output = layer(x.requires_grad_(), layer_context)
             torch.stack([output.y.square().mean(), *output.aux.values()]).sum().backward()
             for router in layer.router.chain:
                 router.after_step(output.stats)
 
 
-def test_noise_changes_routing_in_training(spec: Spec, x: Tensor, ids: Tensor) -> None:
+def test_noise_changes_the_routing_of_every_router_but_hash_in_training(spec: Spec, x: Tensor, ids: Tensor) -> None:
     router = make_router(spec)
     routings = [router.chain[0](x.view(-1, D), context(ids, noise=n)) for n in (0.0, 5.0)]
     weights = [dense_weights(r) if r.slots is None else r.slots.combine for r in routings]
-    assert torch.equal(*weights) == (spec.name == "hash"), "only a router that never looks at the states is immune"
+    assert torch.equal(*weights) == (spec.name == "hash"), (
+        "only a router that ignores the hidden states is unaffected by noise"
+    )
 
 
-def test_every_token_gets_fixed_k_experts_and_a_router_without_it_is_seen_to_vary(
+def test_every_token_gets_fixed_k_experts_and_without_fixed_k_the_number_varies(
     spec: Spec, x: Tensor, ids: Tensor
 ) -> None:
-    """For ordinary and extreme inputs, in training and in evaluation, in each link of a chain."""
+    """The declared `fixed_k` is true for ordinary and extreme inputs, in training and evaluation, in each link of a
+    chain.
+    """
     flat = x.view(-1, D)
     inputs = [flat, 100 * flat, torch.full_like(flat, 0.7), torch.zeros_like(flat), torch.full_like(flat, 1e4)]
     router = make_router(spec)
@@ -240,11 +262,12 @@ def test_every_token_gets_fixed_k_experts_and_a_router_without_it_is_seen_to_var
                     counts |= set(torch.bincount(alone.token, minlength=1).tolist())
         if router.fixed_k is not None:
             assert counts == {router.fixed_k}
-        elif routing.slots is None and not spec.settings.get("expert_choice_routing"):  # a quota: see test_spectra.py
-            assert len(counts) > 1, "it could declare a fixed_k"
+        elif routing.slots is None and not spec.settings.get("expert_choice_routing"):
+            # test_spectra.py tests the exception: with a quota the number varies only under skewed loads
+            assert len(counts) > 1, "the number of experts never varies, so the router should declare fixed_k"
 
 
-def test_expert_rows_are_one_trainable_row_per_expert_that_moves_its_logit_alone(
+def test_each_row_of_expert_rows_is_trainable_and_changes_only_the_logits_of_its_expert(
     spec: Spec, x: Tensor, ids: Tensor
 ) -> None:
     for router in make_router(spec).eval().chain:
@@ -253,7 +276,7 @@ def test_expert_rows_are_one_trainable_row_per_expert_that_moves_its_logit_alone
             continue
         assert rows.shape == (E, D)
         assert any(rows is p for p in router.parameters())
-        if router(x.view(-1, D), context(ids)).logits is None:  # ReLU: its gates are what is left of them
+        if router(x.view(-1, D), context(ids)).logits is None:  # ReLU, whose gates are its positive logits
             continue
         before = router(x.view(-1, D), context(ids)).logits
         with torch.no_grad():
@@ -262,12 +285,13 @@ def test_expert_rows_are_one_trainable_row_per_expert_that_moves_its_logit_alone
         assert changed.tolist() == [expert == 3 for expert in range(E)]
 
 
-# Where the number of experts varies, the limit is a share of assignments, which depend on every token.
-FIXED = [spec for spec in SPECS if make_router(spec).fixed_k is not None]
-CAPACITIES = [(spec, None) for spec in SPECS] + [(spec, 0.6) for spec in FIXED]
+# Routers without fixed_k are left out under a capacity limit. The limit is a share of the number of assignments, and
+# with them that number depends on every token.
+FIXED_K = [spec for spec in SPECS if make_router(spec).fixed_k is not None]
+CAPACITIES = [(spec, None) for spec in SPECS] + [(spec, 0.6) for spec in FIXED_K]
 
 
-def test_a_capacity_limit_keeps_causal_what_has_a_fixed_number_of_experts_and_drops_by_position(spec: Spec) -> None:
+def test_under_a_capacity_a_router_is_causal_only_with_fixed_k_and_drops_by_position(spec: Spec) -> None:
     router = make_router(spec)
     assert router.is_causal(capacity=None, drop="score") == router.causal
     assert router.is_causal(capacity=1.0, drop="position") == (router.causal and router.fixed_k is not None)
@@ -275,11 +299,14 @@ def test_a_capacity_limit_keeps_causal_what_has_a_fixed_number_of_experts_and_dr
 
 
 @pytest.mark.parametrize(("spec", "capacity"), CAPACITIES, ids=lambda value: getattr(value, "name", str(value)))
-def test_causal_routers_do_not_see_the_future_or_other_sequences(
+def test_outputs_of_causal_routers_do_not_depend_on_later_tokens_or_other_sequences(
     spec: Spec, capacity: float | None, x: Tensor, ids: Tensor
 ) -> None:
-    """The audit behind the label, in training (with equal noise) and in evaluation: replace the last tokens of all
-    sequences and, where nothing is dropped, all other sequences, which compete for capacity by design."""
+    """The label `causal` is true, in training (with equal noise) and in evaluation.
+
+    The test replaces the last tokens of all sequences and compares the outputs of the tokens before them. Without a
+    capacity limit it replaces all other sequences too. With one it does not, because sequences compete for capacity.
+    """
     layer = make_layer(spec)
     changed_x, changed_ids = x.clone(), ids.clone()
     changed_x[:, 5:], changed_ids[:, 5:] = 3.0, 7
@@ -287,8 +314,8 @@ def test_causal_routers_do_not_see_the_future_or_other_sequences(
         changed_x[1:], changed_ids[1:] = -2.0, 11
 
     def output(tokens: Tensor, token_ids: Tensor) -> Tensor:
-        torch.manual_seed(0)  # what a router draws by itself is the same for both
-        return as_second(layer, tokens, context(token_ids, capacity=capacity)).y
+        torch.manual_seed(0)  # so that a router that draws random numbers draws the same ones for both inputs
+        return run_as_second_layer(layer, tokens, context(token_ids, capacity=capacity)).y
 
     def unaffected(mode: bool) -> bool:
         layer.train(mode)
@@ -300,27 +327,32 @@ def test_causal_routers_do_not_see_the_future_or_other_sequences(
 def test_permuting_sequences_permutes_the_output(spec: Spec, x: Tensor, ids: Tensor) -> None:
     layer = make_layer(spec).eval()
     order = torch.tensor([2, 0, 1])
-    permuted = as_second(layer, x[order], context(ids[order])).y
-    torch.testing.assert_close(permuted, as_second(layer, x, context(ids)).y[order])
+    permuted = run_as_second_layer(layer, x[order], context(ids[order])).y
+    torch.testing.assert_close(permuted, run_as_second_layer(layer, x, context(ids)).y[order])
 
 
-def test_a_token_is_routed_alike_alone_and_in_company(spec: Spec, x: Tensor, ids: Tensor) -> None:
-    """Generation with a cache relies on this."""
+def test_a_causal_router_gives_a_token_the_same_output_alone_and_in_a_batch(spec: Spec, x: Tensor, ids: Tensor) -> None:
+    """A causal router gives a token the same output alone and in a batch. Generation with a cache relies on this."""
     layer = make_layer(spec).eval()
     if layer.router.causal:
-        alone = as_second(layer, x[:1, 4:5], context(ids[:1, 4:5])).y
-        torch.testing.assert_close(alone, as_second(layer, x, context(ids)).y[:1, 4:5])
+        alone = run_as_second_layer(layer, x[:1, 4:5], context(ids[:1, 4:5])).y
+        torch.testing.assert_close(alone, run_as_second_layer(layer, x, context(ids)).y[:1, 4:5])
 
 
 @pytest.mark.parametrize("batch", ["one token", "identical tokens", "zeros", "huge", "far below 0"])
 @pytest.mark.parametrize("capacity", [None, 1.0])
-def test_degenerate_batches_are_finite_and_counted(spec: Spec, batch: str, capacity: float | None) -> None:
-    """Ties, one expert taking everything, empty experts: finite output, zero and not NaN gradients, all counted."""
+def test_unusual_batches_have_finite_outputs_and_gradients_and_all_assignments_are_counted(
+    spec: Spec, batch: str, capacity: float | None
+) -> None:
+    """Outputs and gradients are finite with ties, with all tokens at one expert, and with experts that get no token.
+
+    The gradient of an expert that gets no token is 0. Every assignment is counted.
+    """
     shape = (1, 1, D) if batch == "one token" else (B, S, D)
     fill = {"one token": 1.0, "identical tokens": 0.7, "zeros": 0.0, "huge": 1e4, "far below 0": 1e4}[batch]
     x = torch.full(shape, fill).requires_grad_()
     layer = make_layer(spec)
-    if batch == "far below 0":  # every logit of a linear router, where each sigmoid is 0 in fp32
+    if batch == "far below 0":  # every logit of a linear router is then so negative that its sigmoid is 0 in fp32
         with torch.no_grad():
             for p in layer.router.parameters():
                 p.copy_(-p.abs())
@@ -337,7 +369,9 @@ def test_degenerate_batches_are_finite_and_counted(spec: Spec, batch: str, capac
     assert (layer.experts.up.grad[empty] == 0).all()
 
 
-def test_the_layer_is_the_weighted_sum_of_every_expert_run_on_every_row(spec: Spec, x: Tensor, ids: Tensor) -> None:
+def test_the_layers_output_is_the_weighted_sum_of_every_expert_run_on_every_token_or_slot(
+    spec: Spec, x: Tensor, ids: Tensor
+) -> None:
     layer = make_layer(spec).eval()
     flat = x.view(-1, D)
     for router in layer.router.chain:
@@ -346,8 +380,8 @@ def test_the_layer_is_the_weighted_sum_of_every_expert_run_on_every_row(spec: Sp
         if routing.slots is not None:
             rows = torch.einsum("bms,bsd->bmd", routing.slots.dispatch, x).reshape(-1, D)
         counts = torch.full((E,), len(rows))
-        everywhere = layer.experts(rows.repeat(E, 1), counts).view(E, -1, D)
-        out = torch.einsum("te,etd->td", dense_weights(routing), everywhere)
+        expert_outputs = layer.experts(rows.repeat(E, 1), counts).view(E, -1, D)
+        out = torch.einsum("te,etd->td", dense_weights(routing), expert_outputs)
         if routing.slots is not None:
             out = torch.einsum("bsm,bmd->bsd", routing.slots.combine, out.view(B, -1, D)).reshape(-1, D)
         flat = flat + out

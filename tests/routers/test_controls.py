@@ -1,4 +1,4 @@
-"""The controls that cannot learn: hash and random."""
+"""Tests of the routers that cannot learn and serve as controls: hash and random."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from moe.routing.decision import Context, Knobs
 D, E = 16, 8
 
 
-def test_hash_looks_at_the_token_id_alone() -> None:
+def test_hash_depends_on_the_token_id_alone() -> None:
     ids = torch.tensor([[5, 9, 5, 700, 9]])
     routing = Hash(D, E, k=2)(torch.randn(5, D), Context(ids, Knobs.of()))
     experts = routing.expert.view(5, 2)
@@ -20,7 +20,10 @@ def test_hash_looks_at_the_token_id_alone() -> None:
 
 
 def test_hash_spreads_ids_evenly_over_experts_and_pairs() -> None:
-    """49,152 ids: each expert gets 1/E of them within five standard deviations of independent draws."""
+    """Of 49,152 ids each expert gets 1/E, within five standard deviations of independent draws.
+
+    Each ordered pair of experts gets an equal share too.
+    """
     vocab = 49_152
     ids = torch.arange(vocab)[None]
     experts = Hash(D, E, k=2)(torch.zeros(vocab, D), Context(ids, Knobs.of())).expert.view(-1, 2)
@@ -42,36 +45,42 @@ def test_scramble_is_the_murmur3_finalizer() -> None:
     assert scramble(torch.tensor(numbers)).tolist() == [reference(n) for n in numbers]
 
 
-def test_random_is_frozen_and_saved() -> None:
+def test_the_weight_of_random_is_saved_but_not_trainable() -> None:
     router = Random(D, E, k=2)
     assert list(router.parameters()) == []
     assert list(router.state_dict()) == ["weight"]
 
 
-def zipf(vocab: int) -> torch.Tensor:
-    """Return counts of ids as in text: the r-th most frequent id occurs 1/r as often as the first. Ids are shuffled."""
+def zipf_counts(vocab: int) -> torch.Tensor:
+    """Return how often each id occurs in made-up text: the r-th most frequent id occurs 1/r as often as the first.
+
+    Ids are in random order.
+    """
     counts = 10_000 // torch.arange(1, vocab + 1)
     return counts[torch.randperm(vocab, generator=torch.Generator().manual_seed(0))]
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
-def test_balanced_hash_evens_out_the_text_and_not_the_ids(k: int) -> None:
-    """No expert is further above the mean than one id (of the least frequent that it took last), a bound of greedy
-    assignment; the integer hash is far from it."""
-    counts = zipf(2000)
+def test_balanced_hash_balances_the_tokens_of_the_text_and_not_the_ids(k: int) -> None:
+    """The loads of two experts differ at most by the count of the least frequent id, which is assigned last.
+
+    This is a bound of greedy assignment. If the most frequent id alone exceeds a mean load, the loads may differ by
+    that excess. The plain_load hash is far from this bound.
+    """
+    counts = zipf_counts(2000)
 
     def load_of(router: Hash) -> torch.Tensor:
         router.before_training(counts)
         load = torch.zeros(E, dtype=torch.long)
         return load.index_add(0, router.table[: len(counts)].long().flatten(), counts.repeat_interleave(k))
 
-    load, plain = load_of(Hash(D, E, k=k)), load_of(Hash(D, E, k=k, balanced=False))
+    load, plain_load = load_of(Hash(D, E, k=k)), load_of(Hash(D, E, k=k, balanced=False))
     assert load.sum() == k * counts.sum()
     assert load.max() - load.min() <= max(10_000 - k * counts.sum() / E, counts.min())
-    assert plain.max() - plain.min() > 100 * counts.min()
+    assert plain_load.max() - plain_load.min() > 100 * counts.min()
 
 
-def test_the_experts_of_an_id_are_distinct_and_ids_without_text_keep_their_hash() -> None:
+def test_the_experts_of_an_id_are_distinct_and_ids_that_never_occur_keep_their_hash() -> None:
     router = Hash(D, E, k=3, vocab_size=100)
     before = router.table.clone()
     counts = torch.zeros(100, dtype=torch.long)
@@ -83,7 +92,7 @@ def test_the_experts_of_an_id_are_distinct_and_ids_without_text_keep_their_hash(
     assert router.state_dict()["table"].shape == (100, 3)
 
 
-def test_lightest_bins_first() -> None:
+def test_lightest_puts_each_number_into_the_bin_with_the_smallest_sum() -> None:
     assert lightest([5, 4, 3, 2], bins=2, k=1) == [[0], [1], [1], [0]]
 
 

@@ -1,4 +1,4 @@
-"""Cosine routing: only directions matter, and the learned temperature is the only scale."""
+"""Tests of cosine routing: only the directions of vectors matter, and the learned temperature tau is the only scale."""
 
 import math
 from typing import Any
@@ -31,7 +31,7 @@ def route(router: CosineRouter, x: Tensor) -> Routing:
     return router(x, Context(torch.zeros(1, len(x), dtype=torch.long), Knobs.of()))
 
 
-def test_logits_are_cosines_over_tau_pair_by_pair(x: Tensor) -> None:
+def test_logits_are_cosines_divided_by_tau(x: Tensor) -> None:
     router = make(tau=0.4)
     logits = route(router, x).logits
     assert logits is not None
@@ -42,7 +42,7 @@ def test_logits_are_cosines_over_tau_pair_by_pair(x: Tensor) -> None:
     assert logits.abs().max() <= 1 / 0.4
 
 
-def test_the_size_of_a_token_or_of_an_embedding_changes_nothing(x: Tensor) -> None:
+def test_the_norms_of_tokens_and_embeddings_change_nothing(x: Tensor) -> None:
     router = make()
     plain = route(router, x)
     with torch.no_grad():
@@ -52,7 +52,7 @@ def test_the_size_of_a_token_or_of_an_embedding_changes_nothing(x: Tensor) -> No
 
 
 @pytest.mark.parametrize("k", [1, 2, 5])
-def test_selection_and_gates(x: Tensor, k: int) -> None:
+def test_the_k_largest_logits_are_selected_and_gates_are_their_softmax(x: Tensor, k: int) -> None:
     routing = route(make(k=k), x)
     assert routing.logits is not None
     best = routing.logits.topk(k)
@@ -61,7 +61,7 @@ def test_selection_and_gates(x: Tensor, k: int) -> None:
     torch.testing.assert_close(routing.weight.view(T, k), probs.topk(k).values)
 
 
-def test_tau_is_learned_and_stops_at_its_minimum(x: Tensor) -> None:
+def test_tau_is_trainable_and_never_below_its_minimum(x: Tensor) -> None:
     router = make(tau=0.05)
     route(router, x).weight.square().sum().backward()
     assert router.log_tau.grad is not None
@@ -72,12 +72,12 @@ def test_tau_is_learned_and_stops_at_its_minimum(x: Tensor) -> None:
     assert 0.5 / MIN_TAU < logits.abs().max() <= 1 / MIN_TAU * (1 + 1e-5)
 
 
-def test_a_higher_tau_is_less_sure(x: Tensor) -> None:
+def test_a_higher_tau_lowers_the_largest_probability(x: Tensor) -> None:
     confidence = [route(make(tau=tau), x).probs.amax(-1).mean() for tau in (0.05, 0.3, 2.0)]
     assert confidence == sorted(confidence, reverse=True)
 
 
-def test_initialization_leaves_tau_alone() -> None:
+def test_initialization_does_not_change_tau() -> None:
     router = make(tau=0.2)
     router.initialize(0.02)
     torch.testing.assert_close(router.log_tau.exp().item(), 0.2)
@@ -91,6 +91,6 @@ def test_initialization_leaves_tau_alone() -> None:
         ({"tau": 0.001}, r"router\.tau=0\.001: must be a finite number >= 0\.01"),
     ],
 )
-def test_wrong_settings(settings: dict[str, Any], message: str) -> None:
+def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make(**settings)

@@ -1,4 +1,4 @@
-"""Expert choice: equal loads, gates that are probabilities, and tokens that no expert takes."""
+"""Tests of expert choice: loads are equal, gates are probabilities, and some tokens get no expert."""
 
 import math
 
@@ -22,20 +22,20 @@ def route(tokens: int, *, capacity_factor: float = 2.0) -> Routing:
 
 
 @pytest.mark.parametrize("capacity_factor", [0.1, 1.0, 2.0, 8.0])
-def test_every_expert_takes_its_best_tokens_at_their_probability(capacity_factor: float) -> None:
+def test_every_expert_takes_its_most_probable_tokens_and_gates_are_their_probabilities(capacity_factor: float) -> None:
     routing = route(T, capacity_factor=capacity_factor)
     assert routing.logits is not None
     probs = torch.softmax(routing.logits, -1)
     for e in range(E):
-        mine = routing.expert == e
+        of_expert = routing.expert == e
         best = sorted(range(T), key=lambda t: -probs[t, e].item())[: math.ceil(capacity_factor * T / E)]
-        assert routing.token[mine].tolist() == best
-        torch.testing.assert_close(routing.weight[mine], probs[best, e])
+        assert routing.token[of_expert].tolist() == best
+        torch.testing.assert_close(routing.weight[of_expert], probs[best, e])
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 7, T])
 @pytest.mark.parametrize("capacity_factor", [0.5, 1.0, 2.0, 8.0])
-def test_loads_are_equal_whatever_the_batch(tokens: int, capacity_factor: float) -> None:
+def test_loads_are_equal_for_every_batch_size(tokens: int, capacity_factor: float) -> None:
     loads = torch.bincount(route(tokens, capacity_factor=capacity_factor).expert, minlength=E)
     assert loads.tolist() == [math.ceil(capacity_factor * tokens / E)] * E
     assert loads.max() <= tokens
@@ -55,6 +55,6 @@ def test_the_balance_loss_is_constant() -> None:
 
 
 @pytest.mark.parametrize("capacity_factor", [0.0, -1.0, E + 0.1, math.inf, math.nan])
-def test_an_expert_cannot_take_no_token_or_more_than_all(capacity_factor: float) -> None:
+def test_a_capacity_factor_of_zero_or_above_the_number_of_experts_is_refused(capacity_factor: float) -> None:
     with pytest.raises(ConfigError, match=r"router\.capacity_factor=.*above 0, at most model\.num_experts=8"):
         ExpertChoice(D, E, capacity_factor=capacity_factor)

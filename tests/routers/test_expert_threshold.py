@@ -1,4 +1,4 @@
-"""Expert thresholds: which tokens exceed them, how they are learned, and that they balance without a loss."""
+"""Tests of expert thresholds: which tokens exceed them, how they are learned, and balance without a loss."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def context(tokens: int = T) -> Context:
     return Context(torch.zeros(1, tokens, dtype=torch.long), Knobs.of())
 
 
-def stats(router: ExpertThreshold, x: Tensor) -> RoutingStats:
+def stats_of(router: ExpertThreshold, x: Tensor) -> RoutingStats:
     routing = router(x, context(len(x)))
     return collect_stats(routing, dispatch(routing, E, capacity=None, seq_len=len(x)), len(x))
 
@@ -39,7 +39,7 @@ def quantiles(router: ExpertThreshold, x: Tensor) -> Tensor:
     return torch.from_numpy(np.quantile(scores, 1 - 2 / E, axis=0))
 
 
-def test_a_token_takes_every_expert_whose_threshold_it_exceeds_at_its_score() -> None:
+def test_a_token_takes_every_expert_whose_threshold_its_score_exceeds() -> None:
     router, x = make(), torch.randn(T, D)
     router.threshold.copy_(torch.linspace(0.1, 0.9, E))
     scores = torch.sigmoid(x @ router.weight.T)
@@ -56,7 +56,7 @@ def test_a_token_below_every_threshold_gets_no_expert() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_before_the_first_update_it_is_top_k(training: bool) -> None:
+def test_before_the_first_update_it_selects_like_top_k(training: bool) -> None:
     router, x = make(k=3).train(training), torch.randn(T, D)
     routing = router(x, context())
     top = TopK(D, E, k=3)
@@ -65,47 +65,50 @@ def test_before_the_first_update_it_is_top_k(training: bool) -> None:
 
 
 @pytest.mark.parametrize("k", [1, 2, 5])
-def test_on_the_batch_it_was_learnt_from_every_expert_takes_its_share(k: int) -> None:
-    """A token then has k experts on average, but not every token has k."""
+def test_on_the_batch_that_set_the_thresholds_all_loads_are_equal(k: int) -> None:
+    """After an update, every expert takes T k / E tokens of the same batch.
+
+    A token then has k experts on average, but not every token has k.
+    """
     router, x = make(k=k), torch.randn(T, D) + 0.5
-    router.after_step(stats(router, x))
+    router.after_step(stats_of(router, x))
     routing = router(x, context())
     assert torch.bincount(routing.expert, minlength=E).tolist() == [T * k // E] * E
     assert len(torch.bincount(routing.token, minlength=T).unique()) > 1
 
 
-def test_the_first_update_sets_and_later_ones_average() -> None:
+def test_the_first_update_sets_the_thresholds_and_later_ones_average_them() -> None:
     router, first, second = make(decay=0.75), torch.randn(T, D), torch.randn(T, D)
     a, b = quantiles(router, first), quantiles(router, second)
-    router.after_step(stats(router, first))
+    router.after_step(stats_of(router, first))
     torch.testing.assert_close(router.threshold, a)
-    router.after_step(stats(router, second))
+    router.after_step(stats_of(router, second))
     torch.testing.assert_close(router.threshold, 0.75 * a + 0.25 * b)
 
 
-def test_a_step_learns_the_mean_over_its_micro_batches() -> None:
+def test_an_update_uses_the_mean_over_the_tokens_of_all_micro_batches() -> None:
     router, first, second = make(), torch.randn(T, D), torch.randn(3 * T, D)
     a, b = quantiles(router, first), quantiles(router, second)
-    router.after_step(stats(router, first).merge(stats(router, second)))
+    router.after_step(stats_of(router, first).merge(stats_of(router, second)))
     torch.testing.assert_close(router.threshold, (a + 3 * b) / 4)
 
 
-def test_it_balances_a_skewed_router_on_fresh_batches() -> None:
+def test_thresholds_balance_a_skewed_router_on_new_batches() -> None:
     router, generator = make(), torch.Generator().manual_seed(1)
 
     def batch() -> Tensor:
         return torch.randn(T, D, generator=generator) + 2 * router.weight[0].detach()
 
     def load_cv() -> float:
-        load = stats(router, batch()).offered
+        load = stats_of(router, batch()).offered
         return (load.std(correction=0) / load.mean()).item()
 
     before = load_cv()
     for _ in range(30):
-        router.after_step(stats(router, batch()))
+        router.after_step(stats_of(router, batch()))
     assert before > 0.5
     assert load_cv() < 0.15
-    assert stats(router, batch()).assignments.item() / T == pytest.approx(2, rel=0.1)
+    assert stats_of(router, batch()).assignments.item() / T == pytest.approx(2, rel=0.1)
 
 
 def test_thresholds_are_saved() -> None:
@@ -113,6 +116,6 @@ def test_thresholds_are_saved() -> None:
 
 
 @pytest.mark.parametrize("settings", [{"k": 0}, {"k": E + 1}, {"decay": 1.0}, {"decay": -0.1}, {"decay": float("nan")}])
-def test_settings_without_a_threshold_are_refused(settings: dict[str, Any]) -> None:
+def test_wrong_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=rf"router\.{next(iter(settings))}="):
         ExpertThreshold(D, E, **settings)

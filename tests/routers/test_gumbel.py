@@ -1,4 +1,4 @@
-"""Stochastic top-k: the law of the draw, what temperature does to it, and the straight-through gradient."""
+"""Tests of Gumbel top-k: the distribution of the drawn experts, the effect of temperature, and the gradient."""
 
 import math
 
@@ -24,7 +24,7 @@ def route(router: TopK, x: Tensor, *, temperature: float = 1.0) -> Routing:
     return router(x, Context(torch.zeros(1, len(x), dtype=torch.long), Knobs.of(temperature=temperature)))
 
 
-def test_gumbel_noise_has_its_mean_and_variance() -> None:
+def test_gumbel_noise_has_the_mean_and_variance_of_its_distribution() -> None:
     torch.manual_seed(0)
     noise = gumbel_like(torch.empty(400_000, dtype=torch.double))
     assert abs(noise.mean().item() - 0.5772156649) < 0.01
@@ -32,7 +32,7 @@ def test_gumbel_noise_has_its_mean_and_variance() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-def test_one_expert_is_drawn_with_its_probability(x: Tensor, temperature: float) -> None:
+def test_with_k_1_each_expert_is_drawn_with_its_probability(x: Tensor, temperature: float) -> None:
     torch.manual_seed(0)
     routing = route(Gumbel(D, E, k=1), x[:1].repeat(40_000, 1), temperature=temperature)
     assert routing.probs is not None
@@ -41,7 +41,7 @@ def test_one_expert_is_drawn_with_its_probability(x: Tensor, temperature: float)
 
 
 def test_two_experts_are_drawn_without_replacement(x: Tensor) -> None:
-    """P(i, then j) = p_i p_j / (1 - p_i), for every ordered pair."""
+    """Every ordered pair of experts is drawn with probability P(i, then j) = p_i p_j / (1 - p_i)."""
     torch.manual_seed(0)
     draws = 80_000
     routing = route(Gumbel(D, E, k=2), x[:1].repeat(draws, 1))
@@ -55,7 +55,7 @@ def test_two_experts_are_drawn_without_replacement(x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("k", [1, 2, 5])
-def test_evaluation_takes_the_largest_with_renormalized_gates(x: Tensor, k: int) -> None:
+def test_evaluation_selects_the_largest_logits_and_renormalizes_their_gates(x: Tensor, k: int) -> None:
     drawn, ranked = (
         route(Gumbel(D, E, k=k).eval(), x, temperature=0.7),
         route(Temperature(D, E, k=k), x, temperature=0.7),
@@ -64,8 +64,10 @@ def test_evaluation_takes_the_largest_with_renormalized_gates(x: Tensor, k: int)
     torch.testing.assert_close(drawn.weight, ranked.weight if k > 1 else torch.ones(T))
 
 
-def test_temperature_explores(x: Tensor) -> None:
-    """Unlike in top-k, a higher temperature changes which experts are chosen: fewer of them have the largest logits."""
+def test_a_higher_temperature_draws_experts_of_lower_logits_more_often(x: Tensor) -> None:
+    """With a higher temperature, fewer of the drawn experts have the largest logits. In top-k, temperature has no
+    effect on the selection.
+    """
     torch.manual_seed(0)
     best = route(Gumbel(D, E, k=1).eval(), x.repeat(50, 1)).expert
     agreement = [
@@ -78,7 +80,9 @@ def test_temperature_explores(x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("k", [1, 3])
-def test_gates_are_hard_forward_and_relaxed_backward(x: Tensor, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gates_are_equal_in_the_forward_pass_and_have_the_gradient_of_the_relaxed_gates(
+    x: Tensor, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     noise = gumbel_like(torch.empty(T, E))
     monkeypatch.setattr(gumbel, "gumbel_like", lambda logits: noise)
     router, temperature = Gumbel(D, E, k=k), 0.8
@@ -93,6 +97,6 @@ def test_gates_are_hard_forward_and_relaxed_backward(x: Tensor, k: int, monkeypa
     torch.testing.assert_close(router.weight.grad, weight.grad)
 
 
-def test_a_schedule_may_turn_its_temperature() -> None:
+def test_its_temperature_can_follow_a_schedule() -> None:
     assert Gumbel.schedulable
     assert Gumbel(D, E, temp=2.5).temp == 2.5

@@ -1,4 +1,4 @@
-"""Learned noise, and the two losses that keep it balanced."""
+"""Tests of noisy top-k: the learned noise and the two balance losses, importance and load."""
 
 import math
 from typing import Any
@@ -33,14 +33,14 @@ def route(router: TopK, x: Tensor, *, noise: float = 0.0) -> Routing:
 
 
 @pytest.mark.parametrize("k", [1, 2, 5])
-def test_in_evaluation_it_is_plain_top_k(x: Tensor, k: int) -> None:
+def test_evaluation_equals_top_k(x: Tensor, k: int) -> None:
     noisy, plain = make(k=k).eval(), TopK(D, E, k=k)
     plain.weight = noisy.weight
     torch.testing.assert_close(route(noisy, x)[:5], route(plain, x)[:5])
 
 
 @pytest.mark.parametrize("knob", [0.0, 2.0])
-def test_the_noise_has_the_learned_spread_plus_the_knobs(knob: float) -> None:
+def test_the_standard_deviation_combines_learned_noise_and_the_noise_knob(knob: float) -> None:
     router = make(k=2)
     nn.init.zeros_(router.weight)
     nn.init.zeros_(router.noise_weight)
@@ -51,40 +51,41 @@ def test_the_noise_has_the_learned_spread_plus_the_knobs(knob: float) -> None:
     torch.testing.assert_close(centered.std().item(), expected, rtol=0.02, atol=0)
 
 
-def test_gates_are_the_softmax_of_the_kept_noisy_logits(x: Tensor) -> None:
+def test_gates_are_the_softmax_of_the_selected_noisy_logits(x: Tensor) -> None:
     routing = route(make(k=3), x)
     assert routing.probs is not None
-    kept = routing.probs.log().gather(-1, routing.expert.view(T, 3))  # the noisy logits up to a constant per token
-    torch.testing.assert_close(routing.weight.view(T, 3), torch.softmax(kept, -1))
+    selected = routing.probs.log().gather(-1, routing.expert.view(T, 3))  # the noisy logits up to a constant per token
+    torch.testing.assert_close(routing.weight.view(T, 3), torch.softmax(selected, -1))
     assert (routing.expert.view(T, 3) == routing.probs.topk(3).indices).all()
 
 
 @pytest.mark.parametrize("k", [1, 2, 7])
-def test_stay_probability_is_how_often_an_expert_stays_when_its_noise_is_drawn_again(k: int) -> None:
+def test_stay_probability_is_how_often_an_expert_is_selected_again_with_new_noise(k: int) -> None:
     generator, draws = torch.Generator().manual_seed(4), 40_000
     clean, noisy = torch.randn(2, E, generator=generator)
     spread = torch.rand(E, generator=generator) + 0.2
     expected = []
     for e in range(E):
-        again = noisy.repeat(draws, 1)
-        again[:, e] = clean[e] + spread[e] * torch.randn(draws, generator=generator)
-        expected.append((again.topk(k).indices == e).any(-1).double().mean().item())
-    got = stay_probability(clean[None], noisy[None], spread[None], k)[0].double()
-    torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.double), atol=0.01, rtol=0)
+        redrawn = noisy.repeat(draws, 1)
+        redrawn[:, e] = clean[e] + spread[e] * torch.randn(draws, generator=generator)
+        expected.append((redrawn.topk(k).indices == e).any(-1).double().mean().item())
+    found = stay_probability(clean[None], noisy[None], spread[None], k)[0].double()
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.double), atol=0.01, rtol=0)
 
 
-def test_the_load_loss_counts_both_kinds_of_noise(x: Tensor) -> None:
-    """With much knob noise every expert is as likely to stay as the next: the expected load evens out."""
+def test_the_load_loss_uses_the_learned_noise_and_the_noise_knob(x: Tensor) -> None:
+    """With much noise from the knob, all experts are selected equally often, so the load loss falls to nearly 0."""
     quiet, loud = (route(make(k=2), x.repeat(50, 1), noise=noise).aux["load"] for noise in (0.0, 100.0))
     assert loud < 0.05 * quiet
 
 
 def test_the_losses_are_squared_coefficients_of_variation() -> None:
     assert cv_squared(torch.full((5,), 3.0)) == 0
-    torch.testing.assert_close(cv_squared(torch.tensor([0.0, 0, 0, 4])), torch.tensor(3.0))  # one has all: E - 1
+    # one of E = 4 experts has the whole load: E - 1
+    torch.testing.assert_close(cv_squared(torch.tensor([0.0, 0, 0, 4])), torch.tensor(3.0))
 
 
-def test_importance_is_of_the_sum_of_gates(x: Tensor) -> None:
+def test_the_importance_loss_is_computed_from_the_sums_of_gates(x: Tensor) -> None:
     routing = route(make(k=2), x)
     sums = [routing.weight[routing.expert == e].sum().item() for e in range(E)]
     mean = sum(sums) / E
@@ -93,14 +94,16 @@ def test_importance_is_of_the_sum_of_gates(x: Tensor) -> None:
 
 
 @pytest.mark.parametrize(("num_experts", "k"), [(1, 1), (3, 3)])
-def test_taking_every_expert_is_balanced(x: Tensor, num_experts: int, k: int) -> None:
+def test_if_every_expert_is_selected_the_load_loss_is_zero_and_importance_is_finite(
+    x: Tensor, num_experts: int, k: int
+) -> None:
     routing = route(make(num_experts, k=k), x)
     assert routing.aux["load"] == 0
     assert routing.aux["importance"].isfinite()
     assert num_experts > 1 or routing.aux["importance"] == 0
 
 
-def test_descending_the_load_loss_balances_the_load() -> None:
+def test_gradient_descent_on_the_load_loss_balances_the_load() -> None:
     torch.manual_seed(0)
     router = make(k=2)
     x = torch.randn(500, D) + 1.5
@@ -114,7 +117,7 @@ def test_descending_the_load_loss_balances_the_load() -> None:
     assert after < before / 4
 
 
-def test_the_losses_weights_come_from_the_yaml_and_must_not_be_negative() -> None:
+def test_loss_weights_are_settings_and_must_not_be_negative() -> None:
     assert make(importance=0.2, load=0.3).loss_weights == {"importance": 0.2, "load": 0.3}
     with pytest.raises(ConfigError, match=r"router\.load=-1\.0: must be a finite number >= 0"):
         make(load=-1.0)

@@ -1,4 +1,4 @@
-"""Yaml files that only set options of `TopK` do what their first line says."""
+"""Tests that the yaml files that only set options of `TopK` do what their first line says."""
 
 import torch
 import yaml
@@ -31,5 +31,5 @@ def test_top2_takes_two_experts_in_proportion_to_their_probabilities() -> None:
     torch.testing.assert_close(routing.weight.view(T, 2), best / best.sum(-1, keepdim=True))
 
 
-def test_topk_hard_weighs_the_chosen_alike() -> None:
+def test_topk_hard_gives_the_selected_experts_equal_weights() -> None:
     torch.testing.assert_close(route("topk_hard").weight, torch.full((2 * T,), 0.5))

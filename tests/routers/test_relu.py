@@ -1,4 +1,4 @@
-"""ReLU gates, the load-weighted L1 norm, and the controller that finds its weight."""
+"""Tests of ReLU routing: the gates, the load-weighted L1 loss, and the controller that adapts its weight."""
 
 import math
 from typing import Any
@@ -41,13 +41,13 @@ def test_gates_are_the_positive_logits(x: Tensor) -> None:
     routing = route(router, x)
     logits = (x @ router.weight.T).tolist()
     expected = {(t, e): z for t, row in enumerate(logits) for e, z in enumerate(row) if z > 0}
-    got = dict(
+    found = dict(
         zip(zip(routing.token.tolist(), routing.expert.tolist(), strict=True), routing.weight.tolist(), strict=True)
     )
-    assert got == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
-def test_sparsity_is_the_l1_norm_weighted_by_load(x: Tensor) -> None:
+def test_the_sparsity_loss_is_the_l1_norm_weighted_by_load(x: Tensor) -> None:
     router = make(target=3.0)
     routing = route(router, x)
     load = torch.bincount(routing.expert, minlength=E).tolist()
@@ -56,18 +56,21 @@ def test_sparsity_is_the_l1_norm_weighted_by_load(x: Tensor) -> None:
     torch.testing.assert_close(routing.aux["sparsity"].item(), expected, rtol=1e-4, atol=0)
 
 
-def test_on_target_and_balanced_it_is_the_plain_l1_norm() -> None:
-    """Token t likes experts t and t + 1 (mod E): two each, all equally often, so every f_e is 1."""
+def test_the_sparsity_loss_is_the_plain_l1_norm_if_balanced_and_at_the_target() -> None:
+    """With equal loads and the target number of experts per token, every factor f_e is 1.
+
+    Token t has the experts t and t + 1 (mod E), so each token has two experts and each expert two tokens.
+    """
     router = ReLU(E, E, target=2.0)
     router.weight.data = torch.eye(E) + torch.eye(E).roll(1, 0)
     routing = route(router, torch.eye(E).repeat(5, 1))
     torch.testing.assert_close(routing.aux["sparsity"], routing.weight.sum() / (5 * E))
 
 
-def test_the_gradient_presses_on_active_gates_in_proportion_to_their_experts_load() -> None:
+def test_the_gradient_of_the_sparsity_loss_is_proportional_to_the_experts_load() -> None:
     router = ReLU(2, 2, target=1.0)
     router.weight.data = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    x = torch.tensor([[1.0, -1.0], [1.0, -1.0], [1.0, -1.0], [-1.0, 1.0]])  # expert 0 three times, expert 1 once
+    x = torch.tensor([[1.0, -1.0], [1.0, -1.0], [1.0, -1.0], [-1.0, 1.0]])  # loads: expert 0 has 3, expert 1 has 1
     route(router, x).aux["sparsity"].backward()
     # f = 2/4 * load; d/dW_e = f_e * sum of its tokens / 4
     torch.testing.assert_close(router.weight.grad, torch.tensor([[1.5 * 3, -1.5 * 3], [-0.5, 0.5]]) / 4)
@@ -91,8 +94,11 @@ def test_the_weight_rises_above_the_target_and_falls_below_it(x: Tensor, active:
         torch.testing.assert_close(router.loss_weights["sparsity"], 1e-3 * factor**step, rtol=1e-4, atol=0)
 
 
-def test_the_weight_finds_its_way_back_from_nothing(x: Tensor) -> None:
-    """1,000 steps below the target drive it to 1e-87, which fp32 cannot hold; its logarithm can."""
+def test_the_weight_recovers_from_a_value_too_small_for_fp32(x: Tensor) -> None:
+    """1,000 steps below the target lower the weight to 1e-87, and 1,000 steps above it raise it again.
+
+    Fp32 cannot hold 1e-87, but it can hold its logarithm, which the router stores.
+    """
     router = make(target=2.0)
     stats = sums(route(router, x))
     for active in (0, 4):
@@ -101,16 +107,19 @@ def test_the_weight_finds_its_way_back_from_nothing(x: Tensor) -> None:
     assert router.loss_weights["sparsity"] == pytest.approx(1e-8, rel=1e-2)
 
 
-def test_the_weight_is_saved_and_read_from_what_is_loaded() -> None:
+def test_the_weight_of_the_loss_is_saved_and_loaded() -> None:
     trained, fresh = make(), make()
     trained.log_coefficient.fill_(math.log(0.25))
     fresh.load_state_dict(trained.state_dict())
     assert fresh.loss_weights["sparsity"] == pytest.approx(0.25)
 
 
-def test_it_reaches_the_target_against_a_loss_that_wants_more() -> None:
-    """Four of eight at first; the other loss alone, gates that sum to 4, is easier with many. Inputs are off center:
-    without a bias, centered ones would have half of all logits positive whatever W is."""
+def test_the_controller_reaches_the_target_against_a_loss_that_favors_more_experts() -> None:
+    """Tokens have more than four of eight experts at first, and about the target of two in the end.
+
+    The other loss wants the gates of a token to sum to 4, which is easier with many experts. The inputs have a mean
+    above zero. With mean zero, half of all logits would be positive for any W, because the router has no bias.
+    """
     torch.manual_seed(0)
     router = make(target=2.0, coefficient=1e-4)
     optimizer = torch.optim.Adam(router.parameters(), lr=0.01)
@@ -139,6 +148,6 @@ def test_it_has_no_fixed_k() -> None:
         ({"rate": 0.9}, r"router\.rate=0\.9: must be a finite number >= 1"),
     ],
 )
-def test_wrong_settings(settings: dict[str, Any], message: str) -> None:
+def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make(**settings)

@@ -1,4 +1,4 @@
-"""Selection by s + b, gates by s, and the update rule of the bias."""
+"""Tests of sigmoid routing with a bias: selection by score + bias, gates by score, and updates of the bias."""
 
 from typing import Any
 
@@ -28,14 +28,15 @@ def context(tokens: int = T) -> Context:
     return Context(torch.zeros(1, tokens, dtype=torch.long), Knobs.of())
 
 
-def stats(loads: list[int]) -> RoutingStats:
+def stats_with_loads(loads: list[int]) -> RoutingStats:
+    """Return sums over T tokens, with the given load of each expert."""
     router = make(k=1)
     routing = router(torch.randn(T, D), context())
     sums = collect_stats(routing, dispatch(routing, E, capacity=None, seq_len=T), T)
     return sums._replace(offered=torch.tensor(loads, dtype=torch.float32))
 
 
-def test_the_bias_moves_selection_and_no_gate() -> None:
+def test_the_bias_changes_the_selection_but_not_the_gates() -> None:
     x = torch.randn(T, D)
     router = make(k=2, normalize=False)
     router.bias[3] = 10.0
@@ -46,7 +47,7 @@ def test_the_bias_moves_selection_and_no_gate() -> None:
     torch.testing.assert_close(weights, scores.gather(-1, experts))
 
 
-def test_normalized_gates_sum_to_one_except_for_one_expert() -> None:
+def test_normalized_gates_sum_to_one_except_with_k_1() -> None:
     torch.testing.assert_close(make(k=3)(torch.randn(T, D), context()).weight.view(T, 3).sum(-1), torch.ones(T))
     assert (make(k=1)(torch.randn(T, D), context()).weight < 1).all()
 
@@ -55,40 +56,42 @@ def test_normalized_gates_sum_to_one_except_for_one_expert() -> None:
     ("update", "expected"),
     [("sign", [1, 1, 1, 1, -1, -1, -1, -1]), ("proportional", [1, 0.5, 0.25, 0.25, -0.5, -0.5, -0.5, -0.5])],
 )
-def test_the_update_rule(update: Any, expected: list[float]) -> None:
+def test_the_bias_rises_for_loads_below_the_mean_and_falls_for_loads_above_it(
+    update: Any, expected: list[float]
+) -> None:
     router = make(rate=0.01, update=update)
-    router.after_step(stats([0, 4, 6, 6, 12, 12, 12, 12]))
+    router.after_step(stats_with_loads([0, 4, 6, 6, 12, 12, 12, 12]))
     torch.testing.assert_close(router.bias, 0.01 * torch.tensor(expected, dtype=torch.float32))
 
 
 def test_the_bias_stays_centered() -> None:
     router = make(rate=0.1)
     for load in ([0, 8, 8, 8, 8, 8, 8, 8], [1, 0, 0, 0, 0, 0, 0, 55]):
-        router.after_step(stats(load))
+        router.after_step(stats_with_loads(load))
         torch.testing.assert_close(router.bias.mean(), torch.tensor(0.0), atol=1e-6, rtol=0)
 
 
-def test_it_balances_a_skewed_router_without_any_gradient() -> None:
-    """Tokens that all prefer the same experts: MaxVio falls by more than half."""
+def test_the_bias_balances_a_skewed_router_without_a_gradient() -> None:
+    """When all tokens prefer the same experts, updates of the bias reduce MaxVio by more than half."""
     torch.manual_seed(1)
     router = make(k=2, rate=0.02)
     x = torch.randn(400, D) + 0.8 * router.weight[0] / router.weight[0].norm()
 
-    def violation() -> float:
+    def max_violation() -> float:
         load = torch.bincount(router(x, context(400)).expert, minlength=E).float()
         return (load.max() / load.mean() - 1).item()
 
-    before = violation()
+    before = max_violation()
     for _ in range(200):
         routing = router(x, context(400))
         router.after_step(collect_stats(routing, dispatch(routing, E, capacity=None, seq_len=400), 400))
-    assert violation() < before / 2
+    assert max_violation() < before / 2
 
 
-def test_training_updates_it_once_per_optimizer_step_and_evaluation_never(
+def test_the_bias_is_updated_once_per_optimizer_step_and_never_in_evaluation(
     cell: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Six steps of three micro-batches, with three evaluations between: six updates of the rate."""
+    """Six steps of three micro-batches each, with three evaluations in between, update each layer's bias six times."""
     one = cell("router=sigmoid_bias", "router.rate=1.0", "lb=0", "grad_accum=3")
     one.folder.mkdir(parents=True)
     calls: list[int] = []
@@ -98,7 +101,7 @@ def test_training_updates_it_once_per_optimizer_step_and_evaluation_never(
     assert calls == [tokens_per_step] * 6 * layers
 
 
-def test_a_fresh_model_starts_without_bias(cell: Any) -> None:
+def test_the_biases_of_a_new_model_are_zero(cell: Any) -> None:
     config = cell("router=sigmoid_bias").config
     model = build_model(config, vocab_size=len(prepare_data(config).tokenizer))
     assert all((layer.mlp.router.bias == 0).all() for layer in model.model.layers)

@@ -1,4 +1,7 @@
-"""The transport plan against its definition, a slow reference and the exact assignment; the gates; evaluation."""
+"""Tests of Sinkhorn routing: the transport plan, the gates, and evaluation.
+
+The plan is compared with its definition, with slow reference code, and with the exact balanced assignment.
+"""
 
 import math
 from typing import Any
@@ -36,7 +39,7 @@ def load_cv(expert: Tensor) -> float:
     return (load.std(correction=0) / load.mean()).item()
 
 
-def test_tokens_and_experts_have_equal_mass(scores: Tensor) -> None:
+def test_all_tokens_have_equal_mass_and_all_experts_too(scores: Tensor) -> None:
     torch.testing.assert_close(log_plan(scores, 1).exp().sum(0), torch.full((E,), 1 / E))
     plan = log_plan(scores, 100).exp()
     torch.testing.assert_close(plan.sum(0), torch.full((E,), 1 / E))
@@ -44,8 +47,8 @@ def test_tokens_and_experts_have_equal_mass(scores: Tensor) -> None:
 
 
 @pytest.mark.parametrize("iterations", [1, 3, 20])
-def test_the_logarithms_change_nothing(scores: Tensor, iterations: int) -> None:
-    """Compared with scaling exp(scores) itself, rows first."""
+def test_the_plan_in_logarithms_equals_the_plan_without(scores: Tensor, iterations: int) -> None:
+    """The plan from logarithms equals the plan from exp(scores), whose rows and then columns are scaled in turn."""
     plan = scores.double().exp()
     for _ in range(iterations):
         plan = plan / plan.sum(1, keepdim=True) / T
@@ -53,15 +56,15 @@ def test_the_logarithms_change_nothing(scores: Tensor, iterations: int) -> None:
     torch.testing.assert_close(log_plan(scores.double(), iterations).exp(), plan)
 
 
-def test_scores_too_large_to_exponentiate_are_fine(scores: Tensor) -> None:
+def test_the_plan_is_finite_for_scores_whose_exponential_overflows(scores: Tensor) -> None:
     assert log_plan(1e4 * scores, 50).isfinite().all()
 
 
-def test_the_plain_domain_gives_the_same_plan_until_numbers_get_too_small(scores: Tensor) -> None:
+def test_plain_plan_equals_log_plan_unless_numbers_are_too_small_for_it(scores: Tensor) -> None:
     torch.testing.assert_close(plain_plan(scores, 20), log_plan(scores, 20), atol=1e-4, rtol=0)
-    small = 200 * scores
-    assert plain_plan(small, 20).isfinite().all()
-    assert not torch.allclose(plain_plan(small, 20), log_plan(small, 20), atol=1.0)
+    too_small = 200 * scores
+    assert plain_plan(too_small, 20).isfinite().all()
+    assert not torch.allclose(plain_plan(too_small, 20), log_plan(too_small, 20), atol=1.0)
 
 
 def test_higher_scores_get_more_mass(scores: Tensor) -> None:
@@ -70,28 +73,31 @@ def test_higher_scores_get_more_mass(scores: Tensor) -> None:
     assert log_plan(raised, 100)[5, 3] > log_plan(scores, 100)[5, 3]
 
 
-def test_a_constant_per_token_or_per_expert_changes_nothing(scores: Tensor) -> None:
+def test_adding_a_constant_per_token_or_per_expert_does_not_change_the_plan(scores: Tensor) -> None:
     shifted = scores + torch.randn(T, 1) + torch.randn(E)
     torch.testing.assert_close(log_plan(shifted, 200), log_plan(scores, 200), atol=1e-4, rtol=1e-4)
 
 
-def test_with_small_epsilon_the_plan_selects_the_best_balanced_assignment(scores: Tensor) -> None:
-    """Return the assignment of largest total score among those with T / E tokens for every expert."""
+def test_with_a_small_epsilon_the_plan_gives_the_best_balanced_assignment(scores: Tensor) -> None:
+    """With a small epsilon, the plan gives the assignment of largest total score among those with equal loads."""
     _, column = linear_sum_assignment(scores.repeat_interleave(T // E, 1).numpy(), maximize=True)
     chosen = log_plan(scores.double() / 0.01, 5000).argmax(-1)
     assert chosen.tolist() == (column // (T // E)).tolist()
 
 
 @pytest.mark.parametrize("k", [1, 2])
-def test_it_balances_a_skewed_router(k: int) -> None:
-    """Tokens that all prefer the same experts: the load's CV falls fivefold with the settings of the yaml."""
+def test_the_plan_balances_a_skewed_router(k: int) -> None:
+    """When all tokens prefer the same experts, the plan reduces the CV of the load to less than a fifth.
+
+    The router has its default settings, which are those of the yaml.
+    """
     x = torch.randn(1000, D, generator=torch.Generator().manual_seed(4)) / D**0.5 + 0.3
     greedy, planned = (load_cv(route(Sinkhorn(D, E, k=k), x, training=training).expert) for training in (False, True))
     assert greedy > 0.5
     assert planned < greedy / 5
 
 
-def test_gates_come_from_the_selected_logits_and_never_from_the_plan(x: Tensor) -> None:
+def test_gates_are_computed_from_the_selected_logits_and_not_from_the_plan(x: Tensor) -> None:
     for k, gate in ((1, torch.sigmoid), (3, lambda top: torch.softmax(top, -1))):
         routing = route(Sinkhorn(D, E, k=k), x)
         assert routing.logits is not None
@@ -99,13 +105,13 @@ def test_gates_come_from_the_selected_logits_and_never_from_the_plan(x: Tensor) 
         torch.testing.assert_close(routing.weight.view(T, k), gate(top))
 
 
-def test_evaluation_is_plain_top_k(x: Tensor) -> None:
+def test_evaluation_equals_top_k(x: Tensor) -> None:
     greedy, plain = route(Sinkhorn(D, E, k=2), x, training=False), route(TopK(D, E, k=2), x)
     assert torch.equal(greedy.expert, plain.expert)
     torch.testing.assert_close(greedy.weight, plain.weight)
 
 
-def test_with_inference_evaluation_is_as_training(x: Tensor) -> None:
+def test_with_the_setting_inference_evaluation_uses_the_plan_too(x: Tensor) -> None:
     trained, plain = route(Sinkhorn(D, E), x), route(Sinkhorn(D, E), x, training=False)
     planned = route(Sinkhorn(D, E, inference=True), x, training=False)
     assert torch.equal(planned.expert, trained.expert)
@@ -115,6 +121,6 @@ def test_with_inference_evaluation_is_as_training(x: Tensor) -> None:
 @pytest.mark.parametrize(
     "settings", [{"epsilon": 0.0}, {"epsilon": -1.0}, {"epsilon": math.inf}, {"iterations": 0}, {"k": 0}, {"k": E + 1}]
 )
-def test_what_makes_no_plan_is_refused(settings: dict[str, Any]) -> None:
+def test_wrong_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=rf"router\.{next(iter(settings))}="):
         Sinkhorn(D, E, **settings)

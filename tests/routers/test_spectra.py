@@ -1,4 +1,4 @@
-"""SPECTRA part by part: state over depth, expression, repulsion, plan, quota, bias, losses; what a switch removes."""
+"""Tests of each part of SPECTRA: state, expression, repulsion, plan, quota, bias, losses, and the switches of parts."""
 
 import math
 from typing import Any
@@ -42,7 +42,8 @@ def route(router: Spectra, x: Tensor, state: Tensor | None = None) -> Routing:
     return router(x, Context(torch.zeros(1, len(x), dtype=torch.long), Knobs.of(), state=state))
 
 
-def chosen(routing: Routing, tokens: int = T) -> Tensor:
+def selection_mask(routing: Routing, tokens: int = T) -> Tensor:
+    """Return which experts each token selected, a mask (T, E)."""
     mask = torch.zeros(tokens, E, dtype=torch.bool)
     mask[routing.token, routing.expert] = True
     return mask
@@ -53,20 +54,20 @@ def sums(routing: Routing, tokens: int = T) -> RoutingStats:
 
 
 def vectors(router: Spectra, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Routing and expression vectors of a router without GRU, (T, E, N)."""
+    """Return the routing vectors and the expression vectors of a router without GRU, each (T, E, N)."""
     assert router.linear is not None
     assert router.projector is not None
     return (x @ router.linear.T).view(T, E, N), (x @ router.projector.T).view(T, E, N)
 
 
-def test_logits_are_cosines_over_epsilon_pair_by_pair(x: Tensor) -> None:
+def test_logits_are_cosines_divided_by_epsilon(x: Tensor) -> None:
     router = make(**BARE, sinkhorn_epsilon=0.2)
     heads, expression = vectors(router, x)
     expected = torch.cosine_similarity(heads, expression, dim=-1) / 0.2
     torch.testing.assert_close(route(router, x).logits, expected)
 
 
-def test_without_expression_they_are_the_cosines_to_the_diagonal(x: Tensor) -> None:
+def test_without_expression_logits_are_cosines_to_the_vector_of_ones(x: Tensor) -> None:
     router = make(**BARE, expression=False, sinkhorn_epsilon=0.2)
     assert router.linear is not None
     heads = (x @ router.linear.T).view(T, E, N)
@@ -74,7 +75,7 @@ def test_without_expression_they_are_the_cosines_to_the_diagonal(x: Tensor) -> N
     torch.testing.assert_close(route(router, x).logits, expected)
 
 
-def test_the_state_is_that_of_a_gru_cell_over_layers_from_zero() -> None:
+def test_the_state_equals_a_gru_cell_that_starts_at_zero_and_runs_over_the_layers() -> None:
     routers = [make() for _ in range(3)]
     assert routers[0].gru is not None
     cell = nn.GRUCell(D, E * N)
@@ -88,7 +89,7 @@ def test_the_state_is_that_of_a_gru_cell_over_layers_from_zero() -> None:
         torch.testing.assert_close(state, expected)
 
 
-def test_each_gates_recurrent_weights_are_orthogonal_and_input_weights_xavier() -> None:
+def test_recurrent_weights_of_each_gru_gate_start_orthogonal_and_input_weights_xavier() -> None:
     gru = make().gru
     assert gru is not None
     for gate in gru.weight_hh.chunk(3):
@@ -100,7 +101,7 @@ def test_each_gates_recurrent_weights_are_orthogonal_and_input_weights_xavier() 
     assert not gru.bias_hh.any()
 
 
-def test_the_projector_is_a_tenth_of_an_orthogonal_matrix() -> None:
+def test_the_projector_starts_as_a_tenth_of_an_orthogonal_matrix() -> None:
     projector = make().projector
     assert projector is not None
     torch.testing.assert_close(projector.T @ projector, 0.01 * torch.eye(D), atol=1e-6, rtol=0)
@@ -110,33 +111,33 @@ def test_the_projector_is_a_tenth_of_an_orthogonal_matrix() -> None:
     ("settings", "fixed"),
     [
         ({"expert_choice_capacity_factor": 0.5}, False),
-        ({"expert_choice_capacity_factor": 4.0}, True),  # E tokens' worth for each expert: nobody is turned away
+        ({"expert_choice_capacity_factor": 4.0}, True),  # the quota is T, so no token is rejected
         ({"expert_choice_capacity_factor": 0.5, "expert_choice_routing": False}, True),
     ],
 )
-def test_the_number_of_experts_is_fixed_unless_a_quota_can_leave_a_token_with_fewer(
-    settings: dict[str, Any], fixed: bool
-) -> None:
+def test_fixed_k_is_none_only_if_a_quota_can_reject_tokens(settings: dict[str, Any], fixed: bool) -> None:
     router = make(**settings)
     assert router.fixed_k == (2 if fixed else None)
     assert router.experts_per_token(T) == 2
-    numbers = chosen(route(router, torch.ones(T, D))).sum(1).unique().tolist()
+    numbers = selection_mask(route(router, torch.ones(T, D))).sum(1).unique().tolist()
     assert (numbers == [2]) == fixed
 
 
 @pytest.mark.parametrize("settings", [{"log_sinkhorn_enabled": True}, {"log_sinkhorn_enabled": False}])
-def test_the_plan_prefers_low_cost_and_is_balanced(settings: dict[str, bool], x: Tensor) -> None:
-    """If the sign of the cost were wrong, the least similar experts would be chosen."""
+def test_the_plan_prefers_similar_experts_and_is_balanced(settings: dict[str, bool], x: Tensor) -> None:
+    """The plan selects similar experts, at equal loads. With the wrong sign of the cost it would select the least
+    similar ones.
+    """
     router = make(**{**BARE, "sinkhorn_iterations": 200}, **settings)
     routing = route(router, x)
     assert routing.probs is not None
     similarity = torch.cosine_similarity(*vectors(router, x), dim=-1)
-    mask = chosen(routing)
+    mask = selection_mask(routing)
     assert similarity[mask].mean() > 0.2 > -0.05 > similarity[~mask].mean()
     torch.testing.assert_close(routing.probs.mean(0), torch.full((E,), 1 / E), atol=1e-3, rtol=0)
 
 
-def test_repulsion_raises_the_cost_of_an_expert_by_the_overlap_of_the_others(x: Tensor) -> None:
+def test_repulsion_lowers_an_experts_logits_by_its_overlap_with_the_other_experts(x: Tensor) -> None:
     bare, repelled = (route(make(**{**BARE, "osr_repulsion_weight": weight}), x).logits for weight in (0.0, 0.7))
     heads, expression = vectors(make(**BARE), x)
     similarity = torch.cosine_similarity(heads, expression, dim=-1)
@@ -148,8 +149,11 @@ def test_repulsion_raises_the_cost_of_an_expert_by_the_overlap_of_the_others(x: 
         torch.testing.assert_close(bare[:, e] - repelled[:, e], 0.7 * extra / 0.1, atol=1e-4, rtol=1e-4)
 
 
-def test_in_evaluation_repulsion_is_by_the_running_mean_of_steps(x: Tensor) -> None:
-    """After one step of the same batch, whatever `ema_alpha`, both means point the same way."""
+def test_in_evaluation_repulsion_uses_the_running_mean_over_steps(x: Tensor) -> None:
+    """After one step on the same batch, training and evaluation have equal logits.
+
+    The running mean then has the direction of the batch's mean, for any `ema_alpha`.
+    """
     router = make(**{**BARE, "osr_repulsion_weight": 0.7})
     trained = route(router, x)
     before = route(router.eval(), x).logits
@@ -158,7 +162,7 @@ def test_in_evaluation_repulsion_is_by_the_running_mean_of_steps(x: Tensor) -> N
     assert not torch.allclose(before, trained.logits)
 
 
-def test_running_means_are_of_all_tokens_of_a_step(x: Tensor) -> None:
+def test_running_means_use_all_tokens_of_a_step(x: Tensor) -> None:
     router = make(ema_alpha=0.75)
     halves = [sums(route(router, half), T // 2) for half in x.split(T // 2)]
     router.after_step(halves[0].merge(halves[1]))
@@ -168,11 +172,11 @@ def test_running_means_are_of_all_tokens_of_a_step(x: Tensor) -> None:
     torch.testing.assert_close(router.load, 0.75 / E + 0.25 * load / load.sum())
 
 
-def test_the_bias_turns_tokens_away_from_experts_that_were_popular(x: Tensor) -> None:
+def test_the_bias_lowers_the_logits_of_experts_in_proportion_to_their_past_load(x: Tensor) -> None:
     router = make(**{**BARE, "ema_bias_weight": 0.4}).eval()
-    level = route(router, x).logits
+    unbiased = route(router, x).logits
     router.load.copy_(torch.tensor([0.5, 0.0] + [0.5 / (E - 2)] * (E - 2)))
-    shift = (route(router, x).logits - level) * 0.1
+    shift = (route(router, x).logits - unbiased) * 0.1
     torch.testing.assert_close(shift, (-0.4 * (router.load * E - 1)).expand(T, E), atol=1e-5, rtol=0)
 
 
@@ -181,39 +185,44 @@ def test_the_bias_turns_tokens_away_from_experts_that_were_popular(x: Tensor) ->
 def test_no_expert_gets_more_than_its_quota_in_training(factor: float, iterations: int, x: Tensor) -> None:
     settings = {**BARE, "expert_choice_routing": True, "expert_choice_capacity_factor": factor}
     router = make(**{**settings, "sinkhorn_iterations": iterations, "ema_bias_weight": 1.0})
-    router.load.copy_(torch.tensor([0.0, 1.0] + [0.5] * (E - 2)))  # everyone wants the first
+    router.load.copy_(torch.tensor([0.0, 1.0] + [0.5] * (E - 2)))  # all tokens prefer the first expert
     quota = math.ceil(factor * T * 2 / E)
-    assert chosen(route(router, x)).sum(0).max() <= quota
-    assert chosen(route(router.eval(), x)).sum(0).max() > quota, "evaluation has no quota, so that it is causal"
+    assert selection_mask(route(router, x)).sum(0).max() <= quota
+    assert selection_mask(route(router.eval(), x)).sum(0).max() > quota, "evaluation has no quota, so that it is causal"
 
 
-def test_gates_are_the_plan_over_the_chosen_and_pass_gradient_through_it(x: Tensor) -> None:
+def test_gates_are_the_plan_renormalized_over_the_selected_experts(x: Tensor) -> None:
     router = make()
     routing = route(router, x)
     assert routing.probs is not None
-    mask = chosen(routing)
+    mask = selection_mask(routing)
     expected = (routing.probs * mask / (routing.probs * mask).sum(-1, keepdim=True))[mask]
     torch.testing.assert_close(routing.weight, expected)
-    torch.testing.assert_close(route(make(k=1), x).weight, route(make(k=1), x).probs[chosen(route(make(k=1), x))])
+    torch.testing.assert_close(
+        route(make(k=1), x).weight, route(make(k=1), x).probs[selection_mask(route(make(k=1), x))]
+    )
 
 
-def test_sinkhorn_inference_makes_evaluation_as_training(x: Tensor) -> None:
-    plain, planned = make(), make(sinkhorn_inference=True)
-    trained = route(planned, x)
-    torch.testing.assert_close(route(planned.eval(), x).probs, trained.probs)
-    assert torch.equal(chosen(route(planned, x)), chosen(trained))
-    assert not torch.equal(chosen(route(plain.eval(), x)), chosen(trained))
+def test_with_sinkhorn_inference_evaluation_equals_training(x: Tensor) -> None:
+    plain, sinkhorn_inference = make(), make(sinkhorn_inference=True)
+    trained = route(sinkhorn_inference, x)
+    torch.testing.assert_close(route(sinkhorn_inference.eval(), x).probs, trained.probs)
+    assert torch.equal(selection_mask(route(sinkhorn_inference, x)), selection_mask(trained))
+    assert not torch.equal(selection_mask(route(plain.eval(), x)), selection_mask(trained))
 
 
-def test_evaluation_is_causal_though_training_is_not(x: Tensor) -> None:
-    """A token's routing and state are the same alone; with `sinkhorn_inference` they are not."""
+def test_evaluation_is_causal_unless_sinkhorn_inference_is_set(x: Tensor) -> None:
+    """In evaluation, the routing of a token does not depend on other tokens. With `sinkhorn_inference` it does.
+
+    The state never depends on other tokens.
+    """
     state = torch.randn(T, E * N)
-    for planned in (False, True):
-        router = make(sinkhorn_inference=planned).eval()
+    for sinkhorn_inference in (False, True):
+        router = make(sinkhorn_inference=sinkhorn_inference).eval()
         nn.init.normal_(router.mean_expression)
-        whole, alone = route(router, x, state), route(router, x[:5], state[:5])
-        torch.testing.assert_close(whole.state[:5], alone.state)
-        assert torch.allclose(whole.probs[:5], alone.probs, atol=1e-6) is not planned
+        full, first_tokens = route(router, x, state), route(router, x[:5], state[:5])
+        torch.testing.assert_close(full.state[:5], first_tokens.state)
+        assert torch.allclose(full.probs[:5], first_tokens.probs, atol=1e-6) is not sinkhorn_inference
 
 
 @pytest.mark.parametrize(
@@ -227,18 +236,21 @@ def test_evaluation_is_causal_though_training_is_not(x: Tensor) -> None:
         ({**BARE, "expert_choice_routing": True, "expert_choice_capacity_factor": 4.0}, True),
     ],
 )
-def test_the_causal_label_is_that_of_the_configuration_in_training(settings: dict[str, Any], causal: bool) -> None:
+def test_the_causal_label_is_true_for_training_with_each_configuration(settings: dict[str, Any], causal: bool) -> None:
     router = make(**settings)
     assert router.causal is causal
     x = torch.randn(T, D)
     other = torch.cat([x[:1], torch.full((T - 1, D), 0.7)])
     unaffected = torch.allclose(route(router, x).probs[0], route(router, other).probs[0], atol=1e-6)
-    same = torch.equal(chosen(route(router, x))[0], chosen(route(router, other))[0])
+    same = torch.equal(selection_mask(route(router, x))[0], selection_mask(route(router, other))[0])
     assert (unaffected and same) or not causal
 
 
-def test_a_sharper_plan_is_more_confident_and_of_less_entropy(x: Tensor) -> None:
-    """Confidence is the mean largest probability; normalized entropy, under the same name elsewhere, falls instead."""
+def test_a_smaller_epsilon_gives_more_confidence_and_less_entropy(x: Tensor) -> None:
+    """With a smaller epsilon, confidence (the mean of the largest probability) rises and normalized entropy falls.
+
+    Other code calls normalized entropy "confidence" too, although it falls where confidence rises.
+    """
     blurred, sharp = (
         summarize(RoutingStats.stack([sums(route(make(sinkhorn_epsilon=epsilon), x))])) for epsilon in (0.5, 0.05)
     )
@@ -248,13 +260,13 @@ def test_a_sharper_plan_is_more_confident_and_of_less_entropy(x: Tensor) -> None
     assert sharp["routing/confidence"] == pytest.approx(probs.amax(-1).mean().item(), rel=1e-5)
 
 
-def test_srip_is_zero_for_orthogonal_vectors_and_by_hand_for_equal_ones() -> None:
+def test_srip_is_zero_for_orthogonal_vectors_and_equals_a_hand_computed_value_for_equal_ones() -> None:
     assert srip(torch.eye(E, N + E)) == 0
     alike = torch.tensor([[1.0, 0.0]] * 3)  # G - I is 1 off the diagonal: norm^2 6, largest singular value 2
     assert srip(alike).item() == pytest.approx(0.7 * 6 + 0.3 * 4)
 
 
-def test_the_weight_of_srip_warms_up_with_the_steps(x: Tensor) -> None:
+def test_the_weight_of_srip_rises_with_the_steps_up_to_its_maximum(x: Tensor) -> None:
     router = make(so_warmup_steps=4, so_lambda_max=0.2)
     stats = sums(route(router, x))
     weights = []
@@ -265,7 +277,7 @@ def test_the_weight_of_srip_warms_up_with_the_steps(x: Tensor) -> None:
     assert "steps" in router.state_dict()
 
 
-def test_the_gram_metric_is_that_of_running_mean_expression(x: Tensor) -> None:
+def test_the_metric_router_gram_is_computed_from_the_running_mean_of_expression(x: Tensor) -> None:
     router = make()
     assert router_gram(router) is None
     router.after_step(sums(route(router, x)))
@@ -287,19 +299,19 @@ def test_the_gram_metric_is_that_of_running_mean_expression(x: Tensor) -> None:
     ],
     ids=str,
 )
-def test_a_switch_removes_its_part_and_nothing_else(
+def test_each_switch_removes_its_part_and_nothing_else(
     settings: dict[str, Any], parameters: str, losses: str, x: Tensor
 ) -> None:
-    tight = {"expert_choice_capacity_factor": 0.8}  # so that the quota binds
-    whole, less = make(**tight), make(**tight, **settings)
-    missing = {name for name, _ in whole.named_parameters()} - {name for name, _ in less.named_parameters()}
-    added = {name for name, _ in less.named_parameters()} - {name for name, _ in whole.named_parameters()}
+    binding_quota = {"expert_choice_capacity_factor": 0.8}  # so low that experts reach the quota
+    full, reduced = make(**binding_quota), make(**binding_quota, **settings)
+    missing = {name for name, _ in full.named_parameters()} - {name for name, _ in reduced.named_parameters()}
+    added = {name for name, _ in reduced.named_parameters()} - {name for name, _ in full.named_parameters()}
     assert missing == set(parameters.split())
     assert added == ({"linear"} if "gru" in settings else set())
-    assert set(route(whole, x).aux) - set(route(less, x).aux) == set(losses.split())
-    assert set(whole.loss_weights) - set(less.loss_weights) == set(losses.split())
-    assert (route(less, x).state is None) == ("gru" in settings)
-    changed = not torch.equal(route(whole, x).weight, route(less, x).weight)
+    assert set(route(full, x).aux) - set(route(reduced, x).aux) == set(losses.split())
+    assert set(full.loss_weights) - set(reduced.loss_weights) == set(losses.split())
+    assert (route(reduced, x).state is None) == ("gru" in settings)
+    changed = not torch.equal(route(full, x).weight, route(reduced, x).weight)
     assert changed == (bool(settings) and "srip_enabled" not in settings)
 
 
@@ -318,6 +330,6 @@ def test_a_switch_removes_its_part_and_nothing_else(
     ],
     ids=str,
 )
-def test_what_makes_no_router_is_refused(settings: dict[str, Any]) -> None:
+def test_wrong_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=rf"router\.{next(iter(settings))}="):
         Spectra(D, E, **settings)

@@ -1,4 +1,4 @@
-"""SPECTRA in a model: one GRU for all layers, counted and saved once, and the state that goes from layer to layer."""
+"""Tests of SPECTRA in a model: all layers share one GRU, and each layer passes its state to the next."""
 
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ def ids() -> Tensor:
     return torch.randint(0, V, (3, S), generator=torch.Generator().manual_seed(1))
 
 
-def test_all_layers_share_one_gru_which_every_list_of_parameters_holds_once() -> None:
+def test_all_layers_share_one_gru_and_lists_of_parameters_contain_it_once() -> None:
     model = make_model()
     first, second = (layer.router for layer in model.moe_layers)
     assert first.gru is second.gru
@@ -49,12 +49,16 @@ def test_all_layers_share_one_gru_which_every_list_of_parameters_holds_once() ->
 
 
 def test_flops_count_the_shared_gru_in_every_layer() -> None:
-    """Two layers, width 16 and dim 32: 3 (16 * 32 + 16 * 16) weights of the GRU against 16 * 32 of a linear map."""
+    """FLOPs count the shared GRU once per layer.
+
+    Each of the two layers has a state of width 16 and hidden states of width 32. The GRU has 3 (16 * 32 + 16 * 16)
+    weights, and the linear map that replaces it has 16 * 32.
+    """
     gru, linear = flops_per_token(make_model(), S), flops_per_token(make_model(gru=False), S)
     assert gru - linear == 2 * 2 * (3 * (16 * 32 + 16 * 16) - 16 * 32)
 
 
-def test_saving_and_loading_gives_the_same_model_with_a_shared_gru(ids: Tensor, tmp_path: Path) -> None:
+def test_a_saved_and_loaded_model_has_equal_outputs_and_still_shares_the_gru(ids: Tensor, tmp_path: Path) -> None:
     model = make_model()
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -64,7 +68,7 @@ def test_saving_and_loading_gives_the_same_model_with_a_shared_gru(ids: Tensor, 
     assert second.steps == 7
 
 
-def test_a_checkpoint_restores_the_shared_gru(ids: Tensor, tmp_path: Path) -> None:
+def test_loading_a_state_dict_restores_the_shared_gru(ids: Tensor, tmp_path: Path) -> None:
     model, other = make_model(), make_model()
     for p in other.parameters():
         nn.init.normal_(p)
@@ -73,7 +77,7 @@ def test_a_checkpoint_restores_the_shared_gru(ids: Tensor, tmp_path: Path) -> No
     assert torch.equal(other(ids).logits, model(ids).logits)
 
 
-def test_the_future_and_other_sequences_do_not_leak_in_evaluation(ids: Tensor) -> None:
+def test_in_evaluation_outputs_do_not_depend_on_later_tokens_or_other_sequences(ids: Tensor) -> None:
     model, changed = make_model(), ids.clone()
     changed[:, 9:], changed[1:] = 5, 7
     torch.testing.assert_close(model(ids).logits[0, :9], model(changed).logits[0, :9], atol=1e-5, rtol=0)
@@ -81,22 +85,24 @@ def test_the_future_and_other_sequences_do_not_leak_in_evaluation(ids: Tensor) -
     torch.testing.assert_close(model(ids[order]).logits, model(ids).logits[order], atol=1e-5, rtol=0)
 
 
-def test_generation_with_a_cache_equals_recomputing_everything(ids: Tensor) -> None:
-    """The state belongs to one token, so no cache needs to store it."""
+def test_generation_with_a_cache_equals_generation_without(ids: Tensor) -> None:
+    """Generation with a cache equals generation without one. No cache needs to store the state, because the state of a
+    token depends on that token alone.
+    """
     settings = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    cached, fresh = (make_model().generate(ids[:1, :5], use_cache=use, **settings) for use in (True, False))
-    assert torch.equal(cached.sequences, fresh.sequences)
-    for a, b in zip(cached.logits, fresh.logits, strict=True):
+    cached, uncached = (make_model().generate(ids[:1, :5], use_cache=use, **settings) for use in (True, False))
+    assert torch.equal(cached.sequences, uncached.sequences)
+    for a, b in zip(cached.logits, uncached.logits, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
 
-def test_the_second_layer_depends_on_what_the_first_one_hands_on(ids: Tensor) -> None:
+def test_the_second_layer_uses_the_state_of_the_first(ids: Tensor) -> None:
     model = make_model()
     routings = [layer[0] for layer in model(ids).routing]
     context = Context(ids, Knobs.of())
-    seen: list[Tensor] = []
+    inputs: list[Tensor] = []
     second = model.moe_layers[1].router
-    second.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
+    second.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
     model(ids)
-    torch.testing.assert_close(second(seen[0], context._replace(state=routings[0].state)).probs, routings[1].probs)
-    assert not torch.allclose(second(seen[0], context).probs, routings[1].probs)
+    torch.testing.assert_close(second(inputs[0], context._replace(state=routings[0].state)).probs, routings[1].probs)
+    assert not torch.allclose(second(inputs[0], context).probs, routings[1].probs)

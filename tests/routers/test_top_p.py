@@ -1,4 +1,4 @@
-"""Top-p: the smallest set that holds p, and the entropy that keeps it small."""
+"""Tests of top-p: the smallest set of experts with total probability p, and the entropy loss that keeps it small."""
 
 import itertools
 from typing import Any
@@ -25,22 +25,24 @@ def route(router: TopP, x: Tensor, *, std: float = 0.3) -> Routing:
 
 
 @pytest.mark.parametrize("p", [0.1, 0.4, 0.8, 0.99])
-def test_no_smaller_set_of_experts_holds_p(x: Tensor, p: float) -> None:
-    """Compared with every subset: the chosen one holds p, no smaller set does, none of its size sums to more."""
+def test_a_token_takes_the_smallest_set_of_experts_whose_probabilities_sum_to_p(x: Tensor, p: float) -> None:
+    """The selected experts' probabilities sum to at least p. Those of no smaller set do, and no set of the same size
+    sums to more. The test compares all subsets.
+    """
     routing = route(TopP(D, E, p=p, k_max=E), x)
     assert routing.probs is not None
     for t, probs in enumerate(routing.probs.tolist()):
-        mine = routing.token == t
-        chosen = routing.expert[mine].tolist()
+        of_token = routing.token == t
+        chosen = routing.expert[of_token].tolist()
         mass = sum(probs[e] for e in chosen)
         assert mass >= p
         for size in range(1, len(chosen) + 1):
             best = max(sum(subset) for subset in itertools.combinations(probs, size))
             assert best < p if size < len(chosen) else abs(best - mass) < 1e-6
-        torch.testing.assert_close(routing.weight[mine], routing.probs[t, chosen])
+        torch.testing.assert_close(routing.weight[of_token], routing.probs[t, chosen])
 
 
-def test_k_max_keeps_the_largest(x: Tensor) -> None:
+def test_k_max_limits_a_token_to_its_most_probable_experts(x: Tensor) -> None:
     limited = route(TopP(D, E, p=0.9, k_max=2), x)
     assert limited.probs is not None
     for t in range(T):
@@ -48,15 +50,21 @@ def test_k_max_keeps_the_largest(x: Tensor) -> None:
     assert torch.bincount(limited.token, minlength=T).max() == 2
 
 
-def test_a_sure_token_takes_one_expert_and_an_unsure_one_many(x: Tensor) -> None:
-    sure, unsure = route(TopP(D, E, p=0.4, k_max=E), x, std=50.0), route(TopP(D, E, p=0.4, k_max=E), x, std=1e-6)
-    assert torch.bincount(sure.token, minlength=T).eq(1).double().mean() > 0.9
-    assert torch.bincount(unsure.token, minlength=T).eq(3).all(), "3/6 is the first multiple of 1/6 that holds 0.4"
+def test_confident_tokens_take_one_expert_and_uncertain_tokens_many(x: Tensor) -> None:
+    confident, uncertain = (
+        route(TopP(D, E, p=0.4, k_max=E), x, std=50.0),
+        route(TopP(D, E, p=0.4, k_max=E), x, std=1e-6),
+    )
+    assert torch.bincount(confident.token, minlength=T).eq(1).double().mean() > 0.9
+    assert torch.bincount(uncertain.token, minlength=T).eq(3).all(), (
+        "3/6 is the smallest multiple of 1/6 that is at least 0.4"
+    )
 
 
-def test_every_token_has_an_expert_even_if_p_is_tiny_and_all_if_p_is_1(x: Tensor) -> None:
+def test_every_token_has_one_expert_if_p_is_tiny_and_all_experts_if_p_is_1(x: Tensor) -> None:
     assert torch.bincount(route(TopP(D, E, p=1e-9, k_max=E), x).token, minlength=T).eq(1).all()
-    assert len(route(TopP(D, E, p=1.0, k_max=E), x).token) > 0.9 * T * E  # rounding may let fewer sum to 1
+    # rounded probabilities of fewer experts may already sum to 1
+    assert len(route(TopP(D, E, p=1.0, k_max=E), x).token) > 0.9 * T * E
 
 
 def test_the_loss_is_the_mean_token_entropy_with_a_finite_gradient(x: Tensor) -> None:
@@ -71,8 +79,11 @@ def test_the_loss_is_the_mean_token_entropy_with_a_finite_gradient(x: Tensor) ->
     assert saturated.weight.grad.isfinite().all()
 
 
-def test_it_has_no_fixed_k() -> None:
-    """Active parameters must not be counted as if the number were fixed."""
+def test_it_has_no_fixed_k_and_a_loss_weight_from_its_settings() -> None:
+    """Top-p has no `fixed_k`, so active parameters are not counted as if the number of experts were fixed.
+
+    The weight of its entropy loss is a setting.
+    """
     assert TopP(D, E).fixed_k is None
     assert TopP(D, E, entropy=0.5).loss_weights == {"entropy": 0.5}
 
@@ -86,6 +97,6 @@ def test_it_has_no_fixed_k() -> None:
         ({"entropy": -0.1}, r"router\.entropy=-0\.1: must be a finite number >= 0"),
     ],
 )
-def test_wrong_settings(settings: dict[str, Any], message: str) -> None:
+def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         TopP(D, E, **settings)

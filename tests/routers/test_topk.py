@@ -1,4 +1,4 @@
-"""Top-k and temperature: their own maths against slow, obvious references."""
+"""Tests of top-k and temperature routing against slow and simple reference code."""
 
 import pytest
 import torch
@@ -23,15 +23,15 @@ def route(router: TopK, x: Tensor, *, temperature: float = 1.0, noise: float = 0
 
 @pytest.mark.parametrize("k", [1, 2, 5])
 @pytest.mark.parametrize("gate", ["renorm", "softmax_all", "uniform"])
-def test_selection_and_gates_token_by_token(x: Tensor, k: int, gate: str) -> None:
+def test_selection_and_gates_equal_a_loop_over_tokens(x: Tensor, k: int, gate: str) -> None:
     routing = route(TopK(D, E, k=k, gate=gate), x)
     assert routing.logits is not None
     for t in range(T):
-        mine = routing.token == t
+        of_token = routing.token == t
         probs = torch.softmax(routing.logits[t], -1)
         best = sorted(range(E), key=lambda e: -probs[e].item())[:k]
-        assert set(routing.expert[mine].tolist()) == set(best)
-        for expert, weight in zip(routing.expert[mine].tolist(), routing.weight[mine], strict=True):
+        assert set(routing.expert[of_token].tolist()) == set(best)
+        for expert, weight in zip(routing.expert[of_token].tolist(), routing.weight[of_token], strict=True):
             expected = {
                 "softmax_all": probs[expert],
                 "renorm": probs[expert] / probs[best].sum() if k > 1 else probs[expert],
@@ -45,7 +45,7 @@ def test_renormalized_gates_sum_to_one_and_top1_gates_do_not(x: Tensor) -> None:
     assert (route(TopK(D, E, k=1), x).weight < 1).all()
 
 
-def test_uniform_gates_pass_the_probabilities_gradient_straight_through(x: Tensor) -> None:
+def test_uniform_gates_have_the_gradient_of_the_probabilities(x: Tensor) -> None:
     uniform, soft = TopK(D, E, k=2, gate="uniform"), TopK(D, E, k=2, gate="softmax_all")
     coefficients = torch.randn(2 * T, generator=torch.Generator().manual_seed(5))
     (route(uniform, x).weight * coefficients).sum().backward()
@@ -55,7 +55,10 @@ def test_uniform_gates_pass_the_probabilities_gradient_straight_through(x: Tenso
 
 @pytest.mark.parametrize("temperature", [0.01, 0.5, 2.0, 10.0])
 def test_temperature_never_changes_which_experts_are_chosen(x: Tensor, temperature: float) -> None:
-    """Not even if the softmax saturates into ties, because logits select."""
+    """Temperature never changes the selected experts, even where the softmax saturates into ties.
+
+    The reason is that the logits select, not the probabilities.
+    """
     plain, scaled = route(Temperature(D, E), x), route(Temperature(D, E), x, temperature=temperature)
     assert torch.equal(plain.expert, scaled.expert)
     assert not torch.equal(plain.weight, scaled.weight)
@@ -76,7 +79,7 @@ def test_entropy_rises_with_temperature(x: Tensor) -> None:
     assert entropy(0.5) < entropy(1.0) < entropy(2.0) < entropy(10.0)
 
 
-def test_without_noise_none_is_drawn(x: Tensor) -> None:
+def test_without_noise_no_random_numbers_are_drawn(x: Tensor) -> None:
     before = torch.get_rng_state()
     routing = route(TopK(D, E), x)
     assert torch.equal(torch.get_rng_state(), before)
@@ -85,8 +88,10 @@ def test_without_noise_none_is_drawn(x: Tensor) -> None:
     assert not torch.equal(torch.get_rng_state(), before)
 
 
-def test_noise_enters_before_temperature_softmax_and_selection() -> None:
-    """With equal logits everything comes from noise: at T the spread of log-probabilities is noise / T."""
+def test_noise_is_added_before_temperature_softmax_and_selection() -> None:
+    """With equal logits, noise alone decides: at temperature T the log-probabilities have the standard deviation
+    noise / T, and every expert is selected equally often.
+    """
     x = torch.zeros(20_000, D)
     routing = route(Temperature(D, E, temp=2.0), x, temperature=2.0, noise=0.5)
     assert routing.probs is not None
@@ -95,7 +100,7 @@ def test_noise_enters_before_temperature_softmax_and_selection() -> None:
     counts = torch.bincount(routing.expert, minlength=E).float()
     torch.testing.assert_close(counts / counts.sum(), torch.full((E,), 1 / E), rtol=0.05, atol=0)
     assert routing.logits is not None
-    assert routing.logits.abs().max() == 0, "the z-loss and the record see clean logits"
+    assert routing.logits.abs().max() == 0, "the returned logits, which the z-loss uses, are without noise"
 
 
 @pytest.mark.parametrize("temp", [0.0, -1.0, float("nan"), float("inf")])
@@ -105,6 +110,6 @@ def test_a_temperature_must_be_positive_and_finite(temp: float) -> None:
 
 
 @pytest.mark.parametrize("k", [0, -1, E + 1])
-def test_k_must_be_attainable(k: int) -> None:
+def test_k_must_be_between_1_and_the_number_of_experts(k: int) -> None:
     with pytest.raises(ConfigError, match=rf"router\.k={k}: must be between 1 and model\.num_experts=8"):
         TopK(D, E, k=k)
