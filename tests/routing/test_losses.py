@@ -1,4 +1,4 @@
-"""Auxiliary losses against closed forms, and against mistakes known from other code."""
+"""Tests of the auxiliary losses: they equal closed forms and are free of mistakes known from other code."""
 
 import math
 
@@ -22,20 +22,23 @@ from moe.routing.losses import (
 
 @pytest.mark.parametrize("experts", [2, 8, 64])
 @pytest.mark.parametrize("k", [1, 2])
-def test_balance_is_one_for_every_k_and_number_of_experts(experts: int, k: int) -> None:
-    """Without dividing the load by k the loss would be k."""
+def test_the_balance_loss_of_equal_loads_is_one_for_every_k_and_number_of_experts(experts: int, k: int) -> None:
+    """The balance loss of equal loads is 1. If the load were not divided by k, it would be k."""
     tokens = 10 * experts
     probs = torch.full((tokens, experts), 1 / experts)
     assert load_balance(probs, torch.full((experts,), tokens * k // experts)) == pytest.approx(1)
 
 
-def test_one_expert_taking_everything_costs_the_number_of_experts() -> None:
+def test_the_balance_loss_is_the_number_of_experts_if_one_expert_gets_all_tokens() -> None:
     probs = torch.tensor([[1.0, 0, 0, 0]]).expand(6, 4)
     assert load_balance(probs, torch.tensor([6, 0, 0, 0])) == pytest.approx(4)
 
 
-def test_gradient_is_that_of_the_formula_through_probabilities_only() -> None:
-    """E * f_i / T for every token: no second softmax, no gradient through counts, all experts and not the top k."""
+def test_the_gradient_of_the_balance_loss_flows_through_the_probabilities_alone() -> None:
+    """The gradient on the probability of expert i is E * f_i / T for every token.
+
+    There is no second softmax and no gradient through counts, and all experts have a gradient, not only the top k.
+    """
     probs = torch.rand(5, 3, requires_grad=True)
     offered = torch.tensor([4, 1, 5])
     load_balance(probs, offered).backward()
@@ -44,30 +47,35 @@ def test_gradient_is_that_of_the_formula_through_probabilities_only() -> None:
 
 @given(st.integers(2, 8), st.floats(0, 60), st.integers(0, 99))
 @settings(max_examples=50, deadline=None)
-def test_shrinking_scores_cannot_push_the_loss_below_one(experts: int, sharp: float, seed: int) -> None:
-    """f and P of a top-k softmax are ordered alike on average; tiny probabilities must not "hack" the loss."""
-    logits = sharp * torch.randn(1, experts, generator=torch.Generator().manual_seed(seed)).expand(50, -1)
+def test_the_balance_loss_is_at_least_one_even_with_tiny_probabilities(experts: int, scale: float, seed: int) -> None:
+    """The balance loss of a top-1 softmax is at least 1, because the expert of the largest load also has the largest
+    mean probability. Tiny probabilities do not lower it.
+    """
+    logits = scale * torch.randn(1, experts, generator=torch.Generator().manual_seed(seed)).expand(50, -1)
     probs = torch.softmax(logits, -1)
     offered = torch.bincount(probs.topk(1).indices.flatten(), minlength=experts)
     assert load_balance(probs, offered) >= 1 - 1e-5
 
 
-def test_opposite_imbalances_of_two_layers_do_not_cancel() -> None:
-    """Concatenating layers before f * P would make this pair look balanced."""
-    left, right = torch.tensor([[0.9, 0.1]]).expand(10, 2), torch.tensor([[0.1, 0.9]]).expand(10, 2)
-    per_layer = [load_balance(left, torch.tensor([10, 0])), load_balance(right, torch.tensor([0, 10]))]
-    concatenated = load_balance(torch.cat([left, right]), torch.tensor([10, 10]))
+def test_the_balance_loss_does_not_cancel_opposite_imbalances_of_two_layers() -> None:
+    """Each of two layers with opposite imbalances has a balance loss of 1.8.
+
+    If the layers were concatenated before f * P is computed, the pair would seem balanced.
+    """
+    first_layer, second_layer = torch.tensor([[0.9, 0.1]]).expand(10, 2), torch.tensor([[0.1, 0.9]]).expand(10, 2)
+    per_layer = [load_balance(first_layer, torch.tensor([10, 0])), load_balance(second_layer, torch.tensor([0, 10]))]
+    concatenated = load_balance(torch.cat([first_layer, second_layer]), torch.tensor([10, 10]))
     assert concatenated == pytest.approx(1)
     assert all(loss == pytest.approx(1.8) for loss in per_layer)
 
 
-def test_z_loss_of_equal_logits_is_log_experts_squared() -> None:
+def test_the_z_loss_of_equal_logits_is_the_squared_logarithm_of_the_number_of_experts() -> None:
     assert router_z(torch.zeros(7, 16)) == pytest.approx(math.log(16) ** 2)
     assert router_z(torch.full((7, 16), -math.log(16))) == pytest.approx(0, abs=1e-6)
 
 
-def test_sequences_are_balanced_one_by_one() -> None:
-    """Two sequences with opposite preferences are balanced together, but not each by itself."""
+def test_the_balance_loss_per_sequence_balances_each_sequence_by_itself() -> None:
+    """The loss per sequence is 1.8 for two sequences with opposite preferences, although they are balanced together."""
     probs = torch.tensor([[0.9, 0.1]] * 4 + [[0.1, 0.9]] * 4)
     token, expert = torch.arange(8), torch.tensor([0] * 4 + [1] * 4)
     assert load_balance(probs, torch.bincount(expert)) == pytest.approx(1)
@@ -75,28 +83,31 @@ def test_sequences_are_balanced_one_by_one() -> None:
     assert load_balance_sequence(probs, token, expert, 8) == pytest.approx(1)
 
 
-def test_one_sequence_is_the_whole_batch() -> None:
+def test_the_balance_loss_per_sequence_of_one_sequence_is_that_of_the_batch() -> None:
     torch.manual_seed(0)
     probs = torch.softmax(torch.randn(12, 4), -1)
     expert = probs.topk(2).indices.flatten()
     token = torch.arange(12).repeat_interleave(2)
-    whole = load_balance(probs, torch.bincount(expert, minlength=4))
-    torch.testing.assert_close(load_balance_sequence(probs, token, expert, 12), whole)
+    full_batch = load_balance(probs, torch.bincount(expert, minlength=4))
+    torch.testing.assert_close(load_balance_sequence(probs, token, expert, 12), full_batch)
 
 
-def test_the_global_loss_counts_the_load_of_earlier_micro_batches() -> None:
-    """A micro-batch that balances the earlier ones costs nothing globally, and much if counted alone."""
+def test_the_global_balance_loss_includes_the_load_of_earlier_micro_batches() -> None:
+    """A micro-batch that evens out the load of the earlier ones has the lowest global balance loss, 1.
+
+    Its balance loss within the micro-batch stays high.
+    """
     probs = torch.tensor([[0.9, 0.1]]).expand(4, 2)
     routing = Routing.token_choice(torch.zeros(4, 1, dtype=torch.long), torch.ones(4, 1), probs=probs)
     offered = torch.tensor([4, 0])
-    alone = auxiliary(routing, offered, seq_len=4)
-    assert alone["load_balance"] == alone["load_balance_global"] == pytest.approx(1.8)
-    made_up = auxiliary(routing, offered, seq_len=4, load=torch.tensor([0.0, 4.0]))
-    assert made_up["load_balance"] == pytest.approx(1.8)
-    assert made_up["load_balance_global"] == pytest.approx(1)
+    first = auxiliary(routing, offered, seq_len=4)
+    assert first["load_balance"] == first["load_balance_global"] == pytest.approx(1.8)
+    second = auxiliary(routing, offered, seq_len=4, load=torch.tensor([0.0, 4.0]))
+    assert second["load_balance"] == pytest.approx(1.8)
+    assert second["load_balance_global"] == pytest.approx(1)
 
 
-def test_router_entropy_at_both_ends_has_a_finite_gradient() -> None:
+def test_router_entropy_is_log_experts_if_uniform_and_zero_with_a_finite_gradient_if_one_hot() -> None:
     assert router_entropy(torch.full((3, 8), 1 / 8)) == pytest.approx(math.log(8))
     certain = torch.eye(8).requires_grad_()
     loss = router_entropy(certain)
@@ -106,21 +117,26 @@ def test_router_entropy_at_both_ends_has_a_finite_gradient() -> None:
     assert certain.grad.isfinite().all()
 
 
-def test_gate_variance_is_zero_for_equal_decisions_and_lowest_for_one_hot_ones() -> None:
-    """One-hot and balanced over E: E * (1/E)(1 - 1/E) = 1 - 1/E."""
+def test_gate_variance_is_zero_for_equal_probabilities_and_lowest_for_balanced_one_hot_ones() -> None:
+    """Gate variance is 0 if all tokens have the same probabilities. For balanced one-hot probabilities it is
+    -E * (1/E)(1 - 1/E) = -(1 - 1/E).
+    """
     assert gate_variance(torch.tensor([[0.7, 0.3]]).expand(6, 2)) == pytest.approx(0, abs=1e-7)
     assert gate_variance(torch.eye(4).repeat(3, 1)) == pytest.approx(-(1 - 1 / 4))
 
 
-def test_similarity_preserving_is_zero_for_orthonormal_rows_only() -> None:
+def test_the_simbal_loss_is_zero_for_orthonormal_rows_only() -> None:
     rows = torch.linalg.qr(torch.randn(16, 4)).Q.T
     assert similarity_preserving(rows) == pytest.approx(0, abs=1e-5)
     assert similarity_preserving(2 * rows) == pytest.approx(4 * 3, rel=1e-4)
     assert similarity_preserving(rows[:1].expand(4, -1)) == pytest.approx(12, rel=1e-4)
 
 
-def test_outputs_of_a_tokens_experts_orthogonal_parallel_and_in_between() -> None:
-    """0 for orthogonal outputs, 1 for parallel ones of any length and sign, cos^2 in between; order does not matter."""
+def test_output_orthogonality_is_the_squared_cosine_of_two_outputs() -> None:
+    """The loss is 0 for orthogonal outputs, 1 for parallel ones of any length and sign, and cos^2 in between.
+
+    The order of the outputs does not matter.
+    """
     token = torch.tensor([1, 0, 0, 1])
     east, north = torch.tensor([2.0, 0.0]), torch.tensor([0.0, 0.5])
     assert output_orthogonality(torch.stack([east, east, north, north]), token) == 0
@@ -129,8 +145,11 @@ def test_outputs_of_a_tokens_experts_orthogonal_parallel_and_in_between() -> Non
     assert output_orthogonality(torch.stack([east, east, north, diagonal]), token) == pytest.approx(1 / 4)
 
 
-def test_output_orthogonality_is_the_mean_over_all_pairs_of_every_token() -> None:
-    """Against a loop, with 0, 1, 2 and 4 experts a token; its gradient turns outputs, and never shrinks them."""
+def test_output_orthogonality_is_the_mean_over_all_pairs_of_outputs_of_a_token() -> None:
+    """The loss equals a loop over pairs, with tokens of 0, 1, 2 and 4 experts.
+
+    Its gradient is orthogonal to the outputs: it changes their directions, not their lengths.
+    """
     torch.manual_seed(0)
     token = torch.tensor([3, 0, 3, 1, 3, 1, 3])
     rows = torch.randn(7, 5, requires_grad=True)
@@ -146,6 +165,6 @@ def test_output_orthogonality_is_the_mean_over_all_pairs_of_every_token() -> Non
     torch.testing.assert_close((gradient * rows).sum(-1), torch.zeros(7), atol=1e-6, rtol=0)
 
 
-def test_without_a_pair_there_is_nothing_to_make_orthogonal() -> None:
+def test_output_orthogonality_is_zero_if_no_token_has_two_experts() -> None:
     assert output_orthogonality(torch.randn(3, 5), torch.tensor([0, 1, 2])) == 0
     assert output_orthogonality(torch.randn(0, 5), torch.tensor([], dtype=torch.long)) == 0

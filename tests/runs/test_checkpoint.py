@@ -1,4 +1,4 @@
-"""Checkpoints are complete and verified, or not used."""
+"""Tests that only complete and undamaged checkpoints are loaded."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ def write(root: Path, *steps: int) -> None:
         checkpoint.save(root, step, state(step))
 
 
-def test_the_newest_by_step_is_loaded_and_old_ones_go(tmp_path: Path) -> None:
+def test_the_checkpoint_of_the_last_step_is_loaded_and_only_the_newest_two_are_kept(tmp_path: Path) -> None:
     write(tmp_path, 9, 10, 100)
     loaded = checkpoint.load(tmp_path)
     assert loaded is not None
@@ -30,12 +30,12 @@ def test_the_newest_by_step_is_loaded_and_old_ones_go(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000010", "step-00000100"]
 
 
-def test_no_checkpoint_is_no_error(tmp_path: Path) -> None:
+def test_load_returns_none_without_a_checkpoint(tmp_path: Path) -> None:
     assert checkpoint.load(tmp_path / "none") is None
 
 
-@pytest.mark.parametrize("damage", ["empty", "torn", "bit", "no manifest", "torn manifest", "no state"])
-def test_a_damaged_newest_falls_back_with_a_warning(
+@pytest.mark.parametrize("damage", ["empty", "truncated", "bit", "no manifest", "truncated manifest", "no state"])
+def test_if_the_newest_checkpoint_is_damaged_the_one_before_is_loaded_with_a_warning(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     write(tmp_path, 1, 2)
@@ -43,14 +43,14 @@ def test_a_damaged_newest_falls_back_with_a_warning(
     content = bytearray((newest / "state.pt").read_bytes())
     if damage == "empty":
         (newest / "state.pt").write_bytes(b"")
-    elif damage == "torn":
+    elif damage == "truncated":
         (newest / "state.pt").write_bytes(content[: len(content) // 2])
     elif damage == "bit":
         content[len(content) // 2] ^= 1
         (newest / "state.pt").write_bytes(content)
     elif damage == "no manifest":
         (newest / "manifest.json").unlink()
-    elif damage == "torn manifest":
+    elif damage == "truncated manifest":
         (newest / "manifest.json").write_text('{"step"')
     else:
         (newest / "state.pt").unlink()
@@ -61,7 +61,7 @@ def test_a_damaged_newest_falls_back_with_a_warning(
     assert "step-00000002 is damaged" in caplog.text
 
 
-def test_nothing_readable_is_an_error_not_a_silent_restart(tmp_path: Path) -> None:
+def test_damaged_checkpoints_alone_are_an_error_and_not_a_silent_restart(tmp_path: Path) -> None:
     write(tmp_path, 1, 2)
     for path in tmp_path.glob("*/state.pt"):
         path.write_bytes(b"x")
@@ -69,7 +69,7 @@ def test_nothing_readable_is_an_error_not_a_silent_restart(tmp_path: Path) -> No
         checkpoint.load(tmp_path)
 
 
-def test_leftovers_of_a_killed_write_are_removed(tmp_path: Path) -> None:
+def test_remains_of_an_interrupted_save_are_removed(tmp_path: Path) -> None:
     write(tmp_path, 1)
     (tmp_path / ".tmp-2").mkdir()
     (tmp_path / ".tmp-2" / "state.pt").write_bytes(b"half")
@@ -79,14 +79,16 @@ def test_leftovers_of_a_killed_write_are_removed(tmp_path: Path) -> None:
     assert not (tmp_path / ".tmp-2").exists()
 
 
-def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
-    class Bomb:
+def test_code_in_a_checkpoint_is_not_executed(tmp_path: Path) -> None:
+    class CodeWhenUnpickled:
+        """Object that creates the file `marker` when it is unpickled."""
+
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return exec, (f"open({str(tmp_path / 'marker')!r}, 'w')",)
 
     write(tmp_path, 1)
     file = tmp_path / "step-00000001" / "state.pt"
-    file.write_bytes(pickle.dumps(Bomb(), protocol=2))
+    file.write_bytes(pickle.dumps(CodeWhenUnpickled(), protocol=2))
     manifest = json.loads((file.parent / "manifest.json").read_text())
     manifest["sha256"]["state.pt"] = sha256(file)
     (file.parent / "manifest.json").write_text(json.dumps(manifest))

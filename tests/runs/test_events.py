@@ -1,4 +1,4 @@
-"""Tests of events.jsonl: history and resume state are computed from the events alone."""
+"""Tests of events.jsonl: writing, resuming, and the history that is computed from the events."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from moe.files import write_json
 from moe.runs.events import EventLog, evaluation_series, median_speed, read_events
 
 
-def test_a_resume_drops_what_it_will_write_again_and_a_torn_line(tmp_path: Path) -> None:
+def test_a_resume_removes_incomplete_lines_and_events_after_the_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     with EventLog(path, step=0) as events:
         for step in range(1, 6):
@@ -19,20 +19,20 @@ def test_a_resume_drops_what_it_will_write_again_and_a_torn_line(tmp_path: Path)
     assert read_events(path)[-1]["train/loss"] == 9.0
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_its_log_again(tmp_path: Path) -> None:
+def test_a_run_killed_before_its_first_checkpoint_starts_its_events_again(tmp_path: Path) -> None:
     for _ in range(2):
         with EventLog(tmp_path / "events.jsonl", step=0) as events:
             events.write("eval", 0, {"val/loss": 1.0})
     assert len(read_events(tmp_path / "events.jsonl")) == 1
 
 
-def test_every_event_is_on_disk_at_once(tmp_path: Path) -> None:
+def test_every_event_is_written_to_the_file_at_once(tmp_path: Path) -> None:
     with EventLog(tmp_path / "events.jsonl", step=0) as events:
         events.write("train", 1, {})
         assert len(read_events(tmp_path / "events.jsonl")) == 1
 
 
-def test_history_has_one_entry_an_evaluation_and_means_of_the_steps_between() -> None:
+def test_history_has_one_entry_per_evaluation_and_means_over_the_steps_before_it() -> None:
     def evaluation(step: int) -> dict[str, object]:
         layers = {"routing/entropy/layer00": 1.0, "routing/entropy/layer01": 2.0}
         shares = {"routing/utilization": [[0.5, 0.5], [0.25, 0.75]]}
@@ -50,16 +50,19 @@ def test_history_has_one_entry_an_evaluation_and_means_of_the_steps_between() ->
     assert series["expert_utilizations"] == [[0.375, 0.625]] * 2
 
 
-def test_json_is_replaced_whole(tmp_path: Path) -> None:
+def test_write_json_replaces_a_file_and_leaves_no_other_file(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"a": 1})
     write_json(tmp_path / "a.json", {"a": 2})
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_speed_is_that_of_training_steps_after_the_first_five() -> None:
-    """The rest of the run, evaluations included, may be as slow as it likes."""
-    paces = {1: 1.0, 2: 1.0, 3: 1.0, 4: 1.0, 5: 1.0, 6: 100.0, 7: 300.0, 8: 250.0}
-    events = [{"kind": "train", "step": step, "time/tokens_per_s": pace} for step, pace in paces.items()]
+def test_the_median_speed_covers_training_steps_after_the_first_five() -> None:
+    """The speed is the median over training steps after the first five. Evaluations do not count.
+
+    With five steps or fewer there is no speed.
+    """
+    speeds = {1: 1.0, 2: 1.0, 3: 1.0, 4: 1.0, 5: 1.0, 6: 100.0, 7: 300.0, 8: 250.0}
+    events = [{"kind": "train", "step": step, "time/tokens_per_s": speed} for step, speed in speeds.items()]
     events += [{"kind": "eval", "step": step} for step in range(9)]
     assert median_speed(events) == 250.0
     assert median_speed(events[:5]) is None

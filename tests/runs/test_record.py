@@ -1,4 +1,4 @@
-"""Records read back as they were written, and any other file is refused in one line that names it."""
+"""Tests of the records of a run and a sweep: they can be read again, and wrong files give one-line errors."""
 
 import json
 import math
@@ -62,21 +62,22 @@ SWEEP = SweepRecord(cells={"seed=1": {"seed": 1, "capacity": None}})
 
 
 @pytest.mark.parametrize("record", [RUN, replace(RUN, status="running", facts=None), METRICS, SWEEP])
-def test_a_record_reads_back_as_it_was_written(record: Any, tmp_path: Path) -> None:
+def test_a_record_is_read_as_it_was_written(record: Any, tmp_path: Path) -> None:
     record.write(tmp_path / record.FILE)
     assert type(record).read(tmp_path / record.FILE) == record
     assert [path.name for path in tmp_path.iterdir()] == [record.FILE]
     assert json.loads((tmp_path / record.FILE).read_text())["format"] == FORMAT
 
 
-def whole(record: Any, path: Path) -> dict[str, Any]:
+def written_content(record: Any, path: Path) -> dict[str, Any]:
+    """Write a record and return the content of its file."""
     record.write(path)
     return json.loads(path.read_text())
 
 
 @pytest.mark.parametrize("record", [RUN, METRICS, SWEEP])
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"", "torn or no JSON"),
         (b'{"format": 1, "status"', "torn or no JSON"),
@@ -91,22 +92,25 @@ def whole(record: Any, path: Path) -> dict[str, Any]:
         (b'{"format": 1}', "is missing"),
     ],
 )
-def test_a_torn_or_foreign_file_is_refused_in_one_line(record: Any, content: bytes, said: str, tmp_path: Path) -> None:
+def test_a_damaged_file_or_one_of_another_format_is_refused_in_one_line(
+    record: Any, content: bytes, message: str, tmp_path: Path
+) -> None:
     path = tmp_path / record.FILE
     path.write_bytes(content)
     with pytest.raises(RecordError) as raised:
         type(record).read(path)
-    assert str(raised.value).startswith(f"{path}: {said}" if said != "is missing" else f"{path}: ")
-    assert said in str(raised.value)
+    assert str(raised.value).startswith(f"{path}: {message}" if message != "is missing" else f"{path}: ")
+    assert message in str(raised.value)
     assert str(raised.value).endswith(record.ADVICE)
     assert len(str(raised.value).splitlines()) == 1
 
 
 def test_every_missing_unknown_or_mistyped_field_is_named(tmp_path: Path) -> None:
-    """Of every record, at every depth."""
+    """The error names every missing, unknown or mistyped field, for each kind of record and at every depth."""
     path = tmp_path / "x.json"
 
-    def refused(record: Any, content: Any, name: str) -> None:
+    def assert_refused(record: Any, content: Any, name: str) -> None:
+        """Assert that a file with this content gives a one-line error that contains `name`."""
         path.write_text(json.dumps(content))
         with pytest.raises(RecordError) as raised:
             type(record).read(path)
@@ -114,24 +118,34 @@ def test_every_missing_unknown_or_mistyped_field_is_named(tmp_path: Path) -> Non
         assert len(str(raised.value).splitlines()) == 1
 
     for record in (RUN, METRICS, SWEEP):
-        content = whole(record, path)
+        content = written_content(record, path)
         for name in content.keys() - {"format"}:
-            refused(record, {key: value for key, value in content.items() if key != name}, name)
-            refused(record, content | {name: 10**400}, name)
-            refused(record, content | {name: [1]}, name)
-        refused(record, content | {"line\nbreak": 1}, "line")
-    content = whole(RUN, path)
+            assert_refused(record, {key: value for key, value in content.items() if key != name}, name)
+            assert_refused(record, content | {name: 10**400}, name)
+            assert_refused(record, content | {name: [1]}, name)
+        assert_refused(record, content | {"line\nbreak": 1}, "line")
+    content = written_content(RUN, path)
     for name in RunFacts._fields:
-        refused(RUN, content | {"facts": {k: v for k, v in content["facts"].items() if k != name}}, f"facts.{name}")
-        refused(RUN, content | {"facts": content["facts"] | {name: [True]}}, f"facts.{name}")
-    refused(RUN, content | {"facts": content["facts"] | {"extra": 1}}, "facts.extra")
-    refused(RUN, content | {"status": "done"}, "one of running, interrupted, failed, finished")
-    refused(
-        RUN, content | {"machine": {"system": "Linux", "cpus": True}}, "machine.cpus is True: must be a whole number"
+        assert_refused(
+            RUN, content | {"facts": {k: v for k, v in content["facts"].items() if k != name}}, f"facts.{name}"
+        )
+        assert_refused(RUN, content | {"facts": content["facts"] | {name: [True]}}, f"facts.{name}")
+    assert_refused(RUN, content | {"facts": content["facts"] | {"extra": 1}}, "facts.extra")
+    assert_refused(RUN, content | {"status": "done"}, "one of running, interrupted, failed, finished")
+    assert_refused(
+        RUN,
+        content | {"machine": {"system": "Linux", "cpus": True}},
+        "machine.cpus is True: must be a whole number",
     )
-    refused(METRICS, whole(METRICS, path) | {"final_metrics": {"val/loss": "low"}}, "final_metrics.val/loss is 'low'")
-    refused(METRICS, whole(METRICS, path) | {"final_metrics": {"val/loss": 10**400}}, "final_metrics.val/loss")
-    refused(SWEEP, {"format": FORMAT, "cells": {"seed=1": None}}, "cells.seed=1 is None")
+    assert_refused(
+        METRICS,
+        written_content(METRICS, path) | {"final_metrics": {"val/loss": "low"}},
+        "final_metrics.val/loss is 'low'",
+    )
+    assert_refused(
+        METRICS, written_content(METRICS, path) | {"final_metrics": {"val/loss": 10**400}}, "final_metrics.val/loss"
+    )
+    assert_refused(SWEEP, {"format": FORMAT, "cells": {"seed=1": None}}, "cells.seed=1 is None")
 
 
 def test_a_missing_file_and_a_folder_in_its_place_are_named(tmp_path: Path) -> None:
@@ -142,15 +156,15 @@ def test_a_missing_file_and_a_folder_in_its_place_are_named(tmp_path: Path) -> N
         RunRecord.read(tmp_path / "run.json")
 
 
-def test_whole_numbers_may_stand_for_numbers(tmp_path: Path) -> None:
-    content = whole(RUN, tmp_path / "run.json")
+def test_integers_are_read_as_floats_where_a_float_is_expected(tmp_path: Path) -> None:
+    content = written_content(RUN, tmp_path / "run.json")
     (tmp_path / "run.json").write_text(json.dumps(content | {"facts": content["facts"] | {"seconds": 2}}))
     facts = RunRecord.read(tmp_path / "run.json").facts
     assert facts is not None
     assert isinstance(facts.seconds, float)
 
 
-def test_configuration_and_claims_are_read_as_their_types(cell: Any) -> None:
+def test_configuration_and_claims_are_read_as_dataclasses(cell: Any) -> None:
     from moe.launch.run import write_run_record
 
     claim = "{text: new, metric: val/perplexity, factor: noise, levels: [0.5], than: [0.0], kind: higher}"
@@ -165,7 +179,7 @@ def test_configuration_and_claims_are_read_as_their_types(cell: Any) -> None:
             replace(record, config=record.config | {name: value}).typed_config()
 
 
-def test_the_analysis_keeps_every_unreadable_run_as_a_row(tmp_path: Path) -> None:
+def test_the_analysis_shows_every_unreadable_run_as_a_row(tmp_path: Path) -> None:
     damage = {
         "seed=1": b"{",
         "seed=2": b"[]",
@@ -199,7 +213,7 @@ def test_the_analysis_keeps_every_unreadable_run_as_a_row(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"format": 0}', '{"format": 1}'])
-def test_training_refuses_an_unreadable_folder_with_status_2(
+def test_training_in_a_folder_with_an_unreadable_record_ends_with_exit_status_2(
     content: str, small: list[str], cell: Any, tmp_path: Path
 ) -> None:
     folder = cell().folder
@@ -214,7 +228,9 @@ def test_training_refuses_an_unreadable_folder_with_status_2(
     assert [path.name for path in folder.iterdir()] == ["run.json"]
 
 
-def test_training_refuses_a_sweep_whose_list_of_cells_is_torn(small: list[str], tmp_path: Path) -> None:
+def test_training_of_a_sweep_with_a_damaged_sweep_json_ends_with_exit_status_2(
+    small: list[str], tmp_path: Path
+) -> None:
     (tmp_path / "default").mkdir()
     (tmp_path / "default" / "sweep.json").write_text('{"cells": {')
     command = [sys.executable, str(CONF.parent / "train.py"), "-m", *small, "seed=1,2", f"out={tmp_path}"]
@@ -225,7 +241,7 @@ def test_training_refuses_a_sweep_whose_list_of_cells_is_torn(small: list[str], 
     assert "delete this file" in done.stderr
 
 
-def test_a_changed_record_of_the_helper_is_still_a_record(tmp_path: Path) -> None:
+def test_the_test_helpers_write_and_change_valid_records(tmp_path: Path) -> None:
     write_record(tmp_path, seconds=1.0)
     change_record(tmp_path, seconds=3.0, causal=False)
     record = RunRecord.read(tmp_path / "run.json")
@@ -233,26 +249,26 @@ def test_a_changed_record_of_the_helper_is_still_a_record(tmp_path: Path) -> Non
     assert (record.facts.seconds, record.causal) == (3.0, False)
 
 
-MISTYPED_STUDY = '{"settings": {}, "reason": null, "val_loss": {}, "load": "x"}'
+MISTYPED_SPECIALIZATION = '{"settings": {}, "reason": null, "val_loss": {}, "load": "x"}'
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "null", '{"settings": {}}', "\x00", MISTYPED_STUDY])
-def test_a_bad_study_is_one_line_and_a_missing_one_is_none(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("text", ["", "[]", "{", "null", '{"settings": {}}', "\x00", MISTYPED_SPECIALIZATION])
+def test_a_wrong_specialization_file_gives_a_one_line_error_and_a_missing_one_none(tmp_path: Path, text: str) -> None:
     path = tmp_path / SPECIALIZATION_FILE
     assert read_specialization(path) is None
     path.write_text(text)
-    with pytest.raises(RecordError) as caught:
+    with pytest.raises(RecordError) as raised:
         read_specialization(path)
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert str(path) in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
-def test_final_metrics_cannot_take_the_place_of_facts() -> None:
+def test_final_metrics_cannot_have_the_name_of_another_column() -> None:
     with pytest.raises(ValueError, match=r"final_metrics\.status"):
         MetricsRecord(final_metrics={"val/loss": 1.0, "status": 4}, history={})
 
 
-def test_a_seed_that_is_no_number_and_a_cell_with_facts_stay_rows(tmp_path: Path) -> None:
+def test_a_run_whose_seed_is_no_number_and_a_missing_cell_with_extra_keys_are_rows(tmp_path: Path) -> None:
     (tmp_path / "seed=1").mkdir()
     write_record(tmp_path / "seed=1", config={"seed": "x"})
     SweepRecord(cells={"seed=2": {"folder": 3, "seed": 2}}).write(tmp_path / SweepRecord.FILE)

@@ -1,4 +1,4 @@
-"""W&B mirrors what happened, and nothing that happens to it matters."""
+"""Tests of the W&B mirror: it contains the events of a run, and its failures do not affect training."""
 
 import json
 import subprocess
@@ -18,13 +18,15 @@ TRAIN = CONF.parent / "train.py"
 
 
 def wandb_records(run: Path) -> list[dict[str, Any]]:
-    """The records of an offline W&B run, read with W&B's own command."""
+    """Return the records of an offline W&B run, read with W&B's own command."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(run)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_an_offline_run_holds_what_events_jsonl_holds(small: list[str], tmp_path: Path) -> None:
+def test_an_offline_wandb_run_contains_the_events_final_metrics_and_configuration(
+    small: list[str], tmp_path: Path
+) -> None:
     arguments = [*[s for s in small if not s.startswith("logger")], "logger.mode=offline", f"out={tmp_path}"]
     done = subprocess.run([sys.executable, str(TRAIN), *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -43,19 +45,19 @@ def test_an_offline_run_holds_what_events_jsonl_holds(small: list[str], tmp_path
     for record in records:
         summary |= record["summary"]["update"] if record["type"] == "summary" else {}
     final = json.loads((folder / "metrics.json").read_text())["final_metrics"]
-    known = {f"final/{key}": value for key, value in final.items() if isinstance(value, int | float)}
-    assert {key: value for key, value in summary.items() if key.startswith("final/")} == known
-    told = json.loads((folder / "run.json").read_text())
+    expected = {f"final/{key}": value for key, value in final.items() if isinstance(value, int | float)}
+    assert {key: value for key, value in summary.items() if key.startswith("final/")} == expected
+    record_json = json.loads((folder / "run.json").read_text())
     [start] = [record["run"] for record in records if record["type"] == "run"]
     assert (start["run_group"], start["display_name"]) == ("default", folder.name)
     config = {key: value for key, value in start["config"]["update"].items() if key != "_wandb"}
     condition = config.pop("condition")
-    assert config == {**told["config"], "choices": told["choices"]}
+    assert config == {**record_json["config"], "choices": record_json["choices"]}
     assert condition.startswith("batch_size=4,")
 
 
-def test_wandb_may_link_to_its_own_logs_outside_the_run_folder(cell: Any) -> None:
-    """W&B 0.31 does, and a run that was cut off is resumed all the same."""
+def test_a_link_to_wandbs_logs_outside_the_run_folder_does_not_prevent_a_resume(cell: Any) -> None:
+    """An interrupted run is resumed although its folder contains a link to W&B's logs. W&B 0.31 makes such links."""
     one = cell("logger.mode=offline")
     one.folder.mkdir(parents=True)
     WandbMirror(one).finish({})
@@ -73,7 +75,7 @@ def test_wandb_may_link_to_its_own_logs_outside_the_run_folder(cell: Any) -> Non
     ],
     ids=["no key", "server down", "offline"],
 )
-def test_no_state_of_wandb_changes_the_weights(
+def test_no_mode_and_no_failure_of_wandb_changes_the_weights(
     mode: str, environment: dict[str, str], cell: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from moe.runs.signals import Signals
@@ -95,21 +97,21 @@ def test_no_state_of_wandb_changes_the_weights(
     assert weights[0] == weights[1]
 
 
-def test_the_first_error_ends_the_mirroring_with_one_warning(
+def test_after_its_first_error_the_mirror_stops_with_one_warning(
     cell: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class Broken:
+    class BrokenRun:
         def log(self, values: object) -> None:
             raise RuntimeError("lost connection\nand more")
 
     mirror = WandbMirror(cell("logger.mode=disabled"))
-    mirror._run = Broken()
+    mirror._run = BrokenRun()
     mirror.log(1, {"a": 1.0})
     mirror.log(2, {"a": 1.0})
     assert [record.message for record in caplog.records] == ["W&B stops mirroring: lost connection"]
 
 
-def test_a_missing_wandb_is_a_warning(
+def test_a_missing_wandb_package_gives_a_warning(
     cell: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)

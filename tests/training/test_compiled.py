@@ -1,6 +1,6 @@
-"""Test that `compile=true` trains the same model: `pytest -m compiled`.
+"""Tests that `compile=true` trains the same model. Run them with `pytest -m compiled`.
 
-The runs are separate processes, because the runtime type checks of the other tests stop the compiler.
+The runs are separate processes, because code with the runtime type checks of the other tests cannot be compiled.
 """
 
 import os
@@ -24,15 +24,16 @@ TRAIN = Path(__file__).parents[2] / "train.py"
     ],
 )
 def test_a_compiled_run_differs_only_by_rounding(overrides: list[str], small: list[str], tmp_path: Path) -> None:
-    trained = []
-    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}  # a killed compiler leaves torn files behind
+    events_of_runs = []
+    # The test has its own compiler cache, because a compiler that is killed leaves incomplete files in its cache.
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     for compiled in ("true", "false"):
         command = [*small, *overrides, f"compile={compiled}", f"out={tmp_path / compiled}"]
         command = [sys.executable, str(TRAIN), *command]
         subprocess.run(command, check=True, capture_output=True, timeout=600, env=environment)
         [folder] = (tmp_path / compiled).glob("*/*/")
-        trained.append([event for event in untimed(folder) if event["kind"] == "train"])
-    assert len(trained[0]) == len(trained[1]) == 6
-    for fast, plain in zip(*trained, strict=True):
+        events_of_runs.append([line for line in untimed(folder) if line["kind"] == "train"])
+    assert len(events_of_runs[0]) == len(events_of_runs[1]) == 6
+    for compiled_event, event in zip(*events_of_runs, strict=True):
         for name in ("train/loss", "grad_norm"):
-            assert fast[name] == pytest.approx(plain[name], rel=1e-3, abs=1e-6), name
+            assert compiled_event[name] == pytest.approx(event[name], rel=1e-3, abs=1e-6), name

@@ -1,4 +1,4 @@
-"""Gradient norms and relative updates of routers and experts."""
+"""Tests of the gradient norms and the relative updates of routers and experts."""
 
 import math
 
@@ -17,7 +17,7 @@ def make(router: str) -> MoEForCausalLM:
     return MoEForCausalLM(MoEConfig.of(size, {"_target_": router}, vocab_size=50, seq_len=8))
 
 
-def test_norms_are_of_all_gradients_of_a_part_together() -> None:
+def test_a_gradient_norm_covers_all_parameters_of_a_part() -> None:
     model = make("moe.routers.topk.TopK")
     ids = torch.randint(0, 50, (2, 8))
     model(ids, ids).loss.backward()
@@ -28,7 +28,7 @@ def test_norms_are_of_all_gradients_of_a_part_together() -> None:
         assert squares > 0
 
 
-def test_an_update_is_relative_to_the_norm_before_it() -> None:
+def test_an_update_is_relative_to_the_norm_of_the_weights_before_it() -> None:
     model = make("moe.routers.topk.TopK")
     by_part = parts(model)
     before = copy_parameters(by_part)
@@ -39,5 +39,5 @@ def test_an_update_is_relative_to_the_norm_before_it() -> None:
     assert relative_updates(by_part, before) == pytest.approx({"update/router": 0, "update/experts": 0.25})
 
 
-def test_a_part_without_parameters_is_left_out() -> None:
+def test_a_part_without_trainable_parameters_is_left_out() -> None:
     assert set(parts(make("moe.routers.hash.Hash"))) == {"experts"}

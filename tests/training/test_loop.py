@@ -1,4 +1,4 @@
-"""The training loop resumes exactly, accumulates exactly, and stops before a number that is not finite does harm."""
+"""Tests of the training loop: resume, micro-batches, losses, recorded metrics, and numbers that are not finite."""
 
 import json
 import math
@@ -27,21 +27,22 @@ from moe.training.setup import build_model, prepare_data
 from moe.training.step import micro_batches
 
 
-def weights(folder: Path) -> str:
+def weights_digest(folder: Path) -> str:
+    """Return the SHA-256 of the weights of a run's saved model."""
     return sha256(folder / "model" / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Return the folder of a run that nothing interrupted; each is trained once."""
-    known: dict[tuple[str, ...], Path] = {}
+def train_uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function that returns the folder of an uninterrupted run. It trains equal overrides only once."""
+    folders: dict[tuple[str, ...], Path] = {}
 
     def train(cell: Any, *overrides: str) -> Path:
-        if overrides not in known:
-            one = cell(*overrides, f"out={tmp_path_factory.mktemp('undisturbed')}")
+        if overrides not in folders:
+            one = cell(*overrides, f"out={tmp_path_factory.mktemp('uninterrupted')}")
             run(one)
-            known[overrides] = one.folder
-        return known[overrides]
+            folders[overrides] = one.folder
+        return folders[overrides]
 
     return train
 
@@ -55,22 +56,22 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
     ],
 )
 @pytest.mark.parametrize("stop_after", [1, 3, 5])
-def test_an_interrupted_and_resumed_run_is_bitwise_the_undisturbed_one(
-    cell: Any, undisturbed: Callable[..., Path], overrides: list[str], stop_after: int
+def test_a_resumed_run_has_bitwise_the_weights_and_events_of_an_uninterrupted_run(
+    cell: Any, train_uninterrupted: Callable[..., Path], overrides: list[str], stop_after: int
 ) -> None:
-    straight, stopped = undisturbed(cell, *overrides), cell(*overrides)
+    uninterrupted, stopped = train_uninterrupted(cell, *overrides), cell(*overrides)
     with pytest.raises(Interrupted) as interrupted:
         run(stopped, stop_after=stop_after)
     assert interrupted.value.exit_status == 143
     assert not (stopped.folder / "model").exists()
     torch.manual_seed(999)  # the random state of the process must not matter
     run(stopped)
-    assert weights(straight) == weights(stopped.folder)
-    assert untimed(straight) == untimed(stopped.folder)
+    assert weights_digest(uninterrupted) == weights_digest(stopped.folder)
+    assert untimed(uninterrupted) == untimed(stopped.folder)
     assert not (stopped.folder / "checkpoints").exists()
 
 
-def test_a_run_does_not_go_on_with_other_text(cell: Any, corpus: Path, tmp_path: Path) -> None:
+def test_a_run_is_not_resumed_with_changed_text(cell: Any, corpus: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.jsonl"
     text.write_text(corpus.read_text())
     one = cell(f"data.source.paths=[{text}]")
@@ -83,37 +84,40 @@ def test_a_run_does_not_go_on_with_other_text(cell: Any, corpus: Path, tmp_path:
     run(one)
 
 
-def test_models_of_the_milestones_are_kept_and_load(cell: Any, tmp_path: Path) -> None:
-    kept, stopped = (cell("steps=8", "save_milestones=true", f"out={tmp_path}/{name}") for name in "ab")
-    run(kept)
+def test_models_of_milestones_are_saved_and_can_be_loaded(cell: Any, tmp_path: Path) -> None:
+    uninterrupted, stopped = (cell("steps=8", "save_milestones=true", f"out={tmp_path}/{name}") for name in "ab")
+    run(uninterrupted)
     with pytest.raises(Interrupted):
         run(stopped, stop_after=3)
     run(stopped)
-    names = [path.name for path in sorted((kept.folder / "milestones").iterdir())]
+    names = [path.name for path in sorted((uninterrupted.folder / "milestones").iterdir())]
     assert names == ["step-00000001", "step-00000002", "step-00000004", "step-00000006"]
     for name in names:
-        one, other = (each.folder / "milestones" / name / "model.safetensors" for each in (kept, stopped))
+        one, other = (each.folder / "milestones" / name / "model.safetensors" for each in (uninterrupted, stopped))
         assert sha256(one) == sha256(other)
-    first = MoEForCausalLM.from_pretrained(kept.folder / "milestones" / names[0])
-    last = MoEForCausalLM.from_pretrained(kept.folder / "model")
+    first = MoEForCausalLM.from_pretrained(uninterrupted.folder / "milestones" / names[0])
+    last = MoEForCausalLM.from_pretrained(uninterrupted.folder / "model")
     assert not torch.equal(first.lm_head.weight, last.lm_head.weight)
 
 
-def test_the_same_seed_gives_the_same_weights_and_another_seed_others(cell: Any, tmp_path: Path) -> None:
+def test_equal_seeds_give_equal_weights_and_different_seeds_different_weights(cell: Any, tmp_path: Path) -> None:
     cells = [cell(f"seed={seed}", f"out={tmp_path}/{n}") for n, seed in enumerate((1, 1, 2))]
     for one in cells:
         run(one)
-    first, again, other = (weights(one.folder) for one in cells)
+    first, again, other = (weights_digest(one.folder) for one in cells)
     assert first == again != other
 
 
-def test_accumulating_four_micro_batches_of_two_is_one_of_eight(cell: Any, tmp_path: Path) -> None:
-    """Exact except for rounding, for losses that are means over tokens. (The balance loss is of one micro-batch.)"""
-    whole = cell("batch_size=8", "lb=0", "z=0.1", f"out={tmp_path}/a")
-    parts = cell("batch_size=2", "grad_accum=4", "lb=0", "z=0.1", f"out={tmp_path}/b")
-    for one in (whole, parts):
+def test_four_micro_batches_of_two_blocks_train_like_one_of_eight(cell: Any, tmp_path: Path) -> None:
+    """Four micro-batches of two blocks give the same losses and gradients as one of eight, except for rounding.
+
+    This holds for losses that are means over tokens, so the run has no balance loss.
+    """
+    undivided = cell("batch_size=8", "lb=0", "z=0.1", f"out={tmp_path}/a")
+    divided = cell("batch_size=2", "grad_accum=4", "lb=0", "z=0.1", f"out={tmp_path}/b")
+    for one in (undivided, divided):
         run(one)
-    for a, b in zip(untimed(whole.folder), untimed(parts.folder), strict=True):
+    for a, b in zip(untimed(undivided.folder), untimed(divided.folder), strict=True):
         assert a["step"] == b["step"]
         for key in {"train/loss", "train/router_z", "val/loss", "grad_norm"} & set(a):
             assert a[key] == pytest.approx(b[key], rel=2e-4), key
@@ -130,7 +134,7 @@ def test_every_training_step_is_recorded_with_unweighted_losses(cell: Any) -> No
     assert all(e["noise"] == 0.2 for e in training)
 
 
-def test_losses_are_logged_unweighted_but_their_weights_reach_the_gradient(cell: Any, tmp_path: Path) -> None:
+def test_the_weight_of_a_loss_changes_the_gradient_but_not_the_logged_loss(cell: Any, tmp_path: Path) -> None:
     runs = {}
     for lb in (0.0, 1.0):
         one = cell(f"lb={lb}", f"out={tmp_path}/{lb}")
@@ -142,8 +146,11 @@ def test_losses_are_logged_unweighted_but_their_weights_reach_the_gradient(cell:
     assert first[0]["grad_norm"] != first[1]["grad_norm"]
 
 
-def test_the_router_of_each_layer_weights_its_loss_with_its_present_weight(cell: Any) -> None:
-    """The sparsity controllers of two layers get different weights during training."""
+def test_the_loss_of_each_layer_has_the_current_weight_of_its_router(cell: Any) -> None:
+    """The sparsity loss of each layer is multiplied by the current weight of that layer's router.
+
+    During training, the controllers of two layers arrive at different weights.
+    """
     config = cell("router=relu", "router.coefficient=0.5").config
     model = build_model(config, vocab_size=400)
     routers = [layer.mlp.router for layer in model.model.layers]
@@ -156,7 +163,7 @@ def test_the_router_of_each_layer_weights_its_loss_with_its_present_weight(cell:
         torch.testing.assert_close(total_loss(config, [router.loss_weights for router in routers], output), expected)
 
 
-def test_a_router_may_add_to_the_weight_of_a_shared_loss(cell: Any) -> None:
+def test_the_weights_of_a_shared_loss_in_the_router_and_in_the_configuration_are_added(cell: Any) -> None:
     others = ["router.cosine_similarities_loss_coef=0", "router.so_lambda_max=0", "lb=0"]
     config = cell("router=spectra", "router.router_entropy_coef=0.25", "router_entropy=0.5", *others).config
     model = build_model(config, vocab_size=400)
@@ -169,7 +176,7 @@ def test_a_router_may_add_to_the_weight_of_a_shared_loss(cell: Any) -> None:
 
 
 @pytest.mark.parametrize(("name", "key"), [(name, loss.weight) for name, loss in LOSSES.items()])
-def test_every_shared_loss_is_logged_and_weighted_by_its_key(name: str, key: str, cell: Any) -> None:
+def test_every_shared_loss_is_in_the_total_loss_with_its_configured_weight(name: str, key: str, cell: Any) -> None:
     config = cell("lb=0", f"{key}=0.3").config
     model = build_model(config, vocab_size=400)
     ids = torch.randint(0, 300, (2, 16))
@@ -178,8 +185,8 @@ def test_every_shared_loss_is_logged_and_weighted_by_its_key(name: str, key: str
     torch.testing.assert_close(total_loss(config, [{} for _ in model.moe_layers], output), expected)
 
 
-def test_accumulation_hands_the_load_of_the_step_so_far_to_the_next_micro_batch(cell: Any, tmp_path: Path) -> None:
-    """With one micro-batch a step the global balance loss is the plain one; with four it is not."""
+def test_the_global_balance_loss_includes_earlier_micro_batches_of_the_step(cell: Any, tmp_path: Path) -> None:
+    """The global balance loss equals the plain one with one micro-batch per step, and differs from it with four."""
     for batch, accumulate in ((8, 1), (2, 4)):
         one = cell(f"batch_size={batch}", f"grad_accum={accumulate}", f"out={tmp_path}/{accumulate}")
         run(one)
@@ -188,7 +195,7 @@ def test_accumulation_hands_the_load_of_the_step_so_far_to_the_next_micro_batch(
         assert all(same) if accumulate == 1 else not any(same)
 
 
-def test_knobs_are_pure_functions_of_the_step_and_end_at_the_configured_values(cell: Any) -> None:
+def test_scheduled_knobs_depend_on_the_step_alone_and_end_at_the_configured_values(cell: Any) -> None:
     config = cell("router=temperature", "router.temp=2.0", "schedule=linear", "noise=0.1", "steps=10").config
     schedule = LinearSchedule("temperature", 5.0)
     settings = [knob_settings(config, schedule, step) for step in range(11)]
@@ -196,14 +203,14 @@ def test_knobs_are_pure_functions_of_the_step_and_end_at_the_configured_values(c
     assert settings[10] == {"temperature": 2.0, "noise": 0.1}
 
 
-def test_validation_blocks_are_the_same_for_every_seed_and_training_blocks_are_not(cell: Any) -> None:
+def test_validation_blocks_are_the_same_for_every_seed_and_training_blocks_differ(cell: Any) -> None:
     one, two = cell("seed=1").config, cell("seed=2").config
     data = prepare_data(one)
     assert data.val["input_ids"][:].tolist() == prepare_data(two).val["input_ids"][:].tolist()
     assert not torch.equal(micro_batches(one, data, 0)[0].ids, micro_batches(two, data, 0)[0].ids)
 
 
-def test_a_capacity_run_is_evaluated_dropless_and_limited(cell: Any) -> None:
+def test_a_run_with_a_capacity_is_evaluated_with_and_without_it(cell: Any) -> None:
     one = cell("capacity=0.5")
     run(one)
     last = untimed(one.folder)[-1]
@@ -223,12 +230,13 @@ def test_recorded_flops_count_the_experts_that_validation_tokens_asked_for(cell:
 
 
 @pytest.mark.parametrize("experiment", sorted(options("experiment")))
-def test_the_first_and_last_cell_of_every_experiment_train(
+def test_the_first_and_last_cell_of_every_experiment_can_be_trained(
     experiment: str, small: list[str], finished_ablation: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    split = BasicSweeper.split_arguments  # only these two are composed: Hydra takes long for all of them
-    ends = staticmethod(lambda *arguments: [grid[:: max(1, len(grid) - 1)] for grid in split(*arguments)])
-    monkeypatch.setattr(BasicSweeper, "split_arguments", ends)
+    # Only the first and the last cell are composed, because Hydra takes long to compose all of them.
+    split = BasicSweeper.split_arguments
+    first_and_last = staticmethod(lambda *arguments: [grid[:: max(1, len(grid) - 1)] for grid in split(*arguments)])
+    monkeypatch.setattr(BasicSweeper, "split_arguments", first_and_last)
     settings = [*small, "steps=2", "eval_every=2", f"out={finished_ablation}"]
     cells = read_cells([f"experiment={experiment}", "seed=42", *settings])
     assert cells
@@ -237,34 +245,36 @@ def test_the_first_and_last_cell_of_every_experiment_train(
         assert untimed(one.folder)[-1]["step"] == 2
 
 
-def test_nothing_not_finite_reaches_the_weights(cell: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A loss that is NaN in the fourth step stops the run there. The last checkpoint is intact and resumes."""
+def test_a_loss_that_is_nan_stops_the_run_before_it_changes_the_weights(
+    cell: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run stops at the step whose loss is NaN, here the fourth, and can be resumed from its last checkpoint."""
     one = cell("save_every=1")
-    correct = training_step.total_loss
+    correct_total_loss = training_step.total_loss
     calls = []
 
-    def poisoned(*arguments: Any, **weight: float) -> torch.Tensor:
+    def total_loss_with_nan(*arguments: Any, **weight: float) -> torch.Tensor:
         calls.append(1)
-        return correct(*arguments, **weight) * (float("nan") if len(calls) == 4 else 1.0)
+        return correct_total_loss(*arguments, **weight) * (float("nan") if len(calls) == 4 else 1.0)
 
-    monkeypatch.setattr(training_step, "total_loss", poisoned)
+    monkeypatch.setattr(training_step, "total_loss", total_loss_with_nan)
     with pytest.raises(Diverged, match=r"step 3: gradient of .* is not finite"):
         run(one)
     assert json.loads((one.folder / "events.jsonl").read_text().splitlines()[-1])["step"] == 3
-    monkeypatch.setattr(training_step, "total_loss", correct)
+    monkeypatch.setattr(training_step, "total_loss", correct_total_loss)
     run(one)
     assert (one.folder / "model").exists()
 
 
 @pytest.mark.parametrize(
-    ("parameter", "expert", "named"),
+    ("parameter", "expert", "expected"),
     [
         ("model.layers.1.mlp.experts.up", 2, "weight model.layers.1.mlp.experts.up (expert 2)"),
         ("model.layers.0.input_layernorm.weight", None, "weight model.layers.0.input_layernorm.weight"),
     ],
 )
 def test_locate_nonfinite_names_layer_tensor_and_expert(
-    cell: Any, parameter: str, expert: int | None, named: str
+    cell: Any, parameter: str, expert: int | None, expected: str
 ) -> None:
     config = cell().config
     model = build_model(config, vocab_size=400)
@@ -272,7 +282,7 @@ def test_locate_nonfinite_names_layer_tensor_and_expert(
     tensor = dict(model.named_parameters())[parameter]
     with torch.no_grad():
         tensor[expert if expert is not None else 0] = float("nan")
-    assert locate_nonfinite(model, ids, Knobs.of()) == named
+    assert locate_nonfinite(model, ids, Knobs.of()) == expected
 
 
 def test_locate_nonfinite_names_the_gradient_of_one_expert(cell: Any) -> None:

@@ -1,4 +1,4 @@
-"""Compare Muon on stacks with torch's Muon on every slice; check the learning-rate curve."""
+"""Tests of Muon on stacks of matrices, against torch's Muon on each matrix, and of the learning-rate schedule."""
 
 import itertools
 
@@ -11,8 +11,13 @@ from moe.training.optim import Muon, learning_rate_scale, orthogonalize
 
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("shape", [(16, 24), (24, 16)])
-def test_a_stack_is_updated_like_its_slices_by_torch(nesterov: bool, shape: tuple[int, int]) -> None:
-    """Three steps, so that momentum counts; flattening the stack would mix the experts."""
+def test_muon_updates_a_stack_like_torchs_muon_updates_each_of_its_matrices(
+    nesterov: bool, shape: tuple[int, int]
+) -> None:
+    """Muon updates each matrix of a stack like torch's Muon updates the same matrix.
+
+    Three steps are compared, so that momentum matters. If the stack were flattened, the experts would be mixed.
+    """
     generator = torch.Generator().manual_seed(0)
     stack = nn.Parameter(torch.randn(3, *shape, generator=generator))
     slices = [nn.Parameter(stack[e].detach().clone()) for e in range(3)]
@@ -25,22 +30,22 @@ def test_a_stack_is_updated_like_its_slices_by_torch(nesterov: bool, shape: tupl
             p.grad = gradient[e].clone()
         stacked.step()
         reference.step()
-    # torch iterates in bf16
+    # The tolerance is that of torch's Muon, which iterates in bf16.
     torch.testing.assert_close(stack, torch.stack(list(slices)), rtol=0, atol=4e-3)
     assert not torch.allclose(stack, torch.stack(list(slices)) + 0.02, atol=4e-3)
 
 
-def test_matrices_and_stacks_of_one_shape_share_a_batch_without_touching_each_other() -> None:
+def test_a_matrix_is_updated_the_same_with_and_without_a_stack_of_equal_shape() -> None:
     matrix, stack = nn.Parameter(torch.zeros(8, 8)), nn.Parameter(torch.zeros(2, 8, 8))
     matrix.grad, stack.grad = torch.randn(8, 8), torch.randn(2, 8, 8)
-    alone = nn.Parameter(torch.zeros(8, 8))
-    alone.grad = matrix.grad.clone()
+    same_matrix = nn.Parameter(torch.zeros(8, 8))
+    same_matrix.grad = matrix.grad.clone()
     Muon([matrix, stack], lr=1.0).step()
-    Muon([alone], lr=1.0).step()
-    torch.testing.assert_close(matrix, alone, rtol=0, atol=1e-2)
+    Muon([same_matrix], lr=1.0).step()
+    torch.testing.assert_close(matrix, same_matrix, rtol=0, atol=1e-2)
 
 
-def test_every_matrix_of_a_batch_is_orthogonalized_by_itself() -> None:
+def test_every_matrix_of_a_stack_is_orthogonalized_by_itself() -> None:
     scales = torch.tensor([1e-3, 1.0, 1e3])[:, None, None]
     singular = torch.linalg.svdvals(orthogonalize(scales * torch.randn(3, 32, 64)).float())
     assert singular.min() > 0.4
@@ -49,8 +54,11 @@ def test_every_matrix_of_a_batch_is_orthogonalized_by_itself() -> None:
 
 @pytest.mark.parametrize("shape", [(32, 32), (32, 47), (32, 48), (64, 32), (32, 128)])
 @pytest.mark.parametrize("kind", ["random", "rank one", "ill-conditioned", "zero"])
-def test_both_iterations_agree_with_the_definition_in_double_precision(shape: tuple[int, int], kind: str) -> None:
-    """Matrices with one side at least 1.5 times as long as the other are iterated on their Gram matrices."""
+def test_orthogonalize_agrees_with_its_definition_in_double_precision(shape: tuple[int, int], kind: str) -> None:
+    """The result agrees with the definition for both ways to compute it.
+
+    If one side of a matrix is at least 1.5 times as long as the other, the iteration runs on the Gram matrix.
+    """
     generator = torch.Generator().manual_seed(1)
     u, s, v = torch.linalg.svd(torch.randn(3, *shape, generator=generator, dtype=torch.float64), full_matrices=False)
     spectrum = {"random": s, "rank one": s * (torch.arange(32) == 0), "zero": 0 * s}
@@ -65,8 +73,11 @@ def test_both_iterations_agree_with_the_definition_in_double_precision(shape: tu
     assert (error <= 1e-3 * x.norm(dim=(-2, -1))).all()
 
 
-def test_the_momentum_buffer_survives_low_precision() -> None:
-    """In-place iteration on the buffer would corrupt it."""
+def test_the_momentum_buffer_of_a_bf16_weight_holds_the_gradient() -> None:
+    """With momentum 0, the momentum buffer equals the gradient after a step.
+
+    An iteration in place, on the buffer itself, would overwrite it.
+    """
     p = nn.Parameter(torch.zeros(8, 8, dtype=torch.bfloat16))
     optimizer = Muon([p], lr=0.1, momentum=0.0, nesterov=False)
     p.grad = 10 * torch.randn(8, 8).bfloat16()
@@ -74,15 +85,16 @@ def test_the_momentum_buffer_survives_low_precision() -> None:
     torch.testing.assert_close(optimizer.state[p]["momentum"], p.grad)
 
 
-def test_vectors_are_refused() -> None:
+def test_muon_refuses_vectors() -> None:
     with pytest.raises(ValueError, match=r"not shape \(3,\)"):
         Muon([nn.Parameter(torch.zeros(3))], lr=0.1)
 
 
-def test_the_learning_rate_rises_then_falls_to_the_floor_in_optimizer_steps() -> None:
-    """The studies behind this framework advanced a scheduler meant for micro-batches once per optimizer step.
+def test_the_learning_rate_rises_in_the_warmup_and_then_falls_to_its_floor() -> None:
+    """The learning rate rises during the warmup and then falls, to its floor at the last optimizer step.
 
-    Their learning rate therefore ended at 0.905 of its peak.
+    The source studies advanced a scheduler meant for micro-batches once per optimizer step. Their learning rate
+    therefore ended at 0.905 of its peak.
     """
     curve = [learning_rate_scale(step, steps=100, warmup=0.1, floor=0.1) for step in range(100)]
     assert curve[:10] == pytest.approx([0.1 * i for i in range(1, 11)])

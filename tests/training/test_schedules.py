@@ -1,4 +1,4 @@
-"""Schedules are pure functions of progress that end at the configured value."""
+"""Tests of schedules: a schedule is a function of the progress of a run alone and ends at the configured value."""
 
 import itertools
 
@@ -25,14 +25,14 @@ def schedule(request: pytest.FixtureRequest) -> Schedule | ConstantSchedule:
     return build(yaml.safe_load(request.param.read_text()), "schedule")
 
 
-def test_every_schedule_ends_at_the_setting_and_never_rises_on_the_way(schedule: Schedule | ConstantSchedule) -> None:
+def test_every_schedule_never_rises_and_ends_at_the_configured_value(schedule: Schedule | ConstantSchedule) -> None:
     values = [schedule("temperature", 1.0, p) for p in PROGRESS]
     assert values[-1] == pytest.approx(1.0)
     assert values[0] in (5.0, 1.0)
     assert all(a >= b for a, b in itertools.pairwise(values))
 
 
-def test_every_schedule_leaves_the_other_knob_alone(schedule: Schedule | ConstantSchedule) -> None:
+def test_a_schedule_of_the_temperature_does_not_change_the_noise(schedule: Schedule | ConstantSchedule) -> None:
     assert [schedule("noise", 0.1, p) for p in PROGRESS] == [0.1] * len(PROGRESS)
 
 
@@ -46,18 +46,21 @@ def test_every_schedule_leaves_the_other_knob_alone(schedule: Schedule | Constan
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_closed_forms_at_quarters(schedule: Schedule, expected: list[float]) -> None:
+def test_schedules_equal_their_formulas(schedule: Schedule, expected: list[float]) -> None:
     assert [schedule("temperature", 1.0, p / 4) for p in range(5)] == pytest.approx(expected)
 
 
-def test_steps_scale_with_the_run() -> None:
-    """At fractions of the run, not at hard-coded step numbers: 100 and 300 of 500 are 0.2 and 0.6."""
+def test_the_steps_of_a_step_schedule_are_fractions_of_the_run() -> None:
+    """A step schedule changes at fractions of the run, not at fixed step numbers.
+
+    The fractions 0.2 and 0.6 are the steps 100 and 300 of 500.
+    """
     schedule = StepSchedule("temperature", 5.0, 2.0, 0.2, 0.6)
     for steps in (5, 500):
         assert [schedule("temperature", 1.0, s / steps) for s in range(steps)].count(5.0) == steps // 5
 
 
-def test_noise_can_decay_to_nothing() -> None:
+def test_noise_can_fall_to_zero_except_with_an_exponential_schedule() -> None:
     assert LinearSchedule("noise", 0.5)("noise", 0.0, 1.0) == 0.0
     with pytest.raises(ConfigError, match=r"noise=0\.0: must be > 0"):
         ExponentialSchedule("noise", 0.5)("noise", 0.0, 0.5)
@@ -69,6 +72,6 @@ def test_impossible_starts_are_refused(knob: str, start: float) -> None:
         LinearSchedule(knob, start)  # type: ignore[arg-type]
 
 
-def test_steps_in_the_wrong_order_are_refused() -> None:
+def test_a_step_schedule_with_steps_in_the_wrong_order_is_refused() -> None:
     with pytest.raises(ConfigError, match="first <= second"):
         StepSchedule("temperature", 5.0, 2.0, 0.7, 0.6)

@@ -1,4 +1,4 @@
-"""A checkpoint holds exactly the fields of TrainState; listeners see what events.jsonl says."""
+"""Tests that a checkpoint has exactly the fields of TrainState, and that listeners receive the events of a run."""
 
 from typing import Any
 
@@ -35,14 +35,16 @@ def test_a_checkpoint_without_a_field_or_with_an_unknown_one_is_refused(cell: An
     assert run(one)["train_seconds"] > fields["train_seconds"]
 
 
-def test_every_listener_receives_the_events_of_the_file_in_their_order(cell: Any) -> None:
+def test_every_listener_receives_the_events_of_the_file_in_the_same_order(cell: Any) -> None:
     class Collector(RunListener):
+        """Collects events. Checks that each event is in events.jsonl before listeners receive it."""
+
         def __init__(self) -> None:
             self.events: list[dict[str, Any]] = []
 
         def log(self, step: int, values: dict[str, Any]) -> None:
             written = read_events(one.folder / "events.jsonl")
-            assert len(written) == len(self.events) + 1  # the file comes first
+            assert len(written) == len(self.events) + 1
             self.events.append({"step": step, **values})
 
     one, listeners = cell(), [Collector(), Collector()]
