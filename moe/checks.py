@@ -1,4 +1,4 @@
-"""One-line messages about bad input: they name the key, its value, what is allowed, and the nearest known name."""
+"""Check input and report mistakes in one line: the key, its value, what is allowed, and the nearest known name."""
 
 import difflib
 import inspect
@@ -84,10 +84,11 @@ def build(spec: Any, key: str, *args: Any) -> Any:
 
 
 def parse(kind: type[T], content: object, place: str = "") -> T:
-    """Return JSON `content` as a `kind`, a dataclass or NamedTuple.
+    """Convert JSON `content` to an instance of `kind`, which is a dataclass or NamedTuple.
 
-    The keys must be exactly the fields of `kind`, and every value must fit its annotation. `place` is where the content
-    stands in its file. Raises ValueError, with a message of one line that names the key.
+    The keys must be exactly the fields of `kind`, and every value must fit its annotation. `place` says where in its
+    file the content was found, such as "config.model". Raises ValueError, with a message of one line that names the
+    key.
     """
     if not isinstance(content, dict):
         raise ValueError(f"{place or 'the content'} is {_shorten(content)}: must be an object")
@@ -152,7 +153,7 @@ def _fits(value: object, annotation: Any) -> bool:
         return any(_fits(value, option) for option in get_args(annotation))
     if annotation in (int, float):  # a whole number is a float too, but True is no number
         if isinstance(value, int):
-            return not isinstance(value, bool) and abs(value) < 2**1023  # a larger one has no float
+            return not isinstance(value, bool) and abs(value) < 2**1023  # a larger integer cannot become a float
         return annotation is float and isinstance(value, float)
     return isinstance(value, annotation) if isinstance(annotation, type) else value is annotation
 

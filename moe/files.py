@@ -1,4 +1,4 @@
-"""Atomic writes, so that a reader never sees half a file, and digests."""
+"""Write files atomically, so that a reader never sees half a file, and compute their digests."""
 
 import hashlib
 import json

@@ -13,8 +13,8 @@ Generated from `moe/metrics/catalog.py` by `python -m moe.metrics > docs/metrics
 Where each metric is written:
 
 {written}
-A metric that is written at every step too is the value of that step alone; routing metrics are called
-`train/routing/...` there. Ratios are taken of sums over all tokens, so micro-batches and processes do not change them.
+A value that is written at an optimizer step is that of this step alone; there routing metrics are called
+`train/routing/...`. Ratios are taken of sums over all tokens, so micro-batches and processes do not change them.
 Routing metrics and auxiliary losses are means over layers; losses are logged unweighted. A metric that a router does
 not have is null, never zero.
 

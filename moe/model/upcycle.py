@@ -37,7 +37,7 @@ def upcycle(model: MoEForCausalLM, settings: ModelConfig) -> None:
     disable_progress_bar()
     revision = dense_checkpoint.revision(settings.dense, settings.dense_digest)
     options: dict[str, Any] = {"revision": revision, "dtype": torch.float32, "output_loading_info": True}
-    loaded: Any = LlamaForCausalLM.from_pretrained(settings.dense, **options)  # A pair, because of the last option.
+    loaded: Any = LlamaForCausalLM.from_pretrained(settings.dense, **options)  # (model, info), due to the last option
     source, info = loaded
     if info["missing_keys"]:
         raise ValueError(f"model.dense={settings.dense}: has no weights for {', '.join(sorted(info['missing_keys']))}")
@@ -46,7 +46,7 @@ def upcycle(model: MoEForCausalLM, settings: ModelConfig) -> None:
         for name, tensor in model.state_dict().items():
             if ".mlp." not in name:
                 tensor.copy_(weights[name])
-        # The model may have fewer layers than the checkpoint; it then gets the first ones.
+        # The model may have fewer layers than the checkpoint. It then gets the checkpoint's first layers.
         for block, dense_block in zip(model.model.layers, source.model.layers, strict=False):
             _copy_mlp(block.mlp, dense_block.mlp, shared=settings.shared_experts)
     model.generation_config = source.generation_config

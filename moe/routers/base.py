@@ -39,8 +39,8 @@ class Router(nn.Module):
     - `after_step`: learn without a gradient, after each optimizer step.
     - `tie_to`: use modules of the first MoE layer's router.
 
-    Attribute names have no other meaning: the code reads nothing of a router but what this docstring lists. The test
-    tests/routers/test_contract.py checks each router in conf/router against these declarations.
+    The code uses only those attributes of a router that this docstring lists. All other attributes may have any name.
+    The test tests/routers/test_contract.py checks each router in conf/router against these declarations.
     """
 
     causal: bool = True
@@ -75,7 +75,7 @@ class Router(nn.Module):
     def chain(self) -> "list[Router]":
         """The routers that a layer runs one after another. Each sees the input plus all that experts have added so far.
 
-        All links of a chain have the `fixed_k` of the router that returns it.
+        All routers of a chain have the same `fixed_k` as the router that returns the chain.
         """
         return [self]
 
@@ -88,7 +88,7 @@ class Router(nn.Module):
         return float(self.num_experts if k is None else k * len(self.chain))
 
     def mixing_flops(self) -> int:
-        """Return the forward FLOPs per token beyond 2 per weight of each matrix."""
+        """Return the forward FLOPs per token in addition to 2 for each weight of a matrix, as for mixing tokens."""
         return 0
 
     def before_training(self, counts: Int[Tensor, "V"]) -> None:

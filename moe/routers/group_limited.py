@@ -1,4 +1,4 @@
-"""Group-limited top-k: the experts of a token come from few groups, so it travels to few devices."""
+"""Group-limited top-k: the experts of a token come from few groups, so that a token is sent to few devices."""
 
 from typing import Literal
 

@@ -48,7 +48,7 @@ class Hash(Router):
 
 
 def lightest(weights: list[int], bins: int, k: int) -> list[list[int]]:
-    """Return the k emptiest bins for each weight in turn, which is then added to each of them."""
+    """For each weight in turn, choose the k bins with the smallest sums and add the weight to each. Return the bins."""
     heap = [(0, b) for b in range(bins)]
     chosen = []
     for weight in weights:

@@ -36,15 +36,16 @@ class Spectra(Router):
         with the largest plan entries first. This quota can leave a token with fewer than k experts.
     ema_bias_weight, ema_alpha: weight of the term (load / mean load - 1) in the cost. Loads are an exponential moving
         average over steps.
-    srip_enabled, so_lambda_max, so_warmup_steps: the auxiliary loss `srip`, see the function. Its weight rises linearly
-        to `so_lambda_max` over the first `so_warmup_steps` optimizer steps.
+    srip_enabled, so_lambda_max, so_warmup_steps: the auxiliary loss `srip`, computed by the function `srip`. Its weight
+        rises linearly to `so_lambda_max` over the first `so_warmup_steps` optimizer steps.
     router_entropy_coef, cosine_similarities_loss_coef: weights of two more losses, the mean entropy of the rows of the
         plan and the mean of s^2.
 
     Gates are the rows of the plan over the chosen experts, summing to 1 (k=1: p itself), with a gradient through the
     plan. With a quota no load in training exceeds factor times the mean load. Use lb=0. Not causal in training, where
-    plan, quota and means depend on the whole micro-batch. Evaluation uses no plan and no quota, and running means, so
-    it is causal without `sinkhorn_inference`. Declared causal only if neither repulsion nor plan nor quota is used.
+    plan, quota and means depend on the whole micro-batch. Evaluation uses no plan, no quota, and running means instead
+    of means over the batch, so it is causal unless `sinkhorn_inference` is set. The router is declared causal only if
+    neither repulsion nor plan nor quota is used.
     """
 
     mean_expression: Tensor
@@ -200,7 +201,7 @@ class Spectra(Router):
 
 
 def depth_gru(dim: int, width: int) -> nn.GRUCell:
-    """Return a GRU cell without bias at first.
+    """Return a GRU cell whose biases start at 0.
 
     For each gate the input weights are Xavier-uniform and the recurrent weights orthogonal.
     """

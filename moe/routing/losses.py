@@ -1,7 +1,7 @@
 """Auxiliary losses of one layer, unweighted. The training loop logs them as they are and weights them in its total.
 
-Each loss is a mean over the tokens of the micro-batch. A loss is left out where a router has no such quantity, such as
-probabilities. `moe.routing.loss_table` lists all losses with the keys that weight them.
+Each loss is a mean over the tokens of the micro-batch. A loss is left out if the router lacks what it is computed from,
+for example probabilities. `moe.routing.loss_table` lists all losses with the keys that weight them.
 """
 
 import torch
