@@ -1,7 +1,7 @@
 """Build a W&B workspace for an experiment: `python -m moe.dashboard noise_lb_seed`, see docs/dashboards.md.
 
-The seeds of one condition are drawn as their mean, with the range from the smallest to the largest value. Settings are
-compared by the final values of finished runs. Needs the extra `dashboard`.
+The seeds of one condition are drawn as their mean, with the range from the smallest to the largest value. Bars compare
+the levels of a factor by the final values of finished runs. Needs the extra `dashboard`.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def sections(cells: list[Cell]) -> dict[str, list[Panel]]:
     configs = [cell.config for cell in cells]
     layers = max(config.model.layers - config.model.first_k_dense_replace for config in configs)
     if layers == 0:
-        raise ConfigError("no run of it has a Mixture-of-Experts layer, so there is no routing to show")
+        raise ConfigError("no run of this experiment has a Mixture-of-Experts layer, so there is no routing to show")
     weighted = [f"train/{name}" for name, loss in LOSSES.items() if any(getattr(c, loss.weight) for c in configs)]
     limit = LIMIT if any(config.capacity is not None for config in configs) else []
     gradients, settings = _names(select(group="gradients")), _names(select(group="settings"))
@@ -67,7 +67,7 @@ def sections(cells: list[Cell]) -> dict[str, list[Panel]]:
 def factors(cells: list[Cell]) -> list[str]:
     """Return the keys of the runs' W&B config that vary in an experiment.
 
-    Leaves out the seed, and keys whose value only follows from another varied key.
+    The seed is left out, and so are keys whose value follows from another key that varies.
     """
     rows = [flatten(asdict(cell.config)) | cell.choices | {"experiment": cell.experiment} for cell in cells]
     varied = varied_factors(pd.DataFrame([{key: level(value) for key, value in row.items()} for row in rows]))
@@ -157,7 +157,7 @@ def _save(built: Any) -> str:
     try:
         return str(built.save().url)
     except Exception as error:  # the errors of W&B have no other common class, and some are private
-        raise ConfigError(f"W&B does not save it: {first_line(error)}") from None
+        raise ConfigError(f"W&B did not save the workspace: {first_line(error)}") from None
 
 
 if __name__ == "__main__":

@@ -188,8 +188,8 @@ def test_the_schema_takes_no_other_panels() -> None:
         (["noise_lb_sed"], "unknown option of experiment 'noise_lb_sed'; nearest: noise_lb_seed"),
         (["noise_lb_seed", "nois=1"], "unknown key 'nois'; nearest: noise"),
         (["noise_lb_seed", "--project", "p"], "--entity and --project go together"),
-        (["default", "model=dense"], "no run of it has a Mixture-of-Experts layer"),
-        (["noise_floor", "--entity", "e", "--project", "p"], "W&B does not save it: "),
+        (["default", "model=dense"], "no run of this experiment has a Mixture-of-Experts layer"),
+        (["noise_floor", "--entity", "e", "--project", "p"], "W&B did not save the workspace: "),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(

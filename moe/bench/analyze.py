@@ -1,4 +1,4 @@
-"""How long `analyze.py` takes over many runs, and how much memory. The run folders are made up; nothing is trained."""
+"""Measure the time and memory that `analyze.py` takes over many runs. The runs are synthetic; nothing is trained."""
 
 import argparse
 import json
@@ -62,8 +62,8 @@ def measure_analysis(*, runs: int, steps: int) -> Cost:
 def write_runs(sweep: Path, *, runs: int, steps: int) -> None:
     """Write folders of finished runs, router x capacity x seed, with as many metrics as a run of 12 layers has.
 
-    The experiment is one whose figures need the most data: those of A and C read the training steps too. Runs of one
-    router share their training steps; evaluations differ from run to run.
+    The runs belong to experiment A, because the figures of A and C need the most data: they also read the training
+    steps. Runs of one router share their training steps; evaluations differ from run to run.
     """
     rng = np.random.default_rng(0)
     training = [_training(steps, 0.1 * (1 + index), rng) for index in range(len(ROUTERS))]

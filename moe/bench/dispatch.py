@@ -1,6 +1,6 @@
-"""Experiment B: drop rate and speed of the dispatcher alone, over experts, experts per token and capacity factor.
+"""Measure drop rate and speed of the dispatcher alone, over experts, experts per token and capacity (experiment B).
 
-Routing is random (independent normal logits), experts are the identity, and gate weights are 1. Two things are timed:
+Routing is random (independent normal logits), experts are the identity, and gate weights are 1. The time covers
 gathering tokens by expert under a capacity limit, and summing them back. The routing bench timed the same.
 """
 
@@ -44,8 +44,8 @@ def measure_dispatch(
 ) -> dict[str, Any]:
     """Return one row of the result: drop rate, and the median time of `iterations` rounds of packing and combining.
 
-    The bytes of a token are the smallest number that must move: (2 + 2k) D values. The token is read once and written
-    once, and each of its k copies is written once and read once.
+    `bytes_per_token_strict` is the smallest number of bytes that must be moved for a token: those of (2 + 2k) D values.
+    The token is read once and written once, and each of its k copies is written once and read once.
     """
     generator = torch.Generator().manual_seed(seed)
     expert = torch.randn(tokens, experts, generator=generator).topk(k).indices.to(timed_device())

@@ -1,4 +1,4 @@
-"""How step time and peak memory grow with experts, tokens, sequence length and experts per token (exponents)."""
+"""Measure how step time and peak memory grow with experts, tokens, sequence length and experts per token."""
 
 import argparse
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Sweeps: seconds from a command to its first training step, and runs N at a time compared with one after another."""
+"""Time the start of a run, and a sweep with N runs at a time compared with one run after another."""
 
 import argparse
 import os

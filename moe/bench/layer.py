@@ -1,4 +1,4 @@
-"""One MoE layer, forward and backward, compared with its limits and with the Mixtral block of transformers."""
+"""Compare one MoE layer, forward and backward, with its limits and with the Mixtral block of transformers."""
 
 import argparse
 from collections.abc import Callable, Iterator
@@ -47,12 +47,12 @@ def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:
     for name in arguments.shapes.split(","):
         sizes = ", ".join(f"{letter}={size}" for letter, size in SHAPES[name]._asdict().items())
         passes = layer_passes(SHAPES[name], dtype=DTYPES[arguments.dtype])
-        seconds = time_in_turns(
-            [(title, one.forward_and_backward) for title, one in passes.items()], rounds=arguments.rounds
-        )
+        variants = [(title, layer_pass.forward_and_backward) for title, layer_pass in passes.items()]
+        seconds = time_in_turns(variants, rounds=arguments.rounds)
         table = relative_table(f"layer {name}: {sizes}, {arguments.dtype} on {timed_device()}", seconds, to="dense")
-        for row, one in zip(table.rows, passes.values(), strict=True):
-            row["saved for the backward pass / least"] = one.saved_bytes() / least_saved_bytes(SHAPES[name], one.dtype)
+        for row, layer_pass in zip(table.rows, passes.values(), strict=True):
+            least = least_saved_bytes(SHAPES[name], layer_pass.dtype)
+            row["saved for the backward pass / least"] = layer_pass.saved_bytes() / least
         yield table
 
 
@@ -124,11 +124,11 @@ def layer_passes(shape: Shape, *, dtype: torch.dtype) -> dict[str, LayerPass]:
         "MoE, capacity 1.25": (lambda x: moe_layer(x, limited).y, moe_layer, shape.tokens),
         **{f"Mixtral, {name}": (_first_of(block), block, shape.tokens) for name, block in blocks.items()},
     }
-    return {name: LayerPass(*one, shape.dim, dtype) for name, one in forward.items()}
+    return {name: LayerPass(*variant, shape.dim, dtype) for name, variant in forward.items()}
 
 
 def mixtral_config(shape: Shape, implementation: str, **others: Any) -> MixtralConfig:
-    """Return Mixtral's configuration for experts of this shape; `others` are settings of the rest of a model."""
+    """Return Mixtral's configuration for experts of this shape; `others` are settings of the other parts of a model."""
     config = MixtralConfig(
         hidden_size=shape.dim,
         intermediate_size=shape.ffn,

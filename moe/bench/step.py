@@ -1,4 +1,4 @@
-"""One training step, bare and in training, compared with a dense model and Mixtral, and the shares of its parts."""
+"""Time a training step, alone and in the training loop, beside a dense model and Mixtral, and time its parts."""
 
 import argparse
 import copy
@@ -82,8 +82,9 @@ class StepTimes(NamedTuple):
 def measure_steps(overrides: list[str], *, rounds: int, folder: Path) -> StepTimes:
     """Time the steps of a run with these overrides.
 
-    The real training loop runs, and the other variants take their turn whenever it reports a step. The run is stopped
-    after 1 % of its steps: evaluations, traces and checkpoints belong to longer runs and would be counted as steps.
+    The real training loop runs, and the other variants are timed whenever it reports a step. The configured run is 100
+    times as long and is stopped early. Evaluations, traces and checkpoints then do not occur in between; they would be
+    counted as steps.
     """
     steps = rounds + UNCOUNTED
     beyond_end = [f"{key}={100 * steps}" for key in ("steps", "eval_every", "save_every")]
@@ -146,7 +147,7 @@ def step_variants(config: Config) -> list[Variant]:
 
 
 def part_variants(config: Config, events: EventLog) -> list[Variant]:
-    """Return the parts of a step of the whole model. Statistics and losses are computed for one batch."""
+    """Return functions that carry out one part of a training step each. Statistics and losses cover one batch."""
     model = _model(config)
     optimizers = build_optimizers(model, config.optimizer)
     step = bare_step(model, config)

@@ -1,4 +1,4 @@
-"""Times variants in turns and makes tables of the results.
+"""Time variants in turns and make tables of the results.
 
 Each round times every variant once. The tables show medians over rounds and their ratios, because absolute times mean
 nothing on a shared machine.
@@ -38,14 +38,14 @@ def timed_device() -> torch.device:
 
 
 def product_flops(dtype: torch.dtype) -> float:
-    """Measure the FLOPs per second of a large matrix product, which no model exceeds."""
+    """Measure the FLOPs per second of a large matrix product. No model can be faster."""
     size = 8192 if timed_device().type == "cuda" else 2048
     a, b = torch.randn(2, size, size, device=timed_device(), dtype=dtype)
     return 2 * size**3 / time_in_turns([("product", lambda: a @ b)], rounds=5)["product"]
 
 
 def time_in_turns(variants: list[Variant], *, rounds: int) -> dict[str, float]:
-    """Return the median seconds of each variant over `rounds` rounds, which follow those that are not counted."""
+    """Return the median seconds of each variant over `rounds` rounds, after `UNCOUNTED` rounds to warm up."""
     seconds: dict[str, list[float]] = {name: [] for name, _ in variants}
     for _ in range(rounds + UNCOUNTED):
         for name, run in variants:

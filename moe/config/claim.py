@@ -31,15 +31,15 @@ class ClaimConfig:
     def check(self, key: str, factors: list[str]) -> None:
         one_of(f"{key}.kind", self.kind, ("higher", "lower", "highest", "lowest", "equivalent"))
         one_of(f"{key}.metric", self.metric.split("/")[0], ("val", "val_capacity", "routing", "train", "time"))
-        elsewhere = self.factor.startswith(("router.", "schedule."))  # only some cells may have such a key
-        if not elsewhere and self.factor not in factors:
+        depends_on_cell = self.factor.startswith(("router.", "schedule."))  # only some cells may have such a key
+        if not depends_on_cell and self.factor not in factors:
             raise unknown(f"factor of {key}", self.factor, factors)
         require(bool(self.levels), f"{key}.levels", self.levels, "a list of at least one level")
         all_others = self.kind in ("highest", "lowest")
         allowed = f"empty: {self.kind} compares with all other levels" if all_others else "a list of at least one level"
         require(all_others != bool(self.than), f"{key}.than", self.than, allowed)
         both = [level for level in self.levels if level in self.than]
-        require(not both, f"{key}.than", self.than, f"without {both}, which levels contains too")
+        require(not both, f"{key}.than", self.than, f"without {both}, which are in levels too")
         equivalent = self.kind == "equivalent"
         allowed = "given, such as 1%" if equivalent else "left out: only kind=equivalent has a margin"
         require(equivalent == (self.margin is not None), f"{key}.margin", self.margin, allowed)

@@ -1,6 +1,6 @@
 """A dense Llama-type checkpoint to start from: its digest, and the sizes that its config.json gives to the model.
 
-Imports no torch, because a command line is checked with it.
+This module does not import torch, because every command line is checked with it and should be checked fast.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ SIZES = {
     "dense_ffn": "intermediate_size",
 }
 
-# What the model takes over in addition to the sizes, under the names of transformers' LlamaConfig.
+# Settings that the model takes over in addition to the sizes, under the names of transformers' LlamaConfig.
 INHERITED = """num_key_value_heads head_dim max_position_embeddings rope_parameters rms_norm_eps attention_bias
     attention_dropout initializer_range tie_word_embeddings bos_token_id eos_token_id pad_token_id""".split()
 
@@ -31,8 +31,9 @@ INHERITED = """num_key_value_heads head_dim max_position_embeddings rope_paramet
 def resolve(model: dict[str, Any]) -> dict[str, Any]:
     """Return the keys of the `model` group that the checkpoint `model["dense"]` fixes.
 
-    These are sizes, `dense_digest`, and the number of layers if it is None; None means that a key is not given. Raises
-    ConfigError for a checkpoint that is missing or no Llama, and for a given value that differs from the checkpoint's.
+    These are the sizes and `dense_digest`. A key that is not given is None in `model`; if `layers` is not given, it is
+    fixed too. Raises ConfigError for a checkpoint that is missing or is not a Llama, and for a given value that differs
+    from the checkpoint's.
     """
     name = model["dense"]
     settings = _settings(name, model["dense_digest"])
@@ -48,7 +49,7 @@ def resolve(model: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_data(name: str, revision: str | None, *, tokenizer: str, seq_len: int) -> None:
-    """Raise ConfigError for a tokenizer other than the checkpoint's, and for sequences longer than its positions."""
+    """Raise ConfigError if the tokenizer is not the checkpoint's, or if sequences are longer than it has positions."""
     settings = _settings(name, revision)
     vocabulary = settings["vocab_size"]
     require(tokenizer != "bpe", "data.tokenizer", tokenizer, f"the tokenizer of model.dense={name}")

@@ -7,7 +7,7 @@ GROUPS = ("router", "schedule", "model", "data", "optimizer", "logger", "experim
 
 
 def options(group: str) -> dict[str, str]:
-    """Return the options of a config group, each with the purpose that the first line of its yaml states."""
+    """Return the options of a config group, each with its purpose, which is the first comment of its YAML file."""
     purposes = {}
     for path in sorted((CONF / group).glob("*.yaml")):
         lines = [line for line in path.read_text().splitlines() if line.startswith("# ") and "@package" not in line]

@@ -14,9 +14,9 @@ from moe.data.limits import check_limits
 from moe.distributed import ranks
 from moe.routing.loss_table import LOSSES
 
-# Keys that are not part of a run's identity, so that they may change on a resume. What a run computes does not depend
-# on them, except for last bits (threads) and the random numbers of dropout (expert_parallel). conf/config.yaml leaves
-# the same keys out of folder names.
+# Keys that are not part of a run's identity, so that they may change when a run is resumed. They do not influence what
+# a run computes, with two exceptions: `threads` influences the last bits, and `expert_parallel` the random numbers of
+# dropout. conf/config.yaml leaves the same keys out of folder names.
 FREE_KEYS = (
     "out",
     "threads",
@@ -49,7 +49,7 @@ class ModelConfig:
     neftune_noise_alpha: float = 0.0  # uniform noise on embeddings in training, before that factor (2310.05914: 5)
     attention: str = "sdpa"  # eager | sdpa | flash_attention_2
     dense: str | None = None  # dense Llama-type checkpoint to start from, a folder or hub name (`moe.model.upcycle`)
-    dense_digest: str | None = None  # digest of that checkpoint; filled in, or given to insist on it
+    dense_digest: str | None = None  # digest of that checkpoint; filled in automatically; a given one must match
 
     def check(self) -> None:
         one_of("model.expert", self.expert, ("silu", "swiglu"))
@@ -71,7 +71,7 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """Source of the text (a `_target_`), and how it is tokenized, split, and cut into blocks of `seq_len` tokens."""
+    """Settings of the data: the source of the text (a `_target_`), and how it becomes blocks of `seq_len` tokens."""
 
     source: Any = MISSING
     tokenizer: str = MISSING
@@ -116,9 +116,8 @@ class OptimizerConfig:
         for name in ("router_lr", "experts_lr"):
             value = getattr(self, name)
             ok = value is None or self.muon_lr is None
-            require(
-                ok, f"optimizer.{name}", value, f"null with optimizer.muon_lr={self.muon_lr}, which those matrices take"
-            )
+            allowed = f"null, because Muon trains these matrices with optimizer.muon_lr={self.muon_lr}"
+            require(ok, f"optimizer.{name}", value, allowed)
         for name in ("momentum", "beta1", "beta2"):
             value = getattr(self, name)
             require(finite(value) and 0 <= value < 1, f"optimizer.{name}", value, "in [0, 1)")
@@ -131,7 +130,7 @@ class OptimizerConfig:
 
 @dataclass
 class LoggerConfig:
-    """Mirror of events.jsonl at Weights & Biases. Mode "auto": online if an API key is set, else offline."""
+    """Settings of the copy of events.jsonl in W&B. With mode "auto": online if an API key is set, otherwise offline."""
 
     mode: str = "auto"
     project: str = "moe-routing"
@@ -248,7 +247,7 @@ class Config:
 
 
 class Cell(NamedTuple):
-    """One combination of a command: its configuration, its run folder, and the options chosen from the groups."""
+    """One cell of a sweep, or a single run: its configuration, run folder, and the option chosen from each group."""
 
     config: Config
     folder: Path

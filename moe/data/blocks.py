@@ -1,8 +1,8 @@
-"""Turns documents into token blocks (split, tokenize, pack, cache as Arrow) and gives the order in which training reads
+"""Turn documents into token blocks (split, tokenize, pack, cache as Arrow), and give the order in which training reads
 them.
 
-Everything here is a pure function of its arguments. Every seed, rank and resumed run therefore sees the same validation
-set, and the batch of a step needs no state.
+All functions of this module depend on their arguments alone. Every seed, rank and resumed run therefore sees the same
+validation set, and the batch of a step needs no state.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ class Prepared(NamedTuple):
     val: has the column document too, a number for each source file (`Document.group`); a conversation is a source file
         of its own. A block has the number of the document of its first token. Blocks with the same number are not
         statistically independent.
-    manifest: counts, licenses, package versions and checksums of what the blocks were made of.
+    manifest: counts, licenses, package versions and checksums of everything that the blocks were made from.
     """
 
     train: datasets.Dataset
@@ -192,7 +192,7 @@ def _build(
     val_percent: int,
     max_val_blocks: int | None,
 ) -> dict[str, Any]:
-    """Write the folders tokenizer, train and val; return what the manifest says about them."""
+    """Write the folders tokenizer, train and val; return their entries of the manifest."""
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()  # tqdm(disable=None) does the same for the bars of this module
     corpus = _read(source)
@@ -200,7 +200,7 @@ def _build(
     for domain, documents in corpus.items():
         train[domain], val[domain] = _split(documents, val_percent)
         if not val[domain]:
-            log.warning("domain %s has one source file only: all of it is train, none is val", domain)
+            log.warning("domain %s has only one source file: it is used for training, and none for validation", domain)
 
     if vocab_size is not None:
         fast = train_bpe([document.text for documents in train.values() for document in documents], vocab_size)
@@ -237,14 +237,14 @@ def _read(source: Source) -> dict[str, list[Document]]:
     for document in tqdm(source.documents(), "read", unit=" documents", disable=None):
         corpus[document.domain].append(document)
     if not corpus:
-        raise ValueError(f"data.source={source}: not one document")
+        raise ValueError(f"data.source={source}: yields no documents")
     return corpus
 
 
 def _counts(
     split: dict[str, list[Document]], blocks: dict[str, Blocks], domain_of_block: np.ndarray
 ) -> dict[str, dict[str, Any]]:
-    """Return what the manifest says about each domain of one split."""
+    """Return the entries of the manifest about each domain of one split."""
     return {
         domain: {
             "documents": len(documents),

@@ -49,7 +49,7 @@ def _walk(root: Path, suffixes: tuple[str, ...], *, skip: Sequence[str]) -> list
     """Return the files below `root` in pseudo-random order, which is the same on every file system."""
     found = []
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in skip]  # Keeps os.walk out of the others.
+        subfolders[:] = [name for name in subfolders if name not in skip]  # os.walk does not enter the removed ones.
         found += [Path(folder, name) for name in names if name.endswith(suffixes)]
     return sorted(found, key=lambda path: _shuffle_key(path.relative_to(root).as_posix()))
 

@@ -1,4 +1,4 @@
-"""Labels: what each position of a block of tokens has to predict."""
+"""Labels: the token that each position of a block has to predict."""
 
 import torch.nn.functional as F
 from jaxtyping import Int

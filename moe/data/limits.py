@@ -1,4 +1,4 @@
-"""The allowed values of the data settings. Imports no torch, because a command line is checked with it."""
+"""The allowed values of the data settings. This module does not import torch, so that a command is checked fast."""
 
 from moe.checks import require
 

@@ -53,7 +53,7 @@ class Document(NamedTuple):
 
 @runtime_checkable
 class Source(Protocol):
-    """What `moe.data.blocks.prepare` needs. The fields and `describe()` together identify the text."""
+    """Interface of a source for `moe.data.blocks.prepare`. Its fields and `describe()` together identify the text."""
 
     def documents(self) -> Iterator[Document]:
         """Yield the documents in an order that depends only on the fields and on the text."""
@@ -244,7 +244,7 @@ def _hub_rows(path: str, name: str | None, split: str, count: int) -> Iterator[t
 
 
 def _describe_hub(path: str) -> dict[str, dict[str, Any]]:
-    """Return what `Source.describe` says of a data set on the hub or of local files."""
+    """Return the result of `Source.describe` for a data set on the hub or for local files."""
     files = _local_files(path)
     license = "the user's own" if files else "see the dataset's card"
     packages = {"datasets": metadata.version("datasets")}

@@ -1,1 +1,1 @@
-"""From a command line to finished runs: reading it, sweeping, running one cell."""
+"""Read a command line, carry out the cells of a sweep, and train each cell."""

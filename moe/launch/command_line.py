@@ -1,4 +1,4 @@
-"""Turning a command line into checked cells, so that every mistake is refused before the first run starts."""
+"""Turn a command line into checked cells, so that every mistake is refused before the first run starts."""
 
 import csv
 import hashlib

@@ -1,4 +1,4 @@
-"""Training one cell in its run folder: skip a finished run, resume an interrupted one, refuse a different one."""
+"""Train one cell in its run folder: skip a finished run, resume an interrupted one, refuse a different one."""
 
 import logging
 import os
@@ -28,8 +28,8 @@ LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "h
 def run(cell: Cell) -> None:
     """Train one cell, or skip it if it is finished.
 
-    The folder's run.json says what happened. A failure is written there and printed, but not raised, so that a sweep
-    goes on. Of several ranks the first one decides whether to train and holds the lock.
+    The outcome is written to run.json in the folder. A failure is written there and printed, but not raised, so that a
+    sweep goes on. If there are several ranks, the first one decides whether to train and holds the lock.
     """
     follow_parent()
     if not ranks.is_first():
@@ -53,9 +53,11 @@ def run(cell: Cell) -> None:
 
 
 def _may_train(cell: Cell, owner: str | None) -> bool:
-    """Return whether this process is to train the cell, and log why not; `owner` holds the lock if this one does not.
+    """Return whether this process should train the cell. If not, log why.
 
-    Another process may have written to the folder since it was last looked at.
+    owner: the process that holds the lock of the folder; None if this process holds it.
+
+    The folder is checked again, because another process may have written to it since the last check.
     """
     if owner is not None:
         log.info("%s: another process is training it (%s)", cell.folder, owner)
@@ -99,18 +101,18 @@ def _train(cell: Cell) -> None:
         reason = f"{type(error).__name__}: {_reason(error)}"
         log.error("%s failed: %s", cell.folder, reason)
         _write_end(cell, "failed", reason, details=traceback.format_exc())
-        if ranks.world_size() > 1 and not isinstance(error, Diverged):  # only divergence is sure to be on all ranks
+        if ranks.world_size() > 1 and not isinstance(error, Diverged):  # all ranks see a divergence, but no other error
             sys.exit(1)
 
 
 def _write_end(cell: Cell, status: Status, error: str, *, details: str | None = None) -> None:
-    """Write how a run ended too early, or log that even this is impossible, as on a full disk."""
+    """Write why a run ended early. If even this fails, for example on a full disk, log it instead."""
     try:
         if details is not None and ranks.is_first():
             files.write_text(cell.folder / "traceback.txt", details)
         write_run_record(cell, status, error=error)
     except (OSError, ValueError) as second:
-        log.error("%s: this cannot be written to the folder: %s", cell.folder, first_line(second))
+        log.error("%s: the error cannot be written to the folder: %s", cell.folder, first_line(second))
 
 
 def _reason(error: Exception) -> str:
@@ -128,7 +130,7 @@ def write_run_record(cell: Cell, status: Status, facts: RunFacts | None = None, 
     if not ranks.is_first():
         return
     config, before = cell.config, stored_record(cell)
-    if before is not None:  # claims count as planned only if they were there before the first step
+    if before is not None:  # claims count as planned only if they were recorded before the first step
         config = replace(config, claims=before.claims())
     record = RunRecord(
         status=status,

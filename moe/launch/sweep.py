@@ -1,4 +1,4 @@
-"""All cells of a command: check their folders before the first one trains, and report on them after the last one."""
+"""Carry out all cells of a command: check their folders before the first one trains, and report at the end."""
 
 import os
 import time
@@ -13,10 +13,10 @@ from moe.runs.record import RecordError, SweepRecord
 
 
 def carry_out(cells: list[Cell], launch: Callable[[], object]) -> int:
-    """Let `launch` train those of `cells` that are not finished, report on all, and return the exit status.
+    """Let `launch` train those of `cells` that are not finished, report on all of them, and return the exit status.
 
-    The status is 1 if any cell is not finished afterwards. Raises ConfigError or RecordError, with a message of one
-    line, before anything is written, if a folder cannot take its run.
+    The status is 1 if any cell is not finished afterwards. If a run cannot be stored in its folder, raises ConfigError
+    or RecordError, with a message of one line, before anything is written.
     """
     if not cells:
         launch()
@@ -37,7 +37,7 @@ def carry_out(cells: list[Cell], launch: Callable[[], object]) -> int:
         try:
             launch()
         except SystemExit as stop:
-            if stop.code != 1:  # Hydra exits with 1 if a cell raised; report on the other cells then
+            if stop.code != 1:  # Hydra exits with 1 if a cell raised an error; the report below still follows then
                 raise
         if len(cells) > 1:
             _wait(cells)
@@ -82,7 +82,7 @@ def _reserved(cells: list[Cell]) -> Iterator[None]:
 
 
 def _state(cell: Cell) -> str:
-    """Return the status in run.json, or what it cannot hold: killed, in use by a process, unreadable."""
+    """Return the status in run.json, or a state that run.json cannot tell: killed, in use by a process, unreadable."""
     try:
         found = status(cell)
         if found == "running":
@@ -94,9 +94,10 @@ def _state(cell: Cell) -> str:
 
 
 def _wait(cells: list[Cell]) -> None:
-    """Wait for cells that other processes still train.
+    """Wait for cells that other processes are still training.
 
-    A launcher gives up on all cells when the process of one is killed, and an earlier sweep may have been killed.
+    There are such cells if the process of one cell was killed, because a launcher then stops waiting for the others, or
+    if an earlier sweep was killed.
     """
     announced = False
     while others := [cell.folder.name for cell in cells if _state(cell).startswith("in use")]:
@@ -129,7 +130,7 @@ def _outcome(before: str, after: str) -> str:
 
 
 def _reason(cell: Cell, state: str) -> str:
-    """Return why a cell is not finished; a worker process may have printed it elsewhere."""
+    """Return why a cell is not finished. The worker process that printed the reason may run on another machine."""
     if state == "killed":
         return ": its process ended without a message"
     try:

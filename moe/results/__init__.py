@@ -1,1 +1,1 @@
-"""Run folders in, one table out: runs, conditions, and the tables that a sweep writes."""
+"""Read run folders into one table, group the runs into conditions, and write the tables of a sweep."""

@@ -1,4 +1,4 @@
-"""Summaries: runs grouped into conditions, each with its mean and spread over seeds.
+"""Group runs into conditions, and compute mean and spread over seeds for each condition.
 
 A condition is one combination of levels of the factors that vary. The functions take the table that
 `moe.results.table.load_runs` returns.
@@ -22,15 +22,15 @@ FACTOR_GROUPS = ("variant", "router", "schedule", "model", "data", "optimizer")
 
 
 def varied_factors(runs: pd.DataFrame) -> list[str]:
-    """Return the factors with more than one level, the seed last, without those in `tied_factors`."""
+    """Return the factors with more than one level, without those in `tied_factors`. The seed comes last."""
     seed = ["seed"] if "seed" in runs and runs["seed"].nunique() > 1 else []
     return _free_and_tied(runs)[0] + seed
 
 
 def tied_factors(runs: pd.DataFrame) -> dict[str, str]:
-    """Return each varied factor whose level another factor fixes in all these runs, with that other factor.
+    """Return {factor: the other factor that determines its level in all these runs}.
 
-    The effects of the two cannot be told apart.
+    The effects of the two factors cannot be told apart.
     """
     return _free_and_tied(runs)[1]
 
@@ -46,8 +46,8 @@ def conditions(runs: pd.DataFrame, factors: list[str]) -> Iterator[tuple[dict[st
         yield {}, runs
         return
     for level in levels(runs[factors[0]]):
-        for rest, members in conditions(runs[runs[factors[0]] == level], factors[1:]):
-            yield {factors[0]: level, **rest}, members
+        for other_levels, members in conditions(runs[runs[factors[0]] == level], factors[1:]):
+            yield {factors[0]: level, **other_levels}, members
 
 
 def present(runs: pd.DataFrame, metrics: Iterable[str]) -> list[str]:
@@ -62,7 +62,7 @@ def by_seed(runs: pd.DataFrame, metric: str) -> pd.Series:
     if not values.index.is_unique:
         seed = values.index[values.index.duplicated()][0]
         folders = ", ".join(runs.loc[runs["seed"] == seed, "folder"])
-        raise ValueError(f"seed {seed} has more than one run of the same condition, give one of them: {folders}")
+        raise ValueError(f"seed {seed} has more than one run of the same condition, pass only one of them: {folders}")
     return values
 
 
@@ -82,7 +82,7 @@ def summary(runs: pd.DataFrame, factors: list[str], metrics: Iterable[str]) -> p
 def spread_table(summary: pd.DataFrame) -> pd.DataFrame:
     """Return a summary as text, "mean ± std (ddof=1)", with a row per condition.
 
-    A metric that has fewer seeds than others names its own n.
+    If a metric has fewer seeds than the other metrics of the condition, its n is added.
     """
     factors = [column for column in summary if column not in ("metric", "n", "mean", STD)]
     rows = []
@@ -101,8 +101,8 @@ NAMED_ROUTERS = ("router", "variant")  # columns whose levels say how tokens are
 def with_causality(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the same runs with "(causal: ...)" after the name of every router and arm.
 
-    It is yes, no, "unknown" if no run says it, or "by setting" where the runs of one name differ, as under
-    drop=position,score. So a name stays one level of its factor.
+    The word is "yes", "no", "unknown" if no run has the information, or "by setting" if the runs of one name differ, as
+    with drop=position,score. In this way each name stays one level of its factor.
     """
     words = runs["causal"].map({True: "yes", False: "no"})
     named = [column for column in NAMED_ROUTERS if column in runs and not runs[column].isin(["none"]).all()]
@@ -115,15 +115,15 @@ def with_causality(runs: pd.DataFrame) -> pd.DataFrame:
 
 def unfinished(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the runs that are not finished: experiment, run, status, and the first line of the error."""
-    rest = runs.loc[runs["status"] != "finished", ["experiment", "run", "status", "error"]]
-    return rest.assign(error=[first_line(e) if isinstance(e, str) and e else "" for e in rest["error"]])
+    table = runs.loc[runs["status"] != "finished", ["experiment", "run", "status", "error"]]
+    return table.assign(error=[first_line(e) if isinstance(e, str) and e else "" for e in table["error"]])
 
 
 def _free_and_tied(runs: pd.DataFrame) -> tuple[list[str], dict[str, str]]:
     """Return the varied factors, and the tied ones with the factor that fixes each.
 
-    An arm (`variant`) comes before the factors that it fixes, and a group or root key before the keys below it, because
-    `router` says more than `router._target_`.
+    If two factors change together, the more telling one counts as the factor: an arm (`variant`) rather than the keys
+    that it sets, and a group such as `router` rather than a key below it such as `router._target_`.
     """
     factors = [c for c in runs if "/" not in c and c not in (*FACTS, "seed") and not is_free(c)]
     factors.sort(
@@ -152,7 +152,7 @@ def _spread(mean: float, std: float) -> str:
         return "–"
     if not math.isfinite(std):
         return f"{mean:.5g} ± –"
-    if std <= 1e-12 * abs(mean):  # rounding, where every seed has the same value
+    if std <= 1e-12 * abs(mean):  # every seed has the same value, up to rounding
         return f"{mean:.5g} ± 0"
     decimals = max(0, 1 - math.floor(math.log10(std)))
     return f"{mean:.{decimals}f} ± {std:.{decimals}f}"

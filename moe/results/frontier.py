@@ -1,4 +1,4 @@
-"""Quality against speed: experiments A and C as one table under the routing bench's own column names.
+"""Quality against speed: experiments A and C as one table with the column names of the routing bench.
 
 Speed is that of training steps alone, without evaluation. FLOPs are those of `moe.model.cost.flops_per_token`, a
 forward pass, times 3 for a training step. They count the experts that tokens of the last validation asked for; earlier
@@ -14,7 +14,8 @@ from moe.results.table import ABSENT, EventTables
 
 STEMS = {"experiment_a": "experiment_a", "experiment_c": "expC"}  # experiment -> how its files' names begin
 
-# Column of the routing bench's own table -> our column, some of which `measured` makes; ours alone at the end.
+# Column in the routing bench's table -> column in the table of runs. `with_training_means` adds some of the latter. The
+# last two columns, seed and causal, did not exist in the bench.
 COLUMNS = {
     "run": "run",
     "router": "router",
@@ -38,7 +39,8 @@ COLUMNS = {
 }
 
 
-# Metrics of events -> our columns made of them: at the best evaluation, and over the second half of training.
+# Metric of an event -> the column that `with_training_means` makes of it. `BEST`: the value at the best evaluation.
+# `LATE`: the mean over the second half of training.
 BEST = {"val/perplexity": "best_val_perplexity", "val/loss": "best_val_loss", "step": "best_step"}
 LATE = {"train/routing/drop_rate": "drop_rate", "train/routing/load_cv": "load_cv"}
 
@@ -75,9 +77,9 @@ def bench_table(measured: pd.DataFrame) -> pd.DataFrame:
 
 
 def pareto_front(points: pd.DataFrame, more: str, less: str) -> pd.DataFrame:
-    """Return the points that no other point beats both in `more` and in `less`.
+    """Return the points that no other point beats in both columns: `more` should be large, `less` small.
 
-    They are in rising order of `more`; of equal points one is kept.
+    They are in rising order of `more`. Of equal points one is kept.
     """
     ordered = points.dropna(subset=[more, less]).sort_values([more, less], ascending=[False, True])
     best_so_far = ordered[less].cummin().shift(fill_value=math.inf)

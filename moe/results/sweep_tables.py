@@ -11,10 +11,9 @@ from moe.results.conditions import HEADLINE, present, spread_table, summary, unf
 from moe.results.frontier import LATE, STEMS, bench_table, with_training_means
 from moe.results.table import load_runs, read_event_tables
 
-# Column of the noise study's own table -> our column; `_noise_study` makes the two that no run has.
 NOISE_STUDY_FILE = "moe_routing_noise_experiment_results.csv"
-
-
+# Column in the noise study's table -> column in the table of runs. `_noise_study` adds the two columns
+# training_time_minutes and best_val_perplexity.
 NOISE_STUDY_COLUMNS = {
     "seed": "seed",
     "noise_std": "noise",
@@ -32,7 +31,8 @@ NOISE_STUDY_COLUMNS = {
 def write_sweep_tables(sweep: Path) -> pd.DataFrame:
     """Write the results.csv of a sweep, one row per run, and return it as a table.
 
-    If noise and lb vary, write the noise study's table too; for experiments A and C that of the routing bench.
+    If noise and lb vary, also write a table in the format of the noise study. For experiments A and C, also write one
+    in the format of the routing bench.
     """
     runs = load_runs([sweep])
     write_text(sweep / "results.csv", runs.to_csv(index=False))
@@ -47,7 +47,7 @@ def write_sweep_tables(sweep: Path) -> pd.DataFrame:
 
 
 def console_table(runs: pd.DataFrame, metrics: Iterable[str] = ()) -> str:
-    """Return mean ± std by condition, of the headline metrics and of `metrics`, and the unfinished runs, as text."""
+    """Return as text: mean ± std of the headline metrics and of `metrics` by condition, and the unfinished runs."""
     runs = with_causality(runs)
     shown = present(runs, (*HEADLINE, *metrics))
     factors = [factor for factor in varied_factors(runs) if factor != "seed"]
@@ -56,16 +56,16 @@ def console_table(runs: pd.DataFrame, metrics: Iterable[str] = ()) -> str:
         lines.append("per condition: mean ± sample standard deviation (ddof=1) over n seeds")
         try:
             lines.append(spread_table(summary(runs, factors, shown)).to_string(index=False))
-        except ValueError as error:  # a copied run folder repeats a seed; that must not end a training
+        except ValueError as error:  # a copied run folder repeats a seed; a finished sweep must not fail because of it
             lines.append(f"not shown: {error}")
-    rest = unfinished(runs)
-    lines.append(f"{len(runs) - len(rest)} of {len(runs)} runs finished")
-    lines += [f"  {row.status}: {row.run}" + (f": {row.error}" if row.error else "") for row in rest.itertuples()]
+    failures = unfinished(runs)
+    lines.append(f"{len(runs) - len(failures)} of {len(runs)} runs finished")
+    lines += [f"  {row.status}: {row.run}" + (f": {row.error}" if row.error else "") for row in failures.itertuples()]
     return "\n".join(lines)
 
 
 def _noise_study(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the finished runs under the noise study's own column names.
+    """Return the finished runs with the column names of the noise study.
 
     As in that study, "best" is the best evaluation of a run.
     """

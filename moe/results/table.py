@@ -1,4 +1,4 @@
-"""Run folders in, one table out.
+"""Read run folders into one table.
 
 A row is a run. Its columns are facts about the run (`FACTS`), its factors (every leaf of its configuration under its
 dotted key, and the chosen option of every config group under the group's name), and its final metrics, whose names
@@ -25,7 +25,7 @@ FACTS = (
     *("seconds", "train_seconds", "peak_memory_gb", "parameters.total", "parameters.active", "flops_per_token"),
     "ranks.number",
 )
-ABSENT = "absent"  # the level of a factor that a run's config does not have, such as router.temp of a top-k router
+ABSENT = "absent"  # the level of a factor if the run's config lacks the key, such as router.temp with a top-k router
 
 # Any of these files marks a run folder, because a crash may leave no run.json.
 RUN_FILES = (RunRecord.FILE, MetricsRecord.FILE, events.FILE)
@@ -43,11 +43,12 @@ class EventTables(NamedTuple):
 
 
 def load_runs(paths: Iterable[Path | str]) -> pd.DataFrame:
-    """Return one row per run at or below `paths`, and one per cell that a sweep.json there names but that has no run.
+    """Return one row for each run at or below `paths`, and one for each cell in a sweep.json there that has no run.
 
     The status of a row is that of the run record (finished, failed, running, interrupted), or "diverged" (it failed
-    because loss or gradient was not finite), "unreadable", or "missing"; `error` says why. The factors of the last two
-    come from sweep.json, or else from the folder's name. Raises ValueError if there is no such folder, or no run in it.
+    because a loss or gradient was not finite), "unreadable", or "missing". The column `error` gives the reason. The
+    factors of unreadable and missing runs come from sweep.json if possible, otherwise from the name of the folder.
+    Raises ValueError if there is no such folder, or no run in it.
     """
     paths = list(paths)
     runs, sweeps = _walk(paths)
@@ -59,12 +60,13 @@ def load_runs(paths: Iterable[Path | str]) -> pd.DataFrame:
     rows += asked.values()
     if not rows:
         raise ValueError(f"no run in {', '.join(map(str, paths))}: a run folder holds a run.json")
-    known = [row for row in rows if "causal" in row]  # only a record that was read can lack a key
+    known = [row for row in rows if "causal" in row]  # rows with a record; only there a key is known to be absent
     absent = {key: ABSENT for row in known for key in row if "/" not in key and key not in FACTS}
     table = pd.DataFrame([absent | row if "causal" in row else row for row in rows], dtype=object)
     metrics = [column for column in table if "/" in column]
     factors = [column for column in table if "/" not in column and column not in FACTS]
-    as_written = table[[column for column in factors if table[column].isna().any()]]  # else a gap turns 42 into 42.0
+    # A column with a gap would become floats, and 42 would become 42.0. Such columns keep the values as they are.
+    as_written = table[[column for column in factors if table[column].isna().any()]]
     table = table.infer_objects().assign(**as_written).astype(dict.fromkeys(metrics, float))
     return table.reindex(columns=[*FACTS, *factors, *metrics]).copy()  # in one block: a block per column would be slow
 
@@ -115,10 +117,10 @@ def _facts(folder: Path, record: RunRecord) -> dict[str, Any]:
 
 
 def read_event_tables(folders: Iterable[Path | str], *, training: Sequence[str] = ()) -> EventTables:
-    """Return the events of many runs: evaluations whole, and of training steps the columns `training` alone.
+    """Return the events of many runs: all values of evaluations, but only the columns `training` of training steps.
 
-    If a step was written twice, as after a resume, the last one counts. Twenty runs at a time become arrays, so that a
-    thousand of them fit into memory.
+    If a step was written twice, as after a resume, the later line counts. The events of twenty runs at a time are
+    turned into arrays, so that a thousand runs fit into memory.
     """
     tables: dict[str, list[pd.DataFrame]] = {"eval": [], "train": []}
     problems = []
@@ -144,7 +146,7 @@ def _walk(paths: Iterable[Path | str]) -> tuple[list[Path], list[Path]]:
     runs: dict[Path, Path] = {}
     sweeps: dict[Path, Path] = {}
 
-    def note_unreadable(error: OSError) -> None:  # a folder that may not be read gets a row that says so
+    def note_unreadable(error: OSError) -> None:  # a folder without permission to read gets a row with that error
         runs.setdefault(Path(error.filename).resolve(), Path(error.filename))
 
     for path in map(Path, paths):
@@ -170,7 +172,7 @@ def _nearest(path: Path) -> str:
 
 
 def _cells(sweep: Path) -> list[dict[str, Any]]:
-    """Return a row for every cell that a sweep was asked for; `load_runs` keeps the rows of those without a run."""
+    """Return a row for every cell that a sweep should have. `load_runs` uses the rows of cells without a run."""
     path = sweep / SweepRecord.FILE
     try:
         return [
@@ -179,11 +181,11 @@ def _cells(sweep: Path) -> list[dict[str, Any]]:
             for name, factors in SweepRecord.read(path).cells.items()
         ]
     except RecordError as error:
-        return [_named_row(path, "unreadable", f"which cells are missing is unknown: {error}")]
+        return [_named_row(path, "unreadable", f"it is unknown which cells are missing: {error}")]
 
 
 def _named_row(folder: Path, status: str, error: str | None) -> dict[str, Any]:
-    """Return the row of a run of which only the folder's name is known.
+    """Return the row of a run if only the name of its folder is known.
 
     `lb=0.0,noise=0.1,seed=42` holds three factors. A name that was changed for the file system ends in a digest and
     holds none.

@@ -1,8 +1,8 @@
-"""Write and read checkpoints that are either complete and verified, or not there at all.
+"""Write and read checkpoints. A checkpoint is either complete and verified, or it does not exist.
 
-A checkpoint is written to a temporary folder, hashed, flushed to disk and then renamed. Older ones are deleted only
-after that. Reading takes the newest one whose hash is right. The order is that of the step numbers, never of file
-times.
+A checkpoint is written to a temporary folder, hashed, flushed to disk and then renamed. Only then are older checkpoints
+deleted. `load` reads the newest checkpoint whose hash is right. The newest is the one with the largest step number; the
+times of the files do not matter.
 """
 
 import json
@@ -21,7 +21,7 @@ from moe.files import sha256, sync, write_json
 
 log = logging.getLogger(__name__)
 
-KEEP = 2  # the newest, and one for the case that the newest is damaged
+KEEP = 2  # the newest checkpoint, and the one before it in case the newest is damaged
 
 
 def save(root: Path, step: int, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Questions about a run folder: whether it holds a certain run, how far that run came, and which process uses it."""
+"""Find out which run a folder holds, how far that run came, and which process uses the folder."""
 
 import fcntl
 import json
@@ -23,13 +23,13 @@ def status(cell: Cell) -> str:
 
 
 def difference(cell: Cell) -> list[str]:
-    """Return the keys in which the run in the folder differs from this cell, as "key is A there, B here"."""
+    """Return a text for each key in which the run in the folder differs from this cell."""
     record = stored_record(cell)
     if record is None:
         return []
-    there, here = record.identity, json.loads(json.dumps(cell.config.identity()))
-    keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
-    return [f"{key} is {there.get(key)} there, {here.get(key)} here" for key in keys]
+    stored, wanted = record.identity, json.loads(json.dumps(cell.config.identity()))
+    keys = [key for key in {**stored, **wanted} if stored.get(key) != wanted.get(key)]
+    return [f"{key} is {stored.get(key)} in the folder, {wanted.get(key)} in this command" for key in keys]
 
 
 def stored_record(cell: Cell) -> RunRecord | None:

@@ -1,7 +1,7 @@
 """The records that runs and sweeps leave as JSON: run.json, metrics.json and sweep.json.
 
 Each file has one class, which writes it and reads it. Reading checks every field, so that code which holds a record
-never meets a missing key or a wrong type. Imports no torch, because a command line is checked with it.
+never meets a missing key or a wrong type. This module does not import torch, so that a command line is checked fast.
 """
 
 import json
@@ -21,7 +21,7 @@ Status = Literal["running", "interrupted", "failed", "finished"]
 
 
 class RecordError(ValueError):
-    """A record cannot be read; the message is one line that names the file, what is wrong, and what to do."""
+    """A record cannot be read. The message is one line: the file, what is wrong, and what to do."""
 
 
 class Machine(NamedTuple):
@@ -46,7 +46,7 @@ class Ranks(NamedTuple):
 
 
 class RunFacts(NamedTuple):
-    """What is known of a run only once it has been trained; the training loop returns it.
+    """Facts that are known only after a run has been trained. The training loop returns them.
 
     flops_per_token: of a forward pass. seconds: time that the run was active after set-up, added over all its sessions;
     train_seconds: without evaluation and saving. peak_memory_gb: in 1e9 bytes, null if unknown. process: thread and
@@ -97,7 +97,7 @@ class _Record:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord(_Record):
-    """run.json: what a run is, how far it came, and what is known of it.
+    """run.json: the configuration of a run, its status, and facts about it.
 
     error: the first line of what ended the run, if it failed or was interrupted. choices: the option chosen from each
     config group. causal: whether the routing of a token depends on no later token. config: the whole configuration.
@@ -157,16 +157,16 @@ class MetricsRecord(_Record):
 
 @dataclass(frozen=True, kw_only=True)
 class SweepRecord(_Record):
-    """sweep.json: every cell that a sweep folder is to have, by folder name, each with its factors and their levels."""
+    """sweep.json: every cell that the sweep should have, by folder name, each with its factors and their levels."""
 
     FILE = "sweep.json"
-    ADVICE = "delete this file; it says only which cells a sweep was asked for"
+    ADVICE = "delete this file; it only lists the cells that the sweep should have"
 
     cells: dict[str, dict[str, Any]]
 
 
 SPECIALIZATION_FILE = "specialization.json"
-MEASURED = (  # what figures read of it, if experts could be measured
+MEASURED = (  # keys that the figures read, if the experts could be measured
     *("load", "domains", "domain", "vocabulary", "keywords", "coactivation", "coactivation_chance"),
     "given_position",
 )
@@ -175,7 +175,7 @@ MEASURED = (  # what figures read of it, if experts could be measured
 def read_specialization(path: Path) -> dict[str, Any] | None:
     """Return what `python -m moe.specialization` wrote to `path`; None if there is no such file.
 
-    Raises RecordError, with one line, for a file that is torn, or that is not of this kind.
+    Raises RecordError, with one line, for a file that is torn or has other content.
     """
     try:
         content = _load(path)

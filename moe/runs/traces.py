@@ -23,7 +23,7 @@ def milestones(steps: int) -> set[int]:
 
 
 class Trace(NamedTuple):
-    """Choices after `step` optimizer steps: whether each token chose each expert, by layer, token and expert."""
+    """Choices after `step` optimizer steps. `chosen` tells, by layer and token, whether each expert was chosen."""
 
     step: int
     chosen: Bool[np.ndarray, "L N E"]

@@ -1,4 +1,4 @@
-"""Copy the events of a run to W&B. Whatever fails in W&B, training neither stops nor changes."""
+"""Copy the events of a run to W&B. An error in W&B neither stops nor changes the training."""
 
 import hashlib
 import json
@@ -28,13 +28,13 @@ def condition(cell: Cell) -> str:
     """
     seedless = {key: value for key, value in cell.config.identity().items() if key != "seed"}
     digest = hashlib.sha256(json.dumps(seedless, sort_keys=True).encode()).hexdigest()[:6]
-    overrides = re.sub("-[0-9a-f]{8}$", "", cell.folder.name).split(",")  # a digest of all, with the seed, is cut off
+    overrides = re.sub("-[0-9a-f]{8}$", "", cell.folder.name).split(",")  # cut off a digest, which includes the seed
     readable = ",".join(override for override in overrides if not override.startswith("seed="))
     return f"{readable[:100] or 'base'} {digest}"
 
 
 class WandbMirror:
-    """Run listener that copies events and final metrics to W&B. The first error ends this with one warning.
+    """Run listener that copies events and final metrics to W&B. The first error logs one warning and ends the copying.
 
     logger.mode=auto is online if WANDB_API_KEY is set, and otherwise offline (`wandb sync` uploads later). If the
     server cannot be reached, online becomes offline.

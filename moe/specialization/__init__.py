@@ -1,1 +1,1 @@
-"""What experts do, measured on finished runs: `python -m moe.specialization FOLDER ...`."""
+"""Measure on finished runs how the experts differ: `python -m moe.specialization FOLDER ...`."""

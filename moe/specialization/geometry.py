@@ -1,4 +1,4 @@
-"""Represents each expert by its outputs for the same tokens, and projects the experts to two dimensions."""
+"""Represent each expert by its outputs for the same tokens, and project the experts to two dimensions."""
 
 from typing import Any
 

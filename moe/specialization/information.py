@@ -1,8 +1,9 @@
-"""Measures how much a token's domain, id and position tell about its experts, and how much of that is chance.
+"""Measure how much a token's domain, id and position tell about its experts, and how much of that is chance.
 
-Each of a token's k experts gets a share of 1/k. The entropy of the experts then has a part that no label can explain,
-the mean of ln k, because a token has k experts. Information is therefore compared with the remaining entropy. In this
-way every deterministic function of the label (for example hash routing of the token id) scores 1 for every k.
+Each of a token's k experts gets a share of 1/k. Even if the label of a token determines its k experts, the entropy of
+these shares is ln k. No label can explain this part of the entropy, the mean of ln k over tokens. Information is
+therefore compared with the remaining entropy. In this way every deterministic function of the label (for example hash
+routing of the token id) scores 1 for every k.
 """
 
 from collections import Counter
@@ -34,7 +35,7 @@ def sum_by_label(labels: Int[np.ndarray, "N"], values: np.ndarray, *, size: int)
 
 
 def conditional_probabilities(table: Float[np.ndarray, "*L V E"]) -> Float[np.ndarray, "*L V E"]:
-    """Return P(expert | label) from a table of counts; NaN for a label of which no expert took a token."""
+    """Return P(expert | label) from a table of counts; NaN for a label if no expert took any of its tokens."""
     total = table.sum(-1, keepdims=True)
     return np.divide(table, total, out=np.full(table.shape, np.nan), where=total > 0)
 
@@ -76,17 +77,19 @@ def domain_dependence(
     present, by_token = np.unique(np.repeat(domain, tokens)[routed], return_inverse=True)
     if len(present) < 2:
         return None
-    _, unit, length = np.unique(np.repeat(document, tokens)[routed], return_inverse=True, return_counts=True)
-    weight = 1 / length[unit]
-    profile = sum_by_label(unit, expert_shares(chosen) * weight[:, None], size=len(length))
+    _, document_of_token, length = np.unique(
+        np.repeat(document, tokens)[routed], return_inverse=True, return_counts=True
+    )
+    weight = 1 / length[document_of_token]
+    profile = sum_by_label(document_of_token, expert_shares(chosen) * weight[:, None], size=len(length))
     label = np.zeros_like(length)
-    label[unit] = by_token
+    label[document_of_token] = by_token
     one_hot = np.eye(len(present))
     permuted = np.stack([one_hot[rng.permutation(label)] for _ in range(PERMUTATIONS)])  # (P, documents, D)
     null = information_from_counts(np.swapaxes(permuted, 1, 2) @ profile)
     table = one_hot[label].T @ profile
     ceiling = float(np.sqrt(entr(table.sum(-1) / len(length)).sum() * _explainable_entropy(chosen, weight)))
-    effective = weight.sum() ** 2 / (weight**2).sum()  # Kish: as many tokens of equal weight would vary as much.
+    effective = weight.sum() ** 2 / (weight**2).sum()  # Kish's effective number of tokens, as if weights were equal.
     return _compare_with_null(float(information_from_counts(table)), ceiling, null) | {
         "smallest_p": smallest_p(label),
         "documents": len(length),
@@ -117,9 +120,9 @@ def vocabulary_dependence(
     id: I(id; expert) / (H(expert) - mean ln k).
     specialization: the largest share of an id's tokens that one expert took, mean over ids (OLMoE 2409.02060).
 
-    The null of both shuffles the tokens of those ids, across documents. Ids that some documents prefer therefore look
-    informative where routing depends on the document. Tokens with a label below 0 are left out. Returns None if no id
-    is frequent enough.
+    The null of both shuffles the tokens of those ids across documents. If routing depends on the document, ids that
+    occur mostly in some documents therefore look informative. Tokens with a label below 0 are left out. Returns None if
+    no id is frequent enough.
     """
     frequent, occurrences = np.unique(labels[(labels >= 0) & chosen.any(-1)], return_counts=True)
     frequent = frequent[occurrences >= MIN_OCCURRENCES]
@@ -174,9 +177,10 @@ def _explainable_entropy(chosen: Bool[np.ndarray, "N E"], weight: Float[np.ndarr
 
 
 def _compare_with_null(observed: float, ceiling: float, null: Float[np.ndarray, "P"]) -> dict[str, float]:
-    """Return a statistic, its share of its ceiling, that of the null, and `adjusted`, in which chance is 0.
+    """Compare an observed statistic with its null. `ceiling` is the largest value that the statistic can take.
 
-    If there is nothing to explain (ceiling 0: all tokens have the same experts), the shares are 0. If chance explains
+    `normalized`, `null` and `null_high` are shares of the ceiling. `adjusted` is 0 for chance and 1 for the ceiling. If
+    there is nothing to explain (ceiling 0: all tokens have the same experts), the shares are 0. If chance explains
     everything, `adjusted` is NaN.
     """
     mean, std = null.mean(), null.std(ddof=1)

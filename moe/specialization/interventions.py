@@ -1,6 +1,6 @@
-"""Changes what a router decided, from outside the model: a wrapper edits the `Routing` before the layer uses it.
+"""Change the decisions of a router in a finished model: a wrapper edits the `Routing` before the layer uses it.
 
-The model does not know about it. When the `with` block ends, the layer has its own router again.
+The code of the model needs no change. When the `with` block ends, the layer has its original router again.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,8 +28,8 @@ class InterveningRouter(Router):
 
     @property
     def chain(self) -> list[Router]:
-        links = self.router.chain
-        return [self] if links == [self.router] else [InterveningRouter(link, self.intervention) for link in links]
+        routers = self.router.chain
+        return [self] if routers == [self.router] else [InterveningRouter(each, self.intervention) for each in routers]
 
     @property
     def expert_rows(self) -> Float[Tensor, "E D"] | None:
@@ -60,8 +60,8 @@ def remove(routing: Routing, selected: Bool[Tensor, "A"]) -> Routing:
 def reroute(routing: Routing, selected: Bool[Tensor, "A"], *, num_experts: int) -> Routing:
     """Send the selected assignments to the best experts, by logits, that their token has not chosen. Weights stay.
 
-    A router without logits (hash) has no next-best expert: a random one is taken, the same at every call. If no expert
-    is left for a token, the assignment is removed.
+    A router without logits (hash) has no next-best expert, so a random one is taken, the same at every call. If a token
+    has already chosen all experts, the assignment is removed.
     """
     scores = routing.logits
     if scores is None:
@@ -79,7 +79,7 @@ def reroute(routing: Routing, selected: Bool[Tensor, "A"], *, num_experts: int) 
 
 
 def swap_experts(routing: Routing, token: Int[Tensor, "B"], order: Int[Tensor, "B E"]) -> Routing:
-    """Give token[b] the first k experts of order[b], where k is the number of its experts so far. Its weights stay.
+    """Replace the k experts of token[b] by the first k experts of order[b]. The weights of the token stay.
 
     The expert with the largest logit gets the largest weight, as it would from a router.
     """

@@ -1,4 +1,4 @@
-"""Measures how much the loss rises when one expert is removed from a finished model."""
+"""Measure how much the loss rises when one expert is removed from a finished model."""
 
 import functools
 from collections.abc import Callable
@@ -64,9 +64,9 @@ def bootstrap(
     about 20) and NaN for one. It says nothing about other seeds.
     """
     weight = np.ones(len(document)) if weight is None else weight
-    unit = np.unique(document, return_inverse=True)[1]
-    sizes = np.bincount(unit, weight)
-    sums = sum_by_label(unit, np.moveaxis(values * weight, -1, 0).reshape(len(unit), -1), size=len(sizes))
+    index = np.unique(document, return_inverse=True)[1]
+    sizes = np.bincount(index, weight)
+    sums = sum_by_label(index, np.moveaxis(values * weight, -1, 0).reshape(len(index), -1), size=len(sizes))
     draws = np.random.default_rng(0).multinomial(
         len(sizes), np.full(len(sizes), 1 / len(sizes)), size=BOOTSTRAP_RESAMPLES
     )

@@ -1,4 +1,4 @@
-"""Measures the loss around a finished model while the weights of its routers move, and how many choices change."""
+"""Measure how the loss and the choices of experts change when the router weights of a finished model are moved."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,8 +18,8 @@ RANDOM_DIRECTIONS = 3
 
 
 def landscape(model: MoEForCausalLM, blocks: Batch, knobs: Knobs) -> dict[str, Any] | None:
-    """Return the loss (nats per token) and the share of choices flipped, with all routers at W + distance ||W||
-    direction.
+    """Return the loss (nats per token) and the share of changed choices, with the weights W of all routers moved to
+    W + distance ||W|| direction.
 
     A direction has norm 1 in every parameter of every layer (Li et al. 1712.09913 normalize each filter). There are
     `RANDOM_DIRECTIONS` Gaussian directions, and the direction of the gradient of the loss on the same blocks, along
@@ -71,6 +71,6 @@ def moved_weights(weights: Sequence[Tensor], direction: Sequence[Tensor], distan
 
 
 def _flipped(a: Observation, b: Observation) -> float:
-    """Return the share of assignments that changed: of the larger side, those that the other does not have."""
+    """Return the share of assignments that changed. If a token has different numbers of experts, the larger counts."""
     size = np.maximum(a.chosen.sum(-1), b.chosen.sum(-1)).sum()
     return float(1 - (a.chosen & b.chosen).sum() / size)

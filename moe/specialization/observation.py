@@ -1,4 +1,4 @@
-"""Runs a model over validation blocks and returns what it chooses and predicts, as arrays.
+"""Run a model over validation blocks and return the experts that it chooses and the tokens that it predicts.
 
 All statistics of the specialization study start from these arrays.
 """
@@ -21,7 +21,7 @@ BLOCKS_PER_PASS = 8  # Blocks in one forward pass. A router that is not causal s
 
 
 class Observation(NamedTuple):
-    """What a model did on B blocks of S tokens, N = B * S tokens one after another. Each block is of one domain.
+    """Choices and predictions of a model on B blocks of S tokens (N = B * S tokens). Each block is of one domain.
 
     chosen: which experts a token asked for, in any iteration of a chain.
     weight: the gate weight of each token and expert; 0 if the expert was not chosen.

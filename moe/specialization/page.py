@@ -1,4 +1,4 @@
-"""Writes an HTML page with text whose tokens are colored by expert."""
+"""Make an HTML page with text in which each token has the color of its expert."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ COLORS = (
     "#F0E442",
     PALETTE[-1],
 )  # Okabe and Ito; yellow instead of black, which is invisible on a dark page
-LINES = ("none", "2px solid", "2px dashed", "3px dotted")  # below a token; each line serves eight more experts
+LINES = ("none", "2px solid", "2px dashed", "3px dotted")  # below a token; each kind of line repeats the eight colors
 BLOCKS_PER_DOMAIN = 2
 
 
@@ -34,7 +34,7 @@ class ColoredText(NamedTuple):
 
 
 class ExpertStyle(NamedTuple):
-    """How the tokens of an expert look."""
+    """Color of the tokens of an expert, and the line below them."""
 
     number: int
     color: str

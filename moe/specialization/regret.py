@@ -1,4 +1,4 @@
-"""Measures how much lower the loss of single tokens would be with other experts in one layer (route regret)."""
+"""Measure how much lower the loss of single tokens would be with other experts in one layer (route regret)."""
 
 import functools
 import math
@@ -33,8 +33,8 @@ def route_regret(
     Tokens without an expert and tokens whose next token has no label are left out.
 
     regret: at least 0. It grows with the number of routes tried, because the best of several is picked afterwards.
-    advantage: the mean loss over the routes tried minus the loss as routed. It does not depend on that choice: it is
-        above 0 if the router knows something, and 0 if any other experts do as well.
+    advantage: the mean loss over the routes tried minus the loss as routed. It involves no such choice of the best. It
+        is above 0 if the router's choice is better than random experts, and 0 if random experts are equally good.
     better: the share of the routes tried that beat the chosen one.
     """
     rounds = math.ceil(samples / len(observed.ids))
@@ -79,7 +79,7 @@ def _losses(
     position: Int[Tensor, "B"],
     order: Int[Tensor, "B E"],
 ) -> Float[np.ndarray, "B M"]:
-    """Return the loss at one position of each block, for each window of the order in which it tries experts."""
+    """Return the loss at one position of each block, for each route that is tried (a window of `order`)."""
     experts = order.shape[-1]
     routes = min(MAX_ROUTES, experts)
     losses = []

@@ -1,4 +1,4 @@
-"""Measures how stable routing is: during a run, and between seeds, whose experts have no common names."""
+"""Measure how stable routing is: during a run, and between seeds, whose experts must be matched first."""
 
 import itertools
 from typing import Any
@@ -21,7 +21,7 @@ def saturation(traces: list[Trace]) -> list[dict[str, Any]]:
 
 
 def churn(traces: list[Trace]) -> list[dict[str, Any]]:
-    """Return 1 - `overlap` of every two traces in a row: the share of choices that changed since the step `since`."""
+    """Return 1 - `overlap` of every two traces in a row: the share of choices that changed after the step `since`."""
     return [
         {"since": before.step, "step": after.step}
         | {name: 1 - value for name, value in overlap(before.chosen, after.chosen).items()}
@@ -34,7 +34,8 @@ def seed_agreement(
 ) -> list[dict[str, float]]:
     """Return, for each layer, how similarly two models route the same tokens.
 
-    matched: overlap / k after the experts of one model are renamed such that it is largest (Hungarian algorithm).
+    matched: overlap / k after the experts of one model are renumbered so that it is as large as possible (Hungarian
+        algorithm).
     chance: the same with the tokens of one model shuffled, mean of `SHUFFLES` shuffles.
     kappa: (matched - chance) / (1 - chance).
     rand: adjusted Rand index of the sets of experts as clusters of tokens. Two sets that differ in one expert count as

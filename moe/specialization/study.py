@@ -1,4 +1,4 @@
-"""Studies the experts of finished runs, writes the results as JSON, and compares the seeds of a sweep."""
+"""Study the experts of finished runs, write the results as JSON, and compare the seeds of a sweep."""
 
 import time
 from pathlib import Path
@@ -40,8 +40,8 @@ NO_NEXT_TOKEN = -1  # Label of a token that predicts nothing, because its text e
 def study(folder: Path, *, blocks_wanted: int, samples: int) -> bool:
     """Write `specialization.json` and `tokens.html` into the folder of a finished run.
 
-    Returns False, and writes nothing, if they are up to date. Raises ValueError for a run that is not finished, or
-    whose data can no longer be made as it was.
+    Returns False, and writes nothing, if they are up to date. Raises ValueError if the run is not finished, or if its
+    data can no longer be prepared as they were.
     """
     record = RunRecord.read(folder / RunRecord.FILE)
     if record.status != "finished" or record.facts is None:
@@ -62,7 +62,7 @@ def study(folder: Path, *, blocks_wanted: int, samples: int) -> bool:
     if _training_files(data.manifest) != _training_files(record.facts.data):
         then, now = record.facts.data.get("key"), data.manifest["key"]
         raise ValueError(f"{folder}: its data has changed (is {now}, was {then})")
-    disable_progress_bar()  # It is one small file.
+    disable_progress_bar()  # transformers would show one while it reads a single small file
     model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
     probes, document = validation_blocks(data, blocks_wanted), documents_of_blocks(data, blocks_wanted)
     knobs = Knobs.of(temperature=model.config.router_temperature, device=model.device)
@@ -78,8 +78,8 @@ def study(folder: Path, *, blocks_wanted: int, samples: int) -> bool:
         content |= {"keywords": keywords(observed, data.tokenizer)}
         content |= {"knockout": knockouts(model, observed, knobs, document=document)}
         content |= {"regret": route_regret(model, observed, knobs, document=document, samples=samples)}
-        few = slice(None, None, max(1, len(probes.ids) // LANDSCAPE_BLOCKS))
-        content |= {"landscape": landscape(model, probes.take(few), knobs)}
+        some_blocks = slice(None, None, max(1, len(probes.ids) // LANDSCAPE_BLOCKS))
+        content |= {"landscape": landscape(model, probes.take(some_blocks), knobs)}
         content |= {"embedding": projections(expert_outputs(model, probes, knobs).numpy())}
         read = traces.read_traces(folder / "trace")
         content |= {"saturation": stability.saturation(read), "churn": stability.churn(read)}
@@ -94,8 +94,9 @@ def study(folder: Path, *, blocks_wanted: int, samples: int) -> bool:
 def validation_loss(model: MoEForCausalLM, data: Prepared, knobs: Knobs) -> dict[str, Any]:
     """Return `val/loss`, in nats per token of all validation blocks, with its `bootstrap` interval over documents.
 
-    The interval tells how far the loss of this run depends on the sample of validation text. It tells nothing about
-    other seeds. A router that looks at the whole batch sees other batches here than in `moe.training.evaluate`.
+    The interval tells how much the loss of this run depends on the sample of validation text. It says nothing about
+    other seeds. The batches differ from those of `moe.training.evaluate`, which matters if a router looks at the whole
+    batch.
     """
     nats = next_token_nats(model, validation_blocks(data, len(data.val)), knobs).cpu().double().numpy()
     tokens = (~np.isnan(nats)).sum(1).astype(float)
@@ -106,7 +107,7 @@ def validation_loss(model: MoEForCausalLM, data: Prepared, knobs: Knobs) -> dict
 def routing_statistics(
     observed: Observation, domains: tuple[str, ...], *, document: Int[np.ndarray, "B"]
 ) -> dict[str, Any]:
-    """Return, by layer, what follows from the choices alone: domains, vocabulary, position, pairs of experts."""
+    """Return, by layer, the statistics of the choices alone: by domain, token id and position, and pairs of experts."""
     rng = np.random.default_rng(0)
     next_ids = np.roll(observed.ids, -1, axis=1)
     next_ids[:, -1] = NO_NEXT_TOKEN
@@ -143,7 +144,7 @@ def routing_statistics(
 
 
 def compare_seeds(folders: list[Path]) -> None:
-    """Add to the results of each studied run how its routing agrees with that of runs that differ in the seed alone.
+    """Compare the routing of runs that differ in the seed alone, and add the agreement to the results of each run.
 
     The last traces are compared. Runs must have the same data and traces of the same shape.
     """

@@ -1,4 +1,4 @@
-"""Finds the tokens that are typical of each expert (keywords by TF-IDF), with the text around them."""
+"""Find the tokens that are typical of each expert (keywords by TF-IDF), with the text around them."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from moe.specialization.information import sum_by_label
 from moe.specialization.observation import Observation
 
 KEYWORDS_PER_EXPERT, CONTEXTS_PER_EXPERT = 10, 3
-MIN_TOKENS = 3  # A keyword went to the expert at least so often.
+MIN_TOKENS = 3  # An expert took each of its keywords at least this many times.
 TOKENS_AROUND = 8  # Tokens of context on either side.
 
 
@@ -20,7 +20,7 @@ def keywords(observed: Observation, tokenizer: PreTrainedTokenizerFast) -> list[
     For TF-IDF, all tokens that an expert took are one document. Term frequencies are logarithmic (1 + ln tf), so that
     the most common words of the language do not fill every list.
 
-    share: of the token's occurrences, the share that went to this expert. By chance it is the expert's share of all
+    share: the share of the token's occurrences that this expert took. By chance it equals the expert's share of all
         tokens.
     contexts: text before, at and after the occurrence with the largest gate weight, for each of the first keywords.
     """

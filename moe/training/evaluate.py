@@ -1,4 +1,4 @@
-"""Evaluation on the whole validation set: the same blocks for every seed, without noise and dropout."""
+"""Evaluate a model on the whole validation set: the same blocks for every seed, without noise and dropout."""
 
 import math
 from statistics import fmean

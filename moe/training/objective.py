@@ -27,9 +27,9 @@ def total_loss(
     for name, values in (output.aux or {}).items():
         if name in LOSSES:
             shared = getattr(config, LOSSES[name].weight)
-            weights = [shared + own.get(name, 0.0) for own in router_weights]
+            weights = [shared + of_router.get(name, 0.0) for of_router in router_weights]
         else:
-            weights = [own[name] for own in router_weights]
+            weights = [of_router[name] for of_router in router_weights]
         # Weights are Python numbers, because a tensor would be copied to the device. A loss with weight 0 is left out,
         # because it would still cost a backward pass.
         weighted += [w * value for w, value in zip(weights, values.unbind(), strict=True) if w]
@@ -37,7 +37,7 @@ def total_loss(
 
 
 class Outcome(NamedTuple):
-    """The values of one micro-batch that are kept after its backward pass.
+    """Values of one micro-batch that are still needed after its backward pass.
 
     loss: mean cross-entropy times the weight of the micro-batch in its step.
     aux: each auxiliary loss by layer (L).

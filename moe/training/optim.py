@@ -127,9 +127,8 @@ class Muon(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(p)
         momentum = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
         direction = p.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-        direction = (
-            local_part(direction) if p.ndim == 3 else full_tensors(direction)
-        )  # a rank's part of a stack is whole matrices
+        # A rank's part of a stack of experts consists of complete matrices. A single matrix has to be put together.
+        direction = local_part(direction) if p.ndim == 3 else full_tensors(direction)
         return direction.reshape(-1, *p.shape[-2:])
 
 
@@ -186,5 +185,5 @@ def scale_learning_rates(config: Config, optimizers: list[torch.optim.Optimizer]
 
 
 def learning_rate(optimizers: list[torch.optim.Optimizer]) -> float:
-    """Return the present learning rate of the first parameter group, which stands for all in the event log."""
+    """Return the present learning rate of the first parameter group. The event log contains only this one."""
     return optimizers[0].param_groups[0]["lr"]

@@ -50,7 +50,7 @@ def _shard(model: MoEForCausalLM, accelerator: Accelerator) -> nn.Module:
     once, because routers of several layers may share modules.
     """
     mesh = init_device_mesh(accelerator.device.type, (ranks.world_size(),))
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # about in-place changes of outputs: we make none
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # warns of changing outputs in place, which never happens
     accelerator.prepare_model(model, evaluation_mode=True)  # sets up autocast only
     for layer in model.moe_layers:
         fully_shard(layer.experts, mesh=mesh)

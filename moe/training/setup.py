@@ -1,4 +1,4 @@
-"""Everything that is made once before the first training step: data, model, optimizers, devices."""
+"""Create everything that a run needs before its first training step: data, model, optimizers, devices."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""One optimizer step: its micro-batches, loss, gradients and update.
+"""Carry out one optimizer step: its micro-batches, loss, gradients and update.
 
 Data order, noise, dropout, schedules and learning rates are pure functions of (configuration, step). A resumed run
 therefore repeats them exactly without restoring any random state.

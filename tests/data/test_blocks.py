@@ -104,7 +104,7 @@ def test_validation_holds_val_percent_of_each_domain(tmp_path, val_percent):
 def test_a_domain_of_one_source_file_is_train_only_and_says_so(tmp_path, caplog):
     with caplog.at_level(logging.WARNING), pytest.raises(ValueError, match=r"data\.seq_len=16: no val block"):
         make(Spelling(groups=1), tmp_path)
-    assert "domain domain0 has one source file only" in caplog.text
+    assert "domain domain0 has only one source file" in caplog.text
 
 
 def test_validation_text_hardly_occurs_in_train(tmp_path):
@@ -416,7 +416,7 @@ def test_cosmopedia_from_a_local_parquet(tmp_path):
 
 
 def test_prepare_needs_a_document(tmp_path):
-    with pytest.raises(ValueError, match=r"data\.source=Spelling.*: not one document"):
+    with pytest.raises(ValueError, match=r"data\.source=Spelling.*: yields no documents"):
         make(Spelling(groups=0), tmp_path)
 
 

@@ -161,7 +161,7 @@ def test_a_changed_configuration_is_refused(job: Any, survived: Any) -> None:
         stop = text.index(",", start)
         record.write_text(text[:start] + "7" + text[stop:])
         assert one.run() == 2, what
-        assert "is 7 there" in one.output
+        assert "is 7 in the folder" in one.output
         assert one.output.count("\n") == 1
     end = "refused with the difference, exit 2. There is no override flag: two configurations are never one run"
     survived(16, "the folder's run has another lr, number of experts, seed", len(changes), end)

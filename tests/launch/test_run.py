@@ -129,7 +129,7 @@ def test_a_folder_of_another_configuration_is_refused_with_the_difference(small:
     before = snapshot(tmp_path)
     done = train(*command)
     assert done.returncode == 2
-    assert "optimizer.momentum is 0.5 there, 0.95 here" in done.stderr
+    assert "optimizer.momentum is 0.5 in the folder, 0.95 in this command" in done.stderr
     assert done.stderr.count("\n") == 1
     assert snapshot(tmp_path) == before
 
