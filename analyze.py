@@ -17,16 +17,16 @@ def main() -> int:
         action="append",
         default=[],
         metavar="FACTOR=LEVEL",
-        help="compare other levels with this one",
+        help="compare the other levels of the factor with this one",
     )
     add(
         "--margin",
         action="append",
         default=[],
         metavar="METRIC=SIZE",
-        help="treat as equal: val/perplexity=1%%",
+        help="treat smaller differences as equal, such as val/perplexity=1%%",
     )
-    add("--metric", action="append", default=[], metavar="NAME", help="test this final metric too: routing/load_gini")
+    add("--metric", action="append", default=[], metavar="NAME", help="test this metric too, such as routing/load_gini")
     add("--replay", action="store_true", help="judge the published numbers of the source studies instead of runs")
     arguments = parser.parse_args()
 

@@ -40,14 +40,14 @@ def main() -> int:
         return 0
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # libraries swallow KeyboardInterrupt; a run sets its own handler
-    gc.disable()  # training enables it again: imports make a million objects that all stay
+    gc.disable()  # imports create a million objects, none of which is garbage; training enables it again
     if not ranks.is_first():
         logging.disable(logging.WARNING)
     try:
         cells = command_line.read_cells(sys.argv[1:])
         return sweep.carry_out(cells or [], run_cell)
     except (ConfigError, RecordError) as error:
-        if not ranks.is_first():  # the first rank prints the same error and its exit ends this rank too
+        if not ranks.is_first():  # the first rank prints the same error, and the launcher then ends this rank
             time.sleep(10)
         print(f"train.py: {error}", file=sys.stderr)
         return 2

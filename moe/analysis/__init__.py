@@ -1,1 +1,1 @@
-"""Makes statistics, verdicts, figures and a report from the table of runs. It never computes a routing metric."""
+"""Make statistics, verdicts, figures and a report from the table of runs. No routing metric is computed here."""

@@ -1,7 +1,7 @@
-"""Judges planned claims: what an experiment said before its runs were trained.
+"""Judge planned claims: predictions that were written down before the runs of an experiment were trained.
 
-A claim (`moe.config.claim.ClaimConfig`) stands in the experiment's yaml, and so in the record of every run before its
-first step. Contrasts that no claim is about are post hoc. Differences are taken between runs of the same seed and
+A claim (`moe.config.claim.ClaimConfig`) is written in the experiment's YAML file, and every run records it before its
+first step. Contrasts that no claim predicts are post hoc. Differences are taken between runs of the same seed and
 averaged over all combinations of the other factors. Every claim says that a true difference lies in a range: above
 zero, below zero, closer to zero than a margin, or within the claimed size.
 """
@@ -25,11 +25,13 @@ NAN = float("nan")
 
 
 class _Comparison(NamedTuple):
-    """One level against one reference level, over n seeds.
+    """Comparison of one level with one reference level, over n seeds.
 
-    low, high: the 95 % t interval of the difference of the two means. p_for, p_against: p that the claim holds, and
-    that it does not. favor: how far inside the claimed range the difference lies; negative if it lies outside.
-    note: what the reader should know. doubt: what keeps the comparison from being decided.
+    low, high: the 95 % t interval of the difference of the two means.
+    p_for, p_against: p-value of the test that the claim holds, and of the test that it does not hold.
+    favor: how far inside the claimed range the difference lies; negative if it lies outside.
+    note: a remark for the reader, such as a seed that was left out.
+    doubt: why the comparison is undecided, if it is.
     """
 
     n: int
@@ -47,10 +49,10 @@ class _Comparison(NamedTuple):
 def planned_claims(runs: pd.DataFrame) -> list[tuple[ClaimConfig, pd.DataFrame]]:
     """Return every claim in the records of these runs, each with the runs of one experiment that recorded it.
 
-    A claim that was added after some seeds had run is judged by the other seeds alone. Raises ValueError with the
-    folder of a claim that cannot be read.
+    A claim that was added after some seeds had run is judged by the other seeds alone. Raises ValueError, naming the
+    folder of the run, if a claim cannot be read.
     """
-    held: dict[tuple[str, str], tuple[ClaimConfig, list[Any]]] = {}
+    recorded: dict[tuple[str, str], tuple[ClaimConfig, list[Any]]] = {}
     readable = runs[~runs["status"].isin(["missing", "unreadable"])]
     for index, folder, experiment in readable[["folder", "experiment"]].itertuples():
         record = RunRecord.read(Path(folder) / RunRecord.FILE)
@@ -59,8 +61,8 @@ def planned_claims(runs: pd.DataFrame) -> list[tuple[ClaimConfig, pd.DataFrame]]
         except ValueError as error:
             raise ValueError(f"{folder}: cannot read the claim: {error}") from None
         for claim in claims:
-            held.setdefault((experiment, repr(claim)), (claim, []))[1].append(index)
-    return [(claim, runs.loc[indices]) for claim, indices in held.values()]
+            recorded.setdefault((experiment, repr(claim)), (claim, []))[1].append(index)
+    return [(claim, runs.loc[indices]) for claim, indices in recorded.values()]
 
 
 def judge_planned(runs: pd.DataFrame) -> pd.DataFrame:
@@ -83,19 +85,22 @@ def judge(runs: pd.DataFrame, claims: list[ClaimConfig]) -> pd.DataFrame:
     """Return a row for each claim: supported, contradicted or undecided by these runs, and why.
 
     `runs` is a table of `moe.results.table.load_runs`. `difference` is `mean` minus `reference mean` over n paired
-    seeds, with its 95 % t interval. These belong to the least favorable of the comparisons that the claim makes; `p`
-    belongs to all of them. A claim holds if every comparison holds (p is the largest of theirs, intersection-union). It
-    fails if one comparison fails (p is the smallest of theirs, after Bonferroni). A claim of kind lowest or highest
-    fails if some other level beats all levels that it names. p is two-sided, or that of two one-sided tests (TOST) if
-    the range has two ends. A claim is decided if `p Holm`, corrected for all these claims, is at most 5 %. `estimates`
-    says where the means lie, which may be by chance: "as claimed", "against", or "mixed" if the named levels differ in
-    this.
+    seeds, with its 95 % t interval. A claim can make several comparisons. These columns show the least favorable one,
+    while `p` covers all of them:
+
+    - The claim holds if every comparison holds. Its p is then the largest p of the comparisons (intersection-union).
+    - The claim fails if one comparison fails. Its p is then the smallest p of the comparisons, after Bonferroni's
+      correction. A claim of kind lowest or highest fails if some other level beats all levels that it names.
+
+    p is two-sided, or that of two one-sided tests (TOST) if the claimed range has two ends. A claim is decided if
+    `p Holm`, corrected for all these claims, is at most 5 %. `estimates` says where the means lie, which may be by
+    chance: "as claimed", "against", or "mixed" if the named levels differ in this.
     """
     return _judge([(claim, runs) for claim in claims])
 
 
 def evidence_sentence(judged: pd.Series) -> str:
-    """Return a row of `judge` in words: what was compared, the means, the difference, its p, and the reason."""
+    """Return a row of `judge` in words: the levels compared, the means, the difference, its p, and the reason."""
     j = judged
     if j["n"] == 0:
         return str(j["reason"])
@@ -108,7 +113,7 @@ def evidence_sentence(judged: pd.Series) -> str:
 
 
 def contrasts_without_claim(contrasts: pd.DataFrame, claims: list[ClaimConfig]) -> pd.DataFrame:
-    """Return the rows of a table of contrasts that no claim is about."""
+    """Return those rows of a table of contrasts whose comparison no claim makes."""
     return contrasts[[not any(_about(claim, row) for claim in claims) for _, row in contrasts.iterrows()]]
 
 
@@ -117,11 +122,12 @@ def _judge(family: list[tuple[ClaimConfig, pd.DataFrame]]) -> pd.DataFrame:
     if table.empty:
         return table
     table.insert(table.columns.get_loc("p") + 1, "p Holm", corrected(table["p"], "holm"))
-    sure = table["p Holm"] <= 1 - CONFIDENCE
-    lost = (table["p"] <= 1 - CONFIDENCE) & ~sure
-    doubt = table.pop("doubt").mask(lost, table["verdict"] + " before Holm's correction, not after it").mask(sure, "")
+    decided = table["p Holm"] <= 1 - CONFIDENCE
+    only_before = (table["p"] <= 1 - CONFIDENCE) & ~decided
+    before = table["verdict"] + " before Holm's correction, not after it"
+    doubt = table.pop("doubt").mask(only_before, before).mask(decided, "")
     reason = ["; ".join(filter(None, parts)) for parts in zip(table["reason"], doubt, strict=True)]
-    return table.assign(verdict=table["verdict"].where(sure, "undecided"), reason=reason)
+    return table.assign(verdict=table["verdict"].where(decided, "undecided"), reason=reason)
 
 
 def _judge_alone(claim: ClaimConfig, runs: pd.DataFrame) -> dict[str, Any]:
@@ -188,8 +194,8 @@ def _compare(claim: ClaimConfig, runs: pd.DataFrame, others: list[str], treated:
         return _Comparison(0, doubt=f"no runs differ in {claim.factor} alone")
     table = pd.DataFrame(cells)
     complete = table.dropna()
-    lost = table.index.difference(complete.index)
-    note = f"left out, because a finished run is missing: seed {_listed(lost)}" if len(lost) else ""
+    left_out = table.index.difference(complete.index)
+    note = f"left out, because a finished run is missing: seed {_listed(left_out)}" if len(left_out) else ""
     n = len(complete)
     if n == 0:
         return _Comparison(0, note=note, doubt="no seed is left")
@@ -237,7 +243,7 @@ def _about(claim: ClaimConfig, contrast: pd.Series) -> bool:
 
 
 def _label(claim: ClaimConfig, runs: pd.DataFrame, side: Any) -> str:
-    """Return a level as the reader sees it: a router or arm with its causality."""
+    """Return a level as the report shows it: the name of a router or arm is followed by its causality."""
     if claim.factor not in NAMED_ROUTERS or claim.factor not in runs:
         return str(side)
     return " / ".join(with_causality(runs[runs[claim.factor] == side])[claim.factor].unique()) or str(side)

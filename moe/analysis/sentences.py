@@ -1,15 +1,15 @@
-"""Writes a contrast as a sentence that ends in its direction, or says that it is undecided."""
+"""Write a contrast as a sentence that ends with its verdict: a direction, equivalent, or undecided."""
 
 import math
 
 import pandas as pd
 
 WITH_CORRECTION, UNTIL_CORRECTED, UNDECIDED = "with correction", "until corrected", "undecided"
-SIGNIFICANCE = 0.05  # p up to this value decides
+SIGNIFICANCE = 0.05  # largest p that counts as significant
 
 
 def standing(contrast: pd.Series) -> str:
-    """Return how sure the direction of a contrast is.
+    """Return how certain the direction of a contrast is.
 
     `UNDECIDED`: the 95 % t interval contains 0, or there is none. `UNTIL_CORRECTED`: it excludes 0, but p exceeds 5 %
     after Holm's correction. `WITH_CORRECTION`: the direction holds after Holm's correction too.
@@ -22,7 +22,7 @@ def standing(contrast: pd.Series) -> str:
 def contrast_sentence(contrast: pd.Series, subject: str, *, unit: str, up: str, down: str) -> str:
     """Return a row of `moe.analysis.statistics.contrasts` as a sentence, with its verdict in bold.
 
-    `subject` names what is compared. `up` and `down` say what a positive and a negative difference mean.
+    `subject` names the levels compared. `up` and `down` are words for a positive and for a negative difference.
     """
     c = contrast
     note = f" ({c['note']})" if c["note"] else ""
@@ -36,15 +36,15 @@ def contrast_sentence(contrast: pd.Series, subject: str, *, unit: str, up: str, 
 
 
 def detectable_note(effect: float) -> str:
-    """Return the text that says which effect these seeds could have shown."""
+    """Return a text with the smallest effect that these seeds could have shown."""
     return f"the smallest effect these seeds could have seen (power 0.8) is {effect:.2g}"
 
 
 def _verdict(contrast: pd.Series, *, up: str, down: str) -> str:
-    c, sure = contrast, standing(contrast)
-    if sure == UNDECIDED and pd.notna(c.get("p TOST Holm")) and c["equivalent"]:
+    c, certainty = contrast, standing(contrast)
+    if certainty == UNDECIDED and pd.notna(c.get("p TOST Holm")) and c["equivalent"]:
         return f"**equivalent** within {c['margin']:.3g} (TOST, Holm {c['p TOST Holm']:.2g})"
-    if sure == UNDECIDED:
+    if certainty == UNDECIDED:
         return f"**undecided**, {detectable_note(c['detectable'])}"
     direction = f"**{up if c['difference'] > 0 else down}**"
-    return direction + (", but not after Holm's correction" if sure == UNTIL_CORRECTED else "")
+    return direction + (", but not after Holm's correction" if certainty == UNTIL_CORRECTED else "")

@@ -1,4 +1,4 @@
-"""Tests whether differences may be due to chance: contrasts paired by seed, equivalence, analysis of variance.
+"""Test whether differences may be due to chance: contrasts paired by seed, equivalence, analysis of variance.
 
 The unit of replication is the seed. Runs of the same seed share their data order and their initial weights, so
 differences are taken between runs of the same seed before they are averaged. Functions take the table of runs
@@ -55,12 +55,12 @@ def contrasts(
     - `p Welch`: p of a test that ignores the pairing.
     - `p sign-flip`: exact up to 16 seeds; `smallest p sign-flip` is the smallest value it can take at this n.
     - `detectable`: the smallest true difference that a paired t test would find with power 0.8, given this spread.
-    - `note`: what the reader should know, such as a seed that was left out.
+    - `note`: a remark for the reader, such as a seed that was left out.
 
     With a `margin`, in units of the metric or as text such as "1%" of the reference's mean, there are four more:
     `margin` in units, `p TOST` (two one-sided t tests that the true difference is smaller than the margin),
-    `p TOST Holm`, and `equivalent`: whether the levels are equivalent at 5 %. A difference that is not significant
-    would not show that. Raises ValueError for a margin that is not positive and for an unknown reference.
+    `p TOST Holm`, and `equivalent`: whether the levels are equivalent at 5 %. (A difference that is not significant is
+    no proof of equivalence.) Raises ValueError for a margin that is not positive and for an unknown reference.
     """
     if margin is not None and absolute(margin, 1.0) <= 0:
         raise ValueError(f"margin {margin}: must be positive, in units of {metric} or a text such as 1%")
@@ -131,12 +131,12 @@ def anova(runs: pd.DataFrame, metric: str, factors: list[str]) -> pd.DataFrame:
 
 
 def noise_floor(runs: pd.DataFrame, metrics: list[str], *, seeds: tuple[int, ...] = (3, 5, 8)) -> pd.DataFrame:
-    """Return how far runs that differ in the seed alone are apart, with a row for each metric.
+    """Return how much runs differ if only the seed differs, with a row for each metric.
 
     Columns: `n`, `mean`, the sample standard deviation (ddof=1) with its 95 % chi-square interval `std_low` and
     `std_high`, and for each of `seeds` the smallest true difference that an unpaired two-sided t test over that many
-    seeds on each side finds with power 0.8. A test paired by seed finds smaller ones, the more so the more that runs
-    of the same seed have in common. Raises ValueError if a factor varies.
+    seeds on each side finds with power 0.8. A test paired by seed can find smaller ones, because runs of the same seed
+    have much in common. Raises ValueError if a factor varies.
     """
     if factors := [factor for factor in varied_factors(runs) if factor != "seed"]:
         raise ValueError(f"a noise floor needs runs that differ in the seed alone, but {', '.join(factors)} varies")
@@ -166,7 +166,8 @@ def detectable_effect(n: int, *, paired: bool = True) -> float:
 
 
 def range_test(differences: np.ndarray, low: float, high: float) -> tuple[float, float]:
-    """Return the p of a mean between two bounds (two one-sided t tests, TOST), and the two-sided p of one outside.
+    """Return the p of the claim that the mean lies between two bounds (two one-sided t tests, TOST), and the two-sided
+    p of the claim that it lies outside.
 
     A bound may be infinite. There must be at least two differences, and they must differ.
     """
@@ -175,16 +176,16 @@ def range_test(differences: np.ndarray, low: float, high: float) -> tuple[float,
 
 
 def corrected(p: pd.Series, method: str) -> np.ndarray:
-    """Return p-values corrected by "holm" or "fdr_bh". NaN stands for a test that could not be made and is ignored."""
+    """Return p-values corrected by "holm" or "fdr_bh". NaN stands for a test that was impossible, and stays NaN."""
     values = np.full(len(p), np.nan)
-    made = p.notna().to_numpy()
-    if made.any():
-        values[made] = multipletests(p[made], method=method)[1]
+    tested = p.notna().to_numpy()
+    if tested.any():
+        values[tested] = multipletests(p[tested], method=method)[1]
     return values
 
 
 def sign_flip(differences: np.ndarray) -> float:
-    """Return the two-sided p of the mean if every sign were random, which assumes no normal distribution."""
+    """Return the two-sided p of the mean if every sign were random. No normal distribution is assumed."""
     if len(differences) < 2:
         return float("nan")
     resamples = _patterns(len(differences))
@@ -227,7 +228,7 @@ def _compare(treated: pd.Series, baseline: pd.Series, margin: int | float | str 
         "ci_low": low,
         "ci_high": high,
         "p": p,
-        "p Holm": float("nan"),  # `as_one_family` sets both, when all rows are there
+        "p Holm": float("nan"),  # `as_one_family` sets p Holm and p BH when all rows exist
         "p BH": float("nan"),
         "d_z": d_z,
         "p Welch": _welch(treated.to_numpy(), baseline.to_numpy()),
@@ -243,7 +244,7 @@ def _compare(treated: pd.Series, baseline: pd.Series, margin: int | float | str 
 
 
 def _welch(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the p of Welch's t test; NaN if it cannot be made."""
+    """Return the p of Welch's t test; NaN if there are too few values or no spread."""
     if min(len(a), len(b)) < 2 or (has_no_spread(a, scale=np.abs(a).max()) and has_no_spread(b, scale=np.abs(b).max())):
         return float("nan")
     moments = [moment for sample in (a, b) for moment in (sample.mean(), sample.std(ddof=1), len(sample))]
@@ -251,12 +252,12 @@ def _welch(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def has_no_spread(values: np.ndarray, *, scale: float) -> bool:
-    """Return whether the values are equal but for rounding at this scale, from which scipy would compute a p."""
+    """Return whether the values are equal up to rounding at this scale. scipy would compute a p from the rounding."""
     return bool(np.ptp(values) <= 1e-12 * scale)
 
 
 def _term(term: str, factors: dict[str, str]) -> str:
-    """Return a term with the factors' own names, such as `noise:lb` for `C(f0):C(f1)`."""
+    """Return a term with the names of the factors, such as `noise:lb` for `C(f0):C(f1)`."""
     if term == "Residual":
         return "error"
     names = [part.removeprefix("C(").removesuffix(")") for part in term.split(":")]

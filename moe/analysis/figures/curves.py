@@ -12,12 +12,12 @@ from moe.analysis.figures.style import RC, axis_label, line_style, panel_height,
 from moe.metrics.catalog import select
 from moe.results.conditions import levels
 
-CURVES_TITLE = "thin: one run, thick: mean over n runs, as far as all of them got"
+CURVES_TITLE = "thin: one run, thick: mean over n runs, up to the last step that all of them reached"
 
 
 @matplotlib.rc_context(RC)
 def learning_curves(events: pd.DataFrame, by: str) -> Figure:
-    """Draw the validation loss against the step, and its second half once more beside it.
+    """Draw the validation loss against the step, and beside it the second half of training alone.
 
     A thick line is the mean at the steps that all runs of a condition reached. `events` is
     `moe.results.table.read_event_tables(...).evals` joined with the column `by` of the runs.
@@ -25,16 +25,16 @@ def learning_curves(events: pd.DataFrame, by: str) -> Figure:
     half = events["step"].max() / 2
     late = range_since(events, "val/loss", half)
     figure = Figure(figsize=(10.8, panel_height(events[by].nunique())), layout="constrained")
-    whole, end = figure.subplots(1, 2)
-    for axes in (whole, end):
+    all_steps, second_half = figure.subplots(1, 2)
+    for axes in (all_steps, second_half):
         for index, level in enumerate(levels(events[by])):
             draw_curves(axes, events[events[by] == level], "val/loss", f"{level}", line_style(index))
         axes.set_xlabel("optimizer step")
         axes.set_ylabel(axis_label("val/loss"))
     if late:
-        end.set(xlim=(half, None), ylim=late, title="second half of training")
+        second_half.set(xlim=(half, None), ylim=late, title="second half of training")
     else:
-        end.remove()
+        second_half.remove()
     shared_legend(figure, CURVES_TITLE)
     return figure
 
@@ -43,7 +43,8 @@ def learning_curves(events: pd.DataFrame, by: str) -> Figure:
 def gradient_norms(trains: pd.DataFrame) -> Figure | str:
     """Draw gradient norms and relative updates of routers and experts by step.
 
-    `trains` are events of training steps with a column "condition". Returns a reason if none has a gradient norm.
+    `trains` are events of training steps with a column "condition". Returns the reason as text if none has a gradient
+    norm.
     """
     columns = {metric.name: metric.axis for metric in select(shown="gradient figure")}
     columns = {column: label for column, label in columns.items() if column in trains and trains[column].notna().any()}
@@ -73,7 +74,7 @@ def draw_curves(axes: Axes, events: pd.DataFrame, column: str, label: str, style
     """Draw a column of events against the step: each run thin, their mean thick."""
     curves = events.pivot(index="step", columns="folder", values=column).astype(float)
     mean = curves.dropna().mean(axis=1)
-    dot = "." if len(curves) < 30 else ""  # a single evaluation draws no line
+    dot = "." if len(curves) < 30 else ""  # without a dot, a single evaluation would be invisible
     runs = pd.concat([pd.concat([curves[folder].dropna(), BREAK]) for folder in curves])
     axes.plot(runs, color=style["color"], linewidth=0.7, alpha=0.5, marker=dot, markersize=4)
     axes.plot(
@@ -82,9 +83,10 @@ def draw_curves(axes: Axes, events: pd.DataFrame, column: str, label: str, style
 
 
 def range_since(events: pd.DataFrame, column: str, step: float) -> tuple[float, float] | None:
-    """Return the range of a column from a step on, with a margin; None if it is a single value.
+    """Return the range of a column from a step on, with a margin; None if all values are equal.
 
-    Earlier steps have so much larger losses that the differences between conditions would be invisible.
+    A figure with this range leaves out earlier steps. Their losses are so much larger that the differences between
+    conditions would be invisible.
     """
     late = events.loc[events["step"] >= step, column].astype(float)
     late = late[late.map(math.isfinite)]

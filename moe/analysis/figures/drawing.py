@@ -18,5 +18,5 @@ class Drawing(NamedTuple):
 
 
 def drawing(name: str, caption: str, result: Figure | str) -> Drawing:
-    """Return a `Drawing` of what a figure function returned: a figure, or the reason why there is none."""
+    """Return a `Drawing` from the result of a figure function: a figure, or the reason why there is none."""
     return Drawing(name, caption, result) if isinstance(result, Figure) else Drawing(name, caption, None, result)

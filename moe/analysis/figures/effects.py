@@ -45,7 +45,7 @@ def factor_panels(runs: pd.DataFrame, factor: str, hue: str, metrics: Sequence[s
 
 
 def _draw_levels(axes: Axes, runs: pd.DataFrame, factor: str, hue: str, metric: str) -> None:
-    """Draw seeds, means and intervals of one metric. Colors are a little apart, so that equal values stay visible."""
+    """Draw seeds, means and intervals of one metric. The levels of `hue` lie side by side, so that all are visible."""
     places, hues = levels(runs[factor]), levels(runs[hue])
     step = min(0.24, 0.7 / len(hues))
     for index, (cell, members) in enumerate(conditions(runs, [hue])):
@@ -70,7 +70,7 @@ def _draw_levels(axes: Axes, runs: pd.DataFrame, factor: str, hue: str, metric: 
 
 @matplotlib.rc_context(RC)
 def forest(contrasts: pd.DataFrame, label: str) -> Figure:
-    """Draw the difference of each contrast with its 95 % t interval, a row each.
+    """Draw the difference of each contrast with its 95 % t interval, one row for each contrast.
 
     A point is filled if p < 0.05 after Holm's correction. `contrasts` are rows of `moe.analysis.statistics.contrasts`
     that have an interval, all of the metric named `label`.

@@ -1,4 +1,4 @@
-"""Figures of single experts: what each prefers and what it is worth. A row is a run, a column is a layer."""
+"""Figures of single experts: what each prefers, and the loss without it. A row is a run, a column is a layer."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -59,8 +59,8 @@ def expert_coactivation(runs: list[MeasuredRun]) -> Figure:
 def expert_knockouts(runs: list[MeasuredRun]) -> Figure:
     """Draw the rise of the loss without each expert, with intervals over documents.
 
-    Its tokens go to other experts, or its output becomes zero. A dash is the rise when as many random assignments are
-    removed.
+    Either its tokens go to other experts, or its output becomes zero. A dash marks the rise when equally many random
+    assignments are removed instead.
     """
     figure, panels, layers = _grid(runs, height=2.0)
     for row, run in zip(panels, runs, strict=False):
@@ -86,9 +86,10 @@ def expert_knockouts(runs: list[MeasuredRun]) -> Figure:
 
 @matplotlib.rc_context(RC)
 def expert_embeddings(run: MeasuredRun) -> Figure | str:
-    """Draw experts as points by their outputs on the same tokens, by PCA and by t-SNE; return a reason if too few.
+    """Draw experts as points in two dimensions, by PCA and t-SNE of their outputs on the same tokens.
 
-    Each layer has a color, and each point the number of its expert.
+    Each layer has a color, and each point the number of its expert. Returns the reason as text if there are too few
+    experts.
     """
     found = run.found["embedding"]
     if found is None:
@@ -115,7 +116,7 @@ def expert_embeddings(run: MeasuredRun) -> Figure | str:
 
 @matplotlib.rc_context(RC)
 def expert_keywords(run: MeasuredRun) -> Figure:
-    """Draw the first keywords of every expert by TF-IDF, with the share of the token's occurrences that it got."""
+    """Draw the first keywords of every expert by TF-IDF, with the share of the keyword's occurrences that it took."""
     layers = _evenly_spaced(len(run.found["keywords"]), 4)
     experts = len(run.found["keywords"][0])
     figure = Figure(figsize=(max(7.0, 2.75 * len(layers)), 1.0 + 0.8 * experts), layout="constrained")
@@ -126,10 +127,10 @@ def expert_keywords(run: MeasuredRun) -> Figure:
         for expert, entry in enumerate(run.found["keywords"][layer]):
             lines = [f"{word['token']!r} {word['share']:.0%}" for word in entry["keywords"][:KEYWORDS_SHOWN]]
             axes.text(0, expert + 0.05, str(expert), va="top", fontsize=9, fontweight="bold")
-            text = "\n".join(lines) or "no token 3 times"
+            text = "\n".join(lines) or "took no token 3 times"
             axes.text(0.12, expert + 0.05, text, va="top", fontsize=7.5, family="monospace", parse_math=False)
             axes.axhline(expert, color="#d0d0d0", linewidth=0.6)
-    caption = f"{_name(run)}: expert, its tokens of largest TF-IDF, and the share of their occurrences that it got"
+    caption = f"{_name(run)}: expert, its tokens with the largest TF-IDF, and the share of their occurrences it took"
     figure.supxlabel(caption, fontsize="small")
     return figure
 
@@ -187,7 +188,7 @@ def _grid(runs: list[MeasuredRun], *, height: float) -> tuple[Figure, np.ndarray
 
 
 def _evenly_spaced(count: int, most: int) -> list[int]:
-    """Return at most `most` of 0 ... count-1, evenly spaced, with both ends."""
+    """Return at most `most` evenly spaced numbers out of 0 ... count-1, including the first and the last."""
     return sorted({round(place) for place in np.linspace(0, count - 1, min(count, most))})
 
 

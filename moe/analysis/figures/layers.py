@@ -20,17 +20,17 @@ from moe.routing.positions import DECILES
 METRICS = {metric.name: metric.axis for metric in select(shown="layer figures")}
 DROP_RATE = "val_capacity/drop_rate"
 DROP_RATES = [f"{DROP_RATE}/decile{decile}" for decile in range(DECILES)]
-MAX_PANELS = 12  # more of them would be too small
+MAX_PANELS = 12  # more panels would be too small
 
 
 def layers_of(columns: pd.Index, metric: str) -> dict[int, str]:
-    """Return layer -> the column of `metric` in that layer, sorted by layer."""
+    """Return {layer: the column with `metric` in that layer}, sorted by layer."""
     found = {column: re.fullmatch(rf"{re.escape(metric)}/layer(\d+)", column) for column in columns}
     return dict(sorted((int(match[1]), column) for column, match in found.items() if match))
 
 
 def with_layer_values(table: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Return the rows (runs or events) that have a value of `metric` in some layer, with these columns as numbers."""
+    """Return the rows (runs or events) with a value of `metric` in some layer. These columns become numbers."""
     columns = list(layers_of(table.columns, metric).values())
     return table.astype(dict.fromkeys(columns, float)).dropna(subset=columns, how="all") if columns else table.iloc[:0]
 
@@ -39,8 +39,8 @@ def with_layer_values(table: pd.DataFrame, metric: str) -> pd.DataFrame:
 def layer_trends(events: pd.DataFrame, metric: str) -> Figure:
     """Draw a metric against the step, with a panel for each condition and a line for each layer.
 
-    A line is the mean over the seeds that have the step. `events` are evaluations with a column "condition", which has
-    at most `MAX_PANELS` levels.
+    A line is the mean over the seeds that reached the step. `events` are evaluations with a column "condition", which
+    has at most `MAX_PANELS` different values.
     """
     layers, panels = layers_of(events.columns, metric), levels(events["condition"])
     columns = min(3, len(panels))
@@ -68,7 +68,7 @@ def layer_trends(events: pd.DataFrame, metric: str) -> Figure:
 
 @matplotlib.rc_context(RC)
 def layer_profile(runs: pd.DataFrame) -> Figure:
-    """Draw the final values of `METRICS` against the layer, with a line for each condition; skip those no run has."""
+    """Draw the final values of those `METRICS` that some run has against the layer, a line for each condition."""
     found = {metric: layers_of(runs.columns, metric) for metric in METRICS if len(with_layer_values(runs, metric))}
     across, rows = min(3, len(found)), math.ceil(len(found) / 3)
     figure = Figure(figsize=(max(6.4, 3.6 * across), _height(runs) + 3.2 * (rows - 1)), layout="constrained")
@@ -100,7 +100,7 @@ def drop_by_position(runs: pd.DataFrame) -> Figure:
 
 
 def _draw_conditions(axes: Axes, runs: pd.DataFrame, columns: list[str], x: list[int]) -> None:
-    """Draw the means over seeds of `columns` at `x`, with intervals: a line for each condition, a little apart."""
+    """Draw the means over seeds of `columns` at `x`, with intervals. The lines of the conditions lie side by side."""
     names = levels(runs["condition"])
     for index, name in enumerate(names):
         members, style = runs[runs["condition"] == name], dict[str, Any](line_style(index))

@@ -1,4 +1,4 @@
-"""All figures of specialization, from the files that `python -m moe.specialization` wrote into the run folders."""
+"""Draw all figures of specialization from the files that `python -m moe.specialization` wrote into run folders."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +31,7 @@ def specialization_drawings(runs: pd.DataFrame) -> Iterator[Drawing]:
     else:
         reasons = f"{len(first)} conditions are too many" if len(first) > MOST_LINES else ""
     if reasons:
-        yield drawing("specialization", "What experts do.", reasons)
+        yield drawing("specialization", "How the experts differ.", reasons)
     else:
         yield from _drawings(measured, first)
 
@@ -40,18 +40,18 @@ def _drawings(measured: list[MeasuredRun], first: list[MeasuredRun]) -> Iterator
     """Yield every figure; `first` is a run of each condition."""
     caption = "Share of a domain's assignments that an expert gets, relative to an even share."
     yield drawing("expert_domains", caption, expert_grids.expert_domains(first))
-    caption = "How much domain and token id say about the choice of experts, beside shuffled routing."
+    caption = "How much domain and token id tell about the choice of experts, compared with shuffled routing."
     yield drawing("specialization_information", caption, by_condition.specialization_information(measured))
-    caption = "How early choices settle, how many change during training, and whether seeds agree."
+    caption = "How early the choices become stable, how many change during training, and whether seeds agree."
     yield drawing("specialization_stability", caption, by_condition.specialization_stability(measured))
-    caption = "Rise of the loss without an expert, beside the rise when as many random assignments are removed."
+    caption = "Rise of the loss without an expert, and the rise when equally many random assignments are removed."
     yield drawing("expert_knockouts", caption, expert_grids.expert_knockouts(first))
     caption = "Rise of the loss without an expert against the expert's load."
     yield drawing("expert_importance", caption, by_condition.expert_importance(measured))
     caption = "How much lower the loss of a token would have been on the best of some sampled routes."
     yield drawing("route_regret", caption, by_condition.regret_by_route(measured))
     moving = [run for run in measured if run.found["landscape"]]
-    caption = "Loss and changed choices as the routers' weights move along some directions."
+    caption = "Loss and share of changed choices when the routers' weights move along some directions."
     result = by_condition.router_landscape(moving) if moving else "no router has weights to train"
     yield drawing("router_landscape", caption, result)
     caption = "Tokens that are typical of an expert, by TF-IDF."
@@ -70,7 +70,7 @@ def _read(runs: pd.DataFrame) -> tuple[list[MeasuredRun], str]:
     """Return the measured runs in order of condition and seed, and why the others could not be measured."""
     factors = [factor for factor in varied_factors(runs) if factor != "seed"]
     runs = runs[runs["status"] == "finished"]
-    every, reasons = [], []
+    measured, reasons = [], []
     for cell, members in conditions(runs, factors):
         for folder, seed in sorted(zip(members["folder"], members["seed"], strict=True), key=lambda pair: pair[1]):
             try:
@@ -78,12 +78,12 @@ def _read(runs: pd.DataFrame) -> tuple[list[MeasuredRun], str]:
             except RecordError as error:
                 found = {"reason": str(error)}
             if found is not None and found["reason"] is None:
-                every.append(MeasuredRun(name_cell(cell) or "all runs", int(seed), found))
+                measured.append(MeasuredRun(name_cell(cell) or "all runs", int(seed), found))
             elif found is not None:
                 reasons.append(found["reason"])
-    return every, "; ".join(sorted(set(reasons)))
+    return measured, "; ".join(sorted(set(reasons)))
 
 
 def _shape(run: MeasuredRun) -> tuple[Any, ...]:
-    """Return layers, experts and domains, which must be the same for all panels of a figure."""
+    """Return the numbers of layers and experts, and the domains. All panels of a figure must have the same."""
     return np.shape(run.found["load"]), tuple(run.found["domains"])

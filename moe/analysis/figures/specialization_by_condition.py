@@ -1,4 +1,4 @@
-"""Figures of specialization by condition: what routing depends on, how stable it is, and what each expert is worth.
+"""Figures of specialization by condition: what routing depends on, how stable it is, and the loss without an expert.
 
 Every seed is a point. Intervals are 95 % t intervals of the mean over seeds.
 """
@@ -23,7 +23,7 @@ SEEDS_TITLE = "small: one seed; large: mean over n seeds and its 95 % t interval
 
 @matplotlib.rc_context(RC)
 def specialization_information(runs: list[MeasuredRun]) -> Figure:
-    """Draw by layer what domain and token id say about experts, beside what they say about shuffled routing."""
+    """Draw by layer how much domain and token id tell about experts, compared with shuffled routing."""
     figure = Figure(figsize=(10.4, 4.6), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     _draw_by_layer(left, runs, lambda found: [_get(entry, "adjusted") for entry in found["domain"]])
@@ -34,8 +34,8 @@ def specialization_information(runs: list[MeasuredRun]) -> Figure:
     _draw_null(middle, runs, lambda found: [_adjusted_null(_get(e, "id")) for e in found["vocabulary"]["input"]])
     _draw_by_layer(right, runs, lambda found: _vocabulary_measure(found, "normalized"))
     _draw_null(right, runs, lambda found: _vocabulary_measure(found, "null_high"))
-    left.set_ylabel("domain: information / attainable, chance out")
-    middle.set_ylabel("token id: information / attainable, chance out")
+    left.set_ylabel("domain: share of the possible\ninformation, beyond chance")
+    middle.set_ylabel("token id: share of the possible\ninformation, beyond chance")
     right.set_ylabel("vocabulary specialization (mean largest share)")
     shared_legend(figure, f"{SEEDS_TITLE}; gray dash: 97.5 % quantile of shuffled routing")
     return figure
@@ -58,18 +58,18 @@ def specialization_stability(runs: list[MeasuredRun]) -> Figure:
     left.set_ylim(None, 1.03)
     middle.set_ylim(0, None)
     right.set_ylim(min(0, right.get_ylim()[0]), None)
-    scale = "κ: 1 the same, 0 as shuffled tokens with these loads"
-    marks = "left, middle: mean over layers, thin a run, thick all; right: small a pair of seeds, large their mean"
+    scale = "κ = 1: the same choices; κ = 0: as after shuffling the tokens, with these loads"
+    marks = "left, middle: mean over layers, thin: one run, thick: mean; right: small: a pair of seeds, large: mean"
     shared_legend(figure, f"{scale};\n{marks}")
     return figure
 
 
 @matplotlib.rc_context(RC)
 def expert_importance(runs: list[MeasuredRun]) -> Figure:
-    """Draw how much the loss rises without an expert against the expert's load; the legend has the rank correlation."""
+    """Draw the rise of the loss without an expert against the expert's load. The legend gives the rank correlation."""
     figure = Figure(figsize=(10.4, 4.8), layout="constrained")
     panels = figure.subplots(1, 2)
-    methods = {"rerouted": "its tokens re-routed", "zeroed": "its output zeroed"}
+    methods = {"rerouted": "its tokens rerouted", "zeroed": "its output zeroed"}
     for axes, (method, words) in zip(panels, methods.items(), strict=True):
         for style, name, members in _by_condition(runs):
             found = [run.found["knockout"][method] for run in members]
@@ -112,7 +112,7 @@ def regret_by_route(runs: list[MeasuredRun]) -> Figure:
 
 @matplotlib.rc_context(RC)
 def router_landscape(runs: list[MeasuredRun]) -> Figure:
-    """Draw loss and changed choices as the routers' weights move at random or along the gradient."""
+    """Draw the loss and the share of changed choices when the routers' weights move at random or along the gradient."""
     figure = Figure(figsize=(10.4, 4.6), layout="constrained")
     panels = figure.subplots(1, 3)
     for style, name, members in _by_condition(runs):
@@ -151,7 +151,7 @@ def _by_condition(runs: list[MeasuredRun]) -> Iterator[tuple[dict[str, str], str
 
 
 def _draw_by_layer(axes: Axes, runs: list[MeasuredRun], value: Callable[[dict[str, Any]], list[float | None]]) -> None:
-    """Draw one number for each layer: seeds, and means with t intervals. Conditions are a little apart."""
+    """Draw one number for each layer: seeds, and means with t intervals. Conditions lie side by side."""
     styled = list(_by_condition(runs))
     for index, (style, name, members) in enumerate(styled):
         rows = [
@@ -185,7 +185,7 @@ def _mean(values: list[list[float | None]]) -> float:
 
 
 def _draw_null(axes: Axes, runs: list[MeasuredRun], value: Callable[[dict[str, Any]], list[float | None]]) -> None:
-    """Draw a gray dash where chance ends, for each condition and layer; it is the mean over seeds."""
+    """Draw a gray dash at the upper end of chance for each condition and layer, as the mean over seeds."""
     styled = list(_by_condition(runs))
     for index, (_, _, members) in enumerate(styled):
         nulls = np.array([value(run.found) for run in members], dtype=float).mean(0)
@@ -213,7 +213,7 @@ def _draw_by_step(axes: Axes, runs: list[MeasuredRun], name: str) -> None:
 
 
 def _draw_by_pair(axes: Axes, runs: list[MeasuredRun]) -> None:
-    """Draw κ of each pair of seeds, and their mean without an interval, for pairs with a common seed are dependent."""
+    """Draw κ of each pair of seeds, and the mean. It has no interval, because pairs that share a seed are dependent."""
     styled = list(_by_condition(runs))
     for index, (style, _, members) in enumerate(styled):
         others = [other for run in members for other in run.found["seed_agreement"] if other["seed"] > run.seed]

@@ -1,4 +1,4 @@
-"""The look of all figures: colors, sizes and labels."""
+"""Colors, sizes and labels of all figures."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -35,7 +35,7 @@ RC: dict[Any, Any] = {
     "legend.frameon": False,
 }
 
-# Columns that are no metrics of a run: factors, and what only one study computes.
+# Labels of columns that the catalog of metrics does not have: factors, and values that only one study computes.
 OTHER_LABELS = {
     "lb": "load-balancing weight",
     "router.temp": "router temperature",
@@ -71,7 +71,7 @@ def shared_legend(figure: Figure, title: str) -> None:
 
 
 def panel_height(legend_entries: int) -> float:
-    """Return the height of a figure in inches, so that its panels keep their height however long the legend is."""
+    """Return the height of a figure in inches. It grows with the legend, so that the panels keep their height."""
     return 4.4 + 0.11 * legend_entries
 
 
@@ -83,7 +83,7 @@ def interval_reach(means: pd.DataFrame) -> pd.Series:
 def draw_means(
     axes: Axes, x: Sequence[float] | pd.Series, means: pd.DataFrame, style: dict[str, Any], name: str
 ) -> None:
-    """Draw means with their intervals at `x`. `means` is a table of `with_intervals`; the label gives its numbers n."""
+    """Draw means with their intervals at `x`. `means` is a table of `with_intervals`. The label contains n."""
     counts = "–".join(map(str, sorted({int(n) for n in means["n"].dropna()})))
     axes.errorbar(
         x,

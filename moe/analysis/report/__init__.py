@@ -1,1 +1,1 @@
-"""The report: its inputs, its sections, and how it becomes Markdown and HTML."""
+"""Build the report: collect its inputs, run its sections, and render it as Markdown and HTML."""

@@ -12,8 +12,8 @@ import pandas as pd
 
 from moe.analysis.figures.drawing import Drawing
 
-MAX_ROWS = 200  # of a table; nobody reads a page that shows more
-LIST_LENGTH = 20  # items of a list that are visible at once
+MAX_ROWS = 200  # largest number of rows that a table shows
+LIST_LENGTH = 20  # largest number of list items that are visible at once
 
 
 class Heading(NamedTuple):
@@ -48,7 +48,7 @@ class StatusBar(NamedTuple):
 
 
 class Attachment(NamedTuple):
-    """A file that lies beside the report; the caption says what it holds."""
+    """A file beside the report; the caption says what it contains."""
 
     name: str
     content: str

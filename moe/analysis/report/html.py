@@ -1,4 +1,4 @@
-"""Builds HTML pages from templates. A page is one file: its style and its figures are inside, it has no script.
+"""Build HTML pages from templates. A page is one file: it contains its style and its figures, and no script.
 
 The templates escape every value, so text from the data cannot become markup.
 """
@@ -17,7 +17,7 @@ from moe.analysis.figures.drawing import Drawing
 from moe.analysis.report.blocks import MAX_ROWS, Details, ReportBlock, not_drawn, truncation_note
 from moe.analysis.report.markdown import numeric_columns, one_line, table_cells
 
-LONG_TEXT = 60  # characters of a cell that stay on one line
+LONG_TEXT = 60  # largest number of characters in a table cell that is kept on one line
 
 
 class Cell(NamedTuple):
@@ -28,9 +28,9 @@ class Cell(NamedTuple):
 
 
 def render_page(template: str, *, package: str = "moe.analysis.report", **values: Any) -> str:
-    """Return the page that a template of `package` makes of `values`.
+    """Fill a template of `package` with `values` and return the page.
 
-    The file lies in the folder templates/ of the package. Every template may extend page.html.j2.
+    The file is in the folder templates/ of the package. Every template may extend page.html.j2.
     """
     return _environment(package).get_template(template).render(**values)
 
@@ -63,12 +63,12 @@ def _environment(package: str = "moe.analysis.report") -> jinja2.Environment:
 
 
 def anchor(text: str) -> str:
-    """Return the name by which links reach a heading."""
+    """Return the id of a heading, to which links point."""
     return re.sub(r"\W+", "-", text.lower()).strip("-")
 
 
 def inline_markup(text: str) -> Markup:
-    """Return text as HTML on one line: `**bold**` and `` `code` `` become elements, all else is escaped."""
+    """Return text as HTML on one line: `**bold**` and `` `code` `` become elements, everything else is escaped."""
     html = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", str(escape(one_line(text))))
     return Markup(re.sub(r"`(.+?)`", r"<code>\1</code>", html))
 

@@ -1,4 +1,4 @@
-"""Collects everything that the sections of a report read, once, before the first file is written."""
+"""Collect everything that the sections of a report need. This is done once, before the first file is written."""
 
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -23,16 +23,17 @@ from moe.results.conditions import (
 )
 from moe.results.table import EventTables, read_event_tables
 
-# The metrics that are always tested. For corrections, each is a family of its own. A metric that the reader adds may
-# have been chosen after seeing the results; then all tested metrics together are one family.
+# The metrics that are always tested. p-values are corrected for each metric separately (each is a family of its own). A
+# metric that the reader adds may have been chosen after seeing the results. Then p-values are corrected over all tested
+# metrics together.
 TESTED = tuple(metric.headline for metric in select(shown="tested"))
 
 GRADIENT_METRICS = tuple(metric.name for metric in select(shown="gradient figure"))
-TRAINING_METRICS = (*GRADIENT_METRICS, "train/loss")  # what every report reads of training steps
+TRAINING_METRICS = (*GRADIENT_METRICS, "train/loss")  # metrics of training steps that every report needs
 
 
 class ReportOptions(NamedTuple):
-    """What the reader of a report chooses.
+    """Choices of the reader of a report, from the command line.
 
     references: factor -> the level that its other levels are compared with.
     margins: tested metric -> the largest difference that counts as equal, in its units or as text such as "1%".
@@ -45,7 +46,7 @@ class ReportOptions(NamedTuple):
 
 
 class ReportInputs(NamedTuple):
-    """The runs, and everything that was computed about them before the sections read it."""
+    """The runs, and everything that is computed about them before the sections use it."""
 
     loaded: pd.DataFrame  # as `moe.results.table.load_runs` returned it
     runs: pd.DataFrame  # the same, with "(causal: yes|no)" beside every router's name
@@ -55,7 +56,7 @@ class ReportInputs(NamedTuple):
     metrics: list[str]  # the headline metrics and those of the options, as far as some run has them
     tested: list[str]  # `TESTED` and the metrics of the options, as far as some run has them
     claims: pd.DataFrame  # from `moe.analysis.claims.judge_planned`; empty if there are several experiments
-    contrasts: pd.DataFrame  # from `moe.analysis.statistics.contrasts`, all tested metrics; empty likewise
+    contrasts: pd.DataFrame  # `moe.analysis.statistics.contrasts` of all tested metrics; empty in the same case
     past: EventTables  # every evaluation, and some metrics of every training step
 
     def with_condition(self, events: pd.DataFrame) -> pd.DataFrame:
@@ -160,9 +161,9 @@ def stack(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
 
 def _reference_levels(inputs: ReportInputs, options: ReportOptions) -> dict[str, Any]:
-    """Return the references of the options that are levels of these runs, under the names that the runs have.
+    """Return those references of the options that are levels of these runs, with the level's full name.
 
-    A reader writes "topk" where the runs say "topk (causal: yes)".
+    The full name of a router is, for example, "topk (causal: yes)". The reader writes only "topk".
     """
     found = {}
     for factor, level in options.references.items():

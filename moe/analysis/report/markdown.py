@@ -1,4 +1,4 @@
-"""Renders report blocks as GitHub's Markdown."""
+"""Render report blocks as GitHub's Markdown."""
 
 import math
 import re
@@ -57,7 +57,7 @@ def table_as_markdown(table: pd.DataFrame) -> str:
 
 
 def escaped(text: str) -> str:
-    """Return text on one line of Markdown, in which nothing that came from the data becomes HTML or a link."""
+    """Return text on one line of Markdown, escaped so that text from the data cannot become HTML or a link."""
     return one_line(text).replace("<", "&lt;").replace("](", "]\\(")
 
 

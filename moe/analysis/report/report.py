@@ -1,7 +1,7 @@
-"""Writes the report: report.md and report.html, with figures and tables as files beside them.
+"""Write the report: report.md and report.html, with figures and tables as files beside them.
 
 A section is a function that takes `ReportInputs` and yields blocks. To add one, append it to one of the tuples below.
-To add what a single source study needs, see `moe.analysis.studies.registered`.
+To add figures or sections for one source study alone, see `moe.analysis.studies.registered`.
 """
 
 import io
@@ -78,10 +78,10 @@ def write_report(runs: pd.DataFrame, out: Path | str, options: ReportOptions | N
 
 
 def write_replay(out: Path | str) -> Path:
-    """Write the same for the numbers that the source studies published: recomputed, and judged like our own."""
-    again = replay()
-    blocks: list[ReportBlock] = [Heading("Sentences of the sources"), TableBlock(again.sentences)]
-    for name, table in again.tables.items():
+    """Write a report about the numbers that the source studies published, judged by the same rules as new runs."""
+    replayed = replay()
+    blocks: list[ReportBlock] = [Heading("Sentences of the sources"), TableBlock(replayed.sentences)]
+    for name, table in replayed.tables.items():
         blocks += [Heading(name), TableBlock(table), csv_file(name, table, "this table.")]
     return save_report("Replay of the published numbers", blocks, Path(out))
 
@@ -113,7 +113,7 @@ def _blocks(sections: Iterable[Section], inputs: ReportInputs) -> Iterator[Repor
 def _experiment_part(name: str, inputs: ReportInputs) -> Iterator[ReportBlock]:
     """Yield the sections of one experiment, with headings one level lower and files in a folder of its own."""
     yield Heading(name)
-    folder = re.sub(r"[^\w-]+", "_", name)  # whatever the experiment is called, its files stay below the report
+    folder = re.sub(r"[^\w-]+", "_", name)  # the name of an experiment must not lead out of the report's folder
     for block in _blocks(FOR_EACH_EXPERIMENT, inputs):
         if isinstance(block, Heading):
             yield block._replace(level=block.level + 1)
@@ -124,7 +124,7 @@ def _experiment_part(name: str, inputs: ReportInputs) -> Iterator[ReportBlock]:
 
 
 def _save_file(block: ReportBlock, out: Path) -> None:
-    """Write the file of a figure or an attachment; other blocks have none."""
+    """Write the file of a figure or an attachment; other blocks have no file."""
     match block:
         case Attachment(name, content):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
@@ -135,7 +135,7 @@ def _save_file(block: ReportBlock, out: Path) -> None:
 
 
 def _save_figure(figure: Figure, path: Path) -> None:
-    """Save as PNG with a palette of 256 colors: a third of the size, and lines look the same."""
+    """Save as PNG with a palette of 256 colors. The file has a third of the size, and lines look the same."""
     pixels = io.BytesIO()
     figure.savefig(pixels, format="png")
     Image.open(pixels).convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE).save(path, optimize=True)

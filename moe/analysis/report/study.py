@@ -1,4 +1,4 @@
-"""What a source study adds to the report, as one value."""
+"""Types for the figures and sections that a source study adds to the report."""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -11,14 +11,14 @@ Section = Callable[[ReportInputs], Iterable[ReportBlock]]
 
 
 class OverviewFigure(NamedTuple):
-    """A figure that replaces the report's own figures of these metrics."""
+    """A figure that replaces the general figures of these metrics in the report."""
 
     drawing: Drawing
     metrics: tuple[str, ...]
 
 
 class Study(NamedTuple):
-    """A source study's own figures and sections. A section yields nothing for runs that do not belong to the study.
+    """Figures and sections of one source study. A section yields nothing for runs that do not belong to the study.
 
     training_columns: metrics of training steps that the study reads.
     overview_figures: functions that return a figure for the section on the effects of factors, or None.

@@ -1,1 +1,1 @@
-"""What only one source study needs. `registered` lists the studies that add something to the report."""
+"""Figures, tables and data of single source studies. `registered` lists the studies that extend the report."""

@@ -1,8 +1,8 @@
-"""Judges what the source studies published: recomputes their tables, and compares their sentences with their numbers.
+"""Judge the source studies: recompute their published tables, and compare their sentences with their numbers.
 
-The folder published_tables/ holds the published numbers under the sources' own column names: the runs of the noise
+The folder published_tables/ contains the published numbers with the column names of the sources: the runs of the noise
 study (3 seeds), of the temperature study and of the routing bench's experiments A and C (one seed each), and the drop
-rates of its experiment B. A sentence that rests on one seed is undecided, unless that seed says the opposite.
+rates of its experiment B. A sentence that is based on one seed is undecided, unless that seed says the opposite.
 """
 
 from importlib.resources import files
@@ -32,17 +32,18 @@ COLUMNS = {  # column of a published table -> column of our tables
     "gini": "routing/load_gini/pooled",
     "tokens_per_s": "time/tokens_per_s",
 }
-ROUTER_NAMES = {"top1": "switch"}  # it selects in the same way, with a gate weight of 1
+ROUTER_NAMES = {"top1": "switch"}  # the bench's top1 selects as our switch does, but with a gate weight of 1
 NON_CAUSAL = ("expert_choice",)
 TOKENS_PER_STEP = 32_768  # of the bench
-NOT_TRAINED = "no gradient reached the routers of top1 (our switch) and topk_hard"  # so they were as random as hash
+# The routers of top1 and topk_hard therefore stayed random, like hash.
+NOT_TRAINED = "no gradient reached the routers of top1 (our switch) and topk_hard"
 TIMED_VALIDATION = "the time of a step was mostly that of validation"
 FALLBACK = "expert_choice routed 94 % of tokens or more as softk does"  # an expert took 64 tokens of 8,192 at most
-ABOUT_ZERO = 0.01  # the sentence says "from 1-10 % to about 0", so about 0 is less than 1 %
+ABOUT_ZERO = 0.01  # the source says "from 1-10 % to about 0", so "about 0" means less than 1 %
 
 
 class Sentence(NamedTuple):
-    """A sentence of a source, the verdict of its numbers (supported, contradicted or undecided), and these numbers."""
+    """A sentence of a source, the verdict on it (supported, contradicted or undecided), and the numbers behind it."""
 
     source: str
     sentence: str
@@ -88,7 +89,7 @@ def replay() -> Replay:
 
 
 def read_published(name: str) -> pd.DataFrame:
-    """Return a published table by the name of its file, under the source's own column names."""
+    """Return a published table by the name of its file, with the column names of the source."""
     with (files("moe.analysis.studies") / "published_tables" / f"{name}.csv").open(encoding="utf-8") as file:
         return pd.read_csv(file)
 
@@ -108,11 +109,11 @@ def experiment_claims(experiment: str) -> list[ClaimConfig]:
 
 
 def noise_conditions() -> pd.DataFrame:
-    """Return the noise study's printed table beside its recomputation; its ± is the population deviation (ddof=0)."""
+    """Return the noise study's printed table beside the recomputed one. Its ± is a standard deviation with ddof=0."""
     keys = ["noise_std", "load_balancing_weight"]
     cells = read_published("noise_runs").groupby(keys)
     perplexity = cells["val_perplexity"]
-    again = pd.DataFrame(
+    recomputed = pd.DataFrame(
         {
             "n": perplexity.count(),
             "perplexity": perplexity.mean(),
@@ -122,7 +123,7 @@ def noise_conditions() -> pd.DataFrame:
         }
     )
     printed = read_published("noise_aggregates").set_index(keys).add_prefix("printed ")
-    return again.join(printed).reset_index()
+    return recomputed.join(printed).reset_index()
 
 
 def drop_rates() -> pd.DataFrame:
@@ -148,13 +149,13 @@ def judge_drops(drops: pd.DataFrame) -> list[Sentence]:
             continue
         small = cells["avg_drop_rate"] < ABOUT_ZERO
         worst = cells.loc[cells["avg_drop_rate"].idxmax()]
-        seen = (
+        evidence = (
             f"{small.sum()} of {len(cells)} combinations below {ABOUT_ZERO:.0%}, the largest "
             f"{worst['avg_drop_rate']:.2%} (E={worst['num_experts']:.0f}, k={worst['top_k']:.0f}); "
             f"at 1.0 {before.min():.2%} to {before.max():.2%}"
         )
         verdict = "supported" if small.all() else "contradicted"
-        sentences.append(Sentence("routing bench, B", text, verdict, seen))
+        sentences.append(Sentence("routing bench, B", text, verdict, evidence))
     return sentences
 
 
@@ -174,13 +175,13 @@ def _interaction(variance: pd.DataFrame) -> Sentence:
     """Judge the noise study's sentence about the interaction of noise and balance weight."""
     rows = variance[variance["term"] == "noise:lb"].set_index("metric")
     p = rows.loc["val/perplexity", "p"]
-    seen = "; ".join(f"{name}: F={row['F']:.2f}, p={row['p']:.2g}" for name, row in rows.iterrows())
+    tests = "; ".join(f"{name}: F={row['F']:.2f}, p={row['p']:.2g}" for name, row in rows.iterrows())
     verdict = "contradicted" if p <= 0.05 else "undecided"
     return Sentence(
         "noise study, 9",
         "The interaction of noise and balance weight is limited",
         verdict,
-        f"{seen}; a large p is no evidence that there is none",
+        f"{tests}; a large p is no evidence that there is none",
     )
 
 
@@ -198,7 +199,7 @@ def _active_share() -> Sentence:
 
 
 def _copying(runs: pd.DataFrame) -> list[Sentence]:
-    """Return the temperature study's sentences, which have no evidence: its training measured copying."""
+    """Return the temperature study's sentences. Its runs give no evidence, because their training measured copying."""
     best, final, train = runs["best_val_loss"], runs["final_val_loss"], runs["last_train_loss"]
     caveat = (
         "no evidence, because labels were not shifted, so that training measured copying: train loss at most "
@@ -235,8 +236,8 @@ def _with_corrected_speed(runs: pd.DataFrame) -> pd.DataFrame:
 def _throughput(a: pd.DataFrame, c: pd.DataFrame) -> Sentence:
     """Judge the bench's throughput.
 
-    The logged time of a step contains its share of an evaluation, which came every 100 steps in A and every 200 in C.
-    These are two equations for each router, from which the time of an evaluation follows, and so its share.
+    The logged time of a step includes a share of an evaluation, which took place every 100 steps in A and every 200 in
+    C. This gives two equations for each router. Their solution is the time of an evaluation, and so its share.
     """
     both = a.merge(c, on=["router", "capacity_factor"], suffixes=("_a", "_c"))
     seconds = {side: TOKENS_PER_STEP / both[f"tokens_per_s_{side}"] for side in "ac"}

@@ -1,6 +1,6 @@
-"""The studies that add something to the report. This is the one place where a study plugs in.
+"""List the studies that extend the report. The report learns of a study only from this list.
 
-To add a study: write a module in this folder with a `Study` (`moe.analysis.report.study`), and append it here.
+To add a study, write a module in this folder with a `Study` (`moe.analysis.report.study`), and append it here.
 """
 
 from moe.analysis.report.study import Study

@@ -1,4 +1,4 @@
-"""The routing bench's figures: quality against speed (experiments A and C), and capacity factors (experiment B)."""
+"""Figures of the routing bench: quality against speed (experiments A and C), and capacity factors (experiment B)."""
 
 from collections.abc import Iterator
 
@@ -97,7 +97,7 @@ def overlay(events: pd.DataFrame, by: str) -> Figure:
 def capacity_lines(rows: pd.DataFrame, column: str) -> Figure:
     """Draw a column, avg_drop_rate or tokens_per_s, against the capacity factor.
 
-    There is a line for each number of experts (its color) and of experts per token (its dash).
+    There is a line for each combination of experts (color) and experts per token (dash).
     """
     figure = Figure(figsize=(7.2, 4.8), layout="constrained")
     axes = figure.subplots()
@@ -120,7 +120,7 @@ def capacity_lines(rows: pd.DataFrame, column: str) -> Figure:
 
 
 def quality_against_speed(inputs: ReportInputs) -> Iterator[ReportBlock]:
-    """Yield quality against speed for experiments A and C, as far as they are among the runs."""
+    """Yield quality against speed for experiments A and C, if some of the runs belong to them."""
     yield from figure_section("Quality against speed", _drawings(inputs))
 
 

@@ -14,17 +14,18 @@ interval, and the smallest true difference that an unpaired t test with so many 
 power 0.8."""
 CONTRASTS_EXPLAINED = """\
 `difference` is level minus reference, averaged over paired seeds, with its 95 % t interval and the p of the paired t
-test. `p Holm` is p corrected for all contrasts of the metric; if `--metric` added a metric, for those of all metrics.
+test. `p Holm` is p corrected for all contrasts of the metric; if `--metric` added a metric, for those of all metrics
+together.
 `d_z` is the difference in standard deviations (ddof=1) of the paired differences. `p Welch` is the p of a test that
 ignores the pairing. `p sign-flip` is exact up to 16 seeds, and can never be below `smallest p sign-flip`, however large
-the effect is. `detectable` is the smallest true difference that this many seeds, with the spread that they have, show
-with power 0.8. `p BH` is p corrected for the false discovery rate (Benjamini-Hochberg) over the same contrasts.
-`p TOST` is there for a metric with a `--margin`. It is the p of two one-sided tests that the difference is smaller than
-the margin."""
+the effect is. `detectable` is the smallest true difference that a test of this many seeds with this spread would find
+with power 0.8. `p BH` is p corrected for the false discovery rate (Benjamini-Hochberg) over the same contrasts. A
+metric with a `--margin` also has `p TOST`, the p of two one-sided tests that the difference is smaller than the
+margin."""
 
 
 def noise_floor_table(inputs: ReportInputs) -> Iterator[ReportBlock]:
-    """Yield how far runs differ by chance, if nothing but the seed varies."""
+    """Yield how much runs differ by chance, if nothing but the seed varies."""
     seeds = inputs.runs["seed"].nunique() if "seed" in inputs.runs else 0
     if not inputs.factors and seeds > 1 and inputs.metrics:
         yield Heading("Noise floor")
@@ -47,7 +48,7 @@ def condition_table(inputs: ReportInputs) -> Iterator[ReportBlock]:
 
 
 def contrast_table(inputs: ReportInputs) -> Iterator[ReportBlock]:
-    """Yield all numbers behind the verdicts."""
+    """Yield all contrasts with all numbers on which the verdicts are based."""
     yield Heading("Contrasts, paired by seed")
     yield Paragraph(CONTRASTS_EXPLAINED)
     yield TableBlock(inputs.contrasts)

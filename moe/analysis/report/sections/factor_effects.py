@@ -24,7 +24,7 @@ def factor_effects(inputs: ReportInputs) -> Iterator[ReportBlock]:
 
 
 def _factor_drawings(inputs: ReportInputs) -> Iterator[Drawing]:
-    """Yield a figure for each tested metric; a study's figure may take the place of some of them."""
+    """Yield a figure for each tested metric; a figure of a study may replace some of them."""
     metrics = list(dict.fromkeys((*TESTED, *inputs.tested)))
     for overview_figure in (function for study in STUDIES for function in study.overview_figures):
         overview = overview_figure(inputs)
@@ -35,7 +35,7 @@ def _factor_drawings(inputs: ReportInputs) -> Iterator[Drawing]:
         yield drawing("factors", "Effects of the factors that vary.", "no factor varies")
         return
     for metric in metrics:
-        caption = f"Effect of {', '.join(inputs.factors)}: {axis_label(metric)}."
+        caption = f"Effect of {', '.join(inputs.factors)} on: {axis_label(metric)}."
         absent = "" if metric in inputs.tested else f"no run has {metric}"
         result = absent or inputs.too_many_lines() or _factor_figure(inputs.runs, inputs.factors, metric)
         yield drawing(_file_name("factors", metric), caption, result)

@@ -1,4 +1,4 @@
-"""How things change during training: contrasts of the loss, learning curves, and gradients."""
+"""Changes during training: contrasts of the validation loss, learning curves, and gradients."""
 
 import math
 from collections.abc import Iterator
@@ -79,7 +79,7 @@ def learning_curves(inputs: ReportInputs) -> Iterator[ReportBlock]:
 
 
 def gradient_norms(inputs: ReportInputs) -> Iterator[ReportBlock]:
-    """Yield the gradients of routers and experts, and how far a step moves their weights."""
+    """Yield the gradient norms of routers and experts, and how much a step changes their weights."""
     trains = inputs.with_condition(inputs.past.trains)
     absent = "" if set(GRADIENT_METRICS) <= set(trains) else f"no run has {', '.join(GRADIENT_METRICS)}"
     result = inputs.too_many_lines() or absent or curves.gradient_norms(trains)

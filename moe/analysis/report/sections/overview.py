@@ -1,4 +1,4 @@
-"""The first section: how many runs there are, and what became of each."""
+"""The first section of the report: the number of runs by status, and the runs that are not finished."""
 
 import math
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from moe.analysis.report.blocks import (
 from moe.analysis.report.inputs import ReportInputs
 from moe.results.conditions import unfinished
 
-# Status -> its color. Every status has a column in the table, because it matters too that no run failed.
+# Status -> its color. Every status has a column in the table, so that the reader also sees that no run failed.
 STATUSES = {
     "finished": "good",
     "missing": "idle",
@@ -44,12 +44,12 @@ def what_was_run(inputs: ReportInputs) -> Iterator[ReportBlock]:
     yield BulletList([f"factors: {', '.join(inputs.factors) or 'none varies'}; seeds: {_seeds(runs)}"])
     yield from long_list([*_confounded_factors(inputs.tied), *_values_left_out(inputs)])
     yield csv_file("runs", inputs.loaded, "a row for each run: facts, factors and final metrics.")
-    rest = unfinished(runs)
-    if len(rest):
-        yield Paragraph(f"{len(rest)} of {len(runs)} runs did not finish. No result below includes them:")
-        yield TableBlock(rest)
+    failures = unfinished(runs)
+    if len(failures):
+        yield Paragraph(f"{len(failures)} of {len(runs)} runs did not finish. No result below includes them:")
+        yield TableBlock(failures)
     if inputs.past.problems:
-        yield Paragraph("Could not be read from the event logs:")
+        yield Paragraph("These parts of the event logs could not be read:")
         yield from long_list(inputs.past.problems)
 
 
@@ -86,7 +86,7 @@ def _confounded_factors(tied: dict[str, str]) -> list[str]:
 def _values_left_out(inputs: ReportInputs) -> list[str]:
     finished = inputs.runs[inputs.runs["status"] == "finished"]
     return [
-        f"{run}: finished, but its {metric} is not finite; left out of that metric"
+        f"{run}: finished, but its {metric} is not finite; left out of all results about this metric"
         for metric in inputs.metrics
         for run in finished.loc[~finished[metric].map(math.isfinite), "run"]
     ]

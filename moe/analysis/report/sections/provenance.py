@@ -1,4 +1,4 @@
-"""Where the numbers come from: routers, configurations, data, code, machine and versions."""
+"""The origin of the numbers: routers, configurations, data, code, machine and versions."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -50,7 +50,7 @@ def configuration(inputs: ReportInputs) -> Iterator[ReportBlock]:
 
 
 def data(inputs: ReportInputs) -> Iterator[ReportBlock]:
-    """Yield every data manifest that occurs: which text the runs read, from which packages, with which checksums."""
+    """Yield every data manifest of the runs: which text they read, from which packages, and its checksums."""
     manifests: dict[str, list[Any]] = {}
     for record in _records(inputs.runs):
         if record.facts is not None:
@@ -66,16 +66,16 @@ def data(inputs: ReportInputs) -> Iterator[ReportBlock]:
         yield Paragraph(f"{len(records)} runs read corpus `{manifest.get('corpus_sha256', 'without a checksum')}`.")
         if isinstance(domains, dict) and all(isinstance(domain, dict) for domain in domains.values()):
             yield TableBlock(pd.DataFrame([{"domain": name} | flatten(domain) for name, domain in domains.items()]))
-        yield Details("The rest of the manifest", [TableBlock(_key_table(flatten(manifest)))])
+        yield Details("Other entries of the manifest", [TableBlock(_key_table(flatten(manifest)))])
 
 
 def software(inputs: ReportInputs) -> Iterator[ReportBlock]:
-    """Yield commit, machine and library versions: where the runs differ, and what they share."""
+    """Yield commit, machine and library versions: first those that differ between the runs, then the common ones."""
     rows = [flatten(_software(record)) for record in _records(inputs.runs)]
     differing, common = differences(pd.DataFrame(rows, dtype=object))
     yield Heading("Code, machine and versions")
     if len(differing):
-        yield Paragraph("**Runs differ here**, so the last digits of their numbers need not be comparable.")
+        yield Paragraph("**The runs differ here**, so the last digits of their results may not be comparable.")
         yield TableBlock(differing)
     yield TableBlock(common)
 
@@ -116,7 +116,7 @@ def _value_text(value: Any) -> str:
 
 
 def _software(record: RunRecord) -> dict[str, Any]:
-    """Return what the last digits of a run may depend on beside its configuration."""
+    """Return everything, apart from the configuration, that may influence the last digits of a run."""
     always = {"commit": record.commit, "versions": record.versions, "machine": record.machine._asdict()}
     facts = record.facts
     if facts is None:

@@ -1,4 +1,4 @@
-"""Figures of routing: by layer, by position in the sequence, and what single experts do."""
+"""Figures of routing: by layer, by position in the sequence, and of single experts."""
 
 from collections.abc import Iterator
 
@@ -17,7 +17,7 @@ def routing_by_layer(inputs: ReportInputs) -> Iterator[ReportBlock]:
 
 
 def expert_specialization(inputs: ReportInputs) -> Iterator[ReportBlock]:
-    """Yield what experts do, from the files that `python -m moe.specialization` wrote into the run folders."""
+    """Yield figures of the experts from the files that `python -m moe.specialization` wrote into the run folders."""
     yield from figure_section("Specialization", specialization_drawings(inputs.runs))
 
 

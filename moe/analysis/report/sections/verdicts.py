@@ -1,4 +1,4 @@
-"""Verdicts in sentences: on the claims that were planned, and on every other comparison of two levels."""
+"""Verdicts in sentences: on the planned claims, and on every other comparison of two levels."""
 
 from collections.abc import Iterator
 
@@ -16,13 +16,13 @@ TITLES = {
     UNDECIDED: "Undecided",
 }
 CLAIMS_EXPLAINED = """\
-These claims were written into the experiment's yaml, and so into the record of every run, before its first step. Each
+These claims were written into the experiment's YAML file, and every run recorded them before its first step. Each
 difference is taken between runs of the same seed and averaged over all combinations of the other factors. A claim is
 supported or contradicted if p is at most 5 % after Holm's correction for the number of these claims; otherwise it is
-undecided. Everything else in this report is post hoc: it was looked at after the runs."""
+undecided. Everything else in this report is post hoc: nobody predicted it before the runs."""
 POST_HOC = """\
-Each level of a factor is compared with the factor's reference level. These comparisons are post hoc: nobody wrote them
-down before the runs."""
+Each level of a factor is compared with the factor's reference level. These comparisons are post hoc: no claim predicted
+their results before the runs."""
 
 
 def claim_verdicts(inputs: ReportInputs) -> Iterator[ReportBlock]:
@@ -41,7 +41,7 @@ def claim_verdicts(inputs: ReportInputs) -> Iterator[ReportBlock]:
 
 
 def contrast_verdicts(inputs: ReportInputs) -> Iterator[ReportBlock]:
-    """Yield a sentence for every contrast that no claim is about, the most certain ones first."""
+    """Yield a sentence for every contrast that no claim predicts, the most certain ones first."""
     yield Heading("Verdicts")
     if inputs.contrasts.empty:
         yield Paragraph("None: no factor varies among the runs with results.")

@@ -1,1 +1,1 @@
-"""The temperature study's own figures and JSON reports."""
+"""Figures and JSON reports of the temperature study."""

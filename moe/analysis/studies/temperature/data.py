@@ -1,6 +1,6 @@
-"""Selects the runs of the temperature study, and reads their curves, expert utilization and means over seeds.
+"""Select the runs of the temperature study, and compute their curves, expert utilization and means over seeds.
 
-Every selection is a table with a row for each run, or the reason why there is none as text.
+Every selection is a table with a row for each run. If there are no such runs, it is the reason as text.
 """
 
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ TEMPERATURE, VALIDATION_LOSS = "router.temp", "val/loss"
 
 
 def ablation(runs: pd.DataFrame) -> pd.DataFrame | str:
-    """Return the finished runs at constant temperatures that have the most common length; of two, the shorter."""
+    """Return the finished runs at constant temperatures with the most common number of steps (of two, the smaller)."""
     steady, _ = _by_schedule(runs)
     return _comparable(_most_common_length(steady), TEMPERATURE, none="no finished run has a constant temperature")
 
@@ -30,9 +30,9 @@ def constant_runs(runs: pd.DataFrame) -> pd.DataFrame | str:
 
 
 def scheduled(runs: pd.DataFrame) -> pd.DataFrame | str:
-    """Return the finished runs whose temperature follows a schedule and that have the most common length.
+    """Return the finished runs whose temperature follows a schedule and that have the most common number of steps.
 
-    They include the runs whose temperature is constant where the schedules end, if they differ in nothing else.
+    Runs whose temperature is constant at the value where the schedules end are included if they differ in nothing else.
     """
     steady, moving = _by_schedule(runs)
     moving = _most_common_length(moving)
@@ -62,7 +62,10 @@ def evaluation_curves(members: pd.DataFrame, events: pd.DataFrame, columns: Iter
 
 
 def with_training(evals: pd.DataFrame, trains: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Add the mean of a training column over the steps since the evaluation before, if training steps have it."""
+    """Add to each evaluation the mean of a training column over the steps since the previous evaluation.
+
+    If the training steps do not have the column, the evaluations are returned unchanged.
+    """
     if not ({"folder", "step"} <= set(evals) and {"folder", "step", column} <= set(trains)):
         return evals
     ends = evals[["folder", "step"]].assign(evaluation=evals["step"]).sort_values("step")
@@ -102,7 +105,7 @@ def with_utilization(members: pd.DataFrame, evals: pd.DataFrame) -> pd.DataFrame
 
 
 def seed_means(table: pd.DataFrame, by: list[str], column: str) -> pd.DataFrame:
-    """Return for each combination of `by` n seeds with a finite value, their mean, deviation and 95 % t interval."""
+    """Return n (seeds with a finite value), mean, deviation and 95 % t interval for each combination of `by`."""
     values = table[np.isfinite(table[column].astype(float))]
     means = values.groupby(by)[column].agg(n="count", mean="mean", **{STD: "std"}).reset_index()  # ddof=1
     return with_intervals(means)
@@ -114,7 +117,10 @@ def ranking(members: pd.DataFrame, by: str, metric: str = VALIDATION_LOSS) -> pd
 
 
 def experiment_names(members: pd.DataFrame) -> pd.Series:
-    """Return the study's name for each run, temp_1.0 or schedule_linear, with the steps if their number is unusual."""
+    """Return the study's name for each run, such as temp_1.0 or schedule_linear.
+
+    The number of steps is added if it is not the usual one.
+    """
     usual = members["steps"].mode()[0]
     columns = zip(members[TEMPERATURE], members["schedule"], members["steps"], strict=True)
     named = [

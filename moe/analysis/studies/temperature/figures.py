@@ -1,4 +1,4 @@
-"""The six figures of the temperature study, under its file names.
+"""Draw the six figures of the temperature study, under the study's file names.
 
 Seeds are thin lines or small points. Means are thick or large, with their 95 % t interval, and every legend says how
 many seeds there are.
@@ -49,14 +49,14 @@ OTHER_EXPERTS = (
 )
 ENTROPY_NOTE = """\
 Temperature divides the logits, so at the
-router's own temperature entropy grows and
+router's temperature entropy grows and
 confidence falls with T by definition.
 At temperature 1 they show how training
 changed the logits themselves.
 
 Load-balance loss: E Σ f P, unweighted,
 mean over layers and over the training
-steps since the evaluation before;
+steps since the previous evaluation;
 dashed: balanced."""
 
 
@@ -185,10 +185,12 @@ def entropy_analysis(runs: pd.DataFrame, events: pd.DataFrame) -> Figure:
 
 
 class FigureRecipe(NamedTuple):
-    """How to make one figure.
+    """Functions and metrics that make one figure.
 
-    members: selects the runs. table: makes of them and of their evaluations the table that is drawn. final: the final
-    metrics that the runs must have. draw: draws the figure; its name is that of the file.
+    members: function that selects the runs.
+    table: function that takes these runs and their evaluations, and returns the table to draw.
+    final: final metrics that the runs must have.
+    draw: function that draws the figure. The file gets the name of this function.
     """
 
     members: Callable[[pd.DataFrame], pd.DataFrame | str]
@@ -229,7 +231,7 @@ RECIPES = [
         _curves_of(VALIDATION_LOSS, ACCURACY, "temperature"),
         (VALIDATION_LOSS, ACCURACY),
         schedule_comparison,
-        "Schedules of the temperature beside each other.",
+        "Loss, accuracy and temperature over training, by temperature schedule.",
     ),
     FigureRecipe(
         constant_runs,

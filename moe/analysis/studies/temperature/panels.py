@@ -1,4 +1,4 @@
-"""Panels of the temperature study's figures: curves, values against temperature, heatmaps and tables.
+"""Draw panels of the temperature study's figures: curves, values against temperature, heatmaps and tables.
 
 Each function draws a table on axes. A `Style` maps each level of a factor to the color, dash and label of its lines.
 """

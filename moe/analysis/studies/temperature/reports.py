@@ -1,7 +1,7 @@
-"""Makes the two JSON reports of the temperature study, under the study's keys, with n and intervals.
+"""Make the two JSON reports of the temperature study, with the keys of the study, and n and intervals in addition.
 
-Beside a mean `x` over seeds there are `x_interval`, its 95 % t interval (null below two seeds), and `x_n`, the number
-of seeds with a finite value. Unknown values are null.
+For every mean `x` over seeds, `x_interval` is its 95 % t interval (null below two seeds) and `x_n` the number of seeds
+with a finite value. Unknown values are null.
 """
 
 import math
@@ -27,7 +27,7 @@ from moe.analysis.studies.temperature.data import (
 from moe.metrics.catalog import lookup
 from moe.results.conditions import STD, levels, unfinished
 
-# The metrics that sentences are about.
+# The metrics about which `insights` writes sentences.
 QUALITY = [VALIDATION_LOSS, "val/accuracy"]
 SPECIALIZATION = ["routing/load_gini", "routing/load_gini/worst", "routing/entropy_t1"]
 DEFINITIONS = {
@@ -54,8 +54,8 @@ def summary_report(runs: pd.DataFrame, evals: pd.DataFrame) -> dict[str, Any]:
     `runs` is a table of `moe.results.table.load_runs` after `with_causality`. `evals` are the evaluations of
     `moe.results.table.read_event_tables`.
     """
-    tempered, moving, steady = ablation(runs), scheduled(runs), constant_runs(runs)
-    tables = [table for table in (tempered, steady, moving) if isinstance(table, pd.DataFrame)]
+    constant, with_schedule, of_any_length = ablation(runs), scheduled(runs), constant_runs(runs)
+    tables = [table for table in (constant, of_any_length, with_schedule) if isinstance(table, pd.DataFrame)]
     experiments = list(dict.fromkeys(name for table in tables for name in experiment_names(table)))
     report: dict[str, Any] = {
         "experiment_overview": {
@@ -73,26 +73,26 @@ def summary_report(runs: pd.DataFrame, evals: pd.DataFrame) -> dict[str, Any]:
         "definitions": DEFINITIONS,
     }
     best = report["best_results"]
-    if isinstance(tempered, pd.DataFrame):
-        best["temperature_ablation"] = _best(tempered, TEMPERATURE, "temperature", evals)
-        analysis = _analysis(tempered, TEMPERATURE, "temperature", evals)
-        report["temperature_analysis"] = {"tested_temperatures": levels(tempered[TEMPERATURE])} | analysis
-        report["insights"] += insights(tempered, TEMPERATURE, QUALITY)
+    if isinstance(constant, pd.DataFrame):
+        best["temperature_ablation"] = _best(constant, TEMPERATURE, "temperature", evals)
+        analysis = _analysis(constant, TEMPERATURE, "temperature", evals)
+        report["temperature_analysis"] = {"tested_temperatures": levels(constant[TEMPERATURE])} | analysis
+        report["insights"] += insights(constant, TEMPERATURE, QUALITY)
     else:
-        report["not_reported"]["temperature_ablation"] = tempered
-    if isinstance(moving, pd.DataFrame):
-        only = moving[moving["schedule"] != "constant"]
-        best["temperature_schedule"] = _best(only, "schedule", "schedule_type", evals)
-        analysis = _analysis(only, "schedule", "schedule", evals)
-        report["schedule_analysis"] = {"schedules_tested": levels(only["schedule"])} | analysis
-        report["insights"] += insights(moving, "schedule", QUALITY)
+        report["not_reported"]["temperature_ablation"] = constant
+    if isinstance(with_schedule, pd.DataFrame):
+        changing = with_schedule[with_schedule["schedule"] != "constant"]
+        best["temperature_schedule"] = _best(changing, "schedule", "schedule_type", evals)
+        analysis = _analysis(changing, "schedule", "schedule", evals)
+        report["schedule_analysis"] = {"schedules_tested": levels(changing["schedule"])} | analysis
+        report["insights"] += insights(with_schedule, "schedule", QUALITY)
     else:
-        report["not_reported"]["temperature_schedule"] = moving
+        report["not_reported"]["temperature_schedule"] = with_schedule
     return report
 
 
 def specialization_report(runs: pd.DataFrame, evals: pd.DataFrame) -> dict[str, Any]:
-    """Return specialization_report.json: load and entropy by constant temperature, and what temperature changes.
+    """Return specialization_report.json: load and entropy by constant temperature, and the effects of temperature.
 
     The best and the most balanced temperature are chosen among runs of the usual length. The arguments are those of
     `summary_report`.
@@ -104,16 +104,16 @@ def specialization_report(runs: pd.DataFrame, evals: pd.DataFrame) -> dict[str, 
         "not_reported": {},
         "definitions": DEFINITIONS,
     }
-    tempered, steady = ablation(runs), constant_runs(runs)
-    if isinstance(tempered, pd.DataFrame):
-        report["summary"] = _extremes(tempered)
-        report["insights"] = insights(tempered, TEMPERATURE, SPECIALIZATION)
+    constant, of_any_length = ablation(runs), constant_runs(runs)
+    if isinstance(constant, pd.DataFrame):
+        report["summary"] = _extremes(constant)
+        report["insights"] = insights(constant, TEMPERATURE, SPECIALIZATION)
     else:
-        report["not_reported"]["summary"] = tempered
-    table = steady if isinstance(steady, str) else with_utilization(steady, evals)
+        report["not_reported"]["summary"] = constant
+    table = of_any_length if isinstance(of_any_length, str) else with_utilization(of_any_length, evals)
     if isinstance(table, pd.DataFrame):
-        members = table.groupby(experiment_names(table), sort=False)
-        report["per_experiment"] = {str(name): _experiment(runs_of, evals) for name, runs_of in members}
+        experiments = table.groupby(experiment_names(table), sort=False)
+        report["per_experiment"] = {str(name): _experiment(members, evals) for name, members in experiments}
     else:
         report["not_reported"]["per_experiment"] = table
     return report

@@ -1,4 +1,4 @@
-"""What the temperature study adds to the report: its figures and its two JSON files, under the study's own names."""
+"""Add the temperature study to the report: its figures and its two JSON files, with the names of the study."""
 
 import json
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ def temperature_section(inputs: ReportInputs) -> Iterator[ReportBlock]:
     yield from figure_section("Temperature", temperature_drawings(runs, evals, inputs.past.trains))
     for report in (summary_report, specialization_report):
         content = json.dumps(report(runs, evals), indent=1, allow_nan=False) + "\n"
-        caption = "the temperature study's own summary, with n and intervals."
+        caption = "a summary with the keys of the temperature study, with n and intervals in addition."
         yield Attachment(f"{report.__name__}.json", content, caption)
 
 

@@ -1,4 +1,4 @@
-"""The tables inside the temperature study's figures, as text."""
+"""Make the tables inside the temperature study's figures, as text."""
 
 import math
 from typing import Any
@@ -48,7 +48,7 @@ def utilization_statistics(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def condition_names(table: pd.DataFrame) -> dict[Any, str]:
-    """Return (temperature, steps) -> the name of the condition, which has the steps if they vary."""
+    """Return {(temperature, steps): name of the condition}. The name contains the steps if they vary."""
     length = ", {} steps" if table["steps"].nunique() > 1 else ""
     return {cell: f"T = {cell[0]:g}{length.format(cell[1])}" for cell in table.groupby([TEMPERATURE, "steps"]).groups}
 
