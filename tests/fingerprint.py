@@ -1,7 +1,7 @@
 """Trains every router, schedule, variant and setting for a few steps and prints the SHA-256 of each run's weights.
 
-A change of code that should compute the same as before prints the same lines before and after, on one machine and one
-version of the libraries:
+Use it for a change of the code that must not change results. On one machine, with the same versions of the libraries,
+it prints the same lines before and after the change:
 
     python tests/fingerprint.py > before.txt    # then change the code
     python tests/fingerprint.py | diff before.txt - && echo equal
@@ -26,7 +26,7 @@ SMALL = """
     steps=4 batch_size=4 grad_accum=2 eval_every=2 save_every=2 logger.mode=disabled
 """.split()
 
-# Sweeps, each of cells that are trained for a few steps.
+# One sweep per entry. Every cell is trained for a few steps.
 SWEEPS = [
     "router={routers}",
     "router={routers} capacity=1.0 noise=0.5 lb=0.01 z=0.001",
@@ -42,12 +42,13 @@ SWEEPS = [
     "router=topk model.shared_experts=1 model.expert=silu,swiglu model.first_k_dense_replace=1 grad_accum=1",
 ]
 
-NAMES = ("router", "schedule", "variant", "optimizer", "capacity", "drop", "seed")  # what cells of a sweep differ in
+# The keys in which cells of a sweep can differ.
+NAMES = ("router", "schedule", "variant", "optimizer", "capacity", "drop", "seed")
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        corpus = Path(folder) / "corpus" / "topics.jsonl"  # the split depends on the name of the last folder
+        corpus = Path(folder) / "corpus" / "topics.jsonl"  # the validation split depends on this folder's name
         corpus.parent.mkdir()
         rows = [{"text": text, "half": "early" if name < "d" else "late"} for name, text in sorted(topics.items())]
         corpus.write_text("\n".join(json.dumps(row) for row in rows))
@@ -64,7 +65,7 @@ def options(group: str) -> list[str]:
 
 def print_sweep(overrides: list[str], out: Path, title: str) -> None:
     """Train a sweep below `out`, and print a line for each of its runs: digest, sweep, run."""
-    overrides = list({override.split("=")[0]: override for override in overrides}.values())  # the last one counts
+    overrides = list({override.split("=")[0]: override for override in overrides}.values())  # the last value wins
     command = [sys.executable, "train.py", "-m", *overrides, f"out={out}"]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     if done.returncode:
@@ -75,7 +76,8 @@ def print_sweep(overrides: list[str], out: Path, title: str) -> None:
         digest = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.exists() else record["status"]
         chosen = {**record["config"], **record["choices"]}
         lines.append((" ".join(f"{name}={chosen[name]}" for name in NAMES), digest))
-    for run, digest in sorted(lines):  # folders' names depend on the temporary folder, and so would their order
+    # Sorted by settings, because folder names depend on the temporary folder, and so does their order.
+    for run, digest in sorted(lines):
         print(f"{digest}  {title}: {run}", flush=True)
 
 

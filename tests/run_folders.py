@@ -1,4 +1,4 @@
-"""Made-up records of runs: the fields that a test does not care about are filled in."""
+"""Write the files of made-up runs. Fields that a test does not set get default values."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ FACTS = {
 
 
 def write_record(folder: Path, **fields: Any) -> None:
-    """Write run.json with these fields; a field of `RunFacts` gives the run facts."""
+    """Write run.json with these fields. A field of `RunFacts` is written into `facts`."""
     facts = {name: fields.pop(name) for name in RunFacts._fields if name in fields}
     named = {"experiment": folder.parent.name, "name": folder.name}
     record = RECORD | named | ({"facts": FACTS | facts} if facts else {}) | fields
@@ -42,7 +42,7 @@ def write_record(folder: Path, **fields: Any) -> None:
 
 
 def change_record(folder: Path, **fields: Any) -> None:
-    """Replace fields of a run.json, facts among them."""
+    """Replace fields of a run.json. A field of `RunFacts` is replaced in `facts`."""
     record = json.loads((folder / "run.json").read_text())
     for name in [name for name in fields if name in RunFacts._fields]:
         record["facts"] = (record["facts"] or FACTS) | {name: fields.pop(name)}
@@ -55,5 +55,5 @@ def write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
 
 
 def write_cells(sweep: Path, cells: dict[str, dict[str, Any]]) -> None:
-    """Write the sweep.json of a sweep that was asked for these cells."""
+    """Write the sweep.json of a sweep with these cells: folder name -> overrides."""
     (sweep / "sweep.json").write_text(json.dumps({"format": FORMAT, "cells": cells}))

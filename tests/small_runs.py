@@ -1,4 +1,4 @@
-"""Train a cell in this process, to its end or until a pretended signal, and read what its folder says."""
+"""Train a cell in this process, to its end or until a simulated SIGTERM, and read its events."""
 
 import signal
 from pathlib import Path
@@ -12,7 +12,7 @@ from moe.training.recorder import RunListener
 
 
 class StopAfter(RunListener):
-    """Pretends that SIGTERM arrives when step `stop_after` is recorded; never if that is None."""
+    """Listener that simulates a SIGTERM when step `stop_after` is recorded. If that is None, it does nothing."""
 
     def __init__(self, signals: Signals, stop_after: int | None) -> None:
         self.signals = signals
@@ -24,7 +24,7 @@ class StopAfter(RunListener):
 
 
 def run(cell: Cell, *, stop_after: int | None = None) -> dict[str, Any]:
-    """Train a cell and return facts about the run; `stop_after`: the step after which it is asked to stop."""
+    """Train a cell and return facts about the run. After step `stop_after` a SIGTERM is simulated."""
     cell.folder.mkdir(parents=True, exist_ok=True)
     signals = Signals()
     return train(cell.config, cell.folder, signals=signals, listeners=[StopAfter(signals, stop_after)])

@@ -1,4 +1,4 @@
-"""Imports go in one direction, and docs/architecture.md shows them as they are.
+"""Tests that imports go in one direction and that docs/architecture.md shows the imports of the code.
 
 `python tests/test_architecture.py` prints the picture of the packages for docs/architecture.md.
 """
@@ -88,15 +88,15 @@ def arrows() -> dict[str, set[str]]:
 
 
 def reached(start: str) -> set[str]:
-    """Return every module that is loaded when a module is imported, including the parent packages of ours."""
+    """Return every module that is loaded when a module is imported, including its parent packages in moe/."""
     seen: set[str] = set()
-    todo = [start]
-    while todo:
-        module = todo.pop()
+    to_visit = [start]
+    while to_visit:
+        module = to_visit.pop()
         if module not in seen:
             seen.add(module)
-            todo += [one.imported for one in IMPORTS if one.importer == module and one.at_once]
-            todo += [module.rpartition(".")[0]] if module.startswith("moe.") else []
+            to_visit += [one.imported for one in IMPORTS if one.importer == module and one.at_once]
+            to_visit += [module.rpartition(".")[0]] if module.startswith("moe.") else []
     return seen
 
 
@@ -105,15 +105,15 @@ def test_every_package_belongs_to_a_layer() -> None:
     assert packages == set(LAYER)
 
 
-def test_imports_go_down() -> None:
-    up = {
+def test_imports_go_to_lower_layers_only() -> None:
+    upward = {
         (one.importer, one.imported)
         for one in IMPORTS
         if one.importer.startswith("moe.") and one.imported.startswith("moe.")
         if package(one.importer) != package(one.imported)
         and LAYER[package(one.importer)] <= LAYER[package(one.imported)]
     }
-    assert not up
+    assert not upward
 
 
 @pytest.mark.parametrize(
@@ -125,8 +125,8 @@ def test_imports_go_down() -> None:
         ("results", {"torch", "training", "model", "launch"}),
     ],
 )
-def test_what_a_package_never_imports(importer: str, forbidden: set[str]) -> None:
-    """Imports inside functions count too."""
+def test_forbidden_packages_are_never_imported(importer: str, forbidden: set[str]) -> None:
+    """Some packages never import some others, not even inside a function."""
     found = {(one.importer, one.imported) for one in IMPORTS if package(one.importer) == importer}
     assert not {pair for pair in found if package(pair[1]) in forbidden}
 

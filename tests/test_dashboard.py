@@ -1,4 +1,4 @@
-"""A dashboard is code: its schema holds, and it shows nothing that no run logs. How W&B draws it is not tested."""
+"""Tests of the W&B dashboard: it fits W&B's schema and shows only what runs log. How W&B draws it is not tested."""
 
 import itertools
 import json
@@ -21,7 +21,7 @@ from moe.runs.wandb_mirror import condition
 
 
 def spec(cells: list[Cell]) -> dict[str, Any]:
-    """What would be sent to W&B."""
+    """Return the workspace in the form in which it would be sent to W&B."""
     return json.loads(
         dashboard.workspace(cells, entity="me", project="p")._to_model().spec.model_dump_json(by_alias=True)
     )
@@ -37,8 +37,8 @@ def factorial() -> list[Cell]:
     return read_cells(["experiment=noise_lb_seed"]) or []
 
 
-class Logged:
-    """Stands where a W&B run would, and keeps the keys that it is given."""
+class FakeWandbRun:
+    """Replacement for a W&B run that remembers the keys that are logged."""
 
     def __init__(self) -> None:
         self.history: set[str] = set()
@@ -48,32 +48,32 @@ class Logged:
         self.history |= set(values)
 
     def finish(self) -> None:
-        self.summary |= dict.fromkeys(self.history)  # W&B itself keeps the last value of everything
+        self.summary |= dict.fromkeys(self.history)  # W&B copies the last value of each key into the summary
 
 
 @pytest.fixture
-def logged(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Cell]], Logged]:
-    """Trains cells to their end; returns what they log together."""
+def train_and_log(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Cell]], FakeWandbRun]:
+    """Return a function that trains cells to their end. It returns one fake W&B run that all of them logged to."""
 
-    def train(cells: list[Cell]) -> Logged:
-        everything = Logged()
-        monkeypatch.setattr(wandb_mirror, "_start", lambda cell, mode: everything)
+    def train(cells: list[Cell]) -> FakeWandbRun:
+        wandb_run = FakeWandbRun()
+        monkeypatch.setattr(wandb_mirror, "_start", lambda cell, mode: wandb_run)
         for cell in cells:
             run(cell)
             assert status(cell) == "finished"
-        return everything
+        return wandb_run
 
     return train
 
 
-def unlogged(cells: list[Cell], logged: Logged) -> set[str]:
-    """What a dashboard shows of these cells and none of them logs."""
+def shown_but_not_logged(cells: list[Cell], logged: FakeWandbRun) -> set[str]:
+    """Return the keys that the dashboard of these cells shows although no cell logs them."""
     shown: set[str] = set()
     for panel in panels(cells):
         config = panel["config"]
         lines = panel["viewType"] == "Run History Line Plot"
-        there = logged.history if lines else set(logged.summary)
-        shown |= {*config["metrics"], *([config["xAxis"]] if lines else [])} - there
+        known = logged.history if lines else set(logged.summary)
+        shown |= {*config["metrics"], *([config["xAxis"]] if lines else [])} - known
     [table] = spec(cells)["section"]["runSets"]
     columns = {
         name.removeprefix("summary:") for name in table["runFeed"]["columnPinned"] if name.startswith("summary:")
@@ -87,36 +87,36 @@ def unlogged(cells: list[Cell], logged: Logged) -> set[str]:
         ["noise_lb_seed", "noise=0.1", "lb=0.01"],
         ["experiment_c", "router=switch,expert_choice"],  # a capacity, and a router that is not causal
         ["temperature_schedules", "schedule=cosine", "z=0.1"],
-        ["spectra_ablation", "variant=spectra_full,dense"],  # of which one has no MoE layer
+        ["spectra_ablation", "variant=spectra_full,dense"],  # the dense variant has no MoE layer
     ],
     ids=lambda words: words[0],
 )
-def test_every_panel_shows_what_is_logged(
-    experiment: list[str], small: list[str], tmp_path: Path, logged: Any, monkeypatch: pytest.MonkeyPatch
+def test_every_panel_shows_a_key_that_is_logged(
+    experiment: list[str], small: list[str], tmp_path: Path, train_and_log: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name, *narrowed = experiment
+    name, *overrides = experiment
     settings = [*small, "logger.mode=offline", f"out={tmp_path}"]
-    cells = read_cells([f"experiment={name}", "seed=42", *narrowed, *settings]) or []
-    keys = logged(cells)
-    assert unlogged(cells, keys) == set()
+    cells = read_cells([f"experiment={name}", "seed=42", *overrides, *settings]) or []
+    logged = train_and_log(cells)
+    assert shown_but_not_logged(cells, logged) == set()
     monkeypatch.setattr(dashboard, "SHARPNESS", ["routing/entropy", "routing/entropyy"])
     monkeypatch.setattr(dashboard, "COMPARED", ["val/loss", "val/los"])
-    assert unlogged(cells, keys) == {"routing/entropyy", "final/val/los"}
+    assert shown_but_not_logged(cells, logged) == {"routing/entropyy", "final/val/los"}
 
 
-def test_what_an_experiment_turns_on_has_panels(small: list[str]) -> None:
-    def shown(*words: str) -> set[str]:
-        return {name for panel in panels(read_cells([*small, *words]) or []) for name in panel["config"]["metrics"]}
+def test_options_that_an_experiment_turns_on_get_panels(small: list[str]) -> None:
+    def shown(*overrides: str) -> set[str]:
+        return {name for panel in panels(read_cells([*small, *overrides]) or []) for name in panel["config"]["metrics"]}
 
-    plain = shown("lb=0")
-    assert {"routing/load_cv/layer00", "routing/load_cv/layer01", "temperature", "time/tokens_per_s"} <= plain
-    assert shown("lb=0", "model.layers=3") - plain == {f"{name}/layer02" for name in dashboard.PER_LAYER}
-    assert shown("lb=0", "model.layers=3", "model.first_k_dense_replace=1") == plain
-    assert shown("lb=0", "capacity=1.0") - plain == set(dashboard.LIMIT)
-    assert shown("lb=0", "z=0.1") - plain == {"train/router_z"}
+    without_options = shown("lb=0")
+    assert {"routing/load_cv/layer00", "routing/load_cv/layer01", "temperature", "time/tokens_per_s"} <= without_options
+    assert shown("lb=0", "model.layers=3") - without_options == {f"{name}/layer02" for name in dashboard.PER_LAYER}
+    assert shown("lb=0", "model.layers=3", "model.first_k_dense_replace=1") == without_options
+    assert shown("lb=0", "capacity=1.0") - without_options == set(dashboard.LIMIT)
+    assert shown("lb=0", "z=0.1") - without_options == {"train/router_z"}
 
 
-def test_bars_compare_means_by_condition_and_by_every_factor(factorial: list[Cell]) -> None:
+def test_bar_charts_show_means_by_condition_and_by_every_factor(factorial: list[Cell]) -> None:
     drawn = panels(factorial)
     bars = [panel["config"] for panel in drawn if panel["viewType"] == "Bar Chart"]
     assert {bar["groupBy"] for bar in bars} == {"condition.value", "noise.value", "lb.value"}
@@ -128,11 +128,12 @@ def test_bars_compare_means_by_condition_and_by_every_factor(factorial: list[Cel
         assert config["limit"] >= 18
 
 
-def test_the_table_holds_one_experiment_by_condition(factorial: list[Cell]) -> None:
+def test_the_run_table_holds_one_experiment_grouped_by_condition(factorial: list[Cell]) -> None:
     [table] = spec(factorial)["section"]["runSets"]
     assert table["grouping"] == [{"section": "config", "name": "condition.value"}]
-    [only] = table["filters"]["filters"]
-    assert (only["key"], only["op"], only["value"]) == ({"section": "run", "name": "group"}, "=", "noise_lb_seed")
+    [group_filter] = table["filters"]["filters"]
+    assert group_filter["key"] == {"section": "run", "name": "group"}
+    assert (group_filter["op"], group_filter["value"]) == ("=", "noise_lb_seed")
     assert {"config:noise.value", "config:lb.value"} < set(table["runFeed"]["columnPinned"])
 
 
@@ -152,7 +153,10 @@ def test_factors_are_the_keys_of_the_config_that_vary(experiment: str, expected:
 
 
 def test_a_condition_is_the_configuration_without_the_seed(factorial: list[Cell]) -> None:
-    """Of a sweep; also where brackets put a digest of everything into the folder's name."""
+    """Two cells have the same condition exactly if they differ in nothing but the seed.
+
+    This also holds where an override has brackets, so that the folder name contains a digest of all overrides.
+    """
     words = ["seed=9,4294967295", "model.dim=64,128", "data.source.domains=[speech,docs]"]
     for cells in (factorial, read_cells(["-m", *words]) or []):
         for one, other in itertools.product(cells, cells):
@@ -160,15 +164,15 @@ def test_a_condition_is_the_configuration_without_the_seed(factorial: list[Cell]
             assert (condition(one) == condition(other)) == same
 
 
-def test_a_condition_reads_like_the_overrides_and_tells_apart_what_they_do_not_say(factorial: list[Cell]) -> None:
+def test_a_condition_begins_with_the_overrides_and_ignores_only_seed_and_threads(factorial: list[Cell]) -> None:
     cell = next(cell for cell in factorial if cell.folder.name == "lb=0.01,noise=0.1,seed=43")
     assert condition(cell).startswith("lb=0.01,noise=0.1 ")
-    other = cell._replace(config=replace(cell.config, z=0.5))
-    free = cell._replace(config=replace(cell.config, threads=2, seed=44))
-    assert condition(other) != condition(cell) == condition(free)
+    other_loss = cell._replace(config=replace(cell.config, z=0.5))
+    other_seed_and_threads = cell._replace(config=replace(cell.config, threads=2, seed=44))
+    assert condition(other_loss) != condition(cell) == condition(other_seed_and_threads)
 
 
-def test_the_command_prints_a_view_that_the_schema_takes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_a_view_that_fits_the_schema(capsys: pytest.CaptureFixture[str]) -> None:
     assert dashboard.main(["noise_lb_seed", "noise=0.0,0.5", "lb=0.01", "seed=42"]) == 0
     text = capsys.readouterr().out
     view = internal.View.model_validate_json(text)
@@ -176,7 +180,7 @@ def test_the_command_prints_a_view_that_the_schema_takes(capsys: pytest.CaptureF
     assert json.loads(view.model_dump_json(by_alias=True, exclude_none=True)) == json.loads(text)
 
 
-def test_the_schema_takes_no_other_panels() -> None:
+def test_the_schema_refuses_wrong_panels() -> None:
     view = dashboard.workspace(read_cells(["experiment=noise_floor"]) or [], entity="me", project="p")
     with pytest.raises(ValueError, match="panels"):
         view.sections[0].panels = ["loss"]
@@ -192,7 +196,7 @@ def test_the_schema_takes_no_other_panels() -> None:
         (["noise_floor", "--entity", "e", "--project", "p"], "W&B did not save the workspace: "),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(
+def test_errors_are_one_line(
     arguments: list[str],
     complaint: str,
     capsys: pytest.CaptureFixture[str],
@@ -200,23 +204,23 @@ def test_what_is_wrong_is_said_in_one_line(
     tmp_path: Path,
 ) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))  # where a login would be
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody answers there; what W&B says of it is its own
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))  # W&B would look for a login here
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # no server listens there
     assert dashboard.main(arguments) == 2
-    told = capsys.readouterr()
-    assert complaint in told.err
-    assert (told.out, told.err.count("\n")) == ("", 1)
+    printed = capsys.readouterr()
+    assert complaint in printed.err
+    assert (printed.out, printed.err.count("\n")) == ("", 1)
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
     monkeypatch.delitem(sys.modules, "wandb_workspaces.reports.v2", raising=False)
     assert dashboard.main(["noise_floor"]) == 2
-    assert "wandb_workspaces" in (told := capsys.readouterr().err)
-    assert "pip install -e '.[dashboard]'" in told
+    assert "wandb_workspaces" in (message := capsys.readouterr().err)
+    assert "pip install -e '.[dashboard]'" in message
 
 
-def test_a_saved_workspace_is_told_by_its_address(
+def test_saving_a_workspace_prints_its_address(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sent: list[internal.View] = []

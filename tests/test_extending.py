@@ -1,4 +1,4 @@
-"""The recipes of docs/extending.md work as printed, all of them together, in a copy of this project."""
+"""Tests that the recipes of docs/extending.md work as printed, all together, in a copy of this project."""
 
 import json
 import os
@@ -23,14 +23,14 @@ SMALL = """
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of this project with every recipe applied."""
+    """Return a copy of this project with every recipe applied."""
     copy = tmp_path_factory.mktemp("extended")
     for folder in ("moe", "conf", "tests", "docs"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "example-report"))
     for name in ("train.py", "analyze.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, copy / name)
     for name, content in FILE.findall(PAGE):
-        assert not (copy / name).exists(), f"{name}: not a new file"
+        assert not (copy / name).exists(), f"{name}: the file exists already"
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         (copy / name).write_text(content, encoding="utf-8")
     for diff in DIFF.findall(PAGE):
@@ -43,7 +43,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def python(project: Path, *arguments: str) -> str:
-    """Run Python in a project, and return what it prints; it must succeed."""
+    """Run Python in a project and return what it prints. Fails if the exit status is not 0."""
     environment = os.environ | {"PYTHONPATH": str(project), "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
     done = subprocess.run(
         [sys.executable, *arguments], cwd=project, env=environment, capture_output=True, text=True, check=False
@@ -52,14 +52,14 @@ def python(project: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def test_there_are_five_recipes_and_each_file_is_in_the_table() -> None:
-    head, *recipes = re.split(r"^## ", PAGE, flags=re.MULTILINE)
+def test_there_are_five_recipes_and_the_table_names_each_of_their_files() -> None:
+    introduction, *recipes = re.split(r"^## ", PAGE, flags=re.MULTILINE)
     assert len(recipes) == 5
     for name in [name for name, _ in FILE.findall(PAGE)] + re.findall(r"^\+\+\+ b/(\S+)", PAGE, re.MULTILINE):
-        assert f"`{name}`" in head or (name.startswith("tests/") and "a test" in head), name
+        assert f"`{name}`" in introduction or (name.startswith("tests/") and "a test" in introduction), name
 
 
-def test_runs_and_a_report_with_every_recipe(project: Path) -> None:
+def test_training_and_a_report_work_with_every_recipe(project: Path) -> None:
     python(project, "train.py", "-m", "router=distance,steady", "data=topics", f"data.cache={project}/cache", *SMALL)
     runs = {json.loads(path.read_text())["choices"]["router"]: path.parent for path in project.rglob("run.json")}
     assert set(runs) == {"distance", "steady"}
@@ -76,11 +76,11 @@ def test_runs_and_a_report_with_every_recipe(project: Path) -> None:
     assert (project / "analysis" / "quality_and_balance.png").exists()
 
 
-def test_the_recipes_keep_every_law(project: Path) -> None:
-    """The contract of routers, the catalog of metrics, and the tests that the recipes bring along."""
-    tests = [name for name, _ in FILE.findall(PAGE) if name.startswith("tests/")]
-    laws = ["tests/routers/test_contract.py", "tests/metrics/test_catalog.py", "tests/metrics/test_formulas.py"]
-    python(project, "-m", "pytest", "-q", *tests, *laws, "-k", "distance or steady or near or loss or page")
+def test_tests_of_routers_and_metrics_pass_with_every_recipe(project: Path) -> None:
+    """With every recipe applied, the tests of routers, metrics and the recipes themselves pass."""
+    new = [name for name, _ in FILE.findall(PAGE) if name.startswith("tests/")]
+    existing = ["tests/routers/test_contract.py", "tests/metrics/test_catalog.py", "tests/metrics/test_formulas.py"]
+    python(project, "-m", "pytest", "-q", *new, *existing, "-k", "distance or steady or near or loss or page")
 
 
 def test_readme_shows_the_same_router() -> None:

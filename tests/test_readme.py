@@ -1,4 +1,4 @@
-"""The README is correct: its commands compose, its tables are complete, its example keeps the contract."""
+"""Tests of the README: its commands are accepted, its table of metrics is complete, and its links lead to files."""
 
 import json
 import re
@@ -15,19 +15,18 @@ from moe.metrics.catalog import METRICS
 
 ROOT = CONF.parent
 README = (ROOT / "README.md").read_text()
-WHOLE_LINES = README.replace("\\\n", " ")
-COMMANDS = re.findall(r"^python train\.py (.*?)(?:\s+#.*)?$", WHOLE_LINES, flags=re.MULTILINE)
+JOINED_LINES = README.replace("\\\n", " ")
+COMMANDS = re.findall(r"^python train\.py (.*?)(?:\s+#.*)?$", JOINED_LINES, flags=re.MULTILINE)
 
 
-def test_there_are_commands() -> None:
+def test_the_commands_of_the_readme_are_found() -> None:
     assert "-m noise=0.0,0.1,0.5 lb=0.0,0.01 seed=42,43,44" in COMMANDS
     assert "router=temperature router.temp=1.5" in COMMANDS
 
 
 @pytest.fixture
 def downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A working folder that holds what `python -m moe.model.smollm2 smollm2` leaves, as far as reading a command
-    needs it."""
+    """Change to a folder with the files of `python -m moe.model.smollm2 smollm2` that reading a command needs."""
     monkeypatch.chdir(tmp_path)
     Path("smollm2").mkdir()
     tokenizer = train_bpe(["some words"], 259)
@@ -39,21 +38,24 @@ def downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("downloaded")
-@pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith("--")])
-def test_commands_compose(command: str) -> None:
+@pytest.mark.parametrize("command", [command for command in COMMANDS if not command.startswith("--")])
+def test_commands_are_accepted(command: str) -> None:
     assert read_cells(shlex.split(command))
 
 
-def test_the_table_of_metrics_is_that_of_the_catalog() -> None:
-    """To write it anew: `python -m moe.metrics readme`, between the two comments."""
+def test_the_table_of_metrics_matches_the_catalog() -> None:
+    """The README has the table that the catalog generates.
+
+    To update it, paste the output of `python -m moe.metrics readme` between the two comments.
+    """
     _, table, _ = re.split("<!-- .*metrics.* -->\n", README)
     assert table.strip() == readme_table().strip()
     for name, metric in METRICS.items():
         assert f"`{name}`" in table or metric.group == "router loss", name
 
 
-def test_the_file_tree_names_every_module() -> None:
-    tree = README.split("## Where things are")[1].split("In a run folder")[0]
+def test_the_file_tree_names_every_module_and_folder() -> None:
+    tree = README.split("## Where things are")[1].split("A run folder holds")[0]
     for module in (ROOT / "moe").glob("*.py"):
         assert module.name in tree or module.name == "__init__.py", module.name
     for folder in ROOT.iterdir():
@@ -61,6 +63,6 @@ def test_the_file_tree_names_every_module() -> None:
             assert f"{folder.name}/" in tree
 
 
-def test_pictures_and_pages_exist() -> None:
+def test_linked_files_exist() -> None:
     for path in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / path).exists(), path

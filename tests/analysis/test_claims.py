@@ -1,4 +1,4 @@
-"""Tests of planned claims: runs that recorded a claim judge it, the data decide, and chance does not."""
+"""Tests of planned claims: only runs that recorded a claim judge it, and chance alone rarely decides it."""
 
 import json
 import math
@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from run_folders import change_record, write_metrics
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
-
-from run_folders import change_record, write_metrics
 
 from moe.analysis.claims import contrasts_without_claim, evidence_sentence, judge, judge_planned, planned_claims
 from moe.analysis.statistics import contrasts
@@ -32,7 +31,7 @@ WITH_CLAIMS = [
     *(f"spectra_sweep_{letter}" for letter in "abcde"),
     *("temperature_ablation", "temperature_schedules"),
 ]
-# Of a large grid a part that every claim can be judged by: composing a cell takes a while.
+# Overrides that reduce large grids, because composing a cell takes a while. Every claim can still be judged.
 NARROWED = {
     "spectra_ablation": [
         "variant=spectra_full,spectra_no_expression,spectra_no_gru,spectra_no_repulsion,spectra_no_ortho,spectra_no_all,top1,top2"
@@ -48,8 +47,8 @@ NARROWED = {
 
 
 @pytest.fixture(autouse=True)
-def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
-    """statsmodels' multipletests collects garbage at every call, which takes half a second beside torch."""
+def no_garbage_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace gc.collect, which multipletests of statsmodels always calls. With torch loaded it takes half a second."""
     monkeypatch.setattr("gc.collect", lambda: 0)
 
 
@@ -57,14 +56,17 @@ def claim(kind: str, levels: list[Any], than: list[Any] | None = None, **extra: 
     return ClaimConfig(text=kind, metric=PPL, factor="noise", levels=levels, than=than or [], kind=kind, **extra)
 
 
-def runs_of(
+def runs_with_means(
     means: dict[Any, float], *, seeds: int = 5, spread: float = 0.1, draw: int = 0, factor: str = "noise"
 ) -> pd.DataFrame:
-    """Return runs with these true means by level; seeds differ by much, and runs of a seed by a little more."""
+    """Return made-up runs. `means` are the true means by level.
+
+    All runs of a seed share one large random offset. `spread` is the standard deviation of the noise of each run.
+    """
     rng = np.random.default_rng(draw)
-    luck = rng.normal(0, 5, seeds)
+    seed_offset = rng.normal(0, 5, seeds)
     rows = [
-        {factor: level, "seed": seed, PPL: mean + luck[seed] + rng.normal(0, spread)}
+        {factor: level, "seed": seed, PPL: mean + seed_offset[seed] + rng.normal(0, spread)}
         for level, mean in means.items()
         for seed in range(seeds)
     ]
@@ -75,14 +77,14 @@ def read_experiment(name: str) -> str:
     return (CONF / "experiment" / f"{name}.yaml").read_text()
 
 
-def only(runs: pd.DataFrame, *claims: ClaimConfig) -> pd.Series:
-    """Return the judgment of the first claim."""
+def judge_first(runs: pd.DataFrame, *claims: ClaimConfig) -> pd.Series:
+    """Judge claims and return the judgment of the first one."""
     return judge(runs, list(claims)).iloc[0]
 
 
-def test_a_pair_is_the_paired_t_test_of_the_seeds_means_over_the_other_factor() -> None:
+def test_two_levels_are_compared_by_a_paired_t_test_of_the_means_of_each_seed() -> None:
     runs = as_runs(read_published("noise_runs"))
-    row = only(runs, claim("higher", [0.1], [0.0]))
+    row = judge_first(runs, claim("higher", [0.1], [0.0]))
     by_seed = runs.groupby(["noise", "seed"])[PPL].mean()
     expected = stats.ttest_rel(by_seed[0.1], by_seed[0.0])
     assert row["n"] == 3
@@ -90,13 +92,13 @@ def test_a_pair_is_the_paired_t_test_of_the_seeds_means_over_the_other_factor() 
     assert row["p"] == pytest.approx(expected.pvalue)
     assert (row["ci_low"], row["ci_high"]) == pytest.approx(tuple(expected.confidence_interval()))
     shifted = runs.assign(**{PPL: runs[PPL] + runs["seed"].map({42: 0.0, 43: 7.0, 44: -3.0})})
-    assert only(shifted, claim("higher", [0.1], [0.0]))["p"] == pytest.approx(row["p"]), "seeds are blocks"
+    assert judge_first(shifted, claim("higher", [0.1], [0.0]))["p"] == pytest.approx(row["p"]), "seeds are blocks"
 
 
 @pytest.mark.parametrize("lb", [0.0, 0.01])
-def test_one_cell_gives_the_golden_contrast(lb: float) -> None:
+def test_the_published_contrast_is_reproduced(lb: float) -> None:
     runs = as_runs(read_published("noise_runs"))
-    row = only(runs[runs["lb"] == lb], claim("higher", [0.1], [0.0]))
+    row = judge_first(runs[runs["lb"] == lb], claim("higher", [0.1], [0.0]))
     assert row["p"] == pytest.approx({0.0: 0.0166, 0.01: 0.0014}[lb], abs=5e-5)
     assert row["verdict"] == "supported"
 
@@ -111,18 +113,20 @@ def test_one_cell_gives_the_golden_contrast(lb: float) -> None:
         ("highest", [0.5, 0.1], [], {0.0: 100, 0.1: 103, 0.5: 103}),
     ],
 )
-def test_flipped_data_flip_the_verdict(kind: str, levels: list[float], than: list[float], means: dict) -> None:
-    flipped = {level: 203 - mean for level, mean in means.items()}
-    assert only(runs_of(means), claim(kind, levels, than))[["verdict", "estimates"]].tolist() == [
+def test_mirrored_data_give_the_opposite_verdict(
+    kind: str, levels: list[float], than: list[float], means: dict
+) -> None:
+    mirrored = {level: 203 - mean for level, mean in means.items()}
+    assert judge_first(runs_with_means(means), claim(kind, levels, than))[["verdict", "estimates"]].tolist() == [
         *("supported", "as claimed")
     ]
-    assert only(runs_of(flipped), claim(kind, levels, than))[["verdict", "estimates"]].tolist() == [
+    assert judge_first(runs_with_means(mirrored), claim(kind, levels, than))[["verdict", "estimates"]].tolist() == [
         *("contradicted", "against")
     ]
 
 
 @pytest.mark.parametrize(
-    "of_noise",
+    "claim_about_noise",
     [
         claim("higher", [0.5], [0.0]),
         claim("lower", [0.1, 0.5], [0.0]),
@@ -131,97 +135,115 @@ def test_flipped_data_flip_the_verdict(kind: str, levels: list[float], than: lis
     ],
     ids=lambda each: f"{each.kind} {each.levels}",
 )
-def test_luck_alone_decides_one_time_in_twenty_at_most(of_noise: ClaimConfig) -> None:
+def test_chance_alone_decides_at_most_one_time_in_twenty(claim_about_noise: ClaimConfig) -> None:
     draws = 60
-    verdicts = [only(runs_of({0.0: 100, 0.1: 100, 0.5: 100}, draw=draw), of_noise)["verdict"] for draw in range(draws)]
-    wrong = sum(verdict != "undecided" for verdict in verdicts)
-    assert wrong <= stats.binom.ppf(0.999, draws, 0.05)
+    verdicts = [
+        judge_first(runs_with_means({0.0: 100, 0.1: 100, 0.5: 100}, draw=draw), claim_about_noise)["verdict"]
+        for draw in range(draws)
+    ]
+    decided = sum(verdict != "undecided" for verdict in verdicts)
+    assert decided <= stats.binom.ppf(0.999, draws, 0.05)
 
 
-def test_equivalence_on_the_edge_is_found_one_time_in_twenty() -> None:
-    """A test that never errs there could never say "equivalent" either."""
-    tie, draws = claim("equivalent", [0.1], [0.0], margin=0.2), 60
+def test_a_difference_as_large_as_the_margin_is_rarely_called_equivalent() -> None:
+    """If the difference equals the margin, "equivalent" is found about one time in twenty.
+
+    A test that never errs there could never find equivalence at all, so the test has a lower bound too.
+    """
+    equivalence, draws = claim("equivalent", [0.1], [0.0], margin=0.2), 60
     found = sum(
-        only(runs_of({0.0: 100, 0.1: 100.2}, draw=draw), tie)["verdict"] == "supported" for draw in range(draws)
+        judge_first(runs_with_means({0.0: 100, 0.1: 100.2}, draw=draw), equivalence)["verdict"] == "supported"
+        for draw in range(draws)
     )
     assert 1 <= found <= stats.binom.ppf(0.999, draws, 0.05)
 
 
 def test_equivalence_needs_a_narrow_interval_not_a_large_p() -> None:
-    tie = claim("equivalent", [0.1], [0.0], margin="1%")
-    tiny_but_real = runs_of({0.0: 100, 0.1: 100.05}, seeds=200)
-    assert only(tiny_but_real, claim("higher", [0.1], [0.0]))["verdict"] == "supported"
-    assert only(tiny_but_real, tie)["verdict"] == "supported", "real, and far smaller than the margin"
-    vague = only(runs_of({0.0: 100, 0.1: 100}, seeds=3, spread=3), tie)
-    assert vague["verdict"] == "undecided"
-    assert "neither inside nor outside -1" in vague["reason"]
+    equivalence = claim("equivalent", [0.1], [0.0], margin="1%")
+    tiny_but_significant = runs_with_means({0.0: 100, 0.1: 100.05}, seeds=200)
+    assert judge_first(tiny_but_significant, claim("higher", [0.1], [0.0]))["verdict"] == "supported"
+    assert judge_first(tiny_but_significant, equivalence)["verdict"] == "supported", (
+        "significant, and far smaller than the margin"
+    )
+    imprecise = judge_first(runs_with_means({0.0: 100, 0.1: 100}, seeds=3, spread=3), equivalence)
+    assert imprecise["verdict"] == "undecided"
+    assert "neither inside nor outside -1" in imprecise["reason"]
     for mean in (97, 103):
-        assert only(runs_of({0.0: 100, 0.1: mean}), tie)["verdict"] == "contradicted"
+        assert judge_first(runs_with_means({0.0: 100, 0.1: mean}), equivalence)["verdict"] == "contradicted"
 
 
-def test_a_percentage_is_of_the_reference_and_a_number_is_in_units() -> None:
-    runs = runs_of({0.0: 100, 0.1: 101.5})
+def test_a_margin_is_a_percentage_of_the_reference_or_a_number_in_units() -> None:
+    runs = runs_with_means({0.0: 100, 0.1: 101.5})
     verdicts = {
-        margin: only(runs, claim("equivalent", [0.1], [0.0], margin=margin))["verdict"] for margin in ("2%", 2, "1%", 1)
+        margin: judge_first(runs, claim("equivalent", [0.1], [0.0], margin=margin))["verdict"]
+        for margin in ("2%", 2, "1%", 1)
     }
     assert verdicts == {"2%": "supported", 2: "supported", "1%": "contradicted", 1: "contradicted"}
-    assert only(runs.assign(**{PPL: runs[PPL] / 100}), claim("equivalent", [0.1], [0.0], margin="2%"))["verdict"] == (
-        "supported"
-    )
+    assert judge_first(runs.assign(**{PPL: runs[PPL] / 100}), claim("equivalent", [0.1], [0.0], margin="2%"))[
+        "verdict"
+    ] == ("supported")
 
 
 @pytest.mark.parametrize(
     ("mean", "verdict"), [(110, "supported"), (101, "contradicted"), (125, "contradicted"), (90, "contradicted")]
 )
-def test_a_claimed_size_is_held_to_the_interval(mean: float, verdict: str) -> None:
-    assert only(runs_of({0.0: 100, 0.5: mean}), claim("higher", [0.5], [0.0], size=["5%", "15%"]))["verdict"] == verdict
-    mirrored = runs_of({0.0: 100, 0.5: 200 - mean})
-    assert only(mirrored, claim("lower", [0.5], [0.0], size=["5%", "15%"]))["verdict"] == verdict
+def test_a_claimed_size_is_compared_with_the_confidence_interval(mean: float, verdict: str) -> None:
+    assert (
+        judge_first(runs_with_means({0.0: 100, 0.5: mean}), claim("higher", [0.5], [0.0], size=["5%", "15%"]))[
+            "verdict"
+        ]
+        == verdict
+    )
+    mirrored = runs_with_means({0.0: 100, 0.5: 200 - mean})
+    assert judge_first(mirrored, claim("lower", [0.5], [0.0], size=["5%", "15%"]))["verdict"] == verdict
 
 
-def test_a_size_at_the_end_of_its_range_is_undecided() -> None:
-    row = only(runs_of({0.0: 100, 0.5: 105}, spread=1), claim("higher", [0.5], [0.0], size=["5%", "15%"]))
+def test_an_effect_at_the_end_of_the_claimed_size_is_undecided() -> None:
+    row = judge_first(
+        runs_with_means({0.0: 100, 0.5: 105}, spread=1), claim("higher", [0.5], [0.0], size=["5%", "15%"])
+    )
     assert row["verdict"] == "undecided"
 
 
 def test_a_claim_about_several_levels_is_as_strong_as_its_weakest_comparison() -> None:
-    every = claim("higher", [0.1, 0.5], [0.0])
-    assert only(runs_of({0.0: 100, 0.1: 103, 0.5: 103}), every)["verdict"] == "supported"
-    row = only(runs_of({0.0: 100, 0.1: 100, 0.5: 103}), every)
+    both_levels = claim("higher", [0.1, 0.5], [0.0])
+    assert judge_first(runs_with_means({0.0: 100, 0.1: 103, 0.5: 103}), both_levels)["verdict"] == "supported"
+    row = judge_first(runs_with_means({0.0: 100, 0.1: 100, 0.5: 103}), both_levels)
     assert row["verdict"] == "undecided"
     assert "noise 0.1 vs 0.0" in row["compared"]
-    assert only(runs_of({0.0: 100, 0.1: 97, 0.5: 103}), every)["verdict"] == "contradicted"
-    alone = [
-        only(runs_of({0.0: 100, 0.1: 101, 0.5: 103}), claim("higher", [level], [0.0]))["p"] for level in (0.1, 0.5)
+    assert judge_first(runs_with_means({0.0: 100, 0.1: 97, 0.5: 103}), both_levels)["verdict"] == "contradicted"
+    p_of_each_level = [
+        judge_first(runs_with_means({0.0: 100, 0.1: 101, 0.5: 103}), claim("higher", [level], [0.0]))["p"]
+        for level in (0.1, 0.5)
     ]
-    assert only(runs_of({0.0: 100, 0.1: 101, 0.5: 103}), every)["p"] == max(alone)
+    assert judge_first(runs_with_means({0.0: 100, 0.1: 101, 0.5: 103}), both_levels)["p"] == max(p_of_each_level)
 
 
-def test_the_lowest_are_refuted_only_by_a_level_that_beats_them_all() -> None:
+def test_lowest_is_contradicted_only_by_a_level_that_beats_all_claimed_levels() -> None:
     lowest = claim("lowest", [1.5, 2.0])
-    between = only(runs_of({1.0: 101, 1.5: 100, 2.0: 103}), lowest)
-    assert (between["verdict"], between["estimates"]) == ("undecided", "mixed")
-    beaten = only(runs_of({0.5: 110, 1.0: 99, 1.5: 101, 2.0: 103}), lowest)
+    not_beaten = judge_first(runs_with_means({1.0: 101, 1.5: 100, 2.0: 103}), lowest)
+    assert (not_beaten["verdict"], not_beaten["estimates"]) == ("undecided", "mixed")
+    beaten = judge_first(runs_with_means({0.5: 110, 1.0: 99, 1.5: 101, 2.0: 103}), lowest)
     assert (beaten["verdict"], beaten["estimates"]) == ("contradicted", "against")
-    assert "noise 1.5 vs 1.0" in beaten["compared"], "the best that is named, against the best of the others"
+    assert "noise 1.5 vs 1.0" in beaten["compared"], "the best level of the claim, compared with the best other level"
 
 
-def test_the_family_is_corrected_by_holm() -> None:
-    runs = runs_of({0.0: 100, 0.1: 100, 0.5: 200, 1.0: 100})
-    small = runs["seed"].map(dict(enumerate([1.0, 2.0, 3.0, 0.5, 1.5])))  # p = 0.02
-    runs[PPL] += small.where(runs["noise"] == 0.1, 0)
-    real, idle = claim("higher", [0.1], [0.0]), claim("higher", [1.0], [0.0])
-    alone = only(runs, real)
-    assert alone["p"] == alone["p Holm"]
-    assert alone["verdict"] == "supported"
-    table = judge(runs, [real, claim("higher", [0.5], [0.0]), *[idle] * 8])
+def test_the_claims_of_an_experiment_are_corrected_by_holm() -> None:
+    runs = runs_with_means({0.0: 100, 0.1: 100, 0.5: 200, 1.0: 100})
+    differences = runs["seed"].map(dict(enumerate([1.0, 2.0, 3.0, 0.5, 1.5])))  # p = 0.02
+    runs[PPL] += differences.where(runs["noise"] == 0.1, 0)
+    with_effect, without_effect = claim("higher", [0.1], [0.0]), claim("higher", [1.0], [0.0])
+    uncorrected = judge_first(runs, with_effect)
+    assert uncorrected["p"] == uncorrected["p Holm"]
+    assert uncorrected["verdict"] == "supported"
+    table = judge(runs, [with_effect, claim("higher", [0.5], [0.0]), *[without_effect] * 8])
     assert table["p Holm"].tolist() == pytest.approx(multipletests(table["p"], method="holm")[1].tolist())
     assert table["verdict"].tolist()[:2] == ["undecided", "supported"]
     assert table["reason"].iloc[0] == "supported before Holm's correction, not after it"
 
 
 @pytest.mark.parametrize(
-    ("asked", "reason"),
+    ("untestable", "reason"),
     [
         (claim("higher", [0.7], [0.0]), "noise=0.7 is in no run"),
         (claim("higher", [0.5], [0.2]), "noise=0.2 is in no run"),
@@ -233,42 +255,46 @@ def test_the_family_is_corrected_by_holm() -> None:
         ),
     ],
 )
-def test_what_is_not_there_leaves_a_claim_undecided(asked: ClaimConfig, reason: str) -> None:
-    table = judge(runs_of({0.0: 100, 0.1: 102, 0.5: 105}), [asked, claim("higher", [0.5], [0.0])])
+def test_a_claim_about_missing_levels_or_metrics_is_undecided(untestable: ClaimConfig, reason: str) -> None:
+    table = judge(runs_with_means({0.0: 100, 0.1: 102, 0.5: 105}), [untestable, claim("higher", [0.5], [0.0])])
     assert table["verdict"].tolist() == ["undecided", "supported"]
     assert reason in table["reason"].iloc[0]
     assert table["n"].iloc[0] == 0
     assert reason in evidence_sentence(table.iloc[0])
-    assert table["p Holm"].iloc[1] == table["p"].iloc[1], "a test that cannot be made costs the others nothing"
+    assert table["p Holm"].iloc[1] == table["p"].iloc[1], (
+        "a claim that cannot be tested does not enter Holm's correction of the others"
+    )
 
 
-def test_a_level_that_never_changes_alone_is_undecided() -> None:
-    runs = runs_of({0.0: 100, 0.1: 103}).assign(model=lambda table: table["noise"].map({0.0: "tiny", 0.1: "small"}))
-    both = pd.concat([runs, runs.assign(noise=runs["noise"] + 1, model="base")])
-    row = only(both, claim("higher", [0.1], [0.0]))
+def test_a_claim_is_undecided_if_another_factor_always_changes_too() -> None:
+    runs = runs_with_means({0.0: 100, 0.1: 103}).assign(
+        model=lambda table: table["noise"].map({0.0: "tiny", 0.1: "small"})
+    )
+    both_models = pd.concat([runs, runs.assign(noise=runs["noise"] + 1, model="base")])
+    row = judge_first(both_models, claim("higher", [0.1], [0.0]))
     assert row["reason"] == "no runs differ in noise alone"
     assert row["verdict"] == "undecided"
 
 
-def test_one_seed_says_where_it_points_and_decides_nothing() -> None:
-    row = only(runs_of({0.0: 100, 0.5: 150}, seeds=1), claim("lower", [0.5], [0.0]))
+def test_one_seed_gives_a_direction_but_no_verdict() -> None:
+    row = judge_first(runs_with_means({0.0: 100, 0.5: 150}, seeds=1), claim("lower", [0.5], [0.0]))
     assert (row["n"], row["verdict"], row["estimates"]) == (1, "undecided", "against")
     assert "one seed" in row["reason"]
     assert math.isnan(row["p"])
 
 
-def test_too_few_seeds_name_the_smallest_effect_they_could_have_seen() -> None:
-    runs = runs_of({0.0: 100, 0.5: 100.1}, seeds=3, spread=1)
-    row = only(runs, claim("higher", [0.5], [0.0]))
+def test_an_undecided_claim_states_the_smallest_detectable_effect() -> None:
+    runs = runs_with_means({0.0: 100, 0.5: 100.1}, seeds=3, spread=1)
+    row = judge_first(runs, claim("higher", [0.5], [0.0]))
     detectable = contrasts(runs, PPL, ["noise"])["detectable"].item()
     assert row["verdict"] == "undecided"
     assert f"(power 0.8) is {detectable:.2g}" in row["reason"]
 
 
-def test_equal_runs_are_no_evidence() -> None:
-    same = runs_of({0.0: 100, 0.5: 100}, spread=0)
-    for asked in (claim("higher", [0.5], [0.0]), claim("equivalent", [0.5], [0.0], margin=1)):
-        row = only(same, asked)
+def test_runs_without_spread_leave_a_claim_undecided() -> None:
+    equal_runs = runs_with_means({0.0: 100, 0.5: 100}, spread=0)
+    for tested_claim in (claim("higher", [0.5], [0.0]), claim("equivalent", [0.5], [0.0], margin=1)):
+        row = judge_first(equal_runs, tested_claim)
         assert row["verdict"] == "undecided"
         assert "no spread" in row["reason"]
 
@@ -276,33 +302,33 @@ def test_equal_runs_are_no_evidence() -> None:
 def test_a_seed_that_lacks_a_run_is_left_out_and_named() -> None:
     runs = as_runs(read_published("noise_runs"))
     lost = (runs["noise"] == 0.5) & (runs["lb"] == 0.0) & (runs["seed"] == 44)
-    row = only(runs.assign(**{PPL: runs[PPL].mask(lost)}), claim("higher", [0.5], [0.0]))
+    row = judge_first(runs.assign(**{PPL: runs[PPL].mask(lost)}), claim("higher", [0.5], [0.0]))
     assert row["n"] == 2
     assert row["reason"].startswith("left out, because a finished run is missing: seed 44")
     assert row["difference"] == pytest.approx(
-        only(runs[runs["seed"] != 44], claim("higher", [0.5], [0.0]))["difference"]
+        judge_first(runs[runs["seed"] != 44], claim("higher", [0.5], [0.0]))["difference"]
     )
 
 
-def test_causality_stands_beside_routers() -> None:
-    runs = runs_of({"softk": 100, "expert_choice": 100}, factor="router")
+def test_compared_routers_are_labeled_causal_or_not() -> None:
+    runs = runs_with_means({"softk": 100, "expert_choice": 100}, factor="router")
     runs = runs.assign(causal=runs["router"] != "expert_choice")
-    [asked] = [each for each in experiment_claims("experiment_c") if each.kind == "equivalent"]
-    assert only(runs, asked)["compared"] == "router expert_choice (causal: no) vs softk (causal: yes)"
+    [equivalence] = [each for each in experiment_claims("experiment_c") if each.kind == "equivalent"]
+    assert judge_first(runs, equivalence)["compared"] == "router expert_choice (causal: no) vs softk (causal: yes)"
 
 
-def test_contrasts_that_nobody_claimed_are_post_hoc() -> None:
+def test_contrasts_without_a_claim_are_post_hoc() -> None:
     runs = as_runs(read_published("noise_runs"))
     table = contrasts(runs, PPL, ["noise", "lb"])
-    left = contrasts_without_claim(table, [claim("higher", [0.5], [0.0])])
-    assert set(zip(left["factor"], left["level"], strict=True)) == {("noise", 0.1), ("lb", 0.01)}
+    post_hoc = contrasts_without_claim(table, [claim("higher", [0.5], [0.0])])
+    assert set(zip(post_hoc["factor"], post_hoc["level"], strict=True)) == {("noise", 0.1), ("lb", 0.01)}
     assert contrasts_without_claim(table, [claim("lowest", [0.0])])["factor"].unique().tolist() == ["lb"]
     assert len(contrasts_without_claim(table.assign(metric="val/loss"), [claim("lowest", [0.0])])) == len(table)
     routers = pd.DataFrame(
         [{"metric": PPL, "factor": "router", "level": "b (causal: no)", "reference": "a (causal: yes)"}]
     )
-    about = ClaimConfig(text="", metric=PPL, factor="router", levels=["a"], than=["b"], kind="lower")
-    assert contrasts_without_claim(routers, [about]).empty
+    claim_about_routers = ClaimConfig(text="", metric=PPL, factor="router", levels=["a"], than=["b"], kind="lower")
+    assert contrasts_without_claim(routers, [claim_about_routers]).empty
 
 
 @pytest.fixture
@@ -310,9 +336,10 @@ def sweep(tmp_path: Path):
     """Return a function that writes the records of an experiment's cells, with made-up results."""
 
     def write(experiment: str, *overrides: str, seeds: tuple[int, ...] = (42, 43)) -> pd.DataFrame:
+        # Composing every seed with Hydra would take longer than copying one cell.
         composed = read_cells([f"experiment={experiment}", f"out={tmp_path}", "seed=0", *overrides]) or []
         cells = [
-            cell._replace(config=replace(cell.config, seed=seed), folder=cell.folder / str(seed))  # quicker than Hydra
+            cell._replace(config=replace(cell.config, seed=seed), folder=cell.folder / str(seed))
             for cell in composed
             for seed in seeds
         ]
@@ -330,7 +357,7 @@ def sweep(tmp_path: Path):
 
 
 @pytest.mark.parametrize("experiment", WITH_CLAIMS)
-def test_an_experiment_can_judge_all_that_it_claims(experiment: str, sweep) -> None:
+def test_every_experiment_can_judge_all_its_claims(experiment: str, sweep) -> None:
     narrowed = NARROWED.get(experiment, [])
     runs = sweep(experiment, *narrowed, seeds=(42, 43, 44))
     [cell, *_] = read_cells([f"experiment={experiment}", *narrowed, "seed=42"]) or []
@@ -351,40 +378,44 @@ def test_claimed_metrics_exist_and_experiments_with_claims_are_known() -> None:
     assert [name for name in options("experiment") if "\nclaims:" in read_experiment(name)] == WITH_CLAIMS
 
 
-def test_what_the_plan_says_of_stability_is_judged_beyond_chance() -> None:
-    """An uneven load alone makes choices agree, so claims about stability use agreement beyond chance."""
-    asked = {each.metric for name in ("spectra_ablation", "spectra_sweep_e") for each in experiment_claims(name)}
-    assert "routing/consistency_kappa" in asked
-    assert "routing/consistency" not in asked
+def test_claims_about_stability_use_agreement_beyond_chance() -> None:
+    """Claims about stability use agreement beyond chance, because an uneven load alone makes choices agree."""
+    claimed_metrics = {
+        each.metric for name in ("spectra_ablation", "spectra_sweep_e") for each in experiment_claims(name)
+    }
+    assert "routing/consistency_kappa" in claimed_metrics
+    assert "routing/consistency" not in claimed_metrics
 
 
-def test_a_later_claim_is_judged_by_later_runs_alone(sweep) -> None:
-    new = "claims=[{text: new, metric: val/perplexity, factor: noise, levels: [0.5], than: [0.0], kind: higher}]"
+def test_a_claim_added_later_is_judged_by_later_runs_only(sweep) -> None:
+    override = "claims=[{text: new, metric: val/perplexity, factor: noise, levels: [0.5], than: [0.0], kind: higher}]"
     sweep("noise_lb_seed", "lb=0.01", seeds=(42, 43, 44))
-    runs = sweep("noise_lb_seed", "lb=0.01", new, seeds=(45, 46))
+    runs = sweep("noise_lb_seed", "lb=0.01", override, seeds=(45, 46))
     table = judge_planned(runs).set_index("claim")
     assert table.loc["new", "n"] == 2
     assert table.loc["Noise 0.5 raises perplexity", "n"] == 3
     assert len(runs) == 15
 
 
-def test_experiments_are_families_apart_and_runs_without_claims_make_none(sweep) -> None:
-    few = ["noise=0.0,0.5", "lb=0.0,0.01"]
-    runs = sweep("noise_lb_seed", "claims=[]", *few)
+def test_each_experiment_is_corrected_alone_and_runs_without_claims_judge_none(sweep) -> None:
+    part_of_the_grid = ["noise=0.0,0.5", "lb=0.0,0.01"]
+    runs = sweep("noise_lb_seed", "claims=[]", *part_of_the_grid)
     assert planned_claims(runs) == []
-    assert planned_claims(sweep("noise_lb_seed", *few)) == [], "a run that has begun takes no new claims"
+    assert planned_claims(sweep("noise_lb_seed", *part_of_the_grid)) == [], (
+        "claims are recorded when a run starts, and never added later"
+    )
     assert judge_planned(runs).empty
     runs = sweep("temperature_schedules")
     assert set(judge_planned(runs)["experiment"]) == {"temperature_schedules"}
     shutil.rmtree(Path(runs.loc[runs["experiment"] == "noise_lb_seed", "folder"].iloc[0]).parent.parent)
-    runs = sweep("noise_lb_seed", *few)
+    runs = sweep("noise_lb_seed", *part_of_the_grid)
     table = judge_planned(runs)
     assert set(table["experiment"]) == {"noise_lb_seed", "temperature_schedules"}
     for _, family in table.groupby("experiment"):
         assert family["p Holm"].tolist() == pytest.approx(multipletests(family["p"], method="holm")[1].tolist())
 
 
-def test_a_claim_of_another_version_is_named(sweep) -> None:
+def test_a_recorded_claim_with_an_unknown_key_is_refused(sweep) -> None:
     runs = sweep("noise_lb_seed", "lb=0.0", "noise=0.0")
     path = Path(runs["folder"].iloc[0]) / "run.json"
     path.write_text(path.read_text().replace('"kind": "lowest"', '"sort": "lowest"'))
@@ -392,14 +423,14 @@ def test_a_claim_of_another_version_is_named(sweep) -> None:
         planned_claims(runs)
 
 
-def test_claims_are_no_part_of_a_runs_identity_or_its_table(sweep, tmp_path: Path) -> None:
-    one, two = ((read_cells([f"out={tmp_path}", *extra]) or [])[0] for extra in ([], [given()]))
+def test_claims_are_not_part_of_a_runs_identity_or_of_the_table(sweep, tmp_path: Path) -> None:
+    one, two = ((read_cells([f"out={tmp_path}", *extra]) or [])[0] for extra in ([], [claims_override()]))
     assert one.folder == two.folder
     assert one.config.identity() == two.config.identity()
     assert "claims" not in sweep("noise_lb_seed", "lb=0.0", "noise=0.0")
 
 
-def given(**changes: Any) -> str:
+def claims_override(**changes: Any) -> str:
     fields = {"text": "x", "metric": "val/loss", "factor": "lb", "levels": [0.01], "than": [0.0], "kind": "higher"}
     text = ",".join(f"{name}:{json.dumps(value)}" for name, value in (fields | changes).items() if value is not None)
     return f"claims=[{{{text}}}]"
@@ -427,10 +458,10 @@ def given(**changes: Any) -> str:
 )
 def test_wrong_claims_are_refused_in_one_line(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as raised:
-        read_cells([given(**changes)])
+        read_cells([claims_override(**changes)])
     assert "\n" not in str(raised.value)
 
 
-def test_right_claims_are_taken() -> None:
+def test_valid_claims_are_accepted() -> None:
     for changes in ({}, {"factor": "variant"}, {"factor": "router.temp"}, {"kind": "equivalent", "margin": 0.5}):
-        assert read_cells([given(**changes)])
+        assert read_cells([claims_override(**changes)])

@@ -1,4 +1,4 @@
-"""Tests of the replay: printed tables are reproduced, and every sentence gets the verdict that its numbers allow."""
+"""Tests of the replay of published studies: it reproduces tables and gives each sentence the verdict of its numbers."""
 
 import math
 from pathlib import Path
@@ -29,20 +29,22 @@ def sentences() -> pd.DataFrame:
     return replay().sentences.set_index("sentence")
 
 
-def test_the_printed_aggregates_come_out_again_with_the_population_deviation() -> None:
+def test_the_printed_means_and_deviations_are_reproduced_with_ddof_0() -> None:
     table = noise_conditions()
     assert len(table) == 6
     assert (table["n"] == 3).all()
-    for ours, printed, rounding in (
-        ("perplexity", "printed mean_ppl", 0.01),  # of runs that were themselves rounded
+    for column, printed, tolerance in (
+        ("perplexity", "printed mean_ppl", 0.01),  # computed from rounded values of single runs
         ("std (ddof=0)", "printed std_ppl", 0.005),
         ("expert usage CV", "printed mean_cv", 0.00005),
     ):
-        assert table[ours].tolist() == pytest.approx(table[printed].tolist(), abs=rounding + 1e-9), ours
-    assert ((table["std (ddof=1)"] - table["printed std_ppl"]).abs() > 0.1).all(), "what pandas' .std would print"
+        assert table[column].tolist() == pytest.approx(table[printed].tolist(), abs=tolerance + 1e-9), column
+    assert ((table["std (ddof=1)"] - table["printed std_ppl"]).abs() > 0.1).all(), (
+        "pandas' .std has ddof=1, so it differs"
+    )
 
 
-def test_the_published_tables_are_whole() -> None:
+def test_the_published_tables_are_complete_and_consistent() -> None:
     noise, temperature = read_published("noise_runs"), read_published("temperature_runs")
     assert (len(noise), len(temperature)) == (18, 13)
     perplexity = noise["val_loss"].map(math.exp)
@@ -83,39 +85,39 @@ def test_every_sentence_has_a_verdict_and_numbers(sentences: pd.DataFrame) -> No
         ("hash has a drop rate and a load CV near zero", "supported", "load CV 0"),
     ],
 )
-def test_verdicts(sentences: pd.DataFrame, sentence: str, verdict: str, number: str) -> None:
+def test_verdict_of_each_published_sentence(sentences: pd.DataFrame, sentence: str, verdict: str, number: str) -> None:
     row = sentences.loc[sentence]
     assert row["verdict"] == verdict
     assert number in row["evidence"]
 
 
-def test_nothing_that_the_temperature_study_says_has_evidence(sentences: pd.DataFrame) -> None:
+def test_sentences_of_the_temperature_study_have_no_evidence(sentences: pd.DataFrame) -> None:
     rows = sentences[sentences["source"].str.match("temperature study, (expected|key)")]
     assert len(rows) == 5
     assert (rows["verdict"] == "undecided").all()
     assert rows["evidence"].str.contains("train loss at most 0.0003, val loss up from 10.73 to at least 22.98").all()
 
 
-def test_other_numbers_give_other_verdicts() -> None:
+def test_changed_numbers_change_the_verdicts() -> None:
     c = read_published("experiment_c").query("capacity_factor == 1.25")
 
     def verdict_on_hash(perplexity: float) -> str:
         changed = c.assign(val_ppl=c["val_ppl"].where(c["router"] != "hash", perplexity))
-        [of_hash] = [each for each in _judged(as_runs(changed), "experiment_c") if "worse" in each.sentence]
-        return of_hash.verdict
+        [hash_sentence] = [each for each in _judged(as_runs(changed), "experiment_c") if "worse" in each.sentence]
+        return hash_sentence.verdict
 
     assert verdict_on_hash(6.6) == "contradicted"
     assert verdict_on_hash(6.8) == "undecided", "one seed supports nothing"
     assert _hash_balance(c.assign(load_cv=0.1)).verdict == "undecided"
-    variance = replay().tables["noise_anova"]
-    assert _interaction(variance.assign(p=0.01)).verdict == "contradicted"
+    anova_table = replay().tables["noise_anova"]
+    assert _interaction(anova_table.assign(p=0.01)).verdict == "contradicted"
     rates = drop_rates()
     assert [each.verdict for each in judge_drops(rates.assign(avg_drop_rate=0.001))] == ["supported"] * 2
     assert [each.verdict for each in judge_drops(rates.assign(avg_drop_rate=0.02))] == ["contradicted"] * 2
     assert [each.verdict for each in judge_drops(rates.query("capacity_factor > 1.2"))] == ["undecided"] * 2
 
 
-def test_our_own_dispatcher_is_judged_by_its_file(tmp_path: Path) -> None:
+def test_drop_rates_of_this_projects_dispatcher_are_judged_too(tmp_path: Path) -> None:
     measure_grid(
         tmp_path, experts=[64, 256], ks=[1], capacities=[1.0, 1.05, 1.1], tokens=32_768, dim=2, seed=0, iterations=1
     )
@@ -126,20 +128,28 @@ def test_our_own_dispatcher_is_judged_by_its_file(tmp_path: Path) -> None:
     assert "(E=256, k=1)" in low.evidence
 
 
-def test_the_share_of_validation_solves_two_equations() -> None:
-    """A step of 20 ms and an evaluation of 36 s: with one in 200 steps it is 0.18 s of 0.2 s a step."""
+def test_the_share_of_validation_in_the_time_follows_from_two_intervals() -> None:
+    """Runs with two evaluation intervals give two equations for the times of a step and of an evaluation.
 
-    def logged(interval: int) -> pd.DataFrame:
-        inflated = interval * TOKENS_PER_STEP / (0.020 + 36 / interval)
-        row = {"router": "softk", "capacity_factor": 1.25, "eval_interval": interval, "median_tokens_per_s": inflated}
+    Here a step takes 20 ms and an evaluation 36 s. One evaluation in 200 steps then takes 0.18 s of 0.2 s per step.
+    """
+
+    def made_up_log(interval: int) -> pd.DataFrame:
+        logged_speed = interval * TOKENS_PER_STEP / (0.020 + 36 / interval)
+        row = {
+            "router": "softk",
+            "capacity_factor": 1.25,
+            "eval_interval": interval,
+            "median_tokens_per_s": logged_speed,
+        }
         return _with_corrected_speed(pd.DataFrame([row]))
 
-    sentence = _throughput(logged(100), logged(200))
+    sentence = _throughput(made_up_log(100), made_up_log(200))
     assert "90% or more" in sentence.evidence
     assert f"to {TOKENS_PER_STEP / 0.2:,.0f}" in sentence.evidence
 
 
-def test_the_published_throughput_was_mostly_validation(sentences: pd.DataFrame) -> None:
+def test_most_of_the_time_in_the_published_throughput_was_validation(sentences: pd.DataFrame) -> None:
     [row] = [row for name, row in sentences.iterrows() if str(name).startswith("Throughput")]
     assert row["verdict"] == "contradicted"
     assert "inflated 100 and 200 times: it is 74,420 to 183,520, and 93% or more" in row["evidence"]

@@ -17,9 +17,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
-from statsmodels.stats.multitest import multipletests
-
 from run_folders import change_record, write_cells, write_metrics, write_record
+from statsmodels.stats.multitest import multipletests
 
 from moe.analysis.figures.curves import learning_curves
 from moe.analysis.figures.drawing import Drawing
@@ -84,7 +83,7 @@ def write_run(
 
 
 class Page(HTMLParser):
-    """Parser of report.html in a folder. Every file that the page links to must be there."""
+    """Parser of report.html in a folder. Fails if a file that the page links to does not exist."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -116,7 +115,7 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def published(tmp_path: Path) -> Path:
-    """Return the sweep folder of the 18 published runs, with as many more metrics as a real run has."""
+    """Return the sweep folder of the 18 published runs, with as many other metrics as a real run has."""
     sweep = tmp_path / "multirun" / "noise_lb_seed"
     for row in read_published("noise_runs").itertuples():
         name = f"lb={row.load_balancing_weight},noise={row.noise_std},seed={row.seed}"
@@ -160,7 +159,7 @@ def test_the_published_runs_give_the_published_verdicts(published: Path, tmp_pat
     page = Page(tmp_path / "out")
     assert page.titles == re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
     assert page.tables == len(re.findall(r"^\| (?::---|---:)", text, flags=re.MULTILINE))
-    assert page.files == re.findall(r"\]\(([^)]*)\)", text), "the same files in the same order"
+    assert page.files == re.findall(r"\]\(([^)]*)\)", text), "report.html links to the same files in the same order"
     assert set(page.files) == names - {"report.md", "report.html"}
     for sentence in re.findall(r"^- (.*)$", text, flags=re.MULTILINE):
         assert sentence.replace("**", "") in page.text
@@ -176,11 +175,11 @@ def test_contrasts_are_reported_at_shares_of_training_that_every_run_has(publish
     write_report(load_runs([published]), tmp_path / "out")
     table = pd.read_csv(tmp_path / "out" / "progress.csv")
     assert sorted(table["share"].unique()) == [0.25, 0.5, 0.75, 1.0], "no run was evaluated at 10 %"
-    end = contrasts(with_causality(load_runs([published])), "val/loss", ["noise", "lb"])
-    for _, rows in table.groupby("share"):  # the runs of this test fall alike
-        np.testing.assert_allclose(rows["difference"], end["difference"])
-        np.testing.assert_allclose(rows["p Holm"], end["p Holm"])
-    first = end.iloc[0]
+    final = contrasts(with_causality(load_runs([published])), "val/loss", ["noise", "lb"])
+    for _, rows in table.groupby("share"):  # the losses of these runs all fall in the same way
+        np.testing.assert_allclose(rows["difference"], final["difference"])
+        np.testing.assert_allclose(rows["p Holm"], final["p Holm"])
+    first = final.iloc[0]
     cell = f"{first['difference']:+.3f} [{first['ci_low']:.3f}, {first['ci_high']:.3f}]"
     assert cell in (tmp_path / "out" / "report.md").read_text()
 
@@ -192,7 +191,7 @@ def test_claims_margins_and_several_experiments(published: Path, tmp_path: Path)
     for path in published.glob("*/run.json"):
         config = json.loads(path.read_text())["config"]
         change_record(path.parent, config=config | {"claims": [claim]})
-    for seed in (42, 43, 44):  # a condition of the other experiment again
+    for seed in (42, 43, 44):  # noise_lb_seed has this condition too
         metrics = {"val/perplexity": 130.0 + seed, "val/loss": 4.9 + seed / 100}
         write_run(tmp_path / "multirun" / "floor" / f"seed={seed}", metrics, seed=seed, noise=0.0, lb=0.0)
     options = ReportOptions(references={"lb": 0.01}, margins={"val/perplexity": "3%"})
@@ -206,7 +205,7 @@ def test_claims_margins_and_several_experiments(published: Path, tmp_path: Path)
     assert not (tmp_path / "out" / "floor" / "claims.csv").exists()
 
 
-def test_a_reference_holds_for_the_experiments_that_have_it(published: Path, tmp_path: Path) -> None:
+def test_a_reference_applies_to_the_experiments_that_have_this_level(published: Path, tmp_path: Path) -> None:
     for lb, seed in product((0.0, 0.02), (42, 43)):
         metrics = {"val/perplexity": 130.0 + seed + 100 * lb}
         write_run(tmp_path / "multirun" / "other" / f"lb={lb},seed={seed}", metrics, seed=seed, noise=0.0, lb=lb)
@@ -216,51 +215,56 @@ def test_a_reference_holds_for_the_experiments_that_have_it(published: Path, tmp
         collect_inputs(load_runs([tmp_path / "multirun"]), ReportOptions(references={"lb": 7}))
 
 
-def test_an_added_metric_is_judged_like_the_others_and_all_are_one_family(published: Path, tmp_path: Path) -> None:
+def test_an_added_metric_is_judged_and_corrected_together_with_the_others(published: Path, tmp_path: Path) -> None:
     runs, metric = load_runs([published]), "val/accuracy"
     options = ReportOptions(margins={metric: "5%"}, metrics=(metric, "val/perplexity", metric))
     text = write_report(runs, tmp_path / "out", options).read_text()
     table = pd.read_csv(tmp_path / "out" / "contrasts.csv")
-    alone = contrasts(with_causality(runs), metric, ["noise", "lb"], margin="5%").set_index(
+    expected = contrasts(with_causality(runs), metric, ["noise", "lb"], margin="5%").set_index(
         ["factor", "level", "within"]
     )
     added = table[table["metric"] == metric].fillna({"within": ""}).astype({"level": float})
-    same = ["n", "difference", "ci_low", "ci_high", "p", "p TOST", "p TOST Holm", "equivalent"]
+    columns = ["n", "difference", "ci_low", "ci_high", "p", "p TOST", "p TOST Holm", "equivalent"]
     np.testing.assert_allclose(
-        added.set_index(["factor", "level", "within"])[same].astype(float), alone[same].astype(float)
+        added.set_index(["factor", "level", "within"])[columns].astype(float), expected[columns].astype(float)
     )
     assert table["metric"].value_counts().to_dict() == {"val/perplexity": 7, "routing/load_cv/pooled": 7, metric: 7}
     for column, method in (("p Holm", "holm"), ("p BH", "fdr_bh")):
         np.testing.assert_allclose(table[column], multipletests(table["p"], method=method)[1])
-    assert table.loc[table["metric"] != metric, "equivalent"].isna().all(), "no margin, no answer"
+    assert table.loc[table["metric"] != metric, "equivalent"].isna().all(), "without a margin, equivalence is unknown"
     assert re.search(r"noise 0\.5 vs 0\.0 at lb=0\.0: -\S+ val/accuracy \[.*n=3: \*\*worse\*\*", text)
     assert set(pd.read_csv(tmp_path / "out" / "anova.csv")["metric"]) == {*table["metric"]}
     for name in ("noise_lb", "factors_val_accuracy", "contrasts_val_accuracy"):
         assert f"![{name}]({name}.png)" in text
-    assert not (tmp_path / "out" / "factors_val_perplexity.png").exists(), "noise_lb shows it"
+    assert not (tmp_path / "out" / "factors_val_perplexity.png").exists(), "noise_lb.png shows it already"
 
 
 @pytest.fixture
 def analyze(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Analyze:
-    """Return a function that runs analyze.py in `tmp_path` and in this process, where pandas is imported already."""
+    """Return a function that runs analyze.py in the folder `tmp_path`.
+
+    It runs in this process, because pandas is imported here already.
+    """
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["analyze.py", *arguments])
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as exit_info:
             runpy.run_path(str(ROOT / "analyze.py"), run_name="__main__")
         printed = capsys.readouterr()
-        return subprocess.CompletedProcess(sys.argv, int(ended.value.code or 0), printed.out, printed.err)
+        return subprocess.CompletedProcess(sys.argv, int(exit_info.value.code or 0), printed.out, printed.err)
 
     return run
 
 
-def test_a_metric_beyond_the_headline_is_added_by_name(published: Path, analyze: Analyze, tmp_path: Path) -> None:
+def test_the_option_metric_adds_a_metric_to_the_tables_and_tests(
+    published: Path, analyze: Analyze, tmp_path: Path
+) -> None:
     metric = "routing/entropy/layer03"
     done = analyze("--metric", metric, "--metric", "val/loss", "--margin", f"{metric}=1")
     assert done.returncode == 0, done.stderr
-    head = next(line for line in done.stdout.splitlines() if "val/loss" in line)
-    assert head.split() == [
+    header = next(line for line in done.stdout.splitlines() if "val/loss" in line)
+    assert header.split() == [
         *("noise", "lb", "val/loss", "val/perplexity", "val/accuracy", "routing/load_cv/pooled", metric, "n", "seeds")
     ]
     text = (tmp_path / "analysis" / "report.md").read_text()
@@ -269,17 +273,21 @@ def test_a_metric_beyond_the_headline_is_added_by_name(published: Path, analyze:
     assert f"- {metric} has no spread between seeds" in text.replace(f"{metric}: ", "", 1)
 
 
-def test_an_experiment_without_the_added_metric_is_corrected_as_if_it_had_not_been_added(tmp_path: Path) -> None:
-    for experiment, metrics in (("has", ["routing/load_gini"]), ("has_not", [])):
+def test_an_added_metric_does_not_change_experiments_without_it(tmp_path: Path) -> None:
+    for experiment, metrics in (("with_metric", ["routing/load_gini"]), ("without_metric", [])):
         for noise, seed in itertools.product((0.0, 0.1), (1, 2, 3)):
             names = ["val/perplexity", "routing/load_cv/pooled", *metrics]
             values = {name: (seed + noise) ** index for index, name in enumerate(names, start=2)}
             write_run(tmp_path / experiment / f"{noise},{seed}", values, seed=seed, noise=noise)
-    _, has, has_not = collect_inputs(load_runs([tmp_path]), ReportOptions(metrics=("routing/load_gini",)))
-    assert has.tested == [*has_not.tested, "routing/load_gini"]
-    np.testing.assert_allclose(has.contrasts["p Holm"], multipletests(has.contrasts["p"], method="holm")[1])
-    np.testing.assert_allclose(has_not.contrasts["p Holm"], has_not.contrasts["p"])
-    np.testing.assert_allclose(has_not.contrasts["p"], has.contrasts["p"][:2])
+    _, with_metric, without_metric = collect_inputs(
+        load_runs([tmp_path]), ReportOptions(metrics=("routing/load_gini",))
+    )
+    assert with_metric.tested == [*without_metric.tested, "routing/load_gini"]
+    np.testing.assert_allclose(
+        with_metric.contrasts["p Holm"], multipletests(with_metric.contrasts["p"], method="holm")[1]
+    )
+    np.testing.assert_allclose(without_metric.contrasts["p Holm"], without_metric.contrasts["p"])
+    np.testing.assert_allclose(without_metric.contrasts["p"], with_metric.contrasts["p"][:2])
 
 
 def test_a_metric_that_is_null_everywhere_cannot_be_added(tmp_path: Path) -> None:
@@ -288,13 +296,13 @@ def test_a_metric_that_is_null_everywhere_cannot_be_added(tmp_path: Path) -> Non
         collect_inputs(load_runs([tmp_path]), ReportOptions(metrics=("routing/jaccard",)))
 
 
-def test_routing_is_reported_by_condition_wherever_it_was_measured(tmp_path: Path) -> None:
+def test_routing_metrics_are_reported_by_condition_where_they_were_measured(tmp_path: Path) -> None:
     for noise, ginis in ((0.0, (0.1, 0.3)), (0.1, (0.4, 0.4))):
         for seed, gini in enumerate(ginis):
             metrics = {"val/loss": 1.0 + seed, "routing/load_gini": gini, "routing/jaccard": math.nan}
             metrics |= {"routing/consistency_kappa": 0.5 + seed} if noise else {}
             write_run(tmp_path / "x" / f"{noise},{seed}", metrics, seed=seed, noise=noise)
-    options = ReportOptions(metrics=("routing/consistency_kappa",))  # stands in the table of conditions as well
+    options = ReportOptions(metrics=("routing/consistency_kappa",))  # this metric is also in the table of conditions
     text = write_report(load_runs([tmp_path / "x"]), tmp_path / "out", options).read_text()
     rows = [line for line in text.split("**Routing by condition**")[1].splitlines() if line.startswith("|")]
     assert [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[:4] if "---" not in row] == [
@@ -309,7 +317,7 @@ def test_routing_is_reported_by_condition_wherever_it_was_measured(tmp_path: Pat
     assert means.index.is_unique
 
 
-def test_the_sources_own_numbers_are_replayed(analyze: Analyze, tmp_path: Path) -> None:
+def test_the_option_replay_judges_the_published_numbers(analyze: Analyze, tmp_path: Path) -> None:
     done = analyze("--replay")
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "analysis" / "report.md").read_text()
@@ -376,14 +384,14 @@ def test_the_table_of_what_was_run_counts_every_status(tmp_path: Path) -> None:
 ATTACK = '<script>alert(1)</script>"><img src=x onerror=alert(1)>[click](javascript:alert(1))`|\n</style>'
 
 
-def test_nothing_in_the_data_becomes_markup(tmp_path: Path) -> None:
-    for level in ("0.0", "<script>"):  # it is drawn too, and so short
+def test_text_of_run_records_is_never_treated_as_markup(tmp_path: Path) -> None:
+    for level in ("0.0", "<script>"):  # the level is short because figures show it too
         for seed in (1, 2):
             folder = tmp_path / "x" / f"{seed},{len(level)}"
             metrics = {"val/loss": 1.0 + seed * len(level), "val/perplexity": 2.0 + seed * len(level)}
             write_run(folder, metrics, seed=seed, noise=level)
-            made_of = {"corpus_sha256": ATTACK, ATTACK: ATTACK, "domains": {ATTACK: {ATTACK: ATTACK}}}
-            change_record(folder, name=ATTACK, experiment=ATTACK, commit=ATTACK, versions={ATTACK: ATTACK}, data=made_of)
+            data = {"corpus_sha256": ATTACK, ATTACK: ATTACK, "domains": {ATTACK: {ATTACK: ATTACK}}}
+            change_record(folder, name=ATTACK, experiment=ATTACK, commit=ATTACK, versions={ATTACK: ATTACK}, data=data)
     write_run(tmp_path / "x" / "broken", {}, status="failed", seed=3, noise="0.0")
     change_record(tmp_path / "x" / "broken", name=ATTACK, error=ATTACK)
     text = write_report(load_runs([tmp_path]), tmp_path / "out").read_text()
@@ -393,23 +401,23 @@ def test_nothing_in_the_data_becomes_markup(tmp_path: Path) -> None:
     page = Page(tmp_path / "out")
     assert {"script", "iframe", "object", "link", "base"}.isdisjoint(page.tags)
     assert page.tags.count("img") == len(list((tmp_path / "out").rglob("*.png")))
-    assert {path.name for path in tmp_path.iterdir()} == {"x", "out"}, "nothing is written elsewhere"
+    assert {path.name for path in tmp_path.iterdir()} == {"x", "out"}, "nothing is written outside of these folders"
     assert page.tags.count("style") == 1
     assert not [name for name in page.attributes if name.startswith("on")]
-    assert "<script>alert(1)</script>" in page.text, "shown as text"
+    assert "<script>alert(1)</script>" in page.text, "the script is shown as text"
     assert {"data:image/png;base64"} == {source.split(",")[0] for source in page.sources}
     raw = (tmp_path / "out" / "report.html").read_text()
     assert not re.search(r"""(url\(|@import|(src|href)=["']?(https?:)?//)""", raw)
 
 
-def test_every_kind_of_block_is_rendered_twice(tmp_path: Path) -> None:
+def test_every_kind_of_block_is_in_the_markdown_and_in_the_html_report(tmp_path: Path) -> None:
     figure = Figure(figsize=(1, 1))
     blocks: list[ReportBlock] = [
         Heading("A title"),
         Paragraph("some `code` and\n**bold**"),
         BulletList(["one", "two"]),
         TableBlock(pd.DataFrame({"row": range(MAX_ROWS + 1)})),
-        StatusBar([("whole", 3, "good"), ("broken", 1, "bad"), ("absent", 0, "idle")]),
+        StatusBar([("complete", 3, "good"), ("broken", 1, "bad"), ("absent", 0, "idle")]),
         Drawing("drawing", "what it shows", figure),
         Attachment("a.csv", "x\n1\n", "some numbers"),
         Details("more of it", [Paragraph("inside")]),
@@ -421,15 +429,15 @@ def test_every_kind_of_block_is_rendered_twice(tmp_path: Path) -> None:
         assert words in page.text
     assert f"The first {MAX_ROWS} of {MAX_ROWS + 1} rows." in text
     assert f"The first {MAX_ROWS} of {MAX_ROWS + 1} rows." in page.text
-    assert page.tags.count("tr") == MAX_ROWS + 1, "with the head"
-    assert "4 runs: 3 whole, 1 broken" in text
+    assert page.tags.count("tr") == MAX_ROWS + 1, "the rows include the header"
+    assert "4 runs: 3 complete, 1 broken" in text
     assert "absent" not in page.text
     assert {"code", "strong", "details"} <= set(page.tags)
     assert page.files == ["drawing.png", "a.csv"]
     assert (tmp_path / "a.csv").read_text() == "x\n1\n"
 
 
-def test_differences_count_the_levels_of_every_key() -> None:
+def test_differences_count_the_runs_at_each_level_of_a_key() -> None:
     table = pd.DataFrame(
         {"lr": [0.1, 0.1, 0.2, None], "same": ["a"] * 4, "mixed": [1, "1", True, "none"], "gone": None}
     )
@@ -446,9 +454,9 @@ def test_layers_are_drawn_as_means_over_seeds() -> None:
         for seed in (1, 3)
         for step in (0, 5)
     )
-    first, second = layer_trends(events, "routing/load_cv").axes
-    assert (first.get_title(), second.get_title()) == ("a (n=2)", "b (n=2)")
-    assert [line.get_ydata().tolist() for line in first.lines] == [[2, 7], [12, 17], [22, 27]]
+    left, right = layer_trends(events, "routing/load_cv").axes
+    assert (left.get_title(), right.get_title()) == ("a (n=2)", "b (n=2)")
+    assert [line.get_ydata().tolist() for line in left.lines] == [[2, 7], [12, 17], [22, 27]]
     runs = events[events["step"] == 5]
     (axes,) = layer_profile(runs).axes
     assert axes.get_legend_handles_labels()[1] == ["a (n=2)", "b (n=2)"]
@@ -458,10 +466,10 @@ def test_layers_are_drawn_as_means_over_seeds() -> None:
     assert [line.get_ydata().tolist() for line in seeds] == [[6, 16, 26, 8, 18, 28]] * 2
 
 
-def test_drops_are_drawn_by_decile() -> None:
+def test_drop_rates_are_drawn_by_decile_of_the_position() -> None:
     rows = [
-        {"condition": drop} | {f"val_capacity/drop_rate/decile{i}": (i + seed) / 100 + unknown for i in range(10)}
-        for drop, unknown in (("position", 0.0), ("score", math.nan))
+        {"condition": drop} | {f"val_capacity/drop_rate/decile{i}": (i + seed) / 100 + nan_or_zero for i in range(10)}
+        for drop, nan_or_zero in (("position", 0.0), ("score", math.nan))
         for seed in (0, 2)
     ]
     (axes,) = drop_by_position(pd.DataFrame(rows)).axes
@@ -470,7 +478,7 @@ def test_drops_are_drawn_by_decile() -> None:
     assert mean.get_ydata() == pytest.approx([(i + 1) / 100 for i in range(10)])
 
 
-def test_the_forest_draws_a_row_a_contrast() -> None:
+def test_the_forest_plot_has_one_row_per_contrast() -> None:
     rows = [
         {"factor": "lb", "level": level, "reference": 0, "within": "", "n": 3, "difference": d, "ci_low": d - 1}
         | {"ci_high": d + 1, "p Holm": p}
@@ -480,11 +488,13 @@ def test_the_forest_draws_a_row_a_contrast() -> None:
     assert [label.get_text() for label in axes.get_yticklabels()] == [f"lb {i} vs 0 (n=3)" for i in (1, 2, 3)]
     points = [line for line in axes.lines if line.get_marker() == "o"]
     assert [line.get_xdata()[0] for line in points] == [0.5, 2.0, -3.0]
-    assert [line.get_markerfacecolor() == "white" for line in points] == [True, True, False], "filled: after Holm"
+    assert [line.get_markerfacecolor() == "white" for line in points] == [True, True, False], (
+        "filled: significant after Holm's correction"
+    )
     assert len({line.get_color() for line in points}) == 3, "undecided, above zero, below zero"
 
 
-def test_every_router_says_whether_it_is_causal(tmp_path: Path) -> None:
+def test_every_router_is_labeled_causal_or_not(tmp_path: Path) -> None:
     for seed in (1, 2, 3):
         for causal in (True, False):
             metrics = {
@@ -500,7 +510,7 @@ def test_every_router_says_whether_it_is_causal(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "factors_val_perplexity.png").stat().st_size > 5_000
 
 
-def test_an_arm_is_named_with_the_causality_of_its_router_and_leads_it(tmp_path: Path) -> None:
+def test_an_arm_is_labeled_causal_or_not_and_compared_in_place_of_its_router(tmp_path: Path) -> None:
     for seed in (1, 2, 3):
         for variant, causal in (("top1", True), ("top2", True), ("choice", False)):
             metrics = {"val/perplexity": 3.0 + 0.1 * seed * causal}
@@ -521,7 +531,7 @@ def test_a_single_run_is_reported_too(published: Path, tmp_path: Path) -> None:
     assert "![learning_curves]" in text
 
 
-def test_no_finished_run_is_no_crash(tmp_path: Path) -> None:
+def test_a_sweep_without_a_finished_run_gets_a_report(tmp_path: Path) -> None:
     (tmp_path / "x" / "seed=1").mkdir(parents=True)
     (tmp_path / "x" / "seed=1" / "run.json").write_text("")
     text = write_report(load_runs([tmp_path / "x"]), tmp_path / "out").read_text()
@@ -529,7 +539,7 @@ def test_no_finished_run_is_no_crash(tmp_path: Path) -> None:
     assert "learning_curves: not drawn" in text
 
 
-def test_figures_show_every_seed_and_name_n(published: Path) -> None:
+def test_figures_show_every_seed_and_the_number_of_seeds(published: Path) -> None:
     runs = load_runs([published])
     left, right = factor_panels(runs, "noise", "lb", ["val/perplexity", "routing/load_cv/pooled"]).axes
     assert (left.get_ylabel(), right.get_ylabel()) == ("validation perplexity", "load CV over experts, layers pooled")
@@ -546,7 +556,7 @@ def test_figures_show_every_seed_and_name_n(published: Path) -> None:
     ]
 
 
-def test_markdown_is_a_table() -> None:
+def test_a_data_frame_becomes_a_markdown_table() -> None:
     table = pd.DataFrame({"name": ["a|b", None], "p": [0.00123, float("nan")], "mean": [130.23456, 1.0]})
     assert table_as_markdown(table).split("\n") == [
         "| name | p | mean |",
@@ -557,7 +567,7 @@ def test_markdown_is_a_table() -> None:
     assert table_as_markdown(pd.DataFrame()) == "(none)"
 
 
-def test_the_command_prints_the_table_and_where_the_report_lies(published: Path, tmp_path: Path) -> None:
+def test_the_command_prints_the_table_and_the_path_of_the_report(published: Path, tmp_path: Path) -> None:
     command = [sys.executable, ROOT / "analyze.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -585,7 +595,7 @@ def test_the_command_prints_the_table_and_where_the_report_lies(published: Path,
         (["--reference", "lb=7"], "analyze: reference lb=7: allowed are 0.0, 0.01\n"),
     ],
 )
-def test_a_wrong_command_gets_one_line(
+def test_a_wrong_command_gets_a_one_line_error(
     published: Path, analyze: Analyze, tmp_path: Path, arguments: list[str], complaint: str
 ) -> None:
     done = analyze(*arguments)

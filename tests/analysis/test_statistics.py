@@ -1,4 +1,4 @@
-"""Tests of the statistics: the 18 published runs of the noise study, and laws that such statistics obey."""
+"""Tests of the statistics: results for the 18 published runs of the noise study, and properties that always hold."""
 
 import numpy as np
 import pandas as pd
@@ -26,7 +26,7 @@ def runs() -> pd.DataFrame:
     return table.rename(columns={"val_perplexity": "ppl", "expert_usage_cv": "cv"}).assign(folder="published")
 
 
-def contrast(table: pd.DataFrame, factor: str, level: float, within: str) -> pd.Series:
+def select_contrast(table: pd.DataFrame, factor: str, level: float, within: str) -> pd.Series:
     [row] = [
         row for _, row in table.iterrows() if (row["factor"], row["level"], row["within"]) == (factor, level, within)
     ]
@@ -53,7 +53,7 @@ def test_contrasts_of_the_published_runs(
     low: float,
     high: float,
 ) -> None:
-    row = contrast(contrasts(runs, "ppl", ["noise", "lb"], references={"lb": 0.01}), factor, level, within)
+    row = select_contrast(contrasts(runs, "ppl", ["noise", "lb"], references={"lb": 0.01}), factor, level, within)
     assert row["difference"] == pytest.approx(difference, abs=0.005)
     assert row["p Welch"] == pytest.approx(welch, abs=0.0005)
     assert row["p"] == pytest.approx(paired, abs=0.0005)
@@ -61,11 +61,11 @@ def test_contrasts_of_the_published_runs(
     assert row["n"] == 3
 
 
-def test_noise_of_a_tenth_survives_holm_with_load_balancing_only(runs: pd.DataFrame) -> None:
+def test_noise_0_1_is_significant_after_holm_only_with_load_balancing(runs: pd.DataFrame) -> None:
     table = contrasts(runs, "ppl", ["noise", "lb"], references={"lb": 0.01})
     assert len(table) == 7
-    assert contrast(table, "noise", 0.1, "lb=0.01")["p Holm"] == pytest.approx(0.008, abs=0.001)
-    assert contrast(table, "noise", 0.1, "lb=0.0")["p Holm"] == pytest.approx(0.066, abs=0.001)
+    assert select_contrast(table, "noise", 0.1, "lb=0.01")["p Holm"] == pytest.approx(0.008, abs=0.001)
+    assert select_contrast(table, "noise", 0.1, "lb=0.0")["p Holm"] == pytest.approx(0.066, abs=0.001)
     assert (table["p Holm"] >= table["p"]).all()
 
 
@@ -73,28 +73,30 @@ def test_the_false_discovery_rate_is_that_of_benjamini_and_hochberg(runs: pd.Dat
     table = contrasts(runs, "ppl", ["noise", "lb"])
     assert table["p BH"].tolist() == pytest.approx(stats.false_discovery_control(table["p"]).tolist())
     assert ((table["p"] <= table["p BH"]) & (table["p BH"] <= table["p Holm"])).all()
-    gaps = corrected(pd.Series([0.01, float("nan"), 0.04]), "fdr_bh")
-    assert gaps == pytest.approx([0.02, float("nan"), 0.04], nan_ok=True)
+    with_gap = corrected(pd.Series([0.01, float("nan"), 0.04]), "fdr_bh")
+    assert with_gap == pytest.approx([0.02, float("nan"), 0.04], nan_ok=True)
 
 
 def test_equivalence_is_two_one_sided_paired_tests(runs: pd.DataFrame) -> None:
     table = contrasts(runs, "ppl", ["noise", "lb"], references={"lb": 0.01}, margin="1%")
-    row = contrast(table, "lb", 0.0, "noise=0.0")
+    row = select_contrast(table, "lb", 0.0, "noise=0.0")
     cell = runs[runs["noise"] == 0.0].pivot(index="seed", columns="lb", values="ppl")
     assert row["margin"] == pytest.approx(0.01 * cell[0.01].mean())
     expected = ttost_paired(cell[0.0].to_numpy(), cell[0.01].to_numpy(), -row["margin"], row["margin"])[0]
     assert row["p TOST"] == pytest.approx(expected)
     assert row["p TOST"] == pytest.approx(0.085, abs=0.001)
-    assert not table["equivalent"].any(), "three seeds that differ by 1.5 cannot show a tie within 1.3"
+    assert not table["equivalent"].any(), (
+        "three seeds whose differences spread by 1.5 cannot show equivalence within 1.3"
+    )
     in_units = contrasts(runs, "ppl", ["noise", "lb"], references={"lb": 0.01}, margin=row["margin"])
-    assert contrast(in_units, "lb", 0.0, "noise=0.0")["p TOST"] == pytest.approx(row["p TOST"])
+    assert select_contrast(in_units, "lb", 0.0, "noise=0.0")["p TOST"] == pytest.approx(row["p TOST"])
     with pytest.raises(ValueError, match=r"margin 0\.0: must be positive"):
         contrasts(runs, "ppl", ["noise"], margin=0.0)
     with pytest.raises(ValueError, match="amount=1 percent: must be a finite number, or a text such as 5%"):
         contrasts(runs, "ppl", ["noise"], margin="1 percent")
 
 
-def test_a_tiny_effect_of_many_seeds_is_both_real_and_equivalent() -> None:
+def test_with_many_seeds_a_tiny_effect_is_both_significant_and_equivalent() -> None:
     rng = np.random.default_rng(0)
     seeds = np.arange(200)
     tables = [
@@ -105,22 +107,22 @@ def test_a_tiny_effect_of_many_seeds_is_both_real_and_equivalent() -> None:
     [row] = [row for _, row in contrasts(runs, "ppl", ["arm"], margin=0.2).iterrows()]
     assert row["p"] < 0.05
     assert row["equivalent"]
-    loud = runs.assign(ppl=50 * runs["ppl"])
-    few = contrasts(loud[loud["seed"] < 3], "ppl", ["arm"], margin=0.2).iloc[0]
-    assert few["p"] > 0.05
-    assert not few["equivalent"], "no difference seen is not a tie"
-    wide = contrasts(runs, "ppl", ["arm"], margin=0.04).iloc[0]
-    assert not wide["equivalent"]
+    noisy = runs.assign(ppl=50 * runs["ppl"])
+    three_seeds = contrasts(noisy[noisy["seed"] < 3], "ppl", ["arm"], margin=0.2).iloc[0]
+    assert three_seeds["p"] > 0.05
+    assert not three_seeds["equivalent"], "a difference that is not significant does not show equivalence"
+    smaller_margin = contrasts(runs, "ppl", ["arm"], margin=0.04).iloc[0]
+    assert not smaller_margin["equivalent"]
 
 
-def test_equivalence_without_a_spread_or_a_second_seed_is_unknown(runs: pd.DataFrame) -> None:
+def test_equivalence_is_unknown_without_spread_or_with_one_seed(runs: pd.DataFrame) -> None:
     for table in (runs[runs["seed"] == 42], runs.assign(ppl=1.0)):
         compared = contrasts(table, "ppl", ["noise", "lb"], margin="1%")
         assert compared["p TOST"].isna().all()
         assert not compared["equivalent"].any()
 
 
-def test_one_range_has_an_inside_and_an_outside() -> None:
+def test_a_range_test_gives_one_p_for_inside_and_one_for_outside() -> None:
     differences = np.array([1.0, 2.0, 1.4, 1.9])
     two_sided = stats.ttest_1samp(differences, 0).pvalue
     assert range_test(differences, 0.0, np.inf)[0] * 2 == pytest.approx(two_sided)
@@ -137,32 +139,33 @@ def test_the_noise_floor_is_the_spread_of_seeds(runs: pd.DataFrame) -> None:
     row = noise_floor(cell, ["val/perplexity"], seeds=(3, 8)).iloc[0]
     assert row["n"] == 3
     assert row[STD] == pytest.approx(0.94 * np.sqrt(3 / 2), abs=0.006)
-    # of Pearson and Hartley's table: chi-square with 2 degrees of freedom, 0.975 and 0.025: 0.0506 and 7.378
+    # Pearson and Hartley's table for 2 degrees of freedom: chi-square exceeds 0.0506 with probability 0.975, and 7.378
+    # with probability 0.025.
     assert (row["std_low"], row["std_high"]) == pytest.approx(
         (row[STD] * np.sqrt(2 / 7.378), row[STD] * np.sqrt(2 / 0.0506)), rel=1e-3
     )
     for n in (3, 8):
         effect = row[f"detectable, {n} seeds a side"] / row[STD]
-        limit, shift = stats.t.ppf(0.975, 2 * n - 2), effect * np.sqrt(n / 2)
-        power = stats.nct.sf(limit, 2 * n - 2, shift) + stats.nct.cdf(-limit, 2 * n - 2, shift)
+        critical_t, shift = stats.t.ppf(0.975, 2 * n - 2), effect * np.sqrt(n / 2)
+        power = stats.nct.sf(critical_t, 2 * n - 2, shift) + stats.nct.cdf(-critical_t, 2 * n - 2, shift)
         assert power == pytest.approx(0.8, abs=1e-4)
 
 
-def test_the_noise_floors_interval_holds_the_truth_nineteen_times_in_twenty() -> None:
+def test_the_interval_of_the_noise_floor_covers_the_true_value_95_times_in_100() -> None:
     rng = np.random.default_rng(0)
     draws = pd.DataFrame(rng.normal(0, 2, (8, 400))).add_prefix("val/")
     floor = noise_floor(draws.assign(seed=range(8), folder="made up", experiment="made up"), list(draws.columns))
-    held = ((floor["std_low"] <= 2) & (floor["std_high"] >= 2)).sum()
-    assert stats.binom.ppf(0.001, 400, 0.95) <= held <= stats.binom.ppf(0.999, 400, 0.95)
+    covered = ((floor["std_low"] <= 2) & (floor["std_high"] >= 2)).sum()
+    assert stats.binom.ppf(0.001, 400, 0.95) <= covered <= stats.binom.ppf(0.999, 400, 0.95)
 
 
-def test_a_noise_floor_is_refused_where_more_than_the_seed_varies(runs: pd.DataFrame) -> None:
+def test_a_noise_floor_is_refused_if_more_than_the_seed_varies(runs: pd.DataFrame) -> None:
     table = runs[["noise", "lb", "seed", "folder"]].assign(**{"val/perplexity": runs["ppl"], "experiment": "x"})
     with pytest.raises(ValueError, match="in the seed alone, but noise, lb varies"):
         noise_floor(table, ["val/perplexity"])
-    one = noise_floor(table[(table["noise"] == 0.1) & (table["lb"] == 0.0)].head(1), ["val/perplexity"]).iloc[0]
-    assert one["n"] == 1
-    assert one[[STD, "std_low", "std_high", "detectable, 3 seeds a side"]].isna().all()
+    single_run = noise_floor(table[(table["noise"] == 0.1) & (table["lb"] == 0.0)].head(1), ["val/perplexity"]).iloc[0]
+    assert single_run["n"] == 1
+    assert single_run[[STD, "std_low", "std_high", "detectable, 3 seeds a side"]].isna().all()
 
 
 @pytest.mark.parametrize(
@@ -187,15 +190,18 @@ def test_analysis_of_variance_of_the_published_runs(
         assert table.loc[term, "partial eta²"] == pytest.approx(0.91, abs=0.005)
 
 
-def test_the_published_spread_is_the_population_one(runs: pd.DataFrame) -> None:
-    """The tutorial prints 130.23 ± 0.94, which is ddof=0; ours names its ddof=1."""
+def test_the_published_spread_is_the_population_standard_deviation(runs: pd.DataFrame) -> None:
+    """The tutorial prints 130.23 ± 0.94, which is the standard deviation with ddof=0.
+
+    This project uses ddof=1 and says so in the name of the column.
+    """
     table = summary(runs, ["noise", "lb"], ["ppl"])
     first = table[(table["noise"] == 0.0) & (table["lb"] == 0.01)].iloc[0]
     assert first["mean"] == pytest.approx(130.23, abs=0.005)
     assert first[STD] * np.sqrt(2 / 3) == pytest.approx(0.94, abs=0.005)
 
 
-def test_a_shift_of_a_seed_changes_no_paired_contrast(runs: pd.DataFrame) -> None:
+def test_a_shift_of_all_runs_of_a_seed_changes_no_paired_contrast(runs: pd.DataFrame) -> None:
     shifted = runs.assign(ppl=runs["ppl"] + runs["seed"].map({42: 0.0, 43: 7.0, 44: -3.0}))
     columns = ["difference", "ci_low", "ci_high", "p", "d_z", "p sign-flip", "detectable"]
     before, after = (contrasts(table, "ppl", ["noise", "lb"]) for table in (runs, shifted))
@@ -204,21 +210,21 @@ def test_a_shift_of_a_seed_changes_no_paired_contrast(runs: pd.DataFrame) -> Non
 
 
 def test_swapping_level_and_reference_flips_the_sign_only(runs: pd.DataFrame) -> None:
-    up = contrast(contrasts(runs, "ppl", ["noise", "lb"]), "lb", 0.01, "noise=0.0")
-    down = contrast(contrasts(runs, "ppl", ["noise", "lb"], references={"lb": 0.01}), "lb", 0.0, "noise=0.0")
+    up = select_contrast(contrasts(runs, "ppl", ["noise", "lb"]), "lb", 0.01, "noise=0.0")
+    down = select_contrast(contrasts(runs, "ppl", ["noise", "lb"], references={"lb": 0.01}), "lb", 0.0, "noise=0.0")
     assert up["difference"] == pytest.approx(-down["difference"])
     assert (up["ci_low"], up["ci_high"]) == pytest.approx((-down["ci_high"], -down["ci_low"]))
     assert up["p"] == pytest.approx(down["p"])
 
 
-def test_a_sign_flip_over_three_seeds_never_goes_below_a_quarter(runs: pd.DataFrame) -> None:
+def test_p_of_a_sign_flip_test_of_three_seeds_is_never_below_0_25(runs: pd.DataFrame) -> None:
     table = contrasts(runs, "ppl", ["noise", "lb"])
     assert (table["smallest p sign-flip"] == 0.25).all()
     assert table["p sign-flip"].min() == 0.25
     assert sign_flip(np.array([1.0, 2.0, 4.0, 8.0])) == 2 / 2**4
 
 
-def test_one_seed_gives_effects_and_notes_but_no_test(runs: pd.DataFrame) -> None:
+def test_one_seed_gives_differences_and_notes_but_no_p(runs: pd.DataFrame) -> None:
     single = runs[runs["seed"] == 42]
     table = contrasts(single, "ppl", ["noise", "lb"])
     assert table["difference"].notna().all()
@@ -230,8 +236,9 @@ def test_one_seed_gives_effects_and_notes_but_no_test(runs: pd.DataFrame) -> Non
         anova(single, "ppl", ["noise", "lb"])
 
 
-def test_equal_values_are_no_evidence_and_no_warning(runs: pd.DataFrame) -> None:
-    shifted = runs["seed"].astype(float).where(runs["noise"] == 0.0, runs["seed"] + 0.1)  # equal but for rounding
+def test_values_without_spread_give_no_p_and_no_warning(runs: pd.DataFrame) -> None:
+    # All seeds have the same difference, except for rounding.
+    shifted = runs["seed"].astype(float).where(runs["noise"] == 0.0, runs["seed"] + 0.1)
     for values in (0.0, 0.3, shifted):
         table = contrasts(runs.assign(ppl=values), "ppl", ["noise", "lb"])
         assert table["p"].isna().all()
@@ -241,20 +248,20 @@ def test_equal_values_are_no_evidence_and_no_warning(runs: pd.DataFrame) -> None
 
 
 def test_a_missing_cell_is_named(runs: pd.DataFrame) -> None:
-    gone = (runs["noise"] == 0.5) & (runs["lb"] == 0.0) & (runs["seed"] == 44)
+    missing = (runs["noise"] == 0.5) & (runs["lb"] == 0.0) & (runs["seed"] == 44)
     for table in (
-        runs[~gone],
-        runs.assign(ppl=runs["ppl"].mask(gone)),
-        runs.assign(ppl=runs["ppl"].mask(gone, np.inf)),
+        runs[~missing],
+        runs.assign(ppl=runs["ppl"].mask(missing)),
+        runs.assign(ppl=runs["ppl"].mask(missing, np.inf)),
     ):
         with pytest.raises(ValueError, match=r"1 of 18 cells .*: noise=0\.5, lb=0\.0, seed=44$"):
             anova(table, "ppl", ["noise", "lb"])
-        row = contrast(contrasts(table, "ppl", ["noise", "lb"]), "noise", 0.5, "lb=0.0")
+        row = select_contrast(contrasts(table, "ppl", ["noise", "lb"]), "noise", 0.5, "lb=0.0")
         assert row["n"] == 2
         assert row["note"] == "without a partner: seed 44"
 
 
-def test_two_runs_of_one_seed_are_no_replication(runs: pd.DataFrame) -> None:
+def test_two_runs_of_one_seed_in_a_condition_are_refused(runs: pd.DataFrame) -> None:
     with pytest.raises(ValueError, match="seed 42 has more than one run"):
         summary(pd.concat([runs, runs[runs["seed"] == 42]]), ["noise", "lb"], ["ppl"])
 
@@ -267,14 +274,14 @@ def test_an_unknown_reference_is_refused(runs: pd.DataFrame, references: dict[st
         contrasts(runs, "ppl", ["noise", "lb"], references=references)
 
 
-def test_three_factors_are_fully_crossed(runs: pd.DataFrame) -> None:
+def test_an_anova_of_three_factors_has_all_interactions(runs: pd.DataFrame) -> None:
     other = runs.assign(router="hash", ppl=runs["ppl"] + 1 + 0.01 * runs.index)
     table = anova(pd.concat([runs.assign(router="topk"), other]), "ppl", ["noise", "lb", "router"]).set_index("term")
     assert "noise:lb:router" in table.index
     assert table["df"].sum() == 36 - 1
 
 
-def test_the_detectable_effect_falls_with_seeds() -> None:
+def test_the_detectable_effect_falls_with_the_number_of_seeds() -> None:
     effects = [detectable_effect(n) for n in (2, 3, 5, 10)]
     assert effects == sorted(effects, reverse=True)
     assert detectable_effect(10) == pytest.approx(0.996, abs=0.001)  # G*Power, paired t test, alpha 0.05, power 0.8

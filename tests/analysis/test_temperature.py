@@ -14,7 +14,6 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-
 from run_folders import write_metrics, write_record
 
 from moe.analysis.figures.drawing import Drawing
@@ -32,12 +31,19 @@ SCHEDULES = ("linear", "cosine", "exponential", "step")
 def write_run(
     folder: Path, *, temp: float = 1.0, seed: int = 42, steps: int = 20, schedule: str = "constant", **config: Any
 ) -> Path:
-    """A finished run of a temperature router, with 20 evaluations after the first. Its final loss is `loss` (default: a
-    parabola in log T and a bit per seed), its last but one is lower by `dip`, its last utilization is `share`."""
+    """Write a finished run of a temperature router, with 20 evaluations after the first.
+
+    loss: final validation loss. The default is a parabola in log T plus a small amount per seed.
+    dip: by how much the last but one loss is lower.
+    share: final utilization, by layer and expert.
+    shape: numbers of layers and experts.
+    """
     loss = config.pop("loss", 4 + 0.01 * math.log(temp) ** 2 + 0.002 * (seed - 42) + 0.001 * math.sin(seed * temp))
     layers, experts = config.pop("shape", (2, 4))
     last_share, dip = config.pop("share", None), config.pop("dip", 0.0)
-    moving = {"_target_": f"moe.{schedule}"} | ({} if schedule == "constant" else {"knob": "temperature", "start": 5.0})
+    schedule_config = {"_target_": f"moe.{schedule}"} | (
+        {} if schedule == "constant" else {"knob": "temperature", "start": 5.0}
+    )
     record = {
         "status": config.pop("status", "finished"),
         "error": None,
@@ -46,7 +52,7 @@ def write_run(
         "name": folder.name,
         "choices": {"router": "temperature", "schedule": schedule},
         "config": {"seed": seed, "steps": steps, "noise": 0.1, "threads": 1, "router": {"temp": temp}}
-        | {"schedule": moving, "data": {"seed": seed}}
+        | {"schedule": schedule_config, "data": {"seed": seed}}
         | config,
     }
     random = np.random.default_rng([seed, steps, int(10 * temp)])
@@ -54,7 +60,7 @@ def write_run(
     events: list[dict[str, Any]] = []
     for step in range(0, steps + 1, max(1, steps // 20)):
         progress = step / steps
-        at = temp if schedule == "constant" else 5 + (temp - 5) * progress ** (1 + SCHEDULES.index(schedule))
+        temperature = temp if schedule == "constant" else 5 + (temp - 5) * progress ** (1 + SCHEDULES.index(schedule))
         share = np.exp(progress * tilt)
         share /= share.sum(1, keepdims=True)
         if last_share is not None and step == steps:
@@ -66,7 +72,7 @@ def write_run(
             "step": step,
             "val/loss": loss - dip if dip and step == steps - steps // 20 else loss + 4 * (1 - progress) ** 4,
             "val/accuracy": progress * (5 - loss) / 5,
-            "temperature": at,
+            "temperature": temperature,
             "time/elapsed": 60.0 * step / 10 + seed / 10,
             "routing/entropy": 2 - progress / (1 + temp) + 0.01 * (seed - 43),
             "routing/entropy_t1": 2 - 0.1 * progress * temp**0.3 + 0.01 * (seed - 43),
@@ -137,21 +143,24 @@ def panel(figure: Figure, xlabel: str, ylabel: str) -> Axes:
 
 
 def overlapping(figure: Figure) -> list[tuple[str, str]]:
-    """Return pairs of panels that overlap by more than a pixel, with labels and legends, and panels that are cut off."""
+    """Return the pairs of panels that overlap by more than a pixel, and the panels that are cut off.
+
+    Labels and legends count as parts of a panel.
+    """
     renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw_without_rendering()
     boxes = [(axes.get_ylabel(), axes.get_tightbbox(renderer).padded(-1)) for axes in figure.axes]
     boxes += [("legend", legend.get_window_extent(renderer)) for legend in figure.legends]
-    clashes = [(a, b) for i, (a, box) in enumerate(boxes) for b, other in boxes[:i] if box.overlaps(other)]
-    whole = figure.bbox
-    return clashes + [
+    overlaps = [(a, b) for i, (a, box) in enumerate(boxes) for b, other in boxes[:i] if box.overlaps(other)]
+    border = figure.bbox
+    return overlaps + [
         (name, "cut off")
         for name, box in boxes
-        if box.x0 < whole.x0 or box.y0 < whole.y0 or box.x1 > whole.x1 or box.y1 > whole.y1
+        if box.x0 < border.x0 or box.y0 < border.y0 or box.x1 > border.x1 or box.y1 > border.y1
     ]
 
 
-def test_the_figures_have_the_names_of_the_study_and_panels_that_do_not_overlap(drawn: dict[str, Figure]) -> None:
+def test_the_figures_have_the_published_names_and_no_panels_overlap(drawn: dict[str, Figure]) -> None:
     assert list(drawn) == [
         *("temperature_ablation_comprehensive", "routing_dynamics", "expert_utilization"),
         *("schedule_comparison", "expert_utilization_analysis", "entropy_analysis"),
@@ -160,7 +169,7 @@ def test_the_figures_have_the_names_of_the_study_and_panels_that_do_not_overlap(
     assert {name: overlapping(figure) for name, figure in drawn.items()} == {name: [] for name in drawn}
 
 
-def test_one_seed_of_three_temperatures_is_enough_and_says_so(tmp_path: Path) -> None:
+def test_one_seed_of_three_temperatures_is_drawn_with_the_label_n_1(tmp_path: Path) -> None:
     figures = by_name(temperature_drawings(*read(write_ablation(tmp_path, (0.7, 1.0, 2.0), (42,)))))
     assert figures.pop("schedule_comparison") == "no finished run has a schedule of its temperature"
     for figure in figures.values():
@@ -171,7 +180,9 @@ def test_one_seed_of_three_temperatures_is_enough_and_says_so(tmp_path: Path) ->
         assert not any("n=3" in text or "nan" in text for text in texts)
 
 
-def test_a_longer_run_is_no_point_of_the_ablation_but_of_the_utilization(study: Path, drawn: dict[str, Figure]) -> None:
+def test_a_longer_run_is_drawn_in_the_utilization_but_not_in_the_ablation(
+    study: Path, drawn: dict[str, Figure]
+) -> None:
     runs, _, _ = read(study)
     members = ablation(runs)
     assert isinstance(members, pd.DataFrame)
@@ -187,7 +198,7 @@ def test_a_longer_run_is_no_point_of_the_ablation_but_of_the_utilization(study: 
     assert [label.get_text() for label in heatmap.get_yticklabels()][4:6] == ["T = 2, 20 steps", "T = 2, 40 steps"]
 
 
-def test_every_seed_is_drawn_and_the_mean_is_theirs(study: Path, drawn: dict[str, Figure]) -> None:
+def test_every_seed_and_the_mean_over_seeds_are_drawn(study: Path, drawn: dict[str, Figure]) -> None:
     runs = ablation(read(study)[0])
     assert isinstance(runs, pd.DataFrame)
     figure = drawn["temperature_ablation_comprehensive"]
@@ -201,17 +212,17 @@ def test_every_seed_is_drawn_and_the_mean_is_theirs(study: Path, drawn: dict[str
     curves = panel(figure, "optimizer", "validation loss").lines
     assert [line.get_linewidth() for line in curves] == [0.6, 0.6, 0.6, 2.0] * 8
     minutes = panel(figure, "minutes", "validation loss").lines[3].get_xdata()
-    assert minutes == pytest.approx(np.arange(21) / 10 + 43 / 600)  # time/elapsed is in seconds, 43 the mean seed
+    assert minutes == pytest.approx(np.arange(21) / 10 + 43 / 600)  # time/elapsed is in seconds; 43 is the mean seed
 
 
-def test_entropy_changes_at_the_rate_that_its_line_has(drawn: dict[str, Figure]) -> None:
+def test_the_rate_of_change_of_the_entropy_is_the_slope_of_its_curve(drawn: dict[str, Figure]) -> None:
     axes = panel(drawn["entropy_analysis"], "optimizer", "rate of change, at the router's T")
     for temperature, mean in zip(TEMPERATURES, axes.lines[3::4], strict=False):
         assert mean.get_ydata() == pytest.approx(np.full(20, -100 / (1 + temperature) / 20))
         assert mean.get_xdata() == pytest.approx(np.arange(20) + 0.5)
 
 
-def test_training_values_are_means_over_the_steps_since_the_evaluation_before() -> None:
+def test_training_values_are_means_over_the_steps_since_the_previous_evaluation() -> None:
     evals = pd.DataFrame({"folder": ["a", "a", "a", "b"], "step": [0, 2, 5, 3]})
     trains = pd.DataFrame(
         {"folder": list("aaaaabbb"), "step": [1, 2, 3, 4, 5, 1, 2, 3], "x": [1, 3, 5, 6, 10, 0, 0, 6]}
@@ -220,41 +231,43 @@ def test_training_values_are_means_over_the_steps_since_the_evaluation_before() 
     assert with_training(evals, pd.DataFrame(), "x") is evals
 
 
-def test_schedules_stand_beside_the_constant_temperature_where_they_end(study: Path, tmp_path: Path) -> None:
-    beside = scheduled(read(study)[0])
-    assert isinstance(beside, pd.DataFrame)
-    assert beside.groupby("schedule").size().to_dict() == {"constant": 3} | dict.fromkeys(SCHEDULES, 3)
-    assert set(beside["router.temp"]) == {1.0}
+def test_schedules_are_compared_with_the_constant_temperature_at_which_they_end(study: Path, tmp_path: Path) -> None:
+    compared_runs = scheduled(read(study)[0])
+    assert isinstance(compared_runs, pd.DataFrame)
+    assert compared_runs.groupby("schedule").size().to_dict() == {"constant": 3} | dict.fromkeys(SCHEDULES, 3)
+    assert set(compared_runs["router.temp"]) == {1.0}
     write_run(tmp_path / "linear", schedule="linear")
     write_run(tmp_path / "constant", noise=0.0)
-    alone = scheduled(read(tmp_path)[0])
-    assert isinstance(alone, pd.DataFrame)
-    assert alone["schedule"].tolist() == ["linear"], "the constant run has another noise"
+    schedules_only = scheduled(read(tmp_path)[0])
+    assert isinstance(schedules_only, pd.DataFrame)
+    assert schedules_only["schedule"].tolist() == ["linear"], (
+        "the constant run has another noise, so it is not comparable"
+    )
 
 
-def test_a_missing_input_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quick = [recipe._replace(draw=wraps(recipe.draw)(lambda *_: Figure())) for recipe in drawing.RECIPES]
-    monkeypatch.setattr(drawing, "RECIPES", quick)  # what can be drawn is drawn elsewhere
-    small = write_ablation(tmp_path / "small", (1.0, 2.0), (42,))
-    write_run(small / "linear", schedule="linear")
-    runs, evals, trains = read(small)
+def test_a_figure_without_its_input_gives_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_drawing = [recipe._replace(draw=wraps(recipe.draw)(lambda *_: Figure())) for recipe in drawing.RECIPES]
+    monkeypatch.setattr(drawing, "RECIPES", without_drawing)  # other tests draw the figures
+    single_seed = write_ablation(tmp_path / "single_seed", (1.0, 2.0), (42,))
+    write_run(single_seed / "linear", schedule="linear")
+    runs, evals, trains = read(single_seed)
 
     def reasons(*tables: pd.DataFrame) -> dict[str, str]:
         return {drawn.name: drawn.reason for drawn in temperature_drawings(*tables) if drawn.figure is None}
 
     assert reasons(runs, evals, pd.DataFrame()) == {"routing_dynamics": "no run has train/load_balance in its events"}
     assert len(reasons(runs, pd.DataFrame(), pd.DataFrame())) == 6
-    none = reasons(runs, evals.drop(columns="routing/utilization"), trains)
+    without_utilization = reasons(runs, evals.drop(columns="routing/utilization"), trains)
     reason = "no run has routing/utilization in its events"
-    assert none == dict.fromkeys(["expert_utilization", "expert_utilization_analysis"], reason)
-    lost = runs.assign(**{"val/loss": math.inf})
-    assert reasons(lost, evals, trains)["schedule_comparison"] == "no finished run has val/loss"
-    untempered = reasons(runs.drop(columns="router.temp"), evals, trains)
-    assert untempered["entropy_analysis"] == "no finished run has a constant temperature"
-    assert untempered["schedule_comparison"] == "no finished run has a schedule of its temperature"
+    assert without_utilization == dict.fromkeys(["expert_utilization", "expert_utilization_analysis"], reason)
+    diverged = runs.assign(**{"val/loss": math.inf})
+    assert reasons(diverged, evals, trains)["schedule_comparison"] == "no finished run has val/loss"
+    without_temperature = reasons(runs.drop(columns="router.temp"), evals, trains)
+    assert without_temperature["entropy_analysis"] == "no finished run has a constant temperature"
+    assert without_temperature["schedule_comparison"] == "no finished run has a schedule of its temperature"
 
     write_ablation(tmp_path / "tied" / "a", (1.0,), (42,), lb=0.0)
-    write_ablation(tmp_path / "tied" / "b", (2.0,), (42,), lb=0.01)  # nobody could tell which of the two matters
+    write_ablation(tmp_path / "tied" / "b", (2.0,), (42,), lb=0.01)  # lb and temperature always change together
     runs, evals, trains = read(tmp_path / "tied")
     reason = "lb varies beside router.temp and seed"
     assert reasons(runs, evals, trains)["routing_dynamics"] == reason
@@ -262,9 +275,9 @@ def test_a_missing_input_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert specialization_report(runs, evals)["not_reported"]["summary"] == reason
 
 
-def test_only_finished_runs_and_every_configuration_once(tmp_path: Path) -> None:
+def test_reports_use_only_finished_runs_and_each_configuration_once(tmp_path: Path) -> None:
     write_ablation(tmp_path, (1.0, 2.0))
-    write_ablation(tmp_path / "again", (1.0,), (42,), threads=2)  # as the quick demo beside the ablation
+    write_ablation(tmp_path / "again", (1.0,), (42,), threads=2)  # repeats a configuration, as the quick demo does
     write_run(tmp_path / "failed", temp=3.0, status="failed")
     write_run(tmp_path / "noise", temp=1.0, schedule="linear")
     record = json.loads((tmp_path / "noise" / "run.json").read_text())
@@ -278,7 +291,7 @@ def test_only_finished_runs_and_every_configuration_once(tmp_path: Path) -> None
     assert report["experiment_overview"]["unfinished_runs"] == 1
 
 
-def test_the_summary_is_what_one_computes_by_hand(tmp_path: Path) -> None:
+def test_the_summary_matches_values_computed_by_hand(tmp_path: Path) -> None:
     for temp, losses in {1.0: (4.0, 4.2), 2.0: (4.1, 4.4)}.items():
         for seed, loss in zip((42, 43), losses, strict=True):
             write_run(tmp_path / f"{temp},{seed}", temp=temp, seed=seed, loss=loss, dip=0.3)
@@ -294,13 +307,13 @@ def test_the_summary_is_what_one_computes_by_hand(tmp_path: Path) -> None:
     assert analysis["best_losses"] == pytest.approx([3.8, 3.95])
     assert (analysis["best_temperature"], analysis["worst_temperature"]) == (1.0, 2.0)
     assert analysis["improvement"] == pytest.approx(100 * 0.15 / 4.25)
-    assert analysis["not_told_from_best"] == [2.0], "0.1 and 0.2 are 0.15 ± 0.64"
+    assert analysis["not_told_from_best"] == [2.0], "differences of 0.1 and 0.2 give 0.15 ± 0.64"
     assert report["experiment_overview"]["experiment_names"] == ["temp_1.0", "temp_2.0"]
     assert report["best_results"]["temperature_schedule"] is None
     json.dumps(report, allow_nan=False)
 
 
-def test_layers_that_cancel_do_not_look_balanced(tmp_path: Path) -> None:
+def test_opposite_imbalances_of_layers_do_not_look_balanced(tmp_path: Path) -> None:
     halves = [[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]]
     write_run(tmp_path / "a", temp=1.0, share=halves)
     write_run(tmp_path / "b", temp=2.0, share=[[0.3, 0.3, 0.2, 0.2]] * 2)
@@ -316,14 +329,18 @@ def test_layers_that_cancel_do_not_look_balanced(tmp_path: Path) -> None:
     balanced = report["summary"]["most_balanced_experts"]
     assert (balanced["experiment"], balanced["gini_coefficient"]) == ("temp_2.0", pytest.approx(0.1))
     entropy = report["per_experiment"]["temp_1.0"]["routing_entropy"]
-    line = 2 - np.linspace(0, 1, 21) / 2 - 0.01
-    expected = (line[0], line[-1], line.mean(), line.std())
+    curve = 2 - np.linspace(0, 1, 21) / 2 - 0.01
+    expected = (curve[0], curve[-1], curve.mean(), curve.std())
     assert [entropy[key] for key in ("initial", "final", "mean", "std")] == pytest.approx(expected)
     json.dumps(report, allow_nan=False)
 
 
-def compared(*differences: float, offsets: Iterable[float] = (0.0, 1.0, 2.0)) -> list[str]:
-    """Return the sentences about temperature 2 against 1 if its loss is higher by one of `differences` in each seed."""
+def compare_temperatures(*differences: float, offsets: Iterable[float] = (0.0, 1.0, 2.0)) -> list[str]:
+    """Return the sentences that compare temperature 2 with temperature 1.
+
+    differences: loss at temperature 2 minus loss at temperature 1, by seed.
+    offsets: loss added to both temperatures, by seed.
+    """
     rows = [
         {
             "seed": seed,
@@ -337,35 +354,38 @@ def compared(*differences: float, offsets: Iterable[float] = (0.0, 1.0, 2.0)) ->
     return insights(pd.DataFrame(rows), "router.temp", ["val/loss"])
 
 
-def test_sentences_follow_the_data() -> None:
-    lead, up = compared(0.10, 0.11, 0.12)  # within a seed, though the seeds lie a whole nat apart
-    assert lead.startswith(
+def test_sentences_follow_from_the_data() -> None:
+    # Differences within a seed are nearly equal, although the seeds differ by a whole nat.
+    first, comparison = compare_temperatures(0.10, 0.11, 0.12)
+    assert first.startswith(
         "Lowest mean final loss: temperature 1.0, 5 nats per token [2.516, 7.484], n=3, chosen after"
     )
-    assert lead.endswith("better than every other.")
-    assert up.startswith(
+    assert first.endswith("better than every other.")
+    assert comparison.startswith(
         "final validation loss, temperature 2.0 against temperature 1.0: +0.11 nats per token [0.0852,"
     )
-    assert up.endswith("n=3: worse.")
-    lead, down = compared(-0.10, -0.11, -0.12)
-    assert lead.startswith("Lowest mean final loss: temperature 2.0, 4.89 nats")
-    assert ": -0.11 nats" in down
-    assert down.endswith("n=3: better.")
-    lead, noise = compared(-0.1, 0.0, 0.11)
-    assert lead.endswith("undecided against temperature 2.0.")
-    assert "n=3: undecided, the smallest effect these seeds could have seen (power 0.8) is" in noise
-    assert "undecided (the same difference in every seed" in compared(0.0, 0.0, 0.0)[1]
-    assert "n=1: undecided (a test needs two paired seeds" in compared(0.1, offsets=(0.0,))[1]
-    assert "no seed has a value at both levels: undecided" in compared(math.nan, offsets=(0.0,))[1]
+    assert comparison.endswith("n=3: worse.")
+    first, comparison = compare_temperatures(-0.10, -0.11, -0.12)
+    assert first.startswith("Lowest mean final loss: temperature 2.0, 4.89 nats")
+    assert ": -0.11 nats" in comparison
+    assert comparison.endswith("n=3: better.")
+    first, comparison = compare_temperatures(-0.1, 0.0, 0.11)
+    assert first.endswith("undecided against temperature 2.0.")
+    assert "n=3: undecided, the smallest effect these seeds could have seen (power 0.8) is" in comparison
+    assert "undecided (the same difference in every seed" in compare_temperatures(0.0, 0.0, 0.0)[1]
+    assert "n=1: undecided (a test needs two paired seeds" in compare_temperatures(0.1, offsets=(0.0,))[1]
+    assert "no seed has a value at both levels: undecided" in compare_temperatures(math.nan, offsets=(0.0,))[1]
 
 
 def test_gini_insights_say_more_or_less_balanced(tmp_path: Path) -> None:
     for seed in (42, 43, 44):
         for temp, tilt in {1.0: 0.1, 0.5: 0.2, 2.0: 0.05}.items():
-            more = tilt + 0.001 * seed * temp**2 - 0.042 * temp**2
-            share = [[0.25 + more, 0.25, 0.25, 0.25 - more]] * 2
+            shift = tilt + 0.001 * seed * temp**2 - 0.042 * temp**2
+            share = [[0.25 + shift, 0.25, 0.25, 0.25 - shift]] * 2
             write_run(tmp_path / f"{temp},{seed}", temp=temp, seed=seed, share=share)
     runs, evals, _ = read(tmp_path)
     sentences = specialization_report(runs, evals)["insights"]
-    gini_sentences = [sentence for sentence in sentences if sentence.startswith("final Gini coefficient of the experts' load, temp")]
+    gini_sentences = [
+        sentence for sentence in sentences if sentence.startswith("final Gini coefficient of the experts' load, temp")
+    ]
     assert [sentence.split(": ")[-1] for sentence in gini_sentences] == ["less balanced.", "more balanced."]
