@@ -1,4 +1,4 @@
-"""The benchmarks run and measure what they claim to. No test requires a speed."""
+"""Tests that the benchmarks run and measure what they claim to measure. No test requires a speed."""
 
 import argparse
 import json
@@ -23,28 +23,28 @@ from moe.config.schema import Config, DataConfig, OptimizerConfig
 from moe.results.conditions import varied_factors
 from moe.results.table import load_runs, read_event_tables
 
-GOLDEN = read_published("drop_rates").set_index(["num_experts", "k"])
+PUBLISHED_DROP_RATES = read_published("drop_rates").set_index(["num_experts", "k"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_layer_variant_runs(dtype: torch.dtype) -> None:
     shape = Shape(4, 2, 16, 16, 32)
     passes = layer_passes(shape, dtype=dtype)
-    seconds = time_in_turns([(name, one.forward_and_backward) for name, one in passes.items()], rounds=1)
+    seconds = time_in_turns([(name, layer_pass.forward_and_backward) for name, layer_pass in passes.items()], rounds=1)
     assert {"dense", "MoE", "Mixtral, grouped_mm"} <= set(seconds)
     assert all(value > 0 for value in seconds.values())
-    assert all(one.saved_bytes() > least_saved_bytes(shape, dtype) for one in passes.values())
+    assert all(layer_pass.saved_bytes() > least_saved_bytes(shape, dtype) for layer_pass in passes.values())
 
 
-def test_what_a_dense_layer_saves_is_counted_once_and_without_its_parameters() -> None:
-    """It saves the input, and of SwiGLU's hidden vectors gate, silu(gate), up and their product."""
+def test_saved_bytes_of_a_dense_layer_count_each_tensor_once_and_no_parameters() -> None:
+    """A dense SwiGLU layer saves its input and four hidden vectors: gate, silu(gate), up and their product."""
     shape = Shape(4, 2, 16, 8, 32)
     dense = layer_passes(shape, dtype=torch.float32)["dense"]
     assert dense.saved_bytes() == 4 * (32 * 16 + 4 * 32 * 2 * 8)
     assert least_saved_bytes(shape, torch.float32) == 4 * (32 * 16 + 2 * 32 * 2 * 8)
 
 
-def test_the_training_loop_and_the_bare_steps_take_turns(small: list[str], tmp_path: Path) -> None:
+def test_the_training_loop_and_bare_steps_are_timed_in_turns(small: list[str], tmp_path: Path) -> None:
     seconds, tokens, flops, dtype = measure_steps(
         [key for key in small if not key.startswith(("steps", "eval_every", "logger"))], rounds=1, folder=tmp_path
     )
@@ -56,8 +56,8 @@ def test_the_training_loop_and_the_bare_steps_take_turns(small: list[str], tmp_p
     assert product_flops(dtype) > 0
     steps = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     kinds = [event["kind"] for event in steps]
-    assert kinds == ["eval", *["train"] * 3]  # The counted round and the two before it.
-    assert not list(tmp_path.glob("trace/*"))  # A trace would be counted as part of a step.
+    assert kinds == ["eval", *["train"] * 3]  # one measured round after two rounds of warm-up
+    assert not list(tmp_path.glob("trace/*"))  # writing a trace would be timed as part of a step
 
 
 def test_a_bare_step_trains() -> None:
@@ -73,7 +73,7 @@ def test_a_bare_step_trains() -> None:
     assert (model.weight - 3).abs().sum() < before - 1
 
 
-def test_the_first_rounds_do_not_count_and_turns_are_taken() -> None:
+def test_variants_are_timed_in_turns_and_the_first_rounds_do_not_count() -> None:
     order: list[str] = []
     variants = [(name, lambda name=name: order.append(name)) for name in "ab"]
     assert set(time_in_turns(variants, rounds=3)) == {"a", "b"}
@@ -81,36 +81,39 @@ def test_the_first_rounds_do_not_count_and_turns_are_taken() -> None:
     assert medians({"a": [100.0, 100.0, 1.0, 2.0, 9.0]}) == {"a": 2.0}
 
 
-def test_the_table_relates_everything_to_the_limit() -> None:
-    table = relative_table("question", {"limit": 1.0, "ours": 2.0}, to="limit")
-    assert "| ours | 2 | 0.5 |" in table.markdown()
+def test_the_table_gives_each_time_relative_to_the_limit() -> None:
+    table = relative_table("question", {"limit": 1.0, "MoE": 2.0}, to="limit")
+    assert "| MoE | 2 | 0.5 |" in table.markdown()
 
 
-def test_exponents_are_slopes_and_flops_grow_as_they_should() -> None:
+def test_exponents_are_slopes_and_flops_grow_as_computed_by_hand() -> None:
     assert exponent([1, 2, 4], [3.0, 12.0, 48.0]) == pytest.approx(2)
     small = {"experts": 4, "k": 1, "batch": 1, "seq_len": 8, "rounds": 1, "threads": 1, "dim": 16}
-    one, twice = measure_point(**small), measure_point(**{**small, "batch": 2})
-    more = measure_point(**{**small, "experts": 8})
-    assert one.seconds > 0
-    assert one.gigabytes >= 0
-    newton_schulz = 2 * one.flops - twice.flops  # The part that does not grow with the batch.
-    attention, expert, router = 30 * 16**3, 4 * 16**2 * 32 + 34 * 16**3, 4 * 4**2 * 16 + 34 * 4**3  # Of one matrix.
+    base, double_batch = measure_point(**small), measure_point(**{**small, "batch": 2})
+    double_experts = measure_point(**{**small, "experts": 8})
+    assert base.seconds > 0
+    assert base.gigabytes >= 0
+    newton_schulz = 2 * base.flops - double_batch.flops  # the part that does not grow with the batch
+    attention, expert, router = 30 * 16**3, 4 * 16**2 * 32 + 34 * 16**3, 4 * 4**2 * 16 + 34 * 4**3  # for one matrix
     assert newton_schulz == pytest.approx(4 * (4 * attention + 4 * 2 * expert + router))
-    assert more.flops > one.flops
+    assert double_experts.flops > base.flops
 
 
-def test_commands_are_timed_and_must_succeed(small: list[str], tmp_path: Path) -> None:
+def test_commands_are_timed_and_a_failed_command_raises(small: list[str], tmp_path: Path) -> None:
     settings = [*small, "steps=1"]
     assert 0 < jobs.seconds_to_first_step([*settings, f"out={tmp_path}"], tmp_path) < 300
     with pytest.raises(subprocess.CalledProcessError):
         jobs.time_training(["seed=abc"])
 
 
-@pytest.mark.parametrize(("experts", "k"), GOLDEN.index)
-def test_published_drop_rates_are_met_within_sampling_error(experts: int, k: int) -> None:
-    """Both rates are from one draw of 32,768 tokens, so their difference has sqrt(2) times the error of one."""
+@pytest.mark.parametrize(("experts", "k"), PUBLISHED_DROP_RATES.index)
+def test_published_drop_rates_are_reproduced_within_sampling_error(experts: int, k: int) -> None:
+    """Measured drop rates differ from the published ones by at most four standard errors.
+
+    Each of the two rates comes from one draw of 32,768 tokens, so their difference has sqrt(2) times the error of one.
+    """
     tokens = 32_768
-    for column, published in GOLDEN.loc[(experts, k)].items():
+    for column, published in PUBLISHED_DROP_RATES.loc[(experts, k)].items():
         capacity = float(str(column).removeprefix("cf_"))
         row = measure_dispatch(experts=experts, k=k, capacity=capacity, tokens=tokens, dim=4, seed=0, iterations=1)
         load = tokens * k / experts
@@ -118,10 +121,10 @@ def test_published_drop_rates_are_met_within_sampling_error(experts: int, k: int
         assert row["avg_drop_rate"] == pytest.approx(published, abs=4 * error), column
 
 
-def test_the_sweep_writes_the_sources_keys_and_figures(tmp_path: Path) -> None:
+def test_the_sweep_writes_the_published_keys_and_figures(tmp_path: Path) -> None:
     sizes = {"tokens": 512, "dim": 8, "seed": 17, "iterations": 1}
-    asked = argparse.Namespace(out=tmp_path, experts=[4, 8], k=[1, 2], capacity=[1.0, 1.25], **sizes)
-    drops, _ = dispatch.answer(asked)
+    arguments = argparse.Namespace(out=tmp_path, experts=[4, 8], k=[1, 2], capacity=[1.0, 1.25], **sizes)
+    drops, _ = dispatch.answer(arguments)
     assert [row["E, K"] for row in drops.rows] == ["4, 1", "4, 2", "8, 1", "8, 2"]
     assert "| E, K | 1.0 | 1.25 |" in drops.markdown()
     rows = [json.loads(line) for line in (tmp_path / "capacity_cf_multi.jsonl").read_text().splitlines()]
@@ -137,7 +140,7 @@ def test_the_sweep_writes_the_sources_keys_and_figures(tmp_path: Path) -> None:
     ]
 
 
-def test_run_folders_for_the_analysis_are_whole_and_measured(tmp_path: Path) -> None:
+def test_made_up_run_folders_are_complete_and_their_analysis_is_measured(tmp_path: Path) -> None:
     write_runs(tmp_path / "experiment_a", runs=21, steps=20)
     runs = load_runs([tmp_path])
     assert (runs["status"] == "finished").all()

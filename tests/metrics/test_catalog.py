@@ -1,4 +1,4 @@
-"""The catalog: every metric that a run writes is an entry, and every entry is written."""
+"""Tests of the catalog of metrics: it has every metric that a run writes, and a run writes every metric that it has."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ from moe.routing.decision import Context, Knobs
 from moe.routing.loss_table import LOSSES, ROUTER_LOSSES
 from moe.runs.events import read_events
 
-LAYERS, DOMAINS = 2, ("early", "late")  # of the small runs of tests
+LAYERS, DOMAINS = 2, ("early", "late")  # of the small runs that tests train
 FORMS = {
     "pooled": ["pooled"],
     "worst": ["worst"],
@@ -42,47 +42,49 @@ FORMS = {
 
 
 def names(metrics: Iterable[Metric]) -> set[str]:
-    """Names of metrics and of all their variants."""
-    every = list(metrics)
-    variants = {f"{m.name}/{form}" for m in every for variant in m.variants for form in FORMS[variant]}
-    return variants | {metric.name for metric in every}
+    """Return the names of metrics and of all their variants."""
+    selected = list(metrics)
+    variants = {f"{m.name}/{form}" for m in selected for variant in m.variants for form in FORMS[variant]}
+    return variants | {metric.name for metric in selected}
 
 
-def test_a_run_writes_what_the_catalog_says_and_nothing_else(cell: Callable[..., Cell]) -> None:
-    made = cell("capacity=1.0", "output_orthogonality=0.1")  # without a limit or this weight some metrics are absent
-    run(made)
-    events = read_events(made.folder / "events.jsonl")
-    evaluated = names(select(written="evaluation"))
-    stepped = {m.name for m in select(written="step") if m.group != "router loss"}
-    stepped |= {f"train/{name}" for name in ROUTING_METRICS}
-    updates = {name for name in stepped if name.startswith("update/")}
+def test_a_run_writes_exactly_the_metrics_of_the_catalog(cell: Callable[..., Cell]) -> None:
+    small_cell = cell("capacity=1.0", "output_orthogonality=0.1")  # otherwise some metrics are absent
+    run(small_cell)
+    events = read_events(small_cell.folder / "events.jsonl")
+    of_every_evaluation = names(select(written="evaluation"))
+    of_every_step = {m.name for m in select(written="step") if m.group != "router loss"}
+    of_every_step |= {f"train/{name}" for name in ROUTING_METRICS}
+    only_at_evaluations = {name for name in of_every_step if name.startswith("update/")}
     for event in events:
         written = set(event) - {"kind", "step"}
         if event["kind"] == "eval":
-            assert written == evaluated
+            assert written == of_every_evaluation
         else:
-            assert written == (stepped if event["step"] % 3 == 0 else stepped - updates)
-    final = json.loads((made.folder / "metrics.json").read_text())["final_metrics"]
-    at_the_end = {name for name in evaluated if "/" in name and not name.startswith("time/")}
+            assert written == (of_every_step if event["step"] % 3 == 0 else of_every_step - only_at_evaluations)
+    final = json.loads((small_cell.folder / "metrics.json").read_text())["final_metrics"]
+    at_the_end = {name for name in of_every_evaluation if "/" in name and not name.startswith("time/")}
     assert set(final) == at_the_end | {metric.name for metric in select(written="end")}
     assert all(lookup(name) for event in events for name in set(event) - {"kind", "step"})
 
 
 @pytest.fixture(scope="module")
-def own_losses() -> dict[str, set[str]]:
-    """Name of the router's yaml -> losses that it brings along."""
+def losses_by_router() -> dict[str, set[str]]:
+    """Return the names of the losses that each router returns, by the name of its YAML file."""
     found = {}
     for path in sorted((CONF / "router").glob("*.yaml")):
-        first = next(iter(build(yaml.safe_load(path.read_text()), "router", 16, 8).chain))
-        first.initialize(0.02)
+        router = next(iter(build(yaml.safe_load(path.read_text()), "router", 16, 8).chain))
+        router.initialize(0.02)
         context = Context(torch.zeros(2, 8, dtype=torch.long), Knobs.of())
-        found[path.stem] = set(first(torch.randn(16, 16), context).aux)
+        found[path.stem] = set(router(torch.randn(16, 16), context).aux)
     return found
 
 
-def test_every_loss_of_a_router_is_in_the_table_under_the_key_that_weights_it(own_losses: dict[str, set[str]]) -> None:
-    assert set().union(*own_losses.values()) == set(ROUTER_LOSSES)
-    for router, losses in own_losses.items():
+def test_every_loss_of_a_router_is_in_the_table_under_the_key_that_weights_it(
+    losses_by_router: dict[str, set[str]],
+) -> None:
+    assert set().union(*losses_by_router.values()) == set(ROUTER_LOSSES)
+    for router, losses in losses_by_router.items():
         keys = yaml.safe_load((CONF / "router" / f"{router}.yaml").read_text())
         for name in losses:
             assert ROUTER_LOSSES[name].weight.removeprefix("router.") in keys, (router, name)
@@ -93,7 +95,7 @@ def test_every_shared_loss_is_weighted_by_a_key_of_the_configuration() -> None:
     assert not set(LOSSES) & set(ROUTER_LOSSES)
 
 
-def test_entries_use_the_words_of_the_catalog() -> None:
+def test_entries_use_only_the_allowed_values() -> None:
     assert len(METRICS) == len(ENTRIES)
     for metric in ENTRIES:
         assert metric.group in GROUPS, metric.name
@@ -102,7 +104,7 @@ def test_entries_use_the_words_of_the_catalog() -> None:
         assert set(metric.written) <= set(WRITTEN), metric.name
         assert set(metric.shown) <= set(SHOWN), metric.name
         assert metric.meaning.endswith("."), metric.name
-        assert "|" not in metric.formula + metric.meaning, metric.name  # would end a cell of a Markdown table
+        assert "|" not in metric.formula + metric.meaning, metric.name  # | would end a cell of a Markdown table
     assert {word for metric in ENTRIES for word in metric.shown} == set(SHOWN)
     assert {metric.group for metric in ENTRIES} == set(GROUPS)
 
@@ -138,11 +140,11 @@ def test_variants_have_names_and_labels(name: str, axis: str) -> None:
         *("router.temp", "", "/", "val_capacity/drop_rate/decile10", "routing/load_cv/pooled/layer00"),
     ],
 )
-def test_what_no_run_writes_is_not_found(name: str) -> None:
+def test_names_that_no_run_writes_are_not_found(name: str) -> None:
     assert lookup(name) is None
 
 
-def test_a_change_has_a_word_in_its_direction() -> None:
+def test_a_rise_and_a_fall_have_their_own_words() -> None:
     directions = {metric.headline: (metric.rise, metric.fall) for metric in ENTRIES}
     assert directions["val/perplexity"] == ("worse", "better")
     assert directions["val/accuracy"] == ("better", "worse")
@@ -152,11 +154,14 @@ def test_a_change_has_a_word_in_its_direction() -> None:
     assert directions["routing/jaccard"] == ("higher", "lower")
 
 
-def test_the_page_of_metrics_is_that_of_the_catalog() -> None:
-    """To write it anew: `python -m moe.metrics > docs/metrics.md`."""
+def test_the_page_of_metrics_matches_the_catalog() -> None:
+    """docs/metrics.md is the page that the catalog generates.
+
+    To update it, run `python -m moe.metrics > docs/metrics.md`.
+    """
     assert (CONF.parent / "docs" / "metrics.md").read_text() == page()
 
 
-def test_the_catalog_needs_no_torch() -> None:
+def test_the_catalog_does_not_import_torch() -> None:
     code = "import sys; import moe.metrics.__main__, moe.analysis.figures.layers; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,4 +1,4 @@
-"""Experiments A and C: the routing bench's table with honest speed, the Pareto front, and the figures of both."""
+"""Tests of experiments A and C: the table in the routing bench's format, the Pareto front, and the figures."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from moe.results.frontier import LATE, bench_table, pareto_front, with_training_
 from moe.results.sweep_tables import write_sweep_tables
 from moe.results.table import load_runs, read_event_tables
 
-# router -> final loss and tokens per second; expert choice has no k and is not causal
+# router -> (final loss, tokens per second). Expert choice has no k and is not causal.
 ROUTERS = {
     "switch": (4.50, 21_000.0),
     "topk_hard": (4.48, 16_500.0),
@@ -31,12 +31,12 @@ FLOPS_PER_TOKEN = 2_000_000
 def write_run(
     folder: Path, router: str, capacity: float, seed: int, *, status: str = "finished", ranks: int = 1
 ) -> Path:
-    """A run of 40 steps, evaluated every 10 and best at step 30; slow at first and wherever it evaluates."""
+    """Write a run of 40 steps that is evaluated every 10 steps. Its validation loss is lowest at step 30."""
     folder.mkdir(parents=True)
     loss, speed = ROUTERS[router]
-    luck = np.random.default_rng(seed)
-    loss += 0.02 * (1.25 - capacity) + 0.01 * luck.normal()
-    speed *= 1 - 0.1 * (capacity - 1) + 0.01 * luck.normal()
+    rng = np.random.default_rng(seed)
+    loss += 0.02 * (1.25 - capacity) + 0.01 * rng.normal()
+    speed *= 1 - 0.1 * (capacity - 1) + 0.01 * rng.normal()
     config = {
         "seed": seed,
         "capacity": capacity,
@@ -57,13 +57,13 @@ def write_run(
     write_metrics(folder, final)
     events = []
     for step in range(41):
-        falling = loss + 4 * math.exp(-step / 4)
+        training_loss = loss + 4 * math.exp(-step / 4)
         if step:
             routing = {"train/routing/drop_rate": 1 / step, "train/routing/load_cv": 2 / step}
-            train = {"train/loss": falling + 0.02 * luck.normal()} | routing
+            train = {"train/loss": training_loss + 0.02 * rng.normal()} | routing
             events.append({"kind": "train", "step": step} | train)
         if step % 10 == 0:
-            value = {10: loss + 0.3, 20: loss + 0.1, 30: loss - 0.01, 40: loss}.get(step, falling)
+            value = {10: loss + 0.3, 20: loss + 0.1, 30: loss - 0.01, 40: loss}.get(step, training_loss)
             evaluation = {"val/loss": value, "val/perplexity": math.exp(value)}
             events.append({"kind": "eval", "step": step} | evaluation)
     (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
@@ -78,7 +78,7 @@ def write_sweep(folder: Path, routers: list[str], capacities: list[float]) -> Pa
     return folder
 
 
-def of(folders: list[Path]) -> pd.DataFrame:
+def load_with_training_means(folders: list[Path]) -> pd.DataFrame:
     runs = load_runs(folders)
     return with_training_means(runs, read_event_tables(runs["folder"], training=list(LATE)))
 
@@ -93,7 +93,7 @@ def sweep_c(tmp_path: Path) -> Path:
     return write_sweep(tmp_path / "experiment_c", list(ROUTERS), [1.25])
 
 
-def test_the_grids_are_those_of_the_routing_bench() -> None:
+def test_the_experiments_have_the_grids_of_the_routing_bench() -> None:
     a, c = (read_cells([f"experiment=experiment_{name}"]) or [] for name in "ac")
     assert len(a) == 18
     assert {(cell.choices["router"], cell.config.capacity) for cell in a} == {
@@ -104,7 +104,7 @@ def test_the_grids_are_those_of_the_routing_bench() -> None:
     assert len(read_cells(["experiment=experiment_c", "capacity=1.0,1.25"]) or []) == 30
 
 
-def test_a_sweep_writes_the_routing_benchs_table(sweep_a: Path, sweep_c: Path) -> None:
+def test_a_sweep_writes_the_table_of_the_routing_bench(sweep_a: Path, sweep_c: Path) -> None:
     write_run(sweep_a / "broken", "softk", 1.0, 45, status="failed")
     write_sweep_tables(sweep_a)
     write_sweep_tables(sweep_c)
@@ -118,9 +118,9 @@ def test_a_sweep_writes_the_routing_benchs_table(sweep_a: Path, sweep_c: Path) -
         )
     assert (len(a), len(c)) == (18, 15), "finished runs only"
     assert a.groupby("router")["top_k"].first().to_dict() == {"softk": 2, "switch": 1, "topk_hard": 2}
-    odd = c[c["router"] == "expert_choice"]
-    assert odd["top_k"].isna().all()
-    assert not odd["causal"].any()
+    expert_choice = c[c["router"] == "expert_choice"]
+    assert expert_choice["top_k"].isna().all()
+    assert not expert_choice["causal"].any()
     assert set(a["capacity_factor"]) == {1.0, 1.25}
     assert (a[["num_experts", "dim", "world_size"]] == [8, 128, 1]).all(axis=None)
     assert (a["best_step"] == 30).all()
@@ -129,7 +129,7 @@ def test_a_sweep_writes_the_routing_benchs_table(sweep_a: Path, sweep_c: Path) -
     assert all(Path(path).is_file() for path in a["log_path"])
 
 
-def test_flops_are_those_of_a_training_step_and_rates_those_of_its_second_half(tmp_path: Path) -> None:
+def test_flops_are_of_forward_and_backward_and_rates_of_the_second_half_of_training(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "experiment_a" / "seed=42", "softk", 1.0, 42, ranks=2)
     rates = dict.fromkeys(range(1, 5), 0.9) | {5: 0.1, 6: 0.2, 7: 0.3, 8: 0.4}
     events = [
@@ -139,7 +139,7 @@ def test_flops_are_those_of_a_training_step_and_rates_those_of_its_second_half(t
     events += [{"kind": "eval", "step": step, "val/loss": 1.0} for step in range(9)]
     (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     write_metrics(folder, {"time/tokens_per_s": 250.0})
-    row = bench_table(of([folder])).iloc[0]
+    row = bench_table(load_with_training_means([folder])).iloc[0]
     assert row["world_size"] == 2
     assert row["median_tokens_per_s"] == 250.0
     assert row["median_eff_tflops"] == pytest.approx(3 * FLOPS_PER_TOKEN * 250.0 / 1e12, rel=1e-12)
@@ -147,12 +147,12 @@ def test_flops_are_those_of_a_training_step_and_rates_those_of_its_second_half(t
     assert row["mean_load_cv"] == pytest.approx(0.5)
 
 
-def test_the_front_is_what_none_beats() -> None:
+def test_the_pareto_front_has_the_points_that_no_other_point_beats() -> None:
     rng = np.random.default_rng(0)
     for size in (1, 2, 5, 40):
         points = pd.DataFrame(rng.integers(0, 12, (size, 2)), columns=["speed", "loss"]).astype(float)
         front = pareto_front(pd.concat([points, pd.DataFrame({"speed": [99.0], "loss": [math.nan]})]), "speed", "loss")
-        slow = {
+        expected = {
             (p.speed, p.loss)
             for p in points.itertuples()
             if not any(
@@ -160,11 +160,11 @@ def test_the_front_is_what_none_beats() -> None:
                 for q in points.itertuples()
             )
         }
-        assert list(front.itertuples(index=False, name=None)) == sorted(slow)
+        assert list(front.itertuples(index=False, name=None)) == sorted(expected)
 
 
-def test_the_frontier_shows_every_seed_its_means_and_their_front(sweep_c: Path) -> None:
-    runs = of([sweep_c])
+def test_the_frontier_shows_every_seed_the_means_and_the_pareto_front(sweep_c: Path) -> None:
+    runs = load_with_training_means([sweep_c])
     axes = frontier(runs, "tokens_per_s").axes[0]
     seeds = [line for line in axes.lines if line.get_markersize() == 4]
     assert sorted(x for line in seeds for x in line.get_xdata()) == sorted(runs["tokens_per_s"])
@@ -176,7 +176,7 @@ def test_the_frontier_shows_every_seed_its_means_and_their_front(sweep_c: Path) 
     assert "softk, capacity 1.25 (n=3)" in axes.get_legend_handles_labels()[1]
 
 
-def test_the_overlay_draws_a_line_a_run_and_one_a_mean() -> None:
+def test_the_overlay_draws_every_run_and_the_mean_of_each_arm() -> None:
     events = pd.DataFrame(
         {"kind": kind, "step": step, "folder": folder, "arm": folder[0]}
         | ({"train/loss": 3.0 - step} if kind == "train" else {"val/loss": 3.0 - step, "val/perplexity": 9.0 - step})
@@ -187,7 +187,7 @@ def test_the_overlay_draws_a_line_a_run_and_one_a_mean() -> None:
     panels = overlay(events, "arm").axes
     runs, mean = panels[0].lines[:2]
     assert runs.get_ydata()[[0, 1, 3, 4]].tolist() == [2, 1, 2, 1]
-    assert np.isnan(runs.get_ydata()[[2, 5]]).all(), "runs are apart"
+    assert np.isnan(runs.get_ydata()[[2, 5]]).all(), "a gap separates two runs"
     assert mean.get_ydata().tolist() == [2, 1]
     assert [len(axes.lines) for axes in panels] == [2 * 2] * 3
     assert panels[0].get_legend_handles_labels()[1] == ["a (n=2)", "b (n=1)"]
@@ -197,7 +197,7 @@ def test_the_overlay_draws_a_line_a_run_and_one_a_mean() -> None:
 
 
 @pytest.mark.parametrize(("sweep", "stem"), [("sweep_a", "experiment_a"), ("sweep_c", "expC")])
-def test_the_report_draws_them_under_the_routing_benchs_names(
+def test_the_report_names_the_figures_as_the_routing_bench_does(
     sweep: str, stem: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     text = write_report(load_runs([request.getfixturevalue(sweep)]), tmp_path / "out").read_text()
@@ -210,7 +210,7 @@ def test_the_report_draws_them_under_the_routing_benchs_names(
     assert "causal: no" in text or stem == "experiment_a"
 
 
-def test_a_missing_input_is_a_line_in_the_report(sweep_a: Path, tmp_path: Path) -> None:
+def test_the_report_says_why_a_figure_is_not_drawn(sweep_a: Path, tmp_path: Path) -> None:
     for folder in sweep_a.iterdir():
         change_record(folder, facts=None)
     text = write_report(load_runs([sweep_a]), tmp_path / "out").read_text()
@@ -224,7 +224,7 @@ def test_a_missing_input_is_a_line_in_the_report(sweep_a: Path, tmp_path: Path) 
     assert "- experiment_a_overlay: not drawn, no run has train/loss, val/loss, val/perplexity" in text
 
 
-def test_another_factor_or_no_finished_run_draws_no_frontier(sweep_a: Path, tmp_path: Path) -> None:
+def test_the_frontier_is_not_drawn_with_another_factor_or_without_finished_runs(sweep_a: Path, tmp_path: Path) -> None:
     for folder in list(sweep_a.iterdir()):
         record = json.loads((folder / "run.json").read_text())
         record["config"]["lb"] = 0.1 * (record["config"]["seed"] == 44)

@@ -1,4 +1,4 @@
-"""From run folders to one table: nothing is dropped, whatever state the folders are in."""
+"""Tests of the table of runs: every run has a row, whatever the state of its folder."""
 
 import json
 import math
@@ -25,7 +25,7 @@ def write_run(
     loss: float = 2.0,
     **config: Any,
 ) -> Path:
-    """A run folder as the trainer leaves it; three evaluations, of which the second is the best."""
+    """Write a run folder as training leaves it. The second of its three evaluations is the best."""
     folder.mkdir(parents=True)
     keys = {"seed": 42, "steps": 30, "noise": 0.0, "lb": 0.01, "capacity": None, "threads": 1} | config
     write_record(
@@ -58,7 +58,7 @@ def write_run(
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
-    """Noise x load balancing x 2 seeds; the sweep's own files lie beside the runs."""
+    """Return a sweep over noise, balance weight and 2 seeds. Its folder also has the files of the sweep itself."""
     folder = tmp_path / "multirun" / "noise_lb"
     for noise in (0.0, 0.1):
         for lb in (0.0, 0.01):
@@ -72,11 +72,11 @@ def sweep(tmp_path: Path) -> Path:
 
 
 def test_any_mix_of_folders_finds_every_run_once(sweep: Path) -> None:
-    one = sweep / "lb=0.0,noise=0.0,seed=42"
-    everything = sorted(str(path) for path in sweep.iterdir() if path.is_dir())
-    assert list(load_runs([sweep.parent])["folder"]) == everything
-    assert load_runs([one, sweep, sweep.parent])["folder"].iloc[0] == str(one)
-    assert len(load_runs([one, sweep, sweep.parent])) == 8
+    run = sweep / "lb=0.0,noise=0.0,seed=42"
+    all_runs = sorted(str(path) for path in sweep.iterdir() if path.is_dir())
+    assert list(load_runs([sweep.parent])["folder"]) == all_runs
+    assert load_runs([run, sweep, sweep.parent])["folder"].iloc[0] == str(run)
+    assert len(load_runs([run, sweep, sweep.parent])) == 8
 
 
 def test_a_row_holds_facts_factors_and_final_metrics(sweep: Path) -> None:
@@ -90,7 +90,7 @@ def test_a_row_holds_facts_factors_and_final_metrics(sweep: Path) -> None:
     assert math.isnan(row["val/loss/prose"])
 
 
-def test_whatever_is_not_finished_keeps_its_row(sweep: Path) -> None:
+def test_every_unfinished_run_has_a_row(sweep: Path) -> None:
     write_run(sweep / "lb=0.0,noise=0.5,seed=42", status="failed", noise=0.5, lb=0.0)
     (sweep / "lb=0.0,noise=0.5,seed=43").mkdir()
     (sweep / "lb=0.0,noise=0.5,seed=43" / "run.json").write_text('{"status": "fin')
@@ -102,8 +102,8 @@ def test_whatever_is_not_finished_keeps_its_row(sweep: Path) -> None:
     write_cells(sweep, cells)
 
     runs = load_runs([sweep]).set_index("run")
-    rest = runs[runs["status"] != "finished"]
-    assert rest["status"].to_dict() == {
+    unfinished = runs[runs["status"] != "finished"]
+    assert unfinished["status"].to_dict() == {
         "lb=0.0,noise=0.5,seed=42": "failed",
         "lb=0.0,noise=0.5,seed=43": "unreadable",
         "lb=0.0,noise=0.5,seed=44": "unreadable",
@@ -111,11 +111,11 @@ def test_whatever_is_not_finished_keeps_its_row(sweep: Path) -> None:
         "lb=0.0,noise=0.5,seed=46": "unreadable",
         "lb=0.0,noise=0.9,seed=42": "missing",
     }
-    assert rest["val/loss"].isna().all()
-    assert rest["noise"].tolist() == [0.5] * 5 + [0.9], "the name alone still says which cell it is"
+    assert unfinished["val/loss"].isna().all()
+    assert unfinished["noise"].tolist() == [0.5] * 5 + [0.9], "the factors of the cell are read from the folder name"
     assert runs["seed"].map(type).eq(int).all()
-    assert "no run.json" in rest["error"].iloc[2]
-    assert "no metrics.json" in rest["error"].iloc[3]
+    assert "no run.json" in unfinished["error"].iloc[2]
+    assert "no metrics.json" in unfinished["error"].iloc[3]
 
     text = console_table(load_runs([sweep]))
     assert "8 of 14 runs finished" in text
@@ -124,15 +124,15 @@ def test_whatever_is_not_finished_keeps_its_row(sweep: Path) -> None:
     assert "second line" not in text
 
 
-def test_a_cell_whose_name_was_cut_has_the_factors_that_it_was_asked_for(tmp_path: Path) -> None:
-    """A digest in place of what does not fit into a name must not become a level of the last factor."""
+def test_a_cell_with_a_shortened_folder_name_has_its_factors_from_the_cell_list(tmp_path: Path) -> None:
+    """The digest at the end of a shortened folder name does not become a level of the last factor."""
     sweep = tmp_path / "x"
     names = {seed: f"data.source.paths=_a_,seed={seed}-0123456{seed % 10}" for seed in (42, 43, 44)}
     write_run(sweep / names[42], seed=42)
     (sweep / names[43]).mkdir()
     (sweep / names[43] / "run.json").write_text("{")
-    asked = {name: {"seed": seed, "capacity": None, "router": "topk"} for seed, name in names.items()}
-    write_cells(sweep, asked)
+    cells = {name: {"seed": seed, "capacity": None, "router": "topk"} for seed, name in names.items()}
+    write_cells(sweep, cells)
     runs = load_runs([sweep])
     assert runs["status"].tolist() == ["finished", "unreadable", "missing"]
     assert runs["seed"].tolist() == [42, 43, 44]
@@ -143,12 +143,12 @@ def test_a_cell_whose_name_was_cut_has_the_factors_that_it_was_asked_for(tmp_pat
 
 def test_an_unreadable_cell_list_is_reported(sweep: Path) -> None:
     (sweep / "sweep.json").write_text('{"cells": [')
-    rest = load_runs([sweep]).query("status != 'finished'")
-    assert rest["status"].tolist() == ["unreadable"]
-    assert "sweep.json" in rest["error"].item()
+    unfinished = load_runs([sweep]).query("status != 'finished'")
+    assert unfinished["status"].tolist() == ["unreadable"]
+    assert "sweep.json" in unfinished["error"].item()
 
 
-def test_a_wrong_folder_names_the_nearest(sweep: Path) -> None:
+def test_the_error_about_a_wrong_folder_names_the_nearest_folder(sweep: Path) -> None:
     with pytest.raises(ValueError, match=r"no folder .*noise_bl; the nearest is .*noise_lb$"):
         load_runs([sweep.parent / "noise_bl"])
     (sweep.parent / "empty").mkdir()
@@ -156,7 +156,7 @@ def test_a_wrong_folder_names_the_nearest(sweep: Path) -> None:
         load_runs([sweep.parent / "empty"])
 
 
-def test_history_skips_torn_lines_and_keeps_the_last_of_a_repeated_step(tmp_path: Path) -> None:
+def test_incomplete_lines_are_skipped_and_the_last_event_of_a_repeated_step_counts(tmp_path: Path) -> None:
     run = write_run(tmp_path / "seed=1")
     with (run / "events.jsonl").open("a") as log:
         log.write('{"kind": "eval", "step": 20, "val/loss": 1.25}\n[]\n{"kind": "eval", "st')
@@ -174,7 +174,7 @@ def test_history_skips_torn_lines_and_keeps_the_last_of_a_repeated_step(tmp_path
     assert read_event_tables([run]).trains.empty
 
 
-def test_columns_of_training_steps_are_those_of_the_whole_lines_and_a_torn_line_is_still_seen(tmp_path: Path) -> None:
+def test_selected_columns_equal_those_of_fully_parsed_lines_and_incomplete_lines_are_reported(tmp_path: Path) -> None:
     lines = [
         '{"kind": "train", "step": 1, "train/loss": NaN, "x": [[1, 2], [3, 4]], "train/loss/prose": 5}',
         '{"kind": "train", "step": 2, "train/loss/prose": null, "x": [], "train/loss": 1e-07}',
@@ -185,40 +185,40 @@ def test_columns_of_training_steps_are_those_of_the_whole_lines_and_a_torn_line_
         '{"kind": "eval", "st',
     ]
     (tmp_path / "events.jsonl").write_text("\n".join(lines))
-    whole = pd.DataFrame([json.loads(line) for line in lines[:3]]).assign(folder=str(tmp_path))
+    all_columns = pd.DataFrame([json.loads(line) for line in lines[:3]]).assign(folder=str(tmp_path))
     for columns in (["train/loss"], ["train/loss", "train/loss/prose"], ["x", "train/loss"], ["nothing"]):
         evals, trains, problems = read_event_tables([tmp_path], training=columns)
-        kept = [column for column in ("kind", "step", *columns, "folder") if column in whole]
-        pd.testing.assert_frame_equal(trains[kept], whole[kept], check_dtype=False)
-        assert set(trains) == set(kept)
+        expected_columns = [column for column in ("kind", "step", *columns, "folder") if column in all_columns]
+        pd.testing.assert_frame_equal(trains[expected_columns], all_columns[expected_columns], check_dtype=False)
+        assert set(trains) == set(expected_columns)
         assert evals["train/loss"].tolist() == [-math.inf]
         assert [problem.split(": ")[1] for problem in problems] == [
             f"line {number} skipped, torn or no event" for number in (5, 6, 7)
         ]
 
 
-def test_divergence_is_no_ordinary_failure_and_a_closed_folder_no_crash(
+def test_a_diverged_run_and_a_folder_without_read_permission_have_a_status(
     sweep: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     diverged = sweep / "lb=0.0,noise=0.0,seed=42"
     change_record(diverged, status="failed", error="Diverged: step 7: loss is not finite")
-    closed = sweep / "lb=0.0,noise=0.0,seed=43"
-    scan, read = os.scandir, Path.read_text
-    monkeypatch.setattr(os, "scandir", lambda path: _refuse(path) if Path(path) == closed else scan(path))
+    forbidden = sweep / "lb=0.0,noise=0.0,seed=43"
+    scandir, read_text = os.scandir, Path.read_text
+    monkeypatch.setattr(os, "scandir", lambda path: _refuse(path) if Path(path) == forbidden else scandir(path))
     monkeypatch.setattr(
-        Path, "read_text", lambda path, **how: _refuse(path) if path.parent == closed else read(path, **how)
+        Path, "read_text", lambda path, **how: _refuse(path) if path.parent == forbidden else read_text(path, **how)
     )
     runs = load_runs([sweep]).set_index("run")
     assert len(runs) == 8
     assert runs["status"].value_counts().to_dict() == {"finished": 6, "diverged": 1, "unreadable": 1}
-    assert "Permission denied" in runs.loc[closed.name, "error"]
+    assert "Permission denied" in runs.loc[forbidden.name, "error"]
 
 
 def _refuse(path: Path | str) -> Any:
     raise PermissionError(13, "Permission denied", str(path))
 
 
-def test_varied_factors_leave_out_seed_copies_settings_and_followers(tmp_path: Path) -> None:
+def test_varied_factors_leave_out_copies_of_the_seed_free_settings_and_tied_factors(tmp_path: Path) -> None:
     write_run(tmp_path / "x" / "a", seed=1, router="topk", threads=1)
     write_run(tmp_path / "x" / "b", seed=2, router="hash", threads=2, z=0.1)
     write_run(tmp_path / "x" / "c", seed=2, router="topk", threads=2)
@@ -228,7 +228,7 @@ def test_varied_factors_leave_out_seed_copies_settings_and_followers(tmp_path: P
     assert levels(runs["z"]) == [0.1, "absent"]
 
 
-def test_an_arm_leads_the_groups_that_it_fixes(tmp_path: Path) -> None:
+def test_an_arm_stands_for_the_factors_that_it_fixes(tmp_path: Path) -> None:
     for variant, router in (("top1", "topk"), ("top2", "topk"), ("hash", "hash")):
         write_run(tmp_path / "x" / variant, router=router, variant=variant)
     runs = load_runs([tmp_path])
@@ -237,7 +237,10 @@ def test_an_arm_leads_the_groups_that_it_fixes(tmp_path: Path) -> None:
 
 
 def test_a_router_that_is_causal_under_some_settings_stays_one_level(tmp_path: Path) -> None:
-    """As under drop=position,score: two names for it would leave nothing to compare within one level."""
+    """A router that is causal with drop=position but not with drop=score keeps one name.
+
+    With two names, no two runs would differ in `drop` alone.
+    """
     for drop, seed in product(("position", "score"), (1, 2)):
         folder = write_run(tmp_path / "x" / f"drop={drop},seed={seed}", drop=drop, seed=seed)
         change_record(folder, causal=drop == "position")
@@ -246,13 +249,13 @@ def test_a_router_that_is_causal_under_some_settings_stays_one_level(tmp_path: P
     assert varied_factors(runs) == ["drop", "seed"]
 
 
-def test_experiments_with_equal_cells_stay_apart(tmp_path: Path) -> None:
+def test_experiments_with_equal_cells_are_not_mixed(tmp_path: Path) -> None:
     write_run(tmp_path / "first" / "seed=42")
     write_run(tmp_path / "second" / "seed=42")
     assert varied_factors(load_runs([tmp_path])) == ["experiment"]
 
 
-def test_summary_counts_seeds_and_names_its_ddof(sweep: Path) -> None:
+def test_the_summary_counts_seeds_and_names_its_ddof(sweep: Path) -> None:
     table = summary(load_runs([sweep]), ["noise", "lb"], ["val/loss"])
     assert table.columns.tolist() == ["noise", "lb", "metric", "n", "mean", "std (ddof=1)"]
     assert table["n"].tolist() == [2, 2, 2, 2]
@@ -262,7 +265,7 @@ def test_summary_counts_seeds_and_names_its_ddof(sweep: Path) -> None:
     assert "(ddof=1)" in console_table(load_runs([sweep]))
 
 
-def test_a_single_seed_and_a_diverged_one_show_as_such(tmp_path: Path) -> None:
+def test_the_table_shows_a_single_seed_and_a_condition_without_finite_values(tmp_path: Path) -> None:
     write_run(tmp_path / "x" / "seed=42", noise=0.0)
     write_run(tmp_path / "x" / "seed=43", noise=0.1, loss=math.nan)
     table = summary(load_runs([tmp_path]), ["noise"], ["val/loss", "val/accuracy"])
@@ -278,14 +281,16 @@ def test_a_sweep_writes_its_two_tables(sweep: Path) -> None:
     assert len(written) == len(runs) == 9
     assert {"noise", "lb", "seed", "router", "val/loss", "routing/load_cv/pooled", "status"} <= set(written)
 
-    study = pd.read_csv(sweep / "moe_routing_noise_experiment_results.csv")
-    assert ",".join(study.columns) == (
+    noise_study = pd.read_csv(sweep / "moe_routing_noise_experiment_results.csv")
+    assert ",".join(noise_study.columns) == (
         "seed,noise_std,load_balancing_weight,val_loss,val_accuracy,val_perplexity,"
         "training_time_minutes,peak_memory_gb,best_val_perplexity,expert_usage_cv"
     )
-    assert len(study) == 8, "finished runs only"
-    assert study["best_val_perplexity"].tolist() == pytest.approx((study["val_loss"] - 0.5).map(math.exp).tolist())
-    assert (study["training_time_minutes"] == 1.5).all()
+    assert len(noise_study) == 8, "finished runs only"
+    assert noise_study["best_val_perplexity"].tolist() == pytest.approx(
+        (noise_study["val_loss"] - 0.5).map(math.exp).tolist()
+    )
+    assert (noise_study["training_time_minutes"] == 1.5).all()
     assert not list(sweep.glob(".*"))
 
 
@@ -299,7 +304,7 @@ def test_a_sweep_without_a_finished_run_or_with_repeated_runs_still_gets_its_tab
     assert "not shown: seed 42 has more than one run" in console_table(write_sweep_tables(tmp_path / "twice"))
 
 
-def test_the_noise_table_needs_both_factors(tmp_path: Path) -> None:
+def test_the_table_of_the_noise_study_needs_noise_and_balance_weight(tmp_path: Path) -> None:
     for noise in (0.0, 0.1):
         write_run(tmp_path / f"noise={noise}", noise=noise)
     write_sweep_tables(tmp_path)
