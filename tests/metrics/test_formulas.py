@@ -231,7 +231,8 @@ def test_sums_are_equal_to_those_of_a_loop_over_tokens(capacity: float | None, s
         if loads.sum() > 0:
             expected["sequences"] += 1
             expected["max_violation_sequence"] += loads.max() / loads.mean() - 1
-    document_position = None if document_len == seq_len else (torch.arange(seq_len) % document_len).repeat(T // seq_len)
+    positions = (torch.arange(seq_len) % document_len).repeat(T // seq_len)
+    document_position = None if document_len == seq_len else positions
     stats = collect_stats(
         routing, dispatched, T, seq_len=seq_len, document_position=document_position, capacity=capacity
     )

@@ -1,4 +1,4 @@
-"""Interventions change what they are meant to change and nothing else, and restore the model afterwards."""
+"""Tests that interventions change only what they are meant to change, and restore the model afterwards."""
 
 import contextlib
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ def data(cell: Any) -> Prepared:
 
 @pytest.fixture
 def model(cell: Any, data: Prepared) -> Iterator[MoEForCausalLM]:
-    """A random model whose experts matter. The test must leave it unchanged."""
+    """Yield a random model whose experts have a large effect. Fails if the test leaves the model changed."""
     built = build_model(cell().config, vocab_size=len(data.tokenizer)).eval()
     with torch.no_grad():
         for parameter in built.parameters():
@@ -45,7 +45,7 @@ def model(cell: Any, data: Prepared) -> Iterator[MoEForCausalLM]:
     assert all(parameter.grad is None for parameter in built.parameters())
 
 
-def seen(model: MoEForCausalLM, data: Prepared) -> Observation:
+def observe_validation(model: MoEForCausalLM, data: Prepared) -> Observation:
     return observe(model, validation_blocks(data, BLOCKS), KNOBS)
 
 
@@ -65,8 +65,8 @@ def random_routing(tokens: int = 50, experts: int = 6, k: int = 3, *, logits: bo
     return Routing.token_choice(top.indices, top.values, logits=scores if logits else None)
 
 
-def test_observation_is_what_the_model_says(model: MoEForCausalLM, data: Prepared) -> None:
-    found = seen(model, data)
+def test_an_observation_matches_the_outputs_of_the_model(model: MoEForCausalLM, data: Prepared) -> None:
+    found = observe_validation(model, data)
     ids = torch.from_numpy(found.ids)
     output = model(ids, ids, knobs=KNOBS)
     assert np.nanmean(found.nats) == pytest.approx(output.loss.item(), rel=1e-5)
@@ -80,32 +80,32 @@ def test_observation_is_what_the_model_says(model: MoEForCausalLM, data: Prepare
 
 @pytest.mark.parametrize("logits", [True, False])
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
-def test_rerouted_assignments_go_to_new_experts_and_never_twice_to_one(logits: bool, share: float) -> None:
+def test_rerouted_assignments_go_to_experts_that_the_token_does_not_use_yet(logits: bool, share: float) -> None:
     routing = random_routing(logits=logits)
-    hit = torch.rand(len(routing.token), generator=torch.Generator().manual_seed(1)) < share
-    after = reroute(routing, hit, num_experts=6)
+    selected = torch.rand(len(routing.token), generator=torch.Generator().manual_seed(1)) < share
+    after = reroute(routing, selected, num_experts=6)
     assert torch.equal(after.token, routing.token)
     assert torch.equal(after.weight, routing.weight)
-    assert torch.equal(after.expert[~hit], routing.expert[~hit])
+    assert torch.equal(after.expert[~selected], routing.expert[~selected])
     for token in range(50):
         old, new = (r.expert[r.token == token].tolist() for r in (routing, after))
-        hits = hit[routing.token == token].tolist()
+        selected_of_token = selected[routing.token == token].tolist()
         assert len(set(new)) == len(new)
-        moved = [expert for expert, was_hit in zip(new, hits, strict=True) if was_hit]
+        moved = [expert for expert, was_selected in zip(new, selected_of_token, strict=True) if was_selected]
         assert not set(moved) & set(old)
         if logits and routing.logits is not None:
-            rest = [e for e in routing.logits[token].argsort(descending=True).tolist() if e not in old]
-            assert moved == rest[: len(moved)]
+            unused_experts = [e for e in routing.logits[token].argsort(descending=True).tolist() if e not in old]
+            assert moved == unused_experts[: len(moved)]
 
 
-def test_an_assignment_that_no_expert_is_left_for_is_lost() -> None:
+def test_an_assignment_is_removed_if_its_token_uses_all_other_experts() -> None:
     routing = random_routing(tokens=5, experts=3, k=3)
     after = reroute(routing, routing.expert == 1, num_experts=3)
     assert len(after.token) == 10
     assert 1 not in after.expert
 
 
-def test_swapped_tokens_take_the_new_experts_with_the_heaviest_first_and_others_stay() -> None:
+def test_swapped_tokens_get_their_new_experts_by_weight_and_other_tokens_stay_the_same() -> None:
     routing = random_routing()
     token, order = torch.tensor([7, 30]), torch.tensor([[5, 4, 3, 2, 1, 0], [0, 2, 4, 1, 3, 5]])
     after = swap_experts(routing, token, order)
@@ -113,51 +113,51 @@ def test_swapped_tokens_take_the_new_experts_with_the_heaviest_first_and_others_
     assert torch.equal(after.expert[others], routing.expert[others])
     assert torch.equal(after.weight, routing.weight)
     assert routing.logits is not None
-    for one, preference in zip(token, order, strict=True):
-        mine = after.token == one
-        assert set(after.expert[mine].tolist()) == set(preference[:3].tolist())
-        by_weight = after.expert[mine][after.weight[mine].argsort(descending=True)]
-        assert (routing.logits[one, by_weight].diff() <= 0).all()
-    own = random_routing().expert.view(50, 3)
-    same = swap_experts(routing, torch.arange(50), torch.cat([own, own], 1))
-    assert torch.equal(same.expert, routing.expert)  # A token that gets its own experts again is unchanged.
+    for index, preference in zip(token, order, strict=True):
+        of_token = after.token == index
+        assert set(after.expert[of_token].tolist()) == set(preference[:3].tolist())
+        by_weight = after.expert[of_token][after.weight[of_token].argsort(descending=True)]
+        assert (routing.logits[index, by_weight].diff() <= 0).all()
+    current = random_routing().expert.view(50, 3)
+    same = swap_experts(routing, torch.arange(50), torch.cat([current, current], 1))
+    assert torch.equal(same.expert, routing.expert)  # a token that gets the same experts again is unchanged
 
 
-def test_without_the_only_expert_a_layer_adds_nothing(model: MoEForCausalLM, data: Prepared) -> None:
+def test_removing_the_only_used_expert_removes_the_output_of_the_layer(model: MoEForCausalLM, data: Prepared) -> None:
     probes = validation_blocks(data, BLOCKS)
     layer = model.moe_layers[1]
     with intervene(model.moe_layers[1], all_to(2)):
-        inner = layer.router
+        replaced_router = layer.router
         found = knockouts(model, observe(model, probes, KNOBS), KNOBS, document=np.arange(BLOCKS))["zeroed"]
-        assert layer.router is inner
-        base = next_token_nats(model, probes, KNOBS)[:, :-1].mean()
+        assert layer.router is replaced_router
+        loss = next_token_nats(model, probes, KNOBS)[:, :-1].mean()
         down = layer.experts.down.detach().clone()
         with torch.no_grad():
             layer.experts.down.zero_()
-        silent = next_token_nats(model, probes, KNOBS)[:, :-1].mean()
+        loss_without_layer = next_token_nats(model, probes, KNOBS)[:, :-1].mean()
         with torch.no_grad():
             layer.experts.down.copy_(down)
-    expected = (silent - base).item()
+    expected = (loss_without_layer - loss).item()
     assert abs(expected) > 1e-3
     assert found["delta"]["mean"][1, 2] == pytest.approx(expected, rel=1e-3)
-    assert found["null"]["mean"][1, 2] == pytest.approx(expected, rel=1e-3)  # All assignments are those of this expert.
-    assert (found["delta"]["mean"][1, [0, 1, 3]] == 0).all()  # Experts without tokens change nothing.
+    assert found["null"]["mean"][1, 2] == pytest.approx(expected, rel=1e-3)  # all assignments are those of this expert
+    assert (found["delta"]["mean"][1, [0, 1, 3]] == 0).all()  # removing an expert without tokens changes nothing
     assert (found["null"]["mean"][1, [0, 1, 3]] == 0).all()
 
 
-def test_knockouts_are_means_over_blocks_with_domains_apart(model: MoEForCausalLM, data: Prepared) -> None:
+def test_knockouts_are_means_over_blocks_and_also_given_by_domain(model: MoEForCausalLM, data: Prepared) -> None:
     document = documents_of_blocks(data, BLOCKS)
-    found = knockouts(model, observed := seen(model, data), KNOBS, document=document)
-    for name, alone in (("zeroed", remove), ("rerouted", lambda r, hit: reroute(r, hit, num_experts=4))):
-        with intervene(model.moe_layers[0], lambda routing, _, f=alone: f(routing, routing.expert == 3)):
+    found = knockouts(model, observed := observe_validation(model, data), KNOBS, document=document)
+    for name, knock_out in (("zeroed", remove), ("rerouted", lambda r, hit: reroute(r, hit, num_experts=4))):
+        with intervene(model.moe_layers[0], lambda routing, _, f=knock_out: f(routing, routing.expert == 3)):
             rise = (next_token_nats(model, observed.blocks, KNOBS).numpy() - observed.nats)[:, :-1].mean(1)
         result = found[name]
         assert result["delta"]["mean"][0, 3] == pytest.approx(rise.mean(), abs=1e-6)
         assert result["delta"]["low"][0, 3] <= rise.mean() <= result["delta"]["high"][0, 3]
         assert result["delta"]["low"][0, 3] == pytest.approx(bootstrap(rise.astype(float), document)["low"], abs=1e-6)
-        for place, domain in enumerate(result["domains"]):
+        for index, domain in enumerate(result["domains"]):
             expected = rise[observed.domain == domain].mean()
-            assert result["by_domain"][0, 3, place] == pytest.approx(expected, abs=1e-6)
+            assert result["by_domain"][0, 3, index] == pytest.approx(expected, abs=1e-6)
         excess = result["delta"]["mean"] - result["null"]["mean"]
         np.testing.assert_allclose(result["excess"]["mean"], excess, atol=1e-9)
 
@@ -165,99 +165,104 @@ def test_knockouts_are_means_over_blocks_with_domains_apart(model: MoEForCausalL
 def test_bootstrap_intervals_cover_the_mean_and_shrink_with_the_spread() -> None:
     values = np.random.default_rng(0).normal(size=(1, 400))
     found = bootstrap(np.concatenate([values, values / 10]), np.arange(400))
-    reach = 1.96 * values.std() / 20
-    assert found["high"][0] - found["mean"][0] == pytest.approx(reach, rel=0.1)
+    half_width = 1.96 * values.std() / 20
+    assert found["high"][0] - found["mean"][0] == pytest.approx(half_width, rel=0.1)
     assert (found["high"] - found["low"])[1] == pytest.approx((found["high"] - found["low"])[0] / 10)
 
 
-def test_blocks_of_one_document_count_as_one_witness_and_weights_as_so_many_blocks() -> None:
-    draw = np.random.default_rng(0)
-    values, often = draw.normal(size=(2, 30)), draw.integers(1, 6, size=30)
-    alone = bootstrap(values, np.arange(30))
+def test_the_bootstrap_counts_a_document_once_and_a_weight_as_that_many_blocks() -> None:
+    rng = np.random.default_rng(0)
+    values, counts = rng.normal(size=(2, 30)), rng.integers(1, 6, size=30)
+    unrepeated = bootstrap(values, np.arange(30))
     repeated = bootstrap(values.repeat(5, axis=1), np.arange(30).repeat(5))
     for name in ("mean", "low", "high"):
-        np.testing.assert_allclose(repeated[name], alone[name])
-    assert alone["documents"] == repeated["documents"] == 30
+        np.testing.assert_allclose(repeated[name], unrepeated[name])
+    assert unrepeated["documents"] == repeated["documents"] == 30
     document = np.arange(30) // 3
-    weighted = bootstrap(values, document, weight=often.astype(float))
-    written_out = bootstrap(values.repeat(often, axis=1), document.repeat(often))
+    weighted = bootstrap(values, document, weight=counts.astype(float))
+    written_out = bootstrap(values.repeat(counts, axis=1), document.repeat(counts))
     for name in ("mean", "low", "high"):
         np.testing.assert_allclose(weighted[name], written_out[name])
-    same = bootstrap(
-        np.full(30, 2.5), np.minimum(np.arange(30), 4)
-    )  # Nothing varies, whatever the lengths of the documents.
-    np.testing.assert_allclose([same["low"], same["high"]], 2.5)
-    single = bootstrap(values, np.full(30, 7))
-    np.testing.assert_allclose(single["mean"], values.mean(1))
-    assert np.isnan([single["low"], single["high"]]).all()
+    # Equal values give an interval of length 0, also with documents of different lengths.
+    constant = bootstrap(np.full(30, 2.5), np.minimum(np.arange(30), 4))
+    np.testing.assert_allclose([constant["low"], constant["high"]], 2.5)
+    one_document = bootstrap(values, np.full(30, 7))
+    np.testing.assert_allclose(one_document["mean"], values.mean(1))
+    assert np.isnan([one_document["low"], one_document["high"]]).all()
 
 
-def test_the_interval_over_documents_covers_as_often_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_interval_over_documents_covers_the_mean_at_its_nominal_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moe.specialization.knockout.BOOTSTRAP_RESAMPLES", 300)
-    draw, inside, too_narrow = np.random.default_rng(0), 0, 0
+    rng, covered, missed_over_blocks = np.random.default_rng(0), 0, 0
     document = np.arange(40).repeat(5)
     for _ in range(200):
-        values = draw.normal(size=40).repeat(5) + 0.3 * draw.normal(size=200)
-        found, naive = bootstrap(values, document), bootstrap(values, np.arange(200))
-        inside += found["low"] < 0 < found["high"]
-        too_narrow += not naive["low"] < 0 < naive["high"]
-    assert 0.88 < inside / 200 < 0.99
-    assert too_narrow / 200 > 0.2
+        values = rng.normal(size=40).repeat(5) + 0.3 * rng.normal(size=200)
+        found, over_blocks = bootstrap(values, document), bootstrap(values, np.arange(200))
+        covered += found["low"] < 0 < found["high"]
+        missed_over_blocks += not over_blocks["low"] < 0 < over_blocks["high"]
+    assert 0.88 < covered / 200 < 0.99
+    assert missed_over_blocks / 200 > 0.2
 
 
-def test_rank_correlation_is_nan_where_there_is_nothing_to_rank() -> None:
+def test_rank_correlation_is_nan_for_constant_values_and_for_two_values() -> None:
     assert rank_correlation(np.array([1.0, 2, 3]), np.array([1.0, 10, 100])) == 1
     assert np.isnan(rank_correlation(np.ones(4), np.arange(4.0)))
     assert np.isnan(rank_correlation(np.arange(2.0), np.arange(2.0)))
 
 
-def test_with_equal_experts_no_route_is_regretted(model: MoEForCausalLM, data: Prepared) -> None:
+def test_regret_is_zero_with_equal_experts(model: MoEForCausalLM, data: Prepared) -> None:
     stacks = [p for layer in model.moe_layers for p in layer.experts.parameters()]
     before = [p.detach().clone() for p in stacks]
     with torch.no_grad():
         for p in stacks:
             p.copy_(p[:1].expand_as(p).clone())
-    equal = route_regret(model, seen(model, data), KNOBS, document=documents_of_blocks(data, BLOCKS), samples=10)
+    equal = route_regret(
+        model, observe_validation(model, data), KNOBS, document=documents_of_blocks(data, BLOCKS), samples=10
+    )
     with torch.no_grad():
         for p, old in zip(stacks, before, strict=True):
             p.copy_(old)
     for layer in equal:
         np.testing.assert_allclose(layer["values"], 0, atol=1e-4)
         assert layer["better"]["mean"] < 0.5
-    unequal = route_regret(model, seen(model, data), KNOBS, document=documents_of_blocks(data, BLOCKS), samples=10)
+    unequal = route_regret(
+        model, observe_validation(model, data), KNOBS, document=documents_of_blocks(data, BLOCKS), samples=10
+    )
     for layer in unequal:
         assert layer["tokens"] == len(layer["values"]) == 10
         assert (layer["values"] >= 0).all()
         assert layer["values"].max() > 1e-3
 
 
-def test_regret_of_one_expert_a_token_is_that_of_trying_every_expert(model: MoEForCausalLM, data: Prepared) -> None:
+def test_regret_with_one_expert_per_token_matches_a_trial_of_every_expert(
+    model: MoEForCausalLM, data: Prepared
+) -> None:
     probe = validation_blocks(data, 1)
     with intervene(model.moe_layers[0], all_to(1)):
         observed = observe(model, probe, KNOBS)
         [found, _] = route_regret(model, observed, KNOBS, document=documents_of_blocks(data, 1), samples=1)
         position = np.random.default_rng(0).integers(observed.ids.shape[1] - 1, size=(1, 1)).item()
-        tried = []
+        nats_of_expert = []
         for expert in range(4):
-            here = torch.tensor([position]), torch.tensor([[expert, *(e for e in range(4) if e != expert)]])
-            with intervene(model.moe_layers[0], lambda routing, _, h=here: swap_experts(routing, *h)):
-                tried.append(next_token_nats(model, probe, KNOBS)[0, position].item())
+            swap = torch.tensor([position]), torch.tensor([[expert, *(e for e in range(4) if e != expert)]])
+            with intervene(model.moe_layers[0], lambda routing, _, swap=swap: swap_experts(routing, *swap)):
+                nats_of_expert.append(next_token_nats(model, probe, KNOBS)[0, position].item())
     assert found["routes"] == 4
-    assert found["regret"]["mean"] == pytest.approx(tried[1] - min(tried), abs=1e-5)
-    assert found["advantage"]["mean"] == pytest.approx(np.mean(tried) - tried[1], abs=1e-5)
+    assert found["regret"]["mean"] == pytest.approx(nats_of_expert[1] - min(nats_of_expert), abs=1e-5)
+    assert found["advantage"]["mean"] == pytest.approx(np.mean(nats_of_expert) - nats_of_expert[1], abs=1e-5)
 
 
-def test_the_landscape_at_distance_zero_is_the_loss_and_the_gradient_points_uphill(
+def test_the_landscape_at_distance_zero_is_the_loss_and_the_loss_rises_along_the_gradient(
     model: MoEForCausalLM, data: Prepared
 ) -> None:
     probes = validation_blocks(data, BLOCKS)
     ids = probes.ids
     found = landscape(model, probes, KNOBS)
     assert found is not None
-    here = DISTANCES.index(0.0)
+    zero = DISTANCES.index(0.0)
     for curve in found["curves"].values():
-        assert curve["loss"][here] == pytest.approx(model(ids, ids, knobs=KNOBS).loss.item(), rel=1e-5)
-        assert curve["flipped"][here] == 0
+        assert curve["loss"][zero] == pytest.approx(model(ids, ids, knobs=KNOBS).loss.item(), rel=1e-5)
+        assert curve["flipped"][zero] == 0
         assert curve["flipped"][0] > 0.1
     assert set(found["curves"]) == {"random0", "random1", "random2", "gradient"}
     weights = [layer.router.weight for layer in model.moe_layers]
@@ -269,7 +274,7 @@ def test_the_landscape_at_distance_zero_is_the_loss_and_the_gradient_points_uphi
     assert losses[0] < losses[1]
 
 
-def test_moving_weights_is_relative_to_their_norm_and_undone_even_after_an_error() -> None:
+def test_weights_move_relative_to_their_norm_and_are_restored_even_after_an_error() -> None:
     weight = torch.randn(3, 5)
     before = weight.clone()
     with contextlib.suppress(KeyError), moved_weights([weight], [torch.randn(3, 5)], -0.5):
@@ -282,7 +287,7 @@ def test_moving_weights_is_relative_to_their_norm_and_undone_even_after_an_error
 def test_every_kind_of_router_can_be_studied(router: str, cell: Any, data: Prepared) -> None:
     config = cell(f"router={router}").config
     model = build_model(config, vocab_size=len(data.tokenizer)).eval()
-    observed = seen(model, data)
+    observed = observe_validation(model, data)
     for result in knockouts(model, observed, KNOBS, document=documents_of_blocks(data, BLOCKS)).values():
         assert np.isfinite(result["delta"]["mean"]).all()
         unused = observed.chosen.sum(1) == 0
@@ -291,7 +296,7 @@ def test_every_kind_of_router_can_be_studied(router: str, cell: Any, data: Prepa
         assert (layer["values"] >= 0).all()
 
 
-def test_outputs_of_experts_are_unit_vectors_on_shared_tokens(model: MoEForCausalLM, data: Prepared) -> None:
+def test_outputs_of_experts_are_normalized_to_unit_vectors(model: MoEForCausalLM, data: Prepared) -> None:
     vectors = expert_outputs(model, validation_blocks(data, BLOCKS), KNOBS)
     torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(2, 4))
     assert vectors[0, 0] @ vectors[0, 1] < 0.99

@@ -1,4 +1,4 @@
-"""The specialization study: statistics against known cases, stability of routing, and the files that a study writes."""
+"""Tests of the specialization study: statistics of known cases, stability of routing, and the files of a study."""
 
 import io
 import itertools
@@ -40,17 +40,17 @@ from moe.specialization.study import to_json
 from moe.specialization.vocabulary import keywords
 
 DOMAINS = np.repeat([0, 1, 2, 3], 8)
-DOCUMENTS = np.arange(32) // 2  # Two blocks each.
-TOKENS = 64  # Per block.
+DOCUMENTS = np.arange(32) // 2  # two blocks each
+TOKENS = 64  # per block
 
 
 def chosen_by(labels: np.ndarray, *, k: int, experts: int) -> np.ndarray:
-    """Return choices (N, E) in which a token with label v takes the k experts from v * k on."""
+    """Return choices (N, E) in which a token with label v takes the experts v * k to v * k + k - 1, modulo E."""
     columns = (labels[:, None] * k + np.arange(k)) % experts
     return (np.arange(experts) == columns[..., None]).any(1)
 
 
-def at_random(shape: tuple[int, ...], *, k: int, seed: int = 0) -> np.ndarray:
+def random_choices(shape: tuple[int, ...], *, k: int, seed: int = 0) -> np.ndarray:
     scores = np.random.default_rng(seed).random(shape)
     return scores >= np.sort(scores, axis=-1)[..., -k][..., None]
 
@@ -61,7 +61,7 @@ def rng() -> np.random.Generator:
 
 
 @pytest.mark.parametrize("k", [1, 2])
-def test_routing_by_domain_has_all_the_information_there_is_for_every_k(k: int, rng: np.random.Generator) -> None:
+def test_routing_by_domain_has_the_largest_domain_dependence_for_every_k(k: int, rng: np.random.Generator) -> None:
     chosen = chosen_by(np.repeat(DOMAINS, TOKENS), k=k, experts=4 * k)
     found = domain_dependence(chosen, DOMAINS, DOCUMENTS, rng=rng)
     assert found is not None
@@ -69,16 +69,16 @@ def test_routing_by_domain_has_all_the_information_there_is_for_every_k(k: int, 
     assert found["adjusted"] == pytest.approx(1)
     assert found["ami"] == pytest.approx(1)
     assert found["documents"] == 16
-    assert found["p"] == found["smallest_p"] == pytest.approx(1 / 1000)  # No shuffle of 16 documents reached it.
+    assert found["p"] == found["smallest_p"] == pytest.approx(1 / 1000)  # no shuffle reaches the observed value
     table = conditional_probabilities(sum_by_label(np.repeat(DOMAINS, TOKENS), expert_shares(chosen), size=4))
     np.testing.assert_allclose(table, np.kron(np.eye(4), np.full(k, 1 / k)))
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
-def test_random_routing_knows_nothing_of_domains_after_correction(k: int, rng: np.random.Generator) -> None:
-    found = domain_dependence(at_random((len(DOMAINS) * TOKENS, 8), k=k), DOMAINS, DOCUMENTS, rng=rng)
+def test_random_routing_has_no_domain_dependence_after_correction(k: int, rng: np.random.Generator) -> None:
+    found = domain_dependence(random_choices((len(DOMAINS) * TOKENS, 8), k=k), DOMAINS, DOCUMENTS, rng=rng)
     assert found is not None
-    assert found["normalized"] > 0.0005  # The plug-in estimate is never 0.
+    assert found["normalized"] > 0.0005  # the plug-in estimate is never 0
     assert abs(found["adjusted"]) < 0.003
     assert abs(found["ami"]) < 0.01
     assert 0.02 < found["p"] < 0.98
@@ -86,67 +86,72 @@ def test_random_routing_knows_nothing_of_domains_after_correction(k: int, rng: n
 
 
 def test_the_topic_of_a_document_is_not_mistaken_for_its_domain(rng: np.random.Generator) -> None:
-    topic = rng.integers(8, size=16)  # Every document has its expert, independent of its domain.
+    topic = rng.integers(8, size=16)  # every document has one expert, drawn independently of its domain
     chosen = chosen_by(np.repeat(topic[DOCUMENTS], TOKENS), k=1, experts=8)
     found = domain_dependence(chosen, DOMAINS, DOCUMENTS, rng=rng)
     assert found is not None
-    assert found["observed"] > 10 * found["bias"]  # Shuffled tokens would take this for knowledge of domains.
+    assert found["observed"] > 10 * found["bias"]  # a test that shuffles tokens would find dependence on the domain
     assert found["p"] > 0.02
     assert abs(found["adjusted"]) < 0.2
 
 
-def by_document(
+def choices_by_document(
     lengths: list[list[int]], rng: np.random.Generator, *, of_domain: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the experts of 8 tokens per block, the domain of each block and its document.
+    """Return the experts of 8 tokens per block, the domain of each block, and its document.
 
-    Experts are drawn from preferences of the document, and for a share `of_domain` from preferences of its domain.
-    `lengths` are the numbers of blocks of the documents, by domain.
+    Every document and every domain has random preferences for experts. A share `of_domain` of the probability comes
+    from the domain, the rest from the document. `lengths` has, for each domain, the numbers of blocks of its documents.
     """
     domain = np.repeat(np.arange(len(lengths)), [len(documents) for documents in lengths])
-    shared, own = (rng.dirichlet(np.ones(8), size=count) for count in (len(lengths), len(domain)))
-    preference = (of_domain * shared[domain] + (1 - of_domain) * own).cumsum(-1)
+    of_each_domain, of_each_document = (rng.dirichlet(np.ones(8), size=count) for count in (len(lengths), len(domain)))
+    preference = (of_domain * of_each_domain[domain] + (1 - of_domain) * of_each_document).cumsum(-1)
     document = np.repeat(np.arange(len(domain)), np.concatenate(lengths))
     expert = (rng.random(len(document) * 8)[:, None] > preference[np.repeat(document, 8)]).sum(-1)
     return np.eye(8, dtype=bool)[expert.clip(max=7)], domain[document], document
 
 
-ALIKE, UNEVEN = [[4] * 6] * 3, [[14] * 4, [3] * 12, [1] * 16]
+EQUAL_LENGTHS, UNEQUAL_LENGTHS = [[4] * 6] * 3, [[14] * 4, [3] * 12, [1] * 16]
 
 
-@pytest.mark.parametrize(("lengths", "least"), [(ALIKE, 0.01), (UNEVEN, 0.0)])
-def test_routing_by_document_is_called_routing_by_domain_as_often_as_chance_allows(
+@pytest.mark.parametrize(("lengths", "least"), [(EQUAL_LENGTHS, 0.01), (UNEQUAL_LENGTHS, 0.0)])
+def test_routing_by_document_is_rarely_mistaken_for_routing_by_domain(
     lengths: list[list[int]], least: float, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
 ) -> None:
-    """Of 200 models that know documents but no domains about 5 % are significant; with blocks as units most are."""
+    """About 5 % of 200 models that route by document but not by domain are significant.
+
+    If blocks were shuffled instead of documents, most would be significant.
+    """
     monkeypatch.setattr("moe.specialization.information.PERMUTATIONS", 99)
-    found, of_blocks = [], []
+    found, found_over_blocks = [], []
     for repeat in range(200):
-        chosen, domain, document = by_document(lengths, rng)
+        chosen, domain, document = choices_by_document(lengths, rng)
         found.append(domain_dependence(chosen, domain, document, rng=rng))
         if repeat < 20:
-            of_blocks.append(domain_dependence(chosen, domain, np.arange(len(domain)), rng=rng))
-    rate, wrong = (np.mean([one["p"] <= 0.05 for one in many]) for many in (found, of_blocks))
+            found_over_blocks.append(domain_dependence(chosen, domain, np.arange(len(domain)), rng=rng))
+    rate, rate_over_blocks = (
+        np.mean([result["p"] <= 0.05 for result in results]) for results in (found, found_over_blocks)
+    )
     assert least <= rate <= 0.1
-    assert wrong > 0.5
-    assert abs(np.mean([one["adjusted"] for one in found])) < 0.02
+    assert rate_over_blocks > 0.5
+    assert abs(np.mean([result["adjusted"] for result in found])) < 0.02
 
 
-def test_a_domain_that_matters_beside_its_documents_is_found_if_there_are_enough(rng: np.random.Generator) -> None:
-    many = domain_dependence(*by_document([[3] * 12] * 3, rng, of_domain=0.7), rng=rng)
-    few = domain_dependence(*by_document([[18] * 2] * 3, rng, of_domain=0.7), rng=rng)
-    assert many is not None
-    assert few is not None
-    assert many["p"] == many["smallest_p"] == 1 / 1000
-    assert many["adjusted"] > 0.05
-    assert few["p"] >= 0.05 > many["p"]
-    assert few["smallest_p"] == pytest.approx(1 / 15)
-    assert (many["documents"], few["documents"]) == (36, 6)
+def test_domain_dependence_beside_documents_is_found_with_enough_documents(rng: np.random.Generator) -> None:
+    with_many_documents = domain_dependence(*choices_by_document([[3] * 12] * 3, rng, of_domain=0.7), rng=rng)
+    with_few_documents = domain_dependence(*choices_by_document([[18] * 2] * 3, rng, of_domain=0.7), rng=rng)
+    assert with_many_documents is not None
+    assert with_few_documents is not None
+    assert with_many_documents["p"] == with_many_documents["smallest_p"] == 1 / 1000
+    assert with_many_documents["adjusted"] > 0.05
+    assert with_few_documents["p"] >= 0.05 > with_many_documents["p"]
+    assert with_few_documents["smallest_p"] == pytest.approx(1 / 15)
+    assert (with_many_documents["documents"], with_few_documents["documents"]) == (36, 6)
 
 
-def test_a_document_counts_once_however_long(rng: np.random.Generator) -> None:
-    chosen, domain, document = by_document(UNEVEN, rng)
-    blocks = np.arange(len(document)).repeat(np.where(document == 20, 5, 1))  # One document is repeated five times.
+def test_a_document_counts_once_whatever_its_length(rng: np.random.Generator) -> None:
+    chosen, domain, document = choices_by_document(UNEQUAL_LENGTHS, rng)
+    blocks = np.arange(len(document)).repeat(np.where(document == 20, 5, 1))  # one document is repeated five times
     longer = chosen.reshape(len(document), 8, 8)[blocks].reshape(-1, 8)
     once = domain_dependence(chosen, domain, document, rng=np.random.default_rng(0))
     again = domain_dependence(longer, domain[blocks], document[blocks], rng=np.random.default_rng(0))
@@ -156,7 +161,7 @@ def test_a_document_counts_once_however_long(rng: np.random.Generator) -> None:
         assert again[name] == pytest.approx(once[name]), name
 
 
-def test_domains_of_one_document_each_cannot_be_told_from_documents(rng: np.random.Generator) -> None:
+def test_with_one_document_per_domain_the_domain_dependence_is_unknown(rng: np.random.Generator) -> None:
     found = domain_dependence(chosen_by(np.repeat(DOMAINS, TOKENS), k=1, experts=4), DOMAINS, DOMAINS, rng=rng)
     assert found is not None
     assert found["normalized"] == pytest.approx(1)
@@ -166,7 +171,7 @@ def test_domains_of_one_document_each_cannot_be_told_from_documents(rng: np.rand
 
 
 @pytest.mark.parametrize("labels", [[0, 1], [0, 0, 1], [0, 0, 1, 1], [0, 1, 1, 2, 2], [5, 5, 5, 7, 7, 7], [3, 3, 1, 0]])
-def test_the_least_p_is_one_of_as_many_partitions_as_there_are(labels: list[int]) -> None:
+def test_the_smallest_p_is_one_divided_by_the_number_of_partitions(labels: list[int]) -> None:
     partitions = {
         frozenset(frozenset(np.flatnonzero(np.array(order) == label).tolist()) for label in labels)
         for order in itertools.permutations(labels)
@@ -175,7 +180,7 @@ def test_the_least_p_is_one_of_as_many_partitions_as_there_are(labels: list[int]
     assert smallest_p(np.repeat(np.arange(6), 40)) == 1 / 1000
 
 
-def test_one_expert_for_all_and_one_domain_alone(rng: np.random.Generator) -> None:
+def test_one_expert_for_all_tokens_gives_zero_and_one_domain_gives_none(rng: np.random.Generator) -> None:
     single = np.zeros((len(DOMAINS) * TOKENS, 4), dtype=bool)
     single[:, 2] = True
     found = domain_dependence(single, DOMAINS, DOCUMENTS, rng=rng)
@@ -185,7 +190,7 @@ def test_one_expert_for_all_and_one_domain_alone(rng: np.random.Generator) -> No
 
 
 @pytest.mark.parametrize("k", [1, 2])
-def test_routing_by_token_id_is_fully_explained_by_it(k: int, rng: np.random.Generator) -> None:
+def test_routing_by_token_id_depends_fully_on_the_id(k: int, rng: np.random.Generator) -> None:
     ids = rng.integers(40, size=3000)
     found = vocabulary_dependence(chosen_by(ids, k=k, experts=8), ids, rng=rng)
     assert found is not None
@@ -193,19 +198,19 @@ def test_routing_by_token_id_is_fully_explained_by_it(k: int, rng: np.random.Gen
     assert found["id"]["normalized"] == pytest.approx(1)
     assert found["specialization"]["normalized"] == 1
     assert found["specialization"]["null"] < 0.5
-    blind = vocabulary_dependence(at_random((3000, 8), k=k), ids, rng=rng)
-    assert blind is not None
+    of_random_routing = vocabulary_dependence(random_choices((3000, 8), k=k), ids, rng=rng)
+    assert of_random_routing is not None
     for measure in ("id", "specialization"):
-        assert abs(blind[measure]["adjusted"]) < 0.01
-        assert blind[measure]["p"] > 0.02
+        assert abs(of_random_routing[measure]["adjusted"]) < 0.01
+        assert of_random_routing[measure]["p"] > 0.02
 
 
-def test_rare_ids_and_labels_that_are_none_do_not_count(rng: np.random.Generator) -> None:
+def test_rare_ids_and_negative_ids_do_not_count(rng: np.random.Generator) -> None:
     ids = np.repeat([0, 1, -1], [10, 9, 30])
     found = vocabulary_dependence(chosen_by(np.repeat([0, 1, 2], [10, 9, 30]), k=1, experts=4), ids, rng=rng)
     assert found is not None
     assert (found["ids"], found["tokens"]) == (1, 10)
-    assert vocabulary_dependence(at_random((9, 4), k=1), np.zeros(9, dtype=int), rng=rng) is None
+    assert vocabulary_dependence(random_choices((9, 4), k=1), np.zeros(9, dtype=int), rng=rng) is None
 
 
 def test_coactivation_counts_all_pairs_and_is_at_chance_for_random_sets() -> None:
@@ -216,18 +221,18 @@ def test_coactivation_counts_all_pairs_and_is_at_chance_for_random_sets() -> Non
     np.testing.assert_allclose(table[:3, :3], np.array(expected)[:3, :3])
     assert np.isnan(table[3]).all()
     assert (table[:3, 3] == 0).all()
-    off = coactivation(at_random((20_000, 8), k=3))[~np.eye(8, dtype=bool)]
+    off = coactivation(random_choices((20_000, 8), k=3))[~np.eye(8, dtype=bool)]
     np.testing.assert_allclose(off, 2 / 7, atol=0.02)
 
 
-def test_experts_by_position_are_those_of_the_decile() -> None:
+def test_probabilities_by_position_are_those_of_each_decile() -> None:
     seq_len = 20
     chosen = chosen_by(np.arange(3 * seq_len) % seq_len * 10 // seq_len, k=1, experts=10)
     np.testing.assert_allclose(probabilities_by_position(chosen, seq_len), np.eye(10))
 
 
-def test_settled_routing_saturates_and_random_routing_does_not() -> None:
-    masks = [at_random((2, 5000, 8), k=2, seed=seed) for seed in range(2)]
+def test_constant_routing_agrees_fully_and_random_routing_only_by_chance() -> None:
+    masks = [random_choices((2, 5000, 8), k=2, seed=seed) for seed in range(2)]
     traces = [Trace(1, masks[0]), Trace(2, masks[1]), Trace(3, masks[1])]
     first, second, last = saturation(traces)
     for name in ("overlap", "kappa", "kappa_shuffled"):
@@ -241,9 +246,9 @@ def test_settled_routing_saturates_and_random_routing_does_not() -> None:
     np.testing.assert_allclose(unchanged["overlap"], 0, atol=1e-12)
 
 
-def test_uneven_loads_alone_look_like_agreement_to_kappa_but_not_to_the_shuffled_one() -> None:
-    crowded = [np.random.default_rng(seed).random((1, 20_000, 1)) < 0.9 for seed in (0, 1)]
-    a, b = (np.concatenate([x, ~x, np.zeros_like(x), np.zeros_like(x)], -1) for x in crowded)
+def test_uneven_loads_alone_raise_kappa_but_not_the_shuffled_kappa() -> None:
+    first_expert = [np.random.default_rng(seed).random((1, 20_000, 1)) < 0.9 for seed in (0, 1)]
+    a, b = (np.concatenate([x, ~x, np.zeros_like(x), np.zeros_like(x)], -1) for x in first_expert)
     found = overlap(a, b)
     assert found["kappa"][0] > 0.7
     assert abs(found["kappa_shuffled"][0]) < 0.02
@@ -252,46 +257,48 @@ def test_uneven_loads_alone_look_like_agreement_to_kappa_but_not_to_the_shuffled
 
 
 @pytest.mark.parametrize("k", [1, 2])
-def test_seeds_agree_whatever_experts_are_called_and_independent_ones_do_not(k: int, rng: np.random.Generator) -> None:
-    a, b = (at_random((1, 4000, 6), k=k, seed=seed) for seed in range(2))
-    [same] = seed_agreement(a, a[..., rng.permutation(6)], rng=rng)
-    assert same["matched"] == same["kappa"] == 1
-    assert same["rand"] == pytest.approx(1)
-    [apart] = seed_agreement(a, b, rng=rng)
-    assert apart["matched"] > k / 6  # Matching finds some agreement in noise; `chance` measures it.
-    assert abs(apart["kappa"]) < 0.02
-    assert abs(apart["rand"]) < 0.01
+def test_seeds_agree_if_experts_are_renumbered_and_not_if_routing_is_independent(
+    k: int, rng: np.random.Generator
+) -> None:
+    a, b = (random_choices((1, 4000, 6), k=k, seed=seed) for seed in range(2))
+    [renumbered] = seed_agreement(a, a[..., rng.permutation(6)], rng=rng)
+    assert renumbered["matched"] == renumbered["kappa"] == 1
+    assert renumbered["rand"] == pytest.approx(1)
+    [independent] = seed_agreement(a, b, rng=rng)
+    assert independent["matched"] > k / 6  # matching finds some agreement in noise; `chance` measures it
+    assert abs(independent["kappa"]) < 0.02
+    assert abs(independent["rand"]) < 0.01
 
 
-def words(*vocabulary: str) -> PreTrainedTokenizerFast:
+def word_tokenizer(*vocabulary: str) -> PreTrainedTokenizerFast:
     """Return a tokenizer whose token n is the n-th word."""
     model = models.WordLevel({word: n for n, word in enumerate(vocabulary)}, unk_token=vocabulary[0])
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), clean_up_tokenization_spaces=False)
 
 
-def made(ids: np.ndarray, domain: np.ndarray, chosen: np.ndarray, weight: np.ndarray) -> Observation:
+def make_observation(ids: np.ndarray, domain: np.ndarray, chosen: np.ndarray, weight: np.ndarray) -> Observation:
     tokens = torch.from_numpy(ids)
-    seen = Batch(tokens, torch.from_numpy(domain), tokens, None)
-    return Observation(ids, domain, chosen, weight, ids, np.zeros(ids.shape), seen)
+    batch = Batch(tokens, torch.from_numpy(domain), tokens, None)
+    return Observation(ids, domain, chosen, weight, ids, np.zeros(ids.shape), batch)
 
 
-def observation(ids: np.ndarray, chosen: np.ndarray) -> Observation:
+def observation_of(ids: np.ndarray, chosen: np.ndarray) -> Observation:
     weight = chosen / chosen.sum(-1, keepdims=True)
-    return made(ids, np.arange(len(ids)) % 2, chosen, weight)
+    return make_observation(ids, np.arange(len(ids)) % 2, chosen, weight)
 
 
-def test_keywords_are_the_tokens_that_an_expert_has_for_itself() -> None:
-    ids = np.tile([0, 1, 0, 2], (6, 3))  # "the" goes to both experts, "cat" to 0, "dog" to 1.
+def test_keywords_are_first_the_tokens_of_one_expert_and_then_shared_tokens() -> None:
+    ids = np.tile([0, 1, 0, 2], (6, 3))  # "the" goes to both experts, "cat" to 0, "dog" to 1
     labels = np.where(ids == 1, 0, np.where(ids == 2, 1, np.arange(12) % 4 // 2))
-    seen = observation(ids, chosen_by(labels.ravel(), k=1, experts=2)[None])
-    [[first, second]] = keywords(seen, words("the", "cat", "dog"))
+    observed = observation_of(ids, chosen_by(labels.ravel(), k=1, experts=2)[None])
+    [[first, second]] = keywords(observed, word_tokenizer("the", "cat", "dog"))
     assert [entry["token"] for entry in first["keywords"]] == ["cat", "the"]
     assert first["keywords"][0] | {"tfidf": 0} == {"token": "cat", "tfidf": 0, "count": 18, "share": 1}
     assert second["keywords"][0]["token"] == "dog"
     assert first["contexts"][0] == ["the", "cat", "the dog the cat the dog the cat"]
 
 
-def test_projections_keep_groups_of_like_experts_together() -> None:
+def test_projections_keep_similar_experts_together() -> None:
     centers = np.random.default_rng(0).normal(size=(2, 1, 30))
     vectors = centers.repeat(6, 1) + 0.01 * np.random.default_rng(1).normal(size=(2, 6, 30))
     found = projections(vectors)
@@ -303,18 +310,20 @@ def test_projections_keep_groups_of_like_experts_together() -> None:
     assert projections(vectors[:1, :3]) is None
 
 
-def test_what_is_not_finite_becomes_null_and_arrays_become_lists() -> None:
+def test_numbers_that_are_not_finite_become_null_and_arrays_become_lists() -> None:
     value = {"a": np.array([[1.0, np.nan]]), "b": (np.int64(3), np.float32(np.inf)), "c": 0.123456789, "d": None}
     assert to_json(value) == {"a": [[1.0, None]], "b": [3, None], "c": 0.123457, "d": None}
     json.dumps(to_json(value), allow_nan=False)
 
 
-def test_the_page_shows_the_text_escaped_with_each_token_in_the_class_of_its_heaviest_expert() -> None:
+def test_the_page_escapes_the_text_and_marks_the_heaviest_expert_of_each_token() -> None:
     ids = np.array([[0, 1, 2], [2, 1, 0]])
-    chosen = at_random((2, 6, 10), k=2)
+    chosen = random_choices((2, 6, 10), k=2)
     weight = np.where(chosen, np.arange(10.0), 0)
-    seen = made(ids, np.array([0, 1]), chosen, weight)
-    text = token_page(seen, words("<script>", "a&b", '"quoted"'), domains=("<code>", "prose"), title="<run>")
+    observed = make_observation(ids, np.array([0, 1]), chosen, weight)
+    text = token_page(
+        observed, word_tokenizer("<script>", "a&b", '"quoted"'), domains=("<code>", "prose"), title="<run>"
+    )
     for raw in ("<script>", "a&b", "<code>", "<run>"):
         assert raw not in text
     for shown in ("&lt;script&gt;", "a&amp;b", "&#34;quoted&#34;", "<h2>&lt;code&gt;</h2>", "<h2>prose</h2>"):
@@ -325,17 +334,19 @@ def test_the_page_shows_the_text_escaped_with_each_token_in_the_class_of_its_hea
     assert all(f"#l1:checked ~ main .l1e{expert}" in text for expert in range(10))
 
 
-def test_a_studied_run_has_its_numbers_and_its_page_and_is_not_studied_twice(
+def test_a_study_writes_its_files_and_is_repeated_only_for_a_changed_model(
     cell: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    kinds = (["seed=1"], ["seed=2"], ["router=hash", "seed=1"], ["router=soft_moe", "seed=1"])
-    cells = [cell("model.layers=1", *kind) for kind in kinds]
-    cells = [made._replace(folder=tmp_path / str(number)) for number, made in enumerate(cells)]
-    for made in cells:
-        run(made)
+    settings = (["seed=1"], ["seed=2"], ["router=hash", "seed=1"], ["router=soft_moe", "seed=1"])
+    cells = [cell("model.layers=1", *overrides) for overrides in settings]
+    cells = [small_cell._replace(folder=tmp_path / str(number)) for number, small_cell in enumerate(cells)]
+    for small_cell in cells:
+        run(small_cell)
     command = [str(tmp_path), "--blocks", "12", "--samples", "6"]
     assert main(command) == 0
-    first, second, hashed, slots = (json.loads((made.folder / "specialization.json").read_text()) for made in cells)
+    first, second, hashed, slots = (
+        json.loads((small_cell.folder / "specialization.json").read_text()) for small_cell in cells
+    )
     assert (first["blocks"], first["tokens"], first["step"]) == (12, 12 * 32, 6)
     assert [entry["seed"] for entry in first["seed_agreement"]] == [2]
     assert [entry["seed"] for entry in second["seed_agreement"]] == [1]
@@ -343,9 +354,9 @@ def test_a_studied_run_has_its_numbers_and_its_page_and_is_not_studied_twice(
     assert hashed["vocabulary"]["input"][0]["specialization"]["normalized"] == 1
     assert hashed["landscape"] is None
     assert "mixtures" in slots["reason"]
-    for made, found in zip(cells, (first, second, hashed, slots), strict=True):
-        loss, metrics = found["val_loss"], json.loads((made.folder / "metrics.json").read_text())
-        if found is not slots:  # It sees other batches here.
+    for small_cell, found in zip(cells, (first, second, hashed, slots), strict=True):
+        loss, metrics = found["val_loss"], json.loads((small_cell.folder / "metrics.json").read_text())
+        if found is not slots:  # Soft MoE depends on the batch, and a study uses other batches than an evaluation.
             assert loss["mean"] == pytest.approx(metrics["final_metrics"]["val/loss"], rel=1e-4)
         assert loss["low"] < loss["mean"] < loss["high"]
         assert (loss["blocks"], loss["tokens"]) == (12, 12 * 31)
@@ -357,7 +368,7 @@ def test_a_studied_run_has_its_numbers_and_its_page_and_is_not_studied_twice(
     last = np.load(sorted((cells[0].folder / "trace").glob("*.npz"))[-1])["shape"]
     assert np.shape(first["load"]) == (last[0], last[2])
 
-    for folder in (tmp_path, cells[1].folder):  # One of a pair of seeds.
+    for folder in (tmp_path, cells[1].folder):  # all runs, and one run whose study names another seed
         for drawn in specialization_drawings(load_runs([folder])):
             assert isinstance(drawn.figure, Figure)
             drawn.figure.savefig(io.BytesIO(), dpi=20)
@@ -366,34 +377,34 @@ def test_a_studied_run_has_its_numbers_and_its_page_and_is_not_studied_twice(
     assert main(command) == 0
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/specialization.json")}
     shutil.copy(cells[1].folder / "model" / "model.safetensors", cells[0].folder / "model" / "model.safetensors")
-    forge(cells[0].folder, "val/data-00000-of-00001.arrow")  # Validation blocks may change.
+    change_checksum(cells[0].folder, "val/data-00000-of-00001.arrow")  # validation blocks may change
     assert main(command) == 0
     changed = json.loads((cells[0].folder / "specialization.json").read_text())
     assert changed["settings"]["model_sha256"] == second["settings"]["model_sha256"]
     assert changed["load"] == second["load"]
     assert [entry["seed"] for entry in changed["seed_agreement"]] == [2]
-    forge(cells[0].folder, "train/data-00000-of-00001.arrow")
+    change_checksum(cells[0].folder, "train/data-00000-of-00001.arrow")
     assert main([*command, "--samples", "7"]) == 2
     assert "its data has changed" in capsys.readouterr().err
 
 
-def forge(folder: Path, file: str) -> None:
+def change_checksum(folder: Path, file: str) -> None:
     """Give one of the data files of a run another checksum."""
     data = json.loads((folder / "run.json").read_text())["facts"]["data"]
     assert data["files"].pop(file)
     change_record(folder, data=data | {"files": data["files"] | {file: "another"}})
 
 
-def test_without_studies_the_reason_stands_for_the_figures(cell: Any) -> None:
-    made = cell()
-    made.folder.mkdir(parents=True)
-    write_record(made.folder, status="running", config={"seed": 1})
-    assert [(drawn.name, drawn.reason) for drawn in specialization_drawings(load_runs([made.folder]))] == [
+def test_without_a_study_the_report_gives_the_reason_instead_of_figures(cell: Any) -> None:
+    small_cell = cell()
+    small_cell.folder.mkdir(parents=True)
+    write_record(small_cell.folder, status="running", config={"seed": 1})
+    assert [(drawn.name, drawn.reason) for drawn in specialization_drawings(load_runs([small_cell.folder]))] == [
         ("specialization", "no run has a specialization.json: run python -m moe.specialization FOLDER")
     ]
 
 
-def test_a_command_that_cannot_be_done_is_refused_in_one_line(tmp_path: Path, capsys: Any) -> None:
+def test_a_wrong_command_gets_a_one_line_error(tmp_path: Path, capsys: Any) -> None:
     assert main([str(tmp_path / "nowhere")]) == 2
     assert main([str(tmp_path), "--blocks", "0"]) == 2
     assert "--blocks 0: must be at least 1" in capsys.readouterr().err
