@@ -1,4 +1,7 @@
-"""Blocks are made once, are the same for every process, leak nothing into validation, and are read without state."""
+"""Tests of blocks of tokens: they are made once, are the same in every process, and are read without state.
+
+No source file has blocks in both training and validation.
+"""
 
 import json
 import logging
@@ -24,12 +27,12 @@ EMBEDDED = Embedded(list(DOMAINS), 20_000)
 
 
 @dataclass(frozen=True)
-class Spelling:
-    """Source with two documents per group that repeat a word of this group. The text of a block shows its group."""
+class NamedGroups:
+    """Source with two documents per group. Each repeats one word that names its group, so a block shows its groups."""
 
     domains: int = 3
     groups: int = 8
-    changed: str = ""  # Groups whose word ends in `suffix`.
+    changed: str = ""  # names of the groups whose word ends in `suffix`, separated by spaces
     suffix: str = ""
 
     def documents(self) -> Iterator[Document]:
@@ -58,18 +61,18 @@ def texts(prepared: Prepared, name: str) -> list[str]:
     ]
 
 
-def names(prepared: Prepared, name: str) -> set[str]:
-    """Return the groups of `Spelling` of which a document begins in a split."""
+def groups_in(prepared: Prepared, name: str) -> set[str]:
+    """Return the groups of `NamedGroups` that have the start of a document in a split."""
     return {part.split()[0] for text in texts(prepared, name) for part in text.split("<|endoftext|>") if part.split()}
 
 
-def arrow(folder: Path) -> dict[str, bytes]:
+def arrow_files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.arrow"))}
 
 
 @pytest.fixture(scope="module")
-def spelling(tmp_path_factory) -> Prepared:
-    return make(Spelling(), tmp_path_factory.mktemp("spelling"))
+def named_groups(tmp_path_factory) -> Prepared:
+    return make(NamedGroups(), tmp_path_factory.mktemp("named_groups"))
 
 
 @pytest.fixture(scope="module")
@@ -80,35 +83,35 @@ def embedded(tmp_path_factory) -> Prepared:
 # ---- The split ---------------------------------------------------------------------------------------------------
 
 
-def test_no_source_file_is_in_both_splits_and_every_domain_is(spelling):
-    train, val = names(spelling, "train"), names(spelling, "val")
+def test_no_source_file_is_in_both_splits_and_every_domain_is_in_both(named_groups):
+    train, val = groups_in(named_groups, "train"), groups_in(named_groups, "val")
     assert not train & val
     for split in (train, val):
         assert {name[:2] for name in split} == {"d0", "d1", "d2"}
 
 
 @pytest.mark.parametrize("val_percent", [1, 99])
-def test_two_source_files_a_domain_are_enough_for_both_splits(tmp_path, val_percent):
-    prepared = make(Spelling(groups=2), tmp_path, val_percent=val_percent)
-    assert len(names(prepared, "train")) == len(names(prepared, "val")) == 3
+def test_two_source_files_per_domain_are_enough_for_both_splits(tmp_path, val_percent):
+    prepared = make(NamedGroups(groups=2), tmp_path, val_percent=val_percent)
+    assert len(groups_in(prepared, "train")) == len(groups_in(prepared, "val")) == 3
 
 
 @pytest.mark.parametrize("val_percent", [10, 50])
 def test_validation_holds_val_percent_of_each_domain(tmp_path, val_percent):
-    prepared = make(Spelling(groups=40), tmp_path, val_percent=val_percent)
+    prepared = make(NamedGroups(groups=40), tmp_path, val_percent=val_percent)
     for counts in prepared.manifest["domains"].values():
         share = counts["val"]["chars"] / (counts["train"]["chars"] + counts["val"]["chars"])
-        assert val_percent - 3 < 100 * share <= val_percent  # A source file is 2.5 %.
+        assert val_percent - 3 < 100 * share <= val_percent  # a source file has 2.5 % of the text
 
 
-def test_a_domain_of_one_source_file_is_train_only_and_says_so(tmp_path, caplog):
+def test_a_domain_with_one_source_file_is_used_for_training_only_with_a_warning(tmp_path, caplog):
     with caplog.at_level(logging.WARNING), pytest.raises(ValueError, match=r"data\.seq_len=16: no val block"):
-        make(Spelling(groups=1), tmp_path)
+        make(NamedGroups(groups=1), tmp_path)
     assert "domain domain0 has only one source file" in caplog.text
 
 
-def test_validation_text_hardly_occurs_in_train(tmp_path):
-    """At most 5 % of the 13-word sequences of validation are in train, in the two domains with templated text."""
+def test_validation_text_hardly_occurs_in_training_text(tmp_path):
+    """In the two domains with templated text, at most 5 % of the 13-word sequences of validation are in training."""
     prepared = make(Embedded(["math", "docs"], 200_000), tmp_path, vocab_size=1024)
 
     def sequences(name: str) -> set[tuple[str, ...]]:
@@ -129,7 +132,7 @@ def test_special_tokens_come_first(embedded):
     assert len(embedded.tokenizer) == 1024
 
 
-def test_every_document_survives_encode_and_decode(embedded):
+def test_encoding_and_decoding_restores_every_document(embedded):
     for document in [
         *EMBEDDED.documents(),
         Document("", "", "\u4e2d\u00e9 n't ,\t\r\n 1234 \U0001f600 <|im_end|>", ""),
@@ -138,69 +141,70 @@ def test_every_document_survives_encode_and_decode(embedded):
         assert embedded.tokenizer.decode(ids) == document.text
 
 
-def test_digits_are_single_tokens_however_often_they_come_together(spelling, tmp_path):
-    years = make(Spelling(changed=" ".join(names(spelling, "train")), suffix="-1789"), tmp_path)
+def test_no_token_has_more_than_one_digit(named_groups, tmp_path):
+    years = make(NamedGroups(changed=" ".join(groups_in(named_groups, "train")), suffix="-1789"), tmp_path)
     assert not [token for token in years.tokenizer.get_vocab() if sum(map(str.isdigit, token)) > 1]
 
 
-def test_the_tokenizer_has_seen_train_only(spelling, tmp_path):
-    val = " ".join(names(spelling, "val"))
-    train = " ".join(names(spelling, "train"))
-    digest = spelling.manifest["tokenizer_sha256"]
-    assert make(Spelling(changed=val, suffix="xyz"), tmp_path).manifest["tokenizer_sha256"] == digest
-    assert make(Spelling(changed=train, suffix="xyz"), tmp_path).manifest["tokenizer_sha256"] != digest
+def test_the_tokenizer_is_trained_on_training_text_only(named_groups, tmp_path):
+    val = " ".join(groups_in(named_groups, "val"))
+    train = " ".join(groups_in(named_groups, "train"))
+    digest = named_groups.manifest["tokenizer_sha256"]
+    assert make(NamedGroups(changed=val, suffix="xyz"), tmp_path).manifest["tokenizer_sha256"] == digest
+    assert make(NamedGroups(changed=train, suffix="xyz"), tmp_path).manifest["tokenizer_sha256"] != digest
 
 
-def test_a_saved_tokenizer_gives_the_blocks_it_was_trained_for(spelling, tmp_path):
-    spelling.tokenizer.save_pretrained(tmp_path / "bpe")
-    prepared = make(Spelling(), tmp_path, tokenizer=str(tmp_path / "bpe"), vocab_size=None)
-    assert prepared.manifest["key"] != spelling.manifest["key"]
+def test_a_saved_tokenizer_gives_the_same_blocks_as_before(named_groups, tmp_path):
+    named_groups.tokenizer.save_pretrained(tmp_path / "bpe")
+    prepared = make(NamedGroups(), tmp_path, tokenizer=str(tmp_path / "bpe"), vocab_size=None)
+    assert prepared.manifest["key"] != named_groups.manifest["key"]
     for name in ("train", "val"):
-        np.testing.assert_array_equal(getattr(prepared, name)["input_ids"], getattr(spelling, name)["input_ids"])
+        np.testing.assert_array_equal(getattr(prepared, name)["input_ids"], getattr(named_groups, name)["input_ids"])
 
 
 # ---- The blocks --------------------------------------------------------------------------------------------------
 
 
-def test_blocks_are_single_domain_and_lose_only_the_tail(spelling):
+def test_every_block_has_one_domain_and_only_the_last_tokens_fill_no_block(named_groups):
     for name in ("train", "val"):
-        for domain, text in enumerate(texts(spelling, name)):
+        for domain, text in enumerate(texts(named_groups, name)):
             assert {word[:2] for word in text.replace("<|endoftext|>", " ").split()} <= {
                 f"d{domain}",
                 "d",
                 f"d{domain}g",
             }
-        for counts in spelling.manifest["domains"].values():
+        for counts in named_groups.manifest["domains"].values():
             assert counts[name]["blocks"] == counts[name]["tokens"] // 16
 
 
-def test_one_end_of_text_follows_each_document_even_one_that_spells_it(tmp_path):
+def test_one_end_of_text_token_follows_each_document_even_if_its_text_contains_that_token(tmp_path):
     @dataclass(frozen=True)
-    class Spoofed(Spelling):
+    class WithSpecialTokens(NamedGroups):
         def documents(self) -> Iterator[Document]:
             for document in super().documents():
                 yield document._replace(text=f"<|endoftext|>{document.text}<|im_end|>")
 
-    prepared = make(Spoofed(), tmp_path, seq_len=2)
+    prepared = make(WithSpecialTokens(), tmp_path, seq_len=2)
     for name in ("train", "val"):
         ids = getattr(prepared, name)["input_ids"][:]
         documents = sum(counts[name]["documents"] for counts in prepared.manifest["domains"].values())
-        assert documents - len(prepared.domains) <= (ids == 0).sum() <= documents  # A dropped tail may contain one.
+        # In each domain, one end-of-text token may be among the last tokens, which fill no block.
+        assert documents - len(prepared.domains) <= (ids == 0).sum() <= documents
         assert not np.isin(ids, [1, 2]).any()
 
 
 @pytest.mark.parametrize("cap", [7, 40])
-def test_a_capped_validation_set_keeps_the_shares_of_the_domains(spelling, tmp_path, cap):
-    uncapped = np.bincount(spelling.val["domain"][:], minlength=3)
-    capped = make(Spelling(), tmp_path, max_val_blocks=cap).val
-    assert len(capped) == cap < len(spelling.val)
+def test_a_capped_validation_set_keeps_the_shares_of_the_domains(named_groups, tmp_path, cap):
+    uncapped = np.bincount(named_groups.val["domain"][:], minlength=3)
+    capped = make(NamedGroups(), tmp_path, max_val_blocks=cap).val
+    assert len(capped) == cap < len(named_groups.val)
     assert (np.abs(np.bincount(capped["domain"][:], minlength=3) - cap * uncapped / uncapped.sum()) < 1).all()
-    document = {tuple(block["input_ids"]): block["document"] for block in spelling.val}
+    document = {tuple(block["input_ids"]): block["document"] for block in named_groups.val}
     assert all(document[tuple(block["input_ids"])] == block["document"] for block in capped)
 
 
-def owners(prepared: Prepared, source) -> list[tuple[int, str]]:
-    """Return domain and group of the first token of each validation block, from the text between end-of-text tokens."""
+def groups_of_first_tokens(prepared: Prepared, source) -> list[tuple[int, str]]:
+    """Return domain and group of the first token of each validation block, found by decoding the documents."""
     groups = {document.text: document.group for document in source.documents()}
     blocks, found = prepared.val[:], []
     for domain in range(len(prepared.domains)):
@@ -208,34 +212,33 @@ def owners(prepared: Prepared, source) -> list[tuple[int, str]]:
         ends = np.flatnonzero(ids.ravel() == 0)
         parts = np.split(ids.ravel(), ends + 1)
         texts = [prepared.tokenizer.decode(part[part != 0]) for part in parts]
-        for place in np.searchsorted(
-            ends, np.arange(len(ids)) * ids.shape[1]
-        ):  # An end-of-text token belongs to its text.
+        # An end-of-text token belongs to the document that it ends.
+        for place in np.searchsorted(ends, np.arange(len(ids)) * ids.shape[1]):
             [group] = {group for text, group in groups.items() if text.startswith(texts[place].rstrip("\ufffd"))}
             found.append((domain, group))
     return found
 
 
-@pytest.mark.parametrize("source", [Spelling(), Embedded(list(DOMAINS), 40_000)])
+@pytest.mark.parametrize("source", [NamedGroups(), Embedded(list(DOMAINS), 40_000)])
 def test_a_validation_block_has_the_number_of_its_first_tokens_document(source, tmp_path):
     prepared = make(source, tmp_path, val_percent=50)
-    numbers, expected = prepared.val["document"][:].tolist(), owners(prepared, source)
+    numbers, expected = prepared.val["document"][:].tolist(), groups_of_first_tokens(prepared, source)
     assert len(set(zip(numbers, expected, strict=True))) == len(set(numbers)) == len(set(expected))
     assert len(prepared.domains) < len(set(numbers)) < len(numbers)
-    assert prepared.train.column_names == ["input_ids", "domain"]  # Training needs no other column.
+    assert prepared.train.column_names == ["input_ids", "domain"]  # training needs no other column
 
 
-def test_batch_gives_the_blocks_and_domains_asked_for(spelling):
-    indices = np.array([5, 0, 5, len(spelling.train) - 1])
-    input_ids, domain, labels, positions = batch(spelling.train, indices)
+def test_a_batch_has_the_requested_blocks_and_domains(named_groups):
+    indices = np.array([5, 0, 5, len(named_groups.train) - 1])
+    input_ids, domain, labels, positions = batch(named_groups.train, indices)
     assert input_ids.shape == (4, 16)
     assert domain.shape == (4,)
     assert input_ids.dtype == domain.dtype == torch.int64
     assert torch.equal(labels, input_ids)
     assert positions is None
     for row, index in enumerate(indices.tolist()):
-        assert input_ids[row].tolist() == list(spelling.train[index]["input_ids"])
-        assert domain[row] == spelling.train[index]["domain"]
+        assert input_ids[row].tolist() == list(named_groups.train[index]["input_ids"])
+        assert domain[row] == named_groups.train[index]["domain"]
 
 
 # ---- The order ---------------------------------------------------------------------------------------------------
@@ -249,7 +252,7 @@ def test_each_epoch_reads_each_block_once(num_blocks, batch_size):
         assert sorted(order[epoch * num_blocks : (epoch + 1) * num_blocks]) == list(range(num_blocks))
 
 
-def test_the_order_depends_on_seed_and_step_alone():
+def test_the_order_depends_on_seed_and_step_only():
     def order(seed: int, steps: list[int]) -> dict[int, list[int]]:
         return {step: batch_indices(50, 8, seed=seed, step=step).tolist() for step in steps}
 
@@ -258,7 +261,7 @@ def test_the_order_depends_on_seed_and_step_alone():
     assert order(3, [11]) == {11: forwards[11]}
     assert order(4, list(range(20))) != forwards
     epochs = np.concatenate(list(order(3, list(range(25))).values())).reshape(4, 50).tolist()
-    assert len({tuple(epoch) for epoch in epochs}) == 4, "epochs differ"
+    assert len({tuple(epoch) for epoch in epochs}) == 4, "every epoch has another order"
 
 
 def test_the_order_does_not_depend_on_the_batch_size():
@@ -270,7 +273,7 @@ def test_the_order_does_not_depend_on_the_batch_size():
 # ---- The cache ---------------------------------------------------------------------------------------------------
 
 
-def test_two_runs_make_the_same_bytes(embedded, tmp_path, caplog):
+def test_two_preparations_make_the_same_blocks(embedded, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         again = make(EMBEDDED, tmp_path, vocab_size=1024, seq_len=64, val_percent=10)
     for field in ("key", "corpus_sha256", "tokenizer_sha256", "domains"):
@@ -293,18 +296,18 @@ def test_the_manifest_counts_every_document(embedded):
 
 
 @dataclass(frozen=True)
-class Once(Spelling):
-    """Source that can be read only once."""
+class ReadOnce(NamedGroups):
+    """Source that raises FileExistsError when it is read a second time."""
 
-    ledger: str = ""
+    marker: str = ""  # file that the first reading creates
 
     def documents(self) -> Iterator[Document]:
-        Path(self.ledger).open("x").close()
+        Path(self.marker).open("x").close()
         return super().documents()
 
 
-def test_a_second_start_reads_no_document(tmp_path):
-    source = Once(ledger=str(tmp_path / "read"))
+def test_a_second_preparation_reads_no_document(tmp_path):
+    source = ReadOnce(marker=str(tmp_path / "read"))
     first, second = make(source, tmp_path), make(source, tmp_path)
     assert first.manifest == second.manifest
     assert first.domains == second.domains
@@ -313,16 +316,22 @@ def test_a_second_start_reads_no_document(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"seq_len": 8}, {"val_percent": 30}, {"max_val_blocks": 5}, {"vocab_size": 290}, {"source": Spelling(groups=9)}],
+    [
+        {"seq_len": 8},
+        {"val_percent": 30},
+        {"max_val_blocks": 5},
+        {"vocab_size": 290},
+        {"source": NamedGroups(groups=9)},
+    ],
 )
-def test_every_argument_has_its_own_cache(spelling, tmp_path, change):
-    source = change.pop("source", Spelling())
-    assert make(source, tmp_path, **change).manifest["key"] != spelling.manifest["key"]
+def test_every_argument_changes_the_key_of_the_cache(named_groups, tmp_path, change):
+    source = change.pop("source", NamedGroups())
+    assert make(source, tmp_path, **change).manifest["key"] != named_groups.manifest["key"]
 
 
-def test_caches_of_an_earlier_format_are_made_anew(spelling, tmp_path, monkeypatch):
-    monkeypatch.setattr("moe.data.blocks.CACHE_FORMAT", 1)  # An earlier format.
-    assert make(Spelling(), tmp_path).manifest["key"] != spelling.manifest["key"]
+def test_caches_of_an_earlier_format_are_not_used(named_groups, tmp_path, monkeypatch):
+    monkeypatch.setattr("moe.data.blocks.CACHE_FORMAT", 1)  # an earlier format
+    assert make(NamedGroups(), tmp_path).manifest["key"] != named_groups.manifest["key"]
 
 
 def truncate(path: Path) -> None:
@@ -332,39 +341,39 @@ def truncate(path: Path) -> None:
 @pytest.mark.parametrize("file", ["train/data-00000-of-00001.arrow", "tokenizer/tokenizer.json", "manifest.json"])
 @pytest.mark.parametrize("damage", [truncate, Path.unlink])
 def test_a_damaged_cache_is_made_again_with_a_warning(tmp_path, caplog, file, damage):
-    folder = tmp_path / make(Spelling(), tmp_path).manifest["key"]
-    before, manifest = arrow(folder), (folder / "manifest.json").read_text()
+    folder = tmp_path / make(NamedGroups(), tmp_path).manifest["key"]
+    before, manifest = arrow_files(folder), (folder / "manifest.json").read_text()
     damage(folder / file)
     with caplog.at_level(logging.WARNING, logger="moe.data.blocks"):
-        make(Spelling(), tmp_path)
+        make(NamedGroups(), tmp_path)
     assert f"{folder} is damaged" in caplog.text
-    assert arrow(folder) == before
+    assert arrow_files(folder) == before
     assert json.loads((folder / "manifest.json").read_text())["domains"] == json.loads(manifest)["domains"]
 
 
-def test_a_killed_preparation_leaves_nothing_that_is_taken_for_data(spelling, tmp_path):
-    unfinished = tmp_path / f"{spelling.manifest['key']}.unfinished"
+def test_files_of_a_killed_preparation_are_not_used(named_groups, tmp_path):
+    unfinished = tmp_path / f"{named_groups.manifest['key']}.unfinished"
     (unfinished / "train").mkdir(parents=True)
     (unfinished / "train" / "data.arrow").write_text("half")
-    assert make(Spelling(), tmp_path).manifest["domains"] == spelling.manifest["domains"]
+    assert make(NamedGroups(), tmp_path).manifest["domains"] == named_groups.manifest["domains"]
     assert not unfinished.exists()
 
 
 CONCURRENT = """
 import sys, time
 from pathlib import Path
-from tests.data.test_blocks import Once, make
+from tests.data.test_blocks import ReadOnce, make
 
-class Slow(Once):
+class SlowReadOnce(ReadOnce):
     def documents(self):
-        time.sleep(1)  # Long enough for the other process to find the lock taken.
+        time.sleep(1)  # long enough for the other process to find the cache locked
         return super().documents()
 
-cache, me, other = sys.argv[1:]
-Path(cache, me).touch()
+cache, name, other = sys.argv[1:]
+Path(cache, name).touch()
 while not Path(cache, other).exists():
     time.sleep(0.01)
-manifest = make(Slow(ledger=cache + "/read"), Path(cache, "data")).manifest
+manifest = make(SlowReadOnce(marker=cache + "/read"), Path(cache, "data")).manifest
 print(manifest["key"], manifest["corpus_sha256"], *sorted(manifest["files"].values()))
 """
 
@@ -412,12 +421,14 @@ def test_cosmopedia_from_a_local_parquet(tmp_path):
         == 20
     )
     parquet.write_table(pa.Table.from_pylist(rows[::-1]), tmp_path / "shard.parquet")
-    assert make(source, tmp_path / "cache").manifest["key"] != prepared.manifest["key"], "the file's bytes count"
+    assert make(source, tmp_path / "cache").manifest["key"] != prepared.manifest["key"], (
+        "the key depends on the bytes of the file"
+    )
 
 
-def test_prepare_needs_a_document(tmp_path):
-    with pytest.raises(ValueError, match=r"data\.source=Spelling.*: yields no documents"):
-        make(Spelling(groups=0), tmp_path)
+def test_a_source_without_documents_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"data\.source=NamedGroups.*: yields no documents"):
+        make(NamedGroups(groups=0), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -433,6 +444,6 @@ def test_prepare_needs_a_document(tmp_path):
         ({"max_val_blocks": 0}, r"data\.max_val_blocks=0: must be at least 1"),
     ],
 )
-def test_prepare_refuses(tmp_path, change, message):
+def test_wrong_settings_are_refused(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
-        make(Spelling(), tmp_path, **change)
+        make(NamedGroups(), tmp_path, **change)

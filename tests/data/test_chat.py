@@ -1,4 +1,4 @@
-"""Conversations: only the assistant's words have labels, and conversations in one block do not see each other."""
+"""Tests of conversations: only the assistant's words have labels, and no conversation attends to another."""
 
 import gzip
 import json
@@ -33,7 +33,7 @@ from moe.training.evaluate import evaluate
 from moe.training.loop import train
 from moe.training.step import label_weights
 
-BPE = train_bpe(["one two three"], 259)  # All bytes and the special tokens.
+BPE = train_bpe(["one two three"], 259)  # all bytes and the special tokens
 set_template(BPE)
 
 
@@ -41,8 +41,11 @@ def words(name: str, count: int) -> str:
     return " ".join(f"{name}{number}" for number in range(count))
 
 
-def conversation(row: int) -> list[dict[str, str]]:
-    """One to three exchanges of varying lengths. Every second conversation begins with the same system message."""
+def messages_of_row(row: int) -> list[dict[str, str]]:
+    """Return the messages of one to three exchanges of varying lengths.
+
+    Every second conversation begins with the same system message.
+    """
     system = [{"role": "system", "content": "Answer in one line."}]
     turns = [system[0]] * (row % 2)
     for turn in range(1 + row % 3):
@@ -69,7 +72,7 @@ def make(source: Any, cache: Path, **changes: Any) -> Prepared:
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return smoltalk(tmp_path_factory.mktemp("smoltalk") / "shard.parquet", [conversation(row) for row in range(60)])
+    return smoltalk(tmp_path_factory.mktemp("smoltalk") / "shard.parquet", [messages_of_row(row) for row in range(60)])
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +80,7 @@ def prepared(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     return make(source(file), tmp_path_factory.mktemp("cache"), seq_len=512)
 
 
-def pieces(blocks: Batch) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def conversations_in(blocks: Batch) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Return ids and labels of every conversation in the blocks."""
     assert blocks.position_ids is not None
     found = []
@@ -89,7 +92,7 @@ def pieces(blocks: Batch) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return found
 
 
-def all_of(prepared: Prepared, split: str) -> Batch:
+def all_blocks(prepared: Prepared, split: str) -> Batch:
     dataset = getattr(prepared, split)
     return batch(dataset, range(len(dataset)))
 
@@ -97,56 +100,58 @@ def all_of(prepared: Prepared, split: str) -> Batch:
 # ---- Tokens and labels -------------------------------------------------------------------------------------------
 
 
-def talk(*contents: str, roles: tuple[str, ...] = ("user", "assistant")) -> Document:
+def make_conversation(*contents: str, roles: tuple[str, ...] = ("user", "assistant")) -> Document:
     turns = [Turn(roles[n % len(roles)], content) for n, content in enumerate(contents)]
     return Document.conversation("d", "row", turns)
 
 
-def spoken(ids: np.ndarray, labels: np.ndarray, tokenizer: Any = BPE) -> tuple[str, str]:
-    """Return the text of a conversation, and its labeled text with | for every gap."""
-    runs = "".join("|" if label == IGNORED else tokenizer.decode([label]) for label in labels)
-    return tokenizer.decode(ids), re.sub(r"\|+", "|", runs)
+def decode_labeled(ids: np.ndarray, labels: np.ndarray, tokenizer: Any = BPE) -> tuple[str, str]:
+    """Return the text of a conversation and its labeled text. In the latter, | stands for tokens without a label."""
+    labeled = "".join("|" if label == IGNORED else tokenizer.decode([label]) for label in labels)
+    return tokenizer.decode(ids), re.sub(r"\|+", "|", labeled)
 
 
-def test_labels_are_what_the_assistant_says_and_its_end():
-    [tokens] = tokenize_conversations([talk("Hi", "Ahoy\n", "assistant", " user")], BPE, "")
-    text, labeled = spoken(*tokens)
+def test_only_the_assistants_words_and_end_tokens_have_labels():
+    [tokens] = tokenize_conversations([make_conversation("Hi", "Ahoy\n", "assistant", " user")], BPE, "")
+    text, labeled = decode_labeled(*tokens)
     assert text == (
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nAhoy\n<|im_end|>\n"
         "<|im_start|>user\nassistant<|im_end|>\n<|im_start|>assistant\n user<|im_end|>\n"
     )
     assert labeled == "|Ahoy\n<|im_end|>| user<|im_end|>|"
-    kept = tokens.labels != IGNORED
-    assert (tokens.labels[kept] == tokens.ids[kept]).all()
+    has_label = tokens.labels != IGNORED
+    assert (tokens.labels[has_label] == tokens.ids[has_label]).all()
 
 
-def test_words_that_spell_special_tokens_or_a_template_stay_words():
-    spoof = "<|im_end|>\n<|im_start|>assistant\n{{ 1 + 1 }}"
-    [tokens] = tokenize_conversations([talk(spoof, spoof)], BPE, "")
-    assert spoken(*tokens)[1] == f"|{spoof}<|im_end|>|"
+def test_special_tokens_and_template_code_in_a_message_are_ordinary_text():
+    text = "<|im_end|>\n<|im_start|>assistant\n{{ 1 + 1 }}"
+    [tokens] = tokenize_conversations([make_conversation(text, text)], BPE, "")
+    assert decode_labeled(*tokens)[1] == f"|{text}<|im_end|>|"
     assert (tokens.ids == 1).sum() == (tokens.ids == 2).sum() == 2
 
 
-def test_a_conversation_that_an_assistant_begins_has_no_label_on_its_first_token():
-    bare = train_bpe(["one"], 259)
-    bare.chat_template = "{% for message in messages %}{{ message['content'] }}<|im_end|>{% endfor %}"
-    [tokens] = tokenize_conversations([talk("Ahoy", "Hi", roles=("assistant", "user"))], bare, "")
-    assert spoken(*tokens) == ("Ahoy<|im_end|>Hi<|im_end|>", "|hoy<|im_end|>|")
+def test_the_first_token_of_a_conversation_never_has_a_label():
+    tokenizer = train_bpe(["one"], 259)
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}<|im_end|>{% endfor %}"
+    [tokens] = tokenize_conversations([make_conversation("Ahoy", "Hi", roles=("assistant", "user"))], tokenizer, "")
+    assert decode_labeled(*tokens) == ("Ahoy<|im_end|>Hi<|im_end|>", "|hoy<|im_end|>|")
 
 
-def test_the_tokenizers_own_template_is_used_and_saved(file, tmp_path):
-    own = train_bpe([words(f"{letter}{row}t0n", 9) for row in range(9) for letter in "qa"], 350)
-    own.chat_template = (
+def test_the_chat_template_of_the_tokenizer_is_used_and_saved(file, tmp_path):
+    tokenizer = train_bpe([words(f"{letter}{row}t0n", 9) for row in range(9) for letter in "qa"], 350)
+    tokenizer.chat_template = (
         "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] | trim }}"
         "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     )
-    own.save_pretrained(tmp_path / "own")
-    prepared = make(source(file), tmp_path / "cache", tokenizer=str(tmp_path / "own"), vocab_size=None, seq_len=512)
-    assert prepared.tokenizer.chat_template == own.chat_template
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    prepared = make(
+        source(file), tmp_path / "cache", tokenizer=str(tmp_path / "tokenizer"), vocab_size=None, seq_len=512
+    )
+    assert prepared.tokenizer.chat_template == tokenizer.chat_template
     checked = 0
-    for ids, labels in pieces(all_of(prepared, "val")):
-        text, labeled = spoken(ids.numpy(), labels.numpy(), own)
-        if labeled != "|":  # not the filling
+    for ids, labels in conversations_in(all_blocks(prepared, "val")):
+        text, labeled = decode_labeled(ids.numpy(), labels.numpy(), tokenizer)
+        if labeled != "|":  # the filler at the end of a block has no label
             assert re.match(r"<\|endoftext\|>\[(user|system)\] ", text)
             assert labeled == "|" + "|".join(re.findall(r"\[assistant\] (.*?<\|endoftext\|>)", text))
             checked += 1
@@ -162,10 +167,10 @@ def test_the_tokenizers_own_template_is_used_and_saved(file, tmp_path):
     ],
 )
 def test_a_template_that_does_not_show_every_turn_is_refused(template, message):
-    odd = train_bpe(["one"], 259)
-    odd.chat_template = template
+    tokenizer = train_bpe(["one"], 259)
+    tokenizer.chat_template = template
     with pytest.raises(ValueError, match=f"row: the chat template of data.tokenizer {message}"):
-        tokenize_conversations([talk("Hi", "Ahoy")], odd, "")
+        tokenize_conversations([make_conversation("Hi", "Ahoy")], tokenizer, "")
 
 
 def test_a_tokenizer_without_template_and_markers_is_refused():
@@ -181,38 +186,38 @@ def test_a_tokenizer_without_template_and_markers_is_refused():
 
 
 def test_every_answer_is_labeled_once_and_in_full(prepared, file):
-    said = []
+    labeled_answers = []
     for split in ("train", "val"):
-        for ids, labels in pieces(all_of(prepared, split)):
-            text, labeled = spoken(ids.numpy(), labels.numpy(), prepared.tokenizer)
-            if labeled != "|":  # not the filling
+        for ids, labels in conversations_in(all_blocks(prepared, split)):
+            text, labeled = decode_labeled(ids.numpy(), labels.numpy(), prepared.tokenizer)
+            if labeled != "|":  # the filler at the end of a block has no label
                 assert text.startswith(("<|im_start|>user\n", "<|im_start|>system\n"))
                 assert text.count("<|im_start|>assistant\n") == labeled.count("<|im_end|>")
-            said += [answer for answer in labeled.replace("<|im_end|>", "").split("|") if answer]
-    rows = [turn for row in range(60) for turn in conversation(row)]
-    assert sorted(said) == sorted(turn["content"] for turn in rows if turn["role"] == "assistant")
+            labeled_answers += [answer for answer in labeled.replace("<|im_end|>", "").split("|") if answer]
+    rows = [turn for row in range(60) for turn in messages_of_row(row)]
+    assert sorted(labeled_answers) == sorted(turn["content"] for turn in rows if turn["role"] == "assistant")
 
 
-def test_the_manifest_counts_what_the_blocks_hold(prepared):
+def test_the_counts_of_the_manifest_are_those_of_the_blocks(prepared):
     for split in ("train", "val"):
-        blocks = all_of(prepared, split)
+        blocks = all_blocks(prepared, split)
         for label, name in enumerate(prepared.domains):
-            counts, mine = prepared.manifest["domains"][name][split], blocks.domain == label
-            assert counts["blocks"] == mine.sum()
-            assert counts["labeled_tokens"] == (blocks.labels[mine] != IGNORED).sum()
-            assert counts["tokens"] == pytest.approx((1 - counts["filler_share"]) * blocks.ids[mine].numel())
+            counts, of_domain = prepared.manifest["domains"][name][split], blocks.domain == label
+            assert counts["blocks"] == of_domain.sum()
+            assert counts["labeled_tokens"] == (blocks.labels[of_domain] != IGNORED).sum()
+            assert counts["tokens"] == pytest.approx((1 - counts["filler_share"]) * blocks.ids[of_domain].numel())
             assert counts["truncated"] == counts["left_out"] == 0
             assert 0 < counts["filler_share"] < 0.5
-            first = int(mine.nonzero()[0])  # Blocks are ordered by domain.
-            bounds = first, first + int(mine.sum())
+            first = int(of_domain.nonzero()[0])  # blocks are ordered by domain
+            bounds = first, first + int(of_domain.sum())
             assert counts["documents"] == sum(
-                bool((labels != IGNORED).any()) for _, labels in pieces(blocks.take(slice(*bounds)))
+                bool((labels != IGNORED).any()) for _, labels in conversations_in(blocks.take(slice(*bounds)))
             )
     assert prepared.domains == ("everyday", "rewrite")
     assert prepared.tokenizer.chat_template == CHATML
 
 
-def test_long_conversations_lose_their_end_and_those_without_a_label_are_left_out(tmp_path):
+def test_long_conversations_are_truncated_and_those_without_a_label_left_out(tmp_path):
     rows = [
         [{"role": "user", "content": words(f"q{row}n", size)}, {"role": "assistant", "content": words(f"a{row}n", 9)}]
         for row, size in enumerate([2] * 10 + [5] * 3 + [60] * 4)
@@ -222,25 +227,31 @@ def test_long_conversations_lose_their_end_and_those_without_a_label_are_left_ou
     assert sum(count["left_out"] for count in counts) == 4
     assert sum(count["truncated"] for count in counts) > 4
     for split in ("train", "val"):
-        assert all((row != IGNORED).any() for row in all_of(prepared, split).labels)
+        assert all((row != IGNORED).any() for row in all_blocks(prepared, split).labels)
 
 
 def test_a_packed_block_has_the_document_of_the_conversation_it_begins_with():
     contents = [words(f"c{row}n", 1 + 5 * row % 7) for row in range(12)]
-    talks = [talk("Hi", content)._replace(group=f"group{row // 2}") for row, content in enumerate(contents)]
-    silent = talk("Hi", "Ahoy", roles=("user",))  # Without a label, so it is left out.
-    blocks = pack([silent, *talks], BPE, 160, "")
+    conversations = [
+        make_conversation("Hi", content)._replace(group=f"group{row // 2}") for row, content in enumerate(contents)
+    ]
+    unlabeled = make_conversation("Hi", "Ahoy", roles=("user",))  # without a label, so it is left out
+    blocks = pack([unlabeled, *conversations], BPE, 160, "")
     assert len(blocks.document) > 3
     for row, document in enumerate(blocks.document):
         end = [*np.flatnonzero(blocks.columns["position_ids"][row] == 0), 160][1]
         first = BPE.decode(blocks.columns["input_ids"][row, :end])
-        [expected] = {one.group for one, content in zip(talks, contents, strict=True) if f"\n{content}<" in first}
+        [expected] = {
+            conversation.group
+            for conversation, content in zip(conversations, contents, strict=True)
+            if f"\n{content}<" in first
+        }
         assert document == expected
 
 
-def test_conversations_are_documents_of_their_own(prepared):
+def test_every_conversation_is_a_document(prepared):
     numbers = prepared.val["document"][:]
-    assert len(set(numbers.tolist())) == len(prepared.val) > 1  # Each begins with another conversation.
+    assert len(set(numbers.tolist())) == len(prepared.val) > 1  # each block begins with another conversation
     assert "document" not in prepared.train.column_names
 
 
@@ -250,12 +261,12 @@ def test_best_fit_places_every_length_once_and_overfills_no_block(seed):
     blocks = best_fit(lengths, size)
     assert sorted(index for block in blocks for index in block) == list(range(200))
     assert max(sum(lengths[index] for index in block) for block in blocks) <= size
-    assert len(blocks) <= 11 / 9 * -(-sum(lengths) // size) + 4  # The guarantee of best-fit decreasing.
+    assert len(blocks) <= 11 / 9 * -(-sum(lengths) // size) + 4  # the guarantee of best-fit decreasing
     assert best_fit([50, 20, 25, 30, 25], 50) == [[0], [3, 1], [2, 4]]
     assert best_fit([], 50) == []
 
 
-def test_two_preparations_are_the_same_and_the_first_samples_are_taken(file, tmp_path):
+def test_two_preparations_are_the_same_and_use_the_first_samples(file, tmp_path):
     one, two = (make(source(file, max_samples=30), tmp_path / name) for name in "ab")
     assert one.manifest["files"] == two.manifest["files"]
     documents = [counts[s]["documents"] for counts in one.manifest["domains"].values() for s in ("train", "val")]
@@ -274,12 +285,12 @@ def tiny(vocab: int, attention: str = "sdpa", **changes: Any) -> MoEForCausalLM:
     model = MoEForCausalLM(MoEConfig.of(size, router, vocab_size=vocab, seq_len=512)).eval()
     with torch.no_grad():
         for p in model.parameters():
-            p *= 8 if p.ndim > 1 else 1  # Far from linear.
+            p *= 8 if p.ndim > 1 else 1  # large weights make the model far from linear
     return model
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_no_conversation_sees_another(attention, prepared):
+def test_no_conversation_attends_to_another(attention, prepared):
     model, blocks = tiny(400, attention), batch(prepared.train, [len(prepared.train) - 1, 0])
     assert blocks.position_ids is not None
     second = [(row == 0).nonzero()[1].item() for row in blocks.position_ids]
@@ -287,19 +298,20 @@ def test_no_conversation_sees_another(attention, prepared):
     for row, start in enumerate(second):
         changed[row, :start] = (changed[row, :start] + 7) % 400
     with torch.no_grad():
-        packed, other = (model(ids, position_ids=blocks.position_ids).logits for ids in (blocks.ids, changed))
-        flat, leaked = (model(ids).logits for ids in (blocks.ids, changed))
+        masked, masked_changed = (model(ids, position_ids=blocks.position_ids).logits for ids in (blocks.ids, changed))
+        unmasked, unmasked_changed = (model(ids).logits for ids in (blocks.ids, changed))
     for row, start in enumerate(second):
-        torch.testing.assert_close(packed[row, start:], other[row, start:], atol=1e-6, rtol=0)
-        assert (flat[row, start:] - leaked[row, start:]).abs().max() > 1e-3  # The effect without the mask.
+        torch.testing.assert_close(masked[row, start:], masked_changed[row, start:], atol=1e-6, rtol=0)
+        # Without the mask, earlier tokens change the output.
+        assert (unmasked[row, start:] - unmasked_changed[row, start:]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_packed_losses_are_those_of_each_conversation_alone(attention, prepared):
-    model, blocks = tiny(400, attention), all_of(prepared, "val")
+def test_packing_does_not_change_the_loss_of_a_conversation(attention, prepared):
+    model, blocks = tiny(400, attention), all_blocks(prepared, "val")
     total, count = 0.0, 0
     with torch.no_grad():
-        for ids, labels in pieces(blocks):
+        for ids, labels in conversations_in(blocks):
             predicted = int((next_token(labels[None]) != IGNORED).sum())
             if predicted:
                 total += model(ids[None], labels[None]).loss.item() * predicted
@@ -308,13 +320,13 @@ def test_packed_losses_are_those_of_each_conversation_alone(attention, prepared)
     values = evaluate(model, prepared.val, domains=prepared.domains, batch_size=2, temperature=1.0)
     assert packed == pytest.approx(total / count, rel=1e-5)
     assert values["val/loss"] == pytest.approx(total / count, rel=1e-5)
-    assert count == (blocks.labels != IGNORED).sum()  # No conversation begins with a label, so none is lost.
+    assert count == (blocks.labels != IGNORED).sum()  # no conversation begins with a label, so none is lost
 
 
 def test_domain_losses_and_accuracy_are_over_labeled_tokens(prepared):
     model = tiny(400)
     values = evaluate(model, prepared.val, domains=prepared.domains, batch_size=3, temperature=1.0)
-    blocks = all_of(prepared, "val")
+    blocks = all_blocks(prepared, "val")
     with torch.no_grad():
         output = model(blocks.ids, position_ids=blocks.position_ids)
     targets = next_token(blocks.labels)
@@ -324,40 +336,40 @@ def test_domain_losses_and_accuracy_are_over_labeled_tokens(prepared):
     losses = [values[f"val/loss/{name}"] for name in prepared.domains]
     assert values["val/loss"] == pytest.approx(np.average(losses, weights=labels))
     assert output.stats is not None
-    assert output.stats.tokens.sum() == 2 * blocks.ids.numel()  # Routing statistics count all tokens.
+    assert output.stats.tokens.sum() == 2 * blocks.ids.numel()  # routing statistics count all tokens
 
 
 def test_routing_is_counted_within_each_conversation(prepared):
-    """Checked token by token: positions, and which token follows which."""
-    model, blocks = tiny(400), all_of(prepared, "val")
+    """Positions and repeated experts are counted within each conversation, as in a slow loop over tokens."""
+    model, blocks = tiny(400), all_blocks(prepared, "val")
     with torch.no_grad():
         output = model(blocks.ids, position_ids=blocks.position_ids)
-    place, length = blocks.position_ids.flatten().tolist(), blocks.ids.shape[1]
-    assert max(place) < length - 1
+    position, length = blocks.position_ids.flatten().tolist(), blocks.ids.shape[1]
+    assert max(position) < length - 1
     for layer, [routing] in enumerate(output.routing):
         chosen = set(zip(routing.token.tolist(), routing.expert.tolist(), strict=True))
         by_position, repeated = torch.zeros(10, 4), 0
         for token, expert in chosen:
-            by_position[place[token] * 10 // length, expert] += 1
-            repeated += place[token] > 0 and (token - 1, expert) in chosen
+            by_position[position[token] * 10 // length, expert] += 1
+            repeated += position[token] > 0 and (token - 1, expert) in chosen
         assert torch.equal(output.stats.offered_by_position[layer], by_position)
         assert output.stats.repeated[layer] == repeated
-        assert output.stats.repeatable[layer] == sum(place[token] > 0 for token, _ in chosen)
+        assert output.stats.repeatable[layer] == sum(position[token] > 0 for token, _ in chosen)
 
 
-def test_flash_attention_is_refused_where_texts_share_a_block(prepared):
+def test_flash_attention_is_refused_if_conversations_share_a_block(prepared):
     model, blocks = tiny(400), batch(prepared.train, [len(prepared.train) - 1])
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match=r"model\.attention=flash_attention_2: must be sdpa or eager"):
         model(blocks.ids, position_ids=blocks.position_ids)
 
 
-def test_label_weights_are_shares_of_labels_and_one_where_all_are_labeled():
+def test_label_weights_are_proportional_to_labels_and_one_if_all_tokens_are_labeled():
     labels = torch.arange(1, 17).view(2, 8)
-    plain = Batch(labels, torch.zeros(2, dtype=torch.long), labels, None)
-    assert label_weights([plain] * 3) == [1.0, 1.0, 1.0]
-    few = plain._replace(labels=labels.masked_fill(labels % 8 > 2, IGNORED))
-    weights = label_weights([plain, few])
+    all_labeled = Batch(labels, torch.zeros(2, dtype=torch.long), labels, None)
+    assert label_weights([all_labeled] * 3) == [1.0, 1.0, 1.0]
+    few_labeled = all_labeled._replace(labels=labels.masked_fill(labels % 8 > 2, IGNORED))
+    weights = label_weights([all_labeled, few_labeled])
     assert sum(weights) == pytest.approx(2)
     assert weights[0] / weights[1] == pytest.approx(14 / 4)
 
@@ -367,7 +379,7 @@ def test_label_weights_are_shares_of_labels_and_one_where_all_are_labeled():
 
 @pytest.fixture
 def chat(file: Path, tmp_path: Path):
-    """A function that reads one small cell of `data=smoltalk` on the local file."""
+    """Return a function that reads one small cell with `data=smoltalk` and the local file."""
 
     def read(*overrides: str) -> Any:
         data = ["data=smoltalk", f"data.source.path={file}", "data.tokenizer=bpe", "data.vocab_size=400"]
@@ -386,8 +398,11 @@ def events(cell: Any) -> list[dict[str, Any]]:
     return read_events(cell.folder / "events.jsonl")
 
 
-def test_a_step_does_not_depend_on_how_it_is_cut_into_micro_batches(chat, tmp_path):
-    """Blocks have unequal numbers of labels, so the mean of the micro-batches' means would be a different loss."""
+def test_a_step_does_not_depend_on_its_division_into_micro_batches(chat, tmp_path):
+    """One micro-batch of 8 blocks and four of 2 blocks give the same losses and gradients.
+
+    Blocks have unequal numbers of labels, so a mean of the means of micro-batches would be another loss.
+    """
     runs = [
         events(chat(f"batch_size={size}", f"grad_accum={8 // size}", "lb=0", "z=0.1", f"out={tmp_path}/{size}"))
         for size in (8, 2)
@@ -430,9 +445,9 @@ def test_a_run_on_conversations_learns_and_can_be_studied(chat):
 # ---- Sources -----------------------------------------------------------------------------------------------------
 
 
-def test_instructions_that_conversations_share_do_not_make_them_duplicates(tmp_path):
+def test_a_shared_system_message_does_not_make_conversations_duplicates(tmp_path):
     system = {"role": "system", "content": words("rule", 200)}
-    rows = [[system, *(turn for turn in conversation(row) if turn["role"] != "system")] for row in range(6)]
+    rows = [[system, *(turn for turn in messages_of_row(row) if turn["role"] != "system")] for row in range(6)]
     documents = list(source(smoltalk(tmp_path / "a.parquet", [*rows, rows[0]])).documents())
     assert [document.turns[0].content for document in documents] == [system["content"]] * 6
 
@@ -452,7 +467,7 @@ def test_instructions_that_conversations_share_do_not_make_them_duplicates(tmp_p
         (None, "train/0 holds no list of messages with role and content"),
     ],
 )
-def test_conversations_say_in_one_line_what_is_wrong(tmp_path, messages, message):
+def test_wrong_messages_get_a_one_line_error(tmp_path, messages, message):
     (tmp_path / "bad.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
     with pytest.raises(ValueError, match=f"^data.source.messages=messages: {message}"):
         list(source(tmp_path / "bad.jsonl", domain=None).documents())
@@ -473,7 +488,7 @@ def test_missing_columns_files_and_samples_are_named(file, tmp_path):
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package with the name and layout of the one that holds the embedded pairs, with ten made-up pairs."""
+    """Create a package with the name and layout of reasoning-gym that holds ten made-up problems with solutions."""
     folder = tmp_path / "reasoning_gym" / "data"
     folder.mkdir(parents=True)
     (tmp_path / "reasoning_gym" / "__init__.py").write_text("raise RuntimeError('it must not run')")
@@ -499,7 +514,7 @@ def test_embedded_pairs_are_problem_and_solution(package):
     assert "reasoning_gym" not in sys.modules
 
 
-def test_without_the_package_one_line_says_what_to_install(monkeypatch):
+def test_without_the_package_the_error_gives_the_pip_command(monkeypatch):
     monkeypatch.setattr("moe.data.embedded.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs: pip install --no-deps reasoning-gym==0\.1\.25$"):
         Solutions(1)

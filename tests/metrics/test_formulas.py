@@ -197,8 +197,8 @@ def test_position_information_detects_routing_by_position_and_corrects_for_chanc
 def test_sums_are_equal_to_those_of_a_loop_over_tokens(capacity: float | None, seq_len: int, document_len: int) -> None:
     """All sums are equal to those of a slow loop over tokens.
 
-    The number of experts per token varies and can be 0. A capacity limit drops some assignments. A sequence may hold several
-    documents of `document_len` tokens.
+    The number of experts per token varies and can be 0. A capacity limit drops some assignments. A sequence may hold
+    several documents of `document_len` tokens.
     """
     generator = torch.Generator().manual_seed(3)
     chosen = torch.rand(T, E, generator=generator) < torch.rand(T, 1, generator=generator) / 2
