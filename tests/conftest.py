@@ -1,4 +1,7 @@
-"""Shared by all tests: one thread, a small real corpus, and small configurations read as a user would write them."""
+"""Fixtures and settings for all tests: one thread, a small corpus of real text, and small configurations.
+
+The configurations are read from overrides, as on a command line.
+"""
 
 import json
 import os
@@ -24,7 +27,7 @@ from moe.launch import command_line
 
 torch.set_num_threads(1)
 
-OUT = Path("/out")  # stands for the folder of a test in cells that several tests use
+OUT = Path("/out")  # the folder of cached cells; the fixture `cell` replaces it by the folder of the test
 
 SMALL = """
     model.dim=32 model.heads=2 model.layers=2 model.ffn=32 model.num_experts=4 model.dense_ffn=64
@@ -34,12 +37,12 @@ SMALL = """
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--reliability", type=Path, help="with -m faults: the file to write what was survived to")
+    parser.addoption("--reliability", type=Path, help="with -m faults: write all faults and their results to this file")
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two domains of real text: Python's own help topics, by the first letter of their names."""
+    """Real text in two domains: the help topics of Python, divided by the first letters of their names."""
     path = tmp_path_factory.mktemp("corpus") / "topics.jsonl"
     rows = [{"text": text, "half": "early" if name < "d" else "late"} for name, text in sorted(topics.items())]
     path.write_text("\n".join(json.dumps(row) for row in rows))
@@ -48,7 +51,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def small(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Overrides that make any command small: tiny model, the test corpus, its own cache."""
+    """Overrides that make any command small: a tiny model, the test corpus, and a separate cache of the data."""
     cache = tmp_path_factory.mktemp("cache")
     data = ["data=text", f"data.source.paths=[{corpus}]", "data.source.column=text", "data.source.domain=half"]
     return [*data, f"data.cache={cache}", *SMALL]
@@ -56,7 +59,7 @@ def small(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture
 def finished_ablation(tmp_path: Path) -> Path:
-    """A folder of sweeps that holds the results of a small temperature ablation."""
+    """A folder with the results of a small sweep, the temperature ablation."""
     rows = ["run,status,router.temp,val/loss", "a,finished,1.5,4.0", "b,finished,1.5,4.1"]
     rows += ["c,finished,2.0,3.9", "d,finished,2.0,4.5"]
     (tmp_path / "temperature_ablation").mkdir()
@@ -66,7 +69,7 @@ def finished_ablation(tmp_path: Path) -> Path:
 
 @cache
 def read_small_cell(overrides: tuple[str, ...]) -> Cell:
-    """Compose a cell whose folder lies below `OUT`. Hydra takes half a second for it, so each is composed once."""
+    """Compose a cell whose folder is below `OUT`. Hydra takes half a second, so equal cells are composed only once."""
     cells = command_line.read_cells([f"out={OUT}", *overrides])
     assert cells is not None
     return cells[0]
@@ -74,7 +77,7 @@ def read_small_cell(overrides: tuple[str, ...]) -> Cell:
 
 @pytest.fixture
 def cell(small: list[str], tmp_path: Path):
-    """Return a function that reads one small cell of a command line; its folder lies in the test's own directory."""
+    """Return a function that reads one small cell from overrides. The cell's folder is in the folder of the test."""
 
     def read(*overrides: str) -> Cell:
         [out] = [word.removeprefix("out=") for word in overrides if word.startswith("out=")] or [str(tmp_path)]

@@ -96,7 +96,7 @@ def train_on_one_process(small: list[str], tmp_path_factory: pytest.TempPathFact
 def test_a_run_on_two_ranks_equals_a_run_on_one_except_for_rounding(
     layout: str, overrides: tuple[str, ...], small: list[str], train_on_one_process: Any, tmp_path: Path
 ) -> None:
-    if layout != "experts":  # left out with expert_parallel: each rank draws the dropout of its experts
+    if layout != "experts":  # not with expert_parallel, where each rank draws other random numbers for its experts
         overrides = (*overrides, "model.dropout=0.1")
     one = train_on_one_process(*overrides)
     done = run_command([*LAUNCH[layout], *small, *STEP, *overrides, f"out={tmp_path}"])
@@ -144,9 +144,9 @@ def test_a_sweep_on_two_ranks_skips_finished_cells(small: list[str], tmp_path: P
     runs = sorted(tmp_path.glob("*/*/run.json"))
     assert len(runs) == 2
     before = [path.stat().st_mtime_ns for path in runs]
-    again = run_command(words)
-    assert again.returncode == 0, again.stderr
-    assert again.stdout.count("skipped") == 2
+    repeated = run_command(words)
+    assert repeated.returncode == 0, repeated.stderr
+    assert repeated.stdout.count("skipped") == 2
     assert [path.stat().st_mtime_ns for path in runs] == before
 
 

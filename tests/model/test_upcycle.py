@@ -258,16 +258,16 @@ def test_gradient_checkpointing_changes_no_output_and_no_gradient(router: str, c
     config = cell(f"router={router}", "model.dropout=0.3", "capacity=1.0").config
     model = build_model(config, vocab_size=V).train()
     ids = torch.randint(0, V, (2, 16), generator=torch.Generator().manual_seed(1))
-    found = []
+    results = []
     for recompute in (False, True):
         model.model.recompute = recompute
         torch.manual_seed(5)
         output = model(ids, ids, knobs=Knobs.of(noise=0.5), capacity=1.0, orthogonality=True)
         (output.loss + sum(values.sum() for values in output.aux.values())).backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        found.append([output.logits, *output.stats, *output.aux.values(), *gradients])
+        results.append([output.logits, *output.stats, *output.aux.values(), *gradients])
         model.zero_grad()
-    for stored, recomputed in zip(*found, strict=True):
+    for stored, recomputed in zip(*results, strict=True):
         torch.testing.assert_close(recomputed, stored, rtol=0, atol=0, equal_nan=True)
 
 

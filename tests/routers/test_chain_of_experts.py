@@ -26,7 +26,7 @@ def context() -> Context:
     return Context(torch.zeros(B, S, dtype=torch.long), Knobs.of())
 
 
-def test_one_iteration_is_top_k() -> None:
+def test_one_iteration_equals_top_k() -> None:
     chain, plain = make_layer(ChainOfExperts(D, E, iterations=1, k=2)), make_layer(TopK(D, E, k=2))
     x = torch.randn(B, S, D)
     a, b = chain(x, context()), plain(x, context())

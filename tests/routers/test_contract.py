@@ -43,7 +43,7 @@ for arm in sorted((CONF / "variant").glob("spectra_*.yaml")):
 
 
 def make_router(spec: Spec, *, num_experts: int = E) -> Router:
-    """Build the router. Draw all its parameters and buffers at random, so that no part of it has no effect."""
+    """Build the router. Draw all its parameters and buffers at random, so that each of them has an effect."""
     torch.manual_seed(0)
     router = build(spec.settings, "router", D, num_experts)
     for tensor in (*router.parameters(), *router.buffers()):
@@ -125,10 +125,10 @@ def test_tokens_experts_and_weights_of_assignments_are_valid_and_no_pair_occurs_
 def test_probabilities_are_a_distribution_over_all_experts_in_fp32(spec: Spec, x: Tensor, ids: Tensor) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         layer = make_layer(spec)
-        seen: list[Routing] = []
-        layer.router.chain[0].register_forward_hook(lambda module, inputs, output: seen.append(output))
+        routings: list[Routing] = []
+        layer.router.chain[0].register_forward_hook(lambda module, inputs, output: routings.append(output))
         layer(x.bfloat16(), context(ids))
-    [routing] = seen
+    [routing] = routings
     if routing.probs is None:
         return
     assert routing.probs.shape == (B * S, E)
@@ -243,8 +243,9 @@ def test_noise_changes_the_routing_of_every_router_but_hash_in_training(spec: Sp
 def test_every_token_gets_fixed_k_experts_and_without_fixed_k_the_number_varies(
     spec: Spec, x: Tensor, ids: Tensor
 ) -> None:
-    """The declared `fixed_k` is true for ordinary and extreme inputs, in training and evaluation, in each link of a
-    chain.
+    """The declared `fixed_k` is correct for ordinary and extreme inputs, in training and evaluation.
+
+    In a chain this holds for each of its routers.
     """
     flat = x.view(-1, D)
     inputs = [flat, 100 * flat, torch.full_like(flat, 0.7), torch.zeros_like(flat), torch.full_like(flat, 1e4)]
@@ -257,9 +258,9 @@ def test_every_token_gets_fixed_k_experts_and_without_fixed_k_the_number_varies(
             for tokens, noise in itertools.product(inputs, (0.0, 1.0)):
                 routing = link(tokens, context(ids, noise=noise))
                 counts |= set(torch.bincount(routing.token, minlength=rows_of(routing)).tolist())
-                alone = link(tokens[:1], context(ids[:1, :1], noise=noise))
+                single_token = link(tokens[:1], context(ids[:1, :1], noise=noise))
                 if routing.slots is None:
-                    counts |= set(torch.bincount(alone.token, minlength=1).tolist())
+                    counts |= set(torch.bincount(single_token.token, minlength=1).tolist())
         if router.fixed_k is not None:
             assert counts == {router.fixed_k}
         elif routing.slots is None and not spec.settings.get("expert_choice_routing"):
@@ -335,8 +336,8 @@ def test_a_causal_router_gives_a_token_the_same_output_alone_and_in_a_batch(spec
     """A causal router gives a token the same output alone and in a batch. Generation with a cache relies on this."""
     layer = make_layer(spec).eval()
     if layer.router.causal:
-        alone = run_as_second_layer(layer, x[:1, 4:5], context(ids[:1, 4:5])).y
-        torch.testing.assert_close(alone, run_as_second_layer(layer, x, context(ids)).y[:1, 4:5])
+        single_token = run_as_second_layer(layer, x[:1, 4:5], context(ids[:1, 4:5])).y
+        torch.testing.assert_close(single_token, run_as_second_layer(layer, x, context(ids)).y[:1, 4:5])
 
 
 @pytest.mark.parametrize("batch", ["one token", "identical tokens", "zeros", "huge", "far below 0"])

@@ -65,7 +65,7 @@ def test_balanced_hash_balances_the_tokens_of_the_text_and_not_the_ids(k: int) -
     """The loads of two experts differ at most by the count of the least frequent id, which is assigned last.
 
     This is a bound of greedy assignment. If the most frequent id alone exceeds a mean load, the loads may differ by
-    that excess. The plain_load hash is far from this bound.
+    that excess. The plain hash is far from this bound.
     """
     counts = zipf_counts(2000)
 

@@ -80,7 +80,7 @@ def test_a_higher_temperature_draws_experts_of_lower_logits_more_often(x: Tensor
 
 
 @pytest.mark.parametrize("k", [1, 3])
-def test_gates_are_equal_in_the_forward_pass_and_have_the_gradient_of_the_relaxed_gates(
+def test_gates_sum_to_one_and_have_the_gradient_of_the_relaxed_gates(
     x: Tensor, k: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     noise = gumbel_like(torch.empty(T, E))

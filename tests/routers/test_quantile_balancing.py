@@ -114,8 +114,8 @@ def test_the_bias_is_a_running_average_over_steps_with_mean_zero() -> None:
 def test_the_bias_changes_only_after_a_step_and_never_in_evaluation() -> None:
     router, x = make(decay=0.0), torch.randn(T, D) + 0.5
     first = router(x, context())
-    again = router(x, context())
-    assert torch.equal(first.expert, again.expert)
+    second = router(x, context())
+    assert torch.equal(first.expert, second.expert)
     router.eval()(x, context())
     assert (router.bias == 0).all()
     router.after_step(stats_of(router, x))

@@ -108,10 +108,10 @@ def test_the_weight_recovers_from_a_value_too_small_for_fp32(x: Tensor) -> None:
 
 
 def test_the_weight_of_the_loss_is_saved_and_loaded() -> None:
-    trained, fresh = make(), make()
+    trained, loaded = make(), make()
     trained.log_coefficient.fill_(math.log(0.25))
-    fresh.load_state_dict(trained.state_dict())
-    assert fresh.loss_weights["sparsity"] == pytest.approx(0.25)
+    loaded.load_state_dict(trained.state_dict())
+    assert loaded.loss_weights["sparsity"] == pytest.approx(0.25)
 
 
 def test_the_controller_reaches_the_target_against_a_loss_that_favors_more_experts() -> None:
@@ -136,7 +136,7 @@ def test_the_controller_reaches_the_target_against_a_loss_that_favors_more_exper
     assert abs(sum(active[-100:]) / 100 - 2) < 0.3
 
 
-def test_it_has_no_fixed_k() -> None:
+def test_relu_has_no_fixed_k() -> None:
     assert make().fixed_k is None
 
 

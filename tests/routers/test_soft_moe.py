@@ -81,7 +81,7 @@ def test_flops_count_the_slots_per_token_and_the_mixing() -> None:
 
     soft = make_model({"_target_": "moe.routers.soft_moe.SoftMoE", "slots": N})
     top1 = make_model({"_target_": "moe.routers.topk.TopK", "k": 1})
-    experts = 2 * 2 * D * 5 * (E * N / S - 1)  # one expert a token here, as for top-1
+    experts = 2 * 2 * D * 5 * (E * N / S - 1)  # E * N / S experts per token (here 1, as with top-1)
     router = 2 * D * (E * N - E)
     assert flops_per_token(soft, S) - flops_per_token(top1, S) == experts + router + 4 * D * E * N
     assert count_parameters(soft).active == count_parameters(soft).total

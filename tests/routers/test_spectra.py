@@ -262,8 +262,8 @@ def test_a_smaller_epsilon_gives_more_confidence_and_less_entropy(x: Tensor) -> 
 
 def test_srip_is_zero_for_orthogonal_vectors_and_equals_a_hand_computed_value_for_equal_ones() -> None:
     assert srip(torch.eye(E, N + E)) == 0
-    alike = torch.tensor([[1.0, 0.0]] * 3)  # G - I is 1 off the diagonal: norm^2 6, largest singular value 2
-    assert srip(alike).item() == pytest.approx(0.7 * 6 + 0.3 * 4)
+    equal_vectors = torch.tensor([[1.0, 0.0]] * 3)  # G - I is 1 off the diagonal: norm^2 6, largest singular value 2
+    assert srip(equal_vectors).item() == pytest.approx(0.7 * 6 + 0.3 * 4)
 
 
 def test_the_weight_of_srip_rises_with_the_steps_up_to_its_maximum(x: Tensor) -> None:

@@ -79,7 +79,7 @@ def test_the_loss_is_the_mean_token_entropy_with_a_finite_gradient(x: Tensor) ->
     assert saturated.weight.grad.isfinite().all()
 
 
-def test_it_has_no_fixed_k_and_a_loss_weight_from_its_settings() -> None:
+def test_top_p_has_no_fixed_k_and_the_loss_weight_of_its_settings() -> None:
     """Top-p has no `fixed_k`, so active parameters are not counted as if the number of experts were fixed.
 
     The weight of its entropy loss is a setting.

@@ -108,7 +108,7 @@ def test_a_routing_without_assignments_gives_zeros_and_a_zero_gradient() -> None
     assert (x.grad == 0).all()
 
 
-def test_dropless_keeps_everything_and_dropped_tokens_get_zero() -> None:
+def test_dropless_keeps_all_assignments_and_under_a_capacity_dropped_tokens_get_zeros() -> None:
     routing = random_routing(16, 4, 2, skew=5.0)
     assert dispatch(routing, 4, capacity=None, seq_len=16).kept.sum() == 32
     dispatched = dispatch(routing, 4, capacity=0.25, seq_len=16)

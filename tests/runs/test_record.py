@@ -263,7 +263,7 @@ def test_a_wrong_specialization_file_gives_a_one_line_error_and_a_missing_one_no
     assert "\n" not in str(raised.value)
 
 
-def test_final_metrics_cannot_have_the_name_of_another_column() -> None:
+def test_a_final_metric_without_a_slash_in_its_name_is_refused() -> None:
     with pytest.raises(ValueError, match=r"final_metrics\.status"):
         MetricsRecord(final_metrics={"val/loss": 1.0, "status": 4}, history={})
 

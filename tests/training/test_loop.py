@@ -104,8 +104,8 @@ def test_equal_seeds_give_equal_weights_and_different_seeds_different_weights(ce
     cells = [cell(f"seed={seed}", f"out={tmp_path}/{n}") for n, seed in enumerate((1, 1, 2))]
     for one in cells:
         run(one)
-    first, again, other = (weights_digest(one.folder) for one in cells)
-    assert first == again != other
+    first, same_seed, other_seed = (weights_digest(one.folder) for one in cells)
+    assert first == same_seed != other_seed
 
 
 def test_four_micro_batches_of_two_blocks_train_like_one_of_eight(cell: Any, tmp_path: Path) -> None:
