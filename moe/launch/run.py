@@ -43,7 +43,7 @@ def run(cell: Cell) -> None:
         ranks.broadcast(False)
         return
     if already_finished:
-        log.info("%s: finished before, skipped", cell.folder)
+        log.info("%s: skipped, because it is finished", cell.folder)
         ranks.broadcast(False)
         return
     cell.folder.mkdir(parents=True, exist_ok=True)

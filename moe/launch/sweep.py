@@ -52,7 +52,7 @@ def _check_folder(cell: Cell) -> None:
         )
     nearest = next(path for path in (cell.folder, *cell.folder.absolute().parents) if os.path.lexists(path))
     if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
-        raise ConfigError(f"{cell.folder} cannot be made: {nearest} is not a folder that can be written to")
+        raise ConfigError(f"{cell.folder} cannot be created: {nearest} is not a folder that can be written to")
     mirror = cell.folder / "wandb"  # W&B keeps links to its own logs there
     for path in cell.folder.rglob("*"):
         if (
@@ -102,7 +102,7 @@ def _wait(cells: list[Cell]) -> None:
     announced = False
     while others := [cell.folder.name for cell in cells if _state(cell).startswith("in use")]:
         if not announced:
-            print(f"waiting for cells that are still trained: {', '.join(others)}", flush=True)
+            print(f"waiting for cells that are still being trained: {', '.join(others)}", flush=True)
         announced = True
         time.sleep(1)
 

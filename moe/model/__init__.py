@@ -1,1 +1,1 @@
-"""The language model: decoder, Mixture-of-Experts layer, experts, and models made of dense checkpoints."""
+"""The language model: decoder, Mixture-of-Experts layer, experts, and upcycling of dense checkpoints."""

@@ -226,7 +226,7 @@ def _read_events(folder: Path, training: Sequence[str]) -> tuple[dict[str, dict[
     try:
         for number, event in enumerate(events.iterate_events(path), start=1):
             if event is None:
-                problems.append(f"{path}: line {number} skipped, torn or no event")
+                problems.append(f"{path}: line {number} skipped, incomplete or not an event")
             elif event["kind"] == "eval":
                 found["eval"][event["step"]] = event
             elif event["kind"] == "train" and training:

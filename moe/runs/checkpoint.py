@@ -61,9 +61,10 @@ def load(root: Path) -> tuple[int, dict[str, Any]] | None:
             return _read(folder)
         except (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             reason = first_line(error)
-            log.warning("checkpoint %s is damaged (%s); trying the one before", folder, reason)
+            log.warning("checkpoint %s is damaged (%s); trying the previous one", folder, reason)
     if folders:
-        raise RuntimeError(f"no checkpoint of {', '.join(map(str, folders))} can be read; delete them to start afresh")
+        names = ", ".join(map(str, folders))
+        raise RuntimeError(f"no checkpoint of {names} can be read; delete them to start again at step 0")
     return None
 
 

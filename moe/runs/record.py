@@ -148,7 +148,7 @@ class MetricsRecord(_Record):
 
     def __post_init__(self) -> None:
         if wrong := [name for name in self.final_metrics if "/" not in name]:
-            raise ValueError(f"final_metrics.{wrong[0]}: the name of a metric has a slash")
+            raise ValueError(f"final_metrics.{wrong[0]}: the name of a metric must contain a slash")
 
     def scalars(self) -> dict[str, int | float | None]:
         """Return the final metrics that are one number, or null."""
@@ -192,14 +192,14 @@ def read_specialization(path: Path) -> dict[str, Any] | None:
 
 
 def _load(path: Path) -> Any:
-    """Return the content of a JSON file. Raises ValueError if it is torn or no JSON, OSError if it cannot be read."""
+    """Return the content of a JSON file. Raises ValueError if it is incomplete or not JSON, OSError if unreadable."""
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text)
         if "\\ud" in text.lower():
             json.dumps(content, ensure_ascii=False).encode()  # half a surrogate pair could never be printed
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"torn or no JSON ({first_line(error)})") from None
+        raise ValueError(f"incomplete or not JSON ({first_line(error)})") from None
     return content
 
 

@@ -49,5 +49,6 @@ def read_traces(folder: Path) -> list[Trace]:
                 bits = np.unpackbits(packed, count=math.prod(shape))
             traces.append(Trace(int(path.stem.removeprefix("step-")), bits.reshape(shape).astype(bool)))
         except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path}: torn or no trace ({first_line(error)}); delete the run folder") from None
+            reason = f"incomplete or not a trace ({first_line(error)})"
+            raise ValueError(f"{path}: {reason}; delete the run folder") from None
     return traces

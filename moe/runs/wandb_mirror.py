@@ -50,7 +50,7 @@ class WandbMirror:
                 self._run = _start(cell, attempt)
                 return
             except Exception as error:  # no error of W&B is a reason to stop a study
-                log.warning("W&B %s mode does not start: %s", attempt, first_line(error))
+                log.warning("W&B cannot start in %s mode: %s", attempt, first_line(error))
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Log those of `values` that are numbers, after `step` optimizer steps."""
@@ -70,7 +70,7 @@ class WandbMirror:
         try:
             action()
         except Exception as error:  # as above
-            log.warning("W&B stops mirroring: %s", first_line(error))
+            log.warning("events are no longer copied to W&B: %s", first_line(error))
             self._run = None
 
 

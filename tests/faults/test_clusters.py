@@ -167,7 +167,7 @@ def test_a_sweep_that_is_killed_leaves_cells_that_the_next_one_waits_for(sweep: 
     process.kill()
     process.wait()
     again = one.spawn()
-    while "waiting for cells that are still trained" not in one.output:
+    while "waiting for cells that are still being trained" not in one.output:
         assert again.poll() is None, one.output
         time.sleep(0.1)
     os.kill(orphan, signal.SIGCONT)

@@ -72,5 +72,5 @@ def test_a_sweep_waits_for_cells_that_other_processes_train(
 
     assert carry_out(cells, launch) == 0
     said = capsys.readouterr().out
-    assert said.count(f"waiting for cells that are still trained: {last.folder.name}\n") == 1
+    assert said.count(f"waiting for cells that are still being trained: {last.folder.name}\n") == 1
     assert f"resumed     {last.folder.name}\n" in said

@@ -230,7 +230,7 @@ def test_the_frontier_is_not_drawn_with_another_factor_or_without_finished_runs(
         record["config"]["lb"] = 0.1 * (record["config"]["seed"] == 44)
         (folder / "run.json").write_text(json.dumps(record))
     text = write_report(load_runs([sweep_a]), tmp_path / "out").read_text()
-    assert "- experiment_a_frontier: not drawn, lb varies beside router and capacity" in text
+    assert "- experiment_a_frontier: not drawn, lb varies in addition to router and capacity" in text
     write_run(tmp_path / "none" / "experiment_c" / "seed=1", "hash", 1.25, 1, status="failed")
     runs = write_sweep_tables(tmp_path / "none" / "experiment_c")
     assert pd.read_csv(tmp_path / "none" / "experiment_c" / "expC_summary.csv").empty

@@ -166,8 +166,8 @@ def test_incomplete_lines_are_skipped_and_the_last_event_of_a_repeated_step_coun
     assert events["step"].tolist() == [10, 20, 30]
     assert events["val/loss"].tolist() == [3.0, 1.25, 2.0]
     assert problems == [
-        f"{run}/events.jsonl: line 6 skipped, torn or no event",
-        f"{run}/events.jsonl: line 7 skipped, torn or no event",
+        f"{run}/events.jsonl: line 6 skipped, incomplete or not an event",
+        f"{run}/events.jsonl: line 7 skipped, incomplete or not an event",
         f"{empty}: no events.jsonl",
     ]
     assert read_event_tables([run], training=["train/loss"]).trains["step"].tolist() == [15]
@@ -193,7 +193,7 @@ def test_selected_columns_equal_those_of_fully_parsed_lines_and_incomplete_lines
         assert set(trains) == set(expected_columns)
         assert evals["train/loss"].tolist() == [-math.inf]
         assert [problem.split(": ")[1] for problem in problems] == [
-            f"line {number} skipped, torn or no event" for number in (5, 6, 7)
+            f"line {number} skipped, incomplete or not an event" for number in (5, 6, 7)
         ]
 
 

@@ -79,11 +79,11 @@ def written_content(record: Any, path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "torn or no JSON"),
-        (b'{"format": 1, "status"', "torn or no JSON"),
-        (b"\xff\xfe\x00", "torn or no JSON"),
-        (b"[" * 100_000, "torn or no JSON"),
-        (b'{"format": 1, "x": "\\ud800"}', "torn or no JSON"),
+        (b"", "incomplete or not JSON"),
+        (b'{"format": 1, "status"', "incomplete or not JSON"),
+        (b"\xff\xfe\x00", "incomplete or not JSON"),
+        (b"[" * 100_000, "incomplete or not JSON"),
+        (b'{"format": 1, "x": "\\ud800"}', "incomplete or not JSON"),
         (b"[]", "the content is []: must be an object"),
         (b"null", "the content is None: must be an object"),
         (b"{}", "written by another version of this project: no format number, here 1"),
@@ -237,7 +237,7 @@ def test_training_of_a_sweep_with_a_damaged_sweep_json_ends_with_exit_status_2(
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert "sweep.json: torn or no JSON" in done.stderr
+    assert "sweep.json: incomplete or not JSON" in done.stderr
     assert "delete this file" in done.stderr
 
 

@@ -108,7 +108,7 @@ def test_after_its_first_error_the_mirror_stops_with_one_warning(
     mirror._run = BrokenRun()
     mirror.log(1, {"a": 1.0})
     mirror.log(2, {"a": 1.0})
-    assert [record.message for record in caplog.records] == ["W&B stops mirroring: lost connection"]
+    assert [record.message for record in caplog.records] == ["events are no longer copied to W&B: lost connection"]
 
 
 def test_a_missing_wandb_package_gives_a_warning(
@@ -116,4 +116,4 @@ def test_a_missing_wandb_package_gives_a_warning(
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     WandbMirror(cell("logger.mode=offline")).log(1, {"a": 1.0})
-    assert "W&B offline mode does not start" in caplog.text
+    assert "W&B cannot start in offline mode" in caplog.text

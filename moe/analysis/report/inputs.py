@@ -53,8 +53,8 @@ class ReportInputs(NamedTuple):
     factors: list[str]  # the factors that vary, without the seed
     tied: dict[str, str]  # a factor that varies -> the factor that determines its level in all runs
     condition: pd.Series  # of each run, such as "lb=0.01, noise=0.1"; no entry where a level is unknown
-    metrics: list[str]  # the headline metrics and those of the options, as far as some run has them
-    tested: list[str]  # `TESTED` and the metrics of the options, as far as some run has them
+    metrics: list[str]  # those of the headline metrics and the metrics of the options that some run has
+    tested: list[str]  # those of `TESTED` and the metrics of the options that some run has
     claims: pd.DataFrame  # from `moe.analysis.claims.judge_planned`; empty if there are several experiments
     contrasts: pd.DataFrame  # `moe.analysis.statistics.contrasts` of all tested metrics; empty in the same case
     past: EventTables  # every evaluation, and some metrics of every training step

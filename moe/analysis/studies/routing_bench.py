@@ -139,7 +139,7 @@ def _frontier_drawings(runs: pd.DataFrame, past: EventTables, stem: str) -> Iter
     others = [factor for factor in varied_factors(runs) if factor not in ("router", "capacity", "seed")]
     for name, x in ((f"{stem}_frontier", "tokens_per_s"), (f"{stem}_frontier_tflops", "tflops")):
         if others:
-            result: Figure | str = f"{', '.join(others)} varies beside router and capacity"
+            result: Figure | str = f"{', '.join(others)} varies in addition to router and capacity"
         elif "val/perplexity" not in table or table[[x, "val/perplexity"]].dropna().empty:
             result = f"no finished run has both {x} and val/perplexity"
         else:

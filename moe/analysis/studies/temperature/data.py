@@ -19,14 +19,14 @@ TEMPERATURE, VALIDATION_LOSS = "router.temp", "val/loss"
 
 def ablation(runs: pd.DataFrame) -> pd.DataFrame | str:
     """Return the finished runs at constant temperatures with the most common number of steps (of two, the smaller)."""
-    steady, _ = _by_schedule(runs)
-    return _comparable(_most_common_length(steady), TEMPERATURE, none="no finished run has a constant temperature")
+    constant, _ = _by_schedule(runs)
+    return _comparable(_most_common_length(constant), TEMPERATURE, none="no finished run has a constant temperature")
 
 
 def constant_runs(runs: pd.DataFrame) -> pd.DataFrame | str:
     """Return the finished runs at constant temperatures, of every length."""
-    steady, _ = _by_schedule(runs)
-    return _comparable(steady, TEMPERATURE, "steps", none="no finished run has a constant temperature")
+    constant, _ = _by_schedule(runs)
+    return _comparable(constant, TEMPERATURE, "steps", none="no finished run has a constant temperature")
 
 
 def scheduled(runs: pd.DataFrame) -> pd.DataFrame | str:
@@ -34,12 +34,12 @@ def scheduled(runs: pd.DataFrame) -> pd.DataFrame | str:
 
     Runs whose temperature is constant at the value where the schedules end are included if they differ in nothing else.
     """
-    steady, moving = _by_schedule(runs)
-    moving = _most_common_length(moving)
-    beside = steady[steady[TEMPERATURE].isin(moving[TEMPERATURE]) & steady["steps"].isin(moving["steps"])]
+    constant, changing = _by_schedule(runs)
+    changing = _most_common_length(changing)
+    reference = constant[constant[TEMPERATURE].isin(changing[TEMPERATURE]) & constant["steps"].isin(changing["steps"])]
     none = "no finished run has a schedule of its temperature"
-    both = _comparable(pd.concat([moving, beside]), "schedule", none=none)
-    alone = _comparable(moving, "schedule", none=none)
+    both = _comparable(pd.concat([changing, reference]), "schedule", none=none)
+    alone = _comparable(changing, "schedule", none=none)
     return alone if isinstance(both, str) or isinstance(alone, str) else both
 
 
@@ -147,8 +147,8 @@ def _by_schedule(runs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     runs = runs.reindex(columns=[*runs, *(column for column in needed if column not in runs)])
     runs = runs[(runs["status"] == "finished") & runs[TEMPERATURE].notna() & (runs[TEMPERATURE] != ABSENT)]
     runs = runs.astype({TEMPERATURE: float})
-    steady = runs["schedule"] == "constant"
-    return runs[steady], runs[~steady & (runs["schedule.knob"] != "noise")]
+    constant = runs["schedule"] == "constant"
+    return runs[constant], runs[~constant & (runs["schedule.knob"] != "noise")]
 
 
 def _most_common_length(runs: pd.DataFrame) -> pd.DataFrame:
@@ -164,4 +164,4 @@ def _comparable(runs: pd.DataFrame, *factors: str, none: str) -> pd.DataFrame | 
     # A key below a factor, such as `schedule.start`, belongs to it. Any other key that changes with it is a confounder.
     tied = {name: led for name, led in tied_factors(runs).items() if led != "steps" and not name.startswith(f"{led}.")}
     others = [name for name in (*varied_factors(runs), *tied) if name not in (*factors, "seed", "experiment")]
-    return f"{', '.join(others)} varies beside {', '.join(factors)} and seed" if others else runs
+    return f"{', '.join(others)} varies in addition to {', '.join(factors)} and seed" if others else runs
