@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralSparseMoeBlock
 
-from moe.bench.timing import TimingTable, relative_table, time_in_turns, timed_device
+from moe.bench.timing import TimingTable, Variant, relative_table, time_in_turns, timed_device
 from moe.model.experts import Experts
 from moe.model.layer import MoELayer
 from moe.routers.topk import TopK
@@ -47,7 +47,7 @@ def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:
     for name in arguments.shapes.split(","):
         sizes = ", ".join(f"{letter}={size}" for letter, size in SHAPES[name]._asdict().items())
         passes = layer_passes(SHAPES[name], dtype=DTYPES[arguments.dtype])
-        variants = [(title, layer_pass.forward_and_backward) for title, layer_pass in passes.items()]
+        variants: list[Variant] = [(title, layer_pass.forward_and_backward) for title, layer_pass in passes.items()]
         seconds = time_in_turns(variants, rounds=arguments.rounds)
         table = relative_table(f"layer {name}: {sizes}, {arguments.dtype} on {timed_device()}", seconds, to="dense")
         for row, layer_pass in zip(table.rows, passes.values(), strict=True):
