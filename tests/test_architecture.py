@@ -80,24 +80,24 @@ def package(module: str) -> str:
 def arrows() -> dict[str, set[str]]:
     """For every package, return the other packages that it imports."""
     found = {name: set() for name in LAYER} | {"train.py": set(), "analyze.py": set()}
-    for one in IMPORTS:
-        if one.imported.startswith("moe.") and package(one.importer) != package(one.imported):
-            name = package(one.importer)
-            found[name if name in LAYER else f"{name}.py"].add(package(one.imported))
+    for each in IMPORTS:
+        if each.imported.startswith("moe.") and package(each.importer) != package(each.imported):
+            name = package(each.importer)
+            found[name if name in LAYER else f"{name}.py"].add(package(each.imported))
     return found
 
 
 def reached(start: str) -> set[str]:
     """Return every module that is loaded when a module is imported, including its parent packages in moe/."""
-    seen: set[str] = set()
+    loaded: set[str] = set()
     to_visit = [start]
     while to_visit:
         module = to_visit.pop()
-        if module not in seen:
-            seen.add(module)
-            to_visit += [one.imported for one in IMPORTS if one.importer == module and one.at_once]
+        if module not in loaded:
+            loaded.add(module)
+            to_visit += [each.imported for each in IMPORTS if each.importer == module and each.at_once]
             to_visit += [module.rpartition(".")[0]] if module.startswith("moe.") else []
-    return seen
+    return loaded
 
 
 def test_every_package_belongs_to_a_layer() -> None:
@@ -107,11 +107,11 @@ def test_every_package_belongs_to_a_layer() -> None:
 
 def test_imports_go_to_lower_layers_only() -> None:
     upward = {
-        (one.importer, one.imported)
-        for one in IMPORTS
-        if one.importer.startswith("moe.") and one.imported.startswith("moe.")
-        if package(one.importer) != package(one.imported)
-        and LAYER[package(one.importer)] <= LAYER[package(one.imported)]
+        (each.importer, each.imported)
+        for each in IMPORTS
+        if each.importer.startswith("moe.") and each.imported.startswith("moe.")
+        if package(each.importer) != package(each.imported)
+        and LAYER[package(each.importer)] <= LAYER[package(each.imported)]
     }
     assert not upward
 
@@ -127,12 +127,12 @@ def test_imports_go_to_lower_layers_only() -> None:
 )
 def test_forbidden_packages_are_never_imported(importer: str, forbidden: set[str]) -> None:
     """Some packages never import some others, not even inside a function."""
-    found = {(one.importer, one.imported) for one in IMPORTS if package(one.importer) == importer}
+    found = {(each.importer, each.imported) for each in IMPORTS if package(each.importer) == importer}
     assert not {pair for pair in found if package(pair[1]) in forbidden}
 
 
 def test_only_the_entry_points_import_hydra() -> None:
-    users = {one.importer for one in IMPORTS if package(one.imported) == "hydra"}
+    users = {each.importer for each in IMPORTS if package(each.imported) == "hydra"}
     assert users
     assert all(user == "train" or package(user) == "launch" for user in users)
 

@@ -128,7 +128,7 @@ def test_drop_rates_of_this_projects_dispatcher_are_judged_too(tmp_path: Path) -
     assert "(E=256, k=1)" in low.evidence
 
 
-def test_the_share_of_validation_in_the_time_follows_from_two_intervals() -> None:
+def test_the_share_of_time_in_validation_follows_from_two_evaluation_intervals() -> None:
     """Runs with two evaluation intervals give two equations for the times of a step and of an evaluation.
 
     Here a step takes 20 ms and an evaluation 36 s. One evaluation in 200 steps then takes 0.18 s of 0.2 s per step.
@@ -149,7 +149,7 @@ def test_the_share_of_validation_in_the_time_follows_from_two_intervals() -> Non
     assert f"to {TOKENS_PER_STEP / 0.2:,.0f}" in sentence.evidence
 
 
-def test_most_of_the_time_in_the_published_throughput_was_validation(sentences: pd.DataFrame) -> None:
+def test_the_published_throughput_mostly_measured_validation(sentences: pd.DataFrame) -> None:
     [row] = [row for name, row in sentences.iterrows() if str(name).startswith("Throughput")]
     assert row["verdict"] == "contradicted"
     assert "inflated 100 and 200 times: it is 74,420 to 183,520, and 93% or more" in row["evidence"]

@@ -47,7 +47,7 @@ class NamedGroups:
         return {}
 
 
-def make(source, cache: Path, **changes) -> Prepared:
+def prepare_small(source, cache: Path, **changes) -> Prepared:
     settings = {"tokenizer": "bpe", "vocab_size": 300, "seq_len": 16, "val_percent": 20, "max_val_blocks": None}
     return prepare(source, cache=str(cache), **{**settings, **changes})
 
@@ -72,12 +72,12 @@ def arrow_files(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def named_groups(tmp_path_factory) -> Prepared:
-    return make(NamedGroups(), tmp_path_factory.mktemp("named_groups"))
+    return prepare_small(NamedGroups(), tmp_path_factory.mktemp("named_groups"))
 
 
 @pytest.fixture(scope="module")
 def embedded(tmp_path_factory) -> Prepared:
-    return make(EMBEDDED, tmp_path_factory.mktemp("embedded"), vocab_size=1024, seq_len=64, val_percent=10)
+    return prepare_small(EMBEDDED, tmp_path_factory.mktemp("embedded"), vocab_size=1024, seq_len=64, val_percent=10)
 
 
 # ---- The split ---------------------------------------------------------------------------------------------------
@@ -92,13 +92,13 @@ def test_no_source_file_is_in_both_splits_and_every_domain_is_in_both(named_grou
 
 @pytest.mark.parametrize("val_percent", [1, 99])
 def test_two_source_files_per_domain_are_enough_for_both_splits(tmp_path, val_percent):
-    prepared = make(NamedGroups(groups=2), tmp_path, val_percent=val_percent)
+    prepared = prepare_small(NamedGroups(groups=2), tmp_path, val_percent=val_percent)
     assert len(groups_in(prepared, "train")) == len(groups_in(prepared, "val")) == 3
 
 
 @pytest.mark.parametrize("val_percent", [10, 50])
 def test_validation_holds_val_percent_of_each_domain(tmp_path, val_percent):
-    prepared = make(NamedGroups(groups=40), tmp_path, val_percent=val_percent)
+    prepared = prepare_small(NamedGroups(groups=40), tmp_path, val_percent=val_percent)
     for counts in prepared.manifest["domains"].values():
         share = counts["val"]["chars"] / (counts["train"]["chars"] + counts["val"]["chars"])
         assert val_percent - 3 < 100 * share <= val_percent  # a source file has 2.5 % of the text
@@ -106,13 +106,13 @@ def test_validation_holds_val_percent_of_each_domain(tmp_path, val_percent):
 
 def test_a_domain_with_one_source_file_is_used_for_training_only_with_a_warning(tmp_path, caplog):
     with caplog.at_level(logging.WARNING), pytest.raises(ValueError, match=r"data\.seq_len=16: no val block"):
-        make(NamedGroups(groups=1), tmp_path)
+        prepare_small(NamedGroups(groups=1), tmp_path)
     assert "domain domain0 has only one source file" in caplog.text
 
 
 def test_validation_text_hardly_occurs_in_training_text(tmp_path):
     """In the two domains with templated text, at most 5 % of the 13-word sequences of validation are in training."""
-    prepared = make(Embedded(["math", "docs"], 200_000), tmp_path, vocab_size=1024)
+    prepared = prepare_small(Embedded(["math", "docs"], 200_000), tmp_path, vocab_size=1024)
 
     def sequences(name: str) -> set[tuple[str, ...]]:
         parts = [text.split() for text in texts(prepared, name)]
@@ -142,7 +142,7 @@ def test_encoding_and_decoding_restores_every_document(embedded):
 
 
 def test_no_token_has_more_than_one_digit(named_groups, tmp_path):
-    years = make(NamedGroups(changed=" ".join(groups_in(named_groups, "train")), suffix="-1789"), tmp_path)
+    years = prepare_small(NamedGroups(changed=" ".join(groups_in(named_groups, "train")), suffix="-1789"), tmp_path)
     assert not [token for token in years.tokenizer.get_vocab() if sum(map(str.isdigit, token)) > 1]
 
 
@@ -150,13 +150,13 @@ def test_the_tokenizer_is_trained_on_training_text_only(named_groups, tmp_path):
     val = " ".join(groups_in(named_groups, "val"))
     train = " ".join(groups_in(named_groups, "train"))
     digest = named_groups.manifest["tokenizer_sha256"]
-    assert make(NamedGroups(changed=val, suffix="xyz"), tmp_path).manifest["tokenizer_sha256"] == digest
-    assert make(NamedGroups(changed=train, suffix="xyz"), tmp_path).manifest["tokenizer_sha256"] != digest
+    assert prepare_small(NamedGroups(changed=val, suffix="xyz"), tmp_path).manifest["tokenizer_sha256"] == digest
+    assert prepare_small(NamedGroups(changed=train, suffix="xyz"), tmp_path).manifest["tokenizer_sha256"] != digest
 
 
 def test_a_saved_tokenizer_gives_the_same_blocks_as_before(named_groups, tmp_path):
     named_groups.tokenizer.save_pretrained(tmp_path / "bpe")
-    prepared = make(NamedGroups(), tmp_path, tokenizer=str(tmp_path / "bpe"), vocab_size=None)
+    prepared = prepare_small(NamedGroups(), tmp_path, tokenizer=str(tmp_path / "bpe"), vocab_size=None)
     assert prepared.manifest["key"] != named_groups.manifest["key"]
     for name in ("train", "val"):
         np.testing.assert_array_equal(getattr(prepared, name)["input_ids"], getattr(named_groups, name)["input_ids"])
@@ -184,7 +184,7 @@ def test_one_end_of_text_token_follows_each_document_even_if_its_text_contains_t
             for document in super().documents():
                 yield document._replace(text=f"<|endoftext|>{document.text}<|im_end|>")
 
-    prepared = make(WithSpecialTokens(), tmp_path, seq_len=2)
+    prepared = prepare_small(WithSpecialTokens(), tmp_path, seq_len=2)
     for name in ("train", "val"):
         ids = getattr(prepared, name)["input_ids"][:]
         documents = sum(counts[name]["documents"] for counts in prepared.manifest["domains"].values())
@@ -196,7 +196,7 @@ def test_one_end_of_text_token_follows_each_document_even_if_its_text_contains_t
 @pytest.mark.parametrize("cap", [7, 40])
 def test_a_capped_validation_set_keeps_the_shares_of_the_domains(named_groups, tmp_path, cap):
     uncapped = np.bincount(named_groups.val["domain"][:], minlength=3)
-    capped = make(NamedGroups(), tmp_path, max_val_blocks=cap).val
+    capped = prepare_small(NamedGroups(), tmp_path, max_val_blocks=cap).val
     assert len(capped) == cap < len(named_groups.val)
     assert (np.abs(np.bincount(capped["domain"][:], minlength=3) - cap * uncapped / uncapped.sum()) < 1).all()
     document = {tuple(block["input_ids"]): block["document"] for block in named_groups.val}
@@ -221,7 +221,7 @@ def groups_of_first_tokens(prepared: Prepared, source) -> list[tuple[int, str]]:
 
 @pytest.mark.parametrize("source", [NamedGroups(), Embedded(list(DOMAINS), 40_000)])
 def test_a_validation_block_has_the_number_of_its_first_tokens_document(source, tmp_path):
-    prepared = make(source, tmp_path, val_percent=50)
+    prepared = prepare_small(source, tmp_path, val_percent=50)
     numbers, expected = prepared.val["document"][:].tolist(), groups_of_first_tokens(prepared, source)
     assert len(set(zip(numbers, expected, strict=True))) == len(set(numbers)) == len(set(expected))
     assert len(prepared.domains) < len(set(numbers)) < len(numbers)
@@ -275,7 +275,7 @@ def test_the_order_does_not_depend_on_the_batch_size():
 
 def test_two_preparations_make_the_same_blocks(embedded, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
-        again = make(EMBEDDED, tmp_path, vocab_size=1024, seq_len=64, val_percent=10)
+        again = prepare_small(EMBEDDED, tmp_path, vocab_size=1024, seq_len=64, val_percent=10)
     for field in ("key", "corpus_sha256", "tokenizer_sha256", "domains"):
         assert again.manifest[field] == embedded.manifest[field]
     assert [path.name for path in (tmp_path / again.manifest["key"]).rglob("*.arrow")]
@@ -308,7 +308,7 @@ class ReadOnce(NamedGroups):
 
 def test_a_second_preparation_reads_no_document(tmp_path):
     source = ReadOnce(marker=str(tmp_path / "read"))
-    first, second = make(source, tmp_path), make(source, tmp_path)
+    first, second = prepare_small(source, tmp_path), prepare_small(source, tmp_path)
     assert first.manifest == second.manifest
     assert first.domains == second.domains
     assert second.tokenizer("d0g1").input_ids == first.tokenizer("d0g1").input_ids
@@ -326,12 +326,12 @@ def test_a_second_preparation_reads_no_document(tmp_path):
 )
 def test_every_argument_changes_the_key_of_the_cache(named_groups, tmp_path, change):
     source = change.pop("source", NamedGroups())
-    assert make(source, tmp_path, **change).manifest["key"] != named_groups.manifest["key"]
+    assert prepare_small(source, tmp_path, **change).manifest["key"] != named_groups.manifest["key"]
 
 
 def test_caches_of_an_earlier_format_are_not_used(named_groups, tmp_path, monkeypatch):
     monkeypatch.setattr("moe.data.blocks.CACHE_FORMAT", 1)  # an earlier format
-    assert make(NamedGroups(), tmp_path).manifest["key"] != named_groups.manifest["key"]
+    assert prepare_small(NamedGroups(), tmp_path).manifest["key"] != named_groups.manifest["key"]
 
 
 def truncate(path: Path) -> None:
@@ -341,11 +341,11 @@ def truncate(path: Path) -> None:
 @pytest.mark.parametrize("file", ["train/data-00000-of-00001.arrow", "tokenizer/tokenizer.json", "manifest.json"])
 @pytest.mark.parametrize("damage", [truncate, Path.unlink])
 def test_a_damaged_cache_is_made_again_with_a_warning(tmp_path, caplog, file, damage):
-    folder = tmp_path / make(NamedGroups(), tmp_path).manifest["key"]
+    folder = tmp_path / prepare_small(NamedGroups(), tmp_path).manifest["key"]
     before, manifest = arrow_files(folder), (folder / "manifest.json").read_text()
     damage(folder / file)
     with caplog.at_level(logging.WARNING, logger="moe.data.blocks"):
-        make(NamedGroups(), tmp_path)
+        prepare_small(NamedGroups(), tmp_path)
     assert f"{folder} is damaged" in caplog.text
     assert arrow_files(folder) == before
     assert json.loads((folder / "manifest.json").read_text())["domains"] == json.loads(manifest)["domains"]
@@ -355,14 +355,14 @@ def test_files_of_a_killed_preparation_are_not_used(named_groups, tmp_path):
     unfinished = tmp_path / f"{named_groups.manifest['key']}.unfinished"
     (unfinished / "train").mkdir(parents=True)
     (unfinished / "train" / "data.arrow").write_text("half")
-    assert make(NamedGroups(), tmp_path).manifest["domains"] == named_groups.manifest["domains"]
+    assert prepare_small(NamedGroups(), tmp_path).manifest["domains"] == named_groups.manifest["domains"]
     assert not unfinished.exists()
 
 
 CONCURRENT = """
 import sys, time
 from pathlib import Path
-from tests.data.test_blocks import ReadOnce, make
+from tests.data.test_blocks import ReadOnce, prepare_small
 
 class SlowReadOnce(ReadOnce):
     def documents(self):
@@ -373,7 +373,7 @@ cache, name, other = sys.argv[1:]
 Path(cache, name).touch()
 while not Path(cache, other).exists():
     time.sleep(0.01)
-manifest = make(SlowReadOnce(marker=cache + "/read"), Path(cache, "data")).manifest
+manifest = prepare_small(SlowReadOnce(marker=cache + "/read"), Path(cache, "data")).manifest
 print(manifest["key"], manifest["corpus_sha256"], *sorted(manifest["files"].values()))
 """
 
@@ -414,21 +414,21 @@ def test_cosmopedia_from_a_local_parquet(tmp_path):
     ]
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "shard.parquet")
     source = Hub(str(tmp_path / "shard.parquet"), "cosmopedia-v2", "train", "text", "format", 20)
-    prepared = make(source, tmp_path / "cache")
+    prepared = prepare_small(source, tmp_path / "cache")
     assert prepared.domains == ("blogpost", "textbook")
     assert (
         sum(counts[name]["documents"] for counts in prepared.manifest["domains"].values() for name in ("train", "val"))
         == 20
     )
     parquet.write_table(pa.Table.from_pylist(rows[::-1]), tmp_path / "shard.parquet")
-    assert make(source, tmp_path / "cache").manifest["key"] != prepared.manifest["key"], (
+    assert prepare_small(source, tmp_path / "cache").manifest["key"] != prepared.manifest["key"], (
         "the key depends on the bytes of the file"
     )
 
 
 def test_a_source_without_documents_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"data\.source=NamedGroups.*: yields no documents"):
-        make(NamedGroups(groups=0), tmp_path)
+        prepare_small(NamedGroups(groups=0), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -446,4 +446,4 @@ def test_a_source_without_documents_is_refused(tmp_path):
 )
 def test_wrong_settings_are_refused(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
-        make(NamedGroups(), tmp_path, **change)
+        prepare_small(NamedGroups(), tmp_path, **change)

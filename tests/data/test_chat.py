@@ -65,7 +65,7 @@ def source(path: Path, **changes: Any) -> Conversations:
     return Conversations(**{"path": str(path), **fields, **changes})
 
 
-def make(source: Any, cache: Path, **changes: Any) -> Prepared:
+def prepare_small(source: Any, cache: Path, **changes: Any) -> Prepared:
     settings = {"tokenizer": "bpe", "vocab_size": 400, "seq_len": 64, "val_percent": 20, "max_val_blocks": None}
     return prepare(source, cache=str(cache), **{**settings, **changes})
 
@@ -77,7 +77,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def prepared(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    return make(source(file), tmp_path_factory.mktemp("cache"), seq_len=512)
+    return prepare_small(source(file), tmp_path_factory.mktemp("cache"), seq_len=512)
 
 
 def conversations_in(blocks: Batch) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -144,7 +144,7 @@ def test_the_chat_template_of_the_tokenizer_is_used_and_saved(file, tmp_path):
         "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     )
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    prepared = make(
+    prepared = prepare_small(
         source(file), tmp_path / "cache", tokenizer=str(tmp_path / "tokenizer"), vocab_size=None, seq_len=512
     )
     assert prepared.tokenizer.chat_template == tokenizer.chat_template
@@ -222,7 +222,7 @@ def test_long_conversations_are_truncated_and_those_without_a_label_left_out(tmp
         [{"role": "user", "content": words(f"q{row}n", size)}, {"role": "assistant", "content": words(f"a{row}n", 9)}]
         for row, size in enumerate([2] * 10 + [5] * 3 + [60] * 4)
     ]
-    prepared = make(source(smoltalk(tmp_path / "long.parquet", rows), domain=None), tmp_path, seq_len=48)
+    prepared = prepare_small(source(smoltalk(tmp_path / "long.parquet", rows), domain=None), tmp_path, seq_len=48)
     counts = [prepared.manifest["domains"]["long"][split] for split in ("train", "val")]
     assert sum(count["left_out"] for count in counts) == 4
     assert sum(count["truncated"] for count in counts) > 4
@@ -267,11 +267,11 @@ def test_best_fit_places_every_length_once_and_overfills_no_block(seed):
 
 
 def test_two_preparations_are_the_same_and_use_the_first_samples(file, tmp_path):
-    one, two = (make(source(file, max_samples=30), tmp_path / name) for name in "ab")
+    one, two = (prepare_small(source(file, max_samples=30), tmp_path / name) for name in "ab")
     assert one.manifest["files"] == two.manifest["files"]
     documents = [counts[s]["documents"] for counts in one.manifest["domains"].values() for s in ("train", "val")]
     assert sum(documents) == 30
-    assert make(source(file, max_samples=29), tmp_path / "a").manifest["key"] != one.manifest["key"]
+    assert prepare_small(source(file, max_samples=29), tmp_path / "a").manifest["key"] != one.manifest["key"]
     assert {document.id for document in source(file, max_samples=7).documents()} == {f"train/{n}" for n in range(7)}
 
 

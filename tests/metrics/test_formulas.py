@@ -96,7 +96,7 @@ CLOSED_FORMS = {  # metric: (value for `balanced()`, value for `collapsed()`)
     "output_similarity": (None, None),  # no token was run through all experts
     "logsumexp_squared": (0, 0),
     "logit_rms": (LN_E, 12 * math.log(10) * math.sqrt(1 - 1 / E)),
-    "jaccard": (8 / 28 * 1 / 3, None),  # a ring: of all pairs the neighbors share half of their tokens
+    "jaccard": (8 / 28 * 1 / 3, None),  # 8 of 28 pairs share half of their tokens, a Jaccard index of 1/3
     "jaccard_chance": ((K - 1) / (2 * (E - 1) - (K - 1)), None),
     "sequential_overlap": (1 / 2, 1),
     "sequential_overlap_chance": (K / E, 1 / E),
@@ -105,7 +105,7 @@ CLOSED_FORMS = {  # metric: (value for `balanced()`, value for `collapsed()`)
 
 
 @pytest.mark.parametrize("name", ROUTING_METRICS)
-def test_closed_forms(name: str) -> None:
+def test_metrics_are_equal_to_closed_forms(name: str) -> None:
     low, high = CLOSED_FORMS[name.removeprefix("routing/")]
     assert summarize(balanced())[name] == pytest.approx(low, abs=1e-5)
     assert summarize(collapsed())[name] == pytest.approx(high, abs=1e-5)
@@ -249,7 +249,10 @@ def test_the_sums_of_a_step_are_copied_from_the_device_in_one_transfer(monkeypat
 
 
 def test_active_experts_are_counted_before_drops_and_over_all_tokens() -> None:
-    """Tokens that ask for 0, 1, 3 and 4 experts have a mean of 2 and a variance of (4 + 1 + 1 + 4) / 4."""
+    """Active experts are the experts that a token asks for, also those that drop it.
+
+    Tokens that ask for 0, 1, 3 and 4 experts have a mean of 2 and a variance of (4 + 1 + 1 + 4) / 4.
+    """
     chosen = torch.arange(E) < torch.tensor([[0], [1], [3], [4]])
     parts = [
         sums(Routing.masked(chosen[part], torch.ones(len(chosen[part]), E)), len(chosen[part]), capacity=1.0)

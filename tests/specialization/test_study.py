@@ -180,7 +180,7 @@ def test_the_smallest_p_is_one_divided_by_the_number_of_partitions(labels: list[
     assert smallest_p(np.repeat(np.arange(6), 40)) == 1 / 1000
 
 
-def test_one_expert_for_all_tokens_gives_zero_and_one_domain_gives_none(rng: np.random.Generator) -> None:
+def test_domain_dependence_is_zero_with_one_expert_and_none_with_one_domain(rng: np.random.Generator) -> None:
     single = np.zeros((len(DOMAINS) * TOKENS, 4), dtype=bool)
     single[:, 2] = True
     found = domain_dependence(single, DOMAINS, DOCUMENTS, rng=rng)
