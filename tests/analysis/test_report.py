@@ -19,6 +19,7 @@ import pytest
 from matplotlib.figure import Figure
 from run_folders import change_record, write_cells, write_metrics, write_record
 from statsmodels.stats.multitest import multipletests
+from train_processes import ANALYZE, run_script
 
 from moe.analysis.figures.curves import learning_curves
 from moe.analysis.figures.drawing import Drawing
@@ -568,8 +569,7 @@ def test_a_data_frame_becomes_a_markdown_table() -> None:
 
 
 def test_the_command_prints_the_table_and_the_path_of_the_report(published: Path, tmp_path: Path) -> None:
-    command = [sys.executable, ROOT / "analyze.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = run_script(ANALYZE, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "18 of 18 runs finished" in done.stdout
     assert done.stdout.endswith("report: analysis/report.md and analysis/report.html\n")

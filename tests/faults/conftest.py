@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from victims import Job, result
+from train_processes import TrainCommand, result
 
 TINY = """
     model.dim=16 model.heads=2 model.layers=2 model.ffn=16 model.num_experts=4 model.dense_ffn=16 model.dropout=0.1
@@ -65,15 +65,15 @@ def words(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture
-def job(words: list[str], tmp_path: Path) -> Callable[..., Job]:
+def job(words: list[str], tmp_path: Path) -> Callable[..., TrainCommand]:
     """`job("a", "seed=7")` is a command with its own folder `a`."""
-    return lambda name="job", *more: Job(tmp_path / name, [*words, *more])
+    return lambda name="job", *more: TrainCommand(tmp_path / name, [*words, *more])
 
 
 @pytest.fixture(scope="session")
 def undisturbed(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the run of `words` ends with if left alone."""
-    alone = Job(tmp_path_factory.mktemp("undisturbed"), words)
+    alone = TrainCommand(tmp_path_factory.mktemp("undisturbed"), words)
     assert alone.run() == 0, alone.output
     return result(alone.folder)
 

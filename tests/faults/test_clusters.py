@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from test_sweeps import files, finished, results
-from victims import LIMIT, Job
+from train_processes import LIMIT, TrainCommand
 
 from moe.runs.events import read_events
 
@@ -68,7 +68,7 @@ def serial(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callab
 
     def run(*grid: str) -> Any:
         if grid not in known:
-            one = Job(tmp_path_factory.mktemp("serial"), [*settings(words, grid), *grid])
+            one = TrainCommand(tmp_path_factory.mktemp("serial"), [*settings(words, grid), *grid])
             assert one.run() == 0, one.output
             known[grid] = results(one)
         return known[grid]
@@ -77,8 +77,8 @@ def serial(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callab
 
 
 @pytest.fixture
-def sweep(words: list[str], tmp_path: Path) -> Callable[..., Job]:
-    return lambda *arguments: Job(tmp_path / "job", [*settings(words, arguments), *arguments])
+def sweep(words: list[str], tmp_path: Path) -> Callable[..., TrainCommand]:
+    return lambda *arguments: TrainCommand(tmp_path / "job", [*settings(words, arguments), *arguments])
 
 
 def settings(words: list[str], swept: tuple[str, ...]) -> list[str]:
@@ -86,11 +86,11 @@ def settings(words: list[str], swept: tuple[str, ...]) -> list[str]:
     return [word for word in words if word.split("=")[0] not in keys]
 
 
-def run(one: Job) -> int:
+def run(one: TrainCommand) -> int:
     return one.spawn().wait(2 * LIMIT)  # eighteen processes that import torch
 
 
-def training(one: Job, seed: int, step: int, sweep: subprocess.Popen[bytes]) -> int:
+def training(one: TrainCommand, seed: int, step: int, sweep: subprocess.Popen[bytes]) -> int:
     """The process that trains the cell of `seed`, once it has done `step` steps."""
     deadline = time.monotonic() + LIMIT
     while True:
@@ -108,7 +108,7 @@ def record(folder: Path) -> str:
     return path.read_text() if path.exists() else ""
 
 
-def told(one: Job, outcome: str) -> list[str]:
+def told(one: TrainCommand, outcome: str) -> list[str]:
     """The lines of the table of cells that begin with `outcome`."""
     return [line for line in one.output.splitlines() if line.startswith(f"{outcome} ")]
 
@@ -149,7 +149,7 @@ def test_a_second_sweep_in_the_same_folder_is_refused(sweep: Any, serial: Any) -
     process = one.spawn()
     cell = training(one, 1, 1, process)
     os.kill(cell, signal.SIGSTOP)
-    second = Job(one.root, one.arguments[:-1])
+    second = TrainCommand(one.root, one.arguments[:-1])
     second.log = one.root / "second"
     assert run(second) == 2
     assert f"is in use by another sweep, process {process.pid}" in second.output

@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 from test_kills import before
-from victims import TRAIN, Job, ended, result
+from train_processes import TRAIN, TrainCommand, result, wait_for_end
 
 from moe.files import sha256
 from moe.results.table import read_event_tables
 
 
 @pytest.fixture
-def cut_off(job: Any) -> Job:
+def cut_off(job: Any) -> TrainCommand:
     """A run killed after its fourth checkpoint: those of steps 9 and 12 are there."""
     one = job()
     assert one.run(partial(before, "moe.runs.checkpoint", "save", 5)) == -signal.SIGKILL
@@ -37,7 +37,7 @@ def flip(path: Path, *, byte: float) -> None:
     path.write_bytes(bytes(content))
 
 
-def falls_back(one: Job, undisturbed: Any) -> None:
+def falls_back(one: TrainCommand, undisturbed: Any) -> None:
     assert one.run() == 0, one.output
     assert "step-00000012 is damaged" in one.output
     assert "resumed after step 9" in one.output
@@ -45,7 +45,7 @@ def falls_back(one: Job, undisturbed: Any) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 10, -0.5, -10], ids=str)
-def test_a_truncated_checkpoint(size: float, cut_off: Job, undisturbed: Any, survived: Any) -> None:
+def test_a_truncated_checkpoint(size: float, cut_off: TrainCommand, undisturbed: Any, survived: Any) -> None:
     path = cut_off.checkpoints[-1] / "state.pt"
     whole = path.stat().st_size
     os.truncate(path, {-0.5: whole // 2, -10: whole - 10}.get(size, int(size)))
@@ -55,7 +55,7 @@ def test_a_truncated_checkpoint(size: float, cut_off: Job, undisturbed: Any, sur
 
 
 @pytest.mark.parametrize("name", ["state.pt", "manifest.json"])
-def test_a_flipped_bit(name: str, cut_off: Job, undisturbed: Any, survived: Any) -> None:
+def test_a_flipped_bit(name: str, cut_off: TrainCommand, undisturbed: Any, survived: Any) -> None:
     """In the manifest: in its digest, which stands last."""
     flip(cut_off.checkpoints[-1] / name, byte=0.5 if name == "state.pt" else 0.9)
     falls_back(cut_off, undisturbed)
@@ -64,14 +64,14 @@ def test_a_flipped_bit(name: str, cut_off: Job, undisturbed: Any, survived: Any)
 
 
 @pytest.mark.parametrize("name", ["state.pt", "manifest.json"])
-def test_a_deleted_file(name: str, cut_off: Job, undisturbed: Any, survived: Any) -> None:
+def test_a_deleted_file(name: str, cut_off: TrainCommand, undisturbed: Any, survived: Any) -> None:
     (cut_off.checkpoints[-1] / name).unlink()
     falls_back(cut_off, undisturbed)
     end = "the one before is used; exact. Optimizer and weights share state.pt; random streams need no file"
     survived(7, f"{name} of the newest checkpoint deleted", 1, end)
 
 
-def test_a_run_record_that_is_gone_or_torn(cut_off: Job, survived: Any) -> None:
+def test_a_run_record_that_is_gone_or_torn(cut_off: TrainCommand, survived: Any) -> None:
     record = cut_off.folder / "run.json"
     whole = record.read_text()
     for damage in (record.unlink, lambda: record.write_text(whole[:100]), lambda: record.write_text("[]")):
@@ -82,14 +82,14 @@ def test_a_run_record_that_is_gone_or_torn(cut_off: Job, survived: Any) -> None:
     survived(7, "run.json deleted, cut, replaced", 3, "refused before any work, naming the folder, exit 2")
 
 
-def test_all_checkpoints_bad(cut_off: Job, survived: Any) -> None:
+def test_all_checkpoints_bad(cut_off: TrainCommand, survived: Any) -> None:
     for path in cut_off.checkpoints:
         flip(path / "state.pt", byte=0.3)
     events = (cut_off.folder / "events.jsonl").read_bytes()
     assert cut_off.run() == 1
     for path in cut_off.checkpoints:
-        assert str(path) in cut_off.state["error"]
-    assert cut_off.state["status"] == "failed"
+        assert str(path) in cut_off.record["error"]
+    assert cut_off.record["status"] == "failed"
     assert (cut_off.folder / "events.jsonl").read_bytes() == events
     survived(8, "all checkpoints damaged", 1, "exit 1, names them, restarts nothing, deletes nothing")
 
@@ -124,7 +124,7 @@ def test_a_data_cache_damaged_while_it_is_read(
     else:
         [file] = (tmp_path / "cache").glob("*/train/*.arrow")
         os.truncate(file, 0)
-    status = ended(process)
+    status = wait_for_end(process)
     if status != 0:
         assert one.run() == 0, one.output
     assert result(one.folder) == undisturbed
@@ -161,7 +161,7 @@ def zipped(path: Path, pickled: bytes, *, extra: str = "x") -> bytes:
 
 @pytest.mark.parametrize("kind", ["a pickle", "a torch zip", "a torch zip with names ../../marker"])
 def test_code_in_a_checkpoint_does_not_run(
-    kind: str, cut_off: Job, undisturbed: Any, survived: Any, tmp_path: Path
+    kind: str, cut_off: TrainCommand, undisturbed: Any, survived: Any, tmp_path: Path
 ) -> None:
     marker = tmp_path / "marker"
     pickled = pickle.dumps(Bomb(marker), protocol=2)
@@ -175,7 +175,9 @@ def test_code_in_a_checkpoint_does_not_run(
     survived(18, f"{kind} that runs code as newest checkpoint, with its sha256", 1, "refused, no code ran; exact")
 
 
-def test_a_zip_bomb_is_refused_without_unpacking(cut_off: Job, undisturbed: Any, survived: Any, tmp_path: Path) -> None:
+def test_a_zip_bomb_is_refused_without_unpacking(
+    cut_off: TrainCommand, undisturbed: Any, survived: Any, tmp_path: Path
+) -> None:
     with zipfile.ZipFile(tmp_path / "zip", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         with archive.open("state/data.pkl", "w", force_zip64=True) as file:
             for _ in range(64):
@@ -187,7 +189,7 @@ def test_a_zip_bomb_is_refused_without_unpacking(cut_off: Job, undisturbed: Any,
 
 
 @pytest.mark.parametrize("place", ["checkpoints/step-99999999", "run.json.bak", "events.jsonl", "run.lock"])
-def test_links_out_of_the_run_folder(place: str, cut_off: Job, survived: Any, tmp_path: Path) -> None:
+def test_links_out_of_the_run_folder(place: str, cut_off: TrainCommand, survived: Any, tmp_path: Path) -> None:
     treasure = tmp_path / "treasure"
     treasure.mkdir()
     (treasure / "gold").write_text("gold")
@@ -200,7 +202,7 @@ def test_links_out_of_the_run_folder(place: str, cut_off: Job, survived: Any, tm
     survived(18, f"{place} is a link out of the run folder", 1, "refused before any work, exit 2; its target untouched")
 
 
-def test_weights_are_safetensors(cut_off: Job, survived: Any) -> None:
+def test_weights_are_safetensors(cut_off: TrainCommand, survived: Any) -> None:
     assert cut_off.run() == 0
     kinds = {path.suffix for path in (cut_off.folder / "model").iterdir()}
     assert ".safetensors" in kinds
@@ -224,7 +226,7 @@ def test_a_checkpoint_from_elsewhere(drift: str, job: Any, undisturbed: Any, sur
     survived(25, f"a checkpoint from {drift}", 1, "loads; a warning withdraws the claim of exactness")
 
 
-def test_a_torn_last_line(cut_off: Job, undisturbed: Any, survived: Any) -> None:
+def test_a_torn_last_line(cut_off: TrainCommand, undisturbed: Any, survived: Any) -> None:
     events = cut_off.folder / "events.jsonl"
     with events.open("a") as file:
         file.write('{"kind": "train", "step": 16, "train/lo')
@@ -264,7 +266,7 @@ def shaken_clock() -> None:
     time.time = lambda: honest() + 86_400 * (-1) ** next(jumps)
 
 
-def test_clocks_that_jump(cut_off: Job, undisturbed: Any, survived: Any) -> None:
+def test_clocks_that_jump(cut_off: TrainCommand, undisturbed: Any, survived: Any) -> None:
     """The older checkpoint is made the younger by its times; then all files are of one moment."""
     old, new = cut_off.checkpoints
     for path, stamp in ((old, 2**31), (new, 0)):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from victims import TRAIN
+from train_processes import TRAIN
 
 from moe.config.options import GROUPS, options
 from moe.config.schema import Cell, flatten

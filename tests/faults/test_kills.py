@@ -10,12 +10,12 @@ from functools import partial
 from typing import Any
 
 import pytest
-from victims import Job, die, ended, patch, result
+from train_processes import TrainCommand, die, patch, result, wait_for_end
 
 SAVE_EVERY = 3  # of `conftest.TINY`
 
 
-def resumed_from(job: Job) -> int | None:
+def resumed_from(job: TrainCommand) -> int | None:
     found = re.search(r"resumed after step (\d+)", job.output)
     return int(found[1]) if found else None
 
@@ -29,7 +29,7 @@ def test_killed_at_twenty_random_moments(job: Any, undisturbed: Any, survived: A
         one.wait_for_step(process, draw.randint(1, 24))
         time.sleep(draw.uniform(0, 0.05))
         process.kill()
-        hits += ended(process) == -signal.SIGKILL
+        hits += wait_for_end(process) == -signal.SIGKILL
         steps = one.steps()
         assert one.run() == 0, one.output
         assert result(one.folder) == undisturbed
@@ -87,10 +87,10 @@ def test_sigterm_checkpoints_and_exits_with_143(step: int, job: Any, undisturbed
     one.wait_for_step(process, step)
     began = time.monotonic()
     os.kill(process.pid, signal.SIGTERM)
-    assert ended(process) == 143
+    assert wait_for_end(process) == 143
     seconds = time.monotonic() - began
     assert seconds < 10
-    assert one.state["status"] == "interrupted"
+    assert one.record["status"] == "interrupted"
     steps = one.steps()
     assert one.run() == 0
     assert resumed_from(one) == steps
@@ -122,9 +122,9 @@ def test_stopped_while_data_are_prepared(
         time.sleep(0.01)
     began = time.monotonic()
     os.kill(process.pid, number)
-    assert ended(process) == status
+    assert wait_for_end(process) == status
     assert time.monotonic() - began < 10
-    assert one.state["status"] == ("running" if status == -9 else "interrupted")
+    assert one.record["status"] == ("running" if status == -9 else "interrupted")
     assert one.run() == 0
     assert result(one.folder) == undisturbed
     assert not list((tmp_path / "cache").glob("*unfinished"))
@@ -139,7 +139,7 @@ def test_one_ctrl_c_checkpoints_and_exits_with_130(job: Any, undisturbed: Any, s
     process = one.start()
     one.wait_for_step(process, 5)
     os.kill(process.pid, signal.SIGINT)
-    assert ended(process) == 130
+    assert wait_for_end(process) == 130
     steps = one.steps()
     assert one.run() == 0
     assert resumed_from(one) == steps
@@ -174,7 +174,7 @@ def test_a_second_ctrl_c_quits_at_once(job: Any, undisturbed: Any, survived: Any
     assert process.is_alive()
     began = time.monotonic()
     os.kill(process.pid, signal.SIGINT)
-    assert ended(process) != 0
+    assert wait_for_end(process) != 0
     assert time.monotonic() - began < 2
     assert one.run() == 0
     assert resumed_from(one) == 6
@@ -207,7 +207,7 @@ def test_two_hundred_random_faults_in_one_run(job: Any, survived: Any) -> None:
             else:
                 one.wait_for_step(process, one.steps() + draw.randint(1, 3))
             os.kill(process.pid, signal.Signals[kind])
-            assert ended(process) in (ends[kind], -signal.Signals[kind], 1), one.output
+            assert wait_for_end(process) in (ends[kind], -signal.Signals[kind], 1), one.output
         elif not harm(one, kind, draw):
             continue
         counts[kind] += 1
@@ -217,7 +217,7 @@ def test_two_hundred_random_faults_in_one_run(job: Any, survived: Any) -> None:
     survived(28, f"soak of one run: {told}", sum(counts.values()), "exact")
 
 
-def harm(job: Job, kind: str, draw: random.Random) -> bool:
+def harm(job: TrainCommand, kind: str, draw: random.Random) -> bool:
     """Damage one file of the newest of two checkpoints, or the end of the events; False if there is none."""
     if kind == "torn line":
         events = next(iter((job.root / "runs").glob("*/*/events.jsonl")), None)

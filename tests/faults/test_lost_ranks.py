@@ -9,19 +9,19 @@ from typing import Any
 
 import pytest
 from test_sweeps import children
-from victims import LIMIT, Job, result
+from train_processes import LIMIT, TrainCommand, result
 
 from moe.config.options import CONF
 
 STEP = ("grad_accum=2", "save_every=4")
 
 
-def launch(job: Job, file: str = "ddp") -> subprocess.Popen[bytes]:
+def launch(job: TrainCommand, file: str = "ddp") -> subprocess.Popen[bytes]:
     """Two ranks of `train.py` with this job's arguments."""
     return job.spawn("-m", "accelerate.commands.launch", "--config_file", str(CONF / "launch" / f"{file}.yaml"))
 
 
-def wait_for_step(job: Job, launcher: subprocess.Popen[bytes], step: int) -> list[int]:
+def wait_for_step(job: TrainCommand, launcher: subprocess.Popen[bytes], step: int) -> list[int]:
     """Process ids of the ranks, in order, once `step` is in the events."""
     deadline = time.monotonic() + LIMIT
     while job.steps() < step:
@@ -44,7 +44,7 @@ def gone(pids: list[int]) -> bool:
 @pytest.fixture(scope="module")
 def calm(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What one process ends with, which two end with as well."""
-    alone = Job(tmp_path_factory.mktemp("calm"), [*words, *STEP])
+    alone = TrainCommand(tmp_path_factory.mktemp("calm"), [*words, *STEP])
     assert alone.run() == 0, alone.output
     return result(alone.folder)
 
@@ -57,7 +57,7 @@ def test_a_rank_is_killed(victim: int, job: Any, calm: dict[str, Any], survived:
     os.kill(pids[victim], signal.SIGKILL)
     assert launcher.wait(60) != 0
     assert gone(pids)
-    assert one.state["status"] in ("failed", "running")
+    assert one.record["status"] in ("failed", "running")
     assert one.steps() < 24
     assert launch(one).wait(LIMIT) == 0, one.output
     same(result(one.folder), calm)
@@ -70,11 +70,11 @@ def test_a_rank_is_frozen(job: Any, calm: dict[str, Any], survived: Any) -> None
     pids = wait_for_step(one, launcher, 9)
     os.kill(pids[1], signal.SIGSTOP)
     frozen = time.monotonic()
-    while one.state["status"] == "running":
+    while one.record["status"] == "running":
         assert time.monotonic() < frozen + 60, one.output
         time.sleep(0.05)
-    assert one.state["status"] == "failed"
-    assert "another rank died or was frozen: the same command resumes the run" in one.state["error"]
+    assert one.record["status"] == "failed"
+    assert "another rank died or was frozen: the same command resumes the run" in one.record["error"]
     assert launcher.wait(60) != 0
     assert gone(pids)
     assert launch(one).wait(LIMIT) == 0, one.output
@@ -90,7 +90,7 @@ def test_the_launcher_is_asked_to_stop_and_another_number_of_ranks_goes_on(
     wait_for_step(one, launcher, 5)
     launcher.terminate()
     assert launcher.wait(60) != 0
-    assert one.state["status"] == "interrupted", one.output
+    assert one.record["status"] == "interrupted", one.output
     process = one.start()  # by itself
     one.wait_for_step(process, 13)
     os.kill(process.pid, signal.SIGTERM)
@@ -110,7 +110,7 @@ def test_sharded_weights_go_on_in_other_layouts(
         wait_for_step(one, launcher, step)
         launcher.terminate()
         assert launcher.wait(60) != 0
-        assert one.state["status"] == "interrupted", one.output
+        assert one.record["status"] == "interrupted", one.output
     assert launch(one, "fsdp").wait(LIMIT) == 0, one.output
     ours = result(one.folder)
     assert len(ours["events"]) == len(calm["events"])

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from victims import Job, ended, patch, result
+from train_processes import TrainCommand, patch, result, wait_for_end
 
 
 @pytest.fixture
@@ -36,12 +36,12 @@ def fill(disk: Path, *, leave: int) -> Path:
 @pytest.mark.parametrize("leave", [64_000, 4096, 0])
 def test_a_full_disk(leave: int, words: list[str], small_disk: Path, undisturbed: Any, survived: Any) -> None:
     """From step 7 on: 64 KB are too few for a checkpoint, 4 KB soon for an event, nothing for anything."""
-    one = Job(small_disk, words)
+    one = TrainCommand(small_disk, words)
     one.log = small_disk.parent / "log"
     process = one.start()
     one.wait_for_step(process, 7)
     ballast = fill(small_disk, leave=leave)
-    assert ended(process) == 1
+    assert wait_for_end(process) == 1
     assert "No space left on device" in one.output
     assert "Traceback" not in one.output
     assert one.checkpoints
@@ -111,9 +111,9 @@ def poisoned_expert(step: int) -> None:
 def test_numbers_that_are_not_finite(what: str, sabotage: Any, job: Any, undisturbed: Any, survived: Any) -> None:
     one = job()
     assert one.run(sabotage) == 1
-    assert one.state["status"] == "failed"
-    assert "Diverged: step 4: " in one.state["error"]
-    assert "expert 2" in one.state["error"] or "loss" in what
+    assert one.record["status"] == "failed"
+    assert "Diverged: step 4: " in one.record["error"]
+    assert "expert 2" in one.record["error"] or "loss" in what
     assert one.steps() == 4
     assert one.run() == 0
     assert result(one.folder) == undisturbed
@@ -169,7 +169,7 @@ def test_wandb_fails(what: str, mode: str, sabotage: Any, job: Any, undisturbed:
     ids=["unicode", "space", "long", "up", "odd"],
 )
 def test_odd_folder_names(name: str, words: list[str], tmp_path: Path, undisturbed: Any, survived: Any) -> None:
-    one = Job(tmp_path / "job", words)
+    one = TrainCommand(tmp_path / "job", words)
     quoted = str(tmp_path / name).replace("\\", "\\\\").replace('"', '\\"')
     one.arguments[-1] = f'out="{quoted}"'
     (tmp_path / "a" / "b").mkdir(parents=True)
@@ -185,7 +185,7 @@ def test_odd_values_name_a_folder_inside(value: str, words: list[str], tmp_path:
     path = tmp_path / "text" / ("x" * 200 if len(value) > 200 else value.replace("..", "d")) / "t.jsonl"
     path.parent.mkdir(parents=True)
     shutil.copy(corpus, path)
-    one = Job(tmp_path / "job", [*words, f'data.source.paths=["{path}"]', "steps=1"])
+    one = TrainCommand(tmp_path / "job", [*words, f'data.source.paths=["{path}"]', "steps=1"])
     assert one.run() == 0, one.output
     assert one.folder.parent.parent == tmp_path / "job" / "runs"
     survived(19, f"a swept value of {value[:16]!r} names the run folder", 1, "one folder deep, inside the sweep's")
@@ -195,13 +195,13 @@ def test_odd_values_name_a_folder_inside(value: str, words: list[str], tmp_path:
 def test_folders_that_cannot_be_written_to(
     place: str, words: list[str], small_disk: Path, tmp_path: Path, survived: Any
 ) -> None:
-    one = Job(tmp_path / "job", words)
+    one = TrainCommand(tmp_path / "job", words)
     if place == "deleted while it runs":
         process = one.start()
         one.wait_for_step(process, 4)
         folder = one.folder
         shutil.rmtree(folder)
-        assert ended(process) == 1
+        assert wait_for_end(process) == 1
         assert not folder.exists()
         assert "No such file or directory" in one.output
     else:
@@ -240,8 +240,8 @@ def memory_error() -> None:
 def test_memory_ends(job: Any, survived: Any) -> None:
     one = job("a", "batch_size=20000", "data.seq_len=128", "steps=2")
     assert one.run(partial(little_memory, 1500)) == 1
-    assert one.state["status"] == "failed"
-    assert "a smaller batch_size" in one.state["error"]
+    assert one.record["status"] == "failed"
+    assert "a smaller batch_size" in one.record["error"]
     sweep = job("b", "-m", "seed=1,2", "steps=2")
     assert sweep.run(memory_error) == 1
     assert "a smaller batch_size" in sweep.output
@@ -300,7 +300,7 @@ def test_a_long_run_keeps_its_memory_disk_and_log_within_bounds(job: Any, surviv
             memory[steps] = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * resource.getpagesize()
             saved = max(saved, len(list((one.folder / "checkpoints").glob("*"))))
             time.sleep(0.1)
-    assert ended(process) == 0, one.output
+    assert wait_for_end(process) == 0, one.output
     early = [used for step, used in memory.items() if 500 <= step < 1000]
     late = [used for step, used in memory.items() if 4500 <= step < 5000]
     assert min(len(early), len(late)) > 10

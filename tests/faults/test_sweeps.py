@@ -10,14 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from victims import LIMIT, TRAIN, Job, die, ended, patch, result
+from train_processes import LIMIT, TRAIN, TrainCommand, die, patch, result, wait_for_end
 
 from moe.files import sha256
 
 JOBLIB = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
 
 
-def results(job: Job) -> dict[str, Any]:
+def results(job: TrainCommand) -> dict[str, Any]:
     """The result of every cell, by the name of its folder."""
     return {path.parent.name: result(path.parent) for path in (job.root / "runs").glob("*/*/run.json")}
 
@@ -69,7 +69,7 @@ def training(pid: int) -> bool:
     return status.exists() and b"loky" in status.read_bytes() and b"resource_tracker" not in status.read_bytes()
 
 
-def finished(job: Job) -> list[Path]:
+def finished(job: TrainCommand) -> list[Path]:
     return [path.parent for path in (job.root / "runs").rglob("run.json") if '"status": "finished"' in path.read_text()]
 
 
@@ -114,12 +114,12 @@ def test_two_sweeps_in_one_folder(job: Any, survived: Any) -> None:
     while not list((one.root / "runs").rglob("events.jsonl")):
         assert process.is_alive(), one.output
         time.sleep(0.01)
-    second = Job(one.root, one.arguments[:-1])
+    second = TrainCommand(one.root, one.arguments[:-1])
     second.log = one.root / "second"
     assert second.run() == 2
     assert f"is in use by another sweep, process {process.pid}" in second.output
     assert second.output.count("\n") == 1
-    assert ended(process) == 0
+    assert wait_for_end(process) == 0
     assert len(finished(one)) == 2
     survived(13, "a second sweep in the same folder", 1, "refused with the first one's pid, exit 2; first unharmed")
 

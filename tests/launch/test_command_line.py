@@ -7,18 +7,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from train_processes import TRAIN, run_script
 
 from moe.checks import ConfigError
 from moe.config.options import CONF, GROUPS, options
 from moe.config.schema import Config, flatten, is_free
 from moe.launch import command_line
 from moe.launch.command_line import read_cells, run_name
-
-TRAIN = CONF.parent / "train.py"
-
-
-def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(TRAIN), *arguments], cwd=cwd, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +79,7 @@ def test_wrong_commands(arguments: str, message: str) -> None:
 
 
 def test_a_wrong_command_exits_with_2_says_one_line_and_leaves_nothing(tmp_path: Path) -> None:
-    done = command("-m", "noise=0.0,0.1", "router.k=2,9", cwd=tmp_path)
+    done = run_script(TRAIN, "-m", "noise=0.0,0.1", "router.k=2,9", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == "train.py: router.k=9: must be between 1 and model.num_experts=8\n"
@@ -92,7 +87,7 @@ def test_a_wrong_command_exits_with_2_says_one_line_and_leaves_nothing(tmp_path:
 
 
 def test_help_names_every_option_with_its_purpose() -> None:
-    done = command("--help")
+    done = run_script(TRAIN, "--help")
     assert done.returncode == 0
     for group in GROUPS:
         for name, purpose in options(group).items():

@@ -1,6 +1,6 @@
-"""A run folder is a run: skipped when finished, resumed when cut off, refused when different, one process at a time.
+"""A run folder is one run: skipped when finished, resumed when cut off, refused when different, one process at a time.
 
-Through real processes and the user's own words.
+Each test starts train.py in real processes, with words that a user would type.
 """
 
 import fcntl
@@ -8,29 +8,22 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+from train_processes import ANALYZE, TRAIN, TrainCommand, read_record, result, run_script, wait_for_end
 
-from moe.config.options import CONF
 from moe.launch.run import write_run_record
-
-TRAIN = CONF.parent / "train.py"
-ANALYZE = CONF.parent / "analyze.py"
-
-
-def train(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(TRAIN), *arguments], capture_output=True, text=True, timeout=300)
 
 
 def snapshot(folder: Path) -> dict[str, str]:
-    """sha256 and time of every file."""
+    """Return the SHA-256 and the time of every file."""
     return {
         str(path.relative_to(folder)): f"{hashlib.sha256(path.read_bytes()).hexdigest()} {path.stat().st_mtime_ns}"
         for path in sorted(folder.rglob("*"))
@@ -38,21 +31,28 @@ def snapshot(folder: Path) -> dict[str, str]:
     }
 
 
-def state(folder: Path) -> dict[str, object]:
-    return json.loads((folder / "run.json").read_text())
+@pytest.fixture(scope="module")
+def finished_command(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> TrainCommand:
+    """A command whose single run is finished. Its folder must stay as it is."""
+    command = TrainCommand(tmp_path_factory.mktemp("finished"), small)
+    assert command.run() == 0, command.output
+    return command
 
 
 def test_the_users_factorial_word_for_word(small: list[str], tmp_path: Path) -> None:
-    """`python train.py -m noise=0.0,0.1,0.5 lb=0.0,0.01 seed=42,43,44`, tables, a re-run, and the analysis of it."""
+    """The README's sweep trains 18 cells and writes tables. The same command then skips all, and analyze.py reports.
+
+    The first command is a new Python process, without the fork server of the other tests.
+    """
     words = "-m noise=0.0,0.1,0.5 lb=0.0,0.01 seed=42,43,44".split()
     settings = [*small, "steps=2", "eval_every=2", f"out={tmp_path}"]
-    done = train(*words, *settings)
+    done = subprocess.run([sys.executable, str(TRAIN), *words, *settings], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     sweep = tmp_path / "default"
     results = pd.read_csv(sweep / "results.csv")
     assert len(results) == 18
     assert set(results["status"]) == {"finished"}
-    assert {state(path.parent)["facts"]["experts_kernel"] for path in sweep.glob("*/run.json")} == {"loop"}
+    assert {read_record(path.parent)["facts"]["experts_kernel"] for path in sweep.glob("*/run.json")} == {"loop"}
     assert all(sorted(seeds) == [42, 43, 44] for _, seeds in results.groupby(["noise", "lb"])["seed"])
     assert "ddof=1" in done.stdout
     columns = (
@@ -62,72 +62,50 @@ def test_the_users_factorial_word_for_word(small: list[str], tmp_path: Path) -> 
     assert (sweep / "moe_routing_noise_experiment_results.csv").read_text().splitlines()[0] == columns
 
     before = snapshot(sweep)
-    again = train(*words, *settings)
+    again = run_script(TRAIN, *words, *settings)
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("skipped") == 18
     assert snapshot(sweep) == before
 
-    report = subprocess.run(
-        [sys.executable, str(ANALYZE), str(sweep), "--out", str(tmp_path / "analysis")], capture_output=True, text=True
-    )
+    report = run_script(ANALYZE, str(sweep), "--out", str(tmp_path / "analysis"))
     assert report.returncode == 0, report.stderr
     assert "Holm" in (tmp_path / "analysis" / "report.md").read_text()
     assert list((tmp_path / "analysis").glob("*.png"))
 
 
 def test_a_killed_run_resumes_bitwise_and_signals_checkpoint(small: list[str], tmp_path: Path) -> None:
-    """SIGKILL, then SIGTERM, then Ctrl-C, then to the end; and once undisturbed."""
-    settings = ["router=temperature", "router.temp=1.5", "noise=0.1", "steps=200", "save_every=5", "eval_every=50"]
-    commands = {name: [*small, *settings, f"out={tmp_path / name}"] for name in ("a", "b")}
-    assert train(*commands["a"]).returncode == 0
+    """A run that is stopped by SIGKILL, then SIGTERM, then Ctrl-C ends like one that nothing disturbed, bit for bit."""
+    settings = ["router=temperature", "router.temp=1.5", "noise=0.1", "steps=60", "save_every=5", "eval_every=30"]
+    undisturbed, stopped = (TrainCommand(tmp_path / name, [*small, *settings]) for name in ("undisturbed", "stopped"))
+    assert undisturbed.run() == 0, undisturbed.output
 
-    def start_and_send(number: int) -> int:
-        process = subprocess.Popen(
-            [sys.executable, str(TRAIN), *commands["b"]], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        [events] = wait_for(tmp_path / "b", "**/events.jsonl")
-        lines = len(events.read_text().splitlines())
-        while len(events.read_text().splitlines()) < lines + 20 and process.poll() is None:
-            time.sleep(0.01)
-        process.send_signal(number)
-        return process.wait(timeout=60)
+    def stop_by(number: int) -> int:
+        process = stopped.start()
+        stopped.wait_for_step(process, stopped.steps() + 12)
+        os.kill(process.pid, number)
+        return wait_for_end(process)
 
-    assert start_and_send(signal.SIGKILL) == -signal.SIGKILL
-    [folder_b] = [path.parent for path in (tmp_path / "b").rglob("run.json")]
-    assert state(folder_b)["status"] == "running"
-    assert start_and_send(signal.SIGTERM) == 143
-    assert state(folder_b)["status"] == "interrupted"
-    assert start_and_send(signal.SIGINT) == 130
-    assert train(*commands["b"]).returncode == 0
-    [folder_a] = [path.parent for path in (tmp_path / "a").rglob("run.json")]
-    weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (folder_a, folder_b)]
-    assert weights[0] == weights[1]
-    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (folder_a, folder_b)]
-    for each in metrics:
-        each["history"].pop("elapsed_times")
-        for name in ("time/train_seconds", "time/tokens_per_s"):
-            each["final_metrics"].pop(name)
-    assert metrics[0] == metrics[1]
+    assert stop_by(signal.SIGKILL) == -signal.SIGKILL
+    assert stopped.record["status"] == "running"
+    assert stop_by(signal.SIGTERM) == 143
+    assert stopped.record["status"] == "interrupted"
+    assert stop_by(signal.SIGINT) == 130
+    assert 36 <= stopped.steps() < 60
+    assert stopped.run() == 0, stopped.output
+    assert result(stopped.folder) == result(undisturbed.folder)
 
 
-def wait_for(root: Path, pattern: str, *, seconds: float = 60) -> list[Path]:
-    deadline = time.monotonic() + seconds
-    while not (found := list(root.glob(pattern))):
-        assert time.monotonic() < deadline, f"{pattern} does not appear"
-        time.sleep(0.05)
-    return found
-
-
-def test_a_folder_of_another_configuration_is_refused_with_the_difference(small: list[str], tmp_path: Path) -> None:
-    """Overrides that share a folder name but not a configuration: here the preset changed in between."""
-    command = [*small, f"out={tmp_path}"]
-    assert train(*command).returncode == 0
+def test_a_folder_of_another_configuration_is_refused_with_the_difference(
+    small: list[str], finished_command: TrainCommand, tmp_path: Path
+) -> None:
+    """Two commands can name the same folder and mean different runs: here the optimizer's yaml changed in between."""
+    shutil.copytree(finished_command.root / "runs", tmp_path, dirs_exist_ok=True)
     [run] = tmp_path.rglob("run.json")
-    stored = json.loads(run.read_text())
-    stored["identity"]["optimizer.momentum"] = 0.5
-    run.write_text(json.dumps(stored))
+    record = json.loads(run.read_text())
+    record["identity"]["optimizer.momentum"] = 0.5
+    run.write_text(json.dumps(record))
     before = snapshot(tmp_path)
-    done = train(*command)
+    done = run_script(TRAIN, *small, f"out={tmp_path}")
     assert done.returncode == 2
     assert "optimizer.momentum is 0.5 in the folder, 0.95 in this command" in done.stderr
     assert done.stderr.count("\n") == 1
@@ -136,14 +114,13 @@ def test_a_folder_of_another_configuration_is_refused_with_the_difference(small:
 
 def test_a_failed_cell_is_recorded_and_the_others_run(small: list[str], tmp_path: Path) -> None:
     """A learning rate that overflows in one cell: status failed, its reason in the table, exit status 1."""
-    done = train(
-        "-m", *small, "optimizer=adamw", "optimizer.adamw_lr=0.001,1e30", "optimizer.clip=1e30", f"out={tmp_path}"
-    )
+    settings = ["optimizer=adamw", "optimizer.adamw_lr=0.001,1e30", "optimizer.clip=1e30"]
+    done = run_script(TRAIN, "-m", *small, *settings, f"out={tmp_path}")
     assert done.returncode == 1
-    states = {path.parent.name: state(path.parent) for path in tmp_path.rglob("run.json")}
-    assert sorted(str(s["status"]) for s in states.values()) == ["failed", "finished"]
-    failed = next(s for s in states.values() if s["status"] == "failed")
-    assert "Diverged: step" in str(failed["error"])
+    records = [read_record(path.parent) for path in tmp_path.rglob("run.json")]
+    assert sorted(record["status"] for record in records) == ["failed", "finished"]
+    failed = next(record for record in records if record["status"] == "failed")
+    assert "Diverged: step" in failed["error"]
     [line] = [line for line in done.stdout.splitlines() if line.startswith("failed ")]
     assert line.endswith(f": {failed['error']}")
     assert "Traceback" not in done.stderr
@@ -154,7 +131,7 @@ def test_a_folder_in_use_is_left_alone(small: list[str], cell: Any, tmp_path: Pa
     folder.mkdir(parents=True)
     with open(folder / "run.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        done = train(*small, "seed=7", f"out={tmp_path}")
+        done = run_script(TRAIN, *small, "seed=7", f"out={tmp_path}")
     assert done.returncode == 1
     assert "another process" in done.stdout
     assert [path.name for path in folder.iterdir()] == ["run.lock"]
@@ -162,24 +139,21 @@ def test_a_folder_in_use_is_left_alone(small: list[str], cell: Any, tmp_path: Pa
 
 @pytest.mark.parametrize("launcher", ["joblib"])
 def test_two_jobs_at_once_give_what_one_after_the_other_gives(small: list[str], tmp_path: Path, launcher: str) -> None:
-    settings = [*small, "seed=1,2", "noise=0.0,0.2"]
-    serial = train("-m", *settings, f"out={tmp_path / 'serial'}")
-    parallel = train(
-        "-m", *settings, f"out={tmp_path / 'parallel'}", f"hydra/launcher={launcher}", "hydra.launcher.n_jobs=2"
-    )
+    settings = ["-m", *small, "seed=1,2", "noise=0.0,0.2"]
+    parallel_settings = [f"hydra/launcher={launcher}", "hydra.launcher.n_jobs=2"]
+    serial = run_script(TRAIN, *settings, f"out={tmp_path / 'serial'}")
+    parallel = run_script(TRAIN, *settings, f"out={tmp_path / 'parallel'}", *parallel_settings)
     assert serial.returncode == parallel.returncode == 0, parallel.stderr
-    found = {
+    weights = {
         root: {p.parent.parent.name: p.read_bytes() for p in (tmp_path / root).rglob("model.safetensors")}
         for root in ("serial", "parallel")
     }
-    assert len(found["serial"]) == 4
-    assert found["serial"] == found["parallel"]
+    assert len(weights["serial"]) == 4
+    assert weights["serial"] == weights["parallel"]
 
 
-def test_the_record_of_a_run_says_what_it_was(small: list[str], tmp_path: Path) -> None:
-    assert train(*small, f"out={tmp_path}").returncode == 0
-    [run] = tmp_path.rglob("run.json")
-    record = json.loads(run.read_text())
+def test_the_record_of_a_run_says_what_was_trained(finished_command: TrainCommand) -> None:
+    record, folder = finished_command.record, finished_command.folder
     assert record["status"] == "finished"
     assert record["causal"] is True
     assert record["choices"]["router"] == "topk"
@@ -187,7 +161,7 @@ def test_the_record_of_a_run_says_what_it_was(small: list[str], tmp_path: Path) 
     assert record["facts"]["parameters"]["active"] < record["facts"]["parameters"]["total"]
     assert record["facts"]["data"]["key"]
     assert {"torch", "transformers", "python"} <= set(record["versions"])
-    metrics = json.loads((run.parent / "metrics.json").read_text())
+    metrics = json.loads((folder / "metrics.json").read_text())
     series = """steps train_losses val_losses val_accuracies val_perplexities elapsed_times learning_rates temperatures
         routing_entropies selection_confidences expert_utilizations load_balancing_losses""".split()
     assert set(series) <= set(metrics["history"])
@@ -196,7 +170,7 @@ def test_the_record_of_a_run_says_what_it_was(small: list[str], tmp_path: Path) 
     assert all(0.25 <= value <= 1 for value in metrics["history"]["selection_confidences"])
     assert metrics["final_metrics"]["val/loss"] == metrics["history"]["val_losses"][-1]
     assert "routing/load_cv/layer01" in metrics["final_metrics"]
-    assert os.path.getsize(next(run.parent.glob("model/*.safetensors"))) > 0
+    assert os.path.getsize(next(folder.glob("model/*.safetensors"))) > 0
 
 
 @pytest.mark.parametrize(
@@ -211,8 +185,10 @@ def test_the_record_of_a_run_says_what_it_was(small: list[str], tmp_path: Path) 
         (["variant=spectra_no_all"], True),
     ],
 )
-def test_the_causal_label_is_that_of_router_and_drops_together(cell: Any, overrides: list[str], causal: bool) -> None:
+def test_the_causal_label_depends_on_router_and_drop_rule_together(
+    cell: Any, overrides: list[str], causal: bool
+) -> None:
     one = cell(*overrides)
     one.folder.mkdir(parents=True)
     write_run_record(one, "running")
-    assert state(one.folder)["causal"] is causal
+    assert read_record(one.folder)["causal"] is causal

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_runs import run
+from train_processes import TRAIN, run_script
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from moe.checks import ConfigError
-from moe.config.options import CONF
 from moe.config.schema import Cell
 from moe.launch.command_line import read_cells
 from moe.model.decoder import MoEForCausalLM
@@ -377,8 +375,7 @@ def test_flash_attention_without_bf16_is_refused(cell: Read, monkeypatch: pytest
 
 def test_a_missing_checkpoint_gives_a_one_line_error_and_exit_status_2(tmp_path: Path) -> None:
     words = ["model=upcycled", "model.dense=/no/such/place", "data.vocab_size=null", "data.tokenizer=/no/such/place"]
-    train_py = str(CONF.parent / "train.py")
-    done = subprocess.run([sys.executable, train_py, *words], cwd=tmp_path, capture_output=True, text=True)
+    done = run_script(TRAIN, *words, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("train.py: model.dense=/no/such/place: no such folder, and none on the hub")
     assert done.stderr.count("\n") == 1

@@ -2,16 +2,14 @@
 
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from run_folders import change_record, write_cells, write_metrics, write_record
+from train_processes import ANALYZE, TRAIN, run_script
 
-from moe.config.options import CONF
 from moe.results.sweep_tables import console_table
 from moe.results.table import load_runs
 from moe.runs.record import (
@@ -201,11 +199,7 @@ def test_the_analysis_shows_every_unreadable_run_as_a_row(tmp_path: Path) -> Non
         assert str(tmp_path / "x" / name) in runs.loc[name, "error"]
     assert "format 0, here 1" in runs.loc["seed=4", "error"]
     assert "1 of 8 runs finished" in console_table(load_runs([tmp_path]))
-    done = subprocess.run(
-        [sys.executable, str(CONF.parent / "analyze.py"), str(tmp_path / "x"), "--out", str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-    )
+    done = run_script(ANALYZE, str(tmp_path / "x"), "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     report = (tmp_path / "out" / "report.md").read_text()
@@ -219,8 +213,7 @@ def test_training_in_a_folder_with_an_unreadable_record_ends_with_exit_status_2(
     folder = cell().folder
     folder.mkdir(parents=True)
     (folder / "run.json").write_text(content)
-    command = [sys.executable, str(CONF.parent / "train.py"), *small, f"out={tmp_path}"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_script(TRAIN, *small, f"out={tmp_path}")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith(f"train.py: {folder / 'run.json'}: ")
@@ -233,8 +226,7 @@ def test_training_of_a_sweep_with_a_damaged_sweep_json_ends_with_exit_status_2(
 ) -> None:
     (tmp_path / "default").mkdir()
     (tmp_path / "default" / "sweep.json").write_text('{"cells": {')
-    command = [sys.executable, str(CONF.parent / "train.py"), "-m", *small, "seed=1,2", f"out={tmp_path}"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_script(TRAIN, "-m", *small, "seed=1,2", f"out={tmp_path}")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "sweep.json: incomplete or not JSON" in done.stderr

@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from train_processes import TRAIN, run_script
 
-from moe.config.options import CONF
 from moe.launch.run import run
 from moe.launch.sweep import carry_out
 from moe.runs.events import read_events
 from moe.runs.wandb_mirror import WandbMirror
-
-TRAIN = CONF.parent / "train.py"
 
 
 def wandb_records(run: Path) -> list[dict[str, Any]]:
@@ -28,7 +26,7 @@ def test_an_offline_wandb_run_contains_the_events_final_metrics_and_configuratio
     small: list[str], tmp_path: Path
 ) -> None:
     arguments = [*[s for s in small if not s.startswith("logger")], "logger.mode=offline", f"out={tmp_path}"]
-    done = subprocess.run([sys.executable, str(TRAIN), *arguments], capture_output=True, text=True)
+    done = run_script(TRAIN, *arguments)
     assert done.returncode == 0, done.stderr
     [folder] = [path.parent for path in tmp_path.rglob("run.json")]
     [run] = folder.glob("wandb/offline-run-*/*.wandb")
