@@ -22,6 +22,11 @@ from train_processes import ANALYZE, TRAIN, TrainCommand, read_record, result, r
 from moe.launch.run import write_run_record
 
 
+def run_in_new_python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run train.py in a Python of its own; joblib's workers would keep a forked process alive for five minutes."""
+    return subprocess.run([sys.executable, str(TRAIN), *arguments], capture_output=True, text=True, timeout=300)
+
+
 def snapshot(folder: Path) -> dict[str, str]:
     """Return the SHA-256 and the time of every file."""
     return {
@@ -42,11 +47,11 @@ def finished_command(small: list[str], tmp_path_factory: pytest.TempPathFactory)
 def test_the_users_factorial_word_for_word(small: list[str], tmp_path: Path) -> None:
     """The README's sweep trains 18 cells and writes tables. The same command then skips all, and analyze.py reports.
 
-    The first command is a new Python process, without the fork server of the other tests.
+    The first command runs in a new Python, without the fork server of the other tests.
     """
     words = "-m noise=0.0,0.1,0.5 lb=0.0,0.01 seed=42,43,44".split()
     settings = [*small, "steps=2", "eval_every=2", f"out={tmp_path}"]
-    done = subprocess.run([sys.executable, str(TRAIN), *words, *settings], capture_output=True, text=True, timeout=300)
+    done = run_in_new_python(*words, *settings)
     assert done.returncode == 0, done.stderr
     sweep = tmp_path / "default"
     results = pd.read_csv(sweep / "results.csv")
@@ -142,7 +147,7 @@ def test_two_jobs_at_once_give_what_one_after_the_other_gives(small: list[str], 
     settings = ["-m", *small, "seed=1,2", "noise=0.0,0.2"]
     parallel_settings = [f"hydra/launcher={launcher}", "hydra.launcher.n_jobs=2"]
     serial = run_script(TRAIN, *settings, f"out={tmp_path / 'serial'}")
-    parallel = run_script(TRAIN, *settings, f"out={tmp_path / 'parallel'}", *parallel_settings)
+    parallel = run_in_new_python(*settings, f"out={tmp_path / 'parallel'}", *parallel_settings)
     assert serial.returncode == parallel.returncode == 0, parallel.stderr
     weights = {
         root: {p.parent.parent.name: p.read_bytes() for p in (tmp_path / root).rglob("model.safetensors")}
