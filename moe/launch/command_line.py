@@ -6,11 +6,13 @@ import json
 import re
 from collections import Counter, defaultdict
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
@@ -145,14 +147,31 @@ def group_choices(hydra: Any) -> dict[str, str | None]:
     return {group: hydra.runtime.choices.get(group) for group in GROUPS}
 
 
-def _compose(overrides: list[str]) -> DictConfig:
+def _compose(arguments: list[str]) -> DictConfig:
+    """Compose what Hydra's `compose` does, but each choice of groups once: the cells of a sweep differ in values only.
+
+    Composing takes a quarter of a second, setting values in a copy a tenth of that.
+    """
     try:
-        composed = compose("config", overrides=overrides, return_hydra_config=True)
+        overrides = OverridesParser.create().parse_overrides(arguments)
+        groups = [o for o in overrides if o.key_or_group in GROUPS or "/" in o.key_or_group]
+        composed = _compose_groups(tuple(str(o.input_line) for o in groups)).copy()
+        ConfigLoaderImpl._apply_overrides_to_config([o for o in overrides if o not in groups], composed)
+        naming = composed.hydra.job.config.override_dirname
+        named = [o for o in overrides if not o.is_hydra_override()]
+        composed.hydra.job.override_dirname = get_overrides_dirname(
+            named, kv_sep=naming.kv_sep, item_sep=naming.item_sep, exclude_keys=naming.exclude_keys
+        )
         OmegaConf.resolve(composed.hydra.run)
         OmegaConf.resolve(composed.hydra.sweep)
         return composed
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: a group set to null
-        raise _explain(error, overrides) from None
+        raise _explain(error, arguments) from None
+
+
+@cache
+def _compose_groups(groups: tuple[str, ...]) -> DictConfig:
+    return compose("config", overrides=list(groups), return_hydra_config=True)
 
 
 def _check_override(override: Override) -> None:

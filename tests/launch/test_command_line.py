@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from train_processes import TRAIN, run_script
 
 from moe.checks import ConfigError
@@ -170,6 +172,33 @@ def test_free_keys_change_neither_the_folder_nor_the_identity(tmp_path: Path) ->
     )
     assert plain.folder == free.folder
     assert plain.config.identity() == free.config.identity()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "router=temperature router.temp=1.5 schedule=linear noise=0.25 seed=3",
+        "experiment=noise_lb_seed variant=top1 lb=0.1 model.num_experts=16",
+        "hydra/launcher=joblib hydra.launcher.n_jobs=2 out=/x optimizer.clip=3",
+        "data.source.domains=[docs,cpp] logger.mode=offline claims=[]",
+    ],
+)
+def test_a_cell_is_what_hydra_composes_from_its_overrides(arguments: str) -> None:
+    """Copies of one composition with other values are equal to compositions by Hydra itself, names of folders too."""
+    with initialize_config_dir(str(CONF), version_base="1.3", job_name="train"):
+        expected = compose("config", overrides=arguments.split(), return_hydra_config=True)
+        found = command_line._compose(arguments.split())
+        assert (
+            OmegaConf.to_container(found.hydra.job, resolve=True)["override_dirname"]
+            == (OmegaConf.to_container(expected.hydra.job, resolve=True)["override_dirname"])
+        )
+        for key in ("run", "sweep", "launcher", "sweeper"):
+            assert OmegaConf.to_container(found.hydra[key]) == OmegaConf.to_container(expected.hydra[key], resolve=True)
+        assert found.hydra.runtime.choices == expected.hydra.runtime.choices
+        for each in (found, expected):
+            OmegaConf.set_struct(each, False)
+            each.pop("hydra")
+        assert OmegaConf.to_container(found) == OmegaConf.to_container(expected)
 
 
 def test_run_names_are_safe_short_and_distinct() -> None:
