@@ -1,4 +1,4 @@
-"""Breaking runs on purpose: `pytest -m faults`; `--reliability FILE` also writes down what was survived."""
+"""Fixtures for tests that break runs on purpose: `pytest -m faults`. `--reliability=FILE` writes a page of results."""
 
 import os
 import platform
@@ -17,13 +17,13 @@ TINY = """
 
 HEADER = """# What was broken on purpose, and what happened
 
-This page was written by `OMP_NUM_THREADS=1 python -m pytest -m faults --reliability=docs/reliability.md` on {machine}.
-Every fault hits a real process of `train.py` that trains a small model on real text. *Exact* means: the same command
-was run again afterwards, and then the sha256 of the weights and every line of events.jsonl and metrics.json, except
-durations, were equal to those of an undisturbed run. The first column refers to the list of faults for which the tests
-were written. [clusters.md](clusters.md) describes the tests of cluster launchers.
+`OMP_NUM_THREADS=1 python -m pytest -m faults --reliability=docs/reliability.md` wrote this page on {machine}.
+Every fault hits a real process of `train.py` that trains a small model on real text. *Exact* means that the same
+command was run again afterwards, and that the sha256 of the weights and every line of events.jsonl and metrics.json,
+except durations, were then equal to those of an undisturbed run. The first column is the number of the fault in the
+list for which the tests were written. [clusters.md](clusters.md) describes the tests of cluster launchers.
 
-| | injected | times | what happened |
+| | fault | times | what happened |
 |---:|---|---:|---|
 """
 
@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class Notes:
-    """What the tests of a session say of themselves through `record_property("fault", (row, injected, times, end))`."""
+    """Pytest plugin that writes a page from the property `fault` of tests: (row, injected, times, outcome)."""
 
     def __init__(self, target: Path) -> None:
         self.target, self.rows = target, []
@@ -52,27 +52,27 @@ class Notes:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    in_worker = hasattr(config, "workerinput")  # of pytest-xdist, whose controller is told of all tests
+    in_worker = hasattr(config, "workerinput")  # of pytest-xdist; only its controller sees the reports of all tests
     if not in_worker and (target := config.getoption("--reliability")):
         config.pluginmanager.register(Notes(target))
 
 
 @pytest.fixture(scope="session")
 def words(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The arguments of a run of a second."""
+    """Return the arguments of a run that takes a second."""
     data = ["data=text", f"data.source.paths=[{corpus}]", "data.source.column=text", "data.source.domain=half"]
     return [*data, f"data.cache={tmp_path_factory.mktemp('cache')}", *TINY]
 
 
 @pytest.fixture
 def job(words: list[str], tmp_path: Path) -> Callable[..., TrainCommand]:
-    """`job("a", "seed=7")` is a command with its own folder `a`."""
+    """Return a function: `job("a", "seed=7")` is a train.py command whose runs lie in the folder `a`."""
     return lambda name="job", *more: TrainCommand(tmp_path / name, [*words, *more])
 
 
 @pytest.fixture(scope="session")
 def undisturbed(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the run of `words` ends with if left alone."""
+    """Return the result of the run of `words` when nothing disturbs it."""
     alone = TrainCommand(tmp_path_factory.mktemp("undisturbed"), words)
     assert alone.run() == 0, alone.output
     return result(alone.folder)
@@ -80,5 +80,5 @@ def undisturbed(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> d
 
 @pytest.fixture
 def survived(record_property: Callable[[str, object], None]) -> Callable[[int, str, int, str], None]:
-    """`survived(row, injected, times, end)`: a line of the report, if the test passes."""
+    """Return a function: `survived(row, injected, times, outcome)` adds a line to the page if the test passes."""
     return lambda row, injected, times, end: record_property("fault", (row, injected, times, end))

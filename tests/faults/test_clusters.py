@@ -1,4 +1,4 @@
-"""The presets of launchers, on this machine: submitit's processes, Slurm played by four scripts, and Ray."""
+"""Tests of launcher presets on one machine: submitit with local processes, Slurm played by four scripts, and Ray."""
 
 import os
 import signal
@@ -50,7 +50,7 @@ done
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of commands that do as Slurm's do, first in the search path."""
+    """Put a folder of scripts that behave like Slurm's commands first in the search path, and return the folder."""
     place = tmp_path / "slurm"
     place.mkdir()
     for name, text in {"sbatch": SBATCH, "srun": SRUN, "scontrol": SCONTROL, "sacct": SACCT}.items():
@@ -63,7 +63,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="module")
 def serial(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """`serial(*THREE)`: what these sweeps end with, one cell after the other, if left alone."""
+    """Return a function: `serial(*THREE)` is the result of these cells when they train one after the other."""
     known: dict[tuple[str, ...], Any] = {}
 
     def run(*grid: str) -> Any:
@@ -91,7 +91,7 @@ def run(one: TrainCommand) -> int:
 
 
 def training(one: TrainCommand, seed: int, step: int, sweep: subprocess.Popen[bytes]) -> int:
-    """The process that trains the cell of `seed`, once it has done `step` steps."""
+    """Wait until the cell of `seed` has done `step` steps, and return the id of its process."""
     deadline = time.monotonic() + LIMIT
     while True:
         for folder in (one.root / "runs" / "default").glob("*/"):
@@ -108,8 +108,8 @@ def record(folder: Path) -> str:
     return path.read_text() if path.exists() else ""
 
 
-def told(one: TrainCommand, outcome: str) -> list[str]:
-    """The lines of the table of cells that begin with `outcome`."""
+def lines_of(one: TrainCommand, outcome: str) -> list[str]:
+    """Return the lines of the table of cells that begin with `outcome`."""
     return [line for line in one.output.splitlines() if line.startswith(f"{outcome} ")]
 
 
@@ -119,10 +119,10 @@ def told(one: TrainCommand, outcome: str) -> list[str]:
     ids=["submitit", "ray"],
 )
 def test_the_users_factorial_ends_as_the_serial_one(launcher: Any, processes: int, sweep: Any, serial: Any) -> None:
-    """Ray trains many cells in each of two processes; submitit has a process for every cell, here six at once."""
+    """Ray trains many cells in each of two processes. Submitit has one process for each cell, here six at once."""
     one = sweep(*GRID, *launcher)
     assert run(one) == 0, one.output
-    assert len(told(one, "finished")) == 18
+    assert len(lines_of(one, "finished")) == 18
     assert results(one) == serial(*GRID)
     assert len({path.read_text() for path in (one.root / "runs").rglob("run.lock")}) == processes
 
@@ -132,14 +132,14 @@ def test_one_cell_of_three_is_killed(sweep: Any, serial: Any) -> None:
     process = one.spawn()
     os.kill(training(one, 1, 10, process), signal.SIGKILL)
     assert process.wait(LIMIT) == 1
-    [killed] = told(one, "killed")
+    [killed] = lines_of(one, "killed")
     assert killed.endswith(": its process ended without a message")
-    assert len(told(one, "finished")) == 2
+    assert len(lines_of(one, "finished")) == 2
     before = {path: value for folder in finished(one) for path, value in files(folder).items()}
     assert len(finished(one)) == 2
     assert run(one) == 0, one.output
-    assert len(told(one, "skipped")) == 2
-    assert len(told(one, "resumed")) == 1
+    assert len(lines_of(one, "skipped")) == 2
+    assert len(lines_of(one, "resumed")) == 1
     assert results(one) == serial(*THREE)
     assert all(files(path.parent)[path] == value for path, value in before.items() if path.name != "run.lock")
 
@@ -176,7 +176,7 @@ def test_a_sweep_that_is_killed_leaves_cells_that_the_next_one_waits_for(sweep: 
 
 
 def test_a_time_limit_saves_and_puts_the_cell_back_into_the_queue(sweep: Any, serial: Any) -> None:
-    """Submitit's own handler alone would lose what was done since the last checkpoint."""
+    """Submitit's own signal handler would lose the steps since the last checkpoint."""
     one = sweep(*THREE, *SUBMITIT, "save_every=1000")
     process = one.spawn()
     os.kill(training(one, 2, 30, process), signal.SIGUSR2)
@@ -188,7 +188,7 @@ def test_a_time_limit_saves_and_puts_the_cell_back_into_the_queue(sweep: Any, se
 
 
 def test_slurm_from_submission_to_requeue(slurm: Path, sweep: Any, serial: Any) -> None:
-    """Two jobs at a time; SIGTERM before the signal of the time limit, as preemption sends them."""
+    """Two jobs run at a time. SIGTERM comes before the signal of the time limit, as when a job is preempted."""
     one = sweep(*THREE, "hydra/launcher=slurm", "hydra.launcher.array_parallelism=2", "save_every=1000")
     process = one.spawn()
     cell = training(one, 1, 30, process)
@@ -208,5 +208,5 @@ def test_ray_resumes_a_cell_whose_worker_was_killed(sweep: Any, serial: Any) -> 
     process = one.spawn()
     os.kill(training(one, 1, 10, process), signal.SIGKILL)
     assert process.wait(LIMIT) == 0, one.output
-    assert len(told(one, "finished")) == 3
+    assert len(lines_of(one, "finished")) == 3
     assert results(one) == serial(*THREE)

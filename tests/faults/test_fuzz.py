@@ -1,4 +1,4 @@
-"""Six hundred wrong and odd commands: one line and exit status 2, or cells that can be built; nothing is written."""
+"""A test with 600 generated commands: each is refused in one line with status 2, or its model can be built."""
 
 import importlib.util
 import json
@@ -30,7 +30,7 @@ VALUES = st.sampled_from(
 
 @cache
 def keys() -> list[str]:
-    """Every key of the configuration, of every router, schedule and data source, and some that do not exist."""
+    """Return every key of the configuration, of every router, schedule and data source, and some unknown keys."""
     found: set[str] = {"nois", "router.kk", "a.b.c", "model", "hydra.run.dir", "seed.x", "model.dim.x", "claims.0.text"}
     for arguments in (
         *([f"router={name}"] for name in options("router")),

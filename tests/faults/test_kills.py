@@ -1,4 +1,4 @@
-"""Processes that end at any moment, by any signal: nothing is lost but what was not saved, and the end is the same."""
+"""Tests that a process may end at any moment: only unsaved steps are lost, and the resumed run has the same result."""
 
 import os
 import random
@@ -21,7 +21,7 @@ def resumed_from(job: TrainCommand) -> int | None:
 
 
 def test_killed_at_twenty_random_moments(job: Any, undisturbed: Any, survived: Any) -> None:
-    """Each time another run, so that all moments are met, from the first file to the last."""
+    """Each kill hits a new run, so that the moments cover everything from its first file to its last."""
     draw, hits, lost = random.Random(1), 0, []
     for attempt in range(20):
         one = job(str(attempt))
@@ -38,11 +38,11 @@ def test_killed_at_twenty_random_moments(job: Any, undisturbed: Any, survived: A
     assert hits >= 15
     assert len(lost) >= 10
     assert max(lost) <= SAVE_EVERY
-    survived(1, "SIGKILL at a random step", hits, f"exact; at most {max(lost)} steps done again, of save_every=3")
+    survived(1, "SIGKILL at a random step", hits, f"exact; at most {max(lost)} steps are repeated, with save_every=3")
 
 
-def before(module: str, name: str, call: int) -> None:
-    """Die before the `call`-th call of a function."""
+def die_before(module: str, name: str, call: int) -> None:
+    """End the process before the `call`-th call of a function."""
     calls = []
 
     def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -57,12 +57,13 @@ def before(module: str, name: str, call: int) -> None:
     patch(module, name, wrap)
 
 
-# Where in the n-th save: the n-th call of which function. A save syncs two files, then renames, syncs, prunes.
+# For each moment of the n-th save: the function before which the process dies, and the number of the call.
+# A save syncs two files, renames the folder, syncs again, and deletes older checkpoints.
 PLACES: dict[str, Callable[[int], tuple[str, str, int]]] = {
-    "its file still empty": lambda n: ("torch", "save", n),
-    "without its manifest": lambda n: ("moe.runs.checkpoint", "write_json", n),
+    "the state file is empty": lambda n: ("torch", "save", n),
+    "the manifest is missing": lambda n: ("moe.runs.checkpoint", "write_json", n),
     "before the rename": lambda n: ("moe.runs.checkpoint", "sync", 3 * n - 1),
-    "before older ones go": lambda n: ("moe.runs.checkpoint", "sync", 3 * n),
+    "before older checkpoints are deleted": lambda n: ("moe.runs.checkpoint", "sync", 3 * n),
 }
 
 
@@ -70,14 +71,14 @@ PLACES: dict[str, Callable[[int], tuple[str, str, int]]] = {
 @pytest.mark.parametrize("save", [1, 2, 3])
 def test_killed_while_a_checkpoint_is_written(place: str, save: int, job: Any, undisturbed: Any, survived: Any) -> None:
     one = job()
-    assert one.run(partial(before, *PLACES[place](save))) == -signal.SIGKILL
-    expected = save if place == "before older ones go" else save - 1
+    assert one.run(partial(die_before, *PLACES[place](save))) == -signal.SIGKILL
+    expected = save if place == "before older checkpoints are deleted" else save - 1
     assert len(one.checkpoints) == expected
     assert one.run() == 0, one.output
     assert resumed_from(one) == (SAVE_EVERY * expected or None)
     assert result(one.folder) == undisturbed
     assert not list(one.folder.rglob("*tmp*"))
-    survived(2, f"SIGKILL in the {save}. writing of a checkpoint, {place}", 1, "newest whole one used; exact")
+    survived(2, f"SIGKILL while checkpoint {save} is written, {place}", 1, "the newest complete one is used; exact")
 
 
 @pytest.mark.parametrize("step", [1, 7, 20])
@@ -95,11 +96,11 @@ def test_sigterm_checkpoints_and_exits_with_143(step: int, job: Any, undisturbed
     assert one.run() == 0
     assert resumed_from(one) == steps
     assert result(one.folder) == undisturbed
-    survived(3, f"SIGTERM in step {step}", 1, f"checkpoint after that step, exit 143, in {seconds:.1f} s; exact")
+    survived(3, f"SIGTERM in step {step}", 1, f"a checkpoint after that step, exit 143, in {seconds:.1f} s; exact")
 
 
 def slow_source() -> None:
-    """Reading documents takes a minute."""
+    """Make the reading of documents take a minute."""
     from moe.data import sources
 
     def sleeping(documents: Any) -> Any:
@@ -130,8 +131,8 @@ def test_stopped_while_data_are_prepared(
     assert not list((tmp_path / "cache").glob("*unfinished"))
     row = 24 if number == signal.SIGKILL else 3
     name = signal.Signals(number).name
-    end = f"exit {status} at once" if status > 0 else "unfinished data made anew"
-    survived(row, f"{name} while text is read and tokenized", 1, f"{end}; same batches, exact")
+    end = f"exit {status} at once" if status > 0 else "incomplete data are made again"
+    survived(row, f"{name} while text is read and tokenized", 1, f"{end}; the same batches; exact")
 
 
 def test_one_ctrl_c_checkpoints_and_exits_with_130(job: Any, undisturbed: Any, survived: Any) -> None:
@@ -144,21 +145,21 @@ def test_one_ctrl_c_checkpoints_and_exits_with_130(job: Any, undisturbed: Any, s
     assert one.run() == 0
     assert resumed_from(one) == steps
     assert result(one.folder) == undisturbed
-    survived(4, "Ctrl-C", 1, "checkpoint after that step, exit 130; exact")
+    survived(4, "Ctrl-C", 1, "a checkpoint after that step, exit 130; exact")
 
 
 def long_step() -> None:
-    """The seventh step takes a minute."""
+    """Make the seventh step take a minute."""
     from moe.training import step
 
-    honest, calls = step.total_loss, []
+    original, calls = step.total_loss, []
 
     def sleeping(*args: Any, **weight: float) -> Any:
         calls.append(1)
         if len(calls) == 7:
             print("SLEEPING", flush=True)
             time.sleep(60)
-        return honest(*args, **weight)
+        return original(*args, **weight)
 
     step.total_loss = sleeping
 
@@ -179,23 +180,23 @@ def test_a_second_ctrl_c_quits_at_once(job: Any, undisturbed: Any, survived: Any
     assert one.run() == 0
     assert resumed_from(one) == 6
     assert result(one.folder) == undisturbed
-    survived(4, "Ctrl-C twice within one long step", 1, "quits at once; last checkpoint loads; exact")
+    survived(4, "Ctrl-C twice within one long step", 1, "quits at once; the last checkpoint loads; exact")
 
 
-def test_every_event_is_on_disk_when_it_was_written(job: Any, survived: Any) -> None:
-    """Line by line: a process that dies right after a step has told of it."""
+def test_an_event_survives_a_kill_right_after_it(job: Any, survived: Any) -> None:
+    """The event of a step is on disk before anything else happens."""
     one = job()
-    assert one.run(partial(before, "moe.training.loop", "validate", 2)) == -signal.SIGKILL
+    assert one.run(partial(die_before, "moe.training.loop", "validate", 2)) == -signal.SIGKILL
     assert one.steps() == 12
-    survived(28, "SIGKILL right after a step's event was written", 1, "the event is in the file, whole")
+    survived(28, "SIGKILL right after a step's event was written", 1, "the event is complete in the file")
 
 
 def test_two_hundred_random_faults_in_one_run(job: Any, survived: Any) -> None:
-    """The soak: kills and signals while starting, training and saving, damaged checkpoints, torn events."""
+    """The soak: kills and signals while starting, training and saving, damaged checkpoints, incomplete events."""
     draw = random.Random(2)
     settings = ("steps=1000", "save_every=1", "eval_every=500")
-    calm, one = job("calm", *settings), job("soaked", *settings)
-    assert calm.run() == 0, calm.output
+    undisturbed, one = job("undisturbed", *settings), job("soaked", *settings)
+    assert undisturbed.run() == 0, undisturbed.output
     counts = dict.fromkeys(("SIGKILL", "SIGTERM", "SIGINT", "flipped bit", "truncated file", "torn line"), 0)
     ends = {"SIGKILL": -signal.SIGKILL, "SIGTERM": 143, "SIGINT": 130}
     while sum(counts.values()) < 200:
@@ -203,7 +204,7 @@ def test_two_hundred_random_faults_in_one_run(job: Any, survived: Any) -> None:
         if kind in ends:
             process = one.start()
             if draw.random() < 0.3:
-                time.sleep(draw.uniform(0, 0.8))  # while it starts, which no event tells
+                time.sleep(draw.uniform(0, 0.8))  # while it starts, before the first event
             else:
                 one.wait_for_step(process, one.steps() + draw.randint(1, 3))
             os.kill(process.pid, signal.Signals[kind])
@@ -212,9 +213,9 @@ def test_two_hundred_random_faults_in_one_run(job: Any, survived: Any) -> None:
             continue
         counts[kind] += 1
     assert one.run() == 0, one.output
-    assert result(one.folder) == result(calm.folder)
-    told = ", ".join(f"{count} × {kind}" for kind, count in counts.items())
-    survived(28, f"soak of one run: {told}", sum(counts.values()), "exact")
+    assert result(one.folder) == result(undisturbed.folder)
+    faults = ", ".join(f"{count} × {kind}" for kind, count in counts.items())
+    survived(28, f"soak of one run: {faults}", sum(counts.values()), "exact")
 
 
 def harm(job: TrainCommand, kind: str, draw: random.Random) -> bool:

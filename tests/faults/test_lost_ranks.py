@@ -1,4 +1,4 @@
-"""Runs of two ranks: one of them dies or freezes, all are asked to stop, and another number of them goes on."""
+"""Tests of runs on two ranks: one rank dies or freezes, all stop, and another number of ranks resumes the run."""
 
 import os
 import signal
@@ -17,12 +17,12 @@ STEP = ("grad_accum=2", "save_every=4")
 
 
 def launch(job: TrainCommand, file: str = "ddp") -> subprocess.Popen[bytes]:
-    """Two ranks of `train.py` with this job's arguments."""
+    """Start two ranks of train.py with the arguments of this job."""
     return job.spawn("-m", "accelerate.commands.launch", "--config_file", str(CONF / "launch" / f"{file}.yaml"))
 
 
 def wait_for_step(job: TrainCommand, launcher: subprocess.Popen[bytes], step: int) -> list[int]:
-    """Process ids of the ranks, in order, once `step` is in the events."""
+    """Wait until `step` is in the events, and return the process ids of the ranks in order."""
     deadline = time.monotonic() + LIMIT
     while job.steps() < step:
         assert launcher.poll() is None, job.output
@@ -37,34 +37,34 @@ def rank_of(pid: int) -> int:
     return next(int(line[5:]) for line in settings if line.startswith(b"RANK="))
 
 
-def gone(pids: list[int]) -> bool:
+def all_ended(pids: list[int]) -> bool:
     return not any(os.path.exists(f"/proc/{pid}") for pid in pids)
 
 
 @pytest.fixture(scope="module")
-def calm(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What one process ends with, which two end with as well."""
+def on_one_process(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Return the result of the run on one process. Two ranks must have the same result."""
     alone = TrainCommand(tmp_path_factory.mktemp("calm"), [*words, *STEP])
     assert alone.run() == 0, alone.output
     return result(alone.folder)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_is_killed(victim: int, job: Any, calm: dict[str, Any], survived: Any) -> None:
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_rank_is_killed(killed: int, job: Any, on_one_process: dict[str, Any], survived: Any) -> None:
     one = job("a", *STEP)
     launcher = launch(one)
     pids = wait_for_step(one, launcher, 9)
-    os.kill(pids[victim], signal.SIGKILL)
+    os.kill(pids[killed], signal.SIGKILL)
     assert launcher.wait(60) != 0
-    assert gone(pids)
+    assert all_ended(pids)
     assert one.record["status"] in ("failed", "running")
     assert one.steps() < 24
     assert launch(one).wait(LIMIT) == 0, one.output
-    same(result(one.folder), calm)
-    survived(23, f"SIGKILL of rank {victim} of two", 1, "the other stops; rerun exact")
+    assert_same_result(result(one.folder), on_one_process)
+    survived(23, f"SIGKILL of rank {killed} of two", 1, "the other rank stops; the same command again: exact")
 
 
-def test_a_rank_is_frozen(job: Any, calm: dict[str, Any], survived: Any) -> None:
+def test_a_rank_is_frozen(job: Any, on_one_process: dict[str, Any], survived: Any) -> None:
     one = job("a", *STEP, "rank_timeout=10")
     launcher = launch(one)
     pids = wait_for_step(one, launcher, 9)
@@ -76,14 +76,16 @@ def test_a_rank_is_frozen(job: Any, calm: dict[str, Any], survived: Any) -> None
     assert one.record["status"] == "failed"
     assert "another rank died or was frozen: the same command resumes the run" in one.record["error"]
     assert launcher.wait(60) != 0
-    assert gone(pids)
+    assert all_ended(pids)
     assert launch(one).wait(LIMIT) == 0, one.output
-    same(result(one.folder), calm)
-    survived(23, "SIGSTOP of one rank of two", 1, "the other stops after rank_timeout; rerun exact")
+    assert_same_result(result(one.folder), on_one_process)
+    survived(
+        23, "SIGSTOP of one rank of two", 1, "the other rank stops after rank_timeout; the same command again: exact"
+    )
 
 
-def test_the_launcher_is_asked_to_stop_and_another_number_of_ranks_goes_on(
-    job: Any, calm: dict[str, Any], survived: Any
+def test_a_stopped_run_resumes_on_another_number_of_ranks(
+    job: Any, on_one_process: dict[str, Any], survived: Any
 ) -> None:
     one = job("a", *STEP)
     launcher = launch(one)
@@ -91,18 +93,18 @@ def test_the_launcher_is_asked_to_stop_and_another_number_of_ranks_goes_on(
     launcher.terminate()
     assert launcher.wait(60) != 0
     assert one.record["status"] == "interrupted", one.output
-    process = one.start()  # by itself
+    process = one.start()  # one process, without a launcher
     one.wait_for_step(process, 13)
     os.kill(process.pid, signal.SIGTERM)
     process.join(60)
     assert process.exitcode == 143
     assert launch(one).wait(LIMIT) == 0, one.output
-    same(result(one.folder), calm)
-    survived(23, "SIGTERM of two ranks, then of one, then two to the end", 1, "checkpoint each time; exact")
+    assert_same_result(result(one.folder), on_one_process)
+    survived(23, "SIGTERM of two ranks, then of one, then two to the end", 1, "a checkpoint each time; exact")
 
 
-def test_sharded_weights_go_on_in_other_layouts(
-    job: Any, words: list[str], calm: dict[str, Any], survived: Any
+def test_a_sharded_run_resumes_replicated_and_sharded_again(
+    job: Any, words: list[str], on_one_process: dict[str, Any], survived: Any
 ) -> None:
     one = job("a", *STEP)
     for file, step in (("fsdp", 5), ("ddp", 13)):
@@ -112,16 +114,21 @@ def test_sharded_weights_go_on_in_other_layouts(
         assert launcher.wait(60) != 0
         assert one.record["status"] == "interrupted", one.output
     assert launch(one, "fsdp").wait(LIMIT) == 0, one.output
-    ours = result(one.folder)
-    assert len(ours["events"]) == len(calm["events"])
-    assert ours["final"]["val/loss"] == pytest.approx(calm["final"]["val/loss"], rel=1e-4)
-    survived(23, "SIGTERM of sharded, then of replicated, then sharded ranks", 1, "checkpoint each time; to rounding")
+    found = result(one.folder)
+    assert len(found["events"]) == len(calm["events"])
+    assert found["final"]["val/loss"] == pytest.approx(calm["final"]["val/loss"], rel=1e-4)
+    survived(
+        23,
+        "SIGTERM of sharded, then of replicated, then sharded ranks",
+        1,
+        "a checkpoint each time; equal up to rounding",
+    )
 
 
-def same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Weights to the last bit; sums over ranks are added in another order, so metrics to rounding."""
-    assert ours["weights"] == theirs["weights"]
-    assert [event["step"] for event in ours["events"]] == [event["step"] for event in theirs["events"]]
-    for name, value in theirs["final"].items():
+def assert_same_result(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Assert equal weights, bit for bit, and metrics equal up to rounding, because ranks add sums in another order."""
+    assert found["weights"] == expected["weights"]
+    assert [event["step"] for event in found["events"]] == [event["step"] for event in expected["events"]]
+    for name, value in expected["final"].items():
         if isinstance(value, float):
-            assert ours["final"][name] == pytest.approx(value, rel=1e-2, abs=1e-6), name
+            assert found["final"][name] == pytest.approx(value, rel=1e-2, abs=1e-6), name

@@ -1,4 +1,4 @@
-"""Disks that are full, folders that cannot be written to, W&B that fails, memory that ends, numbers that overflow."""
+"""Tests with full disks, read-only folders, failures of W&B, too little memory, and numbers that overflow."""
 
 import os
 import resource
@@ -17,7 +17,7 @@ from train_processes import TrainCommand, patch, result, wait_for_end
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one megabyte of its own."""
+    """Mount a file system of one megabyte, and return its folder."""
     place = tmp_path / "disk"
     place.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], check=True)
@@ -26,7 +26,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path, *, leave: int) -> Path:
-    """Fill a disk but for some bytes."""
+    """Fill a disk except for some bytes, and return the file that fills it."""
     statistics = os.statvfs(disk)
     ballast = disk / "ballast"
     ballast.write_bytes(bytes(max(0, statistics.f_bavail * statistics.f_frsize - leave)))
@@ -35,7 +35,7 @@ def fill(disk: Path, *, leave: int) -> Path:
 
 @pytest.mark.parametrize("leave", [64_000, 4096, 0])
 def test_a_full_disk(leave: int, words: list[str], small_disk: Path, undisturbed: Any, survived: Any) -> None:
-    """From step 7 on: 64 KB are too few for a checkpoint, 4 KB soon for an event, nothing for anything."""
+    """The disk is full from step 7 on. 64 KB are too little for a checkpoint; 4 KB are soon too little for an event."""
     one = TrainCommand(small_disk, words)
     one.log = small_disk.parent / "log"
     process = one.start()
@@ -49,11 +49,13 @@ def test_a_full_disk(leave: int, words: list[str], small_disk: Path, undisturbed
     assert one.run() == 0, one.output
     assert "resumed after step" in one.output
     assert result(one.folder) == undisturbed
-    survived(9, f"disk full but for {leave} bytes from step 7 on", 1, "exit 1, cause named; with space: exact")
+    survived(
+        9, f"disk full except for {leave} bytes from step 7 on", 1, "exit 1 with the cause; with space again: exact"
+    )
 
 
 def small_files(limit: int) -> None:
-    """No file may grow beyond `limit` bytes: what a quota does, where nothing can be mounted."""
+    """Limit the size of each file, as a quota does, without mounting anything."""
     import signal
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -66,16 +68,16 @@ def test_a_quota(job: Any, undisturbed: Any, survived: Any) -> None:
     assert "File too large" in one.output
     assert one.run() == 0, one.output
     assert result(one.folder) == undisturbed
-    survived(9, "no file may exceed 20 KB (RLIMIT_FSIZE)", 1, "exit 1 with the cause; resumed without: exact")
+    survived(9, "no file may exceed 20 KB (RLIMIT_FSIZE)", 1, "exit 1 with the cause; resumed without the limit: exact")
 
 
 def poisoned_loss(step: int, value: float) -> None:
-    def wrap(honest: Any) -> Any:
+    def wrap(original: Any) -> Any:
         calls: list[int] = []
 
         def total_loss(*args: Any, **weight: float) -> Any:
             calls.append(1)
-            return honest(*args, **weight) * (value if len(calls) == step else 1.0)
+            return original(*args, **weight) * (value if len(calls) == step else 1.0)
 
         return total_loss
 
@@ -83,9 +85,9 @@ def poisoned_loss(step: int, value: float) -> None:
 
 
 def poisoned_expert(step: int) -> None:
-    """The gradient of one expert alone is not finite."""
+    """Make the gradient of a single expert NaN in one step."""
 
-    def wrap(honest: Any) -> Any:
+    def wrap(original: Any) -> Any:
         calls: list[int] = []
 
         def gradient_norms(parts: Any) -> Any:
@@ -93,7 +95,7 @@ def poisoned_expert(step: int) -> None:
             if len(calls) == step:
                 expert = next(p for p in parts["experts"] if p.grad is not None)
                 expert.grad[2, 0, 0] = float("nan")
-            return honest(parts)
+            return original(parts)
 
         return gradient_norms
 
@@ -117,7 +119,7 @@ def test_numbers_that_are_not_finite(what: str, sabotage: Any, job: Any, undistu
     assert one.steps() == 4
     assert one.run() == 0
     assert result(one.folder) == undisturbed
-    survived(10, f"{what} in step 4", 1, "stops before the update, names step, tensor, expert; rerun: exact")
+    survived(10, f"{what} in step 4", 1, "stops before the update and names step, tensor and expert; run again: exact")
 
 
 def no_wandb() -> None:
@@ -153,14 +155,16 @@ def broken_log() -> None:
         ("wandb.log raises", "offline", broken_log),
     ],
 )
-def test_wandb_fails(what: str, mode: str, sabotage: Any, job: Any, undisturbed: Any, survived: Any) -> None:
+def test_failures_of_wandb_do_not_change_a_run(
+    what: str, mode: str, sabotage: Any, job: Any, undisturbed: Any, survived: Any
+) -> None:
     one = job()
     one.arguments.remove("logger.mode=disabled")
     one.arguments.append(f"logger.mode={mode}")
     assert one.run(sabotage) == 0, one.output
     assert "W&B" in one.output
     assert result(one.folder) == undisturbed
-    survived(11, what, 1, "one warning; run finishes; events complete; exact")
+    survived(11, what, 1, "one warning; the run finishes; its events are complete; exact")
 
 
 @pytest.mark.parametrize(
@@ -188,7 +192,12 @@ def test_odd_values_name_a_folder_inside(value: str, words: list[str], tmp_path:
     one = TrainCommand(tmp_path / "job", [*words, f'data.source.paths=["{path}"]', "steps=1"])
     assert one.run() == 0, one.output
     assert one.folder.parent.parent == tmp_path / "job" / "runs"
-    survived(19, f"a swept value of {value[:16]!r} names the run folder", 1, "one folder deep, inside the sweep's")
+    survived(
+        19,
+        f"a swept value of {value[:16]!r} names the run folder",
+        1,
+        "one folder deep, inside the folder of the sweep",
+    )
 
 
 @pytest.mark.parametrize("place", ["read-only disk", "file in the way", "deleted while it runs"])
@@ -216,7 +225,7 @@ def test_folders_that_cannot_be_written_to(
         folder = target
     assert str(folder) in one.output
     assert "Traceback" not in one.output
-    survived(20, f"run folder: {place}", 1, "error names it; nothing is made anew in its place")
+    survived(20, f"run folder: {place}", 1, "the error names the folder; nothing is created in its place")
 
 
 def little_memory(megabytes: int) -> None:
@@ -226,18 +235,18 @@ def little_memory(megabytes: int) -> None:
 
 
 def memory_error() -> None:
-    def wrap(honest: Any) -> Any:
+    def wrap(original: Any) -> Any:
         def total_loss(config: Any, *args: Any, **weight: float) -> Any:
             if config.seed == 1:
                 raise MemoryError
-            return honest(config, *args, **weight)
+            return original(config, *args, **weight)
 
         return total_loss
 
     patch("moe.training.step", "total_loss", wrap)
 
 
-def test_memory_ends(job: Any, survived: Any) -> None:
+def test_too_little_memory_is_reported_with_advice(job: Any, survived: Any) -> None:
     one = job("a", "batch_size=20000", "data.seq_len=128", "steps=2")
     assert one.run(partial(little_memory, 1500)) == 1
     assert one.record["status"] == "failed"
@@ -248,14 +257,19 @@ def test_memory_ends(job: Any, survived: Any) -> None:
     states = {path.name[-6:]: path for path in (sweep.root / "runs").glob("*/*/")}
     assert len(states) == 2
     assert len(list((sweep.root / "runs").rglob("model.safetensors"))) == 1
-    survived(22, "RLIMIT_AS; MemoryError in one cell of two", 2, "cell fails and suggests batch_size; the other runs")
+    survived(
+        22,
+        "RLIMIT_AS; MemoryError in one cell of two",
+        2,
+        "the cell fails with advice on batch_size; the other cell is trained",
+    )
 
 
 def slow_blocks() -> None:
-    def wrap(honest: Any) -> Any:
+    def wrap(original: Any) -> Any:
         def micro_batches(*args: Any) -> Any:
             time.sleep(0.05)
-            return honest(*args)
+            return original(*args)
 
         return micro_batches
 
@@ -266,7 +280,9 @@ def test_a_slow_disk_changes_nothing(job: Any, undisturbed: Any, survived: Any) 
     one = job()
     assert one.run(slow_blocks) == 0
     assert result(one.folder) == undisturbed
-    survived(24, "reading a batch takes 50 ms", 1, "exact. No loader workers exist: blocks are mapped files")
+    survived(
+        24, "reading a batch takes 50 ms", 1, "exact; there are no loader workers, because blocks are mapped files"
+    )
 
 
 @pytest.mark.parametrize(
@@ -284,11 +300,13 @@ def test_degenerate_routing(settings: str, job: Any, survived: Any) -> None:
     assert one.run() == 0, one.output
     for event in result(one.folder)["events"]:
         assert all(value == value for value in event.values() if isinstance(value, float))  # no NaN
-    survived(26, f"degenerate routing: {settings}", 1, "trains; loss and gradients finite; null where undefined")
+    survived(
+        26, f"degenerate routing: {settings}", 1, "trains; loss and gradients are finite; undefined metrics are null"
+    )
 
 
 def test_a_long_run_keeps_its_memory_disk_and_log_within_bounds(job: Any, survived: Any) -> None:
-    """5,000 steps: memory after 500 of them and at the end; the sizes of what is written on the way."""
+    """A run of 5,000 steps keeps its memory after step 500, and the sizes of its files."""
     one = job("a", "steps=5000", "save_every=50", "eval_every=500", "model.layers=1", "batch_size=1")
     process = one.start()
     one.wait_for_step(process, 1)

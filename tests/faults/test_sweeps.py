@@ -1,4 +1,4 @@
-"""Sweeps that are killed, met by a second one, run again or changed: only what is unfinished is trained."""
+"""Tests that a killed or repeated sweep trains only its unfinished cells, and that two sweeps do not collide."""
 
 import json
 import os
@@ -18,7 +18,7 @@ JOBLIB = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
 
 
 def results(job: TrainCommand) -> dict[str, Any]:
-    """The result of every cell, by the name of its folder."""
+    """Return the result of every cell by the name of its folder."""
     return {path.parent.name: result(path.parent) for path in (job.root / "runs").glob("*/*/run.json")}
 
 
@@ -52,7 +52,7 @@ def test_the_users_factorial_killed_half_way_with_two_workers(job: Any, survived
         sweep.kill()
         sweep.wait()
         deadline = time.monotonic() + 20
-        while alive := [pid for pid in workers if training(pid)]:
+        while alive := [pid for pid in workers if is_training(pid)]:
             assert time.monotonic() < deadline, alive
             time.sleep(0.05)
         done = {path: value for folder in finished(one) for path, value in files(folder).items()}
@@ -61,10 +61,15 @@ def test_the_users_factorial_killed_half_way_with_two_workers(job: Any, survived
     assert results(one) == results(calm)
     assert len(results(one)) == 18
     assert all(files(path.parent)[path] == value for path, value in done.items())
-    survived(14, "SIGKILL of the user's 18-cell sweep, two workers", 1, "workers stop; rerun: all exact")
+    survived(
+        14,
+        "SIGKILL of the user's 18-cell sweep, two workers",
+        1,
+        "the workers stop; the same command again: all cells exact",
+    )
 
 
-def training(pid: int) -> bool:
+def is_training(pid: int) -> bool:
     status = Path(f"/proc/{pid}/cmdline")
     return status.exists() and b"loky" in status.read_bytes() and b"resource_tracker" not in status.read_bytes()
 
@@ -89,7 +94,7 @@ def end_of_seed_two(way: str) -> None:
     patch("moe.training.step", "total_loss", wrap)
 
 
-def test_one_cell_ends_badly(job: Any, survived: Any) -> None:
+def test_a_cell_that_fails_leaves_the_others_alone(job: Any, survived: Any) -> None:
     for way, status in (("raises", 1), ("exits", 3), ("killed", -signal.SIGKILL)):
         one = job(way, "-m", "seed=1,2,3", "steps=4")
         assert one.run(partial(end_of_seed_two, way)) == status
@@ -104,8 +109,15 @@ def test_one_cell_ends_badly(job: Any, survived: Any) -> None:
         assert files(first) == before
         assert "skipped" in one.output
         assert "resumed" in one.output
-        told = {"raises": "others run, error shown, exit 1", "exits": "sweep stops, exit 3"}.get(way, "sweep dies")
-        survived(14, f"one cell of three {way}", 1, f"{told}; run again: only what is unfinished; others untouched")
+        outcome = {"raises": "the others run, the error is shown, exit 1", "exits": "the sweep stops, exit 3"}.get(
+            way, "the sweep is killed"
+        )
+        survived(
+            14,
+            f"one cell of three {way}",
+            1,
+            f"{outcome}; run again: only unfinished cells train; finished ones are untouched",
+        )
 
 
 def test_two_sweeps_in_one_folder(job: Any, survived: Any) -> None:
@@ -121,11 +133,16 @@ def test_two_sweeps_in_one_folder(job: Any, survived: Any) -> None:
     assert second.output.count("\n") == 1
     assert wait_for_end(process) == 0
     assert len(finished(one)) == 2
-    survived(13, "a second sweep in the same folder", 1, "refused with the first one's pid, exit 2; first unharmed")
+    survived(
+        13,
+        "a second sweep in the same folder",
+        1,
+        "refused with the process id of the first, exit 2; the first is unharmed",
+    )
 
 
 def test_a_finished_sweep_is_left_alone(job: Any, survived: Any) -> None:
-    """Nothing is written, not even touched, and torch is not imported."""
+    """A finished sweep that is run again writes no file, touches none, and does not import torch."""
     one = job("a", "-m", "seed=1,2", "steps=2")
     assert one.run() == 0
     before = files(one.root / "runs")
@@ -150,7 +167,7 @@ def test_a_finished_sweep_is_left_alone(job: Any, survived: Any) -> None:
 
 
 def test_a_changed_configuration_is_refused(job: Any, survived: Any) -> None:
-    """By another folder where the command differs, and by the difference where only the defaults did."""
+    """A folder that holds a run of another configuration is refused with the difference."""
     one = job()
     assert one.run() == 0
     record = one.folder / "run.json"
@@ -163,5 +180,5 @@ def test_a_changed_configuration_is_refused(job: Any, survived: Any) -> None:
         assert one.run() == 2, what
         assert "is 7 in the folder" in one.output
         assert one.output.count("\n") == 1
-    end = "refused with the difference, exit 2. There is no override flag: two configurations are never one run"
+    end = "refused with the difference, exit 2; no flag overrides this, because two configurations are never one run"
     survived(16, "the folder's run has another lr, number of experts, seed", len(changes), end)

@@ -1,4 +1,4 @@
-"""Everything wrong with a command is said in one line, before anything happens; everything right becomes cells."""
+"""Tests that a wrong command is refused in one line before anything happens, and that a right one becomes cells."""
 
 import subprocess
 import sys
@@ -80,7 +80,7 @@ def test_wrong_commands(arguments: str, message: str) -> None:
     assert "\n" not in str(raised.value)
 
 
-def test_a_wrong_command_exits_with_2_says_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_wrong_command_prints_one_line_exits_with_2_and_writes_nothing(tmp_path: Path) -> None:
     done = run_script(TRAIN, "-m", "noise=0.0,0.1", "router.k=2,9", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
@@ -134,7 +134,7 @@ def test_the_cells_of_every_experiment_differ(experiment: str, finished_ablation
 @pytest.mark.parametrize("group", [g for g in GROUPS if g not in ("experiment", "data")])
 def test_every_option_composes(group: str) -> None:
     for name in options(group):
-        if name == "upcycled":  # wants a checkpoint: tests/test_upcycle.py
+        if name == "upcycled":  # needs a checkpoint: tests/model/test_upcycle.py
             continue
         extra = ["router=temperature"] if group == "schedule" else []
         assert read_cells([f"{group}={name}", *extra])
@@ -150,7 +150,7 @@ def test_a_variant_wins_over_an_experiment() -> None:
 
 
 def test_the_best_temperature_is_that_of_the_lowest_mean_over_seeds(finished_ablation: Path) -> None:
-    """2.0 has the lowest single run, 1.5 the lowest mean."""
+    """The best temperature is 1.5 with the lowest mean, not 2.0 with the lowest single run."""
     cells = read_cells(["experiment=temperature_best_long", f"out={finished_ablation}"]) or []
     assert {cell.config.temperature for cell in cells} == {1.5}
     assert {cell.config.steps for cell in cells} == {600}
@@ -184,7 +184,7 @@ def test_free_keys_change_neither_the_folder_nor_the_identity(tmp_path: Path) ->
     ],
 )
 def test_a_cell_is_what_hydra_composes_from_its_overrides(arguments: str) -> None:
-    """Copies of one composition with other values are equal to compositions by Hydra itself, names of folders too."""
+    """Setting values in a copy of a composition gives what Hydra composes, including the names of folders."""
     with initialize_config_dir(str(CONF), version_base="1.3", job_name="train"):
         expected = compose("config", overrides=arguments.split(), return_hydra_config=True)
         found = command_line._compose(arguments.split())
@@ -215,7 +215,7 @@ def test_hydra_answers_its_own_flags() -> None:
 
 
 def test_the_keys_left_out_of_folder_names_are_the_free_keys() -> None:
-    """And the experiment, which is the folder above."""
+    """The experiment is left out too, because it is the name of the folder above."""
     content = yaml.safe_load((CONF / "config.yaml").read_text())
     left_out = content["hydra"]["job"]["config"]["override_dirname"]["exclude_keys"]
     [cell] = read_cells([]) or []

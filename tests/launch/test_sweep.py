@@ -1,4 +1,4 @@
-"""What a sweep tells of its cells when its launcher is through, and whom it waits for."""
+"""Tests of the table that a sweep prints about its cells at the end, and of waiting for other processes."""
 
 import fcntl
 import threading
@@ -14,29 +14,29 @@ from moe.launch.sweep import carry_out
 
 @pytest.fixture
 def cells(small: list[str], tmp_path: Path) -> list[Cell]:
-    """Six cells that differ in their seed."""
+    """Return six cells that differ in their seed."""
     found = read_cells(["-m", *small, "seed=1,2,3,4,5,6", f"out={tmp_path}"])
     assert found is not None
     return found
 
 
-def leave(cell: Cell, status: str, error: str | None = None) -> None:
-    """What a worker leaves in the folder of its cell."""
+def leave_record(cell: Cell, status: str, error: str | None = None) -> None:
+    """Write the run record that a worker leaves in the folder of its cell."""
     cell.folder.mkdir(parents=True, exist_ok=True)
     write_run_record(cell, status, error=error)
 
 
-def test_what_became_of_each_cell_is_told_with_the_reason(cells: list[Cell], capsys: pytest.CaptureFixture) -> None:
-    """From the folders alone, for a worker's own words are elsewhere; also if the launcher itself gave up."""
+def test_the_outcome_of_each_cell_is_printed_with_its_reason(cells: list[Cell], capsys: pytest.CaptureFixture) -> None:
+    """The outcomes come from the folders alone: a worker may print elsewhere, and the launcher may have given up."""
     skipped, resumed, finished, failed, killed, missing = cells
-    leave(skipped, "finished")
-    leave(resumed, "interrupted", "stopped by SIGTERM after step 3; the same command resumes it")
+    leave_record(skipped, "finished")
+    leave_record(resumed, "interrupted", "stopped by SIGTERM after step 3; the same command resumes it")
 
     def launch() -> None:
-        leave(resumed, "finished")
-        leave(finished, "finished")
-        leave(failed, "failed", "ValueError: out of luck")
-        leave(killed, "running")
+        leave_record(resumed, "finished")
+        leave_record(finished, "finished")
+        leave_record(failed, "failed", "ValueError: out of luck")
+        leave_record(killed, "running")
         raise SystemExit(1)
 
     assert carry_out(cells, launch) == 1
@@ -54,20 +54,20 @@ def test_what_became_of_each_cell_is_told_with_the_reason(cells: list[Cell], cap
 def test_a_sweep_waits_for_cells_that_other_processes_train(
     cells: list[Cell], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their locks are held, by a process that an earlier sweep started or whose launcher gave up."""
+    """A held lock means that a process trains the cell: an earlier sweep started it, or its launcher gave up."""
     monkeypatch.setattr("time.sleep", lambda seconds: threading.Event().wait(0.01))
     *others, last = cells
-    leave(last, "running")
+    leave_record(last, "running")
     lock = (last.folder / "run.lock").open("w")
     fcntl.flock(lock, fcntl.LOCK_EX)
 
     def end() -> None:
-        leave(last, "finished")
+        leave_record(last, "finished")
         lock.close()
 
     def launch() -> None:
         for cell in others:
-            leave(cell, "finished")
+            leave_record(cell, "finished")
         threading.Timer(0.5, end).start()
 
     assert carry_out(cells, launch) == 0
