@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_kills import before
+from test_kills import die_before
 from train_processes import TRAIN, TrainCommand, result, wait_for_end
 
 from moe.files import sha256
@@ -25,7 +25,7 @@ from moe.results.table import read_event_tables
 def cut_off(job: Any) -> TrainCommand:
     """Return a run that was killed after its fourth checkpoint. The checkpoints of steps 9 and 12 exist."""
     one = job()
-    assert one.run(partial(before, "moe.runs.checkpoint", "save", 5)) == -signal.SIGKILL
+    assert one.run(partial(die_before, "moe.runs.checkpoint", "save", 5)) == -signal.SIGKILL
     assert [path.name for path in one.checkpoints] == ["step-00000009", "step-00000012"]
     return one
 
@@ -97,7 +97,7 @@ def test_a_run_stops_if_all_checkpoints_are_damaged(cut_off: TrainCommand, survi
 @pytest.mark.parametrize("damage", ["truncated", "bit flipped", "deleted"])
 def test_a_damaged_data_cache(damage: str, job: Any, undisturbed: Any, survived: Any, tmp_path: Path) -> None:
     one = job("a", f"data.cache={tmp_path / 'cache'}")
-    assert one.run(partial(before, "moe.runs.checkpoint", "save", 5)) == -signal.SIGKILL
+    assert one.run(partial(die_before, "moe.runs.checkpoint", "save", 5)) == -signal.SIGKILL
     [file] = (tmp_path / "cache").glob("*/train/*.arrow")
     if damage == "truncated":
         os.truncate(file, file.stat().st_size // 2)
@@ -219,7 +219,7 @@ def test_a_checkpoint_of_another_machine_or_version_loads_with_a_warning(
     drift: str, job: Any, undisturbed: Any, survived: Any
 ) -> None:
     one = job("a", *(["threads=2"] if "threads" in drift else []))
-    assert one.run(partial(before, "moe.runs.checkpoint", "save", 5)) == -signal.SIGKILL
+    assert one.run(partial(die_before, "moe.runs.checkpoint", "save", 5)) == -signal.SIGKILL
     if drift == "another torch":
         for path in one.checkpoints:
             manifest = json.loads((path / "manifest.json").read_text())
