@@ -13,10 +13,12 @@ class MoEConfig(LlamaConfig):
 
     intermediate_size: the width of one expert.
     router: the router's `_target_` and its settings.
-    router_temperature: the temperature that the model uses if it is called without knobs.
+    router_temperature, router_noise: the knobs that the model uses if it is called without any. A run saves each model
+        with the values of its step, which a schedule may have changed.
     """
 
     model_type = "moe_routing"
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "aux", "stats", "routing"]  # for transformers' Trainer
     __no_type_check__ = True  # for the type-checked tests: transformers passes keywords that are not fields
 
     num_experts: int = 8
@@ -28,6 +30,7 @@ class MoEConfig(LlamaConfig):
     embed_scale: bool = True
     neftune_noise_alpha: float = 0.0
     router_temperature: float = 1.0
+    router_noise: float = 0.0
     router: dict[str, Any] | None = None
 
     @staticmethod

@@ -8,7 +8,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import local_torch_dtype
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
 
-from moe.checks import build, require
+from moe.checks import ConfigError, build, require
 from moe.data.labels import IGNORED, next_token
 from moe.model.architecture import MoEConfig
 from moe.model.experts import Experts
@@ -34,7 +35,8 @@ from moe.routing.stats import RoutingStats
 class MoEOutput(CausalLMOutputWithPast):
     """transformers' output plus the results of routing.
 
-    loss: mean cross-entropy in nats, without auxiliary losses.
+    loss: cross-entropy in nats, without auxiliary losses.
+    router_logits: (T, E) for each router of each MoE layer, without noise and temperature. None unless asked for.
     aux: {name: (L)} unweighted auxiliary losses of each MoE layer. None without MoE layers.
     stats: sums for metrics, with a first dimension L. None without MoE layers.
     routing: for each MoE layer the decision of each router of its chain. None without MoE layers.
@@ -42,6 +44,7 @@ class MoEOutput(CausalLMOutputWithPast):
 
     __no_type_check__ = True  # accelerate builds it from a dict that transformers unpacks
 
+    router_logits: tuple[Tensor, ...] | None = None
     aux: dict[str, Tensor] | None = None
     stats: RoutingStats | None = None
     routing: list[tuple[Routing, ...]] | None = None
@@ -62,7 +65,8 @@ class DenseFFN(nn.Module):
 class DecoderLayer(nn.Module):
     """x + attention(norm x), then x + feed-forward(norm x).
 
-    `forward` also returns the output of the MoE layer, or None if the feed-forward network is dense.
+    `forward` also returns the attention weights, or None unless attention is eager, and the output of the MoE layer,
+    or None if the feed-forward network is dense.
     """
 
     def __init__(self, config: MoEConfig, index: int) -> None:
@@ -75,20 +79,21 @@ class DecoderLayer(nn.Module):
 
     def forward(
         self, x: Float[Tensor, "B S D"], context: Context, *attention: Any
-    ) -> tuple[Tensor, LayerOutput | None]:
-        attended, _ = self.self_attn(self.input_layernorm(x), *attention)
+    ) -> tuple[Tensor, Tensor | None, LayerOutput | None]:
+        attended, weights = self.self_attn(self.input_layernorm(x), *attention)
         x = x + self.dropout(attended)
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoELayer):
             output = self.mlp(normed, context)
-            return x + self.dropout(output.y), output
-        return x + self.dropout(self.mlp(normed)), None
+            return x + self.dropout(output.y), weights, output
+        return x + self.dropout(self.mlp(normed)), weights, None
 
 
 def _feed_forward(config: MoEConfig, index: int) -> nn.Module:
     if index < config.first_k_dense_replace:
         return DenseFFN(config, config.dense_ffn)
-    router = build(config.router or {}, "router", config.hidden_size, config.num_experts)
+    with local_torch_dtype(torch.float32, "a router"):
+        router = build(config.router or {}, "router", config.hidden_size, config.num_experts)
     if not isinstance(router, Router):
         raise ValueError(f"router._target_={config.router}: must be a moe.routers.base.Router")
     kind, dropout = config.expert, config.dropout
@@ -119,6 +124,21 @@ class MoEPreTrainedModel(PreTrainedModel):
                 nn.init.normal_(p, std=self.config.initializer_range)
 
 
+class Hidden(NamedTuple):
+    """The output of `MoEModel`.
+
+    last: (B, S, D), after the final norm.
+    states: what each decoder layer gets, and then `last`. Only the latter unless asked for.
+    attentions: (B, heads, S, S) for each decoder layer, or None unless attention is eager.
+    layers: the output of each MoE layer.
+    """
+
+    last: Float[Tensor, "B S D"]
+    states: tuple[Float[Tensor, "B S D"], ...]
+    attentions: tuple[Tensor | None, ...]
+    layers: list[LayerOutput]
+
+
 class MoEModel(MoEPreTrainedModel):
     """Embedding, decoder layers and final norm. Maps token ids to hidden states and the outputs of MoE layers.
 
@@ -146,15 +166,17 @@ class MoEModel(MoEPreTrainedModel):
 
     def forward(
         self,
-        input_ids: Int[Tensor, "B S"],
+        inputs: Int[Tensor, "B S"] | Float[Tensor, "B S D"],
         context: Context,
         *,
         load: Float[Tensor, "L E"] | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Int[Tensor, "#B S"] | None = None,
         cache: Cache | None = None,
-    ) -> tuple[Float[Tensor, "B S D"], list[LayerOutput]]:
-        x = self.embed_tokens(input_ids)
+        keep_states: bool = False,
+    ) -> Hidden:
+        """Return hidden states of token ids, or of vectors that take the place of the embeddings of token ids."""
+        x = inputs if inputs.is_floating_point() else self.embed_tokens(inputs)
         if self.training and self.config.neftune_noise_alpha:
             x = x + neftune_noise(x, self.config.neftune_noise_alpha)
         if self.config.embed_scale:
@@ -170,17 +192,22 @@ class MoEModel(MoEPreTrainedModel):
         # positional arguments here and for the attention, because transformers 5.24 renamed the argument for the cache
         mask = create_causal_mask(self.config, x, attention_mask, cache, position_ids)
         rotary = self.rotary_emb(x, position_ids=position_ids)
+        states: list[Tensor] = []
+        attentions: list[Tensor | None] = []
         outputs: list[LayerOutput] = []
         recompute = self.recompute and self.training
         for layer in self.layers:
             if load is not None:
                 context = context._replace(load=load[min(len(outputs), len(load) - 1)])  # dense layers ignore it
             run: Callable[..., Any] = functools.partial(checkpoint, layer, use_reentrant=False) if recompute else layer
-            x, output = run(x, context, rotary, mask, cache)
+            states += [x] if keep_states else []
+            x, weights, output = run(x, context, rotary, mask, cache)
+            attentions.append(weights)
             if output is not None:
                 outputs.append(output)
                 context = context._replace(state=output.routing[-1].state)
-        return self.dropout(self.norm(x)), outputs
+        last = self.dropout(self.norm(x))
+        return Hidden(last, (*states, last), tuple(attentions), outputs)
 
 
 def neftune_noise(x: Float[Tensor, "B S D"], alpha: float) -> Float[Tensor, "B S D"]:
@@ -201,6 +228,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
     """`MoEModel` plus output matrix. `save_pretrained`, `from_pretrained` and `generate` are those of transformers."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    accepts_loss_kwargs = True  # for transformers' Trainer: `forward` takes num_items_in_batch
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__(config)
@@ -222,7 +250,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: Int[Tensor, "B S"],
+        input_ids: Int[Tensor, "B S"] | None = None,
         labels: Int[Tensor, "B S"] | None = None,
         *,
         knobs: Knobs | None = None,
@@ -235,54 +263,121 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         position_ids: Int[Tensor, "#B S"] | None = None,
         cache: Cache | None = None,
         past_key_values: Cache | None = None,
-        use_cache: bool = False,
+        use_cache: bool | None = None,
+        inputs_embeds: Float[Tensor, "B S D"] | None = None,
         logits_to_keep: int = 0,
-        **_: Any,
-    ) -> MoEOutput:
+        num_items_in_batch: int | Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        output_router_logits: bool = False,
+        return_dict: bool | None = None,
+    ) -> MoEOutput | tuple[Any, ...]:
         """Return logits, loss, auxiliary losses, sums for metrics and routing decisions.
 
         labels: token ids, not shifted, with IGNORED where nothing is predicted. None: no loss.
-        knobs: default to the temperature of the model's configuration and no noise.
+        knobs: default to the temperature and noise of the model's configuration.
         capacity, drop, orthogonality, probe_stride: see `moe.routing.decision.Context`.
         load: as in `Context`, for each MoE layer.
         position_ids: where they do not increase by 1, a new document begins. A document does not attend to the
             documents before it. (Only without cache and attention_mask. transformers makes the mask.)
+
+        The other arguments are those of transformers' models:
+
         past_key_values: the name of `cache` in transformers before 5.24.
+        use_cache: whether to return the cache. Default: if one was given.
+        inputs_embeds: vectors to use instead of the embeddings of `input_ids`.
+        logits_to_keep: compute logits for this many last positions only. 0: for all.
+        num_items_in_batch: divide the summed loss by this number instead of by the number of labels, so that the losses
+            of all micro-batches of a step add up to the mean.
+        output_hidden_states: return the input of each layer, and the output of the final norm.
+        output_attentions: return the attention weights of each layer. Needs attn_implementation="eager".
+        output_router_logits: return `MoEOutput.router_logits`.
+        return_dict: False: return a tuple of the fields that are not None.
+
+        Raises ConfigError for a value that this model cannot use.
         """
+        config = self.config
+        keep_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        keep_attentions = config.output_attentions if output_attentions is None else output_attentions
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        if inputs is None or (input_ids is not None and inputs_embeds is not None):
+            raise ConfigError("input_ids, inputs_embeds: give exactly one of them")
+        if keep_attentions and config._attn_implementation != "eager":
+            allowed = 'False, or the model loaded with attn_implementation="eager"'
+            raise ConfigError(f"output_attentions=True: must be {allowed}")
         cache = cache if cache is not None else past_key_values
+        if use_cache is None:
+            use_cache = cache is not None
         if use_cache and cache is None:
-            cache = DynamicCache(config=self.config)
+            cache = DynamicCache(config=config)
+        self._check_routers(cached=cache is not None, by_id=inputs_embeds is None)
         if knobs is None:
-            knobs = Knobs.of(temperature=self.config.router_temperature, device=input_ids.device)
-        hidden, layers = self.model(
-            input_ids,
-            Context(
-                input_ids,
-                knobs,
-                capacity,
-                drop,
-                orthogonality=orthogonality,
-                probe_stride=probe_stride,
-                document_position=None
-                if position_ids is None
-                else document_positions(position_ids.expand_as(input_ids)),
-            ),
+            knobs = Knobs.of(temperature=config.router_temperature, noise=config.router_noise, device=inputs.device)
+        ids = inputs.new_zeros(inputs.shape[:2], dtype=torch.long) if input_ids is None else input_ids
+        positions = None if position_ids is None else document_positions(position_ids.expand_as(ids))
+        context = Context(
+            ids,
+            knobs,
+            capacity,
+            drop,
+            orthogonality=orthogonality,
+            probe_stride=probe_stride,
+            document_position=positions,
+        )
+        hidden: Hidden = self.model(
+            inputs,
+            context,
             load=load,
             attention_mask=attention_mask,
             position_ids=position_ids,
             cache=cache,
+            keep_states=bool(keep_states),
         )
-        logits = self.lm_head(hidden[:, -logits_to_keep:])
+        logits = self.lm_head(hidden.last[:, -logits_to_keep:])
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits.float().flatten(0, 1), next_token(labels).flatten(), ignore_index=IGNORED)
-        routed: dict[str, Any] = {}
-        if layers:
-            names = layers[0].aux
-            routed["aux"] = {name: torch.stack([layer.aux[name] for layer in layers]) for name in names}
-            routed["stats"] = RoutingStats.stack([layer.stats for layer in layers])
-            routed["routing"] = [layer.routing for layer in layers]
-        return MoEOutput(loss, logits, cache, **routed)  # positional, because transformers renamed the cache's field
+            rows, targets = logits.float().flatten(0, 1), next_token(labels).flatten()
+            reduction = "mean" if num_items_in_batch is None else "sum"
+            loss = F.cross_entropy(rows, targets, ignore_index=IGNORED, reduction=reduction)
+            if num_items_in_batch is not None:
+                loss = loss / num_items_in_batch
+        fields: dict[str, Any] = {}
+        if keep_states:
+            fields["hidden_states"] = hidden.states
+        if keep_attentions:
+            fields["attentions"] = hidden.attentions
+        if output_router_logits:
+            fields["router_logits"] = _router_logits(hidden.layers)
+        if hidden.layers:
+            layers = hidden.layers
+            fields["aux"] = {name: torch.stack([layer.aux[name] for layer in layers]) for name in layers[0].aux}
+            fields["stats"] = RoutingStats.stack([layer.stats for layer in layers])
+            fields["routing"] = [layer.routing for layer in layers]
+        # positional, because transformers renamed the cache's field
+        output = MoEOutput(loss, logits, cache if use_cache else None, **fields)
+        as_object = config.return_dict if return_dict is None else return_dict
+        return output if as_object else output.to_tuple()
+
+    def _check_routers(self, *, cached: bool, by_id: bool) -> None:
+        """Raise ConfigError if a router needs what it does not get.
+
+        cached: it does not see earlier tokens of the text again.
+        by_id: it gets token ids.
+        """
+        for router in (layer.router for layer in self.moe_layers):
+            causal = router.causal if self.training else router.causal_in_evaluation
+            allowed = f"False, because {type(router).__name__} compares all tokens of a text to choose experts"
+            require(causal or not cached, "use_cache", True, allowed)
+            if router.uses_ids and not by_id:
+                raise ConfigError(f"inputs_embeds: must be input_ids, because {type(router).__name__} routes token ids")
+
+
+def _router_logits(layers: list[LayerOutput]) -> tuple[Tensor, ...]:
+    """Return the logits of each router of each MoE layer. Raises ConfigError if a router has none."""
+    logits = [routing.logits for layer in layers for routing in layer.routing]
+    known = tuple(each for each in logits if each is not None)
+    require(len(known) == len(logits), "output_router_logits", True, "False for a router without logits")
+    return known
 
 
 AutoConfig.register("moe_routing", MoEConfig)

@@ -1,5 +1,7 @@
 """The interface that every router implements."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -27,6 +29,9 @@ class Router(nn.Module):
     - `expert_rows`: the matrix (E, D) whose rows produce the experts' logits. Default: None. A router that declares it
       gets the SimBal loss (key `simbal`) and the metric `routing/router_gram`. `LinearRouter` declares it.
     - `expert_directions`: one vector per expert, for `routing/router_gram` alone. Default: `expert_rows`.
+    - `causal_in_evaluation`: what `causal` says, for evaluation alone. Default: `causal`. If it is false, the model
+      refuses to generate with a cache.
+    - `uses_ids = True`: the router reads the token ids in `Context.ids`, and not only their shape.
     - `mean_k`: the mean number of experts per token that a router with `fixed_k=None` aims at. Default: None, unknown.
     - `schedulable = True`: the schedule of the temperature changes what this router does.
     - `loss_weights`: the weights of the auxiliary losses that `forward` returns in `Routing.aux`.
@@ -44,6 +49,7 @@ class Router(nn.Module):
     """
 
     causal: bool = True
+    uses_ids: bool = False
     schedulable: bool = False
     mean_k: float | None = None
 
@@ -60,6 +66,19 @@ class Router(nn.Module):
         """Return the assignments of T tokens, before capacity."""
         raise NotImplementedError
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
+        """Move and convert as any module does, but keep parameters and buffers in fp32 where fn would round them.
+
+        `model.to(torch.bfloat16)` and `model.half()` call this.
+        """
+
+        def convert(tensor: Tensor) -> Tensor:
+            converted = fn(tensor)
+            rounded = converted.is_floating_point() and converted.dtype.itemsize < torch.float32.itemsize
+            return tensor.to(converted.device) if rounded else converted
+
+        return super()._apply(convert, recurse)
+
     def is_causal(self, *, capacity: float | None, drop: str) -> bool:
         """Return whether routing is causal under this capacity factor (None: dropless) and drop policy.
 
@@ -70,6 +89,14 @@ class Router(nn.Module):
         the same or an earlier position.
         """
         return self.causal and (capacity is None or (drop == "position" and self.fixed_k is not None))
+
+    @property
+    def causal_in_evaluation(self) -> bool:
+        """Whether the experts that a token asks for in evaluation depend on that token and earlier ones alone.
+
+        Text can be generated with a cache only if this holds, because the router then sees one new token at a time.
+        """
+        return self.causal
 
     @property
     def chain(self) -> "list[Router]":

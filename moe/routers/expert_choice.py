@@ -20,7 +20,8 @@ class ExpertChoice(LinearRouter):
 
     All loads are equal, so the balance loss is the constant 1 and load_cv is 0. Tokens that no expert takes are counted
     by unrouted_rate. Not causal: whether an expert takes a token depends on all other tokens of the micro-batch.
-    Results therefore change with its size, and a token alone gets every expert.
+    Results therefore change with its size, and a token alone gets every expert. Text is generated with use_cache=False,
+    so that experts choose from the text so far. `ExpertThreshold` is a causal form of this router.
     """
 
     causal = False

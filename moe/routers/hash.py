@@ -22,6 +22,7 @@ class Hash(Router):
     vocab_size: ids from `vocab_size` on share the experts of id % vocab_size.
     """
 
+    uses_ids = True
     table: Tensor
 
     def __init__(

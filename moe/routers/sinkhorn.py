@@ -22,7 +22,8 @@ class Sinkhorn(LinearRouter):
     The plan only decides which experts are chosen. It does not affect gate weights. These are sigmoid(logit) for k=1,
     otherwise the softmax of the chosen logits. With k > 1, evaluation therefore equals `TopK`.
 
-    inference: use the plan in evaluation too.
+    inference: use the plan in evaluation too. Text is then generated with use_cache=False, because a plan for a single
+        new token would give every token the same experts.
 
     Expect a low load_cv in training. Evaluation takes the largest logits and can be less balanced. Use lb=0, because
     the plan already balances the load. Not causal: in training the experts of a token depend on the whole micro-batch.
@@ -44,6 +45,10 @@ class Sinkhorn(LinearRouter):
         require(finite(epsilon) and epsilon > 0, "router.epsilon", epsilon, "a finite number > 0")
         require(iterations >= 1, "router.iterations", iterations, "at least 1")
         self.k, self.epsilon, self.iterations, self.inference = k, epsilon, iterations, inference
+
+    @property
+    def causal_in_evaluation(self) -> bool:
+        return not self.inference
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         logits = self.logits(x)

@@ -19,8 +19,8 @@ class SoftMoE(Router):
     combine weights the softmax over all slots. `probs` is the sum of the combine weights over each expert's slots.
 
     E * slots = K * seq_len costs as much as K experts per token. Loads are equal by construction; use lb=0. Metrics of
-    which token chose which expert are null. Not causal: every slot mixes the whole sequence. When text is generated
-    token by token, a sequence is one token long, so the layer computes another function than in training.
+    which token chose which expert are null. Not causal: every slot mixes the whole sequence. Text is generated with
+    use_cache=False, so that slots mix the text so far and not a single new token.
     """
 
     causal = False

@@ -31,7 +31,7 @@ class Spectra(Router):
         vectors of two experts.
     sinkhorn_epsilon, sinkhorn_iterations, log_sinkhorn_enabled: the plan of exp(-cost / epsilon), computed in
         logarithms or directly. With 0 iterations there is no plan.
-    sinkhorn_inference: use plan, quota and batch means in evaluation too.
+    sinkhorn_inference: use plan, quota and batch means in evaluation too. Text is then generated with use_cache=False.
     expert_choice_routing, expert_choice_capacity_factor: each expert takes at most ceil(factor * T k / E) tokens, those
         with the largest plan entries first. This quota can leave a token with fewer than k experts.
     ema_bias_weight, ema_alpha: weight of the term (load / mean load - 1) in the cost. Loads are an exponential moving
@@ -127,6 +127,10 @@ class Spectra(Router):
     def tie_to(self, first: Router) -> None:
         assert isinstance(first, Spectra)
         self.gru = first.gru
+
+    @property
+    def causal_in_evaluation(self) -> bool:
+        return self.causal or not self.inference
 
     @property
     def expert_directions(self) -> Float[Tensor, "E N"] | None:

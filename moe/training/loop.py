@@ -60,7 +60,7 @@ def train(config: Config, folder: Path, *, signals: Signals, listeners: Sequence
                 if stop:
                     raise Interrupted(stop, done)
             progress.trained(values)
-    save_model(training, folder / "model")
+    save_model(training, folder / "model", config.steps)
     if ranks.is_first():
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return facts(training, clock, latest)

@@ -14,8 +14,11 @@ from moe.training.schedules import knob_settings
 from moe.training.setup import Training
 
 
-def save_model(training: Training, target: Path) -> None:
+def save_model(training: Training, target: Path, step: int) -> None:
     """Write the model and its tokenizer to the folder `target`, atomically. All ranks call this together.
+
+    The configuration of the saved model has the temperature and noise of optimizer step `step`. Without knobs, the
+    loaded model therefore has the validation loss that the run logged after `step` steps.
 
     Raises FileNotFoundError if the parent of `target` does not exist, because someone deleted the run folder.
     """
@@ -26,6 +29,9 @@ def save_model(training: Training, target: Path) -> None:
     temporary = target.with_name(f".tmp-{target.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()  # without parents, because save_pretrained would create a deleted run folder again
+    settings = knob_settings(training.config, training.schedule, step)
+    training.model.config.router_temperature = settings["temperature"]
+    training.model.config.router_noise = settings["noise"]
     training.model.save_pretrained(temporary, state_dict=weights)
     training.data.tokenizer.save_pretrained(temporary)
     shutil.rmtree(target, ignore_errors=True)
@@ -45,4 +51,4 @@ def save_milestone(folder: Path, training: Training, step: int) -> None:
         traces.write_trace(folder / "trace", step, chosen.numpy())
     if config.save_milestones and step < config.steps:
         (folder / "milestones").mkdir(exist_ok=True)
-        save_model(training, folder / "milestones" / f"step-{step:08d}")
+        save_model(training, folder / "milestones" / f"step-{step:08d}", step)

@@ -1,8 +1,8 @@
 """Schedules of temperature or noise over a run.
 
-A schedule changes one of the two and ends at the value in the configuration (`router.temp` or `noise`), which the saved
-model also has. The other one has its configured value at every step. Schedules are pure functions of the progress of
-a run, so a resumed run needs no schedule state.
+A schedule changes one of the two and ends at the value in the configuration (`router.temp` or `noise`). The other one
+has its configured value at every step. A saved model has the values of the step after which it was saved. Schedules are
+pure functions of the progress of a run, so a resumed run needs no schedule state.
 """
 
 import math

@@ -12,12 +12,14 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from small_runs import run, untimed
 
 from moe.config.options import options
+from moe.data.blocks import batch as read_batch
 from moe.files import sha256
 from moe.launch.command_line import read_cells
 from moe.model.cost import flops_per_token
 from moe.model.decoder import MoEForCausalLM
 from moe.routing.decision import Knobs
 from moe.routing.loss_table import LOSSES
+from moe.runs.events import read_events
 from moe.runs.signals import Interrupted
 from moe.training import step as training_step
 from moe.training.divergence import Diverged, locate_nonfinite
@@ -98,6 +100,27 @@ def test_models_of_milestones_are_saved_and_can_be_loaded(cell: Any, tmp_path: P
     first = MoEForCausalLM.from_pretrained(uninterrupted.folder / "milestones" / names[0])
     last = MoEForCausalLM.from_pretrained(uninterrupted.folder / "model")
     assert not torch.equal(first.lm_head.weight, last.lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    ("router", "knob"), [("temperature", "temperature"), ("gumbel", "temperature"), ("topk", "noise")]
+)
+def test_every_saved_model_has_the_validation_loss_and_the_knobs_of_its_step(cell: Any, router: str, knob: str) -> None:
+    """A model saved while a schedule runs has, without further settings, the validation loss that the run logged."""
+    start = ["schedule=linear", f"schedule.knob={knob}", "schedule.start=5.0"]
+    one = cell(f"router={router}", *start, "steps=8", "eval_every=2", "save_milestones=true", "optimizer.adamw_lr=0.02")
+    run(one)
+    data = prepare_data(one.config)
+    blocks = read_batch(data.val, range(len(data.val)))
+    logged = {event["step"]: event for event in read_events(one.folder / "events.jsonl") if event["kind"] == "eval"}
+    saved = {step: one.folder / f"milestones/step-{step:08d}" for step in (2, 4, 6)} | {8: one.folder / "model"}
+    for step, folder in saved.items():
+        model = MoEForCausalLM.from_pretrained(folder)
+        assert model(blocks.ids, blocks.labels).loss.item() == pytest.approx(logged[step]["val/loss"], rel=1e-6)
+        assert model.config.router_temperature == logged[step]["temperature"]
+        assert model.config.router_noise == logged[step]["noise"]
+        with_noise, without = (model.train()(blocks.ids, knobs=knobs).logits for knobs in (None, Knobs.of()))
+        assert torch.equal(with_noise, without) == (logged[step] == logged[8] and router != "gumbel")
 
 
 def test_equal_seeds_give_equal_weights_and_different_seeds_different_weights(cell: Any, tmp_path: Path) -> None:

@@ -1,0 +1,193 @@
+"""Tests of what users of transformers expect of the model: precision, outputs, losses of a Trainer, and generation."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+from transformers import AutoModelForCausalLM, Cache, Trainer, TrainingArguments
+
+from moe.checks import ConfigError
+from moe.config.options import CONF
+from moe.config.schema import ModelConfig
+from moe.model.decoder import MoEConfig, MoEForCausalLM
+
+V, S = 97, 16
+ROUTERS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((CONF / "router").glob("*.yaml"))}
+TOPK = ROUTERS["topk"]
+
+
+def make(router: dict[str, Any] = TOPK, **changes: Any) -> MoEForCausalLM:
+    """Return a small model in evaluation mode. The buffers of its routers are random."""
+    sizes = {"dim": 16, "heads": 2, "layers": 2, "ffn": 16, "num_experts": 8, "dense_ffn": 16}
+    torch.manual_seed(0)
+    model = MoEForCausalLM(MoEConfig.of(ModelConfig(**{**sizes, **changes}), router, vocab_size=V, seq_len=S))
+    for buffer in (buffer for layer in model.moe_layers for buffer in layer.router.buffers()):
+        if buffer.is_floating_point():
+            nn.init.normal_(buffer, std=0.3)
+    return model.eval()
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(0, V, (3, S), generator=torch.Generator().manual_seed(1))
+
+
+# ---- Precision ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_a_bf16_model_has_its_router_in_fp32_unchanged_and_runs(name: str, ids: torch.Tensor, tmp_path: Path) -> None:
+    """Only routers stay in fp32, with all their parameters and buffers, however the model came to bf16."""
+    model = make(ROUTERS[name])
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    model.save_pretrained(tmp_path)
+    for low in (AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16), model.to(torch.bfloat16)):
+        for key, value in low.state_dict().items():
+            if ".router." in key:
+                assert torch.equal(value, before[key]), key
+                assert value.dtype == before[key].dtype, key
+            else:
+                assert value.dtype == torch.bfloat16, key
+        output = low.train()(ids, ids)
+        sum([output.loss, *(values.sum() for values in output.aux.values())]).backward()
+        assert output.logits.dtype == torch.bfloat16
+        assert output.loss.isfinite()
+    assert AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16)(ids, ids).loss.isfinite()
+
+
+# ---- Arguments and outputs of forward ----------------------------------------------------------------------------
+
+
+def test_hidden_states_attentions_and_router_logits_are_those_of_each_layer(ids: torch.Tensor) -> None:
+    """Hidden states are what each layer gets, and then the vectors from which logits are computed."""
+    model = make(attention="eager", first_k_dense_replace=1)
+    seen: list[torch.Tensor] = []
+    for block in model.model.layers:
+        block.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    output = model(ids, output_hidden_states=True, output_attentions=True, output_router_logits=True)
+    *states, last = output.hidden_states
+    assert all(torch.equal(*pair) for pair in zip(states, seen, strict=True))
+    assert torch.equal(model.lm_head(last), output.logits)
+    assert [weights.shape for weights in output.attentions] == 2 * [(3, 2, S, S)]
+    torch.testing.assert_close(output.attentions[1].sum(-1), torch.ones(3, 2, S))
+    assert torch.equal(*output.router_logits, output.routing[0][0].logits)
+    plain = model(ids)
+    assert plain.hidden_states is plain.attentions is plain.router_logits is None
+    model.config.output_hidden_states = True
+    assert len(model(ids).hidden_states) == 3
+
+
+def test_a_router_of_a_chain_has_logits_of_its_own_and_hash_has_none(ids: torch.Tensor) -> None:
+    assert len(make(ROUTERS["chain_of_experts"])(ids, output_router_logits=True).router_logits) == 2 * 2
+    with pytest.raises(ConfigError, match=r"^output_router_logits=True: must be False for a router without logits"):
+        make(ROUTERS["hash"])(ids, output_router_logits=True)
+
+
+def test_return_dict_false_gives_a_tuple_of_loss_logits_and_the_rest(ids: torch.Tensor) -> None:
+    model = make()
+    output, fields = model(ids, ids), model(ids, ids, return_dict=False)
+    assert isinstance(fields, tuple)
+    assert torch.equal(fields[0], output.loss)
+    assert torch.equal(fields[1], output.logits)
+    model.config.return_dict = False
+    assert isinstance(model(ids), tuple)
+
+
+def test_the_cache_is_returned_if_it_is_asked_for_or_was_given(ids: torch.Tensor) -> None:
+    model = make()
+    _, cache = model(ids[:, :9], use_cache=True, return_dict=False)[:2]
+    assert cache.get_seq_length() == 9
+    following = model(ids[:, 9:], past_key_values=cache, return_dict=False)
+    torch.testing.assert_close(following[0], model(ids).logits[:, 9:], atol=1e-5, rtol=0)
+    assert following[1] is cache
+    assert not any(field is cache for field in model(ids, cache=cache, use_cache=False, return_dict=False))
+    assert not any(isinstance(field, Cache) for field in model(ids, return_dict=False))
+
+
+def test_embeddings_can_replace_token_ids_except_for_a_router_of_token_ids(ids: torch.Tensor) -> None:
+    """The vectors of the embedding matrix give what the token ids give, in `forward` and in `generate`."""
+    model = make(neftune_noise_alpha=5.0)
+    vectors = model.get_input_embeddings()(ids)
+    assert torch.equal(model(inputs_embeds=vectors).logits, model(ids).logits)
+    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(inputs_embeds=vectors, **settings), model.generate(ids, **settings)[:, S:])
+    with pytest.raises(ConfigError, match=r"^inputs_embeds: must be input_ids, because Hash routes token ids"):
+        make(ROUTERS["hash"])(inputs_embeds=vectors)
+    for inputs in ({}, {"input_ids": ids, "inputs_embeds": vectors}):
+        with pytest.raises(ConfigError, match=r"^input_ids, inputs_embeds: give exactly one of them"):
+            model(**inputs)
+
+
+def test_what_forward_does_not_know_or_cannot_do_is_refused_by_name(ids: torch.Tensor) -> None:
+    model = make()
+    for name in ("token_type_ids", "shift_labels", "is_causal", "output_router_logit"):
+        with pytest.raises(TypeError, match=name):
+            model(ids, **{name: None})
+    with pytest.raises(ConfigError, match=r'^output_attentions=True: must be False, or .* attn_implementation="eager"'):
+        model(ids, output_attentions=True)
+
+
+# ---- transformers' Trainer ---------------------------------------------------------------------------------------
+
+
+def trainer(folder: Path, **settings: Any) -> Trainer:
+    """Return a Trainer of a small model on texts of different lengths, without dropout and in a fixed order."""
+    rows = [{"input_ids": list(range(n, n + S)), "labels": [*range(n, n + S - n), *[-100] * n]} for n in range(12)]
+    fixed = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "logging_steps": 1, "max_grad_norm": 1e9}
+    arguments = TrainingArguments(output_dir=str(folder), max_steps=2, **fixed, **settings)
+    return Trainer(make(), arguments, train_dataset=rows, eval_dataset=rows)
+
+
+@pytest.mark.parametrize(("size", "accumulation"), [(2, 2), (1, 4)])
+def test_a_trainer_reports_the_same_losses_for_any_gradient_accumulation(
+    size: int, accumulation: int, tmp_path: Path
+) -> None:
+    """The loss of a step is the mean over its labels, however the step is divided into micro-batches."""
+    whole = trainer(tmp_path, per_device_train_batch_size=4)
+    divided = trainer(tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation)
+    for one in (whole, divided):
+        one.train()
+    for a, b in zip(whole.state.log_history[:2], divided.state.log_history[:2], strict=True):
+        assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-4)
+        assert float(a["grad_norm"]) == pytest.approx(float(b["grad_norm"]), rel=1e-3)
+
+
+def test_a_trainer_predicts_logits_and_evaluates_with_metrics(tmp_path: Path) -> None:
+    one = trainer(tmp_path)
+    one.compute_metrics = lambda predicted: {"shape": predicted.predictions.shape}
+    assert one.predict(one.eval_dataset).predictions.shape == (12, S, V)
+    assert one.evaluate()["eval_shape"] == (12, S, V)
+
+
+# ---- Generation --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("expert_choice", {}),
+        ("soft_moe", {}),
+        ("sinkhorn", {"inference": True}),
+        ("spectra", {"sinkhorn_inference": True}),
+    ],
+)
+def test_a_router_that_compares_tokens_in_evaluation_generates_without_a_cache_only(
+    name: str, changes: dict[str, Any], ids: torch.Tensor
+) -> None:
+    """With a cache the router would see single tokens. Without one, each token follows from the whole text so far."""
+    model, prompt = make(ROUTERS[name] | changes), ids[:1, :5]
+    with pytest.raises(ConfigError, match=r"^use_cache=True: must be False, because \w+ compares all tokens of a text"):
+        model.generate(prompt, max_new_tokens=4)
+    text = model.generate(prompt, max_new_tokens=4, do_sample=False, use_cache=False)
+    for end in range(5, 9):
+        assert model(text[:, :end]).logits[0, -1].argmax() == text[0, end]
+
+
+@pytest.mark.parametrize("name", sorted({*ROUTERS} - {"expert_choice", "soft_moe"}))
+def test_every_other_router_generates_the_same_with_and_without_a_cache(name: str, ids: torch.Tensor) -> None:
+    model = make(ROUTERS[name])
+    cached, uncached = (model.generate(ids[:1, :5], max_new_tokens=6, use_cache=use) for use in (True, False))
+    assert torch.equal(cached, uncached)
