@@ -58,6 +58,8 @@ def test_the_file_tree_names_every_module_and_folder() -> None:
     tree = README.split("## Where things are")[1].split("A run folder holds")[0]
     for module in (ROOT / "moe").glob("*.py"):
         assert module.name in tree or module.name == "__init__.py", module.name
+    for package in (ROOT / "moe").glob("*/__init__.py"):
+        assert f"{package.parent.name}/" in tree, package.parent.name
     for folder in ROOT.iterdir():
         if folder.is_dir() and not folder.name.startswith((".", "_")) and folder.name in ("conf", "moe", "tests"):
             assert f"{folder.name}/" in tree

@@ -2,8 +2,8 @@
 
 A claim (`moe.config.claim.ClaimConfig`) is written in the experiment's YAML file, and every run records it before its
 first step. Contrasts that no claim predicts are post hoc. Differences are taken between runs of the same seed and
-averaged over all combinations of the other factors. Every claim says that a true difference lies in a range: above
-zero, below zero, closer to zero than a margin, or within the claimed size.
+averaged over all combinations of the other factors. Every claim states a range for the true
+difference: above zero, below zero, closer to zero than a margin, or within the claimed size.
 """
 
 import math

@@ -111,7 +111,10 @@ def anova(runs: pd.DataFrame, metric: str, factors: list[str]) -> pd.DataFrame:
     grid = list(itertools.product(*(levels(runs[factor]) for factor in factors), seeds))
     missing = [name_cell(dict(zip([*factors, "seed"], key, strict=True))) for key in grid if key not in cells]
     if not factors or len(seeds) < 2:
-        raise ValueError(f"analysis of variance needs a varied factor and two seeds, got {factors} and seeds {seeds}")
+        raise ValueError(
+            f"an analysis of variance needs a varied factor and two seeds; varied: {', '.join(factors) or 'nothing'}; "
+            f"seeds: {', '.join(map(str, seeds))}"
+        )
     if missing:
         raise ValueError(f"unbalanced, {len(missing)} of {len(grid)} cells have no {metric}: {'; '.join(missing)}")
     # A formula would read router.temp as an attribute of router, so factors have other names in it.

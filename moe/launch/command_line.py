@@ -148,20 +148,13 @@ def group_choices(hydra: Any) -> dict[str, str | None]:
 
 
 def _compose(arguments: list[str]) -> DictConfig:
-    """Compose what Hydra's `compose` does, but each choice of groups once: the cells of a sweep differ in values only.
-
-    Composing takes a quarter of a second, setting values in a copy a tenth of that.
-    """
+    """Return what Hydra composes from these overrides, with its own settings resolved as far as folders need them."""
     try:
         overrides = OverridesParser.create().parse_overrides(arguments)
-        groups = [o for o in overrides if o.key_or_group in GROUPS or "/" in o.key_or_group]
-        composed = _compose_groups(tuple(str(o.input_line) for o in groups)).copy()
-        ConfigLoaderImpl._apply_overrides_to_config([o for o in overrides if o not in groups], composed)
-        naming = composed.hydra.job.config.override_dirname
-        named = [o for o in overrides if not o.is_hydra_override()]
-        composed.hydra.job.override_dirname = get_overrides_dirname(
-            named, kv_sep=naming.kv_sep, item_sep=naming.item_sep, exclude_keys=naming.exclude_keys
-        )
+        if all(_is_group_choice(o) or _sets_value(o) for o in overrides):
+            composed = _compose_values(overrides)
+        else:
+            composed = compose("config", overrides=arguments, return_hydra_config=True)
         OmegaConf.resolve(composed.hydra.run)
         OmegaConf.resolve(composed.hydra.sweep)
         return composed
@@ -169,9 +162,37 @@ def _compose(arguments: list[str]) -> DictConfig:
         raise _explain(error, arguments) from None
 
 
+def _compose_values(overrides: list[Override]) -> DictConfig:
+    """Compose the groups once for all cells of a sweep, and set the other values in a copy, as Hydra does it.
+
+    This takes a seventh of the time of composing each cell.
+    """
+    groups = [o for o in overrides if _is_group_choice(o)]
+    composed = _compose_groups(tuple(str(o.input_line) for o in groups)).copy()
+    ConfigLoaderImpl._apply_overrides_to_config([o for o in overrides if o not in groups], composed)
+    own = [o for o in overrides if not o.is_hydra_override()]
+    composed.hydra.overrides.task = [o.input_line for o in own]
+    naming = composed.hydra.job.config.override_dirname
+    composed.hydra.job.override_dirname = get_overrides_dirname(
+        own, kv_sep=naming.kv_sep, item_sep=naming.item_sep, exclude_keys=naming.exclude_keys
+    )
+    return composed
+
+
 @cache
 def _compose_groups(groups: tuple[str, ...]) -> DictConfig:
     return compose("config", overrides=list(groups), return_hydra_config=True)
+
+
+def _is_group_choice(override: Override) -> bool:
+    return (override.key_or_group in GROUPS or "/" in override.key_or_group) and isinstance(override.value(), str)
+
+
+def _sets_value(override: Override) -> bool:
+    """Return whether an override sets one value of this project or of a launcher. Hydra itself composes all others."""
+    key = override.key_or_group
+    ours = not (key == "hydra" or key.startswith(("hydra.", "hydra/"))) or key.startswith("hydra.launcher.")
+    return ours and key not in GROUPS and override.package is None and not isinstance(override.value(), dict)
 
 
 def _check_override(override: Override) -> None:

@@ -121,9 +121,9 @@ class Metric(NamedTuple):
             text = "layers pooled"
         elif "worst" in self.variants and suffix == "worst":
             text = "worst layer"
-        elif "layerNN" in self.variants and (match := re.fullmatch(r"layer(\d+)", suffix)):
+        elif "layerNN" in self.variants and (match := re.fullmatch(r"layer([0-9]{2,})", suffix)):
             text = f"layer {int(match[1])}"
-        elif "decileN" in self.variants and (match := re.fullmatch(r"decile(\d)", suffix)):
+        elif "decileN" in self.variants and (match := re.fullmatch(r"decile([0-9])", suffix)):
             text = f"decile {match[1]} of the position"
         elif "<domain>" in self.variants and suffix:
             text = suffix

@@ -100,7 +100,9 @@ class Router(nn.Module):
 
     @property
     def chain(self) -> "list[Router]":
-        """The routers that a layer runs one after another. Each sees the input plus all that experts have added so far.
+        """The routers that a layer runs one after another.
+
+        Each router gets the input of the layer plus the outputs of all experts that ran before it.
 
         All routers of a chain have the same `fixed_k` as the router that returns the chain.
         """
@@ -128,7 +130,7 @@ class Router(nn.Module):
     def loss_weights(self) -> dict[str, float]:
         """The weight of each auxiliary loss that only this router has, by name. It may change from step to step.
 
-        For the name of a loss that all routers share, this is added to the weight in the configuration.
+        If the name is that of a loss that all routers share, this weight is added to the one in the configuration.
         """
         return {}
 

@@ -45,8 +45,9 @@ def order_by_position(routing: Routing, seq_len: int) -> Int[Tensor, "A"]:
     """Sort assignments by position in the sequence, earliest first.
 
     Whether a token is dropped then never depends on tokens at later positions. It can depend on tokens of other
-    sequences at the same or an earlier position. Ties at one position go to the earlier sequence if the router lists
-    its assignments token by token. Apart from these ties, a sequence gains nothing by coming first in the micro-batch.
+    sequences at the same or an earlier position. If two tokens have the same position, the one in the earlier
+    sequence comes first, provided that the router lists its assignments token by token. Otherwise the order of the
+    sequences in the micro-batch does not matter.
     If a sequence contains several documents, the first one has an advantage.
     """
     return torch.argsort(routing.token % seq_len, stable=True)

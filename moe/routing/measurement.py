@@ -27,9 +27,9 @@ def collect_stats(
     """Compute the sums of one layer over one micro-batch of `tokens` tokens.
 
     seq_len: length of the sequences. None if all tokens are one sequence.
-    document_position: position of each token in its document, from `moe.routing.decision.document_positions`. Positions
-        and neighboring tokens are then determined within each document. None: they are determined within each
-        sequence. Blocks of plain text have None. They can hold several documents, but do not mark where one begins.
+    document_position: position of each token in its document, from `moe.routing.decision.document_positions`. If
+        given, positions and neighbors are counted inside each document. If None, they are counted inside each sequence.
+        Blocks of plain text have None: they can hold several documents, but do not mark where one begins.
         `max_violation_sequence` always covers whole sequences, because a single document may be too short to be
         balanced.
     capacity: capacity factor. None if dropless.

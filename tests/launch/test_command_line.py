@@ -72,6 +72,8 @@ from moe.launch.command_line import read_cells, run_name
         ("--config-name other", "--config-name is not supported"),
         ("optimizer.muon_lr=-0.1", r"optimizer.muon_lr=-0.1: must be a finite number > 0"),
         ("logger.mode=of", "logger.mode=of: must be one of"),
+        ("hydra=null", "hydra=null: Config group override must be a string or a list"),
+        ("hydra.runtime.choices.experiment=foo", "Key 'experiment' is not in struct"),
     ],
 )
 def test_wrong_commands(arguments: str, message: str) -> None:
@@ -181,6 +183,8 @@ def test_free_keys_change_neither_the_folder_nor_the_identity(tmp_path: Path) ->
         "experiment=noise_lb_seed variant=top1 lb=0.1 model.num_experts=16",
         "hydra/launcher=joblib hydra.launcher.n_jobs=2 out=/x optimizer.clip=3",
         "data.source.domains=[docs,cpp] logger.mode=offline claims=[]",
+        "model.dim=32 model={dim:64} router.k=1 router={k:3}",
+        "hydra.job.env_copy=[PATH] hydra.sweep.subdir=${hydra.job.env_set.PATH}",
     ],
 )
 def test_a_cell_is_what_hydra_composes_from_its_overrides(arguments: str) -> None:
@@ -192,6 +196,7 @@ def test_a_cell_is_what_hydra_composes_from_its_overrides(arguments: str) -> Non
             OmegaConf.to_container(found.hydra.job, resolve=True)["override_dirname"]
             == (OmegaConf.to_container(expected.hydra.job, resolve=True)["override_dirname"])
         )
+        assert found.hydra.overrides.task == expected.hydra.overrides.task
         for key in ("run", "sweep", "launcher", "sweeper"):
             assert OmegaConf.to_container(found.hydra[key]) == OmegaConf.to_container(expected.hydra[key], resolve=True)
         assert found.hydra.runtime.choices == expected.hydra.runtime.choices

@@ -56,10 +56,11 @@ def gradient_norms(trains: pd.DataFrame) -> Figure | str:
         for index, (condition, members) in enumerate(trains.groupby("condition")):
             style = line_style(index)
             curves = members.pivot(index="step", columns="folder", values=column).astype(float).dropna(how="all")
-            axes.plot(curves, color=style["color"], linewidth=0.6, alpha=0.45)
+            dot = "." if len(curves) == 1 else ""  # without a dot, a single evaluation would be invisible
+            axes.plot(curves, color=style["color"], linewidth=0.6, alpha=0.45, marker=dot)
             mean = curves.dropna().mean(axis=1)
             line: dict[str, Any] = {"color": style["color"], "linestyle": style["linestyle"]}
-            axes.plot(mean, linewidth=2, label=f"{condition} (n={curves.shape[1]})", **line)
+            axes.plot(mean, linewidth=2, marker=dot, label=f"{condition} (n={curves.shape[1]})", **line)
         axes.set(ylabel=label, yscale="log")
     for axes in panels[-1]:
         axes.set_xlabel("optimizer step")

@@ -36,7 +36,10 @@ def block_as_markdown(block: ReportBlock) -> str:
         case TableBlock(frame):
             return "\n\n".join(filter(None, [table_as_markdown(frame.head(MAX_ROWS)), truncation_note(frame)]))
         case StatusBar(counts):
-            return f"{sum(n for _, n, _ in counts)} runs: " + ", ".join(f"{n} {name}" for name, n, _ in counts if n)
+            total = sum(n for _, n, _ in counts)
+            return f"{total} {'run' if total == 1 else 'runs'}: " + ", ".join(
+                f"{n} {name}" for name, n, _ in counts if n
+            )
         case Drawing(name, caption, figure):
             drawn = f"![{name}]({name}.png)\n\n{escaped(caption)}"
             return drawn if figure else f"- {escaped(not_drawn(block))}"

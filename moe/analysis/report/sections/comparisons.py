@@ -14,8 +14,8 @@ interval, and the smallest true difference that an unpaired t test with so many 
 power 0.8."""
 CONTRASTS_EXPLAINED = """\
 `difference` is level minus reference, averaged over paired seeds, with its 95 % t interval and the p of the paired t
-test. `p Holm` is p corrected for all contrasts of the metric; if `--metric` added a metric, for those of all metrics
-together.
+test. `p Holm` is p corrected for all contrasts of the metric. If `--metric` added a metric, it is corrected for the
+contrasts of all metrics together.
 `d_z` is the difference in standard deviations (ddof=1) of the paired differences. `p Welch` is the p of a test that
 ignores the pairing. `p sign-flip` is exact up to 16 seeds, and can never be below `smallest p sign-flip`, however large
 the effect is. `detectable` is the smallest true difference that a test of this many seeds with this spread would find
