@@ -42,8 +42,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the longest tests first, so that two workers end at about the same time."""
-    longest = ("test_run.py", "test_extending.py", "test_bench.py")
-    items.sort(key=lambda item: item.path.name not in longest)
+    longest = ("two_hundred_random_faults", "long_run", "fuzz", "compiled", "test_run.py", "test_extending", "test_bench")
+    items.sort(key=lambda item: not any(word in item.nodeid for word in longest))
 
 
 @pytest.fixture(scope="session")

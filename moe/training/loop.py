@@ -54,9 +54,8 @@ def train(config: Config, folder: Path, *, signals: Signals, listeners: Sequence
                 progress.evaluated(done, latest)
             if done in milestones:
                 save_milestone(folder, training, done)
-            stop = ranks.all_reduce_max(
-                signals.received or 0
-            )  # ranks receive a signal at different times, and must stop together
+            # Ranks receive a signal at different times, but must stop after the same step.
+            stop = ranks.all_reduce_max(signals.received or 0)
             if done < config.steps and (done % config.save_every == 0 or stop):
                 save_checkpoint(folder, training, done, clock)
                 if stop:

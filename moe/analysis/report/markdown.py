@@ -37,9 +37,8 @@ def block_as_markdown(block: ReportBlock) -> str:
             return "\n\n".join(filter(None, [table_as_markdown(frame.head(MAX_ROWS)), truncation_note(frame)]))
         case StatusBar(counts):
             total = sum(n for _, n, _ in counts)
-            return f"{total} {'run' if total == 1 else 'runs'}: " + ", ".join(
-                f"{n} {name}" for name, n, _ in counts if n
-            )
+            shares = ", ".join(f"{n} {name}" for name, n, _ in counts if n)
+            return f"{total} {'run' if total == 1 else 'runs'}: {shares}"
         case Drawing(name, caption, figure):
             drawn = f"![{name}]({name}.png)\n\n{escaped(caption)}"
             return drawn if figure else f"- {escaped(not_drawn(block))}"
