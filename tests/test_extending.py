@@ -38,7 +38,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ["git", "apply", "--recount", "-"], cwd=copy, input=diff, text=True, capture_output=True, check=False
         )
         assert done.returncode == 0, f"{diff}\n{done.stderr}"
-    (copy / "docs" / "metrics.md").write_text(python(copy, "-m", "moe.metrics"), encoding="utf-8")
+    python(copy, "-m", "moe.metrics", "--write")
     return copy
 
 

@@ -44,10 +44,7 @@ def test_commands_are_accepted(command: str) -> None:
 
 
 def test_the_table_of_metrics_matches_the_catalog() -> None:
-    """The README has the table that the catalog generates.
-
-    To update it, paste the output of `python -m moe.metrics readme` between the two comments.
-    """
+    """The README has the table that `python -m moe.metrics --write` writes."""
     _, table, _ = re.split("<!-- .*metrics.* -->\n", README)
     assert table.strip() == readme_table().strip()
     for name, metric in METRICS.items():

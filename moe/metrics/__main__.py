@@ -1,14 +1,17 @@
-"""Print the reference of all metrics: `python -m moe.metrics > docs/metrics.md`, README's table with `readme`."""
+"""Print the reference of all metrics; `python -m moe.metrics --write` updates docs/metrics.md and README's table."""
 
 import argparse
+import re
 from collections.abc import Iterable
+from pathlib import Path
 
+from moe.files import write_text
 from moe.metrics.catalog import ENTRIES, GROUPS, LETTERS, VARIANTS, WRITTEN, Metric, select
 
 INTRODUCTION = """\
 # Metrics
 
-Generated from `moe/metrics/catalog.py` by `python -m moe.metrics > docs/metrics.md`; a test compares.
+Generated from `moe/metrics/catalog.py` by `python -m moe.metrics --write`; a test compares.
 
 Where each metric is written:
 
@@ -43,6 +46,15 @@ def readme_table() -> str:
     return _table(["metric", "formula", "meaning"], rows)
 
 
+def write_pages() -> None:
+    """Write docs/metrics.md, and the table between the two comments of README."""
+    root = Path(__file__).parents[2]
+    write_text(root / "docs" / "metrics.md", page())
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    head, start, _, end, tail = re.split("(<!-- .*metrics.* -->\n)", readme)
+    write_text(root / "README.md", f"{head}{start}\n{readme_table()}\n{end}{tail}")
+
+
 def _section(group: str) -> str:
     rows = [
         [
@@ -75,5 +87,8 @@ def _bullets(lines: Iterable[str]) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m moe.metrics", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("table", nargs="?", choices=["page", "readme"], default="page", help="what to print (page)")
-    print(readme_table() if parser.parse_args().table == "readme" else page(), end="")
+    parser.add_argument("--write", action="store_true", help="update docs/metrics.md and README's table instead")
+    if parser.parse_args().write:
+        write_pages()
+    else:
+        print(page(), end="")
