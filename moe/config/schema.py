@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import MISSING
 
-from moe.checks import ConfigError, build, finite, one_of, require
+from moe.checks import ConfigError, build, finite, locate, one_of, require
 from moe.config import dense_checkpoint
 from moe.config.claim import ClaimConfig
 from moe.data.limits import check_limits
@@ -218,8 +218,10 @@ class Config:
             require(not fsdp, "expert_parallel", True, "false when the launch file says FSDP, which shards experts too")
 
     def check_router(self) -> None:
-        """Raise ConfigError for wrong keys or ranges of the router, and for a schedule that does not fit it."""
+        """Raise ConfigError for wrong keys or ranges of the router, and for a schedule or data that do not fit it."""
         router = self.build_router()
+        if getattr(locate(self.data.source["_target_"]), "conversations", False):
+            router.require_documents_apart()
         if self.schedule.get("knob") == "temperature" and not router.schedulable:
             raise ConfigError(
                 "schedule.knob=temperature: this router has no temperature; use router=temperature or router=gumbel"

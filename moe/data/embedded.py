@@ -22,7 +22,7 @@ from hashlib import blake2b
 from importlib import metadata, util
 from itertools import groupby, zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from moe.data.sources import Document, DuplicateFilter, Turn, without_duplicates
 
@@ -250,6 +250,8 @@ class Solutions:
 
     Raises ValueError if the package that holds them is not installed, and for `max_samples` < 1.
     """
+
+    conversations: ClassVar[bool] = True
 
     max_samples: int
 

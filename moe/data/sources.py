@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from moe.files import sha256
 
@@ -53,7 +53,11 @@ class Document(NamedTuple):
 
 @runtime_checkable
 class Source(Protocol):
-    """Interface of a source for `moe.data.blocks.prepare`. Its fields and `describe()` together identify the text."""
+    """Interface of a source for `moe.data.blocks.prepare`. Its fields and `describe()` together identify the text.
+
+    A class whose documents are conversations sets the class variable `conversations = True`. Routers that cannot keep
+    the conversations of a block apart are then refused before any work.
+    """
 
     def documents(self) -> Iterator[Document]:
         """Yield the documents in an order that depends only on the fields and on the text."""
@@ -153,6 +157,8 @@ class Conversations:
     Duplicates are removed. Raises ValueError for a missing file or column, for another role, and for a conversation in
     which the assistant says nothing.
     """
+
+    conversations: ClassVar[bool] = True
 
     path: str
     name: str | None

@@ -18,7 +18,14 @@ class MoEConfig(LlamaConfig):
     """
 
     model_type = "moe_routing"
-    keys_to_ignore_at_inference = ["cache", "past_key_values", "aux", "stats", "routing"]  # for transformers' Trainer
+    keys_to_ignore_at_inference = [
+        "cache",
+        "past_key_values",
+        "aux",
+        "stats",
+        "routing",
+        "load",
+    ]  # for transformers' Trainer
     __no_type_check__ = True  # for the type-checked tests: transformers passes keywords that are not fields
 
     num_experts: int = 8

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
@@ -40,6 +40,7 @@ class MoEOutput(CausalLMOutputWithPast):
     aux: {name: (L)} unweighted auxiliary losses of each MoE layer. None without MoE layers.
     stats: sums for metrics, with a first dimension L. None without MoE layers.
     routing: for each MoE layer the decision of each router of its chain. None without MoE layers.
+    load: (L, C, E) the load of each router of the chain of each MoE layer. None without MoE layers.
     """
 
     __no_type_check__ = True  # accelerate builds it from a dict that transformers unpacks
@@ -48,6 +49,7 @@ class MoEOutput(CausalLMOutputWithPast):
     aux: dict[str, Tensor] | None = None
     stats: RoutingStats | None = None
     routing: list[tuple[Routing, ...]] | None = None
+    load: Tensor | None = None
 
 
 class DenseFFN(nn.Module):
@@ -169,7 +171,7 @@ class MoEModel(MoEPreTrainedModel):
         inputs: Int[Tensor, "B S"] | Float[Tensor, "B S D"],
         context: Context,
         *,
-        load: Float[Tensor, "L E"] | None = None,
+        load: Shaped[Tensor, "L C E"] | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Int[Tensor, "#B S"] | None = None,
         cache: Cache | None = None,
@@ -185,10 +187,8 @@ class MoEModel(MoEPreTrainedModel):
         seen = cache.get_seq_length() if cache is not None else 0
         if position_ids is None:
             position_ids = torch.arange(seen, seen + x.shape[1], device=x.device)[None]
-        elif self.config._attn_implementation == "flash_attention_2":  # it would need the lengths of packed documents
-            packed = attention_mask is None and cache is None and bool((position_ids.diff() != 1).any())
-            allowed = "sdpa or eager for blocks of several documents"
-            require(not packed, "model.attention", "flash_attention_2", allowed)
+        elif attention_mask is None and cache is None:
+            self._check_documents(position_ids)
         # positional arguments here and for the attention, because transformers 5.24 renamed the argument for the cache
         mask = create_causal_mask(self.config, x, attention_mask, cache, position_ids)
         rotary = self.rotary_emb(x, position_ids=position_ids)
@@ -208,6 +208,19 @@ class MoEModel(MoEPreTrainedModel):
                 context = context._replace(state=output.routing[-1].state)
         last = self.dropout(self.norm(x))
         return Hidden(last, (*states, last), tuple(attentions), outputs)
+
+    def _check_documents(self, position_ids: Int[Tensor, "#B S"]) -> None:
+        """Raise ConfigError if sequences contain several documents and this model cannot keep them apart.
+
+        FlashAttention would need their lengths. Only then, and for a router that compares tokens, the host waits for the
+        device to find out.
+        """
+        flash = self.config._attn_implementation == "flash_attention_2"
+        mixing = bool(self._routers) and not self._routers[0].causal_in_evaluation
+        if (flash or mixing) and bool((position_ids.diff() != 1).any()):
+            allowed = "sdpa or eager for blocks of several documents"
+            require(not flash, "model.attention", "flash_attention_2", allowed)
+            self._routers[0].require_documents_apart()
 
 
 def neftune_noise(x: Float[Tensor, "B S D"], alpha: float) -> Float[Tensor, "B S D"]:
@@ -256,7 +269,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         knobs: Knobs | None = None,
         capacity: float | None = None,
         drop: str = "position",
-        load: Float[Tensor, "L E"] | None = None,
+        load: Shaped[Tensor, "L C E"] | None = None,
         orthogonality: bool = False,
         probe_stride: int | None = None,
         attention_mask: Tensor | None = None,
@@ -277,7 +290,9 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         labels: token ids, not shifted, with IGNORED where nothing is predicted. None: no loss.
         knobs: default to the temperature and noise of the model's configuration.
         capacity, drop, orthogonality, probe_stride: see `moe.routing.decision.Context`.
-        load: as in `Context`, for each MoE layer.
+        load: as in `Context`, for each MoE layer. It is the sum of `MoEOutput.load` over earlier micro-batches.
+        attention_mask: (B, S), or (B, tokens in the cache + S), 0 for padding. Padding is no token: it is not attended
+            to and not routed, takes no capacity, and counts in no loss and no metric.
         position_ids: where they do not increase by 1, a new document begins. A document does not attend to the
             documents before it. (Only without cache and attention_mask. transformers makes the mask.)
 
@@ -314,16 +329,11 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         if knobs is None:
             knobs = Knobs.of(temperature=config.router_temperature, noise=config.router_noise, device=inputs.device)
         ids = inputs.new_zeros(inputs.shape[:2], dtype=torch.long) if input_ids is None else input_ids
-        positions = None if position_ids is None else document_positions(position_ids.expand_as(ids))
-        context = Context(
-            ids,
-            knobs,
-            capacity,
-            drop,
-            orthogonality=orthogonality,
-            probe_stride=probe_stride,
-            document_position=positions,
-        )
+        context = Context(ids, knobs, capacity, drop, orthogonality=orthogonality, probe_stride=probe_stride)
+        if attention_mask is not None:
+            context = context.without_padding(attention_mask)
+        elif position_ids is not None:
+            context = context._replace(document_position=document_positions(position_ids.expand_as(ids)))
         hidden: Hidden = self.model(
             inputs,
             context,
@@ -336,9 +346,11 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden.last[:, -logits_to_keep:])
         loss = None
         if labels is not None:
-            rows, targets = logits.float().flatten(0, 1), next_token(labels).flatten()
+            targets = next_token(context.mask_padding(labels, IGNORED))
+            targets = context.mask_padding(targets, IGNORED)  # padding predicts nothing
+            rows = logits.float().flatten(0, 1)
             reduction = "mean" if num_items_in_batch is None else "sum"
-            loss = F.cross_entropy(rows, targets, ignore_index=IGNORED, reduction=reduction)
+            loss = F.cross_entropy(rows, targets.flatten(), ignore_index=IGNORED, reduction=reduction)
             if num_items_in_batch is not None:
                 loss = loss / num_items_in_batch
         fields: dict[str, Any] = {}
@@ -353,6 +365,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             fields["aux"] = {name: torch.stack([layer.aux[name] for layer in layers]) for name in layers[0].aux}
             fields["stats"] = RoutingStats.stack([layer.stats for layer in layers])
             fields["routing"] = [layer.routing for layer in layers]
+            fields["load"] = torch.stack([layer.load for layer in layers])
         # positional, because transformers renamed the cache's field
         output = MoEOutput(loss, logits, cache if use_cache else None, **fields)
         as_object = config.return_dict if return_dict is None else return_dict

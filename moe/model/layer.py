@@ -4,14 +4,14 @@ import functools
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from moe.distributed import ranks
 from moe.model.experts import Experts
 from moe.routers.base import Router
 from moe.routing import losses
-from moe.routing.decision import Context, Routing
+from moe.routing.decision import Context, Routing, fill_places
 from moe.routing.dispatch import Dispatch, combine, dispatch, gather
 from moe.routing.measurement import collect_stats, mean_cosine
 from moe.routing.stats import RoutingStats
@@ -24,12 +24,24 @@ class LayerOutput(NamedTuple):
     aux: unweighted auxiliary losses by name.
     stats: sums for metrics, without gradients.
     routing: the decision of each router of the chain.
+    load: (C, E) the load of each router of the chain, before drops.
     """
 
     y: Float[Tensor, "B S D"]
     aux: dict[str, Float[Tensor, ""]]
     stats: RoutingStats
     routing: tuple[Routing, ...]
+    load: Int[Tensor, "C E"]
+
+
+class _Pass(NamedTuple):
+    """What one router of the chain and its experts return for the T routed tokens. Fields as in `LayerOutput`."""
+
+    y: Float[Tensor, "T D"]
+    aux: dict[str, Float[Tensor, ""]]
+    stats: RoutingStats
+    routing: Routing
+    load: Int[Tensor, "E"]
 
 
 class MoELayer(nn.Module):
@@ -45,52 +57,63 @@ class MoELayer(nn.Module):
         self.shared = shared
 
     def forward(self, x: Float[Tensor, "B S D"], context: Context) -> LayerOutput:
-        first, *others = self.router.chain
-        outputs = [self._route(first, x, context)]
-        for router in others:
-            x_so_far = x + sum(output.y for output in outputs)
-            outputs.append(self._route(router, x_so_far, context))
-        y = sum((output.y for output in outputs[1:]), outputs[0].y)
+        tokens = context.routed(x.reshape(-1, x.shape[-1]))
+        passes: list[_Pass] = []
+        for number, router in enumerate(self.router.chain):
+            tokens_so_far = tokens + sum(p.y for p in passes) if passes else tokens
+            load = None if context.load is None else context.load[number]
+            passes.append(self._route(router, tokens_so_far, context, load))
+        y = sum((p.y for p in passes[1:]), passes[0].y)
+        y = fill_places(y, context.place, context.ids.numel()).view_as(x)
         if self.shared is not None:
             y = y + self.shared(x)
-        aux = {name: torch.stack([output.aux[name] for output in outputs]).mean() for name in outputs[0].aux}
-        stats = functools.reduce(RoutingStats.merge, [output.stats for output in outputs])
-        return LayerOutput(y, aux, stats, tuple(routing for output in outputs for routing in output.routing))
+        aux = {name: torch.stack([p.aux[name] for p in passes]).mean() for name in passes[0].aux}
+        stats = functools.reduce(RoutingStats.merge, [p.stats for p in passes])
+        return LayerOutput(y, aux, stats, tuple(p.routing for p in passes), torch.stack([p.load for p in passes]))
 
-    def _route(self, router: Router, x: Float[Tensor, "B S D"], context: Context) -> LayerOutput:
-        """Run one router of the chain and the experts that it chooses."""
-        flat = x.reshape(-1, x.shape[-1])
-        seq_len = x.shape[1]
+    def _route(
+        self, router: Router, x: Float[Tensor, "T D"], context: Context, load: Shaped[Tensor, "E"] | None
+    ) -> _Pass:
+        """Run one router of the chain and the experts that it chooses. `load`: its row of `Context.load`."""
+        seq_len = context.ids.shape[1]
+        position = None if context.document_position is None else context.routed(context.document_position.flatten())
         with torch.autocast(x.device.type, enabled=False):
-            routing = router(flat.float(), context)
-        source = flat if routing.slots is None else routing.slots.gather(flat)
+            routing = router(x.float(), context)
+        source = x if routing.slots is None else routing.slots.gather(x)
+        slots = None if routing.slots is None else routing.slots.dispatch.shape[1]
         dispatched: Dispatch = dispatch(
-            routing, router.num_experts, capacity=context.capacity, seq_len=seq_len, drop=context.drop
+            routing,
+            router.num_experts,
+            capacity=context.capacity,
+            seq_len=slots or seq_len,
+            drop=context.drop,
+            position=None if slots else position,
         )
         rows = self.experts(gather(source, dispatched), dispatched.kept)
         y = combine(rows, dispatched, len(source))
         if routing.slots is not None:
             y = routing.slots.scatter(y)
 
-        load = context.load
         if self.training and ranks.world_size() > 1:  # ranks process consecutive micro-batches at the same time
             load = _load_of_earlier_ranks(dispatched.offered) + (0 if load is None else load)
-        aux = losses.auxiliary(routing, dispatched.offered, seq_len=seq_len, load=load)
+        sequence = context.sequence
+        aux = losses.auxiliary(routing, dispatched.offered, seq_len=seq_len, load=load, sequence=sequence)
         if router.expert_rows is not None:
             aux["simbal"] = losses.similarity_preserving(router.expert_rows)
         if context.orthogonality:
             aux["output_orthogonality"] = losses.output_orthogonality(rows, dispatched.token)
-        similarity = self._compare(flat[:: context.probe_stride]) if context.probe_stride else None
+        similarity = self._compare(x[:: context.probe_stride]) if context.probe_stride else None
         stats = collect_stats(
             routing,
             dispatched,
-            len(flat),
+            len(x),
             seq_len=seq_len,
-            document_position=None if context.document_position is None else context.document_position.flatten(),
+            document_position=position,
+            sequence=sequence,
             capacity=context.capacity,
             similarity=similarity,
         )
-        return LayerOutput(y.view_as(x), aux, stats, (routing,))
+        return _Pass(y, aux, stats, routing, dispatched.offered)
 
     @torch.no_grad()
     def _compare(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N"]:

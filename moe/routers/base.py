@@ -30,7 +30,7 @@ class Router(nn.Module):
       gets the SimBal loss (key `simbal`) and the metric `routing/router_gram`. `LinearRouter` declares it.
     - `expert_directions`: one vector per expert, for `routing/router_gram` alone. Default: `expert_rows`.
     - `causal_in_evaluation`: what `causal` says, for evaluation alone. Default: `causal`. If it is false, the model
-      refuses to generate with a cache.
+      refuses to generate with a cache, and blocks of several conversations.
     - `uses_ids = True`: the router reads the token ids in `Context.ids`, and not only their shape.
     - `mean_k`: the mean number of experts per token that a router with `fixed_k=None` aims at. Default: None, unknown.
     - `schedulable = True`: the schedule of the temperature changes what this router does.
@@ -86,9 +86,15 @@ class Router(nn.Module):
         the number of assignments in the micro-batch. The limit is therefore independent of later tokens only if every
         token has the same number of experts. The dropped assignments are independent of later tokens only with the
         policy `position`. Even then they can depend on other sequences of the micro-batch, namely on their tokens at
-        the same or an earlier position.
+        the same or an earlier position. Other documents of a block count as other sequences.
         """
         return self.causal and (capacity is None or (drop == "position" and self.fixed_k is not None))
+
+    def require_documents_apart(self) -> None:
+        """Raise ConfigError if this router lets the documents of a block influence each other in evaluation."""
+        name = f"{type(self).__module__}.{type(self).__qualname__}"
+        allowed = "a router that keeps the conversations of a block apart; this one compares their tokens"
+        require(self.causal_in_evaluation, "router._target_", name, allowed)
 
     @property
     def causal_in_evaluation(self) -> bool:

@@ -44,7 +44,7 @@ class Hash(Router):
             self.table[order] = torch.tensor(chosen, dtype=torch.int16).to(self.table.device)
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
-        expert = self.table[context.ids.flatten() % len(self.table)].long()
+        expert = self.table[context.routed(context.ids.flatten()) % len(self.table)].long()
         return Routing.token_choice(expert, torch.full(expert.shape, 1 / self.k, device=x.device))
 
 

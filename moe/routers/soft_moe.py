@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from moe.checks import require
 from moe.routers.base import Router
-from moe.routing.decision import Context, Routing, Slots
+from moe.routing.decision import Context, Routing, Slots, fill_places
 
 
 class SoftMoE(Router):
@@ -40,14 +40,20 @@ class SoftMoE(Router):
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         cosine = F.linear(F.normalize(x, dim=-1), F.normalize(self.weight.float(), dim=-1))
-        logits = self.perturb(self.scale * cosine, context.knobs).view(*context.ids.shape, -1)
+        logits = self.perturb(self.scale * cosine, context.knobs)
         combine = torch.softmax(logits, -1)
-        slot = torch.arange(len(logits) * len(self.weight), device=x.device)
+        shape, places = (*context.ids.shape, -1), context.ids.numel()
+        lowest = torch.finfo(logits.dtype).min  # the softmax of padding is then 0, and finite for padding alone
+        slot = torch.arange(len(context.ids) * len(self.weight), device=x.device)
         return Routing(
             token=slot,
             expert=slot % len(self.weight) // self.slots,
             weight=x.new_ones(len(slot)),
             probs=combine.view(-1, self.num_experts, self.slots).sum(-1),
             logits=None,
-            slots=Slots(dispatch=torch.softmax(logits, 1).mT, combine=combine),
+            slots=Slots(
+                dispatch=torch.softmax(fill_places(logits, context.place, places, value=lowest).view(shape), 1).mT,
+                combine=fill_places(combine, context.place, places).view(shape),
+                place=context.place,
+            ),
         )

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 
@@ -38,24 +38,81 @@ class Context(NamedTuple):
     knobs: the current temperature and noise.
     capacity: the capacity factor. None: dropless.
     drop: which assignments are dropped under a capacity limit, a key of `moe.routing.dispatch.DROP_POLICIES`.
-    load: the load of each expert of this layer in earlier micro-batches of the same optimizer step. None in the first.
+    load: the load of each expert in earlier micro-batches of the same optimizer step, one row for each router of this
+        layer's chain. None in the first.
     state: what the router of the previous MoE layer returned as `Routing.state`. None in the first MoE layer, and for
         routers without state.
     orthogonality: whether to compute the loss on expert outputs. The other losses are cheap and always computed.
     probe_stride: run every n-th token through all experts, to compare their outputs. None: no token.
     document_position: the position of each token in its document, from `document_positions`. None if `position_ids` do
         not mark documents; positions then count from the start of the sequence.
+    place: where the T tokens that are routed stand in the flattened (B * S) sequences, in ascending order. Padding is
+        left out: it is not routed, takes no capacity and is not counted. None: all tokens are routed.
     """
 
     ids: Int[Tensor, "B S"]
     knobs: Knobs
     capacity: float | None = None
     drop: str = "position"
-    load: Float[Tensor, "E"] | None = None
+    load: Shaped[Tensor, "C E"] | None = None
     state: Float[Tensor, "T H"] | None = None
     orthogonality: bool = False
     probe_stride: int | None = None
     document_position: Int[Tensor, "B S"] | None = None
+    place: Int[Tensor, "T"] | None = None
+
+    def without_padding(self, attention_mask: Shaped[Tensor, "B C"]) -> "Context":
+        """Return the context in which only those tokens are routed for which the mask is not 0. Waits for the device.
+
+        attention_mask: its last S columns are those of the tokens; columns before them are those of a cache. Positions
+            in documents count from the first token of a sequence that is not padding.
+
+        Raises ValueError for another shape and if all tokens are padding.
+        """
+        length = self.ids.shape[1]
+        if attention_mask.ndim != 2 or len(attention_mask) != len(self.ids) or attention_mask.shape[1] < length:
+            shape, allowed = tuple(attention_mask.shape), f"({len(self.ids)}, {length} + tokens in the cache)"
+            raise ValueError(f"attention_mask has the shape {shape}: must be {allowed}")
+        real = attention_mask[:, -length:] != 0
+        place = real.flatten().nonzero()[:, 0]
+        if len(place) == self.ids.numel():
+            return self
+        if not len(place):
+            raise ValueError("attention_mask is 0 for all tokens: at least one must not be padding")
+        return self._replace(place=place, document_position=(real.cumsum(1) - 1).clamp(min=0))
+
+    def mask_padding(self, values: Int[Tensor, "B S"], fill: int) -> Int[Tensor, "B S"]:
+        """Return the values of all tokens, with `fill` for padding."""
+        if self.place is None:
+            return values
+        flat = values.new_full((values.numel(),), fill)
+        return flat.index_copy(0, self.place, values.flatten()[self.place]).view_as(values)
+
+    def routed(self, rows: Shaped[Tensor, "BS *N"]) -> Shaped[Tensor, "T *N"]:
+        """Return the rows of the tokens that are routed, given a row for each token of the flattened sequences."""
+        return rows if self.place is None else rows[self.place]
+
+    @property
+    def sequence(self) -> Int[Tensor, "T"] | None:
+        """The number of each routed token's sequence, without sequences that are padding alone.
+
+        None if all tokens are routed, so that token t belongs to sequence t // S.
+        """
+        if self.place is None:
+            return None
+        return torch.unique_consecutive(self.place // self.ids.shape[1], return_inverse=True)[1]
+
+
+def fill_places(
+    rows: Float[Tensor, "T N"], place: Int[Tensor, "T"] | None, places: int, *, value: float = 0.0
+) -> Float[Tensor, "BS N"]:
+    """Return a row for each of B * S `places`: those of the routed tokens, and `value` for padding.
+
+    This is the inverse of `Context.routed`.
+    """
+    if place is None:
+        return rows
+    return rows.new_full((places, rows.shape[1]), value).index_copy(0, place, rows)
 
 
 def document_positions(position_ids: Int[Tensor, "B S"]) -> Int[Tensor, "B S"]:
@@ -73,22 +130,29 @@ class Slots(NamedTuple):
 
     dispatch: the input of slot m is sum_s dispatch[m, s] x_s.
     combine: the output of token s is sum_m combine[s, m] y_m.
+    place: `Context.place`. Padding has the dispatch weight 0.
     """
 
     dispatch: Float[Tensor, "B M S"]
     combine: Float[Tensor, "B S M"]
+    place: Int[Tensor, "T"] | None = None
 
     def gather(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "BM D"]:
         """Return the inputs of the slots of all sequences, one sequence after another."""
-        return (self.dispatch.to(x.dtype) @ x.unflatten(0, (len(self.dispatch), -1))).flatten(0, 1)
+        sequences, _, seq_len = self.dispatch.shape
+        grid = fill_places(x, self.place, sequences * seq_len).unflatten(0, (sequences, seq_len))
+        return (self.dispatch.to(x.dtype) @ grid).flatten(0, 1)
 
     def scatter(self, y: Float[Tensor, "BM D"]) -> Float[Tensor, "T D"]:
         """Return the outputs of tokens from the outputs of slots."""
-        return (self.combine.to(y.dtype) @ y.unflatten(0, (len(self.combine), -1))).flatten(0, 1)
+        grid = (self.combine.to(y.dtype) @ y.unflatten(0, (len(self.combine), -1))).flatten(0, 1)
+        return grid if self.place is None else grid[self.place]
 
 
 class Routing(NamedTuple):
     """The decision of a router: a flat list of (token, expert, weight) assignments, before capacity.
+
+    T is the number of tokens that are routed. It does not include padding.
 
     token, expert, weight: (A). Weights are fp32 and differentiable.
     probs: (T, E) the distribution that led to the decision, after noise and temperature. None if the router has none

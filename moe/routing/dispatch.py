@@ -41,19 +41,18 @@ def capacity_per_expert(assignments: int, num_experts: int, capacity: float) -> 
     return max(1, math.ceil(capacity * assignments / num_experts))
 
 
-def order_by_position(routing: Routing, seq_len: int) -> Int[Tensor, "A"]:
-    """Sort assignments by position in the sequence, earliest first.
+def order_by_position(routing: Routing, position: Int[Tensor, "A"]) -> Int[Tensor, "A"]:
+    """Sort assignments by the position of their tokens, earliest first.
 
     Whether a token is dropped then never depends on tokens at later positions. It can depend on tokens of other
     sequences at the same or an earlier position. If two tokens have the same position, the one in the earlier
     sequence comes first, provided that the router lists its assignments token by token. Otherwise the order of the
-    sequences in the micro-batch does not matter.
-    If a sequence contains several documents, the first one has an advantage.
+    sequences in the micro-batch does not matter, and neither does the order of the documents in a sequence.
     """
-    return torch.argsort(routing.token % seq_len, stable=True)
+    return torch.argsort(position, stable=True)
 
 
-def order_by_score(routing: Routing, seq_len: int) -> Int[Tensor, "A"]:
+def order_by_score(routing: Routing, position: Int[Tensor, "A"]) -> Int[Tensor, "A"]:
     """Sort assignments by gate weight, largest first (as in GShard).
 
     Not causal, because a later token can displace an earlier one.
@@ -61,7 +60,7 @@ def order_by_score(routing: Routing, seq_len: int) -> Int[Tensor, "A"]:
     return torch.argsort(routing.weight.detach(), descending=True, stable=True)
 
 
-def order_at_random(routing: Routing, seq_len: int) -> Int[Tensor, "A"]:
+def order_at_random(routing: Routing, position: Int[Tensor, "A"]) -> Int[Tensor, "A"]:
     """Shuffle assignments.
 
     Not causal, because the chance that a token is dropped depends on how many later tokens compete with it.
@@ -69,9 +68,10 @@ def order_at_random(routing: Routing, seq_len: int) -> Int[Tensor, "A"]:
     return torch.randperm(len(routing.token), device=routing.token.device)
 
 
-# The order in which an expert accepts assignments until it is full. Only `position` keeps a causal router causal: a
+# The order in which an expert accepts assignments until it is full, given the routing and the position of each
+# assignment's token in its document. Only `position` keeps a causal router causal: a
 # drop then never depends on later tokens. See `Router.is_causal`.
-DROP_POLICIES: dict[str, Callable[[Routing, int], Int[Tensor, "A"]]] = {
+DROP_POLICIES: dict[str, Callable[[Routing, Int[Tensor, "A"]], Int[Tensor, "A"]]] = {
     "position": order_by_position,
     "score": order_by_score,
     "random": order_at_random,
@@ -79,13 +79,20 @@ DROP_POLICIES: dict[str, Callable[[Routing, int], Int[Tensor, "A"]]] = {
 
 
 def dispatch(
-    routing: Routing, num_experts: int, *, capacity: float | None, seq_len: int, drop: str = "position"
+    routing: Routing,
+    num_experts: int,
+    *,
+    capacity: float | None,
+    seq_len: int,
+    drop: str = "position",
+    position: Int[Tensor, "T"] | None = None,
 ) -> Dispatch:
     """Return the assignments that are carried out, sorted by expert.
 
     capacity: the capacity factor. Each expert keeps assignments up to `capacity_per_expert`, in the order of the policy
         `drop`. With a limit, this function waits for the device once, to read how many assignments fit. None: all
         assignments are kept, and those of one expert stay in the order in which the router listed them.
+    position: position of each token (or slot) in its document, for `drop`. None: t % seq_len.
 
     If `routing.renormalize` is set, the weights that a token keeps after drops are divided by their sum. Without a
     limit nothing is dropped, and weights stay as they are.
@@ -96,7 +103,7 @@ def dispatch(
         order = torch.argsort(expert, stable=True)
         token = token[order]
         return Dispatch(token, weight[order], offered, offered, torch.argsort(token, stable=True))
-    queue = DROP_POLICIES[drop](routing, seq_len)
+    queue = DROP_POLICIES[drop](routing, token % seq_len if position is None else position[token])
     order = queue[torch.argsort(expert[queue], stable=True)]
     place = torch.arange(len(order), device=order.device) - (offered.cumsum(0) - offered)[expert[order]]
     limit = capacity_per_expert(len(expert), num_experts, capacity)

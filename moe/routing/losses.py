@@ -24,18 +24,30 @@ def load_balance(probs: Float[Tensor, "T E"], offered: Shaped[Tensor, "E"]) -> F
 
 
 def load_balance_sequence(
-    probs: Float[Tensor, "T E"], token: Int[Tensor, "A"], expert: Int[Tensor, "A"], seq_len: int
+    probs: Float[Tensor, "T E"],
+    token: Int[Tensor, "A"],
+    expert: Int[Tensor, "A"],
+    seq_len: int,
+    sequence: Int[Tensor, "T"] | None = None,
 ) -> Float[Tensor, ""]:
     """Compute the load-balance loss of each sequence by itself and average: 1 when every sequence is balanced.
 
     DeepSeek-V3 (2412.19437, eq. 17-20), where probabilities are sigmoid scores normalized over experts. A block with
     several conversations counts as one sequence, because a single conversation may be too short to be balanced.
+
+    sequence: `Context.sequence`.
     """
-    sequences, experts = len(probs) // seq_len, probs.shape[1]
-    offered = count(token // seq_len * experts + expert, sequences * experts)
-    offered = offered.view(sequences, experts)
+    experts = probs.shape[1]
+    if sequence is None:
+        sequence_of_assignment, mean_probs = token // seq_len, probs.view(-1, seq_len, experts).mean(1)
+    else:
+        tokens = sequence.bincount()
+        sequence_of_assignment = sequence[token]
+        sums = probs.new_zeros(len(tokens), experts).index_add(0, sequence, probs)
+        mean_probs = sums / tokens[:, None]
+    offered = count(sequence_of_assignment * experts + expert, mean_probs.numel()).view_as(mean_probs)
     share = offered / offered.sum(1, keepdim=True).clamp(min=1)
-    return experts * (share * probs.view(sequences, seq_len, experts).mean(1)).sum(1).mean()
+    return experts * (share * mean_probs).sum(1).mean()
 
 
 def router_entropy(probs: Float[Tensor, "T E"]) -> Float[Tensor, ""]:
@@ -89,18 +101,24 @@ def router_z(logits: Float[Tensor, "T E"]) -> Float[Tensor, ""]:
 
 
 def auxiliary(
-    routing: Routing, offered: Int[Tensor, "E"], *, seq_len: int, load: Float[Tensor, "E"] | None = None
+    routing: Routing,
+    offered: Int[Tensor, "E"],
+    *,
+    seq_len: int,
+    load: Shaped[Tensor, "E"] | None = None,
+    sequence: Int[Tensor, "T"] | None = None,
 ) -> dict[str, Float[Tensor, ""]]:
     """Return every auxiliary loss that this routing has, by name.
 
     load: load of the earlier micro-batches of the optimizer step. `load_balance_global` adds it, so that the whole
         batch has to be balanced and single micro-batches may specialize (Qiu et al. 2501.11873).
+    sequence: `Context.sequence`.
     """
     losses = dict(routing.aux)
     if routing.probs is not None:
         losses["load_balance"] = load_balance(routing.probs, offered)
         if routing.slots is None:
-            by_sequence = load_balance_sequence(routing.probs, routing.token, routing.expert, seq_len)
+            by_sequence = load_balance_sequence(routing.probs, routing.token, routing.expert, seq_len, sequence)
             losses["load_balance_sequence"] = by_sequence
         losses["load_balance_global"] = load_balance(routing.probs, offered if load is None else offered + load)
         losses["router_entropy"] = router_entropy(routing.probs)

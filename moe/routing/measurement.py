@@ -21,6 +21,7 @@ def collect_stats(
     *,
     seq_len: int | None = None,
     document_position: Int[Tensor, "T"] | None = None,
+    sequence: Int[Tensor, "T"] | None = None,
     capacity: float | None = None,
     similarity: Float[Tensor, "N"] | None = None,
 ) -> RoutingStats:
@@ -32,6 +33,7 @@ def collect_stats(
         Blocks of plain text have None: they can hold several documents, but do not mark where one begins.
         `max_violation_sequence` always covers whole sequences, because a single document may be too short to be
         balanced.
+    sequence: `Context.sequence`. If it is given, `document_position` must be given too.
     capacity: capacity factor. None if dropless.
     similarity: mean cosine of the experts' outputs for N of these tokens, from `mean_cosine`.
     """
@@ -50,7 +52,7 @@ def collect_stats(
         else nan.new_full((), experts * capacity_per_expert(len(routing.expert), experts, capacity)),
         micro_batches=routed,
         max_violation=routed * (offered.amax() * experts / assignments.clamp(min=1) - 1),
-        **_choices(routing, dispatched, tokens, seq_len or tokens, document_position),
+        **_choices(routing, dispatched, tokens, seq_len or tokens, document_position, sequence),
         **_probabilities(routing, nan.expand(experts)),
         **_clean_logits(routing.logits, nan),
         feedback=nan.expand(experts) if routing.feedback is None else routing.feedback,
@@ -60,7 +62,12 @@ def collect_stats(
 
 
 def _choices(
-    routing: Routing, dispatched: Dispatch, tokens: int, seq_len: int, document_position: Int[Tensor, "T"] | None
+    routing: Routing,
+    dispatched: Dispatch,
+    tokens: int,
+    seq_len: int,
+    document_position: Int[Tensor, "T"] | None,
+    sequence: Int[Tensor, "T"] | None,
 ) -> dict[str, Tensor]:
     """Compute the sums that depend on which tokens chose which experts. NaN for Soft MoE, whose experts take slots.
 
@@ -77,7 +84,11 @@ def _choices(
             "tokens_by_active": nan.expand(experts + 1),
         }
     token, expert = routing.token, routing.expert
-    loads = count(token // seq_len * experts + expert, tokens // seq_len * experts).view(-1, experts).float()
+    if sequence is None:
+        sequence_of_assignment, sequences = token // seq_len, tokens // seq_len
+    else:
+        sequence_of_assignment, sequences = sequence[token], int(sequence[-1]) + 1
+    loads = count(sequence_of_assignment * experts + expert, sequences * experts).view(-1, experts).float()
     assignments = loads.sum(1)
     violation = loads.amax(1) * experts / assignments.clamp(min=1) - 1
     if document_position is None:

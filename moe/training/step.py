@@ -94,8 +94,8 @@ def accumulate_gradients(training: Training, step: int, knobs: Knobs) -> tuple[l
             accelerator.backward(loss / len(micro_numbers))
         aux = {name: values.detach() for name, values in (output.aux or {}).items()}
         outcomes.append(Outcome(output.loss.detach() * weights[number], aux, output.stats))
-        if output.stats is not None and number != micro_numbers[-1]:
-            [offered] = ranks.all_reduce_sum([output.stats.offered])
+        if output.load is not None and number != micro_numbers[-1]:
+            [offered] = ranks.all_reduce_sum([output.load])
             load = offered if load is None else load + offered
         del output, loss  # frees the logits before the next micro-batch creates its own
     return outcomes, blocks

@@ -29,6 +29,10 @@ from moe.launch.command_line import read_cells, run_name
         ("nois=1", "unknown key 'nois'; nearest: noise"),
         ("router.kk=2", "unknown key 'router.kk'; nearest: router.k"),
         ("router.temp=2", "unknown key 'router.temp'"),
+        (
+            "router=soft_moe data=smoltalk",
+            "router._target_=moe.routers.soft_moe.SoftMoE: must be a router that keeps the conversations of a block",
+        ),
         ("router=topq", "unknown option of router 'topq'; nearest: top"),
         ("router=0.1", "unknown option of router '0.1'"),
         ("router={a:1}", "unknown option of router"),

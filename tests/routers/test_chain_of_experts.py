@@ -60,6 +60,25 @@ def test_losses_are_means_over_iterations_and_assignments_are_sums() -> None:
     assert layer.router.experts_per_token(S) == 2
 
 
+def test_the_global_balance_loss_of_an_iteration_counts_the_earlier_loads_of_that_iteration() -> None:
+    """If iteration 0 always takes expert 0 and iteration 1 always expert 1, the loss stays E over all micro-batches.
+
+    The loads of both iterations together would look better than each of them.
+    """
+    layer = make_layer(ChainOfExperts(D, E, iterations=2, k=1))
+    with torch.no_grad():
+        for p in layer.experts.parameters():
+            p.zero_()
+        for number, router in enumerate(layer.router.chain):
+            router.weight.zero_()[number] = 20.0
+    load = None
+    for _ in range(4):
+        output = layer(torch.rand(B, S, D) + 0.5, context()._replace(load=load))
+        assert output.aux["load_balance_global"].item() == pytest.approx(E)
+        load = output.load if load is None else load + output.load
+    assert load.tolist() == [[4 * B * S, 0, 0, 0], [0, 4 * B * S, 0, 0]]
+
+
 def test_zero_iterations_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"router\.iterations=0"):
         ChainOfExperts(D, E, iterations=0)
