@@ -212,8 +212,8 @@ class MoEModel(MoEPreTrainedModel):
     def _check_documents(self, position_ids: Int[Tensor, "#B S"]) -> None:
         """Raise ConfigError if sequences contain several documents and this model cannot keep them apart.
 
-        FlashAttention would need their lengths. Only then, and for a router that compares tokens, the host waits for the
-        device to find out.
+        FlashAttention would need their lengths, and some routers compare all tokens. Only then the host waits for the
+        device to find out whether there are several.
         """
         flash = self.config._attn_implementation == "flash_attention_2"
         mixing = bool(self._routers) and not self._routers[0].causal_in_evaluation
