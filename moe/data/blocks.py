@@ -26,7 +26,7 @@ from jaxtyping import Int
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from moe.data.chat import set_template
+from moe.data.chat import end_ids, set_template
 from moe.data.limits import check_limits
 from moe.data.packing import Blocks, concatenate, pack
 from moe.data.sources import Document, Source, checksums
@@ -35,7 +35,7 @@ from moe.files import sha256, sync
 
 log = logging.getLogger(__name__)
 
-CACHE_FORMAT = 2  # Increase it whenever the same arguments give different blocks or different files.
+CACHE_FORMAT = 3  # Increase it whenever the same arguments give different blocks or different files.
 
 
 class Prepared(NamedTuple):
@@ -221,6 +221,7 @@ def _build(
         dataset = _dataset(list(blocks.values()), max_blocks, with_document=name == "val")
         if not len(dataset):
             raise ValueError(f"data.seq_len={seq_len}: no {name} block is that long; give more or longer documents")
+        _refuse_padding(dataset, fast, name)
         dataset.save_to_disk(folder / name)
         for domain, counted in _counts(split, blocks, np.asarray(dataset["domain"])).items():
             counts[domain][name] = counted
@@ -292,6 +293,18 @@ def _dataset(domains: list[Blocks], max_blocks: int | None, *, with_document: bo
     for name in [name for name, column in columns.items() if column.ndim > 1]:
         features[name] = datasets.List(features[name], length=columns[name].shape[1])
     return datasets.Dataset.from_dict(columns, features=features)
+
+
+def _refuse_padding(dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+    """Raise ValueError if the blocks contain padding tokens, unless the tokenizer pads with a token that ends texts."""
+    if tokenizer.pad_token_id in end_ids(tokenizer):
+        return
+    ids = np.asarray(dataset.with_format("numpy")["input_ids"])
+    if share := (ids == tokenizer.pad_token_id).mean():
+        raise ValueError(
+            f"data.tokenizer: {share:.1%} of the tokens of the {name} blocks are its padding token "
+            f"{tokenizer.pad_token!r}; it must pad with a token that no text contains"
+        )
 
 
 def _digest(documents: Iterable[Document]) -> str:

@@ -10,8 +10,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from moe.data.labels import IGNORED
-from moe.data.sources import Document
-from moe.data.tokenizer import text_encoder
+from moe.data.sources import Document, Turn
+from moe.data.tokenizer import special_ids, text_encoder
 
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 CHATML = (
@@ -51,11 +51,11 @@ def tokenize_conversations(
     placeholders. This has two advantages: words that spell a special token stay words, and the template need not mark
     which words are the assistant's. The words of a turn are tokenized separately from the text before them, as when a
     model writes them. `progress` names the progress bar. Raises ValueError if the template leaves out or reorders
-    turns.
+    turns, or ends the assistant's words without a special token, because a model could then not learn to stop.
     """
     markup_encoder = text_encoder(tokenizer, parse_special=True)
     word_encoder = text_encoder(tokenizer, parse_special=False)
-    special = set(tokenizer.all_special_ids)
+    special = special_ids(tokenizer)
     tokenized = []
     for conversation in tqdm(conversations, progress, leave=False, disable=None):
         markup = _markup(conversation, tokenizer)
@@ -66,12 +66,31 @@ def tokenize_conversations(
             after = markup_encoder.encode(markup_after, add_special_tokens=False).ids
             if after and after[0] in special:  # The token that ends a turn is learned with its words.
                 words, after = words + after[:1], after[1:]
+            elif turn.role == "assistant":
+                raise ValueError(
+                    f"{conversation.id}: the chat template of data.tokenizer does not end the words of the assistant "
+                    "with a special token, so a model could not learn to stop"
+                )
             ids += words + after
             labels += words if turn.role == "assistant" else [IGNORED] * len(words)
             labels += [IGNORED] * len(after)
         labels[0] = IGNORED  # No token of the conversation precedes the first one, from which to predict it.
         tokenized.append(LabeledTokens(np.array(ids, dtype=np.int32), np.array(labels, dtype=np.int32)))
     return tokenized
+
+
+def end_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Return the ids at which generation ends: the end of text, and what ends the assistant's words in the template."""
+    ends = [tokenizer.eos_token_id]
+    if tokenizer.chat_template is not None:
+        example = Document.conversation("", "an example", [Turn("user", "Hi"), Turn("assistant", "Hi")])
+        try:
+            after = _markup(example, tokenizer)[-1]
+        except ValueError:  # It takes other conversations only, and was not used for training.
+            return ends
+        ids = text_encoder(tokenizer, parse_special=True).encode(after, add_special_tokens=False).ids
+        ends += [number for number in ids[:1] if number in special_ids(tokenizer) and number not in ends]
+    return ends
 
 
 def _markup(conversation: Document, tokenizer: PreTrainedTokenizerFast) -> list[str]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -36,16 +36,31 @@ def train_bpe(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
         bos_token=end,
         eos_token=end,
         unk_token=end,
+        pad_token=end,
         additional_special_tokens=chat,
         clean_up_tokenization_spaces=False,
+        padding_side="left",
     )
 
 
 def pretrained_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """Load a tokenizer from a path or the hub. Raises ValueError if it is not a fast one with an end-of-text token."""
+    """Load a tokenizer from a path or the hub, without the settings that calls and saves leave in its files.
+
+    The ids of a text then depend on the text alone: there is no padding or truncation, no special token is added at
+    either end, and words that spell a special token are that token. If padding is asked for, it is on the left, as
+    generation needs it, and a tokenizer without a padding token uses its end-of-text token.
+
+    Raises ValueError if it is not a fast tokenizer with an end-of-text token.
+    """
     pretrained = AutoTokenizer.from_pretrained(name)
     if not isinstance(pretrained, PreTrainedTokenizerFast) or pretrained.eos_token_id is None:
         raise ValueError(f"data.tokenizer={name}: must be a fast tokenizer that has an end-of-text token")
+    _forget_calls(pretrained.backend_tokenizer)
+    pretrained.backend_tokenizer.post_processor = processors.Sequence([])
+    pretrained.split_special_tokens = False
+    pretrained.padding_side = "left"
+    if pretrained.pad_token is None:
+        pretrained.pad_token = pretrained.eos_token
     return pretrained
 
 
@@ -55,14 +70,26 @@ def tokenizer_files(name: str) -> dict[str, str]:
 
 
 def text_encoder(tokenizer: PreTrainedTokenizerFast, *, parse_special: bool) -> Tokenizer:
-    """Return a copy that turns any text into ids, without truncation.
+    """Return a copy that turns any text into its ids alone, without truncation and padding.
 
     Text that spells a special token becomes that token if `parse_special`, and stays text otherwise.
     """
     copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     copy.encode_special_tokens = not parse_special
-    copy.no_truncation()
+    _forget_calls(copy)
     return copy
+
+
+def _forget_calls(backend: Tokenizer) -> None:
+    """Switch off padding and truncation, which stay on after a call that used them, even in a saved tokenizer."""
+    backend.no_padding()
+    backend.no_truncation()
+
+
+def special_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:
+    """Return the ids of all special tokens, including those that have no role such as end of text."""
+    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | set(tokenizer.all_special_ids)
 
 
 def tokenize_texts(

@@ -46,8 +46,8 @@ class MoEConfig(LlamaConfig):
         settings: dict[str, Any] = {
             "max_position_embeddings": seq_len,
             "tie_word_embeddings": True,
-            "bos_token_id": 0,
-            "eos_token_id": 0,
+            "bos_token_id": None,  # a run that saves the model sets the ids of its tokenizer
+            "eos_token_id": None,
         }
         if model.dense is not None:
             llama = LlamaConfig.from_pretrained(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
+from moe.data.chat import end_ids
 from moe.distributed import ranks
 from moe.distributed.sharding import full_state_dict
 from moe.runs import traces
@@ -17,9 +18,6 @@ from moe.training.setup import Training
 def save_model(training: Training, target: Path, step: int) -> None:
     """Write the model and its tokenizer to the folder `target`, atomically. All ranks call this together.
 
-    The configuration of the saved model has the temperature and noise of optimizer step `step`. Without knobs, the
-    loaded model therefore has the validation loss that the run logged after `step` steps.
-
     Raises FileNotFoundError if the parent of `target` does not exist, because someone deleted the run folder.
     """
     weights = full_state_dict(training.model)
@@ -29,13 +27,31 @@ def save_model(training: Training, target: Path, step: int) -> None:
     temporary = target.with_name(f".tmp-{target.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()  # without parents, because save_pretrained would create a deleted run folder again
-    settings = knob_settings(training.config, training.schedule, step)
-    training.model.config.router_temperature = settings["temperature"]
-    training.model.config.router_noise = settings["noise"]
+    describe(training, step)
     training.model.save_pretrained(temporary, state_dict=weights)
     training.data.tokenizer.save_pretrained(temporary)
     shutil.rmtree(target, ignore_errors=True)
     os.rename(temporary, target)
+
+
+def describe(training: Training, step: int) -> None:
+    """Set what a model saved after `step` optimizer steps, and its tokenizer, say about themselves.
+
+    - The temperature and noise of that step. Without knobs, the loaded model therefore has the validation loss that the
+      run logged.
+    - The ids of the tokens that begin, end and pad a text. Generation ends at the end of a text and, if the tokenizer
+      has a chat template, at the end of a turn.
+    - The longest text for which the model has learned positions.
+    """
+    model, tokenizer = training.model, training.data.tokenizer
+    knobs = knob_settings(training.config, training.schedule, step)
+    model.config.router_temperature, model.config.router_noise = knobs["temperature"], knobs["noise"]
+    ends = end_ids(tokenizer)
+    for settings in (model.config, model.generation_config):
+        settings.bos_token_id = tokenizer.bos_token_id
+        settings.eos_token_id = ends if len(ends) > 1 else ends[0]
+        settings.pad_token_id = tokenizer.pad_token_id
+    tokenizer.model_max_length = model.config.max_position_embeddings
 
 
 def save_milestone(folder: Path, training: Training, step: int) -> None:

@@ -8,7 +8,8 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +18,14 @@ import pyarrow as pa
 import pytest
 import torch
 from pyarrow import parquet
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from moe.data.blocks import Prepared, batch, batch_indices, prepare
 from moe.data.embedded import DOMAINS, Embedded
 from moe.data.sources import Document, Hub
+from moe.data.tokenizer import text_encoder
 
 ROOT = Path(__file__).parents[2]
 EMBEDDED = Embedded(list(DOMAINS), 20_000)
@@ -152,6 +157,50 @@ def test_the_tokenizer_is_trained_on_training_text_only(named_groups, tmp_path):
     digest = named_groups.manifest["tokenizer_sha256"]
     assert prepare_small(NamedGroups(changed=val, suffix="xyz"), tmp_path).manifest["tokenizer_sha256"] == digest
     assert prepare_small(NamedGroups(changed=train, suffix="xyz"), tmp_path).manifest["tokenizer_sha256"] != digest
+
+
+def pad_and_truncate(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer(["a", "b c"], padding="max_length", max_length=8, truncation=True)
+
+
+def add_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)]
+    )
+
+
+def split_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.init_kwargs["split_special_tokens"] = True  # as a tokenizer_config.json can say
+
+
+@pytest.mark.parametrize("use", [pad_and_truncate, add_special_tokens, split_special_tokens])
+def test_settings_that_calls_left_in_a_tokenizer_change_neither_blocks_nor_the_saved_tokenizer(
+    named_groups: Prepared, tmp_path: Path, use: Callable[[PreTrainedTokenizerFast], None]
+) -> None:
+    tokenizer = deepcopy(named_groups.tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    use(tokenizer)
+    tokenizer.save_pretrained(tmp_path / "used")
+    prepared = prepare_small(NamedGroups(), tmp_path, tokenizer=str(tmp_path / "used"), vocab_size=None)
+    for split in ("train", "val"):
+        blocks, expected = (getattr(each, split)["input_ids"] for each in (prepared, named_groups))
+        assert np.array_equal(blocks, expected)
+    saved = Tokenizer.from_str(prepared.tokenizer.backend_tokenizer.to_str())
+    assert saved.padding is saved.truncation is None
+    text = "d0g1 <|im_start|> " * 9
+    expected = named_groups.tokenizer(text).input_ids
+    assert saved.encode(text).ids == prepared.tokenizer(text).input_ids == expected
+    assert text_encoder(prepared.tokenizer, parse_special=True).encode(text).ids == expected
+
+
+def test_a_padding_token_that_occurs_in_texts_is_refused(named_groups: Prepared, tmp_path: Path) -> None:
+    tokenizer = deepcopy(named_groups.tokenizer)
+    tokenizer.pad_token = "d"
+    tokenizer.save_pretrained(tmp_path / "padding")
+    with pytest.raises(
+        ValueError, match=r"^data\.tokenizer: \d+\.\d% of the tokens of the train blocks are .* token 'd'"
+    ):
+        prepare_small(NamedGroups(), tmp_path, tokenizer=str(tmp_path / "padding"), vocab_size=None)
 
 
 def test_a_saved_tokenizer_gives_the_same_blocks_as_before(named_groups, tmp_path):

@@ -163,10 +163,11 @@ def test_the_chat_template_of_the_tokenizer_is_used_and_saved(file, tmp_path):
     [
         ("{% for m in messages[1:] %}{{ m['content'] }}{% endfor %}", "leaves out or reorders its turns"),
         ("{% for m in messages | reverse %}{{ m['content'] }}{% endfor %}", "leaves out or reorders its turns"),
+        ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "does not end the words of the assistant with a"),
         ("{{ raise_exception('roles must alternate') }}", "refuses it: roles must alternate"),
     ],
 )
-def test_a_template_that_does_not_show_every_turn_is_refused(template, message):
+def test_a_template_that_does_not_show_every_turn_or_how_it_ends_is_refused(template, message):
     tokenizer = train_bpe(["one"], 259)
     tokenizer.chat_template = template
     with pytest.raises(ValueError, match=f"row: the chat template of data.tokenizer {message}"):
