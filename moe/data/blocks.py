@@ -8,10 +8,11 @@ validation set, and the batch of a step needs no state.
 import hashlib
 import json
 import logging
+import re
 import shutil
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from importlib import metadata
 from itertools import chain
@@ -29,7 +30,7 @@ from transformers import PreTrainedTokenizerFast
 from moe.data.chat import end_ids, set_template
 from moe.data.limits import check_limits
 from moe.data.packing import Blocks, concatenate, pack
-from moe.data.sources import Document, Source, checksums
+from moe.data.sources import DUPLICATES, Document, DuplicateFilter, Source, checksums
 from moe.data.tokenizer import pretrained_tokenizer, tokenizer_files, train_bpe
 from moe.files import sha256, sync
 
@@ -47,7 +48,9 @@ class Prepared(NamedTuple):
     val: has the column document too, a number for each source file (`Document.group`); a conversation is a source file
         of its own. A block has the number of the document of its first token. Blocks with the same number are not
         statistically independent.
-    manifest: counts, licenses, package versions and checksums of everything that the blocks were made from.
+    manifest: counts, licenses, package versions and checksums of everything that the blocks were made from. `left_out`
+        counts the documents that were left out, by reason. `split` is "by source file", or "by position" if no domain
+        has two source files; validation text then comes from the same file as training text.
     """
 
     train: datasets.Dataset
@@ -195,12 +198,20 @@ def _build(
     """Write the folders tokenizer, train and val; return their entries of the manifest."""
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()  # tqdm(disable=None) does the same for the bars of this module
-    corpus = _read(source)
-    train, val = {}, {}
-    for domain, documents in corpus.items():
-        train[domain], val[domain] = _split(documents, val_percent)
-        if not val[domain]:
+    corpus, left_out = _read(source)
+    splits = {domain: _split(documents, val_percent) for domain, documents in corpus.items()}
+    by_position = not any(val for _, val in splits.values())
+    if by_position:
+        splits = {domain: _split_by_position(documents, val_percent) for domain, documents in corpus.items()}
+        log.warning(
+            "no domain has two source files: the last %d %% of the characters of each are used for validation, "
+            "so validation text comes from the same file as training text",
+            val_percent,
+        )
+    for domain, (_, documents) in splits.items():
+        if not documents:
             log.warning("domain %s has only one source file: it is used for training, and none for validation", domain)
+    train, val = ({domain: parts[number] for domain, parts in splits.items()} for number in (0, 1))
 
     if vocab_size is not None:
         fast = train_bpe([document.text for documents in train.values() for document in documents], vocab_size)
@@ -229,17 +240,34 @@ def _build(
         "corpus_sha256": _digest(document for documents in corpus.values() for document in documents),
         "tokenizer_sha256": sha256(folder / "tokenizer" / "tokenizer.json"),
         "domains": counts,
+        "left_out": left_out,
+        "split": "by position" if by_position else "by source file",
     }
 
 
-def _read(source: Source) -> dict[str, list[Document]]:
-    """Return all documents of a source by domain. Raises ValueError if there are none."""
+def _read(source: Source) -> tuple[dict[str, list[Document]], dict[str, int]]:
+    """Return all documents of a source by domain, and the number of those that it left out, by reason.
+
+    Raises ValueError if there are none.
+    """
+    left_out: dict[str, int] = {}
+
+    def documents() -> Iterator[Document]:
+        found: Any = source.documents()
+        left_out.update((yield from found) or {})
+
     corpus: dict[str, list[Document]] = defaultdict(list)
-    for document in tqdm(source.documents(), "read", unit=" documents", disable=None):
+    for document in tqdm(documents(), "read", unit=" documents", disable=None):
         corpus[document.domain].append(document)
+    counts = ", ".join(f"{number} {reason}" for reason, number in left_out.items() if number)
     if not corpus:
-        raise ValueError(f"data.source={source}: yields no documents")
-    return corpus
+        raise ValueError(f"data.source={source}: yields no documents{f' (left out: {counts})' if counts else ''}")
+    if counts:
+        rule = f"; {DuplicateFilter.RULE}" if left_out.get(DUPLICATES) else ""
+        log.info(
+            "left out: %s, of %d documents%s", counts, sum(left_out.values()) + sum(map(len, corpus.values())), rule
+        )
+    return corpus, left_out
 
 
 def _counts(
@@ -276,6 +304,28 @@ def _split(documents: list[Document], val_percent: int) -> tuple[list[Document],
         val = {min(chars, key=lambda group: (chars[group], group))}
     train = [document for document in documents if document.group not in val]
     return train, [document for document in documents if document.group in val]
+
+
+def _split_by_position(documents: list[Document], val_percent: int) -> tuple[list[Document], list[Document]]:
+    """Split the text of one source file into its beginning, for train, and its last `val_percent` of characters.
+
+    The document that holds the border is cut at the next white space. A conversation is not cut.
+    """
+    remaining = sum(len(document.text) for document in documents) * (100 - val_percent) // 100
+    train, val = list[Document](), list[Document]()
+    for document in documents:
+        size = len(document.text)
+        if size <= remaining or document.turns:
+            train.append(document)
+        elif remaining <= 0:
+            val.append(document)
+        else:
+            space = re.compile(r"\s").search(document.text, remaining)
+            border = space.end() if space else remaining
+            train.append(document._replace(text=document.text[:border]))
+            val.append(document._replace(text=document.text[border:]))
+        remaining -= size
+    return train, [document for document in val if document.text]
 
 
 def _dataset(domains: list[Blocks], max_blocks: int | None, *, with_document: bool) -> datasets.Dataset:

@@ -16,7 +16,7 @@ import sqlite3
 import sysconfig
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from importlib import metadata, util
@@ -24,7 +24,7 @@ from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from moe.data.sources import Document, DuplicateFilter, Turn, without_duplicates
+from moe.data.sources import DUPLICATES, Document, DuplicateFilter, Turn, without_duplicates
 
 log = logging.getLogger(__name__)
 
@@ -225,18 +225,23 @@ class Embedded:
             raise ValueError(f"data.source.domains={list(self.domains)}: their packages are not installed")
         object.__setattr__(self, "domains", tuple(present))
 
-    def documents(self) -> Iterator[Document]:
+    def documents(self) -> Generator[Document, None, dict[str, int]]:
         """Yield NFC-normalized documents, domain by domain in the order of `DOMAINS`, without duplicates."""
-        duplicates = DuplicateFilter()
+        duplicates, refused = DuplicateFilter(), 0
         for name in self.domains:
             chars = 0
             for document in DOMAINS[name].read():
                 text = unicodedata.normalize("NFC", document.text).strip() + "\n"
-                if len(text) >= MIN_CHARS and duplicates.admits(text):
-                    yield document._replace(text=text)
-                    chars += len(text)
-                    if chars >= self.chars_per_domain:
-                        break
+                if len(text) < MIN_CHARS:
+                    continue
+                if not duplicates.admits(text):
+                    refused += 1
+                    continue
+                yield document._replace(text=text)
+                chars += len(text)
+                if chars >= self.chars_per_domain:
+                    break
+        return {DUPLICATES: refused}
 
     def describe(self) -> dict[str, dict[str, Any]]:
         return {name: {"license": DOMAINS[name].license, "packages": DOMAINS[name].versions()} for name in self.domains}

@@ -6,21 +6,23 @@ only when it reads them. `moe.data.embedded` has sources that need no download.
 
 import glob
 import hashlib
-import logging
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
+from moe.data import readers
 from moe.files import sha256
-
-log = logging.getLogger(__name__)
 
 SHINGLE_WORDS = 13  # A shingle is a sequence of this many words.
 MAX_SEEN = 0.3  # A text is a near duplicate if a larger share of its shingles has been seen before.
+DUPLICATES = "duplicates"
+EMPTY = "files or rows without text"
+PATHS = "data.source.paths"  # the key, for messages
 
 
 class Turn(NamedTuple):
@@ -60,7 +62,10 @@ class Source(Protocol):
     """
 
     def documents(self) -> Iterator[Document]:
-        """Yield the documents in an order that depends only on the fields and on the text."""
+        """Yield the documents in an order that depends only on the fields and on the text.
+
+        A generator may return {reason: number} of what it leaves out, for the manifest.
+        """
         ...
 
     def describe(self) -> dict[str, dict[str, Any]]:
@@ -75,6 +80,12 @@ class DuplicateFilter:
     of its shingles were. Docstrings made from templates are the reason: without the filter up to a third of the 13-word
     sequences of the validation set also occur in train.
     """
+
+    RULE = (
+        f"a duplicate has the same words as an earlier document, ignoring case, or more than {MAX_SEEN:.0%} of its "
+        f"sequences of {SHINGLE_WORDS} words occurred before (data.source.drop_duplicates=false keeps duplicates of "
+        "your own data)"
+    )
 
     def __init__(self) -> None:
         self._texts: set[bytes] = set()
@@ -95,16 +106,23 @@ class DuplicateFilter:
         return True
 
 
-def without_duplicates(documents: Iterable[Document]) -> Iterator[Document]:
-    """Yield the documents that are no exact or near duplicates of earlier ones."""
-    duplicates, dropped = DuplicateFilter(), 0
-    for document in documents:
-        if duplicates.admits(document.text):
-            yield document
+def without_duplicates(
+    found: Iterable[Document | str], *, drop_duplicates: bool = True
+) -> Generator[Document, None, Counter[str]]:
+    """Yield the documents, without exact and near duplicates of earlier ones if `drop_duplicates`.
+
+    In `found`, a text in place of a document says why a row gives none. The generator returns the number of duplicates
+    and of such rows, by reason.
+    """
+    duplicates, left_out = DuplicateFilter(), Counter[str]()
+    for document in found:
+        if isinstance(document, str):
+            left_out[document] += 1
+        elif drop_duplicates and not duplicates.admits(document.text):
+            left_out[DUPLICATES] += 1
         else:
-            dropped += 1
-    if dropped:
-        log.info("%d duplicate documents dropped", dropped)
+            yield document
+    return left_out
 
 
 def checksums(files: Iterable[Path]) -> dict[str, str]:
@@ -119,8 +137,9 @@ class Hub:
     path: the name of a data set on the hub, a local .parquet or .jsonl file, or a folder of such files. Local files
         need neither `name` nor `split`.
     text, domain: names of columns. Without `domain`, the file name of `path` without its suffix is the only domain.
+    drop_duplicates: leave out duplicates, see `DuplicateFilter`. Rows without text are left out in any case.
 
-    Duplicates are removed. Raises ValueError for a missing file or column and for a row without text.
+    Raises ValueError for a missing file or column.
     """
 
     path: str
@@ -129,22 +148,23 @@ class Hub:
     text: str
     domain: str | None
     max_documents: int
+    drop_duplicates: bool = True
 
     def __post_init__(self) -> None:
         if self.max_documents < 1:
             raise ValueError(f"data.source.max_documents={self.max_documents}: must be at least 1")
 
     def documents(self) -> Iterator[Document]:
-        return without_duplicates(self._rows())
+        return without_duplicates(self._rows(), drop_duplicates=self.drop_duplicates)
 
     def describe(self) -> dict[str, dict[str, Any]]:
         return _describe_hub(self.path)
 
-    def _rows(self) -> Iterator[Document]:
+    def _rows(self) -> Iterator[Document | str]:
         for id, row in _hub_rows(self.path, self.name, self.split, self.max_documents):
-            text = _cell(row, self.text, key="data.source.text", id=id)
-            domain = _cell(row, self.domain, key="data.source.domain", id=id) if self.domain else Path(self.path).stem
-            yield Document(domain, id, text, id)
+            text = _text(row, self.text, key="data.source.text", id=id)
+            domain = _domain(row, self.domain, default=Path(self.path).stem, id=id)
+            yield Document(domain, id, text, id) if text else EMPTY
 
 
 @dataclass(frozen=True)
@@ -154,7 +174,9 @@ class Conversations:
     messages: the name of a column that holds lists of {role, content}. Roles are system, user and assistant.
     domain: the name of a column. Without it, the file name of `path` without its suffix is the only domain.
 
-    Duplicates are removed. Raises ValueError for a missing file or column, for another role, and for a conversation in
+    drop_duplicates: leave out duplicates, see `DuplicateFilter`.
+
+    Raises ValueError for a missing file or column, for another role, and for a conversation in
     which the assistant says nothing.
     """
 
@@ -166,81 +188,94 @@ class Conversations:
     messages: str
     domain: str | None
     max_samples: int
+    drop_duplicates: bool = True
 
     def __post_init__(self) -> None:
         if self.max_samples < 1:
             raise ValueError(f"data.source.max_samples={self.max_samples}: must be at least 1")
 
     def documents(self) -> Iterator[Document]:
-        return without_duplicates(self._rows())
+        return without_duplicates(self._rows(), drop_duplicates=self.drop_duplicates)
 
     def describe(self) -> dict[str, dict[str, Any]]:
         return _describe_hub(self.path)
 
     def _rows(self) -> Iterator[Document]:
         for id, row in _hub_rows(self.path, self.name, self.split, self.max_samples):
-            domain = _cell(row, self.domain, key="data.source.domain", id=id) if self.domain else Path(self.path).stem
+            domain = _domain(row, self.domain, default=Path(self.path).stem, id=id)
             yield Document.conversation(domain, id, _turns(row, self.messages, id=id))
 
 
 @dataclass(frozen=True)
 class Files:
-    """Source that reads the user's own .txt, .jsonl and .parquet files.
+    """Source that reads the user's own files: .txt, .md, .jsonl, .csv and .parquet, all but the last also as .gz.
 
-    A .txt file is one document; its domain is the name of its folder. A row of a .jsonl or .parquet file is one
-    document, read from `column`; its domain is read from the column `domain`, or is the file name without its suffix if
-    `domain` is None. `paths` may contain globs, `**` too.
+    A .txt or .md file is one document; its domain is the name of its folder. A row of another file is one document,
+    read from `column`; its domain is read from the column `domain`, or is the file name without its suffix if `domain`
+    is None.
 
-    Duplicates are removed. Raises ValueError for a missing file, another suffix, a missing column, and for a file or
-    row without text.
+    paths: names of files, or patterns such as `notes/**/*.txt`. `~` is the home directory.
+    drop_duplicates: leave out duplicates, see `DuplicateFilter`. Files and rows without text are left out in any case.
+
+    Raises ValueError for a missing file, another suffix, a missing column, and a file that is torn or not UTF-8.
     """
 
     paths: Sequence[str]
     column: str
     domain: str | None
+    drop_duplicates: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "paths", tuple(self.paths))
         self._files()  # Refuses a wrong path before any work.
 
     def documents(self) -> Iterator[Document]:
-        return without_duplicates(self._rows())
+        return without_duplicates(self._rows(), drop_duplicates=self.drop_duplicates)
 
     def describe(self) -> dict[str, dict[str, Any]]:
         return {"files": {"license": "the user's own", "files": checksums(self._files())}}
 
-    def _rows(self) -> Iterator[Document]:
+    def _rows(self) -> Iterator[Document | str]:
         for file in self._files():
             folder = file.resolve().parent.name
             name = f"{folder}/{file.name}"  # Not the whole path, so that a moved folder keeps its split.
-            if file.suffix == ".txt":
-                yield Document(folder, name, _decode(file), name)
-            else:
-                for number, row in enumerate(_stream([file])):
-                    id = f"{name}:{number}"
-                    text = _cell(row, self.column, key="data.source.column", id=id)
-                    domain = _cell(row, self.domain, key="data.source.domain", id=id) if self.domain else file.stem
-                    yield Document(domain, id, text, id)
+            if readers.kind(file) in readers.TEXTS:
+                text = readers.read_text(file, PATHS)
+                yield Document(folder, name, text, name) if text.strip() else EMPTY
+                continue
+            for number, row in enumerate(readers.read_rows(file, PATHS)):
+                id = f"{name}:{number}"
+                row_text = _text(row, self.column, key="data.source.column", id=id)
+                domain = _domain(row, self.domain, default=readers.stem(file), id=id)
+                yield Document(domain, id, row_text, id) if row_text else EMPTY
 
     def _files(self) -> list[Path]:
         if not self.paths:
-            raise ValueError("data.source.paths=[]: name at least one .txt, .jsonl or .parquet file")
+            raise ValueError(f"{PATHS}=[]: name at least one file")
         files = []
         for pattern in self.paths:
-            found = sorted(Path(path) for path in glob.glob(pattern, recursive=True))
+            try:
+                path = Path(pattern).expanduser()
+            except RuntimeError:
+                raise ValueError(f"{PATHS}={pattern}: there is no home directory for ~") from None
+            # A file whose name holds [ or * is meant itself. A pattern such as notes/** matches folders too.
+            matches = [path] if path.exists() else map(Path, sorted(glob.glob(str(path), recursive=True)))
+            found = [match for match in matches if match == path or match.is_file()]
             if not found:
-                raise ValueError(f"data.source.paths={pattern}: no such file")
+                raise ValueError(f"{PATHS}={pattern}: no such file")
             files += found
         for file in files:
-            if file.suffix not in (".txt", ".jsonl", ".parquet"):
-                raise ValueError(f"data.source.paths={file}: must be a .txt, .jsonl or .parquet file")
+            if file.is_dir():
+                raise ValueError(f"{PATHS}={file}: is a folder; name its files, such as {file}/**/*.txt")
+            if not readers.kind(file):
+                raise ValueError(f"{PATHS}={file}: must be {readers.ALLOWED}")
         return list(dict.fromkeys(files))
 
 
 def _hub_rows(path: str, name: str | None, split: str, count: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the id and the content of the first `count` rows of a data set on the hub or of local files."""
     if files := _local_files(path):
-        rows = _stream(files)
+        rows = chain.from_iterable(readers.read_rows(file, "data.source.path") for file in files)
     else:
         from datasets import load_dataset
 
@@ -291,29 +326,34 @@ def _turns(row: dict[str, Any], column: str, *, id: str) -> list[Turn]:
     return turns
 
 
-def _cell(row: dict[str, Any], column: str, *, key: str, id: str) -> str:
-    """Return the text in one column. Raises ValueError, naming the configuration key and the row, if there is none."""
+def _text(row: dict[str, Any], column: str, *, key: str, id: str) -> str | None:
+    """Return the text in one column; None if it is null or blank.
+
+    Raises ValueError, naming the configuration key and the row, if there is no such column or no text in it.
+    """
     if column not in row:
         raise ValueError(f"{key}={column}: {id} has no such column, only {', '.join(row)}")
-    if not isinstance(row[column], str) or not row[column].strip():
-        raise ValueError(f"{key}={column}: {id} holds no text there; drop the row or name another column")
-    return row[column]
+    value = row[column]
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str):
+        raise ValueError(f"{key}={column}: {id} holds {value!r:.40} there, which is no text; name another column")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            half = value[error.start : error.end]
+            raise ValueError(f"{key}={column}: {id} holds half a character, {half!a}; repair that row") from None
+    return value if value.strip() else None
 
 
-def _stream(files: Sequence[Path]) -> Iterable[dict[str, Any]]:
-    """Stream the rows of local files, which are all .parquet or all .jsonl."""
-    from datasets import load_dataset
-
-    builder = "parquet" if files[0].suffix == ".parquet" else "json"
-    return load_dataset(builder, data_files=[str(file) for file in files], split="train", streaming=True)
-
-
-def _decode(file: Path) -> str:
-    """Return the text of a UTF-8 file. Raises ValueError if it is empty or not UTF-8."""
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"data.source.paths={file}: must be UTF-8 ({error})") from None
-    if not text.strip():
-        raise ValueError(f"data.source.paths={file}: holds no text")
-    return text
+def _domain(row: dict[str, Any], column: str | None, *, default: str, id: str) -> str:
+    """Return the domain in one column; whole numbers and truth values are names too. Without a column: `default`."""
+    if column is None:
+        return default
+    value = row.get(column)
+    named = {**row, column: str(value)} if isinstance(value, int) else row
+    domain = _text(named, column, key="data.source.domain", id=id)
+    if domain is None:
+        raise ValueError(f"data.source.domain={column}: {id} holds no domain; give it one or drop the row")
+    return domain

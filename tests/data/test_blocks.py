@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from moe.data.blocks import Prepared, batch, batch_indices, prepare
 from moe.data.embedded import DOMAINS, Embedded
-from moe.data.sources import Document, Hub
+from moe.data.sources import Document, Files, Hub
 from moe.data.tokenizer import text_encoder
 
 ROOT = Path(__file__).parents[2]
@@ -109,10 +109,51 @@ def test_validation_holds_val_percent_of_each_domain(tmp_path, val_percent):
         assert val_percent - 3 < 100 * share <= val_percent  # a source file has 2.5 % of the text
 
 
+@dataclass(frozen=True)
+class OneFile(NamedGroups):
+    """Source whose first domain has one source file, of two documents. The others have `groups`."""
+
+    def documents(self) -> Iterator[Document]:
+        for document in super().documents():
+            if document.domain != "domain0" or document.group == "d0g0":
+                yield document
+
+
 def test_a_domain_with_one_source_file_is_used_for_training_only_with_a_warning(tmp_path, caplog):
-    with caplog.at_level(logging.WARNING), pytest.raises(ValueError, match=r"data\.seq_len=16: no val block"):
-        prepare_small(NamedGroups(groups=1), tmp_path)
+    """If other domains have validation text, the only source file of a domain is not divided."""
+    with caplog.at_level(logging.WARNING):
+        prepared = prepare_small(OneFile(), tmp_path)
     assert "domain domain0 has only one source file" in caplog.text
+    assert set(prepared.val["domain"][:]) == {1, 2}
+    assert prepared.manifest["split"] == "by source file"
+
+
+@pytest.mark.parametrize("val_percent", [1, 10, 50, 99])
+def test_without_two_source_files_in_any_domain_the_end_of_the_text_is_for_validation(tmp_path, caplog, val_percent):
+    """One long document is divided by position, at white space, and a sentence and the manifest say so."""
+    (tmp_path / "poem.txt").write_text(text := " ".join(f"w{number:03}" for number in range(999)))
+    source = Files([str(tmp_path / "poem.txt")], "text", None)
+    with caplog.at_level(logging.WARNING):
+        prepared = prepare_small(source, tmp_path / "cache", val_percent=val_percent, seq_len=4)
+    [train], [val] = texts(prepared, "train"), texts(prepared, "val")
+    assert text.startswith(train)
+    assert abs(len(val) / len(text) - val_percent / 100) < 0.01
+    assert val.removesuffix("<|endoftext|>")[:-10] in text[len(train) :]
+    assert val[0] == "w"
+    assert f"the last {val_percent} % of the characters" in caplog.text
+    assert prepared.manifest["split"] == "by position"
+    assert len(set(prepared.val["document"][:])) == 1
+
+
+def test_the_manifest_counts_what_was_left_out(tmp_path, caplog):
+    """The number of duplicates and of rows without text is in the manifest, and the log states the rule."""
+    rows = [{"text": " ".join(f"r{row}w{word}" for word in range(60))} for row in range(9)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, *rows[:4], {"text": None}]))
+    with caplog.at_level(logging.INFO):
+        prepared = prepare_small(Files([str(tmp_path / "a.jsonl")], "text", None), tmp_path / "cache")
+    assert prepared.manifest["left_out"] == {"duplicates": 4, "files or rows without text": 1}
+    assert "left out: 4 duplicates, 1 files or rows without text, of 14 documents; a duplicate has " in caplog.text
+    assert "more than 30% of its sequences of 13 words" in caplog.text
 
 
 def test_validation_text_hardly_occurs_in_training_text(tmp_path):

@@ -103,7 +103,7 @@ def slow_source() -> None:
     """Make the reading of documents take a minute."""
     from moe.data import sources
 
-    def sleeping(documents: Any) -> Any:
+    def sleeping(documents: Any, **settings: Any) -> Any:
         print("READING", flush=True)
         time.sleep(60)
         return documents
