@@ -1,6 +1,7 @@
 """Write tables, statistics, figures and a report: `python analyze.py multirun/noise_lb_seed --out analysis`."""
 
 import argparse
+import io
 import json
 import sys
 from pathlib import Path
@@ -29,6 +30,9 @@ def main() -> int:
     add("--metric", action="append", default=[], metavar="NAME", help="test this metric too, such as routing/load_gini")
     add("--replay", action="store_true", help="judge the published numbers of the source studies instead of runs")
     arguments = parser.parse_args()
+
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # the terminal may not have the character ±
 
     # Import here, so that --help and a wrong command answer at once.
     from moe.analysis.report.inputs import ReportOptions

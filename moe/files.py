@@ -21,6 +21,15 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=1, default=str) + "\n")
 
 
+def apply_umask(folder: Path) -> None:
+    """Give every file below `folder` the permissions of a new file. Some libraries make theirs readable by one user."""
+    mask = os.umask(0o077)  # there is no way to read it without setting it
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o666 & ~mask)
+
+
 def sync(path: Path) -> None:
     """Wait until the system has written a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -91,7 +91,7 @@ def _settings(name: str, revision: str | None) -> dict[str, Any]:
     """
     path = _file("model.dense", name, "config.json", revision)
     try:
-        settings = json.loads(path.read_text())
+        settings = json.loads(path.read_text(encoding="utf-8"))
         kind = (settings["model_type"], settings.get("hidden_act", "silu"), settings.get("mlp_bias", False))
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"model.dense={name}: config.json cannot be read ({error})") from error

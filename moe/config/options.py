@@ -10,6 +10,10 @@ def options(group: str) -> dict[str, str]:
     """Return the options of a config group, each with its purpose, which is the first comment of its YAML file."""
     purposes = {}
     for path in sorted((CONF / group).glob("*.yaml")):
-        lines = [line for line in path.read_text().splitlines() if line.startswith("# ") and "@package" not in line]
+        lines = [
+            line
+            for line in path.read_text(encoding="utf-8").splitlines()
+            if line.startswith("# ") and "@package" not in line
+        ]
         purposes[path.stem] = lines[0].removeprefix("# ") if lines else ""
     return purposes

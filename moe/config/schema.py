@@ -1,6 +1,7 @@
 """The typed configuration of a run: keys, types, defaults, and allowed ranges."""
 
 import importlib.util
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,6 +90,7 @@ class DataConfig:
             val_percent=self.val_percent,
             max_val_blocks=self.max_val_blocks,
         )
+        require(os.path.expanduser(self.cache)[:1] != "~", "data.cache", self.cache, "a path; there is no home for ~")
         build(self.source, "data.source")
 
 

@@ -13,6 +13,7 @@ import shutil
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from importlib import metadata
 from itertools import chain
@@ -27,12 +28,13 @@ from jaxtyping import Int
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from moe.checks import first_line
 from moe.data.chat import end_ids, set_template
 from moe.data.limits import check_limits
 from moe.data.packing import Blocks, concatenate, pack
 from moe.data.sources import DUPLICATES, Document, DuplicateFilter, Source, checksums
 from moe.data.tokenizer import pretrained_tokenizer, tokenizer_files, train_bpe
-from moe.files import sha256, sync
+from moe.files import apply_umask, sha256, sync
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +86,7 @@ def prepare(
     max_val_blocks: keep this many evenly spaced validation blocks; the domains keep their shares.
 
     If several processes prepare the same data at once, one makes it and the others wait. A damaged cache is made again.
+    A complete one may be read-only.
     Raises ValueError for a value outside its range.
     """
     blocks: dict[str, Any] = {"seq_len": seq_len, "val_percent": val_percent, "max_val_blocks": max_val_blocks}
@@ -98,17 +101,17 @@ def prepare(
     }
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
     root = Path(cache).expanduser()
-    root.mkdir(parents=True, exist_ok=True)
     folder = root / key
-    with FileLock(root / f"{key}.lock"):
-        if folder.exists() and not _intact(folder):
-            log.warning("%s is damaged: it is made again", folder)
-            shutil.rmtree(folder)
-        if not folder.exists():
-            unfinished = root / f"{key}.unfinished"
-            shutil.rmtree(unfinished, ignore_errors=True)  # A process that was killed may have left it.
-            contents = _build(source, unfinished, tokenizer=tokenizer, vocab_size=vocab_size, **blocks)
-            _publish(unfinished, folder, {"key": key, **recipe, **contents})
+    if not _intact(folder):  # An intact one is read without the lock, which may belong to another user.
+        with _locked(root, key, cache):
+            if not _intact(folder):
+                if folder.exists():
+                    log.warning("%s is damaged: it is made again", folder)
+                    shutil.rmtree(folder)
+                unfinished = root / f"{key}.unfinished"
+                shutil.rmtree(unfinished, ignore_errors=True)  # A process that was killed may have left it.
+                contents = _build(source, unfinished, tokenizer=tokenizer, vocab_size=vocab_size, **blocks)
+                _publish(unfinished, folder, {"key": key, **recipe, **contents})
     return _load(folder)
 
 
@@ -369,10 +372,22 @@ def _digest(documents: Iterable[Document]) -> str:
 # ---- The cache --------------------------------------------------------------------------------------------------
 
 
+def _locked(root: Path, key: str, cache: str) -> AbstractContextManager[Any]:
+    """Wait for the lock of one entry of the cache, and hold it. Raises ValueError if the folder cannot be written."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        return FileLock(root / f"{key}.lock").acquire()
+    except (OSError, NotImplementedError) as error:  # the second: the file system has no locks
+        raise ValueError(
+            f"data.cache={cache}: cannot be written ({first_line(error)}); choose another folder"
+        ) from None
+
+
 def _publish(unfinished: Path, folder: Path, manifest: dict[str, Any]) -> None:
     """Rename a complete folder to its final name, so that a folder of that name is complete even after a power cut."""
     manifest["files"] = _file_sums(unfinished)
     (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    apply_umask(unfinished)
     for path in [*unfinished.rglob("*"), unfinished]:
         sync(path)
     unfinished.rename(folder)

@@ -84,7 +84,7 @@ def _read_parquet(file: Path) -> Iterator[dict[str, Any]]:
 def _open(file: Path) -> TextIOWrapper:
     opened = gzip.open if file.suffix.lower() == ".gz" else open
     newline = "" if kind(file) == ".csv" else None  # the csv module reads line ends itself
-    return opened(file, "rt", encoding="utf-8-sig", newline=newline)  # type: ignore[return-value]
+    return opened(file, "rt", encoding="utf-8-sig", newline=newline)
 
 
 @contextmanager

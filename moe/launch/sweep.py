@@ -65,8 +65,14 @@ def _check_folder(cell: Cell) -> None:
 
 @contextmanager
 def _reserved(cells: list[Cell]) -> Iterator[None]:
-    """Keep other sweeps out of the sweep folder until this one ends, and add its cells to sweep.json."""
+    """Keep other sweeps out of the sweep folder until this one ends, and add its cells to sweep.json.
+
+    Raises ConfigError if the folder is in use by another sweep, or if files there cannot be locked.
+    """
     if len(cells) < 2:
+        cells[0].folder.mkdir(parents=True, exist_ok=True)
+        with locked(cells[0].folder / "run.lock"):  # the process that trains the run locks it again
+            pass
         yield
         return
     sweep = cells[0].folder.parent

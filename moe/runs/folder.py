@@ -1,12 +1,12 @@
 """Find out which run a folder holds, how far that run came, and which process uses the folder."""
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from moe.checks import ConfigError
 from moe.config.schema import Cell
 from moe.runs.record import RecordError, RunRecord
 
@@ -49,8 +49,12 @@ def stored_record(cell: Cell) -> RunRecord | None:
 def locked(path: Path) -> Iterator[str | None]:
     """Try to hold the lock file at `path`; yield None, or the process id of the owner if another process holds it.
 
-    The system frees the lock when its owner dies.
+    The system frees the lock when its owner dies. Raises ConfigError where files cannot be locked.
     """
+    try:
+        import fcntl  # the analysis runs without it too
+    except ImportError:
+        raise ConfigError("training needs Linux or macOS; on Windows, use WSL (analyze.py runs everywhere)") from None
     with open(path, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -58,6 +62,11 @@ def locked(path: Path) -> Iterator[str | None]:
             file.seek(0)
             yield file.read() or "unknown"
             return
+        except OSError as error:
+            raise ConfigError(
+                f"{path}: this file system cannot lock files ({error.strerror}), so that two processes could train one "
+                "run: choose out=DIR on another file system, or mount this one with locks"
+            ) from None
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

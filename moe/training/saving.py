@@ -9,6 +9,7 @@ from transformers.utils.logging import disable_progress_bar
 from moe.data.chat import end_ids
 from moe.distributed import ranks
 from moe.distributed.sharding import full_state_dict
+from moe.files import apply_umask
 from moe.runs import traces
 from moe.training.probe import assigned_experts
 from moe.training.schedules import knob_settings
@@ -30,6 +31,7 @@ def save_model(training: Training, target: Path, step: int) -> None:
     describe(training, step)
     training.model.save_pretrained(temporary, state_dict=weights)
     training.data.tokenizer.save_pretrained(temporary)
+    apply_umask(temporary)
     shutil.rmtree(target, ignore_errors=True)
     os.rename(temporary, target)
 

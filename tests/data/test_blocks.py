@@ -441,6 +441,31 @@ def test_a_damaged_cache_is_made_again_with_a_warning(tmp_path, caplog, file, da
     assert json.loads((folder / "manifest.json").read_text())["domains"] == json.loads(manifest)["domains"]
 
 
+def test_a_complete_cache_is_read_without_its_lock(tmp_path):
+    """Somebody else's cache can be read although its lock file cannot be opened for writing."""
+    key = prepare_small(NamedGroups(), tmp_path).manifest["key"]
+    lock = tmp_path / f"{key}.lock"
+    lock.unlink(missing_ok=True)
+    lock.mkdir()  # opening it fails for every user, root too
+    assert prepare_small(NamedGroups(), tmp_path).manifest["key"] == key
+
+
+def test_a_cache_that_cannot_be_written_is_named_in_one_line(tmp_path):
+    (tmp_path / "cache").write_text("a file in the way")
+    with pytest.raises(ValueError, match=r"^data\.cache=.*cache: cannot be written \(.*\); choose another folder$"):
+        prepare_small(NamedGroups(), tmp_path / "cache")
+
+
+def test_files_of_the_cache_have_the_permissions_of_new_files(tmp_path):
+    before = os.umask(0o027)
+    try:
+        prepare_small(NamedGroups(), tmp_path)
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    assert {oct(path.stat().st_mode & 0o777) for path in files} == {"0o640"}
+
+
 def test_files_of_a_killed_preparation_are_not_used(named_groups, tmp_path):
     unfinished = tmp_path / f"{named_groups.manifest['key']}.unfinished"
     (unfinished / "train").mkdir(parents=True)

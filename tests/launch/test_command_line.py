@@ -230,3 +230,18 @@ def test_the_keys_left_out_of_folder_names_are_the_free_keys() -> None:
     [cell] = read_cells([]) or []
     keys = {*GROUPS, *(field.name for field in fields(Config)), *flatten(asdict(cell.config))}
     assert sorted(left_out) == sorted(["experiment", *(key for key in keys if is_free(key))])
+
+
+def test_without_the_variable_home_the_cache_is_in_the_home_directory_of_the_user(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A missing HOME is no error where the system knows the home directory, and one line where it does not."""
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    [cell] = read_cells([]) or []
+    assert cell.config.data.cache == "~/.cache/moe-routing"
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    with pytest.raises(
+        ConfigError, match=r"^data\.cache=~/\.cache/moe-routing: must be a path; there is no home for ~$"
+    ):
+        read_cells([])

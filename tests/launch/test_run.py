@@ -44,6 +44,27 @@ def finished_command(small: list[str], tmp_path_factory: pytest.TempPathFactory)
     return command
 
 
+def test_every_file_of_a_run_has_the_permissions_of_a_new_file(finished_command: TrainCommand, tmp_path: Path) -> None:
+    """Whoever may read run.json may load the weights too."""
+    (tmp_path / "new").touch()
+    files = [path for path in finished_command.folder.rglob("*") if path.is_file() and "wandb" not in path.parts]
+    modes = {path.name: path.stat().st_mode & 0o777 for path in files}
+    assert "model.safetensors" in modes
+    assert modes == dict.fromkeys(modes, (tmp_path / "new").stat().st_mode & 0o777)
+
+
+def test_a_copied_run_is_analyzed_on_a_platform_without_locks(finished_command: TrainCommand, tmp_path: Path) -> None:
+    """Python on Windows has no module fcntl, and its default encoding is not UTF-8."""
+    copy = tmp_path / "copied runs"
+    shutil.copytree(finished_command.folder, copy / "one")
+    code = f"import runpy, sys; sys.modules['fcntl'] = None; runpy.run_path({str(ANALYZE)!r}, run_name='__main__')"
+    words = ["-X", "utf8=0", "-c", code, str(copy), "--out", str(tmp_path / "report")]
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([sys.executable, *words], capture_output=True, timeout=300, cwd=TRAIN.parent, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "report" / "report.html").exists()
+
+
 def test_the_users_factorial_word_for_word(small: list[str], tmp_path: Path) -> None:
     """The README's sweep trains 18 cells and writes tables. The same command then skips all, and analyze.py reports.
 

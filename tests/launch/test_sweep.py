@@ -1,11 +1,14 @@
 """Tests of the table that a sweep prints about its cells at the end, and of waiting for other processes."""
 
+import errno
 import fcntl
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
+from moe.checks import ConfigError
 from moe.config.schema import Cell
 from moe.launch.command_line import read_cells
 from moe.launch.run import write_run_record
@@ -74,3 +77,27 @@ def test_a_sweep_waits_for_cells_that_other_processes_train(
     said = capsys.readouterr().out
     assert said.count(f"waiting for cells that are still being trained: {last.folder.name}\n") == 1
     assert f"resumed     {last.folder.name}\n" in said
+
+
+@pytest.mark.parametrize("number", [1, 6])
+def test_a_file_system_without_locks_is_refused_in_one_line(
+    cells: list[Cell], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Some network file systems answer that they cannot lock files; no cell is trained there."""
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(ConfigError, match=r"\.lock: this file system cannot lock files \(Function not implemented\)"):
+        carry_out(cells[:number], lambda: pytest.fail("a cell was trained"))
+
+
+@pytest.mark.parametrize("number", [1, 6])
+def test_a_platform_without_locks_is_refused_in_one_line(
+    cells: list[Cell], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Python on Windows has no module fcntl; no cell is trained there."""
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with pytest.raises(ConfigError, match="training needs Linux or macOS"):
+        carry_out(cells[:number], lambda: pytest.fail("a cell was trained"))
