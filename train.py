@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from moe.checks import ConfigError
 from moe.config.schema import Cell
 from moe.distributed import ranks
+from moe.files import LinkError
 from moe.launch import command_line, sweep
 from moe.runs.record import RecordError
 
@@ -48,7 +49,7 @@ def main() -> int:
     try:
         cells = command_line.read_cells(sys.argv[1:])
         return sweep.carry_out(cells or [], run_cell)
-    except (ConfigError, RecordError) as error:
+    except (ConfigError, RecordError, LinkError) as error:
         if not ranks.is_first():  # the first rank prints the same error, and the launcher then ends this rank
             time.sleep(10)
         print(f"train.py: {error}", file=sys.stderr)

@@ -1,13 +1,13 @@
 """Check input and report mistakes in one line: the key, its value, what is allowed, and the nearest known name."""
 
 import difflib
+import importlib
 import inspect
 import math
-import pydoc
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import is_dataclass
 from types import UnionType
-from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -24,7 +24,7 @@ def first_line(error: object) -> str:
 def require(ok: bool, key: str, value: object, allowed: str) -> None:
     """Raise `ConfigError` naming `key`, `value` and what is `allowed`, unless `ok`."""
     if not ok:
-        raise ConfigError(f"{key}={value}: must be {allowed}")
+        raise ConfigError(f"{key}={_on_one_line(value)}: must be {allowed}")
 
 
 def one_of(key: str, value: str, allowed: Iterable[str]) -> None:
@@ -41,35 +41,61 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     """Return the error for a `name` that is not among the `known` ones; it names the nearest of them."""
     names = sorted(known)
     listing = f"; known: {', '.join(names)}" if len(names) <= 20 else ""
-    return ConfigError(f"unknown {kind} '{name}'{_nearest(name, names)}{listing}")
+    return ConfigError(f"unknown {kind} '{_on_one_line(name)}'{_nearest(name, names)}{listing}")
 
 
-def locate(path: object) -> Callable[..., Any]:
-    """Return the class or function that a dotted `_target_` names. Raises ConfigError if there is none."""
-    found = pydoc.locate(path) if isinstance(path, str) else None
-    if not callable(found):
-        raise ConfigError(f"_target_={path}: must name a class or function that can be imported")
-    return found
+# The class from which a `_target_` must derive, by the key of the configuration that names it.
+BASES = {
+    "router": "moe.routers.base.Router",
+    "schedule": "moe.training.schedules.Schedule",
+    "data.source": "moe.data.sources.Source",
+}
 
 
-def build(spec: Any, key: str, *args: Any) -> Any:
-    """Call the class or function `spec["_target_"]` with `args`, and the other entries of `spec` as keywords.
+def locate(path: object, key: str, *, trusted: bool) -> type[Any]:
+    """Return the class that the `_target_` at `key` names. All such names pass through this function.
+
+    The class must derive from the base class of `key`, see `BASES`. A name that is not `trusted`, because it comes from
+    a file that a stranger may have written, must also lie in the package of that base class. This is checked before
+    anything is imported. Raises ConfigError.
+    """
+    base_name = BASES[key]
+    package, _, kind = base_name.rpartition(".")
+    package = package.rpartition(".")[0]
+    module = path.rpartition(".")[0] if isinstance(path, str) else ""
+    where = f"{key}._target_"
+    require(bool(module) and str(path).replace(".", "a").isidentifier(), where, path, f"the dotted name of a {kind}")
+    allowed = f"a class of {package}. The classes of others run only if you trust the file: see docs/security.md"
+    require(trusted or module.startswith(f"{package}."), where, path, allowed)
+    base = _imported(base_name, base_name)
+    found = _imported(str(path), where)
+    require(isinstance(found, type) and issubclass(found, base), where, path, f"a class that derives from {base_name}")
+    return cast(type[Any], found)
+
+
+def _imported(path: str, where: str) -> Any:
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except Exception as error:  # the module may be anybody's, and raise anything
+        raise ConfigError(f"{where}={path}: must be a class that can be imported ({first_line(error)})") from error
+
+
+def build(spec: Any, key: str, *args: Any, trusted: bool = False) -> Any:
+    """Create an object of the class `spec["_target_"]` from `args`, and the other entries of `spec` as keywords.
 
     Names and types of the keywords are checked first. `key` is the place of the spec in the configuration, such as
-    "router", for messages. Raises ConfigError.
+    "router"; it decides which classes are allowed. `trusted`: the user wrote the spec, see `locate`. Raises
+    ConfigError.
     """
     if not isinstance(spec, dict) or "_target_" not in spec:
         raise ConfigError(f"{key}={spec}: must name its class as {key}._target_")
-    target = locate(spec["_target_"])
+    target = locate(spec["_target_"], key, trusted=trusted)
     values = {name: value for name, value in spec.items() if name != "_target_"}
     parameters = list(inspect.signature(target).parameters.values())[len(args) :]
     types = {p.name: p.annotation for p in parameters}
-    for name, value in values.items():
-        if name not in types:
-            raise unknown(f"key of {key}", f"{key}.{name}", (f"{key}.{known}" for known in types))
-        require(_fits(value, types[name]), f"{key}.{name}", value, _describe(types[name]))
-        if types[name] is float:
-            values[name] = float(value)
+    check_values(values, types, key)
+    values = {name: float(value) if types[name] is float else value for name, value in values.items()}
     missing = [p.name for p in parameters if p.default is p.empty and p.name not in values]
     if missing:
         raise ConfigError(f"{key}.{missing[0]} is missing")
@@ -81,6 +107,14 @@ def build(spec: Any, key: str, *args: Any) -> Any:
         raise ConfigError(f"{key}._target_={spec['_target_']}: cannot be built: {first_line(error)}") from error
     except ValueError as error:
         raise ConfigError(first_line(error)) from error
+
+
+def check_values(values: dict[str, Any], types: dict[str, Any], place: str) -> None:
+    """Raise ConfigError unless every name in `values` is in `types`, and every value fits the annotation there."""
+    for name, value in values.items():
+        if name not in types:
+            raise unknown(f"key of {place}", f"{place}.{name}", (f"{place}.{known}" for known in types))
+        require(_fits(value, types[name]), f"{place}.{name}", value, _describe(types[name]))
 
 
 def parse(kind: type[T], content: object, place: str = "") -> T:
@@ -133,6 +167,12 @@ def _shorten(value: object) -> str:
     return text if len(text := repr(value)) <= 60 else f"{text[:57]}..."
 
 
+def _on_one_line(value: object) -> str:
+    """Return a value as text without line breaks and characters that control a terminal, cut after 500 characters."""
+    text = str(value)
+    return (text if text.isprintable() else repr(text))[:500]
+
+
 def _nearest(name: str, names: list[str]) -> str:
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"; nearest: {near[0]}" if near else ""
@@ -173,5 +213,6 @@ def _describe(annotation: Any) -> str:
         float: "a number",
         bool: "true or false",
         str: "text",
+        dict: "an object",
         type(None): "null",
     }.get(annotation, str(annotation))

@@ -1,19 +1,60 @@
-"""Write files atomically, so that a reader never sees half a file, and compute their digests."""
+"""Write files atomically and never through a link, so that a reader never sees half a file; compute their digests."""
 
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
+
+
+class LinkError(ValueError):
+    """A file cannot be written, because a link is in its place. The message is one line."""
+
+
+def open_unlinked(path: Path, mode: str, **options: Any) -> IO[Any]:
+    """Open a file for writing like `open`, but never through a link, which could lead to any file of the user.
+
+    Raises LinkError if `path` is a link.
+    """
+    try:
+        return open(path, mode, opener=_without_links, **options)
+    except OSError as error:
+        if path.is_symlink():
+            raise LinkError(f"{path} is a link: delete it, because files are not written through links") from error
+        raise
+
+
+def _without_links(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Open a new binary file that takes the place of `path` when the `with` block ends without an error.
+
+    A reader sees the old file or the new one. If `path` is a link, the link is replaced and its target stays as it is.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if not temporary.is_symlink():
+        temporary.unlink(missing_ok=True)  # of a killed process that had the same number
+    with open_unlinked(temporary, "xb") as file:
+        try:
+            yield file
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    os.replace(temporary, path)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` atomically: a reader sees the old file or the new one. An equal file is left untouched."""
+    """Write `text` to `path` with `replacing`. A file that has this content is left untouched."""
     content = text.encode()
-    if path.exists() and path.read_bytes() == content:
+    if path.is_file() and not path.is_symlink() and path.read_bytes() == content:
         return
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        file.write(content)
 
 
 def write_json(path: Path, value: object) -> None:

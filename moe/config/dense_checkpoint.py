@@ -54,7 +54,10 @@ def check_data(name: str, revision: str | None, *, tokenizer: str, seq_len: int)
     vocabulary = settings["vocab_size"]
     require(tokenizer != "bpe", "data.tokenizer", tokenizer, f"the tokenizer of model.dense={name}")
     path = _file("data.tokenizer", tokenizer, "tokenizer.json")
-    size = Tokenizer.from_file(str(path)).get_vocab_size()
+    try:
+        size = Tokenizer.from_file(str(path)).get_vocab_size()
+    except Exception as error:  # the library raises no other class
+        raise ConfigError(f"data.tokenizer={tokenizer}: {path.name} cannot be read ({first_line(error)})") from error
     require(
         size == vocabulary,
         "data.tokenizer",
@@ -74,7 +77,8 @@ def digest(name: str, revision: str | None = None) -> str:
     if not Path(name).is_dir():
         return folder.name
     weights = sorted(folder.glob("*.safetensors"))
-    require(bool(weights), "model.dense", name, "a folder with weights in *.safetensors")
+    complete = any((folder / file).is_file() for file in ("model.safetensors", "model.safetensors.index.json"))
+    require(complete, "model.dense", name, "a folder with model.safetensors or model.safetensors.index.json")
     sums = [_sum(path, path.stat().st_size, path.stat().st_mtime_ns) for path in [folder / "config.json", *weights]]
     return hashlib.sha256("".join(sums).encode()).hexdigest()
 
@@ -93,11 +97,17 @@ def _settings(name: str, revision: str | None) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
         kind = (settings["model_type"], settings.get("hidden_act", "silu"), settings.get("mlp_bias", False))
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"model.dense={name}: config.json cannot be read ({error})") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"model.dense={name}: config.json cannot be read ({first_line(error)})") from error
     missing = [key for key in ("vocab_size", "num_hidden_layers", *SIZES.values()) if key not in settings]
     require(kind == ("llama", "silu", False), "model.dense", name, f"a Llama with SwiGLU without bias, not {kind}")
     require(not missing, "model.dense", name, f"a Llama whose config.json has {', '.join(missing)}")
+    for key in ("vocab_size", "num_hidden_layers", *SIZES.values()):
+        ok = type(settings[key]) is int and settings[key] > 0
+        require(ok, f"{key} in config.json of model.dense={name}", settings[key], "a whole number > 0")
+    for key in ("attn_implementation", "_attn_implementation", "experts_implementation", "quantization_config"):
+        ok = settings.get(key) in (None, "eager", "sdpa", "flash_attention_2")  # others may load code from the hub
+        require(ok, f"{key} in config.json of model.dense={name}", settings.get(key), "left out")
     return settings
 
 

@@ -91,7 +91,7 @@ class DataConfig:
             max_val_blocks=self.max_val_blocks,
         )
         require(os.path.expanduser(self.cache)[:1] != "~", "data.cache", self.cache, "a path; there is no home for ~")
-        build(self.source, "data.source")
+        build(self.source, "data.source", trusted=True)
 
 
 @dataclass
@@ -203,7 +203,7 @@ class Config:
         if self.model.dense is not None:
             name, digest = self.model.dense, self.model.dense_digest
             dense_checkpoint.check_data(name, digest, tokenizer=self.data.tokenizer, seq_len=self.data.seq_len)
-        build(self.schedule, "schedule")
+        build(self.schedule, "schedule", trusted=True)
         for number, claim in enumerate(self.claims):
             claim.check(f"claims[{number}]", ["variant", *asdict(self), *self.identity()])
 
@@ -228,7 +228,7 @@ class Config:
             raise ConfigError(
                 "schedule.knob=temperature: this router has no temperature; use router=temperature or router=gumbel"
             )
-        schedule = build(self.schedule, "schedule")
+        schedule = build(self.schedule, "schedule", trusted=True)
         for knob, setting in (("temperature", self.temperature), ("noise", self.noise)):
             schedule(knob, setting, 0.0)
 
@@ -237,7 +237,7 @@ class Config:
         import torch
 
         with torch.device("meta"):
-            return build(self.router, "router", self.model.dim, self.model.num_experts)
+            return build(self.router, "router", self.model.dim, self.model.num_experts, trusted=True)
 
     @property
     def temperature(self) -> float:

@@ -34,7 +34,7 @@ from moe.data.limits import check_limits
 from moe.data.packing import Blocks, concatenate, pack
 from moe.data.sources import DUPLICATES, Document, DuplicateFilter, Source, checksums
 from moe.data.tokenizer import pretrained_tokenizer, tokenizer_files, train_bpe
-from moe.files import apply_umask, sha256, sync
+from moe.files import LinkError, apply_umask, sha256, sync
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +77,7 @@ def prepare(
     val_percent: int,
     max_val_blocks: int | None,
     cache: str,
+    make: bool = True,
 ) -> Prepared:
     """Return the token blocks of `source`, read from `<cache>/<key>`, or made and written there first.
 
@@ -87,7 +88,8 @@ def prepare(
 
     If several processes prepare the same data at once, one makes it and the others wait. A damaged cache is made again.
     A complete one may be read-only.
-    Raises ValueError for a value outside its range.
+    `make=False` only reads the cache. Raises ValueError for a value outside its range, and with `make=False` for data
+    that are not in the cache.
     """
     blocks: dict[str, Any] = {"seq_len": seq_len, "val_percent": val_percent, "max_val_blocks": max_val_blocks}
     check_limits(tokenizer=tokenizer, vocab_size=vocab_size, **blocks)
@@ -103,6 +105,10 @@ def prepare(
     root = Path(cache).expanduser()
     folder = root / key
     if not _intact(folder):  # An intact one is read without the lock, which may belong to another user.
+        if not make:
+            raise ValueError(
+                f"data.cache={cache}: has no intact {key}, and these settings are not trusted to read the text"
+            )
         with _locked(root, key, cache):
             if not _intact(folder):
                 if folder.exists():
@@ -110,6 +116,8 @@ def prepare(
                     shutil.rmtree(folder)
                 unfinished = root / f"{key}.unfinished"
                 shutil.rmtree(unfinished, ignore_errors=True)  # A process that was killed may have left it.
+                if unfinished.is_symlink():
+                    raise LinkError(f"{unfinished} is a link: delete it")
                 contents = _build(source, unfinished, tokenizer=tokenizer, vocab_size=vocab_size, **blocks)
                 _publish(unfinished, folder, {"key": key, **recipe, **contents})
     return _load(folder)
@@ -405,7 +413,7 @@ def _intact(folder: Path) -> bool:
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         return manifest["files"] == _file_sums(folder)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 

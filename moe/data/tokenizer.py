@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from moe.checks import first_line
 from moe.data.sources import Document, checksums
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # Ids 0, 1 and 2, as in SmolLM.
@@ -50,9 +51,13 @@ def pretrained_tokenizer(name: str) -> PreTrainedTokenizerFast:
     either end, and words that spell a special token are that token. If padding is asked for, it is on the left, as
     generation needs it, and a tokenizer without a padding token uses its end-of-text token.
 
-    Raises ValueError if it is not a fast tokenizer with an end-of-text token.
+    Code that the files name is never run. Raises ValueError if the tokenizer cannot be loaded, or is not a fast one
+    with an end-of-text token.
     """
-    pretrained = AutoTokenizer.from_pretrained(name)
+    try:
+        pretrained = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # whatever a wrong file makes a library raise
+        raise ValueError(f"data.tokenizer={name}: cannot be read ({first_line(error)})") from error
     if not isinstance(pretrained, PreTrainedTokenizerFast) or pretrained.eos_token_id is None:
         raise ValueError(f"data.tokenizer={name}: must be a fast tokenizer that has an end-of-text token")
     _forget_calls(pretrained.backend_tokenizer)

@@ -77,6 +77,9 @@ def _reserved(cells: list[Cell]) -> Iterator[None]:
         return
     sweep = cells[0].folder.parent
     sweep.mkdir(parents=True, exist_ok=True)
+    for path in sweep.iterdir():
+        if path.is_symlink() and not path.is_dir():
+            raise ConfigError(f"{path} is a link: delete it")
     with locked(sweep / "sweep.lock") as owner:
         if owner is not None:
             raise ConfigError(f"{sweep} is in use by another sweep, process {owner}: wait for it, or choose out=DIR")

@@ -1,11 +1,29 @@
 """The configuration class of the model for transformers. `save_pretrained` writes it beside the weights."""
 
-from typing import Any
+from dataclasses import fields
+from typing import Any, Literal
 
 from transformers.models.llama.configuration_llama import LlamaConfig
 
+from moe.checks import check_values
 from moe.config import dense_checkpoint
 from moe.config.schema import ModelConfig
+
+# Types of the keys of config.json that transformers writes for every model, and of those whose annotation in
+# transformers is not for JSON.
+FILE_TYPES: dict[str, Any] = {
+    "model_type": Literal["moe_routing"],
+    "architectures": list[str] | None,
+    "transformers_version": str | None,
+    "_name_or_path": str,
+    "dtype": Literal["float64", "float32", "bfloat16", "float16"] | None,
+    "rope_parameters": dict | None,
+    **dict.fromkeys(("output_hidden_states", "return_dict"), bool | None),
+    "is_encoder_decoder": bool,
+    "chunk_size_feed_forward": int,
+    **dict.fromkeys(("id2label", "label2id"), dict | None),
+    "problem_type": str | None,
+}
 
 
 class MoEConfig(LlamaConfig):
@@ -39,6 +57,17 @@ class MoEConfig(LlamaConfig):
     router_temperature: float = 1.0
     router_noise: float = 0.0
     router: dict[str, Any] | None = None
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Return the configuration with the content of a config.json.
+
+        The file may be a stranger's, so its keys and their types are checked before anything is built. Raises
+        ConfigError for a wrong one, for example for a key that names code to load.
+        """
+        types = {field.name: field.type for field in fields(cls)} | FILE_TYPES  # type: ignore[arg-type]
+        check_values(config_dict, types, "config.json")
+        return super().from_dict(config_dict, **kwargs)
 
     @staticmethod
     def of(model: ModelConfig, router: dict[str, Any], *, vocab_size: int, seq_len: int) -> "MoEConfig":

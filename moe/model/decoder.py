@@ -8,7 +8,8 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +21,9 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import local_torch_dtype
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.utils.logging import disable_progress_bar
 
-from moe.checks import ConfigError, build, require
+from moe.checks import ConfigError, build, first_line, require
 from moe.data.labels import IGNORED, next_token
 from moe.model.architecture import MoEConfig
 from moe.model.experts import Experts
@@ -71,12 +73,12 @@ class DecoderLayer(nn.Module):
     or None if the feed-forward network is dense.
     """
 
-    def __init__(self, config: MoEConfig, index: int) -> None:
+    def __init__(self, config: MoEConfig, index: int, *, trusted: bool) -> None:
         super().__init__()
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = LlamaAttention(config, layer_idx=index)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = _feed_forward(config, index)
+        self.mlp = _feed_forward(config, index, trusted=trusted)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
@@ -91,13 +93,11 @@ class DecoderLayer(nn.Module):
         return x + self.dropout(self.mlp(normed)), weights, None
 
 
-def _feed_forward(config: MoEConfig, index: int) -> nn.Module:
+def _feed_forward(config: MoEConfig, index: int, *, trusted: bool) -> nn.Module:
     if index < config.first_k_dense_replace:
         return DenseFFN(config, config.dense_ffn)
     with local_torch_dtype(torch.float32, "a router"):
-        router = build(config.router or {}, "router", config.hidden_size, config.num_experts)
-    if not isinstance(router, Router):
-        raise ValueError(f"router._target_={config.router}: must be a moe.routers.base.Router")
+        router = build(config.router, "router", config.hidden_size, config.num_experts, trusted=trusted)
     kind, dropout = config.expert, config.dropout
     experts = Experts(
         config.num_experts, config.hidden_size, hidden=config.intermediate_size, kind=kind, dropout=dropout
@@ -150,10 +150,11 @@ class MoEModel(MoEPreTrainedModel):
 
     recompute: bool = False
 
-    def __init__(self, config: MoEConfig) -> None:
+    def __init__(self, config: MoEConfig, *, trusted: bool = False) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        layers = range(config.num_hidden_layers)
+        self.layers = nn.ModuleList(DecoderLayer(config, index, trusted=trusted) for index in layers)
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.dropout = nn.Dropout(config.dropout)
@@ -238,14 +239,18 @@ def _second_names(module: nn.Module) -> dict[str, str]:
 
 
 class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
-    """`MoEModel` plus output matrix. `save_pretrained`, `from_pretrained` and `generate` are those of transformers."""
+    """`MoEModel` plus output matrix. `save_pretrained`, `from_pretrained` and `generate` are those of transformers.
+
+    trusted: the router may be a class outside of this project (`moe.checks.locate`). A saved model that somebody else
+        wrote must not be trusted, because `from_pretrained(folder, trusted=True)` runs the code that it names.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     accepts_loss_kwargs = True  # for transformers' Trainer: `forward` takes num_items_in_batch
 
-    def __init__(self, config: MoEConfig) -> None:
+    def __init__(self, config: MoEConfig, *, trusted: bool = False) -> None:
         super().__init__(config)
-        self.model = MoEModel(config)
+        self.model = MoEModel(config, trusted=trusted)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
@@ -391,6 +396,25 @@ def _router_logits(layers: list[LayerOutput]) -> tuple[Tensor, ...]:
     known = tuple(each for each in logits if each is not None)
     require(len(known) == len(logits), "output_router_logits", True, "False for a router without logits")
     return known
+
+
+def load_model(folder: Path, *, trusted: bool = False) -> MoEForCausalLM:
+    """Return the saved model in `folder`, in evaluation mode. `trusted`: as in `MoEForCausalLM`.
+
+    Only safetensors are read. Raises ValueError, with one line that names the folder, for files that are missing, torn
+    or wrong.
+    """
+    disable_progress_bar()  # transformers would show one while it reads a single small file
+    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+    try:
+        loaded: Any = MoEForCausalLM.from_pretrained(folder, trusted=trusted, **options)  # (model, info)
+    except Exception as error:  # whatever a wrong file makes a library raise
+        raise ValueError(f"{folder}: cannot be read as a saved model ({first_line(error)})") from error
+    model, info = loaded
+    wrong = sorted(info["missing_keys"] | info["unexpected_keys"])
+    if wrong:
+        raise ValueError(f"{folder}: its weights are not those of its config.json: {', '.join(wrong[:5])}")
+    return cast(MoEForCausalLM, model.eval())
 
 
 AutoConfig.register("moe_routing", MoEConfig)

@@ -8,6 +8,7 @@ from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.utils.logging import disable_progress_bar
 
+from moe.checks import first_line
 from moe.config import dense_checkpoint
 from moe.config.schema import ModelConfig
 from moe.model.decoder import DenseFFN, MoEForCausalLM
@@ -31,13 +32,16 @@ def upcycle(model: MoEForCausalLM, settings: ModelConfig) -> None:
     the experts are equal, it does not matter which of them a token takes, so at first the router learns from auxiliary
     losses alone.
 
-    Raises ValueError if the checkpoint lacks weights.
+    Only safetensors are read. Raises ValueError if the checkpoint cannot be read or lacks weights.
     """
     assert settings.dense is not None
     disable_progress_bar()
     revision = dense_checkpoint.revision(settings.dense, settings.dense_digest)
-    options: dict[str, Any] = {"revision": revision, "dtype": torch.float32, "output_loading_info": True}
-    loaded: Any = LlamaForCausalLM.from_pretrained(settings.dense, **options)  # (model, info), due to the last option
+    options: dict[str, Any] = {"revision": revision, "dtype": torch.float32, "use_safetensors": True}
+    try:
+        loaded: Any = LlamaForCausalLM.from_pretrained(settings.dense, output_loading_info=True, **options)
+    except Exception as error:  # whatever a wrong file makes a library raise
+        raise ValueError(f"model.dense={settings.dense}: cannot be read ({first_line(error)})") from error
     source, info = loaded
     if info["missing_keys"]:
         raise ValueError(f"model.dense={settings.dense}: has no weights for {', '.join(sorted(info['missing_keys']))}")

@@ -8,7 +8,6 @@ times of the files do not matter.
 import json
 import logging
 import os
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 
 from moe.checks import first_line
 from moe.distributed import ranks
-from moe.files import sha256, sync, write_json
+from moe.files import open_unlinked, sha256, sync, write_json
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +58,7 @@ def load(root: Path) -> tuple[int, dict[str, Any]] | None:
     for folder in folders:
         try:
             return _read(folder)
-        except (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        except Exception as error:  # whatever a torn or wrong file makes a library raise
             reason = first_line(error)
             log.warning("checkpoint %s is damaged (%s); trying the previous one", folder, reason)
     if folders:
@@ -71,7 +70,7 @@ def load(root: Path) -> tuple[int, dict[str, Any]] | None:
 def _write_state(state: dict[str, Any], path: Path) -> None:
     """Save with `torch.save`, but raise the OSError of a full disk, which torch hides behind a RuntimeError."""
     try:
-        with open(path, "wb") as file:
+        with open_unlinked(path, "wb") as file:
             torch.save(state, file)
     except RuntimeError as error:
         if isinstance(cause := error.__context__, OSError):

@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 
-from moe.files import write_text
+from moe.files import open_unlinked, write_text
 
 FILE = "events.jsonl"
 
@@ -55,7 +55,7 @@ class EventLog:
     def __init__(self, path: Path, *, step: int) -> None:
         earlier = [event for event in read_events(path) if event["step"] <= step] if step else []
         write_text(path, "".join(json.dumps(event) + "\n" for event in earlier))
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - closed by __exit__
+        self._file = open_unlinked(path, "a", buffering=1)  # closed by __exit__
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")

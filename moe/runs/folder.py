@@ -8,6 +8,7 @@ from pathlib import Path
 
 from moe.checks import ConfigError
 from moe.config.schema import Cell
+from moe.files import open_unlinked
 from moe.runs.record import RecordError, RunRecord
 
 
@@ -49,13 +50,14 @@ def stored_record(cell: Cell) -> RunRecord | None:
 def locked(path: Path) -> Iterator[str | None]:
     """Try to hold the lock file at `path`; yield None, or the process id of the owner if another process holds it.
 
-    The system frees the lock when its owner dies. Raises ConfigError where files cannot be locked.
+    The system frees the lock when its owner dies. Raises ConfigError where files cannot be locked, and LinkError if a
+    link is in its place.
     """
     try:
         import fcntl  # the analysis runs without it too
     except ImportError:
         raise ConfigError("training needs Linux or macOS; on Windows, use WSL (analyze.py runs everywhere)") from None
-    with open(path, "a+") as file:
+    with open_unlinked(path, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

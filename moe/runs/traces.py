@@ -4,8 +4,6 @@ Router saturation, churn, and the agreement between seeds follow from these trac
 """
 
 import math
-import os
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +11,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from moe.checks import first_line
+from moe.files import replacing
 
 MILESTONES = (0.1, 0.25, 0.5, 0.75, 1.0)  # shares of the steps of a run
 
@@ -32,9 +31,8 @@ class Trace(NamedTuple):
 def write_trace(folder: Path, step: int, mask: Bool[np.ndarray, "L N E"]) -> None:
     """Write `folder/step-NNNNNNNN.npz` atomically, with eight choices per byte."""
     folder.mkdir(exist_ok=True)
-    temporary = folder / f".tmp-{step}.npz"
-    np.savez_compressed(temporary, bits=np.packbits(mask), shape=np.array(mask.shape))
-    os.replace(temporary, folder / f"step-{step:08d}.npz")
+    with replacing(folder / f"step-{step:08d}.npz") as file:
+        np.savez_compressed(file, bits=np.packbits(mask), shape=np.array(mask.shape))
 
 
 def read_traces(folder: Path) -> list[Trace]:
@@ -48,7 +46,7 @@ def read_traces(folder: Path) -> list[Trace]:
                     raise ValueError(f"shape {shape} does not fit {packed.size} bytes")
                 bits = np.unpackbits(packed, count=math.prod(shape))
             traces.append(Trace(int(path.stem.removeprefix("step-")), bits.reshape(shape).astype(bool)))
-        except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        except Exception as error:  # whatever a wrong zip archive or array makes the libraries raise
             reason = f"incomplete or not a trace ({first_line(error)})"
             raise ValueError(f"{path}: {reason}; delete the run folder") from None
     return traces

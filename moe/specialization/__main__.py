@@ -21,6 +21,11 @@ def main(command: list[str] | None = None) -> int:
         "--samples", type=int, default=64, help="tokens of a layer for which other experts are tried (64)"
     )
     parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch (1)")
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="run the classes that the runs name, though not of this project, and read their data again if need be",
+    )
     arguments = parser.parse_args(command)
     process.configure(threads=arguments.threads)
     try:
@@ -30,7 +35,7 @@ def main(command: list[str] | None = None) -> int:
         runs = load_runs(arguments.folders)
         finished = [Path(folder) for folder in runs.loc[runs["status"] == "finished", "folder"]]
         for folder in finished:
-            written = study(folder, blocks_wanted=arguments.blocks, samples=arguments.samples)
+            written = study(folder, blocks_wanted=arguments.blocks, samples=arguments.samples, trusted=arguments.trust)
             loss = (read_specialization(folder / SPECIALIZATION_FILE) or {})["val_loss"]
             interval = (
                 f"val/loss {loss['mean']}, 95 % over {loss['documents']} documents: {loss['low']} to {loss['high']}"

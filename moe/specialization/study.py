@@ -6,12 +6,10 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int
-from transformers import AutoModelForCausalLM
-from transformers.utils.logging import disable_progress_bar
 
 from moe.data.blocks import Prepared
 from moe.files import sha256, write_json, write_text
-from moe.model.decoder import MoEForCausalLM
+from moe.model.decoder import MoEForCausalLM, load_model
 from moe.routing.decision import Knobs
 from moe.runs import traces
 from moe.runs.record import SPECIALIZATION_FILE, RunRecord, read_specialization
@@ -37,8 +35,10 @@ LANDSCAPE_BLOCKS = 8
 NO_NEXT_TOKEN = -1  # Label of a token that predicts nothing, because its text ends there.
 
 
-def study(folder: Path, *, blocks_wanted: int, samples: int) -> bool:
+def study(folder: Path, *, blocks_wanted: int, samples: int, trusted: bool = False) -> bool:
     """Write `specialization.json` and `tokens.html` into the folder of a finished run.
+
+    Unless the run is `trusted`, no code runs that its files name, and its data are read from the cache alone.
 
     Returns False, and writes nothing, if they are up to date. Raises ValueError if the run is not finished, or if its
     data can no longer be prepared as they were.
@@ -58,12 +58,11 @@ def study(folder: Path, *, blocks_wanted: int, samples: int) -> bool:
     if before is not None and before["settings"] == settings:
         return False
     began = time.monotonic()
-    data = prepare_data(config)
+    data = prepare_data(config, trusted=trusted)
     if _training_files(data.manifest) != _training_files(record.facts.data):
         then, now = record.facts.data.get("key"), data.manifest["key"]
         raise ValueError(f"{folder}: its data has changed (is {now}, was {then})")
-    disable_progress_bar()  # transformers would show one while it reads a single small file
-    model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+    model = load_model(folder / "model", trusted=trusted)
     probes, document = validation_blocks(data, blocks_wanted), documents_of_blocks(data, blocks_wanted)
     knobs = Knobs.of(temperature=model.config.router_temperature, device=model.device)
     content: dict[str, Any] = {

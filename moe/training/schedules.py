@@ -15,8 +15,16 @@ from moe.config.schema import Config
 Knob = Literal["temperature", "noise"]
 
 
+class Schedule:
+    """Base class of all schedules."""
+
+    def __call__(self, knob: str, setting: float, progress: float) -> float:
+        """Return the value of `knob` at `progress` in [0, 1], given its configured value `setting`."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class ConstantSchedule:
+class ConstantSchedule(Schedule):
     """Schedule that changes nothing: temperature and noise have their configured values at every step."""
 
     def __call__(self, knob: str, setting: float, progress: float) -> float:
@@ -24,7 +32,7 @@ class ConstantSchedule:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class CurveSchedule(Schedule):
     """Schedule that changes `knob` from `start` to its configured value; subclasses define the curve, `between`."""
 
     knob: Knob
@@ -34,7 +42,6 @@ class Schedule:
         self._check("schedule.start", self.start)
 
     def __call__(self, knob: str, setting: float, progress: float) -> float:
-        """Return the value of `knob` at `progress` in [0, 1], given its configured value `setting`."""
         return self.between(setting, progress) if knob == self.knob else setting
 
     def between(self, setting: float, progress: float) -> float:
@@ -48,7 +55,7 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class LinearSchedule(Schedule):
+class LinearSchedule(CurveSchedule):
     """Straight line: start + (setting - start) p at progress p."""
 
     def between(self, setting: float, progress: float) -> float:
@@ -56,7 +63,7 @@ class LinearSchedule(Schedule):
 
 
 @dataclass(frozen=True)
-class CosineSchedule(Schedule):
+class CosineSchedule(CurveSchedule):
     """Half a cosine: changes slowly at both ends and fast in the middle."""
 
     def between(self, setting: float, progress: float) -> float:
@@ -64,7 +71,7 @@ class CosineSchedule(Schedule):
 
 
 @dataclass(frozen=True)
-class ExponentialSchedule(Schedule):
+class ExponentialSchedule(CurveSchedule):
     """Exponential curve: start (setting / start)^p at progress p. It multiplies by the same factor in equal times.
 
     Raises ConfigError if `start` or the configured value is not above 0.
@@ -77,7 +84,7 @@ class ExponentialSchedule(Schedule):
 
 
 @dataclass(frozen=True)
-class StepSchedule(Schedule):
+class StepSchedule(CurveSchedule):
     """Three constant values: `start`, then `middle` from progress `first`, the configured value from `second`."""
 
     middle: float
@@ -95,7 +102,7 @@ class StepSchedule(Schedule):
         return self.middle if progress < self.second else setting
 
 
-def knob_settings(config: Config, schedule: Schedule | ConstantSchedule, step: int) -> dict[str, float]:
+def knob_settings(config: Config, schedule: Schedule, step: int) -> dict[str, float]:
     """Return temperature and noise at optimizer step `step` (0-based).
 
     At `step` = `steps`, which only the last evaluation uses, they are the configuration's own values.

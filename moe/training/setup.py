@@ -19,7 +19,7 @@ from moe.model.upcycle import upcycle
 from moe.routers.base import Router
 from moe.training import parallel, process
 from moe.training.optim import build_optimizers, scale_learning_rates
-from moe.training.schedules import ConstantSchedule, Schedule
+from moe.training.schedules import Schedule
 
 
 class Training(NamedTuple):
@@ -37,7 +37,7 @@ class Training(NamedTuple):
     process: dict[str, Any]
     accelerator: Accelerator
     data: Prepared
-    schedule: Schedule | ConstantSchedule
+    schedule: Schedule
     model: MoEForCausalLM
     wrapped: nn.Module
     forward: Callable[..., Any]
@@ -56,8 +56,8 @@ def set_up(config: Config) -> Training:
     AcceleratorState._reset_state()  # otherwise an earlier run in this process decides the precision
     accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
     reset_peak_memory(accelerator.device)
-    data = prepare_data(config)
-    schedule = build(config.schedule, "schedule")
+    data = prepare_data(config, trusted=True)
+    schedule = build(config.schedule, "schedule", trusted=True)
     model = build_model(config, vocab_size=len(data.tokenizer))
     wrapped = parallel.distribute(model, accelerator, expert_parallel=config.expert_parallel)
     optimizers = build_optimizers(model, config.optimizer)
@@ -81,17 +81,22 @@ def set_up(config: Config) -> Training:
     )
 
 
-def prepare_data(config: Config) -> Prepared:
-    """Return the prepared data of a configuration. They are read from the cache if it has them."""
+def prepare_data(config: Config, *, trusted: bool) -> Prepared:
+    """Return the prepared data of a configuration. They are read from the cache if it has them.
+
+    `trusted`: the user wrote the configuration. Otherwise its data source must be a class of this project
+    (`moe.checks.locate`), and the data must be in the cache.
+    """
     settings = config.data
     return prepare(
-        build(settings.source, "data.source"),
+        build(settings.source, "data.source", trusted=trusted),
         tokenizer=settings.tokenizer,
         vocab_size=settings.vocab_size,
         seq_len=settings.seq_len,
         val_percent=settings.val_percent,
         max_val_blocks=settings.max_val_blocks,
         cache=settings.cache,
+        make=trusted,
     )
 
 
@@ -102,7 +107,7 @@ def build_model(config: Config, *, vocab_size: int) -> MoEForCausalLM:
     """
     torch.manual_seed(config.seed)
     settings = MoEConfig.of(config.model, config.router, vocab_size=vocab_size, seq_len=config.data.seq_len)
-    model = MoEForCausalLM(settings)
+    model = MoEForCausalLM(settings, trusted=True)
     if config.model.dense is not None:
         upcycle(model, config.model)
     model.model.recompute = config.gradient_checkpointing

@@ -3,6 +3,7 @@
 import math
 import re
 from typing import Any
+from urllib.parse import quote
 
 import pandas as pd
 
@@ -40,13 +41,18 @@ def block_as_markdown(block: ReportBlock) -> str:
             shares = ", ".join(f"{n} {name}" for name, n, _ in counts if n)
             return f"{total} {'run' if total == 1 else 'runs'}: {shares}"
         case Drawing(name, caption, figure):
-            drawn = f"![{name}]({name}.png)\n\n{escaped(caption)}"
+            drawn = f"![{escaped(name)}]({_address(name)}.png)\n\n{escaped(caption)}"
             return drawn if figure else f"- {escaped(not_drawn(block))}"
         case Attachment(name, _, caption):
-            return f"[{name}]({name}): {escaped(caption)}"
+            return f"[{escaped(name)}]({_address(name)}): {escaped(caption)}"
         case Details(summary, blocks):
             inner = "\n\n".join(block_as_markdown(inner) for inner in blocks)
             return f"<details><summary>{escaped(summary)}</summary>\n\n{inner}\n\n</details>"
+
+
+def _address(name: str) -> str:
+    """Return the address of a file beside the report for a link."""
+    return quote(name)
 
 
 def table_as_markdown(table: pd.DataFrame) -> str:

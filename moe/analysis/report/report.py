@@ -34,7 +34,7 @@ from moe.analysis.report.sections.verdicts import claim_verdicts, contrast_verdi
 from moe.analysis.report.study import Section
 from moe.analysis.studies.published import replay
 from moe.analysis.studies.registered import STUDIES
-from moe.files import write_text
+from moe.files import LinkError, replacing, write_text
 from moe.results.conditions import levels
 
 FIRST: tuple[Section, ...] = (what_was_run,)
@@ -127,15 +127,24 @@ def _save_file(block: ReportBlock, out: Path) -> None:
     """Write the file of a figure or an attachment; other blocks have no file."""
     match block:
         case Attachment(name, content):
-            (out / name).parent.mkdir(parents=True, exist_ok=True)
-            write_text(out / name, content)
+            write_text(_place(out, name), content)
         case Drawing(name, _, Figure() as figure):
-            (out / name).parent.mkdir(parents=True, exist_ok=True)
-            _save_figure(figure, out / f"{name}.png")
+            _save_figure(figure, _place(out, f"{name}.png"))
+
+
+def _place(out: Path, name: str) -> Path:
+    """Return the path of a file in the report's folder, and create the folder of the file."""
+    path = out / name
+    if not path.parent.resolve().is_relative_to(out.resolve()):
+        raise LinkError(f"{path.parent} is a link that leads out of {out}: delete it, or choose another --out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def _save_figure(figure: Figure, path: Path) -> None:
     """Save as PNG with a palette of 256 colors. The file has a third of the size, and lines look the same."""
     pixels = io.BytesIO()
     figure.savefig(pixels, format="png")
-    Image.open(pixels).convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE).save(path, optimize=True)
+    image = Image.open(pixels).convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE)
+    with replacing(path) as file:
+        image.save(file, format="png", optimize=True)
