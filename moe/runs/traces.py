@@ -40,7 +40,7 @@ def read_traces(folder: Path) -> list[Trace]:
     traces = []
     for path in sorted(folder.glob("step-*.npz")):
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 shape, packed = tuple(map(int, file["shape"])), file["bits"]
                 if len(shape) != 3 or min(shape) < 1 or (math.prod(shape) + 7) // 8 != packed.size:
                     raise ValueError(f"shape {shape} does not fit {packed.size} bytes")

@@ -56,7 +56,7 @@ def set_up(config: Config) -> Training:
     AcceleratorState._reset_state()  # otherwise an earlier run in this process decides the precision
     accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
     reset_peak_memory(accelerator.device)
-    data = prepare_data(config, trusted=True)
+    data = prepare_data(config)
     schedule = build(config.schedule, "schedule", trusted=True)
     model = build_model(config, vocab_size=len(data.tokenizer))
     wrapped = parallel.distribute(model, accelerator, expert_parallel=config.expert_parallel)
@@ -81,7 +81,7 @@ def set_up(config: Config) -> Training:
     )
 
 
-def prepare_data(config: Config, *, trusted: bool) -> Prepared:
+def prepare_data(config: Config, *, trusted: bool = True) -> Prepared:
     """Return the prepared data of a configuration. They are read from the cache if it has them.
 
     `trusted`: the user wrote the configuration. Otherwise its data source must be a class of this project

@@ -1,0 +1,428 @@
+"""Tests that files of a stranger cannot run code or write outside their folder, and are refused in one line.
+
+Every kind of file that this project reads is filled with hostile content. Code that ran would leave the file `ran`.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import read_small_cell
+from small_runs import run as train_part
+from train_processes import ANALYZE, TRAIN, run_script
+from transformers import AutoModelForCausalLM
+
+from moe.checks import ConfigError, build
+from moe.config import dense_checkpoint
+from moe.data.blocks import prepare
+from moe.data.embedded import Embedded
+from moe.data.tokenizer import pretrained_tokenizer
+from moe.files import LinkError, open_unlinked, write_text
+from moe.launch.run import run
+from moe.model.decoder import load_model
+from moe.results.table import load_runs
+from moe.runs import checkpoint, traces
+from moe.specialization.__main__ import main as specialization
+
+RAN = "print(1); open({!r}, 'w').close()"
+
+
+@pytest.fixture(scope="module")
+def pristine(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a finished run with its specialization.json. It must stay as it is."""
+    cell = read_small_cell((*small, "model.layers=1", "steps=2"))
+    folder = tmp_path_factory.mktemp("pristine") / "run"
+    run(cell._replace(folder=folder))
+    assert specialization([str(folder), "--blocks", "4", "--samples", "2"]) == 0
+    return folder
+
+
+@pytest.fixture
+def folder(pristine: Path, tmp_path: Path) -> Path:
+    """Return a copy of the finished run."""
+    return Path(shutil.copytree(pristine, tmp_path / "run"))
+
+
+@pytest.fixture
+def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the file that hostile code would write. `evil.py`, whose import writes it, can be imported."""
+    path = tmp_path / "ran"
+    (tmp_path / "evil.py").write_text(f"{RAN.format(str(path))}\nclass Evil: ...\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return path
+
+
+class Runs:
+    """An object whose pickle writes a file when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (str(self.path),))
+
+
+def change(path: Path, edit: Callable[[Any], Any]) -> None:
+    """Replace the content of a JSON file by what `edit` makes of it."""
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(edit(content) or content))
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of an error, which must be a single line that a terminal shows as it is."""
+    assert str(error).isprintable(), str(error)
+    return str(error)
+
+
+# ---- Names of classes -------------------------------------------------------------------------------------------
+
+
+TARGETS = {
+    "another library": "sympy.collect",
+    "a command": "subprocess.Popen",
+    "a module of the stranger": "evil.Evil",
+    "a function here": "moe.routers.base.check_k",
+    "a module that this project imports": "moe.routers.base.torch.load",
+    "a class of another kind": "moe.routers.base.Context",
+    "no name": "Evil",
+    "a number": 3,
+    "a name with a line break": "evil\n.Evil",
+}
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize("key", ["router", "schedule", "data.source"])
+def test_only_classes_of_this_project_and_of_the_right_kind_are_built(key: str, target: Any, ran: Path) -> None:
+    """A `_target_` from a file is compared with what is allowed before anything is imported."""
+    with pytest.raises(ConfigError) as raised:
+        build({"_target_": target}, key, *([8, 4] if key == "router" else []))
+    assert one_line(raised.value).startswith(f"{key}._target_=")
+    assert not ran.exists()
+
+
+def test_the_users_own_class_is_imported_and_must_still_derive_from_the_base_class(ran: Path) -> None:
+    with pytest.raises(ConfigError, match=r"a class that derives from moe\.routers\.base\.Router"):
+        build({"_target_": "evil.Evil"}, "router", 8, 4, trusted=True)
+    assert ran.exists()
+
+
+# ---- Saved models -----------------------------------------------------------------------------------------------
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "an expression": {"num_experts": "__import__('os').mkdir('ran')", "router": {"_target_": "sympy.collect"}},
+    "a command": {"hidden_size": ["mkdir", "ran"], "router": {"_target_": "subprocess.Popen"}},
+    "a module": {"router": {"_target_": "evil.Evil"}},
+    "no router": {"router": None},
+    "a router's setting": {"router": {"_target_": "moe.routers.topk.TopK", "k": "2"}},
+    "another type": {"dropout": "0.1\n\x1b[31m"},
+    "code of the folder": {"auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}},
+    "a kernel of the hub": {"attn_implementation": "stranger/kernel"},
+    "a kernel of the hub, as transformers stores it": {"_attn_implementation": "stranger/kernel"},
+    "a quantizer": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+    "an attribute of torch": {"dtype": "load"},
+    "another model": {"model_type": "llama"},
+}
+
+
+@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
+def test_a_hostile_config_json_is_refused_in_one_line(changes: dict[str, Any], folder: Path, ran: Path) -> None:
+    """Every field is checked before anything that config.json names is imported."""
+    change(folder / "model" / "config.json", lambda content: content | changes)
+    with pytest.raises(ValueError, match=r"config\.json|router") as raised:
+        load_model(folder / "model")
+    one_line(raised.value)
+    if "model_type" not in changes:  # transformers itself chooses the class by this field
+        with pytest.raises(ConfigError):
+            AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert not ran.exists()
+
+
+def test_a_trusted_saved_model_may_have_a_router_of_its_own(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "mine.py").write_text("from moe.routers.topk import TopK\nclass Mine(TopK): ...\n")
+    change(folder / "model" / "config.json", lambda content: content["router"].update(_target_="mine.Mine"))
+    with pytest.raises(ConfigError, match=r"router\._target_=mine\.Mine: must be a class of moe\.routers"):
+        AutoModelForCausalLM.from_pretrained(folder / "model")
+    trusted = AutoModelForCausalLM.from_pretrained(folder / "model", trusted=True)
+    assert type(trusted.moe_layers[0].router).__name__ == "Mine"
+
+
+def tear(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def replace_with_pickle(path: Path) -> None:
+    path.unlink()
+    torch.save({"model": Runs(path.parents[2] / "ran")}, path.with_name("pytorch_model.bin"))
+
+
+def empty(path: Path) -> None:
+    path.write_bytes((2).to_bytes(8, "little") + b"{}")
+
+
+@pytest.mark.parametrize("damage", [tear, replace_with_pickle, empty])
+def test_wrong_weights_are_refused_in_one_line(
+    damage: Callable[[Path], None], folder: Path, ran: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(folder / "model" / "model.safetensors")
+    with pytest.raises(ValueError, match="model") as raised:
+        load_model(folder / "model")
+    one_line(raised.value)
+    assert specialization([str(folder)]) == 2
+    refusal = capsys.readouterr().err.splitlines()[-1]
+    assert refusal.startswith("moe.specialization: ")
+    assert not ran.exists()
+
+
+# ---- Records of runs --------------------------------------------------------------------------------------------
+
+
+def name_source(content: dict[str, Any]) -> None:
+    content["config"]["data"]["source"] = {"_target_": "evil.Evil"}
+
+
+def name_other_text(content: dict[str, Any]) -> None:
+    content["config"]["data"]["source"]["paths"] = [__file__]
+
+
+@pytest.mark.parametrize("edit", [name_source, name_other_text])
+def test_the_data_source_in_run_json_runs_no_code_and_reads_no_text(
+    edit: Callable[[Any], None], folder: Path, ran: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without --trust, `python -m moe.specialization` reads the data of a run from the cache alone."""
+    change(folder / "run.json", edit)
+    (folder / "specialization.json").unlink()
+    capsys.readouterr()
+    assert specialization([str(folder)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not ran.exists()
+
+
+HOSTILE_JSON = ["", "{", "[]", "null", "\x00", "[" * 100_000, '{"format": 1}', '{"format": "<script>"}']
+
+
+@pytest.mark.parametrize("text", HOSTILE_JSON, ids=range(len(HOSTILE_JSON)))
+@pytest.mark.parametrize("name", ["run.json", "metrics.json", "specialization.json"])
+def test_a_wrong_record_is_one_line_for_both_readers(
+    name: str, text: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`load_runs`, with which analyze.py starts, and `python -m moe.specialization` give a line for a wrong record."""
+    (folder / name).write_text(text)
+    [row] = load_runs([folder.parent]).to_dict("records")
+    status = specialization([str(folder)])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert name in lines[0]
+    if name == "specialization.json":
+        assert status == 2
+    else:
+        assert (status, row["status"]) == (0, "unreadable")
+        assert name in row["error"]
+
+
+# ---- Checkpoints and traces -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def interrupted(cell: Any, ran: Path) -> Any:
+    """Return the cell of a run that was interrupted after two steps."""
+    one = cell("model.layers=1")
+    with pytest.raises(Exception, match="SIGTERM"):
+        train_part(one, stop_after=2)
+    return one
+
+
+def write_checkpoint(root: Path, state: Any, manifest: Any = None) -> None:
+    """Write a checkpoint that is newer than all others, with the right checksum."""
+    folder = root / "step-00000099"
+    folder.mkdir(parents=True)
+    torch.save(state, folder / "state.pt")
+    digest = hashlib.sha256((folder / "state.pt").read_bytes()).hexdigest()
+    right = {"step": 99, "sha256": {"state.pt": digest}}
+    (folder / "manifest.json").write_text(json.dumps(right if manifest is None else manifest))
+
+
+def test_a_pickle_in_a_checkpoint_is_not_loaded(tmp_path: Path, ran: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoint.save(tmp_path / "checkpoints", 2, {"step": 2})
+    write_checkpoint(tmp_path / "checkpoints", {"model": Runs(ran)})
+    assert checkpoint.load(tmp_path / "checkpoints") == (2, {"step": 2})
+    assert not ran.exists()
+    assert all("\n" not in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize("manifest", [[], {"step": 99, "sha256": "x"}, {"step": 99, "sha256": {"state.pt": []}}, 3])
+def test_a_checkpoint_with_a_wrong_manifest_is_damaged(manifest: Any, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, {}, manifest)
+    with pytest.raises(RuntimeError, match=r"no checkpoint of .* can be read") as raised:
+        checkpoint.load(tmp_path)
+    one_line(raised.value)
+
+
+def test_a_trace_with_a_pickle_or_other_content_is_refused_in_one_line(tmp_path: Path, ran: Path) -> None:
+    mask = np.array([Runs(ran)], dtype=object)
+    path = tmp_path / "step-00000001.npz"
+    np.savez(path, bits=mask, shape=mask, allow_pickle=True)
+    zipped = path.read_bytes()
+    header = b"\x93NUMPY\x01\x00\x10\x00{'descr': '<f8'}"
+    for content in (zipped, zipped[:-30], zipped[:200] + bytes(200) + zipped[400:], pickle.dumps(Runs(ran)), header):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"step-00000001\.npz: incomplete or not a trace") as raised:
+            traces.read_traces(tmp_path)
+        one_line(raised.value)
+    assert not ran.exists()
+
+
+# ---- Tokenizers and dense checkpoints ---------------------------------------------------------------------------
+
+
+def test_a_tokenizer_never_runs_code_and_never_asks(folder: Path, ran: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(*_: Any) -> str:
+        raise AssertionError("the terminal was asked")
+
+    monkeypatch.setattr("builtins.input", ask)
+    model = folder / "model"
+    shutil.copy(ran.parent / "evil.py", model / "evil.py")
+    auto_map = {"AutoTokenizer": [None, "evil.Evil"], "AutoConfig": "evil.Evil"}
+    settings = {"tokenizer_class": "Evil", "auto_map": auto_map}
+    change(model / "tokenizer_config.json", lambda content: content | settings)
+    with pytest.raises(ValueError, match=r"^data\.tokenizer=") as raised:
+        pretrained_tokenizer(str(model))
+    assert "\n" not in str(raised.value)
+    (model / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=r"^data\.tokenizer="):
+        pretrained_tokenizer(str(model))
+    assert not ran.exists()
+
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 8,
+    "num_hidden_layers": 1,
+    "hidden_size": 8,
+    "num_attention_heads": 2,
+    "intermediate_size": 8,
+}
+DENSE: dict[str, Any] = {
+    "a list": [],
+    "a text as a size": LLAMA | {"num_hidden_layers": "1"},
+    "a negative size": LLAMA | {"hidden_size": -8},
+    "a kernel of the hub": LLAMA | {"attn_implementation": "stranger/kernel"},
+    "a quantizer": LLAMA | {"quantization_config": {"quant_method": "gptq"}},
+    "weights without their index": LLAMA,
+}
+
+
+@pytest.mark.parametrize("settings", DENSE.values(), ids=DENSE)
+def test_a_hostile_dense_folder_is_refused_in_one_line_and_its_pickle_is_not_tried(
+    settings: Any, tmp_path: Path, ran: Path
+) -> None:
+    dense = tmp_path / "dense"
+    dense.mkdir()
+    (dense / "config.json").write_text(json.dumps(settings))
+    (dense / "other.safetensors").write_bytes(b"x")
+    torch.save({"model": Runs(ran)}, dense / "pytorch_model.bin")
+    keys = (*dense_checkpoint.SIZES, "expert", "embed_scale", "dense_digest", "layers")
+    with pytest.raises(ConfigError) as raised:
+        dense_checkpoint.resolve({**dict.fromkeys(keys), "dense": str(dense)})
+    assert "model.dense" in one_line(raised.value)
+    assert not ran.exists()
+
+
+# ---- Links ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def victim(tmp_path: Path) -> Path:
+    """Return a file outside of every run folder, which must keep its content."""
+    path = tmp_path / "victim"
+    path.write_text("precious")
+    return path
+
+
+@pytest.mark.parametrize("name", ["sweep.lock", ".results.csv.tmp", ".sweep.json.tmp", "results.csv"])
+def test_a_sweep_does_not_write_through_a_link_in_its_folder(
+    name: str, small: list[str], tmp_path: Path, victim: Path
+) -> None:
+    """A link in a sweep folder is refused in one line, with exit status 2, before a run starts."""
+    (tmp_path / "default").mkdir()
+    (tmp_path / "default" / name).symlink_to(victim)
+    done = run_script(TRAIN, "-m", *small, "seed=1,2", f"out={tmp_path}")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert f"{name} is a link" in done.stderr
+    assert victim.read_text() == "precious"
+    assert [path.name for path in (tmp_path / "default").iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", ["run.lock", "events.jsonl", "checkpoints", "wandb", "wandb/settings"])
+def test_a_run_does_not_write_through_a_link_in_its_folder(
+    name: str, small: list[str], cell: Any, tmp_path: Path, victim: Path
+) -> None:
+    link = cell().folder / name
+    link.parent.mkdir(parents=True)
+    link.symlink_to(victim.parent if name in ("checkpoints", "wandb") else victim)
+    done = run_script(TRAIN, *small, f"out={tmp_path}")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "is a link" in done.stderr or "no run.json" in done.stderr
+    assert victim.read_text() == "precious"
+
+
+def test_a_file_is_never_written_through_a_link(tmp_path: Path, victim: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(victim)
+    for mode in ("w", "a", "xb", "a+"):
+        with pytest.raises(LinkError, match="is a link"):
+            open_unlinked(link, mode)
+    write_text(link, "precious")  # the same content as the target's
+    assert not link.is_symlink()
+    (tmp_path / f".link.{os.getpid()}.tmp").symlink_to(victim)
+    with pytest.raises(LinkError):
+        write_text(link, "other")
+    assert victim.read_text() == "precious"
+
+
+def test_prepared_data_are_not_written_through_a_link(tmp_path: Path, victim: Path) -> None:
+    source = Embedded(domains=["docs"], chars_per_domain=60_000)
+    settings: dict[str, Any] = {"tokenizer": "bpe", "vocab_size": 300, "seq_len": 32, "val_percent": 20}
+    cache, outside = tmp_path / "cache", tmp_path / "outside"
+    made = prepare(source, **settings, max_val_blocks=4, cache=str(cache))
+    key = made.manifest["key"]
+    shutil.rmtree(cache / key)
+    outside.mkdir()
+    (cache / f"{key}.unfinished").symlink_to(outside)
+    with pytest.raises(LinkError, match="unfinished is a link"):
+        prepare(source, **settings, max_val_blocks=4, cache=str(cache))
+    (cache / f"{key}.unfinished").unlink()
+    (cache / f"{key}.lock").unlink(missing_ok=True)
+    (cache / f"{key}.lock").symlink_to(victim)
+    with pytest.raises(OSError, match="symbolic"):
+        prepare(source, **settings, max_val_blocks=4, cache=str(cache))
+    assert victim.read_text() == "precious"
+    assert not list(outside.iterdir())
+
+
+def test_a_study_and_a_report_do_not_write_through_links(folder: Path, tmp_path: Path, victim: Path) -> None:
+    for name in ("specialization.json", "tokens.html"):
+        (folder / name).unlink()
+        (folder / name).symlink_to(victim)
+    victim.write_text("precious")
+    assert specialization([str(folder), "--blocks", "4", "--samples", "2"]) in (0, 2)
+    out = tmp_path / "analysis"
+    out.mkdir()
+    for name in ("report.md", "report.html", "runs.csv", "learning_curves.png"):
+        (out / name).symlink_to(victim)
+    done = run_script(ANALYZE, str(folder), "--out", str(out))
+    assert "Traceback" not in done.stderr
+    assert victim.read_text() == "precious"
+    assert (out / "learning_curves.png").is_file()
+    assert not (out / "learning_curves.png").is_symlink()
