@@ -53,9 +53,13 @@ def _check_folder(cell: Cell) -> None:
     nearest = next(path for path in (cell.folder, *cell.folder.absolute().parents) if os.path.lexists(path))
     if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
         raise ConfigError(f"{cell.folder} cannot be created: {nearest} is not a folder that can be written to")
-    own = set(cell.folder.glob("wandb/*/logs/debug-core.log"))  # W&B links to its own log, and never writes through it
+    mirror = cell.folder / "wandb"  # W&B links to its own logs from the folders in it, and never writes to old ones
     for path in cell.folder.rglob("*"):
-        if path.is_symlink() and path not in own and not path.resolve().is_relative_to(cell.folder.resolve()):
+        if (
+            path.is_symlink()
+            and mirror not in path.parent.parents
+            and not path.resolve().is_relative_to(cell.folder.resolve())
+        ):
             raise ConfigError(f"{path} is a link that leads out of the run folder: delete it")
 
 
