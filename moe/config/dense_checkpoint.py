@@ -78,7 +78,7 @@ def digest(name: str, revision: str | None = None) -> str:
         return folder.name
     weights = sorted(folder.glob("*.safetensors"))
     complete = any((folder / file).is_file() for file in ("model.safetensors", "model.safetensors.index.json"))
-    require(complete, "model.dense", name, "a folder with model.safetensors or model.safetensors.index.json")
+    require(complete, "model.dense", name, "a folder with weights in model.safetensors or model.safetensors.index.json")
     sums = [_sum(path, path.stat().st_size, path.stat().st_mtime_ns) for path in [folder / "config.json", *weights]]
     return hashlib.sha256("".join(sums).encode()).hexdigest()
 
