@@ -65,7 +65,7 @@ class MoEConfig(LlamaConfig):
         The file may be a stranger's, so its keys and their types are checked before anything is built. Raises
         ConfigError for a wrong one, for example for a key that names code to load.
         """
-        types = {field.name: field.type for field in fields(cls)} | FILE_TYPES  # type: ignore[arg-type]
+        types = {field.name: field.type for field in fields(cls)} | FILE_TYPES
         check_values(config_dict, types, "config.json")
         return super().from_dict(config_dict, **kwargs)
 
