@@ -1,9 +1,9 @@
 """Check input and report mistakes in one line: the key, its value, what is allowed, and the nearest known name."""
 
 import difflib
-import importlib
 import inspect
 import math
+import pkgutil
 from collections.abc import Iterable, Sequence
 from dataclasses import is_dataclass
 from types import UnionType
@@ -76,7 +76,7 @@ def locate(path: object, key: str, *, trusted: bool) -> type[Any]:
 def _imported(path: str, where: str) -> Any:
     module, _, name = path.rpartition(".")
     try:
-        return getattr(importlib.import_module(module), name)
+        return pkgutil.resolve_name(f"{module}:{name}")
     except Exception as error:  # the module may be anybody's, and raise anything
         raise ConfigError(f"{where}={path}: must be a class that can be imported ({first_line(error)})") from error
 

@@ -222,7 +222,7 @@ class Config:
     def check_router(self) -> None:
         """Raise ConfigError for wrong keys or ranges of the router, and for a schedule or data that do not fit it."""
         router = self.build_router()
-        if getattr(locate(self.data.source["_target_"]), "conversations", False):
+        if getattr(locate(self.data.source["_target_"], "data.source", trusted=True), "conversations", False):
             router.require_documents_apart()
         if self.schedule.get("knob") == "temperature" and not router.schedulable:
             raise ConfigError(
