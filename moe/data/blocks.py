@@ -243,7 +243,7 @@ def _build(
         dataset = _dataset(list(blocks.values()), max_blocks, with_document=name == "val")
         if not len(dataset):
             raise ValueError(f"data.seq_len={seq_len}: no {name} block is that long; give more or longer documents")
-        _refuse_padding(dataset, fast, name)
+        _refuse_padding(dataset.with_format("numpy"), fast, name)
         dataset.save_to_disk(folder / name)
         for domain, counted in _counts(split, blocks, np.asarray(dataset["domain"])).items():
             counts[domain][name] = counted
@@ -360,8 +360,9 @@ def _refuse_padding(dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerFas
     """Raise ValueError if the blocks contain padding tokens, unless the tokenizer pads with a token that ends texts."""
     if tokenizer.pad_token_id in end_ids(tokenizer):
         return
-    ids = np.asarray(dataset.with_format("numpy")["input_ids"])
-    if share := (ids == tokenizer.pad_token_id).mean():
+    found = sum((rows["input_ids"] == tokenizer.pad_token_id).mean(1).sum() for rows in dataset.iter(batch_size=4096))
+    if found:
+        share = found / len(dataset)
         raise ValueError(
             f"data.tokenizer: {share:.1%} of the tokens of the {name} blocks are its padding token "
             f"{tokenizer.pad_token!r}; it must pad with a token that no text contains"

@@ -1,6 +1,7 @@
 """Tokenizers, trained on the documents or loaded from elsewhere, and the conversion of text to token ids."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -55,15 +56,14 @@ def pretrained_tokenizer(name: str) -> PreTrainedTokenizerFast:
     with an end-of-text token.
     """
     try:
-        pretrained = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        settings: dict[str, Any] = {"padding_side": "left", "split_special_tokens": False}
+        pretrained = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **settings)
     except Exception as error:  # whatever a wrong file makes a library raise
         raise ValueError(f"data.tokenizer={name}: cannot be read ({first_line(error)})") from error
     if not isinstance(pretrained, PreTrainedTokenizerFast) or pretrained.eos_token_id is None:
         raise ValueError(f"data.tokenizer={name}: must be a fast tokenizer that has an end-of-text token")
     _forget_calls(pretrained.backend_tokenizer)
     pretrained.backend_tokenizer.post_processor = processors.Sequence([])
-    pretrained.split_special_tokens = False
-    pretrained.padding_side = "left"
     if pretrained.pad_token is None:
         pretrained.pad_token = pretrained.eos_token
     return pretrained

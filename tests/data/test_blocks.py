@@ -20,7 +20,7 @@ import torch
 from pyarrow import parquet
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from moe.data.blocks import Prepared, batch, batch_indices, prepare
 from moe.data.embedded import DOMAINS, Embedded
@@ -200,38 +200,45 @@ def test_the_tokenizer_is_trained_on_training_text_only(named_groups, tmp_path):
     assert prepare_small(NamedGroups(changed=train, suffix="xyz"), tmp_path).manifest["tokenizer_sha256"] != digest
 
 
-def pad_and_truncate(tokenizer: PreTrainedTokenizerFast) -> None:
-    tokenizer(["a", "b c"], padding="max_length", max_length=8, truncation=True)
+def pad_and_truncate(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    tokenizer(["a", "b c"], padding="max_length", max_length=512, truncation=True)
+    tokenizer.save_pretrained(folder)
 
 
-def add_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+def add_special_tokens(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)]
     )
+    tokenizer.save_pretrained(folder)
 
 
-def split_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
-    tokenizer.init_kwargs["split_special_tokens"] = True  # as a tokenizer_config.json can say
+def split_special_tokens(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    tokenizer.save_pretrained(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"split_special_tokens": True, "padding_side": "right"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 @pytest.mark.parametrize("use", [pad_and_truncate, add_special_tokens, split_special_tokens])
-def test_settings_that_calls_left_in_a_tokenizer_change_neither_blocks_nor_the_saved_tokenizer(
-    named_groups: Prepared, tmp_path: Path, use: Callable[[PreTrainedTokenizerFast], None]
+def test_settings_that_were_left_in_a_tokenizer_change_neither_blocks_nor_the_saved_tokenizer(
+    named_groups: Prepared, tmp_path: Path, use: Callable[[PreTrainedTokenizerFast, Path], None]
 ) -> None:
     tokenizer = deepcopy(named_groups.tokenizer)
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
-    use(tokenizer)
-    tokenizer.save_pretrained(tmp_path / "used")
+    use(tokenizer, tmp_path / "used")
     prepared = prepare_small(NamedGroups(), tmp_path, tokenizer=str(tmp_path / "used"), vocab_size=None)
     for split in ("train", "val"):
         blocks, expected = (getattr(each, split)["input_ids"] for each in (prepared, named_groups))
         assert np.array_equal(blocks, expected)
-    saved = Tokenizer.from_str(prepared.tokenizer.backend_tokenizer.to_str())
-    assert saved.padding is saved.truncation is None
+    backend = Tokenizer.from_str(prepared.tokenizer.backend_tokenizer.to_str())
+    assert backend.padding is backend.truncation is None
+    prepared.tokenizer.save_pretrained(tmp_path / "saved")
+    saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
     text = "d0g1 <|im_start|> " * 9
     expected = named_groups.tokenizer(text).input_ids
-    assert saved.encode(text).ids == prepared.tokenizer(text).input_ids == expected
+    assert backend.encode(text).ids == saved(text).input_ids == expected
     assert text_encoder(prepared.tokenizer, parse_special=True).encode(text).ids == expected
+    assert saved(["d0 g1", "d"], padding=True)["attention_mask"][1][0] == 0
 
 
 def test_a_padding_token_that_occurs_in_texts_is_refused(named_groups: Prepared, tmp_path: Path) -> None:
