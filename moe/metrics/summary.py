@@ -50,10 +50,11 @@ def drop_rate_by_position(stats: RoutingStats) -> list[float | None]:
     return [_number(rate) for rate in rates.mean(0)]
 
 
-def utilization(stats: RoutingStats) -> list[list[float]]:
-    """Return each expert's share of the assignments, (L, E)."""
-    shares: list[list[float]] = formulas.load_share(to_numpy(stats)).tolist()
-    return shares
+def utilization(stats: RoutingStats) -> list[list[float | None]]:
+    """Return each expert's share of the assignments, (L, E). None in a layer in which no token asks for an expert."""
+    with np.errstate(invalid="ignore"):
+        shares = formulas.load_share(to_numpy(stats))
+    return [[_number(share) for share in layer] for layer in shares]
 
 
 def _number(value: np.floating) -> float | None:

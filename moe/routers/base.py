@@ -193,6 +193,15 @@ class LinearRouter(Router):
         return F.linear(x, self.weight.float())
 
 
+def largest(scores: Float[Tensor, "T N"], k: int, *, ties: Float[Tensor, "T N"]) -> Int[Tensor, "T k"]:
+    """Return the indices of the k largest scores of each token, the largest first. Equal scores are ordered by `ties`.
+
+    Scores that are computed from logits round to equal numbers where logits are large.
+    """
+    order = ties.argsort(dim=-1, descending=True, stable=True)
+    return order.gather(-1, scores.gather(-1, order).argsort(dim=-1, descending=True, stable=True)[:, :k])
+
+
 def check_k(k: int, num_experts: int) -> None:
     """Raise ConfigError if the number of experts per token is outside 1 ... E."""
     require(1 <= k <= num_experts, "router.k", k, f"between 1 and model.num_experts={num_experts}")

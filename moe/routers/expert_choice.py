@@ -34,7 +34,22 @@ class ExpertChoice(LinearRouter):
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         logits = self.logits(x)
-        probs = torch.softmax(self.perturb(logits, context.knobs), -1)
-        weight, token = probs.topk(capacity_per_expert(len(x), self.num_experts, self.capacity_factor), dim=0)
+        noisy = self.perturb(logits, context.knobs)
+        probs = torch.softmax(noisy, -1)
+        quota = capacity_per_expert(len(x), self.num_experts, self.capacity_factor)
+        token = log_odds(noisy.detach()).topk(quota, dim=0).indices
         expert = torch.arange(self.num_experts, device=x.device).expand_as(token)
+        weight = probs.gather(0, token)
         return Routing(token.flatten(), expert.flatten(), weight.flatten(), probs=probs, logits=logits)
+
+
+def log_odds(logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
+    """Return ln(p / (1 - p)) for p = softmax(logits), in fp64.
+
+    It is ordered as p is, but does not round to equal numbers where p is near 0 or 1.
+    """
+    logits = logits.double()
+    top, index = logits.max(-1, keepdim=True)
+    log_probs = torch.log_softmax(logits, -1)
+    odds = log_probs - torch.log1p(-log_probs.exp())  # inaccurate only for the largest p
+    return odds.scatter(-1, index, top - logits.scatter(-1, index, -torch.inf).logsumexp(-1, keepdim=True))

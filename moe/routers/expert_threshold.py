@@ -12,13 +12,14 @@ from moe.routing.stats import RoutingStats
 
 
 class ExpertThreshold(LinearRouter):
-    """Router in which a token takes every expert whose threshold its score exceeds (Sun et al. 2603.11535).
+    """Router in which a token takes every expert whose threshold its logit exceeds (Sun et al. 2603.11535).
 
-    Scores are s = sigmoid(W x), and gates are s, not normalized. An expert's threshold is a moving average, with decay
-    `decay`, of the (1 - k/E) quantile of the scores in a batch. T k / E tokens exceed that quantile. A token therefore
-    has k experts on average, but any number from 0 to E. A token that exceeds no threshold has no expert.
+    Logits are W x, and gates are sigmoid(W x), not normalized. An expert's threshold is a moving average, with decay
+    `decay`, of the (1 - k/E) quantile of the logits in a batch. T k / E tokens exceed that quantile. A token therefore
+    has k experts on average, but any number from 0 to E. A token that exceeds no threshold has no expert. (Thresholds
+    of sigmoid(W x) would round to 1, and select nobody, where logits are large.)
 
-    Thresholds are updated once per step, with the mean over micro-batches of the quantiles of the scores that selected
+    Thresholds are updated once per step, with the mean over micro-batches of the quantiles of the logits that selected
     (noise included). In the first step there are no thresholds yet, and tokens take their top-k experts. (The paper
     starts with expert choice, which is not causal.)
 
@@ -38,15 +39,15 @@ class ExpertThreshold(LinearRouter):
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         logits = self.logits(x)
-        log_scores = F.logsigmoid(self.perturb(logits, context.knobs))
-        scores = log_scores.exp()
-        top = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.topk(self.quota).indices, True)
+        noisy = self.perturb(logits, context.knobs)
+        log_scores = F.logsigmoid(noisy)
+        top = torch.zeros_like(noisy, dtype=torch.bool).scatter(-1, noisy.topk(self.quota).indices, True)
         return Routing.masked(
-            torch.where(self.threshold.isinf(), top, scores > self.threshold),
-            scores,
+            torch.where(self.threshold.isinf(), top, noisy > self.threshold),
+            log_scores.exp(),
             probs=log_scores.softmax(-1),
             logits=logits,
-            feedback=len(x) * scores.detach().quantile(1 - self.quota / self.num_experts, dim=0),
+            feedback=len(x) * noisy.detach().quantile(1 - self.quota / self.num_experts, dim=0),
         )
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moe.checks import require
+from moe.routers.base import largest
 from moe.routers.topk import TopK
 from moe.routing.decision import Context, Routing
 
@@ -41,12 +42,17 @@ class GroupLimited(TopK):
         logits = self.logits(x)
         noisy = self.perturb(logits, context.knobs)
         probs = torch.softmax(noisy, -1)
-        expert = noisy.masked_fill(~self._open(probs), -torch.inf).topk(self.k).indices
+        expert = noisy.masked_fill(~self._open(noisy.detach()), -torch.inf).topk(self.k).indices
         return Routing.token_choice(expert, self._gate(probs.gather(-1, expert)), probs=probs, logits=logits)
 
-    def _open(self, probs: Float[Tensor, "T E"]) -> Tensor:
-        """Return the mask (T, E) of the experts in selected groups."""
-        grouped = probs.unflatten(-1, (self.groups, self.size))
-        kept = grouped.topk(min(2, self.size)).values.sum(-1).topk(self.top_groups).indices
+    def _open(self, logits: Float[Tensor, "T E"]) -> Tensor:
+        """Return the mask (T, E) of the experts in selected groups.
+
+        Groups are compared by the logarithm of their scores. It does not underflow, and if two are still equal, their
+        second logits differ.
+        """
+        grouped = logits.double().unflatten(-1, (self.groups, self.size))
+        best = grouped.topk(min(2, self.size)).values
+        kept = largest(best.logsumexp(-1), self.top_groups, ties=best[..., -1])
         is_kept = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter(-1, kept, True)
         return is_kept.repeat_interleave(self.size, -1)

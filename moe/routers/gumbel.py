@@ -27,8 +27,9 @@ class Gumbel(Temperature):
         temperature = context.knobs.temperature
         logits = self.logits(x)
         noisy = self.perturb(logits, context.knobs)
-        drawn = noisy + temperature * gumbel_like(noisy) if self.training else noisy
-        expert = drawn.topk(self.k).indices
+        noise = temperature * gumbel_like(noisy) if self.training else torch.zeros_like(noisy)
+        drawn = noisy + noise
+        expert = (noisy.double() + noise).topk(self.k).indices  # in fp32 large logits would round the noise
         hard = torch.softmax(noisy.gather(-1, expert) / temperature, -1)
         soft = torch.softmax(drawn / temperature, -1).gather(-1, expert)
         probs = torch.softmax(noisy / temperature, -1)

@@ -28,7 +28,7 @@ class QuantileBalancing(BiasedSigmoid):
         self.decay = decay
 
     def feedback(self, scores: Float[Tensor, "T E"]) -> Float[Tensor, "E"]:
-        return len(scores) * balanced_bias(scores, self.bias, self.k)
+        return len(scores) * balanced_bias(scores, self.bias, self.k).float()
 
     @torch.no_grad()
     def after_step(self, stats: RoutingStats) -> None:

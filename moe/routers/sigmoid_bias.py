@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moe.checks import finite, require
-from moe.routers.base import LinearRouter
+from moe.routers.base import LinearRouter, largest
 from moe.routing.decision import Context, Routing
 from moe.routing.stats import RoutingStats
 
@@ -29,16 +29,21 @@ class BiasedSigmoid(LinearRouter):
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         logits = self.logits(x)
-        log_scores = F.logsigmoid(self.perturb(logits, context.knobs))  # in logs, because a sum of scores can be 0
+        noisy = self.perturb(logits, context.knobs)
+        log_scores = F.logsigmoid(noisy)  # in logs, because a sum of scores can be 0
         scores = log_scores.exp()
-        expert = (scores + self.bias).topk(self.k).indices
+        exact = torch.sigmoid(noisy.detach().double())  # in fp32 it is 1 for all logits above 17
+        expert = largest(exact + self.bias, self.k, ties=noisy.detach())
         normalize = self.normalize and self.k > 1
         weight = log_scores.gather(-1, expert).softmax(-1) if normalize else scores.gather(-1, expert)
         probs = log_scores.softmax(-1)
-        return Routing.token_choice(expert, weight, probs=probs, logits=logits, feedback=self.feedback(scores.detach()))
+        return Routing.token_choice(expert, weight, probs=probs, logits=logits, feedback=self.feedback(exact))
 
     def feedback(self, scores: Float[Tensor, "T E"]) -> Float[Tensor, "E"] | None:
-        """Return sums over tokens from which `after_step` learns in addition to the loads, or None."""
+        """Return sums over tokens from which `after_step` learns in addition to the loads, or None.
+
+        scores: s in fp64.
+        """
         return None
 
 

@@ -16,8 +16,8 @@ class Sinkhorn(LinearRouter):
 
     Known as S-BASE (Clark et al. 2202.01169). The plan is a matrix (tokens of the micro-batch x experts). Every row has
     the same sum, and every column has the same sum. It is computed with Sinkhorn's algorithm from (noisy logits) /
-    epsilon. No gradient flows through it. If epsilon is small compared with the spread of the logits, the plan is close
-    to the best balanced assignment but needs more iterations.
+    epsilon, in fp64. No gradient flows through it. If epsilon is small compared with the spread of the logits, the plan
+    is close to the best balanced assignment but needs more iterations.
 
     The plan only decides which experts are chosen. It does not affect gate weights. These are sigmoid(logit) for k=1,
     otherwise the softmax of the chosen logits. With k > 1, evaluation therefore equals `TopK`.
@@ -54,7 +54,7 @@ class Sinkhorn(LinearRouter):
         logits = self.logits(x)
         noisy = self.perturb(logits, context.knobs)
         planned = self.training or self.inference
-        selection_scores = log_plan(noisy.detach() / self.epsilon, self.iterations) if planned else noisy
+        selection_scores = log_plan(noisy.detach().double() / self.epsilon, self.iterations) if planned else noisy
         expert = selection_scores.topk(self.k).indices
         top = noisy.gather(-1, expert)
         weight = torch.sigmoid(top) if self.k == 1 else torch.softmax(top, -1)

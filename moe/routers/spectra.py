@@ -161,7 +161,7 @@ class Spectra(Router):
         planned = self.training or self.inference
         mean = F.normalize(expression.mean(0), dim=-1)
         logits = -self._cost(similarity, mean if planned else F.normalize(self.mean_expression, dim=-1)) / self.epsilon
-        scores = self.perturb(logits, context.knobs)
+        scores = self.perturb(logits, context.knobs).double()
         if planned:
             scores = self.plan(scores, self.iterations)
         scores = scores.log_softmax(-1)
@@ -170,15 +170,16 @@ class Spectra(Router):
         if planned and self.quota_factor is not None:
             quota = math.ceil(self.quota_factor * len(x) * self.k / self.num_experts)
         chosen = choose_within_quota(scores.detach(), self.k, quota)
-        weight = probs * chosen
-        if self.k > 1:
-            weight = weight / weight.sum(-1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
+        gated = chosen | ~chosen.any(-1, keepdim=True)  # a row without any expert would have no softmax
+        weight = probs if self.k == 1 else torch.softmax(scores.masked_fill(~gated, -torch.inf), -1)
 
         aux = {"cosine_similarity": similarity.square().mean()}
         if self.srip:
             aux["srip"] = srip(mean)
         sums = expression.detach().sum(0).flatten()
-        return Routing.masked(chosen, weight, probs=probs, logits=logits, aux=aux, feedback=sums, state=state)
+        return Routing.masked(
+            chosen, weight.float(), probs=probs.float(), logits=logits, aux=aux, feedback=sums, state=state
+        )
 
     def _next_state(self, x: Float[Tensor, "T D"], state: Float[Tensor, "T H"] | None) -> Float[Tensor, "T H"] | None:
         if self.gru is None:

@@ -36,10 +36,14 @@ class TopP(LinearRouter):
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         logits = self.logits(x)
-        log_probs = torch.log_softmax(self.perturb(logits, context.knobs), -1)
+        noisy = self.perturb(logits, context.knobs)
+        log_probs = torch.log_softmax(noisy, -1)
         probs = log_probs.exp()
-        top, expert = probs.topk(self.k_max)
+        expert = noisy.topk(self.k_max).indices
+        top = torch.softmax(noisy.detach().double(), -1).gather(-1, expert)
         needed = top.cumsum(-1) - top < self.p  # the more probable experts alone sum to less than p
+        if self.p == 1:
+            needed = torch.ones_like(needed)  # they never sum to 1, but rounding may say so
         chosen = torch.zeros_like(probs, dtype=torch.bool).scatter(-1, expert, needed)
         aux = {"entropy": -(probs * log_probs).sum(-1).mean()}  # not entr(probs): its gradient at 0 is infinite
         return Routing.masked(chosen, probs, probs=probs, logits=logits, aux=aux)

@@ -42,10 +42,12 @@ class TopK(LinearRouter):
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         logits = self.logits(x)
         noisy = self.perturb(logits, context.knobs)
-        probs = torch.softmax(noisy / context.knobs.temperature, -1)
+        tempered = noisy / context.knobs.temperature
+        probs = torch.softmax(tempered, -1)
         expert = noisy.topk(self.k).indices  # not of probs, which at low temperature round to ties
         weight = self._gate(probs.gather(-1, expert))
-        return Routing.token_choice(expert, weight, probs=probs, logits=logits, renormalize=self.after_drops)
+        log_weight = tempered.gather(-1, expert).flatten() if self.after_drops else None
+        return Routing.token_choice(expert, weight, probs=probs, logits=logits, log_weight=log_weight)
 
     def _gate(self, top: Float[Tensor, "T K"]) -> Float[Tensor, "T K"]:
         if self.gate == "uniform":

@@ -162,7 +162,8 @@ class Routing(NamedTuple):
         router's `loss_weights`.
     feedback: (N) sums over tokens from which the router's `after_step` learns, in addition to the loads, or None.
     state: (T, H) what the router of the next MoE layer gets as `Context.state`, or None.
-    renormalize: whether the weights of a token are scaled to sum 1 again over the assignments left after drops.
+    log_weight: (A) the logarithms of the weights, up to a constant for each token. If a router gives them, the weights
+        of a token sum to 1 again over the assignments left after drops. None: weights stay as they are.
     slots: mixtures of tokens that experts process instead of tokens, or None. With slots, `token` numbers the slots of
         the batch.
     """
@@ -175,7 +176,7 @@ class Routing(NamedTuple):
     aux: dict[str, Float[Tensor, ""]] = {}
     feedback: Float[Tensor, "N"] | None = None
     state: Float[Tensor, "T H"] | None = None
-    renormalize: bool = False
+    log_weight: Float[Tensor, "A"] | None = None
     slots: Slots | None = None
 
     @staticmethod
@@ -190,6 +191,15 @@ class Routing(NamedTuple):
         """Return a routing in which a token takes each expert for which `chosen` is true. Waits for the device."""
         token, expert = chosen.nonzero(as_tuple=True)
         return Routing(token, expert, weight[token, expert], **{"probs": None, "logits": None, **fields})
+
+    def take(self, selected: Bool[Tensor, "A"]) -> "Routing":
+        """Return the routing with the selected assignments alone."""
+        return self._replace(
+            token=self.token[selected],
+            expert=self.expert[selected],
+            weight=self.weight[selected],
+            log_weight=None if self.log_weight is None else self.log_weight[selected],
+        )
 
 
 def count(index: Int[Tensor, "N"], bins: int) -> Int[Tensor, "bins"]:

@@ -94,8 +94,8 @@ def dispatch(
         assignments are kept, and those of one expert stay in the order in which the router listed them.
     position: position of each token (or slot) in its document, for `drop`. None: t % seq_len.
 
-    If `routing.renormalize` is set, the weights that a token keeps after drops are divided by their sum. Without a
-    limit nothing is dropped, and weights stay as they are.
+    If `routing.log_weight` is given, the weights that a token keeps after drops sum to 1 again. Without a limit nothing
+    is dropped, and weights stay as they are.
     """
     token, expert, weight = routing.token, routing.expert, routing.weight
     offered = count(expert, num_experts)
@@ -109,11 +109,26 @@ def dispatch(
     limit = capacity_per_expert(len(expert), num_experts, capacity)
     order = order[place < limit]
     token, weight = token[order], weight[order]
-    if routing.renormalize:
-        # On CUDA `index_add` adds in no fixed order. With two experts per token the sum is the same in any order; with
-        # more, its last bits can differ between runs.
-        weight = weight / weight.new_zeros(len(expert)).index_add(0, token, weight)[token]
-    return Dispatch(token, weight, offered, offered.clamp(max=limit), torch.argsort(token, stable=True))
+    by_token = torch.argsort(token, stable=True)
+    if routing.log_weight is not None:
+        weight = _softmax_by_token(routing.log_weight[order], token, by_token)
+    return Dispatch(token, weight, offered, offered.clamp(max=limit), by_token)
+
+
+def _softmax_by_token(
+    scores: Float[Tensor, "R"], token: Int[Tensor, "R"], by_token: Int[Tensor, "R"]
+) -> Float[Tensor, "R"]:
+    """Return the softmax of the scores over the assignments of each token. It is finite for all scores.
+
+    On CUDA `index_add` adds in no fixed order. With two experts per token the sum is the same in any order; with more,
+    its last bits can differ between runs.
+    """
+    sorted_token = token[by_token]
+    begins = F.pad(sorted_token[1:] != sorted_token[:-1], (1, 0))[: len(token)]
+    number = torch.empty_like(token).index_copy(0, by_token, begins.cumsum(0))  # of the token among those that are left
+    highest = scores.detach().new_full((len(token),), -torch.inf).scatter_reduce(0, number, scores.detach(), "amax")
+    exponentials = (scores - highest[number]).exp()
+    return exponentials / exponentials.new_zeros(len(token)).index_add(0, number, exponentials)[number]
 
 
 def gather(x: Float[Tensor, "T D"], dispatched: Dispatch) -> Float[Tensor, "R D"]:

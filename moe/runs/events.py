@@ -87,7 +87,7 @@ def evaluation_series(events: list[dict[str, Any]]) -> dict[str, list[Any]]:
 
     `train_losses` and `load_balancing_losses` are means over the training steps since the evaluation before (null at
     step 0). `load_balancing_losses` are unweighted (1 is balanced) and a mean over layers. `elapsed_times` are minutes.
-    `expert_utilizations` are shares by expert, a mean over layers.
+    `expert_utilizations` are shares by expert, a mean over layers; null if no token of a layer asks for an expert.
     """
     series: dict[str, list[Any]] = {name: [] for name in SERIES}
     series |= {"train_losses": [], "load_balancing_losses": [], "elapsed_times": [], "expert_utilizations": []}
@@ -108,7 +108,7 @@ def evaluation_series(events: list[dict[str, Any]]) -> dict[str, list[Any]]:
         series["elapsed_times"].append(event["time/elapsed"] / 60)
         layers = event.get("routing/utilization")
         series["expert_utilizations_per_layer"].append(layers)
-        series["expert_utilizations"].append(layers and [fmean(column) for column in zip(*layers, strict=True)])
+        series["expert_utilizations"].append(layers and [_mean_or_null(c) for c in zip(*layers, strict=True)])
         since = []
     return series
 
@@ -123,6 +123,11 @@ def median_speed(events: list[dict[str, Any]]) -> float | None:
     """
     speeds = [e["time/tokens_per_s"] for e in events if e["kind"] == "train" and e["step"] > WARM_UP]
     return median(speeds) if speeds else None
+
+
+def _mean_or_null(values: tuple[float | None, ...]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if len(known) == len(values) else None
 
 
 def _mean(events: list[dict[str, Any]], key: str) -> float | None:

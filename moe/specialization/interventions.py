@@ -52,9 +52,7 @@ def intervene(layer: MoELayer, intervention: Intervention) -> Iterator[None]:
 
 def remove(routing: Routing, selected: Bool[Tensor, "A"]) -> Routing:
     """Return the routing without the selected assignments. Their experts add nothing; the others keep their weights."""
-    return routing._replace(
-        token=routing.token[~selected], expert=routing.expert[~selected], weight=routing.weight[~selected]
-    )
+    return routing.take(~selected)
 
 
 def reroute(routing: Routing, selected: Bool[Tensor, "A"], *, num_experts: int) -> Routing:
@@ -75,7 +73,7 @@ def reroute(routing: Routing, selected: Bool[Tensor, "A"], *, num_experts: int) 
     expert, remaining = routing.expert.clone(), torch.ones_like(selected)
     expert[selected] = best_first[token, rank]
     remaining[selected] = rank < (~taken).sum(-1)[token]
-    return routing._replace(token=routing.token[remaining], expert=expert[remaining], weight=routing.weight[remaining])
+    return routing._replace(expert=expert).take(remaining)
 
 
 def swap_experts(routing: Routing, token: Int[Tensor, "B"], order: Int[Tensor, "B E"]) -> Routing:

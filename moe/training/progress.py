@@ -23,8 +23,8 @@ class Progress:
             return
         line = f"step {step:>5}/{self._steps}  val loss {values['val/loss']:.4f}"
         line += f"  perplexity {values['val/perplexity']:.2f}"
-        if "routing/load_cv" in values:
-            line += f"  load CV {values['routing/load_cv']:.3f}"
+        if (load_cv := values.get("routing/load_cv")) is not None:
+            line += f"  load CV {load_cv:.3f}"
         tqdm.write(f"{line}  {values['time/elapsed']:.0f} s")
 
     def trained(self, values: dict[str, Any]) -> None:
@@ -32,8 +32,8 @@ class Progress:
         shown = {"loss": f"{values['train/loss']:.3f}"}
         if self._perplexity:
             shown["val ppl"] = self._perplexity
-        if "train/routing/load_cv" in values:
-            shown["load CV"] = f"{values['train/routing/load_cv']:.2f}"
+        if (load_cv := values.get("train/routing/load_cv")) is not None:
+            shown["load CV"] = f"{load_cv:.2f}"
         shown |= {"T": f"{values['temperature']:.2f}", "tok/s": f"{values['time/tokens_per_s']:,.0f}"}
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update()

@@ -34,24 +34,25 @@ def stats_of(router: ExpertThreshold, x: Tensor) -> RoutingStats:
 
 
 def quantiles(router: ExpertThreshold, x: Tensor) -> Tensor:
-    """Return the (1 - 2 / E) quantile of each expert's scores."""
-    scores = torch.sigmoid(x @ router.weight.T).detach().numpy()
-    return torch.from_numpy(np.quantile(scores, 1 - 2 / E, axis=0))
+    """Return the (1 - 2 / E) quantile of each expert's logits."""
+    logits = (x @ router.weight.T).detach().numpy()
+    return torch.from_numpy(np.quantile(logits, 1 - 2 / E, axis=0))
 
 
-def test_a_token_takes_every_expert_whose_threshold_its_score_exceeds() -> None:
+def test_a_token_takes_every_expert_whose_threshold_its_logit_exceeds() -> None:
     router, x = make(), torch.randn(T, D)
-    router.threshold.copy_(torch.linspace(0.1, 0.9, E))
-    scores = torch.sigmoid(x @ router.weight.T)
+    router.threshold.copy_(torch.linspace(-2, 2, E))
+    logits = x @ router.weight.T
+    scores = torch.sigmoid(logits)
     routing = router(x, context())
-    expected = [(t, e) for t in range(T) for e in range(E) if scores[t, e] > router.threshold[e]]
+    expected = [(t, e) for t in range(T) for e in range(E) if logits[t, e] > router.threshold[e]]
     assert list(zip(routing.token.tolist(), routing.expert.tolist(), strict=True)) == expected
     torch.testing.assert_close(routing.weight, torch.stack([scores[pair] for pair in expected]))
 
 
 def test_a_token_below_every_threshold_gets_no_expert() -> None:
     router = make()
-    router.threshold.fill_(0.999)
+    router.threshold.fill_(0.001)
     assert len(router(torch.zeros(T, D), context()).token) == 0
 
 

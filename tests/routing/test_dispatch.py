@@ -183,7 +183,7 @@ def test_dropping_at_random_is_reproducible_and_uniform_and_within_capacity() ->
 
 def test_weights_are_renormalized_over_the_assignments_that_are_kept() -> None:
     routing = random_routing(24, 4, 2, skew=1.0)
-    renormalized = dispatch(routing._replace(renormalize=True), 4, capacity=0.6, seq_len=24)
+    renormalized = dispatch(routing._replace(log_weight=routing.weight.log()), 4, capacity=0.6, seq_len=24)
     sums = torch.zeros(24).index_add(0, renormalized.token, renormalized.weight)
     has_expert = torch.bincount(renormalized.token, minlength=24) > 0
     assert not has_expert.all()
@@ -191,6 +191,30 @@ def test_weights_are_renormalized_over_the_assignments_that_are_kept() -> None:
     plain = dispatch(routing, 4, capacity=0.6, seq_len=24)
     assert torch.equal(plain.token, renormalized.token)
     assert not torch.allclose(plain.weight, renormalized.weight)
+
+
+def test_weights_are_renormalized_by_token_if_there_are_fewer_assignments_than_tokens() -> None:
+    """Of three tokens only the last one has an expert. Its weight .5 becomes 1."""
+    routing = Routing.masked(torch.tensor([[False, False], [False, False], [True, False]]), torch.full((3, 2), 0.5))
+    dispatched = dispatch(routing._replace(log_weight=routing.weight.log()), 2, capacity=1.0, seq_len=3)
+    assert dispatched.token.tolist() == [2]
+    assert dispatched.weight.tolist() == [1.0]
+
+
+@pytest.mark.parametrize("gap", [10.0, 88.0, 104.0, 1e4])
+def test_a_token_that_loses_its_best_expert_gives_all_its_weight_to_the_other_one(gap: float) -> None:
+    """The weight is 1 and its gradient 0, however small the softmax of the other expert's logit was."""
+    logits = torch.tensor([[gap, 0.0], [gap, 0.0]], requires_grad=True)
+    log_weight = logits.flatten()
+    weight = logits.softmax(-1).flatten()
+    token, expert = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])
+    first_fills_expert_0 = torch.tensor([True, False, True, True])
+    routing = Routing(token, expert, weight, None, None, log_weight=log_weight).take(first_fills_expert_0)
+    dispatched = dispatch(routing, 2, capacity=0.5, seq_len=2)
+    assert dispatched.token.tolist() == [0, 1]
+    torch.testing.assert_close(dispatched.weight.detach(), torch.ones(2))
+    [gradient] = torch.autograd.grad(dispatched.weight.square().sum(), logits)
+    torch.testing.assert_close(gradient, torch.zeros(2, 2))
 
 
 @pytest.mark.parametrize("drop", ["position", "score", "random"])

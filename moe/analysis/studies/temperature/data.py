@@ -88,7 +88,7 @@ def with_utilization(members: pd.DataFrame, evals: pd.DataFrame) -> pd.DataFrame
     known = evals.dropna(subset=["routing/utilization"]).sort_values("step").drop_duplicates("folder", keep="last")
     rows = []
     for folder, layers in known[["folder", "routing/utilization"]].itertuples(index=False):
-        shares = np.array(layers)
+        shares = np.array(layers, dtype=float)  # null becomes NaN
         rows.append(
             {
                 "folder": folder,
