@@ -15,9 +15,11 @@ def overlap(a: Bool[np.ndarray, "L N E"], b: Bool[np.ndarray, "L N E"]) -> dict[
         kappa: c = k/E, as if tokens chose at random.
         kappa_shuffled: c is the overlap under the same loads if the tokens of one side were shuffled. It is larger
             than k/E when loads are uneven. Only this value measures agreement about tokens.
-    Where the number of experts per token varies, the larger set counts as k. NaN where every token takes every expert.
+    Where the number of experts per token varies, the larger set counts as k. Corrected values are NaN where every token
+    takes every expert, and all values where no token takes any.
     """
-    size = np.maximum(a.sum(-1), b.sum(-1)).sum(-1)
+    total = np.maximum(a.sum(-1), b.sum(-1)).sum(-1)
+    size = np.where(total > 0, total, math.nan)
     shared = (a & b).sum((1, 2)) / size
     uniform = (a.sum(-1) * b.sum(-1)).sum(-1) / a.shape[-1] / size
     shuffled = (a.sum(1) * b.sum(1)).sum(-1) / a.shape[1] / size
@@ -40,7 +42,7 @@ def consistency(chosen: Sequence[Bool[np.ndarray, "L N E"]]) -> dict[str, float 
     chosen: the choices at the milestones of the run; the last two are compared.
 
     Returns `overlap` and `kappa_shuffled` of `overlap`, means over layers. They are None if there are fewer than two
-    choices, or if every token takes every expert.
+    choices, or if every token takes every expert or none.
     """
     names = {"routing/consistency": "overlap", "routing/consistency_kappa": "kappa_shuffled"}
     if len(chosen) < 2:
