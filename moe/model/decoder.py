@@ -131,7 +131,7 @@ class Hidden(NamedTuple):
 
     last: (B, S, D), after the final norm.
     states: what each decoder layer gets, and then `last`. Only the latter unless asked for.
-    attentions: (B, heads, S, S) for each decoder layer, or None unless attention is eager.
+    attentions: (B, heads, S, S) for each decoder layer, None unless attention is eager. Empty unless asked for.
     layers: the output of each MoE layer.
     """
 
@@ -177,6 +177,7 @@ class MoEModel(MoEPreTrainedModel):
         position_ids: Int[Tensor, "#B S"] | None = None,
         cache: Cache | None = None,
         keep_states: bool = False,
+        keep_attentions: bool = False,
     ) -> Hidden:
         """Return hidden states of token ids, or of vectors that take the place of the embeddings of token ids."""
         x = inputs if inputs.is_floating_point() else self.embed_tokens(inputs)
@@ -203,7 +204,7 @@ class MoEModel(MoEPreTrainedModel):
             run: Callable[..., Any] = functools.partial(checkpoint, layer, use_reentrant=False) if recompute else layer
             states += [x] if keep_states else []
             x, weights, output = run(x, context, rotary, mask, cache)
-            attentions.append(weights)
+            attentions += [weights] if keep_attentions else []
             if output is not None:
                 outputs.append(output)
                 context = context._replace(state=output.routing[-1].state)
@@ -347,6 +348,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             cache=cache,
             keep_states=bool(keep_states),
+            keep_attentions=bool(keep_attentions),
         )
         logits = self.lm_head(hidden.last[:, -logits_to_keep:])
         loss = None
