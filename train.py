@@ -14,7 +14,6 @@ from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig
 
 from moe.checks import ConfigError
-from moe.config.schema import Cell
 from moe.distributed import ranks
 from moe.files import LinkError
 from moe.launch import command_line, sweep
@@ -24,16 +23,11 @@ from moe.runs.record import RecordError
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def run_cell(composed: DictConfig) -> None:
     """Train one cell, in the process that the launcher chose for it."""
-    from pathlib import Path
-
     from hydra.core.hydra_config import HydraConfig
 
     from moe.launch.run import run
 
-    settings = HydraConfig.get()
-    choices = command_line.group_choices(settings)
-    experiment = str(choices.pop("experiment"))
-    run(Cell(command_line.typed(composed), Path(settings.runtime.output_dir), experiment, choices))
+    run(command_line.job_cell(composed, HydraConfig.get()))
 
 
 def main() -> int:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from moe.config.schema import flatten
 from moe.runs.record import FORMAT, RunFacts
 
 RECORD = {
@@ -37,7 +38,8 @@ def write_record(folder: Path, **fields: Any) -> None:
     """Write run.json with these fields. A field of `RunFacts` is written into `facts`."""
     facts = {name: fields.pop(name) for name in RunFacts._fields if name in fields}
     named = {"experiment": folder.parent.name, "name": folder.name}
-    record = RECORD | named | ({"facts": FACTS | facts} if facts else {}) | fields
+    identity = {"identity": flatten(fields.get("config", {}))}
+    record = RECORD | named | identity | ({"facts": FACTS | facts} if facts else {}) | fields
     (folder / "run.json").write_text(json.dumps(record))
 
 

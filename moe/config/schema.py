@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import MISSING
 
-from moe.checks import ConfigError, build, finite, locate, one_of, require
+from moe.checks import ConfigError, build, finite, locate, one_of, require, unknown
 from moe.config import dense_checkpoint
 from moe.config.claim import ClaimConfig
 from moe.data.limits import check_limits
@@ -30,6 +30,15 @@ FREE_KEYS = (
     "data.cache",
     "claims",
 )
+
+# Keys that not every run can use, each with the value that switches it off. A run whose router ignores a key has this
+# value, and its record names no level of the key. `Config.ignored_keys` says which keys a run ignores.
+OFF: dict[str, Any] = {
+    "noise": 0.0,
+    "capacity": None,
+    "drop": "position",
+    **{loss.weight: 0.0 for loss in LOSSES.values()},
+}
 
 
 @dataclass
@@ -224,6 +233,11 @@ class Config:
         router = self.build_router()
         if getattr(locate(self.data.source["_target_"], "data.source", trusted=True), "conversations", False):
             router.require_documents_apart()
+        router.check_chain()
+        for key in router.ignores - OFF.keys():
+            raise unknown(f"key in ignores of {type(router).__name__}", key, OFF)
+        if self.schedule.get("knob") == "noise" and "noise" in router.ignored_keys():
+            raise ConfigError("schedule.knob=noise: this router ignores noise; use another router")
         if self.schedule.get("knob") == "temperature" and not router.schedulable:
             raise ConfigError(
                 "schedule.knob=temperature: this router has no temperature; use router=temperature or router=gumbel"
@@ -231,6 +245,18 @@ class Config:
         schedule = build(self.schedule, "schedule", trusted=True)
         for knob, setting in (("temperature", self.temperature), ("noise", self.noise)):
             schedule(knob, setting, 0.0)
+
+    def ignored_keys(self) -> frozenset[str]:
+        """Return the keys of `OFF` that change nothing in this run.
+
+        These are the keys that the router ignores; `drop`, if there is no capacity limit; and all of them, if no layer
+        is a Mixture of Experts. This imports torch.
+        """
+        if self.model.first_k_dense_replace == self.model.layers:
+            return frozenset(OFF)
+        ignored = self.build_router().ignored_keys()
+        limited = self.capacity is not None and "capacity" not in ignored
+        return ignored if limited else ignored | {"drop"}
 
     def build_router(self) -> Any:
         """Return the router of one layer, without memory for its parameters. This imports torch."""
@@ -251,12 +277,21 @@ class Config:
 
 
 class Cell(NamedTuple):
-    """One cell of a sweep, or a single run: its configuration, run folder, and the option chosen from each group."""
+    """One cell of a sweep, or a single run.
+
+    config: its configuration. folder: its run folder. choices: the option chosen from each group. ignored: the keys of
+    `OFF` that do not apply to this run; they are switched off in `config`.
+    """
 
     config: Config
     folder: Path
     experiment: str
     choices: dict[str, str | None]
+    ignored: frozenset[str] = frozenset()
+
+    def identity(self) -> dict[str, Any]:
+        """Return the keys that decide what the run computes, flat, without those that do not apply to it."""
+        return {key: value for key, value in self.config.identity().items() if key not in self.ignored}
 
 
 def is_free(key: str) -> bool:

@@ -5,7 +5,9 @@ import hashlib
 import json
 import re
 from collections import Counter, defaultdict
-from dataclasses import fields
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -26,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from moe.checks import ConfigError, first_line, require, unknown
 from moe.config import dense_checkpoint
 from moe.config.options import CONF, GROUPS, options
-from moe.config.schema import Cell, Config, flatten
+from moe.config.schema import OFF, Cell, Config, flatten
 from moe.distributed import ranks
 from moe.runs.folder import finished
 
@@ -107,7 +109,8 @@ def _expand(arguments: list[str], *, multirun: bool) -> list[Cell]:
     overrides = parser.parse_overrides(arguments)
     for override in overrides:
         _check_override(override)
-    base = _compose([str(o.input_line) for o in overrides if not o.is_sweep_override()])
+    fixed = [str(o.input_line) for o in overrides if not o.is_sweep_override()]
+    base = _compose(fixed)
     launcher = base.hydra.runtime.choices["hydra/launcher"]
     allowed = f"basic, or left out: this launch has {ranks.world_size()} processes, which train one cell after another"
     require(launcher == "basic" or ranks.world_size() == 1, "hydra/launcher", launcher, allowed)
@@ -116,14 +119,16 @@ def _expand(arguments: list[str], *, multirun: bool) -> list[Cell]:
         swept = [o.input_line for o in overrides if o.is_sweep_override()]
         if swept:
             raise ConfigError(f"{swept[0]}: several values need a sweep; add -m")
-        cells = [_cell(base, multirun=False)]
+        grid = [fixed]
     else:
         for override in overrides:
             if override.is_sweep_override() and (key := override.key_or_group) in ("experiment", "out"):
                 raise ConfigError(f"{override.input_line}: a command has one {key}; give one command for each")
         params = [f"{key}={value}" for key, value in (base.hydra.sweeper.params or {}).items()]
-        [grid] = BasicSweeper.split_arguments(parser.parse_overrides(params) + overrides, None)
-        cells = [_cell(_compose(cell), multirun=True) for cell in grid]
+        overrides = parser.parse_overrides(params) + overrides
+        [grid] = BasicSweeper.split_arguments(overrides, None)
+    composed = [_compose(cell) for cell in grid]
+    cells = [_cell(each, multirun=multirun) for each in composed]
     for cell in cells:
         cell.config.check()
     for cell in cells:
@@ -132,7 +137,72 @@ def _expand(arguments: list[str], *, multirun: bool) -> list[Cell]:
     for folder, count in Counter(cell.folder for cell in cells).items():
         if count > 1:
             raise ConfigError(f"two cells of this sweep are the same run: {folder}")
-    return cells
+    if all(map(finished, cells)):
+        return cells
+    described = [_without_ignored(*each) for each in zip(cells, composed, grid, strict=True)]
+    _refuse_given_in_vain(cells, described, {str(o.key_or_group) for o in overrides if o.is_sweep_override()})
+    return list({cell.folder: cell for cell in reversed(described)}.values())[::-1]
+
+
+def job_cell(composed: DictConfig, hydra: Any) -> Cell:
+    """Return the cell that a process of a launcher trains, the same as `read_cells` returns.
+
+    Cells that differ only in keys that do not apply to them have one folder. Hydra has made a folder for each of them;
+    an empty one that is not needed is removed.
+    """
+    choices = group_choices(hydra)
+    made = Path(hydra.runtime.output_dir)
+    cell = Cell(typed(composed), made, str(choices.pop("experiment")), choices)
+    cell = _without_ignored(cell, DictConfig({"hydra": hydra}), list(hydra.overrides.task))
+    if cell.folder != made:
+        with suppress(OSError):  # not empty, or removed by another process
+            made.rmdir()
+    return cell
+
+
+def _without_ignored(cell: Cell, composed: DictConfig, arguments: list[str]) -> Cell:
+    """Return the cell with every key switched off that does not apply to it, and without these keys in its name."""
+    ignored = cell.config.ignored_keys()
+    folder = cell.folder
+    if folder.name == _run_name(composed, arguments):  # otherwise the user chose the name
+        folder = folder.with_name(_run_name(composed, arguments, without=ignored))
+    config = replace(cell.config, **{key: OFF[key] for key in ignored})
+    return cell._replace(config=config, folder=folder, ignored=ignored)
+
+
+def _run_name(composed: DictConfig, arguments: list[str], *, without: Iterable[str] = ()) -> str:
+    naming = composed.hydra.job.config.override_dirname
+    overrides = [o for o in OverridesParser.create().parse_overrides(arguments) if not o.is_hydra_override()]
+    excluded = [*naming.exclude_keys, *without]
+    return run_name(
+        get_overrides_dirname(overrides, kv_sep=naming.kv_sep, item_sep=naming.item_sep, exclude_keys=excluded)
+    )
+
+
+def _refuse_given_in_vain(cells: list[Cell], described: list[Cell], swept: set[str]) -> None:
+    """Raise ConfigError for a key that was set to another value than its default and applies to no cell.
+
+    cells: as the user wrote them. described: the same cells with the keys that do not apply to each.
+    """
+    defaults = {field.name: field.default for field in fields(Config)}
+    for key in OFF:
+        if not all(key in cell.ignored for cell in described):
+            continue
+        values = dict.fromkeys(getattr(cell.config, key) for cell in cells)
+        vain = [value for value in values if value not in (OFF[key], defaults[key])]
+        if key in swept and len(values) > 1:
+            vain += [value for value in values if value != OFF[key]]
+        if vain:
+            off = "null" if OFF[key] is None else OFF[key]
+            raise ConfigError(f"{key}={vain[0]}: must be {off}, because {_why_ignored(key, cells[0])}")
+
+
+def _why_ignored(key: str, cell: Cell) -> str:
+    if cell.config.model.first_k_dense_replace == cell.config.model.layers:
+        return "no layer of this model is a Mixture of Experts"
+    if key == "drop" and cell.config.capacity is None:
+        return "nothing is dropped without a capacity limit"
+    return f"router={cell.choices['router']} ignores it"
 
 
 def _cell(composed: DictConfig, *, multirun: bool) -> Cell:

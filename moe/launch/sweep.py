@@ -85,7 +85,7 @@ def _reserved(cells: list[Cell]) -> Iterator[None]:
             raise ConfigError(f"{sweep} is in use by another sweep, process {owner}: wait for it, or choose out=DIR")
         path = sweep / SweepRecord.FILE
         earlier = SweepRecord.read(path).cells if path.exists() else {}
-        asked = {cell.folder.name: cell.choices | cell.config.identity() for cell in cells}
+        asked = {cell.folder.name: cell.choices | cell.identity() for cell in cells}
         SweepRecord(cells=earlier | asked).write(path)
         yield
 

@@ -48,10 +48,12 @@ class MoELayer(nn.Module):
     """MoE layer: y = sum over kept assignments of weight * expert(x), plus the output of the shared experts.
 
     Every token passes through the shared experts. Routers run in fp32, whatever the precision of the other modules.
+    Raises ConfigError if the router's chain is empty or holds something else than routers.
     """
 
     def __init__(self, router: Router, experts: Experts, shared: nn.Module | None = None) -> None:
         super().__init__()
+        router.check_chain()
         self.router = router
         self.experts = experts
         self.shared = shared

@@ -11,9 +11,9 @@ from typing import Any
 import pandas as pd
 
 from moe.checks import first_line
-from moe.config.schema import is_free
+from moe.config.schema import OFF, is_free
 from moe.metrics.catalog import select
-from moe.results.table import FACTS
+from moe.results.table import ABSENT, FACTS
 
 HEADLINE = tuple(metric.headline for metric in select(shown="headline"))
 ROUTING = tuple(metric.name for metric in select(shown="conditions"))
@@ -136,6 +136,8 @@ def _free_and_tied(runs: pd.DataFrame) -> tuple[list[str], dict[str, str]]:
     tied: dict[str, str] = {}
     for factor in [*factors, "experiment"]:
         known = runs.dropna(subset=[factor])
+        if factor in OFF and known.loc[known[factor] != ABSENT, factor].nunique() < 2:
+            continue  # the same wherever it applies; whether it applies depends on the router
         if known[factor].nunique() < 2 or ("seed" in runs and (known[factor] == known["seed"]).all()):
             continue  # data.seed=${seed} is the seed, not a factor
         leader = next((other for other in free if (runs.groupby(other, sort=False)[factor].nunique() < 2).all()), None)

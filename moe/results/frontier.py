@@ -71,9 +71,9 @@ def with_training_means(runs: pd.DataFrame, past: EventTables) -> pd.DataFrame:
 
 
 def bench_table(measured: pd.DataFrame) -> pd.DataFrame:
-    """Return the runs under the routing bench's column names; top_k is missing for a router without k."""
+    """Return the runs under the routing bench's column names; top_k and capacity are missing where absent."""
     table = measured.reindex(columns=list(COLUMNS.values())).set_axis(list(COLUMNS), axis=1)
-    return table.assign(top_k=table["top_k"].where(table["top_k"] != ABSENT))
+    return table.assign(**{name: table[name].where(table[name] != ABSENT) for name in ("top_k", "capacity_factor")})
 
 
 def pareto_front(points: pd.DataFrame, more: str, less: str) -> pd.DataFrame:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from moe.config.schema import flatten
+from moe.config.schema import OFF, flatten
 from moe.runs import events
 from moe.runs.record import MetricsRecord, RecordError, RunRecord, SweepRecord
 
@@ -25,7 +25,9 @@ FACTS = (
     *("seconds", "train_seconds", "peak_memory_gb", "parameters.total", "parameters.active", "flops_per_token"),
     "ranks.number",
 )
-ABSENT = "absent"  # the level of a factor if the run's config lacks the key, such as router.temp with a top-k router
+# The level of a factor that does not apply to a run: its config lacks the key, such as router.temp with a top-k router,
+# or its router ignores it, such as noise with a hash router.
+ABSENT = "absent"
 
 # Any of these files marks a run folder, because a crash may leave no run.json.
 RUN_FILES = (RunRecord.FILE, MetricsRecord.FILE, events.FILE)
@@ -87,7 +89,8 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 def _factors(record: RunRecord) -> dict[str, Any]:
     leaves = flatten(record.config) | record.choices
-    factors = {key: level(value) for key, value in leaves.items() if "/" not in key}
+    inapplicable = OFF.keys() - record.identity.keys()
+    factors = {key: level(value) for key, value in leaves.items() if "/" not in key and key not in inapplicable}
     factors.pop("claims", None)  # no setting: `moe.analysis.claims.planned_claims` reads them from the record
     return factors
 

@@ -1,14 +1,17 @@
 """The interface that every router implements."""
 
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from moe.checks import require
+from moe.checks import ConfigError, require
 from moe.routing.decision import Context, Knobs, Routing
+from moe.routing.loss_table import BALANCE_WEIGHTS
 from moe.routing.stats import RoutingStats
 
 
@@ -32,6 +35,9 @@ class Router(nn.Module):
     - `causal_in_evaluation`: what `causal` says, for evaluation alone. Default: `causal`. If it is false, the model
       refuses to generate with a cache, and blocks of several conversations.
     - `uses_ids = True`: the router reads the token ids in `Context.ids`, and not only their shape.
+    - `ignores`: the keys of the configuration that change nothing with this router, such as "noise", "capacity" or the
+      weight of a loss. A value that is given for such a key is refused, or recorded as not applicable in a sweep over
+      routers. Default: none; the keys that follow from the other declarations are added (`ignored_keys`).
     - `mean_k`: the mean number of experts per token that a router with `fixed_k=None` aims at. Default: None, unknown.
     - `schedulable = True`: the schedule of the temperature changes what this router does.
     - `loss_weights`: the weights of the auxiliary losses that `forward` returns in `Routing.aux`.
@@ -51,16 +57,25 @@ class Router(nn.Module):
     causal: bool = True
     uses_ids: bool = False
     schedulable: bool = False
+    ignores: frozenset[str] = frozenset()
     mean_k: float | None = None
 
     def __init__(self, dim: int, num_experts: int, *, fixed_k: int | None) -> None:
-        """Raises ConfigError if `fixed_k` is a number outside 1 ... num_experts."""
+        """Raises ConfigError unless `fixed_k` is None or a whole number from 1 to num_experts."""
         super().__init__()
         if fixed_k is not None:
-            check_k(fixed_k, num_experts)
+            has_k = "k" in inspect.signature(type(self)).parameters
+            check_k(fixed_k, num_experts, key="router.k" if has_k else f"fixed_k of {type(self).__name__}")
         self.dim = dim
         self.num_experts = num_experts
         self.fixed_k = fixed_k
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        declared = getattr(type(self), name, None)
+        if isinstance(declared, property) and declared.fset is None:
+            own = type(self).__name__
+            raise TypeError(f"{own}.{name} is a property: store the value by another name and return it from `{name}`")
+        super().__setattr__(name, value)
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         """Return the assignments of T tokens, before capacity."""
@@ -113,6 +128,29 @@ class Router(nn.Module):
         All routers of a chain have the same `fixed_k` as the router that returns the chain.
         """
         return [self]
+
+    def ignored_keys(self) -> frozenset[str]:
+        """Return `ignores`, and the keys that change nothing because of what else the router declares.
+
+        Without `expert_rows` there is no SimBal loss. With one expert per token there are no two outputs to compare.
+        With all experts per token the load is even, and the balance losses are constant.
+        """
+        keys = set(self.ignores)
+        if any(router.expert_rows is None for router in self.chain):
+            keys.add("simbal")
+        if self.fixed_k == 1:
+            keys.add("output_orthogonality")
+        if self.fixed_k == self.num_experts:
+            keys |= BALANCE_WEIGHTS
+        return frozenset(keys)
+
+    def check_chain(self) -> None:
+        """Raise ConfigError unless `chain` is a list of at least one router, all with this router's `fixed_k`."""
+        links, own = self.chain, type(self).__name__
+        if not (isinstance(links, list) and links and all(isinstance(link, Router) for link in links)):
+            raise ConfigError(f"chain of {own}={links!r:.80}: must be a list of one or more routers")
+        for link in links:
+            require(link.fixed_k == self.fixed_k, f"fixed_k in the chain of {own}", link.fixed_k, f"{self.fixed_k}")
 
     def experts_per_token(self, seq_len: int) -> float:
         """Return how many experts process a token of a sequence of `seq_len` tokens, over the whole chain.
@@ -202,6 +240,7 @@ def largest(scores: Float[Tensor, "T N"], k: int, *, ties: Float[Tensor, "T N"])
     return order.gather(-1, scores.gather(-1, order).argsort(dim=-1, descending=True, stable=True)[:, :k])
 
 
-def check_k(k: int, num_experts: int) -> None:
-    """Raise ConfigError if the number of experts per token is outside 1 ... E."""
-    require(1 <= k <= num_experts, "router.k", k, f"between 1 and model.num_experts={num_experts}")
+def check_k(k: int, num_experts: int, *, key: str = "router.k") -> None:
+    """Raise ConfigError if the number of experts per token is no whole number from 1 to E."""
+    require(type(k) is int, key, k, "a whole number")
+    require(1 <= k <= num_experts, key, k, f"between 1 and model.num_experts={num_experts}")

@@ -15,16 +15,17 @@ class ExpertChoice(LinearRouter):
 
     With p = softmax(W x), each expert takes the ceil(capacity_factor * T / E) tokens of largest p. T is the number of
     tokens in the micro-batch. The gate weight is p, not renormalized. A token gets 0 ... E experts, `capacity_factor`
-    on average. `capacity_factor` multiplies tokens and decides what the router asks for. The configuration key
-    `capacity` multiplies assignments and decides what is dropped afterwards.
+    on average. `capacity_factor` alone limits what an expert takes; the key `capacity` does not apply.
 
-    All loads are equal, so the balance loss is the constant 1 and load_cv is 0. Tokens that no expert takes are counted
-    by unrouted_rate. Not causal: whether an expert takes a token depends on all other tokens of the micro-batch.
-    Results therefore change with its size, and a token alone gets every expert. Text is generated with use_cache=False,
-    so that experts choose from the text so far. `ExpertThreshold` is a causal form of this router.
+    All loads are equal, so load_cv is 0, and `lb` and `lb_global` do not apply: these losses are the constant 1. Tokens
+    that no expert takes are counted by unrouted_rate. Not causal: whether an expert takes a token depends on all other
+    tokens of the micro-batch. Results therefore change with its size, and a token alone gets every expert. Text is
+    generated with use_cache=False, so that experts choose from the text so far. `ExpertThreshold` is a causal form of
+    this router.
     """
 
     causal = False
+    ignores = frozenset(("lb", "lb_global", "capacity"))
 
     def __init__(self, dim: int, num_experts: int, *, capacity_factor: float = 2.0) -> None:
         super().__init__(dim, num_experts, fixed_k=None)

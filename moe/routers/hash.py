@@ -9,6 +9,7 @@ from torch import Tensor
 from moe.checks import require
 from moe.routers.base import Router
 from moe.routing.decision import Context, Routing
+from moe.routing.loss_table import PROBABILITY_WEIGHTS
 
 
 class Hash(Router):
@@ -23,6 +24,7 @@ class Hash(Router):
     """
 
     uses_ids = True
+    ignores = PROBABILITY_WEIGHTS | {"noise", "z"}
     table: Tensor
 
     def __init__(

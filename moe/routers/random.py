@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from moe.routers.base import Router
 from moe.routing.decision import Context, Routing
+from moe.routing.loss_table import PROBABILITY_WEIGHTS
 
 
 class Random(Router):
@@ -16,6 +17,7 @@ class Random(Router):
     states are not isotropic. Causal.
     """
 
+    ignores = PROBABILITY_WEIGHTS | {"z"}
     weight: Tensor
 
     def __init__(self, dim: int, num_experts: int, *, k: int = 2) -> None:

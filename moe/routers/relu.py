@@ -9,6 +9,7 @@ from torch import Tensor
 from moe.checks import finite, require
 from moe.routers.base import LinearRouter
 from moe.routing.decision import Context, Routing
+from moe.routing.loss_table import PROBABILITY_WEIGHTS
 from moe.routing.stats import RoutingStats
 
 
@@ -21,11 +22,12 @@ class ReLU(LinearRouter):
     tokens took more than `target` experts on average, and divided by `rate` if they took fewer. Each layer steers its
     own weight; the paper steers the mean over layers by one weight.
 
-    There is no softmax: `probs` and `logits` are None, and the losses `lb` and `z` do not apply. Expect active_experts
-    to approach `target`. Causal when dropless. Not causal under a capacity limit, which is a share of the number of
-    assignments in the micro-batch, and that number varies.
+    There is no softmax: `probs` and `logits` are None, so losses on probabilities and the z-loss do not apply. Expect
+    active_experts to approach `target`. Causal when dropless. Not causal under a capacity limit, which is a share of
+    the number of assignments in the micro-batch, and that number varies.
     """
 
+    ignores = PROBABILITY_WEIGHTS | {"z"}
     log_coefficient: Tensor  # the logarithm, because a weight that underflowed to 0 could not grow again
 
     def __init__(

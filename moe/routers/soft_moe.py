@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from moe.checks import require
 from moe.routers.base import Router
 from moe.routing.decision import Context, Routing, Slots, fill_places
+from moe.routing.loss_table import BALANCE_WEIGHTS
 
 
 class SoftMoE(Router):
@@ -18,12 +19,13 @@ class SoftMoE(Router):
     slot embedding (their section 2.3), plus noise. Dispatch weights are the softmax over the tokens of a sequence,
     combine weights the softmax over all slots. `probs` is the sum of the combine weights over each expert's slots.
 
-    E * slots = K * seq_len costs as much as K experts per token. Loads are equal by construction; use lb=0. Metrics of
-    which token chose which expert are null. Not causal: every slot mixes the whole sequence. Text is generated with
-    use_cache=False, so that slots mix the text so far and not a single new token.
+    E * slots = K * seq_len costs as much as K experts per token. Loads are equal by construction, so balance losses and
+    a capacity limit do not apply. Metrics of which token chose which expert are null. Not causal: every slot mixes the
+    whole sequence. Text is generated with use_cache=False, so that slots mix the text so far and not one new token.
     """
 
     causal = False
+    ignores = BALANCE_WEIGHTS | {"z", "output_orthogonality", "capacity"}  # every slot has exactly one expert
 
     def __init__(self, dim: int, num_experts: int, *, slots: int = 32) -> None:
         super().__init__(dim, num_experts, fixed_k=None)

@@ -68,6 +68,10 @@ LOSSES = {
     ),
 }
 
+# The keys of the losses that need a router's probabilities. Those of the balance losses also need uneven loads.
+BALANCE_WEIGHTS = frozenset(("lb", "lb_sequence", "lb_global"))
+PROBABILITY_WEIGHTS = BALANCE_WEIGHTS | {"router_entropy", "gate_variance"}
+
 # Losses that one router brings along. `weight` is a key of conf/router/<router>.yaml.
 ROUTER_LOSSES = {
     "importance": Loss(

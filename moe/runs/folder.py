@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moe.checks import ConfigError
-from moe.config.schema import Cell
+from moe.config.schema import OFF, Cell
 from moe.files import open_unlinked
 from moe.runs.record import RecordError, RunRecord
 
@@ -28,8 +28,9 @@ def difference(cell: Cell) -> list[str]:
     record = stored_record(cell)
     if record is None:
         return []
-    stored, wanted = record.identity, json.loads(json.dumps(cell.config.identity()))
-    keys = [key for key in {**stored, **wanted} if stored.get(key) != wanted.get(key)]
+    stored, wanted = record.identity, json.loads(json.dumps(cell.identity()))
+    inapplicable = OFF.keys() - stored.keys()
+    keys = [key for key in {**stored, **wanted} if stored.get(key) != wanted.get(key) and key not in inapplicable]
     return [f"{key} is {stored.get(key)} in the folder, {wanted.get(key)} in this command" for key in keys]
 
 

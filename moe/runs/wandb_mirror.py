@@ -26,7 +26,7 @@ def condition(cell: Cell) -> str:
 
     It consists of the folder's name without the seed, for people, and a digest of the configuration without the seed.
     """
-    seedless = {key: value for key, value in cell.config.identity().items() if key != "seed"}
+    seedless = {key: value for key, value in cell.identity().items() if key != "seed"}
     digest = hashlib.sha256(json.dumps(seedless, sort_keys=True).encode()).hexdigest()[:6]
     overrides = re.sub("-[0-9a-f]{8}$", "", cell.folder.name).split(",")  # cut off a digest, which includes the seed
     readable = ",".join(override for override in overrides if not override.startswith("seed="))

@@ -13,7 +13,7 @@ from train_processes import TRAIN, run_script
 
 from moe.checks import ConfigError
 from moe.config.options import CONF, GROUPS, options
-from moe.config.schema import Config, flatten, is_free
+from moe.config.schema import OFF, Config, flatten, is_free
 from moe.launch import command_line
 from moe.launch.command_line import read_cells, run_name
 
@@ -78,6 +78,15 @@ from moe.launch.command_line import read_cells, run_name
         ("logger.mode=of", "logger.mode=of: must be one of"),
         ("hydra=null", "hydra=null: Config group override must be a string or a list"),
         ("hydra.runtime.choices.experiment=foo", "Key 'experiment' is not in struct"),
+        ("router=hash noise=5", "^noise=5.0: must be 0.0, because router=hash ignores it$"),
+        ("router=soft_moe capacity=1", "^capacity=1.0: must be null, because router=soft_moe ignores it$"),
+        ("router=switch output_orthogonality=1", "^output_orthogonality=1.0: must be 0.0, because router=switch"),
+        ("router=cosine simbal=1", "^simbal=1.0: must be 0.0, because router=cosine ignores it$"),
+        ("drop=score", "^drop=score: must be position, because nothing is dropped without a capacity limit$"),
+        ("variant=dense z=1", "^z=1.0: must be 0.0, because no layer of this model is a Mixture of Experts$"),
+        ("-m router=hash,random z=1", "^z=1.0: must be 0.0, because router=hash ignores it$"),
+        ("-m router=hash lb=0,0.01", "^lb=0.01: must be 0.0, because router=hash ignores it$"),
+        ("router=hash schedule=linear schedule.knob=noise", "^schedule.knob=noise: this router ignores noise"),
     ],
 )
 def test_wrong_commands(arguments: str, message: str) -> None:
@@ -123,6 +132,29 @@ def test_the_users_sweep_is_the_eighteen_cells_in_order() -> None:
     assert cells[0].folder == Path("multirun/default/lb=0.0,noise=0.0,seed=42")
 
 
+@pytest.mark.parametrize("name", sorted(options("router")))
+def test_a_router_is_quiet_about_defaults_that_it_ignores(name: str) -> None:
+    [cell] = read_cells([f"router={name}"]) or []
+    assert cell.ignored >= {"drop"}
+    assert {key: getattr(cell.config, key) for key in cell.ignored} == {key: OFF[key] for key in cell.ignored}
+    assert not cell.ignored & cell.identity().keys()
+    assert [cell] == read_cells([f"router={name}", *(f"{key}=0" for key in cell.ignored - {"drop", "capacity"})])
+
+
+def test_cells_of_a_sweep_that_are_the_same_run_become_one_cell(tmp_path: Path) -> None:
+    """A value that applies to some routers of a sweep only is no level of the others."""
+    words = ["-m", "router=topk,hash", "noise=0.0,0.5", f"out={tmp_path}"]
+    cells = read_cells(words) or []
+    assert [cell.folder.name for cell in cells] == ["noise=0.0,router=topk", "noise=0.5,router=topk", "router=hash"]
+    assert "noise" not in cells[2].identity()
+    limited = read_cells(["-m", "capacity=1.0,null", "drop=position,score", f"out={tmp_path}"]) or []
+    assert [cell.folder.name for cell in limited] == [
+        "capacity=1.0,drop=position",
+        "capacity=1.0,drop=score",
+        "capacity=null",
+    ]
+
+
 def test_an_experiment_sweeps_by_itself_and_the_command_line_narrows_it() -> None:
     assert len(read_cells(["experiment=noise_lb_seed"]) or []) == 18
     narrowed = read_cells(["experiment=noise_lb_seed", "seed=42", "noise=0.0,0.5"]) or []
@@ -149,7 +181,7 @@ def test_every_option_composes(group: str) -> None:
 def test_a_variant_wins_over_an_experiment() -> None:
     for name in options("variant"):
         chosen = yaml.safe_load((CONF / "variant" / f"{name}.yaml").read_text())
-        cells = read_cells(["experiment=noise_lb_seed", f"variant={name}", "seed=42", "noise=0.1"]) or []
+        cells = read_cells(["experiment=noise_floor", f"variant={name}", "seed=42,43"]) or []
         assert all(cell.choices["variant"] == name for cell in cells)
         router = next((d["override /router"] for d in chosen.get("defaults", []) if "override /router" in d), None)
         assert router is None or all(cell.choices["router"] == router for cell in cells)

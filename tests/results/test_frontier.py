@@ -100,8 +100,10 @@ def test_the_experiments_have_the_grids_of_the_routing_bench() -> None:
         (router, capacity) for router in ("switch", "topk_hard", "softk") for capacity in (1.0, 1.25)
     }
     assert len(c) == 15
-    assert {(cell.choices["router"], cell.config.capacity) for cell in c} == {(router, 1.25) for router in ROUTERS}
-    assert len(read_cells(["experiment=experiment_c", "capacity=1.0,1.25"]) or []) == 30
+    assert {(cell.choices["router"], cell.config.capacity) for cell in c} == {
+        (router, None if router == "expert_choice" else 1.25) for router in ROUTERS
+    }
+    assert len(read_cells(["experiment=experiment_c", "capacity=1.0,1.25"]) or []) == 27  # expert_choice only once
 
 
 def test_a_sweep_writes_the_table_of_the_routing_bench(sweep_a: Path, sweep_c: Path) -> None:
@@ -227,7 +229,7 @@ def test_the_report_says_why_a_figure_is_not_drawn(sweep_a: Path, tmp_path: Path
 def test_the_frontier_is_not_drawn_with_another_factor_or_without_finished_runs(sweep_a: Path, tmp_path: Path) -> None:
     for folder in list(sweep_a.iterdir()):
         record = json.loads((folder / "run.json").read_text())
-        record["config"]["lb"] = 0.1 * (record["config"]["seed"] == 44)
+        record["config"]["lb"] = record["identity"]["lb"] = 0.1 * (record["config"]["seed"] == 44)
         (folder / "run.json").write_text(json.dumps(record))
     text = write_report(load_runs([sweep_a]), tmp_path / "out").read_text()
     assert "- experiment_a_frontier: not drawn, lb varies in addition to router and capacity" in text

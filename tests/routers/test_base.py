@@ -1,5 +1,6 @@
 """Tests that the code uses only what a router declares, whatever the names of its other attributes."""
 
+import inspect
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from moe.checks import ConfigError
 from moe.model.experts import Experts
 from moe.model.layer import MoELayer
-from moe.routers.base import LinearRouter, Router
+from moe.routers.base import LinearRouter, Router, check_k
 from moe.routing.decision import Context, Knobs, Routing
 from moe.training.evaluate import router_gram
 
@@ -113,10 +114,68 @@ def test_a_router_must_pass_fixed_k() -> None:
         Undeclared(D, E)
 
 
-@pytest.mark.parametrize("k", [0, 5])
-def test_fixed_k_must_be_between_1_and_the_number_of_experts(k: int) -> None:
-    with pytest.raises(ConfigError, match=rf"router\.k={k}: must be between 1 and model\.num_experts=4"):
+class WithK(Router):
+    """Router with a setting `k`."""
+
+    def __init__(self, dim: int, num_experts: int, *, k: Any) -> None:
+        super().__init__(dim, num_experts, fixed_k=k)
+
+
+@pytest.mark.parametrize(
+    ("k", "allowed"),
+    [
+        (0, "between 1 and model.num_experts=4"),
+        (5, "between 1 and model.num_experts=4"),
+        (True, "a whole number"),
+    ],
+)
+def test_fixed_k_must_be_a_whole_number_from_1_to_the_number_of_experts(k: Any, allowed: str) -> None:
+    """The message names `router.k` only for a router that has this setting."""
+    with pytest.raises(ConfigError, match=f"^fixed_k of Router={k}: must be {allowed}$"):
         Router(D, E, fixed_k=k)
+    with pytest.raises(ConfigError, match=f"^router.k={k}: must be {allowed}$"):
+        WithK(D, E, k=k)
+
+
+@pytest.mark.parametrize("k", ["2", 2.0])
+def test_fixed_k_of_another_type_is_refused_in_one_line(k: Any) -> None:
+    with pytest.raises(ConfigError, match=f"^router.k={k}: must be a whole number$"):
+        inspect.unwrap(check_k)(k, E)  # without the type checks of the tests
+
+
+def test_a_parameter_that_hides_a_property_of_a_router_is_refused_in_one_line() -> None:
+    class Hiding(Router):
+        def __init__(self, dim: int, num_experts: int) -> None:
+            super().__init__(dim, num_experts, fixed_k=1)
+            self.expert_rows = nn.Parameter(torch.empty(num_experts, dim))
+
+    with pytest.raises(TypeError, match=r"^Hiding\.expert_rows is a property: store the value by another name"):
+        Hiding(D, E)
+
+
+@pytest.mark.parametrize(
+    ("chain", "message"),
+    [
+        ([], r"^chain of Chained=\[\]: must be a list of one or more routers$"),
+        ([nn.Identity()], "must be a list of one or more routers$"),
+        ([Renamed(D, E), Router(D, E, fixed_k=2)], "^fixed_k in the chain of Chained=2: must be 1$"),
+    ],
+)
+def test_a_chain_must_be_routers_with_the_same_fixed_k(chain: Any, message: str) -> None:
+    class Chained(Renamed):
+        @property
+        def chain(self) -> Any:
+            return chain
+
+    with pytest.raises(ConfigError, match=message):
+        MoELayer(Chained(D, E), Experts(E, D, hidden=8, kind="silu"))
+
+
+def test_a_router_ignores_what_follows_from_its_other_declarations() -> None:
+    assert Renamed(D, E).ignored_keys() == {"output_orthogonality"}
+    assert LinearRouter(D, E, fixed_k=2).ignored_keys() == set()
+    assert LinearRouter(D, E, fixed_k=E).ignored_keys() == {"lb", "lb_sequence", "lb_global"}
+    assert Router(D, E, fixed_k=2).ignored_keys() == {"simbal"}
 
 
 @pytest.mark.parametrize("base", [Router, LinearRouter])

@@ -12,12 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe.checks import build
 from moe.config.options import CONF
+from moe.config.schema import OFF, Config
+from moe.model.decoder import MoEOutput
 from moe.model.experts import Experts
 from moe.model.layer import LayerOutput, MoELayer
 from moe.routers.base import Router
 from moe.routing.decision import Context, Knobs, Routing, document_positions
 from moe.routing.dispatch import dispatch
 from moe.routing.losses import auxiliary
+from moe.training.objective import total_loss
 
 B, S, D, E, F = 3, 8, 16, 8, 12
 # Operators that make the host wait for the device: for their result, for its size, or (lift_fresh, which is
@@ -233,13 +236,40 @@ def test_no_tensor_is_created_on_the_default_device(spec: Spec, x: Tensor, ids: 
                 router.after_step(output.stats)
 
 
-def test_noise_changes_the_routing_of_every_router_but_hash_in_training(spec: Spec, x: Tensor, ids: Tensor) -> None:
-    router = make_router(spec)
-    routings = [router.chain[0](x.view(-1, D), context(ids, noise=n)) for n in (0.0, 5.0)]
-    weights = [dense_weights(r) if r.slots is None else r.slots.combine for r in routings]
-    assert torch.equal(*weights) == (spec.name == "hash"), (
-        "only a router that ignores the hidden states is unaffected by noise"
-    )
+def training_gradients(spec: Spec, x: Tensor, ids: Tensor, **settings: Any) -> Tensor:
+    """Return the gradient of a training step on all weights of a layer, under these keys of the configuration."""
+    config = Config(**(OFF | settings))
+    layer = make_layer(spec)
+    layer_context = context(ids, noise=config.noise, capacity=config.capacity)
+    torch.manual_seed(0)
+    output = layer(x, layer_context._replace(drop=config.drop, orthogonality=config.output_orthogonality > 0))
+    aux = {name: value[None] for name, value in output.aux.items()}
+    loss = output.y.square().mean()
+    total_loss(config, [layer.router.loss_weights], MoEOutput(loss=loss, aux=aux)).backward()
+    return torch.cat([torch.zeros(1) if p.grad is None else p.grad.flatten() for p in layer.parameters()])
+
+
+@pytest.mark.parametrize("key", OFF)
+def test_every_key_changes_what_a_router_learns_or_is_one_that_it_ignores(
+    spec: Spec, key: str, x: Tensor, ids: Tensor
+) -> None:
+    """A key changes the gradient of a training step if and only if the router does not declare that it ignores the key.
+
+    The exception are capacity limits of routers whose experts take equally many slots or tokens by construction: a
+    limit below that number would drop some of them, but the keys are ignored.
+    """
+    values = {"noise": 2.0, "capacity": 0.6, "drop": "score"}
+    base = {"capacity": 0.6} if key == "drop" else {}
+    off, on = (training_gradients(spec, x, ids, **base, **{key: value}) for value in (OFF[key], values.get(key, 1.0)))
+    ignored = make_router(spec).ignored_keys()
+    assert ignored <= OFF.keys()
+    if key == "drop" and "capacity" in ignored:
+        return
+    difference = (on - off).norm() / off.norm()
+    if key not in ignored:
+        assert difference > 1e-3, f"{key} changes nothing; the router should declare it in `ignores`"
+    elif key != "capacity":
+        assert difference < 1e-5, f"{key} changes something, although the router ignores it"
 
 
 def test_every_token_gets_fixed_k_experts_and_without_fixed_k_the_number_varies(
@@ -268,6 +298,17 @@ def test_every_token_gets_fixed_k_experts_and_without_fixed_k_the_number_varies(
         elif routing.slots is None and not spec.settings.get("expert_choice_routing"):
             # test_spectra.py tests the exception: with a quota the number varies only under skewed loads
             assert len(counts) > 1, "the number of experts never varies, so the router should declare fixed_k"
+
+
+def test_a_router_with_one_row_per_expert_declares_expert_rows(spec: Spec) -> None:
+    """A router with a parameter of shape (num_experts, dim) says whether its rows produce the experts' logits.
+
+    If it says nothing, the SimBal loss would be missing without a word. It can say no: by a property that is None.
+    """
+    for router in build(spec.settings, "router", 3 * D, E).chain:  # a width that no setting has by chance
+        rows = [name for name, p in router.named_parameters() if p.shape == (E, 3 * D)]
+        undeclared = type(router).expert_rows is Router.expert_rows
+        assert not (rows and undeclared), f"{rows[0]}: return it from the property `expert_rows`, or return None there"
 
 
 def test_each_row_of_expert_rows_is_trainable_and_changes_only_the_logits_of_its_expert(
