@@ -219,12 +219,13 @@ def _refuse(path: Path | str) -> Any:
 
 
 def test_varied_factors_leave_out_copies_of_the_seed_free_settings_and_tied_factors(tmp_path: Path) -> None:
-    write_run(tmp_path / "x" / "a", seed=1, router="topk", threads=1, z=0.0)
-    write_run(tmp_path / "x" / "b", seed=2, router="hash", threads=2, z=0.1)
-    write_run(tmp_path / "x" / "c", seed=2, router="topk", threads=2, z=0.0)
+    write_run(tmp_path / "x" / "a", seed=1, router="topk", threads=1, z=0.1)
+    write_run(tmp_path / "x" / "b", seed=2, router="hash", threads=2, batch_size=8)  # z does not apply to it
+    write_run(tmp_path / "x" / "c", seed=2, router="topk", threads=2, z=0.1)
     runs = load_runs([tmp_path])
     assert varied_factors(runs) == ["router", "seed"]
-    assert tied_factors(runs) == {"z": "router", "router._target_": "router"}
+    assert tied_factors(runs) == {"batch_size": "router", "router._target_": "router"}
+    assert levels(runs["batch_size"]) == [8, "absent"]
     assert levels(runs["z"]) == [0.1, "absent"]
 
 
