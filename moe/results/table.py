@@ -90,7 +90,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 def _factors(record: RunRecord) -> dict[str, Any]:
     leaves = flatten(record.config) | record.choices
     inapplicable = OFF.keys() - record.identity.keys()
-    factors = {key: level(value) for key, value in leaves.items() if "/" not in key and key not in inapplicable}
+    factors = {key: ABSENT if key in inapplicable else level(leaves[key]) for key in leaves if "/" not in key}
     factors.pop("claims", None)  # no setting: `moe.analysis.claims.planned_claims` reads them from the record
     return factors
 
