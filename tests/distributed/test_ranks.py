@@ -89,7 +89,7 @@ def train_on_one_process(small: list[str], tmp_path_factory: pytest.TempPathFact
     [
         ("router=temperature", "capacity=1.25"),
         ("router=spectra", "optimizer=adamw"),  # routers of all layers share a module
-        ("router=chain_of_experts", "lb_global=0.0", "model.expert=swiglu", "gradient_checkpointing=true"),
+        ("router=chain_of_experts", "model.expert=swiglu", "gradient_checkpointing=true"),
     ],
     ids=lambda words: words[0].removeprefix("router="),
 )
