@@ -17,6 +17,7 @@ from moe.checks import ConfigError
 from moe.distributed import ranks
 from moe.files import LinkError
 from moe.launch import command_line, sweep
+from moe.launch.revisions import pinned
 from moe.runs.record import RecordError
 
 
@@ -27,7 +28,7 @@ def run_cell(composed: DictConfig) -> None:
 
     from moe.launch.run import run
 
-    run(command_line.job_cell(composed, HydraConfig.get()))
+    run(pinned(command_line.job_cell(composed, HydraConfig.get())))
 
 
 def main() -> int:
@@ -42,7 +43,7 @@ def main() -> int:
         logging.disable(logging.WARNING)
     try:
         cells = command_line.read_cells(sys.argv[1:])
-        return sweep.carry_out(cells or [], run_cell)
+        return sweep.carry_out([pinned(cell) for cell in cells or []], run_cell)
     except (ConfigError, RecordError, LinkError) as error:
         if not ranks.is_first():  # the first rank prints the same error, and the launcher then ends this rank
             time.sleep(10)

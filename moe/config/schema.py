@@ -85,6 +85,7 @@ class DataConfig:
 
     source: Any = MISSING
     tokenizer: str = MISSING
+    tokenizer_revision: str | None = None  # commit, branch or tag on the hub; null: the recorded commit, or the newest
     vocab_size: int | None = None
     seq_len: int = MISSING
     val_percent: int = 10
@@ -99,8 +100,16 @@ class DataConfig:
             val_percent=self.val_percent,
             max_val_blocks=self.max_val_blocks,
         )
+        pin, tokenizer = self.tokenizer_revision, self.tokenizer
+        allowed = f"null, because data.tokenizer={tokenizer} is not on the hub"
+        require(pin is None or self.loads_tokenizer, "data.tokenizer_revision", pin, allowed)
         require(os.path.expanduser(self.cache)[:1] != "~", "data.cache", self.cache, "a path; there is no home for ~")
         build(self.source, "data.source", trusted=True)
+
+    @property
+    def loads_tokenizer(self) -> bool:
+        """Whether the tokenizer comes from the hub, not from a folder or from training."""
+        return self.tokenizer != "bpe" and not Path(self.tokenizer).is_dir()
 
 
 @dataclass

@@ -38,7 +38,7 @@ from moe.files import LinkError, apply_umask, sha256, sync
 
 log = logging.getLogger(__name__)
 
-CACHE_FORMAT = 3  # Increase it whenever the same arguments give different blocks or different files.
+CACHE_FORMAT = 4  # Increase it whenever the same arguments give different blocks or different files.
 
 
 class Prepared(NamedTuple):
@@ -78,11 +78,13 @@ def prepare(
     max_val_blocks: int | None,
     cache: str,
     make: bool = True,
+    tokenizer_revision: str | None = None,
 ) -> Prepared:
     """Return the token blocks of `source`, read from `<cache>/<key>`, or made and written there first.
 
     tokenizer: "bpe" trains a tokenizer with `vocab_size` tokens on the train documents. Any other value is the path or
         hub name of a fast tokenizer; it has its own vocabulary, so `vocab_size` must be None.
+    tokenizer_revision: commit of a tokenizer on the hub; None is the newest one.
     val_percent: share of the characters of each domain to validate on, as whole source files chosen by hash.
     max_val_blocks: keep this many evenly spaced validation blocks; the domains keep their shares.
 
@@ -97,7 +99,12 @@ def prepare(
         "format": CACHE_FORMAT,
         "source": {"class": type(source).__name__, **vars(source)},
         "documents": source.describe(),
-        "tokenizer": {"name": tokenizer, "vocab_size": vocab_size, "files": tokenizer_files(tokenizer)},
+        "tokenizer": {
+            "name": tokenizer,
+            "revision": tokenizer_revision,
+            "vocab_size": vocab_size,
+            "files": tokenizer_files(tokenizer),
+        },
         "blocks": blocks,
         "packages": {name: metadata.version(name) for name in ("datasets", "tokenizers")},
     }
@@ -118,7 +125,14 @@ def prepare(
                 shutil.rmtree(unfinished, ignore_errors=True)  # A process that was killed may have left it.
                 if unfinished.is_symlink():
                     raise LinkError(f"{unfinished} is a link: delete it")
-                contents = _build(source, unfinished, tokenizer=tokenizer, vocab_size=vocab_size, **blocks)
+                contents = _build(
+                    source,
+                    unfinished,
+                    tokenizer=tokenizer,
+                    tokenizer_revision=tokenizer_revision,
+                    vocab_size=vocab_size,
+                    **blocks,
+                )
                 _publish(unfinished, folder, {"key": key, **recipe, **contents})
     return _load(folder)
 
@@ -201,6 +215,7 @@ def _build(
     folder: Path,
     *,
     tokenizer: str,
+    tokenizer_revision: str | None,
     vocab_size: int | None,
     seq_len: int,
     val_percent: int,
@@ -227,7 +242,7 @@ def _build(
     if vocab_size is not None:
         fast = train_bpe([document.text for documents in train.values() for document in documents], vocab_size)
     else:
-        fast = pretrained_tokenizer(tokenizer)
+        fast = pretrained_tokenizer(tokenizer, tokenizer_revision)
     make_blocks = concatenate
     if any(document.turns for documents in corpus.values() for document in documents):
         set_template(fast)

@@ -15,7 +15,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
-from moe.data import readers
+from moe.data import hub, readers
 from moe.files import sha256
 
 SHINGLE_WORDS = 13  # A shingle is a sequence of this many words.
@@ -138,6 +138,7 @@ class Hub:
         need neither `name` nor `split`.
     text, domain: names of columns. Without `domain`, the file name of `path` without its suffix is the only domain.
     drop_duplicates: leave out duplicates, see `DuplicateFilter`. Rows without text are left out in any case.
+    revision: a commit, branch or tag on the hub; None is the newest commit. A run records the commit.
 
     Raises ValueError for a missing file or column.
     """
@@ -149,8 +150,10 @@ class Hub:
     domain: str | None
     max_documents: int
     drop_duplicates: bool = True
+    revision: str | None = None
 
     def __post_init__(self) -> None:
+        _check_revision(self.path, self.revision)
         if self.max_documents < 1:
             raise ValueError(f"data.source.max_documents={self.max_documents}: must be at least 1")
 
@@ -161,7 +164,7 @@ class Hub:
         return _describe_hub(self.path)
 
     def _rows(self) -> Iterator[Document | str]:
-        for id, row in _hub_rows(self.path, self.name, self.split, self.max_documents):
+        for id, row in _hub_rows(self, [self.text], self.max_documents):
             text = _text(row, self.text, key="data.source.text", id=id)
             domain = _domain(row, self.domain, default=Path(self.path).stem, id=id)
             yield Document(domain, id, text, id) if text else EMPTY
@@ -174,7 +177,7 @@ class Conversations:
     messages: the name of a column that holds lists of {role, content}. Roles are system, user and assistant.
     domain: the name of a column. Without it, the file name of `path` without its suffix is the only domain.
 
-    drop_duplicates: leave out duplicates, see `DuplicateFilter`.
+    drop_duplicates, revision: as in `Hub`.
 
     Raises ValueError for a missing file or column, for another role, and for a conversation in
     which the assistant says nothing.
@@ -189,8 +192,10 @@ class Conversations:
     domain: str | None
     max_samples: int
     drop_duplicates: bool = True
+    revision: str | None = None
 
     def __post_init__(self) -> None:
+        _check_revision(self.path, self.revision)
         if self.max_samples < 1:
             raise ValueError(f"data.source.max_samples={self.max_samples}: must be at least 1")
 
@@ -201,7 +206,7 @@ class Conversations:
         return _describe_hub(self.path)
 
     def _rows(self) -> Iterator[Document]:
-        for id, row in _hub_rows(self.path, self.name, self.split, self.max_samples):
+        for id, row in _hub_rows(self, [self.messages], self.max_samples):
             domain = _domain(row, self.domain, default=Path(self.path).stem, id=id)
             yield Document.conversation(domain, id, _turns(row, self.messages, id=id))
 
@@ -272,23 +277,32 @@ class Files:
         return list(dict.fromkeys(files))
 
 
-def _hub_rows(path: str, name: str | None, split: str, count: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def on_the_hub(path: str) -> bool:
+    """Return whether a path names a data set on the hub. Raises ValueError for a local path without files to read."""
+    return not _local_files(path)
+
+
+def _hub_rows(source: Hub | Conversations, columns: list[str], count: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the id and the content of the first `count` rows of a data set on the hub or of local files."""
-    if files := _local_files(path):
+    if files := _local_files(source.path):
         rows = chain.from_iterable(readers.read_rows(file, "data.source.path") for file in files)
     else:
-        from datasets import load_dataset
-
-        rows = load_dataset(path, name, split=split, streaming=True)
+        wanted = columns if source.domain is None else [*columns, source.domain]
+        rows = hub.rows(source.path, source.name, source.split, source.revision, wanted, count)
     for number, row in enumerate(islice(rows, count)):
-        yield f"{split}/{number}", row
+        yield f"{source.split}/{number}", row
+
+
+def _check_revision(path: str, revision: str | None) -> None:
+    if revision is not None and not on_the_hub(path):
+        raise ValueError(f"data.source.revision={revision}: must be null, because {path} is not on the hub")
 
 
 def _describe_hub(path: str) -> dict[str, dict[str, Any]]:
     """Return the result of `Source.describe` for a data set on the hub or for local files."""
     files = _local_files(path)
     license = "the user's own" if files else "see the dataset's card"
-    packages = {"datasets": metadata.version("datasets")}
+    packages = {} if files else {"datasets": metadata.version("datasets")}
     return {path: {"license": license, "packages": packages, "files": checksums(files)}}
 
 

@@ -45,7 +45,7 @@ def train_bpe(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
     )
 
 
-def pretrained_tokenizer(name: str) -> PreTrainedTokenizerFast:
+def pretrained_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerFast:
     """Load a tokenizer from a path or the hub, without the settings that calls and saves leave in its files.
 
     The ids of a text then depend on the text alone: there is no padding or truncation, no special token is added at
@@ -57,7 +57,9 @@ def pretrained_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """
     try:
         settings: dict[str, Any] = {"padding_side": "left", "split_special_tokens": False}
-        pretrained = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **settings)
+        pretrained = AutoTokenizer.from_pretrained(
+            name, revision=revision or "main", trust_remote_code=False, **settings
+        )
     except Exception as error:  # whatever a wrong file makes a library raise
         raise ValueError(f"data.tokenizer={name}: cannot be read ({first_line(error)})") from error
     if not isinstance(pretrained, PreTrainedTokenizerFast) or pretrained.eos_token_id is None:

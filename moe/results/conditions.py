@@ -13,7 +13,7 @@ import pandas as pd
 from moe.checks import first_line
 from moe.config.schema import OFF, is_free
 from moe.metrics.catalog import select
-from moe.results.table import ABSENT, FACTS
+from moe.results.table import ABSENT, DIGESTS, FACTS
 
 HEADLINE = tuple(metric.headline for metric in select(shown="headline"))
 ROUTING = tuple(metric.name for metric in select(shown="conditions"))
@@ -123,7 +123,8 @@ def _free_and_tied(runs: pd.DataFrame) -> tuple[list[str], dict[str, str]]:
     """Return the varied factors, and the tied ones with the factor that fixes each.
 
     If two factors change together, the more telling one counts as the factor: an arm (`variant`) rather than the keys
-    that it sets, and a group such as `router` rather than a key below it such as `router._target_`.
+    that it sets, and a group such as `router` rather than a key below it such as `router._target_`. If runs with equal
+    settings read different text, because files changed, its digest is a factor, so that no condition has both.
     """
     factors = [c for c in runs if "/" not in c and c not in (*FACTS, "seed") and not is_free(c)]
     factors.sort(
@@ -132,6 +133,7 @@ def _free_and_tied(runs: pd.DataFrame) -> tuple[list[str], dict[str, str]]:
             "." in column,
         )
     )
+    data = [c for c in factors if (c == "data" or c.startswith("data.")) and c not in DIGESTS]
     free: list[str] = []
     tied: dict[str, str] = {}
     for factor in [*factors, "experiment"]:
@@ -140,6 +142,8 @@ def _free_and_tied(runs: pd.DataFrame) -> tuple[list[str], dict[str, str]]:
             continue  # the same wherever it applies; whether it applies depends on the router
         if known[factor].nunique() < 2 or ("seed" in runs and (known[factor] == known["seed"]).all()):
             continue  # data.seed=${seed} is the seed, not a factor
+        if factor in DIGESTS and data and (runs.groupby(data, dropna=False)[factor].nunique() < 2).all():
+            continue  # runs with equal settings of the data read the same text
         leader = next((other for other in free if (runs.groupby(other, sort=False)[factor].nunique() < 2).all()), None)
         if leader is None:
             free.append(factor)

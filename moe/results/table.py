@@ -25,6 +25,7 @@ FACTS = (
     *("seconds", "train_seconds", "peak_memory_gb", "parameters.total", "parameters.active", "flops_per_token"),
     "ranks.number",
 )
+DIGESTS = ("data.corpus_sha256", "data.tokenizer_sha256")  # factors: the start of the digests of what a run read
 # The level of a factor that does not apply to a run: its config lacks the key, such as router.temp with a top-k router,
 # or its router ignores it, such as noise with a hash router.
 ABSENT = "absent"
@@ -106,7 +107,9 @@ def _facts(folder: Path, record: RunRecord) -> dict[str, Any]:
         "causal": record.causal,
         "commit": record.commit,
     }
+    row |= dict.fromkeys(DIGESTS)
     if (facts := record.facts) is not None:
+        row |= {key: str(level(facts.data.get(key.removeprefix("data."))))[:12] for key in DIGESTS}
         row |= {
             "seconds": facts.seconds,
             "train_seconds": facts.train_seconds,

@@ -91,6 +91,7 @@ def prepare_data(config: Config, *, trusted: bool = True) -> Prepared:
     return prepare(
         build(settings.source, "data.source", trusted=trusted),
         tokenizer=settings.tokenizer,
+        tokenizer_revision=settings.tokenizer_revision,
         vocab_size=settings.vocab_size,
         seq_len=settings.seq_len,
         val_percent=settings.val_percent,

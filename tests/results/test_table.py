@@ -310,3 +310,29 @@ def test_the_table_of_the_noise_study_needs_noise_and_balance_weight(tmp_path: P
         write_run(tmp_path / f"noise={noise}", noise=noise)
     write_sweep_tables(tmp_path)
     assert [path.name for path in tmp_path.glob("*.csv")] == ["results.csv"]
+
+
+@pytest.mark.parametrize("changed", ["data.source.revision", "data.corpus_sha256"])
+def test_runs_that_read_different_data_never_share_a_condition(tmp_path: Path, changed: str) -> None:
+    """If the text changed between two cells of a sweep, on the hub or in the same files, no mean includes both."""
+    for seed in (1, 2, 3, 4):
+        folder = write_run(tmp_path / "s" / f"seed={seed}", seed=seed, loss=seed / 10)
+        record = json.loads((folder / "run.json").read_text())
+        text = "old" if seed < 3 else "new"
+        source = {"revision": text if changed == "data.source.revision" else None}
+        data = {"corpus_sha256": text, "tokenizer_sha256": "same"}
+        change_record(folder, config=record["config"] | {"data": {"source": source}}, data=data)
+    runs = load_runs([tmp_path])
+    assert varied_factors(runs) == [changed, "seed"]
+    assert list(spread_table(summary(runs, [changed], ["val/loss"]))["n seeds"]) == [2, 2]
+
+
+def test_text_that_follows_from_the_settings_is_no_factor_of_its_own(tmp_path: Path) -> None:
+    """Two data settings that are varied together give four texts, but only two factors."""
+    for size, vocabulary in product((100, 200), (300, 400)):
+        folder = write_run(tmp_path / "s" / f"{size},{vocabulary}")
+        record = json.loads((folder / "run.json").read_text())
+        settings = {"source": {"chars": size}, "vocab_size": vocabulary}
+        data = {"corpus_sha256": f"{size}", "tokenizer_sha256": f"{size}-{vocabulary}"}
+        change_record(folder, config=record["config"] | {"data": settings}, data=data)
+    assert varied_factors(load_runs([tmp_path])) == ["data.source.chars", "data.vocab_size"]
