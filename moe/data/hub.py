@@ -57,7 +57,7 @@ def rows(
     """
     with _patient(path):
         stream = iter(_stream(path, name, split, revision, columns))
-        with closing(stream):  # type: ignore[type-var]  # it is a generator
+        with closing(stream):
             yield from islice(stream, count)
 
 

@@ -284,6 +284,7 @@ def on_the_hub(path: str) -> bool:
 
 def _hub_rows(source: Hub | Conversations, columns: list[str], count: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the id and the content of the first `count` rows of a data set on the hub or of local files."""
+    rows: Iterator[dict[str, Any]]
     if files := _local_files(source.path):
         rows = chain.from_iterable(readers.read_rows(file, "data.source.path") for file in files)
     else:
