@@ -53,7 +53,7 @@ def write_datasets(root: Path, version: int, *, rows: int = 300, words: int = 15
         parquet.write_table(table, corpus / f"cosmopedia-v2/train-{shard}.parquet", row_group_size=rows // 2)
     talks = []
     for _ in range(100):
-        turns = [{"content": sentence(rng, 20), "role": role} for role in ("user", "assistant")]
+        turns = [{"content": sentence(rng, 3), "role": role} for role in ("user", "assistant")]
         talks.append({"messages": turns, "source": rng.choice(["rewrite", "magpie"])})
     parquet.write_table(pa.Table.from_pylist(talks), talk / "data/all/train-0.parquet")
 
@@ -86,9 +86,9 @@ class FakeHub:
             "HF_HUB_DISABLE_TELEMETRY": "1",
         }
 
-    def train(self, *words: str) -> subprocess.CompletedProcess[str]:
+    def train(self, *words: str, out: str = "runs") -> subprocess.CompletedProcess[str]:
         """Run train.py in a new Python, because the libraries read the address of the hub when they are imported."""
-        command = [sys.executable, str(TRAIN), *words, f"data.cache={self.root / 'cache'}", f"out={self.root / 'runs'}"]
+        command = [sys.executable, str(TRAIN), *words, f"data.cache={self.root / 'cache'}", f"out={self.root / out}"]
         return subprocess.run(command, capture_output=True, text=True, timeout=400, env=self.environment)
 
     def outage(self, kind: str) -> None:
@@ -153,7 +153,7 @@ def test_cells_of_a_sweep_and_resumed_runs_read_the_recorded_commit(hub: FakeHub
     assert hub.train("-m", "seed=1,2,3", *words).returncode == 0
     texts = {run["facts"]["data"]["corpus_sha256"] for run in hub.runs()}
     assert (len(hub.runs()), len(texts)) == (3, 1)
-    assert hub.train("seed=4", *words, f"out={hub.root / 'other'}").returncode == 0
+    assert hub.train("seed=4", *words, out="other").returncode == 0
     [other] = (hub.root / "other").glob("*/*/run.json")
     assert read_record(other.parent)["facts"]["data"]["corpus_sha256"] not in texts
     hub.outage("503")  # a finished sweep needs no hub
@@ -166,7 +166,6 @@ def test_few_documents_of_a_large_data_set_are_few_bytes(hub: FakeHub) -> None:
     size = sum(path.stat().st_size for path in (hub.root / "datasets").rglob("train-*.parquet"))
     assert hub.train("data=cosmopedia", "data.source.max_documents=60", *SMALL).returncode == 0
     fetched = sum(int(count) for path, _, count in hub.requests() if "parquet" in path)
-    print("size", size, "fetched", fetched)
     assert fetched < size / 4
 
 
