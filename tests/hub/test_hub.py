@@ -124,7 +124,7 @@ def update(hub: FakeHub) -> None:
     "words",
     [
         ["data=cosmopedia", "data.source.max_documents=60"],
-        ["data=smoltalk", "data.source.max_samples=60"],
+        ["data=smoltalk", "data.source.max_samples=100"],
         ["experiment=noise_lb_seed", "variant=noise_study", "noise=0.0", "lb=0.0", "seed=42", "precision=fp32"],
     ],
 )
