@@ -121,6 +121,7 @@ class OptimizerConfig:
     router_lr: float | None = None  # AdamW's rate for routers; null: adamw_lr
     experts_lr: float | None = None  # AdamW's rate for routed experts; null: adamw_lr
     momentum: float = 0.95
+    expert_step: str = "equal"  # how far Muon moves an expert: equal | gradient (less for an expert with few tokens)
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 0.1
@@ -138,6 +139,9 @@ class OptimizerConfig:
             ok = value is None or self.muon_lr is None
             allowed = f"null, because Muon trains these matrices with optimizer.muon_lr={self.muon_lr}"
             require(ok, f"optimizer.{name}", value, allowed)
+        one_of("optimizer.expert_step", self.expert_step, ("equal", "gradient"))
+        muon = self.muon_lr is not None
+        require(muon or self.expert_step == "equal", "optimizer.expert_step", self.expert_step, "equal without Muon")
         for name in ("momentum", "beta1", "beta2"):
             value = getattr(self, name)
             require(finite(value) and 0 <= value < 1, f"optimizer.{name}", value, "in [0, 1)")

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,11 @@ from moe.checks import ConfigError, require
 from moe.routing.decision import Context, Knobs, Routing
 from moe.routing.loss_table import BALANCE_WEIGHTS
 from moe.routing.stats import RoutingStats
+
+# How the optimizers treat a parameter. matrix: Muon, or AdamW with weight decay where AdamW trains everything. other,
+# such as an embedding whose rows are looked up one by one: AdamW with weight decay. scale, such as a learned
+# temperature: AdamW without weight decay, which would pull it to 0 although 0 is no neutral value.
+Role = Literal["matrix", "other", "scale"]
 
 
 class Router(nn.Module):
@@ -45,6 +50,8 @@ class Router(nn.Module):
     - `experts_per_token`, `mixing_flops`: the work per token, for FLOPs and parameter counts.
 
     A subclass may implement, where it has something to do,
+    - `role`: how the optimizers treat a parameter. Default: Muon trains matrices and stacks of matrices; AdamW trains
+      vectors and numbers, without weight decay.
     - `initialize`: draw the initial weights. Default: N(0, std) for each matrix.
     - `before_training`: learn from token frequencies, once.
     - `after_step`: learn without a gradient, after each optimizer step.
@@ -190,6 +197,10 @@ class Router(nn.Module):
 
     def tie_to(self, first: "Router") -> None:
         """Replace the modules that all layers share by those of the router in the model's first MoE layer."""
+
+    def role(self, name: str, p: nn.Parameter) -> Role:
+        """Return how the optimizers treat the parameter `name`, see `Role`."""
+        return "matrix" if p.ndim >= 2 else "scale"
 
     def initialize(self, std: float) -> None:
         """Draw each matrix from N(0, std). Other parameters and buffers keep the values from the constructor."""

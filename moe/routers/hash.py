@@ -34,7 +34,7 @@ class Hash(Router):
         require(vocab_size >= 1, "router.vocab_size", vocab_size, "at least 1")
         self.k, self.balanced = k, balanced
         pairs = torch.arange(vocab_size)[:, None] * num_experts + torch.arange(num_experts)
-        self.register_buffer("table", scramble(pairs).topk(k).indices.to(torch.int16))
+        self.register_buffer("table", scramble(pairs).topk(k).indices.to(torch.int32))
 
     def before_training(self, counts: Int[Tensor, "V"]) -> None:
         if self.balanced:
@@ -43,7 +43,7 @@ class Hash(Router):
             seen = int((folded > 0).sum())
             order = folded.argsort(descending=True, stable=True)[:seen]
             chosen = lightest(folded[order].tolist(), self.num_experts, self.k)
-            self.table[order] = torch.tensor(chosen, dtype=torch.int16).to(self.table.device)
+            self.table[order] = torch.tensor(chosen, dtype=torch.int32).to(self.table.device)
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         expert = self.table[context.routed(context.ids.flatten()) % len(self.table)].long()

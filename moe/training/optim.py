@@ -1,6 +1,7 @@
 """Optimizers and the learning-rate curve.
 
-Muon updates matrices, each expert's separately; AdamW updates embeddings and vectors.
+Muon updates matrices, each expert's separately; AdamW updates embeddings and vectors. Routers say which of their
+parameters are which.
 """
 
 import math
@@ -9,12 +10,16 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from jaxtyping import Float
+import torch.distributed as dist
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from moe.config.schema import Config, OptimizerConfig
 from moe.distributed.sharding import full_tensors, local_part, shard_like
 from moe.model.parts import parts
+from moe.routers.base import Role, Router
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients (Jordan 2024)
 
@@ -76,6 +81,16 @@ class Muon(torch.optim.Optimizer):
     of a stack gets its own update: flattening the stack to 2-D, as other implementations do, would mix the experts.
     Matrices of equal shape are orthogonalized in one batch. The step size is lr * sqrt(max(1, rows/cols)). Weight
     decay is decoupled.
+
+    An expert of a stack whose gradient is exactly 0 has seen no token in this step. It is left alone: no step, no
+    weight decay, and its momentum stays. Without this rule it would go on at full speed along its old momentum, because
+    the length of an orthogonalized step does not depend on the size of the gradient.
+
+    expert_step: how far the other experts of a stack move.
+        equal: all by the same length, however few tokens they have seen.
+        gradient: by min(1, n_e / n) of that length. n_e is the norm of the expert's momentum, n the mean over the
+            experts of the stack that have seen a token in this step. The momentum adds up over tokens, so an expert
+            with few tokens moves less.
     """
 
     def __init__(
@@ -87,8 +102,10 @@ class Muon(torch.optim.Optimizer):
         nesterov: bool = True,
         weight_decay: float = 0.0,
         ns_steps: int = 5,
+        expert_step: str = "equal",
     ) -> None:
-        settings = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
+        settings: dict[str, Any] = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
+        settings["expert_step"] = expert_step
         super().__init__(params, {**settings, "ns_steps": ns_steps})
         for group in self.param_groups:
             for p in group["params"]:
@@ -112,11 +129,16 @@ class Muon(torch.optim.Optimizer):
         directions = [self._direction(p, group) for p in params]
         rows, cols = params[0].shape[-2:]
         updates = orthogonalize(torch.cat(directions), steps=group["ns_steps"]).split([len(d) for d in directions])
-        for p, update in zip(params, updates, strict=True):
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-            if p.ndim == 2:
-                update = local_part(shard_like(update.view(p.shape), p))
+        for p, direction, update in zip(params, directions, updates, strict=True):
             weights = local_part(p)
+            decay = 1 - group["lr"] * group["weight_decay"]
+            if p.ndim == 2:
+                weights.mul_(decay)
+                update = local_part(shard_like(update.view(p.shape), p))
+            else:
+                active = _has_gradient(p)
+                weights.mul_(torch.where(active, decay, 1.0))
+                update = update * (active * _relative_norms(p, direction, active, group["expert_step"]))
             weights.add_(update.view_as(weights).to(p.dtype), alpha=-group["lr"] * math.sqrt(max(1, rows / cols)))
 
     def _direction(self, p: nn.Parameter, group: dict[str, Any]) -> Float[Tensor, "N rows cols"]:
@@ -125,41 +147,93 @@ class Muon(torch.optim.Optimizer):
         state = self.state[p]
         if not state:
             state["momentum"] = torch.zeros_like(p)
-        momentum = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-        direction = p.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
         # A rank's part of a stack of experts consists of complete matrices. A single matrix has to be put together.
-        direction = local_part(direction) if p.ndim == 3 else full_tensors(direction)
+        whole = local_part if p.ndim == 3 else full_tensors
+        gradient, momentum = p.grad, state["momentum"]
+        if p.ndim == 3:
+            gradient, momentum = local_part(gradient), local_part(momentum)
+            kept = momentum.clone()
+        momentum.lerp_(gradient, 1 - group["momentum"])
+        if p.ndim == 3:
+            torch.where(_has_gradient(p), momentum, kept, out=momentum)
+        direction = whole(gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum)
         return direction.reshape(-1, *p.shape[-2:])
+
+
+def _has_gradient(stack: nn.Parameter) -> Bool[Tensor, "N 1 1"]:
+    """Return which matrices of this rank's part of a stack have a gradient that is not exactly 0."""
+    assert stack.grad is not None
+    return (local_part(stack.grad) != 0).any(-1, keepdim=True).any(-2, keepdim=True)
+
+
+def _relative_norms(
+    stack: nn.Parameter, direction: Float[Tensor, "N rows cols"], active: Bool[Tensor, "N 1 1"], expert_step: str
+) -> Float[Tensor, "N 1 1"] | float:
+    """Return the share of the full step that each matrix of this rank's part of a stack moves, see `Muon`."""
+    if expert_step == "equal":
+        return 1.0
+    norms = direction.norm(dim=(-2, -1), keepdim=True) * active
+    sums = torch.stack([norms.sum(), active.sum()])
+    if isinstance(stack, DTensor):  # the ranks hold different experts of the stack
+        dist.all_reduce(sums, group=stack.device_mesh.get_group())
+    return (norms * sums[1] / sums[0].clamp(min=torch.finfo(norms.dtype).tiny)).clamp(max=1.0)
 
 
 def build_optimizers(model: nn.Module, settings: OptimizerConfig) -> list[torch.optim.Optimizer]:
     """Return the optimizers of all trainable parameters: AdamW, and Muon in front of it unless `muon_lr` is None.
 
-    Muon updates the matrices of attention, experts and routers, without weight decay. AdamW updates embeddings, the
-    output layer and vectors, or everything if `muon_lr` is None, and applies weight decay to matrices and vectors
-    alike. In AdamW, routers and experts are separate parameter groups, which may have their own learning rates.
+    Muon updates matrices, without weight decay: those of attention and experts, and those of a router that the router
+    does not declare otherwise (`Router.role`). AdamW updates the token embedding, the output layer, the gains of norms
+    and the rest of the routers, or everything if `muon_lr` is None. It applies weight decay to all of them except to
+    parameters that a router declares, or by default treats, as a scale. In AdamW, routers and experts are separate
+    parameter groups, which may have their own learning rates.
     """
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            matrix = settings.muon_lr is not None and p.ndim >= 2 and "embed" not in name and "lm_head" not in name
-            (matrices if matrix else others).append(p)
+    role = roles(model)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trainable if settings.muon_lr is not None and role[p] == "matrix"]
     rates = {"router": settings.router_lr, "experts": settings.experts_lr}
-    for_adamw = dict.fromkeys(others)
-    by_part = {name: [p for p in params if p in for_adamw] for name, params in parts(model).items()}
-    in_parts = {p for params in by_part.values() for p in params}
-    groups: list[dict[str, Any]] = [{"params": [p for p in for_adamw if p not in in_parts]}]
-    groups += [{"params": params, "lr": rates[name] or settings.adamw_lr} for name, params in by_part.items()]
+    part = {p: name for name, params in parts(model).items() for p in params}
+    by_group: dict[tuple[str, bool], list[nn.Parameter]] = {("", True): [], ("router", True): [], ("experts", True): []}
+    for p in trainable:
+        if settings.muon_lr is None or role[p] != "matrix":
+            by_group.setdefault((part.get(p, ""), role[p] != "scale"), []).append(p)
+    groups: list[dict[str, Any]] = [
+        {
+            "params": params,
+            "lr": rates.get(name) or settings.adamw_lr,
+            "weight_decay": settings.weight_decay if decayed else 0.0,
+        }
+        for (name, decayed), params in by_group.items()
+    ]
     betas = (settings.beta1, settings.beta2)
-    adamw = torch.optim.AdamW(groups, lr=settings.adamw_lr, betas=betas, weight_decay=settings.weight_decay, fused=True)
+    adamw = torch.optim.AdamW(groups, betas=betas, fused=True)
     optimizers: list[torch.optim.Optimizer] = [adamw]
     if settings.muon_lr is not None:
-        optimizers.insert(0, Muon(matrices, lr=settings.muon_lr, momentum=settings.momentum))
+        optimizers.insert(
+            0, Muon(matrices, lr=settings.muon_lr, momentum=settings.momentum, expert_step=settings.expert_step)
+        )
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]  # the peak of the learning-rate curve
     return optimizers
+
+
+def roles(model: nn.Module) -> dict[nn.Parameter, Role]:
+    """Return the role of every parameter: routers declare those of their own, modules decide all others.
+
+    Of those, the weights of `nn.Embedding`, the output layer and the gains of norms are "other", and all matrices and
+    stacks of matrices "matrix".
+    """
+    found: dict[nn.Parameter, Role] = {p: "matrix" if p.ndim >= 2 else "other" for p in model.parameters()}
+    for module in model.modules():
+        if isinstance(module, Router):
+            found |= {p: module.role(name, p) for name, p in module.named_parameters()}
+        elif isinstance(module, nn.Embedding):
+            found |= dict.fromkeys(module.parameters(), "other")
+    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    if output is not None:
+        found |= dict.fromkeys(output.parameters(), "other")
+    return found
 
 
 def learning_rate_scale(step: int, *, steps: int, warmup: float, floor: float) -> float:

@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 from small_runs import untimed
 from torch import Tensor
 
-from moe.config.options import CONF
+from moe.config.options import CONF, options
 from moe.distributed import ranks
 from moe.distributed.exchange import run_distributed_experts
 from moe.files import sha256
+from moe.launch.command_line import read_cells
 from moe.model.decoder import MoEForCausalLM
 
 pytestmark = pytest.mark.ranks
@@ -120,6 +121,24 @@ def test_a_run_on_two_ranks_equals_a_run_on_one_except_for_rounding(
     assert all(first_two[key] == pytest.approx(first[key], rel=1e-12) for key in count_metrics)
     MoEForCausalLM.from_pretrained(two / "model")
     assert (two / "trace/step-00000006.npz").exists()
+
+
+@pytest.mark.parametrize("layout", LAUNCH)
+@pytest.mark.parametrize("router", sorted(options("router")))
+def test_every_router_trains_on_two_ranks_as_on_one(
+    router: str, layout: str, small: list[str], train_on_one_process: Any, tmp_path: Path
+) -> None:
+    """Two steps on two ranks end with the weights of one rank, up to rounding: no buffer or loss is left behind."""
+    [cell] = read_cells([f"router={router}"]) or []
+    inapplicable = [f"{word.split('=')[0]}=0.0" for word in STEP if word.split("=")[0] in cell.ignored]
+    overrides = (f"router={router}", *inapplicable, "steps=2", "eval_every=2")
+    one = train_on_one_process(*overrides)
+    done = run_command([*LAUNCH[layout], *small, *STEP, *overrides, f"out={tmp_path}"])
+    assert done.returncode == 0, done.stderr
+    weights, expected = (load_file(run / "model/model.safetensors") for run in (only_run(tmp_path), one))
+    assert weights.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert (weights[name] - weight).double().norm() <= 1e-3 * weight.double().norm() + 1e-6, name
 
 
 def test_a_run_on_two_replicated_ranks_has_bitwise_the_weights_of_a_run_on_one(

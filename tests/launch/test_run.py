@@ -205,7 +205,6 @@ def test_the_record_of_a_run_says_what_was_trained(finished_command: TrainComman
         ([], True),
         (["capacity=1.0"], True),
         (["capacity=1.0", "drop=score"], False),
-        (["drop=score"], True),
         (["router=expert_choice"], False),
         (["variant=spectra_full"], False),
         (["variant=spectra_no_all"], True),

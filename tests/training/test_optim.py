@@ -4,9 +4,14 @@ import itertools
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from moe.training.optim import Muon, learning_rate_scale, orthogonalize
+from moe.config.schema import OptimizerConfig
+from moe.model.architecture import MoEConfig
+from moe.model.decoder import MoEForCausalLM
+from moe.routers.base import Role
+from moe.routers.cosine import CosineRouter
+from moe.training.optim import Muon, build_optimizers, learning_rate_scale, orthogonalize
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
@@ -106,3 +111,87 @@ def test_the_learning_rate_rises_in_the_warmup_and_then_falls_to_its_floor() -> 
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_short_runs_have_a_positive_learning_rate(steps: int) -> None:
     assert all(0 < learning_rate_scale(s, steps=steps, warmup=0.1, floor=0.1) <= 1 for s in range(steps))
+
+
+def steps_of_experts(expert_step: str, *, decay: float = 0.0, steps: int = 30) -> Tensor:
+    """Return how far Muon moves each of four experts in its last step (4).
+
+    Expert 1 gets a gradient in the first ten steps only, and expert 2 a thousandth of the gradient of the others.
+    """
+    generator = torch.Generator().manual_seed(0)
+    stack = nn.Parameter(torch.randn(4, 16, 12, generator=generator))
+    muon = Muon([stack], lr=0.02, momentum=0.95, weight_decay=decay, expert_step=expert_step)
+    for step in range(steps):
+        stack.grad = (
+            torch.randn(4, 16, 12, generator=generator) * torch.tensor([1.0, step < 10, 1e-3, 1.0])[:, None, None]
+        )
+        before, momentum = stack.detach().clone(), muon.state[stack].get("momentum", torch.zeros(4))[1].clone()
+        muon.step()
+    assert torch.equal(muon.state[stack]["momentum"][1], momentum), "an idle expert keeps its momentum"
+    return (stack.detach() - before).flatten(1).norm(dim=1)
+
+
+def test_muon_leaves_an_expert_without_a_gradient_alone() -> None:
+    """An expert whose gradient is exactly 0 does not move, decay or lose momentum; the others all move alike."""
+    moved = steps_of_experts("equal", decay=0.1)
+    assert moved[1] == 0
+    assert moved[2].item() == pytest.approx(moved[0].item(), rel=0.2)
+
+
+def test_muon_can_move_an_expert_less_if_its_gradient_is_smaller() -> None:
+    moved = steps_of_experts("gradient")
+    assert moved[1] == 0
+    assert 0 < moved[2] < 0.01 * moved[0]
+    assert moved[3] > 0.5 * steps_of_experts("equal")[3]
+
+
+def test_an_idle_expert_does_not_change_the_steps_of_the_others() -> None:
+    generator = torch.Generator().manual_seed(1)
+    both, alone = nn.Parameter(torch.ones(2, 6, 8)), nn.Parameter(torch.ones(1, 6, 8))
+    optimizers = [Muon([p], lr=0.1) for p in (both, alone)]
+    for _ in range(3):
+        gradient = torch.randn(1, 6, 8, generator=generator)
+        both.grad, alone.grad = torch.cat([gradient, torch.zeros_like(gradient)]), gradient
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(both[:1], alone, rtol=0, atol=1e-6)
+    assert torch.equal(both[1], torch.ones(6, 8))
+
+
+@pytest.mark.parametrize("muon_lr", [0.02, None])
+def test_parameters_are_grouped_by_the_role_that_routers_declare(muon_lr: float | None) -> None:
+    """A router's matrices go to Muon whatever their names, and its vectors and numbers are not decayed."""
+
+    class Declaring(CosineRouter):
+        def role(self, name: str, p: nn.Parameter) -> Role:
+            return "other" if name == "projection" else super().role(name, p)
+
+    config = MoEConfig(
+        vocab_size=50, hidden_size=16, num_attention_heads=2, num_key_value_heads=2, num_hidden_layers=1,
+        intermediate_size=8, num_experts=4, tie_word_embeddings=False,
+        router={"_target_": "moe.routers.cosine.CosineRouter"},
+    )  # fmt: skip
+    model = MoEForCausalLM(config)
+    model.moe_layers[0].router.__class__ = Declaring
+    settings = OptimizerConfig(muon_lr=muon_lr, adamw_lr=0.01, weight_decay=0.1)
+    optimizers = build_optimizers(model, settings)
+    names = {p: name.split("layers.0.")[-1] for name, p in model.named_parameters()}
+    found = {
+        names[p]: "muon" if isinstance(optimizer, Muon) else group["weight_decay"]
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+    matrix = "muon" if muon_lr else 0.1
+    assert found == {
+        "model.embed_tokens.weight": 0.1,
+        "lm_head.weight": 0.1,
+        "model.norm.weight": 0.1,
+        "input_layernorm.weight": 0.1,
+        "post_attention_layernorm.weight": 0.1,
+        **{f"self_attn.{each}_proj.weight": matrix for each in "qkvo"},
+        **{f"mlp.experts.{each}": matrix for each in ("up", "down")},
+        "mlp.router.projection": 0.1,
+        "mlp.router.embedding": matrix,
+        "mlp.router.log_tau": 0.0,
+    }
