@@ -148,7 +148,11 @@ def test_nothing_imports_the_entry_points() -> None:
 def test_only_the_entry_points_import_hydra() -> None:
     """Besides them, only the classes of the configuration import a name of OmegaConf: the mark of a missing value."""
     users = {each.importer for each in IMPORTS if package(each.imported) in ("hydra", "hydra_plugins", "omegaconf")}
-    assert users - {"moe.config.schema"} - {"moe.config.claim"} == {"train", "moe.launch.command_line"}
+    assert users - {"moe.config.schema"} - {"moe.config.claim"} == {
+        "train",
+        "moe.launch.command_line",
+        "moe.launch.slurm",
+    }
 
 
 @pytest.mark.parametrize("module", [name for name in modules() if package(name) in WITHOUT_TORCH])

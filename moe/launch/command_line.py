@@ -30,6 +30,7 @@ from moe.config import dense_checkpoint
 from moe.config.options import CONF, GROUPS, options
 from moe.config.schema import OFF, Cell, Config, flatten
 from moe.distributed import ranks
+from moe.launch import slurm
 from moe.runs.folder import finished
 
 LONGEST_NAME = 150  # bytes in the name of a run folder; file systems allow 255
@@ -115,6 +116,8 @@ def _expand(arguments: list[str], *, multirun: bool) -> list[Cell]:
     allowed = f"basic, or left out: this launch has {ranks.world_size()} processes, which train one cell after another"
     require(launcher == "basic" or ranks.world_size() == 1, "hydra/launcher", launcher, allowed)
     multirun = multirun or str(base.hydra.mode) == "RunMode.MULTIRUN"
+    require(multirun or launcher == "basic", "hydra/launcher", launcher, "used with -m: it starts the cells of a sweep")
+    require(launcher != "submitit_slurm", "hydra/launcher", launcher, "slurm, which has the settings of this project")
     if not multirun:
         swept = [o.input_line for o in overrides if o.is_sweep_override()]
         if swept:
@@ -141,7 +144,14 @@ def _expand(arguments: list[str], *, multirun: bool) -> list[Cell]:
         return cells
     described = [_without_ignored(*each) for each in zip(cells, composed, grid, strict=True)]
     _refuse_given_in_vain(cells, described, {str(o.key_or_group) for o in overrides if o.is_sweep_override()})
+    if launcher == "slurm":
+        slurm.prepare(base.hydra.launcher, _sweep_folder)
     return list({cell.folder: cell for cell in reversed(described)}.values())[::-1]
+
+
+def _sweep_folder(composed: DictConfig, arguments: list[str]) -> Path:
+    """Return the run folder of one cell of a sweep."""
+    return _without_ignored(_cell(composed, multirun=True), composed, arguments).folder
 
 
 def job_cell(composed: DictConfig, hydra: Any) -> Cell:

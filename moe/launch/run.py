@@ -15,6 +15,7 @@ from moe import files
 from moe.checks import first_line, parse
 from moe.config.schema import Cell
 from moe.distributed import ranks
+from moe.launch import slurm
 from moe.runs import events
 from moe.runs.folder import difference, finished, locked, stored_record
 from moe.runs.record import Machine, MetricsRecord, RecordError, RunFacts, RunRecord, Status
@@ -66,10 +67,16 @@ def _may_train(cell: Cell, owner: str | None) -> bool:
         if differences := difference(cell):
             log.error("%s holds another run: %s", cell.folder, "; ".join(differences))
             return False
-        return not finished(cell)
+        if finished(cell):
+            return False
     except RecordError as error:
         log.error("%s", error)
         return False
+    if reason := slurm.stalled(cell.folder):
+        log.error("%s: %s", cell.folder, reason)
+        _write_end(cell, "failed", reason)
+        return False
+    return True
 
 
 def _train(cell: Cell) -> None:

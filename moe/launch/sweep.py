@@ -1,6 +1,7 @@
 """Carry out all cells of a command: check their folders before the first one trains, and report at the end."""
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from contextlib import contextmanager
 from moe.checks import ConfigError
 from moe.config.schema import Cell
 from moe.distributed import ranks
+from moe.launch.slurm import Refused
 from moe.runs.folder import difference, finished, locked, status, stored_record
 from moe.runs.record import RecordError, SweepRecord
 
@@ -34,14 +36,19 @@ def carry_out(cells: list[Cell], launch: Callable[[], object]) -> int:
     before = [_state(cell) for cell in cells]
     with _reserved(cells):
         ranks.broadcast(True)
+        refusal = None
         try:
             launch()
+        except Refused as refused:
+            refusal = refused.reason
+            print(f"train.py: {refusal}", file=sys.stderr, flush=True)
         except SystemExit as stop:
             if stop.code != 1:  # Hydra exits with 1 if a cell raised an error; the report below still follows then
                 raise
         if len(cells) > 1:
             _wait(cells)
-        return _report(cells, before)
+        status = _report(cells, before, refusal)
+        return status if refusal is None else 2
 
 
 def _check_folder(cell: Cell) -> None:
@@ -116,14 +123,18 @@ def _wait(cells: list[Cell]) -> None:
         time.sleep(1)
 
 
-def _report(cells: list[Cell], before: list[str]) -> int:
-    """Print what became of each cell since `before`, and the sweep's tables; return the exit status."""
+def _report(cells: list[Cell], before: list[str], refusal: str | None = None) -> int:
+    """Print what became of each cell since `before`, and the sweep's tables; return the exit status.
+
+    refusal: why no jobs were submitted, if that is so.
+    """
     after = [_state(cell) for cell in cells]
     sweep = cells[0].folder.parent
     if set(before) == {"finished"} or len(cells) > 1:
         print()
         for cell, old, new in zip(cells, before, after, strict=True):
-            print(f"{_outcome(old, new):<11} {cell.folder.name}{_reason(cell, new)}")
+            reason = f": {refusal}" if refusal and new == "missing" else _reason(cell, new)
+            print(f"{_outcome(old, new):<11} {cell.folder.name}{reason}")
     if len(cells) > 1 and sweep.is_dir():
         from moe.results import sweep_tables
 

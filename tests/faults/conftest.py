@@ -28,9 +28,13 @@ list for which the tests were written. [clusters.md](clusters.md) describes the 
 """
 
 
+def own_marker(item: pytest.Item) -> bool:
+    return any(item.get_closest_marker(name) for name in ("clusters", "slurm"))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.is_relative_to(Path(__file__).parent) and not item.get_closest_marker("clusters"):
+        if item.path.is_relative_to(Path(__file__).parent) and not own_marker(item):
             item.add_marker(pytest.mark.faults)
 
 

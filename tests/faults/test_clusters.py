@@ -40,10 +40,9 @@ exec "${@:6}" >> "$SLURM_FAKE/log-$SLURM_ARRAY_TASK_ID" 2>&1
 SCONTROL = """#!/bin/bash
 touch "$SLURM_FAKE/requeue-$2"
 """
-SACCT = """#!/bin/bash
-echo "JobID|State|NodeList"
+SQUEUE = """#!/bin/bash
 for task in 0 1 2; do
-  [ -e "$SLURM_FAKE/ended-$task" ] && echo "7_$task|FAILED|here" || echo "7_$task|RUNNING|here"
+  [ -e "$SLURM_FAKE/ended-$task" ] && echo "7_$task|COMPLETED|None" || echo "7_$task|RUNNING|None"
 done
 """
 
@@ -53,7 +52,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Put a folder of scripts that behave like Slurm's commands first in the search path, and return the folder."""
     place = tmp_path / "slurm"
     place.mkdir()
-    for name, text in {"sbatch": SBATCH, "srun": SRUN, "scontrol": SCONTROL, "sacct": SACCT}.items():
+    for name, text in {"sbatch": SBATCH, "srun": SRUN, "scontrol": SCONTROL, "squeue": SQUEUE}.items():
         (place / name).write_text(text)
         (place / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{place}:{os.environ['PATH']}")

@@ -12,6 +12,7 @@ from moe.checks import ConfigError
 from moe.config.schema import Cell
 from moe.launch.command_line import read_cells
 from moe.launch.run import write_run_record
+from moe.launch.slurm import Refused, stalled
 from moe.launch.sweep import carry_out
 
 
@@ -101,3 +102,42 @@ def test_a_platform_without_locks_is_refused_in_one_line(
     monkeypatch.setitem(sys.modules, "fcntl", None)
     with pytest.raises(ConfigError, match="training needs Linux or macOS"):
         carry_out(cells[:number], lambda: pytest.fail("a cell was trained"))
+
+
+def test_what_slurm_refuses_is_said_once_and_beside_each_cell(cells: list[Cell], capsys: pytest.CaptureFixture) -> None:
+    """A sweep whose jobs are refused ends with exit status 2 and the reason; a finished cell keeps its own outcome."""
+    leave_record(cells[0], "finished")
+
+    def launch() -> None:
+        raise Refused("sbatch refused the jobs: no such partition")
+
+    assert carry_out(cells, launch) == 2
+    printed = capsys.readouterr()
+    assert printed.err == "train.py: sbatch refused the jobs: no such partition\n"
+    missing = [f"missing     {cell.folder.name}: sbatch refused the jobs: no such partition" for cell in cells[1:]]
+    assert printed.out.splitlines()[1:7] == [f"skipped     {cells[0].folder.name}", *missing]
+
+
+def test_a_job_that_slurm_starts_again_and_again_without_progress_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fourth start from the same checkpoint is refused; a new checkpoint, or a new job, starts the count again."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+
+    def start(number: int) -> str | None:
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(number))
+        return stalled(tmp_path)
+
+    assert [start(number) for number in (0, 1, 2)] == [None] * 3
+    assert "3 times in a row without a new checkpoint (the newest: none)" in str(start(3))
+    (tmp_path / "checkpoints" / "step-00000004").mkdir(parents=True)
+    assert [start(number) for number in (4, 5, 6)] == [None] * 3
+    assert "3 times in a row without a new checkpoint (the newest: step-00000004)" in str(start(7))
+    assert start(0) is None
+
+
+def test_outside_of_slurm_no_rounds_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is not a Slurm job never stalls and gets no file."""
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert stalled(tmp_path) is None
+    assert not list(tmp_path.iterdir())
