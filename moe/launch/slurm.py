@@ -206,11 +206,13 @@ def stalled(folder: Path) -> str | None:
         return None
     path, number = folder / "rounds.json", int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     newest = max((checkpoint.name for checkpoint in (folder / "checkpoints").glob("step-*")), default="none")
-    first = json.loads(path.read_text()) if path.exists() else {"round": 0, "checkpoint": "none"}
+    first: dict[str, Any] = {"round": 0, "checkpoint": "none"}
+    if path.exists():
+        first = json.loads(path.read_text())
     if number == 0 or first["checkpoint"] != newest:
         write_json(path, {"round": number, "checkpoint": newest})
         return None
-    rounds = number - int(first["round"])
+    rounds: int = number - first["round"]
     if rounds < ROUNDS:
         return None
     return (
