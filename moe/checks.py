@@ -7,7 +7,7 @@ import pkgutil
 from collections.abc import Iterable, Sequence
 from dataclasses import is_dataclass
 from types import UnionType
-from typing import Any, ClassVar, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints, is_typeddict
 
 T = TypeVar("T")
 
@@ -118,7 +118,7 @@ def check_values(values: dict[str, Any], types: dict[str, Any], place: str) -> N
 
 
 def parse(kind: type[T], content: object, place: str = "") -> T:
-    """Convert JSON `content` to an instance of `kind`, which is a dataclass or NamedTuple.
+    """Convert JSON `content` to an instance of `kind`, which is a dataclass, NamedTuple or TypedDict.
 
     The keys must be exactly the fields of `kind`, and every value must fit its annotation. `place` says where in its
     file the content was found, such as "config.model". Raises ValueError, with a message of one line that names the
@@ -141,10 +141,11 @@ def _parse_value(annotation: Any, value: object, place: str) -> Any:
     union = get_origin(annotation) in (Union, UnionType)
     options = get_args(annotation) if union else (annotation,)
     record = next((option for option in options if _is_record(option)), None)
-    if record is not None and not (value is None and _fits(None, annotation)):
+    if record is not None and not (value is None and type(None) in options):
         return parse(record, value, place)
-    if get_origin(annotation) is list and _is_record(get_args(annotation)[0]) and isinstance(value, list):
-        return [parse(get_args(annotation)[0], item, f"{place}[{number}]") for number, item in enumerate(value)]
+    listing = next((option for option in options if get_origin(option) is list), list[Any])
+    if listing != list[Any] and isinstance(value, list):
+        return [_parse_value(get_args(listing)[0], item, f"{place}[{number}]") for number, item in enumerate(value)]
     mapping = next((option for option in options if get_origin(option) is dict), None)
     if mapping is not None and isinstance(value, dict):
         return {key: _parse_value(get_args(mapping)[1], item, _join(place, key)) for key, item in value.items()}
@@ -156,6 +157,8 @@ def _parse_value(annotation: Any, value: object, place: str) -> Any:
 
 
 def _is_record(annotation: Any) -> bool:
+    if is_typeddict(annotation):
+        return True
     return isinstance(annotation, type) and (is_dataclass(annotation) or hasattr(annotation, "_fields"))
 
 
@@ -182,6 +185,8 @@ def _fits(value: object, annotation: Any) -> bool:
     """Return whether a value from yaml or JSON fits the annotation of a parameter or field."""
     if annotation is Any:
         return True
+    if is_typeddict(annotation):
+        return isinstance(value, dict)
     if get_origin(annotation) is dict:
         of_keys, of_values = get_args(annotation)
         return isinstance(value, dict) and all(_fits(k, of_keys) and _fits(v, of_values) for k, v in value.items())

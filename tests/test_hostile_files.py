@@ -16,10 +16,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import read_small_cell
-from small_runs import run as train_part
+from matplotlib.figure import Figure
 from train_processes import ANALYZE, TRAIN, run_script
 from transformers import AutoModelForCausalLM
 
+from moe.analysis.figures.drawing import Drawing
+from moe.analysis.figures.specialization import specialization_drawings
+from moe.analysis.report.blocks import Attachment
+from moe.analysis.report.markdown import block_as_markdown
 from moe.checks import ConfigError, build
 from moe.config import dense_checkpoint
 from moe.data.blocks import prepare
@@ -234,15 +238,6 @@ def test_a_wrong_record_is_one_line_for_both_readers(
 # ---- Checkpoints and traces -------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def interrupted(cell: Any, ran: Path) -> Any:
-    """Return the cell of a run that was interrupted after two steps."""
-    one = cell("model.layers=1")
-    with pytest.raises(Exception, match="SIGTERM"):
-        train_part(one, stop_after=2)
-    return one
-
-
 def write_checkpoint(root: Path, state: Any, manifest: Any = None) -> None:
     """Write a checkpoint that is newer than all others, with the right checksum."""
     folder = root / "step-00000099"
@@ -426,3 +421,94 @@ def test_a_study_and_a_report_do_not_write_through_links(folder: Path, tmp_path:
     assert victim.read_text() == "precious"
     assert (out / "learning_curves.png").is_file()
     assert not (out / "learning_curves.png").is_symlink()
+
+
+# ---- Studies and reports ----------------------------------------------------------------------------------------
+
+
+def drop_expert(content: Any) -> None:
+    content["measured"]["load"][0].pop()
+
+
+def name_number(content: Any) -> None:
+    content["measured"]["domains"][0] = 7
+
+
+def mistype_nested(content: Any) -> None:
+    content["measured"]["keywords"][0][0]["keywords"] = [{"token": 3}]
+
+
+def drop_nested(content: Any) -> None:
+    del content["measured"]["knockout"]["zeroed"]["delta"]["low"]
+
+
+def empty_lists(content: Any) -> None:
+    content["measured"]["regret"] = []
+
+
+def drop_zero(content: Any) -> None:
+    content["measured"]["landscape"]["distances"][4] = 0.5
+
+
+def add_reason(content: Any) -> None:
+    content["reason"] = "none"
+
+
+@pytest.mark.parametrize(
+    "edit", [drop_expert, name_number, mistype_nested, drop_nested, empty_lists, drop_zero, add_reason]
+)
+def test_a_wrong_level_of_specialization_json_is_one_line(
+    edit: Callable[[Any], None], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every level of specialization.json is checked, for the study and for the report."""
+    change(folder / "specialization.json", edit)
+    assert specialization([str(folder), "--blocks", "4", "--samples", "2"]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert line.endswith("; delete the file and measure the run again\n")
+    [drawn] = specialization_drawings(load_runs([folder]))
+    assert (drawn.figure, drawn.reason) == (None, line.removeprefix("moe.specialization: ").rstrip("\n"))
+
+
+MARKUP = '<script>alert(1)</script>"><img src=x onerror=alert(2)>[x](javascript:alert(3))$\\foo{$|`'
+
+
+def test_names_and_texts_of_a_stranger_become_neither_markup_nor_paths(pristine: Path, tmp_path: Path) -> None:
+    """Run names, claims, domains, factors and experiments are text in a report, and lead to no file outside of it."""
+    claim = {"text": MARKUP, "source": MARKUP, "metric": "val/loss", "factor": "noise", "levels": [0.1]}
+    claim |= {"than": [0.0], "kind": "higher", "size": [], "margin": None}
+    for seed, noise in [(1, 0.0), (2, 0.0), (1, 0.1), (2, 0.1)]:
+        folder = Path(shutil.copytree(pristine, tmp_path / "runs" / f"{seed}-{noise}<img src=x>"))
+
+        def edit_run(record: Any, noise: float = noise, seed: int = seed) -> None:
+            record["experiment"] = f"../../escaped{MARKUP}"
+            record["name"] = record["commit"] = record["machine"]["system"] = MARKUP
+            record["config"] |= {"seed": seed, "noise": noise, "claims": [claim], f"../escaped{MARKUP}": noise}
+            record["facts"]["data"]["domains"] = {MARKUP: {"license": MARKUP}}
+
+        def edit_study(record: Any) -> None:
+            record["measured"]["domains"] = [MARKUP for _ in record["measured"]["domains"]]
+
+        change(folder / "run.json", edit_run)
+        change(folder / "specialization.json", edit_study)
+        change(folder / "metrics.json", lambda record: record["final_metrics"].update({f"routing/../{MARKUP}": 1.0}))
+    metric = f"routing/../{MARKUP}"
+    out = tmp_path / "inner" / "analysis"
+    done = run_script(ANALYZE, str(tmp_path / "runs"), "--out", str(out), "--metric", metric)
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 0, done.stderr
+    for name in ("report.md", "report.html"):
+        text = (out / name).read_text()
+        assert "<script" not in text
+        assert "<img src=x" not in text
+        assert "](javascript" not in text
+    assert not list(tmp_path.rglob("*escaped*"))
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "inner"}
+    assert [path.name for path in out.parent.iterdir()] == ["analysis"]
+
+
+def test_the_name_of_a_picture_is_escaped_in_markdown() -> None:
+    figure = Figure()
+    shown = block_as_markdown(Drawing("a](x) <b>", "caption", figure))
+    assert shown == "![a]\\(x) &lt;b>](a%5D%28x%29%20%3Cb%3E.png)\n\ncaption"
+    assert block_as_markdown(Attachment("a b<i>.csv", "", "c")) == "[a b&lt;i>.csv](a%20b%3Ci%3E.csv): c"

@@ -1,4 +1,4 @@
-"""The records that runs and sweeps leave as JSON: run.json, metrics.json and sweep.json.
+"""The records that runs and sweeps leave as JSON: run.json, metrics.json, sweep.json and specialization.json.
 
 Each file has one class, which writes it and reads it. Reading checks every field, so that code which holds a record
 never meets a missing key or a wrong type. This module does not import torch, so that a command line is checked fast.
@@ -13,8 +13,9 @@ from moe.checks import first_line, parse
 from moe.config.claim import ClaimConfig
 from moe.config.schema import Config
 from moe.files import write_json
+from moe.runs.measured import Measured, ValidationLoss, check_shapes
 
-FORMAT = 1  # of all three files; raise it whenever a field is added, removed or changes its meaning
+FORMAT = 1  # of all these files; raise it whenever a field is added, removed or changes its meaning
 
 R = TypeVar("R", bound="_Record")
 Status = Literal["running", "interrupted", "failed", "finished"]
@@ -165,30 +166,38 @@ class SweepRecord(_Record):
     cells: dict[str, dict[str, Any]]
 
 
-SPECIALIZATION_FILE = "specialization.json"
-MEASURED = (  # keys that the figures read, if the experts could be measured
-    *("load", "domains", "domain", "vocabulary", "keywords", "coactivation", "coactivation_chance"),
-    "given_position",
-)
+class StudySettings(NamedTuple):
+    """What a study depends on: format of the study, model, and options of the command."""
+
+    format: int
+    model_sha256: str
+    blocks_wanted: int
+    samples: int
 
 
-def read_specialization(path: Path) -> dict[str, Any] | None:
-    """Return what `python -m moe.specialization` wrote to `path`; None if there is no such file.
+@dataclass(frozen=True, kw_only=True)
+class SpecializationRecord(_Record):
+    """specialization.json: what `python -m moe.specialization` measured on a run.
 
-    Raises RecordError, with one line, for a file that is torn or has other content.
+    reason: why the experts could not be measured. measured: null if there is such a reason. seconds: time that the
+    study took.
     """
-    try:
-        content = _load(path)
-        if not isinstance(content, dict) or not {"settings", "reason", "val_loss"} <= content.keys():
-            raise ValueError("must have settings, reason and val_loss")
-        wrong = [name for name in MEASURED if not isinstance(content.get(name), list | dict)]
-        if content["reason"] is None and wrong:
-            raise ValueError(f"{wrong[0]} must be a list or an object")
-        return content
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise RecordError(f"{path}: {first_line(error)}; delete the file and measure the run again") from None
+
+    FILE = "specialization.json"
+    ADVICE = "delete the file and measure the run again"
+
+    settings: StudySettings
+    step: int
+    seconds: float
+    val_loss: ValidationLoss
+    reason: str | None
+    measured: Measured | None
+
+    def __post_init__(self) -> None:
+        if (self.measured is None) != (self.reason is not None):
+            raise ValueError("either measured or reason must be null")
+        if self.measured is not None:
+            check_shapes(self.measured)
 
 
 def _load(path: Path) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from moe.results.table import load_runs
-from moe.runs.record import SPECIALIZATION_FILE, read_specialization
+from moe.runs.record import SpecializationRecord
 from moe.specialization.study import compare_seeds, study
 from moe.training import process
 
@@ -36,11 +36,12 @@ def main(command: list[str] | None = None) -> int:
         finished = [Path(folder) for folder in runs.loc[runs["status"] == "finished", "folder"]]
         for folder in finished:
             written = study(folder, blocks_wanted=arguments.blocks, samples=arguments.samples, trusted=arguments.trust)
-            loss = (read_specialization(folder / SPECIALIZATION_FILE) or {})["val_loss"]
+            loss = SpecializationRecord.read(folder / SpecializationRecord.FILE).val_loss
             interval = (
                 f"val/loss {loss['mean']}, 95 % over {loss['documents']} documents: {loss['low']} to {loss['high']}"
             )
-            print(f"{folder / SPECIALIZATION_FILE}: {'written' if written else 'up to date'}; {interval}", flush=True)
+            outcome = "written" if written else "up to date"
+            print(f"{folder / SpecializationRecord.FILE}: {outcome}; {interval}", flush=True)
         compare_seeds(finished)
     except (ValueError, OSError) as error:
         print(f"moe.specialization: {error}", file=sys.stderr)

@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from moe.checks import parse
 from moe.data.blocks import Prepared
-from moe.files import sha256, write_json, write_text
+from moe.files import sha256, write_text
 from moe.model.decoder import MoEForCausalLM, load_model
 from moe.routing.decision import Knobs
 from moe.runs import traces
-from moe.runs.record import SPECIALIZATION_FILE, RunRecord, read_specialization
+from moe.runs.record import FORMAT, RunRecord, SpecializationRecord, StudySettings
 from moe.specialization import information, stability
 from moe.specialization.geometry import expert_outputs, projections
 from moe.specialization.knockout import bootstrap, knockouts
@@ -47,15 +48,11 @@ def study(folder: Path, *, blocks_wanted: int, samples: int, trusted: bool = Fal
     if record.status != "finished" or record.facts is None:
         raise ValueError(f"{folder}: the run is {record.status}, not finished")
     config = record.typed_config()
-    settings = {
-        "format": STUDY_FORMAT,
-        "model_sha256": sha256(folder / "model" / "model.safetensors"),
-        "blocks_wanted": blocks_wanted,
-        "samples": samples,
-    }
-    path = folder / SPECIALIZATION_FILE
-    before = read_specialization(path)
-    if before is not None and before["settings"] == settings:
+    settings = StudySettings(
+        STUDY_FORMAT, sha256(folder / "model" / "model.safetensors"), blocks_wanted=blocks_wanted, samples=samples
+    )
+    path = folder / SpecializationRecord.FILE
+    if path.exists() and SpecializationRecord.read(path).settings == settings:
         return False
     began = time.monotonic()
     data = prepare_data(config, trusted=trusted)
@@ -65,15 +62,11 @@ def study(folder: Path, *, blocks_wanted: int, samples: int, trusted: bool = Fal
     model = load_model(folder / "model", trusted=trusted)
     probes, document = validation_blocks(data, blocks_wanted), documents_of_blocks(data, blocks_wanted)
     knobs = Knobs.of(temperature=model.config.router_temperature, device=model.device)
-    content: dict[str, Any] = {
-        "settings": settings,
-        "step": config.steps,
-        "reason": reason_not_studied(model, probes),
-    }
-    content |= {"val_loss": validation_loss(model, data, knobs)}
-    if content["reason"] is None:
+    reason, measured = reason_not_studied(model, probes), None
+    val_loss = validation_loss(model, data, knobs)
+    if reason is None:
         observed = observe(model, probes, knobs)
-        content |= routing_statistics(observed, data.domains, document=document)
+        content: dict[str, Any] = routing_statistics(observed, data.domains, document=document)
         content |= {"keywords": keywords(observed, data.tokenizer)}
         content |= {"knockout": knockouts(model, observed, knobs, document=document)}
         content |= {"regret": route_regret(model, observed, knobs, document=document, samples=samples)}
@@ -81,12 +74,14 @@ def study(folder: Path, *, blocks_wanted: int, samples: int, trusted: bool = Fal
         content |= {"landscape": landscape(model, probes.take(some_blocks), knobs)}
         content |= {"embedding": projections(expert_outputs(model, probes, knobs).numpy())}
         read = traces.read_traces(folder / "trace")
-        content |= {"saturation": stability.saturation(read), "churn": stability.churn(read)}
+        content |= {"saturation": stability.saturation(read), "churn": stability.churn(read), "seed_agreement": []}
+        measured = content
         write_text(
             folder / "tokens.html", token_page(observed, data.tokenizer, domains=data.domains, title=record.name)
         )
-    content["seconds"] = time.monotonic() - began
-    write_json(path, to_json(content))
+    found = {"step": config.steps, "val_loss": val_loss, "reason": reason, "measured": measured}
+    found |= {"format": FORMAT, "settings": settings._asdict(), "seconds": time.monotonic() - began}
+    parse(SpecializationRecord, to_json(found)).write(path)
     return True
 
 
@@ -157,16 +152,18 @@ def compare_seeds(folders: list[Path]) -> None:
             if other != folder and folder in last and _differ_in_seed_only(runs[folder], runs[other])
         ]
         others = [other for other in others if last[other].shape == last[folder].shape]
-        content = read_specialization(folder / SPECIALIZATION_FILE) or {}
-        content["seed_agreement"] = [
+        record = SpecializationRecord.read(folder / SpecializationRecord.FILE)
+        if record.measured is None:
+            continue
+        record.measured["seed_agreement"] = [
             {
                 "seed": runs[other].typed_config().seed,
                 "folder": other.name,
-                "layers": stability.seed_agreement(last[folder], last[other], rng=rng),
+                "layers": to_json(stability.seed_agreement(last[folder], last[other], rng=rng)),
             }
             for other in others
         ]
-        write_json(folder / SPECIALIZATION_FILE, to_json(content))
+        record.write(folder / SpecializationRecord.FILE)
 
 
 def _differ_in_seed_only(a: RunRecord, b: RunRecord) -> bool:

@@ -14,7 +14,6 @@ from moe.results.sweep_tables import console_table
 from moe.results.table import load_runs
 from moe.runs.record import (
     FORMAT,
-    SPECIALIZATION_FILE,
     Machine,
     MetricsRecord,
     Parameters,
@@ -23,7 +22,6 @@ from moe.runs.record import (
     RunFacts,
     RunRecord,
     SweepRecord,
-    read_specialization,
 )
 
 FACTS = RunFacts(
@@ -239,20 +237,6 @@ def test_the_test_helpers_write_and_change_valid_records(tmp_path: Path) -> None
     record = RunRecord.read(tmp_path / "run.json")
     assert record.facts is not None
     assert (record.facts.seconds, record.causal) == (3.0, False)
-
-
-MISTYPED_SPECIALIZATION = '{"settings": {}, "reason": null, "val_loss": {}, "load": "x"}'
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{", "null", '{"settings": {}}', "\x00", MISTYPED_SPECIALIZATION])
-def test_a_wrong_specialization_file_gives_a_one_line_error_and_a_missing_one_none(tmp_path: Path, text: str) -> None:
-    path = tmp_path / SPECIALIZATION_FILE
-    assert read_specialization(path) is None
-    path.write_text(text)
-    with pytest.raises(RecordError) as raised:
-        read_specialization(path)
-    assert str(path) in str(raised.value)
-    assert "\n" not in str(raised.value)
 
 
 def test_a_final_metric_without_a_slash_in_its_name_is_refused() -> None:

@@ -15,7 +15,7 @@ KEYWORDS_SHOWN = 5
 
 
 class MeasuredRun(NamedTuple):
-    """A run with its condition (all factors but the seed), its seed, and the content of its specialization.json."""
+    """A run with its condition (all factors but the seed), its seed, and what was measured (`moe.runs.measured`)."""
 
     condition: str
     seed: int

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -14,7 +14,7 @@ from moe.analysis.figures.expert_grids import MeasuredRun
 from moe.analysis.figures.style import MOST_LINES
 from moe.analysis.statistics import name_cell
 from moe.results.conditions import conditions, varied_factors
-from moe.runs.record import SPECIALIZATION_FILE, RecordError, read_specialization
+from moe.runs.record import RecordError, SpecializationRecord
 
 
 def specialization_drawings(runs: pd.DataFrame) -> Iterator[Drawing]:
@@ -27,7 +27,7 @@ def specialization_drawings(runs: pd.DataFrame) -> Iterator[Drawing]:
     first = [next(run for run in measured if run.condition == name) for name in names]
     first = [run for run in first if _shape(run) == _shape(first[0])]
     if not measured:
-        reasons = reasons or f"no run has a {SPECIALIZATION_FILE}: run python -m moe.specialization FOLDER"
+        reasons = reasons or f"no run has a {SpecializationRecord.FILE}: run python -m moe.specialization FOLDER"
     else:
         reasons = f"{len(first)} conditions are too many" if len(first) > MOST_LINES else ""
     if reasons:
@@ -73,14 +73,19 @@ def _read(runs: pd.DataFrame) -> tuple[list[MeasuredRun], str]:
     measured, reasons = [], []
     for cell, members in conditions(runs, factors):
         for folder, seed in sorted(zip(members["folder"], members["seed"], strict=True), key=lambda pair: pair[1]):
+            path = Path(folder) / SpecializationRecord.FILE
+            if not path.exists():
+                continue
             try:
-                found = read_specialization(Path(folder) / SPECIALIZATION_FILE)
+                record = SpecializationRecord.read(path)
             except RecordError as error:
-                found = {"reason": str(error)}
-            if found is not None and found["reason"] is None:
+                reasons.append(str(error))
+                continue
+            if record.measured is None:
+                reasons.append(str(record.reason))
+            else:
+                found = cast(dict[str, Any], record.measured)
                 measured.append(MeasuredRun(name_cell(cell) or "all runs", int(seed), found))
-            elif found is not None:
-                reasons.append(found["reason"])
     return measured, "; ".join(sorted(set(reasons)))
 
 

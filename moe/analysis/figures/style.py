@@ -33,6 +33,7 @@ RC: dict[Any, Any] = {
     "axes.axisbelow": True,
     "grid.color": "#e6e6e6",
     "legend.frameon": False,
+    "text.parse_math": False,  # a name from a run may contain dollars
 }
 
 # Labels of columns that the catalog of metrics does not have: factors, and values that only one study computes.

@@ -1,0 +1,225 @@
+"""The types of what `python -m moe.specialization` measures on a run, as they are in its specialization.json.
+
+L layers have E experts each. A number that could not be computed is null in the file and None here.
+"""
+
+from typing import Any, TypedDict
+
+Number = float | None
+Row = list[Number]
+Grid = list[Row]  # usually by layer and expert (L, E)
+
+
+class Interval(TypedDict):
+    """A mean, and its 95 % bootstrap interval over documents."""
+
+    mean: Number
+    low: Number
+    high: Number
+    documents: int
+
+
+class ValidationLoss(Interval):
+    """The loss of all validation blocks in nats per token."""
+
+    blocks: int
+    tokens: int
+
+
+class GridInterval(TypedDict):
+    """As `Interval`, for each expert of each layer (L, E)."""
+
+    mean: Grid
+    low: Grid
+    high: Grid
+    documents: int
+
+
+class Comparison(TypedDict):
+    """A statistic, compared with its values for shuffled routing. See `moe.specialization.information`."""
+
+    observed: Number
+    normalized: Number
+    null: Number
+    null_high: Number
+    adjusted: Number
+    z: Number
+    p: Number
+
+
+class DomainDependence(Comparison):
+    smallest_p: Number
+    documents: int
+    bias: Number
+    ami: Number
+
+
+class VocabularyDependence(TypedDict):
+    ids: int
+    tokens: int
+    id: Comparison
+    specialization: Comparison
+
+
+class Vocabulary(TypedDict):
+    """How the experts depend on the token itself, on the next one, and on the predicted one, for each layer."""
+
+    input: list[VocabularyDependence | None]
+    next: list[VocabularyDependence | None]
+    predicted: list[VocabularyDependence | None]
+
+
+class Keyword(TypedDict):
+    token: str
+    tfidf: Number
+    count: int
+    share: Number
+
+
+class ExpertWords(TypedDict):
+    """The keywords of an expert, and for some of them the text before, at and after the token."""
+
+    keywords: list[Keyword]
+    contexts: list[list[str]]
+
+
+class Knockout(TypedDict):
+    delta: GridInterval
+    null: GridInterval
+    excess: GridInterval
+    domains: list[int]
+    by_domain: list[Grid]
+    rho: Row
+    rho_excess: Row
+
+
+class Knockouts(TypedDict):
+    rerouted: Knockout
+    zeroed: Knockout
+
+
+class Regret(TypedDict):
+    regret: Interval
+    advantage: Interval
+    better: Interval
+    tokens: int
+    routes: int
+    values: Row
+
+
+class Curve(TypedDict):
+    loss: Row
+    flipped: Row
+
+
+class Landscape(TypedDict):
+    distances: list[float]
+    blocks: int
+    tokens: int
+    curves: dict[str, Curve]
+
+
+class Embedding(TypedDict):
+    pca: list[Grid]
+    explained: Row
+    tsne: list[Grid]
+    perplexity: float
+
+
+class Agreement(TypedDict):
+    """Agreement of choices at `step` with others, for each layer (L)."""
+
+    step: int
+    overlap: Row
+    kappa: Row
+    kappa_shuffled: Row
+
+
+class Change(Agreement):
+    since: int
+
+
+class LayerAgreement(TypedDict):
+    matched: Number
+    chance: Number
+    kappa: Number
+    rand: Number
+
+
+class SeedAgreement(TypedDict):
+    """Agreement with the run in `folder`, which differs in its seed alone, for each layer (L)."""
+
+    seed: int
+    folder: str
+    layers: list[LayerAgreement]
+
+
+class Measured(TypedDict):
+    """Everything that is measured on the experts of a run."""
+
+    tokens: int
+    blocks: int
+    documents: int
+    domains: list[str]
+    experts_per_token: Row
+    load: Grid
+    given_domain: list[Grid]
+    domain: list[DomainDependence | None]
+    vocabulary: Vocabulary
+    given_position: list[Grid]
+    coactivation: list[Grid]
+    coactivation_chance: Row
+    keywords: list[list[ExpertWords]]
+    knockout: Knockouts
+    regret: list[Regret]
+    landscape: Landscape | None
+    embedding: Embedding | None
+    saturation: list[Agreement]
+    churn: list[Change]
+    seed_agreement: list[SeedAgreement]
+
+
+def check_shapes(measured: Measured) -> None:
+    """Raise ValueError, naming the key, unless all lists have the lengths that follow from `load` and `domains`."""
+    layers, experts = len(measured["load"]), len(measured["load"][0]) if measured["load"] else 0
+    if not (layers and experts):
+        raise ValueError("measured.load: must have at least one layer and one expert")
+    deciles = len(measured["given_position"][0]) if measured["given_position"] else 0
+    grid, by_layer = (layers, experts), (layers,)
+    shapes: list[tuple[str, Any, tuple[int, ...]]] = [
+        ("load", measured["load"], grid),
+        ("experts_per_token", measured["experts_per_token"], by_layer),
+        ("given_domain", measured["given_domain"], (layers, len(measured["domains"]), experts)),
+        ("domain", measured["domain"], by_layer),
+        *((f"vocabulary.{name}", entries, by_layer) for name, entries in measured["vocabulary"].items()),
+        ("given_position", measured["given_position"], (layers, deciles, experts)),
+        ("coactivation", measured["coactivation"], (layers, experts, experts)),
+        ("coactivation_chance", measured["coactivation_chance"], by_layer),
+        ("keywords", measured["keywords"], grid),
+        ("regret", measured["regret"], by_layer),
+        *(("seed_agreement", entry["layers"], by_layer) for entry in measured["seed_agreement"]),
+    ]
+    for knockout in (measured["knockout"]["rerouted"], measured["knockout"]["zeroed"]):
+        for part in (knockout["delta"], knockout["null"], knockout["excess"]):
+            shapes += [("knockout", values, grid) for values in (part["mean"], part["low"], part["high"])]
+    for key, agreements in (("saturation", measured["saturation"]), ("churn", measured["churn"])):
+        for entry in agreements:
+            shapes += [(key, row, by_layer) for row in (entry["overlap"], entry["kappa"], entry["kappa_shuffled"])]
+    if (embedding := measured["embedding"]) is not None:
+        shapes += [("embedding", points, (*grid, 2)) for points in (embedding["pca"], embedding["tsne"])]
+        shapes += [("embedding.explained", embedding["explained"], (2,))]
+    if (landscape := measured["landscape"]) is not None:
+        if 0 not in landscape["distances"]:
+            raise ValueError("measured.landscape.distances: must have a 0")
+        number = (len(landscape["distances"]),)
+        for name, curve in landscape["curves"].items():
+            shapes += [(f"landscape.{name}", values, number) for values in (curve["loss"], curve["flipped"])]
+    for key, values, shape in shapes:
+        if not _has_shape(values, shape):
+            raise ValueError(f"measured.{key}: must have the shape {' x '.join(map(str, shape))}")
+
+
+def _has_shape(values: Any, shape: tuple[int, ...]) -> bool:
+    if not shape:
+        return True
+    return len(values) == shape[0] and all(_has_shape(item, shape[1:]) for item in values)
