@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 import transformers
 
-from moe.bench import analyze, dispatch, growth, jobs, layer, step
+from moe.bench import analyze, dispatch, growth, jobs, layer, profile, step
 from moe.training import process
 
 QUESTIONS = {
     "layer": layer,
     "step": step,
+    "profile": profile,
     "growth": growth,
     "dispatch": dispatch,
     "sweep": jobs,

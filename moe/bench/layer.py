@@ -39,19 +39,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shapes", default=",".join(SHAPES), help="names of shapes, comma-separated; see docs/benchmarks.md"
     )
+    parser.add_argument("--tokens", type=int, help="tokens of every shape, in place of its own; a GPU needs many")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--rounds", type=int, default=15)
 
 
 def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:
     for name in arguments.shapes.split(","):
-        sizes = ", ".join(f"{letter}={size}" for letter, size in SHAPES[name]._asdict().items())
-        passes = layer_passes(SHAPES[name], dtype=DTYPES[arguments.dtype])
+        shape = SHAPES[name]._replace(tokens=arguments.tokens or SHAPES[name].tokens)
+        sizes = ", ".join(f"{letter}={size}" for letter, size in shape._asdict().items())
+        passes = layer_passes(shape, dtype=DTYPES[arguments.dtype])
         variants: list[Variant] = [(title, layer_pass.forward_and_backward) for title, layer_pass in passes.items()]
         seconds = time_in_turns(variants, rounds=arguments.rounds)
         table = relative_table(f"layer {name}: {sizes}, {arguments.dtype} on {timed_device()}", seconds, to="dense")
         for row, layer_pass in zip(table.rows, passes.values(), strict=True):
-            least = least_saved_bytes(SHAPES[name], layer_pass.dtype)
+            least = least_saved_bytes(shape, layer_pass.dtype)
             row["saved for the backward pass / least"] = layer_pass.saved_bytes() / least
         yield table
 

@@ -1,0 +1,251 @@
+"""Tests on a GPU: routers, kernels, waits of the host, resume, compilation, layouts. Run them with `pytest -m gpu`.
+
+Each of them compares the GPU with the CPU, or two runs on the GPU with each other. No test requires a speed.
+"""
+
+import functools
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_runs import run, untimed
+from torch import Tensor, nn
+from train_processes import TRAIN, TrainCommand, patch, read_record
+
+from moe.bench.profile import host_waits
+from moe.config.options import CONF
+from moe.config.schema import Cell, Config
+from moe.files import sha256
+from moe.model.decoder import MoEForCausalLM
+from moe.model.experts import Experts
+from moe.routing.decision import Knobs
+from moe.runs.signals import Interrupted
+from moe.training.objective import total_loss
+from moe.training.setup import build_model, prepare_data, set_up, token_counts
+from moe.training.step import micro_batches, train_step
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+ROUTERS = sorted(path.stem for path in (CONF / "router").glob("*.yaml"))
+ALIGNED = ("model.dim=64", "model.ffn=64", "data.seq_len=64", "router=topk")  # the grouped kernel takes such shapes
+Cells = Callable[..., Cell]
+
+
+def first_pass(config: Config, device: str) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
+    """Run forward and backward on the first micro-batch, without noise. Return loss, auxiliary losses, gradients."""
+    data = prepare_data(config)
+    model = build_model(config, vocab_size=len(data.tokenizer))
+    nn.Module.to(model, torch.device(device))
+    counts = token_counts(data)
+    for layer in model.moe_layers:
+        layer.router.before_training(counts)
+    model.eval()
+    blocks = micro_batches(config, data, 0)[0].to(model.device)
+    inputs = {"input_ids": blocks.ids, "labels": blocks.labels, "position_ids": blocks.position_ids}
+    limits: dict[str, Any] = {"capacity": config.capacity, "drop": config.drop}
+    limits["orthogonality"] = config.output_orthogonality > 0
+    with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bf16"):
+        output = model(**inputs, **limits, knobs=Knobs.of(device=model.device))
+        loss = total_loss(config, [layer.router.loss_weights for layer in model.moe_layers], output)
+    loss.backward()
+    gradients = {name: p.grad.float().cpu() for name, p in model.named_parameters() if p.grad is not None}
+    return loss.item(), {name: value.detach().cpu() for name, value in output.aux.items()}, gradients
+
+
+@pytest.mark.parametrize("capacity", ["null", "0.75"])
+@pytest.mark.parametrize("router", ROUTERS)
+def test_each_router_computes_the_same_losses_and_gradients_as_on_the_cpu(
+    router: str, capacity: str, cell: Cells
+) -> None:
+    """In fp32, losses and gradients on the GPU equal those on the CPU, except for rounding."""
+    config = cell(f"router={router}", f"capacity={capacity}", "lb=0.01", "z=0.001", "output_orthogonality=0.01").config
+    loss, aux, gradients = first_pass(config, "cuda")
+    expected_loss, expected_aux, expected_gradients = first_pass(config, "cpu")
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert aux.keys() == expected_aux.keys()
+    for name, value in expected_aux.items():
+        torch.testing.assert_close(aux[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in expected_gradients.items():
+        assert (gradients[name] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-7, name
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_in_bf16_each_router_computes_about_the_same_loss_as_on_the_cpu_in_fp32(router: str, cell: Cells) -> None:
+    bf16, fp32 = (
+        cell(f"router={router}", "model.dim=64", "model.ffn=64", f"precision={p}").config for p in ("bf16", "fp32")
+    )
+    loss, _, gradients = first_pass(bf16, "cuda")
+    expected_loss, _, expected_gradients = first_pass(fp32, "cpu")
+    assert loss == pytest.approx(expected_loss, rel=1e-2)
+    name = "model.embed_tokens.weight"
+    cosine = nn.functional.cosine_similarity(gradients[name].flatten(), expected_gradients[name].flatten(), dim=0)
+    assert cosine > 0.97
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("router", ROUTERS)
+def test_each_router_trains_on_the_gpu(router: str, precision: str, cell: Cells) -> None:
+    one = cell(f"router={router}", f"precision={precision}", "noise=0.1", "steps=4", "eval_every=2", *ALIGNED[:3])
+    facts = run(one)
+    losses = [event["train/loss"] for event in untimed(one.folder) if event["kind"] == "train"]
+    assert facts["device"].startswith("cuda")
+    assert facts["peak_memory_gb"] > 0
+    assert len(losses) == 4
+    assert all(0 < loss < 20 for loss in losses)
+
+
+@pytest.mark.parametrize("kind", ["silu", "swiglu"])
+@pytest.mark.parametrize("counts", [[3, 0, 5, 2], [0, 10, 0, 0], [0, 0, 0, 10], [10, 0, 0, 0]])
+def test_the_grouped_kernel_equals_the_loop_in_bf16(
+    kind: str, counts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both kernels give the same outputs and gradients, and an expert without rows gets a gradient of exactly 0."""
+    torch.manual_seed(0)
+    experts = Experts(4, 16, hidden=32, kind=kind).to("cuda")
+    for p in experts.parameters():
+        nn.init.normal_(p, std=0.3)
+    rows, gradient = torch.randn(2, 10, 16, device="cuda")
+    results = []
+    for kernel in ("loop", "grouped"):
+        monkeypatch.setattr(Experts, "kernel", lambda self, dtype, kernel=kernel: kernel)
+        junk = torch.full((1 << 22,), float("nan"), device="cuda")
+        del junk  # leaves memory full of NaN, so that values that a kernel does not write show
+        x = rows.clone().requires_grad_()
+        with torch.autocast("cuda", torch.bfloat16):
+            y = experts(x, torch.tensor(counts, device="cuda"))
+        y.float().backward(gradient)
+        results.append([y.detach().float(), x.grad, *(p.grad for p in experts.parameters())])
+        experts.zero_grad()
+    for loop, grouped in zip(*results, strict=True):
+        torch.testing.assert_close(grouped, loop, rtol=2e-2, atol=2e-2 * loop.abs().max().item())
+    empty = torch.tensor(counts) == 0
+    assert all((p[empty] == 0).all() for p in results[1][2:])
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_dropless_forward_and_backward_pass_waits_for_the_gpu_only_if_the_number_of_experts_varies(
+    router: str, cell: Cells
+) -> None:
+    config = cell(*ALIGNED[:3], f"router={router}", "precision=bf16").config
+    model = build_model(config, vocab_size=400)
+    nn.Module.to(model, torch.device("cuda"))
+    model.train()
+    ids = torch.randint(0, 400, (4, 64), device="cuda")
+    knobs = Knobs.of(noise=0.1, device="cuda")
+    weights = [layer.router.loss_weights for layer in model.moe_layers]
+
+    def forward_and_backward() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            output = model(input_ids=ids, labels=ids, knobs=knobs)
+            loss = total_loss(config, weights, output)
+        loss.backward()
+
+    forward_and_backward()  # the first call may wait, to create handles
+    waits = host_waits(forward_and_backward)
+    router_of_layer = model.moe_layers[0].router
+    if router_of_layer.fixed_k is not None or router_of_layer.mixing_flops():
+        assert not waits
+
+
+def test_a_training_step_waits_for_the_gpu_a_few_times_whatever_the_number_of_layers(cell: Cells) -> None:
+    totals = []
+    for layers in (2, 4):
+        training = set_up(cell(*ALIGNED, f"model.layers={layers}", "precision=bf16").config)
+        train_step(training, 0)
+        waits = host_waits(lambda training=training: train_step(training, 1))
+        print(waits)
+        totals.append(sum(waits.values()))
+    assert totals[0] == totals[1] <= 8, totals
+
+
+def outcome(one: Cell) -> tuple[str, list[dict[str, Any]]]:
+    """Return the digest of a run's weights, and its events."""
+    return sha256(one.folder / "model" / "model.safetensors"), untimed(one.folder)
+
+
+@pytest.mark.parametrize("capacity", ["null", "1.0"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(precision: str, capacity: str, cell: Cells) -> None:
+    """Three runs have bitwise the same weights and events: two uninterrupted ones, and one that is resumed."""
+    sizes = "model.dim=128 model.ffn=256 model.heads=4 data.seq_len=256 batch_size=16 noise=0.1 model.dropout=0.1"
+    words = [*sizes.split(), f"precision={precision}", f"capacity={capacity}", "router=topk"]
+    outcomes = []
+    for stop_after in (None, None, 3):
+        with tempfile.TemporaryDirectory() as folder:
+            one = cell(*words, f"out={folder}")
+            if stop_after is not None:
+                with pytest.raises(Interrupted):
+                    run(one, stop_after=stop_after)
+            run(one)
+            outcomes.append(outcome(one))
+    assert outcomes[0] == outcomes[1], "two uninterrupted runs"
+    assert outcomes[0] == outcomes[2], "a resumed run"
+
+
+def test_recomputed_layers_have_the_same_gradients_and_save_memory(cell: Cells) -> None:
+    sizes = "model.dim=128 model.ffn=512 model.layers=4 data.seq_len=256 batch_size=16 steps=2 eval_every=2"
+    facts = [
+        run(cell(*sizes.split(), "precision=bf16", f"gradient_checkpointing={value}", f"seed={seed}"))
+        for seed, value in ((1, "true"), (1, "false"))
+    ]
+    assert facts[0]["peak_memory_gb"] < facts[1]["peak_memory_gb"]
+
+
+def as_one_rank_of(layout: str) -> None:
+    """Make this process train in a layout of several ranks, with a process group of NCCL that has one rank."""
+    import torch.distributed as dist
+
+    store = dist.HashStore()
+    dist.init_process_group("nccl", store=store, rank=0, world_size=1, device_id=torch.device("cuda", 0))
+    patch("moe.training.parallel", "layout", lambda _: lambda *, expert_parallel: layout)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("layout", ["sharded", "experts"])
+def test_layouts_of_several_ranks_train_the_same_model_on_one_gpu(
+    layout: str, precision: str, small: list[str], tmp_path: Path
+) -> None:
+    """With FSDP2, and with divided experts, a run on one GPU equals an ordinary run except for rounding."""
+    words = [*small, *ALIGNED, f"precision={precision}", "optimizer=muon", "noise=0.1"]
+    commands = [TrainCommand(tmp_path / name, words) for name in ("plain", layout)]
+    for command, sabotage in zip(commands, (None, functools.partial(as_one_rank_of, layout)), strict=True):
+        assert command.run(sabotage) == 0, command.output
+    facts = read_record(commands[1].folder)["facts"]
+    assert facts["device"].startswith("cuda")
+    assert facts["ranks"]["layout"] == layout
+    assert_about_equal(*(command.folder for command in commands), rel=1e-3 if precision == "fp32" else 2e-2)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_compiled_run_differs_only_by_rounding(precision: str, small: list[str], tmp_path: Path) -> None:
+    words = [*small, *ALIGNED, f"precision={precision}", "noise=0.1", "capacity=1.0", "model.dropout=0.1"]
+    folders = []
+    for compiled in ("true", "false"):
+        command = [sys.executable, str(TRAIN), *words, f"compile={compiled}", f"out={tmp_path / compiled}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        folders += (tmp_path / compiled).glob("*/*/")
+    assert_about_equal(*folders, rel=1e-3 if precision == "fp32" else 2e-2)
+
+
+def assert_about_equal(a: Path, b: Path, *, rel: float) -> None:
+    """Assert that two runs have equal losses and gradient norms at each step, except for rounding."""
+    events = [[event for event in untimed(folder) if event["kind"] == "train"] for folder in (a, b)]
+    assert len(events[0]) == len(events[1]) > 0
+    for one, other in zip(*events, strict=True):
+        assert one["train/loss"] == pytest.approx(other["train/loss"], rel=rel)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=5 * rel)
+
+
+def test_a_saved_model_loads_and_generates_on_the_gpu(cell: Cells) -> None:
+    one = cell("steps=2", "eval_every=2", "model.dim=64")
+    run(one)
+    model = MoEForCausalLM.from_pretrained(one.folder / "model").to("cuda")
+    tokens = model.generate(torch.zeros(1, 1, dtype=torch.long, device="cuda"), max_new_tokens=8, do_sample=False)
+    assert tokens.shape == (1, 9)
