@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m moe.bench layer|step|profile|growth|dispatch|sweep|analyze`. docs/benchmarks.md has the results."""
+"""Benchmarks: `python -m moe.bench layer|step|profile|growth|dispatch|sweep|analyze`. Results: docs/benchmarks.md."""

@@ -73,7 +73,8 @@ def profile_step(overrides: list[str], *, rounds: int, folder: Path, steps: int 
         seconds.append((now() - start) / steps)
     peak = peak_memory_gb(timed_device())
     waits = host_waits(lambda: train_step(training, next(numbers)))
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+    activity = ProfilerActivity.CUDA if timed_device().type == "cuda" else ProfilerActivity.CPU
+    with profile(activities=[activity], acc_events=True) as profiler:
         for _ in range(PROFILED):
             train_step(training, next(numbers))
         now()
@@ -102,14 +103,15 @@ def host_waits(run: Callable[[], object]) -> Counter[str]:
             run()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    places = [warning for warning in caught if "synchronizing" in str(warning.message)]
+    places = [warning for warning in caught if "called a synchronizing" in str(warning.message)]
     return Counter(f"{'/'.join(Path(place.filename).parts[-3:])}:{place.lineno}" for place in places)
 
 
 def kernel_rows(profiler: profile, *, steps: int) -> list[dict[str, Any]]:
     """Return a row for each kernel of the GPU, or for each operator of the CPU: time, share, calls. Longest first."""
     on_gpu = timed_device().type == "cuda"
-    events = [event for event in profiler.key_averages() if (event.device_type == DeviceType.CUDA) == on_gpu]
+    averages = [event for event in profiler.key_averages() if not event.is_user_annotation]  # they contain kernels
+    events = [event for event in averages if (event.device_type == DeviceType.CUDA) == on_gpu]
     times = [event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in events]
     whole = sum(times)
     rows = [

@@ -187,12 +187,13 @@ class MoEModel(MoEPreTrainedModel):
             x = x * math.sqrt(self.config.hidden_size)
         x = self.dropout(x)
         seen = cache.get_seq_length() if cache is not None else 0
+        if position_ids is not None and attention_mask is None and cache is None:
+            self._check_documents(position_ids)
+        # Positional arguments here and for the attention, because transformers 5.24 renamed the argument for the cache.
+        # With positions, transformers makes the host wait for the device to find out whether there are documents.
+        mask = create_causal_mask(self.config, x, attention_mask, cache, position_ids)
         if position_ids is None:
             position_ids = torch.arange(seen, seen + x.shape[1], device=x.device)[None]
-        elif attention_mask is None and cache is None:
-            self._check_documents(position_ids)
-        # positional arguments here and for the attention, because transformers 5.24 renamed the argument for the cache
-        mask = create_causal_mask(self.config, x, attention_mask, cache, position_ids)
         rotary = self.rotary_emb(x, position_ids=position_ids)
         states: list[Tensor] = []
         attentions: list[Tensor | None] = []

@@ -76,14 +76,14 @@ def choose_kernel(device: str, dtype: torch.dtype, stack: tuple[int, ...]) -> st
     """Return the name of the kernel for stacked weights (E, out, in). docs/benchmarks.md has the measurements.
 
     loop: one matrix product per expert, one after another.
-    grouped: one `F.grouped_mm` for all experts. On CUDA it starts one kernel instead of E and does not wait for group
-        sizes. Its fast path is bf16. On a CPU it saves Python calls and copies, which pays from about 64 experts.
-        Rows must be multiples of 16 bytes.
+    grouped: one `F.grouped_mm` for all experts. On CUDA in bf16 it starts one kernel instead of E and does not wait for
+        group sizes. Otherwise it is a loop too (on CUDA, it waits), but one without Python calls and copies, which
+        pays from about 64 experts. Rows must be multiples of 16 bytes.
     """
     experts, *sizes = stack
     aligned = all(size * dtype.itemsize % 16 == 0 for size in sizes)
-    least, dtypes = (2, (torch.bfloat16,)) if device == "cuda" else (64, (torch.float32, torch.bfloat16))
-    return "grouped" if aligned and experts >= least and dtype in dtypes else "loop"
+    least = 2 if (device, dtype) == ("cuda", torch.bfloat16) else 64
+    return "grouped" if aligned and experts >= least and dtype in (torch.float32, torch.bfloat16) else "loop"
 
 
 class _GroupedLinear(torch.autograd.Function):

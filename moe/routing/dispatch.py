@@ -118,17 +118,14 @@ def dispatch(
 def _softmax_by_token(
     scores: Float[Tensor, "R"], token: Int[Tensor, "R"], by_token: Int[Tensor, "R"]
 ) -> Float[Tensor, "R"]:
-    """Return the softmax of the scores over the assignments of each token. It is finite for all scores.
-
-    On CUDA `index_add` adds in no fixed order. With two experts per token the sum is the same in any order; with more,
-    its last bits can differ between runs.
-    """
+    """Return the softmax of the scores over the assignments of each token. It is finite for all scores."""
     sorted_token = token[by_token]
     begins = F.pad(sorted_token[1:] != sorted_token[:-1], (1, 0))[: len(token)]
     number = torch.empty_like(token).index_copy(0, by_token, begins.cumsum(0))  # of the token among those that are left
     highest = scores.detach().new_full((len(token),), -torch.inf).scatter_reduce(0, number, scores.detach(), "amax")
     exponentials = (scores - highest[number]).exp()
-    return exponentials / exponentials.new_zeros(len(token)).index_add(0, number, exponentials)[number]
+    sums = _Combine.apply(exponentials[:, None], torch.ones_like(exponentials), number, by_token, len(token))
+    return exponentials / _Gather.apply(sums, number, by_token)[:, 0]
 
 
 def gather(x: Float[Tensor, "T D"], dispatched: Dispatch) -> Float[Tensor, "R D"]:
@@ -148,27 +145,26 @@ def combine(outputs: Float[Tensor, "R D"], dispatched: Dispatch, tokens: int) ->
 # Gather and combine are each other's backward pass. Both are written by hand, because the gradient that PyTorch would
 # use adds floating-point rows with `index_add`. On CUDA that uses atomic additions, whose order differs between runs,
 # and so do the results. `_sum` adds the rows of a token in a fixed order and makes no copy of the weighted rows.
-# (`count` also uses `index_add`, but on integers, where the order does not matter.)
+# (`count` also uses `index_add`, but on integers, where the order does not matter. It is called in forward passes only,
+# because `repeatable_gradients` makes it slow.)
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, token: Tensor, by_token: Tensor) -> Tensor:
-        ctx.save_for_backward(token, by_token)
-        ctx.tokens = len(x)
+        ctx.save_for_backward(by_token, _starts(token, len(x)))
         return x.index_select(0, token)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        token, by_token = ctx.saved_tensors
-        return _sum(gradient, token, by_token, ctx.tokens), None, None
+        return _sum(gradient, *ctx.saved_tensors), None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, token: Tensor, by_token: Tensor, tokens: int) -> Tensor:
         ctx.save_for_backward(rows, weight, token)
-        return _sum(rows, token, by_token, tokens, weight)
+        return _sum(rows, by_token, _starts(token, tokens), weight[by_token])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -178,9 +174,15 @@ class _Combine(torch.autograd.Function):
         return token_gradients.mul_(weight[:, None]), weight_gradient, None, None, None
 
 
-def _sum(rows: Tensor, token: Tensor, by_token: Tensor, tokens: int, weight: Tensor | None = None) -> Tensor:
-    """For each token, return the (weighted) sum of its rows (T, D), added in the order of the experts."""
+def _starts(token: Tensor, tokens: int) -> Tensor:
+    """For each of `tokens` tokens, return where its rows begin among the rows sorted by token."""
     counts = count(token, tokens)
-    weights = None if weight is None else weight[by_token]
-    starts = counts.cumsum(0) - counts
+    return counts.cumsum(0) - counts
+
+
+def _sum(rows: Tensor, by_token: Tensor, starts: Tensor, weights: Tensor | None = None) -> Tensor:
+    """For each token, return the (weighted) sum of its rows (T, D), added in the order of the experts.
+
+    weights: the weight of each row, in the order of `by_token`.
+    """
     return F.embedding_bag(by_token, rows.contiguous(), starts, mode="sum", per_sample_weights=weights)

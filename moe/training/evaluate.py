@@ -91,9 +91,11 @@ def evaluate(
         nats = F.cross_entropy(
             output.logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
         )
-        loss.index_add_(0, domain, times * nats.view_as(targets).double().sum(1))
-        correct.index_add_(0, domain, times * (output.logits.argmax(-1) == targets).double().sum(1))
-        tokens.index_add_(0, domain, times * (targets != IGNORED).double().sum(1))
+        # A product, because on CUDA `index_add` adds floating-point numbers in no fixed order.
+        members = times * (domain == torch.arange(len(domains), device=device)[:, None]).double()
+        loss += members @ nats.view_as(targets).double().sum(1)
+        correct += members @ (output.logits.argmax(-1) == targets).double().sum(1)
+        tokens += members @ (targets != IGNORED).double().sum(1)
         if output.stats is not None:
             counted = RoutingStats(*(times * field for field in output.stats))
             stats = counted if stats is None else stats.merge(counted)

@@ -22,6 +22,7 @@ from moe.training import gradients
 from moe.training.divergence import Diverged, locate_nonfinite
 from moe.training.objective import Outcome, merged_stats, step_values, total_loss
 from moe.training.optim import learning_rate, scale_learning_rates
+from moe.training.process import repeatable_gradients
 from moe.training.schedules import knob_settings
 from moe.training.setup import Training
 
@@ -91,7 +92,8 @@ def accumulate_gradients(training: Training, step: int, knobs: Knobs) -> tuple[l
             output = training.forward(**inputs, **layer_settings, knobs=knobs, load=load)
             loss = total_loss(config, router_weights, output, weight=weights[number])
             # The gradient is then the mean over this rank's micro-batches. DDP and FSDP average it over the ranks.
-            accelerator.backward(loss / len(micro_numbers))
+            with nullcontext() if config.compile else repeatable_gradients(accelerator.device):
+                accelerator.backward(loss / len(micro_numbers))
         aux = {name: values.detach() for name, values in (output.aux or {}).items()}
         outcomes.append(Outcome(output.loss.detach() * weights[number], aux, output.stats))
         if output.load is not None and number != micro_numbers[-1]:

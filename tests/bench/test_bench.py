@@ -17,6 +17,7 @@ from moe.bench.analyze import write_runs
 from moe.bench.dispatch import measure_dispatch
 from moe.bench.growth import exponent, measure_point
 from moe.bench.layer import Shape, layer_passes, least_saved_bytes
+from moe.bench.profile import host_waits, profile_step
 from moe.bench.step import IN_TRAINING, bare_step, measure_steps
 from moe.bench.timing import medians, product_flops, relative_table, time_in_turns
 from moe.config.schema import Config, DataConfig, OptimizerConfig
@@ -58,6 +59,19 @@ def test_the_training_loop_and_bare_steps_are_timed_in_turns(small: list[str], t
     kinds = [event["kind"] for event in steps]
     assert kinds == ["eval", *["train"] * 3]  # one measured round after two rounds of warm-up
     assert not list(tmp_path.glob("trace/*"))  # writing a trace would be timed as part of a step
+
+
+def test_the_profile_of_a_step_names_its_operators_and_their_times(small: list[str], tmp_path: Path) -> None:
+    """The shares of all operators add up to 1, and no operator takes longer than the step."""
+    found = profile_step([*small, "model.num_experts=4"], rounds=1, steps=1, folder=tmp_path)
+    times = [row["ms / step"] for row in found.kernels]
+    assert times == sorted(times, reverse=True)
+    assert sum(times) == pytest.approx(found.summary["ms in kernels"])
+    assert sum(row["share"] for row in found.kernels) == pytest.approx(1)
+    assert {"aten::mm", "aten::_log_softmax"} <= {row["kernel"] for row in found.kernels}
+    assert found.summary["tokens / s"] == pytest.approx(4 * 32 / found.summary["ms / step"] * 1e3)
+    assert found.waits == []
+    assert not host_waits(lambda: None)
 
 
 def test_a_bare_step_trains() -> None:

@@ -69,7 +69,7 @@ def test_each_router_computes_the_same_losses_and_gradients_as_on_the_cpu(
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert aux.keys() == expected_aux.keys()
     for name, value in expected_aux.items():
-        torch.testing.assert_close(aux[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(aux[name], value, rtol=1e-4, atol=1e-5, msg=f"{name}: {aux[name]} {value}")
     assert gradients.keys() == expected_gradients.keys()
     for name, gradient in expected_gradients.items():
         assert (gradients[name] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-7, name
@@ -91,7 +91,9 @@ def test_in_bf16_each_router_computes_about_the_same_loss_as_on_the_cpu_in_fp32(
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("router", ROUTERS)
 def test_each_router_trains_on_the_gpu(router: str, precision: str, cell: Cells) -> None:
-    one = cell(f"router={router}", f"precision={precision}", "noise=0.1", "steps=4", "eval_every=2", *ALIGNED[:3])
+    recompute = f"gradient_checkpointing={'true' if precision == 'bf16' else 'false'}"
+    settings = [f"router={router}", f"precision={precision}", recompute, "noise=0.1", "steps=4", "eval_every=2"]
+    one = cell(*settings, *ALIGNED[:3])
     facts = run(one)
     losses = [event["train/loss"] for event in untimed(one.folder) if event["kind"] == "train"]
     assert facts["device"].startswith("cuda")
@@ -174,7 +176,7 @@ def outcome(one: Cell) -> tuple[str, list[dict[str, Any]]]:
 def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(precision: str, capacity: str, cell: Cells) -> None:
     """Three runs have bitwise the same weights and events: two uninterrupted ones, and one that is resumed."""
     sizes = "model.dim=128 model.ffn=256 model.heads=4 data.seq_len=256 batch_size=16 noise=0.1 model.dropout=0.1"
-    words = [*sizes.split(), f"precision={precision}", f"capacity={capacity}", "router=topk"]
+    words = [*sizes.split(), f"precision={precision}", f"capacity={capacity}", "router=topk", "router.k=3"]
     outcomes = []
     for stop_after in (None, None, 3):
         with tempfile.TemporaryDirectory() as folder:
@@ -224,12 +226,12 @@ def test_layouts_of_several_ranks_train_the_same_model_on_one_gpu(
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_compiled_run_differs_only_by_rounding(precision: str, small: list[str], tmp_path: Path) -> None:
-    words = [*small, *ALIGNED, f"precision={precision}", "noise=0.1", "capacity=1.0", "model.dropout=0.1"]
+    words = [*small, *ALIGNED, f"precision={precision}", "noise=0.1", "model.dropout=0.1"]
     folders = []
     for compiled in ("true", "false"):
         command = [sys.executable, str(TRAIN), *words, f"compile={compiled}", f"out={tmp_path / compiled}"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
         folders += (tmp_path / compiled).glob("*/*/")
     assert_about_equal(*folders, rel=1e-3 if precision == "fp32" else 2e-2)
 
@@ -243,9 +245,14 @@ def assert_about_equal(a: Path, b: Path, *, rel: float) -> None:
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=5 * rel)
 
 
-def test_a_saved_model_loads_and_generates_on_the_gpu(cell: Cells) -> None:
+def test_a_saved_model_generates_the_same_tokens_on_the_gpu_as_on_the_cpu(cell: Cells) -> None:
     one = cell("steps=2", "eval_every=2", "model.dim=64")
     run(one)
-    model = MoEForCausalLM.from_pretrained(one.folder / "model").to("cuda")
-    tokens = model.generate(torch.zeros(1, 1, dtype=torch.long, device="cuda"), max_new_tokens=8, do_sample=False)
-    assert tokens.shape == (1, 9)
+    texts = []
+    for device in ("cuda", "cpu"):
+        model = MoEForCausalLM.from_pretrained(one.folder / "model")
+        nn.Module.to(model, torch.device(device))
+        ids = torch.ones(1, 1, dtype=torch.long, device=device)
+        texts.append(model.generate(ids, min_new_tokens=8, max_new_tokens=8, do_sample=False).tolist())
+    assert len(texts[0][0]) == 9
+    assert texts[0] == texts[1]

@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from waiting import WaitingOperators
 
 from moe.config.schema import ModelConfig, OptimizerConfig
 from moe.data.labels import IGNORED, next_token
 from moe.metrics.summary import summarize
 from moe.model.cost import count_parameters, flops_per_token
 from moe.model.decoder import MoEConfig, MoEForCausalLM, neftune_noise
+from moe.model.experts import Experts
 from moe.routing.decision import Context, Knobs
 from moe.routing.loss_table import LOSSES
 from moe.training.optim import build_optimizers
@@ -64,6 +66,20 @@ def test_the_dense_control_has_the_flops_of_the_routed_model_without_its_routers
 def test_the_dense_control_of_equal_size_has_the_parameters_of_the_routed_model_without_its_routers() -> None:
     routed, dense = make(), make(first_k_dense_replace=2, dense_ffn=4 * 32)
     assert count_parameters(routed).total - count_parameters(dense).total == 2 * 4 * 32
+
+
+def test_forward_and_backward_of_the_model_never_wait_for_the_device(
+    ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a capacity limit, a whole forward and backward pass calls no operator that would wait for a GPU.
+
+    The test counts such operators on a CPU. transformers calls one if it gets positions.
+    """
+    monkeypatch.setattr(Experts, "kernel", lambda self, dtype: "grouped")  # the kernel that runs on a GPU
+    model = make().train()
+    with WaitingOperators() as waiting:
+        model(ids, labels=ids).loss.backward()
+    assert waiting.calls == []
 
 
 @pytest.mark.parametrize("kind", ["silu", "swiglu"])

@@ -91,6 +91,7 @@ def test_the_grouped_kernel_works_under_autocast_and_without_rows() -> None:
         ("cuda", torch.bfloat16, (8, 16, 12), "loop"),
         ("cuda", torch.bfloat16, (1, 16, 8), "loop"),  # with one expert, both kernels run one matrix product
         ("cuda", torch.float32, (8, 16, 8), "loop"),
+        ("cuda", torch.float32, (128, 16, 8), "grouped"),
     ],
 )
 def test_the_kernel_depends_on_device_precision_and_shape(

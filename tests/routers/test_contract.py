@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from waiting import WaitingOperators
 
 from moe.checks import build
 from moe.config.options import CONF
@@ -23,12 +23,6 @@ from moe.routing.losses import auxiliary
 from moe.training.objective import total_loss
 
 B, S, D, E, F = 3, 8, 16, 8, 12
-# Operators that make the host wait for the device: for their result, for its size, or (lift_fresh, which is
-# `torch.tensor`) for a copy to the device.
-WAITING = {
-    *("_local_scalar_dense", "nonzero", "masked_select", "bincount", "_unique2", "unique_dim", "equal", "lift_fresh"),
-    "repeat_interleave",
-}
 YAMLS = sorted((CONF / "router").glob("*.yaml"))
 IN_EVALUATION = {"sinkhorn": "inference", "spectra": "sinkhorn_inference"}  # use the batch in evaluation too
 
@@ -191,16 +185,6 @@ def test_forward_and_backward_wait_for_the_device_only_where_sizes_depend_on_val
 
     The test counts, on a CPU, the operators that would wait on a GPU.
     """
-    waiting_calls: list[str] = []
-
-    class CountWaitingOperators(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            name = func.overloadpacket.__name__
-            by_mask = name == "index" and any(t is not None and t.dtype == torch.bool for t in args[1])
-            if by_mask or name in WAITING:
-                waiting_calls.append(name)
-            return func(*args, **(kwargs or {}))
-
     masked = Routing.masked
     masked_calls: list[str] = []
     monkeypatch.setattr(
@@ -210,13 +194,12 @@ def test_forward_and_backward_wait_for_the_device_only_where_sizes_depend_on_val
     layer = make_layer(spec)
     for capacity in (None, 1.0):
         layer_context = context(ids, noise=0.1, capacity=capacity)
-        with CountWaitingOperators():
+        with WaitingOperators() as waiting:
             packed = layer_context._replace(document_position=document_positions((torch.arange(S) % 5).expand(B, S)))
             output = layer(x.requires_grad_(), packed)
             torch.stack([output.y.square().mean(), *output.aux.values()]).sum().backward()
         capacity_calls = ["index"] * len(layer.router.chain) if capacity else []
-        assert sorted(waiting_calls) == sorted([*masked_calls, *capacity_calls])
-        waiting_calls.clear()
+        assert sorted(waiting.calls) == sorted([*masked_calls, *capacity_calls])
         masked_calls.clear()
 
 
