@@ -29,7 +29,7 @@ def configure(*, threads: int, matmul_precision: str = "highest") -> dict[str, o
     torch.set_float32_matmul_precision(matmul_precision)
     torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients of attention differ from run to run
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, torch refuses to promise equal products
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     gc.enable()  # train.py switches it off while it imports
     kept = False
     if platform.libc_ver()[0] == "glibc":
