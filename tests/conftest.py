@@ -10,7 +10,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
 from copy import deepcopy
-from functools import cache
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -21,13 +20,11 @@ import pytest
 import statsmodels.formula.api  # noqa: F401
 import torch
 import transformers.models.mixtral.modeling_mixtral  # noqa: F401
+from small_runs import OUT, read_small_cell
 
 from moe.config.schema import Cell
-from moe.launch import command_line
 
 torch.set_num_threads(1)
-
-OUT = Path("/out")  # the folder of cached cells; the fixture `cell` replaces it by the folder of the test
 
 SMALL = """
     model.dim=32 model.heads=2 model.layers=2 model.ffn=32 model.num_experts=4 model.dense_ffn=64
@@ -71,14 +68,6 @@ def finished_ablation(tmp_path: Path) -> Path:
     (tmp_path / "temperature_ablation").mkdir()
     (tmp_path / "temperature_ablation" / "results.csv").write_text("\n".join(rows))
     return tmp_path
-
-
-@cache
-def read_small_cell(overrides: tuple[str, ...]) -> Cell:
-    """Compose a cell whose folder is below `OUT`. Hydra takes half a second, so equal cells are composed only once."""
-    cells = command_line.read_cells([f"out={OUT}", *overrides])
-    assert cells is not None
-    return cells[0]
 
 
 @pytest.fixture

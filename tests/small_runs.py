@@ -1,14 +1,26 @@
 """Train a cell in this process, to its end or until a simulated SIGTERM, and read its events."""
 
 import signal
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from moe.config.schema import Cell
+from moe.launch import command_line
 from moe.runs.events import read_events
 from moe.runs.signals import Signals
 from moe.training.loop import train
 from moe.training.recorder import RunListener
+
+OUT = Path("/out")  # the folder of cached cells; the fixture `cell` replaces it by the folder of the test
+
+
+@cache
+def read_small_cell(overrides: tuple[str, ...]) -> Cell:
+    """Compose a cell whose folder is below `OUT`. Hydra takes half a second, so equal cells are composed only once."""
+    cells = command_line.read_cells([f"out={OUT}", *overrides])
+    assert cells is not None
+    return cells[0]
 
 
 class StopAfter(RunListener):

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import read_small_cell
 from matplotlib.figure import Figure
+from small_runs import read_small_cell
 from train_processes import ANALYZE, TRAIN, run_script
 from transformers import AutoModelForCausalLM
 

@@ -131,7 +131,11 @@ TORN_PARQUET = b"PAR1" + bytes(40)
         ("a.parquet.gz", "x", r"data\.source\.paths=.*a\.parquet\.gz: must be a \.txt"),
         ("a.jsonl", GOOD + '{"text": "fo', r"data\.source\.paths=.*a\.jsonl: cannot be read: line 2 is no JSON object"),
         ("a.jsonl", "[1]\n", r"data\.source\.paths=.*a\.jsonl: cannot be read: line 1 is no JSON object, but \[1\]"),
-        ("a.jsonl.gz", gzip.compress(GOOD.encode())[:-9], r"data\.source\.paths=.*a\.jsonl\.gz: cannot be read"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(GOOD.encode(), mtime=0)[:-9],
+            r"data\.source\.paths=.*a\.jsonl\.gz: cannot be read",
+        ),
         ("a.jsonl.gz", GOOD, r"data\.source\.paths=.*a\.jsonl\.gz: cannot be read: Not a gzipped file"),
         ("a.csv", 'text\n"torn', r"data\.source\.paths=.*a\.csv: cannot be read: unexpected end of data"),
         ("a.csv", "text\na,b\n", r"data\.source\.paths=.*a\.csv: cannot be read: line 2 has more values"),
