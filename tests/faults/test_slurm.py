@@ -195,6 +195,6 @@ def test_a_sweep_of_one_cell_is_one_job(sweep: Any) -> None:
     one = sweep("-m", "seed=1", "steps=6", "eval_every=6")
     assert one.spawn().wait(LIMIT) == 0, one.output
     [jobs] = (one.root / "runs").glob("*/.submitit/jobs.json")
-    [number] = json.loads(jobs.read_text()).values()
+    [(name, number)] = json.loads(jobs.read_text()).items()
     assert number.isdecimal()
-    assert read_record(one.folder)["status"] == "finished"
+    assert read_record(jobs.parents[1] / name)["status"] == "finished"
