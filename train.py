@@ -10,6 +10,7 @@ import time
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin are 20 times slower beside a busy process
 
 import hydra
+from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig
 
@@ -31,19 +32,27 @@ def run_cell(composed: DictConfig) -> None:
     run(pinned(command_line.job_cell(composed, HydraConfig.get())))
 
 
+def launch(command: command_line.Command) -> None:
+    """Let Hydra train the cells of a command with the chosen launcher, or answer `--cfg` and the like."""
+    sys.argv[1:] = command.arguments
+    for sweeper in Plugins.instance().discover(Sweeper):  # Hydra imports its plugins a second time: other classes
+        setattr(sweeper, "split_arguments", command.batches)  # noqa: B010
+        setattr(sweeper, "validate_batch_is_legal", lambda *_: None)  # noqa: B010 (every cell has been composed)
+    run_cell()
+
+
 def main() -> int:
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(command_line.help_text())
         return 0
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # libraries swallow KeyboardInterrupt; a run sets its own handler
-    setattr(Sweeper, "validate_batch_is_legal", lambda *_: None)  # noqa: B010 (read_cells has composed every cell)
     gc.disable()  # imports create a million objects, none of which is garbage; training enables it again
     if not ranks.is_first():
         logging.disable(logging.WARNING)
     try:
-        cells = command_line.read_cells(sys.argv[1:])
-        return sweep.carry_out([pinned(cell) for cell in cells or []], run_cell)
+        command = command_line.read_command(sys.argv[1:])
+        return sweep.carry_out([pinned(cell) for cell in command.cells or []], lambda: launch(command))
     except (ConfigError, RecordError, LinkError) as error:
         if not ranks.is_first():  # the first rank prints the same error, and the launcher then ends this rank
             time.sleep(10)

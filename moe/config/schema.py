@@ -1,6 +1,7 @@
 """The typed configuration of a run: keys, types, defaults, and allowed ranges."""
 
 import importlib.util
+import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -293,7 +294,8 @@ class Cell(NamedTuple):
     """One cell of a sweep, or a single run.
 
     config: its configuration. folder: its run folder. choices: the option chosen from each group. ignored: the keys of
-    `OFF` that do not apply to this run; they are switched off in `config`.
+    `OFF` that do not apply to this run; they are switched off in `config`. overrides: the words from which a launcher
+    composes this cell again.
     """
 
     config: Config
@@ -301,10 +303,20 @@ class Cell(NamedTuple):
     experiment: str
     choices: dict[str, str | None]
     ignored: frozenset[str] = frozenset()
+    overrides: tuple[str, ...] = ()
 
     def identity(self) -> dict[str, Any]:
         """Return the keys that decide what the run computes, flat, without those that do not apply to it."""
         return {key: value for key, value in self.config.identity().items() if key not in self.ignored}
+
+
+def fingerprint(identity: dict[str, Any]) -> str:
+    """Return a text that is equal for equal identities, however their numbers are written: 1 is 1.0."""
+
+    def plain(value: Any) -> Any:
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+
+    return json.dumps({key: plain(value) for key, value in sorted(identity.items())})
 
 
 def is_free(key: str) -> bool:

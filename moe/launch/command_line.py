@@ -1,17 +1,19 @@
 """Turn a command line into checked cells, so that every mistake is refused before the first run starts."""
 
+import argparse
 import csv
 import hashlib
 import json
+import logging
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
@@ -20,7 +22,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -28,11 +30,22 @@ from omegaconf.errors import OmegaConfBaseException
 from moe.checks import ConfigError, first_line, require, unknown
 from moe.config import dense_checkpoint
 from moe.config.options import CONF, GROUPS, options
-from moe.config.schema import OFF, Cell, Config, flatten
+from moe.config.schema import OFF, Cell, Config, fingerprint, flatten
 from moe.distributed import ranks
 from moe.launch import slurm
-from moe.runs.folder import finished
+from moe.runs.folder import finished, same_run
 
+log = logging.getLogger(__name__)
+
+FAULTS = (
+    HydraException,
+    OmegaConfBaseException,
+    ArithmeticError,
+    ValueError,
+)  # what a wrong override makes Hydra raise
+HYDRA_KEYS = ("hydra/launcher", "hydra.sweeper.max_batch_size", "hydra.launcher.")  # those that a user may set
+ONE_PER_COMMAND = ("experiment", "out")
+DEFAULTS = ("variant=null",)  # defaults that are no option; Hydra cannot choose them, so they are left out
 LONGEST_NAME = 150  # bytes in the name of a run folder; file systems allow 255
 
 
@@ -85,68 +98,127 @@ def typed(composed: DictConfig) -> Config:
     return settings
 
 
+class Command(NamedTuple):
+    """A checked command line.
+
+    cells: the runs that it asks for; None where Hydra answers by itself (`--cfg`, `--info`, ...). arguments: what Hydra
+    is given instead of the command line, so that it launches exactly these cells.
+    """
+
+    cells: list[Cell] | None
+    arguments: list[str]
+
+    def batches(self, overrides: object, size: int | None) -> list[list[list[str]]]:
+        """Return the overrides of each cell, `size` cells at a time. Stands in for `BasicSweeper.split_arguments`."""
+        cells = [list(cell.overrides) for cell in self.cells or []]
+        return list(BasicSweeper.split_overrides_to_chunks(cells, size))
+
+
 def read_cells(arguments: list[str]) -> list[Cell] | None:
-    """Return the checked cells of a command line; None where Hydra answers by itself (`--cfg`, `--info`, ...).
+    """Return the checked cells of a command line, like `read_command`."""
+    return read_command(arguments).cells
+
+
+def read_command(arguments: list[str]) -> Command:
+    """Read and check a command line.
 
     Raises ConfigError, or RecordError for a run folder that cannot be read, both with a message of one line.
     """
-    args = get_args_parser().parse_args(arguments)
-    for flag in ("config_name", "config_path", "config_dir", "experimental_rerun"):
-        if getattr(args, flag):
-            raise ConfigError(f"--{flag.replace('_', '-')} is not supported: put a yaml into conf/experiment/ instead")
-    if args.cfg or args.info or args.hydra_help or args.shell_completion:
-        return None
+    args = _parse_flags(arguments)
+    flags = [word for word in arguments if word not in args.overrides]
+    if args.hydra_help or args.shell_completion:
+        return Command(None, flags if args.hydra_help else arguments)
     with initialize_config_dir(str(CONF), version_base="1.3", job_name="train"):
         try:
-            return _expand(args.overrides, multirun=args.multirun)
-        except (HydraException, OmegaConfBaseException) as error:
-            raise _explain(error, args.overrides) from None
+            overrides = _only_last_of_each_key([_parse_override(word) for word in args.overrides])
+            for override in overrides:
+                _check_override(override)
+            if args.cfg or args.info:
+                _check_shown(overrides, resolve=args.resolve)
+                return Command(None, [*_lines(overrides), *flags])
+            return _expand(overrides, multirun=args.multirun)
         finally:
             GlobalHydra.instance().clear()
 
 
-def _expand(arguments: list[str], *, multirun: bool) -> list[Cell]:
-    parser = OverridesParser.create()
-    overrides = parser.parse_overrides(arguments)
+def _parse_flags(arguments: list[str]) -> argparse.Namespace:
+    """Return Hydra's flags and, as `overrides`, the other words. Raises ConfigError for flags that cannot be used."""
+
+    def refuse(message: str) -> NoReturn:
+        raise ConfigError(message)
+
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign]
+    args = parser.parse_intermixed_args(arguments)
+    for flag in ("config_name", "config_path", "config_dir", "experimental_rerun"):
+        if getattr(args, flag):
+            raise ConfigError(f"--{flag.replace('_', '-')} is not supported: put a yaml into conf/experiment/ instead")
+    for flag in ("resolve", "package"):
+        if getattr(args, flag) and not args.cfg:
+            raise ConfigError(f"--{flag} works only with --cfg, such as --cfg job --{flag}")
+    asked = [f"--{flag}" for flag in ("run", "multirun", "cfg", "info", "shell_completion") if getattr(args, flag)]
+    if len(asked) > 1:
+        raise ConfigError(f"{' and '.join(asked)} cannot be used together")
+    return args
+
+
+def _check_shown(overrides: list[Override], *, resolve: bool) -> None:
+    """Raise ConfigError unless the overrides give one configuration, which `--cfg` or `--info` can show."""
     for override in overrides:
-        _check_override(override)
-    fixed = [str(o.input_line) for o in overrides if not o.is_sweep_override()]
-    base = _compose(fixed)
+        if override.is_sweep_override():
+            raise ConfigError(f"{override.input_line}: --cfg and --info show one run; give one value")
+    composed = _compose(_lines(overrides))
+    if resolve:
+        with open_dict(composed):
+            composed.pop("hydra")
+        try:
+            OmegaConf.resolve(composed)
+        except FAULTS as error:
+            raise _explain(error, _lines(overrides)) from None
+
+
+def _expand(overrides: list[Override], *, multirun: bool) -> Command:
+    launch = [o for o in overrides if o.is_hydra_override()]
+    own = [o for o in overrides if not o.is_hydra_override()]
+    # The keys of a group depend on its option, so values are set only where the options of a cell are known.
+    base = _compose(_lines([*launch, *(o for o in own if _is_group(o) and not o.is_sweep_override())]))
     launcher = base.hydra.runtime.choices["hydra/launcher"]
     allowed = f"basic, or left out: this launch has {ranks.world_size()} processes, which train one cell after another"
     require(launcher == "basic" or ranks.world_size() == 1, "hydra/launcher", launcher, allowed)
     multirun = multirun or str(base.hydra.mode) == "RunMode.MULTIRUN"
     require(multirun or launcher == "basic", "hydra/launcher", launcher, "used with -m: it starts the cells of a sweep")
     require(launcher != "submitit_slurm", "hydra/launcher", launcher, "slurm, which has the settings of this project")
-    if not multirun:
-        swept = [o.input_line for o in overrides if o.is_sweep_override()]
-        if swept:
-            raise ConfigError(f"{swept[0]}: several values need a sweep; add -m")
-        grid = [fixed]
-    else:
-        for override in overrides:
-            if override.is_sweep_override() and (key := override.key_or_group) in ("experiment", "out"):
-                raise ConfigError(f"{override.input_line}: a command has one {key}; give one command for each")
-        params = [f"{key}={value}" for key, value in (base.hydra.sweeper.params or {}).items()]
-        overrides = parser.parse_overrides(params) + overrides
-        [grid] = BasicSweeper.split_arguments(overrides, None)
-    composed = [_compose(cell) for cell in grid]
-    cells = [_cell(each, multirun=multirun) for each in composed]
-    for cell in cells:
-        cell.config.check()
+    swept = [str(o.input_line) for o in own if o.is_sweep_override()]
+    if swept and not multirun:
+        raise ConfigError(f"{swept[0]}: several values need a sweep; add -m")
+    params = (base.hydra.sweeper.params or {}).items() if multirun else ()
+    presets = [_parse_override(f"{key}={value}") for key, value in params]
+    [grid] = BasicSweeper.split_arguments(presets + own, None)
+    cells, composed = [], []
+    for arguments in grid:  # a cell is checked before the next one is composed, so that a wrong sweep is refused soon
+        arguments[:] = [line for line in arguments if line not in DEFAULTS]
+        composed.append(_compose(arguments))
+        cells.append(_cell(composed[-1], arguments, multirun=multirun))
     for cell in cells:
         if not finished(cell):  # the router of a finished run is known to be valid, and this check imports torch
             cell.config.check_router()
-    for folder, count in Counter(cell.folder for cell in cells).items():
-        if count > 1:
-            raise ConfigError(f"two cells of this sweep are the same run: {folder}")
-    if all(map(finished, cells)):
-        return cells
-    described = [_without_ignored(*each) for each in zip(cells, composed, grid, strict=True)]
-    _refuse_given_in_vain(cells, described, {str(o.key_or_group) for o in overrides if o.is_sweep_override()})
-    if launcher == "slurm":
-        slurm.prepare(base.hydra.launcher, _sweep_folder)
-    return list({cell.folder: cell for cell in reversed(described)}.values())[::-1]
+    _check_distinct(cells)
+    if not all(map(finished, cells)):
+        described = [_without_ignored(*each) for each in zip(cells, composed, grid, strict=True)]
+        _refuse_given_in_vain(cells, described, {o.key_or_group for o in presets + own if o.is_sweep_override()})
+        cells = described
+        if launcher == "slurm":
+            slurm.prepare(base.hydra.launcher, _sweep_folder)
+    key = "hydra.sweep.subdir" if multirun else "hydra.run.dir"
+    unique: dict[Path, Cell] = {}
+    for cell, arguments in zip(cells, grid, strict=True):
+        place = _quote(cell.folder.name if multirun else str(cell.folder))
+        unique.setdefault(cell.folder, cell._replace(overrides=(*arguments, f"{key}={place}")))
+    cells = list(unique.values())
+    if not multirun:
+        return Command(cells, [*_lines(launch), *cells[0].overrides])
+    common = [o for o in own if o.key_or_group in ONE_PER_COMMAND]
+    return Command(cells, ["--multirun", *_lines([*launch, *common])])
 
 
 def _sweep_folder(composed: DictConfig, arguments: list[str]) -> Path:
@@ -215,11 +287,27 @@ def _why_ignored(key: str, cell: Cell) -> str:
     return f"router={cell.choices['router']} ignores it"
 
 
-def _cell(composed: DictConfig, *, multirun: bool) -> Cell:
+def _check_distinct(cells: list[Cell]) -> None:
+    """Raise ConfigError, naming both, if two cells compute the same, whatever the spelling of their settings."""
+    seen: dict[str, Cell] = {}
+    for cell in cells:
+        other = seen.setdefault(fingerprint(cell.config.identity()), cell)
+        if other is not cell:
+            names = cell.folder.name if other.folder == cell.folder else f"{other.folder.name} and {cell.folder.name}"
+            raise ConfigError(f"two cells of this sweep are the same run: {names}; leave one out")
+
+
+def _cell(composed: DictConfig, arguments: list[str], *, multirun: bool) -> Cell:
+    """Return a checked cell. If its run is found under another spelling, the cell gets that folder."""
     hydra = composed.hydra
-    folder = Path(hydra.sweep.dir, hydra.sweep.subdir) if multirun else Path(hydra.run.dir)
     choices = group_choices(hydra)
-    return Cell(typed(composed), folder, str(choices.pop("experiment")), choices)
+    folder = Path(hydra.sweep.dir, hydra.sweep.subdir) if multirun else Path(hydra.run.dir)
+    try:
+        cell = Cell(typed(composed), folder, str(choices.pop("experiment")), choices)
+    except FAULTS as error:
+        raise _explain(error, arguments) from None
+    cell.config.check()
+    return cell._replace(folder=same_run(cell) or folder)
 
 
 def group_choices(hydra: Any) -> dict[str, str | None]:
@@ -238,7 +326,7 @@ def _compose(arguments: list[str]) -> DictConfig:
         OmegaConf.resolve(composed.hydra.run)
         OmegaConf.resolve(composed.hydra.sweep)
         return composed
-    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: a group set to null
+    except FAULTS as error:
         raise _explain(error, arguments) from None
 
 
@@ -275,19 +363,88 @@ def _sets_value(override: Override) -> bool:
     return ours and key not in GROUPS and override.package is None and not isinstance(override.value(), dict)
 
 
+def _quote(text: str) -> str:
+    return QuotedString(text, Quote.double).with_quotes()
+
+
+def _lines(overrides: list[Override]) -> list[str]:
+    """Return overrides as words of a command line for Hydra, without `DEFAULTS`."""
+    return [str(override.input_line) for override in overrides if override.input_line not in DEFAULTS]
+
+
+def _parse_override(word: str) -> Override:
+    """Read one word of the command line, with Hydra's grammar.
+
+    A value that this grammar cannot read, such as a path with "ä" or "=", is taken as text if it has no character that
+    means something in the grammar.
+    """
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+    key, equals, value = word.partition("=")
+    quoted = f"{key}={_quote(value)}"
+    try:
+        return parser.parse_overrides([word])[0]
+    except FAULTS as error:
+        cause = _cause(error)
+    if not equals:
+        raise ConfigError(f"cannot read the command line: {word:.200}: write key=value")
+    try:
+        override = parser.parse_overrides([quoted])[0]
+    except FAULTS:
+        raise ConfigError(f"cannot read the command line: {word:.200}: {cause:.300}") from None
+    if set(value) & set("""'"()[]{},$\\""") or len(value) > 1000:
+        raise ConfigError(f"cannot read the command line: {word:.200}: put a text in quotes, like '{quoted:.200}'")
+    return override
+
+
+def _only_last_of_each_key(overrides: list[Override]) -> list[Override]:
+    """Return the overrides without those that a later one overrules, and log these."""
+    last = {override.get_key_element(): override for override in overrides}
+    for override in overrides:
+        if (overruling := last[override.get_key_element()]) is not override:
+            log.warning("%s is given twice: %s counts", override.key_or_group, overruling.input_line)
+    return [override for override in overrides if last[override.get_key_element()] is override]
+
+
+def _is_group(override: Override) -> bool:
+    return override.key_or_group in GROUPS
+
+
 def _check_override(override: Override) -> None:
-    """Raise ConfigError for an override that adds or deletes a key, has no key, or names an unknown option."""
+    """Raise ConfigError for an override whose key or kind is not allowed, and for an unknown option of a group."""
+    line, key = override.input_line, override.key_or_group
     if override.is_add() or override.is_force_add() or override.is_delete():
-        raise ConfigError(f"{override.input_line}: keys cannot be added or deleted, only set as key=value")
+        raise ConfigError(f"{line}: keys cannot be added or deleted, only set as key=value")
     if override.package is not None:
-        raise ConfigError(f"{override.input_line}: a group cannot be moved; write {override.key_or_group}=...")
-    key = override.key_or_group
+        raise ConfigError(f"{line}: a group cannot be moved; write {key}=...")
     if not key:
-        raise ConfigError(f"{override.input_line}: the key is missing; write key=value")
-    if key in GROUPS and not override.is_sweep_override():
-        value = override.get_value_element_as_str()
-        if value not in {*options(key), "null"}:
+        raise ConfigError(f"{line}: the key is missing; write key=value")
+    if not key.startswith(HYDRA_KEYS) and key.partition(".")[0].partition("/")[0] == "hydra":
+        raise ConfigError(
+            f"{line}: of Hydra's settings only {', '.join(HYDRA_KEYS)}... can be set; out=DIR sets the folder"
+        )
+    if override.is_sweep_override():
+        if key in ONE_PER_COMMAND or override.is_hydra_override():
+            raise ConfigError(f"{line}: a command has one {key}; give one command for each")
+        if not override.is_discrete_sweep():
+            raise ConfigError(
+                f"{line}: an interval has no list of values; write them as a,b,c or range(start,stop,step)"
+            )
+    values = _values(override)
+    if not values:
+        raise ConfigError(f"{line}: this stands for no value")
+    for value in values if key in GROUPS else ():
+        if value not in options(key) and f"{key}={value}" not in DEFAULTS:
             raise unknown(f"option of {key}", value, options(key))
+
+
+def _values(override: Override) -> list[str]:
+    """Return the values of an override as text: several of a sweep, otherwise one."""
+    if not override.is_sweep_override():
+        return [override.get_value_element_as_str()]
+    try:
+        return list(override.sweep_string_iterator())
+    except FAULTS as error:
+        raise ConfigError(f"{override.input_line}: {_cause(error)}") from None
 
 
 def _explain(error: Exception, overrides: list[str]) -> ConfigError:
@@ -297,28 +454,26 @@ def _explain(error: Exception, overrides: list[str]) -> ConfigError:
     for extra, plugin in (("slurm", "submitit"), ("ray", "ray")):
         if f"hydra/launcher/{plugin}" in str(error):
             return ConfigError(f"hydra/launcher: this launcher needs `pip install -e '.[{extra}]'`")
+    parsed = [_parse_override(line) for line in overrides]
+    groups = [o for o in parsed if _is_group(o) or o.key_or_group == "hydra/launcher"]
     try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
-    except HydraException as syntax:
-        return ConfigError(f"cannot read the command line: {_cause(syntax)}")
-    project_overrides = [o for o in parsed if not o.key_or_group.startswith("hydra")]
-    groups = [o for o in project_overrides if o.key_or_group in GROUPS]
-    for override in groups:
-        _check_override(override)
-        if override.value() is None:
-            return ConfigError(f"{override.input_line}: must be one of {', '.join(options(override.key_or_group))}")
-    base = compose("config", overrides=[str(o.input_line) for o in groups])
+        base = compose("config", overrides=_lines(groups))
+    except FAULTS as cause:
+        return ConfigError(f"{' '.join(_lines(groups))}: {_cause(cause)}")
     known = flatten(OmegaConf.to_container(base))  # type: ignore[arg-type]
-    for override in project_overrides:
-        if override not in groups and not any(f"{key}.".startswith(f"{override.key_or_group}.") for key in known):
-            owner = [str(o.input_line) for o in groups if override.key_or_group.startswith(f"{o.key_or_group}.")]
-            return unknown(" of ".join(["key", *owner]), override.key_or_group, known)
+    for override in parsed:
+        if override in groups:
+            continue
+        key = override.key_or_group
+        if not override.is_hydra_override() and not any(f"{name}.".startswith(f"{key}.") for name in known):
+            owner = [str(o.input_line) for o in groups if key.startswith(f"{o.key_or_group}.")]
+            return unknown(" of ".join(["key", *owner]), key, known)
         try:
-            compose("config", overrides=[str(o.input_line) for o in [*groups, override]])
-        except (HydraException, OmegaConfBaseException, ValueError) as cause:
-            return ConfigError(f"{override.input_line}: {_cause(cause)}")
-    key = getattr(error, "full_key", None) or " ".join(overrides)
-    return ConfigError(f"{key}: {_cause(error)}")
+            compose("config", overrides=_lines([*groups, override]))
+        except FAULTS as cause:
+            return ConfigError(f"{override.input_line:.200}: {_cause(cause)}")
+    place = getattr(error, "full_key", None) or " ".join(overrides)
+    return ConfigError(f"{place}: {_cause(error)}")
 
 
 def _cause(error: Exception) -> str:

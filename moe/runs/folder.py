@@ -4,10 +4,13 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from moe.checks import ConfigError
-from moe.config.schema import OFF, Cell
+from moe.config.schema import OFF, Cell, fingerprint
+from moe.files import open_unlinked
 from moe.files import open_unlinked
 from moe.runs.record import RecordError, RunRecord
 
@@ -32,6 +35,34 @@ def difference(cell: Cell) -> list[str]:
     inapplicable = OFF.keys() - stored.keys()
     keys = [key for key in {**stored, **wanted} if stored.get(key) != wanted.get(key) and key not in inapplicable]
     return [f"{key} is {stored.get(key)} in the folder, {wanted.get(key)} in this command" for key in keys]
+
+
+def same_run(cell: Cell) -> Path | None:
+    """Return the run folder beside `cell.folder` that holds this run under another spelling, such as noise=0 and 0.0.
+
+    None if there is no such folder, or if `cell.folder` itself holds a run.
+    """
+    if (cell.folder / RunRecord.FILE).exists() or not cell.folder.parent.is_dir():
+        return None
+    alike = _runs_by_content(cell.folder.parent).get(_content(cell.identity(), cell.choices), [])
+    return next((folder for folder in alike if not difference(cell._replace(folder=folder))), None)
+
+
+@lru_cache(maxsize=1)  # all cells of a sweep have the same parent
+def _runs_by_content(parent: Path) -> dict[str, list[Path]]:
+    runs: dict[str, list[Path]] = {}
+    for path in sorted(parent.glob(f"*/{RunRecord.FILE}")):
+        try:
+            record = RunRecord.read(path)
+        except RecordError:  # such a folder is reported if a cell has its name
+            continue
+        runs.setdefault(_content(record.identity, record.choices), []).append(path.parent)
+    return runs
+
+
+def _content(identity: dict[str, Any], choices: dict[str, str | None]) -> str:
+    """Return a text that is equal for equal runs, and for runs that differ only in keys that may not apply to them."""
+    return fingerprint({key: value for key, value in (identity | choices).items() if key not in OFF})
 
 
 def stored_record(cell: Cell) -> RunRecord | None:

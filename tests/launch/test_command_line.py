@@ -15,7 +15,8 @@ from moe.checks import ConfigError
 from moe.config.options import CONF, GROUPS, options
 from moe.config.schema import OFF, Config, flatten, is_free
 from moe.launch import command_line
-from moe.launch.command_line import read_cells, run_name
+from moe.launch.command_line import read_cells, run_name, typed
+from moe.launch.run import write_run_record
 
 
 @pytest.mark.parametrize(
@@ -87,6 +88,42 @@ from moe.launch.command_line import read_cells, run_name
         ("-m router=hash,random z=1", "^z=1.0: must be 0.0, because router=hash ignores it$"),
         ("-m router=hash lb=0,0.01", "^lb=0.01: must be 0.0, because router=hash ignores it$"),
         ("router=hash schedule=linear schedule.knob=noise", "^schedule.knob=noise: this router ignores noise"),
+        ("hydra=null", "hydra=null: of Hydra's settings only hydra/launcher"),
+        ("hydra.runtime.choices.experiment=foo", "of Hydra's settings only hydra/launcher"),
+        ("-m hydra={mode:MULTIRUN}", "of Hydra's settings only hydra/launcher"),
+        ("-m hydra.sweep.subdir=${hydra.job.num} seed=1,2", r"^hydra.sweep.subdir=\${hydra.job.num}: of Hydra's"),
+        ('-m hydra.sweeper.params={seed:"1,2"}', "of Hydra's settings only hydra/launcher"),
+        ("hydra/launcher=joblib hydra.launcher.n_job=2", "hydra.launcher.n_job=2: "),
+        ("-m hydra/launcher=basic,joblib", "a command has one hydra/launcher"),
+        ("-m router=temperature,topk router.temp=1.5", "unknown key of router=topk 'router.temp'"),
+        ("-m router=topk,topq", "unknown option of router 'topq'; nearest: top"),
+        ("-m router=topk,null", "unknown option of router 'null'"),
+        ("-m router=glob(qq*)", r"router=glob\(qq\*\): this stands for no value"),
+        ("-m seed=range(1,1)", r"seed=range\(1,1\): this stands for no value"),
+        ("-m seed=interval(1,3)", r"seed=interval\(1,3\): an interval has no list of values"),
+        ("-m seed=1,2 --cfg job", "--multirun and --cfg cannot be used together"),
+        ("seed=1,2 --cfg job", "seed=1,2: --cfg and --info show one run"),
+        ("--cfg job foo=3", "unknown key 'foo'"),
+        ("--cfg job router.kk=3", "unknown key 'router.kk'; nearest: router.k"),
+        ("--cfg job --resolve noise=${nothing}", r"^noise=\${nothing}: "),
+        ("--info defaults router=topq", "unknown option of router 'topq'"),
+        ("--resolve", "--resolve works only with --cfg"),
+        ("--package x", "--package works only with --cfg"),
+        ("--unknown", "unrecognized arguments: --unknown"),
+        ("--cfg jobs", "invalid choice: 'jobs'"),
+        ("-m --run seed=1", "--run and --multirun cannot be used together"),
+        (f"lb={'9' * 400}", "^lb=999.*: int too large"),
+        (f"lb={'9' * 5000}", "^cannot read the command line: lb=999"),
+        ("-m noise=0,0.0,0.5", "are the same run: noise=0 and noise=0.0; leave one out"),
+        ("-m noise=0.1,.1,1e-1", "are the same run: noise=0.1; leave one out"),
+        ("-m seed=1,01", "are the same run: seed=1 and seed=01"),
+        ("-m router=temperature router.temp=1,1.0", "are the same run: .*temp=1,.* and .*temp=1.0"),
+        ("-m variant=null,top1 router.k=1", "are the same run: router.k=1 and router.k=1,variant=top1"),
+        (
+            "data.tokenizer=x/lb=0.0,seed=1/model",
+            """put a text in quotes, like 'data.tokenizer="x/lb=0.0,seed=1/model"'""",
+        ),
+        ("'", "cannot read the command line: ': write key=value"),
     ],
 )
 def test_wrong_commands(arguments: str, message: str) -> None:
@@ -252,7 +289,68 @@ def test_run_names_are_safe_short_and_distinct() -> None:
 
 
 def test_hydra_answers_its_own_flags() -> None:
-    assert command_line.read_cells(["--cfg", "job"]) is None
+    assert command_line.read_command(["lb=0.0", "--cfg", "job", "seed=1"]) == (
+        None,
+        ["lb=0.0", "seed=1", "--cfg", "job"],
+    )
+
+
+def test_a_key_that_all_swept_options_have_can_be_set_for_all_of_them() -> None:
+    cells = read_cells(["-m", "router=temperature,gumbel", "router.temp=1.5"]) or []
+    assert [(cell.choices["router"], cell.config.temperature) for cell in cells] == [
+        ("temperature", 1.5),
+        ("gumbel", 1.5),
+    ]
+    cells = read_cells(["-m", "router=temperature", "schedule=linear,cosine", "schedule.start=5.0"]) or []
+    assert [cell.config.schedule["start"] for cell in cells] == [5.0, 5.0]
+
+
+def test_flags_may_stand_anywhere_and_a_glob_stands_for_options() -> None:
+    assert len(read_cells(["lb=0.0", "-m", "seed=1,2"]) or []) == 2
+    cells = read_cells(["experiment=noise_floor", "-m", "seed=1", "router=glob(so*)"]) or []
+    assert {str(cell.choices["router"]) for cell in cells} == {name for name in options("router") if name[:2] == "so"}
+
+
+def test_the_default_variant_can_be_chosen_and_swept() -> None:
+    assert read_cells(["variant=null"]) == read_cells([])
+    cells = read_cells(["-m", "variant=null,top1"]) or []
+    assert [cell.choices["variant"] for cell in cells] == [None, "top1"]
+
+
+def test_the_last_value_of_a_key_counts_and_this_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    [cell] = read_cells(["seed=1", "router=hash", "seed=2", "router=topk"]) or []
+    assert (cell.config.seed, cell.choices["router"], cell.folder.name) == (2, "topk", "router=topk,seed=2")
+    assert caplog.messages == ["seed is given twice: seed=2 counts", "router is given twice: router=topk counts"]
+
+
+def test_a_wrong_sweep_is_refused_at_its_first_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    composed: list[object] = []
+    monkeypatch.setattr(command_line, "typed", lambda c: composed.append(c) or typed(c))
+    with pytest.raises(ConfigError, match="steps=0: must be"):
+        read_cells(["-m", "seed=range(200)", "steps=0"])
+    assert len(composed) == 1
+
+
+@pytest.mark.parametrize("value", ["/tmp/ä", "x/lb=0.0/model", "a#b", "a~b!"])
+def test_a_text_that_has_no_meaning_for_hydra_needs_no_quotes(value: str) -> None:
+    [cell] = read_cells([f"out={value}"]) or []
+    assert (cell.config.out, cell.folder) == (value, Path(value, "default", "base"))
+
+
+def test_a_folder_of_the_same_run_is_found_under_any_spelling(tmp_path: Path) -> None:
+    """Numbers may be written in other ways, and a default may be spelled out. Other choices are other runs."""
+    [first] = read_cells([f"out={tmp_path}", "noise=0.1"]) or []
+    first.folder.mkdir(parents=True)
+    write_run_record(first, "interrupted")
+    for same in (["noise=1e-1"], ["noise=.1"], ["noise=0.1", "lb=0.01"], ["noise=0.1", "seed=42", "router=topk"]):
+        [cell] = read_cells([f"out={tmp_path}", *same]) or []
+        assert cell.folder == first.folder
+        assert f'hydra.run.dir="{first.folder}"' in cell.overrides
+        [cell] = read_cells([f"out={tmp_path}", *same, "-m"]) or []
+        assert cell.folder == first.folder
+    for other in (["noise=0.2"], ["noise=0.1", "seed=1"], ["noise=0.1", "variant=top2", "router.k=2"]):
+        [cell] = read_cells([f"out={tmp_path}", *other]) or []
+        assert cell.folder != first.folder
 
 
 def test_the_keys_left_out_of_folder_names_are_the_free_keys() -> None:
