@@ -65,6 +65,23 @@ def test_a_copied_run_is_analyzed_on_a_platform_without_locks(finished_command: 
     assert (tmp_path / "report" / "report.html").exists()
 
 
+def test_a_sweep_over_routers_trains_each_with_the_same_temperature_and_is_found_again(
+    small: list[str], tmp_path: Path
+) -> None:
+    """The second command spells the temperature and the folder in other ways, and skips the runs of the first one."""
+    settings = ["router=temperature,gumbel", "-m", *small, "steps=1", "eval_every=1"]
+    done = run_script(TRAIN, *settings, "router.temp=1.5", f"out={tmp_path}/ä=1")
+    assert done.returncode == 0, done.stderr
+    folders = sorted((tmp_path / "ä=1").glob("*/*/"))
+    assert sorted((r["choices"]["router"], r["config"]["router"]["temp"]) for r in map(read_record, folders)) == [
+        ("gumbel", 1.5),
+        ("temperature", 1.5),
+    ]
+    done = run_script(TRAIN, *settings, "router.temp=15e-1", "lb=0.01", f'out="{tmp_path}/ä=1"')
+    assert done.stdout.count("skipped  ") == 2, done.stderr
+    assert sorted((tmp_path / "ä=1").glob("*/*/")) == folders
+
+
 def test_the_users_factorial_word_for_word(small: list[str], tmp_path: Path) -> None:
     """The README's sweep trains 18 cells and writes tables. The same command then skips all, and analyze.py reports.
 
