@@ -163,7 +163,7 @@ def _is_record(annotation: Any) -> bool:
 
 
 def _join(place: str, name: object) -> str:
-    return f"{place}.{name}" if place else str(name)
+    return f"{place}.{_on_one_line(name)}" if place else _on_one_line(name)
 
 
 def _shorten(value: object) -> str:

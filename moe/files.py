@@ -1,8 +1,10 @@
 """Write files atomically and never through a link, so that a reader never sees half a file; compute their digests."""
 
+import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +26,13 @@ def open_unlinked(path: Path, mode: str, **options: Any) -> IO[Any]:
         if path.is_symlink():
             raise LinkError(f"{path} is a link: delete it, because files are not written through links") from error
         raise
+
+
+def open_file(path: Path) -> IO[bytes]:
+    """Open a file for reading. Raises OSError for a pipe or a device, from which a reader could wait for ever."""
+    if stat.S_ISFIFO(mode := os.stat(path).st_mode) or stat.S_ISCHR(mode) or stat.S_ISSOCK(mode):
+        raise OSError(errno.EINVAL, "it is a pipe or a device, not a file")
+    return path.open("rb")
 
 
 def _without_links(path: str, flags: int) -> int:

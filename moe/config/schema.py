@@ -155,7 +155,10 @@ class OptimizerConfig:
 
 @dataclass
 class LoggerConfig:
-    """Settings of the copy of events.jsonl in W&B. With mode "auto": online if an API key is set, otherwise offline."""
+    """Settings of the copy of events.jsonl in W&B.
+
+    mode: "auto" means what WANDB_MODE says; without it, online if there is an API key, otherwise offline.
+    """
 
     mode: str = "auto"
     project: str = "moe-routing"
@@ -163,6 +166,9 @@ class LoggerConfig:
 
     def check(self) -> None:
         one_of("logger.mode", self.mode, ("auto", "online", "offline", "disabled"))
+        for key, name in (("project", self.project), ("entity", self.entity or "me")):
+            ok = 1 <= len(name) <= 128 and name.isprintable() and not set(name) & set("/\\#?%:")
+            require(ok, f"logger.{key}", name, "a name of W&B: 1 to 128 characters without / \\ # ? % :")
 
 
 @dataclass

@@ -222,8 +222,8 @@ def _expand(overrides: list[Override], *, multirun: bool) -> Command:
 
 
 def _sweep_folder(composed: DictConfig, arguments: list[str]) -> Path:
-    """Return the run folder of one cell of a sweep."""
-    return _without_ignored(_cell(composed, multirun=True), composed, arguments).folder
+    """Return the run folder of one cell of a sweep, which its overrides name."""
+    return Path(composed.hydra.sweep.dir, composed.hydra.sweep.subdir)
 
 
 def job_cell(composed: DictConfig, hydra: Any) -> Cell:

@@ -17,7 +17,7 @@ from moe.config.schema import Cell
 from moe.distributed import ranks
 from moe.launch import slurm
 from moe.runs import events
-from moe.runs.folder import difference, finished, locked, stored_record
+from moe.runs.folder import LOCK, difference, finished, locked, stored_record
 from moe.runs.record import Machine, MetricsRecord, RecordError, RunFacts, RunRecord, Status
 from moe.runs.signals import STOP, Interrupted, Signals, follow_parent
 
@@ -48,7 +48,7 @@ def run(cell: Cell) -> None:
         ranks.broadcast(False)
         return
     cell.folder.mkdir(parents=True, exist_ok=True)
-    with locked(cell.folder / "run.lock") as owner:
+    with locked(cell.folder / LOCK) as owner:
         if ranks.broadcast(_may_train(cell, owner)):
             _train(cell)
 

@@ -10,7 +10,7 @@ from moe.checks import ConfigError
 from moe.config.schema import Cell
 from moe.distributed import ranks
 from moe.launch.slurm import Refused
-from moe.runs.folder import difference, finished, locked, status, stored_record
+from moe.runs.folder import difference, finished, locked, status, stored_record, user
 from moe.runs.record import RecordError, SweepRecord
 
 
@@ -102,8 +102,8 @@ def _state(cell: Cell) -> str:
     try:
         found = status(cell)
         if found == "running":
-            with locked(cell.folder / "run.lock") as owner:
-                return "killed" if owner is None else f"in use by process {owner}"
+            owner = user(cell.folder)
+            return "killed" if owner is None else f"in use by process {owner}"
         return found
     except RecordError:
         return "unreadable"

@@ -18,6 +18,7 @@ import pandas as pd
 
 from moe.config.schema import OFF, flatten
 from moe.runs import events
+from moe.runs.folder import user
 from moe.runs.record import MetricsRecord, RecordError, RunRecord, SweepRecord
 
 FACTS = (
@@ -48,10 +49,10 @@ class EventTables(NamedTuple):
 def load_runs(paths: Iterable[Path | str]) -> pd.DataFrame:
     """Return one row for each run at or below `paths`, and one for each cell in a sweep.json there that has no run.
 
-    The status of a row is that of the run record (finished, failed, running, interrupted), or "diverged" (it failed
-    because a loss or gradient was not finite), "unreadable", or "missing". The column `error` gives the reason. The
-    factors of unreadable and missing runs come from sweep.json if possible, otherwise from the name of the folder.
-    Raises ValueError if there is no such folder, or no run in it.
+    The status of a row is that of the run record (finished, failed, running, interrupted), or "killed" (no process
+    trains a run that is running), "diverged" (it failed because a loss or gradient was not finite), "unreadable", or
+    "missing". The column `error` gives the reason. The factors of unreadable and missing runs come from sweep.json if
+    possible, otherwise from the name of the folder. Raises ValueError if there is no such folder, or no run in it.
     """
     paths = list(paths)
     runs, sweeps = _walk(paths)
@@ -82,6 +83,10 @@ def read_run(folder: Path) -> dict[str, Any]:
         if type(seed := record.config.get("seed", 0)) is not int:
             raise RecordError(f"{folder / RunRecord.FILE}: config.seed={seed!r:.40}: must be a whole number")
         factors = _factors(record)
+        if record.status == "running" and user(folder) is None:
+            return (
+                factors | _facts(folder, record) | {"status": "killed", "error": "its process ended without a message"}
+            )
         metrics = MetricsRecord.read(folder / MetricsRecord.FILE).scalars() if record.status == "finished" else {}
         return factors | _facts(folder, record) | metrics
     except RecordError as error:

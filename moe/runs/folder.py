@@ -14,6 +14,8 @@ from moe.files import open_unlinked
 from moe.files import open_unlinked
 from moe.runs.record import RecordError, RunRecord
 
+LOCK = "run.lock"  # in a run folder; the process that trains the run holds it
+
 
 def finished(cell: Cell) -> bool:
     """Return whether the folder holds exactly this run, complete."""
@@ -75,6 +77,26 @@ def stored_record(cell: Cell) -> RunRecord | None:
         return RunRecord.read(path)
     if (cell.folder / "checkpoints").exists():
         raise RecordError(f"{cell.folder} holds checkpoints, but no {RunRecord.FILE}: {RunRecord.ADVICE}")
+    return None
+
+
+def user(folder: Path) -> str | None:
+    """Return the id of the process that trains the run in this folder, "unknown" if it cannot be told; None if none.
+
+    Nothing is written, so that an analysis may ask too.
+    """
+    try:
+        import fcntl
+
+        with open(folder / LOCK) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read() or "unknown"
+    except FileNotFoundError:
+        return None
+    except (OSError, ImportError):  # a platform or file system without locks
+        return "unknown"
     return None
 
 

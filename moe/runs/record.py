@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 from moe.checks import first_line, parse
 from moe.config.claim import ClaimConfig
 from moe.config.schema import Config
-from moe.files import write_json
+from moe.files import open_file, write_json
 from moe.runs.measured import Measured, ValidationLoss, check_shapes
 
 FORMAT = 1  # of all these files; raise it whenever a field is added, removed or changes its meaning
@@ -165,6 +165,11 @@ class SweepRecord(_Record):
 
     cells: dict[str, dict[str, Any]]
 
+    def __post_init__(self) -> None:
+        for name in self.cells:
+            if name in ("", ".", "..") or set(name) & {"/", "\\"} or not name.isprintable():
+                raise ValueError(f"cells.{name!r:.80}: must be the name of a folder beside this file")
+
 
 class StudySettings(NamedTuple):
     """What a study depends on: format of the study, model, and options of the command."""
@@ -203,7 +208,8 @@ class SpecializationRecord(_Record):
 def _load(path: Path) -> Any:
     """Return the content of a JSON file. Raises ValueError if it is incomplete or not JSON, OSError if unreadable."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with open_file(path) as file:
+            text = file.read().decode()
         content = json.loads(text)
         if "\\ud" in text.lower():
             json.dumps(content, ensure_ascii=False).encode()  # half a surrogate pair could never be printed

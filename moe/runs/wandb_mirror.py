@@ -3,11 +3,13 @@
 import hashlib
 import json
 import logging
+import netrc
 import os
 import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 from moe.checks import first_line
 from moe.config.schema import Cell
@@ -36,15 +38,15 @@ def condition(cell: Cell) -> str:
 class WandbMirror:
     """Run listener that copies events and final metrics to W&B. The first error logs one warning and ends the copying.
 
-    logger.mode=auto is online if WANDB_API_KEY is set, and otherwise offline (`wandb sync` uploads later). If the
-    server cannot be reached, online becomes offline.
+    logger.mode=auto is what WANDB_MODE says. Without it, it is online if there is an API key, and otherwise offline
+    (`wandb sync` uploads later). If the server cannot be reached, online becomes offline.
     """
 
     def __init__(self, cell: Cell) -> None:
         self._run: Any = None
         mode = cell.config.logger.mode if ranks.is_first() else "disabled"
         if mode == "auto":
-            mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+            mode = mode_of_environment()
         for attempt in {"online": ("online", "offline"), "offline": ("offline",), "disabled": ()}[mode]:
             try:
                 self._run = _start(cell, attempt)
@@ -72,6 +74,21 @@ class WandbMirror:
         except Exception as error:  # as above
             log.warning("events are no longer copied to W&B: %s", first_line(error))
             self._run = None
+
+
+def mode_of_environment() -> str:
+    """Return the mode that WANDB_MODE asks for; otherwise online if W&B finds a key, as from `wandb login`."""
+    asked = os.environ.get("WANDB_MODE", "")
+    if asked in ("online", "offline", "disabled"):
+        return asked
+    if os.environ.get("WANDB_API_KEY"):
+        return "online"
+    host = urlparse(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
+    try:
+        logins = netrc.netrc(os.path.expanduser(os.environ.get("NETRC") or "~/.netrc"))
+    except (OSError, netrc.NetrcParseError):
+        return "offline"
+    return "online" if host and host in logins.hosts else "offline"
 
 
 def _start(cell: Cell, mode: str) -> Any:

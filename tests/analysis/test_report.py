@@ -363,21 +363,22 @@ def test_the_table_of_what_was_run_counts_every_status(tmp_path: Path) -> None:
     write_run(tmp_path / "y" / "noise=0.0,seed=1", {"val/loss": 1.0}, seed=1, noise=0.0)
     blocks = list(what_was_run(collect_inputs(load_runs([tmp_path]))[0]))
     assert [(name, n) for block in blocks if isinstance(block, StatusBar) for name, n, _ in block.counts] == [
-        *(("finished", 3), ("missing", 1), ("failed", 1), ("diverged", 1), ("interrupted", 1), ("running", 1)),
+        *(("finished", 3), ("missing", 1), ("failed", 1), ("diverged", 1), ("killed", 1), ("interrupted", 1)),
+        ("running", 0),
         ("unreadable", 0),
     ]
     by_experiment, by_condition = (
         block.frame for block in blocks if isinstance(block, TableBlock) and "finished" in block.frame
     )
-    assert by_experiment.to_numpy().tolist() == [["x", 2, 1, 1, 1, 1, 1, 0], ["y", 1, 0, 0, 0, 0, 0, 0]]
+    assert by_experiment.to_numpy().tolist() == [["x", 2, 1, 1, 1, 1, 1, 0, 0], ["y", 1, 0, 0, 0, 0, 0, 0, 0]]
     rows = by_condition.set_index(["experiment", "condition"])
     assert rows.loc[("x", "noise=0.1, experiment=x")].to_dict() == {
         "finished": 1,
         "missing": 0,
         "failed": 1,
         "diverged": 1,
+        "killed": 1,
         "interrupted": 1,
-        "running": 1,
     }
     assert rows["finished"].sum() == 3
 

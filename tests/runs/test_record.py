@@ -1,7 +1,9 @@
 """Tests of the records of a run and a sweep: they can be read again, and wrong files give one-line errors."""
 
+import fcntl
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from run_folders import change_record, write_cells, write_metrics, write_record
 from train_processes import ANALYZE, TRAIN, run_script
 
 from moe.results.sweep_tables import console_table
-from moe.results.table import load_runs
+from moe.results.table import load_runs, read_event_tables
 from moe.runs.record import (
     FORMAT,
     Machine,
@@ -237,6 +239,48 @@ def test_the_test_helpers_write_and_change_valid_records(tmp_path: Path) -> None
     record = RunRecord.read(tmp_path / "run.json")
     assert record.facts is not None
     assert (record.facts.seconds, record.causal) == (3.0, False)
+
+
+@pytest.mark.parametrize("name", ["../../x", "/etc", "a/b", "", ".", "..", "a\0b", "a\nb"])
+def test_the_name_of_a_cell_is_the_name_of_a_folder_beside_sweep_json(tmp_path: Path, name: str) -> None:
+    write_cells(tmp_path, {"seed=1": {"seed": 1}, name: {"seed": 2}})
+    with pytest.raises(RecordError, match="must be the name of a folder beside this file") as raised:
+        SweepRecord.read(tmp_path / "sweep.json")
+    assert str(raised.value).isprintable()
+    [status] = load_runs([tmp_path])["status"]
+    assert status == "unreadable"
+
+
+@pytest.mark.parametrize("file", ["run.json", "metrics.json", "events.jsonl"])
+def test_a_pipe_in_place_of_a_file_is_named_instead_of_read_for_ever(tmp_path: Path, file: str) -> None:
+    folder = tmp_path / "x" / "seed=1"
+    folder.mkdir(parents=True)
+    write_record(folder, config={"seed": 1})
+    write_metrics(folder, {"val/loss": 1.0})
+    (folder / file).unlink(missing_ok=True)
+    os.mkfifo(folder / file)
+    [row] = load_runs([tmp_path]).itertuples()
+    problems = read_event_tables([folder]).problems
+    said = problems[0] if file == "events.jsonl" else row.error
+    assert said.startswith(f"{folder / file}: ")
+    assert said.endswith("it is a pipe or a device, not a file")
+
+
+def test_a_run_that_no_process_trains_is_killed_in_every_list(tmp_path: Path) -> None:
+    write_record(tmp_path, status="running", config={"seed": 1})
+    [row] = load_runs([tmp_path]).itertuples()
+    assert (row.status, row.error) == ("killed", "its process ended without a message")
+    assert "killed: " in console_table(load_runs([tmp_path]))
+    with (tmp_path / "run.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert load_runs([tmp_path])["status"].tolist() == ["running"]
+
+
+def test_a_key_with_a_line_break_does_not_cut_the_message(tmp_path: Path) -> None:
+    content = written_content(METRICS, tmp_path / "x.json") | {"history": {"a\nb": 1}}
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    with pytest.raises(RecordError, match=r"history\.'a\\nb' is 1: must be a list"):
+        MetricsRecord.read(tmp_path / "x.json")
 
 
 def test_a_final_metric_without_a_slash_in_its_name_is_refused() -> None:

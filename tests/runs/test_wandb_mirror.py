@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 from train_processes import TRAIN, run_script
 
+from moe.checks import ConfigError
+from moe.launch.command_line import read_cells
 from moe.launch.run import run
 from moe.launch.sweep import carry_out
 from moe.runs.events import read_events
-from moe.runs.wandb_mirror import WandbMirror
+from moe.runs.wandb_mirror import WandbMirror, mode_of_environment
 
 
 def wandb_records(run: Path) -> list[dict[str, Any]]:
@@ -107,6 +109,51 @@ def test_after_its_first_error_the_mirror_stops_with_one_warning(
     mirror.log(1, {"a": 1.0})
     mirror.log(2, {"a": 1.0})
     assert [record.message for record in caplog.records] == ["events are no longer copied to W&B: lost connection"]
+
+
+KEY = "0" * 40
+
+
+@pytest.mark.parametrize(
+    ("environment", "login", "mode"),
+    [
+        ({}, None, "offline"),
+        ({}, "api.wandb.ai", "online"),
+        ({}, "other.host", "offline"),
+        ({"WANDB_BASE_URL": "https://other.host:8080"}, "other.host", "online"),
+        ({"WANDB_API_KEY": KEY}, None, "online"),
+        ({"WANDB_API_KEY": KEY, "WANDB_MODE": "offline"}, "api.wandb.ai", "offline"),
+        ({"WANDB_API_KEY": KEY, "WANDB_MODE": "disabled"}, None, "disabled"),
+        ({"WANDB_MODE": "online"}, None, "online"),
+    ],
+)
+def test_the_environment_and_a_login_decide_the_mode_as_in_wandb(
+    environment: dict[str, str], login: str | None, mode: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    if login is not None:
+        (tmp_path / "netrc").write_text(f"machine {login}\n  login user\n  password {KEY}\n")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert mode_of_environment() == mode
+
+
+def test_project_and_entity_come_from_the_environment_unless_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    monkeypatch.setenv("WANDB_ENTITY", "us")
+    [cell] = read_cells([]) or []
+    assert (cell.config.logger.project, cell.config.logger.entity) == ("mine", "us")
+    [cell] = read_cells(["logger.project=given"]) or []
+    assert cell.config.logger.project == "given"
+
+
+@pytest.mark.parametrize("name", ["a#b", "a/b", "a%b", "x" * 129])
+def test_names_that_wandb_refuses_are_refused_before_the_first_run(name: str) -> None:
+    for key in ("project", "entity"):
+        with pytest.raises(ConfigError, match=f"logger.{key}={name}: must be a name of W&B"):
+            read_cells([f"logger.{key}={name}"])
 
 
 def test_a_missing_wandb_package_gives_a_warning(

@@ -26,6 +26,7 @@ STATUSES = {
     "missing": "idle",
     "failed": "bad",
     "diverged": "bad",
+    "killed": "bad",
     "interrupted": "idle",
     "running": "idle",
     "unreadable": "bad",
