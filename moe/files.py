@@ -28,11 +28,10 @@ def open_unlinked(path: Path, mode: str, **options: Any) -> IO[Any]:
         raise
 
 
-def open_file(path: Path) -> IO[bytes]:
-    """Open a file for reading. Raises OSError for a pipe or a device, from which a reader could wait for ever."""
+def refuse_pipe(path: Path) -> None:
+    """Raise OSError for a pipe or a device, from which a reader could wait for ever, and for a missing file."""
     if stat.S_ISFIFO(mode := os.stat(path).st_mode) or stat.S_ISCHR(mode) or stat.S_ISSOCK(mode):
         raise OSError(errno.EINVAL, "it is a pipe or a device, not a file")
-    return path.open("rb")
 
 
 def _without_links(path: str, flags: int) -> int:
