@@ -11,7 +11,6 @@ from typing import Any
 from moe.checks import ConfigError
 from moe.config.schema import OFF, Cell, fingerprint
 from moe.files import open_unlinked
-from moe.files import open_unlinked
 from moe.runs.record import RecordError, RunRecord
 
 LOCK = "run.lock"  # in a run folder; the process that trains the run holds it
