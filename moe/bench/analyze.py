@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe.bench.timing import TimingTable
+from moe.config.schema import flatten
 from moe.metrics.catalog import ROUTING_METRICS
 from moe.runs.record import Machine, MetricsRecord, Parameters, Ranks, RunFacts, RunRecord
 
@@ -147,7 +148,7 @@ def _record(folder: Path, router: str, capacity: float | None, seed: int) -> Run
         choices={"router": router},
         causal=True,
         config=config,
-        identity={},
+        identity=flatten(config),
         versions={},
         machine=Machine(system="Linux", cpus=2),
         commit="0" * 40,

@@ -437,9 +437,10 @@ def test_a_run_on_conversations_learns_and_can_be_studied(chat):
     assert study(cell.folder, blocks_wanted=4, samples=12)
     found = json.loads((cell.folder / "specialization.json").read_text())
     assert found["reason"] is None
-    assert all(value is not None for row in found["knockout"]["zeroed"]["delta"]["mean"] for value in row)
-    assert all(0 < layer["tokens"] <= 12 and layer["regret"]["mean"] >= 0 for layer in found["regret"])
-    assert found["documents"] == found["blocks"] == found["knockout"]["zeroed"]["delta"]["documents"] == 4
+    measured = found["measured"]
+    assert all(value is not None for row in measured["knockout"]["zeroed"]["delta"]["mean"] for value in row)
+    assert all(0 < layer["tokens"] <= 12 and layer["regret"]["mean"] >= 0 for layer in measured["regret"])
+    assert measured["documents"] == measured["blocks"] == measured["knockout"]["zeroed"]["delta"]["documents"] == 4
     assert found["val_loss"]["mean"] == pytest.approx(metrics["final_metrics"]["val/loss"], rel=1e-4)
 
 

@@ -26,10 +26,10 @@ def test_a_run_whose_layers_route_nothing_trains_on_and_is_analyzed_beside_other
 ) -> None:
     """Metrics of the load are null there, in progress lines, tables, figures and the report.
 
-    Of the runs with lb=0 both route nothing, and one of those with lb=0.5.
+    Of the runs without dropout both route nothing, and one of those with dropout.
     """
-    for lb, seed, dead in ((0.0, 1, True), (0.0, 2, True), (0.5, 1, False), (0.5, 2, True)):
-        one = cell("router=relu", "router.target=1", "capacity=1.0", f"lb={lb}", f"seed={seed}")
+    for dropout, seed, dead in ((0.0, 1, True), (0.0, 2, True), (0.1, 1, False), (0.1, 2, True)):
+        one = cell("router=relu", "router.target=1", "capacity=1.0", f"model.dropout={dropout}", f"seed={seed}")
         with monkeypatch.context() as patch:
             if dead:
                 patch.setattr(ReLU, "logits", negative)

@@ -243,7 +243,7 @@ def test_routers_and_experts_have_their_own_learning_rates(
     assert changed_parts == set(rates)
     scale_learning_rates(config, optimizers, step=config.steps - 1)
     peaks = [(group["lr"], group["initial_lr"]) for group in optimizers[0].param_groups]
-    assert [peak for _, peak in peaks] == [1e-3, 3e-3, 2e-3]
+    assert {peak for _, peak in peaks} == {1e-3, 3e-3, 2e-3}  # weights without decay have groups of their own
     assert all(rate == pytest.approx(0.1 * peak) for rate, peak in peaks)
 
 
@@ -253,7 +253,8 @@ def test_gradient_checkpointing_changes_no_output_and_no_gradient(router: str, c
 
     This includes noise, dropout and the state that routers pass from layer to layer. Statistics are counted once.
     """
-    config = cell(f"router={router}", "model.dropout=0.3", "capacity=1.0").config
+    limits = [] if router == "soft_moe" else ["capacity=1.0"]  # soft_moe refuses a capacity, which it ignores
+    config = cell(f"router={router}", "model.dropout=0.3", *limits).config
     model = build_model(config, vocab_size=V).train()
     ids = torch.randint(0, V, (2, 16), generator=torch.Generator().manual_seed(1))
     results = []
