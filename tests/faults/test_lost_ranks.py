@@ -115,8 +115,8 @@ def test_a_sharded_run_resumes_replicated_and_sharded_again(
         assert one.record["status"] == "interrupted", one.output
     assert launch(one, "fsdp").wait(LIMIT) == 0, one.output
     found = result(one.folder)
-    assert len(found["events"]) == len(calm["events"])
-    assert found["final"]["val/loss"] == pytest.approx(calm["final"]["val/loss"], rel=1e-4)
+    assert len(found["events"]) == len(on_one_process["events"])
+    assert found["final"]["val/loss"] == pytest.approx(on_one_process["final"]["val/loss"], rel=1e-4)
     survived(
         23,
         "SIGTERM of sharded, then of replicated, then sharded ranks",
