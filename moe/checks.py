@@ -13,7 +13,10 @@ T = TypeVar("T")
 
 
 class ConfigError(ValueError):
-    """The user's configuration is wrong. The message is one line for a terminal."""
+    """The user's configuration is wrong. The message is one line for a terminal, whatever it quotes."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
 def first_line(error: object) -> str:
