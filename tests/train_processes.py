@@ -46,7 +46,8 @@ class TrainCommand:
 
     def __init__(self, root: Path, arguments: list[str]) -> None:
         self.root, self.log = root, root / "log"
-        self.arguments = [*sorted(arguments, key="-m".__ne__), f"out={root / 'runs'}"]
+        last_of_each_key = {word.partition("=")[0]: word for word in arguments}.values()
+        self.arguments = [*sorted(last_of_each_key, key="-m".__ne__), f"out={root / 'runs'}"]
         root.mkdir(parents=True, exist_ok=True)
 
     def start(self, sabotage: Sabotage | None = None) -> BaseProcess:
