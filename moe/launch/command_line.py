@@ -8,7 +8,6 @@ import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
@@ -208,7 +207,7 @@ def _expand(overrides: list[Override], *, multirun: bool) -> Command:
         _refuse_given_in_vain(cells, described, {o.key_or_group for o in presets + own if o.is_sweep_override()})
         cells = described
         if launcher == "slurm":
-            slurm.prepare(base.hydra.launcher, _sweep_folder)
+            slurm.prepare(base.hydra.launcher)
     key = "hydra.sweep.subdir" if multirun else "hydra.run.dir"
     unique: dict[Path, Cell] = {}
     for cell, arguments in zip(cells, grid, strict=True):
@@ -221,44 +220,34 @@ def _expand(overrides: list[Override], *, multirun: bool) -> Command:
     return Command(cells, ["--multirun", *_lines([*launch, *common])])
 
 
-def _sweep_folder(composed: DictConfig, arguments: list[str]) -> Path:
-    """Return the run folder of one cell of a sweep, which its overrides name."""
-    return Path(composed.hydra.sweep.dir, composed.hydra.sweep.subdir)
-
-
 def job_cell(composed: DictConfig, hydra: Any) -> Cell:
-    """Return the cell that a process of a launcher trains, the same as `read_cells` returns.
-
-    Cells that differ only in keys that do not apply to them have one folder. Hydra has made a folder for each of them;
-    an empty one that is not needed is removed.
-    """
+    """Return the cell that a process of a launcher trains, the same as `read_cells` returns. Its folder was passed."""
     choices = group_choices(hydra)
-    made = Path(hydra.runtime.output_dir)
-    cell = Cell(typed(composed), made, str(choices.pop("experiment")), choices)
-    cell = _without_ignored(cell, DictConfig({"hydra": hydra}), list(hydra.overrides.task))
-    if cell.folder != made:
-        with suppress(OSError):  # not empty, or removed by another process
-            made.rmdir()
-    return cell
+    folder = Path(hydra.runtime.output_dir)
+    return _switch_off_ignored(Cell(typed(composed), folder, str(choices.pop("experiment")), choices))
+
+
+def _switch_off_ignored(cell: Cell) -> Cell:
+    """Return the cell with every key switched off that does not apply to it."""
+    ignored = cell.config.ignored_keys()
+    return cell._replace(config=replace(cell.config, **{key: OFF[key] for key in ignored}), ignored=ignored)
 
 
 def _without_ignored(cell: Cell, composed: DictConfig, arguments: list[str]) -> Cell:
     """Return the cell with every key switched off that does not apply to it, and without these keys in its name."""
-    ignored = cell.config.ignored_keys()
-    folder = cell.folder
-    if folder.name == _run_name(composed, arguments):  # otherwise the user chose the name
-        folder = folder.with_name(_run_name(composed, arguments, without=ignored))
-    config = replace(cell.config, **{key: OFF[key] for key in ignored})
-    return cell._replace(config=config, folder=folder, ignored=ignored)
+    cell = _switch_off_ignored(cell)
+    overrides = OverridesParser.create().parse_overrides(arguments)
+    if cell.folder.name != run_name(_dirname(overrides, composed.hydra)):  # the user chose the name
+        return cell
+    return cell._replace(folder=cell.folder.with_name(run_name(_dirname(overrides, composed.hydra, cell.ignored))))
 
 
-def _run_name(composed: DictConfig, arguments: list[str], *, without: Iterable[str] = ()) -> str:
-    naming = composed.hydra.job.config.override_dirname
-    overrides = [o for o in OverridesParser.create().parse_overrides(arguments) if not o.is_hydra_override()]
+def _dirname(overrides: list[Override], hydra: Any, without: Iterable[str] = ()) -> str:
+    """Return what Hydra calls `override_dirname`: the overrides that name a run, leaving out the keys in `without`."""
+    naming = hydra.job.config.override_dirname
+    named = [override for override in overrides if not override.is_hydra_override()]
     excluded = [*naming.exclude_keys, *without]
-    return run_name(
-        get_overrides_dirname(overrides, kv_sep=naming.kv_sep, item_sep=naming.item_sep, exclude_keys=excluded)
-    )
+    return str(get_overrides_dirname(named, kv_sep=naming.kv_sep, item_sep=naming.item_sep, exclude_keys=excluded))
 
 
 def _refuse_given_in_vain(cells: list[Cell], described: list[Cell], swept: set[str]) -> None:
@@ -338,12 +327,8 @@ def _compose_values(overrides: list[Override]) -> DictConfig:
     groups = [o for o in overrides if _is_group_choice(o)]
     composed = _compose_groups(tuple(str(o.input_line) for o in groups)).copy()
     ConfigLoaderImpl._apply_overrides_to_config([o for o in overrides if o not in groups], composed)
-    own = [o for o in overrides if not o.is_hydra_override()]
-    composed.hydra.overrides.task = [o.input_line for o in own]
-    naming = composed.hydra.job.config.override_dirname
-    composed.hydra.job.override_dirname = get_overrides_dirname(
-        own, kv_sep=naming.kv_sep, item_sep=naming.item_sep, exclude_keys=naming.exclude_keys
-    )
+    composed.hydra.overrides.task = [o.input_line for o in overrides if not o.is_hydra_override()]
+    composed.hydra.job.override_dirname = _dirname(overrides, composed.hydra)
     return composed
 
 

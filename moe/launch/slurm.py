@@ -45,10 +45,8 @@ class Job(NamedTuple):
     reason: str
 
 
-def prepare(settings: Any, folder_of: Callable[[Any, list[str]], Path]) -> None:
+def prepare(settings: Any) -> None:
     """Check the settings of Slurm jobs (`hydra.launcher`), and let `_launch` take the place of the launcher's method.
-
-    folder_of: returns the run folder of a cell, given what Hydra composes for it, and its overrides.
 
     Raises ConfigError if a Slurm command is missing, if Slurm does not answer, or if a job would have no time to train.
     """
@@ -71,7 +69,8 @@ def prepare(settings: Any, folder_of: Callable[[Any, list[str]], Path]) -> None:
     def launch(launcher: Any, job_overrides: Any, initial_job_idx: int) -> list[Any]:
         cells = [list(overrides) for overrides in job_overrides]
         compose = launcher.hydra_context.config_loader.load_sweep_config
-        folders = [folder_of(compose(launcher.config, cell), cell) for cell in cells]
+        sweeps = [compose(launcher.config, cell).hydra.sweep for cell in cells]
+        folders = [Path(sweep.dir, sweep.subdir) for sweep in sweeps]
         _launch(cells, folders, lambda unfinished: submit(launcher, unfinished, initial_job_idx))
         return []
 
