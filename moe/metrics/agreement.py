@@ -9,25 +9,37 @@ from jaxtyping import Bool, Float
 
 
 def overlap(a: Bool[np.ndarray, "L N E"], b: Bool[np.ndarray, "L N E"]) -> dict[str, Float[np.ndarray, "L"]]:
-    """Compute the overlap o = |A_t ∩ B_t| / k of two choices, by layer, as the mean over tokens.
+    """Compute the overlap o = Σ_t |A_t ∩ B_t| / Σ_t k of two choices, by layer.
 
     Also corrects it for chance c, as (o - c) / (1 - c):
-        kappa: c = k/E, as if tokens chose at random.
-        kappa_shuffled: c is the overlap under the same loads if the tokens of one side were shuffled. It is larger
-            than k/E when loads are uneven. Only this value measures agreement about tokens.
-    Where the number of experts per token varies, the larger set counts as k. Corrected values are NaN where every token
-    takes every expert, and all values where no token takes any.
+        kappa: c is the overlap if each token chose as many experts as it did, at random: k/E.
+        kappa_shuffled: c is the overlap if the tokens of one side were shuffled. Loads stay as they are, and so does
+            the number of experts per token. It is larger than k/E when loads are uneven. Only this value measures
+            agreement about tokens.
+    Where the number of experts per token varies, the larger set counts as k, in the overlap and in both chance levels.
+    Corrected values are NaN where every token takes every expert, and all values where no token takes any.
     """
-    total = np.maximum(a.sum(-1), b.sum(-1)).sum(-1)
-    size = np.where(total > 0, total, math.nan)
-    shared = (a & b).sum((1, 2)) / size
-    uniform = (a.sum(-1) * b.sum(-1)).sum(-1) / a.shape[-1] / size
-    shuffled = (a.sum(1) * b.sum(1)).sum(-1) / a.shape[1] / size
+    size = np.maximum(a.sum(-1), b.sum(-1)).sum(-1)
+    uniform = (a.sum(-1) * b.sum(-1)).sum(-1) / a.shape[-1]
+    shuffled = (a.sum(1) * b.sum(1)).sum(-1) / a.shape[1]
+    observed = _divide((a & b).sum((1, 2)), size)
     return {
-        "overlap": shared,
-        "kappa": beyond_chance(shared, uniform),
-        "kappa_shuffled": beyond_chance(shared, shuffled),
+        "overlap": observed,
+        "kappa": beyond_chance(observed, _divide(uniform, size)),
+        "kappa_shuffled": beyond_chance(observed, _divide(shuffled, _size_if_shuffled(a, b))),
     }
+
+
+def _size_if_shuffled(a: Bool[np.ndarray, "L N E"], b: Bool[np.ndarray, "L N E"]) -> Float[np.ndarray, "L"]:
+    """Return the expectation of Σ_t max(|A_t|, |B_t|) if the tokens of b are shuffled."""
+    numbers = np.arange(a.shape[-1] + 1)
+    largest = np.maximum(numbers[:, None], numbers)
+    counts = [(chosen.sum(-1)[..., None] == numbers).sum(1) for chosen in (a, b)]
+    return np.einsum("li,lj,ij->l", *counts, largest) / a.shape[1]
+
+
+def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.divide(a, b, out=np.full(np.shape(a), np.nan), where=b > 0)
 
 
 def beyond_chance(observed: np.ndarray, chance: Any) -> np.ndarray:

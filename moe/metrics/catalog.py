@@ -215,7 +215,7 @@ ENTRIES = (
     Metric(
         "routing/load_cv",
         "std(c) / mean(c), ddof 0",
-        "Coefficient of variation of the load. 0 is balanced; at most sqrt(E/K - 1). "
+        "Coefficient of variation of the load. 0 is balanced; at most sqrt(E/K - 1) if K is fixed. "
         "The noise study calls `/pooled` expert usage CV.",
         "load CV over experts",
         "balance",
@@ -228,8 +228,9 @@ ENTRIES = (
     ),
     Metric(
         "routing/load_cv_normalized",
-        "load_cv / sqrt(E/K - 1)",
-        "Load CV as a share of its maximum, so that values for different K can be compared. Null for K = E.",
+        "load_cv / its maximum",
+        "Load CV as a share of the largest that these tokens could have: sqrt(E/K - 1) for a fixed K. Values for "
+        "different K can be compared. Null for K = E.",
         "load CV / its maximum",
         "balance",
         better="lower",
@@ -238,8 +239,10 @@ ENTRIES = (
     ),
     Metric(
         "routing/load_cv_floor",
-        "sqrt((E/K - 1) / T)",
-        "Load CV by chance, if each of T tokens takes K experts at random.",
+        "sqrt((E - K') / KT), K' = E[K²] / E[K]",
+        "Root mean square of the load CV by chance, if each of T tokens took its experts at random, independently of "
+        "all other tokens. The tokens of a text are not independent: texts alone can make the CV several times as "
+        "large.",
         "load CV of routing at random",
         "balance",
         better="lower",
@@ -249,7 +252,7 @@ ENTRIES = (
     Metric(
         "routing/load_max_violation",
         "max(c) / mean(c) - 1",
-        "Excess of the busiest expert, one-sided MaxVio (Wang et al. 2408.15664). At most E/K - 1.",
+        "Excess of the busiest expert, one-sided MaxVio (Wang et al. 2408.15664). At most E/K - 1 if K is fixed.",
         "MaxVio (largest load / mean - 1)",
         "balance",
         better="lower",
@@ -259,8 +262,8 @@ ENTRIES = (
     ),
     Metric(
         "routing/load_max_violation_normalized",
-        "load_max_violation / (E/K - 1)",
-        "MaxVio as a share of its maximum. Null for K = E.",
+        "load_max_violation / its maximum",
+        "MaxVio as a share of the largest that these tokens could have: E/K - 1 for a fixed K. Null for K = E.",
         "MaxVio / its maximum",
         "balance",
         better="lower",
@@ -300,7 +303,7 @@ ENTRIES = (
     Metric(
         "routing/load_gini",
         "Σ_ij abs(f_i - f_j) / 2E",
-        "Gini coefficient of the load. 0 is balanced; at most 1 - K/E.",
+        "Gini coefficient of the load. 0 is balanced; at most 1 - K/E if K is fixed.",
         "Gini coefficient of the experts' load",
         "balance",
         better="lower",
@@ -310,8 +313,9 @@ ENTRIES = (
     ),
     Metric(
         "routing/load_gini_normalized",
-        "load_gini / (1 - K/E)",
-        "Gini coefficient as a share of its maximum. Null for K = E.",
+        "load_gini / its maximum",
+        "Gini coefficient as a share of the largest that these tokens could have: 1 - K/E for a fixed K. "
+        "Null for K = E.",
         "Gini coefficient / its maximum",
         "balance",
         better="lower",
@@ -425,6 +429,19 @@ ENTRIES = (
         shown=("dashboard layers",),
     ),
     Metric(
+        "routing/gate_entropy",
+        "mean_t H(g_t), g_te = w_te / Σ_e w_te",
+        "Entropy of the weights with which a token's experts are added: 0 for one expert, at most ln K. Mean over "
+        "tokens that ask for an expert, before capacity.",
+        "entropy of the gate weights",
+        "sharpness",
+        unit="nats per token",
+        directions=("less sharp", "sharper"),
+        variants=LAYER,
+        function=formulas.gate_entropy,
+        shown=("conditions",),
+    ),
+    Metric(
         "routing/confidence",
         "mean_t max_e p_te",
         "Largest probability of a token, at the router's temperature.",
@@ -501,7 +518,8 @@ ENTRIES = (
     Metric(
         "routing/position_information",
         "I(expert; decile of the position), corrected for bias",
-        "Mutual information of expert and decile of the token's position (bias: Miller 1955).",
+        "Mutual information of expert and decile of the token's position. The bias (P - 1)(E - K') / 2KT is "
+        "subtracted, with P = 10 and K' = E[K²] / E[K].",
         "mutual information of expert and position",
         "specialization",
         unit="nats",
@@ -522,7 +540,7 @@ ENTRIES = (
     Metric(
         "routing/jaccard",
         "mean over pairs of experts: tokens of both / tokens of either",
-        "Overlap of the token sets of two experts. Null for K <= 1.",
+        "Overlap of the token sets of two experts. Null if no token asks for two experts.",
         "Jaccard index of two experts' tokens",
         "agreement",
         variants=LAYER,
@@ -531,8 +549,8 @@ ENTRIES = (
     ),
     Metric(
         "routing/jaccard_chance",
-        "(K - 1) / (2 (E - 1) - (K - 1))",
-        "Jaccard index of balanced routing at random. Null for K <= 1.",
+        "(K' - 1) / (2 (E - 1) - (K' - 1)), K' = E[K²] / E[K]",
+        "Jaccard index of balanced routing at random. Null if no token asks for two experts.",
         "Jaccard index at random",
         "agreement",
         variants=LAYER,

@@ -43,35 +43,46 @@ def experts_per_token(s: Sums) -> Layers:
     return s.assignments / s.tokens
 
 
-def attainable_violation(s: Sums) -> Layers:
-    """Return E/K - 1, the largest MaxVio if no token asks for an expert twice; maxima of CV and Gini follow from it.
+def experts_per_assignment(s: Sums) -> Layers:
+    """Return K' = E[K²] / E[K], the mean over assignments of the number of experts that their token asks for.
 
-    NaN where every token takes every expert. If some tokens take none (K < 1), it is the maximum over the tokens that
-    take one.
+    K' is K where that number is fixed, and larger where it varies. What happens by chance depends on K': the other
+    experts of an assignment's token are K' - 1 on average. NaN for Soft MoE, whose tokens do not ask for experts.
     """
-    excess = s.offered.shape[-1] / np.maximum(experts_per_token(s), 1) - 1
-    return np.where(excess > 0, excess, math.nan)
+    moments = _active_moments(s)
+    return moments.mean + moments.variance / moments.mean
+
+
+def largest_imbalance(s: Sums) -> Float[np.ndarray, "L E"]:
+    """Return load / mean load of each expert in the most unbalanced routing of the same tokens.
+
+    In it, every token asks for as many experts as it did, and always for the first ones. Expert j then has the tokens
+    that ask for at least j experts. No other routing has larger partial sums of sorted loads (Gale and Ryser), and so
+    none has a larger CV, Gini coefficient or MaxVio. NaN for Soft MoE.
+    """
+    at_least = np.cumsum(s.tokens_by_active[:, ::-1], -1)[:, -2::-1]
+    return at_least / at_least.mean(-1, keepdims=True)
 
 
 def load_cv(s: Sums) -> Layers:
-    return relative_load(s).std(-1)
+    return _cv(relative_load(s))
 
 
 def load_cv_normalized(s: Sums) -> Layers:
-    return load_cv(s) / np.sqrt(attainable_violation(s))
+    return _share(load_cv(s), _cv(largest_imbalance(s)))
 
 
 def load_cv_floor(s: Sums) -> Layers:
-    variance = (s.offered.shape[-1] - np.maximum(experts_per_token(s), 1)) / s.assignments
-    return np.where(s.assignments > 0, np.sqrt(variance), math.nan)
+    variance = (s.offered.shape[-1] - experts_per_assignment(s)) / s.assignments
+    return np.sqrt(np.maximum(variance, 0))
 
 
 def load_max_violation(s: Sums) -> Layers:
-    return relative_load(s).max(-1) - 1
+    return _max_violation(relative_load(s))
 
 
 def load_max_violation_normalized(s: Sums) -> Layers:
-    return load_max_violation(s) / attainable_violation(s)
+    return _share(load_max_violation(s), _max_violation(largest_imbalance(s)))
 
 
 def load_max_violation_two_sided(s: Sums) -> Layers:
@@ -87,13 +98,11 @@ def load_max_violation_sequence(s: Sums) -> Layers:
 
 
 def load_gini(s: Sums) -> Layers:
-    share = load_share(s)
-    return np.abs(share[:, :, None] - share[:, None, :]).sum((1, 2)) / (2 * share.shape[-1])
+    return _gini(relative_load(s))
 
 
 def load_gini_normalized(s: Sums) -> Layers:
-    attainable = attainable_violation(s)
-    return load_gini(s) * (1 + attainable) / attainable
+    return _share(load_gini(s), _gini(largest_imbalance(s)))
 
 
 def load_entropy(s: Sums) -> Layers:
@@ -141,6 +150,10 @@ def entropy_t1(s: Sums) -> Layers:
     return s.entropy_t1 / s.tokens
 
 
+def gate_entropy(s: Sums) -> Layers:
+    return s.gate_entropy / (s.tokens - s.tokens_by_active[:, 0])
+
+
 def confidence(s: Sums) -> Layers:
     return s.confidence / s.tokens
 
@@ -170,12 +183,16 @@ def mutual_information(s: Sums) -> Layers:
 
 
 def position_information(s: Sums) -> Layers:
-    """Subtract the expectation under independence, (P - 1)(E - 1) / 2n, from the plug-in estimate (Miller 1955)."""
+    """Subtract the expectation under independence, (P - 1)(E - K') / 2n, from the plug-in estimate.
+
+    For K = 1 this is the correction of Miller (1955). A token's experts are distinct, which makes chance differences
+    between positions smaller: with K = E there are none.
+    """
     counts = s.offered_by_position
     total = counts.sum((1, 2))
     joint = counts.reshape(len(counts), -1) / total[:, None]
     position, expert = counts.sum(2) / total[:, None], counts.sum(1) / total[:, None]
-    freedom = ((position > 0).sum(-1) - 1) * ((expert > 0).sum(-1) - 1)  # degrees of freedom
+    freedom = ((position > 0).sum(-1) - 1) * ((expert > 0).sum(-1) - experts_per_assignment(s))
     return _entropy(position) + _entropy(expert) - _entropy(joint) - freedom / (2 * total)
 
 
@@ -189,11 +206,11 @@ def jaccard(s: Sums) -> Layers:
     pairs = both / (s.offered[:, i] + s.offered[:, j] - both)
     defined = ~np.isnan(pairs)  # two unused experts give 0 / 0 and are left out
     mean = np.where(defined, pairs, 0).sum(-1) / defined.sum(-1)
-    return np.where(experts_per_token(s) > 1, mean, math.nan)
+    return np.where(experts_per_assignment(s) > 1, mean, math.nan)
 
 
 def jaccard_chance(s: Sums) -> Layers:
-    others = experts_per_token(s) - 1
+    others = experts_per_assignment(s) - 1
     return np.where(others > 0, others / (2 * (s.offered.shape[-1] - 1) - others), math.nan)
 
 
@@ -227,6 +244,24 @@ def _active_moments(s: Sums) -> _Moments:
     share = s.tokens_by_active / s.tokens_by_active.sum(-1, keepdims=True)
     mean = (share * numbers).sum(-1)
     return _Moments(mean, (share * np.square(numbers - mean[:, None])).sum(-1))
+
+
+def _cv(loads: Float[np.ndarray, "L E"]) -> Layers:
+    return loads.std(-1) / loads.mean(-1)
+
+
+def _max_violation(loads: Float[np.ndarray, "L E"]) -> Layers:
+    return loads.max(-1) / loads.mean(-1) - 1
+
+
+def _gini(loads: Float[np.ndarray, "L E"]) -> Layers:
+    share = loads / loads.sum(-1, keepdims=True)
+    return np.abs(share[:, :, None] - share[:, None, :]).sum((1, 2)) / (2 * share.shape[-1])
+
+
+def _share(value: Layers, maximum: Layers) -> Layers:
+    """Return value / maximum; NaN where the maximum is 0, which is where every token takes every expert."""
+    return value / np.where(maximum > 1e-12, maximum, math.nan)
 
 
 def _entropy(p: np.ndarray) -> np.ndarray:

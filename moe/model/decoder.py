@@ -29,6 +29,7 @@ from moe.model.architecture import MoEConfig
 from moe.model.experts import Experts
 from moe.model.layer import LayerOutput, MoELayer
 from moe.routers.base import Router
+from moe.routers.seeding import seeded
 from moe.routing.decision import Context, Knobs, Routing, document_positions
 from moe.routing.stats import RoutingStats
 
@@ -117,13 +118,22 @@ class MoEPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Draw every matrix from N(0, initializer_range) and set norms to 1. Routers initialize themselves."""
-        super()._init_weights(module)
+        """Draw every matrix from N(0, initializer_range) and set norms to 1. Routers say how they are initialized.
+
+        The random numbers of a tensor depend on the seed, its name and its shape alone. So runs of the same seed start
+        with the same weights wherever their models have the same tensors, whatever router they have.
+        """
+        std, modules = self.config.initializer_range, {part: name for name, part in self.named_modules()}
+        with seeded(modules[module], *(p.shape for p in module.parameters(recurse=False))):
+            super()._init_weights(module)
         if isinstance(module, Router):
-            module.initialize(self.config.initializer_range)
+            tensors = [*self.named_parameters(), *self.named_buffers()]
+            loaded = {tensor for _, tensor in tensors if getattr(tensor, "_is_hf_initialized", False)}
+            module.initialize(std, {tensor: name for name, tensor in tensors if tensor not in loaded})
         elif isinstance(module, Experts):
-            for p in module.parameters():
-                nn.init.normal_(p, std=self.config.initializer_range)
+            for name, p in module.named_parameters():
+                with seeded(f"{modules[module]}.{name}", p.shape):
+                    nn.init.normal_(p, std=std)
 
 
 class Hidden(NamedTuple):
@@ -278,7 +288,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         drop: str = "position",
         load: Shaped[Tensor, "L C E"] | None = None,
         orthogonality: bool = False,
-        probe_stride: int | None = None,
+        compared: Int[Tensor, "N"] | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Int[Tensor, "#B S"] | None = None,
         cache: Cache | None = None,
@@ -296,7 +306,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
 
         labels: token ids, not shifted, with IGNORED where nothing is predicted. None: no loss.
         knobs: default to the temperature and noise of the model's configuration.
-        capacity, drop, orthogonality, probe_stride: see `moe.routing.decision.Context`.
+        capacity, drop, orthogonality, compared: see `moe.routing.decision.Context`.
         load: as in `Context`, for each MoE layer. It is the sum of `MoEOutput.load` over earlier micro-batches.
         attention_mask: (B, S), or (B, tokens in the cache + S), 0 for padding. Padding is no token: it is not attended
             to and not routed, takes no capacity, and counts in no loss and no metric.
@@ -336,7 +346,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         if knobs is None:
             knobs = Knobs.of(temperature=config.router_temperature, noise=config.router_noise, device=inputs.device)
         ids = inputs.new_zeros(inputs.shape[:2], dtype=torch.long) if input_ids is None else input_ids
-        context = Context(ids, knobs, capacity, drop, orthogonality=orthogonality, probe_stride=probe_stride)
+        context = Context(ids, knobs, capacity, drop, orthogonality=orthogonality, compared=compared)
         if attention_mask is not None:
             context = context.without_padding(attention_mask)
         elif position_ids is not None:

@@ -104,7 +104,7 @@ class MoELayer(nn.Module):
             aux["simbal"] = losses.similarity_preserving(router.expert_rows)
         if context.orthogonality:
             aux["output_orthogonality"] = losses.output_orthogonality(rows, dispatched.token)
-        similarity = self._compare(x[:: context.probe_stride]) if context.probe_stride else None
+        similarity = None if context.compared is None else self._compare(x[context.compared])
         stats = collect_stats(
             routing,
             dispatched,

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moe.checks import ConfigError, require
+from moe.routers.seeding import seeded
 from moe.routing.decision import Context, Knobs, Routing
 from moe.routing.loss_table import BALANCE_WEIGHTS
 from moe.routing.stats import RoutingStats
@@ -52,7 +53,7 @@ class Router(nn.Module):
     A subclass may implement, where it has something to do,
     - `role`: how the optimizers treat a parameter. Default: Muon trains matrices and stacks of matrices; AdamW trains
       vectors and numbers, without weight decay.
-    - `initialize`: draw the initial weights. Default: N(0, std) for each matrix.
+    - `draw`: draw the initial values of a parameter or buffer. Default: N(0, std) for each matrix.
     - `before_training`: learn from token frequencies, once.
     - `after_step`: learn without a gradient, after each optimizer step.
     - `tie_to`: use modules of the first MoE layer's router.
@@ -202,11 +203,27 @@ class Router(nn.Module):
         """Return how the optimizers treat the parameter `name`, see `Role`."""
         return "matrix" if p.ndim >= 2 else "scale"
 
-    def initialize(self, std: float) -> None:
-        """Draw each matrix from N(0, std). Other parameters and buffers keep the values from the constructor."""
-        for p in self.parameters():
-            if p.ndim >= 2:
-                nn.init.normal_(p, std=std)
+    def initialize(self, std: float, names: dict[Tensor, str] | None = None) -> None:
+        """Draw the initial values of all parameters and buffers, each by `draw` of the router that has it.
+
+        names: the name of each tensor in the model, on which its random numbers depend (see `seeded`). Tensors that it
+            leaves out keep their values. By default, names in this router.
+        """
+        routers = {f"{path}." if path else "": part for path, part in self.named_modules() if isinstance(part, Router)}
+        for path, tensor in [*self.named_parameters(), *self.named_buffers()]:
+            if names is None or tensor in names:
+                owner = max((prefix for prefix in routers if path.startswith(prefix)), key=len)
+                with seeded(path if names is None else names[tensor], tensor.shape):
+                    routers[owner].draw(path.removeprefix(owner), tensor, std)
+
+    def draw(self, name: str, tensor: Tensor, std: float) -> None:
+        """Draw the initial values of the parameter or buffer `name` of this router.
+
+        By default, matrices of parameters are drawn from N(0, std). Other parameters and all buffers keep the values
+        from the constructor.
+        """
+        if isinstance(tensor, nn.Parameter) and tensor.ndim >= 2:
+            nn.init.normal_(tensor, std=std)
 
     def after_step(self, stats: RoutingStats) -> None:
         """Learn without a gradient from this layer's sums over all tokens of an optimizer step.

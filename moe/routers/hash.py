@@ -1,7 +1,6 @@
 """Hash routing: the token id alone determines the experts."""
 
-import heapq
-
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -17,9 +16,11 @@ class Hash(Router):
 
     Nothing is learned. The router has no probabilities and no logits, so metrics and losses of those are null. Causal.
 
-    balanced: before training, assign ids to experts, the most frequent id first, each to the k experts that have the
-        fewest training tokens so far ("balanced" in the paper; known as longest processing time first). Loads are then
-        even over the training text. If false, an integer hash spreads ids evenly, and tokens unevenly.
+    balanced: before training, assign ids to experts, the most frequent id first, to experts that have the fewest
+        training tokens so far ("balanced" in the paper; known as longest processing time first). Loads are then even
+        over the training text. Experts with nearly equal loads are combined so that all sets of experts occur: with
+        the k lightest experts alone, the same experts would share their tokens for ever, as one larger expert. If
+        false, an integer hash spreads ids evenly, and tokens unevenly.
     vocab_size: ids from `vocab_size` on share the experts of id % vocab_size.
     """
 
@@ -42,23 +43,31 @@ class Hash(Router):
             folded.index_add_(0, torch.arange(len(counts)) % len(self.table), counts.cpu())
             seen = int((folded > 0).sum())
             order = folded.argsort(descending=True, stable=True)[:seen]
-            chosen = lightest(folded[order].tolist(), self.num_experts, self.k)
-            self.table[order] = torch.tensor(chosen, dtype=torch.int32).to(self.table.device)
+            chosen = spread(folded[order].numpy(), self.num_experts, self.k)
+            self.table[order] = torch.from_numpy(chosen).to(self.table)
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         expert = self.table[context.routed(context.ids.flatten()) % len(self.table)].long()
         return Routing.token_choice(expert, torch.full(expert.shape, 1 / self.k, device=x.device))
 
 
-def lightest(weights: list[int], bins: int, k: int) -> list[list[int]]:
-    """For each weight in turn, choose the k bins with the smallest sums and add the weight to each. Return the bins."""
-    heap = [(0, b) for b in range(bins)]
-    chosen = []
-    for weight in weights:
-        taken = [heapq.heappop(heap) for _ in range(k)]
-        for load, b in taken:
-            heapq.heappush(heap, (load + weight, b))
-        chosen.append([b for _, b in taken])
+def spread(weights: Int[np.ndarray, "N"], bins: int, k: int) -> Int[np.ndarray, "N k"]:
+    """For each weight in turn, choose k distinct bins and add the weight to each. Return the bins.
+
+    The first one is the lightest bin. Each further one is, among those that are less than one weight heavier than the
+    lightest bin left, the bin that has the least weight in common with those already chosen. Weights are positive.
+    """
+    load, shared = np.zeros(bins), np.zeros((bins, bins))
+    chosen = np.empty((len(weights), k), dtype=np.int64)
+    for row, weight in zip(chosen, weights, strict=True):
+        left, common = load.copy(), load
+        for place in range(k):
+            light = left < left.min() + weight
+            row[place] = np.where(light, common, np.inf).argmin()
+            left[row[place]] = np.inf
+            common = shared[row[: place + 1]].sum(0)
+        load[row] += weight
+        shared[np.ix_(row, row)] += weight
     return chosen
 
 

@@ -25,8 +25,8 @@ class Random(Router):
         self.k = k
         self.register_buffer("weight", torch.empty(num_experts, dim))
 
-    def initialize(self, std: float) -> None:
-        nn.init.normal_(self.weight, std=std)
+    def draw(self, name: str, tensor: Tensor, std: float) -> None:
+        nn.init.normal_(tensor, std=std)
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         logits = F.linear(x, self.weight)

@@ -107,22 +107,30 @@ class Spectra(Router):
         self.causal = not (osr_repulsion_weight or sinkhorn_iterations or self.quota_factor)
 
         width = num_experts * router_dim
-        self.gru = depth_gru(dim, width) if gru else None
+        self.gru = nn.GRUCell(dim, width) if gru else None
         self.linear = None if gru else nn.Parameter(torch.empty(width, dim))
         self.projector = nn.Parameter(torch.empty(width, dim)) if expression else None
         self.register_buffer("mean_expression", torch.zeros(num_experts, router_dim))
         self.register_buffer("load", torch.full((num_experts,), 1 / num_experts))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
-    def initialize(self, std: float) -> None:
-        """Initialize P as 0.1 * orthogonal, because the loss `srip` asks for orthogonal vectors.
+    def draw(self, name: str, tensor: Tensor, std: float) -> None:
+        """Draw P as 0.1 * orthogonal, because the loss `srip` asks for orthogonal vectors.
 
-        The GRU initializes itself.
+        For each gate of the GRU the input weights are Xavier-uniform and the recurrent weights orthogonal.
         """
-        if self.linear is not None:
-            nn.init.normal_(self.linear, std=std)
-        if self.projector is not None:
-            nn.init.orthogonal_(self.projector, gain=0.1)
+        if name == "projector":
+            nn.init.orthogonal_(tensor, gain=0.1)
+        elif name == "gru.weight_ih":
+            for gate in tensor.chunk(3):
+                nn.init.xavier_uniform_(gate)
+        elif name == "gru.weight_hh":
+            for gate in tensor.chunk(3):
+                nn.init.orthogonal_(gate)
+        elif name.startswith("gru."):
+            nn.init.zeros_(tensor)
+        else:
+            super().draw(name, tensor, std)
 
     def tie_to(self, first: Router) -> None:
         assert isinstance(first, Spectra)
@@ -203,22 +211,6 @@ class Spectra(Router):
         self.load.lerp_(stats.offered / stats.assignments, 1 - self.alpha)
         latest = stats.feedback.view_as(self.mean_expression) / stats.tokens
         self.mean_expression.lerp_(latest, 1 - self.alpha)
-
-
-def depth_gru(dim: int, width: int) -> nn.GRUCell:
-    """Return a GRU cell whose biases start at 0.
-
-    For each gate the input weights are Xavier-uniform and the recurrent weights orthogonal.
-    """
-    gru = nn.GRUCell(dim, width)
-    with torch.no_grad():
-        for gate in gru.weight_ih.chunk(3):
-            nn.init.xavier_uniform_(gate)
-        for gate in gru.weight_hh.chunk(3):
-            nn.init.orthogonal_(gate)
-        gru.bias_ih.zero_()
-        gru.bias_hh.zero_()
-    return gru
 
 
 def srip(mean: Float[Tensor, "E N"]) -> Float[Tensor, ""]:

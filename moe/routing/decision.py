@@ -43,7 +43,7 @@ class Context(NamedTuple):
     state: what the router of the previous MoE layer returned as `Routing.state`. None in the first MoE layer, and for
         routers without state.
     orthogonality: whether to compute the loss on expert outputs. The other losses are cheap and always computed.
-    probe_stride: run every n-th token through all experts, to compare their outputs. None: no token.
+    compared: the numbers of the routed tokens that all experts are run on, to compare their outputs. None: no token.
     document_position: the position of each token in its document, from `document_positions`. None if `position_ids` do
         not mark documents; positions then count from the start of the sequence.
     place: where the T tokens that are routed stand in the flattened (B * S) sequences, in ascending order. Padding is
@@ -57,7 +57,7 @@ class Context(NamedTuple):
     load: Shaped[Tensor, "C E"] | None = None
     state: Float[Tensor, "T H"] | None = None
     orthogonality: bool = False
-    probe_stride: int | None = None
+    compared: Int[Tensor, "N"] | None = None
     document_position: Int[Tensor, "B S"] | None = None
     place: Int[Tensor, "T"] | None = None
 

@@ -82,6 +82,7 @@ def _choices(
             "kept_by_position": nan.expand(DECILES),
             "coactivation": nan.expand(experts, experts),
             "tokens_by_active": nan.expand(experts + 1),
+            "gate_entropy": nan,
         }
     token, expert = routing.token, routing.expert
     if sequence is None:
@@ -97,6 +98,8 @@ def _choices(
     by_decile = count(decile[token] * experts + expert, DECILES * experts).view(DECILES, experts)
     one = dispatched.weight.new_ones(())  # a Python number would be copied to the device
     chosen = dispatched.weight.new_zeros(tokens, experts).index_put_((token, expert), one)
+    gates = chosen.index_put((token, expert), routing.weight)
+    gates = gates / gates.sum(1, keepdim=True).clamp(min=torch.finfo(gates.dtype).tiny)
     with torch.autocast(chosen.device.type, enabled=False):  # bfloat16 does not represent all integers above 256
         coactivation = chosen.T @ chosen
         active = chosen.sum(1)
@@ -111,6 +114,7 @@ def _choices(
         "repeatable": repeatable,
         "repeated": repeated,
         "tokens_by_active": count(active.long(), experts + 1).float(),
+        "gate_entropy": router_entropy(gates) * tokens,
         "unrouted": tokens - chosen.new_zeros(tokens).index_fill_(0, dispatched.token, 1.0).sum(),
     }
 

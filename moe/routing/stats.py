@@ -36,6 +36,7 @@ class RoutingStats(NamedTuple):
     repeatable: Float[Tensor, "*L"]  # assignments of tokens that have a token before them in their document
     repeated: Float[Tensor, "*L"]  # those of them whose expert the token before asked for too (sequential overlap)
     tokens_by_active: Float[Tensor, "*L E+1"]  # tokens that asked for 0, 1 ... E experts
+    gate_entropy: Float[Tensor, "*L"]  # of the weights of each token's experts, which are made to sum to 1, in nats
     unrouted: Float[Tensor, "*L"]  # tokens that no expert processed
     importance: Float[Tensor, "*L E"]  # summed probability of each expert
     entropy: Float[Tensor, "*L"]  # of the probabilities of each token, in nats

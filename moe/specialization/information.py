@@ -163,6 +163,18 @@ def coactivation(chosen: Bool[np.ndarray, "N E"]) -> Float[np.ndarray, "E E"]:
     return table
 
 
+def coactivation_chance(chosen: Bool[np.ndarray, "L N E"]) -> Float[np.ndarray, "L"]:
+    """Return the mean of `coactivation` if each token took as many experts as it did, at random.
+
+    This is (K' - 1) / (E - 1) with K' = E[K²] / E[K], the number of experts of an assignment's token. NaN if no token
+    takes an expert.
+    """
+    active = chosen.sum(-1).astype(float)
+    total = active.sum(-1)
+    others = np.divide(np.square(active).sum(-1), total, out=np.full_like(total, np.nan), where=total > 0) - 1
+    return others / max(1, chosen.shape[-1] - 1)
+
+
 def probabilities_by_position(chosen: Bool[np.ndarray, "N E"], seq_len: int) -> Float[np.ndarray, "P E"]:
     """Return P(expert | decile of the position in the sequence)."""
     deciles = np.arange(len(chosen)) % seq_len * DECILES // seq_len

@@ -133,7 +133,7 @@ def routing_statistics(
             information.probabilities_by_position(chosen, observed.ids.shape[1]) for chosen in observed.chosen
         ],
         "coactivation": [information.coactivation(chosen) for chosen in observed.chosen],
-        "coactivation_chance": (k - 1) / max(1, observed.chosen.shape[-1] - 1),
+        "coactivation_chance": information.coactivation_chance(observed.chosen),
     }
 
 

@@ -1,5 +1,6 @@
 """Evaluate a model on the whole validation set: the same blocks for every seed, without noise and dropout."""
 
+import itertools
 import math
 from statistics import fmean
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from jaxtyping import Int
+from torch import Tensor
 
 from moe.data.blocks import batch
 from moe.data.labels import IGNORED, next_token
@@ -21,7 +24,7 @@ from moe.training.optim import learning_rate
 from moe.training.schedules import knob_settings
 from moe.training.setup import Training
 
-PROBE_STRIDE = 251  # a prime, so that tokens at all positions take part
+COMPARED = 251  # the outputs of experts are compared on one token in this many
 
 
 def validate(training: Training, step: int) -> dict[str, Any]:
@@ -61,7 +64,7 @@ def evaluate(
 
     These are `val/loss` (nats per token), `val/perplexity`, `val/accuracy`, `val/loss/<domain>`, every routing metric,
     and `routing/utilization` (L, E). `val/...` are means over the tokens with a label, routing metrics over all
-    tokens. The outputs of experts are compared on one token in `PROBE_STRIDE`.
+    tokens. The outputs of experts are compared on the tokens of `compared_tokens`.
 
     With a capacity limit, or a router that is not causal, the loss depends on which sequences share a micro-batch. Each
     micro-batch therefore mixes the domains, as in training.
@@ -84,9 +87,11 @@ def evaluate(
         torch.manual_seed(first)  # for drop=random
         # Take blocks at equal distances. The data are sorted by domain, and a micro-batch of a single domain would
         # exceed the capacity of that domain's experts.
-        ids, domain, labels, positions = batch(data, range(first, len(data), batches)).to(device)
+        blocks = range(first, len(data), batches)
+        ids, domain, labels, positions = batch(data, blocks).to(device)
         limits: dict[str, Any] = {"capacity": capacity, "drop": drop}
-        output = model(ids, position_ids=positions, knobs=knobs, probe_stride=PROBE_STRIDE, **limits)
+        compared = compared_tokens(blocks, ids.shape[1]).to(device)
+        output = model(ids, position_ids=positions, knobs=knobs, compared=compared, **limits)
         targets = next_token(labels)
         nats = F.cross_entropy(
             output.logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
@@ -118,6 +123,17 @@ def evaluate(
         values["routing/router_gram"] = _mean(grams)
         values |= {f"routing/router_gram/layer{layer:02d}": gram for layer, gram in enumerate(grams)}
     return values
+
+
+def compared_tokens(blocks: range, seq_len: int) -> Int[Tensor, "N"]:
+    """Return on which tokens of a micro-batch of these validation blocks the outputs of all experts are compared.
+
+    They are one token in 251 of the validation set, the same ones for every size of a micro-batch. All positions take
+    part equally often, because the distance of these tokens has no divisor in common with the length of a block.
+    """
+    distance = next(n for n in itertools.count(COMPARED) if math.gcd(n, seq_len) == 1)
+    first_of_block = torch.tensor(blocks)[:, None] * seq_len
+    return ((first_of_block + torch.arange(seq_len)).flatten() % distance == 0).nonzero()[:, 0]
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import statistics
 from typing import Any
 
 import pytest
@@ -87,12 +88,13 @@ CLOSED_FORMS = {  # metric: (value for `balanced()`, value for `collapsed()`)
     "unrouted_rate": (0, 0),
     "entropy": (LN_E, 0),
     "entropy_t1": (LN_E, 0),
+    "gate_entropy": (math.log(K), 0),
     "confidence": (1 / E, 1),
     "confidence_t1": (1 / E, 1),
     "margin": (0, 1),
     "top_k_mass": (K / E, 1),
     "mutual_information": (0, 0),
-    "position_information": (-(9 * (E - 1)) / (2 * T * K) + RING_INFORMATION, 0),
+    "position_information": (-(9 * (E - K)) / (2 * T * K) + RING_INFORMATION, 0),
     "output_similarity": (None, None),  # no token was run through all experts
     "logsumexp_squared": (0, 0),
     "logit_rms": (LN_E, 12 * math.log(10) * math.sqrt(1 - 1 / E)),
@@ -140,11 +142,58 @@ def test_one_expert_for_half_of_the_tokens_is_the_largest_imbalance() -> None:
     assert values["routing/load_cv_floor"] == pytest.approx(math.sqrt((E - 1) / (T / 2)))
 
 
-def test_the_load_cv_floor_is_the_cv_of_random_routing() -> None:
+def at_random(numbers: torch.Tensor, generator: torch.Generator, **options: Any) -> RoutingStats:
+    """Return the sums of tokens that each take as many experts as `numbers` (T) says, at random."""
+    rank = torch.rand(len(numbers), E, generator=generator).argsort(1).argsort(1)
+    return sums(Routing.masked(rank < numbers[:, None], torch.ones(len(numbers), E)), len(numbers), **options)
+
+
+@pytest.mark.parametrize("choices", [[2], [1, 4], [0, 0, 1, 8]])
+def test_chance_levels_are_what_random_routing_gives_also_if_k_varies(choices: list[int]) -> None:
+    """Each chance level and correction is the mean over many random routings of 1,000 tokens."""
     generator = torch.Generator().manual_seed(0)
-    draws = [stats_of(torch.rand(T, E, generator=generator).topk(K).indices) for _ in range(500)]
-    floor = value(draws[0], "load_cv_floor")
-    assert sum(value(draw, "load_cv") ** 2 for draw in draws) / len(draws) == pytest.approx(floor**2, rel=0.05)
+    numbers = torch.tensor(choices).repeat(1000)[:1000]
+    draws = []
+    for _ in range(60):
+        order = torch.randperm(1000, generator=generator)
+        draws.append(summarize(at_random(numbers[order], generator, seq_len=100), per_layer=False))
+
+    def mean(name: str, power: int = 1) -> float:
+        return sum(draw[f"routing/{name}"] ** power for draw in draws) / len(draws)
+
+    assert mean("load_cv", 2) == pytest.approx(mean("load_cv_floor", 2), rel=0.15)
+    assert mean("jaccard") == pytest.approx(mean("jaccard_chance"), rel=0.01)
+    assert mean("sequential_overlap") == pytest.approx(mean("sequential_overlap_chance"), rel=0.02)
+    assert mean("sequential_overlap_kappa") == pytest.approx(0, abs=0.003)
+    spread = statistics.stdev(draw["routing/position_information"] for draw in draws) / math.sqrt(len(draws))
+    assert abs(mean("position_information")) < 3 * spread < 0.001
+
+
+def test_position_information_is_0_if_every_token_takes_every_expert() -> None:
+    assert value(stats_of(torch.arange(E).expand(T, E)), "position_information") == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("choices", [[1, 3], [0, 2, 5], [1, 1, 1, 8]])
+def test_normalized_balance_metrics_are_at_most_1_if_k_varies_and_1_is_reached(choices: list[int]) -> None:
+    """Tokens that always take the first experts have the largest imbalance that their numbers of experts allow."""
+    numbers = torch.tensor(choices).repeat(T)[:T]
+    chosen = torch.arange(E) < numbers[:, None]
+    collapsed_values = summarize(sums(Routing.masked(chosen, torch.ones(T, E)), T))
+    values = summarize(at_random(numbers, torch.Generator().manual_seed(0)))
+    for name in ("load_cv", "load_gini", "load_max_violation"):
+        assert collapsed_values[f"routing/{name}_normalized"] == pytest.approx(1), name
+        assert 0 < values[f"routing/{name}_normalized"] < 0.8, name
+
+
+def test_the_gate_entropy_is_that_of_the_weights_of_a_token() -> None:
+    """Weights need not sum to 1, dropped assignments count, and tokens without an expert do not."""
+    chosen = torch.zeros(3, E, dtype=torch.bool)
+    chosen[0, :2] = chosen[1, 3] = True
+    weight = torch.zeros(3, E)
+    weight[0, :2], weight[1, 3] = torch.tensor([3.0, 1.0]), 0.2
+    stats = sums(Routing.masked(chosen, weight), 3, capacity=0.1)
+    expected = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) / 2
+    assert value(stats, "gate_entropy") == pytest.approx(expected)
 
 
 def test_only_the_two_sided_violation_is_1_with_an_unused_expert() -> None:

@@ -211,7 +211,9 @@ def test_no_tensor_is_created_on_the_default_device(spec: Spec, x: Tensor, ids: 
     """
     layer = make_layer(spec)
     for capacity in (None, 1.0):
-        layer_context = context(ids, noise=0.1, capacity=capacity)._replace(orthogonality=True, probe_stride=3)
+        layer_context = context(ids, noise=0.1, capacity=capacity)._replace(
+            orthogonality=True, compared=torch.arange(0, ids.numel(), 3)
+        )
         with torch.device("meta"):
             output = layer(x.requires_grad_(), layer_context)
             torch.stack([output.y.square().mean(), *output.aux.values()]).sum().backward()

@@ -1,5 +1,8 @@
 """Tests of evaluation: every router has the same metric names, and metrics that do not apply are null."""
 
+import collections
+import math
+
 import pytest
 import torch
 import yaml
@@ -10,7 +13,7 @@ from moe.config.schema import ModelConfig
 from moe.data.blocks import Batch, batch
 from moe.metrics.catalog import ROUTING_METRICS
 from moe.model.decoder import MoEConfig, MoEForCausalLM
-from moe.training.evaluate import PROBE_STRIDE, evaluate
+from moe.training.evaluate import compared_tokens, evaluate
 
 S, V = 16, 50
 SIZE = ModelConfig(dim=16, heads=2, layers=1, ffn=8, num_experts=8, dense_ffn=16)
@@ -48,9 +51,23 @@ def test_a_metric_that_does_not_apply_to_a_router_is_null() -> None:
     assert soft["routing/drop_rate_by_position"] == [None] * 10
 
 
-def test_the_tokens_on_which_experts_are_compared_cover_all_positions() -> None:
-    for seq_len in (64, 128, 512, 2048):
-        assert len({index % seq_len for index in range(0, 251 * seq_len, PROBE_STRIDE)}) == seq_len
+@pytest.mark.parametrize(("count", "batch_size", "seq_len"), [(456, 16, 128), (300, 7, 502), (251, 64, 64)])
+def test_experts_are_compared_at_all_positions_evenly_for_every_batch_size(
+    count: int, batch_size: int, seq_len: int
+) -> None:
+    """The tokens on which experts are compared are the same for every batch size, and lie at all positions."""
+    batches = math.ceil(count / batch_size)
+    found: list[tuple[int, int]] = []
+    for first in range(batches):
+        blocks = range(first, count, batches)
+        tokens = compared_tokens(blocks, seq_len).tolist()
+        found += [(blocks[token // seq_len], token % seq_len) for token in tokens]
+    whole = compared_tokens(range(count), seq_len).tolist()
+    assert sorted(found) == [(token // seq_len, token % seq_len) for token in whole]
+    times = collections.Counter(position for _, position in found)
+    assert len(times) == seq_len
+    assert max(times.values()) - min(times.values()) <= 1
+    assert len(found) == pytest.approx(count * seq_len / 251, rel=0.01)
 
 
 def test_evaluation_batches_mix_domains_and_read_every_block_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,19 @@
+"""Random numbers of a tensor's initial values that depend on nothing but the seed, its name and its shape."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def seeded(name: str, *shapes: torch.Size) -> Iterator[None]:
+    """Draw the random numbers inside from a generator seeded by `torch.initial_seed()`, the name and the shapes.
+
+    The default generator of the CPU is as before afterward, so that further tensors do not depend on this one.
+    """
+    identity = f"{torch.initial_seed()} {name} {[list(shape) for shape in shapes]}"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8]) >> 1)
+        yield
