@@ -18,7 +18,7 @@ from moe.checks import ConfigError
 from moe.distributed import ranks
 from moe.files import LinkError
 from moe.launch import command_line, sweep
-from moe.launch.revisions import pinned
+from moe.launch.revisions import pinned_by_first_rank
 from moe.runs.record import RecordError
 
 
@@ -29,7 +29,7 @@ def run_cell(composed: DictConfig) -> None:
 
     from moe.launch.run import run
 
-    run(pinned(command_line.job_cell(composed, HydraConfig.get())))
+    run(pinned_by_first_rank(command_line.job_cell(composed, HydraConfig.get())))
 
 
 def launch(command: command_line.Command) -> None:
@@ -52,7 +52,7 @@ def main() -> int:
         logging.disable(logging.WARNING)
     try:
         command = command_line.read_command(sys.argv[1:])
-        return sweep.carry_out([pinned(cell) for cell in command.cells or []], lambda: launch(command))
+        return sweep.carry_out(command.cells or [], lambda: launch(command))
     except (ConfigError, RecordError, LinkError) as error:
         if not ranks.is_first():  # the first rank prints the same error, and the launcher then ends this rank
             time.sleep(10)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from moe.config.schema import flatten
-from moe.runs.record import FORMAT, RunFacts
+from moe.runs.record import FORMAT, MetricsRecord, RunFacts
 
 RECORD = {
     "format": FORMAT,
@@ -13,7 +13,7 @@ RECORD = {
     "error": None,
     "choices": {},
     "causal": True,
-    "config": {},
+    "config": {"seed": 42},
     "identity": {},
     "versions": {"python": "3.11"},
     "machine": {"system": "Linux", "cpus": 2},
@@ -35,11 +35,12 @@ FACTS = {
 
 
 def write_record(folder: Path, **fields: Any) -> None:
-    """Write run.json with these fields. A field of `RunFacts` is written into `facts`."""
+    """Write run.json with these fields. Those of `RunFacts` are written into `facts`; a finished run has them all."""
     facts = {name: fields.pop(name) for name in RunFacts._fields if name in fields}
-    named = {"experiment": folder.parent.name, "name": folder.name}
-    identity = {"identity": flatten(fields.get("config", {}))}
-    record = RECORD | named | identity | ({"facts": FACTS | facts} if facts else {}) | fields
+    record = RECORD | {"experiment": folder.parent.name, "name": folder.name} | fields
+    record |= {"identity": flatten(record["config"])} | fields
+    if "facts" not in fields and (facts or record["status"] == "finished"):
+        record["facts"] = FACTS | facts
     (folder / "run.json").write_text(json.dumps(record))
 
 
@@ -52,7 +53,8 @@ def change_record(folder: Path, **fields: Any) -> None:
 
 
 def write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
-    """Write metrics.json with these final metrics."""
+    """Write metrics.json with these final metrics, and with those that every run has."""
+    metrics = dict.fromkeys(MetricsRecord.EVERY_RUN, 1.0) | metrics
     (folder / "metrics.json").write_text(json.dumps({"format": FORMAT, "final_metrics": metrics, "history": {}}))
 
 

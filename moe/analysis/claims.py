@@ -49,18 +49,12 @@ class _Comparison(NamedTuple):
 def planned_claims(runs: pd.DataFrame) -> list[tuple[ClaimConfig, pd.DataFrame]]:
     """Return every claim in the records of these runs, each with the runs of one experiment that recorded it.
 
-    A claim that was added after some seeds had run is judged by the other seeds alone. Raises ValueError, naming the
-    folder of the run, if a claim cannot be read.
+    A claim that was added after some seeds had run is judged by the other seeds alone.
     """
     recorded: dict[tuple[str, str], tuple[ClaimConfig, list[Any]]] = {}
     readable = runs[~runs["status"].isin(["missing", "unreadable"])]
     for index, folder, experiment in readable[["folder", "experiment"]].itertuples():
-        record = RunRecord.read(Path(folder) / RunRecord.FILE)
-        try:
-            claims = record.claims()
-        except ValueError as error:
-            raise ValueError(f"{folder}: cannot read the claim: {error}") from None
-        for claim in claims:
+        for claim in RunRecord.read(Path(folder) / RunRecord.FILE).claims():
             recorded.setdefault((experiment, repr(claim)), (claim, []))[1].append(index)
     return [(claim, runs.loc[indices]) for claim, indices in recorded.values()]
 

@@ -28,11 +28,12 @@ class ClaimConfig:
     margin: Any = None
     size: list[Any] = field(default_factory=list)
 
-    def check(self, key: str, factors: list[str]) -> None:
+    def check(self, key: str, factors: list[str] | None = None) -> None:
+        """Raise ConfigError, naming the key, for a wrong value; also for another factor than `factors`, if given."""
         one_of(f"{key}.kind", self.kind, ("higher", "lower", "highest", "lowest", "equivalent"))
         one_of(f"{key}.metric", self.metric.split("/")[0], ("val", "val_capacity", "routing", "train", "time"))
         depends_on_cell = self.factor.startswith(("router.", "schedule."))  # only some cells may have such a key
-        if not depends_on_cell and self.factor not in factors:
+        if factors is not None and not depends_on_cell and self.factor not in factors:
             raise unknown(f"factor of {key}", self.factor, factors)
         require(bool(self.levels), f"{key}.levels", self.levels, "a list of at least one level")
         all_others = self.kind in ("highest", "lowest")
@@ -45,17 +46,23 @@ class ClaimConfig:
         require(equivalent == (self.margin is not None), f"{key}.margin", self.margin, allowed)
         sized = self.kind in ("higher", "lower") and len(self.size) == 2
         require(sized or not self.size, f"{key}.size", self.size, "two amounts, with kind=higher or kind=lower")
-        amounts = [absolute(amount, 1.0) for amount in ([self.margin] if equivalent else self.size)]
+        part = "margin" if equivalent else "size"
+        amounts = [
+            absolute(amount, 1.0, key=f"{key}.{part}") for amount in ([self.margin] if equivalent else self.size)
+        ]
         ok = all(amount > 0 for amount in amounts) and amounts == sorted(amounts)
-        require(ok, f"{key}.{'margin' if equivalent else 'size'}", self.margin or self.size, "positive and rising")
+        require(ok, f"{key}.{part}", self.margin or self.size, "positive and rising")
 
 
-def absolute(amount: Any, reference: float) -> float:
-    """Return an amount in units of a metric; "5%" is that share of the absolute value of `reference`."""
+def absolute(amount: Any, reference: float, *, key: str = "amount") -> float:
+    """Return an amount in units of a metric; "5%" is that share of the absolute value of `reference`.
+
+    Raises ConfigError, naming `key`, for anything else.
+    """
     share = isinstance(amount, str) and amount.endswith("%")
     try:
         value = float(amount[:-1] if share else amount)
     except (TypeError, ValueError):
         value = float("nan")
-    require(finite(value), "amount", amount, "a finite number, or a text such as 5%")
+    require(finite(value), key, amount, "a finite number, or a text such as 5%")
     return value / 100 * abs(reference) if share else value

@@ -165,9 +165,10 @@ class Hub:
 
     def _rows(self) -> Iterator[Document | str]:
         for id, row in _hub_rows(self, [self.text], self.max_documents):
-            text = _text(row, self.text, key="data.source.text", id=id)
-            domain = _domain(row, self.domain, default=Path(self.path).stem, id=id)
-            yield Document(domain, id, text, id) if text else EMPTY
+            if text := _text(row, self.text, key="data.source.text", id=id):
+                yield Document(_domain(row, self.domain, default=Path(self.path).stem, id=id), id, text, id)
+            else:
+                yield EMPTY
 
 
 @dataclass(frozen=True)
@@ -177,10 +178,10 @@ class Conversations:
     messages: the name of a column that holds lists of {role, content}. Roles are system, user and assistant.
     domain: the name of a column. Without it, the file name of `path` without its suffix is the only domain.
 
-    drop_duplicates, revision: as in `Hub`.
+    drop_duplicates, revision: as in `Hub`. Rows without messages are left out in any case.
 
-    Raises ValueError for a missing file or column, for another role, and for a conversation in
-    which the assistant says nothing.
+    Raises ValueError for a missing file or column, for another role, and for a conversation in which the assistant says
+    nothing.
     """
 
     conversations: ClassVar[bool] = True
@@ -205,10 +206,12 @@ class Conversations:
     def describe(self) -> dict[str, dict[str, Any]]:
         return _describe_hub(self.path)
 
-    def _rows(self) -> Iterator[Document]:
+    def _rows(self) -> Iterator[Document | str]:
         for id, row in _hub_rows(self, [self.messages], self.max_samples):
-            domain = _domain(row, self.domain, default=Path(self.path).stem, id=id)
-            yield Document.conversation(domain, id, _turns(row, self.messages, id=id))
+            if turns := _turns(row, self.messages, id=id):
+                yield Document.conversation(_domain(row, self.domain, default=Path(self.path).stem, id=id), id, turns)
+            else:
+                yield EMPTY
 
 
 @dataclass(frozen=True)
@@ -250,9 +253,10 @@ class Files:
                 continue
             for number, row in enumerate(readers.read_rows(file, PATHS)):
                 id = f"{name}:{number}"
-                row_text = _text(row, self.column, key="data.source.column", id=id)
-                domain = _domain(row, self.domain, default=readers.stem(file), id=id)
-                yield Document(domain, id, row_text, id) if row_text else EMPTY
+                if row_text := _text(row, self.column, key="data.source.column", id=id):
+                    yield Document(_domain(row, self.domain, default=readers.stem(file), id=id), id, row_text, id)
+                else:
+                    yield EMPTY
 
     def _files(self) -> list[Path]:
         if not self.paths:
@@ -320,13 +324,15 @@ def _local_files(name: str) -> list[Path]:
 
 
 def _turns(row: dict[str, Any], column: str, *, id: str) -> list[Turn]:
-    """Return the turns in one column.
+    """Return the turns in one column; none if it is null or an empty list.
 
     Raises ValueError, naming the configuration key and the row, if they are wrong.
     """
     where = f"data.source.messages={column}: {id}"
     if column not in row:
         raise ValueError(f"{where} has no such column, only {', '.join(row)}")
+    if row[column] is None or row[column] == []:
+        return []
     try:
         turns = [Turn(message["role"], message["content"]) for message in row[column]]
     except (TypeError, KeyError):

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from moe.config.schema import Cell
 from moe.data import hub
 from moe.data.sources import on_the_hub
+from moe.distributed import ranks
 from moe.runs.folder import stored_record
 from moe.runs.record import SweepRecord
 
@@ -29,6 +30,14 @@ def pinned(cell: Cell) -> Cell:
         known = _find(recorded, "data.tokenizer", data.tokenizer, "data.tokenizer_revision")
         revision = hub.commit(data.tokenizer, revision or known, kind="model", key="data.tokenizer")
     return cell._replace(config=replace(cell.config, data=replace(data, source=source, tokenizer_revision=revision)))
+
+
+def pinned_by_first_rank(cell: Cell) -> Cell:
+    """Return, on every rank, the `pinned` cell of the first one: ranks that ask the hub could get different answers.
+
+    All ranks call this together.
+    """
+    return cast(Cell, ranks.broadcast(pinned(cell) if ranks.is_first() else None))
 
 
 def _recorded(cell: Cell) -> Iterator[dict[str, Any]]:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from moe.checks import ConfigError
 from moe.config.schema import Cell
 from moe.distributed import ranks
+from moe.launch.revisions import pinned
 from moe.launch.slurm import Refused
 from moe.runs.folder import difference, finished, locked, status, stored_record, user
 from moe.runs.record import RecordError, SweepRecord
@@ -28,6 +29,7 @@ def carry_out(cells: list[Cell], launch: Callable[[], object]) -> int:
         if ranks.broadcast(None):
             launch()
         return 0
+    cells = [pinned(cell) for cell in cells]
     if all(map(finished, cells)):
         ranks.broadcast(False)
         return _report(cells, ["finished"] * len(cells))

@@ -122,27 +122,37 @@ class RunRecord(_Record):
     commit: str | None
     facts: RunFacts | None
 
+    def __post_init__(self) -> None:
+        if self.status == "finished" and self.facts is None:
+            raise ValueError("facts is None: must be an object, because status is finished")
+        if type(seed := self.config.get("seed")) is not int:
+            raise ValueError(f"config.seed={seed!r:.40}: must be a whole number")
+        for number, claim in enumerate(self.claims()):
+            claim.check(f"config.claims[{number}]")
+
     def typed_config(self) -> Config:
         """Return the configuration. Raises ValueError, naming the key, if it is not one of this version."""
         return parse(Config, self.config)
 
     def claims(self) -> list[ClaimConfig]:
-        """Return the planned claims. Raises ValueError, naming the key, for a claim of another version."""
+        """Return the planned claims. They can be read, because this is checked when the record is made."""
         claims = self.config.get("claims", [])
         if not isinstance(claims, list):
-            raise ValueError(f"claims={claims!r:.80}: must be a list")
-        return [parse(ClaimConfig, claim, f"claims[{number}]") for number, claim in enumerate(claims)]
+            raise ValueError(f"config.claims={claims!r:.80}: must be a list")
+        return [parse(ClaimConfig, claim, f"config.claims[{number}]") for number, claim in enumerate(claims)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MetricsRecord(_Record):
     """metrics.json: the final metrics of a finished run, and its series with one entry per evaluation.
 
-    A metric that the run does not have is null; one with a value for each layer and expert is a list of lists.
+    A metric that the run does not have is null; one with a value for each layer and expert is a list of lists. Every
+    run has the metrics `EVERY_RUN`.
     """
 
     FILE = "metrics.json"
     ADVICE = "delete the folder or choose another out=DIR"
+    EVERY_RUN = ("val/loss", "val/perplexity", "val/accuracy")
 
     final_metrics: dict[str, int | float | list[Any] | None]
     history: dict[str, list[Any]]
@@ -150,6 +160,9 @@ class MetricsRecord(_Record):
     def __post_init__(self) -> None:
         if wrong := [name for name in self.final_metrics if "/" not in name]:
             raise ValueError(f"final_metrics.{wrong[0]}: the name of a metric must contain a slash")
+        for name in self.EVERY_RUN:
+            if not isinstance(value := self.final_metrics.get(name), int | float):
+                raise ValueError(f"final_metrics.{name} is {value!r:.40}: must be a number, as in every finished run")
 
     def scalars(self) -> dict[str, int | float | None]:
         """Return the final metrics that are one number, or null."""

@@ -16,7 +16,7 @@ from pyarrow import parquet
 from transformers import AutoTokenizer
 
 from moe.config.schema import ModelConfig
-from moe.data.blocks import Batch, Prepared, batch, prepare
+from moe.data.blocks import Batch, Prepared, _read, batch, prepare
 from moe.data.chat import CHATML, set_template, tokenize_conversations
 from moe.data.embedded import Solutions
 from moe.data.labels import IGNORED, next_token
@@ -466,13 +466,30 @@ def test_a_shared_system_message_does_not_make_conversations_duplicates(tmp_path
         ([{"role": "assistant", "content": None}], "train/0 has a message of assistant whose content is not text"),
         ([{"from": "human", "value": "Hi"}], "train/0 holds no list of messages with role and content"),
         ("Hi", "train/0 holds no list of messages with role and content"),
-        (None, "train/0 holds no list of messages with role and content"),
+        (3, "train/0 holds no list of messages with role and content"),
     ],
 )
 def test_wrong_messages_get_a_one_line_error(tmp_path, messages, message):
     (tmp_path / "bad.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
     with pytest.raises(ValueError, match=f"^data.source.messages=messages: {message}"):
         list(source(tmp_path / "bad.jsonl", domain=None).documents())
+
+
+@pytest.mark.parametrize("domain", [None, "source"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_rows_without_messages_are_left_out_and_counted(tmp_path, suffix, domain):
+    """A conversation that is null or an empty list is left out and counted, like a row without text."""
+    rows = [{"messages": messages_of_row(number), "source": "a"} for number in range(3)]
+    rows[1:1] = [{"messages": None, "source": None}, {"messages": [], "source": None}]
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)))
+    else:
+        parquet.write_table(pa.Table.from_pylist(rows), path)
+    conversations, left_out = _read(source(path, domain=domain))
+    [documents] = conversations.values()
+    assert [document.id for document in documents] == ["train/0", "train/3", "train/4"]
+    assert left_out == {"files or rows without text": 2}
 
 
 def test_missing_columns_files_and_samples_are_named(file, tmp_path):

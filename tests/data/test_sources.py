@@ -192,6 +192,14 @@ def test_rows_without_text_are_left_out_and_counted(tmp_path, name):
     assert left_out == {"files or rows without text": 3}
 
 
+def test_a_row_without_text_needs_no_domain_either(tmp_path):
+    """A row in which every column is null is left out and counted, from the user's own files and from a data set."""
+    path = write_rows(tmp_path / "a.jsonl", [{"text": None, "label": None}, *ROWS])
+    _, left_out = read([path], domain="label")
+    assert left_out == {"files or rows without text": 1}
+    assert len(list(Hub(str(path), None, "train", "text", "label", 9).documents())) == 3
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet", "a.jsonl.gz"])
 def test_a_file_without_rows_takes_nothing_from_the_others(tmp_path, name):
     """An empty shard beside a full one is no error."""

@@ -9,7 +9,7 @@ import pytest
 from moe.checks import ConfigError
 from moe.config.schema import Cell
 from moe.data import hub
-from moe.launch.revisions import pinned
+from moe.launch.revisions import pinned, pinned_by_first_rank
 from moe.launch.run import write_run_record
 from moe.runs.record import SweepRecord
 
@@ -79,3 +79,14 @@ def test_local_data_have_no_revision(cell: Any) -> None:
     assert pinned(one).config == one.config
     with pytest.raises(ConfigError, match=r"data\.tokenizer_revision=v1: must be null, because data\.tokenizer=bpe"):
         replace(one.config, data=replace(one.config.data, tokenizer_revision="v1")).check()
+
+
+def test_the_other_ranks_use_what_the_first_one_resolved(hub_cell: Cell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the first rank asks the hub, which may change between two requests."""
+    sent: list[Any] = []
+    monkeypatch.setattr("moe.distributed.ranks.broadcast", lambda value: sent.append(value) or sent[0])
+    assert pinned_by_first_rank(hub_cell) == pinned(hub_cell)
+    monkeypatch.setattr("moe.distributed.ranks.is_first", lambda: False)
+    monkeypatch.setattr("moe.data.hub.commit", lambda *_, **__: pytest.fail("another rank asked the hub"))
+    assert pinned_by_first_rank(hub_cell) == sent[0] != hub_cell
+    assert sent[1] is None

@@ -7,13 +7,15 @@ import threading
 from pathlib import Path
 
 import pytest
+from run_folders import FACTS
 
-from moe.checks import ConfigError
+from moe.checks import ConfigError, parse
 from moe.config.schema import Cell
 from moe.launch.command_line import read_cells
 from moe.launch.run import write_run_record
 from moe.launch.slurm import Refused, stalled
 from moe.launch.sweep import carry_out
+from moe.runs.record import RunFacts
 
 
 @pytest.fixture
@@ -27,7 +29,7 @@ def cells(small: list[str], tmp_path: Path) -> list[Cell]:
 def leave_record(cell: Cell, status: str, error: str | None = None) -> None:
     """Write the run record that a worker leaves in the folder of its cell."""
     cell.folder.mkdir(parents=True, exist_ok=True)
-    write_run_record(cell, status, error=error)
+    write_run_record(cell, status, parse(RunFacts, FACTS) if status == "finished" else None, error=error)
 
 
 def test_the_outcome_of_each_cell_is_printed_with_its_reason(cells: list[Cell], capsys: pytest.CaptureFixture) -> None:

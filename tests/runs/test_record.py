@@ -53,9 +53,17 @@ RUN = RunRecord(
     facts=FACTS,
 )
 METRICS = MetricsRecord(
-    final_metrics={"val/loss": 1.5, "val/perplexity": math.inf, "x/y": None, "routing/utilization": [[0.5, 0.5]]},
+    final_metrics={
+        "val/loss": 1.5,
+        "val/perplexity": math.inf,
+        "val/accuracy": 0,
+        "x/y": None,
+        "routing/utilization": [[0.5, 0.5]],
+    },
     history={"steps": [0, 1], "train_losses": [None, 1.0]},
 )
+CLAIM = {"text": "noise hurts", "metric": "val/loss", "factor": "noise", "levels": [0.5], "than": [0.0]}
+CLAIM |= {"kind": "higher", "source": "us", "margin": None, "size": ["1%", "5%"]}
 SWEEP = SweepRecord(cells={"seed=1": {"seed": 1, "capacity": None}})
 
 
@@ -192,18 +200,24 @@ def test_the_analysis_shows_every_unreadable_run_as_a_row(tmp_path: Path) -> Non
         (tmp_path / "x" / f"seed={seed}").mkdir()
         write_record(tmp_path / "x" / f"seed={seed}", config={"seed": seed})
         write_metrics(tmp_path / "x" / f"seed={seed}", final)
+    edits = {"seed=91": {"config": {"seed": 91, "claims": [CLAIM | {"size": None}]}}, "seed=92": {"facts": None}}
+    for name, fields in edits.items():
+        (tmp_path / "x" / name).mkdir()
+        write_record(tmp_path / "x" / name, **fields)
     write_cells(tmp_path / "x", {"seed=8": {"seed": 8}})
     runs = load_runs([tmp_path]).set_index("run")
-    assert runs["status"].tolist() == ["unreadable"] * 6 + ["finished", "missing"]
+    assert runs["status"].tolist() == ["unreadable"] * 6 + ["finished"] + ["unreadable"] * 2 + ["missing"]
+    assert f"seed=91/{RunRecord.FILE}: config.claims[0].size is None: must be a list" in runs.loc["seed=91", "error"]
+    assert f"seed=92/{RunRecord.FILE}: facts is None: must be an object" in runs.loc["seed=92", "error"]
     for name in [*damage, "seed=6"]:
         assert str(tmp_path / "x" / name) in runs.loc[name, "error"]
     assert "format 0, here 1" in runs.loc["seed=4", "error"]
-    assert "1 of 8 runs finished" in console_table(load_runs([tmp_path]))
+    assert "1 of 10 runs finished" in console_table(load_runs([tmp_path]))
     done = run_script(ANALYZE, str(tmp_path / "x"), "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     report = (tmp_path / "out" / "report.md").read_text()
-    assert all(f"| {name} | unreadable |" in report for name in [*damage, "seed=6"])
+    assert all(f"| {name} | unreadable |" in report for name in [*damage, *edits, "seed=6"])
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"format": 0}', '{"format": 1}'])
@@ -285,7 +299,43 @@ def test_a_key_with_a_line_break_does_not_cut_the_message(tmp_path: Path) -> Non
 
 def test_a_final_metric_without_a_slash_in_its_name_is_refused() -> None:
     with pytest.raises(ValueError, match=r"final_metrics\.status"):
-        MetricsRecord(final_metrics={"val/loss": 1.0, "status": 4}, history={})
+        MetricsRecord(final_metrics=METRICS.final_metrics | {"status": 4}, history={})
+
+
+@pytest.mark.parametrize("name", CLAIM)
+def test_every_field_of_a_recorded_claim_is_checked(name: str) -> None:
+    """A hand-edited claim with an object in place of any field, or with null where a value is needed, is refused."""
+    replace(RUN, config={"seed": 1, "claims": [CLAIM]})
+    for value in ({}, None, 1.5):
+        if not (name == "margin" and value is None):
+            with pytest.raises(ValueError, match=rf"^config\.claims\[0\]\.{name}"):
+                replace(RUN, config={"seed": 1, "claims": [CLAIM | {name: value}]})
+
+
+@pytest.mark.parametrize("claims", [None, {}, "x", [None], [{}], [CLAIM | {"sort": 1}]], ids=str)
+def test_recorded_claims_of_another_shape_are_refused(claims: Any) -> None:
+    with pytest.raises(ValueError, match=r"config\.claims"):
+        replace(RUN, config={"seed": 1, "claims": claims})
+
+
+@pytest.mark.parametrize("seed", [None, "x", 1.5, True])
+def test_a_run_without_a_whole_number_as_its_seed_is_refused(seed: Any) -> None:
+    with pytest.raises(ValueError, match=r"config\.seed="):
+        replace(RUN, config={"seed": seed})
+    with pytest.raises(ValueError, match=r"config\.seed=None"):
+        replace(RUN, config={})
+
+
+@pytest.mark.parametrize("value", [None, "low", [[1.0]], "left out"])
+@pytest.mark.parametrize("name", MetricsRecord.EVERY_RUN)
+def test_final_metrics_without_a_metric_that_every_run_has_are_refused(name: str, value: Any, tmp_path: Path) -> None:
+    content = written_content(METRICS, tmp_path / "metrics.json")
+    content["final_metrics"][name] = value
+    if value == "left out":
+        del content["final_metrics"][name]
+    (tmp_path / "metrics.json").write_text(json.dumps(content))
+    with pytest.raises(RecordError, match=rf"metrics\.json: final_metrics\.{name} is "):
+        MetricsRecord.read(tmp_path / "metrics.json")
 
 
 def test_a_run_whose_seed_is_no_number_and_a_missing_cell_with_extra_keys_are_rows(tmp_path: Path) -> None:
