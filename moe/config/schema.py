@@ -23,7 +23,7 @@ FREE_KEYS = (
     "out",
     "threads",
     "save_every",
-    "save_milestones",
+    "save_model",
     "gradient_checkpointing",
     "expert_parallel",
     "rank_timeout",
@@ -192,7 +192,7 @@ class Config:
     drop: str = "position"  # which tokens a full expert keeps: by position | score | random; only position is causal
     eval_every: int = 100  # optimizer steps
     save_every: int = 100  # optimizer steps
-    save_milestones: bool = False  # save the model at 10, 25, 50 and 75 % of the steps too
+    save_model: str = "last"  # none | last | all: all saves it at 10, 25, 50 and 75 % of the steps too
     threads: int = 1
     precision: str = "fp32"  # fp32 | bf16
     matmul_precision: str = "highest"  # of fp32: highest | high (TF32 on a GPU) | medium (bf16 where faster)
@@ -220,6 +220,7 @@ class Config:
         ok = self.capacity is None or (finite(self.capacity) and self.capacity > 0)
         require(ok, "capacity", self.capacity, "a finite number > 0, or null for dropless")
         one_of("drop", self.drop, ("position", "score", "random"))
+        one_of("save_model", self.save_model, ("none", "last", "all"))
         one_of("precision", self.precision, ("fp32", "bf16"))
         one_of("matmul_precision", self.matmul_precision, ("highest", "high", "medium"))
         self._check_ranks()

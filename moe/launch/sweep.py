@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from moe.checks import ConfigError
+from moe.checks import ConfigError, first_line
 from moe.config.schema import Cell
 from moe.distributed import ranks
 from moe.launch.revisions import pinned
@@ -36,6 +36,7 @@ def carry_out(cells: list[Cell], launch: Callable[[], object]) -> int:
     for cell in cells:
         _check_folder(cell)
     before = [_state(cell) for cell in cells]
+    _state_disk([cell for cell, state in zip(cells, before, strict=True) if state != "finished"])
     with _reserved(cells):
         ranks.broadcast(True)
         refusal = None
@@ -97,6 +98,18 @@ def _reserved(cells: list[Cell]) -> Iterator[None]:
         asked = {cell.folder.name: cell.choices | cell.identity() for cell in cells}
         SweepRecord(cells=earlier | asked).write(path)
         yield
+
+
+def _state_disk(cells: list[Cell]) -> None:
+    """Print what these runs will occupy on disk. Raises ConfigError for a tokenizer that cannot be loaded."""
+    from moe.training.disk import statement
+
+    try:
+        print(statement([cell.config for cell in cells]), flush=True)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(first_line(error)) from error
 
 
 def _state(cell: Cell) -> str:

@@ -34,6 +34,9 @@ def main(command: list[str] | None = None) -> int:
                 raise ValueError(f"--{name} {getattr(arguments, name)}: must be at least 1")
         runs = load_runs(arguments.folders)
         finished = [Path(folder) for folder in runs.loc[runs["status"] == "finished", "folder"]]
+        for folder in [folder for folder in finished if not (folder / "model").is_dir()]:
+            print(f"{folder}: has no saved model (save_model=none), so its experts cannot be studied", file=sys.stderr)
+            finished.remove(folder)
         for folder in finished:
             written = study(folder, blocks_wanted=arguments.blocks, samples=arguments.samples, trusted=arguments.trust)
             loss = SpecializationRecord.read(folder / SpecializationRecord.FILE).val_loss
@@ -48,7 +51,7 @@ def main(command: list[str] | None = None) -> int:
         return 2
     for row in runs[runs["status"] == "unreadable"].itertuples():
         print(f"unreadable: {row.error}", file=sys.stderr)
-    print(f"{len(finished)} of {len(runs)} runs are finished")
+    print(f"{(runs['status'] == 'finished').sum()} of {len(runs)} runs are finished")
     return 0
 
 

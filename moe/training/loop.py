@@ -27,8 +27,8 @@ def train(config: Config, folder: Path, *, signals: Signals, listeners: Sequence
     """Train a run to the end and return facts for the run record.
 
     Training starts from the newest checkpoint in `folder` if there is one. `folder` must exist. This function writes
-    events.jsonl, trace/, model/ and, if the configuration asks for them, milestones/ to it. Raises Diverged before an
-    optimizer step that would use a number that is not finite. Raises Interrupted if a signal asked the run to stop,
+    events.jsonl, trace/ and, if the configuration asks for them, model/ and milestones/ to it. Raises Diverged before
+    an optimizer step that would use a number that is not finite. Raises Interrupted if a signal asked the run to stop,
     after it has saved a checkpoint.
     """
     training = set_up(config)
@@ -61,7 +61,8 @@ def train(config: Config, folder: Path, *, signals: Signals, listeners: Sequence
                 if stop:
                     raise Interrupted(stop, done)
             progress.trained(values)
-    save_model(training, folder / "model", config.steps)
+    if config.save_model != "none":
+        save_model(training, folder / "model", config.steps)
     if ranks.is_first():
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return facts(training, clock, latest)

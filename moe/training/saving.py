@@ -57,7 +57,7 @@ def describe(training: Training, step: int) -> None:
 
 
 def save_milestone(folder: Path, training: Training, step: int) -> None:
-    """Write the trace after `step` optimizer steps to a run's folder. With `save_milestones`, write the model too.
+    """Write the trace after `step` optimizer steps to a run's folder. With `save_model=all`, write the model too.
 
     The model after the last step is not written here, because the run saves its final model anyway. All ranks call
     this together.
@@ -67,6 +67,6 @@ def save_milestone(folder: Path, training: Training, step: int) -> None:
     chosen = assigned_experts(training.model, training.data, temperature=temperature)
     if chosen is not None and ranks.is_first():
         traces.write_trace(folder / "trace", step, chosen.numpy())
-    if config.save_milestones and step < config.steps:
+    if config.save_model == "all" and step < config.steps:
         (folder / "milestones").mkdir(exist_ok=True)
         save_model(training, folder / "milestones" / f"step-{step:08d}", step)

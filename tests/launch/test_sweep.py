@@ -46,7 +46,7 @@ def test_the_outcome_of_each_cell_is_printed_with_its_reason(cells: list[Cell], 
         raise SystemExit(1)
 
     assert carry_out(cells, launch) == 1
-    table = capsys.readouterr().out.splitlines()[1:7]
+    table = capsys.readouterr().out.splitlines()[2:8]
     assert table == [
         f"skipped     {skipped.folder.name}",
         f"resumed     {resumed.folder.name}",
@@ -117,7 +117,7 @@ def test_what_slurm_refuses_is_said_once_and_beside_each_cell(cells: list[Cell],
     printed = capsys.readouterr()
     assert printed.err == "train.py: sbatch refused the jobs: no such partition\n"
     missing = [f"missing     {cell.folder.name}: sbatch refused the jobs: no such partition" for cell in cells[1:]]
-    assert printed.out.splitlines()[1:7] == [f"skipped     {cells[0].folder.name}", *missing]
+    assert printed.out.splitlines()[2:8] == [f"skipped     {cells[0].folder.name}", *missing]
 
 
 def test_a_job_that_slurm_starts_again_and_again_without_progress_is_told(

@@ -87,7 +87,7 @@ def test_a_run_is_not_resumed_with_changed_text(cell: Any, corpus: Path, tmp_pat
 
 
 def test_models_of_milestones_are_saved_and_can_be_loaded(cell: Any, tmp_path: Path) -> None:
-    uninterrupted, stopped = (cell("steps=8", "save_milestones=true", f"out={tmp_path}/{name}") for name in "ab")
+    uninterrupted, stopped = (cell("steps=8", "save_model=all", f"out={tmp_path}/{name}") for name in "ab")
     run(uninterrupted)
     with pytest.raises(Interrupted):
         run(stopped, stop_after=3)
@@ -108,7 +108,7 @@ def test_models_of_milestones_are_saved_and_can_be_loaded(cell: Any, tmp_path: P
 def test_every_saved_model_has_the_validation_loss_and_the_knobs_of_its_step(cell: Any, router: str, knob: str) -> None:
     """A model saved while a schedule runs has, without further settings, the validation loss that the run logged."""
     start = ["schedule=linear", f"schedule.knob={knob}", "schedule.start=5.0"]
-    one = cell(f"router={router}", *start, "steps=8", "eval_every=2", "save_milestones=true", "optimizer.adamw_lr=0.02")
+    one = cell(f"router={router}", *start, "steps=8", "eval_every=2", "save_model=all", "optimizer.adamw_lr=0.02")
     run(one)
     data = prepare_data(one.config)
     blocks = read_batch(data.val, range(len(data.val)))
