@@ -145,7 +145,7 @@ def _report(cells: list[Cell], before: list[str], refusal: str | None = None) ->
     """
     after = [_state(cell) for cell in cells]
     sweep = cells[0].folder.parent
-    if set(before) == {"finished"} or len(cells) > 1:
+    if len(cells) > 1 or set(before) == {"finished"} or set(after) != {"finished"}:
         print()
         for cell, old, new in zip(cells, before, after, strict=True):
             reason = f": {refusal}" if refusal and new == "missing" else _reason(cell, new)

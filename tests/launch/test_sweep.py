@@ -57,6 +57,15 @@ def test_the_outcome_of_each_cell_is_printed_with_its_reason(cells: list[Cell], 
     ]
 
 
+def test_the_only_cell_of_a_sweep_is_told_unless_it_finishes(cells: list[Cell], capsys: pytest.CaptureFixture) -> None:
+    """The worker may have printed the reason on another machine; after a success there is nothing to tell."""
+    cell = cells[0]
+    assert carry_out([cell], lambda: leave_record(cell, "failed", "ValueError: out of luck")) == 1
+    assert capsys.readouterr().out == f"\nfailed      {cell.folder.name}: ValueError: out of luck\n"
+    assert carry_out([cell], lambda: leave_record(cell, "finished")) == 0
+    assert capsys.readouterr().out == ""
+
+
 def test_a_sweep_waits_for_cells_that_other_processes_train(
     cells: list[Cell], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
