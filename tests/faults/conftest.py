@@ -21,7 +21,9 @@ HEADER = """# What was broken on purpose, and what happened
 Every fault hits a real process of `train.py` that trains a small model on real text. *Exact* means that the same
 command was run again afterwards, and that the sha256 of the weights and every line of events.jsonl and metrics.json,
 except durations, were then equal to those of an undisturbed run. The first column is the number of the fault in the
-list for which the tests were written. [clusters.md](clusters.md) describes the tests of cluster launchers.
+list for which the tests were written. On a real Slurm, jobs at their time limit, canceled jobs, an interrupted command
+and a node that fails were tried too: [clusters.md](clusters.md) says what was seen there, and describes the tests of
+other cluster launchers.
 
 | | fault | times | what happened |
 |---:|---|---:|---|
