@@ -14,8 +14,19 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from moe.analysis.sentences import detectable_note
-from moe.analysis.statistics import CONFIDENCE, corrected, detectable_effect, has_no_spread, range_test
+from moe.analysis.sentences import detectable_note, deterministic_verdict
+from moe.analysis.statistics import (
+    CONFIDENCE,
+    SIGNIFICANCE,
+    completed,
+    corrected,
+    detectable_effect,
+    has_no_spread,
+    mean_difference,
+    name_cell,
+    range_test,
+    spread_interval,
+)
 from moe.config.claim import ClaimConfig, absolute
 from moe.results.conditions import NAMED_ROUTERS, by_seed, conditions, levels, varied_factors, with_causality
 from moe.results.table import level
@@ -30,7 +41,9 @@ class _Comparison(NamedTuple):
     low, high: the 95 % t interval of the difference of the two means.
     p_for, p_against: p-value of the test that the claim holds, and of the test that it does not hold.
     favor: how far inside the claimed range the difference lies; negative if it lies outside.
-    note: a remark for the reader, such as a seed that was left out.
+    spread: standard deviation of the paired differences, if a larger difference could be detected.
+    deterministic: whether the difference is the same in every seed. Both p-values are then 0 or 1.
+    note: a remark for the reader, such as a run that is missing.
     doubt: why the comparison is undecided, if it is.
     """
 
@@ -42,6 +55,8 @@ class _Comparison(NamedTuple):
     p_for: float = NAN
     p_against: float = NAN
     favor: float = NAN
+    spread: float = NAN
+    deterministic: bool = False
     note: str = ""
     doubt: str = ""
 
@@ -87,7 +102,8 @@ def judge(runs: pd.DataFrame, claims: list[ClaimConfig]) -> pd.DataFrame:
       correction. A claim of kind lowest or highest fails if some other level beats all levels that it names.
 
     p is two-sided, or that of two one-sided tests (TOST) if the claimed range has two ends. A claim is decided if
-    `p Holm`, corrected for all these claims, is at most 5 %. `estimates` says where the means lie, which may be by
+    `p Holm`, corrected for all these claims, is at most 5 %. If a difference is the same in every seed
+    (`deterministic`), chance has no part in it, and p is 0. `estimates` says where the means lie, which may be by
     chance: "as claimed", "against", or "mixed" if the named levels differ in this.
     """
     return _judge([(claim, runs) for claim in claims])
@@ -100,7 +116,9 @@ def evidence_sentence(judged: pd.Series) -> str:
         return str(j["reason"])
     text = f"{j['compared']}: {j['mean']:.4g} vs {j['reference mean']:.4g}"
     text += f" ({j['difference'] / j['reference mean']:+.1%})" if j["reference mean"] else ""
-    if not math.isnan(j["p"]):
+    if j["deterministic"]:
+        text += f", {deterministic_verdict(j['difference']).replace('**', '')}"
+    elif not math.isnan(j["p"]):
         text += f", difference {j['difference']:+.3g} [{j['ci_low']:.3g}, {j['ci_high']:.3g}]"
         text += f", p={j['p']:.2g} (Holm {j['p Holm']:.2g})"
     return f"{text}, n={j['n']}" + (f"; {j['reason']}" if j["reason"] else "")
@@ -116,12 +134,24 @@ def _judge(family: list[tuple[ClaimConfig, pd.DataFrame]]) -> pd.DataFrame:
     if table.empty:
         return table
     table.insert(table.columns.get_loc("p") + 1, "p Holm", corrected(table["p"], "holm"))
-    decided = table["p Holm"] <= 1 - CONFIDENCE
-    only_before = (table["p"] <= 1 - CONFIDENCE) & ~decided
+    decided = table["p Holm"] <= SIGNIFICANCE
+    only_before = (table["p"] <= SIGNIFICANCE) & ~decided
     before = table["verdict"] + " before Holm's correction, not after it"
-    doubt = table.pop("doubt").mask(only_before, before).mask(decided, "")
+    tests = int((table["p"] > 0).sum())  # without those that are deterministic
+    spreads = zip(table.pop("doubt"), table["n"], table.pop("spread"), strict=True)
+    doubt = pd.Series([doubt or _detectable(n, spread, tests) for doubt, n, spread in spreads], index=table.index)
+    doubt = doubt.mask(only_before, before).mask(decided, "")
     reason = ["; ".join(filter(None, parts)) for parts in zip(table["reason"], doubt, strict=True)]
     return table.assign(verdict=table["verdict"].where(decided, "undecided"), reason=reason)
+
+
+def _detectable(n: int, spread: float, tests: int) -> str:
+    """Return which difference would have been detected; an empty text if there is no spread to tell it from."""
+    if math.isnan(spread):
+        return ""
+    effect = detectable_effect(n, tests=tests)
+    low, high = spread_interval(spread, n)
+    return detectable_note(effect * spread, effect * low, effect * high, tests)
 
 
 def _judge_alone(claim: ClaimConfig, runs: pd.DataFrame) -> dict[str, Any]:
@@ -170,48 +200,71 @@ def _row(compared: str, comparison: _Comparison, p: float, verdict: str, estimat
         "ci_low": comparison.low,
         "ci_high": comparison.high,
         "p": p,
+        "deterministic": comparison.deterministic,
         "estimates": estimates,
         "verdict": verdict,
+        "spread": comparison.spread,
         "reason": comparison.note,
         "doubt": comparison.doubt,
     }
 
 
 def _compare(claim: ClaimConfig, runs: pd.DataFrame, others: list[str], treated: Any, reference: Any) -> _Comparison:
-    """Compare two levels, over the seeds that have both of them in every combination of the other factors."""
-    cells: dict[tuple[int, str], pd.Series] = {}
-    for number, (_, members) in enumerate(conditions(runs, others)):
+    """Compare two levels: the mean difference over all combinations of the other factors, for each seed.
+
+    Every pair of runs counts that differs in the two levels alone. What a missing pair would have shown is estimated
+    from the seed's other pairs and from the combination's other seeds, so that it shifts no mean.
+    """
+    pairs: dict[str, pd.DataFrame] = {}
+    for cell, members in conditions(runs, others):
         sides = [members[members[claim.factor] == side] for side in (treated, reference)]
         if all(map(len, sides)):
-            cells |= {(number, side): by_seed(rows, claim.metric) for side, rows in zip("ab", sides, strict=True)}
-    if not cells:
+            a, b = (by_seed(rows, claim.metric) for rows in sides)
+            pairs[name_cell(cell)] = pd.DataFrame({"difference": a - b, "reference": b})
+    if not pairs:
         return _Comparison(0, doubt=f"no runs differ in {claim.factor} alone")
-    table = pd.DataFrame(cells)
-    complete = table.dropna()
-    left_out = table.index.difference(complete.index)
-    note = f"left out, because a finished run is missing: seed {_listed(left_out)}" if len(left_out) else ""
-    n = len(complete)
+    table = pd.concat(pairs, axis=1)  # a row for each seed; NaN where a run is missing
+    differences, references = (table.xs(column, axis=1, level=1) for column in ("difference", "reference"))
+    note = _lost(differences)
+    references = references.where(differences.notna())
+    differences = differences.dropna(how="all").dropna(how="all", axis=1)
+    n = len(differences)
     if n == 0:
         return _Comparison(0, note=note, doubt="no seed is left")
-    a, b = (complete.xs(side, axis=1, level=1).mean(axis=1).to_numpy() for side in "ab")
-    low, high = _range(claim, b.mean())
-    effect = (a - b).mean()
-    pair = _Comparison(n, a.mean(), b.mean(), favor=min(effect - low, high - effect), note=note)
+    by_seeds = completed(differences).mean(axis=1).to_numpy()
+    reference_mean, scale = references.mean().mean(), references.abs().max().max()
+    effect = mean_difference(by_seeds, scale=scale)
+    low, high = _range(claim, reference_mean)
+    favor = min(effect - low, high - effect)
+    found = _Comparison(n, reference_mean + effect, reference_mean, favor=favor, note=note)
     if n == 1:
-        return pair._replace(doubt="one seed: nothing to test a difference against")
-    if has_no_spread(a - b, scale=np.abs([a, b]).max()):
-        return pair._replace(doubt="the same difference in every seed: no spread to test against")
-    p_inside, p_outside = range_test(a - b, low, high)
+        return found._replace(doubt="one seed: nothing to test a difference against")
+    if has_no_spread(by_seeds, scale=scale):
+        return found._replace(p_for=float(favor <= 0), p_against=float(favor > 0), deterministic=True)
+    p_inside, p_outside = range_test(by_seeds, low, high)
     two_ends = math.isfinite(low) and math.isfinite(high)
-    ends = stats.ttest_rel(a, b).confidence_interval(CONFIDENCE)
-    detectable = detectable_effect(n) * (a - b).std(ddof=1)
-    open_question = f"the interval is neither inside nor outside {low:.3g} ... {high:.3g}"
-    return pair._replace(
+    ends = stats.ttest_1samp(by_seeds, 0).confidence_interval(CONFIDENCE)
+    return found._replace(
         low=ends.low,
         high=ends.high,
         p_for=p_inside if two_ends else min(1.0, 2 * p_inside),
         p_against=p_outside,
-        doubt=open_question if two_ends else detectable_note(detectable),
+        spread=NAN if two_ends else by_seeds.std(ddof=1),
+        doubt=f"the interval is neither inside nor outside {low:.3g} ... {high:.3g}" if two_ends else "",
+    )
+
+
+def _lost(differences: pd.DataFrame) -> str:
+    """Return which pairs of runs are missing from a table of seeds by combinations; an empty text if none is."""
+    places = [
+        f"seed {seed}" + (f" at {cell}" if cell else "")
+        for cell, missing in differences.isna().items()
+        for seed in differences.index[missing]
+    ]
+    return (
+        f"{len(places)} of {differences.size} pairs have no finished run on a side: {'; '.join(places)}"
+        if places
+        else ""
     )
 
 

@@ -1,22 +1,21 @@
-"""Write a contrast as a sentence that ends with its verdict: a direction, equivalent, or undecided."""
-
-import math
+"""Write a contrast as a sentence that ends with its verdict: a direction, equivalent, deterministic, or undecided."""
 
 import pandas as pd
 
-WITH_CORRECTION, UNTIL_CORRECTED, UNDECIDED = "with correction", "until corrected", "undecided"
-SIGNIFICANCE = 0.05  # largest p that counts as significant
+from moe.analysis.statistics import SIGNIFICANCE
+
+SIGNIFICANT, DETERMINISTIC, UNDECIDED = "significant", "deterministic", "undecided"
 
 
 def standing(contrast: pd.Series) -> str:
     """Return how certain the direction of a contrast is.
 
-    `UNDECIDED`: the 95 % t interval contains 0, or there is none. `UNTIL_CORRECTED`: it excludes 0, but p exceeds 5 %
-    after Holm's correction. `WITH_CORRECTION`: the direction holds after Holm's correction too.
+    `SIGNIFICANT`: p is at most 5 % after Holm's correction. `DETERMINISTIC`: the difference is the same in every seed,
+    so chance has no part in it. `UNDECIDED`: anything else.
     """
-    if math.isnan(contrast["p"]) or contrast["ci_low"] <= 0 <= contrast["ci_high"]:
-        return UNDECIDED
-    return UNTIL_CORRECTED if contrast["p Holm"] > SIGNIFICANCE else WITH_CORRECTION
+    if contrast["deterministic"]:
+        return DETERMINISTIC
+    return SIGNIFICANT if contrast["p Holm"] <= SIGNIFICANCE else UNDECIDED
 
 
 def contrast_sentence(contrast: pd.Series, subject: str, *, unit: str, up: str, down: str) -> str:
@@ -29,22 +28,38 @@ def contrast_sentence(contrast: pd.Series, subject: str, *, unit: str, up: str, 
     if c["n"] == 0:
         return f"{subject}: no seed has a value at both levels: **undecided**{note}"
     difference = f"{subject}: {c['difference']:+.3g} {unit}".rstrip()
-    if math.isnan(c["p"]):
+    if c["deterministic"]:
+        return f"{difference}, n={c['n']}: {deterministic_verdict(c['difference'], c.get('margin'))}{note}"
+    if pd.isna(c["p"]):
         return f"{difference}, n={c['n']}: **undecided**{note}"
     numbers = f"[{c['ci_low']:.3g}, {c['ci_high']:.3g}], p={c['p']:.2g} (Holm {c['p Holm']:.2g}), n={c['n']}"
     return f"{difference} {numbers}: {_verdict(c, up=up, down=down)}{note}"
 
 
-def detectable_note(effect: float) -> str:
-    """Return a text with the smallest effect that these seeds could have shown."""
-    return f"the smallest effect these seeds could have seen (power 0.8) is {effect:.2g}"
+def detectable_note(effect: float, low: float, high: float, tests: int) -> str:
+    """Return a text with the smallest effect that these seeds could have shown, and the uncertainty of that number."""
+    correction = f", after correction for {tests} tests" if tests > 1 else ""
+    numbers = f"{effect:.2g} [{low:.2g}, {high:.2g}]"
+    return f"the smallest effect these seeds could have seen (power 0.8{correction}) is {numbers}"
+
+
+def deterministic_verdict(difference: float, margin: float | None = None) -> str:
+    """Return the verdict on a difference that is the same in every seed."""
+    size = f"{'larger' if difference > 0 else 'smaller'} by {abs(difference):.3g}" if difference else "equal"
+    within = f", within the margin of {margin:.3g}" if margin and abs(difference) < margin else ""
+    return f"**deterministic**, {size} in every seed{within}"
 
 
 def _verdict(contrast: pd.Series, *, up: str, down: str) -> str:
-    c, certainty = contrast, standing(contrast)
-    if certainty == UNDECIDED and pd.notna(c.get("p TOST Holm")) and c["equivalent"]:
-        return f"**equivalent** within {c['margin']:.3g} (TOST, Holm {c['p TOST Holm']:.2g})"
-    if certainty == UNDECIDED:
-        return f"**undecided**, {detectable_note(c['detectable'])}"
-    direction = f"**{up if c['difference'] > 0 else down}**"
-    return direction + (", but not after Holm's correction" if certainty == UNTIL_CORRECTED else "")
+    c, significant = contrast, standing(contrast) == SIGNIFICANT
+    direction = up if c["difference"] > 0 else down
+    if pd.notna(c.get("p TOST Holm")) and c["equivalent"]:
+        holm = f"(TOST, Holm {c['p TOST Holm']:.2g})"
+        if significant:
+            return f"**within the margin** of {c['margin']:.3g}, {direction} by less {holm}"
+        return f"**equivalent** within {c['margin']:.3g} {holm}"
+    if not significant:
+        return f"**undecided**, {detectable_note(*c[['detectable', 'detectable_low', 'detectable_high', 'tests']])}"
+    margin = c.get("margin")
+    beyond = pd.isna(margin) or c["ci_low"] > margin or c["ci_high"] < -margin
+    return f"**{direction}**" + ("" if beyond else f", not shown to exceed the margin of {margin:.3g}")

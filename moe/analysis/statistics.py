@@ -1,29 +1,28 @@
-"""Test whether differences may be due to chance: contrasts paired by seed, equivalence, analysis of variance.
+"""Test whether differences may be due to chance: contrasts paired by seed, equivalence, corrections for many tests.
 
 The unit of replication is the seed. Runs of the same seed share their data order and their initial weights, so
 differences are taken between runs of the same seed before they are averaged. Functions take the table of runs
 (`moe.results.table.load_runs`), the column of a metric and the factors without the seed, and return a table. No run is
-left out without a note. The tests are those of scipy and statsmodels.
+left out without a note. `moe.analysis.variance` has the analysis of variance.
 """
 
 import itertools
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy import stats
-from statsmodels.formula.api import ols
-from statsmodels.stats.anova import anova_lm
-from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.power import TTestIndPower, TTestPower
+from scipy.optimize import brentq
 from statsmodels.stats.weightstats import DescrStatsW
 
 from moe.config.claim import absolute
 from moe.results.conditions import STD, by_seed, conditions, levels, varied_factors
 
 CONFIDENCE, POWER = 0.95, 0.8
+SIGNIFICANCE = 0.05  # the largest corrected p that counts as significant
 EXACT_SEEDS = 16  # up to this number of seeds, a sign-flip test tries all patterns of signs
 RANDOM_PATTERNS = 9_999  # for more seeds, it tries this many random patterns
 
@@ -49,12 +48,15 @@ def contrasts(
     The reference level is the first in sorted order unless `references` names another. The columns are:
 
     - `difference`: level minus reference in units of the metric, mean over paired seeds; `ci_low` and `ci_high` are its
-      95 % t interval, `p` is that of the paired t test.
+      95 % t interval, `p` is that of the paired t test. These are NaN if the difference is `deterministic`, which means
+      that it is the same in every seed.
     - `p Holm`, `p BH`: p corrected over all rows of the table (Holm; Benjamini-Hochberg, the false discovery rate).
-    - `d_z`: the difference divided by the standard deviation (ddof=1) of the paired differences.
+    - `std of differences` (ddof=1), and `d_z`: the difference divided by it.
     - `p Welch`: p of a test that ignores the pairing.
     - `p sign-flip`: exact up to 16 seeds; `smallest p sign-flip` is the smallest value it can take at this n.
-    - `detectable`: the smallest true difference that a paired t test would find with power 0.8, given this spread.
+    - `detectable`: the smallest true difference that would be significant after the correction for all `tests` of the
+      family with power 0.8, if this spread were the true one; `detectable_low` and `detectable_high`: the same for the
+      ends of the spread's 95 % chi-square interval.
     - `note`: a remark for the reader, such as a seed that was left out.
 
     With a `margin`, in units of the metric or as text such as "1%" of the reference's mean, there are four more:
@@ -86,51 +88,69 @@ def contrasts(
     return as_one_family(pd.DataFrame(rows))
 
 
-def as_one_family(table: pd.DataFrame) -> pd.DataFrame:
-    """Correct the p-values of contrasts, which may be of several metrics, over all rows of the table."""
+def as_one_family(table: pd.DataFrame, others: pd.Series | None = None) -> pd.DataFrame:
+    """Correct the p-values of contrasts, which may be of several metrics, over all rows of the table and over `others`.
+
+    `others` are p-values of further tests of the same family, such as those of an analysis of variance. Equivalence is
+    another question than a difference, so its p-values are corrected over the rows of the table alone.
+    """
     if table.empty:
         return table
-    table = table.assign(**{"p Holm": corrected(table["p"], "holm"), "p BH": corrected(table["p"], "fdr_bh")})
+    p = table["p"] if others is None else pd.concat([table["p"], others])
+    tests = int(p.notna().sum())
+    table = table.assign(
+        **{"p Holm": corrected(p, "holm")[: len(table)], "p BH": corrected(p, "fdr_bh")[: len(table)], "tests": tests}
+    )
+    factor = [detectable_effect(n, tests=max(tests, 1)) for n in table["n"]]
+    low, high = spread_interval(table["std of differences"], table["n"])
+    spreads = {"detectable": table["std of differences"], "detectable_low": low, "detectable_high": high}
+    table = table.assign(**{name: (spread * factor).where(table["p"].notna()) for name, spread in spreads.items()})
     if "p TOST" in table:
         holm = corrected(table["p TOST"], "holm")
-        equivalent = pd.Series(holm <= 1 - CONFIDENCE, index=table.index).where(table["margin"].notna())
+        equivalent = pd.Series(holm <= SIGNIFICANCE, index=table.index).where(table["margin"].notna())
         table = table.assign(**{"p TOST Holm": holm, "equivalent": equivalent})
     return table
 
 
-def anova(runs: pd.DataFrame, metric: str, factors: list[str]) -> pd.DataFrame:
-    """Return the factorial analysis of variance with all interactions and the seed as block.
+def stack(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Return the rows of all tables in one table; an empty table if none has a row."""
+    tables = [table for table in tables if not table.empty]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
-    Columns: sum of squares, df, F, p and partial eta². Raises ValueError if a combination of levels and seed has no
-    finite value (the message lists them), if there is one seed only, or if seeds do not differ.
+
+def against_best(runs: pd.DataFrame, metric: str, factor: str, best: Any) -> pd.DataFrame:
+    """Compare every level of a factor with the one that was picked as the best, paired by seed, as in `contrasts`.
+
+    A level looks best partly by chance, and a correction for the comparisons with it alone would ignore that. So
+    p is corrected over all pairs of levels: whichever level was picked, with probability 95 % no other is wrongly told
+    apart from it.
     """
-    cells: dict[tuple[Any, ...], float] = {}
-    for cell, members in conditions(runs, factors):
-        cells |= {(*cell.values(), seed): value for seed, value in by_seed(members, metric).items()}
-    seeds = sorted({key[-1] for key in cells})
-    grid = list(itertools.product(*(levels(runs[factor]) for factor in factors), seeds))
-    missing = [name_cell(dict(zip([*factors, "seed"], key, strict=True))) for key in grid if key not in cells]
-    if not factors or len(seeds) < 2:
-        raise ValueError(
-            f"an analysis of variance needs a varied factor and two seeds; varied: {', '.join(factors) or 'nothing'}; "
-            f"seeds: {', '.join(map(str, seeds))}"
-        )
-    if missing:
-        raise ValueError(f"unbalanced, {len(missing)} of {len(grid)} cells have no {metric}: {'; '.join(missing)}")
-    # A formula would read router.temp as an attribute of router, so factors have other names in it.
-    names = [f"f{i}" for i in range(len(factors))]
-    table = pd.DataFrame(grid, columns=[*names, "seed"]).astype(str)
-    table["y"] = [cells[key] for key in grid]
-    fit = ols(f"y ~ {' * '.join(f'C({name})' for name in names)} + C(seed)", table).fit()
-    if fit.ssr <= 1e-20 * (table["y"] ** 2).sum():
-        raise ValueError(f"{metric} has no spread between seeds: nothing to test its factors against")
-    result = anova_lm(fit, typ=2).rename(columns={"sum_sq": "sum of squares", "PR(>F)": "p"})
-    result.index = [_term(term, dict(zip(names, factors, strict=True))) for term in result.index]
-    effects = result.index != "error"
-    share = result["sum of squares"] / (result["sum of squares"] + result.loc["error", "sum of squares"])
-    result["partial eta²"] = share.where(effects)
-    result.insert(0, "metric", metric)
-    return result.rename_axis("term").reset_index()
+    of_level = {level: by_seed(runs[runs[factor] == level], metric) for level in levels(runs[factor])}
+    rows = []
+    for pair in itertools.combinations(of_level, 2):
+        reference, level = pair if pair[1] != best else pair[::-1]
+        names = {"metric": metric, "factor": factor, "level": level, "reference": reference, "within": ""}
+        rows.append(names | _compare(of_level[level], of_level[reference], None))
+    table = as_one_family(pd.DataFrame(rows))
+    return table if table.empty else table[table["reference"] == best]
+
+
+def completed(table: pd.DataFrame) -> pd.DataFrame:
+    """Fill the gaps of a table of seeds by cells with what the other values say: effect of the seed plus of the cell.
+
+    The effects are those of least squares. If they cannot be told apart, because the seeds have no cell in common, the
+    table is returned with gaps.
+    """
+    values = table.to_numpy(dtype=float)
+    known = ~np.isnan(values)
+    if known.all():
+        return table
+    seeds, cells = values.shape
+    design = np.hstack([np.repeat(np.eye(seeds), cells, axis=0), np.tile(np.eye(cells), (seeds, 1))])
+    effects, _, rank, _ = np.linalg.lstsq(design[known.ravel()], values[known], rcond=None)
+    if rank < seeds + cells - 1:
+        return table
+    return pd.DataFrame(np.where(known, values, (design @ effects).reshape(seeds, cells)), table.index, table.columns)
 
 
 def noise_floor(runs: pd.DataFrame, metrics: list[str], *, seeds: tuple[int, ...] = (3, 5, 8)) -> pd.DataFrame:
@@ -147,25 +167,41 @@ def noise_floor(runs: pd.DataFrame, metrics: list[str], *, seeds: tuple[int, ...
     for metric in metrics:
         values = by_seed(runs, metric)
         n, std = len(values), values.std(ddof=1)
-        tail = (1 - CONFIDENCE) / 2
-        low, high = std * np.sqrt((n - 1) / stats.chi2.ppf([1 - tail, tail], n - 1)) if n > 1 else (np.nan, np.nan)
+        low, high = spread_interval(std, n)
         row = {"metric": metric, "n": n, "mean": values.mean(), STD: std, "std_low": low, "std_high": high}
         effects = {f"detectable, {k} seeds a side": std * detectable_effect(k, paired=False) for k in seeds}
         rows.append(row | effects)
     return pd.DataFrame(rows)
 
 
+def spread_interval(std: Any, n: Any) -> tuple[Any, Any]:
+    """Return the 95 % chi-square interval of a standard deviation over n normal values; NaN below two."""
+    tail = (1 - CONFIDENCE) / 2
+    df = np.where(np.asarray(n) > 1, np.asarray(n) - 1.0, np.nan)
+    return std * np.sqrt(df / stats.chi2.ppf(1 - tail, df)), std * np.sqrt(df / stats.chi2.ppf(tail, df))
+
+
 @lru_cache
-def detectable_effect(n: int, *, paired: bool = True) -> float:
+def detectable_effect(n: int, *, tests: int = 1, paired: bool = True) -> float:
     """Return the smallest true difference that a two-sided t test finds with power 0.8; NaN below two seeds.
 
     A paired test has n pairs, and the result is in standard deviations of the paired differences (d_z). An unpaired
-    test has n seeds on each side, and the result is in standard deviations of a single run.
+    test has n seeds on each side, and the result is in standard deviations of a single run. If the test is one of a
+    family of `tests`, it must be significant after Holm's correction even if no other is: at 5 % / tests.
     """
     if n < 2:
         return float("nan")
-    known = {"nobs": n} if paired else {"nobs1": n}
-    return float((TTestPower() if paired else TTestIndPower()).solve_power(alpha=1 - CONFIDENCE, power=POWER, **known))
+    df, information = (n - 1, n) if paired else (2 * n - 2, n / 2)
+    critical = stats.t.ppf(1 - SIGNIFICANCE / tests / 2, df)
+    # The distribution of the estimated spread, in steps of equal probability. (scipy's noncentral t distribution fails
+    # for the large effects that few seeds need.)
+    spread = np.sqrt(stats.chi2.ppf((np.arange(10_000) + 0.5) / 10_000, df) / df)
+
+    def power(effect: float) -> float:
+        shift = effect * math.sqrt(information)
+        return float((stats.norm.cdf(shift - critical * spread) + stats.norm.cdf(-shift - critical * spread)).mean())
+
+    return float(brentq(lambda effect: power(effect) - POWER, 0.0, 10.0 * critical))
 
 
 def range_test(differences: np.ndarray, low: float, high: float) -> tuple[float, float]:
@@ -180,10 +216,13 @@ def range_test(differences: np.ndarray, low: float, high: float) -> tuple[float,
 
 def corrected(p: pd.Series, method: str) -> np.ndarray:
     """Return p-values corrected by "holm" or "fdr_bh". NaN stands for a test that was impossible, and stays NaN."""
-    values = np.full(len(p), np.nan)
-    tested = p.notna().to_numpy()
-    if tested.any():
-        values[tested] = multipletests(p[tested], method=method)[1]
+    values = p.to_numpy(dtype=float, copy=True)
+    tested = np.flatnonzero(~np.isnan(values))
+    if method == "fdr_bh":
+        values[tested] = stats.false_discovery_control(values[tested]) if len(tested) else values[tested]
+    else:
+        order = tested[np.argsort(values[tested])]
+        values[order] = np.maximum.accumulate(values[order] * np.arange(len(order), 0, -1)).clip(max=1)
     return values
 
 
@@ -191,16 +230,24 @@ def sign_flip(differences: np.ndarray) -> float:
     """Return the two-sided p of the mean if every sign were random. No normal distribution is assumed."""
     if len(differences) < 2:
         return float("nan")
-    resamples = _patterns(len(differences))
-    test = stats.permutation_test(
-        (differences,), np.mean, permutation_type="samples", n_resamples=resamples, vectorized=True, rng=0
-    )
-    return float(test.pvalue)
+    sums = np.abs(_signs(len(differences)) @ differences)
+    as_large = sums >= abs(differences.sum()) - 1e-12 * np.abs(differences).sum()  # equal up to rounding counts
+    return float((as_large.sum() + (len(differences) > EXACT_SEEDS)) / (len(sums) + (len(differences) > EXACT_SEEDS)))
 
 
-def _patterns(seeds: int) -> int:
-    """Return how many patterns of signs a sign-flip test tries."""
-    return 2**seeds if seeds <= EXACT_SEEDS else RANDOM_PATTERNS
+def smallest_sign_flip(seeds: int) -> float:
+    """Return the smallest p that a sign-flip test can give, when all differences have one sign."""
+    if seeds < 2:
+        return float("nan")
+    return 2.0 ** (1 - seeds) if seeds <= EXACT_SEEDS else 1 / (RANDOM_PATTERNS + 1)
+
+
+@lru_cache(maxsize=4)
+def _signs(seeds: int) -> np.ndarray:
+    """Return the patterns of signs that a sign-flip test tries, (patterns, seeds): all of them, or random ones."""
+    if seeds > EXACT_SEEDS:
+        return np.random.default_rng(0).choice([-1.0, 1.0], (RANDOM_PATTERNS, seeds))
+    return 1.0 - 2.0 * (np.arange(2**seeds)[:, None] >> np.arange(seeds) & 1)
 
 
 def name_cell(cell: dict[str, Any]) -> str:
@@ -214,36 +261,46 @@ def _compare(treated: pd.Series, baseline: pd.Series, margin: int | float | str 
     unpaired = treated.index.symmetric_difference(baseline.index)
     a, b = treated[seeds].to_numpy(), baseline[seeds].to_numpy()
     differences, n = a - b, len(seeds)
-    low = high = p = d_z = detectable = float("nan")
+    low = high = p = d_z = float("nan")
+    scale = np.abs([a, b]).max() if n else 0.0
+    deterministic = n > 1 and has_no_spread(differences, scale=scale)
     notes = [f"without a partner: seed {', '.join(map(str, unpaired))}"] if len(unpaired) else []
     if n < 2:
         notes.append("a test needs two paired seeds")
-    elif has_no_spread(differences, scale=np.abs([a, b]).max()):
-        notes.append("the same difference in every seed: no spread to test against")
-    else:
+    elif not deterministic:
         test = stats.ttest_rel(a, b)
         (low, high), p = test.confidence_interval(CONFIDENCE), test.pvalue
         d_z = differences.mean() / differences.std(ddof=1)
-        detectable = detectable_effect(n) * differences.std(ddof=1)
     row = {
         "n": n,
-        "difference": differences.mean() if n else float("nan"),
+        "difference": mean_difference(differences, scale=scale) if n else float("nan"),
         "ci_low": low,
         "ci_high": high,
         "p": p,
-        "p Holm": float("nan"),  # `as_one_family` sets p Holm and p BH when all rows exist
+        "p Holm": float("nan"),  # `as_one_family` sets the columns that depend on all rows
         "p BH": float("nan"),
+        "std of differences": differences.std(ddof=1) if n > 1 else float("nan"),
         "d_z": d_z,
         "p Welch": _welch(treated.to_numpy(), baseline.to_numpy()),
         "p sign-flip": sign_flip(differences),
-        "smallest p sign-flip": 2 / (_patterns(n) + (n > EXACT_SEEDS)) if n > 1 else float("nan"),
-        "detectable": detectable,
+        "smallest p sign-flip": smallest_sign_flip(n),
+        "tests": 0,
+        "detectable": float("nan"),
+        "detectable_low": float("nan"),
+        "detectable_high": float("nan"),
+        "deterministic": deterministic,
         "note": "; ".join(notes),
     }
     if margin is not None:
         bound = absolute(margin, b.mean()) if n else float("nan")
         row |= {"margin": bound, "p TOST": range_test(differences, -bound, bound)[0] if not math.isnan(p) else p}
     return row
+
+
+def mean_difference(differences: np.ndarray, *, scale: float) -> float:
+    """Return the mean of differences between values of this scale; exactly 0 if it is 0 up to rounding."""
+    mean = float(differences.mean())
+    return 0.0 if abs(mean) <= 1e-12 * scale else mean
 
 
 def _welch(a: np.ndarray, b: np.ndarray) -> float:
@@ -257,11 +314,3 @@ def _welch(a: np.ndarray, b: np.ndarray) -> float:
 def has_no_spread(values: np.ndarray, *, scale: float) -> bool:
     """Return whether the values are equal up to rounding at this scale. scipy would compute a p from the rounding."""
     return bool(np.ptp(values) <= 1e-12 * scale)
-
-
-def _term(term: str, factors: dict[str, str]) -> str:
-    """Return a term with the names of the factors, such as `noise:lb` for `C(f0):C(f1)`."""
-    if term == "Residual":
-        return "error"
-    names = [part.removeprefix("C(").removesuffix(")") for part in term.split(":")]
-    return ":".join(factors.get(name, name) for name in names)

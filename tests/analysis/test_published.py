@@ -73,7 +73,7 @@ def test_every_sentence_has_a_verdict_and_numbers(sentences: pd.DataFrame) -> No
         ("Noise 0.5 raises perplexity by about 10 % (+14)", "supported", "+10.7%"),
         ("Balance weight 0.01 lowers the load CV", "undecided", "p=0.023"),
         ("Balance weight 0.01 slightly helps perplexity", "undecided", "p=0.71"),
-        ("The interaction of noise and balance weight is limited", "undecided", "F=0.17, p=0.84"),
+        ("The interaction of noise and balance weight is limited", "undecided", "F=0.16, p=0.73"),
         ("About 28.4% of the parameters are active", "contradicted", "46.3%"),
         ("hash has worse perplexity than every learned router", "contradicted", "6.492 vs 6.69"),
         ("expert_choice matches the perplexity of softk, within 1 %", "undecided", "expert_choice (causal: no)"),
@@ -110,7 +110,7 @@ def test_changed_numbers_change_the_verdicts() -> None:
     assert verdict_on_hash(6.8) == "undecided", "one seed supports nothing"
     assert _hash_balance(c.assign(load_cv=0.1)).verdict == "undecided"
     anova_table = replay().tables["noise_anova"]
-    assert _interaction(anova_table.assign(p=0.01)).verdict == "contradicted"
+    assert _interaction(anova_table.assign(**{"p GG": 0.01})).verdict == "contradicted"
     rates = drop_rates()
     assert [each.verdict for each in judge_drops(rates.assign(avg_drop_rate=0.001))] == ["supported"] * 2
     assert [each.verdict for each in judge_drops(rates.assign(avg_drop_rate=0.02))] == ["contradicted"] * 2

@@ -133,11 +133,14 @@ def published(tmp_path: Path) -> Path:
 def test_the_published_runs_give_the_published_verdicts(published: Path, tmp_path: Path) -> None:
     text = write_report(load_runs([published]), tmp_path / "out", ReportOptions(references={"lb": 0.01})).read_text()
     assert (
-        "noise 0.1 vs 0.0 at lb=0.01: +1.15 perplexity [0.967, 1.34], p=0.0014 (Holm 0.0085), n=3: **worse**\n" in text
+        "noise 0.1 vs 0.0 at lb=0.01: +1.15 perplexity [0.967, 1.34], p=0.0014 (Holm 0.025), n=3: **worse**\n" in text
     )
-    assert "(Holm 0.066), n=3: **worse**, but not after Holm's correction" in text
+    assert "p=0.017 (Holm 0.25), n=3: **undecided**" in text
+    assert "of all tested metrics, are one family of 20 tests" in text
     assert "lb 0.0 vs 0.01 at noise=0.0: +0.307 perplexity [-1.72, 2.33], p=0.58 (Holm 1), n=3: **undecided**" in text
-    assert "smallest effect these seeds could have seen (power 0.8) is 2.7" in text
+    assert (
+        "smallest effect these seeds could have seen (power 0.8, after correction for 20 tests) is 12 [6.2, 75]" in text
+    )
     assert "| topk (causal: yes) | 18 | 18 |" in text
     assert "(ddof=1)" in text
     names = {
@@ -172,14 +175,14 @@ def test_the_published_runs_give_the_published_verdicts(published: Path, tmp_pat
         assert all((side == 1).all() for side in edge), "nothing is cut off at the border"
 
 
-def test_contrasts_are_reported_at_shares_of_training_that_every_run_has(published: Path, tmp_path: Path) -> None:
+def test_contrasts_at_shares_of_training_are_described_and_not_tested(published: Path, tmp_path: Path) -> None:
     write_report(load_runs([published]), tmp_path / "out")
     table = pd.read_csv(tmp_path / "out" / "progress.csv")
     assert sorted(table["share"].unique()) == [0.25, 0.5, 0.75, 1.0], "no run was evaluated at 10 %"
     final = contrasts(with_causality(load_runs([published])), "val/loss", ["noise", "lb"])
     for _, rows in table.groupby("share"):  # the losses of these runs all fall in the same way
         np.testing.assert_allclose(rows["difference"], final["difference"])
-        np.testing.assert_allclose(rows["p Holm"], final["p Holm"])
+    assert not [column for column in table if column.startswith("p")]
     first = final.iloc[0]
     cell = f"{first['difference']:+.3f} [{first['ci_low']:.3f}, {first['ci_high']:.3f}]"
     assert cell in (tmp_path / "out" / "report.md").read_text()
@@ -230,10 +233,16 @@ def test_an_added_metric_is_judged_and_corrected_together_with_the_others(publis
         added.set_index(["factor", "level", "within"])[columns].astype(float), expected[columns].astype(float)
     )
     assert table["metric"].value_counts().to_dict() == {"val/perplexity": 7, "routing/load_cv/pooled": 7, metric: 7}
+    variance = pd.read_csv(tmp_path / "out" / "anova.csv").dropna(subset="p")
+    family = pd.concat([table["p"], variance["p GG"]])
     for column, method in (("p Holm", "holm"), ("p BH", "fdr_bh")):
-        np.testing.assert_allclose(table[column], multipletests(table["p"], method=method)[1])
+        np.testing.assert_allclose(table[column], multipletests(family, method=method)[1][: len(table)])
+    np.testing.assert_allclose(variance["p Holm"], multipletests(family, method="holm")[1][len(table) :])
+    assert {"term", "F", "p", "p GG"} <= set(variance)
     assert table.loc[table["metric"] != metric, "equivalent"].isna().all(), "without a margin, equivalence is unknown"
-    assert re.search(r"noise 0\.5 vs 0\.0 at lb=0\.0: -\S+ val/accuracy \[.*n=3: \*\*worse\*\*", text)
+    assert re.search(
+        r"noise 0\.5 vs 0\.0 at lb=0\.0: -\S+ val/accuracy \[.*\(Holm 0\.086\), n=3: \*\*equivalent\*\* within", text
+    )
     assert set(pd.read_csv(tmp_path / "out" / "anova.csv")["metric"]) == {*table["metric"]}
     for name in ("noise_lb", "factors_val_accuracy", "contrasts_val_accuracy"):
         assert f"![{name}]({name}.png)" in text
@@ -270,7 +279,7 @@ def test_the_option_metric_adds_a_metric_to_the_tables_and_tests(
     ]
     text = (tmp_path / "analysis" / "report.md").read_text()
     assert f"| routing/load_cv/pooled | {metric} | n seeds |" in text
-    assert f"lb 0.01 vs 0.0 at noise=0.0: +0 {metric}, n=3: **undecided** (the same difference in every seed" in text
+    assert f"lb 0.01 vs 0.0 at noise=0.0: +0 {metric}, n=3: **deterministic**, equal in every seed" in text
     assert f"- {metric} has no spread between seeds" in text.replace(f"{metric}: ", "", 1)
 
 
@@ -284,10 +293,11 @@ def test_an_added_metric_does_not_change_experiments_without_it(tmp_path: Path) 
         load_runs([tmp_path]), ReportOptions(metrics=("routing/load_gini",))
     )
     assert with_metric.tested == [*without_metric.tested, "routing/load_gini"]
-    np.testing.assert_allclose(
-        with_metric.contrasts["p Holm"], multipletests(with_metric.contrasts["p"], method="holm")[1]
-    )
-    np.testing.assert_allclose(without_metric.contrasts["p Holm"], without_metric.contrasts["p"])
+    for part in (with_metric, without_metric):
+        family = pd.concat([part.contrasts["p"], part.variance["p GG"].dropna()])
+        np.testing.assert_allclose(
+            part.contrasts["p Holm"], multipletests(family, method="holm")[1][: len(part.contrasts)]
+        )
     np.testing.assert_allclose(without_metric.contrasts["p"], with_metric.contrasts["p"][:2])
 
 
@@ -484,13 +494,13 @@ def test_the_forest_plot_has_one_row_per_contrast() -> None:
     rows = [
         {"factor": "lb", "level": level, "reference": 0, "within": "", "n": 3, "difference": d, "ci_low": d - 1}
         | {"ci_high": d + 1, "p Holm": p}
-        for level, d, p in ((1, 0.5, 1.0), (2, 2.0, 0.2), (3, -3.0, 0.01))
+        for level, d, p in ((1, 0.5, 0.2), (2, 2.0, 0.04), (3, -3.0, 0.01))
     ]
     (axes,) = forest(pd.DataFrame(rows), "loss").axes
     assert [label.get_text() for label in axes.get_yticklabels()] == [f"lb {i} vs 0 (n=3)" for i in (1, 2, 3)]
     points = [line for line in axes.lines if line.get_marker() == "o"]
     assert [line.get_xdata()[0] for line in points] == [0.5, 2.0, -3.0]
-    assert [line.get_markerfacecolor() == "white" for line in points] == [True, True, False], (
+    assert [line.get_markerfacecolor() == "white" for line in points] == [True, False, False], (
         "filled: significant after Holm's correction"
     )
     assert len({line.get_color() for line in points}) == 3, "undecided, above zero, below zero"

@@ -351,7 +351,7 @@ def compare_temperatures(*differences: float, offsets: Iterable[float] = (0.0, 1
         for temp in (1.0, 2.0)
         for seed, (offset, difference) in enumerate(zip(offsets, differences, strict=True))
     ]
-    return insights(pd.DataFrame(rows), "router.temp", ["val/loss"])
+    return insights({"router.temp": pd.DataFrame(rows)}, ["val/loss"])
 
 
 def test_sentences_follow_from_the_data() -> None:
@@ -370,9 +370,9 @@ def test_sentences_follow_from_the_data() -> None:
     assert ": -0.11 nats" in comparison
     assert comparison.endswith("n=3: better.")
     first, comparison = compare_temperatures(-0.1, 0.0, 0.11)
-    assert first.endswith("undecided against temperature 2.0.")
+    assert first.endswith("not told from temperature 2.0.")
     assert "n=3: undecided, the smallest effect these seeds could have seen (power 0.8) is" in comparison
-    assert "undecided (the same difference in every seed" in compare_temperatures(0.0, 0.0, 0.0)[1]
+    assert "deterministic, equal in every seed." in compare_temperatures(0.0, 0.0, 0.0)[1]
     assert "n=1: undecided (a test needs two paired seeds" in compare_temperatures(0.1, offsets=(0.0,))[1]
     assert "no seed has a value at both levels: undecided" in compare_temperatures(math.nan, offsets=(0.0,))[1]
 

@@ -21,7 +21,7 @@ from moe.analysis.figures.style import (
     panel_height,
     shared_legend,
 )
-from moe.analysis.statistics import with_intervals
+from moe.analysis.statistics import SIGNIFICANCE, with_intervals
 from moe.results.conditions import by_seed, conditions, levels, summary
 
 
@@ -72,8 +72,8 @@ def _draw_levels(axes: Axes, runs: pd.DataFrame, factor: str, hue: str, metric: 
 def forest(contrasts: pd.DataFrame, label: str) -> Figure:
     """Draw the difference of each contrast with its 95 % t interval, one row for each contrast.
 
-    A point is filled if p < 0.05 after Holm's correction. `contrasts` are rows of `moe.analysis.statistics.contrasts`
-    that have an interval, all of the metric named `label`.
+    A row has a color and a filled point if p is at most 5 % after Holm's correction. `contrasts` are rows of
+    `moe.analysis.statistics.contrasts` that have an interval, all of the metric named `label`.
     """
     names = [
         f"{c.factor} {c.level} vs {c.reference}" + (f" at {c.within}" if c.within else "") + f" (n={c.n})"
@@ -83,9 +83,9 @@ def forest(contrasts: pd.DataFrame, label: str) -> Figure:
     figure = Figure(figsize=(8.4, 1.4 + 0.28 * len(contrasts)), layout="constrained")
     axes = figure.subplots()
     for row, (_, c) in enumerate(contrasts.iterrows()):
-        clear = c["ci_low"] > 0 or c["ci_high"] < 0
-        color = PALETTE[1 if c["difference"] > 0 else 0] if clear else PALETTE[7]
-        fill = color if c["p Holm"] < 0.05 else "white"
+        significant = c["p Holm"] <= SIGNIFICANCE
+        color = PALETTE[1 if c["difference"] > 0 else 0] if significant else PALETTE[7]
+        fill = color if significant else "white"
         axes.plot([c["ci_low"], c["ci_high"]], [row, row], color=color, linewidth=2)
         axes.plot(c["difference"], row, "o", color=color, markerfacecolor=fill, markersize=7)
     axes.axvline(0, color="black", linewidth=1)
@@ -93,6 +93,6 @@ def forest(contrasts: pd.DataFrame, label: str) -> Figure:
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
     figure.supxlabel(
-        f"difference in {label}, with its 95 % t interval; filled: p < 0.05 after Holm's correction", fontsize="medium"
+        f"difference in {label}, with its 95 % t interval; filled: p <= 0.05 after Holm's correction", fontsize="medium"
     )
     return figure

@@ -1,14 +1,16 @@
 """Collect everything that the sections of a report need. This is done once, before the first file is written."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 import pandas as pd
 
 from moe.analysis.claims import judge_planned
 from moe.analysis.figures.style import MOST_LINES
-from moe.analysis.statistics import as_one_family, contrasts, name_cell
+from moe.analysis.statistics import as_one_family, contrasts, corrected, name_cell, stack
+from moe.analysis.variance import anova
 from moe.checks import unknown
 from moe.metrics.catalog import select
 from moe.results.conditions import (
@@ -23,9 +25,8 @@ from moe.results.conditions import (
 )
 from moe.results.table import EventTables, read_event_tables
 
-# The metrics that are always tested. p-values are corrected for each metric separately (each is a family of its own). A
-# metric that the reader adds may have been chosen after seeing the results. Then p-values are corrected over all tested
-# metrics together.
+# The metrics that are always tested. All tests of an experiment that nobody planned are one family: every contrast and
+# every term of the analysis of variance, of all tested metrics together.
 TESTED = tuple(metric.headline for metric in select(shown="tested"))
 
 GRADIENT_METRICS = tuple(metric.name for metric in select(shown="gradient figure"))
@@ -57,6 +58,8 @@ class ReportInputs(NamedTuple):
     tested: list[str]  # those of `TESTED` and the metrics of the options that some run has
     claims: pd.DataFrame  # from `moe.analysis.claims.judge_planned`; empty if there are several experiments
     contrasts: pd.DataFrame  # `moe.analysis.statistics.contrasts` of all tested metrics; empty in the same case
+    variance: pd.DataFrame  # `moe.analysis.variance.anova` of all tested metrics, with `p Holm`; empty in the same case
+    without_variance: list[str]  # why a metric has no analysis of variance
     past: EventTables  # every evaluation, and some metrics of every training step
 
     def with_condition(self, events: pd.DataFrame) -> pd.DataFrame:
@@ -111,6 +114,8 @@ def _describe(loaded: pd.DataFrame, *, past: EventTables, extra_metrics: tuple[s
         tested=present(runs, (*TESTED, *extra_metrics)),
         claims=pd.DataFrame(),
         contrasts=pd.DataFrame(),
+        variance=pd.DataFrame(),
+        without_variance=[],
         past=EventTables(_events_of(past.evals, folders), _events_of(past.trains, folders), past.problems),
     )
 
@@ -126,11 +131,29 @@ def _with_comparisons(inputs: ReportInputs, options: ReportOptions) -> ReportInp
         contrasts(inputs.runs, metric, inputs.factors, references=references, margin=options.margins.get(metric))
         for metric in inputs.tested
     ]
-    table = stack(tables)
+    compared, (variance, refusals) = stack(tables), _variance(inputs)
+    p = pd.concat(
+        [table.get(column, pd.Series(dtype=float)) for table, column in ((compared, "p"), (variance, "p GG"))]
+    )
+    if len(variance):
+        variance.insert(variance.columns.get_loc("p GG") + 1, "p Holm", corrected(p, "holm")[len(compared) :])
     return inputs._replace(
         claims=judge_planned(inputs.loaded),
-        contrasts=table if set(inputs.tested) <= set(TESTED) else as_one_family(table),
+        contrasts=as_one_family(compared, variance.get("p GG")),
+        variance=variance,
+        without_variance=refusals,
     )
+
+
+def _variance(inputs: ReportInputs) -> tuple[pd.DataFrame, list[str]]:
+    """Return the analysis of variance of every tested metric, and why a metric has none."""
+    tables, refusals = [], []
+    for metric in inputs.tested:
+        try:
+            tables.append(anova(inputs.runs, metric, inputs.factors))
+        except ValueError as error:
+            refusals.append(shorten(f"{metric}: {error}", 500, placeholder=" …"))
+    return stack(tables), refusals
 
 
 def _check(options: ReportOptions, experiments: list[ReportInputs]) -> None:
@@ -152,12 +175,6 @@ def _check(options: ReportOptions, experiments: list[ReportInputs]) -> None:
     for metric, margin in options.margins.items():
         if metric not in tested:
             raise ValueError(f"margin {metric}={margin}: tested metrics are {', '.join(tested)}")
-
-
-def stack(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Return the rows of all tables in one table; an empty table if none has a row."""
-    tables = [table for table in tables if not table.empty]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
 def _reference_levels(inputs: ReportInputs, options: ReportOptions) -> dict[str, Any]:

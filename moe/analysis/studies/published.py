@@ -12,7 +12,8 @@ import pandas as pd
 import yaml
 
 from moe.analysis.claims import evidence_sentence, judge
-from moe.analysis.statistics import anova, contrasts
+from moe.analysis.statistics import contrasts
+from moe.analysis.variance import anova
 from moe.config.claim import ClaimConfig
 from moe.config.options import CONF
 
@@ -174,8 +175,8 @@ def _judged(runs: pd.DataFrame, experiment: str, *, caveat: str = "") -> list[Se
 def _interaction(variance: pd.DataFrame) -> Sentence:
     """Judge the noise study's sentence about the interaction of noise and balance weight."""
     rows = variance[variance["term"] == "noise:lb"].set_index("metric")
-    p = rows.loc["val/perplexity", "p"]
-    tests = "; ".join(f"{name}: F={row['F']:.2f}, p={row['p']:.2g}" for name, row in rows.iterrows())
+    p = rows.loc["val/perplexity", "p GG"]
+    tests = "; ".join(f"{name}: F={row['F']:.2f}, p={row['p GG']:.2g}" for name, row in rows.iterrows())
     verdict = "contradicted" if p <= 0.05 else "undecided"
     return Sentence(
         "noise study, 9",

@@ -1,11 +1,10 @@
 """Tables of statistics: the conditions, all contrasts, the analysis of variance and the noise floor."""
 
 from collections.abc import Iterator
-from textwrap import shorten
 
 from moe.analysis.report.blocks import BulletList, Heading, Paragraph, ReportBlock, TableBlock, csv_file
-from moe.analysis.report.inputs import ReportInputs, stack
-from moe.analysis.statistics import anova, noise_floor, with_intervals
+from moe.analysis.report.inputs import ReportInputs
+from moe.analysis.statistics import noise_floor, with_intervals
 from moe.results.conditions import ROUTING, present, spread_table, summary
 
 NOISE_FLOOR_EXPLAINED = """\
@@ -14,14 +13,19 @@ interval, and the smallest true difference that an unpaired t test with so many 
 power 0.8."""
 CONTRASTS_EXPLAINED = """\
 `difference` is level minus reference, averaged over paired seeds, with its 95 % t interval and the p of the paired t
-test. `p Holm` is p corrected for all contrasts of the metric. If `--metric` added a metric, it is corrected for the
-contrasts of all metrics together.
-`d_z` is the difference in standard deviations (ddof=1) of the paired differences. `p Welch` is the p of a test that
-ignores the pairing. `p sign-flip` is exact up to 16 seeds, and can never be below `smallest p sign-flip`, however large
-the effect is. `detectable` is the smallest true difference that a test of this many seeds with this spread would find
-with power 0.8. `p BH` is p corrected for the false discovery rate (Benjamini-Hochberg) over the same contrasts. A
-metric with a `--margin` also has `p TOST`, the p of two one-sided tests that the difference is smaller than the
-margin."""
+test. `p Holm` is p corrected for all `tests` of the family. `d_z` is the difference in standard deviations (ddof=1) of
+the paired differences. `p Welch` is the p of a test that ignores the pairing. `p sign-flip` is exact up to 16 seeds,
+and can never be below `smallest p sign-flip`, however large the effect is. `detectable` is the smallest true difference
+that would be significant after Holm's correction with power 0.8. It rests on the spread of few differences:
+`detectable_low` and `detectable_high` give it for both ends of the spread's 95 % interval. `p BH` is p corrected for
+the false discovery rate (Benjamini-Hochberg) over the same tests. A metric with a `--margin` also has `p TOST`, the p
+of two one-sided tests that the difference is smaller than the margin. A difference that is the same in every seed is
+`deterministic`, and has no p."""
+VARIANCE_EXPLAINED = """\
+Each term is tested against its own interaction with the seed, so an effect counts only if it is larger than its spread
+from seed to seed. `p GG` has Greenhouse and Geisser's correction: with three levels or more, p alone is too small if
+some seeds respond more strongly than others. `p Holm` is p GG corrected for all tests of the family. `runs` says which
+runs were used; if some are missing, a mixed model takes the place of the usual tests."""
 
 
 def noise_floor_table(inputs: ReportInputs) -> Iterator[ReportBlock]:
@@ -57,15 +61,9 @@ def contrast_table(inputs: ReportInputs) -> Iterator[ReportBlock]:
 
 def analysis_of_variance(inputs: ReportInputs) -> Iterator[ReportBlock]:
     """Yield the factorial analysis of variance of every tested metric, or why there is none."""
-    tables, refusals = [], []
-    for metric in inputs.tested:
-        try:
-            tables.append(anova(inputs.runs, metric, inputs.factors))
-        except ValueError as error:
-            refusals.append(shorten(f"{metric}: {error}", 500, placeholder=" …"))
-    yield Heading("Analysis of variance, seed as block")
-    if refusals:
-        yield BulletList(refusals)
-    table = stack(tables)
-    yield TableBlock(table)
-    yield csv_file("anova", table, "this table.")
+    yield Heading("Analysis of variance within seeds")
+    yield Paragraph(VARIANCE_EXPLAINED)
+    if inputs.without_variance:
+        yield BulletList(inputs.without_variance)
+    yield TableBlock(inputs.variance)
+    yield csv_file("anova", inputs.variance, "this table.")

@@ -9,16 +9,15 @@ from matplotlib.figure import Figure
 from moe.analysis.figures import curves
 from moe.analysis.figures.drawing import drawing
 from moe.analysis.report.blocks import Heading, Paragraph, ReportBlock, TableBlock, csv_file, figure_section
-from moe.analysis.report.inputs import GRADIENT_METRICS, ReportInputs, stack
-from moe.analysis.sentences import SIGNIFICANCE
-from moe.analysis.statistics import contrasts
+from moe.analysis.report.inputs import GRADIENT_METRICS, ReportInputs
+from moe.analysis.statistics import contrasts, stack
 from moe.runs.traces import MILESTONES
 
 VALIDATION_LOSS = "val/loss"
+DESCRIBED = ["metric", "factor", "level", "reference", "within", "n", "difference", "ci_low", "ci_high", "note"]
 CONTRASTS_EXPLAINED = """\
 Difference of the validation loss from that of the reference level, in nats per token, paired by seed and with its 95 %
-t interval. The columns are shares of training at which every finished run was evaluated. *: p <= 0.05 after Holm's
-correction for the contrasts in the column."""
+t interval. The columns are shares of training. This table describes; only final values are tested."""
 GRADIENTS_CAPTION = """\
 Gradient norms of routers and experts, and how much an optimizer step changes their weights relative to the weights'
 size."""
@@ -30,9 +29,7 @@ def contrasts_over_training(inputs: ReportInputs) -> Iterator[ReportBlock]:
     if table.empty:
         return
     cells = [
-        f"{c.difference:+.3f}"
-        + (f" [{c.ci_low:.3f}, {c.ci_high:.3f}]" if c.n > 1 and math.isfinite(c.ci_low) else "")
-        + (" *" if c.significant else "")
+        f"{c.difference:+.3f}" + (f" [{c.ci_low:.3f}, {c.ci_high:.3f}]" if c.n > 1 and math.isfinite(c.ci_low) else "")
         for c in table.itertuples()
     ]
     shown = table.assign(cell=cells, share=table["share"].map("{:.0%}".format))
@@ -40,14 +37,14 @@ def contrasts_over_training(inputs: ReportInputs) -> Iterator[ReportBlock]:
     yield Heading("Over training")
     yield Paragraph(CONTRASTS_EXPLAINED)
     yield TableBlock(shown.pivot_table("cell", names, "share", aggfunc="first", sort=False).reset_index())
-    yield csv_file("progress", table, "this table, with n and p.")
+    yield csv_file("progress", table, "this table, with n.")
 
 
 def contrasts_at_shares(inputs: ReportInputs) -> pd.DataFrame:
     """Return `moe.analysis.statistics.contrasts` of the validation loss at shares of training.
 
-    The shares are those of `MILESTONES` at which every finished run was evaluated. Each share is a family of its own
-    for Holm's correction. Two columns are added: `share` and `significant`.
+    The shares are those of `MILESTONES`. A run that was not evaluated at a share is left out there, with a note. A
+    share has a column `share` in place of the p-values: what is tested are final values.
     """
     runs, evals = inputs.runs[inputs.runs["status"] == "finished"], inputs.past.evals
     if inputs.contrasts.empty or VALIDATION_LOSS not in evals:
@@ -58,13 +55,12 @@ def contrasts_at_shares(inputs: ReportInputs) -> pd.DataFrame:
     by_run = [losses[folder].dropna() if folder in losses else pd.Series(dtype=float) for folder in runs["folder"]]
     tables = []
     for share in MILESTONES:
-        values = [run.get(round(share * run.index.max())) if len(run) else None for run in by_run]
-        if None not in values:
-            at_share = runs.assign(**{VALIDATION_LOSS: values})
-            table = contrasts(at_share, VALIDATION_LOSS, inputs.factors, references=references)
-            tables.append(table.assign(share=share))
-    table = stack(tables)
-    return table if table.empty else table.assign(significant=table["p Holm"] <= SIGNIFICANCE)
+        values = [run.get(round(share * run.index.max()), math.nan) if len(run) else math.nan for run in by_run]
+        at_share = runs.assign(**{VALIDATION_LOSS: values})
+        table = contrasts(at_share, VALIDATION_LOSS, inputs.factors, references=references)
+        if len(table) and table["n"].any():
+            tables.append(table.assign(share=share)[[*DESCRIBED, "share"]])
+    return stack(tables)
 
 
 def learning_curves(inputs: ReportInputs) -> Iterator[ReportBlock]:

@@ -7,12 +7,12 @@ import pandas as pd
 from moe.analysis.claims import contrasts_without_claim, evidence_sentence, planned_claims
 from moe.analysis.report.blocks import BulletList, Heading, Paragraph, ReportBlock, csv_file, long_list
 from moe.analysis.report.inputs import ReportInputs
-from moe.analysis.sentences import UNDECIDED, UNTIL_CORRECTED, WITH_CORRECTION, contrast_sentence, standing
+from moe.analysis.sentences import DETERMINISTIC, SIGNIFICANT, UNDECIDED, contrast_sentence, standing
 from moe.metrics.catalog import lookup
 
 TITLES = {
-    WITH_CORRECTION: "Significant after Holm's correction",
-    UNTIL_CORRECTED: "Significant only before Holm's correction",
+    SIGNIFICANT: "Significant after Holm's correction",
+    DETERMINISTIC: "The same in every seed",
     UNDECIDED: "Undecided",
 }
 CLAIMS_EXPLAINED = """\
@@ -21,8 +21,10 @@ difference is taken between runs of the same seed and averaged over all combinat
 supported or contradicted if p is at most 5 % after Holm's correction for the number of these claims; otherwise it is
 undecided. Everything else in this report is post hoc: nobody predicted it before the runs."""
 POST_HOC = """\
-Each level of a factor is compared with the factor's reference level. These comparisons are post hoc: no claim predicted
-their results before the runs."""
+Each level of a factor is compared with the factor's reference level: "A vs B" is A minus B, and B is the reference.
+These comparisons are post hoc: no claim predicted their results before the runs. They and the analysis of variance, of
+all tested metrics, are one family of {tests} tests. Holm's correction keeps the probability that any of its directions
+is due to chance at 5 % or less."""
 
 
 def claim_verdicts(inputs: ReportInputs) -> Iterator[ReportBlock]:
@@ -47,7 +49,7 @@ def contrast_verdicts(inputs: ReportInputs) -> Iterator[ReportBlock]:
         yield Paragraph("None: no factor varies among the runs with results.")
         return
     rows = contrasts_without_claim(inputs.contrasts, [claim for claim, _ in planned_claims(inputs.loaded)])
-    yield Paragraph(POST_HOC)
+    yield Paragraph(POST_HOC.format(tests=inputs.contrasts["tests"].max()))
     sentences: dict[str, list[str]] = {}
     for _, contrast in rows.iterrows():
         sentences.setdefault(standing(contrast), []).append(_verdict(contrast))

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from moe.analysis.sentences import UNDECIDED, standing
-from moe.analysis.statistics import contrasts, with_intervals
+from moe.analysis.statistics import against_best, with_intervals
 from moe.config.schema import is_free
 from moe.results.conditions import STD, tied_factors, varied_factors
 from moe.results.table import ABSENT, FACTS
@@ -131,14 +131,16 @@ def experiment_names(members: pd.DataFrame) -> pd.Series:
     return pd.Series(named, members.index)
 
 
-def compare_levels(
-    members: pd.DataFrame, by: str, reference: float | str, metric: str = VALIDATION_LOSS
-) -> pd.DataFrame:
-    """Compare the levels of `by` with one of them, paired by seed; `decided`: the 95 % t interval excludes 0."""
-    table = contrasts(members, metric, [by], references={by: reference})
-    if table.empty:
-        return table
-    return table.assign(decided=[standing(contrast) != UNDECIDED for _, contrast in table.iterrows()])
+def rivals_of_best(members: pd.DataFrame, by: str, best: float | str) -> pd.DataFrame:
+    """Compare the final losses of the levels of `by` with that of the best; `told`: whether they are told apart."""
+    table = against_best(members, VALIDATION_LOSS, by, best)
+    return table.assign(told=[standing(contrast) != UNDECIDED for _, contrast in table.iterrows()])
+
+
+def not_told_from_best(members: pd.DataFrame, by: str, best: float | str) -> list[float | str]:
+    """Return the levels of `by` that are not told from the best, which was chosen after seeing all losses."""
+    rivals = rivals_of_best(members, by, best)
+    return rivals.loc[~rivals["told"], "level"].tolist() if len(rivals) else []
 
 
 def _by_schedule(runs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -11,15 +11,15 @@ import numpy as np
 import pandas as pd
 
 from moe.analysis.sentences import contrast_sentence
-from moe.analysis.statistics import with_intervals
+from moe.analysis.statistics import as_one_family, contrasts, stack, with_intervals
 from moe.analysis.studies.temperature.data import (
     TEMPERATURE,
     VALIDATION_LOSS,
     ablation,
-    compare_levels,
     constant_runs,
     evaluation_curves,
     experiment_names,
+    not_told_from_best,
     ranking,
     scheduled,
     with_utilization,
@@ -35,8 +35,9 @@ DEFINITIONS = {
     "best_loss": "lowest over a run's evaluations: optimistic, because the evaluation was chosen by its own loss",
     "losses": "final losses, means over seeds, in the order of the tested levels",
     "improvement": "100 (worst - best) / worst of the mean final losses; both were chosen after seeing the losses",
-    "not_told_from_best": "levels whose difference from the best, paired by seed, has a 95 % t interval that contains "
-    "0, or none",
+    "not_told_from_best": "levels whose difference from the best, paired by seed, is not significant after Holm's "
+    "correction over all pairs of levels; the best was chosen after seeing the losses, and all pairs allow for that",
+    "insights": "a direction is named if p is at most 5 % after Holm's correction over all comparisons of this file",
     "expert_utilization": "shares of assignments at the last evaluation. distribution: mean over layers and seeds, by "
     "index, which hides imbalance, because expert i of one layer has nothing to do with expert i of another; ranked: "
     "the shares of each layer sorted from largest to smallest, then averaged; std (ddof 0) and gini: of a layer's "
@@ -77,7 +78,6 @@ def summary_report(runs: pd.DataFrame, evals: pd.DataFrame) -> dict[str, Any]:
         best["temperature_ablation"] = _best(constant, TEMPERATURE, "temperature", evals)
         analysis = _analysis(constant, TEMPERATURE, "temperature", evals)
         report["temperature_analysis"] = {"tested_temperatures": levels(constant[TEMPERATURE])} | analysis
-        report["insights"] += insights(constant, TEMPERATURE, QUALITY)
     else:
         report["not_reported"]["temperature_ablation"] = constant
     if isinstance(with_schedule, pd.DataFrame):
@@ -85,9 +85,12 @@ def summary_report(runs: pd.DataFrame, evals: pd.DataFrame) -> dict[str, Any]:
         best["temperature_schedule"] = _best(changing, "schedule", "schedule_type", evals)
         analysis = _analysis(changing, "schedule", "schedule", evals)
         report["schedule_analysis"] = {"schedules_tested": levels(changing["schedule"])} | analysis
-        report["insights"] += insights(with_schedule, "schedule", QUALITY)
     else:
         report["not_reported"]["temperature_schedule"] = with_schedule
+    parts = {TEMPERATURE: constant, "schedule": with_schedule}
+    report["insights"] = insights(
+        {by: table for by, table in parts.items() if isinstance(table, pd.DataFrame)}, QUALITY
+    )
     return report
 
 
@@ -107,7 +110,7 @@ def specialization_report(runs: pd.DataFrame, evals: pd.DataFrame) -> dict[str, 
     constant, of_any_length = ablation(runs), constant_runs(runs)
     if isinstance(constant, pd.DataFrame):
         report["summary"] = _extremes(constant)
-        report["insights"] = insights(constant, TEMPERATURE, SPECIALIZATION)
+        report["insights"] = insights({TEMPERATURE: constant}, SPECIALIZATION)
     else:
         report["not_reported"]["summary"] = constant
     table = of_any_length if isinstance(of_any_length, str) else with_utilization(of_any_length, evals)
@@ -119,19 +122,24 @@ def specialization_report(runs: pd.DataFrame, evals: pd.DataFrame) -> dict[str, 
     return report
 
 
-def insights(members: pd.DataFrame, by: str, metrics: list[str]) -> list[str]:
-    """Return sentences about the levels of `by`: each is compared with temperature 1, or with a constant temperature.
+def insights(parts: dict[str, pd.DataFrame], metrics: list[str]) -> list[str]:
+    """Return sentences that compare the levels of each factor with temperature 1, or with a constant temperature.
 
-    If the loss is among the metrics, the first sentence names the level with the lowest final loss. A sentence names a
-    direction only if the 95 % t interval of the difference, paired by seed, excludes 0.
+    `parts` has the runs by factor. If the loss is among the metrics, the first sentence about a factor names the level
+    with the lowest final loss. All comparisons are one family for Holm's correction, and a sentence names a direction
+    only if it holds after that.
     """
-    known = levels(members[by])
-    reference = next((level for level in (1.0, "constant") if level in known), known[0])
-    sentences = [_lowest_loss(members, by)] if VALIDATION_LOSS in metrics else []
-    for metric in metrics:
-        if metric in members and len(known) > 1:
-            compared = compare_levels(members, by, reference, metric)
-            sentences += [_sentence(contrast) for _, contrast in compared.iterrows()]
+    tables = []
+    for by, members in parts.items():
+        known = levels(members[by])
+        reference = next((level for level in (1.0, "constant") if level in known), known[0])
+        for metric in [metric for metric in metrics if metric in members]:
+            tables.append(contrasts(members, metric, [by], references={by: reference}))
+    compared = as_one_family(stack(tables))
+    sentences = []
+    for by, members in parts.items():
+        sentences += [_lowest_loss(members, by)] if VALIDATION_LOSS in metrics else []
+        sentences += [_sentence(contrast) for _, contrast in compared.iterrows() if contrast["factor"] == by]
     return sentences
 
 
@@ -145,9 +153,9 @@ def _lowest_loss(members: pd.DataFrame, by: str) -> str:
     if not math.isnan(best["ci_low"]):
         text += f" [{best['ci_low']:.4g}, {best['ci_high']:.4g}]"
     text += f", n={best['n']:.0f}, chosen after seeing all {len(losses)}"
-    rivals = _undecided_levels(members, by, best[by])
+    rivals = not_told_from_best(members, by, best[by])
     if rivals:
-        return f"{text}: undecided against {', '.join(_level_name(by, rival) for rival in rivals)}."
+        return f"{text}: not told from {', '.join(_level_name(by, rival) for rival in rivals)}."
     return f"{text}: better than every other." if len(losses) > 1 else f"{text}: there is no other to compare with."
 
 
@@ -162,12 +170,6 @@ def _sentence(contrast: pd.Series) -> str:
 
 def _level_name(by: str, level: Any) -> str:
     return f"temperature {level}" if by == TEMPERATURE else f"schedule {level}"
-
-
-def _undecided_levels(members: pd.DataFrame, by: str, best: Any) -> list[Any]:
-    """Return the levels whose difference from the best is undecided."""
-    compared = compare_levels(members, by, best)
-    return [] if compared.empty else compared.loc[~compared["decided"], "level"].tolist()
 
 
 def _best(members: pd.DataFrame, by: str, key: str, evals: pd.DataFrame) -> dict[str, Any] | None:
@@ -201,7 +203,7 @@ def _analysis(members: pd.DataFrame, by: str, key: str, evals: pd.DataFrame) -> 
         f"best_{key}": best[by],
         f"worst_{key}": worst[by],
         "improvement": float(100 * (worst["mean"] - best["mean"]) / worst["mean"]),
-        "not_told_from_best": _undecided_levels(members, by, best[by]),
+        "not_told_from_best": not_told_from_best(members, by, best[by]),
     }
 
 

@@ -5,14 +5,14 @@ from typing import Any
 
 import pandas as pd
 
-from moe.analysis.studies.temperature.data import TEMPERATURE, compare_levels, ranking, seed_means
+from moe.analysis.studies.temperature.data import TEMPERATURE, ranking, rivals_of_best, seed_means
 
 
 def ablation_statistics(runs: pd.DataFrame) -> pd.DataFrame:
     """Return a table of the best and worst temperature by mean final loss, and whether the seeds separate them."""
     losses = ranking(runs, TEMPERATURE)
     best, worst = losses.iloc[0], losses.iloc[-1]
-    rivals = compare_levels(runs, TEMPERATURE, best[TEMPERATURE])
+    rivals = rivals_of_best(runs, TEMPERATURE, best[TEMPERATURE])
     lines = {
         "best temperature": f"{best[TEMPERATURE]:g}",
         "its final loss": f"{_interval(best, '.4g')}, n={int(best['n'])}",
@@ -22,9 +22,9 @@ def ablation_statistics(runs: pd.DataFrame) -> pd.DataFrame:
     }
     if len(rivals):
         pair = rivals[rivals["level"] == worst[TEMPERATURE]].iloc[0]
-        undecided = ", ".join(f"{level:g}" for level in rivals.loc[~rivals["decided"], "level"])
+        undecided = ", ".join(f"{level:g}" for level in rivals.loc[~rivals["told"], "level"])
         lines["worst − best, paired"] = f"{_interval(pair.rename({'difference': 'mean'}), '.3g')}, n={pair['n']}"
-        lines["undecided against the best"] = undecided or "none"
+        lines["not told from the best"] = undecided or "none"
     lines["temperatures tested"] = f"{len(losses)}"
     lines["interval"] = "95 % t over n seeds"
     return pd.DataFrame(lines.items(), columns=["final validation loss", "nats per token"])
