@@ -30,6 +30,7 @@ from transformers import PreTrainedTokenizerFast
 
 from moe.checks import first_line
 from moe.data.chat import end_ids, set_template
+from moe.data.labels import IGNORED, next_token
 from moe.data.limits import check_limits
 from moe.data.packing import Blocks, concatenate, pack
 from moe.data.sources import DUPLICATES, Document, DuplicateFilter, Source, checksums
@@ -196,6 +197,22 @@ def batch(dataset: datasets.Dataset, indices: Sequence[int] | np.ndarray) -> Bat
     rows = {name: torch.from_numpy(column) for name, column in dataset[indices].items()}
     ids = rows["input_ids"]
     return Batch(ids, rows["domain"], rows.get("labels", ids), rows.get("position_ids"))
+
+
+def predicted_bytes(data: Prepared) -> tuple[int, ...]:
+    """Return for each domain the length of the validation text that a model predicts, in bytes of UTF-8.
+
+    It is the text of all tokens that are the target of a prediction, as the tokenizer decodes them. Tokens that stand
+    for no text, such as the end of a document, have a length of 0.
+    """
+    lengths = [0] * len(data.domains)
+    for first in range(0, len(data.val), 256):
+        blocks = batch(data.val, range(first, min(first + 256, len(data.val))))
+        targets = [row[row != IGNORED].tolist() for row in next_token(blocks.labels)]
+        texts = data.tokenizer.batch_decode(targets, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for domain, text in zip(blocks.domain.tolist(), texts, strict=True):
+            lengths[domain] += len(text.encode(errors="replace"))
+    return tuple(lengths)
 
 
 @lru_cache(maxsize=2)

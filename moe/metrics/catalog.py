@@ -167,6 +167,18 @@ ENTRIES = (
         noun="perplexity",
     ),
     Metric(
+        "val/bits_per_byte",
+        "Σ -log2 p(next token) / bytes of the text",
+        "Bits that the model needs for a byte of the validation text in UTF-8. Unlike the loss and the perplexity of a "
+        "token, it can be compared between tokenizers. Null if the tokens stand for no text.",
+        "validation bits per byte",
+        "quality",
+        unit="bits per byte",
+        better="lower",
+        variants=("<domain>",),
+        shown=("headline",),
+    ),
+    Metric(
         "val/accuracy",
         "mean [argmax p = next token]",
         "Share of validation tokens that the model predicts.",

@@ -36,6 +36,7 @@ def validate(training: Training, step: int) -> dict[str, Any]:
     settings = knob_settings(config, training.schedule, step)
     arguments: dict[str, Any] = {
         "domains": data.domains,
+        "text_bytes": training.val_bytes,
         "batch_size": config.batch_size,
         "temperature": settings["temperature"],
     }
@@ -55,6 +56,7 @@ def evaluate(
     data: Dataset,
     *,
     domains: tuple[str, ...],
+    text_bytes: tuple[int, ...],
     batch_size: int,
     temperature: float,
     capacity: float | None = None,
@@ -62,9 +64,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Return the metrics of a model on validation data, dropless unless a `capacity` factor is given.
 
-    These are `val/loss` (nats per token), `val/perplexity`, `val/accuracy`, `val/loss/<domain>`, every routing metric,
-    and `routing/utilization` (L, E). `val/...` are means over the tokens with a label, routing metrics over all
-    tokens. The outputs of experts are compared on the tokens of `compared_tokens`.
+    These are `val/loss` (nats per token), `val/perplexity`, `val/accuracy`, `val/bits_per_byte`, loss and bits per byte
+    of each domain, every routing metric, and `routing/utilization` (L, E). `val/...` are means over the tokens with a
+    label, routing metrics over all tokens. `text_bytes` are the lengths of the domains' texts in bytes. The outputs of experts are compared on the tokens of `compared_tokens`.
 
     With a capacity limit, or a router that is not causal, the loss depends on which sequences share a micro-batch. Each
     micro-batch therefore mixes the domains, as in training.
@@ -112,10 +114,12 @@ def evaluate(
     values: dict[str, Any] = {
         "val/loss": mean,
         "val/perplexity": math.exp(mean) if mean < 700 else math.inf,
+        "val/bits_per_byte": _bits_per_byte(loss.sum().item(), sum(text_bytes)),
         "val/accuracy": (correct.sum() / tokens.sum()).item(),
     }
-    for name, nats, count in zip(domains, loss.tolist(), tokens.tolist(), strict=True):
+    for name, nats, count, size in zip(domains, loss.tolist(), tokens.tolist(), text_bytes, strict=True):
         values[f"val/loss/{name}"] = nats / count if count else None
+        values[f"val/bits_per_byte/{name}"] = _bits_per_byte(nats, size)
     if stats is not None:
         values |= summarize(stats) | {"routing/utilization": utilization(stats)}
         values["routing/drop_rate_by_position"] = drop_rate_by_position(stats)
@@ -149,6 +153,10 @@ def router_gram(router: Router) -> float | None:
     unit = torch.nn.functional.normalize(directions.double(), dim=-1)
     distance = (unit @ unit.T - torch.eye(len(unit), device=unit.device)).norm()
     return (distance / math.sqrt(len(unit) * (len(unit) - 1))).item()
+
+
+def _bits_per_byte(nats: float, size: int) -> float | None:
+    return nats / math.log(2) / size if size else None
 
 
 def _mean(values: list[float | None]) -> float | None:

@@ -26,7 +26,7 @@ def evaluate_router(router: str) -> dict[str, object]:
     model = MoEForCausalLM(MoEConfig.of(SIZE, spec, vocab_size=V, seq_len=S)).eval()
     ids = torch.randint(0, V, (6, S)).tolist()
     blocks = Dataset.from_dict({"input_ids": ids, "domain": [0, 0, 0, 1, 1, 1]}).with_format("numpy")
-    return evaluate(model, blocks, domains=("a", "b"), batch_size=4, temperature=1.0)
+    return evaluate(model, blocks, domains=("a", "b"), text_bytes=(90, 0), batch_size=4, temperature=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +46,9 @@ def test_a_metric_that_does_not_apply_to_a_router_is_null() -> None:
     assert hashed["routing/entropy"] is hashed["routing/router_gram"] is hashed["routing/entropy_t1"] is None
     assert soft["routing/jaccard"] is soft["routing/unrouted_rate"] is soft["routing/position_information"] is None
     assert soft["routing/entropy"] is not None
+    assert topk["val/bits_per_byte"] == pytest.approx(topk["val/loss"] / math.log(2) * 6 * (S - 1) / 90)
+    assert topk["val/bits_per_byte/a"] == pytest.approx(topk["val/loss/a"] / math.log(2) * 3 * (S - 1) / 90)
+    assert topk["val/bits_per_byte/b"] is None, "the text of this domain has no bytes"
     assert None not in (topk["routing/entropy"], topk["routing/router_gram"], topk["routing/output_similarity"])
     assert hashed["routing/drop_rate_by_position"] == [0.0] * 10
     assert soft["routing/drop_rate_by_position"] == [None] * 10
