@@ -66,7 +66,8 @@ def evaluate(
 
     These are `val/loss` (nats per token), `val/perplexity`, `val/accuracy`, `val/bits_per_byte`, loss and bits per byte
     of each domain, every routing metric, and `routing/utilization` (L, E). `val/...` are means over the tokens with a
-    label, routing metrics over all tokens. `text_bytes` are the lengths of the domains' texts in bytes. The outputs of experts are compared on the tokens of `compared_tokens`.
+    label, routing metrics over all tokens. `text_bytes` are the lengths of the domains' texts in bytes. The outputs of
+    experts are compared on the tokens of `compared_tokens`.
 
     With a capacity limit, or a router that is not causal, the loss depends on which sequences share a micro-batch. Each
     micro-batch therefore mixes the domains, as in training.

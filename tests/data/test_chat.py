@@ -318,7 +318,8 @@ def test_packing_does_not_change_the_loss_of_a_conversation(attention, prepared)
                 total += model(ids[None], labels[None]).loss.item() * predicted
                 count += predicted
         packed = model(blocks.ids, blocks.labels, position_ids=blocks.position_ids).loss.item()
-    values = evaluate(model, prepared.val, domains=prepared.domains, text_bytes=predicted_bytes(prepared), batch_size=2, temperature=1.0)
+    texts = {"domains": prepared.domains, "text_bytes": predicted_bytes(prepared)}
+    values = evaluate(model, prepared.val, **texts, batch_size=2, temperature=1.0)
     assert packed == pytest.approx(total / count, rel=1e-5)
     assert values["val/loss"] == pytest.approx(total / count, rel=1e-5)
     assert count == (blocks.labels != IGNORED).sum()  # no conversation begins with a label, so none is lost
@@ -326,7 +327,8 @@ def test_packing_does_not_change_the_loss_of_a_conversation(attention, prepared)
 
 def test_domain_losses_and_accuracy_are_over_labeled_tokens(prepared):
     model = tiny(400)
-    values = evaluate(model, prepared.val, domains=prepared.domains, text_bytes=predicted_bytes(prepared), batch_size=3, temperature=1.0)
+    texts = {"domains": prepared.domains, "text_bytes": predicted_bytes(prepared)}
+    values = evaluate(model, prepared.val, **texts, batch_size=3, temperature=1.0)
     blocks = all_blocks(prepared, "val")
     with torch.no_grad():
         output = model(blocks.ids, position_ids=blocks.position_ids)
