@@ -49,8 +49,8 @@ def pretrained_tokenizer(name: str, revision: str | None = None) -> PreTrainedTo
     """Load a tokenizer from a path or the hub, without the settings that calls and saves leave in its files.
 
     The ids of a text then depend on the text alone: there is no padding or truncation, no special token is added at
-    either end, and words that spell a special token are that token. If padding is asked for, it is on the left, as
-    generation needs it, and a tokenizer without a padding token uses its end-of-text token.
+    either end, no merge is left out at random, and words that spell a special token are that token. If padding is asked
+    for, it is on the left, as generation needs it, and a tokenizer without a padding token uses its end-of-text token.
 
     Code that the files name is never run. Raises ValueError if the tokenizer cannot be loaded, or is not a fast one
     with an end-of-text token.
@@ -64,7 +64,7 @@ def pretrained_tokenizer(name: str, revision: str | None = None) -> PreTrainedTo
         raise ValueError(f"data.tokenizer={name}: cannot be read ({first_line(error)})") from error
     if not isinstance(pretrained, PreTrainedTokenizerFast) or pretrained.eos_token_id is None:
         raise ValueError(f"data.tokenizer={name}: must be a fast tokenizer that has an end-of-text token")
-    _forget_calls(pretrained.backend_tokenizer)
+    _encode_text_alone(pretrained.backend_tokenizer)
     pretrained.backend_tokenizer.post_processor = processors.Sequence([])
     if pretrained.pad_token is None:
         pretrained.pad_token = pretrained.eos_token
@@ -83,14 +83,20 @@ def text_encoder(tokenizer: PreTrainedTokenizerFast, *, parse_special: bool) -> 
     """
     copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     copy.encode_special_tokens = not parse_special
-    _forget_calls(copy)
+    _encode_text_alone(copy)
     return copy
 
 
-def _forget_calls(backend: Tokenizer) -> None:
-    """Switch off padding and truncation, which stay on after a call that used them, even in a saved tokenizer."""
+def _encode_text_alone(backend: Tokenizer) -> None:
+    """Switch off all that can make the ids of a text depend on more than the text.
+
+    Padding and truncation stay on after a call that used them, even in a saved tokenizer. BPE dropout leaves out merges
+    at random. (The sampling of Unigram is random too, but a file cannot switch it on.)
+    """
     backend.no_padding()
     backend.no_truncation()
+    if isinstance(backend.model, models.BPE):
+        backend.model.dropout = None
 
 
 def special_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:

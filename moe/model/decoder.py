@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, 
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import local_torch_dtype
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils.logging import disable_progress_bar
 
@@ -97,7 +98,7 @@ class DecoderLayer(nn.Module):
 def _feed_forward(config: MoEConfig, index: int, *, trusted: bool) -> nn.Module:
     if index < config.first_k_dense_replace:
         return DenseFFN(config, config.dense_ffn)
-    with local_torch_dtype(torch.float32, "a router"):
+    with local_torch_dtype(torch.promote_types(torch.get_default_dtype(), torch.float32), "a router"):
         router = build(config.router, "router", config.hidden_size, config.num_experts, trusted=trusted)
     kind, dropout = config.expert, config.dropout
     experts = Experts(
@@ -295,7 +296,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         inputs_embeds: Float[Tensor, "B S D"] | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Int[Tensor, "N"] = 0,
         num_items_in_batch: int | Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
@@ -315,10 +316,12 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
 
         The other arguments are those of transformers' models:
 
-        past_key_values: the name of `cache` in transformers before 5.24.
+        past_key_values: the name of `cache` in transformers before 5.24. Caches of a fixed size are refused, because
+            `generate` gives them a mask of 4 dimensions, which does not tell what is padding.
         use_cache: whether to return the cache. Default: if one was given.
         inputs_embeds: vectors to use instead of the embeddings of `input_ids`.
-        logits_to_keep: compute logits for this many last positions only. 0: for all.
+        logits_to_keep: compute logits for this many last positions only, or for the positions in a tensor. 0: for all.
+            All are needed for a loss.
         num_items_in_batch: divide the summed loss by this number instead of by the number of labels, so that the losses
             of all micro-batches of a step add up to the mean.
         output_hidden_states: return the input of each layer, and the output of the final norm.
@@ -342,6 +345,10 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             use_cache = cache is not None
         if use_cache and cache is None:
             cache = DynamicCache(config=config)
+        allowed = 'a cache that grows, as DynamicCache does (cache_implementation="dynamic")'
+        require(cache is None or not cache.is_compileable, "past_key_values", type(cache).__name__, allowed)
+        if labels is not None and (not isinstance(logits_to_keep, int) or logits_to_keep):
+            raise ConfigError("logits_to_keep: must be 0 with labels, because the loss needs all logits")
         self._check_routers(cached=cache is not None, by_id=inputs_embeds is None)
         if knobs is None:
             knobs = Knobs.of(temperature=config.router_temperature, noise=config.router_noise, device=inputs.device)
@@ -361,7 +368,8 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             keep_states=bool(keep_states),
             keep_attentions=bool(keep_attentions),
         )
-        logits = self.lm_head(hidden.last[:, -logits_to_keep:])
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden.last[:, kept])
         loss = None
         if labels is not None:
             targets = next_token(context.mask_padding(labels, IGNORED))
@@ -432,3 +440,5 @@ def load_model(folder: Path, *, trusted: bool = False) -> MoEForCausalLM:
 
 AutoConfig.register("moe_routing", MoEConfig)
 AutoModelForCausalLM.register(MoEConfig, MoEForCausalLM)
+# transformers' Trainer smooths labels itself. It shifts them only for names in this dict, which `register` leaves out.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MoEConfig.model_type] = MoEForCausalLM.__name__

@@ -47,7 +47,7 @@ class _Pass(NamedTuple):
 class MoELayer(nn.Module):
     """MoE layer: y = sum over kept assignments of weight * expert(x), plus the output of the shared experts.
 
-    Every token passes through the shared experts. Routers run in fp32, whatever the precision of the other modules.
+    Every token passes through the shared experts. Routers run in fp32, or in fp64 where the hidden states are fp64.
     Raises ConfigError if the router's chain is empty or holds something else than routers.
     """
 
@@ -80,7 +80,7 @@ class MoELayer(nn.Module):
         seq_len = context.ids.shape[1]
         position = None if context.document_position is None else context.routed(context.document_position.flatten())
         with torch.autocast(x.device.type, enabled=False):
-            routing = router(x.float(), context)
+            routing = router(x.to(torch.promote_types(x.dtype, torch.float32)), context)
         source = x if routing.slots is None else routing.slots.gather(x)
         slots = None if routing.slots is None else routing.slots.dispatch.shape[1]
         dispatched: Dispatch = dispatch(

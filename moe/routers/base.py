@@ -29,7 +29,8 @@ class Router(nn.Module):
       arguments. All other arguments are keyword-only settings and get their values from the router's yaml file.
       `fixed_k` is the number of experts that every token gets, for every input, in training and in evaluation. It is
       None if that number can vary from token to token. The argument has no default, so that nobody forgets it.
-    - implement `forward(x, context)`. It receives x in fp32 and returns the assignments before any capacity limit.
+    - implement `forward(x, context)`. It receives x in fp32, or in fp64 in a model of fp64, computes in that precision,
+      and returns the assignments before any capacity limit.
     - set `causal = False` if the experts that a token asks for, in training or in evaluation, depend on later tokens of
       the sequence or on other sequences of the micro-batch. The class variable holds for all instances; `__init__` may
       set it for one instance.
@@ -256,7 +257,7 @@ class LinearRouter(Router):
 
     def logits(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T E"]:
         """Return W x in fp32."""
-        return F.linear(x, self.weight.float())
+        return F.linear(x, self.weight.to(x.dtype))
 
 
 def largest(scores: Float[Tensor, "T N"], k: int, *, ties: Float[Tensor, "T N"]) -> Int[Tensor, "T k"]:

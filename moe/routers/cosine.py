@@ -33,9 +33,9 @@ class CosineRouter(Router):
         self.log_tau = nn.Parameter(torch.full((1,), math.log(tau)))
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
-        direction = F.normalize(F.linear(x, self.projection.float()), dim=-1)
-        cosine = F.linear(direction, F.normalize(self.embedding.float(), dim=-1))
-        logits = cosine / self.log_tau.float().clamp(min=math.log(MIN_TAU)).exp()
+        direction = F.normalize(F.linear(x, self.projection.to(x.dtype)), dim=-1)
+        cosine = F.linear(direction, F.normalize(self.embedding.to(x.dtype), dim=-1))
+        logits = cosine / self.log_tau.to(x.dtype).clamp(min=math.log(MIN_TAU)).exp()
         noisy = self.perturb(logits, context.knobs)
         probs = torch.softmax(noisy, -1)
         expert = noisy.topk(self.k).indices

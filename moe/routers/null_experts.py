@@ -44,7 +44,7 @@ class NullExperts(Router):
         return {"null_balance": self.balance}
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
-        logits = F.linear(x, self.weight.float())
+        logits = F.linear(x, self.weight.to(x.dtype))
         noisy = self.perturb(logits, context.knobs)
         chosen = torch.zeros_like(noisy, dtype=torch.bool).scatter(-1, noisy.topk(self.k).indices, True)
         real, noisy_real = chosen[:, : self.num_experts], noisy[:, : self.num_experts]

@@ -28,11 +28,11 @@ class QuantileBalancing(BiasedSigmoid):
         self.decay = decay
 
     def feedback(self, scores: Float[Tensor, "T E"]) -> Float[Tensor, "E"]:
-        return len(scores) * balanced_bias(scores, self.bias, self.k).float()
+        return len(scores) * balanced_bias(scores, self.bias, self.k).to(self.bias)
 
     @torch.no_grad()
     def after_step(self, stats: RoutingStats) -> None:
-        self.bias.lerp_(stats.feedback / stats.tokens, 1 - self.decay)
+        self.bias.lerp_((stats.feedback / stats.tokens).to(self.bias), 1 - self.decay)
         self.bias -= self.bias.mean()
 
 

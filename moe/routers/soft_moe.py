@@ -41,7 +41,7 @@ class SoftMoE(Router):
         return 2 * 2 * len(self.weight) * self.dim  # tokens to slots, and slots to tokens
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
-        cosine = F.linear(F.normalize(x, dim=-1), F.normalize(self.weight.float(), dim=-1))
+        cosine = F.linear(F.normalize(x, dim=-1), F.normalize(self.weight.to(x.dtype), dim=-1))
         logits = self.perturb(self.scale * cosine, context.knobs)
         combine = torch.softmax(logits, -1)
         shape, places = (*context.ids.shape, -1), context.ids.numel()

@@ -157,13 +157,13 @@ class Spectra(Router):
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         state = self._next_state(x, context.state)
-        heads = F.linear(x, self.linear.float()) if self.linear is not None else state
+        heads = F.linear(x, self.linear.to(x.dtype)) if self.linear is not None else state
         assert heads is not None
         routing = F.normalize(heads.unflatten(-1, (self.num_experts, -1)), dim=-1)
         if self.projector is None:
             expression, similarity = routing, routing.sum(-1) / math.sqrt(routing.shape[-1])
         else:
-            expression = F.normalize(F.linear(x, self.projector.float()).view_as(routing), dim=-1)
+            expression = F.normalize(F.linear(x, self.projector.to(x.dtype)).view_as(routing), dim=-1)
             similarity = (routing * expression).sum(-1)
 
         planned = self.training or self.inference
@@ -186,7 +186,7 @@ class Spectra(Router):
             aux["srip"] = srip(mean)
         sums = expression.detach().sum(0).flatten()
         return Routing.masked(
-            chosen, weight.float(), probs=probs.float(), logits=logits, aux=aux, feedback=sums, state=state
+            chosen, weight.to(x.dtype), probs=probs.to(x.dtype), logits=logits, aux=aux, feedback=sums, state=state
         )
 
     def _next_state(self, x: Float[Tensor, "T D"], state: Float[Tensor, "T H"] | None) -> Float[Tensor, "T H"] | None:
@@ -194,7 +194,7 @@ class Spectra(Router):
             return None
         if state is None:
             state = x.new_zeros(len(x), self.gru.hidden_size)
-        gates, recurrent, *biases = (p.float() for p in self.gru.parameters())
+        gates, recurrent, *biases = (p.to(x.dtype) for p in self.gru.parameters())
         return torch.gru_cell(x, state, gates, recurrent, *biases)
 
     def _cost(self, similarity: Float[Tensor, "T E"], mean: Float[Tensor, "E N"]) -> Float[Tensor, "T E"]:
@@ -208,9 +208,9 @@ class Spectra(Router):
     @torch.no_grad()
     def after_step(self, stats: RoutingStats) -> None:
         self.steps += 1
-        self.load.lerp_(stats.offered / stats.assignments, 1 - self.alpha)
+        self.load.lerp_((stats.offered / stats.assignments).to(self.load), 1 - self.alpha)
         latest = stats.feedback.view_as(self.mean_expression) / stats.tokens
-        self.mean_expression.lerp_(latest, 1 - self.alpha)
+        self.mean_expression.lerp_(latest.to(self.mean_expression), 1 - self.alpha)
 
 
 def srip(mean: Float[Tensor, "E N"]) -> Float[Tensor, ""]:

@@ -61,11 +61,11 @@ class Context(NamedTuple):
     document_position: Int[Tensor, "B S"] | None = None
     place: Int[Tensor, "T"] | None = None
 
-    def without_padding(self, attention_mask: Shaped[Tensor, "B C"]) -> "Context":
+    def without_padding(self, attention_mask: Tensor) -> "Context":
         """Return the context in which only those tokens are routed for which the mask is not 0. Waits for the device.
 
-        attention_mask: its last S columns are those of the tokens; columns before them are those of a cache. Positions
-            in documents count from the first token of a sequence that is not padding.
+        attention_mask: (B, C). Its last S columns are those of the tokens; columns before them are those of a cache.
+            Positions in documents count from the first token of a sequence that is not padding.
 
         Raises ValueError for another shape and if all tokens are padding.
         """

@@ -94,7 +94,7 @@ def _choices(
     violation = loads.amax(1) * experts / assignments.clamp(min=1) - 1
     if document_position is None:
         document_position = torch.arange(seq_len, device=token.device).repeat(tokens // seq_len)
-    decile, follows = document_position * DECILES // seq_len, (document_position > 0).float()
+    decile, follows = document_position * DECILES // seq_len, (document_position > 0).to(dispatched.weight.dtype)
     by_decile = count(decile[token] * experts + expert, DECILES * experts).view(DECILES, experts)
     one = dispatched.weight.new_ones(())  # a Python number would be copied to the device
     chosen = dispatched.weight.new_zeros(tokens, experts).index_put_((token, expert), one)

@@ -233,7 +233,15 @@ def split_special_tokens(tokenizer: PreTrainedTokenizerFast, folder: Path) -> No
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-@pytest.mark.parametrize("use", [pad_and_truncate, add_special_tokens, split_special_tokens])
+def leave_out_merges_at_random(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    tokenizer.backend_tokenizer.model.dropout = 0.5
+    tokenizer.save_pretrained(folder)
+
+
+USES = [pad_and_truncate, add_special_tokens, split_special_tokens, leave_out_merges_at_random]
+
+
+@pytest.mark.parametrize("use", USES)
 def test_settings_that_were_left_in_a_tokenizer_change_neither_blocks_nor_the_saved_tokenizer(
     named_groups: Prepared, tmp_path: Path, use: Callable[[PreTrainedTokenizerFast, Path], None]
 ) -> None:
@@ -245,7 +253,7 @@ def test_settings_that_were_left_in_a_tokenizer_change_neither_blocks_nor_the_sa
         blocks, expected = (getattr(each, split)["input_ids"] for each in (prepared, named_groups))
         assert np.array_equal(blocks, expected)
     backend = Tokenizer.from_str(prepared.tokenizer.backend_tokenizer.to_str())
-    assert backend.padding is backend.truncation is None
+    assert backend.padding is backend.truncation is backend.model.dropout is None
     prepared.tokenizer.save_pretrained(tmp_path / "saved")
     saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
     text = "d0g1 <|im_start|> " * 9

@@ -58,6 +58,20 @@ def test_a_bf16_model_has_its_router_in_fp32_unchanged_and_runs(name: str, ids: 
     assert AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16)(ids, ids).loss.isfinite()
 
 
+@pytest.mark.parametrize("name", ROUTERS)
+def test_a_model_of_fp64_trains_with_its_router_in_fp64(name: str, ids: torch.Tensor, tmp_path: Path) -> None:
+    model = make(ROUTERS[name])
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    model.double()
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    output = model.train()(ids, ids)
+    sum([output.loss, *(values.sum() for values in output.aux.values())]).backward()
+    for number, layer in enumerate(model.moe_layers):
+        layer.router.after_step(output.stats.layer(number))
+    assert {value.dtype for value in model.state_dict().values() if value.is_floating_point()} == {torch.float64}
+
+
 # ---- Arguments and outputs of forward ----------------------------------------------------------------------------
 
 
@@ -121,6 +135,17 @@ def test_embeddings_can_replace_token_ids_except_for_a_router_of_token_ids(ids: 
             model(**inputs)
 
 
+def test_logits_to_keep_is_a_number_of_last_positions_or_a_tensor_of_positions(ids: torch.Tensor) -> None:
+    model = make()
+    logits = model(ids).logits
+    torch.testing.assert_close(model(ids, logits_to_keep=3).logits, logits[:, -3:])
+    torch.testing.assert_close(model(ids, logits_to_keep=torch.tensor([3])).logits, logits[:, [3]])
+    torch.testing.assert_close(model(ids, logits_to_keep=torch.tensor([0, 3, 7])).logits, logits[:, [0, 3, 7]])
+    for kept in (3, torch.tensor([0])):
+        with pytest.raises(ConfigError, match=r"^logits_to_keep: must be 0 with labels"):
+            model(ids, ids, logits_to_keep=kept)
+
+
 def test_what_forward_does_not_know_or_cannot_do_is_refused_by_name(ids: torch.Tensor) -> None:
     model = make()
     for name in ("token_type_ids", "shift_labels", "is_causal", "output_router_logit"):
@@ -162,6 +187,16 @@ def test_a_trainer_predicts_logits_and_evaluates_with_metrics(tmp_path: Path) ->
     assert one.evaluate()["eval_shape"] == (12, S, V)
 
 
+def test_a_trainer_smooths_the_labels_of_the_next_tokens(tmp_path: Path) -> None:
+    """With the factor s the loss is (1 - s) times the model's loss, plus s times the mean of -ln p over all tokens."""
+    one = trainer(tmp_path, label_smoothing_factor=0.25)
+    batch = next(iter(one.get_eval_dataloader()))
+    output = one.model(**batch)
+    labels = batch["labels"][:, 1:]
+    uniform = -output.logits[:, :-1].log_softmax(-1).mean(-1)[labels != -100].mean()
+    torch.testing.assert_close(one.compute_loss(one.model, dict(batch)), 0.75 * output.loss + 0.25 * uniform)
+
+
 # ---- Generation --------------------------------------------------------------------------------------------------
 
 
@@ -184,6 +219,14 @@ def test_a_router_that_compares_tokens_in_evaluation_generates_without_a_cache_o
     text = model.generate(prompt, max_new_tokens=4, do_sample=False, use_cache=False)
     for end in range(5, 9):
         assert model(text[:, :end]).logits[0, -1].argmax() == text[0, end]
+
+
+def test_caches_of_a_fixed_size_and_masks_of_four_dimensions_are_refused_by_name(ids: torch.Tensor) -> None:
+    model = make()
+    with pytest.raises(ConfigError, match=r"^past_key_values=StaticCache: must be .*cache_implementation=\"dynamic\""):
+        model.generate(ids[:, :5], max_new_tokens=3, cache_implementation="static")
+    with pytest.raises(ValueError, match=r"^attention_mask has the shape \(3, 1, 16, 16\): must be \(3, 16 \+ tokens"):
+        model(ids, attention_mask=torch.ones(3, 1, S, S).tril())
 
 
 @pytest.mark.parametrize("name", sorted({*ROUTERS} - {"expert_choice", "soft_moe"}))
