@@ -193,18 +193,22 @@ def _expand(overrides: list[Override], *, multirun: bool) -> Command:
     params = (base.hydra.sweeper.params or {}).items() if multirun else ()
     presets = [_parse_override(f"{key}={value}") for key, value in params]
     [grid] = BasicSweeper.split_arguments(presets + own, None)
+    varied = {o.key_or_group for o in presets + own if o.is_sweep_override()}
+    same_keys_apply = not {key.partition(".")[0] for key in varied} & {*GROUPS, "capacity"}
     cells, composed = [], []
     for arguments in grid:  # a cell is checked before the next one is composed, so that a wrong sweep is refused soon
         arguments[:] = [line for line in arguments if line not in DEFAULTS]
         composed.append(_compose(arguments))
-        cells.append(_cell(composed[-1], arguments, multirun=multirun))
-    for cell in cells:
+        cell = _cell(composed[-1], arguments, multirun=multirun)
         if not finished(cell):  # the router of a finished run is known to be valid, and this check imports torch
             cell.config.check_router()
+            if same_keys_apply and not cells:
+                _refuse_given_in_vain([cell], [_switch_off_ignored(cell)], varied)
+        cells.append(cell)
     _check_distinct(cells)
     if not all(map(finished, cells)):
         described = [_without_ignored(*each) for each in zip(cells, composed, grid, strict=True)]
-        _refuse_given_in_vain(cells, described, {o.key_or_group for o in presets + own if o.is_sweep_override()})
+        _refuse_given_in_vain(cells, described, varied)
         cells = described
         if launcher == "slurm":
             slurm.prepare(base.hydra.launcher)

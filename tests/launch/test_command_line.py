@@ -322,11 +322,23 @@ def test_the_last_value_of_a_key_counts_and_this_is_said(caplog: pytest.LogCaptu
     assert caplog.messages == ["seed is given twice: seed=2 counts", "router is given twice: router=topk counts"]
 
 
-def test_a_wrong_sweep_is_refused_at_its_first_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("steps=0", "steps=0: must be"),
+        ("router.k=99", "router.k=99: must be between 1 and"),
+        ("router=hash noise=1", "noise=1.0: must be 0.0, because router=hash ignores it"),
+        ("router=hash noise=1,2", "noise=1.0: must be 0.0, because router=hash ignores it"),
+        ("schedule=linear router=switch", "schedule.knob=temperature: this router has no temperature"),
+    ],
+)
+def test_a_wrong_sweep_is_refused_at_its_first_cell(
+    arguments: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     composed: list[object] = []
     monkeypatch.setattr(command_line, "typed", lambda c: composed.append(c) or typed(c))
-    with pytest.raises(ConfigError, match="steps=0: must be"):
-        read_cells(["-m", "seed=range(200)", "steps=0"])
+    with pytest.raises(ConfigError, match=message):
+        read_cells(["-m", "seed=range(200)", *arguments.split()])
     assert len(composed) == 1
 
 
