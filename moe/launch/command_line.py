@@ -195,7 +195,8 @@ def _expand(overrides: list[Override], *, multirun: bool) -> Command:
     [grid] = BasicSweeper.split_arguments(presets + own, None)
     varied = {o.key_or_group for o in presets + own if o.is_sweep_override()}
     same_keys_apply = not {key.partition(".")[0] for key in varied} & {*GROUPS, "capacity"}
-    cells, composed = [], []
+    cells: list[Cell] = []
+    composed: list[DictConfig] = []
     for arguments in grid:  # a cell is checked before the next one is composed, so that a wrong sweep is refused soon
         arguments[:] = [line for line in arguments if line not in DEFAULTS]
         composed.append(_compose(arguments))
