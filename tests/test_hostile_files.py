@@ -31,9 +31,11 @@ from moe.data.embedded import Embedded
 from moe.data.tokenizer import pretrained_tokenizer
 from moe.files import LinkError, open_unlinked, write_text
 from moe.launch.run import run
+from moe.launch.sweep import carry_out
 from moe.model.decoder import load_model
 from moe.results.table import load_runs
 from moe.runs import checkpoint, traces
+from moe.runs.record import RecordError
 from moe.specialization.__main__ import main as specialization
 
 RAN = "print(1); open({!r}, 'w').close()"
@@ -345,13 +347,13 @@ def victim(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["sweep.lock", ".results.csv.tmp", ".sweep.json.tmp", "results.csv"])
+@pytest.mark.parametrize("name", ["sweep.lock", ".sweep.json.tmp", "results.csv", ".submitit"])
 def test_a_sweep_does_not_write_through_a_link_in_its_folder(
     name: str, small: list[str], tmp_path: Path, victim: Path
 ) -> None:
     """A link in a sweep folder is refused in one line, with exit status 2, before a run starts."""
     (tmp_path / "default").mkdir()
-    (tmp_path / "default" / name).symlink_to(victim)
+    (tmp_path / "default" / name).symlink_to(victim.parent if name == ".submitit" else victim)
     done = run_script(TRAIN, "-m", *small, "seed=1,2", f"out={tmp_path}")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert f"{name} is a link" in done.stderr
@@ -359,17 +361,36 @@ def test_a_sweep_does_not_write_through_a_link_in_its_folder(
     assert [path.name for path in (tmp_path / "default").iterdir()] == [name]
 
 
-@pytest.mark.parametrize("name", ["run.lock", "events.jsonl", "checkpoints", "wandb", "wandb/settings"])
-def test_a_run_does_not_write_through_a_link_in_its_folder(
-    name: str, small: list[str], cell: Any, tmp_path: Path, victim: Path
-) -> None:
-    link = cell().folder / name
+LINKED_FOLDERS = ("", "checkpoints", "model", "trace", "milestones", "wandb")
+
+
+@pytest.mark.parametrize("name", [*LINKED_FOLDERS, "run.lock", "events.jsonl", "wandb/settings"])
+def test_a_run_does_not_write_through_a_link_in_its_folder(name: str, cell: Any, tmp_path: Path, victim: Path) -> None:
+    """A run folder that is a link, and a link in it that leads out of it, are refused before any work."""
+    one = cell(f"out={tmp_path / 'out'}")
+    link = one.folder / name
     link.parent.mkdir(parents=True)
-    link.symlink_to(victim.parent if name in ("checkpoints", "wandb") else victim)
-    done = run_script(TRAIN, *small, f"out={tmp_path}")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert "is a link" in done.stderr or "no run.json" in done.stderr
+    link.symlink_to(victim.parent if name in LINKED_FOLDERS else victim)
+    with pytest.raises((ConfigError, RecordError), match=r"is a link|no run\.json"):
+        carry_out([one], lambda: pytest.fail("the run was started"))
+    assert [path.name for path in tmp_path.iterdir() if path.name != "out"] == [victim.name]
     assert victim.read_text() == "precious"
+
+
+def test_a_sweep_does_not_write_into_the_folder_to_which_a_cell_is_linked(
+    cell: Any, pristine: Path, tmp_path: Path
+) -> None:
+    """This holds even for a link to a finished run, which the table of the sweep would not find."""
+    cells = [cell(f"out={tmp_path / 'out'}", f"seed={seed}") for seed in (1, 2)]
+    target = Path(shutil.copytree(pristine, tmp_path / "elsewhere"))
+    before = {path: path.stat().st_mtime_ns for path in target.rglob("*")}
+    cells[0].folder.parent.mkdir(parents=True)
+    for each in cells:
+        each.folder.symlink_to(target)
+        with pytest.raises(ConfigError, match="is a link: delete it"):
+            carry_out(cells, lambda: pytest.fail("the sweep was started"))
+    assert {path: path.stat().st_mtime_ns for path in target.rglob("*")} == before
+    assert {path.name for path in cells[0].folder.parent.iterdir()} == {each.folder.name for each in cells}
 
 
 def test_a_file_is_never_written_through_a_link(tmp_path: Path, victim: Path) -> None:

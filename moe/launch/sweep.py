@@ -29,6 +29,9 @@ def carry_out(cells: list[Cell], launch: Callable[[], object]) -> int:
         if ranks.broadcast(None):
             launch()
         return 0
+    for cell in cells:
+        if cell.folder.is_symlink():  # even where nothing would be written, because an analysis does not follow links
+            raise ConfigError(f"{cell.folder} is a link: delete it, because a run is never written through a link")
     cells = [pinned(cell) for cell in cells]
     if all(map(finished, cells)):
         ranks.broadcast(False)
@@ -88,7 +91,7 @@ def _reserved(cells: list[Cell]) -> Iterator[None]:
     sweep = cells[0].folder.parent
     sweep.mkdir(parents=True, exist_ok=True)
     for path in sweep.iterdir():
-        if path.is_symlink() and not path.is_dir():
+        if path.is_symlink() and not (path.is_dir() and path.resolve().is_relative_to(sweep.resolve())):
             raise ConfigError(f"{path} is a link: delete it")
     with locked(sweep / "sweep.lock") as owner:
         if owner is not None:

@@ -53,6 +53,8 @@ def same_run(cell: Cell) -> Path | None:
 def _runs_by_content(parent: Path) -> dict[str, list[Path]]:
     runs: dict[str, list[Path]] = {}
     for path in sorted(parent.glob(f"*/{RunRecord.FILE}")):
+        if path.parent.is_symlink():  # a short name that somebody gave to a run folder
+            continue
         try:
             record = RunRecord.read(path)
         except RecordError:  # such a folder is reported if a cell has its name
