@@ -17,7 +17,7 @@ from moe.config.schema import Cell
 from moe.distributed import ranks
 from moe.launch import slurm
 from moe.runs import events
-from moe.runs.folder import LOCK, difference, finished, locked, stored_record
+from moe.runs.folder import LOCK, delete_checkpoints, difference, finished, locked, stored_record
 from moe.runs.record import Machine, MetricsRecord, RecordError, RunFacts, RunRecord, Status
 from moe.runs.signals import STOP, Interrupted, Signals, follow_parent
 
@@ -95,6 +95,8 @@ def _train(cell: Cell) -> None:
             finally:
                 mirror.finish(final)
         write_run_record(cell, "finished", facts)
+        if ranks.is_first():
+            delete_checkpoints(cell.folder)  # not earlier, so that a run that is killed at its end can be resumed
         if final:
             log.info("%s: finished, val perplexity %.2f", cell.folder, final["val/perplexity"])
         if signals.received in STOP:  # this run is complete, but the rest of a sweep must stop

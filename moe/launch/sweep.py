@@ -11,7 +11,7 @@ from moe.config.schema import Cell
 from moe.distributed import ranks
 from moe.launch.revisions import pinned
 from moe.launch.slurm import Refused
-from moe.runs.folder import difference, finished, locked, status, stored_record, user
+from moe.runs.folder import delete_checkpoints, difference, finished, locked, status, stored_record, user
 from moe.runs.record import RecordError, SweepRecord
 
 
@@ -33,6 +33,8 @@ def carry_out(cells: list[Cell], launch: Callable[[], object]) -> int:
         if cell.folder.is_symlink():  # even where nothing would be written, because an analysis does not follow links
             raise ConfigError(f"{cell.folder} is a link: delete it, because a run is never written through a link")
     cells = [pinned(cell) for cell in cells]
+    for cell in filter(finished, cells):
+        delete_checkpoints(cell.folder)  # of a run that was killed right after it was finished
     if all(map(finished, cells)):
         ranks.broadcast(False)
         return _report(cells, ["finished"] * len(cells))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -79,6 +80,11 @@ def stored_record(cell: Cell) -> RunRecord | None:
     if (cell.folder / "checkpoints").exists():
         raise RecordError(f"{cell.folder} holds checkpoints, but no {RunRecord.FILE}: {RunRecord.ADVICE}")
     return None
+
+
+def delete_checkpoints(folder: Path) -> None:
+    """Delete the checkpoints of a finished run, which nobody needs any more."""
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
 def user(folder: Path) -> str | None:

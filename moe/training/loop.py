@@ -1,6 +1,5 @@
 """The training loop: set up, resume, then steps, validations, milestones and checkpoints in order."""
 
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +26,8 @@ def train(config: Config, folder: Path, *, signals: Signals, listeners: Sequence
     """Train a run to the end and return facts for the run record.
 
     Training starts from the newest checkpoint in `folder` if there is one. `folder` must exist. This function writes
-    events.jsonl, trace/ and, if the configuration asks for them, model/ and milestones/ to it. Raises Diverged before
+    events.jsonl, trace/, checkpoints/ and, if the configuration asks for them, model/ and milestones/ to it. The
+    checkpoints stay, because they are needed until the run record says that the run is finished. Raises Diverged before
     an optimizer step that would use a number that is not finite. Raises Interrupted if a signal asked the run to stop,
     after it has saved a checkpoint.
     """
@@ -63,8 +63,6 @@ def train(config: Config, folder: Path, *, signals: Signals, listeners: Sequence
             progress.trained(values)
     if config.save_model != "none":
         save_model(training, folder / "model", config.steps)
-    if ranks.is_first():
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return facts(training, clock, latest)
 
 

@@ -7,6 +7,8 @@ import signal
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -79,6 +81,38 @@ def test_killed_while_a_checkpoint_is_written(place: str, save: int, job: Any, u
     assert result(one.folder) == undisturbed
     assert not list(one.folder.rglob("*tmp*"))
     survived(2, f"SIGKILL while checkpoint {save} is written, {place}", 1, "the newest complete one is used; exact")
+
+
+def die_while_checkpoints_are_deleted() -> None:
+    """End the process when it has deleted half of the checkpoints of the finished run."""
+    from moe.runs import folder
+
+    def fatal(path: Path, **_: Any) -> None:
+        for state in path.glob("*/state.pt"):
+            state.unlink()
+        die()
+
+    folder.shutil = SimpleNamespace(rmtree=fatal)
+
+
+ENDS: dict[str, Callable[[], None]] = {
+    "before model/ is written": partial(die_before, "moe.training.loop", "save_model", 1),
+    "before metrics.json is written": partial(die_before, "moe.launch.run", "_write_metrics", 1),
+    "before run.json says that it is finished": partial(die_before, "moe.launch.run", "write_run_record", 2),
+    "while checkpoints are deleted": die_while_checkpoints_are_deleted,
+}
+
+
+@pytest.mark.parametrize("moment", ENDS)
+def test_killed_at_the_end_of_a_run(moment: str, job: Any, undisturbed: Any, survived: Any) -> None:
+    """Checkpoints are deleted last, so the same command finishes the run and repeats only steps after the last save."""
+    one = job()
+    assert one.run(ENDS[moment]) == -signal.SIGKILL
+    assert one.run() == 0, one.output
+    assert resumed_from(one) == (None if "deleted" in moment else 24 - SAVE_EVERY)
+    assert result(one.folder) == undisturbed
+    assert not (one.folder / "checkpoints").exists()
+    survived(1, f"SIGKILL at the end of a run, {moment}", 1, "the same command finishes it; exact")
 
 
 @pytest.mark.parametrize("step", [1, 7, 20])
