@@ -53,7 +53,7 @@ def pretrained_tokenizer(name: str, revision: str | None = None) -> PreTrainedTo
     for, it is on the left, as generation needs it, and a tokenizer without a padding token uses its end-of-text token.
 
     Code that the files name is never run. Raises ValueError if the tokenizer cannot be loaded, or is not a fast one
-    with an end-of-text token.
+    with an end-of-text token, or skips numbers.
     """
     try:
         settings: dict[str, Any] = {"padding_side": "left", "split_special_tokens": False}
@@ -64,6 +64,10 @@ def pretrained_tokenizer(name: str, revision: str | None = None) -> PreTrainedTo
         raise ValueError(f"data.tokenizer={name}: cannot be read ({first_line(error)})") from error
     if not isinstance(pretrained, PreTrainedTokenizerFast) or pretrained.eos_token_id is None:
         raise ValueError(f"data.tokenizer={name}: must be a fast tokenizer that has an end-of-text token")
+    ids, number = pretrained.get_vocab().values(), len(pretrained)
+    if max(ids) >= number:  # a model has one row for each token
+        allowed = f"a tokenizer that numbers its {number} tokens from 0 to {number - 1}"
+        raise ValueError(f"data.tokenizer={name}: must be {allowed}; this one has the number {max(ids)}")
     _encode_text_alone(pretrained.backend_tokenizer)
     pretrained.backend_tokenizer.post_processor = processors.Sequence([])
     if pretrained.pad_token is None:

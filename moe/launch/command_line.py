@@ -32,7 +32,7 @@ from moe.config.options import CONF, GROUPS, options
 from moe.config.schema import OFF, Cell, Config, fingerprint, flatten
 from moe.distributed import ranks
 from moe.launch import slurm
-from moe.runs.folder import finished, same_run
+from moe.runs.folder import finished, same_run, stored_record
 
 log = logging.getLogger(__name__)
 
@@ -207,12 +207,11 @@ def _expand(overrides: list[Override], *, multirun: bool) -> Command:
                 _refuse_given_in_vain([cell], [_switch_off_ignored(cell)], varied)
         cells.append(cell)
     _check_distinct(cells)
-    if not all(map(finished, cells)):
-        described = [_without_ignored(*each) for each in zip(cells, composed, grid, strict=True)]
-        _refuse_given_in_vain(cells, described, varied)
-        cells = described
-        if launcher == "slurm":
-            slurm.prepare(base.hydra.launcher)
+    described = [_without_ignored(*each) for each in zip(cells, composed, grid, strict=True)]
+    _refuse_given_in_vain(cells, described, varied)
+    cells = described
+    if launcher == "slurm" and not all(map(finished, cells)):
+        slurm.prepare(base.hydra.launcher)
     key = "hydra.sweep.subdir" if multirun else "hydra.run.dir"
     unique: dict[Path, Cell] = {}
     for cell, arguments in zip(cells, grid, strict=True):
@@ -234,7 +233,11 @@ def job_cell(composed: DictConfig, hydra: Any) -> Cell:
 
 def _switch_off_ignored(cell: Cell) -> Cell:
     """Return the cell with every key switched off that does not apply to it."""
-    ignored = cell.config.ignored_keys()
+    record = stored_record(cell)
+    if record is not None and finished(cell):  # its record tells, without an import of torch
+        ignored = frozenset(OFF.keys() - record.identity.keys())
+    else:
+        ignored = cell.config.ignored_keys()
     return cell._replace(config=replace(cell.config, **{key: OFF[key] for key in ignored}), ignored=ignored)
 
 

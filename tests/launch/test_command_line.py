@@ -9,14 +9,16 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from run_folders import FACTS
 from train_processes import TRAIN, run_script
 
-from moe.checks import ConfigError
+from moe.checks import ConfigError, parse
 from moe.config.options import CONF, GROUPS, options
 from moe.config.schema import OFF, Config, flatten, is_free
 from moe.launch import command_line
 from moe.launch.command_line import read_cells, run_name, typed
 from moe.launch.run import write_run_record
+from moe.runs.record import RunFacts
 
 
 @pytest.mark.parametrize(
@@ -189,6 +191,21 @@ def test_cells_of_a_sweep_that_are_the_same_run_become_one_cell(tmp_path: Path) 
         "capacity=1.0,drop=score",
         "capacity=null",
     ]
+
+
+def test_a_value_given_in_vain_is_refused_after_the_runs_are_finished_too(tmp_path: Path) -> None:
+    """The same command has the same answer before and after. A finished run says by itself which keys it ignores."""
+    words = ["-m", "router=hash", "seed=1,2", f"out={tmp_path}"]
+    first = read_cells(words) or []
+    for cell in first:
+        cell.folder.mkdir(parents=True)
+        write_run_record(cell, "finished", parse(RunFacts, FACTS))
+    for vain in ("noise=0.5", "lb=7", "drop=score"):
+        with pytest.raises(ConfigError, match=r"(router=hash ignores it|without a capacity limit)$"):
+            read_cells([*words, vain])
+    again = read_cells([*words, "noise=0"]) or []
+    assert [cell.folder for cell in again] == [cell.folder for cell in first]
+    assert [cell.identity() for cell in again] == [cell.identity() for cell in first]
 
 
 def test_an_experiment_sweeps_by_itself_and_the_command_line_narrows_it() -> None:
