@@ -1,4 +1,8 @@
-"""Write files atomically and never through a link, so that a reader never sees half a file; compute their digests."""
+"""Open files for reading and writing.
+
+Reading never waits for a pipe. Writing is atomic, so that a reader never sees half a file, and never goes through a
+link. Files that a stranger may have placed are opened by these functions only.
+"""
 
 import errno
 import hashlib
@@ -12,30 +16,60 @@ from typing import IO, Any
 
 
 class LinkError(ValueError):
-    """A file cannot be written, because a link is in its place. The message is one line."""
+    """A file cannot be written, because a link or a pipe is in its place. The message is one line."""
+
+
+def open_file(path: Path, mode: str = "r", **options: Any) -> IO[Any]:
+    """Open a file for reading like `open`; the default encoding is UTF-8.
+
+    Raises OSError for a pipe or a device, from which a reader could wait for ever.
+    """
+    return open(path, mode, opener=_regular, **options if "b" in mode else {"encoding": "utf-8", **options})
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a UTF-8 file. Raises OSError like `open_file`, and UnicodeDecodeError."""
+    with open_file(path) as file:
+        return str(file.read())
+
+
+def require_files(folder: Path) -> None:
+    """Raise OSError if a pipe or a device lies in `folder`, before a library reads its files. A name is no folder."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise _no_file(path)
 
 
 def open_unlinked(path: Path, mode: str, **options: Any) -> IO[Any]:
     """Open a file for writing like `open`, but never through a link, which could lead to any file of the user.
 
-    Raises LinkError if `path` is a link.
+    Raises LinkError if `path` is a link, a pipe or a device.
     """
     try:
         return open(path, mode, opener=_without_links, **options)
     except OSError as error:
         if path.is_symlink():
             raise LinkError(f"{path} is a link: delete it, because files are not written through links") from error
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise LinkError(f"{path} is a pipe or a device: delete it") from error
         raise
 
 
-def refuse_pipe(path: Path) -> None:
-    """Raise OSError for a pipe or a device, from which a reader could wait for ever, and for a missing file."""
-    if stat.S_ISFIFO(mode := os.stat(path).st_mode) or stat.S_ISCHR(mode) or stat.S_ISSOCK(mode):
-        raise OSError(errno.EINVAL, "it is a pipe or a device, not a file")
-
-
 def _without_links(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    return _regular(path, flags | getattr(os, "O_NOFOLLOW", 0))
+
+
+def _regular(path: str, flags: int) -> int:
+    """Open a regular file without waiting, which the opening of a pipe would do until its other end is opened."""
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
+    if stat.S_ISREG(mode := os.fstat(descriptor).st_mode) or stat.S_ISDIR(mode):  # `open` itself refuses a folder
+        return descriptor
+    os.close(descriptor)
+    raise _no_file(path)
+
+
+def _no_file(path: object) -> OSError:
+    return OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
 
 
 @contextmanager
@@ -90,5 +124,5 @@ def sync(path: Path) -> None:
 
 def sha256(path: Path) -> str:
     """Return the hexadecimal sha256 digest of a file's content."""
-    with open(path, "rb") as file:
+    with open_file(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,7 +7,9 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,15 +28,19 @@ from moe.analysis.report.blocks import Attachment
 from moe.analysis.report.markdown import block_as_markdown
 from moe.checks import ConfigError, build
 from moe.config import dense_checkpoint
+from moe.data import readers
 from moe.data.blocks import prepare
 from moe.data.embedded import Embedded
+from moe.data.sources import Files
 from moe.data.tokenizer import pretrained_tokenizer
 from moe.files import LinkError, open_unlinked, write_text
+from moe.launch.command_line import best_level
 from moe.launch.run import run
 from moe.launch.sweep import carry_out
 from moe.model.decoder import load_model
 from moe.results.table import load_runs
 from moe.runs import checkpoint, traces
+from moe.runs.folder import locked, user
 from moe.runs.record import RecordError
 from moe.specialization.__main__ import main as specialization
 
@@ -302,6 +308,18 @@ def test_a_tokenizer_never_runs_code_and_never_asks(folder: Path, ran: Path, mon
     assert not ran.exists()
 
 
+def test_a_tokenizer_that_skips_numbers_is_refused(folder: Path) -> None:
+    """A model has one row for each token, so a number beyond the number of tokens has no row."""
+    model = folder / "model"
+    text = (model / "tokenizer.json").read_text()
+    (model / "tokenizer.json").write_text(re.sub(r'"t": \d+', '"t": 5000', text))
+    message = (
+        r"^data\.tokenizer=.*: must be a tokenizer that numbers its 400 tokens from 0 to 399; this one has .* 5000$"
+    )
+    with pytest.raises(ValueError, match=message):
+        pretrained_tokenizer(str(model))
+
+
 LLAMA = {
     "model_type": "llama",
     "vocab_size": 8,
@@ -334,6 +352,56 @@ def test_a_hostile_dense_folder_is_refused_in_one_line_and_its_pickle_is_not_tri
         dense_checkpoint.resolve({**dict.fromkeys(keys), "dense": str(dense)})
     assert "model.dense" in one_line(raised.value)
     assert not ran.exists()
+
+
+# ---- Pipes ------------------------------------------------------------------------------------------------------
+
+
+PIPES: dict[str, Callable[[Path], object]] = {
+    "run.lock": user,
+    "trace/step-00000001.npz": lambda path: traces.read_traces(path.parent),
+    "checkpoints/step-00000001/manifest.json": lambda path: checkpoint.load(path.parents[1]),
+    "checkpoints/step-00000001/state.pt": lambda path: checkpoint.load(path.parents[1]),
+    "model/model.safetensors": lambda path: load_model(path.parent),
+    "model/generation_config.json": lambda path: load_model(path.parent),
+    "model/special_tokens_map.json": lambda path: pretrained_tokenizer(str(path.parent)),
+    "dense/config.json": lambda path: dense_checkpoint.digest(str(path.parent)),
+    "dense/model-2.safetensors": lambda path: dense_checkpoint.digest(str(path.parent)),
+    "texts/x.txt": lambda path: Files(paths=[str(path)], column="text", domain=None),
+    "texts/x.csv.gz": lambda path: list(readers.read_rows(path, "data.source.path")),
+    "texts/x.parquet": lambda path: list(readers.read_rows(path, "data.source.path")),
+    "results.csv": lambda path: best_level(str(path), "router.temp"),
+}
+
+
+@pytest.mark.parametrize("name", PIPES)
+def test_no_reader_waits_for_a_pipe(name: str, pristine: Path, tmp_path: Path) -> None:
+    """A pipe in place of a file is named in one line. To read it, or only to open it, could take for ever."""
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.parent.name == "model":
+        shutil.copytree(pristine / "model", path.parent, dirs_exist_ok=True)
+    if path.parent.name == "dense":
+        (path.parent / "config.json").write_text(json.dumps(LLAMA))
+        (path.parent / "model.safetensors").write_bytes(b"x")
+    if path.name == "state.pt":
+        write_checkpoint(path.parents[1], {})
+        path = path.parents[1] / "step-00000099" / "state.pt"
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail(f"something waits for {path}"))
+    signal.alarm(20)
+    try:
+        if name == "run.lock":
+            assert user(tmp_path) == "unknown"
+            with pytest.raises(LinkError, match=r"run\.lock is a pipe"), locked(path):
+                pass
+        else:
+            with pytest.raises((ValueError, OSError, RuntimeError)) as raised:
+                PIPES[name](path)
+            assert str(path.parent if "checkpoints" in name else path.parent.name) in one_line(raised.value)
+    finally:
+        signal.alarm(0)
 
 
 # ---- Links ------------------------------------------------------------------------------------------------------

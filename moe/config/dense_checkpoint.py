@@ -13,7 +13,7 @@ from huggingface_hub import hf_hub_download
 from tokenizers import Tokenizer
 
 from moe.checks import ConfigError, first_line, require
-from moe.files import sha256
+from moe.files import read_text, require_files, sha256
 
 # Key of `moe.config.schema.ModelConfig` -> key of a Llama's config.json.
 SIZES = {
@@ -95,7 +95,7 @@ def _settings(name: str, revision: str | None) -> dict[str, Any]:
     """
     path = _file("model.dense", name, "config.json", revision)
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(read_text(path))
         kind = (settings["model_type"], settings.get("hidden_act", "silu"), settings.get("mlp_bias", False))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"model.dense={name}: config.json cannot be read ({first_line(error)})") from error
@@ -115,6 +115,10 @@ def _file(key: str, name: str, file: str, revision: str | None = None) -> Path:
     """Return the path of a file in a local folder, or of a repository on the hub, which is downloaded."""
     if Path(name).is_dir():
         path = Path(name, file)
+        try:
+            require_files(path.parent)
+        except OSError as error:
+            raise ConfigError(f"{key}={name}: cannot be read ({error})") from None
         require(path.exists(), key, name, f"a folder with {file}, or a name on the hub")
         return path
     try:

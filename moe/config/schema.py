@@ -14,6 +14,7 @@ from moe.config import dense_checkpoint
 from moe.config.claim import ClaimConfig
 from moe.data.limits import check_limits
 from moe.distributed import ranks
+from moe.files import require_files
 from moe.routing.loss_table import LOSSES
 
 # Keys that are not part of a run's identity, so that they may change when a run is resumed. They do not influence what
@@ -105,6 +106,10 @@ class DataConfig:
         allowed = f"null, because data.tokenizer={tokenizer} is not on the hub"
         require(pin is None or self.loads_tokenizer, "data.tokenizer_revision", pin, allowed)
         require(os.path.expanduser(self.cache)[:1] != "~", "data.cache", self.cache, "a path; there is no home for ~")
+        try:
+            require_files(Path(self.tokenizer))
+        except OSError as error:
+            raise ConfigError(f"data.tokenizer={self.tokenizer}: cannot be read ({error})") from None
         build(self.source, "data.source", trusted=True)
 
     @property

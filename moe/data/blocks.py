@@ -35,7 +35,7 @@ from moe.data.limits import check_limits
 from moe.data.packing import Blocks, concatenate, pack
 from moe.data.sources import DUPLICATES, Document, DuplicateFilter, Source, checksums
 from moe.data.tokenizer import pretrained_tokenizer, tokenizer_files, train_bpe
-from moe.files import LinkError, apply_umask, sha256, sync
+from moe.files import LinkError, apply_umask, read_text, sha256, sync
 
 log = logging.getLogger(__name__)
 
@@ -437,21 +437,21 @@ def _publish(unfinished: Path, folder: Path, manifest: dict[str, Any]) -> None:
 
 def _file_sums(folder: Path) -> dict[str, str]:
     """Return the checksum of every file except the manifest, by path inside the folder."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "manifest.json"]
+    files = [path for path in sorted(folder.rglob("*")) if not path.is_dir() and path.name != "manifest.json"]
     return {Path(path).relative_to(folder).as_posix(): digest for path, digest in checksums(files).items()}
 
 
 def _intact(folder: Path) -> bool:
     """Return whether all files have the checksums that the manifest lists."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads(read_text(folder / "manifest.json"))
         return manifest["files"] == _file_sums(folder)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
 def _load(folder: Path) -> Prepared:
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = json.loads(read_text(folder / "manifest.json"))
     train, val = (datasets.load_from_disk(folder / name).with_format("numpy") for name in ("train", "val"))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
     return Prepared(train, val, tuple(manifest["domains"]), tokenizer, manifest)

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from moe.checks import first_line
+from moe.files import open_file
 
 TEXTS = (".txt", ".md")
 TABLES = (".jsonl", ".csv", ".parquet")
@@ -75,16 +76,20 @@ def _read_csv(file: Path) -> Iterator[dict[str, Any]]:
 def _read_parquet(file: Path) -> Iterator[dict[str, Any]]:
     from pyarrow import parquet
 
-    if file.stat().st_size:
-        with parquet.ParquetFile(file) as table:
-            for batch in table.iter_batches(batch_size=1000):
-                yield from batch.to_pylist()
+    with open_file(file, "rb") as opened:
+        if file.stat().st_size:
+            with parquet.ParquetFile(opened) as table:
+                for batch in table.iter_batches(batch_size=1000):
+                    yield from batch.to_pylist()
 
 
-def _open(file: Path) -> TextIOWrapper:
-    opened = gzip.open if file.suffix.lower() == ".gz" else open
+@contextmanager
+def _open(file: Path) -> Iterator[TextIOWrapper]:
     newline = "" if kind(file) == ".csv" else None  # the csv module reads line ends itself
-    return opened(file, "rt", encoding="utf-8-sig", newline=newline)
+    with open_file(file, "rb") as raw:
+        content = cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if file.suffix.lower() == ".gz" else raw
+        with TextIOWrapper(content, encoding="utf-8-sig", newline=newline) as text:
+            yield text
 
 
 @contextmanager

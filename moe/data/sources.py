@@ -276,6 +276,8 @@ class Files:
         for file in files:
             if file.is_dir():
                 raise ValueError(f"{PATHS}={file}: is a folder; name its files, such as {file}/**/*.txt")
+            if not file.is_file():
+                raise ValueError(f"{PATHS}={file}: is a pipe or a device, not a file")
             if not readers.kind(file):
                 raise ValueError(f"{PATHS}={file}: must be {readers.ALLOWED}")
         return list(dict.fromkeys(files))

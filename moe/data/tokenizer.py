@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from moe.checks import first_line
 from moe.data.sources import Document, checksums
+from moe.files import require_files
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # Ids 0, 1 and 2, as in SmolLM.
 
@@ -57,6 +58,7 @@ def pretrained_tokenizer(name: str, revision: str | None = None) -> PreTrainedTo
     """
     try:
         settings: dict[str, Any] = {"padding_side": "left", "split_special_tokens": False}
+        require_files(Path(name))
         pretrained = AutoTokenizer.from_pretrained(
             name, revision=revision or "main", trust_remote_code=False, **settings
         )

@@ -31,6 +31,7 @@ from moe.config import dense_checkpoint
 from moe.config.options import CONF, GROUPS, options
 from moe.config.schema import OFF, Cell, Config, fingerprint, flatten
 from moe.distributed import ranks
+from moe.files import open_file
 from moe.launch import slurm
 from moe.runs.folder import finished, same_run, stored_record
 
@@ -68,7 +69,7 @@ def best_level(results: str, factor: str) -> Any:
     if not Path(results).exists():
         raise ConfigError(f"{factor} comes from {results}, which does not exist: run that experiment first")
     losses: dict[str, list[float]] = defaultdict(list)
-    with open(results, newline="") as file:
+    with open_file(Path(results), newline="") as file:
         for row in csv.DictReader(file):
             if row["status"] != "finished":
                 raise ConfigError(f"{factor} comes from {results}, where {row['run']} is {row['status']}: finish it")

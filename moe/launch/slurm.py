@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 from moe.checks import ConfigError, require
-from moe.files import write_json
+from moe.files import read_text, write_json
 from moe.runs.record import RecordError, RunRecord
 
 COMMANDS = ("sbatch", "srun", "squeue", "scontrol")
@@ -84,7 +84,7 @@ def _launch(cells: list[Any], folders: list[Path], submit: Callable[[list[Any]],
     jobs. Raises Refused.
     """
     record = folders[0].parent / ".submitit" / "jobs.json"
-    known = json.loads(record.read_text()) if record.exists() else {}
+    known = json.loads(read_text(record)) if record.exists() else {}
     queue = _queue()
     going = {job: name for name, job in known.items() if job in queue and queue[job].state != "ended"}
     going = {job: name for job, name in going.items() if name in {folder.name for folder in folders}}
@@ -207,7 +207,7 @@ def stalled(folder: Path) -> str | None:
     newest = max((checkpoint.name for checkpoint in (folder / "checkpoints").glob("step-*")), default="none")
     first: dict[str, Any] = {"round": 0, "checkpoint": "none"}
     if path.exists():
-        first = json.loads(path.read_text())
+        first = json.loads(read_text(path))
     if number == 0 or first["checkpoint"] != newest:
         write_json(path, {"round": number, "checkpoint": newest})
         return None

@@ -26,6 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from moe.checks import ConfigError, build, first_line, require
 from moe.data.labels import IGNORED, next_token
+from moe.files import require_files
 from moe.model.architecture import MoEConfig
 from moe.model.experts import Experts
 from moe.model.layer import LayerOutput, MoELayer
@@ -428,6 +429,7 @@ def load_model(folder: Path, *, trusted: bool = False) -> MoEForCausalLM:
     disable_progress_bar()  # transformers would show one while it reads a single small file
     options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     try:
+        require_files(folder)
         loaded: Any = MoEForCausalLM.from_pretrained(folder, trusted=trusted, **options)  # (model, info)
     except Exception as error:  # whatever a wrong file makes a library raise
         raise ValueError(f"{folder}: cannot be read as a saved model ({first_line(error)})") from error

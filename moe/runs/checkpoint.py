@@ -16,7 +16,7 @@ import torch
 
 from moe.checks import first_line
 from moe.distributed import ranks
-from moe.files import open_unlinked, sha256, sync, write_json
+from moe.files import open_unlinked, read_text, sha256, sync, write_json
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def _write_state(state: dict[str, Any], path: Path) -> None:
 
 def _read(folder: Path) -> tuple[int, dict[str, Any]]:
     """Read one checkpoint; raises an error of many possible types if it is damaged."""
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = json.loads(read_text(folder / "manifest.json"))
     if sha256(folder / "state.pt") != manifest["sha256"]["state.pt"]:
         raise ValueError("state.pt does not match its sha256")
     if folder.name != f"step-{manifest['step']:08d}":

@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 
-from moe.files import open_unlinked, refuse_pipe, write_text
+from moe.files import open_file, open_unlinked, write_text
 
 FILE = "events.jsonl"
 
@@ -19,8 +19,7 @@ def iterate_events(path: Path) -> Iterator[dict[str, Any] | None]:
 
     An event is a flat dict with at least "kind" ("train" or "eval") and "step". Raises OSError.
     """
-    refuse_pipe(path)
-    with path.open("rb") as lines:
+    with open_file(path, "rb") as lines:
         for line in lines:
             try:
                 event = orjson.loads(line)

@@ -11,7 +11,7 @@ from typing import Any
 
 from moe.checks import ConfigError
 from moe.config.schema import OFF, Cell, fingerprint
-from moe.files import open_unlinked
+from moe.files import open_file, open_unlinked
 from moe.runs.record import RecordError, RunRecord
 
 LOCK = "run.lock"  # in a run folder; the process that trains the run holds it
@@ -95,7 +95,7 @@ def user(folder: Path) -> str | None:
     try:
         import fcntl
 
-        with open(folder / LOCK) as file:
+        with open_file(folder / LOCK) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:

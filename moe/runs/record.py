@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 from moe.checks import first_line, parse
 from moe.config.claim import ClaimConfig
 from moe.config.schema import Config
-from moe.files import refuse_pipe, write_json
+from moe.files import read_text, write_json
 from moe.runs.measured import Measured, ValidationLoss, check_shapes
 
 FORMAT = 1  # of all these files; raise it whenever a field is added, removed or changes its meaning
@@ -221,8 +221,7 @@ class SpecializationRecord(_Record):
 def _load(path: Path) -> Any:
     """Return the content of a JSON file. Raises ValueError if it is incomplete or not JSON, OSError if unreadable."""
     try:
-        refuse_pipe(path)
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
         content = json.loads(text)
         if "\\ud" in text.lower():
             json.dumps(content, ensure_ascii=False).encode()  # half a surrogate pair could never be printed

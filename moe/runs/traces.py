@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from moe.checks import first_line
-from moe.files import replacing
+from moe.files import open_file, replacing
 
 MILESTONES = (0.1, 0.25, 0.5, 0.75, 1.0)  # shares of the steps of a run
 
@@ -40,7 +40,7 @@ def read_traces(folder: Path) -> list[Trace]:
     traces = []
     for path in sorted(folder.glob("step-*.npz")):
         try:
-            with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            with open_file(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
                 shape, packed = tuple(map(int, file["shape"])), file["bits"]
                 if len(shape) != 3 or min(shape) < 1 or (math.prod(shape) + 7) // 8 != packed.size:
                     raise ValueError(f"shape {shape} does not fit {packed.size} bytes")
