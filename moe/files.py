@@ -124,5 +124,5 @@ def sync(path: Path) -> None:
 
 def sha256(path: Path) -> str:
     """Return the hexadecimal sha256 digest of a file's content."""
-    with open_file(path, "rb") as file:
+    with open(path, "rb", opener=_regular) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
