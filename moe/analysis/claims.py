@@ -2,11 +2,14 @@
 
 A claim (`moe.config.claim.ClaimConfig`) is written in the experiment's YAML file, and every run records it before its
 first step. Contrasts that no claim predicts are post hoc. Differences are taken between runs of the same seed and
-averaged over all combinations of the other factors. Every claim states a range for the true
-difference: above zero, below zero, closer to zero than a margin, or within the claimed size.
+averaged over all combinations of the other factors, or of those of their levels that the claim names. Every claim
+states a range for the true difference: above zero, below zero, closer to zero than a margin, or within the claimed
+size. An interaction is such a claim about how much the metric changes between two levels of another factor.
 """
 
 import math
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +30,7 @@ from moe.analysis.statistics import (
     range_test,
     spread_interval,
 )
-from moe.config.claim import ClaimConfig, absolute
+from moe.config.claim import DOMAIN, OURS, ClaimConfig, absolute
 from moe.results.conditions import NAMED_ROUTERS, by_seed, conditions, levels, varied_factors, with_causality
 from moe.results.table import level
 from moe.runs.record import RunRecord
@@ -75,7 +78,7 @@ def planned_claims(runs: pd.DataFrame) -> list[tuple[ClaimConfig, pd.DataFrame]]
 
 
 def judge_planned(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return `judge` of every planned claim; each experiment is a family of its own for Holm's correction.
+    """Return `judge` of every planned claim; the families of Holm's correction lie within an experiment.
 
     The experiment is the first column.
     """
@@ -102,7 +105,8 @@ def judge(runs: pd.DataFrame, claims: list[ClaimConfig]) -> pd.DataFrame:
       correction. A claim of kind lowest or highest fails if some other level beats all levels that it names.
 
     p is two-sided, or that of two one-sided tests (TOST) if the claimed range has two ends. A claim is decided if
-    `p Holm`, corrected for all these claims, is at most 5 %. If a difference is the same in every seed
+    `p Holm` is at most 5 %. It is corrected for all these claims, but our own claims are a family of their own, so that
+    they cannot take significance from the claims of a source. If a difference is the same in every seed
     (`deterministic`), chance has no part in it, and p is 0. `estimates` says where the means lie, which may be by
     chance: "as claimed", "against", or "mixed" if the named levels differ in this.
     """
@@ -115,7 +119,8 @@ def evidence_sentence(judged: pd.Series) -> str:
     if j["n"] == 0:
         return str(j["reason"])
     text = f"{j['compared']}: {j['mean']:.4g} vs {j['reference mean']:.4g}"
-    text += f" ({j['difference'] / j['reference mean']:+.1%})" if j["reference mean"] else ""
+    if j["reference mean"] and j["kind"] != "interaction":
+        text += f" ({j['difference'] / j['reference mean']:+.1%})"
     if j["deterministic"]:
         text += f", {deterministic_verdict(j['difference']).replace('**', '')}"
     elif not math.isnan(j["p"]):
@@ -133,13 +138,16 @@ def _judge(family: list[tuple[ClaimConfig, pd.DataFrame]]) -> pd.DataFrame:
     table = pd.DataFrame([_judge_alone(claim, runs) for claim, runs in family])
     if table.empty:
         return table
-    table.insert(table.columns.get_loc("p") + 1, "p Holm", corrected(table["p"], "holm"))
+    by_family = table["p"].groupby(table["source"].str.startswith(OURS))
+    table.insert(table.columns.get_loc("p") + 1, "p Holm", by_family.transform(lambda p: corrected(p, "holm")))
     decided = table["p Holm"] <= SIGNIFICANCE
     only_before = (table["p"] <= SIGNIFICANCE) & ~decided
     before = table["verdict"] + " before Holm's correction, not after it"
-    tests = int((table["p"] > 0).sum())  # without those that are deterministic
-    spreads = zip(table.pop("doubt"), table["n"], table.pop("spread"), strict=True)
-    doubt = pd.Series([doubt or _detectable(n, spread, tests) for doubt, n, spread in spreads], index=table.index)
+    tests = by_family.transform(lambda p: (p > 0).sum()).astype(int)  # without those that are deterministic
+    spreads = zip(table.pop("doubt"), table["n"], table.pop("spread"), tests, strict=True)
+    doubt = pd.Series(
+        [doubt or _detectable(n, spread, tests) for doubt, n, spread, tests in spreads], index=table.index
+    )
     doubt = doubt.mask(only_before, before).mask(decided, "")
     reason = ["; ".join(filter(None, parts)) for parts in zip(table["reason"], doubt, strict=True)]
     return table.assign(verdict=table["verdict"].where(decided, "undecided"), reason=reason)
@@ -156,18 +164,43 @@ def _detectable(n: int, spread: float, tests: int) -> str:
 
 def _judge_alone(claim: ClaimConfig, runs: pd.DataFrame) -> dict[str, Any]:
     """Return the row of one claim, before the correction for the other claims."""
+    runs = _selected(claim, runs)
     present = levels(runs[claim.factor]) if claim.factor in runs else []
     named = [level(each) for each in claim.levels]
     rivals = [level(each) for each in claim.than] or [each for each in present if each not in named]
-    absent = [f"{claim.factor}={each} is in no run" for each in (*named, *rivals) if each not in present]
+    absent = [
+        f"{factor}={level(each)} is in no run"
+        for factor, wanted in (claim.compared_levels | {claim.factor: [*named, *rivals]}).items()
+        for each in wanted
+        if factor not in runs or level(each) not in levels(runs[factor])
+    ]
     absent += [] if rivals else [f"no other level of {claim.factor}"]
-    absent += [] if claim.metric in runs else [f"no run has {claim.metric}"]
-    row = {"claim": claim.text, "source": claim.source, "metric": claim.metric}
+    absent += [f"no run has {metric}" for metric in _metrics(claim) if metric not in runs]
+    row = {"claim": claim.text, "source": claim.source, "metric": claim.metric, "kind": claim.kind}
     if absent:
         sides = [_listed(_label(claim, runs, each) for each in side) for side in (named, rivals)]
         compared = f"{claim.factor} {' vs '.join(sides)}"
         return row | _row(compared, _Comparison(0, doubt="; ".join(absent)), NAN, "undecided", "")
+    if claim.kind != "interaction":
+        return row | _judge_levels(claim, _with_mean_of_domains(claim, runs), named, rivals, _where(claim))
+    judge_changes = partial(_judge_levels, runs=_changes(claim, runs), named=named, rivals=rivals, where=_where(claim))
+    if claim.margin is not None:
+        first = _at_first_level(claim, runs)
+        reference = first.loc[first[claim.factor].isin(rivals), claim.metric].mean()
+        margin = absolute(claim.margin, reference)
+        return row | judge_changes(replace(claim, kind="equivalent", margin=margin))
+    rise, fall = (judge_changes(replace(claim, kind=kind)) for kind in ("higher", "lower"))
+    falls = claim.direction == "lower" or (claim.direction is None and rise["verdict"] == "contradicted")
+    return row | (fall if falls else rise)
 
+
+def _judge_levels(
+    claim: ClaimConfig, runs: pd.DataFrame, named: list[Any], rivals: list[Any], where: str
+) -> dict[str, Any]:
+    """Return the columns about the comparisons of the named levels of a claim with their rivals.
+
+    where: end of the text that says what is compared.
+    """
     others = [factor for factor in varied_factors(runs) if factor not in (claim.factor, "seed")]
     comparisons = [[_compare(claim, runs, others, a, b) for b in rivals] for a in named]
     favor, p_for, p_against = (
@@ -183,11 +216,60 @@ def _judge_alone(claim: ClaimConfig, runs: pd.DataFrame) -> dict[str, Any]:
     p_holds, p_fails = p_for.max(), min(1.0, len(against) * against.min())
     estimates = "as claimed" if favor.min() > 0 else "against" if favor[a, b] < 0 else "mixed"
     compared = f"{claim.factor} {_label(claim, runs, named[a])} vs {_label(claim, runs, rivals[b])}"
+    compared += where
     compared += f", the least favorable of {favor.size} comparisons" if favor.size > 1 else ""
     untested = [pair.doubt for line in comparisons for pair in line if math.isnan(pair.p_for)]
     shown = comparisons[a][b]._replace(doubt=untested[0]) if untested else comparisons[a][b]
     verdict = "supported" if p_holds < p_fails else "contradicted"
-    return row | _row(compared, shown, float(np.minimum(p_holds, p_fails)), verdict, estimates)
+    return _row(compared, shown, float(np.minimum(p_holds, p_fails)), verdict, estimates)
+
+
+def _selected(claim: ClaimConfig, runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs at those levels of other factors that the claim names."""
+    for factor, wanted in claim.within.items():
+        if factor in runs:
+            runs = runs[runs[factor].isin([level(each) for each in wanted])]
+    return runs
+
+
+def _metrics(claim: ClaimConfig) -> list[str]:
+    """Return the columns from which a claim is judged: the metric, or its variants for the domains of the text."""
+    return [f"{claim.metric}/{domain}" for domain in claim.within.get(DOMAIN, [])] or [claim.metric]
+
+
+def _with_mean_of_domains(claim: ClaimConfig, runs: pd.DataFrame) -> pd.DataFrame:
+    return runs.assign(**{claim.metric: runs[_metrics(claim)].mean(axis=1, skipna=False)})
+
+
+def _at_first_level(claim: ClaimConfig, runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs at the first of the two levels between which an interaction compares, with the metric there."""
+    runs = runs.assign(**{claim.metric: runs[_metrics(claim)[0]]})
+    factor = claim.moderator
+    return runs if factor == DOMAIN else runs[runs[factor] == level(claim.within[factor][0])]
+
+
+def _changes(claim: ClaimConfig, runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs at the first of the two levels of an interaction.
+
+    In place of the metric they have its change from there to the run at the second level that has all else in common.
+    """
+    first, factor = _at_first_level(claim, runs), claim.moderator
+    if factor == DOMAIN:
+        return first.assign(**{claim.metric: runs[_metrics(claim)[1]] - first[claim.metric]})
+    second = _with_mean_of_domains(claim, runs[runs[factor] == level(claim.within[factor][1])])
+    keys = list(dict.fromkeys([claim.factor, "seed", *varied_factors(first), *varied_factors(second)]))
+    pairs = first.merge(second[[*keys, claim.metric]], on=keys, suffixes=("", " at the second level"))
+    return pairs.assign(**{claim.metric: pairs.pop(f"{claim.metric} at the second level") - pairs[claim.metric]})
+
+
+def _where(claim: ClaimConfig) -> str:
+    """Return at which levels of other factors a claim compares, as the end of a text; empty if it names none."""
+    fixed, change = dict(claim.within), ""
+    if claim.kind == "interaction":
+        first, second = fixed.pop(claim.moderator)
+        change = f", change from {claim.moderator}={level(first)} to {level(second)}"
+    places = "; ".join(f"{factor}={_listed(map(level, wanted))}" for factor, wanted in fixed.items())
+    return (f" at {places}" if places else "") + change
 
 
 def _row(compared: str, comparison: _Comparison, p: float, verdict: str, estimates: str) -> dict[str, Any]:
@@ -279,7 +361,10 @@ def _range(claim: ClaimConfig, reference: float) -> tuple[float, float]:
 
 def _about(claim: ClaimConfig, contrast: pd.Series) -> bool:
     """Return whether a claim compares the two levels of a contrast, in either direction."""
-    if (contrast["metric"], contrast["factor"]) != (claim.metric, claim.factor):
+    if (contrast["metric"], contrast["factor"]) != (claim.metric, claim.factor) or claim.kind == "interaction":
+        return False
+    at = dict(part.partition("=")[::2] for part in contrast.get("within", "").split(", ") if part)
+    if any(at.get(factor) not in [str(level(each)) for each in wanted] for factor, wanted in claim.within.items()):
         return False
     named = [level(each) for each in claim.levels]
     rivals = [level(each) for each in claim.than]

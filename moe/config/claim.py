@@ -7,6 +7,10 @@ from omegaconf import MISSING
 
 from moe.checks import finite, one_of, require, unknown
 
+OURS = "our own"  # start of `source` for claims that this project adds to those of a published study
+DOMAIN = "domain"  # name in `within` for the domains of the text, which are levels within each run
+KINDS = ("higher", "lower", "highest", "lowest", "equivalent", "interaction")
+
 
 @dataclass
 class ClaimConfig:
@@ -16,6 +20,11 @@ class ClaimConfig:
     with all other levels. "equivalent": the difference from `than` is smaller than `margin`. `size` is the range of the
     claimed rise or fall. `margin` and `size` are in units of the metric, or a text such as 5%, which is a share of the
     mean at the level compared with.
+
+    within: other factors, each with those of its levels that the claim is about; by default all levels. "interaction"
+    compares how much the difference between `levels` and `than` changes from the first to the second level in `within`
+    (a difference of differences). The change is `direction` (higher or lower) than zero; without a direction it is not
+    zero; with a `margin` it is closer to zero than that. The key `domain` in `within` names domains of the text.
     """
 
     text: str = MISSING
@@ -23,35 +32,68 @@ class ClaimConfig:
     factor: str = MISSING
     levels: list[Any] = MISSING
     kind: str = MISSING
-    source: str = "our own"
+    source: str = OURS
     than: list[Any] = field(default_factory=list)
+    within: dict[str, Any] = field(default_factory=dict)
+    direction: str | None = None
     margin: Any = None
     size: list[Any] = field(default_factory=list)
 
+    @property
+    def compared_levels(self) -> dict[str, list[Any]]:
+        """The levels that the claim names, by factor, without the domains of the text."""
+        named = {self.factor: [*self.levels, *self.than]}
+        return named | {factor: levels for factor, levels in self.within.items() if factor != DOMAIN}
+
+    @property
+    def moderator(self) -> str:
+        """The factor of `within` from whose first level to whose second level an interaction is compared."""
+        return next(factor for factor, levels in self.within.items() if len(levels) > 1)
+
     def check(self, key: str, factors: list[str] | None = None) -> None:
-        """Raise ConfigError, naming the key, for a wrong value; also for another factor than `factors`, if given."""
-        one_of(f"{key}.kind", self.kind, ("higher", "lower", "highest", "lowest", "equivalent"))
+        """Raise ConfigError, naming the key, for a wrong value; also for another factor than `factors`, if given.
+
+        `moe.launch.claims` checks metric and levels, which depend on the runs.
+        """
+        one_of(f"{key}.kind", self.kind, KINDS)
         one_of(f"{key}.metric", self.metric.split("/")[0], ("val", "val_capacity", "routing", "train", "time"))
-        depends_on_cell = self.factor.startswith(("router.", "schedule."))  # only some cells may have such a key
-        if factors is not None and not depends_on_cell and self.factor not in factors:
-            raise unknown(f"factor of {key}", self.factor, factors)
+        for factor in (self.factor, *self.within):
+            depends_on_cell = factor.startswith(("router.", "schedule."))  # only some cells may have such a key
+            known = depends_on_cell or (factor == DOMAIN and factor in self.within)
+            if factors is not None and not known and factor not in factors:
+                raise unknown(f"factor of {key}", factor, factors)
         require(bool(self.levels), f"{key}.levels", self.levels, "a list of at least one level")
+        self._check_within(f"{key}.within")
         all_others = self.kind in ("highest", "lowest")
         allowed = f"empty: {self.kind} compares with all other levels" if all_others else "a list of at least one level"
         require(all_others != bool(self.than), f"{key}.than", self.than, allowed)
         both = [level for level in self.levels if level in self.than]
         require(not both, f"{key}.than", self.than, f"without {both}, which are in levels too")
-        equivalent = self.kind == "equivalent"
-        allowed = "given, such as 1%" if equivalent else "left out: only kind=equivalent has a margin"
-        require(equivalent == (self.margin is not None), f"{key}.margin", self.margin, allowed)
+        equivalent, interaction = self.kind == "equivalent", self.kind == "interaction"
+        bounded = equivalent or (interaction and self.margin is not None)
+        allowed = "given, such as 1%" if equivalent else "left out: only kind=equivalent and interaction have a margin"
+        require(bounded == (self.margin is not None), f"{key}.margin", self.margin, allowed)
+        directed = self.direction is None or (interaction and not bounded and self.direction in ("higher", "lower"))
+        allowed = "higher or lower, with kind=interaction and without a margin"
+        require(directed, f"{key}.direction", self.direction, allowed)
         sized = self.kind in ("higher", "lower") and len(self.size) == 2
         require(sized or not self.size, f"{key}.size", self.size, "two amounts, with kind=higher or kind=lower")
-        part = "margin" if equivalent else "size"
-        amounts = [
-            absolute(amount, 1.0, key=f"{key}.{part}") for amount in ([self.margin] if equivalent else self.size)
-        ]
+        part = "margin" if bounded else "size"
+        amounts = [absolute(amount, 1.0, key=f"{key}.{part}") for amount in ([self.margin] if bounded else self.size)]
         ok = all(amount > 0 for amount in amounts) and amounts == sorted(amounts)
         require(ok, f"{key}.{part}", self.margin or self.size, "positive and rising")
+
+    def _check_within(self, key: str) -> None:
+        for factor, levels in self.within.items():
+            require(factor != self.factor, key, factor, f"another factor than {self.factor}")
+            require(isinstance(levels, list) and bool(levels), f"{key}.{factor}", levels, "a list of levels")
+        if self.kind == "interaction":
+            numbers = sorted(len(levels) for levels in self.within.values())
+            ok = numbers[-1:] == [2] and set(numbers[:-1]) <= {1}
+            allowed = (
+                "given for kind=interaction: two levels of one factor, such as {lb: [0.0, 0.01]}, one of any other"
+            )
+            require(ok, key, self.within, allowed)
 
 
 def absolute(amount: Any, reference: float, *, key: str = "amount") -> float:

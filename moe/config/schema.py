@@ -240,7 +240,8 @@ class Config:
             dense_checkpoint.check_data(name, digest, tokenizer=self.data.tokenizer, seq_len=self.data.seq_len)
         build(self.schedule, "schedule", trusted=True)
         for number, claim in enumerate(self.claims):
-            claim.check(f"claims[{number}]", ["variant", *asdict(self), *self.identity()])
+            settings = [key for key in asdict(self) if not is_free(key)]
+            claim.check(f"claims[{number}]", ["variant", *settings, *self.identity()])
 
     def _check_ranks(self) -> None:
         """Raise ConfigError for a run that cannot be divided among the processes of this launch."""

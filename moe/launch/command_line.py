@@ -33,6 +33,7 @@ from moe.config.schema import OFF, Cell, Config, fingerprint, flatten
 from moe.distributed import ranks
 from moe.files import open_file
 from moe.launch import slurm
+from moe.launch.claims import check_claims
 from moe.runs.folder import finished, same_run, stored_record
 
 log = logging.getLogger(__name__)
@@ -207,6 +208,7 @@ def _expand(overrides: list[Override], *, multirun: bool) -> Command:
             if same_keys_apply and not cells:
                 _refuse_given_in_vain([cell], [_switch_off_ignored(cell)], varied)
         cells.append(cell)
+    check_claims(cells, presets, sweep=multirun)
     _check_distinct(cells)
     described = [_without_ignored(*each) for each in zip(cells, composed, grid, strict=True)]
     _refuse_given_in_vain(cells, described, varied)

@@ -93,6 +93,12 @@ class Metric(NamedTuple):
         return f"{self.label} ({self.unit})" if self.unit else self.label
 
     @property
+    def final(self) -> bool:
+        """Whether metrics.json has the metric as one number."""
+        named = "/" in self.name and self.group != "distribution"
+        return named and ("end" in self.written or ("evaluation" in self.written and self.group != "speed"))
+
+    @property
     def headline(self) -> str:
         """Full name of the variant that is tested and shown in headlines."""
         return f"{self.name}/{self.headline_variant}" if self.headline_variant else self.name
@@ -766,6 +772,11 @@ def select(*, group: str | None = None, shown: str | None = None, written: str |
         and (shown is None or shown in metric.shown)
         and (written is None or written in metric.written)
     ]
+
+
+def final_metrics() -> list[str]:
+    """Return the names of all final metrics, and those of their variants that are shown in headlines."""
+    return list(dict.fromkeys(name for metric in ENTRIES if metric.final for name in (metric.name, metric.headline)))
 
 
 def lookup(name: str) -> Metric | None:

@@ -77,7 +77,6 @@ def replay() -> Replay:
     }
     sentences = [
         *_judged(noise, "noise_lb_seed"),
-        _interaction(variance),
         _active_share(),
         *_copying(temperature),
         *_judged(as_runs(a), "experiment_a", caveat=f"{NOT_TRAINED}; {TIMED_VALIDATION}"),
@@ -170,20 +169,6 @@ def _judged(runs: pd.DataFrame, experiment: str, *, caveat: str = "") -> list[Se
         parts = filter(None, [evidence_sentence(row), caveat])
         sentences.append(Sentence(row["source"], row["claim"], row["verdict"], "; ".join(parts)))
     return sentences
-
-
-def _interaction(variance: pd.DataFrame) -> Sentence:
-    """Judge the noise study's sentence about the interaction of noise and balance weight."""
-    rows = variance[variance["term"] == "noise:lb"].set_index("metric")
-    p = rows.loc["val/perplexity", "p GG"]
-    tests = "; ".join(f"{name}: F={row['F']:.2f}, p={row['p GG']:.2g}" for name, row in rows.iterrows())
-    verdict = "contradicted" if p <= 0.05 else "undecided"
-    return Sentence(
-        "noise study, 9",
-        "The interaction of noise and balance weight is limited",
-        verdict,
-        f"{tests}; a large p is no evidence that there is none",
-    )
 
 
 def _active_share() -> Sentence:

@@ -18,8 +18,9 @@ TITLES = {
 CLAIMS_EXPLAINED = """\
 These claims were written into the experiment's YAML file, and every run recorded them before its first step. Each
 difference is taken between runs of the same seed and averaged over all combinations of the other factors. A claim is
-supported or contradicted if p is at most 5 % after Holm's correction for the number of these claims; otherwise it is
-undecided. Everything else in this report is post hoc: nobody predicted it before the runs."""
+supported or contradicted if p is at most 5 % after Holm's correction; otherwise it is undecided. The correction is for
+the number of claims of the sources, and separately for the number of our own claims. Everything else in this report is
+post hoc: nobody predicted it before the runs."""
 POST_HOC = """\
 Each level of a factor is compared with the factor's reference level: "A vs B" is A minus B, and B is the reference.
 These comparisons are post hoc: no claim predicted their results before the runs. They and the analysis of variance, of

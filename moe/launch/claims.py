@@ -1,0 +1,86 @@
+"""Check planned claims against the runs of a command: no sweep is trained for a claim that nothing can judge."""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from hydra.core.override_parser.types import Override, QuotedString
+
+from moe.checks import build, require, unknown
+from moe.config.claim import DOMAIN, ClaimConfig
+from moe.config.options import GROUPS, options
+from moe.config.schema import Cell
+from moe.data import embedded
+from moe.metrics.catalog import final_metrics, lookup
+
+
+def check_claims(cells: Sequence[Cell], grid: Iterable[Override], *, sweep: bool) -> None:
+    """Raise ConfigError for a claim whose metric no run will have, or whose factor or level occurs in no run.
+
+    grid: the overrides that span the experiment's own grid, of which the command may train a part. Without `sweep`,
+    the command trains one of the runs that a claim is about; then only its kind of level is known.
+    """
+    leaves = [_factors(cell) for cell in cells]
+    for number, claim in enumerate(cells[0].config.claims):
+        key = f"claims[{number}]"
+        _check_metric(f"{key}.metric", claim, cells)
+        for factor, named in claim.compared_levels.items():
+            place = key if factor == claim.factor else f"{key}.within"
+            known = [each[factor] for each in leaves if factor in each]
+            if not sweep:
+                _check_kind(f"{place}.{factor}", factor, named, known)
+                continue
+            if not known:
+                raise unknown(f"factor of {key}", factor, {name for each in leaves for name in each})
+            known += [value for override in grid if override.key_or_group == factor for value in _values(override)]
+            known = [value for number, value in enumerate(known) if value not in known[:number]]
+            listed = ", ".join("null" if value is None else str(value) for value in known)
+            for level in named:
+                require(level in known, f"{place}: {factor}", level, f"a level of this sweep: {listed}")
+            require(len(known) > 1, f"{place}.factor", factor, f"a factor that varies; {factor} is always {listed}")
+
+
+def _check_metric(key: str, claim: ClaimConfig, cells: Sequence[Cell]) -> None:
+    names = [claim.metric, *(f"{claim.metric}/{domain}" for domain in claim.within.get(DOMAIN, []))]
+    for name in names:
+        metric = lookup(name)
+        if metric is None or not metric.final:
+            raise unknown(f"metric of {key.rpartition('.')[0]}", name, final_metrics())
+        if layer := re.search(r"/layer([0-9]+)$", name):
+            deepest = max(cell.config.model.layers for cell in cells)
+            require(int(layer[1]) < deepest, key, name, f"of a layer below {deepest}, the number of layers")
+        if name.startswith("val_capacity/"):
+            limited = any(cell.config.capacity is not None for cell in cells)
+            require(limited, key, name, "a metric of these runs; without capacity=... there is no val_capacity")
+        base, _, domain = name.rpartition("/")
+        if base.startswith("val/"):
+            known = [d for cell in cells for d in _domains(cell)]
+            require(not known or domain in known, key, name, f"of one of the domains {', '.join(dict.fromkeys(known))}")
+
+
+def _domains(cell: Cell) -> list[str]:
+    """Return the names that a domain of the text can have; empty if only the text itself tells."""
+    source = build(cell.config.data.source, "data.source", trusted=True)
+    return list(embedded.DOMAINS) if isinstance(source, embedded.Embedded) else []
+
+
+def _check_kind(key: str, factor: str, named: list[Any], known: list[Any]) -> None:
+    """Raise ConfigError for levels that a factor cannot have, if only one of its levels is known."""
+    for level in named:
+        if factor in GROUPS:
+            if level not in options(factor):
+                raise unknown(f"option of {factor} in {key}", str(level), options(factor))
+        elif known and None not in (level, known[0]):
+            kinds = [float if type(value) is int else type(value) for value in (level, known[0])]
+            require(kinds[0] is kinds[1], key, level, f"like {known[0]}, the level in this run")
+
+
+def _factors(cell: Cell) -> dict[str, Any]:
+    """Return every factor of a cell with its level: its settings and the option chosen from each group."""
+    return cell.config.identity() | cell.choices
+
+
+def _values(override: Override) -> list[Any]:
+    """Return the values of an override, of their own types."""
+    values = override.sweep_iterator() if override.is_sweep_override() else [override.value()]
+    return [value.text if isinstance(value, QuotedString) else value for value in values]

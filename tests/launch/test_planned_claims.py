@@ -1,0 +1,71 @@
+"""Tests that a claim that no run can judge is refused before a sweep is trained."""
+
+import pytest
+
+from moe.checks import ConfigError
+from moe.launch.command_line import read_cells
+
+CLAIM = {
+    "text": "a",
+    "metric": "val/perplexity",
+    "factor": "noise",
+    "levels": "[0.5]",
+    "than": "[0.0]",
+    "kind": "higher",
+}
+
+
+def read(*command: str, **changed: str) -> int:
+    """Read a command with one claim and return its number of cells."""
+    claim = ", ".join(f"{key}: {value}" for key, value in (CLAIM | changed).items())
+    return len(read_cells([*command, f"claims=[{{{claim}}}]"]) or [])
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"metric": "val/perp"}, ["claims[0]", "'val/perp'", "nearest: val/perplexity"]),
+        ({"metric": "grad_norm"}, ["claims[0].metric=grad_norm"]),
+        ({"metric": "routing/utilization"}, ["'routing/utilization'"]),
+        ({"metric": "routing/load_cv/layer04"}, ["of a layer below 4"]),
+        ({"metric": "val/loss/pyhton"}, ["claims[0].metric=val/loss/pyhton", "python"]),
+        ({"metric": "val_capacity/loss"}, ["without capacity=..."]),
+        ({"factor": "nois"}, ["claims[0]", "'nois'", "nearest: noise"]),
+        ({"factor": "router.tmep"}, ["claims[0]", "'router.tmep'"]),
+        ({"factor": "threads"}, ["'threads'"]),
+        ({"levels": "[0.55]"}, ["noise=0.55", "0.0, 0.1, 0.5"]),
+        ({"than": "[0.2]"}, ["noise=0.2", "0.0, 0.1, 0.5"]),
+        ({"within": "{lb: [0.02]}"}, ["within: lb=0.02", "0.0, 0.01"]),
+        ({"within": "{lbb: [0.01]}"}, ["'lbb'", "nearest: lb"]),
+        ({"within": "{noise: [0.5]}"}, ["within=noise"]),
+        ({"within": "{lb: 0.01}"}, ["within.lb=0.01"]),
+        ({"within": "{domain: [speach]}"}, ["val/perplexity/speach"]),
+        ({"metric": "val/loss", "within": "{domain: [speach]}"}, ["val/loss/speach", "speech"]),
+        ({"kind": "interaction"}, ["claims[0].within", "two levels"]),
+        ({"kind": "interaction", "within": "{lb: [0.0, 0.01]}", "direction": "up"}, ["direction=up"]),
+        ({"kind": "interaction", "within": "{lb: [0.0, 0.01]}", "direction": "lower", "margin": "1%"}, ["direction"]),
+        ({"direction": "lower"}, ["claims[0].direction=lower"]),
+        ({"factor": "steps", "levels": "[300]", "than": "[400]"}, ["steps=400", "300"]),
+        ({"factor": "steps", "levels": "[300]", "than": "[]", "kind": "highest"}, ["steps", "varies"]),
+    ],
+)
+def test_a_claim_that_no_run_can_judge_is_refused_in_one_line(changed: dict[str, str], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        read("experiment=noise_lb_seed", **changed)
+    assert "\n" not in str(error.value)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_a_part_of_an_experiment_keeps_the_claims_about_its_whole_grid() -> None:
+    assert read("experiment=noise_lb_seed", "noise=0.0,0.1", "seed=42", "lb=0.01") == 2
+    assert read("experiment=noise_lb_seed", "noise=0.0,0.9", "seed=42", "lb=0.01", levels="[0.9]") == 2
+    within = {"kind": "interaction", "within": "{lb: [0.0, 0.01]}", "margin": "1%"}
+    assert read("experiment=noise_lb_seed", "noise=0.0,0.5", "seed=42", **within) == 4
+
+
+def test_one_run_of_many_keeps_claims_about_levels_of_other_runs() -> None:
+    assert read("noise=0.3") == 1
+    with pytest.raises(ConfigError, match=r"claims\[0\]\.noise=much: must be like 0.3"):
+        read("noise=0.3", levels="[much]")
+    with pytest.raises(ConfigError, match="option of router"):
+        read(factor="router", levels="[topk]", than="[hsah]")
