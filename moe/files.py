@@ -1,4 +1,4 @@
-"""Open files for reading and writing.
+"""Open files for reading and writing, and read the shapes of stored tensors.
 
 Reading never waits for a pipe. Writing is atomic, so that a reader never sees half a file, and never goes through a
 link. Files that a stranger may have placed are opened by these functions only.
@@ -9,10 +9,12 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+from safetensors import SafetensorError, safe_open
 
 
 class LinkError(ValueError):
@@ -126,3 +128,29 @@ def sha256(path: Path) -> str:
     """Return the hexadecimal sha256 digest of a file's content."""
     with open(path, "rb", opener=_regular) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tensor_shapes(find: Callable[[str], Path | None]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor in a model's safetensors, by name. Only the headers of the files are read.
+
+    find: returns the path of the file of that name, or None. The weights are in `model.safetensors`, or in the files
+        that `model.safetensors.index.json` lists.
+
+    Raises ValueError, with one line, for files that are missing or torn.
+    """
+    single, index = find("model.safetensors"), None
+    if single is None and (index := find("model.safetensors.index.json")) is None:
+        raise ValueError("it has no weights in model.safetensors or model.safetensors.index.json")
+    names = ["model.safetensors"]
+    shapes: dict[str, tuple[int, ...]] = {}
+    try:
+        if index is not None:
+            names = sorted(set(json.loads(read_text(index))["weight_map"].values()))
+        for name in names:
+            if (path := find(name)) is None:
+                raise ValueError(f"{name} is missing")
+            with safe_open(path, "numpy") as file:
+                shapes |= {tensor: tuple(file.get_slice(tensor).get_shape()) for tensor in file.keys()}  # noqa: SIM118
+    except (OSError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+        raise ValueError(f"its weights cannot be read ({error})") from error
+    return shapes

@@ -20,7 +20,7 @@ import torch
 from matplotlib.figure import Figure
 from small_runs import read_small_cell
 from train_processes import ANALYZE, TRAIN, run_script
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from moe.analysis.figures.drawing import Drawing
 from moe.analysis.figures.specialization import specialization_drawings
@@ -156,6 +156,34 @@ def test_a_hostile_config_json_is_refused_in_one_line(changes: dict[str, Any], f
         with pytest.raises(ConfigError):
             AutoModelForCausalLM.from_pretrained(folder / "model")
     assert not ran.exists()
+
+
+# Sizes that no memory holds, or loops that do not end.
+HUGE: dict[str, dict[str, Any]] = {
+    **{name: {name: 10**12} for name in ("vocab_size", "hidden_size", "intermediate_size", "num_experts")},
+    **{name: {name: 10**12} for name in ("num_hidden_layers", "shared_experts", "num_attention_heads", "head_dim")},
+    "more than a tensor can have": {"vocab_size": 10**40},
+    "numbers of no weights": {"hidden_size": 0, "head_dim": 10**12},
+    "dense layers": {"dense_ffn": 10**12, "first_k_dense_replace": 10**12},
+    "a chain": {"router": {"_target_": "moe.routers.chain_of_experts.ChainOfExperts", "iterations": 10**12}},
+    "a table": {"router": {"_target_": "moe.routers.hash.Hash", "vocab_size": 10**12}},
+    "slots": {"router": {"_target_": "moe.routers.soft_moe.SoftMoE", "slots": 10**12}},
+    "a recurrence": {"router": {"_target_": "moe.routers.spectra.Spectra", "router_dim": 10**12}},
+    "a plan": {"router": {"_target_": "moe.routers.sinkhorn.Sinkhorn", "iterations": 10**12}},
+}
+
+
+@pytest.mark.parametrize("changes", HUGE.values(), ids=HUGE)
+def test_sizes_that_the_weights_do_not_have_are_refused_before_memory_is_allocated(
+    changes: dict[str, Any], folder: Path
+) -> None:
+    """A config.json whose sizes are not those of the weights is refused in one line, without their memory."""
+    change(folder / "model" / "config.json", lambda content: content | changes)
+    with pytest.raises(ValueError, match=r"config\.json|router") as raised:
+        load_model(folder / "model")
+    assert "alloc" not in one_line(raised.value)
+    with pytest.raises(ConfigError):
+        AutoModelForCausalLM.from_pretrained(folder / "model")
 
 
 def test_a_trusted_saved_model_may_have_a_router_of_its_own(
@@ -335,6 +363,7 @@ DENSE: dict[str, Any] = {
     "a kernel of the hub": LLAMA | {"attn_implementation": "stranger/kernel"},
     "a quantizer": LLAMA | {"quantization_config": {"quant_method": "gptq"}},
     "weights without their index": LLAMA,
+    "a list of labels": LLAMA | {"num_labels": 10**12},
 }
 
 
@@ -352,6 +381,19 @@ def test_a_hostile_dense_folder_is_refused_in_one_line_and_its_pickle_is_not_tri
         dense_checkpoint.resolve({**dict.fromkeys(keys), "dense": str(dense)})
     assert "model.dense" in one_line(raised.value)
     assert not ran.exists()
+
+
+@pytest.mark.parametrize("key", [*LLAMA.keys() - {"model_type"}, "head_dim", "num_key_value_heads", "attention_bias"])
+def test_sizes_that_a_dense_checkpoint_does_not_have_are_refused(key: str, tmp_path: Path) -> None:
+    """The sizes of a dense checkpoint are compared with its weights when the command line is read."""
+    LlamaForCausalLM(LlamaConfig(**LLAMA)).save_pretrained(tmp_path)
+    keys = (*dense_checkpoint.SIZES, "expert", "embed_scale", "dense_digest", "layers")
+    model = {**dict.fromkeys(keys), "dense": str(tmp_path)}
+    assert dense_checkpoint.resolve(model)["layers"] == 1
+    change(tmp_path / "config.json", lambda content: content | {key: key == "attention_bias" or 10**12})
+    with pytest.raises(ConfigError, match=r"config\.json") as raised:
+        dense_checkpoint.resolve(model)
+    assert "model.dense=" in one_line(raised.value)
 
 
 # ---- Pipes ------------------------------------------------------------------------------------------------------

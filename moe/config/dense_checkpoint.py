@@ -9,11 +9,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import get_safetensors_metadata, hf_hub_download
 from tokenizers import Tokenizer
 
 from moe.checks import ConfigError, first_line, require
-from moe.files import read_text, require_files, sha256
+from moe.files import read_text, require_files, sha256, tensor_shapes
 
 # Key of `moe.config.schema.ModelConfig` -> key of a Llama's config.json.
 SIZES = {
@@ -38,6 +38,7 @@ def resolve(model: dict[str, Any]) -> dict[str, Any]:
     name = model["dense"]
     settings = _settings(name, model["dense_digest"])
     values = {key: settings[llama_key] for key, llama_key in SIZES.items()}
+    _check_weights(name, model["dense_digest"], settings)
     values |= {"expert": "swiglu", "embed_scale": False, "dense_digest": digest(name, model["dense_digest"])}
     for key, value in values.items():
         allowed = f"{value}, as in {name}; model=upcycled leaves this key out"
@@ -77,8 +78,6 @@ def digest(name: str, revision: str | None = None) -> str:
     if not Path(name).is_dir():
         return folder.name
     weights = sorted(folder.glob("*.safetensors"))
-    complete = any((folder / file).is_file() for file in ("model.safetensors", "model.safetensors.index.json"))
-    require(complete, "model.dense", name, "a folder with weights in model.safetensors or model.safetensors.index.json")
     sums = [_sum(path, path.stat().st_size, path.stat().st_mtime_ns) for path in [folder / "config.json", *weights]]
     return hashlib.sha256("".join(sums).encode()).hexdigest()
 
@@ -99,16 +98,82 @@ def _settings(name: str, revision: str | None) -> dict[str, Any]:
         kind = (settings["model_type"], settings.get("hidden_act", "silu"), settings.get("mlp_bias", False))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"model.dense={name}: config.json cannot be read ({first_line(error)})") from error
-    missing = [key for key in ("vocab_size", "num_hidden_layers", *SIZES.values()) if key not in settings]
+    needed = ("vocab_size", "num_hidden_layers", *SIZES.values())
+    missing = [key for key in needed if key not in settings]
     require(kind == ("llama", "silu", False), "model.dense", name, f"a Llama with SwiGLU without bias, not {kind}")
     require(not missing, "model.dense", name, f"a Llama whose config.json has {', '.join(missing)}")
-    for key in ("vocab_size", "num_hidden_layers", *SIZES.values()):
+    optional = [key for key in ("num_key_value_heads", "head_dim") if settings.get(key) is not None]
+    for key in (*needed, *optional):
         ok = type(settings[key]) is int and settings[key] > 0
         require(ok, f"{key} in config.json of model.dense={name}", settings[key], "a whole number > 0")
-    for key in ("attn_implementation", "_attn_implementation", "experts_implementation", "quantization_config"):
+    code = ("attn_implementation", "_attn_implementation", "experts_implementation", "quantization_config")
+    for key in (*code, "num_labels"):  # transformers makes a list of so many labels
         ok = settings.get(key) in (None, "eager", "sdpa", "flash_attention_2")  # others may load code from the hub
         require(ok, f"{key} in config.json of model.dense={name}", settings.get(key), "left out")
     return settings
+
+
+def _check_weights(name: str, revision: str | None, settings: dict[str, Any]) -> None:
+    """Raise ConfigError unless the checkpoint has all weights that its config.json describes, with these shapes.
+
+    Memory is allocated for the sizes of config.json, so a stranger's must not be larger than the files. Only headers of
+    safetensors are read.
+    """
+    try:
+        stored = _shapes(name, revision)
+    except Exception as error:  # the hub's library raises classes of its own
+        raise ConfigError(f"model.dense={name}: {first_line(error)}") from error
+    layers = settings["num_hidden_layers"]
+    most = f"at most {len(stored)}, the number of tensors in its weights"
+    require(layers <= len(stored), f"num_hidden_layers in config.json of model.dense={name}", layers, most)
+    stored = {tensor.removeprefix("model."): shape for tensor, shape in stored.items()}
+    for tensor, shape in _described(settings).items():
+        if tensor not in stored:
+            raise ConfigError(f"model.dense={name}: its config.json describes {tensor}, which its weights lack")
+        if stored[tensor] != shape:
+            found = f"but in the weights it is {stored[tensor]}"
+            raise ConfigError(f"model.dense={name}: config.json describes {tensor} as {shape}, {found}")
+
+
+def _described(settings: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each weight of a Llama by its name, without the prefix `model.`."""
+    dim, width, heads = (settings[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads"))
+    size = settings.get("head_dim") or dim // heads
+    queries, keys = heads * size, (settings.get("num_key_value_heads") or heads) * size
+    shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (settings["vocab_size"], dim), "norm.weight": (dim,)}
+    if not settings.get("tie_word_embeddings", False):
+        shapes["lm_head.weight"] = (settings["vocab_size"], dim)
+    layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (dim,),
+        "post_attention_layernorm.weight": (dim,),
+        "mlp.gate_proj.weight": (width, dim),
+        "mlp.up_proj.weight": (width, dim),
+        "mlp.down_proj.weight": (dim, width),
+    }
+    bias = settings.get("attention_bias", False)
+    for part, rows, columns in (("q", queries, dim), ("k", keys, dim), ("v", keys, dim), ("o", dim, queries)):
+        layer[f"self_attn.{part}_proj.weight"] = (rows, columns)
+        if bias:
+            layer[f"self_attn.{part}_proj.bias"] = (rows,)
+    for number in range(settings["num_hidden_layers"]):
+        shapes |= {f"layers.{number}.{tensor}": shape for tensor, shape in layer.items()}
+    return shapes
+
+
+def _shapes(name: str, revision: str | None) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each weight by its name. For a name on the hub, only headers are downloaded."""
+    folder = _file("model.dense", name, "config.json", revision).parent
+
+    def find(file: str) -> Path | None:
+        return path if (path := folder / file).is_file() else None
+
+    try:
+        return tensor_shapes(find)
+    except ValueError:
+        if Path(name).is_dir():
+            raise
+    files = get_safetensors_metadata(name, revision=folder.name).files_metadata.values()
+    return {tensor: tuple(info.shape) for file in files for tensor, info in file.tensors.items()}
 
 
 def _file(key: str, name: str, file: str, revision: str | None = None) -> Path:

@@ -11,7 +11,16 @@ from moe.config.schema import Cell
 from moe.distributed import ranks
 from moe.launch.revisions import pinned
 from moe.launch.slurm import Refused
-from moe.runs.folder import delete_checkpoints, difference, finished, locked, status, stored_record, user
+from moe.runs.folder import (
+    delete_checkpoints,
+    difference,
+    finished,
+    locked,
+    missing_models,
+    status,
+    stored_record,
+    user,
+)
 from moe.runs.record import RecordError, SweepRecord
 
 
@@ -170,7 +179,12 @@ def _outcome(before: str, after: str) -> str:
 
 
 def _reason(cell: Cell, state: str) -> str:
-    """Return why a cell is not finished. The worker process that printed the reason may run on another machine."""
+    """Return why a cell is not finished, or which of its models are missing.
+
+    The worker process that printed the reason may run on another machine.
+    """
+    if state == "finished":
+        return f", {lacks}" if (lacks := missing_models(cell)) else ""
     if state == "killed":
         return ": its process ended without a message"
     try:

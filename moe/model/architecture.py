@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from transformers.models.llama.configuration_llama import LlamaConfig
 
-from moe.checks import check_values
+from moe.checks import check_values, require
 from moe.config import dense_checkpoint
 from moe.config.schema import ModelConfig
 
@@ -23,6 +23,13 @@ FILE_TYPES: dict[str, Any] = {
     "chunk_size_feed_forward": int,
     **dict.fromkeys(("id2label", "label2id"), dict | None),
     "problem_type": str | None,
+}
+
+# The smallest value of each size in config.json that may be given.
+LEAST: dict[str, int] = {
+    **dict.fromkeys(("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"), 1),
+    **dict.fromkeys(("num_key_value_heads", "head_dim", "max_position_embeddings", "num_experts", "dense_ffn"), 1),
+    **dict.fromkeys(("shared_experts", "first_k_dense_replace"), 0),
 }
 
 
@@ -67,6 +74,9 @@ class MoEConfig(LlamaConfig):
         """
         types = {field.name: field.type for field in fields(cls)} | FILE_TYPES
         check_values(config_dict, types, "config.json")
+        for name, least in LEAST.items():
+            value = config_dict.get(name)
+            require(value is None or value >= least, f"config.json.{name}", value, f"at least {least}")
         return super().from_dict(config_dict, **kwargs)
 
     @staticmethod

@@ -4,6 +4,7 @@ Attention, norms and position embeddings are those of transformers. Parameter na
 dense checkpoints can be loaded by name.
 """
 
+import copy
 import functools
 import math
 from collections.abc import Callable
@@ -22,11 +23,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import local_torch_dtype
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.utils.hub import cached_file
 from transformers.utils.logging import disable_progress_bar
 
 from moe.checks import ConfigError, build, first_line, require
 from moe.data.labels import IGNORED, next_token
-from moe.files import require_files
+from moe.files import require_files, tensor_shapes
 from moe.model.architecture import MoEConfig
 from moe.model.experts import Experts
 from moe.model.layer import LayerOutput, MoELayer
@@ -268,6 +270,20 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *args: Any, **options: Any) -> Any:
+        """Return the saved model as transformers loads it, if its config.json fits the shapes of its weights.
+
+        The file may be a stranger's. So its sizes are compared before memory is allocated for them. Only safetensors
+        are read. Raises ConfigError.
+        """
+        source = {key: options[key] for key in HUB_OPTIONS if key in options}
+        config = options.get("config")
+        if not isinstance(config, MoEConfig):
+            config = MoEConfig.from_pretrained(name if config is None else config, **source)
+        _check_weights(cls, config, str(name), source, trusted=options.get("trusted", False))
+        return super().from_pretrained(name, *args, **options)
+
     @property
     def moe_layers(self) -> list[MoELayer]:
         """The MoE layers, in the order in which `aux` and `stats` stack them."""
@@ -420,6 +436,58 @@ def _router_logits(layers: list[LayerOutput]) -> tuple[Tensor, ...]:
     return known
 
 
+# The arguments of `from_pretrained` that say where its files are.
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+def _check_weights(
+    kind: type[MoEForCausalLM], config: MoEConfig, name: str, source: dict[str, Any], *, trusted: bool
+) -> None:
+    """Raise ConfigError unless the saved model `name` has the weights of its `config`, with the same shapes.
+
+    source: the `HUB_OPTIONS` that are given.
+
+    The model is built without memory. A layer has at least 6 tensors: two norms and four matrices of the attention.
+    """
+
+    def find(file: str) -> Path | None:
+        try:
+            return Path(cached_file(name, file, **source))
+        except OSError:  # there is no such file
+            return None
+
+    try:
+        stored = tensor_shapes(find)
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error}") from error
+    most = len(stored) // 6
+    require(
+        config.num_hidden_layers <= most,
+        f"num_hidden_layers in config.json of {name}",
+        config.num_hidden_layers,
+        f"at most {most}, because the weights are {len(stored)} tensors",
+    )
+    config = copy.deepcopy(config)
+    config._attn_implementation = "eager"  # the one that needs no other package; all have the same weights
+    try:
+        with torch.device("meta"):
+            tensors = kind(config, trusted=trusted).state_dict(keep_vars=True)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a size that does not fit makes a library raise
+        raise ConfigError(f"{name}: config.json describes no model ({first_line(error)})") from error
+    names: dict[int, list[str]] = {}  # the names of each tensor, which is stored once
+    for key, tensor in tensors.items():
+        names.setdefault(id(tensor), []).append(key)
+    unexpected = sorted(stored.keys() - tensors.keys())
+    missing = [keys[0] for keys in names.values() if not any(key in stored for key in keys)]
+    if wrong := missing + unexpected:
+        raise ConfigError(f"{name}: its weights are not those of its config.json: {', '.join(wrong[:5])}")
+    for key, shape in stored.items():
+        if shape != (described := tuple(tensors[key].shape)):
+            raise ConfigError(f"{name}: config.json describes {key} as {described}, but in the weights it is {shape}")
+
+
 def load_model(folder: Path, *, trusted: bool = False) -> MoEForCausalLM:
     """Return the saved model in `folder`, in evaluation mode. `trusted`: as in `MoEForCausalLM`.
 
@@ -427,16 +495,11 @@ def load_model(folder: Path, *, trusted: bool = False) -> MoEForCausalLM:
     or wrong.
     """
     disable_progress_bar()  # transformers would show one while it reads a single small file
-    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     try:
         require_files(folder)
-        loaded: Any = MoEForCausalLM.from_pretrained(folder, trusted=trusted, **options)  # (model, info)
+        model = MoEForCausalLM.from_pretrained(folder, trusted=trusted, use_safetensors=True, local_files_only=True)
     except Exception as error:  # whatever a wrong file makes a library raise
         raise ValueError(f"{folder}: cannot be read as a saved model ({first_line(error)})") from error
-    model, info = loaded
-    wrong = sorted(info["missing_keys"] | info["unexpected_keys"])
-    if wrong:
-        raise ValueError(f"{folder}: its weights are not those of its config.json: {', '.join(wrong[:5])}")
     return cast(MoEForCausalLM, model.eval())
 
 

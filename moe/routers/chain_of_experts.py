@@ -17,7 +17,7 @@ class ChainOfExperts(Router):
 
     def __init__(self, dim: int, num_experts: int, *, iterations: int = 2, k: int = 1) -> None:
         super().__init__(dim, num_experts, fixed_k=k)
-        require(iterations >= 1, "router.iterations", iterations, "at least 1")
+        require(1 <= iterations <= 100, "router.iterations", iterations, "between 1 and 100")
         for iteration in range(iterations):
             self.add_module(str(iteration), TopK(dim, num_experts, k=k))
 

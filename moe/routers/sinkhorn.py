@@ -43,7 +43,7 @@ class Sinkhorn(LinearRouter):
     ) -> None:
         super().__init__(dim, num_experts, fixed_k=k)
         require(finite(epsilon) and epsilon > 0, "router.epsilon", epsilon, "a finite number > 0")
-        require(iterations >= 1, "router.iterations", iterations, "at least 1")
+        require(1 <= iterations <= 1000, "router.iterations", iterations, "between 1 and 1000")
         self.k, self.epsilon, self.iterations, self.inference = k, epsilon, iterations, inference
 
     @property

@@ -82,7 +82,8 @@ class Spectra(Router):
         self.mean_k = float(k)
         require(router_dim >= 1, "router.router_dim", router_dim, "at least 1")
         require(so_warmup_steps >= 1, "router.so_warmup_steps", so_warmup_steps, "at least 1")
-        require(sinkhorn_iterations >= 0, "router.sinkhorn_iterations", sinkhorn_iterations, "at least 0")
+        few = 0 <= sinkhorn_iterations <= 1000
+        require(few, "router.sinkhorn_iterations", sinkhorn_iterations, "between 0 and 1000")
         epsilon, factor = sinkhorn_epsilon, expert_choice_capacity_factor
         for name, value in (("sinkhorn_epsilon", epsilon), ("expert_choice_capacity_factor", factor)):
             require(finite(value) and value > 0, f"router.{name}", value, "a finite number > 0")

@@ -13,6 +13,7 @@ from moe.checks import ConfigError
 from moe.config.schema import OFF, Cell, fingerprint
 from moe.files import open_file, open_unlinked
 from moe.runs.record import RecordError, RunRecord
+from moe.runs.traces import milestones
 
 LOCK = "run.lock"  # in a run folder; the process that trains the run holds it
 
@@ -37,6 +38,22 @@ def difference(cell: Cell) -> list[str]:
     inapplicable = OFF.keys() - stored.keys()
     keys = [key for key in {**stored, **wanted} if stored.get(key) != wanted.get(key) and key not in inapplicable]
     return [f"{key} is {stored.get(key)} in the folder, {wanted.get(key)} in this command" for key in keys]
+
+
+def missing_models(cell: Cell) -> str:
+    """Return a text that names the saved models that `save_model` asks for and the finished run lacks; "" if none.
+
+    A run lacks them if it was trained, or a part of it, with another `save_model`.
+    """
+    config = cell.config
+    names = [] if config.save_model == "none" else ["model"]
+    if config.save_model == "all":
+        names += [f"milestones/step-{step:08d}" for step in sorted(milestones(config.steps) - {config.steps})]
+    missing = [name for name in names if not (cell.folder / name).is_dir()]
+    if not missing:
+        return ""
+    reason = f"save_model={config.save_model} was not set when they would have been saved"
+    return f"without {', '.join(missing)}: {reason}; delete the folder to train the run again"
 
 
 def same_run(cell: Cell) -> Path | None:

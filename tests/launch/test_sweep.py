@@ -28,7 +28,7 @@ def cells(small: list[str], tmp_path: Path) -> list[Cell]:
 
 def leave_record(cell: Cell, status: str, error: str | None = None) -> None:
     """Write the run record that a worker leaves in the folder of its cell."""
-    cell.folder.mkdir(parents=True, exist_ok=True)
+    (cell.folder / "model").mkdir(parents=True, exist_ok=True)
     write_run_record(cell, status, parse(RunFacts, FACTS) if status == "finished" else None, error=error)
 
 

@@ -4,11 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from run_folders import FACTS
 
-from moe.checks import ConfigError
-from moe.launch.run import run
+from moe.analysis.figures.specialization import specialization_drawings
+from moe.checks import ConfigError, parse
+from moe.launch.run import run, write_run_record
 from moe.launch.sweep import carry_out
+from moe.results.table import load_runs
 from moe.runs import checkpoint
+from moe.runs.record import RunFacts
 from moe.specialization.__main__ import main as specialization
 from moe.training.disk import needed
 
@@ -51,6 +55,27 @@ def test_a_run_without_a_saved_model_says_so_before_it_starts_and_when_it_is_to_
     printed = capsys.readouterr()
     assert printed.err == (f"{one.folder}: has no saved model (save_model=none), so its experts cannot be studied\n")
     assert printed.out == "1 of 1 runs are finished\n"
+    [drawn] = specialization_drawings(load_runs([one.folder]))
+    assert drawn.reason == (
+        "no run has a specialization.json: it comes from saved models, and no run has one (save_model=none)"
+    )
+
+
+@pytest.mark.parametrize(("asked", "lacks"), [("none", ""), ("last", "model"), ("all", "model, milestones/step-0000")])
+def test_a_finished_run_that_lacks_a_saved_model_says_so_when_it_is_skipped(
+    asked: str, lacks: str, cell: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A finished run is skipped, even by a command that asks for more saved models; the line names those it lacks."""
+    one = cell("save_model=none", "steps=2")
+    one.folder.mkdir(parents=True)
+    write_run_record(one, "finished", parse(RunFacts, FACTS))
+    one.config.save_model = asked
+    assert carry_out([one], lambda: pytest.fail("it was trained")) == 0
+    [line] = capsys.readouterr().out.split("\n")[1:-1]
+    named = f"skipped     {one.folder.name}"
+    assert line.startswith(f"{named}, without {lacks}" if lacks else named)
+    assert lacks or line == named
+    assert not lacks or line.endswith("delete the folder to train the run again")
 
 
 def test_another_value_of_save_model_is_refused(cell: Any) -> None:

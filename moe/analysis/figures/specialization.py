@@ -27,7 +27,11 @@ def specialization_drawings(runs: pd.DataFrame) -> Iterator[Drawing]:
     first = [next(run for run in measured if run.condition == name) for name in names]
     first = [run for run in first if _shape(run) == _shape(first[0])]
     if not measured:
-        reasons = reasons or f"no run has a {SpecializationRecord.FILE}: run python -m moe.specialization FOLDER"
+        advice = "run python -m moe.specialization FOLDER"
+        finished = runs.loc[runs["status"] == "finished", "folder"]
+        if len(finished) and not any(Path(folder, "model").is_dir() for folder in finished):
+            advice = "it comes from saved models, and no run has one (save_model=none)"
+        reasons = reasons or f"no run has a {SpecializationRecord.FILE}: {advice}"
     else:
         reasons = f"{len(first)} conditions are too many" if len(first) > MOST_LINES else ""
     if reasons:
