@@ -1,11 +1,11 @@
 """Tests of the README: its commands are accepted, its table of metrics is complete, and its links lead to files."""
 
-import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from moe.config.options import CONF
 from moe.data.tokenizer import train_bpe
@@ -26,15 +26,13 @@ def test_the_commands_of_the_readme_are_found() -> None:
 
 @pytest.fixture
 def downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Change to a folder with the files of `python -m moe.model.smollm2 smollm2` that reading a command needs."""
+    """Change to a folder with the files that `python -m moe.model.smollm2 smollm2` writes, of a smaller model."""
     monkeypatch.chdir(tmp_path)
     Path("smollm2").mkdir()
     tokenizer = train_bpe(["some words"], 259)
     tokenizer.save_pretrained("smollm2")
-    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
-    settings = {"model_type": "llama", "vocab_size": len(tokenizer), "max_position_embeddings": 8192} | sizes
-    Path("smollm2/config.json").write_text(json.dumps(settings))
-    Path("smollm2/model.safetensors").touch()
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained("smollm2")
 
 
 @pytest.mark.usefixtures("downloaded")

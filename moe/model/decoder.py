@@ -271,18 +271,19 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, *args: Any, **options: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         """Return the saved model as transformers loads it, if its config.json fits the shapes of its weights.
 
         The file may be a stranger's. So its sizes are compared before memory is allocated for them. Only safetensors
         are read. Raises ConfigError.
         """
-        source = {key: options[key] for key in HUB_OPTIONS if key in options}
-        config = options.get("config")
+        name = pretrained_model_name_or_path
+        source = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
+        config = kwargs.get("config")
         if not isinstance(config, MoEConfig):
             config = MoEConfig.from_pretrained(name if config is None else config, **source)
-        _check_weights(cls, config, str(name), source, trusted=options.get("trusted", False))
-        return super().from_pretrained(name, *args, **options)
+        _check_weights(cls, config, str(name), source, trusted=kwargs.get("trusted", False))
+        return super().from_pretrained(name, *model_args, **kwargs)
 
     @property
     def moe_layers(self) -> list[MoELayer]:
@@ -452,7 +453,8 @@ def _check_weights(
 
     def find(file: str) -> Path | None:
         try:
-            return Path(cached_file(name, file, **source))
+            path = cached_file(name, file, **source)
+            return None if path is None else Path(path)
         except OSError:  # there is no such file
             return None
 
