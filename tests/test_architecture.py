@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import pytest
 
+from moe.checks import BASES
+
 ROOT = Path(__file__).parents[1]
 
 # The layers of the code, lowest first. A package may import packages of lower layers only. A single file in moe/ counts
@@ -124,6 +126,19 @@ def test_imports_go_to_lower_layers_only() -> None:
         and LAYER[package(each.importer)] <= LAYER[package(each.imported)]
     }
     assert not upward
+
+
+def test_only_the_base_classes_of_configured_objects_are_named_in_text_from_below() -> None:
+    """`moe.checks` imports them by name at run time, from layers above its own. No other code does the like."""
+    named, known = set(), modules()
+    for module, path in known.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+            if text.startswith("moe.") and {text, text.rpartition(".")[0]} & known.keys():
+                ours, theirs = package(module), package(text)
+                if ours != theirs and ours in LAYER and LAYER[ours] <= LAYER[theirs]:
+                    named.add((module, text))
+    assert named == {("moe.checks", base) for base in BASES.values()}
 
 
 @pytest.mark.parametrize(

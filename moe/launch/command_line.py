@@ -381,6 +381,9 @@ def _parse_override(word: str) -> Override:
         return parser.parse_overrides([word])[0]
     except FAULTS as error:
         cause = _cause(error)
+        if error.__cause__ is not None:  # the value is a function of this grammar, or looks like one
+            cause = f"{first_line(error.__cause__)}; a text needs quotes"
+            raise ConfigError(f"cannot read the command line: {word:.200}: {cause:.300}") from None
     if not equals:
         raise ConfigError(f"cannot read the command line: {word:.200}: write key=value")
     try:

@@ -124,6 +124,11 @@ from moe.runs.record import RunFacts
             """put a text in quotes, like 'data.tokenizer="x/lb=0.0,seed=1/model"'""",
         ),
         ("'", "cannot read the command line: ': write key=value"),
+        (
+            "-m noise=tag(a,0.1,0.2)",
+            r"noise=tag\(a,0.1,0.2\): mismatch type argument .*float is incompatible with .*; a text needs quotes$",
+        ),
+        ("-m noise=extend_list(1)", r"noise=extend_list\(1\): Unknown function 'extend_list'; a text needs quotes$"),
     ],
 )
 def test_wrong_commands(arguments: str, message: str) -> None:
