@@ -136,7 +136,7 @@ def test_only_the_base_classes_of_configured_objects_are_named_in_text_from_belo
             text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
             if text.startswith("moe.") and {text, text.rpartition(".")[0]} & known.keys():
                 ours, theirs = package(module), package(text)
-                if ours != theirs and ours in LAYER and LAYER[ours] <= LAYER[theirs]:
+                if ours != theirs and LAYER.get(ours, -1) <= LAYER.get(theirs, -2):
                     named.add((module, text))
     assert named == {("moe.checks", base) for base in BASES.values()}
 
