@@ -12,6 +12,7 @@ from moe.metrics.summary import summarize
 from moe.routers.spectra import Spectra, srip
 from moe.routing.decision import Context, Knobs, Routing
 from moe.routing.dispatch import dispatch
+from moe.routing.losses import auxiliary
 from moe.routing.measurement import collect_stats
 from moe.routing.stats import RoutingStats
 from moe.training.evaluate import router_gram
@@ -333,3 +334,14 @@ def test_each_switch_removes_its_part_and_nothing_else(
 def test_wrong_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=rf"router\.{next(iter(settings))}="):
         Spectra(D, E, **settings)
+
+
+@pytest.mark.parametrize("loss", ["load_balance", "load_balance_sequence", "load_balance_global"])
+def test_balance_losses_have_no_gradient_with_all_experts(loss: str, x: Tensor) -> None:
+    """With k=E every load is equal. What the losses then change in fp32 is rounding: in fp64 nothing is left of it."""
+    router = make(k=E).double()
+    routing = route(router, x.double())
+    offered = dispatch(routing, E, capacity=None, seq_len=T).offered
+    value = auxiliary(routing, offered, seq_len=T)[loss]
+    gradients = torch.autograd.grad(value, list(router.parameters()), allow_unused=True)
+    assert all(g is None or g.abs().max() < 1e-14 for g in gradients)
