@@ -16,7 +16,7 @@ RECORD = {
     "config": {"seed": 42},
     "identity": {},
     "versions": {"python": "3.11"},
-    "machine": {"system": "Linux", "cpus": 2},
+    "machine": {"system": "Linux", "processor": None, "cpus": 2, "gpus": [], "driver": None},
     "commit": None,
     "facts": None,
 }

@@ -150,7 +150,7 @@ def _record(folder: Path, router: str, capacity: float | None, seed: int) -> Run
         config=config,
         identity=flatten(config),
         versions={},
-        machine=Machine(system="Linux", cpus=2),
+        machine=Machine(system="Linux", processor=None, cpus=2, gpus=[], driver=None),
         commit="0" * 40,
         facts=facts,
     )

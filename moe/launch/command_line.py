@@ -81,6 +81,7 @@ def best_level(results: str, factor: str) -> Any:
 ConfigStore.instance().store(name="schema", node=Config)
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)
 OmegaConf.register_new_resolver("best_level", best_level, replace=True)
+OmegaConf.register_new_resolver("twice", lambda number: 2 * number, replace=True)
 OmegaConf.register_new_resolver("first", lambda *values: next(v for v in values if v is not None), replace=True)
 
 

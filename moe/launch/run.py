@@ -7,6 +7,7 @@ import subprocess
 import sys
 import traceback
 from dataclasses import asdict, replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,7 @@ def write_run_record(cell: Cell, status: Status, facts: RunFacts | None = None, 
         config=asdict(config),
         identity=cell.identity(),
         versions={"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
-        machine=Machine(platform.platform(), os.cpu_count()),
+        machine=_machine(),
         commit=_commit(),
         facts=facts,
     )
@@ -172,6 +173,39 @@ def _write_metrics(folder: Path, facts: RunFacts) -> dict[str, Any]:
     final |= consistency([trace.chosen for trace in traces.read_traces(folder / "trace")])
     MetricsRecord(final_metrics=final, history=history).write(folder / MetricsRecord.FILE)
     return final
+
+
+@cache
+def _machine() -> Machine:
+    """Return what this process runs on; the version of the driver is asked from the tool that comes with it."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    driver = _printed("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpus else []
+    return Machine(
+        system=platform.platform(),
+        processor=_processor(),
+        cpus=os.cpu_count(),
+        gpus=gpus,
+        driver=driver[0] if driver else None,
+    )
+
+
+def _processor() -> str | None:
+    """Return the name of the processor; None if the system does not tell it."""
+    if platform.system() == "Darwin":
+        lines = _printed("sysctl", "-n", "machdep.cpu.brand_string")
+    else:
+        lines = [line.partition(":")[2].strip() for line in _printed("lscpu") if line.startswith("Model name")]
+    return next(iter(lines), None) or platform.processor() or None
+
+
+def _printed(*command: str) -> list[str]:
+    """Return the lines that a command prints; none if it is not installed or does not end."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.splitlines()
+    except (OSError, subprocess.TimeoutExpired):
+        return []
 
 
 def _commit() -> str | None:

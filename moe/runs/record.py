@@ -26,10 +26,16 @@ class RecordError(ValueError):
 
 
 class Machine(NamedTuple):
-    """Operating system, and number of CPUs if it is known."""
+    """Operating system, processor, number of CPUs, names of the GPUs that the run could use, and their driver.
+
+    null: unknown, or no GPU.
+    """
 
     system: str
+    processor: str | None
     cpus: int | None
+    gpus: list[str]
+    driver: str | None
 
 
 class Parameters(NamedTuple):

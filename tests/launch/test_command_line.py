@@ -1,5 +1,6 @@
 """Tests that a wrong command is refused in one line before anything happens, and that a right one becomes cells."""
 
+import re
 import subprocess
 import sys
 from dataclasses import asdict, fields
@@ -10,7 +11,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from run_folders import FACTS
-from train_processes import TRAIN, run_script
+from train_processes import ROOT, TRAIN, run_script
 
 from moe.checks import ConfigError, parse
 from moe.config.options import CONF, GROUPS, options
@@ -250,6 +251,35 @@ def test_the_best_temperature_is_that_of_the_lowest_mean_over_seeds(finished_abl
     cells = read_cells(["experiment=temperature_best_long", f"out={finished_ablation}"]) or []
     assert {cell.config.temperature for cell in cells} == {1.5}
     assert {cell.config.steps for cell in cells} == {600}
+
+
+def documented_pairs() -> set[tuple[str, str]]:
+    """Return each experiment with every variant that the docs, or its own study's name, combine with it."""
+    texts = [path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *CONF.rglob("*.yaml"))]
+    named = {pair for text in texts for pair in re.findall(r"experiment=(\w+)[^`\n]* variant=(\w+)", text)}
+    recipes = [name.removesuffix("_study") for name in options("variant") if name.endswith("_study")]
+    return named | {(e, f"{r}_study") for r in recipes for e in options("experiment") if e.startswith(r)}
+
+
+@pytest.mark.parametrize(("experiment", "variant"), sorted(documented_pairs()))
+def test_an_experiments_own_keys_survive_the_variants_documented_with_it(
+    experiment: str, variant: str, finished_ablation: Path
+) -> None:
+    text = (CONF / "experiment" / f"{experiment}.yaml").read_text()
+    own = {key: value for key, value in yaml.safe_load(text).items() if key not in ("defaults", "hydra", "claims")}
+    [cell, *_] = read_cells([f"experiment={experiment}", f"variant={variant}", f"out={finished_ablation}"]) or []
+    settings = cell.config.identity()
+    kept = {key: settings[key] for key in flatten(own) if key != "router.temp"}  # router.temp is a computed value
+    assert kept == {key: value for key, value in flatten(own).items() if key in kept}
+
+
+def test_the_best_temperature_is_trained_for_twice_the_steps_of_the_recipe(finished_ablation: Path) -> None:
+    command = ["experiment=temperature_best_long", "seed=42", f"out={finished_ablation}"]
+    steps = {
+        words: [cell.config.steps for cell in read_cells([*command, *words]) or []]
+        for words in ((), ("variant=temperature_study",), ("variant=temperature_study", "steps=7"))
+    }
+    assert list(steps.values()) == [[600], [250], [7]]
 
 
 def test_without_a_finished_ablation_there_is_no_best_temperature(tmp_path: Path, finished_ablation: Path) -> None:
