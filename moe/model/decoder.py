@@ -340,8 +340,10 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         inputs_embeds: vectors to use instead of the embeddings of `input_ids`.
         logits_to_keep: compute logits for this many last positions only, or for the positions in a tensor. 0: for all.
             All are needed for a loss.
-        num_items_in_batch: divide the summed loss by this number instead of by the number of labels, so that the losses
-            of all micro-batches of a step add up to the mean.
+        num_items_in_batch: the number of labels in all micro-batches of a step, without the first label of each row, as
+            transformers' Trainer counts them. The losses of these micro-batches add up to a mean over the step, in
+            which each has its share of that number. (The Trainer also counts the first token after padding on the left,
+            which nothing predicts. Without such padding the mean is exactly the one over all labels.)
         output_hidden_states: return the input of each layer, and the output of the final norm.
         output_attentions: return the attention weights of each layer. Needs attn_implementation="eager".
         output_router_logits: return `MoEOutput.router_logits`.
@@ -393,10 +395,12 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             targets = next_token(context.mask_padding(labels, IGNORED))
             targets = context.mask_padding(targets, IGNORED)  # padding predicts nothing
             rows = logits.float().flatten(0, 1)
-            reduction = "mean" if num_items_in_batch is None else "sum"
-            loss = F.cross_entropy(rows, targets.flatten(), ignore_index=IGNORED, reduction=reduction)
-            if num_items_in_batch is not None:
-                loss = loss / num_items_in_batch
+            if num_items_in_batch is None:
+                loss = F.cross_entropy(rows, targets.flatten(), ignore_index=IGNORED)
+            else:
+                total = F.cross_entropy(rows, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+                mean = total / targets.ne(IGNORED).sum().clamp(min=1)
+                loss = mean * labels[:, 1:].ne(IGNORED).sum() / num_items_in_batch
         fields: dict[str, Any] = {}
         if keep_states:
             fields["hidden_states"] = hidden.states

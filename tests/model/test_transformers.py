@@ -158,26 +158,53 @@ def test_what_forward_does_not_know_or_cannot_do_is_refused_by_name(ids: torch.T
 # ---- transformers' Trainer ---------------------------------------------------------------------------------------
 
 
-def trainer(folder: Path, **settings: Any) -> Trainer:
-    """Return a Trainer of a small model on texts of different lengths, without dropout and in a fixed order."""
-    rows = [{"input_ids": list(range(n, n + S)), "labels": [*range(n, n + S - n), *[-100] * n]} for n in range(12)]
+def trainer(folder: Path, side: str = "right", **settings: Any) -> Trainer:
+    """Return a Trainer of a small model on texts of different lengths, without dropout and in a fixed order.
+
+    side: where a text is padded that is shorter than another one of its micro-batch.
+    """
+    rows = [{"input_ids": list(range(n, n + S - n)), "attention_mask": [1] * (S - n)} for n in range(12)]
+
+    def collate(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        longest = max(len(row["input_ids"]) for row in batch)
+
+        def pad(key: str, value: int) -> torch.Tensor:
+            padded = [(row[key], [value] * (longest - len(row[key]))) for row in batch]
+            return torch.tensor([gap + text if side == "left" else text + gap for text, gap in padded])
+
+        ids, mask = pad("input_ids", 0), pad("attention_mask", 0)
+        return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
     fixed = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "logging_steps": 1, "max_grad_norm": 1e9}
     arguments = TrainingArguments(output_dir=str(folder), max_steps=2, **fixed, **settings)
-    return Trainer(make(), arguments, train_dataset=rows, eval_dataset=rows)
+    return Trainer(make(), arguments, data_collator=collate, train_dataset=rows, eval_dataset=rows)
 
 
-@pytest.mark.parametrize(("size", "accumulation"), [(2, 2), (1, 4)])
+@pytest.mark.parametrize(
+    ("side", "size", "accumulation"), [("right", 2, 2), ("right", 1, 4), ("left", 1, 4), ("left", 4, 1)]
+)
 def test_a_trainer_reports_the_same_losses_for_any_gradient_accumulation(
-    size: int, accumulation: int, tmp_path: Path
+    side: str, size: int, accumulation: int, tmp_path: Path
 ) -> None:
-    """The loss of a step is the mean over its labels, however the step is divided into micro-batches."""
+    """The loss of a step is the mean over its labels, however the step is divided into micro-batches and padded."""
     whole = trainer(tmp_path, per_device_train_batch_size=4)
-    divided = trainer(tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation)
+    divided = trainer(tmp_path, side, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation)
     for one in (whole, divided):
         one.train()
     for a, b in zip(whole.state.log_history[:2], divided.state.log_history[:2], strict=True):
         assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-4)
         assert float(a["grad_norm"]) == pytest.approx(float(b["grad_norm"]), rel=1e-3)
+
+
+def test_micro_batches_padded_on_the_left_have_their_share_of_the_trainers_number_of_labels(ids: torch.Tensor) -> None:
+    """The Trainer counts the first token after padding on the left, which nothing predicts, in all micro-batches."""
+    model, labels, mask = make(), ids.clone(), torch.ones_like(ids)
+    mask[0, :5] = mask[1, :2] = 0
+    labels[mask == 0] = -100
+    mean = model(ids, labels, attention_mask=mask).loss
+    loss = model(ids, labels, attention_mask=mask, num_items_in_batch=100).loss
+    torch.testing.assert_close(loss, mean * (11 + 14 + 15) / 100)
+    assert model(ids, torch.full_like(ids, -100), num_items_in_batch=100).loss == 0
 
 
 def test_a_trainer_predicts_logits_and_evaluates_with_metrics(tmp_path: Path) -> None:
