@@ -33,11 +33,13 @@ def commit(name: str, revision: str | None, *, kind: str, key: str) -> str:
     if revision is not None and COMMIT.fullmatch(revision):
         return revision
     from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
     try:
         found = HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=20).sha
     except Exception as error:  # of huggingface_hub, of its HTTP library, or of the operating system
-        known = kind == "model" and try_to_load_from_cache(name, "tokenizer_config.json", revision=revision)
+        possible = kind == "model" and not isinstance(error, HFValidationError)  # not a path such as /a/b=1
+        known = possible and try_to_load_from_cache(name, "tokenizer_config.json", revision=revision)
         if isinstance(known, str):
             return Path(known).parent.name
         advice = f"; give {key.rpartition('.')[0]}.revision=COMMIT to use prepared data" if kind == "dataset" else ""

@@ -161,6 +161,12 @@ def _parse_flags(arguments: list[str]) -> argparse.Namespace:
     asked = [f"--{flag}" for flag in ("run", "multirun", "cfg", "info", "shell_completion") if getattr(args, flag)]
     if len(asked) > 1:
         raise ConfigError(f"{' and '.join(asked)} cannot be used together")
+    if args.shell_completion and not re.fullmatch(
+        "(install|uninstall|query)=(bash|fish|zsh)", " ".join(args.overrides)
+    ):
+        raise ConfigError(
+            "--shell-completion needs one word such as install=bash: install, uninstall or query, and a shell"
+        )
     return args
 
 

@@ -110,6 +110,8 @@ from moe.runs.record import RunFacts
         ("--info defaults router=topq", "unknown option of router 'topq'"),
         ("--resolve", "--resolve works only with --cfg"),
         ("--package x", "--package works only with --cfg"),
+        ("--shell-completion x", "--shell-completion needs one word such as install=bash"),
+        ("--shell-completion install=cmd", "--shell-completion needs one word such as install=bash"),
         ("--unknown", "unrecognized arguments: --unknown"),
         ("--cfg jobs", "invalid choice: 'jobs'"),
         ("-m --run seed=1", "--run and --multirun cannot be used together"),

@@ -74,6 +74,15 @@ def test_an_unknown_revision_is_one_line(hub_cell: Cell) -> None:
         pinned(with_revision(hub_cell, "v2"))
 
 
+def test_a_missing_folder_whose_name_cannot_be_on_the_hub_is_one_line(cell: Any) -> None:
+    missing = "/x/lb=0.0,seed=1/model"
+    one = cell()
+    data = replace(one.config.data, tokenizer=missing, vocab_size=None)
+    with pytest.raises(ConfigError, match=f"^data.tokenizer={missing}: no such folder, and none on the hub") as raised:
+        pinned(one._replace(config=replace(one.config, data=data)))
+    assert "\n" not in str(raised.value)
+
+
 def test_local_data_have_no_revision(cell: Any) -> None:
     one = cell()
     assert pinned(one).config == one.config
