@@ -304,7 +304,10 @@ def _read(source: Source) -> tuple[dict[str, list[Document]], dict[str, int]]:
         corpus[document.domain].append(document)
     counts = ", ".join(f"{number} {reason}" for reason, number in left_out.items() if number)
     if not corpus:
-        raise ValueError(f"data.source={source}: yields no documents{f' (left out: {counts})' if counts else ''}")
+        place, value = next(iter(vars(source).items()), ("_target_", type(source).__name__))
+        value = list(value) if isinstance(value, tuple) else value
+        left = f" (left out: {counts})" if counts else ""
+        raise ValueError(f"data.source.{place}={value}: must have text, but yields no documents{left}")
     if counts:
         rule = f"; {DuplicateFilter.RULE}" if left_out.get(DUPLICATES) else ""
         log.info(

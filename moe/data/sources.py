@@ -57,6 +57,8 @@ class Document(NamedTuple):
 class Source(Protocol):
     """Interface of a source for `moe.data.blocks.prepare`. Its fields and `describe()` together identify the text.
 
+    The first field says where the text is. An error names this field if there is no text.
+
     A class whose documents are conversations sets the class variable `conversations = True`. Routers that cannot keep
     the conversations of a block apart are then refused before any work.
     """

@@ -27,8 +27,9 @@ from moe.runs.record import RecordError, SweepRecord
 def carry_out(cells: list[Cell], launch: Callable[[], object]) -> int:
     """Let `launch` train those of `cells` that are not finished, report on all of them, and return the exit status.
 
-    The status is 1 if any cell is not finished afterwards. If a run cannot be stored in its folder, raises ConfigError
-    or RecordError, with a message of one line, before anything is written.
+    The status is 1 if any cell is not finished afterwards, but 2 if all of these were given text or settings that cannot
+    be used. If a run cannot be stored in its folder, raises ConfigError or RecordError, with a message of one line,
+    before anything is written.
     """
     if not cells:
         launch()
@@ -169,7 +170,13 @@ def _report(cells: list[Cell], before: list[str], refusal: str | None = None) ->
 
         table = sweep_tables.console_table(sweep_tables.write_sweep_tables(sweep))
         print(f"\n{table}\n\n{sweep / 'results.csv'}")
-    return 0 if set(after) <= {"finished"} else 1
+    unfinished = [cell for cell, state in zip(cells, after, strict=True) if state != "finished"]
+    return 2 if unfinished and all(map(_was_given_bad_input, unfinished)) else min(len(unfinished), 1)
+
+
+def _was_given_bad_input(cell: Cell) -> bool:
+    """Return whether the run failed because of its text or its settings."""
+    return _reason(cell, "failed").startswith(f": {ConfigError.__name__}: ")
 
 
 def _outcome(before: str, after: str) -> str:

@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from moe.checks import build
+from moe.checks import ConfigError, build, first_line
 from moe.config.schema import Config
 from moe.data.blocks import Prepared, predicted_bytes, prepare
 from moe.model.cost import reset_peak_memory
@@ -88,20 +88,23 @@ def prepare_data(config: Config, *, trusted: bool = True) -> Prepared:
     """Return the prepared data of a configuration. They are read from the cache if it has them.
 
     `trusted`: the user wrote the configuration. Otherwise its data source must be a class of this project
-    (`moe.checks.locate`), and the data must be in the cache.
+    (`moe.checks.locate`), and the data must be in the cache. Raises ConfigError for text that cannot be used.
     """
     settings = config.data
-    return prepare(
-        build(settings.source, "data.source", trusted=trusted),
-        tokenizer=settings.tokenizer,
-        tokenizer_revision=settings.tokenizer_revision,
-        vocab_size=settings.vocab_size,
-        seq_len=settings.seq_len,
-        val_percent=settings.val_percent,
-        max_val_blocks=settings.max_val_blocks,
-        cache=settings.cache,
-        make=trusted,
-    )
+    try:
+        return prepare(
+            build(settings.source, "data.source", trusted=trusted),
+            tokenizer=settings.tokenizer,
+            tokenizer_revision=settings.tokenizer_revision,
+            vocab_size=settings.vocab_size,
+            seq_len=settings.seq_len,
+            val_percent=settings.val_percent,
+            max_val_blocks=settings.max_val_blocks,
+            cache=settings.cache,
+            make=trusted,
+        )
+    except ValueError as error:
+        raise ConfigError(first_line(error)) from error
 
 
 def build_model(config: Config, *, vocab_size: int) -> MoEForCausalLM:

@@ -571,8 +571,16 @@ def test_cosmopedia_from_a_local_parquet(tmp_path):
 
 
 def test_a_source_without_documents_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"data\.source=NamedGroups.*: yields no documents"):
-        prepare_small(NamedGroups(groups=0), tmp_path)
+    """The message names the key that says where the text is."""
+    with pytest.raises(ValueError, match=r"^data\.source\.domains=0: must have text, but yields no documents$"):
+        prepare_small(NamedGroups(domains=0), tmp_path)
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "blank.txt").write_text(" ")
+    paths = [str(tmp_path / name) for name in ("empty.jsonl", "blank.txt")]
+    with pytest.raises(ValueError) as raised:
+        prepare_small(Files(paths, "text", None), tmp_path)
+    left_out = "yields no documents (left out: 1 files or rows without text)"
+    assert str(raised.value) == f"data.source.paths={paths}: must have text, but {left_out}"
 
 
 @pytest.mark.parametrize(
