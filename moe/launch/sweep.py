@@ -27,9 +27,9 @@ from moe.runs.record import RecordError, SweepRecord
 def carry_out(cells: list[Cell], launch: Callable[[], object]) -> int:
     """Let `launch` train those of `cells` that are not finished, report on all of them, and return the exit status.
 
-    The status is 1 if any cell is not finished afterwards, but 2 if all of these were given text or settings that cannot
-    be used. If a run cannot be stored in its folder, raises ConfigError or RecordError, with a message of one line,
-    before anything is written.
+    The status is 1 if any cell is not finished afterwards, but 2 if all of these were given text or settings that
+    cannot be used. If a run cannot be stored in its folder, raises ConfigError or RecordError, with a message of one
+    line, before anything is written.
     """
     if not cells:
         launch()

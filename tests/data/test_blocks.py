@@ -577,7 +577,7 @@ def test_a_source_without_documents_is_refused(tmp_path):
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "blank.txt").write_text(" ")
     paths = [str(tmp_path / name) for name in ("empty.jsonl", "blank.txt")]
-    with pytest.raises(ValueError) as raised:
+    with pytest.raises(ValueError, match="yields no documents") as raised:
         prepare_small(Files(paths, "text", None), tmp_path)
     left_out = "yields no documents (left out: 1 files or rows without text)"
     assert str(raised.value) == f"data.source.paths={paths}: must have text, but {left_out}"
