@@ -10,7 +10,6 @@ import json
 import logging
 import re
 import shutil
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -239,8 +238,7 @@ def _build(
     max_val_blocks: int | None,
 ) -> dict[str, Any]:
     """Write the folders tokenizer, train and val; return their entries of the manifest."""
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()  # tqdm(disable=None) does the same for the bars of this module
+    datasets.disable_progress_bars()  # this module has its own, which end with what they count
     corpus, left_out = _read(source)
     splits = {domain: _split(documents, val_percent) for domain, documents in corpus.items()}
     by_position = not any(val for _, val in splits.values())
@@ -300,7 +298,7 @@ def _read(source: Source) -> tuple[dict[str, list[Document]], dict[str, int]]:
         left_out.update((yield from found) or {})
 
     corpus: dict[str, list[Document]] = defaultdict(list)
-    for document in tqdm(documents(), "read", unit=" documents", disable=None):
+    for document in tqdm(documents(), "read", unit=" documents", leave=False, disable=None):
         corpus[document.domain].append(document)
     counts = ", ".join(f"{number} {reason}" for reason, number in left_out.items() if number)
     if not corpus:

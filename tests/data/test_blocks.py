@@ -8,11 +8,13 @@ import logging
 import os
 import subprocess
 import sys
+import termios
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -55,6 +57,23 @@ class NamedGroups:
 def prepare_small(source, cache: Path, **changes) -> Prepared:
     settings = {"tokenizer": "bpe", "vocab_size": 300, "seq_len": 16, "val_percent": 20, "max_val_blocks": None}
     return prepare(source, cache=str(cache), **{**settings, **changes})
+
+
+def test_making_blocks_leaves_nothing_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Progress bars are erased when what they count is done, and no library draws one of its own."""
+    datasets.enable_progress_bars()
+    screen, terminal = os.openpty()
+    with open(terminal, "w") as stderr:
+        monkeypatch.setattr("sys.stderr", stderr)
+        termios.tcsetwinsize(terminal, (40, 100))
+        prepare_small(NamedGroups(domains=1), tmp_path)
+        stderr.flush()
+        drawn = os.read(screen, 100_000).decode()
+    os.close(screen)
+    assert "tokenize train" in drawn
+    assert "Saving the dataset" not in drawn
+    assert "\n" not in drawn
+    assert not drawn.rpartition("\r")[2].strip()
 
 
 def texts(prepared: Prepared, name: str) -> list[str]:
