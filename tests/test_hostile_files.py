@@ -142,6 +142,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "a quantizer": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
     "an attribute of torch": {"dtype": "load"},
     "another model": {"model_type": "llama"},
+    "a function of its own": {"hidden_act": "evil.Evil"},
+    "an expert of its own": {"expert": "evil.Evil"},
+    "an impossible norm": {"rms_norm_eps": -1.0},
+    "an impossible temperature": {"router_temperature": 0.0},
+    "impossible noise": {"router_noise": -1.0},
 }
 
 

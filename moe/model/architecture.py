@@ -18,6 +18,8 @@ FILE_TYPES: dict[str, Any] = {
     "_name_or_path": str,
     "dtype": Literal["float64", "float32", "bfloat16", "float16"] | None,
     "rope_parameters": dict | None,
+    "hidden_act": Literal["silu"],  # `expert` says which function the experts use
+    "expert": Literal["silu", "swiglu"],
     **dict.fromkeys(("output_hidden_states", "return_dict"), bool | None),
     "is_encoder_decoder": bool,
     "chunk_size_feed_forward": int,
@@ -25,11 +27,13 @@ FILE_TYPES: dict[str, Any] = {
     "problem_type": str | None,
 }
 
-# The smallest value of each size in config.json that may be given.
-LEAST: dict[str, int] = {
+# The smallest value of each number in config.json that may be given.
+LEAST: dict[str, float] = {
     **dict.fromkeys(("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"), 1),
     **dict.fromkeys(("num_key_value_heads", "head_dim", "max_position_embeddings", "num_experts", "dense_ffn"), 1),
-    **dict.fromkeys(("shared_experts", "first_k_dense_replace"), 0),
+    **dict.fromkeys(("shared_experts", "first_k_dense_replace", "router_noise", "neftune_noise_alpha"), 0),
+    **dict.fromkeys(("rms_norm_eps", "attention_dropout"), 0),
+    "router_temperature": 1e-30,
 }
 
 
