@@ -43,6 +43,13 @@ OFF: dict[str, Any] = {
 }
 
 
+# Sizes that a 32-bit floating-point number can have with full precision, apart from 0.
+SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+
+# Groups that decide nothing in a model without Mixture-of-Experts layers.
+DENSE_IGNORES = ("router", "schedule")
+
+
 @dataclass
 class ModelConfig:
     """Decoder-only transformer. `dim` is the width D, and `ffn` the hidden width F of one expert."""
@@ -105,7 +112,8 @@ class DataConfig:
         pin, tokenizer = self.tokenizer_revision, self.tokenizer
         allowed = f"null, because data.tokenizer={tokenizer} is not on the hub"
         require(pin is None or self.loads_tokenizer, "data.tokenizer_revision", pin, allowed)
-        require(os.path.expanduser(self.cache)[:1] != "~", "data.cache", self.cache, "a path; there is no home for ~")
+        _check_path("data.cache", self.cache)
+        require(bool(self.tokenizer.strip()), "data.tokenizer", self.tokenizer, "bpe, a folder, or a name on the hub")
         try:
             require_files(Path(self.tokenizer))
         except OSError as error:
@@ -216,6 +224,11 @@ class Config:
 
     def check(self) -> None:
         """Raise ConfigError, naming the key, its value and what is allowed, for a run that cannot be trained."""
+        for key, value in flatten(asdict(self)).items():
+            fits = not isinstance(value, float) or not finite(value) or value == 0 or SMALLEST <= abs(value) <= LARGEST
+            require(fits, key, value, f"0, or between {SMALLEST:.1e} and {LARGEST:.1e} in size, as 32-bit numbers are")
+        if self.out is not None:
+            _check_path("out", self.out)
         for name in ("steps", "batch_size", "grad_accum", "eval_every", "save_every", "threads", "rank_timeout"):
             require(1 <= getattr(self, name) <= 10**9, name, getattr(self, name), "a whole number from 1 to 10^9")
         require(0 <= self.seed < 2**32, "seed", self.seed, "between 0 and 2^32 - 1")
@@ -240,8 +253,8 @@ class Config:
             dense_checkpoint.check_data(name, digest, tokenizer=self.data.tokenizer, seq_len=self.data.seq_len)
         build(self.schedule, "schedule", trusted=True)
         for number, claim in enumerate(self.claims):
-            settings = [key for key in asdict(self) if not is_free(key)]
-            claim.check(f"claims[{number}]", ["variant", *settings, *self.identity()])
+            settings = {*asdict(self), *flatten(asdict(self))}
+            claim.check(f"claims[{number}]", ["variant", *(key for key in settings if not is_free(key))])
 
     def _check_ranks(self) -> None:
         """Raise ConfigError for a run that cannot be divided among the processes of this launch."""
@@ -279,7 +292,7 @@ class Config:
         These are the keys that the router ignores; `drop`, if there is no capacity limit; and all of them, if no layer
         is a Mixture of Experts. This imports torch.
         """
-        if self.model.first_k_dense_replace == self.model.layers:
+        if self.is_dense:
             return frozenset(OFF)
         ignored = self.build_router().ignored_keys()
         limited = self.capacity is not None and "capacity" not in ignored
@@ -293,14 +306,20 @@ class Config:
             return build(self.router, "router", self.model.dim, self.model.num_experts, trusted=True)
 
     @property
+    def is_dense(self) -> bool:
+        """Whether no layer is a Mixture of Experts."""
+        return self.model.first_k_dense_replace == self.model.layers
+
+    @property
     def temperature(self) -> float:
         """The router's own temperature, at which a temperature schedule ends."""
         return float(self.router.get("temp", 1.0))
 
     def identity(self) -> dict[str, Any]:
         """Return the keys that decide what a run computes, flat: {"model.dim": 128, ...}."""
-        flat = flatten(asdict(self))
-        return {key: value for key, value in flat.items() if not is_free(key)}
+        flat = {key: value for key, value in flatten(asdict(self)).items() if not is_free(key)}
+        unused = DENSE_IGNORES if self.is_dense else ()
+        return {key: value for key, value in flat.items() if key.partition(".")[0] not in unused}
 
 
 class Cell(NamedTuple):
@@ -321,6 +340,12 @@ class Cell(NamedTuple):
     def identity(self) -> dict[str, Any]:
         """Return the keys that decide what the run computes, flat, without those that do not apply to it."""
         return {key: value for key, value in self.config.identity().items() if key not in self.ignored}
+
+
+def _check_path(key: str, path: str) -> None:
+    """Raise ConfigError for a path that is blank, or that begins with ~ where there is no home directory."""
+    require(bool(path.strip()), key, path, "a path")
+    require(os.path.expanduser(path)[:1] != "~", key, path, "a path; there is no home for ~")
 
 
 def fingerprint(identity: dict[str, Any]) -> str:

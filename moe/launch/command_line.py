@@ -5,6 +5,7 @@ import csv
 import hashlib
 import json
 import logging
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -29,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 from moe.checks import ConfigError, first_line, require, unknown
 from moe.config import dense_checkpoint
 from moe.config.options import CONF, GROUPS, options
-from moe.config.schema import OFF, Cell, Config, fingerprint, flatten
+from moe.config.schema import DENSE_IGNORES, OFF, Cell, Config, fingerprint, flatten
 from moe.distributed import ranks
 from moe.files import open_file
 from moe.launch import slurm
@@ -82,7 +83,7 @@ ConfigStore.instance().store(name="schema", node=Config)
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)
 OmegaConf.register_new_resolver("best_level", best_level, replace=True)
 OmegaConf.register_new_resolver("twice", lambda number: 2 * number, replace=True)
-OmegaConf.register_new_resolver("first", lambda *values: next(v for v in values if v is not None), replace=True)
+OmegaConf.register_new_resolver("folder", lambda out, default: os.path.expanduser(out or default), replace=True)
 
 
 def typed(composed: DictConfig) -> Config:
@@ -220,6 +221,10 @@ def _expand(overrides: list[Override], *, multirun: bool) -> Command:
     described = [_without_ignored(*each) for each in zip(cells, composed, grid, strict=True)]
     _refuse_given_in_vain(cells, described, varied)
     cells = described
+    for override in own if all(cell.config.is_dense for cell in cells) else ():
+        if not override.is_hydra_override() and override.key_or_group.partition(".")[0] in DENSE_IGNORES:
+            line = override.input_line
+            raise ConfigError(f"{line}: must be left out, because no layer of this model is a Mixture of Experts")
     if launcher == "slurm" and not all(map(finished, cells)):
         slurm.prepare(base.hydra.launcher)
     key = "hydra.sweep.subdir" if multirun else "hydra.run.dir"
@@ -287,7 +292,7 @@ def _refuse_given_in_vain(cells: list[Cell], described: list[Cell], swept: set[s
 
 
 def _why_ignored(key: str, cell: Cell) -> str:
-    if cell.config.model.first_k_dense_replace == cell.config.model.layers:
+    if cell.config.is_dense:
         return "no layer of this model is a Mixture of Experts"
     if key == "drop" and cell.config.capacity is None:
         return "nothing is dropped without a capacity limit"
@@ -438,6 +443,10 @@ def _check_override(override: Override) -> None:
     values = _values(override)
     if not values:
         raise ConfigError(f"{line}: this stands for no value")
+    if "{}" in values and key not in GROUPS:
+        raise ConfigError(
+            f"{line}: an object without keys changes nothing; set the keys that differ, as {key}.KEY=VALUE"
+        )
     for value in values if key in GROUPS else ():
         if value not in options(key) and f"{key}={value}" not in DEFAULTS:
             raise unknown(f"option of {key}", value, options(key))

@@ -30,6 +30,17 @@ from moe.runs.record import RunFacts
         ("noise=nan", "noise=nan: must be a finite number"),
         ("lb=inf", "lb=inf: must be a finite number"),
         ("capacity=0", r"capacity=0.0: must be a finite number > 0, or null for dropless"),
+        ("noise=1e39", r"^noise=1e\+39: must be 0, or between 1.2e-38 and 3.4e\+38 in size, as 32-bit numbers are$"),
+        ("lb=1e-46", "^lb=1e-46: must be 0, or between"),
+        ("router=temperature router.temp=1e-46", "^router.temp=1e-46: must be 0, or between"),
+        ("data.cache=''", "^data.cache=: must be a path$"),
+        ("data.tokenizer='' data.vocab_size=null", "^data.tokenizer=: must be bpe, a folder, or a name on the hub$"),
+        ("out=''", "^out=: must be a path$"),
+        ("data.source={}", r"^data.source={}: an object without keys changes nothing; set the keys"),
+        ("model=dense router=hash", "^router=hash: must be left out, because no layer of this model is a Mixture"),
+        ("model=dense schedule=linear router=temperature", "^schedule=linear: must be left out, because no layer"),
+        ("-m model=dense router=topk,hash", "are the same run: model=dense,router=topk and model=dense,router=hash;"),
+        ("-m model=dense,tiny router.k=1,2", "are the same run: model=dense,router.k=1 and model=dense,router.k=2;"),
         ("nois=1", "unknown key 'nois'; nearest: noise"),
         ("router.kk=2", "unknown key 'router.kk'; nearest: router.k"),
         ("router.temp=2", "unknown key 'router.temp'"),
@@ -394,6 +405,14 @@ def test_a_wrong_sweep_is_refused_at_its_first_cell(
     with pytest.raises(ConfigError, match=message):
         read_cells(["-m", "seed=range(200)", *arguments.split()])
     assert len(composed) == 1
+
+
+def test_the_home_directory_is_put_in_place_of_a_tilde_in_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder of a run, and the results that an experiment reads, are found as the shell would find them."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert [cell.folder for cell in read_cells(["out=~/zz"]) or []] == [tmp_path / "zz" / "default" / "base"]
+    with pytest.raises(ConfigError, match=f"comes from {tmp_path}/zz/temperature_ablation/results.csv"):
+        read_cells(["experiment=temperature_best_long", "out=~/zz"])
 
 
 @pytest.mark.parametrize("value", ["/tmp/ä", "x/lb=0.0/model", "a#b", "a~b!"])
