@@ -165,6 +165,7 @@ def test_only_the_entry_points_import_hydra() -> None:
     users = {each.importer for each in IMPORTS if package(each.imported) in ("hydra", "hydra_plugins", "omegaconf")}
     assert users - {"moe.config.schema"} - {"moe.config.claim"} == {
         "train",
+        "moe.launch.claims",
         "moe.launch.command_line",
         "moe.launch.slurm",
     }

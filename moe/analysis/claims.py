@@ -31,6 +31,7 @@ from moe.analysis.statistics import (
     spread_interval,
 )
 from moe.config.claim import DOMAIN, OURS, ClaimConfig, absolute
+from moe.results.comparable import incomparable
 from moe.results.conditions import NAMED_ROUTERS, by_seed, conditions, levels, varied_factors, with_causality
 from moe.results.table import level
 from moe.runs.record import RunRecord
@@ -301,6 +302,8 @@ def _compare(claim: ClaimConfig, runs: pd.DataFrame, others: list[str], treated:
     for cell, members in conditions(runs, others):
         sides = [members[members[claim.factor] == side] for side in (treated, reference)]
         if all(map(len, sides)):
+            if reason := incomparable(claim.metric, *sides):
+                return _Comparison(0, doubt=reason)
             a, b = (by_seed(rows, claim.metric) for rows in sides)
             pairs[name_cell(cell)] = pd.DataFrame({"difference": a - b, "reference": b})
     if not pairs:

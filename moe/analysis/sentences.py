@@ -3,6 +3,7 @@
 import pandas as pd
 
 from moe.analysis.statistics import SIGNIFICANCE
+from moe.results.comparable import NOT_COMPARABLE
 
 SIGNIFICANT, DETERMINISTIC, UNDECIDED = "significant", "deterministic", "undecided"
 
@@ -25,6 +26,8 @@ def contrast_sentence(contrast: pd.Series, subject: str, *, unit: str, up: str, 
     """
     c = contrast
     note = f" ({c['note']})" if c["note"] else ""
+    if c["note"].startswith(NOT_COMPARABLE):
+        return f"{subject}: **{NOT_COMPARABLE}**{c['note'].removeprefix(NOT_COMPARABLE)}"
     if c["n"] == 0:
         return f"{subject}: no seed has a value at both levels: **undecided**{note}"
     difference = f"{subject}: {c['difference']:+.3g} {unit}".rstrip()

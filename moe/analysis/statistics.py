@@ -19,6 +19,7 @@ from scipy.optimize import brentq
 from statsmodels.stats.weightstats import DescrStatsW
 
 from moe.config.claim import absolute
+from moe.results.comparable import incomparable
 from moe.results.conditions import STD, by_seed, conditions, levels, varied_factors
 
 CONFIDENCE, POWER = 0.95, 0.8
@@ -81,10 +82,9 @@ def contrasts(
             for cell, members in conditions(runs, others):
                 if not {level, reference} <= set(members[factor]):
                     continue  # this cell was not planned, such as the temperature of a router that has none
-                treated = by_seed(members[members[factor] == level], metric)
-                baseline = by_seed(members[members[factor] == reference], metric)
+                sides = [members[members[factor] == side] for side in (level, reference)]
                 names = {"factor": factor, "level": level, "reference": reference, "within": name_cell(cell)}
-                rows.append({"metric": metric} | names | _compare(treated, baseline, margin))
+                rows.append({"metric": metric} | names | _compare_runs(metric, *sides, margin))
     return as_one_family(pd.DataFrame(rows))
 
 
@@ -125,12 +125,12 @@ def against_best(runs: pd.DataFrame, metric: str, factor: str, best: Any) -> pd.
     p is corrected over all pairs of levels: whichever level was picked, with probability 95 % no other is wrongly told
     apart from it.
     """
-    of_level = {level: by_seed(runs[runs[factor] == level], metric) for level in levels(runs[factor])}
+    of_level = {level: runs[runs[factor] == level] for level in levels(runs[factor])}
     rows = []
     for pair in itertools.combinations(of_level, 2):
         reference, level = pair if pair[1] != best else pair[::-1]
         names = {"metric": metric, "factor": factor, "level": level, "reference": reference, "within": ""}
-        rows.append(names | _compare(of_level[level], of_level[reference], None))
+        rows.append(names | _compare_runs(metric, of_level[level], of_level[reference], None))
     table = as_one_family(pd.DataFrame(rows))
     return table if table.empty else table[table["reference"] == best]
 
@@ -253,6 +253,16 @@ def _signs(seeds: int) -> np.ndarray:
 def name_cell(cell: dict[str, Any]) -> str:
     """Return a combination of levels in the form of the command line: "lb=0.01, noise=0.1"."""
     return ", ".join(f"{factor}={level}" for factor, level in cell.items())
+
+
+def _compare_runs(
+    metric: str, treated: pd.DataFrame, baseline: pd.DataFrame, margin: int | float | str | None
+) -> dict[str, Any]:
+    """Return one row of `contrasts` from the runs at the two levels. It has no number if they cannot be compared."""
+    if reason := incomparable(metric, treated, baseline):
+        treated, baseline = treated[:0], baseline[:0]
+    row = _compare(by_seed(treated, metric), by_seed(baseline, metric), margin)
+    return row | {"note": reason} if reason else row
 
 
 def _compare(treated: pd.Series, baseline: pd.Series, margin: int | float | str | None) -> dict[str, Any]:

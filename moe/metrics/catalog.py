@@ -86,6 +86,7 @@ class Metric(NamedTuple):
     shown: tuple[str, ...] = ()  # keys of SHOWN
     headline_variant: str = ""  # the variant that is tested and shown in headlines
     noun: str = ""  # short name for verdicts, as in "+14 perplexity"; by default `name`
+    per_token: bool = False  # a mean over tokens of text, which cannot be compared between tokenizers
 
     @property
     def axis(self) -> str:
@@ -161,6 +162,7 @@ ENTRIES = (
         better="lower",
         variants=("<domain>",),
         shown=("headline",),
+        per_token=True,
     ),
     Metric(
         "val/perplexity",
@@ -171,6 +173,7 @@ ENTRIES = (
         better="lower",
         shown=("headline", "tested"),
         noun="perplexity",
+        per_token=True,
     ),
     Metric(
         "val/bits_per_byte",
@@ -193,6 +196,7 @@ ENTRIES = (
         unit="share of tokens",
         better="higher",
         shown=("headline",),
+        per_token=True,
     ),
     Metric(
         "val_capacity/loss",
@@ -202,6 +206,7 @@ ENTRIES = (
         "capacity limit",
         unit="nats per token",
         better="lower",
+        per_token=True,
     ),
     Metric(
         "val_capacity/perplexity",
@@ -210,6 +215,7 @@ ENTRIES = (
         "validation perplexity under the capacity limit",
         "capacity limit",
         better="lower",
+        per_token=True,
     ),
     Metric(
         "val_capacity/drop_rate",
@@ -642,6 +648,7 @@ ENTRIES = (
         unit="nats per token",
         better="lower",
         written=("step", "end"),
+        per_token=True,
     ),
     *(_loss(name, loss, "loss") for name, loss in LOSSES.items()),
     *(_loss(name, loss, "router loss") for name, loss in ROUTER_LOSSES.items()),

@@ -13,6 +13,7 @@ from moe.analysis.statistics import as_one_family, contrasts, corrected, name_ce
 from moe.analysis.variance import anova
 from moe.checks import unknown
 from moe.metrics.catalog import select
+from moe.results.comparable import not_poolable, several_tokenizers
 from moe.results.conditions import (
     HEADLINE,
     NAMED_ROUTERS,
@@ -96,6 +97,12 @@ def collect_inputs(
     return [everything, *(_with_comparisons(experiment, options) for experiment in experiments)]
 
 
+def tested_metrics(runs: pd.DataFrame) -> tuple[str, ...]:
+    """Return `TESTED`, with bits per byte in place of the perplexity if the runs have several tokenizers."""
+    several = several_tokenizers(runs)
+    return tuple("val/bits_per_byte" if several and name == "val/perplexity" else name for name in TESTED)
+
+
 def _describe(loaded: pd.DataFrame, *, past: EventTables, extra_metrics: tuple[str, ...]) -> ReportInputs:
     """Return the inputs of some runs, without claims and contrasts."""
     runs = with_causality(loaded)
@@ -111,7 +118,7 @@ def _describe(loaded: pd.DataFrame, *, past: EventTables, extra_metrics: tuple[s
         tied=tied_factors(runs),
         condition=pd.Series(names, index=runs.index, dtype=object),
         metrics=present(runs, (*HEADLINE, *extra_metrics)),
-        tested=present(runs, (*TESTED, *extra_metrics)),
+        tested=present(runs, (*tested_metrics(runs), *extra_metrics)),
         claims=pd.DataFrame(),
         contrasts=pd.DataFrame(),
         variance=pd.DataFrame(),
@@ -150,6 +157,8 @@ def _variance(inputs: ReportInputs) -> tuple[pd.DataFrame, list[str]]:
     tables, refusals = [], []
     for metric in inputs.tested:
         try:
+            if reason := not_poolable(metric, inputs.runs):
+                raise ValueError(reason)
             tables.append(anova(inputs.runs, metric, inputs.factors))
         except ValueError as error:
             refusals.append(shorten(f"{metric}: {error}", 500, placeholder=" …"))

@@ -10,7 +10,7 @@ from moe.analysis.figures import effects
 from moe.analysis.figures.drawing import Drawing, drawing
 from moe.analysis.figures.style import axis_label
 from moe.analysis.report.blocks import ReportBlock, figure_section
-from moe.analysis.report.inputs import TESTED, ReportInputs
+from moe.analysis.report.inputs import ReportInputs, tested_metrics
 from moe.analysis.statistics import name_cell
 from moe.analysis.studies.registered import STUDIES
 from moe.results.conditions import conditions
@@ -25,7 +25,7 @@ def factor_effects(inputs: ReportInputs) -> Iterator[ReportBlock]:
 
 def _factor_drawings(inputs: ReportInputs) -> Iterator[Drawing]:
     """Yield a figure for each tested metric; a figure of a study may replace some of them."""
-    metrics = list(dict.fromkeys((*TESTED, *inputs.tested)))
+    metrics = list(dict.fromkeys((*tested_metrics(inputs.runs), *inputs.tested)))
     for overview_figure in (function for study in STUDIES for function in study.overview_figures):
         overview = overview_figure(inputs)
         if overview:

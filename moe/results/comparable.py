@@ -1,0 +1,42 @@
+"""Say which metrics of runs cannot be compared, because the runs read other text or cut it into other tokens."""
+
+import pandas as pd
+
+from moe.metrics.catalog import METRICS
+
+NOT_COMPARABLE = "not comparable"
+TOKENIZER = "data.tokenizer_sha256"
+TEXT = ("data.corpus_sha256", "data.val_percent")  # they determine the validation text
+
+
+def incomparable(metric: str, one: pd.DataFrame, other: pd.DataFrame) -> str:
+    """Return why a metric of the runs `one` and `other` cannot be compared; an empty text if it can.
+
+    Two tokenizers cut a text into different tokens, so a mean over tokens is not one of the same things. A loss or
+    accuracy on other text is that of another task.
+    """
+    entry = METRICS.get(metric) or METRICS.get(metric.rpartition("/")[0])
+    if entry is None:
+        return ""
+    of_validation = entry.group in ("quality", "capacity limit")
+    if of_validation and any(_levels(one, key) != _levels(other, key) for key in TEXT):
+        return f"{NOT_COMPARABLE}: the validation texts differ, so {metric} is that of another task"
+    if entry.per_token and _levels(one, TOKENIZER) != _levels(other, TOKENIZER):
+        return f"{NOT_COMPARABLE}: the tokenizers differ, and {metric} is a mean over tokens; compare val/bits_per_byte"
+    return ""
+
+
+def not_poolable(metric: str, runs: pd.DataFrame) -> str:
+    """Return why the values of a metric of all these runs cannot be analyzed together; an empty text if they can."""
+    keys = [key for key in (TOKENIZER, *TEXT) if key in runs]
+    groups = [members for _, members in runs.groupby(keys, dropna=False)] if keys else []
+    return next(filter(None, (incomparable(metric, groups[0], other) for other in groups[1:])), "")
+
+
+def several_tokenizers(runs: pd.DataFrame) -> bool:
+    """Return whether the tokens of these runs are not the same, so that bits per byte replace the perplexity."""
+    return TOKENIZER in runs and runs[TOKENIZER].nunique() > 1
+
+
+def _levels(runs: pd.DataFrame, key: str) -> set[object]:
+    return set(runs[key].dropna()) if key in runs else set()

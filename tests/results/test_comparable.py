@@ -1,0 +1,59 @@
+"""Tests that metrics are compared only between runs that read the same text, cut into the same tokens."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from run_folders import write_metrics, write_record
+
+from moe.analysis.claims import judge
+from moe.analysis.report.inputs import collect_inputs
+from moe.analysis.sentences import contrast_sentence
+from moe.config.claim import ClaimConfig
+from moe.results.table import load_runs
+
+
+def runs_of(tmp_path: Path, *, key: str, digest: str) -> pd.DataFrame:
+    """Return runs of two levels of a key of the data, with three seeds each. The digest differs between the levels."""
+    for level in (300, 600):
+        for seed in (1, 2, 3):
+            folder = tmp_path / "text" / f"{level},{seed}"
+            folder.mkdir(parents=True)
+            digests = {"corpus_sha256": "a", "tokenizer_sha256": "b"} | {digest: f"digest {level}"}
+            write_record(folder, config={key: level, "seed": seed}, data=digests)
+            values = {"val/perplexity": level / 10 + seed / 5, "val/bits_per_byte": 2 + level / 1e4 + seed**2 / 1e3}
+            write_metrics(folder, values | {"routing/load_cv/pooled": level / 1e3 + seed**2 / 1e2})
+    return load_runs([tmp_path])
+
+
+def sentences(runs: pd.DataFrame) -> dict[str, str]:
+    [inputs] = collect_inputs(runs)
+    return {
+        row["metric"]: contrast_sentence(row, "", unit="", up="up", down="down")
+        for _, row in inputs.contrasts.iterrows()
+    }
+
+
+def test_bits_per_byte_replace_the_perplexity_if_tokenizers_differ(tmp_path: Path) -> None:
+    found = sentences(runs_of(tmp_path, key="data.vocab_size", digest="tokenizer_sha256"))
+    assert found.keys() == {"val/bits_per_byte", "routing/load_cv/pooled"}
+    assert not [text for text in found.values() if "not comparable" in text]
+
+
+def test_nothing_that_depends_on_the_validation_text_is_compared_between_texts(tmp_path: Path) -> None:
+    found = sentences(runs_of(tmp_path, key="data.val_percent", digest="corpus_sha256"))
+    assert found["val/perplexity"].startswith(": **not comparable**: the validation texts differ")
+    assert "not comparable" not in found["routing/load_cv/pooled"]
+
+
+@pytest.mark.parametrize(("metric", "comparable"), [("val/perplexity", False), ("val/bits_per_byte", True)])
+def test_a_claim_about_a_mean_over_tokens_is_not_judged_between_tokenizers(
+    metric: str, comparable: bool, tmp_path: Path
+) -> None:
+    runs = runs_of(tmp_path, key="data.vocab_size", digest="tokenizer_sha256")
+    claim = ClaimConfig(text="", metric=metric, factor="data.vocab_size", levels=[300], than=[600], kind="lower")
+    [judged] = judge(runs, [claim]).to_dict("records")
+    assert (judged["n"] == 3) == comparable
+    if not comparable:
+        assert judged["verdict"] == "undecided"
+        assert judged["reason"].startswith("not comparable: the tokenizers differ")
