@@ -82,9 +82,9 @@ def contrasts(
             for cell, members in conditions(runs, others):
                 if not {level, reference} <= set(members[factor]):
                     continue  # this cell was not planned, such as the temperature of a router that has none
-                sides = [members[members[factor] == side] for side in (level, reference)]
+                treated, baseline = (members[members[factor] == side] for side in (level, reference))
                 names = {"factor": factor, "level": level, "reference": reference, "within": name_cell(cell)}
-                rows.append({"metric": metric} | names | _compare_runs(metric, *sides, margin))
+                rows.append({"metric": metric} | names | _compare_runs(metric, treated, baseline, margin))
     return as_one_family(pd.DataFrame(rows))
 
 
