@@ -390,6 +390,17 @@ ENTRIES = (
         function=formulas.drop_rate,
     ),
     Metric(
+        "train/routing/drop_rate",
+        "1 - kept / Σ c",
+        "Share of assignments over capacity in training. In metrics.json: mean over the second half of the steps.",
+        "drop rate, in training",
+        "capacity",
+        unit="share of assignments",
+        better="lower",
+        written=("step", "end"),
+        shown=("conditions",),
+    ),
+    Metric(
         "routing/capacity_usage",
         "kept / capacity of all experts",
         "Share of the capacity that is used. Null when dropless.",
@@ -730,6 +741,7 @@ ENTRIES = (
         unit="tokens per second",
         better="higher",
         written=("step", "end"),
+        shown=("conditions",),
     ),
     Metric(
         "time/elapsed",

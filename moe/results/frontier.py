@@ -1,4 +1,4 @@
-"""Quality against speed: experiments A and C as one table with the column names of the routing bench.
+"""Quality against speed of sweeps over routers or capacity, as one table with the column names of the routing bench.
 
 Speed is that of training steps alone, without evaluation. FLOPs are those of `moe.model.cost.flops_per_token`, a
 forward pass, times 3 for a training step. They count the experts that tokens of the last validation asked for; earlier
@@ -6,13 +6,16 @@ in training tokens may have asked for more (`relu`) or fewer. An assignment that
 """
 
 import math
+import re
 from pathlib import Path
 
 import pandas as pd
 
+from moe.results.conditions import varied_factors
 from moe.results.table import ABSENT, EventTables
 
-STEMS = {"experiment_a": "experiment_a", "experiment_c": "expC"}  # experiment -> how its files' names begin
+STEMS = {"experiment_c": "expC"}  # experiment -> how its files' names begin; by default with its own name
+COMPARED = ("router", "capacity")  # a sweep over one of these factors has this table and its figures
 
 # Column in the routing bench's table -> column in the table of runs. `with_training_means` adds some of the latter. The
 # last two columns, seed and causal, did not exist in the bench.
@@ -43,6 +46,15 @@ COLUMNS = {
 # `LATE`: the mean over the second half of training.
 BEST = {"val/perplexity": "best_val_perplexity", "val/loss": "best_val_loss", "step": "best_step"}
 LATE = {"train/routing/drop_rate": "drop_rate", "train/routing/load_cv": "load_cv"}
+
+
+def stem(runs: pd.DataFrame) -> str | None:
+    """Return how the names of the files about quality and speed begin; None for runs that compare neither factor."""
+    experiment = str(runs["experiment"].iloc[0])
+    named_so = experiment in ("experiment_a", "experiment_c")  # also if only a part of the experiment was run
+    if not (named_so or set(COMPARED) & set(varied_factors(runs))):
+        return None
+    return STEMS.get(experiment, re.sub(r"[^\w-]+", "_", experiment))
 
 
 def with_training_means(runs: pd.DataFrame, past: EventTables) -> pd.DataFrame:

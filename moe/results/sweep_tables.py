@@ -8,7 +8,7 @@ import pandas as pd
 
 from moe.files import write_text
 from moe.results.conditions import HEADLINE, present, spread_table, summary, unfinished, varied_factors, with_causality
-from moe.results.frontier import LATE, STEMS, bench_table, with_training_means
+from moe.results.frontier import LATE, bench_table, stem, with_training_means
 from moe.results.table import load_runs, read_event_tables
 
 NOISE_STUDY_FILE = "moe_routing_noise_experiment_results.csv"
@@ -31,18 +31,17 @@ NOISE_STUDY_COLUMNS = {
 def write_sweep_tables(sweep: Path) -> pd.DataFrame:
     """Write the results.csv of a sweep, one row per run, and return it as a table.
 
-    If noise and lb vary, also write a table in the format of the noise study. For experiments A and C, also write one
-    in the format of the routing bench.
+    If noise, lb and seed alone vary, also write a table in the format of the noise study, whose columns tell no other
+    settings apart. For a sweep over routers or capacity, also write one in the format of the routing bench.
     """
     runs = load_runs([sweep])
     write_text(sweep / "results.csv", runs.to_csv(index=False))
-    if {"noise", "lb"} <= set(varied_factors(runs)):
+    if {"noise", "lb"} == set(varied_factors(runs)) - {"seed"}:
         write_text(sweep / NOISE_STUDY_FILE, _noise_study(runs).to_csv(index=False))
-    for experiment, stem in STEMS.items():
-        members = runs[runs["experiment"] == experiment]
-        if len(members):
+    for _, members in runs.groupby("experiment"):
+        if name := stem(members):
             table = bench_table(with_training_means(members, read_event_tables(members["folder"], training=list(LATE))))
-            write_text(sweep / f"{stem}_summary.csv", table.to_csv(index=False))
+            write_text(sweep / f"{name}_summary.csv", table.to_csv(index=False))
     return runs
 
 

@@ -125,6 +125,13 @@ def median_speed(events: list[dict[str, Any]]) -> float | None:
     return median(speeds) if speeds else None
 
 
+def late_mean(events: list[dict[str, Any]], key: str) -> float | None:
+    """Return the mean of a value over the second half of the training steps; None if no such step has it."""
+    trains = [event for event in events if event["kind"] == "train"]
+    last = max((event["step"] for event in trains), default=0)
+    return _mean([event for event in trains if event["step"] > last / 2], key)
+
+
 def _mean_or_null(values: tuple[float | None, ...]) -> float | None:
     known = [value for value in values if value is not None]
     return fmean(known) if len(known) == len(values) else None

@@ -538,6 +538,7 @@ def test_a_single_run_is_reported_too(published: Path, tmp_path: Path) -> None:
     run = published / "lb=0.0,noise=0.1,seed=42"
     text = write_report(load_runs([run]), tmp_path / "out").read_text()
     assert "factors: none varies" in text
+    assert "learning rates, batch size and data: the same in all runs; not tuned per arm" in text
     assert "131.9 ± –" in text
     assert "- factors: not drawn, no factor varies" in text
     assert "![learning_curves]" in text

@@ -212,6 +212,17 @@ def test_the_report_names_the_figures_as_the_routing_bench_does(
     assert "causal: no" in text or stem == "experiment_a"
 
 
+@pytest.mark.parametrize("name", ["default", "capacity_factorial"])
+def test_any_sweep_over_routers_or_capacity_has_the_table_and_the_figures(name: str, tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path / name, ["softk"], [1.0, 1.25])
+    write_sweep_tables(sweep)
+    assert len(pd.read_csv(sweep / f"{name}_summary.csv")) == 6
+    text = write_report(load_runs([sweep]), tmp_path / "out").read_text()
+    assert all(f"![{name}_{kind}]" in text for kind in ("frontier", "frontier_tflops", "overlay"))
+    seeds_alone = write_sweep(tmp_path / "noise_floor", ["softk"], [1.0])
+    assert "frontier" not in write_report(load_runs([seeds_alone]), tmp_path / "out").read_text()
+
+
 def test_the_report_says_why_a_figure_is_not_drawn(sweep_a: Path, tmp_path: Path) -> None:
     for folder in sweep_a.iterdir():
         (folder / "events.jsonl").unlink()

@@ -2,7 +2,8 @@
 
 The folder published_tables/ contains the published numbers with the column names of the sources: the runs of the noise
 study (3 seeds), of the temperature study and of the routing bench's experiments A and C (one seed each), and the drop
-rates of its experiment B. A sentence that is based on one seed is undecided, unless that seed says the opposite.
+rates of its experiment B. A sentence that is based on one seed, or on times that do not measure what it is about, is
+not judged.
 """
 
 from importlib.resources import files
@@ -10,9 +11,10 @@ from typing import NamedTuple
 
 import pandas as pd
 import yaml
+from scipy import stats
 
 from moe.analysis.claims import evidence_sentence, judge
-from moe.analysis.statistics import contrasts
+from moe.analysis.statistics import SIGNIFICANCE, contrasts
 from moe.analysis.variance import anova
 from moe.config.claim import ClaimConfig
 from moe.config.options import CONF
@@ -40,11 +42,15 @@ TOKENS_PER_STEP = 32_768  # of the bench
 NOT_TRAINED = "no gradient reached the routers of top1 (our switch) and topk_hard"
 TIMED_VALIDATION = "the time of a step was mostly that of validation"
 FALLBACK = "expert_choice routed 94 % of tokens or more as softk does"  # an expert took 64 tokens of 8,192 at most
+NOT_JUDGED = "not judged"  # the verdict on a sentence whose numbers cannot decide it, however they turn out
 ABOUT_ZERO = 0.01  # the source says "from 1-10 % to about 0", so "about 0" means less than 1 %
 
 
 class Sentence(NamedTuple):
-    """A sentence of a source, the verdict on it (supported, contradicted or undecided), and the numbers behind it."""
+    """A sentence of a source, the verdict on it, and the numbers behind it.
+
+    The verdict is supported, contradicted, undecided, or `NOT_JUDGED`.
+    """
 
     source: str
     sentence: str
@@ -77,12 +83,16 @@ def replay() -> Replay:
     }
     sentences = [
         *_judged(noise, "noise_lb_seed"),
+        *_noise_above_all(noise),
         _active_share(),
         *_copying(temperature),
         *_judged(as_runs(a), "experiment_a", caveat=f"{NOT_TRAINED}; {TIMED_VALIDATION}"),
+        _between(a),
         *judge_drops(drops),
+        _diminishing(drops),
         *_judged(as_runs(c[c["capacity_factor"] == 1.25]), "experiment_c", caveat=f"{NOT_TRAINED}; {FALLBACK}"),
         _hash_balance(c),
+        *_orderings(c),
         _throughput(a, c),
     ]
     return Replay(tables, pd.DataFrame(sentences))
@@ -163,12 +173,46 @@ def _judged(runs: pd.DataFrame, experiment: str, *, caveat: str = "") -> list[Se
     """Judge the claims of one of our experiments by the published runs."""
     sentences = []
     for _, row in judge(runs, experiment_claims(experiment)).iterrows():
-        opposite = row["n"] == 1 and row["estimates"] == "against"
-        row["verdict"] = "contradicted" if opposite else row["verdict"]
-        row["reason"] = "one seed, and it says the opposite" if opposite else row["reason"]
+        verdict = NOT_JUDGED if row["n"] == 1 else row["verdict"]
         parts = filter(None, [evidence_sentence(row), caveat])
-        sentences.append(Sentence(row["source"], row["claim"], row["verdict"], "; ".join(parts)))
+        sentences.append(Sentence(row["source"], row["claim"], verdict, "; ".join(parts)))
     return sentences
+
+
+def _noise_above_all(runs: pd.DataFrame) -> list[Sentence]:
+    """Judge the noise study's sentences that the ranking of noise levels is consistent, and that noise is what costs.
+
+    The first holds if each of its comparisons holds, so its p is the largest of theirs. The second is a t test, paired
+    by seed, of the effect of noise 0.5 minus the size of the effect of the balance weight.
+    """
+    pairs = [
+        ClaimConfig("", "val/perplexity", "noise", [more], "higher", than=[less], within={"lb": [lb]})
+        for less, more in ((0.0, 0.1), (0.1, 0.5))
+        for lb in (0.0, 0.01)
+    ]
+    judged = judge(runs, pairs)
+    in_order, p = bool((judged["difference"] > 0).all()), judged["p"].max()
+    steps = ", ".join(f"{difference:+.3g}" for difference in judged["difference"])
+    effects = {factor: runs.pivot_table("val/perplexity", "seed", factor) for factor in ("noise", "lb")}
+    noise = effects["noise"][0.5] - effects["noise"][0.0]
+    balance = effects["lb"][0.01] - effects["lb"][0.0]
+    lead = stats.ttest_1samp(noise - balance.abs(), 0)
+    low, high = lead.confidence_interval()
+    return [
+        Sentence(
+            "noise study, 9",
+            "The ranking of noise levels is the same at both balance weights",
+            "supported" if in_order and p <= SIGNIFICANCE else "undecided",
+            f"0.1 minus 0 and 0.5 minus 0.1, each at lb 0 and 0.01: {steps}; the largest p is {p:.2g}, n={len(noise)}",
+        ),
+        Sentence(
+            "noise study, 9",
+            "Noise, not the balance weight, is the primary driver of the degradation",
+            "supported" if lead.pvalue <= SIGNIFICANCE and low > 0 else "undecided",
+            f"noise 0.5 costs {noise.mean():+.3g}, the balance weight changes {balance.mean():+.3g}; the first minus "
+            f"the size of the second [{low:.3g}, {high:.3g}], p={lead.pvalue:.2g}, n={len(noise)}",
+        ),
+    ]
 
 
 def _active_share() -> Sentence:
@@ -195,7 +239,58 @@ def _copying(runs: pd.DataFrame) -> list[Sentence]:
     schedules = runs[runs["temperature"] == 1.0]
     judged = _judged(as_runs(ablation), "temperature_ablation", caveat=caveat)
     judged += _judged(as_runs(schedules), "temperature_schedules", caveat=caveat)
-    return [sentence._replace(verdict="undecided") for sentence in judged]
+    balance, gini = ablation["last_aux"], ablation.set_index("temperature")["gini"]
+    spread = f"from {balance.min():.5f} to {balance.max():.5f} over all temperatures; {caveat}"
+    losses = ablation.set_index("temperature")["final_val_loss"]
+    later = f"final val loss {losses[1.0]:.2f} at 1, {losses[3.0]:.2f} at 3 and {losses[10.0]:.2f} at 10; {caveat}"
+    even = f"only the load is known: Gini {gini[10.0]:g} at 10 and {gini[1.0]:g} at 1; {caveat}"
+    judged += [
+        Sentence("temperature study, questions", "The temperature can reduce the load-balancing loss", "", spread),
+        Sentence("temperature study, key insights", "Temperatures above 2 converge more slowly", "", later),
+        Sentence("temperature study, expected outcomes", "Temperature 10 specializes experts too little", "", even),
+    ]
+    return [sentence._replace(verdict=NOT_JUDGED) for sentence in judged]
+
+
+def _between(a: pd.DataFrame) -> Sentence:
+    """Return the bench's sentence that topk_hard lies between top1 and softk. Each of its runs has one seed."""
+    perplexity = a[a["capacity_factor"] == 1.0].set_index("router")["val_ppl"]
+    order = ", ".join(f"{router} {perplexity[router]:.2f}" for router in ("top1", "topk_hard", "softk"))
+    evidence = f"at capacity factor 1: {order}; one seed; {NOT_TRAINED}"
+    return Sentence("routing bench, A", "topk_hard lies between top1 and softk", NOT_JUDGED, evidence)
+
+
+def _diminishing(drops: pd.DataFrame) -> Sentence:
+    """Judge the bench's sentence about larger capacity factors: a further step must save less than the one before."""
+    mean = drops.groupby("capacity_factor")["avg_drop_rate"].mean()
+    saved = (-mean.diff() / pd.Series(mean.index, mean.index).diff()).dropna()
+    text = "Larger capacity factors show diminishing returns"
+    diminishing = len(saved) > 1 and bool((saved.diff().dropna() <= 0).all())
+    steps = ", ".join(f"up to {capacity:g}: {rate:.2g}" for capacity, rate in saved.items())
+    evidence = f"drop rate saved per unit of capacity factor, mean over experts and k, {steps}"
+    return Sentence("routing bench, B", text, "supported" if diminishing else "contradicted", evidence)
+
+
+def _orderings(c: pd.DataFrame) -> list[Sentence]:
+    """Return the bench's sentences about speed, balance and sharpness in C. Each of its runs has one seed."""
+    runs = c[c["capacity_factor"] == 1.25].set_index("router")
+
+    def listed(column: str, digits: str) -> str:
+        return ", ".join(f"{router} {value:{digits}}" for router, value in runs[column].sort_values().items())
+
+    speed, load = listed("tokens_per_s", ",.0f"), listed("load_cv", ".2f")
+    sentences = {
+        "K dominates the speed": f"tokens/s {speed}; {TIMED_VALIDATION}",
+        "expert_choice is about as fast as softk": f"tokens/s {speed}; {TIMED_VALIDATION}",
+        "expert_choice keeps a balanced load and few drops": f"load CV after drops {load}; {FALLBACK}",
+        "softk and expert_choice have a lower load CV than top1 and topk_hard": f"load CV after drops {load}",
+        "softk and expert_choice alone have gate entropy, top1 and topk_hard none": (
+            f"gate entropy {listed('gate_entropy', '.2f')}; the gates of top1 and topk_hard are constant"
+        ),
+    }
+    return [
+        Sentence("routing bench, C", text, NOT_JUDGED, f"{evidence}; one seed") for text, evidence in sentences.items()
+    ]
 
 
 def _hash_balance(c: pd.DataFrame) -> Sentence:
@@ -229,11 +324,16 @@ def _throughput(a: pd.DataFrame, c: pd.DataFrame) -> Sentence:
     seconds = {side: TOKENS_PER_STEP / both[f"tokens_per_s_{side}"] for side in "ac"}
     evaluation = (seconds["a"] - seconds["c"]) / (1 / both["eval_interval_a"] - 1 / both["eval_interval_c"])
     share = evaluation / both["eval_interval_c"] / seconds["c"]
+    training = TOKENS_PER_STEP / (seconds["c"] - evaluation / both["eval_interval_c"])
+    alone = ", ".join(
+        f"{router} {speed:.2g}" for router, speed in zip(both["router"], training, strict=True) if speed > 0
+    )
     return Sentence(
         "routing bench, A and C",
         f"Throughput is {a['median_tokens_per_s'].min():.3g} to {c['median_tokens_per_s'].max():.3g} tokens/s",
         "contradicted",
         f"inflated {a['eval_interval'].iloc[0]} and {c['eval_interval'].iloc[0]} times: it is "
         f"{a['tokens_per_s'].min():,.0f} to {c['tokens_per_s'].max():,.0f}, and {share.min():.0%} or more of the "
-        "time in C went into validation, so it ranks routers by validation",
+        f"time in C went into validation, so it ranks routers by validation; training alone, from the two equations: "
+        f"{alone} tokens/s",
     )

@@ -1,4 +1,4 @@
-"""Figures of the routing bench: quality against speed (experiments A and C), and capacity factors (experiment B)."""
+"""Figures of the routing bench: quality against speed of routers and capacity factors, and its experiment B."""
 
 from collections.abc import Iterator
 
@@ -24,7 +24,7 @@ from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.report.study import Study
 from moe.analysis.statistics import with_intervals
 from moe.results.conditions import conditions, levels, summary, varied_factors
-from moe.results.frontier import LATE, STEMS, pareto_front, with_training_means
+from moe.results.frontier import LATE, pareto_front, stem, with_training_means
 from moe.results.table import EventTables
 
 SPEED = {
@@ -120,24 +120,31 @@ def capacity_lines(rows: pd.DataFrame, column: str) -> Figure:
 
 
 def quality_against_speed(inputs: ReportInputs) -> Iterator[ReportBlock]:
-    """Yield quality against speed for experiments A and C, if some of the runs belong to them."""
+    """Yield quality against speed for a sweep over routers or capacity factors."""
     yield from figure_section("Quality against speed", _drawings(inputs))
 
 
 def _drawings(inputs: ReportInputs) -> Iterator[Drawing]:
-    for experiment, stem in STEMS.items():
-        runs = inputs.runs[inputs.runs["experiment"] == experiment]
-        if len(runs):
-            yield from _frontier_drawings(runs, inputs.past, stem)
-            caption = "Training loss, validation loss and perplexity against the step."
-            yield drawing(f"{stem}_overlay", caption, inputs.too_many_lines() or _overlay(inputs, runs))
+    if name := stem(inputs.runs):
+        yield from _frontier_drawings(inputs.runs, inputs.past, name)
+        caption = "Training loss, validation loss and perplexity against the step."
+        yield drawing(f"{name}_overlay", caption, inputs.too_many_lines() or _overlay(inputs, inputs.runs))
 
 
-def _frontier_drawings(runs: pd.DataFrame, past: EventTables, stem: str) -> Iterator[Drawing]:
-    """Yield perplexity against both measures of speed, for runs that differ in router, capacity and seed alone."""
+def _frontier_drawings(runs: pd.DataFrame, past: EventTables, begin: str) -> Iterator[Drawing]:
+    """Yield perplexity against both measures of speed, for runs that differ in router, capacity and seed alone.
+
+    A key of the router, such as router.k, makes different routers of one name.
+    """
     table = with_training_means(runs, past)
-    others = [factor for factor in varied_factors(runs) if factor not in ("router", "capacity", "seed")]
-    for name, x in ((f"{stem}_frontier", "tokens_per_s"), (f"{stem}_frontier_tflops", "tflops")):
+    factors = varied_factors(runs)
+    keys = [factor for factor in factors if factor.startswith("router.")]
+    if keys:
+        arms = table[["router", *keys]].itertuples(index=False, name=None)
+        named = ((router, *map("{} {}".format, keys, values)) for router, *values in arms)
+        table = table.assign(router=[", ".join(parts) for parts in named])
+    others = [factor for factor in factors if factor not in ("router", "capacity", "seed", *keys)]
+    for name, x in ((f"{begin}_frontier", "tokens_per_s"), (f"{begin}_frontier_tflops", "tflops")):
         if others:
             result: Figure | str = f"{', '.join(others)} varies in addition to router and capacity"
         elif "val/perplexity" not in table or table[[x, "val/perplexity"]].dropna().empty:

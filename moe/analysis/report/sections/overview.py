@@ -42,7 +42,7 @@ def what_was_run(inputs: ReportInputs) -> Iterator[ReportBlock]:
     yield TableBlock(_status_counts(runs, ["experiment"]))
     if inputs.factors:
         yield _condition_counts(inputs)
-    yield BulletList([f"factors: {', '.join(inputs.factors) or 'none varies'}; seeds: {_seeds(runs)}"])
+    yield BulletList([f"factors: {', '.join(inputs.factors) or 'none varies'}; seeds: {_seeds(runs)}", _tuning(inputs)])
     yield from long_list([*_confounded_factors(inputs.tied), *_values_left_out(inputs)])
     yield csv_file("runs", inputs.loaded, "a row for each run: facts, factors and final metrics.")
     failures = unfinished(runs)
@@ -52,6 +52,17 @@ def what_was_run(inputs: ReportInputs) -> Iterator[ReportBlock]:
     if inputs.past.problems:
         yield Paragraph("These parts of the event logs could not be read:")
         yield from long_list(inputs.past.problems)
+
+
+def _tuning(inputs: ReportInputs) -> str:
+    """Return the sentence that no condition has learning rates, a batch size or data that were chosen for it."""
+    differing = [
+        key
+        for key in (*inputs.factors, *inputs.tied)
+        if key in ("optimizer", "data", "batch_size", "grad_accum") or key.startswith(("optimizer.", "data."))
+    ]
+    exceptions = f" except {', '.join(differing)}" if differing else ""
+    return f"learning rates, batch size and data: the same in all runs{exceptions}; not tuned per arm"
 
 
 def _condition_counts(inputs: ReportInputs) -> ReportBlock:
