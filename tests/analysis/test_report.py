@@ -192,6 +192,7 @@ def test_claims_margins_and_several_experiments(published: Path, tmp_path: Path)
     """Claims in the records are planned, all other contrasts are post hoc, and each experiment is judged alone."""
     claim = {"text": "noise hurts", "metric": "val/perplexity", "factor": "noise", "levels": [0.5], "than": [0.0]}
     claim |= {"kind": "higher", "source": "us", "margin": None, "size": []}
+    claim |= {"within": {}, "direction": None}
     for path in published.glob("*/run.json"):
         config = json.loads(path.read_text())["config"]
         change_record(path.parent, config=config | {"claims": [claim]})
