@@ -2,8 +2,10 @@
 
 import difflib
 import inspect
+import json
 import math
 import pkgutil
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import is_dataclass
 from types import UnionType
@@ -27,7 +29,7 @@ def first_line(error: object) -> str:
 def require(ok: bool, key: str, value: object, allowed: str) -> None:
     """Raise `ConfigError` naming `key`, `value` and what is `allowed`, unless `ok`."""
     if not ok:
-        raise ConfigError(f"{key}={_on_one_line(value)}: must be {allowed}")
+        raise ConfigError(f"{key}={_on_one_line(_as_typed(value))}: must be {allowed}")
 
 
 def one_of(key: str, value: str, allowed: Iterable[str]) -> None:
@@ -41,10 +43,10 @@ def finite(value: float) -> bool:
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
-    """Return the error for a `name` that is not among the `known` ones; it names the nearest of them."""
+    """Return the error for a `name` that is not among the `known` ones. It names those nearest to it, or else all."""
     names = sorted(known)
     listing = f"; known: {', '.join(names)}" if len(names) <= 20 else ""
-    return ConfigError(f"unknown {kind} '{_on_one_line(name)}'{_nearest(name, names)}{listing}")
+    return ConfigError(f"unknown {kind} '{_on_one_line(name)}'{_nearest(name, names) or listing}")
 
 
 # The class from which a `_target_` must derive, by the key of the configuration that names it.
@@ -117,7 +119,7 @@ def check_values(values: dict[str, Any], types: dict[str, Any], place: str) -> N
     for name, value in values.items():
         if name not in types:
             raise unknown(f"key of {place}", f"{place}.{name}", (f"{place}.{known}" for known in types))
-        require(_fits(value, types[name]), f"{place}.{name}", value, _describe(types[name]))
+        require(_fits(value, types[name]), f"{place}.{name}", value, describe(types[name]))
 
 
 def parse(kind: type[T], content: object, place: str = "") -> T:
@@ -153,7 +155,7 @@ def _parse_value(annotation: Any, value: object, place: str) -> Any:
     if mapping is not None and isinstance(value, dict):
         return {key: _parse_value(get_args(mapping)[1], item, _join(place, key)) for key, item in value.items()}
     if not _fits(value, annotation):
-        raise ValueError(f"{place} is {_shorten(value)}: must be {_describe(annotation)}")
+        raise ValueError(f"{place} is {_shorten(value)}: must be {describe(annotation)}")
     if isinstance(value, int) and not isinstance(value, bool) and float in options and int not in options:
         return float(value)
     return value
@@ -169,6 +171,11 @@ def _join(place: str, name: object) -> str:
     return f"{place}.{_on_one_line(name)}" if place else _on_one_line(name)
 
 
+def _as_typed(value: object) -> object:
+    """Return null, true and false for the values that Python writes as None, True and False."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else value
+
+
 def _shorten(value: object) -> str:
     return text if len(text := repr(value)) <= 60 else f"{text[:57]}..."
 
@@ -180,8 +187,18 @@ def _on_one_line(value: object) -> str:
 
 
 def _nearest(name: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"; nearest: {near[0]}" if near else ""
+    """Return the names that have `name` as a part, such as optimizer.muon_lr for lr; without any, the most similar one.
+
+    What `name` has in common with others up to its last dot is no similarity: router.temp is not near router.gate.
+    """
+    group, dot, last = name.rpartition(".")
+    in_group = {other.removeprefix(group + dot): other for other in names if other.startswith(group + dot)}
+    if not in_group:
+        last, in_group = name, {other: other for other in names}
+    near = [other for short, other in in_group.items() if last in re.split(r"[._/]", short)]
+    if not 1 <= len(near) <= 5:
+        near = [in_group[short] for short in difflib.get_close_matches(last, in_group, n=1, cutoff=0.6)]
+    return f"; nearest: {', '.join(near)}" if near else ""
 
 
 def _fits(value: object, annotation: Any) -> bool:
@@ -206,15 +223,17 @@ def _fits(value: object, annotation: Any) -> bool:
     return isinstance(value, annotation) if isinstance(annotation, type) else value is annotation
 
 
-def _describe(annotation: Any) -> str:
+def describe(annotation: Any) -> str:
+    """Return in words what an annotation allows, such as "a whole number or null"."""
     if get_origin(annotation) is Literal:
         return f"one of {', '.join(map(str, get_args(annotation)))}"
     if get_origin(annotation) in (list, tuple, Sequence):
-        return f"a list of {_describe(get_args(annotation)[0])}"
+        kind = get_args(annotation)[0]
+        return f"a list of {'objects' if _is_record(kind) else describe(kind)}"
     if get_origin(annotation) is dict:
-        return f"an object, each value {_describe(get_args(annotation)[1])}"
+        return f"an object, each value {describe(get_args(annotation)[1])}"
     if get_origin(annotation) in (Union, UnionType):
-        return " or ".join(_describe(option) for option in get_args(annotation))
+        return " or ".join(describe(option) for option in get_args(annotation))
     return {
         Any: "anything",
         int: "a whole number",

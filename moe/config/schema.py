@@ -3,13 +3,13 @@
 import importlib.util
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 from omegaconf import MISSING
 
-from moe.checks import ConfigError, build, finite, locate, one_of, require, unknown
+from moe.checks import ConfigError, build, describe, finite, locate, one_of, require, unknown
 from moe.config import dense_checkpoint
 from moe.config.claim import ClaimConfig
 from moe.data.limits import check_limits
@@ -201,7 +201,7 @@ class Config:
     gate_variance: float = 0.0  # weight of minus the variance of probabilities over tokens
     simbal: float = 0.0  # weight of the distance of the router rows from orthonormal
     output_orthogonality: float = 0.0  # weight of the squared cosine between the outputs of a token's experts
-    capacity: float | None = None  # capacity factor of training; null: dropless
+    capacity: float | None = field(default=None, metadata={"allowed": "a number > 0, or null for no limit"})  # factor
     drop: str = "position"  # which tokens a full expert keeps: by position | score | random; only position is causal
     eval_every: int = 100  # optimizer steps
     save_every: int = 100  # optimizer steps
@@ -236,7 +236,7 @@ class Config:
             value = getattr(self, name)
             require(finite(value) and value >= 0, name, value, "a finite number >= 0")
         ok = self.capacity is None or (finite(self.capacity) and self.capacity > 0)
-        require(ok, "capacity", self.capacity, "a finite number > 0, or null for dropless")
+        require(ok, "capacity", self.capacity, allowed_values("capacity"))
         one_of("drop", self.drop, ("position", "score", "random"))
         one_of("save_model", self.save_model, ("none", "last", "all"))
         one_of("precision", self.precision, ("fp32", "bf16"))
@@ -346,6 +346,16 @@ def _check_path(key: str, path: str) -> None:
     """Raise ConfigError for a path that is blank, or that begins with ~ where there is no home directory."""
     require(bool(path.strip()), key, path, "a path")
     require(os.path.expanduser(path)[:1] != "~", key, path, "a path; there is no home for ~")
+
+
+def allowed_values(key: str) -> str | None:
+    """Return in words what a flat key such as "model.dim" may be; None if no field of `Config` has this name."""
+    kind, _, name = key.rpartition(".")
+    holder = get_type_hints(Config).get(kind, Config) if kind else Config
+    found = next((f for f in fields(holder) if f.name == name), None) if is_dataclass(holder) else None
+    if found is None:
+        return None
+    return str(found.metadata.get("allowed", describe(get_type_hints(holder)[name])))
 
 
 def fingerprint(identity: dict[str, Any]) -> str:

@@ -25,12 +25,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from moe.checks import ConfigError, first_line, require, unknown
+from moe.checks import ConfigError, describe, first_line, require, unknown
 from moe.config import dense_checkpoint
 from moe.config.options import CONF, GROUPS, options
-from moe.config.schema import DENSE_IGNORES, OFF, Cell, Config, fingerprint, flatten
+from moe.config.schema import DENSE_IGNORES, OFF, Cell, Config, allowed_values, fingerprint, flatten
 from moe.distributed import ranks
 from moe.files import open_file
 from moe.launch import slurm
@@ -45,6 +45,7 @@ FAULTS = (
     ArithmeticError,
     ValueError,
 )  # what a wrong override makes Hydra raise
+EXAMPLES = {"data.source.paths": "[notes/*.txt]"}  # values of keys that have no default
 HYDRA_KEYS = ("hydra/launcher", "hydra.sweeper.max_batch_size", "hydra.launcher.")  # those that a user may set
 ONE_PER_COMMAND = ("experiment", "out")
 DEFAULTS = ("variant=null",)  # defaults that are no option; Hydra cannot choose them, so they are left out
@@ -148,6 +149,9 @@ def _parse_flags(arguments: list[str]) -> argparse.Namespace:
     """Return Hydra's flags and, as `overrides`, the other words. Raises ConfigError for flags that cannot be used."""
 
     def refuse(message: str) -> NoReturn:
+        for key, equals, value in (word.partition("=") for word in arguments if f" {word}" in message):
+            if equals or allowed_values(key.lstrip("-")) is not None:
+                raise ConfigError(f"{key}{equals}{value}: write {key.lstrip('-')}={value or 'VALUE'}, without --")
         raise ConfigError(message)
 
     parser = get_args_parser()
@@ -202,6 +206,8 @@ def _expand(overrides: list[Override], *, multirun: bool) -> Command:
         raise ConfigError(f"{swept[0]}: several values need a sweep; add -m")
     params = (base.hydra.sweeper.params or {}).items() if multirun else ()
     presets = [_parse_override(f"{key}={value}") for key, value in params]
+    for override in presets + own:
+        _check_type(override)
     [grid] = BasicSweeper.split_arguments(presets + own, None)
     varied = {o.key_or_group for o in presets + own if o.is_sweep_override()}
     same_keys_apply = not {key.partition(".")[0] for key in varied} & {*GROUPS, "capacity"}
@@ -287,8 +293,7 @@ def _refuse_given_in_vain(cells: list[Cell], described: list[Cell], swept: set[s
         if key in swept and len(values) > 1:
             vain += [value for value in values if value != OFF[key]]
         if vain:
-            off = "null" if OFF[key] is None else OFF[key]
-            raise ConfigError(f"{key}={vain[0]}: must be {off}, because {_why_ignored(key, cells[0])}")
+            raise ConfigError(f"{key}={vain[0]}: {_why_ignored(key, cells[0])}; leave it out")
 
 
 def _why_ignored(key: str, cell: Cell) -> str:
@@ -296,7 +301,7 @@ def _why_ignored(key: str, cell: Cell) -> str:
         return "no layer of this model is a Mixture of Experts"
     if key == "drop" and cell.config.capacity is None:
         return "nothing is dropped without a capacity limit"
-    return f"router={cell.choices['router']} ignores it"
+    return f"router={cell.choices['router']} ignores {key}"
 
 
 def _check_distinct(cells: list[Cell]) -> None:
@@ -388,6 +393,10 @@ def _parse_override(word: str) -> Override:
     """
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
     key, equals, value = word.partition("=")
+    commas = [part.strip() for part in value.split(",")] if value[:1] not in ("", "'", '"', "[", "{") else [value]
+    if "" in commas[1:]:
+        place = "after the last comma" if commas[-1] == "" else "between two commas"
+        raise ConfigError(f"{word:.200}: a value is missing {place}")
     quoted = f"{key}={_quote(value)}"
     try:
         return parser.parse_overrides([word])[0]
@@ -452,6 +461,23 @@ def _check_override(override: Override) -> None:
             raise unknown(f"option of {key}", value, options(key))
 
 
+def _check_type(override: Override) -> None:
+    """Raise ConfigError for a value that does not fit the type of its key in `Config`."""
+    key = override.key_or_group
+    allowed = None if key in GROUPS or override.is_hydra_override() else allowed_values(key)
+    if allowed is None:
+        return
+    values = list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
+    typed_words = str(override.input_line).partition("=")[2].split(",")
+    if len(typed_words) != len(values):
+        typed_words = _values(override)
+    for value, word in zip(values, typed_words, strict=True):
+        try:
+            OmegaConf.update(OmegaConf.structured(Config), key, value)
+        except FAULTS:
+            require(False, key, word, allowed)
+
+
 def _values(override: Override) -> list[str]:
     """Return the values of an override as text: several of a sweep, otherwise one."""
     if not override.is_sweep_override():
@@ -472,29 +498,55 @@ def _explain(error: Exception, overrides: list[str]) -> ConfigError:
     parsed = [_parse_override(line) for line in overrides]
     groups = [o for o in parsed if _is_group(o) or o.key_or_group == "hydra/launcher"]
     try:
-        base = compose("config", overrides=_lines(groups))
+        base = compose("config", overrides=_lines(groups), return_hydra_config=True)
     except FAULTS as cause:
         return ConfigError(f"{' '.join(_lines(groups))}: {_cause(cause)}")
+    choices = group_choices(base.hydra)
+    with open_dict(base):
+        base.pop("hydra")
     known = flatten(OmegaConf.to_container(base))  # type: ignore[arg-type]
     for override in parsed:
         if override in groups:
             continue
         key = override.key_or_group
         if not override.is_hydra_override() and not any(f"{name}.".startswith(f"{key}.") for name in known):
-            owner = [str(o.input_line) for o in groups if key.startswith(f"{o.key_or_group}.")]
-            return unknown(" of ".join(["key", *owner]), key, known)
+            return _unknown_key(key, known, choices)
         try:
             compose("config", overrides=_lines([*groups, override]))
         except FAULTS as cause:
             return ConfigError(f"{override.input_line:.200}: {_cause(cause)}")
     place = getattr(error, "full_key", None) or " ".join(overrides)
+    if isinstance(error, MissingMandatoryValue):
+        return ConfigError(f"{place}: required, for example '{place}={EXAMPLES.get(place, '...')}'")
     return ConfigError(f"{place}: {_cause(error)}")
+
+
+def _unknown_key(key: str, known: Iterable[str], choices: dict[str, str | None]) -> ConfigError:
+    """Return the error for a key that the chosen options lack. It names other options that have the key, if any."""
+    group, _, name = key.partition(".")
+    if choices.get(group) is None or group in ("experiment", "variant"):
+        others = ("router", "schedule", "data")  # the groups whose options differ in their keys
+        keys = {*known, *(f"{each}.{k}" for each in others for option in options(each) for k in _keys(each, option))}
+        error = unknown("key", key, keys)
+        return error if "; nearest: " in str(error) else ConfigError(f"{error}; `--cfg job` prints all keys")
+    owner = f"{group}={choices[group]}"
+    having = [f"{group}={option}" for option in options(group) if name in _keys(group, option)]
+    if having:
+        return ConfigError(f"{owner} has no key {name}; {', '.join(having)} {'has' if len(having) == 1 else 'have'} it")
+    return unknown(f"key of {owner}", key, (each for each in known if each.startswith(f"{group}.")))
+
+
+def _keys(group: str, option: str) -> set[str]:
+    """Return the keys of an option without the name of its group, such as k and gate of router=topk."""
+    return set(flatten(OmegaConf.to_container(OmegaConf.load(CONF / group / f"{option}.yaml"))))  # type: ignore[arg-type]
 
 
 def _cause(error: Exception) -> str:
     """Return the first line of an error of Hydra, without what Hydra puts in front of an error of OmegaConf."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    return first_line(cause).removeprefix("ConfigError raised while resolving interpolation: ")
+    line = first_line(cause).removeprefix("ConfigError raised while resolving interpolation: ")
+    kind = re.search(r"could not be converted to (Integer|Float)$", line)
+    return line if kind is None else f"must be {describe(int if kind[1] == 'Integer' else float)}"
 
 
 def help_text() -> str:

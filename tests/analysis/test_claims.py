@@ -564,7 +564,7 @@ def claims_override(**changes: Any) -> str:
         ({"than": []}, r"claims\[0\].than=\[\]: must be a list of at least one"),
         ({"than": [0.01]}, r"claims\[0\].than=\[0.01\]: must be without \[0.01\]"),
         ({"kind": "lowest"}, r"claims\[0\].than=\[0.0\]: must be empty: lowest compares with all"),
-        ({"kind": "equivalent"}, r"claims\[0\].margin=None: must be given, such as 1%"),
+        ({"kind": "equivalent"}, r"claims\[0\].margin=null: must be given, such as 1%"),
         ({"margin": "1%"}, r"claims\[0\].margin=1%: must be left out"),
         ({"kind": "equivalent", "margin": "-1%"}, r"claims\[0\].margin=-1%: must be positive"),
         (

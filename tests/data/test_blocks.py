@@ -605,7 +605,7 @@ def test_a_source_without_documents_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"vocab_size": None}, r"data\.vocab_size=None: must be a whole number, because data\.tokenizer=bpe"),
+        ({"vocab_size": None}, r"data\.vocab_size=null: must be a whole number, because data\.tokenizer=bpe"),
         ({"tokenizer": "some/name"}, r"data\.vocab_size=300: must be null, because data\.tokenizer=some/name"),
         ({"vocab_size": 258}, r"data\.vocab_size=258: must be at least 259"),
         ({"seq_len": 1}, r"data\.seq_len=1: must be at least 2"),
