@@ -50,10 +50,11 @@ def main() -> int:
             report = write_report(runs, arguments.out, options)
             print(console_table(runs, options.metrics))
     except ValueError as error:
-        print(f"analyze: {error}", file=sys.stderr)
+        print(f"analyze.py: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"analyze: --out {arguments.out}: cannot be written: {error.strerror}: {error.filename}", file=sys.stderr)
+        place = f"--out {arguments.out}: cannot be written"
+        print(f"analyze.py: {place}: {error.strerror}: {error.filename}", file=sys.stderr)
         return 2
     print(f"report: {report} and {report.with_suffix('.html')}")
     return 0

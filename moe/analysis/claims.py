@@ -98,8 +98,8 @@ def judge(runs: pd.DataFrame, claims: list[ClaimConfig]) -> pd.DataFrame:
     """Return a row for each claim: supported, contradicted or undecided by these runs, and why.
 
     `runs` is a table of `moe.results.table.load_runs`. `difference` is `mean` minus `reference mean` over n paired
-    seeds, with its 95 % t interval. A claim can make several comparisons. These columns show the least favorable one,
-    while `p` covers all of them:
+    seeds, with its 95 % t interval. A claim can make several comparisons. The columns `compared`,
+    `mean`, `reference mean`, `difference` and its interval show the least favorable one, while `p` covers all of them:
 
     - The claim holds if every comparison holds. Its p is then the largest p of the comparisons (intersection-union).
     - The claim fails if one comparison fails. Its p is then the smallest p of the comparisons, after Bonferroni's

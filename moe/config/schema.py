@@ -236,7 +236,7 @@ class Config:
             value = getattr(self, name)
             require(finite(value) and value >= 0, name, value, "a finite number >= 0")
         ok = self.capacity is None or (finite(self.capacity) and self.capacity > 0)
-        require(ok, "capacity", self.capacity, allowed_values("capacity"))
+        require(ok, "capacity", self.capacity, str(allowed_values("capacity")))
         one_of("drop", self.drop, ("position", "score", "random"))
         one_of("save_model", self.save_model, ("none", "last", "all"))
         one_of("precision", self.precision, ("fp32", "bf16"))

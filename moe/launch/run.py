@@ -51,6 +51,7 @@ def run(cell: Cell) -> None:
     cell.folder.mkdir(parents=True, exist_ok=True)
     with locked(cell.folder / LOCK) as owner:
         if ranks.broadcast(_may_train(cell, owner)):
+            log.info("%s: training", cell.folder)
             _train(cell)
 
 

@@ -1,6 +1,7 @@
 """Carry out all cells of a command: check their folders before the first one trains, and report at the end."""
 
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -169,7 +170,7 @@ def _report(cells: list[Cell], before: list[str], refusal: str | None = None) ->
         from moe.results import sweep_tables
 
         table = sweep_tables.console_table(sweep_tables.write_sweep_tables(sweep))
-        print(f"\n{table}\n\n{sweep / 'results.csv'}")
+        print(f"\n{table}\n\ntable: {sweep / 'results.csv'}; next: python analyze.py {shlex.quote(str(sweep))}")
     unfinished = [cell for cell, state in zip(cells, after, strict=True) if state != "finished"]
     return 2 if unfinished and all(map(_was_given_bad_input, unfinished)) else min(len(unfinished), 1)
 

@@ -269,7 +269,6 @@ ENTRIES = (
         "large.",
         "load CV of routing at random",
         "balance",
-        better="lower",
         variants=POOLED,
         function=formulas.load_cv_floor,
     ),

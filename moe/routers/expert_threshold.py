@@ -15,7 +15,7 @@ class ExpertThreshold(LinearRouter):
     """Router in which a token takes every expert whose threshold its logit exceeds (Sun et al. 2603.11535).
 
     Logits are W x, and gates are sigmoid(W x), not normalized. An expert's threshold is a moving average, with decay
-    `decay`, of the (1 - k/E) quantile of the logits in a batch. T k / E tokens exceed that quantile. A token therefore
+    `decay`, of the (1 - k/E) quantile of the logits in a batch. Each of the E experts takes T·k/E tokens, so a token
     has k experts on average, but any number from 0 to E. A token that exceeds no threshold has no expert. (Thresholds
     of sigmoid(W x) would round to 1, and select nobody, where logits are large.)
 
@@ -33,7 +33,7 @@ class ExpertThreshold(LinearRouter):
         super().__init__(dim, num_experts, fixed_k=None)
         check_k(k, num_experts)
         require(0 <= decay < 1, "router.decay", decay, "at least 0, below 1")
-        self.quota, self.decay = k, decay
+        self.k, self.decay = k, decay
         self.mean_k = float(k)
         self.register_buffer("threshold", torch.full((num_experts,), torch.inf))  # inf: no estimate yet
 
@@ -41,13 +41,13 @@ class ExpertThreshold(LinearRouter):
         logits = self.logits(x)
         noisy = self.perturb(logits, context.knobs)
         log_scores = F.logsigmoid(noisy)
-        top = torch.zeros_like(noisy, dtype=torch.bool).scatter(-1, noisy.topk(self.quota).indices, True)
+        top = torch.zeros_like(noisy, dtype=torch.bool).scatter(-1, noisy.topk(self.k).indices, True)
         return Routing.masked(
             torch.where(self.threshold.isinf(), top, noisy > self.threshold),
             log_scores.exp(),
             probs=log_scores.softmax(-1),
             logits=logits,
-            feedback=len(x) * noisy.detach().quantile(1 - self.quota / self.num_experts, dim=0),
+            feedback=len(x) * noisy.detach().quantile(1 - self.k / self.num_experts, dim=0),
         )
 
     @torch.no_grad()

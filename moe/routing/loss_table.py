@@ -21,7 +21,7 @@ LOSSES = {
     "load_balance": Loss(
         "lb",
         "E Σ_e f_e P_e",
-        "Load-balance loss. 1 is balanced for every K and E, and E is the value when one expert has everything.",
+        "Load-balance loss. 1 is balanced for every K and E; about E/K if all tokens choose the same K experts.",
         "Switch Transformer, 2101.03961, eq. 4-6",
     ),
     "load_balance_sequence": Loss(

@@ -1,10 +1,13 @@
-"""Show the progress of a run in the terminal: a progress bar, and one line for each evaluation."""
+"""Show the progress of a run in the terminal: a progress bar, one line for each evaluation, and one on the speed."""
 
+import time
 from typing import Any
 
 from tqdm import tqdm
 
 from moe.distributed import ranks
+
+TIMED = 5  # steps whose time is measured, after the first one, which takes longer
 
 
 class Progress:
@@ -13,7 +16,8 @@ class Progress:
     def __init__(self, *, done: int, steps: int) -> None:
         hidden = None if ranks.is_first() else True  # None: tqdm shows the bar in a terminal only
         self._bar = tqdm(initial=done, total=steps, unit="step", disable=hidden)
-        self._steps = steps
+        self._steps, self._done, self._first = steps, done, done + 1
+        self._began = 0.0
         self._perplexity = ""
 
     def evaluated(self, step: int, values: dict[str, Any]) -> None:
@@ -28,7 +32,17 @@ class Progress:
         tqdm.write(f"{line}  {values['time/elapsed']:.0f} s")
 
     def trained(self, values: dict[str, Any]) -> None:
-        """Advance the bar by one step and show the values of that step beside it."""
+        """Advance the bar by one step and show the values of that step beside it.
+
+        After the first few steps, print how long a step takes and the remaining ones take together.
+        """
+        self._done += 1
+        if self._done == self._first:
+            self._began = time.perf_counter()
+        elif self._done == self._first + TIMED and ranks.is_first():
+            pace = (time.perf_counter() - self._began) / TIMED
+            minutes = pace * (self._steps - self._done) / 60
+            tqdm.write(f"step {self._done:>5}/{self._steps}  {pace:.2g} s per step, about {minutes:.2g} min left")
         shown = {"loss": f"{values['train/loss']:.3f}"}
         if self._perplexity:
             shown["val ppl"] = self._perplexity

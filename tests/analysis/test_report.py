@@ -142,6 +142,7 @@ def test_the_published_runs_give_the_published_verdicts(published: Path, tmp_pat
         "smallest effect these seeds could have seen (power 0.8, after correction for 20 tests) is 12 [6.2, 75]" in text
     )
     assert "| topk (causal: yes) | 18 | 18 |" in text
+    assert "| capacity | null |" in text
     assert "(ddof=1)" in text
     names = {
         "report.md",
@@ -521,6 +522,8 @@ def test_every_router_is_labeled_causal_or_not(tmp_path: Path) -> None:
     assert "router expert_choice (causal: no) vs topk (causal: yes): -0.2 perplexity" in text
     assert "factors_routing_load_cv_pooled: not drawn, no run has routing/load_cv/pooled" in text
     assert (tmp_path / "out" / "factors_val_perplexity.png").stat().st_size > 5_000
+    with pytest.raises(ValueError, match=r"^reference router=topkk: allowed are expert_choice, topk$"):
+        write_report(load_runs([tmp_path / "r"]), tmp_path / "out", ReportOptions(references={"router": "topkk"}))
 
 
 def test_an_arm_is_labeled_causal_or_not_and_compared_in_place_of_its_router(tmp_path: Path) -> None:
@@ -592,20 +595,20 @@ def test_the_command_prints_the_table_and_the_path_of_the_report(published: Path
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["multirn"], "analyze: no folder multirn; the nearest is multirun\n"),
-        (["--reference", "lb"], "analyze: lb: must be NAME=VALUE, such as lb=0.01\n"),
-        (["--reference", "depth=7"], "analyze: reference depth=7: varied factors are lb, noise\n"),
+        (["multirn"], "analyze.py: no folder multirn; the nearest is multirun\n"),
+        (["--reference", "lb"], "analyze.py: lb: must be NAME=VALUE, such as lb=0.01\n"),
+        (["--reference", "depth=7"], "analyze.py: reference depth=7: varied factors are lb, noise\n"),
         (
             ["--margin", "val/loss=1%"],
-            "analyze: margin val/loss=1%: tested metrics are val/perplexity, routing/load_cv/pooled\n",
+            "analyze.py: margin val/loss=1%: tested metrics are val/perplexity, routing/load_cv/pooled\n",
         ),
         (
             ["--margin", "val/perplexity=-1"],
-            "analyze: margin -1: must be positive, in units of val/perplexity or a text such as 1%\n",
+            "analyze.py: margin -1: must be positive, in units of val/perplexity or a text such as 1%\n",
         ),
-        (["--metric", "val/acuracy"], "analyze: unknown metric 'val/acuracy'; nearest: val/accuracy\n"),
-        (["--metric", "noise", "--metric", "val/loss"], "analyze: unknown metric 'noise'\n"),
-        (["--reference", "lb=7"], "analyze: reference lb=7: allowed are 0.0, 0.01\n"),
+        (["--metric", "val/acuracy"], "analyze.py: unknown metric 'val/acuracy'; nearest: val/accuracy\n"),
+        (["--metric", "noise", "--metric", "val/loss"], "analyze.py: unknown metric 'noise'\n"),
+        (["--reference", "lb=7"], "analyze.py: reference lb=7: allowed are 0.0, 0.01\n"),
     ],
 )
 def test_a_wrong_command_gets_a_one_line_error(

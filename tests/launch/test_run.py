@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -72,6 +73,10 @@ def test_a_sweep_over_routers_trains_each_with_the_same_temperature_and_is_found
     settings = ["router=temperature,gumbel", "-m", *small, "steps=1", "eval_every=1"]
     done = run_script(TRAIN, *settings, "router.temp=1.5", f"out={tmp_path}/ä=1")
     assert done.returncode == 0, done.stderr
+    assert "HYDRA" not in done.stdout
+    assert done.stdout.count(": training\n") == 2
+    sweep = tmp_path / "ä=1" / "default"
+    assert done.stdout.endswith(f"table: {sweep}/results.csv; next: python analyze.py {shlex.quote(str(sweep))}\n")
     folders = sorted((tmp_path / "ä=1").glob("*/*/"))
     assert sorted((r["choices"]["router"], r["config"]["router"]["temp"]) for r in map(read_record, folders)) == [
         ("gumbel", 1.5),

@@ -154,6 +154,7 @@ def test_a_rise_and_a_fall_have_their_own_words() -> None:
     assert directions["routing/load_entropy"] == ("more balanced", "less balanced")
     assert directions["routing/entropy"] == ("less sharp", "sharper")
     assert directions["routing/jaccard"] == ("higher", "lower")
+    assert directions["routing/load_cv_floor"] == ("higher", "lower")
 
 
 def test_the_page_of_metrics_matches_the_catalog() -> None:

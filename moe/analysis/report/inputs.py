@@ -173,7 +173,8 @@ def _check(options: ReportOptions, experiments: list[ReportInputs]) -> None:
             raise ValueError(f"reference {factor}={level}: varied factors are {', '.join(factors) or 'none'}")
         if not any(factor in _reference_levels(inputs, options) for inputs in experiments):
             known = levels(pd.concat([inputs.runs[factor] for inputs in experiments if factor in inputs.factors]))
-            raise ValueError(f"reference {factor}={level}: allowed are {', '.join(map(str, known))}")
+            words = [str(each).partition(" (causal: ")[0] for each in known]
+            raise ValueError(f"reference {factor}={level}: allowed are {', '.join(dict.fromkeys(words))}")
     metrics = [column for column in experiments[0].loaded if "/" in column]
     for metric in options.metrics:
         if metric not in metrics:

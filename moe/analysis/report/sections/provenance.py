@@ -10,7 +10,7 @@ import pandas as pd
 from moe.analysis.report.blocks import Details, Heading, Paragraph, ReportBlock, TableBlock
 from moe.analysis.report.inputs import ReportInputs
 from moe.config.schema import flatten, is_free
-from moe.results.table import FACTS
+from moe.results.table import FACTS, level
 from moe.runs.record import RunRecord
 
 MAX_LEVELS = 12  # of one key that are listed
@@ -35,7 +35,9 @@ def configuration(inputs: ReportInputs) -> Iterator[ReportBlock]:
     """Yield the keys in which the runs differ, each with its role, and the keys in which all runs agree."""
     runs = inputs.runs
     keys = [key for key in runs if "/" not in key and key not in FACTS]
-    differing, common = differences(runs[keys])
+    unset = {key for record in _records(runs) for key, value in _settings(record).items() if value is None}
+    shown = {key: {level(None): "null"} for key in unset & set(keys)}  # as in YAML and on the command line
+    differing, common = differences(runs[keys].replace(shown))
     role = dict.fromkeys(inputs.factors, "varied") | {"seed": "unit of replication"}
     role |= {follower: f"follows {leader}" for follower, leader in inputs.tied.items()}
     roles = [
@@ -113,6 +115,10 @@ def _sort_key(value: str) -> tuple[bool, float, str]:
 
 def _value_text(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _settings(record: RunRecord) -> dict[str, Any]:
+    return flatten(record.config) | record.choices
 
 
 def _software(record: RunRecord) -> dict[str, Any]:
