@@ -142,7 +142,6 @@ def test_the_published_runs_give_the_published_verdicts(published: Path, tmp_pat
         "smallest effect these seeds could have seen (power 0.8, after correction for 20 tests) is 12 [6.2, 75]" in text
     )
     assert "| topk (causal: yes) | 18 | 18 |" in text
-    assert "| capacity | null |" in text
     assert "(ddof=1)" in text
     names = {
         "report.md",
@@ -515,10 +514,11 @@ def test_every_router_is_labeled_causal_or_not(tmp_path: Path) -> None:
                 "val/loss": 1.0 + 0.1 * causal + 0.01 * seed**2 * causal,
                 "val/perplexity": 3.0 + 0.1 * seed * causal,
             }
-            write_run(tmp_path / "r" / f"{causal},{seed}", metrics, causal=causal, seed=seed)
+            write_run(tmp_path / "r" / f"{causal},{seed}", metrics, causal=causal, seed=seed, capacity=None)
     options = ReportOptions(references={"router": "topk"})
     text = write_report(load_runs([tmp_path / "r"]), tmp_path / "out", options).read_text()
     assert "| expert_choice (causal: no) | 3 | 3 |" in text
+    assert "| capacity | null |" in text
     assert "router expert_choice (causal: no) vs topk (causal: yes): -0.2 perplexity" in text
     assert "factors_routing_load_cv_pooled: not drawn, no run has routing/load_cv/pooled" in text
     assert (tmp_path / "out" / "factors_val_perplexity.png").stat().st_size > 5_000
