@@ -20,7 +20,7 @@ from statsmodels.stats.weightstats import DescrStatsW
 
 from moe.config.claim import absolute
 from moe.results.comparable import incomparable
-from moe.results.conditions import STD, by_seed, conditions, levels, varied_factors
+from moe.results.conditions import STD, by_seed, conditions, levels, reference_level, varied_factors
 
 CONFIDENCE, POWER = 0.95, 0.8
 SIGNIFICANCE = 0.05  # the largest corrected p that counts as significant
@@ -46,7 +46,7 @@ def contrasts(
 ) -> pd.DataFrame:
     """Compare every level of every factor with the factor's reference level, for each combination of other factors.
 
-    The reference level is the first in sorted order unless `references` names another. The columns are:
+    The reference level is `moe.results.conditions.reference_level` unless `references` names another. The columns are:
 
     - `difference`: level minus reference in units of the metric, mean over paired seeds; `ci_low` and `ci_high` are its
       95 % t interval, `p` is that of the paired t test. These are NaN if the difference is `deterministic`, which means
@@ -73,7 +73,7 @@ def contrasts(
     rows = []
     for factor in factors:
         others = [other for other in factors if other != factor]
-        reference = references.get(factor, levels(runs[factor])[0])
+        reference = references.get(factor, reference_level(runs, factor))
         if reference not in levels(runs[factor]):
             raise ValueError(f"reference {factor}={reference}: allowed are {', '.join(map(str, levels(runs[factor])))}")
         for level in levels(runs[factor]):

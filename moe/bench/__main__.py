@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from moe.bench import analyze, dispatch, growth, jobs, layer, profile, step
+from moe.bench import analyze, dispatch, errors, growth, jobs, layer, profile, step
 from moe.training import process
 
 QUESTIONS = {
@@ -20,6 +20,7 @@ QUESTIONS = {
     "dispatch": dispatch,
     "sweep": jobs,
     "analyze": analyze,
+    "errors": errors,
 }
 
 

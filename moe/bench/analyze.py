@@ -82,7 +82,7 @@ def write_runs(sweep: Path, *, runs: int, steps: int) -> None:
         final = {name: value for name, value in evals[-1].items() if "/" in name}
         final["time/tokens_per_s"] = 1e3 / (1 + index) * (1 + 0.01 * rng.normal())
         MetricsRecord(final_metrics=final, history={}).write(folder / MetricsRecord.FILE)
-        _record(folder, router, capacity, seed).write(folder / RunRecord.FILE)
+        made_up_record(folder, router, capacity, seed).write(folder / RunRecord.FILE)
 
 
 def _training(steps: int, load: float, rng: np.random.Generator) -> list[str]:
@@ -119,7 +119,8 @@ def _routing(prefix: str, load: float, rng: np.random.Generator, *, layered: int
     return values
 
 
-def _record(folder: Path, router: str, capacity: float | None, seed: int) -> RunRecord:
+def made_up_record(folder: Path, router: str, capacity: float | None, seed: int) -> RunRecord:
+    """Return the record of a finished run in `folder`."""
     config: dict[str, Any] = {
         "seed": seed,
         "capacity": capacity,

@@ -13,7 +13,7 @@ import pandas as pd
 from moe.checks import first_line
 from moe.config.schema import OFF, is_free
 from moe.metrics.catalog import select
-from moe.results.table import ABSENT, DIGESTS, FACTS
+from moe.results.table import ABSENT, DIGESTS, FACTS, natural
 
 HEADLINE = tuple(metric.headline for metric in select(shown="headline"))
 ROUTING = tuple(metric.name for metric in select(shown="conditions"))
@@ -36,8 +36,29 @@ def tied_factors(runs: pd.DataFrame) -> dict[str, str]:
 
 
 def levels(column: pd.Series) -> list[Any]:
-    """Return the distinct levels of a factor: numbers, then text, both sorted. Contrasts compare with the first."""
-    return sorted(column.dropna().unique().tolist(), key=lambda level: (isinstance(level, str), level))
+    """Return the distinct levels of a factor: numbers, then text, both sorted, with numbers in a text as numbers."""
+
+    def key(level: Any) -> tuple[bool, Any]:
+        return isinstance(level, str), natural(level) if isinstance(level, str) else level
+
+    return sorted(column.dropna().unique().tolist(), key=key)
+
+
+def reference_level(runs: pd.DataFrame, factor: str) -> Any:
+    """Return the level that others are compared with: the first one, in the order in which the user listed them.
+
+    A router that is not causal is the reference only if no level is causal, and `ABSENT` only if there is no other
+    level. Without a sweep.json nobody knows the order; it is then that of `levels`.
+    """
+    of_level = {level: runs[runs[factor] == level] for level in levels(runs[factor])}
+
+    def key(level: Any) -> tuple[bool, bool, float]:
+        members = of_level[level]
+        not_causal = "causal" in members and bool((members["causal"] == False).all())  # noqa: E712 (it may be unknown)
+        place = members["place"].min() if "place" in members else math.nan
+        return level == ABSENT, not_causal, math.inf if pd.isna(place) else float(place)
+
+    return min(of_level, key=key)
 
 
 def conditions(runs: pd.DataFrame, factors: list[str]) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:

@@ -7,6 +7,7 @@ row, with its status and without metrics.
 """
 
 import difflib
+import itertools
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from moe.runs.folder import user
 from moe.runs.record import MetricsRecord, RecordError, RunRecord, SweepRecord
 
 FACTS = (
-    *("folder", "experiment", "run", "status", "error", "causal", "commit"),
+    *("folder", "experiment", "run", "place", "status", "error", "causal", "commit"),
     *("seconds", "train_seconds", "peak_memory_gb", "parameters.total", "parameters.active", "flops_per_token"),
     "ranks.number",
 )
@@ -52,14 +53,16 @@ def load_runs(paths: Iterable[Path | str]) -> pd.DataFrame:
     The status of a row is that of the run record (finished, failed, running, interrupted), or "killed" (no process
     trains a run that is running), "diverged" (it failed because a loss or gradient was not finite), "unreadable", or
     "missing". The column `error` gives the reason. The factors of unreadable and missing runs come from sweep.json if
-    possible, otherwise from the name of the folder. Raises ValueError if there is no such folder, or no run in it.
+    possible, otherwise from the name of the folder. `place` is the place of the run in its sweep, as the user listed
+    the levels. Raises ValueError if there is no such folder, or no run in it.
     """
     paths = list(paths)
     runs, sweeps = _walk(paths)
     asked = {Path(row["folder"]).resolve(): row for sweep in sweeps for row in _cells(sweep)}
     rows = []
     for folder in runs:
-        row, cell = read_run(folder), asked.pop(folder.resolve(), {})
+        cell = asked.pop(folder.resolve(), {})
+        row = read_run(folder) | {"place": cell.get("place")}
         rows.append(row if "causal" in row else row | {key: cell[key] for key in cell.keys() - set(FACTS)})
     rows += asked.values()
     if not rows:
@@ -170,7 +173,7 @@ def _walk(paths: Iterable[Path | str]) -> tuple[list[Path], list[Path]]:
                 folders.clear()
             elif SweepRecord.FILE in files:
                 sweeps.setdefault(folder.resolve(), folder)
-            folders.sort()
+            folders.sort(key=natural)
     return list(runs.values()), list(sweeps.values())
 
 
@@ -189,7 +192,8 @@ def _cells(sweep: Path) -> list[dict[str, Any]]:
         return [
             _named_row(sweep / name, "missing", "no run in this cell of the sweep")
             | {key: level(value) for key, value in factors.items() if key not in FACTS and "/" not in key}
-            for name, factors in SweepRecord.read(path).cells.items()
+            | {"place": place}
+            for place, (name, factors) in enumerate(SweepRecord.read(path).cells.items())
         ]
     except RecordError as error:
         return [_named_row(path, "unreadable", f"it is unknown which cells are missing: {error}")]
@@ -220,6 +224,12 @@ def _parse(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return text
+
+
+def natural(text: str) -> list[str | float]:
+    """Return a key that sorts texts with their numbers as numbers: "noise=2.0" comes before "noise=10.0"."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", text)
+    return [float(part) if odd else part for part, odd in zip(parts, itertools.cycle((False, True)), strict=False)]
 
 
 def level(value: Any) -> bool | int | float | str:

@@ -6,13 +6,15 @@ import math
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 
 from moe.analysis.studies.published import read_published
-from moe.bench import analyze, dispatch, jobs
+from moe.bench import analyze, dispatch, errors, jobs
 from moe.bench.analyze import write_runs
 from moe.bench.dispatch import measure_dispatch
 from moe.bench.growth import exponent, measure_point
@@ -165,3 +167,16 @@ def test_made_up_run_folders_are_complete_and_their_analysis_is_measured(tmp_pat
     cost = analyze.measure_analysis(runs=2, steps=10)
     assert cost.cpu_seconds > 0
     assert 0.05 < cost.gigabytes < 4
+
+
+def test_the_simulation_of_errors_counts_the_reports_that_name_an_effect(monkeypatch: pytest.MonkeyPatch) -> None:
+    null = errors.error_shares("experiment_c", 3, "a run missing", studies=2)
+    assert set(null) == {"claims", "contrasts", "ANOVA", "either", "told from best"}
+    made_up_runs = errors.null_runs
+
+    def with_an_effect(*arguments: Any) -> pd.DataFrame:
+        runs = made_up_runs(*arguments)
+        return runs.assign(**{"val/perplexity": runs["val/perplexity"] + 9999 * (runs["router"] == "hash")})
+
+    monkeypatch.setattr(errors, "null_runs", with_an_effect)
+    assert set(errors.error_shares("experiment_c", 3, "equal", studies=1).values()) == {1.0}

@@ -11,7 +11,15 @@ import pandas as pd
 import pytest
 from run_folders import change_record, write_cells, write_metrics, write_record
 
-from moe.results.conditions import levels, spread_table, summary, tied_factors, varied_factors, with_causality
+from moe.results.conditions import (
+    levels,
+    reference_level,
+    spread_table,
+    summary,
+    tied_factors,
+    varied_factors,
+    with_causality,
+)
 from moe.results.sweep_tables import console_table, write_sweep_tables
 from moe.results.table import load_runs, read_event_tables
 
@@ -336,3 +344,36 @@ def test_text_that_follows_from_the_settings_is_no_factor_of_its_own(tmp_path: P
         data = {"corpus_sha256": f"{size}", "tokenizer_sha256": f"{size}-{vocabulary}"}
         change_record(folder, config=record["config"] | {"data": settings}, data=data)
     assert varied_factors(load_runs([tmp_path])) == ["data.source.chars", "data.vocab_size"]
+
+
+def test_numbers_sort_as_numbers_in_levels_and_in_text() -> None:
+    assert levels(pd.Series([10.0, "absent", 2.0])) == [2.0, 10.0, "absent"]
+    assert levels(pd.Series(["lb=0.01, noise=10.0", "lb=0.01, noise=2.0", "lb=0.0, noise=2.0"])) == [
+        *("lb=0.0, noise=2.0", "lb=0.01, noise=2.0", "lb=0.01, noise=10.0")
+    ]
+
+
+def test_the_reference_is_the_level_that_the_user_listed_first(tmp_path: Path) -> None:
+    names = {}
+    for noise in (2.0, 10.0, 0.5):
+        write_run(tmp_path / "x" / f"noise={noise}", noise=noise)
+        names[f"noise={noise}"] = {"noise": noise}
+    assert reference_level(load_runs([tmp_path]), "noise") == 0.5, "the order is unknown"
+    write_cells(tmp_path / "x", names)
+    runs = load_runs([tmp_path])
+    assert reference_level(runs, "noise") == 2.0
+    assert runs.set_index("noise")["place"].to_dict() == {2.0: 0, 10.0: 1, 0.5: 2}
+    assert "place" not in varied_factors(runs)
+
+
+def test_the_reference_is_a_causal_router_with_a_level_of_its_own(tmp_path: Path) -> None:
+    cells = {}
+    for router in ("expert_choice", "switch", "hash"):
+        write_run(tmp_path / "x" / router, router=router)
+        cells[router] = {"router": router}
+    write_cells(tmp_path / "x", cells)
+    runs = load_runs([tmp_path])
+    assert reference_level(runs, "router") == "switch"
+    assert reference_level(with_causality(runs), "router") == "switch (causal: yes)"
+    assert reference_level(runs[runs["router"] == "expert_choice"], "router") == "expert_choice"
+    assert reference_level(runs.assign(noise=["absent", 0.1, 0.0]), "noise") != "absent"

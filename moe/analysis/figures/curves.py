@@ -53,8 +53,8 @@ def gradient_norms(trains: pd.DataFrame) -> Figure | str:
     figure = Figure(figsize=(10.4, 7.2), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True)
     for axes, (column, label) in zip(panels.flat, columns.items(), strict=False):
-        for index, (condition, members) in enumerate(trains.groupby("condition")):
-            style = line_style(index)
+        for index, condition in enumerate(levels(trains["condition"])):
+            style, members = line_style(index), trains[trains["condition"] == condition]
             curves = members.pivot(index="step", columns="folder", values=column).astype(float).dropna(how="all")
             dot = "." if len(curves) == 1 else ""  # without a dot, a single evaluation would be invisible
             axes.plot(curves, color=style["color"], linewidth=0.6, alpha=0.45, marker=dot)

@@ -37,8 +37,8 @@ SPEED = {
 def frontier(runs: pd.DataFrame, x: str) -> Figure:
     """Draw perplexity against a speed, tokens_per_s or tflops: a color for each router, a marker for each capacity.
 
-    `runs` are those of `moe.results.frontier.with_training_means`. The Pareto front joins the means that no other
-    condition beats in both.
+    `runs` are those of `moe.results.frontier.with_training_means`. A Pareto front joins the means that no other
+    condition beats in both. Routers that are not causal have one of their own, because they see later tokens.
     """
     figure = Figure(figsize=(8.4, 1.2 + panel_height(len(runs.groupby(["router", "capacity"])))), layout="constrained")
     axes = figure.subplots()
@@ -50,7 +50,7 @@ def frontier(runs: pd.DataFrame, x: str) -> Figure:
         axes.plot(members[x], members["val/perplexity"], marker, color=color, markersize=4, alpha=0.6)
         mean = with_intervals(summary(members, [], [x, "val/perplexity"])).set_index("metric")
         reach = interval_reach(mean)
-        means.append(mean["mean"])
+        means.append(mean["mean"].to_dict() | {"causal": not (members["causal"] == False).any()})  # noqa: E712
         axes.errorbar(
             mean.loc[x, "mean"],
             mean.loc["val/perplexity", "mean"],
@@ -64,9 +64,12 @@ def frontier(runs: pd.DataFrame, x: str) -> Figure:
             label=f"{cell['router']}, capacity {cell['capacity']} (n={mean['n'].min()})",
         )
     left, top = max(0.0, axes.get_xlim()[0]), axes.get_ylim()[1]  # a speed is never negative, even if its interval is
-    front = pareto_front(pd.DataFrame(means), x, "val/perplexity")
-    corners = [(left, front["val/perplexity"].min()), *front.itertuples(index=False), (front[x].max(), top)]
-    axes.step(*zip(*corners, strict=True), where="pre", color="black", linewidth=1, zorder=1, label="Pareto front")
+    for causal, points in pd.DataFrame(means).groupby("causal", sort=False):
+        front = pareto_front(points[[x, "val/perplexity"]], x, "val/perplexity")
+        corners = [(left, front["val/perplexity"].min()), *front.itertuples(index=False), (front[x].max(), top)]
+        label, line = ("causal", "-") if causal else ("not causal", ":")
+        along, across = zip(*corners, strict=True)
+        axes.step(along, across, where="pre", color="black", linestyle=line, label=f"Pareto front, {label}", zorder=1)
     axes.set(xlim=(left, None), ylim=(None, top), xlabel=SPEED[x], ylabel="validation perplexity (lower is better)")
     shared_legend(figure, "small: one seed; large: mean over n seeds and its 95 % t intervals")
     return figure

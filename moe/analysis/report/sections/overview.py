@@ -18,7 +18,7 @@ from moe.analysis.report.blocks import (
     long_list,
 )
 from moe.analysis.report.inputs import ReportInputs
-from moe.results.conditions import unfinished
+from moe.results.conditions import levels, unfinished
 
 # Status -> its color. Every status has a column in the table, so that the reader also sees that no run failed.
 STATUSES = {
@@ -84,7 +84,7 @@ def _status_counts(runs: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
 
 
 def _seeds(runs: pd.DataFrame) -> str:
-    return ", ".join(map(str, sorted(runs["seed"].dropna().unique(), key=str))) if "seed" in runs else "unknown"
+    return ", ".join(map(str, levels(runs["seed"]))) if "seed" in runs else "unknown"
 
 
 def _confounded_factors(tied: dict[str, str]) -> list[str]:

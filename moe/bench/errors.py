@@ -1,0 +1,134 @@
+"""Count how often a report names an effect although no factor has one."""
+
+import argparse
+import os
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, replace
+from itertools import chain, islice, product, repeat
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from moe.analysis.report.inputs import TESTED, collect_inputs
+from moe.analysis.sentences import SIGNIFICANT, standing
+from moe.analysis.statistics import SIGNIFICANCE, against_best
+from moe.analysis.studies.published import experiment_claims
+from moe.bench.analyze import made_up_record
+from moe.bench.timing import TimingTable
+from moe.config.claim import ClaimConfig
+from moe.results.table import FACTS
+from moe.runs.record import RunRecord
+
+# The grids of three of our experiments, whose planned claims are judged too. Only names and numbers of levels matter.
+GRIDS: dict[str, dict[str, list[Any]]] = {
+    "noise_lb_seed": {"noise": [0.0, 0.1, 0.5], "lb": [0.0, 0.01]},
+    "temperature_ablation": {"router.temp": [0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0]},
+    "experiment_c": {"router": ["switch", "topk_hard", "softk", "hash", "expert_choice"]},
+}
+# How runs spread, in standard deviations of a run: the seeds' common offset is 5 in all three.
+SPREADS = {
+    "equal": "every run has the same spread",
+    "seeds respond": "each seed has a slope of its own over the levels, up to 2 on either side",
+    "a run missing": "as equal, and one run is missing",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--studies", type=int, default=200, help="simulated reports for each row")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[3, 5], help="numbers of seeds")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="rows that are simulated at a time")
+
+
+def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:
+    """Simulate each row in a process of its own. The tables show the share of reports that name an effect."""
+    cases = [list(product([experiment], arguments.seeds, SPREADS)) for experiment in GRIDS]
+    every: list[dict[str, float]] = []
+    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as executor:
+        shares = executor.map(error_shares, *zip(*chain(*cases), strict=True), repeat(arguments.studies))
+        for of_experiment in cases:
+            found = list(islice(shares, len(of_experiment)))
+            rows = [
+                {"seeds": seeds, "spread": spread} | share
+                for (_, seeds, spread), share in zip(of_experiment, found, strict=True)
+            ]
+            yield TimingTable(f"{of_experiment[0][0]}, {arguments.studies} reports in each row", rows)
+            every += found
+    mean = {kind: float(np.mean([share[kind] for share in every])) for kind in every[0]}
+    yield TimingTable("mean of all rows", [{"reports": arguments.studies * len(every)} | mean])
+
+
+def error_shares(experiment: str, seeds: int, spread: str, studies: int) -> dict[str, float]:
+    """Return the share of reports that name at least one effect, by kind.
+
+    claims: a planned claim is decided wrongly. contrasts, ANOVA: a contrast or a term is significant after the
+    correction for their family. either: one of the two. told from best: a level of the first factor is told from the
+    one that looks best, in one combination of the others.
+    """
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        _write_record(Path(folder), experiment)
+        found = [_named_effects(null_runs(folder, experiment, seeds, spread, rng)) for _ in range(studies)]
+    return {kind: float(np.mean([each[kind] for each in found])) for kind in found[0]}
+
+
+def null_runs(folder: str, experiment: str, seeds: int, spread: str, rng: np.random.Generator) -> pd.DataFrame:
+    """Return a table as of `load_runs` in which no factor has an effect. Metrics are independent of each other."""
+    grid, claims = GRIDS[experiment], experiment_claims(experiment)
+    shape = (*map(len, grid.values()), seeds)
+    index = pd.MultiIndex.from_product([*grid.values(), range(seeds)], names=[*grid, "seed"])
+    columns: dict[str, Any] = {}
+    for metric in dict.fromkeys((*TESTED, *(claim.metric for claim in claims))):
+        values = rng.normal(size=shape) + 5 * rng.normal(size=seeds)
+        if spread == "seeds respond":
+            values += rng.normal(size=seeds) * np.linspace(-2, 2, shape[0]).reshape(-1, *[1] * (len(shape) - 1))
+        columns[metric] = 100 + values.ravel()
+    if "val/loss" in columns:
+        columns["val/loss"] = np.log(columns["val/perplexity"])
+    facts = dict.fromkeys(FACTS) | {
+        "folder": folder,
+        "experiment": experiment,
+        "run": "made up",
+        "status": "finished",
+        "causal": True,
+    }
+    runs = pd.DataFrame(columns, index=index).reset_index().assign(**facts)
+    return runs.drop(index=rng.integers(len(runs))) if spread == "a run missing" else runs
+
+
+def _named_effects(runs: pd.DataFrame) -> dict[str, bool]:
+    """Return by kind whether the report about these runs names an effect."""
+    inputs = collect_inputs(runs)[0]
+    verdicts, variance = inputs.claims.set_index("claim")["verdict"], inputs.variance
+    claims = experiment_claims(runs["experiment"].iloc[0])
+    contrast = any(standing(row) == SIGNIFICANT for _, row in inputs.contrasts.iterrows())
+    term = bool((variance["p Holm"] <= SIGNIFICANCE).any())
+    first, *others = inputs.factors
+    cell = runs[(runs[others] == runs[others].iloc[0]).all(axis=1)]
+    best = cell.groupby(first)[TESTED[0]].mean().idxmin()
+    told = against_best(cell, TESTED[0], first, best)["p Holm"] <= SIGNIFICANCE
+    return {
+        "claims": any(verdicts[claim.text] in _wrong_verdicts(claim) for claim in claims),
+        "contrasts": contrast,
+        "ANOVA": term,
+        "either": contrast or term,
+        "told from best": bool(told.any()),
+    }
+
+
+def _wrong_verdicts(claim: ClaimConfig) -> tuple[str, ...]:
+    """Return the verdicts that are wrong if all levels are equal."""
+    if claim.kind == "equivalent":
+        return ("contradicted",)
+    return ("supported",) if claim.size else ("supported", "contradicted")  # no difference is not one of that size
+
+
+def _write_record(folder: Path, experiment: str) -> None:
+    """Write the run.json that all simulated runs share; it holds the planned claims."""
+    record = made_up_record(folder, "topk", None, 0)
+    claims = [asdict(claim) for claim in experiment_claims(experiment)]
+    replace(record, experiment=experiment, config=record.config | {"claims": claims}).write(folder / RunRecord.FILE)
