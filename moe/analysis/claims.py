@@ -317,7 +317,8 @@ def _compare(claim: ClaimConfig, runs: pd.DataFrame, others: list[str], treated:
     if n == 0:
         return _Comparison(0, note=note, doubt="no seed is left")
     by_seeds = completed(differences).mean(axis=1).to_numpy()
-    reference_mean, scale = references.mean().mean(), references.abs().max().max()
+    reference_mean = references.mean().mean()
+    scale = max(values.abs().max().max() for values in (differences, references))
     effect = mean_difference(by_seeds, scale=scale)
     low, high = _range(claim, reference_mean)
     favor = min(effect - low, high - effect)

@@ -204,6 +204,19 @@ def test_the_interval_over_documents_covers_the_mean_at_its_nominal_rate(monkeyp
     assert missed_over_blocks / 200 > 0.2
 
 
+@pytest.mark.parametrize("documents", [5, 12])
+def test_the_interval_covers_the_mean_with_few_documents_too(documents: int) -> None:
+    """Of 1000 samples of five documents, quantiles of the resampled means cover the true mean in about 810."""
+    rng = np.random.default_rng(0)
+    document = np.arange(documents).repeat(rng.integers(1, 8, documents))
+    values = rng.normal(size=(1000, documents))[:, document] + 0.5 * rng.normal(size=(1000, len(document)))
+    found = bootstrap(values, document)
+    covered = ((found["low"] < 0) & (found["high"] > 0)).mean()
+    assert 0.92 < covered < 0.98
+    few = bootstrap(values[:, document < 3], document[document < 3])
+    assert np.isnan([few["low"], few["high"]]).all()
+
+
 def test_rank_correlation_is_nan_for_constant_values_and_for_two_values() -> None:
     assert rank_correlation(np.array([1.0, 2, 3]), np.array([1.0, 10, 100])) == 1
     assert np.isnan(rank_correlation(np.ones(4), np.arange(4.0)))
