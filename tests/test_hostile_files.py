@@ -388,7 +388,7 @@ def test_a_hostile_dense_folder_is_refused_in_one_line_and_its_pickle_is_not_tri
     assert not ran.exists()
 
 
-@pytest.mark.parametrize("key", [*LLAMA.keys() - {"model_type"}, "head_dim", "num_key_value_heads", "attention_bias"])
+@pytest.mark.parametrize("key", sorted({*LLAMA, "head_dim", "num_key_value_heads", "attention_bias"} - {"model_type"}))
 def test_sizes_that_a_dense_checkpoint_does_not_have_are_refused(key: str, tmp_path: Path) -> None:
     """The sizes of a dense checkpoint are compared with its weights when the command line is read."""
     LlamaForCausalLM(LlamaConfig(**LLAMA)).save_pretrained(tmp_path)
