@@ -2,7 +2,6 @@
 
 import difflib
 import inspect
-import json
 import math
 import pkgutil
 import re
@@ -172,8 +171,8 @@ def _join(place: str, name: object) -> str:
 
 
 def _as_typed(value: object) -> object:
-    """Return null, true and false for the values that Python writes as None, True and False."""
-    return json.dumps(value) if value is None or isinstance(value, bool) else value
+    """Return null for None, as a user types it. Booleans stay: Hydra takes True and true."""
+    return "null" if value is None else value
 
 
 def _shorten(value: object) -> str:

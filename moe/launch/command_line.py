@@ -474,7 +474,9 @@ def _check_type(override: Override) -> None:
     for value, word in zip(values, typed_words, strict=True):
         try:
             OmegaConf.update(OmegaConf.structured(Config), key, value)
-        except FAULTS:
+        except FAULTS as error:
+            if isinstance(value, (list, dict)):  # one of its parts is wrong
+                raise ConfigError(f"{override.input_line:.200}: {_cause(error)}") from None
             require(False, key, word, allowed)
 
 

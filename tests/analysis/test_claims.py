@@ -555,7 +555,7 @@ def claims_override(**changes: Any) -> str:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"text": None}, "text: .* missing mandatory value"),
+        ({"text": None}, r"claims\[0\].text: required"),
         ({"sort": "x"}, "Key 'sort' not in 'ClaimConfig'"),
         ({"kind": "hihger"}, r"claims\[0\].kind=hihger: must be one of .*; nearest: higher"),
         ({"metric": "loss"}, r"claims\[0\].metric=loss: must be one of val, "),

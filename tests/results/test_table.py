@@ -22,6 +22,7 @@ from moe.results.conditions import (
 )
 from moe.results.sweep_tables import console_table, write_sweep_tables
 from moe.results.table import load_runs, read_event_tables
+from moe.runs import record
 
 
 def write_run(
@@ -211,10 +212,10 @@ def test_a_diverged_run_and_a_folder_without_read_permission_have_a_status(
     diverged = sweep / "lb=0.0,noise=0.0,seed=42"
     change_record(diverged, status="failed", error="Diverged: step 7: loss is not finite")
     forbidden = sweep / "lb=0.0,noise=0.0,seed=43"
-    scandir, read_text = os.scandir, Path.read_text
+    scandir, read_text = os.scandir, record.read_text
     monkeypatch.setattr(os, "scandir", lambda path: _refuse(path) if Path(path) == forbidden else scandir(path))
     monkeypatch.setattr(
-        Path, "read_text", lambda path, **how: _refuse(path) if path.parent == forbidden else read_text(path, **how)
+        record, "read_text", lambda path: _refuse(path) if path.parent == forbidden else read_text(path)
     )
     runs = load_runs([sweep]).set_index("run")
     assert len(runs) == 8

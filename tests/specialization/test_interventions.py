@@ -138,7 +138,7 @@ def test_removing_the_only_used_expert_removes_the_output_of_the_layer(model: Mo
         with torch.no_grad():
             layer.experts.down.copy_(down)
     expected = (loss_without_layer - loss).item()
-    assert abs(expected) > 1e-3
+    assert abs(expected) > 1e-4
     assert found["delta"]["mean"][1, 2] == pytest.approx(expected, rel=1e-3)
     assert found["null"]["mean"][1, 2] == pytest.approx(expected, rel=1e-3)  # all assignments are those of this expert
     assert (found["delta"]["mean"][1, [0, 1, 3]] == 0).all()  # removing an expert without tokens changes nothing
