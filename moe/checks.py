@@ -185,6 +185,11 @@ def _on_one_line(value: object) -> str:
     return (text if text.isprintable() else repr(text))[:500]
 
 
+def printable(text: str) -> str:
+    """Return a stranger's text without characters that control a terminal or the direction of writing."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+
+
 def _nearest(name: str, names: list[str]) -> str:
     """Return the names that have `name` as a part, such as optimizer.muon_lr for lr; without any, the most similar one.
 

@@ -87,6 +87,8 @@ class ClaimConfig:
         for factor, levels in self.within.items():
             require(factor != self.factor, key, factor, f"another factor than {self.factor}")
             require(isinstance(levels, list) and bool(levels), f"{key}.{factor}", levels, "a list of levels")
+            different = all(level not in levels[:number] for number, level in enumerate(levels))
+            require(different, f"{key}.{factor}", levels, "a list of different levels")
         if self.kind == "interaction":
             numbers = sorted(len(levels) for levels in self.within.values())
             ok = numbers[-1:] == [2] and set(numbers[:-1]) <= {1}

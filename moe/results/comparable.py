@@ -6,21 +6,24 @@ from moe.metrics.catalog import METRICS
 
 NOT_COMPARABLE = "not comparable"
 TOKENIZER = "data.tokenizer_sha256"
-TEXT = ("data.corpus_sha256", "data.val_percent")  # they determine the validation text
+TEXT = ("data.corpus_sha256", "data.val_percent", "data.max_val_blocks")  # they determine the validation text
 
 
 def incomparable(metric: str, one: pd.DataFrame, other: pd.DataFrame) -> str:
     """Return why a metric of the runs `one` and `other` cannot be compared; an empty text if it can.
 
-    Two tokenizers cut a text into different tokens, so a mean over tokens is not one of the same things. A loss or
-    accuracy on other text is that of another task.
+    Two tokenizers cut a text into different tokens, so means over tokens are means over different things. A loss or
+    accuracy on other text does not measure the same thing either. Runs without a value of the metric play no part.
     """
     entry = METRICS.get(metric) or METRICS.get(metric.rpartition("/")[0])
     if entry is None:
         return ""
+    one, other = (runs[runs[metric].notna()] if metric in runs else runs[:0] for runs in (one, other))
+    if one.empty or other.empty:
+        return ""
     of_validation = entry.group in ("quality", "capacity limit")
     if of_validation and any(_levels(one, key) != _levels(other, key) for key in TEXT):
-        return f"{NOT_COMPARABLE}: the validation texts differ, so {metric} is that of another task"
+        return f"{NOT_COMPARABLE}: the validation texts differ, so {metric} does not measure the same thing"
     if entry.per_token and _levels(one, TOKENIZER) != _levels(other, TOKENIZER):
         return f"{NOT_COMPARABLE}: the tokenizers differ, and {metric} is a mean over tokens; compare val/bits_per_byte"
     return ""
@@ -28,6 +31,7 @@ def incomparable(metric: str, one: pd.DataFrame, other: pd.DataFrame) -> str:
 
 def not_poolable(metric: str, runs: pd.DataFrame) -> str:
     """Return why the values of a metric of all these runs cannot be analyzed together; an empty text if they can."""
+    runs = runs[runs[metric].notna()] if metric in runs else runs[:0]
     keys = [key for key in (TOKENIZER, *TEXT) if key in runs]
     groups = [members for _, members in runs.groupby(keys, dropna=False)] if keys else []
     return next(filter(None, (incomparable(metric, groups[0], other) for other in groups[1:])), "")

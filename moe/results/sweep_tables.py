@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from moe.checks import printable
 from moe.files import write_text
 from moe.results.conditions import HEADLINE, present, spread_table, summary, unfinished, varied_factors, with_causality
 from moe.results.frontier import LATE, bench_table, stem, with_training_means
@@ -60,7 +61,7 @@ def console_table(runs: pd.DataFrame, metrics: Iterable[str] = ()) -> str:
     failures = unfinished(runs)
     lines.append(f"{len(runs) - len(failures)} of {len(runs)} runs finished")
     lines += [f"  {row.status}: {row.run}" + (f": {row.error}" if row.error else "") for row in failures.itertuples()]
-    return "\n".join(lines)
+    return "\n".join(printable(line) for text in lines for line in text.splitlines())
 
 
 def _noise_study(runs: pd.DataFrame) -> pd.DataFrame:

@@ -83,10 +83,10 @@ def mode_of_environment() -> str:
         return asked
     if os.environ.get("WANDB_API_KEY"):
         return "online"
-    host = urlparse(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
     try:
+        host = urlparse(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
         logins = netrc.netrc(os.path.expanduser(os.environ.get("NETRC") or "~/.netrc"))
-    except (OSError, netrc.NetrcParseError):
+    except (OSError, ValueError, netrc.NetrcParseError):  # ValueError: no address, or a file that is no text
         return "offline"
     return "online" if host and host in logins.hosts else "offline"
 

@@ -10,6 +10,7 @@ from moe.analysis.claims import judge
 from moe.analysis.report.inputs import collect_inputs
 from moe.analysis.sentences import contrast_sentence
 from moe.config.claim import ClaimConfig
+from moe.results.comparable import incomparable, not_poolable
 from moe.results.table import load_runs
 
 
@@ -57,3 +58,11 @@ def test_a_claim_about_a_mean_over_tokens_is_not_judged_between_tokenizers(
     if not comparable:
         assert judged["verdict"] == "undecided"
         assert judged["reason"].startswith("not comparable: the tokenizers differ")
+
+
+def test_a_missing_run_is_no_reason_not_to_compare(tmp_path: Path) -> None:
+    runs = runs_of(tmp_path, key="data.val_percent", digest="tokenizer_sha256").assign(**{"data.val_percent": 10})
+    missing = runs.iloc[:1].assign(**dict.fromkeys(["val/perplexity", "data.corpus_sha256", "data.val_percent"]))
+    assert incomparable("val/perplexity", runs[:3], missing) == ""
+    assert not_poolable("val/perplexity", pd.concat([runs[:3], missing])) == ""
+    assert incomparable("val/perplexity", runs[:3], runs[3:]).startswith("not comparable: the tokenizers differ")

@@ -21,6 +21,7 @@ from moe.analysis.report.blocks import (
     not_drawn,
     truncation_note,
 )
+from moe.checks import printable
 
 P_VALUE = re.compile(r"(^|\s)p(\s|$)")  # columns such as "p", "p Holm" and "smallest p sign-flip"
 
@@ -70,8 +71,8 @@ def escaped(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return text with its line breaks replaced by spaces."""
-    return " ".join(text.splitlines())
+    """Return text with its line breaks replaced by spaces, and what controls a terminal by a replacement character."""
+    return printable(" ".join(text.splitlines()))
 
 
 def numeric_columns(table: pd.DataFrame) -> list[bool]:
