@@ -66,7 +66,9 @@ class TrainCommand:
 
     @property
     def output(self) -> str:
-        return self.log.read_text()
+        """Return what the command printed, without the lines that announce the disk it needs and the text it reads."""
+        lines = self.log.read_text().splitlines(keepends=True)
+        return "".join(line for line in lines if not line.startswith(("disk: ", "reading and tokenizing ")))
 
     @property
     def folder(self) -> Path:

@@ -128,9 +128,7 @@ def test_two_sweeps_in_one_folder(job: Any, survived: Any) -> None:
     second.log = one.root / "second"
     assert second.run() == 2
     assert f"is in use by another sweep, process {process.pid}" in second.output
-    disk, refused = second.output.splitlines()
-    assert disk.startswith("disk: ")
-    assert refused.startswith("train.py: ")
+    assert second.output.count("\n") == 1
     assert wait_for_end(process) == 0
     assert len(finished(one)) == 2
     survived(
