@@ -17,7 +17,7 @@ class ConfigError(ValueError):
     """The user's configuration is wrong. The message is one line for a terminal, whatever it quotes."""
 
     def __init__(self, message: str) -> None:
-        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+        super().__init__(printable(message))
 
 
 def first_line(error: object) -> str:
@@ -186,8 +186,8 @@ def _on_one_line(value: object) -> str:
 
 
 def printable(text: str) -> str:
-    """Return a stranger's text without characters that control a terminal or the direction of writing."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+    """Return text in one line, with characters that control a terminal or the direction of writing as escapes."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 def _nearest(name: str, names: list[str]) -> str:

@@ -71,7 +71,7 @@ def escaped(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return text with its line breaks replaced by spaces, and what controls a terminal by a replacement character."""
+    """Return text with its line breaks replaced by spaces, and with what controls a terminal as escapes."""
     return printable(" ".join(text.splitlines()))
 
 
