@@ -472,12 +472,20 @@ def _check_type(override: Override) -> None:
     if len(typed_words) != len(values):
         typed_words = _values(override)
     for value, word in zip(values, typed_words, strict=True):
-        try:
-            OmegaConf.update(OmegaConf.structured(Config), key, value)
-        except FAULTS as error:
-            if isinstance(value, (list, dict)):  # one of its parts is wrong
-                raise ConfigError(f"{override.input_line:.200}: {_cause(error)}") from None
-            require(False, key, word, allowed)
+        if (error := _misfit(key, value)) is None:
+            continue
+        if isinstance(value, (list, dict)) and _misfit(key, type(value)()) is None:  # one of its parts is wrong
+            raise ConfigError(f"{override.input_line:.200}: {_cause(error)}")
+        require(False, key, word, allowed)
+
+
+def _misfit(key: str, value: object) -> Exception | None:
+    """Return why `Config` does not take a value for a key; None if it does."""
+    try:
+        OmegaConf.update(OmegaConf.structured(Config), key, value)
+    except FAULTS as error:
+        return error
+    return None
 
 
 def _values(override: Override) -> list[str]:
