@@ -1,74 +1,8 @@
 """Write tables, statistics, figures and a report: `python analyze.py multirun/noise_lb_seed --out analysis`."""
 
-import argparse
-import io
-import json
 import sys
-from pathlib import Path
-from typing import Any
 
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    add = parser.add_argument
-    add("folders", nargs="*", default=["multirun"], help="run folders or folders above them (default: multirun)")
-    add("--out", type=Path, default=Path("analysis"), help="folder to write the report to (default: analysis)")
-    add(
-        "--reference",
-        action="append",
-        default=[],
-        metavar="FACTOR=LEVEL",
-        help="compare the other levels of the factor with this one",
-    )
-    add(
-        "--margin",
-        action="append",
-        default=[],
-        metavar="METRIC=SIZE",
-        help="treat smaller differences as equal, such as val/perplexity=1%%",
-    )
-    add("--metric", action="append", default=[], metavar="NAME", help="test this metric too, such as routing/load_gini")
-    add("--replay", action="store_true", help="judge the published numbers of the source studies instead of runs")
-    arguments = parser.parse_args()
-
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # the terminal may not have the character ±
-
-    # Import here, so that --help and a wrong command answer at once.
-    from moe.analysis.report.inputs import ReportOptions
-    from moe.analysis.report.report import write_replay, write_report
-    from moe.results.sweep_tables import console_table
-    from moe.results.table import load_runs
-
-    try:
-        if arguments.replay:
-            report = write_replay(arguments.out)
-        else:
-            runs = load_runs(arguments.folders)
-            references, margins = (dict(map(_pair, texts)) for texts in (arguments.reference, arguments.margin))
-            options = ReportOptions(references, margins, tuple(arguments.metric))
-            report = write_report(runs, arguments.out, options)
-            print(console_table(runs, options.metrics))
-    except ValueError as error:
-        print(f"analyze.py: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        place = f"--out {arguments.out}: cannot be written"
-        print(f"analyze.py: {place}: {error.strerror}: {error.filename}", file=sys.stderr)
-        return 2
-    print(f"report: {report} and {report.with_suffix('.html')}")
-    return 0
-
-
-def _pair(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ValueError(f"{text}: must be NAME=VALUE, such as lb=0.01")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
-
+from moe.analysis.__main__ import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,65 +1,8 @@
 """Train one model, or a grid of models: `python train.py [-m] [key=value ...]`. `--help` lists what can be set."""
 
-import gc
-import logging
-import os
-import signal
 import sys
-import time
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin are 20 times slower beside a busy process
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of the hub and of transformers
-
-import hydra
-from hydra.core.plugins import Plugins
-from hydra.plugins.sweeper import Sweeper
-from omegaconf import DictConfig
-
-from moe.checks import ConfigError
-from moe.distributed import ranks
-from moe.files import LinkError
-from moe.launch import command_line, sweep
-from moe.launch.revisions import pinned_by_first_rank
-from moe.runs.record import RecordError
-
-
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def run_cell(composed: DictConfig) -> None:
-    """Train one cell, in the process that the launcher chose for it."""
-    from hydra.core.hydra_config import HydraConfig
-
-    from moe.launch.run import run
-
-    run(pinned_by_first_rank(command_line.job_cell(composed, HydraConfig.get())))
-
-
-def launch(command: command_line.Command) -> None:
-    """Let Hydra train the cells of a command with the chosen launcher, or answer `--cfg` and the like."""
-    sys.argv[1:] = command.arguments
-    for sweeper in Plugins.instance().discover(Sweeper):  # Hydra imports its plugins a second time: other classes
-        setattr(sweeper, "split_arguments", command.batches)  # noqa: B010
-        setattr(sweeper, "validate_batch_is_legal", lambda *_: None)  # noqa: B010 (every cell has been composed)
-    run_cell()
-
-
-def main() -> int:
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print(command_line.help_text())
-        return 0
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # libraries swallow KeyboardInterrupt; a run sets its own handler
-    gc.disable()  # imports create a million objects, none of which is garbage; training enables it again
-    if not ranks.is_first():
-        logging.disable(logging.WARNING)
-    try:
-        command = command_line.read_command(sys.argv[1:])
-        return sweep.carry_out(command.cells or [], lambda: launch(command))
-    except (ConfigError, RecordError, LinkError) as error:
-        if not ranks.is_first():  # the first rank prints the same error, and the launcher then ends this rank
-            time.sleep(10)
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
-
+from moe.launch.train import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -21,7 +21,6 @@ from moe.config.schema import flatten
 from moe.metrics.catalog import ROUTING_METRICS
 from moe.runs.record import Machine, MetricsRecord, Parameters, Ranks, RunFacts, RunRecord
 
-ANALYZE = Path(__file__).parents[2] / "analyze.py"
 ROUTERS, CAPACITIES = ("switch", "topk", "softk", "hash", "sinkhorn"), (None, 1.0, 1.25, 1.5)
 LAYERS, EVALS = 12, 10
 
@@ -50,7 +49,7 @@ def measure_analysis(*, runs: int, steps: int) -> Cost:
     """Run `analyze.py` over that many run folders in a temporary directory. Making the folders does not count."""
     with tempfile.TemporaryDirectory() as folder:
         write_runs(Path(folder) / "experiment_a", runs=runs, steps=steps)
-        command = [sys.executable, str(ANALYZE), folder, "--out", str(Path(folder) / "analysis")]
+        command = [sys.executable, "-m", "moe", "analyze", folder, "--out", str(Path(folder) / "analysis")]
         start = time.perf_counter()
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from moe.bench.timing import TimingTable
 
-TRAIN = Path(__file__).parents[2] / "train.py"
+TRAIN = [sys.executable, "-m", "moe", "train"]
 SMALL_MODEL = "logger.mode=disabled model.dim=64 model.layers=2 model.heads=2 data.max_val_blocks=32".split()
 
 
@@ -46,14 +46,14 @@ def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:
 def time_training(overrides: list[str]) -> float:
     """Return the seconds that a command of train.py takes. Raises CalledProcessError if it fails."""
     start = time.perf_counter()
-    subprocess.run([sys.executable, str(TRAIN), *overrides], check=True, capture_output=True)
+    subprocess.run([*TRAIN, *overrides], check=True, capture_output=True)
     return time.perf_counter() - start
 
 
 def seconds_to_first_step(overrides: list[str], out: Path) -> float:
     """Return the seconds until the first training step is in the event log, to a hundredth of a second."""
     start = time.perf_counter()
-    with subprocess.Popen([sys.executable, str(TRAIN), *overrides], stdout=subprocess.DEVNULL) as process:
+    with subprocess.Popen([*TRAIN, *overrides], stdout=subprocess.DEVNULL) as process:
         while not any('"train"' in log.read_text() for log in out.rglob("events.jsonl")):
             if process.poll():
                 raise subprocess.CalledProcessError(process.returncode, process.args)

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
+# An installed package holds them in the folder moe/conf; a checkout has them beside moe/.
+_PLACES = [Path(__file__).resolve().parents[level] / "conf" for level in (1, 2)]
+CONF = next((place for place in _PLACES if (place / "config.yaml").exists()), _PLACES[-1])
 GROUPS = ("router", "schedule", "model", "data", "optimizer", "logger", "experiment", "variant")
 
 

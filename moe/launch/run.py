@@ -8,7 +8,7 @@ import sys
 import traceback
 from dataclasses import asdict, replace
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,17 @@ from moe.runs.signals import STOP, Interrupted, Signals, follow_parent
 
 log = logging.getLogger(__name__)
 
-LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "hydra-core", "omegaconf", "numpy")
+LIBRARIES = (
+    "moe-routing",
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "hydra-core",
+    "omegaconf",
+    "numpy",
+)
 
 
 def run(cell: Cell) -> None:
@@ -152,7 +162,7 @@ def write_run_record(cell: Cell, status: Status, facts: RunFacts | None = None, 
         causal=config.build_router().is_causal(capacity=config.capacity, drop=config.drop),
         config=asdict(config),
         identity=cell.identity(),
-        versions={"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        versions={"python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}},
         machine=_machine(),
         commit=_commit(),
         facts=facts,
@@ -210,12 +220,22 @@ def _printed(*command: str) -> list[str]:
         return []
 
 
+def _version(package: str) -> str:
+    """Return the version of an installed package, "unknown" for one that is imported without being installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
+
+
 def _commit() -> str | None:
-    """Return the commit of this project's checkout; None if unknown.
+    """Return the commit of this project's checkout; None if this is no checkout, or if git is missing.
 
     It is marked "-dirty" if the code or a yaml differs from the commit, or is not part of it.
     """
     root = Path(__file__).parents[2]
+    if not (root / ".git").exists():  # an installed package, perhaps within the repository of something else
+        return None
     command = ["git", "status", "--porcelain=v2", "--branch", "--", "moe", "conf", "train.py"]
     try:
         lines = subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.splitlines()

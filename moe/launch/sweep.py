@@ -25,6 +25,11 @@ from moe.runs.folder import (
 from moe.runs.record import RecordError, SweepRecord
 
 
+def program() -> str:
+    """Return how the user started this program: train.py, or moe train."""
+    return "moe train" if sys.argv[0] == "moe train" else "train.py"
+
+
 def carry_out(cells: list[Cell], launch: Callable[[], object]) -> int:
     """Let `launch` train those of `cells` that are not finished, report on all of them, and return the exit status.
 
@@ -60,7 +65,7 @@ def carry_out(cells: list[Cell], launch: Callable[[], object]) -> int:
             launch()
         except Refused as refused:
             refusal = refused.reason
-            print(f"train.py: {refusal}", file=sys.stderr, flush=True)
+            print(f"{program()}: {refusal}", file=sys.stderr, flush=True)
         except SystemExit as stop:
             if stop.code != 1:  # Hydra exits with 1 if a cell raised an error; the report below still follows then
                 raise
@@ -170,7 +175,8 @@ def _report(cells: list[Cell], before: list[str], refusal: str | None = None) ->
         from moe.results import sweep_tables
 
         table = sweep_tables.console_table(sweep_tables.write_sweep_tables(sweep))
-        print(f"\n{table}\n\ntable: {sweep / 'results.csv'}; next: python analyze.py {shlex.quote(str(sweep))}")
+        analyze = "python analyze.py" if program() == "train.py" else "moe analyze"
+        print(f"\n{table}\n\ntable: {sweep / 'results.csv'}; next: {analyze} {shlex.quote(str(sweep))}")
     unfinished = [cell for cell, state in zip(cells, after, strict=True) if state != "finished"]
     return 2 if unfinished and all(map(_was_given_bad_input, unfinished)) else min(len(unfinished), 1)
 

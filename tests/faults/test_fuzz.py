@@ -1,6 +1,5 @@
 """A test with 600 generated commands: each is refused in one line with status 2, or its model can be built."""
 
-import importlib.util
 import json
 import sys
 from functools import cache
@@ -11,10 +10,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from train_processes import TRAIN
 
 from moe.config.options import GROUPS, options
 from moe.config.schema import Cell, flatten
+from moe.launch import train
 from moe.launch.command_line import read_cells
 from moe.training.setup import build_model
 
@@ -47,16 +46,6 @@ def keys() -> list[str]:
 CHOICES = [f"{group}={name}" for group in GROUPS for name in options(group) if group != "experiment"]
 
 
-@pytest.fixture(scope="module")
-def program() -> Any:
-    spec = importlib.util.spec_from_file_location("train_to_fuzz", TRAIN)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def overrides() -> st.SearchStrategy[str]:
     one = st.builds("{}{}={}".format, st.sampled_from(["", "", "", "", "+", "++"]), st.sampled_from(keys()), VALUES)
     group = st.builds("{}={}".format, st.sampled_from(GROUPS), VALUES)
@@ -72,11 +61,11 @@ FUZZ = settings(max_examples=CASES, deadline=None, derandomize=True, suppress_he
 
 
 def test_any_command_is_refused_in_one_line_or_can_be_built(
-    program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], survived: Any
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], survived: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
     accepted: list[Cell] = []
-    monkeypatch.setattr(program.sweep, "carry_out", lambda cells, launch: accepted.extend(cells) or 0)
+    monkeypatch.setattr(train.sweep, "carry_out", lambda cells, launch: accepted.extend(cells) or 0)
     counts = {"refused": 0, "accepted": 0}
 
     @FUZZ
@@ -85,7 +74,7 @@ def test_any_command_is_refused_in_one_line_or_can_be_built(
         accepted.clear()
         arguments = [*command[0], *(word for word in command[1] if not word.startswith("-"))]
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-        status = program.main()
+        status = train.main()
         said = capsys.readouterr()
         assert list(tmp_path.iterdir()) == []
         if status == 2:

@@ -1,0 +1,35 @@
+"""The command `moe`: `python -m moe` lists its subcommands."""
+
+import pkgutil
+import sys
+
+# Each subcommand: the module whose `main` carries it out, and what it does.
+COMMANDS = {
+    "train": ("moe.launch.train", "train one model, or with -m one for each combination of several values"),
+    "analyze": ("moe.analysis.__main__", "write tables, statistics, figures and a report over runs"),
+    "specialize": ("moe.specialization.__main__", "measure on finished runs how the experts differ"),
+    "dashboard": ("moe.dashboard", "write a W&B workspace for an experiment"),
+    "bench": ("moe.bench.__main__", "measure the speed and the error rates of this project"),
+}
+
+
+def main() -> int:
+    """Carry out the subcommand in `sys.argv`, and return the exit status."""
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in COMMANDS:
+        sys.argv = [f"moe {name}", *sys.argv[2:]]
+        return int(pkgutil.resolve_name(f"{COMMANDS[name][0]}:main")() or 0)
+    if name not in ("", "-h", "--help"):
+        from moe.checks import unknown
+
+        print(f"moe: {unknown('command', name, COMMANDS)}", file=sys.stderr)
+        return 2
+    width = max(map(len, COMMANDS))
+    print("Research on Mixture-of-Experts routing: change one setting, train a grid, test the differences.\n")
+    print("\n".join(f"  moe {command:<{width}}  {purpose}" for command, (_, purpose) in COMMANDS.items()))
+    print("\nmoe COMMAND --help says what a command takes. `moe` is the same as `python -m moe`.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""Tests of the command `moe`, which a wheel installs, and of its subcommands."""
+
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from hatchling.builders.wheel import WheelBuilder
+
+from moe.__main__ import COMMANDS, main
+from moe.config.options import CONF
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["moe", *words])
+    return main()
+
+
+def test_without_a_subcommand_all_subcommands_are_listed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch) == 0
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("  moe ")] == [
+        *COMMANDS
+    ]
+
+
+def test_an_unknown_subcommand_is_refused_with_the_nearest(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "analyse") == 2
+    assert capsys.readouterr().err == "moe: unknown command 'analyse'; nearest: analyze\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_subcommand_has_help(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        status = call(monkeypatch, name, "--help")
+    except SystemExit as end:  # argparse
+        status = end.code
+    assert status == 0
+    assert len(capsys.readouterr().out) > 100
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("train router.k=99", "moe train: router.k=99: must be between 1 and model.num_experts=8\n"),
+        ("analyze nowhere", "moe analyze: no folder nowhere\n"),
+    ],
+)
+def test_errors_begin_with_the_command_that_the_user_typed(
+    words: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, *words.split()) == 2
+    assert capsys.readouterr().err == message
+
+
+def test_a_wheel_holds_every_yaml_where_an_installed_package_looks_for_it(tmp_path: Path) -> None:
+    [wheel] = WheelBuilder(str(CONF.parent)).build(directory=str(tmp_path), versions=["standard"])
+    inside = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("moe/conf/")}
+    assert inside == {f"moe/conf/{path.relative_to(CONF).as_posix()}" for path in CONF.rglob("*.yaml")}
