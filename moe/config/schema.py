@@ -3,7 +3,8 @@
 import importlib.util
 import json
 import os
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
@@ -274,8 +275,9 @@ class Config:
         if getattr(locate(self.data.source["_target_"], "data.source", trusted=True), "conversations", False):
             router.require_documents_apart()
         router.check_chain()
-        for key in router.ignores - OFF.keys():
-            raise unknown(f"key in ignores of {type(router).__name__}", key, OFF)
+        settings = {*OFF, *(f"router.{name}" for name in signature(type(router)).parameters)}
+        for key in router.ignores - settings:
+            raise unknown(f"key in ignores of {type(router).__name__}", key, settings)
         if self.schedule.get("knob") == "noise" and "noise" in router.ignored_keys():
             raise ConfigError("schedule.knob=noise: this router ignores noise; use another router")
         if self.schedule.get("knob") == "temperature" and not router.schedulable:
@@ -287,16 +289,22 @@ class Config:
             schedule(knob, setting, 0.0)
 
     def ignored_keys(self) -> frozenset[str]:
-        """Return the keys of `OFF` that change nothing in this run.
+        """Return the keys that change nothing in this run.
 
-        These are the keys that the router ignores; `drop`, if there is no capacity limit; and all of them, if no layer
-        is a Mixture of Experts. This imports torch.
+        These are the keys of `OFF` and of the router itself that the router ignores, such as router.gate, and `drop` if
+        there is no capacity limit. If no layer is a Mixture of Experts, they are all keys of `OFF` and the groups in
+        `DENSE_IGNORES`. Otherwise this imports torch.
         """
         if self.is_dense:
-            return frozenset(OFF)
-        ignored = self.build_router().ignored_keys()
+            return frozenset((*OFF, *DENSE_IGNORES))
+        ignored = self.build_router().ignored_keys() & {*OFF, *(f"router.{name}" for name in self.router)}
         limited = self.capacity is not None and "capacity" not in ignored
         return ignored if limited else ignored | {"drop"}
+
+    def without(self, ignored: frozenset[str]) -> "Config":
+        """Return this configuration with these keys switched off. A setting of the router is left to its default."""
+        used = {name: value for name, value in self.router.items() if f"router.{name}" not in ignored}
+        return replace(self, router=used, **{key: OFF[key] for key in OFF.keys() & ignored})
 
     def build_router(self) -> Any:
         """Return the router of one layer, without memory for its parameters. This imports torch."""
@@ -325,9 +333,9 @@ class Config:
 class Cell(NamedTuple):
     """One cell of a sweep, or a single run.
 
-    config: its configuration. folder: its run folder. choices: the option chosen from each group. ignored: the keys of
-    `OFF` that do not apply to this run; they are switched off in `config`. overrides: the words from which a launcher
-    composes this cell again.
+    config: its configuration. folder: its run folder. choices: the option chosen from each group. ignored: the keys
+    that do not apply to this run (`Config.ignored_keys`); they are switched off in `config`. overrides: the words from
+    which a launcher composes this cell again.
     """
 
     config: Config

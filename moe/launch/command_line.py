@@ -9,7 +9,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import fields, replace
+from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -30,7 +30,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from moe.checks import ConfigError, describe, first_line, require, unknown
 from moe.config import dense_checkpoint
 from moe.config.options import CONF, GROUPS, options
-from moe.config.schema import DENSE_IGNORES, OFF, Cell, Config, allowed_values, fingerprint, flatten
+from moe.config.schema import DENSE_IGNORES, OFF, Cell, Config, allowed_values, fingerprint, flatten, is_free
 from moe.distributed import ranks
 from moe.files import open_file
 from moe.launch import slurm
@@ -255,11 +255,11 @@ def job_cell(composed: DictConfig, hydra: Any) -> Cell:
 def _switch_off_ignored(cell: Cell) -> Cell:
     """Return the cell with every key switched off that does not apply to it."""
     record = stored_record(cell)
-    if record is not None and finished(cell):  # its record tells, without an import of torch
-        ignored = frozenset(OFF.keys() - record.identity.keys())
+    if record is not None and finished(cell) and not cell.config.is_dense:  # its record tells, without torch
+        ignored = frozenset({*OFF, *cell.config.identity()} - record.identity.keys())
     else:
         ignored = cell.config.ignored_keys()
-    return cell._replace(config=replace(cell.config, **{key: OFF[key] for key in ignored}), ignored=ignored)
+    return cell._replace(config=cell.config.without(ignored), ignored=ignored)
 
 
 def _without_ignored(cell: Cell, composed: DictConfig, arguments: list[str]) -> Cell:
@@ -272,10 +272,14 @@ def _without_ignored(cell: Cell, composed: DictConfig, arguments: list[str]) -> 
 
 
 def _dirname(overrides: list[Override], hydra: Any, without: Iterable[str] = ()) -> str:
-    """Return what Hydra calls `override_dirname`: the overrides that name a run, leaving out the keys in `without`."""
+    """Return what Hydra calls `override_dirname`: the overrides that name a run.
+
+    without: keys and groups of keys that are left out.
+    """
     naming = hydra.job.config.override_dirname
     named = [override for override in overrides if not override.is_hydra_override()]
-    excluded = [*naming.exclude_keys, *without]
+    keys = [override.key_or_group for override in named]
+    excluded = [*naming.exclude_keys, *(key for key in keys if {key, key.partition(".")[0]} & {*without})]
     return str(get_overrides_dirname(named, kv_sep=naming.kv_sep, item_sep=naming.item_sep, exclude_keys=excluded))
 
 
@@ -284,16 +288,22 @@ def _refuse_given_in_vain(cells: list[Cell], described: list[Cell], swept: set[s
 
     cells: as the user wrote them. described: the same cells with the keys that do not apply to each.
     """
-    defaults = {field.name: field.default for field in fields(Config)}
-    for key in OFF:
-        if not all(key in cell.ignored for cell in described):
-            continue
-        values = dict.fromkeys(getattr(cell.config, key) for cell in cells)
-        vain = [value for value in values if value not in (OFF[key], defaults[key])]
+    for key in sorted(frozenset.intersection(*(cell.ignored for cell in described)) - {*DENSE_IGNORES}):
+        owners = [cell.config.router if key not in OFF else vars(cell.config) for cell in cells]
+        values = dict.fromkeys(owner[key.removeprefix("router.")] for owner in owners)
+        quiet = [OFF[key], _default(key, cells[0])] if key in OFF else [_default(key, cell) for cell in cells[:1]]
+        vain = [value for value in values if value not in quiet]
         if key in swept and len(values) > 1:
-            vain += [value for value in values if value != OFF[key]]
+            vain += [value for value in values if value not in quiet[:1]]
         if vain:
             raise ConfigError(f"{key}={vain[0]}: {_why_ignored(key, cells[0])}; leave it out")
+
+
+def _default(key: str, cell: Cell) -> Any:
+    """Return the value of a root key of the configuration, or of the router, that is not set anywhere."""
+    if key in OFF:
+        return next(field.default for field in fields(Config) if field.name == key)
+    return OmegaConf.load(CONF / "router" / f"{cell.choices['router']}.yaml").get(key.removeprefix("router."))
 
 
 def _why_ignored(key: str, cell: Cell) -> str:
@@ -301,14 +311,16 @@ def _why_ignored(key: str, cell: Cell) -> str:
         return "no layer of this model is a Mixture of Experts"
     if key == "drop" and cell.config.capacity is None:
         return "nothing is dropped without a capacity limit"
-    return f"router={cell.choices['router']} ignores {key}"
+    settings = "" if key in OFF else " with its other settings"
+    return f"router={cell.choices['router']} ignores {key}{settings}"
 
 
 def _check_distinct(cells: list[Cell]) -> None:
     """Raise ConfigError, naming both, if two cells compute the same, whatever the spelling of their settings."""
     seen: dict[str, Cell] = {}
     for cell in cells:
-        other = seen.setdefault(fingerprint(cell.config.identity()), cell)
+        written = {key: value for key, value in flatten(asdict(cell.config)).items() if not is_free(key)}
+        other = seen.setdefault(fingerprint(written), cell)
         if other is not cell:
             names = cell.folder.name if other.folder == cell.folder else f"{other.folder.name} and {cell.folder.name}"
             raise ConfigError(f"two cells of this sweep are the same run: {names}; leave one out")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moe.checks import ConfigError, require
 from moe.routers.seeding import seeded
 from moe.routing.decision import Context, Knobs, Routing
-from moe.routing.loss_table import BALANCE_WEIGHTS
+from moe.routing.loss_table import BALANCE_WEIGHTS, PROBABILITY_WEIGHTS
 from moe.routing.stats import RoutingStats
 
 # How the optimizers treat a parameter. matrix: Muon, or AdamW with weight decay where AdamW trains everything. other,
@@ -42,9 +42,11 @@ class Router(nn.Module):
     - `causal_in_evaluation`: what `causal` says, for evaluation alone. Default: `causal`. If it is false, the model
       refuses to generate with a cache, and blocks of several conversations.
     - `uses_ids = True`: the router reads the token ids in `Context.ids`, and not only their shape.
-    - `ignores`: the keys of the configuration that change nothing with this router, such as "noise", "capacity" or the
-      weight of a loss. A value that is given for such a key is refused, or recorded as not applicable in a sweep over
-      routers. Default: none; the keys that follow from the other declarations are added (`ignored_keys`).
+    - `ignores`: the keys of the configuration that change nothing with this router, such as "noise", "capacity", the
+      weight of a loss, or a setting of its own that the others make useless ("router.gate" with one expert per token).
+      A value that is given for such a key is refused, or recorded as not applicable in a sweep over routers. Default:
+      none; the keys that follow from the other declarations are added (`ignored_keys`). `__init__` may set it for one
+      instance.
     - `mean_k`: the mean number of experts per token that a router with `fixed_k=None` aims at. Default: None, unknown.
     - `schedulable = True`: the schedule of the temperature changes what this router does.
     - `loss_weights`: the weights of the auxiliary losses that `forward` returns in `Routing.aux`.
@@ -142,7 +144,8 @@ class Router(nn.Module):
         """Return `ignores`, and the keys that change nothing because of what else the router declares.
 
         Without `expert_rows` there is no SimBal loss. With one expert per token there are no two outputs to compare.
-        With all experts per token the load is even, and the balance losses are constant.
+        With all experts per token the load is even, and the balance losses are constant. A single expert has always
+        the probability 1.
         """
         keys = set(self.ignores)
         if any(router.expert_rows is None for router in self.chain):
@@ -151,6 +154,8 @@ class Router(nn.Module):
             keys.add("output_orthogonality")
         if self.fixed_k == self.num_experts:
             keys |= BALANCE_WEIGHTS
+        if self.num_experts == 1:
+            keys |= PROBABILITY_WEIGHTS | {"output_orthogonality"}
         return frozenset(keys)
 
     def check_chain(self) -> None:

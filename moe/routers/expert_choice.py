@@ -28,9 +28,9 @@ class ExpertChoice(LinearRouter):
     ignores = frozenset(("lb", "lb_global", "capacity"))
 
     def __init__(self, dim: int, num_experts: int, *, capacity_factor: float = 2.0) -> None:
-        super().__init__(dim, num_experts, fixed_k=None)
         allowed = f"above 0, at most model.num_experts={num_experts}"
         require(0 < capacity_factor <= num_experts, "router.capacity_factor", capacity_factor, allowed)
+        super().__init__(dim, num_experts, fixed_k=num_experts if capacity_factor == num_experts else None)
         self.capacity_factor = self.mean_k = capacity_factor
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:

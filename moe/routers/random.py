@@ -23,6 +23,8 @@ class Random(Router):
     def __init__(self, dim: int, num_experts: int, *, k: int = 2) -> None:
         super().__init__(dim, num_experts, fixed_k=k)
         self.k = k
+        if k == num_experts:
+            self.ignores = self.ignores | {"noise"}
         self.register_buffer("weight", torch.empty(num_experts, dim))
 
     def draw(self, name: str, tensor: Tensor, std: float) -> None:

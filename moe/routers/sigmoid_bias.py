@@ -25,6 +25,8 @@ class BiasedSigmoid(LinearRouter):
     def __init__(self, dim: int, num_experts: int, *, k: int, normalize: bool = True) -> None:
         super().__init__(dim, num_experts, fixed_k=k)
         self.k, self.normalize = k, normalize
+        if k == 1:
+            self.ignores = frozenset(("router.normalize",))
         self.register_buffer("bias", torch.zeros(num_experts))
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:

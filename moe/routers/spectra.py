@@ -105,6 +105,8 @@ class Spectra(Router):
         self.alpha = ema_alpha
         self.warmup = so_warmup_steps
         self.srip = srip_enabled and expression
+        if k == 1:
+            self.ignores = frozenset(("output_orthogonality",))
         self.causal = not (osr_repulsion_weight or sinkhorn_iterations or self.quota_factor)
 
         width = num_experts * router_dim

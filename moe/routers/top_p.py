@@ -12,20 +12,22 @@ from moe.routing.decision import Context, Routing
 class TopP(LinearRouter):
     """Router that takes the fewest experts whose probabilities sum to at least p (Huang et al. 2403.07652).
 
-    Never more than `k_max` experts. Gates are the probabilities softmax(W x) themselves, not renormalized. They sum to
-    about p, and the gate of a single expert keeps a gradient. The auxiliary loss `entropy`, the mean token entropy in
-    nats, keeps the number of experts from growing to `k_max`.
+    Never more than `k_max` experts, and always `k_max` with p=1. Gates are the probabilities softmax(W x) themselves,
+    not renormalized. They sum to about p, and the gate of a single expert keeps a gradient. The auxiliary loss
+    `entropy`, the mean token entropy in nats, keeps the number of experts from growing to `k_max`.
 
     Expect active_experts to fall as the router becomes confident. Causal when dropless. Not causal under a capacity
     limit, which is a share of the number of assignments in the micro-batch, and that number varies.
     """
 
     def __init__(self, dim: int, num_experts: int, *, p: float = 0.4, k_max: int = 4, entropy: float = 1e-4) -> None:
-        super().__init__(dim, num_experts, fixed_k=None)
         require(0 < p <= 1, "router.p", p, "more than 0 and at most 1")
         require(1 <= k_max <= num_experts, "router.k_max", k_max, f"between 1 and model.num_experts={num_experts}")
         require(finite(entropy) and entropy >= 0, "router.entropy", entropy, "a finite number >= 0")
+        super().__init__(dim, num_experts, fixed_k=k_max if p == 1 or k_max == 1 else None)
         self.p, self.k_max, self.entropy = p, k_max, entropy
+        if k_max == 1:
+            self.ignores = frozenset(("router.p",))
 
     @property
     def loss_weights(self) -> dict[str, float]:

@@ -38,6 +38,8 @@ class TopK(LinearRouter):
         self.k = k
         self.gate = gate
         self.after_drops = after_drops
+        if k == 1 and gate != "uniform":
+            self.ignores = frozenset(("router.gate",))
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         logits = self.logits(x)

@@ -35,8 +35,8 @@ def difference(cell: Cell) -> list[str]:
     if record is None:
         return []
     stored, wanted = record.identity, json.loads(json.dumps(cell.identity()))
-    inapplicable = OFF.keys() - stored.keys()
-    keys = [key for key in {**stored, **wanted} if stored.get(key) != wanted.get(key) and key not in inapplicable]
+    different = [key for key in {**stored, **wanted} if stored.get(key) != wanted.get(key)]
+    keys = [key for key in different if key in stored or not _may_not_apply(key)]
     return [f"{key} is {stored.get(key)} in the folder, {wanted.get(key)} in this command" for key in keys]
 
 
@@ -83,7 +83,12 @@ def _runs_by_content(parent: Path) -> dict[str, list[Path]]:
 
 def _content(identity: dict[str, Any], choices: dict[str, str | None]) -> str:
     """Return a text that is equal for equal runs, and for runs that differ only in keys that may not apply to them."""
-    return fingerprint({key: value for key, value in (identity | choices).items() if key not in OFF})
+    return fingerprint({key: value for key, value in (identity | choices).items() if not _may_not_apply(key)})
+
+
+def _may_not_apply(key: str) -> bool:
+    """Return whether some runs ignore a key, and then do not have it in their identity: see `Config.ignored_keys`."""
+    return key in OFF or key.startswith("router.")
 
 
 def stored_record(cell: Cell) -> RunRecord | None:

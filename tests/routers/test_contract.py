@@ -3,6 +3,7 @@
 import copy
 import itertools
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,9 +56,9 @@ def make_router(spec: Spec, *, num_experts: int = E) -> Router:
     return router
 
 
-def make_layer(spec: Spec) -> MoELayer:
-    router = make_router(spec)
-    experts = Experts(E, D, hidden=F, kind="silu")
+def make_layer(spec: Spec, *, num_experts: int = E) -> MoELayer:
+    router = make_router(spec, num_experts=num_experts)
+    experts = Experts(num_experts, D, hidden=F, kind="silu")
     for p in experts.parameters():
         nn.init.normal_(p, std=0.3)
     return MoELayer(router, experts)
@@ -225,10 +226,28 @@ def test_no_tensor_is_created_on_the_default_device(spec: Spec, x: Tensor, ids: 
                 router.after_step(output.stats)
 
 
-def training_gradients(spec: Spec, x: Tensor, ids: Tensor, **settings: Any) -> Tensor:
+# Settings with which a router ignores keys that it uses with others, each with the number of experts.
+CORNERS = [(spec, E) for spec in SPECS] + [
+    (Spec(f"{name} {changes} of {experts}", dict(SPECS)[name] | changes), experts)
+    for name, changes, experts in (
+        ("random", {"k": E}, E),
+        ("top_p", {"p": 1.0, "k_max": E}, E),
+        ("top_p", {"k_max": 1}, E),
+        ("expert_choice", {"capacity_factor": float(E)}, E),
+        ("spectra", {"k": 1}, E),
+        ("sigmoid_bias", {"k": 1}, 1),
+        ("sinkhorn", {"k": 1}, 1),
+        ("expert_threshold", {"k": 1}, 1),
+        ("null_experts", {"k": 2}, 1),
+        ("relu", {"target": 0.5}, 1),
+    )
+]
+
+
+def training_gradients(spec: Spec, x: Tensor, ids: Tensor, *, num_experts: int = E, **settings: Any) -> Tensor:
     """Return the gradient of a training step on all weights of a layer, under these keys of the configuration."""
     config = Config(**(OFF | settings))
-    layer = make_layer(spec)
+    layer = make_layer(spec, num_experts=num_experts)
     layer_context = context(ids, noise=config.noise, capacity=config.capacity)
     torch.manual_seed(0)
     output = layer(x, layer_context._replace(drop=config.drop, orthogonality=config.output_orthogonality > 0))
@@ -238,24 +257,45 @@ def training_gradients(spec: Spec, x: Tensor, ids: Tensor, **settings: Any) -> T
     return torch.cat([torch.zeros(1) if p.grad is None else p.grad.flatten() for p in layer.parameters()])
 
 
-def test_every_key_changes_what_a_router_learns_or_is_one_that_it_ignores(spec: Spec, x: Tensor, ids: Tensor) -> None:
+@pytest.mark.parametrize(("spec", "experts"), CORNERS, ids=lambda value: getattr(value, "name", str(value)))
+def test_every_key_changes_what_a_router_learns_or_is_one_that_it_ignores(
+    spec: Spec, experts: int, x: Tensor, ids: Tensor
+) -> None:
     """A key changes the gradient of a training step if and only if the router does not declare that it ignores the key.
 
     The exception are capacity limits of routers whose experts take equally many slots or tokens by construction: a
     limit below that number would drop some of them, but the keys are ignored.
     """
     values = {"noise": 2.0, "capacity": 0.6, "drop": "score"}
-    ignored = make_router(spec).ignored_keys()
-    assert ignored <= OFF.keys()
-    dropless, limited = training_gradients(spec, x, ids), training_gradients(spec, x, ids, capacity=0.6)
+    ignored = make_router(spec, num_experts=experts).ignored_keys()
+    assert ignored <= {*OFF, *(f"router.{name}" for name in spec.settings)}
+    gradients = partial(training_gradients, spec, x, ids, num_experts=experts)
+    dropless, limited = gradients(), gradients(capacity=0.6)
     for key in OFF:
         off, base = (limited, {"capacity": 0.6}) if key == "drop" else (dropless, {})
-        on = training_gradients(spec, x, ids, **base, **{key: values.get(key, 1.0)})
+        on = gradients(**base, **{key: values.get(key, 1.0)})
         difference = (on - off).norm() / off.norm()
         if key not in ignored:
             assert difference > 1e-3, f"{key} changes nothing; the router should declare it in `ignores`"
         elif key != "capacity" and not (key == "drop" and "capacity" in ignored):
             assert difference < 1e-5, f"{key} changes something, although the router ignores it"
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "key", "values"),
+    [
+        ("topk", {"k": 1}, "gate", ("renorm", "softmax_all")),
+        ("group_limited", {"k": 1}, "gate", ("renorm", "softmax_all")),
+        ("sigmoid_bias", {"k": 1}, "normalize", (True, False)),
+        ("top_p", {"k_max": 1}, "p", (0.1, 0.9)),
+    ],
+)
+def test_a_setting_that_a_router_ignores_changes_nothing(
+    name: str, settings: dict[str, Any], key: str, values: tuple[Any, Any], x: Tensor, ids: Tensor
+) -> None:
+    specs = [Spec(name, dict(SPECS)[name] | settings | {key: value}) for value in values]
+    assert all(f"router.{key}" in make_router(spec).ignored_keys() for spec in specs)
+    assert torch.equal(*(training_gradients(spec, x, ids) for spec in specs))
 
 
 def test_every_token_gets_fixed_k_experts_and_without_fixed_k_the_number_varies(
