@@ -1,5 +1,6 @@
 """The typed configuration of a run: keys, types, defaults, and allowed ranges."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -179,10 +180,14 @@ class LoggerConfig:
     entity: str | None = None
 
     def check(self) -> None:
-        one_of("logger.mode", self.mode, ("auto", "online", "offline", "disabled"))
+        modes = ("online", "offline", "disabled")
+        one_of("logger.mode", self.mode, ("auto", *modes))
+        if self.mode != "disabled":
+            one_of("environment variable WANDB_MODE", os.environ.get("WANDB_MODE") or "online", modes)
         for key, name in (("project", self.project), ("entity", self.entity or "me")):
-            ok = 1 <= len(name) <= 128 and name.isprintable() and not set(name) & set("/\\#?%:")
-            require(ok, f"logger.{key}", name, "a name of W&B: 1 to 128 characters without / \\ # ? % :")
+            ok = bool(name.strip()) and len(name) <= 128 and name.isprintable() and not set(name) & set("/\\#?%:")
+            allowed = "a name of W&B: 1 to 128 characters, not only spaces, without / \\ # ? % :"
+            require(ok, f"logger.{key}", name, allowed)
 
 
 @dataclass
@@ -351,8 +356,11 @@ class Cell(NamedTuple):
 
 
 def _check_path(key: str, path: str) -> None:
-    """Raise ConfigError for a path that is blank, or that begins with ~ where there is no home directory."""
-    require(bool(path.strip()), key, path, "a path")
+    """Raise ConfigError for a path that cannot be one, or that begins with ~ where there is no home directory."""
+    require(bool(path.strip()) and "\0" not in path, key, path, "a path")
+    require("${" not in path, key, path, "a path without ${")
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        os.lstat(os.path.expanduser(path))  # raises OSError for a name that is too long
     require(os.path.expanduser(path)[:1] != "~", key, path, "a path; there is no home for ~")
 
 

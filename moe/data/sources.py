@@ -270,7 +270,10 @@ class Files:
             except RuntimeError:
                 raise ValueError(f"{PATHS}={pattern}: there is no home directory for ~") from None
             # A file whose name holds [ or * is meant itself. A pattern such as notes/** matches folders too.
-            matches = [path] if path.exists() else map(Path, sorted(glob.glob(str(path), recursive=True)))
+            try:
+                matches = [path] if path.exists() else map(Path, sorted(glob.glob(str(path), recursive=True)))
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{PATHS}={pattern:.100}: {getattr(error, 'strerror', error)}") from None
             found = [match for match in matches if match == path or match.is_file()]
             if not found:
                 raise ValueError(f"{PATHS}={pattern}: no such file")

@@ -22,7 +22,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, QuotedString, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -49,6 +49,7 @@ EXAMPLES = {"data.source.paths": "[notes/*.txt]"}  # values of keys that have no
 HYDRA_KEYS = ("hydra/launcher", "hydra.sweeper.max_batch_size", "hydra.launcher.")  # those that a user may set
 ONE_PER_COMMAND = ("experiment", "out")
 DEFAULTS = ("variant=null",)  # defaults that are no option; Hydra cannot choose them, so they are left out
+MOST_CELLS = 10_000  # of one sweep
 LONGEST_NAME = 150  # bytes in the name of a run folder; file systems allow 255
 
 
@@ -129,16 +130,17 @@ def read_command(arguments: list[str]) -> Command:
     Raises ConfigError, or RecordError for a run folder that cannot be read, both with a message of one line.
     """
     args = _parse_flags(arguments)
-    flags = [word for word in arguments if word not in args.overrides]
+    flags = [word for word in arguments if word not in (*args.overrides, "--")]
     if args.hydra_help or args.shell_completion:
         return Command(None, flags if args.hydra_help else arguments)
     with initialize_config_dir(str(CONF), version_base="1.3", job_name="train"):
         try:
             overrides = _only_last_of_each_key([_parse_override(word) for word in args.overrides])
+            _check_number(overrides)
             for override in overrides:
                 _check_override(override)
             if args.cfg or args.info:
-                _check_shown(overrides, resolve=args.resolve)
+                _check_shown(overrides, args)
                 return Command(None, [*_lines(overrides), *flags])
             return _expand(overrides, multirun=args.multirun)
         finally:
@@ -160,9 +162,9 @@ def _parse_flags(arguments: list[str]) -> argparse.Namespace:
     for flag in ("config_name", "config_path", "config_dir", "experimental_rerun"):
         if getattr(args, flag):
             raise ConfigError(f"--{flag.replace('_', '-')} is not supported: put a yaml into conf/experiment/ instead")
-    for flag in ("resolve", "package"):
+    for flag, example in (("resolve", "--resolve"), ("package", "--package optimizer")):
         if getattr(args, flag) and not args.cfg:
-            raise ConfigError(f"--{flag} works only with --cfg, such as --cfg job --{flag}")
+            raise ConfigError(f"--{flag} works only with --cfg, such as --cfg job {example}")
     asked = [f"--{flag}" for flag in ("run", "multirun", "cfg", "info", "shell_completion") if getattr(args, flag)]
     if len(asked) > 1:
         raise ConfigError(f"{' and '.join(asked)} cannot be used together")
@@ -175,15 +177,19 @@ def _parse_flags(arguments: list[str]) -> argparse.Namespace:
     return args
 
 
-def _check_shown(overrides: list[Override], *, resolve: bool) -> None:
+def _check_shown(overrides: list[Override], flags: argparse.Namespace) -> None:
     """Raise ConfigError unless the overrides give one configuration, which `--cfg` or `--info` can show."""
     for override in overrides:
         if override.is_sweep_override():
             raise ConfigError(f"{override.input_line}: --cfg and --info show one run; give one value")
     composed = _compose(_lines(overrides))
-    if resolve:
+    if flags.cfg != "hydra":
         with open_dict(composed):
             composed.pop("hydra")
+    package = flags.package
+    if package not in (None, "_global_") and OmegaConf.select(composed, package, default=None) is None:
+        raise unknown("package", package, map(str, composed))
+    if flags.resolve:
         try:
             OmegaConf.resolve(composed)
         except FAULTS as error:
@@ -204,10 +210,14 @@ def _expand(overrides: list[Override], *, multirun: bool) -> Command:
     swept = [str(o.input_line) for o in own if o.is_sweep_override()]
     if swept and not multirun:
         raise ConfigError(f"{swept[0]}: several values need a sweep; add -m")
+    batch, jobs = base.hydra.sweeper.get("max_batch_size"), base.hydra.launcher.get("n_jobs")
+    require(batch is None or batch > 0, "hydra.sweeper.max_batch_size", batch, "a whole number > 0, or null")
+    require(jobs != 0, "hydra.launcher.n_jobs", jobs, "a whole number > 0, or -1 for all processors")
     params = (base.hydra.sweeper.params or {}).items() if multirun else ()
     presets = [_parse_override(f"{key}={value}") for key, value in params]
     for override in presets + own:
         _check_type(override)
+    _check_number(presets + own)
     [grid] = BasicSweeper.split_arguments(presets + own, None)
     varied = {o.key_or_group for o in presets + own if o.is_sweep_override()}
     same_keys_apply = not {key.partition(".")[0] for key in varied} & {*GROUPS, "capacity"}
@@ -243,6 +253,22 @@ def _expand(overrides: list[Override], *, multirun: bool) -> Command:
         return Command(cells, [*_lines(launch), *cells[0].overrides])
     common = [o for o in own if o.key_or_group in ONE_PER_COMMAND]
     return Command(cells, ["--multirun", *_lines([*launch, *common])])
+
+
+def _check_number(overrides: Iterable[Override]) -> None:
+    """Raise ConfigError if overrides span too many cells. Nothing is listed, so that this takes no time."""
+    number = 1.0
+    for override in overrides:
+        value = override.value()
+        if isinstance(value, RangeSweep):
+            if value.step == 0:
+                raise ConfigError(f"{override.input_line}: the step must not be 0")
+            number *= max(0.0, (float(value.stop or 0) - float(value.start or 0)) / float(value.step))
+        elif isinstance(value, ChoiceSweep):
+            number *= len(value.list)
+        if number > MOST_CELLS:
+            limit = f"a sweep has at most {MOST_CELLS:,} cells, and this one has {number:,.0f}"
+            raise ConfigError(f"{override.input_line}: {limit}")
 
 
 def job_cell(composed: DictConfig, hydra: Any) -> Cell:
@@ -330,13 +356,26 @@ def _cell(composed: DictConfig, arguments: list[str], *, multirun: bool) -> Cell
     """Return a checked cell. If its run is found under another spelling, the cell gets that folder."""
     hydra = composed.hydra
     choices = group_choices(hydra)
-    folder = Path(hydra.sweep.dir, hydra.sweep.subdir) if multirun else Path(hydra.run.dir)
     try:
-        cell = Cell(typed(composed), folder, str(choices.pop("experiment")), choices)
+        config = typed(composed)
+        config.check()
+        folder = Path(hydra.sweep.dir, hydra.sweep.subdir) if multirun else Path(hydra.run.dir)
+        cell = Cell(config, folder, str(choices.pop("experiment")), choices)
+        return cell._replace(folder=same_run(cell) or folder)
     except FAULTS as error:
         raise _explain(error, arguments) from None
-    cell.config.check()
-    return cell._replace(folder=same_run(cell) or folder)
+    except OSError as error:
+        raise _unusable_path(error, arguments) from None
+
+
+def _unusable_path(error: OSError, arguments: list[str]) -> ConfigError:
+    """Return an error of the file system as one line that begins with the argument whose path caused it."""
+    name = str(error.filename)
+    for line in arguments:
+        value = os.path.expanduser(line.partition("=")[2].strip("\"'[]"))
+        if value and (value in name or name in value):
+            return ConfigError(f"{line:.100}: {error.strerror}")
+    return ConfigError(f"{name:.100}: {error.strerror}")
 
 
 def group_choices(hydra: Any) -> dict[str, str | None]:
@@ -409,7 +448,10 @@ def _parse_override(word: str) -> Override:
     if "" in commas[1:]:
         place = "after the last comma" if commas[-1] == "" else "between two commas"
         raise ConfigError(f"{word:.200}: a value is missing {place}")
-    quoted = f"{key}={_quote(value)}"
+    if any("\ud800" <= character <= "\udfff" for character in word):
+        raise ConfigError(f"cannot read the command line: {word:.200}: must be UTF-8")
+    items = [_quote(item.strip()) for item in value[1:-1].split(",")] if value[:1] + value[-1:] == "[]" else None
+    quoted = f"{key}={_quote(value)}" if items is None else f"{key}=[{','.join(items)}]"
     try:
         return parser.parse_overrides([word])[0]
     except FAULTS as error:

@@ -115,6 +115,7 @@ from moe.runs.record import RunFacts
         ("experiment=noise_lb_sed", "unknown option of experiment 'noise_lb_sed'; nearest: noise_lb_seed"),
         ("--config-name other", "--config-name is not supported"),
         ("optimizer.muon_lr=-0.1", r"optimizer.muon_lr=-0.1: must be a finite number > 0"),
+        ("logger.project='SPACE'", "^logger.project=.*: must be a name of W&B: 1 to 128 .*, not only spaces"),
         ("logger.mode=of", "logger.mode=of: must be one of"),
         ("router=hash noise=5", "^noise=5.0: router=hash ignores noise; leave it out$"),
         ("router=soft_moe capacity=1", "^capacity=1.0: router=soft_moe ignores capacity; leave it out$"),
@@ -166,7 +167,39 @@ from moe.runs.record import RunFacts
         ("--cfg job --resolve noise=${nothing}", r"^noise=\${nothing}: "),
         ("--info defaults router=topq", "unknown option of router 'topq'"),
         ("--resolve", "--resolve works only with --cfg"),
-        ("--package x", "--package works only with --cfg"),
+        ("--package x", "^--package works only with --cfg, such as --cfg job --package optimizer$"),
+        ("--cfg job -p optimiser", "^unknown package 'optimiser'; nearest: optimizer$"),
+        ("--cfg job -p hydra.run", "^unknown package 'hydra.run'"),
+        ("out=???", "^out: required, for example 'out=...'$"),
+        (r"out='a\${b}'", r"^out=a\${b}: must be a path without \${$"),
+        (f"out={'x' * 300}", "^out=x+: File name too long$"),
+        (f"data.cache={'x' * 300}", "^data.cache=x+: File name too long$"),
+        (f"data=text data.source.paths=[{'x' * 300}]", "^data.source.paths=x+: File name too long$"),
+        (f"data=text data.source.paths=[{'x' * 300}/*.txt]", "^data.source.paths=x+: File name too long$"),
+        (f"model=upcycled model.dense={'x' * 300}", "^model.dense=x+: File name too long$"),
+        (f"data.tokenizer={'x' * 300} data.vocab_size=null", "^data.tokenizer=x+: .*File name too long"),
+        ("out=a\0b", r"^out='a\\x00b': must be a path$"),
+        ("out=a\udcffb", r"^cannot read the command line: out=a\\udcffb: must be UTF-8$"),
+        (
+            "-m hydra/launcher=joblib hydra.launcher.n_jobs=0",
+            "^hydra.launcher.n_jobs=0: must be a whole number > 0",
+        ),
+        ("-m hydra.sweeper.max_batch_size=0", "^hydra.sweeper.max_batch_size=0: must be a whole number > 0, or null$"),
+        (
+            "-m hydra.sweeper.max_batch_size=-1",
+            "^hydra.sweeper.max_batch_size=-1: must be a whole number > 0, or",
+        ),
+        ("-m noise=range(0,1e9,1e-9)", "this one has 1,000,000,000,000,000,000$"),
+        (
+            "-m seed=range(0,2000) noise=range(0,1,0.1)",
+            "^noise=.*: a sweep has at most 10,000 cells, .* has 20,000$",
+        ),
+        ("-m noise=range(0,1,0)", r"^noise=range\(0,1,0\): the step must not be 0$"),
+        (
+            "data=text data.source.paths=[~nobody_x/a.txt]",
+            r"""put a text in quotes, like 'data.source.paths=\["~no""",
+        ),
+        ('data=text data.source.paths=["~nobody_x/a.txt"]', "^data.source.paths=~nobody_x/a.txt: there is no home dir"),
         ("--shell-completion x", "--shell-completion needs one word such as install=bash"),
         ("--shell-completion install=cmd", "--shell-completion needs one word such as install=bash"),
         ("--unknown", "unrecognized arguments: --unknown"),
@@ -193,7 +226,7 @@ from moe.runs.record import RunFacts
 )
 def test_wrong_commands(arguments: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as raised:
-        read_cells(arguments.split())
+        read_cells([word.replace("SPACE", " ") for word in arguments.split()])
     assert "\n" not in str(raised.value)
 
 
@@ -414,7 +447,16 @@ def test_run_names_are_safe_short_and_distinct() -> None:
     assert all("/" not in name and len(name.encode()) < 200 and name not in (".", "..") for name in names)
 
 
+def test_an_unknown_mode_of_wandb_in_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "bogus")
+    with pytest.raises(ConfigError, match=r"WANDB_MODE=bogus: must be one of online, offline, disabled$"):
+        read_cells([])
+    assert read_cells(["logger.mode=disabled"])
+
+
 def test_hydra_answers_its_own_flags() -> None:
+    """The mark -- at the end of the flags is not passed on, because Hydra does not know it there."""
+    assert command_line.read_command(["--cfg", "job", "--", "seed=1"]) == (None, ["seed=1", "--cfg", "job"])
     assert command_line.read_command(["lb=0.0", "--cfg", "job", "seed=1"]) == (
         None,
         ["lb=0.0", "seed=1", "--cfg", "job"],
