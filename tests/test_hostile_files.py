@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from matplotlib.figure import Figure
 from small_runs import read_small_cell
 from train_processes import ANALYZE, TRAIN, run_script
@@ -37,7 +38,8 @@ from moe.files import LinkError, open_unlinked, write_text
 from moe.launch.command_line import best_level
 from moe.launch.run import run
 from moe.launch.sweep import carry_out
-from moe.model.decoder import load_model
+from moe.model.architecture import MoEConfig
+from moe.model.decoder import MoEForCausalLM, load_model
 from moe.results.table import load_runs
 from moe.runs import checkpoint, traces
 from moe.runs.folder import locked, user
@@ -147,6 +149,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "an impossible norm": {"rms_norm_eps": -1.0},
     "an impossible temperature": {"router_temperature": 0.0},
     "impossible noise": {"router_noise": -1.0},
+    "padding beyond the vocabulary": {"pad_token_id": 10**9},
+    "padding below 0": {"pad_token_id": -1},
+    "one end of several beyond the vocabulary": {"eos_token_id": [0, 10**9]},
 }
 
 
@@ -160,6 +165,9 @@ def test_a_hostile_config_json_is_refused_in_one_line(changes: dict[str, Any], f
     if "model_type" not in changes:  # transformers itself chooses the class by this field
         with pytest.raises(ConfigError):
             AutoModelForCausalLM.from_pretrained(folder / "model")
+    if not changes.keys() & {"model_type", "dtype"}:  # transformers itself reads these two
+        with pytest.raises((ConfigError, StrictDataclassError)):  # and it compares some types
+            MoEForCausalLM._from_config(MoEConfig(**json.loads((folder / "model" / "config.json").read_text())))
     assert not ran.exists()
 
 

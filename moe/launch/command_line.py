@@ -329,7 +329,8 @@ def _default(key: str, cell: Cell) -> Any:
     """Return the value of a root key of the configuration, or of the router, that is not set anywhere."""
     if key in OFF:
         return next(field.default for field in fields(Config) if field.name == key)
-    return OmegaConf.load(CONF / "router" / f"{cell.choices['router']}.yaml").get(key.removeprefix("router."))
+    content = OmegaConf.load(CONF / "router" / f"{cell.choices['router']}.yaml")
+    return OmegaConf.select(content, key.removeprefix("router."))
 
 
 def _why_ignored(key: str, cell: Cell) -> str:

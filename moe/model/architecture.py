@@ -20,7 +20,7 @@ FILE_TYPES: dict[str, Any] = {
     "rope_parameters": dict | None,
     "hidden_act": Literal["silu"],  # `expert` says which function the experts use
     "expert": Literal["silu", "swiglu"],
-    **dict.fromkeys(("output_hidden_states", "return_dict"), bool | None),
+    **dict.fromkeys(("output_hidden_states", "output_attentions", "return_dict"), bool | None),
     "is_encoder_decoder": bool,
     "chunk_size_feed_forward": int,
     **dict.fromkeys(("id2label", "label2id"), dict | None),
@@ -35,6 +35,10 @@ LEAST: dict[str, float] = {
     **dict.fromkeys(("rms_norm_eps", "attention_dropout"), 0),
     "router_temperature": 1e-30,
 }
+
+
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class MoEConfig(LlamaConfig):
@@ -76,12 +80,14 @@ class MoEConfig(LlamaConfig):
         The file may be a stranger's, so its keys and their types are checked before anything is built. Raises
         ConfigError for a wrong one, for example for a key that names code to load.
         """
-        types = {field.name: field.type for field in fields(cls)} | FILE_TYPES
-        check_values(config_dict, types, "config.json")
-        for name, least in LEAST.items():
-            value = config_dict.get(name)
-            require(value is None or value >= least, f"config.json.{name}", value, f"at least {least}")
+        _check_content(config_dict)
         return super().from_dict(config_dict, **kwargs)
+
+    def check(self) -> None:
+        """Raise ConfigError for what `from_dict` refuses: this object may have been made in another way."""
+        _check_content(self.to_dict())
+        known = self._attn_implementation in (None, *ATTENTIONS)
+        require(known, "attn_implementation", self._attn_implementation, f"one of {', '.join(ATTENTIONS)}")
 
     @staticmethod
     def of(model: ModelConfig, router: dict[str, Any], *, vocab_size: int, seq_len: int) -> "MoEConfig":
@@ -117,3 +123,17 @@ class MoEConfig(LlamaConfig):
         )
         config._attn_implementation = model.attention
         return config
+
+
+def _check_content(content: dict[str, Any]) -> None:
+    """Raise ConfigError for a wrong key, type or number in the content of a config.json."""
+    types = {field.name: field.type for field in fields(MoEConfig)} | FILE_TYPES
+    check_values(content, types, "config.json")
+    for name, least in LEAST.items():
+        value = content.get(name)
+        require(value is None or value >= least, f"config.json.{name}", value, f"at least {least}")
+    last = content.get("vocab_size", MoEConfig.vocab_size) - 1
+    for name in IDS:
+        value = content.get(name)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        require(all(0 <= id <= last for id in ids), f"config.json.{name}", value, f"from 0 to vocab_size - 1 = {last}")

@@ -120,6 +120,11 @@ class MoEPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
 
+    def __init__(self, config: MoEConfig) -> None:
+        """Raises ConfigError for a configuration that no file may have either: see `MoEConfig.check`."""
+        config.check()
+        super().__init__(config)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Draw every matrix from N(0, initializer_range) and set norms to 1. Routers say how they are initialized.
