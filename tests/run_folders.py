@@ -18,6 +18,7 @@ RECORD = {
     "versions": {"python": "3.11"},
     "machine": {"system": "Linux", "processor": None, "cpus": 2, "gpus": [], "driver": None},
     "commit": None,
+    "plugins": {},
     "facts": None,
 }
 FACTS = {

@@ -152,5 +152,6 @@ def made_up_record(folder: Path, router: str, capacity: float | None, seed: int)
         versions={},
         machine=Machine(system="Linux", processor=None, cpus=2, gpus=[], driver=None),
         commit="0" * 40,
+        plugins={},
         facts=facts,
     )

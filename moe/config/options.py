@@ -1,21 +1,93 @@
-"""The options of each config group: the yaml files in conf/."""
+"""The options of each config group: the yaml files in conf/, and those in folders outside of this project."""
 
+import importlib.util
+import os
+import sys
+from collections.abc import Iterable
+from functools import cache
+from importlib.metadata import entry_points
 from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+from moe.checks import ConfigError
 
 # An installed package holds them in the folder moe/conf; a checkout has them beside moe/.
 _PLACES = [Path(__file__).resolve().parents[level] / "conf" for level in (1, 2)]
 CONF = next((place for place in _PLACES if (place / "config.yaml").exists()), _PLACES[-1])
 GROUPS = ("router", "schedule", "model", "data", "optimizer", "logger", "experiment", "variant")
 
+SEARCH_PATH = "MOE_SEARCH_PATH"  # environment variable: folders that hold router/, experiment/ and so on, as in conf/
+ENTRY_POINTS = "moe.conf"  # group of entry points: an installed package names such a folder in itself, as a package
+
+
+def search_path() -> list[Path]:
+    """Return the folders outside of this project that hold options: those of `SEARCH_PATH`, then of packages.
+
+    Raises ConfigError for one that does not exist or holds no folder with the name of a config group.
+    """
+    named = [Path(word) for word in _named()]
+    offered = [_folder_of(point.value) for point in entry_points(group=ENTRY_POINTS)]
+    for folder in named + offered:
+        origin = "" if folder in named else f", named by the entry point {ENTRY_POINTS} of a package"
+        if not folder.is_dir():
+            raise ConfigError(f"{folder}: no such folder of options{origin}")
+        if not any((folder / group).is_dir() for group in GROUPS):
+            raise ConfigError(f"{folder}: must hold at least one of the folders {', '.join(GROUPS)}{origin}")
+    return [folder.resolve() for folder in named + offered]
+
+
+def _named() -> list[str]:
+    return [word for word in os.environ.get(SEARCH_PATH, "").split(os.pathsep) if word]
+
+
+def use(folders: Iterable[str] = ()) -> None:
+    """Add folders to `SEARCH_PATH`, for this process and those that it starts, and make their code importable.
+
+    A folder is a path, or a Hydra source: file://DIR or pkg://PACKAGE. Code is imported from a folder itself and from
+    the one that holds it, after all other places. Raises ConfigError as `search_path` does.
+    """
+    added = [str(_folder_of(word)) for word in folders]
+    if words := list(dict.fromkeys(os.path.abspath(word) for word in [*_named(), *added])):
+        os.environ[SEARCH_PATH] = os.pathsep.join(words)
+    search_path()
+    for word in words:
+        sys.path += [place for place in (word, os.path.dirname(word)) if place not in sys.path]
+
+
+def _folder_of(source: str) -> Path:
+    """Return the folder that a path, a file:// or a pkg:// source, or the dotted name of a package stands for."""
+    address = urlparse(source)
+    if address.scheme == "file":
+        return Path(unquote(address.netloc + address.path))
+    if address.scheme != "pkg" and (os.sep in source or source.startswith(("~", ".")) or Path(source).exists()):
+        return Path(source).expanduser()
+    top, *below = source.removeprefix("pkg://").split(".")
+    try:
+        found = importlib.util.find_spec(top)  # does not run the code of the package
+    except (ImportError, ValueError):
+        found = None
+    places = list(found.submodule_search_locations or ()) if found else []
+    return Path(places[0], *below) if places else Path(source)
+
+
+def sources(group: str) -> dict[str, Path]:
+    """Return the yaml file of each option of a config group. Raises ConfigError if two files have the same name."""
+    found: dict[str, Path] = {}
+    for folder in [CONF, *search_path()]:
+        for path in sorted((folder / group).glob("*.yaml")):
+            if path.stem in found:
+                raise ConfigError(f"{group}={path.stem} is both {found[path.stem]} and {path}: rename the second file")
+            found[path.stem] = path
+    return dict(sorted(found.items()))
+
 
 def options(group: str) -> dict[str, str]:
     """Return the options of a config group, each with its purpose, which is the first comment of its YAML file."""
-    purposes = {}
-    for path in sorted((CONF / group).glob("*.yaml")):
-        lines = [
-            line
-            for line in path.read_text(encoding="utf-8").splitlines()
-            if line.startswith("# ") and "@package" not in line
-        ]
-        purposes[path.stem] = lines[0].removeprefix("# ") if lines else ""
-    return purposes
+    return {name: _purpose(path) for name, path in sources(group).items()}
+
+
+@cache
+def _purpose(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    comments = [line for line in lines if line.startswith("# ") and "@package" not in line]
+    return comments[0].removeprefix("# ") if comments else ""

@@ -14,6 +14,7 @@ from omegaconf import MISSING
 from moe.checks import ConfigError, build, describe, finite, locate, one_of, require, unknown
 from moe.config import dense_checkpoint
 from moe.config.claim import ClaimConfig
+from moe.config.plugins import Plugin, plugins
 from moe.data.limits import check_limits
 from moe.distributed import ranks
 from moe.files import require_files
@@ -317,6 +318,11 @@ class Config:
 
         with torch.device("meta"):
             return build(self.router, "router", self.model.dim, self.model.num_experts, trusted=True)
+
+    def plugins(self) -> dict[str, Plugin]:
+        """Return the packages outside of this project that hold the classes of this run, by name."""
+        specs = [self.data.source] if self.is_dense else [self.router, self.schedule, self.data.source]
+        return plugins(str(spec["_target_"]) for spec in specs)
 
     @property
     def is_dense(self) -> bool:

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, fields
 from functools import cache
+from inspect import signature
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple, NoReturn
@@ -27,9 +28,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from moe.checks import ConfigError, describe, first_line, require, unknown
+from moe.checks import ConfigError, describe, first_line, locate, require, unknown
 from moe.config import dense_checkpoint
-from moe.config.options import CONF, GROUPS, options
+from moe.config.options import CONF, GROUPS, options, search_path, sources, use
 from moe.config.schema import DENSE_IGNORES, OFF, Cell, Config, allowed_values, fingerprint, flatten, is_free
 from moe.distributed import ranks
 from moe.files import open_file
@@ -48,7 +49,10 @@ FAULTS = (
 EXAMPLES = {"data.source.paths": "[notes/*.txt]"}  # values of keys that have no default
 HYDRA_KEYS = ("hydra/launcher", "hydra.sweeper.max_batch_size", "hydra.launcher.")  # those that a user may set
 ONE_PER_COMMAND = ("experiment", "out")
+# Nodes of the configuration that name a class, each with its config group. Their other keys are those of the class.
+CLASSES = {"router": "router", "schedule": "schedule", "data.source": "data"}
 DEFAULTS = ("variant=null",)  # defaults that are no option; Hydra cannot choose them, so they are left out
+KEYWORDS = ("null", "none", "true", "false", "inf", "nan")  # words that Hydra's grammar does not read as text
 MOST_CELLS = 10_000  # of one sweep
 LONGEST_NAME = 150  # bytes in the name of a run folder; file systems allow 255
 
@@ -58,6 +62,7 @@ def run_name(overrides: str) -> str:
 
     A name that had to be changed or cut ends in a digest.
     """
+    overrides = re.sub(r"(^|,)\+\+", r"\1", overrides)  # marks of added keys
     name = re.sub(r"[^\w.,=+-]+", "_", overrides, flags=re.ASCII).strip(".") or "base"
     if name == overrides and len(name) <= LONGEST_NAME:
         return name
@@ -83,13 +88,18 @@ def best_level(results: str, factor: str) -> Any:
 
 ConfigStore.instance().store(name="schema", node=Config)
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+OmegaConf.register_new_resolver("search_path", lambda: [path.as_uri() for path in search_path()], replace=True)
 OmegaConf.register_new_resolver("best_level", best_level, replace=True)
 OmegaConf.register_new_resolver("twice", lambda number: 2 * number, replace=True)
 OmegaConf.register_new_resolver("folder", lambda out, default: os.path.expanduser(out or default), replace=True)
 
 
-def typed(composed: DictConfig) -> Config:
-    """Return a composed configuration as a `Config`. Everything after this works without OmegaConf."""
+def typed(composed: DictConfig, choices: dict[str, str | None]) -> Config:
+    """Return a composed configuration as a `Config`. Everything after this works without OmegaConf.
+
+    choices: the option of each group. Where the class of an option was replaced by another one, the entry becomes the
+    name of that class, and the keys of the option are left out that the class does not take.
+    """
     config = composed.copy()
     with open_dict(config):
         config.pop("hydra", None)
@@ -100,7 +110,24 @@ def typed(composed: DictConfig) -> Config:
     require(sized, "model.dense", None, "the folder or hub name of a dense Llama-type checkpoint, with its sizes")
     settings = OmegaConf.to_object(config)
     assert isinstance(settings, Config)
+    for key, group in CLASSES.items():
+        holder, name = (settings.data, "source") if key == "data.source" else (settings, key)
+        spec, preset = getattr(holder, name), _preset(key, choices.get(group))
+        if preset is not None and isinstance(spec, dict) and spec.get("_target_") != preset.get("_target_"):
+            taken = signature(locate(spec.get("_target_"), key, trusted=True)).parameters
+            own = {k: v for k, v in spec.items() if k in taken or k == "_target_" or preset.get(k, ...) != v}
+            setattr(holder, name, own)
+            choices[group] = str(spec["_target_"])
     return settings
+
+
+@cache
+def _preset(key: str, option: str | None) -> dict[str, Any] | None:
+    """Return what the yaml of an option says at `key`, which is one of `CLASSES`; None if there is no such option."""
+    path = sources(CLASSES[key]).get(str(option))
+    content = {} if path is None else OmegaConf.to_container(OmegaConf.load(path))
+    node = content.get("source") if key == "data.source" else content  # type: ignore[union-attr, call-overload]
+    return node if isinstance(node, dict) and "_target_" in node else None
 
 
 class Command(NamedTuple):
@@ -130,12 +157,15 @@ def read_command(arguments: list[str]) -> Command:
     Raises ConfigError, or RecordError for a run folder that cannot be read, both with a message of one line.
     """
     args = _parse_flags(arguments)
-    flags = [word for word in arguments if word not in (*args.overrides, "--")]
+    left_out = (*args.overrides, "--", "--config-dir", "-cd", args.config_dir, f"--config-dir={args.config_dir}")
+    flags = [word for word in arguments if word not in left_out]
+    args.overrides, folders = _folders(args)
+    use(folders)
     if args.hydra_help or args.shell_completion:
         return Command(None, flags if args.hydra_help else arguments)
     with initialize_config_dir(str(CONF), version_base="1.3", job_name="train"):
         try:
-            overrides = _only_last_of_each_key([_parse_override(word) for word in args.overrides])
+            overrides = _with_added_keys(_only_last_of_each_key([_parse_override(word) for word in args.overrides]))
             _check_number(overrides)
             for override in overrides:
                 _check_override(override)
@@ -159,7 +189,7 @@ def _parse_flags(arguments: list[str]) -> argparse.Namespace:
     parser = get_args_parser()
     parser.error = refuse  # type: ignore[method-assign]
     args = parser.parse_intermixed_args(arguments)
-    for flag in ("config_name", "config_path", "config_dir", "experimental_rerun"):
+    for flag in ("config_name", "config_path", "experimental_rerun"):
         if getattr(args, flag):
             raise ConfigError(f"--{flag.replace('_', '-')} is not supported: put a yaml into conf/experiment/ instead")
     for flag, example in (("resolve", "--resolve"), ("package", "--package optimizer")):
@@ -175,6 +205,25 @@ def _parse_flags(arguments: list[str]) -> argparse.Namespace:
             "--shell-completion needs one word such as install=bash: install, uninstall or query, and a shell"
         )
     return args
+
+
+def _folders(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """Return the overrides without `hydra.searchpath`, and the folders that it and `--config-dir` name."""
+    folders = [args.config_dir] if args.config_dir else []
+    others = []
+    for word in args.overrides:
+        key, _, value = word.partition("=")
+        if key.lstrip("+") != "hydra.searchpath":
+            others.append(word)
+            continue
+        try:
+            named = OverridesParser.create().parse_overrides([f"x={value}"])[0].value()
+        except FAULTS:
+            named = None
+        listed = isinstance(named, list) and all(isinstance(each, str) for each in named)
+        require(listed, "hydra.searchpath", value, "a list of folders, such as [file:///home/me/lab/conf]")
+        folders += named  # type: ignore[operator]
+    return others, folders
 
 
 def _check_shown(overrides: list[Override], flags: argparse.Namespace) -> None:
@@ -273,9 +322,10 @@ def _check_number(overrides: Iterable[Override]) -> None:
 
 def job_cell(composed: DictConfig, hydra: Any) -> Cell:
     """Return the cell that a process of a launcher trains, the same as `read_cells` returns. Its folder was passed."""
+    use()
     choices = group_choices(hydra)
-    folder = Path(hydra.runtime.output_dir)
-    return _switch_off_ignored(Cell(typed(composed), folder, str(choices.pop("experiment")), choices))
+    config = typed(composed, choices)
+    return _switch_off_ignored(Cell(config, Path(hydra.runtime.output_dir), str(choices.pop("experiment")), choices))
 
 
 def _switch_off_ignored(cell: Cell) -> Cell:
@@ -358,7 +408,7 @@ def _cell(composed: DictConfig, arguments: list[str], *, multirun: bool) -> Cell
     hydra = composed.hydra
     choices = group_choices(hydra)
     try:
-        config = typed(composed)
+        config = typed(composed, choices)
         config.check()
         folder = Path(hydra.sweep.dir, hydra.sweep.subdir) if multirun else Path(hydra.run.dir)
         cell = Cell(config, folder, str(choices.pop("experiment")), choices)
@@ -480,6 +530,42 @@ def _only_last_of_each_key(overrides: list[Override]) -> list[Override]:
     return [override for override in overrides if last[override.get_key_element()] is override]
 
 
+def _with_added_keys(overrides: list[Override]) -> list[Override]:
+    """Return the overrides with the keys of a class that the command names itself marked as added, by "++".
+
+    Only the class knows which keys it takes. So `router._target_=a.B router.k=1`, `+router.k=1` and
+    `router={_target_: a.B, k: 1}` all become `router._target_=a.B ++router.k=1`.
+    """
+    parts: list[Override] = []
+    for override in overrides:
+        value = None if override.is_sweep_override() else override.value()
+        if override.key_or_group in CLASSES and isinstance(value, dict) and value:
+            words = [f"{override.key_or_group}.{name}={_word(each)}" for name, each in value.items()]
+            parts += map(_parse_override, words)
+        else:
+            parts.append(override)
+    own = {key for key in CLASSES if any(part.key_or_group == f"{key}._target_" for part in parts)}
+
+    def is_added(part: Override) -> bool:
+        node, _, name = part.key_or_group.rpartition(".")
+        return name != "_target_" and (node in own or (part.is_add() and node in CLASSES)) and not part.is_delete()
+
+    return [_parse_override(f"++{str(part.input_line).lstrip('+')}") if is_added(part) else part for part in parts]
+
+
+def _word(value: Any) -> str:
+    """Return a value as Hydra's grammar writes it."""
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{name}:{_word(each)}' for name, each in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{','.join(map(_word, value))}]"
+    if isinstance(value, str):
+        return (
+            value if re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", value) and value.lower() not in KEYWORDS else _quote(value)
+        )
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def _is_group(override: Override) -> bool:
     return override.key_or_group in GROUPS
 
@@ -487,8 +573,10 @@ def _is_group(override: Override) -> bool:
 def _check_override(override: Override) -> None:
     """Raise ConfigError for an override whose key or kind is not allowed, and for an unknown option of a group."""
     line, key = override.input_line, override.key_or_group
-    if override.is_add() or override.is_force_add() or override.is_delete():
-        raise ConfigError(f"{line}: keys cannot be added or deleted, only set as key=value")
+    adds_or_deletes = override.is_add() or override.is_force_add() or override.is_delete()
+    if adds_or_deletes and not key.startswith(tuple(f"{each}." for each in CLASSES)):
+        places = ", ".join(CLASSES)
+        raise ConfigError(f"{line}: keys can be added and deleted only in {places}; set others as key=value")
     if override.package is not None:
         raise ConfigError(f"{line}: a group cannot be moved; write {key}=...")
     if not key:
@@ -603,7 +691,7 @@ def _unknown_key(key: str, known: Iterable[str], choices: dict[str, str | None])
 
 def _keys(group: str, option: str) -> set[str]:
     """Return the keys of an option without the name of its group, such as k and gate of router=topk."""
-    return set(flatten(OmegaConf.to_container(OmegaConf.load(CONF / group / f"{option}.yaml"))))  # type: ignore[arg-type]
+    return set(flatten(OmegaConf.to_container(OmegaConf.load(sources(group)[option]))))  # type: ignore[arg-type]
 
 
 def _cause(error: Exception) -> str:

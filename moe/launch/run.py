@@ -165,6 +165,7 @@ def write_run_record(cell: Cell, status: Status, facts: RunFacts | None = None, 
         versions={"python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}},
         machine=_machine(),
         commit=_commit(),
+        plugins=config.plugins(),
         facts=facts,
     )
     record.write(cell.folder / RunRecord.FILE)

@@ -37,7 +37,10 @@ def difference(cell: Cell) -> list[str]:
     stored, wanted = record.identity, json.loads(json.dumps(cell.identity()))
     different = [key for key in {**stored, **wanted} if stored.get(key) != wanted.get(key)]
     keys = [key for key in different if key in stored or not _may_not_apply(key)]
-    return [f"{key} is {stored.get(key)} in the folder, {wanted.get(key)} in this command" for key in keys]
+    texts = [f"{key} is {stored.get(key)} in the folder, {wanted.get(key)} in this command" for key in keys]
+    now = {} if texts else cell.config.plugins()
+    changed = [name for name, plugin in record.plugins.items() if name in now and now[name].sha256 != plugin.sha256]
+    return texts + [f"the code of {name} has changed since that run began" for name in changed]
 
 
 def missing_models(cell: Cell) -> str:

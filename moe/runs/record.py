@@ -11,11 +11,12 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from moe.checks import first_line, parse
 from moe.config.claim import ClaimConfig
+from moe.config.plugins import Plugin
 from moe.config.schema import Config
 from moe.files import read_text, write_json
 from moe.runs.measured import Measured, ValidationLoss, check_shapes
 
-FORMAT = 1  # of all these files; raise it whenever a field is added, removed or changes its meaning
+FORMAT = 2  # of all these files; raise it whenever a field is added, removed or changes its meaning
 
 R = TypeVar("R", bound="_Record")
 Status = Literal["running", "interrupted", "failed", "finished"]
@@ -109,7 +110,8 @@ class RunRecord(_Record):
     error: the first line of what ended the run, if it failed or was interrupted. choices: the option chosen from each
     config group. causal: whether the routing of a token depends on no later token. config: the whole configuration.
     identity: the part of it that decides what the run computes, flat. versions: of Python and of libraries. commit: of
-    this project, null if unknown. facts: null until the run is finished.
+    this project, null if unknown. plugins: packages outside of this project whose classes the run uses. facts: null
+    until the run is finished.
     """
 
     FILE = "run.json"
@@ -126,6 +128,7 @@ class RunRecord(_Record):
     versions: dict[str, str]
     machine: Machine
     commit: str | None
+    plugins: dict[str, Plugin]
     facts: RunFacts | None
 
     def __post_init__(self) -> None:
@@ -242,6 +245,5 @@ def _number(content: dict[str, Any]) -> str:
 
 def _plain(value: Any) -> Any:
     """Return a NamedTuple, and those in it, as dicts."""
-    if hasattr(value, "_asdict"):
-        return {name: _plain(item) for name, item in value._asdict().items()}
-    return value
+    items = value._asdict() if hasattr(value, "_asdict") else value
+    return {name: _plain(item) for name, item in items.items()} if isinstance(items, dict) else items

@@ -8,6 +8,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of the hub and of transformers
 
+from moe.config.options import use
 from moe.results.table import load_runs
 from moe.runs.record import SpecializationRecord
 from moe.specialization.study import compare_seeds, study
@@ -30,6 +31,7 @@ def main(command: list[str] | None = None) -> int:
     arguments = parser.parse_args(command)
     process.configure(threads=arguments.threads)
     try:
+        use()
         for name in ("blocks", "samples"):
             if getattr(arguments, name) < 1:
                 raise ValueError(f"--{name} {getattr(arguments, name)}: must be at least 1")

@@ -505,7 +505,7 @@ def test_a_wrong_sweep_is_refused_at_its_first_cell(
     arguments: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     composed: list[object] = []
-    monkeypatch.setattr(command_line, "typed", lambda c: composed.append(c) or typed(c))
+    monkeypatch.setattr(command_line, "typed", lambda c, choices: composed.append(c) or typed(c, choices))
     with pytest.raises(ConfigError, match=message):
         read_cells(["-m", "seed=range(200)", *arguments.split()])
     assert len(composed) == 1

@@ -12,6 +12,7 @@ import pytest
 from run_folders import change_record, write_cells, write_metrics, write_record
 from train_processes import ANALYZE, TRAIN, run_script
 
+from moe.config.plugins import Plugin
 from moe.results.sweep_tables import console_table
 from moe.results.table import load_runs, read_event_tables
 from moe.runs.record import (
@@ -50,6 +51,7 @@ RUN = RunRecord(
     versions={"python": "3.11"},
     machine=Machine(system="Linux", processor=None, cpus=None, gpus=["H100"], driver="1.2"),
     commit="ä\u2028",
+    plugins={"mylab": Plugin("0" * 64, None)},
     facts=FACTS,
 )
 METRICS = MetricsRecord(
@@ -96,7 +98,7 @@ def written_content(record: Any, path: Path) -> dict[str, Any]:
         (b"{}", "written by another version of this project: no format number, here 1"),
         (b'{"format": 7, "a": 1}', "written by another version of this project: format 7, here 1"),
         (b'{"format": [1]}', "written by another version of this project: format [1], here 1"),
-        (b'{"format": 1}', "is missing"),
+        (b'{"format": 2}', "is missing"),
     ],
 )
 def test_a_damaged_file_or_one_of_another_format_is_refused_in_one_line(

@@ -123,7 +123,9 @@ def _settings(record: RunRecord) -> dict[str, Any]:
 
 def _software(record: RunRecord) -> dict[str, Any]:
     """Return everything, apart from the configuration, that may influence the last digits of a run."""
+    plugins = {name: plugin._asdict() for name, plugin in record.plugins.items()}
     always = {"commit": record.commit, "versions": record.versions, "machine": record.machine._asdict()}
+    always |= {"plugins": plugins} if plugins else {}
     facts = record.facts
     if facts is None:
         return always

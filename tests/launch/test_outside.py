@@ -1,0 +1,179 @@
+"""Tests of routers and options that lie outside of this project: how they are named, recorded and refused."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from run_folders import FACTS
+
+from moe.checks import ConfigError, parse
+from moe.config.options import SEARCH_PATH, options
+from moe.config.plugins import _read
+from moe.config.schema import Cell
+from moe.launch.command_line import read_cells
+from moe.launch.run import write_run_record
+from moe.runs.folder import difference, finished
+from moe.runs.record import RunFacts, RunRecord
+
+CODE = """
+from moe.routers.topk import TopK
+
+class Momentum(TopK):
+    def __init__(self, dim: int, num_experts: int, *, k: int = 1, beta: float = 0.5, names: list[str] | None = None):
+        super().__init__(dim, num_experts, k=k)
+"""
+YAML = "# Top-k with momentum, causal\n# p = softmax(beta W x)\n_target_: mylab.momentum.Momentum\nk: 2\nbeta: 0.5\n"
+TARGET = "router._target_=mylab.momentum.Momentum"
+
+
+@pytest.fixture
+def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of a user with a router, its yaml and an experiment, which nothing has named yet."""
+    monkeypatch.setenv(SEARCH_PATH, "")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    for name in ("mylab", "conf/router", "conf/experiment"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "mylab/momentum.py").write_text(CODE)
+    (tmp_path / "conf/router/momentum.yaml").write_text(YAML)
+    (tmp_path / "conf/experiment/mine.yaml").write_text(
+        "# @package _global_\n# Does momentum help?\nhydra: {sweeper: {params: {router: 'topk,momentum'}}}\nsteps: 7\n"
+    )
+    yield tmp_path
+    _read.cache_clear()
+    for name in [name for name in sys.modules if name.split(".")[0] == "mylab"]:
+        del sys.modules[name]
+
+
+def cells(*words: str) -> list[Cell]:
+    return read_cells(list(words)) or []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["hydra.searchpath=[conf]"],
+        ["hydra.searchpath=[file://{lab}/conf]"],
+        ["--config-dir", "conf"],
+        ["--config-dir={lab}/conf"],
+    ],
+    ids=" ".join,
+)
+def test_a_command_can_name_a_folder_of_options(lab: Path, words: list[str]) -> None:
+    [cell] = cells(*(word.format(lab=lab) for word in words), "router=momentum", "router.beta=0.9")
+    assert cell.choices["router"] == "momentum"
+    assert cell.config.router == {"_target_": "mylab.momentum.Momentum", "k": 2, "beta": 0.9}
+    assert os.environ[SEARCH_PATH] == str(lab / "conf"), "processes of launchers find the folder by this variable"
+
+
+def test_the_environment_can_name_several_folders(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (lab / "other/variant").mkdir(parents=True)
+    (lab / "other/variant/wide.yaml").write_text("# @package _global_\n# Wide experts\nmodel: {ffn: 99}\n")
+    monkeypatch.setenv(SEARCH_PATH, f"conf{os.pathsep}{lab}/other")
+    found = cells("experiment=mine", "-m", "variant=wide")
+    assert [cell.choices["router"] for cell in found] == ["topk", "momentum"]
+    assert {(cell.config.steps, cell.config.model.ffn, cell.experiment) for cell in found} == {(7, 99, "mine")}
+    assert options("router")["momentum"] == "Top-k with momentum, causal"
+
+
+def test_an_installed_package_can_offer_options(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package names its folder of options by an entry point. Its code does not run until a command uses it."""
+    (lab / "mylab/__init__.py").write_text("")
+    (lab / "conf").rename(lab / "mylab/conf")
+    (lab / "mylab-1.0.dist-info").mkdir()
+    (lab / "mylab-1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: mylab\nVersion: 1.0\n")
+    (lab / "mylab-1.0.dist-info/entry_points.txt").write_text("[moe.conf]\nmylab = mylab.conf\n")
+    monkeypatch.syspath_prepend(str(lab))
+    assert cells("router=topk")[0].choices["router"] == "topk"
+    assert "mylab" not in sys.modules
+    assert cells("router=momentum")[0].choices["router"] == "momentum"
+
+
+@pytest.mark.parametrize(
+    ("words", "router"),
+    [
+        ([TARGET, "+router.beta=0.9"], {"k": 2, "beta": 0.9}),
+        ([TARGET, "router.beta=0.9", "router.k=3"], {"k": 3, "beta": 0.9}),
+        (
+            ["router={_target_: mylab.momentum.Momentum, beta: 0.9, names: [a b, x]}"],
+            {"beta": 0.9, "names": ["a b", "x"]},
+        ),
+        ([TARGET, "router=softk"], {"k": 2}),
+    ],
+    ids=lambda words: " ".join(words),
+)
+def test_a_class_can_be_named_with_keys_of_its_own(lab: Path, words: list[str], router: dict[str, object]) -> None:
+    """The run has the name of the class, never that of the option that it replaced, and no key of that option."""
+    [cell] = cells("--config-dir=conf", *words)
+    assert cell.choices["router"] == "mylab.momentum.Momentum"
+    assert {"k": 2} | router == {key: value for key, value in cell.config.router.items() if key != "_target_"}
+
+
+def test_keys_of_a_class_can_be_swept(lab: Path) -> None:
+    found = cells("--config-dir=conf", "-m", TARGET, "router.beta=0.1,0.9")
+    assert [cell.config.router["beta"] for cell in found] == [0.1, 0.9]
+    assert [cell.folder.name.split(",")[0] for cell in found] == ["router.beta=0.1", "router.beta=0.9"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--config-dir=con router=momentum", "con: no such folder of options$"),
+        ("--config-dir=mylab router=topk", "mylab: must hold at least one of the folders router, schedule, model, "),
+        (
+            "hydra.searchpath=3",
+            r"^hydra.searchpath=3: must be a list of folders, such as \[file:///home/me/lab/conf\]$",
+        ),
+        ("hydra.searchpath=[no.such]", "no.such: no such folder of options$"),
+        ("--config-dir=conf router=momentun", "^unknown option of router 'momentun'; nearest: momentum$"),
+        (
+            "--config-dir=conf router=momentum router.bet=1",
+            "^unknown key of router=momentum 'router.bet'; nearest: router",
+        ),
+        (f"--config-dir=conf {TARGET} router.bet=1", "^unknown key of router 'router.bet'; nearest: router.beta$"),
+        (f"--config-dir=conf {TARGET} router.beta=x", "^router.beta=x: must be a number$"),
+        (
+            f"--config-dir=conf {TARGET}x",
+            "^router._target_=mylab.momentum.Momentumx: must be a class that can be imported",
+        ),
+        (f"{TARGET}", "must be a class that can be imported .No module named 'mylab'.$"),
+        ("+router.beta=1", "^unknown key of router 'router.beta'; known: router.after_drops, router.gate, router.k$"),
+        (
+            "+nois=1",
+            r"^\+nois=1: keys can be added and deleted only in router, schedule, data.source; set others as key=",
+        ),
+    ],
+)
+def test_mistakes_are_refused_in_one_line(lab: Path, words: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        cells(*words.split())
+
+
+def test_two_options_of_one_name_are_refused(lab: Path) -> None:
+    (lab / "conf/router/topk.yaml").write_text(YAML)
+    with pytest.raises(ConfigError, match=r"^router=topk is both .*/router/topk.yaml and .*: rename the second file$"):
+        cells("--config-dir=conf", "router=hash")
+
+
+def test_a_run_records_the_code_of_its_classes_and_is_not_continued_with_other_code(lab: Path) -> None:
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(lab)]
+    for command in (["init", "-q"], ["add", "mylab"], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *command], check=True)
+    [cell] = cells("--config-dir=conf", "router=momentum", "out=runs")
+    cell.folder.mkdir(parents=True)
+    write_run_record(cell, "finished", parse(RunFacts, FACTS))
+    plugin = RunRecord.read(cell.folder / "run.json").plugins["mylab"]
+    assert plugin.commit == subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    assert finished(cell)
+    (lab / "mylab/helper.py").write_text("")
+    _read.cache_clear()
+    assert not finished(cell)
+    assert difference(cell) == ["the code of mylab has changed since that run began"]
+
+
+def test_a_run_without_foreign_classes_records_none(lab: Path) -> None:
+    [cell] = cells("router=topk")
+    assert cell.config.plugins() == {}
