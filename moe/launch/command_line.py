@@ -125,8 +125,8 @@ def typed(composed: DictConfig, choices: dict[str, str | None]) -> Config:
 def _preset(key: str, option: str | None) -> dict[str, Any] | None:
     """Return what the yaml of an option says at `key`, which is one of `CLASSES`; None if there is no such option."""
     path = sources(CLASSES[key]).get(str(option))
-    content = {} if path is None else OmegaConf.to_container(OmegaConf.load(path))
-    node = content.get("source") if key == "data.source" else content  # type: ignore[union-attr, call-overload]
+    content: Any = {} if path is None else OmegaConf.to_container(OmegaConf.load(path))
+    node: Any = content.get("source") if key == "data.source" else content
     return node if isinstance(node, dict) and "_target_" in node else None
 
 
@@ -220,9 +220,10 @@ def _folders(args: argparse.Namespace) -> tuple[list[str], list[str]]:
             named = OverridesParser.create().parse_overrides([f"x={value}"])[0].value()
         except FAULTS:
             named = None
-        listed = isinstance(named, list) and all(isinstance(each, str) for each in named)
-        require(listed, "hydra.searchpath", value, "a list of folders, such as [file:///home/me/lab/conf]")
-        folders += named  # type: ignore[operator]
+        words = [each for each in named if isinstance(each, str)] if isinstance(named, list) else []
+        allowed = "a list of folders, such as [file:///home/me/lab/conf]"
+        require(bool(words) and words == named, "hydra.searchpath", value, allowed)
+        folders += words
     return others, folders
 
 
@@ -539,7 +540,7 @@ def _with_added_keys(overrides: list[Override]) -> list[Override]:
     parts: list[Override] = []
     for override in overrides:
         value = None if override.is_sweep_override() else override.value()
-        if override.key_or_group in CLASSES and isinstance(value, dict) and value:
+        if override.key_or_group in CLASSES and isinstance(value, dict) and "_target_" in value:
             words = [f"{override.key_or_group}.{name}={_word(each)}" for name, each in value.items()]
             parts += map(_parse_override, words)
         else:

@@ -95,10 +95,10 @@ def written_content(record: Any, path: Path) -> dict[str, Any]:
         (b'{"format": 1, "x": "\\ud800"}', "incomplete or not JSON"),
         (b"[]", "the content is []: must be an object"),
         (b"null", "the content is None: must be an object"),
-        (b"{}", "written by another version of this project: no format number, here 1"),
-        (b'{"format": 7, "a": 1}', "written by another version of this project: format 7, here 1"),
-        (b'{"format": [1]}', "written by another version of this project: format [1], here 1"),
-        (b'{"format": 2}', "is missing"),
+        (b"{}", f"written by another version of this project: no format number, here {FORMAT}"),
+        (b'{"format": 7, "a": 1}', f"written by another version of this project: format 7, here {FORMAT}"),
+        (b'{"format": [1]}', f"written by another version of this project: format [1], here {FORMAT}"),
+        (b'{"format": %d}' % FORMAT, "is missing"),
     ],
 )
 def test_a_damaged_file_or_one_of_another_format_is_refused_in_one_line(
@@ -214,7 +214,7 @@ def test_the_analysis_shows_every_unreadable_run_as_a_row(tmp_path: Path) -> Non
     assert f"seed=92/{RunRecord.FILE}: facts is None: must be an object" in runs.loc["seed=92", "error"]
     for name in [*damage, "seed=6"]:
         assert str(tmp_path / "x" / name) in runs.loc[name, "error"]
-    assert "format 0, here 1" in runs.loc["seed=4", "error"]
+    assert f"format 0, here {FORMAT}" in runs.loc["seed=4", "error"]
     assert "1 of 10 runs finished" in console_table(load_runs([tmp_path]))
     done = run_script(ANALYZE, str(tmp_path / "x"), "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
