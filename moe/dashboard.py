@@ -5,6 +5,7 @@ the levels of a factor by the final values of finished runs. Needs the extra `da
 """
 
 import argparse
+import re
 import sys
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -101,18 +102,19 @@ def workspace(cells: list[Cell], *, entity: str, project: str) -> Any:
             return wr.LinePlot(x=STEP, y=[panel.metric], **settings)
         return wr.BarPlot(metrics=[panel.metric], max_bars_to_show=largest_number, **settings)
 
+    grid = cells[0].grid.name if cells[0].grid else cells[0].experiment
     columns = [f"config:{expr.groupby_str_to_key(f'config.{key}').name}" for key in factors(cells)]
     return ws.Workspace(
         entity=entity,
         project=project,
-        name=cells[0].experiment,
+        name=re.sub(r"[^\w\s:,.-]", " ", grid),  # W&B takes = for an emoji
         sections=[
             ws.Section(name=name, panels=list(map(draw, panels)), is_open=name in ("Loss", "Factor tables"))
             for name, panels in sections(cells).items()
         ],
         settings=ws.WorkspaceSettings(max_runs=largest_number),
         runset_settings=ws.RunsetSettings(
-            filters=ws.And(ws.Metric("Group") == cells[0].experiment),
+            filters=ws.And(ws.Metric("Group") == grid),
             groupby=[ws.Config(CONDITION)],
             pinned_columns=columns + [f"summary:{FINAL}/{metric}" for metric in COMPARED],
         ),

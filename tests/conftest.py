@@ -63,8 +63,8 @@ def small(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture
 def finished_ablation(tmp_path: Path) -> Path:
     """Write the results of a small sweep, the temperature ablation, and return the folder above it."""
-    rows = ["run,status,router.temp,val/loss", "a,finished,1.5,4.0", "b,finished,1.5,4.1"]
-    rows += ["c,finished,2.0,3.9", "d,finished,2.0,4.5"]
+    rows = ["experiment,run,status,router.temp,val/loss", "x,a,finished,1.5,4.0", "x,b,finished,1.5,4.1"]
+    rows += ["x,c,finished,2.0,3.9", "x,d,finished,2.0,4.5"]
     (tmp_path / "temperature_ablation").mkdir()
     (tmp_path / "temperature_ablation" / "results.csv").write_text("\n".join(rows))
     return tmp_path

@@ -60,5 +60,6 @@ def write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
 
 
 def write_cells(sweep: Path, cells: dict[str, dict[str, Any]]) -> None:
-    """Write the sweep.json of a sweep with these cells: folder name -> overrides."""
-    (sweep / "sweep.json").write_text(json.dumps({"format": FORMAT, "cells": cells}))
+    """Write the sweep.json of a sweep with these cells: folder name -> overrides. They are one grid."""
+    grid = {"name": sweep.name, "factors": [], "fixed": {}, "cells": list(cells)}
+    (sweep / "sweep.json").write_text(json.dumps({"format": FORMAT, "cells": cells, "grids": [grid]}))

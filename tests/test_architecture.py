@@ -167,6 +167,7 @@ def test_only_launching_imports_hydra() -> None:
     assert users - {"moe.config.schema"} - {"moe.config.claim"} == {
         "moe.launch.claims",
         "moe.launch.command_line",
+        "moe.launch.grids",
         "moe.launch.slurm",
         "moe.launch.train",
     }

@@ -341,12 +341,26 @@ class Config:
         return {key: value for key, value in flat.items() if key.partition(".")[0] not in unused}
 
 
+class Grid(NamedTuple):
+    """Runs that belong together: all combinations of levels of some factors, with several seeds.
+
+    name: the experiment, followed by what distinguishes the grid from the experiment's own. factors: the keys that it
+    varies, without the seed. fixed: other settings that differ from those of the experiment. cells: the names of the
+    run folders, in the order of the levels.
+    """
+
+    name: str
+    factors: list[str]
+    fixed: dict[str, Any]
+    cells: list[str]
+
+
 class Cell(NamedTuple):
     """One cell of a sweep, or a single run.
 
     config: its configuration. folder: its run folder. choices: the option chosen from each group. ignored: the keys
     that do not apply to this run (`Config.ignored_keys`); they are switched off in `config`. overrides: the words from
-    which a launcher composes this cell again.
+    which a launcher composes this cell again. grid: all cells of the command; None for a single run.
     """
 
     config: Config
@@ -355,6 +369,7 @@ class Cell(NamedTuple):
     choices: dict[str, str | None]
     ignored: frozenset[str] = frozenset()
     overrides: tuple[str, ...] = ()
+    grid: Grid | None = None
 
     def identity(self) -> dict[str, Any]:
         """Return the keys that decide what the run computes, flat, without those that do not apply to it."""

@@ -36,6 +36,7 @@ from moe.distributed import ranks
 from moe.files import open_file
 from moe.launch import slurm
 from moe.launch.claims import check_claims
+from moe.launch.grids import grid_of
 from moe.runs.folder import finished, same_run, stored_record
 
 log = logging.getLogger(__name__)
@@ -73,13 +74,17 @@ def run_name(overrides: str) -> str:
 def best_level(results: str, factor: str) -> Any:
     """Return the level of `factor` with the lowest mean final val/loss in a sweep's results.csv.
 
-    Raises ConfigError if there is no such file, or if a run in it is not finished.
+    Raises ConfigError if there is no such file, or if a run in it is not finished, or if it has several grids.
     """
     if not Path(results).exists():
         raise ConfigError(f"{factor} comes from {results}, which does not exist: run that experiment first")
     losses: dict[str, list[float]] = defaultdict(list)
     with open_file(Path(results), newline="") as file:
-        for row in csv.DictReader(file):
+        rows = list(csv.DictReader(file))
+        if len(grids := dict.fromkeys(row["experiment"] for row in rows)) > 1:
+            several = f"which has several grids: {'; '.join(grids)}"
+            raise ConfigError(f"{factor} comes from {results}, {several}. Give {factor}=VALUE instead")
+        for row in rows:
             if row["status"] != "finished":
                 raise ConfigError(f"{factor} comes from {results}, where {row['run']} is {row['status']}: finish it")
             losses[row[factor]].append(float(row["val/loss"]))
@@ -301,6 +306,8 @@ def _expand(overrides: list[Override], *, multirun: bool) -> Command:
     cells = list(unique.values())
     if not multirun:
         return Command(cells, [*_lines(launch), *cells[0].overrides])
+    grid_of_cells = grid_of(cells, presets, own, _usual_settings(base, own))
+    cells = [cell._replace(grid=grid_of_cells) for cell in cells]
     common = [o for o in own if o.key_or_group in ONE_PER_COMMAND]
     return Command(cells, ["--multirun", *_lines([*launch, *common])])
 
@@ -319,6 +326,15 @@ def _check_number(overrides: Iterable[Override]) -> None:
         if number > MOST_CELLS:
             limit = f"a sweep has at most {MOST_CELLS:,} cells, and this one has {number:,.0f}"
             raise ConfigError(f"{override.input_line}: {limit}")
+
+
+def _usual_settings(base: DictConfig, own: list[Override]) -> dict[str, Any]:
+    """Return the values in `base`, which has the groups of the command, and the groups that the experiment chooses."""
+    values = OmegaConf.to_container(OmegaConf.masked_copy(base, [str(key) for key in base if key != "hydra"]))
+    if not any(_is_group(o) and o.key_or_group not in ONE_PER_COMMAND for o in own):
+        return flatten(values) | group_choices(base.hydra)  # type: ignore[arg-type]
+    experiment = _compose(_lines([o for o in own if o.key_or_group == "experiment"]))
+    return flatten(values) | group_choices(experiment.hydra)  # type: ignore[arg-type]
 
 
 def job_cell(composed: DictConfig, hydra: Any) -> Cell:

@@ -5,7 +5,8 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 from moe.checks import ConfigError, first_line
 from moe.config.schema import Cell
@@ -52,6 +53,7 @@ def carry_out(cells: list[Cell], launch: Callable[[], object]) -> int:
     for cell in filter(finished, cells):
         delete_checkpoints(cell.folder)  # of a run that was killed right after it was finished
     if all(map(finished, cells)):
+        _record_grid(cells)
         ranks.broadcast(False)
         return _report(cells, ["finished"] * len(cells))
     for cell in cells:
@@ -104,6 +106,7 @@ def _reserved(cells: list[Cell]) -> Iterator[None]:
         cells[0].folder.mkdir(parents=True, exist_ok=True)
         with locked(cells[0].folder / "run.lock"):  # the process that trains the run locks it again
             pass
+        _record_grid(cells)
         yield
         return
     sweep = cells[0].folder.parent
@@ -114,11 +117,26 @@ def _reserved(cells: list[Cell]) -> Iterator[None]:
     with locked(sweep / "sweep.lock") as owner:
         if owner is not None:
             raise ConfigError(f"{sweep} is in use by another sweep, process {owner}: wait for it, or choose out=DIR")
-        path = sweep / SweepRecord.FILE
-        earlier = SweepRecord.read(path).cells if path.exists() else {}
-        asked = {cell.folder.name: cell.choices | cell.identity() for cell in cells}
-        SweepRecord(cells=earlier | asked).write(path)
+        _record_grid(cells)
         yield
+
+
+def _record_grid(cells: list[Cell]) -> None:
+    """Add the cells of a sweep, and the grid that they form, to sweep.json."""
+    grid = cells[0].grid
+    if grid is None:
+        return
+    path = cells[0].folder.parent / SweepRecord.FILE
+    with ExitStack() as stack:  # other commands may add a single cell at the same time
+        while stack.enter_context(locked(path.with_name("sweep.json.lock"))) is not None:
+            stack.close()
+            time.sleep(0.05)
+        earlier = SweepRecord.read(path) if path.exists() else SweepRecord(cells={}, grids=[])
+        asked = {cell.folder.name: cell.choices | cell.identity() for cell in cells}
+        given = {word.partition("=")[0] for word in cells[0].overrides}
+        record = earlier.joined(grid._replace(cells=list(asked)), asked, given)
+        if record != earlier:
+            record.write(path)
 
 
 def _state_disk(cells: list[Cell]) -> None:
@@ -174,11 +192,18 @@ def _report(cells: list[Cell], before: list[str], refusal: str | None = None) ->
     if len(cells) > 1 and sweep.is_dir():
         from moe.results import sweep_tables
 
-        table = sweep_tables.console_table(sweep_tables.write_sweep_tables(sweep))
+        runs = sweep_tables.write_sweep_tables(sweep)
+        table = sweep_tables.console_table(runs[runs["experiment"] == _grid_name(sweep, cells)])
         analyze = "python analyze.py" if program() == "train.py" else "moe analyze"
         print(f"\n{table}\n\ntable: {sweep / 'results.csv'}; next: {analyze} {shlex.quote(str(sweep))}")
     unfinished = [cell for cell, state in zip(cells, after, strict=True) if state != "finished"]
     return 2 if unfinished and all(map(_was_given_bad_input, unfinished)) else min(len(unfinished), 1)
+
+
+def _grid_name(sweep: Path, cells: list[Cell]) -> str:
+    path = sweep / SweepRecord.FILE
+    grid = SweepRecord.read(path).grid_with(*(cell.folder.name for cell in cells)) if path.exists() else None
+    return cells[0].experiment if grid is None else grid.name
 
 
 def _was_given_bad_input(cell: Cell) -> bool:

@@ -50,7 +50,7 @@ LATE = {"train/routing/drop_rate": "drop_rate", "train/routing/load_cv": "load_c
 
 def stem(runs: pd.DataFrame) -> str | None:
     """Return how the names of the files about quality and speed begin; None for runs that compare neither factor."""
-    experiment = str(runs["experiment"].iloc[0])
+    experiment = str(runs["experiment"].iloc[0]).partition(": ")[0]  # without what distinguishes its grid
     named_so = experiment in ("experiment_a", "experiment_c")  # also if only a part of the experiment was run
     if not (named_so or set(COMPARED) & set(varied_factors(runs))):
         return None

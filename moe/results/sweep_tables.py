@@ -1,5 +1,6 @@
 """The tables that a sweep writes and prints at its end."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from moe.results.conditions import HEADLINE, present, spread_table, summary, unf
 from moe.results.frontier import LATE, bench_table, stem, with_training_means
 from moe.results.table import load_runs, read_event_tables
 
-NOISE_STUDY_FILE = "moe_routing_noise_experiment_results.csv"
+NOISE_STUDY = "moe_routing_noise_experiment_results"  # name of the file
 # Column in the noise study's table -> column in the table of runs. `_noise_study` adds the two columns
 # training_time_minutes and best_val_perplexity.
 NOISE_STUDY_COLUMNS = {
@@ -30,38 +31,57 @@ NOISE_STUDY_COLUMNS = {
 
 
 def write_sweep_tables(sweep: Path) -> pd.DataFrame:
-    """Write the results.csv of a sweep, one row per run, and return it as a table.
+    """Write the results.csv of a sweep, one row per run and grid, and return it as a table.
 
-    If noise, lb and seed alone vary, also write a table in the format of the noise study, whose columns tell no other
-    settings apart. For a sweep over routers or capacity, also write one in the format of the routing bench.
+    For each grid over noise, lb and seed alone, also write a table in the format of the noise study, whose columns tell
+    no other settings apart. For each grid over routers or capacity, also write one in the format of the routing bench.
+    The names of the files of the grid with the shortest name do not name the grid.
     """
     runs = load_runs([sweep])
     write_text(sweep / "results.csv", runs.to_csv(index=False))
-    if {"noise", "lb"} == set(varied_factors(runs)) - {"seed"}:
-        write_text(sweep / NOISE_STUDY_FILE, _noise_study(runs).to_csv(index=False))
-    for _, members in runs.groupby("experiment"):
+    written = set()
+    for grid, members in sorted(runs.groupby("experiment"), key=lambda group: len(group[0])):
+        tables = {}
+        if {"noise", "lb"} == set(varied_factors(members)) - {"seed"}:
+            tables[NOISE_STUDY] = _noise_study(members)
         if name := stem(members):
-            table = bench_table(with_training_means(members, read_event_tables(members["folder"], training=list(LATE))))
-            write_text(sweep / f"{name}_summary.csv", table.to_csv(index=False))
+            past = read_event_tables(members["folder"], training=list(LATE))
+            tables[f"{name}_summary"] = bench_table(with_training_means(members, past))
+        for name, table in tables.items():
+            suffix = re.sub(r"[^\w.,=+-]+", "_", f"_{grid.partition(': ')[2]}") if name in written else ""
+            write_text(sweep / f"{name}{suffix}.csv", table.to_csv(index=False))
+            written.add(name)
     return runs
 
 
 def console_table(runs: pd.DataFrame, metrics: Iterable[str] = ()) -> str:
-    """Return as text: mean ± std of the headline metrics and of `metrics` by condition, and the unfinished runs."""
-    runs = with_causality(runs)
-    shown = present(runs, (*HEADLINE, *metrics))
-    factors = [factor for factor in varied_factors(runs) if factor != "seed"]
+    """Return as text: mean ± std of the headline metrics and of `metrics` by condition, and the unfinished runs.
+
+    Each experiment, and each grid of an experiment, has a table of its own.
+    """
     lines = []
-    if shown:
-        lines.append("per condition: mean ± sample standard deviation (ddof=1) over n seeds")
-        try:
-            lines.append(spread_table(summary(runs, factors, shown)).to_string(index=False))
-        except ValueError as error:  # a copied run folder repeats a seed; a finished sweep must not fail because of it
-            lines.append(f"not shown: {error}")
+    experiments = runs.groupby("experiment")
+    for experiment, members in experiments:
+        table = _condition_table(with_causality(members), metrics)
+        lines += [f"{experiment}\n{table}\n" if len(experiments) > 1 else table] if table else []
+    runs = with_causality(runs.drop_duplicates("folder"))
     failures = unfinished(runs)
     lines.append(f"{len(runs) - len(failures)} of {len(runs)} runs finished")
     lines += [f"  {row.status}: {row.run}" + (f": {row.error}" if row.error else "") for row in failures.itertuples()]
     return "\n".join(printable(line) for text in lines for line in text.splitlines())
+
+
+def _condition_table(runs: pd.DataFrame, metrics: Iterable[str]) -> str:
+    """Return the table of conditions as text; an empty text if no run has one of the metrics."""
+    shown = present(runs, (*HEADLINE, *metrics))
+    if not shown:
+        return ""
+    factors = [factor for factor in varied_factors(runs) if factor != "seed"]
+    try:
+        table = spread_table(summary(runs, factors, shown)).to_string(index=False)
+    except ValueError as error:  # a copied run folder repeats a seed; a finished sweep must not fail because of it
+        table = f"not shown: {error}"
+    return f"per condition: mean ± sample standard deviation (ddof=1) over n seeds\n{table}"
 
 
 def _noise_study(runs: pd.DataFrame) -> pd.DataFrame:

@@ -50,6 +50,9 @@ class EventTables(NamedTuple):
 def load_runs(paths: Iterable[Path | str]) -> pd.DataFrame:
     """Return one row for each run at or below `paths`, and one for each cell in a sweep.json there that has no run.
 
+    A run that belongs to several grids of its sweep has a row for each. The column `experiment` names the grid: the
+    experiment, followed by what distinguishes the grid from the experiment's own.
+
     The status of a row is that of the run record (finished, failed, running, interrupted), or "killed" (no process
     trains a run that is running), "diverged" (it failed because a loss or gradient was not finite), "unreadable", or
     "missing". The column `error` gives the reason. The factors of unreadable and missing runs come from sweep.json if
@@ -58,13 +61,16 @@ def load_runs(paths: Iterable[Path | str]) -> pd.DataFrame:
     """
     paths = list(paths)
     runs, sweeps = _walk(paths)
-    asked = {Path(row["folder"]).resolve(): row for sweep in sweeps for row in _cells(sweep)}
+    asked: dict[Path, list[dict[str, Any]]] = {}
+    for cell in (cell for sweep in sweeps for cell in _cells(sweep)):
+        asked.setdefault(Path(cell["folder"]).resolve(), []).append(cell)
     rows = []
     for folder in runs:
-        cell = asked.pop(folder.resolve(), {})
-        row = read_run(folder) | {"place": cell.get("place")}
-        rows.append(row if "causal" in row else row | {key: cell[key] for key in cell.keys() - set(FACTS)})
-    rows += asked.values()
+        row = read_run(folder)
+        for cell in asked.pop(folder.resolve(), [{}]):
+            told = {"experiment", "place"} | (set() if "causal" in row else cell.keys() - {*FACTS})
+            rows.append(row | {key: cell[key] for key in cell if key in told})
+    rows += itertools.chain.from_iterable(asked.values())
     if not rows:
         raise ValueError(f"no run in {', '.join(map(str, paths))}: a run folder holds a run.json")
     known = [row for row in rows if "causal" in row]  # rows with a record; only there a key is known to be absent
@@ -138,7 +144,7 @@ def read_event_tables(folders: Iterable[Path | str], *, training: Sequence[str] 
     """
     tables: dict[str, list[pd.DataFrame]] = {"eval": [], "train": []}
     problems = []
-    places = list(map(Path, folders))
+    places = list(dict.fromkeys(map(Path, folders)))  # a run has a row for each grid to which it belongs
     for start in range(0, len(places), 20):
         rows: dict[str, list[dict[str, Any]]] = {kind: [] for kind in tables}
         for folder in places[start : start + 20]:
@@ -186,17 +192,22 @@ def _nearest(path: Path) -> str:
 
 
 def _cells(sweep: Path) -> list[dict[str, Any]]:
-    """Return a row for every cell that a sweep should have. `load_runs` uses the rows of cells without a run."""
+    """Return a row for every cell that a sweep should have, in each of its grids.
+
+    `load_runs` uses the rows of cells without a run.
+    """
     path = sweep / SweepRecord.FILE
     try:
-        return [
-            _named_row(sweep / name, "missing", "no run in this cell of the sweep")
-            | {key: level(value) for key, value in factors.items() if key not in FACTS and "/" not in key}
-            | {"place": place}
-            for place, (name, factors) in enumerate(SweepRecord.read(path).cells.items())
-        ]
+        record = SweepRecord.read(path)
     except RecordError as error:
         return [_named_row(path, "unreadable", f"it is unknown which cells are missing: {error}")]
+    return [
+        _named_row(sweep / name, "missing", "no run in this cell of the sweep")
+        | {key: level(value) for key, value in record.cells[name].items() if key not in FACTS and "/" not in key}
+        | {"experiment": grid.name, "place": place}
+        for grid in record.grids
+        for place, name in enumerate(grid.cells)
+    ]
 
 
 def _named_row(folder: Path, status: str, error: str | None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 from moe.checks import first_line, parse
 from moe.config.claim import ClaimConfig
 from moe.config.plugins import Plugin
-from moe.config.schema import Config
+from moe.config.schema import Config, Grid
 from moe.files import read_text, write_json
 from moe.runs.measured import Measured, ValidationLoss, check_shapes
 
@@ -180,17 +180,50 @@ class MetricsRecord(_Record):
 
 @dataclass(frozen=True, kw_only=True)
 class SweepRecord(_Record):
-    """sweep.json: every cell that the sweep should have, by folder name, each with its factors and their levels."""
+    """sweep.json: every cell that the sweep should have, by folder name, each with its factors and their levels.
+
+    grids: the cells that are analyzed together. Several grids may share a cell.
+    """
 
     FILE = "sweep.json"
     ADVICE = "delete this file; it only lists the cells that the sweep should have"
 
     cells: dict[str, dict[str, Any]]
+    grids: list[Grid]
 
     def __post_init__(self) -> None:
         for name in self.cells:
             if name in ("", ".", "..") or set(name) & {"/", "\\"} or not name.isprintable():
                 raise ValueError(f"cells.{name!r:.80}: must be the name of a folder beside this file")
+        for number, grid in enumerate(self.grids):
+            if not grid.name.isprintable() or not grid.name:
+                raise ValueError(f"grids[{number}].name={grid.name!r:.80}: must be a printable text")
+        listed = {name for grid in self.grids for name in grid.cells}
+        if unlisted := sorted(listed ^ self.cells.keys()):
+            raise ValueError(f"{unlisted[0]!r:.80}: must be in cells, and in the cells of a grid")
+
+    def grid_with(self, *cells: str) -> Grid | None:
+        """Return the smallest grid that has all of these cells; None if no grid has them."""
+        having = [grid for grid in self.grids if set(cells) <= set(grid.cells)]
+        return min(having, key=lambda grid: len(grid.cells), default=None)
+
+    def joined(self, new: Grid, cells: dict[str, dict[str, Any]], given: set[str]) -> "SweepRecord":
+        """Return the record with another grid, whose cells have these settings and whose command gave these keys.
+
+        A grid that has the same factors and fixed settings is extended instead. So is one that has more factors, if
+        the command gives one level of each of them.
+        """
+
+        def is_part_of(old: Grid) -> bool:
+            constant = set(old.factors) - set(new.factors)
+            fixed = {key: value for key, value in new.fixed.items() if key not in constant}
+            return set(new.factors) <= set(old.factors) and constant <= given and fixed == old.fixed
+
+        wider = sorted(filter(is_part_of, self.grids), key=lambda old: len(old.factors))
+        old = wider[0] if wider else new
+        merged = old._replace(cells=list(dict.fromkeys([*old.cells, *new.cells])))
+        others = [merged if grid is old else grid for grid in self.grids]
+        return SweepRecord(cells=self.cells | cells, grids=others if wider else [*others, merged])
 
 
 class StudySettings(NamedTuple):
@@ -246,4 +279,6 @@ def _number(content: dict[str, Any]) -> str:
 def _plain(value: Any) -> Any:
     """Return a NamedTuple, and those in it, as dicts."""
     items = value._asdict() if hasattr(value, "_asdict") else value
+    if isinstance(items, list):
+        return list(map(_plain, items))
     return {name: _plain(item) for name, item in items.items()} if isinstance(items, dict) else items

@@ -14,6 +14,7 @@ from urllib.parse import urlparse
 from moe.checks import first_line
 from moe.config.schema import Cell
 from moe.distributed import ranks
+from moe.runs.record import SweepRecord
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,13 @@ def condition(cell: Cell) -> str:
     overrides = re.sub("-[0-9a-f]{8}$", "", cell.folder.name).split(",")  # cut off a digest, which includes the seed
     readable = ",".join(override for override in overrides if not override.startswith("seed="))
     return f"{readable[:100] or 'base'} {digest}"
+
+
+def group(cell: Cell) -> str:
+    """Return the name of the grid to which a run belongs, or of its experiment if it is a single run."""
+    path = cell.folder.parent / SweepRecord.FILE
+    grid = SweepRecord.read(path).grid_with(cell.folder.name) if path.exists() else None
+    return cell.experiment if grid is None else grid.name
 
 
 class WandbMirror:
@@ -101,7 +109,7 @@ def _start(cell: Cell, mode: str) -> Any:
         mode=mode,  # type: ignore[arg-type]
         project=cell.config.logger.project,
         entity=cell.config.logger.entity,
-        group=cell.experiment,
+        group=group(cell),
         name=cell.folder.name,
         config={**asdict(cell.config), "choices": cell.choices, CONDITION: condition(cell)},
         dir=str(Path(cell.folder).absolute()),

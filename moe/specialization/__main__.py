@@ -35,7 +35,7 @@ def main(command: list[str] | None = None) -> int:
         for name in ("blocks", "samples"):
             if getattr(arguments, name) < 1:
                 raise ValueError(f"--{name} {getattr(arguments, name)}: must be at least 1")
-        runs = load_runs(arguments.folders)
+        runs = load_runs(arguments.folders).drop_duplicates("folder")  # a run has a row for each of its grids
         finished = [Path(folder) for folder in runs.loc[runs["status"] == "finished", "folder"]]
         for folder in [folder for folder in finished if not (folder / "model").is_dir()]:
             print(f"{folder}: has no saved model (save_model=none), so its experts cannot be studied", file=sys.stderr)

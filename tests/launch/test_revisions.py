@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from run_folders import write_cells
 
 from moe.checks import ConfigError
 from moe.config.schema import Cell
 from moe.data import hub
 from moe.launch.revisions import pinned, pinned_by_first_rank
 from moe.launch.run import write_run_record
-from moe.runs.record import SweepRecord
 
 OLD, NEW, TAGGED = "a" * 40, "b" * 40, "c" * 40
 
@@ -61,11 +61,9 @@ def test_a_resume_uses_the_commits_in_the_record_of_the_run(hub_cell: Cell) -> N
 def test_a_new_cell_uses_the_commits_of_the_other_cells_of_the_sweep(hub_cell: Cell) -> None:
     hub_cell.folder.parent.mkdir(parents=True)
     other = with_revision(hub_cell, OLD).config.identity()
-    SweepRecord(cells={"seed=9": other}).write(hub_cell.folder.parent / "sweep.json")
+    write_cells(hub_cell.folder.parent, {"seed=9": other})
     assert commits(hub_cell) == (OLD, OLD)
-    SweepRecord(cells={"seed=9": other | {"data.source.path": "another/text"}}).write(
-        hub_cell.folder.parent / "sweep.json"
-    )
+    write_cells(hub_cell.folder.parent, {"seed=9": other | {"data.source.path": "another/text"}})
     assert commits(hub_cell) == (NEW, OLD)
 
 

@@ -13,6 +13,7 @@ from run_folders import change_record, write_cells, write_metrics, write_record
 from train_processes import ANALYZE, TRAIN, run_script
 
 from moe.config.plugins import Plugin
+from moe.config.schema import Grid
 from moe.results.sweep_tables import console_table
 from moe.results.table import load_runs, read_event_tables
 from moe.runs.record import (
@@ -67,7 +68,10 @@ METRICS = MetricsRecord(
 CLAIM = {"text": "noise hurts", "metric": "val/loss", "factor": "noise", "levels": [0.5], "than": [0.0]}
 CLAIM |= {"kind": "higher", "source": "us", "margin": None, "size": ["1%", "5%"]}
 CLAIM |= {"within": {"lb": [0.0]}, "direction": None}
-SWEEP = SweepRecord(cells={"seed=1": {"seed": 1, "capacity": None}})
+SWEEP = SweepRecord(
+    cells={"seed=1": {"seed": 1, "capacity": None}},
+    grids=[Grid("x: noise, steps=5", ["noise"], {"steps": 5}, ["seed=1"])],
+)
 
 
 @pytest.mark.parametrize("record", [RUN, replace(RUN, status="running", facts=None), METRICS, SWEEP])
@@ -154,7 +158,11 @@ def test_every_missing_unknown_or_mistyped_field_is_named(tmp_path: Path) -> Non
     assert_refused(
         METRICS, written_content(METRICS, path) | {"final_metrics": {"val/loss": 10**400}}, "final_metrics.val/loss"
     )
-    assert_refused(SWEEP, {"format": FORMAT, "cells": {"seed=1": None}}, "cells.seed=1 is None")
+    assert_refused(SWEEP, {"format": FORMAT, "cells": {"seed=1": None}, "grids": []}, "cells.seed=1 is None")
+    grid = {"name": "x", "factors": [], "fixed": {}, "cells": ["seed=2"]}
+    assert_refused(
+        SWEEP, written_content(SWEEP, path) | {"grids": [grid]}, "must be in cells, and in the cells of a grid"
+    )
 
 
 def test_a_missing_file_and_a_folder_in_its_place_are_named(tmp_path: Path) -> None:
@@ -344,7 +352,7 @@ def test_final_metrics_without_a_metric_that_every_run_has_are_refused(name: str
 def test_a_run_whose_seed_is_no_number_and_a_missing_cell_with_extra_keys_are_rows(tmp_path: Path) -> None:
     (tmp_path / "seed=1").mkdir()
     write_record(tmp_path / "seed=1", config={"seed": "x"})
-    SweepRecord(cells={"seed=2": {"folder": 3, "seed": 2}}).write(tmp_path / SweepRecord.FILE)
+    write_cells(tmp_path, {"seed=2": {"folder": 3, "seed": 2}})
     runs = load_runs([tmp_path]).set_index("run")
     assert runs.loc["seed=1", "status"] == "unreadable"
     assert "config.seed='x'" in runs.loc["seed=1", "error"]

@@ -36,7 +36,8 @@ STATUSES = {
 def what_was_run(inputs: ReportInputs) -> Iterator[ReportBlock]:
     """Yield the number of runs by status, experiment and condition, and the runs that no result below includes."""
     runs = inputs.runs
-    counts = runs["status"].value_counts()
+    once = runs.drop_duplicates("folder")  # a run has a row for each grid to which it belongs
+    counts = once["status"].value_counts()
     yield Heading("What was run")
     yield StatusBar([(status, int(counts.get(status, 0)), tone) for status, tone in STATUSES.items()])
     yield TableBlock(_status_counts(runs, ["experiment"]))
@@ -45,9 +46,11 @@ def what_was_run(inputs: ReportInputs) -> Iterator[ReportBlock]:
     yield BulletList([f"factors: {', '.join(inputs.factors) or 'none varies'}; seeds: {_seeds(runs)}", _tuning(inputs)])
     yield from long_list([*_confounded_factors(inputs.tied), *_values_left_out(inputs)])
     yield csv_file("runs", inputs.loaded, "a row for each run: facts, factors and final metrics.")
-    failures = unfinished(runs)
+    if len(once) < len(runs):
+        yield Paragraph("Some runs belong to several grids. The tables count them in each of these.")
+    failures = unfinished(once)
     if len(failures):
-        yield Paragraph(f"{len(failures)} of {len(runs)} runs did not finish. No result below includes them:")
+        yield Paragraph(f"{len(failures)} of {len(once)} runs did not finish. No result below includes them:")
         yield TableBlock(failures)
     if inputs.past.problems:
         yield Paragraph("These parts of the event logs could not be read:")

@@ -18,7 +18,7 @@ MAX_LEVELS = 12  # of one key that are listed
 
 def causality(inputs: ReportInputs) -> Iterator[ReportBlock]:
     """Yield every router, and whether a token's routing depends on later tokens."""
-    runs = inputs.runs
+    runs = inputs.runs.drop_duplicates("folder")  # a run has a row for each grid to which it belongs
     if "router" not in runs:
         return
     yield Heading("Routers")
@@ -33,7 +33,7 @@ def causality(inputs: ReportInputs) -> Iterator[ReportBlock]:
 
 def configuration(inputs: ReportInputs) -> Iterator[ReportBlock]:
     """Yield the keys in which the runs differ, each with its role, and the keys in which all runs agree."""
-    runs = inputs.runs
+    runs = inputs.runs.drop_duplicates("folder")
     keys = [key for key in runs if "/" not in key and key not in FACTS]
     unset = {key for record in _records(runs) for key, value in _settings(record).items() if value is None}
     shown = {key: {level(None): "null"} for key in unset & set(keys)}  # as in YAML and on the command line
@@ -134,5 +134,5 @@ def _software(record: RunRecord) -> dict[str, Any]:
 
 def _records(runs: pd.DataFrame) -> Iterable[RunRecord]:
     """Yield the record of every run that has a readable one."""
-    for folder in runs.loc[~runs["status"].isin(["missing", "unreadable"]), "folder"]:
+    for folder in runs.loc[~runs["status"].isin(["missing", "unreadable"]), "folder"].unique():
         yield RunRecord.read(Path(folder) / RunRecord.FILE)

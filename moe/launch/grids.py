@@ -1,0 +1,44 @@
+"""Name the grid of a sweep: what it varies, and what it sets otherwise than its experiment."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.core.override_parser.types import Override
+
+from moe.checks import printable
+from moe.config.options import GROUPS
+from moe.config.schema import Cell, Grid, is_free
+
+LONGEST_NAME = 120  # W&B allows 128 characters in the name of a group
+
+
+def grid_of(cells: Sequence[Cell], presets: Sequence[Override], own: Sequence[Override], usual: dict[str, Any]) -> Grid:
+    """Return the grid of a command.
+
+    presets: the overrides that span the experiment's own grid. own: those of the command line. usual: the settings of
+    the experiment without those of the command line. A factor of the experiment's grid remains a factor if the command
+    gives a single level of it. The seed is neither a factor nor a fixed setting.
+    """
+    planned, swept = ({o.key_or_group for o in part if o.is_sweep_override()} - {"seed"} for part in (presets, own))
+    factors = sorted(planned | swept)
+    settings: dict[str, Any] = {}
+    for cell in reversed(cells):
+        settings |= cell.identity() | cell.choices
+    # The usual value of a key depends on the options of the groups. If these vary, every given value counts as fixed.
+    unusual = {o.key_or_group for o in presets} | (settings.keys() - set(GROUPS) if swept & {*GROUPS} else set())
+    fixed = {}
+    for key in sorted({o.key_or_group for o in own} - {*factors, "seed"}):
+        below = () if key in GROUPS else (name for name in settings if name.startswith(f"{key}."))
+        for name in (key, *below):
+            given = name in settings and not is_free(name)
+            if given and (name in unusual or name not in usual or usual[name] != settings[name]):
+                fixed[name] = settings[name]
+    parts = [" x ".join(factors)] if swept - planned else []
+    parts += [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in fixed.items()]
+    name = printable(": ".join(filter(None, (cells[0].experiment, ", ".join(parts)))))
+    if len(name) > LONGEST_NAME:
+        digest = hashlib.sha256(json.dumps([factors, fixed]).encode()).hexdigest()[:8]
+        name = f"{name[: LONGEST_NAME - 10]}… {digest}"
+    return Grid(name, factors, fixed, [cell.folder.name for cell in cells])
