@@ -122,20 +122,26 @@ def _reserved(cells: list[Cell]) -> Iterator[None]:
 
 
 def _record_grid(cells: list[Cell]) -> None:
-    """Add the cells of a sweep, and the grid that they form, to sweep.json."""
+    """Add the cells of a sweep, and the grid that they form, to sweep.json, unless it has them."""
     grid = cells[0].grid
     if grid is None:
         return
     path = cells[0].folder.parent / SweepRecord.FILE
+    asked = {cell.folder.name: cell.choices | cell.identity() for cell in cells}
+    given = {word.partition("=")[0] for word in cells[0].overrides}
+
+    def changed() -> SweepRecord | None:
+        earlier = SweepRecord.read(path) if path.exists() else SweepRecord(cells={}, grids=[])
+        record = earlier.joined(grid._replace(cells=list(asked)), asked, given)
+        return None if record == earlier else record
+
+    if changed() is None:
+        return
     with ExitStack() as stack:  # other commands may add a single cell at the same time
         while stack.enter_context(locked(path.with_name("sweep.json.lock"))) is not None:
             stack.close()
             time.sleep(0.05)
-        earlier = SweepRecord.read(path) if path.exists() else SweepRecord(cells={}, grids=[])
-        asked = {cell.folder.name: cell.choices | cell.identity() for cell in cells}
-        given = {word.partition("=")[0] for word in cells[0].overrides}
-        record = earlier.joined(grid._replace(cells=list(asked)), asked, given)
-        if record != earlier:
+        if (record := changed()) is not None:
             record.write(path)
 
 
