@@ -20,7 +20,7 @@ from moe.analysis.statistics import SIGNIFICANCE, against_best
 from moe.analysis.studies.published import experiment_claims
 from moe.bench.analyze import made_up_record
 from moe.bench.timing import TimingTable
-from moe.config.claim import ClaimConfig
+from moe.config.claim import OURS, ClaimConfig
 from moe.results.table import FACTS
 from moe.runs.record import RunRecord
 
@@ -65,9 +65,10 @@ def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:
 def error_shares(experiment: str, seeds: int, spread: str, studies: int) -> dict[str, float]:
     """Return the share of reports that name at least one effect, by kind.
 
-    claims: a planned claim is decided wrongly. contrasts, ANOVA: a contrast or a term is significant after the
-    correction for their family. either: one of the two. told from best: a level of the first factor is told from the
-    one that looks best, in one combination of the others.
+    source claims, own claims: a planned claim of a source, or one of our own, is decided wrongly. contrasts, ANOVA: a
+    contrast or a term is significant after the correction for their family. either: one of the two. anything: a wrong
+    claim, a contrast or a term. told from best: a level of the first factor is told from the one that looks best, in
+    one combination of the others.
     """
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -111,11 +112,14 @@ def _named_effects(runs: pd.DataFrame) -> dict[str, bool]:
     cell = runs[(runs[others] == runs[others].iloc[0]).all(axis=1)]
     best = cell.groupby(first)[TESTED[0]].mean().idxmin()
     told = against_best(cell, TESTED[0], first, best)["p Holm"] <= SIGNIFICANCE
+    wrong = [claim for claim in claims if verdicts[claim.text] in _wrong_verdicts(claim)]
     return {
-        "claims": any(verdicts[claim.text] in _wrong_verdicts(claim) for claim in claims),
+        "source claims": any(not claim.source.startswith(OURS) for claim in wrong),
+        "own claims": any(claim.source.startswith(OURS) for claim in wrong),
         "contrasts": contrast,
         "ANOVA": term,
         "either": contrast or term,
+        "anything": bool(wrong) or contrast or term,
         "told from best": bool(told.any()),
     }
 

@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moe.analysis.bootstrap import bootstrap
 from moe.data.blocks import Batch
 from moe.model.decoder import MoEForCausalLM
 from moe.model.layer import MoELayer
 from moe.routing.decision import Knobs, Routing
 from moe.specialization.interventions import intervene, swap_experts
-from moe.specialization.knockout import bootstrap
 from moe.specialization.observation import BLOCKS_PER_PASS, Observation, next_token_nats
 
 MAX_ROUTES = 8  # Sets of experts that are tried for a token.

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from moe.analysis.bootstrap import bootstrap
 from moe.checks import parse
 from moe.data.blocks import Prepared
 from moe.files import sha256, write_text
@@ -16,7 +17,7 @@ from moe.runs import traces
 from moe.runs.record import FORMAT, RunRecord, SpecializationRecord, StudySettings
 from moe.specialization import information, stability
 from moe.specialization.geometry import expert_outputs, projections
-from moe.specialization.knockout import bootstrap, knockouts
+from moe.specialization.knockout import knockouts
 from moe.specialization.landscape import landscape
 from moe.specialization.observation import (
     Observation,

@@ -2,13 +2,15 @@
 
 import itertools
 import math
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe.data.blocks import batch
@@ -20,6 +22,7 @@ from moe.model.decoder import MoEForCausalLM
 from moe.routers.base import Router
 from moe.routing.decision import Knobs
 from moe.routing.stats import RoutingStats
+from moe.runs.documents import DocumentLosses, write_documents
 from moe.training.optim import learning_rate
 from moe.training.schedules import knob_settings
 from moe.training.setup import Training
@@ -27,10 +30,11 @@ from moe.training.setup import Training
 COMPARED = 251  # the outputs of experts are compared on one token in this many
 
 
-def validate(training: Training, step: int) -> dict[str, Any]:
+def validate(training: Training, step: int, folder: Path | None = None) -> dict[str, Any]:
     """Return the validation metrics of a run after `step` optimizer steps, with the settings of that step.
 
     Validation is dropless. If the run has a capacity factor, it is repeated with the limit, as `val_capacity/...`.
+    folder: where the loss of each document is written.
     """
     config, data = training.config, training.data
     settings = knob_settings(config, training.schedule, step)
@@ -40,7 +44,10 @@ def validate(training: Training, step: int) -> dict[str, Any]:
         "batch_size": config.batch_size,
         "temperature": settings["temperature"],
     }
-    values = evaluate(training.model, data.val, **arguments)
+    by_block = torch.zeros(2, len(data.val), dtype=torch.float64, device=training.model.device)
+    values = evaluate(training.model, data.val, by_block=by_block, **arguments)
+    if folder is not None:
+        _write_documents(folder, data.val, by_block)
     if config.capacity is not None:
         limited = evaluate(training.model, data.val, capacity=config.capacity, drop=config.drop, **arguments)
         for name in ("val/loss", "val/perplexity", "routing/drop_rate", "routing/unrouted_rate"):
@@ -61,13 +68,15 @@ def evaluate(
     temperature: float,
     capacity: float | None = None,
     drop: str = "position",
+    by_block: Float[Tensor, "2 B"] | None = None,
 ) -> dict[str, Any]:
     """Return the metrics of a model on validation data, dropless unless a `capacity` factor is given.
 
     These are `val/loss` (nats per token), `val/perplexity`, `val/accuracy`, `val/bits_per_byte`, loss and bits per byte
     of each domain, every routing metric, and `routing/utilization` (L, E). `val/...` are means over the tokens with a
     label, routing metrics over all tokens. `text_bytes` are the lengths of the domains' texts in bytes. The outputs of
-    experts are compared on the tokens of `compared_tokens`.
+    experts are compared on the tokens of `compared_tokens`. The summed loss of each block and its number of tokens are
+    added to `by_block`, on each rank for the micro-batches of that rank.
 
     With a capacity limit, or a router that is not causal, the loss depends on which sequences share a micro-batch. Each
     micro-batch therefore mixes the domains, as in training.
@@ -100,10 +109,13 @@ def evaluate(
             output.logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
         )
         # A product, because on CUDA `index_add` adds floating-point numbers in no fixed order.
+        sums = torch.stack([nats.view_as(targets).double().sum(1), (targets != IGNORED).double().sum(1)])
+        if by_block is not None:
+            by_block[:, list(blocks)] += times * sums
         members = times * (domain == torch.arange(len(domains), device=device)[:, None]).double()
-        loss += members @ nats.view_as(targets).double().sum(1)
+        loss += members @ sums[0]
         correct += members @ (output.logits.argmax(-1) == targets).double().sum(1)
-        tokens += members @ (targets != IGNORED).double().sum(1)
+        tokens += members @ sums[1]
         if output.stats is not None:
             counted = RoutingStats(*(times * field for field in output.stats))
             stats = counted if stats is None else stats.merge(counted)
@@ -128,6 +140,14 @@ def evaluate(
         values["routing/router_gram"] = _mean(grams)
         values |= {f"routing/router_gram/layer{layer:02d}": gram for layer, gram in enumerate(grams)}
     return values
+
+
+def _write_documents(folder: Path, data: Dataset, by_block: Float[Tensor, "2 B"]) -> None:
+    """Write the summed losses and numbers of tokens of the documents, which are sums over their blocks."""
+    [sums] = ranks.all_reduce_sum((by_block,))
+    if ranks.is_first():
+        documents = np.asarray(data["document"])
+        write_documents(folder, DocumentLosses(*(np.bincount(documents, row) for row in sums.cpu().numpy())))
 
 
 def compared_tokens(blocks: range, seq_len: int) -> Int[Tensor, "N"]:

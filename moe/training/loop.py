@@ -50,7 +50,8 @@ def train(config: Config, folder: Path, *, signals: Signals, listeners: Sequence
             values["time/tokens_per_s"] = tokens / clock.add_step(began=began)
             events.record("train", done, values)
             if evaluates:
-                latest = events.record("eval", done, validate(training, done))
+                last = folder if done == config.steps else None
+                latest = events.record("eval", done, validate(training, done, last))
                 progress.evaluated(done, latest)
             if done in milestones:
                 save_milestone(folder, training, done)

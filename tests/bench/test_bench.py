@@ -171,7 +171,7 @@ def test_made_up_run_folders_are_complete_and_their_analysis_is_measured(tmp_pat
 
 def test_the_simulation_of_errors_counts_the_reports_that_name_an_effect(monkeypatch: pytest.MonkeyPatch) -> None:
     null = errors.error_shares("experiment_c", 3, "a run missing", studies=2)
-    assert set(null) == {"claims", "contrasts", "ANOVA", "either", "told from best"}
+    assert set(null) == {"source claims", "own claims", "contrasts", "ANOVA", "either", "anything", "told from best"}
     made_up_runs = errors.null_runs
 
     def with_an_effect(*arguments: Any) -> pd.DataFrame:
@@ -179,4 +179,6 @@ def test_the_simulation_of_errors_counts_the_reports_that_name_an_effect(monkeyp
         return runs.assign(**{"val/perplexity": runs["val/perplexity"] + 9999 * (runs["router"] == "hash")})
 
     monkeypatch.setattr(errors, "null_runs", with_an_effect)
-    assert set(errors.error_shares("experiment_c", 3, "equal", studies=1).values()) == {1.0}
+    found = errors.error_shares("experiment_c", 3, "equal", studies=1)
+    assert found.pop("own claims") == 0  # the experiment has none
+    assert set(found.values()) == {1.0}

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe.analysis.bootstrap import bootstrap
 from moe.data.blocks import Prepared
 from moe.model.decoder import MoEForCausalLM
 from moe.routing.decision import Knobs, Routing
 from moe.specialization.geometry import expert_outputs
 from moe.specialization.interventions import Intervention, intervene, remove, reroute, swap_experts
-from moe.specialization.knockout import bootstrap, knockouts, rank_correlation
+from moe.specialization.knockout import knockouts, rank_correlation
 from moe.specialization.landscape import DISTANCES, landscape, moved_weights
 from moe.specialization.observation import Observation, documents_of_blocks, next_token_nats, observe, validation_blocks
 from moe.specialization.regret import route_regret
@@ -192,7 +193,7 @@ def test_the_bootstrap_counts_a_document_once_and_a_weight_as_that_many_blocks()
 
 
 def test_the_interval_over_documents_covers_the_mean_at_its_nominal_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moe.specialization.knockout.BOOTSTRAP_RESAMPLES", 300)
+    monkeypatch.setattr("moe.analysis.bootstrap.RESAMPLES", 300)
     rng, covered, missed_over_blocks = np.random.default_rng(0), 0, 0
     document = np.arange(40).repeat(5)
     for _ in range(200):

@@ -26,6 +26,7 @@ from moe.analysis.report.sections.comparisons import (
     noise_floor_table,
 )
 from moe.analysis.report.sections.factor_effects import factor_effects
+from moe.analysis.report.sections.other_text import other_seeds_and_other_text
 from moe.analysis.report.sections.over_training import contrasts_over_training, gradient_norms, learning_curves
 from moe.analysis.report.sections.overview import what_was_run
 from moe.analysis.report.sections.provenance import causality, configuration, data, software
@@ -41,6 +42,7 @@ FIRST: tuple[Section, ...] = (what_was_run,)
 FOR_EACH_EXPERIMENT: tuple[Section, ...] = (
     claim_verdicts,
     contrast_verdicts,
+    other_seeds_and_other_text,
     noise_floor_table,
     factor_effects,
     condition_table,

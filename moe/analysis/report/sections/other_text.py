@@ -1,0 +1,94 @@
+"""Whether a difference would also be seen on other text: intervals over documents beside those over seeds."""
+
+from collections.abc import Iterator
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from moe.analysis.bootstrap import bootstrap
+from moe.analysis.report.blocks import BulletList, Heading, Paragraph, ReportBlock, TableBlock, csv_file
+from moe.analysis.report.inputs import ReportInputs
+from moe.analysis.statistics import contrasts, name_cell
+from moe.results.comparable import NOT_COMPARABLE
+from moe.results.conditions import conditions
+from moe.runs.documents import DocumentLosses, read_documents
+
+LOSS = "val/loss"
+EXPLAINED = """\
+The difference of the validation loss, in nats per token, between runs of the same seed. The interval over seeds says
+which difference other seeds would show on this text (t interval). The interval over documents says which difference
+these runs would show on other text of the same kind (bootstrap-t over documents, paired by document, averaged over the
+seeds). It is missing below four documents. This table describes; it tests nothing."""
+
+
+def other_seeds_and_other_text(inputs: ReportInputs) -> Iterator[ReportBlock]:
+    """Yield the contrasts of the validation loss, each with its interval over seeds and its interval over documents."""
+    runs = inputs.runs[inputs.runs["status"] == "finished"]
+    if inputs.contrasts.empty or LOSS not in runs:
+        return
+    references = dict(inputs.contrasts[["factor", "reference"]].drop_duplicates("factor").itertuples(index=False))
+    table = contrasts(runs, LOSS, inputs.factors, references=references)
+    table = table[(table["n"] > 0) & ~table["note"].str.startswith(NOT_COMPARABLE)] if len(table) else table
+    problems: list[str] = []
+    read = cache(partial(_read, problems=problems))
+    rows = []
+    for factor, of_factor in table.groupby("factor", sort=False):
+        others = [other for other in inputs.factors if other != factor]
+        cells = {name_cell(cell): members for cell, members in conditions(runs, others)}
+        for _, row in of_factor.iterrows():
+            members = cells[row["within"]]
+            sides = [
+                members[members[factor] == row[side]].set_index("seed")["folder"] for side in ("level", "reference")
+            ]
+            pairs = [[read(folder) for folder in pair] for pair in pd.concat(sides, axis=1).dropna().to_numpy()]
+            rows.append(
+                row[["factor", "level", "reference", "within", "n", "difference", "ci_low", "ci_high"]].to_dict()
+            )
+            rows[-1] |= _over_documents(pairs)
+    found = pd.DataFrame(rows)
+    if found.empty or not found["documents"].any():
+        return
+    shown = found[["factor", "level", "reference", "within", "n", "difference"]].assign(
+        **{
+            "over seeds": [_interval(*ends) for ends in found[["ci_low", "ci_high"]].to_numpy()],
+            "documents": found["documents"],
+            "over documents": [_interval(*ends) for ends in found[["documents_low", "documents_high"]].to_numpy()],
+        }
+    )
+    yield Heading("Other seeds and other text")
+    yield Paragraph(EXPLAINED)
+    if problems:
+        yield BulletList(problems)
+    yield TableBlock(shown)
+    yield csv_file("documents", found, "this table.")
+
+
+def _read(folder: str, *, problems: list[str]) -> DocumentLosses | None:
+    try:
+        return read_documents(Path(folder))
+    except ValueError as error:
+        problems.append(str(error))
+        return None
+
+
+def _over_documents(pairs: list[list[DocumentLosses | None]]) -> dict[str, Any]:
+    """Return the number of documents, and the interval over them of the difference, averaged over pairs of runs.
+
+    There are none if a run has no losses by document, or not the same documents as the others.
+    """
+    known = [losses for pair in pairs for losses in pair if losses is not None]
+    same = bool(known) and all(np.array_equal(losses.tokens, known[0].tokens) for losses in known)
+    if not same or len(known) < 2 * len(pairs):
+        return {"documents": 0, "documents_low": float("nan"), "documents_high": float("nan")}
+    used = known[0].tokens > 0
+    tokens = known[0].tokens[used]
+    differences = np.mean([a.nats - b.nats for a, b in zip(known[::2], known[1::2], strict=True)], axis=0)[used]
+    found = bootstrap(differences / tokens, np.arange(len(tokens)), weight=tokens)
+    return {"documents": len(tokens), "documents_low": found["low"], "documents_high": found["high"]}
+
+
+def _interval(low: float, high: float) -> str:
+    return "–" if np.isnan(low) else f"[{low:+.4f}, {high:+.4f}]"

@@ -1,0 +1,75 @@
+"""Tests of the intervals over documents: the losses that runs write, and the report's table of them."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from run_folders import write_metrics, write_record
+from small_runs import run
+
+from moe.analysis.report.blocks import BulletList, TableBlock
+from moe.analysis.report.inputs import collect_inputs
+from moe.analysis.report.sections.other_text import other_seeds_and_other_text
+from moe.results.table import load_runs
+from moe.runs.documents import DocumentLosses, read_documents, write_documents
+from moe.runs.events import read_events
+
+TOKENS = np.array([100.0, 50.0, 200.0, 0.0, 80.0, 120.0])
+
+
+def test_the_losses_of_the_documents_add_up_to_the_validation_loss(cell: Any) -> None:
+    """The file is written after the last step, from the evaluation that gives the final metrics."""
+    one = cell("steps=3", "eval_every=2", "save_model=none")
+    run(one)
+    losses = read_documents(one.folder)
+    [*_, last] = read_events(one.folder / "events.jsonl")
+    assert losses.nats.sum() / losses.tokens.sum() == pytest.approx(last["val/loss"], rel=1e-12)
+    assert len(losses.tokens) > 3
+
+
+def write_runs(sweep: Path, rises: list[float]) -> None:
+    """Write runs of three seeds with and without noise; with noise, document n has `rises[n]` more nats per token."""
+    rng = np.random.default_rng(0)
+    for seed in range(3):
+        base, shift = rng.normal(4, 0.5, len(TOKENS)), 0.001 * seed
+        for noise, rise in ((0.0, np.zeros(len(TOKENS))), (0.5, np.array(rises) + shift)):
+            folder = sweep / f"noise={noise},seed={seed}"
+            folder.mkdir(parents=True)
+            losses = DocumentLosses((base + rise) * TOKENS, TOKENS)
+            write_record(folder, config={"noise": noise, "seed": seed})
+            mean = losses.nats.sum() / TOKENS.sum()
+            write_metrics(folder, {"val/loss": mean, "val/perplexity": math.exp(mean)})
+            write_documents(folder, losses)
+
+
+def table(sweep: Path) -> Any:
+    """Return the only row of the table about other seeds and other text, and the problems named above it."""
+    blocks = list(other_seeds_and_other_text(collect_inputs(load_runs([sweep]))[0]))
+    rows = [block.frame.iloc[0] for block in blocks if isinstance(block, TableBlock)]
+    problems = [line for block in blocks if isinstance(block, BulletList) for line in block.items]
+    return (rows or [None])[0], problems
+
+
+def test_a_difference_in_one_document_holds_for_other_seeds_and_not_for_other_text(tmp_path: Path) -> None:
+    """All seeds agree on a rise that one long document makes alone. If all documents rise, both intervals say so."""
+    write_runs(tmp_path / "one", [0, 0, 0.1, 0, 0, 0])
+    write_runs(tmp_path / "all", [0.1, 0.11, 0.1, 0, 0.12, 0.1])
+    (one, _), (each, _) = table(tmp_path / "one"), table(tmp_path / "all")
+    assert one["over seeds"].startswith("[+")
+    assert one["over documents"].startswith("[-")
+    assert each["over seeds"].startswith("[+")
+    assert each["over documents"].startswith("[+")
+    assert (one["n"], one["documents"]) == (3, 5)
+
+
+def test_other_documents_and_files_that_cannot_be_read_give_no_interval(tmp_path: Path) -> None:
+    write_runs(tmp_path / "x", [0.1] * 6)
+    folder = tmp_path / "x" / "noise=0.5,seed=1"
+    write_documents(folder, DocumentLosses(np.ones(6), TOKENS + 1))
+    assert table(tmp_path / "x") == (None, [])
+    (folder / "documents.npz").write_bytes(b"PK\x03\x04 torn")
+    assert table(tmp_path / "x") == (None, [])
+    with pytest.raises(ValueError, match=r"documents\.npz: incomplete or not losses by document"):
+        read_documents(folder)
