@@ -23,6 +23,7 @@ TOKEN = 64  # one token of a trained tokenizer: its entries in vocabulary and me
 NUMBER = 20  # a number in JSON
 MODEL_FILES, RUN_JSON = 2_000, 16_000  # the configuration files beside a saved model; run.json
 MIRROR = 100_000  # W&B's own logs and lists; events are copied once more
+DOCUMENTS = 2_000  # for validation, if the number of blocks is not limited
 DOMAINS = 8  # domains of the text, if the configuration does not list them
 
 
@@ -129,8 +130,10 @@ def _logs(config: Config, *, layers: int) -> int:
     series = 2 * NUMBER * (len(SERIES) * (1 + layers) + (1 + layers) * experts + 4)  # a line for each number
     events = steps * _json(step) + evaluations * evaluation
     trace = layers * probe.BLOCKS * config.data.seq_len * experts // 8 + 1000
+    documents = 2 * 8 * (config.data.max_val_blocks or DOCUMENTS) + 1000  # there are no more of them than blocks
     mirror = 0 if config.logger.mode == "disabled" else events + MIRROR
-    return events + mirror + evaluation + evaluations * series + len(traces.milestones(steps)) * trace + RUN_JSON
+    at_end = evaluation + evaluations * series + documents + RUN_JSON
+    return events + mirror + at_end + len(traces.milestones(steps)) * trace
 
 
 def _variants(metric: Metric, *, layers: int, domains: int) -> list[str]:
