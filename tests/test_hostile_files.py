@@ -42,6 +42,7 @@ from moe.model.architecture import MoEConfig
 from moe.model.decoder import MoEForCausalLM, load_model
 from moe.results.table import load_runs
 from moe.runs import checkpoint, traces
+from moe.runs.documents import read_documents
 from moe.runs.folder import locked, user
 from moe.runs.record import RecordError
 from moe.specialization.__main__ import main as specialization
@@ -415,6 +416,7 @@ def test_sizes_that_a_dense_checkpoint_does_not_have_are_refused(key: str, tmp_p
 PIPES: dict[str, Callable[[Path], object]] = {
     "run.lock": user,
     "trace/step-00000001.npz": lambda path: traces.read_traces(path.parent),
+    "documents.npz": lambda path: read_documents(path.parent),
     "checkpoints/step-00000001/manifest.json": lambda path: checkpoint.load(path.parents[1]),
     "checkpoints/step-00000001/state.pt": lambda path: checkpoint.load(path.parents[1]),
     "model/model.safetensors": lambda path: load_model(path.parent),

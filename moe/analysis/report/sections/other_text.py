@@ -14,7 +14,7 @@ from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.statistics import contrasts, name_cell
 from moe.results.comparable import NOT_COMPARABLE
 from moe.results.conditions import conditions
-from moe.runs.documents import DocumentLosses, read_documents
+from moe.runs.documents import FILE, DocumentLosses, read_documents
 
 LOSS = "val/loss"
 EXPLAINED = """\
@@ -27,7 +27,8 @@ seeds). It is missing below four documents. This table describes; it tests nothi
 def other_seeds_and_other_text(inputs: ReportInputs) -> Iterator[ReportBlock]:
     """Yield the contrasts of the validation loss, each with its interval over seeds and its interval over documents."""
     runs = inputs.runs[inputs.runs["status"] == "finished"]
-    if inputs.contrasts.empty or LOSS not in runs:
+    recorded = any((Path(folder) / FILE).exists() for folder in runs["folder"])
+    if inputs.contrasts.empty or LOSS not in runs or not recorded:
         return
     references = dict(inputs.contrasts[["factor", "reference"]].drop_duplicates("factor").itertuples(index=False))
     table = contrasts(runs, LOSS, inputs.factors, references=references)
