@@ -36,7 +36,8 @@ def grid_of(cells: Sequence[Cell], presets: Sequence[Override], own: Sequence[Ov
             if given and (name in unusual or name not in usual or usual[name] != settings[name]):
                 fixed[name] = settings[name]
     parts = [" x ".join(factors)] if swept - planned else []
-    parts += [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in fixed.items()]
+    for key in sorted(fixed, key=lambda key: ("." in key, key)):  # steps=20 is not cut off after many sizes of a model
+        parts.append(f"{key}={fixed[key] if isinstance(fixed[key], str) else json.dumps(fixed[key])}")
     name = printable(": ".join(filter(None, (cells[0].experiment, ", ".join(parts)))))
     if len(name) > LONGEST_NAME:
         digest = hashlib.sha256(json.dumps([factors, fixed]).encode()).hexdigest()[:8]

@@ -145,11 +145,11 @@ def test_a_long_name_is_cut_and_still_names_one_grid(tmp_path: Path) -> None:
     words += [f"optimizer.{key}=0.5" for key in ("beta1", "beta2", "momentum", "floor", "warmup")]
     names = set()
     for rate in (2.0, 3.0):
-        [cell, _] = read_cells([*words, f"optimizer.weight_decay={rate}"]) or []
+        [cell, _] = read_cells([*words, "steps=20", f"optimizer.weight_decay={rate}"]) or []
         assert cell.grid is not None
         names.add(cell.grid.name)
     assert len(names) == 2
-    assert all(len(name) <= 120 and name.startswith("default: noise, optimizer.") for name in names)
+    assert all(len(name) <= 120 and name.startswith("default: noise, steps=20, optimizer.") for name in names)
 
 
 def recorded(*commands: list[Cell]) -> list[Grid]:
