@@ -23,7 +23,7 @@ LAYERS = [
     {"model", "runs"},
     {"results", "training"},
     {"analysis", "launch"},
-    {"dashboard", "specialization"},
+    {"dashboard", "specialization", "testing"},
     {"bench"},
     {"__main__"},
 ]
@@ -209,7 +209,9 @@ def test_the_picture_shows_the_imports_of_the_code() -> None:
 
 def test_the_page_names_every_package() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    packages = [name if name in ("checks", "files", "dashboard", "__main__") else f"{name}/" for name in LAYER]
+    packages = [
+        name if name in ("checks", "files", "dashboard", "testing", "__main__") else f"{name}/" for name in LAYER
+    ]
     assert not [name for name in packages if f"`{name}" not in page]
 
 

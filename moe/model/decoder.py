@@ -238,7 +238,7 @@ class MoEModel(MoEPreTrainedModel):
         device to find out whether there are several.
         """
         flash = self.config._attn_implementation == "flash_attention_2"
-        mixing = bool(self._routers) and not self._routers[0].causal_in_evaluation
+        mixing = bool(self._routers) and not self._routers[0].decides_alone
         if (flash or mixing) and bool((position_ids.diff() != 1).any()):
             allowed = "sdpa or eager for blocks of several documents"
             require(not flash, "model.attention", "flash_attention_2", allowed)
@@ -432,8 +432,8 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         """
         for router in (layer.router for layer in self.moe_layers):
             causal = router.causal if self.training else router.causal_in_evaluation
-            allowed = f"False, because {type(router).__name__} compares all tokens of a text to choose experts"
-            require(causal or not cached, "use_cache", True, allowed)
+            allowed = f"False, because {type(router).__name__} compares tokens of a text to choose experts"
+            require((causal and not router.reads_earlier_tokens) or not cached, "use_cache", True, allowed)
             if router.uses_ids and not by_id:
                 raise ConfigError(f"inputs_embeds: must be input_ids, because {type(router).__name__} routes token ids")
 

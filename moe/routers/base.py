@@ -41,6 +41,9 @@ class Router(nn.Module):
     - `expert_directions`: one vector per expert, for `routing/router_gram` alone. Default: `expert_rows`.
     - `causal_in_evaluation`: what `causal` says, for evaluation alone. Default: `causal`. If it is false, the model
       refuses to generate with a cache, and blocks of several conversations.
+    - `reads_earlier_tokens = True`: the experts of a token depend on earlier tokens of its sequence too, as in a router
+      with a running mean. It may still be causal. The model then generates without a cache, because with one a router
+      sees only the newest token, and it refuses blocks of several conversations.
     - `uses_ids = True`: the router reads the token ids in `Context.ids`, and not only their shape.
     - `ignores`: the keys of the configuration that change nothing with this router, such as "noise", "capacity", the
       weight of a loss, or a setting of its own that the others make useless ("router.gate" with one expert per token).
@@ -62,10 +65,12 @@ class Router(nn.Module):
     - `tie_to`: use modules of the first MoE layer's router.
 
     The code uses only those attributes of a router that this docstring lists. All other attributes may have any name.
-    The test tests/routers/test_contract.py checks each router in conf/router against these declarations.
+    `moe.testing.check_router` holds a router to all of this. The test tests/routers/test_contract.py does so for each
+    router in conf/router.
     """
 
     causal: bool = True
+    reads_earlier_tokens: bool = False
     uses_ids: bool = False
     schedulable: bool = False
     ignores: frozenset[str] = frozenset()
@@ -120,15 +125,17 @@ class Router(nn.Module):
         """Raise ConfigError if this router lets the documents of a block influence each other in evaluation."""
         name = f"{type(self).__module__}.{type(self).__qualname__}"
         allowed = "a router that keeps the conversations of a block apart; this one compares their tokens"
-        require(self.causal_in_evaluation, "router._target_", name, allowed)
+        require(self.decides_alone, "router._target_", name, allowed)
 
     @property
     def causal_in_evaluation(self) -> bool:
-        """Whether the experts that a token asks for in evaluation depend on that token and earlier ones alone.
-
-        Text can be generated with a cache only if this holds, because the router then sees one new token at a time.
-        """
+        """Whether the experts that a token asks for in evaluation depend on that token and earlier ones alone."""
         return self.causal
+
+    @property
+    def decides_alone(self) -> bool:
+        """Whether a token gets the same experts in evaluation when the router sees no other token."""
+        return self.causal_in_evaluation and not self.reads_earlier_tokens
 
     @property
     def chain(self) -> "list[Router]":

@@ -241,7 +241,7 @@ def test_a_router_that_compares_tokens_in_evaluation_generates_without_a_cache_o
 ) -> None:
     """With a cache the router would see single tokens. Without one, each token follows from the whole text so far."""
     model, prompt = make(ROUTERS[name] | changes), ids[:1, :5]
-    with pytest.raises(ConfigError, match=r"^use_cache=True: must be False, because \w+ compares all tokens of a text"):
+    with pytest.raises(ConfigError, match=r"^use_cache=True: must be False, because \w+ compares tokens of a text"):
         model.generate(prompt, max_new_tokens=4)
     text = model.generate(prompt, max_new_tokens=4, do_sample=False, use_cache=False)
     for end in range(5, 9):
