@@ -51,8 +51,8 @@ def check_law(law: str, target: type[Router] | str, /, **settings: Any) -> None:
 
     def make(dim: int) -> Router:
         if isinstance(target, str):
-            return build({"_target_": target, **settings}, "router", dim, E, trusted=True)  # type: ignore[no-any-return]
-        return target(dim, E, **settings)  # type: ignore[call-arg]
+            return build({"_target_": target, **settings}, "router", dim, E, trusted=True)
+        return target(dim, E, **settings)
 
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         try:
@@ -111,7 +111,7 @@ def context(ids: Tensor, *, noise: float = 0.0, capacity: float | None = None) -
 
 def run_as_second_layer(layer: MoELayer, x: Tensor, context: Context) -> LayerOutput:
     """Run the layer twice. The second time, its router gets the state that it returned the first time."""
-    return layer(x, context._replace(state=layer(x, context).routing[-1].state))  # type: ignore[no-any-return]
+    return layer(x, context._replace(state=layer(x, context).routing[-1].state))
 
 
 def rows_of(routing: Routing) -> int:

@@ -53,8 +53,9 @@ def python(project: Path, *arguments: str) -> str:
 
 
 def test_there_are_five_recipes_and_the_table_names_each_of_their_files() -> None:
-    introduction, *recipes = re.split(r"^## ", PAGE, flags=re.MULTILINE)
+    introduction, *recipes, outside = re.split(r"^## ", PAGE, flags=re.MULTILINE)
     assert len(recipes) == 5
+    assert outside.startswith("Outside of this project")
     for name in [name for name, _ in FILE.findall(PAGE)] + re.findall(r"^\+\+\+ b/(\S+)", PAGE, re.MULTILINE):
         assert f"`{name}`" in introduction or (name.startswith("tests/") and "a test" in introduction), name
 
