@@ -95,7 +95,7 @@ def test_every_panel_shows_a_key_that_is_logged(
     experiment: list[str], small: list[str], tmp_path: Path, train_and_log: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name, *overrides = experiment
-    settings = [*small, "logger.mode=offline", f"out={tmp_path}"]
+    settings = [*small, "eval_every=6", "logger.mode=offline", f"out={tmp_path}"]
     cells = read_cells([f"experiment={name}", "seed=42", *overrides, *settings]) or []
     logged = train_and_log(cells)
     assert shown_but_not_logged(cells, logged) == set()
@@ -206,6 +206,7 @@ def test_errors_are_one_line(
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))  # W&B would look for a login here
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # no server listens there
+    monkeypatch.setattr("wandb.apis.public.api.Api._HTTP_TIMEOUT", 1)  # W&B tries again for so many seconds
     assert dashboard.main(arguments) == 2
     printed = capsys.readouterr()
     assert complaint in printed.err

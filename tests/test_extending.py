@@ -26,7 +26,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a copy of this project with every recipe applied."""
     copy = tmp_path_factory.mktemp("extended")
     for folder in ("moe", "conf", "tests", "docs"):
-        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "example-report"))
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("example-report"))
     for name in ("train.py", "analyze.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, copy / name)
     for name, content in FILE.findall(PAGE):

@@ -38,7 +38,9 @@ def downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("downloaded")
 @pytest.mark.parametrize("command", [command for command in COMMANDS if not command.startswith("--")])
 def test_commands_are_accepted(command: str) -> None:
-    assert read_cells(shlex.split(command))
+    """The seeds of an experiment are reduced to one, because composing all cells takes long."""
+    one_seed = ["seed=42"] if command.startswith("experiment=") and "seed=" not in command else []
+    assert read_cells([*shlex.split(command), *one_seed])
 
 
 def test_the_table_of_metrics_matches_the_catalog() -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -105,7 +106,7 @@ def typed(composed: DictConfig, choices: dict[str, str | None]) -> Config:
     choices: the option of each group. Where the class of an option was replaced by another one, the entry becomes the
     name of that class, and the keys of the option are left out that the class does not take.
     """
-    config = composed.copy()
+    config: DictConfig = pickle.loads(pickle.dumps(composed))  # takes half the time of OmegaConf's copy
     with open_dict(config):
         config.pop("hydra", None)
     if config.model.get("dense") is not None:
@@ -472,7 +473,7 @@ def _compose_values(overrides: list[Override]) -> DictConfig:
     This takes a seventh of the time of composing each cell.
     """
     groups = [o for o in overrides if _is_group_choice(o)]
-    composed = _compose_groups(tuple(str(o.input_line) for o in groups)).copy()
+    composed: DictConfig = pickle.loads(_compose_groups(tuple(str(o.input_line) for o in groups)))
     ConfigLoaderImpl._apply_overrides_to_config([o for o in overrides if o not in groups], composed)
     composed.hydra.overrides.task = [o.input_line for o in overrides if not o.is_hydra_override()]
     composed.hydra.job.override_dirname = _dirname(overrides, composed.hydra)
@@ -480,8 +481,9 @@ def _compose_values(overrides: list[Override]) -> DictConfig:
 
 
 @cache
-def _compose_groups(groups: tuple[str, ...]) -> DictConfig:
-    return compose("config", overrides=list(groups), return_hydra_config=True)
+def _compose_groups(groups: tuple[str, ...]) -> bytes:
+    """Return what Hydra composes from these options, pickled: a copy of it then takes a sixth of OmegaConf's time."""
+    return pickle.dumps(compose("config", overrides=list(groups), return_hydra_config=True))
 
 
 def _is_group_choice(override: Override) -> bool:
@@ -639,10 +641,16 @@ def _check_type(override: Override) -> None:
         require(False, key, word, allowed)
 
 
+@cache
+def _pickled_schema() -> bytes:
+    """Return `Config` with its types as OmegaConf's container, pickled, because building it takes long."""
+    return pickle.dumps(OmegaConf.structured(Config))
+
+
 def _misfit(key: str, value: object) -> Exception | None:
     """Return why `Config` does not take a value for a key; None if it does."""
     try:
-        OmegaConf.update(OmegaConf.structured(Config), key, value)
+        OmegaConf.update(pickle.loads(_pickled_schema()), key, value)
     except FAULTS as error:
         return error
     return None

@@ -221,6 +221,7 @@ def _printed(*command: str) -> list[str]:
         return []
 
 
+@cache
 def _version(package: str) -> str:
     """Return the version of an installed package, "unknown" for one that is imported without being installed."""
     try:

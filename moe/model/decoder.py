@@ -395,30 +395,14 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden.last[:, kept])
-        loss = None
-        if labels is not None:
-            targets = next_token(context.mask_padding(labels, IGNORED))
-            targets = context.mask_padding(targets, IGNORED)  # padding predicts nothing
-            rows = logits.float().flatten(0, 1)
-            if num_items_in_batch is None:
-                loss = F.cross_entropy(rows, targets.flatten(), ignore_index=IGNORED)
-            else:
-                total = F.cross_entropy(rows, targets.flatten(), ignore_index=IGNORED, reduction="sum")
-                mean = total / targets.ne(IGNORED).sum().clamp(min=1)
-                loss = mean * labels[:, 1:].ne(IGNORED).sum() / num_items_in_batch
-        fields: dict[str, Any] = {}
+        loss = None if labels is None else _cross_entropy(logits, labels, context, num_items_in_batch)
+        fields = _routing_fields(hidden.layers)
         if keep_states:
             fields["hidden_states"] = hidden.states
         if keep_attentions:
             fields["attentions"] = hidden.attentions
         if output_router_logits:
             fields["router_logits"] = _router_logits(hidden.layers)
-        if hidden.layers:
-            layers = hidden.layers
-            fields["aux"] = {name: torch.stack([layer.aux[name] for layer in layers]) for name in layers[0].aux}
-            fields["stats"] = RoutingStats.stack([layer.stats for layer in layers])
-            fields["routing"] = [layer.routing for layer in layers]
-            fields["load"] = torch.stack([layer.load for layer in layers])
         # positional, because transformers renamed the cache's field
         output = MoEOutput(loss, logits, cache if use_cache else None, **fields)
         as_object = config.return_dict if return_dict is None else return_dict
@@ -436,6 +420,35 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             require((causal and not router.reads_earlier_tokens) or not cached, "use_cache", True, allowed)
             if router.uses_ids and not by_id:
                 raise ConfigError(f"inputs_embeds: must be input_ids, because {type(router).__name__} routes token ids")
+
+
+def _cross_entropy(
+    logits: Float[Tensor, "B S V"], labels: Int[Tensor, "B S"], context: Context, num_items: int | Tensor | None
+) -> Float[Tensor, ""]:
+    """Return the mean loss of the labels. With `num_items` it is their share of the mean over a step of so many labels.
+
+    Padding predicts nothing and is not predicted.
+    """
+    targets = next_token(context.mask_padding(labels, IGNORED))
+    targets = context.mask_padding(targets, IGNORED)
+    rows = logits.float().flatten(0, 1)
+    if num_items is None:
+        return F.cross_entropy(rows, targets.flatten(), ignore_index=IGNORED)
+    total = F.cross_entropy(rows, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    mean = total / targets.ne(IGNORED).sum().clamp(min=1)
+    return mean * labels[:, 1:].ne(IGNORED).sum() / num_items
+
+
+def _routing_fields(layers: list[LayerOutput]) -> dict[str, Any]:
+    """Return the fields of `MoEOutput` that join the outputs of MoE layers. Empty if there are none."""
+    if not layers:
+        return {}
+    return {
+        "aux": {name: torch.stack([layer.aux[name] for layer in layers]) for name in layers[0].aux},
+        "stats": RoutingStats.stack([layer.stats for layer in layers]),
+        "routing": [layer.routing for layer in layers],
+        "load": torch.stack([layer.load for layer in layers]),
+    }
 
 
 def _router_logits(layers: list[LayerOutput]) -> tuple[Tensor, ...]:

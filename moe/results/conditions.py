@@ -158,11 +158,11 @@ def _free_and_tied(runs: pd.DataFrame) -> tuple[list[str], dict[str, str]]:
     free: list[str] = []
     tied: dict[str, str] = {}
     for factor in [*factors, "experiment"]:
-        known = runs.dropna(subset=[factor])
-        if factor in OFF and known.loc[known[factor] != ABSENT, factor].nunique() < 2:
-            continue  # the same wherever it applies; whether it applies depends on the router
-        if known[factor].nunique() < 2 or ("seed" in runs and (known[factor] == known["seed"]).all()):
+        known = runs[factor].dropna()
+        if known.nunique() < 2 or ("seed" in runs and (known == runs["seed"][runs[factor].notna()]).all()):
             continue  # data.seed=${seed} is the seed, not a factor
+        if factor in OFF and known[known != ABSENT].nunique() < 2:
+            continue  # the same wherever it applies; whether it applies depends on the router
         if factor in DIGESTS and data and (runs.groupby(data, dropna=False)[factor].nunique() < 2).all():
             continue  # runs with equal settings of the data read the same text
         leader = next((other for other in free if (runs.groupby(other, sort=False)[factor].nunique() < 2).all()), None)

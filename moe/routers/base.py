@@ -245,7 +245,7 @@ class Router(nn.Module):
         checkpoints contain it.
         """
 
-    def perturb(self, logits: Float[Tensor, "T E"], knobs: Knobs) -> Float[Tensor, "T E"]:
+    def add_noise(self, logits: Float[Tensor, "T E"], knobs: Knobs) -> Float[Tensor, "T E"]:
         """Return logits + N(0, noise^2) in training; return the logits unchanged in evaluation or without noise.
 
         Noise comes before temperature, softmax and selection. It therefore affects the selection, the gate weights and

@@ -36,7 +36,7 @@ class CosineRouter(Router):
         direction = F.normalize(F.linear(x, self.projection.to(x.dtype)), dim=-1)
         cosine = F.linear(direction, F.normalize(self.embedding.to(x.dtype), dim=-1))
         logits = cosine / self.log_tau.to(x.dtype).clamp(min=math.log(MIN_TAU)).exp()
-        noisy = self.perturb(logits, context.knobs)
+        noisy = self.add_noise(logits, context.knobs)
         probs = torch.softmax(noisy, -1)
         expert = noisy.topk(self.k).indices
         weight = probs.gather(-1, expert)

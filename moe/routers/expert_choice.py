@@ -35,7 +35,7 @@ class ExpertChoice(LinearRouter):
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         logits = self.logits(x)
-        noisy = self.perturb(logits, context.knobs)
+        noisy = self.add_noise(logits, context.knobs)
         probs = torch.softmax(noisy, -1)
         quota = capacity_per_expert(len(x), self.num_experts, self.capacity_factor)
         token = log_odds(noisy.detach()).topk(quota, dim=0).indices

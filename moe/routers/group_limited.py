@@ -40,7 +40,7 @@ class GroupLimited(TopK):
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         logits = self.logits(x)
-        noisy = self.perturb(logits, context.knobs)
+        noisy = self.add_noise(logits, context.knobs)
         probs = torch.softmax(noisy, -1)
         expert = noisy.masked_fill(~self._open(noisy.detach()), -torch.inf).topk(self.k).indices
         return Routing.token_choice(expert, self._gate(probs.gather(-1, expert)), probs=probs, logits=logits)

@@ -26,7 +26,7 @@ class Gumbel(Temperature):
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         temperature = context.knobs.temperature
         logits = self.logits(x)
-        noisy = self.perturb(logits, context.knobs)
+        noisy = self.add_noise(logits, context.knobs)
         noise = temperature * gumbel_like(noisy) if self.training else torch.zeros_like(noisy)
         drawn = noisy + noise
         expert = (noisy.double() + noise).topk(self.k).indices  # in fp32 large logits would round the noise

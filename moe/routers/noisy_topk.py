@@ -37,7 +37,7 @@ class NoisyTopK(TopK):
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         logits = self.logits(x)
         spread = F.softplus(F.linear(x, self.noise_weight.to(x.dtype))) + FLOOR
-        noisy = self.perturb(logits, context.knobs)
+        noisy = self.add_noise(logits, context.knobs)
         if self.training:
             noisy = noisy + spread * torch.randn_like(spread)
         probs = torch.softmax(noisy, -1)

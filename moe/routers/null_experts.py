@@ -45,7 +45,7 @@ class NullExperts(Router):
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         logits = F.linear(x, self.weight.to(x.dtype))
-        noisy = self.perturb(logits, context.knobs)
+        noisy = self.add_noise(logits, context.knobs)
         chosen = torch.zeros_like(noisy, dtype=torch.bool).scatter(-1, noisy.topk(self.k).indices, True)
         real, noisy_real = chosen[:, : self.num_experts], noisy[:, : self.num_experts]
         gated = real | ~real.any(-1, keepdim=True)  # a row without any expert would have no softmax

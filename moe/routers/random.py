@@ -32,5 +32,5 @@ class Random(Router):
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         logits = F.linear(x, self.weight.to(x.dtype))
-        expert = self.perturb(logits, context.knobs).topk(self.k).indices
+        expert = self.add_noise(logits, context.knobs).topk(self.k).indices
         return Routing.token_choice(expert, torch.full(expert.shape, 1 / self.k, device=x.device))

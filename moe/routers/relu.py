@@ -48,7 +48,7 @@ class ReLU(LinearRouter):
         return {"sparsity": self.log_coefficient.exp().item()}
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
-        gates = torch.relu(self.perturb(self.logits(x), context.knobs))
+        gates = torch.relu(self.add_noise(self.logits(x), context.knobs))
         chosen = gates > 0
         popularity = chosen.float().mean(0) * self.num_experts / self.target
         return Routing.masked(chosen, gates, aux={"sparsity": (popularity * gates).sum(-1).mean()})

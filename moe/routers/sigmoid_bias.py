@@ -31,7 +31,7 @@ class BiasedSigmoid(LinearRouter):
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         logits = self.logits(x)
-        noisy = self.perturb(logits, context.knobs)
+        noisy = self.add_noise(logits, context.knobs)
         log_scores = F.logsigmoid(noisy)  # in logs, because a sum of scores can be 0
         scores = log_scores.exp()
         exact = torch.sigmoid(noisy.detach().double())  # in fp32 it is 1 for all logits above 17

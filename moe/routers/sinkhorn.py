@@ -52,7 +52,7 @@ class Sinkhorn(LinearRouter):
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         logits = self.logits(x)
-        noisy = self.perturb(logits, context.knobs)
+        noisy = self.add_noise(logits, context.knobs)
         planned = self.training or self.inference
         selection_scores = log_plan(noisy.detach().double() / self.epsilon, self.iterations) if planned else noisy
         expert = selection_scores.topk(self.k).indices

@@ -42,7 +42,7 @@ class SoftMoE(Router):
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         cosine = F.linear(F.normalize(x, dim=-1), F.normalize(self.weight.to(x.dtype), dim=-1))
-        logits = self.perturb(self.scale * cosine, context.knobs)
+        logits = self.add_noise(self.scale * cosine, context.knobs)
         combine = torch.softmax(logits, -1)
         shape, places = (*context.ids.shape, -1), context.ids.numel()
         lowest = torch.finfo(logits.dtype).min  # the softmax of padding is then 0, and finite for padding alone

@@ -172,7 +172,7 @@ class Spectra(Router):
         planned = self.training or self.inference
         mean = F.normalize(expression.mean(0), dim=-1)
         logits = -self._cost(similarity, mean if planned else F.normalize(self.mean_expression, dim=-1)) / self.epsilon
-        scores = self.perturb(logits, context.knobs).double()
+        scores = self.add_noise(logits, context.knobs).double()
         if planned:
             scores = self.plan(scores, self.iterations)
         scores = scores.log_softmax(-1)

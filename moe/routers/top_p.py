@@ -38,7 +38,7 @@ class TopP(LinearRouter):
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         logits = self.logits(x)
-        noisy = self.perturb(logits, context.knobs)
+        noisy = self.add_noise(logits, context.knobs)
         log_probs = torch.log_softmax(noisy, -1)
         probs = log_probs.exp()
         expert = noisy.topk(self.k_max).indices

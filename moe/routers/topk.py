@@ -43,7 +43,7 @@ class TopK(LinearRouter):
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         logits = self.logits(x)
-        noisy = self.perturb(logits, context.knobs)
+        noisy = self.add_noise(logits, context.knobs)
         tempered = noisy / context.knobs.temperature
         probs = torch.softmax(tempered, -1)
         expert = noisy.topk(self.k).indices  # not of probs, which at low temperature round to ties

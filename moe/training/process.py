@@ -30,7 +30,9 @@ def configure(*, threads: int, matmul_precision: str = "highest") -> dict[str, o
     torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients of attention differ from run to run
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, torch refuses to promise equal products
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    gc.enable()  # train.py switches it off while it imports
+    if not gc.isenabled():  # train.py switches it off while it imports
+        gc.freeze()  # what has been imported is no garbage, so it need not be searched again and again
+        gc.enable()
     kept = False
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pandas as pd
 import pytest
 from run_folders import change_record, write_metrics
 from scipy import stats
+from small_runs import OUT
 from statsmodels.stats.multitest import multipletests
 
 from moe.analysis.claims import contrasts_without_claim, evidence_sentence, judge, judge_planned, planned_claims
@@ -20,6 +22,7 @@ from moe.analysis.studies.published import as_runs, experiment_claims, read_publ
 from moe.checks import ConfigError
 from moe.config.claim import ClaimConfig
 from moe.config.options import CONF, options
+from moe.config.schema import Cell
 from moe.launch.command_line import read_cells
 from moe.launch.run import write_run_record
 from moe.metrics.catalog import lookup
@@ -455,16 +458,22 @@ def test_contrasts_without_a_claim_are_post_hoc() -> None:
     assert contrasts_without_claim(routers, [claim_about_routers]).empty
 
 
+@cache
+def grid(experiment: str, *overrides: str) -> list[Cell]:
+    """Return the cells of an experiment at one seed. Hydra takes long, so equal grids are composed only once."""
+    return read_cells([f"experiment={experiment}", f"out={OUT}", "seed=0", *overrides]) or []
+
+
 @pytest.fixture
 def sweep(tmp_path: Path):
     """Return a function that writes the records of an experiment's cells, with made-up results."""
 
     def write(experiment: str, *overrides: str, seeds: tuple[int, ...] = (42, 43)) -> pd.DataFrame:
-        # Composing every seed with Hydra would take longer than copying one cell.
-        composed = read_cells([f"experiment={experiment}", f"out={tmp_path}", "seed=0", *overrides]) or []
         cells = [
-            cell._replace(config=replace(cell.config, seed=seed), folder=cell.folder / str(seed))
-            for cell in composed
+            cell._replace(
+                config=replace(cell.config, seed=seed), folder=tmp_path / cell.folder.relative_to(OUT) / str(seed)
+            )
+            for cell in grid(experiment, *overrides)
             for seed in seeds
         ]
         rng = np.random.default_rng(0)
@@ -486,7 +495,7 @@ def sweep(tmp_path: Path):
 def test_every_experiment_can_judge_all_its_claims(experiment: str, sweep) -> None:
     narrowed = NARROWED.get(experiment, [])
     runs = sweep(experiment, *narrowed, seeds=(42, 43, 44))
-    [cell, *_] = read_cells([f"experiment={experiment}", *narrowed, "seed=42"]) or []
+    cell = grid(experiment, *narrowed)[0]
     planned = [(each, len(members)) for each, members in planned_claims(runs)]
     assert planned == [(each, len(runs)) for each in cell.config.claims]
     table = judge_planned(runs)

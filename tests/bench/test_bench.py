@@ -1,4 +1,4 @@
-"""Tests that the benchmarks run and measure what they claim to measure. No test requires a speed."""
+"""Tests that the benchmarks run and measure what they claim to measure: `pytest -m bench`. None requires a speed."""
 
 import argparse
 import json
@@ -25,6 +25,8 @@ from moe.bench.timing import medians, product_flops, relative_table, time_in_tur
 from moe.config.schema import Config, DataConfig, OptimizerConfig
 from moe.results.conditions import varied_factors
 from moe.results.table import load_runs, read_event_tables
+
+pytestmark = pytest.mark.bench
 
 PUBLISHED_DROP_RATES = read_published("drop_rates").set_index(["num_experts", "k"])
 

@@ -51,7 +51,7 @@ def read(*command: str, **changed: str) -> int:
 )
 def test_a_claim_that_no_run_can_judge_is_refused_in_one_line(changed: dict[str, str], words: list[str]) -> None:
     with pytest.raises(ConfigError) as error:
-        read("experiment=noise_lb_seed", **changed)
+        read("experiment=noise_lb_seed", "seed=42", **changed)
     assert "\n" not in str(error.value)
     assert all(word in str(error.value) for word in words), str(error.value)
 

@@ -23,11 +23,6 @@ from train_processes import ANALYZE, TRAIN, TrainCommand, read_record, result, r
 from moe.launch.run import write_run_record
 
 
-def run_in_new_python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run train.py in a Python of its own; joblib's workers would keep a forked process alive for five minutes."""
-    return subprocess.run([sys.executable, str(TRAIN), *arguments], capture_output=True, text=True, timeout=300)
-
-
 def snapshot(folder: Path) -> dict[str, str]:
     """Return the SHA-256 and the time of every file."""
     return {
@@ -88,13 +83,10 @@ def test_a_sweep_over_routers_trains_each_with_the_same_temperature_and_is_found
 
 
 def test_the_users_factorial_word_for_word(small: list[str], tmp_path: Path) -> None:
-    """The README's sweep trains 18 cells and writes tables. The same command then skips all, and analyze.py reports.
-
-    The first command runs in a new Python, without the fork server of the other tests.
-    """
+    """The README's sweep trains 18 cells and writes tables. The same command then skips all, and analyze.py reports."""
     words = "-m noise=0.0,0.1,0.5 lb=0.0,0.01 seed=42,43,44".split()
-    settings = [*small, "steps=2", "eval_every=2", f"out={tmp_path}"]
-    done = run_in_new_python(*words, *settings)
+    settings = [*small, "steps=1", "eval_every=1", f"out={tmp_path}"]
+    done = run_script(TRAIN, *words, *settings)
     assert done.returncode == 0, done.stderr
     sweep = tmp_path / "default"
     results = pd.read_csv(sweep / "results.csv")
@@ -183,21 +175,6 @@ def test_a_folder_in_use_is_left_alone(small: list[str], cell: Any, tmp_path: Pa
     assert done.returncode == 1
     assert "another process" in done.stdout
     assert [path.name for path in folder.iterdir()] == ["run.lock"]
-
-
-@pytest.mark.parametrize("launcher", ["joblib"])
-def test_two_jobs_at_once_give_what_one_after_the_other_gives(small: list[str], tmp_path: Path, launcher: str) -> None:
-    settings = ["-m", *small, "seed=1,2", "noise=0.0,0.2"]
-    parallel_settings = [f"hydra/launcher={launcher}", "hydra.launcher.n_jobs=2"]
-    serial = run_script(TRAIN, *settings, f"out={tmp_path / 'serial'}")
-    parallel = run_in_new_python(*settings, f"out={tmp_path / 'parallel'}", *parallel_settings)
-    assert serial.returncode == parallel.returncode == 0, parallel.stderr
-    weights = {
-        root: {p.parent.parent.name: p.read_bytes() for p in (tmp_path / root).rglob("model.safetensors")}
-        for root in ("serial", "parallel")
-    }
-    assert len(weights["serial"]) == 4
-    assert weights["serial"] == weights["parallel"]
 
 
 def test_the_record_of_a_run_says_what_was_trained(finished_command: TrainCommand) -> None:

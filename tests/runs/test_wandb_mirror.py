@@ -88,7 +88,7 @@ def test_no_mode_and_no_failure_of_wandb_changes_the_weights(
         monkeypatch.setenv(name, value)
     weights = []
     for setting in ("disabled", mode):
-        one = cell(f"logger.mode={setting}", f"out={tmp_path / setting}")
+        one = cell(f"logger.mode={setting}", "steps=2", "eval_every=1", f"out={tmp_path / setting}")
         one.folder.mkdir(parents=True)
         mirror = WandbMirror(one)
         train(one.config, one.folder, signals=Signals(), listeners=[mirror])

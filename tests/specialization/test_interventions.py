@@ -27,7 +27,7 @@ BLOCKS = 5
 
 @pytest.fixture
 def data(cell: Any) -> Prepared:
-    return prepare_data(cell().config)
+    return prepare_data(cell("data.max_val_blocks=12").config)
 
 
 @pytest.fixture

@@ -338,7 +338,7 @@ def test_a_study_writes_its_files_and_is_repeated_only_for_a_changed_model(
     cell: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = (["seed=1"], ["seed=2"], ["router=hash", "seed=1"], ["router=soft_moe", "seed=1"])
-    cells = [cell("model.layers=1", *overrides) for overrides in settings]
+    cells = [cell("model.layers=1", "data.max_val_blocks=12", *overrides) for overrides in settings]
     cells = [small_cell._replace(folder=tmp_path / str(number)) for number, small_cell in enumerate(cells)]
     for small_cell in cells:
         run(small_cell)
