@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from train_processes import ROOT, TRAIN, run_script
 
 from moe.checks import ConfigError, parse
 from moe.config.options import CONF, GROUPS, options
-from moe.config.schema import OFF, Config, flatten, is_free
+from moe.config.schema import flatten
 from moe.launch import command_line
 from moe.launch.command_line import read_cells, run_name, typed
 from moe.launch.run import write_run_record
@@ -267,17 +266,6 @@ def test_the_users_sweep_is_the_eighteen_cells_in_order() -> None:
     assert cells[0].folder == Path("multirun/default/lb=0.0,noise=0.0,seed=42")
 
 
-@pytest.mark.parametrize("name", sorted(options("router")))
-def test_a_router_is_quiet_about_defaults_that_it_ignores(name: str) -> None:
-    [cell] = read_cells([f"router={name}"]) or []
-    assert cell.ignored >= {"drop"}
-    off = cell.ignored & OFF.keys()
-    assert {key: getattr(cell.config, key) for key in off} == {key: OFF[key] for key in off}
-    assert not cell.ignored & cell.identity().keys()
-    [spelled] = read_cells([f"router={name}", *(f"{key}=0" for key in off - {"drop", "capacity"})]) or []
-    assert cell == spelled._replace(overrides=cell.overrides)
-
-
 def test_cells_of_a_sweep_that_are_the_same_run_become_one_cell(tmp_path: Path) -> None:
     """A value that applies to some routers of a sweep only is no level of the others."""
     words = ["-m", "router=topk,hash", "noise=0.0,0.5", f"out={tmp_path}"]
@@ -397,15 +385,6 @@ def test_without_a_finished_ablation_there_is_no_best_temperature(tmp_path: Path
     results.write_text(results.read_text().replace("c,finished", "c,failed"))
     with pytest.raises(ConfigError, match="where c is failed: finish it"):
         read_cells(["experiment=temperature_best_long", f"out={finished_ablation}"])
-
-
-def test_free_keys_change_neither_the_folder_nor_the_identity(tmp_path: Path) -> None:
-    plain, free = (
-        (read_cells([f"out={tmp_path}", *extra]) or [])[0]
-        for extra in ([], ["threads=2", "save_every=7", "logger.mode=disabled", f"data.cache={tmp_path}"])
-    )
-    assert plain.folder == free.folder
-    assert plain.config.identity() == free.config.identity()
 
 
 @pytest.mark.parametrize(
@@ -539,27 +518,3 @@ def test_a_folder_of_the_same_run_is_found_under_any_spelling(tmp_path: Path) ->
     for other in (["noise=0.2"], ["noise=0.1", "seed=1"], ["noise=0.1", "variant=top2", "router.k=2"]):
         [cell] = read_cells([f"out={tmp_path}", *other]) or []
         assert cell.folder != first.folder
-
-
-def test_the_keys_left_out_of_folder_names_are_the_free_keys() -> None:
-    """The experiment is left out too, because it is the name of the folder above."""
-    content = yaml.safe_load((CONF / "config.yaml").read_text())
-    left_out = content["hydra"]["job"]["config"]["override_dirname"]["exclude_keys"]
-    [cell] = read_cells([]) or []
-    keys = {*GROUPS, *(field.name for field in fields(Config)), *flatten(asdict(cell.config))}
-    assert sorted(left_out) == sorted(["experiment", *(key for key in keys if is_free(key))])
-
-
-def test_without_the_variable_home_the_cache_is_in_the_home_directory_of_the_user(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A missing HOME is no error where the system knows the home directory, and one line where it does not."""
-    monkeypatch.delenv("HOME")
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    [cell] = read_cells([]) or []
-    assert cell.config.data.cache == "~/.cache/moe-routing"
-    monkeypatch.setattr("os.path.expanduser", lambda path: path)
-    with pytest.raises(
-        ConfigError, match=r"^data\.cache=~/\.cache/moe-routing: must be a path; there is no home for ~$"
-    ):
-        read_cells([])
