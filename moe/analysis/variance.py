@@ -134,7 +134,8 @@ def _mixed(table: pd.DataFrame) -> Iterator[tuple[Term, dict[str, Any]]]:
     factors = table.columns.nlevels
     long = table.stack(list(range(factors)), future_stack=True).dropna()
     names = [f"f{number}" for number in range(factors)]  # a formula would read router.temp as an attribute of router
-    data = long.index.to_frame(index=False).set_axis(["seed", *names], axis=1).astype(str)
+    data = long.index.to_frame(index=False).set_axis(["seed", *names], axis=1)
+    data = data.apply(lambda column: column.factorize()[0]).astype(str)  # a level "nan" would count as missing
     data["y"] = (long.to_numpy() - long.mean()) / long.std()  # the optimizer is at its best near 1
     components = {_name(term, names): f"0 + {':'.join(f'C({names[i]})' for i in term)}" for term in _terms(factors)}
     del components[_name(tuple(range(factors)), names)]

@@ -57,7 +57,11 @@ class ClaimConfig:
         """
         one_of(f"{key}.kind", self.kind, KINDS)
         one_of(f"{key}.metric", self.metric.split("/")[0], ("val", "val_capacity", "routing", "train", "time"))
+        for place, text in (("text", self.text), ("source", self.source)):
+            require(bool(text.strip()), f"{key}.{place}", text, "not empty")
         for factor in (self.factor, *self.within):
+            allowed = "another key: the seed is no factor, because runs of the same seed are compared"
+            require(factor != "seed", f"{key}.{'factor' if factor == self.factor else 'within'}", factor, allowed)
             depends_on_cell = factor.startswith(("router.", "schedule."))  # only some cells may have such a key
             known = depends_on_cell or (factor == DOMAIN and factor in self.within)
             if factors is not None and not known and factor not in factors:
@@ -82,6 +86,8 @@ class ClaimConfig:
         amounts = [absolute(amount, 1.0, key=f"{key}.{part}") for amount in ([self.margin] if bounded else self.size)]
         ok = all(amount > 0 for amount in amounts) and amounts == sorted(amounts)
         require(ok, f"{key}.{part}", self.margin or self.size, "positive and rising")
+        shares = {_is_share(amount) for amount in self.size}
+        require(len(shares) < 2, f"{key}.size", self.size, "two amounts in one unit, such as [5%, 15%] or [5, 15]")
 
     def _check_within(self, key: str) -> None:
         for factor, levels in self.within.items():
@@ -103,10 +109,14 @@ def absolute(amount: Any, reference: float, *, key: str = "amount") -> float:
 
     Raises ConfigError, naming `key`, for anything else.
     """
-    share = isinstance(amount, str) and amount.endswith("%")
+    share = _is_share(amount)
     try:
-        value = float(amount[:-1] if share else amount)
+        value = float("nan" if isinstance(amount, bool) else amount[:-1] if share else amount)
     except (TypeError, ValueError):
         value = float("nan")
     require(finite(value), key, amount, "a finite number, or a text such as 5%")
     return value / 100 * abs(reference) if share else value
+
+
+def _is_share(amount: Any) -> bool:
+    return isinstance(amount, str) and amount.endswith("%")

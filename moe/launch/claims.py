@@ -9,9 +9,9 @@ from hydra.core.override_parser.types import Override, QuotedString
 from moe.checks import build, require, unknown
 from moe.config.claim import DOMAIN, ClaimConfig
 from moe.config.options import GROUPS, options
-from moe.config.schema import Cell
+from moe.config.schema import OFF, Cell
 from moe.data import embedded
-from moe.metrics.catalog import final_metrics, lookup
+from moe.metrics.catalog import METRICS, final_metrics, lookup
 
 
 def check_claims(cells: Sequence[Cell], grid: Iterable[Override], *, sweep: bool) -> None:
@@ -38,24 +38,53 @@ def check_claims(cells: Sequence[Cell], grid: Iterable[Override], *, sweep: bool
             for level in named:
                 require(level in known, f"{place}: {factor}", level, f"a level of this sweep: {listed}")
             require(len(known) > 1, f"{place}.factor", factor, f"a factor that varies; {factor} is always {listed}")
+            if factor == claim.factor and claim.kind in ("highest", "lowest"):
+                some = any(value not in named for value in known)
+                require(some, f"{key}.levels", named, f"a part of the levels of this sweep, which are {listed}")
+        if sweep:
+            _check_applies(f"{key}.within", claim, [cell for cell in cells if _is_within(cell, claim)])
 
 
 def _check_metric(key: str, claim: ClaimConfig, cells: Sequence[Cell]) -> None:
-    names = [claim.metric, *(f"{claim.metric}/{domain}" for domain in claim.within.get(DOMAIN, []))]
+    domains = claim.within.get(DOMAIN, [])
+    names = [claim.metric, *(f"{claim.metric}/{domain}" for domain in domains)]
     for name in names:
         metric = lookup(name)
         if metric is None or not metric.final:
             raise unknown(f"metric of {key.rpartition('.')[0]}", name, final_metrics())
-        if layer := re.search(r"/layer([0-9]+)$", name):
-            deepest = max(cell.config.model.layers for cell in cells)
-            require(int(layer[1]) < deepest, key, name, f"of a layer below {deepest}, the number of layers")
+        if name.startswith("routing/"):
+            most = max(cell.config.model.layers - cell.config.model.first_k_dense_replace for cell in cells)
+            require(most > 0, key, name, "a metric of these runs, which have no layer with experts")
+            if layer := re.search(r"/layer([0-9]+)$", name):
+                known = [f"layer{number:02d}" for number in range(most)]
+                allowed = f"of one of the {most} layers with experts, {known[0]} to {known[-1]}"
+                require(f"layer{layer[1]}" in known, key, name, allowed)
         if name.startswith("val_capacity/"):
             limited = any(cell.config.capacity is not None for cell in cells)
             require(limited, key, name, "a metric of these runs; without capacity=... there is no val_capacity")
+        usage = name.startswith("routing/capacity_usage")
+        require(not usage, key, name, "another metric: this one is null in evaluations, which have no capacity limit")
+    kind = METRICS.get(claim.metric)
+    allowed = f"left out: {claim.metric} has no values of single domains"
+    by_domain = kind is not None and "<domain>" in kind.variants
+    require(not domains or by_domain, f"{key.rpartition('.')[0]}.within.{DOMAIN}", domains, allowed)
+    for name in names:
         base, _, domain = name.rpartition("/")
         if base.startswith("val/"):
             known = [d for cell in cells for d in _domains(cell)]
             require(not known or domain in known, key, name, f"of one of the domains {', '.join(dict.fromkeys(known))}")
+
+
+def _is_within(cell: Cell, claim: ClaimConfig) -> bool:
+    factors = _factors(cell)
+    return all(factors.get(factor) in levels for factor, levels in claim.within.items() if factor != DOMAIN)
+
+
+def _check_applies(key: str, claim: ClaimConfig, members: Sequence[Cell]) -> None:
+    """Raise ConfigError if a claim is about a key that all its runs ignore, such as noise with a hash router."""
+    if claim.factor in OFF and claim.within and members:
+        applies = any(claim.factor not in cell.config.ignored_keys() for cell in members)
+        require(applies, key, claim.within, f"levels at which {claim.factor} changes something")
 
 
 def _domains(cell: Cell) -> list[str]:

@@ -9,6 +9,7 @@ row, with its status and without metrics.
 import difflib
 import itertools
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -31,6 +32,9 @@ DIGESTS = ("data.corpus_sha256", "data.tokenizer_sha256")  # factors: the start 
 # The level of a factor that does not apply to a run: its config lacks the key, such as router.temp with a top-k router,
 # or its router ignores it, such as noise with a hash router.
 ABSENT = "absent"
+
+# Names of columns in the tables that are made from this one. A factor with such a name is called `config.NAME`.
+TAKEN = {*FACTS, "metric", "n", "mean", "std (ddof=1)", "factor", "level", "reference", "within", "condition", "kind"}
 
 # Any of these files marks a run folder, because a crash may leave no run.json.
 RUN_FILES = (RunRecord.FILE, MetricsRecord.FILE, events.FILE)
@@ -107,7 +111,7 @@ def _factors(record: RunRecord) -> dict[str, Any]:
     inapplicable = OFF.keys() - record.identity.keys()
     factors = {key: ABSENT if key in inapplicable else level(leaves[key]) for key in leaves if "/" not in key}
     factors.pop("claims", None)  # no setting: `moe.analysis.claims.planned_claims` reads them from the record
-    return factors
+    return {f"config.{key}" if key in TAKEN else key: value for key, value in factors.items()}
 
 
 def _facts(folder: Path, record: RunRecord) -> dict[str, Any]:
@@ -244,9 +248,14 @@ def natural(text: str) -> list[str | float]:
 
 
 def level(value: Any) -> bool | int | float | str:
-    """Return a leaf of a configuration as a level that can be compared: null as "none", a list as its JSON."""
+    """Return a leaf of a configuration as a level that can be compared.
+
+    Null becomes "none", a list its JSON, and a number that is not finite a text, because NaN is unequal to itself.
+    """
     if value is None:
         return "none"
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     return value if isinstance(value, bool | int | float | str) else json.dumps(value)
 
 

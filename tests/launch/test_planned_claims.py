@@ -27,7 +27,10 @@ def read(*command: str, **changed: str) -> int:
         ({"metric": "val/perp"}, ["claims[0]", "'val/perp'", "nearest: val/perplexity"]),
         ({"metric": "grad_norm"}, ["claims[0].metric=grad_norm"]),
         ({"metric": "routing/utilization"}, ["'routing/utilization'"]),
-        ({"metric": "routing/load_cv/layer04"}, ["of a layer below 4"]),
+        ({"metric": "routing/load_cv/layer04"}, ["of one of the 4 layers with experts, layer00 to layer03"]),
+        ({"metric": "routing/load_cv/layer003"}, ["of one of the 4 layers with experts, layer00 to layer03"]),
+        ({"metric": "routing/capacity_usage"}, ["null in evaluations"]),
+        ({"metric": "routing/load_cv", "within": "{domain: [pooled]}"}, ["claims[0].within.domain=['pooled']"]),
         ({"metric": "val/loss/pyhton"}, ["claims[0].metric=val/loss/pyhton", "python"]),
         ({"metric": "val_capacity/loss"}, ["without capacity=..."]),
         ({"factor": "nois"}, ["claims[0]", "'nois'", "nearest: noise"]),
@@ -45,6 +48,13 @@ def read(*command: str, **changed: str) -> int:
         ({"kind": "interaction", "within": "{lb: [0.0, 0.01]}", "direction": "up"}, ["direction=up"]),
         ({"kind": "interaction", "within": "{lb: [0.0, 0.01]}", "direction": "lower", "margin": "1%"}, ["direction"]),
         ({"direction": "lower"}, ["claims[0].direction=lower"]),
+        ({"text": "' '"}, ["claims[0].text= : must be not empty"]),
+        ({"kind": "equivalent", "margin": "true"}, ["claims[0].margin=True: must be a finite number, or a text"]),
+        ({"size": "[true, 10]"}, ["claims[0].size=True: must be a finite number, or a text"]),
+        ({"size": "[5%, 10]"}, ["claims[0].size=['5%', 10]", "in one unit"]),
+        ({"kind": "highest", "than": "[]", "levels": "[0.5, 0.0, 0.1]"}, ["claims[0].levels", "a part of the levels"]),
+        ({"factor": "seed", "levels": "[42]", "than": "[43]"}, ["claims[0].factor=seed", "the seed is no factor"]),
+        ({"within": "{seed: [42]}"}, ["claims[0].within=seed", "the seed is no factor"]),
         ({"factor": "steps", "levels": "[300]", "than": "[400]"}, ["steps=400", "300"]),
         ({"factor": "steps", "levels": "[300]", "than": "[]", "kind": "highest"}, ["steps", "varies"]),
     ],
@@ -54,6 +64,29 @@ def test_a_claim_that_no_run_can_judge_is_refused_in_one_line(changed: dict[str,
         read("experiment=noise_lb_seed", "seed=42", **changed)
     assert "\n" not in str(error.value)
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("command", "changed", "words"),
+    [
+        (
+            "model.first_k_dense_replace=1",
+            {"metric": "routing/load_cv/layer03"},
+            "the 3 layers with experts",
+        ),
+        ("model=dense", {"metric": "routing/load_cv"}, "which have no layer with experts"),
+        ("router=topk,hash", {"within": "{router: [hash]}"}, "levels at which noise changes something"),
+    ],
+)
+def test_a_claim_is_about_what_the_runs_of_this_command_have(command: str, changed: dict[str, str], words: str) -> None:
+    grid = ("-m", "noise=0.0,0.5", "seed=1,2")
+    assert read(*grid, "router=topk,hash", **(CLAIM | {"within": "{router: [topk]}"})) == 6
+    with pytest.raises(ConfigError, match=words):
+        read(*grid, command, **changed)
+
+
+def test_an_amount_may_be_written_with_an_exponent() -> None:
+    assert read("experiment=noise_lb_seed", "seed=42", kind="equivalent", margin="5e-1") == 6
 
 
 def test_a_part_of_an_experiment_keeps_the_claims_about_its_whole_grid() -> None:
