@@ -31,8 +31,22 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from moe.checks import ConfigError, describe, first_line, locate, require, unknown
 from moe.config import dense_checkpoint
+from moe.config.claim import ClaimConfig
 from moe.config.options import CONF, GROUPS, options, search_path, sources, use
-from moe.config.schema import DENSE_IGNORES, OFF, Cell, Config, allowed_values, fingerprint, flatten, is_free
+from moe.config.schema import (
+    DENSE_IGNORES,
+    OFF,
+    Cell,
+    Config,
+    DataConfig,
+    LoggerConfig,
+    ModelConfig,
+    OptimizerConfig,
+    allowed_values,
+    fingerprint,
+    flatten,
+    is_free,
+)
 from moe.distributed import ranks
 from moe.files import open_file
 from moe.launch import slurm
@@ -397,8 +411,8 @@ def _default(key: str, cell: Cell) -> Any:
     """Return the value of a root key of the configuration, or of the router, that is not set anywhere."""
     if key in OFF:
         return next(field.default for field in fields(Config) if field.name == key)
-    content = OmegaConf.load(CONF / "router" / f"{cell.choices['router']}.yaml")
-    return OmegaConf.select(content, key.removeprefix("router."))
+    path = sources("router").get(str(cell.choices["router"]))
+    return None if path is None else OmegaConf.select(OmegaConf.load(path), key.removeprefix("router."))
 
 
 def _why_ignored(key: str, cell: Cell) -> str:
@@ -722,9 +736,28 @@ def _keys(group: str, option: str) -> set[str]:
 def _cause(error: Exception) -> str:
     """Return the first line of an error of Hydra, without what Hydra puts in front of an error of OmegaConf."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if in_file := re.match(r"In '(.*)': \w+ raised while composing config:\n(.*)", str(cause), re.DOTALL):
+        return _cause_in_file(*in_file.groups())
     line = first_line(cause).removeprefix("ConfigError raised while resolving interpolation: ")
     kind = re.search(r"could not be converted to (Integer|Float)$", line)
     return line if kind is None else f"must be {describe(int if kind[1] == 'Integer' else float)}"
+
+
+def _cause_in_file(name: str, error: str) -> str:
+    """Return what is wrong in the YAML file of an option as one line.
+
+    name: group and option, such as experiment/mine. error: the lines of OmegaConf's error.
+    """
+    group, _, option = name.rpartition("/")
+    path = sources(group).get(option, CONF / f"{name}.yaml")
+    file = path.relative_to(CONF.parent) if path.is_relative_to(CONF) else path
+    if key := re.match(r"Key '(.*)' not in '(\w+)'", error):
+        kinds = (Config, ModelConfig, DataConfig, OptimizerConfig, LoggerConfig, ClaimConfig)
+        [names] = [[field.name for field in fields(kind)] for kind in kinds if kind.__name__ == key[2]] or [[]]
+        place = " of a claim" if key[2] == ClaimConfig.__name__ else ""
+        return str(unknown(f"key{place} in {file}", key[1], names))
+    place = re.search(r"full_key: (\S+)", error)
+    return f"{file}: " + (f"{place[1]}: " if place else "") + _cause(ValueError(error))
 
 
 def help_text() -> str:

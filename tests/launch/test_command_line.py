@@ -433,6 +433,30 @@ def test_an_unknown_mode_of_wandb_in_the_environment_is_refused(monkeypatch: pyt
     assert read_cells(["logger.mode=disabled"])
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "claims: [{text: a, metric: val/loss, factor: noise, levels: [0.5], then: [0.0], kind: higher}]",
+            "unknown key of a claim in {}/experiment/mine.yaml 'then'; nearest: than",
+        ),
+        ("nois: 0.5", "unknown key in {}/experiment/mine.yaml 'nois'; nearest: noise"),
+        ("model: {layer: 3}", "unknown key in {}/experiment/mine.yaml 'layer'; nearest: layers"),
+        ("model: {layers: x}", "{}/experiment/mine.yaml: model.layers: must be a whole number"),
+    ],
+)
+def test_a_mistake_in_a_file_of_an_experiment_names_file_and_key(
+    content: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOE_SEARCH_PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(f"# @package _global_\n# Mine\n{content}\n")
+    with pytest.raises(ConfigError) as raised:
+        read_cells(["experiment=mine"])
+    assert str(raised.value) == f"experiment=mine: {message.format(tmp_path)}"
+
+
 def test_hydra_answers_its_own_flags() -> None:
     """The mark -- at the end of the flags is not passed on, because Hydra does not know it there."""
     assert command_line.read_command(["--cfg", "job", "--", "seed=1"]) == (None, ["seed=1", "--cfg", "job"])
