@@ -187,7 +187,14 @@ def _on_one_line(value: object) -> str:
 
 def printable(text: str) -> str:
     """Return text in one line, with characters that control a terminal or the direction of writing as escapes."""
+    if text.isprintable():
+        return text
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
+def plain(text: str) -> str:
+    """Return text with large numbers in plain notation: 180 for 1.8e+02."""
+    return re.sub(r"\d(?:\.\d+)?e\+\d\d\b", lambda number: f"{float(number[0]):.0f}", text)
 
 
 def _nearest(name: str, names: list[str]) -> str:

@@ -30,6 +30,7 @@ from moe.analysis.statistics import (
     range_test,
     spread_interval,
 )
+from moe.checks import plain
 from moe.config.claim import DOMAIN, OURS, ClaimConfig, absolute
 from moe.results.comparable import incomparable
 from moe.results.conditions import NAMED_ROUTERS, by_seed, conditions, levels, varied_factors, with_causality
@@ -127,7 +128,7 @@ def evidence_sentence(judged: pd.Series) -> str:
     elif not math.isnan(j["p"]):
         text += f", difference {j['difference']:+.3g} [{j['ci_low']:.3g}, {j['ci_high']:.3g}]"
         text += f", p={j['p']:.2g} (Holm {j['p Holm']:.2g})"
-    return f"{text}, n={j['n']}" + (f"; {j['reason']}" if j["reason"] else "")
+    return plain(f"{text}, n={j['n']}" + (f"; {j['reason']}" if j["reason"] else ""))
 
 
 def contrasts_without_claim(contrasts: pd.DataFrame, claims: list[ClaimConfig]) -> pd.DataFrame:

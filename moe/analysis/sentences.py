@@ -3,19 +3,22 @@
 import pandas as pd
 
 from moe.analysis.statistics import SIGNIFICANCE
+from moe.checks import plain
 from moe.results.comparable import NOT_COMPARABLE
 
-SIGNIFICANT, DETERMINISTIC, UNDECIDED = "significant", "deterministic", "undecided"
+SIGNIFICANT, DETERMINISTIC, UNDECIDED, UNTESTED = "significant", "deterministic", "undecided", "not tested"
 
 
 def standing(contrast: pd.Series) -> str:
     """Return how certain the direction of a contrast is.
 
     `SIGNIFICANT`: p is at most 5 % after Holm's correction. `DETERMINISTIC`: the difference is the same in every seed,
-    so chance has no part in it. `UNDECIDED`: anything else.
+    so chance has no part in it. `UNTESTED`: a test was impossible, as with one seed. `UNDECIDED`: anything else.
     """
     if contrast["deterministic"]:
         return DETERMINISTIC
+    if pd.isna(contrast["p"]):
+        return UNTESTED
     return SIGNIFICANT if contrast["p Holm"] <= SIGNIFICANCE else UNDECIDED
 
 
@@ -29,14 +32,14 @@ def contrast_sentence(contrast: pd.Series, subject: str, *, unit: str, up: str, 
     if c["note"].startswith(NOT_COMPARABLE):
         return f"{subject}: **{NOT_COMPARABLE}**{c['note'].removeprefix(NOT_COMPARABLE)}"
     if c["n"] == 0:
-        return f"{subject}: no seed has a value at both levels: **undecided**{note}"
+        return f"{subject}: no seed has a value at both levels: **not tested**{note}"
     difference = f"{subject}: {c['difference']:+.3g} {unit}".rstrip()
     if c["deterministic"]:
-        return f"{difference}, n={c['n']}: {deterministic_verdict(c['difference'], c.get('margin'))}{note}"
+        return plain(f"{difference}, n={c['n']}: {deterministic_verdict(c['difference'], c.get('margin'))}{note}")
     if pd.isna(c["p"]):
-        return f"{difference}, n={c['n']}: **undecided**{note}"
+        return plain(f"{difference}, n={c['n']}: **not tested**{note}")
     numbers = f"[{c['ci_low']:.3g}, {c['ci_high']:.3g}], p={c['p']:.2g} (Holm {c['p Holm']:.2g}), n={c['n']}"
-    return f"{difference} {numbers}: {_verdict(c, up=up, down=down)}{note}"
+    return plain(f"{difference} {numbers}: {_verdict(c, up=up, down=down)}{note}")
 
 
 def detectable_note(effect: float, low: float, high: float, tests: int) -> str:

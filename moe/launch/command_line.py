@@ -756,8 +756,8 @@ def _cause_in_file(name: str, error: str) -> str:
         [names] = [[field.name for field in fields(kind)] for kind in kinds if kind.__name__ == key[2]] or [[]]
         place = " of a claim" if key[2] == ClaimConfig.__name__ else ""
         return str(unknown(f"key{place} in {file}", key[1], names))
-    place = re.search(r"full_key: (\S+)", error)
-    return f"{file}: " + (f"{place[1]}: " if place else "") + _cause(ValueError(error))
+    full_key = re.search(r"full_key: (\S+)", error)
+    return f"{file}: " + (f"{full_key[1]}: " if full_key else "") + _cause(ValueError(error))
 
 
 def help_text() -> str:

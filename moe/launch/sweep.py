@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from moe.checks import ConfigError, first_line
+from moe.checks import ConfigError, first_line, printable
 from moe.config.schema import Cell
 from moe.distributed import ranks
 from moe.launch.revisions import pinned
@@ -194,7 +194,7 @@ def _report(cells: list[Cell], before: list[str], refusal: str | None = None) ->
         print()
         for cell, old, new in zip(cells, before, after, strict=True):
             reason = f": {refusal}" if refusal and new == "missing" else _reason(cell, new)
-            print(f"{_outcome(old, new):<11} {cell.folder.name}{reason}")
+            print(printable(f"{_outcome(old, new):<11} {cell.folder.name}{reason}"))
     if len(cells) > 1 and sweep.is_dir():
         from moe.results import sweep_tables
 

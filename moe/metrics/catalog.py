@@ -5,8 +5,8 @@ derived from these entries. The module does not import torch. The letters in the
 """
 
 import re
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -795,6 +795,12 @@ def select(*, group: str | None = None, shown: str | None = None, written: str |
 def final_metrics() -> list[str]:
     """Return the names of all final metrics, and those of their variants that are shown in headlines."""
     return list(dict.fromkeys(name for metric in ENTRIES if metric.final for name in (metric.name, metric.headline)))
+
+
+def dead_layers(values: Mapping[str, Any]) -> list[str]:
+    """Return the layers in which no token takes an expert, such as layer01, given the metrics of an evaluation."""
+    prefix = "routing/active_experts/"
+    return [name.removeprefix(prefix) for name, value in values.items() if name.startswith(prefix) and value == 0]
 
 
 def lookup(name: str) -> Metric | None:

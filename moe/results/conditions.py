@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from moe.checks import first_line
+from moe.checks import first_line, plain
 from moe.config.schema import OFF, is_free
 from moe.metrics.catalog import select
 from moe.results.table import ABSENT, DIGESTS, FACTS, natural
@@ -178,8 +178,8 @@ def _spread(mean: float, std: float) -> str:
     if not math.isfinite(mean):
         return "–"
     if not math.isfinite(std):
-        return f"{mean:.5g} ± –"
+        return plain(f"{mean:.5g} ± –")
     if std <= 1e-12 * abs(mean):  # every seed has the same value, up to rounding
-        return f"{mean:.5g} ± 0"
+        return plain(f"{mean:.5g} ± 0")
     decimals = max(0, 1 - math.floor(math.log10(std)))
     return f"{mean:.{decimals}f} ± {std:.{decimals}f}"

@@ -155,7 +155,7 @@ def read_event_tables(folders: Iterable[Path | str], *, training: Sequence[str] 
             by_kind, unread = _read_events(folder, training)
             problems += unread
             if not (by_kind["eval"] or unread):
-                problems.append(f"{folder}: no eval event")
+                problems.append(f"{folder}: no evaluation, because the run ended before its first one")
             for kind, by_step in by_kind.items():
                 rows[kind] += [by_step[step] | {"folder": str(folder)} for step in sorted(by_step)]
         for kind, of_kind in rows.items():

@@ -5,7 +5,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from moe.checks import plain
 from moe.distributed import ranks
+from moe.metrics.catalog import dead_layers
 
 TIMED = 5  # steps whose time is measured, after the first one, which takes longer
 
@@ -29,7 +31,9 @@ class Progress:
         line += f"  perplexity {values['val/perplexity']:.2f}"
         if (load_cv := values.get("routing/load_cv")) is not None:
             line += f"  load CV {load_cv:.3f}"
-        tqdm.write(f"{line}  {values['time/elapsed']:.0f} s")
+        if dead := dead_layers(values):
+            line += f"  no token takes an expert in {', '.join(dead)}"
+        tqdm.write(f"{line}  after {values['time/elapsed']:.0f} s")
 
     def trained(self, values: dict[str, Any]) -> None:
         """Advance the bar by one step and show the values of that step beside it.
@@ -39,10 +43,11 @@ class Progress:
         self._done += 1
         if self._done == self._first:
             self._began = time.perf_counter()
-        elif self._done == self._first + TIMED and ranks.is_first():
+        elif self._done == self._first + TIMED < self._steps and ranks.is_first():
             pace = (time.perf_counter() - self._began) / TIMED
             minutes = pace * (self._steps - self._done) / 60
-            tqdm.write(f"step {self._done:>5}/{self._steps}  {pace:.2g} s per step, about {minutes:.2g} min left")
+            speed = plain(f"{pace:.2g} s per step, about {minutes:.2g} min left")
+            tqdm.write(f"step {self._done:>5}/{self._steps}  {speed}")
         shown = {"loss": f"{values['train/loss']:.3f}"}
         if self._perplexity:
             shown["val ppl"] = self._perplexity

@@ -1,6 +1,5 @@
 """Tests of the report: it counts every run, its sentences follow from the data, and no broken folder stops it."""
 
-import itertools
 import json
 import math
 import re
@@ -286,7 +285,7 @@ def test_the_option_metric_adds_a_metric_to_the_tables_and_tests(
 
 def test_an_added_metric_does_not_change_experiments_without_it(tmp_path: Path) -> None:
     for experiment, metrics in (("with_metric", ["routing/load_gini"]), ("without_metric", [])):
-        for noise, seed in itertools.product((0.0, 0.1), (1, 2, 3)):
+        for noise, seed in product((0.0, 0.1), (1, 2, 3)):
             names = ["val/perplexity", "routing/load_cv/pooled", *metrics]
             values = {name: (seed + noise) ** index for index, name in enumerate(names, start=2)}
             write_run(tmp_path / experiment / f"{noise},{seed}", values, seed=seed, noise=noise)
@@ -341,17 +340,20 @@ def test_the_option_replay_judges_the_published_numbers(analyze: Analyze, tmp_pa
 def test_every_run_is_counted(published: Path, tmp_path: Path) -> None:
     write_run(published / "lb=0.0,noise=0.1,seed=45", {}, status="failed", seed=45, noise=0.1, lb=0.0)
     write_run(published / "lb=0.0,noise=0.5,seed=45", {"val/perplexity": math.inf}, seed=45, noise=0.5, lb=0.0)
+    write_run(published / "lb=0.0,noise=0.1,seed=46", {}, status="interrupted", seed=46, noise=0.1, lb=0.0)
+    (published / "lb=0.0,noise=0.1,seed=46" / "events.jsonl").write_text("")
     (published / "lb=0.0,noise=0.0,seed=42" / "run.json").write_text("{")
     write_cells(published, {"lb=0.0,noise=0.0,seed=45": {}})
     with (published / "lb=0.0,noise=0.0,seed=43" / "events.jsonl").open("a") as log:
         log.write('{"kind": "ev')
     text = write_report(load_runs([published]), tmp_path / "out").read_text()
-    assert "3 of 21 runs did not finish" in text
+    assert "4 of 22 runs did not finish" in text
     assert "| lb=0.0,noise=0.1,seed=45 | failed | boom |" in text
     assert "| lb=0.0,noise=0.0,seed=42 | unreadable |" in text
     assert "| lb=0.0,noise=0.0,seed=45 | missing |" in text
     assert "lb=0.0,noise=0.5,seed=45: finished, but its val/perplexity is not finite" in text
     assert "line 6 skipped" in text
+    assert "lb=0.0,noise=0.1,seed=46: no evaluation, because the run ended before its first one" in text
     assert "unbalanced" in text
     assert "without a partner: seed 42" in text
 
@@ -394,7 +396,59 @@ def test_the_table_of_what_was_run_counts_every_status(tmp_path: Path) -> None:
     assert rows["finished"].sum() == 3
 
 
-ATTACK = '<script>alert(1)</script>"><img src=x onerror=alert(1)>[click](javascript:alert(1))`|\n</style>'
+@pytest.mark.parametrize("level", [math.nan, math.inf, "nan"])
+def test_a_level_that_is_no_finite_number_is_a_level_like_others(level: float | str, tmp_path: Path) -> None:
+    for seed, noise in product((1, 2, 3), (0.0, level)):
+        if (seed, noise) != (1, 0.0):  # one run is missing, so that the analysis of variance is a mixed model
+            metrics = {"val/loss": 1.0 + seed**2 + len(str(noise)) / seed}
+            write_run(tmp_path / "x" / f"{noise},{seed}", metrics, seed=seed, noise=noise)
+    text = write_report(load_runs([tmp_path]), tmp_path / "out").read_text()
+    assert f"noise {'0' if level == 'nan' else level}" in text or f"noise {level} vs 0.0" in text
+    assert "mixed model" in text
+
+
+def test_a_key_that_is_called_like_a_column_of_the_tables_is_a_factor(tmp_path: Path) -> None:
+    for seed, value in product((1, 2), (0.0, 0.1)):
+        for key in ("metric", "n", "mean", "level", "run", "error"):
+            write_run(tmp_path / key / f"{value},{seed}", {"val/loss": 1.0 + value + seed}, seed=seed, **{key: value})
+    text = write_report(load_runs([tmp_path]), tmp_path / "out").read_text()
+    for key in ("metric", "n", "mean", "level", "run", "error"):
+        assert f"config.{key} 0.1 vs 0.0" in text
+
+
+@pytest.mark.parametrize("names", [("", "/"), ("..", "."), ("x" * 5000, "x" * 5001)])
+def test_the_files_of_an_experiment_have_a_folder_of_their_own_whatever_its_name(
+    names: tuple[str, str], tmp_path: Path
+) -> None:
+    for number, name in enumerate(names):
+        for seed in (1, 2):
+            folder = tmp_path / "runs" / str(number) / f"{seed}"
+            write_run(folder, {"val/loss": 1.0 + seed}, seed=seed, noise=0.0)
+            change_record(folder, experiment=name)
+    write_report(load_runs([tmp_path / "runs"]), tmp_path / "out")
+    assert len([path for path in (tmp_path / "out").iterdir() if path.is_dir()]) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "out"}
+
+
+def test_a_report_about_unreadable_runs_alone_says_so(tmp_path: Path) -> None:
+    (tmp_path / "x" / "seed=1").mkdir(parents=True)
+    (tmp_path / "x" / "seed=1" / "run.json").write_text("{")
+    (tmp_path / "x" / "odd").mkdir()
+    (tmp_path / "x" / "odd" / "run.json").write_text("{")
+    assert "2 of 2 runs did not finish" in write_report(load_runs([tmp_path]), tmp_path / "out").read_text()
+
+
+def test_contrasts_without_a_test_are_no_undecided_ones_and_dead_layers_are_named(tmp_path: Path) -> None:
+    dead = {"routing/active_experts/layer00": 2.0, "routing/active_experts/layer01": 0.0}
+    for noise in (0.0, 0.1):
+        write_run(tmp_path / "x" / f"noise={noise},seed=1", {"val/loss": 1.0 + noise} | dead, seed=1, noise=noise)
+    text = write_report(load_runs([tmp_path]), tmp_path / "out").read_text()
+    assert "**Not tested**" in text
+    assert "undecided" not in text.lower().split("## verdicts")[1].split("## factor")[0]
+    assert "- noise=0.1,seed=1: no token takes an expert in layer01" in text
+
+
+ATTACK = '<script>alert(1)</script>"><img src=x onerror=alert(1)>[click](javascript:alert(1))`|\n\x1b[2J\u202e</style>'
 
 
 def test_text_of_run_records_is_never_treated_as_markup(tmp_path: Path) -> None:
@@ -408,6 +462,8 @@ def test_text_of_run_records_is_never_treated_as_markup(tmp_path: Path) -> None:
     write_run(tmp_path / "x" / "broken", {}, status="failed", seed=3, noise="0.0")
     change_record(tmp_path / "x" / "broken", name=ATTACK, error=ATTACK)
     text = write_report(load_runs([tmp_path]), tmp_path / "out").read_text()
+    assert set(filter(lambda c: not c.isprintable(), text)) == {"\n"}
+    assert set(filter(lambda c: not c.isprintable(), (tmp_path / "out" / "report.html").read_text())) == {"\n"}
     assert "<script" not in text
     assert "<img" not in text
     assert "](javascript" not in text

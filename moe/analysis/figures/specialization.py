@@ -75,7 +75,7 @@ def _read(runs: pd.DataFrame) -> tuple[list[MeasuredRun], str]:
     factors = [factor for factor in varied_factors(runs) if factor != "seed"]
     runs = runs[runs["status"] == "finished"]
     measured, reasons = [], []
-    for cell, members in conditions(runs, factors):
+    for cell, members in conditions(runs, factors) if len(runs) else ():
         for folder, seed in sorted(zip(members["folder"], members["seed"], strict=True), key=lambda pair: pair[1]):
             path = Path(folder) / SpecializationRecord.FILE
             if not path.exists():

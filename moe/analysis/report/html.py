@@ -16,6 +16,7 @@ from markupsafe import Markup, escape
 from moe.analysis.figures.drawing import Drawing
 from moe.analysis.report.blocks import MAX_ROWS, Details, ReportBlock, not_drawn, truncation_note
 from moe.analysis.report.markdown import numeric_columns, one_line, table_cells
+from moe.checks import printable
 
 LONG_TEXT = 60  # largest number of characters in a table cell that is kept on one line
 
@@ -54,12 +55,20 @@ def _environment(package: str = "moe.analysis.report") -> jinja2.Environment:
         loader=jinja2.ChoiceLoader([jinja2.PackageLoader(name) for name in packages]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        finalize=_without_control,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     filters = (anchor, inline_markup, cells, image_data, truncation_note, not_drawn)
     environment.filters |= {function.__name__: function for function in filters}
     return environment
+
+
+def _without_control(value: Any) -> Any:
+    """Return text with characters that control a terminal as escapes: a page may be read in one. Lines stay."""
+    if isinstance(value, str) and not isinstance(value, Markup):
+        return "\n".join(map(printable, value.split("\n")))
+    return value
 
 
 def anchor(text: str) -> str:

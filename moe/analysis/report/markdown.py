@@ -21,7 +21,7 @@ from moe.analysis.report.blocks import (
     not_drawn,
     truncation_note,
 )
-from moe.checks import printable
+from moe.checks import plain, printable
 
 P_VALUE = re.compile(r"(^|\s)p(\s|$)")  # columns such as "p", "p Holm" and "smallest p sign-flip"
 
@@ -95,4 +95,4 @@ def table_cells(table: pd.DataFrame) -> list[list[str]]:
 def _cell_text(value: Any, digits: str) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
-    return format(value, digits) if isinstance(value, float) else str(value)
+    return plain(format(value, digits)) if isinstance(value, float) else str(value)

@@ -4,6 +4,7 @@ A section is a function that takes `ReportInputs` and yields blocks. To add one,
 To add figures or sections for one source study alone, see `moe.analysis.studies.registered`.
 """
 
+import hashlib
 import io
 import itertools
 import re
@@ -115,7 +116,7 @@ def _blocks(sections: Iterable[Section], inputs: ReportInputs) -> Iterator[Repor
 def _experiment_part(name: str, inputs: ReportInputs) -> Iterator[ReportBlock]:
     """Yield the sections of one experiment, with headings one level lower and files in a folder of its own."""
     yield Heading(name)
-    folder = re.sub(r"[^\w-]+", "_", name)  # the name of an experiment must not lead out of the report's folder
+    folder = _folder_name(name)
     for block in _blocks(FOR_EACH_EXPERIMENT, inputs):
         if isinstance(block, Heading):
             yield block._replace(level=block.level + 1)
@@ -123,6 +124,12 @@ def _experiment_part(name: str, inputs: ReportInputs) -> Iterator[ReportBlock]:
             yield block._replace(name=f"{folder}/{block.name}")
         else:
             yield block
+
+
+def _folder_name(experiment: str) -> str:
+    """Return the name of the folder for the files of an experiment, whose own name may be anything."""
+    name = re.sub(r"[^\w-]+", "_", experiment)[:100]
+    return name if name == experiment != "" else f"{name}-{hashlib.sha256(experiment.encode()).hexdigest()[:8]}"
 
 
 def _save_file(block: ReportBlock, out: Path) -> None:

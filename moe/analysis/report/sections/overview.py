@@ -18,6 +18,7 @@ from moe.analysis.report.blocks import (
     long_list,
 )
 from moe.analysis.report.inputs import ReportInputs
+from moe.metrics.catalog import dead_layers
 from moe.results.conditions import levels, unfinished
 
 # Status -> its color. Every status has a column in the table, so that the reader also sees that no run failed.
@@ -44,7 +45,7 @@ def what_was_run(inputs: ReportInputs) -> Iterator[ReportBlock]:
     if inputs.factors:
         yield _condition_counts(inputs)
     yield BulletList([f"factors: {', '.join(inputs.factors) or 'none varies'}; seeds: {_seeds(runs)}", _tuning(inputs)])
-    yield from long_list([*_confounded_factors(inputs.tied), *_values_left_out(inputs)])
+    yield from long_list([*_confounded_factors(inputs.tied), *_values_left_out(inputs), *_dead_layers(inputs.loaded)])
     yield csv_file("runs", inputs.loaded, "a row for each run: facts, factors and final metrics.")
     if len(once) < len(runs):
         yield Paragraph("Some runs belong to several grids. The tables count them in each of these.")
@@ -53,7 +54,7 @@ def what_was_run(inputs: ReportInputs) -> Iterator[ReportBlock]:
         yield Paragraph(f"{len(failures)} of {len(once)} runs did not finish. No result below includes them:")
         yield TableBlock(failures)
     if inputs.past.problems:
-        yield Paragraph("These parts of the event logs could not be read:")
+        yield Paragraph("These parts of the event logs are missing or could not be read:")
         yield from long_list(inputs.past.problems)
 
 
@@ -95,6 +96,14 @@ def _confounded_factors(tied: dict[str, str]) -> list[str]:
         f"{follower} changes only together with {leader}: their effects cannot be told apart"
         for follower, leader in tied.items()
         if not follower.startswith(f"{leader}.")
+    ]
+
+
+def _dead_layers(runs: pd.DataFrame) -> list[str]:
+    return [
+        f"{row['run']}: no token takes an expert in {', '.join(dead)}"
+        for _, row in runs[runs["status"] == "finished"].iterrows()
+        if (dead := dead_layers({str(name): value for name, value in row.items()}))
     ]
 
 

@@ -7,13 +7,14 @@ import pandas as pd
 from moe.analysis.claims import contrasts_without_claim, evidence_sentence, planned_claims
 from moe.analysis.report.blocks import BulletList, Heading, Paragraph, ReportBlock, csv_file, long_list
 from moe.analysis.report.inputs import ReportInputs
-from moe.analysis.sentences import DETERMINISTIC, SIGNIFICANT, UNDECIDED, contrast_sentence, standing
+from moe.analysis.sentences import DETERMINISTIC, SIGNIFICANT, UNDECIDED, UNTESTED, contrast_sentence, standing
 from moe.metrics.catalog import lookup
 
 TITLES = {
     SIGNIFICANT: "Significant after Holm's correction",
     DETERMINISTIC: "The same in every seed",
     UNDECIDED: "Undecided",
+    UNTESTED: "Not tested",
 }
 CLAIMS_EXPLAINED = """\
 These claims were written into the experiment's YAML file, and every run recorded them before its first step. Each

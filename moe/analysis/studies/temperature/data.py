@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 
-from moe.analysis.sentences import UNDECIDED, standing
+from moe.analysis.sentences import DETERMINISTIC, SIGNIFICANT, standing
 from moe.analysis.statistics import against_best, with_intervals
 from moe.config.schema import is_free
 from moe.results.conditions import STD, tied_factors, varied_factors
@@ -134,7 +134,7 @@ def experiment_names(members: pd.DataFrame) -> pd.Series:
 def rivals_of_best(members: pd.DataFrame, by: str, best: float | str) -> pd.DataFrame:
     """Compare the final losses of the levels of `by` with that of the best; `told`: whether they are told apart."""
     table = against_best(members, VALIDATION_LOSS, by, best)
-    return table.assign(told=[standing(contrast) != UNDECIDED for _, contrast in table.iterrows()])
+    return table.assign(told=[standing(contrast) in (SIGNIFICANT, DETERMINISTIC) for _, contrast in table.iterrows()])
 
 
 def not_told_from_best(members: pd.DataFrame, by: str, best: float | str) -> list[float | str]:

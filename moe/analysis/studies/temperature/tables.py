@@ -6,6 +6,7 @@ from typing import Any
 import pandas as pd
 
 from moe.analysis.studies.temperature.data import TEMPERATURE, ranking, rivals_of_best, seed_means
+from moe.checks import plain
 
 
 def ablation_statistics(runs: pd.DataFrame) -> pd.DataFrame:
@@ -56,5 +57,5 @@ def condition_names(table: pd.DataFrame) -> dict[Any, str]:
 def _interval(row: pd.Series, digits: str) -> str:
     """Return a mean with its interval, if it has one, as text."""
     if math.isnan(row["ci_low"]):
-        return f"{row['mean']:{digits}}"
-    return f"{row['mean']:{digits}} [{row['ci_low']:{digits}}, {row['ci_high']:{digits}}]"
+        return plain(f"{row['mean']:{digits}}")
+    return plain(f"{row['mean']:{digits}} [{row['ci_low']:{digits}}, {row['ci_high']:{digits}}]")
