@@ -55,24 +55,37 @@ def modules() -> dict[str, Path]:
 
 def imports() -> Iterator[Import]:
     """Yield every import of every module, including `importlib.import_module("...")` and imports for type checking."""
-    known = modules()
-    for module, path in known.items():
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        later = {id(node) for block in ast.walk(tree) if _runs_later(block) for node in ast.walk(block)}
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                assert node.level == 0, f"{path}:{node.lineno}: write an absolute import"
-                parts = [f"{node.module}.{alias.name}" for alias in node.names]
-                names = [part if part in known else str(node.module) for part in parts]
-            elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
-                names = [str(ast.literal_eval(node.args[0]))]
-            else:
-                continue
-            assert "moe" not in names, f"{path}:{node.lineno}: import the module that is used, not all of moe"
-            for name in dict.fromkeys(names):
-                yield Import(module, name, id(node) not in later)
+    for module, path in modules().items():
+        yield from imports_of(module, path.read_text(encoding="utf-8"))
+
+
+def imports_of(module: str, source: str) -> Iterator[Import]:
+    """Yield every import in the source of a module, whatever name it gets there."""
+    known, tree = modules(), ast.parse(source)
+    later = {id(node) for block in ast.walk(tree) if _runs_later(block) for node in ast.walk(block)}
+    froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    given = [alias for node in froms if node.module in ("importlib", "builtins") for alias in node.names]
+    importers = {"__import__", *(alias.asname or alias.name for alias in given)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}:{node.lineno}: write an absolute import"
+            parts = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [part if part in known else str(node.module) for part in parts]
+        elif isinstance(node, ast.Call) and _imports(node.func, importers):
+            names = [str(ast.literal_eval(node.args[0]))]
+        else:
+            continue
+        assert "moe" not in names, f"{module}:{node.lineno}: import the module that is used, not all of moe"
+        for name in dict.fromkeys(names):
+            yield Import(module, name, id(node) not in later)
+
+
+def _imports(function: ast.expr, importers: set[str]) -> bool:
+    """Return whether a function that is called is one that imports a module by its name."""
+    name = ast.unparse(function)
+    return name in importers or name.endswith((".import_module", ".__import__"))
 
 
 def _runs_later(node: ast.AST) -> bool:
@@ -111,6 +124,21 @@ def reached(start: str) -> set[str]:
             to_visit += [each.imported for each in IMPORTS if each.importer == module and each.at_once]
             to_visit += [module.rpartition(".")[0]] if module.startswith("moe.") else []
     return loaded
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch.nn as other",
+        "from torch import nn as other",
+        "import importlib as other; other.import_module('torch')",
+        "from importlib import import_module as other; other('torch')",
+        "from builtins import __import__ as other; other('torch')",
+        "def later(): __import__('torch')",
+    ],
+)
+def test_an_import_is_found_under_any_name(source: str) -> None:
+    assert "torch" in {package(each.imported) for each in imports_of("moe.analysis.claims", source)}
 
 
 def test_every_package_belongs_to_a_layer() -> None:
@@ -171,6 +199,16 @@ def test_only_launching_imports_hydra() -> None:
         "moe.launch.slurm",
         "moe.launch.train",
     }
+
+
+def test_the_configuration_takes_one_name_from_omegaconf() -> None:
+    for module, path in modules().items():
+        if package(module) == "config":
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ImportFrom) and str(node.module).startswith("omegaconf"):
+                    assert [alias.name for alias in node.names] == ["MISSING"], module
+                if isinstance(node, ast.Import):
+                    assert not [alias for alias in node.names if alias.name.startswith("omegaconf")], module
 
 
 @pytest.mark.parametrize("module", [name for name in modules() if package(name) in WITHOUT_TORCH])

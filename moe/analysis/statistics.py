@@ -121,9 +121,9 @@ def stack(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
 def against_best(runs: pd.DataFrame, metric: str, factor: str, best: Any) -> pd.DataFrame:
     """Compare every level of a factor with the one that was picked as the best, paired by seed, as in `contrasts`.
 
-    A level looks best partly by chance, and a correction for the comparisons with it alone would ignore that. So
-    p is corrected over all pairs of levels: whichever level was picked, with probability 95 % no other is wrongly told
-    apart from it.
+    The best level was picked because of these same results, so it looks better than it is. To allow for that, p is
+    corrected for all pairs of levels and not only for the pairs with the best one. The probability that any level seems
+    to differ from the picked one, although it does not, is then at most 5 %.
     """
     of_level = {level: runs[runs[factor] == level] for level in levels(runs[factor])}
     rows = []

@@ -94,7 +94,10 @@ def _domains(cell: Cell) -> list[str]:
 
 
 def _check_kind(key: str, factor: str, named: list[Any], known: list[Any]) -> None:
-    """Raise ConfigError for levels that a factor cannot have, if only one of its levels is known."""
+    """Raise ConfigError for a level that a factor cannot have, such as a text where this run has a number.
+
+    named: the levels in the claim. known: the level of this run, if it has the factor.
+    """
     for level in named:
         if factor in GROUPS:
             if level not in options(factor):

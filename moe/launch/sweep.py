@@ -113,7 +113,7 @@ def _reserved(cells: list[Cell]) -> Iterator[None]:
     sweep.mkdir(parents=True, exist_ok=True)
     for path in sweep.iterdir():
         if path.is_symlink() and not (path.is_dir() and path.resolve().is_relative_to(sweep.resolve())):
-            raise ConfigError(f"{path} is a link: delete it")
+            raise ConfigError(f"{path} is a link: delete it, or put the file there to which it leads")
     with locked(sweep / "sweep.lock") as owner:
         if owner is not None:
             raise ConfigError(f"{sweep} is in use by another sweep, process {owner}: wait for it, or choose out=DIR")

@@ -15,8 +15,8 @@ from moe.metrics.formulas import Sums
 from moe.routing.loss_table import LOSSES, ROUTER_LOSSES, Loss
 
 LETTERS = """\
-T tokens, L layers with experts, E experts, K experts that a token asks for (on average, where the number varies).
-c_e: load of expert e, the number of assignments that tokens ask it for, before drops; f_e = c_e / Σ c.
+T tokens, L layers with experts, E experts. K_t: number of experts that token t asks for; K: its mean over tokens.
+c_e: load of expert e, which is the number of tokens that ask for it, before drops; f_e = c_e / Σ c.
 p_t: the router's probabilities for token t, at the router's temperature; P_e: mean of p_te over tokens.
 z_t: the clean logits of token t, without noise and temperature. H(p) = -Σ p ln p, in nats.
 kept: number of assignments carried out, after drops. W: the router's matrix, one row for each expert.
@@ -263,7 +263,7 @@ ENTRIES = (
     ),
     Metric(
         "routing/load_cv_floor",
-        "sqrt((E - K') / KT), K' = E[K²] / E[K]",
+        "sqrt((E - K') / KT), K' = mean_t K_t² / mean_t K_t",
         "Root mean square of the load CV by chance, if each of T tokens took its experts at random, independently of "
         "all other tokens. The tokens of a text are not independent: texts alone can make the CV several times as "
         "large.",
@@ -553,7 +553,7 @@ ENTRIES = (
         "routing/position_information",
         "I(expert; decile of the position), corrected for bias",
         "Mutual information of expert and decile of the token's position. The bias (P - 1)(E - K') / 2KT is "
-        "subtracted, with P = 10 and K' = E[K²] / E[K].",
+        "subtracted, with P = 10 and K' = mean_t K_t² / mean_t K_t.",
         "mutual information of expert and position",
         "specialization",
         unit="nats",
@@ -583,7 +583,7 @@ ENTRIES = (
     ),
     Metric(
         "routing/jaccard_chance",
-        "(K' - 1) / (2 (E - 1) - (K' - 1)), K' = E[K²] / E[K]",
+        "(K' - 1) / (2 (E - 1) - (K' - 1)), K' = mean_t K_t² / mean_t K_t",
         "Jaccard index of balanced routing at random. Null if no token asks for two experts.",
         "Jaccard index at random",
         "agreement",

@@ -44,8 +44,9 @@ def experts_per_token(s: Sums) -> Layers:
 
 
 def experts_per_assignment(s: Sums) -> Layers:
-    """Return K' = E[K²] / E[K], the mean over assignments of the number of experts that their token asks for.
+    """Return K' = mean_t K_t² / mean_t K_t, with K_t the number of experts that token t asks for.
 
+    This is the mean over assignments of the number of experts that their token asks for.
     K' is K where that number is fixed, and larger where it varies. What happens by chance depends on K': the other
     experts of an assignment's token are K' - 1 on average. NaN for Soft MoE, whose tokens do not ask for experts.
     """

@@ -166,8 +166,8 @@ def coactivation(chosen: Bool[np.ndarray, "N E"]) -> Float[np.ndarray, "E E"]:
 def coactivation_chance(chosen: Bool[np.ndarray, "L N E"]) -> Float[np.ndarray, "L"]:
     """Return the mean of `coactivation` if each token took as many experts as it did, at random.
 
-    This is (K' - 1) / (E - 1) with K' = E[K²] / E[K], the number of experts of an assignment's token. NaN if no token
-    takes an expert.
+    This is (K' - 1) / (E - 1) with K' = mean_t K_t² / mean_t K_t. K_t is the number of experts of token t, and K' its
+    mean over assignments. NaN if no token takes an expert.
     """
     active = chosen.sum(-1).astype(float)
     total = active.sum(-1)

@@ -153,8 +153,10 @@ def _write_documents(folder: Path, data: Dataset, by_block: Float[Tensor, "2 B"]
 def compared_tokens(blocks: range, seq_len: int) -> Int[Tensor, "N"]:
     """Return on which tokens of a micro-batch of these validation blocks the outputs of all experts are compared.
 
-    They are one token in 251 of the validation set, the same ones for every size of a micro-batch. All positions take
-    part equally often, because the distance of these tokens has no divisor in common with the length of a block.
+    They are one token in 251 of the validation set (or in slightly more, see `distance`), and the same ones for every
+    size of a micro-batch. Their distance has no divisor in common with the length of a block, so they do not fall on
+    the same few positions of each block: each position takes part once in `distance` blocks. A validation set with
+    fewer blocks leaves some positions out.
     """
     distance = next(n for n in itertools.count(COMPARED) if math.gcd(n, seq_len) == 1)
     first_of_block = torch.tensor(blocks)[:, None] * seq_len
