@@ -101,7 +101,7 @@ def summary(runs: pd.DataFrame, factors: list[str], metrics: Iterable[str]) -> p
 
 
 def spread_table(summary: pd.DataFrame) -> pd.DataFrame:
-    """Return a summary as text, "mean ± std (ddof=1)", with a row per condition.
+    """Return a summary as text, "mean ± std (ddof=1)", with a row per condition. Levels are as the user writes them.
 
     If a metric has fewer seeds than the other metrics of the condition, its n is added.
     """
@@ -112,7 +112,7 @@ def spread_table(summary: pd.DataFrame) -> pd.DataFrame:
         cells = {}
         for metric, seeds, mean, std in members[["metric", "n", "mean", STD]].itertuples(index=False):
             cells[metric] = _spread(mean, std) + (f" (n={seeds})" if seeds < n else "")
-        rows.append(condition | cells | {"n seeds": n})
+        rows.append({factor: str(level) for factor, level in condition.items()} | cells | {"n seeds": n})
     return pd.DataFrame(rows)
 
 

@@ -444,6 +444,8 @@ def test_contrasts_without_a_test_are_no_undecided_ones_and_dead_layers_are_name
         write_run(tmp_path / "x" / f"noise={noise},seed=1", {"val/loss": 1.0 + noise} | dead, seed=1, noise=noise)
     text = write_report(load_runs([tmp_path]), tmp_path / "out").read_text()
     assert "**Not tested**" in text
+    assert "| 0.0 | 1 ± – |" in text, "a level is written in tables as in sentences"
+    assert "| noise | 0.1 | 0.0 |" in text
     assert "undecided" not in text.lower().split("## verdicts")[1].split("## factor")[0]
     assert "- noise=0.1,seed=1: no token takes an expert in layer01" in text
 
