@@ -373,7 +373,7 @@ def test_sentences_follow_from_the_data() -> None:
     assert first.endswith("not told from temperature 2.0.")
     assert "n=3: undecided, the smallest effect these seeds could have seen (power 0.8) is" in comparison
     assert "deterministic, equal in every seed." in compare_temperatures(0.0, 0.0, 0.0)[1]
-    assert "n=1: undecided (a test needs two paired seeds" in compare_temperatures(0.1, offsets=(0.0,))[1]
+    assert "n=1: not tested (a test needs two paired seeds" in compare_temperatures(0.1, offsets=(0.0,))[1]
     assert "no seed has a value at both levels: undecided" in compare_temperatures(math.nan, offsets=(0.0,))[1]
 
 
