@@ -632,12 +632,12 @@ def test_figures_show_every_seed_and_the_number_of_seeds(published: Path) -> Non
 
 
 def test_a_data_frame_becomes_a_markdown_table() -> None:
-    table = pd.DataFrame({"name": ["a|b", None], "p": [0.00123, float("nan")], "mean": [130.23456, 1.0]})
+    table = pd.DataFrame({"name": ["a|b", None], "p": [0.00123, float("nan")], "mean": [130.23456, -123456.7]})
     assert table_as_markdown(table).split("\n") == [
         "| name | p | mean |",
         "| :--- | ---: | ---: |",
         "| a\\|b | 0.0012 | 130.23 |",
-        "| – | – | 1 |",
+        "| – | – | -123460 |",
     ]
     assert table_as_markdown(pd.DataFrame()) == "(none)"
 

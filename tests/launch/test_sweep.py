@@ -41,7 +41,7 @@ def test_the_outcome_of_each_cell_is_printed_with_its_reason(cells: list[Cell], 
     def launch() -> None:
         leave_record(resumed, "finished")
         leave_record(finished, "finished")
-        leave_record(failed, "failed", "ValueError: out of luck")
+        leave_record(failed, "failed", "ValueError: out of luck\x1b[2J")
         leave_record(killed, "running")
         raise SystemExit(1)
 
@@ -51,7 +51,7 @@ def test_the_outcome_of_each_cell_is_printed_with_its_reason(cells: list[Cell], 
         f"skipped     {skipped.folder.name}",
         f"resumed     {resumed.folder.name}",
         f"finished    {finished.folder.name}",
-        f"failed      {failed.folder.name}: ValueError: out of luck",
+        f"failed      {failed.folder.name}: ValueError: out of luck\\x1b[2J",
         f"killed      {killed.folder.name}: its process ended without a message",
         f"missing     {missing.folder.name}",
     ]

@@ -16,6 +16,7 @@ from scipy import stats
 from moe.analysis.claims import evidence_sentence, judge
 from moe.analysis.statistics import SIGNIFICANCE, contrasts
 from moe.analysis.variance import anova
+from moe.checks import plain
 from moe.config.claim import ClaimConfig
 from moe.config.options import CONF
 
@@ -325,12 +326,11 @@ def _throughput(a: pd.DataFrame, c: pd.DataFrame) -> Sentence:
     evaluation = (seconds["a"] - seconds["c"]) / (1 / both["eval_interval_a"] - 1 / both["eval_interval_c"])
     share = evaluation / both["eval_interval_c"] / seconds["c"]
     training = TOKENS_PER_STEP / (seconds["c"] - evaluation / both["eval_interval_c"])
-    alone = ", ".join(
-        f"{router} {speed:.2g}" for router, speed in zip(both["router"], training, strict=True) if speed > 0
-    )
+    speeds = [(router, speed) for router, speed in zip(both["router"], training, strict=True) if speed > 0]
+    alone = plain(", ".join(f"{router} {speed:.2g}" for router, speed in speeds))
     return Sentence(
         "routing bench, A and C",
-        f"Throughput is {a['median_tokens_per_s'].min():.3g} to {c['median_tokens_per_s'].max():.3g} tokens/s",
+        plain(f"Throughput is {a['median_tokens_per_s'].min():.3g} to {c['median_tokens_per_s'].max():.3g} tokens/s"),
         "contradicted",
         f"inflated {a['eval_interval'].iloc[0]} and {c['eval_interval'].iloc[0]} times: it is "
         f"{a['tokens_per_s'].min():,.0f} to {c['tokens_per_s'].max():,.0f}, and {share.min():.0%} or more of the "
