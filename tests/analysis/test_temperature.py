@@ -374,7 +374,7 @@ def test_sentences_follow_from_the_data() -> None:
     assert "n=3: undecided, the smallest effect these seeds could have seen (power 0.8) is" in comparison
     assert "deterministic, equal in every seed." in compare_temperatures(0.0, 0.0, 0.0)[1]
     assert "n=1: not tested (a test needs two paired seeds" in compare_temperatures(0.1, offsets=(0.0,))[1]
-    assert "no seed has a value at both levels: undecided" in compare_temperatures(math.nan, offsets=(0.0,))[1]
+    assert "no seed has a value at both levels: not tested" in compare_temperatures(math.nan, offsets=(0.0,))[1]
 
 
 def test_gini_insights_say_more_or_less_balanced(tmp_path: Path) -> None:
