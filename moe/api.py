@@ -1,0 +1,225 @@
+"""What `import moe` offers for scripts and notebooks: train, read runs, compare settings, and look into a model.
+
+`docs/python.md` shows each function on a small run.
+"""
+
+import html
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from moe.analysis.claims import judge_planned
+from moe.analysis.statistics import contrasts
+from moe.checks import ConfigError, unknown
+from moe.config.options import use
+from moe.config.schema import Config
+from moe.results import table
+from moe.results.conditions import varied_factors
+from moe.runs import events
+from moe.runs.record import MetricsRecord, RunRecord
+
+if TYPE_CHECKING:  # these import torch, which takes seconds
+    import transformers
+
+    import moe.data.blocks
+    import moe.model.decoder
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder: what was trained, and what came out. The model, its tokenizer and the data are read when asked for.
+
+    metrics: the final metrics that are one number, or null; empty before the run is finished. history: a row for each
+    evaluation, with one column for each metric of `events.jsonl`.
+    """
+
+    folder: Path
+    status: str
+    config: Config
+    metrics: dict[str, int | float | None]
+    history: pd.DataFrame
+
+    def model(self, *, trusted: bool = False) -> "moe.model.decoder.MoEForCausalLM":
+        """Return the saved model, in evaluation mode. `trusted`: its router may be a class outside of this project.
+
+        Raises ValueError for a model that cannot be read, as after `save_model=none`.
+        """
+        from moe.model.decoder import load_model
+
+        use()
+        return load_model(self.folder / "model", trusted=trusted)
+
+    def tokenizer(self) -> "transformers.PreTrainedTokenizerFast":
+        """Return the tokenizer of the saved model. Raises ValueError if it cannot be read."""
+        from moe.data.tokenizer import pretrained_tokenizer
+
+        return pretrained_tokenizer(str(self.folder / "model"))
+
+    def data(self, *, trusted: bool = False) -> "moe.data.blocks.Prepared":
+        """Return the blocks of training and validation text, from the cache; with `trusted`, made again if need be."""
+        from moe.training.setup import prepare_data
+
+        use()
+        return prepare_data(self.config, trusted=trusted)
+
+
+def load_run(folder: Path | str) -> Run:
+    """Return the run in a folder that holds a run.json. Raises ValueError if it cannot be read."""
+    folder = Path(folder)
+    record = RunRecord.read(folder / RunRecord.FILE)
+    finished = record.status == "finished"
+    metrics = MetricsRecord.read(folder / MetricsRecord.FILE).scalars() if finished else {}
+    path = folder / events.FILE
+    evaluations = [event for event in events.read_events(path) if event["kind"] == "eval"] if path.exists() else []
+    history = pd.DataFrame(evaluations).drop(columns="kind", errors="ignore")
+    return Run(folder, record.status, record.typed_config(), metrics, history)
+
+
+def load_runs(paths: Path | str | Iterable[Path | str] = "multirun") -> pd.DataFrame:
+    """Return one row for each run at or below a folder, or several: facts, factors and final metrics.
+
+    Factors are the keys of the configuration; names of metrics contain a slash. Raises ValueError if there is no run.
+    """
+    return table.load_runs([paths] if isinstance(paths, Path | str) else paths)
+
+
+def compare(
+    runs: pd.DataFrame,
+    metric: str = "val/loss",
+    *,
+    factors: Iterable[str] | None = None,
+    references: dict[str, Any] | None = None,
+    margin: int | float | str | None = None,
+) -> pd.DataFrame:
+    """Compare each level of each factor with its reference level, paired by seed.
+
+    runs: from `load_runs`, of one experiment; only finished ones count. factors: by default, all that vary. The columns
+    are described at `moe.analysis.statistics.contrasts`: among them `difference` with its 95 % interval, and p after
+    Holm's correction over all rows. Raises ConfigError for an unknown metric or factor, and for several experiments.
+    """
+    finished = runs[runs["status"] == "finished"]
+    experiments = sorted(finished["experiment"].unique())
+    if len(experiments) > 1:
+        allowed = f"runs[runs['experiment'] == {experiments[0]!r}]"
+        raise ConfigError(f"the runs are of the experiments {', '.join(experiments)}: compare those of one, {allowed}")
+    if metric not in finished:
+        raise unknown("metric", metric, (column for column in finished if "/" in column))
+    varied = [factor for factor in varied_factors(finished) if factor != "seed"]
+    chosen = varied if factors is None else list(factors)
+    for factor in chosen:
+        if factor not in finished:
+            raise unknown("factor", factor, (column for column in finished if "/" not in column))
+    return contrasts(finished, metric, chosen, references=references, margin=margin)
+
+
+def judge(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return a row with a verdict for each claim that was planned before these runs (`claims` of an experiment)."""
+    return judge_planned(runs)
+
+
+def train(*overrides: str) -> list[Run]:
+    """Train one run, or with "-m" a grid, as `moe train` does with the same words, and return the runs.
+
+    Training runs in a process of its own and prints as usual; finished runs are not trained again. Raises ConfigError
+    with the message of the command if a run did not finish.
+    """
+    from moe.launch.command_line import read_cells
+
+    cells = read_cells(list(overrides))
+    command = [sys.executable, "-m", "moe", "train", *overrides]
+    if cells is None:
+        raise ConfigError(f"{shlex.join(overrides)}: must be words that train runs")
+    status = subprocess.run(command).returncode
+    if status:
+        raise ConfigError(f"moe train {shlex.join(overrides)}: ended with status {status}; see what it printed")
+    return [load_run(cell.folder) for cell in cells]
+
+
+def route(
+    model: "moe.model.decoder.MoEForCausalLM", tokenizer: "transformers.PreTrainedTokenizerFast", text: str
+) -> pd.DataFrame:
+    """Return which experts each token of a text asks for: a row for each token, layer and expert.
+
+    Columns: position and token (its text); layer; expert; weight: the gate weight; probability: of this expert in the
+    router's distribution, NaN for a router without one. In a chain of routers, `iteration` counts them; else it is 0.
+    Raises ValueError for an empty text, and for a model whose experts do not work on single tokens.
+    """
+    import torch
+
+    from moe.specialization.observation import reason_not_studied
+
+    block = _block(model, tokenizer, text)
+    if reason := reason_not_studied(model, block):
+        raise ValueError(reason)
+    with torch.no_grad():
+        layers = model.eval()(block.ids.to(model.device)).routing
+    tokens = [tokenizer.decode([token]) for token in block.ids[0].tolist()]
+    parts = []
+    for layer, chain in enumerate(layers):
+        for iteration, routing in enumerate(chain):
+            at = routing.token, routing.expert
+            known = routing.probs is not None
+            parts.append(
+                pd.DataFrame(
+                    {
+                        "position": routing.token.tolist(),
+                        "token": [tokens[position] for position in routing.token.tolist()],
+                        "layer": layer,
+                        "iteration": iteration,
+                        "expert": routing.expert.tolist(),
+                        "weight": routing.weight.tolist(),
+                        "probability": routing.probs[at].tolist() if known else float("nan"),
+                    }
+                )
+            )
+    order = ["position", "layer", "iteration", "weight"]
+    return pd.concat(parts).sort_values(order, ascending=[True, True, True, False], ignore_index=True)
+
+
+class Page(str):
+    """An HTML page. A notebook shows it in a frame; `page.save("tokens.html")` writes it to a file."""
+
+    def _repr_html_(self) -> str:
+        return f'<iframe srcdoc="{html.escape(self)}" width="100%" height="420" style="border: 0"></iframe>'
+
+    def save(self, path: Path | str) -> None:
+        """Write the page to a file."""
+        Path(path).write_text(self, encoding="utf-8")
+
+
+def show(
+    model: "moe.model.decoder.MoEForCausalLM", tokenizer: "transformers.PreTrainedTokenizerFast", text: str
+) -> Page:
+    """Return a page on which each token of a text has the color of its heaviest expert, in the layer that one selects.
+
+    Raises ValueError as `route` does.
+    """
+    from moe.routing.decision import Knobs
+    from moe.specialization.observation import observe
+    from moe.specialization.page import token_page
+
+    block = _block(model, tokenizer, text)
+    knobs = Knobs.of(temperature=model.config.router_temperature, device=model.device)
+    seen = observe(model.eval(), block, knobs)
+    return Page(token_page(seen, tokenizer, domains=("your text",), title="Experts of each token"))
+
+
+def _block(
+    model: "moe.model.decoder.MoEForCausalLM", tokenizer: "transformers.PreTrainedTokenizerFast", text: str
+) -> Any:
+    """Return a text as one block, which must fit the model."""
+    import torch
+
+    from moe.data.blocks import Batch
+
+    ids = torch.tensor([tokenizer(text)["input_ids"]], dtype=torch.long)
+    longest = model.config.max_position_embeddings
+    if not 1 <= ids.numel() <= longest:
+        raise ConfigError(f"text has {ids.numel()} tokens: must have 1 to {longest}, the length of this model")
+    return Batch(ids, torch.zeros(1, dtype=torch.long), ids, None)

@@ -1,0 +1,141 @@
+"""Tests of what `import moe` offers, on one small trained run."""
+
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from run_folders import write_metrics, write_record
+
+import moe
+from moe.checks import ConfigError
+from moe.launch.command_line import read_cells
+from moe.launch.run import run
+
+PAGE = Path(__file__).parents[1] / "docs" / "python.md"
+TEXT = "The quick brown fox"
+
+
+@pytest.fixture(scope="module")
+def trained(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> moe.Run:
+    [cell] = read_cells([*small, "steps=2", "eval_every=2", f"out={tmp_path_factory.mktemp('api')}"]) or []
+    run(cell)
+    return moe.load_run(cell.folder)
+
+
+def test_every_public_name_can_be_imported_and_others_are_refused() -> None:
+    assert all(getattr(moe, name) is not None for name in moe.__all__)
+    assert set(moe.__all__) <= set(dir(moe))
+    with pytest.raises(AttributeError, match="module 'moe' has no attribute 'trian'"):
+        moe.trian  # noqa: B018
+
+
+def test_reading_runs_imports_no_torch() -> None:
+    code = "import sys, moe; moe.load_runs; moe.compare; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_run_knows_its_configuration_metrics_and_history(trained: moe.Run) -> None:
+    assert trained.status == "finished"
+    assert trained.config.steps == 2
+    assert trained.metrics["val/loss"] == trained.history["val/loss"].iloc[-1]
+    assert list(trained.history["step"]) == [0, 2]
+    assert trained.data().tokenizer.vocab_size == trained.tokenizer().vocab_size
+
+
+def test_the_table_of_runs_takes_one_folder_or_several(trained: moe.Run) -> None:
+    one = moe.load_runs(str(trained.folder))
+    pd.testing.assert_frame_equal(one, moe.load_runs([trained.folder]))
+    assert one["val/loss"].tolist() == [trained.metrics["val/loss"]]
+
+
+def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"^{tmp_path}: no run.json$"):
+        moe.load_run(tmp_path)
+
+
+def test_routes_are_those_of_the_model(trained: moe.Run) -> None:
+    """Each token has its k experts per layer, with the weights and probabilities that the model computes."""
+    model, tokenizer = trained.model(), trained.tokenizer()
+    table = moe.route(model, tokenizer, TEXT)
+    ids = tokenizer(TEXT)["input_ids"]
+    k, layers = trained.config.router["k"], trained.config.model.layers
+    assert len(table) == len(ids) * k * layers
+    assert "".join(table[(table["layer"] == 0)].drop_duplicates("position")["token"]) == TEXT
+    np.testing.assert_allclose(table.groupby(["position", "layer"])["weight"].sum(), 1, rtol=1e-5)
+    with torch.no_grad():
+        routing = model(torch.tensor([ids])).routing[1][0]
+    rows = table[table["layer"] == 1]
+    for position, expert, weight, probability in rows[["position", "expert", "weight", "probability"]].to_numpy():
+        at = (routing.token == position) & (routing.expert == expert)
+        assert routing.weight[at].item() == pytest.approx(weight)
+        assert routing.probs[int(position), int(expert)].item() == pytest.approx(probability)
+
+
+def test_a_page_shows_each_token_and_its_experts(trained: moe.Run, tmp_path: Path) -> None:
+    page = moe.show(trained.model(), trained.tokenizer(), "fox & <hound>")
+    assert "layer 0: " in page
+    assert "&lt;" in page
+    assert "<hound>" not in page
+    page.save(tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text() == page
+    assert page._repr_html_().startswith("<iframe srcdoc=")
+
+
+@pytest.mark.parametrize("text", ["", "word " * 5000])
+def test_a_text_that_does_not_fit_is_refused(trained: moe.Run, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"^text has \d+ tokens: must have 1 to \d+, the length of this model$"):
+        moe.route(trained.model(), trained.tokenizer(), text)
+
+
+def test_settings_are_compared_by_name(tmp_path: Path) -> None:
+    for noise, loss in ((0.0, 1.0), (0.1, 2.0)):
+        for seed in (1, 2, 3):
+            folder = tmp_path / f"{noise}-{seed}"
+            folder.mkdir()
+            write_record(folder, config={"seed": seed, "noise": noise}, experiment="e")
+            write_metrics(folder, {"val/loss": loss + 0.01 * seed * (1 + noise)})
+    runs = moe.load_runs(tmp_path)
+    [row] = moe.compare(runs).to_dict("records")
+    assert row["difference"] == pytest.approx(1 + 0.01 * 2 * 0.1)
+    assert len(moe.judge(runs)) == 0
+    with pytest.raises(ConfigError, match=r"^the runs are of the experiments e, f: compare those of one, runs"):
+        moe.compare(pd.concat([runs, runs.assign(experiment="f")]))
+    with pytest.raises(ConfigError, match=r"^unknown metric 'val/los'; nearest: val/loss$"):
+        moe.compare(runs, "val/los")
+    with pytest.raises(ConfigError, match=r"^unknown factor 'nois'; nearest: noise$"):
+        moe.compare(runs, factors=["nois"])
+
+
+def test_training_returns_the_runs_and_trains_none_twice(trained: moe.Run, small: list[str]) -> None:
+    """The run of the fixture is finished, so the command skips it, and its folder is read."""
+    words = [*small, "steps=2", "eval_every=2", f"out={trained.folder.parents[1]}"]
+    [again] = moe.train(*words)
+    assert again.folder == trained.folder
+    assert again.metrics == trained.metrics
+
+
+def test_wrong_overrides_are_refused_before_a_process_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "run", lambda *arguments: pytest.fail("a process was started"))
+    with pytest.raises(ConfigError, match="unknown key 'stepz'; nearest: steps"):
+        moe.train("stepz=2")
+
+
+def test_the_page_about_python_runs_as_printed(
+    trained: moe.Run, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every block of docs/python.md runs. Only its runs are smaller, and its sweep stands for one of two runs."""
+    monkeypatch.chdir(tmp_path)
+    small_train = partial(moe.train, *small, "steps=2", "eval_every=2")
+    monkeypatch.setattr("moe.api.train", lambda *words: small_train(*(w for w in words if not w.startswith("steps="))))
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert len(blocks) > 3
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(block, names)
+    assert {"runs", "run", "routes"} <= set(names)
