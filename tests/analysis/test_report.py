@@ -318,7 +318,7 @@ def test_routing_metrics_are_reported_by_condition_where_they_were_measured(tmp_
     rows = [line for line in text.split("**Routing by condition**")[1].splitlines() if line.startswith("|")]
     assert [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[:4] if "---" not in row] == [
         ["noise", "load_gini", "consistency_kappa", "n seeds"],
-        ["0", "0.20 ± 0.14", "– (n=0)", "2"],
+        ["0.0", "0.20 ± 0.14", "– (n=0)", "2"],
         ["0.1", "0.4 ± 0", "1.00 ± 0.71", "2"],
     ]
     means = pd.read_csv(tmp_path / "out" / "conditions.csv").set_index(["noise", "metric"])["mean"]
