@@ -1,7 +1,7 @@
 """Auxiliary losses of one layer, unweighted. The training loop logs them as they are and weights them in its total.
 
 Each loss is a mean over the tokens of the micro-batch. A loss is left out if the router lacks what it is computed from,
-for example probabilities. `moe.routing.loss_table` lists all losses with the keys that weight them.
+for example probabilities. `moe.routing.loss_table` lists all losses with the keys that weight them and their papers.
 """
 
 import torch
@@ -16,8 +16,8 @@ def load_balance(probs: Float[Tensor, "T E"], offered: Shaped[Tensor, "E"]) -> F
     """Compute E * sum_e f_e P_e.
 
     f_e is the expert's share of all assignments, before drops. P_e is its mean probability. The loss is 1 when f or P
-    is uniform, for every K and E, and E when one expert has everything. The gradient flows through P only. Switch
-    Transformer (2101.03961, eq. 4-6), with f normalized by T*K as in GShard-style top-k.
+    is uniform, for every K and E, and E when one expert has everything. The gradient flows through P only. Unlike in
+    the paper, f is divided by T*K, so that K may be larger than 1.
     """
     share = offered / offered.sum().clamp(min=1)  # some routers can leave every token without an expert
     return len(offered) * (share * probs.mean(0)).sum()
@@ -32,8 +32,8 @@ def load_balance_sequence(
 ) -> Float[Tensor, ""]:
     """Compute the load-balance loss of each sequence by itself and average: 1 when every sequence is balanced.
 
-    DeepSeek-V3 (2412.19437, eq. 17-20), where probabilities are sigmoid scores normalized over experts. A block with
-    several conversations counts as one sequence, because a single conversation may be too short to be balanced.
+    In the paper, the probabilities are sigmoid scores normalized over experts. A block with several conversations
+    counts as one sequence, because a single conversation may be too short to be balanced.
 
     sequence: `Context.sequence`.
     """
@@ -58,7 +58,7 @@ def router_entropy(probs: Float[Tensor, "T E"]) -> Float[Tensor, ""]:
 def gate_variance(probs: Float[Tensor, "T E"]) -> Float[Tensor, ""]:
     """Compute minus the variance over tokens of an expert's probability, summed over experts.
 
-    A positive weight makes routing decisions differ between tokens (Guo et al. 2505.22323, L_v).
+    A positive weight makes routing decisions differ between tokens.
     """
     return -(probs - probs.mean(0)).square().mean(0).sum()  # `var` over the first dimension takes ten times as long
 
@@ -66,7 +66,7 @@ def gate_variance(probs: Float[Tensor, "T E"]) -> Float[Tensor, ""]:
 def similarity_preserving(weight: Float[Tensor, "E D"]) -> Float[Tensor, ""]:
     """Compute the entrywise L1 norm of W W^T - I, which is 0 for orthonormal router rows W.
 
-    With orthonormal rows similar tokens keep similar routing, and the load balances (SimBal, Omi et al. 2506.14038).
+    With orthonormal rows similar tokens keep similar routing, and the load balances.
     """
     gram = weight @ weight.T
     return (gram - torch.eye(len(weight), device=weight.device)).abs().sum()
@@ -78,9 +78,9 @@ def output_orthogonality(rows: Float[Tensor, "R D"], token: Int[Tensor, "R"]) ->
     rows: expert outputs before they are weighted.
     token: the token of each row.
 
-    Guo et al. (2505.22323, L_o) sum projections. Those are vectors and shrink with the outputs. The squared cosine is
-    the share of squared length that a projection keeps: 0 for orthogonal outputs and 1 for parallel ones. The function
-    reads the largest number of experts per token back from the device.
+    The paper sums projections. Those are vectors and shrink with the outputs. The squared cosine is the share of
+    squared length that a projection keeps: 0 for orthogonal outputs and 1 for parallel ones. The function reads the
+    largest number of experts per token back from the device.
     """
     order = torch.argsort(token, stable=True)
     token = token[order]
@@ -96,7 +96,7 @@ def output_orthogonality(rows: Float[Tensor, "R D"], token: Int[Tensor, "R"]) ->
 
 
 def router_z(logits: Float[Tensor, "T E"]) -> Float[Tensor, ""]:
-    """Compute the mean squared log-sum-exp of the clean logits, which keeps them small (ST-MoE 2202.08906, eq. 5)."""
+    """Compute the mean squared log-sum-exp of the clean logits, which keeps them small."""
     return torch.logsumexp(logits, -1).square().mean()
 
 
@@ -111,7 +111,7 @@ def auxiliary(
     """Return every auxiliary loss that this routing has, by name.
 
     load: load of the earlier micro-batches of the optimizer step. `load_balance_global` adds it, so that the whole
-        batch has to be balanced and single micro-batches may specialize (Qiu et al. 2501.11873).
+        batch has to be balanced and single micro-batches may specialize.
     sequence: `Context.sequence`.
     """
     losses = dict(routing.aux)
