@@ -23,7 +23,7 @@ BY_DECILE = ("offered_by_position", "kept_by_position")
 def make(router: dict[str, Any]) -> MoEForCausalLM:
     """Build a model whose routers have large weights, so that every token has clear preferences."""
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"dim": 16, "heads": 2, "layers": 2, "ffn": 8, "num_experts": 8}
+    sizes: dict[str, Any] = {"dim": 16, "heads": 2, "layers": 2, "ffn": 8, "num_experts": 8, "dense_ffn": 8}
     settings = router | ({"slots": 3} if "slots" in router else {})
     model = MoEForCausalLM(MoEConfig.of(ModelConfig(**sizes), settings, vocab_size=V, seq_len=32))
     with torch.no_grad():
