@@ -198,7 +198,9 @@ def plain(text: str) -> str:
 
 
 def _nearest(name: str, names: list[str]) -> str:
-    """Return the names that have `name` as a part, such as optimizer.muon_lr for lr; without any, the most similar one.
+    """Return the names that have `name` as a part, such as optimizer.muon_lr for lr, or else begin with it.
+
+    Without any, return the most similar one.
 
     What `name` has in common with others up to its last dot is no similarity: router.temp is not near router.gate.
     """
@@ -207,6 +209,8 @@ def _nearest(name: str, names: list[str]) -> str:
     if not in_group:
         last, in_group = name, {other: other for other in names}
     near = [other for short, other in in_group.items() if last in re.split(r"[._/]", short)]
+    if not near and len(last) >= 3:  # the beginning of a name, such as exp for exponential
+        near = [other for short, other in in_group.items() if short.startswith(last)]
     if not 1 <= len(near) <= 5:
         near = [in_group[short] for short in difflib.get_close_matches(last, in_group, n=1, cutoff=0.6)]
     return f"; nearest: {', '.join(near)}" if near else ""

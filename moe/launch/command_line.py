@@ -52,6 +52,7 @@ from moe.files import open_file
 from moe.launch import slurm
 from moe.launch.claims import check_claims
 from moe.launch.grids import grid_of
+from moe.launch.hints import hint
 from moe.runs.folder import finished, same_run, stored_record
 
 log = logging.getLogger(__name__)
@@ -202,8 +203,10 @@ def _parse_flags(arguments: list[str]) -> argparse.Namespace:
 
     def refuse(message: str) -> NoReturn:
         for key, equals, value in (word.partition("=") for word in arguments if f" {word}" in message):
-            if equals or allowed_values(key.lstrip("-")) is not None:
-                raise ConfigError(f"{key}{equals}{value}: write {key.lstrip('-')}={value or 'VALUE'}, without --")
+            if equals or allowed_values(key.lstrip("-")) is not None or key.lstrip("-") in GROUPS:
+                following = arguments[arguments.index(key) + 1 :] if not equals else []
+                given = value or next((word for word in following if "=" not in word), "VALUE")
+                raise ConfigError(f"{key}{equals}{value}: write {key.lstrip('-')}={given}, without --")
         raise ConfigError(message)
 
     parser = get_args_parser()
@@ -544,7 +547,8 @@ def _parse_override(word: str) -> Override:
             cause = f"{first_line(error.__cause__)}; a text needs quotes"
             raise ConfigError(f"cannot read the command line: {word:.200}: {cause:.300}") from None
     if not equals:
-        raise ConfigError(f"cannot read the command line: {word:.200}: write key=value")
+        example = f"{word}=OPTION" if word in GROUPS else "key=value"
+        raise ConfigError(f"cannot read the command line: {word:.200}: write {example}")
     try:
         override = parser.parse_overrides([quoted])[0]
     except FAULTS:
@@ -634,6 +638,9 @@ def _check_override(override: Override) -> None:
         )
     for value in values if key in GROUPS else ():
         if value not in options(key) and f"{key}={value}" not in DEFAULTS:
+            others = [f"{group}={value}" for group in GROUPS if group != key and value in options(group)]
+            if others:
+                raise ConfigError(f"unknown option of {key} '{value}'; there is {' and '.join(others)}")
             raise unknown(f"option of {key}", value, options(key))
 
 
@@ -652,6 +659,12 @@ def _check_type(override: Override) -> None:
             continue
         if isinstance(value, (list, dict)) and _misfit(key, type(value)()) is None:  # one of its parts is wrong
             raise ConfigError(f"{override.input_line:.200}: {_cause(error)}")
+        listed = isinstance(value, list) and all(_misfit(key, each) is None for each in value)
+        if listed and len(value) > 1:
+            values_line = ",".join(map(_word, value))
+            raise ConfigError(
+                f"{key}={word}: must be {allowed}; for several values in a sweep write -m {key}={values_line}"
+            )
         require(False, key, word, allowed)
 
 
@@ -719,12 +732,16 @@ def _unknown_key(key: str, known: Iterable[str], choices: dict[str, str | None])
     if choices.get(group) is None or group in ("experiment", "variant"):
         others = ("router", "schedule", "data")  # the groups whose options differ in their keys
         keys = {*known, *(f"{each}.{k}" for each in others for option in options(each) for k in _keys(each, option))}
-        error = unknown("key", key, keys)
+        if meant := hint(key):
+            return ConfigError(f"unknown key '{key}'; write {meant}")
+        error = unknown("key", key, {*keys, *GROUPS})
         return error if "; nearest: " in str(error) else ConfigError(f"{error}; `--cfg job` prints all keys")
     owner = f"{group}={choices[group]}"
     having = [f"{group}={option}" for option in options(group) if name in _keys(group, option)]
     if having:
         return ConfigError(f"{owner} has no key {name}; {', '.join(having)} {'has' if len(having) == 1 else 'have'} it")
+    if (meant := hint(key)) and (meant.startswith(f"{group}.") or name not in _keys(group, str(choices[group]))):
+        return ConfigError(f"unknown key of {owner} '{key}'; write {meant}")
     return unknown(f"key of {owner}", key, (each for each in known if each.startswith(f"{group}.")))
 
 

@@ -17,6 +17,7 @@ from moe.config.options import CONF, GROUPS, options
 from moe.config.schema import flatten
 from moe.launch import command_line
 from moe.launch.command_line import read_cells, run_name, typed
+from moe.launch.hints import HINTS
 from moe.launch.run import write_run_record
 from moe.runs.record import RunFacts
 
@@ -45,16 +46,35 @@ from moe.runs.record import RunFacts
         ("-m noise=0.1 router.temp=1.5,2", "^router=topk has no key temp; router=gumbel, router=temperature have it$"),
         ("data.source.paths=[a]", "^data=embedded has no key source.paths; data=text has it$"),
         ("router.zzz=2", "^unknown key of router=topk 'router.zzz'; known: router._target_, router.gate, router.k$"),
-        ("temp=2", "^unknown key 'temp'; nearest: router.temp$"),
+        ("temp=2", "^unknown key 'temp'; write router.temp, with router=temperature or router=gumbel$"),
+        ("lr=0.1", "^unknown key 'lr'; write optimizer.muon_lr for matrices and optimizer.adamw_lr for the rest$"),
         (
-            "lr=0.1",
-            "^unknown key 'lr'; nearest: optimizer.adamw_lr, optimizer.experts_lr, optimizer.muon_lr, optimizer",
+            "optimizer.lr=0.1",
+            "^unknown key of optimizer=muon 'optimizer.lr'; write optimizer.muon_lr for matrices and",
         ),
-        ("optimizer.lr=0.1", "'optimizer.lr'; nearest: optimizer.adamw_lr, optimizer.experts_lr, optimizer.muon_lr, o"),
+        ("load_balancing_weight=0.1", "^unknown key 'load_balancing_weight'; write lb$"),
+        ("lb-weight=0.1", "^unknown key 'lb-weight'; write lb$"),
+        ("cf=1.25", "^unknown key 'cf'; write capacity$"),
+        ("top_k=2", "^unknown key 'top_k'; write router.k$"),
+        ("router.top_k=2", "^unknown key of router=topk 'router.top_k'; write router.k$"),
+        ("router.temperature=2", "'router.temperature'; write router.temp, with router=temperature or router=gumbel$"),
+        (
+            "device=cuda",
+            "^unknown key 'device'; write CUDA_VISIBLE_DEVICES= in front of the command to stay on",
+        ),
+        ("data.paths=[a]", "^unknown key of data=embedded 'data.paths'; write data.source.paths, with data=text$"),
+        ("model.hidden_size=9", "^unknown key of model=tiny 'model.hidden_size'; write model.dim$"),
+        ("experment=default", "^unknown key 'experment'; nearest: experiment$"),
+        ("router=top1", "^unknown option of router 'top1'; there is variant=top1$"),
+        ("schedule=exp", "^unknown option of schedule 'exp'; nearest: exponential$"),
+        ("noise=[0,0.1]", r"^noise=\[0,0.1\]: must be a number; for several values in a sweep write -m noise=0,0.1$"),
+        ("router topk", "^cannot read the command line: router: write router=OPTION$"),
+        ("--steps 30", "^--steps: write steps=30, without --$"),
+        ("--router topk", "^--router: write router=topk, without --$"),
         ("optimizer.zzz=1", "'optimizer.zzz'; known: optimizer.adamw_lr, optimizer.beta1, .*optimizer.weight_decay$"),
         ("zzz=1", "^unknown key 'zzz'; `--cfg job` prints all keys$"),
         ("--noise=0.1", "^--noise=0.1: write noise=0.1, without --$"),
-        ("--noise 0.1", "^--noise: write noise=VALUE, without --$"),
+        ("--noise 0.1", "^--noise: write noise=0.1, without --$"),
         ("--optimizer.clip=2 seed=1", "^--optimizer.clip=2: write optimizer.clip=2, without --$"),
         ("-m noise=0.0,0.1, seed=42", "^noise=0.0,0.1,: a value is missing after the last comma$"),
         ("-m noise=0.0,,0.1", "^noise=0.0,,0.1: a value is missing between two commas$"),
@@ -542,3 +562,14 @@ def test_a_folder_of_the_same_run_is_found_under_any_spelling(tmp_path: Path) ->
     for other in (["noise=0.2"], ["noise=0.1", "seed=1"], ["noise=0.1", "variant=top2", "router.k=2"]):
         [cell] = read_cells([f"out={tmp_path}", *other]) or []
         assert cell.folder != first.folder
+
+
+def test_every_hint_names_a_key_that_exists() -> None:
+    """What a hint says begins with a key of the configuration, or with an environment variable; keys get no hint."""
+    keys = {*GROUPS, *(field.name for field in fields(Config)), "router.k", "router.temp", "data.source.paths"}
+    [cell] = read_cells([]) or []
+    keys |= set(flatten(asdict(cell.config)))
+    for word, meant in HINTS.items():
+        first = re.split("[ ,=]", meant)[0]
+        assert first in keys or first == "CUDA_VISIBLE_DEVICES", word
+        assert word not in {key.replace("_", "") for key in keys}, word
