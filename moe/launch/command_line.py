@@ -659,12 +659,10 @@ def _check_type(override: Override) -> None:
             continue
         if isinstance(value, (list, dict)) and _misfit(key, type(value)()) is None:  # one of its parts is wrong
             raise ConfigError(f"{override.input_line:.200}: {_cause(error)}")
-        listed = isinstance(value, list) and all(_misfit(key, each) is None for each in value)
-        if listed and len(value) > 1:
-            values_line = ",".join(map(_word, value))
-            raise ConfigError(
-                f"{key}={word}: must be {allowed}; for several values in a sweep write -m {key}={values_line}"
-            )
+        parts = value if isinstance(value, list) else []
+        if len(parts) > 1 and all(_misfit(key, part) is None for part in parts):
+            swept = f"-m {key}={','.join(map(_word, parts))}"
+            raise ConfigError(f"{key}={word}: must be {allowed}; for several values in a sweep write {swept}")
         require(False, key, word, allowed)
 
 

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from train_processes import ROOT, TRAIN, run_script
 
 from moe.checks import ConfigError, parse
 from moe.config.options import CONF, GROUPS, options
-from moe.config.schema import flatten
+from moe.config.schema import Config, flatten
 from moe.launch import command_line
 from moe.launch.command_line import read_cells, run_name, typed
 from moe.launch.hints import HINTS
@@ -566,7 +567,7 @@ def test_a_folder_of_the_same_run_is_found_under_any_spelling(tmp_path: Path) ->
 
 def test_every_hint_names_a_key_that_exists() -> None:
     """What a hint says begins with a key of the configuration, or with an environment variable; keys get no hint."""
-    keys = {*GROUPS, *(field.name for field in fields(Config)), "router.k", "router.temp", "data.source.paths"}
+    keys = {*GROUPS, *Config.__dataclass_fields__, "router.k", "router.temp", "data.source.paths"}
     [cell] = read_cells([]) or []
     keys |= set(flatten(asdict(cell.config)))
     for word, meant in HINTS.items():
