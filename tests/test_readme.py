@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from moe.checks import ConfigError
 from moe.config.options import CONF
 from moe.data.tokenizer import train_bpe
 from moe.launch.command_line import read_cells
@@ -41,6 +42,25 @@ def test_commands_are_accepted(command: str) -> None:
     """The seeds of an experiment are reduced to one, because composing all cells takes long."""
     one_seed = ["seed=42"] if command.startswith("experiment=") and "seed=" not in command else []
     assert read_cells([*shlex.split(command), *one_seed])
+
+
+ABOUT_HYDRA = (ROOT / "docs" / "hydra.md").read_text(encoding="utf-8").split("## What is refused")
+HYDRA_COMMANDS = re.findall(r"`python train\.py (.*?)`", ABOUT_HYDRA[0])
+REFUSED = ["+nois=1", "~seed", "--config-name=x", "--config-path=x", "--experimental-rerun=x", "-m lb=interval(0,1)"]
+REFUSED += ["hydra.run.dir=x", "hydra.sweep.dir=x", "-m --cfg job", "-m seed=range(0,10002)"]
+
+
+@pytest.mark.parametrize("command", [each for each in HYDRA_COMMANDS if "lab" not in each])  # test_outside has these
+def test_what_the_page_about_hydra_says_works(command: str) -> None:
+    if "slurm" not in command:  # needs Slurm
+        cells = read_cells(shlex.split(command.replace("noise_lb_seed", "noise_lb_seed seed=1")))
+        assert (cells is None) == any(flag in command for flag in ("--cfg", "--info"))
+
+
+@pytest.mark.parametrize("command", REFUSED)
+def test_what_the_page_about_hydra_says_is_refused(command: str) -> None:
+    with pytest.raises(ConfigError):
+        read_cells(shlex.split(command))
 
 
 def test_the_table_of_metrics_matches_the_catalog() -> None:

@@ -212,9 +212,12 @@ def _parse_flags(arguments: list[str]) -> argparse.Namespace:
     parser = get_args_parser()
     parser.error = refuse  # type: ignore[method-assign]
     args = parser.parse_intermixed_args(arguments)
-    for flag in ("config_name", "config_path", "experimental_rerun"):
+    experiment = "name a folder with experiment/NAME.yaml by --config-dir, and write experiment=NAME"
+    instead = {"config_name": experiment, "config_path": experiment}
+    instead["experimental_rerun"] = "the same command again resumes a run, or skips it if it is finished"
+    for flag, advice in instead.items():
         if getattr(args, flag):
-            raise ConfigError(f"--{flag.replace('_', '-')} is not supported: put a yaml into conf/experiment/ instead")
+            raise ConfigError(f"--{flag.replace('_', '-')} is not supported: {advice} (docs/hydra.md)")
     for flag, example in (("resolve", "--resolve"), ("package", "--package optimizer")):
         if getattr(args, flag) and not args.cfg:
             raise ConfigError(f"--{flag} works only with --cfg, such as --cfg job {example}")

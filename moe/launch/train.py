@@ -37,6 +37,8 @@ def run_cell(composed: DictConfig) -> None:
 def launch(command: command_line.Command) -> None:
     """Let Hydra train the cells of a command with the chosen launcher, or answer `--cfg` and the like."""
     sys.argv[1:] = command.arguments
+    if command.cells is None:  # Hydra prints its answer; `| head` may close the pipe early
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     for sweeper in Plugins.instance().discover(Sweeper):  # Hydra imports its plugins a second time: other classes
         setattr(sweeper, "split_arguments", command.batches)  # noqa: B010
         setattr(sweeper, "validate_batch_is_legal", lambda *_: None)  # noqa: B010 (every cell has been composed)
