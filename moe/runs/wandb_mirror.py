@@ -6,6 +6,7 @@ import logging
 import netrc
 import os
 import re
+import secrets
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from urllib.parse import urlparse
 from moe.checks import first_line
 from moe.config.schema import Cell
 from moe.distributed import ranks
+from moe.files import read_text, write_text
 from moe.runs.record import SweepRecord
 
 log = logging.getLogger(__name__)
@@ -21,6 +23,7 @@ log = logging.getLogger(__name__)
 START_SECONDS, FINISH_SECONDS = 20, 60  # how long a run waits for the W&B server at its start and at its end
 STEP = "step"  # optimizer steps done; the horizontal axis of all charts
 FINAL = "final"  # prefix of the final metrics in a W&B summary; an unfinished run has none
+ID_FILE = "wandb_id.txt"  # in a run folder: the id of its online W&B run
 CONDITION = "condition"  # the config key by which dashboards group runs
 
 
@@ -99,14 +102,26 @@ def mode_of_environment() -> str:
     return "online" if host and host in logins.hosts else "offline"
 
 
+def _online_id(folder: Path) -> str:
+    """Return the id of the online W&B run of this folder, made at the first start. A resumed run continues that run."""
+    path = folder / ID_FILE
+    known = read_text(path).strip() if path.exists() else ""
+    if not re.fullmatch("[0-9a-f]{16}", known):
+        known = secrets.token_hex(8)
+        write_text(path, known + "\n")
+    return known
+
+
 def _start(cell: Cell, mode: str) -> Any:
     import wandb
 
     settings = wandb.Settings(
         init_timeout=START_SECONDS, finish_timeout=FINISH_SECONDS, silent=True, console="off", x_disable_stats=True
     )
+    continued = {"id": _online_id(cell.folder), "resume": "allow"} if mode == "online" else {}
     run = wandb.init(
         mode=mode,  # type: ignore[arg-type]
+        **continued,  # type: ignore[arg-type]
         project=cell.config.logger.project,
         entity=cell.config.logger.entity,
         group=group(cell),

@@ -1,10 +1,12 @@
 """Tests of the W&B mirror: it contains the events of a run, and its failures do not affect training."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from train_processes import TRAIN, run_script
@@ -108,7 +110,25 @@ def test_after_its_first_error_the_mirror_stops_with_one_warning(
     mirror._run = BrokenRun()
     mirror.log(1, {"a": 1.0})
     mirror.log(2, {"a": 1.0})
-    assert [record.message for record in caplog.records] == ["events are no longer copied to W&B: lost connection"]
+    warnings = [record.message for record in caplog.records if record.name == "moe.runs.wandb_mirror"]
+    assert warnings == ["events are no longer copied to W&B: lost connection"]
+
+
+def test_a_resumed_run_continues_its_online_run_and_a_new_folder_begins_another(
+    cell: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The id is kept in the run folder: a run that was deleted and trained again is another run."""
+    started: list[dict[str, Any]] = []
+    monkeypatch.setattr("wandb.init", lambda **settings: started.append(settings) or MagicMock())
+    one = cell("logger.mode=online")
+    for _ in range(2):
+        one.folder.mkdir(parents=True, exist_ok=True)
+        for _ in range(2):
+            WandbMirror(one).finish({})
+        shutil.rmtree(one.folder)
+    first, resumed, second, _ = (settings["id"] for settings in started)
+    assert first == resumed != second
+    assert all(settings["resume"] == "allow" for settings in started)
 
 
 KEY = "0" * 40

@@ -70,21 +70,22 @@ def _tuning(inputs: ReportInputs) -> str:
 
 
 def _condition_counts(inputs: ReportInputs) -> ReportBlock:
-    """Return the number of runs of each condition by status, without the statuses that no run has."""
+    """Return the number of runs of each condition by status."""
     runs = inputs.runs
     several = ["experiment"] if runs["experiment"].nunique() > 1 else []
     table = _status_counts(runs.assign(condition=inputs.condition.fillna("unknown")), [*several, "condition"])
-    shown = TableBlock(table.loc[:, [column == "finished" or table[column].any() for column in table]])
+    shown = TableBlock(table)
     if len(table) > LIST_LENGTH:
         return Details(f"The same for each of {len(table)} conditions", [shown])
     return shown
 
 
 def _status_counts(runs: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
-    """Return a row for each combination of levels and a column for each status."""
+    """Return a row for each combination of levels and a column for "finished" and for each other status of a run."""
     table = pd.crosstab([runs[column] for column in columns], runs["status"])
     others = [status for status in table if status not in STATUSES]
-    return table.reindex(columns=[*STATUSES, *others], fill_value=0).reset_index()
+    named = [status for status in STATUSES if status == "finished" or status in table]
+    return table.reindex(columns=[*named, *others], fill_value=0).reset_index()
 
 
 def _seeds(runs: pd.DataFrame) -> str:
