@@ -383,7 +383,7 @@ def test_the_table_of_what_was_run_counts_every_status(tmp_path: Path) -> None:
     by_experiment, by_condition = (
         block.frame for block in blocks if isinstance(block, TableBlock) and "finished" in block.frame
     )
-    assert by_experiment.to_numpy().tolist() == [["x", 2, 1, 1, 1, 1, 1, 0, 0], ["y", 1, 0, 0, 0, 0, 0, 0, 0]]
+    assert by_experiment.to_numpy().tolist() == [["x", 2, 1, 1, 1, 1, 1], ["y", 1, 0, 0, 0, 0, 0]]
     rows = by_condition.set_index(["experiment", "condition"])
     assert rows.loc[("x", "noise=0.1, experiment=x")].to_dict() == {
         "finished": 1,
