@@ -85,7 +85,7 @@ def contrasts(
                 treated, baseline = (members[members[factor] == side] for side in (level, reference))
                 names = {"factor": factor, "level": level, "reference": reference, "within": name_cell(cell)}
                 rows.append({"metric": metric} | names | _compare_runs(metric, treated, baseline, margin))
-    return as_one_family(pd.DataFrame(rows))
+    return as_one_family(_contrast_table(rows, margin))
 
 
 def as_one_family(table: pd.DataFrame, others: pd.Series | None = None) -> pd.DataFrame:
@@ -94,7 +94,7 @@ def as_one_family(table: pd.DataFrame, others: pd.Series | None = None) -> pd.Da
     `others` are p-values of further tests of the same family, such as those of an analysis of variance. Equivalence is
     another question than a difference, so its p-values are corrected over the rows of the table alone.
     """
-    if table.empty:
+    if "p" not in table:
         return table
     p = table["p"] if others is None else pd.concat([table["p"], others])
     tests = int(p.notna().sum())
@@ -113,9 +113,9 @@ def as_one_family(table: pd.DataFrame, others: pd.Series | None = None) -> pd.Da
 
 
 def stack(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Return the rows of all tables in one table; an empty table if none has a row."""
-    tables = [table for table in tables if not table.empty]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+    """Return the rows of all tables in one table. If none has a row, it is the first table, with its columns."""
+    filled = [table for table in tables if not table.empty]
+    return pd.concat(filled, ignore_index=True) if filled else next(iter(tables), pd.DataFrame())
 
 
 def against_best(runs: pd.DataFrame, metric: str, factor: str, best: Any) -> pd.DataFrame:
@@ -131,7 +131,7 @@ def against_best(runs: pd.DataFrame, metric: str, factor: str, best: Any) -> pd.
         reference, level = pair if pair[1] != best else pair[::-1]
         names = {"metric": metric, "factor": factor, "level": level, "reference": reference, "within": ""}
         rows.append(names | _compare_runs(metric, of_level[level], of_level[reference], None))
-    table = as_one_family(pd.DataFrame(rows))
+    table = as_one_family(_contrast_table(rows))
     return table if table.empty else table[table["reference"] == best]
 
 
@@ -253,6 +253,15 @@ def _signs(seeds: int) -> np.ndarray:
 def name_cell(cell: dict[str, Any]) -> str:
     """Return a combination of levels in the form of the command line: "lb=0.01, noise=0.1"."""
     return ", ".join(f"{factor}={level}" for factor, level in cell.items())
+
+
+def _contrast_table(rows: list[dict[str, Any]], margin: int | float | str | None = None) -> pd.DataFrame:
+    """Return rows of contrasts as a table, which has its columns even if there is no row."""
+    if rows:
+        return pd.DataFrame(rows)
+    names = dict.fromkeys(("metric", "factor", "level", "reference", "within"), "")
+    none = pd.Series(dtype=float)
+    return pd.DataFrame([names | _compare(none, none, margin)])[:0]
 
 
 def _compare_runs(

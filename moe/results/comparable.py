@@ -1,8 +1,10 @@
 """Say which metrics of runs cannot be compared, because the runs read other text or cut it into other tokens."""
 
+from collections.abc import Iterable
+
 import pandas as pd
 
-from moe.metrics.catalog import METRICS
+from moe.metrics.catalog import METRICS, lookup
 
 NOT_COMPARABLE = "not comparable"
 TOKENIZER = "data.tokenizer_sha256"
@@ -40,6 +42,16 @@ def not_poolable(metric: str, runs: pd.DataFrame) -> str:
 def several_tokenizers(runs: pd.DataFrame) -> bool:
     """Return whether the tokens of these runs are not the same, so that bits per byte replace the perplexity."""
     return TOKENIZER in runs and runs[TOKENIZER].nunique() > 1
+
+
+def shown_together(runs: pd.DataFrame, metrics: Iterable[str]) -> list[str]:
+    """Return those of `metrics` that can stand in one table about these runs.
+
+    If the runs have several tokenizers, these are all but means over tokens.
+    """
+    if not several_tokenizers(runs):
+        return list(metrics)
+    return [metric for metric in metrics if not ((entry := lookup(metric)) and entry.per_token)]
 
 
 def _levels(runs: pd.DataFrame, key: str) -> set[object]:

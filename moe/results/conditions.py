@@ -13,7 +13,7 @@ import pandas as pd
 from moe.checks import first_line, plain
 from moe.config.schema import OFF, is_free
 from moe.metrics.catalog import select
-from moe.results.table import ABSENT, DIGESTS, FACTS, natural
+from moe.results.table import ABSENT, DIGESTS, FACTS, PLUGINS, natural
 
 HEADLINE = tuple(metric.headline for metric in select(shown="headline"))
 ROUTING = tuple(metric.name for metric in select(shown="conditions"))
@@ -145,7 +145,8 @@ def _free_and_tied(runs: pd.DataFrame) -> tuple[list[str], dict[str, str]]:
 
     If two factors change together, the more telling one counts as the factor: an arm (`variant`) rather than the keys
     that it sets, and a group such as `router` rather than a key below it such as `router._target_`. If runs with equal
-    settings read different text, because files changed, its digest is a factor, so that no condition has both.
+    settings read different text, because files changed, its digest is a factor, so that no condition has both. The
+    same holds for the code of a package from outside of this project.
     """
     factors = [c for c in runs if "/" not in c and c not in (*FACTS, "seed") and not is_free(c)]
     factors.sort(
@@ -161,7 +162,8 @@ def _free_and_tied(runs: pd.DataFrame) -> tuple[list[str], dict[str, str]]:
         known = runs[factor].dropna()
         if known.nunique() < 2 or ("seed" in runs and (known == runs["seed"][runs[factor].notna()]).all()):
             continue  # data.seed=${seed} is the seed, not a factor
-        if factor in OFF and known[known != ABSENT].nunique() < 2:
+        only_where_it_applies = factor in OFF or factor.startswith(f"{PLUGINS}.")
+        if only_where_it_applies and known[known != ABSENT].nunique() < 2:
             continue  # the same wherever it applies; whether it applies depends on the router
         if factor in DIGESTS and data and (runs.groupby(data, dropna=False)[factor].nunique() < 2).all():
             continue  # runs with equal settings of the data read the same text

@@ -9,6 +9,7 @@ import pandas as pd
 
 from moe.checks import printable
 from moe.files import write_text
+from moe.results.comparable import shown_together
 from moe.results.conditions import HEADLINE, present, spread_table, summary, unfinished, varied_factors, with_causality
 from moe.results.frontier import LATE, bench_table, stem, with_training_means
 from moe.results.table import load_runs, read_event_tables
@@ -73,7 +74,7 @@ def console_table(runs: pd.DataFrame, metrics: Iterable[str] = ()) -> str:
 
 def _condition_table(runs: pd.DataFrame, metrics: Iterable[str]) -> str:
     """Return the table of conditions as text; an empty text if no run has one of the metrics."""
-    shown = present(runs, (*HEADLINE, *metrics))
+    shown = present(runs, (*shown_together(runs, HEADLINE), *metrics))
     if not shown:
         return ""
     factors = [factor for factor in varied_factors(runs) if factor != "seed"]

@@ -28,6 +28,7 @@ FACTS = (
     *("seconds", "train_seconds", "peak_memory_gb", "parameters.total", "parameters.active", "flops_per_token"),
     "ranks.number",
 )
+PLUGINS = "plugins"  # factors such as plugins.mylab: the start of the digest of a package's code, if a run used it
 DIGESTS = ("data.corpus_sha256", "data.tokenizer_sha256")  # factors: the start of the digests of what a run read
 # The level of a factor that does not apply to a run: its config lacks the key, such as router.temp with a top-k router,
 # or its router ignores it, such as noise with a hash router.
@@ -126,6 +127,7 @@ def _facts(folder: Path, record: RunRecord) -> dict[str, Any]:
         "commit": record.commit,
     }
     row |= dict.fromkeys(DIGESTS)
+    row |= {f"{PLUGINS}.{name}": plugin.sha256[:12] for name, plugin in record.plugins.items()}
     if (facts := record.facts) is not None:
         row |= {key: str(level(facts.data.get(key.removeprefix("data."))))[:12] for key in DIGESTS}
         row |= {

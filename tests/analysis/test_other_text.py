@@ -1,17 +1,20 @@
 """Tests of the intervals over documents: the losses that runs write, and the report's table of them."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from run_folders import write_metrics, write_record
+from run_folders import change_record, write_metrics, write_record
 from small_runs import run
 
 from moe.analysis.report.blocks import BulletList, TableBlock
 from moe.analysis.report.inputs import collect_inputs
+from moe.analysis.report.report import write_report
 from moe.analysis.report.sections.other_text import other_seeds_and_other_text
+from moe.analysis.statistics import contrasts
 from moe.results.table import load_runs
 from moe.runs.documents import DocumentLosses, read_documents, write_documents
 from moe.runs.events import read_events
@@ -64,12 +67,34 @@ def test_a_difference_in_one_document_holds_for_other_seeds_and_not_for_other_te
     assert (one["n"], one["documents"]) == (3, 5)
 
 
+@pytest.mark.parametrize("diverged", [0.0, 0.5], ids=["the reference", "the other level"])
+def test_a_level_without_a_finished_run_leaves_the_report_without_contrasts(tmp_path: Path, diverged: float) -> None:
+    """All sections about contrasts also work on a table without rows, and if no run at the reference finished."""
+    write_runs(tmp_path / "x", [0.1] * 6)
+    for folder in (tmp_path / "x").iterdir():
+        losses = [{"kind": "eval", "step": step, "val/loss": 4.0} for step in (0, 2, 4)]
+        (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in losses))
+        if f"noise={diverged}" in folder.name:
+            change_record(folder, status="failed", error="Diverged: step 3: the loss is not finite")
+    report = write_report(load_runs([tmp_path]), tmp_path / "out")
+    assert "3 of 6 runs did not finish" in report.read_text()
+    assert "Other seeds and other text" not in report.read_text()
+    assert "Over training" not in report.read_text()
+    runs = load_runs([tmp_path])
+    one_level = runs[runs["status"] == "finished"]
+    assert list(contrasts(one_level, "val/loss", ["noise"])) == list(contrasts(runs, "val/loss", ["noise"]))
+    with_margin = contrasts(one_level, "val/loss", ["noise"], margin=1)
+    assert list(with_margin) == list(contrasts(runs, "val/loss", ["noise"], margin=1))
+
+
 def test_other_documents_and_files_that_cannot_be_read_give_no_interval(tmp_path: Path) -> None:
     write_runs(tmp_path / "x", [0.1] * 6)
     folder = tmp_path / "x" / "noise=0.5,seed=1"
     write_documents(folder, DocumentLosses(np.ones(6), TOKENS + 1))
     assert table(tmp_path / "x") == (None, [])
     (folder / "documents.npz").write_bytes(b"PK\x03\x04 torn")
-    assert table(tmp_path / "x") == (None, [])
+    row, [problem] = table(tmp_path / "x")
+    assert row is None
+    assert problem.startswith(f"{folder}/documents.npz: incomplete or not losses by document")
     with pytest.raises(ValueError, match=r"documents\.npz: incomplete or not losses by document"):
         read_documents(folder)

@@ -20,7 +20,7 @@ from run_folders import change_record, write_cells, write_metrics, write_record
 from statsmodels.stats.multitest import multipletests
 from train_processes import ANALYZE, run_script
 
-from moe.analysis.figures.curves import learning_curves
+from moe.analysis.figures.curves import gradient_norms, learning_curves
 from moe.analysis.figures.drawing import Drawing
 from moe.analysis.figures.effects import factor_panels, factor_plot, forest
 from moe.analysis.figures.layers import drop_by_position, layer_profile, layer_trends
@@ -35,7 +35,7 @@ from moe.analysis.report.blocks import (
     StatusBar,
     TableBlock,
 )
-from moe.analysis.report.inputs import ReportOptions, collect_inputs
+from moe.analysis.report.inputs import GRADIENT_METRICS, ReportOptions, collect_inputs
 from moe.analysis.report.markdown import table_as_markdown
 from moe.analysis.report.report import save_report, write_report
 from moe.analysis.report.sections.overview import what_was_run
@@ -187,6 +187,17 @@ def test_contrasts_at_shares_of_training_are_described_and_not_tested(published:
     assert cell in (tmp_path / "out" / "report.md").read_text()
 
 
+def test_a_share_before_the_first_step_is_left_out(tmp_path: Path) -> None:
+    """10 % of four steps is no step, and the losses before training say nothing about it."""
+    for noise, seed in product((0.0, 0.1), (1, 2)):
+        folder = tmp_path / "x" / f"{noise},{seed}"
+        write_run(folder, {"val/loss": 1.0 + noise, "val/perplexity": 3.0 + noise}, seed=seed, noise=noise)
+        events = [{"kind": "eval", "step": step, "val/loss": 2.0 + noise} for step in (0, 2, 4)]
+        (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    write_report(load_runs([tmp_path / "x"]), tmp_path / "out")
+    assert pd.read_csv(tmp_path / "out" / "progress.csv")["share"].tolist() == [0.5, 1.0]
+
+
 def test_claims_margins_and_several_experiments(published: Path, tmp_path: Path) -> None:
     """Claims in the records are planned, all other contrasts are post hoc, and each experiment is judged alone."""
     claim = {"text": "noise hurts", "metric": "val/perplexity", "factor": "noise", "levels": [0.5], "than": [0.0]}
@@ -203,6 +214,7 @@ def test_claims_margins_and_several_experiments(published: Path, tmp_path: Path)
     assert "- noise hurts (us): **supported**; noise 0.5 vs 0.0: 144.3 vs 130.4 (+10.7%)" in text
     assert "noise 0.5 vs 0.0 at lb=0.0: " not in text.split("Post hoc")[0].split("load CV")[0]
     assert "lb 0.0 vs 0.01 at noise=0.0: +0.307 perplexity [-1.72, 2.33], p=0.58 (Holm 1), n=3: **equivalent**" in text
+    assert text.startswith('# Report: "floor", "noise_lb_seed"\n'), "a name may hold a comma"
     assert "### Noise floor" in text
     assert "![noise_lb_seed/noise_lb](noise_lb_seed/noise_lb.png)" in text
     assert (tmp_path / "out" / "noise_lb_seed" / "claims.csv").is_file()
@@ -535,6 +547,20 @@ def test_layers_are_drawn_as_means_over_seeds() -> None:
     assert [line.get_ydata().tolist() for line in means] == [[7, 17, 27]] * 2
     seeds = [line for line in axes.lines if line.get_marker() == "."]
     assert [line.get_ydata().tolist() for line in seeds] == [[6, 16, 26, 8, 18, 28]] * 2
+
+
+def test_the_ticks_of_small_ranges_of_gradients_are_numbers(tmp_path: Path) -> None:
+    """Within one power of ten also the minor ticks have labels, and none of them is the source of a formula."""
+    trains = [
+        {"folder": "a", "condition": "all", "step": step} | dict.fromkeys(GRADIENT_METRICS, 0.01 * (2 + step))
+        for step in range(4)
+    ]
+    figure = gradient_norms(pd.DataFrame(trains))
+    assert isinstance(figure, Figure)
+    figure.draw_without_rendering()
+    labels = {label.get_text() for axes in figure.axes for label in axes.yaxis.get_ticklabels(which="both")}
+    assert {"2e−02", "3e−02"} <= labels
+    assert not [label for label in labels if "$" in label]
 
 
 def test_drop_rates_are_drawn_by_decile_of_the_position() -> None:

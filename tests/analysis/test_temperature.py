@@ -17,10 +17,13 @@ from matplotlib.text import Text
 from run_folders import write_metrics, write_record
 
 from moe.analysis.figures.drawing import Drawing
+from moe.analysis.report.blocks import Heading
+from moe.analysis.report.inputs import collect_inputs
 from moe.analysis.studies.temperature import figures as drawing
 from moe.analysis.studies.temperature.data import ablation, scheduled, with_training
 from moe.analysis.studies.temperature.figures import temperature_drawings
 from moe.analysis.studies.temperature.reports import insights, specialization_report, summary_report
+from moe.analysis.studies.temperature.section import temperature_section
 from moe.results.conditions import with_causality
 from moe.results.table import load_runs, read_event_tables
 
@@ -273,6 +276,15 @@ def test_a_figure_without_its_input_gives_the_reason(tmp_path: Path, monkeypatch
     assert reasons(runs, evals, trains)["routing_dynamics"] == reason
     assert summary_report(runs, evals)["not_reported"]["temperature_ablation"] == reason
     assert specialization_report(runs, evals)["not_reported"]["summary"] == reason
+
+
+def test_the_report_has_no_section_about_a_single_temperature(tmp_path: Path) -> None:
+    """Several temperatures make a section, and so does a schedule of one temperature."""
+    write_ablation(tmp_path / "one", (1.0,), (42, 43))
+    assert list(temperature_section(collect_inputs(load_runs([tmp_path]))[0])) == []
+    write_run(tmp_path / "linear", schedule="linear")
+    [inputs] = collect_inputs(load_runs([tmp_path / "linear"]))
+    assert next(temperature_section(inputs)) == Heading("Temperature")
 
 
 def test_reports_use_only_finished_runs_and_each_configuration_once(tmp_path: Path) -> None:

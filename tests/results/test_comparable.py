@@ -8,9 +8,11 @@ from run_folders import write_metrics, write_record
 
 from moe.analysis.claims import judge
 from moe.analysis.report.inputs import collect_inputs
+from moe.analysis.report.report import write_report
 from moe.analysis.sentences import contrast_sentence
 from moe.config.claim import ClaimConfig
 from moe.results.comparable import incomparable, not_poolable
+from moe.results.sweep_tables import console_table
 from moe.results.table import load_runs
 
 
@@ -39,6 +41,18 @@ def test_bits_per_byte_replace_the_perplexity_if_tokenizers_differ(tmp_path: Pat
     found = sentences(runs_of(tmp_path, key="data.vocab_size", digest="tokenizer_sha256"))
     assert found.keys() == {"val/bits_per_byte", "routing/load_cv/pooled"}
     assert not [text for text in found.values() if "not comparable" in text]
+
+
+def test_means_over_tokens_of_two_tokenizers_stand_in_no_table_of_conditions(tmp_path: Path) -> None:
+    """The report says why, and that the tokenizer follows the size of the vocabulary."""
+    runs = runs_of(tmp_path, key="data.vocab_size", digest="tokenizer_sha256")
+    text = write_report(runs, tmp_path / "out").read_text()
+    assert "The runs have different tokenizers" in text
+    assert "| data.tokenizer_sha256 | digest 300 (×3), digest 600 (×3) | follows data.vocab_size |" in text
+    for table in (console_table(runs), text.split("## Conditions")[1].split("##")[0]):
+        assert "val/bits_per_byte" in table
+        assert "val/perplexity" not in table
+    assert "val/perplexity" in console_table(runs[:3])
 
 
 def test_nothing_that_depends_on_the_validation_text_is_compared_between_texts(tmp_path: Path) -> None:

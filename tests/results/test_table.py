@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from run_folders import change_record, write_cells, write_metrics, write_record
 
+from moe.analysis.report.report import write_report
 from moe.results.conditions import (
     levels,
     reference_level,
@@ -238,6 +239,15 @@ def test_varied_factors_leave_out_copies_of_the_seed_free_settings_and_tied_fact
     assert levels(runs["z"]) == [0.1, "absent"]
 
 
+def test_the_report_says_that_a_key_without_effect_follows_the_router(tmp_path: Path) -> None:
+    for router, seed in product(("topk", "hash"), (1, 2)):
+        folder = write_run(tmp_path / "x" / f"{router},{seed}", router=router, seed=seed)
+        change_record(folder, identity={"seed": seed} | ({"noise": 0.0, "lb": 0.01} if router == "topk" else {}))
+    text = write_report(load_runs([tmp_path / "x"]), tmp_path / "out").read_text()
+    assert "| noise | 0.0 (×2), absent (×2) | follows router |" in text
+    assert "| data.seed | 1 (×2), 2 (×2) | follows seed |" in text
+
+
 def test_an_arm_stands_for_the_factors_that_it_fixes(tmp_path: Path) -> None:
     for variant, router in (("top1", "topk"), ("top2", "topk"), ("hash", "hash")):
         write_run(tmp_path / "x" / variant, router=router, variant=variant)
@@ -334,6 +344,22 @@ def test_runs_that_read_different_data_never_share_a_condition(tmp_path: Path, c
     runs = load_runs([tmp_path])
     assert varied_factors(runs) == [changed, "seed"]
     assert list(spread_table(summary(runs, [changed], ["val/loss"]))["n seeds"]) == [2, 2]
+
+
+def test_runs_of_different_plug_in_code_never_share_a_condition(tmp_path: Path) -> None:
+    """If the code of a router changed between two runs, its digest is a factor; if not, it is none."""
+    for router, seed in product(("topk", "mine"), (1, 2)):
+        folder = write_run(tmp_path / "s" / f"{router},{seed}", router=router, seed=seed)
+        if router == "mine":
+            change_record(folder, plugins={"mylab": {"sha256": "a" * 64, "commit": None}})
+    runs = load_runs([tmp_path])
+    assert runs["plugins.mylab"].tolist() == ["a" * 12] * 2 + ["absent"] * 2
+    assert varied_factors(runs) == ["router", "seed"]
+    assert "plugins.mylab" not in tied_factors(runs)
+    change_record(tmp_path / "s" / "mine,2", plugins={"mylab": {"sha256": "b" * 64, "commit": None}})
+    assert varied_factors(load_runs([tmp_path])) == ["router", "plugins.mylab", "seed"]
+    change_record(tmp_path / "s" / "mine,2", plugins={})
+    assert "plugins.mylab" not in load_runs([tmp_path / "s" / "topk,1"])
 
 
 def test_text_that_follows_from_the_settings_is_no_factor_of_its_own(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moe.analysis.figures.style import RC, axis_label, line_style, panel_height, shared_legend
+from moe.analysis.figures.style import RC, axis_label, line_style, panel_height, plain_log_labels, shared_legend
 from moe.metrics.catalog import select
 from moe.results.conditions import levels
 
@@ -62,6 +62,7 @@ def gradient_norms(trains: pd.DataFrame) -> Figure | str:
             line: dict[str, Any] = {"color": style["color"], "linestyle": style["linestyle"]}
             axes.plot(mean, linewidth=2, marker=dot, label=f"{condition} (n={curves.shape[1]})", **line)
         axes.set(ylabel=label, yscale="log")
+        plain_log_labels(axes.yaxis)
     for axes in panels[-1]:
         axes.set_xlabel("optimizer step")
     shared_legend(figure, "thin: one run, thick: mean over n runs; gradients before clipping, updates at evaluations")

@@ -100,6 +100,7 @@ def regret_by_route(runs: list[MeasuredRun]) -> Figure:
         left.step(values, share, where="post", color=style["color"], linestyle=style["linestyle"], label=name)
     left.set(xlabel="regret of a token (nats)", ylabel="share of sampled tokens with less", xlim=(0, None))
     left.set_xscale("symlog", linthresh=0.01)
+    left.xaxis.set_major_formatter("{x:g}")  # by default a formula, which is not drawn
     _draw_by_layer(middle, runs, lambda found: [layer["regret"]["mean"] for layer in found["regret"]])
     _draw_by_layer(right, runs, lambda found: [layer["advantage"]["mean"] for layer in found["regret"]])
     right.axhline(0, color="black", linewidth=0.6)

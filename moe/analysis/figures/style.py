@@ -5,7 +5,9 @@ from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from moe.metrics.catalog import lookup
 
@@ -59,6 +61,12 @@ def line_style(index: int) -> dict[str, str]:
         "linestyle": DASHES[index // len(PALETTE) % len(DASHES)],
         "marker": MARKER_SHAPES[index % len(MARKER_SHAPES)],
     }
+
+
+def plain_log_labels(axis: Axis) -> None:
+    """Label the ticks of a logarithmic axis as 0.01 or 2e-05. By default they are formulas, and these are not drawn."""
+    axis.set_major_formatter(LogFormatter())
+    axis.set_minor_formatter(LogFormatter(labelOnlyBase=False))  # labels only if the range is small
 
 
 def shared_legend(figure: Figure, title: str) -> None:

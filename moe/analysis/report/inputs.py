@@ -13,7 +13,7 @@ from moe.analysis.statistics import as_one_family, contrasts, corrected, name_ce
 from moe.analysis.variance import anova
 from moe.checks import unknown
 from moe.metrics.catalog import select
-from moe.results.comparable import not_poolable, several_tokenizers
+from moe.results.comparable import not_poolable, several_tokenizers, shown_together
 from moe.results.conditions import (
     HEADLINE,
     NAMED_ROUTERS,
@@ -55,7 +55,7 @@ class ReportInputs(NamedTuple):
     factors: list[str]  # the factors that vary, without the seed
     tied: dict[str, str]  # a factor that varies -> the factor that determines its level in all runs
     condition: pd.Series  # of each run, such as "lb=0.01, noise=0.1"; no entry where a level is unknown
-    metrics: list[str]  # those of the headline metrics and the metrics of the options that some run has
+    metrics: list[str]  # those of the headline metrics and of the options that some run has and that are comparable
     tested: list[str]  # those of `TESTED` and the metrics of the options that some run has
     claims: pd.DataFrame  # from `moe.analysis.claims.judge_planned`; empty if there are several experiments
     contrasts: pd.DataFrame  # `moe.analysis.statistics.contrasts` of all tested metrics; empty in the same case
@@ -117,7 +117,7 @@ def _describe(loaded: pd.DataFrame, *, past: EventTables, extra_metrics: tuple[s
         factors=factors,
         tied=tied_factors(runs),
         condition=pd.Series(names, index=runs.index, dtype=object),
-        metrics=present(runs, (*HEADLINE, *extra_metrics)),
+        metrics=present(runs, (*shown_together(runs, HEADLINE), *extra_metrics)),
         tested=present(runs, (*tested_metrics(runs), *extra_metrics)),
         claims=pd.DataFrame(),
         contrasts=pd.DataFrame(),

@@ -73,7 +73,8 @@ def write_report(runs: pd.DataFrame, out: Path | str, options: ReportOptions | N
     columns = itertools.chain.from_iterable(study.training_columns for study in STUDIES)
     all_runs, *experiments = collect_inputs(runs, options, training_columns=tuple(columns))
     names = levels(runs["experiment"])
-    title = f"Report: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if names[3:] else "")
+    shown = [f'"{name}"' for name in names[:3]] if len(names) > 1 else names  # the name of a grid may hold a comma
+    title = f"Report: {', '.join(shown)}" + (f" and {len(names) - 3} more" if names[3:] else "")
     middle: Iterable[ReportBlock] = _blocks(FOR_EACH_EXPERIMENT, all_runs)
     if experiments:
         middle = itertools.chain(*map(_experiment_part, names, experiments))

@@ -26,6 +26,7 @@ from moe.analysis.statistics import with_intervals
 from moe.results.conditions import conditions, levels, summary, varied_factors
 from moe.results.frontier import LATE, pareto_front, stem, with_training_means
 from moe.results.table import EventTables
+from moe.runs.events import WARM_UP
 
 SPEED = {
     "tokens_per_s": "training speed, tokens per second (median over steps, higher is better)",
@@ -151,10 +152,20 @@ def _frontier_drawings(runs: pd.DataFrame, past: EventTables, begin: str) -> Ite
         if others:
             result: Figure | str = f"{', '.join(others)} varies in addition to router and capacity"
         elif "val/perplexity" not in table or table[[x, "val/perplexity"]].dropna().empty:
-            result = f"no finished run has both {x} and val/perplexity"
+            result = _missing(table)
         else:
             result = frontier(table, x)
         yield drawing(name, f"Perplexity against {SPEED[x].split(' (')[0]}.", result)
+
+
+def _missing(table: pd.DataFrame) -> str:
+    """Return which metric of the figures of quality against speed no run has."""
+    metrics = ("time/tokens_per_s", "val/perplexity")
+    missing = [metric for metric in metrics if metric not in table or table[metric].isna().all()]
+    if table.empty or not missing:
+        return f"no finished run has both {' and '.join(metrics)}"
+    speed = f"; speed needs more than {WARM_UP} steps" if metrics[0] in missing else ""
+    return f"no finished run has {' or '.join(missing)}{speed}"
 
 
 def _overlay(inputs: ReportInputs, runs: pd.DataFrame) -> Figure | str:

@@ -26,13 +26,13 @@ seeds). It is missing below four documents. This table describes; it tests nothi
 
 def other_seeds_and_other_text(inputs: ReportInputs) -> Iterator[ReportBlock]:
     """Yield the contrasts of the validation loss, each with its interval over seeds and its interval over documents."""
-    runs = inputs.runs[inputs.runs["status"] == "finished"]
-    recorded = any((Path(folder) / FILE).exists() for folder in runs["folder"])
+    runs = inputs.runs  # those that did not finish have no loss, but their level may be a reference
+    recorded = any((Path(folder) / FILE).exists() for folder in runs.loc[runs["status"] == "finished", "folder"])
     if inputs.contrasts.empty or LOSS not in runs or not recorded:
         return
     references = dict(inputs.contrasts[["factor", "reference"]].drop_duplicates("factor").itertuples(index=False))
     table = contrasts(runs, LOSS, inputs.factors, references=references)
-    table = table[(table["n"] > 0) & ~table["note"].str.startswith(NOT_COMPARABLE)] if len(table) else table
+    table = table.loc[[row.n > 0 and not row.note.startswith(NOT_COMPARABLE) for row in table.itertuples()]]
     problems: list[str] = []
     read = cache(partial(_read, problems=problems))
     rows = []
@@ -42,7 +42,8 @@ def other_seeds_and_other_text(inputs: ReportInputs) -> Iterator[ReportBlock]:
         for _, row in of_factor.iterrows():
             members = cells[row["within"]]
             sides = [
-                members[members[factor] == row[side]].set_index("seed")["folder"] for side in ("level", "reference")
+                members[(members[factor] == row[side]) & members[LOSS].notna()].set_index("seed")["folder"]
+                for side in ("level", "reference")
             ]
             pairs = [[read(folder) for folder in pair] for pair in pd.concat(sides, axis=1).dropna().to_numpy()]
             rows.append(
@@ -50,7 +51,13 @@ def other_seeds_and_other_text(inputs: ReportInputs) -> Iterator[ReportBlock]:
             )
             rows[-1] |= _over_documents(pairs)
     found = pd.DataFrame(rows)
-    if found.empty or not found["documents"].any():
+    compared = len(found) > 0 and found["documents"].any()
+    if not compared and not problems:
+        return
+    yield Heading("Other seeds and other text")
+    if problems:
+        yield BulletList(problems)
+    if not compared:
         return
     shown = found[["factor", "level", "reference", "within", "n", "difference"]].assign(
         **{
@@ -59,10 +66,7 @@ def other_seeds_and_other_text(inputs: ReportInputs) -> Iterator[ReportBlock]:
             "over documents": [_interval(*ends) for ends in found[["documents_low", "documents_high"]].to_numpy()],
         }
     )
-    yield Heading("Other seeds and other text")
     yield Paragraph(EXPLAINED)
-    if problems:
-        yield BulletList(problems)
     yield TableBlock(shown)
     yield csv_file("documents", found, "this table.")
 

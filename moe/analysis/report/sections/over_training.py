@@ -43,23 +43,27 @@ def contrasts_over_training(inputs: ReportInputs) -> Iterator[ReportBlock]:
 def contrasts_at_shares(inputs: ReportInputs) -> pd.DataFrame:
     """Return `moe.analysis.statistics.contrasts` of the validation loss at shares of training.
 
-    The shares are those of `MILESTONES`. A run that was not evaluated at a share is left out there, with a note. A
-    share has a column `share` in place of the p-values: what is tested are final values.
+    The shares are those of `MILESTONES`. A run that was not evaluated at a share is left out there, with a note. The
+    evaluation before the first step belongs to no share. A share has a column `share` in place of the p-values: what
+    is tested are final values.
     """
-    runs, evals = inputs.runs[inputs.runs["status"] == "finished"], inputs.past.evals
+    runs, evals = inputs.runs, inputs.past.evals  # all runs, so that every reference is a level of theirs
     if inputs.contrasts.empty or VALIDATION_LOSS not in evals:
         return pd.DataFrame()
     pairs = inputs.contrasts[["factor", "reference"]].drop_duplicates("factor")
     references = dict(pairs.itertuples(index=False, name=None))
     losses = evals.pivot(index="step", columns="folder", values=VALIDATION_LOSS).astype(float)
-    by_run = [losses[folder].dropna() if folder in losses else pd.Series(dtype=float) for folder in runs["folder"]]
+    by_run = [
+        losses[folder].dropna() if status == "finished" and folder in losses else pd.Series(dtype=float)
+        for folder, status in zip(runs["folder"], runs["status"], strict=True)
+    ]
     tables = []
     for share in MILESTONES:
-        values = [run.get(round(share * run.index.max()), math.nan) if len(run) else math.nan for run in by_run]
+        steps = [round(share * run.index.max()) if len(run) else 0 for run in by_run]
+        values = [run.get(step, math.nan) if step else math.nan for run, step in zip(by_run, steps, strict=True)]
         at_share = runs.assign(**{VALIDATION_LOSS: values})
         table = contrasts(at_share, VALIDATION_LOSS, inputs.factors, references=references)
-        if len(table) and table["n"].any():
-            tables.append(table.assign(share=share)[[*DESCRIBED, "share"]])
+        tables.append(table[table["n"] > 0].assign(share=share)[[*DESCRIBED, "share"]])
     return stack(tables)
 
 

@@ -1,5 +1,6 @@
 """The origin of the numbers: routers, configurations, data, code, machine and versions."""
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -40,15 +41,22 @@ def configuration(inputs: ReportInputs) -> Iterator[ReportBlock]:
     differing, common = differences(runs[keys].replace(shown))
     role = dict.fromkeys(inputs.factors, "varied") | {"seed": "unit of replication"}
     role |= {follower: f"follows {leader}" for follower, leader in inputs.tied.items()}
-    roles = [
-        role.get(key, "free: does not change what is computed" if is_free(key) else "follows seed")
-        for key in differing["key"]
-    ]
+    role |= {key: "free: does not change what is computed" for key in differing["key"] if is_free(key)}
+    roles = [role.get(key) or _leaders(runs, key, inputs.factors) for key in differing["key"]]
     yield Heading("Configuration")
     yield Paragraph("Keys in which the runs differ." if len(differing) else "No key differs between the runs.")
     if len(differing):
         yield TableBlock(differing.assign(role=roles))
     yield Details(f"{len(common)} keys in which all runs agree", [TableBlock(common)])
+
+
+def _leaders(runs: pd.DataFrame, key: str, factors: list[str]) -> str:
+    """Return which factors, as few as possible, determine the level of a key, or whether it applies to a run."""
+    causes = [*factors, "seed"]
+    for leaders in [*((cause,) for cause in causes), *itertools.combinations(causes, 2), tuple(causes)]:
+        if set(leaders) <= set(runs) and (runs.groupby(list(leaders))[key].nunique() < 2).all():
+            return f"follows {', '.join(leaders)}"
+    return "differs between runs of one condition"
 
 
 def data(inputs: ReportInputs) -> Iterator[ReportBlock]:

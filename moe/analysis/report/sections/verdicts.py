@@ -9,6 +9,7 @@ from moe.analysis.report.blocks import BulletList, Heading, Paragraph, ReportBlo
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.sentences import DETERMINISTIC, SIGNIFICANT, UNDECIDED, UNTESTED, contrast_sentence, standing
 from moe.metrics.catalog import lookup
+from moe.results.comparable import several_tokenizers
 
 TITLES = {
     SIGNIFICANT: "Significant after Holm's correction",
@@ -30,6 +31,10 @@ These comparisons are post hoc: no claim predicted their results before the runs
 all tested metrics, are one family of {tests} tests. Holm's correction keeps the probability that any of its directions
 is due to chance at 5 % or less."""
 
+TOKENIZERS = """\
+The runs have different tokenizers, so losses, perplexities and accuracies per token are not comparable; bits per byte
+take their place."""
+
 
 def claim_verdicts(inputs: ReportInputs) -> Iterator[ReportBlock]:
     """Yield every planned claim with its verdict."""
@@ -49,6 +54,8 @@ def claim_verdicts(inputs: ReportInputs) -> Iterator[ReportBlock]:
 def contrast_verdicts(inputs: ReportInputs) -> Iterator[ReportBlock]:
     """Yield a sentence for every contrast that no claim predicts, the most certain ones first."""
     yield Heading("Verdicts")
+    if several_tokenizers(inputs.runs):
+        yield Paragraph(TOKENIZERS)
     if inputs.contrasts.empty:
         yield Paragraph("None: no factor varies among the runs with results.")
         return
