@@ -82,7 +82,7 @@ def by_seed(runs: pd.DataFrame, metric: str) -> pd.Series:
     values = values[values.map(math.isfinite)].sort_index()
     if not values.index.is_unique:
         seed = values.index[values.index.duplicated()][0]
-        folders = ", ".join(runs.loc[runs["seed"] == seed, "folder"])
+        folders = ", ".join(map('"{}"'.format, runs.loc[runs["seed"] == seed, "folder"]))
         raise ValueError(f"seed {seed} has more than one run of the same condition, pass only one of them: {folders}")
     return values
 

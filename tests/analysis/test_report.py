@@ -23,7 +23,9 @@ from train_processes import ANALYZE, run_script
 from moe.analysis.figures.curves import gradient_norms, learning_curves
 from moe.analysis.figures.drawing import Drawing
 from moe.analysis.figures.effects import factor_panels, factor_plot, forest
+from moe.analysis.figures.expert_grids import MeasuredRun
 from moe.analysis.figures.layers import drop_by_position, layer_profile, layer_trends
+from moe.analysis.figures.specialization_by_condition import regret_by_route
 from moe.analysis.report.blocks import (
     MAX_ROWS,
     Attachment,
@@ -561,6 +563,14 @@ def test_the_ticks_of_small_ranges_of_gradients_are_numbers(tmp_path: Path) -> N
     labels = {label.get_text() for axes in figure.axes for label in axes.yaxis.get_ticklabels(which="both")}
     assert {"2e−02", "3e−02"} <= labels
     assert not [label for label in labels if "$" in label]
+
+
+def test_the_ticks_of_the_regret_of_tokens_are_numbers() -> None:
+    layer = {"values": np.array([0.0, 0.2, 3.0]), "regret": {"mean": 1.0}, "advantage": {"mean": 0.1}, "routes": 3}
+    figure = regret_by_route([MeasuredRun("all", 1, {"regret": [layer]})])
+    figure.draw_without_rendering()
+    labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert {"0", "0.01", "1"} <= set(labels)
 
 
 def test_drop_rates_are_drawn_by_decile_of_the_position() -> None:

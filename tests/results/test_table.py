@@ -321,7 +321,9 @@ def test_a_sweep_without_a_finished_run_or_with_repeated_runs_still_gets_its_tab
     assert pd.read_csv(tmp_path / "broken" / "moe_routing_noise_experiment_results.csv").empty
     for threads in (1, 2):
         write_run(tmp_path / "twice" / f"threads={threads}", threads=threads)
-    assert "not shown: seed 42 has more than one run" in console_table(write_sweep_tables(tmp_path / "twice"))
+    table = console_table(write_sweep_tables(tmp_path / "twice"))
+    assert "not shown: seed 42 has more than one run" in table
+    assert f'pass only one of them: "{tmp_path}/twice/threads=1", "{tmp_path}/twice/threads=2"' in table
 
 
 def test_the_table_of_the_noise_study_needs_noise_and_balance_weight(tmp_path: Path) -> None:
