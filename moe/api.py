@@ -7,7 +7,8 @@ import html
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ import pandas as pd
 
 from moe.analysis.claims import judge_planned
 from moe.analysis.statistics import contrasts
-from moe.checks import ConfigError, unknown
+from moe.checks import ConfigError, require, unknown
 from moe.config.options import use
 from moe.config.schema import Config
 from moe.results import table
@@ -53,13 +54,20 @@ class Run:
         from moe.model.decoder import load_model
 
         use()
-        return load_model(self.folder / "model", trusted=trusted)
+        return load_model(self._saved(), trusted=trusted)
 
     def tokenizer(self) -> "transformers.PreTrainedTokenizerFast":
         """Return the tokenizer of the saved model. Raises ValueError if it cannot be read."""
         from moe.data.tokenizer import pretrained_tokenizer
 
-        return pretrained_tokenizer(str(self.folder / "model"))
+        return pretrained_tokenizer(str(self._saved()))
+
+    def _saved(self) -> Path:
+        folder = self.folder.resolve() / "model"
+        if not folder.is_dir():  # a name that is no folder would be looked up on the hub
+            reason = f"it is {self.status}, with save_model={self.config.save_model}"
+            raise ConfigError(f"{self.folder}: this run has no saved model; {reason}")
+        return folder
 
     def data(self, *, trusted: bool = False) -> "moe.data.blocks.Prepared":
         """Return the blocks of training and validation text, from the cache; with `trusted`, made again if need be."""
@@ -86,14 +94,16 @@ def load_runs(paths: Path | str | Iterable[Path | str] = "multirun") -> pd.DataF
 
     Factors are the keys of the configuration; names of metrics contain a slash. Raises ValueError if there is no run.
     """
-    return table.load_runs([paths] if isinstance(paths, Path | str) else paths)
+    folders = [paths] if isinstance(paths, Path | str) else list(paths)
+    require(bool(folders), "paths", folders, "a folder, or several")
+    return table.load_runs(folders)
 
 
 def compare(
     runs: pd.DataFrame,
     metric: str = "val/loss",
     *,
-    factors: Iterable[str] | None = None,
+    factors: str | Iterable[str] | None = None,
     references: dict[str, Any] | None = None,
     margin: int | float | str | None = None,
 ) -> pd.DataFrame:
@@ -106,15 +116,18 @@ def compare(
     finished = runs[runs["status"] == "finished"]
     experiments = sorted(finished["experiment"].unique())
     if len(experiments) > 1:
-        allowed = f"runs[runs['experiment'] == {experiments[0]!r}]"
-        raise ConfigError(f"the runs are of the experiments {', '.join(experiments)}: compare those of one, {allowed}")
-    if metric not in finished:
-        raise unknown("metric", metric, (column for column in finished if "/" in column))
+        names = ", ".join(map(repr, experiments))
+        advice = f"compare those of one, runs[runs['experiment'] == {experiments[0]!r}]"
+        raise ConfigError(f"the runs are of {len(experiments)} experiments, {names}: {advice}")
+    metrics = [column for column in finished if "/" in column]
+    if metric not in metrics:
+        raise unknown("metric", str(metric), metrics)
+    known = [column for column in finished if "/" not in column and column not in table.FACTS and column != "seed"]
     varied = [factor for factor in varied_factors(finished) if factor != "seed"]
-    chosen = varied if factors is None else list(factors)
+    chosen = varied if factors is None else [factors] if isinstance(factors, str) else list(factors)
     for factor in chosen:
-        if factor not in finished:
-            raise unknown("factor", factor, (column for column in finished if "/" not in column))
+        if factor not in known:
+            raise unknown("factor", str(factor), known)
     return contrasts(finished, metric, chosen, references=references, margin=margin)
 
 
@@ -131,10 +144,11 @@ def train(*overrides: str) -> list[Run]:
     """
     from moe.launch.command_line import read_cells
 
-    cells = read_cells(list(overrides))
+    for word in overrides:
+        trains = isinstance(word, str) and (not word.startswith("-") or word in ("-m", "--multirun"))
+        require(trains, "overrides", word, 'texts such as "noise=0.1", and "-m" for a grid')
+    cells = read_cells(list(overrides)) or []
     command = [sys.executable, "-m", "moe", "train", *overrides]
-    if cells is None:
-        raise ConfigError(f"{shlex.join(overrides)}: must be words that train runs")
     status = subprocess.run(command).returncode
     if status:
         raise ConfigError(f"moe train {shlex.join(overrides)}: ended with status {status}; see what it printed")
@@ -157,8 +171,8 @@ def route(
     block = _block(model, tokenizer, text)
     if reason := reason_not_studied(model, block):
         raise ValueError(reason)
-    with torch.no_grad():
-        layers = model.eval()(block.ids.to(model.device)).routing
+    with torch.no_grad(), _evaluated(model):
+        layers = model(block.ids.to(model.device)).routing
     tokens = [tokenizer.decode([token]) for token in block.ids[0].tolist()]
     parts = []
     for layer, chain in enumerate(layers):
@@ -206,8 +220,20 @@ def show(
 
     block = _block(model, tokenizer, text)
     knobs = Knobs.of(temperature=model.config.router_temperature, device=model.device)
-    seen = observe(model.eval(), block, knobs)
+    with _evaluated(model):
+        seen = observe(model, block, knobs)
     return Page(token_page(seen, tokenizer, domains=("your text",), title="Experts of each token"))
+
+
+@contextmanager
+def _evaluated(model: "moe.model.decoder.MoEForCausalLM") -> Iterator[None]:
+    """Put a model into evaluation mode for a while."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def _block(
@@ -217,8 +243,13 @@ def _block(
     import torch
 
     from moe.data.blocks import Batch
+    from moe.model.decoder import MoEForCausalLM
 
-    ids = torch.tensor([tokenizer(text)["input_ids"]], dtype=torch.long)
+    allowed = "a model of this project, such as load_run(folder).model()"
+    require(isinstance(model, MoEForCausalLM), "model", type(model).__name__, allowed)
+    valid = isinstance(text, str) and not any("\ud800" <= character <= "\udfff" for character in text)
+    require(valid, "text", text, "text without halves of surrogate pairs")
+    ids = torch.tensor([tokenizer(text, verbose=False)["input_ids"]], dtype=torch.long)
     longest = model.config.max_position_embeddings
     if not 1 <= ids.numel() <= longest:
         raise ConfigError(f"text has {ids.numel()} tokens: must have 1 to {longest}, the length of this model")

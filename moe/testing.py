@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe.checks import build, locate
+from moe.checks import ConfigError, check_values, first_line, locate, require, unknown
 from moe.config.schema import OFF, Config
 from moe.model.decoder import MoEOutput
 from moe.model.experts import Experts
@@ -35,30 +35,34 @@ Make = Callable[[int], Router]  # returns a new router for hidden states of the 
 LAWS: dict[str, Callable[[Make], None]] = {}
 
 
-def check_router(target: type[Router] | str, /, **settings: Any) -> None:
+def check_router(target: type | str, /, **settings: Any) -> None:
     """Check all laws of the contract on a router.
 
     target: a class, or its dotted name. settings: its keyword arguments, as in its yaml file. Raises AssertionError,
-    which names the law, what is wrong, and what to do.
+    which names the law, what is wrong, and what to do, and ConfigError for settings that the class does not take.
     """
     for law in LAWS:
         check_law(law, target, **settings)
 
 
-def check_law(law: str, target: type[Router] | str, /, **settings: Any) -> None:
+def check_law(law: str, target: type | str, /, **settings: Any) -> None:
     """Check one law, a key of `LAWS`, like `check_router`. The random numbers of the caller stay as they are."""
+    if law not in LAWS:
+        raise unknown("law", law, LAWS)
     kind = target if isinstance(target, type) else locate(target, "router", trusted=True)
-
-    def make(dim: int) -> Router:
-        if isinstance(target, str):
-            return build({"_target_": target, **settings}, "router", dim, E, trusted=True)
-        return target(dim, E, **settings)
-
+    require(issubclass(kind, Router), "target", kind.__name__, "a class that derives from moe.Router, or its name")
+    types = {p.name: p.annotation for p in list(inspect.signature(kind).parameters.values())[2:]}
+    check_values(settings, types, "router")
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         try:
-            LAWS[law](make)
+            LAWS[law](lambda dim: kind(dim, E, **settings))
+        except ConfigError:
+            raise
         except AssertionError as error:
             raise AssertionError(f"{kind.__name__} breaks the law {law}: {error}") from None
+        except Exception as error:  # the router may raise anything
+            what = f"it raises {type(error).__name__}: {first_line(error)}"
+            raise AssertionError(f"{kind.__name__} breaks the law {law}: {what}") from error
 
 
 def _law(check: Callable[[Make], None]) -> Callable[[Make], None]:
@@ -143,6 +147,27 @@ def assignments_are_valid(make: Make) -> None:
     _hold(routing.state is None or len(routing.state) == B * S, "state needs one row per token")
     pairs = torch.stack([routing.token, routing.expert])
     _hold(pairs.unique(dim=1).shape == pairs.shape, "a token asks for the same expert twice; choose distinct experts")
+
+
+@_law
+def the_input_is_not_changed(make: Make) -> None:
+    """`forward` leaves the hidden states as they are, because the experts get them too."""
+    x = hidden_states().view(-1, D)
+    for link in random_router(make).chain:
+        link(x, context(token_ids()))
+        _hold(torch.equal(x, hidden_states().view(-1, D)), "forward changes x in place; work on a new tensor")
+
+
+@_law
+def evaluation_is_deterministic(make: Make) -> None:
+    """Evaluation gives the same output twice, ignores noise, and changes no state."""
+    x, ids = hidden_states(), token_ids()
+    layer = random_layer(make).eval()
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    first, second = (run_as_second_layer(layer, x, context(ids, noise=noise)).y for noise in (0.0, 9.0))
+    _hold(torch.equal(first, second), "evaluation draws random numbers; draw them only if `self.training`")
+    same = all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+    _hold(same, "evaluation changes a buffer; learn in training or in `after_step`")
 
 
 @_law
@@ -255,7 +280,8 @@ def every_auxiliary_loss_has_a_gradient(make: Make) -> None:
     losses = auxiliary(routing, loads, seq_len=S)
     _hold(losses, "there is no auxiliary loss; return probs or logits, or a loss of the router's own in `aux`")
     if len(loads.unique()) == 1:  # a router that balances by construction: its balance loss is constant
-        for name in ("load_balance", "load_balance_global"):
+        all_experts = ("load_balance_sequence",) if router.fixed_k == router.num_experts else ()
+        for name in ("load_balance", "load_balance_global", *all_experts):
             _hold(abs(losses.pop(name).item() - 1) < 1e-6, f"{name} of an even load must be 1")
     for name, loss in losses.items():
         gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
@@ -298,18 +324,6 @@ def training_gradients(make: Make, **settings: Any) -> Tensor:
     loss = output.y.square().mean()
     total_loss(config, [layer.router.loss_weights], MoEOutput(loss=loss, aux=aux)).backward()
     return torch.cat([torch.zeros(1) if p.grad is None else p.grad.flatten() for p in layer.parameters()])
-
-
-@_law
-def evaluation_is_deterministic(make: Make) -> None:
-    """Evaluation gives the same output twice, ignores noise, and changes no state."""
-    x, ids = hidden_states(), token_ids()
-    layer = random_layer(make).eval()
-    before = {name: value.clone() for name, value in layer.state_dict().items()}
-    first, second = (run_as_second_layer(layer, x, context(ids, noise=noise)).y for noise in (0.0, 9.0))
-    _hold(torch.equal(first, second), "evaluation draws random numbers; draw them only if `self.training`")
-    same = all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
-    _hold(same, "evaluation changes a buffer; learn in training or in `after_step`")
 
 
 @_law
@@ -395,6 +409,21 @@ def token_ids_are_declared(make: Make) -> None:
         reads == layer.router.uses_ids,
         f"other token ids {'change' if reads else 'do not change'} the output: set `uses_ids = {reads}`",
     )
+
+
+@_law
+def a_schedulable_router_uses_the_temperature(make: Make) -> None:
+    """The temperature of a schedule changes the output in training if the router declares that it is `schedulable`."""
+    if not random_router(make).schedulable:
+        return
+    x, ids = hidden_states(), token_ids()
+    outputs = []
+    for temperature in (1.0, 3.0):
+        layer = random_layer(make)
+        torch.manual_seed(0)
+        outputs.append(run_as_second_layer(layer, x, Context(ids, Knobs.of(temperature=temperature))).y)
+    advice = "context.knobs.temperature changes nothing: divide the logits by it, or set `schedulable = False`"
+    _hold(not torch.equal(*outputs), advice)
 
 
 @_law

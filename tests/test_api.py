@@ -14,6 +14,7 @@ from run_folders import write_metrics, write_record
 
 import moe
 from moe.checks import ConfigError
+from moe.config.schema import Config
 from moe.launch.command_line import read_cells
 from moe.launch.run import run
 
@@ -93,6 +94,28 @@ def test_a_text_that_does_not_fit_is_refused(trained: moe.Run, text: str) -> Non
         moe.route(trained.model(), trained.tokenizer(), text)
 
 
+def test_what_is_no_text_is_refused(trained: moe.Run) -> None:
+    with pytest.raises(ConfigError, match=r"^text=.*: must be text without halves of surrogate pairs$"):
+        moe.route(trained.model(), trained.tokenizer(), "\ud800")
+
+
+def test_looking_into_a_model_leaves_its_mode_as_it_is(trained: moe.Run) -> None:
+    model = trained.model().train()
+    moe.route(model, trained.tokenizer(), TEXT)
+    moe.show(model, trained.tokenizer(), TEXT)
+    assert model.training
+    with pytest.raises(ConfigError, match=r"^model=Run: must be a model of this project"):
+        moe.route(trained, trained.tokenizer(), TEXT)
+
+
+def test_a_run_without_a_saved_model_says_so_and_asks_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    bare = moe.Run(Path("base"), "failed", Config(save_model="none"), {}, pd.DataFrame())
+    for read in (bare.model, bare.tokenizer):
+        with pytest.raises(ConfigError, match=r"^base: this run has no saved model; it is failed, with save_"):
+            read()
+
+
 def test_settings_are_compared_by_name(tmp_path: Path) -> None:
     for noise, loss in ((0.0, 1.0), (0.1, 2.0)):
         for seed in (1, 2, 3):
@@ -104,12 +127,19 @@ def test_settings_are_compared_by_name(tmp_path: Path) -> None:
     [row] = moe.compare(runs).to_dict("records")
     assert row["difference"] == pytest.approx(1 + 0.01 * 2 * 0.1)
     assert len(moe.judge(runs)) == 0
-    with pytest.raises(ConfigError, match=r"^the runs are of the experiments e, f: compare those of one, runs"):
+    with pytest.raises(ConfigError, match=r"^the runs are of 2 experiments, 'e', 'f': compare those of one, runs\["):
         moe.compare(pd.concat([runs, runs.assign(experiment="f")]))
     with pytest.raises(ConfigError, match=r"^unknown metric 'val/los'; nearest: val/loss$"):
         moe.compare(runs, "val/los")
     with pytest.raises(ConfigError, match=r"^unknown factor 'nois'; nearest: noise$"):
         moe.compare(runs, factors=["nois"])
+    for wrong in ("seed", "status"):
+        with pytest.raises(ConfigError, match=r"^unknown metric"):
+            moe.compare(runs, wrong)
+    for wrong in ("folder", "val/loss", "seed"):
+        with pytest.raises(ConfigError, match=r"^unknown factor"):
+            moe.compare(runs, factors=[wrong])
+    assert len(moe.compare(runs, factors="noise")) == 1
 
 
 def test_training_returns_the_runs_and_trains_none_twice(trained: moe.Run, small: list[str]) -> None:
@@ -124,6 +154,10 @@ def test_wrong_overrides_are_refused_before_a_process_starts(monkeypatch: pytest
     monkeypatch.setattr(subprocess, "run", lambda *arguments: pytest.fail("a process was started"))
     with pytest.raises(ConfigError, match="unknown key 'stepz'; nearest: steps"):
         moe.train("stepz=2")
+    with pytest.raises(ConfigError, match=r"^overrides=--help: must be texts such as"):
+        moe.train("--help")
+    with pytest.raises(ConfigError, match=r"^paths=\[\]: must be a folder, or several$"):
+        moe.load_runs([])
 
 
 def test_the_page_about_python_runs_as_printed(

@@ -218,6 +218,29 @@ class Negative(TopK):
         return routing._replace(weight=-routing.weight)
 
 
+class InPlace(TopK):
+    """Wrong: changes the hidden states."""
+
+    def forward(self, x: Tensor, context: Context) -> Routing:
+        return super().forward(x.mul_(2), context)
+
+
+class WithoutTemperature(TopK):
+    """Wrong: claims to have a temperature."""
+
+    schedulable = True
+
+    def forward(self, x: Tensor, context: Context) -> Routing:
+        return super().forward(x, context._replace(knobs=context.knobs._replace(temperature=torch.ones(()))))
+
+
+class Raising(TopK):
+    """Wrong: raises."""
+
+    def forward(self, x: Tensor, context: Context) -> Routing:
+        raise RuntimeError("boom\nand more")
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
@@ -232,6 +255,12 @@ class Negative(TopK):
             Backwards,
             "breaks the law causality_is_declared: .*later tokens change earlier outputs: set `causal = False`",
         ),
+        (InPlace, "the law the_input_is_not_changed: forward changes x in place; work on a new tensor"),
+        (
+            WithoutTemperature,
+            "the law a_schedulable_router_uses_the_temperature: context.knobs.temperature changes nothing: divide",
+        ),
+        (Raising, "Raising breaks the law assignments_are_valid: it raises RuntimeError: boom$"),
         (Negative, "breaks the law assignments_are_valid: a weight is negative"),
     ],
 )
@@ -260,3 +289,13 @@ def test_a_router_can_be_named_and_its_settings_are_checked() -> None:
     testing.check_router("moe.routers.topk.TopK", k=3)
     with pytest.raises(ValueError, match=r"unknown key of router 'router\.kk'"):
         testing.check_router("moe.routers.topk.TopK", kk=3)
+    with pytest.raises(ValueError, match=r"^router.k=x: must be a whole number$"):
+        testing.check_router(TopK, k="x")
+    with pytest.raises(ValueError, match=r"^unknown law 'causality'; nearest: causality_is_declared$"):
+        testing.check_law("causality", TopK)
+    with pytest.raises(ValueError, match=r"^target=Linear: must be a class that derives from moe.Router, or its name$"):
+        testing.check_router(torch.nn.Linear)
+
+
+def test_a_router_that_takes_all_experts_can_hold_every_law() -> None:
+    testing.check_router(TopK, k=E)
