@@ -82,7 +82,10 @@ def _imported(path: str, where: str) -> Any:
     try:
         return pkgutil.resolve_name(f"{module}:{name}")
     except Exception as error:  # the module may be anybody's, and raise anything
-        raise ConfigError(f"{where}={path}: must be a class that can be imported ({first_line(error)})") from error
+        missing = isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]
+        advice = ": install its package, or name its folder of options in MOE_SEARCH_PATH" if missing else ""
+        reason = f"must be a class that can be imported ({first_line(error)}){advice}"
+        raise ConfigError(f"{where}={path}: {reason}") from error
 
 
 def build(spec: Any, key: str, *args: Any, trusted: bool = False) -> Any:

@@ -44,9 +44,13 @@ def use(folders: Iterable[str] = ()) -> None:
     """Add folders to `SEARCH_PATH`, for this process and those that it starts, and make their code importable.
 
     A folder is a path, or a Hydra source: file://DIR or pkg://PACKAGE. Code is imported from a folder itself and from
-    the one that holds it, after all other places. Raises ConfigError as `search_path` does.
+    the one that holds it, after all other places. Raises ConfigError as `search_path` does, and for other sources.
     """
-    added = [str(_folder_of(word)) for word in folders]
+    added = []
+    for word in folders:
+        added.append(str(_folder_of(word)))
+        if os.pathsep in os.path.abspath(added[-1]):
+            raise ConfigError(f"{word}: a folder of options cannot have '{os.pathsep}' in its path; rename it")
     if words := list(dict.fromkeys(os.path.abspath(word) for word in [*_named(), *added])):
         os.environ[SEARCH_PATH] = os.pathsep.join(words)
     search_path()
@@ -59,6 +63,8 @@ def _folder_of(source: str) -> Path:
     address = urlparse(source)
     if address.scheme == "file":
         return Path(unquote(address.netloc + address.path))
+    if "://" in source and address.scheme != "pkg":
+        raise ConfigError(f"{source}: must be a folder, file://DIR or pkg://PACKAGE")
     if address.scheme != "pkg" and (os.sep in source or source.startswith(("~", ".")) or Path(source).exists()):
         return Path(source).expanduser()
     top, *below = source.removeprefix("pkg://").split(".")
@@ -67,6 +73,8 @@ def _folder_of(source: str) -> Path:
     except (ImportError, ValueError):
         found = None
     places = list(found.submodule_search_locations or ()) if found else []
+    if address.scheme == "pkg" and not places:
+        raise ConfigError(f"{source}: no package {top}")
     return Path(places[0], *below) if places else Path(source)
 
 
@@ -88,6 +96,9 @@ def options(group: str) -> dict[str, str]:
 
 @cache
 def _purpose(path: Path) -> str:
-    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # a command that uses this option says what is wrong
+        lines = []
     comments = [line for line in lines if line.startswith("# ") and "@package" not in line]
     return comments[0].removeprefix("# ") if comments else ""

@@ -9,7 +9,7 @@ import os
 import pickle
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
 from functools import cache
 from inspect import signature
@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple, NoReturn
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -53,6 +54,7 @@ from moe.launch import slurm
 from moe.launch.claims import check_claims
 from moe.launch.grids import grid_of
 from moe.launch.hints import hint
+from moe.launch.option_files import check_files, read
 from moe.runs.folder import finished, same_run, stored_record
 
 log = logging.getLogger(__name__)
@@ -109,7 +111,7 @@ def best_level(results: str, factor: str) -> Any:
 
 ConfigStore.instance().store(name="schema", node=Config)
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)
-OmegaConf.register_new_resolver("search_path", lambda: [path.as_uri() for path in search_path()], replace=True)
+OmegaConf.register_new_resolver("search_path", lambda: [f"file://{path}" for path in search_path()], replace=True)
 OmegaConf.register_new_resolver("best_level", best_level, replace=True)
 OmegaConf.register_new_resolver("twice", lambda number: 2 * number, replace=True)
 OmegaConf.register_new_resolver("folder", lambda out, default: os.path.expanduser(out or default), replace=True)
@@ -146,7 +148,7 @@ def typed(composed: DictConfig, choices: dict[str, str | None]) -> Config:
 def _preset(key: str, option: str | None) -> dict[str, Any] | None:
     """Return what the yaml of an option says at `key`, which is one of `CLASSES`; None if there is no such option."""
     path = sources(CLASSES[key]).get(str(option))
-    content: Any = {} if path is None else OmegaConf.to_container(OmegaConf.load(path))
+    content: Any = {} if path is None else OmegaConf.to_container(read(path))
     node: Any = content.get("source") if key == "data.source" else content
     return node if isinstance(node, dict) and "_target_" in node else None
 
@@ -308,10 +310,10 @@ def _expand(overrides: list[Override], *, multirun: bool) -> Command:
             if same_keys_apply and not cells:
                 _refuse_given_in_vain([cell], [_switch_off_ignored(cell)], varied)
         cells.append(cell)
-    check_claims(cells, presets, sweep=multirun)
-    _check_distinct(cells)
     described = [_without_ignored(*each) for each in zip(cells, composed, grid, strict=True)]
     _refuse_given_in_vain(cells, described, varied)
+    check_claims(cells, presets, sweep=multirun)
+    _check_distinct(cells)
     cells = described
     for override in own if all(cell.config.is_dense for cell in cells) else ():
         if not override.is_hydra_override() and override.key_or_group.partition(".")[0] in DENSE_IGNORES:
@@ -418,7 +420,7 @@ def _default(key: str, cell: Cell) -> Any:
     if key in OFF:
         return next(field.default for field in fields(Config) if field.name == key)
     path = sources("router").get(str(cell.choices["router"]))
-    return None if path is None else OmegaConf.select(OmegaConf.load(path), key.removeprefix("router."))
+    return None if path is None else OmegaConf.select(read(path), key.removeprefix("router."))
 
 
 def _why_ignored(key: str, cell: Cell) -> str:
@@ -483,7 +485,7 @@ def _compose(arguments: list[str]) -> DictConfig:
         OmegaConf.resolve(composed.hydra.run)
         OmegaConf.resolve(composed.hydra.sweep)
         return composed
-    except FAULTS as error:
+    except (*FAULTS, yaml.YAMLError, OSError) as error:
         raise _explain(error, arguments) from None
 
 
@@ -698,6 +700,8 @@ def _explain(error: Exception, overrides: list[str]) -> ConfigError:
     """Return an error of Hydra or OmegaConf as one line that names the override that causes it and what is allowed."""
     if isinstance(error, ConfigError):
         return error
+    if isinstance(error, (yaml.YAMLError, UnicodeDecodeError, OSError)):
+        check_files()
     for extra, plugin in (("slurm", "submitit"), ("ray", "ray")):
         if f"hydra/launcher/{plugin}" in str(error):
             return ConfigError(f"hydra/launcher: this launcher needs `pip install -e '.[{extra}]'`")
@@ -747,8 +751,14 @@ def _unknown_key(key: str, known: Iterable[str], choices: dict[str, str | None])
 
 
 def _keys(group: str, option: str) -> set[str]:
-    """Return the keys of an option without the name of its group, such as k and gate of router=topk."""
-    return set(flatten(OmegaConf.to_container(OmegaConf.load(sources(group)[option]))))  # type: ignore[arg-type]
+    """Return the keys of an option without the name of its group, such as k and gate of router=topk.
+
+    An option whose file cannot be read has none: only a command that chooses it is refused.
+    """
+    try:
+        return set(flatten(OmegaConf.to_container(read(sources(group)[option]))))  # type: ignore[arg-type]
+    except ConfigError:
+        return set()
 
 
 def _cause(error: Exception) -> str:
@@ -778,8 +788,13 @@ def _cause_in_file(name: str, error: str) -> str:
     return f"{file}: " + (f"{full_key[1]}: " if full_key else "") + _cause(ValueError(error))
 
 
-def help_text() -> str:
-    """Return the text of `python train.py --help`: the keys, and every option of every group with its purpose."""
+def help_text(arguments: Sequence[str] = ()) -> str:
+    """Return the text of `python train.py --help`: the keys, and every option of every group with its purpose.
+
+    Raises ConfigError for a folder of options in the arguments, or in the environment, that cannot be used.
+    """
+    _, folders = _folders(_parse_flags(list(arguments)))
+    use(folders)
     lines = [
         "Train one Mixture-of-Experts language model, or with -m one for each combination of several values.",
         "",

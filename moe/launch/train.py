@@ -47,15 +47,15 @@ def launch(command: command_line.Command) -> None:
 
 def main() -> int:
     """Carry out the command in `sys.argv`, and return the exit status."""
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print(command_line.help_text())
-        return 0
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # libraries swallow KeyboardInterrupt; a run sets its own handler
     gc.disable()  # imports create a million objects, none of which is garbage; training enables it again
     if not ranks.is_first():
         logging.disable(logging.WARNING)
     try:
+        if {"--help", "-h"} & set(sys.argv[1:]):
+            print(command_line.help_text(sys.argv[1:]))
+            return 0
         command = command_line.read_command(sys.argv[1:])
         return sweep.carry_out(command.cells or [], lambda: launch(command))
     except (ConfigError, RecordError, LinkError) as error:

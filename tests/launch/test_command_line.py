@@ -161,6 +161,7 @@ from moe.runs.record import RunFacts
         ("router=top_p router.p=1 router.k_max=8 lb=1", "^lb=1.0: router=top_p ignores lb; leave it out$"),
         ("router=top_p router.p=1 router.k_max=9", "^router.k_max=9: must be between 1 and model.num_experts=8$"),
         ("model.num_experts=1 router.k=1 router_entropy=1", "^router_entropy=1.0: router=topk ignores router_entropy;"),
+        ("-m experiment=noise_lb_seed router=hash", "^lb=.*: router=hash ignores lb; leave it out$"),
         ("-m router=hash,random z=1", "^z=1.0: router=hash ignores z; leave it out$"),
         ("-m router=hash lb=0,0.01", "^lb=0.01: router=hash ignores lb; leave it out$"),
         ("router=hash schedule=linear schedule.knob=noise", "^schedule.knob=noise: this router ignores noise"),

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 from run_folders import FACTS
+from train_processes import TRAIN, run_script
 
 from moe.checks import ConfigError, parse
 from moe.config.options import SEARCH_PATH, options
 from moe.config.plugins import _read
 from moe.config.schema import Cell
-from moe.launch.command_line import read_cells
+from moe.launch.command_line import _compose_groups, help_text, read_cells
 from moe.launch.run import write_run_record
 from moe.runs.folder import difference, finished
 from moe.runs.record import RunFacts, RunRecord
@@ -139,7 +140,13 @@ def test_keys_of_a_class_can_be_swept(lab: Path) -> None:
             f"--config-dir=conf {TARGET}x",
             "^router._target_=mylab.momentum.Momentumx: must be a class that can be imported",
         ),
-        (f"{TARGET}", "must be a class that can be imported .No module named 'mylab'.$"),
+        (
+            f"{TARGET}",
+            r"\(No module named 'mylab'\): install its package, or name its folder of options in MOE_SEARCH_PATH$",
+        ),
+        ("--config-dir=odd:name/conf", "^odd:name/conf: a folder of options cannot have ':' in its path; rename it$"),
+        ("hydra.searchpath=[pkg://nope.conf]", "^pkg://nope.conf: no package nope$"),
+        ("hydra.searchpath=[http://evil/x]", "^http://evil/x: must be a folder, file://DIR or pkg://PACKAGE$"),
         ("+router.beta=1", "^unknown key of router 'router.beta'; known: router.after_drops, router.gate, router.k$"),
         (
             "+nois=1",
@@ -150,6 +157,47 @@ def test_keys_of_a_class_can_be_swept(lab: Path) -> None:
 def test_mistakes_are_refused_in_one_line(lab: Path, words: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         cells(*words.split())
+
+
+@pytest.mark.parametrize("name", ["a b", "ä", "a=b,c", "100%25"])
+def test_a_folder_of_options_may_have_any_name_without_a_colon(lab: Path, name: str) -> None:
+    _compose_groups.cache_clear()
+    (lab / "conf").rename(lab / name)
+    (lab / name / "router/momentum.yaml").rename(lab / name / "router/odd.yaml")
+    [cell] = cells(f"--config-dir={name}", "router=odd")
+    assert cell.choices["router"] == "odd"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"# a\nk: [1\n", ", line 3: expected ',' or "),
+        (b"k: 1\nk: 2\n", ", line 2: found duplicate key k$"),
+        (b"# \xe4\nk: 1\n", ": must be UTF-8$"),
+        (b"3\n", ": Invalid loaded object type: int$"),
+        (b"- a\n", ": must hold keys and values, as key: value$"),
+        (None, ": Is a directory$"),
+    ],
+)
+def test_only_the_use_of_an_option_whose_file_cannot_be_read_is_refused(
+    lab: Path, content: bytes | None, message: str
+) -> None:
+    _compose_groups.cache_clear()
+    path = lab / "conf/router/broken.yaml"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"^{path}{message}"):
+        cells("--config-dir=conf", "router=broken")
+    with pytest.raises(ConfigError, match=r"^unknown key 'sede'; nearest: seed$"):
+        cells("sede=1")
+    with pytest.raises(ConfigError, match=r"^unknown option of router 'brokn'; nearest: broken$"):
+        cells("router=brokn")
+    assert "\n  broken " in help_text()
+
+
+def test_help_lists_the_options_of_a_named_folder_and_refuses_a_missing_one(lab: Path) -> None:
+    assert "Top-k with momentum, causal" in help_text(["--help", "--config-dir", "conf"])
+    done = run_script(TRAIN, "--help", "--config-dir=gone", cwd=lab)
+    assert (done.returncode, done.stderr) == (2, f"train.py: {lab}/gone: no such folder of options\n")
 
 
 def test_two_options_of_one_name_are_refused(lab: Path) -> None:
