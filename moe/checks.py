@@ -25,6 +25,11 @@ def first_line(error: object) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def described(error: Exception) -> str:
+    """Return the class of an error and the first line of its message, such as "RuntimeError: boom"."""
+    return f"{type(error).__name__}: {first_line(error)}" if str(error).strip() else type(error).__name__
+
+
 def require(ok: bool, key: str, value: object, allowed: str) -> None:
     """Raise `ConfigError` naming `key`, `value` and what is `allowed`, unless `ok`."""
     if not ok:
@@ -99,8 +104,7 @@ def build(spec: Any, key: str, *args: Any, trusted: bool = False) -> Any:
         raise ConfigError(f"{key}={spec}: must name its class as {key}._target_")
     target = locate(spec["_target_"], key, trusted=trusted)
     values = {name: value for name, value in spec.items() if name != "_target_"}
-    parameters = list(inspect.signature(target).parameters.values())[len(args) :]
-    types = {p.name: p.annotation for p in parameters}
+    parameters, types = _keywords(target, len(args), values)
     check_values(values, types, key)
     values = {name: float(value) if types[name] is float else value for name, value in values.items()}
     missing = [p.name for p in parameters if p.default is p.empty and p.name not in values]
@@ -110,10 +114,35 @@ def build(spec: Any, key: str, *args: Any, trusted: bool = False) -> Any:
         return target(*args, **values)
     except ConfigError:
         raise
-    except TypeError as error:
-        raise ConfigError(f"{key}._target_={spec['_target_']}: cannot be built: {first_line(error)}") from error
     except ValueError as error:
         raise ConfigError(first_line(error)) from error
+    except Exception as error:  # the class may be anybody's, and raise anything
+        if isinstance(error, OSError) and key == "data.source":  # the caller names the argument that has the path
+            raise
+        reason = first_line(error) if isinstance(error, TypeError) else described(error)
+        raise ConfigError(f"{key}._target_={spec['_target_']}: cannot be built: {reason}") from error
+
+
+def _keywords(
+    target: type[Any], positional: int, values: Iterable[str]
+) -> tuple[list[inspect.Parameter], dict[str, Any]]:
+    """Return the parameters of a class after the first `positional` ones, and the type of each key that it takes.
+
+    A parameter without a type takes anything, and so does one whose type is written as text that has no meaning where
+    the class is defined. With `**settings`, the class takes all `values`.
+    """
+    try:
+        signature = inspect.signature(target, eval_str=True)
+    except Exception:  # a type may be imported for type checkers alone
+        signature = inspect.signature(target)
+    found = list(signature.parameters.values())
+    by_place = [p for p in found if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][positional:]
+    parameters = by_place + [p for p in found if p.kind is p.KEYWORD_ONLY]
+    free = any(p.kind is p.VAR_KEYWORD for p in found)
+    types = {
+        p.name: Any if p.annotation is p.empty or isinstance(p.annotation, str) else p.annotation for p in parameters
+    }
+    return parameters, (dict.fromkeys(values, Any) if free else {}) | types
 
 
 def check_values(values: dict[str, Any], types: dict[str, Any], place: str) -> None:

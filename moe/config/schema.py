@@ -278,9 +278,9 @@ class Config:
     def check_router(self) -> None:
         """Raise ConfigError for wrong keys or ranges of the router, and for a schedule or data that do not fit it."""
         router = self.build_router()
+        router.check_class()
         if getattr(locate(self.data.source["_target_"], "data.source", trusted=True), "conversations", False):
             router.require_documents_apart()
-        router.check_chain()
         settings = {*OFF, *(f"router.{name}" for name in signature(type(router)).parameters)}
         for key in router.ignores - settings:
             raise unknown(f"key in ignores of {type(router).__name__}", key, settings)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moe import files
-from moe.checks import first_line, parse
+from moe.checks import ConfigError, first_line, parse
 from moe.config.schema import Cell
 from moe.distributed import ranks
 from moe.launch import slurm
@@ -120,6 +120,8 @@ def _train(cell: Cell) -> None:
         sys.exit(stop.exit_status)
     except Exception as error:  # record it: the other cells of a sweep go on, and the command exits with 1
         reason = f"{type(error).__name__}: {_reason(error)}"
+        if not isinstance(error, (ConfigError, Diverged)):  # these say all that there is to know
+            reason += f"; see {cell.folder / 'traceback.txt'}"
         log.error("%s failed: %s", cell.folder, reason)
         _write_end(cell, "failed", reason, details=traceback.format_exc())
         if ranks.world_size() > 1 and not isinstance(error, Diverged):  # all ranks see a divergence, but no other error

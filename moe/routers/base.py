@@ -165,6 +165,15 @@ class Router(nn.Module):
             keys |= PROBABILITY_WEIGHTS | {"output_orthogonality"}
         return frozenset(keys)
 
+    def check_class(self) -> None:
+        """Raise ConfigError for a class that lacks what every router must have, and for a wrong `chain`."""
+        own = f"router._target_={type(self).__module__}.{type(self).__qualname__}"
+        if "num_experts" not in vars(self):
+            raise ConfigError(f"{own}: its __init__ must call super().__init__(dim, num_experts, fixed_k=...)")
+        if type(self).forward is Router.forward:
+            raise ConfigError(f"{own}: must implement forward(x, context)")
+        self.check_chain()
+
     def check_chain(self) -> None:
         """Raise ConfigError unless `chain` is a list of at least one router, all with this router's `fixed_k`."""
         links, own = self.chain, type(self).__name__

@@ -15,7 +15,7 @@ from moe.config.options import SEARCH_PATH, options
 from moe.config.plugins import _read
 from moe.config.schema import Cell
 from moe.launch.command_line import _compose_groups, help_text, read_cells
-from moe.launch.run import write_run_record
+from moe.launch.run import run, write_run_record
 from moe.runs.folder import difference, finished
 from moe.runs.record import RunFacts, RunRecord
 
@@ -198,6 +198,61 @@ def test_help_lists_the_options_of_a_named_folder_and_refuses_a_missing_one(lab:
     assert "Top-k with momentum, causal" in help_text(["--help", "--config-dir", "conf"])
     done = run_script(TRAIN, "--help", "--config-dir=gone", cwd=lab)
     assert (done.returncode, done.stderr) == (2, f"train.py: {lab}/gone: no such folder of options\n")
+
+
+@pytest.mark.parametrize(
+    ("code", "words", "message"),
+    [
+        (
+            "def __init__(self, dim, num_experts): raise RuntimeError('boom')",
+            "",
+            " cannot be built: RuntimeError: boom$",
+        ),
+        ("def __init__(self, dim, num_experts): raise OSError", "", " cannot be built: OSError$"),
+        (
+            "def __init__(self, dim, num_experts): pass",
+            "",
+            r" its __init__ must call super\(\).__init__\(dim, num_experts, ",
+        ),
+        (
+            "def __init__(self, dim, num_experts): super().__init__(dim, num_experts, fixed_k=1)",
+            "",
+            r" must implement forward\(x, context\)$",
+        ),
+        ("def __init__(self, dim, num_experts, *, k: 'int'): pass", "router.k=x", None),
+    ],
+)
+def test_a_class_that_cannot_be_used_is_refused_in_one_line(
+    lab: Path, code: str, words: str, message: str | None
+) -> None:
+    own = f"from moe.routers.base import Router\n\nclass Momentum(Router):\n    {code}\n"
+    (lab / "mylab/momentum.py").write_text(own)
+    expected = "^router.k=x: must be a whole number$" if message is None else f"^{TARGET}:{message}"
+    with pytest.raises(ConfigError, match=expected):
+        cells("--config-dir=conf", TARGET, *words.split())
+
+
+@pytest.mark.parametrize("signature", ["*, k=2, beta=0.5", "*, k: 'Unknown' = 2, **others", "**others"])
+def test_a_setting_without_a_type_takes_any_value(lab: Path, signature: str) -> None:
+    code = CODE.replace("*, k: int = 1, beta: float = 0.5, names: list[str] | None = None", signature)
+    (lab / "mylab/momentum.py").write_text(code.replace("k=k", "k=2"))
+    [cell] = cells("--config-dir=conf", TARGET, "router.k=2", "router.beta=x")
+    assert cell.config.router["beta"] == "x"
+
+
+def test_the_reason_of_an_unexpected_error_names_the_file_with_its_traceback(
+    lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr("moe.training.loop.train", fail)
+    monkeypatch.setattr("moe.launch.run.follow_parent", lambda: None)
+    [cell] = cells("router=topk", "out=runs", "logger.mode=disabled")
+    run(cell)
+    record = RunRecord.read(cell.folder / "run.json")
+    assert (record.status, record.error) == ("failed", f"RuntimeError: boom; see {cell.folder}/traceback.txt")
+    assert "in fail" in (cell.folder / "traceback.txt").read_text()
 
 
 def test_two_options_of_one_name_are_refused(lab: Path) -> None:
