@@ -30,7 +30,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from moe.checks import ConfigError, describe, first_line, locate, require, unknown
+from moe.checks import ConfigError, describe, first_line, locate, one_of, require, unknown
 from moe.config import dense_checkpoint
 from moe.config.claim import ClaimConfig
 from moe.config.options import CONF, GROUPS, options, search_path, sources, use
@@ -54,7 +54,6 @@ from moe.launch import slurm
 from moe.launch.claims import check_claims
 from moe.launch.grids import grid_of
 from moe.launch.hints import hint
-from moe.launch.option_files import check_files, read
 from moe.runs.folder import finished, same_run, stored_record
 
 log = logging.getLogger(__name__)
@@ -66,6 +65,9 @@ FAULTS = (
     ValueError,
 )  # what a wrong override makes Hydra raise
 EXAMPLES = {"data.source.paths": "[notes/*.txt]"}  # values of keys that have no default
+CLAIM = (  # an example, whole, because a claim has several keys without a default
+    "claims=[{text: Noise raises the loss, metric: val/loss, factor: noise, levels: [0.5], than: [0.0], kind: higher}]"
+)
 HYDRA_KEYS = ("hydra/launcher", "hydra.sweeper.max_batch_size", "hydra.launcher.")  # those that a user may set
 ONE_PER_COMMAND = ("experiment", "out")
 # Nodes of the configuration that name a class, each with its config group. Their other keys are those of the class.
@@ -148,9 +150,33 @@ def typed(composed: DictConfig, choices: dict[str, str | None]) -> Config:
 def _preset(key: str, option: str | None) -> dict[str, Any] | None:
     """Return what the yaml of an option says at `key`, which is one of `CLASSES`; None if there is no such option."""
     path = sources(CLASSES[key]).get(str(option))
-    content: Any = {} if path is None else OmegaConf.to_container(read(path))
+    content: Any = {} if path is None else OmegaConf.to_container(_read_option(path))
     node: Any = content.get("source") if key == "data.source" else content
     return node if isinstance(node, dict) and "_target_" in node else None
+
+
+def _read_option(path: Path) -> DictConfig:
+    """Return what the yaml file of an option says. Raises ConfigError, with file and line, if it cannot be read."""
+    try:
+        content: Any = OmegaConf.load(path)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{path}{line}: {error.problem or first_line(error)}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: must be UTF-8") from None
+    except (yaml.YAMLError, OSError) as error:
+        raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or first_line(error)}") from None
+    if not isinstance(content, DictConfig):
+        raise ConfigError(f"{path}: must hold keys and values, as key: value")
+    return content
+
+
+def _check_option_files() -> None:
+    """Raise ConfigError for the first option outside of this project whose file cannot be read."""
+    for group in GROUPS:
+        for path in sources(group).values():
+            if not path.is_relative_to(CONF):
+                _read_option(path)
 
 
 class Command(NamedTuple):
@@ -205,6 +231,9 @@ def _parse_flags(arguments: list[str]) -> argparse.Namespace:
 
     def refuse(message: str) -> NoReturn:
         for key, equals, value in (word.partition("=") for word in arguments if f" {word}" in message):
+            meant = None if allowed_values(key.lstrip("-")) is not None else hint(key.lstrip("-"))
+            if meant:
+                raise ConfigError(f"{key}{equals}{value}: write {meant}, as key=value without --")
             if equals or allowed_values(key.lstrip("-")) is not None or key.lstrip("-") in GROUPS:
                 following = arguments[arguments.index(key) + 1 :] if not equals else []
                 given = value or next((word for word in following if "=" not in word), "VALUE")
@@ -287,6 +316,9 @@ def _expand(overrides: list[Override], *, multirun: bool) -> Command:
     require(launcher != "submitit_slurm", "hydra/launcher", launcher, "slurm, which has the settings of this project")
     swept = [str(o.input_line) for o in own if o.is_sweep_override()]
     if swept and not multirun:
+        _compose(
+            [f"{o.get_key_element()}={_values(o)[0]}" if o.is_sweep_override() else str(o.input_line) for o in own]
+        )
         raise ConfigError(f"{swept[0]}: several values need a sweep; add -m")
     batch, jobs = base.hydra.sweeper.get("max_batch_size"), base.hydra.launcher.get("n_jobs")
     require(batch is None or batch > 0, "hydra.sweeper.max_batch_size", batch, "a whole number > 0, or null")
@@ -420,7 +452,7 @@ def _default(key: str, cell: Cell) -> Any:
     if key in OFF:
         return next(field.default for field in fields(Config) if field.name == key)
     path = sources("router").get(str(cell.choices["router"]))
-    return None if path is None else OmegaConf.select(read(path), key.removeprefix("router."))
+    return None if path is None else OmegaConf.select(_read_option(path), key.removeprefix("router."))
 
 
 def _why_ignored(key: str, cell: Cell) -> str:
@@ -619,6 +651,8 @@ def _check_override(override: Override) -> None:
     if adds_or_deletes and not key.startswith(tuple(f"{each}." for each in CLASSES)):
         places = ", ".join(CLASSES)
         raise ConfigError(f"{line}: keys can be added and deleted only in {places}; set others as key=value")
+    if override.is_add() and key.endswith("._target_"):
+        raise ConfigError(f"{line}: write {str(line).lstrip('+')}, without +")
     if override.package is not None:
         raise ConfigError(f"{line}: a group cannot be moved; write {key}=...")
     if not key:
@@ -646,7 +680,21 @@ def _check_override(override: Override) -> None:
             others = [f"{group}={value}" for group in GROUPS if group != key and value in options(group)]
             if others:
                 raise ConfigError(f"unknown option of {key} '{value}'; there is {' and '.join(others)}")
-            raise unknown(f"option of {key}", value, options(key))
+            raise _unknown_option(key, value)
+
+
+def _unknown_option(group: str, value: str) -> ConfigError:
+    """Return the error for an option that does not exist. It says how a class or an option of the user is named."""
+    error = unknown(f"option of {group}", value, options(group))
+    node = next((key for key, of_group in CLASSES.items() if of_group == group), None)
+    if node and re.fullmatch(r"[A-Za-z_]\w*(\.\w+)+", value):
+        return ConfigError(f"unknown option of {group} '{value}'; for a class write {node}._target_={value}")
+    if node and value.startswith("{") and "_target_" in value:
+        swept = f"{node}._target_=A,B, and their keys as {node}.KEY=VALUE"
+        return ConfigError(f"{group}={value}: a sweep of classes is written as {swept}")
+    if "; nearest: " in str(error) or search_path() or not value.isidentifier() or value in KEYWORDS:
+        return error
+    return ConfigError(f"{error}; name a folder that holds {group}/{value}.yaml by --config-dir or MOE_SEARCH_PATH")
 
 
 def _check_type(override: Override) -> None:
@@ -701,7 +749,7 @@ def _explain(error: Exception, overrides: list[str]) -> ConfigError:
     if isinstance(error, ConfigError):
         return error
     if isinstance(error, (yaml.YAMLError, UnicodeDecodeError, OSError)):
-        check_files()
+        _check_option_files()
     for extra, plugin in (("slurm", "submitit"), ("ray", "ray")):
         if f"hydra/launcher/{plugin}" in str(error):
             return ConfigError(f"hydra/launcher: this launcher needs `pip install -e '.[{extra}]'`")
@@ -710,6 +758,9 @@ def _explain(error: Exception, overrides: list[str]) -> ConfigError:
     try:
         base = compose("config", overrides=_lines(groups), return_hydra_config=True)
     except FAULTS as cause:
+        if launcher := re.search("Could not find 'hydra/launcher/(.*)'", str(cause)):
+            known = GlobalHydra.instance().config_loader().get_group_options("hydra/launcher")
+            one_of("hydra/launcher", launcher[1], sorted({*known} - {"submitit_slurm"}))
         return ConfigError(f"{' '.join(_lines(groups))}: {_cause(cause)}")
     choices = group_choices(base.hydra)
     with open_dict(base):
@@ -726,6 +777,8 @@ def _explain(error: Exception, overrides: list[str]) -> ConfigError:
         except FAULTS as cause:
             return ConfigError(f"{override.input_line:.200}: {_cause(cause)}")
     place = getattr(error, "full_key", None) or " ".join(overrides)
+    if isinstance(error, MissingMandatoryValue) and place.startswith("claims["):
+        return ConfigError(f"{place}: required, for example '{CLAIM}'")
     if isinstance(error, MissingMandatoryValue):
         return ConfigError(f"{place}: required, for example '{place}={EXAMPLES.get(place, '...')}'")
     return ConfigError(f"{place}: {_cause(error)}")
@@ -743,9 +796,15 @@ def _unknown_key(key: str, known: Iterable[str], choices: dict[str, str | None])
         return error if "; nearest: " in str(error) else ConfigError(f"{error}; `--cfg job` prints all keys")
     owner = f"{group}={choices[group]}"
     having = [f"{group}={option}" for option in options(group) if name in _keys(group, option)]
+    meant = hint(key)
+    if name == "target":
+        meant = f"{group}._target_ for a class"
+    elif not name.startswith("source.") or (meant and meant.startswith(f"{key},")):
+        meant = None if having else meant
     if having:
-        return ConfigError(f"{owner} has no key {name}; {', '.join(having)} {'has' if len(having) == 1 else 'have'} it")
-    if (meant := hint(key)) and (meant.startswith(f"{group}.") or name not in _keys(group, str(choices[group]))):
+        elsewhere = f"{', '.join(having)} {'has' if len(having) == 1 else 'have'} it"
+        return ConfigError(f"{owner} has no key {name}; {elsewhere}{f'; or write {meant}' if meant else ''}")
+    if meant and (meant.startswith(f"{group}.") or name not in _keys(group, str(choices[group]))):
         return ConfigError(f"unknown key of {owner} '{key}'; write {meant}")
     return unknown(f"key of {owner}", key, (each for each in known if each.startswith(f"{group}.")))
 
@@ -756,7 +815,7 @@ def _keys(group: str, option: str) -> set[str]:
     An option whose file cannot be read has none: only a command that chooses it is refused.
     """
     try:
-        return set(flatten(OmegaConf.to_container(read(sources(group)[option]))))  # type: ignore[arg-type]
+        return set(flatten(OmegaConf.to_container(_read_option(sources(group)[option]))))  # type: ignore[arg-type]
     except ConfigError:
         return set()
 

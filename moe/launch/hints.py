@@ -31,7 +31,8 @@ _WORDS = {
     "data.seq_len": "seq_len sequence_length block_size context_length max_length max_seq_len ctx",
     "data.tokenizer": "tokenizer tokenizer_name",
     "data.vocab_size": "vocab_size vocab",
-    "data.source.paths, with data=text": "data.paths data.path data.files paths files text dataset data_dir train_file",
+    "data.source.paths, with data=text": "data.paths data.path data.files path paths files text dataset data_dir "
+    "train_file",
     "out": "output_dir out_dir output save_dir log_dir",
     "logger.mode": "wandb use_wandb wandb_mode",
     "logger.project": "project wandb_project",

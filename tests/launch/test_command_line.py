@@ -17,7 +17,7 @@ from moe.checks import ConfigError, parse
 from moe.config.options import CONF, GROUPS, options
 from moe.config.schema import Config, flatten
 from moe.launch import command_line
-from moe.launch.command_line import read_cells, run_name, typed
+from moe.launch.command_line import CLAIM, read_cells, run_name, typed
 from moe.launch.hints import HINTS
 from moe.launch.run import write_run_record
 from moe.runs.record import RunFacts
@@ -118,6 +118,31 @@ from moe.runs.record import RunFacts
         ("noise=null", "^noise=null: must be a number$"),
         ("lb=[1]", r"^lb=\[1\]: must be a number$"),
         ("seed=1,2", "seed=1,2: several values need a sweep; add -m"),
+        ("seeds=1,2", "^unknown key 'seeds'; write seed$"),
+        (
+            "--lr=0.1",
+            "^--lr=0.1: write optimizer.muon_lr for matrices and optimizer.adamw_lr for the rest, as key=value ",
+        ),
+        ("--lr 0.1", "^--lr: write optimizer.muon_lr for matrices and optimizer.adamw_lr for the rest, as key=value "),
+        ("router=a.b.C", "^unknown option of router 'a.b.C'; for a class write router._target_=a.b.C$"),
+        ("data=a.b.C", "^unknown option of data 'a.b.C'; for a class write data.source._target_=a.b.C$"),
+        (
+            "router=manhattan",
+            "'manhattan'; name a folder that holds router/manhattan.yaml by --config-dir or MOE_SEARCH_",
+        ),
+        ("router.target=a.B", "router=relu has it; or write router._target_ for a class$"),
+        (
+            "schedule.target=a.B",
+            "^unknown key of schedule=constant 'schedule.target'; write schedule._target_ for a class",
+        ),
+        ("data.source.path=x", "data=smoltalk have it; or write data.source.paths, with data=text$"),
+        ("+router._target_=a.B", r"^\+router._target_=a.B: write router._target_=a.B, without \+$"),
+        (
+            "-m router={_target_:a.B},topk",
+            "^router={_target_:a.B}: a sweep of classes is written as router._target_=A,B",
+        ),
+        ("-m hydra/launcher=job", "^hydra/launcher=job: must be one of basic, joblib, .*; nearest: joblib$"),
+        ("claims=[{text:a}]", r"^claims\[0\].metric: required, for example 'claims=\[{text: "),
         ("-m seed=1,1", "two cells of this sweep are the same run"),
         ("-m noise=0,-1", "noise=-1.0: must be"),
         ("-m router.k=2,9", r"router.k=9: must be"),
@@ -564,6 +589,11 @@ def test_a_folder_of_the_same_run_is_found_under_any_spelling(tmp_path: Path) ->
     for other in (["noise=0.2"], ["noise=0.1", "seed=1"], ["noise=0.1", "variant=top2", "router.k=2"]):
         [cell] = read_cells([f"out={tmp_path}", *other]) or []
         assert cell.folder != first.folder
+
+
+def test_the_claim_given_as_an_example_works() -> None:
+    [cell, _] = read_cells(["-m", "noise=0.0,0.5", CLAIM]) or []
+    assert cell.config.claims[0].levels == [0.5]
 
 
 def test_every_hint_names_a_key_that_exists() -> None:
