@@ -759,8 +759,8 @@ def _explain(error: Exception, overrides: list[str]) -> ConfigError:
         base = compose("config", overrides=_lines(groups), return_hydra_config=True)
     except FAULTS as cause:
         if launcher := re.search("Could not find 'hydra/launcher/(.*)'", str(cause)):
-            known = GlobalHydra.instance().config_loader().get_group_options("hydra/launcher")
-            one_of("hydra/launcher", launcher[1], sorted({*known} - {"submitit_slurm"}))
+            launchers = GlobalHydra.instance().config_loader().get_group_options("hydra/launcher")
+            one_of("hydra/launcher", launcher[1], sorted({*launchers} - {"submitit_slurm"}))
         return ConfigError(f"{' '.join(_lines(groups))}: {_cause(cause)}")
     choices = group_choices(base.hydra)
     with open_dict(base):
