@@ -170,9 +170,9 @@ class Router(nn.Module):
         own = f"router._target_={type(self).__module__}.{type(self).__qualname__}"
         if "num_experts" not in vars(self):
             raise ConfigError(f"{own}: its __init__ must call super().__init__(dim, num_experts, fixed_k=...)")
-        if type(self).forward is Router.forward:
-            raise ConfigError(f"{own}: must implement forward(x, context)")
         self.check_chain()
+        if any(type(link).forward is Router.forward for link in self.chain):
+            raise ConfigError(f"{own}: must implement forward(x, context)")
 
     def check_chain(self) -> None:
         """Raise ConfigError unless `chain` is a list of at least one router, all with this router's `fixed_k`."""
