@@ -47,6 +47,15 @@ def start(*, timeout: int) -> None:
     PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=timeout))
 
 
+def stop() -> None:
+    """Disconnect the ranks at the normal end of a command, because a process that ends connected may crash."""
+    if world_size() > 1:
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
 def broadcast(value: Any) -> Any:
     """Return the value of rank 0. It can be any object that can be pickled."""
     return all_gather(value)[0]

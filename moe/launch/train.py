@@ -57,7 +57,9 @@ def main() -> int:
             print(command_line.help_text(sys.argv[1:]))
             return 0
         command = command_line.read_command(sys.argv[1:])
-        return sweep.carry_out(command.cells or [], lambda: launch(command))
+        status = sweep.carry_out(command.cells or [], lambda: launch(command))
+        ranks.stop()
+        return status
     except (ConfigError, RecordError, LinkError) as error:
         if not ranks.is_first():  # the first rank prints the same error, and the launcher then ends this rank
             time.sleep(10)
