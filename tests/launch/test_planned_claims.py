@@ -74,7 +74,11 @@ def test_a_claim_that_no_run_can_judge_is_refused_in_one_line(changed: dict[str,
             {"metric": "routing/load_cv/layer03"},
             "the 3 layers with experts",
         ),
-        ("model=dense", {"metric": "routing/load_cv"}, "which have no layer with experts"),
+        (
+            "model=dense noise=0.0 batch_size=2,4",
+            {"metric": "routing/load_cv", "factor": "batch_size", "levels": "[4]", "than": "[2]"},
+            "which have no layer with experts",
+        ),
         ("router=topk,hash", {"within": "{router: [hash]}"}, "levels at which noise changes something"),
     ],
 )
@@ -82,7 +86,7 @@ def test_a_claim_is_about_what_the_runs_of_this_command_have(command: str, chang
     grid = ("-m", "noise=0.0,0.5", "seed=1,2")
     assert read(*grid, "router=topk,hash", **(CLAIM | {"within": "{router: [topk]}"})) == 6
     with pytest.raises(ConfigError, match=words):
-        read(*grid, command, **changed)
+        read(*grid, *command.split(), **changed)
 
 
 def test_an_amount_may_be_written_with_an_exponent() -> None:
