@@ -26,7 +26,7 @@ def search_path() -> list[Path]:
     Raises ConfigError for one that does not exist or holds no folder with the name of a config group.
     """
     named = [Path(word) for word in _named()]
-    offered = [_folder_of(point.value) for point in entry_points(group=ENTRY_POINTS)]
+    offered = _offered(tuple(sys.path))
     for folder in named + offered:
         origin = "" if folder in named else f", named by the entry point {ENTRY_POINTS} of a package"
         if not folder.is_dir():
@@ -34,6 +34,12 @@ def search_path() -> list[Path]:
         if not any((folder / group).is_dir() for group in GROUPS):
             raise ConfigError(f"{folder}: must hold at least one of the folders {', '.join(GROUPS)}{origin}")
     return [folder.resolve() for folder in named + offered]
+
+
+@cache
+def _offered(import_path: tuple[str, ...]) -> list[Path]:
+    """Return the folders that packages offer. This reads all installed packages, so once for each `import_path`."""
+    return [_folder_of(point.value) for point in entry_points(group=ENTRY_POINTS)]
 
 
 def _named() -> list[str]:
