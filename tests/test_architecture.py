@@ -194,9 +194,16 @@ def test_only_launching_imports_hydra() -> None:
     """Besides it, only the classes of the configuration import a name of OmegaConf: the mark of a missing value."""
     users = {each.importer for each in IMPORTS if package(each.imported) in ("hydra", "hydra_plugins", "omegaconf")}
     assert users - {"moe.config.schema"} - {"moe.config.claim"} == {
+        "moe.launch.cells",
         "moe.launch.claims",
         "moe.launch.command_line",
+        "moe.launch.compose",
+        "moe.launch.explain",
         "moe.launch.grids",
+        "moe.launch.hydra_errors",
+        "moe.launch.option_files",
+        "moe.launch.overrides",
+        "moe.launch.resolvers",
         "moe.launch.slurm",
         "moe.launch.train",
     }

@@ -35,7 +35,7 @@ from moe.data.embedded import Embedded
 from moe.data.sources import Files
 from moe.data.tokenizer import pretrained_tokenizer
 from moe.files import LinkError, open_unlinked, write_text
-from moe.launch.command_line import best_level
+from moe.launch.resolvers import best_level
 from moe.launch.run import run
 from moe.launch.sweep import carry_out
 from moe.model.architecture import MoEConfig

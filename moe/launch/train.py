@@ -20,6 +20,7 @@ from moe.config.options import CONF
 from moe.distributed import ranks
 from moe.files import LinkError
 from moe.launch import command_line, sweep
+from moe.launch.cells import job_cell
 from moe.launch.revisions import pinned_by_first_rank
 from moe.runs.record import RecordError
 
@@ -31,7 +32,7 @@ def run_cell(composed: DictConfig) -> None:
 
     from moe.launch.run import run
 
-    run(pinned_by_first_rank(command_line.job_cell(composed, HydraConfig.get())))
+    run(pinned_by_first_rank(job_cell(composed, HydraConfig.get())))
 
 
 def launch(command: command_line.Command) -> None:

@@ -17,8 +17,11 @@ from moe.checks import ConfigError, parse
 from moe.config.options import CONF, GROUPS, options
 from moe.config.schema import Config, flatten
 from moe.launch import command_line
-from moe.launch.command_line import CLAIM, read_cells, run_name, typed
+from moe.launch.command_line import read_cells
+from moe.launch.compose import compose_config, typed
+from moe.launch.explain import CLAIM
 from moe.launch.hints import HINTS
+from moe.launch.resolvers import run_name
 from moe.launch.run import write_run_record
 from moe.runs.record import RunFacts
 
@@ -449,7 +452,7 @@ def test_a_cell_is_what_hydra_composes_from_its_overrides(arguments: str) -> Non
     """Setting values in a copy of a composition gives what Hydra composes, including the names of folders."""
     with initialize_config_dir(str(CONF), version_base="1.3", job_name="train"):
         expected = compose("config", overrides=arguments.split(), return_hydra_config=True)
-        found = command_line._compose(arguments.split())
+        found = compose_config(arguments.split())
         assert (
             OmegaConf.to_container(found.hydra.job, resolve=True)["override_dirname"]
             == (OmegaConf.to_container(expected.hydra.job, resolve=True)["override_dirname"])
@@ -555,7 +558,7 @@ def test_a_wrong_sweep_is_refused_at_its_first_cell(
     arguments: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     composed: list[object] = []
-    monkeypatch.setattr(command_line, "typed", lambda c, choices: composed.append(c) or typed(c, choices))
+    monkeypatch.setattr("moe.launch.cells.typed", lambda c, choices: composed.append(c) or typed(c, choices))
     with pytest.raises(ConfigError, match=message):
         read_cells(["-m", "seed=range(200)", *arguments.split()])
     assert len(composed) == 1

@@ -10,7 +10,8 @@ from run_folders import FACTS, write_metrics
 from moe.checks import ConfigError, parse
 from moe.config.schema import Cell, Grid
 from moe.dashboard import workspace
-from moe.launch.command_line import best_level, read_cells
+from moe.launch.command_line import read_cells
+from moe.launch.resolvers import best_level
 from moe.launch.run import write_run_record
 from moe.launch.sweep import _record_grid, carry_out
 from moe.results.conditions import varied_factors

@@ -14,7 +14,8 @@ from moe.checks import ConfigError, parse
 from moe.config.options import SEARCH_PATH, options
 from moe.config.plugins import _read
 from moe.config.schema import Cell
-from moe.launch.command_line import _compose_groups, help_text, read_cells
+from moe.launch.command_line import help_text, read_cells
+from moe.launch.compose import _compose_groups
 from moe.launch.run import run, write_run_record
 from moe.runs.folder import difference, finished
 from moe.runs.record import RunFacts, RunRecord

@@ -1,0 +1,198 @@
+"""Turn the overrides of a command into checked cells, so that every mistake is refused before the first run starts."""
+
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+
+from moe.checks import ConfigError, require
+from moe.config.options import GROUPS, sources, use
+from moe.config.schema import DENSE_IGNORES, OFF, Cell, Config, fingerprint, flatten, is_free
+from moe.distributed import ranks
+from moe.launch import slurm
+from moe.launch.claims import check_claims
+from moe.launch.compose import compose_config, override_dirname, typed
+from moe.launch.explain import explain, group_choices, unusable_path
+from moe.launch.grids import grid_of
+from moe.launch.hydra_errors import FAULTS
+from moe.launch.option_files import read_option
+from moe.launch.overrides import (
+    DEFAULTS,
+    ONE_PER_COMMAND,
+    check_number,
+    check_type,
+    is_group,
+    lines_of,
+    parse_override,
+    quote,
+    values_of,
+)
+from moe.launch.resolvers import run_name
+from moe.runs.folder import finished, same_run, stored_record
+
+
+def expand(overrides: list[Override], *, multirun: bool) -> tuple[list[Cell], list[str]]:
+    """Return the checked cells that the overrides of a command span, and what Hydra needs to launch exactly these."""
+    launch = [o for o in overrides if o.is_hydra_override()]
+    own = [o for o in overrides if not o.is_hydra_override()]
+    # The keys of a group depend on its option, so values are set only where the options of a cell are known.
+    base = compose_config(lines_of([*launch, *(o for o in own if is_group(o) and not o.is_sweep_override())]))
+    launcher = base.hydra.runtime.choices["hydra/launcher"]
+    allowed = f"basic, or left out: this launch has {ranks.world_size()} processes, which train one cell after another"
+    require(launcher == "basic" or ranks.world_size() == 1, "hydra/launcher", launcher, allowed)
+    multirun = multirun or str(base.hydra.mode) == "RunMode.MULTIRUN"
+    require(multirun or launcher == "basic", "hydra/launcher", launcher, "used with -m: it starts the cells of a sweep")
+    require(launcher != "submitit_slurm", "hydra/launcher", launcher, "slurm, which has the settings of this project")
+    swept = [str(o.input_line) for o in own if o.is_sweep_override()]
+    if swept and not multirun:
+        compose_config(
+            [f"{o.get_key_element()}={values_of(o)[0]}" if o.is_sweep_override() else str(o.input_line) for o in own]
+        )
+        raise ConfigError(f"{swept[0]}: several values need a sweep; add -m")
+    batch, jobs = base.hydra.sweeper.get("max_batch_size"), base.hydra.launcher.get("n_jobs")
+    require(batch is None or batch > 0, "hydra.sweeper.max_batch_size", batch, "a whole number > 0, or null")
+    require(jobs != 0, "hydra.launcher.n_jobs", jobs, "a whole number > 0, or -1 for all processors")
+    params = (base.hydra.sweeper.params or {}).items() if multirun else ()
+    presets = [parse_override(f"{key}={value}") for key, value in params]
+    for override in presets + own:
+        check_type(override)
+    check_number(presets + own)
+    [grid] = BasicSweeper.split_arguments(presets + own, None)
+    varied = {o.key_or_group for o in presets + own if o.is_sweep_override()}
+    same_keys_apply = not {key.partition(".")[0] for key in varied} & {*GROUPS, "capacity"}
+    cells: list[Cell] = []
+    composed: list[DictConfig] = []
+    for arguments in grid:  # a cell is checked before the next one is composed, so that a wrong sweep is refused soon
+        arguments[:] = [line for line in arguments if line not in DEFAULTS]
+        composed.append(compose_config(arguments))
+        cell = _cell(composed[-1], arguments, multirun=multirun)
+        if not finished(cell):  # the router of a finished run is known to be valid, and this check imports torch
+            cell.config.check_router()
+            if same_keys_apply and not cells:
+                _refuse_given_in_vain([cell], [_switch_off_ignored(cell)], varied)
+        cells.append(cell)
+    described = [_without_ignored(*each) for each in zip(cells, composed, grid, strict=True)]
+    _refuse_given_in_vain(cells, described, varied)
+    check_claims(cells, presets, sweep=multirun)
+    _check_distinct(cells)
+    cells = described
+    for override in own if all(cell.config.is_dense for cell in cells) else ():
+        if not override.is_hydra_override() and override.key_or_group.partition(".")[0] in DENSE_IGNORES:
+            line = override.input_line
+            raise ConfigError(f"{line}: must be left out, because no layer of this model is a Mixture of Experts")
+    if launcher == "slurm" and not all(map(finished, cells)):
+        slurm.prepare(base.hydra.launcher)
+    key = "hydra.sweep.subdir" if multirun else "hydra.run.dir"
+    unique: dict[Path, Cell] = {}
+    for cell, arguments in zip(cells, grid, strict=True):
+        place = quote(cell.folder.name if multirun else str(cell.folder))
+        unique.setdefault(cell.folder, cell._replace(overrides=(*arguments, f"{key}={place}")))
+    cells = list(unique.values())
+    if not multirun:
+        return cells, [*lines_of(launch), *cells[0].overrides]
+    grid_of_cells = grid_of(cells, presets, own, _usual_settings(base, own))
+    cells = [cell._replace(grid=grid_of_cells) for cell in cells]
+    common = [o for o in own if o.key_or_group in ONE_PER_COMMAND]
+    return cells, ["--multirun", *lines_of([*launch, *common])]
+
+
+def _usual_settings(base: DictConfig, own: list[Override]) -> dict[str, Any]:
+    """Return the values in `base`, which has the groups of the command, and the groups that the experiment chooses."""
+    values = OmegaConf.to_container(OmegaConf.masked_copy(base, [str(key) for key in base if key != "hydra"]))
+    if not any(is_group(o) and o.key_or_group not in ONE_PER_COMMAND for o in own):
+        return flatten(values) | group_choices(base.hydra)  # type: ignore[arg-type]
+    experiment = compose_config(lines_of([o for o in own if o.key_or_group == "experiment"]))
+    return flatten(values) | group_choices(experiment.hydra)  # type: ignore[arg-type]
+
+
+def _cell(composed: DictConfig, arguments: list[str], *, multirun: bool) -> Cell:
+    """Return a checked cell. If its run is found under another spelling, the cell gets that folder."""
+    hydra = composed.hydra
+    choices = group_choices(hydra)
+    try:
+        config = typed(composed, choices)
+        config.check()
+        folder = Path(hydra.sweep.dir, hydra.sweep.subdir) if multirun else Path(hydra.run.dir)
+        cell = Cell(config, folder, str(choices.pop("experiment")), choices)
+        return cell._replace(folder=same_run(cell) or folder)
+    except FAULTS as error:
+        raise explain(error, arguments) from None
+    except OSError as error:
+        raise unusable_path(error, arguments) from None
+
+
+def job_cell(composed: DictConfig, hydra: Any) -> Cell:
+    """Return the cell that a process of a launcher trains, the same as `read_cells` returns. Its folder was passed."""
+    use()
+    choices = group_choices(hydra)
+    config = typed(composed, choices)
+    return _switch_off_ignored(Cell(config, Path(hydra.runtime.output_dir), str(choices.pop("experiment")), choices))
+
+
+def _switch_off_ignored(cell: Cell) -> Cell:
+    """Return the cell with every key switched off that does not apply to it."""
+    record = stored_record(cell)
+    if record is not None and finished(cell) and not cell.config.is_dense:  # its record tells, without torch
+        ignored = frozenset({*OFF, *cell.config.identity()} - record.identity.keys())
+    else:
+        ignored = cell.config.ignored_keys()
+    return cell._replace(config=cell.config.without(ignored), ignored=ignored)
+
+
+def _without_ignored(cell: Cell, composed: DictConfig, arguments: list[str]) -> Cell:
+    """Return the cell with every key switched off that does not apply to it, and without these keys in its name."""
+    cell = _switch_off_ignored(cell)
+    overrides = OverridesParser.create().parse_overrides(arguments)
+    if cell.folder.name != run_name(override_dirname(overrides, composed.hydra)):  # the user chose the name
+        return cell
+    return cell._replace(
+        folder=cell.folder.with_name(run_name(override_dirname(overrides, composed.hydra, cell.ignored)))
+    )
+
+
+def _refuse_given_in_vain(cells: list[Cell], described: list[Cell], swept: set[str]) -> None:
+    """Raise ConfigError for a key that was set to another value than its default and applies to no cell.
+
+    cells: as the user wrote them. described: the same cells with the keys that do not apply to each.
+    """
+    for key in sorted(frozenset.intersection(*(cell.ignored for cell in described)) - {*DENSE_IGNORES}):
+        owners = [cell.config.router if key not in OFF else vars(cell.config) for cell in cells]
+        values = dict.fromkeys(owner[key.removeprefix("router.")] for owner in owners)
+        quiet = [OFF[key], _default(key, cells[0])] if key in OFF else [_default(key, cell) for cell in cells[:1]]
+        vain = [value for value in values if value not in quiet]
+        if key in swept and len(values) > 1:
+            vain += [value for value in values if value not in quiet[:1]]
+        if vain:
+            raise ConfigError(f"{key}={vain[0]}: {_why_ignored(key, cells[0])}; leave it out")
+
+
+def _default(key: str, cell: Cell) -> Any:
+    """Return the value of a root key of the configuration, or of the router, that is not set anywhere."""
+    if key in OFF:
+        return next(field.default for field in fields(Config) if field.name == key)
+    path = sources("router").get(str(cell.choices["router"]))
+    return None if path is None else OmegaConf.select(read_option(path), key.removeprefix("router."))
+
+
+def _why_ignored(key: str, cell: Cell) -> str:
+    if cell.config.is_dense:
+        return "no layer of this model is a Mixture of Experts"
+    if key == "drop" and cell.config.capacity is None:
+        return "nothing is dropped without a capacity limit"
+    settings = "" if key in OFF else " with its other settings"
+    return f"router={cell.choices['router']} ignores {key}{settings}"
+
+
+def _check_distinct(cells: list[Cell]) -> None:
+    """Raise ConfigError, naming both, if two cells compute the same, whatever the spelling of their settings."""
+    seen: dict[str, Cell] = {}
+    for cell in cells:
+        written = {key: value for key, value in flatten(asdict(cell.config)).items() if not is_free(key)}
+        other = seen.setdefault(fingerprint(written), cell)
+        if other is not cell:
+            names = cell.folder.name if other.folder == cell.folder else f"{other.folder.name} and {cell.folder.name}"
+            raise ConfigError(f"two cells of this sweep are the same run: {names}; leave one out")

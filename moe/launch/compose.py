@@ -1,0 +1,107 @@
+"""Compose the configuration that overrides ask for, and turn it into a `Config`."""
+
+import pickle
+from collections.abc import Iterable
+from functools import cache
+from inspect import signature
+from typing import Any
+
+import yaml
+from hydra import compose
+from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from moe.checks import locate, require
+from moe.config import dense_checkpoint
+from moe.config.options import GROUPS
+from moe.config.schema import Config
+from moe.launch import resolvers  # noqa: F401 (the files in conf/ call them)
+from moe.launch.explain import explain
+from moe.launch.hydra_errors import FAULTS
+from moe.launch.option_files import CLASSES, preset_of
+
+
+def compose_config(arguments: list[str]) -> DictConfig:
+    """Return what Hydra composes from these overrides, with its own settings resolved as far as folders need them."""
+    try:
+        overrides = OverridesParser.create().parse_overrides(arguments)
+        if all(_is_group_choice(o) or _sets_value(o) for o in overrides):
+            composed = _compose_values(overrides)
+        else:
+            composed = compose("config", overrides=arguments, return_hydra_config=True)
+        OmegaConf.resolve(composed.hydra.run)
+        OmegaConf.resolve(composed.hydra.sweep)
+        return composed
+    except (*FAULTS, yaml.YAMLError, OSError) as error:
+        raise explain(error, arguments) from None
+
+
+def _compose_values(overrides: list[Override]) -> DictConfig:
+    """Compose the groups once for all cells of a sweep, and set the other values in a copy, as Hydra does it.
+
+    This takes a seventh of the time of composing each cell.
+    """
+    groups = [o for o in overrides if _is_group_choice(o)]
+    composed: DictConfig = pickle.loads(_compose_groups(tuple(str(o.input_line) for o in groups)))
+    ConfigLoaderImpl._apply_overrides_to_config([o for o in overrides if o not in groups], composed)
+    composed.hydra.overrides.task = [o.input_line for o in overrides if not o.is_hydra_override()]
+    composed.hydra.job.override_dirname = override_dirname(overrides, composed.hydra)
+    return composed
+
+
+@cache
+def _compose_groups(groups: tuple[str, ...]) -> bytes:
+    """Return what Hydra composes from these options, pickled: a copy of it then takes a sixth of OmegaConf's time."""
+    return pickle.dumps(compose("config", overrides=list(groups), return_hydra_config=True))
+
+
+def _is_group_choice(override: Override) -> bool:
+    return (override.key_or_group in GROUPS or "/" in override.key_or_group) and isinstance(override.value(), str)
+
+
+def _sets_value(override: Override) -> bool:
+    """Return whether an override sets one value of this project or of a launcher. Hydra itself composes all others."""
+    key = override.key_or_group
+    ours = not (key == "hydra" or key.startswith(("hydra.", "hydra/"))) or key.startswith("hydra.launcher.")
+    return ours and key not in GROUPS and override.package is None and not isinstance(override.value(), dict)
+
+
+def override_dirname(overrides: list[Override], hydra: Any, without: Iterable[str] = ()) -> str:
+    """Return what Hydra calls `override_dirname`: the overrides that name a run.
+
+    without: keys and groups of keys that are left out.
+    """
+    naming = hydra.job.config.override_dirname
+    named = [override for override in overrides if not override.is_hydra_override()]
+    keys = [override.key_or_group for override in named]
+    excluded = [*naming.exclude_keys, *(key for key in keys if {key, key.partition(".")[0]} & {*without})]
+    return str(get_overrides_dirname(named, kv_sep=naming.kv_sep, item_sep=naming.item_sep, exclude_keys=excluded))
+
+
+def typed(composed: DictConfig, choices: dict[str, str | None]) -> Config:
+    """Return a composed configuration as a `Config`. Everything after this works without OmegaConf.
+
+    choices: the option of each group. Where the class of an option was replaced by another one, the entry becomes the
+    name of that class, and the keys of the option are left out that the class does not take.
+    """
+    config: DictConfig = pickle.loads(pickle.dumps(composed))  # takes half the time of OmegaConf's copy
+    with open_dict(config):
+        config.pop("hydra", None)
+    if config.model.get("dense") is not None:
+        given = {str(k): None if OmegaConf.is_missing(config.model, k) else config.model[k] for k in config.model}
+        config.model.update(dense_checkpoint.resolve(given))
+    sized = not OmegaConf.is_missing(config.model, "dim")
+    require(sized, "model.dense", None, "the folder or hub name of a dense Llama-type checkpoint, with its sizes")
+    settings = OmegaConf.to_object(config)
+    assert isinstance(settings, Config)
+    for key, group in CLASSES.items():
+        holder, name = (settings.data, "source") if key == "data.source" else (settings, key)
+        spec, preset = getattr(holder, name), preset_of(key, choices.get(group))
+        if preset is not None and isinstance(spec, dict) and spec.get("_target_") != preset.get("_target_"):
+            taken = signature(locate(spec.get("_target_"), key, trusted=True)).parameters
+            own = {k: v for k, v in spec.items() if k in taken or k == "_target_" or preset.get(k, ...) != v}
+            setattr(holder, name, own)
+            choices[group] = str(spec["_target_"])
+    return settings

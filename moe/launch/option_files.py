@@ -1,0 +1,59 @@
+"""Read the yaml files of options: their keys and values."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from moe.checks import ConfigError, first_line
+from moe.config.options import CONF, GROUPS, sources
+from moe.config.schema import flatten
+
+# Nodes of the configuration that name a class, each with its config group. Their other keys are those of the class.
+CLASSES = {"router": "router", "schedule": "schedule", "data.source": "data"}
+
+
+def read_option(path: Path) -> DictConfig:
+    """Return what the yaml file of an option says. Raises ConfigError, with file and line, if it cannot be read."""
+    try:
+        content: Any = OmegaConf.load(path)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{path}{line}: {error.problem or first_line(error)}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: must be UTF-8") from None
+    except (yaml.YAMLError, OSError) as error:
+        raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or first_line(error)}") from None
+    if not isinstance(content, DictConfig):
+        raise ConfigError(f"{path}: must hold keys and values, as key: value")
+    return content
+
+
+def check_option_files() -> None:
+    """Raise ConfigError for the first option outside of this project whose file cannot be read."""
+    for group in GROUPS:
+        for path in sources(group).values():
+            if not path.is_relative_to(CONF):
+                read_option(path)
+
+
+@cache
+def preset_of(key: str, option: str | None) -> dict[str, Any] | None:
+    """Return what the yaml of an option says at `key`, which is one of `CLASSES`; None if there is no such option."""
+    path = sources(CLASSES[key]).get(str(option))
+    content: Any = {} if path is None else OmegaConf.to_container(read_option(path))
+    node: Any = content.get("source") if key == "data.source" else content
+    return node if isinstance(node, dict) and "_target_" in node else None
+
+
+def keys_of(group: str, option: str) -> set[str]:
+    """Return the keys of an option without the name of its group, such as k and gate of router=topk.
+
+    An option whose file cannot be read has none: only a command that chooses it is refused.
+    """
+    try:
+        return set(flatten(OmegaConf.to_container(read_option(sources(group)[option]))))  # type: ignore[arg-type]
+    except ConfigError:
+        return set()

@@ -1,0 +1,62 @@
+"""The functions that files in conf/ can call, as ${NAME:ARGUMENTS}, and the types that Hydra checks values by."""
+
+import csv
+import hashlib
+import json
+import os
+import re
+from collections import defaultdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from moe.checks import ConfigError
+from moe.config.options import search_path
+from moe.config.schema import Config
+from moe.files import open_file
+
+LONGEST_NAME = 150  # bytes in the name of a run folder; file systems allow 255
+
+
+def run_name(overrides: str) -> str:
+    """Return the folder name of a run from its sorted overrides: never empty, one level deep, safe on any file system.
+
+    A name that had to be changed or cut ends in a digest.
+    """
+    overrides = re.sub(r"(^|,)\+\+", r"\1", overrides)  # marks of added keys
+    name = re.sub(r"[^\w.,=+-]+", "_", overrides, flags=re.ASCII).strip(".") or "base"
+    if name == overrides and len(name) <= LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(overrides.encode()).hexdigest()[:8]
+    return name if not overrides else f"{name[:LONGEST_NAME]}-{digest}"
+
+
+def best_level(results: str, factor: str) -> Any:
+    """Return the level of `factor` with the lowest mean final val/loss in a sweep's results.csv.
+
+    Raises ConfigError if there is no such file, or if a run in it is not finished, or if it has several grids.
+    """
+    if not Path(results).exists():
+        raise ConfigError(f"{factor} comes from {results}, which does not exist: run that experiment first")
+    losses: dict[str, list[float]] = defaultdict(list)
+    with open_file(Path(results), newline="") as file:
+        rows = list(csv.DictReader(file))
+        if len(grids := dict.fromkeys(row["experiment"] for row in rows)) > 1:
+            several = f"which has several grids: {'; '.join(grids)}"
+            raise ConfigError(f"{factor} comes from {results}, {several}. Give {factor}=VALUE instead")
+        for row in rows:
+            if row["status"] != "finished":
+                raise ConfigError(f"{factor} comes from {results}, where {row['run']} is {row['status']}: finish it")
+            losses[row[factor]].append(float(row["val/loss"]))
+    return json.loads(min(losses, key=lambda level: fmean(losses[level])))
+
+
+ConfigStore.instance().store(name="schema", node=Config)
+OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+OmegaConf.register_new_resolver("search_path", lambda: [f"file://{path}" for path in search_path()], replace=True)
+OmegaConf.register_new_resolver("best_level", best_level, replace=True)
+OmegaConf.register_new_resolver("twice", lambda number: 2 * number, replace=True)
+OmegaConf.register_new_resolver("folder", lambda out, default: os.path.expanduser(out or default), replace=True)
