@@ -49,6 +49,19 @@ def test_every_subcommand_has_help(
     [
         ("train router.k=99", "moe train: router.k=99: must be between 1 and model.num_experts=8\n"),
         ("analyze nowhere", "moe analyze: no folder nowhere\n"),
+        ("bench dispach", "moe bench: unknown question 'dispach'; nearest: dispatch\n"),
+        ("bench dispatch --experts 48,x", "moe bench: --experts: x: must be a whole number > 0\n"),
+        ("bench dispatch --capacity nan", "moe bench: --capacity: nan: must be a finite number > 0\n"),
+        ("bench dispatch --k 1,1", "moe bench: --k: 1,1: 1 is given twice\n"),
+        ("bench dispatch --expert 4", "moe bench: unknown option '--expert'; nearest: --experts\n"),
+        (
+            "bench dispatch --k 1 3",
+            "moe bench: 3: belongs to no option; several values of an option are written as A,B,C\n",
+        ),
+        ("bench --k 1", "moe bench: --k: name the question first, such as moe bench dispatch --k 1\n"),
+        ("bench layer --dtype fp16", "moe bench: --dtype: unknown value 'fp16'; nearest: bf16\n"),
+        ("bench step --rounds 0", "moe bench: --rounds: 0: must be a whole number > 0\n"),
+        ("bench analyze --json no/x.json", "moe bench: --json: no/x.json: must be a file in a folder that exists\n"),
     ],
 )
 def test_errors_begin_with_the_command_that_the_user_typed(

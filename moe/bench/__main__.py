@@ -4,12 +4,14 @@ import argparse
 import json
 import os
 import platform
-from pathlib import Path
+import sys
 
 import torch
 import transformers
 
 from moe.bench import analyze, dispatch, errors, growth, jobs, layer, profile, step
+from moe.bench.options import OneLineParser, new_file, whole
+from moe.checks import ConfigError, unknown
 from moe.training import process
 
 QUESTIONS = {
@@ -24,15 +26,42 @@ QUESTIONS = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m moe.bench", description=__doc__)
+def main() -> int:
+    """Carry out the command in `sys.argv`, and return the exit status."""
+    program = "moe bench" if sys.argv[0] == "moe bench" else "python -m moe.bench"
+    try:
+        arguments = _read(program, sys.argv[1:])
+        _answer(arguments)
+    except ConfigError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _read(program: str, words: list[str]) -> argparse.Namespace:
+    """Return the options of a command. Raises ConfigError for words and values that cannot be used."""
+    parser = OneLineParser(prog=program, description=__doc__)
     questions = parser.add_subparsers(dest="question", required=True)
+    of_question = {}
     for name, module in QUESTIONS.items():
-        question = questions.add_parser(name, help=(module.__doc__ or "").splitlines()[0])
+        of_question[name] = question = questions.add_parser(name, help=(module.__doc__ or "").splitlines()[0])
         module.add_arguments(question)
-        question.add_argument("--threads", type=int, default=1, help="threads of PyTorch (1)")
-        question.add_argument("--json", type=Path, help="also write the tables to this file")
-    arguments = parser.parse_args()
+        question.add_argument("--threads", type=whole, default=1, help="threads of PyTorch (1)")
+        question.add_argument("--json", type=new_file, help="also write the tables to this file")
+        question.set_defaults(question=name)
+    first = words[0] if words else "-h"
+    if first in QUESTIONS:
+        return of_question[first].read(words[1:])
+    having = [name for name, each in of_question.items() if first.partition("=")[0] in each.options()]
+    if having and first not in ("-h", "--help"):
+        raise ConfigError(f"{first}: name the question first, such as {program} {having[0]} {' '.join(words)}")
+    if not first.startswith("-"):
+        raise unknown("question", first, QUESTIONS)
+    return parser.parse_args(["-h"] if having else words)  # prints the help, or raises
+
+
+def _answer(arguments: argparse.Namespace) -> None:
+    """Print the tables that answer a question."""
     process.configure(threads=arguments.threads)
     machine = {
         "processor": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
@@ -53,4 +82,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

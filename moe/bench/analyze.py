@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moe.bench.options import whole
 from moe.bench.timing import TimingTable
 from moe.config.schema import flatten
 from moe.metrics.catalog import ROUTING_METRICS
@@ -34,8 +35,8 @@ class Cost(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--runs", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--runs", type=whole, default=1000)
+    parser.add_argument("--steps", type=whole, default=500)
 
 
 def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:

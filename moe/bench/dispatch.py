@@ -14,23 +14,30 @@ from typing import Any
 import pandas as pd
 import torch
 
+from moe.bench.options import folder, positive, seed, several, whole
 from moe.bench.timing import TimingTable, time_in_turns, timed_device
+from moe.checks import require
 from moe.routing.decision import Routing
 from moe.routing.dispatch import Dispatch, combine, dispatch, gather
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--experts", type=int, nargs="+", default=[64, 128, 256])
-    parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--capacity", type=float, nargs="+", default=[0.9, 1.0, 1.05, 1.1, 1.15, 1.25, 1.5])
-    parser.add_argument("--tokens", type=int, default=32_768)
-    parser.add_argument("--dim", type=int, default=256)
-    parser.add_argument("--seed", type=int, default=17)
-    parser.add_argument("--iterations", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("results"))
+    add = parser.add_argument
+    add("--experts", type=several(whole), default="64,128,256", help="numbers of experts (%(default)s)")
+    add("--k", type=several(whole), default="1,2,4", help="numbers of experts per token (%(default)s)")
+    capacities = "0.9,1.0,1.05,1.1,1.15,1.25,1.5"
+    add("--capacity", type=several(positive), default=capacities, help="capacity factors (%(default)s)")
+    add("--tokens", type=whole, default=32_768, help="tokens that are routed (%(default)s)")
+    add("--dim", type=whole, default=256, help="width of a token (%(default)s)")
+    add("--seed", type=seed, default=17, help="seed of the logits and tokens (%(default)s)")
+    add("--iterations", type=whole, default=5, help="rounds of which the median counts (%(default)s)")
+    add("--out", type=folder, default="results", help="folder of the rows and figures (%(default)s)")
 
 
 def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:
+    """Measure every combination of the listed values. Raises ConfigError if one of them is impossible."""
+    k, experts = max(arguments.k), min(arguments.experts)
+    require(k <= experts, "--k", k, f"at most {experts}, the smallest of --experts")
     grid = {"experts": arguments.experts, "ks": arguments.k, "capacities": arguments.capacity}
     sizes = {name: getattr(arguments, name) for name in ("tokens", "dim", "seed", "iterations")}
     rows = measure_grid(arguments.out, **grid, **sizes)

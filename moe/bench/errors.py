@@ -19,6 +19,7 @@ from moe.analysis.sentences import SIGNIFICANT, standing
 from moe.analysis.statistics import SIGNIFICANCE, against_best
 from moe.analysis.studies.published import experiment_claims
 from moe.bench.analyze import made_up_record
+from moe.bench.options import several, whole
 from moe.bench.timing import TimingTable
 from moe.config.claim import OURS, ClaimConfig
 from moe.results.table import FACTS
@@ -39,9 +40,9 @@ SPREADS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--studies", type=int, default=200, help="simulated reports for each row")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[3, 5], help="numbers of seeds")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="rows that are simulated at a time")
+    parser.add_argument("--studies", type=whole, default=200, help="simulated reports for each row")
+    parser.add_argument("--seeds", type=several(whole), default="3,5", help="numbers of seeds (%(default)s)")
+    parser.add_argument("--jobs", type=whole, default=os.cpu_count(), help="rows that are simulated at a time")
 
 
 def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:

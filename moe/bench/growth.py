@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import nn
 
+from moe.bench.options import whole
 from moe.bench.step import bare_step
 from moe.bench.timing import TimingTable, time_in_turns, timed_device
 from moe.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig
@@ -35,7 +36,7 @@ class StepCost(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=whole, default=5)
 
 
 def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:

@@ -1,6 +1,7 @@
 """Compare one MoE layer, forward and backward, with its limits and with the Mixtral block of transformers."""
 
 import argparse
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralSparseMoeBlock
 
+from moe.bench.options import one_of, several, whole
 from moe.bench.timing import TimingTable, Variant, relative_table, time_in_turns, timed_device
 from moe.model.experts import Experts
 from moe.model.layer import MoELayer
@@ -36,22 +38,27 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--shapes", default=",".join(SHAPES), help="names of shapes, comma-separated; see docs/benchmarks.md"
+    add = parser.add_argument
+    add(
+        "--shapes",
+        type=several(one_of(SHAPES)),
+        default=",".join(SHAPES),
+        help="shapes of docs/benchmarks.md (%(default)s)",
     )
-    parser.add_argument("--tokens", type=int, help="tokens of every shape, in place of its own; a GPU needs many")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--rounds", type=int, default=15)
+    own = "tokens of every shape, in place of its own; a GPU needs many"
+    add("--tokens", type=several(whole), default=[None], help=own)
+    add("--dtype", type=several(one_of(DTYPES)), default="fp32", help="fp32 and bf16 (%(default)s)")
+    add("--rounds", type=whole, default=15, help="rounds of which the median counts (%(default)s)")
 
 
 def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:
-    for name in arguments.shapes.split(","):
-        shape = SHAPES[name]._replace(tokens=arguments.tokens or SHAPES[name].tokens)
+    for name, tokens, dtype in itertools.product(arguments.shapes, arguments.tokens, arguments.dtype):
+        shape = SHAPES[name]._replace(tokens=tokens or SHAPES[name].tokens)
         sizes = ", ".join(f"{letter}={size}" for letter, size in shape._asdict().items())
-        passes = layer_passes(shape, dtype=DTYPES[arguments.dtype])
+        passes = layer_passes(shape, dtype=DTYPES[dtype])
         variants: list[Variant] = [(title, layer_pass.forward_and_backward) for title, layer_pass in passes.items()]
         seconds = time_in_turns(variants, rounds=arguments.rounds)
-        table = relative_table(f"layer {name}: {sizes}, {arguments.dtype} on {timed_device()}", seconds, to="dense")
+        table = relative_table(f"layer {name}: {sizes}, {dtype} on {timed_device()}", seconds, to="dense")
         for row, layer_pass in zip(table.rows, passes.values(), strict=True):
             least = least_saved_bytes(shape, layer_pass.dtype)
             row["saved for the backward pass / least"] = layer_pass.saved_bytes() / least

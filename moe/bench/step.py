@@ -15,6 +15,7 @@ from torch import nn
 from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM
 
 from moe.bench.layer import Shape, mixtral_config
+from moe.bench.options import whole
 from moe.bench.timing import (
     UNCOUNTED,
     TimingTable,
@@ -46,7 +47,7 @@ IN_TRAINING = "MoE in training: Accelerate, clipping, metrics, event log"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", help="overrides of the run, as for train.py: model=small batch_size=32")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=whole, default=15)
 
 
 def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:

@@ -19,9 +19,11 @@ from moe.bench.analyze import write_runs
 from moe.bench.dispatch import measure_dispatch
 from moe.bench.growth import exponent, measure_point
 from moe.bench.layer import Shape, layer_passes, least_saved_bytes
+from moe.bench.options import OneLineParser
 from moe.bench.profile import host_waits, profile_step
 from moe.bench.step import IN_TRAINING, bare_step, measure_steps
 from moe.bench.timing import medians, product_flops, relative_table, time_in_turns
+from moe.checks import ConfigError
 from moe.config.schema import Config, DataConfig, OptimizerConfig
 from moe.results.conditions import varied_factors
 from moe.results.table import load_runs, read_event_tables
@@ -140,9 +142,11 @@ def test_published_drop_rates_are_reproduced_within_sampling_error(experts: int,
 
 
 def test_the_sweep_writes_the_published_keys_and_figures(tmp_path: Path) -> None:
-    sizes = {"tokens": 512, "dim": 8, "seed": 17, "iterations": 1}
-    arguments = argparse.Namespace(out=tmp_path, experts=[4, 8], k=[1, 2], capacity=[1.0, 1.25], **sizes)
-    drops, _ = dispatch.answer(arguments)
+    """Lists are written with commas, as for train.py, and every combination of their values is measured."""
+    command = f"--experts 4,8 --k 1,2 --capacity 1.0,1.25 --tokens 512 --dim 8 --iterations 1 --out {tmp_path}"
+    parser = OneLineParser()
+    dispatch.add_arguments(parser)
+    drops, _ = dispatch.answer(parser.read(command.split()))
     assert [row["E, K"] for row in drops.rows] == ["4, 1", "4, 2", "8, 1", "8, 2"]
     assert "| E, K | 1.0 | 1.25 |" in drops.markdown()
     rows = [json.loads(line) for line in (tmp_path / "capacity_cf_multi.jsonl").read_text().splitlines()]
@@ -156,6 +160,11 @@ def test_the_sweep_writes_the_published_keys_and_figures(tmp_path: Path) -> None
         "capacity_drop_rate_multi.png",
         "capacity_tokens_per_s_multi.png",
     ]
+
+
+def test_more_experts_per_token_than_experts_are_refused_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--k=8: must be at most 4, the smallest of --experts"):
+        next(dispatch.answer(argparse.Namespace(k=[1, 8], experts=[4, 16])))
 
 
 def test_made_up_run_folders_are_complete_and_their_analysis_is_measured(tmp_path: Path) -> None:
