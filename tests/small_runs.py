@@ -7,10 +7,9 @@ from typing import Any
 
 from moe.config.schema import Cell
 from moe.launch import command_line
-from moe.runs.events import read_events
+from moe.runs.events import RunListener, read_events
 from moe.runs.signals import Signals
 from moe.training.loop import train
-from moe.training.recorder import RunListener
 
 OUT = Path("/out")  # the folder of cached cells; the fixture `cell` replaces it by the folder of the test
 

@@ -34,11 +34,10 @@ from moe.model.decoder import MoEForCausalLM
 from moe.routing import losses
 from moe.routing.dispatch import dispatch
 from moe.routing.measurement import collect_stats
-from moe.runs.events import EventLog
+from moe.runs.events import EventLog, RunListener
 from moe.runs.signals import Interrupted, Signals
 from moe.training.loop import train
 from moe.training.optim import build_optimizers
-from moe.training.recorder import RunListener
 from moe.training.setup import build_model, prepare_data
 
 SWIGLU = ("logger.mode=disabled", "model.expert=swiglu")

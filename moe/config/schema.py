@@ -171,24 +171,34 @@ class OptimizerConfig:
 
 @dataclass
 class LoggerConfig:
-    """Settings of the copy of events.jsonl in W&B.
+    """Settings of the copies of events.jsonl; `to` names the places. All other keys concern W&B.
 
     mode: "auto" means what WANDB_MODE says; without it, online if there is an API key, otherwise offline.
     """
 
+    to: list[str] = field(default_factory=lambda: ["wandb"])  # wandb | tensorboard | csv
     mode: str = "auto"
     project: str = "moe-routing"
     entity: str | None = None
+    log_model: bool = False  # whether W&B gets the saved model too, as an artifact
 
     def check(self) -> None:
+        for place in self.to:
+            one_of("logger.to", place, ("wandb", "tensorboard", "csv"))
+        installed = "tensorboard" not in self.to or importlib.util.find_spec("tensorboard") is not None
+        require(installed, "logger.to", "tensorboard", "wandb or csv, or else: pip install -e '.[tensorboard]'")
         modes = ("online", "offline", "disabled")
         one_of("logger.mode", self.mode, ("auto", *modes))
-        if self.mode != "disabled":
+        mirrored = "wandb" in self.to and self.mode != "disabled"
+        if mirrored:
             one_of("environment variable WANDB_MODE", os.environ.get("WANDB_MODE") or "online", modes)
         for key, name in (("project", self.project), ("entity", self.entity or "me")):
             ok = bool(name.strip()) and len(name) <= 128 and name.isprintable() and not set(name) & set("/\\#?%:")
             allowed = "a name of W&B: 1 to 128 characters, not only spaces, without / \\ # ? % :"
             require(ok, f"logger.{key}", name, allowed)
+        used = mirrored or self.mode in ("auto", "disabled")
+        require(used, "logger.mode", self.mode, f"left out, because logger.to={','.join(self.to)} does not name wandb")
+        require(mirrored or not self.log_model, "logger.log_model", True, "false, because nothing is copied to W&B")
 
 
 @dataclass
@@ -252,6 +262,8 @@ class Config:
         self.model.check()
         self.data.check()
         self.logger.check()
+        saves = self.save_model != "none" or not self.logger.log_model
+        require(saves, "logger.log_model", True, "false with save_model=none")
         self.optimizer.check()
         flash = self.model.attention == "flash_attention_2"
         require(not flash or self.precision == "bf16", "precision", self.precision, "bf16 with flash_attention_2")

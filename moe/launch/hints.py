@@ -36,6 +36,8 @@ _WORDS = {
     "out": "output_dir out_dir output save_dir log_dir",
     "logger.mode": "wandb use_wandb wandb_mode",
     "logger.project": "project wandb_project",
+    "logger.to": "report_to log_with loggers tensorboard use_tensorboard csv",
+    "logger.log_model": "log_model wandb_log_model log_artifact artifact",
     "threads": "num_threads n_threads workers num_workers cpus",
     "CUDA_VISIBLE_DEVICES= in front of the command to stay on the CPU; a GPU is used if there is one": "device gpu "
     "cuda gpus cpu",

@@ -92,7 +92,7 @@ def _may_train(cell: Cell, owner: str | None) -> bool:
 
 
 def _train(cell: Cell) -> None:
-    from moe.runs.wandb_mirror import WandbMirror
+    from moe.runs.mirrors import Mirrors
     from moe.training.divergence import Diverged
     from moe.training.loop import train
 
@@ -100,12 +100,12 @@ def _train(cell: Cell) -> None:
     try:
         write_run_record(cell, "running")
         with Signals() as signals:
-            mirror = WandbMirror(cell)
+            mirrors = Mirrors(cell)
             try:
-                facts = parse(RunFacts, train(cell.config, cell.folder, signals=signals, listeners=[mirror]))
+                facts = parse(RunFacts, train(cell.config, cell.folder, signals=signals, listeners=[mirrors]))
                 final = _write_metrics(cell.folder, facts) if ranks.is_first() else {}
             finally:
-                mirror.finish(final)
+                mirrors.finish(final)
         write_run_record(cell, "finished", facts)
         if ranks.is_first():
             delete_checkpoints(cell.folder)  # not earlier, so that a run that is killed at its end can be resumed

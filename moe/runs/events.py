@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean, median
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import orjson
 
@@ -65,6 +65,36 @@ class EventLog:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._file.close()
+
+
+@runtime_checkable
+class RunListener(Protocol):
+    """Receives the events of a run, on the first rank only: the mirrors in W&B and other places, a benchmark, a test.
+
+    An exception that a listener raises ends the run, so a listener that may fail handles its own errors.
+    """
+
+    def begin(self, step: int) -> None:
+        """Receive, before the first event, after how many optimizer steps the run continues; 0 for a new run.
+
+        A resumed run repeats the steps after its checkpoint. By now events.jsonl no longer holds them. A listener that
+        inherits from this class need not implement it.
+        """
+        return
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """Receive one event after `step` optimizer steps.
+
+        Values of a training step have the key "train/loss", values of an evaluation have "val/loss".
+        """
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Receive the final metrics after the last event; they are empty if the run did not finish.
+
+        The code that started the run calls this, because final metrics are computed after training. A listener that
+        inherits from this class need not implement it.
+        """
+        return
 
 
 # Series of metrics.json -> the key of an evaluation event. Values by layer go into `<series>_per_layer`.

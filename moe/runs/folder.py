@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moe.checks import ConfigError
-from moe.config.schema import OFF, Cell, fingerprint
+from moe.config.schema import OFF, Cell, fingerprint, is_free
 from moe.files import open_file, open_unlinked
 from moe.runs.record import RecordError, RunRecord
 from moe.runs.traces import milestones
@@ -85,8 +85,12 @@ def _runs_by_content(parent: Path) -> dict[str, list[Path]]:
 
 
 def _content(identity: dict[str, Any], choices: dict[str, str | None]) -> str:
-    """Return a text that is equal for equal runs, and for runs that differ only in keys that may not apply to them."""
-    return fingerprint({key: value for key, value in (identity | choices).items() if not _may_not_apply(key)})
+    """Return a text that is equal for equal runs, and for runs that differ only in keys that decide nothing.
+
+    Such keys are those that may not apply, and free keys such as the choice of a logger.
+    """
+    decisive = {key: value for key, value in (identity | choices).items() if not _may_not_apply(key)}
+    return fingerprint({key: value for key, value in decisive.items() if not is_free(key)})
 
 
 def _may_not_apply(key: str) -> bool:

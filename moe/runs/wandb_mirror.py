@@ -1,4 +1,4 @@
-"""Copy the events of a run to W&B. An error in W&B neither stops nor changes the training."""
+"""Copy the events of a run to W&B."""
 
 import hashlib
 import json
@@ -7,6 +7,7 @@ import netrc
 import os
 import re
 import secrets
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ from urllib.parse import urlparse
 
 from moe.checks import first_line
 from moe.config.schema import Cell
-from moe.distributed import ranks
 from moe.files import read_text, write_text
+from moe.runs.events import RunListener
 from moe.runs.record import SweepRecord
 
 log = logging.getLogger(__name__)
 
 START_SECONDS, FINISH_SECONDS = 20, 60  # how long a run waits for the W&B server at its start and at its end
+UPLOAD_SECONDS = 600  # how long it waits at its end if it uploads its model
 STEP = "step"  # optimizer steps done; the horizontal axis of all charts
 FINAL = "final"  # prefix of the final metrics in a W&B summary; an unfinished run has none
 ID_FILE = "wandb_id.txt"  # in a run folder: the id of its online W&B run
@@ -46,45 +48,46 @@ def group(cell: Cell) -> str:
     return cell.experiment if grid is None else grid.name
 
 
-class WandbMirror:
-    """Run listener that copies events and final metrics to W&B. The first error logs one warning and ends the copying.
+class WandbMirror(RunListener):
+    """Run listener that copies events and final metrics to W&B, and the saved model if `logger.log_model` asks for it.
 
     logger.mode=auto is what WANDB_MODE says. Without it, it is online if there is an API key, and otherwise offline
     (`wandb sync` uploads later). If the server cannot be reached, online becomes offline.
     """
 
     def __init__(self, cell: Cell) -> None:
-        self._run: Any = None
-        mode = cell.config.logger.mode if ranks.is_first() else "disabled"
-        if mode == "auto":
-            mode = mode_of_environment()
-        for attempt in {"online": ("online", "offline"), "offline": ("offline",), "disabled": ()}[mode]:
-            try:
-                self._run = _start(cell, attempt)
-                return
-            except Exception as error:  # no error of W&B is a reason to stop a study
-                log.warning("W&B cannot start in %s mode: %s", attempt, first_line(error))
+        mode = cell.config.logger.mode
+        self._cell = cell
+        self._run = start_run(lambda attempt: _start(cell, attempt), mode_of_environment() if mode == "auto" else mode)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        """Log those of `values` that are numbers, after `step` optimizer steps."""
-        numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
-        self._try(lambda: self._run.log({**numbers, STEP: step}))
+        """Log after `step` optimizer steps those of `values` that are numbers, and lists of numbers as histograms."""
+        if self._run is not None:
+            numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
+            self._run.log({**numbers, **_histograms(values), STEP: step})
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Write the final metrics to the W&B summary, and end the W&B run."""
-        numbers = {f"{FINAL}/{key}": value for key, value in summary.items() if isinstance(value, int | float)}
-        self._try(lambda: self._run.summary.update(numbers))
-        self._try(lambda: self._run.finish())
-        self._run = None
-
-    def _try(self, action: Any) -> None:
-        if self._run is None:
+        """Write the final metrics to the W&B summary, log the saved model, and end the W&B run."""
+        run, self._run = self._run, None
+        if run is None:
             return
         try:
-            action()
-        except Exception as error:  # as above
-            log.warning("events are no longer copied to W&B: %s", first_line(error))
-            self._run = None
+            numbers = {f"{FINAL}/{key}": value for key, value in summary.items() if isinstance(value, int | float)}
+            run.summary.update(numbers)
+            if numbers and self._cell.config.logger.log_model:
+                _log_model(run, self._cell)
+        finally:
+            run.finish()
+
+
+def start_run(start: Callable[[str], Any], mode: str) -> Any:
+    """Return the W&B run that `start(mode)` starts, offline if online fails; None if it is disabled or both fail."""
+    for attempt in {"online": ("online", "offline"), "offline": ("offline",), "disabled": ()}[mode]:
+        try:
+            return start(attempt)
+        except Exception as error:  # the errors of W&B have no other common class
+            log.warning("W&B cannot start in %s mode: %s", attempt, first_line(error))
+    return None
 
 
 def mode_of_environment() -> str:
@@ -102,6 +105,36 @@ def mode_of_environment() -> str:
     return "online" if host and host in logins.hosts else "offline"
 
 
+def _histograms(values: dict[str, Any]) -> dict[str, Any]:
+    """Return each list of an event as a W&B histogram with one bin per entry, and a list of lists as one per layer.
+
+    The bins of routing/utilization are the experts, and their heights the shares. A list with a gap or with more
+    entries than a histogram can have is left out.
+    """
+    from wandb import Histogram
+
+    lists: dict[str, list[Any]] = {}
+    for key, value in values.items():
+        if isinstance(value, list) and value:
+            nested = isinstance(value[0], list)
+            lists |= {f"{key}/layer{n:02d}": each for n, each in enumerate(value)} if nested else {key: value}
+    return {
+        key: Histogram(np_histogram=(entries, list(range(len(entries) + 1))))
+        for key, entries in lists.items()
+        if None not in entries and 0 < len(entries) <= Histogram.MAX_LENGTH
+    }
+
+
+def _log_model(run: Any, cell: Cell) -> None:
+    from wandb import Artifact
+
+    artifact = Artifact(
+        f"model-{run.id}", type="model", metadata={CONDITION: condition(cell), "seed": cell.config.seed}
+    )
+    artifact.add_dir(str(cell.folder / "model"), policy="immutable")  # without a second copy on this disk
+    run.log_artifact(artifact)
+
+
 def _online_id(folder: Path) -> str:
     """Return the id of the online W&B run of this folder, made at the first start. A resumed run continues that run."""
     path = folder / ID_FILE
@@ -115,8 +148,13 @@ def _online_id(folder: Path) -> str:
 def _start(cell: Cell, mode: str) -> Any:
     import wandb
 
+    uploads = cell.config.logger.log_model
     settings = wandb.Settings(
-        init_timeout=START_SECONDS, finish_timeout=FINISH_SECONDS, silent=True, console="off", x_disable_stats=True
+        init_timeout=START_SECONDS,
+        finish_timeout=UPLOAD_SECONDS if uploads else FINISH_SECONDS,
+        silent=True,
+        console="off",
+        x_disable_stats=True,
     )
     continued = {"id": _online_id(cell.folder), "resume": "allow"} if mode == "online" else {}
     run = wandb.init(

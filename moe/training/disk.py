@@ -22,7 +22,7 @@ TENSOR_IN_MODEL, TENSOR_IN_CHECKPOINT = 120, 450  # what a file needs for a tens
 TOKEN = 64  # one token of a trained tokenizer: its entries in vocabulary and merges
 NUMBER = 20  # a number in JSON
 MODEL_FILES, RUN_JSON = 2_000, 16_000  # the configuration files beside a saved model; run.json
-MIRROR = 100_000  # W&B's own logs and lists; events are copied once more
+MIRROR = 100_000  # what W&B and TensorBoard write beside the numbers of events
 DOCUMENTS = 2_000  # for validation, if the number of blocks is not limited
 DOMAINS = 8  # domains of the text, if the configuration does not list them
 
@@ -131,9 +131,13 @@ def _logs(config: Config, *, layers: int) -> int:
     events = steps * _json(step) + evaluations * evaluation
     trace = layers * probe.BLOCKS * config.data.seq_len * experts // 8 + 1000
     documents = 2 * 8 * (config.data.max_val_blocks or DOCUMENTS) + 1000  # there are no more of them than blocks
-    mirror = 0 if config.logger.mode == "disabled" else events + MIRROR
+    histograms = 2 * evaluations * numbers  # heights and edges
+    copies = {"wandb": events + histograms + MIRROR, "tensorboard": 2 * events + MIRROR, "csv": events}
+    if config.logger.mode == "disabled":
+        del copies["wandb"]
+    mirrors = sum(copies.get(place, 0) for place in config.logger.to)
     at_end = evaluation + evaluations * series + documents + RUN_JSON
-    return events + mirror + at_end + len(traces.milestones(steps)) * trace
+    return events + mirrors + at_end + len(traces.milestones(steps)) * trace
 
 
 def _variants(metric: Metric, *, layers: int, domains: int) -> list[str]:

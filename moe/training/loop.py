@@ -11,11 +11,12 @@ from moe.config.schema import Config
 from moe.distributed import ranks
 from moe.model.cost import count_parameters, flops_per_token, peak_memory_gb
 from moe.runs import traces
+from moe.runs.events import RunListener
 from moe.runs.signals import Interrupted, Signals
 from moe.training import parallel
 from moe.training.evaluate import validate
 from moe.training.progress import Progress
-from moe.training.recorder import Recorder, RunListener
+from moe.training.recorder import Recorder
 from moe.training.saving import save_milestone, save_model
 from moe.training.setup import Training, set_up
 from moe.training.state import Clock, resume, save_checkpoint

@@ -3,33 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from moe.distributed import ranks
-from moe.runs.events import EventLog
+from moe.runs.events import EventLog, RunListener
 from moe.training.state import Clock
-
-
-@runtime_checkable
-class RunListener(Protocol):
-    """Receives the events of a run, on the first rank only: the W&B mirror, a benchmark, a test.
-
-    An exception that a listener raises ends the run, so a listener that may fail handles its own errors.
-    """
-
-    def log(self, step: int, values: dict[str, Any]) -> None:
-        """Receive one event after `step` optimizer steps.
-
-        Values of a training step have the key "train/loss", values of an evaluation have "val/loss".
-        """
-
-    def finish(self, summary: dict[str, Any]) -> None:
-        """Receive the final metrics after the last event; they are empty if the run did not finish.
-
-        The code that started the run calls this, because final metrics are computed after training. A listener that
-        inherits from this class need not implement it.
-        """
-        return
 
 
 class Recorder:
@@ -39,6 +17,9 @@ class Recorder:
         self._events = EventLog(folder / "events.jsonl", step=step) if ranks.is_first() else None
         self._listeners = listeners
         self._clock = clock
+        if self._events is not None:
+            for listener in listeners:
+                listener.begin(step)
 
     def record(self, kind: str, step: int, values: dict[str, Any]) -> dict[str, Any]:
         """Record an event of this kind, "train" or "eval"; return its values with the time."""

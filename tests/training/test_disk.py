@@ -25,7 +25,7 @@ def size(folder: Path) -> int:
 
 def test_a_run_occupies_what_was_computed_from_its_shapes(cell: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Models and checkpoints have the computed size within 3 %; all other files have at most the computed size."""
-    one, checkpoints = cell(*LARGE, "save_model=all"), list[int]()
+    one, checkpoints = cell(*LARGE, "save_model=all", "logger.to=[csv]"), list[int]()
     save = checkpoint.save
 
     def save_and_measure(root: Path, step: int, state: dict[str, Any]) -> None:

@@ -6,10 +6,9 @@ import pytest
 from small_runs import run
 
 from moe.runs import checkpoint
-from moe.runs.events import read_events
+from moe.runs.events import RunListener, read_events
 from moe.runs.signals import Interrupted, Signals
 from moe.training.loop import train
-from moe.training.recorder import RunListener
 from moe.training.state import TrainState
 
 
