@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import numpy as np
+
 from moe.checks import first_line
 from moe.config.schema import Cell
 from moe.files import read_text, write_text
@@ -119,7 +121,7 @@ def _histograms(values: dict[str, Any]) -> dict[str, Any]:
             nested = isinstance(value[0], list)
             lists |= {f"{key}/layer{n:02d}": each for n, each in enumerate(value)} if nested else {key: value}
     return {
-        key: Histogram(np_histogram=(entries, list(range(len(entries) + 1))))
+        key: Histogram(np_histogram=(np.array(entries), np.arange(len(entries) + 1)))
         for key, entries in lists.items()
         if None not in entries and 0 < len(entries) <= Histogram.MAX_LENGTH
     }
