@@ -53,7 +53,6 @@ class Run:
         """
         from moe.model.decoder import load_model
 
-        use()
         return load_model(self._saved(), trusted=trusted)
 
     def tokenizer(self) -> "transformers.PreTrainedTokenizerFast":

@@ -74,7 +74,8 @@ def locate(path: object, key: str, *, trusted: bool) -> type[Any]:
     module = path.rpartition(".")[0] if isinstance(path, str) else ""
     where = f"{key}._target_"
     require(bool(module) and str(path).replace(".", "a").isidentifier(), where, path, f"the dotted name of a {kind}")
-    allowed = f"a class of {package}. The classes of others run only if you trust the file: see docs/security.md"
+    advice = f"The module {module} is imported only if you trust this file: trust_remote_code=True, or --trust"
+    allowed = f"a class of {package}. {advice}; see docs/security.md"
     require(trusted or module.startswith(f"{package}."), where, path, allowed)
     base = _imported(base_name, base_name)
     found = _imported(str(path), where)
@@ -87,8 +88,9 @@ def _imported(path: str, where: str) -> Any:
     try:
         return pkgutil.resolve_name(f"{module}:{name}")
     except Exception as error:  # the module may be anybody's, and raise anything
-        missing = isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]
-        advice = ": install its package, or name its folder of options in MOE_SEARCH_PATH" if missing else ""
+        package = module.partition(".")[0]
+        missing = isinstance(error, ModuleNotFoundError) and error.name == package
+        advice = f": install the package {package}, or name its folder of options in MOE_SEARCH_PATH" if missing else ""
         reason = f"must be a class that can be imported ({first_line(error)}){advice}"
         raise ConfigError(f"{where}={path}: {reason}") from error
 

@@ -10,6 +10,7 @@ import pickle
 import re
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from moe.analysis.report.blocks import Attachment
 from moe.analysis.report.markdown import block_as_markdown
 from moe.checks import ConfigError, build
 from moe.config import dense_checkpoint
+from moe.config.options import SEARCH_PATH
 from moe.data import readers
 from moe.data.blocks import prepare
 from moe.data.embedded import Embedded
@@ -38,7 +40,7 @@ from moe.files import LinkError, open_unlinked, write_text
 from moe.launch.resolvers import best_level
 from moe.launch.run import run
 from moe.launch.sweep import carry_out
-from moe.model.architecture import MoEConfig
+from moe.model.architecture import AUTO_MAP, MoEConfig
 from moe.model.decoder import MoEForCausalLM, load_model
 from moe.results.table import load_runs
 from moe.runs import checkpoint, traces
@@ -140,6 +142,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "a router's setting": {"router": {"_target_": "moe.routers.topk.TopK", "k": "2"}},
     "another type": {"dropout": "0.1\n\x1b[31m"},
     "code of the folder": {"auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}},
+    "more code than that of this project": {"auto_map": {**AUTO_MAP, "AutoTokenizer": ["evil.Evil", None]}},
+    "a list of code": {"auto_map": ["evil.Evil"]},
     "a kernel of the hub": {"attn_implementation": "stranger/kernel"},
     "a kernel of the hub, as transformers stores it": {"_attn_implementation": "stranger/kernel"},
     "a quantizer": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
@@ -200,15 +204,22 @@ def test_sizes_that_the_weights_do_not_have_are_refused_before_memory_is_allocat
         AutoModelForCausalLM.from_pretrained(folder / "model")
 
 
+@pytest.mark.parametrize("word", ["trusted", "trust_remote_code"])
 def test_a_trusted_saved_model_may_have_a_router_of_its_own(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    word: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(str(tmp_path))
+    """Its package may lie beside a folder of options. Without trust, a line says which module would be imported."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv(SEARCH_PATH, str(tmp_path / "conf"))
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    (tmp_path / "conf" / "router").mkdir(parents=True)
     (tmp_path / "mine.py").write_text("from moe.routers.topk import TopK\nclass Mine(TopK): ...\n")
     change(folder / "model" / "config.json", lambda content: content["router"].update(_target_="mine.Mine"))
-    with pytest.raises(ConfigError, match=r"router\._target_=mine\.Mine: must be a class of moe\.routers"):
-        AutoModelForCausalLM.from_pretrained(folder / "model")
-    trusted = AutoModelForCausalLM.from_pretrained(folder / "model", trusted=True)
+    for untrusted in ({}, {"trust_remote_code": False}):
+        with pytest.raises(ConfigError, match=r"^router\._target_=mine\.Mine: must be .* The module mine is imported only"):
+            AutoModelForCausalLM.from_pretrained(folder / "model", **untrusted)
+    assert "mine" not in sys.modules
+    trusted = AutoModelForCausalLM.from_pretrained(folder / "model", **{word: True})
     assert type(trusted.moe_layers[0].router).__name__ == "Mine"
 
 

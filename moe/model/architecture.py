@@ -1,6 +1,9 @@
 """The configuration class of the model for transformers. `save_pretrained` writes it beside the weights."""
 
+import os
+import shutil
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, Literal
 
 from transformers.models.llama.configuration_llama import LlamaConfig
@@ -14,6 +17,7 @@ from moe.config.schema import ModelConfig
 FILE_TYPES: dict[str, Any] = {
     "model_type": Literal["moe_routing"],
     "architectures": list[str] | None,
+    "auto_map": dict,
     "transformers_version": str | None,
     "_name_or_path": str,
     "dtype": Literal["float64", "float32", "bfloat16", "float16"] | None,
@@ -36,6 +40,11 @@ LEAST: dict[str, float] = {
     "router_temperature": 1e-30,
 }
 
+
+# The file that `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)` runs, and its classes. A saved model
+# has a copy of the file.
+CODE = Path(__file__).with_name("modeling_moe_routing.py")
+AUTO_MAP = {"AutoConfig": f"{CODE.stem}.MoEConfig", "AutoModelForCausalLM": f"{CODE.stem}.MoEForCausalLM"}
 
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -83,6 +92,17 @@ class MoEConfig(LlamaConfig):
         _check_content(config_dict)
         return super().from_dict(config_dict, **kwargs)
 
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write config.json, and the file by which transformers finds the code of the model."""
+        self.auto_map = AUTO_MAP
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(CODE, Path(save_directory) / CODE.name)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Do nothing. transformers would copy this file, which cannot run alone, to each saved model."""
+
     def check(self) -> None:
         """Raise ConfigError for what `from_dict` refuses: this object may have been made in another way."""
         _check_content(self.to_dict())
@@ -129,6 +149,8 @@ def _check_content(content: dict[str, Any]) -> None:
     """Raise ConfigError for a wrong key, type or number in the content of a config.json."""
     types = {field.name: field.type for field in fields(MoEConfig)} | FILE_TYPES
     check_values(content, types, "config.json")
+    auto_map = content.get("auto_map", AUTO_MAP)
+    require(auto_map == AUTO_MAP, "config.json.auto_map", auto_map, f"{AUTO_MAP}, because no other code may be run")
     for name, least in LEAST.items():
         value = content.get(name)
         require(value is None or value >= least, f"config.json.{name}", value, f"at least {least}")

@@ -27,6 +27,7 @@ from transformers.utils.hub import cached_file
 from transformers.utils.logging import disable_progress_bar
 
 from moe.checks import ConfigError, build, first_line, require
+from moe.config.options import use
 from moe.data.labels import IGNORED, next_token
 from moe.files import require_files, tensor_shapes
 from moe.model.architecture import MoEConfig
@@ -262,8 +263,9 @@ def _second_names(module: nn.Module) -> dict[str, str]:
 class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
     """`MoEModel` plus output matrix. `save_pretrained`, `from_pretrained` and `generate` are those of transformers.
 
-    trusted: the router may be a class outside of this project (`moe.checks.locate`). A saved model that somebody else
-        wrote must not be trusted, because `from_pretrained(folder, trusted=True)` runs the code that it names.
+    trusted: the router may be a class outside of this project (`moe.checks.locate`), also one in a folder that
+        MOE_SEARCH_PATH names. A saved model that somebody else wrote must not be trusted, because
+        `from_pretrained(folder, trust_remote_code=True)` runs the code that it names.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -281,14 +283,19 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
 
         The file may be a stranger's. So its sizes are compared before memory is allocated for them. Only safetensors
         are read. Raises ConfigError.
+
+        trust_remote_code: trust the saved model, see the class; `trusted=True` means the same.
         """
         name = pretrained_model_name_or_path
+        trusted = kwargs.pop("trusted", False) or kwargs.get("trust_remote_code") is True
+        if trusted:
+            use()
         source = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
         config = kwargs.get("config")
         if not isinstance(config, MoEConfig):
             config = MoEConfig.from_pretrained(name if config is None else config, **source)
-        _check_weights(cls, config, str(name), source, trusted=kwargs.get("trusted", False))
-        return super().from_pretrained(name, *model_args, **kwargs)
+        _check_weights(cls, config, str(name), source, trusted=trusted)
+        return super().from_pretrained(name, *model_args, trusted=trusted, **kwargs)
 
     @property
     def moe_layers(self) -> list[MoELayer]:
