@@ -216,7 +216,7 @@ def test_a_trusted_saved_model_may_have_a_router_of_its_own(
     (tmp_path / "mine.py").write_text("from moe.routers.topk import TopK\nclass Mine(TopK): ...\n")
     change(folder / "model" / "config.json", lambda content: content["router"].update(_target_="mine.Mine"))
     for untrusted in ({}, {"trust_remote_code": False}):
-        with pytest.raises(ConfigError, match=r"^router\._target_=mine\.Mine: must be .* The module mine is imported only"):
+        with pytest.raises(ConfigError, match=r"^router\._target_=mine\.Mine: must be .* The module mine is imported"):
             AutoModelForCausalLM.from_pretrained(folder / "model", **untrusted)
     assert "mine" not in sys.modules
     trusted = AutoModelForCausalLM.from_pretrained(folder / "model", **{word: True})

@@ -143,7 +143,7 @@ def test_keys_of_a_class_can_be_swept(lab: Path) -> None:
         ),
         (
             f"{TARGET}",
-            r"\(No module named 'mylab'\): install the package mylab, or name its folder of options in MOE_SEARCH_PATH$",
+            r"\(No module named 'mylab'\): install the package mylab, or name its folder of options in MOE_SEARCH",
         ),
         ("--config-dir=odd:name/conf", "^odd:name/conf: a folder of options cannot have ':' in its path; rename it$"),
         ("hydra.searchpath=[pkg://nope.conf]", "^pkg://nope.conf: no package nope$"),
