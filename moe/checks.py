@@ -7,6 +7,7 @@ import pkgutil
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import is_dataclass
+from functools import cache
 from types import UnionType
 from typing import Any, ClassVar, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints, is_typeddict
 
@@ -164,8 +165,7 @@ def parse(kind: type[T], content: object, place: str = "") -> T:
     """
     if not isinstance(content, dict):
         raise ValueError(f"{place or 'the content'} is {_shorten(content)}: must be an object")
-    types = get_type_hints(kind)
-    types = {name: annotation for name, annotation in types.items() if get_origin(annotation) is not ClassVar}
+    types = _field_types(kind)
     for name in content:
         if name not in types:
             raise unknown("key", _join(place, name), (_join(place, known) for known in types))
@@ -175,16 +175,27 @@ def parse(kind: type[T], content: object, place: str = "") -> T:
     return kind(**{name: _parse_value(types[name], content[name], _join(place, name)) for name in types})
 
 
-def _parse_value(annotation: Any, value: object, place: str) -> Any:
-    union = get_origin(annotation) in (Union, UnionType)
-    options = get_args(annotation) if union else (annotation,)
+@cache
+def _field_types(kind: type) -> dict[str, Any]:
+    types = get_type_hints(kind)
+    return {name: annotation for name, annotation in types.items() if get_origin(annotation) is not ClassVar}
+
+
+@cache
+def _options(annotation: Any) -> tuple[tuple[Any, ...], Any, Any, Any]:
+    """Return the members of a union, or the annotation alone, and which of them is a record, a list and a dict."""
+    options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     record = next((option for option in options if _is_record(option)), None)
+    listing = next((option for option in options if get_origin(option) is list), list[Any])
+    return options, record, listing, next((option for option in options if get_origin(option) is dict), None)
+
+
+def _parse_value(annotation: Any, value: object, place: str) -> Any:
+    options, record, listing, mapping = _options(annotation)
     if record is not None and not (value is None and type(None) in options):
         return parse(record, value, place)
-    listing = next((option for option in options if get_origin(option) is list), list[Any])
     if listing != list[Any] and isinstance(value, list):
         return [_parse_value(get_args(listing)[0], item, f"{place}[{number}]") for number, item in enumerate(value)]
-    mapping = next((option for option in options if get_origin(option) is dict), None)
     if mapping is not None and isinstance(value, dict):
         return {key: _parse_value(get_args(mapping)[1], item, _join(place, key)) for key, item in value.items()}
     if not _fits(value, annotation):

@@ -7,7 +7,6 @@ the levels of a factor by the final values of finished runs. Needs the extra `da
 import argparse
 import re
 import sys
-from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -70,7 +69,7 @@ def factors(cells: list[Cell]) -> list[str]:
 
     The seed is left out, and so are keys whose value follows from another key that varies.
     """
-    rows = [flatten(asdict(cell.config)) | cell.choices | {"experiment": cell.experiment} for cell in cells]
+    rows = [flatten(cell.config) | cell.choices | {"experiment": cell.experiment} for cell in cells]
     varied = varied_factors(pd.DataFrame([{key: level(value) for key, value in row.items()} for row in rows]))
     return [f"choices.{key}" if key in cells[0].choices else key for key in varied if key != "seed"]
 

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from functools import cache
 from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
@@ -241,7 +242,7 @@ class Config:
 
     def check(self) -> None:
         """Raise ConfigError, naming the key, its value and what is allowed, for a run that cannot be trained."""
-        for key, value in flatten(asdict(self)).items():
+        for key, value in flatten(self).items():
             fits = not isinstance(value, float) or not finite(value) or value == 0 or SMALLEST <= abs(value) <= LARGEST
             require(fits, key, value, f"0, or between {SMALLEST:.1e} and {LARGEST:.1e} in size, as 32-bit numbers are")
         if self.out is not None:
@@ -272,7 +273,7 @@ class Config:
             dense_checkpoint.check_data(name, digest, tokenizer=self.data.tokenizer, seq_len=self.data.seq_len)
         build(self.schedule, "schedule", trusted=True)
         for number, claim in enumerate(self.claims):
-            settings = {*asdict(self), *flatten(asdict(self))}
+            settings = {*vars(self), *flatten(self)}
             claim.check(f"claims[{number}]", ["variant", *(key for key in settings if not is_free(key))])
 
     def _check_ranks(self) -> None:
@@ -348,7 +349,7 @@ class Config:
 
     def identity(self) -> dict[str, Any]:
         """Return the keys that decide what a run computes, flat: {"model.dim": 128, ...}."""
-        flat = {key: value for key, value in flatten(asdict(self)).items() if not is_free(key)}
+        flat = {key: value for key, value in flatten(self).items() if not is_free(key)}
         unused = DENSE_IGNORES if self.is_dense else ()
         return {key: value for key, value in flat.items() if key.partition(".")[0] not in unused}
 
@@ -397,6 +398,7 @@ def _check_path(key: str, path: str) -> None:
     require(os.path.expanduser(path)[:1] != "~", key, path, "a path; there is no home for ~")
 
 
+@cache
 def allowed_values(key: str) -> str | None:
     """Return in words what a flat key such as "model.dim" may be; None if no field of `Config` has this name."""
     kind, _, name = key.rpartition(".")
@@ -416,14 +418,22 @@ def fingerprint(identity: dict[str, Any]) -> str:
     return json.dumps({key: plain(value) for key, value in sorted(identity.items())})
 
 
+@cache
 def is_free(key: str) -> bool:
     """Return whether a flat key is one of `FREE_KEYS` or lies below one."""
     return any(f"{key}.".startswith(f"{free}.") for free in FREE_KEYS)
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a nested dict with dotted keys: {"a": {"b": 1}} becomes {"a.b": 1}."""
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Return a nested dict, or a dataclass, as one dict with dotted keys: {"a": {"b": 1}} becomes {"a.b": 1}.
+
+    Dataclasses in a list, such as claims, become dicts.
+    """
     flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    for key, value in (vars(tree) if is_dataclass(tree) else tree).items():
+        if isinstance(value, dict) or is_dataclass(value):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            records = isinstance(value, list) and any(map(is_dataclass, value))
+            flat[f"{prefix}{key}"] = [asdict(item) for item in value] if records else value
     return flat

@@ -1,6 +1,6 @@
 """Turn the overrides of a command into checked cells, so that every mistake is refused before the first run starts."""
 
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +191,7 @@ def _check_distinct(cells: list[Cell]) -> None:
     """Raise ConfigError, naming both, if two cells compute the same, whatever the spelling of their settings."""
     seen: dict[str, Cell] = {}
     for cell in cells:
-        written = {key: value for key, value in flatten(asdict(cell.config)).items() if not is_free(key)}
+        written = {key: value for key, value in flatten(cell.config).items() if not is_free(key)}
         other = seen.setdefault(fingerprint(written), cell)
         if other is not cell:
             names = cell.folder.name if other.folder == cell.folder else f"{other.folder.name} and {cell.folder.name}"

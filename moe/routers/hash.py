@@ -34,8 +34,10 @@ class Hash(Router):
         super().__init__(dim, num_experts, fixed_k=k)
         require(vocab_size >= 1, "router.vocab_size", vocab_size, "at least 1")
         self.k, self.balanced = k, balanced
-        pairs = torch.arange(vocab_size)[:, None] * num_experts + torch.arange(num_experts)
-        self.register_buffer("table", scramble(pairs).topk(k).indices.to(torch.int32))
+        self.register_buffer("table", torch.empty(vocab_size, k, dtype=torch.int32))
+        if not self.table.is_meta:  # PyTorch's arange on the meta device imports its compiler, which takes seconds
+            pairs = torch.arange(vocab_size)[:, None] * num_experts + torch.arange(num_experts)
+            self.table.copy_(scramble(pairs).topk(k).indices)
 
     def before_training(self, counts: Int[Tensor, "V"]) -> None:
         if self.balanced:
