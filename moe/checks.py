@@ -165,7 +165,7 @@ def parse(kind: type[T], content: object, place: str = "") -> T:
     """
     if not isinstance(content, dict):
         raise ValueError(f"{place or 'the content'} is {_shorten(content)}: must be an object")
-    types = _field_types(kind)
+    types = _field_types(cast(Any, kind))
     for name in content:
         if name not in types:
             raise unknown("key", _join(place, name), (_join(place, known) for known in types))
@@ -176,7 +176,7 @@ def parse(kind: type[T], content: object, place: str = "") -> T:
 
 
 @cache
-def _field_types(kind: type) -> dict[str, Any]:
+def _field_types(kind: Any) -> dict[str, Any]:
     types = get_type_hints(kind)
     return {name: annotation for name, annotation in types.items() if get_origin(annotation) is not ClassVar}
 

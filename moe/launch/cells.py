@@ -104,9 +104,9 @@ def _usual_settings(base: DictConfig, own: list[Override]) -> dict[str, Any]:
     """Return the values in `base`, which has the groups of the command, and the groups that the experiment chooses."""
     values = OmegaConf.to_container(OmegaConf.masked_copy(base, [str(key) for key in base if key != "hydra"]))
     if not any(is_group(o) and o.key_or_group not in ONE_PER_COMMAND for o in own):
-        return flatten(values) | group_choices(base.hydra)  # type: ignore[arg-type]
+        return flatten(values) | group_choices(base.hydra)
     experiment = compose_config(lines_of([o for o in own if o.key_or_group == "experiment"]))
-    return flatten(values) | group_choices(experiment.hydra)  # type: ignore[arg-type]
+    return flatten(values) | group_choices(experiment.hydra)
 
 
 def _cell(composed: DictConfig, arguments: list[str], *, multirun: bool) -> Cell:

@@ -51,7 +51,7 @@ def explain(error: Exception, overrides: list[str]) -> ConfigError:
     choices = group_choices(base.hydra)
     with open_dict(base):
         base.pop("hydra")
-    known = flatten(OmegaConf.to_container(base))  # type: ignore[arg-type]
+    known = flatten(OmegaConf.to_container(base))
     for override in parsed:
         if override in groups:
             continue

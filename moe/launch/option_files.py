@@ -54,6 +54,6 @@ def keys_of(group: str, option: str) -> set[str]:
     An option whose file cannot be read has none: only a command that chooses it is refused.
     """
     try:
-        return set(flatten(OmegaConf.to_container(read_option(sources(group)[option]))))  # type: ignore[arg-type]
+        return set(flatten(OmegaConf.to_container(read_option(sources(group)[option]))))
     except ConfigError:
         return set()
