@@ -14,6 +14,9 @@ def seeded(name: str, *shapes: torch.Size) -> Iterator[None]:
     The default generator of the CPU is as before afterward, so that further tensors do not depend on this one.
     """
     identity = f"{torch.initial_seed()} {name} {[list(shape) for shape in shapes]}"
+    seed = int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8]) >> 1
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8]) >> 1)
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_available():  # without a GPU, PyTorch would note a stack trace for each of these calls
+            torch.cuda.manual_seed_all(seed)
         yield

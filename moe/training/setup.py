@@ -64,9 +64,12 @@ def set_up(config: Config) -> Training:
     wrapped = parallel.distribute(model, accelerator, expert_parallel=config.expert_parallel)
     optimizers = build_optimizers(model, config.optimizer)
     scale_learning_rates(config, optimizers, step=0)
-    counts = token_counts(data)
-    for layer in model.moe_layers:
-        layer.router.before_training(counts)
+    routers = [layer.router for layer in model.moe_layers]
+    learning = [router for router in routers if type(router).before_training is not Router.before_training]
+    if learning:  # counting reads the whole training text
+        counts = token_counts(data)
+        for router in learning:
+            router.before_training(counts)
     options: dict[str, Any] = {"fallback_random": True}  # draws the same noise and dropout as without compilation
     forward = torch.compile(wrapped, options=options) if config.compile else wrapped
     return Training(
