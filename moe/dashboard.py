@@ -10,22 +10,33 @@ import sys
 from typing import Any, NamedTuple
 
 import pandas as pd
+import torch
 
-from moe.checks import ConfigError, first_line
-from moe.config.schema import Cell, flatten
+from moe.checks import ConfigError, build, first_line
+from moe.config.schema import Cell, Config, flatten
 from moe.launch import command_line
 from moe.metrics.catalog import Metric, lookup, select
+from moe.metrics.summary import summarize
+from moe.model.experts import Experts
+from moe.model.layer import MoELayer
 from moe.results.conditions import HEADLINE, varied_factors
 from moe.results.table import level
+from moe.routing.decision import Context, Knobs
 from moe.routing.loss_table import LOSSES
+from moe.routing.stats import RoutingStats
 from moe.runs.wandb_mirror import CONDITION, FINAL, STEP
+from moe.training.evaluate import router_gram
 
 
 def _names(metrics: list[Metric]) -> list[str]:
     return [metric.name for metric in metrics]
 
 
-LIMIT = _names(select(group="capacity limit"))
+UNDER_A_LIMIT = ("routing/drop_rate", "routing/capacity_usage")  # of training steps, because evaluations are dropless
+LIMIT = [*_names(select(group="capacity limit")), *(f"train/{name}" for name in UNDER_A_LIMIT)]
+ASSIGNED = [name for name in _names(select(group="capacity")) if name.removeprefix("train/") not in UNDER_A_LIMIT]
+SPECIALIZED = _names(select(group="specialization") + select(group="agreement", written="evaluation"))
+KEPT = _names(select(group="agreement", written="end"))
 SHARPNESS = _names(select(group="sharpness"))
 PER_LAYER = _names(select(shown="dashboard layers"))
 COMPARED = [*HEADLINE, *_names(select(group="speed", written="end"))]
@@ -56,12 +67,55 @@ def sections(cells: list[Cell]) -> dict[str, list[Panel]]:
     lines = {
         "Loss": [*_names(select(group="quality")), "train/loss", *weighted, *gradients],
         "Routing per layer": [f"{name}/layer{layer:02d}" for layer in range(layers) for name in PER_LAYER],
-        "Balance": [*_names(select(group="balance")), *limit],
+        "Balance": _names(select(group="balance")),
+        "Capacity and experts per token": [*limit, *ASSIGNED],
+        "Specialization and agreement": SPECIALIZED,
         "Schedules and sharpness": [*settings, *SHARPNESS],
         "Time": _names(select(group="speed", written="step")),
     }
-    bars = [Panel(f"{FINAL}/{metric}", key) for key in (CONDITION, *factors(cells)) for metric in COMPARED]
-    return {name: list(map(Panel, metrics)) for name, metrics in lines.items()} | {"Factor tables": bars}
+    panels = {name: list(map(Panel, metrics)) for name, metrics in lines.items()}
+    panels["Specialization and agreement"] += [Panel(f"{FINAL}/{metric}", CONDITION) for metric in KEPT]
+    panels["Factor tables"] = [
+        Panel(f"{FINAL}/{metric}", key) for key in (CONDITION, *factors(cells)) for metric in COMPARED
+    ]
+    null = null_metrics(configs)
+    return {name: [panel for panel in each if _base(panel.metric) not in null] for name, each in panels.items()}
+
+
+def null_metrics(configs: list[Config]) -> set[str]:
+    """Return the metrics of routing and routers that no run has, such as the Jaccard index with one expert per token.
+
+    To find out, the router of each run routes a few random tokens.
+    """
+    alike = {repr((config.router, config.model, config.capacity)): config for config in configs if not config.is_dense}
+    return set.intersection(*map(_null_metrics, alike.values()))
+
+
+def _null_metrics(config: Config) -> set[str]:
+    dim, experts = config.model.dim, config.model.num_experts
+    ids = torch.arange(128).view(2, 64)
+    context = Context(ids, Knobs.of(), config.capacity, compared=torch.arange(2))
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        router = build(config.router, "router", dim, experts, trusted=True)
+        layer = MoELayer(router, Experts(experts, dim, hidden=1, kind="silu"))
+        for part in (layer.experts.up, layer.experts.down):
+            torch.nn.init.normal_(part)
+        router.initialize(0.02)
+        x = torch.randn(*ids.shape, dim)
+        for link in router.chain:
+            link.after_step(layer(x, context).stats)  # some routers have no directions before their first step
+        values = summarize(RoutingStats.stack([layer.eval()(x, context).stats]), per_layer=False)
+        values["routing/router_gram"] = router_gram(router.chain[0])
+    for name in KEPT:  # it compares the experts of a token with others too, so it exists for the same routers
+        values[name] = values[name.replace("consistency", "sequential_overlap")]
+    if not any(True for _ in router.parameters()):
+        values |= dict.fromkeys(("grad_norm/router", "update/router"))
+    return {name for name, value in values.items() if value is None}
+
+
+def _base(name: str) -> str:
+    """Return the name of a metric of the catalog without the prefixes and suffixes of its copies."""
+    return re.sub(r"^(final/|train/(?=routing/))|/layer\d+$", "", name)
 
 
 def factors(cells: list[Cell]) -> list[str]:

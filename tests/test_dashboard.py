@@ -88,8 +88,10 @@ def shown_but_not_logged(cells: list[Cell], logged: FakeWandbRun) -> set[str]:
         ["experiment_c", "router=switch,expert_choice"],  # a capacity, and a router that is not causal
         ["temperature_schedules", "schedule=cosine", "z=0.1"],
         ["spectra_ablation", "variant=spectra_full,dense"],  # the dense variant has no MoE layer
+        ["default", "router=hash", "capacity=1.0"],  # no probabilities
+        ["default", "router=soft_moe"],  # experts take slots, not tokens
     ],
-    ids=lambda words: words[0],
+    ids=lambda words: words[1],
 )
 def test_every_panel_shows_a_key_that_is_logged(
     experiment: list[str], small: list[str], tmp_path: Path, train_and_log: Any, monkeypatch: pytest.MonkeyPatch
@@ -114,6 +116,21 @@ def test_options_that_an_experiment_turns_on_get_panels(small: list[str]) -> Non
     assert shown("lb=0", "model.layers=3", "model.first_k_dense_replace=1") == without_options
     assert shown("lb=0", "capacity=1.0") - without_options == set(dashboard.LIMIT)
     assert shown("lb=0", "z=0.1") - without_options == {"train/router_z"}
+
+
+def test_what_the_field_asks_about_routing_has_a_panel_where_it_is_logged() -> None:
+    """Metrics that a router does not have get no panel: a token of switch has one expert, one of hash no logits."""
+
+    def shown(*overrides: str) -> set[str]:
+        return {name for panel in panels(read_cells([*overrides]) or []) for name in panel["config"]["metrics"]}
+
+    asked = {f"routing/{name}" for name in ("router_gram", "jaccard", "sequential_overlap", "load_max_violation")}
+    asked |= {"final/routing/consistency", "train/routing/drop_rate", "val_capacity/drop_rate"}
+    assert shown("capacity=1.0") >= asked
+    assert asked - shown() == {"train/routing/drop_rate", "val_capacity/drop_rate"}
+    assert asked - shown("router=switch", "capacity=1.0") == {"routing/jaccard"}
+    assert asked - shown("router=hash", "capacity=1.0", "lb=0") == {"routing/router_gram"}
+    assert asked - shown("-m", "router=switch,hash,topk", "capacity=1.0") == set()
 
 
 def test_bar_charts_show_means_by_condition_and_by_every_factor(factorial: list[Cell]) -> None:
