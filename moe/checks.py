@@ -107,12 +107,7 @@ def build(spec: Any, key: str, *args: Any, trusted: bool = False) -> Any:
         raise ConfigError(f"{key}={spec}: must name its class as {key}._target_")
     target = locate(spec["_target_"], key, trusted=trusted)
     values = {name: value for name, value in spec.items() if name != "_target_"}
-    parameters, types = _keywords(target, len(args), values)
-    check_values(values, types, key)
-    values = {name: float(value) if types[name] is float else value for name, value in values.items()}
-    missing = [p.name for p in parameters if p.default is p.empty and p.name not in values]
-    if missing:
-        raise ConfigError(f"{key}.{missing[0]} is missing")
+    values = check_settings(values, target, key, positional=len(args))
     try:
         return target(*args, **values)
     except ConfigError:
@@ -126,13 +121,12 @@ def build(spec: Any, key: str, *args: Any, trusted: bool = False) -> Any:
         raise ConfigError(f"{key}._target_={spec['_target_']}: cannot be built: {reason}") from error
 
 
-def _keywords(
-    target: type[Any], positional: int, values: Iterable[str]
-) -> tuple[list[inspect.Parameter], dict[str, Any]]:
-    """Return the parameters of a class after the first `positional` ones, and the type of each key that it takes.
+def check_settings(settings: dict[str, Any], target: type[Any], place: str, *, positional: int) -> dict[str, Any]:
+    """Return keyword arguments for a class, with whole numbers as floats where it wants floats.
 
-    A parameter without a type takes anything, and so does one whose type is written as text that has no meaning where
-    the class is defined. With `**settings`, the class takes all `values`.
+    positional: how many arguments the class gets besides. A parameter without a type takes anything, and so does one
+    whose type is written as text that has no meaning where the class is defined. A class with `**settings` takes every
+    key. Raises ConfigError for a key that the class does not take, a value that does not fit, and a missing key.
     """
     try:
         signature = inspect.signature(target, eval_str=True)
@@ -145,7 +139,12 @@ def _keywords(
     types = {
         p.name: Any if p.annotation is p.empty or isinstance(p.annotation, str) else p.annotation for p in parameters
     }
-    return parameters, (dict.fromkeys(values, Any) if free else {}) | types
+    types = (dict.fromkeys(settings, Any) if free else {}) | types
+    check_values(settings, types, place)
+    missing = [p.name for p in parameters if p.default is p.empty and p.name not in settings]
+    if missing:
+        raise ConfigError(f"{place}.{missing[0]} is missing")
+    return {name: float(value) if types[name] is float else value for name, value in settings.items()}
 
 
 def check_values(values: dict[str, Any], types: dict[str, Any], place: str) -> None:

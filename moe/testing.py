@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe.checks import ConfigError, check_values, first_line, locate, require, unknown
+from moe.checks import ConfigError, check_settings, first_line, locate, require, unknown
 from moe.config.schema import OFF, Config
 from moe.model.decoder import MoEOutput
 from moe.model.experts import Experts
@@ -39,7 +39,7 @@ def check_router(target: type | str, /, **settings: Any) -> None:
     """Check all laws of the contract on a router.
 
     target: a class, or its dotted name. settings: its keyword arguments, as in its yaml file. Raises AssertionError,
-    which names the law, what is wrong, and what to do, and ConfigError for settings that the class does not take.
+    which names the law, what is wrong, and what to do, and ConfigError for settings that do not fit the class.
     """
     for law in LAWS:
         check_law(law, target, **settings)
@@ -51,8 +51,7 @@ def check_law(law: str, target: type | str, /, **settings: Any) -> None:
         raise unknown("law", law, LAWS)
     kind = target if isinstance(target, type) else locate(target, "router", trusted=True)
     require(issubclass(kind, Router), "target", kind.__name__, "a class that derives from moe.Router, or its name")
-    types = {p.name: p.annotation for p in list(inspect.signature(kind).parameters.values())[2:]}
-    check_values(settings, types, "router")
+    settings = check_settings(settings, kind, "router", positional=2)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         try:
             LAWS[law](lambda dim: kind(dim, E, **settings))

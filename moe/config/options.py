@@ -26,19 +26,19 @@ def search_path() -> list[Path]:
     Raises ConfigError for one that does not exist or holds no folder with the name of a config group.
     """
     named = [Path(word) for word in _named()]
-    offered = _offered(tuple(sys.path))
-    for folder in named + offered:
+    of_packages = _folders_of_packages(tuple(sys.path))
+    for folder in named + of_packages:
         origin = "" if folder in named else f", named by the entry point {ENTRY_POINTS} of a package"
         if not folder.is_dir():
             raise ConfigError(f"{folder}: no such folder of options{origin}")
         if not any((folder / group).is_dir() for group in GROUPS):
             raise ConfigError(f"{folder}: must hold at least one of the folders {', '.join(GROUPS)}{origin}")
-    return [folder.resolve() for folder in named + offered]
+    return [folder.resolve() for folder in named + of_packages]
 
 
 @cache
-def _offered(import_path: tuple[str, ...]) -> list[Path]:
-    """Return the folders that packages offer. This reads all installed packages, so once for each `import_path`."""
+def _folders_of_packages(import_path: tuple[str, ...]) -> list[Path]:
+    """Return the folders that packages name. This reads all installed packages, so once for each `import_path`."""
     return [_folder_of(point.value) for point in entry_points(group=ENTRY_POINTS)]
 
 

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 from moe.checks import ConfigError, first_line, printable
 from moe.config.schema import Cell
@@ -17,6 +16,7 @@ from moe.runs.folder import (
     delete_checkpoints,
     difference,
     finished,
+    grid_name,
     locked,
     missing_models,
     status,
@@ -199,17 +199,11 @@ def _report(cells: list[Cell], before: list[str], refusal: str | None = None) ->
         from moe.results import sweep_tables
 
         runs = sweep_tables.write_sweep_tables(sweep)
-        table = sweep_tables.console_table(runs[runs["experiment"] == _grid_name(sweep, cells)])
+        table = sweep_tables.console_table(runs[runs["experiment"] == grid_name(cells)])
         analyze = "python analyze.py" if program() == "train.py" else "moe analyze"
         print(f"\n{table}\n\ntable: {sweep / 'results.csv'}; next: {analyze} {shlex.quote(str(sweep))}")
     unfinished = [cell for cell, state in zip(cells, after, strict=True) if state != "finished"]
     return 2 if unfinished and all(map(_was_given_bad_input, unfinished)) else min(len(unfinished), 1)
-
-
-def _grid_name(sweep: Path, cells: list[Cell]) -> str:
-    path = sweep / SweepRecord.FILE
-    grid = SweepRecord.read(path).grid_with(*(cell.folder.name for cell in cells)) if path.exists() else None
-    return cells[0].experiment if grid is None else grid.name
 
 
 def _was_given_bad_input(cell: Cell) -> bool:

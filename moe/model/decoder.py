@@ -34,7 +34,7 @@ from moe.model.architecture import MoEConfig
 from moe.model.experts import Experts
 from moe.model.layer import LayerOutput, MoELayer
 from moe.routers.base import Router
-from moe.routers.seeding import seeded
+from moe.routers.seeding import Initializable, seeded
 from moe.routing.decision import Context, Knobs, Routing, document_positions
 from moe.routing.stats import RoutingStats
 
@@ -128,7 +128,7 @@ class MoEPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Draw every matrix from N(0, initializer_range) and set norms to 1. Routers say how they are initialized.
+        """Draw every matrix from N(0, initializer_range) and set norms to 1. Routers and experts do it themselves.
 
         The random numbers of a tensor depend on the seed, its name and its shape alone. So runs of the same seed start
         with the same weights wherever their models have the same tensors, whatever router they have.
@@ -136,14 +136,10 @@ class MoEPreTrainedModel(PreTrainedModel):
         std, modules = self.config.initializer_range, {part: name for name, part in self.named_modules()}
         with seeded(modules[module], *(p.shape for p in module.parameters(recurse=False))):
             super()._init_weights(module)
-        if isinstance(module, Router):
+        if isinstance(module, Initializable):
             tensors = [*self.named_parameters(), *self.named_buffers()]
             loaded = {tensor for _, tensor in tensors if getattr(tensor, "_is_hf_initialized", False)}
             module.initialize(std, {tensor: name for name, tensor in tensors if tensor not in loaded})
-        elif isinstance(module, Experts):
-            for name, p in module.named_parameters():
-                with seeded(f"{modules[module]}.{name}", p.shape):
-                    nn.init.normal_(p, std=std)
 
 
 class Hidden(NamedTuple):
@@ -366,25 +362,16 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         config = self.config
         keep_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         keep_attentions = config.output_attentions if output_attentions is None else output_attentions
-        inputs = input_ids if inputs_embeds is None else inputs_embeds
-        if inputs is None or (input_ids is not None and inputs_embeds is not None):
-            raise ConfigError("input_ids, inputs_embeds: give exactly one of them")
         if keep_attentions and config._attn_implementation != "eager":
             allowed = 'False, or the model loaded with attn_implementation="eager"'
             raise ConfigError(f"output_attentions=True: must be {allowed}")
-        cache = cache if cache is not None else past_key_values
-        if use_cache is None:
-            use_cache = cache is not None
-        if use_cache and cache is None:
-            cache = DynamicCache(config=config)
-        allowed = 'a cache that grows, as DynamicCache does (cache_implementation="dynamic")'
-        require(cache is None or not cache.is_compileable, "past_key_values", type(cache).__name__, allowed)
         if labels is not None and (not isinstance(logits_to_keep, int) or logits_to_keep):
             raise ConfigError("logits_to_keep: must be 0 with labels, because the loss needs all logits")
+        inputs, ids = _inputs(input_ids, inputs_embeds)
+        cache = self._cache(past_key_values if cache is None else cache, use_cache=bool(use_cache))
         self._check_routers(cached=cache is not None, by_id=inputs_embeds is None)
         if knobs is None:
             knobs = Knobs.of(temperature=config.router_temperature, noise=config.router_noise, device=inputs.device)
-        ids = inputs.new_zeros(inputs.shape[:2], dtype=torch.long) if input_ids is None else input_ids
         context = Context(ids, knobs, capacity, drop, orthogonality=orthogonality, compared=compared)
         if attention_mask is not None:
             context = context.without_padding(attention_mask)
@@ -411,9 +398,15 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         if output_router_logits:
             fields["router_logits"] = _router_logits(hidden.layers)
         # positional, because transformers renamed the cache's field
-        output = MoEOutput(loss, logits, cache if use_cache else None, **fields)
+        output = MoEOutput(loss, logits, None if use_cache is False else cache, **fields)
         as_object = config.return_dict if return_dict is None else return_dict
         return output if as_object else output.to_tuple()
+
+    def _cache(self, given: Cache | None, *, use_cache: bool) -> Cache | None:
+        """Return the cache that is given, or a new one if it is asked for. Raises ConfigError for one of fixed size."""
+        allowed = 'a cache that grows, as DynamicCache does (cache_implementation="dynamic")'
+        require(given is None or not given.is_compileable, "past_key_values", type(given).__name__, allowed)
+        return DynamicCache(config=self.config) if given is None and use_cache else given
 
     def _check_routers(self, *, cached: bool, by_id: bool) -> None:
         """Raise ConfigError if a router needs what it does not get.
@@ -427,6 +420,17 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             require((causal and not router.reads_earlier_tokens) or not cached, "use_cache", True, allowed)
             if router.uses_ids and not by_id:
                 raise ConfigError(f"inputs_embeds: must be input_ids, because {type(router).__name__} routes token ids")
+
+
+def _inputs(
+    input_ids: Int[Tensor, "B S"] | None, inputs_embeds: Float[Tensor, "B S D"] | None
+) -> tuple[Tensor, Int[Tensor, "B S"]]:
+    """Return what the first layer gets, and the token ids, zeros if there are none. Raises ConfigError."""
+    if input_ids is not None and inputs_embeds is None:
+        return input_ids, input_ids
+    if inputs_embeds is None or input_ids is not None:
+        raise ConfigError("input_ids, inputs_embeds: give exactly one of them")
+    return inputs_embeds, inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.long)
 
 
 def _cross_entropy(

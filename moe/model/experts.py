@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from moe.distributed.exchange import run_distributed_experts
 from moe.distributed.sharding import local_part
+from moe.routers.seeding import seeded
 
 
 class Experts(nn.Module):
@@ -26,6 +27,14 @@ class Experts(nn.Module):
         self.up = nn.Parameter(torch.empty(num_experts, hidden, dim))
         self.down = nn.Parameter(torch.empty(num_experts, dim, hidden))
         self.dropout = dropout
+
+    @torch.no_grad()
+    def initialize(self, std: float, names: dict[Tensor, str]) -> None:
+        """Draw every matrix from N(0, std), see `Initializable`."""
+        for p in self.parameters():
+            if p in names:
+                with seeded(names[p], p.shape):
+                    nn.init.normal_(p, std=std)
 
     def kernel(self, dtype: torch.dtype) -> str:
         """Return which kernel multiplies in `dtype` on the device of the weights: see `choose_kernel`."""

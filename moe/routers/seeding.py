@@ -3,8 +3,21 @@
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
+
+
+@runtime_checkable
+class Initializable(Protocol):
+    """A module that says how its tensors are initialized. The model that contains it calls this once at its start."""
+
+    def initialize(self, std: float, names: dict[Tensor, str]) -> None:
+        """Draw the initial values of the tensors in `names`, each `seeded` by its name in the model.
+
+        std: the standard deviation of the model's matrices. Tensors that `names` leaves out keep their values.
+        """
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 from moe.checks import ConfigError
 from moe.config.schema import OFF, Cell, fingerprint, is_free
 from moe.files import open_file, open_unlinked
-from moe.runs.record import RecordError, RunRecord
+from moe.runs.record import RecordError, RunRecord, SweepRecord
 from moe.runs.traces import milestones
 
 LOCK = "run.lock"  # in a run folder; the process that trains the run holds it
@@ -109,6 +109,16 @@ def stored_record(cell: Cell) -> RunRecord | None:
     if (cell.folder / "checkpoints").exists():
         raise RecordError(f"{cell.folder} holds checkpoints, but no {RunRecord.FILE}: {RunRecord.ADVICE}")
     return None
+
+
+def grid_name(cells: Sequence[Cell]) -> str:
+    """Return the name of the smallest grid that has all of these cells of one folder, or of their experiment if none.
+
+    Raises RecordError for a sweep.json that cannot be read.
+    """
+    path = cells[0].folder.parent / SweepRecord.FILE
+    grid = SweepRecord.read(path).grid_with(*(cell.folder.name for cell in cells)) if path.exists() else None
+    return cells[0].experiment if grid is None else grid.name
 
 
 def delete_checkpoints(folder: Path) -> None:

@@ -19,7 +19,7 @@ from moe.checks import first_line
 from moe.config.schema import Cell
 from moe.files import read_text, write_text
 from moe.runs.events import RunListener
-from moe.runs.record import SweepRecord
+from moe.runs.folder import grid_name
 
 log = logging.getLogger(__name__)
 
@@ -41,13 +41,6 @@ def condition(cell: Cell) -> str:
     overrides = re.sub("-[0-9a-f]{8}$", "", cell.folder.name).split(",")  # cut off a digest, which includes the seed
     readable = ",".join(override for override in overrides if not override.startswith("seed="))
     return f"{readable[:100] or 'base'} {digest}"
-
-
-def group(cell: Cell) -> str:
-    """Return the name of the grid to which a run belongs, or of its experiment if it is a single run."""
-    path = cell.folder.parent / SweepRecord.FILE
-    grid = SweepRecord.read(path).grid_with(cell.folder.name) if path.exists() else None
-    return cell.experiment if grid is None else grid.name
 
 
 class WandbMirror(RunListener):
@@ -164,7 +157,7 @@ def _start(cell: Cell, mode: str) -> Any:
         **continued,  # type: ignore[arg-type]
         project=cell.config.logger.project,
         entity=cell.config.logger.entity,
-        group=group(cell),
+        group=grid_name([cell]),
         name=cell.folder.name,
         config={**asdict(cell.config), "choices": cell.choices, CONDITION: condition(cell)},
         dir=str(Path(cell.folder).absolute()),

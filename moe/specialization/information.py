@@ -16,6 +16,7 @@ from scipy import sparse
 from scipy.special import entr
 from sklearn.metrics import adjusted_mutual_info_score
 
+from moe.metrics.formulas import Sums, experts_per_assignment
 from moe.routing.positions import DECILES
 
 MIN_OCCURRENCES = 10  # Token ids with fewer occurrences are left out, as in OLMoE (2409.02060).
@@ -166,13 +167,13 @@ def coactivation(chosen: Bool[np.ndarray, "N E"]) -> Float[np.ndarray, "E E"]:
 def coactivation_chance(chosen: Bool[np.ndarray, "L N E"]) -> Float[np.ndarray, "L"]:
     """Return the mean of `coactivation` if each token took as many experts as it did, at random.
 
-    This is (K' - 1) / (E - 1) with K' = mean_t K_t² / mean_t K_t. K_t is the number of experts of token t, and K' its
-    mean over assignments. NaN if no token takes an expert.
+    This is (K' - 1) / (E - 1), see `experts_per_assignment`. NaN if no token takes an expert.
     """
-    active = chosen.sum(-1).astype(float)
-    total = active.sum(-1)
-    others = np.divide(np.square(active).sum(-1), total, out=np.full_like(total, np.nan), where=total > 0) - 1
-    return others / max(1, chosen.shape[-1] - 1)
+    experts = chosen.shape[-1]
+    tokens_by_active = np.stack([np.bincount(of_token, minlength=experts + 1) for of_token in chosen.sum(-1)])
+    with np.errstate(invalid="ignore"):
+        others = experts_per_assignment(Sums({"tokens_by_active": tokens_by_active})) - 1
+    return others / max(1, experts - 1)
 
 
 def probabilities_by_position(chosen: Bool[np.ndarray, "N E"], seq_len: int) -> Float[np.ndarray, "P E"]:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -84,62 +85,85 @@ def evaluate(
     All ranks call this together. They share the micro-batches and get the same values. The model's training mode is
     restored.
     """
-    device = model.device
-    knobs = Knobs.of(temperature=temperature, device=device)
-    loss = torch.zeros(len(domains), dtype=torch.float64, device=device)
-    tokens, correct = torch.zeros_like(loss), torch.zeros_like(loss)
+    context: dict[str, Any] = {"knobs": Knobs.of(temperature=temperature, device=model.device)}
+    context |= {"capacity": capacity, "drop": drop}
+    numbers = torch.arange(len(domains), device=model.device)[:, None]
+    by_domain = torch.zeros(3, len(domains), dtype=torch.float64, device=model.device)
     stats: RoutingStats | None = None
     training = model.training
     model.eval()
-    batches = math.ceil(len(data) / batch_size)
-    for turn in range(ranks.rank(), ranks.world_size() * math.ceil(batches / ranks.world_size()), ranks.world_size()):
-        # With sharded weights all ranks must run the model equally often. A rank that has no micro-batch left runs the
-        # last one again and counts it 0 times.
-        first, times = min(turn, batches - 1), int(turn < batches)
-        torch.manual_seed(first)  # for drop=random
-        # Take blocks at equal distances. The data are sorted by domain, and a micro-batch of a single domain would
-        # exceed the capacity of that domain's experts.
-        blocks = range(first, len(data), batches)
-        ids, domain, labels, positions = batch(data, blocks).to(device)
-        limits: dict[str, Any] = {"capacity": capacity, "drop": drop}
-        compared = compared_tokens(blocks, ids.shape[1]).to(device)
-        output = model(ids, position_ids=positions, knobs=knobs, compared=compared, **limits)
-        targets = next_token(labels)
-        nats = F.cross_entropy(
-            output.logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
-        )
-        # A product, because on CUDA `index_add` adds floating-point numbers in no fixed order.
-        sums = torch.stack([nats.view_as(targets).double().sum(1), (targets != IGNORED).double().sum(1)])
+    for blocks, times in _micro_batches(len(data), batch_size):
+        domain, sums, routing = _run(model, data, blocks, context)
         if by_block is not None:
-            by_block[:, list(blocks)] += times * sums
-        members = times * (domain == torch.arange(len(domains), device=device)[:, None]).double()
-        loss += members @ sums[0]
-        correct += members @ (output.logits.argmax(-1) == targets).double().sum(1)
-        tokens += members @ sums[1]
-        if output.stats is not None:
-            counted = RoutingStats(*(times * field for field in output.stats))
+            by_block[:, list(blocks)] += times * sums[:2]
+        # A product, because on CUDA `index_add` adds floating-point numbers in no fixed order.
+        members = times * (domain == numbers).double()
+        by_domain += torch.stack([members @ each for each in sums])
+        if routing is not None:
+            counted = RoutingStats(*(times * field for field in routing))
             stats = counted if stats is None else stats.merge(counted)
     model.train(training)
-    loss, tokens, correct = ranks.all_reduce_sum((loss, tokens, correct))
-    stats = None if stats is None else RoutingStats(*ranks.all_reduce_sum(stats))
+    [by_domain] = ranks.all_reduce_sum((by_domain,))
+    values = _text_metrics(by_domain, domains, text_bytes)
+    return values if stats is None else values | _routing_metrics(RoutingStats(*ranks.all_reduce_sum(stats)), model)
 
-    mean = (loss.sum() / tokens.sum()).item()
+
+def _micro_batches(blocks: int, batch_size: int) -> Iterator[tuple[range, int]]:
+    """Yield the validation blocks of each micro-batch of this rank, and how often the micro-batch counts.
+
+    The blocks of a micro-batch lie at equal distances. The data are sorted by domain, and a micro-batch of a single
+    domain would exceed the capacity of that domain's experts. With sharded weights all ranks must run the model equally
+    often. A rank that has no micro-batch left runs the last one again and counts it 0 times.
+    """
+    number, world = math.ceil(blocks / batch_size), ranks.world_size()
+    for turn in range(ranks.rank(), world * math.ceil(number / world), world):
+        yield range(min(turn, number - 1), blocks, number), int(turn < number)
+
+
+def _run(
+    model: MoEForCausalLM, data: Dataset, blocks: range, context: dict[str, Any]
+) -> tuple[Int[Tensor, "B"], Float[Tensor, "3 B"], RoutingStats | None]:
+    """Run the model on a micro-batch of these blocks.
+
+    Return the domain of each block, its sums over tokens with a label (the loss, the number of these tokens, and how
+    many the model predicts), and the sums for routing metrics.
+    """
+    torch.manual_seed(blocks.start)  # for drop=random
+    ids, domain, labels, positions = batch(data, blocks).to(model.device)
+    compared = compared_tokens(blocks, ids.shape[1]).to(model.device)
+    output = model(ids, position_ids=positions, compared=compared, **context)
+    targets = next_token(labels)
+    rows = output.logits.float().flatten(0, 1)
+    nats = F.cross_entropy(rows, targets.flatten(), ignore_index=IGNORED, reduction="none").view_as(targets)
+    sums = [each.double().sum(1) for each in (nats, targets != IGNORED, output.logits.argmax(-1) == targets)]
+    return domain, torch.stack(sums), output.stats
+
+
+def _text_metrics(
+    by_domain: Float[Tensor, "3 N"], domains: tuple[str, ...], text_bytes: tuple[int, ...]
+) -> dict[str, Any]:
+    """Return the metrics of the loss. by_domain: summed loss, tokens and predicted tokens of each domain."""
+    loss, tokens, correct = by_domain.sum(1)
+    mean = (loss / tokens).item()
     values: dict[str, Any] = {
         "val/loss": mean,
         "val/perplexity": math.exp(mean) if mean < 700 else math.inf,
-        "val/bits_per_byte": _bits_per_byte(loss.sum().item(), sum(text_bytes)),
-        "val/accuracy": (correct.sum() / tokens.sum()).item(),
+        "val/bits_per_byte": _bits_per_byte(loss.item(), sum(text_bytes)),
+        "val/accuracy": (correct / tokens).item(),
     }
-    for name, nats, count, size in zip(domains, loss.tolist(), tokens.tolist(), text_bytes, strict=True):
+    for name, nats, count, size in zip(domains, *by_domain[:2].tolist(), text_bytes, strict=True):
         values[f"val/loss/{name}"] = nats / count if count else None
         values[f"val/bits_per_byte/{name}"] = _bits_per_byte(nats, size)
-    if stats is not None:
-        values |= summarize(stats) | {"routing/utilization": utilization(stats)}
-        values["routing/drop_rate_by_position"] = drop_rate_by_position(stats)
-        grams = [_mean([router_gram(router) for router in layer.router.chain]) for layer in model.moe_layers]
-        values["routing/router_gram"] = _mean(grams)
-        values |= {f"routing/router_gram/layer{layer:02d}": gram for layer, gram in enumerate(grams)}
     return values
+
+
+def _routing_metrics(stats: RoutingStats, model: MoEForCausalLM) -> dict[str, Any]:
+    """Return every routing metric from the sums over the validation set and the weights of the routers."""
+    values = summarize(stats) | {"routing/utilization": utilization(stats)}
+    values["routing/drop_rate_by_position"] = drop_rate_by_position(stats)
+    grams = [_mean([router_gram(router) for router in layer.router.chain]) for layer in model.moe_layers]
+    values["routing/router_gram"] = _mean(grams)
+    return values | {f"routing/router_gram/layer{layer:02d}": gram for layer, gram in enumerate(grams)}
 
 
 def _write_documents(folder: Path, data: Dataset, by_block: Float[Tensor, "2 B"]) -> None:

@@ -17,8 +17,8 @@ from moe.launch.sweep import _record_grid, carry_out
 from moe.results.conditions import varied_factors
 from moe.results.sweep_tables import write_sweep_tables
 from moe.results.table import load_runs
+from moe.runs.folder import grid_name
 from moe.runs.record import RunFacts, SweepRecord
-from moe.runs.wandb_mirror import group
 
 Sweep = Callable[..., list[Cell]]
 
@@ -113,7 +113,7 @@ def test_the_same_factors_and_fixed_settings_are_one_grid(first: list[Cell], wor
     second = read_cells(["-m", f"out={out}", *words]) or []
     [grid] = recorded(first, second)
     assert (grid.name, len(grid.cells)) == ("default: lb x noise", runs)
-    assert {group(cell) for cell in second} == {grid.name}
+    assert {grid_name([cell]) for cell in second} == {grid.name}
 
 
 @pytest.mark.parametrize(
@@ -135,8 +135,8 @@ def test_another_factor_or_setting_is_another_grid(first: list[Cell], words: lis
     out = first[0].folder.parents[1]
     second = read_cells(["-m", f"out={out}", "model=tiny", *words]) or []
     assert name in [grid.name for grid in recorded(first, second)]
-    assert {group(cell) for cell in first} == {"default: lb x noise"}
-    assert {group(cell) for cell in second} == {name}
+    assert {grid_name([cell]) for cell in first} == {"default: lb x noise"}
+    assert {grid_name([cell]) for cell in second} == {name}
     assert name in str(workspace(second, entity="me", project="p").runset_settings.filters)
 
 

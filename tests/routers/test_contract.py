@@ -297,5 +297,20 @@ def test_a_router_can_be_named_and_its_settings_are_checked() -> None:
         testing.check_router(torch.nn.Linear)
 
 
+class WrittenTypes(TopK):
+    """Has the types of its settings as text, as with `from __future__ import annotations`. One has no default."""
+
+    def __init__(self, dim: int, num_experts: int, *, k: "int", **settings: Any) -> None:
+        super().__init__(dim, num_experts, k=k, **settings)
+
+
+def test_the_laws_take_the_same_settings_as_a_configuration() -> None:
+    testing.check_law("causality_is_declared", WrittenTypes, k=2, gate="renorm")
+    with pytest.raises(ValueError, match=r"^router.k=x: must be a whole number$"):
+        testing.check_law("causality_is_declared", WrittenTypes, k="x")
+    with pytest.raises(ValueError, match=r"^router.k is missing$"):
+        testing.check_law("causality_is_declared", WrittenTypes)
+
+
 def test_a_router_that_takes_all_experts_can_hold_every_law() -> None:
     testing.check_router(TopK, k=E)

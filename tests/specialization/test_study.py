@@ -25,6 +25,7 @@ from moe.specialization.__main__ import main
 from moe.specialization.geometry import projections
 from moe.specialization.information import (
     coactivation,
+    coactivation_chance,
     conditional_probabilities,
     domain_dependence,
     expert_shares,
@@ -223,6 +224,14 @@ def test_coactivation_counts_all_pairs_and_is_at_chance_for_random_sets() -> Non
     assert (table[:3, 3] == 0).all()
     off = coactivation(random_choices((20_000, 8), k=3))[~np.eye(8, dtype=bool)]
     np.testing.assert_allclose(off, 2 / 7, atol=0.02)
+
+
+def test_the_chance_level_of_coactivation_is_that_of_tokens_with_as_many_experts_each() -> None:
+    active = np.array([0, 1, 2, 4, 4])
+    varied = np.arange(6) < active[:, None]
+    chosen = np.stack([random_choices((5, 6), k=3), varied, np.zeros_like(varied)])
+    others = (active * (active - 1)).sum() / active.sum()
+    np.testing.assert_allclose(coactivation_chance(chosen), [2 / 5, others / 5, np.nan])
 
 
 def test_probabilities_by_position_are_those_of_each_decile() -> None:
