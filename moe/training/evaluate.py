@@ -159,7 +159,7 @@ def _text_metrics(
 
 def _routing_metrics(stats: RoutingStats, model: MoEForCausalLM) -> dict[str, Any]:
     """Return every routing metric from the sums over the validation set and the weights of the routers."""
-    values = summarize(stats) | {"routing/utilization": utilization(stats)}
+    values: dict[str, Any] = summarize(stats) | {"routing/utilization": utilization(stats)}
     values["routing/drop_rate_by_position"] = drop_rate_by_position(stats)
     grams = [_mean([router_gram(router) for router in layer.router.chain]) for layer in model.moe_layers]
     values["routing/router_gram"] = _mean(grams)
