@@ -10,6 +10,7 @@ size. An interaction is such a claim about how much the metric changes between t
 import math
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from moe.analysis.statistics import (
     completed,
     corrected,
     detectable_effect,
+    divisors,
     has_no_spread,
     mean_difference,
     name_cell,
@@ -80,19 +82,30 @@ def planned_claims(runs: pd.DataFrame) -> list[tuple[ClaimConfig, pd.DataFrame]]
 
 
 def judge_planned(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return `judge` of every planned claim; the families of Holm's correction lie within an experiment.
+    """Return `judge` of every planned claim, with the experiment as the first column.
 
-    The experiment is the first column.
+    The probability that chance makes any verdict wrong is at most 5 %. The claims of sources and our own are two
+    families of `moe.analysis.statistics.corrected`. A report divides the 5 % among these claims and its other tests.
     """
-    families: dict[str, list[tuple[ClaimConfig, pd.DataFrame]]] = {}
+    table = measured_claims(runs)
+    if table.empty:
+        return table
+    families = claim_families(table)
+    return decided(table, corrected(table["p"], families), divisors(table["p"], families))
+
+
+def measured_claims(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return a row for every planned claim, before the correction for other tests; `decided` completes it."""
+    rows: dict[str, list[dict[str, Any]]] = {}
     for claim, members in planned_claims(runs):
-        families.setdefault(members["experiment"].iloc[0], []).append((claim, members))
-    tables = []
-    for experiment, family in families.items():
-        table = _judge(family)
-        table.insert(0, "experiment", experiment)
-        tables.append(table)
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+        experiment = members["experiment"].iloc[0]
+        rows.setdefault(experiment, []).append({"experiment": experiment} | _judge_alone(claim, members))
+    return pd.DataFrame(list(chain.from_iterable(rows.values())))
+
+
+def claim_families(table: pd.DataFrame) -> np.ndarray:
+    """Return the family of each claim in a table of claims: 0 if it is of a source, 1 if it is our own."""
+    return table["source"].str.startswith(OURS).to_numpy(dtype=int)
 
 
 def judge(runs: pd.DataFrame, claims: list[ClaimConfig]) -> pd.DataFrame:
@@ -107,12 +120,35 @@ def judge(runs: pd.DataFrame, claims: list[ClaimConfig]) -> pd.DataFrame:
       correction. A claim of kind lowest or highest fails if some other level beats all levels that it names.
 
     p is two-sided, or that of two one-sided tests (TOST) if the claimed range has two ends. A claim is decided if
-    `p Holm` is at most 5 %. It is corrected for all these claims, but our own claims are a family of their own, so that
-    they cannot take significance from the claims of a source. If a difference is the same in every seed
+    `p Holm` is at most 5 %. It is corrected for all these claims, except that our own claims are corrected apart, so
+    that they cannot take significance from the claims of a source. If a difference is the same in every seed
     (`deterministic`), chance has no part in it, and p is 0. `estimates` says where the means lie, which may be by
     chance: "as claimed", "against", or "mixed" if the named levels differ in this.
     """
-    return _judge([(claim, runs) for claim in claims])
+    table = pd.DataFrame([_judge_alone(claim, runs) for claim in claims])
+    if table.empty:
+        return table
+    apart = table["p"].groupby(claim_families(table))
+    return decided(table, apart.transform(corrected).to_numpy(), apart.transform(divisors).to_numpy())
+
+
+def decided(table: pd.DataFrame, holm: np.ndarray, tests: np.ndarray) -> pd.DataFrame:
+    """Return a table of claims with their verdicts.
+
+    The arguments are what `corrected` and `divisors` of `moe.analysis.statistics` return for these rows.
+    """
+    table = table.copy()
+    table.insert(table.columns.get_loc("p") + 1, "p Holm", holm)
+    significant = table["p Holm"] <= SIGNIFICANCE
+    only_before = (table["p"] <= SIGNIFICANCE) & ~significant
+    before = table["verdict"] + " before Holm's correction, not after it"
+    spreads = zip(table.pop("doubt"), table["n"], table.pop("spread"), tests.tolist(), strict=True)
+    doubt = pd.Series(
+        [doubt or _detectable(n, spread, number) for doubt, n, spread, number in spreads], index=table.index
+    )
+    doubt = doubt.mask(only_before, before).mask(significant, "")
+    reason = ["; ".join(filter(None, parts)) for parts in zip(table["reason"], doubt, strict=True)]
+    return table.assign(verdict=table["verdict"].where(significant, "undecided"), reason=reason)
 
 
 def evidence_sentence(judged: pd.Series) -> str:
@@ -134,25 +170,6 @@ def evidence_sentence(judged: pd.Series) -> str:
 def contrasts_without_claim(contrasts: pd.DataFrame, claims: list[ClaimConfig]) -> pd.DataFrame:
     """Return those rows of a table of contrasts whose comparison no claim makes."""
     return contrasts[[not any(_about(claim, row) for claim in claims) for _, row in contrasts.iterrows()]]
-
-
-def _judge(family: list[tuple[ClaimConfig, pd.DataFrame]]) -> pd.DataFrame:
-    table = pd.DataFrame([_judge_alone(claim, runs) for claim, runs in family])
-    if table.empty:
-        return table
-    by_family = table["p"].groupby(table["source"].str.startswith(OURS))
-    table.insert(table.columns.get_loc("p") + 1, "p Holm", by_family.transform(lambda p: corrected(p, "holm")))
-    decided = table["p Holm"] <= SIGNIFICANCE
-    only_before = (table["p"] <= SIGNIFICANCE) & ~decided
-    before = table["verdict"] + " before Holm's correction, not after it"
-    tests = by_family.transform(lambda p: (p > 0).sum()).astype(int)  # without those that are deterministic
-    spreads = zip(table.pop("doubt"), table["n"], table.pop("spread"), tests, strict=True)
-    doubt = pd.Series(
-        [doubt or _detectable(n, spread, tests) for doubt, n, spread, tests in spreads], index=table.index
-    )
-    doubt = doubt.mask(only_before, before).mask(decided, "")
-    reason = ["; ".join(filter(None, parts)) for parts in zip(table["reason"], doubt, strict=True)]
-    return table.assign(verdict=table["verdict"].where(decided, "undecided"), reason=reason)
 
 
 def _detectable(n: int, spread: float, tests: int) -> str:

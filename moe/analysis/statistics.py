@@ -6,8 +6,8 @@ differences are taken between runs of the same seed before they are averaged. Fu
 left out without a note. `moe.analysis.variance` has the analysis of variance.
 """
 
-import itertools
 import math
+from collections import deque
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -51,19 +51,22 @@ def contrasts(
     - `difference`: level minus reference in units of the metric, mean over paired seeds; `ci_low` and `ci_high` are its
       95 % t interval, `p` is that of the paired t test. These are NaN if the difference is `deterministic`, which means
       that it is the same in every seed.
-    - `p Holm`, `p BH`: p corrected over all rows of the table (Holm; Benjamini-Hochberg, the false discovery rate).
+    - `p Holm`, `p BH`: p corrected over all rows of the table (`corrected`, `false_discovery`). A report corrects them
+      for all its tests.
     - `std of differences` (ddof=1), and `d_z`: the difference divided by it.
     - `p Welch`: p of a test that ignores the pairing.
     - `p sign-flip`: exact up to 16 seeds; `smallest p sign-flip` is the smallest value it can take at this n.
-    - `detectable`: the smallest true difference that would be significant after the correction for all `tests` of the
-      family with power 0.8, if this spread were the true one; `detectable_low` and `detectable_high`: the same for the
-      ends of the spread's 95 % chi-square interval.
+    - `tests`: the number by which 5 % are divided before any test is significant (`divisors`).
+    - `detectable`: the smallest true difference that would be significant at 5 % / `tests` with power 0.8, if this
+      spread were the true one; `detectable_low` and `detectable_high`: the same for the ends of the spread's 95 %
+      chi-square interval.
     - `note`: a remark for the reader, such as a seed that was left out.
 
-    With a `margin`, in units of the metric or as text such as "1%" of the reference's mean, there are four more:
+    With a `margin`, in units of the metric or as text such as "1%" of the reference's mean, there are five more:
     `margin` in units, `p TOST` (two one-sided t tests that the true difference is smaller than the margin),
-    `p TOST Holm`, and `equivalent`: whether the levels are equivalent at 5 %. (A difference that is not significant is
-    no proof of equivalence.) Raises ValueError for a margin that is not positive and for an unknown reference.
+    `p TOST Holm`, `equivalent`: whether the levels are equivalent at 5 %, and `beyond`: whether the difference exceeds
+    the margin at 5 % / `tests`. (A difference that is not significant is no proof of equivalence.) Raises ValueError
+    for a margin that is not positive and for an unknown reference.
     """
     if margin is not None and absolute(margin, 1.0) <= 0:
         raise ValueError(f"margin {margin}: must be positive, in units of {metric} or a text such as 1%")
@@ -88,27 +91,31 @@ def contrasts(
     return as_one_family(_contrast_table(rows, margin))
 
 
-def as_one_family(table: pd.DataFrame, others: pd.Series | None = None) -> pd.DataFrame:
-    """Correct the p-values of contrasts, which may be of several metrics, over all rows of the table and over `others`.
-
-    `others` are p-values of further tests of the same family, such as those of an analysis of variance. Equivalence is
-    another question than a difference, so its p-values are corrected over the rows of the table alone.
-    """
+def as_one_family(table: pd.DataFrame) -> pd.DataFrame:
+    """Correct the p-values of contrasts, which may be of several metrics, over all rows of the table."""
     if "p" not in table:
         return table
-    p = table["p"] if others is None else pd.concat([table["p"], others])
-    tests = int(p.notna().sum())
-    table = table.assign(
-        **{"p Holm": corrected(p, "holm")[: len(table)], "p BH": corrected(p, "fdr_bh")[: len(table)], "tests": tests}
-    )
-    factor = [detectable_effect(n, tests=max(tests, 1)) for n in table["n"]]
-    low, high = spread_interval(table["std of differences"], table["n"])
-    spreads = {"detectable": table["std of differences"], "detectable_low": low, "detectable_high": high}
-    table = table.assign(**{name: (spread * factor).where(table["p"].notna()) for name, spread in spreads.items()})
+    return with_correction(table, corrected(table["p"]), divisors(table["p"]), false_discovery(table["p"]))
+
+
+def with_correction(table: pd.DataFrame, holm: np.ndarray, tests: np.ndarray, bh: np.ndarray) -> pd.DataFrame:
+    """Set the columns of contrasts that depend on other tests.
+
+    The arguments are what `corrected`, `divisors` and `false_discovery` return for these rows. Equivalence is another
+    question than a difference, so its p-values are corrected over the rows of the table alone.
+    """
+    table = table.assign(**{"p Holm": holm, "p BH": bh, "tests": tests})
+    spread = table["std of differences"]
+    factor = [detectable_effect(n, tests=max(number, 1)) for n, number in table[["n", "tests"]].itertuples(index=False)]
+    low, high = spread_interval(spread, table["n"])
+    spreads = {"detectable": spread, "detectable_low": low, "detectable_high": high}
+    table = table.assign(**{name: (each * factor).where(table["p"].notna()) for name, each in spreads.items()})
     if "p TOST" in table:
-        holm = corrected(table["p TOST"], "holm")
-        equivalent = pd.Series(holm <= SIGNIFICANCE, index=table.index).where(table["margin"].notna())
-        table = table.assign(**{"p TOST Holm": holm, "equivalent": equivalent})
+        equivalence = corrected(table["p TOST"])
+        equivalent = pd.Series(equivalence <= SIGNIFICANCE, index=table.index).where(table["margin"].notna())
+        lead = (table["difference"].abs() - table["margin"]) / (spread / np.sqrt(table["n"]))
+        beyond = stats.t.sf(lead, table["n"] - 1) <= SIGNIFICANCE / table["tests"].clip(lower=1) / 2
+        table = table.assign(**{"p TOST Holm": equivalence, "equivalent": equivalent, "beyond": beyond})
     return table
 
 
@@ -116,23 +123,6 @@ def stack(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """Return the rows of all tables in one table. If none has a row, it is the first table, with its columns."""
     filled = [table for table in tables if not table.empty]
     return pd.concat(filled, ignore_index=True) if filled else next(iter(tables), pd.DataFrame())
-
-
-def against_best(runs: pd.DataFrame, metric: str, factor: str, best: Any) -> pd.DataFrame:
-    """Compare every level of a factor with the one that was picked as the best, paired by seed, as in `contrasts`.
-
-    The best level was picked because of these same results, so it looks better than it is. To allow for that, p is
-    corrected for all pairs of levels and not only for the pairs with the best one. The probability that any level seems
-    to differ from the picked one, although it does not, is then at most 5 %.
-    """
-    of_level = {level: runs[runs[factor] == level] for level in levels(runs[factor])}
-    rows = []
-    for pair in itertools.combinations(of_level, 2):
-        reference, level = pair if pair[1] != best else pair[::-1]
-        names = {"metric": metric, "factor": factor, "level": level, "reference": reference, "within": ""}
-        rows.append(names | _compare_runs(metric, of_level[level], of_level[reference], None))
-    table = as_one_family(_contrast_table(rows))
-    return table if table.empty else table[table["reference"] == best]
 
 
 def completed(table: pd.DataFrame) -> pd.DataFrame:
@@ -214,15 +204,56 @@ def range_test(differences: np.ndarray, low: float, high: float) -> tuple[float,
     return float(within), float(min(1, 2 * (1 - max(above_low, below_high))))
 
 
-def corrected(p: pd.Series, method: str) -> np.ndarray:
-    """Return p-values corrected by "holm" or "fdr_bh". NaN stands for a test that was impossible, and stays NaN."""
-    values = p.to_numpy(dtype=float, copy=True)
+def corrected(p: pd.Series, family: np.ndarray | None = None) -> np.ndarray:
+    """Return p-values corrected by Holm's method, for tests of one or several families.
+
+    If the tests with a result of at most 5 % are called significant, the probability that any of them is significant by
+    chance is at most 5 % for all families together. The 5 % are divided by `shares`, in the order of the numbers in
+    `family`. Within a family its share is divided evenly among the tests. A test that is significant drops out, and the
+    5 % are divided again among the others, so that a family whose tests are all significant leaves its share to the
+    other families (Bretz et al. 2009, sequentially rejective weighted procedures). With a single family this is Holm's
+    method. NaN stands for a test that was impossible, and stays NaN.
+    """
+    values = p.to_numpy(dtype=float)
     tested = np.flatnonzero(~np.isnan(values))
-    if method == "fdr_bh":
-        values[tested] = stats.false_discovery_control(values[tested]) if len(tested) else values[tested]
-    else:
-        order = tested[np.argsort(values[tested])]
-        values[order] = np.maximum.accumulate(values[order] * np.arange(len(order), 0, -1)).clip(max=1)
+    families = np.zeros(len(values), dtype=int) if family is None else family
+    ordered = tested[np.argsort(values[tested], kind="stable")]
+    queues = [deque(ordered[families[ordered] == each]) for each in np.unique(families[tested])]
+    result, largest = np.full(len(values), np.nan), 0.0
+    while queues:
+        bounds = [
+            len(queue) / share * values[queue[0]] for queue, share in zip(queues, shares(len(queues)), strict=True)
+        ]
+        smallest = int(np.argmin(bounds))
+        largest = max(largest, bounds[smallest])
+        result[queues[smallest].popleft()] = min(1.0, largest)
+        queues = [queue for queue in queues if queue]
+    return result
+
+
+def shares(families: int) -> list[float]:
+    """Return the share of 5 % that each family of tests gets: half of what is left, and the last one all of it."""
+    return [0.5 ** min(number, families - 1) for number in range(1, families + 1)]
+
+
+def divisors(p: pd.Series, family: np.ndarray | None = None) -> np.ndarray:
+    """Return for each test the number by which 5 % are divided before any test is significant.
+
+    It is the number of tests of the family, divided by the family's share. Tests with p = 0, which chance cannot
+    explain, and tests that were impossible do not count.
+    """
+    values = p.to_numpy(dtype=float)
+    families = np.zeros(len(values), dtype=int) if family is None else family
+    present, sizes = np.unique(families[values > 0], return_counts=True)
+    number = dict(zip(present, sizes / shares(len(present)), strict=True))
+    return np.array([round(number.get(each, 0)) for each in families], dtype=int)
+
+
+def false_discovery(p: pd.Series) -> np.ndarray:
+    """Return p-values corrected for the false discovery rate (Benjamini and Hochberg); NaN stays NaN."""
+    values = p.to_numpy(dtype=float, copy=True)
+    tested = ~np.isnan(values)
+    values[tested] = stats.false_discovery_control(values[tested]) if tested.any() else values[tested]
     return values
 
 

@@ -78,7 +78,7 @@ def present(runs: pd.DataFrame, metrics: Iterable[str]) -> list[str]:
 
 def by_seed(runs: pd.DataFrame, metric: str) -> pd.Series:
     """Return the finite values of `metric` in one condition by seed. Raises ValueError if a seed has two runs."""
-    values = runs.set_index("seed")[metric].astype(float)
+    values = pd.Series(runs[metric].to_numpy(dtype=float), index=runs["seed"])
     values = values[values.map(math.isfinite)].sort_index()
     if not values.index.is_unique:
         seed = values.index[values.index.duplicated()][0]

@@ -37,7 +37,7 @@ from moe.analysis.report.blocks import (
     StatusBar,
     TableBlock,
 )
-from moe.analysis.report.inputs import GRADIENT_METRICS, ReportOptions, collect_inputs
+from moe.analysis.report.inputs import GRADIENT_METRICS, ReportInputs, ReportOptions, collect_inputs
 from moe.analysis.report.markdown import table_as_markdown
 from moe.analysis.report.report import save_report, write_report
 from moe.analysis.report.sections.overview import what_was_run
@@ -137,11 +137,9 @@ def test_the_published_runs_give_the_published_verdicts(published: Path, tmp_pat
         "noise 0.1 vs 0.0 at lb=0.01: +1.15 perplexity [0.967, 1.34], p=0.0014 (Holm 0.025), n=3: **worse**\n" in text
     )
     assert "p=0.017 (Holm 0.25), n=3: **undecided**" in text
-    assert "of all tested metrics, are one family of 20 tests" in text
+    assert "for the whole report: 5 % for comparisons that nobody planned (20 tests)." in text
     assert "lb 0.0 vs 0.01 at noise=0.0: +0.307 perplexity [-1.72, 2.33], p=0.58 (Holm 1), n=3: **undecided**" in text
-    assert (
-        "smallest effect these seeds could have seen (power 0.8, after correction for 20 tests) is 12 [6.2, 75]" in text
-    )
+    assert "these seeds could have seen (power 0.8, with 5 % divided by 20) is 12, from 6.2 to 75" in text
     assert "| topk (causal: yes) | 18 | 18 |" in text
     assert "(ddof=1)" in text
     names = {
@@ -297,7 +295,13 @@ def test_the_option_metric_adds_a_metric_to_the_tables_and_tests(
     assert f"- {metric} has no spread between seeds" in text.replace(f"{metric}: ", "", 1)
 
 
-def test_an_added_metric_does_not_change_experiments_without_it(tmp_path: Path) -> None:
+def tests_of(part: ReportInputs) -> list[tuple[pd.DataFrame, str]]:
+    """Return the tables of tests that nobody planned, each with the column of their p-values."""
+    return [(part.contrasts, "p"), (part.variance, "p GG")]
+
+
+def test_an_added_metric_is_tested_only_in_experiments_that_have_it(tmp_path: Path) -> None:
+    """All tests of both experiments are corrected together."""
     for experiment, metrics in (("with_metric", ["routing/load_gini"]), ("without_metric", [])):
         for noise, seed in product((0.0, 0.1), (1, 2, 3)):
             names = ["val/perplexity", "routing/load_cv/pooled", *metrics]
@@ -307,12 +311,14 @@ def test_an_added_metric_does_not_change_experiments_without_it(tmp_path: Path) 
         load_runs([tmp_path]), ReportOptions(metrics=("routing/load_gini",))
     )
     assert with_metric.tested == [*without_metric.tested, "routing/load_gini"]
-    for part in (with_metric, without_metric):
-        family = pd.concat([part.contrasts["p"], part.variance["p GG"].dropna()])
-        np.testing.assert_allclose(
-            part.contrasts["p Holm"], multipletests(family, method="holm")[1][: len(part.contrasts)]
-        )
     np.testing.assert_allclose(without_metric.contrasts["p"], with_metric.contrasts["p"][:2])
+    parts = [table[column] for part in (with_metric, without_metric) for table, column in tests_of(part)]
+    found = [table["p Holm"] for part in (with_metric, without_metric) for table, _ in tests_of(part)]
+    family = pd.concat(parts).dropna()
+    np.testing.assert_allclose(pd.concat(found).dropna(), multipletests(family, method="holm")[1])
+    assert {(each.name, each.tests, each.share) for each in with_metric.families} == {
+        ("comparisons that nobody planned", len(family), 1.0)
+    }
 
 
 def test_a_metric_that_is_null_everywhere_cannot_be_added(tmp_path: Path) -> None:

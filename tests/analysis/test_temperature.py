@@ -319,7 +319,9 @@ def test_the_summary_matches_values_computed_by_hand(tmp_path: Path) -> None:
     assert analysis["best_losses"] == pytest.approx([3.8, 3.95])
     assert (analysis["best_temperature"], analysis["worst_temperature"]) == (1.0, 2.0)
     assert analysis["improvement"] == pytest.approx(100 * 0.15 / 4.25)
-    assert analysis["not_told_from_best"] == [2.0], "differences of 0.1 and 0.2 give 0.15 ± 0.64"
+    assert analysis["differences_from_best"] == [None, pytest.approx(0.15)]
+    interval = pytest.approx([0.15 - 12.7062 * 0.05, 0.15 + 12.7062 * 0.05], rel=1e-4)
+    assert analysis["differences_from_best_interval"] == [None, interval]
     assert report["experiment_overview"]["experiment_names"] == ["temp_1.0", "temp_2.0"]
     assert report["best_results"]["temperature_schedule"] is None
     json.dumps(report, allow_nan=False)
@@ -366,30 +368,25 @@ def compare_temperatures(*differences: float, offsets: Iterable[float] = (0.0, 1
     return insights({"router.temp": pd.DataFrame(rows)}, ["val/loss"])
 
 
-def test_sentences_follow_from_the_data() -> None:
+def test_sentences_give_paired_differences_and_leave_verdicts_to_the_report() -> None:
+    """A direction in these files would not be covered by the correction for all tests of the report."""
     # Differences within a seed are nearly equal, although the seeds differ by a whole nat.
     first, comparison = compare_temperatures(0.10, 0.11, 0.12)
-    assert first.startswith(
-        "Lowest mean final loss: temperature 1.0, 5 nats per token [2.516, 7.484], n=3, chosen after"
+    lowest = "Lowest mean final loss: temperature 1.0, 5 nats per token [2.516, 7.484], n=3, chosen after seeing all 2."
+    assert first == lowest
+    assert comparison == (
+        "final validation loss, temperature 2.0 against temperature 1.0: +0.11 nats per token [0.0852, 0.135], n=3."
     )
-    assert first.endswith("better than every other.")
-    assert comparison.startswith(
-        "final validation loss, temperature 2.0 against temperature 1.0: +0.11 nats per token [0.0852,"
-    )
-    assert comparison.endswith("n=3: worse.")
     first, comparison = compare_temperatures(-0.10, -0.11, -0.12)
     assert first.startswith("Lowest mean final loss: temperature 2.0, 4.89 nats")
     assert ": -0.11 nats" in comparison
-    assert comparison.endswith("n=3: better.")
-    first, comparison = compare_temperatures(-0.1, 0.0, 0.11)
-    assert first.endswith("not told from temperature 2.0.")
-    assert "n=3: undecided, the smallest effect these seeds could have seen (power 0.8) is" in comparison
     assert "deterministic, equal in every seed." in compare_temperatures(0.0, 0.0, 0.0)[1]
     assert "n=1: not tested (a test needs two paired seeds" in compare_temperatures(0.1, offsets=(0.0,))[1]
     assert "no seed has a value at both levels: not tested" in compare_temperatures(math.nan, offsets=(0.0,))[1]
 
 
-def test_gini_insights_say_more_or_less_balanced(tmp_path: Path) -> None:
+def test_gini_insights_compare_every_temperature_with_1(tmp_path: Path) -> None:
+    """The Gini coefficient of each temperature is compared with that of temperature 1, within seeds."""
     for seed in (42, 43, 44):
         for temp, tilt in {1.0: 0.1, 0.5: 0.2, 2.0: 0.05}.items():
             shift = tilt + 0.001 * seed * temp**2 - 0.042 * temp**2
@@ -400,4 +397,4 @@ def test_gini_insights_say_more_or_less_balanced(tmp_path: Path) -> None:
     gini_sentences = [
         sentence for sentence in sentences if sentence.startswith("final Gini coefficient of the experts' load, temp")
     ]
-    assert [sentence.split(": ")[-1] for sentence in gini_sentences] == ["less balanced.", "more balanced."]
+    assert [sentence.split(": ")[-1][0] for sentence in gini_sentences] == ["+", "-"]

@@ -7,9 +7,18 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from moe.analysis.claims import judge_planned
+from moe.analysis.claims import claim_families, decided, measured_claims
 from moe.analysis.figures.style import MOST_LINES
-from moe.analysis.statistics import as_one_family, contrasts, corrected, name_cell, stack
+from moe.analysis.statistics import (
+    contrasts,
+    corrected,
+    divisors,
+    false_discovery,
+    name_cell,
+    shares,
+    stack,
+    with_correction,
+)
 from moe.analysis.variance import anova
 from moe.checks import unknown
 from moe.metrics.catalog import select
@@ -26,12 +35,22 @@ from moe.results.conditions import (
 )
 from moe.results.table import EventTables, read_event_tables
 
-# The metrics that are always tested. All tests of an experiment that nobody planned are one family: every contrast and
-# every term of the analysis of variance, of all tested metrics together.
+# The families into which all tests of a report fall, in the order in which they take their shares of 5 %. The last one
+# holds every contrast and every term of the analysis of variance, of all tested metrics and all experiments.
+FAMILIES = ("planned claims of sources", "planned claims of our own", "comparisons that nobody planned")
+# The metrics that are always tested.
 TESTED = tuple(metric.headline for metric in select(shown="tested"))
 
 GRADIENT_METRICS = tuple(metric.name for metric in select(shown="gradient figure"))
 TRAINING_METRICS = (*GRADIENT_METRICS, "train/loss")  # metrics of training steps that every report needs
+
+
+class Family(NamedTuple):
+    """A family of tests, and the share of 5 % that it gets."""
+
+    name: str
+    tests: int
+    share: float
 
 
 class ReportOptions(NamedTuple):
@@ -57,10 +76,11 @@ class ReportInputs(NamedTuple):
     condition: pd.Series  # of each run, such as "lb=0.01, noise=0.1"; no entry where a level is unknown
     metrics: list[str]  # those of the headline metrics and of the options that some run has and that are comparable
     tested: list[str]  # those of `TESTED` and the metrics of the options that some run has
-    claims: pd.DataFrame  # from `moe.analysis.claims.judge_planned`; empty if there are several experiments
+    claims: pd.DataFrame  # from `moe.analysis.claims.decided`; empty if there are several experiments
     contrasts: pd.DataFrame  # `moe.analysis.statistics.contrasts` of all tested metrics; empty in the same case
     variance: pd.DataFrame  # `moe.analysis.variance.anova` of all tested metrics, with `p Holm`; empty in the same case
     without_variance: list[str]  # why a metric has no analysis of variance
+    families: list[Family]  # those that have a test, in the whole report
     past: EventTables  # every evaluation, and some metrics of every training step
 
     def with_condition(self, events: pd.DataFrame) -> pd.DataFrame:
@@ -81,8 +101,8 @@ def collect_inputs(
 
     Runs are compared within an experiment, so claims, contrasts and figures concern the factors that it varies.
     `loaded` is a table of `moe.results.table.load_runs`. `training_columns` are metrics of training steps to read in
-    addition to `TRAINING_METRICS`. Raises ValueError for a reference, margin or metric that no run has, and for two
-    runs with the same seed in one condition.
+    addition to `TRAINING_METRICS`. All tests of all experiments are corrected together. Raises ValueError for a
+    reference, margin or metric that no run has, and for two runs with the same seed in one condition.
     """
     options = options or ReportOptions()
     columns = dict.fromkeys((*TRAINING_METRICS, *training_columns))
@@ -91,10 +111,11 @@ def collect_inputs(
     everything, names = describe(loaded), levels(loaded["experiment"])
     if len(names) < 2:
         _check(options, [everything])
-        return [_with_comparisons(everything, options)]
+        return _with_corrections([_with_comparisons(everything, options)])
     experiments = [describe(loaded[loaded["experiment"] == name]) for name in names]
     _check(options, experiments)
-    return [everything, *(_with_comparisons(experiment, options) for experiment in experiments)]
+    corrected_parts = _with_corrections([_with_comparisons(experiment, options) for experiment in experiments])
+    return [everything._replace(families=corrected_parts[0].families), *corrected_parts]
 
 
 def tested_metrics(runs: pd.DataFrame) -> tuple[str, ...]:
@@ -123,6 +144,7 @@ def _describe(loaded: pd.DataFrame, *, past: EventTables, extra_metrics: tuple[s
         contrasts=pd.DataFrame(),
         variance=pd.DataFrame(),
         without_variance=[],
+        families=[],
         past=EventTables(_events_of(past.evals, folders), _events_of(past.trains, folders), past.problems),
     )
 
@@ -132,24 +154,63 @@ def _events_of(events: pd.DataFrame, folders: pd.Series) -> pd.DataFrame:
 
 
 def _with_comparisons(inputs: ReportInputs, options: ReportOptions) -> ReportInputs:
-    """Return the inputs with claims judged and levels compared."""
+    """Return the inputs with claims measured and levels compared, before the correction for other tests."""
     references = _reference_levels(inputs, options)
     tables = [
         contrasts(inputs.runs, metric, inputs.factors, references=references, margin=options.margins.get(metric))
         for metric in inputs.tested
     ]
-    compared, (variance, refusals) = stack(tables), _variance(inputs)
-    p = pd.concat(
-        [table.get(column, pd.Series(dtype=float)) for table, column in ((compared, "p"), (variance, "p GG"))]
-    )
-    if len(variance):
-        variance.insert(variance.columns.get_loc("p GG") + 1, "p Holm", corrected(p, "holm")[len(compared) :])
+    variance, refusals = _variance(inputs)
     return inputs._replace(
-        claims=judge_planned(inputs.loaded),
-        contrasts=as_one_family(compared, variance.get("p GG")),
+        claims=measured_claims(inputs.loaded),
+        contrasts=stack(tables),
         variance=variance,
         without_variance=refusals,
     )
+
+
+def _with_corrections(parts: list[ReportInputs]) -> list[ReportInputs]:
+    """Correct all tests of a report together, and decide its claims."""
+    tests = pd.concat([_tests(inputs).assign(part=number) for number, inputs in enumerate(parts)], ignore_index=True)
+    p, family = tests["p"], tests["family"].to_numpy()
+    tests = tests.assign(
+        holm=corrected(p, family), tests=divisors(p, family), bh=false_discovery(p.where(family == len(FAMILIES) - 1))
+    )
+    counts = tests.loc[p > 0, "family"].value_counts().sort_index()
+    families = [
+        Family(FAMILIES[number], int(count), share)
+        for (number, count), share in zip(counts.items(), shares(len(counts)), strict=True)
+    ]
+    return [
+        _corrected(inputs._replace(families=families), tests[tests["part"] == number])
+        for number, inputs in enumerate(parts)
+    ]
+
+
+def _tests(inputs: ReportInputs) -> pd.DataFrame:
+    """Return the p of each test, the number of its family, and the field of the inputs in which it is a row."""
+    columns = {"claims": "p", "contrasts": "p", "variance": "p GG"}
+    tables = [pd.DataFrame({"p": [], "family": [], "field": []}).astype({"p": float, "family": int})]
+    for field, column in columns.items():
+        if len(table := getattr(inputs, field)):
+            family = claim_families(table) if field == "claims" else len(FAMILIES) - 1
+            tables.append(pd.DataFrame({"p": table[column].to_numpy(dtype=float), "family": family, "field": field}))
+    return pd.concat(tables[1:] or tables, ignore_index=True)
+
+
+def _corrected(inputs: ReportInputs, tests: pd.DataFrame) -> ReportInputs:
+    """Return the inputs with the results of the correction, which `tests` holds in the order of `_tests`."""
+    claims, compared, variance = (tests[tests["field"] == field] for field in ("claims", "contrasts", "variance"))
+    if len(claims):
+        inputs = inputs._replace(claims=decided(inputs.claims, claims["holm"].to_numpy(), claims["tests"].to_numpy()))
+    if len(compared):
+        columns = compared["holm"].to_numpy(), compared["tests"].to_numpy(), compared["bh"].to_numpy()
+        inputs = inputs._replace(contrasts=with_correction(inputs.contrasts, *columns))
+    if len(variance):
+        table = inputs.variance.copy()
+        table.insert(table.columns.get_loc("p GG") + 1, "p Holm", variance["holm"].to_numpy())
+        inputs = inputs._replace(variance=table)
+    return inputs
 
 
 def _variance(inputs: ReportInputs) -> tuple[pd.DataFrame, list[str]]:

@@ -13,18 +13,20 @@ interval, and the smallest true difference that an unpaired t test with so many 
 power 0.8."""
 CONTRASTS_EXPLAINED = """\
 `difference` is level minus reference, averaged over paired seeds, with its 95 % t interval and the p of the paired t
-test. `p Holm` is p corrected for all `tests` of the family. `d_z` is the difference in standard deviations (ddof=1) of
+test. `p Holm` is p corrected for all tests of this report; `tests` is the number by which 5 % are divided before any
+test is significant. `d_z` is the difference in standard deviations (ddof=1) of
 the paired differences. `p Welch` is the p of a test that ignores the pairing. `p sign-flip` is exact up to 16 seeds,
 and can never be below `smallest p sign-flip`, however large the effect is. `detectable` is the smallest true difference
-that would be significant after Holm's correction with power 0.8. It rests on the spread of few differences:
+that would be significant at 5 % / `tests` with power 0.8. It rests on the spread of few differences:
 `detectable_low` and `detectable_high` give it for both ends of the spread's 95 % interval. `p BH` is p corrected for
-the false discovery rate (Benjamini-Hochberg) over the same tests. A metric with a `--margin` also has `p TOST`, the p
-of two one-sided tests that the difference is smaller than the margin. A difference that is the same in every seed is
+the false discovery rate (Benjamini-Hochberg) over all comparisons that nobody planned. A metric with a `--margin` also
+has `p TOST`, the p of two one-sided tests that the difference is smaller than the margin, and `beyond`: whether the
+difference exceeds the margin at 5 % / `tests`. A difference that is the same in every seed is
 `deterministic`, and has no p."""
 VARIANCE_EXPLAINED = """\
 Each term is tested against its own interaction with the seed, so an effect counts only if it is larger than its spread
 from seed to seed. `p GG` has Greenhouse and Geisser's correction: with three levels or more, p alone is too small if
-some seeds respond more strongly than others. `p Holm` is p GG corrected for all tests of the family. `runs` says which
+some seeds respond more strongly than others. `p Holm` is p GG corrected for all tests of this report. `runs` says which
 runs were used; if some are missing, a mixed model takes the place of the usual tests."""
 
 

@@ -1,4 +1,4 @@
-"""Verdicts in sentences: on the planned claims, and on every other comparison of two levels."""
+"""Verdicts in sentences: how they are made, on the planned claims, and on every other comparison of two levels."""
 
 from collections.abc import Iterator
 
@@ -7,33 +7,52 @@ import pandas as pd
 from moe.analysis.claims import contrasts_without_claim, evidence_sentence, planned_claims
 from moe.analysis.report.blocks import BulletList, Heading, Paragraph, ReportBlock, csv_file, long_list
 from moe.analysis.report.inputs import ReportInputs
-from moe.analysis.sentences import DETERMINISTIC, SIGNIFICANT, UNDECIDED, UNTESTED, contrast_sentence, standing
+from moe.analysis.sentences import (
+    DETERMINISTIC,
+    SIGNIFICANT,
+    UNDECIDED,
+    UNTESTED,
+    contrast_sentence,
+    standing,
+    with_note,
+)
+from moe.analysis.statistics import SIGNIFICANCE
 from moe.metrics.catalog import lookup
 from moe.results.comparable import several_tokenizers
 
 TITLES = {
-    SIGNIFICANT: "Significant after Holm's correction",
+    SIGNIFICANT: "Significant after correction",
     DETERMINISTIC: "The same in every seed",
     UNDECIDED: "Undecided",
     UNTESTED: "Not tested",
 }
+DECIDES = """\
+A direction is called significant, and a claim supported or contradicted, if its p is at most 5 % after correction for
+all tests of this report ("Holm" in sentences, `p Holm` in tables). The probability that any of these results is due to
+chance is then at most 5 % for the whole report: {families}. Within a family, Holm's method divides the share among the
+tests. A family whose tests are all significant leaves its share to the others. All other numbers describe: each 95 %
+interval holds for itself, and no direction that is read from intervals, figures or tables is tested."""
 CLAIMS_EXPLAINED = """\
 These claims were written into the experiment's YAML file, and every run recorded them before its first step. Each
 difference is taken between runs of the same seed and averaged over all combinations of the other factors. A claim is
-supported or contradicted if p is at most 5 % after Holm's correction; otherwise it is undecided. Because claims are
-planned, they are corrected apart from everything else, in two families. The probability of a wrong verdict due to
-chance is at most 5 % for all claims of the sources together, and at most 5 % for all our own claims together. All
-other directions in this report are post hoc, because nobody predicted them before the runs. They are a third family,
-with 5 % together."""
+supported or contradicted if p is at most 5 % after correction; otherwise it is undecided."""
 POST_HOC = """\
 Each level of a factor is compared with the factor's reference level: "A vs B" is A minus B, and B is the reference.
-These comparisons are post hoc: no claim predicted their results before the runs. They and the analysis of variance, of
-all tested metrics, are one family of {tests} tests. Holm's correction keeps the probability that any of its directions
-is due to chance at 5 % or less."""
+These comparisons are post hoc: no claim predicted their results before the runs."""
 
 TOKENIZERS = """\
 The runs have different tokenizers, so losses, perplexities and accuracies per token are not comparable; bits per byte
 take their place."""
+
+
+def how_it_decides(inputs: ReportInputs) -> Iterator[ReportBlock]:
+    """Yield when a result counts as more than chance, once for the whole report."""
+    if inputs.families:
+        parts = [
+            f"{100 * SIGNIFICANCE * each.share:.3g} % for {each.name} ({each.tests} tests)" for each in inputs.families
+        ]
+        yield Heading("How this report decides")
+        yield Paragraph(DECIDES.format(families=", ".join(parts)))
 
 
 def claim_verdicts(inputs: ReportInputs) -> Iterator[ReportBlock]:
@@ -44,7 +63,7 @@ def claim_verdicts(inputs: ReportInputs) -> Iterator[ReportBlock]:
     yield Heading("Planned claims")
     yield Paragraph(CLAIMS_EXPLAINED)
     sentences = [
-        f"{row['claim']} ({row['source']}): **{row['verdict']}**; {evidence_sentence(row)}"
+        f"{with_note(row['claim'], row['source'])}: **{row['verdict']}**; {evidence_sentence(row)}"
         for _, row in judged.iterrows()
     ]
     yield BulletList(sentences)
@@ -60,7 +79,7 @@ def contrast_verdicts(inputs: ReportInputs) -> Iterator[ReportBlock]:
         yield Paragraph("None: no factor varies among the runs with results.")
         return
     rows = contrasts_without_claim(inputs.contrasts, [claim for claim, _ in planned_claims(inputs.loaded)])
-    yield Paragraph(POST_HOC.format(tests=inputs.contrasts["tests"].max()))
+    yield Paragraph(POST_HOC)
     sentences: dict[str, list[str]] = {}
     for _, contrast in rows.iterrows():
         sentences.setdefault(standing(contrast), []).append(_verdict(contrast))

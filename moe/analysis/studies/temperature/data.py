@@ -8,8 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 
-from moe.analysis.sentences import DETERMINISTIC, SIGNIFICANT, standing
-from moe.analysis.statistics import against_best, with_intervals
+from moe.analysis.statistics import contrasts, with_intervals
 from moe.config.schema import is_free
 from moe.results.conditions import STD, tied_factors, varied_factors
 from moe.results.table import ABSENT, FACTS
@@ -131,16 +130,12 @@ def experiment_names(members: pd.DataFrame) -> pd.Series:
     return pd.Series(named, members.index)
 
 
-def rivals_of_best(members: pd.DataFrame, by: str, best: float | str) -> pd.DataFrame:
-    """Compare the final losses of the levels of `by` with that of the best; `told`: whether they are told apart."""
-    table = against_best(members, VALIDATION_LOSS, by, best)
-    return table.assign(told=[standing(contrast) in (SIGNIFICANT, DETERMINISTIC) for _, contrast in table.iterrows()])
+def against_best(members: pd.DataFrame, by: str, best: float | str) -> pd.DataFrame:
+    """Return the contrasts of the final loss of every other level of `by` with the best one, paired by seed.
 
-
-def not_told_from_best(members: pd.DataFrame, by: str, best: float | str) -> list[float | str]:
-    """Return the levels of `by` that are not told from the best, which was chosen after seeing all losses."""
-    rivals = rivals_of_best(members, by, best)
-    return rivals.loc[~rivals["told"], "level"].tolist() if len(rivals) else []
+    They describe and test nothing: the best level was chosen because of these same losses.
+    """
+    return contrasts(members, VALIDATION_LOSS, [by], references={by: best})
 
 
 def _by_schedule(runs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:

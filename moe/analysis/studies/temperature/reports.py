@@ -11,15 +11,15 @@ import numpy as np
 import pandas as pd
 
 from moe.analysis.sentences import contrast_sentence
-from moe.analysis.statistics import as_one_family, contrasts, stack, with_intervals
+from moe.analysis.statistics import contrasts, with_intervals
 from moe.analysis.studies.temperature.data import (
     TEMPERATURE,
     VALIDATION_LOSS,
     ablation,
+    against_best,
     constant_runs,
     evaluation_curves,
     experiment_names,
-    not_told_from_best,
     ranking,
     scheduled,
     with_utilization,
@@ -35,9 +35,9 @@ DEFINITIONS = {
     "best_loss": "lowest over a run's evaluations: optimistic, because the evaluation was chosen by its own loss",
     "losses": "final losses, means over seeds, in the order of the tested levels",
     "improvement": "100 (worst - best) / worst of the mean final losses; both were chosen after seeing the losses",
-    "not_told_from_best": "levels whose difference from the best, paired by seed, is not significant after Holm's "
-    "correction over all pairs of levels; the best was chosen after seeing the losses, and all pairs allow for that",
-    "insights": "a direction is named if p is at most 5 % after Holm's correction over all comparisons of this file",
+    "differences_from_best": "final loss minus that of the best level, paired by seed, in the order of the tested "
+    "levels; the best was chosen after seeing the losses, so these differences look larger than they are",
+    "insights": "differences with 95 % t intervals, paired by seed; they describe, and the verdicts are in the report",
     "expert_utilization": "shares of assignments at the last evaluation. distribution: mean over layers and seeds, by "
     "index, which hides imbalance, because expert i of one layer has nothing to do with expert i of another; ranked: "
     "the shares of each layer sorted from largest to smallest, then averaged; std (ddof 0) and gini: of a layer's "
@@ -126,20 +126,17 @@ def insights(parts: dict[str, pd.DataFrame], metrics: list[str]) -> list[str]:
     """Return sentences that compare the levels of each factor with temperature 1, or with a constant temperature.
 
     `parts` has the runs by factor. If the loss is among the metrics, the first sentence about a factor names the level
-    with the lowest final loss. All comparisons are one family for Holm's correction, and a sentence names a direction
-    only if it holds after that.
+    with the lowest final loss. Sentences give differences with their intervals. Verdicts are left to the report, whose
+    correction covers all of its tests.
     """
-    tables = []
+    sentences = []
     for by, members in parts.items():
         known = levels(members[by])
         reference = next((level for level in (1.0, "constant") if level in known), known[0])
-        for metric in [metric for metric in metrics if metric in members]:
-            tables.append(contrasts(members, metric, [by], references={by: reference}))
-    compared = as_one_family(stack(tables))
-    sentences = []
-    for by, members in parts.items():
         sentences += [_lowest_loss(members, by)] if VALIDATION_LOSS in metrics else []
-        sentences += [_sentence(contrast) for _, contrast in compared.iterrows() if contrast["factor"] == by]
+        for metric in [metric for metric in metrics if metric in members]:
+            compared = contrasts(members, metric, [by], references={by: reference})
+            sentences += [_sentence(contrast) for _, contrast in compared.iterrows()]
     return sentences
 
 
@@ -152,11 +149,8 @@ def _lowest_loss(members: pd.DataFrame, by: str) -> str:
     text = f"Lowest mean final loss: {_level_name(by, best[by])}, {best['mean']:.4g} nats per token"
     if not math.isnan(best["ci_low"]):
         text += f" [{best['ci_low']:.4g}, {best['ci_high']:.4g}]"
-    text += f", n={best['n']:.0f}, chosen after seeing all {len(losses)}"
-    rivals = not_told_from_best(members, by, best[by])
-    if rivals:
-        return f"{text}: not told from {', '.join(_level_name(by, rival) for rival in rivals)}."
-    return f"{text}: better than every other." if len(losses) > 1 else f"{text}: there is no other to compare with."
+    chosen = f", chosen after seeing all {len(losses)}" if len(losses) > 1 else ""
+    return f"{text}, n={best['n']:.0f}{chosen}."
 
 
 def _sentence(contrast: pd.Series) -> str:
@@ -164,8 +158,7 @@ def _sentence(contrast: pd.Series) -> str:
     assert metric is not None
     level, reference = (_level_name(contrast["factor"], contrast[side]) for side in ("level", "reference"))
     subject = f"final {metric.label}, {level} against {reference}"
-    sentence = contrast_sentence(contrast, subject, unit=metric.unit, up=metric.rise, down=metric.fall)
-    return sentence.replace("**", "") + "."
+    return contrast_sentence(contrast, subject, unit=metric.unit).replace("**", "") + "."
 
 
 def _level_name(by: str, level: Any) -> str:
@@ -197,14 +190,24 @@ def _analysis(members: pd.DataFrame, by: str, key: str, evals: pd.DataFrame) -> 
     report["best_losses"] = [_estimate("best", _lowest_evaluation(cell, evals))["best"] for cell in cells]
     losses = ranking(members, by)
     if losses.empty:
-        return report | {f"best_{key}": None, f"worst_{key}": None, "improvement": None, "not_told_from_best": []}
+        return report | {f"best_{key}": None, f"worst_{key}": None, "improvement": None}
     best, worst = losses.iloc[0], losses.iloc[-1]
+    compared = against_best(members, by, best[by]).set_index("level")
+    differences = [compared.loc[level] if level in compared.index else None for level in levels(members[by])]
     return report | {
         f"best_{key}": best[by],
         f"worst_{key}": worst[by],
         "improvement": float(100 * (worst["mean"] - best["mean"]) / worst["mean"]),
-        "not_told_from_best": not_told_from_best(members, by, best[by]),
+        "differences_from_best": [None if each is None else _number(each["difference"]) for each in differences],
+        "differences_from_best_interval": [
+            None if each is None or math.isnan(each["ci_low"]) else [each["ci_low"], each["ci_high"]]
+            for each in differences
+        ],
     }
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)
 
 
 def _extremes(members: pd.DataFrame) -> dict[str, Any]:

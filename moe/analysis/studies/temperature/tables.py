@@ -5,15 +5,15 @@ from typing import Any
 
 import pandas as pd
 
-from moe.analysis.studies.temperature.data import TEMPERATURE, ranking, rivals_of_best, seed_means
+from moe.analysis.studies.temperature.data import TEMPERATURE, against_best, ranking, seed_means
 from moe.checks import plain
 
 
 def ablation_statistics(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return a table of the best and worst temperature by mean final loss, and whether the seeds separate them."""
+    """Return a table of the best and worst temperature by mean final loss, and of their difference within seeds."""
     losses = ranking(runs, TEMPERATURE)
     best, worst = losses.iloc[0], losses.iloc[-1]
-    rivals = rivals_of_best(runs, TEMPERATURE, best[TEMPERATURE])
+    compared = against_best(runs, TEMPERATURE, best[TEMPERATURE])
     lines = {
         "best temperature": f"{best[TEMPERATURE]:g}",
         "its final loss": f"{_interval(best, '.4g')}, n={int(best['n'])}",
@@ -21,11 +21,9 @@ def ablation_statistics(runs: pd.DataFrame) -> pd.DataFrame:
         "its final loss ": f"{_interval(worst, '.4g')}, n={int(worst['n'])}",
         "improvement": f"{100 * (1 - best['mean'] / worst['mean']):.3g} %",
     }
-    if len(rivals):
-        pair = rivals[rivals["level"] == worst[TEMPERATURE]].iloc[0]
-        undecided = ", ".join(f"{level:g}" for level in rivals.loc[~rivals["told"], "level"])
+    if len(compared):
+        pair = compared[compared["level"] == worst[TEMPERATURE]].iloc[0]
         lines["worst − best, paired"] = f"{_interval(pair.rename({'difference': 'mean'}), '.3g')}, n={pair['n']}"
-        lines["not told from the best"] = undecided or "none"
     lines["temperatures tested"] = f"{len(losses)}"
     lines["interval"] = "95 % t over n seeds"
     return pd.DataFrame(lines.items(), columns=["final validation loss", "nats per token"])
