@@ -15,7 +15,8 @@ import torch
 from moe.checks import ConfigError, build, first_line
 from moe.config.schema import Cell, Config, flatten
 from moe.launch import command_line
-from moe.metrics.catalog import Metric, lookup, select
+from moe.metrics.catalog import lookup, select
+from moe.metrics.metric import Metric
 from moe.metrics.summary import summarize
 from moe.model.experts import Experts
 from moe.model.layer import MoELayer

@@ -6,12 +6,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from moe.files import write_text
-from moe.metrics.catalog import ENTRIES, GROUPS, LETTERS, VARIANTS, WRITTEN, Metric, select
+from moe.metrics.catalog import ENTRIES, select
+from moe.metrics.metric import GROUPS, LETTERS, VARIANTS, WRITTEN, Metric
 
 INTRODUCTION = """\
 # Metrics
 
-Generated from `moe/metrics/catalog.py` by `python -m moe.metrics --write`; a test compares.
+Generated from `moe/metrics/entries/` by `python -m moe.metrics --write`; a test compares.
 
 Where each metric is written:
 

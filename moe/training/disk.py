@@ -9,7 +9,8 @@ from torch import Tensor
 
 from moe.config.schema import Config
 from moe.data.tokenizer import pretrained_tokenizer
-from moe.metrics.catalog import ROUTING_METRICS, Metric, select
+from moe.metrics.catalog import ROUTING_METRICS, select
+from moe.metrics.metric import Metric
 from moe.model.architecture import MoEConfig
 from moe.model.decoder import MoEForCausalLM
 from moe.runs import checkpoint, traces

@@ -17,18 +17,8 @@ from moe.config.options import CONF
 from moe.config.schema import Cell, Config
 from moe.launch.run import run
 from moe.metrics.__main__ import page
-from moe.metrics.catalog import (
-    ENTRIES,
-    GROUPS,
-    METRICS,
-    ROUTING_METRICS,
-    SHOWN,
-    VARIANTS,
-    WRITTEN,
-    Metric,
-    lookup,
-    select,
-)
+from moe.metrics.catalog import ENTRIES, METRICS, ROUTING_METRICS, lookup, select
+from moe.metrics.metric import GROUPS, SHOWN, VARIANTS, WRITTEN, Metric
 from moe.routing.decision import Context, Knobs
 from moe.routing.loss_table import LOSSES, ROUTER_LOSSES
 from moe.runs.events import read_events

@@ -1,0 +1,1 @@
+"""The entries of the catalog of metrics, a file for each group or two."""
