@@ -30,6 +30,7 @@ def main(command: list[str] | None = None) -> int:
     )
     add("--metric", action="append", default=[], metavar="NAME", help="test this metric too, such as routing/load_gini")
     add("--replay", action="store_true", help="judge the published numbers of the source studies instead of runs")
+    add("--wandb", action="store_true", help="log the tables and figures to W&B too, in the group of the runs")
     arguments = parser.parse_args(command)
 
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -38,17 +39,22 @@ def main(command: list[str] | None = None) -> int:
     # Import here, so that --help and a wrong command answer at once.
     from moe.analysis.report.inputs import ReportOptions
     from moe.analysis.report.report import write_replay, write_report
+    from moe.analysis.wandb_report import log_report
+    from moe.checks import first_line
     from moe.results.sweep_tables import console_table
     from moe.results.table import load_runs
 
+    files: list[Path] = []
     try:
+        if arguments.replay and arguments.wandb:
+            raise ValueError("--wandb and --replay exclude each other: a replay has no runs in W&B")
         if arguments.replay:
             report = write_replay(arguments.out)
         else:
             runs = load_runs(arguments.folders)
             references, margins = (dict(map(_pair, texts)) for texts in (arguments.reference, arguments.margin))
             options = ReportOptions(references, margins, tuple(arguments.metric))
-            report = write_report(runs, arguments.out, options)
+            report = write_report(runs, arguments.out, options, files=files)
             print(console_table(runs, options.metrics))
     except ValueError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
@@ -58,6 +64,14 @@ def main(command: list[str] | None = None) -> int:
         print(f"{parser.prog}: {place}: {error.strerror}: {error.filename}", file=sys.stderr)
         return 2
     print(f"report: {report} and {report.with_suffix('.html')}")
+    if not arguments.wandb:
+        return 0
+    try:
+        for place in log_report(runs, options, arguments.out, files):
+            print(f"W&B: {place}")
+    except Exception as error:  # the errors of W&B have no other common class
+        print(f"{parser.prog}: the report is complete, but W&B does not have it: {first_line(error)}", file=sys.stderr)
+        return 1
     return 0
 
 

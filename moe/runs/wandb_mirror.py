@@ -53,7 +53,7 @@ class WandbMirror(RunListener):
     def __init__(self, cell: Cell) -> None:
         mode = cell.config.logger.mode
         self._cell = cell
-        self._run = start_run(lambda attempt: _start(cell, attempt), mode_of_environment() if mode == "auto" else mode)
+        self._run = start_in(mode_of_environment() if mode == "auto" else mode, lambda attempt: _start(cell, attempt))
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Log after `step` optimizer steps those of `values` that are numbers, and lists of numbers as histograms."""
@@ -75,7 +75,7 @@ class WandbMirror(RunListener):
             run.finish()
 
 
-def start_run(start: Callable[[str], Any], mode: str) -> Any:
+def start_in(mode: str, start: Callable[[str], Any]) -> Any:
     """Return the W&B run that `start(mode)` starts, offline if online fails; None if it is disabled or both fail."""
     for attempt in {"online": ("online", "offline"), "offline": ("offline",), "disabled": ()}[mode]:
         try:
@@ -140,28 +140,30 @@ def _online_id(folder: Path) -> str:
     return known
 
 
+def settings(*, finish_seconds: int = FINISH_SECONDS) -> Any:
+    """Return the settings of every W&B run of this project: quiet, and never waiting long for the server."""
+    import wandb
+
+    return wandb.Settings(
+        init_timeout=START_SECONDS, finish_timeout=finish_seconds, silent=True, console="off", x_disable_stats=True
+    )
+
+
 def _start(cell: Cell, mode: str) -> Any:
     import wandb
 
-    uploads = cell.config.logger.log_model
-    settings = wandb.Settings(
-        init_timeout=START_SECONDS,
-        finish_timeout=UPLOAD_SECONDS if uploads else FINISH_SECONDS,
-        silent=True,
-        console="off",
-        x_disable_stats=True,
-    )
+    logger = cell.config.logger
     continued = {"id": _online_id(cell.folder), "resume": "allow"} if mode == "online" else {}
     run = wandb.init(
         mode=mode,  # type: ignore[arg-type]
         **continued,  # type: ignore[arg-type]
-        project=cell.config.logger.project,
-        entity=cell.config.logger.entity,
+        project=logger.project,
+        entity=logger.entity,
         group=grid_name([cell]),
         name=cell.folder.name,
         config={**asdict(cell.config), "choices": cell.choices, CONDITION: condition(cell)},
         dir=str(Path(cell.folder).absolute()),
-        settings=settings,
+        settings=settings(finish_seconds=UPLOAD_SECONDS if logger.log_model else FINISH_SECONDS),
         reinit="finish_previous",
     )
     run.define_metric("*", step_metric=STEP)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from unittest.mock import MagicMock
 
 import pytest
 from train_processes import TRAIN, run_script
+from wandb_files import wandb_records
 
 from moe.checks import ConfigError
 from moe.launch.command_line import read_cells
@@ -17,13 +17,6 @@ from moe.launch.run import run
 from moe.launch.sweep import carry_out
 from moe.runs.events import read_events
 from moe.runs.wandb_mirror import WandbMirror, _histograms, mode_of_environment
-
-
-def wandb_records(run: Path) -> list[dict[str, Any]]:
-    """Return the records of an offline W&B run, read with W&B's own command."""
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(run)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def test_an_offline_wandb_run_contains_the_events_final_metrics_configuration_and_on_request_the_model(

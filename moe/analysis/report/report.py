@@ -65,10 +65,13 @@ LAST: tuple[Section, ...] = (
 )
 
 
-def write_report(runs: pd.DataFrame, out: Path | str, options: ReportOptions | None = None) -> Path:
+def write_report(
+    runs: pd.DataFrame, out: Path | str, options: ReportOptions | None = None, *, files: list[Path] | None = None
+) -> Path:
     """Write the report about `runs`, a table of `moe.results.table.load_runs`, and return the path of report.md.
 
-    If there are several experiments, each has its own part of the report and its own folder for files.
+    If there are several experiments, each has its own part of the report and its own folder for files. The paths of
+    the figures and tables that are saved beside the report are appended to `files`.
     """
     columns = itertools.chain.from_iterable(study.training_columns for study in STUDIES)
     all_runs, *experiments = collect_inputs(runs, options, training_columns=tuple(columns))
@@ -78,7 +81,8 @@ def write_report(runs: pd.DataFrame, out: Path | str, options: ReportOptions | N
     middle: Iterable[ReportBlock] = _blocks(FOR_EACH_EXPERIMENT, all_runs)
     if experiments:
         middle = itertools.chain(*map(_experiment_part, names, experiments))
-    return save_report(title, itertools.chain(_blocks(FIRST, all_runs), middle, _blocks(LAST, all_runs)), Path(out))
+    blocks = itertools.chain(_blocks(FIRST, all_runs), middle, _blocks(LAST, all_runs))
+    return save_report(title, blocks, Path(out), files=files)
 
 
 def write_replay(out: Path | str) -> Path:
@@ -90,16 +94,18 @@ def write_replay(out: Path | str) -> Path:
     return save_report("Replay of the published numbers", blocks, Path(out))
 
 
-def save_report(title: str, blocks: Iterable[ReportBlock], out: Path) -> Path:
+def save_report(title: str, blocks: Iterable[ReportBlock], out: Path, *, files: list[Path] | None = None) -> Path:
     """Write report.md and report.html into the folder `out`, with the figures and attachments; return report.md.
 
-    Each figure is drawn, saved and freed before the next one is drawn.
+    Each figure is drawn, saved and freed before the next one is drawn. The paths of figures and attachments are
+    appended to `files`.
     """
     out.mkdir(parents=True, exist_ok=True)
     contents, texts, elements = [], [f"# {escaped(title)}"], []
     for block in blocks:
         for inner in block.blocks if isinstance(block, Details) else [block]:
-            _save_file(inner, out)
+            if (path := _save_file(inner, out)) is not None and files is not None:
+                files.append(path)
         if isinstance(block, Heading) and block.level == 2:
             contents.append(block.text)
         texts.append(block_as_markdown(block))
@@ -117,7 +123,7 @@ def _blocks(sections: Iterable[Section], inputs: ReportInputs) -> Iterator[Repor
 def _experiment_part(name: str, inputs: ReportInputs) -> Iterator[ReportBlock]:
     """Yield the sections of one experiment, with headings one level lower and files in a folder of its own."""
     yield Heading(name)
-    folder = _folder_name(name)
+    folder = folder_name(name)
     for block in _blocks(FOR_EACH_EXPERIMENT, inputs):
         if isinstance(block, Heading):
             yield block._replace(level=block.level + 1)
@@ -127,19 +133,23 @@ def _experiment_part(name: str, inputs: ReportInputs) -> Iterator[ReportBlock]:
             yield block
 
 
-def _folder_name(experiment: str) -> str:
+def folder_name(experiment: str) -> str:
     """Return the name of the folder for the files of an experiment, whose own name may be anything."""
     name = re.sub(r"[^\w-]+", "_", experiment)[:100]
     return name if name == experiment != "" else f"{name}-{hashlib.sha256(experiment.encode()).hexdigest()[:8]}"
 
 
-def _save_file(block: ReportBlock, out: Path) -> None:
-    """Write the file of a figure or an attachment; other blocks have no file."""
+def _save_file(block: ReportBlock, out: Path) -> Path | None:
+    """Write the file of a figure or an attachment and return its path; other blocks have no file."""
+    path = None
     match block:
         case Attachment(name, content):
-            write_text(_place(out, name), content)
+            path = _place(out, name)
+            write_text(path, content)
         case Drawing(name, _, Figure() as figure):
-            _save_figure(figure, _place(out, f"{name}.png"))
+            path = _place(out, f"{name}.png")
+            _save_figure(figure, path)
+    return path
 
 
 def _place(out: Path, name: str) -> Path:
