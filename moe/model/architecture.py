@@ -38,6 +38,7 @@ LEAST: dict[str, float] = {
     **dict.fromkeys(("shared_experts", "first_k_dense_replace", "router_noise", "neftune_noise_alpha"), 0),
     **dict.fromkeys(("rms_norm_eps", "attention_dropout"), 0),
     "router_temperature": 1e-30,
+    "router_aux_loss_coef": 0,
 }
 
 
@@ -57,6 +58,8 @@ class MoEConfig(LlamaConfig):
     router: the router's `_target_` and its settings.
     router_temperature, router_noise: the knobs that the model uses if it is called without any. A run saves each model
         with the values of its step, which a schedule may have changed.
+    output_router_logits, router_aux_loss_coef: as in transformers' Mixtral, see `MoEForCausalLM.forward`. A run weights
+        its losses itself, so these stay at their defaults.
     """
 
     model_type = "moe_routing"
@@ -67,6 +70,8 @@ class MoEConfig(LlamaConfig):
         "stats",
         "routing",
         "load",
+        "aux_loss",
+        "router_logits",
     ]  # for transformers' Trainer
     __no_type_check__ = True  # for the type-checked tests: transformers passes keywords that are not fields
 
@@ -81,6 +86,8 @@ class MoEConfig(LlamaConfig):
     router_temperature: float = 1.0
     router_noise: float = 0.0
     router: dict[str, Any] | None = None
+    output_router_logits: bool = False
+    router_aux_loss_coef: float = 0.0
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -98,6 +105,13 @@ class MoEConfig(LlamaConfig):
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         shutil.copyfile(CODE, Path(save_directory) / CODE.name)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @property
+    def num_experts_per_tok(self) -> int:
+        """The router's k, under the name that other models have for it. AttributeError for a router without k."""
+        if (k := (self.router or {}).get("k")) is None:
+            raise AttributeError("num_experts_per_tok: this router has no fixed number of experts per token")
+        return int(k)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:

@@ -8,7 +8,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import local_torch_dtype
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
@@ -35,16 +35,19 @@ from moe.model.experts import Experts
 from moe.model.layer import LayerOutput, MoELayer
 from moe.routers.base import Router
 from moe.routers.seeding import Initializable, seeded
-from moe.routing.decision import Context, Knobs, Routing, document_positions
+from moe.routing.decision import Context, Knobs, Routing, document_positions, fill_places
 from moe.routing.stats import RoutingStats
+
+CACHE = fields(BaseModelOutputWithPast)[1].name  # "past_key_values" before transformers 5.24
 
 
 @dataclass
 class MoEOutput(CausalLMOutputWithPast):
     """transformers' output plus the results of routing.
 
-    loss: cross-entropy in nats, without auxiliary losses.
-    router_logits: (T, E) for each router of each MoE layer, without noise and temperature. None unless asked for.
+    loss: cross-entropy in nats. If router logits are asked for, plus `router_aux_loss_coef` times `aux_loss`.
+    aux_loss: mean over layers of `aux["load_balance"]`; None unless router logits are asked for.
+    router_logits: as in `MoEModelOutput`. None unless asked for.
     aux: {name: (L)} unweighted auxiliary losses of each MoE layer. None without MoE layers.
     stats: sums for metrics, with a first dimension L. None without MoE layers.
     routing: for each MoE layer the decision of each router of its chain. None without MoE layers.
@@ -53,6 +56,7 @@ class MoEOutput(CausalLMOutputWithPast):
 
     __no_type_check__ = True  # accelerate builds it from a dict that transformers unpacks
 
+    aux_loss: Tensor | None = None
     router_logits: tuple[Tensor, ...] | None = None
     aux: dict[str, Tensor] | None = None
     stats: RoutingStats | None = None
@@ -115,7 +119,7 @@ def _feed_forward(config: MoEConfig, index: int, *, trusted: bool) -> nn.Module:
 class MoEPreTrainedModel(PreTrainedModel):
     config_class = MoEConfig
     base_model_prefix = "model"
-    supports_gradient_checkpointing = False
+    supports_gradient_checkpointing = True
     _no_split_modules = ["DecoderLayer"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -125,6 +129,21 @@ class MoEPreTrainedModel(PreTrainedModel):
         """Raises ConfigError for a configuration that no file may have either: see `MoEConfig.check`."""
         config.check()
         super().__init__(config)
+
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
+        every_n_layers: int = 1,
+    ) -> None:
+        """Turn `MoEModel.gradient_checkpointing` on or off, as transformers does. Raises ConfigError.
+
+        The reentrant kind gives no gradient to what a layer returns beside its hidden states: the auxiliary losses.
+        """
+        reentrant = getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant", False)
+        require(not reentrant, "use_reentrant", reentrant, "False, or the losses of routers have no gradient")
+        require(every_n_layers == 1, "every_n_layers", every_n_layers, "1")
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -142,29 +161,41 @@ class MoEPreTrainedModel(PreTrainedModel):
             module.initialize(std, {tensor: name for name, tensor in tensors if tensor not in loaded})
 
 
-class Hidden(NamedTuple):
-    """The output of `MoEModel`.
+@dataclass
+class MoEModelOutput(BaseModelOutputWithPast):
+    """transformers' output of a model without output matrix, plus the results of routing.
 
-    last: (B, S, D), after the final norm.
-    states: what each decoder layer gets, and then `last`. Only the latter unless asked for.
-    attentions: (B, heads, S, S) for each decoder layer, None unless attention is eager. Empty unless asked for.
+    last_hidden_state: (B, S, D), after the final norm.
+    hidden_states: what each decoder layer gets, and then `last_hidden_state`. None unless asked for.
+    attentions: (B, heads, S, S) for each decoder layer. None unless asked for.
+    router_logits: (B * S, E) for each router of each MoE layer, without noise and temperature, 0 for padding. None
+        unless asked for.
     layers: the output of each MoE layer.
     """
 
-    last: Float[Tensor, "B S D"]
-    states: tuple[Float[Tensor, "B S D"], ...]
-    attentions: tuple[Tensor | None, ...]
-    layers: list[LayerOutput]
+    __no_type_check__ = True  # as in MoEOutput
+
+    router_logits: tuple[Tensor, ...] | None = None
+    layers: list[LayerOutput] | None = None
+
+
+class _Seen(NamedTuple):
+    """Of each decoder layer, if asked for, its input and attention weights; and the output of each MoE layer."""
+
+    states: list[Tensor]
+    attentions: list[Any]
+    outputs: list[LayerOutput]
 
 
 class MoEModel(MoEPreTrainedModel):
     """Embedding, decoder layers and final norm. Maps token ids to hidden states and the outputs of MoE layers.
 
-    recompute: in training, store only the input of each decoder layer and compute the layer again in the backward
-        pass, with the same random numbers.
+    gradient_checkpointing: in training, store only the input of each decoder layer and compute the layer again in the
+        backward pass, with the same random numbers. Not with a cache, which each pass would extend.
     """
 
-    recompute: bool = False
+    gradient_checkpointing: bool = False  # transformers' names
+    _gradient_checkpointing_func = staticmethod(functools.partial(checkpoint, use_reentrant=False))
 
     def __init__(self, config: MoEConfig, *, trusted: bool = False) -> None:
         super().__init__(config)
@@ -185,48 +216,133 @@ class MoEModel(MoEPreTrainedModel):
 
     def forward(
         self,
-        inputs: Int[Tensor, "B S"] | Float[Tensor, "B S D"],
-        context: Context,
+        input_ids: Int[Tensor, "B S"] | None = None,
         *,
+        knobs: Knobs | None = None,
+        capacity: float | None = None,
+        drop: str = "position",
         load: Shaped[Tensor, "L C E"] | None = None,
+        orthogonality: bool = False,
+        compared: Int[Tensor, "N"] | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Int[Tensor, "#B S"] | None = None,
         cache: Cache | None = None,
-        keep_states: bool = False,
-        keep_attentions: bool = False,
-    ) -> Hidden:
-        """Return hidden states of token ids, or of vectors that take the place of the embeddings of token ids."""
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        inputs_embeds: Float[Tensor, "B S D"] | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        output_router_logits: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> MoEModelOutput | tuple[Any, ...]:
+        """Return hidden states and the outputs of MoE layers. The arguments are those of `MoEForCausalLM.forward`."""
+        config = self.config
+        keep_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        keep_attentions = config.output_attentions if output_attentions is None else output_attentions
+        keep_logits = config.output_router_logits if output_router_logits is None else output_router_logits
+        if keep_attentions and config._attn_implementation != "eager":
+            allowed = 'False, or the model loaded with attn_implementation="eager"'
+            raise ConfigError(f"output_attentions=True: must be {allowed}")
+        inputs, ids = _inputs(input_ids, inputs_embeds)
+        cache = self._cache(past_key_values if cache is None else cache, use_cache=bool(use_cache))
+        self._check_routers(cached=cache is not None, by_id=inputs_embeds is None)
+        if knobs is None:
+            knobs = Knobs.of(temperature=config.router_temperature, noise=config.router_noise, device=inputs.device)
+        context = Context(ids, knobs, capacity, drop, orthogonality=orthogonality, compared=compared)
+        if attention_mask is not None:
+            context = context.without_padding(attention_mask)
+        elif position_ids is not None:
+            context = context._replace(document_position=document_positions(position_ids.expand_as(ids)))
+        x = self._embed(inputs)
+        attention = self._attention_inputs(x, attention_mask, position_ids, cache)
+        x, seen = self._run_layers(
+            x, context, load, attention, keep_states=keep_states, keep_attentions=keep_attentions
+        )
+        last = self.dropout(self.norm(x))
+        output = MoEModelOutput(
+            last,
+            hidden_states=(*seen.states, last) if keep_states else None,
+            attentions=tuple(seen.attentions) if keep_attentions else None,
+            router_logits=_router_logits(seen.outputs, context) if keep_logits else None,
+            layers=seen.outputs,
+            **{CACHE: None if use_cache is False else cache},
+        )
+        as_object = config.return_dict if return_dict is None else return_dict
+        return output if as_object else output.to_tuple()
+
+    def _embed(self, inputs: Int[Tensor, "B S"] | Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
         x = inputs if inputs.is_floating_point() else self.embed_tokens(inputs)
         if self.training and self.config.neftune_noise_alpha:
             x = x + neftune_noise(x, self.config.neftune_noise_alpha)
         if self.config.embed_scale:
             x = x * math.sqrt(self.config.hidden_size)
-        x = self.dropout(x)
-        seen = cache.get_seq_length() if cache is not None else 0
+        return self.dropout(x)
+
+    def _attention_inputs(
+        self,
+        x: Float[Tensor, "B S D"],
+        attention_mask: Tensor | None,
+        position_ids: Int[Tensor, "#B S"] | None,
+        cache: Cache | None,
+    ) -> tuple[Any, Any, Cache | None]:
+        """Return what attention gets beside hidden states: rotary embeddings of the positions, mask and cache."""
         if position_ids is not None and attention_mask is None and cache is None:
             self._check_documents(position_ids)
         # Positional arguments here and for the attention, because transformers 5.24 renamed the argument for the cache.
         # With positions, transformers makes the host wait for the device to find out whether there are documents.
         mask = create_causal_mask(self.config, x, attention_mask, cache, position_ids)
         if position_ids is None:
+            seen = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(seen, seen + x.shape[1], device=x.device)[None]
-        rotary = self.rotary_emb(x, position_ids=position_ids)
-        states: list[Tensor] = []
-        attentions: list[Tensor | None] = []
-        outputs: list[LayerOutput] = []
-        recompute = self.recompute and self.training
+        return self.rotary_emb(x, position_ids=position_ids), mask, cache
+
+    def _run_layers(
+        self,
+        x: Float[Tensor, "B S D"],
+        context: Context,
+        load: Shaped[Tensor, "L C E"] | None,
+        attention: tuple[Any, Any, Cache | None],
+        *,
+        keep_states: bool,
+        keep_attentions: bool,
+    ) -> tuple[Float[Tensor, "B S D"], _Seen]:
+        """Return the output of the last decoder layer, and what was asked for of each layer."""
+        seen = _Seen([], [], [])
+        recompute = self.gradient_checkpointing and self.training and attention[-1] is None
         for layer in self.layers:
             if load is not None:
-                context = context._replace(load=load[min(len(outputs), len(load) - 1)])  # dense layers ignore it
-            run: Callable[..., Any] = functools.partial(checkpoint, layer, use_reentrant=False) if recompute else layer
-            states += [x] if keep_states else []
-            x, weights, output = run(x, context, rotary, mask, cache)
-            attentions += [weights] if keep_attentions else []
+                context = context._replace(load=load[min(len(seen.outputs), len(load) - 1)])  # dense layers ignore it
+            run: Callable[..., Any] = layer
+            if recompute:
+                run = functools.partial(self._gradient_checkpointing_func, layer)
+            if keep_states:
+                seen.states.append(x)
+            x, weights, output = run(x, context, *attention)
+            if keep_attentions:
+                seen.attentions.append(weights)
             if output is not None:
-                outputs.append(output)
+                seen.outputs.append(output)
                 context = context._replace(state=output.routing[-1].state)
-        last = self.dropout(self.norm(x))
-        return Hidden(last, (*states, last), tuple(attentions), outputs)
+        return x, seen
+
+    def _cache(self, given: Cache | None, *, use_cache: bool) -> Cache | None:
+        """Return the cache that is given, or a new one if it is asked for. Raises ConfigError for one of fixed size."""
+        allowed = 'a cache that grows, as DynamicCache does (cache_implementation="dynamic")'
+        require(given is None or not given.is_compileable, "past_key_values", type(given).__name__, allowed)
+        return DynamicCache(config=self.config) if given is None and use_cache else given
+
+    def _check_routers(self, *, cached: bool, by_id: bool) -> None:
+        """Raise ConfigError if a router needs what it does not get.
+
+        cached: it does not see earlier tokens of the text again.
+        by_id: it gets token ids.
+        """
+        for router in self._routers:
+            causal = router.causal if self.training else router.causal_in_evaluation
+            allowed = f"False, because {type(router).__name__} compares tokens of a text to choose experts"
+            require((causal and not router.reads_earlier_tokens) or not cached, "use_cache", True, allowed)
+            if router.uses_ids and not by_id:
+                raise ConfigError(f"inputs_embeds: must be input_ids, because {type(router).__name__} routes token ids")
 
     def _check_documents(self, position_ids: Int[Tensor, "#B S"]) -> None:
         """Raise ConfigError if sequences contain several documents and this model cannot keep them apart.
@@ -326,7 +442,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         num_items_in_batch: int | Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-        output_router_logits: bool = False,
+        output_router_logits: bool | None = None,
         return_dict: bool | None = None,
     ) -> MoEOutput | tuple[Any, ...]:
         """Return logits, loss, auxiliary losses, sums for metrics and routing decisions.
@@ -354,72 +470,49 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             which nothing predicts. Without such padding the mean is exactly the one over all labels.)
         output_hidden_states: return the input of each layer, and the output of the final norm.
         output_attentions: return the attention weights of each layer. Needs attn_implementation="eager".
-        output_router_logits: return `MoEOutput.router_logits`.
+        output_router_logits: return `MoEOutput.router_logits` and `MoEOutput.aux_loss`, and add the latter to the loss
+            with the weight `router_aux_loss_coef` of the configuration, which is 0 unless it is set.
         return_dict: False: return a tuple of the fields that are not None.
 
         Raises ConfigError for a value that this model cannot use.
         """
-        config = self.config
-        keep_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        keep_attentions = config.output_attentions if output_attentions is None else output_attentions
-        if keep_attentions and config._attn_implementation != "eager":
-            allowed = 'False, or the model loaded with attn_implementation="eager"'
-            raise ConfigError(f"output_attentions=True: must be {allowed}")
         if labels is not None and (not isinstance(logits_to_keep, int) or logits_to_keep):
             raise ConfigError("logits_to_keep: must be 0 with labels, because the loss needs all logits")
-        inputs, ids = _inputs(input_ids, inputs_embeds)
-        cache = self._cache(past_key_values if cache is None else cache, use_cache=bool(use_cache))
-        self._check_routers(cached=cache is not None, by_id=inputs_embeds is None)
-        if knobs is None:
-            knobs = Knobs.of(temperature=config.router_temperature, noise=config.router_noise, device=inputs.device)
-        context = Context(ids, knobs, capacity, drop, orthogonality=orthogonality, compared=compared)
-        if attention_mask is not None:
-            context = context.without_padding(attention_mask)
-        elif position_ids is not None:
-            context = context._replace(document_position=document_positions(position_ids.expand_as(ids)))
-        hidden: Hidden = self.model(
-            inputs,
-            context,
+        hidden = self.model(
+            input_ids,
+            knobs=knobs,
+            capacity=capacity,
+            drop=drop,
             load=load,
+            orthogonality=orthogonality,
+            compared=compared,
             attention_mask=attention_mask,
             position_ids=position_ids,
             cache=cache,
-            keep_states=bool(keep_states),
-            keep_attentions=bool(keep_attentions),
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            inputs_embeds=inputs_embeds,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            output_router_logits=output_router_logits,
+            return_dict=True,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden.last[:, kept])
-        loss = None if labels is None else _cross_entropy(logits, labels, context, num_items_in_batch)
-        fields = _routing_fields(hidden.layers)
-        if keep_states:
-            fields["hidden_states"] = hidden.states
-        if keep_attentions:
-            fields["attentions"] = hidden.attentions
-        if output_router_logits:
-            fields["router_logits"] = _router_logits(hidden.layers)
-        # positional, because transformers renamed the cache's field
-        output = MoEOutput(loss, logits, None if use_cache is False else cache, **fields)
-        as_object = config.return_dict if return_dict is None else return_dict
+        logits = self.lm_head(hidden.last_hidden_state[:, kept])
+        routed = _routing_fields(hidden.layers or [])
+        if hidden.router_logits and "load_balance" in routed["aux"]:  # dense models have none
+            routed["aux_loss"] = routed["aux"]["load_balance"].mean()
+        loss = None
+        if labels is not None:
+            loss = _cross_entropy(logits, labels, attention_mask, counted=num_items_in_batch is not None)
+            if "aux_loss" in routed:
+                loss = loss + self.config.router_aux_loss_coef * routed["aux_loss"]
+            if num_items_in_batch is not None:
+                loss = loss * labels[:, 1:].ne(IGNORED).sum() / num_items_in_batch
+        names = (CACHE, "hidden_states", "attentions", "router_logits")
+        output = MoEOutput(loss, logits, **{name: hidden.get(name) for name in names}, **routed)
+        as_object = self.config.return_dict if return_dict is None else return_dict
         return output if as_object else output.to_tuple()
-
-    def _cache(self, given: Cache | None, *, use_cache: bool) -> Cache | None:
-        """Return the cache that is given, or a new one if it is asked for. Raises ConfigError for one of fixed size."""
-        allowed = 'a cache that grows, as DynamicCache does (cache_implementation="dynamic")'
-        require(given is None or not given.is_compileable, "past_key_values", type(given).__name__, allowed)
-        return DynamicCache(config=self.config) if given is None and use_cache else given
-
-    def _check_routers(self, *, cached: bool, by_id: bool) -> None:
-        """Raise ConfigError if a router needs what it does not get.
-
-        cached: it does not see earlier tokens of the text again.
-        by_id: it gets token ids.
-        """
-        for router in (layer.router for layer in self.moe_layers):
-            causal = router.causal if self.training else router.causal_in_evaluation
-            allowed = f"False, because {type(router).__name__} compares tokens of a text to choose experts"
-            require((causal and not router.reads_earlier_tokens) or not cached, "use_cache", True, allowed)
-            if router.uses_ids and not by_id:
-                raise ConfigError(f"inputs_embeds: must be input_ids, because {type(router).__name__} routes token ids")
 
 
 def _inputs(
@@ -434,20 +527,22 @@ def _inputs(
 
 
 def _cross_entropy(
-    logits: Float[Tensor, "B S V"], labels: Int[Tensor, "B S"], context: Context, num_items: int | Tensor | None
+    logits: Float[Tensor, "B S V"], labels: Int[Tensor, "B S"], attention_mask: Tensor | None, *, counted: bool
 ) -> Float[Tensor, ""]:
-    """Return the mean loss of the labels. With `num_items` it is their share of the mean over a step of so many labels.
+    """Return the mean loss of the labels. Padding predicts nothing and is not predicted.
 
-    Padding predicts nothing and is not predicted.
+    attention_mask: as in `MoEForCausalLM.forward`, where its shape was checked.
+    counted: the loss is 0 without labels, instead of nan, because it will be weighted by their number.
     """
-    targets = next_token(context.mask_padding(labels, IGNORED))
-    targets = context.mask_padding(targets, IGNORED)
+    padding = torch.zeros_like(labels, dtype=torch.bool)
+    if attention_mask is not None:
+        padding = attention_mask[:, -labels.shape[1] :] == 0
+    targets = next_token(labels.masked_fill(padding, IGNORED)).masked_fill(padding, IGNORED).flatten()
     rows = logits.float().flatten(0, 1)
-    if num_items is None:
-        return F.cross_entropy(rows, targets.flatten(), ignore_index=IGNORED)
-    total = F.cross_entropy(rows, targets.flatten(), ignore_index=IGNORED, reduction="sum")
-    mean = total / targets.ne(IGNORED).sum().clamp(min=1)
-    return mean * labels[:, 1:].ne(IGNORED).sum() / num_items
+    if not counted:
+        return F.cross_entropy(rows, targets, ignore_index=IGNORED)
+    total = F.cross_entropy(rows, targets, ignore_index=IGNORED, reduction="sum")
+    return total / targets.ne(IGNORED).sum().clamp(min=1)
 
 
 def _routing_fields(layers: list[LayerOutput]) -> dict[str, Any]:
@@ -462,12 +557,12 @@ def _routing_fields(layers: list[LayerOutput]) -> dict[str, Any]:
     }
 
 
-def _router_logits(layers: list[LayerOutput]) -> tuple[Tensor, ...]:
+def _router_logits(layers: list[LayerOutput], context: Context) -> tuple[Float[Tensor, "BS E"], ...]:
     """Return the logits of each router of each MoE layer. Raises ConfigError if a router has none."""
     logits = [routing.logits for layer in layers for routing in layer.routing]
-    known = tuple(each for each in logits if each is not None)
+    known = [each for each in logits if each is not None]
     require(len(known) == len(logits), "output_router_logits", True, "False for a router without logits")
-    return known
+    return tuple(fill_places(each, context.place, context.ids.numel()) for each in known)
 
 
 # The arguments of `from_pretrained` that say where its files are.

@@ -81,13 +81,6 @@ class Context(NamedTuple):
             raise ValueError("attention_mask is 0 for all tokens: at least one must not be padding")
         return self._replace(place=place, document_position=(real.cumsum(1) - 1).clamp(min=0))
 
-    def mask_padding(self, values: Int[Tensor, "B S"], fill: int) -> Int[Tensor, "B S"]:
-        """Return the values of all tokens, with `fill` for padding."""
-        if self.place is None:
-            return values
-        flat = values.new_full((values.numel(),), fill)
-        return flat.index_copy(0, self.place, values.flatten()[self.place]).view_as(values)
-
     def routed(self, rows: Shaped[Tensor, "BS *N"]) -> Shaped[Tensor, "T *N"]:
         """Return the rows of the tokens that are routed, given a row for each token of the flattened sequences."""
         return rows if self.place is None else rows[self.place]

@@ -120,7 +120,7 @@ def build_model(config: Config, *, vocab_size: int) -> MoEForCausalLM:
     model = MoEForCausalLM(settings, trusted=True)
     if config.model.dense is not None:
         upcycle(model, config.model)
-    model.model.recompute = config.gradient_checkpointing
+    model.model.gradient_checkpointing = config.gradient_checkpointing
     return model
 
 

@@ -136,7 +136,7 @@ def test_no_tensor_is_created_on_the_default_device(ids: torch.Tensor) -> None:
     The default device is `meta` here, because mixing it with the CPU is an error. The model has every optional part.
     """
     model = make(layers=3, first_k_dense_replace=1, shared_experts=1, dropout=0.1, neftune_noise_alpha=5.0)
-    model.model.recompute = True
+    model.model.gradient_checkpointing = True
     packed = torch.tensor([*range(9), *range(S - 9)]).expand_as(ids)
     optimizers = build_optimizers(model, OptimizerConfig(muon_lr=0.02, adamw_lr=0.01))
     with torch.device("meta"):

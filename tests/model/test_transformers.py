@@ -8,6 +8,7 @@ import torch
 import yaml
 from torch import nn
 from transformers import AutoModelForCausalLM, Cache, Trainer, TrainingArguments
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from moe.checks import ConfigError
 from moe.config.options import CONF
@@ -98,6 +99,72 @@ def test_a_router_of_a_chain_has_logits_of_its_own_and_hash_has_none(ids: torch.
     assert len(make(ROUTERS["chain_of_experts"])(ids, output_router_logits=True).router_logits) == 2 * 2
     with pytest.raises(ConfigError, match=r"^output_router_logits=True: must be False for a router without logits"):
         make(ROUTERS["hash"])(ids, output_router_logits=True)
+
+
+def test_router_logits_and_the_auxiliary_loss_have_the_meaning_of_mixtral(ids: torch.Tensor) -> None:
+    """Mixtral's function computes k times our loss from our router logits, also with padding, which has logits of 0.
+
+    Mixtral joins the tokens of all layers, where we take the mean over layers, so one layer is compared.
+    """
+    model, mask = make(layers=1), torch.ones_like(ids)
+    mask[0, :5] = 0
+    for attention_mask in (None, mask):
+        output = model(ids, attention_mask=attention_mask, output_router_logits=True)
+        [logits] = output.router_logits
+        assert logits.shape == (ids.numel(), 8)
+        theirs = load_balancing_loss_func(output.router_logits, 8, model.config.num_experts_per_tok, attention_mask)
+        torch.testing.assert_close(theirs, 2 * output.aux_loss)
+    assert not logits[:5].any()
+    assert logits[5:].all()
+    two = make()(ids, output_router_logits=True)
+    torch.testing.assert_close(two.aux_loss, two.aux["load_balance"].mean())
+
+
+def test_the_auxiliary_loss_is_part_of_the_loss_if_router_logits_are_asked_for(ids: torch.Tensor) -> None:
+    """Its weight is 0 unless the configuration sets it. In a step of several micro-batches it has their share."""
+    model = make()
+    plain = model(ids, ids).loss
+    assert torch.equal(model(ids, ids, output_router_logits=True).loss, plain)
+    model.config.router_aux_loss_coef = 0.5
+    assert torch.equal(model(ids, ids).loss, plain)
+    output = model(ids, ids, output_router_logits=True)
+    torch.testing.assert_close(output.loss, plain + 0.5 * output.aux_loss)
+    model.config.output_router_logits = True
+    torch.testing.assert_close(model(ids, ids, num_items_in_batch=90).loss, output.loss * 45 / 90)
+    assert make(ROUTERS["soft_moe"])(ids).aux_loss is None
+    with pytest.raises(AttributeError, match="num_experts_per_tok: this router has no fixed number"):
+        _ = make(ROUTERS["top_p"]).config.num_experts_per_tok
+
+
+def test_the_base_model_takes_the_arguments_of_transformers(ids: torch.Tensor) -> None:
+    """Trainers of TRL call it by name, and compute the logits themselves."""
+    model = make()
+    for arguments in ({"input_ids": ids}, {"inputs_embeds": model.get_input_embeddings()(ids)}):
+        hidden = model.base_model(**arguments, attention_mask=torch.ones_like(ids), use_cache=False)
+        torch.testing.assert_close(model.lm_head(hidden.last_hidden_state), model(ids).logits)
+    assert torch.equal(model.base_model(ids, return_dict=False)[0], hidden.last_hidden_state)
+
+
+def test_activation_checkpointing_is_that_of_transformers(ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers run twice in training, but once with a cache. A kind that loses gradients of the routers is refused."""
+    model, runs = make().train(), []
+    forward = type(model.model.layers[0]).forward
+    monkeypatch.setattr(type(model.model.layers[0]), "forward", lambda *args: runs.append(1) or forward(*args))
+    for enable, expected in (("enable", 4), ("disable", 2)):
+        getattr(model, f"activation_checkpointing_{enable}")()
+        runs.clear()
+        model(ids, ids).loss.backward()
+        assert len(runs) == expected
+    model.activation_checkpointing_enable()
+    runs.clear()
+    cached = model(ids, ids, use_cache=True)
+    cached.loss.backward()
+    assert len(runs) == 2
+    assert cached.past_key_values.get_seq_length() == S
+    with pytest.raises(ConfigError, match=r"^use_reentrant=True: must be False, or the losses of routers"):
+        model.activation_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ConfigError, match=r"^every_n_layers=2: must be 1"):
+        model.activation_checkpointing_enable(every_n_layers=2)
 
 
 def test_return_dict_false_gives_a_tuple_of_loss_logits_and_the_rest(ids: torch.Tensor) -> None:

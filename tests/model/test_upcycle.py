@@ -259,7 +259,7 @@ def test_gradient_checkpointing_changes_no_output_and_no_gradient(router: str, c
     ids = torch.randint(0, V, (2, 16), generator=torch.Generator().manual_seed(1))
     results = []
     for recompute in (False, True):
-        model.model.recompute = recompute
+        model.model.gradient_checkpointing = recompute
         torch.manual_seed(5)
         output = model(ids, ids, knobs=Knobs.of(noise=0.5), capacity=1.0, orthogonality=True)
         (output.loss + sum(values.sum() for values in output.aux.values())).backward()
