@@ -256,7 +256,7 @@ class MoEModel(MoEPreTrainedModel):
         x = self._embed(inputs)
         attention = self._attention_inputs(x, attention_mask, position_ids, cache)
         x, seen = self._run_layers(
-            x, context, load, attention, keep_states=keep_states, keep_attentions=keep_attentions
+            x, context, load, attention, keep_states=bool(keep_states), keep_attentions=bool(keep_attentions)
         )
         last = self.dropout(self.norm(x))
         output = MoEModelOutput(
