@@ -77,7 +77,14 @@ class Run:
 
 
 def load_run(folder: Path | str) -> Run:
-    """Return the run in a folder that holds a run.json. Raises ValueError if it cannot be read."""
+    """Return the run in a folder that holds a run.json. Raises ValueError if it cannot be read.
+
+    >>> run = load_run("outputs/default/base")  # the run of `python train.py`
+    >>> run.status
+    'finished'
+    >>> bool(run.metrics["val/loss"] == run.history["val/loss"].iloc[-1])
+    True
+    """
     folder = Path(folder)
     record = RunRecord.read(folder / RunRecord.FILE)
     finished = record.status == "finished"
@@ -92,6 +99,9 @@ def load_runs(paths: Path | str | Iterable[Path | str] = "multirun") -> pd.DataF
     """Return one row for each run at or below a folder, or several: facts, factors and final metrics.
 
     Factors are the keys of the configuration; names of metrics contain a slash. Raises ValueError if there is no run.
+
+    >>> load_runs("outputs")[["run", "status", "seed", "router"]].to_dict("records")
+    [{'run': 'base', 'status': 'finished', 'seed': 42, 'router': 'topk'}]
     """
     folders = [paths] if isinstance(paths, Path | str) else list(paths)
     require(bool(folders), "paths", folders, "a folder, or several")
@@ -111,6 +121,11 @@ def compare(
     runs: from `load_runs`, of one experiment; only finished ones count. factors: by default, all that vary. The columns
     are described at `moe.analysis.statistics.contrasts`: among them `difference` with its 95 % interval, and p after
     Holm's correction over all rows. Raises ConfigError for an unknown metric or factor, and for several experiments.
+
+    >>> runs = pd.DataFrame({"experiment": "mine", "status": "finished", "noise": [0.0, 0.0, 0.5, 0.5]})
+    >>> runs = runs.assign(**{"seed": [1, 2, 1, 2], "val/loss": [4.0, 4.1, 4.2, 4.5]})
+    >>> compare(runs)[["level", "reference", "difference"]].round(2).to_dict("records")
+    [{'level': 0.5, 'reference': 0.0, 'difference': 0.3}]
     """
     finished = runs[runs["status"] == "finished"]
     experiments = sorted(finished["experiment"].unique())
@@ -131,7 +146,11 @@ def compare(
 
 
 def judge(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return a row with a verdict for each claim that was planned before these runs (`claims` of an experiment)."""
+    """Return a row with a verdict for each claim that was planned before these runs (`claims` of an experiment).
+
+    >>> len(judge(load_runs("outputs")))  # nobody planned a claim about this run
+    0
+    """
     return judge_planned(runs)
 
 
@@ -162,6 +181,12 @@ def route(
     Columns: position and token (its text); layer; expert; weight: the gate weight; probability: of this expert in the
     router's distribution, NaN for a router without one. In a chain of routers, `iteration` counts them; else it is 0.
     Raises ValueError for an empty text, and for a model whose experts do not work on single tokens.
+
+    >>> run = load_run("outputs/default/base")
+    >>> table = route(run.model(), run.tokenizer(), "The quick brown fox")
+    >>> weights = table.groupby(["position", "layer"])["weight"].sum()
+    >>> weights.round(3).unique()  # the weights of a token's experts sum to 1
+    array([1.])
     """
     import torch
 
@@ -212,6 +237,11 @@ def show(
     """Return a page on which each token of a text has the color of its heaviest expert, in the layer that one selects.
 
     Raises ValueError as `route` does.
+
+    >>> run = load_run("outputs/default/base")
+    >>> page = show(run.model(), run.tokenizer(), "The quick brown fox")
+    >>> page.splitlines()[0]
+    '<!doctype html>'
     """
     from moe.routing.decision import Knobs
     from moe.specialization.observation import observe

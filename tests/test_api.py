@@ -1,6 +1,7 @@
 """Tests of what `import moe` offers, on one small trained run."""
 
 import re
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -10,9 +11,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from run_folders import write_metrics, write_record
+from docstrings import run_examples
+from run_folders import change_record, write_metrics, write_record
 
 import moe
+import moe.api
 from moe.checks import ConfigError
 from moe.config.schema import Config
 from moe.launch.command_line import read_cells
@@ -34,6 +37,17 @@ def test_every_public_name_can_be_imported_and_others_are_refused() -> None:
     assert set(moe.__all__) <= set(dir(moe))
     with pytest.raises(AttributeError, match="module 'moe' has no attribute 'trian'"):
         moe.trian  # noqa: B018
+
+
+def test_the_examples_in_docstrings_print_what_they_say(
+    trained: moe.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They concern the run of `python train.py`; here it is a smaller one. docs/python.md shows `train`."""
+    shutil.copytree(trained.folder, tmp_path / "outputs" / "default" / "base")
+    change_record(tmp_path / "outputs" / "default" / "base", name="base")
+    monkeypatch.chdir(tmp_path)
+    shown = run_examples(moe.api)
+    assert shown == ["load_run", "load_runs", "compare", "judge", "route", "show"]
 
 
 def test_reading_runs_imports_no_torch() -> None:

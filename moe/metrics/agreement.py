@@ -43,7 +43,11 @@ def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def beyond_chance(observed: np.ndarray, chance: Any) -> np.ndarray:
-    """Compute (observed - chance) / (1 - chance); NaN where chance is 1."""
+    """Compute (observed - chance) / (1 - chance); NaN where chance is 1.
+
+    >>> beyond_chance(np.array([0.25, 0.625, 1.0]), np.array([0.25, 0.25, 1.0]))
+    array([0. , 0.5, nan])
+    """
     attainable = np.asarray(1 - chance, dtype=float)
     return np.divide(observed - chance, attainable, out=np.full(attainable.shape, np.nan), where=attainable > 1e-12)
 

@@ -3,6 +3,30 @@
 Each function takes `Sums` of L layers and returns an array (L). NaN means that the router has no such quantity.
 `moe.metrics.catalog` says which metric uses which function. Balance is computed from the load before drops:
 kept assignments would make a tight capacity look like good balance.
+
+Two layers of four experts, one of them balanced, with two experts per token:
+
+>>> loads = np.array([[4.0, 0.0, 2.0, 2.0], [2.0, 2.0, 2.0, 2.0]])
+>>> s = Sums({"offered": loads, "assignments": loads.sum(1), "tokens": np.array([4.0, 4.0])})
+>>> load_cv(s).round(3)  # std / mean: sqrt(2) / 2, and 0
+array([0.707, 0.   ])
+>>> load_max_violation(s)  # largest / mean - 1
+array([1., 0.])
+>>> load_gini(s)
+array([0.375, 0.   ])
+>>> load_entropy(s)  # in units of ln 4
+array([0.75, 1.  ])
+>>> effective_experts(s).round(3)  # 4^0.75, and 4
+array([2.828, 4.   ])
+>>> unused_experts(s)
+array([0.25, 0.  ])
+>>> load_cv(s.pool()).round(3)  # layers added first: 6, 2, 4, 4
+array([0.354])
+>>> s = Sums({"assignments": np.array([8.0]), "kept": np.array([[2.0, 0.0, 2.0, 2.0]])})
+>>> drop_rate(s)  # 1 - 6 / 8
+array([0.25])
+>>> sequential_overlap(Sums({"repeated": np.array([3.0]), "repeatable": np.array([12.0])}))
+array([0.25])
 """
 
 import math

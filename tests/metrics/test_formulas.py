@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from docstrings import run_examples
 
+from moe.metrics import agreement, formulas
 from moe.metrics.catalog import ROUTING_METRICS
 from moe.metrics.summary import drop_rate_by_position, summarize, utilization
 from moe.routers.hash import Hash
@@ -506,3 +508,8 @@ def test_router_gram_is_0_for_orthogonal_rows_and_1_for_parallel_rows() -> None:
     assert gram(torch.ones(5, 16) * torch.arange(1, 6)[:, None]) == pytest.approx(1)
     assert gram(torch.ones(1, 16)) is None
     assert router_gram(Hash(16, 5)) is None
+
+
+def test_the_examples_in_docstrings_print_what_they_say() -> None:
+    assert run_examples(formulas) == ["module"]
+    assert run_examples(agreement) == ["beyond_chance"]
