@@ -1,6 +1,7 @@
 """Tests of the copies of events in a CSV file and in TensorBoard files, and of what all copies have in common."""
 
 import contextlib
+import importlib.util
 import logging
 import re
 from pathlib import Path
@@ -88,6 +89,13 @@ def test_tensorboard_shows_each_step_of_a_resumed_run_once(cell: Any) -> None:
         assert [(each.step, each.value) for each in read.Scalars(tag)] == [(s, pytest.approx(v)) for s, v in expected]
 
 
+@pytest.fixture
+def tensorboard_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let commands find TensorBoard, whether or not it is installed here."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: name == "tensorboard" or find(name, *rest))
+
+
 @pytest.mark.parametrize("place", ["csv", "tensorboard"])
 def test_a_place_that_is_named_when_a_run_is_resumed_has_all_earlier_events(place: str, cell: Any) -> None:
     if place == "tensorboard":
@@ -162,6 +170,7 @@ def test_tensorboard_without_its_package_is_refused_with_the_command_that_instal
         LoggerConfig(to=["tensorboard"]).check()
 
 
+@pytest.mark.usefixtures("tensorboard_found")
 def test_every_place_has_an_option_and_another_one_does_not_make_another_run(tmp_path: Path) -> None:
     """`logger=csv` copies to the CSV file alone, and finds the run that was begun with `logger=wandb`."""
     options = sorted(path.stem for path in (CONF / "logger").glob("*.yaml"))
@@ -176,7 +185,6 @@ def test_every_place_has_an_option_and_another_one_does_not_make_another_run(tmp
 
 
 @pytest.mark.parametrize("command", re.findall(r"^python train\.py (.*?)(?: +#.*)?$", PAGE, flags=re.MULTILINE))
-def test_the_commands_of_the_page_are_accepted(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are accepted whether or not TensorBoard is installed here."""
-    monkeypatch.setattr("moe.config.schema.importlib.util.find_spec", lambda name: name)
+@pytest.mark.usefixtures("tensorboard_found")
+def test_the_commands_of_the_page_are_accepted(command: str) -> None:
     assert len(read_cells(command.split()) or []) == 1
