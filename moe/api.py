@@ -21,6 +21,7 @@ from moe.checks import ConfigError, require, unknown
 from moe.config.options import use
 from moe.config.schema import Config
 from moe.results import table
+from moe.results.comparable import search_goal
 from moe.results.conditions import varied_factors
 from moe.runs import events
 from moe.runs.record import MetricsRecord, RunRecord
@@ -120,7 +121,8 @@ def compare(
 
     runs: from `load_runs`, of one experiment; only finished ones count. factors: by default, all that vary. The columns
     are described at `moe.analysis.statistics.contrasts`: among them `difference` with its 95 % interval, and p after
-    Holm's correction over all rows. Raises ConfigError for an unknown metric or factor, and for several experiments.
+    Holm's correction over all rows. Raises ConfigError for an unknown metric or factor, for several experiments,
+    and for the runs of a search, whose settings were chosen by results.
 
     >>> runs = pd.DataFrame({"experiment": "mine", "status": "finished", "noise": [0.0, 0.0, 0.5, 0.5]})
     >>> runs = runs.assign(**{"seed": [1, 2, 1, 2], "val/loss": [4.0, 4.1, 4.2, 4.5]})
@@ -133,6 +135,8 @@ def compare(
         names = ", ".join(map(repr, experiments))
         advice = f"compare those of one, runs[runs['experiment'] == {experiments[0]!r}]"
         raise ConfigError(f"the runs are of {len(experiments)} experiments, {names}: {advice}")
+    if goal := search_goal(finished):
+        raise ConfigError(f"a search to {goal} chose these runs by results, so that no test on them is valid")
     metrics = [column for column in finished if "/" in column]
     if metric not in metrics:
         raise unknown("metric", str(metric), metrics)

@@ -59,7 +59,7 @@ def write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
     (folder / "metrics.json").write_text(json.dumps({"format": FORMAT, "final_metrics": metrics, "history": {}}))
 
 
-def write_cells(sweep: Path, cells: dict[str, dict[str, Any]]) -> None:
-    """Write the sweep.json of a sweep with these cells: folder name -> overrides. They are one grid."""
-    grid = {"name": sweep.name, "factors": [], "fixed": {}, "cells": list(cells)}
+def write_cells(sweep: Path, cells: dict[str, dict[str, Any]], *, search: str | None = None) -> None:
+    """Write the sweep.json of a sweep with these cells: folder name -> overrides. They are one grid, or one search."""
+    grid = {"name": sweep.name, "factors": [], "fixed": {}, "cells": list(cells), "search": search}
     (sweep / "sweep.json").write_text(json.dumps({"format": FORMAT, "cells": cells, "grids": [grid]}))

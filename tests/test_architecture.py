@@ -204,6 +204,7 @@ def test_only_launching_imports_hydra() -> None:
         "moe.launch.option_files",
         "moe.launch.overrides",
         "moe.launch.resolvers",
+        "moe.launch.search",
         "moe.launch.slurm",
         "moe.launch.train",
     }

@@ -359,13 +359,15 @@ class Grid(NamedTuple):
 
     name: the experiment, followed by what distinguishes the grid from the experiment's own. factors: the keys that it
     varies, without the seed. fixed: other settings that differ from those of the experiment. cells: the names of the
-    run folders, in the order of the levels.
+    run folders, in the order of the levels. search: such as "minimize val/loss", if results decided which combinations
+    of levels there are; such runs are no factorial grid.
     """
 
     name: str
     factors: list[str]
     fixed: dict[str, Any]
     cells: list[str]
+    search: str | None = None
 
 
 class Cell(NamedTuple):

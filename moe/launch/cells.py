@@ -23,6 +23,7 @@ from moe.launch.option_files import read_option
 from moe.launch.overrides import (
     DEFAULTS,
     ONE_PER_COMMAND,
+    check_discrete,
     check_number,
     check_type,
     is_group,
@@ -35,8 +36,13 @@ from moe.launch.resolvers import run_name
 from moe.runs.folder import finished, same_run, stored_record
 
 
-def expand(overrides: list[Override], *, multirun: bool) -> tuple[list[Cell], list[str]]:
-    """Return the checked cells that the overrides of a command span, and what Hydra needs to launch exactly these."""
+def expand(
+    overrides: list[Override], *, multirun: bool, planned: bool = True, in_vain: bool = False
+) -> tuple[list[Cell], list[str]]:
+    """Return the checked cells that the overrides of a command span, and what Hydra needs to launch exactly these.
+
+    planned: whether the experiment's own grid counts. in_vain: whether keys may be set that apply to no cell.
+    """
     launch = [o for o in overrides if o.is_hydra_override()]
     own = [o for o in overrides if not o.is_hydra_override()]
     # The keys of a group depend on its option, so values are set only where the options of a cell are known.
@@ -56,9 +62,12 @@ def expand(overrides: list[Override], *, multirun: bool) -> tuple[list[Cell], li
     batch, jobs = base.hydra.sweeper.get("max_batch_size"), base.hydra.launcher.get("n_jobs")
     require(batch is None or batch > 0, "hydra.sweeper.max_batch_size", batch, "a whole number > 0, or null")
     require(jobs != 0, "hydra.launcher.n_jobs", jobs, "a whole number > 0, or -1 for all processors")
-    params = (base.hydra.sweeper.params or {}).items() if multirun else ()
+    sweeper = base.hydra.runtime.choices["hydra/sweeper"]
+    require(sweeper == "basic", "hydra/sweeper", sweeper, "chosen in the command, not in an experiment")
+    params = (base.hydra.sweeper.params or {}).items() if multirun and planned else ()
     presets = [parse_override(f"{key}={value}") for key, value in params]
     for override in presets + own:
+        check_discrete(override)
         check_type(override)
     check_number(presets + own)
     [grid] = BasicSweeper.split_arguments(presets + own, None)
@@ -72,11 +81,12 @@ def expand(overrides: list[Override], *, multirun: bool) -> tuple[list[Cell], li
         cell = _cell(composed[-1], arguments, multirun=multirun)
         if not finished(cell):  # the router of a finished run is known to be valid, and this check imports torch
             cell.config.check_router()
-            if same_keys_apply and not cells:
+            if same_keys_apply and not cells and not in_vain:
                 _refuse_given_in_vain([cell], [_switch_off_ignored(cell)], varied)
         cells.append(cell)
     described = [_without_ignored(*each) for each in zip(cells, composed, grid, strict=True)]
-    _refuse_given_in_vain(cells, described, varied)
+    if not in_vain:
+        _refuse_given_in_vain(cells, described, varied)
     check_claims(cells, presets, sweep=multirun)
     _check_distinct(cells)
     cells = described

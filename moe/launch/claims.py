@@ -49,30 +49,34 @@ def _check_metric(key: str, claim: ClaimConfig, cells: Sequence[Cell]) -> None:
     domains = claim.within.get(DOMAIN, [])
     names = [claim.metric, *(f"{claim.metric}/{domain}" for domain in domains)]
     for name in names:
-        metric = lookup(name)
-        if metric is None or not metric.final:
-            raise unknown(f"metric of {key.rpartition('.')[0]}", name, final_metrics())
-        if name.startswith("routing/"):
-            most = max(cell.config.model.layers - cell.config.model.first_k_dense_replace for cell in cells)
-            require(most > 0, key, name, "a metric of these runs, which have no layer with experts")
-            if layer := re.search(r"/layer([0-9]+)$", name):
-                known = [f"layer{number:02d}" for number in range(most)]
-                allowed = f"of one of the {most} layers with experts, {known[0]} to {known[-1]}"
-                require(f"layer{layer[1]}" in known, key, name, allowed)
-        if name.startswith("val_capacity/"):
-            limited = any(cell.config.capacity is not None for cell in cells)
-            require(limited, key, name, "a metric of these runs; without capacity=... there is no val_capacity")
-        usage = name.startswith("routing/capacity_usage")
-        require(not usage, key, name, "another metric: this one is null in evaluations, which have no capacity limit")
+        check_metric(key, name, cells)
     kind = METRICS.get(claim.metric)
     allowed = f"left out: {claim.metric} has no values of single domains"
     by_domain = kind is not None and "<domain>" in kind.variants
     require(not domains or by_domain, f"{key.rpartition('.')[0]}.within.{DOMAIN}", domains, allowed)
-    for name in names:
-        base, _, domain = name.rpartition("/")
-        if base.startswith("val/"):
-            known = [d for cell in cells for d in _domains(cell)]
-            require(not known or domain in known, key, name, f"of one of the domains {', '.join(dict.fromkeys(known))}")
+
+
+def check_metric(key: str, name: str, cells: Sequence[Cell]) -> None:
+    """Raise ConfigError if the value of `key` names a metric that no run will have."""
+    metric = lookup(name)
+    if metric is None or not metric.final:
+        raise unknown(f"metric of {key.rpartition('.')[0]}", name, final_metrics())
+    if name.startswith("routing/"):
+        most = max(cell.config.model.layers - cell.config.model.first_k_dense_replace for cell in cells)
+        require(most > 0, key, name, "a metric of these runs, which have no layer with experts")
+        if layer := re.search(r"/layer([0-9]+)$", name):
+            known = [f"layer{number:02d}" for number in range(most)]
+            allowed = f"of one of the {most} layers with experts, {known[0]} to {known[-1]}"
+            require(f"layer{layer[1]}" in known, key, name, allowed)
+    if name.startswith("val_capacity/"):
+        limited = any(cell.config.capacity is not None for cell in cells)
+        require(limited, key, name, "a metric of these runs; without capacity=... there is no val_capacity")
+    usage = name.startswith("routing/capacity_usage")
+    require(not usage, key, name, "another metric: this one is null in evaluations, which have no capacity limit")
+    base, _, domain = name.rpartition("/")
+    if base.startswith("val/"):
+        known = [d for cell in cells for d in _domains(cell)]
+        require(not known or domain in known, key, name, f"of one of the domains {', '.join(dict.fromkeys(known))}")
 
 
 def _is_within(cell: Cell, claim: ClaimConfig) -> bool:

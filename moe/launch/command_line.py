@@ -6,41 +6,42 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import NamedTuple, NoReturn
 
-from hydra import initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf, open_dict
 
 from moe.checks import ConfigError, require, unknown
-from moe.config.options import CONF, GROUPS, options, use
+from moe.config.options import GROUPS, options, use
 from moe.config.schema import Cell, Config, allowed_values
 from moe.launch.cells import expand
-from moe.launch.compose import compose_config
+from moe.launch.compose import compose_config, composing
 from moe.launch.explain import explain
 from moe.launch.hints import hint
 from moe.launch.hydra_errors import FAULTS
 from moe.launch.overrides import (
-    check_number,
+    check_grid,
     check_override,
     lines_of,
     only_last_of_each_key,
     parse_override,
     with_added_keys,
 )
+from moe.launch.search import Search, is_search, read_search
 
 
 class Command(NamedTuple):
     """A checked command line.
 
     cells: the runs that it asks for; None where Hydra answers by itself (`--cfg`, `--info`, ...). arguments: what Hydra
-    is given instead of the command line, so that it launches exactly these cells.
+    is given instead of the command line, so that it launches exactly these cells. search: the search whose results
+    decide which cells there are; `cells` is then empty.
     """
 
     cells: list[Cell] | None
     arguments: list[str]
+    search: Search | None = None
 
     def batches(self, overrides: object, size: int | None) -> list[list[list[str]]]:
         """Return the overrides of each cell, `size` cells at a time. Stands in for `BasicSweeper.split_arguments`."""
@@ -65,18 +66,19 @@ def read_command(arguments: list[str]) -> Command:
     use(folders)
     if args.hydra_help or args.shell_completion:
         return Command(None, flags if args.hydra_help else arguments)
-    with initialize_config_dir(str(CONF), version_base="1.3", job_name="train"):
-        try:
-            overrides = with_added_keys(only_last_of_each_key([parse_override(word) for word in args.overrides]))
-            check_number(overrides)
-            for override in overrides:
-                check_override(override)
-            if args.cfg or args.info:
-                _check_shown(overrides, args)
-                return Command(None, [*lines_of(overrides), *flags])
-            return Command(*expand(overrides, multirun=args.multirun))
-        finally:
-            GlobalHydra.instance().clear()
+    with composing():
+        overrides = with_added_keys(only_last_of_each_key([parse_override(word) for word in args.overrides]))
+        searching = is_search(overrides)
+        if not searching:
+            check_grid(overrides)
+        for override in overrides:
+            check_override(override)
+        if args.cfg or args.info:
+            _check_shown(overrides, args)
+            return Command(None, [*lines_of(overrides), *flags])
+        if searching:
+            return Command([], [], read_search(overrides, multirun=args.multirun))
+        return Command(*expand(overrides, multirun=args.multirun))
 
 
 def _parse_flags(arguments: list[str]) -> argparse.Namespace:

@@ -1,26 +1,38 @@
 """Compose the configuration that overrides ask for, and turn it into a `Config`."""
 
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from inspect import signature
 from typing import Any
 
 import yaml
-from hydra import compose
+from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from moe.checks import locate, require
 from moe.config import dense_checkpoint
-from moe.config.options import GROUPS
+from moe.config.options import CONF, GROUPS
 from moe.config.schema import Config
 from moe.launch import resolvers  # noqa: F401 (the files in conf/ call them)
 from moe.launch.explain import explain
 from moe.launch.hydra_errors import FAULTS
 from moe.launch.option_files import CLASSES, preset_of
+
+
+@contextmanager
+def composing() -> Iterator[None]:
+    """Prepare Hydra for the composition of configurations, and clear its state afterwards."""
+    with initialize_config_dir(str(CONF), version_base="1.3", job_name="train"):
+        try:
+            yield
+        finally:
+            GlobalHydra.instance().clear()
 
 
 def compose_config(arguments: list[str]) -> DictConfig:

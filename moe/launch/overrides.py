@@ -9,17 +9,22 @@ from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, QuotedString, RangeSweep
+from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, Quote, QuotedString, RangeSweep
 from omegaconf import OmegaConf
 
-from moe.checks import ConfigError, first_line, require, unknown
+from moe.checks import ConfigError, first_line, one_of, require, unknown
 from moe.config.options import GROUPS, options, search_path
 from moe.config.schema import Config, allowed_values
 from moe.launch.hydra_errors import FAULTS, cause_of
 from moe.launch.option_files import CLASSES
 
 log = logging.getLogger(__name__)
-HYDRA_KEYS = ("hydra/launcher", "hydra.sweeper.max_batch_size", "hydra.launcher.")  # those that a user may set
+SEARCH_KEYS = tuple(f"hydra.sweeper.{key}" for key in ("n_trials", "n_jobs", "direction", "metric", "sampler.seed"))
+HYDRA_KEYS = (  # those that a user may set
+    *("hydra/launcher", "hydra.sweeper.max_batch_size", "hydra.launcher."),
+    *("hydra/sweeper", *SEARCH_KEYS),
+)
+SWEEPERS = {"hydra/sweeper": ("basic", "optuna"), "hydra/sweeper/sampler": ("tpe", "random")}
 ONE_PER_COMMAND = ("experiment", "out")
 DEFAULTS = ("variant=null",)  # defaults that are no option; Hydra cannot choose them, so they are left out
 KEYWORDS = ("null", "none", "true", "false", "inf", "nan")  # words that Hydra's grammar does not read as text
@@ -119,6 +124,8 @@ def is_group(override: Override) -> bool:
 
 def values_of(override: Override) -> list[str]:
     """Return the values of an override as text: several of a sweep, otherwise one."""
+    if isinstance(override.value(), IntervalSweep):
+        return [str(override.input_line).partition("=")[2]]
     if not override.is_sweep_override():
         return [override.get_value_element_as_str()]
     try:
@@ -144,13 +151,10 @@ def check_override(override: Override) -> None:
         raise ConfigError(
             f"{line}: of Hydra's settings only {', '.join(HYDRA_KEYS)}... can be set; out=DIR sets the folder"
         )
-    if override.is_sweep_override():
-        if key in ONE_PER_COMMAND or override.is_hydra_override():
-            raise ConfigError(f"{line}: a command has one {key}; give one command for each")
-        if not override.is_discrete_sweep():
-            raise ConfigError(
-                f"{line}: an interval has no list of values; write them as a,b,c or range(start,stop,step)"
-            )
+    if override.is_sweep_override() and (key in ONE_PER_COMMAND or override.is_hydra_override()):
+        raise ConfigError(f"{line}: a command has one {key}; give one command for each")
+    if key in SWEEPERS:
+        one_of(key, str(override.value()), SWEEPERS[key])
     values = values_of(override)
     if not values:
         raise ConfigError(f"{line}: this stands for no value")
@@ -164,6 +168,25 @@ def check_override(override: Override) -> None:
             if others:
                 raise ConfigError(f"unknown option of {key} '{value}'; there is {' and '.join(others)}")
             raise _unknown_option(key, value)
+
+
+def check_grid(overrides: list[Override]) -> None:
+    """Raise ConfigError for overrides of a search in a command that trains a run or a grid, and for too many cells."""
+    check_number(overrides)
+    for override in overrides:
+        check_discrete(override)
+        if override.key_or_group.startswith((*SEARCH_KEYS, "hydra/sweeper/")):
+            raise ConfigError(
+                f"{override.input_line}: a setting of a search; add hydra/sweeper=optuna, or leave it out"
+            )
+
+
+def check_discrete(override: Override) -> None:
+    """Raise ConfigError for an interval, which has no list of values."""
+    if override.is_sweep_override() and not override.is_discrete_sweep():
+        listed = "write them as a,b,c or range(start,stop,step)"
+        search = "add hydra/sweeper=optuna to search in it"
+        raise ConfigError(f"{override.input_line}: an interval has no list of values; {listed}, or {search}")
 
 
 def _unknown_option(group: str, value: str) -> ConfigError:
@@ -207,12 +230,12 @@ def check_type(override: Override) -> None:
     if len(typed_words) != len(values):
         typed_words = values_of(override)
     for value, word in zip(values, typed_words, strict=True):
-        if (error := _misfit(key, value)) is None:
+        if (error := misfit(key, value)) is None:
             continue
-        if isinstance(value, (list, dict)) and _misfit(key, type(value)()) is None:  # one of its parts is wrong
+        if isinstance(value, (list, dict)) and misfit(key, type(value)()) is None:  # one of its parts is wrong
             raise ConfigError(f"{override.input_line:.200}: {cause_of(error)}")
         parts = value if isinstance(value, list) else []
-        if len(parts) > 1 and all(_misfit(key, part) is None for part in parts):
+        if len(parts) > 1 and all(misfit(key, part) is None for part in parts):
             swept = f"-m {key}={','.join(map(_word, parts))}"
             raise ConfigError(f"{key}={word}: must be {allowed}; for several values in a sweep write {swept}")
         require(False, key, word, allowed)
@@ -224,7 +247,7 @@ def _pickled_schema() -> bytes:
     return pickle.dumps(OmegaConf.structured(Config))
 
 
-def _misfit(key: str, value: object) -> Exception | None:
+def misfit(key: str, value: object) -> Exception | None:
     """Return why `Config` does not take a value for a key; None if it does."""
     try:
         OmegaConf.update(pickle.loads(_pickled_schema()), key, value)

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 from moe.checks import ConfigError, first_line, printable
 from moe.config.schema import Cell
@@ -31,8 +32,10 @@ def program() -> str:
     return "moe train" if sys.argv[0] == "moe train" else "train.py"
 
 
-def carry_out(cells: list[Cell], launch: Callable[[], object]) -> int:
+def carry_out(cells: list[Cell], launch: Callable[[], object], *, tables: bool = True) -> int:
     """Let `launch` train those of `cells` that are not finished, report on all of them, and return the exit status.
+
+    The report on several cells includes the `tables` of their sweep.
 
     The status is 1 if any cell is not finished afterwards, but 2 if all of these were given text or settings that
     cannot be used. If a run cannot be stored in its folder, raises ConfigError or RecordError, with a message of one
@@ -55,7 +58,7 @@ def carry_out(cells: list[Cell], launch: Callable[[], object]) -> int:
     if all(map(finished, cells)):
         _record_grid(cells)
         ranks.broadcast(False)
-        return _report(cells, ["finished"] * len(cells))
+        return _report(cells, ["finished"] * len(cells), tables=tables)
     for cell in cells:
         _check_folder(cell)
     before = [_state(cell) for cell in cells]
@@ -73,7 +76,7 @@ def carry_out(cells: list[Cell], launch: Callable[[], object]) -> int:
                 raise
         if len(cells) > 1:
             _wait(cells)
-        status = _report(cells, before, refusal)
+        status = _report(cells, before, refusal, tables=tables)
         return status if refusal is None else 2
 
 
@@ -183,7 +186,7 @@ def _wait(cells: list[Cell]) -> None:
         time.sleep(1)
 
 
-def _report(cells: list[Cell], before: list[str], refusal: str | None = None) -> int:
+def _report(cells: list[Cell], before: list[str], refusal: str | None = None, *, tables: bool) -> int:
     """Print what became of each cell since `before`, and the sweep's tables; return the exit status.
 
     refusal: why no jobs were submitted, if that is so.
@@ -195,15 +198,20 @@ def _report(cells: list[Cell], before: list[str], refusal: str | None = None) ->
         for cell, old, new in zip(cells, before, after, strict=True):
             reason = f": {refusal}" if refusal and new == "missing" else _reason(cell, new)
             print(printable(f"{_outcome(old, new):<11} {cell.folder.name}{reason}"))
-    if len(cells) > 1 and sweep.is_dir():
+    if tables and len(cells) > 1 and sweep.is_dir():
         from moe.results import sweep_tables
 
         runs = sweep_tables.write_sweep_tables(sweep)
         table = sweep_tables.console_table(runs[runs["experiment"] == grid_name(cells)])
-        analyze = "python analyze.py" if program() == "train.py" else "moe analyze"
-        print(f"\n{table}\n\ntable: {sweep / 'results.csv'}; next: {analyze} {shlex.quote(str(sweep))}")
+        print(f"\n{table}\n\n{next_step(sweep)}")
     unfinished = [cell for cell, state in zip(cells, after, strict=True) if state != "finished"]
     return 2 if unfinished and all(map(_was_given_bad_input, unfinished)) else min(len(unfinished), 1)
+
+
+def next_step(sweep: Path) -> str:
+    """Return where the results of a sweep are, and the command that analyzes them."""
+    analyze = "python analyze.py" if program() == "train.py" else "moe analyze"
+    return f"table: {sweep / 'results.csv'}; next: {analyze} {shlex.quote(str(sweep))}"
 
 
 def _was_given_bad_input(cell: Cell) -> bool:

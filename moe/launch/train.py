@@ -19,7 +19,7 @@ from moe.checks import ConfigError
 from moe.config.options import CONF
 from moe.distributed import ranks
 from moe.files import LinkError
-from moe.launch import command_line, sweep
+from moe.launch import command_line, search, sweep
 from moe.launch.cells import job_cell
 from moe.launch.revisions import pinned_by_first_rank
 from moe.runs.record import RecordError
@@ -58,6 +58,8 @@ def main() -> int:
             print(command_line.help_text(sys.argv[1:]))
             return 0
         command = command_line.read_command(sys.argv[1:])
+        if command.search is not None:
+            return search.carry_out(command.search, lambda cells, words: launch(command_line.Command(cells, words)))
         status = sweep.carry_out(command.cells or [], lambda: launch(command))
         ranks.stop()
         return status

@@ -56,3 +56,12 @@ def shown_together(runs: pd.DataFrame, metrics: Iterable[str]) -> list[str]:
 
 def _levels(runs: pd.DataFrame, key: str) -> set[object]:
     return set(runs[key].dropna()) if key in runs else set()
+
+
+def search_goal(runs: pd.DataFrame) -> str | None:
+    """Return what a search aimed at that chose some of these runs, such as "minimize val/loss"; None if none did.
+
+    No test is valid on such runs, because results decided which of them there are.
+    """
+    goals = runs["search"].dropna() if "search" in runs else ()
+    return str(next(iter(goals))) if len(goals) else None

@@ -24,7 +24,7 @@ from moe.runs.folder import user
 from moe.runs.record import MetricsRecord, RecordError, RunRecord, SweepRecord
 
 FACTS = (
-    *("folder", "experiment", "run", "place", "status", "error", "causal", "commit"),
+    *("folder", "experiment", "run", "place", "search", "status", "error", "causal", "commit"),
     *("seconds", "train_seconds", "peak_memory_gb", "parameters.total", "parameters.active", "flops_per_token"),
     "ranks.number",
 )
@@ -62,7 +62,8 @@ def load_runs(paths: Iterable[Path | str]) -> pd.DataFrame:
     trains a run that is running), "diverged" (it failed because a loss or gradient was not finite), "unreadable", or
     "missing". The column `error` gives the reason. The factors of unreadable and missing runs come from sweep.json if
     possible, otherwise from the name of the folder. `place` is the place of the run in its sweep, as the user listed
-    the levels. Raises ValueError if there is no such folder, or no run in it.
+    the levels. `search` is such as "minimize val/loss" if a search for good settings chose the run, otherwise None.
+    Raises ValueError if there is no such folder, or no run in it.
     """
     paths = list(paths)
     runs, sweeps = _walk(paths)
@@ -73,7 +74,7 @@ def load_runs(paths: Iterable[Path | str]) -> pd.DataFrame:
     for folder in runs:
         row = read_run(folder)
         for cell in asked.pop(folder.resolve(), [{}]):
-            told = {"experiment", "place"} | (set() if "causal" in row else cell.keys() - {*FACTS})
+            told = {"experiment", "place", "search"} | (set() if "causal" in row else cell.keys() - {*FACTS})
             rows.append(row | {key: cell[key] for key in cell if key in told})
     rows += itertools.chain.from_iterable(asked.values())
     if not rows:
@@ -210,7 +211,7 @@ def _cells(sweep: Path) -> list[dict[str, Any]]:
     return [
         _named_row(sweep / name, "missing", "no run in this cell of the sweep")
         | {key: level(value) for key, value in record.cells[name].items() if key not in FACTS and "/" not in key}
-        | {"experiment": grid.name, "place": place}
+        | {"experiment": grid.name, "place": place, "search": grid.search}
         for grid in record.grids
         for place, name in enumerate(grid.cells)
     ]

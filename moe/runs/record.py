@@ -16,7 +16,7 @@ from moe.config.schema import Config, Grid
 from moe.files import read_text, write_json
 from moe.runs.measured import Measured, ValidationLoss, check_shapes
 
-FORMAT = 2  # of all these files; raise it whenever a field is added, removed or changes its meaning
+FORMAT = 3  # of all these files; raise it whenever a field is added, removed or changes its meaning
 
 R = TypeVar("R", bound="_Record")
 Status = Literal["running", "interrupted", "failed", "finished"]
@@ -210,14 +210,15 @@ class SweepRecord(_Record):
     def joined(self, new: Grid, cells: dict[str, dict[str, Any]], given: set[str]) -> "SweepRecord":
         """Return the record with another grid, whose cells have these settings and whose command gave these keys.
 
-        A grid that has the same factors and fixed settings is extended instead. So is one that has more factors, if
-        the command gives one level of each of them.
+        A grid that has the same factors, fixed settings and search is extended instead. So is one that has more
+        factors, if the command gives one level of each of them.
         """
 
         def is_part_of(old: Grid) -> bool:
             constant = set(old.factors) - set(new.factors)
             fixed = {key: value for key, value in new.fixed.items() if key not in constant}
-            return set(new.factors) <= set(old.factors) and constant <= given and fixed == old.fixed
+            same = fixed == old.fixed and new.search == old.search
+            return set(new.factors) <= set(old.factors) and constant <= given and same
 
         wider = sorted(filter(is_part_of, self.grids), key=lambda old: len(old.factors))
         old = wider[0] if wider else new

@@ -44,6 +44,8 @@ from moe.analysis.report.sections.overview import what_was_run
 from moe.analysis.report.sections.provenance import differences
 from moe.analysis.statistics import contrasts
 from moe.analysis.studies.published import read_published
+from moe.api import compare
+from moe.checks import ConfigError
 from moe.results.conditions import with_causality
 from moe.results.table import load_runs, read_event_tables
 
@@ -113,6 +115,25 @@ class Page(HTMLParser):
         self.text += data
         if self.titles and not self.titles[-1]:
             self.titles[-1] = data.strip()
+
+
+def test_no_test_is_made_on_runs_that_a_search_chose(tmp_path: Path) -> None:
+    """The report names the best settings of a search, but has no verdicts, contrasts or analysis of variance."""
+    sweep = tmp_path / "searched"
+    cells = {f"lb={lb},seed={seed}": {"lb": lb, "seed": seed} for lb in (0.1, 0.02, 0.3) for seed in (1, 2)}
+    for name, keys in cells.items():
+        write_run(sweep / name, {"val/loss": 1 + keys["lb"] + keys["seed"] / 100}, **keys)
+    write_cells(sweep, cells, search="minimize val/loss")
+    runs = load_runs([sweep])
+    text = write_report(runs, tmp_path / "out").read_text()
+    titles = re.findall("^## (.*)$", text, re.MULTILINE)
+    assert titles[:4] == ["What was run", "Search", "Conditions", "Learning curves"]
+    assert not {"Verdicts", "Contrasts, paired by seed", "Analysis of variance within seeds"} & set(titles)
+    assert "This report makes no test on them" in text.replace("\n", " ")
+    best = text.split("## Search")[1].split("## Conditions")[0]
+    assert re.findall(r"^\| (0\.\d+) \|", best, re.MULTILINE) == ["0.02", "0.1", "0.3"]
+    with pytest.raises(ConfigError, match="a search to minimize val/loss chose these runs by results, so that no test"):
+        compare(runs)
 
 
 @pytest.fixture

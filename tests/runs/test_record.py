@@ -159,7 +159,7 @@ def test_every_missing_unknown_or_mistyped_field_is_named(tmp_path: Path) -> Non
         METRICS, written_content(METRICS, path) | {"final_metrics": {"val/loss": 10**400}}, "final_metrics.val/loss"
     )
     assert_refused(SWEEP, {"format": FORMAT, "cells": {"seed=1": None}, "grids": []}, "cells.seed=1 is None")
-    grid = {"name": "x", "factors": [], "fixed": {}, "cells": ["seed=2"]}
+    grid = {"name": "x", "factors": [], "fixed": {}, "cells": ["seed=2"], "search": None}
     assert_refused(
         SWEEP, written_content(SWEEP, path) | {"grids": [grid]}, "must be in cells, and in the cells of a grid"
     )

@@ -22,7 +22,7 @@ from moe.analysis.statistics import (
 from moe.analysis.variance import anova
 from moe.checks import unknown
 from moe.metrics.catalog import select
-from moe.results.comparable import not_poolable, several_tokenizers, shown_together
+from moe.results.comparable import not_poolable, search_goal, several_tokenizers, shown_together
 from moe.results.conditions import (
     HEADLINE,
     NAMED_ROUTERS,
@@ -82,6 +82,11 @@ class ReportInputs(NamedTuple):
     without_variance: list[str]  # why a metric has no analysis of variance
     families: list[Family]  # those that have a test, in the whole report
     past: EventTables  # every evaluation, and some metrics of every training step
+
+    @property
+    def search(self) -> str | None:
+        """What a search for good settings aims at, such as "minimize val/loss"; None if there was no search."""
+        return search_goal(self.loaded)
 
     def with_condition(self, events: pd.DataFrame) -> pd.DataFrame:
         """Return the events of runs whose condition is known, with the condition as a column."""
@@ -155,6 +160,8 @@ def _events_of(events: pd.DataFrame, folders: pd.Series) -> pd.DataFrame:
 
 def _with_comparisons(inputs: ReportInputs, options: ReportOptions) -> ReportInputs:
     """Return the inputs with claims measured and levels compared, before the correction for other tests."""
+    if inputs.search:  # its settings were chosen by results
+        return inputs
     references = _reference_levels(inputs, options)
     tables = [
         contrasts(inputs.runs, metric, inputs.factors, references=references, margin=options.margins.get(metric))

@@ -32,6 +32,7 @@ from moe.analysis.report.sections.over_training import contrasts_over_training, 
 from moe.analysis.report.sections.overview import what_was_run
 from moe.analysis.report.sections.provenance import causality, configuration, data, software
 from moe.analysis.report.sections.routing import expert_specialization, routing_by_layer
+from moe.analysis.report.sections.search import search_result
 from moe.analysis.report.sections.verdicts import claim_verdicts, contrast_verdicts, how_it_decides
 from moe.analysis.report.study import Section
 from moe.analysis.studies.published import replay
@@ -56,6 +57,7 @@ FOR_EACH_EXPERIMENT: tuple[Section, ...] = (
     *itertools.chain.from_iterable(study.experiment_sections for study in STUDIES),
     expert_specialization,
 )
+FOR_A_SEARCH: tuple[Section, ...] = (search_result, condition_table, learning_curves)  # nothing that tests or predicts
 LAST: tuple[Section, ...] = (
     *itertools.chain.from_iterable(study.report_sections for study in STUDIES),
     causality,
@@ -78,7 +80,7 @@ def write_report(
     names = levels(runs["experiment"])
     shown = [f'"{name}"' for name in names[:3]] if len(names) > 1 else names  # the name of a grid may hold a comma
     title = f"Report: {', '.join(shown)}" + (f" and {len(names) - 3} more" if names[3:] else "")
-    middle: Iterable[ReportBlock] = _blocks(FOR_EACH_EXPERIMENT, all_runs)
+    middle: Iterable[ReportBlock] = _experiment_blocks(all_runs)
     if experiments:
         middle = itertools.chain(*map(_experiment_part, names, experiments))
     blocks = itertools.chain(_blocks(FIRST, all_runs), middle, _blocks(LAST, all_runs))
@@ -120,11 +122,15 @@ def _blocks(sections: Iterable[Section], inputs: ReportInputs) -> Iterator[Repor
     return itertools.chain.from_iterable(section(inputs) for section in sections)
 
 
+def _experiment_blocks(inputs: ReportInputs) -> Iterator[ReportBlock]:
+    return _blocks(FOR_A_SEARCH if inputs.search else FOR_EACH_EXPERIMENT, inputs)
+
+
 def _experiment_part(name: str, inputs: ReportInputs) -> Iterator[ReportBlock]:
     """Yield the sections of one experiment, with headings one level lower and files in a folder of its own."""
     yield Heading(name)
     folder = folder_name(name)
-    for block in _blocks(FOR_EACH_EXPERIMENT, inputs):
+    for block in _experiment_blocks(inputs):
         if isinstance(block, Heading):
             yield block._replace(level=block.level + 1)
         elif isinstance(block, Attachment) or (isinstance(block, Drawing) and block.figure):

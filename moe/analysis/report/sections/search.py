@@ -1,0 +1,30 @@
+"""What a search for good settings found. No test is made on its runs, because results decided which runs there are."""
+
+from collections.abc import Iterator
+
+import pandas as pd
+
+from moe.analysis.report.blocks import Heading, Paragraph, ReportBlock, TableBlock
+from moe.analysis.report.inputs import ReportInputs
+from moe.results.conditions import spread_table, summary
+
+EXPLAINED = """\
+A search chose these settings one after another, each by the results of those before it, to {goal}. Therefore they are
+no factorial grid: which levels occur together depends on the results. This report makes no test on them, neither
+contrasts nor an analysis of variance, and judges no claims. The best value was chosen because it is the best, so it is
+too good on average. To find out how good its settings are, train them and your baseline with other seeds, as an
+experiment of their own."""
+SHOWN = 10  # trials
+
+
+def search_result(inputs: ReportInputs) -> Iterator[ReportBlock]:
+    """Yield the best trials of a search, the best one first."""
+    yield Heading("Search")
+    yield Paragraph(EXPLAINED.format(goal=inputs.search))
+    direction, _, metric = str(inputs.search).partition(" ")
+    if metric not in inputs.loaded or inputs.loaded[metric].isna().all():
+        return
+    means = summary(inputs.runs, inputs.factors, [metric])
+    best = means.sort_values("mean", ascending=direction == "minimize").head(SHOWN)
+    yield Paragraph(f"The best {len(best)} of {len(means)} settings: mean ± sample standard deviation over seeds.")
+    yield TableBlock(pd.concat([spread_table(best.iloc[[place]]) for place in range(len(best))]))

@@ -1,0 +1,240 @@
+"""Search for good settings with Optuna: `python train.py -m hydra/sweeper=optuna lb=interval(0,0.1) seed=1,2`.
+
+A trial is a small sweep: its settings with all seeds of the command. Trials are stored as run folders alone. The same
+command again reads the objectives of finished trials from there, so that Optuna proposes the same settings again.
+"""
+
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from omegaconf import DictConfig, OmegaConf
+
+from moe.checks import ConfigError, finite, one_of, require
+from moe.config.schema import Cell, Grid, allowed_values
+from moe.distributed import ranks
+from moe.launch import sweep
+from moe.launch.cells import expand
+from moe.launch.claims import check_metric
+from moe.launch.compose import compose_config, composing
+from moe.launch.overrides import MOST_CELLS, check_number, is_group, lines_of, misfit, parse_override, values_of
+from moe.runs.folder import status
+from moe.runs.record import MetricsRecord
+
+CHOSEN = "hydra/sweeper=optuna"
+CHOSEN_BY_RESULT = "It was chosen by this result, which is therefore too good on average: confirm it with other seeds."
+
+
+class Dimension(NamedTuple):
+    """A key that is searched. values: its levels as words, in order if `ordered`; without them, an interval."""
+
+    key: str
+    values: list[str]
+    ordered: bool = False
+    low: float = 0.0
+    high: float = 0.0
+    log: bool = False
+    whole: bool = False
+
+    def suggest(self, trial: Any) -> str:
+        """Return the level that Optuna proposes for a trial. Numbers have six digits, so that folders have names."""
+        if self.values and not self.ordered:
+            return str(trial.suggest_categorical(self.key, self.values))
+        if self.ordered:
+            return self.values[trial.suggest_int(self.key, 0, len(self.values) - 1)]
+        if self.whole:
+            return str(trial.suggest_int(self.key, int(self.low), int(self.high), log=self.log))
+        value = float(f"{trial.suggest_float(self.key, self.low, self.high, log=self.log):.6g}")
+        return repr(min(max(value, self.low), self.high))
+
+    def ends(self) -> list[str]:
+        """Return the levels that are checked before any training: all choices, or both ends."""
+        if self.values:
+            return list(dict.fromkeys((self.values[0], self.values[-1]))) if self.ordered else self.values
+        return [str(int(end)) if self.whole else repr(end) for end in (self.low, self.high)]
+
+
+class SearchSettings(NamedTuple):
+    """Settings of `hydra.sweeper`, see conf/hydra/sweeper/optuna.yaml. sampler: a class of optuna.samplers."""
+
+    n_trials: int
+    n_jobs: int
+    direction: str
+    metric: str
+    sampler: str
+    seed: int
+
+
+class Search(NamedTuple):
+    """A checked search.
+
+    fixed: the overrides that all trials have, with the list of seeds. grid: what the search varies, without cells.
+    """
+
+    settings: SearchSettings
+    dimensions: list[Dimension]
+    fixed: list[Override]
+    grid: Grid
+
+
+def is_search(overrides: Sequence[Override]) -> bool:
+    """Return whether a command chooses Optuna's sweeper."""
+    return any(o.key_or_group == "hydra/sweeper" and o.value() == "optuna" for o in overrides)
+
+
+def read_search(overrides: list[Override], *, multirun: bool) -> Search:
+    """Return the checked search that a command asks for.
+
+    All options and both ends of every interval are composed, in all combinations, as the cells of a sweep are.
+    """
+    launch = [o for o in overrides if o.is_hydra_override()]
+    own = [o for o in overrides if not o.is_hydra_override()]
+    for override in own:
+        check_number([override])
+    base = compose_config(lines_of([*launch, *(o for o in own if is_group(o) and not o.is_sweep_override())]))
+    multirun = multirun or str(base.hydra.mode) == "RunMode.MULTIRUN"
+    require(multirun, "hydra/sweeper", "optuna", "used with -m, because it trains many runs")
+    require(ranks.world_size() == 1, "hydra/sweeper", "optuna", "used in a single process: leave the launcher out")
+    given = {o.get_key_element() for o in own}
+    params = [parse_override(f"{key}={value}") for key, value in (base.hydra.sweeper.params or {}).items()]
+    words = [*(o for o in params if o.get_key_element() not in given), *own]
+    searched = [o for o in words if o.is_sweep_override() and o.key_or_group != "seed"]
+    if not searched:
+        raise ConfigError(f"{CHOSEN}: needs a key to search, such as lb=interval(0,0.1)")
+    dimensions = [_dimension(o, base) for o in searched]
+    seeds = [value for o in words if o.key_or_group == "seed" for value in _seeds(o)]
+    settings = _settings(base.hydra.sweeper, seeds=max(1, len(seeds)))
+    others = [o for o in launch if not str(o.key_or_group).startswith(("hydra/sweeper", "hydra.sweeper"))]
+    fixed = [parse_override("hydra/sweeper=basic"), *others, *(o for o in words if o not in searched)]
+    checked = [o for o in fixed if o.key_or_group != "seed"]
+    checked += [parse_override(f"{dimension.key}={','.join(dimension.ends())}") for dimension in dimensions]
+    cells, _ = expand(checked, multirun=True, planned=False)
+    check_metric("hydra.sweeper.metric", settings.metric, cells)
+    if cells[0].config.claims:
+        raise ConfigError(f"{CHOSEN}: claims judge a planned grid, and a search chooses its settings; add claims=[]")
+    if importlib.util.find_spec("optuna") is None:
+        raise ConfigError(f"{CHOSEN}: needs `pip install -e '.[optuna]'`")
+    assert cells[0].grid is not None
+    purpose = f"{settings.direction} {settings.metric}"
+    grid = cells[0].grid._replace(cells=[], search=purpose, name=f"{cells[0].grid.name}: {purpose}")
+    return Search(settings, dimensions, fixed, grid)
+
+
+def carry_out(search: Search, launch: Callable[[list[Cell], list[str]], object]) -> int:
+    """Train all trials, report the best one, and return the exit status, as `sweep.carry_out` does.
+
+    launch: trains these cells, given what Hydra needs for it.
+    """
+    import optuna
+
+    from moe.results import sweep_tables
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    settings = search.settings
+    sampler = getattr(optuna.samplers, settings.sampler)(seed=settings.seed)
+    study = optuna.create_study(direction=settings.direction, sampler=sampler)
+    results: dict[str, float] = {}
+    failed, folder = 0, Path()
+    while (first := len(study.trials)) < settings.n_trials:
+        trials = [study.ask() for _ in range(min(settings.n_jobs, settings.n_trials - first))]
+        levels = [{each.key: each.suggest(trial) for each in search.dimensions} for trial in trials]
+        names = [" ".join(f"{key.lstrip('+')}={value}" for key, value in each.items()) for each in levels]
+        for trial, name in zip(trials, names, strict=True):
+            print(f"trial {trial.number + 1} of {settings.n_trials}: {name}", flush=True)
+        with composing():
+            parts = [_trial_cells(search, each) for each in levels]
+        cells = list({cell.folder: cell for members, _ in parts for cell in members}.values())
+        folder, train = cells[0].folder.parent, partial(launch, cells, parts[0][1])
+        code = sweep.carry_out(cells, train, tables=False)
+        if code == 2 or any(status(cell) == "interrupted" for cell in cells):  # the next trial would end like this one
+            return code
+        failed = max(failed, code)
+        for trial, name, (members, _) in zip(trials, names, parts, strict=True):
+            objective = _objective(members, settings.metric)
+            if objective is None:
+                study.tell(trial, state=optuna.trial.TrialState.FAIL)
+                print(f"trial {trial.number + 1}: no {settings.metric}; the search goes on without it", flush=True)
+            else:
+                study.tell(trial, objective)
+                results[name] = objective
+                print(f"trial {trial.number + 1}: {settings.metric} {objective:.6g}", flush=True)
+    runs = sweep_tables.write_sweep_tables(folder)
+    print(f"\n{sweep_tables.console_table(runs[runs['experiment'] == search.grid.name])}\n")
+    if results:
+        best = (min if settings.direction == "minimize" else max)(results, key=results.__getitem__)
+        print(f"best of {settings.n_trials} trials: {best}, {settings.metric} {results[best]:.6g}. {CHOSEN_BY_RESULT}")
+    print(sweep.next_step(folder))
+    return failed
+
+
+def _trial_cells(search: Search, levels: dict[str, str]) -> tuple[list[Cell], list[str]]:
+    """Return the cells of a trial, one for each seed, and what Hydra needs to launch them."""
+    words = [*search.fixed, *(parse_override(f"{key}={value}") for key, value in levels.items())]
+    cells, arguments = expand(words, multirun=True, planned=False, in_vain=True)
+    grid = search.grid._replace(cells=[cell.folder.name for cell in cells])
+    return [cell._replace(grid=grid) for cell in cells], arguments
+
+
+def _objective(cells: list[Cell], metric: str) -> float | None:
+    """Return the mean of a metric over the runs of a trial; None unless all of them have a finite value."""
+    values: list[float] = []
+    for cell in cells:
+        if status(cell) != "finished":
+            return None
+        value = MetricsRecord.read(cell.folder / MetricsRecord.FILE).scalars().get(metric)
+        if value is None or not math.isfinite(value):
+            return None
+        values.append(value)
+    return fmean(values)
+
+
+def _dimension(override: Override, base: DictConfig) -> Dimension:
+    """Return what a swept override says about its key."""
+    line, key, value = override.input_line, override.get_key_element(), override.value()
+    if getattr(value, "shuffle", False):
+        raise ConfigError(f"{line}: leave shuffle out, because Optuna chooses the order")
+    tags: set[str] = getattr(value, "tags", set())
+    if tags - ({"log"} if isinstance(value, IntervalSweep) else set()):
+        raise ConfigError(f"{line}: only an interval can have a tag, as tag(log,interval(0.001,1))")
+    if not isinstance(value, IntervalSweep):
+        values = values_of(override)
+        return Dimension(key, values, ordered=isinstance(value, RangeSweep))
+    low, high = value.start, value.end
+    assert low is not None
+    assert high is not None
+    allowed = "two finite numbers, the smaller one first" + (", both > 0 with log" if "log" in tags else "")
+    ok = finite(low) and finite(high) and low < high and (low > 0 or "log" not in tags)
+    require(ok, key, str(line).partition("=")[2], allowed)
+    if allowed_values(override.key_or_group) is not None:
+        whole = misfit(override.key_or_group, 0.5) is not None
+    else:
+        now = OmegaConf.select(base, override.key_or_group, default=None)
+        whole = isinstance(now, int) and not isinstance(now, bool)
+    whole = (whole or (type(low) is int and type(high) is int)) and low == int(low) and high == int(high)
+    return Dimension(key, [], low=low, high=high, log="log" in tags, whole=whole)
+
+
+def _seeds(override: Override) -> list[str]:
+    if isinstance(override.value(), IntervalSweep):
+        raise ConfigError(f"{override.input_line}: list the seeds; a trial trains all, and its objective is their mean")
+    return values_of(override)
+
+
+def _settings(sweeper: DictConfig, *, seeds: int) -> SearchSettings:
+    """Return the settings of `hydra.sweeper`. Raises ConfigError for a value that is not allowed."""
+    place = "hydra.sweeper"
+    most = MOST_CELLS // seeds
+    for key, limit in (("n_trials", most), ("n_jobs", most)):
+        value = sweeper[key]
+        ok = type(value) is int and 1 <= value <= limit
+        require(ok, f"{place}.{key}", value, f"a whole number from 1 to {limit:,}")
+    one_of(f"{place}.direction", str(sweeper.direction), ("minimize", "maximize"))
+    seed = sweeper.sampler.seed
+    require(type(seed) is int and 0 <= seed < 2**32, f"{place}.sampler.seed", seed, "between 0 and 2^32 - 1")
+    name = str(sweeper.sampler["_target_"]).rpartition(".")[2]
+    return SearchSettings(sweeper.n_trials, sweeper.n_jobs, sweeper.direction, str(sweeper.metric), name, seed)
