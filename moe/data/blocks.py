@@ -38,7 +38,7 @@ from moe.files import LinkError, apply_umask, read_text, sha256, sync
 
 log = logging.getLogger(__name__)
 
-CACHE_FORMAT = 4  # Increase it whenever the same arguments give different blocks or different files.
+CACHE_FORMAT = 5  # Increase it whenever the same arguments give different blocks or different files.
 
 
 class Prepared(NamedTuple):
@@ -66,6 +66,11 @@ class Prepared(NamedTuple):
         """Return the sha256 of the text and of the tokenizer. Together with the configuration they determine the
         blocks."""
         return {name: self.manifest[name] for name in ("corpus_sha256", "tokenizer_sha256")}
+
+    @property
+    def val_bytes(self) -> tuple[int, ...]:
+        """Return for each domain the bytes (UTF-8) of the validation text that a model predicts."""
+        return tuple(counts["val"]["predicted_bytes"] for counts in self.manifest["domains"].values())
 
 
 def prepare(
@@ -199,22 +204,6 @@ def batch(dataset: datasets.Dataset, indices: Sequence[int] | np.ndarray) -> Bat
     return Batch(ids, rows["domain"], rows.get("labels", ids), rows.get("position_ids"))
 
 
-def predicted_bytes(data: Prepared) -> tuple[int, ...]:
-    """Return for each domain the length of the validation text that a model predicts, in bytes of UTF-8.
-
-    It is the text of all tokens that are the target of a prediction, as the tokenizer decodes them. Tokens that stand
-    for no text, such as the end of a document, have a length of 0.
-    """
-    lengths = [0] * len(data.domains)
-    for first in range(0, len(data.val), 256):
-        blocks = batch(data.val, range(first, min(first + 256, len(data.val))))
-        targets = [row[row != IGNORED].tolist() for row in next_token(blocks.labels)]
-        texts = data.tokenizer.batch_decode(targets, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        for domain, text in zip(blocks.domain.tolist(), texts, strict=True):
-            lengths[domain] += len(text.encode(errors="replace"))
-    return tuple(lengths)
-
-
 @lru_cache(maxsize=2)
 def _permutation(num_blocks: int, seed: int, epoch: int) -> np.ndarray:
     # This sorts raw bits because numpy keeps them the same in all versions, unlike Generator.permutation.
@@ -278,6 +267,10 @@ def _build(
         dataset.save_to_disk(folder / name)
         for domain, counted in _counts(split, blocks, np.asarray(dataset["domain"])).items():
             counts[domain][name] = counted
+        if name == "val":
+            lengths = _predicted_bytes(dataset.with_format("numpy"), fast, len(counts))
+            for domain, length in zip(counts, lengths, strict=True):
+                counts[domain][name]["predicted_bytes"] = length
     return {
         "corpus_sha256": _digest(document for documents in corpus.values() for document in documents),
         "tokenizer_sha256": sha256(folder / "tokenizer" / "tokenizer.json"),
@@ -388,6 +381,22 @@ def _dataset(domains: list[Blocks], max_blocks: int | None, *, with_document: bo
     for name in [name for name, column in columns.items() if column.ndim > 1]:
         features[name] = datasets.List(features[name], length=columns[name].shape[1])
     return datasets.Dataset.from_dict(columns, features=features)
+
+
+def _predicted_bytes(val: datasets.Dataset, tokenizer: PreTrainedTokenizerFast, domains: int) -> list[int]:
+    """Return for each domain the length of the validation text that a model predicts, in bytes of UTF-8.
+
+    It is the text of all tokens that are the target of a prediction, as the tokenizer decodes them. Tokens that stand
+    for no text, such as the end of a document, have a length of 0.
+    """
+    lengths = [0] * domains
+    for first in range(0, len(val), 256):
+        blocks = batch(val, range(first, min(first + 256, len(val))))
+        targets = [row[row != IGNORED].tolist() for row in next_token(blocks.labels)]
+        texts = tokenizer.batch_decode(targets, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for domain, text in zip(blocks.domain.tolist(), texts, strict=True):
+            lengths[domain] += len(text.encode(errors="replace"))
+    return lengths
 
 
 def _refuse_padding(dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerFast, name: str) -> None:

@@ -41,7 +41,7 @@ def validate(training: Training, step: int, folder: Path | None = None) -> dict[
     settings = knob_settings(config, training.schedule, step)
     arguments: dict[str, Any] = {
         "domains": data.domains,
-        "text_bytes": training.val_bytes,
+        "text_bytes": data.val_bytes,
         "batch_size": config.batch_size,
         "temperature": settings["temperature"],
     }

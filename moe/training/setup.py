@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moe.checks import ConfigError, build, first_line
 from moe.config.schema import Config
-from moe.data.blocks import Prepared, predicted_bytes, prepare
+from moe.data.blocks import Prepared, prepare
 from moe.model.cost import reset_peak_memory
 from moe.model.decoder import MoEConfig, MoEForCausalLM
 from moe.model.parts import Parts, parts
@@ -30,7 +30,6 @@ class Training(NamedTuple):
     wrapped: the module that distributes `model` over the ranks (for example DDP). It has the same parameters. On one
         rank it is `model` itself.
     forward: `wrapped`, compiled if the configuration asks for it. A training step calls it.
-    val_bytes: for each domain, the bytes of the validation text (`moe.data.blocks.predicted_bytes`).
     parts: the trainable parameters of all routers ("router") and of all experts ("experts"), for norms and updates.
     """
 
@@ -43,7 +42,6 @@ class Training(NamedTuple):
     wrapped: nn.Module
     forward: Callable[..., Any]
     optimizers: list[torch.optim.Optimizer]
-    val_bytes: tuple[int, ...]
     parts: Parts
 
     @property
@@ -82,7 +80,6 @@ def set_up(config: Config) -> Training:
         wrapped=wrapped,
         forward=forward,
         optimizers=optimizers,
-        val_bytes=predicted_bytes(data),
         parts=parts(model),
     )
 

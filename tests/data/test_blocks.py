@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from moe.data.blocks import Prepared, batch, batch_indices, predicted_bytes, prepare
+from moe.data.blocks import Prepared, batch, batch_indices, prepare
 from moe.data.embedded import DOMAINS, Embedded
 from moe.data.sources import Document, Files, Hub
 from moe.data.tokenizer import text_encoder
@@ -217,7 +217,7 @@ def test_the_predicted_bytes_are_those_of_the_text_for_every_vocabulary(
             # In a byte-level vocabulary each character of a token stands for one byte.
             lengths[row["domain"]] += sum(len(token) for token in tokens if token != prepared.tokenizer.eos_token)
         # A character that is cut at the border of a block is counted as three bytes.
-        assert predicted_bytes(prepared) == pytest.approx(lengths, rel=0.01)
+        assert prepared.val_bytes == pytest.approx(lengths, rel=0.01)
 
 
 def test_no_token_has_more_than_one_digit(named_groups, tmp_path):

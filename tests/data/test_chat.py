@@ -16,7 +16,7 @@ from pyarrow import parquet
 from transformers import AutoTokenizer
 
 from moe.config.schema import ModelConfig
-from moe.data.blocks import Batch, Prepared, _read, batch, predicted_bytes, prepare
+from moe.data.blocks import Batch, Prepared, _read, batch, prepare
 from moe.data.chat import CHATML, set_template, tokenize_conversations
 from moe.data.embedded import Solutions
 from moe.data.labels import IGNORED, next_token
@@ -318,7 +318,7 @@ def test_packing_does_not_change_the_loss_of_a_conversation(attention, prepared)
                 total += model(ids[None], labels[None]).loss.item() * predicted
                 count += predicted
         packed = model(blocks.ids, blocks.labels, position_ids=blocks.position_ids).loss.item()
-    texts = {"domains": prepared.domains, "text_bytes": predicted_bytes(prepared)}
+    texts = {"domains": prepared.domains, "text_bytes": prepared.val_bytes}
     values = evaluate(model, prepared.val, **texts, batch_size=2, temperature=1.0)
     assert packed == pytest.approx(total / count, rel=1e-5)
     assert values["val/loss"] == pytest.approx(total / count, rel=1e-5)
@@ -327,7 +327,7 @@ def test_packing_does_not_change_the_loss_of_a_conversation(attention, prepared)
 
 def test_domain_losses_and_accuracy_are_over_labeled_tokens(prepared):
     model = tiny(400)
-    texts = {"domains": prepared.domains, "text_bytes": predicted_bytes(prepared)}
+    texts = {"domains": prepared.domains, "text_bytes": prepared.val_bytes}
     values = evaluate(model, prepared.val, **texts, batch_size=3, temperature=1.0)
     blocks = all_blocks(prepared, "val")
     with torch.no_grad():
