@@ -90,24 +90,35 @@ def expand(
     check_claims(cells, presets, sweep=multirun)
     _check_distinct(cells)
     cells = described
-    for override in own if all(cell.config.is_dense for cell in cells) else ():
-        if not override.is_hydra_override() and override.key_or_group.partition(".")[0] in DENSE_IGNORES:
-            line = override.input_line
-            raise ConfigError(f"{line}: must be left out, because no layer of this model is a Mixture of Experts")
+    if all(cell.config.is_dense for cell in cells):
+        _refuse_keys_of_routing(own)
     if launcher == "slurm" and not all(map(finished, cells)):
         slurm.prepare(base.hydra.launcher)
-    key = "hydra.sweep.subdir" if multirun else "hydra.run.dir"
-    unique: dict[Path, Cell] = {}
-    for cell, arguments in zip(cells, grid, strict=True):
-        place = quote(cell.folder.name if multirun else str(cell.folder))
-        unique.setdefault(cell.folder, cell._replace(overrides=(*arguments, f"{key}={place}")))
-    cells = list(unique.values())
+    cells = _with_overrides(cells, grid, multirun=multirun)
     if not multirun:
         return cells, [*lines_of(launch), *cells[0].overrides]
     grid_of_cells = grid_of(cells, presets, own, _usual_settings(base, own))
     cells = [cell._replace(grid=grid_of_cells) for cell in cells]
     common = [o for o in own if o.key_or_group in ONE_PER_COMMAND]
     return cells, ["--multirun", *lines_of([*launch, *common])]
+
+
+def _refuse_keys_of_routing(overrides: list[Override]) -> None:
+    """Raise ConfigError for a key that needs a layer with experts."""
+    for override in overrides:
+        if override.key_or_group.partition(".")[0] in DENSE_IGNORES:
+            line = override.input_line
+            raise ConfigError(f"{line}: must be left out, because no layer of this model is a Mixture of Experts")
+
+
+def _with_overrides(cells: list[Cell], grid: list[list[str]], *, multirun: bool) -> list[Cell]:
+    """Return each cell once, with the overrides from which Hydra composes it and its folder."""
+    key = "hydra.sweep.subdir" if multirun else "hydra.run.dir"
+    unique: dict[Path, Cell] = {}
+    for cell, arguments in zip(cells, grid, strict=True):
+        place = quote(cell.folder.name if multirun else str(cell.folder))
+        unique.setdefault(cell.folder, cell._replace(overrides=(*arguments, f"{key}={place}")))
+    return list(unique.values())
 
 
 def _usual_settings(base: DictConfig, own: list[Override]) -> dict[str, Any]:
