@@ -6,7 +6,6 @@ import json
 import os
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cache
-from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
@@ -294,8 +293,8 @@ class Config:
         router.check_class()
         if getattr(locate(self.data.source["_target_"], "data.source", trusted=True), "conversations", False):
             router.require_documents_apart()
-        settings = {*OFF, *(f"router.{name}" for name in signature(type(router)).parameters)}
-        for key in router.ignores - settings:
+        settings = OFF.keys() | router.settings()
+        for key in (router.ignores | router.ignores_without_capacity) - settings:
             raise unknown(f"key in ignores of {type(router).__name__}", key, settings)
         if self.schedule.get("knob") == "noise" and "noise" in router.ignored_keys():
             raise ConfigError("schedule.knob=noise: this router ignores noise; use another router")
@@ -316,9 +315,11 @@ class Config:
         """
         if self.is_dense:
             return frozenset((*OFF, *DENSE_IGNORES))
-        ignored = self.build_router().ignored_keys() & {*OFF, *(f"router.{name}" for name in self.router)}
-        limited = self.capacity is not None and "capacity" not in ignored
-        return ignored if limited else ignored | {"drop"}
+        router = self.build_router()
+        ignored = router.ignored_keys()
+        if self.capacity is None or "capacity" in ignored:
+            ignored |= {"drop"} | router.ignores_without_capacity
+        return frozenset(ignored & {*OFF, *(f"router.{name}" for name in self.router)})
 
     def without(self, ignored: frozenset[str]) -> "Config":
         """Return this configuration with these keys switched off. A setting of the router is left to its default."""

@@ -50,6 +50,7 @@ class Router(nn.Module):
       A value that is given for such a key is refused, or recorded as not applicable in a sweep over routers. Default:
       none; the keys that follow from the other declarations are added (`ignored_keys`). `__init__` may set it for one
       instance.
+    - `ignores_without_capacity`: those that change nothing without a capacity limit. `__init__` may set it too.
     - `mean_k`: the mean number of experts per token that a router with `fixed_k=None` aims at. Default: None, unknown.
     - `schedulable = True`: the schedule of the temperature changes what this router does.
     - `loss_weights`: the weights of the auxiliary losses that `forward` returns in `Routing.aux`.
@@ -74,6 +75,7 @@ class Router(nn.Module):
     uses_ids: bool = False
     schedulable: bool = False
     ignores: frozenset[str] = frozenset()
+    ignores_without_capacity: frozenset[str] = frozenset()
     mean_k: float | None = None
 
     def __init__(self, dim: int, num_experts: int, *, fixed_k: int | None) -> None:
@@ -164,6 +166,12 @@ class Router(nn.Module):
         if self.num_experts == 1:
             keys |= PROBABILITY_WEIGHTS | {"output_orthogonality"}
         return frozenset(keys)
+
+    @classmethod
+    def settings(cls) -> frozenset[str]:
+        """Return the keys of the configuration that this class or a base class of it takes, such as "router.k"."""
+        kinds = [kind for kind in cls.__mro__ if issubclass(kind, Router)]
+        return frozenset(f"router.{name}" for kind in kinds for name in inspect.signature(kind).parameters)
 
     def check_class(self) -> None:
         """Raise ConfigError for a class that lacks what every router must have, and for a wrong `chain`."""

@@ -20,6 +20,8 @@ class ChainOfExperts(Router):
         require(1 <= iterations <= 100, "router.iterations", iterations, "between 1 and 100")
         for iteration in range(iterations):
             self.add_module(str(iteration), TopK(dim, num_experts, k=k))
+        if num_experts == 1:
+            self.ignores = frozenset(("noise",))
 
     @property
     def chain(self) -> list[Router]:

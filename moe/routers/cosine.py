@@ -28,6 +28,8 @@ class CosineRouter(Router):
         require(1 <= proj_dim <= dim, "router.proj_dim", proj_dim, f"between 1 and model.dim={dim}")
         require(finite(tau) and tau >= MIN_TAU, "router.tau", tau, f"a finite number >= {MIN_TAU}")
         self.k = k
+        if num_experts == 1:
+            self.ignores = frozenset(("noise",))
         self.projection = nn.Parameter(torch.empty(proj_dim, dim))
         self.embedding = nn.Parameter(torch.empty(num_experts, proj_dim))
         self.log_tau = nn.Parameter(torch.full((1,), math.log(tau)))

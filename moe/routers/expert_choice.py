@@ -32,6 +32,8 @@ class ExpertChoice(LinearRouter):
         require(0 < capacity_factor <= num_experts, "router.capacity_factor", capacity_factor, allowed)
         super().__init__(dim, num_experts, fixed_k=num_experts if capacity_factor == num_experts else None)
         self.capacity_factor = self.mean_k = capacity_factor
+        if num_experts == 1:
+            self.ignores |= {"noise"}
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         logits = self.logits(x)

@@ -34,6 +34,8 @@ class Hash(Router):
         super().__init__(dim, num_experts, fixed_k=k)
         require(vocab_size >= 1, "router.vocab_size", vocab_size, "at least 1")
         self.k, self.balanced = k, balanced
+        if k == num_experts:
+            self.ignores |= {"router.balanced", "router.vocab_size"}
         self.register_buffer("table", torch.empty(vocab_size, k, dtype=torch.int32))
         if not self.table.is_meta:  # PyTorch's arange on the meta device imports its compiler, which takes seconds
             pairs = torch.arange(vocab_size)[:, None] * num_experts + torch.arange(num_experts)

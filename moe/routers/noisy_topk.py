@@ -29,6 +29,10 @@ class NoisyTopK(TopK):
         super().__init__(dim, num_experts, k=k)
         self.noise_weight = nn.Parameter(torch.empty(num_experts, dim))
         self.importance, self.load = importance, load
+        if k == num_experts:  # every expert stays among the k
+            self.ignores |= {"router.load"}
+        if num_experts == 1:
+            self.ignores |= {"router.importance"}
 
     @property
     def loss_weights(self) -> dict[str, float]:

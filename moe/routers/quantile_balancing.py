@@ -26,6 +26,8 @@ class QuantileBalancing(BiasedSigmoid):
         super().__init__(dim, num_experts, k=k)
         require(0 <= decay < 1, "router.decay", decay, "at least 0, below 1")
         self.decay = decay
+        if k == num_experts:
+            self.ignores |= {"router.decay"}
 
     def feedback(self, scores: Float[Tensor, "T E"]) -> Float[Tensor, "E"]:
         return len(scores) * balanced_bias(scores, self.bias, self.k).to(self.bias)

@@ -24,7 +24,7 @@ class Random(Router):
         super().__init__(dim, num_experts, fixed_k=k)
         self.k = k
         if k == num_experts:
-            self.ignores = self.ignores | {"noise"}
+            self.ignores |= {"noise"}
         self.register_buffer("weight", torch.empty(num_experts, dim))
 
     def draw(self, name: str, tensor: Tensor, std: float) -> None:

@@ -70,6 +70,10 @@ class SigmoidBias(BiasedSigmoid):
         super().__init__(dim, num_experts, k=k, normalize=normalize)
         require(finite(rate) and rate >= 0, "router.rate", rate, "a finite number >= 0")
         self.rate, self.update = rate, update
+        if k == num_experts:
+            self.ignores |= {"router.rate"}
+        if k == num_experts or rate == 0:
+            self.ignores |= {"router.update"}
 
     @torch.no_grad()
     def after_step(self, stats: RoutingStats) -> None:

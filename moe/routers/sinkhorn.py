@@ -45,6 +45,8 @@ class Sinkhorn(LinearRouter):
         require(finite(epsilon) and epsilon > 0, "router.epsilon", epsilon, "a finite number > 0")
         require(1 <= iterations <= 1000, "router.iterations", iterations, "between 1 and 1000")
         self.k, self.epsilon, self.iterations, self.inference = k, epsilon, iterations, inference
+        if k == num_experts:  # no expert is left to be chosen
+            self.ignores = frozenset(("router.epsilon", "router.iterations", "router.inference"))
 
     @property
     def causal_in_evaluation(self) -> bool:

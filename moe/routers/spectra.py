@@ -105,9 +105,23 @@ class Spectra(Router):
         self.alpha = ema_alpha
         self.warmup = so_warmup_steps
         self.srip = srip_enabled and expression
-        if k == 1:
-            self.ignores = frozenset(("output_orthogonality",))
-        self.causal = not (osr_repulsion_weight or sinkhorn_iterations or self.quota_factor)
+        compared = osr_repulsion_weight or sinkhorn_iterations or self.quota_factor
+        self.causal = not compared or (num_experts == 1 and not limited)
+        useless = {
+            "output_orthogonality": k == 1,
+            "router.ema_bias_weight": k == num_experts,  # all loads are equal then
+            "router.log_sinkhorn_enabled": not sinkhorn_iterations,
+            "router.sinkhorn_inference": self.causal,
+            "router.expert_choice_routing": expert_choice_routing and not limited,
+            "router.expert_choice_capacity_factor": not expert_choice_routing,
+            "router.srip_enabled": not expression,
+            "router.so_lambda_max": not self.srip,
+            "router.so_warmup_steps": not (self.srip and so_lambda_max),
+        }
+        with_one_expert = """noise router.osr_repulsion_weight router.sinkhorn_iterations router.log_sinkhorn_enabled
+            router.so_lambda_max router.so_warmup_steps router.router_entropy_coef"""
+        useless |= dict.fromkeys(with_one_expert.split(), True) if num_experts == 1 else {}
+        self.ignores = frozenset(key for key, unused in useless.items() if unused)
 
         width = num_experts * router_dim
         self.gru = nn.GRUCell(dim, width) if gru else None

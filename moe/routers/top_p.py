@@ -28,6 +28,8 @@ class TopP(LinearRouter):
         self.p, self.k_max, self.entropy = p, k_max, entropy
         if k_max == 1:
             self.ignores = frozenset(("router.p",))
+        if num_experts == 1:
+            self.ignores |= {"noise", "router.entropy"}
 
     @property
     def loss_weights(self) -> dict[str, float]:

@@ -24,6 +24,8 @@ class TopK(LinearRouter):
     after_drops: if a token loses experts to a capacity limit, renormalize its weights to sum 1 over those it keeps.
     """
 
+    ignores_without_capacity = frozenset(("router.after_drops",))
+
     def __init__(
         self,
         dim: int,
@@ -38,7 +40,9 @@ class TopK(LinearRouter):
         self.k = k
         self.gate = gate
         self.after_drops = after_drops
-        if k == 1 and gate != "uniform":
+        if num_experts == 1:
+            self.ignores = frozenset(("noise", "router.gate"))
+        elif k in (1, num_experts) and gate != "uniform":  # p itself has the sum 1 if all experts are selected
             self.ignores = frozenset(("router.gate",))
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
@@ -81,3 +85,5 @@ class Temperature(TopK):
         require(finite(temp) and temp > 0, "router.temp", temp, "a finite number > 0")
         super().__init__(dim, num_experts, k=k, gate=gate)
         self.temp = temp
+        if num_experts == 1:
+            self.ignores |= {"router.temp"}

@@ -1,23 +1,28 @@
 """Tests of what must hold for every router: for each yaml in conf/router and each arm of the SPECTRA ablation."""
 
+import inspect
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import pytest
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 from waiting import WaitingOperators
 
 from moe import testing
-from moe.checks import build
+from moe.checks import ConfigError, build, locate
 from moe.config.options import CONF
+from moe.config.schema import OFF, Config
+from moe.model.decoder import MoEOutput
 from moe.model.experts import Experts
+from moe.model.layer import MoELayer
 from moe.routers.base import Router
 from moe.routers.topk import TopK
-from moe.routing.decision import Context, Routing, document_positions
+from moe.routing.decision import Context, Knobs, Routing, document_positions
 from moe.routing.stats import RoutingStats
 from moe.testing import B, E, S, context
+from moe.training.objective import total_loss
 
 YAMLS = sorted((CONF / "router").glob("*.yaml"))
 IN_EVALUATION = {"sinkhorn": "inference", "spectra": "sinkhorn_inference"}  # use the batch in evaluation too
@@ -43,21 +48,51 @@ SPECS += [
     for name, key in IN_EVALUATION.items()
 ]
 BY_NAME = {spec.name: spec for spec in SPECS}
+OTHER_LIMITS = ("group_limited", "null_experts")  # routers whose k may not be any number from 1 to E
+TOP_K = [path.stem for path in YAMLS if "k" in BY_NAME[path.stem].settings and path.stem not in OTHER_LIMITS]
 # Settings with which a router ignores keys that it uses with others.
 CORNERS = [
     Spec(f"{name} {changes} of {experts}", BY_NAME[name].settings | changes, experts)
     for name, changes, experts in (
-        ("random", {"k": E}, E),
         ("top_p", {"p": 1.0, "k_max": E}, E),
         ("top_p", {"k_max": 1}, E),
         ("expert_choice", {"capacity_factor": float(E)}, E),
         ("spectra", {"k": 1}, E),
-        ("sigmoid_bias", {"k": 1}, 1),
-        ("sinkhorn", {"k": 1}, 1),
-        ("expert_threshold", {"k": 1}, 1),
+        ("spectra", {"so_lambda_max": 0.0}, E),
+        ("spectra", {"expert_choice_capacity_factor": 5.0}, E),
+        ("group_limited", {"k": 1}, E),
+        ("group_limited", {"k": E, "top_groups": 4}, E),
+        *((name, {"k": E}, E) for name in TOP_K),
+        *((name, {"k": 1}, 1) for name in TOP_K if name != "softk"),
+        ("group_limited", {"k": 1, "groups": 1, "top_groups": 1}, 1),
+        ("expert_choice", {"capacity_factor": 0.5}, 1),
+        ("top_p", {"k_max": 1}, 1),
+        ("soft_moe", {}, 1),
         ("null_experts", {"k": 2}, 1),
         ("relu", {"target": 0.5}, 1),
     )
+]
+# Settings with which each part of a router has an effect on few tokens in two steps.
+STRONG: dict[str, dict[str, Any]] = {
+    "hash": {"vocab_size": 64},
+    "relu": {"coefficient": 1.0},
+    "sigmoid_bias": {"rate": 0.3},
+    "spectra": {
+        "ema_bias_weight": 0.5,
+        "sinkhorn_epsilon": 1.0,
+        "sinkhorn_iterations": 0,
+        "expert_choice_capacity_factor": 1.1,
+        "router_dim": 4,
+    },
+}
+# Settings that choose how something is computed. They change the rounding alone.
+ROUNDING = {("spectra", "log_sinkhorn_enabled")}
+# Of these, only the settings that are declared are turned, because the others take long and are those of "spectra".
+DECLARED_ONLY = [
+    *(f"spectra_no_{part}" for part in ("expression", "gru", "ortho", "quota", "repulsion")),
+    "spectra_reference",
+    *(f"spectra {changes} of {E}" for changes in ({"k": 1}, {"so_lambda_max": 0.0})),
+    f"spectra {{'expert_choice_capacity_factor': 5.0}} of {E}",
 ]
 # test_spectra.py tests the exception: with a quota the number of experts varies only under skewed loads
 EXCEPTIONS = {
@@ -120,6 +155,91 @@ def test_a_setting_that_a_router_ignores_changes_nothing(
     specs = [Spec(name, BY_NAME[name].settings | settings | {key: value}) for value in values]
     assert all(f"router.{key}" in spec.make(testing.D).ignored_keys() for spec in specs)
     assert torch.equal(*(testing.training_gradients(spec.make) for spec in specs))
+
+
+def computed(settings: dict[str, Any], experts: int) -> Tensor:
+    """Return what a layer computes in two training steps and then in evaluation: outputs, gradients, what is recorded.
+
+    Gradients are those of the experts and of `weight`, which all settings leave alone.
+    """
+    torch.manual_seed(0)
+    router = build(settings, "router", testing.D, experts)
+    for key, tensor in [*router.named_parameters(), *router.named_buffers()]:
+        router.draw(key, tensor, 0.5)
+    layer = MoELayer(router, Experts(experts, testing.D, hidden=testing.F, kind="silu"))
+    for p in layer.experts.parameters():
+        nn.init.normal_(p, std=0.3)
+    router.before_training(torch.arange(1000) % 17)
+    results: list[Tensor] = []
+    for step in range(3):
+        layer.train(step < 2)
+        x = (1 + step) * torch.randn(B, S, testing.D, generator=torch.Generator().manual_seed(step))
+        output = layer(x, Context(testing.token_ids(), Knobs.of(temperature=settings.get("temp", 1.0))))
+        results += [output.y, *output.aux.values()]
+        if not layer.training:
+            break
+        aux = {name: value[None] for name, value in output.aux.items()}
+        losses = MoEOutput(loss=output.y.square().mean(), aux=aux)
+        layer.zero_grad()
+        loss = total_loss(Config(**OFF), [router.loss_weights], losses)
+        loss.backward()
+        results += [
+            loss,
+            *(p.grad for name, p in layer.named_parameters() if name.startswith(("experts", "router.weight"))),
+        ]
+        for link in router.chain:
+            link.after_step(output.stats)
+        results += [router.expert_directions] if router.expert_directions is not None else []
+    return torch.cat([result.detach().flatten().double() for result in results])
+
+
+def others(annotation: Any, value: Any) -> list[Any]:
+    """Return other values of a setting."""
+    if get_origin(annotation) is Literal:
+        return [each for each in get_args(annotation) if each != value]
+    numbers = {bool: [not value], int: [value + 1, value - 1, 1], float: [value / 10, 20 * value, value + 0.5]}
+    return [each for each in numbers[annotation] if each != value]
+
+
+@pytest.mark.parametrize(
+    "spec", [spec for spec in SPECS if spec.name != "spectra_full"] + CORNERS, ids=lambda spec: spec.name
+)
+def test_every_setting_of_a_router_changes_something_or_is_declared(spec: Spec) -> None:
+    """A setting changes what a layer computes or what is recorded if and only if the router does not ignore it.
+
+    Settings that are ignored are left out of a run. All together, they change nothing either.
+    """
+    kind = locate(spec.settings["_target_"], "router", trusted=True)
+    name = kind.__module__.rpartition(".")[2]
+    off = {key for key, value in spec.settings.items() if key in STRONG.get(name, {}) and value in (0, 5.0)}
+    settings = spec.settings | {key: value for key, value in STRONG.get(name, {}).items() if key not in off}
+
+    def ignored(values: dict[str, Any]) -> frozenset[str]:
+        router = build(values, "router", testing.D, spec.num_experts)
+        return router.ignored_keys() | router.ignores_without_capacity
+
+    def changes(values: dict[str, Any]) -> bool:
+        result = computed(values, spec.num_experts)
+        return result.shape != before.shape or not torch.allclose(result, before, rtol=1e-4, atol=1e-6)
+
+    before, unused = computed(settings, spec.num_experts), ignored(settings)
+    assert not changes({key: value for key, value in settings.items() if f"router.{key}" not in unused})
+    for key, parameter in list(inspect.signature(kind, eval_str=True).parameters.items())[2:]:
+        if spec.name in DECLARED_ONLY and f"router.{key}" not in unused:
+            continue
+        tried: list[bool] = []
+        for value in others(parameter.annotation, settings.get(key, parameter.default)):
+            try:
+                still_unused = f"router.{key}" in ignored(settings | {key: value})
+            except ConfigError:  # the value is not allowed
+                continue
+            if f"router.{key}" in unused and not still_unused:
+                continue
+            tried.append(changes(settings | {key: value}))
+            if tried[-1]:
+                break
+        if tried and (name, key) not in ROUNDING:  # without any, no other value is allowed
+            assert any(tried) != (f"router.{key}" in unused), key
 
 
 def test_forward_and_backward_wait_for_the_device_only_where_sizes_depend_on_values(
