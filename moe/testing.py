@@ -8,7 +8,6 @@ Each law is a function in `LAWS`. With pytest, one test for each law reads best:
 """
 
 import copy
-import inspect
 import itertools
 from collections.abc import Callable
 from typing import Any

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Iterable
 from functools import cache
@@ -30,7 +31,11 @@ def search_path() -> list[Path]:
     for folder in named + of_packages:
         origin = "" if folder in named else f", named by the entry point {ENTRY_POINTS} of a package"
         if not folder.is_dir():
-            raise ConfigError(f"{folder}: no such folder of options{origin}")
+            several = os.pathsep in os.environ.get(SEARCH_PATH, "") and folder in named
+            advice = (
+                f"; a '{os.pathsep}' in {SEARCH_PATH} separates folders, so no name can have one" if several else ""
+            )
+            raise ConfigError(f"{folder}: no such folder of options{origin}{advice}")
         if not any((folder / group).is_dir() for group in GROUPS):
             raise ConfigError(f"{folder}: must hold at least one of the folders {', '.join(GROUPS)}{origin}")
     return [folder.resolve() for folder in named + of_packages]
@@ -43,7 +48,9 @@ def _folders_of_packages(import_path: tuple[str, ...]) -> list[Path]:
 
 
 def _named() -> list[str]:
-    return [word for word in os.environ.get(SEARCH_PATH, "").split(os.pathsep) if word]
+    """Return the folders in `SEARCH_PATH`. A colon before two slashes belongs to a source, such as file:///home/me."""
+    words = re.split(rf"{re.escape(os.pathsep)}(?!//)", os.environ.get(SEARCH_PATH, ""))
+    return [str(_folder_of(word)) if "://" in word else word for word in words if word]
 
 
 def use(folders: Iterable[str] = ()) -> None:

@@ -45,6 +45,9 @@ OFF: dict[str, Any] = {
     **{loss.weight: 0.0 for loss in LOSSES.values()},
 }
 
+# Such keys without a value that switches them off. A run that ignores them keeps their values.
+KEPT = frozenset(("optimizer.momentum", "optimizer.expert_step"))
+
 
 # Sizes that a 32-bit floating-point number can have with full precision, apart from 0.
 SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
@@ -75,6 +78,8 @@ class ModelConfig:
 
     def check(self) -> None:
         one_of("model.expert", self.expert, ("silu", "swiglu"))
+        made = self.dense is not None or self.dense_digest is None
+        require(made, "model.dense_digest", self.dense_digest, "left out without model.dense")
         one_of("model.attention", self.attention, ("eager", "sdpa", "flash_attention_2"))
         usable = self.attention != "flash_attention_2" or importlib.util.find_spec("flash_attn") is not None
         require(usable, "model.attention", self.attention, "eager or sdpa, unless the package flash-attn is installed")
@@ -302,6 +307,12 @@ class Config:
             raise ConfigError(
                 "schedule.knob=temperature: this router has no temperature; use router=temperature or router=gumbel"
             )
+        if self.capacity is not None and not self.is_dense and "capacity" not in router.ignored_keys():
+            most = self.model.num_experts / (router.fixed_k or 1)
+            allowed = (
+                f"null, or below {most:g}: from there on an expert has room for all tokens, so that none is dropped"
+            )
+            require(self.capacity < most, "capacity", self.capacity, allowed)
         schedule = build(self.schedule, "schedule", trusted=True)
         for knob, setting in (("temperature", self.temperature), ("noise", self.noise)):
             schedule(knob, setting, 0.0)
@@ -309,17 +320,21 @@ class Config:
     def ignored_keys(self) -> frozenset[str]:
         """Return the keys that change nothing in this run.
 
-        These are the keys of `OFF` and of the router itself that the router ignores, such as router.gate, and `drop` if
-        there is no capacity limit. If no layer is a Mixture of Experts, they are all keys of `OFF` and the groups in
-        `DENSE_IGNORES`. Otherwise this imports torch.
+        These are the keys of `OFF` and of the router itself that the router ignores, such as router.gate, `drop` if
+        there is no capacity limit, and those of `KEPT` that this optimizer does not use. If no layer is a Mixture of
+        Experts, they are all keys of `OFF`, and the groups in `DENSE_IGNORES`. Otherwise this imports torch.
         """
+        muon = self.optimizer.muon_lr is not None
+        kept = set() if muon else {"optimizer.momentum"}
+        if self.is_dense or self.model.num_experts == 1 or not muon:
+            kept.add("optimizer.expert_step")
         if self.is_dense:
-            return frozenset((*OFF, *DENSE_IGNORES))
+            return frozenset((*OFF, *DENSE_IGNORES, *kept))
         router = self.build_router()
         ignored = router.ignored_keys()
         if self.capacity is None or "capacity" in ignored:
             ignored |= {"drop"} | router.ignores_without_capacity
-        return frozenset(ignored & {*OFF, *(f"router.{name}" for name in self.router)})
+        return frozenset(ignored & {*OFF, *(f"router.{name}" for name in self.router)} | kept)
 
     def without(self, ignored: frozenset[str]) -> "Config":
         """Return this configuration with these keys switched off. A setting of the router is left to its default."""

@@ -1,6 +1,7 @@
 """Turn the overrides of a command into checked cells, so that every mistake is refused before the first run starts."""
 
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,18 @@ from omegaconf import DictConfig, OmegaConf
 
 from moe.checks import ConfigError, require
 from moe.config.options import GROUPS, sources, use
-from moe.config.schema import DENSE_IGNORES, OFF, Cell, Config, fingerprint, flatten, is_free
+from moe.config.schema import (
+    DENSE_IGNORES,
+    KEPT,
+    OFF,
+    Cell,
+    Config,
+    ModelConfig,
+    OptimizerConfig,
+    fingerprint,
+    flatten,
+    is_free,
+)
 from moe.distributed import ranks
 from moe.launch import slurm
 from moe.launch.claims import check_claims
@@ -71,7 +83,9 @@ def expand(
         check_type(override)
     check_number(presets + own)
     [grid] = BasicSweeper.split_arguments(presets + own, None)
+    grid = _with_keys_that_exist(grid)
     varied = {o.key_or_group for o in presets + own if o.is_sweep_override()}
+    given = {o.key_or_group for o in presets + own if not is_group(o)}
     same_keys_apply = not {key.partition(".")[0] for key in varied} & {*GROUPS, "capacity"}
     cells: list[Cell] = []
     composed: list[DictConfig] = []
@@ -82,11 +96,11 @@ def expand(
         if not finished(cell):  # the router of a finished run is known to be valid, and this check imports torch
             cell.config.check_router()
             if same_keys_apply and not cells and not in_vain:
-                _refuse_given_in_vain([cell], [_switch_off_ignored(cell)], varied)
+                _refuse_given_in_vain([cell], [_switch_off_ignored(cell)], given, varied)
         cells.append(cell)
     described = [_without_ignored(*each) for each in zip(cells, composed, grid, strict=True)]
     if not in_vain:
-        _refuse_given_in_vain(cells, described, varied)
+        _refuse_given_in_vain(cells, described, given, varied)
     check_claims(cells, presets, sweep=multirun)
     _check_distinct(cells)
     cells = described
@@ -119,6 +133,31 @@ def _with_overrides(cells: list[Cell], grid: list[list[str]], *, multirun: bool)
         place = quote(cell.folder.name if multirun else str(cell.folder))
         unique.setdefault(cell.folder, cell._replace(overrides=(*arguments, f"{key}={place}")))
     return list(unique.values())
+
+
+def _with_keys_that_exist(grid: list[list[str]]) -> list[list[str]]:
+    """Return the overrides of each cell without keys that its options lack, and each cell once.
+
+    Such a key does not apply to the cell, as `router.temp` of a router without a temperature. A key that no cell has
+    stays, so that it is refused.
+    """
+    settings = [_keys_of_options(tuple(line for line in cell if line.partition("=")[0] in GROUPS)) for cell in grid]
+    some = frozenset().union(*settings)
+    every = frozenset.intersection(*settings)
+    cells: list[list[str]] = []
+    for arguments, known in zip(grid, settings, strict=True):
+        kept = [line for line in arguments if (key := line.partition("=")[0]) not in some - every or key in known]
+        if kept == arguments or kept not in cells:
+            cells.append(kept)
+    return cells
+
+
+@cache
+def _keys_of_options(groups: tuple[str, ...]) -> frozenset[str]:
+    """Return the keys of the configuration with these options."""
+    composed = compose_config([line for line in groups if line not in DEFAULTS])
+    keys = [str(key) for key in composed if key != "hydra"]
+    return frozenset(flatten(OmegaConf.to_container(OmegaConf.masked_copy(composed, keys))))
 
 
 def _usual_settings(base: DictConfig, own: list[Override]) -> dict[str, Any]:
@@ -175,15 +214,16 @@ def _without_ignored(cell: Cell, composed: DictConfig, arguments: list[str]) -> 
     )
 
 
-def _refuse_given_in_vain(cells: list[Cell], described: list[Cell], swept: set[str]) -> None:
-    """Raise ConfigError for a key that was set to another value than its default and applies to no cell.
+def _refuse_given_in_vain(cells: list[Cell], described: list[Cell], given: set[str], swept: set[str]) -> None:
+    """Raise ConfigError for a key that was given another value than its default and applies to no cell.
 
-    cells: as the user wrote them. described: the same cells with the keys that do not apply to each.
+    cells: as the user wrote them. described: the same cells with the keys that do not apply to each. given: the keys
+    that the command, or the sweep of its experiment, sets to one value or to several.
     """
-    for key in sorted(frozenset.intersection(*(cell.ignored for cell in described)) - {*DENSE_IGNORES}):
-        owners = [cell.config.router if key not in OFF else vars(cell.config) for cell in cells]
-        values = dict.fromkeys(owner[key.removeprefix("router.")] for owner in owners)
-        quiet = [OFF[key], _default(key, cells[0])] if key in OFF else [_default(key, cell) for cell in cells[:1]]
+    ignored = frozenset.intersection(*(cell.ignored for cell in described)) - {*DENSE_IGNORES}
+    for key in sorted(key for key in ignored if any(f"{key}.".startswith(f"{name}.") for name in given)):
+        values = dict.fromkeys(flatten(cell.config)[key] for cell in cells)
+        quiet = [OFF[key], _default(key, cells[0])] if key in OFF else [_default(key, cells[0])]
         vain = [value for value in values if value not in quiet]
         if key in swept and len(values) > 1:
             vain += [value for value in values if value not in quiet[:1]]
@@ -192,18 +232,23 @@ def _refuse_given_in_vain(cells: list[Cell], described: list[Cell], swept: set[s
 
 
 def _default(key: str, cell: Cell) -> Any:
-    """Return the value of a root key of the configuration, or of the router, that is not set anywhere."""
-    if key in OFF:
-        return next(field.default for field in fields(Config) if field.name == key)
-    path = sources("router").get(str(cell.choices["router"]))
-    return None if path is None else OmegaConf.select(read_option(path), key.removeprefix("router."))
+    """Return the value of a key that is set nowhere but in the chosen option of its group."""
+    group, _, name = key.rpartition(".")
+    kind = {"": Config, "model": ModelConfig, "optimizer": OptimizerConfig}.get(group)
+    default = next((field.default for field in fields(kind) if field.name == name), None) if kind else None
+    path = sources(group).get(str(cell.choices[group])) if group else None
+    return default if path is None else OmegaConf.select(read_option(path), name, default=default)
 
 
 def _why_ignored(key: str, cell: Cell) -> str:
     if cell.config.is_dense:
         return "no layer of this model is a Mixture of Experts"
-    if key == "drop" and cell.config.capacity is None:
+    if key in ("drop", "router.after_drops") and cell.config.capacity is None:
         return "nothing is dropped without a capacity limit"
+    if key == "optimizer.expert_step" and cell.config.optimizer.muon_lr is not None:
+        return "there is one expert"
+    if key in KEPT:
+        return f"optimizer={cell.choices['optimizer']} has no Muon, and AdamW does not use this key"
     settings = "" if key in OFF else " with its other settings"
     return f"router={cell.choices['router']} ignores {key}{settings}"
 

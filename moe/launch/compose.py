@@ -22,7 +22,7 @@ from moe.config.schema import Config
 from moe.launch import resolvers  # noqa: F401 (the files in conf/ call them)
 from moe.launch.explain import explain
 from moe.launch.hydra_errors import FAULTS
-from moe.launch.option_files import CLASSES, preset_of
+from moe.launch.option_files import CLASSES, preset_of, require_content
 
 
 @contextmanager
@@ -98,6 +98,8 @@ def typed(composed: DictConfig, choices: dict[str, str | None]) -> Config:
     choices: the option of each group. Where the class of an option was replaced by another one, the entry becomes the
     name of that class, and the keys of the option are left out that the class does not take.
     """
+    for group, option in choices.items():
+        require_content(group, option)
     config: DictConfig = pickle.loads(pickle.dumps(composed))  # takes half the time of OmegaConf's copy
     with open_dict(config):
         config.pop("hydra", None)

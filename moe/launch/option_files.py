@@ -40,6 +40,15 @@ def check_option_files() -> None:
 
 
 @cache
+def require_content(group: str, option: str | None) -> None:
+    """Raise ConfigError if an option outside of this project has an empty file, in a group whose options need keys."""
+    path = sources(group).get(str(option))
+    example = {"router": "topk", "schedule": "linear", "model": "tiny", "data": "text", "optimizer": "adamw"}.get(group)
+    if path is not None and example is not None and not path.is_relative_to(CONF) and not read_option(path):
+        raise ConfigError(f"{path}: is empty; write keys and values as in conf/{group}/{example}.yaml")
+
+
+@cache
 def preset_of(key: str, option: str | None) -> dict[str, Any] | None:
     """Return what the yaml of an option says at `key`, which is one of `CLASSES`; None if there is no such option."""
     path = sources(CLASSES[key]).get(str(option))

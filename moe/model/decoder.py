@@ -467,7 +467,9 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         num_items_in_batch: the number of labels in all micro-batches of a step, without the first label of each row, as
             transformers' Trainer counts them. The losses of these micro-batches add up to a mean over the step, in
             which each has its share of that number. (The Trainer also counts the first token after padding on the left,
-            which nothing predicts. Without such padding the mean is exactly the one over all labels.)
+            which nothing predicts, and a micro-batch does not see the others. So with several micro-batches padded on
+            the left, their shares are not exactly in proportion to their labels. Logits, and the loss of each
+            micro-batch by itself, are exact. Padded on the right, the mean is exactly the one over all labels.)
         output_hidden_states: return the input of each layer, and the output of the final norm.
         output_attentions: return the attention weights of each layer. Needs attn_implementation="eager".
         output_router_logits: return `MoEOutput.router_logits` and `MoEOutput.aux_loss`, and add the latter to the loss

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moe.checks import ConfigError
-from moe.config.schema import OFF, Cell, fingerprint, is_free
+from moe.config.schema import KEPT, OFF, Cell, fingerprint, is_free
 from moe.files import open_file, open_unlinked
 from moe.runs.record import RecordError, RunRecord, SweepRecord
 from moe.runs.traces import milestones
@@ -95,7 +95,7 @@ def _content(identity: dict[str, Any], choices: dict[str, str | None]) -> str:
 
 def _may_not_apply(key: str) -> bool:
     """Return whether some runs ignore a key, and then do not have it in their identity: see `Config.ignored_keys`."""
-    return key in OFF or key.startswith("router.")
+    return key in OFF or key in KEPT or key.startswith("router.")
 
 
 def stored_record(cell: Cell) -> RunRecord | None:

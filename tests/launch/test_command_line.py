@@ -113,7 +113,7 @@ from moe.runs.record import RunFacts
         ("data.source=null", "data.source=None: must name its class as data.source._target_"),
         ("-m experiment=noise_floor,noise_lb_seed", "a command has one experiment"),
         ("-m out=a,b seed=1,2", "a command has one out"),
-        ("-m router=topk,expert_choice router.k=1,2", "^router=expert_choice has no key k; router=chain.* have it$"),
+        ("router=expert_choice router.k=1", "^router=expert_choice has no key k; router=chain.* have it$"),
         ("router@x=topk", "router@x=topk: a group cannot be moved; write router="),
         ("model=upcycled", "model.dense=null: must be the folder or hub name of a dense"),
         ("++stepz=5", r"\+\+stepz=5: keys can be added and deleted only in router, schedule, data.source; set"),
@@ -184,6 +184,35 @@ from moe.runs.record import RunFacts
             "router=sigmoid_bias router.k=1 router.normalize=false",
             "^router.normalize=False: router=sigmoid_bias ignores",
         ),
+        ("router=softk router.after_drops=false", "^router.after_drops=False: nothing is dropped without a capacity"),
+        (
+            "-m router=softk router.after_drops=true,false",
+            "^router.after_drops=False: nothing is dropped without a cap",
+        ),
+        (
+            "router=gumbel model.num_experts=1 router.k=1 noise=1",
+            "^noise=1.0: router=gumbel ignores noise; leave it out$",
+        ),
+        ("router=sinkhorn router.k=8 router.epsilon=2", "^router.epsilon=2: router=sinkhorn ignores router.epsilon"),
+        (
+            "variant=spectra_no_quota router.expert_choice_capacity_factor=2",
+            "^router.expert_choice_capacity_factor=2: ",
+        ),
+        (
+            "optimizer=adamw optimizer.momentum=0.9",
+            "^optimizer.momentum=0.9: optimizer=adamw has no Muon, .*; leave it",
+        ),
+        (
+            "model.num_experts=1 router.k=1 optimizer.expert_step=gradient",
+            "^optimizer.expert_step=.*: there is one expert",
+        ),
+        (
+            "variant=dense optimizer.expert_step=gradient",
+            "^optimizer.expert_step=gradient: no layer of this model is a",
+        ),
+        ("model.dense_digest=abc", "^model.dense_digest=abc: must be left out without model.dense$"),
+        ("capacity=4", "^capacity=4.0: must be null, or below 4: from there on an expert has room for all tokens"),
+        ("router=expert_threshold capacity=8", "^capacity=8.0: must be null, or below 8: "),
         ("router=random router.k=8 noise=0.5", "^noise=0.5: router=random ignores noise; leave it out$"),
         ("router=top_p router.k_max=1 router.p=0.9", "^router.p=0.9: router=top_p ignores router.p with its other"),
         ("router=top_p router.p=1 router.k_max=8 lb=1", "^lb=1.0: router=top_p ignores lb; leave it out$"),
@@ -200,10 +229,7 @@ from moe.runs.record import RunFacts
         ('-m hydra.sweeper.params={seed:"1,2"}', "of Hydra's settings only hydra/launcher"),
         ("hydra/launcher=joblib hydra.launcher.n_job=2", "hydra.launcher.n_job=2: "),
         ("-m hydra/launcher=basic,joblib", "a command has one hydra/launcher"),
-        (
-            "-m router=temperature,topk router.temp=1.5",
-            "router=topk has no key temp; router=gumbel, router=temperature have it",
-        ),
+        ("-m router=topk,hash router.temp=1.5", "router=topk has no key temp; router=gumbel, router=temperature have"),
         ("-m router=topk,topq", "unknown option of router 'topq'; nearest: top"),
         ("-m router=topk,null", "unknown option of router 'null'"),
         ("-m router=glob(qq*)", r"router=glob\(qq\*\): this stands for no value"),
@@ -335,6 +361,27 @@ def test_cells_of_a_sweep_that_are_the_same_run_become_one_cell(tmp_path: Path) 
         "capacity=1.0,drop=position",
         "capacity=1.0,drop=score",
         "capacity=null",
+    ]
+
+
+def test_a_key_that_some_swept_options_lack_does_not_apply_to_them(tmp_path: Path) -> None:
+    """The options that have the key get each of its values, and the others are trained once."""
+    words = ["-m", "router=topk,temperature", "router.temp=1,2", f"out={tmp_path}"]
+    cells = read_cells(words) or []
+    assert [cell.folder.name for cell in cells] == [
+        "router=topk",
+        "router.temp=1,router=temperature",
+        "router.temp=2,router=temperature",
+    ]
+    assert "router.temp" not in cells[0].identity()
+    assert [cell.config.temperature for cell in cells] == [1.0, 1.0, 2.0]
+    schedules = ["-m", "router=temperature", "schedule=constant,linear", "schedule.start=2,3", f"out={tmp_path}"]
+    assert [cell.config.schedule.get("start") for cell in read_cells(schedules) or []] == [None, 2, 3]
+    momenta = ["-m", "optimizer=muon,adamw", "optimizer.momentum=0.9,0.95", f"out={tmp_path}"]
+    assert [cell.folder.name for cell in read_cells(momenta) or []] == [
+        "optimizer.momentum=0.9,optimizer=muon",
+        "optimizer.momentum=0.95,optimizer=muon",
+        "optimizer=adamw",
     ]
 
 

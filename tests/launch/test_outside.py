@@ -74,7 +74,12 @@ def test_a_command_can_name_a_folder_of_options(lab: Path, words: list[str]) -> 
 def test_the_environment_can_name_several_folders(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (lab / "other/variant").mkdir(parents=True)
     (lab / "other/variant/wide.yaml").write_text("# @package _global_\n# Wide experts\nmodel: {ffn: 99}\n")
-    monkeypatch.setenv(SEARCH_PATH, f"conf{os.pathsep}{lab}/other")
+    monkeypatch.setenv(SEARCH_PATH, f"conf{os.pathsep}odd:name")
+    with pytest.raises(
+        ConfigError, match=r"/odd: no such folder of options; a ':' in MOE_SEARCH_PATH separates folders"
+    ):
+        cells()
+    monkeypatch.setenv(SEARCH_PATH, f"conf{os.pathsep}file://{lab}/other")
     found = cells("experiment=mine", "-m", "variant=wide")
     assert [cell.choices["router"] for cell in found] == ["topk", "momentum"]
     assert {(cell.config.steps, cell.config.model.ffn, cell.experiment) for cell in found} == {(7, 99, "mine")}
@@ -177,6 +182,7 @@ def test_a_folder_of_options_may_have_any_name_without_a_colon(lab: Path, name: 
         (b"# \xe4\nk: 1\n", ": must be UTF-8$"),
         (b"3\n", ": Invalid loaded object type: int$"),
         (b"- a\n", ": must hold keys and values, as key: value$"),
+        (b"# a\n", r": is empty; write keys and values as in conf/router/topk\.yaml$"),
         (None, ": Is a directory$"),
     ],
 )

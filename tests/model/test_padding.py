@@ -100,6 +100,26 @@ def test_sequences_of_different_lengths_are_routed_equally_with_padding_on_eithe
     assert left_output.stats.tokens.tolist() == [sum(lengths) * len(layer.router.chain) for layer in model.moe_layers]
 
 
+def test_a_batch_padded_on_the_left_computes_what_its_texts_alone_do(model: MoEForCausalLM, ids: Tensor) -> None:
+    """In fp64, logits are equal for every router that decides causally in evaluation.
+
+    Padding shifts the positions, whose rotary angles are rounded to fp32.
+    """
+    model.double().eval()
+    if not model.moe_layers[0].router.causal_in_evaluation:
+        return
+    short = ids[1:2, : S - PADDING]
+    padded = torch.stack([ids[0], torch.cat([torch.full((PADDING,), 5), short[0]])])
+    mask = torch.ones_like(padded)
+    mask[1, :PADDING] = 0
+    output, first, second = run(model, padded, attention_mask=mask), run(model, ids[:1]), run(model, short)
+    torch.testing.assert_close(output.logits[0], first.logits[0], atol=1e-11, rtol=0)
+    torch.testing.assert_close(output.logits[1, PADDING:], second.logits[0], atol=1e-11, rtol=0)
+    labels = torch.tensor([S - 1, S - PADDING - 1])
+    mean = (torch.stack([first.loss, second.loss]) * labels).sum() / labels.sum()
+    torch.testing.assert_close(output.loss, mean)
+
+
 def test_the_loss_leaves_out_labels_of_padding_and_predictions_from_padding(ids: Tensor) -> None:
     model = make(ROUTERS["topk"]).eval()
     mask = torch.ones_like(ids)
