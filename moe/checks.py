@@ -236,6 +236,16 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
+def escaped(text: str) -> str:
+    """Return text on one line of Markdown, escaped so that text from the data cannot become HTML or a link."""
+    return one_line(text).replace("<", "&lt;").replace("](", "]\\(")
+
+
+def one_line(text: str) -> str:
+    """Return text with its line breaks replaced by spaces, and with what controls a terminal as escapes."""
+    return printable(" ".join(text.splitlines()))
+
+
 def plain(text: str) -> str:
     """Return text with large numbers in plain notation: 180 for 1.8e+02."""
     return re.sub(r"\d(?:\.\d+)?e\+\d\d\b", lambda number: f"{float(number[0]):.0f}", text)

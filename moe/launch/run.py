@@ -18,6 +18,7 @@ from moe.config.schema import Cell
 from moe.distributed import ranks
 from moe.launch import slurm
 from moe.runs import events
+from moe.runs.card import write_card
 from moe.runs.folder import LOCK, delete_checkpoints, difference, finished, locked, stored_record
 from moe.runs.record import Machine, MetricsRecord, RecordError, RunFacts, RunRecord, Status
 from moe.runs.signals import STOP, Interrupted, Signals, follow_parent
@@ -103,7 +104,9 @@ def _train(cell: Cell) -> None:
             mirrors = Mirrors(cell)
             try:
                 facts = parse(RunFacts, train(cell.config, cell.folder, signals=signals, listeners=[mirrors]))
-                final = _write_metrics(cell.folder, facts) if ranks.is_first() else {}
+                if ranks.is_first():
+                    final = _write_metrics(cell.folder, facts)
+                    write_card(cell.folder, run_record(cell, "finished", facts))
             finally:
                 mirrors.finish(final)
         write_run_record(cell, "finished", facts)
@@ -150,12 +153,16 @@ def _reason(error: Exception) -> str:
 
 def write_run_record(cell: Cell, status: Status, facts: RunFacts | None = None, *, error: str | None = None) -> None:
     """Write the run record of a cell, on the first rank."""
-    if not ranks.is_first():
-        return
+    if ranks.is_first():
+        run_record(cell, status, facts, error=error).write(cell.folder / RunRecord.FILE)
+
+
+def run_record(cell: Cell, status: Status, facts: RunFacts | None = None, *, error: str | None = None) -> RunRecord:
+    """Return what is known about the run of a cell."""
     config, before = cell.config, stored_record(cell)
     if before is not None:  # claims count as planned only if they were recorded before the first step
         config = replace(config, claims=before.claims())
-    record = RunRecord(
+    return RunRecord(
         status=status,
         error=error,
         experiment=cell.experiment,
@@ -170,7 +177,6 @@ def write_run_record(cell: Cell, status: Status, facts: RunFacts | None = None, 
         plugins=config.plugins(),
         facts=facts,
     )
-    record.write(cell.folder / RunRecord.FILE)
 
 
 def _write_metrics(folder: Path, facts: RunFacts) -> dict[str, Any]:

@@ -2,19 +2,29 @@
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from run_folders import FACTS, write_record
+from small_runs import read_small_cell
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from moe.config.options import CONF
 from moe.config.schema import ModelConfig
 from moe.data.tokenizer import train_bpe
+from moe.launch.command_line import read_cells
+from moe.launch.run import run
 from moe.model.architecture import AUTO_MAP, CODE, MoEConfig
 from moe.model.decoder import MoEForCausalLM
+from moe.runs.card import model_card
+from moe.runs.record import RunRecord
 
 SIZES = {"dim": 16, "heads": 2, "layers": 2, "ffn": 16, "num_experts": 4, "dense_ffn": 16}
 TOPK = {"_target_": "moe.routers.topk.TopK", "k": 2}
@@ -91,3 +101,55 @@ def test_a_saved_model_names_its_code_and_a_process_that_knows_it_runs_no_other(
         assert type(model) is MoEForCausalLM
     model.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / CODE.name).read_bytes() == CODE.read_bytes()
+
+
+def test_the_page_about_saved_models_runs_as_printed(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The blocks that need this project alone run on a small trained model, whose card says what the run was."""
+    monkeypatch.chdir(tmp_path)
+    [cell] = read_cells([*small, "steps=2", "eval_every=2"]) or []
+    run(cell)
+    folder = cell.folder.rename(tmp_path / "outputs/default/base")
+    page = (CONF.parent / "docs" / "models.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 3
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(block, names)
+    card = ModelCard.load(folder / "model/README.md")
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "text-generation"
+    perplexity = json.loads((folder / "metrics.json").read_text())["final_metrics"]["val/perplexity"]
+    assert f"| `val/perplexity` | {perplexity:.4g} |" in card.text
+    assert "| seed | 42 |" in card.text
+    assert "| router | TopK(k=" in card.text
+
+
+def test_a_model_card_escapes_names_hides_paths_and_names_the_packages_of_routers(
+    small: list[str], tmp_path: Path
+) -> None:
+    """Text from the user becomes neither HTML nor a link nor a row of a table."""
+    evil = "<script>x</script> [a](http://x) | y"
+    data = FACTS["data"] | {
+        "source": {"paths": ["/home/me/secret.txt"]},
+        "tokenizer": {"name": "/home/me/tokenizer"},
+        "corpus_sha256": "0" * 64,
+        "documents": {"/home/me/secret.txt": {"license": "the user's own"}, evil: {"license": evil}},
+        "domains": {evil: {"train": {"tokens": 1234}}},
+    }
+    plugins = {"mylab": {"sha256": "1" * 64, "commit": None}}
+    config = asdict(read_small_cell(tuple(small)).config)
+    config |= {"router": TOPK | {"gate": evil}, "schedule": {"_target_": "lab.S"}}
+    versions = dict.fromkeys(("moe-routing", "torch", "transformers"), "1")
+    names = {"name": evil, "experiment": evil}
+    write_record(tmp_path, **names, config=config, data=data, plugins=plugins, versions=versions)
+    card = model_card(RunRecord.read(tmp_path / "run.json"), {"val/loss": 2.0, "val/perplexity": None})
+    assert "| temperature schedule | S() |" in card
+    assert "<script>" not in card
+    assert "](http" not in card
+    assert "/home/me" not in card
+    assert "| 1,234 |" in card
+    assert "| `val/loss` | 2 |" in card
+    assert "classes of the package mylab" in card
+    assert all(line.replace("\\|", "").count("|") in (0, 3) for line in card.splitlines() if line.startswith("|"))

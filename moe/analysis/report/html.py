@@ -15,8 +15,8 @@ from markupsafe import Markup, escape
 
 from moe.analysis.figures.drawing import Drawing
 from moe.analysis.report.blocks import MAX_ROWS, Details, ReportBlock, not_drawn, truncation_note
-from moe.analysis.report.markdown import numeric_columns, one_line, table_cells
-from moe.checks import printable
+from moe.analysis.report.markdown import numeric_columns, table_cells
+from moe.checks import one_line, printable
 
 LONG_TEXT = 60  # largest number of characters in a table cell that is kept on one line
 

@@ -21,7 +21,7 @@ from moe.analysis.report.blocks import (
     not_drawn,
     truncation_note,
 )
-from moe.checks import plain, printable
+from moe.checks import escaped, plain
 
 P_VALUE = re.compile(r"(^|\s)p(\s|$)")  # columns such as "p", "p Holm" and "smallest p sign-flip"
 
@@ -63,16 +63,6 @@ def table_as_markdown(table: pd.DataFrame) -> str:
     rule = ["---:" if right else ":---" for right in numeric_columns(table)]
     head, *body = [[escaped(text).replace("|", "\\|") for text in row] for row in table_cells(table)]
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, rule, *body])
-
-
-def escaped(text: str) -> str:
-    """Return text on one line of Markdown, escaped so that text from the data cannot become HTML or a link."""
-    return one_line(text).replace("<", "&lt;").replace("](", "]\\(")
-
-
-def one_line(text: str) -> str:
-    """Return text with its line breaks replaced by spaces, and with what controls a terminal as escapes."""
-    return printable(" ".join(text.splitlines()))
 
 
 def numeric_columns(table: pd.DataFrame) -> list[bool]:

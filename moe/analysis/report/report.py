@@ -19,7 +19,7 @@ from moe.analysis.figures.drawing import Drawing
 from moe.analysis.report.blocks import Attachment, Details, Heading, ReportBlock, TableBlock, csv_file
 from moe.analysis.report.html import block_as_html, render_page
 from moe.analysis.report.inputs import ReportInputs, ReportOptions, collect_inputs
-from moe.analysis.report.markdown import block_as_markdown, escaped
+from moe.analysis.report.markdown import block_as_markdown
 from moe.analysis.report.sections.comparisons import (
     analysis_of_variance,
     condition_table,
@@ -37,6 +37,7 @@ from moe.analysis.report.sections.verdicts import claim_verdicts, contrast_verdi
 from moe.analysis.report.study import Section
 from moe.analysis.studies.published import replay
 from moe.analysis.studies.registered import STUDIES
+from moe.checks import escaped
 from moe.files import LinkError, replacing, write_text
 from moe.results.conditions import levels
 

@@ -1,0 +1,136 @@
+"""The model card of a saved model: the README.md that the hub shows, written from the run's record."""
+
+from pathlib import Path
+from typing import Any
+
+from moe.checks import escaped
+from moe.files import write_text
+from moe.runs.record import MetricsRecord, RunRecord
+
+FILE = "README.md"
+TAGS = ["mixture-of-experts", "moe-routing", "custom_code"]
+METRICS = (*MetricsRecord.EVERY_RUN, "val/bits_per_byte", "routing/load_cv", "routing/utilization", "routing/entropy")
+
+LOADING = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "model"  # this folder, or the name of this repository on the hub
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+```
+
+This needs the Python package moe-routing: `pip install FOLDER`, where FOLDER is a checkout of that project, or its
+wheel. `trust_remote_code=True` runs `modeling_moe_routing.py`, which only imports that package."""
+
+CAVEAT = """These are the numbers of one run with one seed, measured on the validation text after the last step.
+Another seed gives other numbers. Compare settings only over several seeds."""
+
+
+def write_card(folder: Path, record: RunRecord) -> None:
+    """Write the card of the saved model of a run, if there is one. `folder` is the run's, and has its metrics.json."""
+    if (folder / "model").is_dir():
+        metrics = MetricsRecord.read(folder / MetricsRecord.FILE)
+        write_text(folder / "model" / FILE, model_card(record, metrics.scalars()))
+
+
+def model_card(record: RunRecord, metrics: dict[str, int | float | None]) -> str:
+    """Return the card of the final model of a finished run, in Markdown with front matter for the hub.
+
+    Names and paths that the user chose are escaped. Paths of the user's files are not part of it.
+    """
+    from huggingface_hub import ModelCardData
+
+    assert record.facts is not None, "a finished run has facts"
+    manifest = record.facts.data
+    on_hub = [name for name in manifest["documents"] if manifest["source"].get("revision")]
+    front = ModelCardData(
+        library_name="transformers", pipeline_tag="text-generation", tags=list(TAGS), datasets=on_hub or None
+    )
+    shown = {f"`{name}`": f"{value:.4g}" for name in METRICS if (value := metrics.get(name)) is not None}
+    parts = [
+        f"---\n{front.to_yaml()}\n---",
+        f"# {escaped(record.experiment)}: {escaped(record.name)}",
+        "A small Mixture-of-Experts language model, trained for research on routing. It completes text like its "
+        "training data, and is no assistant.",
+        "## Model and training",
+        _table("setting", "value", _settings(record)),
+        "## Data",
+        f"Tokenizer: {escaped(_last(manifest['tokenizer']['name']))}. The text has the sha256 "
+        f"`{manifest['corpus_sha256']}`.",
+        _table("domain", "tokens for training", _tokens(manifest["domains"])),
+        _table("source of text", "license", _licenses(manifest["documents"], on_hub)),
+        "No license of this model is set. Add one, as `license:` at the top of this file, that these licenses allow.",
+        "## Results",
+        CAVEAT,
+        _table("metric", "value", shown),
+        "## How to load it",
+        LOADING,
+        *_plugins(record),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _settings(record: RunRecord) -> dict[str, str]:
+    config, facts = record.typed_config(), record.facts
+    assert facts is not None, "a finished run has facts"
+    model, tokens = config.model, config.batch_size * config.grad_accum * config.data.seq_len * config.steps
+    names = ("lb", "lb_sequence", "lb_global", "z", "router_entropy", "gate_variance", "simbal", "output_orthogonality")
+    weights = {name: weight for name in names if (weight := getattr(config, name))}
+    dense = f"first {model.first_k_dense_replace} dense" if model.first_k_dense_replace else "all with experts"
+    return {
+        "router": _call(config.router),
+        "temperature schedule": _call(config.schedule),
+        "noise on the logits": f"{config.noise:g}",
+        "weights of auxiliary losses": ", ".join(f"{name}={weight:g}" for name, weight in weights.items()) or "none",
+        "capacity factor": "none" if config.capacity is None else f"{config.capacity:g}, drop={config.drop}",
+        "routing depends on earlier tokens only": "yes" if record.causal else "no",
+        "experts": f"{model.num_experts} of width {model.ffn} ({model.expert}), {model.shared_experts} shared",
+        "layers": f"{model.layers}, {dense}",
+        "width, heads": f"{model.dim}, {model.heads}",
+        "upcycled from": "no dense model" if model.dense is None else escaped(_last(model.dense)),
+        "parameters": f"{facts.parameters.total:,}, of which a token uses {facts.parameters.active:,}",
+        "length of a text": f"{config.data.seq_len} tokens",
+        "training": f"{config.steps:,} steps of {tokens // config.steps:,} tokens, {config.precision}, {facts.device}",
+        "seed": str(config.seed),
+        "moe-routing": f"{record.versions['moe-routing']}, commit {record.commit or 'unknown'}",
+        "torch, transformers": f"{record.versions['torch']}, {record.versions['transformers']}",
+    }
+
+
+def _call(spec: dict[str, Any]) -> str:
+    """Return a class and its settings as a call, such as TopK(k=2)."""
+    settings = ", ".join(f"{name}={value}" for name, value in spec.items() if name != "_target_")
+    return escaped(f"{spec['_target_'].rpartition('.')[2]}({settings})")
+
+
+def _last(path: str) -> str:
+    """Return a name on the hub as it is, and of a path only its last part, because paths may be private."""
+    return Path(path).name if path.count("/") != 1 or path.startswith(("/", ".", "~")) else path
+
+
+def _tokens(domains: dict[str, Any]) -> dict[str, str]:
+    return {escaped(name): f"{parts['train']['tokens']:,}" for name, parts in domains.items()}
+
+
+def _licenses(documents: dict[str, Any], on_hub: list[str]) -> dict[str, str]:
+    """Return the license of each part of the text."""
+    return {
+        escaped(name if name in on_hub else Path(name).name): escaped(str(part.get("license", "unknown")))
+        for name, part in documents.items()
+    }
+
+
+def _plugins(record: RunRecord) -> list[str]:
+    """Return what to say about the packages of routers that are not part of this project."""
+    return [
+        f"The run used classes of the package {escaped(name)}, which is not part of moe-routing: install it, or name "
+        "its folder of options in the environment variable MOE_SEARCH_PATH. "
+        f"Its code had the sha256 `{plugin.sha256}` and the commit `{escaped(plugin.commit or 'unknown')}`."
+        for name, plugin in record.plugins.items()
+    ]
+
+
+def _table(left: str, right: str, rows: dict[str, str]) -> str:
+    lines = [f"| {left} | {right} |", "| :--- | :--- |"]
+    lines += ["| {} | {} |".format(*(cell.replace("|", "\\|") for cell in row)) for row in rows.items()]
+    return "\n".join(lines)
