@@ -1,11 +1,12 @@
 """A stand-in for the Hugging Face Hub on this machine: it serves folders to the real client libraries.
 
-`python server.py ROOT` serves ROOT/datasets/OWNER/NAME and ROOT/models/OWNER/NAME, and prints its port. The commit of a
-repository is a digest of its files. ROOT/outage, read at each request, holds a status to answer with instead, or is
-"cut": connections are closed in the middle of a parquet file, once for each file. ROOT/requests has a line for each
-request: path, status, bytes sent.
+`python server.py ROOT` serves ROOT/datasets/OWNER/NAME and ROOT/models/OWNER/NAME, and prints its port. Models can be
+created, and files committed to them. The commit of a repository is a digest of its files. ROOT/outage, read at each
+request, holds a status to answer with instead, or is "cut": connections are closed in the middle of a parquet file,
+once for each file. ROOT/requests has a line for each request: path, status, bytes sent.
 """
 
+import base64
 import hashlib
 import json
 import re
@@ -88,7 +89,40 @@ class Handler(BaseHTTPRequestHandler):
             return self.send_file(folder / below, found)
         return self.send_listing(folder, what, below or "", found, name, body, url.query)
 
-    do_HEAD = do_POST = do_GET  # noqa: N815
+    do_HEAD = do_GET  # noqa: N815
+
+    def do_POST(self) -> None:
+        """Create a model, accept files for it, or answer a question, whose words are in the body."""
+        path = unquote(urlsplit(self.path).path)
+        step = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main", path)
+        if not step and path not in ("/api/repos/create", "/api/validate-yaml"):
+            return self.do_GET()
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if path == "/api/validate-yaml":
+            return self.answer(200, b"{}")
+        if not step:
+            wanted = json.loads(body)
+            name = f"{wanted['organization']}/{wanted['name']}"
+            (ROOT / "models" / name).mkdir(parents=True, exist_ok=True)
+            return self.answer_json({"url": f"{self.address()}/{name}"})
+        folder = ROOT / "models" / step[1]
+        if step[2] == "preupload":
+            files = json.loads(body)["files"]
+            return self.answer_json(
+                {"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in files]}
+            )
+        for line in map(json.loads, body.splitlines()):
+            if line["key"] == "file":
+                (folder / line["value"]["path"]).write_bytes(base64.b64decode(line["value"]["content"]))
+        found = commit(folder)
+        url = f"{self.address()}/{step[1]}/commit/{found}"
+        return self.answer_json({"success": True, "commitOid": found, "commitUrl": url})
+
+    def address(self) -> str:
+        return f"http://{self.headers['Host']}"
+
+    def answer_json(self, content: object) -> None:
+        self.answer(200, json.dumps(content).encode(), Content_Type="application/json")
 
     def send_file(self, path: Path, found: str) -> None:
         if not path.is_file():
@@ -118,7 +152,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             files = [{"rfilename": path.relative_to(folder).as_posix()} for path in folder.rglob("*") if path.is_file()]
             answer = {"id": name, "sha": found, "private": False, "gated": False, "tags": [], "siblings": files}
-        return self.answer(200, json.dumps(answer).encode(), Content_Type="application/json")
+        return self.answer_json(answer)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -186,3 +187,24 @@ def test_a_connection_that_breaks_once_is_repaired_with_at_most_one_line(hub: Fa
     assert done.returncode == 0, done.stdout + done.stderr
     assert (done.stdout + done.stderr).count("trying again") <= 1
     assert "Retrying in" not in done.stdout + done.stderr
+
+
+def test_a_saved_model_is_published_as_the_page_says_and_loaded_from_the_hub(hub: FakeHub, tmp_path: Path) -> None:
+    """Weights, tokenizer, the model card of the run and the Python file arrive, and another process loads them."""
+    assert hub.train("data=cosmopedia", "data.source.max_documents=60", *SMALL).returncode == 0
+    [run] = (hub.root / "runs").glob("*/*")
+    (tmp_path / "outputs/default").mkdir(parents=True)
+    run.rename(tmp_path / "outputs/default/base")
+    page = (TRAIN.parent / "docs" / "models.md").read_text(encoding="utf-8")
+    load, publish = (re.findall(rf"^```python{kind}\n(.*?)^```", page, re.M | re.S)[0] for kind in ("", " hub"))
+    again = load.replace("outputs/default/base/model", "ME/NAME") + "print(model.device, len(tokenizer))"
+    for script in (load + publish, again):
+        environment = hub.environment | {"HF_TOKEN": "hf_x"}
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    published, local = hub.root / "models/ME/NAME", tmp_path / "outputs/default/base/model"
+    assert {path.name for path in published.iterdir()} == {path.name for path in local.iterdir()}
+    for name in ("README.md", "modeling_moe_routing.py", "model.safetensors", "tokenizer.json"):
+        assert (published / name).read_bytes() == (local / name).read_bytes(), name
+    assert "datasets:\n- HuggingFaceTB/smollm-corpus" in (published / "README.md").read_text()
