@@ -6,7 +6,9 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
+from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from moe.checks import ConfigError
 from moe.config.options import CONF
@@ -58,6 +60,21 @@ def test_what_the_page_about_hydra_says_works(command: str, monkeypatch: pytest.
     if "slurm" not in command:  # needs Slurm
         cells = read_cells(shlex.split(command.replace("\\\n", "").replace("noise_lb_seed", "noise_lb_seed seed=1")))
         assert (cells is None) == any(flag in command for flag in ("--cfg", "--info"))
+
+
+@pytest.mark.parametrize("program", [[], ["moe", "train", "${args_no_hyphens}"]])
+def test_what_an_agent_of_wandb_starts_is_a_command_of_this_project(program: list[str]) -> None:
+    """The words that an agent makes of the sweep on the page about Hydra, with values of W&B, are accepted."""
+    sweep = yaml.safe_load(re.search(r"```yaml\n(program: .*?)```", ABOUT_HYDRA[0], re.DOTALL)[1])
+    assert (ROOT / sweep["program"]).is_file()
+    chosen = {"noise": {"value": 0.31}, "router": {"value": "switch"}, "seed": {"value": 42}}
+    assert chosen.keys() == sweep["parameters"].keys()
+    words = create_sweep_command_args({"args": chosen})["args_no_hyphens"]
+    command = program or sweep["command"]
+    start = next(number for number, word in enumerate(command) if word in ("${program}", "train")) + 1
+    given = [each for word in command[start:] for each in (words if word == "${args_no_hyphens}" else [word])]
+    [cell] = read_cells(given)
+    assert (cell.config.noise, cell.choices["router"], cell.config.seed) == (0.31, "switch", 42)
 
 
 @pytest.mark.parametrize("command", REFUSED)

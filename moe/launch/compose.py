@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 from hydra import compose, initialize_config_dir
-from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -89,7 +89,8 @@ def override_dirname(overrides: list[Override], hydra: Any, without: Iterable[st
     named = [override for override in overrides if not override.is_hydra_override()]
     keys = [override.key_or_group for override in named]
     excluded = [*naming.exclude_keys, *(key for key in keys if {key, key.partition(".")[0]} & {*without})]
-    return str(get_overrides_dirname(named, kv_sep=naming.kv_sep, item_sep=naming.item_sep, exclude_keys=excluded))
+    lines = sorted(str(override.input_line) for override in named if override.key_or_group not in excluded)
+    return str(naming.item_sep.join(lines).replace("=", naming.kv_sep))
 
 
 def typed(composed: DictConfig, choices: dict[str, str | None]) -> Config:
