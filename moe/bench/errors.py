@@ -40,6 +40,7 @@ SPREADS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--experiments", nargs="+", default=list(GRIDS), choices=list(GRIDS), help="whose grids (all)")
     parser.add_argument("--studies", type=whole, default=200, help="simulated reports for each row")
     parser.add_argument("--seeds", type=several(whole), default="3,5", help="numbers of seeds (%(default)s)")
     parser.add_argument("--jobs", type=whole, default=os.cpu_count(), help="rows that are simulated at a time")
@@ -47,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:
     """Simulate each row in a process of its own. The tables show the share of reports that name an effect."""
-    cases = [list(product([experiment], arguments.seeds, SPREADS)) for experiment in GRIDS]
+    cases = [list(product([experiment], arguments.seeds, SPREADS)) for experiment in arguments.experiments]
     every: list[dict[str, float]] = []
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as executor:
         shares = executor.map(error_shares, *zip(*chain(*cases), strict=True), repeat(arguments.studies))

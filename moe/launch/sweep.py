@@ -209,8 +209,10 @@ def _report(cells: list[Cell], before: list[str], refusal: str | None = None, *,
 
 
 def next_step(sweep: Path) -> str:
-    """Return where the results of a sweep are, and the command that analyzes them."""
-    analyze = "python analyze.py" if program() == "train.py" else "moe analyze"
+    """Return where the results of a sweep are, and the command that analyzes them, as it works in the user's folder."""
+    script = os.path.join(os.path.dirname(sys.argv[0]), "analyze.py")
+    in_checkout = program() == "train.py" and os.path.isfile(script)
+    analyze = f"python {shlex.quote(script)}" if in_checkout else "moe analyze"
     return f"table: {sweep / 'results.csv'}; next: {analyze} {shlex.quote(str(sweep))}"
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 from moe.checks import first_line, plain
 from moe.config.schema import KEPT, OFF, is_free
 from moe.metrics.catalog import select
-from moe.results.table import ABSENT, DIGESTS, FACTS, PLUGINS, natural
+from moe.results.table import ABSENT, DIGESTS, FACTS, PLUGINS
 
 HEADLINE = tuple(metric.headline for metric in select(shown="headline"))
 ROUTING = tuple(metric.name for metric in select(shown="conditions"))
@@ -36,12 +36,11 @@ def tied_factors(runs: pd.DataFrame) -> dict[str, str]:
 
 
 def levels(column: pd.Series) -> list[Any]:
-    """Return the distinct levels of a factor: numbers, then text, both sorted, with numbers in a text as numbers."""
+    """Return the distinct levels of a factor: numbers, sorted, and then texts in the order of their rows.
 
-    def key(level: Any) -> tuple[bool, Any]:
-        return isinstance(level, str), natural(level) if isinstance(level, str) else level
-
-    return sorted(column.dropna().unique().tolist(), key=key)
+    The rows of `moe.results.table.load_runs` are in the order in which the user listed the levels.
+    """
+    return sorted(column.dropna().unique().tolist(), key=lambda level: math.inf if isinstance(level, str) else level)
 
 
 def reference_level(runs: pd.DataFrame, factor: str) -> Any:
@@ -62,7 +61,7 @@ def reference_level(runs: pd.DataFrame, factor: str) -> Any:
 
 
 def conditions(runs: pd.DataFrame, factors: list[str]) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
-    """Yield each combination of levels that occurs, sorted, with its runs; without factors yield all runs."""
+    """Yield each combination of levels that occurs in the order of `levels`, and its runs; all runs without factors."""
     if not factors:
         yield {}, runs
         return

@@ -20,7 +20,7 @@ import pandas as pd
 
 from moe.config.schema import KEPT, OFF, flatten
 from moe.runs import events
-from moe.runs.folder import user
+from moe.runs.folder import single_runs, user
 from moe.runs.record import MetricsRecord, RecordError, RunRecord, SweepRecord
 
 FACTS = (
@@ -56,29 +56,34 @@ def load_runs(paths: Iterable[Path | str]) -> pd.DataFrame:
     """Return one row for each run at or below `paths`, and one for each cell in a sweep.json there that has no run.
 
     A run that belongs to several grids of its sweep has a row for each. The column `experiment` names the grid: the
-    experiment, followed by what distinguishes the grid from the experiment's own.
+    experiment, followed by what distinguishes the grid from the experiment's own. Runs that no sweep asked for are a
+    grid of their own if there are sweeps of the same experiment.
 
     The status of a row is that of the run record (finished, failed, running, interrupted), or "killed" (no process
     trains a run that is running), "diverged" (it failed because a loss or gradient was not finite), "unreadable", or
     "missing". The column `error` gives the reason. The factors of unreadable and missing runs come from sweep.json if
     possible, otherwise from the name of the folder. `place` is the place of the run in its sweep, as the user listed
-    the levels. `search` is such as "minimize val/loss" if a search for good settings chose the run, otherwise None.
-    Raises ValueError if there is no such folder, or no run in it.
+    the levels; the rows of a grid are in this order. `search` is such as "minimize val/loss" if a search for good
+    settings chose the run, otherwise None. Raises ValueError if there is no such folder, or no run in it.
     """
     paths = list(paths)
     runs, sweeps = _walk(paths)
     asked: dict[Path, list[dict[str, Any]]] = {}
     for cell in (cell for sweep in sweeps for cell in _cells(sweep)):
         asked.setdefault(Path(cell["folder"]).resolve(), []).append(cell)
+    swept = {cell["experiment"].partition(": ")[0] for cells in asked.values() for cell in cells}
     rows = []
     for folder in runs:
         row = read_run(folder)
-        for cell in asked.pop(folder.resolve(), [{}]):
+        alone = {"experiment": single_runs(row["experiment"])} if row["experiment"] in swept else {}
+        for cell in asked.pop(folder.resolve(), [alone]):
             told = {"experiment", "place", "search"} | (set() if "causal" in row else cell.keys() - {*FACTS})
             rows.append(row | {key: cell[key] for key in cell if key in told})
     rows += itertools.chain.from_iterable(asked.values())
     if not rows:
         raise ValueError(f"no run in {', '.join(map(str, paths))}: a run folder holds a run.json")
+    grids = list(dict.fromkeys(row["experiment"] for row in rows))
+    rows.sort(key=lambda row: (grids.index(row["experiment"]), math.inf if row.get("place") is None else row["place"]))
     known = [row for row in rows if "causal" in row]  # rows with a record; only there a key is known to be absent
     absent = {key: ABSENT for row in known for key in row if "/" not in key and key not in FACTS}
     table = pd.DataFrame([absent | row if "causal" in row else row for row in rows], dtype=object)

@@ -112,13 +112,18 @@ def stored_record(cell: Cell) -> RunRecord | None:
 
 
 def grid_name(cells: Sequence[Cell]) -> str:
-    """Return the name of the smallest grid that has all of these cells of one folder, or of their experiment if none.
+    """Return the name of the smallest grid that has all of these cells of one folder; `single_runs` if none has.
 
     Raises RecordError for a sweep.json that cannot be read.
     """
     path = cells[0].folder.parent / SweepRecord.FILE
     grid = SweepRecord.read(path).grid_with(*(cell.folder.name for cell in cells)) if path.exists() else None
-    return cells[0].experiment if grid is None else grid.name
+    return single_runs(cells[0].experiment) if grid is None else grid.name
+
+
+def single_runs(experiment: str) -> str:
+    """Return the name of the grid of all runs of an experiment that no sweep asked for."""
+    return f"{experiment}: single runs"
 
 
 def delete_checkpoints(folder: Path) -> None:

@@ -88,13 +88,29 @@ def test_a_level_without_a_finished_run_leaves_the_report_without_contrasts(tmp_
 
 
 def test_other_documents_and_files_that_cannot_be_read_give_no_interval(tmp_path: Path) -> None:
+    """The section says which runs have no interval over documents, and why."""
     write_runs(tmp_path / "x", [0.1] * 6)
     folder = tmp_path / "x" / "noise=0.5,seed=1"
     write_documents(folder, DocumentLosses(np.ones(6), TOKENS + 1))
-    assert table(tmp_path / "x") == (None, [])
+    row, [problem] = table(tmp_path / "x")
+    assert row is None
+    assert problem == (
+        f"{folder}: no interval over documents, because its 6 validation documents with 556 tokens are not the 6 with "
+        f"550 tokens of {tmp_path / 'x' / 'noise=0.5,seed=0'}"
+    )
     (folder / "documents.npz").write_bytes(b"PK\x03\x04 torn")
     row, [problem] = table(tmp_path / "x")
     assert row is None
     assert problem.startswith(f"{folder}/documents.npz: incomplete or not losses by document")
     with pytest.raises(ValueError, match=r"documents\.npz: incomplete or not losses by document"):
         read_documents(folder)
+
+
+def test_levels_on_other_text_are_named(tmp_path: Path) -> None:
+    """Runs that read another text cannot be compared, and the section says so instead of leaving them out."""
+    write_runs(tmp_path / "x", [0.1] * 6)
+    for folder in (tmp_path / "x").glob("noise=0.5,*"):
+        change_record(folder, config={"noise": 0.5, "seed": int(folder.name[-1]), "data.max_val_blocks": 3})
+    row, [problem] = table(tmp_path / "x")
+    assert row is None
+    assert problem.startswith("noise 0.5 vs 0.0: not comparable: the validation texts differ")

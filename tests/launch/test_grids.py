@@ -14,7 +14,7 @@ from moe.launch.command_line import read_cells
 from moe.launch.resolvers import best_level
 from moe.launch.run import write_run_record
 from moe.launch.sweep import _record_grid, carry_out
-from moe.results.conditions import varied_factors
+from moe.results.conditions import levels, spread_table, summary, varied_factors
 from moe.results.sweep_tables import write_sweep_tables
 from moe.results.table import load_runs
 from moe.runs.folder import grid_name
@@ -85,6 +85,33 @@ def test_two_plain_sweeps_are_two_grids_and_a_run_in_both_is_in_each(sweep: Swee
     noise = pd.read_csv(tmp_path / "default" / "moe_routing_noise_experiment_results.csv")
     assert not noise.duplicated(["noise_std", "load_balancing_weight", "seed"]).any()
     assert len(noise) == 8
+
+
+def test_single_runs_beside_a_sweep_are_a_grid_of_their_own(sweep: Sweep, tmp_path: Path) -> None:
+    """No mean is taken over a sweep of seeds and a run that somebody started alone, with other settings or the same."""
+    sweep("seed=42,43")
+    for words in (["seed=44"], ["seed=44", "steps=20"]):
+        [single] = read_cells([f"out={tmp_path}", *words]) or []
+        single.folder.mkdir()
+        write_metrics(single.folder, {})
+        write_run_record(single, "finished", parse(RunFacts, FACTS))
+        assert grid_name([single]) == "default: single runs"
+    runs = load_runs([tmp_path])
+    assert runs["experiment"].value_counts().to_dict() == {"default": 2, "default: single runs": 2}
+    assert varied_factors(runs[runs["experiment"] == "default"]) == ["seed"]
+    sweep("seed=44,45")
+    assert grids(tmp_path)["default"] == 4, "a run that a later sweep asks for belongs to its grid"
+
+
+def test_levels_have_the_order_in_which_the_user_listed_them(sweep: Sweep, tmp_path: Path) -> None:
+    """Texts are not sorted by the alphabet; numbers are sorted as numbers."""
+    sweep("schedule=linear,constant,cosine", "noise=10.0,2.0")
+    runs = load_runs([tmp_path])
+    assert levels(runs["schedule"]) == ["linear", "constant", "cosine"]
+    assert levels(runs["noise"]) == [2.0, 10.0]
+    table = spread_table(summary(runs, ["schedule", "noise"], ["val/loss"]))
+    assert table["schedule"].drop_duplicates().tolist() == ["linear", "constant", "cosine"]
+    assert table["noise"].tolist() == ["2.0", "10.0"] * 3
 
 
 @pytest.fixture(scope="module")

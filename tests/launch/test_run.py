@@ -71,7 +71,7 @@ def test_a_sweep_over_routers_trains_each_with_the_same_temperature_and_is_found
     assert "HYDRA" not in done.stdout
     assert done.stdout.count(": training\n") == 2
     sweep = tmp_path / "ä=1" / "default"
-    assert done.stdout.endswith(f"table: {sweep}/results.csv; next: python analyze.py {shlex.quote(str(sweep))}\n")
+    assert done.stdout.endswith(f"table: {sweep}/results.csv; next: python {ANALYZE} {shlex.quote(str(sweep))}\n")
     folders = sorted((tmp_path / "ä=1").glob("*/*/"))
     assert sorted((r["choices"]["router"], r["config"]["router"]["temp"]) for r in map(read_record, folders)) == [
         ("gumbel", 1.5),

@@ -84,7 +84,7 @@ def sweep(tmp_path: Path) -> Path:
 def test_any_mix_of_folders_finds_every_run_once(sweep: Path) -> None:
     run = sweep / "lb=0.0,noise=0.0,seed=42"
     all_runs = sorted(str(path) for path in sweep.iterdir() if path.is_dir())
-    assert list(load_runs([sweep.parent])["folder"]) == all_runs
+    assert sorted(load_runs([sweep.parent])["folder"]) == all_runs
     assert load_runs([run, sweep, sweep.parent])["folder"].iloc[0] == str(run)
     assert len(load_runs([run, sweep, sweep.parent])) == 8
 
@@ -112,7 +112,7 @@ def test_every_unfinished_run_has_a_row(sweep: Path) -> None:
     write_cells(sweep, cells)
 
     runs = load_runs([sweep]).set_index("run")
-    unfinished = runs[runs["status"] != "finished"]
+    unfinished = runs[runs["status"] != "finished"].sort_index()
     assert unfinished["status"].to_dict() == {
         "lb=0.0,noise=0.5,seed=42": "failed",
         "lb=0.0,noise=0.5,seed=43": "unreadable",

@@ -48,7 +48,7 @@ def test_an_offline_wandb_run_contains_the_events_final_metrics_configuration_an
     assert {key: value for key, value in summary.items() if key.startswith("final/")} == expected
     record_json = json.loads((folder / "run.json").read_text())
     [start] = [record["run"] for record in records if record["type"] == "run"]
-    assert (start["run_group"], start["display_name"]) == ("default", folder.name)
+    assert (start["run_group"], start["display_name"]) == ("default: single runs", folder.name)
     config = {key: value for key, value in start["config"]["update"].items() if key != "_wandb"}
     condition = config.pop("condition")
     assert config == {**record_json["config"], "choices": record_json["choices"]}

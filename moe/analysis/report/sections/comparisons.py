@@ -11,6 +11,9 @@ NOISE_FLOOR_EXPLAINED = """\
 These runs differ in the seed alone. The table shows their sample standard deviation (ddof=1) with its 95 % chi-square
 interval, and the smallest true difference that an unpaired t test with so many seeds on each side would find with
 power 0.8."""
+CONDITIONS_EXPLAINED = """\
+Values of the final evaluation: mean ± sample standard deviation (ddof=1) over n seeds. "± 0" means that every seed has
+the same value, and "± –" that there is one seed."""
 CONTRASTS_EXPLAINED = """\
 `difference` is level minus reference, averaged over paired seeds, with its 95 % t interval and the p of the paired t
 test. `p Holm` is p corrected for all tests of this report; `tests` is the number by which 5 % are divided before any
@@ -44,7 +47,7 @@ def condition_table(inputs: ReportInputs) -> Iterator[ReportBlock]:
     routing = present(inputs.runs, ROUTING)
     means = summary(inputs.runs, inputs.factors, dict.fromkeys((*inputs.metrics, *routing)))
     yield Heading("Conditions")
-    yield Paragraph("Values of the final evaluation: mean ± sample standard deviation (ddof=1) over n seeds.")
+    yield Paragraph(CONDITIONS_EXPLAINED)
     yield TableBlock(spread_table(means[means["metric"].isin(inputs.metrics)]))
     if routing:
         yield Paragraph("**Routing by condition**: the same for the metrics `routing/...`, averaged over layers.")

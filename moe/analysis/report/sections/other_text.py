@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from moe.analysis.bootstrap import bootstrap
-from moe.analysis.report.blocks import BulletList, Heading, Paragraph, ReportBlock, TableBlock, csv_file
+from moe.analysis.report.blocks import Heading, Paragraph, ReportBlock, TableBlock, csv_file, long_list
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.statistics import contrasts, name_cell
 from moe.results.comparable import NOT_COMPARABLE
@@ -32,8 +32,12 @@ def other_seeds_and_other_text(inputs: ReportInputs) -> Iterator[ReportBlock]:
         return
     references = dict(inputs.contrasts[["factor", "reference"]].drop_duplicates("factor").itertuples(index=False))
     table = contrasts(runs, LOSS, inputs.factors, references=references)
-    table = table.loc[[row.n > 0 and not row.note.startswith(NOT_COMPARABLE) for row in table.itertuples()]]
-    problems: list[str] = []
+    on_other_text = table["note"].str.startswith(NOT_COMPARABLE)
+    problems = [
+        f"{row.factor} {row.level} vs {row.reference}" + (f" at {row.within}" if row.within else "") + f": {row.note}"
+        for row in table[on_other_text].itertuples()
+    ]
+    table = table[(table["n"] > 0) & ~on_other_text]
     read = cache(partial(_read, problems=problems))
     rows = []
     for factor, of_factor in table.groupby("factor", sort=False):
@@ -45,18 +49,20 @@ def other_seeds_and_other_text(inputs: ReportInputs) -> Iterator[ReportBlock]:
                 members[(members[factor] == row[side]) & members[LOSS].notna()].set_index("seed")["folder"]
                 for side in ("level", "reference")
             ]
-            pairs = [[read(folder) for folder in pair] for pair in pd.concat(sides, axis=1).dropna().to_numpy()]
+            pairs = pd.concat(sides, axis=1).dropna().to_numpy()
             rows.append(
                 row[["factor", "level", "reference", "within", "n", "difference", "ci_low", "ci_high"]].to_dict()
             )
-            rows[-1] |= _over_documents(pairs)
+            losses = {folder: read(folder) for folder in pairs.ravel()}
+            problems += _differing_documents(losses)
+            rows[-1] |= _over_documents([[losses[folder] for folder in pair] for pair in pairs])
     found = pd.DataFrame(rows)
     compared = len(found) > 0 and found["documents"].any()
     if not compared and not problems:
         return
     yield Heading("Other seeds and other text")
     if problems:
-        yield BulletList(problems)
+        yield from long_list(list(dict.fromkeys(problems)))
     if not compared:
         return
     shown = found[["factor", "level", "reference", "within", "n", "difference"]].assign(
@@ -77,6 +83,18 @@ def _read(folder: str, *, problems: list[str]) -> DocumentLosses | None:
     except ValueError as error:
         problems.append(str(error))
         return None
+
+
+def _differing_documents(losses: dict[str, DocumentLosses | None]) -> list[str]:
+    """Return a sentence for each run whose validation documents are not those of the first run."""
+    known = [(folder, each.tokens) for folder, each in losses.items() if each is not None]
+    first, documents = known[0] if known else ("", np.empty(0))
+    return [
+        f"{folder}: no interval over documents, because its {len(tokens)} validation documents with {tokens.sum():.0f} "
+        f"tokens are not the {len(documents)} with {documents.sum():.0f} tokens of {first}"
+        for folder, tokens in known
+        if not np.array_equal(tokens, documents)
+    ]
 
 
 def _over_documents(pairs: list[list[DocumentLosses | None]]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import pandas as pd
 
 from moe.analysis.report.blocks import (
     LIST_LENGTH,
-    BulletList,
     Details,
     Heading,
     Paragraph,
@@ -44,8 +43,9 @@ def what_was_run(inputs: ReportInputs) -> Iterator[ReportBlock]:
     yield TableBlock(_status_counts(runs, ["experiment"]))
     if inputs.factors:
         yield _condition_counts(inputs)
-    yield BulletList([f"factors: {', '.join(inputs.factors) or 'none varies'}; seeds: {_seeds(runs)}", _tuning(inputs)])
-    yield from long_list([*_confounded_factors(inputs.tied), *_values_left_out(inputs), *_dead_layers(inputs.loaded)])
+    facts = [f"factors: {', '.join(inputs.factors) or 'none varies'}; seeds: {_seeds(runs)}", _tuning(inputs)]
+    problems = [*_confounded_factors(inputs.tied), *_values_left_out(inputs), *_dead_layers(inputs.loaded)]
+    yield from long_list([*facts, *problems])
     yield csv_file("runs", inputs.loaded, "a row for each run: facts, factors and final metrics.")
     if len(once) < len(runs):
         yield Paragraph("Some runs belong to several grids. The tables count them in each of these.")
@@ -93,10 +93,11 @@ def _seeds(runs: pd.DataFrame) -> str:
 
 
 def _confounded_factors(tied: dict[str, str]) -> list[str]:
+    """Return a sentence for each factor that follows another one; experiments are not compared with each other."""
     return [
         f"{follower} changes only together with {leader}: their effects cannot be told apart"
         for follower, leader in tied.items()
-        if not follower.startswith(f"{leader}.")
+        if not follower.startswith(f"{leader}.") and "experiment" not in (follower, leader)
     ]
 
 
