@@ -105,7 +105,7 @@ def test_single_runs_beside_a_sweep_are_a_grid_of_their_own(sweep: Sweep, tmp_pa
 
 def test_levels_have_the_order_in_which_the_user_listed_them(sweep: Sweep, tmp_path: Path) -> None:
     """Texts are not sorted by the alphabet; numbers are sorted as numbers."""
-    sweep("schedule=linear,constant,cosine", "noise=10.0,2.0")
+    sweep("router=temperature", "schedule=linear,constant,cosine", "noise=10.0,2.0")
     runs = load_runs([tmp_path])
     assert levels(runs["schedule"]) == ["linear", "constant", "cosine"]
     assert levels(runs["noise"]) == [2.0, 10.0]
