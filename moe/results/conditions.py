@@ -13,7 +13,7 @@ import pandas as pd
 from moe.checks import first_line, plain
 from moe.config.schema import KEPT, OFF, is_free
 from moe.metrics.catalog import select
-from moe.results.table import ABSENT, DIGESTS, FACTS, PLUGINS
+from moe.results.table import ABSENT, DIGESTS, FACTS, PLUGINS, natural
 
 HEADLINE = tuple(metric.headline for metric in select(shown="headline"))
 ROUTING = tuple(metric.name for metric in select(shown="conditions"))
@@ -38,9 +38,19 @@ def tied_factors(runs: pd.DataFrame) -> dict[str, str]:
 def levels(column: pd.Series) -> list[Any]:
     """Return the distinct levels of a factor: numbers, sorted, and then texts in the order of their rows.
 
-    The rows of `moe.results.table.load_runs` are in the order in which the user listed the levels.
+    The rows of `moe.results.table.load_runs` are in the order in which the user listed the levels. Texts that differ in
+    numbers alone are sorted by these.
     """
-    return sorted(column.dropna().unique().tolist(), key=lambda level: math.inf if isinstance(level, str) else level)
+    places: dict[str | float, int] = {}
+
+    def key(level: Any) -> tuple[bool, Any]:
+        if not isinstance(level, str):
+            return False, level
+        return True, [
+            part if isinstance(part, float) else places.setdefault(part, len(places)) for part in natural(level)
+        ]
+
+    return sorted(column.dropna().unique().tolist(), key=key)
 
 
 def reference_level(runs: pd.DataFrame, factor: str) -> Any:
