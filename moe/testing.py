@@ -297,7 +297,7 @@ def keys_that_change_nothing_are_declared(make: Make) -> None:
     values = {"noise": 2.0, "capacity": 0.6, "drop": "score"}
     router = random_router(make)
     ignored = router.ignored_keys()
-    allowed = OFF.keys() | router.settings()
+    allowed = OFF.keys() | router.setting_keys()
     _hold(ignored <= allowed, f"`ignores` names {sorted(ignored - allowed)}; allowed: {', '.join(sorted(allowed))}")
     dropless, limited = training_gradients(make), training_gradients(make, capacity=0.6)
     for key in OFF:

@@ -298,7 +298,7 @@ class Config:
         router.check_class()
         if getattr(locate(self.data.source["_target_"], "data.source", trusted=True), "conversations", False):
             router.require_documents_apart()
-        settings = OFF.keys() | router.settings()
+        settings = OFF.keys() | router.setting_keys()
         for key in (router.ignores | router.ignores_without_capacity) - settings:
             raise unknown(f"key in ignores of {type(router).__name__}", key, settings)
         if self.schedule.get("knob") == "noise" and "noise" in router.ignored_keys():

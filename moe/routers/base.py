@@ -168,7 +168,7 @@ class Router(nn.Module):
         return frozenset(keys)
 
     @classmethod
-    def settings(cls) -> frozenset[str]:
+    def setting_keys(cls) -> frozenset[str]:
         """Return the keys of the configuration that this class or a base class of it takes, such as "router.k"."""
         kinds = [kind for kind in cls.__mro__ if issubclass(kind, Router)]
         return frozenset(f"router.{name}" for kind in kinds for name in inspect.signature(kind).parameters)
