@@ -135,7 +135,8 @@ def with_causality(runs: pd.DataFrame) -> pd.DataFrame:
     with drop=position,score. In this way each name stays one level of its factor.
     """
     words = runs["causal"].map({True: "yes", False: "no"})
-    named = [column for column in NAMED_ROUTERS if column in runs and not runs[column].isin(["none", None]).all()]
+    known_columns = [column for column in NAMED_ROUTERS if column in runs]
+    named = [column for column in known_columns if not (runs[column].isna() | (runs[column] == "none")).all()]
     for column in named:
         by_name = words.groupby(runs[column])
         known = by_name.transform("first").where(by_name.transform("nunique") < 2, "by setting").fillna("unknown")

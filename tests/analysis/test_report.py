@@ -316,7 +316,7 @@ def test_the_option_metric_adds_a_metric_to_the_tables_and_tests(
     assert f"- {metric} has no spread between seeds" in text.replace(f"{metric}: ", "", 1)
 
 
-def tests_of(part: ReportInputs) -> list[tuple[pd.DataFrame, str]]:
+def post_hoc_tests(part: ReportInputs) -> list[tuple[pd.DataFrame, str]]:
     """Return the tables of tests that nobody planned, each with the column of their p-values."""
     return [(part.contrasts, "p"), (part.variance, "p GG")]
 
@@ -333,8 +333,8 @@ def test_an_added_metric_is_tested_only_in_experiments_that_have_it(tmp_path: Pa
     )
     assert with_metric.tested == [*without_metric.tested, "routing/load_gini"]
     np.testing.assert_allclose(without_metric.contrasts["p"], with_metric.contrasts["p"][:2])
-    parts = [table[column] for part in (with_metric, without_metric) for table, column in tests_of(part)]
-    found = [table["p Holm"] for part in (with_metric, without_metric) for table, _ in tests_of(part)]
+    parts = [table[column] for part in (with_metric, without_metric) for table, column in post_hoc_tests(part)]
+    found = [table["p Holm"] for part in (with_metric, without_metric) for table, _ in post_hoc_tests(part)]
     family = pd.concat(parts).dropna()
     np.testing.assert_allclose(pd.concat(found).dropna(), multipletests(family, method="holm")[1])
     assert {(each.name, each.tests, each.share) for each in with_metric.families} == {
@@ -413,7 +413,8 @@ def test_the_table_of_what_was_run_counts_every_status(tmp_path: Path) -> None:
         folder = tmp_path / "x" / f"noise=0.1,seed={seed + 2}"
         write_run(folder, {}, status=status, seed=seed + 2, noise=0.1)
         change_record(folder, error=error)
-    write_cells(tmp_path / "x", {"noise=0.0,seed=9": {}})
+    trained = {folder.name: {} for folder in sorted((tmp_path / "x").iterdir())}
+    write_cells(tmp_path / "x", trained | {"noise=0.0,seed=9": {}})
     write_run(tmp_path / "y" / "noise=0.0,seed=1", {"val/loss": 1.0}, seed=1, noise=0.0)
     blocks = list(what_was_run(collect_inputs(load_runs([tmp_path]))[0]))
     assert [(name, n) for block in blocks if isinstance(block, StatusBar) for name, n, _ in block.counts] == [
