@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from moe.checks import ConfigError, check_settings, first_line, locate, require, unknown
+from moe.config.options import use
 from moe.config.schema import OFF, Config
 from moe.model.decoder import MoEOutput
 from moe.model.experts import Experts
@@ -48,6 +49,8 @@ def check_law(law: str, target: type | str, /, **settings: Any) -> None:
     """Check one law, a key of `LAWS`, like `check_router`. The random numbers of the caller stay as they are."""
     if law not in LAWS:
         raise unknown("law", law, LAWS)
+    if isinstance(target, str):
+        use()  # the class may be in a folder that MOE_SEARCH_PATH names
     kind = target if isinstance(target, type) else locate(target, "router", trusted=True)
     require(issubclass(kind, Router), "target", kind.__name__, "a class that derives from moe.Router, or its name")
     settings = check_settings(settings, kind, "router", positional=2)
