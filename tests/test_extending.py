@@ -60,6 +60,7 @@ def test_there_are_five_recipes_and_the_table_names_each_of_their_files() -> Non
         assert f"`{name}`" in introduction or (name.startswith("tests/") and "a test" in introduction), name
 
 
+@pytest.mark.pages
 def test_training_and_a_report_work_with_every_recipe(project: Path) -> None:
     python(project, "train.py", "-m", "router=distance,steady", "data=topics", f"data.cache={project}/cache", *SMALL)
     runs = {json.loads(path.read_text())["choices"]["router"]: path.parent for path in project.rglob("run.json")}
@@ -77,6 +78,7 @@ def test_training_and_a_report_work_with_every_recipe(project: Path) -> None:
     assert (project / "analysis" / "quality_and_balance.png").exists()
 
 
+@pytest.mark.pages
 def test_tests_of_routers_and_metrics_pass_with_every_recipe(project: Path) -> None:
     """With every recipe applied, the tests of routers, metrics and the recipes themselves pass."""
     new = [name for name, _ in FILE.findall(PAGE) if name.startswith("tests/")]
