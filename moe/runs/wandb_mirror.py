@@ -130,13 +130,17 @@ def _log_model(run: Any, cell: Cell) -> None:
     run.log_artifact(artifact)
 
 
-def _online_id(folder: Path) -> str:
-    """Return the id of the online W&B run of this folder, made at the first start. A resumed run continues that run."""
-    path = folder / ID_FILE
-    known = read_text(path).strip() if path.exists() else ""
-    if not re.fullmatch("[0-9a-f]{16}", known):
-        known = secrets.token_hex(8)
-        write_text(path, known + "\n")
+def _online_id(cell: Cell) -> str:
+    """Return the id of the online W&B run of a cell, chosen at the first start. A resumed run continues that run.
+
+    An agent of a W&B sweep gives the id for a single run in `WANDB_RUN_ID`. The cells of a grid need one each.
+    """
+    path = cell.folder / ID_FILE
+    given = os.environ.get("WANDB_RUN_ID", "") if cell.grid is None else ""
+    for known in (read_text(path).strip() if path.exists() else "", given, secrets.token_hex(8)):
+        if re.fullmatch("[A-Za-z0-9_-]{1,64}", known):
+            break
+    write_text(path, known + "\n")
     return known
 
 
@@ -153,7 +157,7 @@ def _start(cell: Cell, mode: str) -> Any:
     import wandb
 
     logger = cell.config.logger
-    continued = {"id": _online_id(cell.folder), "resume": "allow"} if mode == "online" else {}
+    continued = {"id": _online_id(cell), "resume": "allow"} if mode == "online" else {}
     run = wandb.init(
         mode=mode,  # type: ignore[arg-type]
         **continued,  # type: ignore[arg-type]

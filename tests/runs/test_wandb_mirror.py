@@ -12,6 +12,7 @@ from train_processes import TRAIN, run_script
 from wandb_files import wandb_records
 
 from moe.checks import ConfigError
+from moe.config.schema import Grid
 from moe.launch.command_line import read_cells
 from moe.launch.run import run
 from moe.launch.sweep import carry_out
@@ -115,6 +116,19 @@ def test_a_resumed_run_continues_its_online_run_and_a_new_folder_begins_another(
     first, resumed, second, _ = (settings["id"] for settings in started)
     assert first == resumed != second
     assert all(settings["resume"] == "allow" for settings in started)
+
+
+def test_an_agent_of_a_wandb_sweep_chooses_the_id_of_a_single_run(cell: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cells of a grid that such an agent starts are several W&B runs, so each has an id of its own."""
+    started: list[dict[str, Any]] = []
+    monkeypatch.setattr("wandb.init", lambda **settings: started.append(settings) or MagicMock())
+    monkeypatch.setenv("WANDB_RUN_ID", "x1-y_z")
+    one = cell("logger.mode=online")
+    grid = Grid("default: noise", ["noise"], {}, [one.folder.name])
+    for each in (one, one._replace(folder=one.folder.with_name("other"), grid=grid)):
+        each.folder.mkdir(parents=True, exist_ok=True)
+        WandbMirror(each).finish({})
+    assert started[0]["id"] == "x1-y_z" != started[1]["id"]
 
 
 KEY = "0" * 40
