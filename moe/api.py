@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # these import torch, which takes seconds
     import transformers
 
     import moe.data.blocks
-    import moe.model.decoder
+    import moe.model.causal_lm
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ class Run:
     metrics: dict[str, int | float | None]
     history: pd.DataFrame
 
-    def model(self, *, trusted: bool = False) -> "moe.model.decoder.MoEForCausalLM":
+    def model(self, *, trusted: bool = False) -> "moe.model.causal_lm.MoEForCausalLM":
         """Return the saved model, in evaluation mode. `trusted`: its router may be a class outside of this project.
 
         Raises ValueError for a model that cannot be read, as after `save_model=none`.
         """
-        from moe.model.decoder import load_model
+        from moe.model.causal_lm import load_model
 
         return load_model(self._saved(), trusted=trusted)
 
@@ -178,7 +178,7 @@ def train(*overrides: str) -> list[Run]:
 
 
 def route(
-    model: "moe.model.decoder.MoEForCausalLM", tokenizer: "transformers.PreTrainedTokenizerFast", text: str
+    model: "moe.model.causal_lm.MoEForCausalLM", tokenizer: "transformers.PreTrainedTokenizerFast", text: str
 ) -> pd.DataFrame:
     """Return which experts each token of a text asks for: a row for each token, layer and expert.
 
@@ -236,7 +236,7 @@ class Page(str):
 
 
 def show(
-    model: "moe.model.decoder.MoEForCausalLM", tokenizer: "transformers.PreTrainedTokenizerFast", text: str
+    model: "moe.model.causal_lm.MoEForCausalLM", tokenizer: "transformers.PreTrainedTokenizerFast", text: str
 ) -> Page:
     """Return a page on which each token of a text has the color of its heaviest expert, in the layer that one selects.
 
@@ -259,7 +259,7 @@ def show(
 
 
 @contextmanager
-def _evaluated(model: "moe.model.decoder.MoEForCausalLM") -> Iterator[None]:
+def _evaluated(model: "moe.model.causal_lm.MoEForCausalLM") -> Iterator[None]:
     """Put a model into evaluation mode for a while."""
     training = model.training
     model.eval()
@@ -270,13 +270,13 @@ def _evaluated(model: "moe.model.decoder.MoEForCausalLM") -> Iterator[None]:
 
 
 def _block(
-    model: "moe.model.decoder.MoEForCausalLM", tokenizer: "transformers.PreTrainedTokenizerFast", text: str
+    model: "moe.model.causal_lm.MoEForCausalLM", tokenizer: "transformers.PreTrainedTokenizerFast", text: str
 ) -> Any:
     """Return a text as one block, which must fit the model."""
     import torch
 
     from moe.data.blocks import Batch
-    from moe.model.decoder import MoEForCausalLM
+    from moe.model.causal_lm import MoEForCausalLM
 
     allowed = "a model of this project, such as load_run(folder).model()"
     require(isinstance(model, MoEForCausalLM), "model", type(model).__name__, allowed)

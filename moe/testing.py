@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from moe.checks import ConfigError, check_settings, first_line, locate, require, unknown
 from moe.config.options import use
 from moe.config.schema import OFF, Config
-from moe.model.decoder import MoEOutput
+from moe.model.causal_lm import MoEOutput
 from moe.model.experts import Experts
 from moe.model.layer import LayerOutput, MoELayer
 from moe.routers.base import Router

@@ -41,7 +41,7 @@ from moe.launch.resolvers import best_level
 from moe.launch.run import run
 from moe.launch.sweep import carry_out
 from moe.model.architecture import AUTO_MAP, MoEConfig
-from moe.model.decoder import MoEForCausalLM, load_model
+from moe.model.causal_lm import MoEForCausalLM, load_model
 from moe.results.table import load_runs
 from moe.runs import checkpoint, traces
 from moe.runs.documents import read_documents

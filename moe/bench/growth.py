@@ -13,8 +13,8 @@ from moe.bench.options import whole
 from moe.bench.step import bare_step
 from moe.bench.timing import TimingTable, time_in_turns, timed_device
 from moe.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig
+from moe.model.causal_lm import MoEForCausalLM
 from moe.model.cost import flops_per_token, peak_memory_gb, reset_peak_memory
-from moe.model.decoder import MoEForCausalLM
 from moe.training import process
 from moe.training.setup import build_model
 

@@ -29,8 +29,8 @@ from moe.bench.timing import (
 )
 from moe.config.schema import Config
 from moe.launch.command_line import read_cells
+from moe.model.causal_lm import MoEForCausalLM
 from moe.model.cost import flops_per_token
-from moe.model.decoder import MoEForCausalLM
 from moe.routing import losses
 from moe.routing.dispatch import dispatch
 from moe.routing.measurement import collect_stats

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from omegaconf import DictConfig, OmegaConf
@@ -137,7 +137,7 @@ def carry_out(search: Search, launch: Callable[[list[Cell], list[str]], object])
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     settings = search.settings
     sampler = getattr(optuna.samplers, settings.sampler)(seed=settings.seed)
-    study = optuna.create_study(direction=settings.direction, sampler=sampler)
+    study = optuna.create_study(direction=cast(Any, settings.direction), sampler=sampler)
     results: dict[str, float] = {}
     failed, folder = 0, Path()
     while (first := len(study.trials)) < settings.n_trials:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from moe.model.decoder import MoEForCausalLM
+from moe.model.causal_lm import MoEForCausalLM
 
 
 class Parameters(NamedTuple):

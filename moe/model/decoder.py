@@ -4,64 +4,31 @@ Attention, norms and position embeddings are those of transformers. Parameter na
 dense checkpoints can be loaded by name.
 """
 
-import copy
 import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import local_torch_dtype
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
-from transformers.utils.hub import cached_file
-from transformers.utils.logging import disable_progress_bar
 
-from moe.checks import ConfigError, build, first_line, require
-from moe.config.options import use
-from moe.data.labels import IGNORED, next_token
-from moe.files import require_files, tensor_shapes
+from moe.checks import ConfigError, build, require
 from moe.model.architecture import MoEConfig
 from moe.model.experts import Experts
 from moe.model.layer import LayerOutput, MoELayer
 from moe.routers.base import Router
 from moe.routers.seeding import Initializable, seeded
-from moe.routing.decision import Context, Knobs, Routing, document_positions, fill_places
-from moe.routing.stats import RoutingStats
+from moe.routing.decision import Context, Knobs, document_positions, fill_places
 
 CACHE = fields(BaseModelOutputWithPast)[1].name  # "past_key_values" before transformers 5.24
-
-
-@dataclass
-class MoEOutput(CausalLMOutputWithPast):
-    """transformers' output plus the results of routing.
-
-    loss: cross-entropy in nats. If router logits are asked for, plus `router_aux_loss_coef` times `aux_loss`.
-    aux_loss: mean over layers of `aux["load_balance"]`; None unless router logits are asked for.
-    router_logits: as in `MoEModelOutput`. None unless asked for.
-    aux: {name: (L)} unweighted auxiliary losses of each MoE layer. None without MoE layers.
-    stats: sums for metrics, with a first dimension L. None without MoE layers.
-    routing: for each MoE layer the decision of each router of its chain. None without MoE layers.
-    load: (L, C, E) the load of each router of the chain of each MoE layer. None without MoE layers.
-    """
-
-    __no_type_check__ = True  # accelerate builds it from a dict that transformers unpacks
-
-    aux_loss: Tensor | None = None
-    router_logits: tuple[Tensor, ...] | None = None
-    aux: dict[str, Tensor] | None = None
-    stats: RoutingStats | None = None
-    routing: list[tuple[Routing, ...]] | None = None
-    load: Tensor | None = None
 
 
 class DenseFFN(nn.Module):
@@ -173,7 +140,7 @@ class MoEModelOutput(BaseModelOutputWithPast):
     layers: the output of each MoE layer.
     """
 
-    __no_type_check__ = True  # as in MoEOutput
+    __no_type_check__ = True  # as in `moe.model.causal_lm.MoEOutput`
 
     router_logits: tuple[Tensor, ...] | None = None
     layers: list[LayerOutput] | None = None
@@ -372,151 +339,6 @@ def _second_names(module: nn.Module) -> dict[str, str]:
     return {name: first[p] for name, p in module.named_parameters(remove_duplicate=False) if name != first[p]}
 
 
-class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
-    """`MoEModel` plus output matrix. `save_pretrained`, `from_pretrained` and `generate` are those of transformers.
-
-    trusted: the router may be a class outside of this project (`moe.checks.locate`), also one in a folder that
-        MOE_SEARCH_PATH names. A saved model that somebody else wrote must not be trusted, because
-        `from_pretrained(folder, trust_remote_code=True)` runs the code that it names.
-    """
-
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    accepts_loss_kwargs = True  # for transformers' Trainer: `forward` takes num_items_in_batch
-
-    def __init__(self, config: MoEConfig, *, trusted: bool = False) -> None:
-        super().__init__(config)
-        self.model = MoEModel(config, trusted=trusted)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
-        """Return the saved model as transformers loads it, if its config.json fits the shapes of its weights.
-
-        The file may be a stranger's. So its sizes are compared before memory is allocated for them. Only safetensors
-        are read. Raises ConfigError.
-
-        trust_remote_code: trust the saved model, see the class; `trusted=True` means the same.
-        """
-        name = pretrained_model_name_or_path
-        trusted = kwargs.pop("trusted", False) or kwargs.get("trust_remote_code") is True
-        if trusted:
-            use()
-        source = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
-        config = kwargs.get("config")
-        if not isinstance(config, MoEConfig):
-            config = MoEConfig.from_pretrained(name if config is None else config, **source)
-        _check_weights(cls, config, str(name), source, trusted=trusted)
-        return super().from_pretrained(name, *model_args, trusted=trusted, **kwargs)
-
-    @property
-    def moe_layers(self) -> list[MoELayer]:
-        """The MoE layers, in the order in which `aux` and `stats` stack them."""
-        return [block.mlp for block in self.model.layers if isinstance(block.mlp, MoELayer)]
-
-    def experts_kernel(self, dtype: torch.dtype) -> str | None:
-        """Return the kernel of the routed experts in `dtype`, see `moe.model.experts.choose_kernel`.
-
-        None without MoE layers.
-        """
-        return self.moe_layers[0].experts.kernel(dtype) if self.moe_layers else None
-
-    def forward(
-        self,
-        input_ids: Int[Tensor, "B S"] | None = None,
-        labels: Int[Tensor, "B S"] | None = None,
-        *,
-        knobs: Knobs | None = None,
-        capacity: float | None = None,
-        drop: str = "position",
-        load: Shaped[Tensor, "L C E"] | None = None,
-        orthogonality: bool = False,
-        compared: Int[Tensor, "N"] | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Int[Tensor, "#B S"] | None = None,
-        cache: Cache | None = None,
-        past_key_values: Cache | None = None,
-        use_cache: bool | None = None,
-        inputs_embeds: Float[Tensor, "B S D"] | None = None,
-        logits_to_keep: int | Int[Tensor, "N"] = 0,
-        num_items_in_batch: int | Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-        output_router_logits: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> MoEOutput | tuple[Any, ...]:
-        """Return logits, loss, auxiliary losses, sums for metrics and routing decisions.
-
-        labels: token ids, not shifted, with IGNORED where nothing is predicted. None: no loss.
-        knobs: default to the temperature and noise of the model's configuration.
-        capacity, drop, orthogonality, compared: see `moe.routing.decision.Context`.
-        load: as in `Context`, for each MoE layer. It is the sum of `MoEOutput.load` over earlier micro-batches.
-        attention_mask: (B, S), or (B, tokens in the cache + S), 0 for padding. Padding is no token: it is not attended
-            to and not routed, takes no capacity, and counts in no loss and no metric.
-        position_ids: where they do not increase by 1, a new document begins. A document does not attend to the
-            documents before it. (Only without cache and attention_mask. transformers makes the mask.)
-
-        The other arguments are those of transformers' models:
-
-        past_key_values: the name of `cache` in transformers before 5.24. Caches of a fixed size are refused, because
-            `generate` gives them a mask of 4 dimensions, which does not tell what is padding.
-        use_cache: whether to return the cache. Default: if one was given.
-        inputs_embeds: vectors to use instead of the embeddings of `input_ids`.
-        logits_to_keep: compute logits for this many last positions only, or for the positions in a tensor. 0: for all.
-            All are needed for a loss.
-        num_items_in_batch: the number of labels in all micro-batches of a step, without the first label of each row, as
-            transformers' Trainer counts them. The losses of these micro-batches add up to a mean over the step, in
-            which each has its share of that number. (The Trainer also counts the first token after padding on the left,
-            which nothing predicts, and a micro-batch does not see the others. So with several micro-batches padded on
-            the left, their shares are not exactly in proportion to their labels. Logits, and the loss of each
-            micro-batch by itself, are exact. Padded on the right, the mean is exactly the one over all labels.)
-        output_hidden_states: return the input of each layer, and the output of the final norm.
-        output_attentions: return the attention weights of each layer. Needs attn_implementation="eager".
-        output_router_logits: return `MoEOutput.router_logits` and `MoEOutput.aux_loss`, and add the latter to the loss
-            with the weight `router_aux_loss_coef` of the configuration, which is 0 unless it is set.
-        return_dict: False: return a tuple of the fields that are not None.
-
-        Raises ConfigError for a value that this model cannot use.
-        """
-        if labels is not None and (not isinstance(logits_to_keep, int) or logits_to_keep):
-            raise ConfigError("logits_to_keep: must be 0 with labels, because the loss needs all logits")
-        hidden = self.model(
-            input_ids,
-            knobs=knobs,
-            capacity=capacity,
-            drop=drop,
-            load=load,
-            orthogonality=orthogonality,
-            compared=compared,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            inputs_embeds=inputs_embeds,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
-            output_router_logits=output_router_logits,
-            return_dict=True,
-        )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden.last_hidden_state[:, kept])
-        routed = _routing_fields(hidden.layers or [])
-        if hidden.router_logits and "load_balance" in routed["aux"]:  # dense models have none
-            routed["aux_loss"] = routed["aux"]["load_balance"].mean()
-        loss = None
-        if labels is not None:
-            loss = _cross_entropy(logits, labels, attention_mask, counted=num_items_in_batch is not None)
-            if "aux_loss" in routed:
-                loss = loss + self.config.router_aux_loss_coef * routed["aux_loss"]
-            if num_items_in_batch is not None:
-                loss = loss * labels[:, 1:].ne(IGNORED).sum() / num_items_in_batch
-        names = (CACHE, "hidden_states", "attentions", "router_logits")
-        output = MoEOutput(loss, logits, **{name: hidden.get(name) for name in names}, **routed)
-        as_object = self.config.return_dict if return_dict is None else return_dict
-        return output if as_object else output.to_tuple()
-
-
 def _inputs(
     input_ids: Int[Tensor, "B S"] | None, inputs_embeds: Float[Tensor, "B S D"] | None
 ) -> tuple[Tensor, Int[Tensor, "B S"]]:
@@ -528,114 +350,9 @@ def _inputs(
     return inputs_embeds, inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.long)
 
 
-def _cross_entropy(
-    logits: Float[Tensor, "B S V"], labels: Int[Tensor, "B S"], attention_mask: Tensor | None, *, counted: bool
-) -> Float[Tensor, ""]:
-    """Return the mean loss of the labels. Padding predicts nothing and is not predicted.
-
-    attention_mask: as in `MoEForCausalLM.forward`, where its shape was checked.
-    counted: the loss is 0 without labels, instead of nan, because it will be weighted by their number.
-    """
-    padding = torch.zeros_like(labels, dtype=torch.bool)
-    if attention_mask is not None:
-        padding = attention_mask[:, -labels.shape[1] :] == 0
-    targets = next_token(labels.masked_fill(padding, IGNORED)).masked_fill(padding, IGNORED).flatten()
-    rows = logits.float().flatten(0, 1)
-    if not counted:
-        return F.cross_entropy(rows, targets, ignore_index=IGNORED)
-    total = F.cross_entropy(rows, targets, ignore_index=IGNORED, reduction="sum")
-    return total / targets.ne(IGNORED).sum().clamp(min=1)
-
-
-def _routing_fields(layers: list[LayerOutput]) -> dict[str, Any]:
-    """Return the fields of `MoEOutput` that join the outputs of MoE layers. Empty if there are none."""
-    if not layers:
-        return {}
-    return {
-        "aux": {name: torch.stack([layer.aux[name] for layer in layers]) for name in layers[0].aux},
-        "stats": RoutingStats.stack([layer.stats for layer in layers]),
-        "routing": [layer.routing for layer in layers],
-        "load": torch.stack([layer.load for layer in layers]),
-    }
-
-
 def _router_logits(layers: list[LayerOutput], context: Context) -> tuple[Float[Tensor, "BS E"], ...]:
     """Return the logits of each router of each MoE layer. Raises ConfigError if a router has none."""
     logits = [routing.logits for layer in layers for routing in layer.routing]
     known = [each for each in logits if each is not None]
     require(len(known) == len(logits), "output_router_logits", True, "False for a router without logits")
     return tuple(fill_places(each, context.place, context.ids.numel()) for each in known)
-
-
-# The arguments of `from_pretrained` that say where its files are.
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-
-
-def _check_weights(
-    kind: type[MoEForCausalLM], config: MoEConfig, name: str, source: dict[str, Any], *, trusted: bool
-) -> None:
-    """Raise ConfigError unless the saved model `name` has the weights of its `config`, with the same shapes.
-
-    source: the `HUB_OPTIONS` that are given.
-
-    The model is built without memory. A layer has at least 6 tensors: two norms and four matrices of the attention.
-    """
-
-    def find(file: str) -> Path | None:
-        try:
-            path = cached_file(name, file, **source)
-            return None if path is None else Path(path)
-        except OSError:  # there is no such file
-            return None
-
-    try:
-        stored = tensor_shapes(find)
-    except ValueError as error:
-        raise ConfigError(f"{name}: {error}") from error
-    most = len(stored) // 6
-    require(
-        config.num_hidden_layers <= most,
-        f"num_hidden_layers in config.json of {name}",
-        config.num_hidden_layers,
-        f"at most {most}, because the weights are {len(stored)} tensors",
-    )
-    config = copy.deepcopy(config)
-    config._attn_implementation = "eager"  # the one that needs no other package; all have the same weights
-    try:
-        with torch.device("meta"):
-            tensors = kind(config, trusted=trusted).state_dict(keep_vars=True)
-    except ConfigError:
-        raise
-    except Exception as error:  # whatever a size that does not fit makes a library raise
-        raise ConfigError(f"{name}: config.json describes no model ({first_line(error)})") from error
-    names: dict[int, list[str]] = {}  # the names of each tensor, which is stored once
-    for key, tensor in tensors.items():
-        names.setdefault(id(tensor), []).append(key)
-    unexpected = sorted(stored.keys() - tensors.keys())
-    missing = [keys[0] for keys in names.values() if not any(key in stored for key in keys)]
-    if wrong := missing + unexpected:
-        raise ConfigError(f"{name}: its weights are not those of its config.json: {', '.join(wrong[:5])}")
-    for key, shape in stored.items():
-        if shape != (described := tuple(tensors[key].shape)):
-            raise ConfigError(f"{name}: config.json describes {key} as {described}, but in the weights it is {shape}")
-
-
-def load_model(folder: Path, *, trusted: bool = False) -> MoEForCausalLM:
-    """Return the saved model in `folder`, in evaluation mode. `trusted`: as in `MoEForCausalLM`.
-
-    Only safetensors are read. Raises ValueError, with one line that names the folder, for files that are missing, torn
-    or wrong.
-    """
-    disable_progress_bar()  # transformers would show one while it reads a single small file
-    try:
-        require_files(folder)
-        model = MoEForCausalLM.from_pretrained(folder, trusted=trusted, use_safetensors=True, local_files_only=True)
-    except Exception as error:  # whatever a wrong file makes a library raise
-        raise ValueError(f"{folder}: cannot be read as a saved model ({first_line(error)})") from error
-    return cast(MoEForCausalLM, model.eval())
-
-
-AutoConfig.register("moe_routing", MoEConfig)
-AutoModelForCausalLM.register(MoEConfig, MoEForCausalLM)
-# transformers' Trainer smooths labels itself. It shifts them only for names in this dict, which `register` leaves out.
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MoEConfig.model_type] = MoEForCausalLM.__name__

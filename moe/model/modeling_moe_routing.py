@@ -4,7 +4,7 @@ Each saved model has a copy of this file. transformers runs it only with `trust_
 """
 
 try:  # transformers reads imports outside of `try` as names of packages to install, and `moe` is another one's name
-    from moe.model.decoder import MoEConfig, MoEForCausalLM
+    from moe.model.causal_lm import MoEConfig, MoEForCausalLM
 except ModuleNotFoundError as error:
     if str(error.name).partition(".")[0] != "moe":
         raise

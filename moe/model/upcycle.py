@@ -11,7 +11,8 @@ from transformers.utils.logging import disable_progress_bar
 from moe.checks import first_line
 from moe.config import dense_checkpoint
 from moe.config.schema import ModelConfig
-from moe.model.decoder import DenseFFN, MoEForCausalLM
+from moe.model.causal_lm import MoEForCausalLM
+from moe.model.decoder import DenseFFN
 from moe.model.experts import Experts
 from moe.model.layer import MoELayer
 

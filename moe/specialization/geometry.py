@@ -10,7 +10,7 @@ from sklearn.manifold import TSNE
 from torch import Tensor
 
 from moe.data.blocks import Batch
-from moe.model.decoder import MoEForCausalLM
+from moe.model.causal_lm import MoEForCausalLM
 from moe.routing.decision import Knobs, Routing
 from moe.specialization.interventions import intervene
 from moe.specialization.observation import BLOCKS_PER_PASS

@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from moe.analysis.bootstrap import bootstrap
-from moe.model.decoder import MoEForCausalLM
+from moe.model.causal_lm import MoEForCausalLM
 from moe.routing.decision import Knobs, Routing
 from moe.specialization.interventions import Intervention, intervene, remove, reroute
 from moe.specialization.observation import Observation, next_token_nats

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe.data.blocks import Batch
-from moe.model.decoder import MoEForCausalLM
+from moe.model.causal_lm import MoEForCausalLM
 from moe.routing.decision import Knobs
 from moe.specialization.observation import Observation, observe
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moe.data.blocks import Batch, Prepared, batch, evenly_spaced
 from moe.data.labels import IGNORED, next_token
-from moe.model.decoder import MoEForCausalLM
+from moe.model.causal_lm import MoEForCausalLM
 from moe.routing.decision import Knobs, Routing
 
 BLOCKS_PER_PASS = 8  # Blocks in one forward pass. A router that is not causal sees them together.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe.analysis.bootstrap import bootstrap
 from moe.data.blocks import Batch
-from moe.model.decoder import MoEForCausalLM
+from moe.model.causal_lm import MoEForCausalLM
 from moe.model.layer import MoELayer
 from moe.routing.decision import Knobs, Routing
 from moe.specialization.interventions import intervene, swap_experts

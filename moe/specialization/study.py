@@ -11,7 +11,7 @@ from moe.analysis.bootstrap import bootstrap
 from moe.checks import parse
 from moe.data.blocks import Prepared
 from moe.files import sha256, write_text
-from moe.model.decoder import MoEForCausalLM, load_model
+from moe.model.causal_lm import MoEForCausalLM, load_model
 from moe.routing.decision import Knobs
 from moe.runs import traces
 from moe.runs.record import FORMAT, RunRecord, SpecializationRecord, StudySettings

@@ -12,7 +12,7 @@ from moe.data.tokenizer import pretrained_tokenizer
 from moe.metrics.catalog import ROUTING_METRICS, select
 from moe.metrics.metric import Metric
 from moe.model.architecture import MoEConfig
-from moe.model.decoder import MoEForCausalLM
+from moe.model.causal_lm import MoEForCausalLM
 from moe.runs import checkpoint, traces
 from moe.runs.events import SERIES
 from moe.training import probe

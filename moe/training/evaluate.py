@@ -19,7 +19,7 @@ from moe.data.labels import IGNORED, next_token
 from moe.distributed import ranks
 from moe.distributed.sharding import full_tensors
 from moe.metrics.summary import drop_rate_by_position, summarize, utilization
-from moe.model.decoder import MoEForCausalLM
+from moe.model.causal_lm import MoEForCausalLM
 from moe.routers.base import Router
 from moe.routing.decision import Knobs
 from moe.routing.stats import RoutingStats

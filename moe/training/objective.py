@@ -9,7 +9,7 @@ from torch import Tensor
 from moe.config.schema import Config
 from moe.distributed import ranks
 from moe.metrics.summary import summarize
-from moe.model.decoder import MoEOutput
+from moe.model.causal_lm import MoEOutput
 from moe.routing.loss_table import LOSSES
 from moe.routing.stats import RoutingStats
 

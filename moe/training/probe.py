@@ -6,7 +6,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from moe.data.blocks import Prepared, batch, evenly_spaced
-from moe.model.decoder import MoEForCausalLM
+from moe.model.causal_lm import MoEForCausalLM
 from moe.routing.decision import Knobs, Routing
 
 BLOCKS = 32

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from moe.checks import ConfigError, build, first_line
 from moe.config.schema import Config
 from moe.data.blocks import Prepared, prepare
+from moe.model.causal_lm import MoEConfig, MoEForCausalLM
 from moe.model.cost import reset_peak_memory
-from moe.model.decoder import MoEConfig, MoEForCausalLM
 from moe.model.parts import Parts, parts
 from moe.model.upcycle import upcycle
 from moe.routers.base import Router

@@ -25,7 +25,7 @@ from moe.data.sources import Conversations, Document, Turn
 from moe.data.tokenizer import train_bpe
 from moe.launch.command_line import read_cells
 from moe.launch.run import run
-from moe.model.decoder import MoEConfig, MoEForCausalLM
+from moe.model.causal_lm import MoEConfig, MoEForCausalLM
 from moe.runs.events import read_events
 from moe.runs.signals import Signals
 from moe.specialization.study import study

@@ -22,7 +22,7 @@ from moe.distributed import ranks
 from moe.distributed.exchange import run_distributed_experts
 from moe.files import sha256
 from moe.launch.command_line import read_cells
-from moe.model.decoder import MoEForCausalLM
+from moe.model.causal_lm import MoEForCausalLM
 
 pytestmark = pytest.mark.ranks
 

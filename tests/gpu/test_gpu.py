@@ -21,7 +21,7 @@ from moe.bench.profile import host_waits
 from moe.config.options import CONF
 from moe.config.schema import Cell, Config
 from moe.files import sha256
-from moe.model.decoder import MoEForCausalLM
+from moe.model.causal_lm import MoEForCausalLM
 from moe.model.experts import Experts
 from moe.routing.decision import Knobs
 from moe.runs.signals import Interrupted

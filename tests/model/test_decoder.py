@@ -12,8 +12,9 @@ from waiting import WaitingOperators
 from moe.config.schema import ModelConfig, OptimizerConfig
 from moe.data.labels import IGNORED, next_token
 from moe.metrics.summary import summarize
+from moe.model.causal_lm import MoEConfig, MoEForCausalLM
 from moe.model.cost import count_parameters, flops_per_token
-from moe.model.decoder import MoEConfig, MoEForCausalLM, neftune_noise
+from moe.model.decoder import neftune_noise
 from moe.model.experts import Experts
 from moe.routing.decision import Context, Knobs
 from moe.routing.loss_table import LOSSES

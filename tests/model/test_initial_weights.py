@@ -11,7 +11,7 @@ from torch import Tensor
 from moe.config.options import CONF
 from moe.config.schema import ModelConfig
 from moe.model.architecture import MoEConfig
-from moe.model.decoder import MoEForCausalLM
+from moe.model.causal_lm import MoEForCausalLM
 
 SIZES = {"dim": 16, "heads": 2, "layers": 2, "ffn": 16, "num_experts": 4, "dense_ffn": 16}
 ROUTERS = sorted(path.stem for path in (CONF / "router").glob("*.yaml"))

@@ -11,7 +11,7 @@ from moe.checks import ConfigError
 from moe.config.options import CONF
 from moe.config.schema import ModelConfig
 from moe.data.labels import IGNORED
-from moe.model.decoder import MoEConfig, MoEForCausalLM, MoEOutput
+from moe.model.causal_lm import MoEConfig, MoEForCausalLM, MoEOutput
 from moe.routing.decision import Knobs
 
 V, B, S, PADDING = 97, 3, 10, 4

@@ -22,7 +22,7 @@ from moe.data.tokenizer import train_bpe
 from moe.launch.command_line import read_cells
 from moe.launch.run import run
 from moe.model.architecture import AUTO_MAP, CODE, MoEConfig
-from moe.model.decoder import MoEForCausalLM
+from moe.model.causal_lm import MoEForCausalLM
 from moe.runs.card import model_card
 from moe.runs.record import RunRecord
 
@@ -84,7 +84,7 @@ def test_without_the_package_the_file_in_a_saved_model_says_what_to_install(
     """A package of another project that is also called moe is not taken for it."""
     for name in ("moe", "moe.model"):
         with monkeypatch.context() as patch:
-            for loaded in ("moe.model.decoder", "moe.model"):
+            for loaded in ("moe.model.causal_lm", "moe.model"):
                 patch.delitem(sys.modules, loaded)
             patch.setitem(sys.modules, name, None)  # it can no longer be imported
             with pytest.raises(ImportError, match=r"^this model needs the Python package moe-routing, .*`pip install"):

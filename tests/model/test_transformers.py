@@ -13,7 +13,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from moe.checks import ConfigError
 from moe.config.options import CONF
 from moe.config.schema import ModelConfig
-from moe.model.decoder import MoEConfig, MoEForCausalLM
+from moe.model.causal_lm import MoEConfig, MoEForCausalLM
 
 V, S = 97, 16
 ROUTERS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((CONF / "router").glob("*.yaml"))}

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from moe.checks import ConfigError
 from moe.config.schema import Cell
 from moe.launch.command_line import read_cells
-from moe.model.decoder import MoEForCausalLM
+from moe.model.causal_lm import MoEForCausalLM
 from moe.routing.decision import Knobs
 from moe.runs.signals import Interrupted
 from moe.training.optim import build_optimizers, scale_learning_rates

@@ -14,7 +14,7 @@ from moe import testing
 from moe.checks import ConfigError, build, locate
 from moe.config.options import CONF
 from moe.config.schema import OFF, Config
-from moe.model.decoder import MoEOutput
+from moe.model.causal_lm import MoEOutput
 from moe.model.experts import Experts
 from moe.model.layer import MoELayer
 from moe.routers.base import Router

@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from moe.config.schema import ModelConfig
+from moe.model.causal_lm import MoEConfig, MoEForCausalLM
 from moe.model.cost import count_parameters, flops_per_token
-from moe.model.decoder import MoEConfig, MoEForCausalLM
 from moe.model.experts import Experts
 from moe.model.layer import MoELayer
 from moe.routers.soft_moe import SoftMoE

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from moe.config.schema import ModelConfig, OptimizerConfig
+from moe.model.causal_lm import MoEConfig, MoEForCausalLM
 from moe.model.cost import flops_per_token
-from moe.model.decoder import MoEConfig, MoEForCausalLM
 from moe.model.parts import parts
 from moe.routing.decision import Context, Knobs
 from moe.training.optim import build_optimizers

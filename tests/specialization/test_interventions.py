@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe.analysis.bootstrap import bootstrap
 from moe.data.blocks import Prepared
-from moe.model.decoder import MoEForCausalLM
+from moe.model.causal_lm import MoEForCausalLM
 from moe.routing.decision import Knobs, Routing
 from moe.specialization.geometry import expert_outputs
 from moe.specialization.interventions import Intervention, intervene, remove, reroute, swap_experts

@@ -12,7 +12,7 @@ from moe.config.options import CONF
 from moe.config.schema import ModelConfig
 from moe.data.blocks import Batch, batch
 from moe.metrics.catalog import ROUTING_METRICS
-from moe.model.decoder import MoEConfig, MoEForCausalLM
+from moe.model.causal_lm import MoEConfig, MoEForCausalLM
 from moe.training.evaluate import compared_tokens, evaluate
 
 S, V = 16, 50

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe.config.schema import ModelConfig
-from moe.model.decoder import MoEConfig, MoEForCausalLM
+from moe.model.causal_lm import MoEConfig, MoEForCausalLM
 from moe.model.parts import parts
 from moe.training.gradients import copy_parameters, gradient_norms, relative_updates
 

@@ -14,8 +14,8 @@ from moe.config.options import options
 from moe.data.blocks import batch as read_batch
 from moe.files import sha256
 from moe.launch.command_line import read_cells
+from moe.model.causal_lm import MoEForCausalLM
 from moe.model.cost import flops_per_token
-from moe.model.decoder import MoEForCausalLM
 from moe.routing.decision import Knobs
 from moe.routing.loss_table import LOSSES
 from moe.runs.events import read_events

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from moe.config.schema import OptimizerConfig
 from moe.model.architecture import MoEConfig
-from moe.model.decoder import MoEForCausalLM
+from moe.model.causal_lm import MoEForCausalLM
 from moe.routers.base import Role
 from moe.routers.cosine import CosineRouter
 from moe.training.optim import Muon, build_optimizers, learning_rate_scale, orthogonalize
