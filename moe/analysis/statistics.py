@@ -54,7 +54,8 @@ def contrasts(
     - `p Holm`, `p BH`: p corrected over all rows of the table (`corrected`, `false_discovery`). A report corrects them
       for all its tests.
     - `std of differences` (ddof=1), and `d_z`: the difference divided by it.
-    - `p Welch`: p of a test that ignores the pairing.
+    - `p Welch`: p of a test that ignores the pairing. `width ratio`: the width of the 95 % interval, as a share of the
+      width that it would have without the pairing (Welch's interval of the same seeds).
     - `p sign-flip`: exact up to 16 seeds; `smallest p sign-flip` is the smallest value it can take at this n.
     - `tests`: the number by which 5 % are divided before any test is significant (`divisors`).
     - `detectable`: the smallest true difference that would be significant at 5 % / `tests` with power 0.8, if this
@@ -332,6 +333,7 @@ def _compare(treated: pd.Series, baseline: pd.Series, margin: int | float | str 
         "std of differences": differences.std(ddof=1) if n > 1 else float("nan"),
         "d_z": d_z,
         "p Welch": _welch(treated.to_numpy(), baseline.to_numpy()),
+        "width ratio": (high - low) / _welch_width(a, b) if not math.isnan(p) else p,
         "p sign-flip": sign_flip(differences),
         "smallest p sign-flip": smallest_sign_flip(n),
         "tests": 0,
@@ -359,6 +361,16 @@ def _welch(a: np.ndarray, b: np.ndarray) -> float:
         return float("nan")
     moments = [moment for sample in (a, b) for moment in (sample.mean(), sample.std(ddof=1), len(sample))]
     return float(stats.ttest_ind_from_stats(*moments, equal_var=False).pvalue)  # one of the two may have no spread
+
+
+def _welch_width(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the width of Welch's 95 % interval of the difference of two means. One of the two must have a spread.
+
+    The variance of each mean is v = s²/n, and the degrees of freedom are (v_a + v_b)² / (v_a²/(n_a-1) + v_b²/(n_b-1)).
+    """
+    variances = np.array([sample.var(ddof=1) / len(sample) for sample in (a, b)])
+    freedom = variances.sum() ** 2 / (variances**2 / [len(a) - 1, len(b) - 1]).sum()
+    return float(2 * stats.t.ppf((1 + CONFIDENCE) / 2, freedom) * math.sqrt(variances.sum()))
 
 
 def has_no_spread(values: np.ndarray, *, scale: float) -> bool:

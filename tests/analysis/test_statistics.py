@@ -67,6 +67,23 @@ def test_contrasts_of_the_published_runs(
     assert row["n"] == 3
 
 
+@pytest.mark.parametrize(("shared", "narrower"), [(1.0, True), (0.0, False)])
+def test_the_width_ratio_compares_the_paired_interval_with_that_of_independent_runs(
+    shared: float, narrower: bool
+) -> None:
+    """Seeds that move both levels alike make the paired interval narrower."""
+    rng = np.random.default_rng(0)
+    seeds, common = np.arange(8), shared * rng.normal(size=8)
+    a, b = (common + 0.2 * rng.normal(size=8) for _ in range(2))
+    columns = {"seed": [*seeds, *seeds], "noise": [0.0] * 8 + [0.1] * 8, "val/loss": [*a, *b]}
+    table = contrasts(pd.DataFrame(columns | {"causality": "yes"}), "val/loss", ["noise"])
+    paired, independent = stats.ttest_rel(b, a), stats.ttest_ind(b, a, equal_var=False)
+    low, high = paired.confidence_interval()
+    wide_low, wide_high = independent.confidence_interval()
+    assert table["width ratio"].item() == pytest.approx((high - low) / (wide_high - wide_low))
+    assert (table["width ratio"].item() < 0.5) == narrower
+
+
 def test_noise_0_1_is_significant_after_holm_only_with_load_balancing(runs: pd.DataFrame) -> None:
     table = contrasts(runs, "ppl", ["noise", "lb"], references={"lb": 0.01})
     assert len(table) == 7

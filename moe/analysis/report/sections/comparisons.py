@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+import pandas as pd
+
 from moe.analysis.report.blocks import BulletList, Heading, Paragraph, ReportBlock, TableBlock, csv_file
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.statistics import noise_floor, with_intervals
@@ -17,15 +19,15 @@ the same value, and "± –" that there is one seed."""
 CONTRASTS_EXPLAINED = """\
 `difference` is level minus reference, averaged over paired seeds, with its 95 % t interval and the p of the paired t
 test. `p Holm` is p corrected for all tests of this report; `tests` is the number by which 5 % are divided before any
-test is significant. `d_z` is the difference in standard deviations (ddof=1) of
-the paired differences. `p Welch` is the p of a test that ignores the pairing. `p sign-flip` is exact up to 16 seeds,
-and can never be below `smallest p sign-flip`, however large the effect is. `detectable` is the smallest true difference
-that would be significant at 5 % / `tests` with power 0.8. It rests on the spread of few differences:
-`detectable_low` and `detectable_high` give it for both ends of the spread's 95 % interval. `p BH` is p corrected for
-the false discovery rate (Benjamini-Hochberg) over all comparisons that nobody planned. A metric with a `--margin` also
-has `p TOST`, the p of two one-sided tests that the difference is smaller than the margin, and `beyond`: whether the
-difference exceeds the margin at 5 % / `tests`. A difference that is the same in every seed is
-`deterministic`, and has no p."""
+test is significant. `d_z` is the difference in standard deviations (ddof=1) of the paired differences. `p Welch` is the
+p of a test that ignores the pairing, and `width ratio` is the width of the interval as a share of the width that it
+would have without the pairing. `p sign-flip` is exact up to 16 seeds, and can never be below `smallest p sign-flip`,
+however large the effect is. `detectable` is the smallest true difference that would be significant at 5 % / `tests`
+with power 0.8. It rests on the spread of few differences: `detectable_low` and `detectable_high` give it for both ends
+of the spread's 95 % interval. `p BH` is p corrected for the false discovery rate (Benjamini-Hochberg) over all
+comparisons that nobody planned. A metric with a `--margin` also has `p TOST`, the p of two one-sided tests that the
+difference is smaller than the margin, and `beyond`: whether the difference exceeds the margin at 5 % / `tests`. A
+difference that is the same in every seed is `deterministic`, and has no p."""
 VARIANCE_EXPLAINED = """\
 Each term is tested against its own interaction with the seed, so an effect counts only if it is larger than its spread
 from seed to seed. `p GG` has Greenhouse and Geisser's correction: with three levels or more, p alone is too small if
@@ -62,7 +64,17 @@ def contrast_table(inputs: ReportInputs) -> Iterator[ReportBlock]:
     yield Paragraph(CONTRASTS_EXPLAINED)
     as_written = {side: str for side in ("level", "reference") if side in inputs.contrasts}  # 4.0 is not to become 4
     yield TableBlock(inputs.contrasts.astype(as_written))
+    yield from map(Paragraph, _gains_of_pairing(inputs.contrasts))
     yield csv_file("contrasts", inputs.contrasts, "every row of this table.")
+
+
+def _gains_of_pairing(contrasts: pd.DataFrame) -> Iterator[str]:
+    """Yield a sentence for each metric: how much narrower its intervals are because runs are paired by seed."""
+    for metric, ratios in contrasts.dropna(subset="width ratio").groupby("metric", sort=False)["width ratio"]:
+        low, middle, high = ratios.min(), ratios.median(), ratios.max()
+        span = f" (median of {len(ratios)} contrasts, from {low:.2f} to {high:.2f})" if len(ratios) > 1 else ""
+        gain = "A value below 1 is what pairing gains" if middle < 1 else "Pairing gained nothing here"
+        yield f"Pairing by seed: intervals of {metric} are {middle:.2f} times as wide as without pairing{span}. {gain}."
 
 
 def analysis_of_variance(inputs: ReportInputs) -> Iterator[ReportBlock]:
