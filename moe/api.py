@@ -1,6 +1,6 @@
 """What `import moe` offers for scripts and notebooks: train, read runs, compare settings, and look into a model.
 
-`docs/python.md` shows each function on a small run.
+`docs/tour.ipynb` shows the functions on small runs.
 """
 
 import html
@@ -226,6 +226,9 @@ def route(
 
 class Page(str):
     """An HTML page. A notebook shows it in a frame; `page.save("tokens.html")` writes it to a file."""
+
+    def __repr__(self) -> str:
+        return f"<HTML page of {len(self):,} characters; .save(path) writes it>"
 
     def _repr_html_(self) -> str:
         return f'<iframe srcdoc="{html.escape(self)}" width="100%" height="420" style="border: 0"></iframe>'

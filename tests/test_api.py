@@ -1,12 +1,14 @@
 """Tests of what `import moe` offers, on one small trained run."""
 
-import re
+import json
 import shutil
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,11 +19,12 @@ from run_folders import change_record, write_metrics, write_record
 import moe
 import moe.api
 from moe.checks import ConfigError
+from moe.config.options import SEARCH_PATH
 from moe.config.schema import Config
 from moe.launch.command_line import read_cells
 from moe.launch.run import run
 
-PAGE = Path(__file__).parents[1] / "docs" / "python.md"
+NOTEBOOK = Path(__file__).parents[1] / "docs" / "tour.ipynb"
 TEXT = "The quick brown fox"
 
 
@@ -174,16 +177,25 @@ def test_wrong_overrides_are_refused_before_a_process_starts(monkeypatch: pytest
         moe.load_runs([])
 
 
-def test_the_page_about_python_runs_as_printed(
-    trained: moe.Run, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.pages
+def test_the_notebook_runs_and_its_outputs_are_stored(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every block of docs/python.md runs. Only its runs are smaller, and its sweep stands for one of two runs."""
+    """Every cell of docs/tour.ipynb runs in turn. Only its runs are smaller and fewer."""
     monkeypatch.chdir(tmp_path)
-    small_train = partial(moe.train, *small, "steps=2", "eval_every=2")
-    monkeypatch.setattr("moe.api.train", lambda *words: small_train(*(w for w in words if not w.startswith("steps="))))
-    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    assert len(blocks) > 3
-    names: dict[str, object] = {}
-    for block in blocks:
-        exec(block, names)
-    assert {"runs", "run", "routes"} <= set(names)
+    monkeypatch.setenv(SEARCH_PATH, "")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    smaller = [*small, "data.seq_len=64", "steps=2", "eval_every=2", "seed=1,2"]
+    replaced = ("steps=", "eval_every=", "seed=")
+    small_train = partial(moe.train, *smaller)
+    monkeypatch.setattr("moe.api.train", lambda *words: small_train(*(w for w in words if not w.startswith(replaced))))
+    cells = [cell for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    names: dict[str, Any] = {}
+    for cell in cells:
+        exec("".join(cell["source"]), names)
+    plt.close("all")
+    del sys.modules["distance"]
+    assert set(names["runs"]["router"]) == {"topk", "distance"}
+    assert [cell["execution_count"] for cell in cells] == [*range(1, len(cells) + 1)]
+    kinds = {kind for cell in cells for output in cell["outputs"] for kind in output.get("data", {})}
+    assert {"image/png", "text/html"} <= kinds
