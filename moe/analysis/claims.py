@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from moe.analysis.sentences import detectable_note, deterministic_verdict
+from moe.analysis.sentences import detectable_note, deterministic_verdict, unit_of
 from moe.analysis.statistics import (
     CONFIDENCE,
     SIGNIFICANCE,
@@ -142,10 +142,8 @@ def decided(table: pd.DataFrame, holm: np.ndarray, tests: np.ndarray) -> pd.Data
     significant = table["p Holm"] <= SIGNIFICANCE
     only_before = (table["p"] <= SIGNIFICANCE) & ~significant
     before = table["verdict"] + " before Holm's correction, not after it"
-    spreads = zip(table.pop("doubt"), table["n"], table.pop("spread"), tests.tolist(), strict=True)
-    doubt = pd.Series(
-        [doubt or _detectable(n, spread, number) for doubt, n, spread, number in spreads], index=table.index
-    )
+    spreads = zip(table.pop("doubt"), table["n"], table.pop("spread"), tests.tolist(), table["metric"], strict=True)
+    doubt = pd.Series([doubt or _detectable(*spread) for doubt, *spread in spreads], index=table.index)
     doubt = doubt.mask(only_before, before).mask(significant, "")
     reason = ["; ".join(filter(None, parts)) for parts in zip(table["reason"], doubt, strict=True)]
     return table.assign(verdict=table["verdict"].where(significant, "undecided"), reason=reason)
@@ -172,13 +170,13 @@ def contrasts_without_claim(contrasts: pd.DataFrame, claims: list[ClaimConfig]) 
     return contrasts[[not any(_about(claim, row) for claim in claims) for _, row in contrasts.iterrows()]]
 
 
-def _detectable(n: int, spread: float, tests: int) -> str:
+def _detectable(n: int, spread: float, tests: int, metric: str) -> str:
     """Return which difference would have been detected; an empty text if there is no spread to tell it from."""
     if math.isnan(spread):
         return ""
     effect = detectable_effect(n, tests=tests)
     low, high = spread_interval(spread, n)
-    return detectable_note(effect * spread, effect * low, effect * high, tests)
+    return detectable_note(effect * spread, effect * low, effect * high, tests=tests, n=n, unit=unit_of(metric))
 
 
 def _judge_alone(claim: ClaimConfig, runs: pd.DataFrame) -> dict[str, Any]:

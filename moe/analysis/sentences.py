@@ -1,26 +1,32 @@
 """Write a contrast as a sentence that ends with its verdict: a direction, equivalent, deterministic, or undecided."""
 
+import math
+
 import pandas as pd
 
 from moe.analysis.statistics import SIGNIFICANCE
 from moe.checks import plain
+from moe.metrics.catalog import lookup
 from moe.results.comparable import NOT_COMPARABLE
 
-SIGNIFICANT, DETERMINISTIC, UNDECIDED, UNTESTED = "significant", "deterministic", "undecided", "not tested"
+SIGNIFICANT, EQUIVALENT, DETERMINISTIC = "significant", "equivalent", "deterministic"
+UNDECIDED, UNTESTED = "undecided", "not tested"
 
 
 def standing(contrast: pd.Series) -> str:
-    """Return how certain the direction of a contrast is.
+    """Return what is known about a contrast.
 
-    `SIGNIFICANT`: p is at most 5 % after correction for other tests. `DETERMINISTIC`: the difference is the same in
-    every seed, so chance has no part in it. `UNTESTED`: a test was impossible, as with one seed. `UNDECIDED`: anything
-    else.
+    `SIGNIFICANT`: p is at most 5 % after correction for other tests. `EQUIVALENT`: the direction is not significant,
+    but the difference is smaller than the margin. `DETERMINISTIC`: the difference is the same in every seed, so chance
+    has no part in it. `UNTESTED`: a test was impossible, as with one seed. `UNDECIDED`: anything else.
     """
     if contrast["deterministic"]:
         return DETERMINISTIC
     if pd.isna(contrast["p"]):
         return UNTESTED
-    return SIGNIFICANT if contrast["p Holm"] <= SIGNIFICANCE else UNDECIDED
+    if contrast["p Holm"] <= SIGNIFICANCE:
+        return SIGNIFICANT
+    return EQUIVALENT if _is_equivalent(contrast) else UNDECIDED
 
 
 def contrast_sentence(contrast: pd.Series, subject: str, *, unit: str, up: str = "", down: str = "") -> str:
@@ -42,7 +48,7 @@ def contrast_sentence(contrast: pd.Series, subject: str, *, unit: str, up: str =
     else:
         text += f" [{c['ci_low']:.3g}, {c['ci_high']:.3g}]"
         text += f", p={c['p']:.2g} (Holm {c['p Holm']:.2g})" if up else ""
-        text += f", n={c['n']}" + (f": {_verdict(c, up, down)}" if up else "")
+        text += f", n={c['n']}" + (f": {_verdict(c, unit, up, down)}" if up else "")
     return plain(with_note(text, c["note"]))
 
 
@@ -53,11 +59,33 @@ def with_note(text: str, note: str) -> str:
     return f"{text.removesuffix(')')}; {note})" if text.endswith(")") else f"{text} ({note})"
 
 
-def detectable_note(effect: float, low: float, high: float, tests: int) -> str:
-    """Return a text with the smallest effect that these seeds could have shown, and the uncertainty of that number."""
-    correction = f", with 5 % divided by {tests}" if tests > 1 else ""
-    numbers = f"{effect:.2g}, from {low:.2g} to {high:.2g}"
-    return f"the smallest effect these seeds could have seen (power 0.8{correction}) is {numbers}"
+def detectable_note(effect: float, low: float, high: float, *, tests: int, n: int, unit: str) -> str:
+    """Return a text with the smallest effect that n seeds could have shown, and the 95 % interval of that number.
+
+    It must be significant at 5 % / `tests`.
+    """
+    size = f"{effect:.2g} {unit}".rstrip()
+    return (
+        f"the smallest effect that these seeds could have shown (power 0.8, level {level_text(tests)}) is {size}, "
+        f"95 % interval {low:.2g} to {high:.2g}, because the spread itself is estimated from {n} seeds"
+    )
+
+
+def level_text(tests: int | float) -> str:
+    """Return the level of a test to which 5 % / `tests` are left, such as "0.25 %"."""
+    return f"{100 * SIGNIFICANCE / max(tests, 1):.2g} %"
+
+
+def unit_of(name: str) -> str:
+    """Return the word that follows a value of a metric in a sentence."""
+    metric = lookup(name)
+    return (metric.noun or metric.name) if metric else name
+
+
+def decimals(difference: float, least: int) -> int:
+    """Return how many decimals show two significant digits of a difference, at least `least` and at most 10."""
+    size = abs(difference)
+    return least if not 0 < size < math.inf else min(10, max(least, 1 - math.floor(math.log10(size))))
 
 
 def deterministic_verdict(difference: float, margin: float | None = None) -> str:
@@ -67,16 +95,21 @@ def deterministic_verdict(difference: float, margin: float | None = None) -> str
     return f"**deterministic**, {size} in every seed{within}"
 
 
-def _verdict(contrast: pd.Series, up: str, down: str) -> str:
+def _is_equivalent(contrast: pd.Series) -> bool:
+    return pd.notna(contrast.get("p TOST Holm")) and bool(contrast["equivalent"])
+
+
+def _verdict(contrast: pd.Series, unit: str, up: str, down: str) -> str:
     c, significant = contrast, standing(contrast) == SIGNIFICANT
     direction = up if c["difference"] > 0 else down
-    if pd.notna(c.get("p TOST Holm")) and c["equivalent"]:
+    if _is_equivalent(c):
         holm = f"(TOST, Holm {c['p TOST Holm']:.2g})"
         if significant:
             return f"**within the margin** of {c['margin']:.3g}, {direction} by less {holm}"
         return f"**equivalent** within {c['margin']:.3g} {holm}"
     if not significant:
-        return f"**undecided**, {detectable_note(*c[['detectable', 'detectable_low', 'detectable_high', 'tests']])}"
+        effect = c[["detectable", "detectable_low", "detectable_high"]]
+        return f"**undecided**, {detectable_note(*effect, tests=c['tests'], n=c['n'], unit=unit)}"
     margin = c.get("margin")
     return f"**{direction}**" + (
         "" if pd.isna(margin) or c["beyond"] else f", not shown to exceed the margin of {margin:.3g}"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,16 @@ def test_a_difference_in_one_document_holds_for_other_seeds_and_not_for_other_te
     assert each["over seeds"].startswith("[+")
     assert each["over documents"].startswith("[+")
     assert (one["n"], one["documents"]) == (3, 5)
+
+
+def test_small_differences_and_their_intervals_have_as_many_digits_as_they_need(tmp_path: Path) -> None:
+    write_runs(tmp_path / "x", [-0.001_03, -0.001_02, -0.001_01, 0, -0.001_04, -0.001])
+    row, _ = table(tmp_path / "x")
+    assert float(row["difference"]) == pytest.approx(-2e-5, abs=2e-5)
+    texts = [row["difference"], *re.findall(r"[-+\d.]+", row["over seeds"] + row["over documents"])]
+    assert len(texts) == 5
+    assert len({len(text) for text in texts}) == 1, "all have the same digits"
+    assert all(float(text) for text in texts), "none is rounded to zero"
 
 
 @pytest.mark.parametrize("diverged", [0.0, 0.5], ids=["the reference", "the other level"])

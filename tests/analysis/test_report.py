@@ -158,9 +158,11 @@ def test_the_published_runs_give_the_published_verdicts(published: Path, tmp_pat
         "noise 0.1 vs 0.0 at lb=0.01: +1.15 perplexity [0.967, 1.34], p=0.0014 (Holm 0.025), n=3: **worse**\n" in text
     )
     assert "p=0.017 (Holm 0.25), n=3: **undecided**" in text
-    assert "for the whole report: 5 % for comparisons that nobody planned (20 tests)." in text
+    family = "comparisons that nobody planned (contrasts, and terms of the analysis of variance)"
+    assert f"20 tests of {family} share 5 %, 0.25 % each." in text
     assert "lb 0.0 vs 0.01 at noise=0.0: +0.307 perplexity [-1.72, 2.33], p=0.58 (Holm 1), n=3: **undecided**" in text
-    assert "these seeds could have seen (power 0.8, with 5 % divided by 20) is 12, from 6.2 to 75" in text
+    smallest = "the smallest effect that these seeds could have shown (power 0.8, level 0.25 %) is 12 perplexity, "
+    assert f"{smallest}95 % interval 6.2 to 75, because the spread itself is estimated from 3 seeds" in text
     assert "| topk (causal: yes) | 18 | 18 |" in text
     assert "(ddof=1)" in text
     names = {
@@ -204,7 +206,7 @@ def test_contrasts_at_shares_of_training_are_described_and_not_tested(published:
         np.testing.assert_allclose(rows["difference"], final["difference"])
     assert not [column for column in table if column.startswith("p")]
     first = final.iloc[0]
-    cell = f"{first['difference']:+.3f} [{first['ci_low']:.3f}, {first['ci_high']:.3f}]"
+    cell = f"{first['difference']:+.4f} [{first['ci_low']:.4f}, {first['ci_high']:.4f}]"
     assert cell in (tmp_path / "out" / "report.md").read_text()
 
 
@@ -235,6 +237,11 @@ def test_claims_margins_and_several_experiments(published: Path, tmp_path: Path)
     assert "- noise hurts (us): **supported**; noise 0.5 vs 0.0: 144.3 vs 130.4 (+10.7%)" in text
     assert "noise 0.5 vs 0.0 at lb=0.0: " not in text.split("Post hoc")[0].split("load CV")[0]
     assert "lb 0.0 vs 0.01 at noise=0.0: +0.307 perplexity [-1.72, 2.33], p=0.58 (Holm 1), n=3: **equivalent**" in text
+    equivalent = text.split("\n**Equivalent**: ")[1].split("\n**")[0]
+    assert equivalent.count("**equivalent** within") == text.count("**equivalent** within") > 0
+    assert "\n**Undecided**: " in text
+    assert "Holm's correction over all contrasts of its experiment that have a margin" in text.replace("\n", " ")
+    assert "1 test of planned claims of sources has 2.5 %; " in text
     assert text.startswith('# Report: "floor", "noise_lb_seed"\n'), "a name may hold a comma"
     assert "### Noise floor" in text
     assert "![noise_lb_seed/noise_lb](noise_lb_seed/noise_lb.png)" in text
@@ -589,8 +596,32 @@ def test_the_ticks_of_small_ranges_of_gradients_are_numbers(tmp_path: Path) -> N
     assert isinstance(figure, Figure)
     figure.draw_without_rendering()
     labels = {label.get_text() for axes in figure.axes for label in axes.yaxis.get_ticklabels(which="both")}
-    assert {"2e−02", "3e−02"} <= labels
+    assert {"0.02", "0.03"} <= labels
     assert not [label for label in labels if "$" in label]
+    narrow = [entry | dict.fromkeys(GRADIENT_METRICS, 0.02 + 0.001 * entry["step"]) for entry in trains]
+    figure = gradient_norms(pd.DataFrame(narrow))
+    assert isinstance(figure, Figure)
+    figure.draw_without_rendering()
+    shown = [label.get_text() for label in figure.axes[0].yaxis.get_ticklabels(which="both") if label.get_text()]
+    assert len(shown) == len(set(shown)) > 1, "no two ticks have the same label"
+
+
+def test_the_second_half_of_training_shows_its_lines_whole() -> None:
+    """The panel begins between two evaluations, where a line lies higher than at the next evaluation."""
+    losses = {0: 9.0, 40: 6.0, 60: 4.0, 100: 3.0}
+    events = pd.DataFrame([{"step": step, "folder": "a", "by": "x", "val/loss": loss} for step, loss in losses.items()])
+    panel = learning_curves(events, "by").axes[1]
+    assert panel.get_xlim()[0] == 50
+    assert panel.get_ylim()[1] > 5, "the line enters at a loss of 5"
+
+
+def test_the_axis_of_a_single_layer_has_one_tick() -> None:
+    runs = pd.DataFrame([{"condition": "a", "routing/load_cv/layer00": 0.1 * seed} for seed in (1, 2)])
+    figure = layer_profile(runs)
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    low, high = axes.get_xlim()
+    assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [0]
 
 
 def test_the_ticks_of_the_regret_of_tokens_are_numbers() -> None:
@@ -664,7 +695,7 @@ def test_a_single_run_is_reported_too(published: Path, tmp_path: Path) -> None:
     run = published / "lb=0.0,noise=0.1,seed=42"
     text = write_report(load_runs([run]), tmp_path / "out").read_text()
     assert "factors: none varies" in text
-    assert "learning rates, batch size and data: the same in all runs; not tuned per arm" in text
+    assert "learning rates, batch size and data: the same in all runs; not tuned per condition" in text
     assert "131.9 ± –" in text
     assert "- factors: not drawn, no factor varies" in text
     assert "![learning_curves]" in text

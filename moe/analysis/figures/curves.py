@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import matplotlib
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -85,12 +86,16 @@ def draw_curves(axes: Axes, events: pd.DataFrame, column: str, label: str, style
 
 
 def range_since(events: pd.DataFrame, column: str, step: float) -> tuple[float, float] | None:
-    """Return the range of a column from a step on, with a margin; None if all values are equal.
+    """Return the range of the curves of a column from a step on, with a margin; None if all values are equal.
 
     A figure with this range leaves out earlier steps. Their losses are so much larger that the differences between
     conditions would be invisible.
     """
-    late = events.loc[events["step"] >= step, column].astype(float)
-    late = late[late.map(math.isfinite)]
+    known = events.assign(**{column: events[column].astype(float)})
+    known = known[known[column].map(math.isfinite)].sort_values("step")
+    at_step = [  # where a line enters the panel, between two evaluations
+        np.interp(step, run["step"], run[column]) for _, run in known.groupby("folder") if run["step"].max() >= step
+    ]
+    late = pd.Series([*known.loc[known["step"] >= step, column], *at_step])
     margin = 0.05 * (late.max() - late.min())
     return (late.min() - margin, late.max() + margin) if late.nunique() > 1 else None

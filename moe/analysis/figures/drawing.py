@@ -18,5 +18,9 @@ class Drawing(NamedTuple):
 
 
 def drawing(name: str, caption: str, result: Figure | str) -> Drawing:
-    """Return a `Drawing` from the result of a figure function: a figure, or the reason why there is none."""
+    """Return a `Drawing` from the result of a figure function: a figure, or the reason why there is none.
+
+    The caption gets a capital letter, because it may begin with the label of a metric.
+    """
+    caption = caption[:1].upper() + caption[1:]
     return Drawing(name, caption, result) if isinstance(result, Figure) else Drawing(name, caption, None, result)

@@ -78,7 +78,7 @@ def layer_profile(runs: pd.DataFrame) -> Figure:
     for axes, (metric, columns) in zip(grid, found.items(), strict=False):
         _draw_conditions(axes, runs, list(columns.values()), list(columns))
         axes.set(xlabel="layer", ylabel=METRICS[metric])
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     shared_legend(figure, "small: one seed; large: mean over n seeds and its 95 % t interval")
     return figure
 

@@ -175,7 +175,7 @@ def _draw_by_layer(axes: Axes, runs: list[MeasuredRun], value: Callable[[dict[st
         label = f"{name} (n={means['n'].max()})"
         axes.errorbar(means["layer"] + shift, means["mean"], yerr=interval_reach(means), capsize=3, label=label, **look)
     axes.set_xlabel("layer")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(visible=False, axis="x")
 
 
@@ -225,7 +225,7 @@ def _draw_by_pair(axes: Axes, runs: list[MeasuredRun]) -> None:
         axes.plot(x, pairs.T, style["marker"], color=style["color"], markersize=3, alpha=0.6)
         axes.plot(x, pairs.mean(0), style["marker"], color=style["color"], markersize=7, markeredgecolor="white")
     axes.set_xlabel("layer")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(visible=False, axis="x")
 
 

@@ -65,8 +65,15 @@ def line_style(index: int) -> dict[str, str]:
 
 def plain_log_labels(axis: Axis) -> None:
     """Label the ticks of a logarithmic axis as 0.01 or 2e-05. By default they are formulas, and these are not drawn."""
-    axis.set_major_formatter(LogFormatter())
-    axis.set_minor_formatter(LogFormatter(labelOnlyBase=False))  # labels only if the range is small
+    axis.set_major_formatter(_PlainLogFormatter())
+    axis.set_minor_formatter(_PlainLogFormatter(labelOnlyBase=False))  # labels only if the range is small
+
+
+class _PlainLogFormatter(LogFormatter):
+    """A formatter that labels the same ticks, with as many digits as tell them apart."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:.10g}" if super().__call__(x, pos) else ""
 
 
 def shared_legend(figure: Figure, title: str) -> None:

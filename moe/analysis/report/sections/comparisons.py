@@ -19,15 +19,16 @@ the same value, and "± –" that there is one seed."""
 CONTRASTS_EXPLAINED = """\
 `difference` is level minus reference, averaged over paired seeds, with its 95 % t interval and the p of the paired t
 test. `p Holm` is p corrected for all tests of this report; `tests` is the number by which 5 % are divided before any
-test is significant. `d_z` is the difference in standard deviations (ddof=1) of the paired differences. `p Welch` is the
-p of a test that ignores the pairing, and `width ratio` is the width of the interval as a share of the width that it
-would have without the pairing. `p sign-flip` is exact up to 16 seeds, and can never be below `smallest p sign-flip`,
-however large the effect is. `detectable` is the smallest true difference that would be significant at 5 % / `tests`
-with power 0.8. It rests on the spread of few differences: `detectable_low` and `detectable_high` give it for both ends
-of the spread's 95 % interval. `p BH` is p corrected for the false discovery rate (Benjamini-Hochberg) over all
-comparisons that nobody planned. A metric with a `--margin` also has `p TOST`, the p of two one-sided tests that the
-difference is smaller than the margin, and `beyond`: whether the difference exceeds the margin at 5 % / `tests`. A
-difference that is the same in every seed is `deterministic`, and has no p."""
+test is significant (40 if 20 tests share 2.5 %). `d_z` is the difference in standard deviations (ddof=1) of the paired
+differences. `p Welch` is the p of a test that ignores the pairing, and `width ratio` is the width of the interval as a
+share of the width that it would have without the pairing. `p sign-flip` is exact up to 16 seeds, and can never be below
+`smallest p sign-flip`, however large the effect is. `detectable` is the smallest true difference that would be
+significant at 5 % / `tests` with power 0.8. It rests on the spread of few differences: `detectable_low` and
+`detectable_high` give it for both ends of the spread's 95 % interval. `p BH` is p corrected for the false discovery
+rate (Benjamini-Hochberg) over all comparisons that nobody planned. A metric with a `--margin` also has `p TOST`, the p
+of two one-sided tests that the difference is smaller than the margin, `p TOST Holm`, corrected over the rows of this
+table alone, and `beyond`: whether the difference exceeds the margin at 5 % / `tests`. A difference that is the same in
+every seed is `deterministic`, and has no p."""
 VARIANCE_EXPLAINED = """\
 Each term is tested against its own interaction with the seed, so an effect counts only if it is larger than its spread
 from seed to seed. `p GG` has Greenhouse and Geisser's correction: with three levels or more, p alone is too small if

@@ -11,7 +11,9 @@ import pandas as pd
 from moe.analysis.bootstrap import bootstrap
 from moe.analysis.report.blocks import Heading, Paragraph, ReportBlock, TableBlock, csv_file, long_list
 from moe.analysis.report.inputs import ReportInputs
+from moe.analysis.sentences import decimals
 from moe.analysis.statistics import contrasts, name_cell
+from moe.checks import plain
 from moe.results.comparable import NOT_COMPARABLE
 from moe.results.conditions import conditions
 from moe.runs.documents import FILE, DocumentLosses, read_documents
@@ -65,11 +67,17 @@ def other_seeds_and_other_text(inputs: ReportInputs) -> Iterator[ReportBlock]:
         yield from long_list(list(dict.fromkeys(problems)))
     if not compared:
         return
-    shown = found[["factor", "level", "reference", "within", "n", "difference"]].assign(
+    digits = [decimals(difference, 4) for difference in found["difference"]]
+    seeds, documents = (
+        [_interval(*ends, number) for ends, number in zip(found[columns].to_numpy(), digits, strict=True)]
+        for columns in (["ci_low", "ci_high"], ["documents_low", "documents_high"])
+    )
+    shown = found[["factor", "level", "reference", "within", "n"]].assign(
         **{
-            "over seeds": [_interval(*ends) for ends in found[["ci_low", "ci_high"]].to_numpy()],
+            "difference": [plain(f"{d:+.{number}f}") for d, number in zip(found["difference"], digits, strict=True)],
+            "over seeds": seeds,
             "documents": found["documents"],
-            "over documents": [_interval(*ends) for ends in found[["documents_low", "documents_high"]].to_numpy()],
+            "over documents": documents,
         }
     )
     yield Paragraph(EXPLAINED)
@@ -113,5 +121,5 @@ def _over_documents(pairs: list[list[DocumentLosses | None]]) -> dict[str, Any]:
     return {"documents": len(tokens), "documents_low": found["low"], "documents_high": found["high"]}
 
 
-def _interval(low: float, high: float) -> str:
-    return "–" if np.isnan(low) else f"[{low:+.4f}, {high:+.4f}]"
+def _interval(low: float, high: float, digits: int) -> str:
+    return "–" if np.isnan(low) else plain(f"[{low:+.{digits}f}, {high:+.{digits}f}]")

@@ -10,7 +10,9 @@ from moe.analysis.figures import curves
 from moe.analysis.figures.drawing import drawing
 from moe.analysis.report.blocks import Heading, Paragraph, ReportBlock, TableBlock, csv_file, figure_section
 from moe.analysis.report.inputs import GRADIENT_METRICS, ReportInputs
+from moe.analysis.sentences import decimals
 from moe.analysis.statistics import contrasts, stack
+from moe.checks import plain
 from moe.runs.traces import MILESTONES
 
 VALIDATION_LOSS = "val/loss"
@@ -28,16 +30,20 @@ def contrasts_over_training(inputs: ReportInputs) -> Iterator[ReportBlock]:
     table = contrasts_at_shares(inputs)
     if table.empty:
         return
-    cells = [
-        f"{c.difference:+.3f}" + (f" [{c.ci_low:.3f}, {c.ci_high:.3f}]" if c.n > 1 and math.isfinite(c.ci_low) else "")
-        for c in table.itertuples()
-    ]
+    cells = [_cell(c.difference, c.ci_low, c.ci_high) for c in table.itertuples()]
     shown = table.assign(cell=cells, share=table["share"].map("{:.0%}".format))
     names = ["factor", "level", "reference", "within"]
     yield Heading("Over training")
     yield Paragraph(CONTRASTS_EXPLAINED)
     yield TableBlock(shown.pivot_table("cell", names, "share", aggfunc="first", sort=False).reset_index())
     yield csv_file("progress", table, "this table, with n.")
+
+
+def _cell(difference: float, low: float, high: float) -> str:
+    """Return a difference with its interval, if there is one, both with the decimals that the difference needs."""
+    digits = decimals(difference, 3)
+    interval = f" [{low:.{digits}f}, {high:.{digits}f}]" if math.isfinite(low) else ""
+    return plain(f"{difference:+.{digits}f}{interval}")
 
 
 def contrasts_at_shares(inputs: ReportInputs) -> pd.DataFrame:

@@ -66,7 +66,7 @@ def _tuning(inputs: ReportInputs) -> str:
         if key in ("optimizer", "data", "batch_size", "grad_accum") or key.startswith(("optimizer.", "data."))
     ]
     exceptions = f" except {', '.join(differing)}" if differing else ""
-    return f"learning rates, batch size and data: the same in all runs{exceptions}; not tuned per arm"
+    return f"learning rates, batch size and data: the same in all runs{exceptions}; not tuned per condition"
 
 
 def _condition_counts(inputs: ReportInputs) -> ReportBlock:

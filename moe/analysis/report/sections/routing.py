@@ -37,7 +37,8 @@ def _layer_trends(inputs: ReportInputs) -> Iterator[Drawing]:
             result = f"{panels} conditions are too many"
         else:
             result = layers.layer_trends(rows, metric)
-        yield drawing("layers_" + metric.replace("/", "_"), f"{label} of every layer over training.", result)
+        caption = f"{label} of every layer over training. Each line is the mean over the seeds of a condition."
+        yield drawing("layers_" + metric.replace("/", "_"), caption, result)
 
 
 def _layer_profile(inputs: ReportInputs) -> Drawing:
@@ -46,7 +47,8 @@ def _layer_profile(inputs: ReportInputs) -> Drawing:
         result: Figure | str = "no finished run has a routing metric by layer"
     else:
         result = inputs.too_many_lines() or layers.layer_profile(runs)
-    return drawing("layer_profile", "Routing of every layer at the last evaluation.", result)
+    caption = "Routing of every layer at the last evaluation. Each line joins the means over the seeds of a condition."
+    return drawing("layer_profile", caption, result)
 
 
 def _drop_by_position(inputs: ReportInputs) -> Drawing:

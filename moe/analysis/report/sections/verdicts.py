@@ -6,14 +6,17 @@ import pandas as pd
 
 from moe.analysis.claims import contrasts_without_claim, evidence_sentence, planned_claims
 from moe.analysis.report.blocks import BulletList, Heading, Paragraph, ReportBlock, csv_file, long_list
-from moe.analysis.report.inputs import ReportInputs
+from moe.analysis.report.inputs import Family, ReportInputs
 from moe.analysis.sentences import (
     DETERMINISTIC,
+    EQUIVALENT,
     SIGNIFICANT,
     UNDECIDED,
     UNTESTED,
     contrast_sentence,
+    level_text,
     standing,
+    unit_of,
     with_note,
 )
 from moe.analysis.statistics import SIGNIFICANCE
@@ -22,6 +25,7 @@ from moe.results.comparable import several_tokenizers
 
 TITLES = {
     SIGNIFICANT: "Significant after correction",
+    EQUIVALENT: "Equivalent",
     DETERMINISTIC: "The same in every seed",
     UNDECIDED: "Undecided",
     UNTESTED: "Not tested",
@@ -29,9 +33,17 @@ TITLES = {
 DECIDES = """\
 A direction is called significant, and a claim supported or contradicted, if its p is at most 5 % after correction for
 all tests of this report ("Holm" in sentences, `p Holm` in tables). The probability that any of these results is due to
-chance is then at most 5 % for the whole report: {families}. Within a family, Holm's method divides the share among the
-tests. A family whose tests are all significant leaves its share to the others. All other numbers describe: each 95 %
-interval holds for itself, and no direction that is read from intervals, figures or tables is tested."""
+chance is then at most 5 % for the whole report. The tests form families, each with a share of these 5 %: {families}.
+This is the level that a sentence names: a test whose p is below it is significant, whatever the other tests show. When
+a test is significant, its part goes to the tests of its family that are left (Holm's method). When all tests of a
+family are significant, its share goes to the other families. All other numbers describe: a pair such as [-1, 2] after a
+difference is its 95 % interval, which holds for itself, and no direction that is read from intervals, figures or tables
+is tested."""
+EQUIVALENCE = """\
+A metric with a `--margin` has a second question: is the difference smaller than the margin? A contrast is equivalent
+if the p of two one-sided tests (TOST) is at most 5 % after Holm's correction over all contrasts of its experiment that
+have a margin. These tests have 5 % of their own and take nothing from the tests above. A difference that is not
+significant is no proof of equivalence."""
 CLAIMS_EXPLAINED = """\
 These claims were written into the experiment's YAML file, and every run recorded them before its first step. Each
 difference is taken between runs of the same seed and averaged over all combinations of the other factors. A claim is
@@ -48,11 +60,17 @@ take their place."""
 def how_it_decides(inputs: ReportInputs) -> Iterator[ReportBlock]:
     """Yield when a result counts as more than chance, once for the whole report."""
     if inputs.families:
-        parts = [
-            f"{100 * SIGNIFICANCE * each.share:.3g} % for {each.name} ({each.tests} tests)" for each in inputs.families
-        ]
         yield Heading("How this report decides")
-        yield Paragraph(DECIDES.format(families=", ".join(parts)))
+        yield Paragraph(DECIDES.format(families="; ".join(map(_share_of, inputs.families))))
+        yield Paragraph(EQUIVALENCE)
+
+
+def _share_of(family: Family) -> str:
+    """Return how many tests of a family share how much of the 5 %."""
+    share = f"{100 * SIGNIFICANCE * family.share:.3g} %"
+    if family.tests == 1:
+        return f"1 test of {family.name} has {share}"
+    return f"{family.tests} tests of {family.name} share {share}, {level_text(family.tests / family.share)} each"
 
 
 def claim_verdicts(inputs: ReportInputs) -> Iterator[ReportBlock]:
@@ -92,8 +110,6 @@ def contrast_verdicts(inputs: ReportInputs) -> Iterator[ReportBlock]:
 def _verdict(contrast: pd.Series) -> str:
     c = contrast
     metric = lookup(c["metric"])
-    unit, up, down = (
-        (metric.noun or metric.name, metric.rise, metric.fall) if metric else (c["metric"], "higher", "lower")
-    )
+    up, down = (metric.rise, metric.fall) if metric else ("higher", "lower")
     subject = f"{c['factor']} {c['level']} vs {c['reference']}" + (f" at {c['within']}" if c["within"] else "")
-    return contrast_sentence(c, subject, unit=unit, up=up, down=down)
+    return contrast_sentence(c, subject, unit=unit_of(c["metric"]), up=up, down=down)
