@@ -69,7 +69,7 @@ def other_seeds_and_other_text(inputs: ReportInputs) -> Iterator[ReportBlock]:
         return
     digits = [decimals(difference, 4) for difference in found["difference"]]
     seeds, documents = (
-        [_interval(*ends, number) for ends, number in zip(found[columns].to_numpy(), digits, strict=True)]
+        [_interval(low, high, number) for (low, high), number in zip(found[columns].to_numpy(), digits, strict=True)]
         for columns in (["ci_low", "ci_high"], ["documents_low", "documents_high"])
     )
     shown = found[["factor", "level", "reference", "within", "n"]].assign(
