@@ -366,7 +366,7 @@ def test_an_undecided_claim_states_the_smallest_detectable_effect() -> None:
     row = judge_first(runs, claim("higher", [0.5], [0.0]))
     detectable = contrasts(runs, PPL, ["noise"])["detectable"].item()
     assert row["verdict"] == "undecided"
-    assert f"(power 0.8) is {detectable:.2g}" in row["reason"]
+    assert f"(power 0.8, level 5 %) is {detectable:.2g} perplexity" in row["reason"]
 
 
 @pytest.mark.parametrize(
