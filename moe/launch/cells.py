@@ -1,5 +1,6 @@
 """Turn the overrides of a command into checked cells, so that every mistake is refused before the first run starts."""
 
+from collections.abc import Iterable
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -141,7 +142,7 @@ def _with_keys_that_exist(grid: list[list[str]]) -> list[list[str]]:
     Such a key does not apply to the cell, as `router.temp` of a router without a temperature. A key that no cell has
     stays, so that it is refused.
     """
-    settings = [_keys_of_options(tuple(line for line in cell if line.partition("=")[0] in GROUPS)) for cell in grid]
+    settings = [keys_of_options(cell) for cell in grid]
     some = frozenset().union(*settings)
     every = frozenset.intersection(*settings)
     cells: list[list[str]] = []
@@ -152,8 +153,13 @@ def _with_keys_that_exist(grid: list[list[str]]) -> list[list[str]]:
     return cells
 
 
+def keys_of_options(arguments: Iterable[str]) -> frozenset[str]:
+    """Return the keys of the configuration with the options that these overrides choose, one for each group."""
+    return _keys_of_groups(tuple(line for line in arguments if line.partition("=")[0] in GROUPS))
+
+
 @cache
-def _keys_of_options(groups: tuple[str, ...]) -> frozenset[str]:
+def _keys_of_groups(groups: tuple[str, ...]) -> frozenset[str]:
     """Return the keys of the configuration with these options."""
     composed = compose_config([line for line in groups if line not in DEFAULTS])
     keys = [str(key) for key in composed if key != "hydra"]

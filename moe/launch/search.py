@@ -8,7 +8,6 @@ import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple, cast
 
@@ -19,7 +18,7 @@ from moe.checks import ConfigError, finite, one_of, require
 from moe.config.schema import Cell, Grid, allowed_values
 from moe.distributed import ranks
 from moe.launch import sweep
-from moe.launch.cells import expand
+from moe.launch.cells import expand, keys_of_options
 from moe.launch.claims import check_metric
 from moe.launch.compose import compose_config, composing
 from moe.launch.overrides import MOST_CELLS, check_number, is_group, lines_of, misfit, parse_override, values_of
@@ -27,6 +26,7 @@ from moe.runs.folder import status
 from moe.runs.record import MetricsRecord
 
 CHOSEN = "hydra/sweeper=optuna"
+MOST_CHECKED = 256  # settings of a search that are composed before any training; of more, only the ends are
 CHOSEN_BY_RESULT = "It was chosen by this result, which is therefore too good on average: confirm it with other seeds."
 
 
@@ -52,8 +52,18 @@ class Dimension(NamedTuple):
         value = float(f"{trial.suggest_float(self.key, self.low, self.high, log=self.log):.6g}")
         return repr(min(max(value, self.low), self.high))
 
+    def levels(self) -> list[str]:
+        """Return all levels that a trial can have, or of an interval of real numbers both ends."""
+        if self.values or not self.whole:
+            return self.values or self.ends()
+        return [str(number) for number in range(int(self.low), int(self.high) + 1)]
+
+    def number(self) -> int:
+        """Return how many `levels` there are, without listing them."""
+        return len(self.values) or (int(self.high) - int(self.low) + 1 if self.whole else 2)
+
     def ends(self) -> list[str]:
-        """Return the levels that are checked before any training: all choices, or both ends."""
+        """Return all choices, or both ends of an interval or a range."""
         if self.values:
             return list(dict.fromkeys((self.values[0], self.values[-1]))) if self.ordered else self.values
         return [str(int(end)) if self.whole else repr(end) for end in (self.low, self.high)]
@@ -74,12 +84,14 @@ class Search(NamedTuple):
     """A checked search.
 
     fixed: the overrides that all trials have, with the list of seeds. grid: what the search varies, without cells.
+    keys: those of all its options. A trial goes without the keys that its own options lack.
     """
 
     settings: SearchSettings
     dimensions: list[Dimension]
     fixed: list[Override]
     grid: Grid
+    keys: frozenset[str]
 
 
 def is_search(overrides: Sequence[Override]) -> bool:
@@ -90,7 +102,8 @@ def is_search(overrides: Sequence[Override]) -> bool:
 def read_search(overrides: list[Override], *, multirun: bool) -> Search:
     """Return the checked search that a command asks for.
 
-    All options and both ends of every interval are composed, in all combinations, as the cells of a sweep are.
+    All options and levels are composed in all combinations, as the cells of a sweep are. Of an interval of real
+    numbers, and of all others if there are more than `MOST_CHECKED` combinations, only both ends are.
     """
     launch = [o for o in overrides if o.is_hydra_override()]
     own = [o for o in overrides if not o.is_hydra_override()]
@@ -112,7 +125,9 @@ def read_search(overrides: list[Override], *, multirun: bool) -> Search:
     others = [o for o in launch if not str(o.key_or_group).startswith(("hydra/sweeper", "hydra.sweeper"))]
     fixed = [parse_override("hydra/sweeper=basic"), *others, *(o for o in words if o not in searched)]
     checked = [o for o in fixed if o.key_or_group != "seed"]
-    checked += [parse_override(f"{dimension.key}={','.join(dimension.ends())}") for dimension in dimensions]
+    few = math.prod(dimension.number() for dimension in dimensions) <= MOST_CHECKED
+    for each in dimensions:
+        checked.append(parse_override(f"{each.key}={','.join(each.levels() if few else each.ends())}"))
     cells, _ = expand(checked, multirun=True, planned=False)
     check_metric("hydra.sweeper.metric", settings.metric, cells)
     if cells[0].config.claims:
@@ -122,7 +137,10 @@ def read_search(overrides: list[Override], *, multirun: bool) -> Search:
     assert cells[0].grid is not None
     purpose = f"{settings.direction} {settings.metric}"
     grid = cells[0].grid._replace(cells=[], search=purpose, name=f"{cells[0].grid.name}: {purpose}")
-    return Search(settings, dimensions, fixed, grid)
+    keys = frozenset[str]().union(*(keys_of_options(cell.overrides) for cell in cells))
+    search = Search(settings, dimensions, fixed, grid, keys)
+    _trial_cells(search, {each.key: each.ends()[0] for each in dimensions})  # with all seeds
+    return search
 
 
 def carry_out(search: Search, launch: Callable[[list[Cell], list[str]], object]) -> int:
@@ -139,23 +157,31 @@ def carry_out(search: Search, launch: Callable[[list[Cell], list[str]], object])
     sampler = getattr(optuna.samplers, settings.sampler)(seed=settings.seed)
     study = optuna.create_study(direction=cast(Any, settings.direction), sampler=sampler)
     results: dict[str, float] = {}
-    failed, folder = 0, Path()
+    failed, folder = 0, None
     while (first := len(study.trials)) < settings.n_trials:
         trials = [study.ask() for _ in range(min(settings.n_jobs, settings.n_trials - first))]
-        levels = [{each.key: each.suggest(trial) for each in search.dimensions} for trial in trials]
-        names = [" ".join(f"{key.lstrip('+')}={value}" for key, value in each.items()) for each in levels]
-        for trial, name in zip(trials, names, strict=True):
-            print(f"trial {trial.number + 1} of {settings.n_trials}: {name}", flush=True)
-        with composing():
-            parts = [_trial_cells(search, each) for each in levels]
-        cells = list({cell.folder: cell for members, _ in parts for cell in members}.values())
-        folder, train = cells[0].folder.parent, partial(launch, cells, parts[0][1])
-        code = sweep.carry_out(cells, train, tables=False)
-        if code == 2 or any(status(cell) == "interrupted" for cell in cells):  # the next trial would end like this one
-            return code
-        failed = max(failed, code)
-        for trial, name, (members, _) in zip(trials, names, parts, strict=True):
-            objective = _objective(members, settings.metric)
+        members: dict[int, list[Cell]] = {}
+        names: dict[int, str] = {}
+        arguments: list[str] = []
+        for trial in trials:
+            levels = _without_lacking(search, {each.key: each.suggest(trial) for each in search.dimensions})
+            names[trial.number] = " ".join(f"{key.lstrip('+')}={value}" for key, value in levels.items())
+            print(f"trial {trial.number + 1} of {settings.n_trials}: {names[trial.number]}", flush=True)
+            try:
+                with composing():
+                    members[trial.number], arguments = _trial_cells(search, levels)
+            except ConfigError as error:  # a value between the ends is not allowed, or not with the others
+                members[trial.number], failed = [], 1
+                print(f"trial {trial.number + 1}: {error}", flush=True)
+        cells = list({cell.folder: cell for each in members.values() for cell in each}.values())
+        if cells:
+            folder = cells[0].folder.parent
+            code = sweep.carry_out(cells, partial(launch, cells, arguments), tables=False)
+            if code == 2 or any(status(cell) == "interrupted" for cell in cells):  # the next trial would end like this
+                return code
+            failed = max(failed, code)
+        for trial in trials:
+            name, objective = names[trial.number], _objective(members[trial.number], settings.metric)
             if objective is None:
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
                 print(f"trial {trial.number + 1}: no {settings.metric}; the search goes on without it", flush=True)
@@ -163,6 +189,8 @@ def carry_out(search: Search, launch: Callable[[list[Cell], list[str]], object])
                 study.tell(trial, objective)
                 results[name] = objective
                 print(f"trial {trial.number + 1}: {settings.metric} {objective:.6g}", flush=True)
+    if folder is None:  # no trial has settings that are allowed
+        return 2
     runs = sweep_tables.write_sweep_tables(folder)
     print(f"\n{sweep_tables.console_table(runs[runs['experiment'] == search.grid.name])}\n")
     if results:
@@ -175,13 +203,22 @@ def carry_out(search: Search, launch: Callable[[list[Cell], list[str]], object])
 def _trial_cells(search: Search, levels: dict[str, str]) -> tuple[list[Cell], list[str]]:
     """Return the cells of a trial, one for each seed, and what Hydra needs to launch them."""
     words = [*search.fixed, *(parse_override(f"{key}={value}") for key, value in levels.items())]
+    lacking = search.keys - keys_of_options(lines_of(words))
+    words = [word for word in words if word.key_or_group not in lacking]
     cells, arguments = expand(words, multirun=True, planned=False, in_vain=True)
     grid = search.grid._replace(cells=[cell.folder.name for cell in cells])
     return [cell._replace(grid=grid) for cell in cells], arguments
 
 
+def _without_lacking(search: Search, levels: dict[str, str]) -> dict[str, str]:
+    """Return the levels of a trial without keys that its options lack, as router.temp of a router without one."""
+    words = [*lines_of(search.fixed), *(f"{key}={value}" for key, value in levels.items())]
+    lacking = search.keys - keys_of_options(words)
+    return {key: value for key, value in levels.items() if key.lstrip("+") not in lacking}
+
+
 def _objective(cells: list[Cell], metric: str) -> float | None:
-    """Return the mean of a metric over the runs of a trial; None unless all of them have a finite value."""
+    """Return the mean of a metric over the runs of a trial; None unless there are some and all have a finite value."""
     values: list[float] = []
     for cell in cells:
         if status(cell) != "finished":
@@ -190,7 +227,7 @@ def _objective(cells: list[Cell], metric: str) -> float | None:
         if value is None or not math.isfinite(value):
             return None
         values.append(value)
-    return fmean(values)
+    return fmean(values) if values else None
 
 
 def _dimension(override: Override, base: DictConfig) -> Dimension:

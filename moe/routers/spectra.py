@@ -14,6 +14,8 @@ from moe.routers.sinkhorn import log_plan, plain_plan
 from moe.routing.decision import Context, Routing
 from moe.routing.stats import RoutingStats
 
+DEFAULT_FACTOR = 1.25
+
 
 class Spectra(Router):
     """Router that takes the top-k of a balanced transport plan over -cosine(routing vector, expression vector).
@@ -67,7 +69,7 @@ class Spectra(Router):
         log_sinkhorn_enabled: bool = True,
         sinkhorn_inference: bool = False,
         expert_choice_routing: bool = True,
-        expert_choice_capacity_factor: float = 1.25,
+        expert_choice_capacity_factor: float = DEFAULT_FACTOR,
         ema_bias_weight: float = 0.1,
         ema_alpha: float = 0.95,
         srip_enabled: bool = True,
@@ -76,7 +78,9 @@ class Spectra(Router):
         router_entropy_coef: float = 1e-3,
         cosine_similarities_loss_coef: float = 8e-4,
     ) -> None:
-        limited = expert_choice_routing and expert_choice_capacity_factor * k < num_experts
+        factors = expert_choice_capacity_factor, DEFAULT_FACTOR
+        binding, binding_by_default = (factor * k < num_experts for factor in factors)
+        limited = expert_choice_routing and binding
         super().__init__(dim, num_experts, fixed_k=None if limited else k)
         check_k(k, num_experts)
         self.mean_k = float(k)
@@ -112,8 +116,9 @@ class Spectra(Router):
             "router.ema_bias_weight": k == num_experts,  # all loads are equal then
             "router.log_sinkhorn_enabled": not sinkhorn_iterations,
             "router.sinkhorn_inference": self.causal,
-            "router.expert_choice_routing": expert_choice_routing and not limited,
-            "router.expert_choice_capacity_factor": not expert_choice_routing,
+            "router.expert_choice_routing": not binding,
+            # Without a quota, one of the two keys must say so where their defaults have a quota.
+            "router.expert_choice_capacity_factor": not expert_choice_routing if binding else not binding_by_default,
             "router.srip_enabled": not expression,
             "router.so_lambda_max": not self.srip,
             "router.so_warmup_steps": not (self.srip and so_lambda_max),

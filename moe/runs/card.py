@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from moe.checks import escaped
+from moe.config.schema import flatten
 from moe.files import write_text
 from moe.runs.record import MetricsRecord, RunRecord
 
@@ -49,7 +50,7 @@ def model_card(record: RunRecord, metrics: dict[str, int | float | None]) -> str
     shown = {f"`{name}`": f"{value:.4g}" for name in METRICS if (value := metrics.get(name)) is not None}
     parts = [
         f"---\n{front.to_yaml()}\n---",
-        f"# {escaped(record.experiment)}: {escaped(record.name)}",
+        f"# {escaped(record.experiment)}: {escaped(_title(record))}",
         "A small Mixture-of-Experts language model, trained for research on routing. It completes text like its "
         "training data, and is no assistant.",
         "## Model and training",
@@ -68,6 +69,19 @@ def model_card(record: RunRecord, metrics: dict[str, int | float | None]) -> str
         *_plugins(record),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _title(record: RunRecord) -> str:
+    """Return the name of a run without the keys whose value is a path, as data.source.paths, because it is private.
+
+    The name has "_" for "/", so the record says what the values are.
+    """
+    if "=" not in record.name:
+        return record.name
+    known = flatten(record.config) | record.choices
+    named = dict.fromkeys(part.partition("=")[0].lstrip("+") for part in record.name.split(","))
+    shown = {key: str(known[key]) for key in named if key in known}
+    return ", ".join(f"{key}={value}" for key, value in shown.items() if not set("/\\~") & set(value)) or "a run"
 
 
 def _settings(record: RunRecord) -> dict[str, str]:

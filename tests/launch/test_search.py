@@ -15,6 +15,7 @@ from moe.checks import ConfigError, parse
 from moe.config.schema import Cell
 from moe.launch import search
 from moe.launch.command_line import read_command
+from moe.launch.compose import composing
 from moe.launch.run import write_run_record
 from moe.results.table import load_runs
 from moe.runs.record import RunFacts, SweepRecord
@@ -53,6 +54,11 @@ def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
         (f"-m {OPTUNA} lb=shuffle(0.1,0.2)", "leave shuffle out, because Optuna chooses the order"),
         (f"-m {OPTUNA} steps=interval(1.5,9)", "steps=1.5: must be a whole number"),
         (f"-m {OPTUNA} router.k=interval(1,9)", "router.k=9: must be between 1 and model.num_experts=8"),
+        (f"-m {OPTUNA} model.heads=interval(1,4)", "model.heads=3: "),
+        (f"-m {OPTUNA} model.heads=range(1,5)", "model.heads=3: "),
+        (f"-m {OPTUNA} lb=interval(0,0.1) seed=1,1", "two cells of this sweep are the same run: lb=0.0,seed=1; leave"),
+        (f"-m {OPTUNA} lb=interval(0,0.1) seed=1,-1", "seed=-1: must be"),
+        (f"-m {OPTUNA} router=topk,temperature router.tempp=interval(1,2)", "unknown key of router=topk 'router.te"),
         (f"-m {OPTUNA} router=topk,topq", "unknown option of router 'topq'"),
         (f"-m {OPTUNA} router=hash noise=interval(0,1)", "router=hash ignores noise; leave it out"),
         (f"-m {OPTUNA} lb=0.1,0.2 hydra.sweeper.n_trials=0", "n_trials=0: must be a whole number from 1 to 10,000"),
@@ -161,6 +167,50 @@ def test_a_trial_without_a_finite_objective_does_not_end_the_search(
     told = capsys.readouterr().out
     assert "no val/loss; the search goes on without it" in told
     assert "best of 5 trials: lb=0.2, val/loss 0.2. It was chosen by this result" in told
+
+
+@pytest.mark.usefixtures("_installed")
+def test_a_trial_goes_without_the_keys_that_its_options_lack() -> None:
+    """This holds in every trial, although a trial sees only its own options."""
+    found = read(f"-m {OPTUNA} router=topk,temperature router.temp=interval(0.5,2) seed=1,2")
+    identities = {}
+    for router in ("topk", "temperature"):
+        with composing():
+            cells, _ = search._trial_cells(found, {"router": router, "router.temp": "0.7"})
+        assert len(cells) == 2
+        identities[router] = cells[0].identity()
+    assert "router.temp" not in identities["topk"]
+    assert identities["temperature"]["router.temp"] == 0.7
+
+
+@pytest.mark.optuna
+def test_a_search_over_options_of_which_some_lack_a_key_reports_only_what_a_trial_has(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["-m", *small, f"out={tmp_path}", OPTUNA, "router=topk,temperature", "router.temp=interval(0.5,2)"]
+    found = read(shlex.join([*words, "hydra/sweeper/sampler=random", "hydra.sweeper.n_trials=4", "save_model=none"]))
+    trained: list[Cell] = []
+    assert search.carry_out(found, launcher(lambda cell: cell.config.temperature, trained)) == 0
+    told = capsys.readouterr().out
+    assert {cell.choices["router"] for cell in trained} == {"topk", "temperature"}
+    assert " of 4: router=topk\n" in told
+    assert " of 4: router=temperature router.temp=" in told
+
+
+@pytest.mark.optuna
+def test_a_trial_whose_settings_are_refused_fails_and_the_search_goes_on(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there are too many settings to check all of them first, only the ends are known to be allowed."""
+    monkeypatch.setattr(search, "MOST_CHECKED", 2)
+    words = ["-m", *small, f"out={tmp_path}", OPTUNA, "model.heads=range(1,5)", "save_model=none"]
+    found = read(shlex.join([*words, "hydra/sweeper/sampler=random", "hydra.sweeper.n_trials=8"]))
+    trained: list[Cell] = []
+    assert search.carry_out(found, launcher(lambda cell: float(cell.config.model.heads), trained)) == 1
+    told = capsys.readouterr().out
+    assert ": model.heads=3: " in told
+    best = min(cell.config.model.heads for cell in trained)
+    assert f"best of 8 trials: model.heads={best}, val/loss {best}" in told
 
 
 @pytest.mark.optuna

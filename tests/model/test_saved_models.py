@@ -129,7 +129,7 @@ def test_the_page_about_saved_models_runs_as_printed(
 def test_a_model_card_escapes_names_hides_paths_and_names_the_packages_of_routers(
     small: list[str], tmp_path: Path
 ) -> None:
-    """Text from the user becomes neither HTML nor a link nor a row of a table."""
+    """Text from the user becomes neither HTML nor a link nor a row of a table, and the title has no path of a file."""
     evil = "<script>x</script> [a](http://x) | y"
     data = FACTS["data"] | {
         "source": {"paths": ["/home/me/secret.txt"]},
@@ -153,3 +153,16 @@ def test_a_model_card_escapes_names_hides_paths_and_names_the_packages_of_router
     assert "| `val/loss` | 2 |" in card
     assert "classes of the package mylab" in card
     assert all(line.replace("\\|", "").count("|") in (0, 3) for line in card.splitlines() if line.startswith("|"))
+    config["data"]["source"] = {"paths": ["/home/me/client-x, steps=y.txt"]}
+    config["model"]["dense"] = "/home/me/client-x/dense"
+    config["data"]["tokenizer"] = "client-x/tokenizer"
+    names["name"] = (
+        "data.source.paths=_home_me_client-x,steps=y.txt_,data.tokenizer=client-x_tokenizer,"
+        "model.dense=_home_me_client-x_dense,lb=0.1,router.gate=sigmoid,model.hea-12345678"
+    )
+    config["router"]["gate"], config["steps"] = "sigmoid", 3
+    write_record(tmp_path, **names, config=config, data=data, plugins=plugins, versions=versions)
+    card = model_card(RunRecord.read(tmp_path / "run.json"), {"val/loss": 2.0})
+    title = next(line for line in card.splitlines() if line.startswith("# "))
+    assert "client-x" not in title
+    assert title.endswith(f": steps=3, lb={config['lb']}, router.gate=sigmoid")

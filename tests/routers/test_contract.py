@@ -60,6 +60,7 @@ CORNERS = [
         ("spectra", {"k": 1}, E),
         ("spectra", {"so_lambda_max": 0.0}, E),
         ("spectra", {"expert_choice_capacity_factor": 5.0}, E),
+        ("spectra", {"k": E, "expert_choice_routing": False}, E),
         ("group_limited", {"k": 1}, E),
         ("group_limited", {"k": E, "top_groups": 4}, E),
         *((name, {"k": E}, E) for name in TOP_K),

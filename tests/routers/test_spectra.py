@@ -316,6 +316,19 @@ def test_each_switch_removes_its_part_and_nothing_else(
     assert changed == (bool(settings) and "srip_enabled" not in settings)
 
 
+@pytest.mark.parametrize(("k", "factor"), [(2, 4.0), (4, 2.0), (E, 1.25), (E, 1.0)])
+def test_a_quota_that_binds_nowhere_is_the_same_run_as_no_quota(k: int, factor: float) -> None:
+    """The switch is then ignored at both of its values, and what remains of the settings has no quota either."""
+    key, size = "router.expert_choice_routing", "router.expert_choice_capacity_factor"
+    kept = []
+    for switch in (True, False):
+        ignored = make(k=k, expert_choice_routing=switch, expert_choice_capacity_factor=factor).ignored_keys()
+        assert key in ignored
+        kept.append({} if size in ignored else {"expert_choice_capacity_factor": factor})
+    assert kept[0] == kept[1]
+    assert make(k=k, **kept[0]).quota_factor is None
+
+
 @pytest.mark.parametrize(
     "settings",
     [
