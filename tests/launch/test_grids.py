@@ -192,7 +192,7 @@ def test_a_long_name_is_cut_and_still_names_one_grid(tmp_path: Path) -> None:
         assert cell.grid is not None
         names.add(cell.grid.name)
     assert len(names) == 2
-    assert all(len(name) <= 120 and name.startswith("default: noise, steps=20, optimizer.") for name in names)
+    assert all(len(name) <= 120 and name.startswith("default: noise, steps=20, beta1=0.5, ") for name in names)
 
 
 def recorded(*commands: list[Cell]) -> list[Grid]:
