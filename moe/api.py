@@ -159,22 +159,22 @@ def judge(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def train(*overrides: str) -> list[Run]:
-    """Train one run, or with "-m" a grid, as `moe train` does with the same words, and return the runs.
+    """Train one run, or with "-m" a grid or a search, as `moe train` does with the same words, and return the runs.
 
     Training runs in a process of its own and prints as usual; finished runs are not trained again. Raises ConfigError
     with the message of the command if a run did not finish.
     """
-    from moe.launch.command_line import read_cells
+    from moe.launch.command_line import read_command
 
     for word in overrides:
         trains = isinstance(word, str) and (not word.startswith("-") or word in ("-m", "--multirun"))
         require(trains, "overrides", word, 'texts such as "noise=0.1", and "-m" for a grid')
-    cells = read_cells(list(overrides)) or []
+    asked = read_command(list(overrides))
     command = [sys.executable, "-m", "moe", "train", *overrides]
     status = subprocess.run(command).returncode
     if status:
         raise ConfigError(f"moe train {shlex.join(overrides)}: ended with status {status}; see what it printed")
-    return [load_run(cell.folder) for cell in cells]
+    return [load_run(folder) for folder in asked.run_folders()]
 
 
 def route(

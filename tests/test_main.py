@@ -60,6 +60,13 @@ def test_every_subcommand_has_help(
         ),
         ("bench --k 1", "moe bench: --k: name the question first, such as moe bench dispatch --k 1\n"),
         ("bench layer --dtype fp16", "moe bench: --dtype: unknown value 'fp16'; nearest: bf16\n"),
+        (
+            "bench dispatch --experts 4,8 --k 1,9",
+            "moe bench: --k=9: must be at most 4, the smallest of --experts\n",
+        ),
+        ("bench step noise=-1", "moe bench: noise=-1.0: must be a finite number >= 0\n"),
+        ("bench profile noise=-1", "moe bench: noise=-1.0: must be a finite number >= 0\n"),
+        ("bench sweep noise=-1", "moe bench: noise=-1.0: must be a finite number >= 0\n"),
         ("bench step --rounds 0", "moe bench: --rounds: 0: must be a whole number > 0\n"),
         ("bench analyze --json no/x.json", "moe bench: --json: no/x.json: must be a file in a folder that exists\n"),
     ],
@@ -69,7 +76,7 @@ def test_errors_begin_with_the_command_that_the_user_typed(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert call(monkeypatch, *words.split()) == 2
-    assert capsys.readouterr().err == message
+    assert capsys.readouterr() == ("", message)
 
 
 def test_a_wheel_holds_every_yaml_where_an_installed_package_looks_for_it(tmp_path: Path) -> None:

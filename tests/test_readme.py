@@ -52,6 +52,7 @@ HYDRA_COMMANDS = re.findall(r"`python train\.py (.*?)`", ABOUT_HYDRA[0])
 HYDRA_COMMANDS += re.findall(r"^python train\.py (.*?)\n```", ABOUT_HYDRA[0], re.MULTILINE | re.DOTALL)
 REFUSED = ["+nois=1", "~seed", "--config-name=x", "--config-path=x", "--experimental-rerun=x", "-m lb=interval(0,1)"]
 REFUSED += ["hydra.run.dir=x", "hydra.sweep.dir=x", "-m --cfg job", "-m seed=range(0,10002)"]
+REFUSED += ["-m model.dense_ffn=64,77", "-m variant=dense model.ffn=64,128", "-m variant=null,dense model.ffn=64,128"]
 
 
 @pytest.mark.parametrize("command", [each for each in HYDRA_COMMANDS if "lab" not in each])  # test_outside has these
@@ -75,6 +76,12 @@ def test_what_an_agent_of_wandb_starts_is_a_command_of_this_project(program: lis
     given = [each for word in command[start:] for each in (words if word == "${args_no_hyphens}" else [word])]
     [cell] = read_cells(given)
     assert (cell.config.noise, cell.choices["router"], cell.config.seed) == (0.31, "switch", 42)
+
+
+def test_the_page_about_hydra_names_every_file_that_uses_its_private_modules() -> None:
+    users = [path for path in (ROOT / "moe").rglob("*.py") if "hydra._internal" in path.read_text(encoding="utf-8")]
+    [table] = (ROOT / "docs" / "hydra.md").read_text(encoding="utf-8").split("## Hydra's private modules")[1:]
+    assert {f"`{path.relative_to(ROOT).as_posix()}`" for path in users} <= set(re.findall("`[^`]+`", table))
 
 
 @pytest.mark.parametrize("command", REFUSED)

@@ -11,6 +11,7 @@ import transformers
 
 from moe.bench import analyze, dispatch, errors, growth, jobs, layer, profile, step
 from moe.bench.options import OneLineParser, new_file, whole
+from moe.bench.timing import TimingTable
 from moe.checks import ConfigError, unknown
 from moe.training import process
 
@@ -72,9 +73,10 @@ def _answer(arguments: argparse.Namespace) -> None:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    print(", ".join(f"{name} {value}" for name, value in machine.items()), end="\n\n")
-    tables = []
+    tables: list[TimingTable] = []
     for table in QUESTIONS[arguments.question].answer(arguments):
+        if not tables:  # not before, so that wrong settings, which the question finds, are answered in one line
+            print(", ".join(f"{name} {value}" for name, value in machine.items()), end="\n\n")
         print(table.markdown(), end="\n\n", flush=True)
         tables.append(table)
     if arguments.json:

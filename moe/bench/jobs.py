@@ -11,6 +11,7 @@ from pathlib import Path
 
 from moe.bench.options import whole
 from moe.bench.timing import TimingTable
+from moe.launch.command_line import read_cells
 
 TRAIN = [sys.executable, "-m", "moe", "train"]
 SMALL_MODEL = "logger.mode=disabled model.dim=64 model.layers=2 model.heads=2 data.max_val_blocks=32".split()
@@ -25,12 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:
     settings = [*SMALL_MODEL, *arguments.overrides]
+    seeds = ",".join(str(seed) for seed in range(arguments.seeds))
+    grid = ["-m", *settings, f"steps={arguments.steps}", f"seed={seeds}", "lb=0.0,0.01"]
     with tempfile.TemporaryDirectory() as folder:
+        read_cells([*grid, f"out={folder}"])  # Raises ConfigError for overrides that cannot be used.
         time_training([*settings, "steps=1", f"out={folder}/prepare"])  # Prepares the data, which does not count.
         first_step = seconds_to_first_step([*settings, "steps=1", f"out={folder}/start"], Path(folder) / "start")
         yield TimingTable("start", [{"from": "command to first training step", "seconds": first_step}])
-        seeds = ",".join(str(seed) for seed in range(arguments.seeds))
-        grid = ["-m", *settings, f"steps={arguments.steps}", f"seed={seeds}", "lb=0.0,0.01"]
         serial = time_training([*grid, f"out={folder}/serial"])
         parallel = ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={arguments.jobs}"]
         together = time_training([*grid, *parallel, f"out={folder}/parallel"])

@@ -106,7 +106,9 @@ class DataConfig:
     vocab_size: int | None = None
     seq_len: int = MISSING
     val_percent: int = 10
-    max_val_blocks: int | None = None
+    max_val_blocks: int | None = (
+        None  # null: all; so does any number above that of the blocks, known once they are made
+    )
     cache: str = MISSING
 
     def check(self) -> None:
@@ -335,6 +337,16 @@ class Config:
         if self.capacity is None or "capacity" in ignored:
             ignored |= {"drop"} | router.ignores_without_capacity
         return frozenset(ignored & {*OFF, *(f"router.{name}" for name in self.router)} | kept)
+
+    def unused_sizes(self) -> frozenset[str]:
+        """Return the sizes and learning rates of layers that this model does not have.
+
+        They change nothing in this run, and yet stay in its record, because a model with other layers has them.
+        """
+        if self.is_dense:
+            model = ("num_experts", "ffn", "shared_experts")
+            return frozenset((*(f"model.{name}" for name in model), "optimizer.router_lr", "optimizer.experts_lr"))
+        return frozenset() if self.model.first_k_dense_replace else frozenset(("model.dense_ffn",))
 
     def without(self, ignored: frozenset[str]) -> "Config":
         """Return this configuration with these keys switched off. A setting of the router is left to its default."""

@@ -47,6 +47,7 @@ from moe.launch.overrides import (
 )
 from moe.launch.resolvers import run_name
 from moe.runs.folder import finished, same_run, stored_record
+from moe.training.schedules import same_values
 
 
 def expand(
@@ -224,7 +225,9 @@ def _refuse_given_in_vain(cells: list[Cell], described: list[Cell], given: set[s
     """Raise ConfigError for a key that was given another value than its default and applies to no cell.
 
     cells: as the user wrote them. described: the same cells with the keys that do not apply to each. given: the keys
-    that the command, or the sweep of its experiment, sets to one value or to several.
+    that the command, or the sweep of its experiment, sets to one value or to several. swept: those with several.
+
+    A key that the model has no use for (`Config.unused_sizes`) is refused only with several values.
     """
     ignored = frozenset.intersection(*(cell.ignored for cell in described)) - {*DENSE_IGNORES}
     for key in sorted(key for key in ignored if any(f"{key}.".startswith(f"{name}.") for name in given)):
@@ -235,6 +238,13 @@ def _refuse_given_in_vain(cells: list[Cell], described: list[Cell], given: set[s
             vain += [value for value in values if value not in quiet[:1]]
         if vain:
             raise ConfigError(f"{key}={vain[0]}: {_why_ignored(key, cells[0])}; leave it out")
+    for key in sorted(swept & frozenset.intersection(*(cell.config.unused_sizes() for cell in cells))):
+        first, *others = dict.fromkeys(flatten(cell.config)[key] for cell in cells)
+        if others:  # one value does no harm: nobody takes it for a factor
+            kind = "dense" if key == "model.dense_ffn" else "a Mixture of Experts"
+            raise ConfigError(
+                f"{key}={first},{others[0]}: changes nothing, because no layer of this model is {kind}; leave it out"
+            )
 
 
 def _default(key: str, cell: Cell) -> Any:
@@ -261,10 +271,14 @@ def _why_ignored(key: str, cell: Cell) -> str:
 
 def _check_distinct(cells: list[Cell]) -> None:
     """Raise ConfigError, naming both, if two cells compute the same, whatever the spelling of their settings."""
-    seen: dict[str, Cell] = {}
+    seen: dict[str, list[Cell]] = {}
     for cell in cells:
-        written = {key: value for key, value in flatten(cell.config).items() if not is_free(key)}
-        other = seen.setdefault(fingerprint(written), cell)
-        if other is not cell:
+        unused = cell.config.unused_sizes()
+        settings = {key: value for key, value in flatten(cell.config).items() if not is_free(key) and key not in unused}
+        written = {key: value for key, value in settings.items() if not key.startswith("schedule.")}
+        alike = seen.setdefault(fingerprint(written), [])
+        other = next((each for each in alike if same_values(each.config, cell.config)), None)
+        alike.append(cell)
+        if other is not None:
             names = cell.folder.name if other.folder == cell.folder else f"{other.folder.name} and {cell.folder.name}"
             raise ConfigError(f"two cells of this sweep are the same run: {names}; leave one out")

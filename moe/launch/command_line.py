@@ -4,6 +4,7 @@ import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -42,6 +43,10 @@ class Command(NamedTuple):
     cells: list[Cell] | None
     arguments: list[str]
     search: Search | None = None
+
+    def run_folders(self) -> list[Path]:
+        """Return the folders of the runs that the command asks for; of a search, those that there are so far."""
+        return [cell.folder for cell in self.cells or []] if self.search is None else self.search.run_folders()
 
     def batches(self, overrides: object, size: int | None) -> list[list[list[str]]]:
         """Return the overrides of each cell, `size` cells at a time. Stands in for `BasicSweeper.split_arguments`."""
@@ -109,7 +114,8 @@ def _parse_flags(arguments: list[str]) -> argparse.Namespace:
             raise ConfigError(f"--{flag} works only with --cfg, such as --cfg job {example}")
     asked = [f"--{flag}" for flag in ("run", "multirun", "cfg", "info", "shell_completion") if getattr(args, flag)]
     if len(asked) > 1:
-        raise ConfigError(f"{' and '.join(asked)} cannot be used together")
+        advice = ": leave -m out, and give one value for each key" if "--multirun" in asked else ""
+        raise ConfigError(f"{' and '.join(asked)} cannot be used together{advice}")
     if args.shell_completion and not re.fullmatch(
         "(install|uninstall|query)=(bash|fish|zsh)", " ".join(args.overrides)
     ):

@@ -8,6 +8,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple, cast
 
@@ -23,7 +24,7 @@ from moe.launch.claims import check_metric
 from moe.launch.compose import compose_config, composing
 from moe.launch.overrides import MOST_CELLS, check_number, is_group, lines_of, misfit, parse_override, values_of
 from moe.runs.folder import status
-from moe.runs.record import MetricsRecord
+from moe.runs.record import MetricsRecord, SweepRecord
 
 CHOSEN = "hydra/sweeper=optuna"
 MOST_CHECKED = 256  # settings of a search that are composed before any training; of more, only the ends are
@@ -84,7 +85,8 @@ class Search(NamedTuple):
     """A checked search.
 
     fixed: the overrides that all trials have, with the list of seeds. grid: what the search varies, without cells.
-    keys: those of all its options. A trial goes without the keys that its own options lack.
+    keys: those of all its options. A trial goes without the keys that its own options lack. folder: the sweep folder,
+    where the trials are stored.
     """
 
     settings: SearchSettings
@@ -92,6 +94,14 @@ class Search(NamedTuple):
     fixed: list[Override]
     grid: Grid
     keys: frozenset[str]
+    folder: Path
+
+    def run_folders(self) -> list[Path]:
+        """Return the folders of all runs of this search so far, also of those that an earlier command trained."""
+        path = self.folder / SweepRecord.FILE
+        given = {o.get_key_element() for o in self.fixed} | {dimension.key for dimension in self.dimensions}
+        grid = SweepRecord.read(path).extended_by(self.grid, given) if path.exists() else None
+        return [self.folder / name for name in grid.cells] if grid else []
 
 
 def is_search(overrides: Sequence[Override]) -> bool:
@@ -138,7 +148,7 @@ def read_search(overrides: list[Override], *, multirun: bool) -> Search:
     purpose = f"{settings.direction} {settings.metric}"
     grid = cells[0].grid._replace(cells=[], search=purpose, name=f"{cells[0].grid.name}: {purpose}")
     keys = frozenset[str]().union(*(keys_of_options(cell.overrides) for cell in cells))
-    search = Search(settings, dimensions, fixed, grid, keys)
+    search = Search(settings, dimensions, fixed, grid, keys, cells[0].folder.parent)
     _trial_cells(search, {each.key: each.ends()[0] for each in dimensions})  # with all seeds
     return search
 

@@ -207,11 +207,11 @@ class SweepRecord(_Record):
         having = [grid for grid in self.grids if set(cells) <= set(grid.cells)]
         return min(having, key=lambda grid: len(grid.cells), default=None)
 
-    def joined(self, new: Grid, cells: dict[str, dict[str, Any]], given: set[str]) -> "SweepRecord":
-        """Return the record with another grid, whose cells have these settings and whose command gave these keys.
+    def extended_by(self, new: Grid, given: set[str]) -> Grid | None:
+        """Return the grid that the cells of a command belong to, which gave these keys; None if it is a new grid.
 
-        A grid that has the same factors, fixed settings and search is extended instead. So is one that has more
-        factors, if the command gives one level of each of them.
+        Such a grid has the same factors, fixed settings and search. It may have more factors, if the command gives one
+        level of each of them.
         """
 
         def is_part_of(old: Grid) -> bool:
@@ -220,11 +220,18 @@ class SweepRecord(_Record):
             same = fixed == old.fixed and new.search == old.search
             return set(new.factors) <= set(old.factors) and constant <= given and same
 
-        wider = sorted(filter(is_part_of, self.grids), key=lambda old: len(old.factors))
-        old = wider[0] if wider else new
+        return min(filter(is_part_of, self.grids), key=lambda old: len(old.factors), default=None)
+
+    def joined(self, new: Grid, cells: dict[str, dict[str, Any]], given: set[str]) -> "SweepRecord":
+        """Return the record with another grid, or with more cells in the grid that it extends.
+
+        cells: their settings. given: the keys that the command gives.
+        """
+        old = self.extended_by(new, given)
+        if old is None:
+            return SweepRecord(cells=self.cells | cells, grids=[*self.grids, new])
         merged = old._replace(cells=list(dict.fromkeys([*old.cells, *new.cells])))
-        others = [merged if grid is old else grid for grid in self.grids]
-        return SweepRecord(cells=self.cells | cells, grids=others if wider else [*others, merged])
+        return SweepRecord(cells=self.cells | cells, grids=[merged if grid is old else grid for grid in self.grids])
 
 
 class StudySettings(NamedTuple):

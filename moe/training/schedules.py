@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from moe.checks import ConfigError, finite, require
+from moe.checks import ConfigError, build, finite, require
 from moe.config.schema import Config
 
 Knob = Literal["temperature", "noise"]
@@ -100,6 +100,14 @@ class StepSchedule(CurveSchedule):
         if progress < self.first:
             return self.start
         return self.middle if progress < self.second else setting
+
+
+def same_values(one: Config, other: Config) -> bool:
+    """Return whether two runs, of the same number of steps, have the same temperature and noise at every step."""
+    if one.schedule == other.schedule and (one.temperature, one.noise) == (other.temperature, other.noise):
+        return True
+    first, second = (build(config.schedule, "schedule", trusted=True) for config in (one, other))
+    return all(knob_settings(one, first, step) == knob_settings(other, second, step) for step in range(one.steps + 1))
 
 
 def knob_settings(config: Config, schedule: Schedule, step: int) -> dict[str, float]:

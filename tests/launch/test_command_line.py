@@ -147,6 +147,24 @@ from moe.runs.record import RunFacts
         ("-m hydra/launcher=job", "^hydra/launcher=job: must be one of basic, joblib, .*; nearest: joblib$"),
         ("claims=[{text:a}]", r"^claims\[0\].metric: required, for example 'claims=\[{text: "),
         ("-m seed=1,1", "two cells of this sweep are the same run"),
+        (
+            "-m model.dense_ffn=64,77",
+            "^model.dense_ffn=64,77: changes nothing, because no layer of this model is dense;",
+        ),
+        ("-m variant=dense model.ffn=64,77", "^model.ffn=64,77: changes nothing, .* is a Mixture of Experts; leave it"),
+        ("-m variant=dense model.num_experts=4,8", "^model.num_experts=4,8: changes nothing, because no layer"),
+        ("-m variant=dense model.shared_experts=0,1", "^model.shared_experts=0,1: changes nothing, because no layer"),
+        ("-m variant=dense optimizer=adamw optimizer.router_lr=0.1,0.2", "^optimizer.router_lr=0.1,0.2: changes noth"),
+        ("-m variant=dense optimizer=adamw optimizer.experts_lr=0.1,0.2", "^optimizer.experts_lr=0.1,0.2: changes no"),
+        ("-m variant=null,dense model.ffn=64,77", "are the same run: model.ffn=64.* and model.ffn=77"),
+        (
+            "-m router=temperature schedule=constant,linear schedule.start=1.0",
+            "are the same run: .*schedule=constant.* and .*schedule=linear",
+        ),
+        (
+            "-m router=temperature schedule=step schedule.first=0.5 schedule.second=0.5 schedule.middle=2,3",
+            "are the same run: .*schedule.middle=2.* and .*schedule.middle=3",
+        ),
         ("-m noise=0,-1", "noise=-1.0: must be"),
         ("-m router.k=2,9", r"router.k=9: must be"),
         ("schedule=linear", "this router has no temperature; use router=temperature or router=gumbel"),
@@ -235,7 +253,10 @@ from moe.runs.record import RunFacts
         ("-m router=glob(qq*)", r"router=glob\(qq\*\): this stands for no value"),
         ("-m seed=range(1,1)", r"seed=range\(1,1\): this stands for no value"),
         ("-m seed=interval(1,3)", r"seed=interval\(1,3\): an interval has no list of values"),
-        ("-m seed=1,2 --cfg job", "--multirun and --cfg cannot be used together"),
+        (
+            "-m seed=1,2 --cfg job",
+            "^--multirun and --cfg cannot be used together: leave -m out, and give one value for each key$",
+        ),
         ("seed=1,2 --cfg job", "seed=1,2: --cfg and --info show one run"),
         ("--cfg job foo=3", "unknown key 'foo'"),
         ("--cfg job router.kk=3", "unknown key of router=topk 'router.kk'; nearest: router.k"),
@@ -303,6 +324,21 @@ def test_wrong_commands(arguments: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as raised:
         read_cells([word.replace("SPACE", " ") for word in arguments.split()])
     assert "\n" not in str(raised.value)
+
+
+def test_a_size_that_the_model_does_not_use_may_have_one_value() -> None:
+    """It is no factor then, and the other cells of a sweep may be of models that use it."""
+    for words in (
+        "model.dense_ffn=64 seed=1,2",
+        "variant=null,dense model.ffn=64",
+        "experiment=spectra_ablation seed=1",
+    ):
+        assert len(read_cells(["-m", *words.split()]) or []) > 1
+
+
+def test_cells_whose_schedules_differ_at_one_step_are_different_runs() -> None:
+    words = "-m router=temperature schedule=step steps=10 schedule.first=0.5 schedule.second=0.5,0.6"
+    assert len(read_cells(words.split()) or []) == 2
 
 
 def test_a_wrong_command_prints_one_line_exits_with_2_and_writes_nothing(tmp_path: Path) -> None:

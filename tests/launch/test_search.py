@@ -5,15 +5,18 @@ import json
 import math
 import shlex
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from run_folders import FACTS, write_metrics
 from train_processes import TRAIN, run_script
 
+import moe
 from moe.checks import ConfigError, parse
 from moe.config.schema import Cell
-from moe.launch import search
+from moe.launch import search, sweep
 from moe.launch.command_line import read_command
 from moe.launch.compose import composing
 from moe.launch.run import write_run_record
@@ -136,6 +139,29 @@ def launcher(loss: Callable[[Cell], float], trained: list[Cell]) -> Callable[[li
                 write_run_record(cell, "finished", parse(RunFacts, FACTS))
 
     return launch
+
+
+@pytest.mark.usefixtures("_installed")
+def test_from_python_a_search_returns_the_runs_of_its_trials(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs of another search in the same folder are not among them. A stand-in for Optuna proposes two trials."""
+    command = ["-m", *small, f"out={tmp_path}", OPTUNA, "lb=interval(0,1)", "seed=1,2", "save_model=none"]
+
+    def trials(words: list[str]) -> SimpleNamespace:
+        found = read(shlex.join(words))
+        for lb in ("0.1", "0.2"):
+            with composing():
+                cells, arguments = search._trial_cells(found, {"lb": lb})
+            sweep.carry_out(cells, partial(launcher(bowl, []), cells, arguments), tables=False)
+        return SimpleNamespace(returncode=0)
+
+    trials([*command, "z=0.1"])
+    monkeypatch.setattr("moe.api.subprocess", SimpleNamespace(run=lambda words: trials(words[words.index("-m", 2) :])))
+    runs = moe.train(*command)
+    settings = [(run.config.lb, run.config.seed, run.config.z) for run in runs]
+    assert settings == [(0.1, 1, 0.0), (0.1, 2, 0.0), (0.2, 1, 0.0), (0.2, 2, 0.0)]
+    assert {run.status for run in runs} == {"finished"}
 
 
 @pytest.mark.optuna

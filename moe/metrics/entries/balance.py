@@ -17,7 +17,6 @@ ENTRIES = (
         shown=("headline", "tested", "layer figures", "dashboard layers"),
         headline_variant="pooled",
         noun="load CV",
-        nonnegative=True,
     ),
     Metric(
         "routing/load_cv_normalized",
@@ -51,7 +50,6 @@ ENTRIES = (
         variants=POOLED,
         function=formulas.load_max_violation,
         shown=("conditions", "layer figures"),
-        nonnegative=True,
     ),
     Metric(
         "routing/load_max_violation_normalized",
@@ -103,7 +101,6 @@ ENTRIES = (
         variants=POOLED,
         function=formulas.load_gini,
         shown=("conditions",),
-        nonnegative=True,
     ),
     Metric(
         "routing/load_gini_normalized",

@@ -14,7 +14,6 @@ ENTRIES = (
         variants=("<domain>",),
         shown=("headline",),
         per_token=True,
-        nonnegative=True,
     ),
     Metric(
         "val/perplexity",
@@ -26,7 +25,6 @@ ENTRIES = (
         shown=("headline", "tested"),
         noun="perplexity",
         per_token=True,
-        nonnegative=True,
     ),
     Metric(
         "val/bits_per_byte",
@@ -39,7 +37,6 @@ ENTRIES = (
         better="lower",
         variants=("<domain>",),
         shown=("headline",),
-        nonnegative=True,
     ),
     Metric(
         "val/accuracy",
@@ -51,7 +48,6 @@ ENTRIES = (
         better="higher",
         shown=("headline",),
         per_token=True,
-        nonnegative=True,
     ),
     Metric(
         "val_capacity/loss",

@@ -15,7 +15,6 @@ ENTRIES = (
         variants=LAYER,
         function=formulas.entropy,
         shown=("conditions", "layer figures"),
-        nonnegative=True,
     ),
     Metric(
         "routing/entropy_t1",

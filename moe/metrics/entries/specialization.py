@@ -15,7 +15,6 @@ ENTRIES = (
         variants=LAYER,
         function=formulas.mutual_information,
         shown=("layer figures", "dashboard layers"),
-        nonnegative=True,
     ),
     Metric(
         "routing/position_information",
@@ -67,7 +66,6 @@ ENTRIES = (
         "specialization",
         variants=LAYER,
         shown=("conditions", "layer figures"),
-        nonnegative=True,
     ),
     Metric(
         "routing/sequential_overlap",
