@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,6 +41,8 @@ def grid_of(cells: Sequence[Cell], presets: Sequence[Override], own: Sequence[Ov
         parts.append(f"{key}={fixed[key] if isinstance(fixed[key], str) else json.dumps(fixed[key])}")
     name = printable(": ".join(filter(None, (cells[0].experiment, ", ".join(parts)))))
     if len(name) > LONGEST_NAME:
+        parts = [re.sub(r"^[^=]*\.(?=[^=]*=)", "", part) for part in parts]  # such as layers=1
+        name = printable(": ".join(filter(None, (cells[0].experiment, ", ".join(parts)))))
         digest = hashlib.sha256(json.dumps([factors, fixed]).encode()).hexdigest()[:8]
         name = f"{name[: LONGEST_NAME - 10]}… {digest}"
     return Grid(name, factors, fixed, [cell.folder.name for cell in cells])

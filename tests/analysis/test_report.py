@@ -615,6 +615,37 @@ def test_the_second_half_of_training_shows_its_lines_whole() -> None:
     assert panel.get_ylim()[1] > 5, "the line enters at a loss of 5"
 
 
+def test_the_axis_of_a_metric_that_is_never_negative_does_not_begin_below_zero() -> None:
+    """The interval of two seeds reaches below 0 and is cut there; other metrics are drawn whole."""
+    columns = {"routing/load_cv/layer00": 0.01, "routing/load_cv/pooled": 0.01, "routing/consistency_kappa": 0.01}
+    runs = pd.DataFrame([{"condition": "a", "seed": 1, "noise": 0.0} | columns])
+    runs = pd.concat([runs, runs.assign(seed=2, **dict.fromkeys(columns, 0.2))], ignore_index=True)
+    assert layer_profile(runs).axes[0].get_ylim()[0] == 0
+    panels = factor_panels(runs, "noise", "condition", ["routing/load_cv/pooled", "routing/consistency_kappa"]).axes
+    assert panels[0].get_ylim()[0] == 0
+    assert panels[1].get_ylim()[0] < -0.5
+
+
+def test_grids_with_shortened_names_are_told_apart_by_a_setting(tmp_path: Path) -> None:
+    for layers, grid in ((1, "default: lb, dim=32… 0123abcd"), (2, "default: lb, dim=32… 4567abcd")):
+        for lb in (0.0, 0.1):
+            folder = tmp_path / grid / f"lb={lb}"
+            write_run(folder, {"val/loss": 1.0}, seed=1, lb=lb, **{"model.layers": layers})
+    text = write_report(load_runs([tmp_path]), tmp_path / "out").read_text()
+    assert "a checksum of the factors and of all settings of the command" in text
+    assert "| default: lb, dim=32… 0123abcd | 1 |" in text
+    assert "| default: lb, dim=32… 4567abcd | 2 |" in text
+
+
+def test_the_table_of_the_data_says_what_is_counted_before_the_limit_of_blocks(tmp_path: Path) -> None:
+    write_run(tmp_path / "x" / "seed=1", {"val/loss": 1.0}, seed=1)
+    counts = {"a": {"train": {"blocks": 5}, "val": {"blocks": 1, "tokens": 900}}}
+    record = json.loads((tmp_path / "x" / "seed=1" / "run.json").read_text())
+    change_record(tmp_path / "x" / "seed=1", facts=record["facts"] | {"data": {"domains": counts}})
+    text = write_report(load_runs([tmp_path / "x"]), tmp_path / "out").read_text()
+    assert "The other columns count the whole text, before this limit." in text.replace("\n", " ")
+
+
 def test_the_axis_of_a_single_layer_has_one_tick() -> None:
     runs = pd.DataFrame([{"condition": "a", "routing/load_cv/layer00": 0.1 * seed} for seed in (1, 2)])
     figure = layer_profile(runs)

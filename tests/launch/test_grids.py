@@ -114,6 +114,21 @@ def test_levels_have_the_order_in_which_the_user_listed_them(sweep: Sweep, tmp_p
     assert table["noise"].tolist() == ["2.0", "10.0"] * 3
 
 
+def test_a_shortened_name_keeps_as_many_settings_as_fit(tmp_path: Path) -> None:
+    """Keys lose their groups, so that two sweeps that differ in the number of layers have names that say so."""
+    sizes = ["steps=4", "data.max_val_blocks=8", "data.seq_len=32", "data.vocab_size=300"]
+    sizes += ["model.dim=32", "model.ffn=32", "model.heads=2"]
+    names = []
+    for layers in (1, 2):
+        cells = read_cells(["-m", "router.k=1,2", *sizes, f"model.layers={layers}", f"out={tmp_path}"]) or []
+        assert cells[0].grid is not None
+        names.append(cells[0].grid.name)
+        assert names[-1].startswith("default: router.k, steps=4, max_val_blocks=8, ")
+        assert f"layers={layers}" in names[-1]
+        assert len(names[-1]) <= 120
+    assert names[0] != names[1]
+
+
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> list[Cell]:
     """Return the cells of a sweep over noise and balance weight."""
@@ -177,7 +192,7 @@ def test_a_long_name_is_cut_and_still_names_one_grid(tmp_path: Path) -> None:
         assert cell.grid is not None
         names.add(cell.grid.name)
     assert len(names) == 2
-    assert all(len(name) <= 120 and name.startswith("default: noise, steps=20, optimizer.") for name in names)
+    assert all(len(name) <= 120 and name.startswith("default: noise, steps=20, beta1=0.5, ") for name in names)
 
 
 def recorded(*commands: list[Cell]) -> list[Grid]:

@@ -16,6 +16,7 @@ from moe.analysis.figures.style import (
     PALETTE,
     RC,
     axis_label,
+    begin_at_zero,
     draw_means,
     line_style,
     panel_height,
@@ -66,6 +67,7 @@ def _draw_levels(axes: Axes, runs: pd.DataFrame, factor: str, hue: str, metric: 
     axes.grid(visible=False, axis="x")
     axes.set_xlabel(axis_label(factor))
     axes.set_ylabel(axis_label(metric))
+    begin_at_zero(axes, metric)
 
 
 @matplotlib.rc_context(RC)

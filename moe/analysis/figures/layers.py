@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from moe.analysis.figures.style import RC, axis_label, interval_reach, line_style, shared_legend
+from moe.analysis.figures.style import RC, axis_label, begin_at_zero, interval_reach, line_style, shared_legend
 from moe.analysis.statistics import with_intervals
 from moe.metrics.catalog import select
 from moe.results.conditions import STD, levels
@@ -78,6 +78,7 @@ def layer_profile(runs: pd.DataFrame) -> Figure:
     for axes, (metric, columns) in zip(grid, found.items(), strict=False):
         _draw_conditions(axes, runs, list(columns.values()), list(columns))
         axes.set(xlabel="layer", ylabel=METRICS[metric])
+        begin_at_zero(axes, metric)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     shared_legend(figure, "small: one seed; large: mean over n seeds and its 95 % t interval")
     return figure

@@ -76,6 +76,16 @@ class _PlainLogFormatter(LogFormatter):
         return f"{x:.10g}" if super().__call__(x, pos) else ""
 
 
+def begin_at_zero(axes: Axes, column: str) -> None:
+    """Let the vertical axis begin at 0 if it would begin below, but the metric `column` is never below 0.
+
+    A t interval of a small mean may reach below 0 nevertheless; that part is not drawn.
+    """
+    metric = lookup(column)
+    if metric and metric.nonnegative and axes.get_ylim()[0] < 0:
+        axes.set_ylim(bottom=0)
+
+
 def shared_legend(figure: Figure, title: str) -> None:
     """Draw one legend for all panels below them. Its title says what the marks mean."""
     drawn = [axes.get_legend_handles_labels() for axes in figure.axes]

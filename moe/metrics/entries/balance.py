@@ -17,6 +17,7 @@ ENTRIES = (
         shown=("headline", "tested", "layer figures", "dashboard layers"),
         headline_variant="pooled",
         noun="load CV",
+        nonnegative=True,
     ),
     Metric(
         "routing/load_cv_normalized",
@@ -50,6 +51,7 @@ ENTRIES = (
         variants=POOLED,
         function=formulas.load_max_violation,
         shown=("conditions", "layer figures"),
+        nonnegative=True,
     ),
     Metric(
         "routing/load_max_violation_normalized",
@@ -101,6 +103,7 @@ ENTRIES = (
         variants=POOLED,
         function=formulas.load_gini,
         shown=("conditions",),
+        nonnegative=True,
     ),
     Metric(
         "routing/load_gini_normalized",

@@ -14,6 +14,7 @@ ENTRIES = (
         variants=("<domain>",),
         shown=("headline",),
         per_token=True,
+        nonnegative=True,
     ),
     Metric(
         "val/perplexity",
@@ -25,6 +26,7 @@ ENTRIES = (
         shown=("headline", "tested"),
         noun="perplexity",
         per_token=True,
+        nonnegative=True,
     ),
     Metric(
         "val/bits_per_byte",
@@ -37,6 +39,7 @@ ENTRIES = (
         better="lower",
         variants=("<domain>",),
         shown=("headline",),
+        nonnegative=True,
     ),
     Metric(
         "val/accuracy",
@@ -48,6 +51,7 @@ ENTRIES = (
         better="higher",
         shown=("headline",),
         per_token=True,
+        nonnegative=True,
     ),
     Metric(
         "val_capacity/loss",

@@ -15,6 +15,7 @@ ENTRIES = (
         variants=LAYER,
         function=formulas.entropy,
         shown=("conditions", "layer figures"),
+        nonnegative=True,
     ),
     Metric(
         "routing/entropy_t1",

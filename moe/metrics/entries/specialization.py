@@ -15,6 +15,7 @@ ENTRIES = (
         variants=LAYER,
         function=formulas.mutual_information,
         shown=("layer figures", "dashboard layers"),
+        nonnegative=True,
     ),
     Metric(
         "routing/position_information",
@@ -66,6 +67,7 @@ ENTRIES = (
         "specialization",
         variants=LAYER,
         shown=("conditions", "layer figures"),
+        nonnegative=True,
     ),
     Metric(
         "routing/sequential_overlap",

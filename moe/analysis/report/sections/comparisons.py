@@ -71,6 +71,8 @@ def contrast_table(inputs: ReportInputs) -> Iterator[ReportBlock]:
 
 def _gains_of_pairing(contrasts: pd.DataFrame) -> Iterator[str]:
     """Yield a sentence for each metric: how much narrower its intervals are because runs are paired by seed."""
+    if contrasts.empty:  # it may have no columns
+        return
     for metric, ratios in contrasts.dropna(subset="width ratio").groupby("metric", sort=False)["width ratio"]:
         low, middle, high = ratios.min(), ratios.median(), ratios.max()
         span = f" (median of {len(ratios)} contrasts, from {low:.2f} to {high:.2f})" if len(ratios) > 1 else ""

@@ -1,6 +1,7 @@
 """The first section of the report: the number of runs by status, and the runs that are not finished."""
 
 import math
+import re
 from collections.abc import Iterator
 
 import pandas as pd
@@ -20,6 +21,10 @@ from moe.analysis.report.inputs import ReportInputs
 from moe.metrics.catalog import dead_layers
 from moe.results.conditions import levels, unfinished
 
+SHORTENED = """\
+A name that ends with "…" and eight digits is shortened, and `layers` in it may stand for `model.layers`. The digits are
+a checksum of the factors and of all settings of the command; Configuration below lists the settings."""
+CUT_NAME = re.compile("… [0-9a-f]{8}$")  # the name of a grid that `moe.launch.grids` has shortened
 # Status -> its color. Every status has a column in the table, so that the reader also sees that no run failed.
 STATUSES = {
     "finished": "good",
@@ -41,6 +46,7 @@ def what_was_run(inputs: ReportInputs) -> Iterator[ReportBlock]:
     yield Heading("What was run")
     yield StatusBar([(status, int(counts.get(status, 0)), tone) for status, tone in STATUSES.items()])
     yield TableBlock(_status_counts(runs, ["experiment"]))
+    yield from _settings_of_grids(inputs)
     if inputs.factors:
         yield _condition_counts(inputs)
     facts = [f"factors: {', '.join(inputs.factors) or 'none varies'}; seeds: {_seeds(runs)}", _tuning(inputs)]
@@ -56,6 +62,18 @@ def what_was_run(inputs: ReportInputs) -> Iterator[ReportBlock]:
     if inputs.past.problems:
         yield Paragraph("These parts of the event logs are missing or could not be read:")
         yield from long_list(inputs.past.problems)
+
+
+def _settings_of_grids(inputs: ReportInputs) -> Iterator[ReportBlock]:
+    """Yield the settings that tell grids with shortened names apart."""
+    grids = inputs.runs.groupby("experiment", sort=False)
+    if not any(CUT_NAME.search(str(name)) for name in grids.groups):
+        return
+    constant = [factor for factor in inputs.factors if (grids[factor].nunique(dropna=False) == 1).all()]
+    telling = [factor for factor in constant if factor != "experiment"] if len(grids) > 1 else []
+    yield Paragraph(SHORTENED + (" These tell the grids apart:" if telling else ""))
+    if telling:
+        yield TableBlock(grids[telling].first().astype(str).reset_index())
 
 
 def _tuning(inputs: ReportInputs) -> str:

@@ -15,6 +15,9 @@ from moe.results.table import FACTS, level
 from moe.runs.record import RunRecord
 
 MAX_LEVELS = 12  # of one key that are listed
+COUNTS_EXPLAINED = """\
+`val.blocks` and `val.predicted_bytes` count the validation blocks that are evaluated, at most `data.max_val_blocks` of
+them. The other columns count the whole text, before this limit."""
 
 
 def causality(inputs: ReportInputs) -> Iterator[ReportBlock]:
@@ -75,6 +78,7 @@ def data(inputs: ReportInputs) -> Iterator[ReportBlock]:
         domains = manifest.pop("domains", {})
         yield Paragraph(f"{len(records)} runs read corpus `{manifest.get('corpus_sha256', 'without a checksum')}`.")
         if isinstance(domains, dict) and all(isinstance(domain, dict) for domain in domains.values()):
+            yield Paragraph(COUNTS_EXPLAINED)
             yield TableBlock(pd.DataFrame([{"domain": name} | flatten(domain) for name, domain in domains.items()]))
         yield Details("Other entries of the manifest", [TableBlock(_key_table(flatten(manifest)))])
 

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-from moe.analysis.figures.style import axis_label, draw_means, line_style
+from moe.analysis.figures.style import axis_label, begin_at_zero, draw_means, line_style
 from moe.analysis.studies.temperature.data import TEMPERATURE, seed_means
 
 Style = dict[Any, dict[str, Any]]
@@ -92,6 +92,7 @@ def draw_against_temperature(axes: Axes, runs: pd.DataFrame, metrics: dict[str, 
     axes.set_xticks(temperatures, [f"{temperature:g}" for temperature in temperatures])
     axes.minorticks_off()
     axes.set(xlabel="router temperature (log scale)", ylabel=f"final {axis_label(next(iter(metrics)))}")
+    begin_at_zero(axes, next(iter(metrics)))
     if len(series) > 1:
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize="small", borderaxespad=0)
 
