@@ -74,6 +74,8 @@ def use(folders: Iterable[str] = ()) -> None:
 def _folder_of(source: str) -> Path:
     """Return the folder that a path, a file:// or a pkg:// source, or the dotted name of a package stands for."""
     address = urlparse(source)
+    if source in ("file://", "pkg://"):
+        raise ConfigError(f"{source}: the name is missing; must be a folder, file://DIR or pkg://PACKAGE")
     if address.scheme == "file":
         return Path(unquote(address.netloc + address.path))
     if "://" in source and address.scheme != "pkg":

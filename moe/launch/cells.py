@@ -1,6 +1,6 @@
 """Turn the overrides of a command into checked cells, so that every mistake is refused before the first run starts."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -32,7 +32,7 @@ from moe.launch.compose import compose_config, override_dirname, typed
 from moe.launch.explain import explain, group_choices, unusable_path
 from moe.launch.grids import grid_of
 from moe.launch.hydra_errors import FAULTS
-from moe.launch.option_files import read_option
+from moe.launch.option_files import CLASSES, read_option
 from moe.launch.overrides import (
     DEFAULTS,
     ONE_PER_COMMAND,
@@ -143,15 +143,21 @@ def _with_keys_that_exist(grid: list[list[str]]) -> list[list[str]]:
     Such a key does not apply to the cell, as `router.temp` of a router without a temperature. A key that no cell has
     stays, so that it is refused.
     """
-    settings = [keys_of_options(cell) for cell in grid]
-    some = frozenset().union(*settings)
-    every = frozenset.intersection(*settings)
+    some = frozenset[str]().union(*map(keys_of_options, grid))
     cells: list[list[str]] = []
-    for arguments, known in zip(grid, settings, strict=True):
-        kept = [line for line in arguments if (key := line.partition("=")[0]) not in some - every or key in known]
+    for arguments in grid:
+        missing = lacking(arguments, some)
+        kept = [line for line in arguments if line.partition("=")[0].lstrip("+") not in missing]
         if kept == arguments or kept not in cells:
             cells.append(kept)
     return cells
+
+
+def lacking(arguments: Sequence[str], keys: frozenset[str]) -> frozenset[str]:
+    """Return those of `keys` that the options of these overrides lack. A class that they name knows its own keys."""
+    names = {line.partition("=")[0] for line in arguments}
+    own = {node for node in CLASSES if f"{node}._target_" in names}
+    return frozenset(key for key in keys - keys_of_options(arguments) if key.rpartition(".")[0] not in own)
 
 
 def keys_of_options(arguments: Iterable[str]) -> frozenset[str]:

@@ -43,7 +43,16 @@ def check_option_files() -> None:
 def require_content(group: str, option: str | None) -> None:
     """Raise ConfigError if an option outside of this project has an empty file, in a group whose options need keys."""
     path = sources(group).get(str(option))
-    example = {"router": "topk", "schedule": "linear", "model": "tiny", "data": "text", "optimizer": "adamw"}.get(group)
+    examples = {
+        "router": "topk",
+        "schedule": "linear",
+        "model": "tiny",
+        "data": "text",
+        "optimizer": "adamw",
+        "experiment": "noise_lb_seed",
+        "variant": "spectra_no_quota",
+    }
+    example = examples.get(group)
     if path is not None and example is not None and not path.is_relative_to(CONF) and not read_option(path):
         raise ConfigError(f"{path}: is empty; write keys and values as in conf/{group}/{example}.yaml")
 

@@ -9,7 +9,15 @@ from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, Quote, QuotedString, RangeSweep
+from hydra.core.override_parser.types import (
+    ChoiceSweep,
+    IntervalSweep,
+    Override,
+    Quote,
+    QuotedString,
+    RangeSweep,
+    Sweep,
+)
 from omegaconf import OmegaConf
 
 from moe.checks import ConfigError, first_line, one_of, require, unknown
@@ -128,6 +136,8 @@ def values_of(override: Override) -> list[str]:
         return [str(override.input_line).partition("=")[2]]
     if not override.is_sweep_override():
         return [override.get_value_element_as_str()]
+    if any(isinstance(item, Sweep) for item in getattr(override.value(), "list", ())):
+        raise ConfigError(f"{override.input_line}: an interval or a range stands alone, or list single values as a,b,c")
     try:
         return list(override.sweep_string_iterator())
     except FAULTS as error:
@@ -147,6 +157,8 @@ def check_override(override: Override) -> None:
         raise ConfigError(f"{line}: a group cannot be moved; write {key}=...")
     if not key:
         raise ConfigError(f"{line}: the key is missing; write key=value")
+    if key.startswith("hydra.sweeper.") and not key.startswith((*HYDRA_KEYS, "hydra.sweeper.params")):
+        raise unknown("setting of a search", key, SEARCH_KEYS)
     if not key.startswith(HYDRA_KEYS) and key.partition(".")[0].partition("/")[0] == "hydra":
         raise ConfigError(
             f"{line}: of Hydra's settings only {', '.join(HYDRA_KEYS)}... can be set; out=DIR sets the folder"

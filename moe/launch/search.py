@@ -19,10 +19,19 @@ from moe.checks import ConfigError, finite, one_of, require
 from moe.config.schema import Cell, Grid, allowed_values
 from moe.distributed import ranks
 from moe.launch import sweep
-from moe.launch.cells import expand, keys_of_options
+from moe.launch.cells import expand, keys_of_options, lacking
 from moe.launch.claims import check_metric
 from moe.launch.compose import compose_config, composing
-from moe.launch.overrides import MOST_CELLS, check_number, is_group, lines_of, misfit, parse_override, values_of
+from moe.launch.overrides import (
+    MOST_CELLS,
+    SWEEPERS,
+    check_number,
+    is_group,
+    lines_of,
+    misfit,
+    parse_override,
+    values_of,
+)
 from moe.runs.folder import status
 from moe.runs.record import MetricsRecord, SweepRecord
 
@@ -105,8 +114,11 @@ class Search(NamedTuple):
 
 
 def is_search(overrides: Sequence[Override]) -> bool:
-    """Return whether a command chooses Optuna's sweeper."""
-    return any(o.key_or_group == "hydra/sweeper" and o.value() == "optuna" for o in overrides)
+    """Return whether a command chooses Optuna's sweeper. Raises ConfigError for a sweeper that does not exist."""
+    chosen = [str(o.value()) for o in overrides if o.key_or_group == "hydra/sweeper"]
+    for name in chosen:
+        one_of("hydra/sweeper", name, SWEEPERS["hydra/sweeper"])
+    return "optuna" in chosen
 
 
 def read_search(overrides: list[Override], *, multirun: bool) -> Search:
@@ -213,8 +225,8 @@ def carry_out(search: Search, launch: Callable[[list[Cell], list[str]], object])
 def _trial_cells(search: Search, levels: dict[str, str]) -> tuple[list[Cell], list[str]]:
     """Return the cells of a trial, one for each seed, and what Hydra needs to launch them."""
     words = [*search.fixed, *(parse_override(f"{key}={value}") for key, value in levels.items())]
-    lacking = search.keys - keys_of_options(lines_of(words))
-    words = [word for word in words if word.key_or_group not in lacking]
+    missing = lacking(lines_of(words), search.keys)
+    words = [word for word in words if word.key_or_group not in missing]
     cells, arguments = expand(words, multirun=True, planned=False, in_vain=True)
     grid = search.grid._replace(cells=[cell.folder.name for cell in cells])
     return [cell._replace(grid=grid) for cell in cells], arguments
@@ -223,8 +235,8 @@ def _trial_cells(search: Search, levels: dict[str, str]) -> tuple[list[Cell], li
 def _without_lacking(search: Search, levels: dict[str, str]) -> dict[str, str]:
     """Return the levels of a trial without keys that its options lack, as router.temp of a router without one."""
     words = [*lines_of(search.fixed), *(f"{key}={value}" for key, value in levels.items())]
-    lacking = search.keys - keys_of_options(words)
-    return {key: value for key, value in levels.items() if key.lstrip("+") not in lacking}
+    missing = lacking(words, search.keys)
+    return {key: value for key, value in levels.items() if key.lstrip("+") not in missing}
 
 
 def _objective(cells: list[Cell], metric: str) -> float | None:

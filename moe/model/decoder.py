@@ -210,7 +210,7 @@ class MoEModel(MoEPreTrainedModel):
         if keep_attentions and config._attn_implementation != "eager":
             allowed = 'False, or the model loaded with attn_implementation="eager"'
             raise ConfigError(f"output_attentions=True: must be {allowed}")
-        inputs, ids = _inputs(input_ids, inputs_embeds)
+        inputs, ids = _inputs(input_ids, inputs_embeds, config.hidden_size)
         cache = self._cache(past_key_values if cache is None else cache, use_cache=bool(use_cache))
         self._check_routers(cached=cache is not None, by_id=inputs_embeds is None)
         if knobs is None:
@@ -238,7 +238,12 @@ class MoEModel(MoEPreTrainedModel):
         return output if as_object else output.to_tuple()
 
     def _embed(self, inputs: Int[Tensor, "B S"] | Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
-        x = inputs if inputs.is_floating_point() else self.embed_tokens(inputs)
+        try:
+            x = inputs if inputs.is_floating_point() else self.embed_tokens(inputs)
+        except IndexError:  # raised on the CPU alone: on a GPU the host would have to wait for the ids
+            allowed = f"from 0 to {self.config.vocab_size - 1}, the ids of the model's vocabulary"
+            found = f"{inputs.min().item()} to {inputs.max().item()}"
+            raise ConfigError(f"input_ids: must be {allowed}; they are {found}") from None
         if self.training and self.config.neftune_noise_alpha:
             x = x + neftune_noise(x, self.config.neftune_noise_alpha)
         if self.config.embed_scale:
@@ -339,15 +344,30 @@ def _second_names(module: nn.Module) -> dict[str, str]:
     return {name: first[p] for name, p in module.named_parameters(remove_duplicate=False) if name != first[p]}
 
 
-def _inputs(
-    input_ids: Int[Tensor, "B S"] | None, inputs_embeds: Float[Tensor, "B S D"] | None
-) -> tuple[Tensor, Int[Tensor, "B S"]]:
-    """Return what the first layer gets, and the token ids, zeros if there are none. Raises ConfigError."""
-    if input_ids is not None and inputs_embeds is None:
-        return input_ids, input_ids
-    if inputs_embeds is None or input_ids is not None:
+def _inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None, dim: int) -> tuple[Tensor, Int[Tensor, "B S"]]:
+    """Return what the first layer gets, and the token ids, zeros if there are none.
+
+    Raises ConfigError unless there is one of them, with its shape: ids (B, S), or vectors (B, S, D).
+    """
+    if (inputs_embeds is None) == (input_ids is None):
         raise ConfigError("input_ids, inputs_embeds: give exactly one of them")
+    if input_ids is not None:
+        fits = input_ids.ndim == 2 and input_ids.dtype in (torch.int32, torch.int64)
+        _require_tensor(
+            "input_ids", input_ids, "whole numbers (int64 or int32) of shape (sequences, tokens)", fits=fits
+        )
+        return input_ids, input_ids
+    assert inputs_embeds is not None
+    shaped = inputs_embeds.ndim == 3 and inputs_embeds.shape[-1] == dim
+    allowed = f"floating-point numbers of shape (sequences, tokens, {dim})"
+    _require_tensor("inputs_embeds", inputs_embeds, allowed, fits=shaped and inputs_embeds.is_floating_point())
     return inputs_embeds, inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.long)
+
+
+def _require_tensor(name: str, tensor: Tensor, allowed: str, *, fits: bool) -> None:
+    if not fits:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise ConfigError(f"{name}: must be {allowed}; it has {kind} and shape {tuple(tensor.shape)}")
 
 
 def _router_logits(layers: list[LayerOutput], context: Context) -> tuple[Float[Tensor, "BS E"], ...]:

@@ -592,11 +592,11 @@ def test_a_mistake_in_a_file_of_an_experiment_names_file_and_key(
 
 def test_hydra_answers_its_own_flags() -> None:
     """The mark -- at the end of the flags is not passed on, because Hydra does not know it there."""
-    assert command_line.read_command(["--cfg", "job", "--", "seed=1"]) == (None, ["seed=1", "--cfg", "job"])
-    assert command_line.read_command(["lb=0.0", "--cfg", "job", "seed=1"]) == (
-        None,
-        ["lb=0.0", "seed=1", "--cfg", "job"],
-    )
+    for words, passed in (
+        (["--cfg", "job", "--", "seed=1"], ["seed=1", "--cfg", "job"]),
+        (["lb=0.0", "--cfg", "job", "seed=1"], ["lb=0.0", "seed=1", "--cfg", "job"]),
+    ):
+        assert command_line.read_command(words) == command_line.Command(None, passed)
 
 
 def test_a_key_that_all_swept_options_have_can_be_set_for_all_of_them() -> None:

@@ -152,6 +152,7 @@ def test_keys_of_a_class_can_be_swept(lab: Path) -> None:
         ),
         ("--config-dir=odd:name/conf", "^odd:name/conf: a folder of options cannot have ':' in its path; rename it$"),
         ("hydra.searchpath=[pkg://nope.conf]", "^pkg://nope.conf: no package nope$"),
+        ("hydra.searchpath=[pkg://]", "^pkg://: the name is missing; must be a folder, file://DIR or pkg://PACKAGE$"),
         ("hydra.searchpath=[http://evil/x]", "^http://evil/x: must be a folder, file://DIR or pkg://PACKAGE$"),
         ("+router.beta=1", "^unknown key of router 'router.beta'; known: router.after_drops, router.gate, router.k$"),
         (
@@ -194,6 +195,13 @@ def test_only_the_use_of_an_option_whose_file_cannot_be_read_is_refused(
     path.mkdir() if content is None else path.write_bytes(content)
     with pytest.raises(ConfigError, match=f"^{path}{message}"):
         cells("--config-dir=conf", "router=broken")
+    if content == b"# a\n":
+        for group in ("experiment", "variant"):
+            (lab / "conf" / group).mkdir(exist_ok=True)
+            empty = lab / "conf" / group / "empty.yaml"
+            empty.write_text("# @package _global_\n")
+            with pytest.raises(ConfigError, match=f"^{empty}: is empty; write keys and values as in conf/{group}/"):
+                cells("--config-dir=conf", f"{group}=empty")
     with pytest.raises(ConfigError, match=r"^unknown key 'sede'; nearest: seed$"):
         cells("sede=1")
     with pytest.raises(ConfigError, match=r"^unknown option of router 'brokn'; nearest: broken$"):

@@ -62,6 +62,13 @@ def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
         (f"-m {OPTUNA} lb=interval(0,0.1) seed=1,1", "two cells of this sweep are the same run: lb=0.0,seed=1; leave"),
         (f"-m {OPTUNA} lb=interval(0,0.1) seed=1,-1", "seed=-1: must be"),
         (f"-m {OPTUNA} router=topk,temperature router.tempp=interval(1,2)", "unknown key of router=topk 'router.te"),
+        ("-m hydra/sweeper=Optuna lb=interval(0,1)", "hydra/sweeper=Optuna: must be one of .*; nearest: optuna"),
+        (f"-m {OPTUNA} capacity=interval(0.5,1.5),null", "null: an interval or a range stands alone, or list single"),
+        ("-m capacity=1,range(2,4)", "an interval or a range stands alone, or list single values as a,b,c"),
+        (
+            f"-m {OPTUNA} lb=0,1 hydra.sweeper.n_trial=2",
+            "unknown setting of a search 'hydra.sweeper.n_trial'; nearest: hydra.sweeper.n_trials",
+        ),
         (f"-m {OPTUNA} router=topk,topq", "unknown option of router 'topq'"),
         (f"-m {OPTUNA} router=hash noise=interval(0,1)", "router=hash ignores noise; leave it out"),
         (f"-m {OPTUNA} lb=0.1,0.2 hydra.sweeper.n_trials=0", "n_trials=0: must be a whole number from 1 to 10,000"),
@@ -196,13 +203,14 @@ def test_a_trial_without_a_finite_objective_does_not_end_the_search(
 
 
 @pytest.mark.usefixtures("_installed")
-def test_a_trial_goes_without_the_keys_that_its_options_lack() -> None:
+@pytest.mark.parametrize("mark", ["", "++"])
+def test_a_trial_goes_without_the_keys_that_its_options_lack(mark: str) -> None:
     """This holds in every trial, although a trial sees only its own options."""
-    found = read(f"-m {OPTUNA} router=topk,temperature router.temp=interval(0.5,2) seed=1,2")
+    found = read(f"-m {OPTUNA} router=topk,temperature {mark}router.temp=interval(0.5,2) seed=1,2")
     identities = {}
     for router in ("topk", "temperature"):
         with composing():
-            cells, _ = search._trial_cells(found, {"router": router, "router.temp": "0.7"})
+            cells, _ = search._trial_cells(found, {"router": router, f"{mark}router.temp": "0.7"})
         assert len(cells) == 2
         identities[router] = cells[0].identity()
     assert "router.temp" not in identities["topk"]

@@ -14,6 +14,7 @@ from moe.checks import ConfigError
 from moe.config.options import CONF
 from moe.config.schema import ModelConfig
 from moe.model.causal_lm import MoEConfig, MoEForCausalLM
+from moe.model.decoder import _inputs
 
 V, S = 97, 16
 ROUTERS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((CONF / "router").glob("*.yaml"))}
@@ -200,6 +201,29 @@ def test_embeddings_can_replace_token_ids_except_for_a_router_of_token_ids(ids: 
     for inputs in ({}, {"input_ids": ids, "inputs_embeds": vectors}):
         with pytest.raises(ConfigError, match=r"^input_ids, inputs_embeds: give exactly one of them"):
             model(**inputs)
+
+
+def test_inputs_of_a_wrong_kind_shape_or_range_are_refused_in_one_line(ids: torch.Tensor) -> None:
+    """On a GPU the range is not checked, because the host would wait for the device."""
+    model = make()
+    vectors = model.get_input_embeddings()(ids)
+    for key, wrong, message in (
+        (
+            "input_ids",
+            ids[0],
+            r"must be whole numbers .* of shape \(sequences, tokens\); it has int64 and shape \(16,\)",
+        ),
+        ("input_ids", ids.float(), r"must be whole numbers .*; it has float32 and shape \(3, 16\)"),
+        ("inputs_embeds", vectors[0], r"must be floating-point numbers of shape \(sequences, tokens, 16\); it has"),
+        ("inputs_embeds", vectors[..., 1:], r"must be floating-point numbers .* and shape \(3, 16, 15\)"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{key}: {message}"):
+            _inputs(*(wrong if key == name else None for name in ("input_ids", "inputs_embeds")), 16)
+    for value in (V, -1):
+        with pytest.raises(
+            ConfigError, match=f"^input_ids: must be from 0 to {V - 1}, .*; they are {value} to {value}$"
+        ):
+            model(torch.full_like(ids, value))
 
 
 def test_logits_to_keep_is_a_number_of_last_positions_or_a_tensor_of_positions(ids: torch.Tensor) -> None:

@@ -85,6 +85,7 @@ class ReportInputs(NamedTuple):
     variance: pd.DataFrame  # `moe.analysis.variance.anova` of all tested metrics, with `p Holm`; empty in the same case
     without_variance: list[str]  # why a metric has no analysis of variance
     families: list[Family]  # those that have a test, in the whole report
+    searched: frozenset[str]  # the folders of runs that a search also trained, in whichever experiment
     past: EventTables  # every evaluation, and some metrics of every training step
 
     @property
@@ -116,7 +117,8 @@ def collect_inputs(
     options = options or ReportOptions()
     columns = dict.fromkeys((*TRAINING_METRICS, *training_columns))
     past = read_event_tables(loaded.loc[loaded["status"] != "missing", "folder"], training=list(columns))
-    describe = partial(_describe, past=past, extra_metrics=options.metrics)
+    searched = frozenset(loaded.loc[loaded["search"].notna(), "folder"]) if "search" in loaded else frozenset[str]()
+    describe = partial(_describe, past=past, extra_metrics=options.metrics, searched=searched)
     everything, names = describe(loaded), levels(loaded["experiment"])
     if len(names) < 2:
         _check(options, [everything])
@@ -133,7 +135,9 @@ def tested_metrics(runs: pd.DataFrame) -> tuple[str, ...]:
     return tuple("val/bits_per_byte" if several and name == "val/perplexity" else name for name in TESTED)
 
 
-def _describe(loaded: pd.DataFrame, *, past: EventTables, extra_metrics: tuple[str, ...]) -> ReportInputs:
+def _describe(
+    loaded: pd.DataFrame, *, past: EventTables, extra_metrics: tuple[str, ...], searched: frozenset[str]
+) -> ReportInputs:
     """Return the inputs of some runs, without claims and contrasts."""
     runs = with_causality(loaded)
     factors = [factor for factor in varied_factors(runs) if factor != "seed"]
@@ -154,6 +158,7 @@ def _describe(loaded: pd.DataFrame, *, past: EventTables, extra_metrics: tuple[s
         variance=pd.DataFrame(),
         without_variance=[],
         families=[],
+        searched=searched,
         past=EventTables(_events_of(past.evals, folders), _events_of(past.trains, folders), past.problems),
     )
 

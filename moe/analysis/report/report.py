@@ -32,7 +32,7 @@ from moe.analysis.report.sections.over_training import contrasts_over_training, 
 from moe.analysis.report.sections.overview import what_was_run
 from moe.analysis.report.sections.provenance import causality, configuration, data, software
 from moe.analysis.report.sections.routing import expert_specialization, routing_by_layer
-from moe.analysis.report.sections.search import search_result
+from moe.analysis.report.sections.search import levels_from_a_search, search_result
 from moe.analysis.report.sections.verdicts import claim_verdicts, contrast_verdicts, how_it_decides
 from moe.analysis.report.study import Section
 from moe.analysis.studies.published import replay
@@ -43,6 +43,7 @@ from moe.results.conditions import levels
 
 FIRST: tuple[Section, ...] = (what_was_run, how_it_decides)
 FOR_EACH_EXPERIMENT: tuple[Section, ...] = (
+    levels_from_a_search,
     claim_verdicts,
     contrast_verdicts,
     other_seeds_and_other_text,

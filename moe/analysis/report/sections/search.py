@@ -15,6 +15,10 @@ contrasts nor an analysis of variance, and judges no claims. The best value was 
 too good on average. To find out how good its settings are, train them and your baseline with other seeds, as an
 experiment of their own."""
 SHOWN = 10  # trials
+NO_CONFIRMATION = """\
+A search for good settings in this folder also trained these runs: {settings}. Settings that were chosen by these seeds
+look better on them than they are. So these seeds are no confirmation, and the tests below, which use them, are too
+optimistic: train the settings and your baseline with other seeds, in another folder."""
 
 
 def search_result(inputs: ReportInputs) -> Iterator[ReportBlock]:
@@ -28,3 +32,14 @@ def search_result(inputs: ReportInputs) -> Iterator[ReportBlock]:
     best = means.sort_values("mean", ascending=direction == "minimize").head(SHOWN)
     yield Paragraph(f"The best {len(best)} of {len(means)} settings: mean ± sample standard deviation over seeds.")
     yield TableBlock(pd.concat([spread_table(best.iloc[[place]]) for place in range(len(best))]))
+
+
+def levels_from_a_search(inputs: ReportInputs) -> Iterator[ReportBlock]:
+    """Yield which settings of an ordinary experiment a search trained too, and with which seeds."""
+    shared = inputs.runs[inputs.runs["folder"].isin(inputs.searched)]
+    if shared.empty:
+        return
+    seeds = shared.groupby(inputs.condition[shared.index], sort=False)["seed"].agg(lambda each: sorted(set(each)))
+    named = [f"{label} (seed {', '.join(map(str, each))})" for label, each in seeds.items()]
+    yield Heading("Settings from a search")
+    yield Paragraph(NO_CONFIRMATION.format(settings="; ".join(named)))
