@@ -143,7 +143,9 @@ def test_settings_are_compared_by_name(tmp_path: Path) -> None:
     runs = moe.load_runs(tmp_path)
     [row] = moe.compare(runs).to_dict("records")
     assert row["difference"] == pytest.approx(1 + 0.01 * 2 * 0.1)
-    assert len(moe.judge(runs)) == 0
+    judged = moe.judge(runs)
+    assert len(judged) == 0
+    assert {"claim", "p Holm", "verdict", "reason"} <= {*judged}
     with pytest.raises(ConfigError, match=r"^the runs are of 2 experiments, 'e', 'f': compare those of one, runs\["):
         moe.compare(pd.concat([runs, runs.assign(experiment="f")]))
     with pytest.raises(ConfigError, match=r"^unknown metric 'val/los'; nearest: val/loss$"):

@@ -54,6 +54,10 @@ def main(command: list[str] | None = None) -> int:
             runs = load_runs(arguments.folders)
             references, margins = (dict(map(_pair, texts)) for texts in (arguments.reference, arguments.margin))
             options = ReportOptions(references, margins, tuple(arguments.metric))
+            if sys.stderr.isatty():  # elsewhere standard error is for errors alone
+                print(
+                    f"runs read: {len(runs)}; writing the report and its figures, which takes a while", file=sys.stderr
+                )
             report = write_report(runs, arguments.out, options, files=files)
             print(console_table(runs, options.metrics))
     except ValueError as error:

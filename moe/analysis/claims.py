@@ -89,7 +89,7 @@ def judge_planned(runs: pd.DataFrame) -> pd.DataFrame:
     """
     table = measured_claims(runs)
     if table.empty:
-        return table
+        return decided(table, table["p"].to_numpy(), table["p"].to_numpy())
     families = claim_families(table)
     return decided(table, corrected(table["p"], families), divisors(table["p"], families))
 
@@ -100,7 +100,8 @@ def measured_claims(runs: pd.DataFrame) -> pd.DataFrame:
     for claim, members in planned_claims(runs):
         experiment = members["experiment"].iloc[0]
         rows.setdefault(experiment, []).append({"experiment": experiment} | _judge_alone(claim, members))
-    return pd.DataFrame(list(chain.from_iterable(rows.values())))
+    columns = ["experiment", *_claim_row("", "", "", ""), *_row("", _Comparison(0), NAN, "", "")]
+    return pd.DataFrame(list(chain.from_iterable(rows.values())), columns=columns)
 
 
 def claim_families(table: pd.DataFrame) -> np.ndarray:
@@ -193,7 +194,7 @@ def _judge_alone(claim: ClaimConfig, runs: pd.DataFrame) -> dict[str, Any]:
     ]
     absent += [] if rivals else [f"no other level of {claim.factor}"]
     absent += [f"no run has {metric}" for metric in _metrics(claim) if metric not in runs]
-    row = {"claim": claim.text, "source": claim.source, "metric": claim.metric, "kind": claim.kind}
+    row = _claim_row(claim.text, claim.source, claim.metric, claim.kind)
     if absent:
         sides = [_listed(_label(claim, runs, each) for each in side) for side in (named, rivals)]
         compared = f"{claim.factor} {' vs '.join(sides)}"
@@ -287,6 +288,10 @@ def _where(claim: ClaimConfig) -> str:
         change = f", change from {claim.moderator}={level(first)} to {level(second)}"
     places = "; ".join(f"{factor}={_listed(map(level, wanted))}" for factor, wanted in fixed.items())
     return (f" at {places}" if places else "") + change
+
+
+def _claim_row(text: str, source: str, metric: str, kind: str) -> dict[str, Any]:
+    return {"claim": text, "source": source, "metric": metric, "kind": kind}
 
 
 def _row(compared: str, comparison: _Comparison, p: float, verdict: str, estimates: str) -> dict[str, Any]:

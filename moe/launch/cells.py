@@ -73,6 +73,11 @@ def expand(
             [f"{o.get_key_element()}={values_of(o)[0]}" if o.is_sweep_override() else str(o.input_line) for o in own]
         )
         raise ConfigError(f"{swept[0]}: several values need a sweep; add -m")
+    if base.hydra.sweeper.params and not multirun:
+        ways = "add -m, or write `mode: MULTIRUN` below `hydra:` in the file with these params"
+        raise ConfigError(
+            f"hydra.sweeper.params: a grid of {', '.join(base.hydra.sweeper.params)} needs a sweep; {ways}"
+        )
     batch, jobs = base.hydra.sweeper.get("max_batch_size"), base.hydra.launcher.get("n_jobs")
     require(batch is None or batch > 0, "hydra.sweeper.max_batch_size", batch, "a whole number > 0, or null")
     require(jobs != 0, "hydra.launcher.n_jobs", jobs, "a whole number > 0, or -1 for all processors")
@@ -104,7 +109,7 @@ def expand(
     if not in_vain:
         _refuse_given_in_vain(cells, described, given, varied)
     check_claims(cells, presets, sweep=multirun)
-    _check_distinct(cells)
+    _check_distinct(cells, grid, presets + own)
     cells = described
     if all(cell.config.is_dense for cell in cells):
         _refuse_keys_of_routing(own)
@@ -243,6 +248,8 @@ def _refuse_given_in_vain(cells: list[Cell], described: list[Cell], given: set[s
         if key in swept and len(values) > 1:
             vain += [value for value in values if value not in quiet[:1]]
         if vain:
+            for cell in filter(finished, cells):  # it was not checked, because its run is found without the vain key
+                cell.config.check_router()
             raise ConfigError(f"{key}={vain[0]}: {_why_ignored(key, cells[0])}; leave it out")
     for key in sorted(swept & frozenset.intersection(*(cell.config.unused_sizes() for cell in cells))):
         first, *others = dict.fromkeys(flatten(cell.config)[key] for cell in cells)
@@ -275,16 +282,25 @@ def _why_ignored(key: str, cell: Cell) -> str:
     return f"router={cell.choices['router']} ignores {key}{settings}"
 
 
-def _check_distinct(cells: list[Cell]) -> None:
-    """Raise ConfigError, naming both, if two cells compute the same, whatever the spelling of their settings."""
-    seen: dict[str, list[Cell]] = {}
-    for cell in cells:
+def _check_distinct(cells: list[Cell], grid: list[list[str]], overrides: list[Override]) -> None:
+    """Raise ConfigError if two cells compute the same, whatever the spelling of their settings.
+
+    It names what differs in the overrides of the two cells, or the override that has a value twice.
+    """
+    seen: dict[str, list[tuple[Cell, list[str]]]] = {}
+    for cell, arguments in zip(cells, grid, strict=True):
         unused = cell.config.unused_sizes()
         settings = {key: value for key, value in flatten(cell.config).items() if not is_free(key) and key not in unused}
         written = {key: value for key, value in settings.items() if not key.startswith("schedule.")}
         alike = seen.setdefault(fingerprint(written), [])
-        other = next((each for each in alike if same_values(each.config, cell.config)), None)
-        alike.append(cell)
-        if other is not None:
-            names = cell.folder.name if other.folder == cell.folder else f"{other.folder.name} and {cell.folder.name}"
-            raise ConfigError(f"two cells of this sweep are the same run: {names}; leave one out")
+        other = next((words for each, words in alike if same_values(each.config, cell.config)), None)
+        alike.append((cell, arguments))
+        if other is None:
+            continue
+        pair = [[line for line in a if line not in b] for a, b in ((other, arguments), (arguments, other))]
+        if not any(pair):
+            swept = [o for o in overrides if o.is_sweep_override()]
+            twice = next(o for o in reversed(swept) if len({*values_of(o)}) < len(values_of(o)))
+            raise ConfigError(f"{twice.input_line}: two of these values are the same; leave one out")
+        names = [",".join(sorted(lines)) or "no override" for lines in (pair if all(pair) else (other, arguments))]
+        raise ConfigError(f"two cells of this sweep are the same run: {' and '.join(names)}; leave one out")

@@ -32,6 +32,7 @@ HYDRA_KEYS = (  # those that a user may set
     *("hydra/launcher", "hydra.sweeper.max_batch_size", "hydra.launcher."),
     *("hydra/sweeper", *SEARCH_KEYS),
 )
+SETTABLE = ", ".join(f"{key}KEY" if key.endswith(".") else key for key in HYDRA_KEYS)
 SWEEPERS = {"hydra/sweeper": ("basic", "optuna"), "hydra/sweeper/sampler": ("tpe", "random")}
 ONE_PER_COMMAND = ("experiment", "out")
 DEFAULTS = ("variant=null",)  # defaults that are no option; Hydra cannot choose them, so they are left out
@@ -160,9 +161,7 @@ def check_override(override: Override) -> None:
     if key.startswith("hydra.sweeper.") and not key.startswith((*HYDRA_KEYS, "hydra.sweeper.params")):
         raise unknown("setting of a search", key, SEARCH_KEYS)
     if not key.startswith(HYDRA_KEYS) and key.partition(".")[0].partition("/")[0] == "hydra":
-        raise ConfigError(
-            f"{line}: of Hydra's settings only {', '.join(HYDRA_KEYS)}... can be set; out=DIR sets the folder"
-        )
+        raise ConfigError(f"{line}: of Hydra's settings only {SETTABLE} can be set; out=DIR sets the folder")
     if override.is_sweep_override() and (key in ONE_PER_COMMAND or override.is_hydra_override()):
         raise ConfigError(f"{line}: a command has one {key}; give one command for each")
     if key in SWEEPERS:
@@ -210,9 +209,12 @@ def _unknown_option(group: str, value: str) -> ConfigError:
     if node and value.startswith("{") and "_target_" in value:
         swept = f"{node}._target_=A,B, and their keys as {node}.KEY=VALUE"
         return ConfigError(f"{group}={value}: a sweep of classes is written as {swept}")
-    if "; nearest: " in str(error) or search_path() or not value.isidentifier() or value in KEYWORDS:
+    if "; nearest: " in str(error):
         return error
-    return ConfigError(f"{error}; name a folder that holds {group}/{value}.yaml by --config-dir or MOE_SEARCH_PATH")
+    advice = "" if "; known: " in str(error) else "; --help lists all"
+    if not search_path() and value.isidentifier() and value not in KEYWORDS:
+        advice = f"; name a folder that holds {group}/{value}.yaml by --config-dir or MOE_SEARCH_PATH{advice}"
+    return ConfigError(f"{error}{advice}")
 
 
 def check_number(overrides: Iterable[Override]) -> None:

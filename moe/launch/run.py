@@ -38,8 +38,10 @@ LIBRARIES = (
 )
 
 
-def run(cell: Cell) -> None:
+def run(cell: Cell, number: str = "") -> None:
     """Train one cell, or skip it if it is finished.
+
+    number: which run of a sweep this is, such as "run 3 of 12". It is printed before the folder.
 
     The outcome is written to run.json in the folder. A failure is written there and printed, but not raised, so that a
     sweep goes on. If there are several ranks, the first one decides whether to train and holds the lock.
@@ -49,6 +51,8 @@ def run(cell: Cell) -> None:
         if ranks.broadcast(None):
             _train(cell)
         return
+    prefix = f"{number}: " if number else ""
+    name = f"{prefix}{_shown(cell.folder)}"
     try:
         already_finished = finished(cell)
     except RecordError as error:
@@ -56,14 +60,19 @@ def run(cell: Cell) -> None:
         ranks.broadcast(False)
         return
     if already_finished:
-        log.info("%s: skipped, because it is finished", cell.folder)
+        log.info("%s: skipped, because it is finished", name)
         ranks.broadcast(False)
         return
     cell.folder.mkdir(parents=True, exist_ok=True)
     with locked(cell.folder / LOCK) as owner:
         if ranks.broadcast(_may_train(cell, owner)):
-            log.info("%s: training", cell.folder)
-            _train(cell)
+            log.info("%s: training", name)
+            _train(cell, prefix)
+
+
+def _shown(folder: Path) -> Path:
+    """Return a folder as it is printed: relative to the current folder if it lies below it."""
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
 def _may_train(cell: Cell, owner: str | None) -> bool:
@@ -92,7 +101,7 @@ def _may_train(cell: Cell, owner: str | None) -> bool:
     return True
 
 
-def _train(cell: Cell) -> None:
+def _train(cell: Cell, prefix: str = "") -> None:
     from moe.runs.mirrors import Mirrors
     from moe.training.divergence import Diverged
     from moe.training.loop import train
@@ -113,7 +122,7 @@ def _train(cell: Cell) -> None:
         if ranks.is_first():
             delete_checkpoints(cell.folder)  # not earlier, so that a run that is killed at its end can be resumed
         if final:
-            log.info("%s: finished, val perplexity %.2f", cell.folder, final["val/perplexity"])
+            log.info("%sfinished, val perplexity %.2f", prefix, final["val/perplexity"])
         if signals.received in STOP:  # this run is complete, but the rest of a sweep must stop
             sys.exit(128 + signals.received)
     except Interrupted as stop:

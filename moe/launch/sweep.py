@@ -19,6 +19,7 @@ from moe.runs.folder import (
     finished,
     grid_name,
     locked,
+    missing_copies,
     missing_models,
     status,
     stored_record,
@@ -197,6 +198,8 @@ def _report(cells: list[Cell], before: list[str], refusal: str | None = None, *,
         print()
         for cell, old, new in zip(cells, before, after, strict=True):
             reason = f": {refusal}" if refusal and new == "missing" else _reason(cell, new)
+            if old == new == "finished" and (lacks := missing_copies(cell)):
+                reason += f", {lacks}"
             print(printable(f"{_outcome(old, new):<11} {cell.folder.name}{reason}"))
     if tables and len(cells) > 1 and sweep.is_dir():
         from moe.results import sweep_tables

@@ -24,6 +24,8 @@ from moe.launch.cells import job_cell
 from moe.launch.revisions import pinned_by_first_rank
 from moe.runs.record import RecordError
 
+NUMBER = "MOE_NUMBER_OF_RUNS"  # tells the processes of a launcher how many runs the sweep has
+
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def run_cell(composed: DictConfig) -> None:
@@ -32,12 +34,20 @@ def run_cell(composed: DictConfig) -> None:
 
     from moe.launch.run import run
 
-    run(pinned_by_first_rank(job_cell(composed, HydraConfig.get())))
+    settings = HydraConfig.get()
+    total = os.environ.get(NUMBER)
+    number = f"run {settings.job.num + 1} of {total}" if total else ""
+    run(pinned_by_first_rank(job_cell(composed, settings)), number)
 
 
 def launch(command: command_line.Command) -> None:
     """Let Hydra train the cells of a command with the chosen launcher, or answer `--cfg` and the like."""
     sys.argv[1:] = command.arguments
+    os.environ.pop(NUMBER, None)
+    if (
+        "--multirun" in command.arguments and "hydra/launcher=slurm" not in command.arguments
+    ):  # it numbers only new jobs
+        os.environ[NUMBER] = str(len(command.cells or []))
     if command.cells is None:  # Hydra prints its answer; `| head` may close the pipe early
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     for sweeper in Plugins.instance().discover(Sweeper):  # Hydra imports its plugins a second time: other classes

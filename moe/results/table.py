@@ -196,11 +196,19 @@ def _walk(paths: Iterable[Path | str]) -> tuple[list[Path], list[Path]]:
 
 
 def _nearest(path: Path) -> str:
+    """Return a text that names the folder with runs whose name is the most similar; "" if there is none."""
     while path.parent != path and not path.parent.is_dir():
         path = path.parent
     siblings = [folder.name for folder in path.parent.iterdir() if folder.is_dir()]
-    close = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.4)
-    return f"; the nearest is {path.parent / close[0]}" if close else ""
+    close = difflib.get_close_matches(path.name, siblings, n=5, cutoff=0.4)
+    found = next((folder for name in close if _has_runs(folder := path.parent / name)), None)
+    return "" if found is None else f"; the nearest is {found}"
+
+
+def _has_runs(folder: Path) -> bool:
+    """Return whether a folder is a run, a sweep, or holds some as far below as this project puts them."""
+    files = (*RUN_FILES, SweepRecord.FILE)
+    return any(any(folder.glob(f"{below}{file}")) for below in ("", "*/", "*/*/") for file in files)
 
 
 def _cells(sweep: Path) -> list[dict[str, Any]]:

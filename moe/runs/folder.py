@@ -12,6 +12,7 @@ from typing import Any
 from moe.checks import ConfigError
 from moe.config.schema import KEPT, OFF, Cell, fingerprint, is_free
 from moe.files import open_file, open_unlinked
+from moe.runs import csv_mirror, tensorboard_mirror
 from moe.runs.record import RecordError, RunRecord, SweepRecord
 from moe.runs.traces import milestones
 
@@ -57,6 +58,14 @@ def missing_models(cell: Cell) -> str:
         return ""
     reason = f"save_model={config.save_model} was not set when they would have been saved"
     return f"without {', '.join(missing)}: {reason}; delete the folder to train the run again"
+
+
+def missing_copies(cell: Cell) -> str:
+    """Return a text that names the files of `logger.to` that the finished run lacks; "" if none. W&B may have none."""
+    files = {"csv": csv_mirror.FILE, "tensorboard": tensorboard_mirror.FOLDER}
+    missing = [files[place] for place in cell.config.logger.to if place in files]
+    missing = [name for name in missing if not (cell.folder / name).exists()]
+    return f"without {', '.join(missing)}: a finished run is not copied to a new place" if missing else ""
 
 
 def same_run(cell: Cell) -> Path | None:

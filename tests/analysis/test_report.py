@@ -326,11 +326,14 @@ def analyze(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 
 def test_the_option_metric_adds_a_metric_to_the_tables_and_tests(
-    published: Path, analyze: Analyze, tmp_path: Path
+    published: Path, analyze: Analyze, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In a terminal, the command says first what takes a while."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     metric = "routing/entropy/layer03"
     done = analyze("--metric", metric, "--metric", "val/loss", "--margin", f"{metric}=1")
     assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("runs read: 18; writing the report and its figures, which takes a while\n")
     header = next(line for line in done.stdout.splitlines() if "val/loss" in line)
     assert header.split() == [
         *("noise", "lb", "val/loss", "val/perplexity", "val/accuracy", "routing/load_cv/pooled", metric, "n", "seeds")

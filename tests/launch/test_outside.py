@@ -1,6 +1,7 @@
 """Tests of routers and options that lie outside of this project: how they are named, recorded and refused."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,15 +12,16 @@ from run_folders import FACTS
 from train_processes import TRAIN, run_script
 
 from moe.checks import ConfigError, parse
-from moe.config.options import SEARCH_PATH, options
+from moe.config.options import CONF, SEARCH_PATH, options
 from moe.config.plugins import _read
 from moe.config.schema import Cell
 from moe.launch.command_line import help_text, read_cells
 from moe.launch.compose import _compose_groups
-from moe.launch.run import run, write_run_record
-from moe.runs.folder import difference, finished
+from moe.launch.run import _shown, run, write_run_record
+from moe.runs.folder import _runs_by_content, difference, finished
 from moe.runs.record import RunFacts, RunRecord
 
+EXTENDING = (CONF.parent / "docs" / "extending.md").read_text(encoding="utf-8")
 CODE = """
 from moe.routers.topk import TopK
 
@@ -135,6 +137,15 @@ def test_keys_of_a_class_can_be_swept(lab: Path) -> None:
             r"^hydra.searchpath=3: must be a list of folders, such as \[file:///home/me/lab/conf\]$",
         ),
         ("hydra.searchpath=[no.such]", "no.such: no such folder of options$"),
+        (
+            "--config-dir=conf experiment=mine",
+            "^hydra.sweeper.params: a grid of router needs a sweep; add -m, or write `mode: MULTIRUN` below `hydra:`",
+        ),
+        (
+            "router=foo",
+            "^unknown option of router 'foo'; name a folder that holds router/foo.yaml by .*; --help lists all$",
+        ),
+        ("--config-dir=conf router=foo", "^unknown option of router 'foo'; --help lists all$"),
         ("--config-dir=conf router=momentun", "^unknown option of router 'momentun'; nearest: momentum$"),
         (
             "--config-dir=conf router=momentum router.bet=1",
@@ -290,6 +301,34 @@ def test_a_run_records_the_code_of_its_classes_and_is_not_continued_with_other_c
     _read.cache_clear()
     assert not finished(cell)
     assert difference(cell) == ["the code of mylab has changed since that run began"]
+
+
+def test_a_key_that_a_class_does_not_take_is_refused_beside_its_finished_run(lab: Path) -> None:
+    """The finished run is found without the key, and then the class has to be asked what it takes."""
+    [cell] = cells("--config-dir=conf", TARGET)
+    cell.folder.mkdir(parents=True)
+    write_run_record(cell, "finished", parse(RunFacts, FACTS))
+    _runs_by_content.cache_clear()
+    known = "router.beta, router.k, router.names"
+    with pytest.raises(ConfigError, match=f"^unknown key of router 'router.alpha'; known: {known}$"):
+        cells("--config-dir=conf", TARGET, "router.alpha=0.9")
+
+
+def test_the_experiment_of_the_page_about_extending_spans_its_grid(lab: Path) -> None:
+    [experiment] = re.findall(r"```yaml\n(# @package _global_\n.*?)```", EXTENDING, re.DOTALL)
+    [router] = re.findall(r"```python\n# moe/routers/distance.py\n(.*?)```", EXTENDING, re.DOTALL)
+    [option] = re.findall(r"```yaml\n# conf/router/distance.yaml\n(.*?)```", EXTENDING, re.DOTALL)
+    (lab / "mylab/distance.py").write_text(router)
+    (lab / "conf/router/distance.yaml").write_text(option.replace("moe.routers", "mylab"))
+    (lab / "conf/experiment/mine.yaml").write_text(experiment)
+    found = cells("--config-dir=conf", "experiment=mine")
+    asked = [(cell.choices["router"], cell.config.seed, len(cell.config.claims)) for cell in found]
+    assert asked == [(router, seed, 1) for router in ("topk", "distance") for seed in (42, 43, 44)]
+
+
+def test_a_folder_is_printed_relative_to_the_current_folder(lab: Path) -> None:
+    assert str(_shown(lab / "outputs" / "a")) == "outputs/a"
+    assert _shown(lab.parent / "a") == lab.parent / "a"
 
 
 def test_a_run_without_foreign_classes_records_none(lab: Path) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -69,7 +70,8 @@ def test_a_sweep_over_routers_trains_each_with_the_same_temperature_and_is_found
     done = run_script(TRAIN, *settings, "router.temp=1.5", f"out={tmp_path}/ä=1")
     assert done.returncode == 0, done.stderr
     assert "HYDRA" not in done.stdout
-    assert done.stdout.count(": training\n") == 2
+    assert re.findall(r"(run . of .): .*: training\n", done.stdout) == ["run 1 of 2", "run 2 of 2"]
+    assert re.findall(r"(run . of .): finished, val perplexity", done.stdout) == ["run 1 of 2", "run 2 of 2"]
     sweep = tmp_path / "ä=1" / "default"
     assert done.stdout.endswith(f"table: {sweep}/results.csv; next: python {ANALYZE} {shlex.quote(str(sweep))}\n")
     folders = sorted((tmp_path / "ä=1").glob("*/*/"))

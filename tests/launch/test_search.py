@@ -59,7 +59,7 @@ def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
         (f"-m {OPTUNA} router.k=interval(1,9)", "router.k=9: must be between 1 and model.num_experts=8"),
         (f"-m {OPTUNA} model.heads=interval(1,4)", "model.heads=3: "),
         (f"-m {OPTUNA} model.heads=range(1,5)", "model.heads=3: "),
-        (f"-m {OPTUNA} lb=interval(0,0.1) seed=1,1", "two cells of this sweep are the same run: lb=0.0,seed=1; leave"),
+        (f"-m {OPTUNA} lb=interval(0,0.1) seed=1,1", "^seed=1,1: two of these values are the same; leave one out$"),
         (f"-m {OPTUNA} lb=interval(0,0.1) seed=1,-1", "seed=-1: must be"),
         (f"-m {OPTUNA} router=topk,temperature router.tempp=interval(1,2)", "unknown key of router=topk 'router.te"),
         ("-m hydra/sweeper=Optuna lb=interval(0,1)", "hydra/sweeper=Optuna: must be one of .*; nearest: optuna"),

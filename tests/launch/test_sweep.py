@@ -36,6 +36,7 @@ def test_the_outcome_of_each_cell_is_printed_with_its_reason(cells: list[Cell], 
     """The outcomes come from the folders alone: a worker may print elsewhere, and the launcher may have given up."""
     skipped, resumed, finished, failed, killed, missing = cells
     leave_record(skipped, "finished")
+    skipped.config.logger.to.append("csv")
     leave_record(resumed, "interrupted", "stopped by SIGTERM after step 3; the same command resumes it")
 
     def launch() -> None:
@@ -48,7 +49,7 @@ def test_the_outcome_of_each_cell_is_printed_with_its_reason(cells: list[Cell], 
     assert carry_out(cells, launch) == 1
     table = capsys.readouterr().out.splitlines()[2:8]
     assert table == [
-        f"skipped     {skipped.folder.name}",
+        f"skipped     {skipped.folder.name}, without metrics.csv: a finished run is not copied to a new place",
         f"resumed     {resumed.folder.name}",
         f"finished    {finished.folder.name}",
         f"failed      {failed.folder.name}: ValueError: out of luck\\x1b[2J",

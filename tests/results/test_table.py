@@ -159,8 +159,11 @@ def test_an_unreadable_cell_list_is_reported(sweep: Path) -> None:
 
 
 def test_the_error_about_a_wrong_folder_names_the_nearest_folder(sweep: Path) -> None:
+    (sweep.parent / "noise_b").mkdir()  # more similar, but without runs
     with pytest.raises(ValueError, match=r"no folder .*noise_bl; the nearest is .*noise_lb$"):
         load_runs([sweep.parent / "noise_bl"])
+    with pytest.raises(ValueError, match=r"no folder .*noise_bb$"):
+        load_runs([sweep / "noise_b" / "noise_bb"])
     (sweep.parent / "empty").mkdir()
     with pytest.raises(ValueError, match=r"no run in .*empty: a run folder holds a run\.json"):
         load_runs([sweep.parent / "empty"])
