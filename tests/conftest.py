@@ -38,11 +38,12 @@ SMALL = """
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--reliability", type=Path, help="with -m faults: write all faults and their results to this file")
+    parser.addoption("--soak", type=int, default=200, help="with -m faults: the number of random faults in one run")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the longest tests first, so that two workers end at about the same time."""
-    longest = "two_hundred_random_faults long_run fuzz compiled test_run.py test_extending".split()
+    longest = "many_random_faults long_run fuzz compiled test_run.py test_extending".split()
     items.sort(key=lambda item: not any(word in item.nodeid for word in longest))
 
 
