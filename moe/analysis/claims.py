@@ -35,7 +35,15 @@ from moe.analysis.statistics import (
 from moe.checks import plain
 from moe.config.claim import DOMAIN, OURS, ClaimConfig, absolute
 from moe.results.comparable import incomparable
-from moe.results.conditions import NAMED_ROUTERS, by_seed, conditions, levels, varied_factors, with_causality
+from moe.results.conditions import (
+    NAMED_ROUTERS,
+    by_seed,
+    conditions,
+    levels,
+    two_levels,
+    varied_factors,
+    with_causality,
+)
 from moe.results.table import level
 from moe.runs.record import RunRecord
 
@@ -320,7 +328,7 @@ def _compare(claim: ClaimConfig, runs: pd.DataFrame, others: list[str], treated:
     from the seed's other pairs and from the combination's other seeds, so that it shifts no mean.
     """
     pairs: dict[str, pd.DataFrame] = {}
-    for cell, members in conditions(runs, others):
+    for cell, members in conditions(two_levels(runs, claim.factor, (treated, reference), others), others):
         sides = [members[members[claim.factor] == side] for side in (treated, reference)]
         if all(map(len, sides)):
             if reason := incomparable(claim.metric, *sides):

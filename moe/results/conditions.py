@@ -128,6 +128,23 @@ def spread_table(summary: pd.DataFrame) -> pd.DataFrame:
 NAMED_ROUTERS = ("router", "variant")  # columns whose levels say how tokens are routed
 
 
+def two_levels(runs: pd.DataFrame, factor: str, pair: tuple[Any, Any], others: list[str]) -> pd.DataFrame:
+    """Return the runs at two levels of a factor, so that those which differ in it alone have all else in common.
+
+    Another factor may not apply at one of the two levels, where it is `ABSENT`, such as the temperature of a router
+    that has none. The runs there stand for each of its levels at the other one, and are repeated with each.
+    """
+    sides = [runs[runs[factor] == each] for each in pair]
+    for other in others:
+        for here, there in ((0, 1), (1, 0)):
+            missing, known = sides[here][other] == ABSENT, sides[there][other]
+            if missing.all() and not (known == ABSENT).any():
+                sides[here] = pd.concat(
+                    [sides[here].assign(**{other: each}) for each in levels(known)] or [sides[here]]
+                )
+    return pd.concat(sides)
+
+
 def with_causality(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the same runs with "(causal: ...)" after the name of every router and arm.
 

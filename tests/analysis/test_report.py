@@ -366,7 +366,7 @@ def test_an_added_metric_is_tested_only_in_experiments_that_have_it(tmp_path: Pa
     family = pd.concat(parts).dropna()
     np.testing.assert_allclose(pd.concat(found).dropna(), multipletests(family, method="holm")[1])
     assert {(each.name, each.tests, each.share) for each in with_metric.families} == {
-        ("comparisons that nobody planned", len(family), 1.0)
+        ("comparisons that nobody planned (contrasts, and terms of the analysis of variance)", len(family), 1.0)
     }
 
 
