@@ -20,7 +20,7 @@ from statsmodels.stats.weightstats import DescrStatsW
 
 from moe.config.claim import absolute
 from moe.results.comparable import incomparable
-from moe.results.conditions import STD, by_seed, conditions, levels, reference_level, varied_factors
+from moe.results.conditions import STD, by_seed, conditions, levels, reference_level, two_levels, varied_factors
 
 CONFIDENCE, POWER = 0.95, 0.8
 SIGNIFICANCE = 0.05  # the largest corrected p that counts as significant
@@ -83,9 +83,9 @@ def contrasts(
         for level in levels(runs[factor]):
             if level == reference:
                 continue
-            for cell, members in conditions(runs, others):
+            for cell, members in conditions(two_levels(runs, factor, (level, reference), others), others):
                 if not {level, reference} <= set(members[factor]):
-                    continue  # this cell was not planned, such as the temperature of a router that has none
+                    continue  # this cell was not planned
                 treated, baseline = (members[members[factor] == side] for side in (level, reference))
                 names = {"factor": factor, "level": level, "reference": reference, "within": name_cell(cell)}
                 rows.append({"metric": metric} | names | _compare_runs(metric, treated, baseline, margin))

@@ -84,6 +84,25 @@ def test_the_width_ratio_compares_the_paired_interval_with_that_of_independent_r
     assert (table["width ratio"].item() < 0.5) == narrower
 
 
+def test_a_level_where_another_factor_does_not_apply_is_compared_with_each_of_its_levels() -> None:
+    """Top-k has no temperature, so its runs stand beside those of the router with a temperature at both of them."""
+    arms = {("topk", "absent"): 0.0, ("temperature", 1.0): 0.2, ("temperature", 2.0): 0.5}
+    rows = [
+        {
+            "seed": seed,
+            "router": router,
+            "router.temp": temp,
+            "val/loss": 4.0 + effect + 0.01 * seed * seed,
+            "causality": "yes",
+        }
+        for (router, temp), effect in arms.items()
+        for seed in (1, 2, 3)
+    ]
+    table = contrasts(pd.DataFrame(rows), "val/loss", ["router", "router.temp"], references={"router": "topk"})
+    found = {row["within"]: row["difference"] for _, row in table[table["factor"] == "router"].iterrows()}
+    assert found == {"router.temp=1.0": pytest.approx(0.2), "router.temp=2.0": pytest.approx(0.5)}
+
+
 def test_noise_0_1_is_significant_after_holm_only_with_load_balancing(runs: pd.DataFrame) -> None:
     table = contrasts(runs, "ppl", ["noise", "lb"], references={"lb": 0.01})
     assert len(table) == 7
