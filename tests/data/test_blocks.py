@@ -541,6 +541,7 @@ print(manifest["key"], manifest["corpus_sha256"], *sorted(manifest["files"].valu
 """
 
 
+@pytest.mark.faults
 def test_processes_that_start_together_make_one_cache(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     processes = [

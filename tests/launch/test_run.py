@@ -50,6 +50,7 @@ def test_every_file_of_a_run_has_the_permissions_of_a_new_file(finished_command:
     assert modes == dict.fromkeys(modes, (tmp_path / "new").stat().st_mode & 0o777)
 
 
+@pytest.mark.faults
 def test_a_copied_run_is_analyzed_on_a_platform_without_locks(finished_command: TrainCommand, tmp_path: Path) -> None:
     """Python on Windows has no module fcntl, and its default encoding is not UTF-8."""
     copy = tmp_path / "copied runs"
