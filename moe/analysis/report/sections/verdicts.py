@@ -32,15 +32,15 @@ TITLES = {
 }
 DECIDES = """\
 A direction is called significant, and a claim supported or contradicted, if its p is at most 5 % after correction for
-all tests of this report ("Holm" in sentences, `p Holm` in tables). The probability that any of these results is due to
-chance is then at most 5 % for the whole report. The tests form families, each with a share of these 5 %: {families}.
-This is the level that a sentence names: a test whose p is below it is significant, whatever the other tests show. When
-a test is significant, its part goes to the tests of its family that are left (Holm's method). When all tests of a
-family are significant, its share goes to the other families. All other numbers describe: a pair such as [-1, 2] after a
-difference is its 95 % interval, which holds for itself, and no direction that is read from intervals, figures or tables
-is tested."""
+all tests of this report ("Holm" in sentences, `p Holm` in tables). If no setting made a difference, chance would make
+a report call anything significant in at most 5 % of cases. The tests form families, each with a share of these 5 %:
+{families}. This is the level that a sentence names: a test whose p is below it is significant, whatever the other
+tests show. When a test is significant, its part goes to the tests of its family that are left (Holm's method). When
+all tests of a family are significant, its share goes to the other families. All other numbers describe: a pair such as
+[-1, 2] after a difference is its 95 % interval, which holds for itself, and no direction that is read from intervals,
+figures or tables is tested."""
 EQUIVALENCE = """\
-A metric with a `--margin` has a second question: is the difference smaller than the margin? A contrast is equivalent
+With `--margin`, a metric has a second question: is the difference smaller than the margin? A contrast is equivalent
 if the p of two one-sided tests (TOST) is at most 5 % after Holm's correction over all contrasts of its experiment that
 have a margin. These tests have 5 % of their own and take nothing from the tests above. A difference that is not
 significant is no proof of equivalence."""
