@@ -50,6 +50,11 @@ SPECS += [
 BY_NAME = {spec.name: spec for spec in SPECS}
 OTHER_LIMITS = ("group_limited", "null_experts")  # routers whose k may not be any number from 1 to E
 TOP_K = [path.stem for path in YAMLS if "k" in BY_NAME[path.stem].settings and path.stem not in OTHER_LIMITS]
+# Routers that declare what a single expert makes useless. Others, such as those of docs/extending.md, need not.
+WITH_ONE_EXPERT = """
+    chain_of_experts cosine expert_threshold gumbel hash noisy_topk quantile_balancing random sigmoid_bias sinkhorn
+    spectra switch temperature top2 topk topk_hard
+""".split()
 # Settings with which a router ignores keys that it uses with others.
 CORNERS = [
     Spec(f"{name} {changes} of {experts}", BY_NAME[name].settings | changes, experts)
@@ -64,7 +69,7 @@ CORNERS = [
         ("group_limited", {"k": 1}, E),
         ("group_limited", {"k": E, "top_groups": 4}, E),
         *((name, {"k": E}, E) for name in TOP_K),
-        *((name, {"k": 1}, 1) for name in TOP_K if name != "softk"),
+        *((name, {"k": 1}, 1) for name in WITH_ONE_EXPERT),
         ("group_limited", {"k": 1, "groups": 1, "top_groups": 1}, 1),
         ("expert_choice", {"capacity_factor": 0.5}, 1),
         ("top_p", {"k_max": 1}, 1),
