@@ -77,7 +77,8 @@ def measure_point(
     nn.Module.to(model, timed_device())
     seconds = time_in_turns([("step", bare_step(model, config))], rounds=rounds)["step"]
     flops = 3 * flops_per_token(model, seq_len) * batch * seq_len + newton_schulz_flops(model)
-    return StepCost(seconds, flops, (peak_memory_gb(timed_device()) or float("nan")) - before)
+    peak = peak_memory_gb(timed_device()) or float("nan")
+    return StepCost(seconds, flops, max(peak - before, 0.0))  # the counters of Linux lag by some pages
 
 
 def newton_schulz_flops(model: MoEForCausalLM) -> float:
