@@ -186,7 +186,9 @@ def carry_out(search: Search, launch: Callable[[list[Cell], list[str]], object])
         names: dict[int, str] = {}
         arguments: list[str] = []
         for trial in trials:
-            levels = _without_lacking(search, {each.key: each.suggest(trial) for each in search.dimensions})
+            levels = {each.key: each.suggest(trial) for each in search.dimensions}
+            with composing():
+                levels = _without_lacking(search, levels)
             names[trial.number] = " ".join(f"{key.lstrip('+')}={value}" for key, value in levels.items())
             print(f"trial {trial.number + 1} of {settings.n_trials}: {names[trial.number]}", flush=True)
             try:
