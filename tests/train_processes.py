@@ -130,15 +130,25 @@ def _fork(
 ) -> BaseProcess:
     """Start a script in a process whose standard output and error go to these files; return once it runs."""
     ready = _SERVER.Event()
-    process = _SERVER.Process(target=_main, args=(script, list(arguments), outputs, Path(cwd or "."), ready, sabotage))
+    process = _SERVER.Process(
+        target=_main, args=(script, list(arguments), outputs, Path(cwd or "."), ready, sabotage, {**os.environ})
+    )
     process.start()
     assert ready.wait(LIMIT)
     return process
 
 
 def _main(
-    script: Path, arguments: list[str], outputs: tuple[Path, Path], cwd: Path, ready: Event, sabotage: Sabotage | None
+    script: Path,
+    arguments: list[str],
+    outputs: tuple[Path, Path],
+    cwd: Path,
+    ready: Event,
+    sabotage: Sabotage | None,
+    environment: dict[str, str],
 ) -> None:
+    os.environ.clear()  # the server has the variables of the first test that started a process
+    os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the server ignores it, and so does a shell's `&`
     ready.set()
     for number, path in enumerate(outputs, start=1):

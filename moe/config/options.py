@@ -26,19 +26,22 @@ def search_path() -> list[Path]:
 
     Raises ConfigError for one that does not exist or holds no folder with the name of a config group.
     """
-    named = [Path(word) for word in _named()]
+    named = [Path(os.path.abspath(word)) for word in _named()]
     of_packages = _folders_of_packages(tuple(sys.path))
-    for folder in named + of_packages:
-        origin = "" if folder in named else f", named by the entry point {ENTRY_POINTS} of a package"
-        if not folder.is_dir():
-            several = os.pathsep in os.environ.get(SEARCH_PATH, "") and folder in named
-            advice = (
-                f"; a '{os.pathsep}' in {SEARCH_PATH} separates folders, so no name can have one" if several else ""
-            )
-            raise ConfigError(f"{folder}: no such folder of options{origin}{advice}")
-        if not any((folder / group).is_dir() for group in GROUPS):
-            raise ConfigError(f"{folder}: must hold at least one of the folders {', '.join(GROUPS)}{origin}")
+    several = os.pathsep in os.environ.get(SEARCH_PATH, "")
+    advice = f"; a '{os.pathsep}' in {SEARCH_PATH} separates folders, so no name can have one" if several else ""
+    for folder in named:
+        _check_folder(folder, advice=advice)
+    for folder in of_packages:
+        _check_folder(folder, origin=f", named by the entry point {ENTRY_POINTS} of a package")
     return [folder.resolve() for folder in named + of_packages]
+
+
+def _check_folder(folder: Path, *, origin: str = "", advice: str = "") -> None:
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder of options{origin}{advice}")
+    if not any((folder / group).is_dir() for group in GROUPS):
+        raise ConfigError(f"{folder}: must hold at least one of the folders {', '.join(GROUPS)}{origin}")
 
 
 @cache
@@ -61,12 +64,13 @@ def use(folders: Iterable[str] = ()) -> None:
     """
     added = []
     for word in folders:
-        added.append(str(_folder_of(word)))
-        if os.pathsep in os.path.abspath(added[-1]):
+        added.append(os.path.abspath(_folder_of(word)))
+        if os.pathsep in added[-1]:
             raise ConfigError(f"{word}: a folder of options cannot have '{os.pathsep}' in its path; rename it")
+        _check_folder(Path(added[-1]))
+    search_path()  # before `added` joins it, so that a message about the variable is about what the user wrote there
     if words := list(dict.fromkeys(os.path.abspath(word) for word in [*_named(), *added])):
         os.environ[SEARCH_PATH] = os.pathsep.join(words)
-    search_path()
     for word in words:
         sys.path += [place for place in (word, os.path.dirname(word)) if place not in sys.path]
 

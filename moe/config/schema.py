@@ -45,9 +45,9 @@ OFF: dict[str, Any] = {
     **{loss.weight: 0.0 for loss in LOSSES.values()},
 }
 
-# Such keys without a value that switches them off. A run that ignores them keeps their values.
-KEPT = frozenset(("optimizer.momentum", "optimizer.expert_step"))
-
+# Such keys without a value that switches them off. A run that ignores them has their defaults.
+RATES = frozenset(("optimizer.router_lr", "optimizer.experts_lr"))
+DEFAULTED = RATES | {"optimizer.momentum", "optimizer.expert_step"}
 
 # Sizes that a 32-bit floating-point number can have with full precision, apart from 0.
 SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
@@ -158,14 +158,7 @@ class OptimizerConfig:
             value = getattr(self, name)
             ok = value is None or (finite(value) and value > 0)
             require(ok, f"optimizer.{name}", value, "a finite number > 0")
-        for name in ("router_lr", "experts_lr"):
-            value = getattr(self, name)
-            ok = value is None or self.muon_lr is None
-            allowed = f"null, because Muon trains these matrices with optimizer.muon_lr={self.muon_lr}"
-            require(ok, f"optimizer.{name}", value, allowed)
         one_of("optimizer.expert_step", self.expert_step, ("equal", "gradient"))
-        muon = self.muon_lr is not None
-        require(muon or self.expert_step == "equal", "optimizer.expert_step", self.expert_step, "equal without Muon")
         for name in ("momentum", "beta1", "beta2"):
             value = getattr(self, name)
             require(finite(value) and 0 <= value < 1, f"optimizer.{name}", value, "in [0, 1)")
@@ -323,35 +316,46 @@ class Config:
         """Return the keys that change nothing in this run.
 
         These are the keys of `OFF` and of the router itself that the router ignores, such as router.gate, `drop` if
-        there is no capacity limit, and those of `KEPT` that this optimizer does not use. If no layer is a Mixture of
-        Experts, they are all keys of `OFF`, and the groups in `DENSE_IGNORES`. Otherwise this imports torch.
+        there is no capacity limit, and those of `DEFAULTED` that this optimizer does not use, or that concern weights
+        which this model does not have. If no layer is a Mixture of Experts, they are all keys of `OFF`, and the groups
+        in `DENSE_IGNORES`. Otherwise this imports torch.
         """
         muon = self.optimizer.muon_lr is not None
-        kept = set() if muon else {"optimizer.momentum"}
-        if self.is_dense or self.model.num_experts == 1 or not muon:
-            kept.add("optimizer.expert_step")
+        unused = set(RATES) if muon else {"optimizer.momentum", "optimizer.expert_step"}
         if self.is_dense:
-            return frozenset((*OFF, *DENSE_IGNORES, *kept))
+            return frozenset((*OFF, *DENSE_IGNORES, *RATES, "optimizer.expert_step", *unused))
+        if self.model.num_experts == 1:
+            unused.add("optimizer.expert_step")
         router = self.build_router()
+        if not any(p.requires_grad for p in router.parameters()):
+            unused.add("optimizer.router_lr")
         ignored = router.ignored_keys()
         if self.capacity is None or "capacity" in ignored:
             ignored |= {"drop"} | router.ignores_without_capacity
-        return frozenset(ignored & {*OFF, *(f"router.{name}" for name in self.router)} | kept)
+        return frozenset(ignored & {*OFF, *(f"router.{name}" for name in self.router)} | unused)
+
+    def settings_in_effect(self) -> dict[str, Any]:
+        """Return `identity`, with the values to which the router's are equivalent. This imports torch, unless dense."""
+        same = {} if self.is_dense else self.build_router().same_as
+        return self.identity() | {f"router.{name}": value for name, value in same.items()}
 
     def unused_sizes(self) -> frozenset[str]:
-        """Return the sizes and learning rates of layers that this model does not have.
+        """Return the sizes of layers that this model does not have.
 
         They change nothing in this run, and yet stay in its record, because a model with other layers has them.
         """
         if self.is_dense:
-            model = ("num_experts", "ffn", "shared_experts")
-            return frozenset((*(f"model.{name}" for name in model), "optimizer.router_lr", "optimizer.experts_lr"))
+            return frozenset(("model.num_experts", "model.ffn", "model.shared_experts"))
         return frozenset() if self.model.first_k_dense_replace else frozenset(("model.dense_ffn",))
 
     def without(self, ignored: frozenset[str]) -> "Config":
-        """Return this configuration with these keys switched off. A setting of the router is left to its default."""
+        """Return this configuration without these keys. Settings of router and optimizer get their defaults."""
         used = {name: value for name, value in self.router.items() if f"router.{name}" not in ignored}
-        return replace(self, router=used, **{key: OFF[key] for key in OFF.keys() & ignored})
+        defaults: dict[str, Any] = {
+            f.name: f.default for f in fields(OptimizerConfig) if f"optimizer.{f.name}" in ignored
+        }
+        off = {key: OFF[key] for key in OFF.keys() & ignored}
+        return replace(self, router=used, optimizer=replace(self.optimizer, **defaults), **off)
 
     def build_router(self) -> Any:
         """Return the router of one layer, without memory for its parameters. This imports torch."""

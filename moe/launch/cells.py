@@ -1,10 +1,11 @@
 """Turn the overrides of a command into checked cells, so that every mistake is refused before the first run starts."""
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -14,9 +15,10 @@ from omegaconf import DictConfig, OmegaConf
 from moe.checks import ConfigError, require
 from moe.config.options import GROUPS, sources, use
 from moe.config.schema import (
+    DEFAULTED,
     DENSE_IGNORES,
-    KEPT,
     OFF,
+    RATES,
     Cell,
     Config,
     ModelConfig,
@@ -49,6 +51,36 @@ from moe.launch.resolvers import run_name
 from moe.runs.folder import finished, same_run, stored_record
 from moe.training.schedules import same_values
 
+log = logging.getLogger(__name__)
+
+
+class Start(NamedTuple):
+    """What a command asks for before its cells are known.
+
+    launch: the overrides of Hydra's own settings. own: all others. base: the configuration with Hydra's settings and
+    with the groups of which the command chooses one option. multirun: whether the command is a sweep. presets: the grid
+    of the experiment.
+    """
+
+    launch: list[Override]
+    own: list[Override]
+    base: DictConfig
+    multirun: bool
+    presets: list[Override]
+
+    @classmethod
+    def of(cls, overrides: list[Override], *, multirun: bool) -> "Start":
+        """Read the overrides of a command. The keys of a group depend on its option, so no values are set yet."""
+        launch = [o for o in overrides if o.is_hydra_override()]
+        own = [o for o in overrides if not o.is_hydra_override()]
+        base = compose_config(lines_of([*launch, *(o for o in own if is_group(o) and not o.is_sweep_override())]))
+        presets = [parse_override(f"{key}={value}") for key, value in (base.hydra.sweeper.params or {}).items()]
+        return cls(launch, own, base, multirun or str(base.hydra.mode) == "RunMode.MULTIRUN", presets)
+
+    @property
+    def launcher(self) -> str:
+        return str(self.base.hydra.runtime.choices["hydra/launcher"])
+
 
 def expand(
     overrides: list[Override], *, multirun: bool, planned: bool = True, in_vain: bool = False
@@ -57,34 +89,9 @@ def expand(
 
     planned: whether the experiment's own grid counts. in_vain: whether keys may be set that apply to no cell.
     """
-    launch = [o for o in overrides if o.is_hydra_override()]
-    own = [o for o in overrides if not o.is_hydra_override()]
-    # The keys of a group depend on its option, so values are set only where the options of a cell are known.
-    base = compose_config(lines_of([*launch, *(o for o in own if is_group(o) and not o.is_sweep_override())]))
-    launcher = base.hydra.runtime.choices["hydra/launcher"]
-    allowed = f"basic, or left out: this launch has {ranks.world_size()} processes, which train one cell after another"
-    require(launcher == "basic" or ranks.world_size() == 1, "hydra/launcher", launcher, allowed)
-    multirun = multirun or str(base.hydra.mode) == "RunMode.MULTIRUN"
-    require(multirun or launcher == "basic", "hydra/launcher", launcher, "used with -m: it starts the cells of a sweep")
-    require(launcher != "submitit_slurm", "hydra/launcher", launcher, "slurm, which has the settings of this project")
-    swept = [str(o.input_line) for o in own if o.is_sweep_override()]
-    if swept and not multirun:
-        compose_config(
-            [f"{o.get_key_element()}={values_of(o)[0]}" if o.is_sweep_override() else str(o.input_line) for o in own]
-        )
-        raise ConfigError(f"{swept[0]}: several values need a sweep; add -m")
-    if base.hydra.sweeper.params and not multirun:
-        ways = "add -m, or write `mode: MULTIRUN` below `hydra:` in the file with these params"
-        raise ConfigError(
-            f"hydra.sweeper.params: a grid of {', '.join(base.hydra.sweeper.params)} needs a sweep; {ways}"
-        )
-    batch, jobs = base.hydra.sweeper.get("max_batch_size"), base.hydra.launcher.get("n_jobs")
-    require(batch is None or batch > 0, "hydra.sweeper.max_batch_size", batch, "a whole number > 0, or null")
-    require(jobs != 0, "hydra.launcher.n_jobs", jobs, "a whole number > 0, or -1 for all processors")
-    sweeper = base.hydra.runtime.choices["hydra/sweeper"]
-    require(sweeper == "basic", "hydra/sweeper", sweeper, "chosen in the command, not in an experiment")
-    params = (base.hydra.sweeper.params or {}).items() if multirun and planned else ()
-    presets = [parse_override(f"{key}={value}") for key, value in params]
+    launch, own, base, multirun, presets = start = Start.of(overrides, multirun=multirun)
+    _check_launch(start)
+    presets = presets if multirun and planned else []
     for override in presets + own:
         check_discrete(override)
         check_type(override)
@@ -108,20 +115,46 @@ def expand(
     described = [_without_ignored(*each) for each in zip(cells, composed, grid, strict=True)]
     if not in_vain:
         _refuse_given_in_vain(cells, described, given, varied)
-    check_claims(cells, presets, sweep=multirun)
     _check_distinct(cells, grid, presets + own)
-    cells = described
-    if all(cell.config.is_dense for cell in cells):
+    if all(cell.config.is_dense for cell in described):
         _refuse_keys_of_routing(own)
-    if launcher == "slurm" and not all(map(finished, cells)):
+    runs = _each_run_once(_with_overrides(described, grid, multirun=multirun), say=planned)
+    folders = {cell.folder for cell in runs}
+    written = [cell for cell, each in zip(cells, described, strict=True) if each.folder in folders]
+    check_claims(written, presets, sweep=multirun)
+    if start.launcher == "slurm" and not all(map(finished, runs)):
         slurm.prepare(base.hydra.launcher)
-    cells = _with_overrides(cells, grid, multirun=multirun)
     if not multirun:
-        return cells, [*lines_of(launch), *cells[0].overrides]
-    grid_of_cells = grid_of(cells, presets, own, _usual_settings(base, own))
-    cells = [cell._replace(grid=grid_of_cells) for cell in cells]
+        return runs, [*lines_of(launch), *runs[0].overrides]
+    grid_of_runs = grid_of(runs, presets, own, _usual_settings(base, own))
     common = [o for o in own if o.key_or_group in ONE_PER_COMMAND]
-    return cells, ["--multirun", *lines_of([*launch, *common])]
+    return [cell._replace(grid=grid_of_runs) for cell in runs], ["--multirun", *lines_of([*launch, *common])]
+
+
+def _check_launch(start: Start) -> None:
+    """Raise ConfigError for a launcher or a sweeper that cannot train these cells, and for a grid without a sweep."""
+    own, base, launcher = start.own, start.base, start.launcher
+    allowed = f"basic, or left out: this launch has {ranks.world_size()} processes, which train one cell after another"
+    require(launcher == "basic" or ranks.world_size() == 1, "hydra/launcher", launcher, allowed)
+    swept_only = "used with -m: it starts the cells of a sweep"
+    require(start.multirun or launcher == "basic", "hydra/launcher", launcher, swept_only)
+    require(launcher != "submitit_slurm", "hydra/launcher", launcher, "slurm, which has the settings of this project")
+    swept = [str(o.input_line) for o in own if o.is_sweep_override()]
+    if swept and not start.multirun:
+        compose_config(
+            [f"{o.get_key_element()}={values_of(o)[0]}" if o.is_sweep_override() else str(o.input_line) for o in own]
+        )
+        raise ConfigError(f"{swept[0]}: several values need a sweep; add -m")
+    if base.hydra.sweeper.params and not start.multirun:
+        ways = "add -m, or write `mode: MULTIRUN` below `hydra:` in the file with these params"
+        raise ConfigError(
+            f"hydra.sweeper.params: a grid of {', '.join(base.hydra.sweeper.params)} needs a sweep; {ways}"
+        )
+    batch, jobs = base.hydra.sweeper.get("max_batch_size"), base.hydra.launcher.get("n_jobs")
+    require(batch is None or batch > 0, "hydra.sweeper.max_batch_size", batch, "a whole number > 0, or null")
+    require(jobs != 0, "hydra.launcher.n_jobs", jobs, "a whole number > 0, or -1 for all processors")
+    sweeper = base.hydra.runtime.choices["hydra/sweeper"]
+    require(sweeper == "basic", "hydra/sweeper", sweeper, "chosen in the command, not in an experiment")
 
 
 def _refuse_keys_of_routing(overrides: list[Override]) -> None:
@@ -140,6 +173,32 @@ def _with_overrides(cells: list[Cell], grid: list[list[str]], *, multirun: bool)
         place = quote(cell.folder.name if multirun else str(cell.folder))
         unique.setdefault(cell.folder, cell._replace(overrides=(*arguments, f"{key}={place}")))
     return list(unique.values())
+
+
+def _each_run_once(cells: list[Cell], *, say: bool) -> list[Cell]:
+    """Return the cells without those that compute the same as another one under another name.
+
+    They are equal once the keys that do not apply are switched off, such as router=softk and router=topk without a
+    capacity limit, or two quotas that limit nothing. The cell stays to which more keys apply, or else the first one.
+
+    say: log which cells are the same run.
+    """
+    same: dict[str, list[Cell]] = {}
+    trained = all(map(finished, cells))  # then torch is not imported, and there is nothing to save
+    for cell in cells:
+        settings = cell.config.identity() if trained else cell.config.settings_in_effect()
+        same.setdefault(fingerprint(settings), []).append(cell)
+    said = set()
+    for alike in same.values():
+        alike.sort(key=lambda cell: len(cell.ignored))
+        first, *others = ([*cell.overrides[:-1]] for cell in alike)  # the last one names the folder
+        for other in others:
+            pair = [",".join(line for line in a if line not in b) for a, b in ((other, first), (first, other))]
+            here, there = (words or "no override" for words in pair)
+            said.add(f"{here} is the same run as {there} here, and is trained once, as {there}")
+    for line in sorted(said) if say else ():
+        log.warning(line)
+    return [alike[0] for alike in same.values()]
 
 
 def _with_keys_that_exist(grid: list[list[str]]) -> list[list[str]]:
@@ -274,9 +333,14 @@ def _why_ignored(key: str, cell: Cell) -> str:
         return "no layer of this model is a Mixture of Experts"
     if key in ("drop", "router.after_drops") and cell.config.capacity is None:
         return "nothing is dropped without a capacity limit"
-    if key == "optimizer.expert_step" and cell.config.optimizer.muon_lr is not None:
+    muon = cell.config.optimizer.muon_lr
+    if key in RATES and muon is not None:
+        return f"Muon trains these matrices, with optimizer.muon_lr={muon}"
+    if key in RATES:
+        return f"router={cell.choices['router']} has no weights to train"
+    if key == "optimizer.expert_step" and muon is not None:
         return "there is one expert"
-    if key in KEPT:
+    if key in DEFAULTED:
         return f"optimizer={cell.choices['optimizer']} has no Muon, and AdamW does not use this key"
     settings = "" if key in OFF else " with its other settings"
     return f"router={cell.choices['router']} ignores {key}{settings}"

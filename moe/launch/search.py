@@ -19,14 +19,13 @@ from moe.checks import ConfigError, finite, one_of, require
 from moe.config.schema import Cell, Grid, allowed_values
 from moe.distributed import ranks
 from moe.launch import sweep
-from moe.launch.cells import expand, keys_of_options, lacking
+from moe.launch.cells import Start, expand, keys_of_options, lacking
 from moe.launch.claims import check_metric
-from moe.launch.compose import compose_config, composing
+from moe.launch.compose import composing
 from moe.launch.overrides import (
     MOST_CELLS,
     SWEEPERS,
     check_number,
-    is_group,
     lines_of,
     misfit,
     parse_override,
@@ -127,17 +126,13 @@ def read_search(overrides: list[Override], *, multirun: bool) -> Search:
     All options and levels are composed in all combinations, as the cells of a sweep are. Of an interval of real
     numbers, and of all others if there are more than `MOST_CHECKED` combinations, only both ends are.
     """
-    launch = [o for o in overrides if o.is_hydra_override()]
-    own = [o for o in overrides if not o.is_hydra_override()]
-    for override in own:
+    for override in overrides:
         check_number([override])
-    base = compose_config(lines_of([*launch, *(o for o in own if is_group(o) and not o.is_sweep_override())]))
-    multirun = multirun or str(base.hydra.mode) == "RunMode.MULTIRUN"
+    launch, own, base, multirun, presets = Start.of(overrides, multirun=multirun)
     require(multirun, "hydra/sweeper", "optuna", "used with -m, because it trains many runs")
     require(ranks.world_size() == 1, "hydra/sweeper", "optuna", "used in a single process: leave the launcher out")
     given = {o.get_key_element() for o in own}
-    params = [parse_override(f"{key}={value}") for key, value in (base.hydra.sweeper.params or {}).items()]
-    words = [*(o for o in params if o.get_key_element() not in given), *own]
+    words = [*(o for o in presets if o.get_key_element() not in given), *own]
     searched = [o for o in words if o.is_sweep_override() and o.key_or_group != "seed"]
     if not searched:
         raise ConfigError(f"{CHOSEN}: needs a key to search, such as lb=interval(0,0.1)")
@@ -161,7 +156,7 @@ def read_search(overrides: list[Override], *, multirun: bool) -> Search:
     grid = cells[0].grid._replace(cells=[], search=purpose, name=f"{cells[0].grid.name}: {purpose}")
     keys = frozenset[str]().union(*(keys_of_options(cell.overrides) for cell in cells))
     search = Search(settings, dimensions, fixed, grid, keys, cells[0].folder.parent)
-    _trial_cells(search, {each.key: each.ends()[0] for each in dimensions})  # with all seeds
+    _trial_cells(search, _trial_words(search, {each.key: each.ends()[0] for each in dimensions}))  # with all seeds
     return search
 
 
@@ -188,12 +183,13 @@ def carry_out(search: Search, launch: Callable[[list[Cell], list[str]], object])
         for trial in trials:
             levels = {each.key: each.suggest(trial) for each in search.dimensions}
             with composing():
-                levels = _without_lacking(search, levels)
-            names[trial.number] = " ".join(f"{key.lstrip('+')}={value}" for key, value in levels.items())
+                words = _trial_words(search, levels)
+            searched = [str(word.input_line) for word in words if word.get_key_element() in levels]
+            names[trial.number] = " ".join(line.lstrip("+") for line in searched)
             print(f"trial {trial.number + 1} of {settings.n_trials}: {names[trial.number]}", flush=True)
             try:
                 with composing():
-                    members[trial.number], arguments = _trial_cells(search, levels)
+                    members[trial.number], arguments = _trial_cells(search, words)
             except ConfigError as error:  # a value between the ends is not allowed, or not with the others
                 members[trial.number], failed = [], 1
                 print(f"trial {trial.number + 1}: {error}", flush=True)
@@ -224,21 +220,18 @@ def carry_out(search: Search, launch: Callable[[list[Cell], list[str]], object])
     return failed
 
 
-def _trial_cells(search: Search, levels: dict[str, str]) -> tuple[list[Cell], list[str]]:
-    """Return the cells of a trial, one for each seed, and what Hydra needs to launch them."""
+def _trial_words(search: Search, levels: dict[str, str]) -> list[Override]:
+    """Return the overrides of a trial, without keys that its options lack, as router.temp of a router without one."""
     words = [*search.fixed, *(parse_override(f"{key}={value}") for key, value in levels.items())]
     missing = lacking(lines_of(words), search.keys)
-    words = [word for word in words if word.key_or_group not in missing]
+    return [word for word in words if word.key_or_group not in missing]
+
+
+def _trial_cells(search: Search, words: list[Override]) -> tuple[list[Cell], list[str]]:
+    """Return the cells of a trial, one for each seed, and what Hydra needs to launch them."""
     cells, arguments = expand(words, multirun=True, planned=False, in_vain=True)
     grid = search.grid._replace(cells=[cell.folder.name for cell in cells])
     return [cell._replace(grid=grid) for cell in cells], arguments
-
-
-def _without_lacking(search: Search, levels: dict[str, str]) -> dict[str, str]:
-    """Return the levels of a trial without keys that its options lack, as router.temp of a router without one."""
-    words = [*lines_of(search.fixed), *(f"{key}={value}" for key, value in levels.items())]
-    missing = lacking(words, search.keys)
-    return {key: value for key, value in levels.items() if key.lstrip("+") not in missing}
 
 
 def _objective(cells: list[Cell], metric: str) -> float | None:

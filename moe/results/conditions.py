@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from moe.checks import first_line, plain
-from moe.config.schema import KEPT, OFF, is_free
+from moe.config.schema import DEFAULTED, OFF, is_free
 from moe.metrics.catalog import select
 from moe.results.table import ABSENT, DIGESTS, FACTS, PLUGINS, natural
 
@@ -189,7 +189,7 @@ def _free_and_tied(runs: pd.DataFrame) -> tuple[list[str], dict[str, str]]:
         known = runs[factor].dropna()
         if known.nunique() < 2 or ("seed" in runs and (known == runs["seed"][runs[factor].notna()]).all()):
             continue  # data.seed=${seed} is the seed, not a factor
-        only_where_it_applies = factor in OFF or factor in KEPT or factor.startswith(f"{PLUGINS}.")
+        only_where_it_applies = factor in OFF or factor in DEFAULTED or factor.startswith(f"{PLUGINS}.")
         if only_where_it_applies and known[known != ABSENT].nunique() < 2:
             continue  # the same wherever it applies; whether it applies depends on the router
         if factor in DIGESTS and data and (runs.groupby(data, dropna=False)[factor].nunique() < 2).all():

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from moe.config.schema import KEPT, OFF, flatten
+from moe.config.schema import DEFAULTED, OFF, flatten
 from moe.runs import events
 from moe.runs.folder import single_runs, user
 from moe.runs.record import MetricsRecord, RecordError, RunRecord, SweepRecord
@@ -115,7 +115,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 def _factors(record: RunRecord) -> dict[str, Any]:
     leaves = flatten(record.config) | record.choices
-    inapplicable = (OFF.keys() | KEPT) - record.identity.keys()
+    inapplicable = (OFF.keys() | DEFAULTED) - record.identity.keys()
     factors = {key: ABSENT if key in inapplicable else level(leaves[key]) for key in leaves if "/" not in key}
     factors.pop("claims", None)  # no setting: `moe.analysis.claims.planned_claims` reads them from the record
     return {f"config.{key}" if key in TAKEN else key: value for key, value in factors.items()}

@@ -51,6 +51,9 @@ class Router(nn.Module):
       none; the keys that follow from the other declarations are added (`ignored_keys`). `__init__` may set it for one
       instance.
     - `ignores_without_capacity`: those that change nothing without a capacity limit. `__init__` may set it too.
+    - `same_as`: other values of its settings that mean the same as the given ones, such as {"quota": False} for a quota
+      so large that it limits nothing. Cells of a sweep that are equal with these values are trained once. Default: {}.
+      `__init__` sets it.
     - `mean_k`: the mean number of experts per token that a router with `fixed_k=None` aims at. Default: None, unknown.
     - `schedulable = True`: the schedule of the temperature changes what this router does.
     - `loss_weights`: the weights of the auxiliary losses that `forward` returns in `Routing.aux`.
@@ -87,6 +90,7 @@ class Router(nn.Module):
         self.dim = dim
         self.num_experts = num_experts
         self.fixed_k = fixed_k
+        self.same_as: dict[str, Any] = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
         declared = getattr(type(self), name, None)

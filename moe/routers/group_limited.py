@@ -35,6 +35,8 @@ class GroupLimited(TopK):
         require(divides, "router.groups", groups, f"a divisor of model.num_experts={num_experts}")
         require(1 <= top_groups <= groups, "router.top_groups", top_groups, f"between 1 and router.groups={groups}")
         self.groups, self.top_groups, self.size = groups, top_groups, num_experts // groups
+        if top_groups == groups or self.size == 1:  # the k largest experts are always in the selected groups
+            self.same_as = {"groups": 1, "top_groups": 1}
         within = top_groups * self.size
         require(k <= within, "router.k", k, f"at most {within}, the experts in router.top_groups={top_groups} groups")
 

@@ -123,6 +123,8 @@ class Spectra(Router):
             "router.so_lambda_max": not self.srip,
             "router.so_warmup_steps": not (self.srip and so_lambda_max),
         }
+        if not limited:  # no factor matters, and neither does the key by which the quota was switched off
+            self.same_as = {"expert_choice_routing": False, "expert_choice_capacity_factor": DEFAULT_FACTOR}
         with_one_expert = """noise router.osr_repulsion_weight router.sinkhorn_iterations router.log_sinkhorn_enabled
             router.so_lambda_max router.so_warmup_steps router.router_entropy_coef"""
         useless |= dict.fromkeys(with_one_expert.split(), True) if num_experts == 1 else {}

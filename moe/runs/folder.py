@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moe.checks import ConfigError
-from moe.config.schema import KEPT, OFF, Cell, fingerprint, is_free
+from moe.config.schema import DEFAULTED, OFF, Cell, fingerprint, is_free
 from moe.files import open_file, open_unlinked
 from moe.runs import csv_mirror, tensorboard_mirror
 from moe.runs.record import RecordError, RunRecord, SweepRecord
@@ -104,7 +104,7 @@ def _content(identity: dict[str, Any], choices: dict[str, str | None]) -> str:
 
 def _may_not_apply(key: str) -> bool:
     """Return whether some runs ignore a key, and then do not have it in their identity: see `Config.ignored_keys`."""
-    return key in OFF or key in KEPT or key.startswith("router.")
+    return key in OFF or key in DEFAULTED or key.startswith("router.")
 
 
 def stored_record(cell: Cell) -> RunRecord | None:

@@ -153,8 +153,8 @@ from moe.runs.record import RunFacts
         ("-m variant=dense model.ffn=64,77", "^model.ffn=64,77: changes nothing, .* is a Mixture of Experts; leave it"),
         ("-m variant=dense model.num_experts=4,8", "^model.num_experts=4,8: changes nothing, because no layer"),
         ("-m variant=dense model.shared_experts=0,1", "^model.shared_experts=0,1: changes nothing, because no layer"),
-        ("-m variant=dense optimizer=adamw optimizer.router_lr=0.1,0.2", "^optimizer.router_lr=0.1,0.2: changes noth"),
-        ("-m variant=dense optimizer=adamw optimizer.experts_lr=0.1,0.2", "^optimizer.experts_lr=0.1,0.2: changes no"),
+        ("-m variant=dense optimizer=adamw optimizer.router_lr=0.1,0.2", "^optimizer.router_lr=0.1: no layer of this"),
+        ("-m variant=dense optimizer=adamw optimizer.experts_lr=0.1,0.2", "^optimizer.experts_lr=0.1: no layer of th"),
         ("-m variant=null,dense model.ffn=64,77", "are the same run: model.ffn=64.* and model.ffn=77"),
         (
             "-m router=temperature schedule=constant,linear schedule.start=1.0",
@@ -220,6 +220,12 @@ from moe.runs.record import RunFacts
             "optimizer=adamw optimizer.momentum=0.9",
             "^optimizer.momentum=0.9: optimizer=adamw has no Muon, .*; leave it",
         ),
+        ("optimizer=adamw optimizer.expert_step=gradient", "^optimizer.expert_step=gradient: optimizer=adamw has no"),
+        (
+            "optimizer.router_lr=0.1",
+            "^optimizer.router_lr=0.1: Muon trains these matrices, with optimizer.muon",
+        ),
+        ("-m optimizer=adamw router=hash optimizer.router_lr=0.1,0.2", "=0.1: router=hash has no weights to train;"),
         (
             "model.num_experts=1 router.k=1 optimizer.expert_step=gradient",
             "^optimizer.expert_step=.*: there is one expert",
@@ -424,6 +430,79 @@ def test_a_key_that_some_swept_options_lack_does_not_apply_to_them(tmp_path: Pat
         "optimizer.momentum=0.95,optimizer=muon",
         "optimizer=adamw",
     ]
+
+
+@pytest.mark.parametrize(
+    ("words", "names", "settings"),
+    [
+        (
+            "optimizer=adamw,muon optimizer.expert_step=equal,gradient",
+            ["optimizer=adamw", "optimizer.expert_step=equal,optimizer=muon", "optimizer.expert_step=gradient,"],
+            [("equal", None), ("equal", None), ("gradient", None)],
+        ),
+        (
+            "optimizer=muon,adamw optimizer.router_lr=0.1,0.2",
+            ["optimizer=muon", "optimizer.router_lr=0.1,optimizer=adamw", "optimizer.router_lr=0.2,optimizer=adamw"],
+            [("equal", None), ("equal", 0.1), ("equal", 0.2)],
+        ),
+        (
+            "optimizer=adamw router=hash,topk optimizer.router_lr=0.1,0.2",
+            ["optimizer=adamw,router=hash", "optimizer.router_lr=0.1,", "optimizer.router_lr=0.2,"],
+            [("equal", None), ("equal", 0.1), ("equal", 0.2)],
+        ),
+        (
+            "variant=dense,null optimizer=adamw optimizer.router_lr=0.1,0.2",
+            ["optimizer=adamw,variant=dense", "optimizer.router_lr=0.1,", "optimizer.router_lr=0.2,"],
+            [("equal", None), ("equal", 0.1), ("equal", 0.2)],
+        ),
+    ],
+)
+def test_a_key_of_the_optimizer_does_not_apply_where_nothing_uses_it(
+    words: str, names: list[str], settings: list[tuple[str, float | None]]
+) -> None:
+    """Its cells are trained once and have its default, so that Muon never trains a router's scales with router_lr."""
+    cells = read_cells(["-m", *words.split()]) or []
+    assert [cell.folder.name[: len(name)] for cell, name in zip(cells, names, strict=True)] == names
+    assert [(c.config.optimizer.expert_step, c.config.optimizer.router_lr) for c in cells] == settings
+    key = re.findall(r"optimizer\.(\w+)", words)[0]
+    assert [f"optimizer.{key}" in cell.identity() for cell in cells] == [f"optimizer.{key}=" in n for n in names]
+
+
+@pytest.mark.parametrize(
+    ("words", "names", "told"),
+    [
+        ("router=softk,topk", ["router=topk"], ["router=softk is the same run as router=topk here"]),
+        (
+            "router=topk,softk capacity=null,1.25",
+            ["capacity=null,router=topk", "capacity=1.25,router=topk", "capacity=1.25,router=softk"],
+            ["router=softk is the same run as router=topk here"],
+        ),
+        (
+            "router=spectra router.expert_choice_routing=false router.expert_choice_capacity_factor=1.25,5",
+            ["router.expert_choice_routing=False,router=spectra"],
+            ["router.expert_choice_capacity_factor=5 is the same run as router.expert_choice_capacity_factor=1.25"],
+        ),
+        (
+            "router=spectra router.expert_choice_capacity_factor=1.25,4,5",
+            [f"router.expert_choice_capacity_factor={factor},router=spectra" for factor in ("1.25", "4")],
+            ["router.expert_choice_capacity_factor=5 is the same run as router.expert_choice_capacity_factor=4"],
+        ),
+        (
+            "router=group_limited router.groups=2,4,8 router.top_groups=2",
+            [f"router.groups={groups},router.top_groups=2,router=group_limited" for groups in (2, 4)],
+            ["router.groups=8 is the same run as router.groups=2"],
+        ),
+    ],
+)
+def test_cells_that_are_the_same_run_under_several_names_are_trained_once(
+    words: str, names: list[str], told: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The cell stays to which more keys apply. Its other name is told once, and not for each seed."""
+    cells = read_cells(["-m", *words.split(), "seed=1,2"]) or []
+    assert [cell.folder.name for cell in cells] == [f"{name},seed={seed}" for name in names for seed in (1, 2)]
+    assert cells[0].grid is not None
+    assert cells[0].grid.cells == [cell.folder.name for cell in cells]
+    assert [line.partition(" here")[0] for line in caplog.messages] == [line.partition(" here")[0] for line in told]
 
 
 def test_a_value_given_in_vain_is_refused_after_the_runs_are_finished_too(tmp_path: Path) -> None:

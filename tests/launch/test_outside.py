@@ -221,6 +221,7 @@ def test_only_the_use_of_an_option_whose_file_cannot_be_read_is_refused(
 
 
 def test_help_lists_the_options_of_a_named_folder_and_refuses_a_missing_one(lab: Path) -> None:
+    """The process that is refused finds another folder in the environment, of which the message says nothing."""
     assert "Top-k with momentum, causal" in help_text(["--help", "--config-dir", "conf"])
     done = run_script(TRAIN, "--help", "--config-dir=gone", cwd=lab)
     assert (done.returncode, done.stderr) == (2, f"train.py: {lab}/gone: no such folder of options\n")

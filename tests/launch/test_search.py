@@ -159,7 +159,7 @@ def test_from_python_a_search_returns_the_runs_of_its_trials(
         found = read(shlex.join(words))
         for lb in ("0.1", "0.2"):
             with composing():
-                cells, arguments = search._trial_cells(found, {"lb": lb})
+                cells, arguments = search._trial_cells(found, search._trial_words(found, {"lb": lb}))
             sweep.carry_out(cells, partial(launcher(bowl, []), cells, arguments), tables=False)
         return SimpleNamespace(returncode=0)
 
@@ -210,7 +210,8 @@ def test_a_trial_goes_without_the_keys_that_its_options_lack(mark: str) -> None:
     identities = {}
     for router in ("topk", "temperature"):
         with composing():
-            cells, _ = search._trial_cells(found, {"router": router, f"{mark}router.temp": "0.7"})
+            words = search._trial_words(found, {"router": router, f"{mark}router.temp": "0.7"})
+            cells, _ = search._trial_cells(found, words)
         assert len(cells) == 2
         identities[router] = cells[0].identity()
     assert "router.temp" not in identities["topk"]

@@ -66,8 +66,11 @@ CORNERS = [
         ("spectra", {"so_lambda_max": 0.0}, E),
         ("spectra", {"expert_choice_capacity_factor": 5.0}, E),
         ("spectra", {"k": E, "expert_choice_routing": False}, E),
+        ("spectra", {"expert_choice_routing": False, "expert_choice_capacity_factor": 5.0}, E),
         ("group_limited", {"k": 1}, E),
         ("group_limited", {"k": E, "top_groups": 4}, E),
+        ("group_limited", {"top_groups": 4}, E),
+        ("group_limited", {"groups": E}, E),
         *((name, {"k": E}, E) for name in TOP_K),
         *((name, {"k": 1}, 1) for name in WITH_ONE_EXPERT),
         ("group_limited", {"k": 1, "groups": 1, "top_groups": 1}, 1),
@@ -99,6 +102,7 @@ DECLARED_ONLY = [
     "spectra_reference",
     *(f"spectra {changes} of {E}" for changes in ({"k": 1}, {"so_lambda_max": 0.0})),
     f"spectra {{'expert_choice_capacity_factor': 5.0}} of {E}",
+    f"spectra {{'expert_choice_routing': False, 'expert_choice_capacity_factor': 5.0}} of {E}",
 ]
 # test_spectra.py tests the exception: with a quota the number of experts varies only under skewed loads
 EXCEPTIONS = {
@@ -213,7 +217,8 @@ def others(annotation: Any, value: Any) -> list[Any]:
 def test_every_setting_of_a_router_changes_something_or_is_declared(spec: Spec) -> None:
     """A setting changes what a layer computes or what is recorded if and only if the router does not ignore it.
 
-    Settings that are ignored are left out of a run. All together, they change nothing either.
+    Settings that are ignored are left out of a run. All together, they change nothing either. The router may also name
+    other values that mean the same as those given (`same_as`), such as for quotas that limit nothing.
     """
     kind = locate(spec.settings["_target_"], "router", trusted=True)
     name = kind.__module__.rpartition(".")[2]
@@ -229,6 +234,8 @@ def test_every_setting_of_a_router_changes_something_or_is_declared(spec: Spec) 
         return result.shape != before.shape or not torch.allclose(result, before, rtol=1e-4, atol=1e-6)
 
     before, unused = computed(settings, spec.num_experts), ignored(settings)
+    same_as = build(settings, "router", testing.D, spec.num_experts).same_as
+    assert not changes(settings | same_as)
     assert not changes({key: value for key, value in settings.items() if f"router.{key}" not in unused})
     for key, parameter in list(inspect.signature(kind, eval_str=True).parameters.items())[2:]:
         if spec.name in DECLARED_ONLY and f"router.{key}" not in unused:
@@ -244,7 +251,8 @@ def test_every_setting_of_a_router_changes_something_or_is_declared(spec: Spec) 
             tried.append(changes(settings | {key: value}))
             if tried[-1]:
                 break
-        if tried and (name, key) not in ROUNDING:  # without any, no other value is allowed
+        told = (name, key) in ROUNDING or (key in same_as and not any(tried))
+        if tried and not told:  # without any, no other value is allowed
             assert any(tried) != (f"router.{key}" in unused), key
 
 
