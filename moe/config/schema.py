@@ -5,7 +5,7 @@ import importlib.util
 import json
 import os
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
@@ -339,14 +339,20 @@ class Config:
         same = {} if self.is_dense else self.build_router().same_as
         return self.identity() | {f"router.{name}": value for name, value in same.items()}
 
-    def unused_sizes(self) -> frozenset[str]:
-        """Return the sizes of layers that this model does not have.
+    def unused_keys(self) -> frozenset[str]:
+        """Return the sizes of layers that this model does not have, and what the source of the text does not use.
 
-        They change nothing in this run, and yet stay in its record, because a model with other layers has them.
+        They change nothing in this run, and yet stay in its record, because another model or text uses them.
         """
+        source = getattr(self.build_source(), "unused", ())
+        unused = {f"data.source.{name}" for name in source}
         if self.is_dense:
-            return frozenset(("model.num_experts", "model.ffn", "model.shared_experts"))
-        return frozenset() if self.model.first_k_dense_replace else frozenset(("model.dense_ffn",))
+            return frozenset(("model.num_experts", "model.ffn", "model.shared_experts", *unused))
+        return frozenset(unused if self.model.first_k_dense_replace else {"model.dense_ffn", *unused})
+
+    def build_source(self) -> Any:
+        """Return the source of the text, which reads nothing yet."""
+        return _source(json.dumps(self.data.source))
 
     def without(self, ignored: frozenset[str]) -> "Config":
         """Return this configuration without these keys. Settings of router and optimizer get their defaults."""
@@ -421,6 +427,11 @@ class Cell(NamedTuple):
     def identity(self) -> dict[str, Any]:
         """Return the keys that decide what the run computes, flat, without those that do not apply to it."""
         return {key: value for key, value in self.config.identity().items() if key not in self.ignored}
+
+
+@lru_cache(maxsize=8)  # the cells of a sweep have the same few sources
+def _source(spec: str) -> Any:
+    return build(json.loads(spec), "data.source", trusted=True)
 
 
 def _check_path(key: str, path: str) -> None:

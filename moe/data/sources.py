@@ -59,6 +59,9 @@ class Source(Protocol):
 
     The first field says where the text is. An error names this field if there is no text.
 
+    A class may have an attribute `unused`: the names of fields that change nothing with the values of the others. A
+    sweep over such a field is refused.
+
     A class whose documents are conversations sets the class variable `conversations = True`. Routers that cannot keep
     the conversations of a block apart are then refused before any work.
     """
@@ -162,6 +165,11 @@ class Hub:
     def documents(self) -> Iterator[Document]:
         return without_duplicates(self._rows(), drop_duplicates=self.drop_duplicates)
 
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """The field that only the hub knows, if the files are local."""
+        return () if on_the_hub(self.path) else ("name",)
+
     def describe(self) -> dict[str, dict[str, Any]]:
         return _describe_hub(self.path)
 
@@ -205,6 +213,11 @@ class Conversations:
     def documents(self) -> Iterator[Document]:
         return without_duplicates(self._rows(), drop_duplicates=self.drop_duplicates)
 
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """The field that only the hub knows, if the files are local."""
+        return () if on_the_hub(self.path) else ("name",)
+
     def describe(self) -> dict[str, dict[str, Any]]:
         return _describe_hub(self.path)
 
@@ -241,6 +254,12 @@ class Files:
 
     def documents(self) -> Iterator[Document]:
         return without_duplicates(self._rows(), drop_duplicates=self.drop_duplicates)
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """The fields about rows, if no file has rows."""
+        rows = any(readers.kind(file) not in readers.TEXTS for file in self._files())
+        return () if rows else ("column", "domain")
 
     def describe(self) -> dict[str, dict[str, Any]]:
         return {"files": {"license": "the user's own", "files": checksums(self._files())}}

@@ -297,7 +297,7 @@ def _refuse_given_in_vain(cells: list[Cell], described: list[Cell], given: set[s
     cells: as the user wrote them. described: the same cells with the keys that do not apply to each. given: the keys
     that the command, or the sweep of its experiment, sets to one value or to several. swept: those with several.
 
-    A key that the model has no use for (`Config.unused_sizes`) is refused only with several values.
+    A key for which model or data have no use (`Config.unused_keys`) is refused only with several values.
     """
     ignored = frozenset.intersection(*(cell.ignored for cell in described)) - {*DENSE_IGNORES}
     for key in sorted(key for key in ignored if any(f"{key}.".startswith(f"{name}.") for name in given)):
@@ -310,13 +310,13 @@ def _refuse_given_in_vain(cells: list[Cell], described: list[Cell], given: set[s
             for cell in filter(finished, cells):  # it was not checked, because its run is found without the vain key
                 cell.config.check_router()
             raise ConfigError(f"{key}={vain[0]}: {_why_ignored(key, cells[0])}; leave it out")
-    for key in sorted(swept & frozenset.intersection(*(cell.config.unused_sizes() for cell in cells))):
+    for key in sorted(swept & frozenset.intersection(*(cell.config.unused_keys() for cell in cells))):
         first, *others = dict.fromkeys(flatten(cell.config)[key] for cell in cells)
         if others:  # one value does no harm: nobody takes it for a factor
             kind = "dense" if key == "model.dense_ffn" else "a Mixture of Experts"
-            raise ConfigError(
-                f"{key}={first},{others[0]}: changes nothing, because no layer of this model is {kind}; leave it out"
-            )
+            ours = f"no layer of this model is {kind}"
+            why = "this source of text does not use it" if key.startswith("data.") else ours
+            raise ConfigError(f"{key}={first},{others[0]}: changes nothing, because {why}; leave it out")
 
 
 def _default(key: str, cell: Cell) -> Any:
@@ -353,8 +353,9 @@ def _check_distinct(cells: list[Cell], grid: list[list[str]], overrides: list[Ov
     """
     seen: dict[str, list[tuple[Cell, list[str]]]] = {}
     for cell, arguments in zip(cells, grid, strict=True):
-        unused = cell.config.unused_sizes()
-        settings = {key: value for key, value in flatten(cell.config).items() if not is_free(key) and key not in unused}
+        unused = cell.config.unused_keys()
+        settings = flatten(cell.config) | _text_settings(cell.config)
+        settings = {key: value for key, value in settings.items() if not is_free(key) and key not in unused}
         written = {key: value for key, value in settings.items() if not key.startswith("schedule.")}
         alike = seen.setdefault(fingerprint(written), [])
         other = next((words for each, words in alike if same_values(each.config, cell.config)), None)
@@ -368,3 +369,10 @@ def _check_distinct(cells: list[Cell], grid: list[list[str]], overrides: list[Ov
             raise ConfigError(f"{twice.input_line}: two of these values are the same; leave one out")
         names = [",".join(sorted(lines)) or "no override" for lines in (pair if all(pair) else (other, arguments))]
         raise ConfigError(f"two cells of this sweep are the same run: {' and '.join(names)}; leave one out")
+
+
+def _text_settings(config: Config) -> dict[str, Any]:
+    """Return the settings of the source of the text as the source has them, such as domains in the order of reading."""
+    source, spec = config.build_source(), config.data.source
+    found = {f"data.source.{name}": getattr(source, name, None) for name in spec if name != "_target_"}
+    return {key: value for key, value in found.items() if isinstance(value, (bool, int, float, str, list, tuple))}
