@@ -184,7 +184,8 @@ def route(
 
     Columns: position and token (its text); layer; expert; weight: the gate weight; probability: of this expert in the
     router's distribution, NaN for a router without one. In a chain of routers, `iteration` counts them; else it is 0.
-    Raises ValueError for an empty text, and for a model whose experts do not work on single tokens.
+    Raises ValueError for a text that is empty or longer than the model reads at once, and for a model whose experts do
+    not work on single tokens.
 
     >>> run = load_run("outputs/default/base")
     >>> table = route(run.model(), run.tokenizer(), "The quick brown fox")
@@ -194,9 +195,12 @@ def route(
     """
     import torch
 
-    from moe.specialization.observation import reason_not_studied
+    from moe.specialization.observation import reason_not_studied, text_blocks
 
-    block = _block(model, tokenizer, text)
+    block, *more = text_blocks(model, tokenizer, text)
+    if more:
+        count, longest = sum(part.ids.numel() for part in (block, *more)), model.config.max_position_embeddings
+        raise ConfigError(f"text has {count} tokens: must have at most {longest}, the length of this model")
     if reason := reason_not_studied(model, block):
         raise ValueError(reason)
     with torch.no_grad(), _evaluated(model):
@@ -243,22 +247,20 @@ def show(
 ) -> Page:
     """Return a page on which each token of a text has the color of its heaviest expert, in the layer that one selects.
 
-    Raises ValueError as `route` does.
+    The model reads a long text in parts of its own length. Raises ValueError for an empty text, and for a model whose
+    experts do not work on single tokens.
 
     >>> run = load_run("outputs/default/base")
     >>> page = show(run.model(), run.tokenizer(), "The quick brown fox")
     >>> page.splitlines()[0]
     '<!doctype html>'
     """
-    from moe.routing.decision import Knobs
-    from moe.specialization.observation import observe
-    from moe.specialization.page import token_page
+    from moe.specialization.observation import text_blocks
+    from moe.specialization.page import text_page
 
-    block = _block(model, tokenizer, text)
-    knobs = Knobs.of(temperature=model.config.router_temperature, device=model.device)
+    blocks = text_blocks(model, tokenizer, text)
     with _evaluated(model):
-        seen = observe(model, block, knobs)
-    return Page(token_page(seen, tokenizer, domains=("your text",), title="Experts of each token"))
+        return Page(text_page(model, tokenizer, blocks, title="Experts of each token"))
 
 
 @contextmanager
@@ -270,23 +272,3 @@ def _evaluated(model: "moe.model.causal_lm.MoEForCausalLM") -> Iterator[None]:
         yield
     finally:
         model.train(training)
-
-
-def _block(
-    model: "moe.model.causal_lm.MoEForCausalLM", tokenizer: "transformers.PreTrainedTokenizerFast", text: str
-) -> Any:
-    """Return a text as one block, which must fit the model."""
-    import torch
-
-    from moe.data.blocks import Batch
-    from moe.model.causal_lm import MoEForCausalLM
-
-    allowed = "a model of this project, such as load_run(folder).model()"
-    require(isinstance(model, MoEForCausalLM), "model", type(model).__name__, allowed)
-    valid = isinstance(text, str) and not any("\ud800" <= character <= "\udfff" for character in text)
-    require(valid, "text", text, "text without halves of surrogate pairs")
-    ids = torch.tensor([tokenizer(text, verbose=False)["input_ids"]], dtype=torch.long)
-    longest = model.config.max_position_embeddings
-    if not 1 <= ids.numel() <= longest:
-        raise ConfigError(f"text has {ids.numel()} tokens: must have 1 to {longest}, the length of this model")
-    return Batch(ids, torch.zeros(1, dtype=torch.long), ids, None)

@@ -6,7 +6,9 @@ The configurations are read from overrides, as on a command line.
 import gc
 import json
 import os
+import shutil
 import sys
+from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -14,6 +16,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 from copy import deepcopy
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 # Large libraries are imported before `moe`, so that Python finds their compiled files. In imports made by a module that
 # jaxtyping instruments, it looks for compiled files of another name, and would compile thousands of modules again.
@@ -93,3 +96,17 @@ def cell(small: list[str], tmp_path: Path):
         return one._replace(folder=out / one.folder.relative_to(OUT))
 
     return read
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Return the browser of the tests that are marked `browser`."""
+    from playwright.sync_api import sync_playwright  # only these tests need this package
+
+    chromium = shutil.which("chromium")
+    assert chromium, "these tests need Debian's package chromium"
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=flags)
+        yield browser
+        browser.close()

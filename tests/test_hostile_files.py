@@ -564,11 +564,12 @@ def test_prepared_data_are_not_written_through_a_link(tmp_path: Path, victim: Pa
 
 
 def test_a_study_and_a_report_do_not_write_through_links(folder: Path, tmp_path: Path, victim: Path) -> None:
-    for name in ("specialization.json", "tokens.html"):
-        (folder / name).unlink()
+    for name in ("specialization.json", "tokens.html", "own_text.html"):
+        (folder / name).unlink(missing_ok=True)
         (folder / name).symlink_to(victim)
     victim.write_text("precious")
     assert specialization([str(folder), "--blocks", "4", "--samples", "2"]) in (0, 2)
+    assert specialization([str(folder), "--text", "fox"]) in (0, 2)
     out = tmp_path / "analysis"
     out.mkdir()
     for name in ("report.md", "report.html", "runs.csv", "learning_curves.png"):

@@ -252,6 +252,7 @@ class SpecializationRecord(_Record):
     """
 
     FILE = "specialization.json"
+    PAGE = "tokens.html"  # text in which each token has the color of its expert, beside FILE
     ADVICE = "delete the file and measure the run again"
 
     settings: StudySettings
@@ -266,6 +267,12 @@ class SpecializationRecord(_Record):
             raise ValueError("either measured or reason must be null")
         if self.measured is not None:
             check_shapes(self.measured)
+
+    @classmethod
+    def page(cls, folder: Path) -> Path | None:
+        """Return the page with colored text in a run folder, or None if there is none."""
+        path = folder / cls.PAGE
+        return path if path.is_file() else None
 
 
 def _load(path: Path) -> Any:

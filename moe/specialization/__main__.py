@@ -1,17 +1,22 @@
-"""Study every finished run in the given folders: `python -m moe.specialization multirun/noise_lb_seed`."""
+"""Study every finished run in the given folders: `python -m moe.specialization multirun/noise_lb_seed`.
+
+With `--text "The quick brown fox"`, only write a page with this text, colored by the experts of each run.
+"""
 
 import argparse
 import os
 import sys
 from pathlib import Path
+from typing import cast
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of the hub and of transformers
 
 from moe.config.options import use
+from moe.files import read_text
 from moe.results.table import load_runs
 from moe.runs.record import SpecializationRecord
-from moe.specialization.study import compare_seeds, study
+from moe.specialization.study import OWN_TEXT, compare_seeds, study, write_own_text
 from moe.training import process
 
 
@@ -28,6 +33,9 @@ def main(command: list[str] | None = None) -> int:
         action="store_true",
         help="run the classes that the runs name, though not of this project, and read their data again if need be",
     )
+    own = parser.add_mutually_exclusive_group()
+    own.add_argument("--text", help=f"write {OWN_TEXT} into each folder: this text, colored by expert; study nothing")
+    own.add_argument("--text-file", type=Path, metavar="FILE", help="the same with the text of a file")
     arguments = parser.parse_args(command)
     process.configure(threads=arguments.threads)
     try:
@@ -35,20 +43,19 @@ def main(command: list[str] | None = None) -> int:
         for name in ("blocks", "samples"):
             if getattr(arguments, name) < 1:
                 raise ValueError(f"--{name} {getattr(arguments, name)}: must be at least 1")
+        text = _own_text(arguments)
         runs = load_runs(arguments.folders).drop_duplicates("folder")  # a run has a row for each of its grids
         finished = [Path(folder) for folder in runs.loc[runs["status"] == "finished", "folder"]]
         for folder in [folder for folder in finished if not (folder / "model").is_dir()]:
             print(f"{folder}: has no saved model (save_model=none), so its experts cannot be studied", file=sys.stderr)
             finished.remove(folder)
-        for folder in finished:
-            written = study(folder, blocks_wanted=arguments.blocks, samples=arguments.samples, trusted=arguments.trust)
-            loss = SpecializationRecord.read(folder / SpecializationRecord.FILE).val_loss
-            interval = (
-                f"val/loss {loss['mean']}, 95 % over {loss['documents']} documents: {loss['low']} to {loss['high']}"
-            )
-            outcome = "written" if written else "up to date"
-            print(f"{folder / SpecializationRecord.FILE}: {outcome}; {interval}", flush=True)
-        compare_seeds(finished)
+        if text is None:
+            for folder in finished:
+                _study(folder, arguments)
+            compare_seeds(finished)
+        else:
+            for folder in finished:
+                print(f"{write_own_text(folder, text, trusted=arguments.trust)}: written", flush=True)
     except (ValueError, OSError) as error:
         print(f"moe.specialization: {error}", file=sys.stderr)
         return 2
@@ -56,6 +63,28 @@ def main(command: list[str] | None = None) -> int:
         print(f"unreadable: {row.error}", file=sys.stderr)
     print(f"{(runs['status'] == 'finished').sum()} of {len(runs)} runs are finished")
     return 0
+
+
+def _study(folder: Path, arguments: argparse.Namespace) -> None:
+    """Study one run, and print the loss and the files."""
+    written = study(folder, blocks_wanted=arguments.blocks, samples=arguments.samples, trusted=arguments.trust)
+    loss = SpecializationRecord.read(folder / SpecializationRecord.FILE).val_loss
+    interval = f"val/loss {loss['mean']}, 95 % over {loss['documents']} documents: {loss['low']} to {loss['high']}"
+    outcome = "written" if written else "up to date"
+    print(f"{folder / SpecializationRecord.FILE}: {outcome}; {interval}")
+    if page := SpecializationRecord.page(folder):
+        print(f"{page}: {outcome}; text colored by expert")
+    sys.stdout.flush()
+
+
+def _own_text(arguments: argparse.Namespace) -> str | None:
+    """Return the text that `--text` or `--text-file` gives, or None."""
+    if arguments.text_file is None:
+        return cast(str | None, arguments.text)
+    try:
+        return read_text(arguments.text_file)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--text-file {arguments.text_file}: is not UTF-8 text ({error})") from error
 
 
 if __name__ == "__main__":

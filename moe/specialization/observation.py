@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
+from moe.checks import require
 from moe.data.blocks import Batch, Prepared, batch, evenly_spaced
 from moe.data.labels import IGNORED, next_token
 from moe.model.causal_lm import MoEForCausalLM
@@ -43,6 +45,23 @@ class Observation(NamedTuple):
 def validation_blocks(data: Prepared, count: int) -> Batch:
     """Return `count` evenly spaced validation blocks, or all if there are fewer."""
     return batch(data.val, evenly_spaced(len(data.val), count))
+
+
+def text_blocks(model: Any, tokenizer: PreTrainedTokenizerFast, text: str) -> list[Batch]:
+    """Return a text as batches of one block. A text that is longer than the model reads at once is cut into parts.
+
+    Raises ConfigError for what is no model of this project, for text without a token, and for another model's tokens.
+    """
+    allowed = "a model of this project, such as load_run(folder).model()"
+    require(isinstance(model, MoEForCausalLM), "model", type(model).__name__, allowed)
+    valid = isinstance(text, str) and not any("\ud800" <= character <= "\udfff" for character in text)
+    require(valid, "text", text, "text without halves of surrogate pairs")
+    ids = torch.tensor([tokenizer(text, verbose=False)["input_ids"]], dtype=torch.long)
+    require(ids.numel() > 0, "text", text, "text with at least one token")
+    known, largest = model.config.vocab_size, int(ids.max())
+    require(largest < known, "tokenizer", f"token {largest}", f"the tokenizer of this model, with {known} tokens")
+    parts = ids.split(model.config.max_position_embeddings, dim=1)
+    return [Batch(part, torch.zeros(1, dtype=torch.long), part, None) for part in parts]
 
 
 def documents_of_blocks(data: Prepared, count: int) -> Int[np.ndarray, "B"]:

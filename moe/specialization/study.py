@@ -10,6 +10,7 @@ from jaxtyping import Int
 from moe.analysis.bootstrap import bootstrap
 from moe.checks import parse
 from moe.data.blocks import Prepared
+from moe.data.tokenizer import pretrained_tokenizer
 from moe.files import sha256, write_text
 from moe.model.causal_lm import MoEForCausalLM, load_model
 from moe.routing.decision import Knobs
@@ -25,15 +26,17 @@ from moe.specialization.observation import (
     next_token_nats,
     observe,
     reason_not_studied,
+    text_blocks,
     validation_blocks,
 )
-from moe.specialization.page import token_page
+from moe.specialization.page import text_page, token_page
 from moe.specialization.regret import route_regret
 from moe.specialization.vocabulary import keywords
 from moe.training.setup import prepare_data
 
 STUDY_FORMAT = 2  # Increase it whenever the same model gives different numbers.
 LANDSCAPE_BLOCKS = 8
+OWN_TEXT = "own_text.html"
 NO_NEXT_TOKEN = -1  # Label of a token that predicts nothing, because its text ends there.
 
 
@@ -77,13 +80,25 @@ def study(folder: Path, *, blocks_wanted: int, samples: int, trusted: bool = Fal
         read = traces.read_traces(folder / "trace")
         content |= {"saturation": stability.saturation(read), "churn": stability.churn(read), "seed_agreement": []}
         measured = content
-        write_text(
-            folder / "tokens.html", token_page(observed, data.tokenizer, domains=data.domains, title=record.name)
-        )
+        page = token_page(observed, data.tokenizer, domains=data.domains, title=record.name)
+        write_text(folder / SpecializationRecord.PAGE, page)
     found = {"step": config.steps, "val_loss": val_loss, "reason": reason, "measured": measured}
     found |= {"format": FORMAT, "settings": settings._asdict(), "seconds": time.monotonic() - began}
     parse(SpecializationRecord, to_json(found)).write(path)
     return True
+
+
+def write_own_text(folder: Path, text: str, *, trusted: bool = False) -> Path:
+    """Write a page with a text of one's own, colored by the experts of a finished run, into its folder.
+
+    It replaces the last page of this kind. Raises ValueError as `text_page` does.
+    """
+    record = RunRecord.read(folder / RunRecord.FILE)
+    model = load_model(folder / "model", trusted=trusted)
+    tokenizer = pretrained_tokenizer(str((folder / "model").resolve()))
+    page = text_page(model, tokenizer, text_blocks(model, tokenizer, text), title=record.name)
+    write_text(folder / OWN_TEXT, page)
+    return folder / OWN_TEXT
 
 
 def validation_loss(model: MoEForCausalLM, data: Prepared, knobs: Knobs) -> dict[str, Any]:

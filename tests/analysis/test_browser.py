@@ -1,8 +1,6 @@
 """Tests of the report in a browser: it shows all figures, loads nothing else, runs no script, and fits a phone."""
 
 import json
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +23,6 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     changes = {"status": "failed", "error": MALICIOUS_HTML, "name": MALICIOUS_HTML}
     run.write_text(json.dumps(json.loads(run.read_text()) | changes))
     return write_report(load_runs([folder]), folder / "out").with_name("report.html")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright  # only these tests need this package
-
-    chromium = shutil.which("chromium")
-    assert chromium, "these tests need Debian's package chromium"
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=flags)
-        yield browser
-        browser.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -19,6 +19,7 @@ from moe.data.blocks import Batch
 from moe.launch.run import run
 from moe.metrics.agreement import overlap
 from moe.results.table import load_runs
+from moe.runs.record import SpecializationRecord
 from moe.runs.traces import Trace
 from moe.specialization.__main__ import main
 from moe.specialization.geometry import projections
@@ -34,7 +35,6 @@ from moe.specialization.information import (
     vocabulary_dependence,
 )
 from moe.specialization.observation import Observation
-from moe.specialization.page import token_page
 from moe.specialization.stability import churn, saturation, seed_agreement
 from moe.specialization.study import to_json
 from moe.specialization.vocabulary import keywords
@@ -324,24 +324,6 @@ def test_numbers_that_are_not_finite_become_null_and_arrays_become_lists() -> No
     json.dumps(to_json(value), allow_nan=False)
 
 
-def test_the_page_escapes_the_text_and_marks_the_heaviest_expert_of_each_token() -> None:
-    ids = np.array([[0, 1, 2], [2, 1, 0]])
-    chosen = random_choices((2, 6, 10), k=2)
-    weight = np.where(chosen, np.arange(10.0), 0)
-    observed = make_observation(ids, np.array([0, 1]), chosen, weight)
-    text = token_page(
-        observed, word_tokenizer("<script>", "a&b", '"quoted"'), domains=("<code>", "prose"), title="<run>"
-    )
-    for raw in ("<script>", "a&b", "<code>", "<run>"):
-        assert raw not in text
-    for shown in ("&lt;script&gt;", "a&amp;b", "&#34;quoted&#34;", "<h2>&lt;code&gt;</h2>", "<h2>prose</h2>"):
-        assert shown in text
-    heaviest = weight[:, 1].argmax(-1)
-    assert f'<span class="l0e{heaviest[0]} l1e{heaviest[1]}" title="layer 0: {heaviest[0]} (' in text
-    assert "http" not in text.replace("http-equiv", "")
-    assert all(f"#l1:checked ~ main .l1e{expert}" in text for expert in range(10))
-
-
 def test_a_study_writes_its_files_and_is_repeated_only_for_a_changed_model(
     cell: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -371,8 +353,8 @@ def test_a_study_writes_its_files_and_is_repeated_only_for_a_changed_model(
     [domain] = first["domain"]
     assert domain["documents"] == first["documents"] == records[0]["val_loss"]["documents"]
     assert domain["p"] >= domain["smallest_p"] > 0
-    assert "<script" not in (cells[0].folder / "tokens.html").read_text()
-    assert not (cells[3].folder / "tokens.html").exists()
+    assert SpecializationRecord.page(cells[0].folder) == cells[0].folder / "tokens.html"
+    assert SpecializationRecord.page(cells[3].folder) is None
     last = np.load(sorted((cells[0].folder / "trace").glob("*.npz"))[-1])["shape"]
     assert np.shape(first["load"]) == (last[0], last[2])
 
@@ -394,6 +376,24 @@ def test_a_study_writes_its_files_and_is_repeated_only_for_a_changed_model(
     change_checksum(cells[0].folder, "train/data-00000-of-00001.arrow")
     assert main([*command, "--samples", "7"]) == 2
     assert "its data has changed" in capsys.readouterr().err
+
+    written = (tmp_path / "0" / "specialization.json").read_bytes()  # a page of one's own text needs the model alone
+    (tmp_path / "text.txt").write_text("fox & <hound> " * 20)
+    assert main([str(tmp_path / "0"), "--text-file", str(tmp_path / "text.txt")]) == 0
+    assert capsys.readouterr().out.startswith(f"{tmp_path / '0' / 'own_text.html'}: written\n")
+    page = (tmp_path / "0" / "own_text.html").read_text()
+    assert "your text, part 2" in page, "the text is longer than the model reads at once"
+    assert "<hound>" not in page
+    assert (tmp_path / "0" / "specialization.json").read_bytes() == written
+    for wrong, message in {
+        ("--text", ""): "text=: must be text with at least one token",
+        ("--text-file", str(tmp_path / "none.txt")): "none.txt",
+        ("--text-file", str(cells[0].folder / "documents.npz")): "is not UTF-8 text",
+    }.items():
+        assert main([str(tmp_path / "0"), *wrong]) == 2
+        assert message in capsys.readouterr().err
+    assert main([str(tmp_path / "3"), "--text", "fox"]) == 2
+    assert "mixtures of tokens" in capsys.readouterr().err
 
 
 def read_study(folder: Path) -> dict[str, Any]:

@@ -1,10 +1,12 @@
-"""Build HTML pages from templates. A page is one file: it contains its style and its figures, and no script.
+"""Build HTML pages from templates. A page is one file: it contains its style, its figures and its scripts.
 
 The templates escape every value, so text from the data cannot become markup.
 """
 
 import base64
+import hashlib
 import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,12 +30,18 @@ class Cell(NamedTuple):
     kind: str
 
 
-def render_page(template: str, *, package: str = "moe.analysis.report", **values: Any) -> str:
+def render_page(
+    template: str, *, package: str = "moe.analysis.report", scripts: Sequence[str] = (), **values: Any
+) -> str:
     """Fill a template of `package` with `values` and return the page.
 
-    The file is in the folder templates/ of the package. Every template may extend page.html.j2.
+    The file is in the folder templates/ of the package. Every template may extend page.html.j2. The page runs the
+    scripts at its end. Its policy names their checksums, so that a browser runs no other script.
     """
-    return _environment(package).get_template(template).render(**values)
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    policy = Markup("; script-src " + " ".join(f"'sha256-{each}'" for each in hashes)) if hashes else ""
+    trusted = [Markup(script) for script in scripts]
+    return _environment(package).get_template(template).render(scripts=trusted, policy=policy, **values)
 
 
 def block_as_html(block: ReportBlock, folder: Path) -> Markup:
