@@ -235,7 +235,7 @@ class Page(str):
         return f"<HTML page of {len(self):,} characters; .save(path) writes it>"
 
     def _repr_html_(self) -> str:
-        return f'<iframe srcdoc="{html.escape(self)}" width="100%" height="420" style="border: 0"></iframe>'
+        return f'<iframe srcdoc="{html.escape(self)}" width="100%" height="560" style="border: 0"></iframe>'
 
     def save(self, path: Path | str) -> None:
         """Write the page to a file."""

@@ -117,7 +117,7 @@ def _page(passages: Sequence[Passage], tokenizer: PreTrainedTokenizerFast, *, ti
         "without": sum(not token for token in routing[0]),
         "texts": texts,
         "origin": origin,
-        "broken": any(BROKEN in token.text for _, tokens in texts for token in tokens),
+        "signs": {sign for _, tokens in texts for token in tokens if (sign := _sign(token.text))},
         "routing": Markup(json.dumps(routing, separators=(",", ":"))),  # numbers and null alone
     }
     script = files(__package__).joinpath("templates/tokens.js").read_text(encoding="utf-8")
@@ -151,10 +151,16 @@ def _thousandths(weight: float) -> int | None:
     return round(1000 * weight) if math.isfinite(weight) else None
 
 
+def _sign(text: str) -> str:
+    """Return what is special about a token: "part" if it continues the character before it, "newline", "broken"."""
+    if not text:
+        return "part"
+    return "newline" if text.isspace() and "\n" in text else "broken" if BROKEN in text else ""
+
+
 def _classes(text: str, assignments: list[int | None]) -> str:
-    """Return "part" for a part of the character before it, or "newline"; then the heaviest expert."""
-    kind = "part" if not text else "newline" if text.isspace() and "\n" in text else ""
-    return " ".join(filter(None, [kind, f"e{assignments[0]}" if assignments else ""]))
+    """Return what is special about a token, and its heaviest expert."""
+    return " ".join(filter(None, [_sign(text), f"e{assignments[0]}" if assignments else ""]))
 
 
 def _pieces(ids: list[int], decode: Callable[..., str]) -> list[str]:

@@ -96,9 +96,11 @@ def test_a_character_of_several_tokens_is_shown_once() -> None:
     shown = re.sub(r" ?e\d", "", text.split('class="text"')[1].split("</div>")[0]).split(">", 1)[1]
     assert shown == (
         '<span class="">caf</span><span class="">é</span><span class="part"></span>'
-        '<span class="">!</span><span class="">\ufffd</span><span class="">!</span>'
+        '<span class="">!</span><span class="broken">\ufffd</span><span class="">!</span>'
     )
     assert "a part of a character of which the rest is missing" in text
+    assert "continues the character before it" in text
+    assert "a token of line breaks" not in text
 
 
 def test_a_study_with_many_assignments_shows_the_beginning_of_each_block(monkeypatch: pytest.MonkeyPatch) -> None:

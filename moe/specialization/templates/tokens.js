@@ -6,7 +6,7 @@
   const routing = JSON.parse(find("routing").textContent);
   const texts = [...document.querySelectorAll(".text")];
   const tokens = texts.flatMap((text) => [...text.children]);
-  const kinds = tokens.map((token) => token.className.replace(/e\d+$/, "")); // "part ", "newline " or nothing
+  const kinds = tokens.map((token) => token.className.replace(/ ?e\d+$/, "")); // "part", "newline", "broken" or ""
   const place = new Map(tokens.map((token, index) => [token, index]));
   const layers = [...document.querySelectorAll("input[name=layer]")];
   const legend = [...document.querySelectorAll("ul button")];
@@ -38,7 +38,7 @@
     let without = 0;
     tokens.forEach((token, index) => {
       const assignments = routing[layer][index];
-      token.className = kinds[index] + look(assignments) + (index === shown ? " shown" : "");
+      token.className = `${kinds[index]} ${look(assignments)}${index === shown ? " shown" : ""}`;
       for (const expert of experts(assignments)) taken[expert] += 1;
       if (assignments.length) heaviest[assignments[0]] += 1;
       else without += 1;
@@ -62,9 +62,9 @@
 
   function name(index) {
     let first = index;
-    while (first && kinds[first].startsWith("part")) first -= 1;
+    while (first && kinds[first] === "part") first -= 1;
     let end = first + 1;
-    while (end < tokens.length && kinds[end].startsWith("part")) end += 1;
+    while (end < tokens.length && kinds[end] === "part") end += 1;
     const text = tokens[first].textContent.replaceAll("\n", "↵");
     const part = end - first > 1 ? `part ${index - first + 1} of ${end - first} of ` : "";
     return [part, text];
