@@ -22,11 +22,8 @@ from moe.model.causal_lm import MoEForCausalLM
 from moe.routing.decision import Knobs
 from moe.specialization.observation import Observation, observe
 
-COLORS = (
-    *PALETTE[:6],
-    "#F0E442",
-    PALETTE[-1],
-)  # Okabe and Ito; yellow instead of black, which is invisible on a dark page
+# Okabe and Ito's, with yellow. Their black is the color of the text, so that it is visible on a dark page too.
+COLORS = (*PALETTE[:6], "#F0E442", "var(--ink)")
 LINES = ("solid", "dashed", "dotted", "double")  # below a token; each comes with and without a line above the token
 LOOKS = len(COLORS) * 2 * len(LINES)  # experts that look different; others need their numbers
 BLOCKS_PER_DOMAIN = 2
