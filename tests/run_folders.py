@@ -11,6 +11,7 @@ RECORD = {
     "format": FORMAT,
     "status": "finished",
     "error": None,
+    "started": "2026-01-01T00:00:00+00:00",
     "choices": {},
     "causal": True,
     "config": {"seed": 42},

@@ -30,6 +30,7 @@ from moe.analysis.statistics import (
     mean_difference,
     name_cell,
     range_test,
+    seeds_needed,
     spread_interval,
 )
 from moe.checks import plain
@@ -43,6 +44,7 @@ from moe.results.conditions import (
     two_levels,
     varied_factors,
     with_causality,
+    without_causality,
 )
 from moe.results.table import level
 from moe.runs.record import RunRecord
@@ -57,6 +59,9 @@ class _Comparison(NamedTuple):
     p_for, p_against: p-value of the test that the claim holds, and of the test that it does not hold.
     favor: how far inside the claimed range the difference lies; negative if it lies outside.
     spread: standard deviation of the paired differences, if a larger difference could be detected.
+    gap: distance of the difference from the nearest end of the claimed range, in standard deviations of the paired
+        differences; `ends` is the number of ends that the range has.
+    claimed_low, claimed_high: the ends of the claimed range, which may be infinite.
     deterministic: whether the difference is the same in every seed. Both p-values are then 0 or 1.
     note: a remark for the reader, such as a run that is missing.
     doubt: why the comparison is undecided, if it is.
@@ -71,6 +76,10 @@ class _Comparison(NamedTuple):
     p_against: float = NAN
     favor: float = NAN
     spread: float = NAN
+    gap: float = NAN
+    ends: int = 1
+    claimed_low: float = NAN
+    claimed_high: float = NAN
     deterministic: bool = False
     note: str = ""
     doubt: str = ""
@@ -142,9 +151,11 @@ def judge(runs: pd.DataFrame, claims: list[ClaimConfig]) -> pd.DataFrame:
 
 
 def decided(table: pd.DataFrame, holm: np.ndarray, tests: np.ndarray) -> pd.DataFrame:
-    """Return a table of claims with their verdicts.
+    """Return a table of claims with their verdicts, and with the number of seeds that an undecided claim needs.
 
-    The arguments are what `corrected` and `divisors` of `moe.analysis.statistics` return for these rows.
+    The arguments are what `corrected` and `divisors` of `moe.analysis.statistics` return for these rows. `seeds needed`
+    decides the claim with power 0.8, if difference and spread are as estimated. It is NaN if a claim is decided, if its
+    spread is unknown, or if 1,000 seeds are not enough.
     """
     table = table.copy()
     table.insert(table.columns.get_loc("p") + 1, "p Holm", holm)
@@ -155,6 +166,10 @@ def decided(table: pd.DataFrame, holm: np.ndarray, tests: np.ndarray) -> pd.Data
     doubt = pd.Series([doubt or _detectable(*spread) for doubt, *spread in spreads], index=table.index)
     doubt = doubt.mask(only_before, before).mask(significant, "")
     reason = ["; ".join(filter(None, parts)) for parts in zip(table["reason"], doubt, strict=True)]
+    # A claim with two ends is tested by two one-sided tests: each has twice the level of a two-sided test.
+    gaps = zip(table.pop("gap"), table.pop("ends"), tests.tolist(), strict=True)
+    needed = [seeds_needed(gap, tests=max(number, 1) / ends) for gap, ends, number in gaps]
+    table["seeds needed"] = pd.Series(needed, index=table.index, dtype=float).mask(significant)
     return table.assign(verdict=table["verdict"].where(significant, "undecided"), reason=reason)
 
 
@@ -311,11 +326,15 @@ def _row(compared: str, comparison: _Comparison, p: float, verdict: str, estimat
         "difference": comparison.mean - comparison.reference_mean,
         "ci_low": comparison.low,
         "ci_high": comparison.high,
+        "claimed_low": comparison.claimed_low,
+        "claimed_high": comparison.claimed_high,
         "p": p,
         "deterministic": comparison.deterministic,
         "estimates": estimates,
         "verdict": verdict,
         "spread": comparison.spread,
+        "gap": comparison.gap,
+        "ends": comparison.ends,
         "reason": comparison.note,
         "doubt": comparison.doubt,
     }
@@ -351,7 +370,8 @@ def _compare(claim: ClaimConfig, runs: pd.DataFrame, others: list[str], treated:
     effect = mean_difference(by_seeds, scale=scale)
     low, high = _range(claim, reference_mean)
     favor = min(effect - low, high - effect)
-    found = _Comparison(n, reference_mean + effect, reference_mean, favor=favor, note=note)
+    claimed = {"claimed_low": low, "claimed_high": high}
+    found = _Comparison(n, reference_mean + effect, reference_mean, favor=favor, note=note, **claimed)
     if n == 1:
         return found._replace(doubt="one seed: nothing to test a difference against")
     if has_no_spread(by_seeds, scale=scale):
@@ -365,6 +385,8 @@ def _compare(claim: ClaimConfig, runs: pd.DataFrame, others: list[str], treated:
         p_for=p_inside if two_ends else min(1.0, 2 * p_inside),
         p_against=p_outside,
         spread=NAN if two_ends else by_seeds.std(ddof=1),
+        gap=abs(favor) / by_seeds.std(ddof=1),
+        ends=1 + two_ends,
         doubt=f"the interval is neither inside nor outside {low:.3g} ... {high:.3g}" if two_ends else "",
     )
 
@@ -401,9 +423,7 @@ def _about(claim: ClaimConfig, contrast: pd.Series) -> bool:
         return False
     named = [level(each) for each in claim.levels]
     rivals = [level(each) for each in claim.than]
-    sides = [
-        each.partition(" (causal: ")[0] if isinstance(each, str) else each for each in contrast[["level", "reference"]]
-    ]
+    sides = [without_causality(each) for each in contrast[["level", "reference"]]]
     return any(a in named and (b in rivals if rivals else b not in named) for a, b in (sides, sides[::-1]))
 
 

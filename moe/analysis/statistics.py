@@ -7,6 +7,7 @@ left out without a note. `moe.analysis.variance` has the analysis of variance.
 """
 
 import math
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
 from functools import lru_cache
@@ -173,7 +174,7 @@ def spread_interval(std: Any, n: Any) -> tuple[Any, Any]:
 
 
 @lru_cache
-def detectable_effect(n: int, *, tests: int = 1, paired: bool = True) -> float:
+def detectable_effect(n: int, *, tests: float = 1, paired: bool = True) -> float:
     """Return the smallest true difference that a two-sided t test finds with power 0.8; NaN below two seeds.
 
     A paired test has n pairs, and the result is in standard deviations of the paired differences (d_z). An unpaired
@@ -193,6 +194,16 @@ def detectable_effect(n: int, *, tests: int = 1, paired: bool = True) -> float:
         return float((stats.norm.cdf(shift - critical * spread) + stats.norm.cdf(-shift - critical * spread)).mean())
 
     return float(brentq(lambda effect: power(effect) - POWER, 0.0, 10.0 * critical))
+
+
+def seeds_needed(effect: float, *, tests: float = 1, most: int = 1000) -> int | None:
+    """Return how many seeds a paired two-sided t test needs to find an effect with power 0.8, at 5 % / `tests`.
+
+    The effect is in standard deviations of the paired differences (d_z). Returns None if `most` seeds are not enough.
+    """
+    if not detectable_effect(most, tests=tests) <= abs(effect):  # also for NaN
+        return None
+    return 2 + bisect_left(range(2, most), True, key=lambda n: detectable_effect(n, tests=tests) <= abs(effect))
 
 
 def range_test(differences: np.ndarray, low: float, high: float) -> tuple[float, float]:

@@ -146,6 +146,7 @@ def made_up_record(folder: Path, router: str, capacity: float | None, seed: int)
         error=None,
         experiment=folder.parent.name,
         name=folder.name,
+        started="2026-01-01T00:00:00+00:00",
         choices={"router": router},
         causal=True,
         config=config,

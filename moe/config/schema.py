@@ -34,6 +34,7 @@ FREE_KEYS = (
     "logger",
     "data.cache",
     "claims",
+    "question",
 )
 
 # Keys that not every run can use, each with the value that switches it off. A run whose router ignores a key has this
@@ -237,6 +238,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+    question: str = ""  # what the experiment asks, in a sentence; the report begins with it
     claims: list[ClaimConfig] = field(default_factory=list)  # planned claims, which the analysis judges
 
     def check(self) -> None:

@@ -145,20 +145,31 @@ def two_levels(runs: pd.DataFrame, factor: str, pair: tuple[Any, Any], others: l
     return pd.concat(sides)
 
 
-def with_causality(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the same runs with "(causal: ...)" after the name of every router and arm.
+# What follows the name of a router whose losses are not comparable with those of causal routers, or may not be.
+NOT_CAUSAL, CAUSAL_BY_SETTING, CAUSALITY_UNKNOWN = " (not causal)", " (causal by setting)", " (causality unknown)"
 
-    The word is "yes", "no", "unknown" if no run has the information, or "by setting" if the runs of one name differ, as
-    with drop=position,score. In this way each name stays one level of its factor.
+
+def with_causality(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the same runs with a mark after the name of every router and arm that is not causal.
+
+    The mark is `CAUSALITY_UNKNOWN` if no run of the name has the information, and `CAUSAL_BY_SETTING` if the runs of
+    one name differ, as with drop=position,score. In this way each name stays one level of its factor.
     """
-    words = runs["causal"].map({True: "yes", False: "no"})
+    words = runs["causal"].map({True: "", False: NOT_CAUSAL})
     known_columns = [column for column in NAMED_ROUTERS if column in runs]
     named = [column for column in known_columns if not (runs[column].isna() | (runs[column] == "none")).all()]
     for column in named:
         by_name = words.groupby(runs[column])
-        known = by_name.transform("first").where(by_name.transform("nunique") < 2, "by setting").fillna("unknown")
-        runs = runs.assign(**{column: (runs[column] + " (causal: " + known + ")").where(runs[column].notna())})
+        mark = by_name.transform("first").where(by_name.transform("nunique") < 2, CAUSAL_BY_SETTING)
+        runs = runs.assign(**{column: (runs[column] + mark.fillna(CAUSALITY_UNKNOWN)).where(runs[column].notna())})
     return runs
+
+
+def without_causality(level: Any) -> Any:
+    """Return a level without the mark that `with_causality` adds."""
+    for mark in (NOT_CAUSAL, CAUSAL_BY_SETTING, CAUSALITY_UNKNOWN):
+        level = level.removesuffix(mark) if isinstance(level, str) else level
+    return level
 
 
 def unfinished(runs: pd.DataFrame) -> pd.DataFrame:

@@ -24,7 +24,7 @@ from moe.runs.folder import single_runs, user
 from moe.runs.record import MetricsRecord, RecordError, RunRecord, SweepRecord
 
 FACTS = (
-    *("folder", "experiment", "run", "place", "search", "status", "error", "causal", "commit"),
+    *("folder", "experiment", "run", "place", "search", "status", "error", "started", "causal", "commit"),
     *("seconds", "train_seconds", "peak_memory_gb", "parameters.total", "parameters.active", "flops_per_token"),
     "ranks.number",
 )
@@ -129,6 +129,7 @@ def _facts(folder: Path, record: RunRecord) -> dict[str, Any]:
         "run": record.name,
         "status": "diverged" if diverged else record.status,
         "error": record.error,
+        "started": record.started,
         "causal": record.causal,
         "commit": record.commit,
     }

@@ -16,7 +16,7 @@ from moe.config.schema import Config, Grid
 from moe.files import read_text, write_json
 from moe.runs.measured import Measured, ValidationLoss, check_shapes
 
-FORMAT = 3  # of all these files; raise it whenever a field is added, removed or changes its meaning
+FORMAT = 4  # of all these files; raise it whenever a field is added, removed or changes its meaning
 
 R = TypeVar("R", bound="_Record")
 Status = Literal["running", "interrupted", "failed", "finished"]
@@ -107,7 +107,8 @@ class _Record:
 class RunRecord(_Record):
     """run.json: the configuration of a run, its status, and facts about it.
 
-    error: the first line of what ended the run, if it failed or was interrupted. choices: the option chosen from each
+    error: the first line of what ended the run, if it failed or was interrupted. started: when the run began, such as
+    2026-11-26T18:30:00+00:00; a resume keeps it. choices: the option chosen from each
     config group. causal: whether the routing of a token depends on no later token. config: the whole configuration.
     identity: the part of it that decides what the run computes, flat. versions: of Python and of libraries. commit: of
     this project, null if unknown. plugins: packages outside of this project whose classes the run uses. facts: null
@@ -121,6 +122,7 @@ class RunRecord(_Record):
     error: str | None
     experiment: str
     name: str
+    started: str
     choices: dict[str, str | None]
     causal: bool
     config: dict[str, Any]

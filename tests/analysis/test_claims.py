@@ -439,7 +439,7 @@ def test_compared_routers_are_labeled_causal_or_not() -> None:
     runs = runs_with_means({"softk": 100, "expert_choice": 100}, factor="router")
     runs = runs.assign(causal=runs["router"] != "expert_choice")
     [equivalence] = [each for each in experiment_claims("experiment_c") if each.kind == "equivalent"]
-    assert judge_first(runs, equivalence)["compared"] == "router expert_choice (causal: no) vs softk (causal: yes)"
+    assert judge_first(runs, equivalence)["compared"] == "router expert_choice (not causal) vs softk"
 
 
 def test_contrasts_without_a_claim_are_post_hoc() -> None:
@@ -450,7 +450,7 @@ def test_contrasts_without_a_claim_are_post_hoc() -> None:
     assert contrasts_without_claim(table, [claim("lowest", [0.0])])["factor"].unique().tolist() == ["lb"]
     assert len(contrasts_without_claim(table.assign(metric="val/loss"), [claim("lowest", [0.0])])) == len(table)
     routers = pd.DataFrame(
-        [{"metric": PPL, "factor": "router", "level": "b (causal: no)", "reference": "a (causal: yes)"}]
+        [{"metric": PPL, "factor": "router", "level": "b (not causal)", "reference": "a"}]
     )
     claim_about_routers = ClaimConfig(text="", metric=PPL, factor="router", levels=["a"], than=["b"], kind="lower")
     assert contrasts_without_claim(routers, [claim_about_routers]).empty

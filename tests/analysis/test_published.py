@@ -76,7 +76,7 @@ def test_every_sentence_has_a_verdict_and_numbers(sentences: pd.DataFrame) -> No
         ("The interaction of noise and balance weight is limited, within 1 %", "undecided", "-1.3 ... 1.3"),
         ("About 28.4% of the parameters are active", "contradicted", "46.3%"),
         ("hash has worse perplexity than every learned router", "not judged", "6.492 vs 6.69"),
-        ("expert_choice matches the perplexity of softk, within 1 %", "not judged", "expert_choice (causal: no)"),
+        ("expert_choice matches the perplexity of softk, within 1 %", "not judged", "expert_choice (not causal)"),
         ("softk has the best perplexity", "not judged", "one seed"),
         ("Capacity factor 1.25 improves perplexity over 1.0", "not judged", "one seed"),
         ("Capacity factor 1.25 costs negligible throughput, within 1 %", "not judged", "-4.1%"),

@@ -181,7 +181,7 @@ def test_the_published_runs_give_the_published_verdicts(published: Path, tmp_pat
     assert "lb 0.0 vs 0.01 at noise=0.0: +0.307 perplexity [-1.72, 2.33], p=0.58 (Holm 1), n=3: **undecided**" in text
     smallest = "the smallest effect that these seeds could have shown (power 0.8, level 0.25 %) is 12 perplexity, "
     assert f"{smallest}95 % interval 6.2 to 75, because the spread itself is estimated from 3 seeds" in text
-    assert "| topk (causal: yes) | 18 | 18 |" in text
+    assert "| topk | 18 | 18 |" in text
     assert "(ddof=1)" in text
     names = {
         "report.md",
@@ -722,9 +722,9 @@ def test_every_router_is_labeled_causal_or_not(tmp_path: Path) -> None:
             write_run(tmp_path / "r" / f"{causal},{seed}", metrics, causal=causal, seed=seed, capacity=None)
     options = ReportOptions(references={"router": "topk"})
     text = write_report(load_runs([tmp_path / "r"]), tmp_path / "out", options).read_text()
-    assert "| expert_choice (causal: no) | 3 | 3 |" in text
+    assert "| expert_choice (not causal) | 3 | 3 |" in text
     assert "| capacity | null |" in text
-    assert "router expert_choice (causal: no) vs topk (causal: yes): -0.2 perplexity" in text
+    assert "router expert_choice (not causal) vs topk: -0.2 perplexity" in text
     assert "factors_routing_load_cv_pooled: not drawn, no run has routing/load_cv/pooled" in text
     assert (tmp_path / "out" / "factors_val_perplexity.png").stat().st_size > 5_000
     with pytest.raises(ValueError, match=r"^reference router=topkk: allowed are expert_choice, topk$"):
@@ -738,8 +738,8 @@ def test_an_arm_is_labeled_causal_or_not_and_compared_in_place_of_its_router(tmp
             write_run(tmp_path / "r" / f"{variant},{seed}", metrics, causal=causal, variant=variant, seed=seed)
     options = ReportOptions(references={"variant": "top2"})
     text = write_report(load_runs([tmp_path / "r"]), tmp_path / "out", options).read_text()
-    assert "variant choice (causal: no) vs top2 (causal: yes): -0.2 perplexity" in text
-    assert "variant top1 (causal: yes) vs top2 (causal: yes): +0 perplexity" in text
+    assert "variant choice (not causal) vs top2: -0.2 perplexity" in text
+    assert "variant top1 vs top2: +0 perplexity" in text
     assert "router changes only together with variant" in text
 
 

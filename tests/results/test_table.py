@@ -268,7 +268,7 @@ def test_a_router_that_is_causal_under_some_settings_stays_one_level(tmp_path: P
         folder = write_run(tmp_path / "x" / f"drop={drop},seed={seed}", drop=drop, seed=seed)
         change_record(folder, causal=drop == "position")
     runs = with_causality(load_runs([tmp_path]))
-    assert runs["router"].unique().tolist() == ["topk (causal: by setting)"]
+    assert runs["router"].unique().tolist() == ["topk (causal by setting)"]
     assert varied_factors(runs) == ["drop", "seed"]
 
 
@@ -406,6 +406,6 @@ def test_the_reference_is_a_causal_router_with_a_level_of_its_own(tmp_path: Path
     write_cells(tmp_path / "x", cells)
     runs = load_runs([tmp_path])
     assert reference_level(runs, "router") == "switch"
-    assert reference_level(with_causality(runs), "router") == "switch (causal: yes)"
+    assert reference_level(with_causality(runs), "router") == "switch"
     assert reference_level(runs[runs["router"] == "expert_choice"], "router") == "expert_choice"
     assert reference_level(runs.assign(noise=["absent", 0.1, 0.0]), "noise") != "absent"

@@ -45,6 +45,7 @@ RUN = RunRecord(
     error=None,
     experiment="default",
     name="seed=1",
+    started="2026-01-01T00:00:00+00:00",
     choices={"router": "topk", "variant": None},
     causal=True,
     config={"seed": 1, "router": {"k": 2}, "claims": []},

@@ -1,73 +1,158 @@
 """Figures of the effects of factors: a metric against the levels of a factor, and contrasts with their intervals.
 
-Every seed is a point. Intervals are 95 % t intervals of the mean over seeds, and the legend says how many seeds.
+Every seed is a point. Intervals are those of differences between runs of the same seed, because only these say whether
+a factor has an effect: intervals of means may overlap although every seed shows the same difference.
 """
 
+import math
 from collections.abc import Sequence
+from itertools import pairwise
 from textwrap import shorten
+from typing import Any, NamedTuple
 
 import matplotlib
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from moe.analysis.figures.charts import with_hover
 from moe.analysis.figures.style import (
     OTHER_LABELS,
     PALETTE,
     RC,
     axis_label,
     begin_at_zero,
-    draw_means,
     line_style,
     panel_height,
     shared_legend,
 )
-from moe.analysis.statistics import SIGNIFICANCE, with_intervals
-from moe.results.conditions import by_seed, conditions, levels, summary
+from moe.analysis.statistics import SIGNIFICANCE
+from moe.results.conditions import by_seed, conditions, levels
+
+
+SIGNIFICANT_MARKS = "filled: p at most 0.05 after correction; open: not significant"
+
+
+class Axis(NamedTuple):
+    """Places of the levels of a factor on an axis. Numbers have their own scale, other levels are evenly spaced."""
+
+    places: dict[Any, float]
+    step: float  # between neighbors, which bounds how far the marks of one level may lie apart
+    label: str
+
+
+def level_axis(runs: pd.DataFrame, factor: str) -> Axis:
+    """Return the axis of a factor: linear, logarithmic for positive numbers that span a factor of ten, or even steps.
+
+    Numbers that include 0 and otherwise span a factor of ten would overlap on both scales, so they are evenly spaced.
+    """
+    names, label = levels(runs[factor]), axis_label(factor)
+    numbers = [float(name) for name in names if isinstance(name, int | float) and math.isfinite(name)]
+    positive = [number for number in numbers if number > 0]
+    wide = len(positive) > 1 and max(positive) / min(positive) >= 10
+    if len(numbers) < max(2, len(names)) or (wide and len(positive) < len(numbers)):
+        return Axis({name: float(place) for place, name in enumerate(names)}, 1.0, label)
+    places = {name: math.log10(name) if wide else float(name) for name in names}
+    step = min(b - a for a, b in pairwise(sorted(places.values())))
+    return Axis(places, step, f"{label} (log scale)" if wide else label)
 
 
 @matplotlib.rc_context(RC)
-def factor_plot(runs: pd.DataFrame, factor: str, hue: str, metric: str) -> Figure:
-    """Draw one metric against the levels of `factor`, which are evenly spaced, with a color for each level of `hue`."""
-    return factor_panels(runs, factor, hue, [metric])
+def factor_plot(runs: pd.DataFrame, factor: str, hue: str, metric: str, contrasts: pd.DataFrame) -> Figure:
+    """Draw a metric against the levels of `factor`, and beside it the differences from the factor's reference level.
+
+    There is a color for each level of `hue`. `contrasts` are rows of `moe.analysis.statistics.contrasts`.
+    """
+    rows = contrasts[(contrasts["factor"] == factor) & (contrasts["metric"] == metric)].dropna(subset="difference")
+    hues = runs[hue].nunique()
+    width = max(5.2, 0.25 * runs[factor].nunique() * hues)
+    count = 2 if len(rows) else 1
+    figure = Figure(figsize=(width * count, panel_height(hues)), layout="constrained")
+    panels = figure.subplots(1, count, squeeze=False)[0]
+    _draw_levels(panels[0], runs, factor, hue, metric)
+    text = "small: one seed, lines join a seed; large: mean over n seeds"
+    if len(rows):
+        reference = rows["reference"].iloc[0]
+        _draw_differences(panels[1], runs, factor, hue, rows)
+        panels[1].set_ylabel(f"difference from {factor}={reference} in the same seed\n({axis_label(metric)})")
+        text = f"left: {text}; right: mean difference with its 95 % t interval, {SIGNIFICANT_MARKS}"
+    shared_legend(figure, text)
+    return figure
 
 
 @matplotlib.rc_context(RC)
 def factor_panels(runs: pd.DataFrame, factor: str, hue: str, metrics: Sequence[str]) -> Figure:
-    """Draw a panel like `factor_plot` for each metric."""
+    """Draw a panel for each metric, with the metric against the levels of `factor` and a color for each `hue`."""
     hues = runs[hue].nunique()
     width = max(5.4, 0.25 * runs[factor].nunique() * hues)
     figure = Figure(figsize=(width * len(metrics), panel_height(hues)), layout="constrained")
     panels = figure.subplots(1, len(metrics), squeeze=False)[0]
     for axes, metric in zip(panels, metrics, strict=True):
         _draw_levels(axes, runs, factor, hue, metric)
-    shared_legend(figure, "small: one seed, lines join a seed; large: mean over n seeds and its 95 % t interval")
+    shared_legend(figure, "small: one seed, lines join a seed; large: mean over n seeds")
     return figure
 
 
 def _draw_levels(axes: Axes, runs: pd.DataFrame, factor: str, hue: str, metric: str) -> None:
-    """Draw seeds, means and intervals of one metric. The levels of `hue` lie side by side, so that all are visible."""
-    places, hues = levels(runs[factor]), levels(runs[hue])
-    step = min(0.24, 0.7 / len(hues))
+    """Draw seeds and means of one metric. The levels of `hue` lie side by side, so that all are visible."""
+    axis, hues = level_axis(runs, factor), levels(runs[hue])
     for index, (cell, members) in enumerate(conditions(runs, [hue])):
-        style = line_style(index)
-        x = [place + step * (index - (len(hues) - 1) / 2) for place in range(len(places))]
-        seeds = pd.DataFrame({place: by_seed(members[members[factor] == place], metric) for place in places})
-        for _, values in seeds.iterrows():
-            axes.plot(x, values, color=style["color"], linewidth=0.7, alpha=0.6, marker=style["marker"], markersize=4)
-        means = with_intervals(summary(members, [factor], [metric])).set_index(factor).reindex(places)
-        beside = [place + 0.35 * step for place in x]  # not on top of the seeds
-        draw_means(axes, beside, means, style, f"{OTHER_LABELS.get(hue, '')} {cell[hue]}")
-    axes.set_xticks(range(len(places)), [str(place) for place in places])
-    axes.set_xlim(-0.5, len(places) - 0.5)
-    if max(len(str(place)) for place in places) * len(places) > 40:
+        style, shift = line_style(index), _shift(axis, index, len(hues))
+        seeds = pd.DataFrame({level: by_seed(members[members[factor] == level], metric) for level in axis.places})
+        x = [place + shift for place in axis.places.values()]
+        for seed, values in seeds.iterrows():
+            look = {"color": style["color"], "linewidth": 0.7, "alpha": 0.6, "marker": style["marker"], "markersize": 4}
+            [line] = axes.plot(x, values, **look)
+            with_hover(line, [f"seed {seed}"] * len(x))
+        counts = "–".join(map(str, sorted({int(n) for n in seeds.count() if n})))
+        label = f"{OTHER_LABELS.get(hue, '')} {cell[hue]} (n={counts})".lstrip()
+        mean = {"color": style["color"], "marker": style["marker"], "markersize": 9, "markeredgecolor": "white"}
+        [means] = axes.plot(x, seeds.mean(), linestyle="", label=label, **mean)
+        with_hover(means, [f"mean over {n} seeds" for n in seeds.count()])
+    _label_levels(axes, axis)
+    axes.set_ylabel(axis_label(metric))
+    begin_at_zero(axes, metric)
+
+
+def _draw_differences(axes: Axes, runs: pd.DataFrame, factor: str, hue: str, rows: pd.DataFrame) -> None:
+    """Draw the differences from the reference level with their intervals, at the levels that are compared with it."""
+    axis, hues = level_axis(runs, factor), levels(runs[hue])
+    for index, name in enumerate(hues):
+        style, shift = line_style(index), _shift(axis, index, len(hues))
+        for _, row in rows[rows["within"].isin([name, ""])].iterrows():
+            x, significant = axis.places[row["level"]] + shift, row["p Holm"] <= SIGNIFICANCE
+            low, high = (row["difference"] - row["ci_low"], row["ci_high"] - row["difference"])
+            axes.errorbar(
+                [x],
+                [row["difference"]],
+                yerr=[[0 if pd.isna(low) else low], [0 if pd.isna(high) else high]],
+                fmt=style["marker"],
+                color=style["color"],
+                markerfacecolor=style["color"] if significant else "white",
+                markersize=8,
+                capsize=4,
+            )
+    axes.axhline(0, color="black", linewidth=1)
+    _label_levels(axes, axis)
+
+
+def _shift(axis: Axis, index: int, count: int) -> float:
+    """Return how far the marks of one of `count` colors lie from their level."""
+    return min(0.16, 0.6 / count) * axis.step * (index - (count - 1) / 2)
+
+
+def _label_levels(axes: Axes, axis: Axis) -> None:
+    """Label the levels of a factor along x. Long names are turned."""
+    places = list(axis.places.values())
+    axes.set_xticks(places, [str(level) for level in axis.places])
+    margin = max(0.5 * axis.step, 0.06 * (max(places) - min(places)))
+    axes.set_xlim(min(places) - margin, max(places) + margin)
+    if max(len(str(level)) for level in axis.places) * len(places) > 40:
         axes.tick_params(axis="x", rotation=25)
         for label in axes.get_xticklabels():
             label.set_horizontalalignment("right")
     axes.grid(visible=False, axis="x")
-    axes.set_xlabel(axis_label(factor))
-    axes.set_ylabel(axis_label(metric))
-    begin_at_zero(axes, metric)
+    axes.set_xlabel(axis.label)
 
 
 @matplotlib.rc_context(RC)
@@ -88,13 +173,15 @@ def forest(contrasts: pd.DataFrame, label: str) -> Figure:
         significant = c["p Holm"] <= SIGNIFICANCE
         color = PALETTE[1 if c["difference"] > 0 else 0] if significant else PALETTE[7]
         fill = color if significant else "white"
-        axes.plot([c["ci_low"], c["ci_high"]], [row, row], color=color, linewidth=2)
-        axes.plot(c["difference"], row, "o", color=color, markerfacecolor=fill, markersize=7)
+        reach = [[c["difference"] - c["ci_low"]], [c["ci_high"] - c["difference"]]]
+        look = {"fmt": "o", "color": color, "markerfacecolor": fill, "markersize": 7, "linewidth": 2}
+        drawn = axes.errorbar([c["difference"]], [row], xerr=reach, **look)
+        with_hover(drawn.lines[0], [f"p={c['p Holm']:.2g} after correction"])
     axes.axvline(0, color="black", linewidth=1)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
-    figure.supxlabel(
-        f"difference in {label}, with its 95 % t interval; filled: p <= 0.05 after Holm's correction", fontsize="medium"
-    )
+    axes.set_xlabel(f"difference in {label}")
+    marks = f"line: 95 % t interval of the difference; {SIGNIFICANT_MARKS}; orange: higher, blue: lower, gray: undecided"
+    figure.supxlabel(marks, fontsize="small")
     return figure

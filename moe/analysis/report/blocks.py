@@ -23,6 +23,17 @@ class Heading(NamedTuple):
     level: int = 2
 
 
+class Folded(NamedTuple):
+    """A title of a part of the page that is closed until the reader opens it; the part ends at the next title as high.
+
+    The summary says in a few words what is inside.
+    """
+
+    text: str
+    summary: str
+    level: int = 2
+
+
 class Paragraph(NamedTuple):
     """A paragraph of text."""
 
@@ -33,6 +44,40 @@ class BulletList(NamedTuple):
     """A list of sentences."""
 
     items: list[str]
+
+
+class Facts(NamedTuple):
+    """Short facts, each with its name: (name, fact)."""
+
+    items: list[tuple[str, str]]
+
+
+class Interval(NamedTuple):
+    """A difference and its interval on an axis from `least` to `most`, and the range that a claim gives it, if any."""
+
+    value: float
+    low: float
+    high: float
+    least: float
+    most: float
+    claimed: tuple[float, float] | None = None
+
+
+class Card(NamedTuple):
+    """A verdict: the statement that is judged, how ("good" | "bad" | "idle" is its color), the effect, and advice."""
+
+    text: str
+    verdict: str
+    tone: str
+    effect: str
+    advice: str = ""
+    interval: Interval | None = None
+
+
+class Cards(NamedTuple):
+    """Verdicts beside each other."""
+
+    cards: list[Card]
 
 
 class TableBlock(NamedTuple):
@@ -55,7 +100,7 @@ class Attachment(NamedTuple):
     caption: str
 
 
-SimpleBlock = Heading | Paragraph | BulletList | TableBlock | StatusBar | Drawing | Attachment
+SimpleBlock = Heading | Folded | Paragraph | BulletList | Facts | Cards | TableBlock | StatusBar | Drawing | Attachment
 
 
 class Details(NamedTuple):

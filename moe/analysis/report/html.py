@@ -1,10 +1,16 @@
 """Build HTML pages from templates. A page is one file: it contains its style, its figures and its scripts.
 
-The templates escape every value, so text from the data cannot become markup.
+The templates escape every value, so text from the data cannot become markup. The page runs no script but those whose
+hashes its policy lists.
 """
 
 import base64
+import gzip
 import hashlib
+import importlib.util
+import io
+import json
+import math
 import re
 from collections.abc import Sequence
 from functools import cache
@@ -14,13 +20,26 @@ from typing import Any, NamedTuple
 import jinja2
 import pandas as pd
 from markupsafe import Markup, escape
+from matplotlib.figure import Figure
 
+from moe.analysis.figures.charts import charts
 from moe.analysis.figures.drawing import Drawing
-from moe.analysis.report.blocks import MAX_ROWS, Details, ReportBlock, not_drawn, truncation_note
+from moe.analysis.report.blocks import (
+    MAX_ROWS,
+    Attachment,
+    Details,
+    Folded,
+    Heading,
+    Interval,
+    ReportBlock,
+    truncation_note,
+)
 from moe.analysis.report.markdown import numeric_columns, table_cells
 from moe.checks import one_line, printable
 
 LONG_TEXT = 60  # largest number of characters in a table cell that is kept on one line
+MAX_FILE = 200_000  # largest number of bytes of a file that the page contains too
+PICTURE = (300, 34)  # width and height of the picture of an interval
 
 
 class Cell(NamedTuple):
@@ -30,30 +49,127 @@ class Cell(NamedTuple):
     kind: str
 
 
-def render_page(
-    template: str, *, package: str = "moe.analysis.report", scripts: Sequence[str] = (), **values: Any
-) -> str:
-    """Fill a template of `package` with `values` and return the page.
+class Library(NamedTuple):
+    """The script of plotly.js: its text, and the same as base64 of gzip, which has two fifths of the size."""
 
-    The file is in the folder templates/ of the package. Every template may extend page.html.j2. The page runs the
-    scripts at its end. Its policy names their checksums, so that a browser runs no other script.
+    text: str
+    packed: str
+
+
+def render_page(
+    template: str,
+    *,
+    package: str = "moe.analysis.report",
+    scripts: Sequence[str] = (),
+    loaded: Sequence[str] = (),
+    **values: Any,
+) -> str:
+    """Fill a template of `package` with `values` and return the page, with `scripts` at its end.
+
+    The file is in the folder templates/ of the package. Every template may extend page.html.j2. `loaded` are further
+    scripts that may run, because `scripts` load them.
     """
-    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in (*scripts, *loaded)]
     policy = Markup("; script-src " + " ".join(f"'sha256-{each}'" for each in hashes)) if hashes else ""
     trusted = [Markup(script) for script in scripts]
     return _environment(package).get_template(template).render(scripts=trusted, policy=policy, **values)
 
 
-def block_as_html(block: ReportBlock, folder: Path) -> Markup:
-    """Return a block as HTML. The bytes of a figure are read from `folder`, where it has been saved as PNG."""
-    macro = getattr(_environment().get_template("blocks.html.j2").module, type(block).__name__)
-    match block:
-        case Drawing():
-            return Markup(macro(block, folder))
-        case Details():
-            return Markup(macro(block, [block_as_html(inner, folder) for inner in block.blocks]))
-        case _:
-            return Markup(macro(block))
+class Page:
+    """The body of a report as it grows: blocks as HTML, in parts that the reader can open and close.
+
+    contents: id and title of each part, for the table of contents.
+    """
+
+    def __init__(self) -> None:
+        self.contents: list[tuple[str, str]] = []
+        self.has_charts = False
+        self._elements: list[Markup] = []
+        self._open: list[tuple[int, str, Markup]] = []  # level, id and end of the parts that have not ended
+        self._ids: set[str] = set()
+
+    def add(self, block: ReportBlock) -> None:
+        """Append a block. A title ends all parts of its level and of lower ones."""
+        match block:
+            case Heading() | Folded():
+                self._end(block.level)
+                name = self._id(block.text)
+                if block.level == 2:
+                    self.contents.append((name, block.text))
+                folded = isinstance(block, Folded)
+                self._elements += [Markup('<details class="part">' if folded else "<section>"), _macro(block)(block, name)]
+                self._open.append((block.level, name, Markup("</details>" if folded else "</section>")))
+            case Details(_, blocks):
+                self._elements.append(Markup("<details><summary>{}</summary>").format(inline_markup(block.summary)))
+                for inner in blocks:
+                    self.add(inner)
+                self._elements.append(Markup("</details>"))
+            case Drawing(_, _, Figure() as figure):
+                found = charts(figure)
+                self.has_charts |= found is not None
+                data = _json(found) if found else ""
+                self._elements.append(Markup(_macro(block)(block, data, "" if found else _svg(figure))))
+            case Drawing():
+                pass  # the report lists figures that could not be drawn at its end
+            case Attachment(_, content):
+                small = content.encode() if len(content) <= MAX_FILE else b""
+                self._elements.append(_macro(block)(block, base64.b64encode(small).decode()))
+            case _:
+                self._elements.append(_macro(block)(block))
+
+    def render(self, title: str) -> str:
+        """Return the whole page."""
+        self._end(0)
+        values = {"title": title, "contents": self.contents, "body": Markup("\n").join(self._elements)}
+        library = plotly() if self.has_charts else None
+        loaded = [library.text] if library else []
+        return render_page("report.html.j2", scripts=[_script()], loaded=loaded, library=library, **values)
+
+    def _end(self, level: int) -> None:
+        while self._open and self._open[-1][0] >= level:
+            self._elements.append(self._open.pop()[2])
+
+    def _id(self, text: str) -> str:
+        """Return an id for a title: the title of the part above it comes first if another part has the same title."""
+        name = anchor(text)
+        if name in self._ids and self._open:
+            name = f"{self._open[-1][1]}-{name}"
+        number = next(n for n in range(1, len(self._ids) + 2) if (name if n == 1 else f"{name}-{n}") not in self._ids)
+        name = name if number == 1 else f"{name}-{number}"
+        self._ids.add(name)
+        return name
+
+
+@cache
+def plotly() -> Library:
+    """Return plotly.js from the package plotly, which is not imported, because that takes long."""
+    spec = importlib.util.find_spec("plotly")
+    assert spec and spec.origin
+    script = Path(spec.origin).with_name("package_data") / "plotly.min.js"
+    text = script.read_text(encoding="utf-8")
+    return Library(text, base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode())
+
+
+def _script() -> str:
+    environment = _environment()
+    assert environment.loader
+    return environment.loader.get_source(environment, "charts.js")[0]
+
+
+def _macro(block: ReportBlock) -> Any:
+    return getattr(_environment().get_template("blocks.html.j2").module, type(block).__name__)
+
+
+def _json(value: Any) -> Markup:
+    """Return JSON that can stand inside of a script element."""
+    return Markup(json.dumps(value, separators=(",", ":")).replace("<", "\\u003c"))
+
+
+def _svg(figure: Figure) -> str:
+    """Return a figure as a vector picture in base64."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="svg")
+    return base64.b64encode(picture.getvalue()).decode()
 
 
 @cache
@@ -67,7 +183,7 @@ def _environment(package: str = "moe.analysis.report") -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (anchor, inline_markup, cells, image_data, truncation_note, not_drawn)
+    filters = (inline_markup, cells, truncation_note, interval_picture, file_name)
     environment.filters |= {function.__name__: function for function in filters}
     return environment
 
@@ -80,14 +196,40 @@ def _without_control(value: Any) -> Any:
 
 
 def anchor(text: str) -> str:
-    """Return the id of a heading, to which links point."""
+    """Return the id of a title, to which links point."""
     return re.sub(r"\W+", "-", text.lower()).strip("-")
+
+
+def file_name(path: str) -> str:
+    """Return the last part of a path."""
+    return Path(path).name
 
 
 def inline_markup(text: str) -> Markup:
     """Return text as HTML on one line: `**bold**` and `` `code` `` become elements, everything else is escaped."""
     html = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", str(escape(one_line(text))))
     return Markup(re.sub(r"`(.+?)`", r"<code>\1</code>", html))
+
+
+def interval_picture(interval: Interval) -> Markup:
+    """Return the picture of a difference: its interval as a line, the claimed range as an area, and a mark at 0."""
+    width, height = PICTURE
+    span = interval.most - interval.least
+
+    def place(value: float) -> float:
+        return 6 + (width - 12) * min(1.0, max(0.0, (value - interval.least) / span))
+
+    middle, zero, point = height / 2, place(0), place(interval.value)
+    parts = []
+    if interval.claimed is not None:
+        left, right = map(place, interval.claimed)
+        parts.append(f'<rect class="claimed" x="{left:.1f}" y="2" width="{right - left:.1f}" height="{height - 4}"/>')
+    parts.append(f'<line class="zero" x1="{zero:.1f}" x2="{zero:.1f}" y1="2" y2="{height - 2}"/>')
+    if math.isfinite(interval.low):
+        low, high = place(interval.low), place(interval.high)
+        parts.append(f'<line class="interval" x1="{low:.1f}" x2="{high:.1f}" y1="{middle}" y2="{middle}"/>')
+    parts.append(f'<circle cx="{point:.1f}" cy="{middle}" r="5"/>')
+    return Markup(f'<svg class="interval" viewBox="0 0 {width} {height}" aria-hidden="true">{"".join(parts)}</svg>')
 
 
 def cells(table: pd.DataFrame) -> tuple[list[Cell], list[list[Cell]]]:
@@ -101,8 +243,3 @@ def cells(table: pd.DataFrame) -> tuple[list[Cell], list[list[Cell]]]:
     return [Cell(text, "number" if right else "") for text, right in zip(head, numeric, strict=True)], [
         [Cell(text, kind(text, right)) for text, right in zip(row, numeric, strict=True)] for row in rows
     ]
-
-
-def image_data(name: str, folder: Path) -> str:
-    """Return a saved figure in base64."""
-    return base64.b64encode((folder / f"{name}.png").read_bytes()).decode()

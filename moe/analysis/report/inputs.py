@@ -32,6 +32,7 @@ from moe.results.conditions import (
     tied_factors,
     varied_factors,
     with_causality,
+    without_causality,
 )
 from moe.results.table import EventTables, read_event_tables
 
@@ -74,7 +75,7 @@ class ReportInputs(NamedTuple):
     """The runs, and everything that is computed about them before the sections use it."""
 
     loaded: pd.DataFrame  # as `moe.results.table.load_runs` returned it
-    runs: pd.DataFrame  # the same, with "(causal: yes|no)" beside every router's name
+    runs: pd.DataFrame  # the same, with "(not causal)" after the name of every such router
     factors: list[str]  # the factors that vary, without the seed
     tied: dict[str, str]  # a factor that varies -> the factor that determines its level in all runs
     condition: pd.Series  # of each run, such as "lb=0.01, noise=0.1"; no entry where a level is unknown
@@ -250,7 +251,7 @@ def _check(options: ReportOptions, experiments: list[ReportInputs]) -> None:
             raise ValueError(f"reference {factor}={level}: varied factors are {', '.join(factors) or 'none'}")
         if not any(factor in _reference_levels(inputs, options) for inputs in experiments):
             known = levels(pd.concat([inputs.runs[factor] for inputs in experiments if factor in inputs.factors]))
-            words = [str(each).partition(" (causal: ")[0] for each in known]
+            words = [str(without_causality(each)) for each in known]
             raise ValueError(f"reference {factor}={level}: allowed are {', '.join(dict.fromkeys(words))}")
     metrics = [column for column in experiments[0].loaded if "/" in column]
     for metric in options.metrics:
@@ -267,12 +268,12 @@ def _check(options: ReportOptions, experiments: list[ReportInputs]) -> None:
 def _reference_levels(inputs: ReportInputs, options: ReportOptions) -> dict[str, Any]:
     """Return those references of the options that are levels of these runs, with the level's full name.
 
-    The full name of a router is, for example, "topk (causal: yes)". The reader writes only "topk".
+    The full name of a router is, for example, "expert_choice (not causal)". The reader writes only "expert_choice".
     """
     found = {}
     for factor, level in options.references.items():
         for name in levels(inputs.runs[factor]) if factor in inputs.factors else []:
-            named = factor in NAMED_ROUTERS and str(name).startswith(f"{level} (causal: ")
+            named = factor in NAMED_ROUTERS and without_causality(name) == level
             if name == level or named:
                 found[factor] = name
     return found

@@ -12,7 +12,11 @@ from moe.analysis.report.blocks import (
     MAX_ROWS,
     Attachment,
     BulletList,
+    Card,
+    Cards,
     Details,
+    Facts,
+    Folded,
     Heading,
     Paragraph,
     ReportBlock,
@@ -31,8 +35,14 @@ def block_as_markdown(block: ReportBlock) -> str:
     match block:
         case Heading(text, level):
             return f"{'#' * level} {escaped(text)}"
+        case Folded(text, _, level):
+            return f"{'#' * level} {escaped(text)}"
         case Paragraph(text):
             return escaped(text)
+        case Facts(items):
+            return "\n".join(f"- {escaped(name)}: {escaped(fact)}" for name, fact in items)
+        case Cards(cards):
+            return "\n".join(f"- {escaped(_card_text(card))}" for card in cards)
         case BulletList(items):
             return "\n".join(f"- {escaped(item)}" for item in items)
         case TableBlock(frame):
@@ -49,6 +59,12 @@ def block_as_markdown(block: ReportBlock) -> str:
         case Details(summary, blocks):
             inner = "\n\n".join(block_as_markdown(inner) for inner in blocks)
             return f"<details><summary>{escaped(summary)}</summary>\n\n{inner}\n\n</details>"
+
+
+def _card_text(card: Card) -> str:
+    """Return a verdict as one sentence."""
+    parts = [f"{card.text}: **{card.verdict}**", card.effect, card.advice]
+    return "; ".join(filter(None, (part.rstrip(".") for part in parts)))
 
 
 def _address(name: str) -> str:

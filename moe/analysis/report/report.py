@@ -1,6 +1,6 @@
 """Write the report: report.md and report.html, with figures and tables as files beside them.
 
-A section is a function that takes `ReportInputs` and yields blocks. To add one, append it to one of the tuples below.
+A section is a function that takes `ReportInputs` and yields blocks. To add one, append it to a chapter below.
 To add figures or sections for one source study alone, see `moe.analysis.studies.registered`.
 """
 
@@ -10,16 +10,27 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
 from moe.analysis.figures.drawing import Drawing
-from moe.analysis.report.blocks import Attachment, Details, Heading, ReportBlock, TableBlock, csv_file
-from moe.analysis.report.html import block_as_html, render_page
+from moe.analysis.report.blocks import (
+    Attachment,
+    BulletList,
+    Details,
+    Folded,
+    Heading,
+    ReportBlock,
+    TableBlock,
+    csv_file,
+)
+from moe.analysis.report.html import Page
 from moe.analysis.report.inputs import ReportInputs, ReportOptions, collect_inputs
 from moe.analysis.report.markdown import block_as_markdown
+from moe.analysis.report.sections.answer import answer, index_of_verdicts
 from moe.analysis.report.sections.comparisons import (
     analysis_of_variance,
     condition_table,
@@ -32,7 +43,7 @@ from moe.analysis.report.sections.over_training import contrasts_over_training, 
 from moe.analysis.report.sections.overview import what_was_run
 from moe.analysis.report.sections.provenance import causality, configuration, data, software
 from moe.analysis.report.sections.routing import expert_specialization, routing_by_layer
-from moe.analysis.report.sections.search import levels_from_a_search, search_result
+from moe.analysis.report.sections.search import search_result
 from moe.analysis.report.sections.verdicts import claim_verdicts, contrast_verdicts, how_it_decides
 from moe.analysis.report.study import Section
 from moe.analysis.studies.published import replay
@@ -41,31 +52,58 @@ from moe.checks import escaped
 from moe.files import LinkError, replacing, write_text
 from moe.results.conditions import levels
 
-FIRST: tuple[Section, ...] = (what_was_run, how_it_decides)
-FOR_EACH_EXPERIMENT: tuple[Section, ...] = (
-    levels_from_a_search,
-    claim_verdicts,
-    contrast_verdicts,
-    other_seeds_and_other_text,
-    noise_floor_table,
-    factor_effects,
-    condition_table,
-    contrast_table,
-    contrasts_over_training,
-    analysis_of_variance,
-    learning_curves,
-    gradient_norms,
-    routing_by_layer,
-    *itertools.chain.from_iterable(study.experiment_sections for study in STUDIES),
-    expert_specialization,
+
+
+class Chapter(NamedTuple):
+    """Sections under one title, which is closed on the page until the reader opens it; `summary` says what is inside."""
+
+    title: str
+    summary: str
+    sections: tuple[Section, ...]
+
+
+ANSWER: tuple[Section, ...] = (answer,)
+CHAPTERS: tuple[Chapter, ...] = (
+    Chapter(
+        "Effects",
+        "every comparison as a sentence and as a chart",
+        (
+            claim_verdicts,
+            contrast_verdicts,
+            factor_effects,
+            other_seeds_and_other_text,
+            noise_floor_table,
+            *itertools.chain.from_iterable(study.experiment_sections for study in STUDIES),
+        ),
+    ),
+    Chapter(
+        "Conditions and statistics",
+        "means of each setting, tests, analysis of variance",
+        (condition_table, contrast_table, analysis_of_variance),
+    ),
+    Chapter("Routing", "balance, sharpness and drops by layer", (routing_by_layer,)),
+    Chapter(
+        "Training",
+        "learning curves, gradients, differences over training",
+        (learning_curves, contrasts_over_training, gradient_norms),
+    ),
+    Chapter("Specialization", "what single experts do", (expert_specialization,)),
 )
-FOR_A_SEARCH: tuple[Section, ...] = (search_result, condition_table, learning_curves)  # nothing that tests or predicts
-LAST: tuple[Section, ...] = (
-    *itertools.chain.from_iterable(study.report_sections for study in STUDIES),
-    causality,
-    configuration,
-    data,
-    software,
+CHAPTERS_OF_A_SEARCH: tuple[Chapter, ...] = (  # nothing that tests or predicts
+    Chapter("Settings that were tried", "means and learning curves", (condition_table, learning_curves)),
+)
+LAST: tuple[Chapter, ...] = (
+    Chapter(
+        "Source studies",
+        "the reports that a source study wrote",
+        tuple(itertools.chain.from_iterable(study.report_sections for study in STUDIES)),
+    ),
+    Chapter("How this report decides", "when a difference counts as more than chance", (how_it_decides,)),
+    Chapter(
+        "Provenance",
+        "runs, routers, configuration, data, code and machine",
+        (what_was_run, causality, configuration, data, software),
+    ),
 )
 
 
@@ -82,10 +120,11 @@ def write_report(
     names = levels(runs["experiment"])
     shown = [f'"{name}"' for name in names[:3]] if len(names) > 1 else names  # the name of a grid may hold a comma
     title = f"Report: {', '.join(shown)}" + (f" and {len(names) - 3} more" if names[3:] else "")
-    middle: Iterable[ReportBlock] = _experiment_blocks(all_runs)
+    middle: Iterable[ReportBlock] = _experiment(all_runs)
     if experiments:
-        middle = itertools.chain(*map(_experiment_part, names, experiments))
-    blocks = itertools.chain(_blocks(FIRST, all_runs), middle, _blocks(LAST, all_runs))
+        parts = itertools.chain(*map(_experiment_part, names, experiments))
+        middle = itertools.chain(index_of_verdicts(dict(zip(names, experiments, strict=True))), parts)
+    blocks = itertools.chain(middle, itertools.chain(*(_chapter(each, all_runs) for each in LAST)))
     return save_report(title, blocks, Path(out), files=files)
 
 
@@ -102,38 +141,51 @@ def save_report(title: str, blocks: Iterable[ReportBlock], out: Path, *, files: 
     """Write report.md and report.html into the folder `out`, with the figures and attachments; return report.md.
 
     Each figure is drawn, saved and freed before the next one is drawn. The paths of figures and attachments are
-    appended to `files`.
+    appended to `files`. The figures that could not be drawn are listed at the end, with the reasons.
     """
     out.mkdir(parents=True, exist_ok=True)
-    contents, texts, elements = [], [f"# {escaped(title)}"], []
+    page, texts, missing = Page(), [f"# {escaped(title)}"], []
     for block in blocks:
+        if isinstance(block, Drawing) and block.figure is None:
+            missing.append(f"{block.name}: {block.reason}")
+            continue
         for inner in block.blocks if isinstance(block, Details) else [block]:
             if (path := _save_file(inner, out)) is not None and files is not None:
                 files.append(path)
-        if isinstance(block, Heading) and block.level == 2:
-            contents.append(block.text)
         texts.append(block_as_markdown(block))
-        elements.append(block_as_html(block, out))
-    page = render_page("report.html.j2", title=title, contents=contents, blocks=elements)
-    write_text(out / "report.html", page)
+        page.add(block)
+    if missing:
+        for block in (Heading("Figures that were not drawn", level=3), BulletList(missing)):
+            texts.append(block_as_markdown(block))
+            page.add(block)
+    write_text(out / "report.html", page.render(title))
     write_text(out / "report.md", "\n\n".join(texts) + "\n")
     return out / "report.md"
 
 
-def _blocks(sections: Iterable[Section], inputs: ReportInputs) -> Iterator[ReportBlock]:
-    return itertools.chain.from_iterable(section(inputs) for section in sections)
+def _chapter(chapter: Chapter, inputs: ReportInputs) -> Iterator[ReportBlock]:
+    """Yield a chapter, with the titles of its sections one level lower; nothing if its sections yield nothing."""
+    titled = False
+    for block in itertools.chain.from_iterable(section(inputs) for section in chapter.sections):
+        if not titled and not (isinstance(block, Drawing) and block.figure is None):
+            yield Folded(chapter.title, chapter.summary)
+            titled = True
+        yield block._replace(level=block.level + 1) if isinstance(block, Heading) else block
 
 
-def _experiment_blocks(inputs: ReportInputs) -> Iterator[ReportBlock]:
-    return _blocks(FOR_A_SEARCH if inputs.search else FOR_EACH_EXPERIMENT, inputs)
+def _experiment(inputs: ReportInputs) -> Iterator[ReportBlock]:
+    for section in ANSWER:
+        yield from section(inputs)
+    for chapter in CHAPTERS_OF_A_SEARCH if inputs.search else CHAPTERS:
+        yield from _chapter(chapter, inputs)
 
 
 def _experiment_part(name: str, inputs: ReportInputs) -> Iterator[ReportBlock]:
-    """Yield the sections of one experiment, with headings one level lower and files in a folder of its own."""
+    """Yield the chapters of one experiment, with titles one level lower and files in a folder of its own."""
     yield Heading(name)
     folder = folder_name(name)
-    for block in _experiment_blocks(inputs):
-        if isinstance(block, Heading):
+    for block in _experiment(inputs):
+        if isinstance(block, Heading | Folded):
             yield block._replace(level=block.level + 1)
         elif isinstance(block, Attachment) or (isinstance(block, Drawing) and block.figure):
             yield block._replace(name=f"{folder}/{block.name}")

@@ -37,16 +37,18 @@ def _factor_drawings(inputs: ReportInputs) -> Iterator[Drawing]:
     for metric in metrics:
         caption = f"Effect of {', '.join(inputs.factors)} on: {axis_label(metric)}."
         absent = "" if metric in inputs.tested else f"no run has {metric}"
-        result = absent or inputs.too_many_lines() or _factor_figure(inputs.runs, inputs.factors, metric)
+        result = absent or inputs.too_many_lines() or _factor_figure(inputs, metric)
         yield drawing(_file_name("factors", metric), caption, result)
 
 
-def _factor_figure(runs: pd.DataFrame, factors: list[str], metric: str) -> Figure:
+def _factor_figure(inputs: ReportInputs, metric: str) -> Figure:
     """Draw the factor with the most levels along x, and every combination of the others in a color."""
+    runs, factors = inputs.runs, inputs.factors
     factor = max(factors, key=lambda name: runs[name].nunique())
     others = [name for name in factors if name != factor]
     colors = {index: name_cell(cell) or "all" for cell, members in conditions(runs, others) for index in members.index}
-    return effects.factor_plot(runs.assign(others=pd.Series(colors, dtype=object)), factor, "others", metric)
+    colored = runs.assign(others=pd.Series(colors, dtype=object))
+    return effects.factor_plot(colored, factor, "others", metric, inputs.contrasts)
 
 
 def _contrast_drawings(inputs: ReportInputs) -> Iterator[Drawing]:
@@ -59,7 +61,7 @@ def _contrast_drawings(inputs: ReportInputs) -> Iterator[Drawing]:
             result = f"{len(rows)} contrasts are too many"
         else:
             result = effects.forest(rows, label)
-        yield drawing(_file_name("contrasts", metric), f"Contrasts paired by seed, 95 % t intervals: {label}.", result)
+        yield drawing(_file_name("contrasts", metric), f"Differences between runs of the same seed: {label}. A line that crosses 0 is undecided.", result)
 
 
 def _file_name(kind: str, metric: str) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pandas as pd
 
 from moe.analysis.claims import contrasts_without_claim, evidence_sentence, planned_claims
-from moe.analysis.report.blocks import BulletList, Heading, Paragraph, ReportBlock, csv_file, long_list
+from moe.analysis.report.blocks import BulletList, Details, Heading, Paragraph, ReportBlock, csv_file, long_list
 from moe.analysis.report.inputs import Family, ReportInputs
 from moe.analysis.sentences import (
     DETERMINISTIC,
@@ -102,9 +102,17 @@ def contrast_verdicts(inputs: ReportInputs) -> Iterator[ReportBlock]:
     for _, contrast in rows.iterrows():
         sentences.setdefault(standing(contrast), []).append(_verdict(contrast))
     for name, title in TITLES.items():
-        if name in sentences:
-            yield Paragraph(f"**{title}**: {len(sentences[name])} of {len(rows)} contrasts.")
+        if name not in sentences:
+            continue
+        count = f"**{title}**: {len(sentences[name])} of {len(rows)} contrasts."
+        if name == UNTESTED:  # they are many, and say little
+            yield Details(count, [BulletList(sentences[name])])
+        else:
+            yield Paragraph(count)
             yield from long_list(sentences[name])
+    covered = len(inputs.contrasts) - len(rows)
+    if covered:
+        yield Paragraph(f"{covered} more contrasts are left out here, because a planned claim makes them; see above.")
 
 
 def _verdict(contrast: pd.Series) -> str:

@@ -1,0 +1,366 @@
+"""Turn a figure of matplotlib into charts for a web page, whose marks show their values.
+
+A figure is drawn once, with matplotlib. `charts` reads its marks: lines, points, intervals, bands, bars, heatmaps, texts
+and tables. So a figure that somebody adds becomes charts too. The page draws them with plotly.js, each panel of the
+figure as a chart of its own, so that panels can stand below each other on a narrow screen.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.collections import LineCollection, PathCollection, PolyCollection
+from matplotlib.colors import to_hex, to_rgba
+from matplotlib.container import BarContainer, ErrorbarContainer
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.lines import Line2D
+from matplotlib.text import Text
+from matplotlib.ticker import FixedLocator
+
+Trace = dict[str, Any]  # as plotly.js takes it
+AnyArtist = TypeVar("AnyArtist", bound=Artist)
+
+PIXELS = 4 / 3  # in a point of matplotlib
+HEIGHT = 78  # pixels of a chart for an inch of its figure
+SYMBOLS = {"o": "circle", ".": "circle", "s": "square", "^": "triangle-up", "D": "diamond", "_": "line-ew-open"}
+DASHES = {"-": "solid", "--": "dash", ":": "dot", "-.": "dashdot"}
+STEPS = {"default": "linear", "steps": "vh", "steps-pre": "vh", "steps-post": "hv", "steps-mid": "hvh"}
+NAMED_COLORS = {"#000000": "ink", "#ffffff": "paper"}  # a dark page exchanges them
+
+_TEXTS: WeakKeyDictionary[Artist, list[str]] = WeakKeyDictionary()
+
+
+class NoChartError(Exception):
+    """Raised for a mark that charts do not have."""
+
+
+def with_hover(artist: AnyArtist, texts: Iterable[Any]) -> AnyArtist:
+    """Give each point of an artist a text, such as the name of its run, which the page shows beside the values."""
+    _TEXTS[artist] = [str(text) for text in texts]
+    return artist
+
+
+def charts(figure: Figure) -> dict[str, Any] | None:
+    """Return the panels, the legend and the notes of a figure as JSON values for the script of the page.
+
+    Returns None if a panel has a mark that charts do not have. The page then shows the picture itself.
+    """
+    shown = [axes for axes in figure.axes if axes.get_visible() and axes.get_label() != "<colorbar>"]
+    styles = _legend(shown)
+    try:
+        panels = [_panel(axes, figure, styles) for axes in shown]
+    except NoChartError:
+        return None
+    boxes = [legend for legend in (*figure.legends, *(axes.get_legend() for axes in shown)) if legend]
+    scale = [axes.get_ylabel() for axes in figure.axes if axes.get_label() == "<colorbar>"]
+    notes = [figure.get_suptitle(), *(legend.get_title().get_text() for legend in boxes), figure.get_supxlabel(), *scale]
+    entries = [{"name": name, **style} for name, style in styles.items()] if boxes else []
+    return {"panels": panels, "legend": entries, "notes": [" ".join(note.split()) for note in notes if note]}
+
+
+def _legend(panels: list[Axes]) -> dict[str, Trace]:
+    """Return color, dash and symbol of each label."""
+    styles: dict[str, Trace] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            styles.setdefault(label, _style(handle))
+    return styles
+
+
+def _style(handle: Any) -> Trace:
+    match handle:
+        case ErrorbarContainer():
+            return _style(handle.lines[0] or handle.lines[2][0])
+        case BarContainer():
+            return {"color": _color(handle.patches[0].get_facecolor()), "symbol": "square"}
+        case Line2D():
+            style = {"color": _color(handle.get_color())}
+            if handle.get_linestyle() in DASHES:
+                style["dash"] = DASHES[handle.get_linestyle()]
+            return style | ({"symbol": _symbol(handle)} if _has_marker(handle) else {})
+        case PathCollection():
+            return {"color": _color(handle.get_facecolor()[0]), "symbol": "circle"}
+        case LineCollection():
+            return {"color": _color(handle.get_color()[0]), "dash": "solid"}
+    raise NoChartError
+
+
+def _panel(axes: Axes, figure: Figure, styles: dict[str, Trace]) -> dict[str, Any]:
+    """Return a panel as traces and axes of a chart, or as a table or a text, if that is all it shows."""
+    title = " ".join(filter(None, (axes.get_title("left"), axes.get_title())))
+    if axes.tables:
+        rows: dict[int, list[str]] = {}
+        for (row, _), cell in sorted(axes.tables[0].get_celld().items()):
+            rows.setdefault(row, []).append(cell.get_text().get_text())
+        return {"title": title, "table": list(rows.values())}
+    if not axes.axison:
+        if len(axes.texts) != 1 or axes.has_data():
+            raise NoChartError
+        return {"title": title, "text": axes.texts[0].get_text()}
+    place = axes.get_subplotspec()
+    rows_of_panels = place.get_topmost_subplotspec().get_gridspec().nrows if place else 1
+    return {
+        "title": title,
+        "data": [_named(trace, group, styles) for trace, group in _traces(axes, styles)],
+        "x": _axis(axes, axes.xaxis, figure.get_supxlabel()),
+        "y": _axis(axes, axes.yaxis, figure.get_supylabel()),
+        "shapes": [shape for line in axes.lines if (shape := _straight(axes, line))],
+        "annotations": [_annotation(axes, text) for text in axes.texts if text.get_text()],
+        "height": round(max(280, (figure.get_figheight() - 0.8) / rows_of_panels * HEIGHT)),
+    }
+
+
+def _axis(axes: Axes, axis: Axis, label_of_figure: str) -> dict[str, Any]:
+    """Return label, scale, range and ticks of an axis."""
+    name, scale = str(axis.axis_name), axis.get_scale()  # type: ignore[attr-defined]
+    if scale not in ("linear", "log"):
+        raise NoChartError
+    together = getattr(axes, f"get_shared_{name}_axes")().get_siblings(axes)
+    labels = [getattr(each, f"get_{name}label")() for each in (axes, *together)]
+    bounds = getattr(axes, f"get_{name}lim")()
+    found = {
+        "title": " ".join(next(filter(None, labels), label_of_figure).split()),
+        "type": scale,
+        "range": _numbers(np.log10(bounds) if scale == "log" else bounds),
+    }
+    places = list(axis.get_majorticklocs())
+    if isinstance(axis.get_major_locator(), FixedLocator) and places:
+        found |= {"tickvals": _numbers(places), "ticktext": axis.get_major_formatter().format_ticks(places)}
+    return found
+
+
+def _traces(axes: Axes, styles: dict[str, Trace]) -> Iterator[tuple[Trace, str]]:
+    """Yield each mark as a trace, with its label, which is empty if the mark has none of its own."""
+    parts: set[Artist] = set()
+    for container in axes.containers:
+        label = str(container.get_label())
+        match container:
+            case ErrorbarContainer():
+                line, caps, bars = container.lines
+                parts |= {*caps, *bars, *([line] if line else [])}
+                yield _errorbar(line, list(bars), container), label
+            case BarContainer():
+                parts |= set(container.patches)
+                yield _bars(container), label
+            case _:
+                raise NoChartError
+    for artist in (*axes.lines, *axes.collections, *axes.images, *axes.patches):
+        if artist in parts:
+            continue
+        label = str(artist.get_label())
+        match artist:
+            case Line2D():
+                if _straight(axes, artist) is None:
+                    yield _line(artist), label
+            case PathCollection():
+                yield _points(artist), label
+            case PolyCollection():
+                yield _band(artist), label
+            case AxesImage():
+                yield _heatmap(artist), label
+            case _:
+                raise NoChartError
+
+
+def _named(trace: Trace, label: str, styles: dict[str, Trace]) -> Trace:
+    """Give a trace the name of its entry in the legend: its own label, or that of the entry with its color and dash.
+
+    Thin lines of single runs have no label of their own, and the color of the mean of their condition.
+    """
+    if label.startswith("_"):
+        color, dash = trace.pop("color", None), trace.get("line", {}).get("dash")
+        same = [name for name, style in styles.items() if style["color"] == color]
+        label = next((name for name in same if styles[name].get("dash") == dash), same[0] if same else "")
+    trace.pop("color", None)
+    return trace | {"name": label}
+
+
+def _line(line: Line2D) -> Trace:
+    color, drawn, marked = _color(line.get_color()), line.get_linestyle() in DASHES, _has_marker(line)
+    x, y = line.get_data(orig=False)
+    trace: Trace = {
+        "type": "scatter",
+        "x": _numbers(x),
+        "y": _numbers(y),
+        "mode": "+".join(["lines"] * drawn + ["markers"] * marked) or "lines",
+        "opacity": line.get_alpha() or 1,
+        "color": color,
+    }
+    if drawn:
+        shape = STEPS[line.get_drawstyle()]
+        trace["line"] = {
+            "color": color,
+            "width": line.get_linewidth() * PIXELS,
+            "dash": DASHES[line.get_linestyle()],
+            "shape": shape,
+        }
+    if marked:
+        trace["marker"] = _marker(line)
+    return trace | _texts_of(line)
+
+
+def _errorbar(line: Line2D | None, bars: list[LineCollection], container: ErrorbarContainer) -> Trace:
+    """Return means with the two ends of their intervals."""
+    kinds = ["x"] * container.has_xerr + ["y"] * container.has_yerr
+    ends = {kind: np.array(bar.get_segments()) for kind, bar in zip(kinds, bars, strict=True)}
+    color = _color(bars[0].get_color()[0])
+    if line is None:  # intervals of marks that are drawn apart, such as bars
+        [(kind, middle)] = [(kind, ends[kind].mean(axis=1)) for kind in kinds[:1]]
+        trace: Trace = {"type": "scatter", "mode": "markers", "marker": {"opacity": 0, "color": color}, "color": color}
+        x, y = middle.T
+        trace |= {"x": _numbers(x), "y": _numbers(y), "hoverinfo": "skip"}
+    else:
+        trace = _line(line)
+        x, y = line.get_data(orig=False)
+    for kind, segments in ends.items():
+        along, column = (x, 0) if kind == "x" else (y, 1)
+        known = np.asarray(along, dtype=float)
+        low, high = segments[:, 0, column], segments[:, 1, column]
+        trace[f"error_{kind}"] = {
+            "array": _numbers(high - known),
+            "arrayminus": _numbers(known - low),
+            "color": color,
+            "thickness": 1.5,
+            "width": 4,
+        }
+        trace[f"interval_{kind}"] = [_numbers(pair) for pair in zip(low, high, strict=True)]
+    return trace
+
+
+def _points(points: PathCollection) -> Trace:
+    x, y = np.ma.filled(points.get_offsets().astype(float), np.nan).T
+    face = points.get_facecolor()
+    size = float(np.sqrt(np.mean(points.get_sizes())))
+    marker = {"color": [_color(each) for each in face] if len(face) > 1 else _color(face[0]), "size": size * PIXELS}
+    return {
+        "type": "scatter",
+        "x": _numbers(x),
+        "y": _numbers(y),
+        "mode": "markers",
+        "marker": marker,
+        "opacity": points.get_alpha() or 1,
+        "color": _color(face[0]),
+    } | _texts_of(points)
+
+
+def _band(band: PolyCollection) -> Trace:
+    """Return the area between two curves."""
+    corners = np.concatenate([np.r_[path.vertices, [[math.nan] * 2]] for path in band.get_paths()])
+    color = band.get_facecolor()[0]
+    red, green, blue, alpha = to_rgba(color)
+    return {
+        "type": "scatter",
+        "x": _numbers(corners[:, 0]),
+        "y": _numbers(corners[:, 1]),
+        "mode": "lines",
+        "line": {"width": 0},
+        "fill": "toself",
+        "fillcolor": f"rgba({255 * red:.0f},{255 * green:.0f},{255 * blue:.0f},{alpha:.2g})",
+        "hoverinfo": "skip",
+        "color": _color(color),
+    }
+
+
+def _bars(container: BarContainer) -> Trace:
+    patches = container.patches
+    color = _color(patches[0].get_facecolor())
+    flat = container.orientation == "horizontal"
+    centers = [p.get_y() + p.get_height() / 2 if flat else p.get_x() + p.get_width() / 2 for p in patches]
+    lengths = [p.get_width() if flat else p.get_height() for p in patches]
+    return {
+        "type": "bar",
+        "orientation": "h" if flat else "v",
+        "x": _numbers(lengths if flat else centers),
+        "y": _numbers(centers if flat else lengths),
+        "base": _numbers([p.get_x() if flat else p.get_y() for p in patches]),
+        "width": _numbers([p.get_height() if flat else p.get_width() for p in patches]),
+        "marker": {"color": color},
+        "color": color,
+    }
+
+
+def _heatmap(image: AxesImage) -> Trace:
+    """Return an image of values as a heatmap. Its colors are those of the values after the norm of the image."""
+    values = np.ma.filled(np.ma.asarray(image.get_array()).astype(float), np.nan)
+    if values.ndim != 2:
+        raise NoChartError
+    left, right, bottom, top = image.get_extent()
+    rows, columns = values.shape
+    stops = np.linspace(0, 1, 21)
+    return {
+        "type": "heatmap",
+        "x0": left + (right - left) / columns / 2,
+        "dx": (right - left) / columns,
+        "y0": top - (top - bottom) / rows / 2,
+        "dy": (bottom - top) / rows,
+        "z": [_numbers(row) for row in np.ma.filled(np.ma.asarray(image.norm(values)), np.nan)],
+        "text": [[f"{value:.4g}" for value in row] for row in values],
+        "zmin": 0,
+        "zmax": 1,
+        "colorscale": [[float(stop), to_hex(image.get_cmap()(stop))] for stop in stops],
+        "showscale": False,
+    }
+
+
+def _straight(axes: Axes, line: Line2D) -> Trace | None:
+    """Return a line across the whole panel, from `axhline` or `axvline`, as a shape; None for other lines."""
+    along_data = line.get_transform().contains_branch_seperately(axes.transData)
+    if all(along_data):
+        return None
+    if not any(along_data):
+        raise NoChartError
+    x, y = line.get_data(orig=False)
+    dash = DASHES.get(line.get_linestyle(), "solid")
+    shape: Trace = {"type": "line", "x0": float(x[0]), "x1": float(x[-1]), "y0": float(y[0]), "y1": float(y[-1])}
+    shape |= {"xref": "x" if along_data[0] else "x domain", "yref": "y" if along_data[1] else "y domain"}
+    return shape | {"line": {"color": _color(line.get_color()), "width": line.get_linewidth() * PIXELS, "dash": dash}}
+
+
+def _annotation(axes: Axes, text: Text) -> Trace:
+    x, y = text.get_position()
+    inside = all(text.get_transform().contains_branch_seperately(axes.transData))
+    xref, yref = ("x", "y") if inside else ("x domain", "y domain")
+    return {
+        "text": text.get_text(),
+        "x": x,
+        "y": y,
+        "xref": xref,
+        "yref": yref,
+        "showarrow": False,
+        "font": {"size": round(float(text.get_fontsize()) * PIXELS), "color": _color(text.get_color())},
+    }
+
+
+def _has_marker(line: Line2D) -> bool:
+    return line.get_marker() not in ("", " ", "None", "none", None)
+
+
+def _symbol(line: Line2D) -> str:
+    return SYMBOLS.get(str(line.get_marker()), "circle")
+
+
+def _marker(line: Line2D) -> Trace:
+    """Return symbol, size and colors of a line's points. matplotlib draws "." at half of its size."""
+    size = line.get_markersize() * PIXELS * (0.5 if line.get_marker() == "." else 1)
+    edge = {"color": _color(line.get_markeredgecolor()), "width": 1.5}
+    return {"symbol": _symbol(line), "size": size, "color": _color(line.get_markerfacecolor()), "line": edge}
+
+
+def _texts_of(artist: Artist) -> Trace:
+    return {"text": _TEXTS[artist]} if artist in _TEXTS else {}
+
+
+def _color(color: Any) -> str:
+    name = to_hex(to_rgba(color)[:3])
+    return NAMED_COLORS.get(name, name)
+
+
+def _numbers(values: Any) -> list[float | None]:
+    """Return numbers with six significant digits, and None for those that JSON does not have."""
+    return [float(f"{value:.6g}") if math.isfinite(value) else None for value in np.asarray(values, dtype=float)]
