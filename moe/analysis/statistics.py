@@ -174,7 +174,7 @@ def spread_interval(std: Any, n: Any) -> tuple[Any, Any]:
 
 
 @lru_cache
-def detectable_effect(n: int, *, tests: float = 1, paired: bool = True) -> float:
+def detectable_effect(n: int, *, tests: int | float = 1, paired: bool = True) -> float:
     """Return the smallest true difference that a two-sided t test finds with power 0.8; NaN below two seeds.
 
     A paired test has n pairs, and the result is in standard deviations of the paired differences (d_z). An unpaired
@@ -196,7 +196,7 @@ def detectable_effect(n: int, *, tests: float = 1, paired: bool = True) -> float
     return float(brentq(lambda effect: power(effect) - POWER, 0.0, 10.0 * critical))
 
 
-def seeds_needed(effect: float, *, tests: float = 1, most: int = 1000) -> int | None:
+def seeds_needed(effect: float, *, tests: int | float = 1, most: int = 1000) -> int | None:
     """Return how many seeds a paired two-sided t test needs to find an effect with power 0.8, at 5 % / `tests`.
 
     The effect is in standard deviations of the paired differences (d_z). Returns None if `most` seeds are not enough.

@@ -105,9 +105,14 @@ def _panel(axes: Axes, figure: Figure, styles: dict[str, Trace]) -> dict[str, An
         return {"title": title, "text": axes.texts[0].get_text()}
     place = axes.get_subplotspec()
     rows_of_panels = place.get_topmost_subplotspec().get_gridspec().nrows if place else 1
+    data = [_named(trace, group, styles) for trace, group in _traces(axes)]
+    for name, axis in (("x", axes.xaxis), ("y", axes.yaxis)):
+        if axis.get_scale() == "symlog":  # which the page does not have: draw at the places, show the values
+            for trace in data:
+                trace[f"shown_{name}"], trace[name] = trace[name], _numbers(_placed(axis, trace[name]))
     return {
         "title": title,
-        "data": [_named(trace, group, styles) for trace, group in _traces(axes, styles)],
+        "data": data,
         "x": _axis(axes, axes.xaxis, figure.get_supxlabel()),
         "y": _axis(axes, axes.yaxis, figure.get_supylabel()),
         "shapes": [shape for line in axes.lines if (shape := _straight(axes, line))],
@@ -119,23 +124,29 @@ def _panel(axes: Axes, figure: Figure, styles: dict[str, Trace]) -> dict[str, An
 def _axis(axes: Axes, axis: Axis, label_of_figure: str) -> dict[str, Any]:
     """Return label, scale, range and ticks of an axis."""
     name, scale = str(axis.axis_name), axis.get_scale()  # type: ignore[attr-defined]
-    if scale not in ("linear", "log"):
+    if scale not in ("linear", "log", "symlog"):
         raise NoChartError
     together = getattr(axes, f"get_shared_{name}_axes")().get_siblings(axes)
     labels = [getattr(each, f"get_{name}label")() for each in (axes, *together)]
     bounds = getattr(axes, f"get_{name}lim")()
     found = {
         "title": " ".join(next(filter(None, labels), label_of_figure).split()),
-        "type": scale,
-        "range": _numbers(np.log10(bounds) if scale == "log" else bounds),
+        "type": "log" if scale == "log" else "linear",
+        "range": _numbers(np.log10(bounds) if scale == "log" else _placed(axis, bounds)),
     }
-    places = list(axis.get_majorticklocs())
-    if isinstance(axis.get_major_locator(), FixedLocator) and places:
-        found |= {"tickvals": _numbers(places), "ticktext": axis.get_major_formatter().format_ticks(places)}
+    places = [place for place in axis.get_majorticklocs() if min(bounds) <= place <= max(bounds)]
+    if places and (scale == "symlog" or isinstance(axis.get_major_locator(), FixedLocator)):
+        texts = axis.get_major_formatter().format_ticks(places)
+        found |= {"tickvals": _numbers(_placed(axis, places)), "ticktext": texts}
     return found
 
 
-def _traces(axes: Axes, styles: dict[str, Trace]) -> Iterator[tuple[Trace, str]]:
+def _placed(axis: Axis, values: Any) -> Any:
+    """Return where values lie on an axis with a scale that is not logarithmic."""
+    return axis.get_transform().transform(np.asarray(values, dtype=float))
+
+
+def _traces(axes: Axes) -> Iterator[tuple[Trace, str]]:
     """Yield each mark as a trace, with its label, which is empty if the mark has none of its own."""
     parts: set[Artist] = set()
     for container in axes.containers:

@@ -182,6 +182,6 @@ def forest(contrasts: pd.DataFrame, label: str) -> Figure:
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel(f"difference in {label}")
-    marks = f"line: 95 % t interval of the difference; {SIGNIFICANT_MARKS}; orange: higher, blue: lower, gray: undecided"
+    marks = f"line: 95 % t interval of the difference; {SIGNIFICANT_MARKS};\norange: higher, blue: lower, gray: undecided"
     figure.supxlabel(marks, fontsize="small")
     return figure

@@ -216,7 +216,7 @@ def interval_picture(interval: Interval) -> Markup:
     width, height = PICTURE
     span = interval.most - interval.least
 
-    def place(value: float) -> float:
+    def place(value: int | float) -> float:
         return 6 + (width - 12) * min(1.0, max(0.0, (value - interval.least) / span))
 
     middle, zero, point = height / 2, place(0), place(interval.value)

@@ -22,7 +22,6 @@ from moe.analysis.report.blocks import (
     ReportBlock,
     StatusBar,
     TableBlock,
-    not_drawn,
     truncation_note,
 )
 from moe.checks import escaped, plain
@@ -51,9 +50,8 @@ def block_as_markdown(block: ReportBlock) -> str:
             total = sum(n for _, n, _ in counts)
             shares = ", ".join(f"{n} {name}" for name, n, _ in counts if n)
             return f"{total} {'run' if total == 1 else 'runs'}: {shares}"
-        case Drawing(name, caption, figure):
-            drawn = f"![{escaped(name)}]({_address(name)}.png)\n\n{escaped(caption)}"
-            return drawn if figure else f"- {escaped(not_drawn(block))}"
+        case Drawing(name, caption):
+            return f"![{escaped(name)}]({_address(name)}.png)\n\n{escaped(caption)}"
         case Attachment(name, _, caption):
             return f"[{escaped(name)}]({_address(name)}): {escaped(caption)}"
         case Details(summary, blocks):

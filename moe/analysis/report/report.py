@@ -26,6 +26,7 @@ from moe.analysis.report.blocks import (
     ReportBlock,
     TableBlock,
     csv_file,
+    not_drawn,
 )
 from moe.analysis.report.html import Page
 from moe.analysis.report.inputs import ReportInputs, ReportOptions, collect_inputs
@@ -44,6 +45,7 @@ from moe.analysis.report.sections.overview import what_was_run
 from moe.analysis.report.sections.provenance import causality, configuration, data, software
 from moe.analysis.report.sections.routing import expert_specialization, routing_by_layer
 from moe.analysis.report.sections.search import search_result
+from moe.analysis.report.sections.terms import terms
 from moe.analysis.report.sections.verdicts import claim_verdicts, contrast_verdicts, how_it_decides
 from moe.analysis.report.study import Section
 from moe.analysis.studies.published import replay
@@ -99,6 +101,7 @@ LAST: tuple[Chapter, ...] = (
         tuple(itertools.chain.from_iterable(study.report_sections for study in STUDIES)),
     ),
     Chapter("How this report decides", "when a difference counts as more than chance", (how_it_decides,)),
+    Chapter("Terms", "what the words of this page mean", (terms,)),
     Chapter(
         "Provenance",
         "runs, routers, configuration, data, code and machine",
@@ -147,7 +150,7 @@ def save_report(title: str, blocks: Iterable[ReportBlock], out: Path, *, files: 
     page, texts, missing = Page(), [f"# {escaped(title)}"], []
     for block in blocks:
         if isinstance(block, Drawing) and block.figure is None:
-            missing.append(f"{block.name}: {block.reason}")
+            missing.append(not_drawn(block))
             continue
         for inner in block.blocks if isinstance(block, Details) else [block]:
             if (path := _save_file(inner, out)) is not None and files is not None:

@@ -65,9 +65,9 @@ def answer(inputs: ReportInputs) -> Iterator[ReportBlock]:
             yield Details(f"{len(cards) - MOST_CARDS} more", [Cards(cards[MOST_CARDS:])])
     yield from map(Paragraph, _best_setting(inputs))
     yield Facts(_setup(inputs))
-    yield from levels_from_a_search(inputs)
     if warnings := list(_warnings(inputs)):
         yield BulletList(warnings)
+    yield from levels_from_a_search(inputs)
 
 
 def index_of_verdicts(experiments: dict[str, ReportInputs]) -> Iterator[ReportBlock]:
@@ -167,7 +167,7 @@ def _certainty(row: pd.Series) -> str:
     return f" [{row['ci_low']:.3g}, {row['ci_high']:.3g}], p={row['p Holm']:.2g} after correction"
 
 
-def _needed(seeds: float, n: int) -> str:
+def _needed(seeds: int | float, n: int) -> str:
     """Return what would decide a comparison that n seeds leave undecided."""
     if math.isnan(seeds):
         return "More than 1,000 seeds would be needed, if the true difference is the estimated one."
@@ -256,8 +256,8 @@ def _setup(inputs: ReportInputs) -> list[tuple[str, str]]:
     words = _range(runs, "data.vocab_size", lambda value: f"{value:,.0f}")
     if source:
         facts.append(("Data", f"{source}; tokenizer {tokenizer or 'trained on it'}" + (f", {words} tokens" if words else "")))
-    if date := _texts(runs.assign(date=runs["started"].str[:10]) if "started" in runs else runs, "date"):
-        facts.append(("Date", date))
+    if days := sorted({str(start)[:10] for start in runs["started"].dropna()}):
+        facts.append(("Date", " to ".join(dict.fromkeys((days[0], days[-1])))))
     if command := _command(inputs):
         facts.append(("Repeat", f"`{command}`"))
     return facts
@@ -314,7 +314,7 @@ def _texts(runs: pd.DataFrame, column: str) -> str:
     return ", ".join(str(value) for value in values if value not in (ABSENT, ""))
 
 
-def _count(number: float) -> str:
+def _count(number: Any) -> str:
     """Return a number with three digits and the unit thousand, million or billion."""
     for size, unit in ((1e9, "billion"), (1e6, "million"), (1e3, "thousand")):
         if number >= size:
@@ -322,5 +322,5 @@ def _count(number: float) -> str:
     return f"{number:.0f}"
 
 
-def _duration(seconds: float) -> str:
+def _duration(seconds: Any) -> str:
     return f"{seconds / 60:.3g} minutes" if seconds >= 100 else f"{seconds:.3g} seconds"

@@ -50,7 +50,7 @@
   }
 
   function trace(mark, panel) {
-    const { interval_x: across, interval_y: along, text, ...rest } = mark;
+    const { interval_x: across, interval_y: along, shown_x: xs = mark.x, shown_y: ys = mark.y, text, ...rest } = mark;
     if (mark.hoverinfo === "skip") return rest;
     const range = (ends, i) => (ends && ends[i][0] !== ends[i][1] ? ` [${short(ends[i][0])}, ${short(ends[i][1])}]` : "");
     if (mark.type === "heatmap") {
@@ -59,12 +59,12 @@
         [`${panel.y.title} ${place(panel.y, mark.y0, mark.dy, j)}`, `${panel.x.title} ${place(panel.x, mark.x0, mark.dx, i)}`, value].join("<br>")));
       return { ...rest, text: texts, hovertemplate: "%{text}<extra></extra>" };
     }
-    const named = (axis, place) => `${axis.title && `${axis.title}: `}${placed(axis, place)}`;
-    const lines = mark.x.map((x, i) => [
+    const named = (axis, value) => `${axis.title && `${axis.title}: `}${axis === panel.x && mark.shown_x ? short(value) : placed(axis, value)}`;
+    const lines = xs.map((x, i) => [
       mark.name && `<b>${wrapped(mark.name, 44)}</b>`,
       text?.[i] && wrapped(text[i], 44),
       wrapped(named(panel.x, x) + range(across, i), 44),
-      wrapped(named(panel.y, mark.y[i]) + range(along, i), 44),
+      wrapped(named(panel.y, ys[i]) + range(along, i), 44),
     ].filter(Boolean).join("<br>"));
     return { ...rest, hovertext: lines, hovertemplate: "%{hovertext}<extra></extra>" };
   }
