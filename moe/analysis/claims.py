@@ -370,8 +370,8 @@ def _compare(claim: ClaimConfig, runs: pd.DataFrame, others: list[str], treated:
     effect = mean_difference(by_seeds, scale=scale)
     low, high = _range(claim, reference_mean)
     favor = min(effect - low, high - effect)
-    claimed = {"claimed_low": low, "claimed_high": high}
-    found = _Comparison(n, reference_mean + effect, reference_mean, favor=favor, note=note, **claimed)
+    found = _Comparison(n, reference_mean + effect, reference_mean, favor=favor, note=note)
+    found = found._replace(claimed_low=low, claimed_high=high)
     if n == 1:
         return found._replace(doubt="one seed: nothing to test a difference against")
     if has_no_spread(by_seeds, scale=scale):

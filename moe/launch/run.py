@@ -7,7 +7,7 @@ import subprocess
 import sys
 import traceback
 from dataclasses import asdict, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -177,7 +177,7 @@ def run_record(cell: Cell, status: Status, facts: RunFacts | None = None, *, err
         error=error,
         experiment=cell.experiment,
         name=cell.folder.name,
-        started=before.started if before else datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        started=before.started if before else datetime.now(UTC).isoformat(timespec="seconds"),
         choices=cell.choices,
         causal=config.build_router().is_causal(capacity=config.capacity, drop=config.drop),
         config=asdict(config),

@@ -449,9 +449,7 @@ def test_contrasts_without_a_claim_are_post_hoc() -> None:
     assert set(zip(post_hoc["factor"], post_hoc["level"], strict=True)) == {("noise", 0.1), ("lb", 0.01)}
     assert contrasts_without_claim(table, [claim("lowest", [0.0])])["factor"].unique().tolist() == ["lb"]
     assert len(contrasts_without_claim(table.assign(metric="val/loss"), [claim("lowest", [0.0])])) == len(table)
-    routers = pd.DataFrame(
-        [{"metric": PPL, "factor": "router", "level": "b (not causal)", "reference": "a"}]
-    )
+    routers = pd.DataFrame([{"metric": PPL, "factor": "router", "level": "b (not causal)", "reference": "a"}])
     claim_about_routers = ClaimConfig(text="", metric=PPL, factor="router", levels=["a"], than=["b"], kind="lower")
     assert contrasts_without_claim(routers, [claim_about_routers]).empty
 

@@ -645,7 +645,9 @@ def test_the_second_half_of_training_shows_its_lines_whole() -> None:
 
 def test_the_axis_of_a_metric_that_is_never_negative_does_not_begin_below_zero() -> None:
     """The interval of two seeds reaches below 0 and is cut there."""
-    runs = pd.DataFrame([{"condition": "a", "seed": seed, "routing/load_cv/layer00": cv} for seed, cv in ((1, 0.01), (2, 0.2))])
+    runs = pd.DataFrame(
+        [{"condition": "a", "seed": seed, "routing/load_cv/layer00": cv} for seed, cv in ((1, 0.01), (2, 0.2))]
+    )
     assert layer_profile(runs).axes[0].get_ylim()[0] == 0
 
 

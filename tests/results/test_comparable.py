@@ -49,7 +49,7 @@ def test_means_over_tokens_of_two_tokenizers_stand_in_no_table_of_conditions(tmp
     text = write_report(runs, tmp_path / "out").read_text()
     assert "The runs have different tokenizers" in text
     assert "| data.tokenizer_sha256 | digest 300 (×3), digest 600 (×3) | follows data.vocab_size |" in text
-    for table in (console_table(runs), text.split("## Conditions")[1].split("##")[0]):
+    for table in (console_table(runs), text.split("### Conditions")[1].split("##")[0]):
         assert "val/bits_per_byte" in table
         assert "val/perplexity" not in table
     assert "val/perplexity" in console_table(runs[:3])

@@ -210,7 +210,7 @@ def test_the_report_names_the_figures_as_the_routing_bench_does(
         assert pixels.std() > 0.05, "something is drawn"
         edge = (pixels[0, :, :3], pixels[-1, :, :3], pixels[:, 0, :3], pixels[:, -1, :3])
         assert all((side == 1).all() for side in edge), "nothing is cut off at the border"
-    assert "causal: no" in text or stem == "experiment_a"
+    assert "(not causal)" in text or stem == "experiment_a"
 
 
 @pytest.mark.parametrize("name", ["default", "capacity_factorial"])

@@ -1,8 +1,8 @@
 """Turn a figure of matplotlib into charts for a web page, whose marks show their values.
 
-A figure is drawn once, with matplotlib. `charts` reads its marks: lines, points, intervals, bands, bars, heatmaps, texts
-and tables. So a figure that somebody adds becomes charts too. The page draws them with plotly.js, each panel of the
-figure as a chart of its own, so that panels can stand below each other on a narrow screen.
+A figure is drawn once, with matplotlib. `charts` reads its marks: lines, points, intervals, bands, bars, heatmaps,
+texts and tables. So a figure that somebody adds becomes charts too. The page draws them with plotly.js, each panel of
+the figure as a chart of its own, so that panels can stand below each other on a narrow screen.
 """
 
 import math
@@ -31,6 +31,7 @@ HEIGHT = 78  # pixels of a chart for an inch of its figure
 SYMBOLS = {"o": "circle", ".": "circle", "s": "square", "^": "triangle-up", "D": "diamond", "_": "line-ew-open"}
 DASHES = {"-": "solid", "--": "dash", ":": "dot", "-.": "dashdot"}
 STEPS = {"default": "linear", "steps": "vh", "steps-pre": "vh", "steps-post": "hv", "steps-mid": "hvh"}
+BANDS = ("PolyCollection", "FillBetweenPolyCollection")  # other classes derived from these are arrows and barbs
 NAMED_COLORS = {"#000000": "ink", "#ffffff": "paper"}  # a dark page exchanges them
 
 _TEXTS: WeakKeyDictionary[Artist, list[str]] = WeakKeyDictionary()
@@ -59,7 +60,12 @@ def charts(figure: Figure) -> dict[str, Any] | None:
         return None
     boxes = [legend for legend in (*figure.legends, *(axes.get_legend() for axes in shown)) if legend]
     scale = [axes.get_ylabel() for axes in figure.axes if axes.get_label() == "<colorbar>"]
-    notes = [figure.get_suptitle(), *(legend.get_title().get_text() for legend in boxes), figure.get_supxlabel(), *scale]
+    notes = [
+        figure.get_suptitle(),
+        *(legend.get_title().get_text() for legend in boxes),
+        figure.get_supxlabel(),
+        *scale,
+    ]
     entries = [{"name": name, **style} for name, style in styles.items()] if boxes else []
     return {"panels": panels, "legend": entries, "notes": [" ".join(note.split()) for note in notes if note]}
 
@@ -80,9 +86,8 @@ def _style(handle: Any) -> Trace:
         case BarContainer():
             return {"color": _color(handle.patches[0].get_facecolor()), "symbol": "square"}
         case Line2D():
-            style = {"color": _color(handle.get_color())}
-            if handle.get_linestyle() in DASHES:
-                style["dash"] = DASHES[handle.get_linestyle()]
+            dash = DASHES.get(str(handle.get_linestyle()))
+            style = {"color": _color(handle.get_color())} | ({"dash": dash} if dash else {})
             return style | ({"symbol": _symbol(handle)} if _has_marker(handle) else {})
         case PathCollection():
             return {"color": _color(handle.get_facecolor()[0]), "symbol": "circle"}
@@ -129,7 +134,7 @@ def _axis(axes: Axes, axis: Axis, label_of_figure: str) -> dict[str, Any]:
     together = getattr(axes, f"get_shared_{name}_axes")().get_siblings(axes)
     labels = [getattr(each, f"get_{name}label")() for each in (axes, *together)]
     bounds = getattr(axes, f"get_{name}lim")()
-    found = {
+    found: dict[str, Any] = {
         "title": " ".join(next(filter(None, labels), label_of_figure).split()),
         "type": "log" if scale == "log" else "linear",
         "range": _numbers(np.log10(bounds) if scale == "log" else _placed(axis, bounds)),
@@ -171,7 +176,7 @@ def _traces(axes: Axes) -> Iterator[tuple[Trace, str]]:
                     yield _line(artist), label
             case PathCollection():
                 yield _points(artist), label
-            case PolyCollection():
+            case PolyCollection() if type(artist).__name__ in BANDS:
                 yield _band(artist), label
             case AxesImage():
                 yield _heatmap(artist), label
@@ -193,7 +198,8 @@ def _named(trace: Trace, label: str, styles: dict[str, Trace]) -> Trace:
 
 
 def _line(line: Line2D) -> Trace:
-    color, drawn, marked = _color(line.get_color()), line.get_linestyle() in DASHES, _has_marker(line)
+    color, dash, marked = _color(line.get_color()), DASHES.get(str(line.get_linestyle())), _has_marker(line)
+    drawn = dash is not None
     x, y = line.get_data(orig=False)
     trace: Trace = {
         "type": "scatter",
@@ -208,7 +214,7 @@ def _line(line: Line2D) -> Trace:
         trace["line"] = {
             "color": color,
             "width": line.get_linewidth() * PIXELS,
-            "dash": DASHES[line.get_linestyle()],
+            "dash": dash,
             "shape": shape,
         }
     if marked:
@@ -245,7 +251,7 @@ def _errorbar(line: Line2D | None, bars: list[LineCollection], container: Errorb
 
 
 def _points(points: PathCollection) -> Trace:
-    x, y = np.ma.filled(points.get_offsets().astype(float), np.nan).T
+    x, y = np.ma.filled(np.ma.asarray(points.get_offsets(), dtype=float), np.nan).T
     face = points.get_facecolor()
     size = float(np.sqrt(np.mean(points.get_sizes())))
     marker = {"color": [_color(each) for each in face] if len(face) > 1 else _color(face[0]), "size": size * PIXELS}
@@ -263,8 +269,8 @@ def _points(points: PathCollection) -> Trace:
 def _band(band: PolyCollection) -> Trace:
     """Return the area between two curves."""
     corners = np.concatenate([np.r_[path.vertices, [[math.nan] * 2]] for path in band.get_paths()])
-    color = band.get_facecolor()[0]
-    red, green, blue, alpha = to_rgba(color)
+    color = np.asarray(band.get_facecolor(), dtype=float)[0]
+    red, green, blue, alpha = color
     return {
         "type": "scatter",
         "x": _numbers(corners[:, 0]),
@@ -326,8 +332,8 @@ def _straight(axes: Axes, line: Line2D) -> Trace | None:
         return None
     if not any(along_data):
         raise NoChartError
-    x, y = line.get_data(orig=False)
-    dash = DASHES.get(line.get_linestyle(), "solid")
+    x, y = (np.asarray(values, dtype=float) for values in line.get_data(orig=False))
+    dash = DASHES.get(str(line.get_linestyle()), "solid")
     shape: Trace = {"type": "line", "x0": float(x[0]), "x1": float(x[-1]), "y0": float(y[0]), "y1": float(y[-1])}
     shape |= {"xref": "x" if along_data[0] else "x domain", "yref": "y" if along_data[1] else "y domain"}
     return shape | {"line": {"color": _color(line.get_color()), "width": line.get_linewidth() * PIXELS, "dash": dash}}

@@ -29,7 +29,6 @@ from moe.analysis.figures.style import (
 from moe.analysis.statistics import SIGNIFICANCE
 from moe.results.conditions import by_seed, conditions, levels
 
-
 SIGNIFICANT_MARKS = "filled: p at most 0.05 after correction; open: not significant"
 
 
@@ -101,13 +100,13 @@ def _draw_levels(axes: Axes, runs: pd.DataFrame, factor: str, hue: str, metric: 
         seeds = pd.DataFrame({level: by_seed(members[members[factor] == level], metric) for level in axis.places})
         x = [place + shift for place in axis.places.values()]
         for seed, values in seeds.iterrows():
-            look = {"color": style["color"], "linewidth": 0.7, "alpha": 0.6, "marker": style["marker"], "markersize": 4}
-            [line] = axes.plot(x, values, **look)
+            look: dict[str, Any] = {"color": style["color"], "marker": style["marker"]}
+            [line] = axes.plot(x, values, linewidth=0.7, alpha=0.6, markersize=4, **look)
             with_hover(line, [f"seed {seed}"] * len(x))
         counts = "–".join(map(str, sorted({int(n) for n in seeds.count() if n})))
         label = f"{OTHER_LABELS.get(hue, '')} {cell[hue]} (n={counts})".lstrip()
-        mean = {"color": style["color"], "marker": style["marker"], "markersize": 9, "markeredgecolor": "white"}
-        [means] = axes.plot(x, seeds.mean(), linestyle="", label=label, **mean)
+        mean: dict[str, Any] = {"marker": style["marker"], "markersize": 9, "markeredgecolor": "white", "linestyle": ""}
+        [means] = axes.plot(x, seeds.mean(), label=label, color=style["color"], **mean)
         with_hover(means, [f"mean over {n} seeds" for n in seeds.count()])
     _label_levels(axes, axis)
     axes.set_ylabel(axis_label(metric))
@@ -174,7 +173,7 @@ def forest(contrasts: pd.DataFrame, label: str) -> Figure:
         color = PALETTE[1 if c["difference"] > 0 else 0] if significant else PALETTE[7]
         fill = color if significant else "white"
         reach = [[c["difference"] - c["ci_low"]], [c["ci_high"] - c["difference"]]]
-        look = {"fmt": "o", "color": color, "markerfacecolor": fill, "markersize": 7, "linewidth": 2}
+        look: dict[str, Any] = {"fmt": "o", "color": color, "markerfacecolor": fill, "markersize": 7, "linewidth": 2}
         drawn = axes.errorbar([c["difference"]], [row], xerr=reach, **look)
         with_hover(drawn.lines[0], [f"p={c['p Holm']:.2g} after correction"])
     axes.axvline(0, color="black", linewidth=1)
@@ -182,6 +181,8 @@ def forest(contrasts: pd.DataFrame, label: str) -> Figure:
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel(f"difference in {label}")
-    marks = f"line: 95 % t interval of the difference; {SIGNIFICANT_MARKS};\norange: higher, blue: lower, gray: undecided"
+    marks = (
+        f"line: 95 % t interval of the difference; {SIGNIFICANT_MARKS};\norange: higher, blue: lower, gray: undecided"
+    )
     figure.supxlabel(marks, fontsize="small")
     return figure

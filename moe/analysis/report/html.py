@@ -97,7 +97,10 @@ class Page:
                 if block.level == 2:
                     self.contents.append((name, block.text))
                 folded = isinstance(block, Folded)
-                self._elements += [Markup('<details class="part">' if folded else "<section>"), _macro(block)(block, name)]
+                self._elements += [
+                    Markup('<details class="part">' if folded else "<section>"),
+                    _macro(block)(block, name),
+                ]
                 self._open.append((block.level, name, Markup("</details>" if folded else "</section>")))
             case Details(_, blocks):
                 self._elements.append(Markup("<details><summary>{}</summary>").format(inline_markup(block.summary)))
@@ -120,7 +123,7 @@ class Page:
     def render(self, title: str) -> str:
         """Return the whole page."""
         self._end(0)
-        values = {"title": title, "contents": self.contents, "body": Markup("\n").join(self._elements)}
+        values: dict[str, Any] = {"title": title, "contents": self.contents, "body": Markup("\n").join(self._elements)}
         library = plotly() if self.has_charts else None
         loaded = [library.text] if library else []
         return render_page("report.html.j2", scripts=[_script()], loaded=loaded, library=library, **values)
@@ -144,7 +147,8 @@ class Page:
 def plotly() -> Library:
     """Return plotly.js from the package plotly, which is not imported, because that takes long."""
     spec = importlib.util.find_spec("plotly")
-    assert spec and spec.origin
+    assert spec is not None
+    assert spec.origin is not None
     script = Path(spec.origin).with_name("package_data") / "plotly.min.js"
     text = script.read_text(encoding="utf-8")
     return Library(text, base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode())

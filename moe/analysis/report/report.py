@@ -44,7 +44,6 @@ from moe.analysis.report.sections.over_training import contrasts_over_training, 
 from moe.analysis.report.sections.overview import what_was_run
 from moe.analysis.report.sections.provenance import causality, configuration, data, software
 from moe.analysis.report.sections.routing import expert_specialization, routing_by_layer
-from moe.analysis.report.sections.search import search_result
 from moe.analysis.report.sections.terms import terms
 from moe.analysis.report.sections.verdicts import claim_verdicts, contrast_verdicts, how_it_decides
 from moe.analysis.report.study import Section
@@ -55,9 +54,8 @@ from moe.files import LinkError, replacing, write_text
 from moe.results.conditions import levels
 
 
-
 class Chapter(NamedTuple):
-    """Sections under one title, which is closed on the page until the reader opens it; `summary` says what is inside."""
+    """Sections under one title, closed on the page until the reader opens it; `summary` says what is inside."""
 
     title: str
     summary: str

@@ -250,12 +250,16 @@ def _setup(inputs: ReportInputs) -> list[tuple[str, str]]:
     if set(sizes) <= set(runs):
         tokens = runs[sizes].astype(float).prod(axis=1)
         steps = _range(runs, "steps", lambda value: f"{value:,.0f}")
-        facts.append(("Training", f"{_range(pd.DataFrame({'tokens': tokens}), 'tokens', _count)} tokens in {steps} steps"))
+        facts.append(
+            ("Training", f"{_range(pd.DataFrame({'tokens': tokens}), 'tokens', _count)} tokens in {steps} steps")
+        )
     source = _texts(runs, "data")
     tokenizer = _texts(runs, "data.tokenizer")
     words = _range(runs, "data.vocab_size", lambda value: f"{value:,.0f}")
     if source:
-        facts.append(("Data", f"{source}; tokenizer {tokenizer or 'trained on it'}" + (f", {words} tokens" if words else "")))
+        facts.append(
+            ("Data", f"{source}; tokenizer {tokenizer or 'trained on it'}" + (f", {words} tokens" if words else ""))
+        )
     if days := sorted({str(start)[:10] for start in runs["started"].dropna()}):
         facts.append(("Date", " to ".join(dict.fromkeys((days[0], days[-1])))))
     if command := _command(inputs):
@@ -297,9 +301,12 @@ def _warnings(inputs: ReportInputs) -> Iterator[str]:
         yield "The runs have different tokenizers, so only bits per byte are comparable between them."
     if (runs["causal"] == False).any() and (runs["causal"] == True).any():  # noqa: E712
         yield "Routers marked (not causal) see later tokens. Their losses are not comparable with those of the others."
-    followers = [key for key, leader in inputs.tied.items() if not key.startswith(f"{leader}.") and "experiment" != leader]
+    followers = [
+        key for key, leader in inputs.tied.items() if not key.startswith(f"{leader}.") and leader != "experiment"
+    ]
     if followers := [key for key in followers if key != "experiment"]:
-        yield f"{', '.join(followers)}: changes only together with another factor, so the two effects cannot be told apart."
+        names = ", ".join(followers)
+        yield f"{names}: changes only together with another factor, so the two effects cannot be told apart."
 
 
 def _range(runs: pd.DataFrame, column: str, text: Any) -> str:

@@ -61,7 +61,11 @@ def _contrast_drawings(inputs: ReportInputs) -> Iterator[Drawing]:
             result = f"{len(rows)} contrasts are too many"
         else:
             result = effects.forest(rows, label)
-        yield drawing(_file_name("contrasts", metric), f"Differences between runs of the same seed: {label}. A line that crosses 0 is undecided.", result)
+        yield drawing(
+            _file_name("contrasts", metric),
+            f"Differences between runs of the same seed: {label}. A line that crosses 0 is undecided.",
+            result,
+        )
 
 
 def _file_name(kind: str, metric: str) -> str:

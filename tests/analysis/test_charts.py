@@ -1,0 +1,104 @@
+"""Tests of the charts of a page: they show the values that the figure of matplotlib shows."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from moe.analysis.figures.charts import charts, with_hover
+from moe.analysis.figures.style import shared_legend
+
+
+def chart(figure: Figure) -> dict[str, Any]:
+    """Return the charts of a figure. They are JSON."""
+    found = charts(figure)
+    assert found is not None
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    return found
+
+
+def test_lines_points_and_intervals_keep_their_values_and_join_their_entry_of_the_legend() -> None:
+    """A thin line without a label belongs to the entry of its color; a line with another dash to another entry."""
+    figure = Figure()
+    axes = figure.subplots()
+    [thin] = axes.plot([1, 2, 3], [4.0, np.nan, 6.0], color="#0072B2", linewidth=0.5)
+    with_hover(thin, ["seed 1"] * 3)
+    axes.plot([1, 2, 3], [5, 5, 5], color="#0072B2", label="a")
+    axes.plot([1, 2, 3], [7, 7, 7], color="#0072B2", linestyle="--", label="b")
+    axes.errorbar([2], [8.0], yerr=[[1.0], [2.0]], fmt="s", color="#D55E00", label="c")
+    axes.axhline(3, color="black")
+    axes.set(xlabel="step", ylabel="loss", xlim=(0, 4), ylim=(2, 12))
+    shared_legend(figure, "what the marks mean")
+    found = chart(figure)
+    [panel] = found["panels"]
+    interval, first, second, third = panel["data"]
+    assert (first["name"], first["y"], first["text"]) == ("a", [4.0, None, 6.0], ["seed 1"] * 3)
+    assert (second["name"], second["mode"], third["name"]) == ("a", "lines", "b")
+    assert (interval["name"], interval["y"], interval["interval_y"]) == ("c", [8.0], [[7.0, 10.0]])
+    assert (interval["error_y"]["array"], interval["error_y"]["arrayminus"]) == ([2.0], [1.0])
+    assert panel["shapes"][0]["y0"] == panel["shapes"][0]["y1"] == 3
+    assert panel["shapes"][0]["line"]["color"] == "ink", "black becomes white on a dark page"
+    assert (panel["x"]["title"], panel["x"]["range"], panel["y"]["range"]) == ("step", [0, 4], [2, 12])
+    assert [entry["name"] for entry in found["legend"]] == ["a", "b", "c"]
+    assert [entry.get("dash") for entry in found["legend"]] == ["solid", "dash", None]
+    assert found["notes"] == ["what the marks mean"]
+
+
+def test_bars_heatmaps_and_bands_keep_their_values() -> None:
+    figure = Figure()
+    bars, heat, band = figure.subplots(1, 3)
+    bars.bar([0, 1], [3.0, -1.0], 0.5)
+    values = np.ma.masked_invalid([[0.0, 0.5, 1.0], [np.nan, 0.25, 0.75]])
+    heat.imshow(values, vmin=0, vmax=1, aspect="auto")
+    heat.set_yticks([0, 1], ["x", "y"])
+    band.fill_between([0, 1, 2], [0, 1, 0], [1, 2, 1])
+    panels = chart(figure)["panels"]
+    [drawn] = panels[0]["data"]
+    assert (drawn["x"], drawn["y"], drawn["width"]) == ([0, 1], [3, -1], [0.5, 0.5])
+    [drawn] = panels[1]["data"]
+    assert drawn["z"] == [[0, 0.5, 1], [None, 0.25, 0.75]]
+    assert (drawn["x0"], drawn["dx"], drawn["y0"], drawn["dy"]) == (0, 1, 0, 1)
+    assert panels[1]["y"]["ticktext"] == ["x", "y"]
+    assert panels[1]["y"]["range"] == [1.5, -0.5], "the first row is at the top"
+    [drawn] = panels[2]["data"]
+    assert {(x, y) for x, y in zip(drawn["x"], drawn["y"], strict=True) if x is not None} >= {(1, 1), (1, 2), (2, 0)}
+
+
+def test_scales_and_ticks_are_those_of_the_figure() -> None:
+    """A symmetrical logarithmic axis, which plotly.js does not have, keeps its places and shows the true values."""
+    figure = Figure()
+    log, symlog, names = figure.subplots(1, 3)
+    log.plot([1, 10, 100], [1, 2, 3])
+    log.set_xscale("log")
+    log.set_xlim(1, 100)
+    symlog.plot([0.0, 0.01, 1.0], [1, 2, 3])
+    symlog.set_xscale("symlog", linthresh=0.01)
+    names.plot([0, 1], [1, 2])
+    names.set_xticks([0, 1], ["topk", "hash"])
+    first, second, third = chart(figure)["panels"]
+    assert (first["x"]["type"], first["x"]["range"], first["data"][0]["x"]) == ("log", [0, 2], [1, 10, 100])
+    assert second["data"][0]["shown_x"] == [0.0, 0.01, 1.0]
+    assert second["data"][0]["x"] != second["data"][0]["shown_x"]
+    assert (third["x"]["tickvals"], third["x"]["ticktext"]) == ([0, 1], ["topk", "hash"])
+
+
+def test_tables_and_texts_are_no_pictures() -> None:
+    figure = Figure()
+    table, text = figure.subplots(1, 2)
+    table.axis("off")
+    table.table([["a", "1"]], colLabels=["name", "value"])
+    text.axis("off")
+    text.text(0, 1, "in words")
+    panels = chart(figure)["panels"]
+    assert panels[0]["table"] == [["name", "value"], ["a", "1"]]
+    assert panels[1]["text"] == "in words"
+
+
+@pytest.mark.parametrize("draw", ["pie", "quiver", "contour"])
+def test_a_figure_with_a_mark_that_charts_do_not_have_stays_a_picture(draw: str) -> None:
+    figure = Figure()
+    arguments = {"pie": [[1, 2]], "quiver": [[1], [1], [1], [1]], "contour": [[[1, 2], [3, 4]]]}[draw]
+    getattr(figure.subplots(), draw)(*arguments)
+    assert charts(figure) is None
