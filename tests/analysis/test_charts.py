@@ -28,12 +28,14 @@ def test_lines_points_and_intervals_keep_their_values_and_join_their_entry_of_th
     axes.plot([1, 2, 3], [5, 5, 5], color="#0072B2", label="a")
     axes.plot([1, 2, 3], [7, 7, 7], color="#0072B2", linestyle="--", label="b")
     axes.errorbar([2], [8.0], yerr=[[1.0], [2.0]], fmt="s", color="#D55E00", label="c")
+    axes.errorbar([3], [9.0], yerr=[[np.nan], [np.nan]], fmt="s", color="#009E73", label="d")  # one seed
     axes.axhline(3, color="black")
     axes.set(xlabel="step", ylabel="loss", xlim=(0, 4), ylim=(2, 12))
     shared_legend(figure, "what the marks mean")
     found = chart(figure)
     [panel] = found["panels"]
-    interval, first, second, third = panel["data"]
+    interval, alone, first, second, third = panel["data"]
+    assert (alone["y"], alone["interval_y"]) == ([9.0], [[None, None]])
     assert (first["name"], first["y"], first["text"]) == ("a", [4.0, None, 6.0], ["seed 1"] * 3)
     assert (second["name"], second["mode"], third["name"]) == ("a", "lines", "b")
     assert (interval["name"], interval["y"], interval["interval_y"]) == ("c", [8.0], [[7.0, 10.0]])
@@ -41,8 +43,8 @@ def test_lines_points_and_intervals_keep_their_values_and_join_their_entry_of_th
     assert panel["shapes"][0]["y0"] == panel["shapes"][0]["y1"] == 3
     assert panel["shapes"][0]["line"]["color"] == "ink", "black becomes white on a dark page"
     assert (panel["x"]["title"], panel["x"]["range"], panel["y"]["range"]) == ("step", [0, 4], [2, 12])
-    assert [entry["name"] for entry in found["legend"]] == ["a", "b", "c"]
-    assert [entry.get("dash") for entry in found["legend"]] == ["solid", "dash", None]
+    assert [entry["name"] for entry in found["legend"]] == ["a", "b", "c", "d"]
+    assert [entry.get("dash") for entry in found["legend"]] == ["solid", "dash", None, None]
     assert found["notes"] == ["what the marks mean"]
 
 

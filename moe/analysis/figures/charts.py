@@ -225,7 +225,8 @@ def _line(line: Line2D) -> Trace:
 def _errorbar(line: Line2D | None, bars: list[LineCollection], container: ErrorbarContainer) -> Trace:
     """Return means with the two ends of their intervals."""
     kinds = ["x"] * container.has_xerr + ["y"] * container.has_yerr
-    ends = {kind: np.array(bar.get_segments()) for kind, bar in zip(kinds, bars, strict=True)}
+    # `get_segments` would leave out ends that are NaN.
+    ends = {kind: np.array([path.vertices for path in bar.get_paths()]) for kind, bar in zip(kinds, bars, strict=True)}
     color = _color(bars[0].get_color()[0])
     if line is None:  # intervals of marks that are drawn apart, such as bars
         [(kind, middle)] = [(kind, ends[kind].mean(axis=1)) for kind in kinds[:1]]

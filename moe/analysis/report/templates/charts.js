@@ -52,7 +52,7 @@
   function trace(mark, panel) {
     const { interval_x: across, interval_y: along, shown_x: xs = mark.x, shown_y: ys = mark.y, text, ...rest } = mark;
     if (mark.hoverinfo === "skip") return rest;
-    const range = (ends, i) => (ends && ends[i][0] !== ends[i][1] ? ` [${short(ends[i][0])}, ${short(ends[i][1])}]` : "");
+    const range = (ends, i) => (ends && ends[i][0] !== null && ends[i][0] !== ends[i][1] ? ` [${short(ends[i][0])}, ${short(ends[i][1])}]` : "");
     if (mark.type === "heatmap") {
       const place = (axis, start, step, i) => placed(axis, start + step * i);
       const texts = mark.text.map((row, j) => row.map((value, i) =>
