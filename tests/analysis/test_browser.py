@@ -1,6 +1,7 @@
 """Tests of the report in a browser: its charts show their values, it loads nothing else, and it fits a phone."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +26,6 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_report(load_runs([folder]), folder / "out").with_name("report.html")
 
 
-<<<<<<< HEAD
-=======
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright  # only these tests need this package
-
-    chromium = shutil.which("chromium")
-    assert chromium, "these tests need Debian's package chromium"
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=flags)
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
 def page(report: Path, browser: Any) -> Iterator[Any]:
     """Return the report in a browser with a mouse, with all its parts open."""
@@ -58,7 +44,6 @@ def drawn(page: Any) -> list[Any]:
     return list(page.query_selector_all(".plot"))
 
 
->>>>>>> f406b28 (Charts of the page: tests, types)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1400])
 def test_the_report_shows_every_figure_and_loads_nothing_else(

@@ -1,14 +1,20 @@
 """Figures of routing: by layer, by position in the sequence, and of single experts."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from moe.analysis.figures import layers
 from moe.analysis.figures.drawing import Drawing, drawing
 from moe.analysis.figures.specialization import specialization_drawings
-from moe.analysis.report.blocks import ReportBlock, figure_section
+from moe.analysis.report.blocks import Paragraph, ReportBlock, figure_section, long_list
 from moe.analysis.report.inputs import ReportInputs
+from moe.runs.record import SpecializationRecord
+
+TOKENS_EXPLAINED = """\
+These pages show validation text in which each token has the color of its expert. They are in the run folders, not in
+this file:"""
 
 
 def routing_by_layer(inputs: ReportInputs) -> Iterator[ReportBlock]:
@@ -18,7 +24,12 @@ def routing_by_layer(inputs: ReportInputs) -> Iterator[ReportBlock]:
 
 def expert_specialization(inputs: ReportInputs) -> Iterator[ReportBlock]:
     """Yield figures of the experts from the files that `python -m moe.specialization` wrote into the run folders."""
-    yield from figure_section("Specialization", specialization_drawings(inputs.runs))
+    yield from figure_section("What the experts prefer", specialization_drawings(inputs.runs))
+    folders = inputs.runs.loc[inputs.runs["status"] == "finished", "folder"].drop_duplicates()
+    pages = [f"`{page}`" for folder in folders if (page := SpecializationRecord.page(Path(folder))) is not None]
+    if pages:
+        yield Paragraph(TOKENS_EXPLAINED)
+        yield from long_list(pages)
 
 
 def _routing_drawings(inputs: ReportInputs) -> Iterator[Drawing]:
