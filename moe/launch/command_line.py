@@ -3,7 +3,6 @@
 import argparse
 import re
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -14,8 +13,9 @@ from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf, open_dict
 
 from moe.checks import ConfigError, require, unknown
-from moe.config.options import GROUPS, options, use
-from moe.config.schema import Cell, Config, allowed_values
+from moe.config.options import GROUPS, use
+from moe.config.schema import Cell, allowed_values
+from moe.launch import help
 from moe.launch.cells import expand
 from moe.launch.compose import compose_config, composing
 from moe.launch.explain import explain
@@ -30,6 +30,8 @@ from moe.launch.overrides import (
     with_added_keys,
 )
 from moe.launch.search import Search, is_search, read_search
+
+LIST = "--list"  # lists the experiments
 
 
 class Command(NamedTuple):
@@ -165,28 +167,15 @@ def _check_shown(overrides: list[Override], flags: argparse.Namespace) -> None:
 
 
 def help_text(arguments: Sequence[str] = ()) -> str:
-    """Return the text of `python train.py --help`: the keys, and every option of every group with its purpose.
+    """Return the answer to `--help`, to `--help` with options, such as router=topk, or to `--list`.
 
-    Raises ConfigError for a folder of options in the arguments, or in the environment, that cannot be used.
+    Raises ConfigError for an unknown option, and for a folder of options in the arguments, or in the environment, that
+    cannot be used.
     """
-    _, folders = _folders(_parse_flags(list(arguments)))
+    args = _parse_flags([word for word in arguments if word != LIST])
+    words, folders = _folders(args)
     use(folders)
-    lines = [
-        "Train one Mixture-of-Experts language model, or with -m one for each combination of several values.",
-        "",
-        "  python train.py router=temperature router.temp=1.5",
-        "  python train.py -m noise=0.0,0.1,0.5 lb=0.0,0.01 seed=42,43,44",
-        "  python train.py experiment=noise_lb_seed",
-        "  python train.py --cfg job            print every key and its value",
-        "",
-        "Set a key as key=value, a key in a group as group.key=value (router.temp=1.5), a group by the name of",
-        "one of its options (router=temperature).",
-        "",
-        f"Keys: {' '.join(f.name for f in fields(Config) if f.name not in GROUPS)}",
-    ]
-    for group in GROUPS:
-        entries = options(group)
-        width = max(map(len, entries), default=0)
-        lines += ["", f"{group}="]
-        lines += [f"  {name:<{width}}  {purpose}" for name, purpose in entries.items()]
-    return "\n".join(lines)
+    if LIST in arguments:
+        return help.experiments_text()
+    chosen = [(group, option) for group, _, option in (word.partition("=") for word in words) if group in GROUPS]
+    return "\n\n".join(help.option_text(*each) for each in chosen) or help.help_text()

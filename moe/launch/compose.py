@@ -17,12 +17,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from moe.checks import locate, require
 from moe.config import dense_checkpoint
-from moe.config.options import CONF, GROUPS
+from moe.config.options import CLASSES, CONF, GROUPS
 from moe.config.schema import Config
 from moe.launch import resolvers  # noqa: F401 (the files in conf/ call them)
 from moe.launch.explain import explain
 from moe.launch.hydra_errors import FAULTS
-from moe.launch.option_files import CLASSES, preset_of, require_content
+from moe.launch.option_files import preset_of, require_content
 
 
 @contextmanager

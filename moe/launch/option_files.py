@@ -8,11 +8,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from moe.checks import ConfigError, first_line
-from moe.config.options import CONF, GROUPS, sources
+from moe.config.options import CLASSES, CONF, GROUPS, sources
 from moe.config.schema import flatten
-
-# Nodes of the configuration that name a class, each with its config group. Their other keys are those of the class.
-CLASSES = {"router": "router", "schedule": "schedule", "data.source": "data"}
 
 
 def read_option(path: Path) -> DictConfig:

@@ -21,10 +21,9 @@ from hydra.core.override_parser.types import (
 from omegaconf import OmegaConf
 
 from moe.checks import ConfigError, first_line, one_of, require, unknown
-from moe.config.options import GROUPS, options, search_path
+from moe.config.options import CLASSES, GROUPS, options, search_path
 from moe.config.schema import Config, allowed_values
 from moe.launch.hydra_errors import FAULTS, cause_of
-from moe.launch.option_files import CLASSES
 
 log = logging.getLogger(__name__)
 SEARCH_KEYS = tuple(f"hydra.sweeper.{key}" for key in ("n_trials", "n_jobs", "direction", "metric", "sampler.seed"))

@@ -6,6 +6,8 @@ import platform
 import subprocess
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import cache
@@ -17,10 +19,12 @@ from moe import files
 from moe.checks import ConfigError, first_line, parse
 from moe.config.schema import Cell
 from moe.distributed import ranks
+from moe.files import shown
 from moe.launch import slurm
 from moe.runs import events
 from moe.runs.card import write_card
 from moe.runs.folder import LOCK, delete_checkpoints, difference, finished, locked, stored_record
+from moe.runs.place import Place
 from moe.runs.record import Machine, MetricsRecord, RecordError, RunFacts, RunRecord, Status
 from moe.runs.signals import STOP, Interrupted, Signals, follow_parent
 
@@ -39,10 +43,10 @@ LIBRARIES = (
 )
 
 
-def run(cell: Cell, number: str = "") -> None:
+def run(cell: Cell, place: Place | None = None) -> None:
     """Train one cell, or skip it if it is finished.
 
-    number: which run of a sweep this is, such as "run 3 of 12". It is printed before the folder.
+    place: where the run stands among the runs of its command. In a sweep, each line names the run.
 
     The outcome is written to run.json in the folder. A failure is written there and printed, but not raised, so that a
     sweep goes on. If there are several ranks, the first one decides whether to train and holds the lock.
@@ -50,10 +54,15 @@ def run(cell: Cell, number: str = "") -> None:
     follow_parent()
     if not ranks.is_first():
         if ranks.broadcast(None):
-            _train(cell)
+            _train(cell, Place())
         return
-    prefix = f"{number}: " if number else ""
-    name = f"{prefix}{_shown(cell.folder)}"
+    place = place or Place()
+    with _named(place.prefix):
+        _run(cell, place)
+
+
+def _run(cell: Cell, place: Place) -> None:
+    name = shown(cell.folder)
     try:
         already_finished = finished(cell)
     except RecordError as error:
@@ -68,12 +77,25 @@ def run(cell: Cell, number: str = "") -> None:
     with locked(cell.folder / LOCK) as owner:
         if ranks.broadcast(_may_train(cell, owner)):
             log.info("%s: training", name)
-            _train(cell, prefix)
+            place.begin()
+            _train(cell, place)
 
 
-def _shown(folder: Path) -> Path:
-    """Return a folder as it is printed: relative to the current folder if it lies below it."""
-    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+@contextmanager
+def _named(prefix: str) -> Iterator[None]:
+    """Begin each message that is logged meanwhile with `prefix`."""
+    before = logging.getLogRecordFactory()
+
+    def named(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = before(*args, **kwargs)
+        record.msg = f"{prefix}{record.msg}"
+        return record
+
+    logging.setLogRecordFactory(named if prefix else before)
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(before)
 
 
 def _may_train(cell: Cell, owner: str | None) -> bool:
@@ -84,11 +106,11 @@ def _may_train(cell: Cell, owner: str | None) -> bool:
     The folder is checked again, because another process may have written to it since the last check.
     """
     if owner is not None:
-        log.info("%s: another process is training it (%s)", cell.folder, owner)
+        log.info("%s: another process is training it (%s)", shown(cell.folder), owner)
         return False
     try:
         if differences := difference(cell):
-            log.error("%s holds another run: %s", cell.folder, "; ".join(differences))
+            log.error("%s holds another run: %s", shown(cell.folder), "; ".join(differences))
             return False
         if finished(cell):
             return False
@@ -96,13 +118,13 @@ def _may_train(cell: Cell, owner: str | None) -> bool:
         log.error("%s", error)
         return False
     if reason := slurm.stalled(cell.folder):
-        log.error("%s: %s", cell.folder, reason)
+        log.error("%s: %s", shown(cell.folder), reason)
         _write_end(cell, "failed", reason)
         return False
     return True
 
 
-def _train(cell: Cell, prefix: str = "") -> None:
+def _train(cell: Cell, place: Place) -> None:
     from moe.runs.mirrors import Mirrors
     from moe.training.divergence import Diverged
     from moe.training.loop import train
@@ -113,7 +135,9 @@ def _train(cell: Cell, prefix: str = "") -> None:
         with Signals() as signals:
             mirrors = Mirrors(cell)
             try:
-                facts = parse(RunFacts, train(cell.config, cell.folder, signals=signals, listeners=[mirrors]))
+                facts = parse(
+                    RunFacts, train(cell.config, cell.folder, signals=signals, listeners=[mirrors], place=place)
+                )
                 if ranks.is_first():
                     final = _write_metrics(cell.folder, facts)
                     write_card(cell.folder, run_record(cell, "finished", facts))
@@ -123,19 +147,22 @@ def _train(cell: Cell, prefix: str = "") -> None:
         if ranks.is_first():
             delete_checkpoints(cell.folder)  # not earlier, so that a run that is killed at its end can be resumed
         if final:
-            log.info("%sfinished, val perplexity %.2f", prefix, final["val/perplexity"])
+            place.end()
+            standing = f"; {place.standing()}" if place.in_sweep else ""
+            log.info("finished, val perplexity %.2f%s", final["val/perplexity"], standing)
         if signals.received in STOP:  # this run is complete, but the rest of a sweep must stop
             sys.exit(128 + signals.received)
     except Interrupted as stop:
         _write_end(cell, "interrupted", str(stop))
-        log.warning("%s: %s", cell.folder, stop)
+        log.warning("%s: %s", shown(cell.folder), stop)
         stop.pass_on()
         sys.exit(stop.exit_status)
     except Exception as error:  # record it: the other cells of a sweep go on, and the command exits with 1
         reason = f"{type(error).__name__}: {_reason(error)}"
         if not isinstance(error, (ConfigError, Diverged)):  # these say all that there is to know
-            reason += f"; see {cell.folder / 'traceback.txt'}"
-        log.error("%s failed: %s", cell.folder, reason)
+            reason += f"; see {shown(cell.folder / 'traceback.txt')}"
+        log.error("%s failed: %s", shown(cell.folder), reason)
+        place.end()
         _write_end(cell, "failed", reason, details=traceback.format_exc())
         if ranks.world_size() > 1 and not isinstance(error, Diverged):  # all ranks see a divergence, but no other error
             sys.exit(1)
@@ -148,7 +175,7 @@ def _write_end(cell: Cell, status: Status, error: str, *, details: str | None = 
             files.write_text(cell.folder / "traceback.txt", details)
         write_run_record(cell, status, error=error)
     except (OSError, ValueError) as second:
-        log.error("%s: the error cannot be written to the folder: %s", cell.folder, first_line(second))
+        log.error("%s: the error cannot be written to the folder: %s", shown(cell.folder), first_line(second))
 
 
 def _reason(error: Exception) -> str:

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from moe.checks import ConfigError, finite, one_of, require
 from moe.config.schema import Cell, Grid, allowed_values
 from moe.distributed import ranks
+from moe.files import shown
 from moe.launch import sweep
 from moe.launch.cells import Start, expand, keys_of_options, lacking
 from moe.launch.claims import check_metric
@@ -216,7 +217,7 @@ def carry_out(search: Search, launch: Callable[[list[Cell], list[str]], object])
     if results:
         best = (min if settings.direction == "minimize" else max)(results, key=results.__getitem__)
         print(f"best of {settings.n_trials} trials: {best}, {settings.metric} {results[best]:.6g}. {CHOSEN_BY_RESULT}")
-    print(sweep.next_step(folder))
+    print(f"table: {shown(folder / 'results.csv')}; {sweep.next_step(folder)}")
     return failed
 
 

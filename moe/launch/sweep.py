@@ -11,6 +11,7 @@ from pathlib import Path
 from moe.checks import ConfigError, first_line, printable
 from moe.config.schema import Cell
 from moe.distributed import ranks
+from moe.files import shown
 from moe.launch.revisions import pinned
 from moe.launch.slurm import Refused
 from moe.runs.folder import (
@@ -52,7 +53,9 @@ def carry_out(cells: list[Cell], launch: Callable[[], object], *, tables: bool =
         return 0
     for cell in cells:
         if cell.folder.is_symlink():  # even where nothing would be written, because an analysis does not follow links
-            raise ConfigError(f"{cell.folder} is a link: delete it, because a run is never written through a link")
+            raise ConfigError(
+                f"{shown(cell.folder)} is a link: delete it, because a run is never written through a link"
+            )
     cells = [pinned(cell) for cell in cells]
     for cell in filter(finished, cells):
         delete_checkpoints(cell.folder)  # of a run that was killed right after it was finished
@@ -85,11 +88,12 @@ def _check_folder(cell: Cell) -> None:
     """Raise ConfigError if a folder holds another run, cannot be written to, or has links that lead out of it."""
     if differences := difference(cell):
         raise ConfigError(
-            f"{cell.folder} holds another run: {'; '.join(differences)}. Choose another out=DIR or delete the folder"
+            f"{shown(cell.folder)} holds another run: {'; '.join(differences)}. "
+            "Choose another out=DIR or delete the folder"
         )
     nearest = next(path for path in (cell.folder, *cell.folder.absolute().parents) if os.path.lexists(path))
     if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
-        raise ConfigError(f"{cell.folder} cannot be created: {nearest} is not a folder that can be written to")
+        raise ConfigError(f"{shown(cell.folder)} cannot be created: {nearest} is not a folder that can be written to")
     mirror = cell.folder / "wandb"  # W&B links to its own logs from the folders in it, and never writes to old ones
     for path in cell.folder.rglob("*"):
         if (
@@ -97,7 +101,7 @@ def _check_folder(cell: Cell) -> None:
             and mirror not in path.parent.parents
             and not path.resolve().is_relative_to(cell.folder.resolve())
         ):
-            raise ConfigError(f"{path} is a link that leads out of the run folder: delete it")
+            raise ConfigError(f"{shown(path)} is a link that leads out of the run folder: delete it")
 
 
 @contextmanager
@@ -117,10 +121,12 @@ def _reserved(cells: list[Cell]) -> Iterator[None]:
     sweep.mkdir(parents=True, exist_ok=True)
     for path in sweep.iterdir():
         if path.is_symlink() and not (path.is_dir() and path.resolve().is_relative_to(sweep.resolve())):
-            raise ConfigError(f"{path} is a link: delete it, or put the file there to which it leads")
+            raise ConfigError(f"{shown(path)} is a link: delete it, or put the file there to which it leads")
     with locked(sweep / "sweep.lock") as owner:
         if owner is not None:
-            raise ConfigError(f"{sweep} is in use by another sweep, process {owner}: wait for it, or choose out=DIR")
+            raise ConfigError(
+                f"{shown(sweep)} is in use by another sweep, process {owner}: wait for it, or choose out=DIR"
+            )
         _record_grid(cells)
         yield
 
@@ -194,7 +200,8 @@ def _report(cells: list[Cell], before: list[str], refusal: str | None = None, *,
     """
     after = [_state(cell) for cell in cells]
     sweep = cells[0].folder.parent
-    if len(cells) > 1 or set(before) == {"finished"} or set(after) != {"finished"}:
+    single = len(cells) == 1
+    if not single or set(before) == {"finished"} or set(after) != {"finished"}:
         print()
         for cell, old, new in zip(cells, before, after, strict=True):
             reason = f": {refusal}" if refusal and new == "missing" else _reason(cell, new)
@@ -206,17 +213,19 @@ def _report(cells: list[Cell], before: list[str], refusal: str | None = None, *,
 
         runs = sweep_tables.write_sweep_tables(sweep)
         table = sweep_tables.console_table(runs[runs["experiment"] == grid_name(cells)])
-        print(f"\n{table}\n\n{next_step(sweep)}")
+        print(f"\n{table}\n\ntable: {shown(sweep / 'results.csv')}; {next_step(sweep)}")
+    elif tables and single and set(after) == {"finished"}:
+        print(next_step(cells[0].folder))
     unfinished = [cell for cell, state in zip(cells, after, strict=True) if state != "finished"]
     return 2 if unfinished and all(map(_was_given_bad_input, unfinished)) else min(len(unfinished), 1)
 
 
-def next_step(sweep: Path) -> str:
-    """Return where the results of a sweep are, and the command that analyzes them, as it works in the user's folder."""
+def next_step(folder: Path) -> str:
+    """Return the command that analyzes the runs in a folder, as it works in the user's working folder."""
     script = os.path.join(os.path.dirname(sys.argv[0]), "analyze.py")
     in_checkout = program() == "train.py" and os.path.isfile(script)
     analyze = f"python {shlex.quote(script)}" if in_checkout else "moe analyze"
-    return f"table: {sweep / 'results.csv'}; next: {analyze} {shlex.quote(str(sweep))}"
+    return f"next: {analyze} {shlex.quote(str(shown(folder)))}"
 
 
 def _was_given_bad_input(cell: Cell) -> bool:

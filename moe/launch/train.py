@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import nullcontext
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin are 20 times slower beside a busy process
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of the hub and of transformers
@@ -22,9 +23,10 @@ from moe.files import LinkError
 from moe.launch import command_line, search, sweep
 from moe.launch.cells import job_cell
 from moe.launch.revisions import pinned_by_first_rank
+from moe.runs import place
+from moe.runs.folder import finished
+from moe.runs.place import Place
 from moe.runs.record import RecordError
-
-NUMBER = "MOE_NUMBER_OF_RUNS"  # tells the processes of a launcher how many runs the sweep has
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -35,25 +37,23 @@ def run_cell(composed: DictConfig) -> None:
     from moe.launch.run import run
 
     settings = HydraConfig.get()
-    total = os.environ.get(NUMBER)
-    number = f"run {settings.job.num + 1} of {total}" if total else ""
-    run(pinned_by_first_rank(job_cell(composed, settings)), number)
+    single = str(settings.mode) == "RunMode.RUN"
+    place = Place() if single else Place.of(settings.job.num + 1)
+    run(pinned_by_first_rank(job_cell(composed, settings)), place)
 
 
 def launch(command: command_line.Command) -> None:
     """Let Hydra train the cells of a command with the chosen launcher, or answer `--cfg` and the like."""
     sys.argv[1:] = command.arguments
-    os.environ.pop(NUMBER, None)
-    if (
-        "--multirun" in command.arguments and "hydra/launcher=slurm" not in command.arguments
-    ):  # it numbers only new jobs
-        os.environ[NUMBER] = str(len(command.cells or []))
     if command.cells is None:  # Hydra prints its answer; `| head` may close the pipe early
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     for sweeper in Plugins.instance().discover(Sweeper):  # Hydra imports its plugins a second time: other classes
         setattr(sweeper, "split_arguments", command.batches)  # noqa: B010
         setattr(sweeper, "validate_batch_is_legal", lambda *_: None)  # noqa: B010 (every cell has been composed)
-    run_cell()
+    numbered = "--multirun" in command.arguments and "hydra/launcher=slurm" not in command.arguments  # of new jobs only
+    cells = command.cells or []
+    with place.command(len(cells), sum(not finished(cell) for cell in cells)) if numbered else nullcontext():
+        run_cell()
 
 
 def main() -> int:
@@ -64,7 +64,7 @@ def main() -> int:
     if not ranks.is_first():
         logging.disable(logging.WARNING)
     try:
-        if {"--help", "-h"} & set(sys.argv[1:]):
+        if {"--help", "-h", command_line.LIST} & set(sys.argv[1:]):
             print(command_line.help_text(sys.argv[1:]))
             return 0
         command = command_line.read_command(sys.argv[1:])

@@ -71,6 +71,8 @@ class Router(nn.Module):
     The code uses only those attributes of a router that this docstring lists. All other attributes may have any name.
     `moe.testing.check_router` holds a router to all of this. The test tests/routers/test_contract.py does so for each
     router in conf/router.
+
+    k: experts per token.
     """
 
     causal: bool = True

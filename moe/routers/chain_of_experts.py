@@ -13,6 +13,9 @@ class ChainOfExperts(Router):
 
     A token costs as much as k * iterations experts, which run one after another. With one iteration this is `TopK`.
     Losses are means over iterations. In the metrics a token counts once per iteration.
+
+    iterations: how many times in a row the layer routes its tokens.
+    k: experts per token in each iteration.
     """
 
     def __init__(self, dim: int, num_experts: int, *, iterations: int = 2, k: int = 1) -> None:

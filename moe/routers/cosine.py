@@ -21,6 +21,9 @@ class CosineRouter(Router):
     logarithm, and never falls below 0.01. It alone sets the scale of the logits, which stay within +-1/tau. Gates are
     the softmax over the selected experts. With k=1 they are the softmax over all experts, because the gate would
     otherwise be the constant 1 and the router would get no gradient. Causal.
+
+    proj_dim: dimensions of the space in which the cosine is taken.
+    tau: the temperature before training.
     """
 
     def __init__(self, dim: int, num_experts: int, *, k: int = 2, proj_dim: int = 16, tau: float = 0.3) -> None:

@@ -22,6 +22,8 @@ class ExpertChoice(LinearRouter):
     tokens of the micro-batch. Results therefore change with its size, and a token alone gets every expert. Text is
     generated with use_cache=False, so that experts choose from the text so far. `ExpertThreshold` is a causal form of
     this router.
+
+    capacity_factor: mean number of experts per token.
     """
 
     causal = False

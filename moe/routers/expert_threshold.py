@@ -25,6 +25,9 @@ class ExpertThreshold(LinearRouter):
 
     Expect balanced loads without a balance loss; use lb=0. Causal when dropless. Not causal under a capacity limit,
     which is a share of the number of assignments in the micro-batch, and that number varies.
+
+    k: mean number of experts per token.
+    decay: share of the old threshold in the moving average after a step.
     """
 
     threshold: Tensor

@@ -18,6 +18,10 @@ class GroupLimited(TopK):
     Groups are equally large and consist of neighboring experts. The score of a group is the sum of its two largest
     probabilities (DeepSeek-V3 2412.19437; DeepSeek-V2 2405.04434 uses the largest). Gates are those of `TopK`. `probs`
     covers all experts, so a balance loss also acts on experts in groups that were not selected. Causal.
+
+    groups: groups of experts, all equally large.
+    top_groups: groups per token whose experts can be chosen.
+    gate: the weight of a selected expert: renorm, softmax_all or uniform, see `TopK`.
     """
 
     def __init__(

@@ -18,6 +18,8 @@ class Gumbel(Temperature):
     logits, and with them p, before the draw.
 
     Expect temperature to change which experts are chosen in training, unlike in `Temperature`. Causal.
+
+    temp: temperature at which experts are drawn; a temperature schedule ends at it.
     """
 
     def __init__(self, dim: int, num_experts: int, *, k: int = 2, temp: float = 1.0) -> None:

@@ -17,9 +17,9 @@ class NoisyTopK(TopK):
 
     H = W x + eps * (softplus(W_noise x) + 0.01), with eps ~ N(0, 1) in training and 0 in evaluation. Gates are the
     softmax of H over the selected experts (k=1: over all, as in `TopK`). Two losses balance the load; use lb=0:
-        importance: CV^2 over experts of the sum of gates.
-        load: CV^2 over experts of the expected number of tokens if the noise of that expert were drawn again. Unlike a
-            count of tokens it has a gradient.
+        importance: weight of CV^2 over experts of the sum of gates.
+        load: weight of CV^2 over experts of the expected number of tokens if the noise of that expert were drawn again.
+            Unlike a count of tokens it has a gradient.
     The knob `noise` adds its N(0, noise^2) as in every router, and the loss `load` takes it into account. Causal.
     """
 

@@ -26,6 +26,10 @@ class NullExperts(Router):
     `probs` and `logits` are those of the real experts, so metrics and the z-loss ignore nulls. Expect
     active_experts_std above 0. Causal when dropless. Not causal under a capacity limit, which is a share of the number
     of assignments, and that number varies.
+
+    k: choices per token, null experts included.
+    nulls: number of null experts.
+    balance: weight of the auxiliary loss.
     """
 
     def __init__(self, dim: int, num_experts: int, *, k: int = 4, nulls: int = 8, balance: float = 0.01) -> None:

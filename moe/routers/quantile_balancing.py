@@ -20,6 +20,8 @@ class QuantileBalancing(BiasedSigmoid):
 
     A bias acts from the step after the one from which it was learned. Gates are s over the selected experts, normalized
     to sum 1 (s itself for k=1). Expect load_cv to fall without a balance loss; use lb=0. Causal.
+
+    decay: share of the old bias in the moving average after a step.
     """
 
     def __init__(self, dim: int, num_experts: int, *, k: int = 2, decay: float = 0.9) -> None:

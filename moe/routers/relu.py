@@ -25,6 +25,10 @@ class ReLU(LinearRouter):
     There is no softmax: `probs` and `logits` are None, so losses on probabilities and the z-loss do not apply. Expect
     active_experts to approach `target`. Causal when dropless. Not causal under a capacity limit, which is a share of
     the number of assignments in the micro-batch, and that number varies.
+
+    target: mean number of experts per token that is aimed at.
+    coefficient: weight of the auxiliary loss before training.
+    rate: factor by which the weight changes in a step.
     """
 
     ignores = PROBABILITY_WEIGHTS | {"z"}

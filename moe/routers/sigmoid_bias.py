@@ -55,6 +55,10 @@ class SigmoidBias(BiasedSigmoid):
     b_e += rate * sign(mean load - load_e), with the loads of the whole optimizer step. With update=proportional the
     sign is replaced by the difference relative to the mean load. Then b is centered, because adding a constant to it
     changes nothing. Expect load_cv to fall without a balance loss; use lb=0. Causal.
+
+    rate: how far a bias moves in a step.
+    update: sign, or proportional to the load's distance from the mean.
+    normalize: whether the gates of a token sum to 1.
     """
 
     def __init__(

@@ -27,6 +27,9 @@ class Sinkhorn(LinearRouter):
 
     Expect a low load_cv in training. Evaluation takes the largest logits and can be less balanced. Use lb=0, because
     the plan already balances the load. Not causal: in training the experts of a token depend on the whole micro-batch.
+
+    epsilon: temperature of the plan.
+    iterations: iterations of Sinkhorn's algorithm.
     """
 
     causal = False

@@ -22,6 +22,8 @@ class SoftMoE(Router):
     E * slots = K * seq_len costs as much as K experts per token. Loads are equal by construction, so balance losses and
     a capacity limit do not apply. Metrics of which token chose which expert are null. Not causal: every slot mixes the
     whole sequence. Text is generated with use_cache=False, so that slots mix the text so far and not one new token.
+
+    slots: inputs of an expert for each sequence.
     """
 
     causal = False

@@ -48,6 +48,8 @@ class Spectra(Router):
     plan, quota and means depend on the whole micro-batch. Evaluation uses no plan, no quota, and running means instead
     of means over the batch, so it is causal unless `sinkhorn_inference` is set. The router is declared causal only if
     neither repulsion nor plan nor quota is used.
+
+    router_dim: dimensions of routing and expression vectors.
     """
 
     mean_expression: Tensor

@@ -18,6 +18,10 @@ class TopP(LinearRouter):
 
     Expect active_experts to fall as the router becomes confident. Causal when dropless. Not causal under a capacity
     limit, which is a share of the number of assignments in the micro-batch, and that number varies.
+
+    p: probability that the experts of a token have together.
+    k_max: most experts of a token.
+    entropy: weight of the auxiliary loss.
     """
 
     def __init__(self, dim: int, num_experts: int, *, p: float = 0.4, k_max: int = 4, entropy: float = 1e-4) -> None:

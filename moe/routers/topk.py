@@ -69,6 +69,8 @@ class Temperature(TopK):
     Temperature never changes which experts have the largest logits. It acts through gate weights, the balance loss and
     the size of the router's gradient (1/temp), so it can change the load only through training. Entropy and confidence
     are reported both at `temp` and at temperature 1. Causal.
+
+    temp: temperature by which logits are divided; a temperature schedule ends at it.
     """
 
     schedulable = True

@@ -12,33 +12,45 @@ from moe.distributed import ranks
 from moe.model.cost import count_parameters, flops_per_token, peak_memory_gb
 from moe.runs import traces
 from moe.runs.events import RunListener
+from moe.runs.place import Place
 from moe.runs.signals import Interrupted, Signals
 from moe.training import parallel
 from moe.training.evaluate import validate
-from moe.training.progress import Progress
+from moe.training.progress import Progress, text_lines
 from moe.training.recorder import Recorder
 from moe.training.saving import save_milestone, save_model
-from moe.training.setup import Training, set_up
+from moe.training.setup import Training, remarks, set_up, unigram_perplexity
 from moe.training.state import Clock, resume, save_checkpoint
 from moe.training.step import train_step
 
 
-def train(config: Config, folder: Path, *, signals: Signals, listeners: Sequence[RunListener] = ()) -> dict[str, Any]:
+def train(
+    config: Config,
+    folder: Path,
+    *,
+    signals: Signals,
+    listeners: Sequence[RunListener] = (),
+    place: Place | None = None,
+) -> dict[str, Any]:
     """Train a run to the end and return facts for the run record.
 
     Training starts from the newest checkpoint in `folder` if there is one. `folder` must exist. This function writes
     events.jsonl, trace/, checkpoints/ and, if the configuration asks for them, model/ and milestones/ to it. The
-    checkpoints stay, because they are needed until the run record says that the run is finished. Raises Diverged before
+    checkpoints stay, because they are needed until the run record says that the run is finished. place: where the run
+    stands among the runs of its command. Raises Diverged before
     an optimizer step that would use a number that is not finite. Raises Interrupted if a signal asked the run to stop,
     after it has saved a checkpoint.
     """
     training = set_up(config)
+    unigram = unigram_perplexity(training.data)
+    text = text_lines(config, training.data, unigram, remarks(config))
     done, clock = resume(folder, training)
     milestones, latest = traces.milestones(config.steps), dict[str, Any]()
     with (
         Recorder(folder, listeners, clock, step=done) as events,
-        Progress(done=done, steps=config.steps) as progress,
+        Progress(done=done, steps=config.steps, place=place) as progress,
     ):
+        progress.read(text, unigram)
         if done == 0:
             latest = events.record("eval", done, validate(training, done))
             progress.evaluated(done, latest)

@@ -33,7 +33,11 @@ class ConstantSchedule(Schedule):
 
 @dataclass(frozen=True)
 class CurveSchedule(Schedule):
-    """Schedule that changes `knob` from `start` to its configured value; subclasses define the curve, `between`."""
+    """Schedule that changes `knob` from `start` to its configured value; subclasses define the curve, `between`.
+
+    knob: what changes over the run: temperature or noise.
+    start: its value at the beginning; the end is router.temp or noise.
+    """
 
     knob: Knob
     start: float
@@ -85,7 +89,12 @@ class ExponentialSchedule(CurveSchedule):
 
 @dataclass(frozen=True)
 class StepSchedule(CurveSchedule):
-    """Three constant values: `start`, then `middle` from progress `first`, the configured value from `second`."""
+    """Three constant values: `start`, then `middle` from progress `first`, the configured value from `second`.
+
+    middle: the second of the three values.
+    first: where the middle value begins, as a fraction of the run.
+    second: where the configured value begins, as a fraction of the run.
+    """
 
     middle: float
     first: float

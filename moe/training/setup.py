@@ -1,5 +1,6 @@
 """Create everything that a run needs before its first training step: data, model, optimizers, devices."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from moe.checks import ConfigError, build, first_line
 from moe.config.schema import Config
-from moe.data.blocks import Prepared, prepare
+from moe.data.blocks import Prepared, batch, prepare
+from moe.data.labels import IGNORED, next_token
 from moe.model.causal_lm import MoEConfig, MoEForCausalLM
 from moe.model.cost import reset_peak_memory
 from moe.model.parts import Parts, parts
@@ -127,3 +129,23 @@ def token_counts(data: Prepared) -> Int[Tensor, "V"]:
     for rows in data.train.select_columns("input_ids").iter(batch_size=4096):
         counts += torch.from_numpy(rows["input_ids"]).flatten().bincount(minlength=len(counts))
     return counts
+
+
+def unigram_perplexity(data: Prepared) -> float:
+    """Return the validation perplexity of a model that knows only how often each token occurs in the training text.
+
+    One is added to each count, so that no token has the probability 0.
+    """
+    counts = token_counts(data) + 1
+    targets = torch.zeros_like(counts)
+    for first in range(0, len(data.val), 256):
+        labels = next_token(batch(data.val, range(first, min(first + 256, len(data.val)))).labels)
+        targets += labels[labels != IGNORED].bincount(minlength=len(counts))
+    nats = -(counts / counts.sum()).double().log()
+    return math.exp((targets * nats).sum().item() / targets.sum().item())
+
+
+def remarks(config: Config) -> list[str]:
+    """Return what the source of a configuration's text says about it, such as an optional domain that is missing."""
+    source = build(config.data.source, "data.source", trusted=True)
+    return list(getattr(source, "remarks", list)())

@@ -17,6 +17,7 @@ from moe.checks import ConfigError, parse
 from moe.config.options import CONF, GROUPS, options
 from moe.config.schema import Config, flatten
 from moe.launch import command_line
+from moe.launch.cells import SayThatTorchLoads
 from moe.launch.command_line import read_cells
 from moe.launch.compose import compose_config, typed
 from moe.launch.explain import CLAIM
@@ -368,6 +369,19 @@ def test_help_names_every_option_with_its_purpose() -> None:
             assert purpose, f"conf/{group}/{name}.yaml needs a first line '# its purpose'"
             assert f"{name} " in done.stdout
             assert purpose in done.stdout
+
+
+def test_a_line_is_printed_before_the_seconds_in_which_pytorch_is_imported(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is printed once, and the import then goes on in the usual way."""
+    finder = SayThatTorchLoads()
+    monkeypatch.setattr(sys, "meta_path", [finder, *sys.meta_path])
+    assert finder.find_spec("json", None) is None
+    assert capsys.readouterr().out == ""
+    assert finder.find_spec("torch", None) is None
+    assert capsys.readouterr().out == "checking the settings and loading PyTorch\n"
+    assert finder not in sys.meta_path
 
 
 def test_help_and_refusals_do_not_import_torch() -> None:

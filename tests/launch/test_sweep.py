@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import shlex
 import sys
 import threading
 from pathlib import Path
@@ -59,7 +60,7 @@ def test_the_outcome_of_each_cell_is_printed_with_its_reason(cells: list[Cell], 
 
 
 def test_the_only_cell_of_a_sweep_is_told_unless_it_finishes(cells: list[Cell], capsys: pytest.CaptureFixture) -> None:
-    """The worker may have printed the reason on another machine; after a success there is nothing to tell.
+    """The worker may have printed the reason on another machine; after a success the next command is told.
 
     The status is 2 if the text or the settings cannot be used.
     """
@@ -73,7 +74,8 @@ def test_the_only_cell_of_a_sweep_is_told_unless_it_finishes(cells: list[Cell], 
 
     for error, status in (("ValueError: out of luck", 1), ("ConfigError: data.source.paths=a: cannot be read", 2)):
         assert outcome("failed", error) == (status, ["", f"failed      {cell.folder.name}: {error}"])
-    assert outcome("finished") == (0, [])
+    folder = shlex.quote(str(cell.folder))
+    assert outcome("finished") == (0, [f"next: moe analyze {folder}"])
 
 
 def test_a_sweep_waits_for_cells_that_other_processes_train(
