@@ -67,7 +67,7 @@ def main(command: list[str] | None = None) -> int:
         place = f"--out {arguments.out}: cannot be written"
         print(f"{parser.prog}: {place}: {error.strerror}: {error.filename}", file=sys.stderr)
         return 2
-    print(f"report: {report} and {report.with_suffix('.html')}")
+    print(f"report: {shown(report)} and {shown(report.with_suffix('.html'))}")
     if not arguments.wandb:
         return 0
     try:

@@ -34,7 +34,7 @@ from moe.data.limits import check_limits
 from moe.data.packing import Blocks, concatenate, pack
 from moe.data.sources import DUPLICATES, Document, DuplicateFilter, Source, checksums
 from moe.data.tokenizer import pretrained_tokenizer, tokenizer_files, train_bpe
-from moe.files import LinkError, apply_umask, read_text, sha256, sync
+from moe.files import LinkError, apply_umask, read_text, sha256, shown, sync
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ def prepare(
                 shutil.rmtree(unfinished, ignore_errors=True)  # A process that was killed may have left it.
                 if unfinished.is_symlink():
                     raise LinkError(f"{unfinished} is a link: delete it")
-                log.info("reading and tokenizing the text, once; the result is kept in %s", folder)
+                log.info("reading and tokenizing the text, once; the result is kept in %s", shown(folder))
                 contents = _build(
                     source,
                     unfinished,

@@ -2,7 +2,7 @@
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -166,8 +166,8 @@ def _check_shown(overrides: list[Override], flags: argparse.Namespace) -> None:
             raise explain(error, lines_of(overrides)) from None
 
 
-def help_text(arguments: Sequence[str] = ()) -> str:
-    """Return the answer to `--help`, to `--help` with options, such as router=topk, or to `--list`.
+def answer(arguments: Sequence[str]) -> Iterator[str]:
+    """Yield the answer to `--list`, to `--help`, or to `--help` with options, such as router=topk.
 
     Raises ConfigError for an unknown option, and for a folder of options in the arguments, or in the environment, that
     cannot be used.
@@ -176,6 +176,12 @@ def help_text(arguments: Sequence[str] = ()) -> str:
     words, folders = _folders(args)
     use(folders)
     if LIST in arguments:
-        return help.experiments_text()
+        yield from help.experiments_lines()
+        return
     chosen = [(group, option) for group, _, option in (word.partition("=") for word in words) if group in GROUPS]
-    return "\n\n".join(help.option_text(*each) for each in chosen) or help.help_text()
+    yield "\n\n".join(help.option_text(*each) for each in chosen) or help.help_text()
+
+
+def help_text(arguments: Sequence[str] = ()) -> str:
+    """Return `answer` as one text."""
+    return "\n".join(answer(arguments))

@@ -1,7 +1,10 @@
 """The text of `--help`: keys with their meanings, options with their purposes; `--help router=topk`; and `--list`."""
 
+import json
 import textwrap
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
 from inspect import Parameter
 from typing import Any, get_type_hints
 
@@ -10,7 +13,7 @@ from omegaconf import OmegaConf
 from moe.checks import locate, one_of
 from moe.config import meanings
 from moe.config.options import CLASSES, CONF, GROUPS, options, sources
-from moe.config.schema import Config, flatten
+from moe.config.schema import Config, ModelConfig, flatten
 from moe.launch.cells import Start, combinations
 from moe.launch.compose import compose_config, composing
 from moe.launch.option_files import read_option
@@ -24,13 +27,19 @@ Train one Mixture-of-Experts language model, or with -m one for each combination
   python train.py -m noise=0.0,0.1,0.5 lb=0.0,0.01 seed=42,43,44
   python train.py experiment=noise_lb_seed
   python train.py --help router=topk   explain an option and its keys
-  python train.py --list               how many runs each experiment has, and how much they compute
+  python train.py --list               how many runs each experiment has, and what they compute
   python train.py --cfg job            print every key and its value
 
 Set a key as key=value, a key in a group as group.key=value (router.temp=1.5), a group by the name of
 one of its options (router=temperature).
 
 Keys, with their defaults, or the value in the group's usual option:"""
+
+ADVICE = (
+    "Tokens and FLOPs are those of training: three times the forward FLOPs of each token that is read. The time "
+    "depends on the machine, and small models do not use all of it. A run says after its first steps how long it "
+    "takes, and a sweep after each run how long the others take. So try one run first:"
+)
 
 
 def help_text() -> str:
@@ -82,42 +91,63 @@ def option_text(group: str, option: str) -> str:
     return "\n".join(lines)
 
 
-def experiments_text() -> str:
-    """Return how many runs each experiment has, and how many tokens they read in training."""
-    rows = []
+def experiments_lines() -> Iterator[str]:
+    """Yield a line for each experiment: how many runs it has, and what their training reads and computes.
+
+    It takes some seconds, because every run is composed.
+    """
+    names = options("experiment")
+    row = f"{{:<{max(map(len, names))}}}  {{:>4}}  {{:>14}}  {{:>14}}  {{:>12}}  {{}}"
+    yield row.format("experiment", "runs", "tokens per run", "FLOPs per run", "FLOPs in all", "purpose")
     with composing():
-        for name, purpose in options("experiment").items():
-            tokens = _training_tokens(name)
-            least, most = _number(min(tokens)), _number(max(tokens))
-            each = least if least == most else f"{least} to {most}"
-            rows.append((name, f"{len(tokens)}", each, _number(sum(tokens)), purpose))
-    rows.insert(0, ("experiment", "runs", "tokens per run", "of all runs", "purpose"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for name, *numbers, purpose in rows:
-        cells = [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=False)]
-        lines.append("  ".join([name.ljust(widths[0]), *cells, purpose]))
-    advice = (
-        "Tokens are those that training reads. The time depends on the machine and on the model. A run says after its "
-        "first steps how long it takes, and a sweep after each run how long the others take. So try one run first:",
+        for name, purpose in names.items():
+            tokens, flops = zip(*_training(name), strict=True)
+            yield row.format(name, len(tokens), _range(tokens), _range(flops), _number(sum(flops)), purpose)
+    yield from (
+        "",
+        *textwrap.wrap(ADVICE, WIDTH),
         "  python train.py experiment=noise_lb_seed seed=42 noise=0.0 lb=0.01",
     )
-    return "\n".join([*lines, "", *textwrap.wrap(advice[0], WIDTH), advice[1]])
 
 
-def _training_tokens(experiment: str) -> list[int]:
-    """Return how many tokens each run of an experiment reads in training."""
+def _training(experiment: str) -> list[tuple[int, int]]:
+    """Return the tokens that each run of an experiment reads in training, and the FLOPs of that."""
     start = Start.of([parse_override(f"experiment={experiment}")], multirun=False)
     found = []
     for arguments in combinations([*start.presets, *start.own]):
-        config = compose_config([line for line in arguments if line not in DEFAULTS])
-        found.append(config.steps * config.batch_size * config.grad_accum * config.data.seq_len)
+        composed = compose_config([line for line in arguments if line not in DEFAULTS])
+        tokens = composed.steps * composed.batch_size * composed.grad_accum * composed.data.seq_len
+        model, router = OmegaConf.to_container(composed.model, resolve=True), OmegaConf.to_container(composed.router)
+        assert isinstance(router, dict)
+        router = {key: value for key, value in router.items() if "${" not in str(value)}  # from results to come
+        key = json.dumps([model, router, composed.data.vocab_size, composed.data.seq_len])
+        found.append((tokens, 3 * tokens * _flops(key)))
     return found
 
 
+@cache
+def _flops(key: str) -> int:
+    """Return the forward FLOPs of one token, given model, router, size of the vocabulary, and length of a sequence."""
+    import torch
+
+    from moe.model.causal_lm import MoEConfig, MoEForCausalLM
+    from moe.model.cost import flops_per_token
+
+    model, router, vocab_size, seq_len = json.loads(key)
+    settings = MoEConfig.of(ModelConfig(**model), router, vocab_size=vocab_size, seq_len=seq_len)
+    with torch.device("meta"):  # shapes without memory
+        return flops_per_token(MoEForCausalLM(settings, trusted=True), seq_len)
+
+
+def _range(values: Sequence[int]) -> str:
+    least, most = _number(min(values)), _number(max(values))
+    return least if least == most else f"{least} to {most}"
+
+
 def _number(value: int) -> str:
-    """Return a number of tokens in three digits, such as 614k, 1.23M or 2G."""
-    factor, unit = next(((10**n, name) for n, name in ((9, "G"), (6, "M"), (3, "k")) if value >= 10**n), (1, ""))
+    """Return a number in three digits, such as 614k, 1.23M, 2G or 3.4P."""
+    units = [(10**15, "P"), (10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"), (1, "")]
+    factor, unit = next((factor, unit) for factor, unit in units if value >= factor or factor == 1)
     return f"{value / factor:.3g}{unit}"
 
 

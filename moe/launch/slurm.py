@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from moe.checks import ConfigError, require
 from moe.files import read_text, write_json
+from moe.runs.place import so_far
 from moe.runs.record import RecordError, RunRecord
 
 COMMANDS = ("sbatch", "srun", "squeue", "scontrol")
@@ -147,7 +148,8 @@ def _job(state: str, reason: str) -> Job:
 def _watch(going: dict[str, str], logs: Path) -> None:
     """Wait until the jobs have ended, and print each change: queued, running, ended. going: cell name by job."""
     jobs = dict.fromkeys(going, Job("submitted", ""))
-    changed, answers = time.monotonic(), True
+    began = changed = time.monotonic()
+    answers = True
     with _told_on_interrupt(jobs):
         while left := _left(jobs):
             try:
@@ -164,7 +166,11 @@ def _watch(going: dict[str, str], logs: Path) -> None:
                 print(_line(job, going[job], now, logs))
             if changes:
                 counts = Counter(job.state for job in jobs.values())
-                print("jobs:", ", ".join(f"{counts[state]} {state}" for state in STATES), flush=True)
+                line = f"jobs: {', '.join(f'{counts[state]} {state}' for state in STATES)}"
+                if 0 < counts["ended"] < len(jobs):  # a job that is running counts as half done
+                    done = counts["ended"] + counts["running"] / 2
+                    line += f"; {so_far(time.monotonic() - began, done, len(jobs))}"
+                print(line, flush=True)
                 changed = time.monotonic()
             time.sleep(min(30, 1 + (time.monotonic() - changed) / 20))
 

@@ -65,7 +65,9 @@ def main() -> int:
         logging.disable(logging.WARNING)
     try:
         if {"--help", "-h", command_line.LIST} & set(sys.argv[1:]):
-            print(command_line.help_text(sys.argv[1:]))
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may close the pipe early
+            for line in command_line.answer(sys.argv[1:]):
+                print(line, flush=True)
             return 0
         command = command_line.read_command(sys.argv[1:])
         if command.search is not None:

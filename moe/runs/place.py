@@ -79,10 +79,7 @@ class Place(NamedTuple):
         going_on = self._count("began") - ended - (part > 0)
         done = ended + part + going_on / 2
         skipped = self.total - self.unfinished
-        line = f"{skipped + ended} of {self.total} ended after {duration(elapsed)}"
-        if done > 0 and ended < self.unfinished:
-            line += f", about {duration(elapsed / done * (self.unfinished - done))} left"
-        return line
+        return f"{skipped + ended} of {self.total} ended {so_far(elapsed, done, self.unfinished)}"
 
     def _leave(self, name: str) -> bool:
         """Return whether the shared folder had no file of this name before; it has one now."""
@@ -109,6 +106,12 @@ def command(total: int, unfinished: int) -> Iterator[None]:
             yield
         finally:
             del os.environ[_VARIABLE]
+
+
+def so_far(elapsed: float, done: float, total: int) -> str:
+    """Return such as "after 12 min, about 60 min left", given the seconds in which `done` of `total` runs were done."""
+    left = f", about {duration(elapsed / done * (total - done))} left" if 0 < done < total else ""
+    return f"after {duration(elapsed)}{left}"
 
 
 def duration(seconds: float) -> str:

@@ -1,11 +1,14 @@
 """Tests of `--help` and `--list`."""
 
 import pytest
+import torch
 
 from moe.checks import ConfigError
 from moe.config import meanings
 from moe.launch import help
 from moe.launch.command_line import help_text, read_cells
+from moe.model.cost import flops_per_token
+from moe.training.setup import build_model
 
 
 def test_help_explains_every_key_with_its_default() -> None:
@@ -58,10 +61,15 @@ def test_help_on_an_unknown_option_is_refused() -> None:
         help_text(["--help", "router=topc"])
 
 
-def test_the_list_of_experiments_counts_runs_and_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run reads steps x batch_size x grad_accum x data.seq_len tokens; `default` has a single run."""
+def test_the_list_of_experiments_says_what_their_runs_read_and_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run reads steps x batch_size x grad_accum x data.seq_len tokens, and computes what its record says later."""
     monkeypatch.setattr(help, "options", lambda group: dict.fromkeys(("default", "quick_demo", "spectra_sweep_e"), "-"))
     rows = {line.split("  ")[0]: line.split()[1:-1] for line in help_text(["--list"]).splitlines()[:4]}
-    assert rows["default"] == ["1", "614k", "614k"]
-    assert rows["quick_demo"] == [str(len(read_cells(["experiment=quick_demo"]) or [])), "614k", "5.53M"]
-    assert rows["spectra_sweep_e"] == ["18", "154k", "to", "614k", "6.45M"]
+    [cell] = read_cells([]) or []
+    with torch.device("meta"):
+        model = build_model(cell.config, vocab_size=4096)
+    flops = 3 * 614_400 * flops_per_token(model, 128)
+    assert rows["default"] == ["1", "614k", f"{flops / 1e12:.3g}T", f"{flops / 1e12:.3g}T"]
+    assert rows["quick_demo"][:2] == [str(len(read_cells(["experiment=quick_demo"]) or [])), "614k"]
+    assert rows["quick_demo"][3] == f"{9 * flops / 1e12:.3g}T"
+    assert rows["spectra_sweep_e"][:4] == ["18", "154k", "to", "614k"]
