@@ -593,7 +593,8 @@ def test_an_experiments_own_keys_survive_the_variants_documented_with_it(
     experiment: str, variant: str, finished_ablation: Path
 ) -> None:
     text = (CONF / "experiment" / f"{experiment}.yaml").read_text()
-    own = {key: value for key, value in yaml.safe_load(text).items() if key not in ("defaults", "hydra", "claims")}
+    others = ("defaults", "hydra", "claims", "question")
+    own = {key: value for key, value in yaml.safe_load(text).items() if key not in others}
     [cell, *_] = read_cells([f"experiment={experiment}", f"variant={variant}", f"out={finished_ablation}"]) or []
     settings = cell.config.identity()
     kept = {key: settings[key] for key in flatten(own) if key != "router.temp"}  # router.temp is a computed value

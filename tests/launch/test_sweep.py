@@ -2,16 +2,19 @@
 
 import errno
 import fcntl
+import itertools
 import shlex
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from run_folders import FACTS
 
 from moe.checks import ConfigError, parse
 from moe.config.schema import Cell
+from moe.launch import slurm
 from moe.launch.command_line import read_cells
 from moe.launch.run import write_run_record
 from moe.launch.slurm import Refused, stalled
@@ -157,6 +160,22 @@ def test_a_job_that_slurm_starts_again_and_again_without_progress_is_told(
     assert [start(number) for number in (4, 5, 6)] == [None] * 3
     assert "3 times in a row without a new checkpoint (the newest: step-00000004)" in str(start(7))
     assert start(0) is None
+
+
+def test_slurm_jobs_say_how_long_the_others_take(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The estimate comes from the jobs that have ended; one that is running counts as half done."""
+    states = iter([("running", "queued"), ("ended", "running"), ("ended", "ended")])
+    monkeypatch.setattr(slurm, "_queue", lambda: {n: slurm.Job(s, "") for n, s in zip("12", next(states), strict=True)})
+    minutes = itertools.count(0.0, 60.0)
+    monkeypatch.setattr(slurm, "time", SimpleNamespace(monotonic=lambda: next(minutes), sleep=lambda seconds: None))
+    slurm._watch({"1": "seed=1", "2": "seed=2"}, tmp_path)
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("jobs: ")] == [
+        "jobs: 1 queued, 1 running, 0 ended",
+        "jobs: 0 queued, 1 running, 1 ended; after 3 min, about 60 s left",
+        "jobs: 0 queued, 0 running, 2 ended",
+    ]
 
 
 def test_outside_of_slurm_no_rounds_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
