@@ -20,13 +20,25 @@ from scipy.optimize import brentq
 from statsmodels.stats.weightstats import DescrStatsW
 
 from moe.config.claim import absolute
-from moe.results.comparable import incomparable
-from moe.results.conditions import STD, by_seed, conditions, levels, reference_level, two_levels, varied_factors
+from moe.results.comparable import TEXT, TOKENIZER, incomparable
+from moe.results.conditions import (
+    STD,
+    by_seed,
+    conditions,
+    levels,
+    narrowed,
+    reference_level,
+    two_levels,
+    varied_factors,
+)
 
 CONFIDENCE, POWER = 0.95, 0.8
 SIGNIFICANCE = 0.05  # the largest corrected p that counts as significant
 EXACT_SEEDS = 16  # up to this number of seeds, a sign-flip test tries all patterns of signs
 RANDOM_PATTERNS = 9_999  # for more seeds, it tries this many random patterns
+
+# What a comparison reads beside factors and a metric.
+COMPARED = ("seed", "folder", "place", "causal", *TEXT, TOKENIZER)
 
 
 def with_intervals(summary: pd.DataFrame) -> pd.DataFrame:
@@ -72,6 +84,7 @@ def contrasts(
     """
     if margin is not None and absolute(margin, 1.0) <= 0:
         raise ValueError(f"margin {margin}: must be positive, in units of {metric} or a text such as 1%")
+    runs = narrowed(runs, (metric, *factors, *COMPARED))
     references = references or {}
     for factor in references.keys() - set(factors):
         raise ValueError(f"reference {factor}={references[factor]}: varied factors are {', '.join(factors) or 'none'}")

@@ -27,7 +27,6 @@ MOST_LINES = len(PALETTE) * len(DASHES)  # with more lines, two conditions would
 
 RC: dict[Any, Any] = {
     "figure.dpi": 100,
-    "savefig.dpi": 160,
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,

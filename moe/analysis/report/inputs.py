@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
 from textwrap import shorten
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ from moe.results.conditions import (
     without_causality,
 )
 from moe.results.table import EventTables, read_event_tables
+from moe.runs.record import RunRecord
 
 # The families into which all tests of a report fall, in the order in which they take their shares of 5 %. The last one
 # holds every contrast and every term of the analysis of variance, of all tested metrics and all experiments.
@@ -88,6 +90,7 @@ class ReportInputs(NamedTuple):
     families: list[Family]  # those that have a test, in the whole report
     searched: frozenset[str]  # the folders of runs that a search also trained, in whichever experiment
     past: EventTables  # every evaluation, and some metrics of every training step
+    records: dict[str, RunRecord]  # folder -> its record, of all runs of the whole report that have a readable one
 
     @property
     def search(self) -> str | None:
@@ -118,8 +121,10 @@ def collect_inputs(
     options = options or ReportOptions()
     columns = dict.fromkeys((*TRAINING_METRICS, *training_columns))
     past = read_event_tables(loaded.loc[loaded["status"] != "missing", "folder"], training=list(columns))
+    readable = loaded.loc[~loaded["status"].isin(["missing", "unreadable"]), "folder"].unique()
+    records = {folder: RunRecord.read(Path(folder) / RunRecord.FILE) for folder in readable}
     searched = frozenset(loaded.loc[loaded["search"].notna(), "folder"]) if "search" in loaded else frozenset[str]()
-    describe = partial(_describe, past=past, extra_metrics=options.metrics, searched=searched)
+    describe = partial(_describe, past=past, records=records, extra_metrics=options.metrics, searched=searched)
     everything, names = describe(loaded), levels(loaded["experiment"])
     if len(names) < 2:
         _check(options, [everything])
@@ -137,7 +142,12 @@ def tested_metrics(runs: pd.DataFrame) -> tuple[str, ...]:
 
 
 def _describe(
-    loaded: pd.DataFrame, *, past: EventTables, extra_metrics: tuple[str, ...], searched: frozenset[str]
+    loaded: pd.DataFrame,
+    *,
+    past: EventTables,
+    records: dict[str, RunRecord],
+    extra_metrics: tuple[str, ...],
+    searched: frozenset[str],
 ) -> ReportInputs:
     """Return the inputs of some runs, without claims and contrasts."""
     runs = with_causality(loaded)
@@ -161,6 +171,7 @@ def _describe(
         families=[],
         searched=searched,
         past=EventTables(_events_of(past.evals, folders), _events_of(past.trains, folders), past.problems),
+        records=records,
     )
 
 

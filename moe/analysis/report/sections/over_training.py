@@ -67,6 +67,8 @@ def contrasts_at_shares(inputs: ReportInputs) -> pd.DataFrame:
     for share in MILESTONES:
         steps = [round(share * run.index.max()) if len(run) else 0 for run in by_run]
         values = [run.get(step, math.nan) if step else math.nan for run, step in zip(by_run, steps, strict=True)]
+        if not any(map(math.isfinite, values)):
+            continue  # no run was evaluated there
         at_share = runs.assign(**{VALIDATION_LOSS: values})
         table = contrasts(at_share, VALIDATION_LOSS, inputs.factors, references=references)
         tables.append(table[table["n"] > 0].assign(share=share)[[*DESCRIBED, "share"]])

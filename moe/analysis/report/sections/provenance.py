@@ -3,7 +3,6 @@
 import itertools
 import json
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -39,7 +38,7 @@ def configuration(inputs: ReportInputs) -> Iterator[ReportBlock]:
     """Yield the keys in which the runs differ, each with its role, and the keys in which all runs agree."""
     runs = inputs.runs.drop_duplicates("folder")
     keys = [key for key in runs if "/" not in key and key not in FACTS]
-    unset = {key for record in _records(runs) for key, value in _settings(record).items() if value is None}
+    unset = {key for record in _records(inputs) for key, value in _settings(record).items() if value is None}
     shown = {key: {level(None): "null"} for key in unset & set(keys)}  # as in YAML and on the command line
     differing, common = differences(runs[keys].replace(shown))
     role = dict.fromkeys(inputs.factors, "varied") | {"seed": "unit of replication"}
@@ -65,7 +64,7 @@ def _leaders(runs: pd.DataFrame, key: str, factors: list[str]) -> str:
 def data(inputs: ReportInputs) -> Iterator[ReportBlock]:
     """Yield every data manifest of the runs: which text they read, from which packages, and its checksums."""
     manifests: dict[str, list[Any]] = {}
-    for record in _records(inputs.runs):
+    for record in _records(inputs):
         if record.facts is not None:
             manifests.setdefault(json.dumps(record.facts.data, sort_keys=True), []).append(record)
     yield Heading("Data")
@@ -85,7 +84,7 @@ def data(inputs: ReportInputs) -> Iterator[ReportBlock]:
 
 def software(inputs: ReportInputs) -> Iterator[ReportBlock]:
     """Yield commit, machine and library versions: first those that differ between the runs, then the common ones."""
-    rows = [flatten(_software(record)) for record in _records(inputs.runs)]
+    rows = [flatten(_software(record)) for record in _records(inputs)]
     differing, common = differences(pd.DataFrame(rows, dtype=object))
     yield Heading("Code, machine and versions")
     if len(differing):
@@ -144,7 +143,6 @@ def _software(record: RunRecord) -> dict[str, Any]:
     return always | {"device": facts.device, "ranks": facts.ranks._asdict(), "process": facts.process}
 
 
-def _records(runs: pd.DataFrame) -> Iterable[RunRecord]:
-    """Yield the record of every run that has a readable one."""
-    for folder in runs.loc[~runs["status"].isin(["missing", "unreadable"]), "folder"].unique():
-        yield RunRecord.read(Path(folder) / RunRecord.FILE)
+def _records(inputs: ReportInputs) -> Iterable[RunRecord]:
+    """Return the record of every run of these inputs that has a readable one."""
+    return [inputs.records[folder] for folder in inputs.runs["folder"].unique() if folder in inputs.records]
