@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
@@ -46,6 +45,7 @@ from moe.launch.overrides import (
     is_group,
     lines_of,
     parse_override,
+    parsed,
     quote,
     values_of,
 )
@@ -305,7 +305,7 @@ def _switch_off_ignored(cell: Cell) -> Cell:
 def _without_ignored(cell: Cell, composed: DictConfig, arguments: list[str]) -> Cell:
     """Return the cell with every key switched off that does not apply to it, and without these keys in its name."""
     cell = _switch_off_ignored(cell)
-    overrides = OverridesParser.create().parse_overrides(arguments)
+    overrides = [*map(parsed, arguments)]
     if cell.folder.name != run_name(override_dirname(overrides, composed.hydra)):  # the user chose the name
         return cell
     return cell._replace(

@@ -11,7 +11,6 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -23,6 +22,7 @@ from moe.launch import resolvers  # noqa: F401 (the files in conf/ call them)
 from moe.launch.explain import explain
 from moe.launch.hydra_errors import FAULTS
 from moe.launch.option_files import preset_of, require_content
+from moe.launch.overrides import parsed
 
 
 @contextmanager
@@ -38,7 +38,7 @@ def composing() -> Iterator[None]:
 def compose_config(arguments: list[str]) -> DictConfig:
     """Return what Hydra composes from these overrides, with its own settings resolved as far as folders need them."""
     try:
-        overrides = OverridesParser.create().parse_overrides(arguments)
+        overrides = [*map(parsed, arguments)]
         if all(_is_group_choice(o) or _sets_value(o) for o in overrides):
             composed = _compose_values(overrides)
         else:

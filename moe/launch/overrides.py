@@ -4,7 +4,8 @@ import logging
 import pickle
 import re
 from collections.abc import Iterable
-from functools import cache
+from dataclasses import replace
+from functools import cache, lru_cache
 from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
@@ -39,13 +40,25 @@ KEYWORDS = ("null", "none", "true", "false", "inf", "nan")  # words that Hydra's
 MOST_CELLS = 10_000  # of one sweep
 
 
+GRAMMAR = OverridesParser.create()
+
+
+@lru_cache(MOST_CELLS)
+def parsed(line: str) -> Override:
+    """Return an override that Hydra's grammar can read. Nobody may change it.
+
+    The overrides of a sweep's cells have few different lines, and to read them takes a third of the time of composing.
+    """
+    return GRAMMAR.parse_overrides([line])[0]
+
+
 def parse_override(word: str) -> Override:
     """Read one word of the command line, with Hydra's grammar.
 
     A value that this grammar cannot read, such as a path with "ä" or "=", is taken as text if it has no character that
     means something in the grammar.
     """
-    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+    loader = GlobalHydra.instance().config_loader()
     key, equals, value = word.partition("=")
     commas = [part.strip() for part in value.split(",")] if value[:1] not in ("", "'", '"', "[", "{") else [value]
     if "" in commas[1:]:
@@ -56,7 +69,7 @@ def parse_override(word: str) -> Override:
     items = [quote(item.strip()) for item in value[1:-1].split(",")] if value[:1] + value[-1:] == "[]" else None
     quoted = f"{key}={quote(value)}" if items is None else f"{key}=[{','.join(items)}]"
     try:
-        return parser.parse_overrides([word])[0]
+        return replace(parsed(word), config_loader=loader)
     except FAULTS as error:
         cause = cause_of(error)
         if error.__cause__ is not None:  # the value is a function of this grammar, or looks like one
@@ -66,7 +79,7 @@ def parse_override(word: str) -> Override:
         example = f"{word}=OPTION" if word in GROUPS else "key=value"
         raise ConfigError(f"cannot read the command line: {word:.200}: write {example}")
     try:
-        override = parser.parse_overrides([quoted])[0]
+        override = replace(parsed(quoted), config_loader=loader)
     except FAULTS:
         raise ConfigError(f"cannot read the command line: {word:.200}: {cause:.300}") from None
     if set(value) & set("""'"()[]{},$\\""") or len(value) > 1000:
