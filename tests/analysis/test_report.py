@@ -141,6 +141,7 @@ def test_no_test_is_made_on_runs_that_a_search_chose(tmp_path: Path) -> None:
         compare(runs)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_settings_that_a_search_trained_too_are_named_with_the_seeds_that_confirm_nothing(tmp_path: Path) -> None:
     """An ordinary grid over the settings that a search found has the runs of the search among its own."""
     sweep = tmp_path / "searched"
@@ -245,6 +246,7 @@ def test_a_share_before_the_first_step_is_left_out(tmp_path: Path) -> None:
     assert pd.read_csv(tmp_path / "out" / "progress.csv")["share"].tolist() == [0.5, 1.0]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_claims_margins_and_several_experiments(published: Path, tmp_path: Path) -> None:
     """Claims in the records are planned, all other contrasts are post hoc, and each experiment is judged alone."""
     claim = {"text": "noise hurts", "metric": "val/perplexity", "factor": "noise", "levels": [0.5], "than": [0.0]}
@@ -283,6 +285,7 @@ def test_a_reference_applies_to_the_experiments_that_have_this_level(published: 
         collect_inputs(load_runs([tmp_path / "multirun"]), ReportOptions(references={"lb": 7}))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_added_metric_is_judged_and_corrected_together_with_the_others(published: Path, tmp_path: Path) -> None:
     runs, metric = load_runs([published]), "val/accuracy"
     options = ReportOptions(margins={metric: "5%"}, metrics=(metric, "val/perplexity", metric))
@@ -483,6 +486,7 @@ def test_a_level_that_is_no_finite_number_is_a_level_like_others(level: float | 
     assert "mixed model" in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_key_that_is_called_like_a_column_of_the_tables_is_a_factor(tmp_path: Path) -> None:
     for seed, value in product((1, 2), (0.0, 0.1)):
         for key in ("metric", "n", "mean", "level", "run", "error"):
