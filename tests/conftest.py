@@ -40,7 +40,8 @@ SMALL = """
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--reliability", type=Path, help="with -m faults: write all faults and their results to this file")
-    parser.addoption("--soak", type=int, default=200, help="with -m faults: the number of random faults in one run")
+    soak = "with -m faults: the number of random faults in one run, at least 50; other repeated tests are in proportion"
+    parser.addoption("--soak", type=int, default=200, help=soak)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -84,6 +84,12 @@ def undisturbed(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> d
     return result(alone.folder)
 
 
+@pytest.fixture(scope="session")
+def soak(pytestconfig: pytest.Config) -> int:
+    """Return the number of random faults in one run, to which other repeated tests are in proportion."""
+    return int(pytestconfig.getoption("soak"))
+
+
 @pytest.fixture
 def survived(record_property: Callable[[str, object], None]) -> Callable[[int, str, int, str], None]:
     """Return a function: `survived(row, injected, times, outcome)` adds a line to the page if the test passes."""

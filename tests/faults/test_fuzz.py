@@ -1,4 +1,4 @@
-"""A test with 600 generated commands: each is refused in one line with status 2, or its model can be built."""
+"""A test with generated commands, 600 by default: each is refused in one line, or its model can be built."""
 
 import json
 import sys
@@ -16,8 +16,6 @@ from moe.config.schema import Cell, flatten
 from moe.launch import train
 from moe.launch.command_line import read_cells
 from moe.training.setup import build_model
-
-CASES = 600
 
 VALUES = st.sampled_from(
     r"""0 -1 1 2 1e30 -1e30 1e-30 100000000000000000000 9999999999999999999999999999999999999999 nan inf -inf NaN null
@@ -57,18 +55,15 @@ def commands() -> st.SearchStrategy[tuple[list[str], list[str]]]:
     return st.tuples(st.sampled_from([[], [], ["-m"]]), st.lists(overrides(), min_size=1, max_size=3))
 
 
-FUZZ = settings(max_examples=CASES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-
-
 def test_any_command_is_refused_in_one_line_or_can_be_built(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], survived: Any
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], survived: Any, soak: int
 ) -> None:
     monkeypatch.chdir(tmp_path)
     accepted: list[Cell] = []
     monkeypatch.setattr(train.sweep, "carry_out", lambda cells, launch: accepted.extend(cells) or 0)
     counts = {"refused": 0, "accepted": 0}
 
-    @FUZZ
+    @settings(max_examples=3 * soak, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(commands())
     def fuzz(command: tuple[list[str], list[str]]) -> None:
         accepted.clear()
@@ -93,7 +88,7 @@ def test_any_command_is_refused_in_one_line_or_can_be_built(
                     build_model(cell.config, vocab_size=300)
 
     fuzz()
-    assert counts["refused"] > 200
-    assert counts["accepted"] > 20
+    assert counts["refused"] > soak
+    assert counts["accepted"] > soak / 10
     end = f"{counts['refused']} refused in one line, exit 2; {counts['accepted']} could be built; nothing written"
     survived(17, f"fuzzed commands: {len(keys())} keys, all groups, additions, deletions", sum(counts.values()), end)
