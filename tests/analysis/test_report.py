@@ -122,6 +122,7 @@ class Page(HTMLParser):
             self.titles[-1] = data.strip()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_no_test_is_made_on_runs_that_a_search_chose(tmp_path: Path) -> None:
     """The report names the best settings of a search, but has no verdicts, contrasts or analysis of variance."""
     sweep = tmp_path / "searched"
@@ -222,6 +223,7 @@ def test_the_published_runs_give_the_published_verdicts(published: Path, tmp_pat
         assert all((side == 1).all() for side in edge), "nothing is cut off at the border"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_contrasts_at_shares_of_training_are_described_and_not_tested(published: Path, tmp_path: Path) -> None:
     write_report(load_runs([published]), tmp_path / "out")
     table = pd.read_csv(tmp_path / "out" / "progress.csv")
@@ -415,6 +417,7 @@ def test_the_option_replay_judges_the_published_numbers(analyze: Analyze, tmp_pa
     assert (tmp_path / "analysis" / "noise_contrasts.csv").is_file()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_every_run_is_counted(published: Path, tmp_path: Path) -> None:
     write_run(published / "lb=0.0,noise=0.1,seed=45", {}, status="failed", seed=45, noise=0.1, lb=0.0)
     write_run(published / "lb=0.0,noise=0.5,seed=45", {"val/perplexity": math.inf}, seed=45, noise=0.5, lb=0.0)
@@ -655,6 +658,7 @@ def test_the_axis_of_a_metric_that_is_never_negative_does_not_begin_below_zero()
     assert layer_profile(runs).axes[0].get_ylim()[0] == 0
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_grids_with_shortened_names_are_told_apart_by_a_setting(tmp_path: Path) -> None:
     for layers, grid in ((1, "default: lb, dim=32… 0123abcd"), (2, "default: lb, dim=32… 4567abcd")):
         for lb in (0.0, 0.1):
@@ -666,6 +670,7 @@ def test_grids_with_shortened_names_are_told_apart_by_a_setting(tmp_path: Path) 
     assert "| default: lb, dim=32… 4567abcd | 2 |" in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_table_of_the_data_says_what_is_counted_before_the_limit_of_blocks(tmp_path: Path) -> None:
     write_run(tmp_path / "x" / "seed=1", {"val/loss": 1.0}, seed=1)
     counts = {"a": {"train": {"blocks": 5}, "val": {"blocks": 1, "tokens": 900}}}

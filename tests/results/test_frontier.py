@@ -213,6 +213,7 @@ def test_the_report_names_the_figures_as_the_routing_bench_does(
     assert "(not causal)" in text or stem == "experiment_a"
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("name", ["default", "capacity_factorial"])
 def test_any_sweep_over_routers_or_capacity_has_the_table_and_the_figures(name: str, tmp_path: Path) -> None:
     sweep = write_sweep(tmp_path / name, ["softk"], [1.0, 1.25])
@@ -224,6 +225,7 @@ def test_any_sweep_over_routers_or_capacity_has_the_table_and_the_figures(name: 
     assert "frontier" not in write_report(load_runs([seeds_alone]), tmp_path / "out").read_text()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_report_says_why_a_figure_is_not_drawn(sweep_a: Path, tmp_path: Path) -> None:
     for folder in sweep_a.iterdir():
         (folder / "events.jsonl").unlink()
@@ -236,6 +238,7 @@ def test_the_report_says_why_a_figure_is_not_drawn(sweep_a: Path, tmp_path: Path
     assert "- experiment_a_overlay: not drawn, no run has train/loss, val/loss, val/perplexity" in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_frontier_is_not_drawn_with_another_factor_or_without_finished_runs(sweep_a: Path, tmp_path: Path) -> None:
     for folder in list(sweep_a.iterdir()):
         record = json.loads((folder / "run.json").read_text())
