@@ -41,6 +41,7 @@ def main(command: list[str] | None = None) -> int:
     from moe.analysis.report.report import write_replay, write_report
     from moe.analysis.wandb_report import log_report
     from moe.checks import first_line
+    from moe.files import shown
     from moe.results.sweep_tables import console_table
     from moe.results.table import load_runs
 
