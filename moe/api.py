@@ -7,6 +7,7 @@ import html
 import shlex
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,8 +23,9 @@ from moe.config.options import use
 from moe.config.schema import Config
 from moe.results import table
 from moe.results.comparable import search_goal
-from moe.results.conditions import varied_factors
+from moe.results.conditions import HEADLINE, varied_factors
 from moe.runs import events
+from moe.runs.folder import changed_code
 from moe.runs.record import MetricsRecord, RunRecord
 
 if TYPE_CHECKING:  # these import torch, which takes seconds
@@ -47,13 +49,26 @@ class Run:
     metrics: dict[str, int | float | None]
     history: pd.DataFrame
 
+    def __repr__(self) -> str:
+        values = "".join(
+            f", {name}={self.metrics[name]:.4g}" for name in HEADLINE if self.metrics.get(name) is not None
+        )
+        return f"<Run {self.folder}: {self.status}{values}>"
+
     def model(self, *, trusted: bool = False) -> "moe.model.causal_lm.MoEForCausalLM":
         """Return the saved model, in evaluation mode. `trusted`: its router may be a class outside of this project.
 
-        Raises ValueError for a model that cannot be read, as after `save_model=none`.
+        Raises ValueError for a model that cannot be read, as after `save_model=none`. Warns if the code of that class
+        has changed since the run began.
         """
         from moe.model.causal_lm import load_model
 
+        if trusted:
+            use()
+            for name in changed_code(RunRecord.read(self.folder / RunRecord.FILE), self.config, "router"):
+                warnings.warn(f"{self.folder}: the code of {name} has changed since that run began", stacklevel=2)
+        else:
+            self.config.require_trust("model(trusted=True)", "router")
         return load_model(self._saved(), trusted=trusted)
 
     def tokenizer(self) -> "transformers.PreTrainedTokenizerFast":
@@ -73,7 +88,10 @@ class Run:
         """Return the blocks of training and validation text, from the cache; with `trusted`, made again if need be."""
         from moe.training.setup import prepare_data
 
-        use()
+        if trusted:
+            use()
+        else:
+            self.config.require_trust("data(trusted=True)", "data.source")
         return prepare_data(self.config, trusted=trusted)
 
 

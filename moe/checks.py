@@ -3,7 +3,6 @@
 import difflib
 import inspect
 import math
-import pkgutil
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import is_dataclass
@@ -26,7 +25,7 @@ def first_line(error: object) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def described(error: Exception) -> str:
+def described(error: BaseException) -> str:
     """Return the class of an error and the first line of its message, such as "RuntimeError: boom"."""
     return f"{type(error).__name__}: {first_line(error)}" if str(error).strip() else type(error).__name__
 
@@ -52,73 +51,6 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     names = sorted(known)
     listing = f"; known: {', '.join(names)}" if len(names) <= 20 else ""
     return ConfigError(f"unknown {kind} '{_on_one_line(name)}'{_nearest(name, names) or listing}")
-
-
-# The class from which a `_target_` must derive, by the key of the configuration that names it.
-BASES = {
-    "router": "moe.routers.base.Router",
-    "schedule": "moe.training.schedules.Schedule",
-    "data.source": "moe.data.sources.Source",
-}
-
-
-def locate(path: object, key: str, *, trusted: bool) -> type[Any]:
-    """Return the class that the `_target_` at `key` names. All such names pass through this function.
-
-    The class must derive from the base class of `key`, see `BASES`. A name that is not `trusted`, because it comes from
-    a file that a stranger may have written, must also lie in the package of that base class. This is checked before
-    anything is imported. Raises ConfigError.
-    """
-    base_name = BASES[key]
-    package, _, kind = base_name.rpartition(".")
-    package = package.rpartition(".")[0]
-    module = path.rpartition(".")[0] if isinstance(path, str) else ""
-    where = f"{key}._target_"
-    require(bool(module) and str(path).replace(".", "a").isidentifier(), where, path, f"the dotted name of a {kind}")
-    advice = f"The module {module} is imported only if you trust this file: trust_remote_code=True, or --trust"
-    allowed = f"a class of {package}. {advice}; see docs/security.md"
-    require(trusted or module.startswith(f"{package}."), where, path, allowed)
-    base = _imported(base_name, base_name)
-    found = _imported(str(path), where)
-    require(isinstance(found, type) and issubclass(found, base), where, path, f"a class that derives from {base_name}")
-    return cast(type[Any], found)
-
-
-def _imported(path: str, where: str) -> Any:
-    module, _, name = path.rpartition(".")
-    try:
-        return pkgutil.resolve_name(f"{module}:{name}")
-    except Exception as error:  # the module may be anybody's, and raise anything
-        package = module.partition(".")[0]
-        missing = isinstance(error, ModuleNotFoundError) and error.name == package
-        advice = f": install the package {package}, or name its folder of options in MOE_SEARCH_PATH" if missing else ""
-        reason = f"must be a class that can be imported ({first_line(error)}){advice}"
-        raise ConfigError(f"{where}={path}: {reason}") from error
-
-
-def build(spec: Any, key: str, *args: Any, trusted: bool = False) -> Any:
-    """Create an object of the class `spec["_target_"]` from `args`, and the other entries of `spec` as keywords.
-
-    Names and types of the keywords are checked first. `key` is the place of the spec in the configuration, such as
-    "router"; it decides which classes are allowed. `trusted`: the user wrote the spec, see `locate`. Raises
-    ConfigError.
-    """
-    if not isinstance(spec, dict) or "_target_" not in spec:
-        raise ConfigError(f"{key}={spec}: must name its class as {key}._target_")
-    target = locate(spec["_target_"], key, trusted=trusted)
-    values = {name: value for name, value in spec.items() if name != "_target_"}
-    values = check_settings(values, target, key, positional=len(args))
-    try:
-        return target(*args, **values)
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(first_line(error)) from error
-    except Exception as error:  # the class may be anybody's, and raise anything
-        if isinstance(error, OSError) and key == "data.source":  # the caller names the argument that has the path
-            raise
-        reason = first_line(error) if isinstance(error, TypeError) else described(error)
-        raise ConfigError(f"{key}._target_={spec['_target_']}: cannot be built: {reason}") from error
 
 
 def check_settings(settings: dict[str, Any], target: type[Any], place: str, *, positional: int) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import pandas as pd
 import torch
 
-from moe.checks import ConfigError, build, first_line
+from moe.checks import ConfigError, first_line
+from moe.config.classes import build
 from moe.config.schema import Cell, Config, flatten
 from moe.launch import command_line
 from moe.metrics.catalog import lookup, select

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe.checks import ConfigError, check_settings, first_line, locate, require, unknown
+from moe.checks import ConfigError, check_settings, first_line, require, unknown
+from moe.config.classes import locate
 from moe.config.options import use
 from moe.config.schema import OFF, Config
 from moe.model.causal_lm import MoEOutput

@@ -66,6 +66,37 @@ def test_a_run_knows_its_configuration_metrics_and_history(trained: moe.Run) -> 
     assert trained.data().tokenizer.vocab_size == trained.tokenizer().vocab_size
 
 
+def test_a_run_is_shown_in_one_short_line(trained: moe.Run) -> None:
+    assert repr(trained).startswith(
+        f"<Run {trained.folder}: finished, val/loss={trained.metrics['val/loss']:.4g}, val/"
+    )
+    assert len(repr(trained)) < len(str(trained.folder)) + 200
+
+
+def test_a_router_outside_of_this_project_needs_trust_and_its_changes_are_told(
+    trained: moe.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The refusal names the argument that loads the model. Code that changed since the training brings a warning."""
+    folder, target = Path(shutil.copytree(trained.folder, tmp_path / "run")), {"_target_": "ownlab.mine.Mine"}
+    (tmp_path / "conf/router").mkdir(parents=True)
+    (tmp_path / "ownlab").mkdir()
+    (tmp_path / "ownlab/mine.py").write_text("from moe.routers.topk import TopK\nclass Mine(TopK): ...\n")
+    monkeypatch.setenv(SEARCH_PATH, str(tmp_path / "conf"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    record, settings = (json.loads((folder / name).read_text()) for name in ("run.json", "model/config.json"))
+    config = record["config"] | {"router": record["config"]["router"] | target}
+    change_record(folder, config=config, plugins={"ownlab": {"sha256": "0" * 64, "commit": None}})
+    (folder / "model/config.json").write_text(json.dumps(settings | {"router": settings["router"] | target}))
+    run = moe.load_run(folder)
+    with pytest.raises(
+        ConfigError, match=r"^router._target_=ownlab.mine.Mine: .* you trust it: model\(trusted=True\); "
+    ):
+        run.model()
+    with pytest.warns(UserWarning, match=f"^{folder}: the code of ownlab has changed since that run began$"):
+        model = run.model(trusted=True)
+    assert type(model.moe_layers[0].router.chain[0]).__name__ == "Mine"
+
+
 def test_the_table_of_runs_takes_one_folder_or_several(trained: moe.Run) -> None:
     one = moe.load_runs(str(trained.folder))
     pd.testing.assert_frame_equal(one, moe.load_runs([trained.folder]))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
-from moe.checks import BASES
+from moe.config.classes import BASES
 
 ROOT = Path(__file__).parents[1]
 
@@ -159,7 +159,10 @@ def test_imports_go_to_lower_layers_only() -> None:
 
 
 def test_only_the_base_classes_of_configured_objects_are_named_in_text_from_below() -> None:
-    """`moe.checks` imports them by name at run time, from layers above its own. No other code does the like."""
+    """`moe.config.classes` imports them by name at run time. No other code does the like.
+
+    The base class of data sources is not among them: it is in a layer below.
+    """
     named, known = set(), modules()
     for module, path in known.items():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -168,7 +171,7 @@ def test_only_the_base_classes_of_configured_objects_are_named_in_text_from_belo
                 ours, theirs = package(module), package(text)
                 if module != "moe" and ours != theirs and LAYER.get(ours, -1) <= LAYER.get(theirs, -2):
                     named.add((module, text))
-    assert named == {("moe.checks", base) for base in BASES.values()}
+    assert named == {("moe.config.classes", base) for base in BASES.values() if package(base) != "data"}
 
 
 @pytest.mark.parametrize(

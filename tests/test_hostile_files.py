@@ -28,8 +28,9 @@ from moe.analysis.figures.drawing import Drawing
 from moe.analysis.figures.specialization import specialization_drawings
 from moe.analysis.report.blocks import Attachment
 from moe.analysis.report.markdown import block_as_markdown
-from moe.checks import ConfigError, build
+from moe.checks import ConfigError
 from moe.config import dense_checkpoint
+from moe.config.classes import build
 from moe.config.options import SEARCH_PATH
 from moe.data import readers
 from moe.data.blocks import prepare

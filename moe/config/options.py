@@ -73,8 +73,13 @@ def use(folders: Iterable[str] = ()) -> None:
     search_path()  # before `added` joins it, so that a message about the variable is about what the user wrote there
     if words := list(dict.fromkeys(os.path.abspath(word) for word in [*_named(), *added])):
         os.environ[SEARCH_PATH] = os.pathsep.join(words)
-    for word in words:
-        sys.path += [place for place in (word, os.path.dirname(word)) if place not in sys.path]
+    sys.path += [str(folder) for folder in code_folders() if str(folder) not in sys.path]
+
+
+def code_folders() -> list[Path]:
+    """Return the folders from which `use` makes code importable: those of `SEARCH_PATH`, and those that hold them."""
+    folders = [Path(os.path.abspath(word)) for word in _named()]
+    return list(dict.fromkeys(place for folder in folders for place in (folder, folder.parent)))
 
 
 def _folder_of(source: str) -> Path:

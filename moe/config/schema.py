@@ -11,9 +11,10 @@ from typing import Any, NamedTuple, get_type_hints
 
 from omegaconf import MISSING
 
-from moe.checks import ConfigError, build, describe, finite, locate, one_of, require, unknown
+from moe.checks import ConfigError, describe, finite, one_of, require, unknown
 from moe.config import dense_checkpoint
 from moe.config.claim import ClaimConfig
+from moe.config.classes import build, locate
 from moe.config.plugins import Plugin, plugins
 from moe.data.limits import check_limits
 from moe.distributed import ranks
@@ -372,10 +373,29 @@ class Config:
         with torch.device("meta"):
             return build(self.router, "router", self.model.dim, self.model.num_experts, trusted=True)
 
-    def plugins(self) -> dict[str, Plugin]:
-        """Return the packages outside of this project that hold the classes of this run, by name."""
-        specs = [self.data.source] if self.is_dense else [self.router, self.schedule, self.data.source]
-        return plugins(str(spec["_target_"]) for spec in specs)
+    def plugins(self, *keys: str) -> dict[str, Plugin]:
+        """Return the code from outside of this project that this run needs, by package. See `foreign_classes`.
+
+        These are the packages of the classes and of their base classes, with what they import from beside them. keys:
+        those of the classes that are asked for; by default all.
+        """
+        found = {key: name for key, name in self.foreign_classes().items() if key in keys or not keys}
+        bases = [base for key, name in found.items() for base in locate(name, key, trusted=True).__mro__]
+        return plugins(name.partition(".")[0] for name in [*found.values(), *(base.__module__ for base in bases)])
+
+    def foreign_classes(self) -> dict[str, str]:
+        """Return the names of the classes of this run that are not of this project, by the key that names each."""
+        specs = {"data.source": self.data.source}
+        specs |= {} if self.is_dense else {"router": self.router, "schedule": self.schedule}
+        names = {key: str(spec.get("_target_")) for key, spec in specs.items()}
+        return {key: name for key, name in names.items() if not name.startswith("moe.")}
+
+    def require_trust(self, way: str, *keys: str) -> None:
+        """Raise ConfigError if a class at one of `keys` is not of this project. way: how the user trusts it."""
+        for key, name in self.foreign_classes().items():
+            if key in keys:
+                what = "is not a class of this project, and its code runs only if you trust it"
+                raise ConfigError(f"{key}._target_={name}: {what}: {way}; see docs/security.md")
 
     @property
     def is_dense(self) -> bool:

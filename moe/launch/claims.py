@@ -6,8 +6,9 @@ from typing import Any
 
 from hydra.core.override_parser.types import Override, QuotedString
 
-from moe.checks import build, require, unknown
+from moe.checks import require, unknown
 from moe.config.claim import DOMAIN, ClaimConfig
+from moe.config.classes import build
 from moe.config.options import GROUPS, options
 from moe.config.schema import OFF, Cell
 from moe.data import embedded

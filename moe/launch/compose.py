@@ -14,8 +14,9 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from moe.checks import locate, require
+from moe.checks import require
 from moe.config import dense_checkpoint
+from moe.config.classes import locate
 from moe.config.options import CLASSES, CONF, GROUPS
 from moe.config.schema import Config
 from moe.launch import resolvers  # noqa: F401 (the files in conf/ call them)

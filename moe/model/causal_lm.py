@@ -52,7 +52,7 @@ class MoEOutput(CausalLMOutputWithPast):
 class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
     """`MoEModel` plus output matrix. `save_pretrained`, `from_pretrained` and `generate` are those of transformers.
 
-    trusted: the router may be a class outside of this project (`moe.checks.locate`), also one in a folder that
+    trusted: the router may be a class outside of this project (`moe.config.classes.locate`), also one in a folder that
         MOE_SEARCH_PATH names. A saved model that somebody else wrote must not be trusted, because
         `from_pretrained(folder, trust_remote_code=True)` runs the code that it names.
     """

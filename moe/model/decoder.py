@@ -20,7 +20,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import local_torch_dtype
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
 
-from moe.checks import ConfigError, build, require
+from moe.checks import ConfigError, require
+from moe.config.classes import build
 from moe.model.architecture import MoEConfig
 from moe.model.experts import Experts
 from moe.model.layer import LayerOutput, MoELayer

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moe.checks import ConfigError
-from moe.config.schema import DEFAULTED, OFF, Cell, fingerprint, is_free
+from moe.config.schema import DEFAULTED, OFF, Cell, Config, fingerprint, is_free
 from moe.files import open_file, open_unlinked
 from moe.runs import csv_mirror, tensorboard_mirror
 from moe.runs.record import RecordError, RunRecord, SweepRecord
@@ -39,9 +39,15 @@ def difference(cell: Cell) -> list[str]:
     different = [key for key in {**stored, **wanted} if stored.get(key) != wanted.get(key)]
     keys = [key for key in different if key in stored or not _may_not_apply(key)]
     texts = [f"{key} is {stored.get(key)} in the folder, {wanted.get(key)} in this command" for key in keys]
-    now = {} if texts else cell.config.plugins()
-    changed = [name for name, plugin in record.plugins.items() if name in now and now[name].sha256 != plugin.sha256]
-    return texts + [f"the code of {name} has changed since that run began" for name in changed]
+    return texts or [
+        f"the code of {name} has changed since that run began" for name in changed_code(record, cell.config)
+    ]
+
+
+def changed_code(record: RunRecord, config: Config, *keys: str) -> list[str]:
+    """Return the packages whose code is not that with which the run began. keys: as in `Config.plugins`."""
+    now = config.plugins(*keys)
+    return [name for name, plugin in record.plugins.items() if name in now and now[name].sha256 != plugin.sha256]
 
 
 def missing_models(cell: Cell) -> str:

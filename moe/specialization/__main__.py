@@ -15,7 +15,8 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of the hub and of 
 from moe.config.options import use
 from moe.files import read_text
 from moe.results.table import load_runs
-from moe.runs.record import SpecializationRecord
+from moe.runs.folder import changed_code
+from moe.runs.record import RunRecord, SpecializationRecord
 from moe.specialization.study import OWN_TEXT, compare_seeds, study, write_own_text
 from moe.training import process
 
@@ -49,6 +50,10 @@ def main(command: list[str] | None = None) -> int:
         for folder in [folder for folder in finished if not (folder / "model").is_dir()]:
             print(f"{folder}: has no saved model (save_model=none), so its experts cannot be studied", file=sys.stderr)
             finished.remove(folder)
+        for folder in finished if arguments.trust else ():
+            record = RunRecord.read(folder / RunRecord.FILE)
+            for name in changed_code(record, record.typed_config()):
+                print(f"{folder}: the code of {name} has changed since that run began", file=sys.stderr)
         if text is None:
             for folder in finished:
                 _study(folder, arguments)

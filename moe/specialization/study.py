@@ -58,6 +58,8 @@ def study(folder: Path, *, blocks_wanted: int, samples: int, trusted: bool = Fal
     path = folder / SpecializationRecord.FILE
     if path.exists() and SpecializationRecord.read(path).settings == settings:
         return False
+    if not trusted:
+        config.require_trust("--trust", "router", "data.source")
     began = time.monotonic()
     data = prepare_data(config, trusted=trusted)
     if _training_files(data.manifest) != _training_files(record.facts.data):
@@ -94,6 +96,8 @@ def write_own_text(folder: Path, text: str, *, trusted: bool = False) -> Path:
     It replaces the last page of this kind. Raises ValueError as `text_page` does.
     """
     record = RunRecord.read(folder / RunRecord.FILE)
+    if not trusted:
+        record.typed_config().require_trust("--trust", "router")
     model = load_model(folder / "model", trusted=trusted)
     tokenizer = pretrained_tokenizer(str((folder / "model").resolve()))
     page = text_page(model, tokenizer, text_blocks(model, tokenizer, text), title=record.name)

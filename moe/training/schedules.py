@@ -9,7 +9,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from moe.checks import ConfigError, build, finite, require
+from moe.checks import ConfigError, finite, require
+from moe.config.classes import build
 from moe.config.schema import Config
 
 Knob = Literal["temperature", "noise"]

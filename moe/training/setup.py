@@ -10,7 +10,8 @@ from accelerate.state import AcceleratorState
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from moe.checks import ConfigError, build, first_line
+from moe.checks import ConfigError, first_line
+from moe.config.classes import build
 from moe.config.schema import Config
 from moe.data.blocks import Prepared, batch, prepare
 from moe.data.labels import IGNORED, next_token
@@ -90,7 +91,7 @@ def prepare_data(config: Config, *, trusted: bool = True) -> Prepared:
     """Return the prepared data of a configuration. They are read from the cache if it has them.
 
     `trusted`: the user wrote the configuration. Otherwise its data source must be a class of this project
-    (`moe.checks.locate`), and the data must be in the cache. Raises ConfigError for text that cannot be used.
+    (`moe.config.classes.locate`), and the data must be in the cache. Raises ConfigError for text that cannot be used.
     """
     settings = config.data
     try:

@@ -48,6 +48,7 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     )
     yield tmp_path
     _read.cache_clear()
+    _compose_groups.cache_clear()
     for name in [name for name in sys.modules if name.split(".")[0] == "mylab"]:
         del sys.modules[name]
 
@@ -159,7 +160,7 @@ def test_keys_of_a_class_can_be_swept(lab: Path) -> None:
         ),
         (
             f"{TARGET}",
-            r"\(No module named 'mylab'\): install the package mylab, or name its folder of options in MOE_SEARCH",
+            f"^{TARGET}: no package mylab can be imported: install it, or name its folder of options in MOE_SEARCH_",
         ),
         ("--config-dir=odd:name/conf", "^odd:name/conf: a folder of options cannot have ':' in its path; rename it$"),
         ("hydra.searchpath=[pkg://nope.conf]", "^pkg://nope.conf: no package nope$"),
@@ -179,7 +180,6 @@ def test_mistakes_are_refused_in_one_line(lab: Path, words: str, message: str) -
 
 @pytest.mark.parametrize("name", ["a b", "ä", "a=b,c", "100%25"])
 def test_a_folder_of_options_may_have_any_name_without_a_colon(lab: Path, name: str) -> None:
-    _compose_groups.cache_clear()
     (lab / "conf").rename(lab / name)
     (lab / name / "router/momentum.yaml").rename(lab / name / "router/odd.yaml")
     [cell] = cells(f"--config-dir={name}", "router=odd")
@@ -201,7 +201,6 @@ def test_a_folder_of_options_may_have_any_name_without_a_colon(lab: Path, name: 
 def test_only_the_use_of_an_option_whose_file_cannot_be_read_is_refused(
     lab: Path, content: bytes | None, message: str
 ) -> None:
-    _compose_groups.cache_clear()
     path = lab / "conf/router/broken.yaml"
     path.mkdir() if content is None else path.write_bytes(content)
     with pytest.raises(ConfigError, match=f"^{path}{message}"):
@@ -236,6 +235,8 @@ def test_help_lists_the_options_of_a_named_folder_and_refuses_a_missing_one(lab:
             " cannot be built: RuntimeError: boom$",
         ),
         ("def __init__(self, dim, num_experts): raise OSError", "", " cannot be built: OSError$"),
+        ("import sys; sys.exit('bye')", "", r" must be a class that can be imported \(SystemExit: bye\)$"),
+        ("def __init__(self, dim, num_experts): raise SystemExit(3)", "", " cannot be built: SystemExit: 3$"),
         (
             "def __init__(self, dim, num_experts): pass",
             "",
@@ -302,6 +303,60 @@ def test_a_run_records_the_code_of_its_classes_and_is_not_continued_with_other_c
     _read.cache_clear()
     assert not finished(cell)
     assert difference(cell) == ["the code of mylab has changed since that run began"]
+
+
+def code(lab: Path) -> dict[str, str]:
+    """Return the digest of each package that a run of router=momentum needs."""
+    _read.cache_clear()
+    [cell] = cells("--config-dir=conf", "router=momentum")
+    return {name: plugin.sha256 for name, plugin in cell.config.plugins().items()}
+
+
+def test_only_what_can_be_imported_is_the_code_of_a_package(lab: Path) -> None:
+    """Files of editors, notebooks and runs in the folder of a package do not change its code."""
+    before = code(lab)
+    for name in (".ipynb_checkpoints", "outputs/default/base/model", "a,b", "odd.py"):
+        (lab / "mylab" / name).mkdir(parents=True)
+    for name in (".ipynb_checkpoints/momentum.py", "outputs/default/base/model/modeling_moe_routing.py", "a,b/c.py"):
+        (lab / "mylab" / name).write_text("")
+    (lab / "mylab/outputs/default/base/run.json").write_text("{}")
+    (lab / "mylab/momentum-checkpoint.py").write_text("")
+    (lab / "mylab/.#momentum.py").symlink_to("nobody@host.123:4")
+    (lab / "mylab/gone.py").symlink_to("nowhere.py")
+    assert code(lab) == before
+    (lab / "mylab/part").mkdir()
+    (lab / "mylab/part/new.py").write_text("")
+    assert code(lab) != before
+
+
+def test_what_a_class_imports_from_the_folder_of_its_package_is_its_code_too(lab: Path) -> None:
+    """These are base classes and helpers, also those that another helper imports. Other files beside them are not."""
+    (lab / "mylab/momentum.py").write_text(CODE.replace("from moe.routers.topk import TopK", "from first import TopK"))
+    (lab / "first.py").write_text("from moe.routers.topk import TopK as Base\nclass TopK(Base):\n    import second.a\n")
+    (lab / "second").mkdir()
+    for name in ("second/a.py", "second/b.py", "other.py"):
+        (lab / name).write_text("")
+    before = code(lab)
+    assert list(before) == ["first", "mylab", "second"]
+    for name in ("second/b.py", "other.py"):
+        (lab / name).write_text("x = 1\n")
+    after = code(lab)
+    assert [name for name in before if before[name] != after[name]] == ["second"]
+    for name in ("first", "second", "second.a"):
+        del sys.modules[name]
+
+
+def test_two_folders_of_options_cannot_hold_packages_of_one_name(lab: Path) -> None:
+    """Python would import the first one for the options of both. It is refused before either is imported."""
+    (lab / "two/mylab").mkdir(parents=True)
+    (lab / "two/mylab/momentum.py").write_text(CODE)
+    (lab / "two/conf/router").mkdir(parents=True)
+    (lab / "two/conf/router/far.yaml").write_text(YAML)
+    os.environ[SEARCH_PATH] = f"conf{os.pathsep}two/conf"
+    message = f"both {lab} and {lab}/two have a package mylab, and Python would import only one: rename the second"
+    with pytest.raises(ConfigError, match=f"^{TARGET}: {message}$"):
+        cells("router=far")
+    assert "mylab.momentum" not in sys.modules
 
 
 def test_a_key_that_a_class_does_not_take_is_refused_beside_its_finished_run(lab: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from moe.checks import build
+from moe.config.classes import build
 from moe.config.options import CONF
 from moe.config.schema import Cell, Config
 from moe.launch.run import run

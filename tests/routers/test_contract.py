@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from waiting import WaitingOperators
 
 from moe import testing
-from moe.checks import ConfigError, build, locate
+from moe.checks import ConfigError
+from moe.config.classes import build, locate
 from moe.config.options import CONF
 from moe.config.schema import OFF, Config
 from moe.model.causal_lm import MoEOutput

@@ -4,7 +4,7 @@ import torch
 import yaml
 from torch import nn
 
-from moe.checks import build
+from moe.config.classes import build
 from moe.config.options import CONF
 from moe.routing.decision import Context, Knobs, Routing
 

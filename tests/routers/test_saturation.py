@@ -13,7 +13,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from moe.checks import build
+from moe.config.classes import build
 from moe.config.options import CONF
 from moe.routing.decision import Context, Knobs, Routing
 

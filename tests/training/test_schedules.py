@@ -5,7 +5,8 @@ import itertools
 import pytest
 import yaml
 
-from moe.checks import ConfigError, build
+from moe.checks import ConfigError
+from moe.config.classes import build
 from moe.config.options import CONF
 from moe.training.schedules import (
     CosineSchedule,
