@@ -63,13 +63,14 @@ class Run:
         """
         from moe.model.causal_lm import load_model
 
+        saved = self._saved()
         if trusted:
             use()
             for name in changed_code(RunRecord.read(self.folder / RunRecord.FILE), self.config, "router"):
                 warnings.warn(f"{self.folder}: the code of {name} has changed since that run began", stacklevel=2)
         else:
             self.config.require_trust("model(trusted=True)", "router")
-        return load_model(self._saved(), trusted=trusted)
+        return load_model(saved, trusted=trusted)
 
     def tokenizer(self) -> "transformers.PreTrainedTokenizerFast":
         """Return the tokenizer of the saved model. Raises ValueError if it cannot be read."""
@@ -104,6 +105,8 @@ def load_run(folder: Path | str) -> Run:
     >>> bool(run.metrics["val/loss"] == run.history["val/loss"].iloc[-1])
     True
     """
+    require(isinstance(folder, Path | str), "folder", folder, "a path, as text or Path")
+    require(not Path(folder).is_file(), "folder", folder, "the folder of a run, and not a file in it")
     folder = Path(folder)
     record = RunRecord.read(folder / RunRecord.FILE)
     finished = record.status == "finished"
@@ -122,9 +125,22 @@ def load_runs(paths: Path | str | Iterable[Path | str] = "multirun") -> pd.DataF
     >>> load_runs("outputs")[["run", "status", "seed", "router"]].to_dict("records")
     [{'run': 'base', 'status': 'finished', 'seed': 42, 'router': 'topk'}]
     """
-    folders = [paths] if isinstance(paths, Path | str) else list(paths)
-    require(bool(folders), "paths", folders, "a folder, or several")
+    folders = [paths] if isinstance(paths, Path | str) else _listed(paths)
+    valid = bool(folders) and all(isinstance(folder, Path | str) for folder in folders)
+    require(valid, "paths", paths, "a folder, or several")
     return table.load_runs(folders)
+
+
+def _listed(value: Any) -> list[Any]:
+    """Return the items of a list or the like; none of anything else."""
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, str | bytes) else []
+
+
+def _check_table(runs: Any) -> None:
+    """Raise ConfigError unless `runs` is a table with the columns that `load_runs` gives it, and has a row."""
+    valid = isinstance(runs, pd.DataFrame) and {"experiment", "status"} <= {*runs}
+    shown = f"a table with the columns {', '.join(map(str, runs))}" if isinstance(runs, pd.DataFrame) else runs
+    require(valid, "runs", shown, "a table of runs, such as load_runs('multirun')")
 
 
 def compare(
@@ -147,7 +163,11 @@ def compare(
     >>> compare(runs)[["level", "reference", "difference"]].round(2).to_dict("records")
     [{'level': 0.5, 'reference': 0.0, 'difference': 0.3}]
     """
+    _check_table(runs)
     finished = runs[runs["status"] == "finished"]
+    if finished.empty:
+        none = f"none of the {len(runs)} runs is finished" if len(runs) else "the table has no runs"
+        raise ConfigError(f"{none}: runs['experiment'].unique() of the whole table lists its experiments")
     experiments = sorted(finished["experiment"].unique())
     if len(experiments) > 1:
         names = ", ".join(map(repr, experiments))
@@ -160,11 +180,13 @@ def compare(
         raise unknown("metric", str(metric), metrics)
     known = [column for column in finished if "/" not in column and column not in table.FACTS and column != "seed"]
     varied = [factor for factor in varied_factors(finished) if factor != "seed"]
-    chosen = varied if factors is None else [factors] if isinstance(factors, str) else list(factors)
+    chosen = varied if factors is None else [factors] if isinstance(factors, str) else _listed(factors)
+    require(factors is None or bool(chosen), "factors", factors, "the name of a factor, or several")
+    require(isinstance(references or {}, dict), "references", references, "an object, such as {'router': 'topk'}")
     for factor in chosen:
         if factor not in known:
             raise unknown("factor", str(factor), known)
-    return contrasts(finished, metric, chosen, references=references, margin=margin)
+    return contrasts(finished, metric, list(dict.fromkeys(chosen)), references=references, margin=margin)
 
 
 def judge(runs: pd.DataFrame) -> pd.DataFrame:
@@ -173,6 +195,7 @@ def judge(runs: pd.DataFrame) -> pd.DataFrame:
     >>> len(judge(load_runs("outputs")))  # nobody planned a claim about this run
     0
     """
+    _check_table(runs)
     return judge_planned(runs)
 
 
@@ -187,11 +210,11 @@ def train(*overrides: str) -> list[Run]:
     for word in overrides:
         trains = isinstance(word, str) and (not word.startswith("-") or word in ("-m", "--multirun"))
         require(trains, "overrides", word, 'texts such as "noise=0.1", and "-m" for a grid')
-    asked = read_command(list(overrides))
-    command = [sys.executable, "-m", "moe", "train", *overrides]
-    status = subprocess.run(command).returncode
+    words = [word.strip() for word in overrides]  # a shell would leave out spaces and line breaks around them, too
+    asked = read_command(words)
+    status = subprocess.run([sys.executable, "-m", "moe", "train", *words]).returncode
     if status:
-        raise ConfigError(f"moe train {shlex.join(overrides)}: ended with status {status}; see what it printed")
+        raise ConfigError(f"moe train {shlex.join(words)}: ended with status {status}; see what it printed")
     return [load_run(folder) for folder in asked.run_folders()]
 
 

@@ -48,8 +48,8 @@ def check_router(target: type | str, /, **settings: Any) -> None:
 
 def check_law(law: str, target: type | str, /, **settings: Any) -> None:
     """Check one law, a key of `LAWS`, like `check_router`. The random numbers of the caller stay as they are."""
-    if law not in LAWS:
-        raise unknown("law", law, LAWS)
+    if not isinstance(law, str) or law not in LAWS:
+        raise unknown("law", str(law), LAWS)
     if isinstance(target, str):
         use()  # the class may be in a folder that MOE_SEARCH_PATH names
     kind = target if isinstance(target, type) else locate(target, "router", trusted=True)
@@ -62,7 +62,7 @@ def check_law(law: str, target: type | str, /, **settings: Any) -> None:
             raise
         except AssertionError as error:
             raise AssertionError(f"{kind.__name__} breaks the law {law}: {error}") from None
-        except Exception as error:  # the router may raise anything
+        except (Exception, SystemExit) as error:  # the router may raise anything
             what = f"it raises {type(error).__name__}: {first_line(error)}"
             raise AssertionError(f"{kind.__name__} breaks the law {law}: {what}") from error
 

@@ -214,6 +214,72 @@ def test_wrong_overrides_are_refused_before_a_process_starts(monkeypatch: pytest
         moe.load_runs([])
 
 
+def test_spaces_around_an_override_do_not_count(trained: moe.Run, small: list[str]) -> None:
+    words = [*small, "steps=2", "eval_every=2", f"out={trained.folder.parents[1]}"]
+    [again] = moe.train(*(f" {word}\n" for word in words))
+    assert again.folder == trained.folder
+
+
+WRONG = """
+import pandas as pd
+import moe
+from moe import testing
+
+runs = pd.DataFrame({"experiment": "e", "status": "finished", "noise": [0, 0, 1, 1], "seed": [1, 2, 1, 2]})
+runs = runs.assign(**{"val/loss": [1.0, 2.0, 3.0, 5.0]})
+calls = {
+    "load_runs": [((wrong,), {}) for wrong in (3, None, [FOLDER, 3])],
+    "load_run": [((wrong,), {}) for wrong in (3, None, FOLDER + "/run.json")],
+    "compare": [(("o",), {}), ((runs.drop(columns="status"),), {}), ((runs[:0],), {}), ((runs.assign(status="x"),), {}),
+        ((runs,), {"factors": 3}), ((runs,), {"factors": "nois"}), ((runs,), {"references": ["noise"]})],
+    "judge": [(("o",), {})],
+}
+for name, cases in calls.items():
+    for positional, named in cases:
+        try:
+            getattr(moe, name)(*positional, **named)
+        except ValueError as error:
+            print(f"{name}: {error}")
+assert len(moe.compare(runs, factors=["noise", "noise"])) == 1
+try:
+    testing.check_law(3, moe.Router)
+except ValueError as error:
+    print(error)
+"""
+REFUSED = """
+load_runs: paths=3: must be a folder, or several
+load_runs: paths=null: must be a folder, or several
+load_runs: paths=['{folder}', 3]: must be a folder, or several
+load_run: folder=3: must be a path, as text or Path
+load_run: folder=null: must be a path, as text or Path
+load_run: folder={folder}/run.json: must be the folder of a run, and not a file in it
+compare: runs=o: must be a table of runs, such as load_runs('multirun')
+compare: runs=a table with the columns experiment, noise, seed, val/loss: must be a table of runs, such as load_runs(
+compare: the table has no runs: runs['experiment'].unique() of the whole table lists its experiments
+compare: none of the 4 runs is finished: runs['experiment'].unique() of the whole table lists its experiments
+compare: factors=3: must be the name of a factor, or several
+compare: unknown factor 'nois'; nearest: noise
+compare: references=['noise']: must be an object, such as {{'router': 'topk'}}
+judge: runs=o: must be a table of runs, such as load_runs('multirun')
+unknown law '3'
+"""
+
+
+def test_arguments_of_a_wrong_type_are_refused_in_one_line(trained: moe.Run) -> None:
+    """This runs in a process of its own, because the tests themselves check the types of all arguments."""
+    code = WRONG.replace("FOLDER", repr(str(trained.folder)))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    expected = REFUSED.format(folder=trained.folder).strip().splitlines()
+    found = done.stdout.splitlines()
+    assert [line[: len(start)] for line, start in zip(found, expected, strict=True)] == expected
+
+
+def test_a_tokenizer_is_told_from_what_is_none(trained: moe.Run) -> None:
+    with pytest.raises(ConfigError, match=r"^tokenizer=NoneType: must be the tokenizer of the model, such as load_run"):
+        moe.route(trained.model(), None, TEXT)  # type: ignore[arg-type]
+
+
 @pytest.mark.pages
 def test_the_notebook_runs_and_its_outputs_are_stored(
     small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
@@ -192,6 +193,9 @@ class LoggerConfig:
         mirrored = "wandb" in self.to and self.mode != "disabled"
         if mirrored:
             one_of("environment variable WANDB_MODE", os.environ.get("WANDB_MODE") or "online", modes)
+            given = os.environ.get("WANDB_RUN_ID") or "none"
+            allowed = "1 to 64 letters and digits without accents, - and _"
+            require(is_wandb_id(given), "environment variable WANDB_RUN_ID", given, allowed)
         for key, name in (("project", self.project), ("entity", self.entity or "me")):
             ok = bool(name.strip()) and len(name) <= 128 and name.isprintable() and not set(name) & set("/\\#?%:")
             allowed = "a name of W&B: 1 to 128 characters, not only spaces, without / \\ # ? % :"
@@ -387,7 +391,7 @@ class Config:
         """Return the names of the classes of this run that are not of this project, by the key that names each."""
         specs = {"data.source": self.data.source}
         specs |= {} if self.is_dense else {"router": self.router, "schedule": self.schedule}
-        names = {key: str(spec.get("_target_")) for key, spec in specs.items()}
+        names = {key: str(spec["_target_"]) for key, spec in specs.items() if "_target_" in spec}
         return {key: name for key, name in names.items() if not name.startswith("moe.")}
 
     def require_trust(self, way: str, *keys: str) -> None:
@@ -489,6 +493,11 @@ def fingerprint(identity: dict[str, Any]) -> str:
 def is_free(key: str) -> bool:
     """Return whether a flat key is one of `FREE_KEYS` or lies below one."""
     return any(f"{key}.".startswith(f"{free}.") for free in FREE_KEYS)
+
+
+def is_wandb_id(text: str) -> bool:
+    """Return whether a text can be the id of a W&B run."""
+    return re.fullmatch("[A-Za-z0-9_-]{1,64}", text) is not None
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -16,7 +16,7 @@ from moe.config.options import GROUPS, options
 from moe.config.schema import flatten
 from moe.launch.hints import hint
 from moe.launch.hydra_errors import FAULTS, cause_of
-from moe.launch.option_files import check_option_files, keys_of
+from moe.launch.option_files import check_option_files, keys_of, require_content
 from moe.launch.overrides import is_group, lines_of, parse_override
 
 EXAMPLES = {"data.source.paths": "[notes/*.txt]"}  # values of keys that have no default
@@ -40,6 +40,8 @@ def explain(error: Exception, overrides: list[str]) -> ConfigError:
         if f"hydra/launcher/{plugin}" in str(error):
             return ConfigError(f"hydra/launcher: this launcher needs `pip install -e '.[{extra}]'`")
     parsed = [parse_override(line) for line in overrides]
+    for option in filter(is_group, parsed):
+        require_content(option.key_or_group, str(option.value()))
     groups = [o for o in parsed if is_group(o) or o.key_or_group == "hydra/launcher"]
     try:
         base = compose("config", overrides=lines_of(groups), return_hydra_config=True)

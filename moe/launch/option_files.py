@@ -1,5 +1,6 @@
 """Read the yaml files of options: their keys and values."""
 
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from moe.checks import ConfigError, first_line
+from moe.checks import ConfigError, first_line, require
 from moe.config.options import CLASSES, CONF, GROUPS, sources
 from moe.config.schema import flatten
 
@@ -38,8 +39,16 @@ def check_option_files() -> None:
 
 @cache
 def require_content(group: str, option: str | None) -> None:
-    """Raise ConfigError if an option outside of this project has an empty file, in a group whose options need keys."""
+    """Raise ConfigError for an option whose keys Hydra would put in a wrong place, and for one without keys.
+
+    The keys of an experiment or a variant belong to the whole configuration, which the first line of its file says.
+    Only options outside of this project may be empty by mistake.
+    """
     path = sources(group).get(str(option))
+    if path is not None and group in ("experiment", "variant") and read_option(path):
+        first = path.read_text(encoding="utf-8").lstrip().partition("\n")[0]
+        required = "`# @package _global_` in the first line"
+        require(re.fullmatch(r"#\s*@package _global_\s*", first) is not None, str(path), first, required)
     examples = {
         "router": "topk",
         "schedule": "linear",

@@ -16,7 +16,7 @@ from urllib.parse import urlparse
 import numpy as np
 
 from moe.checks import first_line
-from moe.config.schema import Cell
+from moe.config.schema import Cell, is_wandb_id
 from moe.files import read_text, write_text
 from moe.runs.events import RunListener
 from moe.runs.folder import grid_name
@@ -133,15 +133,28 @@ def _log_model(run: Any, cell: Cell) -> None:
 def _online_id(cell: Cell) -> str:
     """Return the id of the online W&B run of a cell, chosen at the first start. A resumed run continues that run.
 
-    An agent of a W&B sweep gives the id for a single run in `WANDB_RUN_ID`. The cells of a grid need one each.
+    An agent of a W&B sweep gives the id for a single run in `WANDB_RUN_ID`. The cells of a grid need one each, and so
+    do several single runs of one shell: the first run of these settings keeps the id.
     """
     path = cell.folder / ID_FILE
     given = os.environ.get("WANDB_RUN_ID", "") if cell.grid is None else ""
-    for known in (read_text(path).strip() if path.exists() else "", given, secrets.token_hex(8)):
-        if re.fullmatch("[A-Za-z0-9_-]{1,64}", known):
-            break
-    write_text(path, known + "\n")
-    return known
+    others = cell.folder.parent.parent.glob(f"*/*/{ID_FILE}")
+    if given and given in (_stored_id(other) for other in others if other != path):
+        log.warning("WANDB_RUN_ID=%s is the id of another run, so that this run gets an id of its own", given)
+        given = ""
+    chosen = _stored_id(path) or given or _new_id()
+    write_text(path, chosen + "\n")
+    return chosen
+
+
+def _stored_id(path: Path) -> str:
+    """Return the id in a file; "" if there is no file, or no id of W&B in it."""
+    stored = read_text(path).strip() if path.exists() else ""
+    return stored if is_wandb_id(stored) else ""
+
+
+def _new_id() -> str:
+    return secrets.token_hex(8)
 
 
 def settings(*, finish_seconds: int = FINISH_SECONDS) -> Any:
@@ -157,10 +170,11 @@ def _start(cell: Cell, mode: str) -> Any:
     import wandb
 
     logger = cell.config.logger
-    continued = {"id": _online_id(cell), "resume": "allow"} if mode == "online" else {}
+    # Offline runs are never continued. One id for several would let `wandb sync` keep only one of them.
+    identity = {"id": _online_id(cell), "resume": "allow"} if mode == "online" else {"id": _new_id()}
     run = wandb.init(
         mode=mode,  # type: ignore[arg-type]
-        **continued,  # type: ignore[arg-type]
+        **identity,  # type: ignore[arg-type]
         project=logger.project,
         entity=logger.entity,
         group=grid_name([cell]),

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from moe.checks import require
 from moe.data.blocks import Batch, Prepared, batch, evenly_spaced
@@ -47,13 +47,15 @@ def validation_blocks(data: Prepared, count: int) -> Batch:
     return batch(data.val, evenly_spaced(len(data.val), count))
 
 
-def text_blocks(model: Any, tokenizer: PreTrainedTokenizerFast, text: str) -> list[Batch]:
+def text_blocks(model: Any, tokenizer: Any, text: str) -> list[Batch]:
     """Return a text as batches of one block. A text that is longer than the model reads at once is cut into parts.
 
     Raises ConfigError for what is no model of this project, for text without a token, and for another model's tokens.
     """
     allowed = "a model of this project, such as load_run(folder).model()"
     require(isinstance(model, MoEForCausalLM), "model", type(model).__name__, allowed)
+    allowed = "the tokenizer of the model, such as load_run(folder).tokenizer()"
+    require(isinstance(tokenizer, PreTrainedTokenizerBase), "tokenizer", type(tokenizer).__name__, allowed)
     valid = isinstance(text, str) and not any("\ud800" <= character <= "\udfff" for character in text)
     require(valid, "text", text, "text without halves of surrogate pairs")
     ids = torch.tensor([tokenizer(text, verbose=False)["input_ids"]], dtype=torch.long)

@@ -219,6 +219,15 @@ def test_only_the_use_of_an_option_whose_file_cannot_be_read_is_refused(
     assert "\n  broken " in help_text()
 
 
+@pytest.mark.parametrize("first", ["# conf/experiment/mine.yaml", "steps: 7"])
+def test_the_first_line_of_an_experiment_must_say_where_its_keys_belong(lab: Path, first: str) -> None:
+    """Hydra ignores that line in another place, and complains about something else then."""
+    path = lab / "conf/experiment/mine.yaml"
+    path.write_text(f"{first}\n" + path.read_text().replace("steps: 7\n", ""))
+    with pytest.raises(ConfigError, match=f"^{path}={first}: must be `# @package _global_` in the first line$"):
+        cells("--config-dir=conf", "experiment=mine", "-m")
+
+
 def test_help_lists_the_options_of_a_named_folder_and_refuses_a_missing_one(lab: Path) -> None:
     """The process that is refused finds another folder in the environment, of which the message says nothing."""
     assert "Top-k with momentum, causal" in help_text(["--help", "--config-dir", "conf"])

@@ -131,6 +131,32 @@ def test_an_agent_of_a_wandb_sweep_chooses_the_id_of_a_single_run(cell: Any, mon
     assert started[0]["id"] == "x1-y_z" != started[1]["id"]
 
 
+def test_several_runs_with_one_wandb_run_id_in_the_environment_are_several_wandb_runs(
+    cell: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Offline every start has an id of its own. Online the first folder keeps the given id, also when it is resumed."""
+    started: list[dict[str, Any]] = []
+    monkeypatch.setattr("wandb.init", lambda **settings: started.append(settings) or MagicMock())
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    one = cell("logger.mode=online")
+    other = one._replace(folder=one.folder.parent.with_name("other") / "base")
+    for each in (one, other, one, cell("logger.mode=offline"), cell("logger.mode=offline")):
+        each.folder.mkdir(parents=True, exist_ok=True)
+        WandbMirror(each).finish({})
+    ids = [settings["id"] for settings in started]
+    assert (ids[0], ids[2]) == ("mine", "mine")
+    assert len({*ids}) == 4
+    warning = "WANDB_RUN_ID=mine is the id of another run, so that this run gets an id of its own"
+    assert caplog.messages.count(warning) == 1
+
+
+def test_a_wandb_run_id_that_wandb_refuses_is_refused_before_the_first_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_RUN_ID", "a/b:c")
+    with pytest.raises(ConfigError, match=r"^environment variable WANDB_RUN_ID=a/b:c: must be 1 to 64 letters and "):
+        read_cells([])
+    assert read_cells(["logger.mode=disabled"])
+
+
 KEY = "0" * 40
 
 
