@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "own-lab.md").read_text(encoding="utf-8")
-BLOCK = re.compile(r"^```(python|yaml|console)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^(?:`(\S+)`:\n\n)?```(?:python|yaml|console)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SMALL = """
     model.dim=16 model.heads=2 model.layers=1 model.ffn=16 model.num_experts=4 model.dense_ffn=32
     data.seq_len=32 data.vocab_size=300 data.max_val_blocks=4 data.cache=../cache
@@ -37,14 +37,14 @@ def transcript(folder: Path, small: list[str]) -> list[tuple[str, str, int]]:
         "OMP_NUM_THREADS": "1",
     }
     printed = []
-    for kind, content in BLOCK.findall(PAGE):
-        if kind != "console":
-            place, _, text = content.partition("\n")
+    for place, content in BLOCK.findall(PAGE):
+        if place:
+            text = content
             if "conf/experiment" in place:
                 head, _, settings = text.partition("defaults:")
                 config = OmegaConf.merge(OmegaConf.create(f"defaults:{settings}"), OmegaConf.from_dotlist(small))
                 text = head + OmegaConf.to_yaml(config)
-            (lab / place.removeprefix("# ")).write_text(text, encoding="utf-8")
+            (lab / place).write_text(text, encoding="utf-8")
             continue
         for command in re.findall(r"^\$ (.*)$", content, re.MULTILINE):
             if command.startswith("export "):

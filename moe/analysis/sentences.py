@@ -73,7 +73,7 @@ def detectable_note(effect: float, low: float, high: float, *, tests: int, n: in
 
 def level_text(tests: int | float) -> str:
     """Return the level of a test to which 5 % / `tests` are left, such as "0.25 %"."""
-    return f"{100 * SIGNIFICANCE / max(tests, 1):.2g} %"
+    return f"{100 * SIGNIFICANCE / max(tests, 1):.3g} %"
 
 
 def unit_of(name: str) -> str:

@@ -390,7 +390,10 @@ def _check_distinct(cells: list[Cell], grid: list[list[str]], overrides: list[Ov
             twice = next(o for o in reversed(swept) if len({*values_of(o)}) < len(values_of(o)))
             raise ConfigError(f"{twice.input_line}: two of these values are the same; leave one out")
         names = [",".join(sorted(lines)) or "no override" for lines in (pair if all(pair) else (other, arguments))]
-        raise ConfigError(f"two cells of this sweep are the same run: {' and '.join(names)}; leave one out")
+        varied = {o.get_key_element() for o in overrides if o.is_sweep_override()}
+        shared = [line for line in arguments if all(pair) and line in other and line.partition("=")[0] in varied]
+        where = f", both with {','.join(shared)}" if shared else ""
+        raise ConfigError(f"two cells of this sweep are the same run: {' and '.join(names)}{where}; leave one out")
 
 
 def _text_settings(config: Config) -> dict[str, Any]:

@@ -32,7 +32,9 @@ HYDRA_KEYS = (  # those that a user may set
     *("hydra/launcher", "hydra.sweeper.max_batch_size", "hydra.launcher."),
     *("hydra/sweeper", *SEARCH_KEYS),
 )
-SETTABLE = ", ".join(f"{key}KEY" if key.endswith(".") else key for key in HYDRA_KEYS)
+SETTABLE = ", ".join(
+    f"{k}KEY" if k.endswith(".") else k for k in (*HYDRA_KEYS, "hydra/sweeper/sampler", "hydra.searchpath")
+)
 SWEEPERS = {"hydra/sweeper": ("basic", "optuna"), "hydra/sweeper/sampler": ("tpe", "random")}
 ONE_PER_COMMAND = ("experiment", "out")
 DEFAULTS = ("variant=null",)  # defaults that are no option; Hydra cannot choose them, so they are left out

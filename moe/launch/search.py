@@ -6,10 +6,13 @@ command again reads the objectives of finished trials from there, so that Optuna
 
 import importlib.util
 import math
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import fmean
+from types import FrameType
 from typing import Any, NamedTuple, cast
 
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
@@ -36,7 +39,8 @@ from moe.runs.folder import status
 from moe.runs.record import MetricsRecord, SweepRecord
 
 CHOSEN = "hydra/sweeper=optuna"
-MOST_CHECKED = 256  # settings of a search that are composed before any training; of more, only the ends are
+MOST_CHECKED = 256  # combinations of settings that are checked before any training; of more, only those of `ends`
+STOPPED = "the search was stopped; the same command continues it"
 CHOSEN_BY_RESULT = "It was chosen by this result, which is therefore too good on average: confirm it with other seeds."
 
 
@@ -124,8 +128,8 @@ def is_search(overrides: Sequence[Override]) -> bool:
 def read_search(overrides: list[Override], *, multirun: bool) -> Search:
     """Return the checked search that a command asks for.
 
-    All options and levels are composed in all combinations, as the cells of a sweep are. Of an interval of real
-    numbers, and of all others if there are more than `MOST_CHECKED` combinations, only both ends are.
+    All combinations of `Dimension.levels` are checked, as the cells of a sweep are. If they are more than
+    `MOST_CHECKED`, all combinations of `Dimension.ends` are.
     """
     for override in overrides:
         check_number([override])
@@ -144,7 +148,7 @@ def read_search(overrides: list[Override], *, multirun: bool) -> Search:
     fixed = [parse_override("hydra/sweeper=basic"), *others, *(o for o in words if o not in searched)]
     checked = [o for o in fixed if o.key_or_group != "seed"]
     few = math.prod(dimension.number() for dimension in dimensions) <= MOST_CHECKED
-    for each in dimensions:
+    for each in dimensions:  # with one seed, which is enough to check the settings
         checked.append(parse_override(f"{each.key}={','.join(each.levels() if few else each.ends())}"))
     cells, _ = expand(checked, multirun=True, planned=False)
     check_metric("hydra.sweeper.metric", settings.metric, cells)
@@ -157,7 +161,7 @@ def read_search(overrides: list[Override], *, multirun: bool) -> Search:
     grid = cells[0].grid._replace(cells=[], search=purpose, name=f"{cells[0].grid.name}: {purpose}")
     keys = frozenset[str]().union(*(keys_of_options(cell.overrides) for cell in cells))
     search = Search(settings, dimensions, fixed, grid, keys, cells[0].folder.parent)
-    _trial_cells(search, _trial_words(search, {each.key: each.ends()[0] for each in dimensions}))  # with all seeds
+    _trial_cells(search, _trial_words(search, {each.key: each.ends()[0] for each in dimensions}))  # refuses wrong seeds
     return search
 
 
@@ -166,6 +170,30 @@ def carry_out(search: Search, launch: Callable[[list[Cell], list[str]], object])
 
     launch: trains these cells, given what Hydra needs for it.
     """
+    with _stop_told():
+        return _carry_out(search, launch)
+
+
+@contextmanager
+def _stop_told() -> Iterator[None]:
+    """Print that Ctrl-C stopped the search, whether it stops a run or comes between two runs."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        print(STOPPED, flush=True)
+        signal.signal(number, before)
+        signal.raise_signal(number)
+
+    before = signal.signal(signal.SIGINT, stop)  # a run has a handler of its own, and then exits
+    try:
+        yield
+    except SystemExit:
+        print(STOPPED, flush=True)
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _carry_out(search: Search, launch: Callable[[list[Cell], list[str]], object]) -> int:
     import optuna
 
     from moe.results import sweep_tables
@@ -185,20 +213,27 @@ def carry_out(search: Search, launch: Callable[[list[Cell], list[str]], object])
             levels = {each.key: each.suggest(trial) for each in search.dimensions}
             with composing():
                 words = _trial_words(search, levels)
-            searched = [str(word.input_line) for word in words if word.get_key_element() in levels]
-            names[trial.number] = " ".join(line.lstrip("+") for line in searched)
-            print(f"trial {trial.number + 1} of {settings.n_trials}: {names[trial.number]}", flush=True)
+            refusal = None
             try:
                 with composing():
                     members[trial.number], arguments = _trial_cells(search, words)
             except ConfigError as error:  # a value between the ends is not allowed, or not with the others
-                members[trial.number], failed = [], 1
-                print(f"trial {trial.number + 1}: {error}", flush=True)
+                members[trial.number], failed, refusal = [], 1, error
+            ignored = [cell.ignored for cell in members[trial.number]]
+            useless = frozenset.intersection(*ignored) if ignored else frozenset[str]()
+            searched = [word for word in words if word.get_key_element() in levels and word.key_or_group not in useless]
+            names[trial.number] = " ".join(str(word.input_line).lstrip("+") for word in searched)
+            print(f"trial {trial.number + 1} of {settings.n_trials}: {names[trial.number]}", flush=True)
+            if refusal is not None:
+                print(f"trial {trial.number + 1}: {refusal}", flush=True)
         cells = list({cell.folder: cell for each in members.values() for cell in each}.values())
         if cells:
             folder = cells[0].folder.parent
             code = sweep.carry_out(cells, partial(launch, cells, arguments), tables=False)
-            if code == 2 or any(status(cell) == "interrupted" for cell in cells):  # the next trial would end like this
+            if any(status(cell) == "interrupted" for cell in cells):  # by a signal that reached its process alone
+                print(STOPPED, flush=True)
+                return code
+            if code == 2:  # the next trial would end like this
                 return code
             failed = max(failed, code)
         for trial in trials:
@@ -229,7 +264,11 @@ def _trial_words(search: Search, levels: dict[str, str]) -> list[Override]:
 
 
 def _trial_cells(search: Search, words: list[Override]) -> tuple[list[Cell], list[str]]:
-    """Return the cells of a trial, one for each seed, and what Hydra needs to launch them."""
+    """Return the cells of a trial, one for each seed, and what Hydra needs to launch them.
+
+    The words contain the experiment's own grid already (`planned`). A key may apply to no cell (`in_vain`), because the
+    search chose it, and not the user.
+    """
     cells, arguments = expand(words, multirun=True, planned=False, in_vain=True)
     grid = search.grid._replace(cells=[cell.folder.name for cell in cells])
     return [cell._replace(grid=grid) for cell in cells], arguments

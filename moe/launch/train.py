@@ -45,8 +45,8 @@ def run_cell(composed: DictConfig) -> None:
 def launch(command: command_line.Command) -> None:
     """Let Hydra train the cells of a command with the chosen launcher, or answer `--cfg` and the like."""
     sys.argv[1:] = command.arguments
-    if command.cells is None:  # Hydra prints its answer; `| head` may close the pipe early
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    if command.cells is None:  # Hydra prints its answer
+        _let_pipe_close()
     for sweeper in Plugins.instance().discover(Sweeper):  # Hydra imports its plugins a second time: other classes
         setattr(sweeper, "split_arguments", command.batches)  # noqa: B010
         setattr(sweeper, "validate_batch_is_legal", lambda *_: None)  # noqa: B010 (every cell has been composed)
@@ -54,6 +54,11 @@ def launch(command: command_line.Command) -> None:
     cells = command.cells or []
     with place.command(len(cells), sum(not finished(cell) for cell in cells)) if numbered else nullcontext():
         run_cell()
+
+
+def _let_pipe_close() -> None:
+    """End this process without a message if its output goes to a command, such as `head`, that ends early."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
 def main() -> int:
@@ -65,7 +70,7 @@ def main() -> int:
         logging.disable(logging.WARNING)
     try:
         if {"--help", "-h", command_line.LIST} & set(sys.argv[1:]):
-            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may close the pipe early
+            _let_pipe_close()
             for line in command_line.answer(sys.argv[1:]):
                 print(line, flush=True)
             return 0

@@ -54,10 +54,11 @@ def levels(column: pd.Series) -> list[Any]:
 
 
 def reference_level(runs: pd.DataFrame, factor: str) -> Any:
-    """Return the level that others are compared with: the first one, in the order in which the user listed them.
+    """Return the level that others are compared with.
 
-    A router that is not causal is the reference only if no level is causal, and `ABSENT` only if there is no other
-    level. Without a sweep.json nobody knows the order; it is then that of `levels`.
+    It is the first level in the order in which the user listed them, or in the order of `levels` if no sweep.json has
+    the user's order. Routers that are not causal are passed over if there is a causal one, and so is `ABSENT` if there
+    is another level.
     """
     of_level = {level: runs[runs[factor] == level] for level in levels(runs[factor])}
 
@@ -71,7 +72,10 @@ def reference_level(runs: pd.DataFrame, factor: str) -> Any:
 
 
 def conditions(runs: pd.DataFrame, factors: list[str]) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
-    """Yield each combination of levels that occurs in the order of `levels`, and its runs; all runs without factors."""
+    """Yield each combination of levels that occurs, and its runs. The combinations are in the order of `levels`.
+
+    Without factors there is one combination, which is empty, and it has all runs.
+    """
     if not factors:
         yield {}, runs
         return
@@ -136,10 +140,10 @@ NAMED_ROUTERS = ("router", "variant")  # columns whose levels say how tokens are
 
 
 def two_levels(runs: pd.DataFrame, factor: str, pair: tuple[Any, Any], others: list[str]) -> pd.DataFrame:
-    """Return the runs at two levels of a factor, so that those which differ in it alone have all else in common.
+    """Return the runs at two levels of a factor, prepared so that they can be paired by the levels of `others`.
 
-    Another factor may not apply at one of the two levels, where it is `ABSENT`, such as the temperature of a router
-    that has none. The runs there stand for each of its levels at the other one, and are repeated with each.
+    Another factor may not apply at one of the two levels, such as the temperature of a router that has none: it is
+    `ABSENT` there. The runs of that side are then repeated, once with each level that the factor has on the other side.
     """
     sides = [runs[runs[factor] == each] for each in pair]
     for other in others:
@@ -186,12 +190,12 @@ def unfinished(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _free_and_tied(runs: pd.DataFrame) -> tuple[list[str], dict[str, str]]:
-    """Return the varied factors, and the tied ones with the factor that fixes each.
+    """Return the varied factors, and a dictionary from each tied factor to the one that determines its level.
 
-    If two factors change together, the more telling one counts as the factor: an arm (`variant`) rather than the keys
-    that it sets, and a group such as `router` rather than a key below it such as `router._target_`. If runs with equal
-    settings read different text, because files changed, its digest is a factor, so that no condition has both. The
-    same holds for the code of a package from outside of this project.
+    If two factors change together, one of them counts as varied and the other as tied. An arm (`variant`) counts before
+    the keys that it sets, and a group such as `router` before a key below it, such as `router._target_`. The digest of
+    the text is a factor if runs with equal settings read different text, because files changed. A condition then has
+    runs with one text only. The same holds for the code of a package from outside of this project.
     """
     factors = [c for c in runs if "/" not in c and c not in (*FACTS, "seed") and not is_free(c)]
     factors.sort(

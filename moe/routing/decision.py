@@ -1,7 +1,11 @@
 """The input and the output of a router: `Context` and `Routing`.
 
-Letters in shapes: T tokens, E experts, K experts per token, A assignments that a router asks for, R assignments that
-are kept after capacity, D width of a hidden state, F width of an expert, L layers, B sequences of S tokens (T = B*S).
+Letters in shapes: B sequences of S tokens; T tokens that are routed, B * S without padding; E experts; K experts per
+token; A assignments that a router asks for; D width of a hidden state; H width of a router's state; C routers in the
+chain of a layer; M slots per sequence; P tokens with those in the cache; N any number.
+
+"Waits for the device" marks functions that need a value on the CPU. A GPU works through a queue of operations, and such
+a function returns only when all earlier ones are done.
 """
 
 from typing import Any, NamedTuple
@@ -43,7 +47,7 @@ class Context(NamedTuple):
     state: what the router of the previous MoE layer returned as `Routing.state`. None in the first MoE layer, and for
         routers without state.
     orthogonality: whether to compute the loss on expert outputs. The other losses are cheap and always computed.
-    compared: the numbers of the routed tokens that all experts are run on, to compare their outputs. None: no token.
+    compared: the indices of the routed tokens that all experts are run on, to compare their outputs. None: no token.
     document_position: the position of each token in its document, from `document_positions`. None if `position_ids` do
         not mark documents; positions then count from the start of the sequence.
     place: where the T tokens that are routed stand in the flattened (B * S) sequences, in ascending order. Padding is
@@ -64,7 +68,7 @@ class Context(NamedTuple):
     def without_padding(self, attention_mask: Tensor) -> "Context":
         """Return the context in which only those tokens are routed for which the mask is not 0. Waits for the device.
 
-        attention_mask: (B, C). Its last S columns are those of the tokens; columns before them are those of a cache.
+        attention_mask: (B, P). Its last S columns are those of the tokens; columns before them are those of a cache.
             Positions in documents count from the first token of a sequence that is not padding.
 
         Raises ValueError for another shape and if all tokens are padding.
@@ -87,7 +91,7 @@ class Context(NamedTuple):
 
     @property
     def sequence(self) -> Int[Tensor, "T"] | None:
-        """The number of each routed token's sequence, without sequences that are padding alone.
+        """The index of each routed token's sequence, without sequences that are padding alone.
 
         None if all tokens are routed, so that token t belongs to sequence t // S.
         """
@@ -157,8 +161,8 @@ class Routing(NamedTuple):
     state: (T, H) what the router of the next MoE layer gets as `Context.state`, or None.
     log_weight: (A) the logarithms of the weights, up to a constant for each token. If a router gives them, the weights
         of a token sum to 1 again over the assignments left after drops. None: weights stay as they are.
-    slots: mixtures of tokens that experts process instead of tokens, or None. With slots, `token` numbers the slots of
-        the batch.
+    slots: mixtures of tokens that experts process instead of tokens, or None. With slots, `token` holds
+        the indices of slots in the batch.
     """
 
     token: Int[Tensor, "A"]

@@ -381,8 +381,8 @@ def test_a_key_that_a_class_does_not_take_is_refused_beside_its_finished_run(lab
 
 def test_the_experiment_of_the_page_about_extending_spans_its_grid(lab: Path) -> None:
     [experiment] = re.findall(r"```yaml\n(# @package _global_\n.*?)```", EXTENDING, re.DOTALL)
-    [router] = re.findall(r"```python\n# moe/routers/distance.py\n(.*?)```", EXTENDING, re.DOTALL)
-    [option] = re.findall(r"```yaml\n# conf/router/distance.yaml\n(.*?)```", EXTENDING, re.DOTALL)
+    [router] = re.findall(r"`moe/routers/distance.py`:\n\n```python\n(.*?)```", EXTENDING, re.DOTALL)
+    [option] = re.findall(r"`conf/router/distance.yaml`:\n\n```yaml\n(.*?)```", EXTENDING, re.DOTALL)
     (lab / "mylab/distance.py").write_text(router)
     (lab / "conf/router/distance.yaml").write_text(option.replace("moe.routers", "mylab"))
     (lab / "conf/experiment/mine.yaml").write_text(experiment)

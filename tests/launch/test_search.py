@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import math
+import re
 import shlex
+import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -222,14 +224,31 @@ def test_a_trial_goes_without_the_keys_that_its_options_lack(mark: str) -> None:
 def test_a_search_over_options_of_which_some_lack_a_key_reports_only_what_a_trial_has(
     small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["-m", *small, f"out={tmp_path}", OPTUNA, "router=topk,temperature", "router.temp=interval(0.5,2)"]
+    """Neither a key that the options of a trial lack nor one that its router ignores belongs to its settings."""
+    space = ["router=hash,temperature", "router.temp=interval(0.5,2)", "lb=interval(0,0.1)"]
+    words = ["-m", *small, f"out={tmp_path}", OPTUNA, *space]
     found = read(shlex.join([*words, "hydra/sweeper/sampler=random", "hydra.sweeper.n_trials=4", "save_model=none"]))
     trained: list[Cell] = []
     assert search.carry_out(found, launcher(lambda cell: cell.config.temperature, trained)) == 0
     told = capsys.readouterr().out
-    assert {cell.choices["router"] for cell in trained} == {"topk", "temperature"}
-    assert " of 4: router=topk\n" in told
-    assert " of 4: router=temperature router.temp=" in told
+    assert {cell.choices["router"] for cell in trained} == {"hash", "temperature"}
+    assert " of 4: router=hash\n" in told
+    assert re.search(r" of 4: router=temperature router\.temp=\S+ lb=\S+\n", told)
+
+
+def test_a_search_that_is_stopped_says_that_the_same_command_continues_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """Ctrl-C either stops a run, which then exits, or comes between two runs."""
+    heard: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
+    try:
+        with search._stop_told():
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(SystemExit), search._stop_told():
+            raise SystemExit(130)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert heard == [signal.SIGINT]
+    assert capsys.readouterr().out == 2 * "the search was stopped; the same command continues it\n"
 
 
 @pytest.mark.optuna
