@@ -359,7 +359,7 @@ def test_what_is_detectable_has_the_uncertainty_of_the_spread(runs: pd.DataFrame
     assert row["detectable"] == pytest.approx(8.6626 * row["std of differences"], rel=1e-3)
     sentence = contrast_sentence(row, "lb", unit="points", up="worse", down="better")
     assert sentence.endswith(
-        "shown (power 0.8, level 0.71 %) is 7.1 points, "
+        "shown (power 0.8, level 0.714 %) is 7.1 points, "
         "95 % interval 3.7 to 44, because the spread itself is estimated from 3 seeds"
     )
     rng = np.random.default_rng(0)
