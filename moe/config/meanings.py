@@ -15,7 +15,7 @@ from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, get_type_hints
 
-from moe.checks import locate
+from moe.config.classes import locate
 from moe.config.options import CLASSES, GROUPS
 from moe.config.schema import Config
 

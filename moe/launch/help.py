@@ -10,8 +10,9 @@ from typing import Any, get_type_hints
 
 from omegaconf import OmegaConf
 
-from moe.checks import locate, one_of
+from moe.checks import one_of
 from moe.config import meanings
+from moe.config.classes import locate
 from moe.config.options import CLASSES, CONF, GROUPS, options, sources
 from moe.config.schema import Config, ModelConfig, flatten
 from moe.launch.cells import Start, combinations

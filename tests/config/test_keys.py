@@ -10,7 +10,8 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from moe.checks import ConfigError, build
+from moe.checks import ConfigError
+from moe.config.classes import build
 from moe.config.schema import DataConfig, LoggerConfig, is_free
 from moe.data.blocks import Prepared, prepare
 from moe.data.embedded import DOMAINS, Embedded, Solutions

@@ -3,8 +3,8 @@
 import pytest
 from omegaconf import OmegaConf
 
-from moe.checks import locate
 from moe.config import meanings
+from moe.config.classes import locate
 from moe.config.options import CLASSES, sources
 from moe.routers.base import Router
 
