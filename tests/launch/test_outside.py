@@ -15,10 +15,11 @@ from moe.checks import ConfigError, parse
 from moe.config.options import CONF, SEARCH_PATH, options
 from moe.config.plugins import _read
 from moe.config.schema import Cell
+from moe.files import shown
 from moe.launch.command_line import help_text, read_cells
 from moe.launch.compose import _compose_groups
 from moe.launch.option_files import require_content
-from moe.launch.run import _shown, run, write_run_record
+from moe.launch.run import run, write_run_record
 from moe.runs.folder import _runs_by_content, difference, finished
 from moe.runs.record import RunFacts, RunRecord
 
@@ -394,8 +395,8 @@ def test_the_experiment_of_the_page_about_extending_spans_its_grid(lab: Path) ->
 
 
 def test_a_folder_is_printed_relative_to_the_current_folder(lab: Path) -> None:
-    assert str(_shown(lab / "outputs" / "a")) == "outputs/a"
-    assert _shown(lab.parent / "a") == lab.parent / "a"
+    assert str(shown(lab / "outputs" / "a")) == "outputs/a"
+    assert shown(lab.parent / "a") == lab.parent / "a"
 
 
 def test_a_run_without_foreign_classes_records_none(lab: Path) -> None:
