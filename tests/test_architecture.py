@@ -25,7 +25,7 @@ LAYERS = [
     {"analysis", "launch"},
     {"dashboard", "specialization", "testing"},
     {"api", "bench"},
-    {"__main__"},
+    {"__main__", "reference"},
 ]
 LAYER = {package: number for number, packages in enumerate(LAYERS) for package in packages}
 TORCH = {"torch", "transformers", "datasets", "accelerate"}  # libraries that are torch or import it

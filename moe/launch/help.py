@@ -45,13 +45,8 @@ ADVICE = (
 
 def help_text() -> str:
     """Return the text about all keys and all options."""
-    usual = _usual_options()
-    values = _defaults()
-    for group, option in usual.items():
-        if group in ("model", "data", "optimizer", "logger"):
-            content = OmegaConf.to_container(read_option(sources(group)[option]))
-            values |= flatten(content, f"{group}.")
-    lines = [INTRODUCTION, *_explained({key: values.get(key) for key in meanings.all_keys()}, {})]
+    usual = usual_options()
+    lines = [INTRODUCTION, *_explained(usual_values(), {})]
     for group in GROUPS:
         entries = options(group)
         width = max(map(len, entries), default=0)
@@ -69,27 +64,42 @@ def option_text(group: str, option: str) -> str:
     found = sources(group)
     one_of(group, option, found)
     content: Any = OmegaConf.to_container(read_option(found[option]))
-    comments = []
-    for line in found[option].read_text(encoding="utf-8", errors="replace").splitlines():
-        if not line.startswith("#"):
-            break
-        comments.append(line.lstrip("# "))
-    comments = [line for line in comments if not line.startswith("@package")]
+    comments = option_comments(group, option)
     lines = [f"{group}={option}: {comments[0]}" if comments else f"{group}={option}", *comments[1:], ""]
-    whole = group in ("experiment", "variant")  # such an option sets keys of the whole configuration
     grid = content.get("hydra", {}).get("sweeper", {}).get("params", {})
     for part in content.get("defaults", []):
         lines += [f"  {name.removeprefix('override ').lstrip('/')}={value}" for name, value in part.items()]
+    values, targets = option_values(group, option)
+    lines += _explained(values, targets)
+    lines += [f"class: {target}" for target in targets.values()]
+    lines += [f"varied: {key}={value}" for key, value in grid.items()]
+    return "\n".join(lines)
+
+
+def option_comments(group: str, option: str) -> list[str]:
+    """Return the lines of comment with which the yaml file of an option begins."""
+    comments = []
+    for line in sources(group)[option].read_text(encoding="utf-8", errors="replace").splitlines():
+        if not line.startswith("#"):
+            break
+        comments.append(line.lstrip("# "))
+    return [line for line in comments if not line.startswith("@package")]
+
+
+def option_values(group: str, option: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the keys of an option with their values, and the class that each node of `CLASSES` in it names.
+
+    Keys that only the class has are there too, with its defaults. The code of the class is imported.
+    """
+    content: Any = OmegaConf.to_container(read_option(sources(group)[option]))
+    whole = group in ("experiment", "variant")  # such an option sets keys of the whole configuration
     rest = {key: value for key, value in content.items() if key not in ("defaults", "hydra", "claims")}
     values = flatten(rest, "" if whole else f"{group}.")
     targets = {node: values.pop(f"{node}._target_") for node in CLASSES if f"{node}._target_" in values}
     for node, target in targets.items():
         own = meanings.settings(locate(target, node, trusted=True))
         values |= {f"{node}.{name}": value for name, value in own.items() if f"{node}.{name}" not in values}
-    lines += _explained(values, targets)
-    lines += [f"class: {target}" for target in targets.values()]
-    lines += [f"varied: {key}={value}" for key, value in grid.items()]
-    return "\n".join(lines)
+    return values, targets
 
 
 def experiments_lines() -> Iterator[str]:
@@ -154,7 +164,7 @@ def _number(value: int) -> str:
 
 def _explained(values: dict[str, Any], targets: dict[str, str]) -> list[str]:
     """Return a line for each key: its value, and its meaning, which may go on in further lines."""
-    shown = {key: f"  {key}={_text(value)}" for key, value in values.items()}
+    shown = {key: f"  {key}={value_text(value)}" for key, value in values.items()}
     column = min(34, max(map(len, shown.values()), default=0) + 2)
     lines = []
     for key, line in shown.items():
@@ -166,17 +176,27 @@ def _explained(values: dict[str, Any], targets: dict[str, str]) -> list[str]:
     return lines
 
 
-def _text(value: Any) -> str:
+def value_text(value: Any) -> str:
     """Return a value as it is written on the command line."""
     if isinstance(value, list):
-        return f"[{','.join(map(_text, value))}]"
+        return f"[{','.join(map(value_text, value))}]"
     if value in ("???", Parameter.empty):
         return "(required)"
     words = {"None": "null", "True": "true", "False": "false"}
     return words.get(str(value), str(value))
 
 
-def _usual_options() -> dict[str, str]:
+def usual_values() -> dict[str, Any]:
+    """Return each key with its default, or with the value in the group's usual option."""
+    values = _defaults()
+    for group, option in usual_options().items():
+        if group in ("model", "data", "optimizer", "logger"):
+            content = OmegaConf.to_container(read_option(sources(group)[option]))
+            values |= flatten(content, f"{group}.")
+    return {key: values.get(key) for key in meanings.all_keys()}
+
+
+def usual_options() -> dict[str, str]:
     """Return the option of each group that a run has if the command chooses none."""
     chosen: Any = OmegaConf.to_container(OmegaConf.load(CONF / "config.yaml"))
     pairs = [pair for entry in chosen["defaults"] if isinstance(entry, dict) for pair in entry.items()]

@@ -1,0 +1,171 @@
+"""Print the reference pages that follow from the code; `python -m moe.reference --write` updates them in docs/.
+
+They are api.md, configuration.md and routers.md. docs/metrics.md has a command of its own, `python -m moe.metrics`.
+"""
+
+import argparse
+import ast
+import inspect
+import re
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
+
+from moe.config import meanings
+from moe.config.classes import locate
+from moe.config.options import options
+from moe.files import write_text
+from moe.launch.help import option_comments, option_values, usual_options, usual_values, value_text
+
+GENERATED = "Generated from the code by `python -m moe.reference --write`; a test compares."
+API = f"""\
+# The Python interface
+
+{GENERATED}
+
+[python.md](python.md) introduces these functions and classes, and [tour.ipynb](tour.ipynb) uses them.
+"""
+CONFIGURATION = f"""\
+# The configuration
+
+{GENERATED}
+
+Set a key as `key=value`, a key in a group as `group.key=value`, and a group by the name of one of its options:
+`python train.py noise=0.1 data.seq_len=256 router=temperature`. `python train.py --help` prints the keys and the
+options, and `python train.py --help model=base` the settings of one option. [hydra.md](hydra.md) explains sweeps.
+
+## Keys
+
+Keys of a group have the values of its usual option. [routers.md](routers.md) has the keys of routers.
+
+"""
+ROUTERS = f"""\
+# Routers
+
+{GENERATED}
+
+Choose a router with `router=NAME`, and set its keys with `router.KEY=VALUE`. If a router is causal, the experts of a
+token do not depend on later tokens. Numbers such as [2101.03961](https://arxiv.org/abs/2101.03961) are papers on arXiv.
+[extending.md](extending.md) shows how to add a router.
+
+"""
+EMPTY = "''"  # a text without a letter, as it is written in a yaml file
+
+
+def api_page() -> str:
+    """Return docs/api.md: the signature and the docstring of each public name."""
+    names = [*(f"moe:{name}" for name in resolve_name("moe:__all__")), "moe.testing:check_router"]
+    return API + "".join(part for name in names for part in _described(name))
+
+
+def configuration_page() -> str:
+    """Return docs/configuration.md: every key, and every option with the settings of its class."""
+    usual = usual_options()
+    text = CONFIGURATION + _keys(usual_values(), {})
+    for group in ("schedule", "model", "data", "optimizer", "logger", "variant", "experiment"):
+        text += f"\n## {group}\n\n"
+        text += f"Usually `{group}={usual[group]}`.\n\n" if group in usual else ""
+        rows = [[f"`{name}`", _prose(purpose)] for name, purpose in options(group).items()]
+        text += _table(["option", "what it is for"], rows)
+        for name in options(group) if group in ("schedule", "data") else ():
+            values, targets = option_values(group, name)
+            own = {key: value for key, value in values.items() if key.rpartition(".")[0] in targets}
+            text += f"\n### {group}={name}\n\n{_keys(own, targets)}" if own else ""
+    return text
+
+
+def routers_page() -> str:
+    """Return docs/routers.md: what each router does, whether it is causal, its papers and its keys."""
+    rows, sections = [], ""
+    for name in options("router"):
+        comments = option_comments("router", name)
+        purpose, causal = re.split(", (?=(?:not )?causal)", _papers(comments[0]), maxsplit=1)
+        values, targets = option_values("router", name)
+        rows.append([f"[{name}](#{name})", purpose, causal])
+        equations = "".join(f"`{line}`\n\n" for line in comments[1:])
+        sections += f"\n## {name}\n\n{purpose}. This router is {causal}.\n\n{equations}"
+        sections += f"{_papers(_without_settings(locate(targets['router'], 'router', trusted=True)))}\n\n"
+        sections += f"Class: `{targets['router']}`.\n\n{_keys(values, targets)}"
+    return ROUTERS + _table(["router", "what it does", "causal"], rows) + sections
+
+
+PAGES = {"api.md": api_page, "configuration.md": configuration_page, "routers.md": routers_page}
+
+
+def _described(name: str) -> Iterator[str]:
+    """Yield the sections about a public function or class, such as "moe:train", from the file that defines it."""
+    thing = resolve_name(name)
+    source = inspect.getsource(resolve_name(thing.__module__))
+    [node] = [each for each in ast.parse(source).body if getattr(each, "name", "") == thing.__name__]
+    yield _section(node, f"## {name.replace(':', '.')}", source.splitlines())
+    for each in node.body if isinstance(node, ast.ClassDef) else ():
+        if isinstance(each, ast.FunctionDef) and not each.name.startswith("_") and ast.get_docstring(each):
+            yield _section(each, f"### {thing.__name__}.{each.name}", source.splitlines())
+
+
+def _section(node: Any, heading: str, lines: list[str]) -> str:
+    first = min([node.lineno, *(each.lineno for each in node.decorator_list)])
+    head = textwrap.dedent("\n".join(lines[first - 1 : node.body[0].lineno - 1]))
+    fields = [f"    {ast.unparse(each)}" for each in node.body if isinstance(each, ast.AnnAssign)]
+    signature = "\n".join([head, *fields]).rstrip(":")
+    return f"\n{heading}\n\n```python\n{signature}\n```\n\n{_prose(ast.get_docstring(node) or '')}\n"
+
+
+def _prose(docstring: str) -> str:
+    """Return a docstring as Markdown: its examples as blocks of code, and no sign outside of code has a meaning."""
+    parts = []
+    for paragraph in docstring.split("\n\n"):
+        if paragraph.startswith(">>>"):
+            parts.append(f"```pycon\n{paragraph}\n```")
+        else:
+            pieces = re.split("(`[^`]*`)", paragraph)
+            parts.append("".join(re.sub(r"[*<\[]", r"\\\g<0>", p) if p[:1] != "`" else p for p in pieces))
+    return "\n\n".join(parts)
+
+
+def _papers(text: str) -> str:
+    """Turn the numbers of papers on arXiv into links."""
+    return re.sub(r"\b\d{4}\.\d{5}\b", r"[\g<0>](https://arxiv.org/abs/\g<0>)", text)
+
+
+def _without_settings(cls: type) -> str:
+    """Return the docstring of a class without the entries "name: meaning" of its settings."""
+    kept = ""
+    depth: int | None = None
+    for line in inspect.cleandoc(cls.__doc__ or "").splitlines():
+        indent = len(line) - len(line.lstrip())
+        entry = re.match(r"\s*(\w+(?:, \w+)*): ", line)
+        if entry and {*entry[1].split(", ")} <= meanings.settings(cls).keys():
+            kept = re.sub(":$", ".", kept.rstrip()) + "\n\n"
+            depth = indent
+        elif depth is None or (line.strip() and indent <= depth):
+            kept += f"{line}\n"
+            depth = None
+    return _prose(kept.strip())
+
+
+def _keys(values: dict[str, Any], targets: dict[str, str]) -> str:
+    """Return a table of keys, their values and what they mean."""
+    rows = [
+        [f"`{key}`", f"`{value_text(value) or EMPTY}`", _papers(_prose(meanings.meaning(key, targets) or ""))]
+        for key, value in values.items()
+    ]
+    return _table(["key", "value", "meaning"], rows)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m moe.reference", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="update the pages in docs/ instead")
+    write = parser.parse_args().write
+    for name, page in PAGES.items():
+        if write:
+            write_text(Path(__file__).parents[1] / "docs" / name, page())
+        else:
+            print(page())

@@ -1,0 +1,103 @@
+"""Tests that the generated pages in docs/ are those of the code, and of the site that is built from docs/."""
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+import moe
+from moe.config.meanings import all_keys
+from moe.config.options import GROUPS, options
+from moe.reference import PAGES
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_generated_page_is_what_the_code_says_now(name: str) -> None:
+    """`python -m moe.reference --write` makes it so."""
+    assert (DOCS / name).read_text(encoding="utf-8") == PAGES[name]()
+
+
+def test_the_reference_has_every_public_name_every_key_and_every_option() -> None:
+    api, configuration, routers = ((DOCS / name).read_text(encoding="utf-8") for name in PAGES)
+    for name in moe.__all__:
+        assert f"\n## moe.{name}\n" in api
+    for key in all_keys():
+        assert f"\n| `{key}` | " in configuration
+    for group in GROUPS:
+        for option in options(group):
+            row = f"\n| [{option}](#{option}) | " if group == "router" else f"\n| `{option}` | "
+            assert row in (routers if group == "router" else configuration)
+
+
+class Page(HTMLParser):
+    """The links of a built page, what it loads, and the names to which a link can lead."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.loads: list[str] = []
+        self.names: set[str] = set()
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = {name: value or "" for name, value in attrs}
+        self.names |= {given[name] for name in ("id", "name") if name in given}
+        if "href" in given:
+            (self.loads if tag == "link" else self.links).append(given["href"])
+        if "src" in given:
+            self.loads.append(given["src"])
+
+
+def build(source: Path, site: Path) -> subprocess.CompletedProcess[str]:
+    """Build the site as README says."""
+    command = [sys.executable, "-m", "sphinx", "-W", "-q", str(source), str(site)]
+    return subprocess.run(command, text=True, capture_output=True, check=False)
+
+
+def broken(site: Path) -> Iterator[str]:
+    """Yield every link of a page of the site that leads nowhere."""
+    pages = {path: Page(path) for path in site.glob("*.html")}
+    for path, page in pages.items():
+        for link in page.links + page.loads:
+            parts = urlsplit(link)
+            place = path.parent / unquote(parts.path) if parts.path else path
+            names = pages[place].names if place in pages else ()
+            if not parts.scheme and (not place.exists() or (parts.fragment and unquote(parts.fragment) not in names)):
+                yield f"{path.name}: {link}"
+
+
+@pytest.mark.pages
+def test_the_site_has_every_page_and_each_of_its_links_leads_somewhere(tmp_path: Path) -> None:
+    done = build(DOCS, tmp_path / "site")
+    assert done.returncode == 0, done.stderr
+    written = {path.stem for path in (tmp_path / "site").glob("*.html")}
+    assert {path.stem for pattern in ("*.md", "*.ipynb") for path in DOCS.glob(pattern)} <= written
+    assert list(broken(tmp_path / "site")) == []
+    for path in (tmp_path / "site").glob("*.html"):
+        assert [each for each in Page(path).loads if re.match(r"(https?:)?//", each)] == [], (
+            "a page loads from a network"
+        )
+    for path in (tmp_path / "site").rglob("*.css"):
+        assert not re.search(r"(url\(|@import)\s*[\"']?(https?:)?//", path.read_text(encoding="utf-8")), path
+    assert "data:image/png" in (tmp_path / "site" / "tour.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.pages
+@pytest.mark.parametrize("link", ["nowhere.md", "#nowhere", "nowhere.csv"])
+def test_the_site_is_not_built_with_a_broken_link(tmp_path: Path, link: str) -> None:
+    source = tmp_path / "docs"
+    (source / "example-report").mkdir(parents=True)
+    for name in ("conf.py", "site.css"):
+        shutil.copy(DOCS / name, source / name)
+    (source / "index.md").write_text(f"# Title\n\nA [link]({link}).\n", encoding="utf-8")
+    done = build(source, tmp_path / "site")
+    assert done.returncode != 0
+    assert "nowhere" in done.stderr
