@@ -62,11 +62,14 @@ def test_the_outcome_of_each_cell_is_printed_with_its_reason(cells: list[Cell], 
     ]
 
 
-def test_the_only_cell_of_a_sweep_is_told_unless_it_finishes(cells: list[Cell], capsys: pytest.CaptureFixture) -> None:
+def test_the_only_cell_of_a_sweep_is_told_unless_it_finishes(
+    cells: list[Cell], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The worker may have printed the reason on another machine; after a success the next command is told.
 
     The status is 2 if the text or the settings cannot be used.
     """
+    monkeypatch.setattr(sys, "argv", ["moe"])
     cell = cells[0]
 
     def outcome(*record: str) -> tuple[int, list[str]]:

@@ -48,7 +48,7 @@ def layer_trends(events: pd.DataFrame, metric: str) -> Figure:
     width = {1: 7.2, 2: 9.6, 3: 10.8}[columns]
     figure = Figure(figsize=(width, 1.0 + 3.0 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
-    colors = colormaps["viridis"]([0.9 * rank / max(1, len(layers) - 1) for rank in range(len(layers))])
+    colors = colormaps["viridis"]([0.3 + 0.55 * rank / max(1, len(layers) - 1) for rank in range(len(layers))])
     for axes, condition in zip(grid, panels, strict=False):
         members = events[events["condition"] == condition]
         for (layer, column), color in zip(layers.items(), colors, strict=True):

@@ -137,8 +137,10 @@ def csv_file(name: str, table: pd.DataFrame, caption: str) -> Attachment:
 
 
 def figure_section(title: str, drawings: Iterable[Drawing]) -> Iterator[ReportBlock]:
-    """Yield a heading and the figures below it; without figures, yield nothing."""
-    for number, drawing in enumerate(drawings):
-        if number == 0:
+    """Yield a heading and the figures below it; without a figure that could be drawn, yield no heading."""
+    titled = False
+    for drawing in drawings:
+        if drawing.figure and not titled:
             yield Heading(title)
+            titled = True
         yield drawing

@@ -120,6 +120,8 @@ def write_report(
     columns = itertools.chain.from_iterable(study.training_columns for study in STUDIES)
     all_runs, *experiments = collect_inputs(runs, options, training_columns=tuple(columns))
     names = levels(runs["experiment"])
+    if len(names) == 1:  # the facts below the verdicts give the settings that a grid adds to its experiment
+        names = [names[0].partition(": ")[0]]
     shown = [f'"{name}"' for name in names[:3]] if len(names) > 1 else names  # the name of a grid may hold a comma
     title = f"Report: {', '.join(shown)}" + (f" and {len(names) - 3} more" if names[3:] else "")
     middle: Iterable[ReportBlock] = _experiment(all_runs)

@@ -44,6 +44,9 @@ from moe.runs.record import RecordError, SweepRecord
 MOST_CARDS = 6  # that are visible at once
 CERTAINTY = [SIGNIFICANT, EQUIVALENT, DETERMINISTIC, UNDECIDED, UNTESTED]
 TONES = {"supported": "good", "equivalent": "good", "contradicted": "bad", "better": "good", "worse": "bad"}
+PICTURES_EXPLAINED = """\
+Dot: the estimated difference. Line: its 95 % interval. Dashed: no difference. Pictures of one metric have one scale."""
+CLAIMED = " Box: the differences that the claim allows."
 ONE_SEED = "With one seed nothing tells a difference from chance: train at least three seeds, such as `seed=42,43,44`."
 
 
@@ -59,8 +62,10 @@ def answer(inputs: ReportInputs) -> Iterator[ReportBlock]:
         counts = Counter(card.verdict for card in cards)
         kind = "planned claims" if len(inputs.claims) else "comparisons of the first metric that nobody planned"
         told = ", ".join(f"**{count} {verdict}**" for verdict, count in counts.items())
-        yield Paragraph(f"{len(cards)} {kind}: {told}.")
+        open_ = "" if any(card.tone != "idle" for card in cards) else " These seeds decide none of them."
+        yield Paragraph(f"{len(cards)} {kind}: {told}.{open_}")
         yield Cards(cards[:MOST_CARDS])
+        yield Paragraph(PICTURES_EXPLAINED + (CLAIMED if len(inputs.claims) else ""))
         if cards[MOST_CARDS:]:
             yield Details(f"{len(cards) - MOST_CARDS} more", [Cards(cards[MOST_CARDS:])])
     yield from map(Paragraph, _best_setting(inputs))
@@ -125,7 +130,10 @@ def _claim_card(claim: pd.Series, axis: tuple[float, float]) -> Card:
         share = ""
     effect = f"{claim['compared']}: **{_difference(claim)} {unit}**{share}{_certainty(claim)}, n={claim['n']}"
     claimed = (claim["claimed_low"], claim["claimed_high"])
-    advice = _needed(claim["seeds needed"], claim["n"]) if verdict == "undecided" else ""
+    if all(map(math.isfinite, claimed)):
+        effect += f"; claimed: {claimed[0]:.3g} to {claimed[1]:.3g}"
+    outcome = "contradict" if claim["estimates"] == "against" else "support"
+    advice = _needed(claim["seeds needed"], claim["n"], outcome) if verdict == "undecided" else ""
     return Card(
         claim["claim"], verdict, TONES.get(verdict, "idle"), plain(effect), advice, _interval(claim, axis, claimed)
     )
@@ -147,7 +155,7 @@ def _contrast_cards(inputs: ReportInputs) -> list[Card]:
         advice = ""
         if known == UNDECIDED:
             needed = seeds_needed(c["d_z"], tests=max(c["tests"], 1))
-            advice = _needed(math.nan if needed is None else needed, c["n"])
+            advice = _needed(math.nan if needed is None else needed, c["n"], "decide")
         subject = f"{c['factor']} {c['level']} vs {c['reference']}" + (f" at {c['within']}" if c["within"] else "")
         card = Card(subject, verdict, TONES.get(verdict, "idle"), plain(effect), advice, _interval(c, axis, None))
         cards.append((CERTAINTY.index(known), c["p"], card))
@@ -167,18 +175,20 @@ def _certainty(row: pd.Series) -> str:
     return f" [{row['ci_low']:.3g}, {row['ci_high']:.3g}], p={row['p Holm']:.2g} after correction"
 
 
-def _needed(seeds: int | float, n: int) -> str:
+def _needed(seeds: int | float, n: int, outcome: str) -> str:
     """Return what would decide a comparison that n seeds leave undecided."""
     if math.isnan(seeds):
         return "More than 1,000 seeds would be needed, if the true difference is the estimated one."
     more = max(1, int(seeds) - n)
     word = "seed" if more == 1 else "seeds"
-    return f"About {more} more {word} would decide it, if the true difference is the estimated one."
+    return f"About {more} more {word} would {outcome} it, if the true difference is the estimated one."
 
 
 def _span(rows: pd.DataFrame) -> tuple[float, float]:
-    """Return the ends of an axis that shows all differences, their intervals and 0."""
-    ends = pd.concat([rows[column] for column in ("difference", "ci_low", "ci_high")]).dropna()
+    """Return the ends of an axis that shows all differences, their intervals, the finite ends of claims, and 0."""
+    columns = [name for name in ("difference", "ci_low", "ci_high", "claimed_low", "claimed_high") if name in rows]
+    ends = pd.concat([rows[column] for column in columns]).astype(float)
+    ends = ends[ends.map(math.isfinite)]
     low, high = min(0.0, ends.min()), max(0.0, ends.max())
     return (low, high) if high > low else (low - 1, high + 1)
 
@@ -234,7 +244,11 @@ def _best_setting(inputs: ReportInputs) -> Iterator[str]:
     everything = [cost for *_, each in ranked if math.isfinite(cost := each["train_seconds"].mean())]
     if math.isfinite(seconds) and seconds > 0 and len(everything) == len(ranked):
         fastest = f", {seconds / min(everything):.2f} times as long as the fastest setting" if seconds else ""
-        yield f"**Cost:** {_duration(seconds)} of training a run{fastest}. Times hold for this machine and its load."
+        total = _duration(inputs.runs.drop_duplicates("folder")["train_seconds"].sum())
+        yield (
+            f"**Its cost:** {_duration(seconds)} of training a run{fastest}; all runs together: {total}. Times hold for "
+            "this machine and what else it did."
+        )
 
 
 def _setup(inputs: ReportInputs) -> list[tuple[str, str]]:
@@ -243,6 +257,8 @@ def _setup(inputs: ReportInputs) -> list[tuple[str, str]]:
     finished = runs[runs["status"] == "finished"]
     seeds = ", ".join(map(str, levels(runs["seed"]))) if "seed" in runs else "unknown"
     facts = [("Runs", f"{len(finished)} of {len(runs)} finished; seeds {seeds}")]
+    grids = [name for name in levels(inputs.runs["experiment"]) if ": " in name]
+    facts += [("Settings that differ from the experiment's own", name.partition(": ")[2]) for name in grids]
     total, active = (_range(finished, f"parameters.{part}", _count) for part in ("total", "active"))
     if total:
         facts.append(("Model", f"{total} parameters, {active} of them used by a token"))

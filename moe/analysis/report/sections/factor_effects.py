@@ -15,6 +15,7 @@ from moe.analysis.statistics import name_cell
 from moe.analysis.studies.registered import STUDIES
 from moe.results.conditions import conditions
 
+FILL_DECIDES = "Whether a mark is filled is the verdict; the lines are not corrected for the number of tests."
 MAX_CONTRASTS = 40  # in one figure
 
 
@@ -63,7 +64,7 @@ def _contrast_drawings(inputs: ReportInputs) -> Iterator[Drawing]:
             result = effects.forest(rows, label)
         yield drawing(
             _file_name("contrasts", metric),
-            f"Differences between runs of the same seed: {label}. A line that crosses 0 is undecided.",
+            f"Differences between runs of the same seed: {label}. {FILL_DECIDES}",
             result,
         )
 

@@ -52,6 +52,9 @@ POST_HOC = """\
 Each level of a factor is compared with the factor's reference level: "A vs B" is A minus B, and B is the reference.
 These comparisons are post hoc: no claim predicted their results before the runs."""
 
+COVERED = """\
+{covered} of {all} contrasts have no sentence here, because a planned claim compares the same two levels, averaged over
+the other factors. They were tested like the others: the table of contrasts has their numbers."""
 TOKENIZERS = """\
 The runs have different tokenizers, so losses, perplexities and accuracies per token are not comparable; bits per byte
 take their place."""
@@ -112,7 +115,7 @@ def contrast_verdicts(inputs: ReportInputs) -> Iterator[ReportBlock]:
             yield from long_list(sentences[name])
     covered = len(inputs.contrasts) - len(rows)
     if covered:
-        yield Paragraph(f"{covered} more contrasts are left out here, because a planned claim makes them; see above.")
+        yield Paragraph(COVERED.format(covered=covered, all=len(inputs.contrasts)))
 
 
 def _verdict(contrast: pd.Series) -> str:
