@@ -246,8 +246,8 @@ def _best_setting(inputs: ReportInputs) -> Iterator[str]:
         fastest = f", {seconds / min(everything):.2f} times as long as the fastest setting" if seconds else ""
         total = _duration(inputs.runs.drop_duplicates("folder")["train_seconds"].sum())
         yield (
-            f"**Its cost:** {_duration(seconds)} of training a run{fastest}; all runs together: {total}. Times hold for "
-            "this machine and what else it did."
+            f"**Its cost:** {_duration(seconds)} of training a run{fastest}; all runs together: {total}. "
+            "Times hold for this machine and what else it did."
         )
 
 
