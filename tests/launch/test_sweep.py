@@ -69,7 +69,7 @@ def test_the_only_cell_of_a_sweep_is_told_unless_it_finishes(
 
     The status is 2 if the text or the settings cannot be used.
     """
-    monkeypatch.setattr(sys, "argv", ["moe"])
+    monkeypatch.setattr(sys, "argv", ["moe train"])
     cell = cells[0]
 
     def outcome(*record: str) -> tuple[int, list[str]]:
