@@ -398,11 +398,7 @@ def _lost(differences: pd.DataFrame) -> str:
         for cell, missing in differences.isna().items()
         for seed in differences.index[missing]
     ]
-    return (
-        f"{len(places)} of {differences.size} pairs have no finished run on a side: {'; '.join(places)}"
-        if places
-        else ""
-    )
+    return f"{len(places)} of {differences.size} pairs have no value on a side: {'; '.join(places)}" if places else ""
 
 
 def _range(claim: ClaimConfig, reference: float) -> tuple[float, float]:

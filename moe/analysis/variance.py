@@ -91,8 +91,8 @@ def _name(term: Term, factors: list[str]) -> str:
     return ":".join(factors[number] for number in term) or "seed"
 
 
-def _scale(values: np.ndarray) -> float:
-    return float(np.nanmax(np.abs(values)))
+def _scale(values: np.ndarray) -> np.float64:
+    return np.float64(np.nanmax(np.abs(values)))
 
 
 def _within_seeds(values: np.ndarray, sizes: list[int]) -> Iterator[tuple[Term, dict[str, Any]]]:
@@ -109,12 +109,13 @@ def _within_seeds(values: np.ndarray, sizes: list[int]) -> Iterator[tuple[Term, 
         contrast = values @ reduce(np.kron, sides).T  # (seeds, df)
         df = contrast.shape[1]
         spread = contrast - contrast.mean(axis=0)
-        effect, error = seeds * (contrast.mean(axis=0) ** 2).sum(), (spread**2).sum()
-        covariance = spread.T @ spread
-        epsilon = float(np.trace(covariance) ** 2 / (df * (covariance**2).sum())) if error > 0 else math.nan
-        known = error > 1e-20 * seeds * _scale(values) ** 2
-        f = effect / error * (seeds - 1) if known else math.nan
-        sums = {"sum of squares": effect, "partial eta²": effect / (effect + error) if known else math.nan}
+        with np.errstate(over="ignore", invalid="ignore"):  # squares above 1e308 are infinite, and give no p
+            effect, error = seeds * (contrast.mean(axis=0) ** 2).sum(), (spread**2).sum()
+            covariance = spread.T @ spread
+            epsilon = float(np.trace(covariance) ** 2 / (df * (covariance**2).sum())) if error > 0 else math.nan
+            known = error > 1e-20 * seeds * np.square(_scale(values))
+            f = effect / error * (seeds - 1) if known else math.nan
+            sums = {"sum of squares": effect, "partial eta²": effect / (effect + error) if known else math.nan}
         yield term, _test(f, df, seeds, epsilon) | sums
     yield (), {"df": seeds - 1, "sum of squares": values.shape[1] * values.mean(axis=1).var() * seeds}
 

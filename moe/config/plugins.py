@@ -52,7 +52,8 @@ def _read(package: str, folders: tuple[Path, ...]) -> tuple[Plugin, list[str]]:
                 content = path.read_bytes()
                 digest.update(f"{path.relative_to(place).as_posix()}\n".encode() + content)
                 imported |= _imports(content) - OURS if place.name not in INSTALLED else set()
-        neighbors = sorted(name for name in imported - {package} if any(_offers(place, name) for place in found))
+        places = (*found, *folders)
+        neighbors = sorted(name for name in imported - {package} if any(_offers(place, name) for place in places))
     except OSError as error:
         raise ConfigError(f"{error.filename}: cannot be read ({error.strerror}); it belongs to {package}") from None
     return Plugin(digest.hexdigest(), _commit(next(iter(found.values()))[0])), neighbors
@@ -97,7 +98,8 @@ def _sources(path: Path) -> Iterator[Path]:
         yield path
     elif path.is_dir() and not (path / "run.json").exists():
         for entry in path.iterdir():
-            if entry.is_dir() and entry.name.isidentifier() and entry.name != "__pycache__":
+            leads_back = entry.is_symlink() and path.resolve().is_relative_to(entry.resolve())
+            if entry.is_dir() and not leads_back and entry.name.isidentifier() and entry.name != "__pycache__":
                 yield from _sources(entry)
             elif entry.suffix == ".py" and entry.stem.isidentifier() and entry.is_file():
                 yield entry

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from moe.analysis.figures.charts import charts, with_hover
-from moe.analysis.figures.style import shared_legend
+from moe.analysis.figures.style import line_style, shared_legend
 
 
 def chart(figure: Figure) -> dict[str, Any]:
@@ -104,3 +104,24 @@ def test_a_figure_with_a_mark_that_charts_do_not_have_stays_a_picture(draw: str)
     arguments = {"pie": [[1, 2]], "quiver": [[1], [1], [1], [1]], "contour": [[[1, 2], [3, 4]]]}[draw]
     getattr(figure.subplots(), draw)(*arguments)
     assert charts(figure) is None
+
+
+def test_more_conditions_than_colors_keep_their_own_names() -> None:
+    """The ninth condition has the color of the first. A run belongs to the mean that is drawn after it."""
+    figure = Figure()
+    axes = figure.subplots()
+    for number in range(10):
+        style = line_style(number)
+        axes.plot([0, 1], [number, number], color=style["color"], linewidth=0.5)
+        look = {"color": style["color"], "linestyle": style["linestyle"]}
+        axes.plot([0, 1], [number, number], label=f"condition {number}", **look)
+    shared_legend(figure, "")
+    traces = chart(figure)["panels"][0]["data"]
+    assert [trace["name"] for trace in traces] == [f"condition {number}" for number in range(10) for _ in range(2)]
+
+
+def test_a_whole_number_keeps_all_its_digits() -> None:
+    figure = Figure()
+    figure.subplots().plot([1234567, 1234568], [0.123456789, 1.0])
+    [trace] = chart(figure)["panels"][0]["data"]
+    assert (trace["x"], trace["y"][0]) == ([1234567, 1234568], 0.123457)

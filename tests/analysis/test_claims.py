@@ -397,7 +397,7 @@ def test_a_missing_run_costs_one_pair_and_is_named() -> None:
     lost = (runs["noise"] == 0.5) & (runs["lb"] == 0.0) & (runs["seed"] == 44)
     row = judge_first(runs.assign(**{PPL: runs[PPL].mask(lost)}), claim("higher", [0.5], [0.0]))
     assert row["n"] == 3
-    assert row["reason"] == "1 of 6 pairs have no finished run on a side: seed 44 at lb=0.0"
+    assert row["reason"] == "1 of 6 pairs have no value on a side: seed 44 at lb=0.0"
     complete = judge_first(runs, claim("higher", [0.5], [0.0]))
     assert row["difference"] == pytest.approx(complete["difference"], rel=0.05)
     assert row["verdict"] == complete["verdict"] == "supported"
@@ -417,7 +417,7 @@ def test_three_unusable_runs_of_twenty_four_leave_all_seeds() -> None:
     table.loc[16, "status"], table.loc[16, PPL] = "failed", math.nan
     row = judge_first(table.drop(index=0), claim("higher", [0.1], [0.0]))
     assert (row["n"], row["verdict"]) == (3, "supported")
-    assert row["reason"].startswith("3 of 12 pairs have no finished run on a side: seed 0 at lb=0; ")
+    assert row["reason"].startswith("3 of 12 pairs have no value on a side: seed 0 at lb=0; ")
 
 
 def test_missing_runs_do_not_shift_a_claim() -> None:

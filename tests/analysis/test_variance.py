@@ -91,6 +91,14 @@ def test_seeds_that_respond_differently_make_no_effect() -> None:
     assert np.sum(np.array(p) <= 0.05) <= stats.binom.ppf(0.999, studies, 0.05)
 
 
+def test_values_whose_squares_are_too_large_are_no_error() -> None:
+    """A perplexity is such a value if the loss is above 355."""
+    runs = made_up(3, 2, 3, draw=0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        table = anova(runs.assign(**{PPL: runs[PPL] * 1e160}), PPL, ["noise", "lb"])
+    assert table["p GG"].isna().all()
+
+
 def test_missing_runs_leave_an_analysis_of_all_others(shipped: pd.DataFrame) -> None:
     runs = shipped[shipped["experiment"] == "noise_lb_seed"]
     lost = (runs["noise"] == 0.5) & (runs["lb"] == 0.0) & (runs["seed"] == 44)

@@ -335,6 +335,8 @@ def test_only_what_can_be_imported_is_the_code_of_a_package(lab: Path) -> None:
     (lab / "mylab/momentum-checkpoint.py").write_text("")
     (lab / "mylab/.#momentum.py").symlink_to("nobody@host.123:4")
     (lab / "mylab/gone.py").symlink_to("nowhere.py")
+    (lab / "mylab/back").symlink_to("..")
+    (lab / "mylab/again").symlink_to("..")
     assert code(lab) == before
     (lab / "mylab/part").mkdir()
     (lab / "mylab/part/new.py").write_text("")
@@ -356,6 +358,16 @@ def test_what_a_class_imports_from_the_folder_of_its_package_is_its_code_too(lab
     assert [name for name in before if before[name] != after[name]] == ["second"]
     for name in ("first", "second", "second.a"):
         del sys.modules[name]
+
+
+def test_a_helper_in_the_folder_of_options_is_code_of_the_class_too(lab: Path) -> None:
+    (lab / "mylab/momentum.py").write_text(f"import helper_of_options\n{CODE}")
+    (lab / "conf/helper_of_options.py").write_text("x = 1\n")
+    before = code(lab)
+    (lab / "conf/helper_of_options.py").write_text("x = 2\n")
+    after = code(lab)
+    assert [name for name in before if before[name] != after[name]] == ["helper_of_options"]
+    sys.modules.pop("helper_of_options", None)
 
 
 def test_two_folders_of_options_cannot_hold_packages_of_one_name(lab: Path) -> None:

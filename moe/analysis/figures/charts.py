@@ -35,6 +35,7 @@ BANDS = ("PolyCollection", "FillBetweenPolyCollection")  # other classes derived
 NAMED_COLORS = {"#000000": "ink", "#ffffff": "paper"}  # a dark page exchanges them
 
 _TEXTS: WeakKeyDictionary[Artist, list[str]] = WeakKeyDictionary()
+_GROUPS: WeakKeyDictionary[Artist, str] = WeakKeyDictionary()
 
 
 class NoChartError(Exception):
@@ -44,6 +45,12 @@ class NoChartError(Exception):
 def with_hover(artist: AnyArtist, texts: Iterable[Any]) -> AnyArtist:
     """Give each point of an artist a text, such as the name of its run, which the page shows beside the values."""
     _TEXTS[artist] = [str(text) for text in texts]
+    return artist
+
+
+def in_group(artist: AnyArtist, label: str) -> AnyArtist:
+    """Say to which entry of the legend an artist belongs that has no label of its own."""
+    _GROUPS[artist] = label
     return artist
 
 
@@ -154,13 +161,14 @@ def _placed(axis: Axis, values: Any) -> Any:
 def _traces(axes: Axes) -> Iterator[tuple[Trace, str]]:
     """Yield each mark as a trace, with its label, which is empty if the mark has none of its own."""
     parts: set[Artist] = set()
+    owners = _owners(axes) | dict(_GROUPS)
     for container in axes.containers:
         label = str(container.get_label())
         match container:
             case ErrorbarContainer():
                 line, caps, bars = container.lines
                 parts |= {*caps, *bars, *([line] if line else [])}
-                yield _errorbar(line, list(bars), container), label
+                yield _errorbar(line, list(bars), container), owners.get(line, label) if line else label
             case BarContainer():
                 parts |= set(container.patches)
                 yield _bars(container), label
@@ -169,7 +177,7 @@ def _traces(axes: Axes) -> Iterator[tuple[Trace, str]]:
     for artist in (*axes.lines, *axes.collections, *axes.images, *axes.patches):
         if artist in parts:
             continue
-        label = str(artist.get_label())
+        label = owners.get(artist, str(artist.get_label()))
         match artist:
             case Line2D():
                 if _straight(axes, artist) is None:
@@ -184,11 +192,25 @@ def _traces(axes: Axes) -> Iterator[tuple[Trace, str]]:
                 raise NoChartError
 
 
-def _named(trace: Trace, label: str, styles: dict[str, Trace]) -> Trace:
-    """Give a trace the name of its entry in the legend: its own label, or that of the entry with its color and dash.
+def _owners(axes: Axes) -> dict[Artist, str]:
+    """Return the label of each line that has none of its own: that of the next line of its color that has one.
 
-    Thin lines of single runs have no label of their own, and the color of the mean of their condition.
+    Runs are drawn before the mean of their condition. A color alone may stand for several conditions.
     """
+    labels = {each.lines[0]: str(each.get_label()) for each in axes.containers if isinstance(each, ErrorbarContainer)}
+    owners: dict[Artist, str] = {}
+    waiting: dict[str, list[Artist]] = {}
+    for line in axes.lines:
+        label, color = labels.get(line, str(line.get_label())), _color(line.get_color())
+        if label.startswith("_"):
+            waiting.setdefault(color, []).append(line)
+        else:
+            owners |= dict.fromkeys(waiting.pop(color, []), label)
+    return owners
+
+
+def _named(trace: Trace, label: str, styles: dict[str, Trace]) -> Trace:
+    """Give a trace the name of its entry in the legend: its own label, or that of the entry with its color and dash."""
     if label.startswith("_"):
         color, dash = trace.pop("color", None), trace.get("line", {}).get("dash")
         same = [name for name, style in styles.items() if style["color"] == color]
@@ -381,4 +403,10 @@ def _color(color: Any) -> str:
 
 def _numbers(values: Any) -> list[float | None]:
     """Return numbers with six significant digits, and None for those that JSON does not have."""
-    return [float(f"{value:.6g}") if math.isfinite(value) else None for value in np.asarray(values, dtype=float)]
+    numbers = np.asarray(values, dtype=float)
+    return [_short(value) if math.isfinite(value) else None for value in numbers.tolist()]
+
+
+def _short(value: float) -> float:
+    """Return a number with six significant digits; whole numbers, such as steps, keep all of theirs."""
+    return value if value.is_integer() and abs(value) < 1e15 else float(f"{value:.6g}")

@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moe.analysis.figures.charts import with_hover
+from moe.analysis.figures.charts import in_group, with_hover
 from moe.analysis.figures.style import (
     OTHER_LABELS,
     PALETTE,
@@ -68,11 +68,11 @@ def factor_plot(runs: pd.DataFrame, factor: str, hue: str, metric: str, contrast
     count = 2 if len(rows) else 1
     figure = Figure(figsize=(width * count, panel_height(hues)), layout="constrained")
     panels = figure.subplots(1, count, squeeze=False)[0]
-    _draw_levels(panels[0], runs, factor, hue, metric)
+    labels = _draw_levels(panels[0], runs, factor, hue, metric)
     text = "small: one seed, lines join a seed; large: mean over n seeds"
     if len(rows):
         reference = rows["reference"].iloc[0]
-        _draw_differences(panels[1], runs, factor, hue, rows)
+        _draw_differences(panels[1], level_axis(runs, factor), labels, rows)
         panels[1].set_ylabel(f"difference from {factor}={reference} in the same seed\n({axis_label(metric)})")
         text = f"left: {text}; right: mean difference with its 95 % t interval, {SIGNIFICANT_MARKS}"
     shared_legend(figure, text)
@@ -92,9 +92,9 @@ def factor_panels(runs: pd.DataFrame, factor: str, hue: str, metrics: Sequence[s
     return figure
 
 
-def _draw_levels(axes: Axes, runs: pd.DataFrame, factor: str, hue: str, metric: str) -> None:
-    """Draw seeds and means of one metric. The levels of `hue` lie side by side, so that all are visible."""
-    axis, hues = level_axis(runs, factor), levels(runs[hue])
+def _draw_levels(axes: Axes, runs: pd.DataFrame, factor: str, hue: str, metric: str) -> dict[Any, str]:
+    """Draw seeds and means of one metric; return the label of each level of `hue`. These levels lie side by side."""
+    axis, hues, labels = level_axis(runs, factor), levels(runs[hue]), dict[Any, str]()
     for index, (cell, members) in enumerate(conditions(runs, [hue])):
         style, shift = line_style(index), _shift(axis, index, len(hues))
         seeds = pd.DataFrame({level: by_seed(members[members[factor] == level], metric) for level in axis.places})
@@ -104,24 +104,27 @@ def _draw_levels(axes: Axes, runs: pd.DataFrame, factor: str, hue: str, metric: 
             [line] = axes.plot(x, values, linewidth=0.7, alpha=0.6, markersize=4, **look)
             with_hover(line, [f"seed {seed}"] * len(x))
         counts = "–".join(map(str, sorted({int(n) for n in seeds.count() if n})))
-        label = f"{OTHER_LABELS.get(hue, '')} {cell[hue]} (n={counts})".lstrip()
+        labels[cell[hue]] = label = f"{OTHER_LABELS.get(hue, '')} {cell[hue]} (n={counts})".lstrip()
         mean: dict[str, Any] = {"marker": style["marker"], "markersize": 9, "markeredgecolor": "white", "linestyle": ""}
         [means] = axes.plot(x, seeds.mean(), label=label, color=style["color"], **mean)
         with_hover(means, [f"mean over {n} seeds" for n in seeds.count()])
     _label_levels(axes, axis)
     axes.set_ylabel(axis_label(metric))
     begin_at_zero(axes, metric)
+    return labels
 
 
-def _draw_differences(axes: Axes, runs: pd.DataFrame, factor: str, hue: str, rows: pd.DataFrame) -> None:
-    """Draw the differences from the reference level with their intervals, at the levels that are compared with it."""
-    axis, hues = level_axis(runs, factor), levels(runs[hue])
-    for index, name in enumerate(hues):
-        style, shift = line_style(index), _shift(axis, index, len(hues))
+def _draw_differences(axes: Axes, axis: Axis, labels: dict[Any, str], rows: pd.DataFrame) -> None:
+    """Draw the differences from the reference level with their intervals, at the levels that are compared with it.
+
+    `labels` are those of the levels of the other factors, each with a color of its own.
+    """
+    for index, (name, label) in enumerate(labels.items()):
+        style, shift = line_style(index), _shift(axis, index, len(labels))
         for _, row in rows[rows["within"].isin([name, ""])].iterrows():
             x, significant = axis.places[row["level"]] + shift, row["p Holm"] <= SIGNIFICANCE
             low, high = (row["difference"] - row["ci_low"], row["ci_high"] - row["difference"])
-            axes.errorbar(
+            drawn = axes.errorbar(
                 [x],
                 [row["difference"]],
                 yerr=[[0 if pd.isna(low) else low], [0 if pd.isna(high) else high]],
@@ -131,6 +134,7 @@ def _draw_differences(axes: Axes, runs: pd.DataFrame, factor: str, hue: str, row
                 markersize=8,
                 capsize=4,
             )
+            in_group(drawn.lines[0], label)
     axes.axhline(0, color="black", linewidth=1)
     _label_levels(axes, axis)
 

@@ -20,6 +20,7 @@ from moe.routing.positions import DECILES
 METRICS = {metric.name: metric.axis for metric in select(shown="layer figures")}
 DROP_RATE = "val_capacity/drop_rate"
 DROP_RATES = [f"{DROP_RATE}/decile{decile}" for decile in range(DECILES)]
+MAX_TICKS = 16  # layers that are all labeled
 MAX_PANELS = 12  # more panels would be too small
 
 
@@ -79,7 +80,10 @@ def layer_profile(runs: pd.DataFrame) -> Figure:
         _draw_conditions(axes, runs, list(columns.values()), list(columns))
         axes.set(xlabel="layer", ylabel=METRICS[metric])
         begin_at_zero(axes, metric)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        if len(columns) <= MAX_TICKS:  # a mark beside its layer then shows the layer on the page
+            axes.set_xticks(list(columns))
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     shared_legend(figure, "small: one seed; large: mean over n seeds and its 95 % t interval")
     return figure
 

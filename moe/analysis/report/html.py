@@ -201,7 +201,7 @@ def _without_control(value: Any) -> Any:
 
 def anchor(text: str) -> str:
     """Return the id of a title, to which links point."""
-    return re.sub(r"\W+", "-", text.lower()).strip("-")
+    return re.sub(r"\W+", "-", text.lower()).strip("-") or "part"
 
 
 def file_name(path: str) -> str:

@@ -38,7 +38,7 @@
     return Object.fromEntries(Object.entries(value).map(([key, each]) => [key, key === "text" ? each : painted(each, colors)]));
   }
 
-  const short = (number) => (number === null || number === undefined ? "–" : String(Number(number.toPrecision(5))));
+  const short = (number) => (number === null || number === undefined ? "–" : String(Number.isInteger(number) ? number : Number(number.toPrecision(6))));
 
   // The value at a place of an axis: the name of its nearest tick, if the place is nearer to it than to the next tick.
   function placed(axis, place) {
