@@ -1,6 +1,7 @@
 """Write a contrast as a sentence that ends with its verdict: a direction, equivalent, deterministic, or undecided."""
 
 import math
+from typing import Any
 
 import pandas as pd
 
@@ -74,6 +75,21 @@ def detectable_note(effect: float, low: float, high: float, *, tests: int, n: in
 def level_text(tests: int | float) -> str:
     """Return the level of a test to which 5 % / `tests` are left, such as "0.25 %"."""
     return f"{100 * SIGNIFICANCE / max(tests, 1):.3g} %"
+
+
+def levels_compared(contrast: Any) -> str:
+    """Return which levels a contrast compares, such as "noise 0.5 vs 0.0 at lb=0.01".
+
+    `contrast` is a row of `moe.analysis.statistics.contrasts`, as a series or as a named tuple.
+    """
+    at = f" at {contrast.within}" if contrast.within else ""
+    return f"{contrast.factor} {contrast.level} vs {contrast.reference}{at}"
+
+
+def directions(name: str) -> tuple[str, str]:
+    """Return the words for a rise and for a fall of a metric, such as "worse" and "better"."""
+    metric = lookup(name)
+    return (metric.rise, metric.fall) if metric else ("higher", "lower")
 
 
 def unit_of(name: str) -> str:

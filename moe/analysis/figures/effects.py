@@ -26,6 +26,7 @@ from moe.analysis.figures.style import (
     panel_height,
     shared_legend,
 )
+from moe.analysis.sentences import levels_compared
 from moe.analysis.statistics import SIGNIFICANCE
 from moe.results.conditions import by_seed, conditions, levels
 
@@ -165,10 +166,7 @@ def forest(contrasts: pd.DataFrame, label: str) -> Figure:
     A row has a color and a filled point if p is at most 5 % after Holm's correction. `contrasts` are rows of
     `moe.analysis.statistics.contrasts` that have an interval, all of the metric named `label`.
     """
-    names = [
-        f"{c.factor} {c.level} vs {c.reference}" + (f" at {c.within}" if c.within else "") + f" (n={c.n})"
-        for c in contrasts.itertuples()
-    ]
+    names = [f"{levels_compared(c)} (n={c.n})" for c in contrasts.itertuples()]
     names = [shorten(name, 90, placeholder=" …") for name in names]
     figure = Figure(figsize=(8.4, 1.4 + 0.28 * len(contrasts)), layout="constrained")
     axes = figure.subplots()

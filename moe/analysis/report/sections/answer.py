@@ -30,6 +30,8 @@ from moe.analysis.sentences import (
     SIGNIFICANT,
     UNDECIDED,
     UNTESTED,
+    directions,
+    levels_compared,
     standing,
     unit_of,
 )
@@ -148,16 +150,16 @@ def _contrast_cards(inputs: ReportInputs) -> list[Card]:
     axis, cards = _span(rows), []
     for _, c in rows.iterrows():
         known = standing(c)
-        words = lookup(metric)
-        up, down = (words.rise, words.fall) if words else ("higher", "lower")
+        up, down = directions(metric)
         verdict = (up if c["difference"] > 0 else down) if known == SIGNIFICANT else known
         effect = f"**{_difference(c)} {unit_of(metric)}**{_certainty(c)}, n={c['n']}"
         advice = ""
         if known == UNDECIDED:
             needed = seeds_needed(c["d_z"], tests=max(c["tests"], 1))
             advice = _needed(math.nan if needed is None else needed, c["n"], "decide")
-        subject = f"{c['factor']} {c['level']} vs {c['reference']}" + (f" at {c['within']}" if c["within"] else "")
-        card = Card(subject, verdict, TONES.get(verdict, "idle"), plain(effect), advice, _interval(c, axis, None))
+        card = Card(
+            levels_compared(c), verdict, TONES.get(verdict, "idle"), plain(effect), advice, _interval(c, axis, None)
+        )
         cards.append((CERTAINTY.index(known), c["p"], card))
     return [card for *_, card in sorted(cards, key=lambda each: each[:2])]
 
@@ -221,7 +223,8 @@ def _best(inputs: ReportInputs) -> list[tuple[str, pd.Series, pd.DataFrame]]:
 def _quality(inputs: ReportInputs) -> str | None:
     """Return the first tested metric of which less is better and that measures quality."""
     metrics = ((name, lookup(name)) for name in inputs.tested)
-    return next((name for name, metric in metrics if metric and metric.group == "quality"), None)
+    fits = (name for name, metric in metrics if metric and metric.group == "quality" and metric.better == "lower")
+    return next(fits, None)
 
 
 def _best_setting(inputs: ReportInputs) -> Iterator[str]:

@@ -11,7 +11,7 @@ import pandas as pd
 from moe.analysis.bootstrap import bootstrap
 from moe.analysis.report.blocks import Heading, Paragraph, ReportBlock, TableBlock, csv_file, long_list
 from moe.analysis.report.inputs import ReportInputs
-from moe.analysis.sentences import decimals
+from moe.analysis.sentences import decimals, levels_compared
 from moe.analysis.statistics import contrasts, name_cell
 from moe.checks import plain
 from moe.results.comparable import NOT_COMPARABLE
@@ -35,10 +35,7 @@ def other_seeds_and_other_text(inputs: ReportInputs) -> Iterator[ReportBlock]:
     references = dict(inputs.contrasts[["factor", "reference"]].drop_duplicates("factor").itertuples(index=False))
     table = contrasts(runs, LOSS, inputs.factors, references=references)
     on_other_text = table["note"].str.startswith(NOT_COMPARABLE)
-    problems = [
-        f"{row.factor} {row.level} vs {row.reference}" + (f" at {row.within}" if row.within else "") + f": {row.note}"
-        for row in table[on_other_text].itertuples()
-    ]
+    problems = [f"{levels_compared(row)}: {row.note}" for row in table[on_other_text].itertuples()]
     table = table[(table["n"] > 0) & ~on_other_text]
     read = cache(partial(_read, problems=problems))
     rows = []

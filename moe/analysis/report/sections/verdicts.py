@@ -14,13 +14,14 @@ from moe.analysis.sentences import (
     UNDECIDED,
     UNTESTED,
     contrast_sentence,
+    directions,
     level_text,
+    levels_compared,
     standing,
     unit_of,
     with_note,
 )
 from moe.analysis.statistics import SIGNIFICANCE
-from moe.metrics.catalog import lookup
 from moe.results.comparable import several_tokenizers
 
 TITLES = {
@@ -120,7 +121,5 @@ def contrast_verdicts(inputs: ReportInputs) -> Iterator[ReportBlock]:
 
 def _verdict(contrast: pd.Series) -> str:
     c = contrast
-    metric = lookup(c["metric"])
-    up, down = (metric.rise, metric.fall) if metric else ("higher", "lower")
-    subject = f"{c['factor']} {c['level']} vs {c['reference']}" + (f" at {c['within']}" if c["within"] else "")
-    return contrast_sentence(c, subject, unit=unit_of(c["metric"]), up=up, down=down)
+    up, down = directions(c["metric"])
+    return contrast_sentence(c, levels_compared(c), unit=unit_of(c["metric"]), up=up, down=down)
