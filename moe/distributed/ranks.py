@@ -5,7 +5,9 @@ on files, rank 0 decides for all ranks. A single process counts as one rank. All
 called by all ranks together.
 """
 
+import atexit
 import os
+import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -47,13 +49,23 @@ def start(*, timeout: int) -> None:
     PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=timeout))
 
 
-def stop() -> None:
-    """Disconnect the ranks at the normal end of a command, because a process that ends connected may crash."""
-    if world_size() > 1:
-        import torch.distributed as dist
+def stop(status: int) -> int:
+    """Disconnect the ranks at the end of a command. Return its exit status, or with several ranks end this process.
 
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    A process that ends connected may crash. One that disconnects may still have threads of libtorch, which abort it now
+    and then if they wait for Python while the interpreter shuts down ("terminate called without an active exception").
+    So exit handlers run here, and the process then ends without shutting down the interpreter.
+    """
+    if world_size() == 1:
+        return status
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def broadcast(value: Any) -> Any:

@@ -77,9 +77,7 @@ def main() -> int:
         command = command_line.read_command(sys.argv[1:])
         if command.search is not None:
             return search.carry_out(command.search, lambda cells, words: launch(command_line.Command(cells, words)))
-        status = sweep.carry_out(command.cells or [], lambda: launch(command))
-        ranks.stop()
-        return status
+        return ranks.stop(sweep.carry_out(command.cells or [], lambda: launch(command)))
     except (ConfigError, RecordError, LinkError) as error:
         if not ranks.is_first():  # the first rank prints the same error, and the launcher then ends this rank
             time.sleep(10)
