@@ -1,13 +1,15 @@
 """Sphinx builds these pages as a site, without a network: `python -m sphinx -W docs build/docs`."""
 
+import base64
+import html
 import json
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+import mmdr
 from docutils import nodes
-from pygments.lexers.special import TextLexer
 from sphinx import addnodes
 from sphinx.application import Sphinx
 
@@ -18,6 +20,7 @@ source_suffix = {".md": "markdown", ".ipynb": "markdown"}
 root_doc = "index"
 exclude_patterns = ["example-report"]
 myst_heading_anchors = 4
+LOOK = '%%{init: {"theme": "neutral", "themeVariables": {"fontFamily": "arial, sans-serif"}}}%%\n'  # of diagrams
 html_theme = "furo"
 html_title = "moe-routing"
 html_static_path = ["site.css"]
@@ -29,9 +32,9 @@ html_use_index = False
 
 def setup(app: Sphinx) -> None:
     """Add what Sphinx does not do by itself."""
-    app.add_lexer("mermaid", TextLexer)  # pictures stay text: the library that draws them is no Python package
     app.connect("source-read", list_of_pages)
     app.connect("source-read", notebook_as_markdown)
+    app.connect("doctree-read", draw_diagrams)
     app.connect("doctree-read", link_to_files, priority=400)  # before Sphinx collects downloads
     app.connect("build-finished", copy_report)
 
@@ -63,6 +66,19 @@ def _shown(output: dict[str, Any]) -> str:
     if "text/html" in data:
         return f'```{{raw}} html\n<div class="output">{data["text/html"]}</div>\n```'
     return f"```text\n{data['text/plain']}\n```"
+
+
+def draw_diagrams(app: Sphinx, page: nodes.document) -> None:
+    """Replace the text of each Mermaid diagram by its picture, which a browser shows without a script."""
+    for node in list(page.findall(nodes.literal_block)):
+        if node.get("language") == "mermaid":
+            text = node.astext()
+            picture = mmdr.render(LOOK + text).svg()
+            width = re.search(r'viewBox="\S+ \S+ (\S+)', picture)[1]  # type: ignore[index]
+            data = base64.b64encode(picture.encode()).decode()
+            alt = html.escape(" ".join(text.split()))
+            image = f'<img alt="{alt}" src="data:image/svg+xml;base64,{data}" style="--width: {float(width):.0f}px">'
+            node.replace_self(nodes.raw("", f'<div class="diagram" tabindex="0">{image}</div>', format="html"))
 
 
 def link_to_files(app: Sphinx, page: nodes.document) -> None:

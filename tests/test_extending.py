@@ -84,12 +84,3 @@ def test_tests_of_routers_and_metrics_pass_with_every_recipe(project: Path) -> N
     new = [name for name, _ in FILE.findall(PAGE) if name.startswith("tests/")]
     existing = ["tests/routers/test_contract.py", "tests/metrics/test_catalog.py", "tests/metrics/test_formulas.py"]
     python(project, "-m", "pytest", "-q", *new, *existing, "-k", "distance or steady or near or loss or page")
-
-
-def test_readme_shows_the_same_router() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    shown = dict(FILE.findall(readme))
-    assert shown
-    for name, content in FILE.findall(PAGE):
-        if "distance" in name and not name.startswith("tests/"):
-            assert shown[name] == content

@@ -1,6 +1,7 @@
-"""Tests of the README: its commands are accepted, its table of metrics is complete, and its links lead to files."""
+"""Tests of README and docs/: their commands are accepted, and README's links lead to files."""
 
 import importlib.util
+import io
 import re
 import shlex
 from pathlib import Path
@@ -10,28 +11,50 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
+from moe.analysis.__main__ import main as analyze
+from moe.analysis.report import report
+from moe.bench import __main__ as bench
 from moe.checks import ConfigError
 from moe.config.options import CONF
 from moe.data.tokenizer import train_bpe
-from moe.launch.command_line import read_cells
-from moe.metrics.__main__ import readme_table
-from moe.metrics.catalog import METRICS
+from moe.launch.command_line import help_text, read_cells
+from moe.results import table
 
 ROOT = CONF.parent
-README = (ROOT / "README.md").read_text()
-JOINED_LINES = README.replace("\\\n", " ")
-COMMANDS = re.findall(r"^python train\.py (.*?)(?:\s+#.*)?$", JOINED_LINES, flags=re.MULTILINE)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TESTED_ELSEWHERE = ("hydra.md", "own-lab.md", "extending.md", "clusters.md")
+PAGES = [path for path in sorted((ROOT / "docs").glob("*.md")) if path.name not in TESTED_ELSEWHERE]
+COMMAND = re.compile(r"(?:^ *|`)(?:python|moe) (train|analyze)(?:\.py)?( .*?)?(?: +#.*)?(?:$|`)", re.MULTILINE)
 
 
-def test_the_commands_of_the_readme_are_found() -> None:
-    assert "-m noise=0.0,0.1,0.5 lb=0.0,0.01 seed=42,43,44" in COMMANDS
-    assert "router=temperature router.temp=1.5" in COMMANDS
+def commands(program: str, *texts: str) -> list[str]:
+    """Return the words after each `python train.py` or `python analyze.py` of some texts, once each."""
+    found = [each for text in texts for each in COMMAND.findall(text.replace("\\\n", " "))]
+    return list(dict.fromkeys(words.strip() for name, words in found if name == program and "$e" not in words))
+
+
+TEXTS = (README, *(path.read_text(encoding="utf-8") for path in PAGES))
+WORKSPACES = re.findall(r"python -m moe\.dashboard (\w+)((?: [\w.]+=\S+)*)", "".join(TEXTS))
+COMMANDS = commands("train", *TEXTS) + [f"-m experiment={name}{words}" for name, words in dict.fromkeys(WORKSPACES)]
+
+
+def test_readme_begins_with_what_people_do() -> None:
+    """README shows a single run, a grid, how a grid is judged, and W&B."""
+    assert {"router=temperature router.temp=1.5", "-m noise=0.0,0.1,0.5 lb=0.0,0.01 seed=42,43,44"} <= {
+        *commands("train", README)
+    }
+    assert "multirun/noise_lb_seed" in commands("analyze", README)
+    assert "\n## W&B\n" in README
 
 
 @pytest.fixture
 def downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Change to a folder with the files that `python -m moe.model.smollm2 smollm2` writes, of a smaller model."""
+    """Change to a folder with what commands read: texts, an empty package of problems, and a small dense model."""
     monkeypatch.chdir(tmp_path)
+    for name in ("notes/a.txt", "reasoning_gym/__init__.py", "reasoning_gym-0.1.25.dist-info/METADATA"):
+        Path(name).parent.mkdir()
+        Path(name).write_text("Metadata-Version: 2.1\nName: reasoning-gym\nVersion: 0.1.25\n" if "-" in name else "")
+    monkeypatch.syspath_prepend(tmp_path)
     Path("smollm2").mkdir()
     tokenizer = train_bpe(["some words"], 259)
     tokenizer.save_pretrained("smollm2")
@@ -40,11 +63,40 @@ def downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("downloaded")
-@pytest.mark.parametrize("command", [command for command in COMMANDS if not command.startswith("--")])
+@pytest.mark.parametrize("command", [command for command in COMMANDS if "--" not in command])
 def test_commands_are_accepted(command: str) -> None:
     """The seeds of an experiment are reduced to one, because composing all cells takes long."""
-    one_seed = ["seed=42"] if command.startswith("experiment=") and "seed=" not in command else []
+    one_seed = ["seed=42"] if "experiment=" in command and "seed=" not in command else []
     assert read_cells([*shlex.split(command), *one_seed])
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("--help")])
+def test_questions_are_answered(command: str) -> None:
+    assert help_text(shlex.split(command))
+
+
+@pytest.mark.parametrize("command", commands("analyze", *TEXTS))
+def test_options_of_the_analysis_are_known(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The words of each command reach what reads the runs, or what judges published numbers."""
+
+    def reached(*_: object) -> None:
+        raise ValueError("reached")
+
+    monkeypatch.setattr(table, "load_runs", reached)
+    monkeypatch.setattr(report, "write_replay", reached)
+    messages = io.StringIO()
+    monkeypatch.setattr("sys.stderr", messages)
+    assert analyze(shlex.split(command)) == 2
+    assert messages.getvalue().endswith(": reached\n")
+
+
+def test_commands_of_other_modules_are_known() -> None:
+    """Each `python -m moe.NAME` of README and docs names a module, and each benchmark takes its options."""
+    found = [tuple(words) for text in TEXTS for words in re.findall(r"python -m (moe[\w.]+)([^`#\n$]*)", text)]
+    for module, words in dict.fromkeys(found):
+        assert importlib.util.find_spec(module), module
+        if module == "moe.bench" and words.strip():
+            assert bench._read(module, shlex.split(words)).question == shlex.split(words)[0]
 
 
 ABOUT_HYDRA = (ROOT / "docs" / "hydra.md").read_text(encoding="utf-8").split("## What is refused")
@@ -88,25 +140,6 @@ def test_the_page_about_hydra_names_every_file_that_uses_its_private_modules() -
 def test_what_the_page_about_hydra_says_is_refused(command: str) -> None:
     with pytest.raises(ConfigError):
         read_cells(shlex.split(command))
-
-
-def test_the_table_of_metrics_matches_the_catalog() -> None:
-    """The README has the table that `python -m moe.metrics --write` writes."""
-    _, table, _ = re.split("<!-- .*metrics.* -->\n", README)
-    assert table.strip() == readme_table().strip()
-    for name, metric in METRICS.items():
-        assert f"`{name}`" in table or metric.group == "router loss", name
-
-
-def test_the_file_tree_names_every_module_and_folder() -> None:
-    tree = README.split("## Where things are")[1].split("A run folder holds")[0]
-    for module in (ROOT / "moe").glob("*.py"):
-        assert module.name in tree or module.name == "__init__.py", module.name
-    for package in (ROOT / "moe").glob("*/__init__.py"):
-        assert f"{package.parent.name}/" in tree, package.parent.name
-    for folder in ROOT.iterdir():
-        if folder.is_dir() and not folder.name.startswith((".", "_")) and folder.name in ("conf", "moe", "tests"):
-            assert f"{folder.name}/" in tree
 
 
 def test_linked_files_exist() -> None:

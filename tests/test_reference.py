@@ -88,6 +88,9 @@ def test_the_site_has_every_page_and_each_of_its_links_leads_somewhere(tmp_path:
     for path in (tmp_path / "site").rglob("*.css"):
         assert not re.search(r"(url\(|@import)\s*[\"']?(https?:)?//", path.read_text(encoding="utf-8")), path
     assert "data:image/png" in (tmp_path / "site" / "tour.html").read_text(encoding="utf-8")
+    for page in ("architecture", "routing"):
+        drawn = (tmp_path / "site" / f"{page}.html").read_text(encoding="utf-8").count("data:image/svg+xml")
+        assert drawn == (DOCS / f"{page}.md").read_text(encoding="utf-8").count("```mermaid")
 
 
 @pytest.mark.pages

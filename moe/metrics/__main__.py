@@ -1,12 +1,11 @@
-"""Print the reference of all metrics; `python -m moe.metrics --write` updates docs/metrics.md and README's table."""
+"""Print the reference of all metrics; `python -m moe.metrics --write` writes it to docs/metrics.md."""
 
 import argparse
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from moe.files import write_text
-from moe.metrics.catalog import ENTRIES, select
+from moe.metrics.catalog import select
 from moe.metrics.metric import GROUPS, LETTERS, VARIANTS, WRITTEN, Metric
 
 INTRODUCTION = """\
@@ -25,6 +24,9 @@ not have is null, never zero.
 Some metrics have variants, whose names follow after a slash:
 
 {variants}
+Deciles of the position are position × 10 / S, rounded down, for blocks of S tokens. A position counts from the start of
+the block, or of the conversation if several are packed into a block.
+
 Letters in the formulas:
 
 {letters}"""
@@ -38,22 +40,6 @@ def page() -> str:
         letters=_bullets(LETTERS.splitlines()),
     )
     return introduction + "".join(map(_section, GROUPS))
-
-
-def readme_table() -> str:
-    """Return README's table: every metric but the losses of single routers."""
-    entries = [metric for metric in ENTRIES if metric.group != "router loss"]
-    rows = [[f"`{metric.name}`", metric.formula, metric.meaning] for metric in entries]
-    return _table(["metric", "formula", "meaning"], rows)
-
-
-def write_pages() -> None:
-    """Write docs/metrics.md, and the table between the two comments of README."""
-    root = Path(__file__).parents[2]
-    write_text(root / "docs" / "metrics.md", page())
-    readme = (root / "README.md").read_text(encoding="utf-8")
-    head, start, _, end, tail = re.split("(<!-- .*metrics.* -->\n)", readme)
-    write_text(root / "README.md", f"{head}{start}\n{readme_table()}\n{end}{tail}")
 
 
 def _section(group: str) -> str:
@@ -88,8 +74,8 @@ def _bullets(lines: Iterable[str]) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m moe.metrics", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="update docs/metrics.md and README's table instead")
+    parser.add_argument("--write", action="store_true", help="write it to docs/metrics.md instead")
     if parser.parse_args().write:
-        write_pages()
+        write_text(Path(__file__).parents[2] / "docs" / "metrics.md", page())
     else:
         print(page(), end="")

@@ -1,6 +1,6 @@
 """Catalog of every metric that a run writes: formula, meaning, label, unit and where it is shown, one entry each.
 
-README's table, docs/metrics.md, the lists of the report, the labels of figures and the panels of the dashboard are
+docs/metrics.md, the lists of the report, the labels of figures and the panels of the dashboard are
 derived from these entries, which stand in moe/metrics/entries/. The module does not import torch. The letters in the
 formulas are explained in `moe.metrics.metric.LETTERS`.
 """
