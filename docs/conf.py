@@ -74,7 +74,7 @@ def draw_diagrams(app: Sphinx, page: nodes.document) -> None:
         if node.get("language") == "mermaid":
             text = node.astext()
             picture = mmdr.render(LOOK + text).svg()
-            width = re.search(r'viewBox="\S+ \S+ (\S+)', picture)[1]  # type: ignore[index]
+            width = re.search(r'viewBox="\S+ \S+ (\S+)', picture)[1]
             data = base64.b64encode(picture.encode()).decode()
             alt = html.escape(" ".join(text.split()))
             image = f'<img alt="{alt}" src="data:image/svg+xml;base64,{data}" style="--width: {float(width):.0f}px">'
