@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from moe.analysis.sentences import detectable_note, deterministic_verdict, unit_of
+from moe.analysis.sentences import UNDECIDED, UNTESTED, detectable_note, deterministic_verdict, unit_of
 from moe.analysis.statistics import (
     CONFIDENCE,
     SIGNIFICANCE,
@@ -127,7 +127,7 @@ def claim_families(table: pd.DataFrame) -> np.ndarray:
 
 
 def judge(runs: pd.DataFrame, claims: list[ClaimConfig]) -> pd.DataFrame:
-    """Return a row for each claim: supported, contradicted or undecided by these runs, and why.
+    """Return a row for each claim: supported, contradicted or undecided by these runs, or not tested, and why.
 
     `runs` is a table of `moe.results.table.load_runs`. `difference` is `mean` minus `reference mean` over n paired
     seeds, with its 95 % t interval. A claim can make several comparisons. The columns `compared`,
@@ -170,7 +170,8 @@ def decided(table: pd.DataFrame, holm: np.ndarray, tests: np.ndarray) -> pd.Data
     gaps = zip(table.pop("gap"), table.pop("ends"), tests.tolist(), strict=True)
     needed = [seeds_needed(gap, tests=max(number, 1) / ends) for gap, ends, number in gaps]
     table["seeds needed"] = pd.Series(needed, index=table.index, dtype=float).mask(significant)
-    return table.assign(verdict=table["verdict"].where(significant, "undecided"), reason=reason)
+    verdict = table["verdict"].where(significant, UNDECIDED).mask(table["p"].isna(), UNTESTED)
+    return table.assign(verdict=verdict, reason=reason)
 
 
 def evidence_sentence(judged: pd.Series) -> str:
@@ -200,7 +201,7 @@ def _detectable(n: int, spread: float, tests: int, metric: str) -> str:
         return ""
     effect = detectable_effect(n, tests=tests)
     low, high = spread_interval(spread, n)
-    return detectable_note(effect * spread, effect * low, effect * high, tests=tests, n=n, unit=unit_of(metric))
+    return detectable_note(effect * spread, effect * low, effect * high, tests=tests, unit=unit_of(metric))
 
 
 def _judge_alone(claim: ClaimConfig, runs: pd.DataFrame) -> dict[str, Any]:

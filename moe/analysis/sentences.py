@@ -12,6 +12,10 @@ from moe.results.comparable import NOT_COMPARABLE
 
 SIGNIFICANT, EQUIVALENT, DETERMINISTIC = "significant", "equivalent", "deterministic"
 UNDECIDED, UNTESTED = "undecided", "not tested"
+DETECTABLE = """\
+After an undecided result, the **smallest detectable effect** is the true difference that so many seeds would have found
+in 80 % of cases. A smaller one would often have been missed. In parentheses is the 95 % interval of this number, which
+is wide because few seeds tell little about the spread."""
 
 
 def standing(contrast: pd.Series) -> str:
@@ -60,16 +64,13 @@ def with_note(text: str, note: str) -> str:
     return f"{text.removesuffix(')')}; {note})" if text.endswith(")") else f"{text} ({note})"
 
 
-def detectable_note(effect: float, low: float, high: float, *, tests: int, n: int, unit: str) -> str:
-    """Return a text with the smallest effect that n seeds could have shown, and the 95 % interval of that number.
+def detectable_note(effect: float, low: float, high: float, *, tests: int, unit: str) -> str:
+    """Return the smallest detectable effect at the level 5 % / `tests`, with the 95 % interval of that number.
 
-    It must be significant at 5 % / `tests`.
+    `DETECTABLE` says what it is.
     """
     size = f"{effect:.2g} {unit}".rstrip()
-    return (
-        f"the smallest effect that these seeds could have shown (power 0.8, level {level_text(tests)}) is {size}, "
-        f"95 % interval {low:.2g} to {high:.2g}, because the spread itself is estimated from {n} seeds"
-    )
+    return f"smallest detectable effect {size} ({low:.2g} to {high:.2g}) at the level {level_text(tests)}"
 
 
 def level_text(tests: int | float) -> str:
@@ -125,7 +126,7 @@ def _verdict(contrast: pd.Series, unit: str, up: str, down: str) -> str:
         return f"**equivalent** within {c['margin']:.3g} {holm}"
     if not significant:
         effect = c[["detectable", "detectable_low", "detectable_high"]]
-        return f"**undecided**, {detectable_note(*effect, tests=c['tests'], n=c['n'], unit=unit)}"
+        return f"**undecided**, {detectable_note(*effect, tests=c['tests'], unit=unit)}"
     margin = c.get("margin")
     return f"**{direction}**" + (
         "" if pd.isna(margin) or c["beyond"] else f", not shown to exceed the margin of {margin:.3g}"

@@ -333,9 +333,9 @@ def test_an_interaction_with_the_domain_compares_losses_of_the_same_runs() -> No
         ),
     ],
 )
-def test_a_claim_about_missing_levels_or_metrics_is_undecided(untestable: ClaimConfig, reason: str) -> None:
+def test_a_claim_about_missing_levels_or_metrics_is_not_tested(untestable: ClaimConfig, reason: str) -> None:
     table = judge(runs_with_means({0.0: 100, 0.1: 102, 0.5: 105}), [untestable, claim("higher", [0.5], [0.0])])
-    assert table["verdict"].tolist() == ["undecided", "supported"]
+    assert table["verdict"].tolist() == ["not tested", "supported"]
     assert reason in table["reason"].iloc[0]
     assert table["n"].iloc[0] == 0
     assert reason in evidence_sentence(table.iloc[0])
@@ -344,19 +344,19 @@ def test_a_claim_about_missing_levels_or_metrics_is_undecided(untestable: ClaimC
     )
 
 
-def test_a_claim_is_undecided_if_another_factor_always_changes_too() -> None:
+def test_a_claim_is_not_tested_if_another_factor_always_changes_too() -> None:
     runs = runs_with_means({0.0: 100, 0.1: 103}).assign(
         model=lambda table: table["noise"].map({0.0: "tiny", 0.1: "small"})
     )
     both_models = pd.concat([runs, runs.assign(noise=runs["noise"] + 1, model="base")])
     row = judge_first(both_models, claim("higher", [0.1], [0.0]))
     assert row["reason"] == "no runs differ in noise alone"
-    assert row["verdict"] == "undecided"
+    assert row["verdict"] == "not tested"
 
 
 def test_one_seed_gives_a_direction_but_no_verdict() -> None:
     row = judge_first(runs_with_means({0.0: 100, 0.5: 150}, seeds=1), claim("lower", [0.5], [0.0]))
-    assert (row["n"], row["verdict"], row["estimates"]) == (1, "undecided", "against")
+    assert (row["n"], row["verdict"], row["estimates"]) == (1, "not tested", "against")
     assert "one seed" in row["reason"]
     assert math.isnan(row["p"])
 
@@ -366,7 +366,8 @@ def test_an_undecided_claim_states_the_smallest_detectable_effect() -> None:
     row = judge_first(runs, claim("higher", [0.5], [0.0]))
     detectable = contrasts(runs, PPL, ["noise"])["detectable"].item()
     assert row["verdict"] == "undecided"
-    assert f"(power 0.8, level 5 %) is {detectable:.2g} perplexity" in row["reason"]
+    assert row["reason"].endswith(") at the level 5 %")
+    assert f"smallest detectable effect {detectable:.2g} perplexity (" in row["reason"]
 
 
 @pytest.mark.parametrize(

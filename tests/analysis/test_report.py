@@ -32,15 +32,19 @@ from moe.analysis.report.blocks import (
     Attachment,
     BulletList,
     Details,
+    Glossary,
     Heading,
     Paragraph,
     ReportBlock,
     StatusBar,
     TableBlock,
+    Term,
 )
 from moe.analysis.report.inputs import GRADIENT_METRICS, ReportInputs, ReportOptions, collect_inputs
 from moe.analysis.report.markdown import table_as_markdown
 from moe.analysis.report.report import save_report, write_report
+from moe.analysis.report.sections.best_setting import best_setting
+from moe.analysis.report.sections.headline import headline
 from moe.analysis.report.sections.overview import what_was_run
 from moe.analysis.report.sections.provenance import differences
 from moe.analysis.statistics import contrasts
@@ -186,8 +190,8 @@ def test_the_published_runs_give_the_published_verdicts(published: Path, tmp_pat
     family = "comparisons that nobody planned (contrasts, and terms of the analysis of variance)"
     assert f"20 tests of {family} share 5 %, 0.25 % each." in text
     assert "lb 0.0 vs 0.01 at noise=0.0: +0.307 perplexity [-1.72, 2.33], p=0.58 (Holm 1), n=3: **undecided**" in text
-    smallest = "the smallest effect that these seeds could have shown (power 0.8, level 0.25 %) is 12 perplexity, "
-    assert f"{smallest}95 % interval 6.2 to 75, because the spread itself is estimated from 3 seeds" in text
+    assert "**undecided**, smallest detectable effect 12 perplexity (6.2 to 75) at the level 0.25 %\n" in text
+    assert text.count("the **smallest detectable effect** is the true difference that so many seeds") == 1
     assert "| topk | 18 | 18 |" in text
     assert "(ddof=1)" in text
     names = {
@@ -214,7 +218,7 @@ def test_the_published_runs_give_the_published_verdicts(published: Path, tmp_pat
     assert set(linked) == names - {"report.md", "report.html"}
     assert page.files == [name for name in linked if name.endswith(".csv")], "report.html contains the tables"
     for sentence in re.findall(r"^- (.*)$", text, flags=re.MULTILINE):
-        assert sentence.replace("**", "").partition(": ")[2] in page.text or "**" in sentence
+        assert re.sub(r"\*\*|`", "", sentence).partition(": ")[2] in page.text or "**" in sentence
     assert len(pd.read_csv(tmp_path / "out" / "contrasts.csv")) == 14
     for name in ("noise_lb", "learning_curves", "contrasts_val_perplexity", "layer_profile"):
         pixels = matplotlib.image.imread(tmp_path / "out" / f"{name}.png")
@@ -269,7 +273,7 @@ def test_claims_margins_and_several_experiments(published: Path, tmp_path: Path)
     assert equivalent.count("**equivalent** within") == text.count("**equivalent** within") > 0
     assert "\n**Undecided**: " in text
     assert "Holm's correction over all contrasts of its experiment that have a margin" in text.replace("\n", " ")
-    assert "1 test of planned claims of sources has 2.5 %; " in text
+    assert "- 1 test of planned claims of sources has 2.5 %.\n" in text
     assert text.startswith('# Report: "floor", "noise_lb_seed"\n'), "a name may hold a comma"
     assert "### Noise floor" in text
     assert "![noise_lb_seed/noise_lb](noise_lb_seed/noise_lb.png)" in text
@@ -592,6 +596,25 @@ def test_every_kind_of_block_is_in_the_markdown_and_in_the_html_report(tmp_path:
     assert (tmp_path / "a.csv").read_text() == "x\n1\n"
 
 
+def test_the_first_use_of_a_term_in_running_text_is_a_link_to_its_meaning(tmp_path: Path) -> None:
+    terms = [Term("n", "number of <seeds>", "n(?==)"), Term("family, level", "tests", "famil(?:y|ies)|level")]
+    blocks: list[ReportBlock] = [
+        Heading("A family"),
+        Paragraph("n, `n=1`, levels, then **n=3** and n=4 of two families or one level"),
+        TableBlock(pd.DataFrame({"level": ["level"]})),
+        Glossary(terms),
+    ]
+    text = save_report("n=1", blocks, tmp_path).read_text()
+    assert "- n: number of &lt;seeds>\n- family, level: tests" in text
+    html = (tmp_path / "report.html").read_text()
+    assert re.findall(r'<a class="term" href="#([\w-]+)" title="([^"]*)">(\w+)</a>(.{5})', html) == [
+        ("term-n", "number of &lt;seeds&gt;", "n", "=3</s"),
+        ("term-family-level", "tests", "families", " or o"),
+    ]
+    assert '<div id="term-n">' in html
+    assert '<div id="term-family-level">' in html
+
+
 def test_differences_count_the_runs_at_each_level_of_a_key() -> None:
     table = pd.DataFrame(
         {"lr": [0.1, 0.1, 0.2, None], "same": ["a"] * 4, "mixed": [1, "1", True, "none"], "gone": None}
@@ -754,6 +777,68 @@ def test_an_arm_is_labeled_causal_or_not_and_compared_in_place_of_its_router(tmp
     assert "variant choice (not causal) vs top2: -0.2 perplexity" in text
     assert "variant top1 vs top2: +0 perplexity" in text
     assert "router changes only together with variant" in text
+
+
+HIGHER = {"text": "noise hurts", "metric": "val/perplexity", "factor": "noise", "levels": [0.5], "than": [0.0]}
+HIGHER |= {"kind": "higher", "source": "us", "margin": None, "size": [], "within": {}, "direction": None}
+NO_EFFECT = "Nothing that was tried changed the perplexity by more than chance explains: "
+WOULD_DECIDE = "+0.333 perplexity, +0.3%), which about 29 more seeds would decide if it is the true one."
+
+
+@pytest.mark.parametrize(
+    ("effects", "claims", "words"),
+    [  # level of noise -> what it adds to the perplexity of each seed
+        ({}, [], "No run has finished, so there is no answer yet."),
+        ({0.0: [0]}, [], "The only setting has a perplexity of 100, and there is nothing to compare it with."),
+        ({0.0: [0, 1, 2]}, [], "Nothing but the seed varies: the perplexity is 101 ± 1 (standard deviation) over 3"),
+        ({0.0: [0], 0.5: [3]}, [HIGHER], "With one seed no difference can be told from chance, and the planned claim "),
+        ({0.0: [0], 0.5: [3]}, [], "largest difference that was seen is that of noise 0.5 instead of 0.0 (+3 perpl"),
+        ({0.0: [0, 0, 0], 0.5: [0, 0, 1]}, [HIGHER], f"{NO_EFFECT}the planned claim is not decided with 3 seeds; "),
+        ({0.0: [0, 0, 0], 0.5: [0, 0, 1]}, [HIGHER], f"that of noise 0.5 instead of 0.0 ({WOULD_DECIDE}"),
+        ({0.0: [0, 0, 0], 0.5: [0, 0, 1]}, [], f"{NO_EFFECT}the comparison of perplexity is not decided with 3 seeds"),
+        (
+            {0.0: [0, 0, 0], 0.5: [9, 9, 9.1]},
+            [HIGHER],
+            "noise 0.5 instead of 0.0 raises the perplexity by 9.03 (+9.0%, 95 % interval 8.89 to 9.18, 3 seeds), "
+            "so the claim “noise hurts” is supported.",
+        ),
+        (
+            {0.0: [0, 0, 0], 0.5: [-9, -9, -9.1]},
+            [HIGHER, HIGHER | {"text": "1.0 too", "levels": [1.0]}],
+            "so the claim “noise hurts” is contradicted; of 2 planned claims, 1 is contradicted and 1 is not tested.",
+        ),
+        ({0.0: [0, 0], 0.5: [9, 9]}, [], "noise 0.5 instead of 0.0 raises the perplexity by 9 in each of 2 seeds."),
+        ({0.0: [0, 0], 0.5: [0, 0]}, [], "noise 0.5 instead of 0.0 leaves the perplexity as it is in each of 2 seeds."),
+    ],
+)
+def test_the_answer_is_one_sentence_that_follows_from_the_runs(
+    effects: dict[float, list[float]], claims: list[dict[str, object]], words: str, tmp_path: Path
+) -> None:
+    """It says the surest effect; or else that nothing is decided, and what would decide the largest difference."""
+    for noise, values in effects.items():
+        for seed, value in enumerate(values):
+            folder = tmp_path / f"noise={noise},seed={seed}"
+            write_run(folder, {"val/perplexity": 100.0 + value}, seed=seed, noise=noise, claims=claims)
+    if not effects:
+        write_run(tmp_path / "failed", {}, status="failed", seed=1)
+    [inputs] = collect_inputs(load_runs([tmp_path]))
+    assert words in headline(inputs)
+    assert inputs.search or headline(inputs).count(". ") == 0
+
+
+def test_the_best_setting_says_what_it_leaves_out(tmp_path: Path) -> None:
+    """A router that sees later tokens and a setting without a value are no candidates, and the reader is told."""
+    for seed in (1, 2):
+        for noise in (0.0, 0.1, 0.2):
+            values = {"val/perplexity": math.nan if noise == 0.2 else 100 + seed + 10 * noise}
+            write_run(tmp_path / f"noise={noise},seed={seed}", values, seed=seed, noise=noise)
+        write_run(tmp_path / f"acausal,seed={seed}", {"val/perplexity": 50.0}, causal=False, seed=seed, noise=0.0)
+    [inputs] = collect_inputs(load_runs([tmp_path]))
+    [text, _] = best_setting(inputs)
+    assert "noise=0.0, with a perplexity of 101.5 ± 0.71 (n=2), of 2 settings" in text
+    acausal = "Left out: router=expert_choice (not causal), noise=0.0 (their routers see later tokens"
+    assert acausal in text
+    assert "Left out: router=topk, noise=0.2 (no finished run has a finite perplexity)." in text
 
 
 def test_a_single_run_is_reported_too(published: Path, tmp_path: Path) -> None:

@@ -52,6 +52,20 @@ class Facts(NamedTuple):
     items: list[tuple[str, str]]
 
 
+class Term(NamedTuple):
+    """A word of the report and what it means. `pattern` is a regular expression for the word as the report uses it."""
+
+    name: str
+    meaning: str
+    pattern: str
+
+
+class Glossary(NamedTuple):
+    """Words with their meanings. On the page the first use of each word in running text is a link to its meaning."""
+
+    terms: list[Term]
+
+
 class Interval(NamedTuple):
     """A difference and its interval on an axis from `least` to `most`, and the range that a claim gives it, if any."""
 
@@ -100,7 +114,9 @@ class Attachment(NamedTuple):
     caption: str
 
 
-SimpleBlock = Heading | Folded | Paragraph | BulletList | Facts | Cards | TableBlock | StatusBar | Drawing | Attachment
+SimpleBlock = (
+    Heading | Folded | Paragraph | BulletList | Facts | Glossary | Cards | TableBlock | StatusBar | Drawing | Attachment
+)
 
 
 class Details(NamedTuple):

@@ -29,9 +29,11 @@ from moe.analysis.report.blocks import (
     Attachment,
     Details,
     Folded,
+    Glossary,
     Heading,
     Interval,
     ReportBlock,
+    Term,
     truncation_note,
 )
 from moe.analysis.report.markdown import numeric_columns, table_cells
@@ -39,6 +41,7 @@ from moe.checks import one_line, printable
 
 LONG_TEXT = 60  # largest number of characters in a table cell that is kept on one line
 MAX_FILE = 200_000  # largest number of bytes of a file that the page contains too
+UNLINKED = {"a", "button", "code", "dt", "h1", "h2", "h3", "h4", "script", "summary", "svg", "th"}  # without terms
 PICTURE = (300, 34)  # width and height of the picture of an interval
 
 
@@ -84,6 +87,7 @@ class Page:
     def __init__(self) -> None:
         self.contents: list[tuple[str, str]] = []
         self.has_charts = False
+        self._terms: list[Term] = []
         self._elements: list[Markup] = []
         self._open: list[tuple[int, str, Markup]] = []  # level, id and end of the parts that have not ended
         self._ids: set[str] = set()
@@ -118,15 +122,21 @@ class Page:
                 small = content.encode() if len(content) <= MAX_FILE else b""
                 self._elements.append(_macro(block)(block, base64.b64encode(small).decode()))
             case _:
+                self._terms += block.terms if isinstance(block, Glossary) else []
                 self._elements.append(_macro(block)(block))
 
     def render(self, title: str) -> str:
         """Return the whole page."""
         self._end(0)
-        values: dict[str, Any] = {"title": title, "contents": self.contents, "body": Markup("\n").join(self._elements)}
+        values: dict[str, Any] = {"title": title, "contents": self.contents, "body": self._body()}
         library = plotly() if self.has_charts else None
         loaded = [library.text] if library else []
         return render_page("report.html.j2", scripts=[_script()], loaded=loaded, library=library, **values)
+
+    def _body(self) -> Markup:
+        """Return all elements, with a link at the first use of each term in running text."""
+        body = Markup("\n").join(self._elements)
+        return with_links(body, self._terms) if self._terms else body
 
     def _end(self, level: int) -> None:
         while self._open and self._open[-1][0] >= level:
@@ -187,7 +197,7 @@ def _environment(package: str = "moe.analysis.report") -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (inline_markup, cells, truncation_note, interval_picture, file_name)
+    filters = (inline_markup, term_anchor, cells, truncation_note, interval_picture, file_name)
     environment.filters |= {function.__name__: function for function in filters}
     return environment
 
@@ -202,6 +212,37 @@ def _without_control(value: Any) -> Any:
 def anchor(text: str) -> str:
     """Return the id of a title, to which links point."""
     return re.sub(r"\W+", "-", text.lower()).strip("-") or "part"
+
+
+def term_anchor(name: str) -> str:
+    """Return the id of the meaning of a term."""
+    return f"term-{anchor(name)}"
+
+
+def with_links(html: Markup, terms: Sequence[Term]) -> Markup:
+    """Return HTML in which the first use of each term in running text is a link to its meaning.
+
+    `UNLINKED` elements stay as they are, such as titles, heads of tables, and the terms themselves.
+    """
+    waiting = dict(enumerate(terms))
+    anywhere = re.compile("|".join(rf"(?P<t{i}>(?<![\w-])(?:{term.pattern})(?!\w))" for i, term in waiting.items()))
+
+    def link(found: re.Match[str]) -> str:
+        term = waiting.pop(int(str(found.lastgroup)[1:]), None)
+        if term is None:
+            return found[0]
+        return f'<a class="term" href="#{term_anchor(term.name)}" title="{escape(term.meaning)}">{found[0]}</a>'
+
+    parts, inside, depth = [], "", 0  # the element that is not touched, and how many of its kind are open
+    for part in re.split("(<[^>]*>)", html):
+        if part.startswith("<"):
+            name = re.split(r"\W", part.strip("</"), maxsplit=1)[0]
+            if not inside and (name in UNLINKED or part.startswith('<dl class="facts terms"')):
+                inside = name
+            depth += (inside == name) * (-1 if part.startswith("</") else 1)
+            inside = inside if depth else ""
+        parts.append(part if part.startswith("<") or inside or not waiting else anywhere.sub(link, part))
+    return Markup("".join(parts))
 
 
 def file_name(path: str) -> str:

@@ -10,6 +10,7 @@ import pandas as pd
 
 from moe.analysis.claims import claim_families, decided, measured_claims
 from moe.analysis.figures.style import MOST_LINES
+from moe.analysis.report.judgments import Judgment, judgments
 from moe.analysis.statistics import (
     contrasts,
     corrected,
@@ -83,6 +84,7 @@ class ReportInputs(NamedTuple):
     condition: pd.Series  # of each run, such as "lb=0.01, noise=0.1"; no entry where a level is unknown
     metrics: list[str]  # those of the headline metrics and of the options that some run has and that are comparable
     tested: list[str]  # those of `TESTED` and the metrics of the options that some run has
+    judgments: list[Judgment]  # on the claims, or else on the contrasts of the first tested metric
     claims: pd.DataFrame  # from `moe.analysis.claims.decided`; empty if there are several experiments
     contrasts: pd.DataFrame  # `moe.analysis.statistics.contrasts` of all tested metrics; empty in the same case
     variance: pd.DataFrame  # `moe.analysis.variance.anova` of all tested metrics, with `p Holm`; empty in the same case
@@ -91,6 +93,7 @@ class ReportInputs(NamedTuple):
     searched: frozenset[str]  # the folders of runs that a search also trained, in whichever experiment
     past: EventTables  # every evaluation, and some metrics of every training step
     records: dict[str, RunRecord]  # folder -> its record, of all runs of the whole report that have a readable one
+    options: ReportOptions
 
     @property
     def search(self) -> str | None:
@@ -124,14 +127,14 @@ def collect_inputs(
     readable = loaded.loc[~loaded["status"].isin(["missing", "unreadable"]), "folder"].unique()
     records = {folder: RunRecord.read(Path(folder) / RunRecord.FILE) for folder in readable}
     searched = frozenset(loaded.loc[loaded["search"].notna(), "folder"]) if "search" in loaded else frozenset[str]()
-    describe = partial(_describe, past=past, records=records, extra_metrics=options.metrics, searched=searched)
+    describe = partial(_describe, past=past, records=records, options=options, searched=searched)
     everything, names = describe(loaded), levels(loaded["experiment"])
     if len(names) < 2:
-        _check(options, [everything])
-        return _with_corrections([_with_comparisons(everything, options)])
+        _check([everything])
+        return _with_corrections([_with_comparisons(everything)])
     experiments = [describe(loaded[loaded["experiment"] == name]) for name in names]
-    _check(options, experiments)
-    corrected_parts = _with_corrections([_with_comparisons(experiment, options) for experiment in experiments])
+    _check(experiments)
+    corrected_parts = _with_corrections([_with_comparisons(experiment) for experiment in experiments])
     return [everything._replace(families=corrected_parts[0].families), *corrected_parts]
 
 
@@ -146,7 +149,7 @@ def _describe(
     *,
     past: EventTables,
     records: dict[str, RunRecord],
-    extra_metrics: tuple[str, ...],
+    options: ReportOptions,
     searched: frozenset[str],
 ) -> ReportInputs:
     """Return the inputs of some runs, without claims and contrasts."""
@@ -162,8 +165,9 @@ def _describe(
         factors=factors,
         tied=tied_factors(runs),
         condition=pd.Series(names, index=runs.index, dtype=object),
-        metrics=present(runs, (*shown_together(runs, HEADLINE), *extra_metrics)),
-        tested=present(runs, (*tested_metrics(runs), *extra_metrics)),
+        metrics=present(runs, (*shown_together(runs, HEADLINE), *options.metrics)),
+        tested=present(runs, (*tested_metrics(runs), *options.metrics)),
+        judgments=[],
         claims=pd.DataFrame(),
         contrasts=pd.DataFrame(),
         variance=pd.DataFrame(),
@@ -172,6 +176,7 @@ def _describe(
         searched=searched,
         past=EventTables(_events_of(past.evals, folders), _events_of(past.trains, folders), past.problems),
         records=records,
+        options=options,
     )
 
 
@@ -179,13 +184,13 @@ def _events_of(events: pd.DataFrame, folders: pd.Series) -> pd.DataFrame:
     return events[events["folder"].isin(folders)] if len(events) else events
 
 
-def _with_comparisons(inputs: ReportInputs, options: ReportOptions) -> ReportInputs:
+def _with_comparisons(inputs: ReportInputs) -> ReportInputs:
     """Return the inputs with claims measured and levels compared, before the correction for other tests."""
     if inputs.search:  # its settings were chosen by results
         return inputs
-    references = _reference_levels(inputs, options)
+    references = _reference_levels(inputs)
     tables = [
-        contrasts(inputs.runs, metric, inputs.factors, references=references, margin=options.margins.get(metric))
+        contrasts(inputs.runs, metric, inputs.factors, references=references, margin=inputs.options.margins.get(metric))
         for metric in inputs.tested
     ]
     variance, refusals = _variance(inputs)
@@ -238,7 +243,7 @@ def _corrected(inputs: ReportInputs, tests: pd.DataFrame) -> ReportInputs:
         table = inputs.variance.copy()
         table.insert(table.columns.get_loc("p GG") + 1, "p Holm", variance["holm"].to_numpy())
         inputs = inputs._replace(variance=table)
-    return inputs
+    return inputs._replace(judgments=judgments(inputs.claims, inputs.contrasts, next(iter(inputs.tested), None)))
 
 
 def _variance(inputs: ReportInputs) -> tuple[pd.DataFrame, list[str]]:
@@ -254,13 +259,14 @@ def _variance(inputs: ReportInputs) -> tuple[pd.DataFrame, list[str]]:
     return stack(tables), refusals
 
 
-def _check(options: ReportOptions, experiments: list[ReportInputs]) -> None:
+def _check(experiments: list[ReportInputs]) -> None:
     """Raise ValueError for an option that names a factor, level or metric that no experiment has."""
+    options = experiments[0].options
     factors = sorted({factor for inputs in experiments for factor in inputs.factors})
     for factor, level in options.references.items():
         if factor not in factors:
             raise ValueError(f"reference {factor}={level}: varied factors are {', '.join(factors) or 'none'}")
-        if not any(factor in _reference_levels(inputs, options) for inputs in experiments):
+        if not any(factor in _reference_levels(inputs) for inputs in experiments):
             known = levels(pd.concat([inputs.runs[factor] for inputs in experiments if factor in inputs.factors]))
             words = [str(without_causality(each)) for each in known]
             raise ValueError(f"reference {factor}={level}: allowed are {', '.join(dict.fromkeys(words))}")
@@ -276,13 +282,13 @@ def _check(options: ReportOptions, experiments: list[ReportInputs]) -> None:
             raise ValueError(f"margin {metric}={margin}: tested metrics are {', '.join(tested)}")
 
 
-def _reference_levels(inputs: ReportInputs, options: ReportOptions) -> dict[str, Any]:
+def _reference_levels(inputs: ReportInputs) -> dict[str, Any]:
     """Return those references of the options that are levels of these runs, with the level's full name.
 
     The full name of a router is, for example, "expert_choice (not causal)". The reader writes only "expert_choice".
     """
     found = {}
-    for factor, level in options.references.items():
+    for factor, level in inputs.options.references.items():
         for name in levels(inputs.runs[factor]) if factor in inputs.factors else []:
             named = factor in NAMED_ROUTERS and without_causality(name) == level
             if name == level or named:

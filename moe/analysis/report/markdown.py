@@ -17,6 +17,7 @@ from moe.analysis.report.blocks import (
     Details,
     Facts,
     Folded,
+    Glossary,
     Heading,
     Paragraph,
     ReportBlock,
@@ -40,6 +41,8 @@ def block_as_markdown(block: ReportBlock) -> str:
             return escaped(text)
         case Facts(items):
             return "\n".join(f"- {escaped(name)}: {escaped(fact)}" for name, fact in items)
+        case Glossary(items):
+            return "\n".join(f"- {escaped(term.name)}: {escaped(term.meaning)}" for term in items)
         case Cards(cards):
             return "\n".join(f"- {escaped(_card_text(card))}" for card in cards)
         case BulletList(items):

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from moe.analysis.report.blocks import BulletList, Heading, Paragraph, ReportBlock, TableBlock, csv_file
+from moe.analysis.report.blocks import BulletList, Details, Facts, Heading, Paragraph, ReportBlock, TableBlock, csv_file
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.statistics import noise_floor, with_intervals
 from moe.results.conditions import ROUTING, present, spread_table, summary
@@ -16,19 +16,26 @@ power 0.8."""
 CONDITIONS_EXPLAINED = """\
 Values of the final evaluation: mean ± sample standard deviation (ddof=1) over n seeds. "± 0" means that every seed has
 the same value, and "± –" that there is one seed."""
-CONTRASTS_EXPLAINED = """\
-`difference` is level minus reference, averaged over paired seeds, with its 95 % t interval and the p of the paired t
-test. `p Holm` is p corrected for all tests of this report; `tests` is the number by which 5 % are divided before any
-test is significant (40 if 20 tests share 2.5 %). `d_z` is the difference in standard deviations (ddof=1) of the paired
-differences. `p Welch` is the p of a test that ignores the pairing, and `width ratio` is the width of the interval as a
-share of the width that it would have without the pairing. `p sign-flip` is exact up to 16 seeds, and can never be below
-`smallest p sign-flip`, however large the effect is. `detectable` is the smallest true difference that would be
-significant at 5 % / `tests` with power 0.8. It rests on the spread of few differences: `detectable_low` and
-`detectable_high` give it for both ends of the spread's 95 % interval. `p BH` is p corrected for the false discovery
-rate (Benjamini-Hochberg) over all comparisons that nobody planned. A metric with a `--margin` also has `p TOST`, the p
-of two one-sided tests that the difference is smaller than the margin, `p TOST Holm`, corrected over the rows of this
-table alone, and `beyond`: whether the difference exceeds the margin at 5 % / `tests`. A difference that is the same in
-every seed is `deterministic`, and has no p."""
+COLUMNS = {  # of the table of contrasts
+    "difference": "level minus reference, averaged over paired seeds; `ci_low` and `ci_high` are its 95 % t interval",
+    "p": "of the paired t test",
+    "p Holm": "p corrected for all tests of this report",
+    "p BH": "p corrected for the false discovery rate (Benjamini-Hochberg) over all comparisons that nobody planned",
+    "std of differences": "sample standard deviation (ddof=1) of the paired differences",
+    "d_z": "the difference in standard deviations of the paired differences",
+    "p Welch": "of a test that ignores the pairing",
+    "width ratio": "width of the interval as a share of the width that it would have without the pairing",
+    "p sign-flip": "of a test that assumes no normal distribution; exact up to 16 seeds",
+    "smallest p sign-flip": "below which `p sign-flip` can never be with so many seeds, however large the effect is",
+    "tests": "the number by which 5 % are divided before any test is significant (40 if 20 tests share 2.5 %)",
+    "detectable": "smallest true difference that would be significant at 5 % / `tests` with power 0.8; "
+    "`detectable_low` and `detectable_high` give it for both ends of the 95 % interval of the spread",
+    "deterministic": "whether the difference is the same in every seed; it then has no p",
+    "margin": "differences below it count as equal",
+    "p TOST": "of two one-sided tests that the difference is smaller than the margin",
+    "p TOST Holm": "the same, corrected over the rows of this table alone",
+    "beyond": "whether the difference exceeds the margin at 5 % / `tests`",
+}
 VARIANCE_EXPLAINED = """\
 Each term is tested against its own interaction with the seed, so an effect counts only if it is larger than its spread
 from seed to seed. `p GG` has Greenhouse and Geisser's correction: with three levels or more, p alone is too small if
@@ -62,7 +69,8 @@ def condition_table(inputs: ReportInputs) -> Iterator[ReportBlock]:
 def contrast_table(inputs: ReportInputs) -> Iterator[ReportBlock]:
     """Yield all contrasts with all numbers on which the verdicts are based."""
     yield Heading("Contrasts, paired by seed")
-    yield Paragraph(CONTRASTS_EXPLAINED)
+    if known := [(column, words) for column, words in COLUMNS.items() if column in inputs.contrasts]:
+        yield Details("What the columns mean", [Facts(known)])
     as_written = {side: str for side in ("level", "reference") if side in inputs.contrasts}  # 4.0 is not to become 4
     yield TableBlock(inputs.contrasts.astype(as_written))
     yield from map(Paragraph, _gains_of_pairing(inputs.contrasts))

@@ -8,6 +8,7 @@ from moe.analysis.claims import contrasts_without_claim, evidence_sentence, plan
 from moe.analysis.report.blocks import BulletList, Details, Heading, Paragraph, ReportBlock, csv_file, long_list
 from moe.analysis.report.inputs import Family, ReportInputs
 from moe.analysis.sentences import (
+    DETECTABLE,
     DETERMINISTIC,
     EQUIVALENT,
     SIGNIFICANT,
@@ -22,6 +23,7 @@ from moe.analysis.sentences import (
     with_note,
 )
 from moe.analysis.statistics import SIGNIFICANCE
+from moe.config.claim import OURS
 from moe.results.comparable import several_tokenizers
 
 TITLES = {
@@ -31,24 +33,39 @@ TITLES = {
     UNDECIDED: "Undecided",
     UNTESTED: "Not tested",
 }
-DECIDES = """\
-A direction is called significant, and a claim supported or contradicted, if its p is at most 5 % after correction for
-all tests of this report ("Holm" in sentences, `p Holm` in tables). If no setting made a difference, chance would make
-a report call anything significant in at most 5 % of cases. The tests form families, each with a share of these 5 %:
-{families}. This is the level that a sentence names: a test whose p is below it is significant, whatever the other
-tests show. When a test is significant, its part goes to the tests of its family that are left (Holm's method). When
-all tests of a family are significant, its share goes to the other families. All other numbers describe: a pair such as
-[-1, 2] after a difference is its 95 % interval, which holds for itself, and no direction that is read from intervals,
-figures or tables is tested."""
-EQUIVALENCE = """\
-With `--margin`, a metric has a second question: is the difference smaller than the margin? A contrast is equivalent
-if the p of two one-sided tests (TOST) is at most 5 % after Holm's correction over all contrasts of its experiment that
-have a margin. These tests have 5 % of their own and take nothing from the tests above. A difference that is not
-significant is no proof of equivalence."""
+DECIDES = (
+    "Runs that differ in the seed alone differ in their results too. So a difference between two settings may be "
+    "chance.",
+    "Each comparison has a p: how often chance alone would give a difference at least as large.",
+    "A report makes many tests, and many tests find something by chance. Therefore every p is corrected for all tests "
+    'of this report with Holm\'s method ("Holm" in sentences, `p Holm` in tables).',
+    "A result counts as more than chance if its p after correction is at most 5 %. Then a claim is supported or "
+    "contradicted, and a direction such as better or worse is significant. Otherwise it is undecided.",
+    "If no setting made a difference, chance would make a report call anything significant in at most 5 % of cases.",
+)
+FAMILIES = """\
+The tests form families, and each family has a share of the 5 %. The share is divided among its tests. What one test
+gets is its level: a p below it is significant, whatever the other tests show."""
+HANDED_ON = """\
+When a test is significant, its part of the 5 % goes to the tests of its family that are left. When all tests of a
+family are significant, its share goes to the other families."""
+ONLY_DESCRIBES = """\
+All other numbers describe and test nothing. An interval such as [-1, 2] after a difference holds for itself alone. What
+is read from intervals, figures or tables is not tested."""
+EQUIVALENCE = (
+    "A metric with a margin has a second question: is the difference smaller than the margin?",
+    "Two one-sided tests (TOST) answer it. A contrast is equivalent if their p is at most 5 % after Holm's correction "
+    "over all contrasts of its experiment that have a margin.",
+    "These tests have 5 % of their own and take nothing from the other tests.",
+    "A difference that is not significant is no proof of equivalence.",
+)
 CLAIMS_EXPLAINED = """\
 These claims were written into the experiment's YAML file, and every run recorded them before its first step. Each
-difference is taken between runs of the same seed and averaged over all combinations of the other factors. A claim is
-supported or contradicted if p is at most 5 % after correction; otherwise it is undecided."""
+difference is taken between runs of the same seed and averaged over all combinations of the other factors."""
+SOURCES = """\
+In parentheses after a claim is its source: an earlier study and the part of it that says so. These studies are not
+part of this project. The page `docs/sources.md` of the project says what each of them did and where we depart from it.
+A claim that is "our own" has no source."""
 POST_HOC = """\
 Each level of a factor is compared with the factor's reference level: "A vs B" is A minus B, and B is the reference.
 These comparisons are post hoc: no claim predicted their results before the runs."""
@@ -64,9 +81,16 @@ take their place."""
 def how_it_decides(inputs: ReportInputs) -> Iterator[ReportBlock]:
     """Yield when a result counts as more than chance, once for the whole report."""
     if inputs.families:
-        yield Heading("How this report decides")
-        yield Paragraph(DECIDES.format(families="; ".join(map(_share_of, inputs.families))))
-        yield Paragraph(EQUIVALENCE)
+        yield Heading("When a result is more than chance")
+        yield BulletList(list(DECIDES))
+        yield Heading("How the tests share the 5 %")
+        yield Paragraph(FAMILIES)
+        yield BulletList([f"{_share_of(family)}." for family in inputs.families])
+        yield Paragraph(HANDED_ON)
+        yield Paragraph(ONLY_DESCRIBES)
+    if inputs.options.margins:
+        yield Heading("When a difference is small enough")
+        yield BulletList(list(EQUIVALENCE))
 
 
 def _share_of(family: Family) -> str:
@@ -84,6 +108,10 @@ def claim_verdicts(inputs: ReportInputs) -> Iterator[ReportBlock]:
     judged = inputs.claims
     yield Heading("Planned claims")
     yield Paragraph(CLAIMS_EXPLAINED)
+    if not judged["source"].str.fullmatch(OURS).all():
+        yield Paragraph(SOURCES)
+    if (judged["verdict"] == UNDECIDED).any():
+        yield Paragraph(DETECTABLE)
     sentences = [
         f"{with_note(row['claim'], row['source'])}: **{row['verdict']}**; {evidence_sentence(row)}"
         for _, row in judged.iterrows()
@@ -105,6 +133,9 @@ def contrast_verdicts(inputs: ReportInputs) -> Iterator[ReportBlock]:
     sentences: dict[str, list[str]] = {}
     for _, contrast in rows.iterrows():
         sentences.setdefault(standing(contrast), []).append(_verdict(contrast))
+    explained = len(inputs.claims) and (inputs.claims["verdict"] == UNDECIDED).any()
+    if UNDECIDED in sentences and not explained:
+        yield Paragraph(DETECTABLE)
     for name, title in TITLES.items():
         if name not in sentences:
             continue

@@ -1,0 +1,194 @@
+"""Judgments on claims and on comparisons, each with what its card and the answer of a report need to say about it."""
+
+import math
+from typing import NamedTuple
+
+import pandas as pd
+
+from moe.analysis.report.blocks import Card, Interval
+from moe.analysis.sentences import (
+    DETERMINISTIC,
+    EQUIVALENT,
+    SIGNIFICANT,
+    UNDECIDED,
+    UNTESTED,
+    directions,
+    levels_compared,
+    standing,
+)
+from moe.analysis.statistics import seeds_needed
+from moe.checks import plain
+from moe.metrics.catalog import lookup
+
+CERTAINTY = [SIGNIFICANT, EQUIVALENT, DETERMINISTIC, UNDECIDED, UNTESTED]
+TONES = {
+    **dict.fromkeys(("supported", "equivalent", "better", "more balanced"), "good"),
+    **dict.fromkeys(("contradicted", "worse", "less balanced"), "bad"),
+}
+
+
+class Judgment(NamedTuple):
+    """The verdict on a planned claim, or on a comparison that nobody planned, and its numbers.
+
+    text: the claim; for a comparison, the levels that it compares.
+    compared: which levels are compared.
+    kind: that of a claim, or "comparison".
+    share: the difference as a share of the mean at the reference level; NaN if this says nothing.
+    claimed: the range that a claim gives the difference, if it has two ends.
+    needed: the number of seeds that would decide it, NaN if it is above 1,000 or unknown; `outcome` is what they would
+        do to it, if the true difference is the estimated one: "support", "contradict" or "decide".
+    """
+
+    text: str
+    verdict: str
+    compared: str
+    kind: str
+    unit: str
+    n: int
+    difference: float
+    low: float
+    high: float
+    share: float
+    p: float
+    deterministic: bool
+    margin: float = math.nan
+    claimed: tuple[float, float] = (-math.inf, math.inf)
+    needed: float = math.nan
+    outcome: str = "decide"
+    reason: str = ""
+
+    @property
+    def planned(self) -> bool:
+        """Whether it is a judgment on a claim."""
+        return self.kind != "comparison"
+
+    @property
+    def decided(self) -> bool:
+        """Whether the verdict is an answer."""
+        return self.verdict not in (UNDECIDED, UNTESTED)
+
+    @property
+    def amount(self) -> str:
+        """The difference with its unit."""
+        return plain(f"{self.difference:+.3g} {self.unit}")
+
+    @property
+    def percent(self) -> str:
+        """The difference as a share of the reference; empty if this says nothing."""
+        return f"{self.share:+.1%}" if math.isfinite(self.share) else ""
+
+    @property
+    def more(self) -> int:
+        """How many seeds are missing, if `needed` is known."""
+        return max(1, int(self.needed) - self.n)
+
+    @property
+    def advice(self) -> str:
+        """What would decide the question, if the seeds leave it undecided; otherwise empty."""
+        if self.verdict != UNDECIDED:
+            return ""
+        if math.isnan(self.needed):
+            return "more than 1,000 seeds would be needed, if the true difference is the estimated one"
+        seeds = "1 more seed" if self.more == 1 else f"{self.more} more seeds"
+        return f"about {seeds} would {self.outcome} it, if the true difference is the estimated one"
+
+
+def judgments(claims: pd.DataFrame, contrasts: pd.DataFrame, metric: str | None) -> list[Judgment]:
+    """Return a judgment on every claim, the decided ones first.
+
+    If there are no claims, return one on every contrast of `metric` that has a value, the most certain ones first.
+    """
+    if len(claims):
+        return sorted((_on_claim(row) for _, row in claims.iterrows()), key=lambda each: not each.decided)
+    if contrasts.empty:
+        return []
+    rows = contrasts[(contrasts["metric"] == metric) & (contrasts["n"] > 0)]
+    order = [(CERTAINTY.index(standing(row)), row["p"]) for _, row in rows.iterrows()]
+    return [on_contrast(rows.iloc[place]) for place in sorted(range(len(rows)), key=order.__getitem__)]
+
+
+def _on_claim(row: pd.Series) -> Judgment:
+    comparable = row["kind"] != "interaction" and row["reference mean"]
+    return Judgment(
+        text=row["claim"],
+        verdict=row["verdict"],
+        compared=row["compared"],
+        kind=row["kind"],
+        unit=_noun(row["metric"]),
+        n=int(row["n"]),
+        difference=row["difference"],
+        low=row["ci_low"],
+        high=row["ci_high"],
+        share=row["difference"] / row["reference mean"] if comparable else math.nan,
+        p=row["p Holm"],
+        deterministic=row["deterministic"],
+        claimed=(row["claimed_low"], row["claimed_high"]),
+        needed=row["seeds needed"],
+        outcome="contradict" if row["estimates"] == "against" else "support",
+        reason=row["reason"],
+    )
+
+
+def on_contrast(row: pd.Series) -> Judgment:
+    """Return the judgment on a row of `moe.analysis.statistics.contrasts`, in the words of its metric."""
+    known, (up, down) = standing(row), directions(row["metric"])
+    needed = seeds_needed(row["d_z"], tests=max(int(row["tests"]), 1)) if known == UNDECIDED else None
+    return Judgment(
+        text=levels_compared(row),
+        verdict=(up if row["difference"] > 0 else down) if known == SIGNIFICANT else known,
+        compared=levels_compared(row),
+        kind="comparison",
+        unit=_noun(row["metric"]),
+        n=int(row["n"]),
+        difference=row["difference"],
+        low=row["ci_low"],
+        high=row["ci_high"],
+        share=math.nan,
+        p=row["p Holm"],
+        deterministic=row["deterministic"],
+        margin=row.get("margin", math.nan),
+        needed=math.nan if needed is None else needed,
+    )
+
+
+def _noun(name: str) -> str:
+    """Return the word for a metric in running text."""
+    metric = lookup(name)
+    return (metric.noun or metric.label) if metric else name
+
+
+def cards(judged: list[Judgment]) -> list[Card]:
+    """Return a card for each judgment. Those with one unit have one scale."""
+    axes = {unit: _span([each for each in judged if each.unit == unit]) for unit in {each.unit for each in judged}}
+    return [_card(each, axes[each.unit]) for each in judged]
+
+
+def _card(judged: Judgment, axis: tuple[float, float]) -> Card:
+    tone = TONES.get(judged.verdict, "idle")
+    if judged.n == 0:
+        return Card(judged.text, judged.verdict, tone, judged.reason)
+    effect = f"{judged.compared}: " if judged.planned else ""
+    effect += f"**{judged.amount}**" + (f" ({judged.percent})" if judged.percent else "")
+    effect += f"{_certainty(judged)}, n={judged.n}"
+    if all(map(math.isfinite, judged.claimed)):
+        effect += "; claimed: {:.3g} to {:.3g}".format(*judged.claimed)
+    advice = judged.advice[:1].upper() + judged.advice[1:] + "." if judged.advice else ""
+    claimed = judged.claimed if judged.planned else None
+    picture = Interval(judged.difference, judged.low, judged.high, *axis, claimed)
+    return Card(judged.text, judged.verdict, tone, plain(effect), advice, picture)
+
+
+def _certainty(judged: Judgment) -> str:
+    """Return the interval and the corrected p of a difference, as far as it has them."""
+    if judged.deterministic:
+        return ", the same in every seed"
+    if math.isnan(judged.p):
+        return ""
+    return f" [{judged.low:.3g}, {judged.high:.3g}], p={judged.p:.2g} after correction"
+
+
+def _span(judged: list[Judgment]) -> tuple[float, float]:
+    """Return the ends of an axis that shows all differences, their intervals, the finite ends of claims, and 0."""
+    ends = [end for each in judged for end in (each.difference, each.low, each.high, *each.claimed)]
+    low, *_, high = sorted([0.0, 0.0, *filter(math.isfinite, ends)])
+    return (low, high) if high > low else (low - 1, high + 1)

@@ -1,0 +1,160 @@
+"""The answer of a report in one sentence: what was found, how large it is, and how sure."""
+
+import math
+from collections import Counter
+from textwrap import shorten
+
+from moe.analysis.report.inputs import ReportInputs
+from moe.analysis.report.judgments import Judgment, on_contrast
+from moe.analysis.sentences import DETERMINISTIC, EQUIVALENT, SIGNIFICANT, UNTESTED, standing, unit_of
+from moe.checks import plain
+from moe.results.conditions import by_seed
+
+LONGEST_CLAIM = 120  # characters of a claim that the answer quotes
+
+
+def headline(inputs: ReportInputs) -> str:
+    """Return the answer that the runs give, as one sentence that is true for any runs."""
+    if not (inputs.runs["status"] == "finished").any():
+        return "No run has finished, so there is no answer yet."
+    if inputs.search:
+        settings = inputs.condition.nunique()
+        return f"A search tried {settings} settings to {inputs.search}; this report tests none of them against chance."
+    judged = inputs.judgments
+    if not judged:
+        return _without_comparison(inputs)
+    decided = [each for each in judged if each.decided]
+    if decided:
+        return plain(_of_decided(min(decided, key=_rank), judged))
+    if all(each.verdict == UNTESTED for each in judged):
+        return plain(_of_untested(inputs, judged))
+    return plain(_of_undecided(inputs, judged))
+
+
+def _rank(judged: Judgment) -> tuple[bool, float]:
+    """Sort what shows a difference before what shows that there is none, and then by p."""
+    return judged.verdict == EQUIVALENT or not judged.difference, judged.p if math.isfinite(judged.p) else 0.0
+
+
+def _of_decided(first: Judgment, judged: list[Judgment]) -> str:
+    """Return the answer if something is decided: the most certain judgment, and how many there are of each kind."""
+    claim = shorten(first.text, LONGEST_CLAIM, placeholder=" …")
+    text = _effect(first) + (f", so the claim “{claim}” is {first.verdict}" if first.planned else "")
+    if len(judged) == 1:
+        return f"{text}."
+    of_each = Counter(each.verdict for each in judged)
+    counts = " and ".join(f"{count} {'is' if count == 1 else 'are'} {verdict}" for verdict, count in of_each.items())
+    kind = "planned claims" if first.planned else f"comparisons of {first.unit}"
+    return f"{text}; of {len(judged)} {kind}, {counts}."
+
+
+def _of_untested(inputs: ReportInputs, judged: list[Judgment]) -> str:
+    """Return the answer if no test was possible."""
+    none = _none(judged, "could", "be tested")
+    if surest := _surest_contrast(inputs):
+        return _upper(f"{none}, but {surest}.")
+    if all(each.n == 0 for each in judged):
+        return _upper(f"{none}: {judged[0].reason.rstrip('.')}.")
+    seen = _largest([each for each in judged if each.n])
+    return (
+        f"With one seed no difference can be told from chance, and {none}; "
+        f"the largest difference that was seen is that of {_instead(seen)} ({_amount(seen)})."
+    )
+
+
+def _of_undecided(inputs: ReportInputs, judged: list[Judgment]) -> str:
+    """Return the answer if tests were possible, but decided nothing."""
+    tested = [each for each in judged if each.verdict != UNTESTED]
+    none = _none(judged, "is", f"decided with {max(each.n for each in tested)} seeds")
+    if surest := _surest_contrast(inputs):
+        return _upper(f"{none}, but {surest}.")
+    largest = _largest(tested)
+    needed = (
+        "more than 1,000 seeds"
+        if math.isnan(largest.needed)
+        else f"about {largest.more} more {'seed' if largest.more == 1 else 'seeds'}"
+    )
+    text = (
+        f"{none}; the largest estimated difference is that of {_instead(largest)} ({_amount(largest)}), which {needed}"
+    )
+    text += " would decide if it is the true one."
+    if all(each.low <= 0 <= each.high for each in tested):
+        units = " or the ".join(dict.fromkeys(each.unit for each in tested))
+        return f"Nothing that was tried changed the {units} by more than chance explains: {text}"
+    return _upper(text)
+
+
+def _surest_contrast(inputs: ReportInputs) -> str:
+    """Return how many contrasts chance does not explain, and the most certain one; an empty text if there is none."""
+    rows = [row for _, row in inputs.contrasts.iterrows()]
+    found = [
+        on_contrast(row)
+        for row in rows
+        if (known := standing(row)) == SIGNIFICANT or (known == DETERMINISTIC and row["difference"])
+    ]
+    if not found:
+        return ""
+    show = "shows" if len(found) == 1 else "show"
+    first = min(found, key=_rank)
+    return f"{len(found)} of {len(rows)} comparisons that nobody planned {show} more than chance: {_effect(first)}"
+
+
+def _without_comparison(inputs: ReportInputs) -> str:
+    """Return the answer if no two settings can be compared."""
+    if inputs.factors:
+        return "No two finished runs with the same seed differ in one factor alone, so nothing can be compared."
+    if not inputs.tested:
+        return "The finished runs have no metric that a report compares."
+    values, unit = by_seed(inputs.runs, inputs.tested[0]), unit_of(inputs.tested[0])
+    if len(values) < 2:
+        value = f"has a {unit} of {values.mean():.4g}" if len(values) else f"has no finite {unit}"
+        return plain(f"The only setting {value}, and there is nothing to compare it with.")
+    return plain(
+        f"Nothing but the seed varies: the {unit} is {values.mean():.4g} ± {values.std(ddof=1):.2g} "
+        f"(standard deviation) over {len(values)} seeds, which is what chance alone does."
+    )
+
+
+def _largest(judged: list[Judgment]) -> Judgment:
+    """Return the judgment on the largest difference, as a share of its reference if this is known."""
+    known = [each for each in judged if math.isfinite(each.share)]
+    return max(known or judged, key=lambda each: abs(each.share if known else each.difference))
+
+
+def _effect(judged: Judgment) -> str:
+    """Return an effect with its certainty as a clause."""
+    j, (compared, _, change) = judged, judged.compared.partition(", change ")
+    interval = [j.percent, f"95 % interval {j.low:.3g} to {j.high:.3g}", f"{j.n} seeds"]
+    sure = f" in each of {j.n} seeds" if j.deterministic else f" ({', '.join(filter(None, interval))})"
+    if change:
+        return f"the effect of {compared} on the {j.unit} changes by {j.difference:+.3g} {change}{sure}"
+    subject = _instead(j)
+    if not j.difference:
+        return f"{subject} leaves the {j.unit} as it is{sure}"
+    if j.verdict == EQUIVALENT:
+        return f"{subject} changes the {j.unit} by less than the margin of {j.margin:.3g}{sure}"
+    verb = "raises" if j.difference > 0 else "lowers"
+    return f"{subject} {verb} the {j.unit} by {abs(j.difference):.3g}{sure}"
+
+
+def _instead(judged: Judgment) -> str:
+    """Return the levels that are compared as the subject of a clause."""
+    subject = judged.compared.replace(" vs ", " instead of ", 1)
+    return f"{subject}," if ", the least" in subject else subject
+
+
+def _amount(judged: Judgment) -> str:
+    return ", ".join(filter(None, [judged.amount, judged.percent]))
+
+
+def _none(judged: list[Judgment], verb: str, rest: str) -> str:
+    """Return that none of the judgments is what `verb` and `rest` say."""
+    one, several = ("planned claim", "planned claims") if judged[0].planned else ("comparison", "comparisons")
+    of = "" if judged[0].planned else f" of {judged[0].unit}"
+    if len(judged) == 1:
+        return f"the {one}{of} {verb} not {rest}"
+    return f"none of the {len(judged)} {several}{of} {verb} {rest}"
+
+
+def _upper(text: str) -> str:
+    return text[:1].upper() + text[1:]

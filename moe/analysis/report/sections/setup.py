@@ -1,0 +1,86 @@
+"""The set-up of the runs: the facts without which no number of a report can be judged."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from moe.analysis.report.inputs import ReportInputs
+from moe.results.conditions import levels, without_causality
+from moe.results.table import ABSENT
+from moe.runs.record import RecordError, SweepRecord
+
+
+def setup(inputs: ReportInputs) -> list[tuple[str, str]]:
+    """Return runs, model, training, data, date and command, each with its name."""
+    runs = inputs.runs.drop_duplicates("folder")
+    finished = runs[runs["status"] == "finished"]
+    seeds = ", ".join(map(str, levels(runs["seed"]))) if "seed" in runs else "unknown"
+    facts = [("Runs", f"{len(finished)} of {len(runs)} finished; seeds {seeds}")]
+    grids = [name for name in levels(inputs.runs["experiment"]) if ": " in name]
+    facts += [("Settings that differ from the experiment's own", name.partition(": ")[2]) for name in grids]
+    total, active = (_range(finished, f"parameters.{part}", _count) for part in ("total", "active"))
+    if total:
+        facts.append(("Model", f"{total} parameters, {active} of them used by a token"))
+    sizes = ["steps", "batch_size", "grad_accum", "data.seq_len"]
+    if set(sizes) <= set(runs):
+        tokens = runs[sizes].astype(float).prod(axis=1)
+        steps = _range(runs, "steps", lambda value: f"{value:,.0f}")
+        facts.append(
+            ("Training", f"{_range(pd.DataFrame({'tokens': tokens}), 'tokens', _count)} tokens in {steps} steps")
+        )
+    source = _texts(runs, "data")
+    tokenizer = _texts(runs, "data.tokenizer")
+    words = _range(runs, "data.vocab_size", lambda value: f"{value:,.0f}")
+    if source:
+        facts.append(
+            ("Data", f"{source}; tokenizer {tokenizer or 'trained on it'}" + (f", {words} tokens" if words else ""))
+        )
+    if days := sorted({str(start)[:10] for start in runs["started"].dropna()}):
+        facts.append(("Date", " to ".join(dict.fromkeys((days[0], days[-1])))))
+    if command := _command(inputs):
+        facts.append(("Repeat", f"`{command}`"))
+    return facts
+
+
+def _command(inputs: ReportInputs) -> str:
+    """Return the command that trains these runs, as their sweep.json tells it; an empty text if there is none."""
+    runs = inputs.runs
+    parents = {Path(folder).parent for folder in runs["folder"]}
+    try:
+        [parent] = parents
+        record = SweepRecord.read(parent / SweepRecord.FILE)
+    except (ValueError, RecordError):
+        return ""
+    grid = record.grid_with(*(Path(folder).name for folder in runs["folder"]))
+    if grid is None or grid.search:
+        return ""
+    experiment = grid.name.partition(": ")[0]
+    words = [f"experiment={experiment}"] if experiment != "default" else []
+    words += [f"{key}={value}" for key, value in grid.fixed.items() if value is not None]
+    for factor in (*grid.factors, "seed"):
+        values = [without_causality(level) for level in levels(runs[factor])] if factor in runs else []
+        given = dict.fromkeys(str(value) for value in values if value != ABSENT)
+        words += [f"{factor}={','.join(given)}"] if given else []
+    return f"python train.py -m {shlex.join(words)}"
+
+
+def _range(runs: pd.DataFrame, column: str, text: Any) -> str:
+    """Return the values of a column of numbers: the one that all runs have, or the smallest and the largest."""
+    values = pd.to_numeric(runs[column], errors="coerce").dropna() if column in runs else pd.Series(dtype=float)
+    ends = dict.fromkeys(text(value) for value in (values.min(), values.max())) if len(values) else {}
+    return " to ".join(ends)
+
+
+def _texts(runs: pd.DataFrame, column: str) -> str:
+    values = levels(runs[column]) if column in runs else []
+    return ", ".join(str(value) for value in values if value not in (ABSENT, ""))
+
+
+def _count(number: Any) -> str:
+    """Return a number with three digits and the unit thousand, million or billion."""
+    for size, unit in ((1e9, "billion"), (1e6, "million"), (1e3, "thousand")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f}"
