@@ -23,7 +23,7 @@ LAYERS = [
     {"model", "runs"},
     {"results", "training"},
     {"analysis", "launch"},
-    {"dashboard", "specialization", "testing"},
+    {"dashboard", "foreign", "specialization", "testing"},
     {"api", "bench"},
     {"__main__", "reference"},
 ]

@@ -1,0 +1,1 @@
+"""Models of the transformers library: what a run of this project is in their terms, and its export."""

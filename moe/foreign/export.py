@@ -1,0 +1,189 @@
+"""Write a model of this project as a plain model of the transformers library, which loads it without our code.
+
+Letters in shapes: T tokens, D width of a hidden state, E experts.
+"""
+
+import copy
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+import transformers
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moe.checks import ConfigError, one_of
+from moe.foreign.rules import Rule, bias_of, matrix_of, rule_of
+from moe.foreign.targets import TARGETS, Target, config_of, residual_scale, settings_of, weights_of
+from moe.model.causal_lm import MoEForCausalLM
+from moe.routers.base import Router
+from moe.routing.decision import Context, Routing
+
+WEIGHTS: tuple[Literal["normalized", "raw", "equal"], ...] = ("normalized", "raw", "equal")
+TOLERANCE = 1e-4  # largest difference of logits, relative to the largest logit, that an exported model may have
+
+
+class Difference(NamedTuple):
+    """How far the logits of two models are apart on a small batch of random tokens.
+
+    absolute: the largest difference. largest: the largest absolute logit of the first model.
+    """
+
+    absolute: float
+    largest: float
+
+    @property
+    def relative(self) -> float:
+        return self.absolute / max(self.largest, 1e-30)
+
+    def __str__(self) -> str:
+        return f"{self.absolute:.2g}, where the largest logit is {self.largest:.2g}"
+
+
+def to_transformers(model: MoEForCausalLM, target: str = "auto") -> PreTrainedModel:
+    """Return `model` as a model of the architecture `target`, in evaluation mode.
+
+    target: a key of `TARGETS`, or `auto` for the first one that expresses the model.
+
+    Its weights have the precision of the model if that holds them exactly, and are in fp32 otherwise.
+
+    Raises ConfigError, with one line, if the target does not express the model, or if the logits differ by more than
+    `TOLERANCE`, as where scores that decide about an expert are nearly equal.
+    """
+    chosen, rule = choose(model, target)
+    scale = residual_scale(model, chosen)
+    config = getattr(transformers, f"{chosen.prefix}Config")(**settings_of(model, chosen, rule, scale=scale))
+    weights = weights_of(model, chosen, rule, scale=scale)
+    dtype = model.lm_head.weight.dtype
+    if not all(torch.equal(weight.to(dtype).to(weight.dtype), weight) for weight in weights.values()):
+        dtype = torch.float32
+    with torch.random.fork_rng(devices=[]):  # the model draws initial weights, which are replaced
+        found = getattr(transformers, f"{chosen.prefix}ForCausalLM")(config)
+    found.load_state_dict(weights, strict=True)
+    found.generation_config = copy.deepcopy(model.generation_config)
+    difference = compare(model, found.eval())
+    if not difference.relative <= TOLERANCE:
+        raise ConfigError(f"--to {target}: the logits of {chosen.name} are off by up to {difference}")
+    for p in found.parameters():  # not found.to(dtype), which would round the frequencies of positions
+        p.data = p.data.to(dtype)
+    return cast(PreTrainedModel, found)
+
+
+def choose(model: MoEForCausalLM, target: str) -> tuple[Target, Rule]:
+    """Return the target that expresses `model`, and the rule of its routers. Raises ConfigError if there is none."""
+    one_of("--to", target, ("auto", *TARGETS))
+    wanted = list(TARGETS.values()) if target == "auto" else [TARGETS[target]]
+    rule, fitting = _rule(model), expressing(model)
+    if found := [each for each in wanted if each in fitting]:
+        assert rule is not None, "a target that expresses the model follows the rule"
+        return found[0], rule
+    advice = f"; --to {fitting[0].name} expresses this model" if fitting else ""
+    raise ConfigError(f"--to {target}: {_reason(model, wanted, rule)}{advice}")
+
+
+def expressing(model: MoEForCausalLM) -> list[Target]:
+    """Return the targets that express `model`, in the order in which `auto` tries them."""
+    rule = _rule(model)
+    return [
+        target
+        for target in TARGETS.values()
+        if rule is not None and target.follows(rule) and target.lacks(config_of(model)) is None
+    ]
+
+
+def _rule(model: MoEForCausalLM) -> Rule | None:
+    """Return the rule of the routers of all layers. A model without routers gets one that all targets follow."""
+    rules = {rule_of(layer.router, temperature=model.config.router_temperature) for layer in model.moe_layers}
+    return rules.pop() if len(rules) == 1 else None if rules else Rule(1)
+
+
+def _router_named(model: MoEForCausalLM) -> str:
+    """Return the router's class and settings as a call, such as router=TopK(k=2)."""
+    spec = model.config.router or {}
+    settings = ", ".join(f"{name}={value}" for name, value in spec.items() if name != "_target_")
+    return f"router={str(spec.get('_target_', '')).rpartition('.')[2]}({settings})"
+
+
+def _reason(model: MoEForCausalLM, wanted: list[Target], rule: Rule | None) -> str:
+    """Return why none of the targets expresses the model. If it is the router alone, say how far it would be off."""
+    router, lacking = (
+        _router_named(model),
+        dict.fromkeys(filter(None, (each.lacks(config_of(model)) for each in wanted))),
+    )
+    apart_from_router = [each for each in wanted if each.lacks(config_of(model)) is None]
+    if not apart_from_router:
+        return "; ".join(lacking)
+    followers = [each.name for each in wanted if rule is not None and each.follows(rule)]
+    if rule is None:
+        reason = f"{router}: what it does in evaluation is not the rule of any target"
+    elif followers:
+        reason = f"{router}: its rule ({rule.describe()}) is that of {', '.join(followers)}, but {'; '.join(lacking)}"
+    else:
+        refusal = f"{wanted[0].name} does not follow" if len(wanted) == 1 else "no target follows"
+        reason = f"{router}: {refusal} its rule ({rule.describe()})"
+    near = nearest(model, apart_from_router)
+    if near is None:
+        return f"{reason}; no target is near, because this router has no matrix that gives the scores of its experts"
+    target, other, difference = near
+    rule_there = f"the nearest rule, {target.name} with {other.describe()}"
+    return f"{reason}; with {rule_there}, the logits would be off by up to {difference}"
+
+
+def nearest(model: MoEForCausalLM, targets: list[Target]) -> tuple[Target, Rule, Difference] | None:
+    """Return the rule of one of the `targets` whose logits are nearest to those of `model`, with the same matrices.
+
+    None if the routers have no matrix.
+    """
+    router = model.moe_layers[0].router
+    if matrix_of(router) is None:
+        return None
+    k = router.fixed_k or max(1, min(router.num_experts, round(router.experts_per_token(1))))
+    known = _rule(model) or Rule(k, temperature=model.config.router_temperature, biased=bias_of(router) is not None)
+    best: tuple[Target, Rule, Difference] | None = None
+    tried: set[Rule] = set()
+    for target in targets:
+        for weights in WEIGHTS:
+            rule = replace(known, scores=target.scores, weights=weights)
+            rule = rule if target.biased else replace(rule, biased=False)
+            rule = rule if target.grouped else replace(rule, groups=1, top_groups=1)
+            if rule in tried or not target.follows(rule):
+                continue
+            tried.add(rule)
+            changed = copy.deepcopy(model)
+            for layer in changed.moe_layers:
+                layer.router = _Follower(layer.router, rule)
+            difference = compare(model, changed)
+            if best is None or difference.absolute < best[2].absolute:
+                best = target, rule, difference
+    return best
+
+
+class _Follower(Router):
+    """A router that follows a rule with the matrix and the bias of another one."""
+
+    def __init__(self, other: Router, rule: Rule) -> None:
+        super().__init__(other.dim, other.num_experts, fixed_k=rule.k)
+        matrix = matrix_of(other)
+        assert matrix is not None
+        self.rule, self.matrix, self.bias = rule, matrix, bias_of(other) if rule.biased else None
+
+    def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
+        gates = self.rule.gates(x @ self.matrix.to(x.dtype).T, self.bias).to(x.dtype)
+        return Routing.masked(gates > 0, gates)
+
+
+@torch.no_grad()
+def compare(model: MoEForCausalLM, other: torch.nn.Module) -> Difference:
+    """Return how far the logits of `other` are from those of `model` in fp32, on two texts of random tokens."""
+    config = model.config
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (2, min(32, config.max_position_embeddings)), generator=generator)
+    ours, theirs = (_in_fp32(each)(input_ids=ids).logits for each in (model, other))
+    return Difference((ours - theirs).abs().max().item(), ours.abs().max().item())
+
+
+def _in_fp32(model: Any) -> Any:
+    """Return `model` if its weights are in fp32, otherwise a copy of it in fp32."""
+    exact = all(p.dtype in (torch.float32, torch.float64) for p in model.parameters())
+    return model.eval() if exact else copy.deepcopy(model).float().eval()

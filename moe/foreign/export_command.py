@@ -1,0 +1,54 @@
+"""Write the model of a run as a model that other programs load: `python -m moe export RUN --to mixtral --out DIR`.
+
+RUN is the folder of a run, or of a saved model. The new folder has weights, tokenizer, generation settings and a card.
+Plain transformers loads it without this project, and its logits are those of the run. A model that the architecture
+cannot express is refused, with the reason and the nearest architecture that can. docs/foreign-models.md explains which
+can. `--to auto` takes the first that can.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of the hub and of transformers
+
+from moe.checks import one_of, printable
+from moe.foreign.export import compare, to_transformers
+from moe.foreign.folder import check_new, read_source, write_folder
+from moe.foreign.targets import TARGETS
+
+
+def main(command: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m moe export", description=__doc__)
+    parser.add_argument("model", type=Path, help="folder of a run or of a saved model")
+    parser.add_argument("--to", default="auto", help=f"architecture: auto, {', '.join(TARGETS)} (auto)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder to write")
+    arguments = parser.parse_args(command)
+    try:
+        one_of("--to", arguments.to, ("auto", *TARGETS))
+        check_new(arguments.out)
+        source = read_source(arguments.model)
+        model = source.model()
+        exported = to_transformers(model, arguments.to)
+        capacity = None if source.record is None else source.record.typed_config().capacity
+        difference = compare(model, exported)
+        write_folder(exported, source, arguments.out, difference=difference)
+    except (ValueError, OSError) as error:
+        print(f"moe export: {printable(str(error))}", file=sys.stderr)
+        return 2
+    if source.tokenizer is None:
+        print(f"{source.folder}: has no tokenizer, so {arguments.out} has none", file=sys.stderr)
+    if capacity is not None:
+        print(
+            f"capacity={capacity:g}: the exported model drops no token, as in the run's val/ metrics; the limit acted "
+            "in training and in val_capacity/ alone",
+            file=sys.stderr,
+        )
+    print(f"{arguments.out}: {exported.config.model_type}, logits differ by up to {difference}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""Write an exported model to a folder that is complete by itself: weights, tokenizer, generation settings and card."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
+
+from moe.checks import ConfigError, escaped, require
+from moe.data.tokenizer import pretrained_tokenizer
+from moe.files import apply_umask, sha256, write_text
+from moe.foreign.export import Difference
+from moe.model.causal_lm import MoEForCausalLM, load_model
+from moe.runs.record import MetricsRecord, RunRecord
+
+LOADING = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this folder, or the name of this repository on the hub
+model = AutoModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+```"""
+
+
+# What somebody must know who runs a model of these architectures in another program.
+SCALED = """All numbers between the layers are multiplied by a large power of two, so that the norms of queries and
+keys, which the original does not have, change nothing. Compute in fp32 or bf16. In fp16 the numbers overflow."""
+NOTES = {
+    "olmoe": (SCALED,),
+    "qwen3_moe": (SCALED,),
+    "gpt_oss": ("A program must read `swiglu_limit` from config.json. With a limit of 7 some results can differ.",),
+    "deepseek_v3": ("A program must support `longrope` positions in this architecture, as transformers does.",),
+}
+
+
+class Source(NamedTuple):
+    """A saved model that is exported.
+
+    folder: that of the saved model. run: the folder of the run that saved it after its last step, or None. record,
+    val_loss: those of that run. tokenizer: None if the folder has none.
+    """
+
+    folder: Path
+    run: Path | None
+    record: RunRecord | None
+    val_loss: float | None
+    tokenizer: PreTrainedTokenizerFast | None
+
+    def model(self) -> MoEForCausalLM:
+        """Return the model. Raises ValueError if it cannot be read, or if its router is no class of this project."""
+        return load_model(self.folder)
+
+
+def read_source(path: Path) -> Source:
+    """Return what is known about the run folder or the saved model at `path`. Raises ValueError with one line."""
+    if not path.is_dir():
+        raise ConfigError(f"no folder {path}")
+    here = path.absolute()
+    around = here.parent if here.name == "model" else None  # that of a milestone says nothing about its model
+    run = next((each for each in (path, around) if each and (each / RunRecord.FILE).is_file()), None)
+    folder = path / "model" if run == path else path
+    record, val_loss = None, None
+    if run is not None:
+        record = RunRecord.read(run / RunRecord.FILE)
+        if not folder.is_dir():
+            saving = record.config.get("save_model")
+            raise ConfigError(f"{run}: this run has no saved model; it is {record.status}, with save_model={saving}")
+        if record.status == "finished":
+            val_loss = MetricsRecord.read(run / MetricsRecord.FILE).scalars()["val/loss"]
+    elif not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{folder}: is neither the folder of a run nor a saved model: it has no run.json, no config.json"
+        )
+    has_tokenizer = (folder / "tokenizer.json").is_file()
+    tokenizer = pretrained_tokenizer(str(folder.resolve())) if has_tokenizer else None
+    return Source(folder, run, record, val_loss, tokenizer)
+
+
+def check_new(out: Path) -> None:
+    """Raise ConfigError unless a new folder or file can be made at `out`. Nothing is ever overwritten."""
+    require(not os.path.lexists(out), "--out", str(out), "a new name; this one exists, and nothing is overwritten")
+    parent = out.absolute().parent
+    require(parent.is_dir(), "--out", str(out), f"in a folder that exists; {parent} does not")
+
+
+@contextmanager
+def complete(out: Path) -> Iterator[Path]:
+    """Give a temporary folder that is renamed to `out` when the `with` block ends, and removed after an error."""
+    check_new(out)
+    temporary = out.absolute().with_name(f".tmp-{out.name}-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        apply_umask(temporary)
+        check_new(out)
+        os.rename(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_folder(exported: PreTrainedModel, source: Source, out: Path, *, difference: Difference) -> None:
+    """Write the model as its architecture writes it, with the tokenizer and the card of `source`."""
+    disable_progress_bar()  # transformers would show one while it writes a single small file
+    with complete(out) as folder:
+        exported.save_pretrained(folder)
+        if source.tokenizer is not None:
+            source.tokenizer.save_pretrained(folder)
+        write_text(folder / "README.md", card(exported.config.model_type, source, difference))
+
+
+def card(name: str, source: Source, difference: Difference | None) -> str:
+    """Return the card of an exported model, in Markdown with front matter for the hub.
+
+    Names that the user chose are escaped. Paths are not part of it, because they may be private.
+    """
+    from huggingface_hub import ModelCardData
+
+    tags = ["mixture-of-experts", "moe-routing"]
+    front = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags)
+    digests = [f"- `{path.name}`: sha256 `{sha256(path)}`" for path in sorted(source.folder.glob("*.safetensors"))]
+    parts = [
+        f"---\n{front.to_yaml()}\n---",
+        f"# A Mixture-of-Experts language model as {name}",
+        "A model that was trained with moe-routing for research on routing, written as a model of the architecture "
+        f"{name}. It completes text like its training data, and is no assistant.",
+        "## Where it comes from",
+        *_origin(source),
+        "Its weights were computed from these files:\n\n" + "\n".join(digests),
+        *_equality(difference),
+        *NOTES.get(name, ()),
+        "## How to load it",
+        LOADING,
+        "No license of this model is set. Add one, as `license:` at the top of this file.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _origin(source: Source) -> list[str]:
+    if source.record is None:
+        return ["A saved model; no record of its run was beside it."]
+    record = source.record
+    named = record.name if not set("/\\~") & set(record.name) else "a run"
+    lines = [
+        f"- experiment: {escaped(record.experiment)}",
+        f"- run: {escaped(named)}",
+        f"- moe-routing: {escaped(record.versions.get('moe-routing', 'unknown'))}, commit {record.commit or 'unknown'}",
+    ]
+    if source.val_loss is not None:
+        lines.append(f"- val/loss: {source.val_loss:.6g} nats per token, after the last step")
+    return ["\n".join(lines)]
+
+
+def _equality(difference: Difference | None) -> list[str]:
+    if difference is None:
+        return []
+    compared = "Its logits were compared with those of the original in fp32, on random tokens."
+    return [f"{compared} They differ by up to {difference}."]

@@ -1,0 +1,318 @@
+"""Tests that exported models are plain models of transformers with the same logits, and that others are refused."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from moe.checks import ConfigError
+from moe.config.options import CONF
+from moe.config.schema import Cell
+from moe.data.tokenizer import train_bpe
+from moe.foreign.export import choose, compare, expressing, to_transformers
+from moe.foreign.export_command import main
+from moe.foreign.targets import TARGETS
+from moe.launch.run import run
+from moe.model.architecture import MoEConfig
+from moe.model.causal_lm import MoEForCausalLM
+
+ROUTERS: dict[str, dict[str, Any]] = {
+    "topk": {"_target_": "moe.routers.topk.TopK", "k": 3},
+    "switch": {"_target_": "moe.routers.topk.TopK", "k": 1, "gate": "softmax_all"},
+    "softmax_all": {"_target_": "moe.routers.topk.TopK", "k": 3, "gate": "softmax_all"},
+    "uniform": {"_target_": "moe.routers.topk.TopK", "k": 3, "gate": "uniform"},
+    "random": {"_target_": "moe.routers.random.Random", "k": 3},
+    "temperature": {"_target_": "moe.routers.topk.Temperature", "k": 3, "temp": 0.5},
+    "gumbel": {"_target_": "moe.routers.gumbel.Gumbel", "k": 1, "temp": 2.0},
+    "biased": {"_target_": "moe.routers.sigmoid_bias.SigmoidBias", "k": 3},
+    "biased_raw": {"_target_": "moe.routers.sigmoid_bias.SigmoidBias", "k": 3, "normalize": False},
+    "groups": {"_target_": "moe.routers.group_limited.GroupLimited", "k": 2, "groups": 2, "top_groups": 1},
+    "relu": {"_target_": "moe.routers.relu.ReLU"},
+    "cosine": {"_target_": "moe.routers.cosine.CosineRouter", "proj_dim": 8},
+    "hash": {"_target_": "moe.routers.hash.Hash"},
+}
+SIZES: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 24,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 4,
+    "num_hidden_layers": 2,
+    "intermediate_size": 20,
+    "num_experts": 5,
+    "expert": "swiglu",
+    "dense_ffn": 36,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+    "initializer_range": 0.3,
+}
+
+
+def make(router: str, **changes: Any) -> MoEForCausalLM:
+    """Return a random model, with norms that are not 1 and biases that are not 0."""
+    settings = SIZES | {"router": ROUTERS[router]} | changes
+    torch.manual_seed(0)
+    model = MoEForCausalLM(MoEConfig(**settings, router_temperature=ROUTERS[router].get("temp", 1.0))).eval()
+    for tensor in [*model.parameters(), *(layer.router.bias for layer in model.moe_layers if "biased" in router)]:
+        if tensor.ndim == 1:
+            tensor.data += 0.3 * torch.randn_like(tensor)
+    return model
+
+
+SOFTMAX = {"mixtral", "granitemoe", "qwen2_moe", "olmoe", "qwen3_moe"}
+DEEP = {"shared_experts": 2, "first_k_dense_replace": 1}
+EXPRESSED: list[tuple[str, dict[str, Any], set[str]]] = [
+    ("topk", {}, SOFTMAX),
+    ("topk", {"tie_word_embeddings": False, "num_key_value_heads": 1}, SOFTMAX),
+    ("topk", {"embed_scale": False, "num_key_value_heads": 6}, SOFTMAX),
+    ("topk", {"head_dim": 6}, SOFTMAX - {"olmoe"}),
+    ("topk", {"attention_bias": True}, {"granitemoe", "olmoe", "qwen3_moe"}),
+    ("topk", {"first_k_dense_replace": 1}, {"qwen2_moe", "qwen3_moe"}),
+    ("topk", DEEP, {"qwen2_moe"}),
+    ("topk", {"expert": "silu"}, {"gpt_oss"}),
+    ("topk", {"expert": "silu", "attention_bias": True, "embed_scale": False}, {"gpt_oss"}),
+    ("switch", {}, {"qwen2_moe", "olmoe", "qwen3_moe"}),
+    ("softmax_all", {}, {"qwen2_moe", "olmoe", "qwen3_moe"}),
+    ("uniform", {}, {"granitemoe"}),
+    ("uniform", {"expert": "silu"}, {"gpt_oss"}),
+    ("random", {}, {"granitemoe"}),
+    ("temperature", {}, SOFTMAX),
+    ("gumbel", {}, SOFTMAX),
+    ("biased", {}, {"glm4_moe", "deepseek_v3"}),
+    ("biased_raw", DEEP, {"glm4_moe", "deepseek_v3"}),
+    ("groups", {"num_experts": 6}, set()),
+]
+
+
+@pytest.mark.parametrize(("router", "changes", "targets"), EXPRESSED)
+def test_the_targets_that_express_a_model_are_known_and_the_first_has_its_logits(
+    router: str, changes: dict[str, Any], targets: set[str]
+) -> None:
+    model = make(router, **changes)
+    assert {target.name for target in expressing(model)} == targets
+    if targets:
+        exported = to_transformers(model, "auto")
+        assert exported.config.model_type == choose(model, "auto")[0].name == expressing(model)[0].name
+        assert compare(model, exported).relative < 1e-5
+
+
+@pytest.mark.parametrize("target", [name for name in TARGETS if name not in ("mixtral", "gpt_oss", "glm4_moe")])
+def test_a_target_that_others_precede_has_the_logits_of_what_it_expresses_too(target: str) -> None:
+    """One key head, one for each head, and something between; tied and untied; with shared experts where they fit."""
+    router, changes, _ = [case for case in EXPRESSED if target in case[2]][-1]
+    for more in ({"num_key_value_heads": 1}, {"num_key_value_heads": 6, "tie_word_embeddings": False}):
+        model = make(router, **changes | more)
+        assert compare(model, to_transformers(model, target)).relative < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("router", "changes", "target", "message"),
+    [
+        ("topk", {}, "mixtrall", r"--to=mixtrall: must be one of auto, mixtral, .*; nearest: mixtral"),
+        ("biased", {"expert": "silu"}, "glm4_moe", r"--to glm4_moe: model.expert=silu: its experts have three .*"),
+        (
+            "biased",
+            {"expert": "silu"},
+            "auto",
+            r"--to auto: router=SigmoidBias\(k=3\): its rule \(.*\) is that of glm4_moe, deepseek_v3, but"
+            r" model.expert=silu: its experts have three matrices \(model.expert=swiglu\); with the nearest rule,"
+            r" gpt_oss with .*",
+        ),
+        ("topk", DEEP, "mixtral", r"--to mixtral: model.first_k_dense_replace=1: all its layers have experts; .*"),
+        ("topk", {"shared_experts": 2}, "granitemoe", r".* model.shared_experts=2: it has no shared experts; .*"),
+        (
+            "softmax_all",
+            {},
+            "mixtral",
+            r".*: router=TopK\(k=3, gate=softmax_all\): mixtral does not follow its rule \(top 3 of the softmax scores,"
+            r" the scores themselves as weights\); with the nearest rule, mixtral with top 3 of the softmax scores,"
+            r" weights that sum to 1, the logits would be off by up to [\d.]+, where the largest logit is [\d.]+; "
+            r"--to qwen2_moe expresses this model",
+        ),
+        (
+            "relu",
+            {},
+            "auto",
+            r"--to auto: router=ReLU\(\): what it does in evaluation is not the rule of any target; with the nearest"
+            r" rule, \w+ with top 2 .*, the logits would be off by up to [\d.]+, where the largest logit is [\d.]+",
+        ),
+        (
+            "groups",
+            {"num_experts": 6},
+            "auto",
+            r"--to auto: router=GroupLimited\(.*\): no target follows its rule \(top 2 of the softmax scores, weights"
+            r" that sum to 1, the best 1 of 2 groups\); with the nearest rule, .*",
+        ),
+        ("hash", {}, "auto", r".*; no target is near, because this router has no matrix that gives the scores .*"),
+        ("cosine", {}, "auto", r".*; no target is near, because this router has no matrix that gives the scores .*"),
+    ],
+)
+def test_a_model_that_the_target_does_not_express_is_refused_in_one_line(
+    router: str, changes: dict[str, Any], target: str, message: str
+) -> None:
+    """The line names the key, and if the router alone is in the way, how far the nearest rule would be off."""
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        to_transformers(make(router, **changes), target)
+
+
+def test_an_export_changes_neither_the_model_nor_the_random_numbers() -> None:
+    model = make("uniform")
+    before, state = {name: w.clone() for name, w in model.state_dict().items()}, torch.get_rng_state()
+    to_transformers(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+
+
+def test_a_model_in_bfloat16_stays_so_if_its_weights_do(tmp_path: Path) -> None:
+    """Its router, which computes in fp32, may have weights that bfloat16 does not hold."""
+    model = make("topk", embed_scale=False)
+    for p in model.parameters():
+        p.data = p.data.bfloat16()
+    for layer in model.moe_layers:
+        layer.router.weight.data = make("topk").moe_layers[0].router.weight.data
+    assert to_transformers(model, "mixtral").dtype == torch.float32
+    for layer in model.moe_layers:
+        layer.router.weight.data = layer.router.weight.data.bfloat16().float()
+    assert to_transformers(model, "mixtral").dtype == torch.bfloat16
+
+
+PLAIN = """
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+given = torch.load(sys.argv[1])
+results = {}
+for folder in sorted(Path(sys.argv[1]).parent.iterdir()):
+    if folder.is_dir():
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        logits = model(**given).logits
+        results[folder.name] = logits.detach(), model.generate(**given, max_new_tokens=8, do_sample=False)
+assert "moe" not in sys.modules
+torch.save(results, sys.argv[2])
+"""
+
+
+def test_plain_transformers_loads_each_target_with_the_same_logits_and_generates_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A process that does not have this project reads two texts, of which one is padded on the left, with a cache."""
+    models = {target: make(router, **changes) for router, changes, targets in EXPRESSED for target in targets}
+    assert models.keys() == TARGETS.keys()
+    folders = tmp_path / "exported"
+    folders.mkdir()
+    for target, model in models.items():
+        model.save_pretrained(tmp_path / f"saved-{target}")
+        assert main([str(tmp_path / f"saved-{target}"), "--to", target, "--out", str(folders / target)]) == 0
+        assert json.loads((folders / target / "config.json").read_text())["model_type"] == target
+    ids = torch.randint(1, 300, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    torch.save({"input_ids": ids, "attention_mask": mask}, folders / "given")
+    command = [sys.executable, "-I", "-c", PLAIN, str(folders / "given"), str(tmp_path / "results")]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for target, (logits, generated) in torch.load(tmp_path / "results").items():
+        model = models[target]
+        expected = model(ids, attention_mask=mask).logits[mask.bool()]
+        torch.testing.assert_close(logits[mask.bool()], expected, rtol=1e-4, atol=1e-4, msg=target)
+        same = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
+        assert torch.equal(generated, same), target
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a saved model with a tokenizer."""
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    tokenizer = train_bpe(["some words to learn"], 300)
+    make("topk", vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_the_model_of_a_run_is_exported_with_tokenizer_generation_settings_and_card(
+    cell: Callable[..., Cell], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The card says which run it was, from which weights, and its loss. A second export changes nothing."""
+    trained = cell("model.expert=swiglu", "model.layers=1", "steps=2", "capacity=1.25")
+    run(trained)
+    out = tmp_path / "exported"
+    capsys.readouterr()
+    assert main([str(trained.folder), "--out", str(out)]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith(f"{out}: mixtral, logits differ by up to ")
+    assert printed.err.startswith("capacity=1.25: the exported model drops no token")
+    tokenizer, model = AutoTokenizer.from_pretrained(out), AutoModelForCausalLM.from_pretrained(out)
+    original = AutoTokenizer.from_pretrained(trained.folder / "model")
+    text = "if x in range(12):\n    pass"
+    assert tokenizer(text) == original(text)
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id == 0
+    inputs = tokenizer(text, return_tensors="pt")
+    assert model.generate(**inputs, min_new_tokens=3, max_new_tokens=3).shape[1] == inputs["input_ids"].shape[1] + 3
+    card = ModelCard.load(out / "README.md")
+    assert card.data.library_name == "transformers"
+    metrics = json.loads((trained.folder / "metrics.json").read_text())["final_metrics"]
+    assert f"- val/loss: {metrics['val/loss']:.6g} nats" in card.text
+    assert "- run: " in card.text
+    assert "`model.safetensors`: sha256 `" in card.text
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    assert main([str(trained.folder), "--to", "qwen2_moe", "--out", str(out)]) == 2
+    assert capsys.readouterr().err.endswith("must be a new name; this one exists, and nothing is overwritten\n")
+    assert before == {path: path.read_bytes() for path in out.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("nowhere --out new", "no folder nowhere"),
+        (". --out new", ".: is neither the folder of a run nor a saved model: it has no run.json, no config.json"),
+        ("{saved} --to mixtrel --out new", "--to=mixtrel: must be one of auto, .*; nearest: mixtral"),
+        ("{saved} --out below/new", "--out=below/new: must be in a folder that exists; .*/below does not"),
+        ("{saved} --to glm4_moe --out new", "--to glm4_moe: router=TopK.*; --to mixtral expresses this model"),
+        ("torn --out new", "torn: cannot be read as a saved model (.*)"),
+        ("strange --out new", "strange: cannot be read as a saved model (.*)"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(
+    words: str,
+    message: str,
+    saved: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Weights that are torn, and a router that is a class of a stranger, are among it."""
+    monkeypatch.chdir(tmp_path)
+    make("topk").save_pretrained("torn")
+    weights = Path("torn/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    make("topk").save_pretrained("strange")
+    config = json.loads(Path("strange/config.json").read_text())
+    config["router"]["_target_"] = "os.system"
+    Path("strange/config.json").write_text(json.dumps(config))
+    before = sorted(tmp_path.iterdir())
+    assert main(words.format(saved=saved).split()) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(f"moe export: {message}", line), line
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_page_about_foreign_models_names_every_target_and_every_router() -> None:
+    page = (CONF.parent / "docs" / "foreign-models.md").read_text(encoding="utf-8")
+    routers = [path.stem for path in (CONF / "router").glob("*.yaml")]
+    assert not [name for name in (*TARGETS, *routers) if f"`{name}`" not in page]
