@@ -34,7 +34,8 @@ CONFIGURATION = f"""\
 
 Set a key as `key=value`, a key in a group as `group.key=value`, and a group by the name of one of its options:
 `python train.py noise=0.1 data.seq_len=256 router=temperature`. `python train.py --help` prints the keys and the
-options, and `python train.py --help model=base` the settings of one option. [hydra.md](hydra.md) explains sweeps.
+options, `python train.py --help noise` explains one key, and `python train.py --help model=base` explains one option.
+[hydra.md](hydra.md) explains sweeps.
 
 ## Keys
 

@@ -205,6 +205,7 @@ def test_only_launching_imports_hydra() -> None:
         "moe.launch.grids",
         "moe.launch.help",
         "moe.launch.hydra_errors",
+        "moe.launch.listing",
         "moe.launch.option_files",
         "moe.launch.overrides",
         "moe.launch.resolvers",

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf, open_dict
 from moe.checks import ConfigError, require, unknown
 from moe.config.options import GROUPS, use
 from moe.config.schema import Cell, allowed_values
-from moe.launch import help
+from moe.launch import help, listing
 from moe.launch.cells import expand
 from moe.launch.compose import compose_config, composing
 from moe.launch.explain import explain
@@ -167,19 +167,18 @@ def _check_shown(overrides: list[Override], flags: argparse.Namespace) -> None:
 
 
 def answer(arguments: Sequence[str]) -> Iterator[str]:
-    """Yield the answer to `--list`, to `--help`, or to `--help` with options, such as router=topk.
+    """Yield the answer to `--list`, to `--help`, or to `--help` with keys and options, such as noise and router=topk.
 
-    Raises ConfigError for an unknown option, and for a folder of options in the arguments, or in the environment, that
+    Raises ConfigError for an unknown word, and for a folder of options in the arguments, or in the environment, that
     cannot be used.
     """
     args = _parse_flags([word for word in arguments if word != LIST])
     words, folders = _folders(args)
     use(folders)
     if LIST in arguments:
-        yield from help.experiments_lines()
+        yield from listing.experiments_lines()
         return
-    chosen = [(group, option) for group, _, option in (word.partition("=") for word in words) if group in GROUPS]
-    yield "\n\n".join(help.option_text(*each) for each in chosen) or help.help_text()
+    yield "\n\n".join(map(help.topic_text, words)) or help.help_text()
 
 
 def help_text(arguments: Sequence[str] = ()) -> str:

@@ -1,79 +1,147 @@
-"""The text of `--help`: keys with their meanings, options with their purposes; `--help router=topk`; and `--list`."""
+"""The text of `--help`: keys with their meanings, options with their purposes; and of `--help` with one of these."""
 
-import json
 import textwrap
-from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, fields, is_dataclass
-from functools import cache
 from inspect import Parameter
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from omegaconf import OmegaConf
 
-from moe.checks import one_of
+from moe.checks import ConfigError, one_of, unknown
 from moe.config import meanings
 from moe.config.classes import locate
 from moe.config.options import CLASSES, CONF, GROUPS, options, sources
-from moe.config.schema import Config, ModelConfig, flatten
-from moe.launch.cells import Start, combinations
-from moe.launch.compose import compose_config, composing
+from moe.config.schema import Config, allowed_values, flatten
+from moe.launch.hints import hint
 from moe.launch.option_files import read_option
-from moe.launch.overrides import DEFAULTS, parse_override
 
-WIDTH = 110
+WIDTH = 80
 INTRODUCTION = """\
-Train one Mixture-of-Experts language model, or with -m one for each combination of several values.
+Train one Mixture-of-Experts language model, or with -m one for each combination
+of several values.
 
   python train.py router=temperature router.temp=1.5
   python train.py -m noise=0.0,0.1,0.5 lb=0.0,0.01 seed=42,43,44
   python train.py experiment=noise_lb_seed
+  python train.py --help noise         explain a key; also: --help router.temp
   python train.py --help router=topk   explain an option and its keys
-  python train.py --list               how many runs each experiment has, and what they compute
+  python train.py --list               how many runs each experiment has, and
+                                       what they compute
   python train.py --cfg job            print every key and its value
 
-Set a key as key=value, a key in a group as group.key=value (router.temp=1.5), a group by the name of
-one of its options (router=temperature).
+Set a key as key=value, a key in a group as group.key=value (router.temp=1.5), a
+group by the name of one of its options (router=temperature).
 
 Keys, with their defaults, or the value in the group's usual option:"""
-
-ADVICE = (
-    "Tokens and FLOPs are those of training: three times the forward FLOPs of each token that is read. The time "
-    "depends on the machine, and small models do not use all of it. A run says after its first steps how long it "
-    "takes, and a sweep after each run how long the others take. So try one run first:"
-)
 
 
 def help_text() -> str:
     """Return the text about all keys and all options."""
-    usual = usual_options()
-    lines = [INTRODUCTION, *_explained(usual_values(), {})]
-    for group in GROUPS:
-        entries = options(group)
-        width = max(map(len, entries), default=0)
-        usually = f"  (usually {usual[group]})" if usual.get(group) else ""
-        lines += ["", f"{group}={usually}"]
-        lines += [f"  {name:<{width}}  {purpose}" for name, purpose in entries.items()]
+    return "\n\n".join([INTRODUCTION + "\n" + "\n".join(_explained(usual_values(), {})), *map(group_text, GROUPS)])
+
+
+def topic_text(word: str) -> str:
+    """Return the text about one option (router=topk), one group (router), or one key (noise, router.temp).
+
+    A value after a key counts for nothing. Raises ConfigError, with the nearest name, for a word that is none of these.
+    """
+    name, _, value = word.lstrip("+~").partition("=")
+    if name in GROUPS:
+        return option_text(name, value) if value else group_text(name)
+    node, _, setting = name.rpartition(".")
+    if setting and node in CLASSES:
+        return _setting_text(node, name)
+    if name in meanings.all_keys():
+        return _key_text(name)
+    if meant := hint(name):
+        raise ConfigError(f"unknown key '{name}'; write {meant}")
+    raise unknown("key", name, [*meanings.all_keys(), *GROUPS, *_keys_of_files()])
+
+
+def group_text(group: str) -> str:
+    """Return a line for each option of a group."""
+    entries = options(group)
+    column = max(map(len, entries), default=0) + 4
+    usual = usual_options().get(group)
+    lines = [f"{group}={f'  (usually {usual})' if usual else ''}"]
+    for name, purpose in entries.items():
+        lines += _wrapped(f"  {name}".ljust(column) + purpose, column)
     return "\n".join(lines)
 
 
 def option_text(group: str, option: str) -> str:
     """Return the text about one option: its comments, its keys with their values, and the class that it names.
 
-    Raises ConfigError for an unknown option. The code of its class is imported.
+    Of an experiment, it also has the question and the claims. Raises ConfigError for an unknown option. The code of its
+    class is imported.
     """
     found = sources(group)
     one_of(group, option, found)
     content: Any = OmegaConf.to_container(read_option(found[option]))
     comments = option_comments(group, option)
-    lines = [f"{group}={option}: {comments[0]}" if comments else f"{group}={option}", *comments[1:], ""]
+    lines = _wrapped(f"{group}={option}: {comments[0]}" if comments else f"{group}={option}", 2)
+    lines += [part for line in comments[1:] for part in _wrapped(line, 2)]
+    lines += _wrapped(f"question: {content['question']}", 2) if "question" in content else []
+    lines.append("")
     grid = content.get("hydra", {}).get("sweeper", {}).get("params", {})
     for part in content.get("defaults", []):
         lines += [f"  {name.removeprefix('override ').lstrip('/')}={value}" for name, value in part.items()]
     values, targets = option_values(group, option)
-    lines += _explained(values, targets)
+    lines += _explained({key: value for key, value in values.items() if key != "question"}, targets)
     lines += [f"class: {target}" for target in targets.values()]
     lines += [f"varied: {key}={value}" for key, value in grid.items()]
+    claims = content.get("claims", [])
+    lines += ["", "Claims, written down before the runs. The report gives a verdict on each:"] if claims else []
+    for claim in claims:
+        about = ", ".join(filter(None, (claim["metric"], claim.get("source"))))
+        lines += _wrapped(f"- {claim['text']} ({about})", 2)
     return "\n".join(lines)
+
+
+def _key_text(key: str) -> str:
+    """Return the text about a key that has the same meaning with every option."""
+    lines = [*_explained({key: usual_values()[key]}, {}), "", f"It takes {allowed_values(key)}."]
+    group = key.partition(".")[0]
+    if group in GROUPS:
+        read = {
+            name: flatten(OmegaConf.to_container(read_option(path)), f"{group}.")
+            for name, path in sources(group).items()
+        }
+        listed = [f"{group}={name}: {value_text(values[key])}" for name, values in read.items() if key in values]
+        lines += ["Its value in each option:", *(f"  {each}" for each in listed)] if len(listed) > 1 else []
+    return "\n".join(lines)
+
+
+def _keys_of_files() -> set[str]:
+    """Return the keys that the files of options name, of all groups whose options are parts of the configuration."""
+    found = set[str]()
+    for group in set(GROUPS) - {"experiment", "variant"}:
+        for path in sources(group).values():
+            found |= _values(path, group).keys()
+    return {key for key in found if not key.endswith("._target_")}
+
+
+def _setting_text(node: str, key: str) -> str:
+    """Return the text about a key of a class that options name, such as router.temp. The code of these is imported."""
+    group = CLASSES[node]
+    users: dict[str, list[str]] = {}
+    for name in options(group):
+        values, targets = option_values(group, name)
+        if key in values:
+            said = "\n".join(_explained({key: values[key]}, targets))
+            users.setdefault(said, []).append(f"{group}={name}")
+    if not users:
+        raise unknown("key", key, [*meanings.all_keys(), *_keys_of_files()])
+    return "\n\n".join(
+        f"{said}\n" + "\n".join(_wrapped(f"with {', '.join(names)}", 2)) for said, names in users.items()
+    )
+
+
+def _values(path: Path, group: str) -> dict[str, Any]:
+    """Return the keys and values in the file of an option."""
+    content: Any = OmegaConf.to_container(read_option(path))
+    return flatten(content, f"{group}.")
 
 
 def option_comments(group: str, option: str) -> list[str]:
@@ -102,64 +170,11 @@ def option_values(group: str, option: str) -> tuple[dict[str, Any], dict[str, st
     return values, targets
 
 
-def experiments_lines() -> Iterator[str]:
-    """Yield a line for each experiment: how many runs it has, and what their training reads and computes.
-
-    It takes some seconds, because every run is composed.
-    """
-    names = options("experiment")
-    row = f"{{:<{max(map(len, names))}}}  {{:>4}}  {{:>14}}  {{:>14}}  {{:>12}}  {{}}"
-    yield row.format("experiment", "runs", "tokens per run", "FLOPs per run", "FLOPs in all", "purpose")
-    with composing():
-        for name, purpose in names.items():
-            tokens, flops = zip(*_training(name), strict=True)
-            yield row.format(name, len(tokens), _range(tokens), _range(flops), _number(sum(flops)), purpose)
-    yield from (
-        "",
-        *textwrap.wrap(ADVICE, WIDTH),
-        "  python train.py experiment=noise_lb_seed seed=42 noise=0.0 lb=0.01",
-    )
-
-
-def _training(experiment: str) -> list[tuple[int, int]]:
-    """Return the tokens that each run of an experiment reads in training, and the FLOPs of that."""
-    start = Start.of([parse_override(f"experiment={experiment}")], multirun=False)
-    found = []
-    for arguments in combinations([*start.presets, *start.own]):
-        composed = compose_config([line for line in arguments if line not in DEFAULTS])
-        tokens = composed.steps * composed.batch_size * composed.grad_accum * composed.data.seq_len
-        model, router = OmegaConf.to_container(composed.model, resolve=True), OmegaConf.to_container(composed.router)
-        assert isinstance(router, dict)
-        router = {key: value for key, value in router.items() if "${" not in str(value)}  # from results to come
-        key = json.dumps([model, router, composed.data.vocab_size, composed.data.seq_len])
-        found.append((tokens, 3 * tokens * _flops(key)))
-    return found
-
-
-@cache
-def _flops(key: str) -> int:
-    """Return the forward FLOPs of one token, given model, router, size of the vocabulary, and length of a sequence."""
-    import torch
-
-    from moe.model.causal_lm import MoEConfig, MoEForCausalLM
-    from moe.model.cost import flops_per_token
-
-    model, router, vocab_size, seq_len = json.loads(key)
-    settings = MoEConfig.of(ModelConfig(**model), router, vocab_size=vocab_size, seq_len=seq_len)
-    with torch.device("meta"):  # shapes without memory
-        return flops_per_token(MoEForCausalLM(settings, trusted=True), seq_len)
-
-
-def _range(values: Sequence[int]) -> str:
-    least, most = _number(min(values)), _number(max(values))
-    return least if least == most else f"{least} to {most}"
-
-
-def _number(value: int) -> str:
-    """Return a number in three digits, such as 614k, 1.23M, 2G or 3.4P."""
-    units = [(10**15, "P"), (10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"), (1, "")]
-    factor, unit = next((factor, unit) for factor, unit in units if value >= factor or factor == 1)
-    return f"{value / factor:.3g}{unit}"
+def _wrapped(text: str, indent: int) -> list[str]:
+    """Return the lines of a text. Lines after the first one are indented. No word is broken."""
+    rest = " " * indent
+    lines = textwrap.wrap(text, WIDTH, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False)
+    return lines or [text]
 
 
 def _explained(values: dict[str, Any], targets: dict[str, str]) -> list[str]:
@@ -191,8 +206,7 @@ def usual_values() -> dict[str, Any]:
     values = _defaults()
     for group, option in usual_options().items():
         if group in ("model", "data", "optimizer", "logger"):
-            content = OmegaConf.to_container(read_option(sources(group)[option]))
-            values |= flatten(content, f"{group}.")
+            values |= _values(sources(group)[option], group)
     return {key: values.get(key) for key in meanings.all_keys()}
 
 

@@ -175,7 +175,12 @@ def check_override(override: Override) -> None:
     if key.startswith("hydra.sweeper.") and not key.startswith((*HYDRA_KEYS, "hydra.sweeper.params")):
         raise unknown("setting of a search", key, SEARCH_KEYS)
     if not key.startswith(HYDRA_KEYS) and key.partition(".")[0].partition("/")[0] == "hydra":
-        raise ConfigError(f"{line}: of Hydra's settings only {SETTABLE} can be set; out=DIR sets the folder")
+        folder = key.rpartition(".")[2] in ("dir", "subdir", "chdir", "output_subdir")
+        raise ConfigError(
+            f"{line}: write out=DIR, which sets the folder of the runs"
+            if folder
+            else f"{line}: of Hydra's settings only {SETTABLE} can be set"
+        )
     if override.is_sweep_override() and (key in ONE_PER_COMMAND or override.is_hydra_override()):
         raise ConfigError(f"{line}: a command has one {key}; give one command for each")
     if key in SWEEPERS:

@@ -1,11 +1,13 @@
 """Tests of `--help` and `--list`."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from moe.checks import ConfigError
 from moe.config import meanings
-from moe.launch import help
+from moe.launch import listing
 from moe.launch.command_line import help_text, read_cells
 from moe.model.cost import flops_per_token
 from moe.training.setup import build_model
@@ -22,7 +24,14 @@ def test_help_explains_every_key_with_its_default() -> None:
         == "model.dim=128 width D of the hidden states".split()
     )
     assert "router=  (usually topk)" in lines
-    assert max(map(len, lines[: lines.index("router=  (usually topk)")])) <= 110
+
+
+@pytest.mark.parametrize(
+    "words", [(), ("router=topk",), ("experiment=noise_lb_seed",), ("data.source.paths", "router.k")]
+)
+def test_help_fits_a_terminal_of_80_columns(words: tuple[str, ...]) -> None:
+    """Only a word that is longer stands out."""
+    assert [line for line in help_text(["--help", *words]).splitlines() if len(line) > 80 and " " in line.strip()] == []
 
 
 @pytest.mark.parametrize(
@@ -46,6 +55,10 @@ def test_help_explains_every_key_with_its_default() -> None:
             "experiment=quick_demo",
             ["router=temperature", "noise=0.1 std of the Gauss", "varied: seed=42,43,44"],
         ),
+        (
+            "experiment=noise_lb_seed",
+            ["question: Do router noise and", "- Noise 0.5 raises perplexity (val/perplexity, noise study, 9)"],
+        ),
     ],
 )
 def test_help_on_an_option_explains_its_keys(option: str, lines: list[str]) -> None:
@@ -56,15 +69,58 @@ def test_help_on_an_option_explains_its_keys(option: str, lines: list[str]) -> N
         assert line in " ".join(text.split())
 
 
+@pytest.mark.parametrize(
+    ("word", "lines"),
+    [
+        ("noise", ["noise=0.0 std of the Gaussian noise on router logits", "It takes a number."]),
+        ("noise=0.3", ["noise=0.0 std of the Gaussian noise on router logits"]),
+        ("model.dim", ["model.dim=128 width D", "model=base: 384"]),
+        (
+            "router.temp",
+            ["router.temp=1.0 temperature by which logits", "with router=gumbel", "with router=temperature"],
+        ),
+        ("data.source.paths", ["data.source.paths=(required) names of files", "with data=text"]),
+        ("schedule", ["schedule= (usually constant)", "linear Temperature or noise goes"]),
+    ],
+)
+def test_help_on_a_key_or_a_group_is_about_nothing_else(word: str, lines: list[str]) -> None:
+    text = " ".join(help_text(["--help", word]).split())
+    for line in lines:
+        assert line in text
+    assert "batch_size" not in text
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("nosie", "unknown key 'nosie'; nearest: noise"),
+        ("router.tmp", "unknown key 'router.tmp'; nearest: router.temp"),
+        ("temp=2", "unknown key 'temp'; write router.temp, with router=temperature or router=gumbel"),
+    ],
+)
+def test_help_on_an_unknown_key_names_the_nearest(word: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        help_text(["--help", word])
+    assert str(error.value) == message
+
+
 def test_help_on_an_unknown_option_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"^router=topc: must be one of .*topk"):
         help_text(["--help", "router=topc"])
 
 
-def test_the_list_of_experiments_says_what_their_runs_read_and_compute(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run reads steps x batch_size x grad_accum x data.seq_len tokens, and computes what its record says later."""
-    monkeypatch.setattr(help, "options", lambda group: dict.fromkeys(("default", "quick_demo", "spectra_sweep_e"), "-"))
-    rows = {line.split("  ")[0]: line.split()[1:-1] for line in help_text(["--list"]).splitlines()[:4]}
+def test_the_list_of_experiments_says_what_their_runs_read_and_compute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run reads steps x batch_size x grad_accum x data.seq_len tokens, and computes what its record says later.
+
+    The second time, nothing is composed: the numbers are kept.
+    """
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    names = ("default", "quick_demo", "spectra_sweep_e")
+    monkeypatch.setattr(listing, "options", lambda group: dict.fromkeys(names, "-"))
+    text = help_text(["--list"])
+    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines()[:7] if not line.startswith(" ")}
     [cell] = read_cells([]) or []
     with torch.device("meta"):
         model = build_model(cell.config, vocab_size=4096)
@@ -73,3 +129,9 @@ def test_the_list_of_experiments_says_what_their_runs_read_and_compute(monkeypat
     assert rows["quick_demo"][:2] == [str(len(read_cells(["experiment=quick_demo"]) or [])), "614k"]
     assert rows["quick_demo"][3] == f"{9 * flops / 1e12:.3g}T"
     assert rows["spectra_sweep_e"][:4] == ["18", "154k", "to", "614k"]
+    assert max(map(len, text.splitlines())) <= 80
+    monkeypatch.setattr(listing, "composing", None)
+    assert help_text(["--list"]) == text
+    monkeypatch.setattr(listing, "_state", lambda: "other code")
+    with pytest.raises(TypeError):
+        help_text(["--list"])

@@ -219,7 +219,7 @@ def test_only_the_use_of_an_option_whose_file_cannot_be_read_is_refused(
         cells("sede=1")
     with pytest.raises(ConfigError, match=r"^unknown option of router 'brokn'; nearest: broken$"):
         cells("router=brokn")
-    assert "\n  broken " in help_text()
+    assert "\n  broken" in help_text()
 
 
 @pytest.mark.parametrize("first", ["# conf/experiment/mine.yaml", "steps: 7"])
