@@ -4,8 +4,9 @@ Letters in shapes: T tokens, D width of a hidden state, E experts.
 """
 
 import copy
+import itertools
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import transformers
@@ -15,12 +16,11 @@ from transformers import PreTrainedModel
 
 from moe.checks import ConfigError, one_of
 from moe.foreign.rules import Rule, bias_of, matrix_of, rule_of
-from moe.foreign.targets import TARGETS, Target, config_of, residual_scale, settings_of, weights_of
+from moe.foreign.targets import TARGETS, Target, config_of, positions_of, residual_scale, settings_of, weights_of
 from moe.model.causal_lm import MoEForCausalLM
 from moe.routers.base import Router
 from moe.routing.decision import Context, Routing
 
-WEIGHTS: tuple[Literal["normalized", "raw", "equal"], ...] = ("normalized", "raw", "equal")
 TOLERANCE = 1e-4  # largest difference of logits, relative to the largest logit, that an exported model may have
 
 
@@ -51,9 +51,12 @@ def to_transformers(model: MoEForCausalLM, target: str = "auto") -> PreTrainedMo
     Raises ConfigError, with one line, if the target does not express the model, or if the logits differ by more than
     `TOLERANCE`, as where scores that decide about an expert are nearly equal.
     """
-    chosen, rule = choose(model, target)
+    one_of("--to", target, ("auto", *TARGETS))
+    chosen, rule = choose(model, list(TARGETS.values()) if target == "auto" else [TARGETS[target]], to=target)
     scale = residual_scale(model, chosen)
     config = getattr(transformers, f"{chosen.prefix}Config")(**settings_of(model, chosen, rule, scale=scale))
+    for name, value in positions_of(model, chosen).items():
+        setattr(config, name, value)
     weights = weights_of(model, chosen, rule, scale=scale)
     dtype = model.lm_head.weight.dtype
     if not all(torch.equal(weight.to(dtype).to(weight.dtype), weight) for weight in weights.values()):
@@ -70,26 +73,24 @@ def to_transformers(model: MoEForCausalLM, target: str = "auto") -> PreTrainedMo
     return cast(PreTrainedModel, found)
 
 
-def choose(model: MoEForCausalLM, target: str) -> tuple[Target, Rule]:
-    """Return the target that expresses `model`, and the rule of its routers. Raises ConfigError if there is none."""
-    one_of("--to", target, ("auto", *TARGETS))
-    wanted = list(TARGETS.values()) if target == "auto" else [TARGETS[target]]
-    rule, fitting = _rule(model), expressing(model)
-    if found := [each for each in wanted if each in fitting]:
+def choose(model: MoEForCausalLM, targets: list[Target], *, to: str) -> tuple[Target, Rule]:
+    """Return the first of the `targets` that expresses `model`, and the rule of its routers.
+
+    Raises ConfigError if there is none. `to`: how the user named them.
+    """
+    if found := expressing(model, targets):
+        rule = _rule(model)
         assert rule is not None, "a target that expresses the model follows the rule"
         return found[0], rule
-    advice = f"; --to {fitting[0].name} expresses this model" if fitting else ""
-    raise ConfigError(f"--to {target}: {_reason(model, wanted, rule)}{advice}")
+    others = expressing(model, list(TARGETS.values()))
+    advice = f"; --to {others[0].name} expresses this model" if others else ""
+    raise ConfigError(f"--to {to}: {_reason(model, targets)}{advice}")
 
 
-def expressing(model: MoEForCausalLM) -> list[Target]:
-    """Return the targets that express `model`, in the order in which `auto` tries them."""
-    rule = _rule(model)
-    return [
-        target
-        for target in TARGETS.values()
-        if rule is not None and target.follows(rule) and target.lacks(config_of(model)) is None
-    ]
+def expressing(model: MoEForCausalLM, targets: list[Target]) -> list[Target]:
+    """Return those of the `targets` that express `model`."""
+    rule, config = _rule(model), config_of(model)
+    return [each for each in targets if rule is not None and each.follows(rule) and each.lacks(config) is None]
 
 
 def _rule(model: MoEForCausalLM) -> Rule | None:
@@ -105,13 +106,11 @@ def _router_named(model: MoEForCausalLM) -> str:
     return f"router={str(spec.get('_target_', '')).rpartition('.')[2]}({settings})"
 
 
-def _reason(model: MoEForCausalLM, wanted: list[Target], rule: Rule | None) -> str:
+def _reason(model: MoEForCausalLM, wanted: list[Target]) -> str:
     """Return why none of the targets expresses the model. If it is the router alone, say how far it would be off."""
-    router, lacking = (
-        _router_named(model),
-        dict.fromkeys(filter(None, (each.lacks(config_of(model)) for each in wanted))),
-    )
-    apart_from_router = [each for each in wanted if each.lacks(config_of(model)) is None]
+    router, config, rule = _router_named(model), config_of(model), _rule(model)
+    lacking = list(dict.fromkeys(lack for each in wanted if (lack := each.lacks(config)) is not None))
+    apart_from_router = [each for each in wanted if each.lacks(config) is None]
     if not apart_from_router:
         return "; ".join(lacking)
     followers = [each.name for each in wanted if rule is not None and each.follows(rule)]
@@ -143,8 +142,8 @@ def nearest(model: MoEForCausalLM, targets: list[Target]) -> tuple[Target, Rule,
     best: tuple[Target, Rule, Difference] | None = None
     tried: set[Rule] = set()
     for target in targets:
-        for weights in WEIGHTS:
-            rule = replace(known, scores=target.scores, weights=weights)
+        for scores, weights in itertools.product(target.scores, target.weights):
+            rule = replace(known, scores=scores, weights=weights)
             rule = rule if target.biased else replace(rule, biased=False)
             rule = rule if target.grouped else replace(rule, groups=1, top_groups=1)
             if rule in tried or not target.follows(rule):

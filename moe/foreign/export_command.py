@@ -2,8 +2,8 @@
 
 RUN is the folder of a run, or of a saved model. The new folder has weights, tokenizer, generation settings and a card.
 Plain transformers loads it without this project, and its logits are those of the run. A model that the architecture
-cannot express is refused, with the reason and the nearest architecture that can. docs/foreign-models.md explains which
-can. `--to auto` takes the first that can.
+cannot express is refused, with the reason and the nearest architecture that can. `--to auto` takes the first that can,
+and `--to gguf` writes a file for llama.cpp. docs/foreign-models.md explains all of it.
 """
 
 import argparse
@@ -16,25 +16,27 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of the hub and of 
 
 from moe.checks import one_of, printable
 from moe.foreign.export import compare, to_transformers
-from moe.foreign.folder import check_new, read_source, write_folder
+from moe.foreign.folder import GGUF, Source, check_new, read_source, write_folder, write_gguf_folder
+from moe.foreign.gguf import require_package
 from moe.foreign.targets import TARGETS
+
+WAYS = ("auto", *TARGETS, "gguf")
 
 
 def main(command: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m moe export", description=__doc__)
     parser.add_argument("model", type=Path, help="folder of a run or of a saved model")
-    parser.add_argument("--to", default="auto", help=f"architecture: auto, {', '.join(TARGETS)} (auto)")
+    parser.add_argument("--to", default="auto", help=f"{', '.join(WAYS)} (auto)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder to write")
     arguments = parser.parse_args(command)
     try:
-        one_of("--to", arguments.to, ("auto", *TARGETS))
+        one_of("--to", arguments.to, WAYS)
+        if arguments.to == "gguf":
+            require_package()
         check_new(arguments.out)
         source = read_source(arguments.model)
-        model = source.model()
-        exported = to_transformers(model, arguments.to)
         capacity = None if source.record is None else source.record.typed_config().capacity
-        difference = compare(model, exported)
-        write_folder(exported, source, arguments.out, difference=difference)
+        done = _export(source, arguments.to, arguments.out)
     except (ValueError, OSError) as error:
         print(f"moe export: {printable(str(error))}", file=sys.stderr)
         return 2
@@ -46,8 +48,19 @@ def main(command: list[str] | None = None) -> int:
             "in training and in val_capacity/ alone",
             file=sys.stderr,
         )
-    print(f"{arguments.out}: {exported.config.model_type}, logits differ by up to {difference}")
+    print(f"{arguments.out}: {done}")
     return 0
+
+
+def _export(source: Source, to: str, out: Path) -> str:
+    """Write the new folder, and return what was written."""
+    model = source.model()
+    if to == "gguf":
+        return f"{GGUF}, architecture {write_gguf_folder(model, source, out)}"
+    exported = to_transformers(model, to)
+    difference = compare(model, exported)
+    write_folder(exported, source, out, difference=difference)
+    return f"{exported.config.model_type}, logits differ by up to {difference}"
 
 
 if __name__ == "__main__":

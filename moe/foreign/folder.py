@@ -14,6 +14,7 @@ from moe.checks import ConfigError, escaped, require
 from moe.data.tokenizer import pretrained_tokenizer
 from moe.files import apply_umask, sha256, write_text
 from moe.foreign.export import Difference
+from moe.foreign.gguf import write_gguf
 from moe.model.causal_lm import MoEForCausalLM, load_model
 from moe.runs.record import MetricsRecord, RunRecord
 
@@ -25,6 +26,13 @@ model = AutoModelForCausalLM.from_pretrained(folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 ```"""
 
+
+GGUF = "model.gguf"
+SERVING = f"""```sh
+llama-server -m {GGUF}
+```
+
+Its weights are in fp32. `llama-quantize` makes them smaller."""
 
 # What somebody must know who runs a model of these architectures in another program.
 SCALED = """All numbers between the layers are multiplied by a large power of two, so that the norms of queries and
@@ -106,15 +114,30 @@ def complete(out: Path) -> Iterator[Path]:
 def write_folder(exported: PreTrainedModel, source: Source, out: Path, *, difference: Difference) -> None:
     """Write the model as its architecture writes it, with the tokenizer and the card of `source`."""
     disable_progress_bar()  # transformers would show one while it writes a single small file
+    name = exported.config.model_type
     with complete(out) as folder:
         exported.save_pretrained(folder)
         if source.tokenizer is not None:
             source.tokenizer.save_pretrained(folder)
-        write_text(folder / "README.md", card(exported.config.model_type, source, difference))
+        remarks = (*_equality(difference), *NOTES.get(name, ()))
+        write_text(folder / "README.md", card(source, name, *remarks, loading=LOADING))
 
 
-def card(name: str, source: Source, difference: Difference | None) -> str:
-    """Return the card of an exported model, in Markdown with front matter for the hub.
+def write_gguf_folder(model: MoEForCausalLM, source: Source, out: Path) -> str:
+    """Write the model as a GGUF file, with the card of `source`. Return the architecture of the file.
+
+    Raises ConfigError, with one line, for a model or a tokenizer that the format does not express.
+    """
+    if source.tokenizer is None:
+        raise ConfigError(f"--to gguf: {source.folder} has no tokenizer, which is a part of a GGUF file")
+    with complete(out) as folder:
+        name = write_gguf(model, source.tokenizer, folder / GGUF, name=_title(source))
+        write_text(folder / "README.md", card(source, f"{name}, in a GGUF file", loading=SERVING))
+    return name
+
+
+def card(source: Source, name: str, *remarks: str, loading: str) -> str:
+    """Return the card of a model that was exported as the architecture `name`, in Markdown with front matter.
 
     Names that the user chose are escaped. Paths are not part of it, because they may be private.
     """
@@ -131,10 +154,9 @@ def card(name: str, source: Source, difference: Difference | None) -> str:
         "## Where it comes from",
         *_origin(source),
         "Its weights were computed from these files:\n\n" + "\n".join(digests),
-        *_equality(difference),
-        *NOTES.get(name, ()),
+        *remarks,
         "## How to load it",
-        LOADING,
+        loading,
         "No license of this model is set. Add one, as `license:` at the top of this file.",
     ]
     return "\n\n".join(parts) + "\n"
@@ -144,10 +166,9 @@ def _origin(source: Source) -> list[str]:
     if source.record is None:
         return ["A saved model; no record of its run was beside it."]
     record = source.record
-    named = record.name if not set("/\\~") & set(record.name) else "a run"
     lines = [
         f"- experiment: {escaped(record.experiment)}",
-        f"- run: {escaped(named)}",
+        f"- run: {_title(source)}",
         f"- moe-routing: {escaped(record.versions.get('moe-routing', 'unknown'))}, commit {record.commit or 'unknown'}",
     ]
     if source.val_loss is not None:
@@ -155,8 +176,13 @@ def _origin(source: Source) -> list[str]:
     return ["\n".join(lines)]
 
 
-def _equality(difference: Difference | None) -> list[str]:
-    if difference is None:
-        return []
+def _title(source: Source) -> str:
+    """Return the name of the run, without paths that may be part of it."""
+    if source.record is None:
+        return "a saved model"
+    return "a run" if set("/\\~") & set(source.record.name) else escaped(source.record.name)
+
+
+def _equality(difference: Difference) -> list[str]:
     compared = "Its logits were compared with those of the original in fp32, on random tokens."
     return [f"{compared} They differ by up to {difference}."]

@@ -28,6 +28,7 @@ from moe.model.architecture import MoEConfig
 from moe.model.causal_lm import MoEForCausalLM
 from moe.model.experts import Experts
 from moe.model.layer import MoELayer
+from moe.routers.base import Router
 
 ROUNDING = 2.0**-24  # the largest relative error of a number that is rounded to fp32
 NO_SHARED = 8  # width of the shared expert of zeros, in targets that always have one
@@ -52,6 +53,11 @@ class Heads(NamedTuple):
         return Heads(config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads, width)
 
 
+def rope_of(config: MoEConfig) -> dict[str, Any]:
+    """Return a copy of what the configuration says about positions."""
+    return dict(config.rope_parameters or {})
+
+
 def config_of(model: MoEForCausalLM) -> MoEConfig:
     """Return the model's configuration, whose class transformers does not know."""
     return cast(MoEConfig, model.config)
@@ -59,29 +65,30 @@ def config_of(model: MoEForCausalLM) -> MoEConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """An architecture of transformers.
+    """An architecture of transformers, or of a GGUF file.
 
-    name: its `model_type`. prefix: what its class names begin with.
+    name: its `model_type`. prefix: what the names of its classes begin with.
     scores, weights: the rules that its router can follow, see `Rule`. biased, grouped: whether it can have these parts
         of a rule.
-    expert: the form of its experts, a value of model.expert.
+    forms: the forms that its experts can have, values of model.expert.
     dense, shared: whether it can have dense first layers, and shared experts without a gate.
     attention: plain, row_norm (a norm over all heads), head_norm (over each head), latent or sinks.
-    biases: whether its attention can have biases.
+    biases: whether its attention can have biases. any_rope: whether it takes all `rope_parameters`.
     experts, width, block, router: how it names the number of experts, their width, the MoE layer and its router.
     """
 
     name: str
-    prefix: str
-    scores: Literal["softmax", "sigmoid"]
-    weights: frozenset[str]
+    prefix: str = ""
+    scores: tuple[Literal["softmax", "sigmoid"], ...]
+    weights: tuple[Literal["normalized", "raw", "equal"], ...]
     biased: bool = False
     grouped: bool = False
-    expert: str = "swiglu"
+    forms: tuple[str, ...] = ("swiglu",)
     dense: bool = False
     shared: bool = False
     attention: str = "plain"
     biases: bool = False
+    any_rope: bool = True
     experts: str = "num_local_experts"
     width: str = "intermediate_size"
     block: str = "mlp"
@@ -93,12 +100,12 @@ class Target:
         None if there is none.
         """
         heads = Heads.of(config)
-        rope = (config.rope_parameters or {}).get("rope_type", "default")
+        rope = rope_of(config).get("rope_type", "default")
         has_experts = config.first_k_dense_replace < config.num_hidden_layers
-        matrices = "three" if self.expert == "swiglu" else "two"
-        form = f"its experts have {matrices} matrices (model.expert={self.expert})"
+        matrices = "three" if "swiglu" in self.forms else "two"
+        form = f"its experts have {matrices} matrices (model.expert={self.forms[0]})"
         checks = {
-            f"model.expert={config.expert}": (config.expert == self.expert, form),
+            f"model.expert={config.expert}": (config.expert in self.forms, form),
             f"model.first_k_dense_replace={config.first_k_dense_replace}": (
                 config.first_k_dense_replace == 0 or (self.dense and has_experts),
                 "all its layers have experts" if not self.dense else "it has at least one layer with experts",
@@ -113,11 +120,11 @@ class Target:
                 f"its heads have the width hidden_size / heads = {config.hidden_size / heads.queries:g}",
             ),
             f"rope_parameters.rope_type={rope}": (
-                self.attention != "latent" or rope == "default",
-                "its one rotated key needs the type longrope",
+                self.any_rope or rope == "default",
+                "it takes the type default alone",
             ),
             f"model.num_experts={config.num_experts}": (
-                self.scores != "sigmoid" or config.num_experts > 1,
+                not self.grouped or config.num_experts > 1,
                 "its router adds the two largest scores",
             ),
         }
@@ -125,13 +132,14 @@ class Target:
 
     def follows(self, rule: Rule) -> bool:
         """Return whether its router can follow `rule`."""
-        ungrouped = rule.groups == 1 or self.grouped
-        scores = rule.scores == self.scores or rule.weights == "equal"
-        return scores and rule.weights in self.weights and (not rule.biased or self.biased) and ungrouped
+        scores = rule.scores in self.scores or rule.weights == "equal"
+        groups = rule.groups == 1 or (self.grouped and rule.weights != "equal")
+        return scores and rule.weights in self.weights and (not rule.biased or self.biased) and groups
 
 
-GATES = frozenset(("normalized", "raw"))
-CHOSEN = frozenset(("normalized", "equal"))  # a softmax over the chosen logits: equal weights if they are made small
+GATES: tuple[Literal["normalized", "raw"], ...] = ("normalized", "raw")
+# A softmax over the chosen logits gives equal weights if they are made small.
+CHOSEN: tuple[Literal["normalized", "equal"], ...] = ("normalized", "equal")
 DEEPSEEK: dict[str, Any] = {
     "weights": GATES,
     "grouped": True,
@@ -145,11 +153,11 @@ DEEPSEEK: dict[str, Any] = {
 TARGETS = {
     target.name: target
     for target in (
-        Target(name="mixtral", prefix="Mixtral", scores="softmax", weights=frozenset(("normalized",))),
+        Target(name="mixtral", prefix="Mixtral", scores=("softmax",), weights=("normalized",)),
         Target(
             name="granitemoe",
             prefix="GraniteMoe",
-            scores="softmax",
+            scores=("softmax",),
             weights=CHOSEN,
             biases=True,
             block="block_sparse_moe",
@@ -158,20 +166,20 @@ TARGETS = {
         Target(
             name="qwen2_moe",
             prefix="Qwen2Moe",
-            scores="softmax",
+            scores=("softmax",),
             weights=GATES,
             dense=True,
             shared=True,
             experts="num_experts",
             width="moe_intermediate_size",
         ),
-        Target(name="glm4_moe", prefix="Glm4Moe", scores="sigmoid", biased=True, **DEEPSEEK),
+        Target(name="glm4_moe", prefix="Glm4Moe", scores=("sigmoid",), biased=True, **DEEPSEEK),
         Target(
             name="gpt_oss",
             prefix="GptOss",
-            scores="softmax",
+            scores=("softmax",),
             weights=CHOSEN,
-            expert="silu",
+            forms=("silu",),
             attention="sinks",
             biases=True,
             router="router",
@@ -179,7 +187,7 @@ TARGETS = {
         Target(
             name="olmoe",
             prefix="Olmoe",
-            scores="softmax",
+            scores=("softmax",),
             weights=GATES,
             attention="row_norm",
             biases=True,
@@ -188,7 +196,7 @@ TARGETS = {
         Target(
             name="qwen3_moe",
             prefix="Qwen3Moe",
-            scores="softmax",
+            scores=("softmax",),
             weights=GATES,
             dense=True,
             attention="head_norm",
@@ -196,7 +204,15 @@ TARGETS = {
             experts="num_experts",
             width="moe_intermediate_size",
         ),
-        Target(name="deepseek_v3", prefix="DeepseekV3", scores="sigmoid", biased=True, attention="latent", **DEEPSEEK),
+        Target(
+            name="deepseek_v3",
+            prefix="DeepseekV3",
+            scores=("sigmoid",),
+            biased=True,
+            attention="latent",
+            any_rope=False,
+            **DEEPSEEK,
+        ),
     )
 }
 
@@ -212,7 +228,7 @@ def settings_of(model: MoEForCausalLM, target: Target, rule: Rule, *, scale: flo
         "num_attention_heads": heads.queries,
         "num_key_value_heads": heads.keys,
         "head_dim": heads.width,
-        "rope_parameters": dict(config.rope_parameters or {}),
+        "rope_parameters": rope_of(config),
         "rms_norm_eps": config.rms_norm_eps * scale**2,
         "hidden_act": "silu",
         "attention_dropout": 0.0,
@@ -237,6 +253,18 @@ def settings_of(model: MoEForCausalLM, target: Target, rule: Rule, *, scale: flo
     elif target.dense:
         settings["mlp_only_layers"] = list(range(config.first_k_dense_replace))
     return settings | OWN_SETTINGS.get(target.name, lambda config: {})(config)
+
+
+def positions_of(model: MoEForCausalLM, target: Target) -> dict[str, float]:
+    """Return what config.json says about positions in its older form too, which other programs may read.
+
+    transformers 5 has moved these keys to `rope_parameters`.
+    """
+    rope = rope_of(config_of(model))
+    if rope.get("rope_type", "default") != "default" or target.attention == "latent":
+        return {}
+    found = {"rope_theta": float(rope["rope_theta"])} if "rope_theta" in rope else {}
+    return found | ({"partial_rotary_factor": 1.0} if target.name == "glm4_moe" else {})
 
 
 def is_tied(config: MoEConfig, target: Target) -> bool:
@@ -278,7 +306,7 @@ def _latent(config: MoEConfig) -> dict[str, Any]:
     """Return the sizes of latent attention that holds ours, and the frequencies of its one key."""
     heads = Heads.of(config)
     width = heads.keys * heads.width
-    rope: dict[str, Any] = dict(config.rope_parameters or {})
+    rope = rope_of(config)
     if heads.keys > 1:
         factors = rope_factors(rope["rope_theta"], heads.width, heads.keys)
         length = config.max_position_embeddings
@@ -414,13 +442,25 @@ def _latent_attention(layer: Any, config: MoEConfig, target: Target, scale: floa
     }
 
 
-def _router(layer: MoELayer, norm: Float[Tensor, "D"], target: Target, rule: Rule) -> Weights:
-    matrix, bias = matrix_of(layer.router), bias_of(layer.router)
+def router_matrix(router: Router, norm: Float[Tensor, "D"], rule: Rule) -> Float[Tensor, "E D"]:
+    """Return the matrix with which a router without a temperature follows `rule`.
+
+    norm: the weight of the norm before the router, whose output is at most sqrt(D) times as long.
+
+    For equal weights, the matrix is so small that exp(logit) rounds to 1. Its factor is a power of two, so the logits
+    keep their order.
+    """
+    matrix = matrix_of(router)
     assert matrix is not None, "a router with a rule has a matrix"
     matrix = matrix / rule.temperature
-    if rule.weights == "equal":  # so small that exp(logit) rounds to 1, by a power of two, which changes no order
+    if rule.weights == "equal":
         largest = (matrix * norm).double().norm(dim=1).max().item() * math.sqrt(len(norm))
         matrix = matrix * 2.0 ** -max(0, math.ceil(math.log2(max(2 * largest / ROUNDING, 1))))
+    return matrix
+
+
+def _router(layer: MoELayer, norm: Float[Tensor, "D"], target: Target, rule: Rule) -> Weights:
+    matrix, bias = router_matrix(layer.router, norm, rule), bias_of(layer.router)
     found = {f"{target.router}.weight": matrix}
     if target.biased:
         found[f"{target.router}.e_score_correction_bias"] = matrix.new_zeros(len(matrix)) if bias is None else bias
