@@ -58,7 +58,10 @@ class Progress:
             line += f"  load CV {load_cv:.3f}"
         if dead := dead_layers(values):
             line += f"  no token takes an expert in {', '.join(dead)}"
-        self._say(f"{line}  after {duration(values['time/elapsed'])}")
+        line += f"  after {duration(values['time/elapsed'])}"
+        if self._sweep is not None and self._sweep.disable and 0 < step < self._steps:
+            line += f"; {self._place.standing(step / self._steps)}"  # what the bar of the sweep would show
+        self._say(line)
         if step == self._steps and self._baselines and not self._place.in_sweep:
             self._say(f"perplexity {values['val/perplexity']:.2f}; for comparison: {', '.join(self._baselines)}")
 

@@ -71,6 +71,21 @@ def test_each_line_names_its_run_and_what_was_read_is_said_once_for_a_sweep(caps
     assert printed.err == ""
 
 
+def test_without_bars_a_line_says_where_the_sweep_stands(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With several workers, or in a file, an evaluation in the middle of a run tells the progress of all runs."""
+    with place.command(4, 4):
+        here = Place.of(2)
+        monkeypatch.setattr("time.time", lambda: here.began + 60)
+        here.begin()
+        with Progress(done=0, steps=10, place=here) as progress:
+            for step in (0, 5, 10):
+                progress.evaluated(step, EVALUATED)
+    endings = [line.partition("after 18 s")[2] for line in capsys.readouterr().out.splitlines()]
+    assert endings == ["", "; 0 of 4 ended after 60 s, about 7 min left", ""]
+
+
 def test_a_sweep_estimates_its_end_from_the_runs_that_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of six runs were finished before. A run that goes on counts as half done, the own one as far as it is."""
     with place.command(6, 4):
