@@ -52,29 +52,29 @@ def resolve(model: dict[str, Any]) -> dict[str, Any]:
 def check_data(name: str, revision: str | None, *, tokenizer: str, seq_len: int) -> None:
     """Raise ConfigError if the tokenizer is not the checkpoint's, or if sequences are longer than it has positions."""
     settings = _settings(name, revision)
-    vocabulary = settings["vocab_size"]
-    require(tokenizer != "bpe", "data.tokenizer", tokenizer, f"the tokenizer of model.dense={name}")
+    check_tokenizer(tokenizer, "model.dense", name, least=settings["vocab_size"], most=settings["vocab_size"])
+    longest = settings.get("max_position_embeddings", 2048)
+    require(seq_len <= longest, "data.seq_len", seq_len, f"at most {longest}, the number of positions of {name}")
+
+
+def check_tokenizer(tokenizer: str, key: str, name: str, *, most: int, least: int = 1) -> None:
+    """Raise ConfigError unless `data.tokenizer` is one of from `least` to `most` tokens, for the checkpoint `name`."""
+    require(tokenizer != "bpe", "data.tokenizer", tokenizer, f"the tokenizer of {key}={name}")
     path = _file("data.tokenizer", tokenizer, "tokenizer.json")
     try:
         size = Tokenizer.from_file(str(path)).get_vocab_size()
     except Exception as error:  # the library raises no other class
         raise ConfigError(f"data.tokenizer={tokenizer}: {path.name} cannot be read ({first_line(error)})") from error
-    require(
-        size == vocabulary,
-        "data.tokenizer",
-        tokenizer,
-        f"of {vocabulary} tokens like {name}; it has {size}",
-    )
-    longest = settings.get("max_position_embeddings", 2048)
-    require(seq_len <= longest, "data.seq_len", seq_len, f"at most {longest}, the number of positions of {name}")
+    number = f"of {most} tokens like {name}" if least == most else f"of at most {most} tokens, for {name}"
+    require(least <= size <= most, "data.tokenizer", tokenizer, f"{number}; it has {size}")
 
 
-def digest(name: str, revision: str | None = None) -> str:
+def digest(name: str, revision: str | None = None, *, key: str = "model.dense") -> str:
     """Return the digest of a checkpoint: sha256 of config.json and all weights of a folder, or the commit on the hub.
 
     This reads all weights, about a second per GB, but only once per process while the files do not change.
     """
-    folder = _file("model.dense", name, "config.json", revision).parent
+    folder = _file(key, name, "config.json", revision).parent
     if not Path(name).is_dir():
         return folder.name
     weights = sorted(folder.glob("*.safetensors"))
@@ -87,17 +87,24 @@ def revision(name: str, digest: str | None) -> str:
     return "main" if Path(name).is_dir() or digest is None else digest
 
 
+def content(key: str, name: str, revision: str | None) -> dict[str, Any]:
+    """Return the content of config.json of a checkpoint. Raises ConfigError if it is no JSON object."""
+    path = _file(key, name, "config.json", revision)
+    try:
+        settings = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{key}={name}: config.json cannot be read ({first_line(error)})") from error
+    require(isinstance(settings, dict), f"config.json of {key}={name}", type(settings).__name__, "an object")
+    return settings  # type: ignore[no-any-return]
+
+
 def _settings(name: str, revision: str | None) -> dict[str, Any]:
     """Return the content of config.json. Raises ConfigError if the model cannot take over the weights.
 
     They must be those of a Llama: its attention and norms, and SwiGLU without bias for the experts.
     """
-    path = _file("model.dense", name, "config.json", revision)
-    try:
-        settings = json.loads(read_text(path))
-        kind = (settings["model_type"], settings.get("hidden_act", "silu"), settings.get("mlp_bias", False))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"model.dense={name}: config.json cannot be read ({first_line(error)})") from error
+    settings = content("model.dense", name, revision)
+    kind = (settings.get("model_type"), settings.get("hidden_act", "silu"), settings.get("mlp_bias", False))
     needed = ("vocab_size", "num_hidden_layers", *SIZES.values())
     missing = [key for key in needed if key not in settings]
     require(kind == ("llama", "silu", False), "model.dense", name, f"a Llama with SwiGLU without bias, not {kind}")

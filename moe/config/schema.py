@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, get_type_hints
 from omegaconf import MISSING
 
 from moe.checks import ConfigError, describe, finite, one_of, require, unknown
-from moe.config import dense_checkpoint
+from moe.config import dense_checkpoint, imported
 from moe.config.claim import ClaimConfig
 from moe.config.classes import build, locate
 from moe.config.plugins import Plugin, plugins
@@ -78,25 +78,38 @@ class ModelConfig:
     attention: str = "sdpa"  # implementation of the attention: eager | sdpa | flash_attention_2
     dense: str | None = None  # dense Llama-type checkpoint to start from, a folder or hub name (`moe.model.upcycle`)
     dense_digest: str | None = None  # digest of that checkpoint; filled in automatically; a given one must match
+    checkpoint: str | None = None  # Mixture of Experts of transformers to import, a folder or hub name
+    checkpoint_digest: str | None = None  # digest of that model; filled in automatically; a given one must match
 
     def check(self) -> None:
         one_of("model.expert", self.expert, ("silu", "swiglu"))
-        made = self.dense is not None or self.dense_digest is None
-        require(made, "model.dense_digest", self.dense_digest, "left out without model.dense")
         one_of("model.attention", self.attention, ("eager", "sdpa", "flash_attention_2"))
         usable = self.attention != "flash_attention_2" or importlib.util.find_spec("flash_attn") is not None
         require(usable, "model.attention", self.attention, "eager or sdpa, unless the package flash-attn is installed")
         for name in ("dim", "heads", "layers", "ffn", "num_experts", "dense_ffn"):
             value = getattr(self, name)
             require(1 <= value <= 10**6, f"model.{name}", value, "a whole number from 1 to 10^6")
+        for key in ("dense", "checkpoint"):
+            made = getattr(self, key) is not None or getattr(self, f"{key}_digest") is None
+            require(made, f"model.{key}_digest", getattr(self, f"{key}_digest"), f"left out without model.{key}")
+        one = self.dense is None or self.checkpoint is None
+        require(one, "model.checkpoint", self.checkpoint, "left out with model.dense")
         divides = self.dim % self.heads == 0 and (self.dim // self.heads) % 2 == 0
-        require(divides, "model.heads", self.heads, f"a divisor of model.dim={self.dim} leaving an even head width")
+        require(
+            divides or self.checkpoint is not None,
+            "model.heads",
+            self.heads,
+            f"a divisor of model.dim={self.dim} leaving an even head width",
+        )
         require(self.shared_experts >= 0, "model.shared_experts", self.shared_experts, ">= 0")
         dense, allowed = self.first_k_dense_replace, f"between 0 and model.layers={self.layers}"
         require(0 <= dense <= self.layers, "model.first_k_dense_replace", dense, allowed)
         require(finite(self.dropout) and 0 <= self.dropout < 1, "model.dropout", self.dropout, "in [0, 1)")
         alpha = self.neftune_noise_alpha
         require(finite(alpha) and alpha >= 0, "model.neftune_noise_alpha", alpha, "a finite number >= 0")
+        for key in ("shared_experts", "dropout"):
+            value, allowed = getattr(self, key), "0 with model.checkpoint, because the imported model has its own"
+            require(self.checkpoint is None or not value, f"model.{key}", value, allowed)
 
 
 @dataclass
@@ -210,7 +223,7 @@ class Config:
     """The whole configuration of a run. Equal configurations train bitwise equal models on one machine."""
 
     seed: int = 42  # decides initial weights, order of the training text, noise and dropout
-    steps: int = 300  # length of the training, in optimizer steps
+    steps: int = 300  # length of the training, in optimizer steps; 0: only evaluate the model as it starts
     batch_size: int = 16  # sequences per micro-batch
     grad_accum: int = 1  # micro-batches per optimizer step
     noise: float = 0.0  # std of the Gaussian noise on router logits, training only
@@ -253,7 +266,8 @@ class Config:
             require(fits, key, value, f"0, or between {SMALLEST:.1e} and {LARGEST:.1e} in size, as 32-bit numbers are")
         if self.out is not None:
             _check_path("out", self.out)
-        for name in ("steps", "batch_size", "grad_accum", "eval_every", "save_every", "threads", "rank_timeout"):
+        require(0 <= self.steps <= 10**9, "steps", self.steps, "a whole number from 0 to 10^9; 0 only evaluates")
+        for name in ("batch_size", "grad_accum", "eval_every", "save_every", "threads", "rank_timeout"):
             require(1 <= getattr(self, name) <= 10**9, name, getattr(self, name), "a whole number from 1 to 10^9")
         require(0 <= self.seed < 2**32, "seed", self.seed, "between 0 and 2^32 - 1")
         for name in ("noise", *(loss.weight for loss in LOSSES.values())):
@@ -277,6 +291,10 @@ class Config:
         if self.model.dense is not None:
             name, digest = self.model.dense, self.model.dense_digest
             dense_checkpoint.check_data(name, digest, tokenizer=self.data.tokenizer, seq_len=self.data.seq_len)
+        if self.model.checkpoint is not None:
+            name, digest = self.model.checkpoint, self.model.checkpoint_digest
+            imported.check_data(name, digest, tokenizer=self.data.tokenizer, seq_len=self.data.seq_len)
+            require(not self.expert_parallel, "expert_parallel", True, "false with model.checkpoint")
         build(self.schedule, "schedule", trusted=True)
         for number, claim in enumerate(self.claims):
             settings = {*vars(self), *flatten(self)}

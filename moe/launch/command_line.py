@@ -21,6 +21,7 @@ from moe.launch.compose import compose_config, composing
 from moe.launch.explain import explain
 from moe.launch.hints import hint
 from moe.launch.hydra_errors import FAULTS
+from moe.launch.implied import implied_by_checkpoint
 from moe.launch.overrides import (
     check_grid,
     check_override,
@@ -74,7 +75,8 @@ def read_command(arguments: list[str]) -> Command:
     if args.hydra_help or args.shell_completion:
         return Command(None, flags if args.hydra_help else arguments)
     with composing():
-        overrides = with_added_keys(only_last_of_each_key([parse_override(word) for word in args.overrides]))
+        words = [*implied_by_checkpoint(args.overrides), *args.overrides]
+        overrides = with_added_keys(only_last_of_each_key([parse_override(word) for word in words]))
         searching = is_search(overrides)
         if not searching:
             check_grid(overrides)

@@ -15,7 +15,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from moe.checks import require
-from moe.config import dense_checkpoint
+from moe.config import dense_checkpoint, imported
 from moe.config.classes import locate
 from moe.config.options import CLASSES, CONF, GROUPS
 from moe.config.schema import Config
@@ -105,11 +105,13 @@ def typed(composed: DictConfig, choices: dict[str, str | None]) -> Config:
     config: DictConfig = pickle.loads(pickle.dumps(composed))  # takes half the time of OmegaConf's copy
     with open_dict(config):
         config.pop("hydra", None)
-    if config.model.get("dense") is not None:
-        given = {str(k): None if OmegaConf.is_missing(config.model, k) else config.model[k] for k in config.model}
-        config.model.update(dense_checkpoint.resolve(given))
+    given = {str(k): None if OmegaConf.is_missing(config.model, k) else config.model[k] for k in config.model}
+    for key, module in (("dense", dense_checkpoint), ("checkpoint", imported)):
+        if given.get(key) is not None:
+            config.model.update(module.resolve(given))
     sized = not OmegaConf.is_missing(config.model, "dim")
-    require(sized, "model.dense", None, "the folder or hub name of a dense Llama-type checkpoint, with its sizes")
+    key = "model.checkpoint" if choices.get("model") == "imported" else "model.dense"
+    require(sized, key, None, "the folder or hub name of a checkpoint, which has the sizes")
     settings = OmegaConf.to_object(config)
     assert isinstance(settings, Config)
     for key, group in CLASSES.items():

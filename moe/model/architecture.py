@@ -6,10 +6,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
+from transformers import PretrainedConfig
 from transformers.models.llama.configuration_llama import LlamaConfig
 
 from moe.checks import check_values, require
-from moe.config import dense_checkpoint
+from moe.config import dense_checkpoint, imported
 from moe.config.schema import ModelConfig
 
 # Types of the keys of config.json that transformers writes for every model, and of those whose annotation in
@@ -47,6 +48,7 @@ LEAST: dict[str, float] = {
 CODE = Path(__file__).with_name("modeling_moe_routing.py")
 AUTO_MAP = {"AutoConfig": f"{CODE.stem}.MoEConfig", "AutoModelForCausalLM": f"{CODE.stem}.MoEForCausalLM"}
 
+LONGEST = 2**20  # tokens of a text for an imported model without a limit
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -56,6 +58,8 @@ class MoEConfig(LlamaConfig):
 
     intermediate_size: the width of one expert.
     router: the router's `_target_` and its settings.
+    imported: the configuration of the transformers model whose MoE blocks run our layers (`moe.model.imported`). Then
+        only its own fields count for the sizes. None: the model is our decoder.
     router_temperature, router_noise: the knobs that the model uses if it is called without any. A run saves each model
         with the values of its step, which a schedule may have changed.
     output_router_logits, router_aux_loss_coef: as in transformers' Mixtral, see `MoEForCausalLM.forward`. A run weights
@@ -86,6 +90,7 @@ class MoEConfig(LlamaConfig):
     router_temperature: float = 1.0
     router_noise: float = 0.0
     router: dict[str, Any] | None = None
+    imported: dict[str, Any] | None = None
     output_router_logits: bool = False
     router_aux_loss_coef: float = 0.0
 
@@ -126,6 +131,8 @@ class MoEConfig(LlamaConfig):
     @staticmethod
     def of(model: ModelConfig, router: dict[str, Any], *, vocab_size: int, seq_len: int) -> "MoEConfig":
         """Return the transformers configuration of a model in this project's configuration."""
+        if model.checkpoint is not None:
+            return MoEConfig.around(imported.read(model.checkpoint, model.checkpoint_digest), model, router)
         settings: dict[str, Any] = {
             "max_position_embeddings": seq_len,
             "tie_word_embeddings": True,
@@ -158,11 +165,40 @@ class MoEConfig(LlamaConfig):
         config._attn_implementation = model.attention
         return config
 
+    @staticmethod
+    def around(source: PretrainedConfig, model: ModelConfig, router: dict[str, Any]) -> "MoEConfig":
+        """Return the configuration of a model of transformers whose MoE blocks run our layers.
+
+        source: the configuration of that model.
+        """
+        longest = getattr(source, "max_position_embeddings", None) or getattr(source, "max_seq_len", None)
+        config = MoEConfig(
+            vocab_size=source.vocab_size,
+            hidden_size=model.dim,
+            num_attention_heads=model.heads,
+            num_hidden_layers=model.layers,
+            intermediate_size=model.ffn,
+            max_position_embeddings=longest or LONGEST,
+            num_experts=model.num_experts,
+            embed_scale=False,
+            tie_word_embeddings=bool(source.tie_word_embeddings),
+            neftune_noise_alpha=model.neftune_noise_alpha,
+            router_temperature=float(router.get("temp", 1.0)),
+            router=router,
+            imported=source.to_dict(),
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+        config._attn_implementation = model.attention
+        return config
+
 
 def _check_content(content: dict[str, Any]) -> None:
     """Raise ConfigError for a wrong key, type or number in the content of a config.json."""
     types = {field.name: field.type for field in fields(MoEConfig)} | FILE_TYPES
     check_values(content, types, "config.json")
+    if content.get("imported") is not None:
+        imported.parse(content["imported"], "config.json.imported")
     auto_map = content.get("auto_map", AUTO_MAP)
     require(auto_map == AUTO_MAP, "config.json.auto_map", auto_map, f"{AUTO_MAP}, because no other code may be run")
     for name, least in LEAST.items():

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, GenerationMixin
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.hub import cached_file
@@ -20,8 +20,10 @@ from moe.config.options import use
 from moe.data.labels import IGNORED, next_token
 from moe.files import require_files, tensor_shapes
 from moe.model.architecture import MoEConfig
-from moe.model.decoder import CACHE, MoEModel, MoEPreTrainedModel
+from moe.model.decoder import MoEModel
+from moe.model.imported import ImportedModel
 from moe.model.layer import LayerOutput, MoELayer
+from moe.model.routed import CACHE, MoEPreTrainedModel, RoutedModel
 from moe.routing.decision import Knobs, Routing
 from moe.routing.stats import RoutingStats
 
@@ -60,10 +62,14 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     accepts_loss_kwargs = True  # for transformers' Trainer: `forward` takes num_items_in_batch
 
-    def __init__(self, config: MoEConfig, *, trusted: bool = False) -> None:
+    def __init__(self, config: MoEConfig, *, trusted: bool = False, causal_lm: PreTrainedModel | None = None) -> None:
         super().__init__(config)
-        self.model = MoEModel(config, trusted=trusted)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.imported is None:
+            self.model: RoutedModel = MoEModel(config, trusted=trusted)
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        else:
+            self.model = ImportedModel(config, trusted=trusted, causal_lm=causal_lm)
+            self._tied_weights_keys = {}  # those of the imported model count
         self.post_init()
 
     @classmethod
@@ -89,7 +95,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
     @property
     def moe_layers(self) -> list[MoELayer]:
         """The MoE layers, in the order in which `aux` and `stats` stack them."""
-        return [block.mlp for block in self.model.layers if isinstance(block.mlp, MoELayer)]
+        return self.model.moe_layers
 
     def experts_kernel(self, dtype: torch.dtype) -> str | None:
         """Return the kernel of the routed experts in `dtype`, see `moe.model.experts.choose_kernel`.
@@ -171,13 +177,16 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             use_cache=use_cache,
             inputs_embeds=inputs_embeds,
+            logits_to_keep=logits_to_keep,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             output_router_logits=output_router_logits,
             return_dict=True,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden.last_hidden_state[:, kept])
+        logits = hidden.logits
+        if logits is None:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden.last_hidden_state[:, kept])
         routed = _routing_fields(hidden.layers or [])
         if hidden.router_logits and "load_balance" in routed["aux"]:  # dense models have none
             routed["aux_loss"] = routed["aux"]["load_balance"].mean()

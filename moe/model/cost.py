@@ -52,8 +52,8 @@ def flops_per_token(model: MoEForCausalLM, seq_len: int, *, active: Sequence[flo
         `Router.experts_per_token`, which is the intended mean if the number varies.
     """
     config = model.config
-    parts = (*model.model.layers, model.lm_head)  # layer by layer, because shared modules work in each layer
-    weights = float(sum(p.numel() for part in parts for p in part.parameters() if p.ndim > 1))
+    named = model.named_parameters(remove_duplicate=False)  # modules that layers share work in each of them
+    weights = float(sum(p.numel() for _, p in named if p.ndim > 1) - model.get_input_embeddings().weight.numel())
     mixing = 0
     for layer, asked in zip(model.moe_layers, active or [None] * len(model.moe_layers), strict=True):
         size = sum(p.numel() for p in layer.experts.parameters())

@@ -38,7 +38,12 @@ class Experts(nn.Module):
 
     def kernel(self, dtype: torch.dtype) -> str:
         """Return which kernel multiplies in `dtype` on the device of the weights: see `choose_kernel`."""
-        return choose_kernel(self.up.device.type, dtype, local_part(self.up).shape)
+        up = self.stacks()[1]
+        return choose_kernel(up.device.type, dtype, local_part(up).shape)
+
+    def stacks(self) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Return the stacks of matrices: gate or None, up, down."""
+        return self.gate, self.up, self.down
 
     @torch.compiler.disable  # group sizes change at every step, and compiled grouped_mm takes only bf16 (torch 2.13)
     def forward(self, x: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R D"]:
@@ -46,14 +51,15 @@ class Experts(nn.Module):
 
         An expert without rows costs nothing and gets a gradient of 0.
         """
-        if isinstance(self.up, DTensor):  # this rank holds only some of the experts
+        if isinstance(self.stacks()[1], DTensor):  # this rank holds only some of the experts
             return run_distributed_experts(x, counts, self._run)
         return self._run(x, counts)
 
     def _run(self, x: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R D"]:
         """Return the outputs of the experts on this rank."""
-        up, down = local_part(self.up), local_part(self.down)
-        gate = local_part(self.gate) if self.gate is not None else None
+        gate, up, down = (None if stack is None else local_part(stack) for stack in self.stacks())
+        assert up is not None
+        assert down is not None
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         if len(x) and self.kernel(dtype) == "grouped":

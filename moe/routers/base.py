@@ -304,6 +304,15 @@ def largest(scores: Float[Tensor, "T N"], k: int, *, ties: Float[Tensor, "T N"])
     return order.gather(-1, scores.gather(-1, order).argsort(dim=-1, descending=True, stable=True)[:, :k])
 
 
+def check_groups(groups: int, top_groups: int, num_experts: int, k: int) -> None:
+    """Raise ConfigError unless E experts form so many equal groups, and k of them are in `top_groups` groups."""
+    divides = groups >= 1 and num_experts % groups == 0
+    require(divides, "router.groups", groups, f"a divisor of model.num_experts={num_experts}")
+    require(1 <= top_groups <= groups, "router.top_groups", top_groups, f"between 1 and router.groups={groups}")
+    within = top_groups * (num_experts // groups)
+    require(k <= within, "router.k", k, f"at most {within}, the experts in router.top_groups={top_groups} groups")
+
+
 def check_k(k: int, num_experts: int, *, key: str = "router.k") -> None:
     """Raise ConfigError if the number of experts per token is no whole number from 1 to E."""
     require(type(k) is int, key, k, "a whole number")

@@ -6,8 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moe.checks import require
-from moe.routers.base import largest
+from moe.routers.base import check_groups, largest
 from moe.routers.topk import TopK
 from moe.routing.decision import Context, Routing
 
@@ -35,14 +34,10 @@ class GroupLimited(TopK):
         gate: Literal["renorm", "softmax_all", "uniform"] = "renorm",
     ) -> None:
         super().__init__(dim, num_experts, k=k, gate=gate)
-        divides = groups >= 1 and num_experts % groups == 0
-        require(divides, "router.groups", groups, f"a divisor of model.num_experts={num_experts}")
-        require(1 <= top_groups <= groups, "router.top_groups", top_groups, f"between 1 and router.groups={groups}")
+        check_groups(groups, top_groups, num_experts, k)
         self.groups, self.top_groups, self.size = groups, top_groups, num_experts // groups
         if top_groups == groups or self.size == 1:  # the k largest experts are always in the selected groups
             self.same_as = {"groups": 1, "top_groups": 1}
-        within = top_groups * self.size
-        require(k <= within, "router.k", k, f"at most {within}, the experts in router.top_groups={top_groups} groups")
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         logits = self.logits(x)

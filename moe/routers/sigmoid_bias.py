@@ -4,11 +4,11 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from moe.checks import finite, require
-from moe.routers.base import LinearRouter, largest
+from moe.routers.base import LinearRouter, check_groups, largest
 from moe.routing.decision import Context, Routing
 from moe.routing.stats import RoutingStats
 
@@ -17,14 +17,31 @@ class BiasedSigmoid(LinearRouter):
     """Base class of routers that select the k largest s + b and weight by s alone, with s = sigmoid(W x).
 
     Subclasses learn the bias b in `after_step`. Gates are s over the selected experts, normalized to sum 1 if
-    `normalize` is set (never for k=1). `probs` is s normalized over all experts, so that a balance loss can be added.
+    `normalize` is set (never for k=1), times `scale`. `probs` is s normalized over all experts, so that a balance loss
+    can be added. With several `groups` of neighboring experts, a token chooses within the `top_groups` groups with the
+    largest sum of their two largest s + b (DeepSeek-V3 2412.19437).
     """
 
     bias: Tensor
 
-    def __init__(self, dim: int, num_experts: int, *, k: int, normalize: bool = True) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        *,
+        k: int,
+        normalize: bool = True,
+        scale: float = 1.0,
+        groups: int = 1,
+        top_groups: int = 1,
+    ) -> None:
         super().__init__(dim, num_experts, fixed_k=k)
-        self.k, self.normalize = k, normalize
+        require(finite(scale) and scale > 0, "router.scale", scale, "a finite number > 0")
+        check_groups(groups, top_groups, num_experts, k)
+        self.k, self.normalize, self.scale = k, normalize, scale
+        self.groups, self.top_groups = groups, top_groups
+        if top_groups == groups != 1:  # the k largest experts are always in the selected groups
+            self.same_as = {"groups": 1, "top_groups": 1}
         if k == 1:
             self.ignores = frozenset(("router.normalize",))
         self.register_buffer("bias", torch.zeros(num_experts))
@@ -35,11 +52,24 @@ class BiasedSigmoid(LinearRouter):
         log_scores = F.logsigmoid(noisy)  # in logs, because a sum of scores can be 0
         scores = log_scores.exp()
         exact = torch.sigmoid(noisy.detach().double())  # in fp32 it is 1 for all logits above 17
-        expert = largest(exact + self.bias, self.k, ties=noisy.detach())
+        scores_for_choice = exact + self.bias
+        if self.top_groups < self.groups:
+            scores_for_choice = scores_for_choice.masked_fill(~self._open(scores_for_choice), -torch.inf)
+        expert = largest(scores_for_choice, self.k, ties=noisy.detach())
         normalize = self.normalize and self.k > 1
         weight = log_scores.gather(-1, expert).softmax(-1) if normalize else scores.gather(-1, expert)
         probs = log_scores.softmax(-1)
-        return Routing.token_choice(expert, weight, probs=probs, logits=logits, feedback=self.feedback(exact))
+        return Routing.token_choice(
+            expert, self.scale * weight, probs=probs, logits=logits, feedback=self.feedback(exact)
+        )
+
+    def _open(self, scores: Float[Tensor, "T E"]) -> Bool[Tensor, "T E"]:
+        """Return the mask of the experts in selected groups."""
+        grouped = scores.unflatten(-1, (self.groups, -1))
+        best = grouped.topk(min(2, grouped.shape[-1])).values
+        kept = largest(best.sum(-1), self.top_groups, ties=best[..., 0])
+        is_kept = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter(-1, kept, True)
+        return is_kept.repeat_interleave(grouped.shape[-1], -1)
 
     def feedback(self, scores: Float[Tensor, "T E"]) -> Float[Tensor, "E"] | None:
         """Return sums over tokens from which `after_step` learns in addition to the loads, or None.
@@ -58,7 +88,10 @@ class SigmoidBias(BiasedSigmoid):
 
     rate: how far a bias moves in a step.
     update: sign, or proportional to the load's distance from the mean.
-    normalize: whether the gates of a token sum to 1.
+    normalize: whether the gates of a token sum to 1, before `scale`.
+    scale: a factor on the gates. DeepSeek-V3 has 2.5.
+    groups: groups of neighboring experts, all equally large. 1: no groups.
+    top_groups: groups per token whose experts can be chosen.
     """
 
     def __init__(
@@ -70,8 +103,12 @@ class SigmoidBias(BiasedSigmoid):
         rate: float = 1e-3,
         update: Literal["sign", "proportional"] = "sign",
         normalize: bool = True,
+        scale: float = 1.0,
+        groups: int = 1,
+        top_groups: int = 1,
     ) -> None:
-        super().__init__(dim, num_experts, k=k, normalize=normalize)
+        shape = {"scale": scale, "groups": groups, "top_groups": top_groups}
+        super().__init__(dim, num_experts, k=k, normalize=normalize, **shape)
         require(finite(rate) and rate >= 0, "router.rate", rate, "a finite number >= 0")
         self.rate, self.update = rate, update
         if k == num_experts:

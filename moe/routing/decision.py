@@ -50,6 +50,7 @@ class Context(NamedTuple):
     compared: the indices of the routed tokens that all experts are run on, to compare their outputs. None: no token.
     document_position: the position of each token in its document, from `document_positions`. None if `position_ids` do
         not mark documents; positions then count from the start of the sequence.
+    given: the decision of the router that an imported model has had since before its import. Only `Imported` reads it.
     place: where the T tokens that are routed stand in the flattened (B * S) sequences, in ascending order. Padding is
         left out: it is not routed, takes no capacity and is not counted. None: all tokens are routed.
     """
@@ -64,6 +65,7 @@ class Context(NamedTuple):
     compared: Int[Tensor, "N"] | None = None
     document_position: Int[Tensor, "B S"] | None = None
     place: Int[Tensor, "T"] | None = None
+    given: "Routing | None" = None
 
     def without_padding(self, attention_mask: Tensor) -> "Context":
         """Return the context in which only those tokens are routed for which the mask is not 0. Waits for the device.

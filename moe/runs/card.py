@@ -87,7 +87,7 @@ def _title(record: RunRecord) -> str:
 def _settings(record: RunRecord) -> dict[str, str]:
     config, facts = record.typed_config(), record.facts
     assert facts is not None, "a finished run has facts"
-    model, tokens = config.model, config.batch_size * config.grad_accum * config.data.seq_len * config.steps
+    model, tokens = config.model, config.batch_size * config.grad_accum * config.data.seq_len
     names = ("lb", "lb_sequence", "lb_global", "z", "router_entropy", "gate_variance", "simbal", "output_orthogonality")
     weights = {name: weight for name in names if (weight := getattr(config, name))}
     dense = f"first {model.first_k_dense_replace} dense" if model.first_k_dense_replace else "all with experts"
@@ -102,9 +102,10 @@ def _settings(record: RunRecord) -> dict[str, str]:
         "layers": f"{model.layers}, {dense}",
         "width, heads": f"{model.dim}, {model.heads}",
         "upcycled from": "no dense model" if model.dense is None else escaped(_last(model.dense)),
+        "imported from": "no other model" if model.checkpoint is None else escaped(_last(model.checkpoint)),
         "parameters": f"{facts.parameters.total:,}, of which a token uses {facts.parameters.active:,}",
         "length of a text": f"{config.data.seq_len} tokens",
-        "training": f"{config.steps:,} steps of {tokens // config.steps:,} tokens, {config.precision}, {facts.device}",
+        "training": f"{config.steps:,} steps of {tokens:,} tokens, {config.precision}, {facts.device}",
         "seed": str(config.seed),
         "moe-routing": f"{record.versions['moe-routing']}, commit {record.commit or 'unknown'}",
         "torch, transformers": f"{record.versions['torch']}, {record.versions['transformers']}",

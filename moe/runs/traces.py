@@ -18,7 +18,7 @@ MILESTONES = (0.1, 0.25, 0.5, 0.75, 1.0)  # shares of the steps of a run
 
 def milestones(steps: int) -> set[int]:
     """Return the numbers of optimizer steps after which a run of `steps` steps writes a trace."""
-    return {max(1, round(fraction * steps)) for fraction in MILESTONES}
+    return {max(min(1, steps), round(fraction * steps)) for fraction in MILESTONES}
 
 
 class Trace(NamedTuple):

@@ -19,6 +19,7 @@ from moe.runs.folder import changed_code
 from moe.runs.record import RunRecord, SpecializationRecord
 from moe.specialization.study import OWN_TEXT, compare_seeds, study, write_own_text
 from moe.training import process
+from moe.training.setup import observed
 
 
 def main(command: list[str] | None = None) -> int:
@@ -47,7 +48,7 @@ def main(command: list[str] | None = None) -> int:
         text = _own_text(arguments)
         runs = load_runs(arguments.folders).drop_duplicates("folder")  # a run has a row for each of its grids
         finished = [Path(folder) for folder in runs.loc[runs["status"] == "finished", "folder"]]
-        for folder in [folder for folder in finished if not (folder / "model").is_dir()]:
+        for folder in [folder for folder in finished if not _has_model(folder)]:
             print(f"{folder}: has no saved model (save_model=none), so its experts cannot be studied", file=sys.stderr)
             finished.remove(folder)
         for folder in finished if arguments.trust else ():
@@ -80,6 +81,11 @@ def _study(folder: Path, arguments: argparse.Namespace) -> None:
     if page := SpecializationRecord.page(folder):
         print(f"{page}: {outcome}; text colored by expert")
     sys.stdout.flush()
+
+
+def _has_model(folder: Path) -> bool:
+    """Return whether a run has a saved model, or has evaluated an imported one."""
+    return (folder / "model").is_dir() or observed(RunRecord.read(folder / RunRecord.FILE).typed_config())
 
 
 def _own_text(arguments: argparse.Namespace) -> str | None:

@@ -37,7 +37,7 @@ def expert_outputs(model: MoEForCausalLM, blocks: Batch, knobs: Knobs) -> Float[
 
         with intervene(layer, record_input):
             model(first.ids, position_ids=first.position_ids, knobs=knobs)
-        x, experts = inputs[0][::stride].to(layer.experts.up.dtype), layer.router.num_experts
+        x, experts = inputs[0][::stride].to(next(layer.experts.parameters()).dtype), layer.router.num_experts
         outputs = layer.experts(x.repeat(experts, 1), torch.full((experts,), len(x)))
         vectors.append(torch.nn.functional.normalize(outputs.view(experts, -1).float(), dim=-1))
     return torch.stack(vectors).cpu()

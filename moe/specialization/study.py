@@ -12,7 +12,7 @@ from moe.checks import parse
 from moe.data.blocks import Prepared
 from moe.data.tokenizer import pretrained_tokenizer
 from moe.files import sha256, write_text
-from moe.model.causal_lm import MoEForCausalLM, load_model
+from moe.model.causal_lm import MoEForCausalLM
 from moe.routing.decision import Knobs
 from moe.runs import traces
 from moe.runs.record import FORMAT, RunRecord, SpecializationRecord, StudySettings
@@ -32,7 +32,7 @@ from moe.specialization.observation import (
 from moe.specialization.page import text_page, token_page
 from moe.specialization.regret import route_regret
 from moe.specialization.vocabulary import keywords
-from moe.training.setup import prepare_data
+from moe.training.setup import model_of_run, observed, prepare_data
 
 STUDY_FORMAT = 2  # Increase it whenever the same model gives different numbers.
 LANDSCAPE_BLOCKS = 8
@@ -52,9 +52,9 @@ def study(folder: Path, *, blocks_wanted: int, samples: int, trusted: bool = Fal
     if record.status != "finished" or record.facts is None:
         raise ValueError(f"{folder}: the run is {record.status}, not finished")
     config = record.typed_config()
-    settings = StudySettings(
-        STUDY_FORMAT, sha256(folder / "model" / "model.safetensors"), blocks_wanted=blocks_wanted, samples=samples
-    )
+    weights = folder / "model" / "model.safetensors"
+    digest = sha256(weights) if weights.exists() or not observed(config) else str(config.model.checkpoint_digest)
+    settings = StudySettings(STUDY_FORMAT, digest, blocks_wanted=blocks_wanted, samples=samples)
     path = folder / SpecializationRecord.FILE
     if path.exists() and SpecializationRecord.read(path).settings == settings:
         return False
@@ -65,24 +65,24 @@ def study(folder: Path, *, blocks_wanted: int, samples: int, trusted: bool = Fal
     if _training_files(data.manifest) != _training_files(record.facts.data):
         then, now = record.facts.data.get("key"), data.manifest["key"]
         raise ValueError(f"{folder}: its data has changed (is {now}, was {then})")
-    model = load_model(folder / "model", trusted=trusted)
+    model = model_of_run(folder, config, trusted=trusted)
     probes, document = validation_blocks(data, blocks_wanted), documents_of_blocks(data, blocks_wanted)
     knobs = Knobs.of(temperature=model.config.router_temperature, device=model.device)
     reason, measured = reason_not_studied(model, probes), None
     val_loss = validation_loss(model, data, knobs)
     if reason is None:
-        observed = observe(model, probes, knobs)
-        content: dict[str, Any] = routing_statistics(observed, data.domains, document=document)
-        content |= {"keywords": keywords(observed, data.tokenizer)}
-        content |= {"knockout": knockouts(model, observed, knobs, document=document)}
-        content |= {"regret": route_regret(model, observed, knobs, document=document, samples=samples)}
+        seen = observe(model, probes, knobs)
+        content: dict[str, Any] = routing_statistics(seen, data.domains, document=document)
+        content |= {"keywords": keywords(seen, data.tokenizer)}
+        content |= {"knockout": knockouts(model, seen, knobs, document=document)}
+        content |= {"regret": route_regret(model, seen, knobs, document=document, samples=samples)}
         some_blocks = slice(None, None, max(1, len(probes.ids) // LANDSCAPE_BLOCKS))
         content |= {"landscape": landscape(model, probes.take(some_blocks), knobs)}
         content |= {"embedding": projections(expert_outputs(model, probes, knobs).numpy())}
         read = traces.read_traces(folder / "trace")
         content |= {"saturation": stability.saturation(read), "churn": stability.churn(read), "seed_agreement": []}
         measured = content
-        page = token_page(observed, data.tokenizer, domains=data.domains, title=record.name)
+        page = token_page(seen, data.tokenizer, domains=data.domains, title=record.name)
         write_text(folder / SpecializationRecord.PAGE, page)
     found = {"step": config.steps, "val_loss": val_loss, "reason": reason, "measured": measured}
     found |= {"format": FORMAT, "settings": settings._asdict(), "seconds": time.monotonic() - began}
@@ -96,10 +96,12 @@ def write_own_text(folder: Path, text: str, *, trusted: bool = False) -> Path:
     It replaces the last page of this kind. Raises ValueError as `text_page` does.
     """
     record = RunRecord.read(folder / RunRecord.FILE)
+    config = record.typed_config()
     if not trusted:
-        record.typed_config().require_trust("--trust", "router")
-    model = load_model(folder / "model", trusted=trusted)
-    tokenizer = pretrained_tokenizer(str((folder / "model").resolve()))
+        config.require_trust("--trust", "router")
+    model = model_of_run(folder, config, trusted=trusted)
+    saved = folder / "model"
+    tokenizer = pretrained_tokenizer(str(saved.resolve()) if saved.is_dir() else config.data.tokenizer)
     page = text_page(model, tokenizer, text_blocks(model, tokenizer, text), title=record.name)
     write_text(folder / OWN_TEXT, page)
     return folder / OWN_TEXT

@@ -49,7 +49,7 @@ def needed(config: Config) -> Disk:
     return Disk(
         models=models * shapes.model,
         logs=_logs(config, layers=shapes.layers),
-        checkpoints=min(saved, checkpoint.KEEP + 1) * shapes.checkpoint,
+        checkpoints=max(0, min(saved, checkpoint.KEEP + 1)) * shapes.checkpoint,
     )
 
 

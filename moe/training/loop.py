@@ -32,7 +32,7 @@ def train(
     listeners: Sequence[RunListener] = (),
     place: Place | None = None,
 ) -> dict[str, Any]:
-    """Train a run to the end and return facts for the run record.
+    """Train a run to the end and return facts for the run record. With `steps=0` the model is only evaluated.
 
     Training starts from the newest checkpoint in `folder` if there is one. `folder` must exist. This function writes
     events.jsonl, trace/, checkpoints/ and, if the configuration asks for them, model/ and milestones/ to it. The
@@ -52,8 +52,10 @@ def train(
     ):
         progress.read(text, unigram)
         if done == 0:
-            latest = events.record("eval", done, validate(training, done))
+            latest = events.record("eval", done, validate(training, done, None if config.steps else folder))
             progress.evaluated(done, latest)
+        if config.steps == 0:
+            save_milestone(folder, training, 0)
         signals.training = True
         for step in range(done, config.steps):
             began, done = time.perf_counter(), step + 1

@@ -121,7 +121,7 @@ def text_lines(config: Config, data: Prepared, unigram: float, remarks: list[str
     passes = blocks / len(data.train)
     again = "; text that is read again teaches less than new text" if passes > 1 else ""
     reads = f"{config.steps:,} steps read {blocks * length:,} tokens: {passes:.2g} passes over the training text{again}"
-    return [*remarks, text, reads]
+    return [*remarks, text, reads if config.steps else "0 steps: the model is evaluated as it is, and not trained"]
 
 
 def _say(line: str) -> None:

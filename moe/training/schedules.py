@@ -125,7 +125,7 @@ def knob_settings(config: Config, schedule: Schedule, step: int) -> dict[str, fl
 
     At `step` = `steps`, which only the last evaluation uses, they are the configuration's own values.
     """
-    progress = step / config.steps
+    progress = step / config.steps if config.steps else 1.0
     return {
         "temperature": schedule("temperature", config.temperature, progress),
         "noise": schedule("noise", config.noise, progress),

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +16,9 @@ from moe.config.classes import build
 from moe.config.schema import Config
 from moe.data.blocks import Prepared, batch, prepare
 from moe.data.labels import IGNORED, next_token
-from moe.model.causal_lm import MoEConfig, MoEForCausalLM
+from moe.model.causal_lm import MoEConfig, MoEForCausalLM, load_model
 from moe.model.cost import reset_peak_memory
+from moe.model.imported import read_checkpoint
 from moe.model.parts import Parts, parts
 from moe.model.upcycle import upcycle
 from moe.routers.base import Router
@@ -111,17 +113,35 @@ def prepare_data(config: Config, *, trusted: bool = True) -> Prepared:
 
 
 def build_model(config: Config, *, vocab_size: int) -> MoEForCausalLM:
-    """Return the model of a configuration before training. With `model.dense`, it is made from that dense checkpoint.
+    """Return the model of a configuration before training.
 
-    The weights depend only on the configuration, including its seed, and on the dense checkpoint.
+    With `model.dense` or `model.checkpoint`, it is made from that checkpoint.
+
+    The weights depend only on the configuration, including its seed, and on the checkpoint.
     """
     torch.manual_seed(config.seed)
     settings = MoEConfig.of(config.model, config.router, vocab_size=vocab_size, seq_len=config.data.seq_len)
-    model = MoEForCausalLM(settings, trusted=True)
+    checkpoint = None if config.model.checkpoint is None else read_checkpoint(config.model)
+    model = MoEForCausalLM(settings, trusted=True, causal_lm=checkpoint)
     if config.model.dense is not None:
         upcycle(model, config.model)
     model.model.gradient_checkpointing = config.gradient_checkpointing
     return model
+
+
+def model_of_run(folder: Path, config: Config, *, trusted: bool = False) -> MoEForCausalLM:
+    """Return the model of a finished run in evaluation mode: the saved one, or what `observed` says it evaluated.
+
+    Raises ValueError for files that are missing, torn or wrong.
+    """
+    if (folder / "model").is_dir() or not observed(config):
+        return load_model(folder / "model", trusted=trusted)
+    return build_model(config, vocab_size=config.model.num_experts).eval()
+
+
+def observed(config: Config) -> bool:
+    """Return whether a run only evaluates an imported model, so that its model is the checkpoint."""
+    return config.steps == 0 and config.model.checkpoint is not None
 
 
 def token_counts(data: Prepared) -> Int[Tensor, "V"]:

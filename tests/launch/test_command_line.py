@@ -108,7 +108,7 @@ from moe.runs.record import RunFacts
         ("model.heads=5", r"model.heads=5: must be a divisor of model.dim=128"),
         ("precision=fp16", "precision=fp16: must be one of fp32, bf16; nearest: bf16"),
         ("matmul_precision=hi", "matmul_precision=hi: must be one of highest, high, medium; nearest: high"),
-        ("steps=0", "steps=0: must be a whole number"),
+        ("steps=-1", "steps=-1: must be a whole number"),
         ("steps=100000000000000000000", "steps=1.*: must be a whole number"),
         ("seed=-1", "seed=-1: must be between"),
         ("+extra=1", r"\+extra=1: keys can be added and deleted only in router, schedule, data.source; set"),
@@ -733,7 +733,7 @@ def test_the_last_value_of_a_key_counts_and_this_is_said(caplog: pytest.LogCaptu
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("steps=0", "steps=0: must be"),
+        ("steps=-1", "steps=-1: must be"),
         ("router.k=99", "router.k=99: must be between 1 and"),
         ("router=hash noise=1", "noise=1.0: router=hash ignores noise; leave it out"),
         ("router=hash noise=1,2", "noise=1.0: router=hash ignores noise; leave it out"),

@@ -14,7 +14,7 @@ from moe.checks import ConfigError
 from moe.config.options import CONF
 from moe.config.schema import ModelConfig
 from moe.model.causal_lm import MoEConfig, MoEForCausalLM
-from moe.model.decoder import _inputs
+from moe.model.routed import _inputs
 
 V, S = 97, 16
 ROUTERS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((CONF / "router").glob("*.yaml"))}

@@ -1,0 +1,131 @@
+"""A Mixture of Experts of the transformers library to import: what its config.json says about it.
+
+This module does not import torch, because every command line is checked with it and should be checked fast.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from moe.checks import ConfigError, first_line, require
+from moe.config import dense_checkpoint
+
+# The names of a number in the configurations of transformers.
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "moe_k")
+WIDTH = ("moe_intermediate_size", "ffn_hidden_size", "intermediate_size")
+
+# Architectures whose routers decide as one of ours does. Softmax: the k largest logits of one matrix, weighted by their
+# probabilities, which sum to 1 where `norm_topk_prob` says so (None: always). Sigmoid: as DeepSeek-V3.
+SOFTMAX = {
+    "mixtral": None,
+    "granitemoe": None,
+    **dict.fromkeys(("olmoe", "flex_olmo", "qwen2_moe", "qwen3_moe", "qwen3_next"), "norm_topk_prob"),
+}
+SIGMOID = ("deepseek_v3", "glm4_moe")
+
+# Keys of the `model` group that have a value where nobody gives one.
+DEFAULTED = {"expert": "silu", "embed_scale": True, "first_k_dense_replace": 0}
+
+# Keys of a stranger's config.json that make transformers load code or another format of weights.
+REFUSED = ("auto_map", "quantization_config", "attn_implementation", "_attn_implementation", "experts_implementation")
+
+
+def resolve(model: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys of the `model` group that the checkpoint `model["checkpoint"]` fixes: sizes and digest.
+
+    A key that is not given is None in `model`. Raises ConfigError for a checkpoint that is missing or cannot be
+    imported, and for a given value that differs from the checkpoint's.
+    """
+    name = model["checkpoint"]
+    config = read(name, model["checkpoint_digest"])
+    values = {
+        "dim": config.hidden_size,
+        "heads": config.num_attention_heads,
+        "layers": config.num_hidden_layers,
+        "ffn": number(config, WIDTH),
+        "num_experts": number(config, EXPERTS),
+        "expert": "swiglu",
+        "embed_scale": False,
+        "first_k_dense_replace": getattr(config, "first_k_dense_replace", 0),
+        "dense_ffn": getattr(config, "intermediate_size", None) or number(config, WIDTH),
+        "checkpoint_digest": dense_checkpoint.digest(name, model["checkpoint_digest"], key="model.checkpoint"),
+    }
+    for key, value in values.items():
+        untouched = model[key] is None or (key in DEFAULTED and model[key] == DEFAULTED[key])
+        allowed = f"{value}, as in {name}; leave it out"
+        require(untouched or model[key] == value, f"model.{key}", model[key], allowed)
+    return values
+
+
+def overrides(name: str) -> list[str]:
+    """Return the overrides that a checkpoint implies: its own router, its tokenizer."""
+    config = read(name, None)
+    return [*router(config), f"data.tokenizer={name}", "data.vocab_size=null"]
+
+
+def router(config: PretrainedConfig) -> list[str]:
+    """Return the overrides by which our router decides as that of the checkpoint, or as the checkpoint by itself."""
+    k, kind = number(config, PER_TOKEN), config.model_type
+    normalized = kind in SOFTMAX and (SOFTMAX[kind] is None or bool(getattr(config, SOFTMAX[kind])))
+    if kind in SOFTMAX and (k > 1 or not normalized):  # our gate of k=1 is never the constant 1
+        gate = "renorm" if normalized else "softmax_all"
+        return ["router=topk", f"router.k={k}", f"router.gate={gate}"]
+    if kind in SIGMOID and (k > 1 or not config.norm_topk_prob):
+        settings = {
+            "k": k,
+            "normalize": str(bool(config.norm_topk_prob)).lower(),
+            "scale": float(config.routed_scaling_factor),
+            "groups": config.n_group,
+            "top_groups": config.topk_group,
+        }
+        return ["router=sigmoid_bias", *(f"router.{key}={value}" for key, value in settings.items())]
+    return [f"router={{_target_: moe.routers.imported.Imported, k: {k}}}"]
+
+
+def check_data(name: str, revision: str | None, *, tokenizer: str, seq_len: int) -> None:
+    """Raise ConfigError if the tokenizer is not the checkpoint's, or if sequences are longer than it has positions."""
+    config = read(name, revision)
+    dense_checkpoint.check_tokenizer(tokenizer, "model.checkpoint", name, most=config.vocab_size)
+    longest = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", seq_len)
+    require(seq_len <= longest, "data.seq_len", seq_len, f"at most {longest}, the number of positions of {name}")
+
+
+@lru_cache
+def read(name: str, revision: str | None) -> PretrainedConfig:
+    """Return the configuration of a checkpoint, a folder or a name on the hub. Raises ConfigError like `parse`."""
+    content = dense_checkpoint.content("model.checkpoint", name, revision)
+    config = parse(content, f"config.json of model.checkpoint={name}")
+    for names in (EXPERTS, PER_TOKEN, WIDTH):
+        number(config, names, of=name)
+    return config
+
+
+def parse(content: dict[str, Any], where: str) -> PretrainedConfig:
+    """Return the configuration of transformers with this content. `where` it comes from is for messages.
+
+    It may be a stranger's. Raises ConfigError unless it is one of a causal language model, and if it would load code.
+    """
+    kind = content.get("model_type")
+    known = isinstance(kind, str) and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind != "moe_routing"
+    require(known, f"model_type in {where}", kind, "that of a causal language model of the transformers library")
+    for key in REFUSED:
+        require(content.get(key) in (None, "eager", "sdpa"), f"{key} in {where}", content.get(key), "left out")
+    try:
+        return AutoConfig.for_model(**content)
+    except Exception as error:  # whatever a wrong value makes a library raise
+        raise ConfigError(f"{where}: cannot be read ({first_line(error)})") from error
+
+
+def number(config: Any, names: tuple[str, ...], *, of: str = "") -> int:
+    """Return the whole number that a configuration has under one of these names, the same for all layers."""
+    for holder in (config, getattr(config, "ffn_config", None)):
+        for name in names:
+            value = getattr(holder, name, None)
+            if isinstance(value, list) and len(set(value)) == 1:
+                value = value[0]
+            if type(value) is int and value > 0:
+                return value
+    raise ConfigError(f"model.checkpoint={of}: config.json has none of {', '.join(names)}: no Mixture of Experts")

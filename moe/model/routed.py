@@ -1,0 +1,299 @@
+"""What our decoder and imported models share: how they are called, what they return, and what routers demand."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import local_torch_dtype
+
+from moe.checks import ConfigError, require
+from moe.config.classes import build
+from moe.model.architecture import MoEConfig
+from moe.model.layer import LayerOutput, MoELayer
+from moe.routers.base import Router
+from moe.routers.seeding import Initializable, seeded
+from moe.routing.decision import Context, Knobs, document_positions, fill_places
+
+CACHE = fields(BaseModelOutputWithPast)[1].name  # "past_key_values" before transformers 5.24
+
+
+def build_router(config: MoEConfig, *, trusted: bool) -> Router:
+    """Return the router of one layer, with parameters of at least fp32."""
+    with local_torch_dtype(torch.promote_types(torch.get_default_dtype(), torch.float32), "a router"):
+        return build(config.router, "router", config.hidden_size, config.num_experts, trusted=trusted)
+
+
+class MoEPreTrainedModel(PreTrainedModel):
+    config_class = MoEConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DecoderLayer"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: MoEConfig) -> None:
+        """Raises ConfigError for a configuration that no file may have either: see `MoEConfig.check`."""
+        config.check()
+        super().__init__(config)
+
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
+        every_n_layers: int = 1,
+    ) -> None:
+        """Turn `MoEModel.gradient_checkpointing` on or off, as transformers does. Raises ConfigError.
+
+        The reentrant kind gives no gradient to what a layer returns beside its hidden states: the auxiliary losses.
+        """
+        reentrant = getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant", False)
+        require(not reentrant, "use_reentrant", reentrant, "False, or the losses of routers have no gradient")
+        require(every_n_layers == 1, "every_n_layers", every_n_layers, "1")
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Draw every matrix from N(0, initializer_range) and set norms to 1. Routers and experts do it themselves.
+
+        The random numbers of a tensor depend on the seed, its name and its shape alone. So runs of the same seed start
+        with the same weights wherever their models have the same tensors, whatever router they have.
+        """
+        std, modules = self.config.initializer_range, {part: name for name, part in self.named_modules()}
+        with seeded(modules[module], *(p.shape for p in module.parameters(recurse=False))):
+            super()._init_weights(module)
+        if isinstance(module, Initializable):
+            tensors = [*self.named_parameters(), *self.named_buffers()]
+            loaded = {tensor for _, tensor in tensors if getattr(tensor, "_is_hf_initialized", False)}
+            module.initialize(std, {tensor: name for name, tensor in tensors if tensor not in loaded})
+
+
+@dataclass
+class MoEModelOutput(BaseModelOutputWithPast):
+    """transformers' output of a model without output matrix, plus the results of routing.
+
+    last_hidden_state: (B, S, D), after the final norm.
+    hidden_states: what each decoder layer gets, and then `last_hidden_state`. None unless asked for.
+    attentions: (B, heads, S, S) for each decoder layer. None unless asked for.
+    router_logits: (B * S, E) for each router of each MoE layer, without noise and temperature, 0 for padding. None
+        unless asked for.
+    layers: the output of each MoE layer.
+    logits: of the positions to keep, if the model computes them itself. None: they are `lm_head` of
+        `last_hidden_state`.
+    """
+
+    __no_type_check__ = True  # as in `moe.model.causal_lm.MoEOutput`
+
+    router_logits: tuple[Tensor, ...] | None = None
+    layers: list[LayerOutput] | None = None
+    logits: Tensor | None = None
+
+
+class Attended(NamedTuple):
+    """What attention gets beside the hidden states.
+
+    mask: as in `MoEForCausalLM.forward`. position_ids: as there. cache: of the tokens before these.
+    """
+
+    mask: Tensor | None
+    position_ids: Int[Tensor, "#B S"] | None
+    cache: Cache | None
+
+
+class Seen(NamedTuple):
+    """What the layers of a model return.
+
+    last: after the final norm. None if `logits` is given and `states` was not asked for.
+    states, attentions: the input and the attention weights of each decoder layer, if asked for.
+    outputs: the output of each MoE layer.
+    logits: None if they are `lm_head` of `last`.
+    """
+
+    last: Float[Tensor, "B S D"] | None
+    states: list[Tensor]
+    attentions: list[Any]
+    outputs: list[LayerOutput]
+    logits: Float[Tensor, "B N V"] | None = None
+
+
+class RoutedModel(MoEPreTrainedModel):
+    """Maps token ids to hidden states and the outputs of MoE layers. A subclass has the layers and runs them in `_run`.
+
+    gradient_checkpointing: in training, store only the input of each decoder layer and compute the layer again in the
+        backward pass, with the same random numbers. Not with a cache, which each pass would extend.
+    """
+
+    gradient_checkpointing: bool = False  # transformers' names
+    _gradient_checkpointing_func = staticmethod(functools.partial(checkpoint, use_reentrant=False))
+
+    @property
+    def moe_layers(self) -> list[MoELayer]:
+        """The MoE layers, in the order in which they run."""
+        raise NotImplementedError
+
+    def _run(
+        self,
+        inputs: Int[Tensor, "B S"] | Float[Tensor, "B S D"],
+        context: Context,
+        load: Shaped[Tensor, "L C E"] | None,
+        attended: Attended,
+        *,
+        keep_states: bool,
+        keep_attentions: bool,
+        logits_to_keep: int | Int[Tensor, "N"],
+    ) -> Seen:
+        """Run all layers. The arguments are those of `MoEForCausalLM.forward`, checked."""
+        raise NotImplementedError
+
+    def _tie_routers(self) -> None:
+        """Let routers share modules, and tell transformers which weights then have several names."""
+        for layer in self.moe_layers[1:]:
+            layer.router.tie_to(self.moe_layers[0].router)
+        self._tied_weights_keys = _second_names(self)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B S"] | None = None,
+        *,
+        knobs: Knobs | None = None,
+        capacity: float | None = None,
+        drop: str = "position",
+        load: Shaped[Tensor, "L C E"] | None = None,
+        orthogonality: bool = False,
+        compared: Int[Tensor, "N"] | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Int[Tensor, "#B S"] | None = None,
+        cache: Cache | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        inputs_embeds: Float[Tensor, "B S D"] | None = None,
+        logits_to_keep: int | Int[Tensor, "N"] = 0,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        output_router_logits: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> MoEModelOutput | tuple[Any, ...]:
+        """Return hidden states and the outputs of MoE layers. The arguments are those of `MoEForCausalLM.forward`."""
+        config = self.config
+        keep_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        keep_attentions = config.output_attentions if output_attentions is None else output_attentions
+        keep_logits = config.output_router_logits if output_router_logits is None else output_router_logits
+        if keep_attentions and config._attn_implementation != "eager":
+            allowed = 'False, or the model loaded with attn_implementation="eager"'
+            raise ConfigError(f"output_attentions=True: must be {allowed}")
+        inputs, ids = _inputs(input_ids, inputs_embeds, config.hidden_size)
+        cache = self._cache(past_key_values if cache is None else cache, use_cache=bool(use_cache))
+        self._check_routers(cached=cache is not None, by_id=inputs_embeds is None)
+        if knobs is None:
+            knobs = Knobs.of(temperature=config.router_temperature, noise=config.router_noise, device=inputs.device)
+        context = Context(ids, knobs, capacity, drop, orthogonality=orthogonality, compared=compared)
+        if attention_mask is not None:
+            context = context.without_padding(attention_mask)
+        elif position_ids is not None:
+            if cache is None:
+                self._check_documents(position_ids)
+            context = context._replace(document_position=document_positions(position_ids.expand_as(ids)))
+        seen = self._run(
+            inputs,
+            context,
+            load,
+            Attended(attention_mask, position_ids, cache),
+            keep_states=bool(keep_states),
+            keep_attentions=bool(keep_attentions),
+            logits_to_keep=logits_to_keep,
+        )
+        output = MoEModelOutput(
+            seen.last,
+            hidden_states=(*seen.states, seen.last) if keep_states else None,
+            attentions=tuple(seen.attentions) if keep_attentions else None,
+            router_logits=_router_logits(seen.outputs, context) if keep_logits else None,
+            layers=seen.outputs,
+            logits=seen.logits,
+            **{CACHE: None if use_cache is False else cache},
+        )
+        as_object = config.return_dict if return_dict is None else return_dict
+        return output if as_object else output.to_tuple()
+
+    def _cache(self, given: Cache | None, *, use_cache: bool) -> Cache | None:
+        """Return the cache that is given, or a new one if it is asked for. Raises ConfigError for one of fixed size."""
+        allowed = 'a cache that grows, as DynamicCache does (cache_implementation="dynamic")'
+        require(given is None or not given.is_compileable, "past_key_values", type(given).__name__, allowed)
+        return DynamicCache(config=self._cache_config()) if given is None and use_cache else given
+
+    def _cache_config(self) -> Any:
+        """Return the configuration from which transformers makes a cache."""
+        return self.config
+
+    def _check_routers(self, *, cached: bool, by_id: bool) -> None:
+        """Raise ConfigError if a router needs what it does not get.
+
+        cached: it does not see earlier tokens of the text again.
+        by_id: it gets token ids.
+        """
+        for router in (layer.router for layer in self.moe_layers):
+            causal = router.causal if self.training else router.causal_in_evaluation
+            allowed = f"False, because {type(router).__name__} compares tokens of a text to choose experts"
+            require((causal and not router.reads_earlier_tokens) or not cached, "use_cache", True, allowed)
+            if router.uses_ids and not by_id:
+                raise ConfigError(f"inputs_embeds: must be input_ids, because {type(router).__name__} routes token ids")
+
+    def _check_documents(self, position_ids: Int[Tensor, "#B S"]) -> None:
+        """Raise ConfigError if sequences contain several documents and this model cannot keep them apart.
+
+        FlashAttention would need their lengths, and some routers compare all tokens. Only then the host waits for the
+        device to find out whether there are several.
+        """
+        flash = self.config._attn_implementation == "flash_attention_2"
+        routers = [layer.router for layer in self.moe_layers]
+        mixing = bool(routers) and not routers[0].decides_alone
+        if (flash or mixing) and bool((position_ids.diff() != 1).any()):
+            allowed = "sdpa or eager for blocks of several documents"
+            require(not flash, "model.attention", "flash_attention_2", allowed)
+            routers[0].require_documents_apart()
+
+
+def _second_names(module: nn.Module) -> dict[str, str]:
+    """Return {further name: first name} for parameters with several names, which `save_pretrained` must write once."""
+    first = {p: name for name, p in module.named_parameters()}
+    return {name: first[p] for name, p in module.named_parameters(remove_duplicate=False) if name != first[p]}
+
+
+def _inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None, dim: int) -> tuple[Tensor, Int[Tensor, "B S"]]:
+    """Return what the first layer gets, and the token ids, zeros if there are none.
+
+    Raises ConfigError unless there is one of them, with its shape: ids (B, S), or vectors (B, S, D).
+    """
+    if (inputs_embeds is None) == (input_ids is None):
+        raise ConfigError("input_ids, inputs_embeds: give exactly one of them")
+    if input_ids is not None:
+        fits = input_ids.ndim == 2 and input_ids.dtype in (torch.int32, torch.int64)
+        _require_tensor(
+            "input_ids", input_ids, "whole numbers (int64 or int32) of shape (sequences, tokens)", fits=fits
+        )
+        return input_ids, input_ids
+    assert inputs_embeds is not None
+    shaped = inputs_embeds.ndim == 3 and inputs_embeds.shape[-1] == dim
+    allowed = f"floating-point numbers of shape (sequences, tokens, {dim})"
+    _require_tensor("inputs_embeds", inputs_embeds, allowed, fits=shaped and inputs_embeds.is_floating_point())
+    return inputs_embeds, inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.long)
+
+
+def _require_tensor(name: str, tensor: Tensor, allowed: str, *, fits: bool) -> None:
+    if not fits:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise ConfigError(f"{name}: must be {allowed}; it has {kind} and shape {tuple(tensor.shape)}")
+
+
+def _router_logits(layers: list[LayerOutput], context: Context) -> tuple[Float[Tensor, "BS E"], ...]:
+    """Return the logits of each router of each MoE layer. Raises ConfigError if a router has none."""
+    logits = [routing.logits for layer in layers for routing in layer.routing]
+    known = [each for each in logits if each is not None]
+    require(len(known) == len(logits), "output_router_logits", True, "False for a router without logits")
+    return tuple(fill_places(each, context.place, context.ids.numel()) for each in known)
