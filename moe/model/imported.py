@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, Cache, PretrainedConfig, PreTrainedModel
 from transformers.integrations.moe import _default_apply_gate
 from transformers.utils.logging import disable_progress_bar
 
@@ -157,7 +157,11 @@ class Pass:
 
 
 class RoutedExperts(nn.Module):
-    """Our MoE layer, called as the `experts` of an imported block. number: of the layer, from 0."""
+    """Our MoE layer, called as the `experts` of an imported block.
+
+    number: of the layer, from 0. scores: what the block's router has just returned for all experts. replaced: the
+    weights of that router, if another one has taken its place, until they are adopted.
+    """
 
     running: Pass
 
@@ -166,6 +170,20 @@ class RoutedExperts(nn.Module):
         self.layer = layer
         self.number = number
         self.scores: Tensor | None = None
+        self.replaced: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def adopt(self) -> None:
+        """Give a linear router of ours the matrix of the router that it replaced, and the bias of its selection."""
+        router, before = self.layer.router, self.replaced
+        self.replaced = {}
+        if isinstance(router, LinearRouter):
+            matrix = next((tensor for tensor in before.values() if tensor.shape == router.weight.shape), None)
+            if matrix is not None:
+                router.weight.copy_(matrix)
+        bias = before.get("e_score_correction_bias")
+        if bias is not None and "bias" in router.state_dict():
+            router.get_buffer("bias").copy_(bias)
 
     def forward(
         self, hidden_states: Float[Tensor, "*B D"], index: Tensor | None, weights: Tensor | None
@@ -236,14 +254,27 @@ class ImportedModel(RoutedModel):
         super().__init__(config)
         if causal_lm is None:
             foreign = imported.parse(config.imported or {}, "imported")
-            implementations = {"attn_implementation": config._attn_implementation, "experts_implementation": "eager"}
-            causal_lm = AutoModelForCausalLM.from_config(foreign, **implementations)
+            causal_lm = AutoModelForCausalLM.from_config(
+                foreign, **_implementations(foreign, config._attn_implementation)
+            )
         self.causal_lm = causal_lm
         blocks = [(block, build_router(config, trusted=trusted)) for block in find_blocks(causal_lm)]
         routed = [_take_place(block, router, number) for number, (block, router) in enumerate(blocks)]
         self._routed = tuple(routed)  # a tuple, because the blocks have these modules already
         self._tie_routers()
-        self.post_init()
+        self.post_init()  # which leaves our routers out, because they are in a model of transformers
+        names = {tensor: name for name, tensor in [*self.named_parameters(), *self.named_buffers()]}
+        for each in routed:
+            each.layer.router.initialize(config.initializer_range, names)
+            each.adopt()
+
+    @property
+    def gradient_checkpointing(self) -> bool:  # type: ignore[override]
+        return bool(self.causal_lm.is_gradient_checkpointing)
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enable: bool) -> None:
+        self.causal_lm._set_gradient_checkpointing(enable, self._gradient_checkpointing_func)
 
     @property
     def moe_layers(self) -> list[MoELayer]:
@@ -310,9 +341,19 @@ def _take_place(block: Block, router: Router, number: int) -> RoutedExperts:
         return routed
     if block.gate is None or hasattr(block.module, "route_tokens_to_experts"):  # the block itself reads the scores
         raise ConfigError(f"router: the router of {type(block.module).__name__} cannot be replaced; leave router out")
-    _adopt(router, block.module.get_submodule(block.gate))
+    routed.replaced = block.module.get_submodule(block.gate).state_dict()
     block.module.register_module(block.gate, Elsewhere())
     return routed
+
+
+def _implementations(source: PretrainedConfig, attention: str | None) -> dict[str, Any]:
+    """Return the arguments that choose the implementations of a model's attention and experts.
+
+    Where a model has no `sdpa`, it gets `eager`, which computes the same.
+    """
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(source)]
+    missing = attention == "sdpa" and not kind._supports_sdpa
+    return {"attn_implementation": "eager" if missing else attention, "experts_implementation": "eager"}
 
 
 def read_checkpoint(settings: ModelConfig) -> PreTrainedModel:
@@ -324,16 +365,16 @@ def read_checkpoint(settings: ModelConfig) -> PreTrainedModel:
     assert settings.checkpoint is not None
     name = settings.checkpoint
     disable_progress_bar()
+    source = imported.read(name, settings.checkpoint_digest)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
-            config=imported.read(name, settings.checkpoint_digest),
+            config=source,
             revision=dense_checkpoint.revision(name, settings.checkpoint_digest),
             dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=False,
-            attn_implementation=settings.attention,
-            experts_implementation="eager",
+            **_implementations(source, settings.attention),
             output_loading_info=True,
         )
     except Exception as error:  # whatever a wrong file makes a library raise
@@ -343,16 +384,3 @@ def read_checkpoint(settings: ModelConfig) -> PreTrainedModel:
         if info[key]:
             raise ValueError(f"model.checkpoint={name}: {what} {', '.join(sorted(map(str, info[key])))}")
     return model  # type: ignore[no-any-return]
-
-
-@torch.no_grad()
-def _adopt(router: Router, gate: nn.Module) -> None:
-    """Give a linear router of ours the matrix of the router that it replaces, and the bias of the selection."""
-    own = gate.state_dict()
-    if isinstance(router, LinearRouter):
-        matrix = next((tensor for tensor in own.values() if tensor.shape == router.weight.shape), None)
-        if matrix is not None:
-            router.weight.copy_(matrix)
-    bias = own.get("e_score_correction_bias")
-    if bias is not None and "bias" in router.state_dict():
-        router.get_buffer("bias").copy_(bias)

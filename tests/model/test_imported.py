@@ -1,0 +1,219 @@
+"""Tests of imported models: they compute what transformers computes, with our layer in each MoE block."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from architectures import EXPRESSED, SPECIAL, E, V, tiny
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from moe.checks import ConfigError
+from moe.config import imported
+from moe.config.options import options
+from moe.config.schema import ModelConfig
+from moe.launch.command_line import read_cells
+from moe.model.causal_lm import MoEConfig, MoEForCausalLM, load_model
+from moe.model.imported import OwnSwiGLU, find_blocks, probabilities
+from moe.routing.decision import Knobs
+
+IDS = torch.randint(3, V, (2, 9), generator=torch.Generator().manual_seed(0))
+OWN = {"_target_": "moe.routers.imported.Imported"}
+
+
+def around(source: PreTrainedModel, router: dict[str, Any] | None = None) -> MoEForCausalLM:
+    """Return an imported copy of a model, with its own router or another one."""
+    own = OWN | {"k": imported.number(source.config, imported.PER_TOKEN)}
+    sizes = ModelConfig(dim=source.config.hidden_size, heads=4, layers=3, ffn=24, dense_ffn=40)
+    sizes.num_experts = imported.number(source.config, imported.EXPERTS)
+    config = MoEConfig.around(source.config, sizes, router or own)
+    return MoEForCausalLM(config, causal_lm=copy.deepcopy(source)).eval()
+
+
+def router_of(source: PreTrainedModel) -> dict[str, Any]:
+    """Return our router that decides like that of a model."""
+    words = imported.router(source.config)
+    [cell] = read_cells([*words, f"model.num_experts={imported.number(source.config, imported.EXPERTS)}"]) or []
+    return cell.config.router
+
+
+def plain_name(name: str) -> str:
+    """Return the name in transformers of a parameter of an imported model."""
+    name = name.removeprefix("model.causal_lm.")
+    name = name.replace(".experts.layer.experts.module.", ".experts.")
+    return name.replace(".experts.layer.router.weight", ".gate.weight")
+
+
+def assert_close(found: Tensor, expected: Tensor, what: str) -> None:
+    difference = (found - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
+    assert difference < 1e-4, f"{what}: {difference:.1e}"
+
+
+def assert_same_gradients(model: MoEForCausalLM, source: PreTrainedModel) -> None:
+    expected = {name: p.grad for name, p in source.named_parameters() if p.grad is not None}
+    found = {plain_name(name): p.grad for name, p in model.named_parameters() if p.grad is not None}
+    renamed = {name.replace(".router.weight", ".gate.weight"): gradient for name, gradient in expected.items()}
+    found = {name.replace(".router.weight", ".gate.weight"): gradient for name, gradient in found.items()}
+    assert found.keys() == renamed.keys()
+    for name, gradient in renamed.items():
+        assert_close(found[name], gradient, name)
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_an_imported_model_has_the_logits_and_gradients_of_transformers(kind: str) -> None:
+    source = tiny(kind)
+    model = around(source)
+    output = model(IDS, labels=IDS)
+    reference = source(IDS).logits
+    assert_close(output.logits, reference, "logits")
+    blocks = find_blocks(source)
+    assert len(model.moe_layers) == len(output.routing) == len(blocks) > 0
+    loss = F.cross_entropy(reference[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+    torch.testing.assert_close(output.loss, loss)
+    loss.backward()
+    output.loss.backward()
+    assert_same_gradients(model, source)
+    assert output.stats.tokens.tolist() == [18.0] * len(blocks)
+    for [decision] in output.routing:
+        assert decision.logits is not None
+        assert decision.probs is not None
+        torch.testing.assert_close(decision.probs.sum(-1), torch.ones(18))
+
+
+@pytest.mark.parametrize("kind", EXPRESSED)
+def test_our_router_computes_what_the_router_of_the_checkpoint_computes(kind: str) -> None:
+    source = tiny(kind)
+    model = around(source, router_of(source))
+    assert OWN["_target_"] != model.config.router["_target_"]
+    output = model(IDS, labels=IDS)
+    reference = source(IDS).logits
+    assert_close(output.logits, reference, "logits")
+    F.cross_entropy(reference[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()).backward()
+    output.loss.backward()
+    assert_same_gradients(model, source)
+
+
+def test_experts_of_the_usual_form_run_in_our_kernels() -> None:
+    kinds = {kind: OwnSwiGLU.fits(find_blocks(tiny(kind))[0].experts) for kind in ("mixtral", "gpt_oss", "dbrx")}
+    assert kinds == {"mixtral": True, "gpt_oss": False, "dbrx": False}
+
+
+@pytest.mark.parametrize("router", sorted(options("router")))
+def test_every_router_of_ours_takes_the_place_of_the_router_of_a_checkpoint(router: str) -> None:
+    [cell] = read_cells([f"router={router}", "model.num_experts=8"]) or []
+    source = tiny("mixtral", num_local_experts=8, num_experts=8, n_routed_experts=8, moe_num_experts=8)
+    model = around(source, cell.config.router).train()
+    model(IDS, labels=IDS, knobs=Knobs.of(noise=0.1)).loss.backward()
+    trained = [p for layer in model.moe_layers for p in layer.experts.parameters()]
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
+    weight = model.moe_layers[0].router.state_dict().get("weight")
+    if weight is not None and weight.shape == (8, 32):  # a linear router starts with the matrix of the checkpoint
+        torch.testing.assert_close(weight, find_blocks(source)[0].module.gate.weight)
+
+
+@pytest.mark.parametrize("kind", [*EXPRESSED, "jamba", "gpt_oss"])
+def test_an_imported_model_writes_the_greedy_text_of_transformers(kind: str) -> None:
+    """With a cache, in a batch whose first text is padded on the left."""
+    source = tiny(kind)
+    model = around(source, router_of(source) if kind in EXPRESSED else None)
+    mask = torch.ones_like(IDS)
+    mask[0, :4] = 0
+    arguments = {
+        "attention_mask": mask,
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
+    expected = source.generate(IDS, **arguments)
+    assert model.generate(IDS, **arguments).tolist() == expected.tolist()
+    assert model.generate(IDS, use_cache=False, **arguments).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_an_imported_model_is_the_same_after_it_was_saved_and_loaded(kind: str, tmp_path: Path) -> None:
+    source = tiny(kind)
+    model = around(source, router_of(source) if kind in EXPRESSED else None)
+    model.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
+    weights = loaded.state_dict()
+    assert all(torch.equal(weights[name], weight) for name, weight in model.state_dict().items())
+    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits)
+
+
+def test_layers_that_are_computed_again_have_the_same_gradients() -> None:
+    source = tiny("qwen2_moe")
+    gradients = []
+    for again in (False, True):
+        model = around(source, router_of(source)).train()
+        model.model.gradient_checkpointing = again
+        assert model.model.gradient_checkpointing == again
+        output = model(IDS, labels=IDS)
+        (output.loss + output.aux["load_balance"].mean()).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+def test_padding_is_not_routed() -> None:
+    model = around(tiny("mixtral"))
+    mask = torch.ones_like(IDS)
+    mask[1, 5:] = 0
+    output = model(IDS, attention_mask=mask)
+    assert output.stats.tokens.tolist() == [14.0] * 3
+    alone = model(IDS[1:, :5])
+    torch.testing.assert_close(output.logits[1:, :5], alone.logits)
+
+
+def test_probabilities_are_found_from_the_weights_of_a_router() -> None:
+    scores = torch.randn(20, E, generator=torch.Generator().manual_seed(1))
+    index = scores.topk(2).indices
+    softmax, sigmoid = scores.softmax(-1), scores.sigmoid()
+    for rule, given in ((softmax, scores), (sigmoid / sigmoid.sum(-1, keepdim=True), scores), (softmax, softmax)):
+        weights = 2.5 * rule.gather(-1, index)
+        torch.testing.assert_close(probabilities(given, index, weights), rule)
+    torch.testing.assert_close(probabilities(scores, index, torch.rand(20, 2) + 0.1), softmax)  # no known rule
+
+
+# Folders
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny("mixtral").save_pretrained(tmp_path / "mixtral", max_shard_size="20KB")
+    assert len([*(tmp_path / "mixtral").glob("*.safetensors")]) > 1
+    return tmp_path / "mixtral"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"auto_map": {"AutoModelForCausalLM": "evil.Evil"}}, "auto_map in config.json"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config in config.json"),
+        ({"model_type": "evil"}, "model_type in config.json"),
+        ({"model_type": "moe_routing"}, "model_type in config.json"),
+        ({"model_type": ["mixtral"]}, "model_type in config.json"),
+        ({"hidden_size": "__import__('os')"}, "cannot be read"),
+        ({"attn_implementation": "evil/kernel"}, "attn_implementation in config.json"),
+    ],
+    ids=str,
+)
+def test_a_hostile_config_json_of_a_checkpoint_is_refused_in_one_line(
+    folder: Path, changes: dict[str, Any], message: str
+) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ConfigError, match=message) as caught:
+        imported.read.__wrapped__(str(folder), None)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_dense_checkpoint_is_refused(tmp_path: Path) -> None:
+    config = LlamaConfig(vocab_size=V, hidden_size=16, num_attention_heads=2, intermediate_size=16, num_hidden_layers=1)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="no Mixture of Experts"):
+        imported.read(str(tmp_path), None)
