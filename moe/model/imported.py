@@ -254,9 +254,8 @@ class ImportedModel(RoutedModel):
         super().__init__(config)
         if causal_lm is None:
             foreign = imported.parse(config.imported or {}, "imported")
-            causal_lm = AutoModelForCausalLM.from_config(
-                foreign, **_implementations(foreign, config._attn_implementation)
-            )
+            chosen = _implementations(foreign, config._attn_implementation)
+            causal_lm = AutoModelForCausalLM.from_config(foreign, **chosen)
         self.causal_lm = causal_lm
         blocks = [(block, build_router(config, trusted=trusted)) for block in find_blocks(causal_lm)]
         routed = [_take_place(block, router, number) for number, (block, router) in enumerate(blocks)]
@@ -270,7 +269,7 @@ class ImportedModel(RoutedModel):
 
     @property
     def gradient_checkpointing(self) -> bool:  # type: ignore[override]
-        return bool(self.causal_lm.is_gradient_checkpointing)
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.causal_lm.modules())
 
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, enable: bool) -> None:
