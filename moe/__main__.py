@@ -7,7 +7,7 @@ import sys
 COMMANDS = {
     "train": ("moe.launch.train", "train one model, or with -m one for each combination of several values"),
     "analyze": ("moe.analysis.__main__", "write tables, statistics, figures and a report over runs"),
-    "observe": ("moe.foreign.observe", "measure the routing of a model of the transformers library"),
+    "observe": ("moe.observe", "measure the routing of a model of the transformers library"),
     "specialize": ("moe.specialization.__main__", "measure on finished runs how the experts differ"),
     "export": ("moe.foreign.export_command", "write the model of a run for plain transformers and for servers"),
     "dashboard": ("moe.dashboard", "write a W&B workspace for an experiment"),

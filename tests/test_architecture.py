@@ -25,7 +25,8 @@ LAYERS = [
     {"analysis", "launch"},
     {"dashboard", "foreign", "specialization", "testing"},
     {"api", "bench"},
-    {"__main__", "reference"},
+    {"observe", "reference"},
+    {"__main__"},
 ]
 LAYER = {package: number for number, packages in enumerate(LAYERS) for package in packages}
 TORCH = {"torch", "transformers", "datasets", "accelerate"}  # libraries that are torch or import it

@@ -95,7 +95,7 @@ def content(key: str, name: str, revision: str | None) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{key}={name}: config.json cannot be read ({first_line(error)})") from error
     require(isinstance(settings, dict), f"config.json of {key}={name}", type(settings).__name__, "an object")
-    return settings  # type: ignore[no-any-return]
+    return settings
 
 
 def _settings(name: str, revision: str | None) -> dict[str, Any]:

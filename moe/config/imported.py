@@ -1,16 +1,16 @@
 """A Mixture of Experts of the transformers library to import: what its config.json says about it.
 
-This module does not import torch, because every command line is checked with it and should be checked fast.
+Only commands that import a model import torch here, because every command line should be checked fast.
 """
 
 from functools import lru_cache
-from typing import Any
-
-from transformers import AutoConfig, PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from typing import TYPE_CHECKING, Any
 
 from moe.checks import ConfigError, first_line, require
 from moe.config import dense_checkpoint
+
+if TYPE_CHECKING:  # importing transformers' configurations imports torch
+    from transformers import PretrainedConfig
 
 # The names of a number in the configurations of transformers.
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -66,10 +66,11 @@ def overrides(name: str) -> list[str]:
     return [*router(config), f"data.tokenizer={name}", "data.vocab_size=null"]
 
 
-def router(config: PretrainedConfig) -> list[str]:
+def router(config: "PretrainedConfig") -> list[str]:
     """Return the overrides by which our router decides as that of the checkpoint, or as the checkpoint by itself."""
     k, kind = number(config, PER_TOKEN), config.model_type
-    normalized = kind in SOFTMAX and (SOFTMAX[kind] is None or bool(getattr(config, SOFTMAX[kind])))
+    said_by = SOFTMAX.get(kind)
+    normalized = said_by is None or bool(getattr(config, said_by))
     if kind in SOFTMAX and (k > 1 or not normalized):  # our gate of k=1 is never the constant 1
         gate = "renorm" if normalized else "softmax_all"
         return ["router=topk", f"router.k={k}", f"router.gate={gate}"]
@@ -88,13 +89,13 @@ def router(config: PretrainedConfig) -> list[str]:
 def check_data(name: str, revision: str | None, *, tokenizer: str, seq_len: int) -> None:
     """Raise ConfigError if the tokenizer is not the checkpoint's, or if sequences are longer than it has positions."""
     config = read(name, revision)
-    dense_checkpoint.check_tokenizer(tokenizer, "model.checkpoint", name, most=config.vocab_size)
-    longest = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", seq_len)
+    dense_checkpoint.check_tokenizer(tokenizer, "model.checkpoint", name, most=config.vocab_size or 0)
+    longest = longest_text(config) or seq_len
     require(seq_len <= longest, "data.seq_len", seq_len, f"at most {longest}, the number of positions of {name}")
 
 
 @lru_cache
-def read(name: str, revision: str | None) -> PretrainedConfig:
+def read(name: str, revision: str | None) -> "PretrainedConfig":
     """Return the configuration of a checkpoint, a folder or a name on the hub. Raises ConfigError like `parse`."""
     content = dense_checkpoint.content("model.checkpoint", name, revision)
     config = parse(content, f"config.json of model.checkpoint={name}")
@@ -103,11 +104,14 @@ def read(name: str, revision: str | None) -> PretrainedConfig:
     return config
 
 
-def parse(content: dict[str, Any], where: str) -> PretrainedConfig:
+def parse(content: dict[str, Any], where: str) -> "PretrainedConfig":
     """Return the configuration of transformers with this content. `where` it comes from is for messages.
 
     It may be a stranger's. Raises ConfigError unless it is one of a causal language model, and if it would load code.
     """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     kind = content.get("model_type")
     known = isinstance(kind, str) and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind != "moe_routing"
     require(known, f"model_type in {where}", kind, "that of a causal language model of the transformers library")
@@ -117,6 +121,11 @@ def parse(content: dict[str, Any], where: str) -> PretrainedConfig:
         return AutoConfig.for_model(**content)
     except Exception as error:  # whatever a wrong value makes a library raise
         raise ConfigError(f"{where}: cannot be read ({first_line(error)})") from error
+
+
+def longest_text(config: "PretrainedConfig") -> int | None:
+    """Return the number of positions that a model has learned; None if it has no limit."""
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
 
 
 def number(config: Any, names: tuple[str, ...], *, of: str = "") -> int:

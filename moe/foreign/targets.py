@@ -359,7 +359,7 @@ def residual_scale(model: MoEForCausalLM, target: Target) -> float:
     if not has_norms(target):
         return 1.0
     config, largest = config_of(model), 0.0
-    for layer in model.model.layers:
+    for layer in model.decoder.layers:
         for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj):
             lengths = (linear.weight * layer.input_layernorm.weight).double().square().sum(1)
             if linear.bias is not None:
@@ -374,12 +374,12 @@ def residual_scale(model: MoEForCausalLM, target: Target) -> float:
 def weights_of(model: MoEForCausalLM, target: Target, rule: Rule, *, scale: float) -> Weights:
     """Return the state dict of the target. `scale`: of the residual stream, see `residual_scale`."""
     config = config_of(model)
-    embedding = model.model.embed_tokens.weight.detach()
-    weights = {"model.norm.weight": model.model.norm.weight, "lm_head.weight": model.lm_head.weight}
+    embedding = model.decoder.embed_tokens.weight.detach()
+    weights = {"model.norm.weight": model.decoder.norm.weight, "lm_head.weight": model.lm_head.weight}
     if config.embed_scale and target.name != "granitemoe":
         embedding = embedding * math.sqrt(config.hidden_size)
     weights["model.embed_tokens.weight"] = embedding * scale if scale != 1 else embedding
-    for number, layer in enumerate(model.model.layers):
+    for number, layer in enumerate(model.decoder.layers):
         own: Weights = {
             "input_layernorm.weight": layer.input_layernorm.weight,
             "post_attention_layernorm.weight": layer.post_attention_layernorm.weight,

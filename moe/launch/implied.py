@@ -25,8 +25,9 @@ def implied_by_checkpoint(words: Sequence[str]) -> list[str]:
         return []
     if override.is_sweep_override():
         raise ConfigError(f"{given[KEY]:.200}: must be one checkpoint for a command, because each has its own router")
-    if not isinstance(override.value(), str):
+    name = override.value()
+    if not isinstance(name, str):
         return []
     chosen = {"router", "router._target_"} & given.keys()
-    implied = [(word.partition("=")[0], word) for word in imported.overrides(override.value())]
+    implied = [(word.partition("=")[0], word) for word in imported.overrides(name)]
     return [word for key, word in implied if key not in given and not (chosen and key.partition(".")[0] == "router")]

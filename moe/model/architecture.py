@@ -171,14 +171,13 @@ class MoEConfig(LlamaConfig):
 
         source: the configuration of that model.
         """
-        longest = getattr(source, "max_position_embeddings", None) or getattr(source, "max_seq_len", None)
         config = MoEConfig(
             vocab_size=source.vocab_size,
             hidden_size=model.dim,
             num_attention_heads=model.heads,
             num_hidden_layers=model.layers,
             intermediate_size=model.ffn,
-            max_position_embeddings=longest or LONGEST,
+            max_position_embeddings=imported.longest_text(source) or LONGEST,
             num_experts=model.num_experts,
             embed_scale=False,
             tie_word_embeddings=bool(source.tie_word_embeddings),

@@ -59,6 +59,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         `from_pretrained(folder, trust_remote_code=True)` runs the code that it names.
     """
 
+    lm_head: nn.Linear
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     accepts_loss_kwargs = True  # for transformers' Trainer: `forward` takes num_items_in_batch
 
@@ -91,6 +92,13 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             config = MoEConfig.from_pretrained(name if config is None else config, **source)
         _check_weights(cls, config, str(name), source, trusted=trusted)
         return super().from_pretrained(name, *model_args, trusted=trusted, **kwargs)
+
+    @property
+    def decoder(self) -> Any:
+        """Our decoder. Raises ConfigError for an imported model, which has the layers of transformers."""
+        allowed = "our decoder, not an imported model"
+        require(isinstance(self.model, MoEModel), "model", type(self.model).__name__, allowed)
+        return self.model
 
     @property
     def moe_layers(self) -> list[MoELayer]:

@@ -53,7 +53,8 @@ def flops_per_token(model: MoEForCausalLM, seq_len: int, *, active: Sequence[flo
     """
     config = model.config
     named = model.named_parameters(remove_duplicate=False)  # modules that layers share work in each of them
-    weights = float(sum(p.numel() for _, p in named if p.ndim > 1) - model.get_input_embeddings().weight.numel())
+    looked_up = sum(p.numel() for p in model.get_input_embeddings().parameters())
+    weights = float(sum(p.numel() for _, p in named if p.ndim > 1) - looked_up)
     mixing = 0
     for layer, asked in zip(model.moe_layers, active or [None] * len(model.moe_layers), strict=True):
         size = sum(p.numel() for p in layer.experts.parameters())

@@ -83,11 +83,11 @@ def _has_rows(part: nn.Module, number: int) -> bool:
     return any(p.ndim in (1, 2) and len(p) == number for p in part.parameters())
 
 
-class OwnExperts(nn.Module):
-    """The experts of an imported model, called like `moe.model.experts.Experts`. The code of transformers runs them."""
+class OwnExperts(Experts):
+    """The experts of an imported model, which the code of transformers runs."""
 
     def __init__(self, module: nn.Module) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.module = module
         self.number = count_experts(module)
 
@@ -101,26 +101,32 @@ class OwnExperts(nn.Module):
         if not len(x):
             return x
         index = torch.arange(self.number, device=x.device).repeat_interleave(counts.to(x.device))[:, None]
-        return self.module(x, index, torch.ones_like(index, dtype=x.dtype)).view_as(x)  # type: ignore[no-any-return]
+        outputs: Tensor = self.module(x, index, torch.ones_like(index, dtype=x.dtype))
+        return outputs.view_as(x)
+
+    def initialize(self, std: float, names: dict[Tensor, str]) -> None:
+        """Do nothing: transformers initializes the module."""
 
 
-class OwnSwiGLU(Experts):
+class OwnSwiGLU(OwnExperts):
     """The experts of an imported model whose form is the `swiglu` of `Experts`, which runs them.
 
     The gradient of the code of transformers would take E times as long: for each expert one of the size of all.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        nn.Module.__init__(self)
-        self.module = module
+        super().__init__(module)
         self.dropout = 0.0
+
+    def kernel(self, dtype: torch.dtype) -> str:
+        return Experts.kernel(self, dtype)
+
+    def forward(self, x: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R D"]:
+        return Experts.forward(self, x, counts)
 
     def stacks(self) -> tuple[Tensor | None, Tensor, Tensor]:
         gate, up = self.module.gate_up_proj.chunk(2, dim=1)  # type: ignore[operator]
         return gate, up, self.module.down_proj  # type: ignore[return-value]
-
-    def initialize(self, std: float, names: dict[Tensor, str]) -> None:
-        """Do nothing: transformers initializes the module."""
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
@@ -195,7 +201,7 @@ class RoutedExperts(nn.Module):
         output = self.layer(x, context)
         if self.running.outputs is not None:
             self.running.outputs.append(output)
-        return output.y.view_as(hidden_states).to(hidden_states.dtype)  # type: ignore[no-any-return]
+        return output.y.view_as(hidden_states).to(hidden_states.dtype)
 
     def _given(self, index: Int[Tensor, "N K"], weights: Float[Tensor, "N K"], context: Context) -> Routing:
         """Return the decision of the block's own router, without padding."""
@@ -268,7 +274,7 @@ class ImportedModel(RoutedModel):
             each.adopt()
 
     @property
-    def gradient_checkpointing(self) -> bool:  # type: ignore[override]
+    def gradient_checkpointing(self) -> bool:
         return any(getattr(module, "gradient_checkpointing", False) for module in self.causal_lm.modules())
 
     @gradient_checkpointing.setter
@@ -350,7 +356,7 @@ def _implementations(source: PretrainedConfig, attention: str | None) -> dict[st
 
     Where a model has no `sdpa`, it gets `eager`, which computes the same.
     """
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(source)]
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(source)]
     missing = attention == "sdpa" and not kind._supports_sdpa
     return {"attn_implementation": "eager" if missing else attention, "experts_implementation": "eager"}
 
@@ -382,4 +388,4 @@ def read_checkpoint(settings: ModelConfig) -> PreTrainedModel:
     for key, what in (("missing_keys", "has no weights for"), ("mismatched_keys", "has weights of other shapes for")):
         if info[key]:
             raise ValueError(f"model.checkpoint={name}: {what} {', '.join(sorted(map(str, info[key])))}")
-    return model  # type: ignore[no-any-return]
+    return model

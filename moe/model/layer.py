@@ -51,7 +51,7 @@ class MoELayer(nn.Module):
     Raises ConfigError if the router's chain is empty or holds something else than routers.
     """
 
-    def __init__(self, router: Router, experts: Experts | nn.Module, shared: nn.Module | None = None) -> None:
+    def __init__(self, router: Router, experts: Experts, shared: nn.Module | None = None) -> None:
         super().__init__()
         router.check_chain()
         self.router = router

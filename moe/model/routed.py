@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -211,7 +211,7 @@ class RoutedModel(MoEPreTrainedModel):
         )
         output = MoEModelOutput(
             seen.last,
-            hidden_states=(*seen.states, seen.last) if keep_states else None,
+            hidden_states=(*seen.states, cast(Tensor, seen.last)) if keep_states else None,
             attentions=tuple(seen.attentions) if keep_attentions else None,
             router_logits=_router_logits(seen.outputs, context) if keep_logits else None,
             layers=seen.outputs,

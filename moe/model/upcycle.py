@@ -52,7 +52,7 @@ def upcycle(model: MoEForCausalLM, settings: ModelConfig) -> None:
             if ".mlp." not in name:
                 tensor.copy_(weights[name])
         # The model may have fewer layers than the checkpoint. It then gets the checkpoint's first layers.
-        for block, dense_block in zip(model.model.layers, source.model.layers, strict=False):
+        for block, dense_block in zip(model.decoder.layers, source.model.layers, strict=False):
             _copy_mlp(block.mlp, dense_block.mlp, shared=settings.shared_experts)
     model.generation_config = source.generation_config
 

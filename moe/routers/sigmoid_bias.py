@@ -107,8 +107,7 @@ class SigmoidBias(BiasedSigmoid):
         groups: int = 1,
         top_groups: int = 1,
     ) -> None:
-        shape = {"scale": scale, "groups": groups, "top_groups": top_groups}
-        super().__init__(dim, num_experts, k=k, normalize=normalize, **shape)
+        super().__init__(dim, num_experts, k=k, normalize=normalize, scale=scale, groups=groups, top_groups=top_groups)
         require(finite(rate) and rate >= 0, "router.rate", rate, "a finite number >= 0")
         self.rate, self.update = rate, update
         if k == num_experts:

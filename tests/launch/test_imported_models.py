@@ -1,0 +1,169 @@
+"""Tests of commands that import a Mixture of Experts: what `model.checkpoint` implies, and what is refused."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from architectures import tiny
+from train_processes import TRAIN, run_script
+from transformers import AutoModelForCausalLM
+
+from moe import observe
+from moe.checks import ConfigError
+from moe.config.schema import Cell
+from moe.data.blocks import batch
+from moe.data.labels import IGNORED, next_token
+from moe.launch.command_line import read_cells
+from moe.runs.record import MetricsRecord, RunRecord
+from moe.training.setup import build_model, prepare_data
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(small: list[str]) -> Any:
+    """Return the tokenizer of the small corpus."""
+    [one] = read_cells(small) or []
+    return prepare_data(one.config).tokenizer
+
+
+@pytest.fixture(scope="module")
+def write(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Write:
+    """Return a function that writes a model of an architecture with the tokenizer of the small corpus."""
+
+    def written(kind: str, **changes: Any) -> Path:
+        folder = tmp_path_factory.mktemp(kind)
+        tiny(kind, vocab_size=len(tokenizer) + 3, initializer_range=0.05, **changes).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return written
+
+
+@pytest.fixture(scope="module")
+def mixtral(write: Write) -> Path:
+    return write("mixtral")
+
+
+@pytest.fixture
+def words(small: list[str]) -> list[str]:
+    """Return the words of a small command without those that a checkpoint implies."""
+    return [word for word in small if not word.startswith(("model", "data.vocab_size"))]
+
+
+def read(words: list[str], folder: Path, *more: str) -> list[Cell]:
+    return read_cells([*words, "model=imported", f"model.checkpoint={folder}", *more]) or []
+
+
+def test_a_checkpoint_implies_its_sizes_its_router_and_its_tokenizer(words: list[str], write: Write) -> None:
+    folder = write("deepseek_v3")
+    [cell] = read(words, folder)
+    model = cell.config.model
+    assert (model.dim, model.layers, model.num_experts, model.first_k_dense_replace) == (32, 3, 6, 1)
+    assert cell.config.data.tokenizer == str(folder)
+    assert cell.config.data.vocab_size is None
+    assert cell.config.router == {
+        "_target_": "moe.routers.sigmoid_bias.SigmoidBias",
+        "k": 3,
+        "rate": 0.001,
+        "update": "sign",
+        "normalize": True,
+        "scale": 2.5,
+        "groups": 3,
+        "top_groups": 2,
+    }
+
+
+def test_a_command_may_choose_another_router_or_change_the_implied_one(words: list[str], mixtral: Path) -> None:
+    [cell] = read(words, mixtral, "router.k=1")
+    assert cell.config.router == {"_target_": "moe.routers.topk.TopK", "k": 1, "gate": "renorm"}
+    cells = read(words, mixtral, "-m", "router=sinkhorn,temperature")
+    assert [cell.choices["router"] for cell in cells] == ["sinkhorn", "temperature"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("model.dim=64", "model.dim=64: must be 32, as in .*; leave it out"),
+        ("model.dropout=0.1", "model.dropout=0.1: must be 0 with model.checkpoint"),
+        ("model.shared_experts=1", "model.shared_experts=1: must be 0 with model.checkpoint"),
+        ("data.seq_len=65", "data.seq_len=65: must be at most 64, the number of positions"),
+        ("data.tokenizer=bpe", "data.vocab_size=null: must be a whole number, because data.tokenizer=bpe is trained"),
+        ("model.checkpoint_digest=abc", "model.checkpoint_digest"),
+        ("expert_parallel=true", "expert_parallel"),
+    ],
+)
+def test_a_setting_that_the_checkpoint_fixes_is_refused(
+    words: list[str], mixtral: Path, change: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read(words, mixtral, change)
+
+
+def test_two_checkpoints_in_a_command_are_refused(words: list[str], mixtral: Path) -> None:
+    with pytest.raises(ConfigError, match="must be one checkpoint for a command"):
+        read_cells([*words, "-m", "model=imported", f"model.checkpoint={mixtral},other"])
+    with pytest.raises(ConfigError, match="model.checkpoint=None: must be the folder"):
+        read_cells([*words, "model=imported"])
+
+
+def test_a_damaged_checkpoint_is_refused_in_one_line(words: list[str], write: Write) -> None:
+    folder = write("olmoe")
+    [cell] = read(words, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="cannot be read") as caught:
+        build_model(cell.config, vocab_size=0)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_without_steps_has_the_validation_loss_of_transformers(
+    words: list[str], mixtral: Path, tmp_path: Path
+) -> None:
+    others = [word for word in words if not word.startswith(("steps", "eval_every", "save_every"))]
+    more = ["model=imported", f"model.checkpoint={mixtral}", "steps=0", f"out={tmp_path}"]
+    done = run_script(TRAIN, *others, *more)
+    assert done.returncode == 0, done.stderr
+    assert "0 steps: the model is evaluated as it is, and not trained" in done.stdout
+    [folder] = tmp_path.glob("*/*/")
+    record = RunRecord.read(folder / RunRecord.FILE)
+    assert record.status == "finished"
+    model = AutoModelForCausalLM.from_pretrained(mixtral)
+    data = prepare_data(record.typed_config())
+    blocks = batch(data.val, range(len(data.val)))
+    targets = next_token(blocks.labels).flatten()
+    with torch.no_grad():
+        loss = F.cross_entropy(model(blocks.ids).logits.flatten(0, 1), targets, ignore_index=IGNORED).item()
+    final = MetricsRecord.read(folder / MetricsRecord.FILE).final_metrics
+    assert math.isclose(final["val/loss"], loss, rel_tol=1e-5)
+    assert final["train/loss"] is None
+    assert len([*(folder / "trace").glob("*.npz")]) == 1
+
+
+@pytest.mark.pages  # half a minute, most of it for the report
+def test_an_observed_model_has_the_tables_and_pages_of_a_run(
+    words: list[str], write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write("gpt_oss", num_hidden_layers=1, layer_types=["full_attention"])
+    data = [word for word in words if word.startswith("data")]
+    status = observe.main([str(folder), *data, "--out", str(tmp_path / "seen"), "--blocks", "4", "--samples", "4"])
+    assert status == 0, capsys.readouterr().err
+    table = (tmp_path / "seen" / "runs.csv").read_text()
+    assert "routing/load_cv" in table
+    for name in ("report.html", "tokens.html"):
+        assert (tmp_path / "seen" / name).stat().st_size > 10_000
+    [found] = (tmp_path / "seen").glob("runs/*/*/specialization.json")
+    assert json.loads(found.read_text())["reason"] is None
+
+
+def test_a_model_that_cannot_be_observed_is_refused_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert observe.main([str(tmp_path / "missing"), "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
