@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe.checks import ConfigError, one_of
+from moe.foreign.restore import restore
 from moe.foreign.rules import Rule, bias_of, matrix_of, rule_of
 from moe.foreign.targets import TARGETS, Target, config_of, positions_of, residual_scale, settings_of, weights_of
 from moe.model.causal_lm import MoEForCausalLM
@@ -44,32 +45,37 @@ class Difference(NamedTuple):
 def to_transformers(model: MoEForCausalLM, target: str = "auto") -> PreTrainedModel:
     """Return `model` as a model of the architecture `target`, in evaluation mode.
 
-    target: a key of `TARGETS`, or `auto` for the first one that expresses the model.
+    target: a key of `TARGETS`, or `auto` for the first one that expresses the model. An imported model is given back as
+        what it was (`restore`).
 
     Its weights have the precision of the model if that holds them exactly, and are in fp32 otherwise.
 
     Raises ConfigError, with one line, if the target does not express the model, or if the logits differ by more than
     `TOLERANCE`, as where scores that decide about an expert are nearly equal.
     """
+    found = _rewritten(model, target) if model.config.imported is None else restore(model, target)
+    found.generation_config = copy.deepcopy(model.generation_config)
+    difference = compare(model, found.eval())
+    if not difference.relative <= TOLERANCE:
+        raise ConfigError(f"--to {target}: the logits of {found.config.model_type} are off by up to {difference}")
+    dtype = next(p for p in model.parameters() if p.ndim == 2).dtype
+    if all(torch.equal(p.to(dtype).to(p.dtype), p) for p in found.parameters()):
+        for p in found.parameters():  # not found.to(dtype), which would round the frequencies of positions
+            p.data = p.data.to(dtype)
+    return found
+
+
+def _rewritten(model: MoEForCausalLM, target: str) -> PreTrainedModel:
+    """Return our decoder in the form of the target, in fp32."""
     one_of("--to", target, ("auto", *TARGETS))
     chosen, rule = choose(model, list(TARGETS.values()) if target == "auto" else [TARGETS[target]], to=target)
     scale = residual_scale(model, chosen)
     config = getattr(transformers, f"{chosen.prefix}Config")(**settings_of(model, chosen, rule, scale=scale))
     for name, value in positions_of(model, chosen).items():
         setattr(config, name, value)
-    weights = weights_of(model, chosen, rule, scale=scale)
-    dtype = model.lm_head.weight.dtype
-    if not all(torch.equal(weight.to(dtype).to(weight.dtype), weight) for weight in weights.values()):
-        dtype = torch.float32
     with torch.random.fork_rng(devices=[]):  # the model draws initial weights, which are replaced
         found = getattr(transformers, f"{chosen.prefix}ForCausalLM")(config)
-    found.load_state_dict(weights, strict=True)
-    found.generation_config = copy.deepcopy(model.generation_config)
-    difference = compare(model, found.eval())
-    if not difference.relative <= TOLERANCE:
-        raise ConfigError(f"--to {target}: the logits of {chosen.name} are off by up to {difference}")
-    for p in found.parameters():  # not found.to(dtype), which would round the frequencies of positions
-        p.data = p.data.to(dtype)
+    found.load_state_dict(weights_of(model, chosen, rule, scale=scale), strict=True)
     return cast(PreTrainedModel, found)
 
 

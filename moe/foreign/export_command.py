@@ -14,6 +14,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of the hub and of transformers
 
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
 from moe.checks import one_of, printable
 from moe.foreign.export import compare, to_transformers
 from moe.foreign.folder import GGUF, Source, check_new, read_source, write_folder, write_gguf_folder
@@ -30,7 +32,8 @@ def main(command: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder to write")
     arguments = parser.parse_args(command)
     try:
-        one_of("--to", arguments.to, WAYS)
+        if arguments.to not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:  # an imported model may be of any architecture
+            one_of("--to", arguments.to, WAYS)
         if arguments.to == "gguf":
             require_package()
         check_new(arguments.out)

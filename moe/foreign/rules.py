@@ -125,9 +125,16 @@ def _grouped(router: Any, temperature: float) -> Rule:
     return Rule(router.k, weights=_top_k(router, 1.0).weights, **groups)
 
 
-def _biased(router: Any, temperature: float) -> Rule:
-    weights: Literal["normalized", "raw"] = "normalized" if router.normalize and router.k > 1 else "raw"
-    return Rule(router.k, scores="sigmoid", weights=weights, biased=True)
+def _biased(router: BiasedSigmoid, temperature: float) -> Rule:
+    return Rule(
+        router.k,
+        scores="sigmoid",
+        weights="normalized" if router.normalize and router.k > 1 else "raw",
+        factor=router.scale,
+        biased=True,
+        groups=router.groups if router.top_groups < router.groups else 1,
+        top_groups=router.top_groups if router.top_groups < router.groups else 1,
+    )
 
 
 def _without_plan(router: Any, temperature: float) -> Rule | None:
