@@ -129,12 +129,12 @@ def _sizes(model: MoEForCausalLM, layout: Target, rule: Rule) -> dict[str, Any]:
 def tensors(model: MoEForCausalLM, layout: Target, rule: Rule) -> Weights:
     """Return the weights under their names in the file."""
     config = config_of(model)
-    embedding = model.model.embed_tokens.weight
-    found = {"output_norm.weight": model.model.norm.weight}
+    embedding = model.decoder.embed_tokens.weight
+    found = {"output_norm.weight": model.decoder.norm.weight}
     found["token_embd.weight"] = embedding * math.sqrt(config.hidden_size) if config.embed_scale else embedding
     if config.embed_scale or not config.tie_word_embeddings:
         found["output.weight"] = model.lm_head.weight
-    for number, layer in enumerate(model.model.layers):
+    for number, layer in enumerate(model.decoder.layers):
         own = {
             "attn_norm.weight": layer.input_layernorm.weight,
             f"{'ffn_norm' if layout.name == 'llama' else 'post_attention_norm'}.weight": (

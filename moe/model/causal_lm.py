@@ -96,7 +96,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
     @property
     def decoder(self) -> Any:
         """Our decoder. Raises ConfigError for an imported model, which has the layers of transformers."""
-        allowed = "our decoder, not an imported model"
+        allowed = "our decoder; an imported model has the layers of transformers"
         require(isinstance(self.model, MoEModel), "model", type(self.model).__name__, allowed)
         return self.model
 
