@@ -4,6 +4,7 @@ import importlib.util
 import io
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ def commands(program: str, *texts: str) -> list[str]:
 
 
 TEXTS = (README, *(path.read_text(encoding="utf-8") for path in PAGES))
+ALL = (README, *(path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")))
 WORKSPACES = re.findall(r"python -m moe\.dashboard (\w+)((?: [\w.]+=\S+)*)", "".join(TEXTS))
 COMMANDS = commands("train", *TEXTS) + [f"-m experiment={name}{words}" for name, words in dict.fromkeys(WORKSPACES)]
 
@@ -88,6 +90,22 @@ def test_options_of_the_analysis_are_known(command: str, monkeypatch: pytest.Mon
     monkeypatch.setattr("sys.stderr", messages)
     assert analyze(shlex.split(command)) == 2
     assert messages.getvalue().endswith(": reached\n")
+
+
+def test_commands_of_several_processes_are_accepted() -> None:
+    found = {pair for text in TEXTS for pair in re.findall(r"--config_file (\S+) train\.py ([^#`\n]+)", text)}
+    assert {name for name, _ in found} == {"conf/launch/ddp.yaml", "conf/launch/fsdp.yaml"}
+    for name, words in found:
+        assert (ROOT / name).is_file()
+        assert read_cells(shlex.split(words))
+
+
+def test_the_extras_of_pip_exist() -> None:
+    """Each `pip install -e '.[NAME]'` of README and docs names extras of pyproject.toml."""
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    named = {name for text in ALL for names in re.findall(r"\.\[([\w,]+)\]", text) for name in names.split(",")}
+    assert named <= known.keys()
+    assert {"dev", "docs"} <= named
 
 
 def test_commands_of_other_modules_are_known() -> None:
