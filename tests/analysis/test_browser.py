@@ -90,6 +90,40 @@ def test_a_point_shows_its_values_and_its_run(page: Any) -> None:
     assert min(abs(shown - value) for value in values if value is not None) < 0.001
 
 
+def test_names_of_contrasts_stand_above_their_marks_on_a_phone(report: Path, browser: Any) -> None:
+    """No line strikes a name, and the axis has ticks on both sides of zero or several on one."""
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    page.goto(report.as_uri())
+    page.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
+    place = page.query_selector("figure.chart:has-text('contrasts_val_perplexity') .plot")
+    place.scroll_into_view_if_needed()
+    page.wait_for_function("place => place.classList.contains('js-plotly-plot')", arg=place)
+    names, points = (
+        [each.bounding_box() for each in place.query_selector_all(kind)] for kind in (".annotation-text-g", ".point")
+    )
+    assert len(names) == len(points) > 1
+    edges = sorted(
+        [(box["y"], box["y"] + box["height"], kind) for kind, boxes in enumerate((names, points)) for box in boxes]
+    )
+    assert [kind for *_, kind in edges] == [0, 1] * len(names), "each name is followed by its mark"
+    middles = [(top + bottom) / 2 for top, bottom, kind in edges if kind]
+    assert all(bottom <= middle for (_, bottom, _), middle in zip(edges[::2], middles, strict=True))
+    assert len(place.query_selector_all(".xtick")) >= 4
+    page.close()
+
+
+def test_a_term_is_a_link_to_its_meaning(report: Path, browser: Any) -> None:
+    page = browser.new_page()
+    page.goto(report.as_uri())
+    term = page.query_selector("a.term")
+    meaning = page.query_selector(term.get_attribute("href"))
+    assert not meaning.is_visible()
+    assert term.get_attribute("title") == meaning.query_selector("dd").text_content()
+    term.click()
+    page.wait_for_function("meaning => meaning.checkVisibility()", arg=meaning)
+    page.close()
+
+
 def test_a_click_on_the_legend_hides_a_condition_in_all_panels(page: Any) -> None:
     drawn(page)
     figure = page.query_selector("figure.chart:has-text('layer_profile')")

@@ -56,6 +56,9 @@ from moe.results.table import load_runs, read_event_tables
 
 ROOT = Path(__file__).parents[2]
 
+HIGHER = {"text": "noise hurts", "metric": "val/perplexity", "factor": "noise", "levels": [0.5], "than": [0.0]}
+HIGHER |= {"kind": "higher", "source": "us", "margin": None, "size": [], "within": {}, "direction": None}
+
 Analyze = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -354,7 +357,7 @@ def test_the_option_metric_adds_a_metric_to_the_tables_and_tests(
         *("noise", "lb", "val/loss", "val/perplexity", "val/accuracy", "routing/load_cv/pooled", metric, "n", "seeds")
     ]
     text = (tmp_path / "analysis" / "report.md").read_text()
-    assert f"| routing/load_cv/pooled | {metric} | n seeds |" in text
+    assert f"In every row, {metric} (nats per token) is 0.5 ± 0, n seeds is 3." in text
     assert f"lb 0.01 vs 0.0 at noise=0.0: +0 {metric}, n=3: **deterministic**, equal in every seed" in text
     assert f"- {metric} has no spread between seeds" in text.replace(f"{metric}: ", "", 1)
 
@@ -569,6 +572,33 @@ def test_text_of_run_records_is_never_treated_as_markup(tmp_path: Path) -> None:
     assert not re.search(r"""(url\(|@import|(src|href)=["']?(https?:)?//)""", raw)
 
 
+def test_names_of_runs_with_the_characters_of_markup_are_shown_as_they_are(tmp_path: Path) -> None:
+    claim = HIGHER | {"text": "a **bold** `claim`", "factor": "router.kind", "levels": ["**x**"], "than": ["`y`"]}
+    for level in ("**x**", "`y`"):
+        for seed in (1, 2):
+            metrics = {"val/loss": 1.0 + seed * len(level), "val/perplexity": 2.0 + seed * len(level)}
+            folder = tmp_path / "x" / f"{seed},{len(level)}"
+            write_run(folder, metrics, seed=seed, router={"kind": level}, claims=[claim])
+            change_record(folder, experiment="**E**")
+    text = write_report(load_runs([tmp_path]), tmp_path / "out").read_text()
+    page = Page(tmp_path / "out")
+    for words in ("a **bold** `claim`", "router.kind **x** vs `y`", "Report: **E**"):
+        assert words in page.text
+        assert words not in text
+        assert re.sub(r"([*`])", r"\\\1", words) in text
+    bold = re.findall("<strong>(.*?)</strong>", (tmp_path / "out" / "report.html").read_text())
+    assert not {"bold", "x", "E"} & set(bold)
+
+
+def test_columns_that_are_the_same_in_every_row_are_said_once(tmp_path: Path) -> None:
+    table = pd.DataFrame({"a": [1, 2], "b": ["x", "x"], "c": [3, 4], "d": [math.nan, None], "n": [3, 3]})
+    text = save_report("Title", [TableBlock(table)], tmp_path).read_text()
+    assert "In every row, b is x, n is 3. No row has d.\n\n| a | c |\n" in text
+    page = Page(tmp_path)
+    assert "In every row, b is x, n is 3. No row has d." in page.text
+    assert page.tags.count("th") == 2
+
+
 def test_every_kind_of_block_is_in_the_markdown_and_in_the_html_report(tmp_path: Path) -> None:
     figure = Figure(figsize=(1, 1))
     blocks: list[ReportBlock] = [
@@ -647,7 +677,8 @@ def test_layers_are_drawn_as_means_over_seeds() -> None:
 def test_the_ticks_of_small_ranges_of_gradients_are_numbers(tmp_path: Path) -> None:
     """Within one power of ten also the minor ticks have labels, and none of them is the source of a formula."""
     trains = [
-        {"folder": "a", "condition": "all", "step": step} | dict.fromkeys(GRADIENT_METRICS, 0.01 * (2 + step))
+        {"folder": "a", "seed": 1, "condition": "all", "step": step}
+        | dict.fromkeys(GRADIENT_METRICS, 0.01 * (2 + step))
         for step in range(4)
     ]
     figure = gradient_norms(pd.DataFrame(trains))
@@ -667,7 +698,8 @@ def test_the_ticks_of_small_ranges_of_gradients_are_numbers(tmp_path: Path) -> N
 def test_the_second_half_of_training_shows_its_lines_whole() -> None:
     """The panel begins between two evaluations, where a line lies higher than at the next evaluation."""
     losses = {0: 9.0, 40: 6.0, 60: 4.0, 100: 3.0}
-    events = pd.DataFrame([{"step": step, "folder": "a", "by": "x", "val/loss": loss} for step, loss in losses.items()])
+    events = pd.DataFrame([{"step": step, "val/loss": loss} for step, loss in losses.items()])
+    events = events.assign(folder="a", seed=1, by="x")
     panel = learning_curves(events, "by").axes[1]
     assert panel.get_xlim()[0] == 50
     assert panel.get_ylim()[1] > 5, "the line enters at a loss of 5"
@@ -779,8 +811,6 @@ def test_an_arm_is_labeled_causal_or_not_and_compared_in_place_of_its_router(tmp
     assert "router changes only together with variant" in text
 
 
-HIGHER = {"text": "noise hurts", "metric": "val/perplexity", "factor": "noise", "levels": [0.5], "than": [0.0]}
-HIGHER |= {"kind": "higher", "source": "us", "margin": None, "size": [], "within": {}, "direction": None}
 NO_EFFECT = "Nothing that was tried changed the perplexity by more than chance explains: "
 WOULD_DECIDE = "+0.333 perplexity, +0.3%), which about 29 more seeds would decide if it is the true one."
 
@@ -875,7 +905,7 @@ def test_figures_show_every_seed_and_the_number_of_seeds(published: Path) -> Non
     assert values.get_ylabel() == "validation perplexity"
     drawn = [container.lines[0].get_ydata()[0] for container in differences.containers]
     assert sorted(drawn) == pytest.approx(sorted(table.loc[table["factor"] == "noise", "difference"]))
-    events = read_event_tables(runs["folder"]).evals.merge(runs[["folder", "noise"]], on="folder")
+    events = read_event_tables(runs["folder"]).evals.merge(runs[["folder", "seed", "noise"]], on="folder")
     assert learning_curves(events, "noise").axes[0].get_legend_handles_labels()[1] == [
         *("0.0 (n=6)", "0.1 (n=6)", "0.5 (n=6)")
     ]

@@ -69,7 +69,8 @@ def write_run(
         if last_share is not None and step == steps:
             share = np.array(last_share)
         if step:
-            events.append({"kind": "train", "step": step, "train/load_balance": 1 + 0.02 * progress * temp})
+            train = {"kind": "train", "step": step, "train/load_balance": 1 + 0.02 * progress * temp}
+            events.append(train | {"temperature": 100.0 + step})
         event = {
             "kind": "eval",
             "step": step,
@@ -102,7 +103,7 @@ def gini(shares: np.ndarray) -> np.ndarray:
 
 def read(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     runs = with_causality(load_runs([folder]))
-    evals, trains, _ = read_event_tables(runs["folder"], training=["train/load_balance"])
+    evals, trains, _ = read_event_tables(runs["folder"], training=["train/load_balance", "temperature"])
     return runs, evals, trains
 
 
@@ -191,7 +192,7 @@ def test_a_longer_run_is_drawn_in_the_utilization_but_not_in_the_ablation(
     assert isinstance(members, pd.DataFrame)
     assert (len(members), set(members["steps"]), set(members["schedule"])) == (24, {20}, {"constant"})
     curves = panel(drawn["temperature_ablation_comprehensive"], "optimizer", "validation loss").lines
-    assert max(line.get_xdata().max() for line in curves) == 20
+    assert max(np.nanmax(line.get_xdata()) for line in curves) == 20
     legend = panel(drawn["expert_utilization_analysis"], "router", "final Gini").get_legend_handles_labels()[1]
     assert legend == [
         *("mean over layers, 20 steps (n=3)", "worst layer, 20 steps (n=3)"),
@@ -213,14 +214,14 @@ def test_every_seed_and_the_mean_over_seeds_are_drawn(study: Path, drawn: dict[s
     assert axes.get_xscale() == "log"
     assert [label.get_text() for label in axes.get_xticklabels()] == [f"{t:g}" for t in TEMPERATURES]
     curves = panel(figure, "optimizer", "validation loss").lines
-    assert [line.get_linewidth() for line in curves] == [0.6, 0.6, 0.6, 2.0] * 8
-    minutes = panel(figure, "minutes", "validation loss").lines[3].get_xdata()
+    assert [line.get_linewidth() for line in curves] == [0.6, 2.0] * 8, "the runs of a temperature are one line"
+    minutes = panel(figure, "minutes", "validation loss").lines[1].get_xdata()
     assert minutes == pytest.approx(np.arange(21) / 10 + 43 / 600)  # time/elapsed is in seconds; 43 is the mean seed
 
 
 def test_the_rate_of_change_of_the_entropy_is_the_slope_of_its_curve(drawn: dict[str, Figure]) -> None:
     axes = panel(drawn["entropy_analysis"], "optimizer", "rate of change, at the router's T")
-    for temperature, mean in zip(TEMPERATURES, axes.lines[3::4], strict=False):
+    for temperature, mean in zip(TEMPERATURES, axes.lines[1::2], strict=False):
         assert mean.get_ydata() == pytest.approx(np.full(20, -100 / (1 + temperature) / 20))
         assert mean.get_xdata() == pytest.approx(np.arange(20) + 0.5)
 
@@ -232,6 +233,16 @@ def test_training_values_are_means_over_the_steps_since_the_previous_evaluation(
     )
     assert with_training(evals, trains, "x")["x"].tolist() == pytest.approx([math.nan, 2, 7, 2], nan_ok=True)
     assert with_training(evals, pd.DataFrame(), "x") is evals
+
+
+def test_a_schedule_is_drawn_at_every_training_step(drawn: dict[str, Figure]) -> None:
+    """The temperature of training event n is that of step n - 1; only the last evaluation has one of its own."""
+    axes = panel(drawn["schedule_comparison"], "optimizer", "router temperature")
+    means = [line for line in axes.lines if line.get_linewidth() == 2]
+    assert len(means) == 5
+    for mean in means:
+        assert mean.get_xdata().tolist() == list(range(21))
+        assert mean.get_ydata().tolist() == [*range(101, 121), pytest.approx(1.0)]
 
 
 def test_schedules_are_compared_with_the_constant_temperature_at_which_they_end(study: Path, tmp_path: Path) -> None:

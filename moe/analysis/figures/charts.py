@@ -117,7 +117,8 @@ def _panel(axes: Axes, figure: Figure, styles: dict[str, Trace]) -> dict[str, An
         return {"title": title, "text": axes.texts[0].get_text()}
     place = axes.get_subplotspec()
     rows_of_panels = place.get_topmost_subplotspec().get_gridspec().nrows if place else 1
-    data = [_named(trace, group, styles) for trace, group in _traces(axes)]
+    straight = {line: shape for line in axes.lines if (shape := _straight(axes, line))}
+    data = [_named(trace, group, styles) for trace, group in _traces(axes, apart=set(straight))]
     for name, axis in (("x", axes.xaxis), ("y", axes.yaxis)):
         if axis.get_scale() == "symlog":  # which the page does not have: draw at the places, show the values
             for trace in data:
@@ -127,7 +128,7 @@ def _panel(axes: Axes, figure: Figure, styles: dict[str, Trace]) -> dict[str, An
         "data": data,
         "x": _axis(axes, axes.xaxis, figure.get_supxlabel()),
         "y": _axis(axes, axes.yaxis, figure.get_supylabel()),
-        "shapes": [shape for line in axes.lines if (shape := _straight(axes, line))],
+        "shapes": list(straight.values()),
         "annotations": [_annotation(axes, text) for text in axes.texts if text.get_text()],
         "height": round(max(280, (figure.get_figheight() - 0.8) / rows_of_panels * HEIGHT)),
     }
@@ -158,17 +159,16 @@ def _placed(axis: Axis, values: Any) -> Any:
     return axis.get_transform().transform(np.asarray(values, dtype=float))
 
 
-def _traces(axes: Axes) -> Iterator[tuple[Trace, str]]:
-    """Yield each mark as a trace, with its label, which is empty if the mark has none of its own."""
-    parts: set[Artist] = set()
-    owners = _owners(axes) | dict(_GROUPS)
+def _traces(axes: Axes, apart: set[Artist]) -> Iterator[tuple[Trace, str]]:
+    """Yield each mark that is not `apart` as a trace, with its label, which is empty if the mark has none."""
+    parts, owners = set(apart), _owners(axes)
     for container in axes.containers:
         label = str(container.get_label())
         match container:
             case ErrorbarContainer():
                 line, caps, bars = container.lines
                 parts |= {*caps, *bars, *([line] if line else [])}
-                yield _errorbar(line, list(bars), container), owners.get(line, label) if line else label
+                yield _errorbar(line, list(bars), container), _group(line, owners, label) if line else label
             case BarContainer():
                 parts |= set(container.patches)
                 yield _bars(container), label
@@ -177,11 +177,10 @@ def _traces(axes: Axes) -> Iterator[tuple[Trace, str]]:
     for artist in (*axes.lines, *axes.collections, *axes.images, *axes.patches):
         if artist in parts:
             continue
-        label = owners.get(artist, str(artist.get_label()))
+        label = _group(artist, owners, str(artist.get_label()))
         match artist:
             case Line2D():
-                if _straight(axes, artist) is None:
-                    yield _line(artist), label
+                yield _line(artist), label
             case PathCollection():
                 yield _points(artist), label
             case PolyCollection() if type(artist).__name__ in BANDS:
@@ -190,6 +189,11 @@ def _traces(axes: Axes) -> Iterator[tuple[Trace, str]]:
                 yield _heatmap(artist), label
             case _:
                 raise NoChartError
+
+
+def _group(artist: Artist, owners: dict[Artist, str], label: str) -> str:
+    """Return the entry of the legend to which an artist belongs: the one that it was given, or that of its owner."""
+    return _GROUPS.get(artist) or owners.get(artist, label)
 
 
 def _owners(axes: Axes) -> dict[Artist, str]:

@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from moe.analysis.figures.charts import with_hover
 from moe.analysis.figures.style import RC, axis_label, line_style, panel_height, plain_log_labels, shared_legend
 from moe.metrics.catalog import select
 from moe.results.conditions import levels
@@ -58,7 +59,7 @@ def gradient_norms(trains: pd.DataFrame) -> Figure | str:
             style, members = line_style(index), trains[trains["condition"] == condition]
             curves = members.pivot(index="step", columns="folder", values=column).astype(float).dropna(how="all")
             dot = "." if len(curves) == 1 else ""  # without a dot, a single evaluation would be invisible
-            axes.plot(curves, color=style["color"], linewidth=0.6, alpha=0.45, marker=dot)
+            draw_runs(axes, members, column, {"color": style["color"], "linewidth": 0.6, "alpha": 0.45, "marker": dot})
             mean = curves.dropna().mean(axis=1)
             line: dict[str, Any] = {"color": style["color"], "linestyle": style["linestyle"]}
             axes.plot(mean, linewidth=2, marker=dot, label=f"{condition} (n={curves.shape[1]})", **line)
@@ -70,7 +71,18 @@ def gradient_norms(trains: pd.DataFrame) -> Figure | str:
     return figure
 
 
-BREAK = pd.Series([math.nan], index=[math.nan])  # between two runs: one line with gaps is drawn faster than many lines
+def draw_runs(axes: Axes, events: pd.DataFrame, column: str, look: dict[str, Any], *, x: str = "step") -> None:
+    """Draw each run as a line that names its seed.
+
+    All runs are one line with gaps, which is drawn faster than many lines.
+    """
+    places, values, names = list[float](), list[float](), list[str]()
+    for _, run in events.dropna(subset=[column]).sort_values("step").groupby("folder", sort=False):
+        places += [*run[x], math.nan]
+        values += [*run[column], math.nan]
+        names += [*run["seed"].map("seed {}".format), ""]
+    [line] = axes.plot(places, values, **look)
+    with_hover(line, names)
 
 
 def draw_curves(axes: Axes, events: pd.DataFrame, column: str, label: str, style: dict[str, str]) -> None:
@@ -78,8 +90,8 @@ def draw_curves(axes: Axes, events: pd.DataFrame, column: str, label: str, style
     curves = events.pivot(index="step", columns="folder", values=column).astype(float)
     mean = curves.dropna().mean(axis=1)
     dot = "." if len(curves) < 30 else ""  # without a dot, a single evaluation would be invisible
-    runs = pd.concat([pd.concat([curves[folder].dropna(), BREAK]) for folder in curves])
-    axes.plot(runs, color=style["color"], linewidth=0.7, alpha=0.5, marker=dot, markersize=4)
+    look = {"color": style["color"], "linewidth": 0.7, "alpha": 0.5, "marker": dot, "markersize": 4}
+    draw_runs(axes, events, column, look)
     axes.plot(
         mean, color=style["color"], linestyle=style["linestyle"], linewidth=2.2, label=f"{label} (n={curves.shape[1]})"
     )

@@ -1,6 +1,5 @@
 """Colors, sizes and labels of all figures."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -103,21 +102,3 @@ def panel_height(legend_entries: int) -> float:
 def interval_reach(means: pd.DataFrame) -> pd.Series:
     """Return half the length of each mean's 95 % t interval; 0 for a single seed, which has no interval."""
     return (means["mean"] - means["ci_low"]).fillna(0)
-
-
-def draw_means(
-    axes: Axes, x: Sequence[float] | pd.Series, means: pd.DataFrame, style: dict[str, Any], name: str
-) -> None:
-    """Draw means with their intervals at `x`. `means` is a table of `with_intervals`. The label contains n."""
-    counts = "–".join(map(str, sorted({int(n) for n in means["n"].dropna()})))
-    axes.errorbar(
-        x,
-        means["mean"],
-        yerr=interval_reach(means),
-        fmt=style["marker"],
-        color=style["color"],
-        markersize=8,
-        markeredgecolor="white",
-        capsize=4,
-        label=f"{name} (n={counts})".lstrip(),
-    )

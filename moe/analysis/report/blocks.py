@@ -1,10 +1,12 @@
 """Blocks: the pieces that a report consists of, such as a heading, a table or a figure.
 
 A section of the report yields blocks and knows neither Markdown nor HTML. `moe.analysis.report.markdown` and
-`moe.analysis.report.html` render each block. In every text, `**bold**` and `` `code` `` are markup. All other
-characters are shown as they are, so the name or the error of a run can become neither HTML nor a link.
+`moe.analysis.report.html` render each block. In every text, `**bold**` and `` `code` `` are markup, unless a backslash
+is before them, as `literal` puts it. All other characters are shown as they are, so the name or the error of a run can
+become neither HTML nor a link.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -14,6 +16,11 @@ from moe.analysis.figures.drawing import Drawing
 
 MAX_ROWS = 200  # largest number of rows that a table shows
 LIST_LENGTH = 20  # largest number of list items that are visible at once
+
+
+def literal(text: str) -> str:
+    """Return text from runs, such as a name, as part of a text with markup, in which it is shown as it is."""
+    return re.sub(r"[*`\\]", r"\\\g<0>", text)
 
 
 class Heading(NamedTuple):

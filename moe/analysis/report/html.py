@@ -36,7 +36,7 @@ from moe.analysis.report.blocks import (
     Term,
     truncation_note,
 )
-from moe.analysis.report.markdown import numeric_columns, table_cells
+from moe.analysis.report.markdown import numeric_columns, table_cells, without_constants
 from moe.checks import one_line, printable
 
 LONG_TEXT = 60  # largest number of characters in a table cell that is kept on one line
@@ -197,7 +197,16 @@ def _environment(package: str = "moe.analysis.report") -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (inline_markup, term_anchor, cells, truncation_note, interval_picture, file_name)
+    filters = (
+        inline_markup,
+        breakable,
+        same_in_all_rows,
+        term_anchor,
+        cells,
+        truncation_note,
+        interval_picture,
+        file_name,
+    )
     environment.filters |= {function.__name__: function for function in filters}
     return environment
 
@@ -207,6 +216,11 @@ def _without_control(value: Any) -> Any:
     if isinstance(value, str) and not isinstance(value, Markup):
         return "\n".join(map(printable, value.split("\n")))
     return value
+
+
+def breakable(name: str) -> Markup:
+    """Return the name of a column as HTML that may break into lines after a slash or an underscore."""
+    return Markup(re.sub("[/_]", r"\g<0><wbr>", str(escape(one_line(name)))))
 
 
 def anchor(text: str) -> str:
@@ -252,7 +266,8 @@ def file_name(path: str) -> str:
 
 def inline_markup(text: str) -> Markup:
     """Return text as HTML on one line: `**bold**` and `` `code` `` become elements, everything else is escaped."""
-    html = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", str(escape(one_line(text))))
+    html = re.sub(r"\\([*`\\])", lambda found: f"&#{ord(found[1])};", str(escape(one_line(text))))
+    html = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", html)
     return Markup(re.sub(r"`(.+?)`", r"<code>\1</code>", html))
 
 
@@ -277,8 +292,17 @@ def interval_picture(interval: Interval) -> Markup:
     return Markup(f'<svg class="interval" viewBox="0 0 {width} {height}" aria-hidden="true">{"".join(parts)}</svg>')
 
 
+def same_in_all_rows(table: pd.DataFrame) -> str:
+    """Return the sentence about the columns that `cells` leaves out; an empty text if there are none."""
+    return without_constants(table)[1]
+
+
 def cells(table: pd.DataFrame) -> tuple[list[Cell], list[list[Cell]]]:
-    """Return the head and the first `MAX_ROWS` rows of a table. Cells with long text may wrap."""
+    """Return the head and the first `MAX_ROWS` rows of a table, without the columns that are the same in every row.
+
+    Cells with long text may wrap.
+    """
+    table, _ = without_constants(table)
     numeric = numeric_columns(table)
     head, *rows = table_cells(table.head(MAX_ROWS))
 

@@ -101,8 +101,9 @@ class ReportInputs(NamedTuple):
         return search_goal(self.loaded)
 
     def with_condition(self, events: pd.DataFrame) -> pd.DataFrame:
-        """Return the events of runs whose condition is known, with the condition as a column."""
-        labels = pd.DataFrame({"folder": self.runs["folder"], "condition": self.condition}).dropna()
+        """Return the events of runs whose condition is known, with condition and seed as columns."""
+        seeds = self.runs.get("seed", "unknown")
+        labels = pd.DataFrame({"folder": self.runs["folder"], "condition": self.condition, "seed": seeds}).dropna()
         return events.merge(labels, on="folder") if len(events) else events
 
     def too_many_lines(self) -> str:

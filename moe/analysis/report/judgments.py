@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from moe.analysis.report.blocks import Card, Interval
+from moe.analysis.report.blocks import Card, Interval, literal
 from moe.analysis.sentences import (
     DETERMINISTIC,
     EQUIVALENT,
@@ -166,8 +166,8 @@ def cards(judged: list[Judgment]) -> list[Card]:
 def _card(judged: Judgment, axis: tuple[float, float]) -> Card:
     tone = TONES.get(judged.verdict, "idle")
     if judged.n == 0:
-        return Card(judged.text, judged.verdict, tone, judged.reason)
-    effect = f"{judged.compared}: " if judged.planned else ""
+        return Card(literal(judged.text), judged.verdict, tone, literal(judged.reason))
+    effect = f"{literal(judged.compared)}: " if judged.planned else ""
     effect += f"**{judged.amount}**" + (f" ({judged.percent})" if judged.percent else "")
     effect += f"{_certainty(judged)}, n={judged.n}"
     if all(map(math.isfinite, judged.claimed)):
@@ -175,7 +175,7 @@ def _card(judged: Judgment, axis: tuple[float, float]) -> Card:
     advice = judged.advice[:1].upper() + judged.advice[1:] + "." if judged.advice else ""
     claimed = judged.claimed if judged.planned else None
     picture = Interval(judged.difference, judged.low, judged.high, *axis, claimed)
-    return Card(judged.text, judged.verdict, tone, plain(effect), advice, picture)
+    return Card(literal(judged.text), judged.verdict, tone, plain(effect), advice, picture)
 
 
 def _certainty(judged: Judgment) -> str:

@@ -23,10 +23,12 @@ from moe.analysis.report.blocks import (
     ReportBlock,
     StatusBar,
     TableBlock,
+    literal,
     truncation_note,
 )
 from moe.checks import escaped, plain
 
+FEW_COLUMNS = 5  # a table with fewer columns keeps those that are the same in every row
 P_VALUE = re.compile(r"(^|\s)p(\s|$)")  # columns such as "p", "p Holm" and "smallest p sign-flip"
 
 
@@ -48,7 +50,10 @@ def block_as_markdown(block: ReportBlock) -> str:
         case BulletList(items):
             return "\n".join(f"- {escaped(item)}" for item in items)
         case TableBlock(frame):
-            return "\n\n".join(filter(None, [table_as_markdown(frame.head(MAX_ROWS)), truncation_note(frame)]))
+            shown, same = without_constants(frame)
+            return "\n\n".join(
+                filter(None, [escaped(same), table_as_markdown(shown.head(MAX_ROWS)), truncation_note(frame)])
+            )
         case StatusBar(counts):
             total = sum(n for _, n, _ in counts)
             shares = ", ".join(f"{n} {name}" for name, n, _ in counts if n)
@@ -78,7 +83,7 @@ def table_as_markdown(table: pd.DataFrame) -> str:
     if table.empty:
         return "(none)"
     rule = ["---:" if right else ":---" for right in numeric_columns(table)]
-    head, *body = [[escaped(text).replace("|", "\\|") for text in row] for row in table_cells(table)]
+    head, *body = [[escaped(literal(text)).replace("|", "\\|") for text in row] for row in table_cells(table)]
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, rule, *body])
 
 
@@ -97,6 +102,24 @@ def table_cells(table: pd.DataFrame) -> list[list[str]]:
     return [[str(column) for column in table]] + [
         [_cell_text(value, d) for value, d in zip(row, digits, strict=True)] for row in rows
     ]
+
+
+def without_constants(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """Return a table without the columns that are the same in every row, and the sentence that takes their place.
+
+    A table of fewer than `FEW_COLUMNS` columns or two rows is returned as it is.
+    """
+    if len(table.columns) < FEW_COLUMNS or len(table) < 2:
+        return table, ""
+    head, *rows = table_cells(table)
+    same = {place: texts[0] for place, texts in enumerate(zip(*rows, strict=True)) if len(set(texts)) == 1}
+    if len(same) == len(head):
+        return table, ""
+    known = [f"{head[place]} is {text}" for place, text in same.items() if text not in ("", "–")]
+    empty = [head[place] for place, text in same.items() if text in ("", "–")]
+    parts = [*([f"In every row, {', '.join(known)}."] if known else [])]
+    parts += [f"No row has {', '.join(empty)}."] if empty else []
+    return table.iloc[:, [place for place in range(len(head)) if place not in same]], " ".join(parts)
 
 
 def _cell_text(value: Any, digits: str) -> str:

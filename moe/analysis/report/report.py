@@ -27,6 +27,7 @@ from moe.analysis.report.blocks import (
     ReportBlock,
     TableBlock,
     csv_file,
+    literal,
     not_drawn,
 )
 from moe.analysis.report.html import Page
@@ -148,7 +149,7 @@ def save_report(title: str, blocks: Iterable[ReportBlock], out: Path, *, files: 
     appended to `files`. The figures that could not be drawn are listed at the end, with the reasons.
     """
     out.mkdir(parents=True, exist_ok=True)
-    page, texts, missing = Page(), [f"# {escaped(title)}"], []
+    page, texts, missing = Page(), [f"# {escaped(literal(title))}"], []
     for block in blocks:
         if isinstance(block, Drawing) and block.figure is None:
             missing.append(not_drawn(block))
@@ -186,7 +187,7 @@ def _experiment(inputs: ReportInputs) -> Iterator[ReportBlock]:
 
 def _experiment_part(name: str, inputs: ReportInputs) -> Iterator[ReportBlock]:
     """Yield the chapters of one experiment, with titles one level lower and files in a folder of its own."""
-    yield Heading(name)
+    yield Heading(literal(name))
     folder = folder_name(name)
     for block in _experiment(inputs):
         if isinstance(block, Heading | Folded):

@@ -14,6 +14,7 @@ from moe.analysis.report.blocks import (
     Paragraph,
     ReportBlock,
     TableBlock,
+    literal,
 )
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.report.judgments import cards
@@ -34,8 +35,8 @@ ONE_SEED = "With one seed nothing tells a difference from chance: train at least
 def answer(inputs: ReportInputs) -> Iterator[ReportBlock]:
     """Yield what a reader wants to know first."""
     if not inputs.search:
-        yield Paragraph(f"**Question:** {_question(inputs)}")
-    yield Paragraph(f"**Answer:** {headline(inputs)}")
+        yield Paragraph(f"**Question:** {literal(_question(inputs))}")
+    yield Paragraph(f"**Answer:** {literal(headline(inputs))}")
     if inputs.search:
         yield from search_result(inputs)
         yield Facts(setup(inputs))
@@ -103,5 +104,5 @@ def _warnings(inputs: ReportInputs) -> Iterator[str]:
         key for key, leader in inputs.tied.items() if not key.startswith(f"{leader}.") and leader != "experiment"
     ]
     if followers := [key for key in followers if key != "experiment"]:
-        names = ", ".join(followers)
+        names = literal(", ".join(followers))
         yield f"{names}: changes only together with another factor, so the two effects cannot be told apart."

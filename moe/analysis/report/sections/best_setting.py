@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 from statsmodels.stats.weightstats import DescrStatsW
 
+from moe.analysis.report.blocks import literal
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.sentences import unit_of
 from moe.analysis.statistics import CONFIDENCE, has_no_spread, name_cell
@@ -71,10 +72,10 @@ def best_setting(inputs: ReportInputs) -> Iterator[str]:
         return
     (name, members, values), (other, _, other_values) = found.settings[:2]
     spread = f" ± {values.std(ddof=1):.2g}" if len(values) > 1 else ""
-    text = f"**Best setting here:** {name}, with a {unit_of(found.metric)} of {values.mean():.4g}{spread}"
+    text = f"**Best setting here:** {literal(name)}, with a {unit_of(found.metric)} of {values.mean():.4g}{spread}"
     text += f" (n={len(values)}), of {len(found.settings)} settings"
     lead = (other_values - values).dropna()
-    text += f". The next one, {other}, is {lead.mean():.2g} behind" if len(lead) else ""
+    text += f". The next one, {literal(other)}, is {lead.mean():.2g} behind" if len(lead) else ""
     if len(lead) > 1 and not has_no_spread(lead.to_numpy(), scale=float(values.abs().max())):
         low, high = DescrStatsW(lead.to_numpy()).tconfint_mean(1 - CONFIDENCE)
         text += f" [{low:.2g}, {high:.2g}]" + (", so the order of the two may be luck" if low < 0 else "")
@@ -92,7 +93,7 @@ def _left_out(found: Ranking) -> Iterator[str]:
     for names, reason in reasons:
         if names:
             more = f" and {len(names) - MOST_NAMED} more" if names[MOST_NAMED:] else ""
-            yield f"Left out: {'; '.join(names[:MOST_NAMED])}{more} ({reason})."
+            yield f"Left out: {literal('; '.join(names[:MOST_NAMED]))}{more} ({reason})."
 
 
 def _cost(inputs: ReportInputs, found: Ranking, best: pd.DataFrame) -> Iterator[str]:

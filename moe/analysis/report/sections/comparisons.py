@@ -7,6 +7,7 @@ import pandas as pd
 from moe.analysis.report.blocks import BulletList, Details, Facts, Heading, Paragraph, ReportBlock, TableBlock, csv_file
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.statistics import noise_floor, with_intervals
+from moe.metrics.catalog import lookup
 from moe.results.conditions import ROUTING, present, spread_table, summary
 
 NOISE_FLOOR_EXPLAINED = """\
@@ -49,7 +50,7 @@ def noise_floor_table(inputs: ReportInputs) -> Iterator[ReportBlock]:
     if not inputs.factors and seeds > 1 and inputs.metrics:
         yield Heading("Noise floor")
         yield Paragraph(NOISE_FLOOR_EXPLAINED)
-        yield TableBlock(noise_floor(inputs.runs, inputs.metrics))
+        yield TableBlock(_with_units(noise_floor(inputs.runs, inputs.metrics)))
 
 
 def condition_table(inputs: ReportInputs) -> Iterator[ReportBlock]:
@@ -58,11 +59,11 @@ def condition_table(inputs: ReportInputs) -> Iterator[ReportBlock]:
     means = summary(inputs.runs, inputs.factors, dict.fromkeys((*inputs.metrics, *routing)))
     yield Heading("Conditions")
     yield Paragraph(CONDITIONS_EXPLAINED)
-    yield TableBlock(spread_table(means[means["metric"].isin(inputs.metrics)]))
+    yield TableBlock(spread_table(means[means["metric"].isin(inputs.metrics)]).rename(columns=_with_unit))
     if routing:
         yield Paragraph("**Routing by condition**: the same for the metrics `routing/...`, averaged over layers.")
         table = spread_table(means[means["metric"].isin(routing)])[[*inputs.factors, *routing, "n seeds"]]
-        yield TableBlock(table.rename(columns=lambda name: name.removeprefix("routing/")))
+        yield TableBlock(table.rename(columns=lambda name: _with_unit(name).removeprefix("routing/")))
     yield csv_file("conditions", with_intervals(means), "the same with 95 % t intervals.")
 
 
@@ -72,9 +73,26 @@ def contrast_table(inputs: ReportInputs) -> Iterator[ReportBlock]:
     if known := [(column, words) for column, words in COLUMNS.items() if column in inputs.contrasts]:
         yield Details("What the columns mean", [Facts(known)])
     as_written = {side: str for side in ("level", "reference") if side in inputs.contrasts}  # 4.0 is not to become 4
-    yield TableBlock(inputs.contrasts.astype(as_written))
+    yield TableBlock(_with_units(inputs.contrasts.astype(as_written)))
     yield from map(Paragraph, _gains_of_pairing(inputs.contrasts))
     yield csv_file("contrasts", inputs.contrasts, "every row of this table.")
+
+
+def _with_unit(column: str) -> str:
+    """Return the head of a column: the name of a metric with its unit, or another name as it is."""
+    metric = lookup(column) if "/" in column else None  # a factor may have the name of a setting that is measured too
+    return f"{column} ({metric.unit})" if metric and metric.unit else column
+
+
+def _with_units(table: pd.DataFrame) -> pd.DataFrame:
+    """Add the unit of the metric of each row."""
+    if table.empty:
+        return table
+    metrics = table["metric"].map(lookup)
+    units = [(metric.unit or "–") if metric else "–" for metric in metrics]
+    table = table.copy()
+    table.insert(table.columns.get_loc("metric") + 1, "unit", units)
+    return table
 
 
 def _gains_of_pairing(contrasts: pd.DataFrame) -> Iterator[str]:

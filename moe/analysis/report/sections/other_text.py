@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from moe.analysis.bootstrap import bootstrap
-from moe.analysis.report.blocks import Heading, Paragraph, ReportBlock, TableBlock, csv_file, long_list
+from moe.analysis.report.blocks import Heading, Paragraph, ReportBlock, TableBlock, csv_file, literal, long_list
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.sentences import decimals, levels_compared
 from moe.analysis.statistics import contrasts, name_cell
@@ -61,7 +61,7 @@ def other_seeds_and_other_text(inputs: ReportInputs) -> Iterator[ReportBlock]:
         return
     yield Heading("Other seeds and other text")
     if problems:
-        yield from long_list(list(dict.fromkeys(problems)))
+        yield from long_list([literal(problem) for problem in dict.fromkeys(problems)])
     if not compared:
         return
     digits = [decimals(difference, 4) for difference in found["difference"]]

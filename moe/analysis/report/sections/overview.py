@@ -15,6 +15,7 @@ from moe.analysis.report.blocks import (
     StatusBar,
     TableBlock,
     csv_file,
+    literal,
     long_list,
 )
 from moe.analysis.report.inputs import ReportInputs
@@ -61,7 +62,7 @@ def what_was_run(inputs: ReportInputs) -> Iterator[ReportBlock]:
         yield TableBlock(failures)
     if inputs.past.problems:
         yield Paragraph("These parts of the event logs are missing or could not be read:")
-        yield from long_list(inputs.past.problems)
+        yield from long_list([literal(problem) for problem in inputs.past.problems])
 
 
 def _settings_of_grids(inputs: ReportInputs) -> Iterator[ReportBlock]:
@@ -121,7 +122,7 @@ def _confounded_factors(tied: dict[str, str]) -> list[str]:
 
 def _dead_layers(runs: pd.DataFrame) -> list[str]:
     return [
-        f"{row['run']}: no token takes an expert in {', '.join(dead)}"
+        f"{literal(row['run'])}: no token takes an expert in {', '.join(dead)}"
         for _, row in runs[runs["status"] == "finished"].iterrows()
         if (dead := dead_layers({str(name): value for name, value in row.items()}))
     ]
@@ -130,7 +131,7 @@ def _dead_layers(runs: pd.DataFrame) -> list[str]:
 def _values_left_out(inputs: ReportInputs) -> list[str]:
     finished = inputs.runs[inputs.runs["status"] == "finished"]
     return [
-        f"{run}: finished, but its {metric} is not finite; left out of all results about this metric"
+        f"{literal(run)}: finished, but its {metric} is not finite; left out of all results about this metric"
         for metric in inputs.metrics
         for run in finished.loc[~finished[metric].map(math.isfinite), "run"]
     ]

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from moe.analysis.report.blocks import Heading, Paragraph, ReportBlock, TableBlock
+from moe.analysis.report.blocks import Heading, Paragraph, ReportBlock, TableBlock, literal
 from moe.analysis.report.inputs import ReportInputs
 from moe.results.conditions import spread_table, summary
 
@@ -42,4 +42,4 @@ def levels_from_a_search(inputs: ReportInputs) -> Iterator[ReportBlock]:
     seeds = shared.groupby(inputs.condition[shared.index], sort=False)["seed"].agg(lambda each: sorted(set(each)))
     named = [f"{label} (seed {', '.join(map(str, each))})" for label, each in seeds.items()]
     yield Heading("Settings from a search")
-    yield Paragraph(NO_CONFIRMATION.format(settings="; ".join(named)))
+    yield Paragraph(NO_CONFIRMATION.format(settings=literal("; ".join(named))))

@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from moe.analysis.report.blocks import literal
 from moe.analysis.report.inputs import ReportInputs
 from moe.results.conditions import levels, without_causality
 from moe.results.table import ABSENT
@@ -19,7 +20,7 @@ def setup(inputs: ReportInputs) -> list[tuple[str, str]]:
     seeds = ", ".join(map(str, levels(runs["seed"]))) if "seed" in runs else "unknown"
     facts = [("Runs", f"{len(finished)} of {len(runs)} finished; seeds {seeds}")]
     grids = [name for name in levels(inputs.runs["experiment"]) if ": " in name]
-    facts += [("Settings that differ from the experiment's own", name.partition(": ")[2]) for name in grids]
+    facts += [("Settings that differ from the experiment's own", literal(name.partition(": ")[2])) for name in grids]
     total, active = (_range(finished, f"parameters.{part}", _count) for part in ("total", "active"))
     if total:
         facts.append(("Model", f"{total} parameters, {active} of them used by a token"))
@@ -30,8 +31,7 @@ def setup(inputs: ReportInputs) -> list[tuple[str, str]]:
         facts.append(
             ("Training", f"{_range(pd.DataFrame({'tokens': tokens}), 'tokens', _count)} tokens in {steps} steps")
         )
-    source = _texts(runs, "data")
-    tokenizer = _texts(runs, "data.tokenizer")
+    source, tokenizer = (literal(_texts(runs, key)) for key in ("data", "data.tokenizer"))
     words = _range(runs, "data.vocab_size", lambda value: f"{value:,.0f}")
     if source:
         facts.append(

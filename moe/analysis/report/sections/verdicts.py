@@ -5,7 +5,16 @@ from collections.abc import Iterator
 import pandas as pd
 
 from moe.analysis.claims import contrasts_without_claim, evidence_sentence, planned_claims
-from moe.analysis.report.blocks import BulletList, Details, Heading, Paragraph, ReportBlock, csv_file, long_list
+from moe.analysis.report.blocks import (
+    BulletList,
+    Details,
+    Heading,
+    Paragraph,
+    ReportBlock,
+    csv_file,
+    literal,
+    long_list,
+)
 from moe.analysis.report.inputs import Family, ReportInputs
 from moe.analysis.sentences import (
     DETECTABLE,
@@ -113,7 +122,7 @@ def claim_verdicts(inputs: ReportInputs) -> Iterator[ReportBlock]:
     if (judged["verdict"] == UNDECIDED).any():
         yield Paragraph(DETECTABLE)
     sentences = [
-        f"{with_note(row['claim'], row['source'])}: **{row['verdict']}**; {evidence_sentence(row)}"
+        f"{literal(with_note(row['claim'], row['source']))}: **{row['verdict']}**; {literal(evidence_sentence(row))}"
         for _, row in judged.iterrows()
     ]
     yield BulletList(sentences)
@@ -153,4 +162,4 @@ def contrast_verdicts(inputs: ReportInputs) -> Iterator[ReportBlock]:
 def _verdict(contrast: pd.Series) -> str:
     c = contrast
     up, down = directions(c["metric"])
-    return contrast_sentence(c, levels_compared(c), unit=unit_of(c["metric"]), up=up, down=down)
+    return contrast_sentence(c, literal(levels_compared(c)), unit=unit_of(c["metric"]), up=up, down=down)

@@ -78,6 +78,7 @@
       ...rest, automargin: true, zeroline: false, gridcolor: colors.line, linecolor: colors.quiet, ticks: "outside",
       tickcolor: colors.line, title: { text: wrapped(title, vertical ? 34 : 60), font: { size: 12 }, standoff: 8 },
       ticktext: rest.ticktext?.map(escaped), tickfont: { color: colors.ink }, exponentformat: "power",
+      ...(rest.type === "log" ? { nticks: 3, tickformat: "~g" } : { nticks: vertical ? 8 : 7 }), // log: 0.02 and not a small 2
     };
   }
 
@@ -97,14 +98,22 @@
     const x = axis(panel.x, colors, false);
     const y = axis(panel.y, colors, true);
     const longest = Math.max(0, ...(panel.y.ticktext ?? []).map((text) => text.length));
-    if (longest * 6 > place.clientWidth / 2) Object.assign(y, { ticklabelposition: "inside top", automargin: false });
+    const above = longest * 6 > place.clientWidth / 2; // long names stand above their marks
+    if (above) Object.assign(y, { showticklabels: false, ticks: "", automargin: false });
+    const names = above ? panel.y.tickvals.map((value, i) => ({
+      text: wrapped(panel.y.ticktext[i], Math.floor(place.clientWidth / 6.5)), x: 0, xref: "x domain", y: value, yref: "y", xanchor: "left",
+      yanchor: "bottom", yshift: 6, align: "left", showarrow: false, bgcolor: colors.paper, borderpad: 0,
+    })) : [];
+    const lines = names.reduce((count, name) => count + name.text.split("<br>").length, 0);
+    const height = Math.max(panel.height, above ? 90 + 24 * names.length + 15 * lines : 0);
+    place.style.minHeight = `${height}px`;
     const layout = {
-      height: panel.height, margin: { l: longest * 6 > place.clientWidth / 2 ? 12 : 48, r: 10, t: touch ? 10 : 28, b: 44 }, showlegend: false,
+      height, margin: { l: above ? 12 : 48, r: 10, t: touch ? 10 : 28, b: 44 }, showlegend: false,
       hovermode: "closest", dragmode: touch ? false : "zoom", paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { color: colors.ink, size: narrow ? 11 : 12, family: getComputedStyle(document.body).fontFamily }, bargap: 0.2,
       barmode: "overlay", hoverlabel: { bgcolor: colors.tint, bordercolor: colors.quiet, font: { color: colors.ink }, align: "left", namelength: -1 },
       modebar: { bgcolor: "rgba(0,0,0,0)", color: colors.quiet, activecolor: colors.ink },
-      xaxis: x, yaxis: y, shapes: painted(panel.shapes, colors), annotations: painted(panel.annotations, colors).map((note) => ({ ...note, text: escaped(note.text) })),
+      xaxis: x, yaxis: y, shapes: painted(panel.shapes, colors), annotations: [...painted(panel.annotations, colors).map((note) => ({ ...note, text: escaped(note.text) })), ...names],
     };
     const data = panel.data.map((mark) => ({ ...trace(painted(mark, colors), panel), visible: !hidden.has(mark.name) }));
     const config = { responsive: true, displaylogo: false, displayModeBar: touch ? false : "hover", modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };

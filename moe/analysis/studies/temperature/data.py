@@ -14,6 +14,7 @@ from moe.results.conditions import STD, tied_factors, varied_factors
 from moe.results.table import ABSENT, FACTS
 
 TEMPERATURE, VALIDATION_LOSS = "router.temp", "val/loss"
+TEMPERATURE_NOW = "temperature"  # of a step or an evaluation, where a schedule changes it
 
 
 def ablation(runs: pd.DataFrame) -> pd.DataFrame | str:
@@ -54,6 +55,7 @@ def evaluation_curves(members: pd.DataFrame, events: pd.DataFrame, columns: Iter
         table = members[["folder", "seed", TEMPERATURE, "schedule", "steps"]].merge(
             events[["folder", "step", *columns]], on="folder"
         )
+        table = table.dropna(subset=columns, how="all")
         absent = [column for column in columns if table[column].isna().all()]
     if absent:
         return f"no run has {', '.join(absent)} in its events"
@@ -72,6 +74,23 @@ def with_training(evals: pd.DataFrame, trains: pd.DataFrame, column: str) -> pd.
     steps = pd.merge_asof(steps, ends, on="step", by="folder", direction="forward")
     means = steps.groupby(["folder", "evaluation"], as_index=False)[column].mean()
     return evals.merge(means.rename(columns={"evaluation": "step"}), on=["folder", "step"], how="left")
+
+
+def with_every_temperature(evals: pd.DataFrame, trains: pd.DataFrame) -> pd.DataFrame:
+    """Add a row for every training step with the temperature of this step, which evaluations have only now and then.
+
+    The temperature of the last evaluation of a run stays, and that of the others is left out. Training event n belongs
+    to the optimizer step n - 1. If the events do not have temperatures, the evaluations are returned unchanged.
+    """
+    columns = ["folder", "step", TEMPERATURE_NOW]
+    if not (set(columns) <= set(evals) and set(columns) <= set(trains)):
+        return evals
+    steps = trains[columns].dropna()
+    steps = steps.assign(step=steps["step"] - 1)
+    last = evals["step"] == evals.groupby("folder")["step"].transform("max")
+    known = evals["folder"].isin(steps["folder"])
+    kept = evals.assign(**{TEMPERATURE_NOW: evals[TEMPERATURE_NOW].where(last | ~known)})
+    return pd.concat([kept, steps], ignore_index=True)
 
 
 def with_utilization(members: pd.DataFrame, evals: pd.DataFrame) -> pd.DataFrame | str:

@@ -1,7 +1,7 @@
 """Draw the six figures of the temperature study, under the study's file names.
 
-Seeds are thin lines or small points. Means are thick or large, with their 95 % t interval, and every legend says how
-many seeds there are.
+Seeds are thin lines or small points. Means are thick or large, those of curves with the 95 % t interval, and every
+legend says how many seeds there are.
 """
 
 import math
@@ -22,6 +22,7 @@ from moe.analysis.studies.temperature.data import (
     constant_runs,
     evaluation_curves,
     scheduled,
+    with_every_temperature,
     with_training,
     with_utilization,
 )
@@ -72,7 +73,9 @@ def temperature_ablation_comprehensive(runs: pd.DataFrame, events: pd.DataFrame)
     draw_curves(panels["late"], events, VALIDATION_LOSS, TEMPERATURE, style, late=True)
     minutes = events.assign(minutes=events["time/elapsed"] / 60)
     draw_curves(panels["minutes"], minutes, VALIDATION_LOSS, TEMPERATURE, style, x="minutes")
-    panels["minutes"].set_xlabel("minutes of wall clock, evaluations included")
+    panels["minutes"].set_xlabel(
+        "minutes of wall clock, evaluations included\n(they depend on what else the machine did)"
+    )
     draw_curves(panels["accuracy"], events, ACCURACY, TEMPERATURE, style)
     draw_curves(panels["late accuracy"], events, ACCURACY, TEMPERATURE, style, late=True)
     draw_against_temperature(panels["final"], runs, {VALIDATION_LOSS: ""})
@@ -132,7 +135,10 @@ def expert_utilization(runs: pd.DataFrame, table: pd.DataFrame) -> Figure:
 
 @matplotlib.rc_context(RC)
 def schedule_comparison(runs: pd.DataFrame, events: pd.DataFrame) -> Figure:
-    """Draw loss, temperature and accuracy over steps, and final loss and accuracy, with a color for each schedule."""
+    """Draw loss, temperature and accuracy over steps, and final loss and accuracy, with a color for each schedule.
+
+    The temperature is drawn at every training step, and the others at every evaluation.
+    """
     figure = Figure(figsize=(15, 9.4), layout="constrained")
     panels = figure.subplot_mosaic([[VALIDATION_LOSS, "late", "temperature"], [ACCURACY, "final", "final accuracy"]])
     style = schedule_style(runs)
@@ -256,7 +262,7 @@ def temperature_drawings(runs: pd.DataFrame, evals: pd.DataFrame, trains: pd.Dat
     `runs` is a table of `moe.results.table.load_runs` after `with_causality`. `evals` and `trains` are the events of
     both kinds of `moe.results.table.read_event_tables`.
     """
-    evals = with_training(evals, trains, LOAD_BALANCE)
+    evals = with_every_temperature(with_training(evals, trains, LOAD_BALANCE), trains)
     for recipe in RECIPES:
         yield drawing(recipe.draw.__name__, recipe.caption, _figure_or_reason(recipe, runs, evals))
 

@@ -12,7 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-from moe.analysis.figures.style import axis_label, begin_at_zero, draw_means, line_style
+from moe.analysis.figures.charts import with_hover
+from moe.analysis.figures.curves import draw_runs
+from moe.analysis.figures.style import axis_label, begin_at_zero, line_style
 from moe.analysis.studies.temperature.data import TEMPERATURE, seed_means
 
 Style = dict[Any, dict[str, Any]]
@@ -47,14 +49,14 @@ def draw_curves(
 
     With `late`, only the second half of the steps is drawn. If `x` is not the step, a mean is drawn at the mean of x.
     """
+    events = events.dropna(subset=[column])
     if late:
         events = events[events["step"] >= events["step"].max() / 2]
         axes.set_title("second half of the steps", fontsize="medium")
     for level, line in style.items():
         members = events[events[by] == level]
         color, n = line["color"], members["folder"].nunique()
-        for _, run in members.groupby("folder"):
-            axes.plot(run[x], run[column], color=color, linewidth=0.6, alpha=0.45)
+        draw_runs(axes, members, column, {"color": color, "linewidth": 0.6, "alpha": 0.45}, x=x)
         means = seed_means(members, ["step"], column)
         means = means[means["n"] == n]  # a mean over fewer seeds would make the line jump
         places = means["step"].map(members.groupby("step")[x].mean())
@@ -74,20 +76,22 @@ def draw_curves(
 def draw_against_temperature(axes: Axes, runs: pd.DataFrame, metrics: dict[str, str]) -> None:
     """Draw final values against the temperature, a line for each seed. `metrics` maps columns to names in the legend.
 
-    Runs of different lengths are separate series; they are never averaged.
+    Runs of different lengths are separate series; they are never averaged. Means have no intervals: whether a
+    temperature has an effect is a question about differences between runs of the same seed, as the thin lines show.
     """
     temperatures = sorted(runs[TEMPERATURE].unique())
     several = runs["steps"].nunique() > 1
     lengths = [(f"{steps} steps" if several else "", members) for steps, members in runs.groupby("steps")]
     series = [(metric, name, length, members) for length, members in lengths for metric, name in metrics.items()]
     for index, (metric, name, length, members) in enumerate(series):
-        style, shift = line_style(index), 1.03**index  # series lie side by side, and means beside their seeds
-        for _, seed in members.sort_values(TEMPERATURE).groupby("seed"):
-            place, color = seed[TEMPERATURE] * shift, style["color"]
-            axes.plot(place, seed[metric], color=color, marker=style["marker"], markersize=4, linewidth=0.7, alpha=0.5)
+        style, shift = line_style(index), 1.03**index  # series lie side by side
+        for seed, run in members.sort_values(TEMPERATURE).groupby("seed"):
+            look: dict[str, Any] = {"color": style["color"], "marker": style["marker"]}
+            [line] = axes.plot(run[TEMPERATURE] * shift, run[metric], markersize=4, linewidth=0.7, alpha=0.5, **look)
+            with_hover(line, [f"seed {seed}"] * len(run))
         means = seed_means(members, [TEMPERATURE], metric)
         label = ", ".join(filter(None, [name, length]))
-        draw_means(axes, means[TEMPERATURE] * shift * 1.02, means, style, label)
+        _draw_means(axes, means[TEMPERATURE] * shift, means, style, label)
     axes.set_xscale("log")
     axes.set_xticks(temperatures, [f"{temperature:g}" for temperature in temperatures])
     axes.minorticks_off()
@@ -98,18 +102,31 @@ def draw_against_temperature(axes: Axes, runs: pd.DataFrame, metrics: dict[str, 
 
 
 def draw_schedules(axes: Axes, runs: pd.DataFrame, metric: str, style: Style) -> None:
-    """Draw final values of every schedule: seeds as points, and their mean with its interval beside them."""
+    """Draw final values of every schedule: each seed as points that a thin line joins, and the means."""
+    table = runs.pivot_table(metric, "seed", "schedule", sort=False).reindex(columns=list(style))
+    for seed, values in table.iterrows():
+        [joined] = axes.plot(range(len(style)), values, color="gray", linewidth=0.7, alpha=0.5)
+        with_hover(joined, [f"seed {seed}"] * len(style))
     for place, (name, line) in enumerate(style.items()):
         members = runs[runs["schedule"] == name]
         seeds = {"linestyle": "", "markersize": 4, "alpha": 0.6, "marker": line["marker"]}
-        axes.plot([place] * len(members), members[metric], color=line["color"], **seeds)
+        [points] = axes.plot([place] * len(members), members[metric], color=line["color"], **seeds)
+        with_hover(points, members["seed"].map("seed {}".format))
         means = seed_means(members, ["schedule"], metric)
-        draw_means(axes, pd.Series(place + 0.15, means.index), means, line, name)
+        _draw_means(axes, pd.Series(float(place), means.index), means, line, name)
     axes.set_xticks(range(len(style)), [line["label"].replace(" at ", "\nat ") for line in style.values()])
     axes.set_xlim(-0.5, len(style) - 0.5)
     axes.tick_params(axis="x", labelsize=8.5)
     axes.grid(visible=False, axis="x")
     axes.set_ylabel(f"final {axis_label(metric)}")
+
+
+def _draw_means(axes: Axes, x: pd.Series, means: pd.DataFrame, style: dict[str, Any], name: str) -> None:
+    """Draw means over seeds as large marks at `x`. The label contains n."""
+    counts = "–".join(map(str, sorted({int(n) for n in means["n"].dropna()})))
+    look = {"color": style["color"], "marker": style["marker"], "markersize": 8, "markeredgecolor": "white"}
+    [marks] = axes.plot(x, means["mean"], linestyle="", label=f"{name} (n={counts})".lstrip(), **look)
+    with_hover(marks, [f"mean over {n} seeds" for n in means["n"]])
 
 
 def draw_heatmap(axes: Axes, values: np.ndarray, rows: list[str], label: str, *, largest: float) -> None:
@@ -149,8 +166,8 @@ def draw_legend(figure: Figure, axes: Axes, runs: pd.DataFrame) -> None:
 
 def marks_explained(runs: pd.DataFrame) -> str:
     """Return what thin and thick, small and large mean; with a single seed, also that there is no interval."""
-    one = "" if runs["seed"].nunique() > 1 else " (n=1: a single seed, so there is no interval)"
-    return f"thin or small: one seed; thick or large: mean over n seeds; band or bar: its 95 % t interval{one}"
+    one = "" if runs["seed"].nunique() > 1 else " (n=1: a single seed, so there is no band)"
+    return f"thin or small: one seed; thick or large: mean over n seeds; band: 95 % t interval of the mean{one}"
 
 
 def runs_explained(runs: pd.DataFrame) -> str:

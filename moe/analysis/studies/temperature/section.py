@@ -8,7 +8,7 @@ import pandas as pd
 from moe.analysis.report.blocks import Attachment, ReportBlock, figure_section
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.report.study import Study
-from moe.analysis.studies.temperature.data import TEMPERATURE, scheduled
+from moe.analysis.studies.temperature.data import TEMPERATURE, TEMPERATURE_NOW, scheduled
 from moe.analysis.studies.temperature.figures import LOAD_BALANCE, temperature_drawings
 from moe.analysis.studies.temperature.reports import specialization_report, summary_report
 from moe.results.table import ABSENT
@@ -27,4 +27,4 @@ def temperature_section(inputs: ReportInputs) -> Iterator[ReportBlock]:
         yield Attachment(f"{report.__name__}.json", content, caption)
 
 
-TEMPERATURE_STUDY = Study(training_columns=(LOAD_BALANCE,), report_sections=(temperature_section,))
+TEMPERATURE_STUDY = Study(training_columns=(LOAD_BALANCE, TEMPERATURE_NOW), report_sections=(temperature_section,))
