@@ -56,6 +56,7 @@ def test_bars_heatmaps_and_bands_keep_their_values() -> None:
     heat.imshow(values, vmin=0, vmax=1, aspect="auto")
     heat.set_yticks([0, 1], ["x", "y"])
     band.fill_between([0, 1, 2], [0, 1, 0], [1, 2, 1])
+    band.fill_between([0, 1, 2], [np.nan] * 3, [np.nan] * 3)  # no seed differs: nothing is drawn
     panels = chart(figure)["panels"]
     [drawn] = panels[0]["data"]
     assert (drawn["x"], drawn["y"], drawn["width"]) == ([0, 1], [3, -1], [0.5, 0.5])
@@ -75,12 +76,14 @@ def test_scales_and_ticks_are_those_of_the_figure() -> None:
     log.plot([1, 10, 100], [1, 2, 3])
     log.set_xscale("log")
     log.set_xlim(1, 100)
+    log.set_xticks([5, 50], ["five", "fifty"])
     symlog.plot([0.0, 0.01, 1.0], [1, 2, 3])
     symlog.set_xscale("symlog", linthresh=0.01)
     names.plot([0, 1], [1, 2])
     names.set_xticks([0, 1], ["topk", "hash"])
     first, second, third = chart(figure)["panels"]
     assert (first["x"]["type"], first["x"]["range"], first["data"][0]["x"]) == ("log", [0, 2], [1, 10, 100])
+    assert (first["x"]["tickvals"], first["x"]["ticktext"]) == ([5, 50], ["five", "fifty"])
     assert second["data"][0]["shown_x"] == [0.0, 0.01, 1.0]
     assert second["data"][0]["x"] != second["data"][0]["shown_x"]
     assert (third["x"]["tickvals"], third["x"]["ticktext"]) == ([0, 1], ["topk", "hash"])

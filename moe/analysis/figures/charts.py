@@ -150,7 +150,7 @@ def _axis(axes: Axes, axis: Axis, label_of_figure: str) -> dict[str, Any]:
     places = [place for place in axis.get_majorticklocs() if min(bounds) <= place <= max(bounds)]
     if places and (scale == "symlog" or isinstance(axis.get_major_locator(), FixedLocator)):
         texts = axis.get_major_formatter().format_ticks(places)
-        found |= {"tickvals": _numbers(_placed(axis, places)), "ticktext": texts}
+        found |= {"tickvals": _numbers(places if scale == "log" else _placed(axis, places)), "ticktext": texts}
     return found
 
 
@@ -184,7 +184,8 @@ def _traces(axes: Axes, apart: set[Artist]) -> Iterator[tuple[Trace, str]]:
             case PathCollection():
                 yield _points(artist), label
             case PolyCollection() if type(artist).__name__ in BANDS:
-                yield _band(artist), label
+                if artist.get_paths():  # a band has none where the values of all seeds are equal
+                    yield _band(artist), label
             case AxesImage():
                 yield _heatmap(artist), label
             case _:

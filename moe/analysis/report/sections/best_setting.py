@@ -75,7 +75,8 @@ def best_setting(inputs: ReportInputs) -> Iterator[str]:
     text = f"**Best setting here:** {literal(name)}, with a {unit_of(found.metric)} of {values.mean():.4g}{spread}"
     text += f" (n={len(values)}), of {len(found.settings)} settings"
     lead = (other_values - values).dropna()
-    text += f". The next one, {literal(other)}, is {lead.mean():.2g} behind" if len(lead) else ""
+    behind = f"{lead.mean():.2g} behind" if len(lead) and lead.mean() else "equal to it"
+    text += f". The next one, {literal(other)}, is {behind}" if len(lead) else ""
     if len(lead) > 1 and not has_no_spread(lead.to_numpy(), scale=float(values.abs().max())):
         low, high = DescrStatsW(lead.to_numpy()).tconfint_mean(1 - CONFIDENCE)
         text += f" [{low:.2g}, {high:.2g}]" + (", so the order of the two may be luck" if low < 0 else "")

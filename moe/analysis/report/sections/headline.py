@@ -10,6 +10,7 @@ from moe.analysis.sentences import DETERMINISTIC, EQUIVALENT, SIGNIFICANT, UNTES
 from moe.checks import plain
 from moe.results.conditions import by_seed
 
+WORDS = {DETERMINISTIC: "the same in every seed"}  # for verdicts that say too little after "is"
 LONGEST_CLAIM = 120  # characters of a claim that the answer quotes
 
 
@@ -43,7 +44,9 @@ def _of_decided(first: Judgment, judged: list[Judgment]) -> str:
     if len(judged) == 1:
         return f"{text}."
     of_each = Counter(each.verdict for each in judged)
-    counts = " and ".join(f"{count} {'is' if count == 1 else 'are'} {verdict}" for verdict, count in of_each.items())
+    counts = " and ".join(
+        f"{count} {'is' if count == 1 else 'are'} {WORDS.get(verdict, verdict)}" for verdict, count in of_each.items()
+    )
     kind = "planned claims" if first.planned else f"comparisons of {first.unit}"
     return f"{text}; of {len(judged)} {kind}, {counts}."
 

@@ -113,7 +113,7 @@ def draw_schedules(axes: Axes, runs: pd.DataFrame, metric: str, style: Style) ->
         [points] = axes.plot([place] * len(members), members[metric], color=line["color"], **seeds)
         with_hover(points, members["seed"].map("seed {}".format))
         means = seed_means(members, ["schedule"], metric)
-        _draw_means(axes, pd.Series(float(place), means.index), means, line, name)
+        _draw_means(axes, pd.Series(float(place), means.index), means, line, line["label"])
     axes.set_xticks(range(len(style)), [line["label"].replace(" at ", "\nat ") for line in style.values()])
     axes.set_xlim(-0.5, len(style) - 0.5)
     axes.tick_params(axis="x", labelsize=8.5)
@@ -122,10 +122,10 @@ def draw_schedules(axes: Axes, runs: pd.DataFrame, metric: str, style: Style) ->
 
 
 def _draw_means(axes: Axes, x: pd.Series, means: pd.DataFrame, style: dict[str, Any], name: str) -> None:
-    """Draw means over seeds as large marks at `x`. The label contains n."""
+    """Draw means over seeds as large marks at `x`. The label contains n; marks without a name have none."""
     counts = "–".join(map(str, sorted({int(n) for n in means["n"].dropna()})))
     look = {"color": style["color"], "marker": style["marker"], "markersize": 8, "markeredgecolor": "white"}
-    [marks] = axes.plot(x, means["mean"], linestyle="", label=f"{name} (n={counts})".lstrip(), **look)
+    [marks] = axes.plot(x, means["mean"], linestyle="", label=name and f"{name} (n={counts})", **look)
     with_hover(marks, [f"mean over {n} seeds" for n in means["n"]])
 
 
@@ -160,7 +160,7 @@ def draw_legend(figure: Figure, axes: Axes, runs: pd.DataFrame) -> None:
     columns = min(len(labels), 4)
     style: dict[str, Any] = {"ncols": columns, "fontsize": "small", "title_fontsize": "small", "handlelength": 3.2}
     figure.legend(
-        handles, labels, loc="outside lower center", title=f"{marks_explained(runs)}\n{runs_explained(runs)}", **style
+        handles, labels, loc="outside lower center", title=f"{marks_explained(runs)};\n{runs_explained(runs)}", **style
     )
 
 
