@@ -630,7 +630,7 @@ def test_the_first_use_of_a_term_in_running_text_is_a_link_to_its_meaning(tmp_pa
     terms = [Term("n", "number of <seeds>", "n(?==)"), Term("family, level", "tests", "famil(?:y|ies)|level")]
     blocks: list[ReportBlock] = [
         Heading("A family"),
-        Paragraph("n, `n=1`, levels, then **n=3** and n=4 of two families or one level"),
+        Paragraph("n, `n=1`, levels, family.size, then **n=3** and n=4 of two families or one level"),
         TableBlock(pd.DataFrame({"level": ["level"]})),
         Glossary(terms),
     ]

@@ -41,7 +41,7 @@ from moe.checks import one_line, printable
 
 LONG_TEXT = 60  # largest number of characters in a table cell that is kept on one line
 MAX_FILE = 200_000  # largest number of bytes of a file that the page contains too
-UNLINKED = {"a", "button", "code", "dt", "h1", "h2", "h3", "h4", "script", "summary", "svg", "th"}  # without terms
+UNLINKED = {"a", "button", "code", "dt", "h1", "h2", "h3", "h4", "script", "summary", "svg", "table"}  # without terms
 PICTURE = (300, 34)  # width and height of the picture of an interval
 
 
@@ -236,10 +236,13 @@ def term_anchor(name: str) -> str:
 def with_links(html: Markup, terms: Sequence[Term]) -> Markup:
     """Return HTML in which the first use of each term in running text is a link to its meaning.
 
-    `UNLINKED` elements stay as they are, such as titles, heads of tables, and the terms themselves.
+    Names such as router.temp are no use of a term. `UNLINKED` elements stay as they are, such as titles and tables, and
+    so do the terms themselves.
     """
     waiting = dict(enumerate(terms))
-    anywhere = re.compile("|".join(rf"(?P<t{i}>(?<![\w-])(?:{term.pattern})(?!\w))" for i, term in waiting.items()))
+    anywhere = re.compile(
+        "|".join(rf"(?P<t{i}>(?<![\w./=-])(?:{term.pattern})(?!\w|[./-]\w))" for i, term in waiting.items())
+    )
 
     def link(found: re.Match[str]) -> str:
         term = waiting.pop(int(str(found.lastgroup)[1:]), None)

@@ -55,7 +55,7 @@ def answer(inputs: ReportInputs) -> Iterator[ReportBlock]:
 
 
 def index_of_verdicts(experiments: dict[str, ReportInputs]) -> Iterator[ReportBlock]:
-    """Yield a table with a row for each experiment: its question, the answer, its verdicts and its best setting."""
+    """Yield a table with a row for each experiment: its answer, its verdicts and its best setting."""
     rows = []
     for name, inputs in experiments.items():
         counts = Counter(each.verdict for each in inputs.judgments)
@@ -63,7 +63,6 @@ def index_of_verdicts(experiments: dict[str, ReportInputs]) -> Iterator[ReportBl
         rows.append(
             {
                 "experiment": name,
-                "question": "search for good settings" if inputs.search else _question(inputs),
                 "answer": headline(inputs),
                 "verdicts": ", ".join(f"{count} {verdict}" for verdict, count in counts.items()) or "none",
                 "best setting": found.settings[0].name if found and found.settings else "–",

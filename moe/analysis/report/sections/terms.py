@@ -75,7 +75,7 @@ TERMS = [
     Term("claim", "a prediction that was written down before the first run", "(?:[Pp]lanned )?[Cc]laims?"),
     Term(
         "source",
-        "an earlier study whose sentences are claims of this project; docs/sources.md in the project introduces each",
+        "an earlier study whose sentence a claim repeats; docs/sources.md in the project introduces its own",
         "[Ss]ources?",
     ),
     Term(

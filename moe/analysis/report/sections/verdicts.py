@@ -72,9 +72,9 @@ CLAIMS_EXPLAINED = """\
 These claims were written into the experiment's YAML file, and every run recorded them before its first step. Each
 difference is taken between runs of the same seed and averaged over all combinations of the other factors."""
 SOURCES = """\
-In parentheses after a claim is its source: an earlier study and the part of it that says so. These studies are not
-part of this project. The page `docs/sources.md` of the project says what each of them did and where we depart from it.
-A claim that is "our own" has no source."""
+In parentheses after a claim is its source: an earlier study, and the part of it that says so. "Our own" marks a claim
+of the experiment's author. The page `docs/sources.md` of the project introduces the studies that its experiments
+repeat: what each of them did, and what we do instead."""
 POST_HOC = """\
 Each level of a factor is compared with the factor's reference level: "A vs B" is A minus B, and B is the reference.
 These comparisons are post hoc: no claim predicted their results before the runs."""
