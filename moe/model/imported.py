@@ -62,6 +62,12 @@ def find_blocks(model: nn.Module) -> list[Block]:
     return found
 
 
+def find_routed(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks of an imported model whose own router decides."""
+    parents = [module for module in model.modules() if isinstance(getattr(module, "experts", None), RoutedExperts)]
+    return [module for module in parents if isinstance(module.experts.layer.router, Imported)]  # type: ignore[union-attr]
+
+
 def count_experts(experts: nn.Module) -> int:
     """Return the number of experts of a part `experts`."""
     number = getattr(experts, "num_experts", None)

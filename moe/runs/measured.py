@@ -154,6 +154,14 @@ class SeedAgreement(TypedDict):
     layers: list[LayerAgreement]
 
 
+class LossAtK(TypedDict):
+    """The loss with k experts per token, and its difference from the loss with the model's own k."""
+
+    k: int
+    loss: Interval
+    difference: Interval
+
+
 class Measured(TypedDict):
     """Everything that is measured on the experts of a run."""
 
@@ -172,6 +180,7 @@ class Measured(TypedDict):
     keywords: list[list[ExpertWords]]
     knockout: Knockouts
     regret: list[Regret]
+    loss_by_k: list[LossAtK]
     landscape: Landscape | None
     embedding: Embedding | None
     saturation: list[Agreement]

@@ -17,6 +17,7 @@ from moe.routing.decision import Knobs
 from moe.runs import traces
 from moe.runs.record import FORMAT, RunRecord, SpecializationRecord, StudySettings
 from moe.specialization import information, stability
+from moe.specialization.experts_per_token import loss_by_k
 from moe.specialization.geometry import expert_outputs, projections
 from moe.specialization.knockout import knockouts
 from moe.specialization.landscape import landscape
@@ -34,7 +35,7 @@ from moe.specialization.regret import route_regret
 from moe.specialization.vocabulary import keywords
 from moe.training.setup import model_of_run, observed, prepare_data
 
-STUDY_FORMAT = 2  # Increase it whenever the same model gives different numbers.
+STUDY_FORMAT = 3  # Increase it whenever the same model gives different numbers.
 LANDSCAPE_BLOCKS = 8
 OWN_TEXT = "own_text.html"
 NO_NEXT_TOKEN = -1  # Label of a token that predicts nothing, because its text ends there.
@@ -76,6 +77,7 @@ def study(folder: Path, *, blocks_wanted: int, samples: int, trusted: bool = Fal
         content |= {"keywords": keywords(seen, data.tokenizer)}
         content |= {"knockout": knockouts(model, seen, knobs, document=document)}
         content |= {"regret": route_regret(model, seen, knobs, document=document, samples=samples)}
+        content |= {"loss_by_k": loss_by_k(model, probes, knobs, document=document)}
         some_blocks = slice(None, None, max(1, len(probes.ids) // LANDSCAPE_BLOCKS))
         content |= {"landscape": landscape(model, probes.take(some_blocks), knobs)}
         content |= {"embedding": projections(expert_outputs(model, probes, knobs).numpy())}

@@ -54,6 +54,10 @@ def _drawings(measured: list[MeasuredRun], first: list[MeasuredRun]) -> Iterator
     yield drawing("expert_importance", caption, by_condition.expert_importance(measured))
     caption = "How much lower the loss of a token would have been on the best of some sampled routes."
     yield drawing("route_regret", caption, by_condition.regret_by_route(measured))
+    several = [run for run in measured if len(run.found["loss_by_k"]) > 1]
+    caption = "Loss when tokens get fewer or more experts than in training."
+    result = by_condition.loss_by_k(several) if several else "no router has a number of experts per token as a setting"
+    yield drawing("loss_by_k", caption, result)
     moving = [run for run in measured if run.found["landscape"]]
     caption = "Loss and share of changed choices when the routers' weights move along some directions."
     result = by_condition.router_landscape(moving) if moving else "no router has weights to train"

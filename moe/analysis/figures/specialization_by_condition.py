@@ -112,6 +112,32 @@ def regret_by_route(runs: list[MeasuredRun]) -> Figure:
 
 
 @matplotlib.rc_context(RC)
+def loss_by_k(runs: list[MeasuredRun]) -> Figure:
+    """Draw how the loss changes with the number of experts per token in evaluation, for each run.
+
+    The difference from the loss with the run's own number is paired by block.
+    """
+    figure = Figure(figsize=(6.4, 4.6), layout="constrained")
+    ax = figure.subplots()
+    for style, name, members in _by_condition(runs):
+        for run in members:
+            rows = run.found["loss_by_k"]
+            k = [row["k"] for row in rows]
+            mean, low, high = ([row["difference"][part] for row in rows] for part in ("mean", "low", "high"))
+            color, line = style["color"], style["linestyle"]
+            ax.fill_between(k, low, high, color=color, alpha=0.15, linewidth=0)
+            ax.plot(k, mean, color=color, linestyle=line, marker="o", label=name if run is members[0] else None)
+    ax.axhline(0, color="black", linewidth=0.6)
+    ax.set_xscale("log", base=2)
+    numbers = sorted({row["k"] for run in runs for row in run.found["loss_by_k"]})
+    ax.set_xticks(numbers, [str(k) for k in numbers])
+    ax.minorticks_off()
+    ax.set(xlabel="experts per token in evaluation", ylabel="loss - loss as trained (nats per token)")
+    shared_legend(figure, SEEDS_TITLE)
+    return figure
+
+
+@matplotlib.rc_context(RC)
 def router_landscape(runs: list[MeasuredRun]) -> Figure:
     """Draw the loss and the share of changed choices when the routers' weights move at random or along the gradient."""
     figure = Figure(figsize=(10.4, 4.6), layout="constrained")
