@@ -2,7 +2,8 @@
 
 MODEL is a folder or a name on the hub. The model is evaluated as it is, like a run of ours with `steps=0`: every
 routing metric by layer, then how its experts differ (`moe specialize`), then the report (`moe analyze`). Other words
-are overrides as `moe train` takes them, such as `data=text` or `data.seq_len=512`.
+are overrides as `moe train` takes them, such as `data=text` or `data.seq_len=512`. With `--other`, it also compares
+the choices of two checkpoints of one model, such as before and after fine-tuning.
 """
 
 import argparse
@@ -14,7 +15,14 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of the hub and of transformers
 
+import pandas as pd
+
+from moe.metrics.agreement import overlap
+from moe.runs.record import SpecializationRecord
+from moe.runs.traces import read_traces
+
 RUNS = "runs"  # folder of the run, in --out
+AGREEMENT = "agreement.csv"
 
 
 def main(command: list[str] | None = None) -> int:
@@ -23,43 +31,77 @@ def main(command: list[str] | None = None) -> int:
     parser.add_argument("model", help="folder or hub name of a Mixture of Experts")
     parser.add_argument("overrides", nargs="*", help="settings of data, batch size and so on, as moe train takes them")
     parser.add_argument("--out", type=Path, required=True, help="folder to write runs.csv, report and tokens.html to")
+    parser.add_argument(
+        "--other", metavar="MODEL", help="another checkpoint of the same model, to compare the routing with"
+    )
     parser.add_argument("--blocks", type=int, default=32, help="validation blocks to study the experts on (32)")
     parser.add_argument("--samples", type=int, default=64, help="tokens of a layer that try other experts (64)")
     arguments = parser.parse_intermixed_args(command)
 
     # Import here, so that --help and a wrong command answer at once.
-    from moe import api
-    from moe.analysis.report.inputs import ReportOptions
-    from moe.analysis.report.report import write_report
     from moe.files import shown
-    from moe.results.table import load_runs
-    from moe.specialization.study import study
-    from moe.training import process
 
-    out, runs = arguments.out, arguments.out / RUNS
-    words = ["model=imported", f"model.checkpoint={_quoted(arguments.model)}", "steps=0", "save_model=none"]
-    words += [f"out={_quoted(str(runs))}", "logger.mode=disabled", *arguments.overrides]
+    out = arguments.out
     try:
         for name in ("blocks", "samples"):
             if getattr(arguments, name) < 1:
                 raise ValueError(f"--{name} {getattr(arguments, name)}: must be at least 1")
         if out.exists() and not out.is_dir():
             raise ValueError(f"--out {out}: must be a folder, or not exist yet")
-        [run] = api.train(*words)
-        print(f"studying the experts of {run.config.model.layers} layers", flush=True)
-        process.configure(threads=run.config.threads)
-        study(run.folder, blocks_wanted=arguments.blocks, samples=arguments.samples)
-        report = write_report(load_runs([str(runs)]), out, ReportOptions({}, {}, ()))
-        page = run.folder / "tokens.html"
-        if page.exists():
-            shutil.copyfile(page, out / page.name)
+        report, page = _observe(arguments)
     except (ValueError, OSError) as error:
         print(f"moe observe: {error}", file=sys.stderr)
         return 2
     print(f"report: {shown(report.with_suffix('.html'))}; metrics: {shown(out / 'runs.csv')}")
     if page.exists():
-        print(f"text colored by expert: {shown(out / page.name)}")
+        print(f"text colored by expert: {shown(page)}")
     return 0
+
+
+def _observe(arguments: argparse.Namespace) -> tuple[Path, Path]:
+    """Evaluate and study the model, and compare it with the other one. Return the paths of report and colored text."""
+    from moe import api
+    from moe.analysis.report.inputs import ReportOptions
+    from moe.analysis.report.report import write_report
+    from moe.results.table import load_runs
+    from moe.specialization.study import study
+    from moe.training import process
+
+    out, name = arguments.out, Path(arguments.model).name
+    question = f"question={_quoted(f'How does {name} route text, and what do its experts do?')}"
+    words = ["model=imported", "steps=0", "save_model=none", f"out={_quoted(str(out / RUNS))}", "logger.mode=disabled"]
+    words += [question, *arguments.overrides]
+    [run] = api.train(f"model.checkpoint={_quoted(arguments.model)}", *words)
+    if arguments.other is not None:
+        tokenizer = f"data.tokenizer={_quoted(run.config.data.tokenizer)}"  # the same tokens for both
+        [other] = api.train(f"model.checkpoint={_quoted(arguments.other)}", tokenizer, *words)
+        agreement = compare_routing(run.folder, other.folder)
+        agreement.to_csv(out / AGREEMENT, index=False)
+        print(agreement.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
+    print(f"studying the experts of {name}", flush=True)
+    process.configure(threads=run.config.threads)
+    study(run.folder, blocks_wanted=arguments.blocks, samples=arguments.samples)
+    report = write_report(load_runs([str(run.folder)]), out, ReportOptions({}, {}, ()))
+    page = run.folder / SpecializationRecord.PAGE
+    if page.exists():
+        shutil.copyfile(page, out / page.name)
+    return report, out / page.name
+
+
+def compare_routing(first: Path, other: Path) -> pd.DataFrame:
+    """Return how far two checkpoints of one model choose the same experts for the same tokens, a row for each layer.
+
+    overlap: the share of choices that are equal. kappa_shuffled: the same beyond chance, 0 for routing that has nothing
+    to do with the tokens (`moe.metrics.agreement.overlap`). Experts keep their numbers, so the two must be checkpoints
+    of one training, or before and after fine-tuning. Raises ValueError for models of different shape.
+    """
+    one, two = (read_traces(folder / "trace")[-1].chosen for folder in (first, other))
+    if one.shape != two.shape:
+        raise ValueError(
+            f"--other: has layers, tokens and experts {two.shape}, the model {one.shape}; must be the same"
+        )
+    found = overlap(one, two)
+    return pd.DataFrame({"layer": range(len(one)), **{key: found[key] for key in ("overlap", "kappa_shuffled")}})
 
 
 def _quoted(text: str) -> str:

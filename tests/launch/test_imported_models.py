@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,7 @@ from moe.data.blocks import batch
 from moe.data.labels import IGNORED, next_token
 from moe.launch.command_line import read_cells
 from moe.runs.record import MetricsRecord, RunRecord
+from moe.runs.traces import write_trace
 from moe.training.setup import build_model, prepare_data
 
 Write = Callable[..., Path]
@@ -149,16 +152,31 @@ def test_a_run_without_steps_has_the_validation_loss_of_transformers(
 def test_an_observed_model_has_the_tables_and_pages_of_a_run(
     words: list[str], write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = write("gpt_oss", num_hidden_layers=1, layer_types=["full_attention"])
+    folder, out = write("gpt_oss", num_hidden_layers=1, layer_types=["full_attention"]), tmp_path / "seen"
     data = [word for word in words if word.startswith("data")]
-    status = observe.main([str(folder), *data, "--out", str(tmp_path / "seen"), "--blocks", "4", "--samples", "4"])
-    assert status == 0, capsys.readouterr().err
-    table = (tmp_path / "seen" / "runs.csv").read_text()
-    assert "routing/load_cv" in table
+    more = ["--out", str(out), "--blocks", "4", "--samples", "4", "--other", str(folder)]
+    assert observe.main([str(folder), *data, *more]) == 0, capsys.readouterr().err
+    assert "routing/load_cv" in (out / "runs.csv").read_text()
     for name in ("report.html", "tokens.html"):
-        assert (tmp_path / "seen" / name).stat().st_size > 10_000
-    [found] = (tmp_path / "seen").glob("runs/*/*/specialization.json")
-    assert json.loads(found.read_text())["reason"] is None
+        assert (out / name).stat().st_size > 10_000
+    [found] = out.glob("runs/*/*/specialization.json")
+    measured = json.loads(found.read_text())["measured"]
+    assert [row["k"] for row in measured["loss_by_k"]] == [1, 2, 3, 4, 5]
+    agreement = pd.read_csv(out / "agreement.csv")
+    assert agreement[["overlap", "kappa_shuffled"]].to_numpy().tolist() == [[1.0, 1.0]]
+
+
+def test_routing_of_two_checkpoints_is_compared_by_layer(tmp_path: Path) -> None:
+    chosen = np.zeros((2, 4, 3), dtype=bool)
+    chosen[:, range(4), [0, 1, 2, 0]] = True
+    other = chosen.copy()
+    other[1] = np.roll(other[1], 1, axis=-1)
+    for name, mask in (("one", chosen), ("two", other), ("three", chosen[:1])):
+        (tmp_path / name).mkdir()
+        write_trace(tmp_path / name / "trace", 0, mask)
+    assert observe.compare_routing(tmp_path / "one", tmp_path / "two")["overlap"].tolist() == [1.0, 0.0]
+    with pytest.raises(ValueError, match="--other: has layers, tokens and experts"):
+        observe.compare_routing(tmp_path / "one", tmp_path / "three")
 
 
 def test_a_model_that_cannot_be_observed_is_refused_before_any_work(
