@@ -31,13 +31,17 @@ INHERITED = """num_key_value_heads head_dim max_position_embeddings rope_paramet
 def resolve(model: dict[str, Any]) -> dict[str, Any]:
     """Return the keys of the `model` group that the checkpoint `model["dense"]` fixes.
 
-    These are the sizes and `dense_digest`. A key that is not given is None in `model`; if `layers` is not given, it is
-    fixed too. Raises ConfigError for a checkpoint that is missing or is not a Llama, and for a given value that differs
-    from the checkpoint's.
+    These are the sizes, with experts that are parts of an MLP if `upcycle_split` says so, and `dense_digest`. A key
+    that is not given is None in `model`; if `layers` is not given, it is fixed too. Raises ConfigError for a checkpoint
+    that is missing or is not a Llama, and for a given value that differs from the checkpoint's.
     """
     name = model["dense"]
     settings = _settings(name, model["dense_digest"])
     values = {key: settings[llama_key] for key, llama_key in SIZES.items()}
+    width, split = values["dense_ffn"], model["upcycle_split"]
+    allowed = f"a divisor of {width}, the width of the MLPs of {name}"
+    require(split >= 1 and width % split == 0, "model.upcycle_split", split, allowed)
+    values["ffn"] = width // split
     _check_weights(name, model["dense_digest"], settings)
     values |= {"expert": "swiglu", "embed_scale": False, "dense_digest": digest(name, model["dense_digest"])}
     for key, value in values.items():

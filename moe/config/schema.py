@@ -78,6 +78,9 @@ class ModelConfig:
     attention: str = "sdpa"  # implementation of the attention: eager | sdpa | flash_attention_2
     dense: str | None = None  # dense Llama-type checkpoint to start from, a folder or hub name (`moe.model.upcycle`)
     dense_digest: str | None = None  # digest of that checkpoint; filled in automatically; a given one must match
+    upcycle_noise: float = 0.0  # noise on each copied expert, as a share of the std of each matrix (2212.05055)
+    upcycle_reset: float = 0.0  # share of each copied expert's hidden units that is drawn anew (2502.19261: 0.5)
+    upcycle_split: int = 1  # parts into which each copied MLP is cut, one expert each (2410.07524)
     checkpoint: str | None = None  # Mixture of Experts of transformers to import, a folder or hub name
     checkpoint_digest: str | None = None  # digest of that model; filled in automatically; a given one must match
 
@@ -107,9 +110,22 @@ class ModelConfig:
         require(finite(self.dropout) and 0 <= self.dropout < 1, "model.dropout", self.dropout, "in [0, 1)")
         alpha = self.neftune_noise_alpha
         require(finite(alpha) and alpha >= 0, "model.neftune_noise_alpha", alpha, "a finite number >= 0")
+        self._check_upcycling()
         for key in ("shared_experts", "dropout"):
             value, allowed = getattr(self, key), "0 with model.checkpoint, because the imported model has its own"
             require(self.checkpoint is None or not value, f"model.{key}", value, allowed)
+
+    def _check_upcycling(self) -> None:
+        for key, off in (("noise", 0), ("reset", 0), ("split", 1)):
+            value = getattr(self, f"upcycle_{key}")
+            require(self.dense is not None or value == off, f"model.upcycle_{key}", value, f"{off} without model.dense")
+        noise, reset, split = self.upcycle_noise, self.upcycle_reset, self.upcycle_split
+        require(finite(noise) and noise >= 0, "model.upcycle_noise", noise, "a finite number >= 0")
+        allowed = f"0, or from 1 / model.ffn = {1 / self.ffn:.2g} to 1"
+        require(reset == 0 or 1 / self.ffn <= reset <= 1, "model.upcycle_reset", reset, allowed)
+        for key in ("num_experts", "shared_experts"):
+            allowed = f"a multiple of model.upcycle_split={split}, because a copy has so many experts"
+            require(getattr(self, key) % split == 0, f"model.{key}", getattr(self, key), allowed)
 
 
 @dataclass
@@ -372,7 +388,8 @@ class Config:
         source = getattr(self.build_source(), "unused", ())
         unused = {f"data.source.{name}" for name in source}
         if self.is_dense:
-            return frozenset(("model.num_experts", "model.ffn", "model.shared_experts", *unused))
+            upcycling = (f"model.upcycle_{key}" for key in ("noise", "reset", "split"))
+            return frozenset(("model.num_experts", "model.ffn", "model.shared_experts", *upcycling, *unused))
         return frozenset(unused if self.model.first_k_dense_replace else {"model.dense_ffn", *unused})
 
     def build_source(self) -> Any:

@@ -15,6 +15,8 @@ from moe.model.causal_lm import MoEForCausalLM
 from moe.model.decoder import DenseFFN
 from moe.model.experts import Experts
 from moe.model.layer import MoELayer
+from moe.routers.base import Router
+from moe.routers.seeding import seeded
 
 
 def upcycle(model: MoEForCausalLM, settings: ModelConfig) -> None:
@@ -31,10 +33,31 @@ def upcycle(model: MoEForCausalLM, settings: ModelConfig) -> None:
     The experts start equal. They stay equal only as long as they get the same tokens with the same weights; the random
     initial weights of the router, and noise if there is some, send them different tokens from the first step on. While
     the experts are equal, it does not matter which of them a token takes, so at first the router learns from auxiliary
-    losses alone.
+    losses alone. `upcycle_noise` and `upcycle_reset` make the routed experts differ from the start (`_vary`).
+
+    With `upcycle_split` = m, expert i is part i mod m of a copy (2410.07524). The parts of a copy get the same row of
+    the router's matrix, so that a token that takes a multiple of m experts takes whole copies ("virtual groups"). Their
+    weights sum to one over all parts, so each output matrix is multiplied by m. The paper spreads this factor over the
+    three matrices of SwiGLU. The output matrix alone takes it here, because the output is linear in this one. n shared
+    experts are n / m copies then.
 
     Only safetensors are read. Raises ValueError if the checkpoint cannot be read or lacks weights.
     """
+    source = _load(settings)
+    weights = source.state_dict()
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if ".mlp." not in name:
+                tensor.copy_(weights[name])
+        # The model may have fewer layers than the checkpoint. It then gets the checkpoint's first layers.
+        for number, (block, dense_block) in enumerate(zip(model.decoder.layers, source.model.layers, strict=False)):
+            with seeded(f"upcycled layer {number}"):
+                _copy_mlp(block.mlp, dense_block.mlp, settings)
+    model.generation_config = source.generation_config
+
+
+def _load(settings: ModelConfig) -> LlamaForCausalLM:
+    """Return the dense model in fp32."""
     assert settings.dense is not None
     disable_progress_bar()
     revision = dense_checkpoint.revision(settings.dense, settings.dense_digest)
@@ -46,36 +69,62 @@ def upcycle(model: MoEForCausalLM, settings: ModelConfig) -> None:
     source, info = loaded
     if info["missing_keys"]:
         raise ValueError(f"model.dense={settings.dense}: has no weights for {', '.join(sorted(info['missing_keys']))}")
-    weights = source.state_dict()
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if ".mlp." not in name:
-                tensor.copy_(weights[name])
-        # The model may have fewer layers than the checkpoint. It then gets the checkpoint's first layers.
-        for block, dense_block in zip(model.decoder.layers, source.model.layers, strict=False):
-            _copy_mlp(block.mlp, dense_block.mlp, shared=settings.shared_experts)
-    model.generation_config = source.generation_config
+    return source
 
 
-def _copy_mlp(feed_forward: nn.Module, mlp: LlamaMLP, *, shared: int) -> None:
-    """Copy a dense MLP into a dense or MoE layer that has `shared` shared experts."""
+def _copy_mlp(feed_forward: nn.Module, mlp: LlamaMLP, settings: ModelConfig) -> None:
+    """Copy a dense MLP into a dense layer or into the experts of an MoE layer."""
     if isinstance(feed_forward, DenseFFN):
         _copy_to_experts(feed_forward.experts, mlp)
         return
     assert isinstance(feed_forward, MoELayer)
-    _copy_to_experts(feed_forward.experts, mlp, divided_by=1 + shared)
+    split = settings.upcycle_split
+    copies = 1 + settings.shared_experts // split  # that a token passes through
+    _copy_to_experts(feed_forward.experts, mlp, factor=split / copies)
+    _vary(feed_forward.experts, noise=settings.upcycle_noise, reset=settings.upcycle_reset)
+    _tie_parts(feed_forward.router, split)
     if isinstance(feed_forward.shared, DenseFFN):
-        _copy_to_experts(feed_forward.shared.experts, mlp, divided_by=1 + shared)
+        _copy_to_experts(feed_forward.shared.experts, mlp, factor=1 / copies)
         feed_forward.shared.requires_grad_(False)
 
 
-def _copy_to_experts(experts: Experts, mlp: LlamaMLP, *, divided_by: int = 1) -> None:
-    """Copy the MLP into every expert. An expert that is n times as wide gets n copies side by side.
+def _copy_to_experts(experts: Experts, mlp: LlamaMLP, *, factor: float = 1.0) -> None:
+    """Copy the MLP into every expert.
 
-    The output matrix is divided by `divided_by`.
+    An expert that is n times as wide gets n copies side by side. One that is 1/m as wide gets a part: the first expert
+    the first one, and so on, and after m experts from the beginning. The output matrix is multiplied by `factor`.
     """
     assert experts.gate is not None
-    times = experts.up.shape[1] // len(mlp.up_proj.weight)
-    experts.gate.copy_(mlp.gate_proj.weight.repeat(times, 1))
-    experts.up.copy_(mlp.up_proj.weight.repeat(times, 1))
-    experts.down.copy_(mlp.down_proj.weight.repeat(1, times) / divided_by)
+    number, width = experts.up.shape[:2]
+    units = torch.arange(number * width).view(number, width) % len(mlp.up_proj.weight)
+    experts.gate.copy_(mlp.gate_proj.weight[units])
+    experts.up.copy_(mlp.up_proj.weight[units])
+    experts.down.copy_(mlp.down_proj.weight.T[units].mT * factor)
+
+
+def _vary(experts: Experts, *, noise: float, reset: float) -> None:
+    """Make copies differ: add noise to their matrices, and draw a share of their hidden units anew.
+
+    noise: the standard deviation of the noise, as a share of that of the matrix. 2212.05055 tried such noise.
+    reset: the share of the hidden units of each expert, chosen at random, that gets new rows of the input matrices and
+        new columns of the output matrix. They are drawn from the normal distribution with the mean and the standard
+        deviation of the weights that they replace, in each matrix (Drop-Upcycling, 2502.19261).
+    """
+    assert experts.gate is not None
+    width = experts.up.shape[1]
+    for gate, up, down in zip(experts.gate, experts.up, experts.down.mT, strict=True):
+        fresh = torch.randperm(width)[: round(reset * width)]
+        for matrix in (gate, up, down):
+            replaced = matrix[fresh]
+            if noise:
+                matrix.add_(torch.randn(matrix.shape), alpha=noise * matrix.std().item())
+            if len(fresh):
+                matrix[fresh] = replaced.mean() + replaced.std() * torch.randn(replaced.shape)
+
+
+def _tie_parts(router: Router, split: int) -> None:
+    """Give the parts of each copy the same row of the router's matrix, the one of the first part."""
+    for link in router.chain:
+        rows = link.expert_rows
+        if rows is not None:
+            rows.copy_(rows[::split].repeat_interleave(split, 0))

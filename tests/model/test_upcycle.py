@@ -115,6 +115,8 @@ def dense_model(folder: Path, *, layers: int = 3) -> LlamaForCausalLM:
         ["model.layers=2", "router.k=3"],
         ["router=spectra"],
         ["router=sigmoid_bias", "model.shared_experts=1"],
+        ["model.upcycle_split=2"],
+        ["model.upcycle_split=3", "model.num_experts=12", "router.k=6", "model.shared_experts=6"],
     ],
     ids=" ".join,
 )
@@ -138,6 +140,69 @@ def test_gates_that_do_not_sum_to_one_change_the_logits(upcycled: Read, tied: Pa
     """
     model = build_model(upcycled(tied, "router.gate=softmax_all").config, vocab_size=V).eval()
     assert (model(ids).logits - dense_model(tied)(ids).logits).abs().max() > 0.1
+
+
+def experts_of(one: Cell) -> list[dict[str, torch.Tensor]]:
+    """Return the matrices of each expert of the second layer as (F, D), the output matrix transposed."""
+    experts = build_model(one.config, vocab_size=V).model.layers[1].mlp.experts
+    stacks = {"gate": experts.gate, "up": experts.up, "down": experts.down.mT}
+    return [{name: stack[e].detach() for name, stack in stacks.items()} for e in range(len(experts.up))]
+
+
+def mlp_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the matrices of the MLP of the second layer of a dense checkpoint as (F, D)."""
+    mlp = dense_model(folder).model.layers[1].mlp
+    matrices = {"gate": mlp.gate_proj.weight, "up": mlp.up_proj.weight, "down": mlp.down_proj.weight.T}
+    return {name: matrix.detach() for name, matrix in matrices.items()}
+
+
+def test_with_a_split_an_expert_is_a_part_of_the_mlp_and_the_parts_of_a_copy_have_equal_router_rows(
+    upcycled: Read, tied: Path
+) -> None:
+    """Of E = 4 experts and m = 2 parts, experts 0 and 2 are the first half of the MLP, 1 and 3 the second one."""
+    one = upcycled(tied, "model.upcycle_split=2")
+    assert (one.config.model.ffn, one.config.model.dense_ffn) == (24, 48)
+    mlp = mlp_of(tied)
+    for number, expert in enumerate(experts_of(one)):
+        units = slice(24, 48) if number % 2 else slice(24)
+        for name, factor in (("gate", 1), ("up", 1), ("down", 2)):
+            assert torch.equal(expert[name], factor * mlp[name][units])
+    rows = build_model(one.config, vocab_size=V).model.layers[1].mlp.router.weight
+    assert torch.equal(rows[0::2], rows[1::2])
+    assert not torch.equal(rows[0], rows[2])
+
+
+def test_noise_has_the_given_share_of_the_standard_deviation_of_each_matrix(upcycled: Read, tied: Path) -> None:
+    one, mlp = upcycled(tied, "model.upcycle_noise=0.2", "model.shared_experts=1"), mlp_of(tied)
+    first, *others = experts_of(one)
+    for name, factor in (("gate", 1), ("up", 1), ("down", 0.5)):
+        copy = factor * mlp[name]
+        noise = (first[name] - copy) / copy.std()
+        assert noise.std().item() == pytest.approx(0.2, rel=0.1)
+        assert abs(noise.mean().item()) < 0.02
+        assert not any(torch.equal(first[name], other[name]) for other in others)
+    shared = build_model(one.config, vocab_size=V).model.layers[1].mlp.shared.experts
+    assert torch.equal(shared.up[0], mlp["up"])
+
+
+def test_a_reset_draws_that_share_of_the_hidden_units_of_each_expert_anew_and_keeps_the_others(
+    upcycled: Read, tied: Path
+) -> None:
+    """A quarter of 48 units has new rows and columns of the same mean and standard deviation, by the seed."""
+    one, again, other = (experts_of(upcycled(tied, "model.upcycle_reset=0.25", f"seed={seed}")) for seed in (1, 1, 2))
+    mlp = mlp_of(tied)
+    chosen = []
+    for expert in one:
+        new = [(expert[name] != mlp[name]).any(1) for name in mlp]
+        assert all(torch.equal(each, new[0]) for each in new)
+        for name, matrix in mlp.items():
+            assert (expert[name] != matrix)[new[0]].all()
+            assert expert[name][new[0]].std().item() == pytest.approx(matrix[new[0]].std().item(), rel=0.15)
+        chosen.append(new[0])
+    assert [int(new.sum()) for new in chosen] == [12] * 4
+    assert not any(torch.equal(chosen[0], new) for new in chosen[1:])
+    assert torch.equal(again[0]["up"], one[0]["up"])
+    assert not torch.equal((other[0]["up"] != mlp["up"]).any(1), chosen[0])
 
 
 def test_sizes_come_from_the_checkpoint(upcycled: Read, tied: Path) -> None:
@@ -314,6 +379,15 @@ def copy(tied: Path, tmp_path: Path) -> Path:
         ("data.tokenizer=bpe data.vocab_size=400", "data.tokenizer=bpe: must be the tokenizer of model.dense="),
         ("optimizer=muon optimizer.router_lr=1e-4", "optimizer.router_lr=0.0001: Muon trains these matrices, with"),
         ("optimizer.experts_lr=0", "optimizer.experts_lr=0.0: must be a finite number > 0"),
+        ("model.upcycle_noise=-1", "model.upcycle_noise=-1.0: must be a finite number >= 0"),
+        ("model.upcycle_reset=0.02", "model.upcycle_reset=0.02: must be 0, or from 1 / model.ffn = 0.021 to 1"),
+        ("model.upcycle_split=5", "model.upcycle_split=5: must be a divisor of 48, the width of the MLPs of"),
+        ("model.upcycle_split=3", "model.num_experts=4: must be a multiple of model.upcycle_split=3, because"),
+        ("model.upcycle_split=2 model.shared_experts=1", "model.shared_experts=1: must be a multiple of model.upcyc"),
+        (
+            "-m model.first_k_dense_replace=3 model.upcycle_noise=0.1,0.2",
+            "model.upcycle_noise=0.1,0.2: changes nothing, because no layer of this model is a Mixture of Experts;",
+        ),
         ("model.attention=flash_attention_2", "model.attention=flash_attention_2: must be eager or sdpa, unless"),
     ],
 )
