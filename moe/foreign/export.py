@@ -17,7 +17,16 @@ from transformers import PreTrainedModel
 from moe.checks import ConfigError, one_of
 from moe.foreign.restore import restore
 from moe.foreign.rules import Rule, bias_of, matrix_of, rule_of
-from moe.foreign.targets import TARGETS, Target, config_of, positions_of, residual_scale, settings_of, weights_of
+from moe.foreign.targets import (
+    GGUF_TARGETS,
+    TARGETS,
+    Target,
+    config_of,
+    positions_of,
+    residual_scale,
+    settings_of,
+    weights_of,
+)
 from moe.model.causal_lm import MoEForCausalLM
 from moe.routers.base import Router
 from moe.routing.decision import Context, Routing
@@ -88,8 +97,9 @@ def choose(model: MoEForCausalLM, targets: list[Target], *, to: str) -> tuple[Ta
         rule = _rule(model)
         assert rule is not None, "a target that expresses the model follows the rule"
         return found[0], rule
-    others = expressing(model, list(TARGETS.values()))
-    advice = f"; --to {others[0].name} expresses this model" if others else ""
+    others = [each.name for each in expressing(model, list(TARGETS.values()))]
+    others += ["gguf"] if expressing(model, GGUF_TARGETS) else []
+    advice = f"; --to {others[0]} expresses this model" if others else ""
     raise ConfigError(f"--to {to}: {_reason(model, targets)}{advice}")
 
 

@@ -21,32 +21,11 @@ from transformers import PreTrainedTokenizerFast
 from moe.checks import ConfigError
 from moe.foreign.export import choose
 from moe.foreign.rules import Rule, bias_of
-from moe.foreign.targets import Heads, Target, Weights, config_of, rope_of, router_matrix
+from moe.foreign.targets import GGUF_TARGETS, Heads, Target, Weights, config_of, rope_of, router_matrix
 from moe.model.architecture import MoEConfig
 from moe.model.causal_lm import MoEForCausalLM
 from moe.model.experts import Experts
 from moe.model.layer import MoELayer
-
-LAYOUTS = [
-    Target(
-        name="llama",
-        scores=("softmax",),
-        weights=("normalized",),
-        forms=("swiglu", "silu"),
-        biases=True,
-        any_rope=False,
-    ),
-    Target(
-        name="glm4moe",
-        scores=("softmax", "sigmoid"),
-        weights=("normalized", "raw", "equal"),
-        biased=True,
-        grouped=True,
-        dense=True,
-        shared=True,
-        any_rope=False,
-    ),
-]
 
 # Numbers of llama.cpp: the scores of a router, the last one over the chosen logits alone; and the kinds of tokens.
 SOFTMAX, SIGMOID, SOFTMAX_OF_CHOSEN = 1, 2, 3
@@ -68,7 +47,7 @@ def write_gguf(model: MoEForCausalLM, tokenizer: PreTrainedTokenizerFast, path: 
     """
     import gguf
 
-    layout, rule = choose(model, LAYOUTS, to="gguf")
+    layout, rule = choose(model, GGUF_TARGETS, to="gguf")
     fields = {**_sizes(model, layout, rule), **_vocabulary(tokenizer, config_of(model).vocab_size)}
     writer = gguf.GGUFWriter(path, layout.name)
     writer.add_name(name)

@@ -134,7 +134,8 @@ class Target:
         """Return whether its router can follow `rule`."""
         scores = rule.scores in self.scores or rule.weights == "equal"
         groups = rule.groups == 1 or (self.grouped and rule.weights != "equal")
-        return scores and rule.weights in self.weights and (not rule.biased or self.biased) and groups
+        parts = (not rule.biased or self.biased) and (rule.factor == 1 or self.grouped)
+        return scores and rule.weights in self.weights and parts and groups
 
 
 GATES: tuple[Literal["normalized", "raw"], ...] = ("normalized", "raw")
@@ -215,6 +216,29 @@ TARGETS = {
         ),
     )
 }
+
+
+# The architectures of llama.cpp that `moe.foreign.gguf` writes.
+GGUF_TARGETS = [
+    Target(
+        name="llama",
+        scores=("softmax",),
+        weights=("normalized",),
+        forms=("swiglu", "silu"),
+        biases=True,
+        any_rope=False,
+    ),
+    Target(
+        name="glm4moe",
+        scores=("softmax", "sigmoid"),
+        weights=("normalized", "raw", "equal"),
+        biased=True,
+        grouped=True,
+        dense=True,
+        shared=True,
+        any_rope=False,
+    ),
+]
 
 
 def settings_of(model: MoEForCausalLM, target: Target, rule: Rule, *, scale: float) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def test_a_target_that_others_precede_has_the_logits_of_what_it_expresses_too(ta
             {"num_experts": 6},
             "auto",
             r"--to auto: router=GroupLimited\(.*\): no target follows its rule \(top 2 of the softmax scores, weights"
-            r" that sum to 1, the best 1 of 2 groups\); with the nearest rule, .*",
+            r" that sum to 1, the best 1 of 2 groups\); with the nearest rule, .*; --to gguf expresses this model",
         ),
         ("hash", {}, "auto", r".*; no target is near, because this router has no matrix that gives the scores .*"),
         ("cosine", {}, "auto", r".*; no target is near, because this router has no matrix that gives the scores .*"),

@@ -1,4 +1,4 @@
-"""Tests that a GGUF file has the weights, sizes and tokens of the model."""
+"""Tests that a GGUF file has the weights, sizes and tokens of the model. The suite `served` tests what it computes."""
 
 from pathlib import Path
 from typing import Any
