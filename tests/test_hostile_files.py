@@ -402,7 +402,7 @@ def test_a_hostile_dense_folder_is_refused_in_one_line_and_its_pickle_is_not_tri
     (dense / "config.json").write_text(json.dumps(settings))
     (dense / "other.safetensors").write_bytes(b"x")
     torch.save({"model": Runs(ran)}, dense / "pytorch_model.bin")
-    keys = (*dense_checkpoint.SIZES, "expert", "embed_scale", "dense_digest", "layers")
+    keys = (*dense_checkpoint.SIZES, "expert", "embed_scale", "dense_digest", "layers", "upcycle_parents")
     with pytest.raises(ConfigError) as raised:
         dense_checkpoint.resolve({**dict.fromkeys(keys), "upcycle_split": 1, "dense": str(dense)})
     assert "model.dense" in one_line(raised.value)
@@ -413,7 +413,7 @@ def test_a_hostile_dense_folder_is_refused_in_one_line_and_its_pickle_is_not_tri
 def test_sizes_that_a_dense_checkpoint_does_not_have_are_refused(key: str, tmp_path: Path) -> None:
     """The sizes of a dense checkpoint are compared with its weights when the command line is read."""
     LlamaForCausalLM(LlamaConfig(**LLAMA)).save_pretrained(tmp_path)
-    keys = (*dense_checkpoint.SIZES, "expert", "embed_scale", "dense_digest", "layers")
+    keys = (*dense_checkpoint.SIZES, "expert", "embed_scale", "dense_digest", "layers", "upcycle_parents")
     model = {**dict.fromkeys(keys), "upcycle_split": 1, "dense": str(tmp_path)}
     assert dense_checkpoint.resolve(model)["layers"] == 1
     change(tmp_path / "config.json", lambda content: content | {key: key == "attention_bias" or 10**12})

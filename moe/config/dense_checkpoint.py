@@ -7,7 +7,7 @@ import hashlib
 import json
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import get_safetensors_metadata, hf_hub_download
 from tokenizers import Tokenizer
@@ -27,6 +27,25 @@ SIZES = {
 INHERITED = """num_key_value_heads head_dim max_position_embeddings rope_parameters rms_norm_eps attention_bias
     attention_dropout initializer_range tie_word_embeddings bos_token_id eos_token_id pad_token_id""".split()
 
+# Settings of config.json in which checkpoints must agree to be averaged.
+SHARED = """num_hidden_layers vocab_size num_key_value_heads head_dim max_position_embeddings rope_parameters rope_theta
+    rope_scaling rms_norm_eps attention_bias tie_word_embeddings""".split()
+
+
+class Parent(NamedTuple):
+    """A dense checkpoint to start from: its folder or name on the hub, and its digest if that is known."""
+
+    name: str
+    digest: str | None
+
+
+def parents(model: dict[str, Any]) -> list[Parent]:
+    """Return the dense checkpoints of the `model` group, which has `dense`."""
+    names = [model["dense"], *(model["upcycle_parents"] or ())]
+    digests = (model["dense_digest"] or "").split("+")
+    known = len(digests) == len(names) and all(digests)
+    return [Parent(*each) for each in zip(names, digests if known else [None] * len(names), strict=True)]
+
 
 def resolve(model: dict[str, Any]) -> dict[str, Any]:
     """Return the keys of the `model` group that the checkpoint `model["dense"]` fixes.
@@ -35,15 +54,26 @@ def resolve(model: dict[str, Any]) -> dict[str, Any]:
     that is not given is None in `model`; if `layers` is not given, it is fixed too. Raises ConfigError for a checkpoint
     that is missing or is not a Llama, and for a given value that differs from the checkpoint's.
     """
-    name = model["dense"]
-    settings = _settings(name, model["dense_digest"])
+    (name, revision), *others = parents(model)
+    settings = _settings(name, revision)
     values = {key: settings[llama_key] for key, llama_key in SIZES.items()}
     width, split = values["dense_ffn"], model["upcycle_split"]
     allowed = f"a divisor of {width}, the width of the MLPs of {name}"
     require(split >= 1 and width % split == 0, "model.upcycle_split", split, allowed)
     values["ffn"] = width // split
-    _check_weights(name, model["dense_digest"], settings)
-    values |= {"expert": "swiglu", "embed_scale": False, "dense_digest": digest(name, model["dense_digest"])}
+    _check_weights(name, revision, settings)
+    digests = [digest(name, revision)]
+    for other, revision in others:
+        key = "model.upcycle_parents"
+        found = _settings(other, revision, key)
+        for setting in (*dict.fromkeys(SIZES.values()), *SHARED):
+            allowed = f"{settings.get(setting)}, as in model.dense={name}"
+            same = found.get(setting) == settings.get(setting)
+            require(same, f"{setting} in config.json of {key}={other}", found.get(setting), allowed)
+        _check_weights(other, revision, found, key)
+        digests.append(digest(other, revision, key=key))
+        require(digests[-1] not in digests[:-1], key, other, "another checkpoint than the other ones")
+    values |= {"expert": "swiglu", "embed_scale": False, "dense_digest": "+".join(digests)}
     for key, value in values.items():
         allowed = f"{value}, as in {name}; model=upcycled leaves this key out"
         require(model[key] in (None, value), f"model.{key}", model[key], allowed)
@@ -102,48 +132,48 @@ def content(key: str, name: str, revision: str | None) -> dict[str, Any]:
     return settings
 
 
-def _settings(name: str, revision: str | None) -> dict[str, Any]:
+def _settings(name: str, revision: str | None, at: str = "model.dense") -> dict[str, Any]:
     """Return the content of config.json. Raises ConfigError if the model cannot take over the weights.
 
     They must be those of a Llama: its attention and norms, and SwiGLU without bias for the experts.
     """
-    settings = content("model.dense", name, revision)
+    settings = content(at, name, revision)
     kind = (settings.get("model_type"), settings.get("hidden_act", "silu"), settings.get("mlp_bias", False))
     needed = ("vocab_size", "num_hidden_layers", *SIZES.values())
     missing = [key for key in needed if key not in settings]
-    require(kind == ("llama", "silu", False), "model.dense", name, f"a Llama with SwiGLU without bias, not {kind}")
-    require(not missing, "model.dense", name, f"a Llama whose config.json has {', '.join(missing)}")
+    require(kind == ("llama", "silu", False), at, name, f"a Llama with SwiGLU without bias, not {kind}")
+    require(not missing, at, name, f"a Llama whose config.json has {', '.join(missing)}")
     optional = [key for key in ("num_key_value_heads", "head_dim") if settings.get(key) is not None]
     for key in (*needed, *optional):
         ok = type(settings[key]) is int and settings[key] > 0
-        require(ok, f"{key} in config.json of model.dense={name}", settings[key], "a whole number > 0")
+        require(ok, f"{key} in config.json of {at}={name}", settings[key], "a whole number > 0")
     code = ("attn_implementation", "_attn_implementation", "experts_implementation", "quantization_config")
     for key in (*code, "num_labels"):  # transformers makes a list of so many labels
         ok = settings.get(key) in (None, "eager", "sdpa", "flash_attention_2")  # others may load code from the hub
-        require(ok, f"{key} in config.json of model.dense={name}", settings.get(key), "left out")
+        require(ok, f"{key} in config.json of {at}={name}", settings.get(key), "left out")
     return settings
 
 
-def _check_weights(name: str, revision: str | None, settings: dict[str, Any]) -> None:
+def _check_weights(name: str, revision: str | None, settings: dict[str, Any], at: str = "model.dense") -> None:
     """Raise ConfigError unless the checkpoint has all weights that its config.json describes, with these shapes.
 
     Memory is allocated for the sizes of config.json, so a stranger's must not be larger than the files. Only headers of
     safetensors are read.
     """
     try:
-        stored = _shapes(name, revision)
+        stored = _shapes(name, revision, at)
     except Exception as error:  # the hub's library raises classes of its own
-        raise ConfigError(f"model.dense={name}: {first_line(error)}") from error
+        raise ConfigError(f"{at}={name}: {first_line(error)}") from error
     layers = settings["num_hidden_layers"]
     most = f"at most {len(stored)}, the number of tensors in its weights"
-    require(layers <= len(stored), f"num_hidden_layers in config.json of model.dense={name}", layers, most)
+    require(layers <= len(stored), f"num_hidden_layers in config.json of {at}={name}", layers, most)
     stored = {tensor.removeprefix("model."): shape for tensor, shape in stored.items()}
     for tensor, shape in _described(settings).items():
         if tensor not in stored:
-            raise ConfigError(f"model.dense={name}: its config.json describes {tensor}, which its weights lack")
+            raise ConfigError(f"{at}={name}: its config.json describes {tensor}, which its weights lack")
         if stored[tensor] != shape:
             found = f"but in the weights it is {stored[tensor]}"
-            raise ConfigError(f"model.dense={name}: config.json describes {tensor} as {shape}, {found}")
+            raise ConfigError(f"{at}={name}: config.json describes {tensor} as {shape}, {found}")
 
 
 def _described(settings: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -171,9 +201,9 @@ def _described(settings: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _shapes(name: str, revision: str | None) -> dict[str, tuple[int, ...]]:
+def _shapes(name: str, revision: str | None, at: str) -> dict[str, tuple[int, ...]]:
     """Return the shape of each weight by its name. For a name on the hub, only headers are downloaded."""
-    folder = _file("model.dense", name, "config.json", revision).parent
+    folder = _file(at, name, "config.json", revision).parent
 
     def find(file: str) -> Path | None:
         return path if (path := folder / file).is_file() else None

@@ -77,10 +77,11 @@ class ModelConfig:
     neftune_noise_alpha: float = 0.0  # uniform noise on embeddings in training, before that factor (2310.05914: 5)
     attention: str = "sdpa"  # implementation of the attention: eager | sdpa | flash_attention_2
     dense: str | None = None  # dense Llama-type checkpoint to start from, a folder or hub name (`moe.model.upcycle`)
-    dense_digest: str | None = None  # digest of that checkpoint; filled in automatically; a given one must match
+    dense_digest: str | None = None  # its digest, and + those of upcycle_parents; filled in; a given one must match
     upcycle_noise: float = 0.0  # noise on each copied expert, as a share of the std of each matrix (2212.05055)
     upcycle_reset: float = 0.0  # share of each copied expert's hidden units that is drawn anew (2502.19261: 0.5)
     upcycle_split: int = 1  # parts into which each copied MLP is cut, one expert each (2410.07524)
+    upcycle_parents: list[str] = field(default_factory=list)  # more like `dense`, for experts in turn (2403.07816)
     checkpoint: str | None = None  # Mixture of Experts of transformers to import, a folder or hub name
     checkpoint_digest: str | None = None  # digest of that model; filled in automatically; a given one must match
 
@@ -115,8 +116,14 @@ class ModelConfig:
             value, allowed = getattr(self, key), "0 with model.checkpoint, because the imported model has its own"
             require(self.checkpoint is None or not value, f"model.{key}", value, allowed)
 
+    @property
+    def parents(self) -> list[dense_checkpoint.Parent]:
+        """The dense checkpoints to start from."""
+        return [] if self.dense is None else dense_checkpoint.parents(vars(self))
+
     def _check_upcycling(self) -> None:
-        for key, off in (("noise", 0), ("reset", 0), ("split", 1)):
+        off: Any
+        for key, off in (("noise", 0), ("reset", 0), ("split", 1), ("parents", [])):
             value = getattr(self, f"upcycle_{key}")
             require(self.dense is not None or value == off, f"model.upcycle_{key}", value, f"{off} without model.dense")
         noise, reset, split = self.upcycle_noise, self.upcycle_reset, self.upcycle_split
@@ -126,6 +133,9 @@ class ModelConfig:
         for key in ("num_experts", "shared_experts"):
             allowed = f"a multiple of model.upcycle_split={split}, because a copy has so many experts"
             require(getattr(self, key) % split == 0, f"model.{key}", getattr(self, key), allowed)
+        parents = max(1, len(self.parents))
+        allowed = f"a multiple of {parents}, the number of dense checkpoints, times model.upcycle_split={split}"
+        require(self.num_experts % (parents * split) == 0, "model.num_experts", self.num_experts, allowed)
 
 
 @dataclass
@@ -305,7 +315,7 @@ class Config:
         flash = self.model.attention == "flash_attention_2"
         require(not flash or self.precision == "bf16", "precision", self.precision, "bf16 with flash_attention_2")
         if self.model.dense is not None:
-            name, digest = self.model.dense, self.model.dense_digest
+            name, digest = self.model.parents[0]
             dense_checkpoint.check_data(name, digest, tokenizer=self.data.tokenizer, seq_len=self.data.seq_len)
         if self.model.checkpoint is not None:
             name, digest = self.model.checkpoint, self.model.checkpoint_digest

@@ -140,9 +140,8 @@ class MoEConfig(LlamaConfig):
             "eos_token_id": None,
         }
         if model.dense is not None:
-            llama = LlamaConfig.from_pretrained(
-                model.dense, revision=dense_checkpoint.revision(model.dense, model.dense_digest)
-            )
+            first = model.parents[0]
+            llama = LlamaConfig.from_pretrained(first.name, revision=dense_checkpoint.revision(*first))
             settings = {name: getattr(llama, name) for name in dense_checkpoint.INHERITED}
         config = MoEConfig(
             vocab_size=vocab_size,

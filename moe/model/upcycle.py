@@ -1,9 +1,11 @@
 """Sparse upcycling (2212.05055): turns a dense Llama-type checkpoint into a Mixture of Experts with equal outputs."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.utils.logging import disable_progress_bar
@@ -20,7 +22,7 @@ from moe.routers.seeding import seeded
 
 
 def upcycle(model: MoEForCausalLM, settings: ModelConfig) -> None:
-    """Copy the weights of the checkpoint `settings.dense` into `model`.
+    """Copy the weights of the checkpoint `settings.dense`, or of several, into `model`.
 
     Attention, norms, embeddings and head are copied by name. Each dense MLP is copied into every expert of its layer.
     Routers keep their initial weights.
@@ -41,65 +43,87 @@ def upcycle(model: MoEForCausalLM, settings: ModelConfig) -> None:
     three matrices of SwiGLU. The output matrix alone takes it here, because the output is linear in this one. n shared
     experts are n / m copies then.
 
-    Only safetensors are read. Raises ValueError if the checkpoint cannot be read or lacks weights.
+    With several checkpoints (Branch-Train-MiX, 2403.07816), the first copy is one of the first checkpoint's MLP, the
+    second one of the second's, and so on, over and over. Everything else is the mean of the checkpoints: attention,
+    norms, embeddings, head, and the MLPs of dense layers and shared experts.
+
+    Only safetensors are read. Raises ValueError if a checkpoint cannot be read or lacks weights.
     """
-    source = _load(settings)
-    weights = source.state_dict()
+    disable_progress_bar()
+    keys = ["model.dense"] + ["model.upcycle_parents"] * len(settings.upcycle_parents)
+    sources = [_load(*each) for each in zip(keys, settings.parents, strict=True)]
+    weights = [source.state_dict() for source in sources]
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if ".mlp." not in name:
-                tensor.copy_(weights[name])
-        # The model may have fewer layers than the checkpoint. It then gets the checkpoint's first layers.
-        for number, (block, dense_block) in enumerate(zip(model.decoder.layers, source.model.layers, strict=False)):
+                tensor.copy_(_mean([each[name] for each in weights]))
+        for number, block in enumerate(model.decoder.layers):  # of which the checkpoints may have more
+            mlps = [_MLP.of(source.model.layers[number].mlp) for source in sources]
             with seeded(f"upcycled layer {number}"):
-                _copy_mlp(block.mlp, dense_block.mlp, settings)
-    model.generation_config = source.generation_config
+                _copy_mlps(block.mlp, mlps, settings)
+    model.generation_config = sources[0].generation_config
 
 
-def _load(settings: ModelConfig) -> LlamaForCausalLM:
-    """Return the dense model in fp32."""
-    assert settings.dense is not None
-    disable_progress_bar()
-    revision = dense_checkpoint.revision(settings.dense, settings.dense_digest)
-    options: dict[str, Any] = {"revision": revision, "dtype": torch.float32, "use_safetensors": True}
+class _MLP(NamedTuple):
+    """The matrices of an MLP, each with a row for each of its F hidden units."""
+
+    gate: Float[Tensor, "F D"]
+    up: Float[Tensor, "F D"]
+    down: Float[Tensor, "F D"]
+
+    @classmethod
+    def of(cls, mlp: LlamaMLP) -> "_MLP":
+        return cls(mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T)
+
+
+def _load(key: str, parent: dense_checkpoint.Parent) -> LlamaForCausalLM:
+    """Return a dense model in fp32. `key` is for messages."""
+    options: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
     try:
-        loaded: Any = LlamaForCausalLM.from_pretrained(settings.dense, output_loading_info=True, **options)
+        revision = dense_checkpoint.revision(*parent)
+        loaded: Any = LlamaForCausalLM.from_pretrained(parent.name, revision=revision, **options)
     except Exception as error:  # whatever a wrong file makes a library raise
-        raise ValueError(f"model.dense={settings.dense}: cannot be read ({first_line(error)})") from error
+        raise ValueError(f"{key}={parent.name}: cannot be read ({first_line(error)})") from error
     source, info = loaded
     if info["missing_keys"]:
-        raise ValueError(f"model.dense={settings.dense}: has no weights for {', '.join(sorted(info['missing_keys']))}")
+        raise ValueError(f"{key}={parent.name}: has no weights for {', '.join(sorted(info['missing_keys']))}")
     return source
 
 
-def _copy_mlp(feed_forward: nn.Module, mlp: LlamaMLP, settings: ModelConfig) -> None:
-    """Copy a dense MLP into a dense layer or into the experts of an MoE layer."""
+def _mean(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.stack([*tensors]).mean(0)
+
+
+def _copy_mlps(feed_forward: nn.Module, mlps: list[_MLP], settings: ModelConfig) -> None:
+    """Copy the MLPs of the checkpoints into a dense layer or into the experts of an MoE layer."""
+    mean = _MLP(*map(_mean, zip(*mlps, strict=True)))
     if isinstance(feed_forward, DenseFFN):
-        _copy_to_experts(feed_forward.experts, mlp)
+        _copy_to_experts(feed_forward.experts, [mean])
         return
     assert isinstance(feed_forward, MoELayer)
     split = settings.upcycle_split
     copies = 1 + settings.shared_experts // split  # that a token passes through
-    _copy_to_experts(feed_forward.experts, mlp, factor=split / copies)
+    _copy_to_experts(feed_forward.experts, mlps, factor=split / copies)
     _vary(feed_forward.experts, noise=settings.upcycle_noise, reset=settings.upcycle_reset)
     _tie_parts(feed_forward.router, split)
     if isinstance(feed_forward.shared, DenseFFN):
-        _copy_to_experts(feed_forward.shared.experts, mlp, factor=1 / copies)
+        _copy_to_experts(feed_forward.shared.experts, [mean], factor=1 / copies)
         feed_forward.shared.requires_grad_(False)
 
 
-def _copy_to_experts(experts: Experts, mlp: LlamaMLP, *, factor: float = 1.0) -> None:
-    """Copy the MLP into every expert.
+def _copy_to_experts(experts: Experts, mlps: list[_MLP], *, factor: float = 1.0) -> None:
+    """Fill the experts with the hidden units of the MLPs, in their order, over and over.
 
-    An expert that is n times as wide gets n copies side by side. One that is 1/m as wide gets a part: the first expert
-    the first one, and so on, and after m experts from the beginning. The output matrix is multiplied by `factor`.
+    An expert as wide as an MLP gets a copy of one, a wider one several copies side by side, a narrower one a part. The
+    output matrix is multiplied by `factor`.
     """
     assert experts.gate is not None
     number, width = experts.up.shape[:2]
-    units = torch.arange(number * width).view(number, width) % len(mlp.up_proj.weight)
-    experts.gate.copy_(mlp.gate_proj.weight[units])
-    experts.up.copy_(mlp.up_proj.weight[units])
-    experts.down.copy_(mlp.down_proj.weight.T[units].mT * factor)
+    gate, up, down = (torch.cat(matrices) for matrices in zip(*mlps, strict=True))
+    units = torch.arange(number * width).view(number, width) % len(up)
+    experts.gate.copy_(gate[units])
+    experts.up.copy_(up[units])
+    experts.down.copy_(down[units].mT * factor)
 
 
 def _vary(experts: Experts, *, noise: float, reset: float) -> None:

@@ -101,7 +101,7 @@ def _settings(record: RunRecord) -> dict[str, str]:
         "experts": f"{model.num_experts} of width {model.ffn} ({model.expert}), {model.shared_experts} shared",
         "layers": f"{model.layers}, {dense}",
         "width, heads": f"{model.dim}, {model.heads}",
-        "upcycled from": "no dense model" if model.dense is None else escaped(_last(model.dense)),
+        "upcycled from": ", ".join(escaped(_last(parent.name)) for parent in model.parents) or "no dense model",
         "imported from": "no other model" if model.checkpoint is None else escaped(_last(model.checkpoint)),
         "parameters": f"{facts.parameters.total:,}, of which a token uses {facts.parameters.active:,}",
         "length of a text": f"{config.data.seq_len} tokens",

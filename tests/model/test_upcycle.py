@@ -45,13 +45,19 @@ def untied(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_dense(tmp_path_factory.mktemp("untied"), tokenizer, tie_word_embeddings=False)
 
 
-def make_dense(folder: Path, tokenizer: Any, **changes: Any) -> Path:
+@pytest.fixture(scope="module")
+def sibling(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a dense checkpoint with the sizes of `tied` and other weights."""
+    return make_dense(tmp_path_factory.mktemp("sibling"), tokenizer, seed=4, tie_word_embeddings=True)
+
+
+def make_dense(folder: Path, tokenizer: Any, *, seed: int = 3, **changes: Any) -> Path:
     """Write a Llama of three layers with random weights, and its tokenizer.
 
     Settings differ from their defaults, so that a setting that is not copied is noticed. Weights are large enough to
     make a difference to the logits.
     """
-    torch.manual_seed(3)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=V,
         hidden_size=32,
@@ -203,6 +209,55 @@ def test_a_reset_draws_that_share_of_the_hidden_units_of_each_expert_anew_and_ke
     assert not any(torch.equal(chosen[0], new) for new in chosen[1:])
     assert torch.equal(again[0]["up"], one[0]["up"])
     assert not torch.equal((other[0]["up"] != mlp["up"]).any(1), chosen[0])
+
+
+def test_of_several_checkpoints_each_gives_experts_and_everything_else_is_their_mean(
+    upcycled: Read, tied: Path, sibling: Path
+) -> None:
+    """Experts 0 and 2 are those of the first checkpoint. Attention, norms and dense layers are means."""
+    words = [f"model.upcycle_parents=[{sibling}]", "model.shared_experts=1", "model.first_k_dense_replace=1"]
+    one = upcycled(tied, *words)
+    for number, expert in enumerate(experts_of(one)):
+        mlp = mlp_of(sibling if number % 2 else tied)
+        assert all(torch.equal(expert[name], factor * mlp[name]) for name, factor in (("up", 1), ("down", 0.5)))
+    model = build_model(one.config, vocab_size=V).state_dict()
+    a, b = (dense_model(folder).state_dict() for folder in (tied, sibling))
+    means = {name: (a[name] + b[name]) / 2 for name in a}
+    same_name = [name for name in means if ".mlp." not in name]
+    assert len(same_name) == 3 * 6 + 3
+    pairs = [(model[name], means[name]) for name in same_name]
+    pairs.append((model["model.layers.0.mlp.experts.down"][0], means["model.layers.0.mlp.down_proj.weight"]))
+    pairs.append((model["model.layers.1.mlp.shared.experts.up"][0], means["model.layers.1.mlp.up_proj.weight"]))
+    for found, expected in pairs:
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_changed_weight_of_a_further_checkpoint_changes_the_identity_of_the_run(
+    upcycled: Read, tied: Path, copy: Path
+) -> None:
+    digests = []
+    for change in (1, 2):
+        weights = copy / "model.safetensors"
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= change
+        weights.write_bytes(content)
+        digests.append(upcycled(tied, f"model.upcycle_parents=[{copy}]").config.model.dense_digest.split("+"))
+    assert digests[0][0] == digests[1][0]
+    assert digests[0][1] != digests[1][1]
+
+
+def test_further_checkpoints_must_differ_and_have_the_same_settings(
+    upcycled: Read, tied: Path, sibling: Path, copy: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"^model\.num_experts=3: must be a multiple of 2, the number of dense"):
+        upcycled(tied, f"model.upcycle_parents=[{sibling}]", "model.num_experts=3")
+    words = [f"model.upcycle_parents=[{copy}]"]
+    with pytest.raises(ConfigError, match=r"model\.upcycle_parents=.*: must be another checkpoint than the other ones"):
+        upcycled(tied, *words)
+    change_config(copy, rms_norm_eps=1e-4)
+    message = r"rms_norm_eps in config\.json of model\.upcycle_parents=.*=0\.0001: must be 0\.001, as in model\.dense="
+    with pytest.raises(ConfigError, match=message):
+        upcycled(tied, *words)
 
 
 def test_sizes_come_from_the_checkpoint(upcycled: Read, tied: Path) -> None:
