@@ -1,5 +1,6 @@
 """Tiny models with random weights of every Mixture of Experts in transformers that is tested, at odd sizes."""
 
+import math
 from typing import Any
 
 import torch
@@ -78,7 +79,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"num_shared_expert": 1},
 }
 # Those that our own routers can express.
-EXPRESSED = ("mixtral", "olmoe", "flex_olmo", "qwen2_moe", "qwen3_moe", "deepseek_v3", "granitemoe", "glm4_moe")
+EXPRESSED = (
+    *("mixtral", "olmoe", "flex_olmo", "qwen2_moe", "qwen3_moe", "qwen3_next", "deepseek_v3", "granitemoe"),
+    *("glm4_moe", "jamba", "minimax", "hunyuan_v1_moe"),
+)
 
 
 def tiny(kind: str, **changes: Any) -> PreTrainedModel:
@@ -91,3 +95,45 @@ def tiny(kind: str, **changes: Any) -> PreTrainedModel:
             if name.endswith("e_score_correction_bias"):
                 tensor.normal_(std=0.3)
     return model.eval()  # type: ignore[no-any-return]
+
+
+def largest_difference(kind: str, *, ours: bool) -> float:
+    """Return how far the logits of an imported model are from those of transformers, relative to the largest logit.
+
+    ours: with the router of ours that decides like the model's own.
+    """
+    import copy
+
+    from moe.config import imported
+    from moe.config.schema import ModelConfig
+    from moe.launch.command_line import read_cells
+    from moe.model.causal_lm import MoEConfig, MoEForCausalLM
+
+    source = tiny(kind)
+    experts = imported.number(source.config, imported.EXPERTS)
+    k = imported.number(source.config, imported.PER_TOKEN)
+    router: dict[str, Any] = {"_target_": "moe.routers.imported.Imported", "k": k}
+    if ours:
+        [cell] = read_cells([*imported.router(source.config), f"model.num_experts={experts}"]) or []
+        router = cell.config.router
+    sizes = ModelConfig(dim=source.config.hidden_size, heads=4, layers=3, ffn=24, dense_ffn=40, num_experts=experts)
+    model = MoEForCausalLM(MoEConfig.around(source.config, sizes, router), causal_lm=copy.deepcopy(source)).eval()
+    ids = torch.randint(3, V, (4, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = source(ids).logits
+        return ((model(ids).logits - expected).abs().max() / expected.abs().max()).item()
+
+
+def table() -> str:
+    """Return the table of architectures in docs/foreign-models.md. Differences are rounded up to a power of ten."""
+    rows = ["| architecture | largest difference of logits | a router of ours decides like its own |", "|---|---|---|"]
+    for kind in SPECIAL:
+        ours = kind in EXPRESSED
+        found = max(largest_difference(kind, ours=each) for each in {False, ours})
+        below = f"below 1e{math.floor(math.log10(found)) + 1}" if found else "none"
+        rows.append(f"| `{kind}` | {below} | {'yes' if ours else 'no: the model keeps its own'} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(table())

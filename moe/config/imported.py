@@ -18,10 +18,10 @@ PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_t
 WIDTH = ("moe_intermediate_size", "ffn_hidden_size", "intermediate_size")
 
 # Architectures whose routers decide as one of ours does. Softmax: the k largest logits of one matrix, weighted by their
-# probabilities, which sum to 1 where `norm_topk_prob` says so (None: always). Sigmoid: as DeepSeek-V3.
-SOFTMAX = {
-    "mixtral": None,
-    "granitemoe": None,
+# probabilities, which sum to 1 always, never, or if this key of the configuration says so. Sigmoid: as DeepSeek-V3.
+SOFTMAX: dict[str, bool | str] = {
+    **dict.fromkeys(("mixtral", "granitemoe", "minimax", "hunyuan_v1_moe"), True),
+    "jamba": False,
     **dict.fromkeys(("olmoe", "flex_olmo", "qwen2_moe", "qwen3_moe", "qwen3_next"), "norm_topk_prob"),
 }
 SIGMOID = ("deepseek_v3", "glm4_moe")
@@ -69,8 +69,9 @@ def overrides(name: str) -> list[str]:
 def router(config: "PretrainedConfig") -> list[str]:
     """Return the overrides by which our router decides as that of the checkpoint, or as the checkpoint by itself."""
     k, kind = number(config, PER_TOKEN), config.model_type
-    said_by = SOFTMAX.get(kind)
-    normalized = said_by is None or bool(getattr(config, said_by))
+    normalized = SOFTMAX.get(kind, False)
+    if isinstance(normalized, str):
+        normalized = bool(getattr(config, normalized))
     if kind in SOFTMAX and (k > 1 or not normalized):  # our gate of k=1 is never the constant 1
         gate = "renorm" if normalized else "softmax_all"
         return ["router=topk", f"router.k={k}", f"router.gate={gate}"]

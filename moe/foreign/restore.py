@@ -59,9 +59,9 @@ def _rule(model: MoEForCausalLM, kind: str) -> Rule:
         said = "what it does in evaluation is no rule of transformers" if rule is None else rule.describe()
         raise ConfigError(f"{named}: {kind} does not follow its rule ({said})")
     if scores == "softmax":
-        always = imported.SOFTMAX[kind] is None
+        normalized = imported.SOFTMAX[kind]
         plain = not rule.biased and rule.groups == 1 and rule.factor == 1
-        if not plain or (always and rule.weights == "raw"):
+        if not plain or (isinstance(normalized, bool) and normalized != (rule.weights == "normalized")):
             raise ConfigError(f"{named}: {kind} does not follow its rule ({rule.describe()})")
     return rule
 

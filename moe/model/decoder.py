@@ -123,7 +123,7 @@ class MoEModel(RoutedModel):
             if output is not None:
                 outputs.append(output)
                 context = context._replace(state=output.routing[-1].state)
-        return Seen(self.dropout(self.norm(x)), states, attentions, outputs)
+        return Seen(self.dropout(self.norm(x)), states, attentions, outputs, cache=attended.cache)
 
     def _embed(self, inputs: Int[Tensor, "B S"] | Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
         try:
@@ -140,7 +140,7 @@ class MoEModel(RoutedModel):
 
     def _attention_inputs(self, x: Float[Tensor, "B S D"], attended: Attended) -> tuple[Any, Any, Cache | None]:
         """Return what attention gets beside hidden states: rotary embeddings of the positions, mask and cache."""
-        mask, position_ids, cache = attended
+        mask, position_ids, cache, _ = attended
         # Positional arguments here and for the attention, because transformers 5.24 renamed the argument for the cache.
         # With positions, transformers makes the host wait for the device to find out whether there are documents.
         causal = create_causal_mask(self.config, x, mask, cache, position_ids)

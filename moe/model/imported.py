@@ -12,7 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, Cache, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.integrations.moe import _default_apply_gate
 from transformers.utils.logging import disable_progress_bar
 
@@ -295,13 +302,9 @@ class ImportedModel(RoutedModel):
         return self.causal_lm.get_input_embeddings()
 
     def _cache(self, given: Cache | None, *, use_cache: bool) -> Cache | None:
-        """Return the cache for the layers of the imported model: `generate` makes one for attention alone."""
-        if given is not None and given.get_seq_length() == 0:
-            given, use_cache = None, True
-        return super()._cache(given, use_cache=use_cache)
-
-    def _cache_config(self) -> Any:
-        return self.causal_lm.config
+        """Return the cache that is given, unless it is empty: layers of other kinds than attention make their own."""
+        empty = type(given) is DynamicCache and given.get_seq_length() == 0
+        return super()._cache(None if empty else given, use_cache=False)
 
     def _run(
         self,
@@ -329,7 +332,7 @@ class ImportedModel(RoutedModel):
             **{"inputs_embeds" if inputs.is_floating_point() else "input_ids": inputs},
             attention_mask=attended.mask,
             position_ids=attended.position_ids,
-            use_cache=attended.cache is not None,
+            use_cache=attended.use_cache,
             output_hidden_states=keep_states,
             output_attentions=keep_attentions,
             logits_to_keep=logits_to_keep,
@@ -338,7 +341,7 @@ class ImportedModel(RoutedModel):
         )
         running.outputs = None
         *states, last = result.hidden_states if keep_states else (None,)
-        return Seen(last, states, list(result.attentions or ()), outputs, result.logits)
+        return Seen(last, states, list(result.attentions or ()), outputs, result.logits, result.get(CACHE))
 
 
 def _take_place(block: Block, router: Router, number: int) -> RoutedExperts:

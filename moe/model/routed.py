@@ -99,12 +99,14 @@ class MoEModelOutput(BaseModelOutputWithPast):
 class Attended(NamedTuple):
     """What attention gets beside the hidden states.
 
-    mask: as in `MoEForCausalLM.forward`. position_ids: as there. cache: of the tokens before these.
+    mask: as in `MoEForCausalLM.forward`. position_ids: as there. cache: of the tokens before these. use_cache: whether
+        to return one; if there is none yet, the layers make it.
     """
 
     mask: Tensor | None
     position_ids: Int[Tensor, "#B S"] | None
     cache: Cache | None
+    use_cache: bool
 
 
 class Seen(NamedTuple):
@@ -114,6 +116,7 @@ class Seen(NamedTuple):
     states, attentions: the input and the attention weights of each decoder layer, if asked for.
     outputs: the output of each MoE layer.
     logits: None if they are `lm_head` of `last`.
+    cache: with these tokens, or None.
     """
 
     last: Float[Tensor, "B S D"] | None
@@ -121,6 +124,7 @@ class Seen(NamedTuple):
     attentions: list[Any]
     outputs: list[LayerOutput]
     logits: Float[Tensor, "B N V"] | None = None
+    cache: Cache | None = None
 
 
 class RoutedModel(MoEPreTrainedModel):
@@ -190,7 +194,8 @@ class RoutedModel(MoEPreTrainedModel):
             raise ConfigError(f"output_attentions=True: must be {allowed}")
         inputs, ids = _inputs(input_ids, inputs_embeds, config.hidden_size)
         cache = self._cache(past_key_values if cache is None else cache, use_cache=bool(use_cache))
-        self._check_routers(cached=cache is not None, by_id=inputs_embeds is None)
+        keep_cache = cache is not None or bool(use_cache)
+        self._check_routers(cached=keep_cache, by_id=inputs_embeds is None)
         if knobs is None:
             knobs = Knobs.of(temperature=config.router_temperature, noise=config.router_noise, device=inputs.device)
         context = Context(ids, knobs, capacity, drop, orthogonality=orthogonality, compared=compared)
@@ -204,7 +209,7 @@ class RoutedModel(MoEPreTrainedModel):
             inputs,
             context,
             load,
-            Attended(attention_mask, position_ids, cache),
+            Attended(attention_mask, position_ids, cache, keep_cache),
             keep_states=bool(keep_states),
             keep_attentions=bool(keep_attentions),
             logits_to_keep=logits_to_keep,
@@ -216,7 +221,7 @@ class RoutedModel(MoEPreTrainedModel):
             router_logits=_router_logits(seen.outputs, context) if keep_logits else None,
             layers=seen.outputs,
             logits=seen.logits,
-            **{CACHE: None if use_cache is False else cache},
+            **{CACHE: None if use_cache is False else seen.cache},
         )
         as_object = config.return_dict if return_dict is None else return_dict
         return output if as_object else output.to_tuple()
@@ -225,11 +230,7 @@ class RoutedModel(MoEPreTrainedModel):
         """Return the cache that is given, or a new one if it is asked for. Raises ConfigError for one of fixed size."""
         allowed = 'a cache that grows, as DynamicCache does (cache_implementation="dynamic")'
         require(given is None or not given.is_compileable, "past_key_values", type(given).__name__, allowed)
-        return DynamicCache(config=self._cache_config()) if given is None and use_cache else given
-
-    def _cache_config(self) -> Any:
-        """Return the configuration from which transformers makes a cache."""
-        return self.config
+        return DynamicCache(config=self.config) if given is None and use_cache else given
 
     def _check_routers(self, *, cached: bool, by_id: bool) -> None:
         """Raise ConfigError if a router needs what it does not get.
