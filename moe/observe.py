@@ -35,7 +35,7 @@ def main(command: list[str] | None = None) -> int:
         "--other", metavar="MODEL", help="another checkpoint of the same model, to compare the routing with"
     )
     parser.add_argument("--blocks", type=int, default=32, help="validation blocks to study the experts on (32)")
-    parser.add_argument("--samples", type=int, default=64, help="tokens of a layer that try other experts (64)")
+    parser.add_argument("--samples", type=int, default=64, help="tokens a layer that try other experts (64); 0: none")
     arguments = parser.parse_intermixed_args(command)
 
     # Import here, so that --help and a wrong command answer at once.
@@ -43,9 +43,9 @@ def main(command: list[str] | None = None) -> int:
 
     out = arguments.out
     try:
-        for name in ("blocks", "samples"):
-            if getattr(arguments, name) < 1:
-                raise ValueError(f"--{name} {getattr(arguments, name)}: must be at least 1")
+        for name, least in (("blocks", 1), ("samples", 0)):
+            if getattr(arguments, name) < least:
+                raise ValueError(f"--{name} {getattr(arguments, name)}: must be at least {least}")
         if out.exists() and not out.is_dir():
             raise ValueError(f"--out {out}: must be a folder, or not exist yet")
         report, page = _observe(arguments)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from architectures import tiny
 from transformers import LlamaConfig, LlamaForCausalLM
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
@@ -62,6 +63,8 @@ def downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer.save_pretrained("smollm2")
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained("smollm2")
+    tokenizer.save_pretrained("MODEL")
+    tiny("qwen3_moe", vocab_size=len(tokenizer), max_position_embeddings=4096).save_pretrained("MODEL")
 
 
 @pytest.mark.usefixtures("downloaded")

@@ -163,7 +163,10 @@ class LossAtK(TypedDict):
 
 
 class Measured(TypedDict):
-    """Everything that is measured on the experts of a run."""
+    """Everything that is measured on the experts of a run.
+
+    knockout, regret: None and empty if no other experts were tried (`--samples 0`).
+    """
 
     tokens: int
     blocks: int
@@ -178,7 +181,7 @@ class Measured(TypedDict):
     coactivation: list[Grid]
     coactivation_chance: Row
     keywords: list[list[ExpertWords]]
-    knockout: Knockouts
+    knockout: Knockouts | None
     regret: list[Regret]
     loss_by_k: list[LossAtK]
     landscape: Landscape | None
@@ -205,10 +208,11 @@ def check_shapes(measured: Measured) -> None:
         ("coactivation", measured["coactivation"], (layers, experts, experts)),
         ("coactivation_chance", measured["coactivation_chance"], by_layer),
         ("keywords", measured["keywords"], grid),
-        ("regret", measured["regret"], by_layer),
+        *([("regret", measured["regret"], by_layer)] if measured["regret"] or measured["knockout"] else []),
         *(("seed_agreement", entry["layers"], by_layer) for entry in measured["seed_agreement"]),
     ]
-    for knockout in (measured["knockout"]["rerouted"], measured["knockout"]["zeroed"]):
+    found = measured["knockout"]
+    for knockout in (found["rerouted"], found["zeroed"]) if found is not None else ():
         for part in (knockout["delta"], knockout["null"], knockout["excess"]):
             shapes += [("knockout", values, grid) for values in (part["mean"], part["low"], part["high"])]
     for key, agreements in (("saturation", measured["saturation"]), ("churn", measured["churn"])):

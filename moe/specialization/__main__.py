@@ -27,7 +27,10 @@ def main(command: list[str] | None = None) -> int:
     parser.add_argument("folders", nargs="+", help="run folders, or folders that contain some")
     parser.add_argument("--blocks", type=int, default=32, help="validation blocks to measure on (32)")
     parser.add_argument(
-        "--samples", type=int, default=64, help="tokens of a layer for which other experts are tried (64)"
+        "--samples",
+        type=int,
+        default=64,
+        help="tokens of a layer for which other experts are tried (64); 0: none, and no knock-outs",
     )
     parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch (1)")
     parser.add_argument(
@@ -42,9 +45,9 @@ def main(command: list[str] | None = None) -> int:
     process.configure(threads=arguments.threads)
     try:
         use()
-        for name in ("blocks", "samples"):
-            if getattr(arguments, name) < 1:
-                raise ValueError(f"--{name} {getattr(arguments, name)}: must be at least 1")
+        for name, least in (("blocks", 1), ("samples", 0)):
+            if getattr(arguments, name) < least:
+                raise ValueError(f"--{name} {getattr(arguments, name)}: must be at least {least}")
         text = _own_text(arguments)
         runs = load_runs(arguments.folders).drop_duplicates("folder")  # a run has a row for each of its grids
         finished = [Path(folder) for folder in runs.loc[runs["status"] == "finished", "folder"]]

@@ -44,6 +44,9 @@ NO_NEXT_TOKEN = -1  # Label of a token that predicts nothing, because its text e
 def study(folder: Path, *, blocks_wanted: int, samples: int, trusted: bool = False) -> bool:
     """Write `specialization.json` and `tokens.html` into the folder of a finished run.
 
+    samples: tokens of each layer for which other experts are tried. 0: none, and no expert is knocked out either, which
+        takes most of the time if there are many experts.
+
     Unless the run is `trusted`, no code runs that its files name, and its data are read from the cache alone.
 
     Returns False, and writes nothing, if they are up to date. Raises ValueError if the run is not finished, or if its
@@ -75,8 +78,10 @@ def study(folder: Path, *, blocks_wanted: int, samples: int, trusted: bool = Fal
         seen = observe(model, probes, knobs)
         content: dict[str, Any] = routing_statistics(seen, data.domains, document=document)
         content |= {"keywords": keywords(seen, data.tokenizer)}
-        content |= {"knockout": knockouts(model, seen, knobs, document=document)}
-        content |= {"regret": route_regret(model, seen, knobs, document=document, samples=samples)}
+        content |= {"knockout": None, "regret": []}
+        if samples:
+            content |= {"knockout": knockouts(model, seen, knobs, document=document)}
+            content |= {"regret": route_regret(model, seen, knobs, document=document, samples=samples)}
         content |= {"loss_by_k": loss_by_k(model, probes, knobs, document=document)}
         some_blocks = slice(None, None, max(1, len(probes.ids) // LANDSCAPE_BLOCKS))
         content |= {"landscape": landscape(model, probes.take(some_blocks), knobs)}

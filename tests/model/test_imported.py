@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from moe.checks import ConfigError
 from moe.config import imported
-from moe.config.options import options
+from moe.config.options import CONF, options
 from moe.config.schema import ModelConfig
 from moe.launch.command_line import read_cells
 from moe.model.causal_lm import MoEConfig, MoEForCausalLM, load_model
@@ -219,3 +220,10 @@ def test_a_dense_checkpoint_is_refused(tmp_path: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="no Mixture of Experts"):
         imported.read(str(tmp_path), None)
+
+
+def test_the_page_about_foreign_models_has_the_table_of_all_architectures() -> None:
+    """Differences change from machine to machine, so only the other columns are compared."""
+    page = (CONF.parent / "docs/foreign-models.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| below 1e-\d \| (yes|no)", page, re.MULTILINE))
+    assert rows == {kind: "yes" if kind in EXPRESSED else "no" for kind in SPECIAL}

@@ -417,6 +417,18 @@ def test_without_a_study_the_report_gives_the_reason_instead_of_figures(cell: An
     ]
 
 
+def test_without_samples_no_other_experts_are_tried_and_the_figures_say_so(cell: Any) -> None:
+    small_cell = cell("model.layers=1", "steps=0")
+    run(small_cell)
+    assert main([str(small_cell.folder), "--blocks", "4", "--samples", "0"]) == 0
+    measured = read_study(small_cell.folder)["measured"]
+    assert (measured["knockout"], measured["regret"]) == (None, [])
+    reasons = {drawn.name: drawn.reason for drawn in specialization_drawings(load_runs([small_cell.folder]))}
+    untried = {name for name, reason in reasons.items() if reason == "no other experts were tried (--samples 0)"}
+    assert untried == {"expert_knockouts", "expert_importance", "route_regret"}
+    assert reasons["loss_by_k"] is None or reasons["loss_by_k"] == ""
+
+
 def test_a_wrong_command_gets_a_one_line_error(tmp_path: Path, capsys: Any) -> None:
     assert main([str(tmp_path / "nowhere")]) == 2
     assert main([str(tmp_path), "--blocks", "0"]) == 2

@@ -16,6 +16,8 @@ from moe.analysis.statistics import name_cell
 from moe.results.conditions import conditions, varied_factors
 from moe.runs.record import RecordError, SpecializationRecord
 
+UNTRIED = "no other experts were tried (--samples 0)"
+
 
 def specialization_drawings(runs: pd.DataFrame) -> Iterator[Drawing]:
     """Yield every figure, or a single reason why there is none.
@@ -48,12 +50,14 @@ def _drawings(measured: list[MeasuredRun], first: list[MeasuredRun]) -> Iterator
     yield drawing("specialization_information", caption, by_condition.specialization_information(measured))
     caption = "How early the choices become stable, how many change during training, and whether seeds agree."
     yield drawing("specialization_stability", caption, by_condition.specialization_stability(measured))
+    without = [run for run in first if run.found["knockout"]]
     caption = "Rise of the loss without an expert, and the rise when equally many random assignments are removed."
-    yield drawing("expert_knockouts", caption, expert_grids.expert_knockouts(first))
+    yield drawing("expert_knockouts", caption, expert_grids.expert_knockouts(without) if without else UNTRIED)
+    tried = [run for run in measured if run.found["knockout"]]
     caption = "Rise of the loss without an expert against the expert's load."
-    yield drawing("expert_importance", caption, by_condition.expert_importance(measured))
+    yield drawing("expert_importance", caption, by_condition.expert_importance(tried) if tried else UNTRIED)
     caption = "How much lower the loss of a token would have been on the best of some sampled routes."
-    yield drawing("route_regret", caption, by_condition.regret_by_route(measured))
+    yield drawing("route_regret", caption, by_condition.regret_by_route(tried) if tried else UNTRIED)
     several = [run for run in measured if len(run.found["loss_by_k"]) > 1]
     caption = "Loss when tokens get fewer or more experts than in training."
     result = by_condition.loss_by_k(several) if several else "no router has a number of experts per token as a setting"
