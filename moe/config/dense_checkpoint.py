@@ -1,4 +1,4 @@
-"""A dense Llama-type checkpoint to start from: its digest, and the sizes that its config.json gives to the model.
+"""A dense checkpoint to start from: its digest, and the sizes that its config.json gives to the model.
 
 This module does not import torch, because every command line is checked with it and should be checked fast.
 """
@@ -15,7 +15,20 @@ from tokenizers import Tokenizer
 from moe.checks import ConfigError, first_line, require
 from moe.files import read_text, require_files, sha256, tensor_shapes
 
-# Key of `moe.config.schema.ModelConfig` -> key of a Llama's config.json.
+# The architecture of our decoder. Other ones run with the code of transformers, except for their MLPs.
+OURS = "llama"
+
+# The architectures that can be upcycled: the key in config.json of the activation of their MLPs, and its usual value.
+KINDS = {
+    **dict.fromkeys((OURS, "mistral", "qwen2", "qwen3"), ("hidden_act", "silu")),
+    "gemma": ("hidden_act", "gelu_pytorch_tanh"),
+    **dict.fromkeys(("gemma2", "gemma3_text"), ("hidden_activation", "gelu_pytorch_tanh")),
+}
+
+# Activation -> form of the experts.
+FORMS = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu"}
+
+# Key of `moe.config.schema.ModelConfig` -> key of config.json.
 SIZES = {
     "dim": "hidden_size",
     "heads": "num_attention_heads",
@@ -28,8 +41,10 @@ INHERITED = """num_key_value_heads head_dim max_position_embeddings rope_paramet
     attention_dropout initializer_range tie_word_embeddings bos_token_id eos_token_id pad_token_id""".split()
 
 # Settings of config.json in which checkpoints must agree to be averaged.
-SHARED = """num_hidden_layers vocab_size num_key_value_heads head_dim max_position_embeddings rope_parameters rope_theta
-    rope_scaling rms_norm_eps attention_bias tie_word_embeddings""".split()
+SHARED = """model_type num_hidden_layers vocab_size num_key_value_heads head_dim max_position_embeddings rope_parameters
+    rope_theta rope_scaling rms_norm_eps attention_bias tie_word_embeddings hidden_act hidden_activation
+    layer_types use_sliding_window sliding_window max_window_layers query_pre_attn_scalar attn_logit_softcapping
+    final_logit_softcapping""".split()
 
 
 class Parent(NamedTuple):
@@ -73,12 +88,15 @@ def resolve(model: dict[str, Any]) -> dict[str, Any]:
         _check_weights(other, revision, found, key)
         digests.append(digest(other, revision, key=key))
         require(digests[-1] not in digests[:-1], key, other, "another checkpoint than the other ones")
-    values |= {"expert": "swiglu", "embed_scale": False, "dense_digest": "+".join(digests)}
+    values |= {"expert": _form(settings), "embed_scale": False, "dense_digest": "+".join(digests)}
     for key, value in values.items():
         allowed = f"{value}, as in {name}; model=upcycled leaves this key out"
-        require(model[key] in (None, value), f"model.{key}", model[key], allowed)
+        untouched = (None, value, "silu") if key == "expert" else (None, value)  # silu: the default
+        require(model[key] in untouched, f"model.{key}", model[key], allowed)
     most = settings["num_hidden_layers"]
     layers = most if model["layers"] is None else model["layers"]
+    if settings["model_type"] != OURS:
+        require(layers == most, "model.layers", layers, f"{most}, the number of layers of {name}, or left out")
     require(layers <= most, "model.layers", layers, f"at most {most}, the number of layers of {name}")
     return values | {"layers": layers}
 
@@ -86,7 +104,8 @@ def resolve(model: dict[str, Any]) -> dict[str, Any]:
 def check_data(name: str, revision: str | None, *, tokenizer: str, seq_len: int) -> None:
     """Raise ConfigError if the tokenizer is not the checkpoint's, or if sequences are longer than it has positions."""
     settings = _settings(name, revision)
-    check_tokenizer(tokenizer, "model.dense", name, least=settings["vocab_size"], most=settings["vocab_size"])
+    size = settings["vocab_size"]
+    check_tokenizer(tokenizer, "model.dense", name, least=size if settings["model_type"] == OURS else 1, most=size)
     longest = settings.get("max_position_embeddings", 2048)
     require(seq_len <= longest, "data.seq_len", seq_len, f"at most {longest}, the number of positions of {name}")
 
@@ -116,6 +135,11 @@ def digest(name: str, revision: str | None = None, *, key: str = "model.dense") 
     return hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
+def kind(name: str, revision: str | None) -> str:
+    """Return the architecture of a checkpoint, a key of `KINDS`."""
+    return str(_settings(name, revision)["model_type"])
+
+
 def revision(name: str, digest: str | None) -> str:
     """Return the `revision` with which transformers loads exactly the checkpoint of this `digest` from the hub."""
     return "main" if Path(name).is_dir() or digest is None else digest
@@ -135,14 +159,17 @@ def content(key: str, name: str, revision: str | None) -> dict[str, Any]:
 def _settings(name: str, revision: str | None, at: str = "model.dense") -> dict[str, Any]:
     """Return the content of config.json. Raises ConfigError if the model cannot take over the weights.
 
-    They must be those of a Llama: its attention and norms, and SwiGLU without bias for the experts.
+    The architecture must be one of `KINDS`, and its MLPs SwiGLU or GEGLU without bias.
     """
     settings = content(at, name, revision)
-    kind = (settings.get("model_type"), settings.get("hidden_act", "silu"), settings.get("mlp_bias", False))
+    model_type = settings.get("model_type")
+    known = isinstance(model_type, str) and model_type in KINDS
+    require(known, f"model_type in config.json of {at}={name}", model_type, f"one of {', '.join(KINDS)}")
+    mlp = (_activation(settings), settings.get("mlp_bias", False))
     needed = ("vocab_size", "num_hidden_layers", *SIZES.values())
     missing = [key for key in needed if key not in settings]
-    require(kind == ("llama", "silu", False), at, name, f"a Llama with SwiGLU without bias, not {kind}")
-    require(not missing, at, name, f"a Llama whose config.json has {', '.join(missing)}")
+    require(mlp[0] in FORMS and not mlp[1], at, name, f"a {model_type} with SwiGLU or GEGLU without bias, not {mlp}")
+    require(not missing, at, name, f"a {model_type} whose config.json has {', '.join(missing)}")
     optional = [key for key in ("num_key_value_heads", "head_dim") if settings.get(key) is not None]
     for key in (*needed, *optional):
         ok = type(settings[key]) is int and settings[key] > 0
@@ -152,6 +179,16 @@ def _settings(name: str, revision: str | None, at: str = "model.dense") -> dict[
         ok = settings.get(key) in (None, "eager", "sdpa", "flash_attention_2")  # others may load code from the hub
         require(ok, f"{key} in config.json of {at}={name}", settings.get(key), "left out")
     return settings
+
+
+def _activation(settings: dict[str, Any]) -> str:
+    key, usual = KINDS[settings["model_type"]]
+    value = settings.get(key)
+    return usual if value is None else str(value)
+
+
+def _form(settings: dict[str, Any]) -> str:
+    return FORMS[_activation(settings)]
 
 
 def _check_weights(name: str, revision: str | None, settings: dict[str, Any], at: str = "model.dense") -> None:
@@ -168,7 +205,11 @@ def _check_weights(name: str, revision: str | None, settings: dict[str, Any], at
     most = f"at most {len(stored)}, the number of tensors in its weights"
     require(layers <= len(stored), f"num_hidden_layers in config.json of {at}={name}", layers, most)
     stored = {tensor.removeprefix("model."): shape for tensor, shape in stored.items()}
-    for tensor, shape in _described(settings).items():
+    try:
+        described = _described(settings) if settings["model_type"] == OURS else _built(settings)
+    except Exception as error:  # whatever a wrong value makes a library raise
+        raise ConfigError(f"{at}={name}: its config.json describes no model ({first_line(error)})") from error
+    for tensor, shape in described.items():
         if tensor not in stored:
             raise ConfigError(f"{at}={name}: its config.json describes {tensor}, which its weights lack")
         if stored[tensor] != shape:
@@ -199,6 +240,20 @@ def _described(settings: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     for number in range(settings["num_hidden_layers"]):
         shapes |= {f"layers.{number}.{tensor}": shape for tensor, shape in layer.items()}
     return shapes
+
+
+def _built(settings: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the same for an architecture of transformers, which builds it without memory. This imports torch."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from moe.config import imported
+
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(imported.parse(settings, "config.json"))
+    tensors = {name.removeprefix("model."): p for name, p in model.state_dict(keep_vars=True).items()}
+    embedding = model.get_input_embeddings().weight
+    return {name: tuple(p.shape) for name, p in tensors.items() if p is not embedding or name == "embed_tokens.weight"}
 
 
 def _shapes(name: str, revision: str | None, at: str) -> dict[str, tuple[int, ...]]:

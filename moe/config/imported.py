@@ -124,6 +124,11 @@ def parse(content: dict[str, Any], where: str) -> "PretrainedConfig":
         raise ConfigError(f"{where}: cannot be read ({first_line(error)})") from error
 
 
+def is_dense(config: "PretrainedConfig") -> bool:
+    """Return whether this is a dense model that is upcycled."""
+    return config.model_type in dense_checkpoint.KINDS
+
+
 def longest_text(config: "PretrainedConfig") -> int | None:
     """Return the number of positions that a model has learned; None if it has no limit."""
     return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)

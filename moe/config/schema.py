@@ -68,7 +68,7 @@ class ModelConfig:
     layers: int = MISSING  # decoder layers
     ffn: int = MISSING  # hidden width F of one expert
     num_experts: int = MISSING  # routed experts E of each MoE layer
-    expert: str = "silu"  # form of an expert: silu | swiglu
+    expert: str = "silu"  # form of an expert: silu | swiglu | geglu
     shared_experts: int = 0  # experts of the same width that every token uses, beside the routed ones
     first_k_dense_replace: int = 0  # number of first layers that are dense feed-forward instead of MoE
     dense_ffn: int = MISSING  # hidden width of those dense layers
@@ -76,7 +76,7 @@ class ModelConfig:
     embed_scale: bool = True  # multiply embeddings by sqrt(D)
     neftune_noise_alpha: float = 0.0  # uniform noise on embeddings in training, before that factor (2310.05914: 5)
     attention: str = "sdpa"  # implementation of the attention: eager | sdpa | flash_attention_2
-    dense: str | None = None  # dense Llama-type checkpoint to start from, a folder or hub name (`moe.model.upcycle`)
+    dense: str | None = None  # dense checkpoint to start from, a folder or hub name (`moe.model.upcycle`)
     dense_digest: str | None = None  # its digest, and + those of upcycle_parents; filled in; a given one must match
     upcycle_noise: float = 0.0  # noise on each copied expert, as a share of the std of each matrix (2212.05055)
     upcycle_reset: float = 0.0  # share of each copied expert's hidden units that is drawn anew (2502.19261: 0.5)
@@ -86,7 +86,7 @@ class ModelConfig:
     checkpoint_digest: str | None = None  # digest of that model; filled in automatically; a given one must match
 
     def check(self) -> None:
-        one_of("model.expert", self.expert, ("silu", "swiglu"))
+        one_of("model.expert", self.expert, ("silu", "swiglu", "geglu"))
         one_of("model.attention", self.attention, ("eager", "sdpa", "flash_attention_2"))
         usable = self.attention != "flash_attention_2" or importlib.util.find_spec("flash_attn") is not None
         require(usable, "model.attention", self.attention, "eager or sdpa, unless the package flash-attn is installed")
@@ -317,6 +317,10 @@ class Config:
         if self.model.dense is not None:
             name, digest = self.model.parents[0]
             dense_checkpoint.check_data(name, digest, tokenizer=self.data.tokenizer, seq_len=self.data.seq_len)
+            kind = dense_checkpoint.kind(name, digest)
+            for key, value in (("model.dropout", self.model.dropout), ("expert_parallel", self.expert_parallel)):
+                allowed = f"left out, because a {kind} runs with the code of transformers"
+                require(kind == dense_checkpoint.OURS or not value, key, value, allowed)
         if self.model.checkpoint is not None:
             name, digest = self.model.checkpoint, self.model.checkpoint_digest
             imported.check_data(name, digest, tokenizer=self.data.tokenizer, seq_len=self.data.seq_len)

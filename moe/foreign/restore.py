@@ -27,6 +27,8 @@ def restore(model: MoEForCausalLM, target: str = "auto") -> PreTrainedModel:
     """
     source = imported.parse(model.config.imported or {}, "config.json.imported")
     kind = source.model_type
+    if imported.is_dense(source):
+        raise ConfigError(f"--to {target}: a {kind} with experts is no architecture of transformers")
     require(target in ("auto", kind), "--to", target, f"{kind} or auto, because the model was imported from a {kind}")
     own = isinstance(model.moe_layers[0].router, Imported)
     if not own:

@@ -24,7 +24,7 @@ FILE_TYPES: dict[str, Any] = {
     "dtype": Literal["float64", "float32", "bfloat16", "float16"] | None,
     "rope_parameters": dict | None,
     "hidden_act": Literal["silu"],  # `expert` says which function the experts use
-    "expert": Literal["silu", "swiglu"],
+    "expert": Literal["silu", "swiglu", "geglu"],
     **dict.fromkeys(("output_hidden_states", "output_attentions", "return_dict"), bool | None),
     "is_encoder_decoder": bool,
     "chunk_size_feed_forward": int,
@@ -58,8 +58,9 @@ class MoEConfig(LlamaConfig):
 
     intermediate_size: the width of one expert.
     router: the router's `_target_` and its settings.
-    imported: the configuration of the transformers model whose MoE blocks run our layers (`moe.model.imported`). Then
-        only its own fields count for the sizes. None: the model is our decoder.
+    imported: the configuration of the transformers model whose MoE blocks run our layers, or of a dense one whose MLPs
+        they replace (`moe.model.imported`). Then only its own fields count for the sizes. None: the model is our
+        decoder.
     router_temperature, router_noise: the knobs that the model uses if it is called without any. A run saves each model
         with the values of its step, which a schedule may have changed.
     output_router_logits, router_aux_loss_coef: as in transformers' Mixtral, see `MoEForCausalLM.forward`. A run weights
@@ -141,6 +142,12 @@ class MoEConfig(LlamaConfig):
         }
         if model.dense is not None:
             first = model.parents[0]
+            if dense_checkpoint.kind(*first) != dense_checkpoint.OURS:
+                content = dense_checkpoint.content("model.dense", *first)
+                config = MoEConfig.around(imported.parse(content, "config.json of model.dense"), model, router)
+                for name in ("expert", "shared_experts", "first_k_dense_replace", "dense_ffn"):
+                    setattr(config, name, getattr(model, name))
+                return config
             llama = LlamaConfig.from_pretrained(first.name, revision=dense_checkpoint.revision(*first))
             settings = {name: getattr(llama, name) for name in dense_checkpoint.INHERITED}
         config = MoEConfig(

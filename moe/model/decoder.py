@@ -66,6 +66,11 @@ class DecoderLayer(nn.Module):
 def _feed_forward(config: MoEConfig, index: int, *, trusted: bool) -> nn.Module:
     if index < config.first_k_dense_replace:
         return DenseFFN(config, config.dense_ffn)
+    return make_layer(config, trusted=trusted)
+
+
+def make_layer(config: MoEConfig, *, trusted: bool) -> MoELayer:
+    """Return an MoE layer with router, routed experts and shared experts."""
     kind, dropout = config.expert, config.dropout
     experts = Experts(
         config.num_experts, config.hidden_size, hidden=config.intermediate_size, kind=kind, dropout=dropout

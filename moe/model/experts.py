@@ -1,5 +1,6 @@
 """Experts: E feed-forward networks with stacked weights. Each processes its own group of rows."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,16 +18,20 @@ from moe.routers.seeding import seeded
 class Experts(nn.Module):
     """E feed-forward networks without biases. Weights are stacked as (E, out, in), like E `nn.Linear` weights.
 
-    kind: `silu` computes down(silu(up x)) with two matrices, `swiglu` computes down(silu(gate x) * up x) with three
-        (Shazeer 2002.05202).
+    kind: `silu` computes down(silu(up x)) with two matrices, `swiglu` computes down(silu(gate x) * up x) with three,
+        and `geglu` the same with gelu in the place of silu, in the tanh form (Shazeer 2002.05202).
     """
+
+    activation: Callable[[Tensor], Tensor] = staticmethod(F.silu)
 
     def __init__(self, num_experts: int, dim: int, *, hidden: int, kind: str, dropout: float = 0.0) -> None:
         super().__init__()
-        self.gate = nn.Parameter(torch.empty(num_experts, hidden, dim)) if kind == "swiglu" else None
+        self.gate = nn.Parameter(torch.empty(num_experts, hidden, dim)) if kind != "silu" else None
         self.up = nn.Parameter(torch.empty(num_experts, hidden, dim))
         self.down = nn.Parameter(torch.empty(num_experts, dim, hidden))
         self.dropout = dropout
+        if kind == "geglu":
+            self.activation = functools.partial(F.gelu, approximate="tanh")
 
     @torch.no_grad()
     def initialize(self, std: float, names: dict[Tensor, str]) -> None:
@@ -83,7 +88,7 @@ class Experts(nn.Module):
         down: Tensor,
         linear: Callable[[Tensor, Tensor], Tensor] = F.linear,
     ) -> Tensor:
-        hidden = F.silu(linear(x, up)) if gate is None else F.silu(linear(x, gate)) * linear(x, up)
+        hidden = self.activation(linear(x, up)) if gate is None else self.activation(linear(x, gate)) * linear(x, up)
         return linear(F.dropout(hidden, self.dropout, self.training), down)
 
 

@@ -3,6 +3,8 @@
 Everything else of such a model (attention, norms, shared experts, scaling) stays the code of transformers. In all its
 Mixtures of Experts, a block asks its router and then calls `experts(hidden_states, index, weights)`. Our layer takes
 the place of that call. So losses, metrics, capacity and interventions work for each of them as for our decoder.
+
+In a dense model that is upcycled, our layer takes the place of each MLP.
 """
 
 import inspect
@@ -27,7 +29,7 @@ from moe.checks import ConfigError, first_line
 from moe.config import dense_checkpoint, imported
 from moe.config.schema import ModelConfig
 from moe.model.architecture import MoEConfig
-from moe.model.decoder import neftune_noise
+from moe.model.decoder import make_layer, neftune_noise
 from moe.model.experts import Experts
 from moe.model.layer import LayerOutput, MoELayer
 from moe.model.routed import CACHE, Attended, RoutedModel, Seen, build_router
@@ -67,6 +69,16 @@ def find_blocks(model: nn.Module) -> list[Block]:
             gates = [part for part, child in module.named_children() if part != "experts" and _has_rows(child, number)]
             found.append(Block(name, module, gates[0] if gates else None))
     return found
+
+
+def find_dense(model: nn.Module) -> list[nn.Module]:
+    """Return the decoder layers of a dense model, in their order.
+
+    Their part `mlp` computes down(act(gate x) * up x).
+    """
+    parts = {"gate_proj", "up_proj", "down_proj"}
+    mlps = {module: getattr(module, "mlp", None) for module in model.modules()}
+    return [module for module, mlp in mlps.items() if isinstance(mlp, nn.Module) and parts <= {*mlp._modules}]
 
 
 def find_routed(model: nn.Module) -> list[nn.Module]:
@@ -176,7 +188,7 @@ class Pass:
 
 
 class RoutedExperts(nn.Module):
-    """Our MoE layer, called as the `experts` of an imported block.
+    """Our MoE layer, called as the `experts` of an imported block, or as the `mlp` of a layer that was dense.
 
     number: of the layer, from 0. scores: what the block's router has just returned for all experts. replaced: the
     weights of that router, if another one has taken its place, until they are adopted.
@@ -205,7 +217,7 @@ class RoutedExperts(nn.Module):
             router.get_buffer("bias").copy_(bias)
 
     def forward(
-        self, hidden_states: Float[Tensor, "*B D"], index: Tensor | None, weights: Tensor | None
+        self, hidden_states: Float[Tensor, "*B D"], index: Tensor | None = None, weights: Tensor | None = None
     ) -> Float[Tensor, "*B D"]:
         context = self.running.context(self.number)
         if index is not None and weights is not None:
@@ -262,7 +274,7 @@ def probabilities(
 
 
 class ImportedModel(RoutedModel):
-    """A causal language model of transformers whose MoE blocks run `MoELayer`.
+    """A causal language model of transformers whose MoE blocks run `MoELayer`, or whose MLPs are replaced by it.
 
     causal_lm: the model to use, such as a loaded one; it is changed. None: one with random weights.
 
@@ -273,16 +285,25 @@ class ImportedModel(RoutedModel):
         super().__init__(config)
         if causal_lm is None:
             foreign = imported.parse(config.imported or {}, "imported")
-            chosen = _implementations(foreign, config._attn_implementation)
+            chosen = implementations(foreign, config._attn_implementation)
             causal_lm = AutoModelForCausalLM.from_config(foreign, **chosen)
         self.causal_lm = causal_lm
-        blocks = [(block, build_router(config, trusted=trusted)) for block in find_blocks(causal_lm)]
-        routed = [_take_place(block, router, number) for number, (block, router) in enumerate(blocks)]
+        if imported.is_dense(causal_lm.config):
+            layers = find_dense(causal_lm)[config.first_k_dense_replace :]
+            routed = [RoutedExperts(make_layer(config, trusted=trusted), number) for number in range(len(layers))]
+            for layer, each in zip(layers, routed, strict=True):
+                layer.mlp = each
+        else:
+            blocks = [(block, build_router(config, trusted=trusted)) for block in find_blocks(causal_lm)]
+            routed = [_take_place(block, router, number) for number, (block, router) in enumerate(blocks)]
         self._routed = tuple(routed)  # a tuple, because the blocks have these modules already
         self._tie_routers()
         self.post_init()  # which leaves our routers out, because they are in a model of transformers
         names = {tensor: name for name, tensor in [*self.named_parameters(), *self.named_buffers()]}
         for each in routed:
+            for module in each.layer.modules():
+                if isinstance(module, Experts):
+                    module.initialize(config.initializer_range, names)
             each.layer.router.initialize(config.initializer_range, names)
             each.adopt()
 
@@ -360,7 +381,7 @@ def _take_place(block: Block, router: Router, number: int) -> RoutedExperts:
     return routed
 
 
-def _implementations(source: PretrainedConfig, attention: str | None) -> dict[str, Any]:
+def implementations(source: PretrainedConfig, attention: str | None) -> dict[str, Any]:
     """Return the arguments that choose the implementations of a model's attention and experts.
 
     Where a model has no `sdpa`, it gets `eager`, which computes the same.
@@ -388,7 +409,7 @@ def read_checkpoint(settings: ModelConfig) -> PreTrainedModel:
             dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=False,
-            **_implementations(source, settings.attention),
+            **implementations(source, settings.attention),
             output_loading_info=True,
         )
     except Exception as error:  # whatever a wrong file makes a library raise

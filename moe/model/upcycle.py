@@ -1,4 +1,4 @@
-"""Sparse upcycling (2212.05055): turns a dense Llama-type checkpoint into a Mixture of Experts with equal outputs."""
+"""Sparse upcycling (2212.05055): turns a dense checkpoint into a Mixture of Experts with equal outputs."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -6,23 +6,26 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from moe.checks import first_line
-from moe.config import dense_checkpoint
+from moe.config import dense_checkpoint, imported
 from moe.config.schema import ModelConfig
+from moe.model.architecture import MoEConfig
 from moe.model.causal_lm import MoEForCausalLM
 from moe.model.decoder import DenseFFN
 from moe.model.experts import Experts
+from moe.model.imported import find_dense, implementations
 from moe.model.layer import MoELayer
 from moe.routers.base import Router
 from moe.routers.seeding import seeded
 
 
-def upcycle(model: MoEForCausalLM, settings: ModelConfig) -> None:
-    """Copy the weights of the checkpoint `settings.dense`, or of several, into `model`.
+def upcycle(config: MoEConfig, settings: ModelConfig) -> MoEForCausalLM:
+    """Return a model with the weights of the checkpoint `settings.dense`, or of several.
+
+    A Llama becomes our decoder. Other architectures keep the code of transformers for everything but their MLPs.
 
     Attention, norms, embeddings and head are copied by name. Each dense MLP is copied into every expert of its layer.
     Routers keep their initial weights.
@@ -51,17 +54,28 @@ def upcycle(model: MoEForCausalLM, settings: ModelConfig) -> None:
     """
     disable_progress_bar()
     keys = ["model.dense"] + ["model.upcycle_parents"] * len(settings.upcycle_parents)
-    sources = [_load(*each) for each in zip(keys, settings.parents, strict=True)]
+    sources = [_load(*each, settings.attention) for each in zip(keys, settings.parents, strict=True)]
     weights = [source.state_dict() for source in sources]
+    if len(sources) > 1:  # the model may become the owner of the first one's tensors
+        weights[0] = {name: tensor.clone() for name, tensor in weights[0].items()}
+    mlps = [[_MLP.of(layer.mlp) for layer in find_dense(source)] for source in sources]
+    if config.imported is None:
+        model, prefix = MoEForCausalLM(config, trusted=True), ""
+        layers = [block.mlp for block in model.decoder.layers]
+    else:
+        model, prefix = MoEForCausalLM(config, trusted=True, causal_lm=sources[0]), "model.causal_lm."
+        layers = [None] * config.first_k_dense_replace + [*model.moe_layers]  # those are still the MLPs of transformers
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
-            if ".mlp." not in name:
+            name = name.removeprefix(prefix)
+            if name in weights[0]:
                 tensor.copy_(_mean([each[name] for each in weights]))
-        for number, block in enumerate(model.decoder.layers):  # of which the checkpoints may have more
-            mlps = [_MLP.of(source.model.layers[number].mlp) for source in sources]
-            with seeded(f"upcycled layer {number}"):
-                _copy_mlps(block.mlp, mlps, settings)
+        for number, layer in enumerate(layers):  # of which the checkpoints may have more
+            if layer is not None:
+                with seeded(f"upcycled layer {number}"):
+                    _copy_mlps(layer, [each[number] for each in mlps], settings)
     model.generation_config = sources[0].generation_config
+    return model
 
 
 class _MLP(NamedTuple):
@@ -72,22 +86,30 @@ class _MLP(NamedTuple):
     down: Float[Tensor, "F D"]
 
     @classmethod
-    def of(cls, mlp: LlamaMLP) -> "_MLP":
+    def of(cls, mlp: Any) -> "_MLP":
         return cls(mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T)
 
 
-def _load(key: str, parent: dense_checkpoint.Parent) -> LlamaForCausalLM:
+def _load(key: str, parent: dense_checkpoint.Parent, attention: str) -> PreTrainedModel:
     """Return a dense model in fp32. `key` is for messages."""
-    options: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+    source = imported.parse(dense_checkpoint.content(key, *parent), f"config.json of {key}={parent.name}")
     try:
-        revision = dense_checkpoint.revision(*parent)
-        loaded: Any = LlamaForCausalLM.from_pretrained(parent.name, revision=revision, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            parent.name,
+            config=source,
+            revision=dense_checkpoint.revision(*parent),
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **implementations(source, attention),
+            output_loading_info=True,
+        )
     except Exception as error:  # whatever a wrong file makes a library raise
         raise ValueError(f"{key}={parent.name}: cannot be read ({first_line(error)})") from error
-    source, info = loaded
+    model, info = loaded
     if info["missing_keys"]:
         raise ValueError(f"{key}={parent.name}: has no weights for {', '.join(sorted(info['missing_keys']))}")
-    return source
+    return model
 
 
 def _mean(tensors: Sequence[Tensor]) -> Tensor:

@@ -121,10 +121,11 @@ def build_model(config: Config, *, vocab_size: int) -> MoEForCausalLM:
     """
     torch.manual_seed(config.seed)
     settings = MoEConfig.of(config.model, config.router, vocab_size=vocab_size, seq_len=config.data.seq_len)
-    checkpoint = None if config.model.checkpoint is None else read_checkpoint(config.model)
-    model = MoEForCausalLM(settings, trusted=True, causal_lm=checkpoint)
     if config.model.dense is not None:
-        upcycle(model, config.model)
+        model = upcycle(settings, config.model)
+    else:
+        checkpoint = None if config.model.checkpoint is None else read_checkpoint(config.model)
+        model = MoEForCausalLM(settings, trusted=True, causal_lm=checkpoint)
     model.model.gradient_checkpointing = config.gradient_checkpointing
     return model
 

@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file
 from small_runs import run
 from train_processes import TRAIN, run_script
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from moe.checks import ConfigError
 from moe.config.schema import Cell
+from moe.foreign.export import to_transformers
 from moe.launch.command_line import read_cells
 from moe.model.causal_lm import MoEForCausalLM
 from moe.routing.decision import Knobs
@@ -51,14 +52,15 @@ def sibling(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_dense(tmp_path_factory.mktemp("sibling"), tokenizer, seed=4, tie_word_embeddings=True)
 
 
-def make_dense(folder: Path, tokenizer: Any, *, seed: int = 3, **changes: Any) -> Path:
-    """Write a Llama of three layers with random weights, and its tokenizer.
+def make_dense(folder: Path, tokenizer: Any, *, kind: str = "llama", seed: int = 3, **changes: Any) -> Path:
+    """Write a Llama, or a model of another kind, of three layers with random weights, and its tokenizer.
 
     Settings differ from their defaults, so that a setting that is not copied is noticed. Weights are large enough to
     make a difference to the logits.
     """
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        kind,
         vocab_size=V,
         hidden_size=32,
         intermediate_size=48,
@@ -67,14 +69,14 @@ def make_dense(folder: Path, tokenizer: Any, *, seed: int = 3, **changes: Any) -
         num_key_value_heads=2,
         max_position_embeddings=64,
         rms_norm_eps=1e-3,
-        rope_parameters={"rope_type": "default", "rope_theta": 77.0},
         initializer_range=0.3,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=2,
+        **({"rope_parameters": {"rope_type": "default", "rope_theta": 77.0}} if kind == "llama" else {}),
         **changes,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -260,6 +262,85 @@ def test_further_checkpoints_must_differ_and_have_the_same_settings(
         upcycled(tied, *words)
 
 
+OTHERS = {
+    "mistral": {"sliding_window": 5},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+    "gemma": {"head_dim": 8},
+    "gemma2": {"head_dim": 8, "sliding_window": 5},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 5},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_checkpoint_of_another_architecture_keeps_its_logits_and_its_own_attention(
+    kind: str, upcycled: Read, tokenizer: Any, ids: torch.Tensor, tmp_path: Path
+) -> None:
+    """The logits are equal before and after saving, and after half of the model is replaced by a sibling's."""
+    folders = [
+        make_dense(tmp_path / f"{seed}", tokenizer, kind=kind, seed=seed, tie_word_embeddings=True, **OTHERS[kind])
+        for seed in (3, 4)
+    ]
+    words = ["model.shared_experts=2", "model.first_k_dense_replace=1", "model.upcycle_split=2"]
+    config = upcycled(folders[0], *words).config
+    model = build_model(config, vocab_size=V).eval()
+    source = AutoModelForCausalLM.from_pretrained(folders[0]).eval()
+    expected = source(ids).logits
+    assert expected.std() > 0.1, "the logits are too small for a comparison"
+    torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=0)
+    assert config.model.expert == ("geglu" if "gemma" in kind else "swiglu")
+    assert len(model.moe_layers) == 2
+    model.save_pretrained(tmp_path / "saved")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    torch.testing.assert_close(loaded(ids).logits, expected, atol=1e-4, rtol=0)
+    settings = {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(loaded.generate(ids[:1, :5], **settings), source.generate(ids[:1, :5], **settings))
+    mixed = build_model(upcycled(folders[0], *words, f"model.upcycle_parents=[{folders[1]}]").config, vocab_size=V)
+    other = AutoModelForCausalLM.from_pretrained(folders[1]).state_dict()
+    for name, tensor in source.state_dict().items():
+        if name in (found := mixed.model.causal_lm.state_dict()):
+            torch.testing.assert_close(found[name], (tensor + other[name]) / 2)
+    up = other["model.layers.2.mlp.up_proj.weight"]
+    assert torch.equal(mixed.moe_layers[1].experts.up[2:].flatten(0, 1), up)
+
+
+def test_a_run_from_another_architecture_trains_and_resumes_with_gradient_checkpointing(
+    upcycled: Read, tokenizer: Any, tmp_path: Path
+) -> None:
+    """Shared experts stay frozen, every other weight changes, and a resumed run ends with the same weights."""
+    folder = make_dense(tmp_path / "dense", tokenizer, kind="qwen3", tie_word_embeddings=False)
+    words = ["model.shared_experts=1", "gradient_checkpointing=true", "optimizer.experts_lr=1e-3"]
+    uninterrupted, stopped = (upcycled(folder, *words, f"out={tmp_path}/{name}") for name in "ab")
+    before = {name: p.clone() for name, p in build_model(stopped.config, vocab_size=V).named_parameters()}
+    run(uninterrupted)
+    with pytest.raises(Interrupted):
+        run(stopped, stop_after=3)
+    run(stopped)
+    [a, b] = [load_file(one.folder / "model" / "model.safetensors") for one in (uninterrupted, stopped)]
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert {name for name in before if torch.equal(before[name], b[name])} == {n for n in before if ".shared." in n}
+
+
+def test_what_another_architecture_cannot_do_is_refused(upcycled: Read, tokenizer: Any, tmp_path: Path) -> None:
+    folder = make_dense(tmp_path / "dense", tokenizer, kind="qwen2")
+    for words, message in (
+        ("model.layers=2", "model.layers=2: must be 3, the number of layers of"),
+        (
+            "model.dropout=0.1",
+            "model.dropout=0.1: must be left out, because a qwen2 runs with the code of transformers",
+        ),
+        ("expert_parallel=true", "expert_parallel=True: must be left out, because a qwen2"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            upcycled(folder, words)
+    model = build_model(upcycled(folder).config, vocab_size=V)
+    with pytest.raises(ConfigError, match="--to auto: a qwen2 with experts is no architecture of transformers"):
+        to_transformers(model)
+    change_config(folder, hidden_size=64)
+    with pytest.raises(ConfigError, match=r"describes layers\.0\..*, but in the weights it is|describes embed_tokens"):
+        upcycled(folder)
+
+
 def test_sizes_come_from_the_checkpoint(upcycled: Read, tied: Path) -> None:
     config = upcycled(tied).config.model
     assert (config.dim, config.heads, config.layers, config.ffn, config.dense_ffn) == (32, 4, 3, 48, 48)
@@ -428,7 +509,7 @@ def copy(tied: Path, tmp_path: Path) -> Path:
         ("router.k=5", "router.k=5: must be between 1 and model.num_experts=4"),
         ("model.layers=4", "model.layers=4: must be at most 3, the number of layers of"),
         ("model.dim=64", "model.dim=64: must be 32, as in"),
-        ("model.expert=silu", "model.expert=silu: must be swiglu, as in"),
+        ("model.expert=geglu", "model.expert=geglu: must be swiglu, as in"),
         ("model.dense_digest=00", "model.dense_digest=00: must be [0-9a-f]{64}, as in"),
         ("data.seq_len=65", "data.seq_len=65: must be at most 64"),
         ("data.tokenizer=bpe data.vocab_size=400", "data.tokenizer=bpe: must be the tokenizer of model.dense="),
@@ -455,9 +536,12 @@ def test_wrong_settings_are_refused_in_one_line(overrides: str, message: str, up
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, "must be a Llama with SwiGLU without bias, not .'gpt2'"),
-        ({"hidden_act": "gelu"}, "must be a Llama with SwiGLU without bias"),
-        ({"mlp_bias": True}, "must be a Llama with SwiGLU without bias"),
+        (
+            {"model_type": "gpt2"},
+            "model_type in config.json of model.dense=.*=gpt2: must be one of llama, mistral, qwen2",
+        ),
+        ({"hidden_act": "gelu"}, "must be a llama with SwiGLU or GEGLU without bias, not .'gelu', False"),
+        ({"mlp_bias": True}, "must be a llama with SwiGLU or GEGLU without bias"),
         ({"vocab_size": 500}, r"describes embed_tokens\.weight as \(500, 32\), but in the weights it is \(400, 32\)"),
         ({"num_hidden_layers": 4}, r"describes layers\.3\.input_layernorm\.weight, which its weights lack"),
     ],
