@@ -5,6 +5,7 @@ This module does not import torch, because every command line is checked with it
 
 import hashlib
 import json
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,9 @@ KINDS = {
     "gemma": ("hidden_act", "gelu_pytorch_tanh"),
     **dict.fromkeys(("gemma2", "gemma3_text"), ("hidden_activation", "gelu_pytorch_tanh")),
 }
+
+# Models of images and text -> the part of them that is a language model of `KINDS`.
+LANGUAGE_PARTS = {"smolvlm": "text_model"}
 
 # Activation -> form of the experts.
 FORMS = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu"}
@@ -156,12 +160,22 @@ def content(key: str, name: str, revision: str | None) -> dict[str, Any]:
     return settings
 
 
+def language_model(key: str, name: str, revision: str | None) -> dict[str, Any]:
+    """Return `content`, or what a model of images and text says there about its language part."""
+    found = content(key, name, revision)
+    if found.get("model_type") not in LANGUAGE_PARTS:
+        return found
+    text = found.get("text_config")
+    require(isinstance(text, dict), f"text_config in config.json of {key}={name}", type(text).__name__, "an object")
+    return {**found["text_config"], "tie_word_embeddings": bool(found.get("tie_word_embeddings", False))}
+
+
 def _settings(name: str, revision: str | None, at: str = "model.dense") -> dict[str, Any]:
     """Return the content of config.json. Raises ConfigError if the model cannot take over the weights.
 
     The architecture must be one of `KINDS`, and its MLPs SwiGLU or GEGLU without bias.
     """
-    settings = content(at, name, revision)
+    settings = language_model(at, name, revision)
     model_type = settings.get("model_type")
     known = isinstance(model_type, str) and model_type in KINDS
     require(known, f"model_type in config.json of {at}={name}", model_type, f"one of {', '.join(KINDS)}")
@@ -204,7 +218,8 @@ def _check_weights(name: str, revision: str | None, settings: dict[str, Any], at
     layers = settings["num_hidden_layers"]
     most = f"at most {len(stored)}, the number of tensors in its weights"
     require(layers <= len(stored), f"num_hidden_layers in config.json of {at}={name}", layers, most)
-    stored = {tensor.removeprefix("model."): shape for tensor, shape in stored.items()}
+    parts = "|".join(LANGUAGE_PARTS.values())
+    stored = {re.sub(rf"^model\.(({parts})\.)?", "", tensor): shape for tensor, shape in stored.items()}
     try:
         described = _described(settings) if settings["model_type"] == OURS else _built(settings)
     except Exception as error:  # whatever a wrong value makes a library raise

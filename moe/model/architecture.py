@@ -142,14 +142,14 @@ class MoEConfig(LlamaConfig):
         }
         if model.dense is not None:
             first = model.parents[0]
-            if dense_checkpoint.kind(*first) != dense_checkpoint.OURS:
-                content = dense_checkpoint.content("model.dense", *first)
-                config = MoEConfig.around(imported.parse(content, "config.json of model.dense"), model, router)
+            content = dense_checkpoint.language_model("model.dense", *first)
+            source = imported.parse(content, "config.json of model.dense")
+            if source.model_type != dense_checkpoint.OURS:
+                config = MoEConfig.around(source, model, router)
                 for name in ("expert", "shared_experts", "first_k_dense_replace", "dense_ffn"):
                     setattr(config, name, getattr(model, name))
                 return config
-            llama = LlamaConfig.from_pretrained(first.name, revision=dense_checkpoint.revision(*first))
-            settings = {name: getattr(llama, name) for name in dense_checkpoint.INHERITED}
+            settings = {name: getattr(source, name) for name in dense_checkpoint.INHERITED}
         config = MoEConfig(
             vocab_size=vocab_size,
             hidden_size=model.dim,

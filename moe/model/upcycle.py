@@ -92,7 +92,7 @@ class _MLP(NamedTuple):
 
 def _load(key: str, parent: dense_checkpoint.Parent, attention: str) -> PreTrainedModel:
     """Return a dense model in fp32. `key` is for messages."""
-    source = imported.parse(dense_checkpoint.content(key, *parent), f"config.json of {key}={parent.name}")
+    source = imported.parse(dense_checkpoint.language_model(key, *parent), f"config.json of {key}={parent.name}")
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             parent.name,
@@ -102,6 +102,7 @@ def _load(key: str, parent: dense_checkpoint.Parent, attention: str) -> PreTrain
             use_safetensors=True,
             trust_remote_code=False,
             **implementations(source, attention),
+            key_mapping={rf"^model\.{part}\.": "model." for part in dense_checkpoint.LANGUAGE_PARTS.values()},
             output_loading_info=True,
         )
     except Exception as error:  # whatever a wrong file makes a library raise

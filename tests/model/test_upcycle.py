@@ -11,7 +11,14 @@ import torch
 from safetensors.torch import load_file
 from small_runs import run
 from train_processes import TRAIN, run_script
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from moe.checks import ConfigError
 from moe.config.schema import Cell
@@ -302,6 +309,28 @@ def test_a_checkpoint_of_another_architecture_keeps_its_logits_and_its_own_atten
             torch.testing.assert_close(found[name], (tensor + other[name]) / 2)
     up = other["model.layers.2.mlp.up_proj.weight"]
     assert torch.equal(mixed.moe_layers[1].experts.up[2:].flatten(0, 1), up)
+
+
+def test_of_a_model_of_images_and_text_the_language_part_is_upcycled(
+    upcycled: Read, tokenizer: Any, ids: torch.Tensor, tmp_path: Path
+) -> None:
+    folder = make_dense(tmp_path, tokenizer, tie_word_embeddings=False)
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 8, "patch_size": 4}
+    text = LlamaConfig.from_pretrained(folder)
+    config = AutoConfig.for_model("smolvlm", text_config=text, vision_config=vision, image_token_id=0, pad_token_id=2)
+    whole = AutoModelForImageTextToText.from_config(config).eval()
+    dense = dense_model(folder)
+    whole.model.text_model.load_state_dict(dense.model.state_dict())
+    whole.lm_head.load_state_dict(dense.lm_head.state_dict())
+    whole.save_pretrained(folder)
+    expected = whole(ids).logits
+    assert expected.std() > 0.5, "the logits are too small for a comparison"
+    model = build_model(upcycled(folder, "model.shared_experts=1").config, vocab_size=V).eval()
+    torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=0)
+    change_config(folder, text_config=[])
+    with pytest.raises(ConfigError, match=r"text_config in config\.json of model\.dense=.*=list: must be an object"):
+        upcycled(folder)
 
 
 def test_a_run_from_another_architecture_trains_and_resumes_with_gradient_checkpointing(
