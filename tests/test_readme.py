@@ -52,17 +52,17 @@ def test_readme_begins_with_what_people_do() -> None:
 
 @pytest.fixture
 def downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Change to a folder with what commands read: texts, an empty package of problems, and a small dense model."""
+    """Change to a folder with what commands read: texts, an empty package of problems, and small dense models."""
     monkeypatch.chdir(tmp_path)
     for name in ("notes/a.txt", "reasoning_gym/__init__.py", "reasoning_gym-0.1.25.dist-info/METADATA"):
         Path(name).parent.mkdir()
         Path(name).write_text("Metadata-Version: 2.1\nName: reasoning-gym\nVersion: 0.1.25\n" if "-" in name else "")
     monkeypatch.syspath_prepend(tmp_path)
-    Path("smollm2").mkdir()
     tokenizer = train_bpe(["some words"], 259)
     tokenizer.save_pretrained("smollm2")
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained("smollm2")
+    for name in ("smollm2", "code", "chat"):
+        LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(name)
     tokenizer.save_pretrained("MODEL")
     tiny("qwen3_moe", vocab_size=len(tokenizer), max_position_embeddings=4096).save_pretrained("MODEL")
 
