@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import get_safetensors_metadata, hf_hub_download
+from huggingface_hub.utils import logging
 from tokenizers import Tokenizer
 
 from moe.checks import ConfigError, first_line, require
@@ -297,10 +298,14 @@ def _file(key: str, name: str, file: str, revision: str | None = None) -> Path:
             raise ConfigError(f"{key}={name}: cannot be read ({error})") from None
         require(path.exists(), key, name, f"a folder with {file}, or a name on the hub")
         return path
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # without a network, the library prints each of its attempts for half a minute
     try:
         return Path(hf_hub_download(name, file, revision=revision))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{key}={name}: no such folder, and none on the hub ({first_line(error)})") from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 @lru_cache
