@@ -1,10 +1,17 @@
 """Tiny models with random weights of every Mixture of Experts in transformers that is tested, at odd sizes."""
 
+import copy
 import math
 from typing import Any
 
 import torch
+import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from moe.config import imported
+from moe.config.options import CONF
+from moe.config.schema import ModelConfig
+from moe.model.causal_lm import MoEConfig, MoEForCausalLM
 
 V, E, K = 61, 5, 3
 COMMON: dict[str, Any] = {
@@ -97,27 +104,32 @@ def tiny(kind: str, **changes: Any) -> PreTrainedModel:
     return model.eval()  # type: ignore[no-any-return]
 
 
+def router_of(source: PreTrainedModel) -> dict[str, Any]:
+    """Return the router of ours that decides like that of a model: what the words that its checkpoint implies say."""
+    option, *settings = (word.partition("=")[2] for word in imported.router(source.config))
+    keys = [word.partition("=")[0].removeprefix("router.") for word in imported.router(source.config)[1:]]
+    if option.startswith("{"):
+        return yaml.safe_load(option)  # type: ignore[no-any-return]
+    spec = yaml.safe_load((CONF / "router" / f"{option}.yaml").read_text())
+    return spec | {key: yaml.safe_load(value) for key, value in zip(keys, settings, strict=True)}  # type: ignore[no-any-return]
+
+
+def around(source: PreTrainedModel, router: dict[str, Any] | None = None) -> MoEForCausalLM:
+    """Return an imported copy of a model in evaluation mode, with its own router or another one."""
+    own = {"_target_": "moe.routers.imported.Imported", "k": imported.number(source.config, imported.PER_TOKEN)}
+    sizes = ModelConfig(dim=source.config.hidden_size, heads=4, layers=3, ffn=24, dense_ffn=40)
+    sizes.num_experts = imported.number(source.config, imported.EXPERTS)
+    config = MoEConfig.around(source.config, sizes, router or own)
+    return MoEForCausalLM(config, causal_lm=copy.deepcopy(source)).eval()
+
+
 def largest_difference(kind: str, *, ours: bool) -> float:
     """Return how far the logits of an imported model are from those of transformers, relative to the largest logit.
 
     ours: with the router of ours that decides like the model's own.
     """
-    import copy
-
-    from moe.config import imported
-    from moe.config.schema import ModelConfig
-    from moe.launch.command_line import read_cells
-    from moe.model.causal_lm import MoEConfig, MoEForCausalLM
-
     source = tiny(kind)
-    experts = imported.number(source.config, imported.EXPERTS)
-    k = imported.number(source.config, imported.PER_TOKEN)
-    router: dict[str, Any] = {"_target_": "moe.routers.imported.Imported", "k": k}
-    if ours:
-        [cell] = read_cells([*imported.router(source.config), f"model.num_experts={experts}"]) or []
-        router = cell.config.router
-    sizes = ModelConfig(dim=source.config.hidden_size, heads=4, layers=3, ffn=24, dense_ffn=40, num_experts=experts)
-    model = MoEForCausalLM(MoEConfig.around(source.config, sizes, router), causal_lm=copy.deepcopy(source)).eval()
+    model = around(source, router_of(source) if ours else None)
     ids = torch.randint(3, V, (4, 32), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = source(ids).logits

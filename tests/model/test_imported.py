@@ -1,6 +1,5 @@
 """Tests of imported models: they compute what transformers computes, with our layer in each MoE block."""
 
-import copy
 import json
 import re
 from pathlib import Path
@@ -9,38 +8,20 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from architectures import EXPRESSED, SPECIAL, E, V, tiny
+from architectures import EXPRESSED, SPECIAL, E, V, around, router_of, tiny
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from moe.checks import ConfigError
 from moe.config import imported
 from moe.config.options import CONF, options
-from moe.config.schema import ModelConfig
-from moe.launch.command_line import read_cells
-from moe.model.causal_lm import MoEConfig, MoEForCausalLM, load_model
+from moe.model.causal_lm import MoEForCausalLM, load_model
 from moe.model.imported import OwnSwiGLU, find_blocks, probabilities
 from moe.routers.base import LinearRouter
 from moe.routing.decision import Knobs
 
 IDS = torch.randint(3, V, (2, 9), generator=torch.Generator().manual_seed(0))
 OWN = {"_target_": "moe.routers.imported.Imported"}
-
-
-def around(source: PreTrainedModel, router: dict[str, Any] | None = None) -> MoEForCausalLM:
-    """Return an imported copy of a model, with its own router or another one."""
-    own = OWN | {"k": imported.number(source.config, imported.PER_TOKEN)}
-    sizes = ModelConfig(dim=source.config.hidden_size, heads=4, layers=3, ffn=24, dense_ffn=40)
-    sizes.num_experts = imported.number(source.config, imported.EXPERTS)
-    config = MoEConfig.around(source.config, sizes, router or own)
-    return MoEForCausalLM(config, causal_lm=copy.deepcopy(source)).eval()
-
-
-def router_of(source: PreTrainedModel) -> dict[str, Any]:
-    """Return our router that decides like that of a model."""
-    words = imported.router(source.config)
-    [cell] = read_cells([*words, f"model.num_experts={imported.number(source.config, imported.EXPERTS)}"]) or []
-    return cell.config.router
 
 
 def plain_name(name: str) -> str:
@@ -106,15 +87,14 @@ def test_experts_of_the_usual_form_run_in_our_kernels() -> None:
 
 
 @pytest.mark.parametrize("router", sorted(options("router")))
-def test_every_router_of_ours_takes_the_place_of_the_router_of_a_checkpoint(router: str) -> None:
-    [cell] = read_cells([f"router={router}", "model.num_experts=8"]) or []
-    source = tiny("mixtral", num_local_experts=8, num_experts=8, n_routed_experts=8, moe_num_experts=8)
-    model = around(source, cell.config.router).train()
+def test_every_router_of_ours_takes_the_place_of_the_router_of_a_checkpoint(router: str, cell: Any) -> None:
+    source = tiny("mixtral", num_local_experts=4, num_experts=4, n_routed_experts=4, moe_num_experts=4)
+    model = around(source, cell(f"router={router}").config.router).train()
     model(IDS, labels=IDS, knobs=Knobs.of(noise=0.1)).loss.backward()
     trained = [p for layer in model.moe_layers for p in layer.experts.parameters()]
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
     first = model.moe_layers[0].router
-    if isinstance(first, LinearRouter) and len(first.weight) == 8:  # it starts with the matrix of the checkpoint
+    if isinstance(first, LinearRouter) and len(first.weight) == 4:  # it starts with the matrix of the checkpoint
         torch.testing.assert_close(first.weight, find_blocks(source)[0].module.gate.weight)
 
 
