@@ -212,13 +212,7 @@ def _check_weights(name: str, revision: str | None, settings: dict[str, Any], at
     Memory is allocated for the sizes of config.json, so a stranger's must not be larger than the files. Only headers of
     safetensors are read.
     """
-    try:
-        stored = _shapes(name, revision, at)
-    except Exception as error:  # the hub's library raises classes of its own
-        raise ConfigError(f"{at}={name}: {first_line(error)}") from error
-    layers = settings["num_hidden_layers"]
-    most = f"at most {len(stored)}, the number of tensors in its weights"
-    require(layers <= len(stored), f"num_hidden_layers in config.json of {at}={name}", layers, most)
+    stored = stored_shapes(name, revision, at, layers=settings["num_hidden_layers"])
     parts = "|".join(LANGUAGE_PARTS.values())
     stored = {re.sub(rf"^model\.(({parts})\.)?", "", tensor): shape for tensor, shape in stored.items()}
     try:
@@ -270,6 +264,21 @@ def _built(settings: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     tensors = {name.removeprefix("model."): p for name, p in model.state_dict(keep_vars=True).items()}
     embedding = model.get_input_embeddings().weight
     return {name: tuple(p.shape) for name, p in tensors.items() if p is not embedding or name == "embed_tokens.weight"}
+
+
+def stored_shapes(name: str, revision: str | None, at: str, *, layers: int) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each weight of a checkpoint by its name.
+
+    layers: the number in its config.json, which may be a stranger's. Raises ConfigError if the weights cannot be read,
+    or are fewer tensors than layers.
+    """
+    try:
+        stored = _shapes(name, revision, at)
+    except Exception as error:  # the hub's library raises classes of its own
+        raise ConfigError(f"{at}={name}: {first_line(error)}") from error
+    most = f"at most {len(stored)}, the number of tensors in its weights"
+    require(layers <= len(stored), f"num_hidden_layers in config.json of {at}={name}", layers, most)
+    return stored
 
 
 def _shapes(name: str, revision: str | None, at: str) -> dict[str, tuple[int, ...]]:

@@ -30,7 +30,10 @@ SIGMOID = ("deepseek_v3", "glm4_moe")
 DEFAULTED = {"expert": "silu", "embed_scale": True, "first_k_dense_replace": 0}
 
 # Keys of a stranger's config.json that make transformers load code or another format of weights.
-REFUSED = ("auto_map", "quantization_config", "attn_implementation", "_attn_implementation", "experts_implementation")
+REFUSED = (
+    *("auto_map", "quantization_config", "compression_config"),
+    *("attn_implementation", "_attn_implementation", "experts_implementation"),
+)
 
 
 def resolve(model: dict[str, Any]) -> dict[str, Any]:
@@ -53,6 +56,9 @@ def resolve(model: dict[str, Any]) -> dict[str, Any]:
         "dense_ffn": getattr(config, "intermediate_size", None) or number(config, WIDTH),
         "checkpoint_digest": dense_checkpoint.digest(name, model["checkpoint_digest"], key="model.checkpoint"),
     }
+    dense_checkpoint.stored_shapes(
+        name, model["checkpoint_digest"], "model.checkpoint", layers=config.num_hidden_layers
+    )
     for key, value in values.items():
         untouched = model[key] is None or (key in DEFAULTED and model[key] == DEFAULTED[key])
         allowed = f"{value}, as in {name}; leave it out"
@@ -119,7 +125,9 @@ def parse(content: dict[str, Any], where: str) -> "PretrainedConfig":
     for key in REFUSED:
         require(content.get(key) in (None, "eager", "sdpa"), f"{key} in {where}", content.get(key), "left out")
     try:
-        return AutoConfig.for_model(**content)
+        config = AutoConfig.for_model(**content)
+        config.to_dict()  # which fails for a part of the wrong type
+        return config
     except Exception as error:  # whatever a wrong value makes a library raise
         raise ConfigError(f"{where}: cannot be read ({first_line(error)})") from error
 

@@ -93,6 +93,13 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         _check_weights(cls, config, str(name), source, trusted=trusted)
         return super().from_pretrained(name, *model_args, trusted=trusted, **kwargs)
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Write the model as transformers does, with the names that its weights have here.
+
+        By default transformers renames the weights of some architectures, also those of an imported model.
+        """
+        super().save_pretrained(*args, **{"save_original_format": False, **kwargs})
+
     @property
     def decoder(self) -> Any:
         """Our decoder. Raises ConfigError for an imported model, which has the layers of transformers."""

@@ -286,7 +286,11 @@ class ImportedModel(RoutedModel):
         if causal_lm is None:
             foreign = imported.parse(config.imported or {}, "imported")
             chosen = implementations(foreign, config._attn_implementation)
-            causal_lm = AutoModelForCausalLM.from_config(foreign, **chosen)
+            try:
+                causal_lm = AutoModelForCausalLM.from_config(foreign, dtype=torch.get_default_dtype(), **chosen)
+            except Exception as error:  # whatever a wrong value makes a library raise
+                reason = first_line(error)
+                raise ConfigError(f"the config.json of a {foreign.model_type} describes no model ({reason})") from error
         self.causal_lm = causal_lm
         if imported.is_dense(causal_lm.config):
             layers = find_dense(causal_lm)[config.first_k_dense_replace :]
@@ -415,7 +419,9 @@ def read_checkpoint(settings: ModelConfig) -> PreTrainedModel:
     except Exception as error:  # whatever a wrong file makes a library raise
         raise ValueError(f"model.checkpoint={name}: cannot be read ({first_line(error)})") from error
     model, info = loaded
-    for key, what in (("missing_keys", "has no weights for"), ("mismatched_keys", "has weights of other shapes for")):
+    wrong = {"missing_keys": "has no weights for", "mismatched_keys": "has weights of other shapes for"}
+    wrong["unexpected_keys"] = "has weights that its config.json does not describe:"
+    for key, what in wrong.items():
         if info[key]:
-            raise ValueError(f"model.checkpoint={name}: {what} {', '.join(sorted(map(str, info[key])))}")
+            raise ValueError(f"model.checkpoint={name}: {what} {', '.join(sorted(map(str, info[key]))[:5])}")
     return model

@@ -15,8 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from moe.checks import ConfigError
 from moe.config import imported
 from moe.config.options import CONF, options
+from moe.config.schema import ModelConfig
 from moe.model.causal_lm import MoEForCausalLM, load_model
-from moe.model.imported import OwnSwiGLU, find_blocks, probabilities
+from moe.model.imported import OwnSwiGLU, find_blocks, probabilities, read_checkpoint
 from moe.routers.base import LinearRouter
 from moe.routing.decision import Knobs
 
@@ -117,9 +118,11 @@ def test_an_imported_model_writes_the_greedy_text_of_transformers(kind: str) -> 
         assert model.generate(IDS, use_cache=use_cache, **arguments).tolist() == expected
 
 
-@pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("kind", SPECIAL)
 def test_an_imported_model_is_the_same_after_it_was_saved_and_loaded(kind: str, tmp_path: Path) -> None:
+    """It has fp32 weights, also if the checkpoint had others, and its files have the names of its weights."""
     source = tiny(kind)
+    source.config.dtype = torch.bfloat16
     model = around(source, router_of(source) if kind in EXPRESSED else None)
     model.save_pretrained(tmp_path)
     loaded = load_model(tmp_path)
@@ -182,6 +185,7 @@ def folder(tmp_path: Path) -> Path:
         ({"model_type": ["mixtral"]}, "model_type in config.json"),
         ({"hidden_size": "__import__('os')"}, "cannot be read"),
         ({"attn_implementation": "evil/kernel"}, "attn_implementation in config.json"),
+        ({"compression_config": {}}, "compression_config in config.json"),
     ],
     ids=str,
 )
@@ -207,3 +211,31 @@ def test_the_page_about_foreign_models_has_the_table_of_all_architectures() -> N
     page = (CONF.parent / "docs/foreign-models.md").read_text()
     rows = dict(re.findall(r"^\| `(\w+)` \| below 1e-\d \| (yes|no)", page, re.MULTILINE))
     assert rows == {kind: "yes" if kind in EXPRESSED else "no" for kind in SPECIAL}
+
+
+@pytest.mark.parametrize("changes", [{"hidden_act": "os.system"}, {"rope_parameters": {"rope_type": "evil"}}], ids=str)
+def test_a_config_json_that_describes_no_model_is_refused_in_one_line(changes: dict[str, Any]) -> None:
+    source = tiny("mixtral")
+    config = around(source).config
+    config.imported |= changes
+    with pytest.raises(ConfigError, match=r"describes no model|cannot be read") as caught:
+        MoEForCausalLM(config)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"), [(2, "has weights that its config.json does not describe"), (4, "has no weights for")]
+)
+def test_weights_must_be_those_of_config_json(folder: Path, layers: int, message: str) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": layers}))
+    with pytest.raises(ValueError, match=message):
+        read_checkpoint(ModelConfig(checkpoint=str(folder), attention="sdpa"))
+
+
+def test_more_layers_than_tensors_are_refused_before_they_are_built(folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 3000}))
+    given = dict.fromkeys(vars(ModelConfig())) | {"checkpoint": str(folder)}
+    with pytest.raises(ConfigError, match=r"num_hidden_layers in config\.json of .*=3000: must be at most"):
+        imported.resolve(given)

@@ -133,7 +133,7 @@ def loss_by_k(runs: list[MeasuredRun]) -> Figure:
     ax.set_xticks(numbers, [str(k) for k in numbers])
     ax.minorticks_off()
     ax.set(xlabel="experts per token in evaluation", ylabel="loss - loss as trained (nats per token)")
-    shared_legend(figure, SEEDS_TITLE)
+    shared_legend(figure, "each line: one run; band: 95 % bootstrap interval over documents")
     return figure
 
 
