@@ -31,7 +31,7 @@ def standing(contrast: pd.Series) -> str:
         return UNTESTED
     if contrast["p Holm"] <= SIGNIFICANCE:
         return SIGNIFICANT
-    return EQUIVALENT if _is_equivalent(contrast) else UNDECIDED
+    return EQUIVALENT if is_equivalent(contrast) else UNDECIDED
 
 
 def contrast_sentence(contrast: pd.Series, subject: str, *, unit: str, up: str = "", down: str = "") -> str:
@@ -112,14 +112,15 @@ def deterministic_verdict(difference: float, margin: float | None = None) -> str
     return f"**deterministic**, {size} in every seed{within}"
 
 
-def _is_equivalent(contrast: pd.Series) -> bool:
+def is_equivalent(contrast: pd.Series) -> bool:
+    """Return whether a contrast is shown to be smaller than its margin, significant or not."""
     return pd.notna(contrast.get("p TOST Holm")) and bool(contrast["equivalent"])
 
 
 def _verdict(contrast: pd.Series, unit: str, up: str, down: str) -> str:
     c, significant = contrast, standing(contrast) == SIGNIFICANT
     direction = up if c["difference"] > 0 else down
-    if _is_equivalent(c):
+    if is_equivalent(c):
         holm = f"(TOST, Holm {c['p TOST Holm']:.2g})"
         if significant:
             return f"**within the margin** of {c['margin']:.3g}, {direction} by less {holm}"

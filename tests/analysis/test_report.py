@@ -837,6 +837,31 @@ WOULD_DECIDE = "+0.333 perplexity, +0.3%), which about 29 more seeds would decid
             [HIGHER, HIGHER | {"text": "1.0 too", "levels": [1.0]}],
             "so the claim “noise hurts” is contradicted; of 2 planned claims, 1 is contradicted and 1 is not tested.",
         ),
+        (
+            {0.0: [0, 0, 0], 0.5: [0, 0, 0.1]},
+            [HIGHER | {"kind": "equivalent", "margin": "5%"}],
+            "noise 0.5 instead of 0.0 changes the perplexity by less than the margin of 5 (+0.0%, 95 % interval ",
+        ),
+        (
+            {0.0: [0, 0], 0.5: [1, 1]},
+            [HIGHER | {"kind": "equivalent", "margin": "5%"}],
+            "raises the perplexity by 1, within the margin of 5, in each of 2 seeds, so the claim “noise hurts” is s",
+        ),
+        (
+            {0.0: [math.nan, math.nan], 0.5: [1, 2], 0.7: [1, 2]},
+            [],
+            "Nothing can be compared, because no run with noise=0.0 finished with a finite perplexity.",
+        ),
+        (
+            {0.0: [0, math.nan], 0.5: [math.nan, 1]},
+            [],
+            "Nothing can be compared, because no two runs that a report compares both finished with a finite perplex",
+        ),
+        (
+            {0.0: [0, 1, math.nan], 0.5: [3, math.nan, 4]},
+            [],
+            "Each pair of settings shares only one seed, so no difference can be told from chance, and the comparison",
+        ),
         ({0.0: [0, 0], 0.5: [9, 9]}, [], "noise 0.5 instead of 0.0 raises the perplexity by 9 in each of 2 seeds."),
         ({0.0: [0, 0], 0.5: [0, 0]}, [], "noise 0.5 instead of 0.0 leaves the perplexity as it is in each of 2 seeds."),
     ],
@@ -854,6 +879,37 @@ def test_the_answer_is_one_sentence_that_follows_from_the_runs(
     [inputs] = collect_inputs(load_runs([tmp_path]))
     assert words in headline(inputs)
     assert inputs.search or headline(inputs).count(". ") == 0
+
+
+def test_the_answer_says_how_a_difference_relates_to_the_margin(tmp_path: Path) -> None:
+    """A difference that is no accident may still be one that counts as none."""
+    for seed, noise in product((1, 2, 3), (0.0, 0.5)):
+        values = {"val/perplexity": 100 + (1 + seed / 100) * (noise > 0)}
+        write_run(tmp_path / f"{seed},{noise}", values, seed=seed, noise=noise)
+    runs = load_runs([tmp_path])
+    for margin, words in ((1.01, "not shown to exceed"), (2, "within")):
+        [inputs] = collect_inputs(runs, ReportOptions(margins={"val/perplexity": margin}))
+        assert f"raises the perplexity by 1.02, {words} the margin of {margin} (95 % interval" in headline(inputs)
+    [inputs] = collect_inputs(runs, ReportOptions(margins={"val/perplexity": 0.5}))
+    assert "raises the perplexity by 1.02 (95 % interval" in headline(inputs)
+
+
+def test_the_answer_compares_no_losses_of_routers_that_see_later_tokens_with_others(tmp_path: Path) -> None:
+    """It gives the largest difference among the others and the reason; a metric that is no loss is compared."""
+    why = "left out of this answer, because routers that see later tokens have losses that are not comparable with"
+    for seed, causal in product((1, 2), (True, False)):
+        values = {"val/perplexity": 50.0 + 50 * causal, "routing/load_cv/pooled": 0.5 * causal}
+        write_run(tmp_path / f"{causal},{seed}", values, causal=causal, seed=seed, noise=0)
+    runs = load_runs([tmp_path])
+    [inputs] = collect_inputs(runs)
+    surest = "but 1 of 1 comparison that nobody planned shows more than chance: router expert_choice (not causal) inst"
+    assert headline(inputs).startswith(f"The comparison is {why}")
+    assert surest in headline(inputs)
+    for seed in (1, 2):
+        write_run(tmp_path / f"noisy,{seed}", {"val/perplexity": 101.0}, seed=seed, noise=0.1)
+    [inputs] = collect_inputs(load_runs([tmp_path]))
+    begin = "noise 0.1 instead of 0.0 at router=topk raises the perplexity by 1 in each of 2 seeds; 1 comparison is "
+    assert headline(inputs).startswith(begin + why)
 
 
 def test_the_best_setting_says_what_it_leaves_out(tmp_path: Path) -> None:

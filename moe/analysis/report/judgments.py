@@ -13,6 +13,7 @@ from moe.analysis.sentences import (
     UNDECIDED,
     UNTESTED,
     directions,
+    is_equivalent,
     levels_compared,
     standing,
 )
@@ -34,6 +35,8 @@ class Judgment(NamedTuple):
     compared: which levels are compared.
     kind: that of a claim, or "comparison".
     share: the difference as a share of the mean at the reference level; NaN if this says nothing.
+    margin: the difference that counts as none, if a claim or the reader of the report named one. It is shown that the
+        true difference is smaller (`within`), that it is larger (`beyond`), or neither.
     claimed: the range that a claim gives the difference, if it has two ends.
     needed: the number of seeds that would decide it, NaN if it is above 1,000 or unknown; `outcome` is what they would
         do to it, if the true difference is the estimated one: "support", "contradict" or "decide".
@@ -56,6 +59,9 @@ class Judgment(NamedTuple):
     needed: float = math.nan
     outcome: str = "decide"
     reason: str = ""
+    metric: str = ""
+    within: bool = False
+    beyond: bool = False
 
     @property
     def planned(self) -> bool:
@@ -109,6 +115,8 @@ def judgments(claims: pd.DataFrame, contrasts: pd.DataFrame, metric: str | None)
 
 def _on_claim(row: pd.Series) -> Judgment:
     comparable = row["kind"] != "interaction" and row["reference mean"]
+    claimed = row["claimed_low"], row["claimed_high"]
+    margin = claimed[1] if claimed[0] == -claimed[1] and math.isfinite(claimed[1]) else math.nan
     return Judgment(
         text=row["claim"],
         verdict=row["verdict"],
@@ -122,10 +130,14 @@ def _on_claim(row: pd.Series) -> Judgment:
         share=row["difference"] / row["reference mean"] if comparable else math.nan,
         p=row["p Holm"],
         deterministic=row["deterministic"],
-        claimed=(row["claimed_low"], row["claimed_high"]),
+        margin=margin,
+        claimed=claimed,
         needed=row["seeds needed"],
         outcome="contradict" if row["estimates"] == "against" else "support",
         reason=row["reason"],
+        metric=row["metric"],
+        within=math.isfinite(margin) and row["verdict"] == "supported",
+        beyond=math.isfinite(margin) and row["verdict"] == "contradicted",
     )
 
 
@@ -133,6 +145,11 @@ def on_contrast(row: pd.Series) -> Judgment:
     """Return the judgment on a row of `moe.analysis.statistics.contrasts`, in the words of its metric."""
     known, (up, down) = standing(row), directions(row["metric"])
     needed = seeds_needed(row["d_z"], tests=max(int(row["tests"]), 1)) if known == UNDECIDED else None
+    margin, within, beyond = row.get("margin", math.nan), False, False
+    if known == DETERMINISTIC:
+        within, beyond = bool(abs(row["difference"]) < margin), bool(abs(row["difference"]) >= margin)
+    elif math.isfinite(margin):
+        within, beyond = is_equivalent(row), bool(row["beyond"])
     return Judgment(
         text=levels_compared(row),
         verdict=(up if row["difference"] > 0 else down) if known == SIGNIFICANT else known,
@@ -146,8 +163,11 @@ def on_contrast(row: pd.Series) -> Judgment:
         share=math.nan,
         p=row["p Holm"],
         deterministic=row["deterministic"],
-        margin=row.get("margin", math.nan),
+        margin=margin,
         needed=math.nan if needed is None else needed,
+        metric=row["metric"],
+        within=within,
+        beyond=beyond,
     )
 
 

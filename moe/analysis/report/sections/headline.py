@@ -8,9 +8,13 @@ from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.report.judgments import Judgment, on_contrast
 from moe.analysis.sentences import DETERMINISTIC, EQUIVALENT, SIGNIFICANT, UNTESTED, standing, unit_of
 from moe.checks import plain
-from moe.results.conditions import by_seed
+from moe.metrics.catalog import lookup
+from moe.results.comparable import NOT_COMPARABLE
+from moe.results.conditions import by_seed, without_causality
 
 WORDS = {DETERMINISTIC: "the same in every seed"}  # for verdicts that say too little after "is"
+LATER_TOKENS = "routers that see later tokens have losses that are not comparable with those of the others"
+MOST_NAMED = 5  # levels that a sentence names
 LONGEST_CLAIM = 120  # characters of a claim that the answer quotes
 
 
@@ -21,20 +25,52 @@ def headline(inputs: ReportInputs) -> str:
     if inputs.search:
         settings = inputs.condition.nunique()
         return f"A search tried {settings} settings to {inputs.search}; this report tests none of them against chance."
-    judged = inputs.judgments
-    if not judged:
-        return _without_comparison(inputs)
+    if not inputs.judgments:
+        return plain(_without_comparison(inputs))
+    judged = [each for each in inputs.judgments if not _causal_with_others(each, inputs)]
+    left_out = len(inputs.judgments) - len(judged)
+    if not left_out:
+        return plain(_of_judgments(inputs, judged))
+    kind = "planned claim" if inputs.judgments[0].planned else "comparison"
+    kinds = f"{kind} is" if left_out == 1 else f"{kind}s are"
+    why = f"left out of this answer, because {LATER_TOKENS}"
+    if judged:
+        return plain(f"{_of_judgments(inputs, judged).removesuffix('.')}; {left_out} {kinds} {why}.")
+    surest = _surest_contrast(inputs)
+    return plain(f"{'The' if left_out == 1 else 'All'} {kinds} {why}" + (f", but {surest}." if surest else "."))
+
+
+def _of_judgments(inputs: ReportInputs, judged: list[Judgment]) -> str:
+    """Return the answer that these judgments give."""
     decided = [each for each in judged if each.decided]
     if decided:
-        return plain(_of_decided(min(decided, key=_rank), judged))
+        return _of_decided(min(decided, key=_rank), judged)
     if all(each.verdict == UNTESTED for each in judged):
-        return plain(_of_untested(inputs, judged))
-    return plain(_of_undecided(inputs, judged))
+        return _of_untested(inputs, judged)
+    return _of_undecided(inputs, judged)
+
+
+def _causal_with_others(judged: Judgment, inputs: ReportInputs) -> bool:
+    """Return whether losses are compared of routers that see later tokens with losses of routers that do not."""
+    metric, causal = lookup(judged.metric), inputs.runs["causal"]
+    if not metric or metric.group not in ("quality", "capacity limit") or causal.nunique() < 2:
+        return False
+    subject, _, place = judged.compared.partition(", the least")[0].partition(" at ")
+    factor, _, sides = subject.partition(", change")[0].partition(" ")
+    if factor not in inputs.runs:
+        return False
+    runs = inputs.runs[inputs.runs["status"] == "finished"]
+    there = inputs.condition.reindex(runs.index).map(lambda cell: set(place.split(", ")) <= set(str(cell).split(", ")))
+    names, seen = runs[factor].map(without_causality).map(str), []
+    for side in map(without_causality, sides.split(" vs ")):
+        members = names.isin([side, f"{side}.0", side.removesuffix(".0")])  # a claim writes 0 for 0.0
+        seen.append(set(runs.loc[members & there if (members & there).any() else members, "causal"].dropna()))
+    return all(seen) and seen[0] != seen[-1]
 
 
 def _rank(judged: Judgment) -> tuple[bool, float]:
     """Sort what shows a difference before what shows that there is none, and then by p."""
-    return judged.verdict == EQUIVALENT or not judged.difference, judged.p if math.isfinite(judged.p) else 0.0
+    return judged.within or not judged.difference, judged.p if math.isfinite(judged.p) else 0.0
 
 
 def _of_decided(first: Judgment, judged: list[Judgment]) -> str:
@@ -58,11 +94,14 @@ def _of_untested(inputs: ReportInputs, judged: list[Judgment]) -> str:
         return _upper(f"{none}, but {surest}.")
     if all(each.n == 0 for each in judged):
         return _upper(f"{none}: {judged[0].reason.rstrip('.')}.")
-    seen = _largest([each for each in judged if each.n])
-    return (
-        f"With one seed no difference can be told from chance, and {none}; "
-        f"the largest difference that was seen is that of {_instead(seen)} ({_amount(seen)})."
-    )
+    seen = [each for each in judged if each.n]
+    largest = _largest(seen)
+    text = f"{none}; the largest difference that was seen is that of {_instead(largest)} ({_amount(largest)})."
+    if inputs.runs.loc[inputs.runs["status"] == "finished", "seed"].nunique() == 1:
+        return f"With one seed no difference can be told from chance, and {text}"
+    if all(each.n == 1 for each in seen):
+        return f"Each pair of settings shares only one seed, so no difference can be told from chance, and {text}"
+    return _upper(text)
 
 
 def _of_undecided(inputs: ReportInputs, judged: list[Judgment]) -> str:
@@ -89,25 +128,27 @@ def _of_undecided(inputs: ReportInputs, judged: list[Judgment]) -> str:
 
 def _surest_contrast(inputs: ReportInputs) -> str:
     """Return how many contrasts chance does not explain, and the most certain one; an empty text if there is none."""
-    rows = [row for _, row in inputs.contrasts.iterrows()]
+    rows = [(row, on_contrast(row)) for _, row in inputs.contrasts.iterrows()]
+    rows = [(row, judged) for row, judged in rows if not _causal_with_others(judged, inputs)]
     found = [
-        on_contrast(row)
-        for row in rows
+        judged
+        for row, judged in rows
         if (known := standing(row)) == SIGNIFICANT or (known == DETERMINISTIC and row["difference"])
     ]
     if not found:
         return ""
     show = "shows" if len(found) == 1 else "show"
+    compared = "comparison" if len(rows) == 1 else "comparisons"
     first = min(found, key=_rank)
-    return f"{len(found)} of {len(rows)} comparisons that nobody planned {show} more than chance: {_effect(first)}"
+    return f"{len(found)} of {len(rows)} {compared} that nobody planned {show} more than chance: {_effect(first)}"
 
 
 def _without_comparison(inputs: ReportInputs) -> str:
     """Return the answer if no two settings can be compared."""
-    if inputs.factors:
-        return "No two finished runs with the same seed differ in one factor alone, so nothing can be compared."
     if not inputs.tested:
         return "The finished runs have no metric that a report compares."
+    if inputs.factors:
+        return f"Nothing can be compared, because {_why_not_compared(inputs)}."
     values, unit = by_seed(inputs.runs, inputs.tested[0]), unit_of(inputs.tested[0])
     if len(values) < 2:
         value = f"has a {unit} of {values.mean():.4g}" if len(values) else f"has no finite {unit}"
@@ -116,6 +157,25 @@ def _without_comparison(inputs: ReportInputs) -> str:
         f"Nothing but the seed varies: the {unit} is {values.mean():.4g} ± {values.std(ddof=1):.2g} "
         f"(standard deviation) over {len(values)} seeds, which is what chance alone does."
     )
+
+
+def _why_not_compared(inputs: ReportInputs) -> str:
+    """Return why no level has a value beside one of the level that it would be compared with."""
+    metric, runs = inputs.tested[0], inputs.runs
+    rows = inputs.contrasts[inputs.contrasts["metric"] == metric] if len(inputs.contrasts) else inputs.contrasts
+    if rows.empty:
+        return "no two finished runs with the same seed differ in one factor alone"
+    for note in rows["note"]:
+        if note.startswith(NOT_COMPARABLE):
+            return note.removeprefix(f"{NOT_COMPARABLE}: ")
+    has_value = (runs["status"] == "finished") & runs[metric].astype(float).map(math.isfinite)
+    of_rows = {(row.factor, each) for row in rows.itertuples() for each in (row.level, row.reference)}
+    without = {(factor, each) for factor, each in of_rows if not has_value[runs[factor] == each].any()}
+    if all(without & {(row.factor, row.level), (row.factor, row.reference)} for row in rows.itertuples()):
+        names = sorted(f"{factor}={each}" for factor, each in without)
+        more = f" or {len(names) - MOST_NAMED} more" if names[MOST_NAMED:] else ""
+        return f"no run with {' or '.join(names[:MOST_NAMED])}{more} finished with a finite {unit_of(metric)}"
+    return f"no two runs that a report compares both finished with a finite {unit_of(metric)}"
 
 
 def _largest(judged: list[Judgment]) -> Judgment:
@@ -129,15 +189,21 @@ def _effect(judged: Judgment) -> str:
     j, (compared, _, change) = judged, judged.compared.partition(", change ")
     interval = [j.percent, f"95 % interval {j.low:.3g} to {j.high:.3g}", f"{j.n} seeds"]
     sure = f" in each of {j.n} seeds" if j.deterministic else f" ({', '.join(filter(None, interval))})"
+    equivalent = j.within and not j.deterministic and (j.planned or j.verdict == EQUIVALENT)
+    margin = ""
+    if math.isfinite(j.margin) and not j.beyond:
+        margin = f", {'within' if j.within else 'not shown to exceed'} the margin of {j.margin:.3g}"
+        margin += "," if j.deterministic else ""
     if change:
-        return f"the effect of {compared} on the {j.unit} changes by {j.difference:+.3g} {change}{sure}"
+        by = f"less than the margin of {j.margin:.3g}" if equivalent else f"{j.difference:+.3g}"
+        return f"the effect of {compared} on the {j.unit} changes by {by} {change}{'' if equivalent else margin}{sure}"
     subject = _instead(j)
+    if equivalent:
+        return f"{subject} changes the {j.unit} by less than the margin of {j.margin:.3g}{sure}"
     if not j.difference:
         return f"{subject} leaves the {j.unit} as it is{sure}"
-    if j.verdict == EQUIVALENT:
-        return f"{subject} changes the {j.unit} by less than the margin of {j.margin:.3g}{sure}"
     verb = "raises" if j.difference > 0 else "lowers"
-    return f"{subject} {verb} the {j.unit} by {abs(j.difference):.3g}{sure}"
+    return f"{subject} {verb} the {j.unit} by {abs(j.difference):.3g}{margin}{sure}"
 
 
 def _instead(judged: Judgment) -> str:
