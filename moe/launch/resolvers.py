@@ -24,14 +24,16 @@ LONGEST_NAME = 150  # bytes in the name of a run folder; file systems allow 255
 def run_name(overrides: str) -> str:
     """Return the folder name of a run from its sorted overrides: never empty, one level deep, safe on any file system.
 
-    A name that had to be changed or cut ends in a digest.
+    A name that had to be changed or cut ends in a digest. It is cut at a comma, so that every value in it is whole.
     """
     overrides = re.sub(r"(^|,)\+\+", r"\1", overrides)  # marks of added keys
     name = re.sub(r"[^\w.,=+-]+", "_", overrides, flags=re.ASCII).strip(".") or "base"
     if name == overrides and len(name) <= LONGEST_NAME:
         return name
     digest = hashlib.sha256(overrides.encode()).hexdigest()[:8]
-    return name if not overrides else f"{name[:LONGEST_NAME]}-{digest}"
+    if len(name) > LONGEST_NAME:
+        name = name[: LONGEST_NAME + 1].rpartition(",")[0] or name[:LONGEST_NAME]
+    return f"{name}-{digest}" if overrides else name
 
 
 def best_level(results: str, factor: str) -> Any:

@@ -3,8 +3,10 @@
 import json
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
+from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from moe.analysis.figures.charts import charts, with_hover
@@ -67,6 +69,28 @@ def test_bars_heatmaps_and_bands_keep_their_values() -> None:
     assert panels[1]["y"]["range"] == [1.5, -0.5], "the first row is at the top"
     [drawn] = panels[2]["data"]
     assert {(x, y) for x, y in zip(drawn["x"], drawn["y"], strict=True) if x is not None} >= {(1, 1), (1, 2), (2, 0)}
+
+
+def test_values_beyond_the_scale_of_colors_have_its_last_color_and_missing_ones_their_own() -> None:
+    """matplotlib's norm of two slopes gives infinity above its range, which JSON does not have."""
+    figure = Figure()
+    panels = figure.subplots(1, 2)
+    colors = matplotlib.colormaps["RdBu_r"].with_extremes(bad="#b0b0b0")
+    for axes in panels:
+        values = np.ma.masked_invalid([[0.0, 1.0, 3.0, 8.0, np.nan]])
+        image = axes.imshow(values, cmap=colors, norm=TwoSlopeNorm(1, vmin=0, vmax=3))
+    figure.colorbar(image, ax=panels, extend="max", label="share,\ntimes chance", ticks=[0, 1, 3])
+    figure.supxlabel("expert")
+    found = chart(figure)
+    [drawn] = found["panels"][0]["data"]
+    assert (drawn["z"], drawn["text"]) == ([[0, 0.5, 1, 1, None]], [["0", "1", "3", "8", "none"]])
+    assert drawn["missing"] == "#b0b0b0"
+    [scale] = found["scales"]
+    assert (scale["places"], scale["texts"]) == ([0, 0.5, 1], ["0", "1", "3 or more"])
+    assert (scale["name"], scale["missing"]) == ("share, times chance", "#b0b0b0")
+    assert scale["colors"] == [color for _, color in drawn["colorscale"]]
+    assert found["panels"][0]["x"]["title"] == "expert"
+    assert found["notes"] == [], "no text stands twice"
 
 
 def test_scales_and_ticks_are_those_of_the_figure() -> None:

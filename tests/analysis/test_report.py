@@ -21,6 +21,7 @@ from run_folders import change_record, write_cells, write_metrics, write_record
 from statsmodels.stats.multitest import multipletests
 from train_processes import ANALYZE, run_script
 
+from moe.analysis.figures.charts import charts
 from moe.analysis.figures.curves import gradient_norms, learning_curves
 from moe.analysis.figures.drawing import Drawing
 from moe.analysis.figures.effects import factor_panels, factor_plot, forest
@@ -31,20 +32,27 @@ from moe.analysis.report.blocks import (
     MAX_ROWS,
     Attachment,
     BulletList,
+    Cards,
     Details,
     Glossary,
     Heading,
+    Interval,
     Paragraph,
     ReportBlock,
     StatusBar,
     TableBlock,
     Term,
 )
+from moe.analysis.report.html import Page as HtmlPage
+from moe.analysis.report.html import interval_picture
 from moe.analysis.report.inputs import GRADIENT_METRICS, ReportInputs, ReportOptions, collect_inputs
-from moe.analysis.report.markdown import table_as_markdown
+from moe.analysis.report.judgments import Judgment, cards
+from moe.analysis.report.markdown import block_as_markdown, table_as_markdown
 from moe.analysis.report.report import save_report, write_report
+from moe.analysis.report.sections.answer import answer
 from moe.analysis.report.sections.best_setting import best_setting
 from moe.analysis.report.sections.headline import headline
+from moe.analysis.report.sections.over_training import contrasts_at_shares, contrasts_over_training
 from moe.analysis.report.sections.overview import what_was_run
 from moe.analysis.report.sections.provenance import differences
 from moe.analysis.statistics import contrasts
@@ -244,6 +252,20 @@ def test_contrasts_at_shares_of_training_are_described_and_not_tested(published:
     assert cell in (tmp_path / "out" / "report.md").read_text()
 
 
+def test_columns_over_training_are_evaluations_that_exist(tmp_path: Path) -> None:
+    """A run with 3 evaluations was evaluated at none of 10, 25, 50 and 75 %; with one there is nothing to show."""
+    for noise, seed in product((0.0, 0.1), (1, 2)):
+        folder = tmp_path / "x" / f"{noise},{seed}"
+        write_run(folder, {"val/loss": 1.0 + noise, "val/perplexity": 3.0 + noise}, seed=seed, noise=noise)
+        events = [{"kind": "eval", "step": step, "val/loss": 2.0 + noise} for step in (0, 100, 200, 300)]
+        (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    [inputs] = collect_inputs(load_runs([tmp_path / "x"]))
+    assert contrasts_at_shares(inputs)["share"].tolist() == [0.33, 0.67, 1.0]
+    evals = inputs.past.evals
+    past = inputs.past._replace(evals=evals[evals["step"].isin([0, 300])])
+    assert list(contrasts_over_training(inputs._replace(past=past))) == []
+
+
 def test_a_share_before_the_first_step_is_left_out(tmp_path: Path) -> None:
     """10 % of four steps is no step, and the losses before training say nothing about it."""
     for noise, seed in product((0.0, 0.1), (1, 2)):
@@ -253,6 +275,44 @@ def test_a_share_before_the_first_step_is_left_out(tmp_path: Path) -> None:
         (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     write_report(load_runs([tmp_path / "x"]), tmp_path / "out")
     assert pd.read_csv(tmp_path / "out" / "progress.csv")["share"].tolist() == [0.5, 1.0]
+
+
+def test_the_question_names_what_the_answer_is_about(tmp_path: Path) -> None:
+    """The answer judges the first tested metric. A single run is compared with nothing; an observed one has no seed."""
+    values = {"val/loss": 1.0, "val/perplexity": 3.0, "routing/load_cv/pooled": 0.5}
+    write_run(tmp_path / "x" / "a", values, seed=1, noise=0.0, steps=0)
+    [inputs] = collect_inputs(load_runs([tmp_path / "x"]))
+    texts = [str(block) for block in answer(inputs)]
+    assert "**Question:** How well does this one run do?" in texts[0]
+    assert not any("With one seed" in text for text in texts)
+    for seed, noise in ((1, 0.1), (2, 0.0), (2, 0.1)):
+        write_run(tmp_path / "x" / f"{seed}{noise}", values, seed=seed, noise=noise, steps=0)
+    [inputs] = collect_inputs(load_runs([tmp_path / "x"]))
+    assert "What does a change of noise do to perplexity?" in str(next(answer(inputs)))
+
+
+def test_an_open_end_of_a_claim_is_an_arrow_and_the_key_of_the_pictures_comes_first() -> None:
+    """Markdown has no pictures, and so no key to them."""
+
+    def corners(low: float, high: float) -> list[str]:
+        picture = interval_picture(Interval(1.0, 0.5, 1.5, -1.0, 2.0, (low, high)))
+        [points] = re.findall('class="claimed" points="([^"]*)"', picture)
+        return points.split()
+
+    middle = "17"
+    assert not any(corner.endswith(f",{middle}") for corner in corners(0.0, 1.0))
+    assert corners(0.0, math.inf)[3] == f"294.0,{middle}"
+    assert corners(-math.inf, 0.0)[1] == f"6.0,{middle}"
+    lowered = Judgment("a", "undecided", "b", "lower", "c", 3, -1.0, -2.0, 0.0, math.nan, 0.5, False)
+    [card] = cards([lowered._replace(claimed=(0.0, math.inf))])
+    assert card.interval is not None
+    assert card.interval.most > 0, "the claim goes on beyond all values"
+    block = Cards([card], "Dot: the estimate.")
+    written = HtmlPage()
+    written.add(block)
+    page = written.render("title")
+    assert 0 < page.index("Dot: ") < page.index("<article")
+    assert "Dot: " not in block_as_markdown(block)
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -746,10 +806,14 @@ def test_the_axis_of_a_single_layer_has_one_tick() -> None:
 
 def test_the_ticks_of_the_regret_of_tokens_are_numbers() -> None:
     layer = {"values": np.array([0.0, 0.2, 3.0]), "regret": {"mean": 1.0}, "advantage": {"mean": 0.1}, "routes": 3}
-    figure = regret_by_route([MeasuredRun("all", 1, {"regret": [layer]})])
+    figure = regret_by_route([MeasuredRun("all", 1, {"regret": [layer, layer]})])
     figure.draw_without_rendering()
     labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
     assert {"0", "0.01", "1"} <= set(labels)
+    found = charts(figure)
+    assert found is not None
+    assert found["panels"][1]["x"]["ticktext"] == ["0", "1"], "there is no layer 0.5"
+    assert not [note for note in found["notes"] if "left" in note], "the page has no panel that is always left"
 
 
 def test_drop_rates_are_drawn_by_decile_of_the_position() -> None:

@@ -75,14 +75,19 @@ def test_a_target_that_others_precede_has_the_logits_of_what_it_expresses_too(ta
     ("router", "changes", "target", "message"),
     [
         ("topk", {}, "mixtrall", r"--to=mixtrall: must be one of auto, mixtral, .*; nearest: mixtral"),
-        ("biased", {"expert": "silu"}, "glm4_moe", r"--to glm4_moe: model.expert=silu: its experts have three .*"),
+        (
+            "biased",
+            {"expert": "silu"},
+            "glm4_moe",
+            r"--to glm4_moe: model.expert=silu: the experts of glm4_moe have three .*",
+        ),
         (
             "biased",
             {"expert": "silu"},
             "auto",
             r"--to auto: router=SigmoidBias\(k=3\): its rule \(.*\) is that of glm4_moe, deepseek_v3, but"
-            r" model.expert=silu: its experts have three matrices \(model.expert=swiglu\); with the nearest rule,"
-            r" gpt_oss with .*",
+            r" model.expert=silu: the experts of mixtral have three matrices \(model.expert=swiglu\);"
+            r" with the nearest rule, gpt_oss with .*",
         ),
         ("topk", DEEP, "mixtral", r"--to mixtral: model.first_k_dense_replace=1: all its layers have experts; .*"),
         ("topk", {"shared_experts": 2}, "granitemoe", r".* model.shared_experts=2: it has no shared experts; .*"),

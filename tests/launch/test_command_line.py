@@ -660,6 +660,9 @@ def test_run_names_are_safe_short_and_distinct() -> None:
     odd = ["tag=a/b", "tag=a b", "tag=ä", "tag=../..", "x" * 300, "x" * 301]
     names = [run_name(text) for text in odd]
     assert len(set(names)) == len(names)
+    pairs = [f"model.factor{number}={number}.12345" for number in range(20)]
+    kept = run_name(",".join(pairs)).rpartition("-")[0].split(",")
+    assert kept == pairs[: len(kept)], "no value is cut"
     assert all("/" not in name and len(name.encode()) < 200 and name not in (".", "..") for name in names)
 
 

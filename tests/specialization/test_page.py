@@ -236,6 +236,8 @@ def test_the_mouse_shows_a_token_until_it_leaves_the_text(opened: Any, written: 
 @pytest.mark.browser
 def test_an_expert_of_the_legend_shows_its_tokens_alone(opened: Any, written: tuple[Path, Observation]) -> None:
     page, chosen = opened, written[1].chosen[0]
+    most = chosen.sum(1).max()
+    assert f"A token goes to up to {most} experts, so the shares add up" in page.locator("#status").inner_text()
     expert = int(chosen.sum(0).argmax())
     page.locator("ul button").nth(expert).click()
     assert page.locator(".text .other").count() == 400 - chosen[:, expert].sum()

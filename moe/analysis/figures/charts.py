@@ -15,7 +15,8 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.collections import LineCollection, PathCollection, PolyCollection
-from matplotlib.colors import to_hex, to_rgba
+from matplotlib.colorbar import Colorbar
+from matplotlib.colors import Colormap, to_hex, to_rgba
 from matplotlib.container import BarContainer, ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
@@ -30,6 +31,7 @@ PIXELS = 4 / 3  # in a point of matplotlib
 HEIGHT = 78  # pixels of a chart for an inch of its figure
 SYMBOLS = {"o": "circle", ".": "circle", "s": "square", "^": "triangle-up", "D": "diamond", "_": "line-ew-open"}
 DASHES = {"-": "solid", "--": "dash", ":": "dot", "-.": "dashdot"}
+STOPS = 21  # colors of a scale that are named; those between them are mixed
 STEPS = {"default": "linear", "steps": "vh", "steps-pre": "vh", "steps-post": "hv", "steps-mid": "hvh"}
 BANDS = ("PolyCollection", "FillBetweenPolyCollection")  # other classes derived from these are arrows and barbs
 NAMED_COLORS = {"#000000": "ink", "#ffffff": "paper"}  # a dark page exchanges them
@@ -55,7 +57,7 @@ def in_group(artist: AnyArtist, label: str) -> AnyArtist:
 
 
 def charts(figure: Figure) -> dict[str, Any] | None:
-    """Return the panels, the legend and the notes of a figure as JSON values for the script of the page.
+    """Return panels, legend, scales of colors and notes of a figure as JSON values for the script of the page.
 
     Returns None if a panel has a mark that charts do not have. The page then shows the picture itself.
     """
@@ -66,15 +68,40 @@ def charts(figure: Figure) -> dict[str, Any] | None:
     except NoChartError:
         return None
     boxes = [legend for legend in (*figure.legends, *(axes.get_legend() for axes in shown)) if legend]
-    scale = [axes.get_ylabel() for axes in figure.axes if axes.get_label() == "<colorbar>"]
-    notes = [
-        figure.get_suptitle(),
-        *(legend.get_title().get_text() for legend in boxes),
-        figure.get_supxlabel(),
-        *scale,
-    ]
+    notes = [_one_line(figure.get_suptitle()), *(_one_line(legend.get_title().get_text()) for legend in boxes)]
+    below = _one_line(figure.get_supxlabel())
+    if all(panel.get("x", {}).get("title") != below for panel in panels):  # otherwise each panel shows it at its axis
+        notes.append(below)
     entries = [{"name": name, **style} for name, style in styles.items()] if boxes else []
-    return {"panels": panels, "legend": entries, "notes": [" ".join(note.split()) for note in notes if note]}
+    bars = [image.colorbar for axes in shown for image in axes.images if image.colorbar]
+    scales = [_scale(bar) for bar in bars]
+    return {"panels": panels, "legend": entries, "scales": scales, "notes": list(filter(None, notes))}
+
+
+def _scale(bar: Colorbar) -> dict[str, Any]:
+    """Return what the colors of images mean: colors at even distances, values with their places, and a name."""
+    norm, axis = bar.norm, bar.ax.yaxis if bar.orientation == "vertical" else bar.ax.xaxis
+    values = [value for value in axis.get_majorticklocs() if bar.vmin <= value <= bar.vmax]
+    texts = axis.get_major_formatter().format_ticks(values)
+    if bar.extend in ("max", "both") and values and values[-1] == bar.vmax:
+        texts[-1] += " or more"
+    name = _one_line(axis.get_label_text())
+    missing = _missing(bar.cmap)
+    return {"colors": _stops(bar.cmap), "places": _numbers(norm(values)), "texts": texts, "name": name} | missing
+
+
+def _stops(colors: Colormap) -> list[str]:
+    return [to_hex(colors(stop)) for stop in np.linspace(0, 1, STOPS)]
+
+
+def _missing(colors: Colormap) -> dict[str, str]:
+    """Return the color of cells without a value, if they have one."""
+    red, green, blue, alpha = colors.get_bad()
+    return {"missing": to_hex((red, green, blue))} if alpha else {}
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _legend(panels: list[Axes]) -> dict[str, Trace]:
@@ -143,7 +170,7 @@ def _axis(axes: Axes, axis: Axis, label_of_figure: str) -> dict[str, Any]:
     labels = [getattr(each, f"get_{name}label")() for each in (axes, *together)]
     bounds = getattr(axes, f"get_{name}lim")()
     found: dict[str, Any] = {
-        "title": " ".join(next(filter(None, labels), label_of_figure).split()),
+        "title": _one_line(next(filter(None, labels), label_of_figure)),
         "type": "log" if scale == "log" else "linear",
         "range": _numbers(np.log10(bounds) if scale == "log" else _placed(axis, bounds)),
     }
@@ -331,26 +358,30 @@ def _bars(container: BarContainer) -> Trace:
 
 
 def _heatmap(image: AxesImage) -> Trace:
-    """Return an image of values as a heatmap. Its colors are those of the values after the norm of the image."""
+    """Return an image of values as a heatmap. Its colors are those of the values after the norm of the image.
+
+    Values outside of the norm have the color of its nearest end. The page shows "none" for a missing value.
+    """
     values = np.ma.filled(np.ma.asarray(image.get_array()).astype(float), np.nan)
     if values.ndim != 2:
         raise NoChartError
     left, right, bottom, top = image.get_extent()
     rows, columns = values.shape
-    stops = np.linspace(0, 1, 21)
+    places = np.clip(np.ma.filled(np.ma.asarray(image.norm(values)), np.nan), 0, 1)
+    colors = image.get_cmap()
     return {
         "type": "heatmap",
         "x0": left + (right - left) / columns / 2,
         "dx": (right - left) / columns,
         "y0": top - (top - bottom) / rows / 2,
         "dy": (bottom - top) / rows,
-        "z": [_numbers(row) for row in np.ma.filled(np.ma.asarray(image.norm(values)), np.nan)],
-        "text": [[f"{value:.4g}" for value in row] for row in values],
+        "z": [_numbers(row) for row in places],
+        "text": [["none" if math.isnan(value) else f"{value:.4g}" for value in row] for row in values],
         "zmin": 0,
         "zmax": 1,
-        "colorscale": [[float(stop), to_hex(image.get_cmap()(stop))] for stop in stops],
+        "colorscale": [[place / (STOPS - 1), color] for place, color in enumerate(_stops(colors))],
         "showscale": False,
-    }
+    } | _missing(colors)
 
 
 def _straight(axes: Axes, line: Line2D) -> Trace | None:

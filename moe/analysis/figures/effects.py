@@ -75,7 +75,7 @@ def factor_plot(runs: pd.DataFrame, factor: str, hue: str, metric: str, contrast
         reference = rows["reference"].iloc[0]
         _draw_differences(panels[1], level_axis(runs, factor), labels, rows)
         panels[1].set_ylabel(f"difference from {factor}={reference} in the same seed\n({axis_label(metric)})")
-        text = f"left: {text}; right: mean difference with its 95 % t interval, {SIGNIFICANT_MARKS}"
+        text = f"values: {text};\ndifferences: mean with its 95 % t interval, {SIGNIFICANT_MARKS}"
     shared_legend(figure, text)
     return figure
 

@@ -165,9 +165,9 @@ def _heatmaps(
             axes.grid(visible=False)
     figure.supxlabel("expert", fontsize="medium")
     figure.supylabel(label, fontsize="medium")
-    figure.colorbar(
-        image, ax=panels, extend="max", label=f"{title},\ntimes chance", shrink=min(1, 2 / len(panels) + 0.3)
-    )
+    shrink = min(1, 2 / len(panels) + 0.3)
+    bar = figure.colorbar(image, ax=panels, extend="max", label=f"{title},\ntimes chance", shrink=shrink)
+    bar.set_ticks([0, 0.5, 1, 2, 3], labels=["0", "0.5", "1", "2", "3"])
     return figure
 
 

@@ -9,9 +9,16 @@ import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-from moe.analysis.figures.style import RC, axis_label, begin_at_zero, interval_reach, line_style, shared_legend
+from moe.analysis.figures.style import (
+    RC,
+    axis_label,
+    begin_at_zero,
+    interval_reach,
+    label_layers,
+    line_style,
+    shared_legend,
+)
 from moe.analysis.statistics import with_intervals
 from moe.metrics.catalog import select
 from moe.results.conditions import STD, levels
@@ -20,7 +27,6 @@ from moe.routing.positions import DECILES
 METRICS = {metric.name: metric.axis for metric in select(shown="layer figures")}
 DROP_RATE = "val_capacity/drop_rate"
 DROP_RATES = [f"{DROP_RATE}/decile{decile}" for decile in range(DECILES)]
-MAX_TICKS = 16  # layers that are all labeled
 MAX_PANELS = 12  # more panels would be too small
 
 
@@ -80,10 +86,7 @@ def layer_profile(runs: pd.DataFrame) -> Figure:
         _draw_conditions(axes, runs, list(columns.values()), list(columns))
         axes.set(xlabel="layer", ylabel=METRICS[metric])
         begin_at_zero(axes, metric)
-        if len(columns) <= MAX_TICKS:  # a mark beside its layer then shows the layer on the page
-            axes.set_xticks(list(columns))
-        else:
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        label_layers(axes, list(columns))
     shared_legend(figure, "small: one seed; large: mean over n seeds and its 95 % t interval")
     return figure
 

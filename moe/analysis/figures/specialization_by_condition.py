@@ -11,10 +11,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from moe.analysis.figures.expert_grids import MeasuredRun
-from moe.analysis.figures.style import RC, interval_reach, line_style, shared_legend
+from moe.analysis.figures.style import RC, interval_reach, label_layers, line_style, shared_legend
 from moe.analysis.statistics import with_intervals
 from moe.results.conditions import summary
 
@@ -59,7 +58,8 @@ def specialization_stability(runs: list[MeasuredRun]) -> Figure:
     middle.set_ylim(0, None)
     right.set_ylim(min(0, right.get_ylim()[0]), None)
     scale = "κ = 1: the same choices; κ = 0: as after shuffling the tokens, with these loads"
-    marks = "left, middle: mean over layers, thin: one run, thick: mean; right: small: a pair of seeds, large: mean"
+    marks = "saturation and churn: mean over layers, thin: one run, thick: mean; "
+    marks += "agreement: small: a pair of seeds, large: mean"
     shared_legend(figure, f"{scale};\n{marks}")
     return figure
 
@@ -107,7 +107,7 @@ def regret_by_route(runs: list[MeasuredRun]) -> Figure:
     routes = runs[0].found["regret"][0]["routes"]
     middle.set_ylabel(f"mean regret, best of {routes} routes (nats)")
     right.set_ylabel("mean loss of other routes - as chosen (nats)")
-    shared_legend(figure, f"left: all layers and seeds; {SEEDS_TITLE}")
+    shared_legend(figure, f"regret of a token: all layers and seeds; {SEEDS_TITLE}")
     return figure
 
 
@@ -201,7 +201,7 @@ def _draw_by_layer(axes: Axes, runs: list[MeasuredRun], value: Callable[[dict[st
         label = f"{name} (n={means['n'].max()})"
         axes.errorbar(means["layer"] + shift, means["mean"], yerr=interval_reach(means), capsize=3, label=label, **look)
     axes.set_xlabel("layer")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    label_layers(axes, range(len(value(runs[0].found))))
     axes.grid(visible=False, axis="x")
 
 
@@ -251,7 +251,8 @@ def _draw_by_pair(axes: Axes, runs: list[MeasuredRun]) -> None:
         axes.plot(x, pairs.T, style["marker"], color=style["color"], markersize=3, alpha=0.6)
         axes.plot(x, pairs.mean(0), style["marker"], color=style["color"], markersize=7, markeredgecolor="white")
     axes.set_xlabel("layer")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    if runs:
+        label_layers(axes, range(len(runs[0].found["load"])))
     axes.grid(visible=False, axis="x")
 
 

@@ -1,5 +1,7 @@
 """Colors, sizes and labels of all figures."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -22,6 +24,7 @@ PALETTE = (
 )  # Okabe and Ito, 2008
 DASHES = ("-", "--", ":", "-.")
 MARKER_SHAPES = ("o", "s", "^", "D")
+MAX_TICKS = 16  # layers that are all labeled
 MOST_LINES = len(PALETTE) * len(DASHES)  # with more lines, two conditions would look the same
 
 RC: dict[Any, Any] = {
@@ -72,6 +75,11 @@ class _PlainLogFormatter(LogFormatter):
 
     def __call__(self, x: float, pos: int | None = None) -> str:
         return f"{x:.10g}" if super().__call__(x, pos) else ""
+
+
+def label_layers(axes: Axes, layers: Sequence[int]) -> None:
+    """Put ticks at layers, at all of them if they are few. A mark beside its tick shows the layer on the page."""
+    axes.set_xticks(layers[:: math.ceil(len(layers) / MAX_TICKS)])
 
 
 def begin_at_zero(axes: Axes, column: str) -> None:

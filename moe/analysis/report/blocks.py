@@ -96,9 +96,10 @@ class Card(NamedTuple):
 
 
 class Cards(NamedTuple):
-    """Verdicts beside each other."""
+    """Verdicts beside each other. `key` says what their pictures show; only a page has the pictures."""
 
     cards: list[Card]
+    key: str = ""
 
 
 class TableBlock(NamedTuple):

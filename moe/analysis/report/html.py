@@ -12,7 +12,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +43,7 @@ LONG_TEXT = 60  # largest number of characters in a table cell that is kept on o
 MAX_FILE = 200_000  # largest number of bytes of a file that the page contains too
 UNLINKED = {"a", "button", "code", "dt", "h1", "h2", "h3", "h4", "script", "summary", "svg", "table"}  # without terms
 PICTURE = (300, 34)  # width and height of the picture of an interval
+ARROW = 12  # length of the arrow at an open end of a claimed range
 
 
 class Cell(NamedTuple):
@@ -275,7 +276,10 @@ def inline_markup(text: str) -> Markup:
 
 
 def interval_picture(interval: Interval) -> Markup:
-    """Return the picture of a difference: its interval as a line, the claimed range as an area, and a mark at 0."""
+    """Return the picture of a difference: its interval as a line, the claimed range as an area, and a mark at 0.
+
+    The area ends in an arrow where the range has no end.
+    """
     width, height = PICTURE
     span = interval.most - interval.least
 
@@ -285,14 +289,27 @@ def interval_picture(interval: Interval) -> Markup:
     middle, zero, point = height / 2, place(0), place(interval.value)
     parts = []
     if interval.claimed is not None:
-        left, right = map(place, interval.claimed)
-        parts.append(f'<rect class="claimed" x="{left:.1f}" y="2" width="{right - left:.1f}" height="{height - 4}"/>')
+        parts.append(f'<polygon class="claimed" points="{_outline(interval.claimed, place, height)}"/>')
     parts.append(f'<line class="zero" x1="{zero:.1f}" x2="{zero:.1f}" y1="2" y2="{height - 2}"/>')
     if math.isfinite(interval.low):
         low, high = place(interval.low), place(interval.high)
         parts.append(f'<line class="interval" x1="{low:.1f}" x2="{high:.1f}" y1="{middle}" y2="{middle}"/>')
     parts.append(f'<circle cx="{point:.1f}" cy="{middle}" r="5"/>')
     return Markup(f'<svg class="interval" viewBox="0 0 {width} {height}" aria-hidden="true">{"".join(parts)}</svg>')
+
+
+def _outline(claimed: tuple[float, float], place: Callable[[float], float], height: int) -> str:
+    """Return the corners of the area of a claimed range, as the points of a polygon."""
+    left, right = map(place, claimed)
+    tip, top, middle, bottom = min(ARROW, (right - left) / 2), 2, height / 2, height - 2
+    corners = [(left, bottom), (left, top)]
+    if math.isinf(claimed[0]):
+        corners = [(left + tip, bottom), (left, middle), (left + tip, top)]
+    if math.isinf(claimed[1]):
+        corners += [(right - tip, top), (right, middle), (right - tip, bottom)]
+    else:
+        corners += [(right, top), (right, bottom)]
+    return " ".join(f"{x:.1f},{y:g}" for x, y in corners)
 
 
 def same_in_all_rows(table: pd.DataFrame) -> str:

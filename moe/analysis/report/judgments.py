@@ -22,6 +22,7 @@ from moe.checks import plain
 from moe.metrics.catalog import lookup
 
 CERTAINTY = [SIGNIFICANT, EQUIVALENT, DETERMINISTIC, UNDECIDED, UNTESTED]
+OPEN = 0.1  # share of the axis of a picture beyond all values, in which a claim without an end goes on
 TONES = {
     **dict.fromkeys(("supported", "equivalent", "better", "more balanced"), "good"),
     **dict.fromkeys(("contradicted", "worse", "less balanced"), "bad"),
@@ -208,7 +209,15 @@ def _certainty(judged: Judgment) -> str:
 
 
 def _span(judged: list[Judgment]) -> tuple[float, float]:
-    """Return the ends of an axis that shows all differences, their intervals, the finite ends of claims, and 0."""
+    """Return the ends of an axis that shows all differences, their intervals, the finite ends of claims, and 0.
+
+    There is room beyond them for claims without an end.
+    """
     ends = [end for each in judged for end in (each.difference, each.low, each.high, *each.claimed)]
     low, *_, high = sorted([0.0, 0.0, *filter(math.isfinite, ends)])
-    return (low, high) if high > low else (low - 1, high + 1)
+    if high == low:
+        return low - 1, high + 1
+    room = OPEN * (high - low)
+    claimed = [each.claimed for each in judged if each.planned]
+    left, right = (any(math.isinf(range_[side]) for range_ in claimed) for side in (0, 1))
+    return low - room * left, high + room * right

@@ -49,7 +49,9 @@
       button.querySelector(".share").textContent = percent(taken[expert]);
     });
     if (alone === null) {
-      const where = `In layer ${layer}, each expert takes the share of the ${count(tokens.length, "token")} that stands beside its number.`;
+      const most = Math.max(0, ...routing[layer].map((assignments) => assignments.length / 2));
+      const several = most > 1 ? ` A token goes to up to ${most} experts, so the shares add up to more than 100 %; its color is that of the expert with the largest weight.` : "";
+      const where = `In layer ${layer}, each expert takes the share of the ${count(tokens.length, "token")} that stands beside its number.${several}`;
       const plain = without ? ` ${count(without, "token")} without color ${without === 1 ? "has" : "have"} no expert.` : "";
       find("status").textContent = `${where} Select an expert to see its tokens alone.${plain}`;
       return;

@@ -1,7 +1,7 @@
 """The first screen of a report: question, answer, verdicts, the best setting and its cost, set-up, and warnings."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import pandas as pd
 
@@ -28,7 +28,7 @@ from moe.results.comparable import several_tokenizers
 MOST_CARDS = 6  # that are visible at once
 PICTURES_EXPLAINED = """\
 Dot: the estimated difference. Line: its 95 % interval. Dashed: no difference. Pictures of one metric have one scale."""
-CLAIMED = " Box: the differences that the claim allows."
+CLAIMED = " Box: the differences that the claim allows; an arrow at its end means that all beyond it are allowed too."
 ONE_SEED = "With one seed nothing tells a difference from chance: train at least three seeds, such as `seed=42,43,44`."
 
 
@@ -43,8 +43,7 @@ def answer(inputs: ReportInputs) -> Iterator[ReportBlock]:
         return
     shown = cards(inputs.judgments)
     if shown:
-        yield Cards(shown[:MOST_CARDS])
-        yield Paragraph(PICTURES_EXPLAINED + (CLAIMED if inputs.judgments[0].planned else ""))
+        yield Cards(shown[:MOST_CARDS], PICTURES_EXPLAINED + (CLAIMED if inputs.judgments[0].planned else ""))
         if shown[MOST_CARDS:]:
             yield Details(f"{len(shown) - MOST_CARDS} more", [Cards(shown[MOST_CARDS:])])
     yield from map(Paragraph, best_setting(inputs))
@@ -78,13 +77,12 @@ def _question(inputs: ReportInputs) -> str:
     asked = inputs.loaded["question"].dropna().unique() if "question" in inputs.loaded else ()
     if written := [str(text) for text in asked if str(text).strip()]:
         return " ".join(dict.fromkeys(written))
+    if inputs.runs["folder"].nunique() == 1:
+        return "How well does this one run do?"
     if not inputs.factors:
         return "How much do runs differ by chance alone, if nothing but the seed varies?"
-    return f"What does a change of {' and '.join(inputs.factors)} do to {_named(inputs.tested) or 'the model'}?"
-
-
-def _named(metrics: Iterable[str]) -> str:
-    return " and ".join(unit_of(metric) for metric in metrics)
+    units = dict.fromkeys(each.unit for each in inputs.judgments) or [unit_of(each) for each in inputs.tested[:1]]
+    return f"What does a change of {' and '.join(inputs.factors)} do to {' and '.join(units) or 'the model'}?"
 
 
 def _warnings(inputs: ReportInputs) -> Iterator[str]:
@@ -93,7 +91,8 @@ def _warnings(inputs: ReportInputs) -> Iterator[str]:
     lost = len(runs) - (runs["status"] == "finished").sum()
     if lost:
         yield f"**{lost} of {len(runs)} runs did not finish**, and no result includes them."
-    if "seed" in runs and runs["seed"].nunique() == 1:
+    trained = (runs["steps"] != 0).any() if "steps" in runs else True
+    if trained and "seed" in runs and runs["seed"].nunique() == 1:
         yield ONE_SEED
     if several_tokenizers(runs):
         yield "The runs have different tokenizers, so only bits per byte are comparable between them."

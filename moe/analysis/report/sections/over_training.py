@@ -19,7 +19,8 @@ VALIDATION_LOSS = "val/loss"
 DESCRIBED = ["metric", "factor", "level", "reference", "within", "n", "difference", "ci_low", "ci_high", "note"]
 CONTRASTS_EXPLAINED = """\
 Difference of the validation loss from that of the reference level, in nats per token, paired by seed and with its 95 %
-t interval. The columns are shares of training. This table describes; only final values are tested."""
+t interval. The columns are shares of training: those of the evaluations that are nearest to {shares} of it. This table
+describes; only final values are tested."""
 GRADIENTS_CAPTION = """\
 Gradient norms of routers and experts, and how much an optimizer step changes their weights relative to the weights'
 size."""
@@ -34,7 +35,8 @@ def contrasts_over_training(inputs: ReportInputs) -> Iterator[ReportBlock]:
     shown = table.assign(cell=cells, share=table["share"].map("{:.0%}".format))
     names = ["factor", "level", "reference", "within"]
     yield Heading("Over training")
-    yield Paragraph(CONTRASTS_EXPLAINED)
+    *first, last = (f"{share:.0%}".removesuffix("%") for share in MILESTONES)
+    yield Paragraph(CONTRASTS_EXPLAINED.format(shares=f"{', '.join(first)} and {last} %"))
     yield TableBlock(shown.pivot_table("cell", names, "share", aggfunc="first", sort=False).reset_index())
     yield csv_file("progress", table, "this table, with n.")
 
@@ -49,9 +51,9 @@ def _cell(difference: float, low: float, high: float) -> str:
 def contrasts_at_shares(inputs: ReportInputs) -> pd.DataFrame:
     """Return `moe.analysis.statistics.contrasts` of the validation loss at shares of training.
 
-    The shares are those of `MILESTONES`. A run that was not evaluated at a share is left out there, with a note. The
-    evaluation before the first step belongs to no share. A share has a column `share` in place of the p-values: what
-    is tested are final values.
+    The shares are those of the evaluations nearest to `MILESTONES`, in whole percent. A run that was not evaluated at
+    a share is left out there, with a note. The evaluation before the first step belongs to no share. A share has a
+    column `share` in place of the p-values: what is tested are final values. The table is empty if there is one share.
     """
     runs, evals = inputs.runs, inputs.past.evals  # all runs, so that every reference is a level of theirs
     if inputs.contrasts.empty or VALIDATION_LOSS not in evals:
@@ -60,19 +62,25 @@ def contrasts_at_shares(inputs: ReportInputs) -> pd.DataFrame:
     references = dict(pairs.itertuples(index=False, name=None))
     losses = evals.pivot(index="step", columns="folder", values=VALIDATION_LOSS).astype(float)
     by_run = [
-        losses[folder].dropna() if status == "finished" and folder in losses else pd.Series(dtype=float)
+        _by_share(losses[folder].dropna()) if status == "finished" and folder in losses else {}
         for folder, status in zip(runs["folder"], runs["status"], strict=True)
     ]
+    known = sorted({share for run in by_run for share in run})
+    shares = {min(known, key=lambda each: abs(each - milestone)) for milestone in MILESTONES} if known else set()
+    if len(shares) < 2:
+        return pd.DataFrame()  # the last evaluation alone: the final values, which other tables have
     tables = []
-    for share in MILESTONES:
-        steps = [round(share * run.index.max()) if len(run) else 0 for run in by_run]
-        values = [run.get(step, math.nan) if step else math.nan for run, step in zip(by_run, steps, strict=True)]
-        if not any(map(math.isfinite, values)):
-            continue  # no run was evaluated there
-        at_share = runs.assign(**{VALIDATION_LOSS: values})
+    for share in sorted(shares):
+        at_share = runs.assign(**{VALIDATION_LOSS: [run.get(share, math.nan) for run in by_run]})
         table = contrasts(at_share, VALIDATION_LOSS, inputs.factors, references=references)
         tables.append(table[table["n"] > 0].assign(share=share)[[*DESCRIBED, "share"]])
     return stack(tables)
+
+
+def _by_share(losses: pd.Series) -> dict[float, float]:
+    """Return the losses of a run, given by step, by share of its training in whole percent, without those at 0 %."""
+    found = {round(step / max(1, losses.index.max()), 2): loss for step, loss in losses.items()}
+    return {share: loss for share, loss in found.items() if share > 0}
 
 
 def learning_curves(inputs: ReportInputs) -> Iterator[ReportBlock]:

@@ -50,7 +50,7 @@
   }
 
   function trace(mark, panel) {
-    const { interval_x: across, interval_y: along, shown_x: xs = mark.x, shown_y: ys = mark.y, text, ...rest } = mark;
+    const { interval_x: across, interval_y: along, shown_x: xs = mark.x, shown_y: ys = mark.y, text, missing, ...rest } = mark;
     if (mark.hoverinfo === "skip") return rest;
     const range = (ends, i) => (ends && ends[i][0] !== null && ends[i][0] !== ends[i][1] ? ` [${short(ends[i][0])}, ${short(ends[i][1])}]` : "");
     if (mark.type === "heatmap") {
@@ -72,12 +72,12 @@
   // plotly.js reads some HTML in its texts; what comes from runs is to be shown as it is.
   const escaped = (text) => String(text).replaceAll("&", "&amp;").replaceAll("<", "&lt;");
 
-  function axis(description, colors, vertical) {
+  function axis(description, colors, vertical, image) {
     const { title, ...rest } = description;
     return {
       ...rest, automargin: true, zeroline: false, gridcolor: colors.line, linecolor: colors.quiet, ticks: "outside",
       tickcolor: colors.line, title: { text: wrapped(title, vertical ? 34 : 60), font: { size: 12 }, standoff: 8 },
-      ticktext: rest.ticktext?.map(escaped), tickfont: { color: colors.ink }, exponentformat: "power",
+      showgrid: !image, ticktext: rest.ticktext?.map(escaped), tickfont: { color: colors.ink }, exponentformat: "power",
       ...(rest.type === "log" ? { nticks: 3, tickformat: "~g" } : { nticks: vertical ? 8 : 7 }), // log: 0.02 and not a small 2
     };
   }
@@ -95,8 +95,9 @@
   function draw(place, panel, hidden) {
     const colors = theme();
     const narrow = place.clientWidth < 480;
-    const x = axis(panel.x, colors, false);
-    const y = axis(panel.y, colors, true);
+    const image = panel.data.find((mark) => mark.type === "heatmap");
+    const x = axis(panel.x, colors, false, image);
+    const y = axis(panel.y, colors, true, image);
     const longest = Math.max(0, ...(panel.y.ticktext ?? []).map((text) => text.length));
     const above = longest * 6 > place.clientWidth / 2; // long names stand above their marks
     if (above) Object.assign(y, { showticklabels: false, ticks: "", automargin: false });
@@ -109,7 +110,7 @@
     place.style.minHeight = `${height}px`;
     const layout = {
       height, margin: { l: above ? 12 : 48, r: 10, t: touch ? 10 : 28, b: 44 }, showlegend: false,
-      hovermode: "closest", dragmode: touch ? false : "zoom", paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+      hovermode: "closest", dragmode: touch ? false : "zoom", paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: image?.missing ?? "rgba(0,0,0,0)", // seen where a cell has no value
       font: { color: colors.ink, size: narrow ? 11 : 12, family: getComputedStyle(document.body).fontFamily }, bargap: 0.2,
       barmode: "overlay", hoverlabel: { bgcolor: colors.tint, bordercolor: colors.quiet, font: { color: colors.ink }, align: "left", namelength: -1 },
       modebar: { bgcolor: "rgba(0,0,0,0)", color: colors.quiet, activecolor: colors.ink },
@@ -142,6 +143,24 @@
     return picture;
   }
 
+  // What the colors of images mean: a strip of the colors, with values below it.
+  function scaleOf({ name, colors, places, texts, missing }) {
+    const strip = element("div", { className: "strip" });
+    strip.style.background = `linear-gradient(to right, ${colors.join(", ")})`;
+    const marks = element("div", { className: "marks" }, ...texts.map((text, i) => {
+      const mark = element("span", { textContent: text });
+      mark.style.left = `${100 * places[i]}%`;
+      return mark;
+    }));
+    const box = element("div", { className: "scale" }, element("span", { textContent: name }), element("div", {}, strip, marks));
+    if (missing) {
+      const square = element("span", { className: "square" });
+      square.style.background = missing;
+      box.append(element("span", {}, square, " no value"));
+    }
+    return box;
+  }
+
   function tableOf(rows) {
     const [head, ...body] = rows;
     const cells = (names, row) => element("tr", {}, ...row.map((text) => element(names, { textContent: text })));
@@ -150,7 +169,7 @@
 
   // Build the panels and the legend of a figure. A panel is drawn when it comes into view.
   function build(figure) {
-    const { panels, legend, notes } = JSON.parse(figure.querySelector("script").textContent);
+    const { panels, legend, scales, notes } = JSON.parse(figure.querySelector("script").textContent);
     const hidden = new Set();
     const places = [];
     const grid = element("div", { className: panels.length > 1 ? "panels several" : "panels" });
@@ -178,7 +197,7 @@
       });
       return key;
     });
-    figure.prepend(grid, element("div", { className: "legend" }, ...keys), ...notes.map((note) => element("p", { className: "note", textContent: note })));
+    figure.prepend(grid, element("div", { className: "legend" }, ...keys), ...scales.map(scaleOf), ...notes.map((note) => element("p", { className: "note", textContent: note })));
   }
 
   const seen = new IntersectionObserver((entries) => {
