@@ -37,15 +37,17 @@ def main(command: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # the terminal may not have the character ±
 
     # Import here, so that --help and a wrong command answer at once.
+    from moe.analysis.report.earlier import Listing
     from moe.analysis.report.inputs import ReportOptions
     from moe.analysis.report.report import write_replay, write_report
     from moe.analysis.wandb_report import log_report
-    from moe.checks import first_line
+    from moe.checks import first_line, one_line
     from moe.files import shown
     from moe.results.sweep_tables import console_table
     from moe.results.table import load_runs
 
     files: list[Path] = []
+    earlier = Listing.read(arguments.out)
     try:
         if arguments.replay and arguments.wandb:
             raise ValueError("--wandb and --replay exclude each other: a replay has no runs in W&B")
@@ -68,6 +70,8 @@ def main(command: list[str] | None = None) -> int:
         place = f"--out {arguments.out}: cannot be written"
         print(f"{parser.prog}: {place}: {error.strerror}: {error.filename}", file=sys.stderr)
         return 2
+    if earlier:
+        print(f"{shown(arguments.out)}: an earlier report was replaced ({one_line(earlier.title)})")
     print(f"report: {shown(report)} and {shown(report.with_suffix('.html'))}")
     if not arguments.wandb:
         return 0

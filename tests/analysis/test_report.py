@@ -21,6 +21,7 @@ from run_folders import change_record, write_cells, write_metrics, write_record
 from statsmodels.stats.multitest import multipletests
 from train_processes import ANALYZE, run_script
 
+from moe.analysis.__main__ import main
 from moe.analysis.figures.charts import charts
 from moe.analysis.figures.curves import gradient_norms, learning_curves
 from moe.analysis.figures.drawing import Drawing
@@ -42,7 +43,9 @@ from moe.analysis.report.blocks import (
     StatusBar,
     TableBlock,
     Term,
+    csv_file,
 )
+from moe.analysis.report.earlier import FILE, Listing
 from moe.analysis.report.html import Page as HtmlPage
 from moe.analysis.report.html import interval_picture
 from moe.analysis.report.inputs import GRADIENT_METRICS, ReportInputs, ReportOptions, collect_inputs
@@ -59,6 +62,7 @@ from moe.analysis.statistics import contrasts
 from moe.analysis.studies.published import read_published
 from moe.api import compare
 from moe.checks import ConfigError
+from moe.files import sha256
 from moe.results.conditions import with_causality
 from moe.results.table import load_runs, read_event_tables
 
@@ -218,6 +222,7 @@ def test_the_published_runs_give_the_published_verdicts(published: Path, tmp_pat
         "contrasts_val_perplexity.png",
         "contrasts_routing_load_cv_pooled.png",
         "layer_profile.png",
+        "report_files.json",
     }
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
     assert "- layers_routing_load_cv: not drawn, no evaluation has routing/load_cv by layer" in text
@@ -226,7 +231,7 @@ def test_the_published_runs_give_the_published_verdicts(published: Path, tmp_pat
     assert page.titles == re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
     assert page.tables == len(re.findall(r"^\| (?::---|---:)", text, flags=re.MULTILINE))
     linked = re.findall(r"\]\(([^)]*)\)", text)
-    assert set(linked) == names - {"report.md", "report.html"}
+    assert set(linked) == names - {"report.md", "report.html", "report_files.json"}
     assert page.files == [name for name in linked if name.endswith(".csv")], "report.html contains the tables"
     for sentence in re.findall(r"^- (.*)$", text, flags=re.MULTILINE):
         assert re.sub(r"\*\*|`", "", sentence).partition(": ")[2] in page.text or "**" in sentence
@@ -250,6 +255,38 @@ def test_contrasts_at_shares_of_training_are_described_and_not_tested(published:
     first = final.iloc[0]
     cell = f"{first['difference']:+.4f} [{first['ci_low']:.4f}, {first['ci_high']:.4f}]"
     assert cell in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_report_removes_the_files_of_an_earlier_one_and_no_others(tmp_path: Path) -> None:
+    """A list that somebody else wrote can name any file: one outside stays, and so does one with other content."""
+    out = tmp_path / "out"
+    table = pd.DataFrame({"a": [1]})
+    save_report("first", [csv_file(name, table, "numbers.") for name in ("runs", "part/claims", "mine")], out)
+    (out / "mine.csv").write_text("my own numbers")
+    (out / "notes.txt").write_text("my own notes")
+    listing = Listing.read(out)
+    assert listing is not None
+    outside = tmp_path / "outside.csv"
+    outside.write_text("a")
+    listing._replace(files=listing.files | {"../outside.csv": sha256(outside), "a\0b": ""}).write(out)
+    save_report("second", [csv_file("runs", table, "numbers.")], out)
+    assert sorted(path.name for path in out.iterdir()) == [
+        *("mine.csv", "notes.txt", "report.html", "report.md", "report_files.json", "runs.csv")
+    ]
+    assert outside.exists()
+    for broken in ("[]", "{", '{"title": 1, "files": []}'):
+        (out / FILE).write_text(broken)
+        assert Listing.read(out) is None
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_command_says_which_report_it_replaces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "x" / "seed=1", {"val/loss": 1.0}, seed=1)
+    command = [str(tmp_path / "x"), "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    assert "replaced" not in capsys.readouterr().out
+    assert main(command) == 0
+    assert f"{tmp_path / 'out'}: an earlier report was replaced (Report: x)\n" in capsys.readouterr().out
 
 
 def test_columns_over_training_are_evaluations_that_exist(tmp_path: Path) -> None:

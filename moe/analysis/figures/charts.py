@@ -81,9 +81,10 @@ def charts(figure: Figure) -> dict[str, Any] | None:
 def _scale(bar: Colorbar) -> dict[str, Any]:
     """Return what the colors of images mean: colors at even distances, values with their places, and a name."""
     norm, axis = bar.norm, bar.ax.yaxis if bar.orientation == "vertical" else bar.ax.xaxis
-    values = [value for value in axis.get_majorticklocs() if bar.vmin <= value <= bar.vmax]
+    low, high = sorted(axis.get_view_interval())
+    values = [value for value in axis.get_majorticklocs() if low <= value <= high]
     texts = axis.get_major_formatter().format_ticks(values)
-    if bar.extend in ("max", "both") and values and values[-1] == bar.vmax:
+    if bar.extend in ("max", "both") and values and values[-1] == high:
         texts[-1] += " or more"
     name = _one_line(axis.get_label_text())
     missing = _missing(bar.cmap)
@@ -367,7 +368,7 @@ def _heatmap(image: AxesImage) -> Trace:
         raise NoChartError
     left, right, bottom, top = image.get_extent()
     rows, columns = values.shape
-    places = np.clip(np.ma.filled(np.ma.asarray(image.norm(values)), np.nan), 0, 1)
+    places: np.ndarray = np.clip(np.ma.filled(np.ma.asarray(image.norm(values)), np.nan), 0, 1)
     colors = image.get_cmap()
     return {
         "type": "heatmap",

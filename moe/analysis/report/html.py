@@ -301,7 +301,8 @@ def interval_picture(interval: Interval) -> Markup:
 def _outline(claimed: tuple[float, float], place: Callable[[float], float], height: int) -> str:
     """Return the corners of the area of a claimed range, as the points of a polygon."""
     left, right = map(place, claimed)
-    tip, top, middle, bottom = min(ARROW, (right - left) / 2), 2, height / 2, height - 2
+    tip = min(ARROW, (right - left) / 2)
+    top, middle, bottom = 2.0, height / 2, height - 2.0
     corners = [(left, bottom), (left, top)]
     if math.isinf(claimed[0]):
         corners = [(left + tip, bottom), (left, middle), (left + tip, top)]

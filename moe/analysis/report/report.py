@@ -30,6 +30,7 @@ from moe.analysis.report.blocks import (
     literal,
     not_drawn,
 )
+from moe.analysis.report.earlier import Listing
 from moe.analysis.report.html import Page
 from moe.analysis.report.inputs import ReportInputs, ReportOptions, collect_inputs
 from moe.analysis.report.markdown import block_as_markdown
@@ -52,7 +53,7 @@ from moe.analysis.report.study import Section
 from moe.analysis.studies.published import replay
 from moe.analysis.studies.registered import STUDIES
 from moe.checks import escaped
-from moe.files import LinkError, replacing, write_text
+from moe.files import LinkError, replacing, sha256, write_text
 from moe.results.conditions import levels
 
 
@@ -146,16 +147,21 @@ def save_report(title: str, blocks: Iterable[ReportBlock], out: Path, *, files: 
     """Write report.md and report.html into the folder `out`, with the figures and attachments; return report.md.
 
     Each figure is drawn, saved and freed before the next one is drawn. The paths of figures and attachments are
-    appended to `files`. The figures that could not be drawn are listed at the end, with the reasons.
+    appended to `files`. The figures that could not be drawn are listed at the end, with the reasons. Files that an
+    earlier report wrote into `out` are removed at the end, if this report has none of that name.
     """
     out.mkdir(parents=True, exist_ok=True)
+    earlier, listing = Listing.read(out), Listing(title, {})
     page, texts, missing = Page(), [f"# {escaped(literal(title))}"], []
     for block in blocks:
         if isinstance(block, Drawing) and block.figure is None:
             missing.append(not_drawn(block))
             continue
         for inner in block.blocks if isinstance(block, Details) else [block]:
-            if (path := _save_file(inner, out)) is not None and files is not None:
+            if (path := _save_file(inner, out)) is None:
+                continue
+            listing.files[path.relative_to(out).as_posix()] = sha256(path)
+            if files is not None:
                 files.append(path)
         texts.append(block_as_markdown(block))
         page.add(block)
@@ -165,6 +171,9 @@ def save_report(title: str, blocks: Iterable[ReportBlock], out: Path, *, files: 
             page.add(block)
     write_text(out / "report.html", page.render(title))
     write_text(out / "report.md", "\n\n".join(texts) + "\n")
+    if earlier:
+        earlier.remove(out, but=listing.files)
+    listing.write(out)
     return out / "report.md"
 
 
