@@ -103,7 +103,7 @@ class Target:
         rope = rope_of(config).get("rope_type", "default")
         has_experts = config.first_k_dense_replace < config.num_hidden_layers
         matrices = "three" if "swiglu" in self.forms else "two"
-        form = f"the experts of {self.name} have {matrices} matrices (model.expert={self.forms[0]})"
+        form = f"the experts of the target have {matrices} matrices (model.expert={self.forms[0]})"
         checks = {
             f"model.expert={config.expert}": (config.expert in self.forms, form),
             f"model.first_k_dense_replace={config.first_k_dense_replace}": (

@@ -79,14 +79,14 @@ def test_a_target_that_others_precede_has_the_logits_of_what_it_expresses_too(ta
             "biased",
             {"expert": "silu"},
             "glm4_moe",
-            r"--to glm4_moe: model.expert=silu: the experts of glm4_moe have three .*",
+            r"--to glm4_moe: model.expert=silu: the experts of the target have three .*",
         ),
         (
             "biased",
             {"expert": "silu"},
             "auto",
             r"--to auto: router=SigmoidBias\(k=3\): its rule \(.*\) is that of glm4_moe, deepseek_v3, but"
-            r" model.expert=silu: the experts of mixtral have three matrices \(model.expert=swiglu\);"
+            r" model.expert=silu: the experts of the target have three matrices \(model.expert=swiglu\);"
             r" with the nearest rule, gpt_oss with .*",
         ),
         ("topk", DEEP, "mixtral", r"--to mixtral: model.first_k_dense_replace=1: all its layers have experts; .*"),
