@@ -358,10 +358,7 @@ def test_what_is_detectable_has_the_uncertainty_of_the_spread(runs: pd.DataFrame
     assert row["tests"] == 7
     assert row["detectable"] == pytest.approx(8.6626 * row["std of differences"], rel=1e-3)
     sentence = contrast_sentence(row, "lb", unit="points", up="worse", down="better")
-    assert sentence.endswith(
-        "shown (power 0.8, level 0.714 %) is 7.1 points, "
-        "95 % interval 3.7 to 44, because the spread itself is estimated from 3 seeds"
-    )
+    assert sentence.endswith("smallest detectable effect 7.1 points (3.7 to 44) at the level 0.714 %")
     rng = np.random.default_rng(0)
     draws = [pd.DataFrame({"n": 3, "p": 0.5, "std of differences": rng.normal(0, 2, 3).std(ddof=1)}, index=[0])]
     draws += [draws[0].assign(**{"std of differences": rng.normal(0, 2, 3).std(ddof=1)}) for _ in range(399)]

@@ -181,7 +181,7 @@ def test_the_frontier_shows_every_seed_the_means_and_a_pareto_front_for_causal_r
 
 def test_the_overlay_draws_every_run_and_the_mean_of_each_arm() -> None:
     events = pd.DataFrame(
-        {"kind": kind, "step": step, "folder": folder, "arm": folder[0]}
+        {"kind": kind, "step": step, "folder": folder, "seed": 42, "arm": folder[0]}
         | ({"train/loss": 3.0 - step} if kind == "train" else {"val/loss": 3.0 - step, "val/perplexity": 9.0 - step})
         for folder in ("a1", "a2", "b1")
         for step in (1, 2)
