@@ -111,11 +111,20 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=1, default=str) + "\n")
 
 
+def walk(folder: Path) -> Iterator[Path]:
+    """Yield every file, folder and link below `folder`. Links to folders are not followed.
+
+    Another process may delete files and folders meanwhile. `Path.rglob` raises FileNotFoundError then.
+    """
+    for name, folders, files in os.walk(folder):
+        yield from (Path(name, entry) for entry in (*folders, *files))
+
+
 def apply_umask(folder: Path) -> None:
     """Give every file below `folder` the permissions of a new file. Some libraries make theirs readable by one user."""
     mask = os.umask(0o077)  # there is no way to read it without setting it
     os.umask(mask)
-    for path in folder.rglob("*"):
+    for path in walk(folder):
         if path.is_file() and not path.is_symlink():
             path.chmod(0o666 & ~mask)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from moe.bench.options import whole
 from moe.bench.timing import TimingTable
+from moe.files import walk
 from moe.launch.command_line import read_cells
 
 TRAIN = [sys.executable, "-m", "moe", "train"]
@@ -57,7 +58,7 @@ def seconds_to_first_step(overrides: list[str], out: Path) -> float:
     """Return the seconds until the first training step is in the event log, to a hundredth of a second."""
     start = time.perf_counter()
     with subprocess.Popen([*TRAIN, *overrides], stdout=subprocess.DEVNULL) as process:
-        while not any('"train"' in log.read_text() for log in out.rglob("events.jsonl")):
+        while not any('"train"' in log.read_text() for log in walk(out) if log.name == "events.jsonl"):
             if process.poll():
                 raise subprocess.CalledProcessError(process.returncode, process.args)
             time.sleep(0.01)

@@ -34,7 +34,7 @@ from moe.data.limits import check_limits
 from moe.data.packing import Blocks, concatenate, pack
 from moe.data.sources import DUPLICATES, Document, DuplicateFilter, Source, checksums
 from moe.data.tokenizer import pretrained_tokenizer, tokenizer_files, train_bpe
-from moe.files import LinkError, apply_umask, read_text, sha256, shown, sync
+from moe.files import LinkError, apply_umask, read_text, sha256, shown, sync, walk
 
 log = logging.getLogger(__name__)
 
@@ -440,7 +440,7 @@ def _publish(unfinished: Path, folder: Path, manifest: dict[str, Any]) -> None:
     manifest["files"] = _file_sums(unfinished)
     (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
     apply_umask(unfinished)
-    for path in [*unfinished.rglob("*"), unfinished]:
+    for path in [*walk(unfinished), unfinished]:
         sync(path)
     unfinished.rename(folder)
     sync(folder.parent)
@@ -448,7 +448,7 @@ def _publish(unfinished: Path, folder: Path, manifest: dict[str, Any]) -> None:
 
 def _file_sums(folder: Path) -> dict[str, str]:
     """Return the checksum of every file except the manifest, by path inside the folder."""
-    files = [path for path in sorted(folder.rglob("*")) if not path.is_dir() and path.name != "manifest.json"]
+    files = [path for path in sorted(walk(folder)) if not path.is_dir() and path.name != "manifest.json"]
     return {Path(path).relative_to(folder).as_posix(): digest for path, digest in checksums(files).items()}
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from moe.checks import ConfigError, first_line, printable
 from moe.config.schema import Cell
 from moe.distributed import ranks
-from moe.files import shown
+from moe.files import shown, walk
 from moe.launch.revisions import pinned
 from moe.launch.slurm import Refused
 from moe.runs.folder import (
@@ -95,7 +95,7 @@ def _check_folder(cell: Cell) -> None:
     if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
         raise ConfigError(f"{shown(cell.folder)} cannot be created: {nearest} is not a folder that can be written to")
     mirror = cell.folder / "wandb"  # W&B links to its own logs from the folders in it, and never writes to old ones
-    for path in cell.folder.rglob("*"):
+    for path in walk(cell.folder):
         if (
             path.is_symlink()
             and mirror not in path.parent.parents

@@ -76,7 +76,7 @@ def test_a_missing_or_incomplete_run_record_is_refused(cut_off: TrainCommand, su
     complete = record.read_text()
     for damage in (record.unlink, lambda: record.write_text(complete[:100]), lambda: record.write_text("[]")):
         damage()
-        assert cut_off.run() == 2
+        assert cut_off.run() == 2, cut_off.output
         assert cut_off.output.count("\n") == 1
         assert str(cut_off.folder) in cut_off.output
     survived(7, "run.json deleted, cut, replaced", 3, "refused before any work; the message names the folder; exit 2")
@@ -86,7 +86,7 @@ def test_a_run_stops_if_all_checkpoints_are_damaged(cut_off: TrainCommand, survi
     for path in cut_off.checkpoints:
         flip(path / "state.pt", byte=0.3)
     events = (cut_off.folder / "events.jsonl").read_bytes()
-    assert cut_off.run() == 1
+    assert cut_off.run() == 1, cut_off.output
     for path in cut_off.checkpoints:
         assert str(path) in cut_off.record["error"]
     assert cut_off.record["status"] == "failed"
@@ -200,14 +200,14 @@ def test_links_that_lead_out_of_the_run_folder_are_refused(
     link = cut_off.folder / place
     link.unlink(missing_ok=True)
     link.symlink_to(treasure if place.startswith("checkpoints") else treasure / "gold")
-    assert cut_off.run() == 2
+    assert cut_off.run() == 2, cut_off.output
     assert f"{link} is a link that leads out of the run folder" in cut_off.output
     assert (treasure / "gold").read_text() == "gold"
     survived(18, f"{place} is a link out of the run folder", 1, "refused before any work, exit 2; its target untouched")
 
 
 def test_weights_are_safetensors(cut_off: TrainCommand, survived: Any) -> None:
-    assert cut_off.run() == 0
+    assert cut_off.run() == 0, cut_off.output
     kinds = {path.suffix for path in (cut_off.folder / "model").iterdir()}
     assert ".safetensors" in kinds
     assert not kinds & {".bin", ".pt", ".pth", ".pkl"}
@@ -226,7 +226,7 @@ def test_a_checkpoint_of_another_machine_or_version_loads_with_a_warning(
             (path / "manifest.json").write_text(json.dumps(manifest | {"torch": "1.0.0"}))
     else:
         one.arguments.remove("threads=2")
-    assert one.run() == 0
+    assert one.run() == 0, one.output
     assert "resumed after step 12" in one.output
     assert "the run may end with other last bits" in one.output
     survived(
@@ -244,7 +244,7 @@ def test_an_incomplete_last_event_is_skipped_and_written_again(
     assert table["step"].tolist() == list(range(1, 16))
     assert len(problems) == 1
     assert "incomplete" in problems[0]
-    assert cut_off.run() == 0
+    assert cut_off.run() == 0, cut_off.output
     assert result(cut_off.folder) == undisturbed
     assert read_event_tables([cut_off.folder], training=["train/loss"]).trains["step"].tolist() == list(range(1, 25))
     survived(

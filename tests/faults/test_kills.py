@@ -108,7 +108,7 @@ ENDS: dict[str, Callable[[], None]] = {
 def test_killed_at_the_end_of_a_run(moment: str, job: Any, undisturbed: Any, survived: Any) -> None:
     """Checkpoints are deleted last, so the same command finishes the run and repeats only steps after the last save."""
     one = job()
-    assert one.run(ENDS[moment]) == -signal.SIGKILL
+    assert one.run(ENDS[moment]) == -signal.SIGKILL, one.output
     assert one.run() == 0, one.output
     assert resumed_from(one) == (None if "deleted" in moment else 24 - SAVE_EVERY)
     assert result(one.folder) == undisturbed
@@ -128,7 +128,7 @@ def test_sigterm_checkpoints_and_exits_with_143(step: int, job: Any, undisturbed
     assert seconds < 10
     assert one.record["status"] == "interrupted"
     steps = one.steps()
-    assert one.run() == 0
+    assert one.run() == 0, one.output
     assert resumed_from(one) == steps
     assert result(one.folder) == undisturbed
     survived(3, f"SIGTERM in step {step}", 1, f"a checkpoint after that step, exit 143, in {seconds:.1f} s; exact")
@@ -161,7 +161,7 @@ def test_stopped_while_data_are_prepared(
     assert wait_for_end(process) == status
     assert time.monotonic() - began < 10
     assert one.record["status"] == ("running" if status == -9 else "interrupted")
-    assert one.run() == 0
+    assert one.run() == 0, one.output
     assert result(one.folder) == undisturbed
     assert not list((tmp_path / "cache").glob("*unfinished"))
     row = 24 if number == signal.SIGKILL else 3
@@ -177,7 +177,7 @@ def test_one_ctrl_c_checkpoints_and_exits_with_130(job: Any, undisturbed: Any, s
     os.kill(process.pid, signal.SIGINT)
     assert wait_for_end(process) == 130
     steps = one.steps()
-    assert one.run() == 0
+    assert one.run() == 0, one.output
     assert resumed_from(one) == steps
     assert result(one.folder) == undisturbed
     survived(4, "Ctrl-C", 1, "a checkpoint after that step, exit 130; exact")
@@ -212,7 +212,7 @@ def test_a_second_ctrl_c_quits_at_once(job: Any, undisturbed: Any, survived: Any
     os.kill(process.pid, signal.SIGINT)
     assert wait_for_end(process) != 0
     assert time.monotonic() - began < 2
-    assert one.run() == 0
+    assert one.run() == 0, one.output
     assert resumed_from(one) == 6
     assert result(one.folder) == undisturbed
     survived(4, "Ctrl-C twice within one long step", 1, "quits at once; the last checkpoint loads; exact")

@@ -112,12 +112,12 @@ def poisoned_expert(step: int) -> None:
 )
 def test_numbers_that_are_not_finite(what: str, sabotage: Any, job: Any, undisturbed: Any, survived: Any) -> None:
     one = job()
-    assert one.run(sabotage) == 1
+    assert one.run(sabotage) == 1, one.output
     assert one.record["status"] == "failed"
     assert "Diverged: step 4: " in one.record["error"]
     assert "expert 2" in one.record["error"] or "loss" in what
     assert one.steps() == 4
-    assert one.run() == 0
+    assert one.run() == 0, one.output
     assert result(one.folder) == undisturbed
     survived(10, f"{what} in step 4", 1, "stops before the update and names step, tensor and expert; run again: exact")
 
@@ -220,7 +220,7 @@ def test_folders_that_cannot_be_written_to(
         else:
             target.write_text("")
         one.arguments[-1] = f"out={target}"
-        assert one.run() == 2
+        assert one.run() == 2, one.output
         assert one.output.count("\n") == 1
         folder = target
     assert str(folder) in one.output
@@ -252,7 +252,7 @@ def test_too_little_memory_is_reported_with_advice(job: Any, survived: Any) -> N
     assert one.record["status"] == "failed"
     assert "a smaller batch_size" in one.record["error"]
     sweep = job("b", "-m", "seed=1,2", "steps=2")
-    assert sweep.run(memory_error) == 1
+    assert sweep.run(memory_error) == 1, sweep.output
     assert "a smaller batch_size" in sweep.output
     states = {path.name[-6:]: path for path in (sweep.root / "runs").glob("*/*/")}
     assert len(states) == 2
@@ -278,7 +278,7 @@ def slow_blocks() -> None:
 
 def test_a_slow_disk_changes_nothing(job: Any, undisturbed: Any, survived: Any) -> None:
     one = job()
-    assert one.run(slow_blocks) == 0
+    assert one.run(slow_blocks) == 0, one.output
     assert result(one.folder) == undisturbed
     survived(
         24, "reading a batch takes 50 ms", 1, "exact; there are no loader workers, because blocks are mapped files"

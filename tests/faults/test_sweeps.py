@@ -126,7 +126,7 @@ def test_two_sweeps_in_one_folder(job: Any, survived: Any) -> None:
         time.sleep(0.01)
     second = TrainCommand(one.root, one.arguments[:-1])
     second.log = one.root / "second"
-    assert second.run() == 2
+    assert second.run() == 2, second.output
     assert f"is in use by another sweep, process {process.pid}" in second.output
     assert second.output.count("\n") == 1
     assert wait_for_end(process) == 0
@@ -142,7 +142,7 @@ def test_two_sweeps_in_one_folder(job: Any, survived: Any) -> None:
 def test_a_finished_sweep_is_left_alone(job: Any, survived: Any) -> None:
     """A finished sweep that is run again writes no file, touches none, and does not import torch."""
     one = job("a", "-m", "seed=1,2", "steps=2")
-    assert one.run() == 0
+    assert one.run() == 0, one.output
     before = files(one.root / "runs")
     code = (
         f"import runpy, sys; sys.argv = {[str(TRAIN), *one.arguments]!r}\n"
@@ -167,7 +167,7 @@ def test_a_finished_sweep_is_left_alone(job: Any, survived: Any) -> None:
 def test_a_changed_configuration_is_refused(job: Any, survived: Any) -> None:
     """A folder that holds a run of another configuration is refused with the difference."""
     one = job()
-    assert one.run() == 0
+    assert one.run() == 0, one.output
     record = one.folder / "run.json"
     text = record.read_text()
     changes = {'"optimizer.adamw_lr": ': "lr", '"model.num_experts": ': "experts", '"seed": ': "seed"}
