@@ -17,7 +17,7 @@ from moe.config import dense_checkpoint, imported
 from moe.config.claim import ClaimConfig
 from moe.config.classes import build, locate
 from moe.config.plugins import Plugin, plugins
-from moe.data.limits import check_limits
+from moe.data.limits import check_limits, check_train_domains
 from moe.distributed import ranks
 from moe.files import require_files
 from moe.routing.loss_table import LOSSES
@@ -147,6 +147,7 @@ class DataConfig:
     tokenizer_revision: str | None = None  # commit, branch or tag on the hub; null: the recorded commit, or the newest
     vocab_size: int | None = None  # tokens of a trained tokenizer; null for another one, which has its own number
     seq_len: int = MISSING  # tokens of a block, which is one sequence
+    train_domains: list[str] | None = None  # domains whose text trains, all validate; null: all
     val_percent: int = 10  # percent of the characters of each domain that are used for validation
     max_val_blocks: int | None = None  # most validation blocks, evenly spaced; null, or more than there are: all
     cache: str = MISSING  # folder that keeps the tokenized text for later runs
@@ -168,7 +169,9 @@ class DataConfig:
             require_files(Path(self.tokenizer))
         except OSError as error:
             raise ConfigError(f"data.tokenizer={self.tokenizer}: cannot be read ({error})") from None
-        build(self.source, "data.source", trusted=True)
+        source = build(self.source, "data.source", trusted=True)
+        if self.train_domains is not None:  # of other sources the domains are known when the text has been read
+            check_train_domains(self.train_domains, getattr(source, "domains", self.train_domains))
 
     @property
     def loads_tokenizer(self) -> bool:

@@ -27,10 +27,10 @@ from jaxtyping import Int
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from moe.checks import first_line
+from moe.checks import first_line, require
 from moe.data.chat import end_ids, set_template
 from moe.data.labels import IGNORED, next_token
-from moe.data.limits import check_limits
+from moe.data.limits import check_limits, check_train_domains
 from moe.data.packing import Blocks, concatenate, pack
 from moe.data.sources import DUPLICATES, Document, DuplicateFilter, Source, checksums
 from moe.data.tokenizer import pretrained_tokenizer, tokenizer_files, train_bpe
@@ -141,6 +141,23 @@ def prepare(
                 )
                 _publish(unfinished, folder, {"key": key, **recipe, **contents})
     return _load(folder)
+
+
+def of_domains(data: Prepared, names: Sequence[str]) -> Prepared:
+    """Return the data with the training text of these domains alone. Validation text and tokenizer stay.
+
+    The counts of the other domains in the manifest become 0. Raises ConfigError for a domain that the data do not have,
+    and if no training block remains.
+    """
+    check_train_domains(names, data.domains)
+    numbers = [number for number, name in enumerate(data.domains) if name in names]
+    kept = np.flatnonzero(np.isin(np.asarray(data.train["domain"]), numbers))
+    require(len(kept) > 0, "data.train_domains", list(names), "domains with at least one block of training text")
+    domains = {
+        name: counts | ({} if name in names else {"train": dict.fromkeys(counts["train"], 0)})
+        for name, counts in data.manifest["domains"].items()
+    }
+    return data._replace(train=data.train.select(kept), manifest={**data.manifest, "domains": domains})
 
 
 def batch_indices(num_blocks: int, batch_size: int, *, seed: int, step: int) -> np.ndarray:

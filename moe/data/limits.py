@@ -1,6 +1,8 @@
 """The allowed values of the data settings. This module does not import torch, so that a command is checked fast."""
 
-from moe.checks import require
+from collections.abc import Iterable, Sequence
+
+from moe.checks import one_of, require
 
 SMALLEST_VOCABULARY = 259  # 256 bytes, and the three special tokens of `moe.data.tokenizer`
 
@@ -23,3 +25,12 @@ def check_limits(
     require(1 <= val_percent <= 99, "data.val_percent", val_percent, "between 1 and 99")
     some = max_val_blocks is None or max_val_blocks >= 1
     require(some, "data.max_val_blocks", max_val_blocks, "at least 1, or null for all")
+
+
+def check_train_domains(names: Sequence[str], known: Iterable[str]) -> None:
+    """Raise ConfigError unless these are different domains of the data, at least one."""
+    allowed = "at least one domain, each once; or null for all"
+    require(bool(names) and len({*names}) == len(names), "data.train_domains", list(names), allowed)
+    domains = list(known)
+    for name in names:
+        one_of("data.train_domains", name, domains)

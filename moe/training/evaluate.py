@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -41,6 +41,7 @@ def validate(training: Training, step: int, folder: Path | None = None) -> dict[
     settings = knob_settings(config, training.schedule, step)
     arguments: dict[str, Any] = {
         "domains": data.domains,
+        "trained": config.data.train_domains,
         "text_bytes": data.val_bytes,
         "batch_size": config.batch_size,
         "temperature": settings["temperature"],
@@ -65,6 +66,7 @@ def evaluate(
     *,
     domains: tuple[str, ...],
     text_bytes: tuple[int, ...],
+    trained: Sequence[str] | None = None,
     batch_size: int,
     temperature: float,
     capacity: float | None = None,
@@ -75,7 +77,8 @@ def evaluate(
 
     These are `val/loss` (nats per token), `val/perplexity`, `val/accuracy`, `val/bits_per_byte`, loss and bits per byte
     of each domain, every routing metric, and `routing/utilization` (L, E). `val/...` are means over the tokens with a
-    label, routing metrics over all tokens. `text_bytes` are the lengths of the domains' texts in bytes. The outputs of
+    label, routing metrics over all tokens. With `trained`, the domains whose text trains, there are also
+    `val/loss_in_domain` and `val/loss_out_of_domain`. `text_bytes` are the lengths of the domains' texts in bytes. The outputs of
     experts are compared on the tokens of `compared_tokens`. The summed loss of each block and its number of tokens are
     added to `by_block`, on each rank for the micro-batches of that rank.
 
@@ -105,6 +108,8 @@ def evaluate(
     model.train(training)
     [by_domain] = ranks.all_reduce_sum((by_domain,))
     values = _text_metrics(by_domain, domains, text_bytes)
+    if trained is not None:
+        values |= _losses_by_training(by_domain, [name in trained for name in domains])
     return values if stats is None else values | _routing_metrics(RoutingStats(*ranks.all_reduce_sum(stats)), model)
 
 
@@ -155,6 +160,16 @@ def _text_metrics(
         values[f"val/loss/{name}"] = nats / count if count else None
         values[f"val/bits_per_byte/{name}"] = _bits_per_byte(nats, size)
     return values
+
+
+def _losses_by_training(by_domain: Float[Tensor, "3 N"], trained: list[bool]) -> dict[str, Any]:
+    """Return the mean loss over the domains whose text trains, and over the others. None without such tokens."""
+    inside = torch.tensor(trained, device=by_domain.device)
+    parts = {
+        "val/loss_in_domain": by_domain[:2, inside].sum(1),
+        "val/loss_out_of_domain": by_domain[:2, ~inside].sum(1),
+    }
+    return {name: (loss / tokens).item() if tokens else None for name, (loss, tokens) in parts.items()}
 
 
 def _routing_metrics(stats: RoutingStats, model: MoEForCausalLM) -> dict[str, Any]:

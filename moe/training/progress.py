@@ -112,9 +112,11 @@ def text_lines(config: Config, data: Prepared, unigram: float, remarks: list[str
     manifest, length = data.manifest["domains"], config.data.seq_len
     count = {split: sum(domain[split]["documents"] for domain in manifest.values()) for split in ("train", "val")}
     names = f" ({', '.join(data.domains)})" if len(data.domains) <= NAMED else ""
+    only = config.data.train_domains
+    trained = "" if only is None else f" of {', '.join(only)} alone"
     domains = f"{len(data.domains)} domains" if len(data.domains) > 1 else "1 domain"
     text = (
-        f"text: {domains}{names}; {count['train']:,} documents with {len(data.train) * length:,} tokens for training, "
+        f"text: {domains}{names}; {count['train']:,} documents with {len(data.train) * length:,} tokens{trained} for training, "
         f"{count['val']:,} with {len(data.val) * length:,} for validation; a unigram model has perplexity {unigram:.2f}"
     )
     blocks = config.steps * config.batch_size * config.grad_accum

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moe.checks import ConfigError, first_line
 from moe.config.classes import build
 from moe.config.schema import Config
-from moe.data.blocks import Prepared, batch, prepare
+from moe.data.blocks import Prepared, batch, of_domains, prepare
 from moe.data.labels import IGNORED, next_token
 from moe.model.causal_lm import MoEConfig, MoEForCausalLM, load_model
 from moe.model.cost import reset_peak_memory
@@ -97,7 +97,7 @@ def prepare_data(config: Config, *, trusted: bool = True) -> Prepared:
     """
     settings = config.data
     try:
-        return prepare(
+        data = prepare(
             build(settings.source, "data.source", trusted=trusted),
             tokenizer=settings.tokenizer,
             tokenizer_revision=settings.tokenizer_revision,
@@ -108,6 +108,9 @@ def prepare_data(config: Config, *, trusted: bool = True) -> Prepared:
             cache=settings.cache,
             make=trusted,
         )
+        return data if settings.train_domains is None else of_domains(data, settings.train_domains)
+    except ConfigError:
+        raise
     except ValueError as error:
         raise ConfigError(first_line(error)) from error
 
