@@ -78,9 +78,9 @@ def evaluate(
     These are `val/loss` (nats per token), `val/perplexity`, `val/accuracy`, `val/bits_per_byte`, loss and bits per byte
     of each domain, every routing metric, and `routing/utilization` (L, E). `val/...` are means over the tokens with a
     label, routing metrics over all tokens. With `trained`, the domains whose text trains, there are also
-    `val/loss_in_domain` and `val/loss_out_of_domain`. `text_bytes` are the lengths of the domains' texts in bytes. The outputs of
-    experts are compared on the tokens of `compared_tokens`. The summed loss of each block and its number of tokens are
-    added to `by_block`, on each rank for the micro-batches of that rank.
+    `val/loss_in_domain` and `val/loss_out_of_domain`. `text_bytes` are the lengths of the domains' texts in
+    bytes. The outputs of experts are compared on the tokens of `compared_tokens`. The summed loss of each block and its
+    number of tokens are added to `by_block`, on each rank for the micro-batches of that rank.
 
     With a capacity limit, or a router that is not causal, the loss depends on which sequences share a micro-batch. Each
     micro-batch therefore mixes the domains, as in training.

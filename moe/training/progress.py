@@ -116,8 +116,9 @@ def text_lines(config: Config, data: Prepared, unigram: float, remarks: list[str
     trained = "" if only is None else f" of {', '.join(only)} alone"
     domains = f"{len(data.domains)} domains" if len(data.domains) > 1 else "1 domain"
     text = (
-        f"text: {domains}{names}; {count['train']:,} documents with {len(data.train) * length:,} tokens{trained} for training, "
-        f"{count['val']:,} with {len(data.val) * length:,} for validation; a unigram model has perplexity {unigram:.2f}"
+        f"text: {domains}{names}; {count['train']:,} documents with {len(data.train) * length:,} tokens{trained} for "
+        f"training, {count['val']:,} with {len(data.val) * length:,} for validation; "
+        f"a unigram model has perplexity {unigram:.2f}"
     )
     blocks = config.steps * config.batch_size * config.grad_accum
     passes = blocks / len(data.train)

@@ -57,5 +57,5 @@ def test_wrong_domains_are_refused_before_training(cell: Any, words: list[str], 
 
 
 def test_a_source_that_names_its_domains_refuses_others_at_once() -> None:
-    with pytest.raises(ConfigError, match="data.train_domains=pyton: must be one of .*; nearest: python"):
+    with pytest.raises(ConfigError, match=r"data.train_domains=pyton: must be one of .*; nearest: python"):
         read_cells(["data.train_domains=[pyton]"])
