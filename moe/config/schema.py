@@ -171,7 +171,8 @@ class DataConfig:
             raise ConfigError(f"data.tokenizer={self.tokenizer}: cannot be read ({error})") from None
         source = build(self.source, "data.source", trusted=True)
         if self.train_domains is not None:  # of other sources the domains are known when the text has been read
-            check_train_domains(self.train_domains, getattr(source, "domains", self.train_domains))
+            known = source.present() if hasattr(source, "present") else self.train_domains
+            check_train_domains(self.train_domains, known)
 
     @property
     def loads_tokenizer(self) -> bool:

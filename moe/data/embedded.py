@@ -215,10 +215,11 @@ class Embedded:
         if self.chars_per_domain < 1:
             raise ValueError(f"data.source.chars_per_domain={self.chars_per_domain}: must be at least 1")
         object.__setattr__(self, "domains", tuple(name for name in DOMAINS if name in self.domains))
-        if not self._present():
+        if not self.present():
             raise ValueError(f"data.source.domains={list(self.domains)}: their packages are not installed")
 
-    def _present(self) -> list[str]:
+    def present(self) -> list[str]:
+        """Return the domains whose packages are installed."""
         return [name for name in self.domains if not DOMAINS[name].missing()]
 
     def remarks(self) -> list[str]:
@@ -233,7 +234,7 @@ class Embedded:
     def documents(self) -> Generator[Document, None, dict[str, int]]:
         """Yield NFC-normalized documents, domain by domain in the order of `DOMAINS`, without duplicates."""
         duplicates, refused = DuplicateFilter(), 0
-        for name in self._present():
+        for name in self.present():
             chars = 0
             for document in DOMAINS[name].read():
                 text = unicodedata.normalize("NFC", document.text).strip() + "\n"
@@ -250,7 +251,7 @@ class Embedded:
 
     def describe(self) -> dict[str, dict[str, Any]]:
         return {
-            name: {"license": DOMAINS[name].license, "packages": DOMAINS[name].versions()} for name in self._present()
+            name: {"license": DOMAINS[name].license, "packages": DOMAINS[name].versions()} for name in self.present()
         }
 
 

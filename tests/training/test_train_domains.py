@@ -7,6 +7,7 @@ import pytest
 from small_runs import read_events, run
 
 from moe.checks import ConfigError
+from moe.data.embedded import DOMAINS
 from moe.launch.command_line import read_cells
 from moe.runs.card import _tokens
 from moe.training.setup import prepare_data
@@ -56,6 +57,9 @@ def test_wrong_domains_are_refused_before_training(cell: Any, words: list[str], 
     assert message in str(error.value)
 
 
-def test_a_source_that_names_its_domains_refuses_others_at_once() -> None:
+def test_the_default_source_knows_its_domains_before_it_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(DOMAINS, "cpp", DOMAINS["cpp"]._replace(packages=("not-installed",)))
+    with pytest.raises(ConfigError, match=r"data.train_domains=cpp: must be one of"):
+        read_cells(["data.train_domains=[cpp]"])
     with pytest.raises(ConfigError, match=r"data.train_domains=pyton: must be one of .*; nearest: python"):
         read_cells(["data.train_domains=[pyton]"])
