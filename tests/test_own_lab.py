@@ -57,6 +57,7 @@ def transcript(folder: Path, small: list[str]) -> list[tuple[str, str, int]]:
 
 
 @pytest.mark.pages
+@pytest.mark.long
 def test_the_transcript_of_a_day_can_be_repeated(tmp_path: Path) -> None:
     results = transcript(tmp_path, SMALL)
     assert len(results) >= 8

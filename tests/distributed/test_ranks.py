@@ -89,8 +89,11 @@ def train_on_one_process(small: list[str], tmp_path_factory: pytest.TempPathFact
     "overrides",
     [
         ("router=temperature", "capacity=1.25"),
-        ("router=spectra", "optimizer=adamw"),  # routers of all layers share a module
-        ("router=chain_of_experts", "model.expert=swiglu", "gradient_checkpointing=true"),
+        # The first: routers of all layers share a module.
+        pytest.param(("router=spectra", "optimizer=adamw"), marks=pytest.mark.long),
+        pytest.param(
+            ("router=chain_of_experts", "model.expert=swiglu", "gradient_checkpointing=true"), marks=pytest.mark.long
+        ),
     ],
     ids=lambda words: words[0].removeprefix("router="),
 )
@@ -124,7 +127,10 @@ def test_a_run_on_two_ranks_equals_a_run_on_one_except_for_rounding(
 
 
 @pytest.mark.parametrize("layout", LAUNCH)
-@pytest.mark.parametrize("router", sorted(options("router")))
+@pytest.mark.parametrize(
+    "router",
+    [name if name == "hash" else pytest.param(name, marks=pytest.mark.long) for name in sorted(options("router"))],
+)
 def test_every_router_trains_on_two_ranks_as_on_one(
     router: str, layout: str, small: list[str], train_on_one_process: Any, tmp_path: Path
 ) -> None:

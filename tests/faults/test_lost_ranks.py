@@ -49,7 +49,7 @@ def on_one_process(words: list[str], tmp_path_factory: pytest.TempPathFactory) -
     return result(alone.folder)
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_a_rank_is_killed(killed: int, job: Any, on_one_process: dict[str, Any], survived: Any) -> None:
     one = job("a", *STEP)
     launcher = launch(one)
@@ -64,6 +64,7 @@ def test_a_rank_is_killed(killed: int, job: Any, on_one_process: dict[str, Any],
     survived(23, f"SIGKILL of rank {killed} of two", 1, "the other rank stops; the same command again: exact")
 
 
+@pytest.mark.long
 def test_a_rank_is_frozen(job: Any, on_one_process: dict[str, Any], survived: Any) -> None:
     one = job("a", *STEP, "rank_timeout=10")
     launcher = launch(one)
@@ -84,6 +85,7 @@ def test_a_rank_is_frozen(job: Any, on_one_process: dict[str, Any], survived: An
     )
 
 
+@pytest.mark.long
 def test_a_stopped_run_resumes_on_another_number_of_ranks(
     job: Any, on_one_process: dict[str, Any], survived: Any
 ) -> None:
@@ -103,6 +105,7 @@ def test_a_stopped_run_resumes_on_another_number_of_ranks(
     survived(23, "SIGTERM of two ranks, then of one, then two to the end", 1, "a checkpoint each time; exact")
 
 
+@pytest.mark.long
 def test_a_sharded_run_resumes_replicated_and_sharded_again(
     job: Any, words: list[str], on_one_process: dict[str, Any], survived: Any
 ) -> None:

@@ -142,6 +142,7 @@ def test_the_configurations_of_the_hub_train_and_record_what_they_read(hub: Fake
     assert "HTTP Request" not in done.stdout + done.stderr
 
 
+@pytest.mark.long
 def test_cells_of_a_sweep_and_resumed_runs_read_the_recorded_commit(hub: FakeHub) -> None:
     """After an update on the hub, the next cell of the sweep reads the text that the first cells read.
 
@@ -161,6 +162,7 @@ def test_cells_of_a_sweep_and_resumed_runs_read_the_recorded_commit(hub: FakeHub
     assert hub.train("-m", "seed=1,2,3", *words).returncode == 0
 
 
+@pytest.mark.long
 def test_few_documents_of_a_large_data_set_are_few_bytes(hub: FakeHub) -> None:
     """Columns that are not read are not fetched: two fifths of the files at most, where all columns need half."""
     write_datasets(hub.root, 1, rows=3000, words=1000)

@@ -15,6 +15,7 @@ TRAIN = Path(__file__).parents[2] / "train.py"
 
 
 @pytest.mark.compiled
+@pytest.mark.long
 @pytest.mark.parametrize(
     "overrides",
     [
