@@ -913,7 +913,7 @@ def test_an_arm_is_labeled_causal_or_not_and_compared_in_place_of_its_router(tmp
 
 
 NO_EFFECT = "Nothing that was tried changed the perplexity by more than chance explains: "
-WOULD_DECIDE = "+0.333 perplexity, +0.3%). About 29 more seeds would decide it, if the true difference is that large."
+WOULD_DECIDE = "+0.333 perplexity, +0.3%); about 29 more seeds would decide it, if the true difference is that large."
 
 
 @pytest.mark.parametrize(

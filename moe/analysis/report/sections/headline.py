@@ -112,11 +112,11 @@ def _of_undecided(inputs: ReportInputs, judged: list[Judgment]) -> str:
         return _upper(f"{none}, but {surest}.")
     largest = _largest(tested)
     needed = (
-        "More than 1,000 seeds"
+        "more than 1,000 seeds"
         if math.isnan(largest.needed)
-        else f"About {largest.more} more {'seed' if largest.more == 1 else 'seeds'}"
+        else f"about {largest.more} more {'seed' if largest.more == 1 else 'seeds'}"
     )
-    text = f"{none}; the largest estimated difference is that of {_instead(largest)} ({_amount(largest)}). "
+    text = f"{none}; the largest estimated difference is that of {_instead(largest)} ({_amount(largest)}); "
     text += f"{needed} would decide it, if the true difference is that large."
     if all(each.low <= 0 <= each.high for each in tested):
         units = " or the ".join(dict.fromkeys(each.unit for each in tested))
