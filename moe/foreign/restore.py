@@ -8,12 +8,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from moe.checks import ConfigError, require
 from moe.config import imported
 from moe.foreign.rules import Rule, bias_of, matrix_of, rule_of
+from moe.model.blocks import find_blocks
 from moe.model.causal_lm import MoEForCausalLM
-from moe.model.imported import find_blocks
+from moe.model.imported import ImportedModel
 from moe.routers.imported import Imported
-
-PREFIX = "model.causal_lm."  # of the names of the weights in our model
-OURS, THEIRS = ".experts.layer.experts.module.", ".experts."
 
 
 def restore(model: MoEForCausalLM, target: str = "auto") -> PreTrainedModel:
@@ -35,11 +33,7 @@ def restore(model: MoEForCausalLM, target: str = "auto") -> PreTrainedModel:
         _follow(source, _rule(model, kind))
     with torch.random.fork_rng(devices=[]):  # the model draws initial weights, which are replaced
         found: Any = AutoModelForCausalLM.from_config(source, dtype=torch.float32)
-    weights = {
-        name.removeprefix(PREFIX).replace(OURS, THEIRS): tensor
-        for name, tensor in model.state_dict().items()
-        if ".experts.layer.router." not in name
-    }
+    weights: dict[str, Any] = cast(ImportedModel, model.model).plain_weights()
     if not own:
         for block, layer in zip(find_blocks(found), model.moe_layers, strict=True):
             for name in block.module.get_submodule(str(block.gate)).state_dict():

@@ -130,8 +130,11 @@ class MoEConfig(LlamaConfig):
         require(known, "attn_implementation", self._attn_implementation, f"one of {', '.join(ATTENTIONS)}")
 
     @staticmethod
-    def of(model: ModelConfig, router: dict[str, Any], *, vocab_size: int, seq_len: int) -> "MoEConfig":
-        """Return the transformers configuration of a model in this project's configuration."""
+    def of(model: ModelConfig, router: dict[str, Any], *, vocab_size: int | None, seq_len: int) -> "MoEConfig":
+        """Return the transformers configuration of a model in this project's configuration.
+
+        vocab_size: number of token ids. None is enough for a checkpoint, which has its own.
+        """
         if model.checkpoint is not None:
             return MoEConfig.around(imported.read(model.checkpoint, model.checkpoint_digest), model, router)
         settings: dict[str, Any] = {
@@ -150,6 +153,7 @@ class MoEConfig(LlamaConfig):
                     setattr(config, name, getattr(model, name))
                 return config
             settings = {name: getattr(source, name) for name in dense_checkpoint.INHERITED}
+        assert vocab_size is not None
         config = MoEConfig(
             vocab_size=vocab_size,
             hidden_size=model.dim,

@@ -16,11 +16,10 @@ from transformers import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
 
-from moe.checks import ConfigError
 from moe.model.architecture import MoEConfig
 from moe.model.experts import Experts
 from moe.model.layer import LayerOutput, MoELayer
-from moe.model.routed import Attended, RoutedModel, Seen, build_router
+from moe.model.routed import Attended, RoutedModel, Seen, Wanted, build_router
 from moe.routing.decision import Context
 
 
@@ -103,10 +102,7 @@ class MoEModel(RoutedModel):
         context: Context,
         load: Shaped[Tensor, "L C E"] | None,
         attended: Attended,
-        *,
-        keep_states: bool,
-        keep_attentions: bool,
-        logits_to_keep: int | Int[Tensor, "N"],
+        wanted: Wanted,
     ) -> Seen:
         x = self._embed(inputs)
         attention = self._attention_inputs(x, attended)
@@ -120,10 +116,10 @@ class MoEModel(RoutedModel):
             run: Callable[..., Any] = layer
             if recompute:
                 run = functools.partial(self._gradient_checkpointing_func, layer)
-            if keep_states:
+            if wanted.states:
                 states.append(x)
             x, weights, output = run(x, context, *attention)
-            if keep_attentions:
+            if wanted.attentions:
                 attentions.append(weights)
             if output is not None:
                 outputs.append(output)
@@ -131,14 +127,7 @@ class MoEModel(RoutedModel):
         return Seen(self.dropout(self.norm(x)), states, attentions, outputs, cache=attended.cache)
 
     def _embed(self, inputs: Int[Tensor, "B S"] | Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
-        try:
-            x = inputs if inputs.is_floating_point() else self.embed_tokens(inputs)
-        except IndexError:  # raised on the CPU alone: on a GPU the host would have to wait for the ids
-            allowed = f"from 0 to {self.config.vocab_size - 1}, the ids of the model's vocabulary"
-            found = f"{inputs.min().item()} to {inputs.max().item()}"
-            raise ConfigError(f"input_ids: must be {allowed}; they are {found}") from None
-        if self.training and self.config.neftune_noise_alpha:
-            x = x + neftune_noise(x, self.config.neftune_noise_alpha)
+        x = inputs if inputs.is_floating_point() else self._look_up(inputs)
         if self.config.embed_scale:
             x = x * math.sqrt(self.config.hidden_size)
         return self.dropout(x)
@@ -153,11 +142,3 @@ class MoEModel(RoutedModel):
             seen = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(seen, seen + x.shape[1], device=x.device)[None]
         return self.rotary_emb(x, position_ids=position_ids), causal, cache
-
-
-def neftune_noise(x: Float[Tensor, "B S D"], alpha: float) -> Float[Tensor, "B S D"]:
-    """Return noise in the shape of x, uniform on +-alpha / sqrt(S D) (NEFTune 2310.05914).
-
-    The noise of a sequence has length alpha / sqrt(3).
-    """
-    return torch.empty_like(x).uniform_(-1, 1) * (alpha / math.sqrt(x.shape[1] * x.shape[2]))

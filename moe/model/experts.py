@@ -14,6 +14,9 @@ from moe.distributed.exchange import run_distributed_experts
 from moe.distributed.sharding import local_part
 from moe.routers.seeding import seeded
 
+Linear = Callable[[Tensor, Tensor], Tensor]
+Stacks = tuple[Tensor | None, ...]
+
 
 class Experts(nn.Module):
     """E feed-forward networks without biases. Weights are stacked as (E, out, in), like E `nn.Linear` weights.
@@ -43,53 +46,57 @@ class Experts(nn.Module):
 
     def kernel(self, dtype: torch.dtype) -> str:
         """Return which kernel multiplies in `dtype` on the device of the weights: see `choose_kernel`."""
-        up = self.stacks()[1]
-        return choose_kernel(up.device.type, dtype, local_part(up).shape)
+        return choose_kernel(self.up.device.type, dtype, local_part(self.up).shape)
 
-    def stacks(self) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Return the stacks of matrices: gate or None, up, down."""
-        return self.gate, self.up, self.down
-
-    @torch.compiler.disable  # group sizes change at every step, and compiled grouped_mm takes only bf16 (torch 2.13)
     def forward(self, x: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R D"]:
-        """Return the outputs for rows that are sorted by expert, `counts` rows for each expert.
+        """Return the outputs for rows that are sorted by expert, `counts` rows for each expert."""
+        return run_experts(x, counts, (self.gate, self.up, self.down), self._expert)
 
-        An expert without rows costs nothing and gets a gradient of 0.
-        """
-        if isinstance(self.stacks()[1], DTensor):  # this rank holds only some of the experts
-            return run_distributed_experts(x, counts, self._run)
-        return self._run(x, counts)
-
-    def _run(self, x: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R D"]:
-        """Return the outputs of the experts on this rank."""
-        gate, up, down = (None if stack is None else local_part(stack) for stack in self.stacks())
-        assert up is not None
-        assert down is not None
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        if len(x) and self.kernel(dtype) == "grouped":
-            ends = counts.to(x.device).cumsum(0, dtype=torch.int32)
-
-            def linear(rows: Tensor, stack: Tensor) -> Tensor:
-                return _GroupedLinear.apply(rows, stack.to(dtype), ends)
-
-            return self._expert(x.to(dtype), gate, up, down, linear)
-        groups = x.split(counts.tolist())
-        # unbind, because indexing would create E gradients of full size; unbind stacks the E slices once
-        gates = gate.unbind() if gate is not None else [None] * len(groups)
-        stacks = zip(groups, gates, up.unbind(), down.unbind(), strict=True)
-        return torch.cat([self._expert(*matrices) for matrices in stacks])
-
-    def _expert(
-        self,
-        x: Tensor,
-        gate: Tensor | None,
-        up: Tensor,
-        down: Tensor,
-        linear: Callable[[Tensor, Tensor], Tensor] = F.linear,
-    ) -> Tensor:
+    def _expert(self, x: Tensor, linear: Linear, gate: Tensor | None, up: Tensor, down: Tensor) -> Tensor:
         hidden = self.activation(linear(x, up)) if gate is None else self.activation(linear(x, gate)) * linear(x, up)
         return linear(F.dropout(hidden, self.dropout, self.training), down)
+
+
+@torch.compiler.disable  # group sizes change at every step, and compiled grouped_mm takes only bf16 (torch 2.13)
+def run_experts(
+    x: Float[Tensor, "R D"], counts: Int[Tensor, "E"], stacks: Stacks, expert: Callable[..., Tensor]
+) -> Float[Tensor, "R D"]:
+    """Return the outputs of E experts for rows that are sorted by expert, `counts` rows for each expert.
+
+    stacks: their weights, each stacked as (E, out, in), or (E, out) for a bias. The last one is a stack of matrices.
+    expert: computes `expert(rows, linear, *weights)`. It multiplies by `linear(rows, matrix)` alone, and gets the
+        weights of one expert with its rows, or whole stacks with all rows, as the kernel wants it.
+
+    An expert without rows costs nothing and gets a gradient of 0.
+    """
+    if isinstance(stacks[-1], DTensor):  # this rank holds only some of the experts
+        local = tuple(None if stack is None else local_part(stack) for stack in stacks)
+        return run_distributed_experts(x, counts, functools.partial(_run_local, stacks=local, expert=expert))
+    return _run_local(x, counts, stacks, expert)
+
+
+def _run_local(x: Tensor, counts: Tensor, stacks: Stacks, expert: Callable[..., Tensor]) -> Tensor:
+    """Return the outputs of the experts on this rank."""
+    device, last = x.device.type, stacks[-1]
+    assert last is not None
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if len(x) and choose_kernel(device, dtype, last.shape) == "grouped":
+        ends = counts.to(x.device).cumsum(0, dtype=torch.int32)
+
+        def linear(rows: Tensor, stack: Tensor) -> Tensor:
+            return _GroupedLinear.apply(rows.to(dtype), stack.to(dtype), ends)
+
+        by_row = [_for_each_row(stack, counts) for stack in stacks]
+        return expert(x, linear, *by_row)
+    groups = x.split(counts.tolist())
+    # unbind, because indexing would create E gradients of full size; unbind stacks the E slices once
+    columns = [[None] * len(groups) if stack is None else stack.unbind() for stack in stacks]
+    return torch.cat([expert(rows, F.linear, *weights) for rows, *weights in zip(groups, *columns, strict=True)])
+
+
+def _for_each_row(stack: Tensor | None, counts: Tensor) -> Tensor | None:
+    """Return biases (E, out) with a row for each row of the experts. Return a stack of matrices as it is."""
+    return stack if stack is None or stack.ndim == 3 else stack.repeat_interleave(counts.to(stack.device), dim=0)
 
 
 def choose_kernel(device: str, dtype: torch.dtype, stack: tuple[int, ...]) -> str:

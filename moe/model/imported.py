@@ -7,163 +7,31 @@ the place of that call. So losses, metrics, capacity and interventions work for 
 In a dense model that is upcycled, our layer takes the place of each MLP.
 """
 
-import inspect
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoModelForCausalLM,
-    Cache,
-    DynamicCache,
-    PretrainedConfig,
-    PreTrainedModel,
-)
-from transformers.integrations.moe import _default_apply_gate
-from transformers.utils.logging import disable_progress_bar
+from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
 
 from moe.checks import ConfigError, first_line
-from moe.config import dense_checkpoint, imported
-from moe.config.schema import ModelConfig
+from moe.config import imported
 from moe.model.architecture import MoEConfig
-from moe.model.decoder import make_layer, neftune_noise
-from moe.model.experts import Experts
+from moe.model.blocks import Block, find_blocks, find_dense
+from moe.model.decoder import make_layer
+from moe.model.imported_checkpoint import attention_of
+from moe.model.imported_experts import IMPLEMENTATION, ImportedExperts
 from moe.model.layer import LayerOutput, MoELayer
-from moe.model.routed import CACHE, Attended, RoutedModel, Seen, build_router
+from moe.model.routed import CACHE, Attended, RoutedModel, Seen, Wanted, build_router
 from moe.routers.base import LinearRouter, Router
 from moe.routers.imported import Imported
+from moe.routers.seeding import Initializable
 from moe.routing.decision import Context, Routing
 
+# In the names of the weights of an imported model: experts, what transformers calls them, and routers of ours.
+OURS, THEIRS, ROUTER = ".experts.layer.experts.module.", ".experts.", ".experts.layer.router."
 CLOSE = 1e-3  # how far a router's weights may be from the probabilities that are tried, relative to the largest
-
-
-class Block(NamedTuple):
-    """A Mixture-of-Experts block of a transformers model.
-
-    name: in the model. module: the block. gate: the name of its router in the block, or None if none was found.
-    """
-
-    name: str
-    module: nn.Module
-    gate: str | None
-
-    @property
-    def experts(self) -> nn.Module:
-        return self.module.experts  # type: ignore[return-value]
-
-
-def find_blocks(model: nn.Module) -> list[Block]:
-    """Return the MoE blocks of a model, in the order in which they run.
-
-    A block is a module with a part `experts` that is called with hidden states, the experts of each token and their
-    weights. Its router is the other part that has a matrix or vector with an entry for each expert.
-    """
-    found = []
-    for name, module in model.named_modules():
-        experts = getattr(module, "experts", None)
-        if isinstance(experts, nn.Module) and _takes_decision(experts):
-            number = count_experts(experts)
-            gates = [part for part, child in module.named_children() if part != "experts" and _has_rows(child, number)]
-            found.append(Block(name, module, gates[0] if gates else None))
-    return found
-
-
-def find_dense(model: nn.Module) -> list[nn.Module]:
-    """Return the decoder layers of a dense model, in their order.
-
-    Their part `mlp` computes down(act(gate x) * up x).
-    """
-    parts = {"gate_proj", "up_proj", "down_proj"}
-    mlps = {module: getattr(module, "mlp", None) for module in model.modules()}
-    return [module for module, mlp in mlps.items() if isinstance(mlp, nn.Module) and parts <= {*mlp._modules}]
-
-
-def find_routed(model: nn.Module) -> list[nn.Module]:
-    """Return the blocks of an imported model whose own router decides."""
-    parents = [module for module in model.modules() if isinstance(getattr(module, "experts", None), RoutedExperts)]
-    return [module for module in parents if isinstance(module.experts.layer.router, Imported)]  # type: ignore[union-attr]
-
-
-def count_experts(experts: nn.Module) -> int:
-    """Return the number of experts of a part `experts`."""
-    number = getattr(experts, "num_experts", None)
-    if isinstance(number, int):
-        return number
-    stacks = {len(p) for p in experts.parameters() if p.ndim == 3}
-    if len(stacks) != 1:
-        raise ConfigError(f"{type(experts).__name__}: its number of experts is unknown")
-    return stacks.pop()
-
-
-def _takes_decision(experts: nn.Module) -> bool:
-    if type(experts).forward is nn.Module.forward or isinstance(experts, nn.ModuleList | nn.ModuleDict):
-        return False
-    return len(inspect.signature(type(experts).forward).parameters) == 4  # self, hidden states, index, weights
-
-
-def _has_rows(part: nn.Module, number: int) -> bool:
-    return any(p.ndim in (1, 2) and len(p) == number for p in part.parameters())
-
-
-class OwnExperts(Experts):
-    """The experts of an imported model, which the code of transformers runs."""
-
-    def __init__(self, module: nn.Module) -> None:
-        nn.Module.__init__(self)
-        self.module = module
-        self.number = count_experts(module)
-
-    def kernel(self, dtype: torch.dtype) -> str:
-        """Return the name of what multiplies the matrices."""
-        return "transformers"
-
-    @torch.compiler.disable
-    def forward(self, x: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R D"]:
-        """Return the outputs for rows that are sorted by expert, `counts` rows for each expert."""
-        if not len(x):
-            return x
-        index = torch.arange(self.number, device=x.device).repeat_interleave(counts.to(x.device))[:, None]
-        outputs: Tensor = self.module(x, index, torch.ones_like(index, dtype=x.dtype))
-        return outputs.view_as(x)
-
-    def initialize(self, std: float, names: dict[Tensor, str]) -> None:
-        """Do nothing: transformers initializes the module."""
-
-
-class OwnSwiGLU(OwnExperts):
-    """The experts of an imported model whose form is the `swiglu` of `Experts`, which runs them.
-
-    The gradient of the code of transformers would take E times as long: for each expert one of the size of all.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__(module)
-        self.dropout = 0.0
-
-    def kernel(self, dtype: torch.dtype) -> str:
-        return Experts.kernel(self, dtype)
-
-    def forward(self, x: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R D"]:
-        return Experts.forward(self, x, counts)
-
-    def stacks(self) -> tuple[Tensor | None, Tensor, Tensor]:
-        gate, up = self.module.gate_up_proj.chunk(2, dim=1)  # type: ignore[operator]
-        return gate, up, self.module.down_proj  # type: ignore[return-value]
-
-    @staticmethod
-    def fits(module: nn.Module) -> bool:
-        """Return whether a part `experts` computes down(silu(gate x) * up x), with weights stacked as (E, out, in)."""
-        if [name for name, _ in module.named_parameters()] != ["gate_up_proj", "down_proj"]:
-            return False
-        names = ("has_gate", "is_concatenated", "has_bias", "is_transposed")
-        stacked = [getattr(module, name, None) for name in names] == [True, True, False, False]
-        silu = type(module.act_fn).__name__ in ("SiLU", "SiLUActivation")
-        gated = getattr(type(module), "_apply_gate", None) is _default_apply_gate
-        offloaded = hasattr(module, "_hf_hook")  # its weights come to the device when transformers calls it
-        return stacked and silu and gated and not offloaded
 
 
 @dataclass
@@ -285,30 +153,35 @@ class ImportedModel(RoutedModel):
         super().__init__(config)
         if causal_lm is None:
             foreign = imported.parse(config.imported or {}, "imported")
-            chosen = implementations(foreign, config._attn_implementation)
+            attention = attention_of(foreign, config._attn_implementation)
             try:
-                causal_lm = AutoModelForCausalLM.from_config(foreign, dtype=torch.get_default_dtype(), **chosen)
+                causal_lm = AutoModelForCausalLM.from_config(
+                    foreign, dtype=torch.get_default_dtype(), attn_implementation=attention
+                )
             except Exception as error:  # whatever a wrong value makes a library raise
                 reason = first_line(error)
                 raise ConfigError(f"the config.json of a {foreign.model_type} describes no model ({reason})") from error
         self.causal_lm = causal_lm
+        causal_lm.set_experts_implementation(IMPLEMENTATION)
+        blocks: list[Block] = []
         if imported.is_dense(causal_lm.config):
             layers = find_dense(causal_lm)[config.first_k_dense_replace :]
             routed = [RoutedExperts(make_layer(config, trusted=trusted), number) for number in range(len(layers))]
             for layer, each in zip(layers, routed, strict=True):
                 layer.mlp = each
         else:
-            blocks = [(block, build_router(config, trusted=trusted)) for block in find_blocks(causal_lm)]
-            routed = [_take_place(block, router, number) for number, (block, router) in enumerate(blocks)]
-        self._routed = tuple(routed)  # a tuple, because the blocks have these modules already
+            blocks = find_blocks(causal_lm)
+            routers = [build_router(config, trusted=trusted) for _ in blocks]
+            routed = [_take_place(*each) for each in zip(blocks, routers, range(len(blocks)), strict=True)]
+        self._routed = tuple(routed)  # tuples, because the model has these modules already
+        self._blocks = tuple(block.module for block in blocks)
         self._tie_routers()
         self.post_init()  # which leaves our routers out, because they are in a model of transformers
         names = {tensor: name for name, tensor in [*self.named_parameters(), *self.named_buffers()]}
         for each in routed:
             for module in each.layer.modules():
-                if isinstance(module, Experts):
+                if isinstance(module, Initializable):
                     module.initialize(config.initializer_range, names)
-            each.layer.router.initialize(config.initializer_range, names)
             each.adopt()
 
     @property
@@ -322,6 +195,16 @@ class ImportedModel(RoutedModel):
     @property
     def moe_layers(self) -> list[MoELayer]:
         return [routed.layer for routed in self._routed]
+
+    @property
+    def deciding_blocks(self) -> list[nn.Module]:
+        own = [isinstance(layer.router, Imported) for layer in self.moe_layers]
+        return [block for block, decides in zip(self._blocks, own, strict=False) if decides]
+
+    def plain_weights(self) -> dict[str, Tensor]:
+        """Return the weights by their names in transformers, without those of routers of ours."""
+        weights = self.causal_lm.state_dict()
+        return {name.replace(OURS, THEIRS): tensor for name, tensor in weights.items() if ROUTER not in name}
 
     def get_input_embeddings(self) -> nn.Module:
         return self.causal_lm.get_input_embeddings()
@@ -337,10 +220,7 @@ class ImportedModel(RoutedModel):
         context: Context,
         load: Shaped[Tensor, "L C E"] | None,
         attended: Attended,
-        *,
-        keep_states: bool,
-        keep_attentions: bool,
-        logits_to_keep: int | Int[Tensor, "N"],
+        wanted: Wanted,
     ) -> Seen:
         layers = range(len(self._routed))
         contexts = [context if load is None else context._replace(load=load[number]) for number in layers]
@@ -348,31 +228,25 @@ class ImportedModel(RoutedModel):
         running = Pass(contexts, outputs)
         for routed in self._routed:
             routed.running = running
-        alpha = self.config.neftune_noise_alpha if self.training else 0.0
-        if alpha and not inputs.is_floating_point():
-            inputs = self.get_input_embeddings()(inputs)
-        if alpha:
-            inputs = inputs + neftune_noise(inputs, alpha)
         result = self.causal_lm(
             **{"inputs_embeds" if inputs.is_floating_point() else "input_ids": inputs},
             attention_mask=attended.mask,
             position_ids=attended.position_ids,
             use_cache=attended.use_cache,
-            output_hidden_states=keep_states,
-            output_attentions=keep_attentions,
-            logits_to_keep=logits_to_keep,
+            output_hidden_states=wanted.states,
+            output_attentions=wanted.attentions,
+            logits_to_keep=wanted.logits,
             return_dict=True,
             **{CACHE: attended.cache},
         )
         running.outputs = None
-        *states, last = result.hidden_states if keep_states else (None,)
+        *states, last = result.hidden_states if wanted.states else (None,)
         return Seen(last, states, list(result.attentions or ()), outputs, result.logits, result.get(CACHE))
 
 
 def _take_place(block: Block, router: Router, number: int) -> RoutedExperts:
     """Let our layer run the experts of a block, with the block's own router or with this one."""
-    own = OwnSwiGLU(block.experts) if OwnSwiGLU.fits(block.experts) else OwnExperts(block.experts)
-    routed = RoutedExperts(MoELayer(router, own), number)
+    routed = RoutedExperts(MoELayer(router, ImportedExperts(block.experts)), number)
     block.module.experts = routed
     if isinstance(router, Imported):
         if block.gate is not None:
@@ -383,45 +257,3 @@ def _take_place(block: Block, router: Router, number: int) -> RoutedExperts:
     routed.replaced = block.module.get_submodule(block.gate).state_dict()
     block.module.register_module(block.gate, Elsewhere())
     return routed
-
-
-def implementations(source: PretrainedConfig, attention: str | None) -> dict[str, Any]:
-    """Return the arguments that choose the implementations of a model's attention and experts.
-
-    Where a model has no `sdpa`, it gets `eager`, which computes the same.
-    """
-    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(source)]
-    missing = attention == "sdpa" and not kind._supports_sdpa
-    return {"attn_implementation": "eager" if missing else attention, "experts_implementation": "eager"}
-
-
-def read_checkpoint(settings: ModelConfig) -> PreTrainedModel:
-    """Return the model of `settings.checkpoint` with its weights in fp32.
-
-    Only safetensors are read, and no code of the checkpoint's folder runs. Raises ValueError if it cannot be read or
-    lacks weights.
-    """
-    assert settings.checkpoint is not None
-    name = settings.checkpoint
-    disable_progress_bar()
-    source = imported.read(name, settings.checkpoint_digest)
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name,
-            config=source,
-            revision=dense_checkpoint.revision(name, settings.checkpoint_digest),
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            **implementations(source, settings.attention),
-            output_loading_info=True,
-        )
-    except Exception as error:  # whatever a wrong file makes a library raise
-        raise ValueError(f"model.checkpoint={name}: cannot be read ({first_line(error)})") from error
-    model, info = loaded
-    wrong = {"missing_keys": "has no weights for", "mismatched_keys": "has weights of other shapes for"}
-    wrong["unexpected_keys"] = "has weights that its config.json does not describe:"
-    for key, what in wrong.items():
-        if info[key]:
-            raise ValueError(f"model.checkpoint={name}: {what} {', '.join(sorted(map(str, info[key]))[:5])}")
-    return model

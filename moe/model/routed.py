@@ -1,6 +1,7 @@
 """What our decoder and imported models share: how they are called, what they return, and what routers demand."""
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, cast
@@ -109,6 +110,18 @@ class Attended(NamedTuple):
     use_cache: bool
 
 
+class Wanted(NamedTuple):
+    """What the layers return beside what is always needed.
+
+    states, attentions: whether to return those of each decoder layer. logits: `logits_to_keep` of
+    `MoEForCausalLM.forward`, for a model that computes them itself.
+    """
+
+    states: bool
+    attentions: bool
+    logits: int | Int[Tensor, "N"]
+
+
 class Seen(NamedTuple):
     """What the layers of a model return.
 
@@ -148,13 +161,32 @@ class RoutedModel(MoEPreTrainedModel):
         context: Context,
         load: Shaped[Tensor, "L C E"] | None,
         attended: Attended,
-        *,
-        keep_states: bool,
-        keep_attentions: bool,
-        logits_to_keep: int | Int[Tensor, "N"],
+        wanted: Wanted,
     ) -> Seen:
-        """Run all layers. The arguments are those of `MoEForCausalLM.forward`, checked."""
+        """Run all layers. inputs: token ids, or what takes the place of their embeddings. load: as in `forward`."""
         raise NotImplementedError
+
+    @property
+    def deciding_blocks(self) -> list[nn.Module]:
+        """The blocks of an imported model whose own router decides. Our decoder has none."""
+        return []
+
+    def _look_up(self, ids: Int[Tensor, "B S"]) -> Float[Tensor, "B S D"]:
+        try:
+            return cast(Tensor, self.get_input_embeddings()(ids))
+        except IndexError:  # raised on the CPU alone: on a GPU the host would have to wait for the ids
+            allowed = f"from 0 to {self.config.vocab_size - 1}, the ids of the model's vocabulary"
+            raise ConfigError(
+                f"input_ids: must be {allowed}; they are {ids.min().item()} to {ids.max().item()}"
+            ) from None
+
+    def _with_noise(self, inputs: Tensor) -> Tensor:
+        """Return embeddings with the noise of NEFTune in training. Without noise, return the inputs as they are."""
+        alpha = self.config.neftune_noise_alpha
+        if not (alpha and self.training):
+            return inputs
+        x = inputs if inputs.is_floating_point() else self._look_up(inputs)
+        return x + neftune_noise(x, alpha)
 
     def _tie_routers(self) -> None:
         """Let routers share modules, and tell transformers which weights then have several names."""
@@ -206,13 +238,11 @@ class RoutedModel(MoEPreTrainedModel):
                 self._check_documents(position_ids)
             context = context._replace(document_position=document_positions(position_ids.expand_as(ids)))
         seen = self._run(
-            inputs,
+            self._with_noise(inputs),
             context,
             load,
             Attended(attention_mask, position_ids, cache, keep_cache),
-            keep_states=bool(keep_states),
-            keep_attentions=bool(keep_attentions),
-            logits_to_keep=logits_to_keep,
+            Wanted(bool(keep_states), bool(keep_attentions), logits_to_keep),
         )
         output = MoEModelOutput(
             seen.last,
@@ -258,6 +288,14 @@ class RoutedModel(MoEPreTrainedModel):
             allowed = "sdpa or eager for blocks of several documents"
             require(not flash, "model.attention", "flash_attention_2", allowed)
             routers[0].require_documents_apart()
+
+
+def neftune_noise(x: Float[Tensor, "B S D"], alpha: float) -> Float[Tensor, "B S D"]:
+    """Return noise in the shape of x, uniform on +-alpha / sqrt(S D) (NEFTune 2310.05914).
+
+    The noise of a sequence has length alpha / sqrt(3).
+    """
+    return torch.empty_like(x).uniform_(-1, 1) * (alpha / math.sqrt(x.shape[1] * x.shape[2]))
 
 
 def _second_names(module: nn.Module) -> dict[str, str]:

@@ -13,10 +13,11 @@ from moe.checks import first_line
 from moe.config import dense_checkpoint, imported
 from moe.config.schema import ModelConfig
 from moe.model.architecture import MoEConfig
+from moe.model.blocks import find_dense
 from moe.model.causal_lm import MoEForCausalLM
 from moe.model.decoder import DenseFFN
 from moe.model.experts import Experts
-from moe.model.imported import find_dense, implementations
+from moe.model.imported_checkpoint import attention_of
 from moe.model.layer import MoELayer
 from moe.routers.base import Router
 from moe.routers.seeding import seeded
@@ -101,7 +102,7 @@ def _load(key: str, parent: dense_checkpoint.Parent, attention: str) -> PreTrain
             dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=False,
-            **implementations(source, attention),
+            attn_implementation=attention_of(source, attention),
             key_mapping={rf"^model\.{part}\.": "model." for part in dense_checkpoint.LANGUAGE_PARTS.values()},
             output_loading_info=True,
         )

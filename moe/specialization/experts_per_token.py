@@ -12,7 +12,6 @@ from moe.analysis.bootstrap import bootstrap
 from moe.checks import ConfigError
 from moe.data.blocks import Batch
 from moe.model.causal_lm import MoEConfig, MoEForCausalLM
-from moe.model.imported import find_routed
 from moe.model.layer import MoELayer
 from moe.model.routed import build_router
 from moe.routers.imported import Imported
@@ -63,7 +62,7 @@ def _experts_per_token(model: MoEForCausalLM, k: int) -> Iterator[None]:
             if isinstance(layer.router, Imported):
                 continue
             stack.enter_context(_other_router(model, layer, k))
-        for block in find_routed(model):
+        for block in model.model.deciding_blocks:
             stack.enter_context(_other_number(block, k))
         yield
 

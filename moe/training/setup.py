@@ -18,7 +18,7 @@ from moe.data.blocks import Prepared, batch, of_domains, prepare
 from moe.data.labels import IGNORED, next_token
 from moe.model.causal_lm import MoEConfig, MoEForCausalLM, load_model
 from moe.model.cost import reset_peak_memory
-from moe.model.imported import read_checkpoint
+from moe.model.imported_checkpoint import read_checkpoint
 from moe.model.parts import Parts, parts
 from moe.model.upcycle import upcycle
 from moe.routers.base import Router
@@ -115,10 +115,10 @@ def prepare_data(config: Config, *, trusted: bool = True) -> Prepared:
         raise ConfigError(first_line(error)) from error
 
 
-def build_model(config: Config, *, vocab_size: int) -> MoEForCausalLM:
+def build_model(config: Config, *, vocab_size: int | None = None) -> MoEForCausalLM:
     """Return the model of a configuration before training.
 
-    With `model.dense` or `model.checkpoint`, it is made from that checkpoint.
+    With `model.dense` or `model.checkpoint`, it is made from that checkpoint, which has a vocabulary of its own.
 
     The weights depend only on the configuration, including its seed, and on the checkpoint.
     """
@@ -140,7 +140,7 @@ def model_of_run(folder: Path, config: Config, *, trusted: bool = False) -> MoEF
     """
     if (folder / "model").is_dir() or not observed(config):
         return load_model(folder / "model", trusted=trusted)
-    return build_model(config, vocab_size=config.model.num_experts).eval()
+    return build_model(config).eval()
 
 
 def observed(config: Config) -> bool:

@@ -14,8 +14,8 @@ from moe.data.labels import IGNORED, next_token
 from moe.metrics.summary import summarize
 from moe.model.causal_lm import MoEConfig, MoEForCausalLM
 from moe.model.cost import count_parameters, flops_per_token
-from moe.model.decoder import neftune_noise
 from moe.model.experts import Experts
+from moe.model.routed import neftune_noise
 from moe.routing.decision import Context, Knobs
 from moe.routing.loss_table import LOSSES
 from moe.training.optim import build_optimizers

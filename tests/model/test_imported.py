@@ -16,8 +16,10 @@ from moe.checks import ConfigError
 from moe.config import imported
 from moe.config.options import CONF, options
 from moe.config.schema import ModelConfig
+from moe.model.blocks import find_blocks
 from moe.model.causal_lm import MoEForCausalLM, load_model
-from moe.model.imported import OwnSwiGLU, find_blocks, probabilities, read_checkpoint
+from moe.model.imported import probabilities
+from moe.model.imported_checkpoint import read_checkpoint
 from moe.routers.base import LinearRouter
 from moe.routing.decision import Knobs
 
@@ -82,9 +84,41 @@ def test_our_router_computes_what_the_router_of_the_checkpoint_computes(kind: st
     assert_same_gradients(model, source)
 
 
-def test_experts_of_the_usual_form_run_in_our_kernels() -> None:
-    kinds = {kind: OwnSwiGLU.fits(find_blocks(tiny(kind))[0].experts) for kind in ("mixtral", "gpt_oss", "dbrx")}
-    assert kinds == {"mixtral": True, "gpt_oss": False, "dbrx": False}
+def test_experts_that_ask_the_registry_of_transformers_run_in_our_kernels() -> None:
+    found = {kind: around(tiny(kind)).experts_kernel(torch.float32) for kind in ("mixtral", "gpt_oss", "dbrx")}
+    assert found == {"mixtral": "loop", "gpt_oss": "loop", "dbrx": "transformers"}
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])  # the second has biases and transposed matrices
+def test_many_experts_run_in_one_kernel(kind: str) -> None:
+    many = dict.fromkeys(("num_experts", "num_local_experts"), 64)
+    source = tiny(kind, **many)
+    model = around(source)
+    assert model.experts_kernel(torch.float32) == "grouped"
+    output, reference = model(IDS, labels=IDS), source(IDS).logits
+    assert_close(output.logits, reference, "logits")
+    F.cross_entropy(reference[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()).backward()
+    output.loss.backward()
+    assert_same_gradients(model, source)
+
+
+def test_what_another_library_changes_about_the_experts_of_a_model_counts() -> None:
+    """A hook of the module runs, and a parametrized tensor is used, as PEFT and accelerate need it."""
+    model = around(tiny("mixtral"))
+    before = model(IDS).logits
+    module = model.moe_layers[0].experts.module
+    called = []
+    handle = module.register_forward_pre_hook(lambda module, inputs: called.append(len(inputs)))
+    torch.testing.assert_close(model(IDS).logits, before)
+    handle.remove()
+    assert called == [1]
+    doubled = nn.Module()
+    doubled.forward = lambda tensor: 2 * tensor
+    nn.utils.parametrize.register_parametrization(module, "down_proj", doubled)
+    changed = model(IDS).logits
+    nn.utils.parametrize.remove_parametrizations(module, "down_proj")  # which leaves the doubled matrices
+    assert not torch.allclose(changed, before)
+    torch.testing.assert_close(model(IDS).logits, changed)
 
 
 @pytest.mark.parametrize("router", sorted(options("router")))
