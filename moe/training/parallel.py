@@ -68,8 +68,7 @@ def _divide_experts(model: MoEForCausalLM, accelerator: Accelerator) -> nn.Modul
             if part.requires_grad:
                 # an expert's gradient is the sum over the tokens of all ranks; DDP takes the mean for other weights
                 part.register_hook(lambda gradient: gradient / ranks.world_size())
-            owner, _, own = name.rpartition(".")
-            layer.experts.get_submodule(owner).register_parameter(own, part)
+            layer.experts.register_parameter(name, part)
             divided.add(part)
     names = [name for name, p in model.named_parameters() if p in divided]
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
