@@ -58,6 +58,8 @@ from moe.analysis.report.sections.headline import headline
 from moe.analysis.report.sections.over_training import contrasts_at_shares, contrasts_over_training
 from moe.analysis.report.sections.overview import what_was_run
 from moe.analysis.report.sections.provenance import differences
+from moe.analysis.report.sections.setup import setup
+from moe.analysis.report.sections.terms import terms
 from moe.analysis.statistics import contrasts
 from moe.analysis.studies.published import read_published
 from moe.api import compare
@@ -685,6 +687,20 @@ def test_names_of_runs_with_the_characters_of_markup_are_shown_as_they_are(tmp_p
         assert re.sub(r"([*`])", r"\\\1", words) in text
     bold = re.findall("<strong>(.*?)</strong>", (tmp_path / "out" / "report.html").read_text())
     assert not {"bold", "x", "E"} & set(bold)
+
+
+def test_a_report_names_domains_that_are_left_out_and_the_metrics_that_the_runs_have(tmp_path: Path) -> None:
+    folder = tmp_path / "x" / "seed=1"
+    write_run(folder, {"val/loss": 1.0, "routing/router_gram": 0.5}, seed=1, data={"source": {"domains": ["a", "b"]}})
+    record = json.loads((folder / "run.json").read_text())
+    change_record(folder, facts=record["facts"] | {"data": {"domains": {"a": {}}}})
+    [inputs] = collect_inputs(load_runs([tmp_path / "x"]))
+    assert ("Left out", "the text of b, because a package is not installed") in setup(inputs)
+    _, names = terms(inputs)
+    assert isinstance(names, Details)
+    [table] = names.blocks
+    assert isinstance(table, TableBlock)
+    assert list(table.frame["metric"]) == ["val/loss", "routing/router_gram"]
 
 
 def test_columns_that_are_the_same_in_every_row_are_said_once(tmp_path: Path) -> None:

@@ -37,11 +37,23 @@ def setup(inputs: ReportInputs) -> list[tuple[str, str]]:
         facts.append(
             ("Data", f"{source}; tokenizer {tokenizer or 'trained on it'}" + (f", {words} tokens" if words else ""))
         )
+    if left := _left_out(inputs):
+        facts.append(("Left out", f"the text of {', '.join(left)}, because a package is not installed"))
     if days := sorted({str(start)[:10] for start in runs["started"].dropna()}):
         facts.append(("Date", " to ".join(dict.fromkeys((days[0], days[-1])))))
     if command := _command(inputs):
         facts.append(("Repeat", f"`{command}`"))
     return facts
+
+
+def _left_out(inputs: ReportInputs) -> list[str]:
+    """Return the domains that a run was to read, and that its text does not have."""
+    left: dict[str, None] = {}
+    for record in inputs.records.values():
+        asked = record.config.get("data", {}).get("source", {}).get("domains") or []
+        if record.facts is not None:
+            left |= dict.fromkeys(domain for domain in asked if domain not in record.facts.data.get("domains", asked))
+    return list(left)
 
 
 def _command(inputs: ReportInputs) -> str:

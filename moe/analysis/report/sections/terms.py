@@ -2,8 +2,11 @@
 
 from collections.abc import Iterator
 
-from moe.analysis.report.blocks import Glossary, ReportBlock, Term
+import pandas as pd
+
+from moe.analysis.report.blocks import Details, Glossary, ReportBlock, TableBlock, Term
 from moe.analysis.report.inputs import ReportInputs
+from moe.metrics.catalog import select
 
 # Where the first use of a word is to be a link, its pattern says which forms of the word count.
 TERMS = [
@@ -108,6 +111,11 @@ TERMS = [
 ]
 
 
-def terms(_: ReportInputs) -> Iterator[ReportBlock]:
-    """Yield what the words of the report mean."""
+def terms(inputs: ReportInputs) -> Iterator[ReportBlock]:
+    """Yield what the words of the report mean, and then the names of the metrics that these runs have."""
     yield Glossary(TERMS)
+    known = {str(name) for name in inputs.runs.dropna(axis="columns", how="all")}
+    entries = [metric for metric in select(written="evaluation") if metric.name in known]
+    rows = [{"metric": metric.name, "unit": metric.unit, "meaning": metric.meaning} for metric in entries]
+    if rows:
+        yield Details(f"{len(rows)} names of metrics", [TableBlock(pd.DataFrame(rows))])
