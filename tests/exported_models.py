@@ -3,7 +3,9 @@
 from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from moe.config.schema import ModelConfig
 from moe.model.architecture import MoEConfig
 from moe.model.causal_lm import MoEForCausalLM
 
@@ -41,6 +43,19 @@ SIZES: dict[str, Any] = {
     "initializer_range": 0.3,
 }
 
+# Dense models that are upcycled, and what config.json of each says beside the sizes.
+PARENTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mistral": ("mistral", {"sliding_window": None}),
+    "mistral with a window": ("mistral", {"sliding_window": 5}),
+    "qwen2": ("qwen2", {"head_dim": 4}),
+    "qwen2 with a window": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    "qwen3": ("qwen3", {}),
+    "qwen3 with a window": ("qwen3", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}),
+    "gemma": ("gemma", {}),
+    "gemma2": ("gemma2", {}),
+    "gemma3_text": ("gemma3_text", {}),
+}
+
 
 def make(router: str, **changes: Any) -> MoEForCausalLM:
     """Return a random model, with norms that are not 1 and biases that are not 0."""
@@ -51,3 +66,24 @@ def make(router: str, **changes: Any) -> MoEForCausalLM:
         if tensor.ndim == 1:
             tensor.data += 0.3 * torch.randn_like(tensor)
     return model
+
+
+def upcycle(parent: str, router: str, *, vocab_size: int = 300, **changes: Any) -> MoEForCausalLM:
+    """Return a dense model of `PARENTS` whose MLPs are replaced by random experts. Norms and biases are random too."""
+    kind, special = PARENTS[parent]
+    sizes = {name: value for name, value in SIZES.items() if "expert" not in name}
+    sizes |= {"intermediate_size": 36, "vocab_size": vocab_size}
+    torch.manual_seed(0)
+    dense = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes | special), dtype=torch.float32)
+    for tensor in dense.parameters():
+        if tensor.ndim == 1:
+            tensor.data += 0.3 * torch.randn_like(tensor)
+    ours = ModelConfig(dim=24, heads=6, layers=2, ffn=20, num_experts=5)
+    config = MoEConfig.around(dense.config, ours, ROUTERS[router])
+    for name, value in {
+        "expert": "geglu" if "gemma" in kind else "swiglu",
+        "initializer_range": 0.3,
+        **changes,
+    }.items():
+        setattr(config, name, value)
+    return MoEForCausalLM(config, causal_lm=dense).eval()

@@ -15,18 +15,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe.checks import ConfigError, one_of
-from moe.foreign.restore import restore
-from moe.foreign.rules import Rule, bias_of, matrix_of, rule_of
-from moe.foreign.targets import (
-    GGUF_TARGETS,
-    TARGETS,
-    Target,
-    config_of,
-    positions_of,
-    residual_scale,
-    settings_of,
-    weights_of,
-)
+from moe.foreign.anatomy import Anatomy, anatomy_of
+from moe.foreign.restore import is_own, restore
+from moe.foreign.rules import Rule, bias_of, matrix_of
+from moe.foreign.target_config import positions_of, settings_of
+from moe.foreign.target_weights import residual_scale, weights_of
+from moe.foreign.targets import GGUF_TARGETS, TARGETS, Target
 from moe.model.causal_lm import MoEForCausalLM
 from moe.routers.base import Router
 from moe.routing.decision import Context, Routing
@@ -54,15 +48,15 @@ class Difference(NamedTuple):
 def to_transformers(model: MoEForCausalLM, target: str = "auto") -> PreTrainedModel:
     """Return `model` as a model of the architecture `target`, in evaluation mode.
 
-    target: a key of `TARGETS`, or `auto` for the first one that expresses the model. An imported model is given back as
-        what it was (`restore`).
+    target: a key of `TARGETS`, or `auto` for the first one that expresses the model. For a Mixture of Experts that was
+        imported, its own architecture and `auto` give it back as what it was (`restore`).
 
     Its weights have the precision of the model if that holds them exactly, and are in fp32 otherwise.
 
     Raises ConfigError, with one line, if the target does not express the model, or if the logits differ by more than
     `TOLERANCE`, as where scores that decide about an expert are nearly equal.
     """
-    found = _rewritten(model, target) if model.config.imported is None else restore(model, target)
+    found = restore(model) if is_own(model, target) else _rewritten(model, target)
     found.generation_config = copy.deepcopy(model.generation_config)
     difference = compare(model, found.eval())
     if not difference.relative <= TOLERANCE:
@@ -75,44 +69,37 @@ def to_transformers(model: MoEForCausalLM, target: str = "auto") -> PreTrainedMo
 
 
 def _rewritten(model: MoEForCausalLM, target: str) -> PreTrainedModel:
-    """Return our decoder in the form of the target, in fp32."""
-    one_of("--to", target, ("auto", *TARGETS))
-    chosen, rule = choose(model, list(TARGETS.values()) if target == "auto" else [TARGETS[target]], to=target)
-    scale = residual_scale(model, chosen)
-    config = getattr(transformers, f"{chosen.prefix}Config")(**settings_of(model, chosen, rule, scale=scale))
-    for name, value in positions_of(model, chosen).items():
+    """Return a model in the form of the target, in fp32."""
+    kind = (model.config.imported or {}).get("model_type")
+    one_of("--to", target, dict.fromkeys(("auto", *([kind] if kind else []), *TARGETS)))
+    anatomy = anatomy_of(model, to=target)
+    chosen = choose(model, anatomy, list(TARGETS.values()) if target == "auto" else [TARGETS[target]], to=target)
+    scale = residual_scale(anatomy, chosen)
+    config = getattr(transformers, f"{chosen.prefix}Config")(**settings_of(anatomy, chosen, scale=scale))
+    for name, value in positions_of(anatomy, chosen).items():
         setattr(config, name, value)
     with torch.random.fork_rng(devices=[]):  # the model draws initial weights, which are replaced
         found = getattr(transformers, f"{chosen.prefix}ForCausalLM")(config)
-    found.load_state_dict(weights_of(model, chosen, rule, scale=scale), strict=True)
+    found.load_state_dict(weights_of(anatomy, chosen, scale=scale), strict=True)
     return cast(PreTrainedModel, found)
 
 
-def choose(model: MoEForCausalLM, targets: list[Target], *, to: str) -> tuple[Target, Rule]:
-    """Return the first of the `targets` that expresses `model`, and the rule of its routers.
+def choose(model: MoEForCausalLM, anatomy: Anatomy, targets: list[Target], *, to: str) -> Target:
+    """Return the first of the `targets` that expresses `model`, which has these parts.
 
     Raises ConfigError if there is none. `to`: how the user named them.
     """
-    if found := expressing(model, targets):
-        rule = _rule(model)
-        assert rule is not None, "a target that expresses the model follows the rule"
-        return found[0], rule
-    others = [each.name for each in expressing(model, list(TARGETS.values()))]
-    others += ["gguf"] if expressing(model, GGUF_TARGETS) else []
+    if found := expressing(anatomy, targets):
+        return found[0]
+    others = [each.name for each in expressing(anatomy, list(TARGETS.values()))]
+    others += ["gguf"] if expressing(anatomy, GGUF_TARGETS) else []
     advice = f"; --to {others[0]} expresses this model" if others else ""
-    raise ConfigError(f"--to {to}: {_reason(model, targets)}{advice}")
+    raise ConfigError(f"--to {to}: {_reason(model, anatomy, targets)}{advice}")
 
 
-def expressing(model: MoEForCausalLM, targets: list[Target]) -> list[Target]:
-    """Return those of the `targets` that express `model`."""
-    rule, config = _rule(model), config_of(model)
-    return [each for each in targets if rule is not None and each.follows(rule) and each.lacks(config) is None]
-
-
-def _rule(model: MoEForCausalLM) -> Rule | None:
-    """Return the rule of the routers of all layers. A model without routers gets one that all targets follow."""
-    rules = {rule_of(layer.router, temperature=model.config.router_temperature) for layer in model.moe_layers}
-    return rules.pop() if len(rules) == 1 else None if rules else Rule(1)
+def expressing(anatomy: Anatomy, targets: list[Target]) -> list[Target]:
+    """Return those of the `targets` that express a model with these parts."""
+    return [each for each in targets if each.expresses(anatomy)]
 
 
 def _router_named(model: MoEForCausalLM) -> str:
@@ -122,11 +109,11 @@ def _router_named(model: MoEForCausalLM) -> str:
     return f"router={str(spec.get('_target_', '')).rpartition('.')[2]}({settings})"
 
 
-def _reason(model: MoEForCausalLM, wanted: list[Target]) -> str:
+def _reason(model: MoEForCausalLM, anatomy: Anatomy, wanted: list[Target]) -> str:
     """Return why none of the targets expresses the model. If it is the router alone, say how far it would be off."""
-    router, config, rule = _router_named(model), config_of(model), _rule(model)
-    lacking = list(dict.fromkeys(lack for each in wanted if (lack := each.lacks(config)) is not None))
-    apart_from_router = [each for each in wanted if each.lacks(config) is None]
+    router, rule = _router_named(model), anatomy.rule
+    lacking = list(dict.fromkeys(lack for each in wanted if (lack := each.lacks(anatomy)) is not None))
+    apart_from_router = [each for each in wanted if each.lacks(anatomy) is None]
     if not apart_from_router:
         return "; ".join(lacking)
     followers = [each.name for each in wanted if rule is not None and each.follows(rule)]
@@ -137,7 +124,7 @@ def _reason(model: MoEForCausalLM, wanted: list[Target]) -> str:
     else:
         refusal = f"{wanted[0].name} does not follow" if len(wanted) == 1 else "no target follows"
         reason = f"{router}: {refusal} its rule ({rule.describe()})"
-    near = nearest(model, apart_from_router)
+    near = nearest(model, rule, apart_from_router)
     if near is None:
         return f"{reason}; no target is near, because this router has no matrix that gives the scores of its experts"
     target, other, difference = near
@@ -145,32 +132,32 @@ def _reason(model: MoEForCausalLM, wanted: list[Target]) -> str:
     return f"{reason}; with {rule_there}, the logits would be off by up to {difference}"
 
 
-def nearest(model: MoEForCausalLM, targets: list[Target]) -> tuple[Target, Rule, Difference] | None:
+def nearest(model: MoEForCausalLM, rule: Rule | None, targets: list[Target]) -> tuple[Target, Rule, Difference] | None:
     """Return the rule of one of the `targets` whose logits are nearest to those of `model`, with the same matrices.
 
-    None if the routers have no matrix.
+    rule: that of its routers, if they have one. The result is None if the routers have no matrix.
     """
     router = model.moe_layers[0].router
     if matrix_of(router) is None:
         return None
     k = router.fixed_k or max(1, min(router.num_experts, round(router.experts_per_token(1))))
-    known = _rule(model) or Rule(k, temperature=model.config.router_temperature, biased=bias_of(router) is not None)
+    known = rule or Rule(k, temperature=model.config.router_temperature, biased=bias_of(router) is not None)
     best: tuple[Target, Rule, Difference] | None = None
     tried: set[Rule] = set()
     for target in targets:
         for scores, weights in itertools.product(target.scores, target.weights):
-            rule = replace(known, scores=scores, weights=weights)
-            rule = rule if target.biased else replace(rule, biased=False)
-            rule = rule if target.grouped else replace(rule, groups=1, top_groups=1)
-            if rule in tried or not target.follows(rule):
+            other = replace(known, scores=scores, weights=weights)
+            other = other if target.biased else replace(other, biased=False)
+            other = other if target.grouped else replace(other, groups=1, top_groups=1)
+            if other in tried or not target.follows(other):
                 continue
-            tried.add(rule)
+            tried.add(other)
             changed = copy.deepcopy(model)
             for layer in changed.moe_layers:
-                layer.router = _Follower(layer.router, rule)
+                layer.router = _Follower(layer.router, other)
             difference = compare(model, changed)
             if best is None or difference.absolute < best[2].absolute:
-                best = target, rule, difference
+                best = target, other, difference
     return best
 
 

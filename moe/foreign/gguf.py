@@ -1,8 +1,9 @@
 """Write a model of this project as a GGUF file, the format of llama.cpp and of the programs that are built on it.
 
-Two of its architectures are used. `llama` with experts is that of Mixtral: softmax, weights that sum to 1. It also
-takes experts of two matrices. `glm4moe` reads from the file what its router does: softmax or sigmoid, whether weights
-sum to 1, a bias, groups. It can have dense first layers and shared experts.
+Four of its architectures are used. `llama` with experts is that of Mixtral: softmax, weights that sum to 1. It also
+takes experts of two matrices. `qwen3moe` and `olmoe` are for models that were imported or upcycled and have norms of
+queries and keys. `glm4moe` reads from the file what its router does: softmax or sigmoid, whether weights sum to 1, a
+bias, groups. It can have dense first layers and shared experts.
 
 Letters in shapes: D width of a hidden state, N rows of a matrix.
 """
@@ -14,18 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Shaped
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from moe.checks import ConfigError
+from moe.foreign.anatomy import Anatomy, Heads, Layer, Networks, Routed, Weights, anatomy_of
 from moe.foreign.export import choose
-from moe.foreign.rules import Rule, bias_of
-from moe.foreign.targets import GGUF_TARGETS, Heads, Target, Weights, config_of, rope_of, router_matrix
-from moe.model.architecture import MoEConfig
+from moe.foreign.rules import bias_of
+from moe.foreign.target_weights import router_matrix
+from moe.foreign.targets import GGUF_TARGETS, Target, rope_of
 from moe.model.causal_lm import MoEForCausalLM
-from moe.model.experts import Experts
-from moe.model.layer import MoELayer
 
 # Numbers of llama.cpp: the scores of a router, the last one over the chosen logits alone; and the kinds of tokens.
 SOFTMAX, SIGMOID, SOFTMAX_OF_CHOSEN = 1, 2, 3
@@ -47,13 +47,14 @@ def write_gguf(model: MoEForCausalLM, tokenizer: PreTrainedTokenizerFast, path: 
     """
     import gguf
 
-    layout, rule = choose(model, GGUF_TARGETS, to="gguf")
-    fields = {**_sizes(model, layout, rule), **_vocabulary(tokenizer, config_of(model).vocab_size)}
+    anatomy = anatomy_of(model, to="gguf")
+    layout = choose(model, anatomy, GGUF_TARGETS, to="gguf")
+    fields = {**_sizes(anatomy, layout), **_vocabulary(tokenizer, anatomy.config.vocab_size)}
     writer = gguf.GGUFWriter(path, layout.name)
     writer.add_name(name)
     for key, value in fields.items():
         _add(writer, key if key.startswith("tokenizer.") else f"{layout.name}.{key}", value)
-    for key, tensor in tensors(model, layout, rule).items():
+    for key, tensor in tensors(anatomy, layout).items():
         writer.add_tensor(key, np.ascontiguousarray(tensor.detach().float().cpu().numpy()))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -68,9 +69,10 @@ def _add(writer: Any, key: str, value: Any) -> None:
     kinds.get(type(value), writer.add_array)(key, value)
 
 
-def _sizes(model: MoEForCausalLM, layout: Target, rule: Rule) -> dict[str, Any]:
+def _sizes(anatomy: Anatomy, layout: Target) -> dict[str, Any]:
     """Return the fields of the architecture, without its name in front."""
-    config = config_of(model)
+    config, rule = anatomy.config, anatomy.rule
+    assert rule is not None, "an architecture that expresses the model follows its rule"
     heads, rope = Heads.of(config), rope_of(config)
     fields: dict[str, Any] = {
         "context_length": config.max_position_embeddings,
@@ -88,8 +90,8 @@ def _sizes(model: MoEForCausalLM, layout: Target, rule: Rule) -> dict[str, Any]:
         "expert_count": config.num_experts,
         "expert_used_count": rule.k,
     }
-    if layout.name == "llama":
-        return fields
+    if layout.name != "glm4moe":
+        return fields | {"expert_feed_forward_length": config.intermediate_size}
     gating = SIGMOID if rule.scores == "sigmoid" else SOFTMAX
     fields |= {
         "feed_forward_length": config.dense_ffn,
@@ -105,41 +107,36 @@ def _sizes(model: MoEForCausalLM, layout: Target, rule: Rule) -> dict[str, Any]:
     return fields
 
 
-def tensors(model: MoEForCausalLM, layout: Target, rule: Rule) -> Weights:
+def tensors(anatomy: Anatomy, layout: Target) -> Weights:
     """Return the weights under their names in the file."""
-    config = config_of(model)
-    embedding = model.decoder.embed_tokens.weight
-    found = {"output_norm.weight": model.decoder.norm.weight}
+    config, embedding = anatomy.config, anatomy.embedding
+    found = {"output_norm.weight": anatomy.norm}
     found["token_embd.weight"] = embedding * math.sqrt(config.hidden_size) if config.embed_scale else embedding
     if config.embed_scale or not config.tie_word_embeddings:
-        found["output.weight"] = model.lm_head.weight
-    for number, layer in enumerate(model.decoder.layers):
-        own = {
-            "attn_norm.weight": layer.input_layernorm.weight,
-            f"{'ffn_norm' if layout.name == 'llama' else 'post_attention_norm'}.weight": (
-                layer.post_attention_layernorm.weight
-            ),
-            **_attention(layer.self_attn, Heads.of(config), interleaved=layout.name == "llama"),
-        }
-        if isinstance(layer.mlp, MoELayer):
-            own |= _routed(layer.mlp, layer.post_attention_layernorm.weight, config, layout, rule)
+        found["output.weight"] = anatomy.head
+    second = "post_attention_norm" if layout.name == "glm4moe" else "ffn_norm"
+    for number, layer in enumerate(anatomy.layers):
+        own = {"attn_norm.weight": layer.attention_norm, f"{second}.weight": layer.feed_forward_norm}
+        own |= _attention(layer.attention, Heads.of(config), interleaved=layout.name == "llama")
+        if isinstance(layer.feed_forward, Routed):
+            own |= _routed(layer.feed_forward, layer, anatomy, layout)
         else:
-            own |= _feed_forward("", layer.mlp.experts)
+            own |= _feed_forward("", layer.feed_forward)
         found |= {f"blk.{number}.{name}": weight for name, weight in own.items()}
     return found
 
 
-def _attention(attention: Any, heads: Heads, *, interleaved: bool) -> Weights:
+def _attention(attention: Weights, heads: Heads, *, interleaved: bool) -> Weights:
     """Return the weights of the attention.
 
     interleaved: in `llama` the two dimensions of a pair that is rotated are neighbors; here they are half a head apart.
     """
+    rotated = {"q_proj": heads.queries, "k_proj": heads.keys}
     found: Weights = {}
-    for ours, theirs, number in (("q", "q", heads.queries), ("k", "k", heads.keys), ("v", "v", 0), ("o", "output", 0)):
-        linear = getattr(attention, f"{ours}_proj")
-        for kind in ("weight", "bias"):
-            if (rows := getattr(linear, kind)) is not None:
-                found[f"attn_{theirs}.{kind}"] = _interleave(rows, number) if interleaved and number else rows
+    for name, weight in attention.items():
+        part, kind = name.split(".")
+        theirs = f"attn_{part.removesuffix('_proj') if part != 'o_proj' else 'output'}.{kind}"
+        found[theirs] = _interleave(weight, rotated[part]) if interleaved and part in rotated else weight
     return found
 
 
@@ -147,27 +144,25 @@ def _interleave(rows: Shaped[Tensor, "N *D"], heads: int) -> Shaped[Tensor, "N *
     return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
-def _routed(layer: MoELayer, norm: Float[Tensor, "D"], config: MoEConfig, layout: Target, rule: Rule) -> Weights:
-    experts, bias = layer.experts, bias_of(layer.router)
-    matrix = router_matrix(layer.router, norm, rule)
+def _routed(routed: Routed, layer: Layer, anatomy: Anatomy, layout: Target) -> Weights:
+    """Return the weights of a Mixture of Experts, the feed-forward part of `layer`."""
+    assert anatomy.rule is not None
+    experts = routed.experts
+    matrix, bias = router_matrix(routed.router, layer.feed_forward_norm, anatomy.rule), bias_of(routed.router)
     found = {"ffn_gate_inp.weight": matrix, "ffn_up_exps.weight": experts.up, "ffn_down_exps.weight": experts.down}
     if experts.gate is not None:
         found["ffn_gate_exps.weight"] = experts.gate
-    if layout.name == "llama":
+    if layout.name != "glm4moe":
         return found
     found["exp_probs_b.bias"] = matrix.new_zeros(len(matrix)) if bias is None else bias
-    if layer.shared is not None:
-        return found | _feed_forward("_shexp", layer.shared.experts)
-    zeros = experts.up.new_zeros(experts.up.shape[1:])  # the architecture always has a shared expert
-    return found | {f"ffn_{part}_shexp.weight": zeros.T if part == "down" else zeros for part in ("gate", "up", "down")}
+    zeros = experts.up.new_zeros(1, *experts.up.shape[1:])  # the architecture always has a shared expert
+    return found | _feed_forward("_shexp", routed.shared or Networks(zeros, zeros, zeros.mT))
 
 
-def _feed_forward(suffix: str, experts: Any) -> Weights:
-    """Return the matrices of a single expert as those of a dense network."""
-    assert isinstance(experts, Experts)
-    assert experts.gate is not None, "glm4moe takes experts of three matrices alone"
-    parts = {"gate": experts.gate, "up": experts.up, "down": experts.down}
-    return {f"ffn_{part}{suffix}.weight": weight[0] for part, weight in parts.items()}
+def _feed_forward(suffix: str, network: Networks) -> Weights:
+    """Return the matrices of a single network."""
+    assert network.gate is not None, "glm4moe takes experts of three matrices alone"
+    return {f"ffn_{part}{suffix}.weight": getattr(network, part)[0] for part in Networks._fields}
 
 
 def _vocabulary(tokenizer: PreTrainedTokenizerFast, size: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moe.checks import ConfigError, require
-from moe.config import imported
+from moe.config import dense_checkpoint, imported
 from moe.foreign.rules import Rule, bias_of, matrix_of, rule_of
 from moe.model.blocks import find_blocks
 from moe.model.causal_lm import MoEForCausalLM
@@ -14,20 +14,24 @@ from moe.model.imported import ImportedModel
 from moe.routers.imported import Imported
 
 
-def restore(model: MoEForCausalLM, target: str = "auto") -> PreTrainedModel:
+def is_own(model: MoEForCausalLM, target: str) -> bool:
+    """Return whether `target` asks for the architecture from which the model was imported."""
+    source = model.config.imported
+    if source is None or source["model_type"] in dense_checkpoint.KINDS:
+        return False
+    return target in ("auto", source["model_type"])
+
+
+def restore(model: MoEForCausalLM) -> PreTrainedModel:
     """Return an imported model as a model of its own architecture, in evaluation mode.
 
-    target: the name of that architecture, or `auto`. A router of ours that took the place of the model's own one gives
-    its matrix and bias. The keys of the configuration for k, for weights that sum to 1, for their factor and for groups
-    become those of that router.
+    A router of ours that took the place of the model's own one gives its matrix and bias. The keys of the configuration
+    for k, for weights that sum to 1, for their factor and for groups become those of that router.
 
-    Raises ConfigError for another architecture, and for a router that has no such rule.
+    Raises ConfigError for a router that has no such rule.
     """
     source = imported.parse(model.config.imported or {}, "config.json.imported")
     kind = source.model_type
-    if imported.is_dense(source):
-        raise ConfigError(f"--to {target}: a {kind} with experts is no architecture of transformers")
-    require(target in ("auto", kind), "--to", target, f"{kind} or auto, because the model was imported from a {kind}")
     own = isinstance(model.moe_layers[0].router, Imported)
     if not own:
         _follow(source, _rule(model, kind))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from exported_models import make
+from exported_models import make, upcycle
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,6 +19,7 @@ from moe.checks import ConfigError
 from moe.config.options import CONF
 from moe.config.schema import Cell
 from moe.data.tokenizer import train_bpe
+from moe.foreign.anatomy import anatomy_of
 from moe.foreign.export import compare, expressing, to_transformers
 from moe.foreign.export_command import main
 from moe.foreign.targets import TARGETS
@@ -54,7 +55,7 @@ def test_the_targets_that_express_a_model_are_known_and_the_first_has_its_logits
     router: str, changes: dict[str, Any], targets: set[str]
 ) -> None:
     model = make(router, **changes)
-    found = [target.name for target in expressing(model, list(TARGETS.values()))]
+    found = [target.name for target in expressing(anatomy_of(model, to="auto"), list(TARGETS.values()))]
     assert set(found) == targets
     if targets:
         exported = to_transformers(model, "auto")
@@ -79,14 +80,14 @@ def test_a_target_that_others_precede_has_the_logits_of_what_it_expresses_too(ta
             "biased",
             {"expert": "silu"},
             "glm4_moe",
-            r"--to glm4_moe: model.expert=silu: the experts of the target have three .*",
+            r"--to glm4_moe: model.expert=silu: its experts are of the form model.expert=swiglu or geglu",
         ),
         (
             "biased",
             {"expert": "silu"},
             "auto",
             r"--to auto: router=SigmoidBias\(k=3\): its rule \(.*\) is that of glm4_moe, deepseek_v3, but"
-            r" model.expert=silu: the experts of the target have three matrices \(model.expert=swiglu\);"
+            r" model.expert=silu: its experts are of the form model.expert=swiglu or geglu;"
             r" with the nearest rule, gpt_oss with .*",
         ),
         ("topk", DEEP, "mixtral", r"--to mixtral: model.first_k_dense_replace=1: all its layers have experts; .*"),
@@ -172,12 +173,17 @@ def test_plain_transformers_loads_each_target_with_the_same_logits_and_generates
     """A process that does not have this project reads two texts, of which one is padded on the left, with a cache."""
     models = {target: make(router, **changes) for router, changes, targets in EXPRESSED for target in targets}
     assert models.keys() == TARGETS.keys()
+    parents = {"qwen3_moe": "qwen3", "qwen2_moe": "qwen2 with a window", "mixtral": "mistral with a window"}
+    given = [(target, target, model) for target, model in models.items()]
+    given += [(parent, target, upcycle(parent, "topk")) for target, parent in parents.items()]
+    given.append(("gemma", "granitemoe", upcycle("gemma", "topk")))
+    models = {name: model for name, _, model in given}
     folders = tmp_path / "exported"
     folders.mkdir()
-    for target, model in models.items():
-        model.save_pretrained(tmp_path / f"saved-{target}")
-        assert main([str(tmp_path / f"saved-{target}"), "--to", target, "--out", str(folders / target)]) == 0
-        assert json.loads((folders / target / "config.json").read_text())["model_type"] == target
+    for name, target, model in given:
+        model.save_pretrained(tmp_path / f"saved-{name}")
+        assert main([str(tmp_path / f"saved-{name}"), "--to", target, "--out", str(folders / name)]) == 0
+        assert json.loads((folders / name / "config.json").read_text())["model_type"] == target
     ids = torch.randint(1, 300, (2, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
@@ -186,12 +192,12 @@ def test_plain_transformers_loads_each_target_with_the_same_logits_and_generates
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for target, (logits, generated) in torch.load(tmp_path / "results").items():
-        model = models[target]
+    for name, (logits, generated) in torch.load(tmp_path / "results").items():
+        model = models[name]
         expected = model(ids, attention_mask=mask).logits[mask.bool()]
-        torch.testing.assert_close(logits[mask.bool()], expected, rtol=1e-4, atol=1e-4, msg=target)
+        torch.testing.assert_close(logits[mask.bool()], expected, rtol=1e-4, atol=1e-4, msg=name)
         same = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
-        assert torch.equal(generated, same), target
+        assert torch.equal(generated, same), name
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,8 @@ def test_another_k_and_other_weights_become_keys_of_the_configuration() -> None:
         ({"_target_": "moe.routers.cosine.CosineRouter", "k": 2}, "auto", "no rule of transformers"),
         ({"_target_": "moe.routers.topk.TopK", "gate": "softmax_all"}, "auto", "mixtral does not follow its rule"),
         ({"_target_": "moe.routers.sigmoid_bias.SigmoidBias"}, "auto", "mixtral does not follow its rule"),
-        (None, "qwen3_moe", "--to=qwen3_moe: must be mixtral or auto"),
+        (None, "qwen3_moe", "--to qwen3_moe: its router is the code of mixtral; import it with one of ours"),
+        (None, "mixtrel", "--to=mixtrel: must be one of auto, mixtral, .*; nearest: mixtral"),
     ],
 )
 def test_what_the_architecture_does_not_express_is_refused(

@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from exported_models import make
+from architectures import around, router_of, tiny
+from exported_models import make, upcycle
+from gguf import GGUFReader
 from llama_server import serve
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from moe.config.schema import Cell
 from moe.data.tokenizer import train_bpe
+from moe.foreign.anatomy import anatomy_of
 from moe.foreign.export import expressing, to_transformers
 from moe.foreign.export_command import main
 from moe.foreign.targets import TARGETS
@@ -43,7 +46,7 @@ def greedy(model: MoEForCausalLM, ids: list[int], banned: list[int]) -> tuple[li
 
     A model that no architecture of transformers expresses is run as it is.
     """
-    plain: Any = to_transformers(model) if expressing(model, list(TARGETS.values())) else model
+    plain: Any = to_transformers(model) if expressing(anatomy_of(model, to="auto"), list(TARGETS.values())) else model
     options = {"max_new_tokens": TOKENS, "do_sample": False, "suppress_tokens": banned, "use_cache": True}
     inputs = torch.tensor([ids])
     found = plain.generate(
@@ -91,13 +94,55 @@ def test_the_server_gives_the_same_greedy_tokens_and_probabilities(
     router: str, changes: dict[str, Any], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     """For each kind of router that the format expresses, and each part that a model can have beside it."""
-    model = make(router, vocab_size=len(tokenizer), **changes)
-    model.save_pretrained(tmp_path / "saved")
-    tokenizer.save_pretrained(tmp_path / "saved")
-    assert main([str(tmp_path / "saved"), "--to", "gguf", "--out", str(tmp_path / "out")]) == 0
-    check_completion(
-        model, tmp_path / "out" / "model.gguf", tokenizer("for x in words")["input_ids"], unwanted(tokenizer)
-    )
+    check_export(make(router, vocab_size=len(tokenizer), **changes), tokenizer, tmp_path)
+
+
+def check_export(model: MoEForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> str:
+    """Compare what the server and transformers append to a text. Return the architecture of the file."""
+    model.save_pretrained(folder / "saved")
+    tokenizer.save_pretrained(folder / "saved")
+    assert main([str(folder / "saved"), "--to", "gguf", "--out", str(folder / "out")]) == 0
+    file = folder / "out" / "model.gguf"
+    check_completion(model, file, tokenizer("for x in words")["input_ids"], unwanted(tokenizer))
+    return str(GGUFReader(file).fields["general.architecture"].contents())
+
+
+IMPORTED: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_moe": ("qwen3moe", {}),
+    "olmoe": ("olmoe", {"clip_qkv": None, "num_key_value_heads": 4}),
+    "mixtral": ("llama", {"sliding_window": None}),
+}
+
+
+@pytest.mark.parametrize("kind", IMPORTED)
+def test_an_imported_model_is_served_in_its_own_architecture(
+    kind: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    architecture, changes = IMPORTED[kind]
+    source = tiny(kind, vocab_size=len(tokenizer), **changes)
+    assert check_export(around(source, router_of(source)), tokenizer, tmp_path) == architecture
+
+
+@pytest.mark.parametrize(
+    ("parent", "router", "changes", "architecture"),
+    [
+        ("qwen2", "topk", {}, "llama"),
+        ("qwen2", "softmax_all", {}, "glm4moe"),
+        ("qwen3", "topk", {}, "qwen3moe"),
+        ("qwen3", "biased", {"shared_experts": 1, "first_k_dense_replace": 1}, "glm4moe"),
+    ],
+)
+def test_an_upcycled_model_is_served(
+    parent: str,
+    router: str,
+    changes: dict[str, Any],
+    architecture: str,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    """Biases, and norms of queries and keys, are among what its dense parent brings."""
+    model = upcycle(parent, router, vocab_size=len(tokenizer), **changes)
+    assert check_export(model, tokenizer, tmp_path) == architecture
 
 
 @pytest.fixture
