@@ -34,6 +34,11 @@ def main(command: list[str] | None = None) -> int:
     parser.add_argument(
         "--other", metavar="MODEL", help="another checkpoint of the same model, to compare the routing with"
     )
+    parser.add_argument(
+        "--offload",
+        action="store_true",
+        help="keep the experts in files in --out and read them whenever they run: for a model larger than the memory",
+    )
     parser.add_argument("--blocks", type=int, default=32, help="validation blocks to study the experts on (32)")
     parser.add_argument("--samples", type=int, default=64, help="tokens a layer that try other experts (64); 0: none")
     arguments = parser.parse_intermixed_args(command)
@@ -71,6 +76,8 @@ def _observe(arguments: argparse.Namespace) -> tuple[Path, Path]:
     question = f"question={_quoted(f'How does {name} route text, and what do its experts do?')}"
     words = ["model=imported", "steps=0", "save_model=none", f"out={_quoted(str(out / RUNS))}", "logger.mode=disabled"]
     words += [question, *arguments.overrides]
+    if arguments.offload:
+        words.append(f"model.offload={_quoted(str(out))}")
     [run] = api.train(f"model.checkpoint={_quoted(arguments.model)}", *words)
     if arguments.other is not None:
         tokenizer = f"data.tokenizer={_quoted(run.config.data.tokenizer)}"  # the same tokens for both

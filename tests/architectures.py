@@ -114,13 +114,13 @@ def router_of(source: PreTrainedModel) -> dict[str, Any]:
     return spec | {key: yaml.safe_load(value) for key, value in zip(keys, settings, strict=True)}  # type: ignore[no-any-return]
 
 
-def around(source: PreTrainedModel, router: dict[str, Any] | None = None) -> MoEForCausalLM:
-    """Return an imported copy of a model in evaluation mode, with its own router or another one."""
+def around(source: PreTrainedModel, router: dict[str, Any] | None = None, *, copied: bool = True) -> MoEForCausalLM:
+    """Return an imported copy of a model, or the model itself, in evaluation mode: with its own router or another."""
     own = {"_target_": "moe.routers.imported.Imported", "k": imported.number(source.config, imported.PER_TOKEN)}
     sizes = ModelConfig(dim=source.config.hidden_size, heads=4, layers=3, ffn=24, dense_ffn=40)
     sizes.num_experts = imported.number(source.config, imported.EXPERTS)
     config = MoEConfig.around(source.config, sizes, router or own)
-    return MoEForCausalLM(config, causal_lm=copy.deepcopy(source)).eval()
+    return MoEForCausalLM(config, causal_lm=copy.deepcopy(source) if copied else source).eval()
 
 
 def largest_difference(kind: str, *, ours: bool) -> float:

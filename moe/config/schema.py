@@ -35,6 +35,7 @@ FREE_KEYS = (
     "rank_timeout",
     "logger",
     "data.cache",
+    "model.offload",
     "claims",
     "question",
 )
@@ -84,6 +85,7 @@ class ModelConfig:
     upcycle_parents: list[str] = field(default_factory=list)  # more like `dense`, for experts in turn (2403.07816)
     checkpoint: str | None = None  # Mixture of Experts of transformers to import, a folder or hub name
     checkpoint_digest: str | None = None  # digest of that model; filled in automatically; a given one must match
+    offload: str | None = None  # folder for its experts, read whenever they run: if it exceeds the memory; steps=0 only
 
     def check(self) -> None:
         one_of("model.expert", self.expert, ("silu", "swiglu", "geglu"))
@@ -98,6 +100,9 @@ class ModelConfig:
             require(made, f"model.{key}_digest", getattr(self, f"{key}_digest"), f"left out without model.{key}")
         one = self.dense is None or self.checkpoint is None
         require(one, "model.checkpoint", self.checkpoint, "left out with model.dense")
+        if self.offload is not None:
+            require(self.checkpoint is not None, "model.offload", self.offload, "null without model.checkpoint")
+            _check_path("model.offload", self.offload)
         divides = self.dim % self.heads == 0 and (self.dim // self.heads) % 2 == 0
         require(
             divides or self.checkpoint is not None,
@@ -329,6 +334,8 @@ class Config:
             name, digest = self.model.checkpoint, self.model.checkpoint_digest
             imported.check_data(name, digest, tokenizer=self.data.tokenizer, seq_len=self.data.seq_len)
             require(not self.expert_parallel, "expert_parallel", True, "false with model.checkpoint")
+            allowed = "null with steps > 0, because experts on the disk cannot be trained"
+            require(self.model.offload is None or self.steps == 0, "model.offload", self.model.offload, allowed)
         build(self.schedule, "schedule", trusted=True)
         for number, claim in enumerate(self.claims):
             settings = {*vars(self), *flatten(self)}

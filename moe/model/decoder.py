@@ -122,7 +122,7 @@ class MoEModel(RoutedModel):
             if wanted.attentions:
                 attentions.append(weights)
             if output is not None:
-                outputs.append(output)
+                outputs.append(output.without_y())
                 context = context._replace(state=output.routing[-1].state)
         return Seen(self.dropout(self.norm(x)), states, attentions, outputs, cache=attended.cache)
 

@@ -93,7 +93,7 @@ class RoutedExperts(nn.Module):
         x = hidden_states.reshape(*context.ids.shape, hidden_states.shape[-1])
         output = self.layer(x, context)
         if self.running.outputs is not None:
-            self.running.outputs.append(output)
+            self.running.outputs.append(output.without_y())
         return output.y.view_as(hidden_states).to(hidden_states.dtype)
 
     def _given(self, index: Int[Tensor, "N K"], weights: Float[Tensor, "N K"], context: Context) -> Routing:

@@ -33,6 +33,10 @@ class LayerOutput(NamedTuple):
     routing: tuple[Routing, ...]
     load: Int[Tensor, "C E"]
 
+    def without_y(self) -> "LayerOutput":
+        """Return the same with no sequence in y. A model keeps this, and not the hidden states of all layers."""
+        return self._replace(y=self.y.new_empty(0, *self.y.shape[1:]))
+
 
 class _Pass(NamedTuple):
     """What one router of the chain and its experts return for the T routed tokens. Fields as in `LayerOutput`."""

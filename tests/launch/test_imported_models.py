@@ -1,5 +1,6 @@
 """Tests of commands that import a Mixture of Experts: what `model.checkpoint` implies, and what is refused."""
 
+import gc
 import json
 import math
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from moe.config.schema import Cell
 from moe.data.blocks import batch
 from moe.data.labels import IGNORED, next_token
 from moe.launch.command_line import read_cells
+from moe.launch.run import run
 from moe.runs.record import MetricsRecord, RunRecord
 from moe.runs.traces import write_trace
 from moe.training.setup import build_model, prepare_data
@@ -148,13 +150,35 @@ def test_a_run_without_steps_has_the_validation_loss_of_transformers(
     assert len([*(folder / "trace").glob("*.npz")]) == 1
 
 
+def test_a_run_whose_experts_stay_on_the_disk_has_the_same_numbers(
+    words: list[str], mixtral: Path, tmp_path: Path
+) -> None:
+    others = [word for word in words if not word.startswith(("steps", "eval_every", "save_every"))]
+    finals = []
+    for name, offload in (("memory", "null"), ("disk", str(tmp_path / "experts"))):
+        [cell] = read(
+            [*others, f"out={tmp_path / name}", "save_model=none"], mixtral, "steps=0", f"model.offload={offload}"
+        )
+        run(cell)
+        finals.append(MetricsRecord.read(cell.folder / MetricsRecord.FILE).final_metrics)
+        gc.collect()
+    timed = {name for name in finals[0] if name.startswith("time/")}
+    assert len(finals[0]) > 50
+    assert [{k: v for k, v in final.items() if k not in timed} for final in finals] == 2 * [
+        {k: v for k, v in finals[0].items() if k not in timed}
+    ]
+    assert not any((tmp_path / "experts").iterdir())  # the copies are gone with the model
+    with pytest.raises(ConfigError, match=r"model\.offload=x: must be null with steps > 0"):
+        read(words, mixtral, "model.offload=x")
+
+
 @pytest.mark.pages  # half a minute, most of it for the report
 def test_an_observed_model_has_the_tables_and_pages_of_a_run(
     words: list[str], write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, out = write("gpt_oss", num_hidden_layers=1, layer_types=["full_attention"]), tmp_path / "seen"
     data = [word for word in words if word.startswith("data")]
-    more = ["--out", str(out), "--blocks", "4", "--samples", "4", "--other", str(folder)]
+    more = ["--out", str(out), "--blocks", "4", "--samples", "4", "--other", str(folder), "--offload"]
     assert observe.main([str(folder), *data, *more]) == 0, capsys.readouterr().err
     assert "routing/load_cv" in (out / "runs.csv").read_text()
     for name in ("report.html", "tokens.html"):
