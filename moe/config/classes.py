@@ -11,6 +11,8 @@ BASES = {
     "router": "moe.routers.base.Router",
     "schedule": "moe.training.schedules.Schedule",
     "data.source": "moe.data.sources.Source",
+    "adapter": "moe.adapters.base.Adapter",
+    "adapter.router": "moe.routers.base.Router",
 }
 
 

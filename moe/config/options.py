@@ -16,8 +16,14 @@ from moe.checks import ConfigError
 _PLACES = [Path(__file__).resolve().parents[level] / "conf" for level in (1, 2)]
 CONF = next((place for place in _PLACES if (place / "config.yaml").exists()), _PLACES[-1])
 # Nodes of the configuration that name a class, each with its config group. Their other keys are those of the class.
-CLASSES = {"router": "router", "schedule": "schedule", "data.source": "data"}
-GROUPS = ("router", "schedule", "model", "data", "optimizer", "logger", "experiment", "variant")
+CLASSES = {
+    "router": "router",
+    "schedule": "schedule",
+    "data.source": "data",
+    "adapter": "adapter",
+    "adapter.router": "adapter",
+}
+GROUPS = ("router", "schedule", "adapter", "model", "data", "optimizer", "logger", "experiment", "variant")
 
 SEARCH_PATH = "MOE_SEARCH_PATH"  # environment variable: folders that hold router/, experiment/ and so on, as in conf/
 ENTRY_POINTS = "moe.conf"  # group of entry points: an installed package names such a folder in itself, as a package

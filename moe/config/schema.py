@@ -287,6 +287,7 @@ class Config:
     out: str | None = None  # parent of the run folders; null: outputs/, or multirun/ in a sweep
     router: Any = MISSING  # how tokens are sent to experts: a class as router._target_, and its settings
     schedule: Any = MISSING  # how temperature or noise changes: a class as schedule._target_, and its settings
+    adapter: Any = field(default_factory=dict)  # new parameters beside frozen ones: a class as adapter._target_
     model: ModelConfig = field(default_factory=ModelConfig)  # sizes of the model
     data: DataConfig = field(default_factory=DataConfig)  # the text, and how it becomes blocks of tokens
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)  # learning rates and their schedule
@@ -357,6 +358,7 @@ class Config:
         """Raise ConfigError for wrong keys or ranges of the router, and for a schedule or data that do not fit it."""
         router = self.build_router()
         router.check_class()
+        self.check_adapter()
         if getattr(locate(self.data.source["_target_"], "data.source", trusted=True), "conversations", False):
             router.require_documents_apart()
         settings = OFF.keys() | router.setting_keys()
@@ -377,6 +379,18 @@ class Config:
         schedule = build(self.schedule, "schedule", trusted=True)
         for knob, setting in (("temperature", self.temperature), ("noise", self.noise)):
             schedule(knob, setting, 0.0)
+
+    def check_adapter(self) -> None:
+        """Raise ConfigError for wrong keys or ranges of the adapter, and for a model that it does not fit."""
+        if not self.adapter:
+            return
+        adapter, name = build(self.adapter, "adapter", trusted=True), self.adapter["_target_"]
+        allowed = "left out, because no layer of this model is a Mixture of Experts"
+        require(not (self.is_dense and adapter.needs_experts), "adapter._target_", name, allowed)
+        whole = not self.expert_parallel and not ranks.launched_with("FSDP")
+        allowed = "left out, because each rank has a part of each weight (FSDP or expert_parallel)"
+        require(whole or adapter.splits, "adapter._target_", name, allowed)
+        adapter.check(dim=self.model.dim)
 
     def ignored_keys(self) -> frozenset[str]:
         """Return the keys that change nothing in this run.
@@ -450,6 +464,9 @@ class Config:
     def foreign_classes(self) -> dict[str, str]:
         """Return the names of the classes of this run that are not of this project, by the key that names each."""
         specs = {"data.source": self.data.source}
+        inner = self.adapter.get("router") if self.adapter else None
+        specs |= {"adapter": self.adapter} if self.adapter else {}
+        specs |= {"adapter.router": inner} if isinstance(inner, dict) else {}
         specs |= {} if self.is_dense else {"router": self.router, "schedule": self.schedule}
         names = {key: str(spec["_target_"]) for key, spec in specs.items() if "_target_" in spec}
         return {key: name for key, name in names.items() if not name.startswith("moe.")}

@@ -115,11 +115,13 @@ def typed(composed: DictConfig, choices: dict[str, str | None]) -> Config:
     settings = OmegaConf.to_object(config)
     assert isinstance(settings, Config)
     for key, group in CLASSES.items():
-        holder, name = (settings.data, "source") if key == "data.source" else (settings, key)
-        spec, preset = getattr(holder, name), preset_of(key, choices.get(group))
+        place, _, name = key.rpartition(".")
+        holder = vars(settings) if not place else settings.adapter if place == "adapter" else vars(settings.data)
+        spec, preset = holder.get(name), preset_of(key, choices.get(group))
         if preset is not None and isinstance(spec, dict) and spec.get("_target_") != preset.get("_target_"):
             taken = signature(locate(spec.get("_target_"), key, trusted=True)).parameters
             own = {k: v for k, v in spec.items() if k in taken or k == "_target_" or preset.get(k, ...) != v}
-            setattr(holder, name, own)
-            choices[group] = str(spec["_target_"])
+            holder[name] = own
+            if key != "adapter.router":
+                choices[group] = str(spec["_target_"])
     return settings

@@ -68,7 +68,7 @@ def preset_of(key: str, option: str | None) -> dict[str, Any] | None:
     """Return what the yaml of an option says at `key`, which is one of `CLASSES`; None if there is no such option."""
     path = sources(CLASSES[key]).get(str(option))
     content: Any = {} if path is None else OmegaConf.to_container(read_option(path))
-    node: Any = content.get("source") if key == "data.source" else content
+    node: Any = content.get(key.partition(".")[2]) if "." in key else content
     return node if isinstance(node, dict) and "_target_" in node else None
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import cache, lru_cache
 from typing import Any
 
+import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import (
@@ -22,7 +23,7 @@ from hydra.core.override_parser.types import (
 from omegaconf import OmegaConf
 
 from moe.checks import ConfigError, first_line, one_of, require, unknown
-from moe.config.options import CLASSES, GROUPS, options, search_path
+from moe.config.options import CLASSES, GROUPS, options, search_path, sources
 from moe.config.schema import Config, allowed_values
 from moe.launch.hydra_errors import FAULTS, cause_of
 
@@ -36,6 +37,7 @@ SETTABLE = ", ".join(
     f"{k}KEY" if k.endswith(".") else k for k in (*HYDRA_KEYS, "hydra/sweeper/sampler", "hydra.searchpath")
 )
 SWEEPERS = {"hydra/sweeper": ("basic", "optuna"), "hydra/sweeper/sampler": ("tpe", "random")}
+INNER_ROUTER = "adapter.router"  # a router inside of an adapter, which is no config group of its own
 ONE_PER_COMMAND = ("experiment", "out")
 DEFAULTS = ("variant=null",)  # defaults that are no option; Hydra cannot choose them, so they are left out
 KEYWORDS = ("null", "none", "true", "false", "inf", "nan")  # words that Hydra's grammar does not read as text
@@ -102,11 +104,15 @@ def with_added_keys(overrides: list[Override]) -> list[Override]:
     """Return the overrides with the keys of a class that the command names itself marked as added, by "++".
 
     Only the class knows which keys it takes. So `router._target_=a.B router.k=1`, `+router.k=1` and
-    `router={_target_: a.B, k: 1}` all become `router._target_=a.B ++router.k=1`.
+    `router={_target_: a.B, k: 1}` all become `router._target_=a.B ++router.k=1`. In this way, `adapter.router=topk`
+    becomes the class and the settings of router=topk.
     """
     parts: list[Override] = []
     for override in overrides:
         value = None if override.is_sweep_override() else override.value()
+        if override.key_or_group == INNER_ROUTER and isinstance(value, str):
+            one_of(INNER_ROUTER, value, options("router"))
+            value = {**yaml.safe_load(sources("router")[value].read_text(encoding="utf-8"))}
         if override.key_or_group in CLASSES and isinstance(value, dict) and "_target_" in value:
             words = [f"{override.key_or_group}.{name}={_word(each)}" for name, each in value.items()]
             parts += map(parse_override, words)

@@ -58,6 +58,7 @@ class MoEConfig(LlamaConfig):
 
     intermediate_size: the width of one expert.
     router: the router's `_target_` and its settings.
+    adapter: the same of the adapter that the model has. None: it has none.
     imported: the configuration of the transformers model whose MoE blocks run our layers, or of a dense one whose MLPs
         they replace (`moe.model.imported`). Then only its own fields count for the sizes. None: the model is our
         decoder.
@@ -75,6 +76,7 @@ class MoEConfig(LlamaConfig):
         "stats",
         "routing",
         "load",
+        "beside",
         "aux_loss",
         "router_logits",
     ]  # for transformers' Trainer
@@ -91,6 +93,7 @@ class MoEConfig(LlamaConfig):
     router_temperature: float = 1.0
     router_noise: float = 0.0
     router: dict[str, Any] | None = None
+    adapter: dict[str, Any] | None = None
     imported: dict[str, Any] | None = None
     output_router_logits: bool = False
     router_aux_loss_coef: float = 0.0

@@ -16,11 +16,13 @@ from transformers.utils.hub import cached_file
 from transformers.utils.logging import disable_progress_bar
 
 from moe.checks import ConfigError, first_line, require
+from moe.config.classes import build
 from moe.config.options import use
 from moe.data.labels import IGNORED, next_token
 from moe.files import require_files, tensor_shapes
 from moe.model.architecture import MoEConfig
 from moe.model.decoder import MoEModel
+from moe.model.experts import Experts
 from moe.model.imported import ImportedModel
 from moe.model.layer import LayerOutput, MoELayer
 from moe.model.routed import CACHE, MoEPreTrainedModel, RoutedModel
@@ -39,6 +41,8 @@ class MoEOutput(CausalLMOutputWithPast):
     stats: sums for metrics, with a first dimension L. None without MoE layers.
     routing: for each MoE layer the decision of each router of its chain. None without MoE layers.
     load: (L, C, E) the load of each router of the chain of each MoE layer. None without MoE layers.
+    beside: the fields aux, stats, routing and load of the layers that an adapter has put beside the MoE layers. None if
+        there are none.
     """
 
     __no_type_check__ = True  # accelerate builds it from a dict that transformers unpacks
@@ -49,6 +53,7 @@ class MoEOutput(CausalLMOutputWithPast):
     stats: RoutingStats | None = None
     routing: list[tuple[Routing, ...]] | None = None
     load: Tensor | None = None
+    beside: dict[str, Any] | None = None
 
 
 class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
@@ -71,7 +76,22 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         else:
             self.model = ImportedModel(config, trusted=trusted, causal_lm=causal_lm)
             self._tied_weights_keys = {}  # those of the imported model count
+        self.adapter: Any = None
+        self.adapter_names: frozenset[str] = frozenset()
+        if config.adapter is not None:
+            self.attach(build(config.adapter, "adapter", trusted=trusted), config.adapter, trusted=trusted)
         self.post_init()
+
+    def attach(self, adapter: Any, spec: dict[str, Any], *, trusted: bool) -> None:
+        """Add an adapter (`moe.adapters.base.Adapter`), and note the names of its parameters in `adapter_names`.
+
+        spec: its class and its settings. If the adapter stays in saved models, it becomes a part of the configuration.
+        """
+        known = {*self.parameters()}
+        adapter.attach(self, trusted=trusted)
+        self.adapter = adapter
+        self.adapter_names = frozenset(name for name, p in self.named_parameters() if p not in known)
+        self.config.adapter = spec if adapter.stays else None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
@@ -117,7 +137,8 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
 
         None without MoE layers.
         """
-        return self.moe_layers[0].experts.kernel(dtype) if self.moe_layers else None
+        found = [module for layer in self.moe_layers for module in layer.modules() if isinstance(module, Experts)]
+        return found[0].kernel(dtype) if found else None
 
     def forward(
         self,
@@ -241,12 +262,13 @@ def _routing_fields(layers: list[LayerOutput]) -> dict[str, Any]:
     """Return the fields of `MoEOutput` that join the outputs of MoE layers. Empty if there are none."""
     if not layers:
         return {}
+    beside = _routing_fields([layer.beside for layer in layers if layer.beside is not None])
     return {
         "aux": {name: torch.stack([layer.aux[name] for layer in layers]) for name in layers[0].aux},
         "stats": RoutingStats.stack([layer.stats for layer in layers]),
         "routing": [layer.routing for layer in layers],
         "load": torch.stack([layer.load for layer in layers]),
-    }
+    } | ({"beside": beside} if beside else {})
 
 
 # The arguments of `from_pretrained` that say where its files are.

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from moe.model.causal_lm import MoEForCausalLM
+from moe.model.layer import MoELayer
 
 
 class Parameters(NamedTuple):
@@ -29,13 +30,24 @@ def count_parameters(model: MoEForCausalLM) -> Parameters:
     total = sum(p.numel() for p in model.parameters())
     seq_len = model.config.max_position_embeddings
     idle = 0
-    for layer in model.moe_layers:
-        size = sum(p.numel() for p in layer.experts.parameters())
+    for layer in _with_besides(model):
+        size = _routed_size(layer)
         experts = layer.router.num_experts
         mixing = any(router.mixing_flops() for router in layer.router.chain)
         used = experts if mixing else layer.router.experts_per_token(seq_len)
         idle += size - round(size * min(1.0, used / experts))
     return Parameters(total, total - idle)
+
+
+def _routed_size(layer: MoELayer) -> int:
+    """Return the number of parameters of the routed experts of a layer, and of what an adapter has beside each."""
+    beside = [] if layer.beside_experts is None else layer.beside_experts.parameters()
+    return sum(p.numel() for p in (*layer.experts.parameters(), *beside))
+
+
+def _with_besides(model: MoEForCausalLM) -> list[MoELayer]:
+    """Return the MoE layers, and then those that an adapter has put beside them."""
+    return [*model.moe_layers, *(layer.beside for layer in model.moe_layers if isinstance(layer.beside, MoELayer))]
 
 
 def flops_per_token(model: MoEForCausalLM, seq_len: int, *, active: Sequence[float | None] | None = None) -> int:
@@ -46,6 +58,8 @@ def flops_per_token(model: MoEForCausalLM, seq_len: int, *, active: Sequence[flo
       an embedding is free. Routed experts count K/E.
     - 2 * 2 * D * S/2 per layer for attention scores and values, with a causal context of mean length S/2.
     - the mixing of tokens into slots, if the router does that.
+    - the same for adapters. LoRA counts as if B A x were computed from the right; peft adds B A to a stack of experts
+      first, which costs more.
     Norms, softmax and the dispatch of tokens are left out. Training costs three times as much.
 
     active: the metric `routing/active_experts` of each MoE layer, to use as K. Where it is missing or None, K is
@@ -56,8 +70,10 @@ def flops_per_token(model: MoEForCausalLM, seq_len: int, *, active: Sequence[flo
     looked_up = sum(p.numel() for p in model.get_input_embeddings().parameters())
     weights = float(sum(p.numel() for _, p in named if p.ndim > 1) - looked_up)
     mixing = 0
-    for layer, asked in zip(model.moe_layers, active or [None] * len(model.moe_layers), strict=True):
-        size = sum(p.numel() for p in layer.experts.parameters())
+    layers = _with_besides(model)
+    measured = [*(active or [])]
+    for layer, asked in zip(layers, measured + [None] * (len(layers) - len(measured)), strict=True):
+        size = _routed_size(layer)
         router = layer.router
         # in the metrics, a token counts once per router of a chain
         used = router.experts_per_token(seq_len) if asked is None else asked * len(router.chain)

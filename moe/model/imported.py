@@ -29,9 +29,15 @@ from moe.routers.imported import Imported
 from moe.routers.seeding import Initializable
 from moe.routing.decision import Context, Routing
 
-# In the names of the weights of an imported model: experts, what transformers calls them, and routers of ours.
+# In the names of the weights of an imported model: the model of transformers, experts, what transformers calls them, and routers of ours.
+PREFIX = "model.causal_lm."
 OURS, THEIRS, ROUTER = ".experts.layer.experts.module.", ".experts.", ".experts.layer.router."
 CLOSE = 1e-3  # how far a router's weights may be from the probabilities that are tried, relative to the largest
+
+
+def plain_name(name: str) -> str:
+    """Return the name in transformers of a weight of an imported model, or of what peft has put around one."""
+    return name.removeprefix(PREFIX).replace(OURS, THEIRS)
 
 
 @dataclass
@@ -204,7 +210,7 @@ class ImportedModel(RoutedModel):
     def plain_weights(self) -> dict[str, Tensor]:
         """Return the weights by their names in transformers, without those of routers of ours."""
         weights = self.causal_lm.state_dict()
-        return {name.replace(OURS, THEIRS): tensor for name, tensor in weights.items() if ROUTER not in name}
+        return {plain_name(name): tensor for name, tensor in weights.items() if ROUTER not in name}
 
     def get_input_embeddings(self) -> nn.Module:
         return self.causal_lm.get_input_embeddings()

@@ -28,14 +28,15 @@ class ImportedExperts(Experts):
 
     def kernel(self, dtype: torch.dtype) -> str:
         """Return the name of one of our kernels, or `transformers` for the code of that library."""
-        if not _asks_registry(self.module):
+        inner = _inner(self.module)
+        if not _asks_registry(inner):
             return "transformers"
-        matrices = self.module.down_proj
+        matrices = inner.down_proj
         return choose_kernel(matrices.device.type, dtype, local_part(matrices).shape)  # type: ignore[arg-type]
 
     @torch.compiler.disable
     def forward(self, x: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R D"]:
-        if _asks_registry(self.module):
+        if _asks_registry(_inner(self.module)):
             outputs: Tensor = self.module(x, counts=counts)
             return outputs
         if not len(x):
@@ -46,6 +47,13 @@ class ImportedExperts(Experts):
 
     def initialize(self, std: float, names: dict[Tensor, str]) -> None:
         """Do nothing: transformers initializes the module."""
+
+
+def _inner(module: nn.Module) -> nn.Module:
+    """Return the module of transformers inside of what peft has put around it."""
+    while isinstance(inside := getattr(module, "base_layer", None), nn.Module):
+        module = inside
+    return module
 
 
 def _asks_registry(module: nn.Module) -> bool:

@@ -25,6 +25,7 @@ class LayerOutput(NamedTuple):
     stats: sums for metrics, without gradients.
     routing: the decision of each router of the chain.
     load: (C, E) the load of each router of the chain, before drops.
+    beside: the output of the MoE layer beside this one, if an adapter has put one there. `y` contains its `y`.
     """
 
     y: Float[Tensor, "B S D"]
@@ -32,6 +33,7 @@ class LayerOutput(NamedTuple):
     stats: RoutingStats
     routing: tuple[Routing, ...]
     load: Int[Tensor, "C E"]
+    beside: "LayerOutput | None" = None
 
     def without_y(self) -> "LayerOutput":
         """Return the same with no sequence in y. A model keeps this, and not the hidden states of all layers."""
@@ -51,8 +53,10 @@ class _Pass(NamedTuple):
 class MoELayer(nn.Module):
     """MoE layer: y = sum over kept assignments of weight * expert(x), plus the output of the shared experts.
 
-    Every token passes through the shared experts. Routers run in fp32, or in fp64 where the hidden states are fp64.
-    Raises ConfigError if the router's chain is empty or holds something else than routers.
+    Every token passes through the shared experts. An adapter may put a layer `beside` this one, whose output is added
+    too: another MoE layer, or one through which every token passes. And it may put an adapter beside each routed expert
+    (`beside_experts`), whose output is added to that of its expert. Routers run in fp32, or in fp64 where the hidden
+    states are fp64. Raises ConfigError if the router's chain is empty or holds something else than routers.
     """
 
     def __init__(self, router: Router, experts: Experts, shared: nn.Module | None = None) -> None:
@@ -61,6 +65,8 @@ class MoELayer(nn.Module):
         self.router = router
         self.experts = experts
         self.shared = shared
+        self.beside: nn.Module | None = None
+        self.beside_experts: Experts | None = None
 
     def forward(self, x: Float[Tensor, "B S D"], context: Context) -> LayerOutput:
         tokens = context.routed(x.reshape(-1, x.shape[-1]))
@@ -73,9 +79,17 @@ class MoELayer(nn.Module):
         y = fill_places(y, context.place, context.ids.numel()).view_as(x)
         if self.shared is not None:
             y = y + self.shared(x)
+        beside = None
+        if isinstance(self.beside, MoELayer):
+            beside = self.beside(x, context.beside())
+            y = y + beside.y
+        elif self.beside is not None:
+            y = y + self.beside(x)
         aux = {name: torch.stack([p.aux[name] for p in passes]).mean() for name in passes[0].aux}
         stats = functools.reduce(RoutingStats.merge, [p.stats for p in passes])
-        return LayerOutput(y, aux, stats, tuple(p.routing for p in passes), torch.stack([p.load for p in passes]))
+        return LayerOutput(
+            y, aux, stats, tuple(p.routing for p in passes), torch.stack([p.load for p in passes]), beside
+        )
 
     def _route(
         self, router: Router, x: Float[Tensor, "T D"], context: Context, load: Shaped[Tensor, "E"] | None
@@ -95,7 +109,7 @@ class MoELayer(nn.Module):
             drop=context.drop,
             position=None if slots else position,
         )
-        rows = self.experts(gather(source, dispatched), dispatched.kept)
+        rows = self._run_experts(gather(source, dispatched), dispatched.kept)
         y = combine(rows, dispatched, len(source))
         if routing.slots is not None:
             y = routing.slots.scatter(y)
@@ -121,11 +135,16 @@ class MoELayer(nn.Module):
         )
         return _Pass(y, aux, stats, routing, dispatched.offered)
 
+    def _run_experts(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R D"]:
+        """Return the outputs of the experts, and of what is beside each. See `Experts.forward`."""
+        outputs: Tensor = self.experts(rows, counts)
+        return outputs if self.beside_experts is None else outputs + self.beside_experts(rows, counts)
+
     @torch.no_grad()
     def _compare(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N"]:
         """Return the mean similarity of the outputs of all experts for each of N tokens."""
         experts = self.router.num_experts
-        outputs = self.experts(x.repeat(experts, 1), torch.full((experts,), len(x), device=x.device))
+        outputs = self._run_experts(x.repeat(experts, 1), torch.full((experts,), len(x), device=x.device))
         return mean_cosine(outputs.view(experts, *x.shape))
 
 

@@ -18,7 +18,7 @@ from moe.results.table import ABSENT, DIGESTS, FACTS, PLUGINS, natural
 HEADLINE = tuple(metric.headline for metric in select(shown="headline"))
 ROUTING = tuple(metric.name for metric in select(shown="conditions"))
 STD = "std (ddof=1)"
-FACTOR_GROUPS = ("variant", "router", "schedule", "model", "data", "optimizer")
+FACTOR_GROUPS = ("variant", "router", "schedule", "adapter", "model", "data", "optimizer")
 
 
 def varied_factors(runs: pd.DataFrame) -> list[str]:

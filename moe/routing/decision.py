@@ -67,6 +67,13 @@ class Context(NamedTuple):
     place: Int[Tensor, "T"] | None = None
     given: "Routing | None" = None
 
+    def beside(self) -> "Context":
+        """Return the context of a layer that an adapter has put beside this one.
+
+        It has no capacity limit, and nothing is known of other layers or of earlier micro-batches.
+        """
+        return self._replace(capacity=None, load=None, state=None, orthogonality=False, compared=None, given=None)
+
     def without_padding(self, attention_mask: Tensor) -> "Context":
         """Return the context in which only those tokens are routed for which the mask is not 0. Waits for the device.
 

@@ -18,7 +18,7 @@ from moe.training import parallel
 from moe.training.evaluate import validate
 from moe.training.progress import Progress, text_lines
 from moe.training.recorder import Recorder
-from moe.training.saving import save_milestone, save_model
+from moe.training.saving import save_adapter, save_milestone, save_model
 from moe.training.setup import Training, remarks, set_up, unigram_perplexity
 from moe.training.state import Clock, resume, save_checkpoint
 from moe.training.step import train_step
@@ -79,6 +79,7 @@ def train(
             progress.trained(values)
     if config.save_model != "none":
         save_model(training, folder / "model", config.steps)
+    save_adapter(training, folder / "adapter")
     return facts(training, clock, latest)
 
 

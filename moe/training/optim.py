@@ -208,7 +208,7 @@ def build_optimizers(model: nn.Module, settings: OptimizerConfig) -> list[torch.
     betas = (settings.beta1, settings.beta2)
     adamw = torch.optim.AdamW(groups, betas=betas, fused=True)
     optimizers: list[torch.optim.Optimizer] = [adamw]
-    if settings.muon_lr is not None:
+    if settings.muon_lr is not None and matrices:
         optimizers.insert(
             0, Muon(matrices, lr=settings.muon_lr, momentum=settings.momentum, expert_step=settings.expert_step)
         )
@@ -230,6 +230,12 @@ def roles(model: nn.Module) -> dict[nn.Parameter, Role]:
             found |= {p: module.role(name, p) for name, p in module.named_parameters()}
         elif isinstance(module, nn.Embedding):
             found |= dict.fromkeys(module.parameters(), "other")
+    adapter = getattr(model, "adapter", None)
+    if adapter is not None:
+        inside = {p for module in model.modules() if isinstance(module, Router) for p in module.parameters()}
+        new: Any = model.adapter_names
+        named = {name: p for name, p in model.named_parameters() if name in new and p not in inside}
+        found |= {p: adapter.role(name, p) for name, p in named.items()}
     output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     if output is not None:
         found |= dict.fromkeys(output.parameters(), "other")

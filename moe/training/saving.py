@@ -29,8 +29,31 @@ def save_model(training: Training, target: Path, step: int) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()  # without parents, because save_pretrained would create a deleted run folder again
     describe(training, step)
-    training.model.save_pretrained(temporary, state_dict=weights)
+    model = training.model
+    if model.adapter is not None:
+        model, weights = model.adapter.merged(model, weights)
+    model.save_pretrained(temporary, state_dict=weights)
     training.data.tokenizer.save_pretrained(temporary)
+    apply_umask(temporary)
+    shutil.rmtree(target, ignore_errors=True)
+    os.rename(temporary, target)
+
+
+def save_adapter(training: Training, target: Path) -> None:
+    """Write the adapter of the model, if it has one, to the folder `target`, atomically. All ranks call this together.
+
+    Raises FileNotFoundError as `save_model` does.
+    """
+    model = training.model
+    if model.adapter is None:
+        return
+    weights = full_state_dict(model)
+    if not ranks.is_first():
+        return
+    temporary = target.with_name(f".tmp-{target.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    model.adapter.save(model, weights, temporary)
     apply_umask(temporary)
     shutil.rmtree(target, ignore_errors=True)
     os.rename(temporary, target)

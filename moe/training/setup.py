@@ -19,6 +19,7 @@ from moe.data.labels import IGNORED, next_token
 from moe.model.causal_lm import MoEConfig, MoEForCausalLM, load_model
 from moe.model.cost import reset_peak_memory
 from moe.model.imported_checkpoint import read_checkpoint
+from moe.model.layer import MoELayer
 from moe.model.parts import Parts, parts
 from moe.model.upcycle import upcycle
 from moe.routers.base import Router
@@ -54,6 +55,11 @@ class Training(NamedTuple):
         """The router of each MoE layer."""
         return [layer.router for layer in self.model.moe_layers]
 
+    @property
+    def adapter_routers(self) -> list[Router]:
+        """The router of each MoE layer that an adapter has put beside those of the model."""
+        return [layer.beside.router for layer in self.model.moe_layers if isinstance(layer.beside, MoELayer)]
+
 
 def set_up(config: Config) -> Training:
     """Create all objects that a run trains with, in their state before the first step."""
@@ -67,7 +73,8 @@ def set_up(config: Config) -> Training:
     wrapped = parallel.distribute(model, accelerator, expert_parallel=config.expert_parallel)
     optimizers = build_optimizers(model, config.optimizer)
     scale_learning_rates(config, optimizers, step=0)
-    routers = [layer.router for layer in model.moe_layers]
+    besides = [layer.beside for layer in model.moe_layers if isinstance(layer.beside, MoELayer)]
+    routers = [layer.router for layer in (*model.moe_layers, *besides)]
     learning = [router for router in routers if type(router).before_training is not Router.before_training]
     if learning:  # counting reads the whole training text
         counts = token_counts(data)
@@ -129,6 +136,10 @@ def build_model(config: Config, *, vocab_size: int | None = None) -> MoEForCausa
     else:
         checkpoint = None if config.model.checkpoint is None else read_checkpoint(config.model)
         model = MoEForCausalLM(settings, trusted=True, causal_lm=checkpoint)
+    if config.adapter:
+        model.attach(build(config.adapter, "adapter", trusted=True), config.adapter, trusted=True)
+        for name, p in model.named_parameters():
+            p.requires_grad_(name in model.adapter_names)
     model.model.gradient_checkpointing = config.gradient_checkpointing
     return model
 

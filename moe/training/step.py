@@ -44,7 +44,7 @@ def train_step(training: Training, step: int, *, measure_updates: bool = False) 
     grads = [p.grad for p in training.wrapped.parameters() if p.grad is not None]
     norms: dict[str, Tensor] = dict(gradients.gradient_norms(training.parts))
     norm = norms["grad_norm"] = global_norm(grads)
-    sums = merged_stats(outcomes)
+    sums = merged_stats([outcome.stats for outcome in outcomes])
     values = step_values(outcomes, sums)
     values |= dict(zip(norms, torch.stack([n.to(norm.device) for n in norms.values()]).tolist(), strict=True))
     if not math.isfinite(values["train/loss"] + values["grad_norm"]):
@@ -63,6 +63,10 @@ def train_step(training: Training, step: int, *, measure_updates: bool = False) 
     if sums is not None:
         for index, router in enumerate(training.routers):
             router.after_step(sums.layer(index))
+    beside = merged_stats([outcome.beside for outcome in outcomes])
+    if beside is not None:
+        for index, router in enumerate(training.adapter_routers):
+            router.after_step(beside.layer(index))
     return values | {"learning_rate": learning_rate(optimizers)} | settings
 
 
@@ -78,6 +82,7 @@ def accumulate_gradients(training: Training, step: int, knobs: Knobs) -> tuple[l
     batches = micro_batches(config, training.data, step)
     weights = label_weights(batches)
     router_weights = [router.loss_weights for router in training.routers]
+    beside_weights = [router.loss_weights for router in training.adapter_routers]
     layer_settings: dict[str, Any] = {"capacity": config.capacity, "drop": config.drop}
     layer_settings["orthogonality"] = config.output_orthogonality > 0
     outcomes: list[Outcome] = []
@@ -90,12 +95,13 @@ def accumulate_gradients(training: Training, step: int, knobs: Knobs) -> tuple[l
         # DDP exchanges gradients in the backward pass of the last micro-batch only.
         with nullcontext() if number == micro_numbers[-1] else accelerator.no_sync(training.wrapped):
             output = training.forward(**inputs, **layer_settings, knobs=knobs, load=load)
-            loss = total_loss(config, router_weights, output, weight=weights[number])
+            loss = total_loss(config, router_weights, output, weight=weights[number], beside_weights=beside_weights)
             # The gradient is then the mean over this rank's micro-batches. DDP and FSDP average it over the ranks.
             with nullcontext() if config.compile else repeatable_gradients(accelerator.device):
                 accelerator.backward(loss / len(micro_numbers))
         aux = {name: values.detach() for name, values in (output.aux or {}).items()}
-        outcomes.append(Outcome(output.loss.detach() * weights[number], aux, output.stats))
+        beside = None if output.beside is None else output.beside["stats"]
+        outcomes.append(Outcome(output.loss.detach() * weights[number], aux, output.stats, beside))
         if output.load is not None and number != micro_numbers[-1]:
             [offered] = ranks.all_reduce_sum([output.load])
             load = offered if load is None else load + offered

@@ -20,7 +20,7 @@ def test_every_key_has_a_comment_beside_its_field(key: str) -> None:
 @pytest.mark.parametrize(("node", "option"), [(node, name) for node in CLASSES for name in sources(CLASSES[node])])
 def test_every_setting_of_a_class_that_an_option_names_has_an_entry_in_its_docstring(node: str, option: str) -> None:
     content = OmegaConf.to_container(OmegaConf.load(sources(CLASSES[node])[option]))
-    target = (content["source"] if node == "data.source" else content)["_target_"]
+    target = OmegaConf.select(OmegaConf.create({node.partition(".")[0]: content}), f"{node}._target_")
     for name in meanings.settings(locate(target, node, trusted=True)):
         assert meanings.meaning(f"{node}.{name}", {node: target}), name
 

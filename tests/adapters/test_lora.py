@@ -1,0 +1,111 @@
+"""LoRA by peft on models of ours and of transformers: laws, saved files, and plain peft as the reader of them."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from moe.config.classes import build
+from moe.model.causal_lm import MoEForCausalLM, load_model
+from tests.adapters.models import SPECS, disturb, ids, model
+from tests.architectures import around, tiny
+
+LORA = ("lora", "rslora", "dora")
+KINDS = ("ours", "mixtral", "qwen3_moe", "gpt_oss")
+
+
+def attached(base: MoEForCausalLM, name: str) -> MoEForCausalLM:
+    base.attach(build(SPECS[name], "adapter", trusted=True), SPECS[name], trusted=True)
+    return base.eval()
+
+
+@pytest.mark.parametrize("name", LORA)
+@pytest.mark.parametrize("kind", KINDS)
+def test_before_the_first_step_the_logits_are_those_of_the_base(kind: str, name: str) -> None:
+    base = model(kind)
+    before = base(ids()).logits
+    after = attached(base, name)(ids()).logits
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)  # dora divides rows by their lengths
+    if name == "lora":
+        torch.testing.assert_close(after, before, rtol=0, atol=1e-6)
+    disturb(base)
+    assert not torch.allclose(base(ids()).logits, before, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_new_parameter_gets_a_gradient_and_no_other_needs_one(kind: str) -> None:
+    net = attached(model(kind), "lora").train()
+    for name, p in net.named_parameters():
+        p.requires_grad_(name in net.adapter_names)
+    disturb(net)
+    net(ids(), ids()).loss.backward()
+    got = {name for name, p in net.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert got == net.adapter_names
+
+
+@pytest.mark.parametrize("name", LORA)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_saved_model_has_the_adapter_in_its_weights(kind: str, name: str, tmp_path: Path) -> None:
+    net = attached(model(kind), name)
+    disturb(net)
+    logits = net(ids()).logits
+    merged, weights = net.adapter.merged(net, net.state_dict())
+    merged.save_pretrained(tmp_path, state_dict=weights)
+    loaded = load_model(tmp_path)
+    assert loaded.adapter is None
+    assert loaded.state_dict().keys() == model(kind).state_dict().keys()
+    torch.testing.assert_close(loaded(ids()).logits, logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(net(ids()).logits, logits, rtol=0, atol=0)  # the model in training is as before
+
+
+def test_a_change_of_an_expert_is_the_scaled_product_of_its_own_two_matrices() -> None:
+    net = attached(model("ours"), "rslora")
+    disturb(net)
+    _, weights = net.adapter.merged(net, net.state_dict())
+    state, path = net.state_dict(), "model.layers.1.mlp.experts."
+    nested = [name for name in state if name.startswith(path) and name.endswith("lora_A.default.weight")]
+    for name in nested:
+        wrapper = net.get_submodule(name.removesuffix(".lora_A.default.weight"))
+        stack: Any = wrapper.parameter_name
+        a = state[name].view(4, 3, -1)  # expert, rank, in
+        b = state[name.replace("lora_A", "lora_B")].view(-1, 3, 4)  # out, rank, expert
+        change = torch.stack([b[:, :, e] @ a[e] for e in range(4)]) * 4 / 3**0.5
+        base = dict(model("ours").named_parameters())[path + stack]
+        torch.testing.assert_close(weights[path + stack], base + change, rtol=1e-5, atol=1e-5)
+    assert len(nested) == 3
+
+
+@pytest.mark.parametrize("name", ["lora", "dora"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_plain_peft_loads_base_and_adapter_without_this_package(kind: str, name: str, tmp_path: Path) -> None:
+    source = tiny(kind)
+    source.save_pretrained(tmp_path / "base")
+    net = attached(around(source).eval(), name)
+    disturb(net)
+    (tmp_path / "adapter").mkdir()
+    net.adapter.save(net, net.state_dict(), tmp_path / "adapter")
+    torch.save((ids(), net(ids()).logits.detach()), tmp_path / "expected.pt")
+    script = f"""
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base = AutoModelForCausalLM.from_pretrained(r"{tmp_path / "base"}", dtype=torch.float32)
+ids, expected = torch.load(r"{tmp_path / "expected.pt"}")
+plain = base(ids).logits
+adapted = PeftModel.from_pretrained(base, r"{tmp_path / "adapter"}").eval()
+assert (plain - expected).abs().max() > 1e-2
+found = adapted(ids).logits
+torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+torch.testing.assert_close(adapted.merge_and_unload()(ids).logits, expected, rtol=1e-4, atol=1e-4)
+assert not any(name == "moe" or name.startswith("moe.") for name in sys.modules)
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env={"PATH": ""}, capture_output=True, text=True, timeout=300
+    )
+    assert found.returncode == 0, found.stderr[-2000:]
+    names = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    assert all(key.startswith("base_model.model.model.layers.") for key in names)
