@@ -65,12 +65,12 @@ def configuration_page() -> str:
     """Return docs/configuration.md: every key, and every option with the settings of its class."""
     usual = usual_options()
     text = CONFIGURATION + _keys(usual_values(), {})
-    for group in ("schedule", "model", "data", "optimizer", "logger", "variant", "experiment"):
+    for group in ("schedule", "adapter", "model", "data", "optimizer", "logger", "variant", "experiment"):
         text += f"\n## {group}\n\n"
         text += f"Usually `{group}={usual[group]}`.\n\n" if group in usual else ""
         rows = [[f"`{name}`", _prose(purpose)] for name, purpose in options(group).items()]
         text += _table(["option", "what it is for"], rows)
-        for name in options(group) if group in ("schedule", "data") else ():
+        for name in options(group) if group in ("schedule", "adapter", "data") else ():
             values, targets = option_values(group, name)
             own = {key: value for key, value in values.items() if key.rpartition(".")[0] in targets}
             text += f"\n### {group}={name}\n\n{_keys(own, targets)}" if own else ""

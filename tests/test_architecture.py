@@ -21,7 +21,7 @@ LAYERS = [
     {"distributed", "routing", "data"},
     {"config", "metrics", "routers"},
     {"model", "runs"},
-    {"results", "training"},
+    {"adapters", "results", "training"},
     {"analysis", "launch"},
     {"dashboard", "foreign", "specialization", "testing"},
     {"api", "bench"},

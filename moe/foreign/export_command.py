@@ -16,7 +16,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of the hub and of 
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from moe.checks import one_of, printable
+from moe.checks import one_of, printable, require
 from moe.foreign.export import compare, to_transformers
 from moe.foreign.folder import GGUF, Source, check_new, read_source, write_folder, write_gguf_folder
 from moe.foreign.gguf import require_package
@@ -58,6 +58,8 @@ def main(command: list[str] | None = None) -> int:
 def _export(source: Source, to: str, out: Path) -> str:
     """Write the new folder, and return what was written."""
     model = source.model()
+    kind = (model.config.adapter or {}).get("_target_")
+    require(kind is None, "adapter", kind, "none or LoRA: no architecture of transformers has adapters beside experts")
     if to == "gguf":
         return f"{GGUF}, architecture {write_gguf_folder(model, source, out)}"
     exported = to_transformers(model, to)

@@ -29,7 +29,8 @@ from moe.routers.imported import Imported
 from moe.routers.seeding import Initializable
 from moe.routing.decision import Context, Routing
 
-# In the names of the weights of an imported model: the model of transformers, experts, what transformers calls them, and routers of ours.
+# In the names of the weights of an imported model: the model of transformers, its experts, what transformers calls
+# them, and routers of ours.
 PREFIX = "model.causal_lm."
 OURS, THEIRS, ROUTER = ".experts.layer.experts.module.", ".experts.", ".experts.layer.router."
 CLOSE = 1e-3  # how far a router's weights may be from the probabilities that are tried, relative to the largest
