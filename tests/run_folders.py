@@ -23,7 +23,7 @@ RECORD = {
     "facts": None,
 }
 FACTS = {
-    "parameters": {"total": 1000, "active": 500},
+    "parameters": {"total": 1000, "active": 500, "trainable": 250},
     "flops_per_token": 1000,
     "seconds": 2.0,
     "train_seconds": 1.0,

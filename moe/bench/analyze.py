@@ -130,7 +130,7 @@ def made_up_record(folder: Path, router: str, capacity: float | None, seed: int)
     }
     domains = {name: {"train": {"tokens": 10**6}, "val": {"tokens": 10**5}} for name in ("speech", "docs", "python")}
     facts = RunFacts(
-        parameters=Parameters(total=2 * 10**6, active=10**6),
+        parameters=Parameters(total=2 * 10**6, active=10**6, trainable=10**6),
         flops_per_token=10**6,
         seconds=2.0,
         train_seconds=1.0,

@@ -17,6 +17,7 @@ from moe.config import dense_checkpoint, imported
 from moe.config.claim import ClaimConfig
 from moe.config.classes import build, locate
 from moe.config.plugins import Plugin, plugins
+from moe.config.trainable import ALL, Trainable, normalized
 from moe.data.limits import check_limits, check_train_domains
 from moe.distributed import ranks
 from moe.files import require_files
@@ -273,6 +274,7 @@ class Config:
     capacity: float | None = field(  # places of an expert / its even share of the assignments; null: no limit
         default=None, metadata={"allowed": "a number > 0, or null for no limit"}
     )
+    trainable: str | None = None  # parts and patterns of names that train, joined by +; null: all (docs/finetuning.md)
     drop: str = "position"  # which tokens a full expert keeps: by position | score | random; only position is causal
     eval_every: int = 100  # optimizer steps from one validation to the next
     save_every: int = 100  # optimizer steps from one checkpoint to the next
@@ -295,6 +297,10 @@ class Config:
     question: str = ""  # what the experiment asks, in a sentence; the report begins with it
     claims: list[ClaimConfig] = field(default_factory=list)  # planned claims, which the analysis judges
 
+    def __post_init__(self) -> None:
+        if self.trainable is not None:
+            self.trainable = normalized(self.trainable)
+
     def check(self) -> None:
         """Raise ConfigError, naming the key, its value and what is allowed, for a run that cannot be trained."""
         for key, value in flatten(self).items():
@@ -315,6 +321,7 @@ class Config:
         one_of("save_model", self.save_model, ("none", "last", "all"))
         one_of("precision", self.precision, ("fp32", "bf16"))
         one_of("matmul_precision", self.matmul_precision, ("highest", "high", "medium"))
+        self.trains.check()
         self._check_ranks()
         self.model.check()
         self.data.check()
@@ -402,22 +409,29 @@ class Config:
         """
         muon = self.optimizer.muon_lr is not None
         unused = set(RATES) if muon else {"optimizer.momentum", "optimizer.expert_step"}
+        frozen = self.without_effect()
+        unused |= frozen & DEFAULTED
         if self.is_dense:
             return frozenset((*OFF, *DENSE_IGNORES, *RATES, "optimizer.expert_step", *unused))
         if self.model.num_experts == 1:
             unused.add("optimizer.expert_step")
         router = self.build_router()
-        if not any(p.requires_grad for p in router.parameters()):
+        if not any(p.requires_grad for p in router.parameters()) and self.router["_target_"] != imported.OWN_ROUTER:
             unused.add("optimizer.router_lr")
-        ignored = router.ignored_keys()
+        ignored = router.ignored_keys() | frozen
         if self.capacity is None or "capacity" in ignored:
             ignored |= {"drop"} | router.ignores_without_capacity
         return frozenset(ignored & {*OFF, *(f"router.{name}" for name in self.router)} | unused)
 
+    def without_effect(self) -> frozenset[str]:
+        """Return the keys that change nothing in this run because parameters are frozen (`trainable`)."""
+        return self.trains.without_effect(layers=self.model.layers, dense_layers=self.model.first_k_dense_replace)
+
     def settings_in_effect(self) -> dict[str, Any]:
-        """Return `identity`, with the values to which the router's are equivalent. This imports torch, unless dense."""
+        """Return `identity`, with the values that mean the same as the given ones. This imports torch, unless dense."""
         same = {} if self.is_dense else self.build_router().same_as
-        return self.identity() | {f"router.{name}": value for name, value in same.items()}
+        equivalent = {f"router.{name}": value for name, value in same.items()}
+        return self.identity() | equivalent | {"trainable": str(self.trains)}
 
     def unused_keys(self) -> frozenset[str]:
         """Return the sizes of layers that this model does not have, and what the source of the text does not use.
@@ -477,6 +491,11 @@ class Config:
             if key in keys:
                 what = "is not a class of this project, and its code runs only if you trust it"
                 raise ConfigError(f"{key}._target_={name}: {what}: {way}; see docs/security.md")
+
+    @property
+    def trains(self) -> Trainable:
+        """Which parameters train."""
+        return Trainable.of(ALL if self.trainable is None else self.trainable)
 
     @property
     def is_dense(self) -> bool:

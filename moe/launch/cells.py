@@ -116,7 +116,7 @@ def expand(
     grid = combinations(presets + own)
     varied = {o.key_or_group for o in presets + own if o.is_sweep_override()}
     given = {o.key_or_group for o in presets + own if not is_group(o)}
-    same_keys_apply = not {key.partition(".")[0] for key in varied} & {*GROUPS, "capacity"}
+    same_keys_apply = not {key.partition(".")[0] for key in varied} & {*GROUPS, "capacity", "trainable"}
     cells: list[Cell] = []
     composed: list[DictConfig] = []
     for arguments in grid:  # a cell is checked before the next one is composed, so that a wrong sweep is refused soon
@@ -125,6 +125,7 @@ def expand(
         cell = _cell(composed[-1], arguments, multirun=multirun)
         if not finished(cell):  # the router of a finished run is known to be valid, and this check imports torch
             cell.config.check_router()
+            _check_trainable(cell.config)
             if same_keys_apply and not cells and not in_vain:
                 _refuse_given_in_vain([cell], [_switch_off_ignored(cell)], given, varied)
         cells.append(cell)
@@ -145,6 +146,13 @@ def expand(
     grid_of_runs = grid_of(runs, presets, own, _usual_settings(base, own))
     common = [o for o in own if o.key_or_group in ONE_PER_COMMAND]
     return [cell._replace(grid=grid_of_runs) for cell in runs], ["--multirun", *lines_of([*launch, *common])]
+
+
+def _check_trainable(config: Config) -> None:
+    if config.trainable is not None:
+        from moe.training.setup import check_trainable  # imports torch
+
+        check_trainable(config)
 
 
 def _check_launch(start: Start) -> None:
@@ -356,6 +364,8 @@ def _why_ignored(key: str, cell: Cell) -> str:
     if key in ("drop", "router.after_drops") and cell.config.capacity is None:
         return "nothing is dropped without a capacity limit"
     muon = cell.config.optimizer.muon_lr
+    if key in cell.config.without_effect():
+        return f"with trainable={cell.config.trains} it changes nothing"
     if key in RATES and muon is not None:
         return f"Muon trains these matrices, with optimizer.muon_lr={muon}"
     if key in RATES:

@@ -16,10 +16,12 @@ class Parameters(NamedTuple):
 
     total: all parameters; tied ones count once.
     active: the parameters that process one token, with K/E of the routed experts.
+    trainable: the parameters that training changes, see the key `trainable`.
     """
 
     total: int
     active: int
+    trainable: int
 
 
 def count_parameters(model: MoEForCausalLM) -> Parameters:
@@ -36,7 +38,8 @@ def count_parameters(model: MoEForCausalLM) -> Parameters:
         mixing = any(router.mixing_flops() for router in layer.router.chain)
         used = experts if mixing else layer.router.experts_per_token(seq_len)
         idle += size - round(size * min(1.0, used / experts))
-    return Parameters(total, total - idle)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Parameters(total, total - idle, trainable)
 
 
 def _routed_size(layer: MoELayer) -> int:
@@ -60,7 +63,9 @@ def flops_per_token(model: MoEForCausalLM, seq_len: int, *, active: Sequence[flo
     - the mixing of tokens into slots, if the router does that.
     - the same for adapters. LoRA counts as if B A x were computed from the right; peft adds B A to a stack of experts
       first, which costs more.
-    Norms, softmax and the dispatch of tokens are left out. Training costs three times as much.
+    Norms, softmax and the dispatch of tokens are left out. Training costs three times as much if all parameters train:
+    the backward pass computes a gradient of the inputs and one of the weights of each matrix. For a frozen matrix the
+    latter is saved, and below the first layer that trains the former too, so that three times is then an upper bound.
 
     active: the metric `routing/active_experts` of each MoE layer, to use as K. Where it is missing or None, K is
         `Router.experts_per_token`, which is the intended mean if the number varies.

@@ -128,4 +128,7 @@ class _GroupedLinear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, stack, ends = ctx.saved_tensors
         gradient = gradient.contiguous()
-        return F.grouped_mm(gradient, stack, offs=ends), F.grouped_mm(gradient.mT, x, offs=ends), None
+        wanted = ctx.needs_input_grad  # not of frozen experts, and not of the first layer below which nothing trains
+        of_rows = F.grouped_mm(gradient, stack, offs=ends) if wanted[0] else None
+        of_stack = F.grouped_mm(gradient.mT, x, offs=ends) if wanted[1] else None
+        return of_rows, of_stack, None

@@ -65,16 +65,18 @@ class Pass:
 class RoutedExperts(nn.Module):
     """Our MoE layer, called as the `experts` of an imported block, or as the `mlp` of a layer that was dense.
 
-    number: of the layer, from 0. scores: what the block's router has just returned for all experts. replaced: the
-    weights of that router, if another one has taken its place, until they are adopted.
+    number: of the layer, from 0. gate: the name of the block's router in the block, or None. scores: what that router
+    has just returned for all experts. replaced: its weights, if another one has taken its place, until they are
+    adopted.
     """
 
     running: Pass
 
-    def __init__(self, layer: MoELayer, number: int) -> None:
+    def __init__(self, layer: MoELayer, number: int, gate: str | None = None) -> None:
         super().__init__()
         self.layer = layer
         self.number = number
+        self.gate = gate
         self.scores: Tensor | None = None
         self.replaced: dict[str, Tensor] = {}
 
@@ -146,6 +148,11 @@ def probabilities(
         if torch.allclose(taken / taken.sum(-1, keepdim=True), shares, atol=CLOSE):
             return candidate
     return tried[-2]
+
+
+def plain_name(name: str) -> str:
+    """Return the name that a weight of an imported model has in the model of transformers."""
+    return name.removeprefix(PREFIX).replace(OURS, THEIRS)
 
 
 class ImportedModel(RoutedModel):
@@ -253,7 +260,7 @@ class ImportedModel(RoutedModel):
 
 def _take_place(block: Block, router: Router, number: int) -> RoutedExperts:
     """Let our layer run the experts of a block, with the block's own router or with this one."""
-    routed = RoutedExperts(MoELayer(router, ImportedExperts(block.experts)), number)
+    routed = RoutedExperts(MoELayer(router, ImportedExperts(block.experts)), number, block.gate)
     block.module.experts = routed
     if isinstance(router, Imported):
         if block.gate is not None:

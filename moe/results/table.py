@@ -25,8 +25,8 @@ from moe.runs.record import MetricsRecord, RecordError, RunRecord, SweepRecord
 
 FACTS = (
     *("folder", "experiment", "run", "place", "search", "status", "error", "started", "causal", "commit"),
-    *("seconds", "train_seconds", "peak_memory_gb", "parameters.total", "parameters.active", "flops_per_token"),
-    "ranks.number",
+    *("seconds", "train_seconds", "peak_memory_gb", "parameters.total", "parameters.active", "parameters.trainable"),
+    *("flops_per_token", "ranks.number"),
 )
 PLUGINS = "plugins"  # factors such as plugins.mylab: the start of the digest of a package's code, if a run used it
 DIGESTS = ("data.corpus_sha256", "data.tokenizer_sha256")  # factors: the start of the digests of what a run read
@@ -143,6 +143,7 @@ def _facts(folder: Path, record: RunRecord) -> dict[str, Any]:
             "peak_memory_gb": facts.peak_memory_gb,
             "parameters.total": facts.parameters.total,
             "parameters.active": facts.parameters.active,
+            "parameters.trainable": facts.parameters.trainable,
             "flops_per_token": facts.flops_per_token,
             "ranks.number": facts.ranks.number,
         }

@@ -104,6 +104,7 @@ def _settings(record: RunRecord) -> dict[str, str]:
         "upcycled from": ", ".join(escaped(_last(parent.name)) for parent in model.parents) or "no dense model",
         "imported from": "no other model" if model.checkpoint is None else escaped(_last(model.checkpoint)),
         "parameters": f"{facts.parameters.total:,}, of which a token uses {facts.parameters.active:,}",
+        "trained parameters": f"{facts.parameters.trainable:,}",
         "length of a text": f"{config.data.seq_len} tokens",
         "training": f"{config.steps:,} steps of {tokens:,} tokens, {config.precision}, {facts.device}",
         "seed": str(config.seed),

@@ -16,7 +16,7 @@ from moe.config.schema import Config, Grid
 from moe.files import read_text, write_json
 from moe.runs.measured import Measured, ValidationLoss, check_shapes
 
-FORMAT = 4  # of all these files; raise it whenever a field is added, removed or changes its meaning
+FORMAT = 5  # of all these files; raise it whenever a field is added, removed or changes its meaning
 
 R = TypeVar("R", bound="_Record")
 Status = Literal["running", "interrupted", "failed", "finished"]
@@ -40,10 +40,11 @@ class Machine(NamedTuple):
 
 
 class Parameters(NamedTuple):
-    """Number of parameters: all of them, and those that one token uses."""
+    """Number of parameters: all of them, those that one token uses, and those that training changes."""
 
     total: int
     active: int
+    trainable: int
 
 
 class Ranks(NamedTuple):

@@ -186,7 +186,7 @@ def build_optimizers(model: nn.Module, settings: OptimizerConfig) -> list[torch.
     does not declare otherwise (`Router.role`). AdamW updates the token embedding, the output layer, the gains of norms
     and the rest of the routers, or everything if `muon_lr` is None. It applies weight decay to all of them except to
     parameters that a router declares, or by default treats, as a scale. In AdamW, routers and experts are separate
-    parameter groups, which may have their own learning rates.
+    parameter groups, which may have their own learning rates. Without a matrix that trains there is no Muon.
     """
     role = roles(model)
     trainable = [p for p in model.parameters() if p.requires_grad]

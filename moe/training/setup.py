@@ -20,7 +20,7 @@ from moe.model.causal_lm import MoEConfig, MoEForCausalLM, load_model
 from moe.model.cost import reset_peak_memory
 from moe.model.imported_checkpoint import read_checkpoint
 from moe.model.layer import MoELayer
-from moe.model.parts import Parts, parts
+from moe.model.parts import Parts, freeze, learning_routers, parts
 from moe.model.upcycle import upcycle
 from moe.routers.base import Router
 from moe.training import parallel, process
@@ -37,6 +37,7 @@ class Training(NamedTuple):
         rank it is `model` itself.
     forward: `wrapped`, compiled if the configuration asks for it. A training step calls it.
     parts: the trainable parameters of all routers ("router") and of all experts ("experts"), for norms and updates.
+    learning: the routers, of the model and of its adapter, that learn without a gradient. A frozen one does not.
     """
 
     config: Config
@@ -49,6 +50,7 @@ class Training(NamedTuple):
     forward: Callable[..., Any]
     optimizers: list[torch.optim.Optimizer]
     parts: Parts
+    learning: frozenset[Router]
 
     @property
     def routers(self) -> list[Router]:
@@ -70,15 +72,16 @@ def set_up(config: Config) -> Training:
     data = prepare_data(config)
     schedule = build(config.schedule, "schedule", trusted=True)
     model = build_model(config, vocab_size=len(data.tokenizer))
+    besides = [layer.beside for layer in model.moe_layers if isinstance(layer.beside, MoELayer)]
+    routers = [layer.router for layer in (*model.moe_layers, *besides)]
+    learning = learning_routers(model, routers, str(config.trains))
     wrapped = parallel.distribute(model, accelerator, expert_parallel=config.expert_parallel)
     optimizers = build_optimizers(model, config.optimizer)
     scale_learning_rates(config, optimizers, step=0)
-    besides = [layer.beside for layer in model.moe_layers if isinstance(layer.beside, MoELayer)]
-    routers = [layer.router for layer in (*model.moe_layers, *besides)]
-    learning = [router for router in routers if type(router).before_training is not Router.before_training]
-    if learning:  # counting reads the whole training text
+    counting = [router for router in routers if type(router).before_training is not Router.before_training]
+    if counting:  # reads the whole training text
         counts = token_counts(data)
-        for router in learning:
+        for router in counting:
             router.before_training(counts)
     options: dict[str, Any] = {"fallback_random": True}  # draws the same noise and dropout as without compilation
     forward = torch.compile(wrapped, options=options) if config.compile else wrapped
@@ -93,6 +96,7 @@ def set_up(config: Config) -> Training:
         forward=forward,
         optimizers=optimizers,
         parts=parts(model),
+        learning=learning,
     )
 
 
@@ -127,7 +131,8 @@ def build_model(config: Config, *, vocab_size: int | None = None) -> MoEForCausa
 
     With `model.dense` or `model.checkpoint`, it is made from that checkpoint, which has a vocabulary of its own.
 
-    The weights depend only on the configuration, including its seed, and on the checkpoint.
+    The weights depend only on the configuration, including its seed, and on the checkpoint. Parameters that do not
+    train (key `trainable`) need no gradient.
     """
     torch.manual_seed(config.seed)
     settings = MoEConfig.of(config.model, config.router, vocab_size=vocab_size, seq_len=config.data.seq_len)
@@ -137,11 +142,29 @@ def build_model(config: Config, *, vocab_size: int | None = None) -> MoEForCausa
         checkpoint = None if config.model.checkpoint is None else read_checkpoint(config.model)
         model = MoEForCausalLM(settings, trusted=True, causal_lm=checkpoint)
     if config.adapter:
-        model.attach(build(config.adapter, "adapter", trusted=True), config.adapter, trusted=True)
-        for name, p in model.named_parameters():
-            p.requires_grad_(name in model.adapter_names)
+        attach_adapter(model, config)
+    freeze(model, str(config.trains))
     model.model.gradient_checkpointing = config.gradient_checkpointing
     return model
+
+
+def attach_adapter(model: MoEForCausalLM, config: Config) -> None:
+    """Add the adapter of a configuration. Its library may have frozen parameters, which get their gradients back."""
+    fixed = {p for p in model.parameters() if not p.requires_grad}
+    model.attach(build(config.adapter, "adapter", trusted=True), config.adapter, trusted=True)
+    for p in model.parameters():
+        p.requires_grad_(p not in fixed)
+
+
+def check_trainable(config: Config) -> None:
+    """Raise ConfigError if the key `trainable` does not fit the model, which is made without memory and weights."""
+    if config.trainable is not None:
+        settings = MoEConfig.of(config.model, config.router, vocab_size=config.model.num_experts, seq_len=1)
+        with torch.device("meta"):
+            model = MoEForCausalLM(settings, trusted=True)
+            if config.adapter:
+                attach_adapter(model, config)
+        freeze(model, str(config.trains))
 
 
 def model_of_run(folder: Path, config: Config, *, trusted: bool = False) -> MoEForCausalLM:

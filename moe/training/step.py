@@ -60,13 +60,11 @@ def train_step(training: Training, step: int, *, measure_updates: bool = False) 
         optimizer.zero_grad()
     if measure_updates:
         values |= gradients.relative_updates(training.parts, before)
-    if sums is not None:
-        for index, router in enumerate(training.routers):
-            router.after_step(sums.layer(index))
     beside = merged_stats([outcome.beside for outcome in outcomes])
-    if beside is not None:
-        for index, router in enumerate(training.adapter_routers):
-            router.after_step(beside.layer(index))
+    for routers, seen in ((training.routers, sums), (training.adapter_routers, beside)):
+        for index, router in enumerate(routers if seen is not None else ()):
+            if router in training.learning:
+                router.after_step(seen.layer(index))
     return values | {"learning_rate": learning_rate(optimizers)} | settings
 
 

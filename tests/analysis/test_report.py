@@ -98,7 +98,7 @@ def write_run(
         seconds=2.0,
         train_seconds=1.0,
         peak_memory_gb=None,
-        parameters={"total": 1, "active": 1},
+        parameters={"total": 1, "active": 1, "trainable": 1},
     )
     write_metrics(folder, metrics)
     loss = metrics.get("val/loss", 1.0)

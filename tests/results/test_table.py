@@ -49,7 +49,7 @@ def write_run(
         seconds=100.0,
         train_seconds=90.0,
         peak_memory_gb=None,
-        parameters={"total": 1000, "active": 500},
+        parameters={"total": 1000, "active": 500, "trainable": 250},
     )
     metrics = {
         "val/loss": loss,
@@ -96,6 +96,7 @@ def test_a_row_holds_facts_factors_and_final_metrics(sweep: Path) -> None:
     ]
     assert row["causal"]
     assert row["parameters.active"] == 500
+    assert row["parameters.trainable"] == 250
     assert row["val/loss"] == pytest.approx(2.11), "the last evaluation, not the best"
     assert math.isnan(row["val/loss/prose"])
 

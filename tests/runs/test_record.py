@@ -29,7 +29,7 @@ from moe.runs.record import (
 )
 
 FACTS = RunFacts(
-    parameters=Parameters(total=10, active=5),
+    parameters=Parameters(total=10, active=5, trainable=4),
     flops_per_token=100,
     seconds=2.5,
     train_seconds=2.0,

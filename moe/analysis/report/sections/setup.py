@@ -21,9 +21,12 @@ def setup(inputs: ReportInputs) -> list[tuple[str, str]]:
     facts = [("Runs", f"{len(finished)} of {len(runs)} finished; seeds {seeds}")]
     grids = [name for name in levels(inputs.runs["experiment"]) if ": " in name]
     facts += [("Settings that differ from the experiment's own", literal(name.partition(": ")[2])) for name in grids]
-    total, active = (_range(finished, f"parameters.{part}", _count) for part in ("total", "active"))
+    total, active, trainable = (
+        _range(finished, f"parameters.{part}", _count) for part in ("total", "active", "trainable")
+    )
     if total:
-        facts.append(("Model", f"{total} parameters, {active} of them used by a token"))
+        frozen = "" if trainable == total else f", {trainable} trained"
+        facts.append(("Model", f"{total} parameters, {active} of them used by a token{frozen}"))
     sizes = ["steps", "batch_size", "grad_accum", "data.seq_len"]
     if set(sizes) <= set(runs):
         tokens = runs[sizes].astype(float).prod(axis=1)
