@@ -25,7 +25,6 @@ SOFTMAX: dict[str, bool | str] = {
     **dict.fromkeys(("olmoe", "flex_olmo", "qwen2_moe", "qwen3_moe", "qwen3_next"), "norm_topk_prob"),
 }
 SIGMOID = ("deepseek_v3", "glm4_moe")
-OWN_ROUTER = "moe.routers.imported.Imported"  # the model's own router decides
 
 # Keys of the `model` group that have a value where nobody gives one.
 DEFAULTED = {"expert": "silu", "embed_scale": True, "first_k_dense_replace": 0}
@@ -91,7 +90,7 @@ def router(config: "PretrainedConfig") -> list[str]:
             "top_groups": config.topk_group,
         }
         return ["router=sigmoid_bias", *(f"router.{key}={value}" for key, value in settings.items())]
-    return [f"router={{_target_: {OWN_ROUTER}, k: {k}}}"]
+    return [f"router={{_target_: moe.routers.imported.Imported, k: {k}}}"]
 
 
 def check_data(name: str, revision: str | None, *, tokenizer: str, seq_len: int) -> None:

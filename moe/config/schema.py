@@ -274,7 +274,7 @@ class Config:
     capacity: float | None = field(  # places of an expert / its even share of the assignments; null: no limit
         default=None, metadata={"allowed": "a number > 0, or null for no limit"}
     )
-    trainable: str | None = None  # parts and patterns of names that train, joined by +; null: all (docs/finetuning.md)
+    trainable: str | None = None  # parts and patterns of names that train, joined by +; null: all; see finetuning.md
     drop: str = "position"  # which tokens a full expert keeps: by position | score | random; only position is causal
     eval_every: int = 100  # optimizer steps from one validation to the next
     save_every: int = 100  # optimizer steps from one checkpoint to the next
@@ -416,7 +416,7 @@ class Config:
         if self.model.num_experts == 1:
             unused.add("optimizer.expert_step")
         router = self.build_router()
-        if not any(p.requires_grad for p in router.parameters()) and self.router["_target_"] != imported.OWN_ROUTER:
+        if not any(p.requires_grad for p in router.parameters()) and not router.weights_elsewhere:
             unused.add("optimizer.router_lr")
         ignored = router.ignored_keys() | frozen
         if self.capacity is None or "capacity" in ignored:

@@ -19,6 +19,7 @@ class Imported(Router):
     """
 
     ignores = frozenset(("noise",))
+    weights_elsewhere = True
 
     def __init__(self, dim: int, num_experts: int, *, k: int) -> None:
         super().__init__(dim, num_experts, fixed_k=k)
