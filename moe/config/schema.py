@@ -274,7 +274,7 @@ class Config:
     capacity: float | None = field(  # places of an expert / its even share of the assignments; null: no limit
         default=None, metadata={"allowed": "a number > 0, or null for no limit"}
     )
-    trainable: str | None = None  # parts and patterns of names that train, joined by +; null: all; see finetuning.md
+    trainable: str | None = None  # parts and patterns of names that train, joined by +; null: the adapter, or else all
     drop: str = "position"  # which tokens a full expert keeps: by position | score | random; only position is causal
     eval_every: int = 100  # optimizer steps from one validation to the next
     save_every: int = 100  # optimizer steps from one checkpoint to the next
@@ -495,7 +495,8 @@ class Config:
     @property
     def trains(self) -> Trainable:
         """Which parameters train."""
-        return Trainable.of(ALL if self.trainable is None else self.trainable)
+        default = "adapter" if self.adapter else ALL
+        return Trainable.of(default if self.trainable is None else self.trainable)
 
     @property
     def is_dense(self) -> bool:

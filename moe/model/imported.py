@@ -150,11 +150,6 @@ def probabilities(
     return tried[-2]
 
 
-def plain_name(name: str) -> str:
-    """Return the name that a weight of an imported model has in the model of transformers."""
-    return name.removeprefix(PREFIX).replace(OURS, THEIRS)
-
-
 class ImportedModel(RoutedModel):
     """A causal language model of transformers whose MoE blocks run `MoELayer`, or whose MLPs are replaced by it.
 

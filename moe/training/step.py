@@ -62,8 +62,8 @@ def train_step(training: Training, step: int, *, measure_updates: bool = False) 
         values |= gradients.relative_updates(training.parts, before)
     beside = merged_stats([outcome.beside for outcome in outcomes])
     for routers, seen in ((training.routers, sums), (training.adapter_routers, beside)):
-        for index, router in enumerate(routers if seen is not None else ()):
-            if router in training.learning:
+        for index, router in enumerate(routers):
+            if seen is not None and router in training.learning:
                 router.after_step(seen.layer(index))
     return values | {"learning_rate": learning_rate(optimizers)} | settings
 

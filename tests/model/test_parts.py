@@ -129,4 +129,4 @@ def test_a_router_without_weights_cannot_be_all_that_trains() -> None:
 def test_a_router_learns_without_a_gradient_where_its_buffers_train(text: str, learns: bool) -> None:
     model = ours({"_target_": "moe.routers.sigmoid_bias.SigmoidBias", "k": 2, "rate": 0.1})
     routers = [layer.router for layer in model.moe_layers]
-    assert learning_routers(model, routers, text) == [learns] * 2
+    assert learning_routers(model, routers, text) == frozenset(routers if learns else [])

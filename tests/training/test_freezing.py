@@ -185,6 +185,19 @@ def test_an_imported_model_trains_its_router_alone(words: list[str], own: bool) 
     assert "grad_norm/experts" not in steps[-1]
 
 
+@pytest.mark.parametrize("adapter", ["lora_attention", "lora_experts", "perft_r", "perft_e"])
+def test_an_adapter_trains_alone_or_with_other_parts(cell: Read, adapter: str) -> None:
+    for words, expected in (([], {"adapter"}), (["trainable=adapter+router"], {"adapter", "router"})):
+        training = set_up(cell(f"adapter={adapter}", *words).config)
+        names = training.model.adapter_names
+        assert {part_of(training.model)[p] for p in training.model.parameters() if p.requires_grad} == expected
+        assert {
+            name for name, p in training.model.named_parameters() if part_of(training.model)[p] == "adapter"
+        } == names
+        off, on = (gradients(set_up(cell(f"adapter={adapter}", *words, f"lb={weight}").config)) for weight in (0, 1))
+        assert any(not torch.allclose(off[name], on[name]) for name in on)
+
+
 def test_a_model_that_is_only_evaluated_may_have_frozen_parts(cell: Read) -> None:
     one = cell("trainable=norms", "steps=0")
     run_cell(one)
