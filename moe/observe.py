@@ -88,7 +88,8 @@ def _observe(arguments: argparse.Namespace) -> tuple[Path, Path]:
     print(f"studying the experts of {name}", flush=True)
     process.configure(threads=run.config.threads)
     study(run.folder, blocks_wanted=arguments.blocks, samples=arguments.samples)
-    report = write_report(load_runs([str(run.folder)]), out, ReportOptions({}, {}, ()))
+    runs = load_runs([str(run.folder)]).assign(experiment=name)  # the title of the report
+    report = write_report(runs, out, ReportOptions({}, {}, ()))
     page = run.folder / SpecializationRecord.PAGE
     if page.exists():
         shutil.copyfile(page, out / page.name)

@@ -46,6 +46,13 @@ DEEPSEEK = {
     "n_shared_experts": 1,
 }
 LINEAR = dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 8)
+# Architectures that need no further keys, and those with the keys of DeepSeek.
+PLAIN = (
+    *("afmoe", "aria_text", "cohere2_moe", "exaone_moe", "flint", "granitemoe_swa", "granitemoeshared"),
+    *("hy_v3", "kolibri1", "laguna", "lara_mini", "mellum", "mimo_v2_flash", "minimax_m2", "minimax_m3_vl_text"),
+    *("nemotron_h", "sarvam_moe", "solar_open"),
+)
+LATENT = ("axk1", "axk2", "deepseek_v32", "dots1", "glm4_moe_lite", "glm_moe_dsa", "hy_v4", "sarvam_mla")
 SPECIAL: dict[str, dict[str, Any]] = {
     "mixtral": {"sliding_window": 4},
     "olmoe": {"norm_topk_prob": False, "clip_qkv": 2.0},
@@ -84,6 +91,39 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "glm4_moe": {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1},
     "minimax": {"layer_types": ["linear_attention", "full_attention", "full_attention"], "block_size": 8},
     "hunyuan_v1_moe": {"num_shared_expert": 1},
+    **{kind: {} for kind in PLAIN},
+    **{kind: {**DEEPSEEK, "q_lora_rank": 12} for kind in LATENT},
+    "granitemoehybrid": {
+        "layer_types": ["mamba", "attention", "mamba"],
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_n_groups": 1,
+        "mamba_d_state": 8,
+        "shared_intermediate_size": 20,
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
+    "bailing_hybrid": {
+        **DEEPSEEK,
+        "q_lora_rank": 12,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    },
+    "kimi_linear": {
+        **DEEPSEEK,
+        "linear_attn_config": {
+            "kda_layers": [1, 2],
+            "full_attn_layers": [3],
+            "head_dim": 8,
+            "num_heads": 4,
+            "short_conv_kernel_size": 4,
+        },
+    },
+    "qwen3_5_moe_text": {
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "shared_expert_intermediate_size": 20,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        **LINEAR,
+    },
 }
 # Those that our own routers can express.
 EXPRESSED = (

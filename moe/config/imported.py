@@ -29,6 +29,15 @@ SIGMOID = ("deepseek_v3", "glm4_moe")
 # Keys of the `model` group that have a value where nobody gives one.
 DEFAULTED = {"expert": "silu", "embed_scale": True, "first_k_dense_replace": 0}
 
+# Architectures whose blocks no layer of ours can take the place of.
+UNFIT = {
+    "llama4_text": "the router's scores multiply what the experts read, and every expert runs on every token",
+    "jetmoe": "attention has experts too, and a router decides inside of them",
+    "doge": "each expert is a vector of a table, and no part runs the experts",
+    "longcat_flash": "some of the experts that its router chooses return the token as it is",
+    "deepseek_v4": "the first layers choose experts by a table of token ids",
+}
+
 # Keys of a stranger's config.json that make transformers load code or another format of weights.
 REFUSED = (
     *("auto_map", "quantization_config", "compression_config"),
@@ -106,6 +115,11 @@ def read(name: str, revision: str | None) -> "PretrainedConfig":
     """Return the configuration of a checkpoint, a folder or a name on the hub. Raises ConfigError like `parse`."""
     content = dense_checkpoint.content("model.checkpoint", name, revision)
     config = parse(content, f"config.json of model.checkpoint={name}")
+    where = f"model_type in config.json of model.checkpoint={name}"
+    alone = getattr(config, "text_config", None) is None
+    require(alone, where, config.model_type, "that of a language model alone; this one has parts for other input")
+    reason = UNFIT.get(config.model_type)
+    require(reason is None, where, config.model_type, f"another architecture; in this one, {reason}")
     for names in (EXPERTS, PER_TOKEN, WIDTH):
         number(config, names, of=name)
     return config
@@ -116,7 +130,7 @@ def parse(content: dict[str, Any], where: str) -> "PretrainedConfig":
 
     It may be a stranger's. Raises ConfigError unless it is one of a causal language model, and if it would load code.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PretrainedConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     kind = content.get("model_type")
@@ -125,7 +139,7 @@ def parse(content: dict[str, Any], where: str) -> "PretrainedConfig":
     for key in REFUSED:
         require(content.get(key) in (None, "eager", "sdpa"), f"{key} in {where}", content.get(key), "left out")
     try:
-        config = AutoConfig.for_model(**content)
+        config = AutoConfig.for_model(**PretrainedConfig._decode_special_floats(content))
         config.to_dict()  # which fails for a part of the wrong type
         return config
     except Exception as error:  # whatever a wrong value makes a library raise

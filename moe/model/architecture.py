@@ -193,7 +193,7 @@ class MoEConfig(LlamaConfig):
             max_position_embeddings=imported.longest_text(source) or LONGEST,
             num_experts=model.num_experts,
             embed_scale=False,
-            tie_word_embeddings=bool(source.tie_word_embeddings),
+            tie_word_embeddings=bool(getattr(source, "tie_word_embeddings", False)),
             neftune_noise_alpha=model.neftune_noise_alpha,
             router_temperature=float(router.get("temp", 1.0)),
             router=router,

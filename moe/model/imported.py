@@ -180,6 +180,10 @@ class ImportedModel(RoutedModel):
                 layer.mlp = each
         else:
             blocks = find_blocks(causal_lm)
+            if not blocks:
+                raise ConfigError(
+                    f"model.checkpoint: this {causal_lm.config.model_type} has no block whose experts can run"
+                )
             routers = [build_router(config, trusted=trusted) for _ in blocks]
             routed = [_take_place(*each) for each in zip(blocks, routers, range(len(blocks)), strict=True)]
         self._routed = tuple(routed)  # tuples, because the model has these modules already

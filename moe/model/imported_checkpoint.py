@@ -6,6 +6,7 @@ import ctypes
 import logging
 import shutil
 import tempfile
+import warnings
 import weakref
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ def read_checkpoint(settings: ModelConfig) -> PreTrainedModel:
     if settings.offload is not None:
         places = _places(source)
         experts = _new_folder(Path(settings.offload).expanduser())
+    warnings.filterwarnings("ignore", "The following device_map keys do not match")  # they are those of tensors
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
@@ -92,10 +94,11 @@ def _new_folder(parent: Path) -> str:
 
 
 def _places(source: PretrainedConfig) -> dict[str, str]:
-    """Return where each module of a model has its weights: experts on the disk, everything else in memory.
+    """Return where each tensor of a model lies: experts on the disk, everything else in memory.
 
-    This is a `device_map` of transformers, for modules that have weights or buffers of their own. Raises ConfigError
-    for experts whose weights are those of parts: they would be needed before the part runs that reads them.
+    This is a `device_map` of transformers. Only modules that it names, and no others, load their weights when they run.
+    Raises ConfigError for experts whose weights are those of parts: they would be needed before the part runs that
+    reads them.
     """
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(source))
@@ -104,6 +107,6 @@ def _places(source: PretrainedConfig) -> dict[str, str]:
     require(all(block.experts._parameters for block in blocks), "model.offload", "a folder", allowed)
     experts = [f"{block.name}.experts" for block in blocks]
     inside = tuple(f"{name}." for name in experts)
-    own = [name for name, module in model.named_modules() if module._parameters or module._buffers]
-    others = [name for name in own if name not in experts and not name.startswith(inside)]
+    tensors = [name for name, _ in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]]
+    others = [name for name in tensors if not name.startswith(inside)]
     return dict.fromkeys(others, "cpu") | dict.fromkeys(experts, "disk")

@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,7 @@ def test_an_observed_model_has_the_tables_and_pages_of_a_run(
     assert "routing/load_cv" in (out / "runs.csv").read_text()
     for name in ("report.html", "tokens.html"):
         assert (out / name).stat().st_size > 10_000
+    assert re.search(rf"<title>[^<]*{folder.name}", (out / "report.html").read_text())
     [found] = out.glob("runs/*/*/specialization.json")
     measured = json.loads(found.read_text())["measured"]
     assert [row["k"] for row in measured["loss_by_k"]] == [1, 2, 3, 4, 5]

@@ -247,6 +247,28 @@ def test_the_page_about_foreign_models_has_the_table_of_all_architectures() -> N
     assert rows == {kind: "yes" if kind in EXPRESSED else "no" for kind in SPECIAL}
 
 
+def test_a_model_without_blocks_of_the_known_form_is_refused_in_one_line() -> None:
+    with pytest.raises(ConfigError, match="this deepseek_v3 has no block whose experts can run"):
+        around(tiny("deepseek_v3", first_k_dense_replace=3))
+
+
+@pytest.mark.parametrize("kind", sorted(imported.UNFIT))
+def test_an_architecture_that_does_not_fit_is_refused_with_the_reason(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(ConfigError, match=re.escape(imported.UNFIT[kind])) as caught:
+        imported.read(str(tmp_path), None)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("kind", "message"), [("llama4", "a language model alone"), ("switch_transformers", "causal")])
+def test_a_model_that_reads_something_else_than_text_before_it_is_refused(
+    kind: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(ConfigError, match=message):
+        imported.read(str(tmp_path), None)
+
+
 @pytest.mark.parametrize("changes", [{"hidden_act": "os.system"}, {"rope_parameters": {"rope_type": "evil"}}], ids=str)
 def test_a_config_json_that_describes_no_model_is_refused_in_one_line(changes: dict[str, Any]) -> None:
     source = tiny("mixtral")
