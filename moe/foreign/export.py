@@ -70,8 +70,7 @@ def to_transformers(model: MoEForCausalLM, target: str = "auto") -> PreTrainedMo
 
 def _rewritten(model: MoEForCausalLM, target: str) -> PreTrainedModel:
     """Return a model in the form of the target, in fp32."""
-    kind = (model.config.imported or {}).get("model_type")
-    one_of("--to", target, dict.fromkeys(("auto", *([kind] if kind else []), *TARGETS)))
+    one_of("--to", target, ("auto", *TARGETS))
     anatomy = anatomy_of(model, to=target)
     chosen = choose(model, anatomy, list(TARGETS.values()) if target == "auto" else [TARGETS[target]], to=target)
     scale = residual_scale(anatomy, chosen)

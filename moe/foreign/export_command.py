@@ -14,11 +14,9 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of the hub and of transformers
 
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
 from moe.checks import one_of, printable, require
 from moe.foreign.export import compare, to_transformers
-from moe.foreign.folder import GGUF, Source, check_new, read_source, write_folder, write_gguf_folder
+from moe.foreign.folder import GGUF, Source, check_new, check_shards, read_source, write_folder, write_gguf_folder
 from moe.foreign.gguf import require_package
 from moe.foreign.targets import TARGETS
 
@@ -30,16 +28,19 @@ def main(command: list[str] | None = None) -> int:
     parser.add_argument("model", type=Path, help="folder of a run or of a saved model")
     parser.add_argument("--to", default="auto", help=f"{', '.join(WAYS)} (auto)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder to write")
+    shards = "largest size of one file of weights, such as 5GB; otherwise as transformers cuts them"
+    parser.add_argument("--max-shard-size", metavar="SIZE", help=shards)
     arguments = parser.parse_args(command)
     try:
-        if arguments.to not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:  # an imported model may be of any architecture
-            one_of("--to", arguments.to, WAYS)
+        check_shards(arguments.max_shard_size, arguments.to)
         if arguments.to == "gguf":
             require_package()
         check_new(arguments.out)
         source = read_source(arguments.model)
+        check_new(arguments.out, source.run or source.folder)
+        one_of("--to", arguments.to, dict.fromkeys((*WAYS, source.imported_from or "auto")))
         capacity = None if source.record is None else source.record.typed_config().capacity
-        done = _export(source, arguments.to, arguments.out)
+        done = _export(source, arguments.to, arguments.out, arguments.max_shard_size)
     except (ValueError, OSError) as error:
         print(f"moe export: {printable(str(error))}", file=sys.stderr)
         return 2
@@ -55,7 +56,7 @@ def main(command: list[str] | None = None) -> int:
     return 0
 
 
-def _export(source: Source, to: str, out: Path) -> str:
+def _export(source: Source, to: str, out: Path, shards: str | None) -> str:
     """Write the new folder, and return what was written."""
     model = source.model()
     kind = (model.config.adapter or {}).get("_target_")
@@ -64,7 +65,7 @@ def _export(source: Source, to: str, out: Path) -> str:
         return f"{GGUF}, architecture {write_gguf_folder(model, source, out)}"
     exported = to_transformers(model, to)
     difference = compare(model, exported)
-    write_folder(exported, source, out, difference=difference)
+    write_folder(exported, source, out, difference=difference, shards=shards)
     return f"{exported.config.model_type}, logits differ by up to {difference}"
 
 

@@ -1,20 +1,24 @@
 """Write an exported model to a folder that is complete by itself: weights, tokenizer, generation settings and card."""
 
+import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.logging import disable_progress_bar
 
 from moe.checks import ConfigError, escaped, require
 from moe.data.tokenizer import pretrained_tokenizer
-from moe.files import apply_umask, sha256, write_text
+from moe.files import apply_umask, read_text, sha256, write_text
 from moe.foreign.export import Difference
 from moe.foreign.gguf import write_gguf
+from moe.model.architecture import MoEConfig
 from moe.model.causal_lm import MoEForCausalLM, load_model
 from moe.runs.record import MetricsRecord, RunRecord
 
@@ -49,7 +53,8 @@ class Source(NamedTuple):
     """A saved model that is exported.
 
     folder: that of the saved model. run: the folder of the run that saved it after its last step, or None. record,
-    val_loss: those of that run. tokenizer: None if the folder has none.
+    val_loss: those of that run. tokenizer: None if the folder has none. imported_from: the architecture from which the
+    model was imported, or None.
     """
 
     folder: Path
@@ -57,16 +62,21 @@ class Source(NamedTuple):
     record: RunRecord | None
     val_loss: float | None
     tokenizer: PreTrainedTokenizerFast | None
+    imported_from: str | None
 
     def model(self) -> MoEForCausalLM:
-        """Return the model. Raises ValueError if it cannot be read, or if its router is no class of this project."""
-        return load_model(self.folder)
+        """Return the model. Raises ValueError if it cannot be read, or if a weight is not finite."""
+        model = load_model(self.folder)
+        for name, weight in model.state_dict().items():
+            if not bool(weight.isfinite().all()):
+                raise ConfigError(f"{self.folder}: {name} has numbers that are not finite")
+        return model
 
 
 def read_source(path: Path) -> Source:
     """Return what is known about the run folder or the saved model at `path`. Raises ValueError with one line."""
     if not path.is_dir():
-        raise ConfigError(f"no folder {path}")
+        raise ConfigError(f"{path}: is a file, not a folder" if path.exists() else f"no folder {path}")
     here = path.absolute()
     around = here.parent if here.name == "model" else None  # that of a milestone says nothing about its model
     run = next((each for each in (path, around) if each and (each / RunRecord.FILE).is_file()), None)
@@ -76,23 +86,53 @@ def read_source(path: Path) -> Source:
         record = RunRecord.read(run / RunRecord.FILE)
         if not folder.is_dir():
             saving = record.config.get("save_model")
-            raise ConfigError(f"{run}: this run has no saved model; it is {record.status}, with save_model={saving}")
+            reason = f"it is {record.status}, with save_model={saving}"
+            advice = "" if record.status == "finished" else "; the command that trained it finishes it"
+            raise ConfigError(f"{run}: this run has no saved model; {reason}{advice}")
         if record.status == "finished":
             val_loss = MetricsRecord.read(run / MetricsRecord.FILE).scalars()["val/loss"]
-    elif not (folder / "config.json").is_file():
-        raise ConfigError(
-            f"{folder}: is neither the folder of a run nor a saved model: it has no run.json, no config.json"
-        )
+    content = _saved_config(folder, path)
     has_tokenizer = (folder / "tokenizer.json").is_file()
     tokenizer = pretrained_tokenizer(str(folder.resolve())) if has_tokenizer else None
-    return Source(folder, run, record, val_loss, tokenizer)
+    return Source(folder, run, record, val_loss, tokenizer, (content.get("imported") or {}).get("model_type"))
 
 
-def check_new(out: Path) -> None:
-    """Raise ConfigError unless a new folder or file can be made at `out`. Nothing is ever overwritten."""
+def _saved_config(folder: Path, given: Path) -> dict[str, Any]:
+    """Return the content of config.json of a saved model. Raises ConfigError if it is none, or cannot be exported.
+
+    given: the folder that the user named.
+    """
+    if not (folder / "config.json").is_file():
+        if folder != given:
+            raise ConfigError(f"{folder}: has no config.json, so it is no saved model")
+        runs = (each.parent for depth in ("*", "*/*", "*/*/*") for each in sorted(given.glob(f"{depth}/run.json")))
+        first = next(runs, None)
+        below = "" if first is None else f"; it has runs, such as {first}: name one of them"
+        raise ConfigError(f"{given}: is neither the folder of a run nor a saved model{below}")
+    content = json.loads(read_text(folder / "config.json"))
+    kind = content.get("model_type") if isinstance(content, dict) else None
+    if kind != MoEConfig.model_type and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ConfigError(
+            f"{folder}: is a {kind} of transformers, and no model of this project; "
+            f"train.py model=imported model.checkpoint={folder} steps=0 makes a run of it"
+        )
+    require(kind == MoEConfig.model_type, f"model_type in config.json of {folder}", kind, MoEConfig.model_type)
+    router = (content.get("router") or {}).get("_target_", "moe.")
+    if not str(router).startswith("moe."):
+        raise ConfigError(f"{folder}: router._target_={router}: what a router outside of this project does is unknown")
+    return cast(dict[str, Any], content)
+
+
+def check_new(out: Path, source: Path | None = None) -> None:
+    """Raise ConfigError unless a new folder or file can be made at `out`, outside of the folder `source`.
+
+    Nothing is ever overwritten.
+    """
     require(not os.path.lexists(out), "--out", str(out), "a new name; this one exists, and nothing is overwritten")
     parent = out.absolute().parent
     require(parent.is_dir(), "--out", str(out), f"in a folder that exists; {parent} does not")
+    inside = source is not None and out.resolve().is_relative_to(source.resolve())
+    require(not inside, "--out", str(out), f"outside of {source}, because a run has the files of its training alone")
 
 
 @contextmanager
@@ -111,12 +151,27 @@ def complete(out: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_folder(exported: PreTrainedModel, source: Source, out: Path, *, difference: Difference) -> None:
-    """Write the model as its architecture writes it, with the tokenizer and the card of `source`."""
+def check_shards(size: str | None, to: str) -> None:
+    """Raise ConfigError for a size of files of weights that is no number of bytes, or if there is one file alone."""
+    if size is None:
+        return
+    require(to != "gguf", "--max-shard-size", size, "left out with --to gguf, which is one file")
+    known = re.fullmatch(r"\d*[1-9]\d*([KMGT]I?B)?", size.upper())
+    require(known is not None, "--max-shard-size", size, "a number of bytes, or one with KB, MB, GB or TB, such as 5GB")
+
+
+def write_folder(
+    exported: PreTrainedModel, source: Source, out: Path, *, difference: Difference, shards: str | None = None
+) -> None:
+    """Write the model as its architecture writes it, with the tokenizer and the card of `source`.
+
+    shards: the largest size of one file of weights, such as 5GB.
+    """
     disable_progress_bar()  # transformers would show one while it writes a single small file
     name = exported.config.model_type
     with complete(out) as folder:
-        exported.save_pretrained(folder)
+        options: dict[str, Any] = {} if shards is None else {"max_shard_size": shards}
+        exported.save_pretrained(folder, **options)
         if source.tokenizer is not None:
             source.tokenizer.save_pretrained(folder)
         remarks = (*_equality(difference), *NOTES.get(name, ()))

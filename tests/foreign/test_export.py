@@ -13,7 +13,8 @@ import pytest
 import torch
 from exported_models import make, upcycle
 from huggingface_hub import ModelCard
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from run_folders import write_record
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
 from moe.checks import ConfigError
 from moe.config.options import CONF
@@ -241,16 +242,45 @@ def test_the_model_of_a_run_is_exported_with_tokenizer_generation_settings_and_c
     assert before == {path: path.read_bytes() for path in out.iterdir()}
 
 
+def test_weights_are_cut_into_files_of_the_wanted_size(saved: Path, tmp_path: Path) -> None:
+    """A single tensor may be larger than a file should be."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert main([str(saved), "--out", str(whole)]) == 0
+    assert main([str(saved), "--out", str(cut), "--max-shard-size", "20KB"]) == 0
+    files = sorted(cut.glob("*.safetensors"))
+    assert len(files) > 3
+    assert sum(file.stat().st_size > 20_000 + 5_000 for file in files) == 2  # embedding and output; 5 kB for headers
+    a, b = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (whole, cut))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ("nowhere --out new", "no folder nowhere"),
-        (". --out new", ".: is neither the folder of a run nor a saved model: it has no run.json, no config.json"),
+        ("empty --out new", "empty: is neither the folder of a run nor a saved model"),
+        (". --out new", r"\.: is neither .* a saved model; it has runs, such as sweep/cell: name one of them"),
+        ("torn/config.json --out new", "torn/config.json: is a file, not a folder"),
+        (
+            "sweep/cell --out new",
+            "sweep/cell: this run has no saved model; it is interrupted, with .*",
+        ),
+        ("plain --out new", "plain: is a mixtral of transformers, .*; train.py model=imported .* makes a run of it"),
+        ("unknown --out new", "model_type in config.json of unknown=null: must be moe_routing"),
+        ("nan --out new", "nan: model.norm.weight has numbers that are not finite"),
+        ("nan --to gguf --out new", "nan: model.norm.weight has numbers that are not finite"),
+        ("{saved} --out {saved}/new", "--out=.*/new: must be outside of .*, because a run has the files of its .*"),
+        ("{saved} --out torn", "--out=torn: must be a new name; this one exists, and nothing is overwritten"),
+        ("{saved} --out new --max-shard-size 0", "--max-shard-size=0: must be a number of bytes, .* such as 5GB"),
+        ("{saved} --out new --max-shard-size 5XB", "--max-shard-size=5XB: must be a number of bytes, .* such as 5GB"),
+        ("{saved} --to gguf --out new --max-shard-size 5GB", "--max-shard-size=5GB: must be left out with --to gguf.*"),
+        ("{saved} --to jamba --out new", "--to=jamba: must be one of auto, mixtral, .*, gguf"),
         ("{saved} --to mixtrel --out new", "--to=mixtrel: must be one of auto, .*; nearest: mixtral"),
         ("{saved} --out below/new", "--out=below/new: must be in a folder that exists; .*/below does not"),
         ("{saved} --to glm4_moe --out new", "--to glm4_moe: router=TopK.*; --to mixtral expresses this model"),
         ("torn --out new", "torn: cannot be read as a saved model (.*)"),
-        ("strange --out new", "strange: cannot be read as a saved model (.*)"),
+        ("strange --out new", "strange: router._target_=os.system: what a router outside of this project does is .*"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(
@@ -270,6 +300,16 @@ def test_bad_input_is_one_line_and_writes_nothing(
     config = json.loads(Path("strange/config.json").read_text())
     config["router"]["_target_"] = "os.system"
     Path("strange/config.json").write_text(json.dumps(config))
+    Path("empty").mkdir()
+    Path("unknown").mkdir()
+    Path("unknown/config.json").write_text("{}")
+    broken = make("topk")
+    broken.model.norm.weight.data[3] = torch.nan
+    broken.save_pretrained("nan")
+    AutoTokenizer.from_pretrained(saved).save_pretrained("nan")
+    MixtralConfig().save_pretrained("plain")
+    Path("sweep/cell").mkdir(parents=True)
+    write_record(Path("sweep/cell"), status="interrupted", config={"save_model": "last", "seed": 1})
     before = sorted(tmp_path.iterdir())
     assert main(words.format(saved=saved).split()) == 2
     [line] = capsys.readouterr().err.splitlines()
