@@ -1,7 +1,8 @@
 """PERFT (2411.08212): bottleneck adapters beside a frozen MoE layer, with or without a router of their own.
 
-A bottleneck is A(x) = U silu(D x), with D of shape (rank, D) and U of shape (D, rank). U starts at zero, so that the
-model starts with the outputs of its frozen weights. The paper has four kinds, for an MoE layer with the experts E_i and
+A bottleneck is A(x) = U f(D x), with D of shape (rank, width) and U of shape (width, rank). U starts at zero, so that
+the model starts with the outputs of its frozen weights. In most of the paper's experiments, f is the identity. The
+paper has four kinds, for an MoE layer with the experts E_i and
 the weights g_i of its router:
 
 - R (eq. 7): y = sum_i g_i(x) E_i(x) + sum_j h_j(x) A_j(x), where h is a router over the M adapters.
@@ -10,13 +11,15 @@ the weights g_i of its router:
 - S: as D, with one adapter.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.adapters.base import Adapter, renamed
-from moe.checks import ConfigError, require
+from moe.checks import ConfigError, one_of, require
 from moe.config.classes import build
 from moe.model.causal_lm import MoEForCausalLM
 from moe.model.decoder import DenseFFN
@@ -24,12 +27,15 @@ from moe.model.experts import Experts
 from moe.model.layer import MoELayer
 from moe.routers.base import Router
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"identity": lambda x: x, "silu": F.silu}
+
 
 class Bottlenecks(Experts):
-    """Stacked bottlenecks, as experts of the form `silu`. Their output matrices, `down`, start at zero."""
+    """Stacked bottlenecks, as experts with two matrices. Their output matrices, `down`, start at zero."""
 
-    def __init__(self, number: int, dim: int, *, rank: int) -> None:
+    def __init__(self, number: int, dim: int, *, rank: int, activation: str) -> None:
         super().__init__(number, dim, hidden=rank, kind="silu")
+        self.activation = ACTIVATIONS[activation]
 
     @torch.no_grad()
     def initialize(self, std: float, names: dict[Tensor, str]) -> None:
@@ -41,20 +47,22 @@ class Bottlenecks(Experts):
 class Bottleneck(DenseFFN):
     """One bottleneck, through which every token passes."""
 
-    def __init__(self, dim: int, *, rank: int) -> None:
+    def __init__(self, dim: int, *, rank: int, activation: str) -> None:
         nn.Module.__init__(self)
-        self.experts = Bottlenecks(1, dim, rank=rank)
+        self.experts = Bottlenecks(1, dim, rank=rank, activation=activation)
 
 
 class _Perft(Adapter):
     """Bottlenecks in every MoE layer.
 
     rank: hidden width of a bottleneck.
+    activation: f of a bottleneck: identity or silu.
     """
 
-    def __init__(self, *, rank: int) -> None:
+    def __init__(self, *, rank: int, activation: str = "identity") -> None:
         require(1 <= rank <= 10**6, "adapter.rank", rank, "a whole number from 1 to 10^6")
-        self.rank = rank
+        one_of("adapter.activation", activation, ACTIVATIONS)
+        self.rank, self.activation = rank, activation
 
     def attach(self, model: MoEForCausalLM, *, trusted: bool) -> None:
         added = [self.add_to(layer, model.config.hidden_size, trusted=trusted) for layer in model.moe_layers]
@@ -88,8 +96,8 @@ class Routed(_Perft):
     router: the router over them: its class as adapter.router._target_, and its settings.
     """
 
-    def __init__(self, *, rank: int, adapters: int, router: dict[str, Any]) -> None:
-        super().__init__(rank=rank)
+    def __init__(self, *, rank: int, adapters: int, router: dict[str, Any], activation: str = "identity") -> None:
+        super().__init__(rank=rank, activation=activation)
         require(1 <= adapters <= 10**6, "adapter.adapters", adapters, "a whole number from 1 to 10^6")
         self.adapters, self.router = adapters, router
 
@@ -98,7 +106,7 @@ class Routed(_Perft):
             self._router(dim, trusted=True).check_class()
 
     def add_to(self, layer: MoELayer, dim: int, *, trusted: bool) -> nn.Module:
-        bottlenecks = Bottlenecks(self.adapters, dim, rank=self.rank)
+        bottlenecks = Bottlenecks(self.adapters, dim, rank=self.rank, activation=self.activation)
         layer.beside = MoELayer(self._router(dim, trusted=trusted).float(), bottlenecks)
         return layer.beside
 
@@ -122,7 +130,7 @@ class Embedded(_Perft):
     """
 
     def add_to(self, layer: MoELayer, dim: int, *, trusted: bool) -> nn.Module:
-        layer.beside_experts = Bottlenecks(layer.router.num_experts, dim, rank=self.rank)
+        layer.beside_experts = Bottlenecks(layer.router.num_experts, dim, rank=self.rank, activation=self.activation)
         return layer.beside_experts
 
 
@@ -135,13 +143,13 @@ class Dense(_Perft):
     adapters: number of bottlenecks in a layer.
     """
 
-    def __init__(self, *, rank: int, adapters: int) -> None:
-        super().__init__(rank=rank)
+    def __init__(self, *, rank: int, adapters: int, activation: str = "identity") -> None:
+        super().__init__(rank=rank, activation=activation)
         require(1 <= adapters <= 10**6, "adapter.adapters", adapters, "a whole number from 1 to 10^6")
         self.adapters = adapters
 
     def add_to(self, layer: MoELayer, dim: int, *, trusted: bool) -> nn.Module:
-        layer.beside = Bottleneck(dim, rank=self.adapters * self.rank)
+        layer.beside = Bottleneck(dim, rank=self.adapters * self.rank, activation=self.activation)
         return layer.beside
 
 
@@ -151,5 +159,5 @@ class Shared(Dense):
     rank: hidden width of the bottleneck.
     """
 
-    def __init__(self, *, rank: int) -> None:
-        super().__init__(rank=rank, adapters=1)
+    def __init__(self, *, rank: int, activation: str = "identity") -> None:
+        super().__init__(rank=rank, adapters=1, activation=activation)

@@ -25,11 +25,12 @@ SPECS = {
         "_target_": "moe.adapters.perft.Routed",
         "rank": 3,
         "adapters": 4,
+        "activation": "silu",
         "router": {"_target_": "moe.routers.topk.TopK", "k": 2, "gate": "renorm"},
     },
-    "e": {"_target_": "moe.adapters.perft.Embedded", "rank": 3},
-    "d": {"_target_": "moe.adapters.perft.Dense", "rank": 3, "adapters": 4},
-    "s": {"_target_": "moe.adapters.perft.Shared", "rank": 3},
+    "e": {"_target_": "moe.adapters.perft.Embedded", "rank": 3, "activation": "silu"},
+    "d": {"_target_": "moe.adapters.perft.Dense", "rank": 3, "adapters": 4, "activation": "silu"},
+    "s": {"_target_": "moe.adapters.perft.Shared", "rank": 3, "activation": "silu"},
 }
 
 

@@ -58,6 +58,12 @@ def test_s_adds_one_bottleneck() -> None:
     torch.testing.assert_close(layer(x, context).y, without + bottleneck(x, down, up))
 
 
+def test_without_an_activation_a_bottleneck_is_the_product_of_its_two_matrices() -> None:
+    layer, x, without, context = layer_of("s", activation="identity")
+    [down], [up] = layer.beside.experts.up, layer.beside.experts.down
+    torch.testing.assert_close(layer(x, context).y, without + x @ (up @ down).T)
+
+
 def test_d_adds_the_sum_of_as_many_bottlenecks_as_it_has_adapters() -> None:
     layer, x, without, context = layer_of("d")
     [downs], [ups] = layer.beside.experts.up, layer.beside.experts.down

@@ -1,0 +1,131 @@
+"""Runs with adapters: what trains, what they leave in their folders, and that an interruption changes nothing."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_runs import run, untimed
+
+from moe.checks import ConfigError
+from moe.launch.command_line import read_cells
+from moe.model.causal_lm import load_model
+from moe.runs.signals import Interrupted
+from moe.training.setup import build_model, prepare_data
+
+WORDS = {
+    "lora": ("adapter=lora_attention", "adapter.parts=[attention,experts]"),
+    "dora": ("adapter=lora_attention", "adapter.variant=dora"),
+    "r": ("adapter=perft_r", "adapter.router.k=2"),
+    "r with a bias": ("adapter=perft_r", "adapter.router=sigmoid_bias"),
+    "e": ("adapter=perft_e",),
+    "d": ("adapter=perft_d",),
+    "s": ("adapter=perft_s", "adapter.activation=silu"),
+}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model/model.safetensors")
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_a_run_that_was_interrupted_ends_as_one_that_was_not(name: str, cell: Any) -> None:
+    whole, broken = cell(*WORDS[name]), cell(*WORDS[name], "gradient_checkpointing=true")
+    broken = broken._replace(folder=broken.folder.with_name("broken"))
+    run(whole)
+    with pytest.raises(Interrupted):
+        run(broken, stop_after=3)
+    run(broken)
+    expected, found = weights(whole.folder), weights(broken.folder)
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    assert untimed(whole.folder)[-1] == untimed(broken.folder)[-1]
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_only_the_adapter_learns_and_the_saved_model_is_the_one_that_was_evaluated(name: str, cell: Any) -> None:
+    one = cell(*WORDS[name])
+    run(one)
+    vocab_size = len(prepare_data(one.config).tokenizer)
+    start = build_model(one.config, vocab_size=vocab_size)
+    end = load_model(one.folder / "model")
+    before = {key: tensor for key, tensor in start.state_dict().items() if key not in start.adapter_names}
+    after = end.state_dict()
+    if start.adapter.stays:
+        buffers = {key for key in before if "beside" in key}  # of a router that learns without a gradient
+        assert all(torch.equal(after[key], tensor) for key, tensor in before.items() if key not in buffers)
+        changed = [key for key in start.adapter_names if not torch.equal(after[key], start.state_dict()[key])]
+        assert len(changed) >= 0.9 * len(start.adapter_names)
+        file = load_file(one.folder / "adapter/adapter.safetensors")
+        assert all(torch.equal(after[key], tensor) for key, tensor in file.items())
+        assert json.loads((one.folder / "adapter/adapter.json").read_text()) == one.config.adapter
+    else:
+        merged = {key.replace(".base_layer", "") for key in before}
+        assert merged == after.keys()
+        touched = {key for key, tensor in before.items() if ".base_layer" in key}
+        assert all(torch.equal(after[key], before[key]) for key in before.keys() - touched)
+        assert not torch.equal(
+            after["model.layers.0.self_attn.q_proj.weight"],
+            before[next(key for key in touched if key.endswith("layers.0.self_attn.q_proj.base_layer.weight"))],
+        )
+        assert (one.folder / "adapter/adapter_config.json").is_file()
+
+
+def test_the_balance_loss_of_an_adapter_s_router_counts(cell: Any) -> None:
+    """The gradient of the adapter's router changes with the weight of the balance loss."""
+    ends = []
+    for weight in ("lb=0.0", "lb=1.0"):
+        one = cell("adapter=perft_r", "adapter.router.k=2", weight)
+        run(one)
+        ends.append(load_file(one.folder / "adapter/adapter.safetensors"))
+    key = next(key for key in ends[0] if key.endswith("layers.0.mlp.beside.router.weight"))
+    assert not torch.equal(ends[0][key], ends[1][key])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("adapter=lora_experts adapter.rank=0", "adapter.rank=0: must be a whole number from 1"),
+        ("adapter=lora_experts adapter.alpha=0.0", "adapter.alpha=0.0: must be a finite number > 0"),
+        ("adapter=lora_experts adapter.variant=dora", "adapter.variant=dora: must be lora or rslora for experts"),
+        ("adapter=lora_experts adapter.dropout=0.1", "adapter.dropout=0.1: must be 0 for experts"),
+        ("adapter=lora_attention adapter.parts=[attentio]", "nearest: attention"),
+        ("adapter=perft_r adapter.router.k=9", "adapter.router.k=9: must be between 1 and adapter.adapters=4"),
+        ("adapter=perft_r adapter.router=soft_moe", "must be a router that decides for each token"),
+        ("adapter=perft_r adapter.router=swich", "nearest: switch"),
+        ("adapter=perft_s adapter.router=switch", "has no key router"),
+        ("adapter=perft_s adapter.activation=sliu", "adapter.activation=sliu: .*nearest: silu"),
+        ("adapter=perft_e variant=dense", "no layer of this model is a Mixture of Experts"),
+        ("adapter=perft_q", "unknown option of adapter 'perft_q'"),
+        (
+            "adapter=perft_s adapter._target_=moe.routers.topk.TopK",
+            "a class that derives from moe.adapters.base.Adapter",
+        ),
+    ],
+)
+def test_wrong_settings_are_refused_in_one_line(words: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        read_cells(words.split())
+    assert "\n" not in str(caught.value)
+
+
+def test_lora_needs_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe.adapters.lora.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[finetune\]'"):
+        read_cells(["adapter=lora_attention"])
+
+
+def test_the_router_of_an_adapter_may_be_any_option_and_is_swept_by_its_class() -> None:
+    cells = read_cells(
+        ["-m", "adapter=perft_r", "adapter.router._target_=moe.routers.top_p.TopP,moe.routers.topk.TopK", "seed=1,2"]
+    )
+    assert cells is not None
+    assert [c.config.adapter["router"] for c in cells[::2]] == [
+        {"_target_": "moe.routers.top_p.TopP"},
+        {"_target_": "moe.routers.topk.TopK", "k": 1, "gate": "softmax_all"},
+    ]
+    [one] = read_cells(["adapter=perft_r", "adapter.router=top_p"]) or []
+    assert one.config.adapter["router"]["_target_"] == "moe.routers.top_p.TopP"
+    assert one.identity()["adapter.router._target_"] == "moe.routers.top_p.TopP"
+    assert "adapter=perft_r" in one.folder.name
