@@ -5,8 +5,8 @@ the model starts with the outputs of its frozen weights. In most of the paper's 
 paper has four kinds, for an MoE layer with the experts E_i and
 the weights g_i of its router:
 
-- R (eq. 7): y = sum_i g_i(x) E_i(x) + sum_j h_j(x) A_j(x), where h is a router over the M adapters.
-- E (eq. 8): y = sum_i g_i(x) (E_i(x) + A_i(x)).
+- R: y = sum_i g_i(x) E_i(x) + sum_j h_j(x) A_j(x), where h is a router over the M adapters.
+- E: y = sum_i g_i(x) (E_i(x) + A_i(x)).
 - D: y = sum_i g_i(x) E_i(x) + sum_j A_j(x).
 - S: as D, with one adapter.
 """

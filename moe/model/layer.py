@@ -114,7 +114,9 @@ class MoELayer(nn.Module):
         if routing.slots is not None:
             y = routing.slots.scatter(y)
 
-        if self.training and ranks.world_size() > 1:  # ranks process consecutive micro-batches at the same time
+        if (
+            self.training and ranks.world_size() > 1 and not context.alone
+        ):  # ranks process consecutive micro-batches at the same time
             load = _load_of_earlier_ranks(dispatched.offered) + (0 if load is None else load)
         sequence = context.sequence
         aux = losses.auxiliary(routing, dispatched.offered, seq_len=seq_len, load=load, sequence=sequence)

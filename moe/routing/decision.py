@@ -51,6 +51,7 @@ class Context(NamedTuple):
     document_position: the position of each token in its document, from `document_positions`. None if `position_ids` do
         not mark documents; positions then count from the start of the sequence.
     given: the decision of the router that an imported model has had since before its import. Only `Imported` reads it.
+    alone: the load of other micro-batches of the step, here and on other ranks, does not count in `lb_global`.
     place: where the T tokens that are routed stand in the flattened (B * S) sequences, in ascending order. Padding is
         left out: it is not routed, takes no capacity and is not counted. None: all tokens are routed.
     """
@@ -66,13 +67,16 @@ class Context(NamedTuple):
     document_position: Int[Tensor, "B S"] | None = None
     place: Int[Tensor, "T"] | None = None
     given: "Routing | None" = None
+    alone: bool = False
 
     def beside(self) -> "Context":
         """Return the context of a layer that an adapter has put beside this one.
 
         It has no capacity limit, and nothing is known of other layers or of earlier micro-batches.
         """
-        return self._replace(capacity=None, load=None, state=None, orthogonality=False, compared=None, given=None)
+        return self._replace(
+            capacity=None, load=None, state=None, orthogonality=False, compared=None, given=None, alone=True
+        )
 
     def without_padding(self, attention_mask: Tensor) -> "Context":
         """Return the context in which only those tokens are routed for which the mask is not 0. Waits for the device.

@@ -162,6 +162,34 @@ def test_a_run_on_two_replicated_ranks_has_bitwise_the_weights_of_a_run_on_one(
     assert sha256(one) == sha256(two)
 
 
+@pytest.mark.parametrize(
+    ("layout", "words"),
+    [
+        ("replicated", ("adapter=lora_attention", "adapter.parts=[attention,experts]")),
+        *((layout, ("adapter=perft_r", "adapter.router.k=2")) for layout in LAUNCH),
+        ("experts", ("adapter=perft_e",)),
+    ],
+)
+def test_an_adapter_on_two_ranks_equals_one_on_one_except_for_rounding(
+    layout: str, words: tuple[str, ...], small: list[str], train_on_one_process: Any, tmp_path: Path
+) -> None:
+    one = train_on_one_process(*words, "steps=2", "eval_every=2")
+    done = run_command([*LAUNCH[layout], *small, *STEP, *words, "steps=2", "eval_every=2", f"out={tmp_path}"])
+    assert done.returncode == 0, done.stderr
+    name = "adapter/adapter_model.safetensors" if "lora" in words[0] else "adapter/adapter.safetensors"
+    for file in (name, "model/model.safetensors"):
+        weights, expected = (load_file(run / file) for run in (only_run(tmp_path), one))
+        assert weights.keys() == expected.keys()
+        for key, weight in expected.items():
+            assert (weights[key] - weight).double().norm() <= 1e-3 * weight.double().norm() + 1e-6, key
+
+
+def test_lora_is_refused_where_ranks_have_parts_of_weights(small: list[str], tmp_path: Path) -> None:
+    done = run_command([*LAUNCH["experts"], *small, *STEP, "adapter=lora_experts", f"out={tmp_path}"])
+    assert done.returncode != 0
+    assert "each rank has a part of each weight" in done.stderr
+
+
 def test_a_sweep_on_two_ranks_skips_finished_cells(small: list[str], tmp_path: Path) -> None:
     words = [*LAUNCH["replicated"], "-m", *small, *STEP, "seed=1,2", "steps=2", f"out={tmp_path}"]
     done = run_command(words)
