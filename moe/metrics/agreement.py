@@ -52,6 +52,39 @@ def beyond_chance(observed: np.ndarray, chance: Any) -> np.ndarray:
     return np.divide(observed - chance, attainable, out=np.full(attainable.shape, np.nan), where=attainable > 1e-12)
 
 
+def divergence(base: Float[np.ndarray, "*L N E"], now: Float[np.ndarray, "*L N E"]) -> Float[np.ndarray, "*L"]:
+    """Compute KL(base || now) = mean_t Σ_e p_te ln(p_te / q_te) in nats, by layer.
+
+    A probability of 0 in `now` counts as the smallest normal number of fp32, so that the result is finite.
+
+    >>> divergence(np.array([[[0.5, 0.5]]]), np.array([[[0.25, 0.75]]])).round(4)
+    array([0.1438])
+    """
+    p, q = (each.astype(float) for each in (base, now))
+    q = np.maximum(q, np.finfo(np.float32).tiny)
+    return np.where(p > 0, p * np.log(np.where(p > 0, p, 1) / q), 0).sum(-1).mean(-1)
+
+
+def drift(
+    base: Bool[np.ndarray, "L N E"],
+    now: Bool[np.ndarray, "L N E"],
+    probs: tuple[Float[np.ndarray, "L C N E"], Float[np.ndarray, "L C N E"]] | None,
+) -> dict[str, float | None]:
+    """Return how far the routing of the same tokens has moved from that of the base, as means over layers and by layer.
+
+    base, now: the choices. probs: the distributions of both, of which those in a chain of routers are averaged; None if
+    the router has none. A value is None where it cannot be computed, as in `consistency`.
+    """
+    shared = overlap(base, now)
+    by_layer = {"drift_churn": 1 - shared["overlap"], "drift_kappa": shared["kappa_shuffled"]}
+    by_layer["drift_kl"] = np.full(len(base), np.nan) if probs is None else divergence(*probs).mean(1)
+    values: dict[str, float | None] = {}
+    for name, layers in by_layer.items():
+        numbers = {"": layers.mean(), **{f"/layer{number:02d}": value for number, value in enumerate(layers)}}
+        values |= {f"routing/{name}{end}": float(v) if math.isfinite(v) else None for end, v in numbers.items()}
+    return values
+
+
 def consistency(chosen: Sequence[Bool[np.ndarray, "L N E"]]) -> dict[str, float | None]:
     """Compare the experts that a run chose for the same tokens at 75 and at 100 % of training.
 

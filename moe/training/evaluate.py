@@ -18,6 +18,7 @@ from moe.data.blocks import batch
 from moe.data.labels import IGNORED, next_token
 from moe.distributed import ranks
 from moe.distributed.sharding import full_tensors
+from moe.metrics.agreement import drift
 from moe.metrics.summary import drop_rate_by_position, summarize, utilization
 from moe.model.causal_lm import MoEForCausalLM
 from moe.routers.base import Router
@@ -25,6 +26,7 @@ from moe.routing.decision import Knobs
 from moe.routing.stats import RoutingStats
 from moe.runs.documents import DocumentLosses, write_documents
 from moe.training.optim import learning_rate
+from moe.training.probe import routes
 from moe.training.schedules import knob_settings
 from moe.training.setup import Training
 
@@ -56,7 +58,18 @@ def validate(training: Training, step: int, folder: Path | None = None) -> dict[
             values[f"val_capacity/{name.split('/')[1]}"] = limited.get(name)
         for decile, rate in enumerate(limited.get("routing/drop_rate_by_position", [])):
             values[f"val_capacity/drop_rate/decile{decile}"] = rate
+    values |= _drift(training, settings["temperature"])
     return values | {"learning_rate": learning_rate(training.optimizers)} | settings
+
+
+def _drift(training: Training, temperature: float) -> dict[str, Any]:
+    """Return how far the routing has moved from the base; nothing for a run that does not start from a checkpoint."""
+    base = training.base
+    now = None if base is None else routes(training.model, training.data, temperature=temperature)
+    if base is None or now is None:
+        return {}
+    known = base.probs is not None and now.probs is not None
+    return drift(base.chosen, now.chosen, (base.probs, now.probs) if known else None)  # type: ignore[arg-type]
 
 
 @torch.no_grad()

@@ -25,7 +25,8 @@ from moe.model.upcycle import upcycle
 from moe.routers.base import Router
 from moe.training import parallel, process
 from moe.training.optim import build_optimizers, scale_learning_rates
-from moe.training.schedules import Schedule
+from moe.training.probe import Routes, routes
+from moe.training.schedules import Schedule, knob_settings
 
 
 class Training(NamedTuple):
@@ -37,6 +38,8 @@ class Training(NamedTuple):
         rank it is `model` itself.
     forward: `wrapped`, compiled if the configuration asks for it. A training step calls it.
     parts: the trainable parameters of all routers ("router") and of all experts ("experts"), for norms and updates.
+    base: how the model routes the compared tokens before the first step, if it starts from a checkpoint. A resume
+        computes it again, before it loads the weights.
     learning: the routers, of the model and of its adapter, that learn without a gradient. A frozen one does not.
     """
 
@@ -51,6 +54,7 @@ class Training(NamedTuple):
     optimizers: list[torch.optim.Optimizer]
     parts: Parts
     learning: frozenset[Router]
+    base: Routes | None
 
     @property
     def routers(self) -> list[Router]:
@@ -97,7 +101,15 @@ def set_up(config: Config) -> Training:
         optimizers=optimizers,
         parts=parts(model),
         learning=learning,
+        base=_base_routes(config, model, data, schedule),
     )
+
+
+def _base_routes(config: Config, model: MoEForCausalLM, data: Prepared, schedule: Schedule) -> Routes | None:
+    """Return how a model that starts from a checkpoint routes before the first step; None if nothing trains it."""
+    if config.steps == 0 or (config.model.dense is None and config.model.checkpoint is None):
+        return None
+    return routes(model, data, temperature=knob_settings(config, schedule, 0)["temperature"])
 
 
 def prepare_data(config: Config, *, trusted: bool = True) -> Prepared:

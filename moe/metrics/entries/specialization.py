@@ -99,6 +99,36 @@ ENTRIES = (
         shown=("conditions",),
     ),
     Metric(
+        "routing/drift_kl",
+        "mean_t Σ_e p_te ln(p_te / q_te)",
+        "Divergence KL(base || now) of the router's probabilities p before the first step from those now, q, on at most "
+        "4,096 validation tokens. Only for runs that start from a checkpoint.",
+        "drift from the base, KL",
+        "agreement",
+        unit="nats per token",
+        variants=LAYER,
+        nonnegative=True,
+    ),
+    Metric(
+        "routing/drift_churn",
+        "1 - experts shared with the base / K",
+        "Share of a token's experts that it did not ask for before the first step, on the same tokens as `drift_kl`.",
+        "drift from the base, changed experts",
+        "agreement",
+        unit="share of experts",
+        variants=LAYER,
+        nonnegative=True,
+    ),
+    Metric(
+        "routing/drift_kappa",
+        "((1 - churn) - chance) / (1 - chance)",
+        "Agreement with the base, corrected for the overlap that the same loads give by chance: 1 is no change, 0 "
+        "is no more than chance.",
+        "agreement with the base beyond chance",
+        "agreement",
+        variants=LAYER,
+    ),
+    Metric(
         "routing/consistency",
         "experts shared by the last two traces / K",
         "Share of a token's experts that it asked for at 75 % of training and still does at the end, on 4,096 "
