@@ -72,6 +72,7 @@ def sections(cells: list[Cell]) -> dict[str, list[Panel]]:
         "Balance": _names(select(group="balance")),
         "Capacity and experts per token": [*limit, *ASSIGNED],
         "Specialization and agreement": SPECIALIZED,
+        "Drift from the checkpoint": _names(select(group="drift")) if any(c.has_base for c in configs) else [],
         "Schedules and sharpness": [*settings, *SHARPNESS],
         "Time": _names(select(group="speed", written="step")),
     }
@@ -80,8 +81,17 @@ def sections(cells: list[Cell]) -> dict[str, list[Panel]]:
     panels["Factor tables"] = [
         Panel(f"{FINAL}/{metric}", key) for key in (CONDITION, *factors(cells)) for metric in COMPARED
     ]
-    null = null_metrics(configs)
-    return {name: [panel for panel in each if _base(panel.metric) not in null] for name, each in panels.items()}
+    null = null_metrics(configs) | _absent(configs)
+    kept = {name: [panel for panel in each if _base(panel.metric) not in null] for name, each in panels.items()}
+    return {name: each for name, each in kept.items() if each}
+
+
+def _absent(configs: list[Config]) -> set[str]:
+    """Return the metrics that no run has because it trains on all domains, or freezes routers or experts."""
+    split = any(config.data.train_domains is not None for config in configs)
+    absent = set() if split else {"val/loss_in_domain", "val/loss_out_of_domain"}
+    frozen = [part for part in ("router", "experts") if not any(c.trains.may_train(part) for c in configs)]
+    return absent | {f"{kind}/{part}" for part in frozen for kind in ("grad_norm", "update")}
 
 
 def null_metrics(configs: list[Config]) -> set[str]:

@@ -499,6 +499,11 @@ class Config:
         return Trainable.of(default if self.trainable is None else self.trainable)
 
     @property
+    def has_base(self) -> bool:
+        """Whether training starts from a checkpoint, not from random weights."""
+        return self.steps > 0 and (self.model.dense is not None or self.model.checkpoint is not None)
+
+    @property
     def is_dense(self) -> bool:
         """Whether no layer is a Mixture of Experts."""
         return self.model.first_k_dense_replace == self.model.layers

@@ -25,6 +25,7 @@ GROUPS = {
     "sharpness": "Sharpness of the router",
     "specialization": "Specialization of the experts",
     "agreement": "Agreement between tokens, and over training",
+    "drift": "Drift from the checkpoint with which a run began",
     "loss": "Losses in training",
     "router loss": "Losses of single routers",
     "gradients": "Gradients and updates",

@@ -107,7 +107,7 @@ def set_up(config: Config) -> Training:
 
 def _base_routes(config: Config, model: MoEForCausalLM, data: Prepared, schedule: Schedule) -> Routes | None:
     """Return how a model that starts from a checkpoint routes before the first step; None if nothing trains it."""
-    if config.steps == 0 or (config.model.dense is None and config.model.checkpoint is None):
+    if not config.has_base:
         return None
     return routes(model, data, temperature=knob_settings(config, schedule, 0)["temperature"])
 

@@ -512,4 +512,4 @@ def test_router_gram_is_0_for_orthogonal_rows_and_1_for_parallel_rows() -> None:
 
 def test_the_examples_in_docstrings_print_what_they_say() -> None:
     assert run_examples(formulas) == ["module"]
-    assert run_examples(agreement) == ["beyond_chance"]
+    assert run_examples(agreement) == ["beyond_chance", "divergence"]

@@ -101,10 +101,10 @@ ENTRIES = (
     Metric(
         "routing/drift_kl",
         "mean_t Σ_e p_te ln(p_te / q_te)",
-        "Divergence KL(base || now) of the router's probabilities p before the first step from those now, q, on at most "
+        "Divergence of the router's probabilities now, q, from those before the first step, p: KL(p, q), on at most "
         "4,096 validation tokens. Only for runs that start from a checkpoint.",
         "drift from the base, KL",
-        "agreement",
+        "drift",
         unit="nats per token",
         variants=LAYER,
         nonnegative=True,
@@ -114,7 +114,7 @@ ENTRIES = (
         "1 - experts shared with the base / K",
         "Share of a token's experts that it did not ask for before the first step, on the same tokens as `drift_kl`.",
         "drift from the base, changed experts",
-        "agreement",
+        "drift",
         unit="share of experts",
         variants=LAYER,
         nonnegative=True,
@@ -125,7 +125,7 @@ ENTRIES = (
         "Agreement with the base, corrected for the overlap that the same loads give by chance: 1 is no change, 0 "
         "is no more than chance.",
         "agreement with the base beyond chance",
-        "agreement",
+        "drift",
         variants=LAYER,
     ),
     Metric(
