@@ -169,6 +169,7 @@ def workspace(cells: list[Cell], *, entity: str, project: str) -> Any:
 
     grid = cells[0].grid.name if cells[0].grid else cells[0].experiment
     columns = [f"config:{expr.groupby_str_to_key(f'config.{key}').name}" for key in factors(cells)]
+    absent = _absent([cell.config for cell in cells])
     return ws.Workspace(
         entity=entity,
         project=project,
@@ -181,7 +182,7 @@ def workspace(cells: list[Cell], *, entity: str, project: str) -> Any:
         runset_settings=ws.RunsetSettings(
             filters=ws.And(ws.Metric("Group") == grid),
             groupby=[ws.Config(CONDITION)],
-            pinned_columns=columns + [f"summary:{FINAL}/{metric}" for metric in COMPARED],
+            pinned_columns=columns + [f"summary:{FINAL}/{metric}" for metric in COMPARED if metric not in absent],
         ),
     )
 
