@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
-from jaxtyping import Int
-from torch import nn
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from moe.analysis.bootstrap import bootstrap
 from moe.checks import ConfigError
@@ -14,8 +16,9 @@ from moe.data.blocks import Batch
 from moe.model.causal_lm import MoEConfig, MoEForCausalLM
 from moe.model.layer import MoELayer
 from moe.model.routed import build_router
+from moe.routers.base import Router
 from moe.routers.imported import Imported
-from moe.routing.decision import Knobs
+from moe.routing.decision import Knobs, Routing
 from moe.specialization.observation import next_token_nats
 
 MOST = 9  # numbers of experts per token that are tried
@@ -26,17 +29,24 @@ def loss_by_k(
 ) -> list[dict[str, Any]]:
     """Return the loss (nats per token) for several numbers k of experts per token, with its interval over documents.
 
-    All MoE layers have the same k, and the weights of the router follow from its own rule. difference: from the loss
-    with the k of the model, paired by block. Empty for a router whose number of experts per token is no setting `k`.
+    All MoE layers have the same k, and the weights of the router follow from its own rule, with one exception: if the
+    weights of each token have the same sum with the k of the model, a single expert gets that sum as its weight. Our
+    routers use a probability there, which a router needs in training. difference: from the loss with the k of the
+    model, paired by block. Empty for a router whose number of experts per token is no setting `k`.
     """
     router = model.moe_layers[0].router
     if router.fixed_k is None or "k" not in (model.config.router or {}):
         return []
-    own = next_token_nats(model, blocks, knobs).cpu().numpy()
+    sums: dict[MoELayer, list[Tensor]] = {layer: [] for layer in model.moe_layers}
+    with ExitStack() as stack:
+        for layer, found_sums in sums.items():
+            stack.callback(layer.router.register_forward_hook(partial(_keep_sums, found_sums)).remove)
+        own = next_token_nats(model, blocks, knobs).cpu().numpy()
+    constants = {layer: _constant(torch.cat(each)) for layer, each in sums.items() if each}
     found = []
     for k in numbers(router.fixed_k, router.num_experts):
         try:
-            with _experts_per_token(model, k):
+            with _experts_per_token(model, k, constants):
                 nats = next_token_nats(model, blocks, knobs).cpu().numpy()
         except ConfigError:  # its other settings do not allow this k
             continue
@@ -55,21 +65,43 @@ def numbers(own: int, most: int) -> list[int]:
 
 
 @contextmanager
-def _experts_per_token(model: MoEForCausalLM, k: int) -> Iterator[None]:
-    """Give each token k experts inside the `with` block. Raises ConfigError if the router's settings forbid it."""
+def _experts_per_token(model: MoEForCausalLM, k: int, sums: dict[MoELayer, float | None]) -> Iterator[None]:
+    """Give each token k experts inside the `with` block. Raises ConfigError if the router's settings forbid it.
+
+    sums: of the weights of a token in each layer, None if tokens differ.
+    """
     with ExitStack() as stack:
         for layer in model.moe_layers:
             if isinstance(layer.router, Imported):
                 continue
-            stack.enter_context(_other_router(model, layer, k))
+            other = stack.enter_context(_other_router(model, layer, k))
+            if k == 1 and (total := sums.get(layer)) is not None:
+                other.register_forward_hook(partial(_with_weight, total))
         for block in model.model.deciding_blocks:
             stack.enter_context(_other_number(block, k))
         yield
 
 
+def _keep_sums(sums: list[Tensor], router: Router, inputs: Any, routing: Routing) -> None:
+    """Add the sum of the weights of each token to `sums`. A forward hook of a router."""
+    tokens = len(inputs[0])
+    sums.append(routing.weight.new_zeros(tokens).index_add(0, routing.token, routing.weight))
+
+
+def _with_weight(weight: float, router: Router, inputs: Any, routing: Routing) -> Routing:
+    """Return a routing with the same weight for all assignments. A forward hook of a router."""
+    return routing._replace(weight=torch.full_like(routing.weight, weight), log_weight=None)
+
+
+def _constant(values: Float[Tensor, "N"]) -> float | None:
+    """Return the number that all values are, up to rounding, or None."""
+    mean = values.mean()
+    return mean.item() if torch.allclose(values, mean, rtol=1e-4) else None
+
+
 @contextmanager
-def _other_router(model: MoEForCausalLM, layer: MoELayer, k: int) -> Iterator[None]:
-    """Replace a router by one with the same weights and another k."""
+def _other_router(model: MoEForCausalLM, layer: MoELayer, k: int) -> Iterator[Router]:
+    """Replace a router by one with the same weights and another k, and yield it."""
     before, config = layer.router, cast(MoEConfig, model.config)
     spec = config.router
     config.router = {**(spec or {}), "k": k}
@@ -83,7 +115,7 @@ def _other_router(model: MoEForCausalLM, layer: MoELayer, k: int) -> Iterator[No
     other.load_state_dict(weights)
     layer.router = other
     try:
-        yield
+        yield other
     finally:
         layer.router = before
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from architectures import E, V, tiny
+from architectures import E, V, around, router_of, tiny
 
 from moe.config import imported
 from moe.config.schema import ModelConfig
@@ -43,12 +43,25 @@ def test_the_loss_with_another_k_is_that_of_a_model_built_with_it(router: str, c
         models[k].load_state_dict(models[1].state_dict())
     blocks = blocks_of(60)
     found = losses(models[2], blocks)
-    for k, model in models.items():
+    for k, model in ((2, models[2]), (3, models[3])):
         assert found[k] == pytest.approx(next_token_nats(model, blocks, KNOBS).nanmean().item(), rel=1e-5)
     again = loss_by_k(models[2], blocks, KNOBS, document=DOCUMENT)
     own = next(row for row in again if row["k"] == 2)
     assert own["difference"]["mean"] == 0
     assert models[2].moe_layers[0].router.fixed_k == 2  # the model has its router again
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "olmoe", "deepseek_v3"])
+def test_the_loss_with_another_k_is_that_of_transformers(kind: str) -> None:
+    """Where weights sum to 1, a single expert has the weight 1; where they do not, its own one."""
+    source = tiny(kind)
+    blocks = blocks_of(V)
+    found = losses(around(source, router_of(source)), blocks)
+    for k in (1, 2):
+        other = tiny(kind, num_experts_per_tok=k)
+        other.load_state_dict(source.state_dict())
+        plain = around(other)
+        assert found[k] == pytest.approx(next_token_nats(plain, blocks, KNOBS).nanmean().item(), rel=1e-5)
 
 
 def test_an_imported_model_with_its_own_router_gets_another_k_in_its_own_code() -> None:
