@@ -16,6 +16,8 @@ from typing import IO, Any
 
 from safetensors import SafetensorError, safe_open
 
+ADAPTER = "adapter_config.json"  # PEFT's name
+
 
 class LinkError(ValueError):
     """A file cannot be written, because a link or a pipe is in its place. The message is one line."""
@@ -45,6 +47,14 @@ def require_files(folder: Path) -> None:
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.exists() and not path.is_file() and not path.is_dir():
             raise _no_file(path)
+
+
+def require_no_adapter(folder: Path) -> None:
+    """Raise ValueError if `folder` has an adapter of PEFT, which transformers would add to the model that it reads."""
+    if os.path.lexists(folder / ADAPTER):
+        raise ValueError(
+            f"has {ADAPTER}, so that libraries change the weights that they read: merge the adapter, or move it"
+        )
 
 
 def open_unlinked(path: Path, mode: str, **options: Any) -> IO[Any]:

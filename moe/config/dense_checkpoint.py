@@ -15,7 +15,7 @@ from huggingface_hub.utils import logging
 from tokenizers import Tokenizer
 
 from moe.checks import ConfigError, first_line, require
-from moe.files import read_text, require_files, sha256, tensor_shapes
+from moe.files import read_text, require_files, require_no_adapter, sha256, tensor_shapes
 
 # The architecture of our decoder. Other ones run with the code of transformers, except for their MLPs.
 OURS = "llama"
@@ -40,6 +40,8 @@ SIZES = {
     "ffn": "intermediate_size",
     "dense_ffn": "intermediate_size",
 }
+
+WEIGHTS = "transformers_weights"  # key of config.json by which transformers reads another file of weights
 
 # Settings that the model takes over in addition to the sizes, under the names of transformers' LlamaConfig.
 INHERITED = """num_key_value_heads head_dim max_position_embeddings rope_parameters rms_norm_eps attention_bias
@@ -154,6 +156,10 @@ def content(key: str, name: str, revision: str | None) -> dict[str, Any]:
     """Return the content of config.json of a checkpoint. Raises ConfigError if it is no JSON object."""
     path = _file(key, name, "config.json", revision)
     try:
+        require_no_adapter(Path(name))
+    except ValueError as error:
+        raise ConfigError(f"{key}={name}: {error}") from None
+    try:
         settings = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{key}={name}: config.json cannot be read ({first_line(error)})") from error
@@ -189,7 +195,7 @@ def _settings(name: str, revision: str | None, at: str = "model.dense") -> dict[
     for key in (*needed, *optional):
         ok = type(settings[key]) is int and settings[key] > 0
         require(ok, f"{key} in config.json of {at}={name}", settings[key], "a whole number > 0")
-    code = ("attn_implementation", "_attn_implementation", "experts_implementation", "quantization_config")
+    code = (*("attn_implementation", "_attn_implementation", "experts_implementation", "quantization_config"), WEIGHTS)
     for key in (*code, "num_labels"):  # transformers makes a list of so many labels
         ok = settings.get(key) in (None, "eager", "sdpa", "flash_attention_2")  # others may load code from the hub
         require(ok, f"{key} in config.json of {at}={name}", settings.get(key), "left out")

@@ -3,6 +3,7 @@
 Only commands that import a model import torch here, because every command line should be checked fast.
 """
 
+import re
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +42,11 @@ UNFIT = {
 # Keys of a stranger's config.json that make transformers load code or another format of weights.
 REFUSED = (
     *("auto_map", "quantization_config", "compression_config"),
-    *("attn_implementation", "_attn_implementation", "experts_implementation"),
+    *("attn_implementation", "_attn_implementation", "experts_implementation", dense_checkpoint.WEIGHTS),
 )
+
+# The largest numbers in a stranger's config.json. transformers makes lists of so many layers, experts and labels.
+MOST_LAYERS, MOST = 1000, 10**6
 
 
 def resolve(model: dict[str, Any]) -> dict[str, Any]:
@@ -65,9 +69,13 @@ def resolve(model: dict[str, Any]) -> dict[str, Any]:
         "dense_ffn": getattr(config, "intermediate_size", None) or number(config, WIDTH),
         "checkpoint_digest": dense_checkpoint.digest(name, model["checkpoint_digest"], key="model.checkpoint"),
     }
-    dense_checkpoint.stored_shapes(
+    stored = dense_checkpoint.stored_shapes(
         name, model["checkpoint_digest"], "model.checkpoint", layers=config.num_hidden_layers
     )
+    sizes = {size for shape in stored.values() for size in shape}
+    for key in ("vocab_size", "hidden_size"):
+        where = f"{key} in config.json of model.checkpoint={name}"
+        require(getattr(config, key) in sizes, where, getattr(config, key), "a dimension of one of its weights")
     for key, value in values.items():
         untouched = model[key] is None or (key in DEFAULTED and model[key] == DEFAULTED[key])
         allowed = f"{value}, as in {name}; leave it out"
@@ -138,12 +146,23 @@ def parse(content: dict[str, Any], where: str) -> "PretrainedConfig":
     require(known, f"model_type in {where}", kind, "that of a causal language model of the transformers library")
     for key in REFUSED:
         require(content.get(key) in (None, "eager", "sdpa"), f"{key} in {where}", content.get(key), "left out")
+    _check_numbers(content, where)
     try:
         config = AutoConfig.for_model(**PretrainedConfig._decode_special_floats(content))
         config.to_dict()  # which fails for a part of the wrong type
         return config
     except Exception as error:  # whatever a wrong value makes a library raise
         raise ConfigError(f"{where}: cannot be read ({first_line(error)})") from error
+
+
+def _check_numbers(content: dict[Any, Any], where: str) -> None:
+    """Raise ConfigError for a number of layers, experts, heads or labels that no model has."""
+    for key, value in content.items():
+        if isinstance(value, dict):
+            _check_numbers(value, where)
+        elif type(value) is int and re.match("num_|n_|moe_num_", str(key)):
+            most = MOST_LAYERS if "layer" in key else MOST
+            require(value <= most, f"{key} in {where}", value, f"at most {most}")
 
 
 def is_dense(config: "PretrainedConfig") -> bool:

@@ -19,7 +19,7 @@ from moe.checks import ConfigError, first_line, require
 from moe.config.classes import build
 from moe.config.options import use
 from moe.data.labels import IGNORED, next_token
-from moe.files import require_files, tensor_shapes
+from moe.files import require_files, require_no_adapter, tensor_shapes
 from moe.model.architecture import MoEConfig
 from moe.model.decoder import MoEModel
 from moe.model.experts import Experts
@@ -333,6 +333,7 @@ def load_model(folder: Path, *, trusted: bool = False) -> MoEForCausalLM:
     disable_progress_bar()  # transformers would show one while it reads a single small file
     try:
         require_files(folder)
+        require_no_adapter(folder)
         model = MoEForCausalLM.from_pretrained(folder, trusted=trusted, use_safetensors=True, local_files_only=True)
     except Exception as error:  # whatever a wrong file makes a library raise
         raise ValueError(f"{folder}: cannot be read as a saved model ({first_line(error)})") from error

@@ -61,6 +61,7 @@ def read_checkpoint(settings: ModelConfig) -> PreTrainedModel:
             trust_remote_code=False,
             attn_implementation=attention_of(source, settings.attention),
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, with their names
             offload_folder=experts,
             device_map=places,
         )

@@ -220,6 +220,10 @@ def folder(tmp_path: Path) -> Path:
         ({"hidden_size": "__import__('os')"}, "cannot be read"),
         ({"attn_implementation": "evil/kernel"}, "attn_implementation in config.json"),
         ({"compression_config": {}}, "compression_config in config.json"),
+        ({"transformers_weights": "other.safetensors"}, "transformers_weights in config.json"),
+        ({"num_labels": 10**9}, "num_labels in config.json .*at most 1000000"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers in config.json .*at most 1000"),
+        ({"num_local_experts": 10**9}, "num_local_experts in config.json .*at most 1000000"),
     ],
     ids=str,
 )
@@ -231,6 +235,32 @@ def test_a_hostile_config_json_of_a_checkpoint_is_refused_in_one_line(
     with pytest.raises(ConfigError, match=message) as caught:
         imported.read.__wrapped__(str(folder), None)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "hidden_size"])
+def test_a_size_that_no_weight_has_is_refused_before_any_work(key: str, folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: 10**9}))
+    imported.read.cache_clear()
+    with pytest.raises(ConfigError, match=f"{key} in config.json of .*=1000000000: must be a dimension of one of its"):
+        imported.resolve(dict.fromkeys(ModelConfig.__dataclass_fields__) | {"checkpoint": str(folder)})
+
+
+def test_a_weight_of_another_shape_is_named(folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_key_value_heads": 1}))
+    imported.read.cache_clear()
+    settings = ModelConfig(checkpoint=str(folder))
+    with pytest.raises(ValueError, match=r"has weights of other shapes for .*k_proj"):
+        read_checkpoint(settings)
+
+
+def test_a_folder_with_an_adapter_of_peft_is_refused(folder: Path) -> None:
+    """transformers would add the adapter to the model, whose digest does not cover it."""
+    (folder / "adapter_config.json").write_text("{}")
+    imported.read.cache_clear()
+    with pytest.raises(ConfigError, match=r"model.checkpoint=.*: has adapter_config.json.*merge the adapter"):
+        imported.read(str(folder), None)
 
 
 def test_a_dense_checkpoint_is_refused(tmp_path: Path) -> None:

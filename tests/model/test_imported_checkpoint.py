@@ -1,6 +1,7 @@
 """Tests of a checkpoint whose experts stay on the disk: the same numbers, and little memory."""
 
 import gc
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -72,7 +73,9 @@ def test_a_model_with_its_experts_on_the_disk_needs_a_fraction_of_its_weights(tm
     peaks, sums = [], []
     for offload in ("", str(tmp_path / "experts")):
         command = [sys.executable, "-c", MEASURE, str(tmp_path / "model"), offload]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # architectures.py is beside the tests
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
         peak, total = done.stdout.split()
         peaks.append(int(peak))
         sums.append(float(total))
