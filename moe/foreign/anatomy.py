@@ -111,23 +111,23 @@ class Anatomy:
         return {layer.window for layer in self.layers}
 
 
-def anatomy_of(model: MoEForCausalLM, *, to: str) -> Anatomy:
+def anatomy_of(model: MoEForCausalLM) -> Anatomy:
     """Return the parts of a model, as views of its weights where possible.
 
-    to: what it will be written as. Raises ConfigError for an imported model that has other parts.
+    Raises ConfigError, with the reason, for an imported model that has other parts.
     """
     config = cast(MoEConfig, model.config)
     if config.imported is None:
         return _parts(model, config, model.decoder, model.lm_head, [None] * config.num_hidden_layers)
     source = imported.parse(config.imported, "config.json.imported")
     if reason := _other_parts(source, model):
-        raise ConfigError(f"--to {to}: {reason}")
+        raise ConfigError(reason)
     causal_lm: Any = cast(ImportedModel, model.model).causal_lm
     offset = 1.0 if source.model_type == "gemma" else 0.0  # its norms multiply by 1 + weight
     found = _parts(model, _as_ours(config, source), causal_lm.model, causal_lm.lm_head, _windows(source), offset)
     kinds = [isinstance(layer.feed_forward, Routed) for layer in found.layers]
     if kinds != sorted(kinds):
-        raise ConfigError(f"--to {to}: a dense layer comes after one with experts, as in no target")
+        raise ConfigError("a dense layer comes after one with experts, as in no target")
     found.config.first_k_dense_replace = kinds.count(False)
     for layer in found.layers:
         if isinstance(layer.feed_forward, Routed):
@@ -141,8 +141,7 @@ def _other_parts(source: PretrainedConfig, model: MoEForCausalLM) -> str | None:
     """Return in which way an imported model has other parts than those of `Anatomy`, or None."""
     kind = source.model_type
     if kind not in READ:
-        own = "" if imported.is_dense(source) else f"; --to {kind} gives it back as what it was"
-        return f"a {kind} has parts that no target has{own}"
+        return f"a {kind} has parts that no other target has"
     if getattr(source, "clip_qkv", None) is not None:
         return "clip_qkv limits queries, keys and values, in no target but olmoe"
     if any(isinstance(layer.router, Imported) for layer in model.moe_layers):
@@ -166,10 +165,8 @@ def _as_ours(config: MoEConfig, source: PretrainedConfig) -> MoEConfig:
 
 
 def _windows(source: PretrainedConfig) -> list[int | None]:
-    """Return the window of each layer. One that is as long as the longest text has no effect."""
+    """Return the window of each layer. One as long as `max_position_embeddings` acts too: longer texts can be read."""
     window = getattr(source, "sliding_window", None) or None
-    if window is not None and window >= (imported.longest_text(source) or window):
-        window = None
     types = getattr(source, "layer_types", None) or ["sliding_attention"] * source.num_hidden_layers
     return [window if each == "sliding_attention" else None for each in types]
 

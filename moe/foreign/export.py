@@ -5,6 +5,8 @@ Letters in shapes: T tokens, D width of a hidden state, E experts.
 
 import copy
 import itertools
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
@@ -16,8 +18,8 @@ from transformers import PreTrainedModel
 
 from moe.checks import ConfigError, one_of
 from moe.foreign.anatomy import Anatomy, anatomy_of
-from moe.foreign.restore import is_own, restore
-from moe.foreign.rules import Rule, bias_of, matrix_of
+from moe.foreign.restore import can_restore, own_layout, restore
+from moe.foreign.rules import Rule, bias_of, matrix_of, rule_of
 from moe.foreign.target_config import positions_of, settings_of
 from moe.foreign.target_weights import residual_scale, weights_of
 from moe.foreign.targets import GGUF_TARGETS, TARGETS, Target
@@ -27,15 +29,21 @@ from moe.routing.decision import Context, Routing
 
 TOLERANCE = 1e-4  # largest difference of logits, relative to the largest logit, that an exported model may have
 
+# The texts that are compared. They are longer than what a model reads by `MORE` tokens, unless one is too much work
+# (weights times tokens) or needs too much memory (numbers of logits, or of attention in a layer).
+MORE, WORK, NUMBERS = 32, 2e10, 2.0**26
+
 
 class Difference(NamedTuple):
-    """How far the logits of two models are apart on a small batch of random tokens.
+    """How far the logits of two models are apart on two texts of random tokens.
 
-    absolute: the largest difference. largest: the largest absolute logit of the first model.
+    absolute: the largest difference. largest: the largest absolute logit of the first model. tokens: the length of a
+    text.
     """
 
     absolute: float
     largest: float
+    tokens: int
 
     @property
     def relative(self) -> float:
@@ -48,30 +56,44 @@ class Difference(NamedTuple):
 def to_transformers(model: MoEForCausalLM, target: str = "auto") -> PreTrainedModel:
     """Return `model` as a model of the architecture `target`, in evaluation mode.
 
-    target: a key of `TARGETS`, or `auto` for the first one that expresses the model. For a Mixture of Experts that was
-        imported, its own architecture and `auto` give it back as what it was (`restore`).
+    target: a key of `TARGETS`, or `auto` for the first one that expresses the model. A Mixture of Experts that was
+        imported is first of all one of its own architecture (`restore`), if that follows its router.
 
     Its weights have the precision of the model if that holds them exactly, and are in fp32 otherwise.
 
     Raises ConfigError, with one line, if the target does not express the model, or if the logits differ by more than
-    `TOLERANCE`, as where scores that decide about an expert are nearly equal.
+    `TOLERANCE`.
     """
-    found = restore(model) if is_own(model, target) else _rewritten(model, target)
+    return convert(model, target)[0]
+
+
+def convert(model: MoEForCausalLM, target: str) -> tuple[PreTrainedModel, Difference]:
+    """Return what `to_transformers` returns, and how far its logits are from those of `model`.
+
+    Where two scores that decide about an expert are equal but for rounding, a text has other logits from there on. This
+    is rare, and the logits of a wrong model differ in all texts. So if the first texts differ, others decide.
+    """
+    layout = own_layout(model)
+    own = layout is not None and target in ("auto", layout.name) and can_restore(model, layout)
+    found = restore(model) if own else _rewritten(model, target)
     found.generation_config = copy.deepcopy(model.generation_config)
     difference = compare(model, found.eval())
+    if not difference.relative <= TOLERANCE:
+        difference = compare(model, found, seed=1)
     if not difference.relative <= TOLERANCE:
         raise ConfigError(f"--to {target}: the logits of {found.config.model_type} are off by up to {difference}")
     dtype = next(p for p in model.parameters() if p.ndim == 2).dtype
     if all(torch.equal(p.to(dtype).to(p.dtype), p) for p in found.parameters()):
         for p in found.parameters():  # not found.to(dtype), which would round the frequencies of positions
             p.data = p.data.to(dtype)
-    return found
+    return found, difference
 
 
 def _rewritten(model: MoEForCausalLM, target: str) -> PreTrainedModel:
     """Return a model in the form of the target, in fp32."""
-    one_of("--to", target, ("auto", *TARGETS))
-    anatomy = anatomy_of(model, to=target)
+    layout = own_layout(model)
+    one_of("--to", target, dict.fromkeys(("auto", *TARGETS, *([layout.name] if layout else []))))
+    anatomy = parts_of(model, to=target)
     chosen = choose(model, anatomy, list(TARGETS.values()) if target == "auto" else [TARGETS[target]], to=target)
     scale = residual_scale(anatomy, chosen)
     config = getattr(transformers, f"{chosen.prefix}Config")(**settings_of(anatomy, chosen, scale=scale))
@@ -81,6 +103,24 @@ def _rewritten(model: MoEForCausalLM, target: str) -> PreTrainedModel:
         found = getattr(transformers, f"{chosen.prefix}ForCausalLM")(config)
     found.load_state_dict(weights_of(anatomy, chosen, scale=scale), strict=True)
     return cast(PreTrainedModel, found)
+
+
+def parts_of(model: MoEForCausalLM, *, to: str) -> Anatomy:
+    """Return the parts of `model`. `to`: what the user wants to write it as.
+
+    Raises ConfigError for an imported model with other parts. It says whether the model can be given back as what it
+    was, or why not.
+    """
+    try:
+        return anatomy_of(model)
+    except ConfigError as error:
+        layout, advice = own_layout(model), ""
+        if layout is not None and can_restore(model, layout):
+            advice = f"; --to {layout.name} gives it back as what it was"
+        elif layout is not None:
+            rule = rule_of(model.moe_layers[0].router, temperature=model.config.router_temperature)
+            advice = f"; {_routers_reason(model, rule, [layout], [layout])}"
+        raise ConfigError(f"--to {to}: {error}{advice}") from None
 
 
 def choose(model: MoEForCausalLM, anatomy: Anatomy, targets: list[Target], *, to: str) -> Target:
@@ -110,11 +150,22 @@ def _router_named(model: MoEForCausalLM) -> str:
 
 def _reason(model: MoEForCausalLM, anatomy: Anatomy, wanted: list[Target]) -> str:
     """Return why none of the targets expresses the model. If it is the router alone, say how far it would be off."""
-    router, rule = _router_named(model), anatomy.rule
     lacking = list(dict.fromkeys(lack for each in wanted if (lack := each.lacks(anatomy)) is not None))
     apart_from_router = [each for each in wanted if each.lacks(anatomy) is None]
     if not apart_from_router:
         return "; ".join(lacking)
+    return _routers_reason(model, anatomy.rule, wanted, apart_from_router, lacking)
+
+
+def _routers_reason(
+    model: MoEForCausalLM, rule: Rule | None, wanted: list[Target], fitting: list[Target], lacking: Sequence[str] = ()
+) -> str:
+    """Return why none of the targets follows the routers, and how far the nearest rule would be off.
+
+    rule: that of the routers, if they have one. fitting: those of the `wanted` targets that have all other parts.
+    lacking: what the others lack.
+    """
+    router = _router_named(model)
     followers = [each.name for each in wanted if rule is not None and each.follows(rule)]
     if rule is None:
         reason = f"{router}: what it does in evaluation is not the rule of any target"
@@ -123,9 +174,11 @@ def _reason(model: MoEForCausalLM, anatomy: Anatomy, wanted: list[Target]) -> st
     else:
         refusal = f"{wanted[0].name} does not follow" if len(wanted) == 1 else "no target follows"
         reason = f"{router}: {refusal} its rule ({rule.describe()})"
-    near = nearest(model, rule, apart_from_router)
-    if near is None:
+    if matrix_of(model.moe_layers[0].router) is None:
         return f"{reason}; no target is near, because this router has no matrix that gives the scores of its experts"
+    near = nearest(model, rule, fitting)
+    if near is None:
+        return reason
     target, other, difference = near
     rule_there = f"the nearest rule, {target.name} with {other.describe()}"
     return f"{reason}; with {rule_there}, the logits would be off by up to {difference}"
@@ -134,11 +187,9 @@ def _reason(model: MoEForCausalLM, anatomy: Anatomy, wanted: list[Target]) -> st
 def nearest(model: MoEForCausalLM, rule: Rule | None, targets: list[Target]) -> tuple[Target, Rule, Difference] | None:
     """Return the rule of one of the `targets` whose logits are nearest to those of `model`, with the same matrices.
 
-    rule: that of its routers, if they have one. The result is None if the routers have no matrix.
+    rule: that of its routers, if they have one. They have a matrix. The result is None if no rule of a target is known.
     """
     router = model.moe_layers[0].router
-    if matrix_of(router) is None:
-        return None
     k = router.fixed_k or max(1, min(router.num_experts, round(router.experts_per_token(1))))
     known = rule or Rule(k, temperature=model.config.router_temperature, biased=bias_of(router) is not None)
     best: tuple[Target, Rule, Difference] | None = None
@@ -175,13 +226,28 @@ class _Follower(Router):
 
 
 @torch.no_grad()
-def compare(model: MoEForCausalLM, other: torch.nn.Module) -> Difference:
-    """Return how far the logits of `other` are from those of `model` in fp32, on two texts of random tokens."""
-    config = model.config
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(config.vocab_size, (2, min(32, config.max_position_embeddings)), generator=generator)
+def compare(model: MoEForCausalLM, other: torch.nn.Module, *, seed: int = 0) -> Difference:
+    """Return how far the logits of `other` are from those of `model` in fp32, on two texts of random tokens.
+
+    seed: of the texts.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(model.config.vocab_size, (2, compared_tokens(model)), generator=generator)
     ours, theirs = (_in_fp32(each)(input_ids=ids).logits for each in (model, other))
-    return Difference((ours - theirs).abs().max().item(), ours.abs().max().item())
+    return Difference((ours - theirs).abs().max().item(), ours.abs().max().item(), ids.shape[1])
+
+
+def read_tokens(model: MoEForCausalLM) -> int:
+    """Return how many tokens the model reads: the larger one of its positions and its window."""
+    window = (model.config.imported or {}).get("sliding_window")
+    return max(model.config.max_position_embeddings, window or 0)
+
+
+def compared_tokens(model: MoEForCausalLM) -> int:
+    """Return the length of the texts that are compared, see `MORE`."""
+    config, weights = model.config, sum(p.numel() for p in model.parameters())
+    most = min(WORK / weights, NUMBERS / config.vocab_size, math.sqrt(NUMBERS / config.num_attention_heads))
+    return min(read_tokens(model) + MORE, max(MORE, int(most)))
 
 
 def _in_fp32(model: Any) -> Any:

@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of the hub and of transformers
 
 from moe.checks import one_of, printable, require
-from moe.foreign.export import compare, to_transformers
+from moe.foreign.export import convert
 from moe.foreign.folder import GGUF, Source, check_new, check_shards, read_source, write_folder, write_gguf_folder
 from moe.foreign.gguf import require_package
 from moe.foreign.targets import TARGETS
@@ -63,8 +63,7 @@ def _export(source: Source, to: str, out: Path, shards: str | None) -> str:
     require(kind is None, "adapter", kind, "none or LoRA: no architecture of transformers has adapters beside experts")
     if to == "gguf":
         return f"{GGUF}, architecture {write_gguf_folder(model, source, out)}"
-    exported = to_transformers(model, to)
-    difference = compare(model, exported)
+    exported, difference = convert(model, to)
     write_folder(exported, source, out, difference=difference, shards=shards)
     return f"{exported.config.model_type}, logits differ by up to {difference}"
 

@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils.logging import disable_progress_bar
 
 from moe.checks import ConfigError, escaped, require
+from moe.config.imported import longest_text
 from moe.data.tokenizer import pretrained_tokenizer
 from moe.files import apply_umask, read_text, sha256, write_text
 from moe.foreign.export import Difference
@@ -168,13 +169,13 @@ def write_folder(
     shards: the largest size of one file of weights, such as 5GB.
     """
     disable_progress_bar()  # transformers would show one while it writes a single small file
-    name = exported.config.model_type
+    name, positions = exported.config.model_type, longest_text(exported.config) or 0
     with complete(out) as folder:
         options: dict[str, Any] = {} if shards is None else {"max_shard_size": shards}
         exported.save_pretrained(folder, **options)
         if source.tokenizer is not None:
             source.tokenizer.save_pretrained(folder)
-        remarks = (*_equality(difference), *NOTES.get(name, ()))
+        remarks = (_equality(difference, positions), *NOTES.get(name, ()))
         write_text(folder / "README.md", card(source, name, *remarks, loading=LOADING))
 
 
@@ -238,6 +239,9 @@ def _title(source: Source) -> str:
     return "a run" if set("/\\~") & set(source.record.name) else escaped(source.record.name)
 
 
-def _equality(difference: Difference) -> list[str]:
-    compared = "Its logits were compared with those of the original in fp32, on random tokens."
-    return [f"{compared} They differ by up to {difference}."]
+def _equality(difference: Difference, read: int) -> str:
+    """Return how the logits were compared. `read`: how many tokens the model reads."""
+    compared = f"in fp32, on two texts of {difference.tokens} random tokens"
+    found = f"Its logits were compared with those of the original {compared}. They differ by up to {difference}."
+    longer = f" The model reads up to {read} tokens; texts of this length were not compared."
+    return found + (longer if difference.tokens < read else "")

@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from moe.checks import ConfigError
-from moe.foreign.anatomy import Anatomy, Heads, Layer, Networks, Routed, Weights, anatomy_of
-from moe.foreign.export import choose
+from moe.foreign.anatomy import Anatomy, Heads, Layer, Networks, Routed, Weights
+from moe.foreign.export import choose, parts_of
 from moe.foreign.rules import bias_of
 from moe.foreign.target_weights import router_matrix
 from moe.foreign.targets import GGUF_TARGETS, Target, rope_of
@@ -47,7 +47,7 @@ def write_gguf(model: MoEForCausalLM, tokenizer: PreTrainedTokenizerFast, path: 
     """
     import gguf
 
-    anatomy = anatomy_of(model, to="gguf")
+    anatomy = parts_of(model, to="gguf")
     layout = choose(model, anatomy, GGUF_TARGETS, to="gguf")
     fields = {**_sizes(anatomy, layout), **_vocabulary(tokenizer, anatomy.config.vocab_size)}
     writer = gguf.GGUFWriter(path, layout.name)

@@ -5,65 +5,67 @@ from typing import Any, cast
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from moe.checks import ConfigError, require
 from moe.config import dense_checkpoint, imported
 from moe.foreign.rules import Rule, bias_of, matrix_of, rule_of
+from moe.foreign.targets import GATES, Target
 from moe.model.blocks import find_blocks
 from moe.model.causal_lm import MoEForCausalLM
 from moe.model.imported import ImportedModel
 from moe.routers.imported import Imported
 
 
-def is_own(model: MoEForCausalLM, target: str) -> bool:
-    """Return whether `target` asks for the architecture from which the model was imported."""
-    source = model.config.imported
-    if source is None or source["model_type"] in dense_checkpoint.KINDS:
-        return False
-    return target in ("auto", source["model_type"])
+def own_layout(model: MoEForCausalLM) -> Target | None:
+    """Return the architecture from which a Mixture of Experts was imported, with the rules that its router follows.
+
+    These are none if no router of ours decides as its own one. The result is None for a model that was not imported,
+    and for a dense one that was upcycled.
+    """
+    kind = (model.config.imported or {}).get("model_type")
+    if kind is None or kind in dense_checkpoint.KINDS:
+        return None
+    if kind in imported.SIGMOID:
+        return Target(name=kind, scores=("sigmoid",), weights=GATES, biased=True, grouped=True)
+    normalized = imported.SOFTMAX.get(kind)
+    if normalized is None:
+        return Target(name=kind, scores=(), weights=())
+    always: Any = ("normalized",) if normalized else ("raw",)
+    return Target(name=kind, scores=("softmax",), weights=GATES if isinstance(normalized, str) else always)
+
+
+def can_restore(model: MoEForCausalLM, layout: Target) -> bool:
+    """Return whether the model has its own router, or one whose rule its own one can follow."""
+    router = model.moe_layers[0].router
+    rule = rule_of(router, temperature=model.config.router_temperature)
+    return isinstance(router, Imported) or (rule is not None and layout.follows(rule))
 
 
 def restore(model: MoEForCausalLM) -> PreTrainedModel:
-    """Return an imported model as a model of its own architecture, in evaluation mode.
+    """Return an imported model that `can_restore` as a model of its own architecture, in evaluation mode.
 
-    A router of ours that took the place of the model's own one gives its matrix and bias. The keys of the configuration
-    for k, for weights that sum to 1, for their factor and for groups become those of that router.
-
-    Raises ConfigError for a router that has no such rule.
+    A router of ours that took the place of the model's own one gives its matrix, divided by its temperature, and its
+    bias. The keys of the configuration for k, for weights that sum to 1, for their factor and for groups become those
+    of that router.
     """
     source = imported.parse(model.config.imported or {}, "config.json.imported")
-    kind = source.model_type
-    own = isinstance(model.moe_layers[0].router, Imported)
-    if not own:
-        _follow(source, _rule(model, kind))
+    router = model.moe_layers[0].router
+    rule = None if isinstance(router, Imported) else rule_of(router, temperature=model.config.router_temperature)
+    if rule is not None:
+        _follow(source, rule)
     with torch.random.fork_rng(devices=[]):  # the model draws initial weights, which are replaced
         found: Any = AutoModelForCausalLM.from_config(source, dtype=torch.float32)
     weights: dict[str, Any] = cast(ImportedModel, model.model).plain_weights()
-    if not own:
+    if rule is not None:
         for block, layer in zip(find_blocks(found), model.moe_layers, strict=True):
             for name in block.module.get_submodule(str(block.gate)).state_dict():
-                given = bias_of(layer.router) if name == "e_score_correction_bias" else matrix_of(layer.router)
-                require(given is not None, "router", type(layer.router).__name__, f"one with the {name} of {kind}")
+                matrix, bias = matrix_of(layer.router), bias_of(layer.router)
+                assert matrix is not None, "a router with a rule has a matrix"
+                if name == "e_score_correction_bias":
+                    given = matrix.new_zeros(len(matrix)) if bias is None else bias
+                else:
+                    given = matrix / rule.temperature
                 weights[f"{block.name}.{block.gate}.{name}"] = given
     found.load_state_dict(weights, strict=True)
     return cast(PreTrainedModel, found.eval())
-
-
-def _rule(model: MoEForCausalLM, kind: str) -> Rule:
-    """Return the rule of the model's routers. Raises ConfigError if the architecture cannot follow it."""
-    router = model.moe_layers[0].router
-    rule = rule_of(router, temperature=model.config.router_temperature)
-    scores = "sigmoid" if kind in imported.SIGMOID else "softmax" if kind in imported.SOFTMAX else None
-    fits = rule is not None and rule.scores == scores and rule.weights != "equal" and rule.temperature == 1
-    named = f"router={type(router).__name__}"
-    if rule is None or not fits:
-        said = "what it does in evaluation is no rule of transformers" if rule is None else rule.describe()
-        raise ConfigError(f"{named}: {kind} does not follow its rule ({said})")
-    if scores == "softmax":
-        normalized = imported.SOFTMAX[kind]
-        plain = not rule.biased and rule.groups == 1 and rule.factor == 1
-        if not plain or (isinstance(normalized, bool) and normalized != (rule.weights == "normalized")):
-            raise ConfigError(f"{named}: {kind} does not follow its rule ({rule.describe()})")
-    return rule
 
 
 def _follow(config: Any, rule: Rule) -> None:

@@ -23,7 +23,7 @@ BIASED = {"granitemoe", "qwen2_moe", "olmoe", "qwen3_moe"}
 
 def check(model: MoEForCausalLM, targets: set[str]) -> None:
     """Compare the names of the targets that express a model, and the logits of each of those of transformers."""
-    found = {target.name for target in expressing(anatomy_of(model, to="auto"), ALL)}
+    found = {target.name for target in expressing(anatomy_of(model), ALL)}
     assert found == targets
     for target in found & TARGETS.keys():
         assert compare(model, to_transformers(model, target)).relative < 1e-5, target
@@ -86,23 +86,28 @@ def test_an_imported_model_is_written_as_other_targets_too(
 @pytest.mark.parametrize(
     ("model", "target", "message"),
     [
-        (partial(upcycle, "gemma2", "topk"), "auto", "a gemma2 has parts that no target has"),
-        (partial(upcycle, "gemma3_text", "topk"), "mixtral", "a gemma3_text has parts that no target has"),
+        (partial(upcycle, "gemma2", "topk"), "auto", "a gemma2 has parts that no other target has"),
+        (partial(upcycle, "gemma3_text", "topk"), "mixtral", "a gemma3_text has parts that no other target has"),
         (
             partial(imported, "jamba"),
             "mixtral",
-            "a jamba has parts that no target has; --to jamba gives it back as what it was",
+            "a jamba has parts that no other target has; --to jamba gives it back as what it was",
         ),
-        (partial(imported, "olmoe"), "mixtral", "clip_qkv limits queries, keys and values, in no target but olmoe"),
+        (
+            partial(imported, "olmoe"),
+            "mixtral",
+            "clip_qkv limits queries, keys and values, in no target but olmoe; --to olmoe gives it back as what it was",
+        ),
         (
             lambda: around(tiny("mixtral")),
             "olmoe",
-            "its router is the code of mixtral; import it with one of ours, such as router=topk",
+            "its router is the code of mixtral; import it with one of ours, such as router=topk; --to mixtral gives it back"
+            " as what it was",
         ),
         (
             partial(imported, "qwen3_moe", mlp_only_layers=[1]),
             "qwen2_moe",
-            "a dense layer comes after one with experts, as in no target",
+            "a dense layer comes after one with experts, as in no target; --to qwen3_moe gives it back as what it was",
         ),
         (
             partial(upcycle, "mistral with a window", "topk"),
@@ -136,12 +141,21 @@ def test_parts_that_the_target_lacks_are_named(model: Callable[[], MoEForCausalL
         to_transformers(model(), target)
 
 
-def test_a_window_that_no_text_exceeds_is_none() -> None:
-    assert anatomy_of(imported("mixtral", sliding_window=64), to="auto").windows == {None}
+@pytest.mark.parametrize("positions", [64, 40])
+def test_a_window_as_long_as_the_positions_acts_on_longer_texts(positions: int) -> None:
+    """A target without windows is refused. The others have the logits of a text that is longer than the window."""
+    model = imported("mixtral", sliding_window=64, max_position_embeddings=positions)
+    ids = torch.randint(3, 61, (1, 200), generator=torch.Generator().manual_seed(0))
+    expected = model(ids).logits
+    for target in ("mixtral", "qwen2_moe", "qwen3_moe"):
+        torch.testing.assert_close(to_transformers(model, target)(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    for target in ("granitemoe", "olmoe"):
+        with pytest.raises(ConfigError, match=f"--to {target}: sliding_window=64: its layers see the whole text"):
+            to_transformers(model, target)
 
 
 def test_the_views_of_a_model_are_not_copies() -> None:
     model = upcycle("qwen3", "topk")
-    anatomy = anatomy_of(model, to="auto")
+    anatomy = anatomy_of(model)
     assert anatomy.layers[1].feed_forward.experts.up.data_ptr() == model.moe_layers[1].experts.up.data_ptr()
     assert torch.equal(anatomy.head, model.model.causal_lm.lm_head.weight)

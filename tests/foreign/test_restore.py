@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM
 from moe.checks import ConfigError
 from moe.foreign.export import to_transformers
 
+SOFTMAX_ALL = {"_target_": "moe.routers.topk.TopK", "gate": "softmax_all"}
+BIASED = {"_target_": "moe.routers.sigmoid_bias.SigmoidBias", "k": 3}
 IDS = torch.randint(3, V, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
@@ -34,12 +36,50 @@ def test_another_k_and_other_weights_become_keys_of_the_configuration() -> None:
     torch.testing.assert_close(back(IDS).logits, model(IDS).logits)
 
 
+def test_auto_tries_the_other_architectures_if_its_own_one_does_not_follow_the_router() -> None:
+    model = around(tiny("mixtral", sliding_window=None), BIASED)
+    assert to_transformers(model).config.model_type == "glm4_moe"
+    with pytest.raises(ConfigError, match=r"^--to mixtral: .*; --to glm4_moe expresses this model$"):
+        to_transformers(model, "mixtral")
+
+
+def test_a_temperature_divides_the_matrix_of_the_architecture_that_it_was() -> None:
+    router = {"_target_": "moe.routers.topk.Temperature", "k": 3, "temp": 0.5}
+    model = around(tiny("minimax"), router)
+    torch.testing.assert_close(to_transformers(model)(IDS).logits, model(IDS).logits)
+
+
+def test_an_architecture_with_parts_of_its_own_says_how_far_its_nearest_rule_is_off() -> None:
+    message = (
+        r"^--to auto: a jamba has parts that no other target has; router=SigmoidBias\(k=3\): jamba does not follow its"
+        r" rule \(.*\); with the nearest rule, jamba with top 3 of the softmax scores, the scores themselves as weights,"
+        r" the logits would be off by up to [\d.]+, where the largest logit is [\d.]+$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        to_transformers(around(tiny("jamba"), BIASED))
+
+
 @pytest.mark.parametrize(
     ("router", "target", "message"),
     [
-        ({"_target_": "moe.routers.cosine.CosineRouter", "k": 2}, "auto", "no rule of transformers"),
-        ({"_target_": "moe.routers.topk.TopK", "gate": "softmax_all"}, "auto", "mixtral does not follow its rule"),
-        ({"_target_": "moe.routers.sigmoid_bias.SigmoidBias"}, "auto", "mixtral does not follow its rule"),
+        (
+            {"_target_": "moe.routers.cosine.CosineRouter", "k": 2},
+            "auto",
+            r"^--to auto: router=CosineRouter\(k=2\): what it does in evaluation is not the rule of any target; ",
+        ),
+        (
+            SOFTMAX_ALL,
+            "mixtral",
+            r"^--to mixtral: router=TopK\(gate=softmax_all\): mixtral does not follow its rule \(.*\); with the nearest"
+            r" rule, mixtral with top 2 of the softmax scores, weights that sum to 1, the logits would be off by up to"
+            r" [\d.]+, where the largest logit is [\d.]+; --to qwen2_moe expresses this model$",
+        ),
+        (
+            BIASED,
+            "auto",
+            r"^--to auto: router=SigmoidBias\(k=3\): its rule \(.*\) is that of glm4_moe, deepseek_v3, but"
+            r" sliding_window=4: its layers see the whole text; ",
+        ),
         (None, "qwen3_moe", "--to qwen3_moe: its router is the code of mixtral; import it with one of ours"),
         (None, "mixtrel", "--to=mixtrel: must be one of auto, mixtral, .*; nearest: mixtral"),
     ],

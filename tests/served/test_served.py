@@ -46,7 +46,7 @@ def greedy(model: MoEForCausalLM, ids: list[int], banned: list[int]) -> tuple[li
 
     A model that no architecture of transformers expresses is run as it is.
     """
-    plain: Any = to_transformers(model) if expressing(anatomy_of(model, to="auto"), list(TARGETS.values())) else model
+    plain: Any = to_transformers(model) if expressing(anatomy_of(model), list(TARGETS.values())) else model
     options = {"max_new_tokens": TOKENS, "do_sample": False, "suppress_tokens": banned, "use_cache": True}
     inputs = torch.tensor([ids])
     found = plain.generate(
