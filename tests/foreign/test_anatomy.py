@@ -101,8 +101,8 @@ def test_an_imported_model_is_written_as_other_targets_too(
         (
             lambda: around(tiny("mixtral")),
             "olmoe",
-            "its router is the code of mixtral; import it with one of ours, such as router=topk; --to mixtral gives it back"
-            " as what it was",
+            "its router is the code of mixtral; import it with one of ours, such as router=topk; --to mixtral gives"
+            " it back as what it was",
         ),
         (
             partial(imported, "qwen3_moe", mlp_only_layers=[1]),

@@ -52,8 +52,8 @@ def test_a_temperature_divides_the_matrix_of_the_architecture_that_it_was() -> N
 def test_an_architecture_with_parts_of_its_own_says_how_far_its_nearest_rule_is_off() -> None:
     message = (
         r"^--to auto: a jamba has parts that no other target has; router=SigmoidBias\(k=3\): jamba does not follow its"
-        r" rule \(.*\); with the nearest rule, jamba with top 3 of the softmax scores, the scores themselves as weights,"
-        r" the logits would be off by up to [\d.]+, where the largest logit is [\d.]+$"
+        r" rule \(.*\); with the nearest rule, jamba with top 3 of the softmax scores, the scores themselves as"
+        r" weights, the logits would be off by up to [\d.]+, where the largest logit is [\d.]+$"
     )
     with pytest.raises(ConfigError, match=message):
         to_transformers(around(tiny("jamba"), BIASED))
