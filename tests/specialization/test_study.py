@@ -429,6 +429,25 @@ def test_without_samples_no_other_experts_are_tried_and_the_figures_say_so(cell:
     assert reasons["loss_by_k"] is None or reasons["loss_by_k"] == ""
 
 
+def test_a_study_of_few_documents_has_no_intervals_and_all_figures(cell: Any) -> None:
+    """Below four documents there is no interval, and a loss may be null because it is not finite."""
+    small_cell = cell("model.layers=1", "steps=0", "data.max_val_blocks=3")
+    run(small_cell)
+    assert main([str(small_cell.folder), "--samples", "3"]) == 0
+    written = read_study(small_cell.folder)
+    found = written["measured"]
+    assert found["documents"] < 4
+    assert {row["difference"]["low"] for row in found["loss_by_k"]} == {None}
+    drawings = {drawn.name: drawn.figure for drawn in specialization_drawings(load_runs([small_cell.folder]))}
+    assert isinstance(drawings["loss_by_k"], Figure)
+    assert "no band: there are fewer than four documents" in drawings["loss_by_k"].legends[0].get_title().get_text()
+    found["loss_by_k"][0]["difference"]["mean"] = found["knockout"]["zeroed"]["delta"]["mean"][0][0] = None
+    found["regret"][0]["values"][0] = found["landscape"]["curves"]["random0"]["loss"][0] = None
+    (small_cell.folder / "specialization.json").write_text(json.dumps(written))
+    for drawn in specialization_drawings(load_runs([small_cell.folder])):
+        assert drawn.figure is None or drawn.figure.draw_without_rendering() is None
+
+
 def test_a_wrong_command_gets_a_one_line_error(tmp_path: Path, capsys: Any) -> None:
     assert main([str(tmp_path / "nowhere")]) == 2
     assert main([str(tmp_path), "--blocks", "0"]) == 2

@@ -50,7 +50,7 @@ def expert_coactivation(runs: list[MeasuredRun]) -> Figure:
     names = [str(expert) for expert in range(len(runs[0].found["load"][0]))]
 
     def to_chance(found: dict[str, Any], layer: int) -> np.ndarray:
-        return _array(found["coactivation"][layer]) / found["coactivation_chance"][layer]
+        return to_array(found["coactivation"][layer]) / found["coactivation_chance"][layer]
 
     return _heatmaps(runs, "coactivation", to_chance, rows=("expert", names), title="tokens shared with another expert")
 
@@ -66,11 +66,11 @@ def expert_knockouts(runs: list[MeasuredRun]) -> Figure:
     for row, run in zip(panels, runs, strict=False):
         for axes, layer in zip(row, layers, strict=True):
             for index, (method, found) in enumerate(run.found["knockout"].items()):
-                mean, low, high = (_array(found["delta"][name][layer]) for name in ("mean", "low", "high"))
+                mean, low, high = (to_array(found["delta"][name][layer]) for name in ("mean", "low", "high"))
                 x = np.arange(len(mean)) + 0.4 * index - 0.2
                 axes.bar(x, mean, 0.38, color=PALETTE[index], label=f"{method}, 95 % bootstrap over documents")
                 axes.errorbar(x, mean, [mean - low, high - mean], fmt="none", ecolor="#404040", elinewidth=0.9)
-                null = _array(found["null"]["mean"][layer])
+                null = to_array(found["null"]["mean"][layer])
                 label = "as many random assignments instead" if index == 0 else None
                 axes.plot(x, null, "_", color="black", markersize=7, markeredgewidth=1.6, label=label)
             axes.axhline(0, color="black", linewidth=0.6)
@@ -136,7 +136,7 @@ def expert_keywords(run: MeasuredRun) -> Figure:
 
 
 def _relative_to_even_share(found: dict[str, Any], layer: int, name: str) -> np.ndarray:
-    table = _array(found[name][layer])
+    table = to_array(found[name][layer])
     return table * table.shape[-1]
 
 
@@ -196,6 +196,6 @@ def _name(run: MeasuredRun) -> str:
     return f"{run.condition}, seed {run.seed}"
 
 
-def _array(values: Any) -> np.ndarray:
+def to_array(values: Any) -> np.ndarray:
     """Return an array of numbers in which nulls of JSON are NaN."""
     return np.array(values, dtype=float)

@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moe.analysis.figures.expert_grids import MeasuredRun
+from moe.analysis.figures.expert_grids import MeasuredRun, to_array
 from moe.analysis.figures.style import RC, interval_reach, label_layers, line_style, shared_legend
 from moe.analysis.statistics import with_intervals
 from moe.results.conditions import summary
@@ -74,7 +74,7 @@ def expert_importance(runs: list[MeasuredRun]) -> Figure:
         for style, name, members in _by_condition(runs):
             found = [run.found["knockout"][method] for run in members]
             load = np.concatenate([np.ravel(run.found["load"]) for run in members]) * len(members[0].found["load"][0])
-            rise = np.concatenate([np.ravel(entry["delta"]["mean"]) for entry in found])
+            rise = np.concatenate([to_array(entry["delta"]["mean"]).ravel() for entry in found])
             rho, beyond = (_mean([entry[key] for entry in found]) for key in ("rho", "rho_excess"))
             label = f"{name} (n={len(members)}): mean ρ {rho:.2f}, of the rise beyond the null {beyond:.2f}"
             axes.scatter(load, rise, s=16, alpha=0.6, color=style["color"], marker=style["marker"], label=label)
@@ -95,7 +95,9 @@ def regret_by_route(runs: list[MeasuredRun]) -> Figure:
     figure = Figure(figsize=(10.4, 4.6), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     for style, name, members in _by_condition(runs):
-        values = np.sort(np.concatenate([layer["values"] for run in members for layer in run.found["regret"]]))
+        values = np.sort(
+            to_array([number for run in members for layer in run.found["regret"] for number in layer["values"]])
+        )
         share = np.arange(1, len(values) + 1) / len(values)
         left.step(values, share, where="post", color=style["color"], linestyle=style["linestyle"], label=name)
     left.set(xlabel="regret of a token (nats)", ylabel="share of sampled tokens with less", xlim=(0, None))
@@ -115,15 +117,17 @@ def regret_by_route(runs: list[MeasuredRun]) -> Figure:
 def loss_by_k(runs: list[MeasuredRun]) -> Figure:
     """Draw how the loss changes with the number of experts per token in evaluation, for each run.
 
-    The difference from the loss with the run's own number is paired by block.
+    The difference from the loss with the run's own number is paired by block. There is no band without an interval,
+    which takes four documents.
     """
     figure = Figure(figsize=(6.4, 4.6), layout="constrained")
-    ax = figure.subplots()
+    ax, banded = figure.subplots(), False
     for style, name, members in _by_condition(runs):
         for run in members:
             rows = run.found["loss_by_k"]
             k = [row["k"] for row in rows]
-            mean, low, high = ([row["difference"][part] for row in rows] for part in ("mean", "low", "high"))
+            mean, low, high = (to_array([row["difference"][part] for row in rows]) for part in ("mean", "low", "high"))
+            banded |= bool(np.isfinite([low, high]).any())
             color, line = style["color"], style["linestyle"]
             ax.fill_between(k, low, high, color=color, alpha=0.15, linewidth=0)
             ax.plot(k, mean, color=color, linestyle=line, marker="o", label=name if run is members[0] else None)
@@ -133,7 +137,8 @@ def loss_by_k(runs: list[MeasuredRun]) -> Figure:
     ax.set_xticks(numbers, [str(k) for k in numbers])
     ax.minorticks_off()
     ax.set(xlabel="experts per token in evaluation", ylabel="loss - loss as trained (nats per token)")
-    shared_legend(figure, "each line: one run; band: 95 % bootstrap interval over documents")
+    band = "band: 95 % bootstrap interval over documents" if banded else "no band: there are fewer than four documents"
+    shared_legend(figure, f"each line: one run; {band}")
     return figure
 
 
@@ -149,7 +154,7 @@ def router_landscape(runs: list[MeasuredRun]) -> Figure:
             curves = []
             for run in members:
                 found = run.found["landscape"]
-                chosen = [curve[value] for key, curve in found["curves"].items() if key.startswith(kind)]
+                chosen = [to_array(curve[value]) for key, curve in found["curves"].items() if key.startswith(kind)]
                 if chosen:
                     curve = np.mean(chosen, axis=0)
                     curves.append(curve - curve[found["distances"].index(0)])
