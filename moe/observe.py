@@ -7,10 +7,13 @@ the choices of two checkpoints of one model, such as before and after fine-tunin
 """
 
 import argparse
+import multiprocessing
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of the hub and of transformers
@@ -20,6 +23,10 @@ import pandas as pd
 from moe.metrics.agreement import overlap
 from moe.runs.record import SpecializationRecord
 from moe.runs.traces import read_traces
+
+if TYPE_CHECKING:  # these import Hydra or torch, which takes seconds
+    from moe.api import Run
+    from moe.config.schema import Cell
 
 RUNS = "runs"  # folder of the run, in --out
 AGREEMENT = "agreement.csv"
@@ -65,7 +72,6 @@ def main(command: list[str] | None = None) -> int:
 
 def _observe(arguments: argparse.Namespace) -> tuple[Path, Path]:
     """Evaluate and study the model, and compare it with the other one. Return the paths of report and colored text."""
-    from moe import api
     from moe.analysis.report.inputs import ReportOptions
     from moe.analysis.report.report import write_report
     from moe.results.table import load_runs
@@ -78,11 +84,14 @@ def _observe(arguments: argparse.Namespace) -> tuple[Path, Path]:
     words += [question, *arguments.overrides]
     if arguments.offload:
         words.append(f"model.offload={_quoted(str(out))}")
-    [run] = api.train(f"model.checkpoint={_quoted(arguments.model)}", *words)
+    words, others = [f"model.checkpoint={_quoted(arguments.model)}", *words], list[str]()
     if arguments.other is not None:
-        tokenizer = f"data.tokenizer={_quoted(run.config.data.tokenizer)}"  # the same tokens for both
-        [other] = api.train(f"model.checkpoint={_quoted(arguments.other)}", tokenizer, *words)
-        agreement = compare_routing(run.folder, other.folder)
+        tokenizer = read_one(words).config.data.tokenizer  # the same tokens for both
+        others = [f"model.checkpoint={_quoted(arguments.other)}", f"data.tokenizer={_quoted(tokenizer)}", *words[1:]]
+        require_same_shape(read_one(words), read_one(others))
+    run = _evaluated(words)
+    if others:
+        agreement = compare_routing(run.folder, _evaluated(others).folder)
         agreement.to_csv(out / AGREEMENT, index=False)
         print(agreement.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
     print(f"studying the experts of {name}", flush=True)
@@ -94,6 +103,56 @@ def _observe(arguments: argparse.Namespace) -> tuple[Path, Path]:
     if page.exists():
         shutil.copyfile(page, out / page.name)
     return report, out / page.name
+
+
+def read_one(words: list[str]) -> "Cell":
+    """Return the cell of a command. Raises ConfigError for what cannot be evaluated."""
+    from moe.launch.command_line import read_cells
+
+    [cell] = read_cells(words) or []
+    return cell
+
+
+def require_same_shape(model: "Cell", other: "Cell") -> None:
+    """Raise ConfigError unless two models have equally many layers and experts. Their config.json says so."""
+    from moe.checks import ConfigError
+
+    shapes = [
+        {
+            "MoE layers": cell.config.model.layers - cell.config.model.first_k_dense_replace,
+            "experts": cell.config.model.num_experts,
+        }
+        for cell in (model, other)
+    ]
+    for name, count in shapes[0].items():
+        if shapes[1][name] != count:
+            checkpoint = other.config.model.checkpoint
+            raise ConfigError(f"--other {checkpoint}: has {shapes[1][name]} {name}: must have {count}, as the model")
+
+
+def _evaluated(words: list[str]) -> "Run":
+    """Return the run of a command of `moe train`, which a process of its own carries out, so that its memory is free.
+
+    Raises ConfigError with the message of the command if the run did not finish.
+    """
+    from moe.api import load_run
+    from moe.checks import ConfigError
+
+    process = multiprocessing.get_context("spawn").Process(target=_evaluate, args=(words,))
+    folder = read_one(words).folder
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise ConfigError(f"moe train {shlex.join(words)}: ended with status {process.exitcode}; see what it printed")
+    return load_run(folder)
+
+
+def _evaluate(words: list[str]) -> None:
+    """Carry out a command of `moe train`, and end this process with its status."""
+    from moe.launch.train import main
+
+    sys.argv = ["moe train", *words]
+    sys.exit(main(tables=False))
 
 
 def compare_routing(first: Path, other: Path) -> pd.DataFrame:

@@ -76,7 +76,7 @@ def _run(cell: Cell, place: Place) -> None:
     cell.folder.mkdir(parents=True, exist_ok=True)
     with locked(cell.folder / LOCK) as owner:
         if ranks.broadcast(_may_train(cell, owner)):
-            log.info("%s: training", name)
+            log.info("%s: %s", name, "training" if cell.config.steps else "evaluating")
             place.begin()
             _train(cell, place)
 

@@ -37,7 +37,7 @@ def program() -> str:
 def carry_out(cells: list[Cell], launch: Callable[[], object], *, tables: bool = True) -> int:
     """Let `launch` train those of `cells` that are not finished, report on all of them, and return the exit status.
 
-    The report on several cells includes the `tables` of their sweep.
+    tables: whether the report includes the tables of a sweep, and the command that analyzes the runs.
 
     The status is 1 if any cell is not finished afterwards, but 2 if all of these were given text or settings that
     cannot be used. If a run cannot be stored in its folder, raises ConfigError or RecordError, with a message of one

@@ -61,8 +61,8 @@ def _let_pipe_close() -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
-def main() -> int:
-    """Carry out the command in `sys.argv`, and return the exit status."""
+def main(*, tables: bool = True) -> int:
+    """Carry out the command in `sys.argv`, and return the exit status. tables: see `sweep.carry_out`."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # libraries swallow KeyboardInterrupt; a run sets its own handler
     gc.disable()  # imports create a million objects, none of which is garbage; training enables it again
@@ -77,7 +77,7 @@ def main() -> int:
         command = command_line.read_command(sys.argv[1:])
         if command.search is not None:
             return search.carry_out(command.search, lambda cells, words: launch(command_line.Command(cells, words)))
-        return ranks.stop(sweep.carry_out(command.cells or [], lambda: launch(command)))
+        return ranks.stop(sweep.carry_out(command.cells or [], lambda: launch(command), tables=tables))
     except (ConfigError, RecordError, LinkError) as error:
         if not ranks.is_first():  # the first rank prints the same error, and the launcher then ends this rank
             time.sleep(10)

@@ -89,7 +89,7 @@ def study(folder: Path, *, blocks_wanted: int, samples: int, trusted: bool = Fal
         read = traces.read_traces(folder / "trace")
         content |= {"saturation": stability.saturation(read), "churn": stability.churn(read), "seed_agreement": []}
         measured = content
-        page = token_page(seen, data.tokenizer, domains=data.domains, title=record.name)
+        page = token_page(seen, data.tokenizer, domains=data.domains, title=_title(record))
         write_text(folder / SpecializationRecord.PAGE, page)
     found = {"step": config.steps, "val_loss": val_loss, "reason": reason, "measured": measured}
     found |= {"format": FORMAT, "settings": settings._asdict(), "seconds": time.monotonic() - began}
@@ -109,9 +109,15 @@ def write_own_text(folder: Path, text: str, *, trusted: bool = False) -> Path:
     model = model_of_run(folder, config, trusted=trusted)
     saved = folder / "model"
     tokenizer = pretrained_tokenizer(str(saved.resolve()) if saved.is_dir() else config.data.tokenizer)
-    page = text_page(model, tokenizer, text_blocks(model, tokenizer, text), title=record.name)
+    page = text_page(model, tokenizer, text_blocks(model, tokenizer, text), title=_title(record))
     write_text(folder / OWN_TEXT, page)
     return folder / OWN_TEXT
+
+
+def _title(record: RunRecord) -> str:
+    """Return the name of a run, or of the model that it only evaluated."""
+    config = record.typed_config()
+    return Path(config.model.checkpoint).name if observed(config) and config.model.checkpoint else record.name
 
 
 def validation_loss(model: MoEForCausalLM, data: Prepared, knobs: Knobs) -> dict[str, Any]:

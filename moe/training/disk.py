@@ -60,7 +60,8 @@ def statement(configs: Sequence[Config]) -> str:
     named = "saved models" if any(config.save_model != "none" for config in configs) else "no saved model"
     parts = f"{named} {_size(models)}, logs {_size(logs)}" if models else f"{named}, logs {_size(logs)}"
     who, one = ("this run keeps", "it") if len(each) == 1 else (f"these {len(each)} runs keep", "a run")
-    more = f"; while {one} trains, its checkpoints need up to {_size(max(disk.checkpoints for disk in each))} more"
+    checkpoints = max(disk.checkpoints for disk in each)
+    more = f"; while {one} trains, its checkpoints need up to {_size(checkpoints)} more" if checkpoints else ""
     return f"disk: {who} at most {_size(models + logs)} ({parts}){more}"
 
 

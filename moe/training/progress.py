@@ -50,7 +50,7 @@ class Progress:
     def evaluated(self, step: int, values: dict[str, Any]) -> None:
         """Print the line of an evaluation after `step` optimizer steps, and at the end what to compare it with."""
         self._perplexity = f"{values['val/perplexity']:.1f}"
-        if step == 0:
+        if step == 0 < self._steps:
             self._baselines.insert(0, f"{values['val/perplexity']:.2f} before training")
         line = f"step {step:>5}/{self._steps}  val loss {values['val/loss']:.4f}"
         line += f"  perplexity {values['val/perplexity']:.2f}"

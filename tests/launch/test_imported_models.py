@@ -136,6 +136,9 @@ def test_a_run_without_steps_has_the_validation_loss_of_transformers(
     done = run_script(TRAIN, *others, *more)
     assert done.returncode == 0, done.stderr
     assert "0 steps: the model is evaluated as it is, and not trained" in done.stdout
+    assert ": evaluating" in done.stdout
+    for said_of_training in (": training", "while it trains", "before training"):
+        assert said_of_training not in done.stdout
     [folder] = tmp_path.glob("*/*/")
     record = RunRecord.read(folder / RunRecord.FILE)
     assert record.status == "finished"
@@ -175,16 +178,18 @@ def test_a_run_whose_experts_stay_on_the_disk_has_the_same_numbers(
 
 @pytest.mark.pages  # half a minute, most of it for the report
 def test_an_observed_model_has_the_tables_and_pages_of_a_run(
-    words: list[str], write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str], write: Write, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder, out = write("gpt_oss", num_hidden_layers=1, layer_types=["full_attention"]), tmp_path / "seen"
     data = [word for word in words if word.startswith("data")]
     more = ["--out", str(out), "--blocks", "4", "--samples", "4", "--other", str(folder), "--offload"]
-    assert observe.main([str(folder), *data, *more]) == 0, capsys.readouterr().err
+    assert observe.main([str(folder), *data, *more]) == 0, capfd.readouterr().err
+    assert "next:" not in capfd.readouterr().out
     assert "routing/load_cv" in (out / "runs.csv").read_text()
     for name in ("report.html", "tokens.html"):
         assert (out / name).stat().st_size > 10_000
     assert re.search(rf"<title>[^<]*{folder.name}", (out / "report.html").read_text())
+    assert re.search(rf"<h1>[^<]*{folder.name}</h1>", (out / "tokens.html").read_text())
     [found] = out.glob("runs/*/*/specialization.json")
     measured = json.loads(found.read_text())["measured"]
     assert [row["k"] for row in measured["loss_by_k"]] == [1, 2, 3, 4, 5]
@@ -203,6 +208,25 @@ def test_routing_of_two_checkpoints_is_compared_by_layer(tmp_path: Path) -> None
     assert observe.compare_routing(tmp_path / "one", tmp_path / "two")["overlap"].tolist() == [1.0, 0.0]
     with pytest.raises(ValueError, match="--other: has layers, tokens and experts"):
         observe.compare_routing(tmp_path / "one", tmp_path / "three")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_experts": 4, "num_local_experts": 4}, "has 4 experts: must have 5, as the model"),
+        ({"num_hidden_layers": 2}, "has 2 MoE layers: must have 3, as the model"),
+    ],
+)
+def test_another_model_of_another_shape_is_refused_before_any_work(
+    write: Write, words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], change: Any, message: str
+) -> None:
+    other, data = write("mixtral", **change), [word for word in words if word.startswith("data")]
+    command = [str(write("mixtral")), *data, "--other", str(other), "--out", str(tmp_path / "out")]
+    assert observe.main(command) == 2
+    printed = capfd.readouterr()
+    assert printed.err == f"moe observe: --other {other}: {message}\n"
+    assert printed.out == ""
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_that_cannot_be_observed_is_refused_before_any_work(
