@@ -3,10 +3,11 @@
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from moe.config import imported
 from moe.model.causal_lm import MoEForCausalLM
 from moe.model.layer import MoELayer
 
@@ -42,10 +43,18 @@ def count_parameters(model: MoEForCausalLM) -> Parameters:
     return Parameters(total, total - idle, trainable)
 
 
-def _routed_size(layer: MoELayer) -> int:
-    """Return the number of parameters of the routed experts of a layer, and of what an adapter has beside each."""
-    beside = [] if layer.beside_experts is None else layer.beside_experts.parameters()
-    return sum(p.numel() for p in (*layer.experts.parameters(), *beside))
+def _routed_size(layer: MoELayer, *, matrices: bool = False) -> int:
+    """Return the number of parameters of the routed experts of a layer, and of what an adapter has beside each.
+
+    matrices: leave out biases.
+    """
+    modules = [layer.experts] + ([] if layer.beside_experts is None else [layer.beside_experts])
+    named = [each for module in modules for each in module.named_parameters()]
+    return sum(p.numel() for name, p in named if not (matrices and _is_bias(name)))
+
+
+def _is_bias(name: str) -> bool:
+    return name.endswith("bias")
 
 
 def _with_besides(model: MoEForCausalLM) -> list[MoELayer]:
@@ -59,7 +68,7 @@ def flops_per_token(model: MoEForCausalLM, seq_len: int, *, active: Sequence[flo
     They are the sum of
     - 2 for each weight of the matrices that process the token. The tied output matrix counts once, because looking up
       an embedding is free. Routed experts count K/E.
-    - 2 * 2 * D * S/2 per layer for attention scores and values, with a causal context of mean length S/2.
+    - attention scores and values, see `attention_flops`.
     - the mixing of tokens into slots, if the router does that.
     - the same for adapters. LoRA counts as if B A x were computed from the right; peft adds B A to a stack of experts
       first, which costs more.
@@ -73,18 +82,39 @@ def flops_per_token(model: MoEForCausalLM, seq_len: int, *, active: Sequence[flo
     config = model.config
     named = model.named_parameters(remove_duplicate=False)  # modules that layers share work in each of them
     looked_up = sum(p.numel() for p in model.get_input_embeddings().parameters())
-    weights = float(sum(p.numel() for _, p in named if p.ndim > 1) - looked_up)
+    weights = float(sum(p.numel() for name, p in named if p.ndim > 1 and not _is_bias(name)) - looked_up)
     mixing = 0
     layers = _with_besides(model)
     measured = [*(active or [])]
     for layer, asked in zip(layers, measured + [None] * (len(layers) - len(measured)), strict=True):
-        size = _routed_size(layer)
+        size = _routed_size(layer, matrices=True)
         router = layer.router
         # in the metrics, a token counts once per router of a chain
         used = router.experts_per_token(seq_len) if asked is None else asked * len(router.chain)
         weights += size * (used / router.num_experts - 1)
         mixing += router.mixing_flops()
-    return round(2 * weights) + mixing + config.num_hidden_layers * 2 * config.hidden_size * seq_len
+    source = config if config.imported is None else imported.parse(config.imported, "config.json.imported")
+    return round(2 * weights) + mixing + attention_flops(source, seq_len)
+
+
+def attention_flops(config: Any, seq_len: int) -> int:
+    """Return the FLOPs of attention scores and values of one token, in the mean over a sequence.
+
+    They are 2 * heads * (width of keys + width of values) * context in each layer with attention. The mean context is
+    S/2, or with a window of w < S tokens, w - w^2 / (2 S). What layers of other kinds, such as linear attention, do
+    beside their matrices is left out.
+    """
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    keys = values = width
+    if getattr(config, "kv_lora_rank", None):  # multi-head latent attention (DeepSeek-V2, 2405.04434)
+        keys, values = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
+    window = getattr(config, "sliding_window", None) or seq_len
+    everywhere = "full_attention" if getattr(config, "use_sliding_window", None) is False else "sliding_attention"
+    kinds = getattr(config, "layer_types", None) or [everywhere] * config.num_hidden_layers
+    contexts = {"sliding_attention": min(window, seq_len), "conv": 0, "linear_attention": 0, "moe": 0, "mlp": 0}
+    seen = [contexts.get(kind, seq_len) for kind in kinds]
+    return round(sum(2 * heads * (keys + values) * (w - w * w / (2 * seq_len)) for w in seen))
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -46,7 +46,7 @@ def test_the_model_of_the_source_studies_has_their_number_of_parameters() -> Non
     sizes = {"dim": 384, "heads": 8, "layers": 6, "ffn": 1536, "num_experts": 8}
     with torch.device("meta"):
         parameters = count_parameters(make(vocab_size=49_152, **sizes))
-    assert parameters == (79_059_840, 36_592_512)
+    assert parameters[:2] == (79_059_840, 36_592_512)
     assert round(100 * parameters.active / parameters.total, 1) == 46.3
 
 
