@@ -70,6 +70,9 @@ def _divide_experts(model: MoEForCausalLM, accelerator: Accelerator) -> nn.Modul
                 part.register_hook(lambda gradient: gradient / ranks.world_size())
             layer.experts.register_parameter(name, part)
             divided.add(part)
+    copied = [p for p in model.parameters() if p not in divided]
+    if not any(p.requires_grad for p in copied):  # DDP refuses such a model; no gradient is left to exchange
+        return accelerator.prepare_model(model, evaluation_mode=True)  # sets up autocast only
     names = [name for name, p in model.named_parameters() if p in divided]
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
     return accelerator.prepare_model(model)

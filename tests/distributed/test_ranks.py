@@ -184,6 +184,22 @@ def test_an_adapter_on_two_ranks_equals_one_on_one_except_for_rounding(
             assert (weights[key] - weight).double().norm() <= 1e-3 * weight.double().norm() + 1e-6, key
 
 
+@pytest.mark.parametrize("trainable", ["experts", "router"])
+@pytest.mark.parametrize("layout", LAUNCH)
+def test_frozen_parts_on_two_ranks_stay_and_the_others_train_as_on_one(
+    layout: str, trainable: str, small: list[str], train_on_one_process: Any, tmp_path: Path
+) -> None:
+    words = (f"trainable={trainable}", "steps=2", "eval_every=2")
+    one = load_file(train_on_one_process(*words) / "model/model.safetensors")
+    done = run_command([*LAUNCH[layout], *small, *STEP, *words, f"out={tmp_path}"])
+    assert done.returncode == 0, done.stderr
+    weights = load_file(only_run(tmp_path) / "model/model.safetensors")
+    for name, weight in one.items():
+        trains = f".{trainable}." in name
+        tolerance = 1e-3 * weight.double().norm() + 1e-6 if trains else 0
+        assert (weights[name] - weight).double().norm() <= tolerance, name
+
+
 def test_lora_is_refused_where_ranks_have_parts_of_weights(small: list[str], tmp_path: Path) -> None:
     done = run_command([*LAUNCH["experts"], *small, *STEP, "adapter=lora_experts", f"out={tmp_path}"])
     assert done.returncode != 0
