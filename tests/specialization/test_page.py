@@ -167,6 +167,9 @@ def expert_of(page: Any, token: int) -> str:
 def test_a_tap_shows_all_experts_of_a_token_in_every_layer(opened: Any, written: tuple[Path, Observation]) -> None:
     page, token = opened, opened.locator(".text > span").nth(7)
     phone = page.viewport_size["width"] < 1000
+    assert (page.evaluate("getComputedStyle(panel).position") == "static") == phone, "an empty panel covers no text"
+    assert page.locator("#hint").is_visible() == phone
+    assert page.locator(".keys").is_visible() != phone
     token.tap() if phone else token.click()
     assert panel(page) == expected(written[1], 7)
     assert page.locator("#token").inner_text().endswith("token 8 of 400")

@@ -2,6 +2,7 @@
 // Colors the tokens by their experts in the selected layer, and shows all experts of one token in the panel.
 // Routing: for each layer and token [expert, weight in thousandths, expert, weight, ...], the heaviest first.
 (() => {
+  const HINT = "Point at a token, tap it, or press Tab, to see all its experts.";
   const find = (id) => document.getElementById(id);
   const routing = JSON.parse(find("routing").textContent);
   const texts = [...document.querySelectorAll(".text")];
@@ -76,7 +77,7 @@
     if (shown !== null) tokens[shown].classList.remove("shown");
     shown = index;
     if (index === null) {
-      find("token").replaceChildren("Point at a token, tap it, or press Tab, to see all its experts.");
+      find("token").replaceChildren(HINT);
       find("routes").replaceChildren();
       return;
     }
@@ -209,7 +210,8 @@
 
   document.querySelector("fieldset").hidden = false;
   document.querySelector("details").open = legend.length <= 16 || innerWidth > 600; // on a phone, the text comes first
-  find("panel").hidden = false;
+  find("hint").textContent = HINT; // beside a narrow text there is no panel before a token is chosen
+  find("hint").hidden = find("panel").hidden = false;
   find("unscripted").hidden = true;
   tokens[0].tabIndex = 0;
   show(null);
