@@ -20,6 +20,7 @@ from moe.routers.base import Router
 from moe.routers.imported import Imported
 from moe.routing.decision import Knobs, Routing
 from moe.specialization.observation import next_token_nats
+from moe.training.progress import counted
 
 MOST = 9  # numbers of experts per token that are tried
 
@@ -44,7 +45,7 @@ def loss_by_k(
         own = next_token_nats(model, blocks, knobs).cpu().numpy()
     constants = {layer: _constant(torch.cat(each)) for layer, each in sums.items() if each}
     found = []
-    for k in numbers(router.fixed_k, router.num_experts):
+    for k in counted(numbers(router.fixed_k, router.num_experts), "numbers of experts per token:"):
         try:
             with _experts_per_token(model, k, constants):
                 nats = next_token_nats(model, blocks, knobs).cpu().numpy()

@@ -1,6 +1,7 @@
 """Measure how much the loss rises when one expert is removed from a finished model."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from moe.model.causal_lm import MoEForCausalLM
 from moe.routing.decision import Knobs, Routing
 from moe.specialization.interventions import Intervention, intervene, remove, reroute
 from moe.specialization.observation import Observation, next_token_nats
+from moe.training.progress import counted
 
 Removal = Callable[[Routing, Bool[Tensor, "A"]], Routing]  # (decision, selected assignments) -> decision without them
 
@@ -37,17 +39,14 @@ def knockouts(
         "zeroed": remove,
     }
     load = observed.chosen.sum(1) / observed.chosen.sum((1, 2))[:, None]
-    results = {}
-    for name, removal in removals.items():
-        rise = np.zeros((2, len(model.moe_layers), experts, len(observed.ids)))
-        for index, layer in enumerate(model.moe_layers):
-            for expert in range(experts):
-                for row, intervention in enumerate((_without(expert, removal), _null(expert, removal))):
-                    with intervene(layer, intervention):
-                        nats = next_token_nats(model, observed.blocks, knobs).cpu().numpy()
-                    rise[row, index, expert] = np.nanmean(nats - observed.nats, axis=1)
-        results[name] = _summary(*rise, load=load, domain=observed.domain, document=document)
-    return results
+    layers = [*model.moe_layers]
+    rise = {name: np.zeros((2, len(layers), experts, len(observed.ids))) for name in removals}
+    each = [*itertools.product(removals, range(len(layers)), range(experts), (_without, _null))]
+    for name, layer, expert, kind in counted(each, "removals"):
+        with intervene(layers[layer], kind(expert, removals[name])):
+            nats = next_token_nats(model, observed.blocks, knobs).cpu().numpy()
+        rise[name][int(kind is _null), layer, expert] = np.nanmean(nats - observed.nats, axis=1)
+    return {name: _summary(*both, load=load, domain=observed.domain, document=document) for name, both in rise.items()}
 
 
 def _summary(

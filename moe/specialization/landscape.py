@@ -1,5 +1,6 @@
 """Measure how the loss and the choices of experts change when the router weights of a finished model are moved."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,7 @@ from moe.data.blocks import Batch
 from moe.model.causal_lm import MoEForCausalLM
 from moe.routing.decision import Knobs
 from moe.specialization.observation import Observation, observe
+from moe.training.progress import counted
 
 DISTANCES = (-1.0, -0.5, -0.25, -0.1, 0.0, 0.1, 0.25, 0.5, 1.0)
 RANDOM_DIRECTIONS = 3
@@ -40,16 +42,12 @@ def landscape(model: MoEForCausalLM, blocks: Batch, knobs: Knobs) -> dict[str, A
     if any(g.any() for g in gradient):
         directions["gradient"] = list(gradient)
     unmoved = observe(model, blocks, knobs)
-    curves = {}
-    for name, direction in directions.items():
-        observations = []
-        for distance in DISTANCES:
-            with moved_weights(weights, direction, distance):
-                observations.append(observe(model, blocks, knobs))
-        curves[name] = {
-            "loss": [float(np.nanmean(observed.nats)) for observed in observations],
-            "flipped": [_flipped(unmoved, observed) for observed in observations],
-        }
+    curves: dict[str, Any] = {name: {"loss": [], "flipped": []} for name in directions}
+    for name, distance in counted([*itertools.product(directions, DISTANCES)], "moves of the routers' weights"):
+        with moved_weights(weights, directions[name], distance):
+            moved = observe(model, blocks, knobs)
+        curves[name]["loss"].append(float(np.nanmean(moved.nats)))
+        curves[name]["flipped"].append(_flipped(unmoved, moved))
     return {"distances": DISTANCES, "blocks": len(blocks.ids), "tokens": blocks.ids.numel(), "curves": curves}
 
 

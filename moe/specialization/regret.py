@@ -16,6 +16,7 @@ from moe.model.layer import MoELayer
 from moe.routing.decision import Knobs, Routing
 from moe.specialization.interventions import intervene, swap_experts
 from moe.specialization.observation import BLOCKS_PER_PASS, Observation, next_token_nats
+from moe.training.progress import counted
 
 MAX_ROUTES = 8  # Sets of experts that are tried for a token.
 
@@ -43,7 +44,8 @@ def route_regret(
     order = rng.permuted(np.tile(np.arange(model.config.num_experts), (rounds, len(observed.ids), 1)), axis=-1)
     chosen = np.take_along_axis(observed.nats, token.T, axis=1).T
     results = []
-    for layer, taken in zip(model.moe_layers, observed.chosen, strict=True):
+    layers = [*zip(model.moe_layers, observed.chosen, strict=True)]
+    for layer, taken in counted(layers, "layers whose tokens try other experts:"):
         tried = np.stack(
             [
                 _losses(model, layer, observed.blocks, knobs, *map(torch.from_numpy, drawn))

@@ -2,7 +2,8 @@
 
 import sys
 import time
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -11,10 +12,13 @@ from moe.config.schema import Config
 from moe.data.blocks import Prepared
 from moe.distributed import ranks
 from moe.metrics.catalog import dead_layers
-from moe.runs.place import Place, duration
+from moe.runs.place import Place, duration, so_far
+
+Item = TypeVar("Item")
 
 TIMED = 5  # steps whose time is measured, after the first one, which takes longer
 NAMED = 8  # domains whose names are printed, if there are no more of them
+QUIET = 10.0  # seconds before a count is printed
 SWEEP = "{desc} |{bar}|"  # the bar of a sweep
 
 
@@ -125,6 +129,21 @@ def text_lines(config: Config, data: Prepared, unigram: float, remarks: list[str
     again = "; text that is read again teaches less than new text" if passes > 1 else ""
     reads = f"{config.steps:,} steps read {blocks * length:,} tokens: {passes:.2g} passes over the training text{again}"
     return [*remarks, text, reads if config.steps else "0 steps: the model is evaluated as it is, and not trained"]
+
+
+def counted(items: Sequence[Item], what: str) -> Iterator[Item]:
+    """Yield the items, and print how many of them are done and how long the others will take.
+
+    The first line comes after `QUIET` seconds, and each further one when half as much time again has passed, so that
+    minutes and days of work both have a handful of lines.
+    """
+    began, due = time.monotonic(), QUIET
+    for done, item in enumerate(items):
+        elapsed = time.monotonic() - began
+        if done and elapsed >= due:
+            _say(f"{what} {done:,}/{len(items):,} {so_far(elapsed, float(done), len(items))}")
+            due = 1.5 * elapsed
+        yield item
 
 
 def _say(line: str) -> None:

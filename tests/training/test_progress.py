@@ -6,7 +6,7 @@ import pytest
 
 from moe.runs import place
 from moe.runs.place import Place, duration
-from moe.training.progress import TIMED, Progress
+from moe.training.progress import TIMED, Progress, counted
 
 
 def test_an_evaluation_prints_its_time_and_the_layers_that_route_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -35,6 +35,22 @@ def test_the_speed_is_printed_once_after_the_first_few_steps(done: int, capsys: 
             progress.trained(values)
     [line] = capsys.readouterr().out.splitlines()
     assert re.fullmatch(rf"step +{done + 1 + TIMED}/300  \S+ s per step, about \d+ (s|min) left", line)
+
+
+def test_a_count_is_printed_ever_more_rarely_and_says_how_long_the_rest_takes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each item takes six seconds here. Work that is soon done prints nothing."""
+    moments = iter([0.0, *range(0, 48, 6), 0.0, 0.0, 6.0])  # the beginning, and before each item
+    monkeypatch.setattr("time.monotonic", lambda: float(next(moments)))
+    assert [*counted("abcdefgh", "removals")] == [*"abcdefgh"]
+    assert capsys.readouterr().out.splitlines() == [
+        "removals 2/8 after 12 s, about 36 s left",
+        "removals 3/8 after 18 s, about 30 s left",
+        "removals 5/8 after 30 s, about 18 s left",
+    ]
+    assert [*counted("ab", "removals")] == ["a", "b"]
+    assert capsys.readouterr().out == ""
 
 
 EVALUATED = {"val/loss": 2.0, "val/perplexity": 7.39, "time/elapsed": 18.2}
