@@ -24,7 +24,7 @@ def specialization_drawings(runs: pd.DataFrame) -> Iterator[Drawing]:
 
     `runs` is a table of `moe.results.table.load_runs`. Figures of single experts show the first seed of each condition.
     """
-    measured, reasons = _read(runs)
+    measured, reasons = measured_runs(runs)
     names = dict.fromkeys(run.condition for run in measured)
     first = [next(run for run in measured if run.condition == name) for name in names]
     first = [run for run in first if _shape(run) == _shape(first[0])]
@@ -78,7 +78,7 @@ def _drawings(measured: list[MeasuredRun], first: list[MeasuredRun]) -> Iterator
     yield drawing("expert_coactivation", caption, result)
 
 
-def _read(runs: pd.DataFrame) -> tuple[list[MeasuredRun], str]:
+def measured_runs(runs: pd.DataFrame) -> tuple[list[MeasuredRun], str]:
     """Return the measured runs in order of condition and seed, and why the others could not be measured."""
     factors = [factor for factor in varied_factors(runs) if factor != "seed"]
     runs = runs[runs["status"] == "finished"]

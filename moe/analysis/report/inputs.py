@@ -100,6 +100,17 @@ class ReportInputs(NamedTuple):
         """What a search for good settings aims at, such as "minimize val/loss"; None if there was no search."""
         return search_goal(self.loaded)
 
+    @property
+    def observed(self) -> bool:
+        """Whether the report is about one model that was evaluated and not trained."""
+        runs = self.runs.drop_duplicates("folder")
+        return len(runs) == 1 and not self.trained and runs["status"].iloc[0] == "finished"
+
+    @property
+    def trained(self) -> bool:
+        """Whether any of the runs took a training step."""
+        return bool((self.runs["steps"] != 0).any()) if "steps" in self.runs else True
+
     def with_condition(self, events: pd.DataFrame) -> pd.DataFrame:
         """Return the events of runs whose condition is known, with condition and seed as columns."""
         seeds = self.runs.get("seed", "unknown")

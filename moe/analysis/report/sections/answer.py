@@ -19,6 +19,7 @@ from moe.analysis.report.blocks import (
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.report.judgments import cards
 from moe.analysis.report.sections.best_setting import best_setting, ranking
+from moe.analysis.report.sections.experts import findings
 from moe.analysis.report.sections.headline import headline
 from moe.analysis.report.sections.search import levels_from_a_search, search_result
 from moe.analysis.report.sections.setup import setup
@@ -29,6 +30,10 @@ MOST_CARDS = 6  # that are visible at once
 PICTURES_EXPLAINED = """\
 Dot: the estimated difference. Line: its 95 % interval. Dashed: no difference. Pictures of one metric have one scale."""
 CLAIMED = " Box: the differences that the claim allows; an arrow at its end means that all beyond it are allowed too."
+UNCERTAINTY = """\
+Pairs in brackets are 95 % intervals over the validation documents: how much other texts of the kind could change a
+number. What is counted is corrected for the number of layers, of experts, or of numbers of experts (tokens excepted).
+Layers and experts are counted from 0."""
 ONE_SEED = "With one seed nothing tells a difference from chance: train at least three seeds, such as `seed=42,43,44`."
 
 
@@ -37,6 +42,9 @@ def answer(inputs: ReportInputs) -> Iterator[ReportBlock]:
     if not inputs.search:
         yield Paragraph(f"**Question:** {literal(_question(inputs))}")
     yield Paragraph(f"**Answer:** {literal(headline(inputs))}")
+    if inputs.observed:
+        yield Facts([(each.name, each.fact) for each in findings(inputs)])
+        yield Paragraph(UNCERTAINTY)
     if inputs.search:
         yield from search_result(inputs)
         yield Facts(setup(inputs))
@@ -91,8 +99,7 @@ def _warnings(inputs: ReportInputs) -> Iterator[str]:
     lost = len(runs) - (runs["status"] == "finished").sum()
     if lost:
         yield f"**{lost} of {len(runs)} runs did not finish**, and no result includes them."
-    trained = (runs["steps"] != 0).any() if "steps" in runs else True
-    if trained and "seed" in runs and runs["seed"].nunique() == 1:
+    if inputs.trained and "seed" in runs and runs["seed"].nunique() == 1:
         yield ONE_SEED
     if several_tokenizers(runs):
         yield "The runs have different tokenizers, so only bits per byte are comparable between them."

@@ -6,6 +6,7 @@ from textwrap import shorten
 
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.report.judgments import Judgment, on_contrast
+from moe.analysis.report.sections.experts import findings
 from moe.analysis.sentences import DETERMINISTIC, EQUIVALENT, SIGNIFICANT, UNTESTED, standing, unit_of
 from moe.checks import plain
 from moe.metrics.catalog import lookup
@@ -25,6 +26,8 @@ def headline(inputs: ReportInputs) -> str:
     if inputs.search:
         settings = inputs.condition.nunique()
         return f"A search tried {settings} settings to {inputs.search}; this report tests none of them against chance."
+    if inputs.observed:
+        return plain(_of_observed(inputs))
     if not inputs.judgments:
         return plain(_without_comparison(inputs))
     judged = [each for each in inputs.judgments if not _causal_with_others(each, inputs)]
@@ -38,6 +41,15 @@ def headline(inputs: ReportInputs) -> str:
         return plain(f"{_of_judgments(inputs, judged).removesuffix('.')}; {left_out} {kinds} {why}.")
     surest = _surest_contrast(inputs)
     return plain(f"{'The' if left_out == 1 else 'All'} {kinds} {why}" + (f", but {surest}." if surest else "."))
+
+
+def _of_observed(inputs: ReportInputs) -> str:
+    """Return the answer about one model that was evaluated and not trained: what its routing and its experts do."""
+    clauses = []
+    if inputs.tested and len(values := by_seed(inputs.runs, inputs.tested[0])):
+        clauses.append(f"the {unit_of(inputs.tested[0])} is {values.mean():.4g}")
+    clauses += [each.clause for each in findings(inputs) if each.clause]
+    return _upper(f"{'; '.join(clauses)}.")
 
 
 def _of_judgments(inputs: ReportInputs, judged: list[Judgment]) -> str:

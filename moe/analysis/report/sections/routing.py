@@ -7,14 +7,44 @@ from matplotlib.figure import Figure
 
 from moe.analysis.figures import layers
 from moe.analysis.figures.drawing import Drawing, drawing
-from moe.analysis.figures.specialization import specialization_drawings
-from moe.analysis.report.blocks import Paragraph, ReportBlock, figure_section, long_list
+from moe.analysis.figures.specialization import measured_runs, specialization_drawings
+from moe.analysis.report.blocks import (
+    Details,
+    Facts,
+    Heading,
+    Paragraph,
+    ReportBlock,
+    TableBlock,
+    csv_file,
+    figure_section,
+    long_list,
+)
 from moe.analysis.report.inputs import ReportInputs
+from moe.analysis.report.sections.experts import experts_by_layer
 from moe.runs.record import SpecializationRecord
 
 TOKENS_EXPLAINED = """\
 These pages show validation text in which each token has the color of its expert. They are in the run folders, not in
 this file:"""
+
+EXPERTS_BY_LAYER = [
+    ("domain", "what the domain of a token tells about its experts beyond chance, as a share of what it could tell"),
+    ("p domain", "of that, if domains are shuffled over documents; after Holm's correction for the layers of a run"),
+    ("token", "the same share for the token itself, where the tokens are shuffled"),
+    ("missed most", "the expert whose removal changes the loss most, compared with as many random choices"),
+    ("rise", "how much the loss rises without it, in nats per token; its tokens go to their next-best experts"),
+    (
+        "rise beyond random",
+        "the same minus the rise when as many random choices are changed; `low` and `high` are its "
+        "95 % interval over documents, which is not corrected for the choice of the largest",
+    ),
+    (
+        "other routes",
+        "mean loss of a token with other experts minus that with the chosen ones, in nats; `low` and "
+        "`high` are its 95 % interval over documents",
+    ),
+]
+EVERYTHING_MEASURED = "this table. Everything that was measured is in specialization.json in the folder of a run."
 
 
 def routing_by_layer(inputs: ReportInputs) -> Iterator[ReportBlock]:
@@ -25,6 +55,12 @@ def routing_by_layer(inputs: ReportInputs) -> Iterator[ReportBlock]:
 def expert_specialization(inputs: ReportInputs) -> Iterator[ReportBlock]:
     """Yield figures of the experts from the files that `python -m moe.specialization` wrote into the run folders."""
     yield from figure_section("What the experts prefer", specialization_drawings(inputs.runs))
+    table = experts_by_layer(measured_runs(inputs.runs)[0])
+    if len(table):
+        yield Heading("Experts by layer", level=3)
+        yield Details("What the columns mean", [Facts([each for each in EXPERTS_BY_LAYER if each[0] in table])])
+        yield TableBlock(table)
+        yield csv_file("experts_by_layer", table, EVERYTHING_MEASURED)
     folders = inputs.runs.loc[inputs.runs["status"] == "finished", "folder"].drop_duplicates()
     pages = [f"`{page}`" for folder in folders if (page := SpecializationRecord.page(Path(folder))) is not None]
     if pages:
