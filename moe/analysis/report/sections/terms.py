@@ -94,7 +94,8 @@ TERMS = [
     ),
     Term(
         "load, load CV",
-        "how many tokens an expert gets; its coefficient of variation is 0 if all get the same",
+        "how many tokens an expert gets; its coefficient of variation is 0 if all get the same. The terminal prints "
+        "its mean over layers; pooled means that the loads of all layers are added first",
         "load CV|[Ll]oad(?!-)",
     ),
     Term(
