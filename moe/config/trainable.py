@@ -12,7 +12,7 @@ PARTS = {
     "router": "routers",
     "experts": "routed experts",
     "shared": "shared experts and dense feed-forward layers",
-    "attention": "attention, and whatever else mixes tokens, such as a state space",
+    "attention": "attention, and whatever is none of the other parts: state spaces, connections between layers",
     "embeddings": "the input embedding and the output matrix",
     "norms": "every norm, also one inside of attention",
     "adapter": "what `adapter` adds",

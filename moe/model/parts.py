@@ -27,7 +27,7 @@ def parts(model: nn.Module) -> Parts:
 def part_of(model: nn.Module) -> dict[Tensor, str]:
     """Return the part of every parameter, a key of `moe.config.trainable.PARTS`, and that of the buffers of routers.
 
-    What no rule below claims is what mixes tokens: attention, convolutions and state spaces.
+    What no rule below claims is "attention": also convolutions, state spaces and connections between layers.
     """
     found: dict[Tensor, str] = {}
     for part, module in _claims(model):

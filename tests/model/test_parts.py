@@ -16,11 +16,11 @@ from moe.model.parts import freeze, learning_routers, names_of, part_of, parts
 # The parts by the names that the authors of these models gave: the first pattern that is found counts.
 NAMES = {
     "norms": r"norm[^.]*\.(weight|bias)$|norm_\d\.weight$",
-    "experts": r"\.(mlp|ffn|feed_forward|block_sparse_moe)\.experts\.",
-    "router": r"\.(mlp|ffn|feed_forward|block_sparse_moe)\.(gate|router)\.",
-    "shared": r"\.(mlp|feed_forward)\.",
-    "attention": r"\.(self_attn|linear_attn|attn|mamba)\.",
-    "embeddings": r"embed_tokens|lm_head|\.wte\.",
+    "experts": r"\.(mlp|ffn|feed_forward|block_sparse_moe|mixer)\.experts\.",
+    "router": r"\.(mlp|ffn|feed_forward|block_sparse_moe|mixer)\.(gate|router)\.",
+    "shared": r"\.(mlp|feed_forward|shared_mlp)\.|\.mixer\.(shared_experts|up_proj|down_proj)\.",
+    "attention": r"\.(self_attn|linear_attn|attn|mamba|mixer|conv|attn_hc|ffn_hc|hc_head)\.",
+    "embeddings": r"embed_tokens|lm_head|\.wte\.|model\.embeddings\.",
 }
 
 
