@@ -18,7 +18,12 @@ from moe.results.table import load_runs
 from moe.runs.record import FORMAT, SpecializationRecord
 
 LAYERS, EXPERTS, DOCUMENTS = 2, 4, 1000
-METRICS = {"val/perplexity": 50.0, "routing/load_cv": 0.25, "routing/load_cv/pooled": 0.125}
+METRICS = {
+    "val/perplexity": 50.0,
+    "routing/load_cv/layer00": 0.25,
+    "routing/load_cv": 0.25,
+    "routing/load_cv/pooled": 0.125,
+}
 
 
 def interval(mean: Any, reach: float | None = 1.0) -> dict[str, Any]:
@@ -83,7 +88,9 @@ def observed(folder: Path, content: dict[str, Any] | None) -> pd.DataFrame:
     folder.mkdir()
     write_record(folder, config={"steps": 0, "seed": 1, "question": ""}, choices={"router": "topk"})
     write_metrics(folder, METRICS)
-    (folder / "events.jsonl").write_text('{"kind": "eval", "step": 0, "val/loss": 3.9}\n')
+    (folder / "events.jsonl").write_text(
+        '{"kind": "eval", "step": 0, "val/loss": 3.9, "routing/load_cv/layer00": 1.0}\n'
+    )
     if content is not None:
         loss = {"mean": 3.0, "low": 2.9, "high": 3.1, "documents": 9, "blocks": 9, "tokens": 99}
         settings = {"format": 3, "model_sha256": "0", "blocks_wanted": 9, "samples": 4}
@@ -175,3 +182,16 @@ def test_the_report_has_the_numbers_of_each_layer_and_says_where_all_are(tmp_pat
     assert table["token"].tolist() == [0.125, 0.125]
     assert "Everything that was measured is in specialization.json" in text
     assert "lower mean loss than other ones in 1 of 2 layers, and a higher one in 1." in text
+
+
+def test_a_report_of_an_observed_model_draws_nothing_over_training_and_compares_nothing(tmp_path: Path) -> None:
+    text = write_report(observed(tmp_path / "run", measured()), tmp_path / "out").read_text()
+    for name in ("learning_curves", "specialization_stability", "contrasts", "anova"):
+        assert f"- {name}: not drawn, " in text
+        assert not list((tmp_path / "out").glob(f"{name}.*"))
+    assert "- layers_routing_load_cv: not drawn, no run was trained" in text
+    assert "Training: none; the weights are those of the checkpoint" in text
+    shown = text.partition("## Terms")[0]
+    assert "(none)" not in shown
+    for word in ("seeds of", "over training", "at the last evaluation", "steps"):
+        assert word not in shown

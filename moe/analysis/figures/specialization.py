@@ -49,7 +49,9 @@ def _drawings(measured: list[MeasuredRun], first: list[MeasuredRun]) -> Iterator
     caption = "How much domain and token id tell about the choice of experts, compared with shuffled routing."
     yield drawing("specialization_information", caption, by_condition.specialization_information(measured))
     caption = "How early the choices become stable, how many change during training, and whether seeds agree."
-    yield drawing("specialization_stability", caption, by_condition.specialization_stability(measured))
+    stable = any(run.found["churn"] or run.found["seed_agreement"] for run in measured)
+    result = by_condition.specialization_stability(measured) if stable else "no run has two traces or another seed"
+    yield drawing("specialization_stability", caption, result)
     without = [run for run in first if run.found["knockout"]]
     caption = "Rise of the loss without an expert, and the rise when equally many random assignments are removed."
     yield drawing("expert_knockouts", caption, expert_grids.expert_knockouts(without) if without else UNTRIED)

@@ -17,7 +17,7 @@ from moe.analysis.figures.style import RC, interval_reach, label_layers, line_st
 from moe.analysis.statistics import with_intervals
 from moe.results.conditions import summary
 
-SEEDS_TITLE = "small: one seed; large: mean over n seeds and its 95 % t interval"
+SEEDS_TITLE = "small: one seed; large: mean over n seeds and its 95 % t interval; "
 
 
 @matplotlib.rc_context(RC)
@@ -36,7 +36,7 @@ def specialization_information(runs: list[MeasuredRun]) -> Figure:
     left.set_ylabel("domain: share of the possible\ninformation, beyond chance")
     middle.set_ylabel("token id: share of the possible\ninformation, beyond chance")
     right.set_ylabel("vocabulary specialization (mean largest share)")
-    shared_legend(figure, f"{SEEDS_TITLE}; gray dash: 97.5 % quantile of shuffled routing")
+    shared_legend(figure, f"{_seeds_title(runs)}gray dash: 97.5 % quantile of shuffled routing")
     return figure
 
 
@@ -109,7 +109,7 @@ def regret_by_route(runs: list[MeasuredRun]) -> Figure:
     routes = runs[0].found["regret"][0]["routes"]
     middle.set_ylabel(f"mean regret, best of {routes} routes (nats)")
     right.set_ylabel("mean loss of other routes - as chosen (nats)")
-    shared_legend(figure, f"regret of a token: all layers and seeds; {SEEDS_TITLE}")
+    shared_legend(figure, f"{_seeds_title(runs)}regret of a token: all layers{' and seeds' if runs[1:] else ''}")
     return figure
 
 
@@ -208,6 +208,11 @@ def _draw_by_layer(axes: Axes, runs: list[MeasuredRun], value: Callable[[dict[st
     axes.set_xlabel("layer")
     label_layers(axes, range(len(value(runs[0].found))))
     axes.grid(visible=False, axis="x")
+
+
+def _seeds_title(runs: list[MeasuredRun]) -> str:
+    """Return what small and large points are, as the beginning of a title; nothing for a single run."""
+    return SEEDS_TITLE if runs[1:] else ""
 
 
 def _mean(values: list[list[float | None]]) -> float:

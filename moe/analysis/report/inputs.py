@@ -50,6 +50,7 @@ FAMILIES = (
 TESTED = tuple(metric.headline for metric in select(shown="tested"))
 
 GRADIENT_METRICS = tuple(metric.name for metric in select(shown="gradient figure"))
+NOT_TRAINED = "no run was trained"  # why a figure over training cannot be drawn
 TRAINING_METRICS = (*GRADIENT_METRICS, "train/loss")  # metrics of training steps that every report needs
 
 

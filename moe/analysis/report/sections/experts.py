@@ -52,7 +52,8 @@ def experts_by_layer(runs: list[MeasuredRun]) -> pd.DataFrame:
         p_domain = _holm(run.found["domain"])
         for layer, domain in enumerate(run.found["domain"]):
             token = run.found["vocabulary"]["input"][layer]
-            row = {"condition": run.condition, "seed": run.seed, "layer": layer}
+            row: dict[str, Any] = {"condition": run.condition, "seed": run.seed} if runs[1:] else {}
+            row |= {"layer": layer}
             row |= {"domain": _number(domain, "adjusted"), "p domain": p_domain[layer]}
             row |= {"token": _number(token and token["id"], "adjusted")}
             if run.found["knockout"]:

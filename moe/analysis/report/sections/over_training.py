@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from moe.analysis.figures import curves
 from moe.analysis.figures.drawing import drawing
 from moe.analysis.report.blocks import Heading, Paragraph, ReportBlock, TableBlock, csv_file, figure_section
-from moe.analysis.report.inputs import GRADIENT_METRICS, ReportInputs
+from moe.analysis.report.inputs import GRADIENT_METRICS, NOT_TRAINED, ReportInputs
 from moe.analysis.sentences import decimals
 from moe.analysis.statistics import contrasts, stack
 from moe.checks import plain
@@ -88,6 +88,8 @@ def learning_curves(inputs: ReportInputs) -> Iterator[ReportBlock]:
     events = inputs.with_condition(inputs.past.evals)
     if VALIDATION_LOSS not in events or not events[VALIDATION_LOSS].notna().any():
         result: Figure | str = f"no run has an evaluation with {VALIDATION_LOSS}"
+    elif not inputs.trained:
+        result = NOT_TRAINED
     else:
         result = inputs.too_many_lines() or curves.learning_curves(events, "condition")
     caption = "Validation loss against optimizer step: every run, and the mean of each condition."

@@ -52,7 +52,7 @@ def what_was_run(inputs: ReportInputs) -> Iterator[ReportBlock]:
         yield _condition_counts(inputs)
     facts = [f"factors: {', '.join(inputs.factors) or 'none varies'}; seeds: {_seeds(runs)}", _tuning(inputs)]
     problems = [*_confounded_factors(inputs.tied), *_values_left_out(inputs), *_dead_layers(inputs.loaded)]
-    yield from long_list([*facts, *problems])
+    yield from long_list(problems if inputs.observed else [*facts, *problems])
     yield csv_file("runs", inputs.loaded, "a row for each run: facts, factors and final metrics.")
     if len(once) < len(runs):
         yield Paragraph("Some runs belong to several grids. The tables count them in each of these.")

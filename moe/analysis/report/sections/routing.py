@@ -19,7 +19,7 @@ from moe.analysis.report.blocks import (
     figure_section,
     long_list,
 )
-from moe.analysis.report.inputs import ReportInputs
+from moe.analysis.report.inputs import NOT_TRAINED, ReportInputs
 from moe.analysis.report.sections.experts import experts_by_layer
 from moe.runs.record import SpecializationRecord
 
@@ -80,6 +80,8 @@ def _layer_trends(inputs: ReportInputs) -> Iterator[Drawing]:
         rows = layers.with_layer_values(events, metric)
         if rows.empty:
             result: Figure | str = f"no evaluation has {metric} by layer"
+        elif not inputs.trained:
+            result = NOT_TRAINED
         elif panels > layers.MAX_PANELS:
             result = f"{panels} conditions are too many"
         else:
@@ -94,8 +96,10 @@ def _layer_profile(inputs: ReportInputs) -> Drawing:
         result: Figure | str = "no finished run has a routing metric by layer"
     else:
         result = inputs.too_many_lines() or layers.layer_profile(runs)
-    caption = "Routing of every layer at the last evaluation. Each line joins the means over the seeds of a condition."
-    return drawing("layer_profile", caption, result)
+    caption = "Routing of every layer"
+    if not inputs.observed:
+        caption += " at the last evaluation. Each line joins the means over the seeds of a condition"
+    return drawing("layer_profile", f"{caption}.", result)
 
 
 def _drop_by_position(inputs: ReportInputs) -> Drawing:

@@ -18,7 +18,7 @@ def setup(inputs: ReportInputs) -> list[tuple[str, str]]:
     runs = inputs.runs.drop_duplicates("folder")
     finished = runs[runs["status"] == "finished"]
     seeds = ", ".join(map(str, levels(runs["seed"]))) if "seed" in runs else "unknown"
-    facts = [("Runs", f"{len(finished)} of {len(runs)} finished; seeds {seeds}")]
+    facts = [] if inputs.observed else [("Runs", f"{len(finished)} of {len(runs)} finished; seeds {seeds}")]
     grids = [name for name in levels(inputs.runs["experiment"]) if ": " in name]
     facts += [("Settings that differ from the experiment's own", literal(name.partition(": ")[2])) for name in grids]
     total, active, trainable = (
@@ -28,7 +28,9 @@ def setup(inputs: ReportInputs) -> list[tuple[str, str]]:
         frozen = "" if trainable == total else f", {trainable} trained"
         facts.append(("Model", f"{total} parameters, {active} of them used by a token{frozen}"))
     sizes = ["steps", "batch_size", "grad_accum", "data.seq_len"]
-    if set(sizes) <= set(runs):
+    if not inputs.trained:
+        facts.append(("Training", "none; the weights are those of the checkpoint"))
+    elif set(sizes) <= set(runs):
         tokens = runs[sizes].astype(float).prod(axis=1)
         steps = _range(runs, "steps", lambda value: f"{value:,.0f}")
         facts.append(
