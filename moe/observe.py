@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import shlex
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +31,10 @@ if TYPE_CHECKING:  # these import Hydra or torch, which takes seconds
 
 RUNS = "runs"  # folder of the run, in --out
 AGREEMENT = "agreement.csv"
+COLUMNS = (
+    "overlap: the share of equal choices. "
+    "kappa_shuffled: 1 if all are equal, 0 if no more are than after shuffling the tokens"
+)
 
 
 def main(command: list[str] | None = None) -> int:
@@ -64,6 +69,9 @@ def main(command: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"moe observe: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("moe observe: interrupted; the same command goes on", file=sys.stderr)
+        return 128 + signal.SIGINT
     print(f"report: {shown(report.with_suffix('.html'))}; metrics: {shown(out / 'runs.csv')}")
     if page.exists():
         print(f"text colored by expert: {shown(page)}")
@@ -93,10 +101,12 @@ def _observe(arguments: argparse.Namespace) -> tuple[Path, Path]:
     if others:
         agreement = compare_routing(run.folder, _evaluated(others).folder)
         agreement.to_csv(out / AGREEMENT, index=False)
+        print(f"experts that {name} and {Path(arguments.other).name} choose for the same tokens. {COLUMNS}")
         print(agreement.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
     print(f"studying the experts of {name}", flush=True)
     process.configure(threads=run.config.threads)
-    study(run.folder, blocks_wanted=arguments.blocks, samples=arguments.samples)
+    if not study(run.folder, blocks_wanted=arguments.blocks, samples=arguments.samples):
+        print("they have been studied with these settings before; nothing is computed again")
     runs = load_runs([str(run.folder)]).assign(experiment=name)  # the title of the report
     report = write_report(runs, out, ReportOptions({}, {}, ()))
     page = run.folder / SpecializationRecord.PAGE

@@ -78,7 +78,8 @@ def _study(folder: Path, arguments: argparse.Namespace) -> None:
     """Study one run, and print the loss and the files."""
     written = study(folder, blocks_wanted=arguments.blocks, samples=arguments.samples, trusted=arguments.trust)
     loss = SpecializationRecord.read(folder / SpecializationRecord.FILE).val_loss
-    interval = f"val/loss {loss['mean']}, 95 % over {loss['documents']} documents: {loss['low']} to {loss['high']}"
+    ends = f"{loss['low']} to {loss['high']}" if loss["low"] is not None else "no interval, which takes four of them"
+    interval = f"val/loss {loss['mean']}, 95 % over {loss['documents']} documents: {ends}"
     outcome = "written" if written else "up to date"
     print(f"{folder / SpecializationRecord.FILE}: {outcome}; {interval}")
     if page := SpecializationRecord.page(folder):

@@ -184,7 +184,13 @@ def test_an_observed_model_has_the_tables_and_pages_of_a_run(
     data = [word for word in words if word.startswith("data")]
     more = ["--out", str(out), "--blocks", "4", "--samples", "4", "--other", str(folder), "--offload"]
     assert observe.main([str(folder), *data, *more]) == 0, capfd.readouterr().err
-    assert "next:" not in capfd.readouterr().out
+    printed = capfd.readouterr().out
+    assert "next:" not in printed
+    assert "overlap: the share of equal choices. kappa_shuffled: 1 if all are equal" in printed
+    assert observe.main([str(folder), *data, *more]) == 0
+    printed = capfd.readouterr().out
+    assert "nothing is computed again" in printed
+    assert ": evaluating" not in printed
     assert "routing/load_cv" in (out / "runs.csv").read_text()
     for name in ("report.html", "tokens.html"):
         assert (out / name).stat().st_size > 10_000

@@ -429,11 +429,12 @@ def test_without_samples_no_other_experts_are_tried_and_the_figures_say_so(cell:
     assert reasons["loss_by_k"] is None or reasons["loss_by_k"] == ""
 
 
-def test_a_study_of_few_documents_has_no_intervals_and_all_figures(cell: Any) -> None:
+def test_a_study_of_few_documents_has_no_intervals_and_all_figures(cell: Any, capsys: Any) -> None:
     """Below four documents there is no interval, and a loss may be null because it is not finite."""
     small_cell = cell("model.layers=1", "steps=0", "data.max_val_blocks=3")
     run(small_cell)
     assert main([str(small_cell.folder), "--samples", "3"]) == 0
+    assert "no interval, which takes four of them" in capsys.readouterr().out
     written = read_study(small_cell.folder)
     found = written["measured"]
     assert found["documents"] < 4
