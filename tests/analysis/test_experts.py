@@ -186,12 +186,13 @@ def test_the_report_has_the_numbers_of_each_layer_and_says_where_all_are(tmp_pat
 
 def test_a_report_of_an_observed_model_draws_nothing_over_training_and_compares_nothing(tmp_path: Path) -> None:
     text = write_report(observed(tmp_path / "run", measured()), tmp_path / "out").read_text()
-    for name in ("learning_curves", "specialization_stability", "contrasts", "anova"):
+    for name in ("learning_curves", "gradients", "specialization_stability"):
         assert f"- {name}: not drawn, " in text
+    for name in ("learning_curves", "specialization_stability", "contrasts", "anova"):
         assert not list((tmp_path / "out").glob(f"{name}.*"))
     assert "- layers_routing_load_cv: not drawn, no run was trained" in text
-    assert "Training: none; the weights are those of the checkpoint" in text
+    assert "Training: none; the model was evaluated as it is" in text
     shown = text.partition("## Terms")[0]
     assert "(none)" not in shown
-    for word in ("seeds of", "over training", "at the last evaluation", "steps"):
+    for word in ("seeds of", "over training", "at the last evaluation", "Verdicts", "Contrasts"):
         assert word not in shown

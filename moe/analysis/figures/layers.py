@@ -87,7 +87,8 @@ def layer_profile(runs: pd.DataFrame) -> Figure:
         axes.set(xlabel="layer", ylabel=METRICS[metric])
         begin_at_zero(axes, metric)
         label_layers(axes, list(columns))
-    shared_legend(figure, "small: one seed; large: mean over n seeds and its 95 % t interval")
+    several = "small: one seed; large: mean over n seeds and its 95 % t interval"
+    shared_legend(figure, several if len(runs) > 1 else "")
     return figure
 
 

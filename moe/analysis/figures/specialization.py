@@ -82,6 +82,7 @@ def _drawings(measured: list[MeasuredRun], first: list[MeasuredRun]) -> Iterator
 
 def measured_runs(runs: pd.DataFrame) -> tuple[list[MeasuredRun], str]:
     """Return the measured runs in order of condition and seed, and why the others could not be measured."""
+    name = "all runs" if len(runs) > 1 else "this run"  # if no factor varies
     factors = [factor for factor in varied_factors(runs) if factor != "seed"]
     runs = runs[runs["status"] == "finished"]
     measured, reasons = [], []
@@ -99,7 +100,7 @@ def measured_runs(runs: pd.DataFrame) -> tuple[list[MeasuredRun], str]:
                 reasons.append(str(record.reason))
             else:
                 found = cast(dict[str, Any], record.measured)
-                measured.append(MeasuredRun(name_cell(cell) or "all runs", int(seed), found))
+                measured.append(MeasuredRun(name_cell(cell) or name, int(seed), found))
     return measured, "; ".join(sorted(set(reasons)))
 
 

@@ -168,9 +168,8 @@ def _describe(
     """Return the inputs of some runs, without claims and contrasts."""
     runs = with_causality(loaded)
     factors = [factor for factor in varied_factors(runs) if factor != "seed"]
-    names = {
-        index: name_cell(cell) or "all runs" for cell, members in conditions(runs, factors) for index in members.index
-    }
+    name = "all runs" if len(runs) > 1 else "this run"  # if no factor varies
+    names = {index: name_cell(cell) or name for cell, members in conditions(runs, factors) for index in members.index}
     folders = runs.loc[runs["status"] != "missing", "folder"]
     return ReportInputs(
         loaded=loaded,

@@ -66,6 +66,15 @@ class Chapter(NamedTuple):
 
 
 ANSWER: tuple[Section, ...] = (answer,)
+OF_EACH_MODEL: tuple[Chapter, ...] = (
+    Chapter("Routing", "balance, sharpness and drops by layer", (routing_by_layer,)),
+    Chapter(
+        "Training",
+        "learning curves, gradients, differences over training",
+        (learning_curves, contrasts_over_training, gradient_norms),
+    ),
+    Chapter("Specialization", "what single experts do", (expert_specialization,)),
+)
 CHAPTERS: tuple[Chapter, ...] = (
     Chapter(
         "Effects",
@@ -84,13 +93,11 @@ CHAPTERS: tuple[Chapter, ...] = (
         "means of each setting, tests, analysis of variance",
         (condition_table, contrast_table, analysis_of_variance),
     ),
-    Chapter("Routing", "balance, sharpness and drops by layer", (routing_by_layer,)),
-    Chapter(
-        "Training",
-        "learning curves, gradients, differences over training",
-        (learning_curves, contrasts_over_training, gradient_norms),
-    ),
-    Chapter("Specialization", "what single experts do", (expert_specialization,)),
+    *OF_EACH_MODEL,
+)
+CHAPTERS_OF_ONE_MODEL: tuple[Chapter, ...] = (  # that was evaluated and not trained: nothing is compared
+    Chapter("Values", "the metrics of the evaluation", (condition_table,)),
+    *OF_EACH_MODEL,
 )
 CHAPTERS_OF_A_SEARCH: tuple[Chapter, ...] = (  # nothing that tests or predicts
     Chapter("Settings that were tried", "means and learning curves", (condition_table, learning_curves)),
@@ -190,7 +197,8 @@ def _chapter(chapter: Chapter, inputs: ReportInputs) -> Iterator[ReportBlock]:
 def _experiment(inputs: ReportInputs) -> Iterator[ReportBlock]:
     for section in ANSWER:
         yield from section(inputs)
-    for chapter in CHAPTERS_OF_A_SEARCH if inputs.search else CHAPTERS:
+    chapters = CHAPTERS_OF_ONE_MODEL if inputs.observed else CHAPTERS
+    for chapter in CHAPTERS_OF_A_SEARCH if inputs.search else chapters:
         yield from _chapter(chapter, inputs)
 
 

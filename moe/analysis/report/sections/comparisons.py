@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from moe.analysis.figures.drawing import drawing
 from moe.analysis.report.blocks import BulletList, Details, Facts, Heading, Paragraph, ReportBlock, TableBlock, csv_file
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.statistics import noise_floor, with_intervals
@@ -15,7 +14,6 @@ NOISE_FLOOR_EXPLAINED = """\
 These runs differ in the seed alone. The table shows their sample standard deviation (ddof=1) with its 95 % chi-square
 interval, and the smallest true difference that an unpaired t test with so many seeds on each side would find with
 power 0.8."""
-ONE_MODEL = "there is one model, and nothing to compare it with"
 OBSERVED_EXPLAINED = "Values of the evaluation. There is one, so it has no spread (–)."
 CONDITIONS_EXPLAINED = """\
 Values of the final evaluation: mean ± sample standard deviation (ddof=1) over n seeds. "± 0" means that every seed has
@@ -72,9 +70,6 @@ def condition_table(inputs: ReportInputs) -> Iterator[ReportBlock]:
 
 def contrast_table(inputs: ReportInputs) -> Iterator[ReportBlock]:
     """Yield all contrasts with all numbers on which the verdicts are based."""
-    if inputs.observed:
-        yield drawing("contrasts", "", ONE_MODEL)
-        return
     yield Heading("Contrasts, paired by seed")
     if known := [(column, words) for column, words in COLUMNS.items() if column in inputs.contrasts]:
         yield Details("What the columns mean", [Facts(known)])
@@ -114,9 +109,6 @@ def _gains_of_pairing(contrasts: pd.DataFrame) -> Iterator[str]:
 
 def analysis_of_variance(inputs: ReportInputs) -> Iterator[ReportBlock]:
     """Yield the factorial analysis of variance of every tested metric, or why there is none."""
-    if inputs.observed:
-        yield drawing("anova", "", ONE_MODEL)
-        return
     yield Heading("Analysis of variance within seeds")
     yield Paragraph(VARIANCE_EXPLAINED)
     if inputs.without_variance:

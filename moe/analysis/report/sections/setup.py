@@ -29,7 +29,7 @@ def setup(inputs: ReportInputs) -> list[tuple[str, str]]:
         facts.append(("Model", f"{total} parameters, {active} of them used by a token{frozen}"))
     sizes = ["steps", "batch_size", "grad_accum", "data.seq_len"]
     if not inputs.trained:
-        facts.append(("Training", "none; the weights are those of the checkpoint"))
+        facts.append(("Training", "none; the model was evaluated as it is"))
     elif set(sizes) <= set(runs):
         tokens = runs[sizes].astype(float).prod(axis=1)
         steps = _range(runs, "steps", lambda value: f"{value:,.0f}")

@@ -131,8 +131,6 @@ def claim_verdicts(inputs: ReportInputs) -> Iterator[ReportBlock]:
 
 def contrast_verdicts(inputs: ReportInputs) -> Iterator[ReportBlock]:
     """Yield a sentence for every contrast that no claim predicts, the most certain ones first."""
-    if inputs.observed:
-        return
     yield Heading("Verdicts")
     if several_tokenizers(inputs.runs):
         yield Paragraph(TOKENIZERS)
