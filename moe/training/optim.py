@@ -236,9 +236,10 @@ def roles(model: nn.Module) -> dict[nn.Parameter, Role]:
         new: Any = model.adapter_names
         named = {name: p for name, p in model.named_parameters() if name in new and p not in inside}
         found |= {p: adapter.role(name, p) for name, p in named.items()}
-    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    if output is not None:
-        found |= dict.fromkeys(output.parameters(), "other")
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]  # one inside of another
+    for output in (module.get_output_embeddings() for module in models):
+        if output is not None:
+            found |= dict.fromkeys(output.parameters(), "other")
     return found
 
 

@@ -24,6 +24,7 @@ from moe.data.blocks import batch
 from moe.data.labels import IGNORED, next_token
 from moe.launch.command_line import read_cells
 from moe.launch.run import run
+from moe.model.cost import count_parameters
 from moe.runs.record import MetricsRecord, RunRecord
 from moe.runs.traces import write_trace
 from moe.training.setup import build_model, prepare_data
@@ -241,3 +242,27 @@ def test_a_model_that_cannot_be_observed_is_refused_before_any_work(
     assert observe.main([str(tmp_path / "missing"), "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_the_arms_of_the_study_of_fine_tuning_train_equally_many_parameters(words: list[str], write: Write) -> None:
+    """At the sizes of its base. Full fine-tuning, the routers and the experts are there for comparison."""
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "head_dim": 32}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    base = write("mixtral", **sizes, **heads, num_local_experts=8, num_experts=8, num_experts_per_tok=2)
+    more = ["-m", "experiment=finetuning", f"model.checkpoint={base}", "data.train_domains=[late]", "seed=1"]
+    cells = read_cells([*words, *more]) or []
+    found = {str(cell.choices["variant"]): count_parameters(build_model(cell.config)).trainable for cell in cells}
+    assert len(found) == 9
+    assert found["finetune_router"] == 4 * 8 * 128
+    for arm in (name for name in found if "lora" in name or "perft" in name):
+        assert found[arm] == pytest.approx(4 * 8192, rel=0.02), arm
+    claims = cells[0].config.claims
+    assert {level for claim in claims for level in (*claim.levels, *claim.than)} <= found.keys()
+
+
+def test_an_arm_of_the_study_of_fine_tuning_can_be_trained(words: list[str], mixtral: Path, tmp_path: Path) -> None:
+    more = ["experiment=finetuning", "variant=finetune_perft_r", f"model.checkpoint={mixtral}", f"out={tmp_path}"]
+    [cell] = read_cells([*words, *more, "data.train_domains=[late]", "seed=1", "steps=1"]) or []
+    run(cell)
+    values = MetricsRecord.read(cell.folder / MetricsRecord.FILE).final_metrics
+    assert values["val/loss_in_domain"] == pytest.approx(values["val/loss/late"])

@@ -22,6 +22,7 @@ from moe.model.imported import probabilities
 from moe.model.imported_checkpoint import read_checkpoint
 from moe.routers.base import LinearRouter
 from moe.routing.decision import Knobs
+from moe.training.optim import roles
 
 IDS = torch.randint(3, V, (2, 9), generator=torch.Generator().manual_seed(0))
 OWN = {"_target_": "moe.routers.imported.Imported"}
@@ -325,3 +326,9 @@ def test_more_layers_than_tensors_are_refused_before_they_are_built(folder: Path
     given = dict.fromkeys(vars(ModelConfig())) | {"checkpoint": str(folder)}
     with pytest.raises(ConfigError, match=r"num_hidden_layers in config\.json of .*=3000: must be at most"):
         imported.resolve(given)
+
+
+def test_the_output_matrix_of_an_imported_model_is_none_that_muon_trains() -> None:
+    model = around(tiny("mixtral"))
+    role = roles(model)
+    assert {role[p] for name, p in model.named_parameters() if "lm_head" in name or "embed_tokens" in name} == {"other"}

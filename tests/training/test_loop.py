@@ -232,7 +232,11 @@ def test_recorded_flops_count_the_experts_that_validation_tokens_asked_for(cell:
     assert facts["flops_per_token"] == flops_per_token(model, 32, active=active) < flops_per_token(model, 32)
 
 
-@pytest.mark.parametrize("experiment", sorted(options("experiment")))
+# What an experiment needs on the test corpus. `finetuning` needs a checkpoint: tests/launch/test_imported_models.py.
+NEEDED = {"finetuning_base": ["data.train_domains=[early]"]}
+
+
+@pytest.mark.parametrize("experiment", sorted({*options("experiment")} - {"finetuning"}))
 def test_the_first_and_last_cell_of_every_experiment_can_be_trained(
     experiment: str, small: list[str], finished_ablation: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,7 +244,7 @@ def test_the_first_and_last_cell_of_every_experiment_can_be_trained(
     split = BasicSweeper.split_arguments
     first_and_last = staticmethod(lambda *arguments: [grid[:: max(1, len(grid) - 1)] for grid in split(*arguments)])
     monkeypatch.setattr(BasicSweeper, "split_arguments", first_and_last)
-    settings = [*small, "steps=1", "eval_every=1", f"out={finished_ablation}"]
+    settings = [*small, "steps=1", "eval_every=1", f"out={finished_ablation}", *NEEDED.get(experiment, [])]
     cells = read_cells([f"experiment={experiment}", "seed=42", *settings])
     assert cells
     for one in {cells[0].folder: cells[0], cells[-1].folder: cells[-1]}.values():
