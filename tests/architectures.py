@@ -5,12 +5,11 @@ import math
 from typing import Any
 
 import torch
-import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from moe.config import imported
-from moe.config.options import CONF
 from moe.config.schema import ModelConfig
+from moe.foreign import plain
 from moe.model.causal_lm import MoEConfig, MoEForCausalLM
 
 V, E, K = 61, 5, 3
@@ -146,12 +145,7 @@ def tiny(kind: str, **changes: Any) -> PreTrainedModel:
 
 def router_of(source: PreTrainedModel) -> dict[str, Any]:
     """Return the router of ours that decides like that of a model: what the words that its checkpoint implies say."""
-    option, *settings = (word.partition("=")[2] for word in imported.router(source.config))
-    keys = [word.partition("=")[0].removeprefix("router.") for word in imported.router(source.config)[1:]]
-    if option.startswith("{"):
-        return yaml.safe_load(option)  # type: ignore[no-any-return]
-    spec = yaml.safe_load((CONF / "router" / f"{option}.yaml").read_text())
-    return spec | {key: yaml.safe_load(value) for key, value in zip(keys, settings, strict=True)}  # type: ignore[no-any-return]
+    return plain.router_of(source.config)
 
 
 def around(source: PreTrainedModel, router: dict[str, Any] | None = None, *, copied: bool = True) -> MoEForCausalLM:

@@ -29,7 +29,7 @@ def locate(path: object, key: str, *, trusted: bool) -> type[Any]:
     module = path.rpartition(".")[0] if isinstance(path, str) else ""
     where = f"{key}._target_"
     require(bool(module) and str(path).replace(".", "a").isidentifier(), where, path, f"the dotted name of a {kind}")
-    advice = f"The module {module} is imported only if you trust this file: trust_remote_code=True"
+    advice = f"The module {module} is imported only in Python and only if you trust this file: trust_remote_code=True"
     allowed = f"a class of {package}. {advice}; see docs/security.md"
     require(trusted or module.startswith(f"{package}."), where, path, allowed)
     try:

@@ -56,16 +56,7 @@ def pretrained_tokenizer(name: str, revision: str | None = None) -> PreTrainedTo
     Code that the files name is never run. Raises ValueError if the tokenizer cannot be loaded, or is not a fast one
     with an end-of-text token, or skips numbers.
     """
-    try:
-        settings: dict[str, Any] = {"padding_side": "left", "split_special_tokens": False}
-        require_files(Path(name))
-        pretrained = AutoTokenizer.from_pretrained(
-            name, revision=revision or "main", trust_remote_code=False, **settings
-        )
-    except Exception as error:  # whatever a wrong file makes a library raise
-        raise ValueError(f"data.tokenizer={name}: cannot be read ({first_line(error)})") from error
-    if not isinstance(pretrained, PreTrainedTokenizerFast) or pretrained.eos_token_id is None:
-        raise ValueError(f"data.tokenizer={name}: must be a fast tokenizer that has an end-of-text token")
+    pretrained = plain_tokenizer(name, revision, padding_side="left", split_special_tokens=False)
     ids, number = pretrained.get_vocab().values(), len(pretrained)
     if max(ids) >= number:  # a model has one row for each token
         allowed = f"a tokenizer that numbers its {number} tokens from 0 to {number - 1}"
@@ -74,6 +65,24 @@ def pretrained_tokenizer(name: str, revision: str | None = None) -> PreTrainedTo
     pretrained.backend_tokenizer.post_processor = processors.Sequence([])
     if pretrained.pad_token is None:
         pretrained.pad_token = pretrained.eos_token
+    return pretrained
+
+
+def plain_tokenizer(name: str, revision: str | None = None, **settings: Any) -> PreTrainedTokenizerFast:
+    """Load a tokenizer as it is, from a path or the hub. `settings` replace some of its own.
+
+    Code that the files name is never run. Raises ValueError if the tokenizer cannot be loaded, or is not a fast one
+    with an end-of-text token.
+    """
+    try:
+        require_files(Path(name))
+        pretrained = AutoTokenizer.from_pretrained(
+            name, revision=revision or "main", trust_remote_code=False, **settings
+        )
+    except Exception as error:  # whatever a wrong file makes a library raise
+        raise ValueError(f"data.tokenizer={name}: cannot be read ({first_line(error)})") from error
+    if not isinstance(pretrained, PreTrainedTokenizerFast) or pretrained.eos_token_id is None:
+        raise ValueError(f"data.tokenizer={name}: must be a fast tokenizer that has an end-of-text token")
     return pretrained
 
 

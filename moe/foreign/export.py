@@ -33,6 +33,9 @@ TOLERANCE = 1e-4  # largest difference of logits, relative to the largest logit,
 # (weights times tokens) or needs too much memory (numbers of logits, or of attention in a layer).
 MORE, WORK, NUMBERS = 32, 2e10, 2.0**26
 
+# The precisions of a checkpoint that are read as fp32, as its config.json names them.
+HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 class Difference(NamedTuple):
     """How far the logits of two models are apart on two texts of random tokens.
@@ -59,7 +62,8 @@ def to_transformers(model: MoEForCausalLM, target: str = "auto") -> PreTrainedMo
     target: a key of `TARGETS`, or `auto` for the first one that expresses the model. A Mixture of Experts that was
         imported is first of all one of its own architecture (`restore`), if that follows its router.
 
-    Its weights have the precision of the model if that holds them exactly, and are in fp32 otherwise.
+    Its weights have the precision of the model, or that of the checkpoint from which it was imported, if that holds
+    them exactly. Otherwise they are in fp32.
 
     Raises ConfigError, with one line, if the target does not express the model, or if the logits differ by more than
     `TOLERANCE`.
@@ -82,10 +86,12 @@ def convert(model: MoEForCausalLM, target: str) -> tuple[PreTrainedModel, Differ
         difference = compare(model, found, seed=1)
     if not difference.relative <= TOLERANCE:
         raise ConfigError(f"--to {target}: the logits of {found.config.model_type} are off by up to {difference}")
-    dtype = next(p for p in model.parameters() if p.ndim == 2).dtype
-    if all(torch.equal(p.to(dtype).to(p.dtype), p) for p in found.parameters()):
-        for p in found.parameters():  # not found.to(dtype), which would round the frequencies of positions
-            p.data = p.data.to(dtype)
+    stored = HALVES.get(str((model.config.imported or {}).get("dtype")))
+    for dtype in (stored, next(p for p in model.parameters() if p.ndim == 2).dtype):
+        if dtype is not None and all(torch.equal(p.to(dtype).to(p.dtype), p) for p in found.parameters()):
+            for p in found.parameters():  # not found.to(dtype), which would round the frequencies of positions
+                p.data = p.data.to(dtype)
+            break
     return found, difference
 
 

@@ -1,9 +1,10 @@
 """Write the model of a run as a model that other programs load: `python -m moe export RUN --to mixtral --out DIR`.
 
-RUN is the folder of a run, or of a saved model. The new folder has weights, tokenizer, generation settings and a card.
-Plain transformers loads it without this project, and its logits are those of the run. A model that the architecture
-cannot express is refused, with the reason and the nearest architecture that can. `--to auto` takes the first that can,
-and `--to gguf` writes a file for llama.cpp. docs/foreign-models.md explains all of it.
+RUN is the folder of a run, of a saved model, or of a Mixture of Experts that transformers has saved. The new folder has
+weights, tokenizer, generation settings and a card. Plain transformers loads it without this project, and its logits are
+those of the run. A model that the architecture cannot express is refused, with the reason and the nearest architecture
+that can. `--to auto` takes the first that can; an imported model's own architecture comes first. `--to gguf` writes a
+file for llama.cpp. docs/foreign-models.md explains all of it.
 """
 
 import argparse
@@ -16,7 +17,17 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of the hub and of 
 
 from moe.checks import one_of, printable, require
 from moe.foreign.export import convert
-from moe.foreign.folder import GGUF, Source, check_new, check_shards, read_source, write_folder, write_gguf_folder
+from moe.foreign.folder import (
+    GGUF,
+    SCALED,
+    Source,
+    check_new,
+    check_shards,
+    notes,
+    read_source,
+    write_folder,
+    write_gguf_folder,
+)
 from moe.foreign.gguf import require_package
 from moe.foreign.targets import TARGETS
 
@@ -25,7 +36,9 @@ WAYS = ("auto", *TARGETS, "gguf")
 
 def main(command: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m moe export", description=__doc__)
-    parser.add_argument("model", type=Path, help="folder of a run or of a saved model")
+    parser.add_argument(
+        "model", type=Path, help="folder of a run, of a saved model, or of a Mixture of Experts of transformers"
+    )
     parser.add_argument("--to", default="auto", help=f"{', '.join(WAYS)} (auto)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder to write")
     shards = "largest size of one file of weights, such as 5GB; otherwise as transformers cuts them"
@@ -64,7 +77,10 @@ def _export(source: Source, to: str, out: Path, shards: str | None) -> str:
     if to == "gguf":
         return f"{GGUF}, architecture {write_gguf_folder(model, source, out)}"
     exported, difference = convert(model, to)
-    write_folder(exported, source, out, difference=difference, shards=shards)
+    remarks = notes(model, exported)
+    write_folder(exported, source, out, *remarks, difference=difference, shards=shards)
+    if SCALED in remarks:
+        print(f"{out}: compute in fp32 or bf16; in fp16 the numbers between the layers overflow", file=sys.stderr)
     return f"{exported.config.model_type}, logits differ by up to {difference}"
 
 

@@ -13,12 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.logging import disable_progress_bar
 
-from moe.checks import ConfigError, escaped, require
+from moe.checks import ConfigError, escaped, first_line, require
 from moe.config.imported import longest_text
-from moe.data.tokenizer import pretrained_tokenizer
+from moe.data.tokenizer import plain_tokenizer, pretrained_tokenizer
 from moe.files import apply_umask, read_text, sha256, write_text
 from moe.foreign.export import Difference
 from moe.foreign.gguf import write_gguf
+from moe.foreign.plain import check_plain, read_plain
 from moe.model.architecture import MoEConfig
 from moe.model.causal_lm import MoEForCausalLM, load_model
 from moe.runs.record import MetricsRecord, RunRecord
@@ -43,10 +44,8 @@ Its weights are in fp32. `llama-quantize` makes them smaller."""
 SCALED = """All numbers between the layers are multiplied by a large power of two, so that the norms of queries and
 keys, which the original does not have, change nothing. Compute in fp32 or bf16. In fp16 the numbers overflow."""
 NOTES = {
-    "olmoe": (SCALED,),
-    "qwen3_moe": (SCALED,),
-    "gpt_oss": ("A program must read `swiglu_limit` from config.json. With a limit of 7 some results can differ.",),
-    "deepseek_v3": ("A program must support `longrope` positions in this architecture, as transformers does.",),
+    "gpt_oss": "A program must read `swiglu_limit` from config.json. With a limit of 7 some results can differ.",
+    "deepseek_v3": "A program must support `longrope` positions in this architecture, as transformers does.",
 }
 
 
@@ -55,7 +54,7 @@ class Source(NamedTuple):
 
     folder: that of the saved model. run: the folder of the run that saved it after its last step, or None. record,
     val_loss: those of that run. tokenizer: None if the folder has none. imported_from: the architecture from which the
-    model was imported, or None.
+    model was imported, or None. is_plain: whether it is a model that transformers has saved.
     """
 
     folder: Path
@@ -64,10 +63,11 @@ class Source(NamedTuple):
     val_loss: float | None
     tokenizer: PreTrainedTokenizerFast | None
     imported_from: str | None
+    is_plain: bool
 
     def model(self) -> MoEForCausalLM:
         """Return the model. Raises ValueError if it cannot be read, or if a weight is not finite."""
-        model = load_model(self.folder)
+        model = read_plain(self.folder) if self.is_plain else load_model(self.folder)
         for name, weight in model.state_dict().items():
             if not bool(weight.isfinite().all()):
                 raise ConfigError(f"{self.folder}: {name} has numbers that are not finite")
@@ -93,9 +93,12 @@ def read_source(path: Path) -> Source:
         if record.status == "finished":
             val_loss = MetricsRecord.read(run / MetricsRecord.FILE).scalars()["val/loss"]
     content = _saved_config(folder, path)
-    has_tokenizer = (folder / "tokenizer.json").is_file()
-    tokenizer = pretrained_tokenizer(str(folder.resolve())) if has_tokenizer else None
-    return Source(folder, run, record, val_loss, tokenizer, (content.get("imported") or {}).get("model_type"))
+    is_plain = content["model_type"] != MoEConfig.model_type
+    tokenizer = None
+    if (folder / "tokenizer.json").is_file():  # a plain model keeps what its tokenizer adds to a text
+        tokenizer = (plain_tokenizer if is_plain else pretrained_tokenizer)(str(folder.resolve()))
+    kind = content["model_type"] if is_plain else (content.get("imported") or {}).get("model_type")
+    return Source(folder, run, record, val_loss, tokenizer, kind, is_plain)
 
 
 def _saved_config(folder: Path, given: Path) -> dict[str, Any]:
@@ -112,15 +115,20 @@ def _saved_config(folder: Path, given: Path) -> dict[str, Any]:
         raise ConfigError(f"{given}: is neither the folder of a run nor a saved model{below}")
     content = json.loads(read_text(folder / "config.json"))
     kind = content.get("model_type") if isinstance(content, dict) else None
-    if kind != MoEConfig.model_type and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ConfigError(
-            f"{folder}: is a {kind} of transformers, and no model of this project; "
-            f"train.py model=imported model.checkpoint={folder} steps=0 makes a run of it"
-        )
-    require(kind == MoEConfig.model_type, f"model_type in config.json of {folder}", kind, MoEConfig.model_type)
-    router = (content.get("router") or {}).get("_target_", "moe.")
-    if not str(router).startswith("moe."):
-        raise ConfigError(f"{folder}: router._target_={router}: what a router outside of this project does is unknown")
+    known = isinstance(kind, str) and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    allowed = f"{MoEConfig.model_type}, or that of a causal language model of the transformers library"
+    require(known, f"model_type in config.json of {folder}", kind, allowed)
+    if kind != MoEConfig.model_type:
+        check_plain(folder)
+        return cast(dict[str, Any], content)
+    for part in ("router", "adapter"):
+        target = str((content.get(part) or {}).get("_target_", "moe."))
+        if not target.startswith("moe."):
+            raise ConfigError(f"{folder}: {part}._target_={target}: what code outside of this project does is unknown")
+    try:
+        MoEConfig.from_dict(content)  # here, because transformers prints lines about a wrong one with a tokenizer
+    except ValueError as error:
+        raise ConfigError(f"{folder}: {first_line(error)}") from error
     return cast(dict[str, Any], content)
 
 
@@ -161,12 +169,27 @@ def check_shards(size: str | None, to: str) -> None:
     require(known is not None, "--max-shard-size", size, "a number of bytes, or one with KB, MB, GB or TB, such as 5GB")
 
 
+def notes(model: MoEForCausalLM, exported: PreTrainedModel) -> list[str]:
+    """Return what somebody must know who runs `exported`, as which `model` was written, in another program."""
+    source = model.config.imported or {}
+    if exported.config.model_type == source.get("model_type"):
+        return []
+    rescaled = exported.config.rms_norm_eps > source.get("rms_norm_eps", model.config.rms_norm_eps)
+    note = NOTES.get(exported.config.model_type)
+    return ([SCALED] if rescaled else []) + ([note] if note else [])
+
+
 def write_folder(
-    exported: PreTrainedModel, source: Source, out: Path, *, difference: Difference, shards: str | None = None
+    exported: PreTrainedModel,
+    source: Source,
+    out: Path,
+    *remarks: str,
+    difference: Difference,
+    shards: str | None = None,
 ) -> None:
     """Write the model as its architecture writes it, with the tokenizer and the card of `source`.
 
-    shards: the largest size of one file of weights, such as 5GB.
+    remarks: paragraphs for the card, see `notes`. shards: the largest size of one file of weights, such as 5GB.
     """
     disable_progress_bar()  # transformers would show one while it writes a single small file
     name, positions = exported.config.model_type, longest_text(exported.config) or 0
@@ -175,8 +198,8 @@ def write_folder(
         exported.save_pretrained(folder, **options)
         if source.tokenizer is not None:
             source.tokenizer.save_pretrained(folder)
-        remarks = (_equality(difference, positions), *NOTES.get(name, ()))
-        write_text(folder / "README.md", card(source, name, *remarks, loading=LOADING))
+        equality = _equality(difference, positions)
+        write_text(folder / "README.md", card(source, name, equality, *remarks, loading=LOADING))
 
 
 def write_gguf_folder(model: MoEForCausalLM, source: Source, out: Path) -> str:
@@ -205,8 +228,7 @@ def card(source: Source, name: str, *remarks: str, loading: str) -> str:
     parts = [
         f"---\n{front.to_yaml()}\n---",
         f"# A Mixture-of-Experts language model as {name}",
-        "A model that was trained with moe-routing for research on routing, written as a model of the architecture "
-        f"{name}. It completes text like its training data, and is no assistant.",
+        _what(source, name),
         "## Where it comes from",
         *_origin(source),
         "Its weights were computed from these files:\n\n" + "\n".join(digests),
@@ -218,9 +240,20 @@ def card(source: Source, name: str, *remarks: str, loading: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _what(source: Source, name: str) -> str:
+    if source.is_plain:
+        return f"A {source.imported_from}, written by moe-routing as a model of the architecture {name}."
+    return (
+        "A model that was trained with moe-routing for research on routing, written as a model of the architecture "
+        f"{name}. It completes text like its training data, and is no assistant."
+    )
+
+
 def _origin(source: Source) -> list[str]:
     if source.record is None:
-        return ["A saved model; no record of its run was beside it."]
+        return [
+            f"A saved {'model of transformers' if source.is_plain else 'model; no record of its run was beside it'}."
+        ]
     record = source.record
     lines = [
         f"- experiment: {escaped(record.experiment)}",

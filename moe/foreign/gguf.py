@@ -180,7 +180,7 @@ def _vocabulary(tokenizer: PreTrainedTokenizerFast, size: int) -> dict[str, Any]
         "tokens": [names.get(number, f"[unused {number}]") for number in range(size)],
         "token_type": kinds,
         "merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"]["merges"]],
-        "add_bos_token": False,
+        "add_bos_token": tokenizer("").input_ids[:1] == [tokenizer.bos_token_id],
     }
     for role in ("bos", "eos", "unknown", "padding"):
         short = {"unknown": "unk", "padding": "pad"}.get(role, role)

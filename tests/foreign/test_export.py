@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from exported_models import make, upcycle
+from architectures import tiny
+from exported_models import ROUTERS, make, upcycle
 from huggingface_hub import ModelCard
 from run_folders import write_record
-from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MixtralConfig
 
 from moe.checks import ConfigError
 from moe.config.options import CONF
@@ -268,6 +270,33 @@ def test_the_model_of_a_run_is_exported_with_tokenizer_generation_settings_and_c
     assert before == {path: path.read_bytes() for path in out.iterdir()}
 
 
+def test_a_model_that_transformers_has_saved_is_exported_without_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As its own architecture, the files of weights and tokenizer are the same, byte for byte, also in bf16."""
+    given, same, other = tmp_path / "given", tmp_path / "same", tmp_path / "other"
+    source: Any = tiny("mixtral", vocab_size=300).bfloat16()
+    source.generation_config.max_new_tokens = 7
+    source.save_pretrained(given)
+    train_bpe(["some words to learn"], 300).save_pretrained(given)
+    capsys.readouterr()
+    assert main([str(given), "--out", str(same)]) == 0
+    printed = capsys.readouterr()
+    assert (printed.out.startswith(f"{same}: mixtral, "), printed.err) == (True, "")
+    for name in ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json"):
+        assert (same / name).read_bytes() == (given / name).read_bytes(), name
+    assert main([str(given), "--to", "qwen3_moe", "--out", str(other)]) == 0
+    overflow = f"{other}: compute in fp32 or bf16; in fp16 the numbers between the layers overflow\n"
+    assert capsys.readouterr().err == overflow
+    ids = torch.randint(300, (2, 40), generator=torch.Generator().manual_seed(0))
+    before, after = (AutoModelForCausalLM.from_pretrained(each, dtype=torch.float32) for each in (given, other))
+    torch.testing.assert_close(after(ids).logits, before(ids).logits, rtol=1e-4, atol=1e-4)
+    assert (
+        "A mixtral, written by moe-routing as a model of the architecture qwen3_moe."
+        in (other / "README.md").read_text()
+    )
+
+
 def test_weights_are_cut_into_files_of_the_wanted_size(saved: Path, tmp_path: Path) -> None:
     """A single tensor may be larger than a file should be."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -292,8 +321,12 @@ def test_weights_are_cut_into_files_of_the_wanted_size(saved: Path, tmp_path: Pa
             "sweep/cell --out new",
             "sweep/cell: this run has no saved model; it is interrupted, with .*",
         ),
-        ("plain --out new", "plain: is a mixtral of transformers, .*; train.py model=imported .* makes a run of it"),
-        ("unknown --out new", "model_type in config.json of unknown=null: must be moe_routing"),
+        ("plain --out new", "plain: it has no weights in model.safetensors or .*"),
+        ("dense --out new", "dense: config.json has none of num_local_experts, .*: no Mixture of Experts"),
+        ("unknown --out new", "model_type in config.json of unknown=null: must be moe_routing, or that of a causal .*"),
+        ("imported --out new", "imported: model_type in config.json.imported=evil: must be that of a causal .*"),
+        ("adapted --out new", "adapted: adapter._target_=os.system: what code outside of this project does is unknown"),
+        ("inner --out new", r"inner: .*; see docs/security.md\)"),
         ("nan --out new", "nan: model.norm.weight has numbers that are not finite"),
         ("nan --to gguf --out new", "nan: model.norm.weight has numbers that are not finite"),
         ("{saved} --out {saved}/new", "--out=.*/new: must be outside of .*, because a run has the files of its .*"),
@@ -306,7 +339,7 @@ def test_weights_are_cut_into_files_of_the_wanted_size(saved: Path, tmp_path: Pa
         ("{saved} --out below/new", "--out=below/new: must be in a folder that exists; .*/below does not"),
         ("{saved} --to glm4_moe --out new", "--to glm4_moe: router=TopK.*; --to mixtral expresses this model"),
         ("torn --out new", "torn: cannot be read as a saved model (.*)"),
-        ("strange --out new", "strange: router._target_=os.system: what a router outside of this project does is .*"),
+        ("strange --out new", "strange: router._target_=os.system: what code outside of this project does is unknown"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(
@@ -326,6 +359,15 @@ def test_bad_input_is_one_line_and_writes_nothing(
     config = json.loads(Path("strange/config.json").read_text())
     config["router"]["_target_"] = "os.system"
     Path("strange/config.json").write_text(json.dumps(config))
+    for name, key, value in (
+        ("imported", "imported", {"model_type": "evil"}),
+        ("adapted", "adapter", {"_target_": "os.system"}),
+        ("inner", "router", {"_target_": "moe.files.sha256"}),
+    ):
+        shutil.copytree("strange", name)
+        AutoTokenizer.from_pretrained(saved).save_pretrained(name)  # about which transformers could print a line
+        Path(name, "config.json").write_text(json.dumps(config | {"router": ROUTERS["topk"]} | {key: value}))
+    LlamaConfig().save_pretrained("dense")
     Path("empty").mkdir()
     Path("unknown").mkdir()
     Path("unknown/config.json").write_text("{}")
@@ -337,9 +379,11 @@ def test_bad_input_is_one_line_and_writes_nothing(
     Path("sweep/cell").mkdir(parents=True)
     write_record(Path("sweep/cell"), status="interrupted", config={"save_model": "last", "seed": 1})
     before = sorted(tmp_path.iterdir())
+    capsys.readouterr()  # transformers shows its progress
     assert main(words.format(saved=saved).split()) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert re.fullmatch(f"moe export: {message}", line), line
+    assert "trust_remote_code" not in line or "only in Python" in line  # the command has no such option
     assert sorted(tmp_path.iterdir()) == before
 
 
