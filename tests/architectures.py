@@ -172,12 +172,15 @@ def largest_difference(kind: str, *, ours: bool) -> float:
 
 def table() -> str:
     """Return the table of architectures in docs/foreign-models.md. Differences are rounded up to a power of ten."""
-    rows = ["| architecture | largest difference of logits | a router of ours decides like its own |", "|---|---|---|"]
+    names = ("architecture", "largest difference of logits", "observed", "its router in a run", "given back")
+    rows = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
+    kept = "its own code | with its own router"
+    replaced = "one of ours that decides the same | with its own or another router"
     for kind in SPECIAL:
         ours = kind in EXPRESSED
         found = max(largest_difference(kind, ours=each) for each in {False, ours})
         below = f"below 1e{math.floor(math.log10(found)) + 1}" if found else "none"
-        rows.append(f"| `{kind}` | {below} | {'yes' if ours else 'no: the model keeps its own'} |")
+        rows.append(f"| `{kind}` | {below} | yes | {replaced if ours else kept} |")
     return "\n".join(rows)
 
 
