@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # these import Hydra or torch, which takes seconds
 
 RUNS = "runs"  # folder of the run, in --out
 AGREEMENT = "agreement.csv"
+FIXED = ("model", "model.checkpoint", "model.offload", "steps", "save_model", "out", "question")  # by this command
 COLUMNS = (
     "overlap: the share of equal choices. "
     "kappa_shuffled: 1 if all are equal, 0 if no more are than after shuffling the tokens"
@@ -52,7 +53,12 @@ def main(command: list[str] | None = None) -> int:
         help="keep the experts in files in --out and read them whenever they run: for a model larger than the memory",
     )
     parser.add_argument("--blocks", type=int, default=32, help="validation blocks to study the experts on (32)")
-    parser.add_argument("--samples", type=int, default=64, help="tokens a layer that try other experts (64); 0: none")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=64,
+        help="tokens a layer that try other experts (64); 0: none, and no removals of experts",
+    )
     arguments = parser.parse_intermixed_args(command)
 
     # Import here, so that --help and a wrong command answer at once.
@@ -63,6 +69,10 @@ def main(command: list[str] | None = None) -> int:
         for name, least in (("blocks", 1), ("samples", 0)):
             if getattr(arguments, name) < least:
                 raise ValueError(f"--{name} {getattr(arguments, name)}: must be at least {least}")
+        for word in arguments.overrides:
+            key = word.partition("=")[0].lstrip("+~")
+            if key in FIXED or word.startswith("-"):
+                raise ValueError(f"{word}: must be left out, because moe observe sets {', '.join(FIXED)} itself")
         if out.exists() and not out.is_dir():
             raise ValueError(f"--out {out}: must be a folder, or not exist yet")
         report, page = _observe(arguments)
@@ -124,11 +134,16 @@ def read_one(words: list[str]) -> "Cell":
 
 
 def require_same_shape(model: "Cell", other: "Cell") -> None:
-    """Raise ConfigError unless two models have equally many layers and experts. Their config.json says so."""
+    """Raise ConfigError unless two models have one architecture, and equally many layers and experts.
+
+    Their config.json says so.
+    """
     from moe.checks import ConfigError
+    from moe.config import imported
 
     shapes = [
         {
+            "architecture": imported.read(str(cell.config.model.checkpoint), None).model_type,
             "MoE layers": cell.config.model.layers - cell.config.model.first_k_dense_replace,
             "experts": cell.config.model.num_experts,
         }
@@ -137,7 +152,7 @@ def require_same_shape(model: "Cell", other: "Cell") -> None:
     for name, count in shapes[0].items():
         if shapes[1][name] != count:
             checkpoint = other.config.model.checkpoint
-            raise ConfigError(f"--other {checkpoint}: has {shapes[1][name]} {name}: must have {count}, as the model")
+            raise ConfigError(f"--other {checkpoint}: {name} {shapes[1][name]}: must be {count}, as in the model")
 
 
 def _evaluated(words: list[str]) -> "Run":

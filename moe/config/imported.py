@@ -143,7 +143,13 @@ def parse(content: dict[str, Any], where: str) -> "PretrainedConfig":
 
     kind = content.get("model_type")
     known = isinstance(kind, str) and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind != "moe_routing"
-    require(known, f"model_type in {where}", kind, "that of a causal language model of the transformers library")
+    allowed = "that of a causal language model of the transformers library"
+    if kind == "moe_routing":
+        allowed += (
+            ". This is a saved model of this project: moe specialize looks into its run, and moe export writes it as "
+        )
+        allowed += "a model that can be imported"
+    require(known, f"model_type in {where}", kind, allowed)
     for key in REFUSED:
         require(content.get(key) in (None, "eager", "sdpa"), f"{key} in {where}", content.get(key), "left out")
     _check_numbers(content, where)

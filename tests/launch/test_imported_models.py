@@ -220,8 +220,8 @@ def test_routing_of_two_checkpoints_is_compared_by_layer(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_experts": 4, "num_local_experts": 4}, "has 4 experts: must have 5, as the model"),
-        ({"num_hidden_layers": 2}, "has 2 MoE layers: must have 3, as the model"),
+        ({"num_experts": 4, "num_local_experts": 4}, "experts 4: must be 5, as in the model"),
+        ({"num_hidden_layers": 2}, "MoE layers 2: must be 3, as in the model"),
     ],
 )
 def test_another_model_of_another_shape_is_refused_before_any_work(
@@ -229,10 +229,34 @@ def test_another_model_of_another_shape_is_refused_before_any_work(
 ) -> None:
     other, data = write("mixtral", **change), [word for word in words if word.startswith("data")]
     command = [str(write("mixtral")), *data, "--other", str(other), "--out", str(tmp_path / "out")]
+    capfd.readouterr()  # what transformers printed when it saved the models
     assert observe.main(command) == 2
     printed = capfd.readouterr()
     assert printed.err == f"moe observe: --other {other}: {message}\n"
     assert printed.out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_architecture_is_refused_before_any_work(
+    write: Write, words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    other, data = write("granitemoe"), [word for word in words if word.startswith("data")]
+    command = [str(write("mixtral")), *data, "--other", str(other), "--out", str(tmp_path / "out")]
+    capfd.readouterr()  # what transformers printed when it saved the models
+    assert observe.main(command) == 2
+    assert capfd.readouterr().err == (
+        f"moe observe: --other {other}: architecture granitemoe: must be mixtral, as in the model\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "word", ["steps=2", "out=elsewhere", "model.checkpoint=other", "+save_model=last", "question=x"]
+)
+def test_what_the_command_sets_itself_is_refused_before_any_work(
+    word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert observe.main(["model", word, "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith(f"moe observe: {word}: must be left out, because")
     assert not (tmp_path / "out").exists()
 
 
