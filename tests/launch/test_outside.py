@@ -135,7 +135,10 @@ def test_keys_of_a_class_can_be_swept(lab: Path) -> None:
     ("words", "message"),
     [
         ("--config-dir=con router=momentum", "con: no such folder of options$"),
-        ("--config-dir=mylab router=topk", "mylab: must hold at least one of the folders router, schedule, model, "),
+        (
+            "--config-dir=mylab router=topk",
+            "mylab: must hold at least one of the folders router, schedule, adapter, model, ",
+        ),
         (
             "hydra.searchpath=3",
             r"^hydra.searchpath=3: must be a list of folders, such as \[file:///home/me/lab/conf\]$",
@@ -172,7 +175,7 @@ def test_keys_of_a_class_can_be_swept(lab: Path) -> None:
         ("+router.beta=1", "^unknown key of router 'router.beta'; known: router.after_drops, router.gate, router.k$"),
         (
             "+nois=1",
-            r"^\+nois=1: keys can be added and deleted only in router, schedule, data.source; set others as key=",
+            r"^\+nois=1: keys can be added and deleted only in router, .*, adapter.router; set others as key=",
         ),
     ],
 )
