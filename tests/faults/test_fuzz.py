@@ -60,7 +60,7 @@ def test_any_command_is_refused_in_one_line_or_can_be_built(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     accepted: list[Cell] = []
-    monkeypatch.setattr(train.sweep, "carry_out", lambda cells, launch: accepted.extend(cells) or 0)
+    monkeypatch.setattr(train.sweep, "carry_out", lambda cells, launch, **options: accepted.extend(cells) or 0)
     counts = {"refused": 0, "accepted": 0}
 
     @settings(max_examples=3 * soak, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
