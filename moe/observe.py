@@ -7,6 +7,7 @@ the choices of two checkpoints of one model, such as before and after fine-tunin
 """
 
 import argparse
+import math
 import multiprocessing
 import os
 import shlex
@@ -21,6 +22,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of the hub and of 
 
 import pandas as pd
 
+from moe.config.imported import quoted
 from moe.metrics.agreement import overlap
 from moe.runs.record import SpecializationRecord
 from moe.runs.traces import read_traces
@@ -97,17 +99,20 @@ def _observe(arguments: argparse.Namespace) -> tuple[Path, Path]:
     from moe.training import process
 
     out, name = arguments.out, Path(arguments.model).name
-    question = f"question={_quoted(f'How does {name} route text, and what do its experts do?')}"
-    words = ["model=imported", "steps=0", "save_model=none", f"out={_quoted(str(out / RUNS))}", "logger.mode=disabled"]
+    question = f"question={quoted(f'How does {name} route text, and what do its experts do?')}"
+    words = ["model=imported", "steps=0", "save_model=none", f"out={quoted(str(out / RUNS))}", "logger.mode=disabled"]
     words += [question, *arguments.overrides]
     if arguments.offload:
-        words.append(f"model.offload={_quoted(str(out))}")
-    words, others = [f"model.checkpoint={_quoted(arguments.model)}", *words], list[str]()
+        words.append(f"model.offload={quoted(str(out))}")
+    words, others = [f"model.checkpoint={quoted(arguments.model)}", *words], list[str]()
     if arguments.other is not None:
         tokenizer = read_one(words).config.data.tokenizer  # the same tokens for both
-        others = [f"model.checkpoint={_quoted(arguments.other)}", f"data.tokenizer={_quoted(tokenizer)}", *words[1:]]
+        others = [f"model.checkpoint={quoted(arguments.other)}", f"data.tokenizer={quoted(tokenizer)}", *words[1:]]
         require_same_shape(read_one(words), read_one(others))
     run = _evaluated(words)
+    loss = run.metrics["val/loss"]
+    if loss is None or not math.isfinite(loss):
+        raise ValueError(f"{arguments.model}: its validation loss is {loss}, so there is nothing to study")
     if others:
         agreement = compare_routing(run.folder, _evaluated(others).folder)
         agreement.to_csv(out / AGREEMENT, index=False)
@@ -194,11 +199,6 @@ def compare_routing(first: Path, other: Path) -> pd.DataFrame:
         )
     found = overlap(one, two)
     return pd.DataFrame({"layer": range(len(one)), **{key: found[key] for key in ("overlap", "kappa_shuffled")}})
-
-
-def _quoted(text: str) -> str:
-    """Return a text as a value of an override."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 if __name__ == "__main__":

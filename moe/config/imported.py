@@ -86,7 +86,14 @@ def resolve(model: dict[str, Any]) -> dict[str, Any]:
 def overrides(name: str) -> list[str]:
     """Return the overrides that a checkpoint implies: its own router, its tokenizer."""
     config = read(name, None)
-    return [*router(config), f"data.tokenizer={name}", "data.vocab_size=null"]
+    return [*router(config), f"data.tokenizer={quoted(name)}", "data.vocab_size=null"]
+
+
+def quoted(text: str) -> str:
+    """Return a text as the value of an override, in quotes unless it is a path of plain characters."""
+    if re.fullmatch(r"[\w.-]*(/[\w.-]+)+", text):
+        return text
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def router(config: "PretrainedConfig") -> list[str]:

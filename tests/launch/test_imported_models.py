@@ -14,11 +14,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from architectures import tiny
+from safetensors.torch import load_file, save_file
 from train_processes import TRAIN, run_script
 from transformers import AutoModelForCausalLM
 
 from moe import observe
 from moe.checks import ConfigError
+from moe.config import imported
 from moe.config.schema import Cell
 from moe.data.blocks import batch
 from moe.data.labels import IGNORED, next_token
@@ -84,6 +86,26 @@ def test_a_checkpoint_implies_its_sizes_its_router_and_its_tokenizer(words: list
         "groups": 3,
         "top_groups": 2,
     }
+
+
+@pytest.mark.parametrize("name", ["a,b=c", "o'r", "m[d]", "run(1)", "my model"])
+def test_a_folder_of_a_checkpoint_may_have_any_name(name: str, words: list[str], mixtral: Path, tmp_path: Path) -> None:
+    folder = tmp_path / name
+    folder.symlink_to(mixtral)
+    [cell] = read_cells([*words, "model=imported", f"model.checkpoint={imported.quoted(str(folder))}"]) or []
+    assert cell.config.data.tokenizer == cell.config.model.checkpoint == str(folder)
+
+
+def test_a_model_whose_loss_is_not_finite_is_not_studied(
+    words: list[str], write: Write, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = write("mixtral")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][0] = math.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    data = [word for word in words if word.startswith("data")]
+    assert observe.main([str(folder), *data, "--out", str(tmp_path / "out")]) == 2
+    assert capfd.readouterr().err.endswith(f"{folder}: its validation loss is nan, so there is nothing to study\n")
 
 
 def test_a_command_may_choose_another_router_or_change_the_implied_one(words: list[str], mixtral: Path) -> None:
