@@ -17,8 +17,8 @@ T, D, E = 50, 16, 8
 YAMLS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((CONF / "router").glob("*.yaml"))}
 # What these do in evaluation is no rule: a number of experts that varies, or scores that are not linear.
 WITHOUT_RULE = {
-    *("chain_of_experts", "cosine", "expert_choice", "expert_threshold", "hash", "null_experts", "relu", "soft_moe"),
-    *("spectra", "top_p"),
+    *("chain_of_experts", "cosine", "expert_choice", "expert_threshold", "hash", "mlp", "null_experts", "relu"),
+    *("soft_moe", "spectra", "top_p"),
 }
 SETTINGS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in YAMLS),

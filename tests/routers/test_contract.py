@@ -53,7 +53,7 @@ OTHER_LIMITS = ("group_limited", "null_experts")  # routers whose k may not be a
 TOP_K = [path.stem for path in YAMLS if "k" in BY_NAME[path.stem].settings and path.stem not in OTHER_LIMITS]
 # Routers that declare what a single expert makes useless. Others, such as those of docs/extending.md, need not.
 WITH_ONE_EXPERT = """
-    chain_of_experts cosine expert_threshold gumbel hash noisy_topk quantile_balancing random sigmoid_bias sinkhorn
+    chain_of_experts cosine expert_threshold gumbel hash mlp noisy_topk quantile_balancing random sigmoid_bias sinkhorn
     spectra switch temperature top2 topk topk_hard
 """.split()
 # Settings with which a router ignores keys that it uses with others.
