@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moe.routers.base import Router
+from moe.routers.base_layers import BaseLayers
 from moe.routers.chain_of_experts import ChainOfExperts
 from moe.routers.group_limited import GroupLimited
 from moe.routers.gumbel import Gumbel
@@ -160,6 +161,7 @@ RULES: dict[type[Router], Callable[[Any, float], Rule | None]] = {
     SigmoidBias: _biased,
     QuantileBalancing: _biased,
     Sinkhorn: _without_plan,
+    BaseLayers: lambda router, temperature: Rule(1, scores="sigmoid", weights="raw"),
     Random: lambda router, temperature: Rule(router.k, weights="equal"),
     TopP: _fixed_number,
     ChainOfExperts: _single,
