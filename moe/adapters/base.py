@@ -51,8 +51,13 @@ class Adapter:
         """Return the model to save and its weights. `weights`: all of `model`, in full tensors."""
         return model, weights
 
-    def save(self, model: MoEForCausalLM, weights: Mapping[str, Tensor], folder: Path) -> None:
-        """Write the new parameters to `folder`, which is empty. `weights`: all of `model`, in full tensors.
+    def save(
+        self, model: MoEForCausalLM, weights: Mapping[str, Tensor], folder: Path, *, base: str | None = None
+    ) -> None:
+        """Write the new parameters to `folder`, which is empty.
+
+        weights: all of `model`, in full tensors. base: the folder or hub name of the model without the adapter. None:
+        it is stored nowhere.
 
         By default these are adapter.safetensors, with the names that the parameters have in the model, and adapter.json
         with the class and its settings. PEFT has no such type of adapter.

@@ -86,7 +86,9 @@ class Lora(Adapter):
         model.adapter, model.adapter_names = None, frozenset()
         return model, model.state_dict()
 
-    def save(self, model: MoEForCausalLM, weights: Mapping[str, Tensor], folder: Path) -> None:
+    def save(
+        self, model: MoEForCausalLM, weights: Mapping[str, Tensor], folder: Path, *, base: str | None = None
+    ) -> None:
         """Write adapter_config.json and adapter_model.safetensors as peft does, with the names of the base model."""
         from peft import get_peft_model_state_dict
 
@@ -99,7 +101,7 @@ class Lora(Adapter):
         config.inference_mode = True
         config.target_modules = _short(config.target_modules or [], [name for name, _ in model.named_modules()])
         config.target_parameters = _endings(map(plain_name, config.target_parameters or [])) or None
-        config.base_model_name_or_path = model.config.name_or_path or None
+        config.base_model_name_or_path = base
         config.save_pretrained(str(folder))
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moe.checks import ConfigError, one_of
+from moe.checks import ConfigError, one_of, require
 from moe.foreign.anatomy import Anatomy, anatomy_of
 from moe.foreign.restore import can_restore, own_layout, restore
 from moe.foreign.rules import Rule, bias_of, matrix_of, rule_of
@@ -77,6 +77,7 @@ def convert(model: MoEForCausalLM, target: str) -> tuple[PreTrainedModel, Differ
     Where two scores that decide about an expert are equal but for rounding, a text has other logits from there on. This
     is rare, and the logits of a wrong model differ in all texts. So if the first texts differ, others decide.
     """
+    require_plain(model)
     layout = own_layout(model)
     own = layout is not None and target in ("auto", layout.name) and can_restore(model, layout)
     found = restore(model) if own else _rewritten(model, target)
@@ -93,6 +94,15 @@ def convert(model: MoEForCausalLM, target: str) -> tuple[PreTrainedModel, Differ
                 p.data = p.data.to(dtype)
             break
     return found, difference
+
+
+def require_plain(model: MoEForCausalLM) -> None:
+    """Raise ConfigError for a model with an adapter of its own, which no architecture of transformers has.
+
+    A saved model has none of LoRA, because a run merges it into the weights.
+    """
+    kind = None if model.adapter is None else f"{type(model.adapter).__module__}.{type(model.adapter).__qualname__}"
+    require(kind is None, "adapter", kind, "none, or LoRA that is merged into the weights, as in a saved model")
 
 
 def _rewritten(model: MoEForCausalLM, target: str) -> PreTrainedModel:

@@ -15,7 +15,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of the hub and of transformers
 
-from moe.checks import one_of, printable, require
+from moe.checks import one_of, printable
 from moe.foreign.export import convert
 from moe.foreign.folder import (
     GGUF,
@@ -72,8 +72,6 @@ def main(command: list[str] | None = None) -> int:
 def _export(source: Source, to: str, out: Path, shards: str | None) -> str:
     """Write the new folder, and return what was written."""
     model = source.model()
-    kind = (model.config.adapter or {}).get("_target_")
-    require(kind is None, "adapter", kind, "none or LoRA: no architecture of transformers has adapters beside experts")
     if to == "gguf":
         return f"{GGUF}, architecture {write_gguf_folder(model, source, out)}"
     exported, difference = convert(model, to)

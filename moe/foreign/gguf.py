@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from moe.checks import ConfigError
 from moe.foreign.anatomy import Anatomy, Heads, Layer, Networks, Routed, Weights
-from moe.foreign.export import choose, parts_of
+from moe.foreign.export import choose, parts_of, require_plain
 from moe.foreign.rules import bias_of
 from moe.foreign.target_weights import router_matrix
 from moe.foreign.targets import GGUF_TARGETS, Target, rope_of
@@ -47,6 +47,7 @@ def write_gguf(model: MoEForCausalLM, tokenizer: PreTrainedTokenizerFast, path: 
     """
     import gguf
 
+    require_plain(model)
     anatomy = parts_of(model, to="gguf")
     layout = choose(model, anatomy, GGUF_TARGETS, to="gguf")
     fields = {**_sizes(anatomy, layout), **_vocabulary(tokenizer, anatomy.config.vocab_size)}

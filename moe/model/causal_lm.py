@@ -132,6 +132,11 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         """The MoE layers, in the order in which `aux` and `stats` stack them."""
         return self.model.moe_layers
 
+    @property
+    def beside_layers(self) -> list[MoELayer]:
+        """The MoE layers that an adapter has put beside those of the model."""
+        return [layer.beside for layer in self.moe_layers if isinstance(layer.beside, MoELayer)]
+
     def experts_kernel(self, dtype: torch.dtype) -> str | None:
         """Return the kernel of the routed experts in `dtype`, see `moe.model.experts.choose_kernel`.
 

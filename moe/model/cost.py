@@ -33,7 +33,7 @@ def count_parameters(model: MoEForCausalLM) -> Parameters:
     total = sum(p.numel() for p in model.parameters())
     seq_len = model.config.max_position_embeddings
     idle = 0
-    for layer in _with_besides(model):
+    for layer in (*model.moe_layers, *model.beside_layers):
         size = _routed_size(layer)
         experts = layer.router.num_experts
         mixing = any(router.mixing_flops() for router in layer.router.chain)
@@ -55,11 +55,6 @@ def _routed_size(layer: MoELayer, *, matrices: bool = False) -> int:
 
 def _is_bias(name: str) -> bool:
     return name.endswith("bias")
-
-
-def _with_besides(model: MoEForCausalLM) -> list[MoELayer]:
-    """Return the MoE layers, and then those that an adapter has put beside them."""
-    return [*model.moe_layers, *(layer.beside for layer in model.moe_layers if isinstance(layer.beside, MoELayer))]
 
 
 def flops_per_token(model: MoEForCausalLM, seq_len: int, *, active: Sequence[float | None] | None = None) -> int:
@@ -84,7 +79,7 @@ def flops_per_token(model: MoEForCausalLM, seq_len: int, *, active: Sequence[flo
     looked_up = sum(p.numel() for p in model.get_input_embeddings().parameters())
     weights = float(sum(p.numel() for name, p in named if p.ndim > 1 and not _is_bias(name)) - looked_up)
     mixing = 0
-    layers = _with_besides(model)
+    layers = [*model.moe_layers, *model.beside_layers]
     measured = [*(active or [])]
     for layer, asked in zip(layers, measured + [None] * (len(layers) - len(measured)), strict=True):
         size = _routed_size(layer, matrices=True)

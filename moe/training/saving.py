@@ -2,6 +2,8 @@
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
@@ -25,18 +27,13 @@ def save_model(training: Training, target: Path, step: int) -> None:
     if not ranks.is_first():
         return
     disable_progress_bar()  # transformers would show one while it writes a single small file
-    temporary = target.with_name(f".tmp-{target.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()  # without parents, because save_pretrained would create a deleted run folder again
     describe(training, step)
     model = training.model
     if model.adapter is not None:
         model, weights = model.adapter.merged(model, weights)
-    model.save_pretrained(temporary, state_dict=weights)
-    training.data.tokenizer.save_pretrained(temporary)
-    apply_umask(temporary)
-    shutil.rmtree(target, ignore_errors=True)
-    os.rename(temporary, target)
+    with _replacing(target) as folder:
+        model.save_pretrained(folder, state_dict=weights)
+        training.data.tokenizer.save_pretrained(folder)
 
 
 def save_adapter(training: Training, target: Path) -> None:
@@ -50,10 +47,17 @@ def save_adapter(training: Training, target: Path) -> None:
     weights = full_state_dict(model)
     if not ranks.is_first():
         return
+    with _replacing(target) as folder:
+        model.adapter.save(model, weights, folder, base=training.config.model.checkpoint)
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """Give an empty folder that takes the place of `target` when the `with` block ends without an error."""
     temporary = target.with_name(f".tmp-{target.name}")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    model.adapter.save(model, weights, temporary)
+    temporary.mkdir()  # without parents, because save_pretrained would create a deleted run folder again
+    yield temporary
     apply_umask(temporary)
     shutil.rmtree(target, ignore_errors=True)
     os.rename(temporary, target)

@@ -19,7 +19,6 @@ from moe.data.labels import IGNORED, next_token
 from moe.model.causal_lm import MoEConfig, MoEForCausalLM, load_model
 from moe.model.cost import reset_peak_memory
 from moe.model.imported_checkpoint import read_checkpoint
-from moe.model.layer import MoELayer
 from moe.model.parts import Parts, freeze, learning_routers, parts
 from moe.model.upcycle import upcycle
 from moe.routers.base import Router
@@ -64,7 +63,7 @@ class Training(NamedTuple):
     @property
     def adapter_routers(self) -> list[Router]:
         """The router of each MoE layer that an adapter has put beside those of the model."""
-        return [layer.beside.router for layer in self.model.moe_layers if isinstance(layer.beside, MoELayer)]
+        return [layer.router for layer in self.model.beside_layers]
 
 
 def set_up(config: Config) -> Training:
@@ -76,8 +75,7 @@ def set_up(config: Config) -> Training:
     data = prepare_data(config)
     schedule = build(config.schedule, "schedule", trusted=True)
     model = build_model(config, vocab_size=len(data.tokenizer))
-    besides = [layer.beside for layer in model.moe_layers if isinstance(layer.beside, MoELayer)]
-    routers = [layer.router for layer in (*model.moe_layers, *besides)]
+    routers = [layer.router for layer in (*model.moe_layers, *model.beside_layers)]
     learning = learning_routers(model, routers, str(config.trains))
     wrapped = parallel.distribute(model, accelerator, expert_parallel=config.expert_parallel)
     optimizers = build_optimizers(model, config.optimizer)

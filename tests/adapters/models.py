@@ -1,7 +1,10 @@
 """Small models of each kind that adapters are attached to."""
 
+from typing import Any
+
 import torch
 
+from moe.config.classes import build
 from moe.model.causal_lm import MoEConfig, MoEForCausalLM
 from tests.architectures import V, around, tiny
 
@@ -47,6 +50,12 @@ def decoder(shared: int = 1, k: int = 2) -> MoEForCausalLM:
 def model(kind: str) -> MoEForCausalLM:
     """Return a decoder of ours, or a tiny model of transformers around our layers."""
     return decoder() if kind == "ours" else around(tiny(kind)).eval()
+
+
+def attached(base: MoEForCausalLM, spec: dict[str, Any]) -> MoEForCausalLM:
+    """Attach the adapter of these settings to a model, and return the model."""
+    base.attach(build(spec, "adapter", trusted=True), spec, trusted=True)
+    return base.eval()
 
 
 def ids() -> torch.Tensor:

@@ -9,18 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moe.config.classes import build
-from moe.model.causal_lm import MoEForCausalLM, load_model
-from tests.adapters.models import SPECS, disturb, ids, model
+from moe.model.causal_lm import load_model
+from tests.adapters.models import SPECS, attached, disturb, ids, model
 from tests.architectures import around, tiny
 
 LORA = ("lora", "rslora", "dora")
 KINDS = ("ours", "mixtral", "qwen3_moe", "gpt_oss")
-
-
-def attached(base: MoEForCausalLM, name: str) -> MoEForCausalLM:
-    base.attach(build(SPECS[name], "adapter", trusted=True), SPECS[name], trusted=True)
-    return base.eval()
 
 
 @pytest.mark.parametrize("name", LORA)
@@ -28,7 +22,7 @@ def attached(base: MoEForCausalLM, name: str) -> MoEForCausalLM:
 def test_before_the_first_step_the_logits_are_those_of_the_base(kind: str, name: str) -> None:
     base = model(kind)
     before = base(ids()).logits
-    after = attached(base, name)(ids()).logits
+    after = attached(base, SPECS[name])(ids()).logits
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)  # dora divides rows by their lengths
     if name == "lora":
         torch.testing.assert_close(after, before, rtol=0, atol=1e-6)
@@ -38,7 +32,7 @@ def test_before_the_first_step_the_logits_are_those_of_the_base(kind: str, name:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_new_parameter_gets_a_gradient_and_no_other_needs_one(kind: str) -> None:
-    net = attached(model(kind), "lora").train()
+    net = attached(model(kind), SPECS["lora"]).train()
     for name, p in net.named_parameters():
         p.requires_grad_(name in net.adapter_names)
     disturb(net)
@@ -50,7 +44,7 @@ def test_every_new_parameter_gets_a_gradient_and_no_other_needs_one(kind: str) -
 @pytest.mark.parametrize("name", LORA)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_saved_model_has_the_adapter_in_its_weights(kind: str, name: str, tmp_path: Path) -> None:
-    net = attached(model(kind), name)
+    net = attached(model(kind), SPECS[name])
     disturb(net)
     logits = net(ids()).logits
     merged, weights = net.adapter.merged(net, net.state_dict())
@@ -63,7 +57,7 @@ def test_the_saved_model_has_the_adapter_in_its_weights(kind: str, name: str, tm
 
 
 def test_a_change_of_an_expert_is_the_scaled_product_of_its_own_two_matrices() -> None:
-    net = attached(model("ours"), "rslora")
+    net = attached(model("ours"), SPECS["rslora"])
     disturb(net)
     _, weights = net.adapter.merged(net, net.state_dict())
     state, path = net.state_dict(), "model.layers.1.mlp.experts."
@@ -84,14 +78,14 @@ def test_a_change_of_an_expert_is_the_scaled_product_of_its_own_two_matrices() -
 def test_plain_peft_loads_base_and_adapter_without_this_package(kind: str, name: str, tmp_path: Path) -> None:
     source = tiny(kind)
     source.save_pretrained(tmp_path / "base")
-    net = attached(around(source).eval(), name)
+    net = attached(around(source), SPECS[name])
     disturb(net)
     (tmp_path / "adapter").mkdir()
-    net.adapter.save(net, net.state_dict(), tmp_path / "adapter")
+    net.adapter.save(net, net.state_dict(), tmp_path / "adapter", base=str(tmp_path / "base"))
     torch.save((ids(), net(ids()).logits.detach()), tmp_path / "expected.pt")
     script = f"""
 import sys, torch
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM
 base = AutoModelForCausalLM.from_pretrained(r"{tmp_path / "base"}", dtype=torch.float32)
 ids, expected = torch.load(r"{tmp_path / "expected.pt"}")
@@ -101,6 +95,8 @@ assert (plain - expected).abs().max() > 1e-2
 found = adapted(ids).logits
 torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 torch.testing.assert_close(adapted.merge_and_unload()(ids).logits, expected, rtol=1e-4, atol=1e-4)
+both = AutoPeftModelForCausalLM.from_pretrained(r"{tmp_path / "adapter"}", dtype=torch.float32).eval()
+torch.testing.assert_close(both(ids).logits, expected, rtol=1e-4, atol=1e-4)
 assert not any(name == "moe" or name.startswith("moe.") for name in sys.modules)
 """
     found = subprocess.run(

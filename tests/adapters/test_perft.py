@@ -10,16 +10,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from moe.config.classes import build
-from moe.model.causal_lm import MoEForCausalLM, load_model
-from tests.adapters.models import SPECS, decoder, disturb, ids, model
+from moe.model.causal_lm import load_model
+from tests.adapters.models import SPECS, attached, decoder, disturb, ids, model
 
 PERFT = ("r", "e", "d", "s")
-
-
-def attached(base: MoEForCausalLM, spec: dict[str, Any]) -> MoEForCausalLM:
-    base.attach(build(spec, "adapter", trusted=True), spec, trusted=True)
-    return base
 
 
 def bottleneck(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
