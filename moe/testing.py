@@ -315,16 +315,20 @@ def keys_that_change_nothing_are_declared(make: Make) -> None:
 
 
 def training_gradients(make: Make, **settings: Any) -> Tensor:
-    """Return the gradient of a training step on all weights of a layer, under these keys of the configuration."""
+    """Return the gradient of a training step on all weights of a layer, under these keys of the configuration.
+
+    The step has two micro-batches with the same hidden states.
+    """
     config = Config(**(OFF | settings))
     layer = random_layer(make)
     layer_context = context(token_ids(), noise=config.noise, capacity=config.capacity)
     torch.manual_seed(0)
     orthogonality = config.output_orthogonality > 0
-    output = layer(hidden_states(), layer_context._replace(drop=config.drop, orthogonality=orthogonality))
-    aux = {name: value[None] for name, value in output.aux.items()}
-    loss = output.y.square().mean()
-    total_loss(config, [layer.router.loss_weights], MoEOutput(loss=loss, aux=aux)).backward()
+    for _ in range(2):  # micro-batches: a router may draw at random what it does with one
+        output = layer(hidden_states(), layer_context._replace(drop=config.drop, orthogonality=orthogonality))
+        aux = {name: value[None] for name, value in output.aux.items()}
+        loss = output.y.square().mean()
+        total_loss(config, [layer.router.loss_weights], MoEOutput(loss=loss, aux=aux)).backward()
     return torch.cat([torch.zeros(1) if p.grad is None else p.grad.flatten() for p in layer.parameters()])
 
 

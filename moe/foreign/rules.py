@@ -16,6 +16,7 @@ from moe.routers.base_layers import BaseLayers
 from moe.routers.chain_of_experts import ChainOfExperts
 from moe.routers.group_limited import GroupLimited
 from moe.routers.gumbel import Gumbel
+from moe.routers.matryoshka import Matryoshka
 from moe.routers.noisy_topk import NoisyTopK
 from moe.routers.quantile_balancing import QuantileBalancing
 from moe.routers.random import Random
@@ -162,6 +163,7 @@ RULES: dict[type[Router], Callable[[Any, float], Rule | None]] = {
     QuantileBalancing: _biased,
     Sinkhorn: _without_plan,
     BaseLayers: lambda router, temperature: Rule(1, scores="sigmoid", weights="raw"),
+    Matryoshka: lambda router, temperature: Rule(router.k),
     Random: lambda router, temperature: Rule(router.k, weights="equal"),
     TopP: _fixed_number,
     ChainOfExperts: _single,

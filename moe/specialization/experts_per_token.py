@@ -33,27 +33,29 @@ def loss_by_k(
     All MoE layers have the same k, and the weights of the router follow from its own rule, with one exception: if the
     weights of each token have the same sum with the k of the model, a single expert gets that sum as its weight. Our
     routers use a probability there, which a router needs in training. difference: from the loss with the k of the
-    model, paired by block. Empty for a router whose number of experts per token is no setting `k`.
+    model, paired by block. Empty for a router without a setting `k`, and if another k changes nothing in evaluation.
     """
-    router = model.moe_layers[0].router
-    if router.fixed_k is None or "k" not in (model.config.router or {}):
+    router, settings = model.moe_layers[0].router, model.config.router or {}
+    if "k" not in settings:
         return []
+    of_model = router.fixed_k or settings["k"]
     sums: dict[MoELayer, list[Tensor]] = {layer: [] for layer in model.moe_layers}
     with ExitStack() as stack:
         for layer, found_sums in sums.items():
             stack.callback(layer.router.register_forward_hook(partial(_keep_sums, found_sums)).remove)
         own = next_token_nats(model, blocks, knobs).cpu().numpy()
     constants = {layer: _constant(torch.cat(each)) for layer, each in sums.items() if each}
-    found = []
-    for k in counted(numbers(router.fixed_k, router.num_experts), "numbers of experts per token:"):
+    found, acts = [], False
+    for k in counted(numbers(of_model, router.num_experts), "numbers of experts per token:"):
         try:
             with _experts_per_token(model, k, constants):
                 nats = next_token_nats(model, blocks, knobs).cpu().numpy()
         except ConfigError:  # its other settings do not allow this k
             continue
         mean, difference = np.nanmean(nats, axis=1), np.nanmean(nats - own, axis=1)
+        acts |= bool(np.any(difference))
         found.append({"k": k, "loss": bootstrap(mean, document), "difference": bootstrap(difference, document)})
-    return found
+    return found if acts or len(found) == 1 else []
 
 
 def numbers(own: int, most: int) -> list[int]:

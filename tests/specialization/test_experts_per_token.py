@@ -35,7 +35,7 @@ def test_numbers_are_powers_of_two_all_experts_and_the_neighbors_of_the_own_numb
     assert numbers(1, 1) == [1]
 
 
-@pytest.mark.parametrize("router", ["topk", "sigmoid_bias", "gumbel"])
+@pytest.mark.parametrize("router", ["topk", "sigmoid_bias", "gumbel", "matryoshka"])
 def test_the_loss_with_another_k_is_that_of_a_model_built_with_it(router: str, cell: Any) -> None:
     models: dict[int, Any] = {}
     for k in (1, 2, 3):
@@ -48,7 +48,7 @@ def test_the_loss_with_another_k_is_that_of_a_model_built_with_it(router: str, c
     again = loss_by_k(models[2], blocks, KNOBS, document=DOCUMENT)
     own = next(row for row in again if row["k"] == 2)
     assert own["difference"]["mean"] == 0
-    assert models[2].moe_layers[0].router.fixed_k == 2  # the model has its router again
+    assert models[2].moe_layers[0].router.k == 2  # the model has its router again
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "olmoe", "deepseek_v3"])
@@ -84,3 +84,20 @@ def test_a_router_without_a_number_k_has_no_such_curve(cell: Any) -> None:
     for router in ("hash", "expert_choice", "top_p"):
         model = build_model(cell(f"router={router}").config, vocab_size=60).eval()
         assert len(loss_by_k(model, blocks_of(60), KNOBS, document=DOCUMENT)) <= 1
+
+
+def test_null_experts_count_as_choices(cell: Any) -> None:
+    """The curve is over the number of choices k, at least 2, although the number of experts of a token varies."""
+    model = build_model(cell("router=null_experts").config, vocab_size=60).eval()
+    found = losses(model, blocks_of(60))
+    assert found.keys() == {2, 3, 4}
+    assert len(set(found.values())) == 3
+
+
+def test_there_is_no_curve_if_another_k_changes_nothing(cell: Any) -> None:
+    """The thresholds of a trained router decide alone. Before its first step it takes the top k."""
+    model = build_model(cell("router=expert_threshold").config, vocab_size=60).eval()
+    assert losses(model, blocks_of(60)).keys() == {1, 2, 3, 4}
+    for layer in model.moe_layers:
+        layer.router.threshold.fill_(0.0)
+    assert not losses(model, blocks_of(60))
