@@ -23,6 +23,7 @@ from moe.model.parts import Parts, freeze, learning_routers, parts
 from moe.model.upcycle import upcycle
 from moe.routers.base import Router
 from moe.training import parallel, process
+from moe.training.graphs import Graphs
 from moe.training.optim import build_optimizers, scale_learning_rates
 from moe.training.probe import Routes, routes
 from moe.training.schedules import Schedule, knob_settings
@@ -36,6 +37,7 @@ class Training(NamedTuple):
     wrapped: the module that distributes `model` over the ranks (for example DDP). It has the same parameters. On one
         rank it is `model` itself.
     forward: `wrapped`, compiled if the configuration asks for it. A training step calls it.
+    graphs: what runs passes as CUDA graphs. None where that is not possible from the start, or not wanted.
     parts: the trainable parameters of all routers ("router") and of all experts ("experts"), for norms and updates.
     base: how the model routes the compared tokens before the first step, if it starts from a checkpoint. A resume
         computes it again, before it loads the weights.
@@ -50,6 +52,7 @@ class Training(NamedTuple):
     model: MoEForCausalLM
     wrapped: nn.Module
     forward: Callable[..., Any]
+    graphs: Graphs | None
     optimizers: list[torch.optim.Optimizer]
     parts: Parts
     learning: frozenset[Router]
@@ -96,11 +99,19 @@ def set_up(config: Config) -> Training:
         model=model,
         wrapped=wrapped,
         forward=forward,
+        graphs=_graphs(config, model, accelerator.device),
         optimizers=optimizers,
         parts=parts(model),
         learning=learning,
         base=_base_routes(config, model, data, schedule),
     )
+
+
+def _graphs(config: Config, model: MoEForCausalLM, device: torch.device) -> Graphs | None:
+    """Return what runs passes as CUDA graphs, which cannot record an exchange, a compilation, or a random state."""
+    single = parallel.layout(expert_parallel=config.expert_parallel) == "single"
+    fits = device.type == "cuda" and single and not config.compile and not config.gradient_checkpointing
+    return Graphs(model) if config.cuda_graph and fits else None
 
 
 def _base_routes(config: Config, model: MoEForCausalLM, data: Prepared, schedule: Schedule) -> Routes | None:

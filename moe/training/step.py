@@ -4,6 +4,7 @@ Data order, noise, dropout, schedules and learning rates are pure functions of (
 therefore repeats them exactly without restoring any random state.
 """
 
+import functools
 import math
 from contextlib import nullcontext
 from typing import Any
@@ -20,9 +21,9 @@ from moe.distributed.sharding import global_norm, local_part
 from moe.routing.decision import Knobs
 from moe.training import gradients
 from moe.training.divergence import Diverged, locate_nonfinite
-from moe.training.objective import Outcome, merged_stats, step_values, total_loss
+from moe.training.objective import Outcome, merged_stats, step_values
 from moe.training.optim import learning_rate, scale_learning_rates
-from moe.training.process import repeatable_gradients
+from moe.training.passes import LossWeights, PassInput, PassResult, forward_backward
 from moe.training.schedules import knob_settings
 from moe.training.setup import Training
 
@@ -78,33 +79,33 @@ def accumulate_gradients(training: Training, step: int, knobs: Knobs) -> tuple[l
     """
     config, accelerator = training.config, training.accelerator
     batches = micro_batches(config, training.data, step)
-    weights = label_weights(batches)
+    shares = label_weights(batches)
     router_weights = [router.loss_weights for router in training.routers]
     beside_weights = [router.loss_weights for router in training.adapter_routers]
-    layer_settings: dict[str, Any] = {"capacity": config.capacity, "drop": config.drop}
-    layer_settings["orthogonality"] = config.output_orthogonality > 0
     outcomes: list[Outcome] = []
     load: Tensor | None = None
     micro_numbers = range(ranks.rank(), config.grad_accum, ranks.world_size())
     for number in micro_numbers:
         blocks = batches[number].to(accelerator.device)
         torch.manual_seed(micro_batch_seed(config.seed, step, number))
-        inputs = {"input_ids": blocks.ids, "labels": blocks.labels, "position_ids": blocks.position_ids}
+        inputs = PassInput(blocks.ids, blocks.labels, blocks.position_ids, *knobs, load)
+        weights = LossWeights(shares[number], router_weights, beside_weights, passes=len(micro_numbers))
         # DDP exchanges gradients in the backward pass of the last micro-batch only.
         with nullcontext() if number == micro_numbers[-1] else accelerator.no_sync(training.wrapped):
-            output = training.forward(**inputs, **layer_settings, knobs=knobs, load=load)
-            loss = total_loss(config, router_weights, output, weight=weights[number], beside_weights=beside_weights)
-            # The gradient is then the mean over this rank's micro-batches. DDP and FSDP average it over the ranks.
-            with nullcontext() if config.compile else repeatable_gradients(accelerator.device):
-                accelerator.backward(loss / len(micro_numbers))
-        aux = {name: values.detach() for name, values in (output.aux or {}).items()}
-        beside = None if output.beside is None else output.beside["stats"]
-        outcomes.append(Outcome(output.loss.detach() * weights[number], aux, output.stats, beside))
-        if output.load is not None and number != micro_numbers[-1]:
-            [offered] = ranks.all_reduce_sum([output.load])
+            result = _run_pass(training, inputs, weights)
+        outcomes.append(result.outcome)
+        if result.load is not None and number != micro_numbers[-1]:
+            [offered] = ranks.all_reduce_sum([result.load])
             load = offered if load is None else load + offered
-        del output, loss  # frees the logits before the next micro-batch creates its own
     return outcomes, blocks
+
+
+def _run_pass(training: Training, inputs: PassInput, weights: LossWeights) -> PassResult:
+    """Run a micro-batch, as a CUDA graph where that is possible."""
+    run = functools.partial(forward_backward, training, weights=weights)
+    if training.graphs is None:
+        return run(inputs)
+    return training.graphs.run(run, inputs, numbers=repr(weights), keep=weights.passes > 1)
 
 
 def micro_batches(config: Config, data: Prepared, step: int) -> list[Batch]:

@@ -185,9 +185,9 @@ def test_one_ctrl_c_checkpoints_and_exits_with_130(job: Any, undisturbed: Any, s
 
 def long_step() -> None:
     """Make the seventh step take a minute."""
-    from moe.training import step
+    from moe.training import passes
 
-    original, calls = step.total_loss, []
+    original, calls = passes.total_loss, []
 
     def sleeping(*args: Any, **weight: float) -> Any:
         calls.append(1)
@@ -196,7 +196,7 @@ def long_step() -> None:
             time.sleep(60)
         return original(*args, **weight)
 
-    step.total_loss = sleeping
+    passes.total_loss = sleeping
 
 
 def test_a_second_ctrl_c_quits_at_once(job: Any, undisturbed: Any, survived: Any) -> None:

@@ -81,7 +81,7 @@ def poisoned_loss(step: int, value: float) -> None:
 
         return total_loss
 
-    patch("moe.training.step", "total_loss", wrap)
+    patch("moe.training.passes", "total_loss", wrap)
 
 
 def poisoned_expert(step: int) -> None:
@@ -243,7 +243,7 @@ def memory_error() -> None:
 
         return total_loss
 
-    patch("moe.training.step", "total_loss", wrap)
+    patch("moe.training.passes", "total_loss", wrap)
 
 
 def test_too_little_memory_is_reported_with_advice(job: Any, survived: Any) -> None:

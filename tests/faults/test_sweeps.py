@@ -89,7 +89,7 @@ def end_of_seed_two(way: str) -> None:
 
         return total_loss
 
-    patch("moe.training.step", "total_loss", wrap)
+    patch("moe.training.passes", "total_loss", wrap)
 
 
 def test_a_cell_that_fails_leaves_the_others_alone(job: Any, survived: Any) -> None:

@@ -25,8 +25,9 @@ from moe.model.causal_lm import MoEForCausalLM
 from moe.model.experts import Experts
 from moe.routing.decision import Knobs
 from moe.runs.signals import Interrupted
+from moe.training.graphs import MOST
 from moe.training.objective import total_loss
-from moe.training.setup import build_model, prepare_data, set_up, token_counts
+from moe.training.setup import Training, build_model, prepare_data, set_up, token_counts
 from moe.training.step import micro_batches, train_step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -256,3 +257,53 @@ def test_a_saved_model_generates_the_same_tokens_on_the_gpu_as_on_the_cpu(cell: 
         texts.append(model.generate(ids, min_new_tokens=8, max_new_tokens=8, do_sample=False).tolist())
     assert len(texts[0][0]) == 9
     assert texts[0] == texts[1]
+
+
+def passes_of(training: Training, *, steps: int) -> list[Tensor]:
+    """Train for some steps. Return the values of each, then the weights."""
+    values = [train_step(training, step) for step in range(steps)]
+    numbers = [torch.tensor([v for v in each.values() if v is not None], dtype=torch.double) for each in values]
+    return [*numbers, *(p.detach().clone() for p in training.model.parameters())]
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_recorded_passes_compute_bitwise_the_same_as_others(router: str, cell: Cells) -> None:
+    """With dropout, noise, and a load that the second micro-batch gets from the first, three steps are equal.
+
+    A router with a fixed number of experts per token must not need the host in a pass.
+    """
+    words = [*ALIGNED[:3], f"router={router}", "precision=bf16", "noise=0.1", "model.dropout=0.1", "grad_accum=2"]
+    results = []
+    for value in ("true", "false"):
+        training = set_up(cell(*words, f"cuda_graph={value}").config)
+        results.append(passes_of(training, steps=3))
+        if training.graphs is not None:
+            fixed = training.routers[0].fixed_k is not None or bool(training.routers[0].mixing_flops())
+            assert (training.graphs.obstacle is None) >= fixed, training.graphs.obstacle
+            print(router, training.graphs.used(), len(training.graphs.recorded))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("words", [["capacity=1.0"], ["precision=fp32"], ["output_orthogonality=0.1"]])
+def test_a_pass_in_which_the_host_waits_runs_without_a_graph(words: list[str], cell: Cells) -> None:
+    training = set_up(cell(*ALIGNED, "precision=bf16", *words).config)
+    train_step(training, 0)
+    assert training.graphs is not None
+    assert "waits for the GPU in" in training.graphs.used()["cuda_graph"]
+    assert not training.graphs.recorded
+
+
+def test_a_moved_weight_is_recorded_anew_and_too_many_changes_end_recording(cell: Cells) -> None:
+    training = set_up(cell(*ALIGNED, "precision=bf16").config)
+    graphs = training.graphs
+    assert graphs is not None
+    moved, places = training.model.moe_layers[0].experts.up, []
+    for number in range(MOST):
+        train_step(training, number)
+        assert len(graphs.recorded) == number + 1
+        places.append(moved.data)  # keeps the memory, so that each copy has another place
+        moved.data = moved.data.clone()
+    train_step(training, MOST)
+    assert not graphs.recorded
+    assert "differed" in graphs.used()["cuda_graph"]

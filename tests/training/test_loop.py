@@ -20,7 +20,7 @@ from moe.routing.decision import Knobs
 from moe.routing.loss_table import LOSSES
 from moe.runs.events import read_events
 from moe.runs.signals import Interrupted
-from moe.training import step as training_step
+from moe.training import passes
 from moe.training.divergence import Diverged, locate_nonfinite
 from moe.training.objective import total_loss
 from moe.training.schedules import LinearSchedule, knob_settings
@@ -136,7 +136,7 @@ def test_four_micro_batches_of_two_blocks_train_like_one_of_eight(cell: Any, tmp
             assert b["train/load_balance"] != b["train/load_balance_global"]
 
 
-def test_every_training_step_is_recorded_with_unweighted_losses(cell: Any) -> None:
+def test_every_passes_is_recorded_with_unweighted_losses(cell: Any) -> None:
     one = cell("lb=0.5", "z=0.1", "noise=0.2")
     run(one)
     events = untimed(one.folder)
@@ -257,18 +257,18 @@ def test_a_loss_that_is_nan_stops_the_run_before_it_changes_the_weights(
 ) -> None:
     """A run stops at the step whose loss is NaN, here the fourth, and can be resumed from its last checkpoint."""
     one = cell("save_every=1")
-    correct_total_loss = training_step.total_loss
+    correct_total_loss = passes.total_loss
     calls = []
 
     def total_loss_with_nan(*arguments: Any, **weight: float) -> torch.Tensor:
         calls.append(1)
         return correct_total_loss(*arguments, **weight) * (float("nan") if len(calls) == 4 else 1.0)
 
-    monkeypatch.setattr(training_step, "total_loss", total_loss_with_nan)
+    monkeypatch.setattr(passes, "total_loss", total_loss_with_nan)
     with pytest.raises(Diverged, match=r"step 3: gradient of .* is not finite"):
         run(one)
     assert json.loads((one.folder / "events.jsonl").read_text().splitlines()[-1])["step"] == 3
-    monkeypatch.setattr(training_step, "total_loss", correct_total_loss)
+    monkeypatch.setattr(passes, "total_loss", correct_total_loss)
     run(one)
     assert (one.folder / "model").exists()
 
