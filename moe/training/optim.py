@@ -119,64 +119,89 @@ class Muon(torch.optim.Optimizer):
             by_shape: dict[tuple[Any, ...], list[nn.Parameter]] = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
-                    by_shape[(*p.shape[-2:], p.device)].append(p)
+                    by_shape[(*p.shape, p.device)].append(p)
             for params in by_shape.values():
                 self._update(params, group)
         return None
 
     def _update(self, params: list[nn.Parameter], group: dict[str, Any]) -> None:
-        """Update parameters whose last two dimensions are equal."""
-        directions = [self._direction(p, group) for p in params]
+        """Update parameters of equal shape. All of them together, so that a GPU starts few kernels."""
         rows, cols = params[0].shape[-2:]
-        updates = orthogonalize(torch.cat(directions), steps=group["ns_steps"]).split([len(d) for d in directions])
-        for p, direction, update in zip(params, directions, updates, strict=True):
-            weights = local_part(p)
-            decay = 1 - group["lr"] * group["weight_decay"]
-            if p.ndim == 2:
-                weights.mul_(decay)
-                update = local_part(shard_like(update.view(p.shape), p))
-            else:
-                active = _has_gradient(p)
-                weights.mul_(torch.where(active, decay, 1.0))
-                update = update * (active * _relative_norms(p, direction, active, group["expert_step"]))
-            weights.add_(update.view_as(weights).to(p.dtype), alpha=-group["lr"] * math.sqrt(max(1, rows / cols)))
+        stacked = params[0].ndim == 3
+        weights = [local_part(p) for p in params]
+        if stacked:
+            directions, active = self._stack_directions(params, group)
+        else:
+            directions = self._matrix_directions(params, group)
+        updates = orthogonalize(directions, steps=group["ns_steps"])
+        decay = 1 - group["lr"] * group["weight_decay"]
+        if stacked:
+            updates = updates * (active * _relative_norms(params, directions, active, group["expert_step"]))
+            torch._foreach_mul_(weights, list(torch.where(active, decay, 1.0).chunk(len(params))))
+            steps = list(updates.to(weights[0].dtype).chunk(len(params)))
+        else:
+            torch._foreach_mul_(weights, decay)
+            full = updates.to(weights[0].dtype).unbind()
+            steps = [local_part(shard_like(update, p)) for update, p in zip(full, params, strict=True)]
+        torch._foreach_add_(weights, steps, alpha=-group["lr"] * math.sqrt(max(1, rows / cols)))
 
-    def _direction(self, p: nn.Parameter, group: dict[str, Any]) -> Float[Tensor, "N rows cols"]:
-        """Update the momentum of `p` and return the direction to orthogonalize, as a stack of matrices."""
-        assert p.grad is not None
-        state = self.state[p]
-        if not state:
-            state["momentum"] = torch.zeros_like(p)
-        # A rank's part of a stack of experts consists of complete matrices. A single matrix has to be put together.
-        whole = local_part if p.ndim == 3 else full_tensors
-        gradient, momentum = p.grad, state["momentum"]
-        if p.ndim == 3:
-            gradient, momentum = local_part(gradient), local_part(momentum)
-            kept = momentum.clone()
-        momentum.lerp_(gradient, 1 - group["momentum"])
-        if p.ndim == 3:
-            torch.where(_has_gradient(p), momentum, kept, out=momentum)
-        direction = whole(gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum)
-        return direction.reshape(-1, *p.shape[-2:])
+    def _matrix_directions(self, params: list[nn.Parameter], group: dict[str, Any]) -> Float[Tensor, "N rows cols"]:
+        """Update the momenta of matrices, and return the directions to orthogonalize. The ranks put each together."""
+        gradients, momenta = _gradients(params), self._momenta(params)
+        torch._foreach_lerp_(
+            [local_part(momentum) for momentum in momenta],
+            [local_part(gradient) for gradient in gradients],
+            1 - group["momentum"],
+        )
+        if not group["nesterov"]:
+            return torch.stack([full_tensors(momentum) for momentum in momenta])
+        if not isinstance(params[0], DTensor):
+            return torch.stack(gradients).lerp_(torch.stack(momenta), group["momentum"])
+        ahead = [g.lerp(m, group["momentum"]) for g, m in zip(gradients, momenta, strict=True)]
+        return torch.stack([full_tensors(direction) for direction in ahead])
+
+    def _stack_directions(
+        self, params: list[nn.Parameter], group: dict[str, Any]
+    ) -> tuple[Float[Tensor, "N rows cols"], Bool[Tensor, "N 1 1"]]:
+        """Update the momenta of stacks of experts. Return the directions of all their matrices, and which move.
+
+        These are the matrices whose gradient is not exactly 0. A rank's part of a stack consists of complete matrices.
+        """
+        gradients = torch.cat([local_part(gradient) for gradient in _gradients(params)])
+        momenta = [local_part(momentum) for momentum in self._momenta(params)]
+        active = (gradients != 0).any(-1, keepdim=True).any(-2, keepdim=True)
+        before = torch.cat(momenta)
+        after = torch.where(active, before.lerp(gradients, 1 - group["momentum"]), before)
+        torch._foreach_copy_(momenta, after.chunk(len(params)))
+        return (gradients.lerp_(after, group["momentum"]) if group["nesterov"] else after), active
+
+    def _momenta(self, params: list[nn.Parameter]) -> list[Tensor]:
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        return [self.state[p]["momentum"] for p in params]
 
 
-def _has_gradient(stack: nn.Parameter) -> Bool[Tensor, "N 1 1"]:
-    """Return which matrices of this rank's part of a stack have a gradient that is not exactly 0."""
-    assert stack.grad is not None
-    return (local_part(stack.grad) != 0).any(-1, keepdim=True).any(-2, keepdim=True)
+def _gradients(params: list[nn.Parameter]) -> list[Tensor]:
+    return [p.grad for p in params if p.grad is not None]
 
 
 def _relative_norms(
-    stack: nn.Parameter, direction: Float[Tensor, "N rows cols"], active: Bool[Tensor, "N 1 1"], expert_step: str
+    stacks: list[nn.Parameter],
+    directions: Float[Tensor, "N rows cols"],
+    active: Bool[Tensor, "N 1 1"],
+    expert_step: str,
 ) -> Float[Tensor, "N 1 1"] | float:
-    """Return the share of the full step that each matrix of this rank's part of a stack moves, see `Muon`."""
+    """Return the share of the full step that each matrix of this rank's part of some stacks moves, see `Muon`."""
     if expert_step == "equal":
         return 1.0
-    norms = direction.norm(dim=(-2, -1), keepdim=True) * active
-    sums = torch.stack([norms.sum(), active.sum()])
-    if isinstance(stack, DTensor):  # the ranks hold different experts of the stack
-        dist.all_reduce(sums, group=stack.device_mesh.get_group())
-    return (norms * sums[1] / sums[0].clamp(min=torch.finfo(norms.dtype).tiny)).clamp(max=1.0)
+    moving = active.view(len(stacks), -1)
+    norms = directions.norm(dim=(-2, -1)).view_as(moving) * moving
+    sums = torch.stack([norms.sum(1), moving.sum(1)])
+    if isinstance(stacks[0], DTensor):  # the ranks hold different experts of a stack
+        dist.all_reduce(sums, group=stacks[0].device_mesh.get_group())
+    total, number = sums[0].clamp(min=torch.finfo(norms.dtype).tiny), sums[1]
+    return (norms * number[:, None] / total[:, None]).clamp(max=1.0).view(-1, 1, 1)
 
 
 def build_optimizers(model: nn.Module, settings: OptimizerConfig) -> list[torch.optim.Optimizer]:

@@ -1,10 +1,12 @@
 """Tests of Muon on stacks of matrices, against torch's Muon on each matrix, and of the learning-rate schedule."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe.config.schema import OptimizerConfig
 from moe.model.architecture import MoEConfig
@@ -88,6 +90,36 @@ def test_the_momentum_buffer_of_a_bf16_weight_holds_the_gradient() -> None:
     p.grad = 10 * torch.randn(8, 8).bfloat16()
     optimizer.step()
     torch.testing.assert_close(optimizer.state[p]["momentum"], p.grad)
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that run inside, apart from views. A GPU starts a kernel for each of them, or a few."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("expert_step", ["equal", "gradient"])
+@pytest.mark.parametrize("shape", [(16, 16), (4, 16, 8)])
+def test_muon_runs_as_many_operators_for_ten_parameters_of_a_shape_as_for_one(
+    shape: tuple[int, ...], expert_step: str
+) -> None:
+    numbers = []
+    for count in (1, 10):
+        params = [nn.Parameter(torch.randn(shape)) for _ in range(count)]
+        muon = Muon(params, lr=0.1, expert_step=expert_step)
+        for p in params:
+            p.grad = torch.randn(shape)
+        muon.step()  # creates the momenta
+        with Operators() as operators:
+            muon.step()
+        numbers.append(operators.number)
+    assert numbers[0] == numbers[1] < 80
 
 
 def test_muon_refuses_vectors() -> None:
