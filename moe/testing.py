@@ -191,7 +191,10 @@ def probabilities_are_a_distribution(make: Make) -> None:
 
 @_law
 def the_layer_returns_the_weighted_sum_of_experts(make: Make) -> None:
-    """The output of a layer is the sum of every expert's output, run on every token, with the router's weights."""
+    """The output of a layer is the sum of every expert's output, run on every token, with the router's weights.
+
+    What the router itself adds (`Routing.added`) is a part of it.
+    """
     x, ids = hidden_states(), token_ids()
     layer = random_layer(make).eval()
     flat = x.view(-1, D)
@@ -204,7 +207,7 @@ def the_layer_returns_the_weighted_sum_of_experts(make: Make) -> None:
         out = torch.einsum("te,etd->td", dense_weights(routing), outputs)
         if routing.slots is not None:
             out = torch.einsum("bsm,bmd->bsd", routing.slots.combine, out.view(B, -1, D)).reshape(-1, D)
-        flat = flat + out
+        flat = flat + out if routing.added is None else flat + out + routing.added
     equal = torch.allclose(layer(x, context(ids)).y.view(-1, D), flat - x.view(-1, D), rtol=1.3e-6, atol=1e-5)
     _hold(equal, "the same input gives other assignments the second time, or assignments that the layer cannot use")
 

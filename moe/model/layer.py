@@ -113,6 +113,8 @@ class MoELayer(nn.Module):
         y = combine(rows, dispatched, len(source))
         if routing.slots is not None:
             y = routing.slots.scatter(y)
+        if routing.added is not None:
+            y = y + routing.added.to(y.dtype)
 
         if (
             self.training and ranks.world_size() > 1 and not context.alone

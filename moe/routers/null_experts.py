@@ -52,10 +52,9 @@ class NullExperts(Router):
         noisy = self.add_noise(logits, context.knobs)
         chosen = torch.zeros_like(noisy, dtype=torch.bool).scatter(-1, noisy.topk(self.k).indices, True)
         real, noisy_real = chosen[:, : self.num_experts], noisy[:, : self.num_experts]
-        gated = real | ~real.any(-1, keepdim=True)  # a row without any expert would have no softmax
         return Routing.masked(
             real,
-            torch.softmax(noisy_real.masked_fill(~gated, -torch.inf), -1),
+            softmax_over(real, noisy_real),
             probs=torch.softmax(noisy_real, -1),
             logits=logits[:, : self.num_experts],
             aux={"null_balance": self._balance(chosen, torch.softmax(noisy, -1))},
@@ -65,3 +64,9 @@ class NullExperts(Router):
         share = chosen.float().mean(0) / self.k
         share[self.num_experts :] = share[self.num_experts :].mean()
         return len(share) * (share * probs.mean(0)).sum()
+
+
+def softmax_over(chosen: Bool[Tensor, "T N"], logits: Float[Tensor, "T N"]) -> Float[Tensor, "T N"]:
+    """Return the softmax of each row over its chosen entries, and over all entries if none is chosen."""
+    gated = chosen | ~chosen.any(-1, keepdim=True)  # a row without any entry would have no softmax
+    return torch.softmax(logits.masked_fill(~gated, -torch.inf), -1)

@@ -176,6 +176,7 @@ class Routing(NamedTuple):
         of a token sum to 1 again over the assignments left after drops. None: weights stay as they are.
     slots: mixtures of tokens that experts process instead of tokens, or None. With slots, `token` holds
         the indices of slots in the batch.
+    added: (T, D) what the router itself adds to the output of the layer, such as the input of the token, or None.
     """
 
     token: Int[Tensor, "A"]
@@ -188,6 +189,7 @@ class Routing(NamedTuple):
     state: Float[Tensor, "T H"] | None = None
     log_weight: Float[Tensor, "A"] | None = None
     slots: Slots | None = None
+    added: Float[Tensor, "T D"] | None = None
 
     @staticmethod
     def token_choice(expert: Int[Tensor, "T K"], weight: Float[Tensor, "T K"], **fields: Any) -> "Routing":

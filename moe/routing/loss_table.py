@@ -92,6 +92,13 @@ ROUTER_LOSSES = {
         "Load-balance loss that counts null experts too (`router=null_experts`). 1 is balanced.",
         "AdaMoE, Zeng et al., 2406.13233",
     ),
+    "heterogeneous_balance": Loss(
+        "router.balance",
+        "(Σ_s 1/η_s) Σ_s η_s f_s P_s over S experts and zero-computation experts",
+        "Load-balance loss in which zero-computation experts weigh η = tau and others 1 (`router=moe_plus_plus`). "
+        "1 is balanced.",
+        "MoE++, Jin et al., 2410.07348, eq. 7",
+    ),
     "sparsity": Loss(
         "router.coefficient",
         "mean_t Σ_e f_e gate_te E / target",

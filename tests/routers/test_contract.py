@@ -49,7 +49,7 @@ SPECS += [
     for name, key in IN_EVALUATION.items()
 ]
 BY_NAME = {spec.name: spec for spec in SPECS}
-OTHER_LIMITS = ("group_limited", "null_experts")  # routers whose k may not be any number from 1 to E
+OTHER_LIMITS = ("group_limited", "null_experts", "moe_plus_plus")  # routers whose k may not be any number from 1 to E
 TOP_K = [path.stem for path in YAMLS if "k" in BY_NAME[path.stem].settings and path.stem not in OTHER_LIMITS]
 # Routers that declare what a single expert makes useless. Others, such as those of docs/extending.md, need not.
 WITH_ONE_EXPERT = """
@@ -79,6 +79,7 @@ CORNERS = [
         ("top_p", {"k_max": 1}, 1),
         ("soft_moe", {}, 1),
         ("null_experts", {"k": 2}, 1),
+        ("moe_plus_plus", {"k": 2}, 1),
         ("relu", {"target": 0.5}, 1),
     )
 ]

@@ -95,6 +95,7 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[Rows], Pairs]]] = {
     "chain_of_experts": ({}, lambda z: top(z, 1)),
     "relu": ({}, lambda z: {(t, e) for t, row in enumerate(z) for e in range(E) if row[e] > 0}),
     "null_experts": ({}, lambda z: {(t, e) for t, e in top([[*row, *8 * [0]] for row in z], 4) if e < E}),
+    "moe_plus_plus": ({}, lambda z: {(t, e) for t, e in top([[*row, *4 * [0]] for row in z], 2) if e < E}),
     "sigmoid_bias": ({}, top_of_biased_sigmoid),
     "quantile_balancing": ({}, top_of_biased_sigmoid),
     "group_limited": ({}, top_in_groups),

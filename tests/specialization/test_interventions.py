@@ -297,7 +297,9 @@ def test_weights_move_relative_to_their_norm_and_are_restored_even_after_an_erro
     assert torch.equal(weight, before)
 
 
-@pytest.mark.parametrize("router", ["chain_of_experts", "expert_choice", "hash", "null_experts", "relu"])
+@pytest.mark.parametrize(
+    "router", ["chain_of_experts", "expert_choice", "hash", "moe_plus_plus", "null_experts", "relu"]
+)
 def test_every_kind_of_router_can_be_studied(router: str, cell: Any, data: Prepared) -> None:
     config = cell(f"router={router}").config
     model = build_model(config, vocab_size=len(data.tokenizer)).eval()
