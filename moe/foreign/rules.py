@@ -14,6 +14,7 @@ from torch import Tensor
 from moe.routers.base import Router
 from moe.routers.base_layers import BaseLayers
 from moe.routers.chain_of_experts import ChainOfExperts
+from moe.routers.dense_mixer import DenseMixer
 from moe.routers.group_limited import GroupLimited
 from moe.routers.gumbel import Gumbel
 from moe.routers.matryoshka import Matryoshka
@@ -158,6 +159,7 @@ RULES: dict[type[Router], Callable[[Any, float], Rule | None]] = {
     Temperature: _top_k,
     Gumbel: lambda router, temperature: Rule(router.k, temperature=temperature),  # with k=1 its weight is 1
     NoisyTopK: _at_temperature_1,
+    DenseMixer: _top_k,
     GroupLimited: _grouped,
     SigmoidBias: _biased,
     QuantileBalancing: _biased,

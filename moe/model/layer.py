@@ -12,7 +12,7 @@ from moe.model.experts import Experts
 from moe.routers.base import Router
 from moe.routing import losses
 from moe.routing.decision import Context, Routing, fill_places
-from moe.routing.dispatch import Dispatch, combine, dispatch, gather
+from moe.routing.dispatch import Dispatch, combine, dispatch, gather, sum_by_expert
 from moe.routing.measurement import collect_stats, mean_cosine
 from moe.routing.stats import RoutingStats
 
@@ -115,6 +115,10 @@ class MoELayer(nn.Module):
             y = routing.slots.scatter(y)
         if routing.added is not None:
             y = y + routing.added.to(y.dtype)
+        if routing.dense_weight is not None and self.training:
+            y = y + self._gradient_of_others(routing, routing.dense_weight, x)
+        if router.learns_from_outputs:
+            routing = routing._replace(feedback=sum_by_expert(rows, dispatched.kept).flatten())
 
         if (
             self.training and ranks.world_size() > 1 and not context.alone
@@ -126,7 +130,7 @@ class MoELayer(nn.Module):
             aux["simbal"] = losses.similarity_preserving(router.expert_rows)
         if context.orthogonality:
             aux["output_orthogonality"] = losses.output_orthogonality(rows, dispatched.token)
-        similarity = None if context.compared is None else self._compare(x[context.compared])
+        similarity = None if context.compared is None else mean_cosine(self._run_all(x[context.compared]))
         stats = collect_stats(
             routing,
             dispatched,
@@ -145,11 +149,22 @@ class MoELayer(nn.Module):
         return outputs if self.beside_experts is None else outputs + self.beside_experts(rows, counts)
 
     @torch.no_grad()
-    def _compare(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N"]:
-        """Return the mean similarity of the outputs of all experts for each of N tokens."""
+    def _run_all(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "E N D"]:
+        """Return the outputs of all experts for each of N tokens, without gradients."""
         experts = self.router.num_experts
         outputs = self._run_experts(x.repeat(experts, 1), torch.full((experts,), len(x), device=x.device))
-        return mean_cosine(outputs.view(experts, *x.shape))
+        return outputs.view(experts, *x.shape)
+
+    def _gradient_of_others(
+        self, routing: Routing, weight: Float[Tensor, "T E"], x: Float[Tensor, "T D"]
+    ) -> Float[Tensor, "T D"]:
+        """Return zeros whose gradient reaches the weights of the experts that a token did not choose.
+
+        Straight through: the gradient of such a weight is the product of the expert's output and the gradient of y.
+        """
+        others = weight.index_put((routing.token, routing.expert), weight.new_zeros(()))
+        outputs = self._run_all(x)
+        return torch.einsum("te,etd->td", (others - others.detach()).to(outputs.dtype), outputs)
 
 
 @torch.compiler.disable

@@ -45,6 +45,8 @@ class Router(nn.Module):
       with a running mean. It may still be causal. The model then generates without a cache, because with one a router
       sees only the newest token, and it refuses blocks of several conversations.
     - `weights_elsewhere = True`: it has no parameters, but an imported model has them, so that they train nevertheless.
+    - `learns_from_outputs = True`: the layer sets `Routing.feedback` to the sum of the outputs of each expert (E * D).
+      `after_step` then finds it in the sums of the step.
     - `uses_ids = True`: the router reads the token ids in `Context.ids`, and not only their shape.
     - `ignores`: the keys of the configuration that change nothing with this router, such as "noise", "capacity", the
       weight of a loss, or a setting of its own that the others make useless ("router.gate" with one expert per token).
@@ -79,6 +81,7 @@ class Router(nn.Module):
     causal: bool = True
     reads_earlier_tokens: bool = False
     weights_elsewhere: bool = False
+    learns_from_outputs: bool = False
     uses_ids: bool = False
     schedulable: bool = False
     ignores: frozenset[str] = frozenset()

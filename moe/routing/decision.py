@@ -177,6 +177,9 @@ class Routing(NamedTuple):
     slots: mixtures of tokens that experts process instead of tokens, or None. With slots, `token` holds
         the indices of slots in the batch.
     added: (T, D) what the router itself adds to the output of the layer, such as the input of the token, or None.
+    dense_weight: (T, E) the weights as if each token used all experts, or None. If a router gives them, it also learns
+        from the experts that a token did not choose: in training the layer runs all experts on all tokens, and the
+        gradient reaches these weights too. The output of the layer stays as it is.
     """
 
     token: Int[Tensor, "A"]
@@ -190,6 +193,7 @@ class Routing(NamedTuple):
     log_weight: Float[Tensor, "A"] | None = None
     slots: Slots | None = None
     added: Float[Tensor, "T D"] | None = None
+    dense_weight: Float[Tensor, "T E"] | None = None
 
     @staticmethod
     def token_choice(expert: Int[Tensor, "T K"], weight: Float[Tensor, "T K"], **fields: Any) -> "Routing":

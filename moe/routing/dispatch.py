@@ -142,6 +142,13 @@ def combine(outputs: Float[Tensor, "R D"], dispatched: Dispatch, tokens: int) ->
     return _Combine.apply(outputs, weight, dispatched.token, dispatched.by_token, tokens)
 
 
+@torch.no_grad()
+def sum_by_expert(rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "E D"]:
+    """Return the sum of the rows of each expert in fp32, for rows sorted by expert. Always adds in the same order."""
+    index = torch.arange(len(rows), device=rows.device)
+    return F.embedding_bag(index, rows.float(), counts.cumsum(0) - counts, mode="sum")
+
+
 # Gather and combine are each other's backward pass. Both are written by hand, because the gradient that PyTorch would
 # use adds floating-point rows with `index_add`. On CUDA that uses atomic additions, whose order differs between runs,
 # and so do the results. `_sum` adds the rows of a token in a fixed order and makes no copy of the weighted rows.

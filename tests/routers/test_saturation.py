@@ -104,6 +104,8 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[Rows], Pairs]]] = {
     "expert_choice": ({}, lambda z: best_tokens_of_each_expert(softmax(z))),
     "expert_threshold": ({}, lambda z: best_tokens_of_each_expert(sigmoid(z))),
     "sinkhorn": ({}, lambda z: top(z, 2)),
+    "default_moe": ({}, lambda z: top(z, 2)),
+    "dense_mixer": ({}, lambda z: top(z, 2)),
     "matryoshka": ({}, lambda z: top(z, 2)),
     "base_layers": ({}, lambda z: top(z, 1)),
     "sinkhorn, inference": ({"inference": True, "iterations": 3}, lambda z: top(plan(z, iterations=3), 2)),
