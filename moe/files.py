@@ -154,27 +154,39 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def tensor_shapes(find: Callable[[str], Path | None]) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each tensor in a model's safetensors, by name. Only the headers of the files are read.
+Find = Callable[[str], Path | None]  # returns the path of the file of a name, or None
 
-    find: returns the path of the file of that name, or None. The weights are in `model.safetensors`, or in the files
-        that `model.safetensors.index.json` lists.
+
+def weight_files(find: Find) -> list[Path]:
+    """Return the files with a model's weights: `model.safetensors`, or what `model.safetensors.index.json` lists.
 
     Raises ValueError, with one line, for files that are missing or torn.
     """
-    single, index = find("model.safetensors"), None
-    if single is None and (index := find("model.safetensors.index.json")) is None:
+    if (single := find("model.safetensors")) is not None:
+        return [single]
+    if (index := find("model.safetensors.index.json")) is None:
         raise ValueError("it has no weights in model.safetensors or model.safetensors.index.json")
-    names = ["model.safetensors"]
-    shapes: dict[str, tuple[int, ...]] = {}
     try:
-        if index is not None:
-            names = sorted(set(json.loads(read_text(index))["weight_map"].values()))
-        for name in names:
-            if (path := find(name)) is None:
-                raise ValueError(f"{name} is missing")
+        names = sorted(set(json.loads(read_text(index))["weight_map"].values()))
+        found = {name: find(name) for name in names}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"its weights cannot be read ({error})") from error
+    for name, path in found.items():
+        if path is None:
+            raise ValueError(f"{name} is missing")
+    return [path for path in found.values() if path is not None]
+
+
+def tensor_shapes(find: Find) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor in `weight_files`, by name. Only the headers of the files are read.
+
+    Raises ValueError, with one line, for files that are missing or torn.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in weight_files(find):
+        try:
             with safe_open(path, "numpy") as file:
                 shapes |= {tensor: tuple(file.get_slice(tensor).get_shape()) for tensor in file.keys()}  # noqa: SIM118
-    except (OSError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
-        raise ValueError(f"its weights cannot be read ({error})") from error
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"its weights cannot be read ({error})") from error
     return shapes

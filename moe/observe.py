@@ -144,11 +144,11 @@ def require_same_shape(model: "Cell", other: "Cell") -> None:
     Their config.json says so.
     """
     from moe.checks import ConfigError
-    from moe.config import imported
+    from moe.config.dense_checkpoint import content
 
     shapes = [
         {
-            "architecture": imported.read(str(cell.config.model.checkpoint), None).model_type,
+            "architecture": content("model.checkpoint", str(cell.config.model.checkpoint), None).get("model_type"),
             "MoE layers": cell.config.model.layers - cell.config.model.first_k_dense_replace,
             "experts": cell.config.model.num_experts,
         }

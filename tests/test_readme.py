@@ -20,6 +20,7 @@ from moe.checks import ConfigError
 from moe.config.options import CONF
 from moe.data.tokenizer import train_bpe
 from moe.launch.command_line import help_text, read_cells
+from moe.model.causal_lm import MoEConfig, MoEForCausalLM
 from moe.results import table
 
 ROOT = CONF.parent
@@ -52,7 +53,7 @@ def test_readme_begins_with_what_people_do() -> None:
 
 @pytest.fixture
 def downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Change to a folder with what commands read: texts, an empty package of problems, and small dense models."""
+    """Change to a folder with what commands read: texts, an empty package of problems, and small models."""
     monkeypatch.chdir(tmp_path)
     for name in ("notes/a.txt", "reasoning_gym/__init__.py", "reasoning_gym-0.1.25.dist-info/METADATA"):
         Path(name).parent.mkdir()
@@ -65,6 +66,10 @@ def downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(name)
     tokenizer.save_pretrained("MODEL")
     tiny("qwen3_moe", vocab_size=len(tokenizer), max_position_embeddings=4096).save_pretrained("MODEL")
+    tokenizer.save_pretrained("RUN/model")
+    router = {"_target_": "moe.routers.topk.TopK", "k": 2, "gate": "renorm"}
+    config = MoEConfig(vocab_size=len(tokenizer), max_position_embeddings=128, router=router, **sizes)
+    MoEForCausalLM(config).save_pretrained("RUN/model")
 
 
 @pytest.mark.usefixtures("downloaded")

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from moe.checks import ConfigError, first_line, require
-from moe.config import dense_checkpoint
+from moe.config import dense_checkpoint, saved
 
 if TYPE_CHECKING:  # importing transformers' configurations imports torch
     from transformers import PretrainedConfig
@@ -28,7 +28,7 @@ SOFTMAX: dict[str, bool | str] = {
 SIGMOID = ("deepseek_v3", "glm4_moe")
 
 # Keys of the `model` group that have a value where nobody gives one.
-DEFAULTED = {"expert": "silu", "embed_scale": True, "first_k_dense_replace": 0}
+DEFAULTED = {"expert": "silu", "embed_scale": True, "first_k_dense_replace": 0, "shared_experts": 0}
 
 # Architectures whose blocks no layer of ours can take the place of.
 UNFIT = {
@@ -55,9 +55,25 @@ def resolve(model: dict[str, Any]) -> dict[str, Any]:
     A key that is not given is None in `model`. Raises ConfigError for a checkpoint that is missing or cannot be
     imported, and for a given value that differs from the checkpoint's.
     """
-    name = model["checkpoint"]
-    config = read(name, model["checkpoint_digest"])
-    values = {
+    name, revision = model["checkpoint"], model["checkpoint_digest"]
+    values = (saved.resolve if saved.is_saved(name, revision) else _sizes)(name, revision)
+    values["checkpoint_digest"] = dense_checkpoint.digest(name, revision, key="model.checkpoint")
+    for key, value in values.items():
+        untouched = model[key] is None or (key in DEFAULTED and model[key] == DEFAULTED[key])
+        allowed = f"{value}, as in {name}; leave it out"
+        require(untouched or model[key] == value, f"model.{key}", model[key], allowed)
+    return values
+
+
+def _sizes(name: str, revision: str | None) -> dict[str, Any]:
+    """Return the keys of the `model` group that a model of transformers fixes, apart from its digest."""
+    config = read(name, revision)
+    stored = dense_checkpoint.stored_shapes(name, revision, "model.checkpoint", layers=config.num_hidden_layers)
+    sizes = {size for shape in stored.values() for size in shape}
+    for key in ("vocab_size", "hidden_size"):
+        where = f"{key} in config.json of model.checkpoint={name}"
+        require(getattr(config, key) in sizes, where, getattr(config, key), "a dimension of one of its weights")
+    return {
         "dim": config.hidden_size,
         "heads": config.num_attention_heads,
         "layers": config.num_hidden_layers,
@@ -67,26 +83,9 @@ def resolve(model: dict[str, Any]) -> dict[str, Any]:
         "embed_scale": False,
         "first_k_dense_replace": getattr(config, "first_k_dense_replace", 0),
         "dense_ffn": getattr(config, "intermediate_size", None) or number(config, WIDTH),
-        "checkpoint_digest": dense_checkpoint.digest(name, model["checkpoint_digest"], key="model.checkpoint"),
+        "shared_experts": 0,  # these parts are those of the imported model
+        "dropout": 0.0,
     }
-    stored = dense_checkpoint.stored_shapes(
-        name, model["checkpoint_digest"], "model.checkpoint", layers=config.num_hidden_layers
-    )
-    sizes = {size for shape in stored.values() for size in shape}
-    for key in ("vocab_size", "hidden_size"):
-        where = f"{key} in config.json of model.checkpoint={name}"
-        require(getattr(config, key) in sizes, where, getattr(config, key), "a dimension of one of its weights")
-    for key, value in values.items():
-        untouched = model[key] is None or (key in DEFAULTED and model[key] == DEFAULTED[key])
-        allowed = f"{value}, as in {name}; leave it out"
-        require(untouched or model[key] == value, f"model.{key}", model[key], allowed)
-    return values
-
-
-def overrides(name: str) -> list[str]:
-    """Return the overrides that a checkpoint implies: its own router, its tokenizer."""
-    config = read(name, None)
-    return [*router(config), f"data.tokenizer={quoted(name)}", "data.vocab_size=null"]
 
 
 def quoted(text: str) -> str:
@@ -119,9 +118,13 @@ def router(config: "PretrainedConfig") -> list[str]:
 
 def check_data(name: str, revision: str | None, *, tokenizer: str, seq_len: int) -> None:
     """Raise ConfigError if the tokenizer is not the checkpoint's, or if sequences are longer than it has positions."""
-    config = read(name, revision)
-    dense_checkpoint.check_tokenizer(tokenizer, "model.checkpoint", name, most=config.vocab_size or 0)
-    longest = longest_text(config) or seq_len
+    if saved.is_saved(name, revision):
+        content = saved.read(name, revision)
+        tokens, longest = content["vocab_size"], content["max_position_embeddings"]
+    else:
+        config = read(name, revision)
+        tokens, longest = config.vocab_size or 0, longest_text(config) or seq_len
+    dense_checkpoint.check_tokenizer(tokenizer, "model.checkpoint", name, most=tokens)
     require(seq_len <= longest, "data.seq_len", seq_len, f"at most {longest}, the number of positions of {name}")
 
 
@@ -149,13 +152,8 @@ def parse(content: dict[str, Any], where: str) -> "PretrainedConfig":
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     kind = content.get("model_type")
-    known = isinstance(kind, str) and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind != "moe_routing"
+    known = isinstance(kind, str) and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind != saved.KIND
     allowed = "that of a causal language model of the transformers library"
-    if kind == "moe_routing":
-        allowed += (
-            ". This is a saved model of this project: moe specialize looks into its run, and moe export writes it as "
-        )
-        allowed += "a model that can be imported"
     require(known, f"model_type in {where}", kind, allowed)
     for key in REFUSED:
         require(content.get(key) in (None, "eager", "sdpa"), f"{key} in {where}", content.get(key), "left out")

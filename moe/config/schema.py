@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, get_type_hints
 from omegaconf import MISSING
 
 from moe.checks import ConfigError, describe, finite, one_of, require, unknown
-from moe.config import dense_checkpoint, imported
+from moe.config import dense_checkpoint, imported, saved
 from moe.config.claim import ClaimConfig
 from moe.config.classes import build, locate
 from moe.config.plugins import Plugin, plugins
@@ -85,7 +85,7 @@ class ModelConfig:
     upcycle_reset: float = 0.0  # share of each copied expert's hidden units that is drawn anew (2502.19261: 0.5)
     upcycle_split: int = 1  # parts into which each copied MLP is cut, one expert each (2410.07524)
     upcycle_parents: list[str] = field(default_factory=list)  # more like `dense`, for experts in turn (2403.07816)
-    checkpoint: str | None = None  # Mixture of Experts of transformers to import, a folder or hub name
+    checkpoint: str | None = None  # Mixture of Experts to start from: of transformers, or a saved model of ours
     checkpoint_digest: str | None = None  # digest of that model; filled in automatically; a given one must match
     offload: str | None = None  # folder for its experts, read whenever they run: if it exceeds the memory; steps=0 only
 
@@ -119,9 +119,11 @@ class ModelConfig:
         alpha = self.neftune_noise_alpha
         require(finite(alpha) and alpha >= 0, "model.neftune_noise_alpha", alpha, "a finite number >= 0")
         self._check_upcycling()
-        for key in ("shared_experts", "dropout"):
-            value, allowed = getattr(self, key), "0 with model.checkpoint, because the imported model has its own"
-            require(self.checkpoint is None or not value, f"model.{key}", value, allowed)
+
+    @property
+    def continues(self) -> bool:
+        """Whether the checkpoint is a saved model of this project."""
+        return self.checkpoint is not None and saved.is_saved(self.checkpoint, self.checkpoint_digest)
 
     @property
     def parents(self) -> list[dense_checkpoint.Parent]:
@@ -346,6 +348,10 @@ class Config:
             require(not self.expert_parallel, "expert_parallel", True, "false with model.checkpoint")
             allowed = "null with steps > 0, because experts on the disk cannot be trained"
             require(self.model.offload is None or self.steps == 0, "model.offload", self.model.offload, allowed)
+            allowed = f"null, because {name} is a saved model of this project"
+            require(
+                self.model.offload is None or not self.model.continues, "model.offload", self.model.offload, allowed
+            )
         build(self.schedule, "schedule", trusted=True)
         for number, claim in enumerate(self.claims):
             settings = {*vars(self), *flatten(self)}

@@ -125,7 +125,7 @@ def expand(
         cell = _cell(composed[-1], arguments, multirun=multirun)
         if not finished(cell):  # the router of a finished run is known to be valid, and this check imports torch
             cell.config.check_router()
-            _check_trainable(cell.config)
+            _check_model(cell.config)
             if same_keys_apply and not cells and not in_vain:
                 _refuse_given_in_vain([cell], [_switch_off_ignored(cell)], given, varied)
         cells.append(cell)
@@ -148,11 +148,10 @@ def expand(
     return [cell._replace(grid=grid_of_runs) for cell in runs], ["--multirun", *lines_of([*launch, *common])]
 
 
-def _check_trainable(config: Config) -> None:
-    if config.trainable is not None:
-        from moe.training.setup import check_trainable  # imports torch
+def _check_model(config: Config) -> None:
+    from moe.training.setup import check_model  # imports torch
 
-        check_trainable(config)
+    check_model(config)
 
 
 def _check_launch(start: Start) -> None:

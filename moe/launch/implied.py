@@ -1,11 +1,14 @@
 """The overrides that the choice of a checkpoint implies: its own router and its tokenizer."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from moe.checks import ConfigError
-from moe.config import imported
+from moe.config import imported, saved
+from moe.config.options import sources
 from moe.launch.hydra_errors import FAULTS
-from moe.launch.overrides import parsed
+from moe.launch.option_files import preset_of
+from moe.launch.overrides import as_word, parsed
 
 KEY = "model.checkpoint"
 
@@ -28,6 +31,30 @@ def implied_by_checkpoint(words: Sequence[str]) -> list[str]:
     name = override.value()
     if not isinstance(name, str):
         return []
-    chosen = {"router", "router._target_"} & given.keys()
-    implied = [(word.partition("=")[0], word) for word in imported.overrides(name)]
-    return [word for key, word in implied if key not in given and not (chosen and key.partition(".")[0] == "router")]
+    words = [] if {"router", "router._target_"} & given.keys() else _router(name)
+    words = [*words, f"data.tokenizer={imported.quoted(name)}", "data.vocab_size=null"]
+    return [word for word in words if word.partition("=")[0] not in given]
+
+
+def _router(name: str) -> list[str]:
+    """Return the overrides that choose the router of a checkpoint."""
+    if not saved.is_saved(name, None):
+        return imported.router(imported.read(name, None))
+    spec = saved.router(name)
+    option = _option(spec)
+    if option is None:
+        return [f"router={as_word(spec)}"]
+    return [f"router={option}", *(f"router.{key}={as_word(value)}" for key, value in spec.items() if key != "_target_")]
+
+
+def _option(spec: dict[str, Any]) -> str | None:
+    """Return the option of `router` with this class that has the most equal settings; None if there is none.
+
+    Several options have the class of topk, which is the default and comes first.
+    """
+    found: dict[str, int] = {}
+    for option in ("topk", *sources("router")):
+        preset = preset_of("router", option) or {}
+        if preset.get("_target_") == spec["_target_"] and spec.keys() <= preset.keys():
+            found[option] = sum(preset[key] == value for key, value in spec.items())
+    return max(found, key=lambda option: found[option], default=None)

@@ -114,7 +114,7 @@ def with_added_keys(overrides: list[Override]) -> list[Override]:
             one_of(INNER_ROUTER, value, options("router"))
             value = {**yaml.safe_load(sources("router")[value].read_text(encoding="utf-8"))}
         if override.key_or_group in CLASSES and isinstance(value, dict) and "_target_" in value:
-            words = [f"{override.key_or_group}.{name}={_word(each)}" for name, each in value.items()]
+            words = [f"{override.key_or_group}.{name}={as_word(each)}" for name, each in value.items()]
             parts += map(parse_override, words)
         else:
             parts.append(override)
@@ -127,12 +127,12 @@ def with_added_keys(overrides: list[Override]) -> list[Override]:
     return [parse_override(f"++{str(part.input_line).lstrip('+')}") if is_added(part) else part for part in parts]
 
 
-def _word(value: Any) -> str:
+def as_word(value: Any) -> str:
     """Return a value as Hydra's grammar writes it."""
     if isinstance(value, dict):
-        return f"{{{','.join(f'{name}:{_word(each)}' for name, each in value.items())}}}"
+        return f"{{{','.join(f'{name}:{as_word(each)}' for name, each in value.items())}}}"
     if isinstance(value, list):
-        return f"[{','.join(map(_word, value))}]"
+        return f"[{','.join(map(as_word, value))}]"
     if isinstance(value, str):
         return value if re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", value) and value.lower() not in KEYWORDS else quote(value)
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
@@ -275,7 +275,7 @@ def check_type(override: Override) -> None:
             raise ConfigError(f"{override.input_line:.200}: {cause_of(error)}")
         parts = value if isinstance(value, list) else []
         if len(parts) > 1 and all(misfit(key, part) is None for part in parts):
-            swept = f"-m {key}={','.join(map(_word, parts))}"
+            swept = f"-m {key}={','.join(map(as_word, parts))}"
             raise ConfigError(f"{key}={word}: must be {allowed}; for several values in a sweep write {swept}")
         require(False, key, word, allowed)
 

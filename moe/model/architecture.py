@@ -4,14 +4,15 @@ import os
 import shutil
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from transformers import PretrainedConfig
 from transformers.models.llama.configuration_llama import LlamaConfig
 
 from moe.checks import check_values, require
-from moe.config import dense_checkpoint, imported
+from moe.config import dense_checkpoint, imported, saved
 from moe.config.schema import ModelConfig
+from moe.routers.imported import Imported
 
 # Types of the keys of config.json that transformers writes for every model, and of those whose annotation in
 # transformers is not for JSON.
@@ -138,6 +139,8 @@ class MoEConfig(LlamaConfig):
 
         vocab_size: number of token ids. None is enough for a checkpoint, which has its own.
         """
+        if model.checkpoint is not None and model.continues:
+            return MoEConfig.continuing(saved.read(model.checkpoint, model.checkpoint_digest), model, router)
         if model.checkpoint is not None:
             return MoEConfig.around(imported.read(model.checkpoint, model.checkpoint_digest), model, router)
         settings: dict[str, Any] = {
@@ -177,6 +180,20 @@ class MoEConfig(LlamaConfig):
         )
         config._attn_implementation = model.attention
         return config
+
+    @staticmethod
+    def continuing(content: dict[str, Any], model: ModelConfig, router: dict[str, Any]) -> "MoEConfig":
+        """Return the configuration of a saved model, with this router. content: that of its config.json."""
+        config = MoEConfig.from_dict(content)
+        imports = f"{Imported.__module__}.{Imported.__qualname__}"
+        own = [spec["_target_"] == imports for spec in (content["router"], router)]
+        allowed = "left out, because the saved model has its router in the parts of an imported one"
+        require(own[0] == own[1] or config.imported is None, "router._target_", router["_target_"], allowed)
+        config.router, config.router_temperature = router, float(router.get("temp", 1.0))
+        config.router_noise = 0.0
+        config.dropout, config.neftune_noise_alpha = model.dropout, model.neftune_noise_alpha
+        config._attn_implementation = model.attention
+        return cast(MoEConfig, config)
 
     @staticmethod
     def around(source: PretrainedConfig, model: ModelConfig, router: dict[str, Any]) -> "MoEConfig":

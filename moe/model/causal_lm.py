@@ -19,7 +19,7 @@ from moe.checks import ConfigError, first_line, require
 from moe.config.classes import build
 from moe.config.options import use
 from moe.data.labels import IGNORED, next_token
-from moe.files import require_files, require_no_adapter, tensor_shapes
+from moe.files import Find, require_files, require_no_adapter, tensor_shapes
 from moe.model.architecture import MoEConfig
 from moe.model.decoder import MoEModel
 from moe.model.experts import Experts
@@ -110,7 +110,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         config = kwargs.get("config")
         if not isinstance(config, MoEConfig):
             config = MoEConfig.from_pretrained(name if config is None else config, **source)
-        _check_weights(cls, config, str(name), source, trusted=trusted)
+        check_weights(config, str(name), file_finder(name, source), trusted=trusted)
         return super().from_pretrained(name, *model_args, trusted=trusted, **kwargs)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
@@ -276,18 +276,16 @@ def _routing_fields(layers: list[LayerOutput]) -> dict[str, Any]:
     } | ({"beside": beside} if beside else {})
 
 
+ROUTER = ".router."  # in the names of the weights of our routers
+
 # The arguments of `from_pretrained` that say where its files are.
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
-def _check_weights(
-    kind: type[MoEForCausalLM], config: MoEConfig, name: str, source: dict[str, Any], *, trusted: bool
-) -> None:
-    """Raise ConfigError unless the saved model `name` has the weights of its `config`, with the same shapes.
+def file_finder(name: Any, source: dict[str, Any]) -> Find:
+    """Return a function that finds a file of a saved model, in a folder or on the hub; None if there is none.
 
     source: the `HUB_OPTIONS` that are given.
-
-    The model is built without memory. A layer has at least 6 tensors: two norms and four matrices of the attention.
     """
 
     def find(file: str) -> Path | None:
@@ -297,6 +295,17 @@ def _check_weights(
         except OSError:  # there is no such file
             return None
 
+    return find
+
+
+def check_weights(config: MoEConfig, name: str, find: Find, *, trusted: bool, any_router: bool = False) -> None:
+    """Raise ConfigError unless a saved model has the weights of its `config`, with the same shapes.
+
+    name: of the saved model, for messages. find: finds its files. any_router: the weights of routers
+    may be others.
+
+    The model is built without memory. A layer has at least 6 tensors: two norms and four matrices of the attention.
+    """
     try:
         stored = tensor_shapes(find)
     except ValueError as error:
@@ -312,11 +321,13 @@ def _check_weights(
     config._attn_implementation = "eager"  # the one that needs no other package; all have the same weights
     try:
         with torch.device("meta"):
-            tensors = kind(config, trusted=trusted).state_dict(keep_vars=True)
+            tensors = MoEForCausalLM(config, trusted=trusted).state_dict(keep_vars=True)
     except ConfigError:
         raise
     except Exception as error:  # whatever a size that does not fit makes a library raise
         raise ConfigError(f"{name}: config.json describes no model ({first_line(error)})") from error
+    if any_router:
+        stored, tensors = ({k: v for k, v in each.items() if ROUTER not in k} for each in (stored, tensors))
     names: dict[int, list[str]] = {}  # the names of each tensor, which is stored once
     for key, tensor in tensors.items():
         names.setdefault(id(tensor), []).append(key)

@@ -17,6 +17,7 @@ from moe.config.schema import Config
 from moe.data.blocks import Prepared, batch, of_domains, prepare
 from moe.data.labels import IGNORED, next_token
 from moe.model.causal_lm import MoEConfig, MoEForCausalLM, load_model
+from moe.model.continued import check_continued, continued
 from moe.model.cost import reset_peak_memory
 from moe.model.imported_checkpoint import read_checkpoint
 from moe.model.parts import Parts, freeze, learning_routers, parts
@@ -159,6 +160,8 @@ def build_model(config: Config, *, vocab_size: int | None = None) -> MoEForCausa
     settings = MoEConfig.of(config.model, config.router, vocab_size=vocab_size, seq_len=config.data.seq_len)
     if config.model.dense is not None:
         model = upcycle(settings, config.model)
+    elif config.model.continues:
+        model = continued(settings, config.model)
     else:
         checkpoint = None if config.model.checkpoint is None else read_checkpoint(config.model)
         model = MoEForCausalLM(settings, trusted=True, causal_lm=checkpoint)
@@ -177,10 +180,17 @@ def attach_adapter(model: MoEForCausalLM, config: Config) -> None:
         p.requires_grad_(p not in fixed)
 
 
-def check_trainable(config: Config) -> None:
-    """Raise ConfigError if the key `trainable` does not fit the model, which is made without memory and weights."""
+def check_model(config: Config) -> None:
+    """Raise ConfigError if the saved model to continue from, or the key `trainable`, does not fit the settings.
+
+    The model is made without memory and weights.
+    """
+    if config.trainable is None and not config.model.continues:
+        return
+    settings = MoEConfig.of(config.model, config.router, vocab_size=config.model.num_experts, seq_len=1)
+    if config.model.continues:
+        check_continued(settings, config.model)
     if config.trainable is not None:
-        settings = MoEConfig.of(config.model, config.router, vocab_size=config.model.num_experts, seq_len=1)
         with torch.device("meta"):
             model = MoEForCausalLM(settings, trusted=True)
             if config.adapter:

@@ -119,8 +119,8 @@ def test_a_command_may_choose_another_router_or_change_the_implied_one(words: li
     ("change", "message"),
     [
         ("model.dim=64", "model.dim=64: must be 32, as in .*; leave it out"),
-        ("model.dropout=0.1", "model.dropout=0.1: must be 0 with model.checkpoint"),
-        ("model.shared_experts=1", "model.shared_experts=1: must be 0 with model.checkpoint"),
+        ("model.dropout=0.1", "model.dropout=0.1: must be 0.0, as in .*; leave it out"),
+        ("model.shared_experts=1", "model.shared_experts=1: must be 0, as in .*; leave it out"),
         ("data.seq_len=65", "data.seq_len=65: must be at most 64, the number of positions"),
         ("data.tokenizer=bpe", "data.vocab_size=null: must be a whole number, because data.tokenizer=bpe is trained"),
         ("model.checkpoint_digest=abc", "model.checkpoint_digest"),
