@@ -204,6 +204,7 @@ def test_only_launching_imports_hydra() -> None:
         "moe.launch.compose",
         "moe.launch.explain",
         "moe.launch.grids",
+        "moe.launch.groups",
         "moe.launch.help",
         "moe.launch.hydra_errors",
         "moe.launch.listing",

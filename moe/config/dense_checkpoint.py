@@ -1,6 +1,7 @@
 """A dense checkpoint to start from: its digest, and the sizes that its config.json gives to the model.
 
-This module does not import torch, because every command line is checked with it and should be checked fast.
+Every command line is checked with this module and should be checked fast. So it does not import torch, and the
+libraries of the hub and of tokenizers only where a checkpoint is read.
 """
 
 import hashlib
@@ -9,10 +10,6 @@ import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from huggingface_hub import get_safetensors_metadata, hf_hub_download
-from huggingface_hub.utils import logging
-from tokenizers import Tokenizer
 
 from moe.checks import ConfigError, first_line, require
 from moe.files import read_text, require_files, require_no_adapter, sha256, tensor_shapes
@@ -119,6 +116,8 @@ def check_data(name: str, revision: str | None, *, tokenizer: str, seq_len: int)
 
 def check_tokenizer(tokenizer: str, key: str, name: str, *, most: int, least: int = 1) -> None:
     """Raise ConfigError unless `data.tokenizer` is one of from `least` to `most` tokens, for the checkpoint `name`."""
+    from tokenizers import Tokenizer
+
     require(tokenizer != "bpe", "data.tokenizer", tokenizer, f"the tokenizer of {key}={name}")
     path = _file("data.tokenizer", tokenizer, "tokenizer.json")
     try:
@@ -289,6 +288,8 @@ def stored_shapes(name: str, revision: str | None, at: str, *, layers: int) -> d
 
 def _shapes(name: str, revision: str | None, at: str) -> dict[str, tuple[int, ...]]:
     """Return the shape of each weight by its name. For a name on the hub, only headers are downloaded."""
+    from huggingface_hub import get_safetensors_metadata
+
     folder = _file(at, name, "config.json", revision).parent
 
     def find(file: str) -> Path | None:
@@ -305,6 +306,9 @@ def _shapes(name: str, revision: str | None, at: str) -> dict[str, tuple[int, ..
 
 def _file(key: str, name: str, file: str, revision: str | None = None) -> Path:
     """Return the path of a file in a local folder, or of a repository on the hub, which is downloaded."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import logging
+
     if Path(name).is_dir():
         path = Path(name, file)
         try:

@@ -9,7 +9,6 @@ import ast
 import inspect
 import io
 import re
-import textwrap
 import tokenize
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -22,18 +21,23 @@ from moe.config.schema import Config
 
 @cache
 def of_fields(holder: type) -> dict[str, str]:
-    """Return the comment beside each field of a dataclass that has one."""
-    source = textwrap.dedent(inspect.getsource(holder))
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
-    [tree] = ast.parse(source).body
-    assert isinstance(tree, ast.ClassDef)
+    """Return the comment beside each field of a dataclass that has one. The class is not inside of another one."""
+    classes, comments = _classes_and_comments(inspect.getmodule(holder))
     found = {}
-    for node in tree.body:
+    for node in classes[holder.__name__].body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)
             found[node.target.id] = " ".join(comments[line] for line in lines if line in comments)
     return {name: comment for name, comment in found.items() if comment}
+
+
+@cache
+def _classes_and_comments(module: Any) -> tuple[dict[str, ast.ClassDef], dict[int, str]]:
+    """Return the classes of a module by their names, and its comments by their lines."""
+    source = inspect.getsource(module)
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
+    return {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}, comments
 
 
 @cache

@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from jaxtyping import Int
-
 if TYPE_CHECKING:  # importing torch takes seconds, and many callers only need `rank` or `world_size`
+    from jaxtyping import Int
     from torch import Tensor
 
 

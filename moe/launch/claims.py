@@ -1,4 +1,7 @@
-"""Check planned claims against the runs of a command: no sweep is trained for a claim that nothing can judge."""
+"""Check planned claims against the runs of a command: no sweep is trained for a claim that nothing can judge.
+
+Only commands with claims import the catalog of metrics, and NumPy with it, because every command should start fast.
+"""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -12,7 +15,6 @@ from moe.config.classes import build
 from moe.config.options import GROUPS, options
 from moe.config.schema import OFF, Cell
 from moe.data import embedded
-from moe.metrics.catalog import METRICS, final_metrics, lookup
 
 
 def check_claims(cells: Sequence[Cell], grid: Iterable[Override], *, sweep: bool) -> None:
@@ -47,6 +49,8 @@ def check_claims(cells: Sequence[Cell], grid: Iterable[Override], *, sweep: bool
 
 
 def _check_metric(key: str, claim: ClaimConfig, cells: Sequence[Cell]) -> None:
+    from moe.metrics.catalog import METRICS
+
     domains = claim.within.get(DOMAIN, [])
     names = [claim.metric, *(f"{claim.metric}/{domain}" for domain in domains)]
     for name in names:
@@ -59,6 +63,8 @@ def _check_metric(key: str, claim: ClaimConfig, cells: Sequence[Cell]) -> None:
 
 def check_metric(key: str, name: str, cells: Sequence[Cell]) -> None:
     """Raise ConfigError if the value of `key` names a metric that no run will have."""
+    from moe.metrics.catalog import final_metrics, lookup
+
     metric = lookup(name)
     if metric is None or not metric.final:
         raise unknown(f"metric of {key.rpartition('.')[0]}", name, final_metrics())

@@ -14,6 +14,7 @@ from omegaconf.errors import MissingMandatoryValue
 from moe.checks import ConfigError, one_of, unknown
 from moe.config.options import GROUPS, options
 from moe.config.schema import flatten
+from moe.launch.groups import compose_groups
 from moe.launch.hints import hint
 from moe.launch.hydra_errors import FAULTS, cause_of
 from moe.launch.option_files import check_option_files, keys_of, require_content
@@ -44,7 +45,7 @@ def explain(error: Exception, overrides: list[str]) -> ConfigError:
         require_content(option.key_or_group, str(option.value()))
     groups = [o for o in parsed if is_group(o) or o.key_or_group == "hydra/launcher"]
     try:
-        base = compose("config", overrides=lines_of(groups), return_hydra_config=True)
+        base = compose_groups(lines_of(groups))
     except FAULTS as cause:
         if launcher := re.search("Could not find 'hydra/launcher/(.*)'", str(cause)):
             launchers = GlobalHydra.instance().config_loader().get_group_options("hydra/launcher")

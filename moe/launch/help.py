@@ -2,6 +2,7 @@
 
 import textwrap
 from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
 from inspect import Parameter
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -210,6 +211,7 @@ def usual_values() -> dict[str, Any]:
     return {key: values.get(key) for key in meanings.all_keys()}
 
 
+@cache
 def usual_options() -> dict[str, str]:
     """Return the option of each group that a run has if the command chooses none."""
     chosen: Any = OmegaConf.to_container(OmegaConf.load(CONF / "config.yaml"))

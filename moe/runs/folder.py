@@ -14,7 +14,6 @@ from moe.config.schema import DEFAULTED, OFF, Cell, Config, fingerprint, is_free
 from moe.files import open_file, open_unlinked
 from moe.runs import csv_mirror, tensorboard_mirror
 from moe.runs.record import RecordError, RunRecord, SweepRecord
-from moe.runs.traces import milestones
 
 LOCK = "run.lock"  # in a run folder; the process that trains the run holds it
 
@@ -58,6 +57,8 @@ def missing_models(cell: Cell) -> str:
     config = cell.config
     names = [] if config.save_model == "none" else ["model"]
     if config.save_model == "all":
+        from moe.runs.traces import milestones  # imports NumPy
+
         names += [f"milestones/step-{step:08d}" for step in sorted(milestones(config.steps) - {config.steps})]
     missing = [name for name in names if not (cell.folder / name).is_dir()]
     if not missing:

@@ -17,7 +17,7 @@ from moe.config.plugins import _read
 from moe.config.schema import Cell
 from moe.files import shown
 from moe.launch.command_line import help_text, read_cells
-from moe.launch.compose import _compose_groups
+from moe.launch.groups import _pickled
 from moe.launch.option_files import require_content
 from moe.launch.run import run, write_run_record
 from moe.runs.folder import _runs_by_content, difference, finished
@@ -50,7 +50,7 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     )
     yield tmp_path
     _read.cache_clear()
-    _compose_groups.cache_clear()
+    _pickled.cache_clear()
     require_content.cache_clear()
     for name in [name for name in sys.modules if name.split(".")[0] == "mylab"]:
         del sys.modules[name]
