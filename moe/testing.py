@@ -285,7 +285,7 @@ def every_auxiliary_loss_has_a_gradient(make: Make) -> None:
     losses = auxiliary(routing, loads, seq_len=S)
     _hold(losses, "there is no auxiliary loss; return probs or logits, or a loss of the router's own in `aux`")
     if len(loads.unique()) == 1:  # a router that balances by construction: its balance loss is constant
-        all_experts = ("load_balance_sequence",) if router.fixed_k == router.num_experts else ()
+        all_experts = ("load_balance_sequence", "load_balance_document") if router.fixed_k == router.num_experts else ()
         for name in ("load_balance", "load_balance_global", *all_experts):
             _hold(abs(losses.pop(name).item() - 1) < 1e-6, f"{name} of an even load must be 1")
     for name, loss in losses.items():

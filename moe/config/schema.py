@@ -269,6 +269,9 @@ class Config:
     lb: float = 0.01  # weight of the load-balance loss, summed over layers
     lb_sequence: float = 0.0  # weight of the load-balance loss of each sequence by itself
     lb_global: float = 0.0  # weight of the load-balance loss of the whole batch of an optimizer step
+    lb_document: float = 0.0  # weight of the load-balance loss of each document (conversation) by itself
+    importance: float = 0.0  # weight of the squared CV of the experts' summed probabilities
+    mutual_information: float = 0.0  # weight of minus the mutual information of token and expert
     z: float = 0.0  # weight of the router z-loss; this loss and the following ones are summed over layers too
     router_entropy: float = 0.0  # weight of the mean entropy of a token's probabilities: makes routing sharper
     gate_variance: float = 0.0  # weight of minus the variance of probabilities over tokens

@@ -125,7 +125,14 @@ class MoELayer(nn.Module):
         ):  # ranks process consecutive micro-batches at the same time
             load = _load_of_earlier_ranks(dispatched.offered) + (0 if load is None else load)
         sequence = context.sequence
-        aux = losses.auxiliary(routing, dispatched.offered, seq_len=seq_len, load=load, sequence=sequence)
+        aux = losses.auxiliary(
+            routing,
+            dispatched.offered,
+            seq_len=seq_len,
+            load=load,
+            sequence=sequence,
+            document_position=None if slots else position,
+        )
         if router.expert_rows is not None:
             aux["simbal"] = losses.similarity_preserving(router.expert_rows)
         if context.orthogonality:

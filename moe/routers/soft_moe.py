@@ -27,7 +27,7 @@ class SoftMoE(Router):
     """
 
     causal = False
-    ignores = BALANCE_WEIGHTS | {"z", "output_orthogonality", "capacity"}  # every slot has exactly one expert
+    ignores = BALANCE_WEIGHTS | {"importance", "z", "output_orthogonality", "capacity"}  # each slot has one expert
 
     def __init__(self, dim: int, num_experts: int, *, slots: int = 32) -> None:
         super().__init__(dim, num_experts, fixed_k=None)

@@ -149,6 +149,15 @@ def sum_by_expert(rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float
     return F.embedding_bag(index, rows.float(), counts.cumsum(0) - counts, mode="sum")
 
 
+def sum_by_group(rows: Float[Tensor, "T N"], group: Int[Tensor, "T"]) -> Float[Tensor, "T N"]:
+    """Return the sum of the rows of each group, for rows sorted by group. Groups that do not occur get zeros.
+
+    group: numbers from 0 to T - 1. The gradient and the sums have a fixed order, unlike those of `index_add` on CUDA.
+    """
+    order = torch.arange(len(rows), device=rows.device)
+    return _Combine.apply(rows, torch.ones_like(rows[:, 0]), group, order, len(rows))
+
+
 # Gather and combine are each other's backward pass. Both are written by hand, because the gradient that PyTorch would
 # use adds floating-point rows with `index_add`. On CUDA that uses atomic additions, whose order differs between runs,
 # and so do the results. `_sum` adds the rows of a token in a fixed order and makes no copy of the weighted rows.

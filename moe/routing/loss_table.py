@@ -36,6 +36,26 @@ LOSSES = {
         "Load-balance loss of the whole batch of an optimizer step: single micro-batches may specialize.",
         "Qiu et al., 2501.11873",
     ),
+    "load_balance_document": Loss(
+        "lb_document",
+        "E Σ_e f_e P_e, of each document by itself",
+        "Load-balance loss of each document, averaged over tokens. Only blocks of conversations mark documents; in "
+        "other blocks it is that of each sequence.",
+        "",
+    ),
+    "importance_cv": Loss(
+        "importance",
+        "CV² over experts of Σ_t p_te = E Σ_e P_e² - 1",
+        "Imbalance of the summed probabilities. Unlike the load-balance loss it reads no counts.",
+        "Shazeer et al., 1701.06538, eq. 6-7; there of the gates",
+    ),
+    "negative_information": Loss(
+        "mutual_information",
+        "-I(t; e) = mean_t H(p_t) - H(P)",
+        "Minus the mutual information of token and expert in nats: decisive for each token, even over all. At least "
+        "-ln E.",
+        "DS-MoE, Pan et al., 2404.05567",
+    ),
     "router_z": Loss(
         "z",
         "mean_t (ln Σ_e exp z_te)²",
@@ -69,8 +89,8 @@ LOSSES = {
 }
 
 # The keys of the losses that need a router's probabilities. Those of the balance losses also need uneven loads.
-BALANCE_WEIGHTS = frozenset(("lb", "lb_sequence", "lb_global"))
-PROBABILITY_WEIGHTS = BALANCE_WEIGHTS | {"router_entropy", "gate_variance"}
+BALANCE_WEIGHTS = frozenset(("lb", "lb_sequence", "lb_global", "lb_document"))
+PROBABILITY_WEIGHTS = BALANCE_WEIGHTS | {"importance", "mutual_information", "router_entropy", "gate_variance"}
 
 # Losses that one router brings along. `weight` is a key of conf/router/<router>.yaml.
 ROUTER_LOSSES = {

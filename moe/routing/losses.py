@@ -10,6 +10,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from moe.routing.decision import Routing, count
+from moe.routing.dispatch import sum_by_group
 
 
 def load_balance(probs: Float[Tensor, "T E"], offered: Shaped[Tensor, "E"]) -> Float[Tensor, ""]:
@@ -24,30 +25,59 @@ def load_balance(probs: Float[Tensor, "T E"], offered: Shaped[Tensor, "E"]) -> F
 
 
 def load_balance_sequence(
-    probs: Float[Tensor, "T E"],
-    token: Int[Tensor, "A"],
-    expert: Int[Tensor, "A"],
-    seq_len: int,
-    sequence: Int[Tensor, "T"] | None = None,
+    probs: Float[Tensor, "T E"], token: Int[Tensor, "A"], expert: Int[Tensor, "A"], seq_len: int
 ) -> Float[Tensor, ""]:
     """Compute the load-balance loss of each sequence by itself and average: 1 when every sequence is balanced.
 
     In the paper, the probabilities are sigmoid scores normalized over experts. A block with several conversations
     counts as one sequence, because a single conversation may be too short to be balanced.
-
-    sequence: `Context.sequence`.
     """
     experts = probs.shape[1]
-    if sequence is None:
-        sequence_of_assignment, mean_probs = token // seq_len, probs.view(-1, seq_len, experts).mean(1)
-    else:
-        tokens = sequence.bincount()
-        sequence_of_assignment = sequence[token]
-        sums = probs.new_zeros(len(tokens), experts).index_add(0, sequence, probs)
-        mean_probs = sums / tokens[:, None]
-    offered = count(sequence_of_assignment * experts + expert, mean_probs.numel()).view_as(mean_probs)
+    mean_probs = probs.view(-1, seq_len, experts).mean(1)
+    offered = count(token // seq_len * experts + expert, mean_probs.numel()).view_as(mean_probs)
     share = offered / offered.sum(1, keepdim=True).clamp(min=1)
     return experts * (share * mean_probs).sum(1).mean()
+
+
+def load_balance_group(
+    probs: Float[Tensor, "T E"],
+    token: Int[Tensor, "A"],
+    expert: Int[Tensor, "A"],
+    group: Int[Tensor, "T"],
+    *,
+    by_token: bool,
+) -> Float[Tensor, ""]:
+    """Compute the load-balance loss of each group of tokens by itself and average over groups.
+
+    group: the group of each token, such as its document: ascending numbers below T.
+    by_token: whether a group weighs as much as it has tokens. Otherwise all groups weigh the same.
+    """
+    groups, experts = probs.shape
+    sizes = count(group, groups)
+    offered = count(group[token] * experts + expert, probs.numel()).view_as(probs)
+    share = offered / offered.sum(1, keepdim=True).clamp(min=1)
+    losses = experts * (share * sum_by_group(probs, group)).sum(1) / sizes.clamp(min=1)
+    weights = sizes if by_token else sizes.sign()
+    return (weights * losses).sum() / weights.sum()
+
+
+def importance_cv(probs: Float[Tensor, "T E"]) -> Float[Tensor, ""]:
+    """Compute the squared coefficient of variation of the experts' summed probabilities: E * sum_e P_e^2 - 1.
+
+    P_e is the mean probability. The loss is 0 if all P_e are equal and E - 1 if one expert has everything. A CV^2 of
+    the load with straight-through counts is no loss of its own: E * sum_e f_e^2 - 1 would have the gradient 2 E f_e on
+    P_e, twice that of the load-balance loss.
+    """
+    return probs.shape[1] * probs.mean(0).square().sum() - 1
+
+
+def negative_information(probs: Float[Tensor, "T E"]) -> Float[Tensor, ""]:
+    """Compute minus the mutual information of token and expert in nats: mean_t H(p_t) - H(P).
+
+    P is the mean of p. The loss is -ln E if every token is certain of one expert and all experts are used equally, and
+    0 if all tokens have the same probabilities.
+    """
+    return router_entropy(probs) - router_entropy(probs.mean(0, keepdim=True))
 
 
 def router_entropy(probs: Float[Tensor, "T E"]) -> Float[Tensor, ""]:
@@ -107,19 +137,31 @@ def auxiliary(
     seq_len: int,
     load: Shaped[Tensor, "E"] | None = None,
     sequence: Int[Tensor, "T"] | None = None,
+    document_position: Int[Tensor, "T"] | None = None,
 ) -> dict[str, Float[Tensor, ""]]:
     """Return every auxiliary loss that this routing has, by name.
 
     load: load of the earlier micro-batches of the optimizer step. `load_balance_global` adds it, so that the whole
         batch has to be balanced and single micro-batches may specialize.
     sequence: `Context.sequence`.
+    document_position: the position of each token in its document. None: documents are sequences.
     """
     losses = dict(routing.aux)
     if routing.probs is not None:
         losses["load_balance"] = load_balance(routing.probs, offered)
         if routing.slots is None:
-            by_sequence = load_balance_sequence(routing.probs, routing.token, routing.expert, seq_len, sequence)
-            losses["load_balance_sequence"] = by_sequence
+            choices = routing.probs, routing.token, routing.expert
+            by_sequence = (
+                load_balance_sequence(*choices, seq_len)
+                if sequence is None
+                else load_balance_group(*choices, sequence, by_token=False)
+            )
+            losses["load_balance_sequence"] = losses["load_balance_document"] = by_sequence
+            if document_position is not None:
+                document = (document_position == 0).cumsum(0) - 1
+                losses["load_balance_document"] = load_balance_group(*choices, document, by_token=True)
+            losses["importance_cv"] = importance_cv(routing.probs)
+        losses["negative_information"] = negative_information(routing.probs)
         losses["load_balance_global"] = load_balance(routing.probs, offered if load is None else offered + load)
         losses["router_entropy"] = router_entropy(routing.probs)
         losses["gate_variance"] = gate_variance(routing.probs)

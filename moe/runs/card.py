@@ -6,6 +6,7 @@ from typing import Any
 from moe.checks import escaped
 from moe.config.schema import flatten
 from moe.files import write_text
+from moe.routing.loss_table import LOSSES
 from moe.runs.record import MetricsRecord, RunRecord
 
 FILE = "README.md"
@@ -88,8 +89,7 @@ def _settings(record: RunRecord) -> dict[str, str]:
     config, facts = record.typed_config(), record.facts
     assert facts is not None, "a finished run has facts"
     model, tokens = config.model, config.batch_size * config.grad_accum * config.data.seq_len
-    names = ("lb", "lb_sequence", "lb_global", "z", "router_entropy", "gate_variance", "simbal", "output_orthogonality")
-    weights = {name: weight for name in names if (weight := getattr(config, name))}
+    weights = {loss.weight: weight for loss in LOSSES.values() if (weight := getattr(config, loss.weight))}
     dense = f"first {model.first_k_dense_replace} dense" if model.first_k_dense_replace else "all with experts"
     return {
         "router": _call(config.router),

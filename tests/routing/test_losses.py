@@ -11,8 +11,11 @@ from moe.routing.decision import Routing
 from moe.routing.losses import (
     auxiliary,
     gate_variance,
+    importance_cv,
     load_balance,
+    load_balance_group,
     load_balance_sequence,
+    negative_information,
     output_orthogonality,
     router_entropy,
     router_z,
@@ -90,6 +93,73 @@ def test_the_balance_loss_per_sequence_of_one_sequence_is_that_of_the_batch() ->
     token = torch.arange(12).repeat_interleave(2)
     full_batch = load_balance(probs, torch.bincount(expert, minlength=4))
     torch.testing.assert_close(load_balance_sequence(probs, token, expert, 12), full_batch)
+
+
+@pytest.mark.parametrize("by_token", [True, False])
+def test_the_balance_loss_per_group_equals_a_loop_over_groups(by_token: bool) -> None:
+    """Groups have 1, 5, 0 and 6 tokens. A group without tokens does not count."""
+    torch.manual_seed(0)
+    probs = torch.softmax(torch.randn(12, 4), -1).requires_grad_()
+    group = torch.tensor([0] + [1] * 5 + [3] * 6)
+    token, expert = torch.arange(12).repeat_interleave(2), probs.topk(2).indices.flatten()
+    terms, weights = [], []
+    for g in (0, 1, 3):
+        members = group == g
+        loads = torch.bincount(expert[members[token]], minlength=4)
+        terms.append(load_balance(probs[members], loads))
+        weights.append(float(members.sum()) if by_token else 1.0)
+    expected = sum(w * term for w, term in zip(weights, terms, strict=True)) / sum(weights)
+    loss = load_balance_group(probs, token, expert, group, by_token=by_token)
+    torch.testing.assert_close(loss, expected)
+    gradients = [torch.autograd.grad(each, probs, retain_graph=True)[0] for each in (loss, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_documents_are_balanced_one_by_one_and_are_sequences_where_nothing_marks_them() -> None:
+    """Two documents of one sequence use opposite experts: 1.8 for each, 1 for the sequence."""
+    probs = torch.tensor([[0.9, 0.1]] * 4 + [[0.1, 0.9]] * 4)
+    expert = torch.tensor([[0]] * 4 + [[1]] * 4)
+    routing = Routing.token_choice(expert, torch.ones(8, 1), probs=probs)
+    offered = torch.tensor([4, 4])
+    plain = auxiliary(routing, offered, seq_len=8)
+    assert plain["load_balance_document"] == plain["load_balance_sequence"] == pytest.approx(1)
+    position = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3])
+    packed = auxiliary(routing, offered, seq_len=8, document_position=position)
+    assert packed["load_balance_document"] == pytest.approx(1.8)
+    assert packed["load_balance_sequence"] == pytest.approx(1)
+    uneven = torch.tensor([0, 1, 2, 3, 4, 5, 0, 1])  # the first of these documents has both experts
+    first, second = (6 / 8 * 2 * (4 / 6 * (3.8 / 6) + 2 / 6 * (2.2 / 6)), 2 / 8 * 2 * 0.9)
+    loss = auxiliary(routing, offered, seq_len=8, document_position=uneven)["load_balance_document"]
+    assert loss == pytest.approx(first + second)
+
+
+def test_the_importance_loss_is_the_squared_coefficient_of_variation_of_summed_probabilities() -> None:
+    probs = torch.softmax(torch.randn(20, 5, generator=torch.Generator().manual_seed(0)), -1)
+    sums = probs.sum(0)
+    assert importance_cv(probs).item() == pytest.approx((sums.var(correction=0) / sums.mean() ** 2).item(), rel=1e-4)
+    assert importance_cv(torch.eye(4).repeat(3, 1)) == pytest.approx(0, abs=1e-6)
+    assert importance_cv(torch.tensor([[1.0, 0, 0, 0]]).expand(6, 4)) == pytest.approx(3)
+
+
+def test_a_cv_of_straight_through_loads_has_twice_the_gradient_of_the_balance_loss() -> None:
+    """The docstring of `importance_cv` says so: this is why it is no loss of its own."""
+    probs = torch.softmax(torch.randn(20, 5, generator=torch.Generator().manual_seed(0)), -1).requires_grad_()
+    offered = torch.bincount(probs.argmax(-1), minlength=5)
+    soft = 20 * probs.mean(0)
+    load = offered + soft - soft.detach()
+    [of_loads] = torch.autograd.grad(load.var(correction=0) / load.mean().detach() ** 2, probs)
+    [of_balance] = torch.autograd.grad(load_balance(probs, offered), probs)
+    spread = of_loads - of_loads.mean(1, keepdim=True)  # a constant over experts changes no softmax
+    torch.testing.assert_close(spread, 2 * (of_balance - of_balance.mean(1, keepdim=True)), atol=1e-6, rtol=1e-4)
+
+
+def test_minus_the_mutual_information_has_its_closed_forms() -> None:
+    """-ln E for certain tokens over all experts, 0 for equal tokens, and the sum over p ln (p / P) in general."""
+    assert negative_information(torch.eye(4).repeat(3, 1)) == pytest.approx(-math.log(4))
+    assert negative_information(torch.tensor([[0.7, 0.2, 0.1]]).expand(6, 3)) == pytest.approx(0, abs=1e-6)
+    probs = torch.softmax(torch.randn(20, 5, generator=torch.Generator().manual_seed(0)), -1)
+    expected = -(probs * (probs / probs.mean(0)).log()).sum(-1).mean()
+    assert negative_information(probs).item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_the_global_balance_loss_includes_the_load_of_earlier_micro_batches() -> None:
