@@ -50,12 +50,17 @@ def dead_layers(values: Mapping[str, Any]) -> list[str]:
 def lookup(name: str) -> Metric | None:
     """Return the entry of a metric, or of the variant `name`, with the variant's name and label; None if there is none.
 
-    Understands `/pooled`, `/worst`, `/layer03`, `/<domain>`, `/decile0` and `train/routing/...`.
+    Understands `/pooled`, `/worst`, `/layer03`, `/<domain>`, `/decile0`, `train/routing/...` and
+    `adapter/routing/...`.
     """
     if name in METRICS:
         return METRICS[name]
     if name.startswith("train/routing/"):
         metric = ROUTING_METRICS.get(name.removeprefix("train/"))
         return metric and metric._replace(name=name, label=f"{metric.label}, in training")
+    if name.startswith("adapter/routing/"):
+        metric = lookup(name.removeprefix("adapter/"))
+        computed = metric is not None and metric.function is not None
+        return metric._replace(name=name, label=f"{metric.label}, adapter's router") if metric and computed else None
     base, _, suffix = name.rpartition("/")
     return METRICS[base].variant(suffix) if base in METRICS else None

@@ -89,7 +89,8 @@ def evaluate(
     """Return the metrics of a model on validation data, dropless unless a `capacity` factor is given.
 
     These are `val/loss` (nats per token), `val/perplexity`, `val/accuracy`, `val/bits_per_byte`, loss and bits per byte
-    of each domain, every routing metric, and `routing/utilization` (L, E). `val/...` are means over the tokens with a
+    of each domain, every routing metric, and `routing/utilization` (L, E). With an adapter that has routers, their
+    routing metrics are `adapter/routing/...`. `val/...` are means over the tokens with a
     label, routing metrics over all tokens. With `trained`, the domains whose text trains, there are also
     `val/loss_in_domain` and `val/loss_out_of_domain`. `text_bytes` are the lengths of the domains' texts in
     bytes. The outputs of experts are compared on the tokens of `compared_tokens`. The summed loss of each block and its
@@ -105,7 +106,7 @@ def evaluate(
     context |= {"capacity": capacity, "drop": drop}
     numbers = torch.arange(len(domains), device=model.device)[:, None]
     by_domain = torch.zeros(3, len(domains), dtype=torch.float64, device=model.device)
-    stats: RoutingStats | None = None
+    stats: list[RoutingStats] = []  # of the MoE layers, and of those that an adapter has put beside them
     training = model.training
     model.eval()
     for blocks, times in _micro_batches(len(data), batch_size):
@@ -115,15 +116,19 @@ def evaluate(
         # A product, because on CUDA `index_add` adds floating-point numbers in no fixed order.
         members = times * (domain == numbers).double()
         by_domain += torch.stack([members @ each for each in sums])
-        if routing is not None:
-            counted = RoutingStats(*(times * field for field in routing))
-            stats = counted if stats is None else stats.merge(counted)
+        counted = [RoutingStats(*(times * field for field in each)) for each in routing]
+        stats = [old.merge(new) for old, new in zip(stats, counted, strict=True)] if stats else counted
     model.train(training)
     [by_domain] = ranks.all_reduce_sum((by_domain,))
     values = _text_metrics(by_domain, domains, text_bytes)
     if trained is not None:
         values |= _losses_by_training(by_domain, [name in trained for name in domains])
-    return values if stats is None else values | _routing_metrics(RoutingStats(*ranks.all_reduce_sum(stats)), model)
+    whole = [RoutingStats(*ranks.all_reduce_sum(each)) for each in stats]
+    for each in whole[:1]:
+        values |= _routing_metrics(each, model)
+    for each in whole[1:]:
+        values |= {f"adapter/{name}": value for name, value in summarize(each).items()}
+    return values
 
 
 def _micro_batches(blocks: int, batch_size: int) -> Iterator[tuple[range, int]]:
@@ -140,11 +145,12 @@ def _micro_batches(blocks: int, batch_size: int) -> Iterator[tuple[range, int]]:
 
 def _run(
     model: MoEForCausalLM, data: Dataset, blocks: range, context: dict[str, Any]
-) -> tuple[Int[Tensor, "B"], Float[Tensor, "3 B"], RoutingStats | None]:
+) -> tuple[Int[Tensor, "B"], Float[Tensor, "3 B"], list[RoutingStats]]:
     """Run the model on a micro-batch of these blocks.
 
     Return the domain of each block, its sums over tokens with a label (the loss, the number of these tokens, and how
-    many the model predicts), and the sums for routing metrics.
+    many the model predicts), and the sums for routing metrics: none, those of the model's routers, or these and those
+    of an adapter's routers.
     """
     torch.manual_seed(blocks.start)  # for drop=random
     ids, domain, labels, positions = batch(data, blocks).to(model.device)
@@ -154,7 +160,8 @@ def _run(
     rows = output.logits.float().flatten(0, 1)
     nats = F.cross_entropy(rows, targets.flatten(), ignore_index=IGNORED, reduction="none").view_as(targets)
     sums = [each.double().sum(1) for each in (nats, targets != IGNORED, output.logits.argmax(-1) == targets)]
-    return domain, torch.stack(sums), output.stats
+    routing = [output.stats] if output.beside is None else [output.stats, output.beside["stats"]]
+    return domain, torch.stack(sums), [each for each in routing if each is not None]
 
 
 def _text_metrics(

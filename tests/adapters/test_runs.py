@@ -11,6 +11,7 @@ from small_runs import run, untimed
 
 from moe.checks import ConfigError
 from moe.launch.command_line import read_cells
+from moe.metrics.catalog import lookup
 from moe.model.causal_lm import load_model
 from moe.runs.signals import Interrupted
 from moe.training.setup import build_model, prepare_data
@@ -81,6 +82,24 @@ def test_the_balance_loss_of_an_adapter_s_router_counts(cell: Any) -> None:
         ends.append(load_file(one.folder / "adapter/adapter.safetensors"))
     key = next(key for key in ends[0] if key.endswith("layers.0.mlp.beside.router.weight"))
     assert not torch.equal(ends[0][key], ends[1][key])
+
+
+def test_the_router_of_an_adapter_has_the_metrics_of_its_own_loads(cell: Any) -> None:
+    one = cell("adapter=perft_r", "adapter.router.k=2", "adapter.adapters=6")
+    run(one)
+    last = [event for event in untimed(one.folder) if "val/loss" in event][-1]
+    data, model = prepare_data(one.config), load_model(one.folder / "model")
+    ids = torch.from_numpy(data.val["input_ids"][:])
+    loads = model(ids).beside["load"].sum(1).double()
+    by_layer = (loads.std(-1, correction=0) / loads.mean(-1)).tolist()
+    assert [last[f"adapter/routing/load_cv/layer{layer:02d}"] for layer in range(2)] == pytest.approx(by_layer)
+    assert last["adapter/routing/load_cv"] == pytest.approx(sum(by_layer) / 2)
+    assert last["adapter/routing/load_cv"] != pytest.approx(last["routing/load_cv"])
+    assert last["adapter/routing/active_experts"] == 2
+    assert all(lookup(name) for name in last if name.startswith("adapter/"))
+    other = cell("adapter=perft_e")
+    run(other)
+    assert not any(name.startswith("adapter/") for event in untimed(other.folder) for name in event)
 
 
 @pytest.mark.parametrize(
