@@ -18,9 +18,9 @@ Where each metric is written:
 {written}
 A value that is written at an optimizer step is that of this step alone; there routing metrics are called
 `train/routing/...`. Ratios are taken of sums over all tokens, so micro-batches and processes do not change them.
-Those of an adapter's router (PERFT-R) are `adapter/routing/...`, at every evaluation, apart from those of the weights of
-routers. Routing metrics and auxiliary losses are means over layers; losses are logged unweighted. A metric that a router
-does not have is null, never zero.
+Those of an adapter's router (PERFT-R) are `adapter/routing/...`, at every evaluation, apart from those of the weights
+of routers. Routing metrics and auxiliary losses are means over layers; losses are logged unweighted. A metric that a
+router does not have is null, never zero.
 
 Some metrics have variants, whose names follow after a slash:
 
