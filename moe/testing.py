@@ -485,8 +485,9 @@ def reading_other_tokens_is_declared(make: Make) -> None:
     """
     x, ids = hidden_states(), token_ids()
     layer = random_layer(make).eval()
-    alone = run_as_second_layer(layer, x[:1, 4:5], context(ids[:1, 4:5])).y
-    in_batch = run_as_second_layer(layer, x, context(ids)).y[:1, 4:5]
+    tokens = [(x[:1, t : t + 1], ids[:1, t : t + 1]) for t in range(S)]
+    alone = torch.cat([run_as_second_layer(layer, one, context(its_id)).y for one, its_id in tokens], 1)
+    in_batch = run_as_second_layer(layer, x, context(ids)).y[:1]
     equal, router = torch.allclose(alone, in_batch, rtol=1.3e-6, atol=1e-5), layer.router
     if equal:
         advice = (

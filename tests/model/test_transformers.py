@@ -323,6 +323,7 @@ def test_a_trainer_smooths_the_labels_of_the_next_tokens(tmp_path: Path) -> None
     [
         ("expert_choice", {}),
         ("soft_moe", {}),
+        ("document_pool", {}),
         ("sinkhorn", {"inference": True}),
         ("spectra", {"sinkhorn_inference": True}),
     ],
@@ -347,7 +348,9 @@ def test_caches_of_a_fixed_size_and_masks_of_four_dimensions_are_refused_by_name
         model(ids, attention_mask=torch.ones(3, 1, S, S).tril())
 
 
-@pytest.mark.parametrize("name", sorted({*ROUTERS} - {"expert_choice", "soft_moe"}))
+@pytest.mark.parametrize(
+    "name", sorted({*ROUTERS} - {"document_pool", "document_pool_causal", "expert_choice", "soft_moe"})
+)
 def test_every_other_router_generates_the_same_with_and_without_a_cache(name: str, ids: torch.Tensor) -> None:
     model = make(ROUTERS[name])
     cached, uncached = (model.generate(ids[:1, :5], max_new_tokens=6, use_cache=use) for use in (True, False))

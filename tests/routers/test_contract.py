@@ -49,7 +49,13 @@ SPECS += [
     for name, key in IN_EVALUATION.items()
 ]
 BY_NAME = {spec.name: spec for spec in SPECS}
-OTHER_LIMITS = ("group_limited", "null_experts", "moe_plus_plus")  # routers whose k may not be any number from 1 to E
+OTHER_LIMITS = (
+    "group_limited",
+    "null_experts",
+    "moe_plus_plus",
+    "document_pool",
+    "document_pool_causal",
+)  # routers whose k may not be any number from 1 to E
 TOP_K = [path.stem for path in YAMLS if "k" in BY_NAME[path.stem].settings and path.stem not in OTHER_LIMITS]
 # Routers that declare what a single expert makes useless. Others, such as those of docs/extending.md, need not.
 WITH_ONE_EXPERT = """
