@@ -1,5 +1,7 @@
 """Top-p routing: a confident token takes one expert, an uncertain one takes several."""
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -36,6 +38,11 @@ class TopP(LinearRouter):
             self.ignores |= {"noise", "router.entropy"}
 
     @property
+    def threshold(self) -> float | Float[Tensor, ""]:
+        """The probability p, or inf if it is 1: probabilities never sum to 1, but rounding may say so."""
+        return math.inf if self.p == 1 else self.p
+
+    @property
     def loss_weights(self) -> dict[str, float]:
         return {"entropy": self.entropy}
 
@@ -49,9 +56,7 @@ class TopP(LinearRouter):
         probs = log_probs.exp()
         expert = noisy.topk(self.k_max).indices
         top = torch.softmax(noisy.detach().double(), -1).gather(-1, expert)
-        needed = top.cumsum(-1) - top < self.p  # the more probable experts alone sum to less than p
-        if self.p == 1:
-            needed = torch.ones_like(needed)  # they never sum to 1, but rounding may say so
+        needed = top.cumsum(-1) - top < self.threshold  # the more probable experts alone sum to less than p
         chosen = torch.zeros_like(probs, dtype=torch.bool).scatter(-1, expert, needed)
         aux = {"entropy": -(probs * log_probs).sum(-1).mean()}  # not entr(probs): its gradient at 0 is infinite
         return Routing.masked(chosen, probs, probs=probs, logits=logits, aux=aux)

@@ -129,7 +129,8 @@ ROUTER_LOSSES = {
     "entropy": Loss(
         "router.entropy",
         "mean_t H(p_t)",
-        "Mean entropy of the router's probabilities in nats: keeps the number of experts small (`router=top_p`).",
+        "Mean entropy of the router's probabilities in nats: keeps the number of experts small (`router=top_p`, "
+        "`dtop_p`).",
         "Huang et al., 2403.07652",
     ),
     "cosine_similarity": Loss(

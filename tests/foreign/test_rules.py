@@ -18,7 +18,17 @@ YAMLS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((CONF / 
 # What these do in evaluation is no rule: a number of experts that varies, or scores that are not linear.
 WITHOUT_RULE = {
     *("chain_of_experts", "cosine", "expert_choice", "expert_threshold", "hash", "mlp", "null_experts", "relu"),
-    *("default_moe", "document_pool", "document_pool_causal", "moe_plus_plus", "soft_moe", "spectra", "top_p"),
+    *(
+        "dtop_p",
+        "running_means",
+        "default_moe",
+        "document_pool",
+        "document_pool_causal",
+        "moe_plus_plus",
+        "soft_moe",
+        "spectra",
+        "top_p",
+    ),
 }
 SETTINGS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in YAMLS),
