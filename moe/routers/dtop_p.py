@@ -36,8 +36,8 @@ class DTopP(TopP):
         target: float = 2.0,
         p: float = 0.4,
         k_max: int = 4,
-        k_p: float = 0.5,
-        k_i: float = 0.5,
+        k_p: float = 0.2,
+        k_i: float = 0.3,
         entropy: float = 0.0,
     ) -> None:
         require(k_max >= 2, "router.k_max", k_max, "at least 2: the number of experts varies")
