@@ -91,7 +91,7 @@ CORNERS = [
 ]
 # Settings with which each part of a router has an effect on few tokens in two steps.
 STRONG: dict[str, dict[str, Any]] = {
-    "dtop_p": {"k_p": 1.0, "k_i": 0.5},
+    "dtop_p": {"p": 0.9, "k_p": 1.0, "k_i": 0.5},
     "hash": {"vocab_size": 64},
     "relu": {"coefficient": 1.0},
     "sigmoid_bias": {"rate": 0.3},
