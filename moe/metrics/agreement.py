@@ -55,14 +55,17 @@ def beyond_chance(observed: np.ndarray, chance: Any) -> np.ndarray:
 def divergence(base: Float[np.ndarray, "*L N E"], now: Float[np.ndarray, "*L N E"]) -> Float[np.ndarray, "*L"]:
     """Compute KL(base || now) = mean_t Σ_e p_te ln(p_te / q_te) in nats, by layer.
 
-    A probability of 0 in `now` counts as the smallest normal number of fp32, so that the result is finite.
+    A probability of 0 in `now` counts as the smallest normal number of fp32, so that the result is finite. The terms
+    are p ln(p / q) - p + q, which have the same sum and are not negative. Probabilities in fp32 sum to 1 only almost,
+    which would make the divergence of nearly equal ones negative.
 
     >>> divergence(np.array([[[0.5, 0.5]]]), np.array([[[0.25, 0.75]]])).round(4)
     array([0.1438])
     """
     p, q = (each.astype(float) for each in (base, now))
     q = np.maximum(q, np.finfo(np.float32).tiny)
-    return np.where(p > 0, p * np.log(np.where(p > 0, p, 1) / q), 0).sum(-1).mean(-1)
+    logs = np.where(p > 0, p * np.log(np.where(p > 0, p, 1) / q), 0)
+    return np.maximum(logs - p + q, 0).sum(-1).mean(-1)
 
 
 def drift(

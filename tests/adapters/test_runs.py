@@ -73,6 +73,29 @@ def test_only_the_adapter_learns_and_the_saved_model_is_the_one_that_was_evaluat
         assert (one.folder / "adapter/adapter_config.json").is_file()
 
 
+@pytest.mark.parametrize("name", ["lora", "r", "e"])
+def test_two_micro_batches_train_an_adapter_as_one_does(name: str, cell: Any) -> None:
+    """Without a balance loss, which each micro-batch has for itself."""
+    one, two = (cell(*WORDS[name], "lb=0.0", *words) for words in (("batch_size=8",), ("grad_accum=2",)))
+    run(one)
+    run(two)
+    first, second = (untimed(each.folder)[-1]["val/loss"] for each in (one, two))
+    assert second == pytest.approx(first, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["lora", "r", "e"])
+def test_an_adapter_trains_in_bf16_and_is_stored_in_fp32(name: str, cell: Any) -> None:
+    exact, rounded = cell(*WORDS[name]), cell(*WORDS[name], "precision=bf16")
+    run(exact)
+    run(rounded)
+    losses = [untimed(each.folder)[-1]["val/loss"] for each in (exact, rounded)]
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], abs=0.05)
+    assert {tensor.dtype for tensor in weights(rounded.folder).values() if tensor.is_floating_point()} == {
+        torch.float32
+    }
+
+
 def test_the_balance_loss_of_an_adapter_s_router_counts(cell: Any) -> None:
     """The gradient of the adapter's router changes with the weight of the balance loss."""
     ends = []

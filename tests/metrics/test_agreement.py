@@ -65,5 +65,7 @@ def test_an_unchanged_router_has_no_drift_and_a_probability_of_zero_keeps_it_fin
     chosen, probs = made_up(np.random.default_rng(2), skew=1.0)
     same = drift(chosen, chosen, (probs, probs))
     assert (same["routing/drift_kl"], same["routing/drift_churn"], same["routing/drift_kappa"]) == (0, 0, 1)
+    moved = probs[:, 0].astype(np.float32)
+    assert (divergence(moved, moved * np.float32(1 + 2e-7)) >= 0).all()
     [far] = divergence(np.array([[[0.5, 0.5, 0.0]]]), np.array([[[1.0, 0.0, 0.0]]]))
     assert far == pytest.approx(0.5 * math.log(0.5) + 0.5 * math.log(0.5 / np.finfo(np.float32).tiny))

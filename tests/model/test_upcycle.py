@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_runs import run
+from small_runs import run, untimed
 from train_processes import TRAIN, run_script
 from transformers import (
     AutoConfig,
@@ -312,6 +312,24 @@ def test_a_checkpoint_of_another_architecture_keeps_its_logits_and_its_own_atten
             torch.testing.assert_close(found[name], (tensor + other[name]) / 2)
     up = other["model.layers.2.mlp.up_proj.weight"]
     assert torch.equal(mixed.moe_layers[1].experts.up[2:].flatten(0, 1), up)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("adapter", ["lora_experts", "perft_r", "perft_e"])
+def test_an_adapter_starts_with_the_logits_of_the_upcycled_model_and_alone_learns(
+    kind: str, adapter: str, upcycled: Read, tokenizer: Any, ids: torch.Tensor, tmp_path: Path
+) -> None:
+    folder = make_dense(tmp_path / "dense", tokenizer, kind=kind, tie_word_embeddings=True)
+    cell = upcycled(folder, f"adapter={adapter}", "steps=2", "eval_every=2", "optimizer.adamw_lr=0.01")
+    base = build_model(upcycled(folder).config, vocab_size=V).eval()
+    start = build_model(cell.config, vocab_size=V).eval()
+    torch.testing.assert_close(start(ids).logits, base(ids).logits, rtol=1e-5, atol=1e-5)
+    run(cell)
+    [first, last] = [event for event in untimed(cell.folder) if "val/loss" in event]
+    assert first["routing/drift_kl"] == 0 < last["routing/drift_kl"]
+    saved = load_file(cell.folder / "model/model.safetensors")
+    changed = {name for name, tensor in base.state_dict().items() if name in saved and not saved[name].equal(tensor)}
+    assert changed == set() if "perft" in adapter else {".experts." in name for name in changed} == {True}
 
 
 def test_of_a_model_of_images_and_text_the_language_part_is_upcycled(

@@ -22,8 +22,10 @@ TRAIN = Path(__file__).parents[2] / "train.py"
         "router=temperature schedule=linear noise=0.1 capacity=1.0 grad_accum=2 model.dropout=0.1 model.layers=1",
         "router=relu model.expert=swiglu model.shared_experts=1 model.layers=1",
         "router=spectra model.first_k_dense_replace=1",
+        "adapter=lora_attention adapter.parts=[attention,experts] model.layers=1",
+        "adapter=perft_r adapter.router.k=2 model.layers=1",
     ],
-    ids=["drawn and dropped", "swiglu", "dense layer"],
+    ids=["drawn and dropped", "swiglu", "dense layer", "lora", "perft_r"],
 )
 def test_a_compiled_run_differs_only_by_rounding(overrides: str, small: list[str], tmp_path: Path) -> None:
     events_of_runs = []
