@@ -25,6 +25,7 @@ from moe.model.layer import LayerOutput, MoELayer
 from moe.routers.base import Router
 from moe.routing.decision import Context, Knobs, Routing
 from moe.routing.dispatch import dispatch
+from moe.routing.loss_table import COSTLY
 from moe.routing.losses import auxiliary
 from moe.training.objective import total_loss
 
@@ -326,9 +327,9 @@ def training_gradients(make: Make, **settings: Any) -> Tensor:
     layer = random_layer(make)
     layer_context = context(token_ids(), noise=config.noise, capacity=config.capacity)
     torch.manual_seed(0)
-    orthogonality = config.output_orthogonality > 0
+    costly = frozenset(key for key in COSTLY if getattr(config, key))
     for _ in range(2):  # micro-batches: a router may draw at random what it does with one
-        output = layer(hidden_states(), layer_context._replace(drop=config.drop, orthogonality=orthogonality))
+        output = layer(hidden_states(), layer_context._replace(drop=config.drop, costly=costly))
         aux = {name: value[None] for name, value in output.aux.items()}
         loss = output.y.square().mean()
         total_loss(config, [layer.router.loss_weights], MoEOutput(loss=loss, aux=aux)).backward()
@@ -575,7 +576,7 @@ def tensors_are_created_on_the_device_of_the_input(make: Make) -> None:
     layer = random_layer(make)
     for capacity in (None, 1.0):
         layer_context = context(ids, noise=0.1, capacity=capacity)._replace(
-            orthogonality=True, compared=torch.arange(0, ids.numel(), 3)
+            costly=COSTLY, compared=torch.arange(0, ids.numel(), 3)
         )
         try:
             with torch.device("meta"):

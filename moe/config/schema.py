@@ -276,6 +276,7 @@ class Config:
     router_entropy: float = 0.0  # weight of the mean entropy of a token's probabilities: makes routing sharper
     gate_variance: float = 0.0  # weight of minus the variance of probabilities over tokens
     simbal: float = 0.0  # weight of the distance of the router rows from orthonormal
+    erc: float = 0.0  # weight of the coupling of router rows and experts: each row excites its own expert most
     output_orthogonality: float = 0.0  # weight of the squared cosine between the outputs of a token's experts
     capacity: float | None = field(  # places of an expert / its even share of the assignments; null: no limit
         default=None, metadata={"allowed": "a number > 0, or null for no limit"}
@@ -355,6 +356,8 @@ class Config:
             require(
                 self.model.offload is None or not self.model.continues, "model.offload", self.model.offload, allowed
             )
+            allowed = "0 with model.checkpoint, whose experts are modules of transformers"
+            require(not self.erc or self.model.continues, "erc", self.erc, allowed)
         build(self.schedule, "schedule", trusted=True)
         for number, claim in enumerate(self.claims):
             settings = {*vars(self), *flatten(self)}
@@ -367,6 +370,8 @@ class Config:
         require(self.grad_accum % number == 0, "grad_accum", self.grad_accum, allowed)
         deepspeed, fsdp = map(ranks.launched_with, ("DEEPSPEED", "FSDP"))
         require(not deepspeed, "distributed_type", "DEEPSPEED", "MULTI_GPU or FSDP in the launch file")
+        allowed = "0 where each rank has a part of each weight (FSDP or expert_parallel)"
+        require(not self.erc or not (fsdp or self.expert_parallel), "erc", self.erc, allowed)
         if self.expert_parallel:
             experts, allowed = self.model.num_experts, f"a multiple of the {number} processes, with expert_parallel"
             require(experts % number == 0, "model.num_experts", experts, allowed)

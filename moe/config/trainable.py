@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from moe.checks import ConfigError, one_of, unknown
-from moe.routing.loss_table import LOSSES
+from moe.routing.loss_table import COSTLY, LOSSES
 
 PARTS = {
     "router": "routers",
@@ -79,9 +79,11 @@ class Trainable(NamedTuple):
         if self.may_train("router", "adapter"):
             return frozenset(keys)
         keys.add("simbal")
+        if not self.may_train("experts"):
+            keys.add("erc")
         before = self.may_train("attention", "embeddings", "norms") or layers - dense_layers > 1
         if not before and not (dense_layers and self.may_train("shared")):
-            keys |= {loss.weight for loss in LOSSES.values()} - {"output_orthogonality"}
+            keys |= {loss.weight for loss in LOSSES.values()} - COSTLY
         return frozenset(keys)
 
     def selects(self, part_of: Mapping[str, str], key: str = "trainable") -> set[str]:

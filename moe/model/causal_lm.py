@@ -154,7 +154,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         capacity: float | None = None,
         drop: str = "position",
         load: Shaped[Tensor, "L C E"] | None = None,
-        orthogonality: bool = False,
+        costly: frozenset[str] = frozenset(),
         compared: Int[Tensor, "N"] | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Int[Tensor, "#B S"] | None = None,
@@ -173,7 +173,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
 
         labels: token ids, not shifted, with IGNORED where nothing is predicted. None: no loss.
         knobs: default to the temperature and noise of the model's configuration.
-        capacity, drop, orthogonality, compared: see `moe.routing.decision.Context`.
+        capacity, drop, costly, compared: see `moe.routing.decision.Context`.
         load: as in `Context`, for each MoE layer. It is the sum of `MoEOutput.load` over earlier micro-batches.
         attention_mask: (B, S), or (B, tokens in the cache + S), 0 for padding. Padding is no token: it is not attended
             to and not routed, takes no capacity, and counts in no loss and no metric.
@@ -210,7 +210,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             capacity=capacity,
             drop=drop,
             load=load,
-            orthogonality=orthogonality,
+            costly=costly,
             compared=compared,
             attention_mask=attention_mask,
             position_ids=position_ids,

@@ -36,6 +36,11 @@ class Experts(nn.Module):
         if kind == "geglu":
             self.activation = functools.partial(F.gelu, approximate="tanh")
 
+    @property
+    def first(self) -> Float[Tensor, "E H D"] | None:
+        """The matrices that act on the input and decide how far each expert is excited. None if they are not known."""
+        return self.up if self.gate is None else self.gate
+
     @torch.no_grad()
     def initialize(self, std: float, names: dict[Tensor, str]) -> None:
         """Draw every matrix from N(0, std), see `Initializable`."""

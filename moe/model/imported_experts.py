@@ -26,6 +26,11 @@ class ImportedExperts(Experts):
         self.module = module
         self.number = count_experts(module)
 
+    @property
+    def first(self) -> None:
+        """None: the matrices of transformers' modules have several layouts."""
+        return None
+
     def kernel(self, dtype: torch.dtype) -> str:
         """Return the name of one of our kernels, or `transformers` for the code of that library."""
         inner = _inner(self.module)

@@ -135,7 +135,9 @@ class MoELayer(nn.Module):
         )
         if router.expert_rows is not None:
             aux["simbal"] = losses.similarity_preserving(router.expert_rows)
-        if context.orthogonality:
+            if "erc" in context.costly and self.experts.first is not None:
+                aux["expert_router_coupling"] = self._coupling(router.expert_rows, self.experts.first)
+        if "output_orthogonality" in context.costly:
             aux["output_orthogonality"] = losses.output_orthogonality(rows, dispatched.token)
         similarity = None if context.compared is None else mean_cosine(self._run_all(x[context.compared]))
         stats = collect_stats(
@@ -149,6 +151,10 @@ class MoELayer(nn.Module):
             similarity=similarity,
         )
         return _Pass(y, aux, stats, routing, dispatched.offered)
+
+    def _coupling(self, rows: Float[Tensor, "E D"], first: Float[Tensor, "E H D"]) -> Float[Tensor, ""]:
+        with torch.autocast(rows.device.type, enabled=False):
+            return losses.expert_router_coupling(rows, first.to(rows.dtype), noisy=self.training)
 
     def _run_experts(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R D"]:
         """Return the outputs of the experts, and of what is beside each. See `Experts.forward`."""

@@ -202,7 +202,7 @@ class RoutedModel(MoEPreTrainedModel):
         capacity: float | None = None,
         drop: str = "position",
         load: Shaped[Tensor, "L C E"] | None = None,
-        orthogonality: bool = False,
+        costly: frozenset[str] = frozenset(),
         compared: Int[Tensor, "N"] | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Int[Tensor, "#B S"] | None = None,
@@ -230,7 +230,7 @@ class RoutedModel(MoEPreTrainedModel):
         self._check_routers(cached=keep_cache, by_id=inputs_embeds is None)
         if knobs is None:
             knobs = Knobs.of(temperature=config.router_temperature, noise=config.router_noise, device=inputs.device)
-        context = Context(ids, knobs, capacity, drop, orthogonality=orthogonality, compared=compared)
+        context = Context(ids, knobs, capacity, drop, costly=costly, compared=compared)
         if attention_mask is not None:
             context = context.without_padding(attention_mask)
         elif position_ids is not None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moe.checks import ConfigError, require
 from moe.routers.seeding import seeded
 from moe.routing.decision import Context, Knobs, Routing
-from moe.routing.loss_table import BALANCE_WEIGHTS, PROBABILITY_WEIGHTS
+from moe.routing.loss_table import BALANCE_WEIGHTS, COSTLY, PROBABILITY_WEIGHTS
 from moe.routing.stats import RoutingStats
 
 # How the optimizers treat a parameter. matrix: Muon, or AdamW with weight decay where AdamW trains everything. other,
@@ -163,19 +163,19 @@ class Router(nn.Module):
     def ignored_keys(self) -> frozenset[str]:
         """Return `ignores`, and the keys that change nothing because of what else the router declares.
 
-        Without `expert_rows` there is no SimBal loss. With one expert per token there are no two outputs to compare.
-        With all experts per token the load is even, and the balance losses are constant. A single expert has always
-        the probability 1.
+        Without `expert_rows` there are no losses on them, SimBal and ERC. With one expert per token there are no two
+        outputs to compare. With all experts per token the load is even, and the balance losses are constant. A single
+        expert has always the probability 1.
         """
         keys = set(self.ignores)
         if any(router.expert_rows is None for router in self.chain):
-            keys.add("simbal")
+            keys |= {"simbal", "erc"}
         if self.fixed_k == 1:
             keys.add("output_orthogonality")
         if self.fixed_k == self.num_experts:
             keys |= BALANCE_WEIGHTS
         if self.num_experts == 1:
-            keys |= PROBABILITY_WEIGHTS | {"output_orthogonality"}
+            keys |= PROBABILITY_WEIGHTS | COSTLY
         return frozenset(keys)
 
     @classmethod

@@ -46,7 +46,8 @@ class Context(NamedTuple):
         layer's chain. None in the first.
     state: what the router of the previous MoE layer returned as `Routing.state`. None in the first MoE layer, and for
         routers without state.
-    orthogonality: whether to compute the loss on expert outputs. The other losses are cheap and always computed.
+    costly: the weights of those losses in `moe.routing.loss_table.COSTLY` that are computed. The others are cheap and
+        always computed.
     compared: the indices of the routed tokens that all experts are run on, to compare their outputs. None: no token.
     document_position: the position of each token in its document, from `document_positions`. None if `position_ids` do
         not mark documents; positions then count from the start of the sequence.
@@ -62,7 +63,7 @@ class Context(NamedTuple):
     drop: str = "position"
     load: Shaped[Tensor, "C E"] | None = None
     state: Float[Tensor, "T H"] | None = None
-    orthogonality: bool = False
+    costly: frozenset[str] = frozenset()
     compared: Int[Tensor, "N"] | None = None
     document_position: Int[Tensor, "B S"] | None = None
     place: Int[Tensor, "T"] | None = None
@@ -75,7 +76,7 @@ class Context(NamedTuple):
         It has no capacity limit, and nothing is known of other layers or of earlier micro-batches.
         """
         return self._replace(
-            capacity=None, load=None, state=None, orthogonality=False, compared=None, given=None, alone=True
+            capacity=None, load=None, state=None, costly=frozenset(), compared=None, given=None, alone=True
         )
 
     def without_padding(self, attention_mask: Tensor) -> "Context":

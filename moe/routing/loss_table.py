@@ -80,6 +80,13 @@ LOSSES = {
         "Entrywise distance of the experts' router rows from orthonormal, so that similar tokens keep similar routing.",
         "SimBal, Omi et al., 2506.14038",
     ),
+    "expert_router_coupling": Loss(
+        "erc",
+        "mean_ij of [M_ij - M_ii]_+ + [M_ji - M_ii]_+, M_ij = ‖W_j r_i‖",
+        "How much more the router row of an expert excites other experts, and other rows excite the expert. r_i is row "
+        "i times uniform noise, W_j the first matrix of expert j. Computed only where it is weighted.",
+        "ERC, Lv et al., 2512.23447; alpha = 1",
+    ),
     "output_orthogonality": Loss(
         "output_orthogonality",
         "mean of cos² over pairs of a token's experts",
@@ -91,6 +98,9 @@ LOSSES = {
 # The keys of the losses that need a router's probabilities. Those of the balance losses also need uneven loads.
 BALANCE_WEIGHTS = frozenset(("lb", "lb_sequence", "lb_global", "lb_document"))
 PROBABILITY_WEIGHTS = BALANCE_WEIGHTS | {"importance", "mutual_information", "router_entropy", "gate_variance"}
+
+# The keys of losses that are computed only where they are weighted.
+COSTLY = frozenset(("erc", "output_orthogonality"))
 
 # Losses that one router brings along. `weight` is a key of conf/router/<router>.yaml.
 ROUTER_LOSSES = {

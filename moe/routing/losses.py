@@ -102,6 +102,36 @@ def similarity_preserving(weight: Float[Tensor, "E D"]) -> Float[Tensor, ""]:
     return (gram - torch.eye(len(weight), device=weight.device)).abs().sum()
 
 
+def expert_router_coupling(
+    rows: Float[Tensor, "E D"], first: Float[Tensor, "E H D"], *, noisy: bool
+) -> Float[Tensor, ""]:
+    """Compute the mean over all pairs i, j of experts of [M_ij - M_ii]_+ + [M_ji - M_ii]_+, where [.]_+ is relu.
+
+    M_ij = ||W_j r_i|| says how strongly row i of the router excites expert j, as a stand-in for its tokens. The loss is
+    0 if each row excites its own expert most, and each expert is excited most by its own row.
+
+    rows: router rows. first: the matrices W that act on the input of each expert.
+    noisy: whether r_i is `add_row_noise` of row i, as in training, and not row i itself.
+    """
+    strength = torch.einsum("jhd,id->ijh", first, add_row_noise(rows) if noisy else rows).norm(dim=-1)
+    own = strength.diagonal()[:, None]
+    return (F.relu(strength - own) + F.relu(strength.T - own)).mean()
+
+
+def add_row_noise(rows: Float[Tensor, "E D"]) -> Float[Tensor, "E D"]:
+    """Return row i times numbers from U(1 - eps_i, 1 + eps_i), drawn for each entry.
+
+    eps_i is half the distance to the nearest other row, divided by the length of row i. So a row with noise is still
+    nearest to the row that it comes from.
+    """
+    fixed = rows.detach()
+    itself = torch.eye(len(rows), dtype=torch.bool, device=rows.device)
+    nearest = torch.cdist(fixed, fixed).masked_fill(itself, torch.inf).amin(1)
+    nearest = nearest.masked_fill(nearest.isinf(), 0.0)  # a single row has no other one
+    eps = nearest / (2 * fixed.norm(dim=1).clamp(min=torch.finfo(rows.dtype).tiny))
+    return rows * (1 + eps[:, None] * (2 * torch.rand_like(rows) - 1))
+
+
 def output_orthogonality(rows: Float[Tensor, "R D"], token: Int[Tensor, "R"]) -> Float[Tensor, ""]:
     """Compute the mean squared cosine of the outputs that two experts give for the same token; 0 without any pair.
 

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from moe.routing.decision import Knobs
+from moe.routing.loss_table import COSTLY
 from moe.training.objective import Outcome, total_loss
 from moe.training.process import repeatable_gradients
 from moe.training.setup import Training
@@ -51,7 +52,7 @@ def forward_backward(training: Training, inputs: PassInput, weights: LossWeights
     """Add the gradients of one micro-batch to those of the parameters, and return its losses and routing sums."""
     config, accelerator = training.config, training.accelerator
     settings: dict[str, Any] = {"capacity": config.capacity, "drop": config.drop}
-    settings["orthogonality"] = config.output_orthogonality > 0
+    settings["costly"] = frozenset(key for key in COSTLY if getattr(config, key))
     output = training.forward(
         input_ids=inputs.ids,
         labels=inputs.labels,

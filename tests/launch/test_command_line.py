@@ -141,7 +141,7 @@ from moe.runs.record import RunFacts
             "router=manhattan",
             "'manhattan'; name a folder that holds router/manhattan.yaml by --config-dir or MOE_SEARCH_",
         ),
-        ("router.target=a.B", "router=relu has it; or write router._target_ for a class$"),
+        ("router.target=a.B", "router=relu have it; or write router._target_ for a class$"),
         (
             "schedule.target=a.B",
             "^unknown key of schedule=constant 'schedule.target'; write schedule._target_ for a class",
@@ -200,6 +200,8 @@ from moe.runs.record import RunFacts
             "router=switch output_orthogonality=1",
             "^output_orthogonality=1.0: router=switch ignores output_orthogonality; leave it",
         ),
+        ("expert_parallel=true erc=1", "^erc=1.0: must be 0 where each rank has a part of each weight"),
+        ("router=hash erc=1", "^erc=1.0: router=hash ignores erc; leave it out$"),
         ("router=cosine simbal=1", "^simbal=1.0: router=cosine ignores simbal; leave it out$"),
         ("drop=score", "^drop=score: nothing is dropped without a capacity limit; leave it out$"),
         ("variant=dense z=1", "^z=1.0: no layer of this model is a Mixture of Experts; leave it out$"),

@@ -17,7 +17,7 @@ from moe.model.cost import count_parameters, flops_per_token
 from moe.model.experts import Experts
 from moe.model.routed import neftune_noise
 from moe.routing.decision import Context, Knobs
-from moe.routing.loss_table import LOSSES
+from moe.routing.loss_table import COSTLY, LOSSES
 from moe.training.optim import build_optimizers
 
 TOPK = {"_target_": "moe.routers.topk.TopK", "k": 2}
@@ -224,7 +224,7 @@ def test_generation_with_a_cache_equals_generation_without(
 
 
 def test_auxiliary_losses_are_per_layer_and_unweighted(ids: torch.Tensor) -> None:
-    output = make()(ids, ids, orthogonality=True)
+    output = make()(ids, ids, costly=COSTLY)
     assert set(output.aux) == set(LOSSES)
     assert all(values.shape == (2,) for values in output.aux.values())
     assert output.aux["load_balance"].mean().item() == pytest.approx(1, abs=0.2)

@@ -26,6 +26,7 @@ from moe.foreign.export import to_transformers
 from moe.launch.command_line import read_cells
 from moe.model.causal_lm import MoEForCausalLM
 from moe.routing.decision import Knobs
+from moe.routing.loss_table import COSTLY
 from moe.runs.signals import Interrupted
 from moe.training.optim import build_optimizers, scale_learning_rates
 from moe.training.setup import build_model, prepare_data
@@ -510,7 +511,7 @@ def test_gradient_checkpointing_changes_no_output_and_no_gradient(router: str, c
     for recompute in (False, True):
         model.model.gradient_checkpointing = recompute
         torch.manual_seed(5)
-        output = model(ids, ids, knobs=Knobs.of(noise=0.5), capacity=1.0, orthogonality=True)
+        output = model(ids, ids, knobs=Knobs.of(noise=0.5), capacity=1.0, costly=COSTLY)
         (output.loss + sum(values.sum() for values in output.aux.values())).backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         results.append([output.logits, *output.stats, *output.aux.values(), *gradients])

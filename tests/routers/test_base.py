@@ -175,7 +175,7 @@ def test_a_router_ignores_what_follows_from_its_other_declarations() -> None:
     assert Renamed(D, E).ignored_keys() == {"output_orthogonality"}
     assert LinearRouter(D, E, fixed_k=2).ignored_keys() == set()
     assert LinearRouter(D, E, fixed_k=E).ignored_keys() == {"lb", "lb_sequence", "lb_global", "lb_document"}
-    assert Router(D, E, fixed_k=2).ignored_keys() == {"simbal"}
+    assert Router(D, E, fixed_k=2).ignored_keys() == {"simbal", "erc"}
 
 
 @pytest.mark.parametrize("base", [Router, LinearRouter])

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from moe.routing.decision import Routing
 from moe.routing.losses import (
+    add_row_noise,
     auxiliary,
+    expert_router_coupling,
     gate_variance,
     importance_cv,
     load_balance,
@@ -200,6 +202,33 @@ def test_the_simbal_loss_is_zero_for_orthonormal_rows_only() -> None:
     assert similarity_preserving(rows) == pytest.approx(0, abs=1e-5)
     assert similarity_preserving(2 * rows) == pytest.approx(4 * 3, rel=1e-4)
     assert similarity_preserving(rows[:1].expand(4, -1)) == pytest.approx(12, rel=1e-4)
+
+
+def test_the_coupling_loss_is_zero_if_each_row_excites_its_own_expert_most_and_equals_a_loop() -> None:
+    rows, own = torch.eye(3), torch.eye(3)[:, None, :]  # expert j sees component j alone
+    assert expert_router_coupling(rows, own, noisy=False) == 0
+    swapped = own[[1, 0, 2]]  # rows 0 and 1 excite each other's expert by 1, and their own one by 0
+    assert expert_router_coupling(rows, swapped, noisy=False) == pytest.approx((1 + 1 + 1 + 1) / 9)
+    generator = torch.Generator().manual_seed(0)
+    rows, first = torch.randn(5, 4, generator=generator), torch.randn(5, 6, 4, generator=generator)
+    strength = [[(first[j] @ rows[i]).norm().item() for j in range(5)] for i in range(5)]
+    terms = [
+        max(0.0, strength[i][j] - strength[i][i]) + max(0.0, strength[j][i] - strength[i][i])
+        for i in range(5)
+        for j in range(5)
+    ]
+    assert expert_router_coupling(rows, first, noisy=False).item() == pytest.approx(sum(terms) / 25, rel=1e-5)
+
+
+def test_a_router_row_with_noise_stays_nearest_to_itself() -> None:
+    """Its length changes by at most half the distance to the nearest other row."""
+    rows = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    distance = torch.cdist(rows, rows).fill_diagonal_(torch.inf).amin(1)
+    torch.manual_seed(0)
+    moved = torch.stack([(add_row_noise(rows) - rows).norm(dim=1) for _ in range(200)])
+    assert (moved <= distance / 2 + 1e-6).all()
+    assert moved.amax() > 0.2 * distance.amax()
+    assert torch.cdist(add_row_noise(rows), rows).argmin(1).tolist() == list(range(8))
 
 
 def test_output_orthogonality_is_the_squared_cosine_of_two_outputs() -> None:

@@ -17,7 +17,7 @@ from moe.launch.command_line import read_cells
 from moe.model.causal_lm import MoEForCausalLM
 from moe.model.cost import flops_per_token
 from moe.routing.decision import Knobs
-from moe.routing.loss_table import LOSSES
+from moe.routing.loss_table import COSTLY, LOSSES
 from moe.runs.events import read_events
 from moe.runs.signals import Interrupted
 from moe.training import passes
@@ -193,7 +193,7 @@ def test_every_shared_loss_is_in_the_total_loss_with_its_configured_weight(name:
     config = cell("lb=0", f"{key}=0.3").config
     model = build_model(config, vocab_size=400)
     ids = torch.randint(0, 300, (2, 16))
-    output = model(ids, ids, orthogonality=True)
+    output = model(ids, ids, costly=COSTLY)
     expected = output.loss + 0.3 * output.aux[name].sum()
     torch.testing.assert_close(total_loss(config, [{} for _ in model.moe_layers], output), expected)
 
