@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from moe.bench.options import whole
 from moe.bench.timing import UNCOUNTED, TimingTable, now, timed_device
 from moe.launch.command_line import read_cells
-from moe.model.cost import count_parameters, peak_memory_gb, reset_peak_memory
+from moe.model.cost import count_parameters, peak_memory_gb
 from moe.training.setup import set_up
 from moe.training.step import train_step
 
@@ -65,7 +65,6 @@ def profile_step(overrides: list[str], *, rounds: int, folder: Path, steps: int 
     training, numbers = set_up(config), count()
     for _ in range(UNCOUNTED):
         train_step(training, next(numbers))
-    reset_peak_memory(timed_device())
     seconds = []
     for _ in range(rounds):
         start = now()

@@ -39,8 +39,8 @@ class Recorded(NamedTuple):
 class Graphs:
     """Runs passes as CUDA graphs, one graph for each combination of numbers and shapes that a graph cannot read anew.
 
-    A pass in which the host waits for the GPU cannot be recorded. From the first such pass on, all passes run without
-    a graph, and `obstacle` says why.
+    A pass in which the host waits for the GPU, or draws random numbers, cannot be recorded. From the first such pass
+    on, all passes run without a graph, and `obstacle` says why.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -95,16 +95,16 @@ class Graphs:
         with torch.random.fork_rng(devices=[torch.cuda.current_device()]):
             with torch.cuda.stream(self.stream):
                 self._without_gradients(function, places)  # creates what libraries need; this may wait
-                where = waits(lambda: self._without_gradients(function, places))
+                why = obstacle(lambda: self._without_gradients(function, places))
             torch.cuda.current_stream().wait_stream(self.stream)
-            if where is None:
+            if why is None:
                 self._forget_gradients()
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                     result = function(places)
                 self.recorded[key] = Recorded(graph, places, result, [p.grad for p in self.parameters])
             else:
-                self._give_up(where)
+                self._give_up(why)
         for p, gradient in zip(self.parameters, before, strict=True):
             p.grad = gradient
 
@@ -122,8 +122,12 @@ class Graphs:
         log.info("cuda_graph: not used, because %s", why)
 
 
-def waits(run: Callable[[], object]) -> str | None:
-    """Run the function until the host waits for the GPU in it, and return where that is, in words; None if nowhere."""
+def obstacle(run: Callable[[], object]) -> str | None:
+    """Run a pass, and return in words why it cannot be recorded; None if it can.
+
+    A graph would repeat what the host has read from the GPU, and the random numbers that it has drawn by itself.
+    """
+    before = torch.get_rng_state()
     torch.cuda.set_sync_debug_mode("error")
     try:
         run()
@@ -134,4 +138,4 @@ def waits(run: Callable[[], object]) -> str | None:
         return f"the host waits for the GPU in {'/'.join(Path(place.filename).parts[-3:])}:{place.lineno}"
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    return None
+    return None if torch.equal(before, torch.get_rng_state()) else "the host draws random numbers in a pass"

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from moe.analysis.studies.published import read_published
-from moe.bench import analyze, dispatch, errors, jobs
+from moe.bench import analyze, dispatch, errors, jobs, suite
 from moe.bench.analyze import write_runs
 from moe.bench.dispatch import measure_dispatch
 from moe.bench.growth import exponent, measure_point
@@ -193,3 +193,23 @@ def test_the_simulation_of_errors_counts_the_reports_that_name_an_effect(monkeyp
     found = errors.error_shares("experiment_c", 3, "equal", studies=1)
     assert found.pop("own claims") == 0  # the experiment has none
     assert set(found.values()) == {1.0}
+
+
+def test_the_suite_measures_every_variant_of_a_step_and_keeps_what_it_has_if_one_fails(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(suite.STEPS, "compile=true", ["no_such_key=1"])
+    parser = OneLineParser()
+    suite.add_arguments(parser)
+    words = ["--parts", "steps,layer", "--rounds", "1", "--tokens", "64", "--words", "400", "--out", str(tmp_path)]
+    chosen = [word for word in small if not word.startswith("data.")]
+    steps = "as configured,precision=fp32,compile=true"
+    arguments = parser.read([*words, "--steps", steps, *chosen, "model=tiny", "batch_size=2", "data.seq_len=32"])
+    tables = dict(suite.answer(arguments))
+    assert json.loads((tmp_path / "tables.json").read_text()).keys() == tables.keys()
+    assert "no_such_key" in tables["compile=true failed"][0]["error"]
+    [rows] = [rows for title, rows in tables.items() if title.startswith("training step")]
+    assert [row["step"] for row in rows] == ["as configured", "precision=fp32"]
+    assert all(row["tokens / s"] > 0 and row["kernels / step"] > 0 for row in rows)
+    assert sum(title.startswith("layer") for title in tables) == 8
+    assert (tmp_path / "profile-precision-fp32.md").read_text().startswith("**kernels**")

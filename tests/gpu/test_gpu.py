@@ -33,6 +33,7 @@ from moe.training.step import micro_batches, train_step
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 ROUTERS = sorted(path.stem for path in (CONF / "router").glob("*.yaml"))
+WAITING = {"base_layers"}  # the host assigns tokens itself
 ALIGNED = ("model.dim=64", "model.ffn=64", "data.seq_len=64", "router=topk")  # the grouped kernel takes such shapes
 Cells = Callable[..., Cell]
 
@@ -152,7 +153,7 @@ def test_a_dropless_forward_and_backward_pass_waits_for_the_gpu_only_if_the_numb
     forward_and_backward()  # the first call may wait, to create handles
     waits = host_waits(forward_and_backward)
     router_of_layer = model.moe_layers[0].router
-    if router_of_layer.fixed_k is not None or router_of_layer.mixing_flops():
+    if router not in WAITING and (router_of_layer.fixed_k is not None or router_of_layer.mixing_flops()):
         assert not waits
 
 
@@ -278,9 +279,9 @@ def test_recorded_passes_compute_bitwise_the_same_as_others(router: str, cell: C
         training = set_up(cell(*words, f"cuda_graph={value}").config)
         results.append(passes_of(training, steps=3))
         if training.graphs is not None:
+            print(router, training.graphs.used())
             fixed = training.routers[0].fixed_k is not None or bool(training.routers[0].mixing_flops())
-            assert (training.graphs.obstacle is None) >= fixed, training.graphs.obstacle
-            print(router, training.graphs.used(), len(training.graphs.recorded))
+            assert not fixed or training.graphs.obstacle is None or router in WAITING, training.graphs.obstacle
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
 
