@@ -245,7 +245,7 @@ def route(
     if reason := reason_not_studied(model, block):
         raise ValueError(reason)
     with torch.no_grad(), _evaluated(model):
-        layers = model(block.ids.to(model.device)).routing
+        layers = model(**block.to(model.device).inputs).routing
     tokens = [tokenizer.decode([token]) for token in block.ids[0].tolist()]
     parts = []
     for layer, chain in enumerate(layers):

@@ -23,7 +23,7 @@ from moe.model.experts import Experts
 from moe.model.layer import MoELayer
 from moe.results.conditions import HEADLINE, varied_factors
 from moe.results.table import level
-from moe.routing.decision import Context, Knobs
+from moe.routing.decision import LABELS, Context, Knobs
 from moe.routing.loss_table import LOSSES
 from moe.routing.stats import RoutingStats
 from moe.runs.wandb_mirror import CONDITION, FINAL, STEP
@@ -106,7 +106,8 @@ def null_metrics(configs: list[Config]) -> set[str]:
 def _null_metrics(config: Config) -> set[str]:
     dim, experts = config.model.dim, config.model.num_experts
     ids = torch.arange(128).view(2, 64)
-    context = Context(ids, Knobs.of(), config.capacity, compared=torch.arange(2))
+    told = torch.zeros(2, len(LABELS), dtype=torch.long)
+    context = Context(ids, Knobs.of(), config.capacity, told=told, compared=torch.arange(2))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         router = build(config.router, "router", dim, experts, trusted=True)
         layer = MoELayer(router, Experts(experts, dim, hidden=1, kind="silu"))

@@ -23,7 +23,7 @@ from moe.model.causal_lm import MoEOutput
 from moe.model.experts import Experts
 from moe.model.layer import LayerOutput, MoELayer
 from moe.routers.base import Router
-from moe.routing.decision import Context, Knobs, Routing
+from moe.routing.decision import LABELS, Context, Knobs, Routing, TrainingText
 from moe.routing.dispatch import dispatch
 from moe.routing.loss_table import COSTLY
 from moe.routing.losses import auxiliary
@@ -31,6 +31,9 @@ from moe.training.objective import total_loss
 
 # Sequences, tokens of each, width, experts, and hidden width of an expert.
 B, S, D, E, F = 3, 8, 16, 8, 12
+
+# The training text of which routers learn: the frequencies of 1000 token ids, and two domains.
+TEXT = TrainingText(torch.arange(1000), ("first", "second"))
 
 Make = Callable[[int], Router]  # returns a new router for hidden states of the given width
 
@@ -89,6 +92,7 @@ def random_router(make: Make, dim: int = D) -> Router:
     for tensor in (*router.parameters(), *router.buffers()):
         if tensor.is_floating_point():
             nn.init.normal_(tensor, std=0.5)
+    router.before_training(TEXT)
     return router
 
 
@@ -113,7 +117,13 @@ def token_ids() -> Tensor:
 
 def context(ids: Tensor, *, noise: float = 0.0, capacity: float | None = None) -> Context:
     """Return what a router is told beside hidden states."""
-    return Context(ids, Knobs.of(noise=noise), capacity)
+    return Context(ids, Knobs.of(noise=noise), capacity, told=labels(len(ids)))
+
+
+def labels(sequences: int) -> Tensor:
+    """Return `Context.told`: the sequences have the domains 0, 1, 0 ... of `TEXT`, and 1, 0, 1 ... when shuffled."""
+    domain = torch.arange(sequences) % 2
+    return torch.stack([domain, 1 - domain], 1)
 
 
 def run_as_second_layer(layer: MoELayer, x: Tensor, context: Context) -> LayerOutput:
@@ -352,7 +362,7 @@ def a_loaded_state_goes_on_as_the_saved_one(make: Make) -> None:
     trained, resumed = layers
     nn.init.normal_(trained.experts.up)
     nn.init.normal_(trained.experts.down)
-    trained.router.before_training(torch.arange(1000))
+    trained.router.before_training(TEXT)
 
     def results(layer: MoELayer) -> list[Any]:
         """Return what the layer computes in training and in evaluation. Then let its router learn from a step."""
@@ -419,6 +429,21 @@ def token_ids_are_declared(make: Make) -> None:
         reads == layer.router.uses_ids,
         f"other token ids {'change' if reads else 'do not change'} the output: set `uses_ids = {reads}`",
     )
+
+
+@_law
+def labels_are_declared(make: Make) -> None:
+    """A router reads a label of `Context.told` if and only if it declares it in `told`."""
+    x, given = hidden_states(), context(token_ids())
+    layer = random_layer(make).eval()
+    output, told = run_as_second_layer(layer, x, given).y, layer.router.told
+    for column, name in enumerate(LABELS):
+        other = labels(len(x))
+        other[:, column] = 1 - other[:, column]
+        changed = run_as_second_layer(layer, x, given._replace(told=other)).y
+        reads = not torch.equal(output, changed)
+        advice = f"another {name} {'changes' if reads else 'does not change'} the output"
+        _hold(reads == (name in told), f"{advice}: {'add it to' if reads else 'leave it out of'} `told`")
 
 
 @_law
@@ -507,7 +532,8 @@ def the_order_of_sequences_does_not_matter(make: Make) -> None:
     x, ids = hidden_states(), token_ids()
     layer = random_layer(make).eval()
     order = torch.tensor([2, 0, 1])
-    permuted = run_as_second_layer(layer, x[order], context(ids[order])).y
+    shuffled = context(ids[order])._replace(told=labels(len(ids))[order])
+    permuted = run_as_second_layer(layer, x[order], shuffled).y
     expected = run_as_second_layer(layer, x, context(ids)).y[order]
     _hold(torch.allclose(permuted, expected, rtol=1.3e-6, atol=1e-5), "the number of a sequence changes its output")
 

@@ -116,7 +116,8 @@ class Routed(_Perft):
         except ConfigError as error:
             names = {"router.": "adapter.router.", "model.num_experts": "adapter.adapters"}
             raise renamed(error, names) from error
-        fits = router.decides_alone and not router.uses_ids and not router.mixing_flops()
+        alone = router.decides_alone and not router.uses_ids and not router.told
+        fits = alone and not router.mixing_flops()
         name = f"{type(router).__module__}.{type(router).__qualname__}"
         allowed = "a router that decides for each token by its hidden state alone"
         require(fits, "adapter.router._target_", name, allowed)

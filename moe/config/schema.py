@@ -384,6 +384,9 @@ class Config:
         self.check_adapter()
         if getattr(locate(self.data.source["_target_"], "data.source", trusted=True), "conversations", False):
             router.require_documents_apart()
+        source = self.build_source()
+        if hasattr(source, "present"):  # of other sources the domains are known when the text has been read
+            router.check_domains(source.present())
         settings = OFF.keys() | router.setting_keys()
         for key in (router.ignores | router.ignores_without_capacity) - settings:
             raise unknown(f"key in ignores of {type(router).__name__}", key, settings)

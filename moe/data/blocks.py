@@ -11,7 +11,7 @@ import logging
 import re
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import lru_cache
 from importlib import metadata
@@ -39,6 +39,9 @@ from moe.files import LinkError, apply_umask, read_text, sha256, shown, sync, wa
 log = logging.getLogger(__name__)
 
 CACHE_FORMAT = 5  # Increase it whenever the same arguments give different blocks or different files.
+
+
+SHUFFLE = 7  # the seed of shuffled domains, the same for all runs
 
 
 class Prepared(NamedTuple):
@@ -188,12 +191,20 @@ class Batch(NamedTuple):
     labels: the token ids, not shifted, with IGNORED where nothing is to be predicted. For plain text they equal `ids`.
     position_ids: start at 0 again with each conversation of a block, and conversations do not attend to each other.
         None if a block is one text.
+    told: the domain and the shuffled domain of each block, see `moe.routing.decision.LABELS`. None if the domain of a
+        text is unknown.
     """
 
     ids: Int[torch.Tensor, "B S"]
     domain: Int[torch.Tensor, "B"]
     labels: Int[torch.Tensor, "B S"]
     position_ids: Int[torch.Tensor, "B S"] | None
+    told: Int[torch.Tensor, "B 2"] | None = None
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The arguments of a model, without labels."""
+        return {"input_ids": self.ids, "position_ids": self.position_ids, "told": self.told}
 
     def to(self, device: torch.device) -> "Batch":
         """Return a copy on `device`. The transfer to a GPU does not wait for the GPU's other work."""
@@ -201,13 +212,15 @@ class Batch(NamedTuple):
         def move(values: torch.Tensor) -> torch.Tensor:
             return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
-        positions = None if self.position_ids is None else move(self.position_ids)
-        return Batch(move(self.ids), move(self.domain), move(self.labels), positions)
+        return self._map(move)
 
     def take(self, blocks: slice) -> "Batch":
         """Return the batch of these blocks alone."""
-        positions = None if self.position_ids is None else self.position_ids[blocks]
-        return Batch(self.ids[blocks], self.domain[blocks], self.labels[blocks], positions)
+        return self._map(lambda values: values[blocks])
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        parts: list[Any] = [None if values is None else change(values) for values in self]
+        return Batch(*parts)
 
     def split(self, size: int) -> "list[Batch]":
         """Return batches of `size` blocks; the last one may be smaller."""
@@ -217,8 +230,17 @@ class Batch(NamedTuple):
 def batch(dataset: datasets.Dataset, indices: Sequence[int] | np.ndarray) -> Batch:
     """Return the blocks at `indices` (B), as int64 tensors."""
     rows = {name: torch.from_numpy(column) for name, column in dataset[indices].items()}
-    ids = rows["input_ids"]
-    return Batch(ids, rows["domain"], rows.get("labels", ids), rows.get("position_ids"))
+    ids, domain = rows["input_ids"], rows["domain"]
+    shuffled = torch.from_numpy(_shuffled_domains(dataset)[np.asarray(indices)])
+    told = torch.stack([domain, shuffled], 1)
+    return Batch(ids, domain, rows.get("labels", ids), rows.get("position_ids"), told)
+
+
+@lru_cache(maxsize=4)
+def _shuffled_domains(dataset: datasets.Dataset) -> np.ndarray:
+    """Return the domain of each block of a data set, shuffled over its blocks in the same way at each call."""
+    domain = dataset.select_columns("domain")[:]["domain"]
+    return domain[_permutation(len(domain), SHUFFLE, 0)]
 
 
 @lru_cache(maxsize=2)

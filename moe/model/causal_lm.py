@@ -153,6 +153,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         knobs: Knobs | None = None,
         capacity: float | None = None,
         drop: str = "position",
+        told: Int[Tensor, "B 2"] | None = None,
         load: Shaped[Tensor, "L C E"] | None = None,
         costly: frozenset[str] = frozenset(),
         compared: Int[Tensor, "N"] | None = None,
@@ -173,7 +174,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
 
         labels: token ids, not shifted, with IGNORED where nothing is predicted. None: no loss.
         knobs: default to the temperature and noise of the model's configuration.
-        capacity, drop, costly, compared: see `moe.routing.decision.Context`.
+        capacity, drop, told, costly, compared: see `moe.routing.decision.Context`.
         load: as in `Context`, for each MoE layer. It is the sum of `MoEOutput.load` over earlier micro-batches.
         attention_mask: (B, S), or (B, tokens in the cache + S), 0 for padding. Padding is no token: it is not attended
             to and not routed, takes no capacity, and counts in no loss and no metric.
@@ -209,6 +210,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             knobs=knobs,
             capacity=capacity,
             drop=drop,
+            told=told,
             load=load,
             costly=costly,
             compared=compared,

@@ -20,7 +20,7 @@ from moe.model.architecture import MoEConfig
 from moe.model.layer import LayerOutput, MoELayer
 from moe.routers.base import Router
 from moe.routers.seeding import Initializable, seeded
-from moe.routing.decision import Context, Knobs, document_positions, fill_places
+from moe.routing.decision import LABELS, Context, Knobs, document_positions, fill_places
 
 CACHE = fields(BaseModelOutputWithPast)[1].name  # "past_key_values" before transformers 5.24
 
@@ -201,6 +201,7 @@ class RoutedModel(MoEPreTrainedModel):
         knobs: Knobs | None = None,
         capacity: float | None = None,
         drop: str = "position",
+        told: Int[Tensor, "B 2"] | None = None,
         load: Shaped[Tensor, "L C E"] | None = None,
         costly: frozenset[str] = frozenset(),
         compared: Int[Tensor, "N"] | None = None,
@@ -227,10 +228,13 @@ class RoutedModel(MoEPreTrainedModel):
         inputs, ids = _inputs(input_ids, inputs_embeds, config.hidden_size)
         cache = self._cache(past_key_values if cache is None else cache, use_cache=bool(use_cache))
         keep_cache = cache is not None or bool(use_cache)
-        self._check_routers(cached=keep_cache, by_id=inputs_embeds is None)
+        if told is not None:
+            fits = told.shape == (len(ids), len(LABELS)) and not told.is_floating_point()
+            _require_tensor("told", told, f"whole numbers of shape (sequences, {len(LABELS)})", fits=fits)
+        self._check_routers(cached=keep_cache, by_id=inputs_embeds is None, told=told is not None)
         if knobs is None:
             knobs = Knobs.of(temperature=config.router_temperature, noise=config.router_noise, device=inputs.device)
-        context = Context(ids, knobs, capacity, drop, costly=costly, compared=compared)
+        context = Context(ids, knobs, capacity, drop, told, costly=costly, compared=compared)
         if attention_mask is not None:
             context = context.without_padding(attention_mask)
         elif position_ids is not None:
@@ -262,16 +266,20 @@ class RoutedModel(MoEPreTrainedModel):
         require(given is None or not given.is_compileable, "past_key_values", type(given).__name__, allowed)
         return DynamicCache(config=self.config) if given is None and use_cache else given
 
-    def _check_routers(self, *, cached: bool, by_id: bool) -> None:
+    def _check_routers(self, *, cached: bool, by_id: bool, told: bool) -> None:
         """Raise ConfigError if a router needs what it does not get.
 
         cached: it does not see earlier tokens of the text again.
         by_id: it gets token ids.
+        told: it gets the labels of texts.
         """
         for router in (layer.router for layer in self.moe_layers):
             causal = router.causal if self.training else router.causal_in_evaluation
             allowed = f"False, because {type(router).__name__} compares tokens of a text to choose experts"
             require((causal and not router.reads_earlier_tokens) or not cached, "use_cache", True, allowed)
+            if router.told and not told:
+                label, name = ", ".join(sorted(router.told)), type(router).__name__
+                raise ConfigError(f"told: must have the {label} of each text, because {name} routes by it")
             if router.uses_ids and not by_id:
                 raise ConfigError(f"inputs_embeds: must be input_ids, because {type(router).__name__} routes token ids")
 

@@ -1,7 +1,7 @@
 """The interface that every router implements."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moe.checks import ConfigError, require
 from moe.routers.seeding import seeded
-from moe.routing.decision import Context, Knobs, Routing
+from moe.routing.decision import Context, Knobs, Routing, TrainingText
 from moe.routing.loss_table import BALANCE_WEIGHTS, COSTLY, PROBABILITY_WEIGHTS
 from moe.routing.stats import RoutingStats
 
@@ -48,6 +48,8 @@ class Router(nn.Module):
     - `learns_from_outputs = True`: the layer sets `Routing.feedback` to the sum of the outputs of each expert (E * D).
       `after_step` then finds it in the sums of the step.
     - `uses_ids = True`: the router reads the token ids in `Context.ids`, and not only their shape.
+    - `told`: the labels of `moe.routing.decision.LABELS` that it reads in `Context.told`, such as the domain of a text.
+      `__init__` may set it for one instance.
     - `ignores`: the keys of the configuration that change nothing with this router, such as "noise", "capacity", the
       weight of a loss, or a setting of its own that the others make useless ("router.gate" with one expert per token).
       A value that is given for such a key is refused, or recorded as not applicable in a sweep over routers. Default:
@@ -67,7 +69,8 @@ class Router(nn.Module):
     - `role`: how the optimizers treat a parameter. Default: Muon trains matrices and stacks of matrices; AdamW trains
       vectors and numbers, without weight decay.
     - `draw`: draw the initial values of a parameter or buffer. Default: N(0, std) for each matrix.
-    - `before_training`: learn from token frequencies, once.
+    - `check_domains`: refuse a text whose domains it cannot use.
+    - `before_training`: learn from token frequencies or from the names of the domains, once.
     - `after_step`: learn without a gradient, after each optimizer step.
     - `tie_to`: use modules of the first MoE layer's router.
 
@@ -84,6 +87,7 @@ class Router(nn.Module):
     learns_from_outputs: bool = False
     uses_ids: bool = False
     schedulable: bool = False
+    told: frozenset[str] = frozenset()
     ignores: frozenset[str] = frozenset()
     ignores_without_capacity: frozenset[str] = frozenset()
     mean_k: float | None = None
@@ -213,8 +217,11 @@ class Router(nn.Module):
         """Return the forward FLOPs per token in addition to 2 for each weight of a matrix, as for mixing tokens."""
         return 0
 
-    def before_training(self, counts: Int[Tensor, "V"]) -> None:
-        """Learn from how often each token id occurs in the training text. Called once, before the first step.
+    def check_domains(self, domains: Sequence[str]) -> None:
+        """Raise ConfigError if the router cannot be used with a text of these domains."""
+
+    def before_training(self, text: TrainingText) -> None:
+        """Learn about the training text. Called once, before the first step.
 
         Store what this changes in a persistent buffer, so that checkpoints contain it.
         """

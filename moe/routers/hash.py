@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moe.checks import require
 from moe.routers.base import Router
-from moe.routing.decision import Context, Routing
+from moe.routing.decision import Context, Routing, TrainingText
 from moe.routing.loss_table import PROBABILITY_WEIGHTS
 
 
@@ -41,8 +41,9 @@ class Hash(Router):
             pairs = torch.arange(vocab_size)[:, None] * num_experts + torch.arange(num_experts)
             self.table.copy_(scramble(pairs).topk(k).indices)
 
-    def before_training(self, counts: Int[Tensor, "V"]) -> None:
+    def before_training(self, text: TrainingText) -> None:
         if self.balanced:
+            counts = text.counts
             folded = torch.zeros(len(self.table), dtype=counts.dtype)
             folded.index_add_(0, torch.arange(len(counts)) % len(self.table), counts.cpu())
             seen = int((folded > 0).sum())

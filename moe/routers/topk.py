@@ -47,7 +47,10 @@ class TopK(LinearRouter):
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         logits = self.logits(x)
-        noisy = self.add_noise(logits, context.knobs)
+        return self.choose(self.add_noise(logits, context.knobs), logits, context)
+
+    def choose(self, noisy: Float[Tensor, "T E"], logits: Float[Tensor, "T E"], context: Context) -> Routing:
+        """Return the k experts of largest `noisy`, which is -inf for experts that are out of the question."""
         tempered = noisy / context.knobs.temperature
         probs = torch.softmax(tempered, -1)
         expert = noisy.topk(self.k).indices  # not of probs, which at low temperature round to ties

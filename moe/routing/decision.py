@@ -15,6 +15,21 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+# The labels of a sequence that routers can be told. domain: the number of its domain, in the order of the data.
+# shuffled_domain: the same numbers after they were shuffled over all blocks of the text. They say nothing about the
+# content, and each domain has as many blocks as before.
+LABELS = ("domain", "shuffled_domain")
+
+
+class TrainingText(NamedTuple):
+    """What a router can learn about the training text before the first step.
+
+    counts: how often each token id occurs. domains: the names of the domains of all data, in order.
+    """
+
+    counts: Int[Tensor, "V"]
+    domains: tuple[str, ...]
+
 
 class Knobs(NamedTuple):
     """The values that a schedule can change during training.
@@ -42,6 +57,8 @@ class Context(NamedTuple):
     knobs: the current temperature and noise.
     capacity: the capacity factor. None: dropless.
     drop: which assignments are dropped under a capacity limit, a key of `moe.routing.dispatch.DROP_POLICIES`.
+    told: labels of the sequences that the data know and the tokens do not say, a column for each name in `LABELS`, for
+        routers that declare them. None for texts without labels.
     load: the load of each expert in earlier micro-batches of the same optimizer step, one row for each router of this
         layer's chain. None in the first.
     state: what the router of the previous MoE layer returned as `Routing.state`. None in the first MoE layer, and for
@@ -61,6 +78,7 @@ class Context(NamedTuple):
     knobs: Knobs
     capacity: float | None = None
     drop: str = "position"
+    told: Int[Tensor, "B 2"] | None = None
     load: Shaped[Tensor, "C E"] | None = None
     state: Float[Tensor, "T H"] | None = None
     costly: frozenset[str] = frozenset()
@@ -102,6 +120,11 @@ class Context(NamedTuple):
     def routed(self, rows: Shaped[Tensor, "BS *N"]) -> Shaped[Tensor, "T *N"]:
         """Return the rows of the tokens that are routed, given a row for each token of the flattened sequences."""
         return rows if self.place is None else rows[self.place]
+
+    def label(self, name: str) -> Int[Tensor, "T"]:
+        """Return the label `name` of each routed token, from `told`, which must be given."""
+        assert self.told is not None
+        return self.routed(self.told[:, LABELS.index(name)].repeat_interleave(self.ids.shape[1]))
 
     @property
     def sequence(self) -> Int[Tensor, "T"] | None:

@@ -36,7 +36,7 @@ def expert_outputs(model: MoEForCausalLM, blocks: Batch, knobs: Knobs) -> Float[
             return routing
 
         with intervene(layer, record_input):
-            model(first.ids, position_ids=first.position_ids, knobs=knobs)
+            model(**first.inputs, knobs=knobs)
         x, experts = inputs[0][::stride].to(next(layer.experts.parameters()).dtype), layer.router.num_experts
         outputs = layer.experts(x.repeat(experts, 1), torch.full((experts,), len(x)))
         vectors.append(torch.nn.functional.normalize(outputs.view(experts, -1).float(), dim=-1))

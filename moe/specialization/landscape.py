@@ -37,7 +37,7 @@ def landscape(model: MoEForCausalLM, blocks: Batch, knobs: Knobs) -> dict[str, A
         for number in range(RANDOM_DIRECTIONS)
     }
     on_device = blocks.to(model.device)
-    loss = model(on_device.ids, on_device.labels, position_ids=on_device.position_ids, knobs=knobs).loss
+    loss = model(**on_device.inputs, labels=on_device.labels, knobs=knobs).loss
     gradient = torch.autograd.grad(loss, weights, materialize_grads=True)
     if any(g.any() for g in gradient):
         directions["gradient"] = list(gradient)

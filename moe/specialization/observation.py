@@ -76,7 +76,7 @@ def reason_not_studied(model: MoEForCausalLM, blocks: Batch) -> str | None:
     if not model.moe_layers:
         return "a dense model: there is no routing"
     with torch.no_grad():
-        routing = model(blocks.ids[:1].to(model.device)).routing
+        routing = model(**blocks.take(slice(1)).to(model.device).inputs).routing
     if any(decision.slots is not None for layer in routing for decision in layer):
         return "experts work on mixtures of tokens: no token has experts of its own"
     return None
@@ -90,7 +90,7 @@ def observe(model: MoEForCausalLM, blocks: Batch, knobs: Knobs) -> Observation:
     experts = model.config.num_experts
     parts = []
     for part in blocks.to(model.device).split(BLOCKS_PER_PASS):
-        output = model(part.ids, position_ids=part.position_ids, knobs=knobs)
+        output = model(**part.inputs, knobs=knobs)
         layers = [_choices(layer, tokens=part.ids.numel(), experts=experts) for layer in output.routing]
         chosen, weight = (torch.stack(tensors) for tensors in zip(*layers, strict=True))
         parts.append((chosen, weight, output.logits.argmax(-1), _nats(output.logits, part.labels)))
@@ -104,7 +104,7 @@ def observe(model: MoEForCausalLM, blocks: Batch, knobs: Knobs) -> Observation:
 def next_token_nats(model: MoEForCausalLM, blocks: Batch, knobs: Knobs) -> Float[Tensor, "B S"]:
     """Return the cross-entropy of each next token; NaN where it has no label."""
     parts = blocks.to(model.device).split(BLOCKS_PER_PASS)
-    return torch.cat([_nats(model(p.ids, position_ids=p.position_ids, knobs=knobs).logits, p.labels) for p in parts])
+    return torch.cat([_nats(model(**part.inputs, knobs=knobs).logits, part.labels) for part in parts])
 
 
 def _nats(logits: Float[Tensor, "B S V"], labels: Int[Tensor, "B S"]) -> Float[Tensor, "B S"]:

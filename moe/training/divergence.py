@@ -1,9 +1,9 @@
 """Find the source of a loss or gradient that is not finite. Training stops before the optimizer step."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 
 from moe.distributed import ranks
@@ -18,10 +18,10 @@ class Diverged(Exception):
         super().__init__(f"step {step}: {where} is not finite; lower the learning rate or see optimizer.clip")
 
 
-def locate_nonfinite(
-    model: nn.Module, ids: Int[Tensor, "B S"], knobs: Knobs, *, position_ids: Int[Tensor, "B S"] | None = None
-) -> str:
+def locate_nonfinite(model: nn.Module, inputs: dict[str, Any], knobs: Knobs) -> str:
     """Return the name of the first tensor that is not finite, with the numbers of the experts concerned.
+
+    inputs: the arguments of the model beside `knobs`, such as `Batch.inputs`.
 
     Searches the weights, then the outputs of the modules in forward order, then the gradients. For the outputs, the
     model runs once more with forward hooks. All ranks call this together, each with its own blocks.
@@ -33,7 +33,7 @@ def locate_nonfinite(
     outputs: list[str] = []
     hooks = [m.register_forward_hook(_note_output(outputs, name)) for name, m in model.named_modules() if name]
     with torch.no_grad():
-        model(ids, knobs=knobs, position_ids=position_ids)
+        model(**inputs, knobs=knobs)
     for hook in hooks:
         hook.remove()
     outputs = [output for found in ranks.all_gather(outputs) for output in found]

@@ -153,15 +153,15 @@ def _run(
     of an adapter's routers.
     """
     torch.manual_seed(blocks.start)  # for drop=random
-    ids, domain, labels, positions = batch(data, blocks).to(model.device)
-    compared = compared_tokens(blocks, ids.shape[1]).to(model.device)
-    output = model(ids, position_ids=positions, compared=compared, **context)
-    targets = next_token(labels)
+    read = batch(data, blocks).to(model.device)
+    compared = compared_tokens(blocks, read.ids.shape[1]).to(model.device)
+    output = model(**read.inputs, compared=compared, **context)
+    targets = next_token(read.labels)
     rows = output.logits.float().flatten(0, 1)
     nats = F.cross_entropy(rows, targets.flatten(), ignore_index=IGNORED, reduction="none").view_as(targets)
     sums = [each.double().sum(1) for each in (nats, targets != IGNORED, output.logits.argmax(-1) == targets)]
     routing = [output.stats] if output.beside is None else [output.stats, output.beside["stats"]]
-    return domain, torch.stack(sums), [each for each in routing if each is not None]
+    return read.domain, torch.stack(sums), [each for each in routing if each is not None]
 
 
 def _text_metrics(

@@ -16,13 +16,14 @@ from moe.training.setup import Training
 class PassInput(NamedTuple):
     """The tensors that a pass reads beside the weights of the model.
 
-    ids, labels, position_ids: as in `moe.data.blocks.Batch`. temperature, noise: as in `Knobs`. load: the load of the
-    earlier micro-batches of the step, see `MoEForCausalLM.forward`.
+    ids, labels, position_ids, told: as in `moe.data.blocks.Batch`. temperature, noise: as in `Knobs`. load: the load of
+    the earlier micro-batches of the step, see `MoEForCausalLM.forward`.
     """
 
     ids: Int[Tensor, "B S"]
     labels: Int[Tensor, "B S"]
     position_ids: Int[Tensor, "B S"] | None
+    told: Int[Tensor, "B 2"] | None
     temperature: Float[Tensor, ""]
     noise: Float[Tensor, ""] | None
     load: Shaped[Tensor, "L C E"] | None
@@ -57,6 +58,7 @@ def forward_backward(training: Training, inputs: PassInput, weights: LossWeights
         input_ids=inputs.ids,
         labels=inputs.labels,
         position_ids=inputs.position_ids,
+        told=inputs.told,
         knobs=Knobs(inputs.temperature, inputs.noise),
         load=inputs.load,
         **settings,

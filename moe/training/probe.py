@@ -67,12 +67,12 @@ def _decisions(
     model.eval()
     parts: list[Tensor] = []
     probs: list[Tensor] = []
-    for ids, _, _, positions in blocks.split(4):
-        routing = model(ids, position_ids=positions, knobs=knobs).routing
+    for part in blocks.split(4):
+        routing = model(**part.inputs, knobs=knobs).routing
         if not routing or any(decision.slots is not None for layer in routing for decision in layer):
             break
         experts = model.config.num_experts
-        masks = [assignment_mask(layer, tokens=ids.numel(), experts=experts) for layer in routing]
+        masks = [assignment_mask(layer, tokens=part.ids.numel(), experts=experts) for layer in routing]
         parts.append(torch.stack(masks).cpu())
         known = [[decision.probs for decision in layer if decision.probs is not None] for layer in routing]
         if all(map(len, known)):

@@ -23,6 +23,7 @@ from moe.model.imported_checkpoint import read_checkpoint
 from moe.model.parts import Parts, freeze, learning_routers, parts
 from moe.model.upcycle import upcycle
 from moe.routers.base import Router
+from moe.routing.decision import TrainingText
 from moe.training import parallel, process
 from moe.training.graphs import Graphs
 from moe.training.optim import build_optimizers, scale_learning_rates
@@ -86,9 +87,9 @@ def set_up(config: Config) -> Training:
     scale_learning_rates(config, optimizers, step=0)
     counting = [router for router in routers if type(router).before_training is not Router.before_training]
     if counting:  # reads the whole training text
-        counts = token_counts(data)
+        text = TrainingText(token_counts(data), data.domains)
         for router in counting:
-            router.before_training(counts)
+            router.before_training(text)
     options: dict[str, Any] = {"fallback_random": True}  # draws the same noise and dropout as without compilation
     forward = torch.compile(wrapped, options=options) if config.compile else wrapped
     return Training(

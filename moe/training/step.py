@@ -49,7 +49,7 @@ def train_step(training: Training, step: int, *, measure_updates: bool = False) 
     values = step_values(outcomes, sums)
     values |= dict(zip(norms, torch.stack([n.to(norm.device) for n in norms.values()]).tolist(), strict=True))
     if not math.isfinite(values["train/loss"] + values["grad_norm"]):
-        where = locate_nonfinite(training.model, last_blocks.ids, knobs, position_ids=last_blocks.position_ids)
+        where = locate_nonfinite(training.model, last_blocks.inputs, knobs)
         raise Diverged(step, where)
 
     # Clip after the check. Clipping with a non-finite norm would make every gradient non-finite and hide the source.
@@ -88,7 +88,7 @@ def accumulate_gradients(training: Training, step: int, knobs: Knobs) -> tuple[l
     for number in micro_numbers:
         blocks = batches[number].to(accelerator.device)
         torch.manual_seed(micro_batch_seed(config.seed, step, number))
-        inputs = PassInput(blocks.ids, blocks.labels, blocks.position_ids, *knobs, load)
+        inputs = PassInput(blocks.ids, blocks.labels, blocks.position_ids, blocks.told, *knobs, load)
         weights = LossWeights(shares[number], router_weights, beside_weights, passes=len(micro_numbers))
         # DDP exchanges gradients in the backward pass of the last micro-batch only.
         with nullcontext() if number == micro_numbers[-1] else accelerator.no_sync(training.wrapped):

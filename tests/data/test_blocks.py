@@ -366,14 +366,30 @@ def test_a_validation_block_has_the_number_of_its_first_tokens_document(source, 
     assert prepared.train.column_names == ["input_ids", "domain"]  # training needs no other column
 
 
+def test_shuffled_domains_are_the_domains_in_another_order_and_those_of_a_block_never_change(named_groups):
+    data = named_groups.train
+    whole = batch(data, range(len(data)))
+    true, shuffled = whole.told.unbind(1)
+    assert torch.equal(true.bincount(), shuffled.bincount())
+    shares = true.bincount() / len(data)
+    agree = (true == shuffled).double().mean()  # as often as two independent labels
+    assert agree < 1
+    assert abs(agree - (shares**2).sum()) < 4 * (0.25 / len(data)) ** 0.5
+    some = np.array([7, 2, 2])
+    assert torch.equal(batch(data, some).told[:, 1], shuffled[some])
+    parts = [part.told[:, 1] for part in whole.split(3)]
+    assert torch.equal(torch.cat(parts), shuffled)
+
+
 def test_a_batch_has_the_requested_blocks_and_domains(named_groups):
     indices = np.array([5, 0, 5, len(named_groups.train) - 1])
-    input_ids, domain, labels, positions = batch(named_groups.train, indices)
+    input_ids, domain, labels, positions, told = batch(named_groups.train, indices)
     assert input_ids.shape == (4, 16)
     assert domain.shape == (4,)
     assert input_ids.dtype == domain.dtype == torch.int64
     assert torch.equal(labels, input_ids)
     assert positions is None
+    assert torch.equal(told[:, 0], domain)
     for row, index in enumerate(indices.tolist()):
         assert input_ids[row].tolist() == list(named_groups.train[index]["input_ids"])
         assert domain[row] == named_groups.train[index]["domain"]

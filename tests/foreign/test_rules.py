@@ -29,6 +29,7 @@ WITHOUT_RULE = {
         "spectra",
         "top_p",
     ),
+    *("oracle", "shuffled_oracle"),
 }
 SETTINGS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in YAMLS),

@@ -23,7 +23,7 @@ from moe.config.schema import Cell, Config
 from moe.files import sha256
 from moe.model.causal_lm import MoEForCausalLM
 from moe.model.experts import Experts
-from moe.routing.decision import Knobs
+from moe.routing.decision import Knobs, TrainingText
 from moe.runs.signals import Interrupted
 from moe.training.graphs import MOST
 from moe.training.objective import total_loss
@@ -43,12 +43,12 @@ def first_pass(config: Config, device: str) -> tuple[float, dict[str, Tensor], d
     data = prepare_data(config)
     model = build_model(config, vocab_size=len(data.tokenizer))
     nn.Module.to(model, torch.device(device))
-    counts = token_counts(data)
+    text = TrainingText(token_counts(data), data.domains)
     for layer in model.moe_layers:
-        layer.router.before_training(counts)
+        layer.router.before_training(text)
     model.eval()
     blocks = micro_batches(config, data, 0)[0].to(model.device)
-    inputs = {"input_ids": blocks.ids, "labels": blocks.labels, "position_ids": blocks.position_ids}
+    inputs = blocks.inputs | {"labels": blocks.labels}
     limits: dict[str, Any] = {"capacity": config.capacity, "drop": config.drop}
     limits["orthogonality"] = config.output_orthogonality > 0
     with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bf16"):

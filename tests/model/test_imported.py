@@ -21,7 +21,7 @@ from moe.model.causal_lm import MoEForCausalLM, load_model
 from moe.model.imported import probabilities
 from moe.model.imported_checkpoint import read_checkpoint
 from moe.routers.base import LinearRouter
-from moe.routing.decision import Knobs
+from moe.routing.decision import LABELS, Knobs
 from moe.training.optim import roles
 
 IDS = torch.randint(3, V, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -126,7 +126,8 @@ def test_what_another_library_changes_about_the_experts_of_a_model_counts() -> N
 def test_every_router_of_ours_takes_the_place_of_the_router_of_a_checkpoint(router: str, cell: Any) -> None:
     source = tiny("mixtral", num_local_experts=4, num_experts=4, n_routed_experts=4, moe_num_experts=4)
     model = around(source, cell(f"router={router}").config.router).train()
-    model(IDS, labels=IDS, knobs=Knobs.of(noise=0.1)).loss.backward()
+    told = torch.zeros(len(IDS), len(LABELS), dtype=torch.long)
+    model(IDS, labels=IDS, knobs=Knobs.of(noise=0.1), told=told).loss.backward()
     trained = [p for layer in model.moe_layers for p in layer.experts.parameters()]
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
     first = model.moe_layers[0].router

@@ -12,7 +12,7 @@ from moe.config.options import CONF
 from moe.config.schema import ModelConfig
 from moe.data.labels import IGNORED
 from moe.model.causal_lm import MoEConfig, MoEForCausalLM, MoEOutput
-from moe.routing.decision import Knobs
+from moe.routing.decision import LABELS, Knobs
 
 V, B, S, PADDING = 97, 3, 10, 4
 ROUTERS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((CONF / "router").glob("*.yaml"))}
@@ -46,7 +46,8 @@ def ids() -> Tensor:
 
 def run(model: MoEForCausalLM, ids: Tensor, **settings: Any) -> MoEOutput:
     torch.manual_seed(3)  # for routers that draw random numbers
-    return model(ids, ids, **settings)
+    told = torch.zeros(len(ids), len(LABELS), dtype=torch.long)
+    return model(ids, ids, told=told, **settings)
 
 
 def assert_equal_apart_from_rounding(one: MoEOutput, other: MoEOutput) -> None:
@@ -157,13 +158,13 @@ def test_documents_of_a_block_are_apart_or_refused(model: MoEForCausalLM, ids: T
     positions = torch.cat([torch.arange(6), torch.arange(S - 6)])
     if not model.moe_layers[0].router.causal_in_evaluation:
         with pytest.raises(ConfigError, match="must be a router that keeps the conversations of a block apart"):
-            model(ids, position_ids=positions[None])
+            run(model, ids, position_ids=positions[None])
         return
     changed = ids.clone()
     changed[:, :6] = torch.randint(1, V, (B, 6), generator=torch.Generator().manual_seed(2))
-    one, other = (model(block, position_ids=positions[None]).logits[:, 6:] for block in (ids, changed))
+    one, other = (run(model, block, position_ids=positions[None]).logits[:, 6:] for block in (ids, changed))
     torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
-    torch.testing.assert_close(one, model(ids[:, 6:]).logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(one, run(model, ids[:, 6:]).logits, atol=1e-5, rtol=0)
 
 
 def test_under_a_capacity_a_packed_document_queues_as_if_it_had_a_sequence_of_its_own() -> None:

@@ -20,7 +20,7 @@ from moe.model.experts import Experts
 from moe.model.layer import MoELayer
 from moe.routers.base import Router
 from moe.routers.topk import TopK
-from moe.routing.decision import Context, Knobs, Routing, document_positions
+from moe.routing.decision import Context, Knobs, Routing, TrainingText, document_positions
 from moe.routing.stats import RoutingStats
 from moe.testing import B, E, S, context
 from moe.training.objective import total_loss
@@ -49,13 +49,9 @@ SPECS += [
     for name, key in IN_EVALUATION.items()
 ]
 BY_NAME = {spec.name: spec for spec in SPECS}
-OTHER_LIMITS = (
-    "group_limited",
-    "null_experts",
-    "moe_plus_plus",
-    "document_pool",
-    "document_pool_causal",
-)  # routers whose k may not be any number from 1 to E
+# Routers whose k may not be any number from 1 to E.
+OTHER_LIMITS = {"group_limited", "null_experts", "moe_plus_plus", "document_pool", "document_pool_causal"}
+OTHER_LIMITS |= {"oracle", "shuffled_oracle"}
 TOP_K = [path.stem for path in YAMLS if "k" in BY_NAME[path.stem].settings and path.stem not in OTHER_LIMITS]
 # Routers that declare what a single expert makes useless. Others, such as those of docs/extending.md, need not.
 WITH_ONE_EXPERT = """
@@ -189,12 +185,13 @@ def computed(settings: dict[str, Any], experts: int) -> Tensor:
     layer = MoELayer(router, Experts(experts, testing.D, hidden=testing.F, kind="silu"))
     for p in layer.experts.parameters():
         nn.init.normal_(p, std=0.3)
-    router.before_training(torch.arange(1000) % 17)
+    router.before_training(TrainingText(torch.arange(1000) % 17, testing.TEXT.domains))
     results: list[Tensor] = []
     for step in range(3):
         layer.train(step < 2)
         x = (1 + step) * torch.randn(B, S, testing.D, generator=torch.Generator().manual_seed(step))
-        output = layer(x, Context(testing.token_ids(), Knobs.of(temperature=settings.get("temp", 1.0))))
+        knobs = Knobs.of(temperature=settings.get("temp", 1.0))
+        output = layer(x, context(testing.token_ids())._replace(knobs=knobs))
         results += [output.y, *output.aux.values()]
         if not layer.training:
             break

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from moe.routers.hash import Hash, scramble, spread
 from moe.routers.random import Random
-from moe.routing.decision import Context, Knobs
+from moe.routing.decision import Context, Knobs, TrainingText
 
 D, E = 16, 8
 
@@ -72,7 +72,7 @@ def test_balanced_hash_balances_the_tokens_of_the_text_and_not_the_ids(k: int) -
     counts = zipf_counts(2000)
 
     def load_of(router: Hash) -> torch.Tensor:
-        router.before_training(counts)
+        router.before_training(TrainingText(counts, ("text",)))
         load = torch.zeros(E, dtype=torch.long)
         return load.index_add(0, router.table[: len(counts)].long().flatten(), counts.repeat_interleave(k))
 
@@ -87,7 +87,7 @@ def test_the_experts_of_an_id_are_distinct_and_ids_that_never_occur_keep_their_h
     before = router.table.clone()
     counts = torch.zeros(100, dtype=torch.long)
     counts[:50] = torch.arange(50, 0, -1)
-    router.before_training(counts)
+    router.before_training(TrainingText(counts, ("text",)))
     assert all(len(set(row)) == 3 for row in router.table.tolist())
     assert torch.equal(router.table[50:], before[50:])
     assert not torch.equal(router.table[:50], before[:50])
@@ -106,7 +106,7 @@ def test_balanced_hash_combines_all_pairs_of_experts_evenly(experts: int, k: int
     """
     for counts, tolerance in ((torch.full((3000,), 5), 0.05), (zipf_counts(3000), None)):
         router = Hash(D, experts, k=k)
-        router.before_training(counts)
+        router.before_training(TrainingText(counts, ("text",)))
         chosen = F.one_hot(router.table[:3000].long(), experts).sum(1).double()
         assert chosen.max() == 1
         shared = (chosen.T @ (chosen * counts[:, None]))[*torch.triu_indices(experts, experts, 1)]

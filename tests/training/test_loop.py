@@ -289,7 +289,7 @@ def test_locate_nonfinite_names_layer_tensor_and_expert(
     tensor = dict(model.named_parameters())[parameter]
     with torch.no_grad():
         tensor[expert if expert is not None else 0] = float("nan")
-    assert locate_nonfinite(model, ids, Knobs.of()) == expected
+    assert locate_nonfinite(model, {"input_ids": ids}, Knobs.of()) == expected
 
 
 def test_locate_nonfinite_names_the_gradient_of_one_expert(cell: Any) -> None:
@@ -298,13 +298,16 @@ def test_locate_nonfinite_names_the_gradient_of_one_expert(cell: Any) -> None:
     model(ids, ids).loss.backward()
     gradient = model.model.layers[1].mlp.experts.down.grad
     gradient[3, 0, 0] = float("inf")
-    assert locate_nonfinite(model, ids, Knobs.of()) == "gradient of model.layers.1.mlp.experts.down (expert 3)"
+    assert (
+        locate_nonfinite(model, {"input_ids": ids}, Knobs.of())
+        == "gradient of model.layers.1.mlp.experts.down (expert 3)"
+    )
 
 
 def test_locate_nonfinite_names_the_first_output_that_overflows(cell: Any) -> None:
     model = build_model(cell().config, vocab_size=400)
     with torch.no_grad():
         model.model.layers[0].self_attn.v_proj.weight.fill_(3e38)
-    assert locate_nonfinite(model, torch.zeros(1, 8, dtype=torch.long), Knobs.of()).startswith(
+    assert locate_nonfinite(model, {"input_ids": torch.zeros(1, 8, dtype=torch.long)}, Knobs.of()).startswith(
         "output of model.layers.0.self_attn.v_proj"
     )
