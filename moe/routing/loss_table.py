@@ -143,6 +143,24 @@ ROUTER_LOSSES = {
         "`dtop_p`).",
         "Huang et al., 2403.07652",
     ),
+    "latent_kl": Loss(
+        "router.kl",
+        "mean_t KL(N(m_t, σ_t²), N(0, 1))",
+        "Distance of the latent codes from a standard normal distribution in nats (`router=latent_prototypes`).",
+        "LPR, Yang, 2506.21328",
+    ),
+    "latent_diversity": Loss(
+        "router.diversity",
+        "‖P Pᵀ - I‖_F",
+        "Distance of the normalized prototypes from orthogonal (`router=latent_prototypes`).",
+        "LPR, Yang, 2506.21328",
+    ),
+    "latent_alignment": Loss(
+        "router.alignment",
+        "mean of (Σ_i softmax(cos)_ti p_i - z_t)²",
+        "Distance of latent codes from their mixtures of prototypes (`router=latent_prototypes`).",
+        "LPR, Yang, 2506.21328",
+    ),
     "cosine_similarity": Loss(
         "router.cosine_similarities_loss_coef",
         "mean_te s_te²",

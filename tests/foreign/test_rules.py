@@ -20,6 +20,7 @@ WITHOUT_RULE = {
     *("chain_of_experts", "cosine", "expert_choice", "expert_threshold", "hash", "mlp", "null_experts", "relu"),
     *(
         "dtop_p",
+        "latent_prototypes",
         "running_means",
         "default_moe",
         "document_pool",
