@@ -22,6 +22,7 @@ from moe.launch import resolvers  # noqa: F401 (the files in conf/ call them)
 from moe.launch.explain import explain
 from moe.launch.groups import compose_groups
 from moe.launch.hydra_errors import FAULTS
+from moe.launch.implied import without_implied
 from moe.launch.option_files import preset_of, require_content
 from moe.launch.overrides import parsed
 
@@ -44,6 +45,7 @@ def compose_config(arguments: list[str]) -> DictConfig:
             composed = _compose_values(overrides)
         else:
             composed = compose("config", overrides=arguments, return_hydra_config=True)
+            composed.hydra.job.override_dirname = override_dirname(overrides, composed.hydra)
         OmegaConf.resolve(composed.hydra.run)
         OmegaConf.resolve(composed.hydra.sweep)
         return composed
@@ -76,7 +78,7 @@ def _sets_value(override: Override) -> bool:
 
 
 def override_dirname(overrides: list[Override], hydra: Any, without: Iterable[str] = ()) -> str:
-    """Return what Hydra calls `override_dirname`: the overrides that name a run.
+    """Return what Hydra calls `override_dirname`: the overrides that name a run, without what a checkpoint implies.
 
     without: keys and groups of keys that are left out.
     """
@@ -84,7 +86,8 @@ def override_dirname(overrides: list[Override], hydra: Any, without: Iterable[st
     named = [override for override in overrides if not override.is_hydra_override()]
     keys = [override.key_or_group for override in named]
     excluded = [*naming.exclude_keys, *(key for key in keys if {key, key.partition(".")[0]} & {*without})]
-    lines = sorted(str(override.input_line) for override in named if override.key_or_group not in excluded)
+    given = [override for override in without_implied(named) if override.key_or_group not in excluded]
+    lines = sorted(str(override.input_line) for override in given)
     return str(naming.item_sep.join(lines).replace("=", naming.kv_sep))
 
 

@@ -1,14 +1,17 @@
 """The overrides that the choice of a checkpoint implies: its own router and its tokenizer."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
+
+from hydra.core.override_parser.types import Override
 
 from moe.checks import ConfigError
 from moe.config import imported, saved
 from moe.config.options import sources
 from moe.launch.hydra_errors import FAULTS
 from moe.launch.option_files import preset_of
-from moe.launch.overrides import as_word, parsed
+from moe.launch.overrides import as_word, parse_override, parsed, with_added_keys
 
 KEY = "model.checkpoint"
 
@@ -32,8 +35,28 @@ def implied_by_checkpoint(words: Sequence[str]) -> list[str]:
     if not isinstance(name, str):
         return []
     words = [] if {"router", "router._target_"} & given.keys() else _router(name)
-    words = [*words, f"data.tokenizer={imported.quoted(name)}", "data.vocab_size=null"]
-    return [word for word in words if word.partition("=")[0] not in given]
+    return [word for word in [*words, *_tokenizer(name)] if word.partition("=")[0] not in given]
+
+
+def without_implied(overrides: list[Override]) -> list[Override]:
+    """Return the overrides without those that the checkpoint among them implies, which need not name a run.
+
+    A router whose class is not of this project is not implied.
+    """
+    single = {each.key_or_group: each.value() for each in overrides if not each.is_sweep_override()}
+    name = single.get(KEY)
+    if not isinstance(name, str):
+        return overrides
+    words = _tokenizer(name)
+    with contextlib.suppress(ConfigError):
+        words += _router(name)
+    implied = {each.key_or_group: each.value() for each in with_added_keys([*map(parse_override, words)])}
+    same = {key for key, value in implied.items() if key in single and single[key] == value}
+    return [each for each in overrides if each.key_or_group not in same]
+
+
+def _tokenizer(name: str) -> list[str]:
+    return [f"data.tokenizer={imported.quoted(name)}", "data.vocab_size=null"]
 
 
 def _router(name: str) -> list[str]:

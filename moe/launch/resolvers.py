@@ -24,10 +24,12 @@ LONGEST_NAME = 150  # bytes in the name of a run folder; file systems allow 255
 def run_name(overrides: str) -> str:
     """Return the folder name of a run from its sorted overrides: never empty, one level deep, safe on any file system.
 
-    A name that had to be changed or cut ends in a digest. It is cut at a comma, so that every value in it is whole.
+    A name that had to be changed or cut ends in a digest. It is cut at a comma, so that every value in it is whole. Of
+    the path of a checkpoint, it has the last two parts.
     """
     overrides = re.sub(r"(^|,)\+\+", r"\1", overrides)  # marks of added keys
-    name = re.sub(r"[^\w.,=+-]+", "_", overrides, flags=re.ASCII).strip(".") or "base"
+    short = re.sub(r"(^|,)(model\.checkpoint)=[^,]*/([^,/]+/[^,/]+)", r"\1\2=\3", overrides)
+    name = re.sub(r"[^\w.,=+-]+", "_", short, flags=re.ASCII).strip(".") or "base"
     if name == overrides and len(name) <= LONGEST_NAME:
         return name
     digest = hashlib.sha256(overrides.encode()).hexdigest()[:8]

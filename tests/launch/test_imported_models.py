@@ -88,6 +88,22 @@ def test_a_checkpoint_implies_its_sizes_its_router_and_its_tokenizer(words: list
     }
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_what_a_checkpoint_implies_is_not_in_the_name_of_a_run(kind: str, write: Write) -> None:
+    """gpt_oss keeps its own router. A setting that the command changes is in the name, and so is another router."""
+    folder, small = write(kind), ["data.seq_len=32"]
+    [first, second] = read(small, folder, "-m", "seed=1,2")
+    path = f"data.seq_len=32,model.checkpoint={folder.parent.name}_{folder.name},model=imported"
+    for seed, cell in ((1, first), (2, second)):
+        assert re.fullmatch(f"{re.escape(path)},seed={seed}-[0-9a-f]{{8}}", cell.folder.name)
+    [other] = read(small, folder, "router.k=1")
+    assert "router.k=1" in other.folder.name
+    if kind != "gpt_oss":
+        assert "router=sinkhorn" in read(small, folder, "router=sinkhorn")[0].folder.name
+    [shown] = read(small, folder, f"data.tokenizer={folder}", "seed=1")
+    assert shown.folder.name == first.folder.name
+
+
 @pytest.mark.parametrize("name", ["a,b=c", "o'r", "m[d]", "run(1)", "my model"])
 def test_a_folder_of_a_checkpoint_may_have_any_name(name: str, words: list[str], mixtral: Path, tmp_path: Path) -> None:
     folder = tmp_path / name
