@@ -207,6 +207,7 @@ def test_only_launching_imports_hydra() -> None:
         "moe.launch.groups",
         "moe.launch.help",
         "moe.launch.hydra_errors",
+        "moe.launch.implied",
         "moe.launch.listing",
         "moe.launch.option_files",
         "moe.launch.overrides",
