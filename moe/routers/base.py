@@ -37,7 +37,7 @@ class Router(nn.Module):
 
     A subclass may declare, where the default does not fit,
     - `expert_rows`: the matrix (E, D) whose rows produce the experts' logits. Default: None. A router that declares it
-      gets the SimBal loss (key `simbal`) and the metric `routing/router_gram`. `LinearRouter` declares it.
+      gets the losses `simbal` and `erc`, and the metric `routing/router_gram`. `LinearRouter` declares it.
     - `expert_directions`: one vector per expert, for `routing/router_gram` alone. Default: `expert_rows`.
     - `causal_in_evaluation`: what `causal` says, for evaluation alone. Default: `causal`. If it is false, the model
       refuses to generate with a cache, and blocks of several conversations.

@@ -37,9 +37,9 @@ class DocumentPool(LinearRouter):
         num_experts: int,
         *,
         k: int = 2,
-        pool: int = 4,
+        pool: int = 3,
         pool_min: int = 2,
-        pool_max: int = 8,
+        pool_max: int = 4,
         causal: bool = False,
     ) -> None:
         super().__init__(dim, num_experts, fixed_k=k)

@@ -16,22 +16,13 @@ from moe.routing.decision import Context, Knobs
 T, D, E = 50, 16, 8
 YAMLS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((CONF / "router").glob("*.yaml"))}
 # What these do in evaluation is no rule: a number of experts that varies, or scores that are not linear.
-WITHOUT_RULE = {
-    *("chain_of_experts", "cosine", "expert_choice", "expert_threshold", "hash", "mlp", "null_experts", "relu"),
-    *(
-        "dtop_p",
-        "latent_prototypes",
-        "running_means",
-        "default_moe",
-        "document_pool",
-        "document_pool_causal",
-        "moe_plus_plus",
-        "soft_moe",
-        "spectra",
-        "top_p",
-    ),
-    *("oracle", "shuffled_oracle"),
-}
+WITHOUT_RULE = set(
+    """
+    chain_of_experts cosine default_moe document_pool document_pool_causal dtop_p expert_choice expert_threshold
+    hash latent_prototypes mlp moe_plus_plus null_experts oracle relu running_means shuffled_oracle soft_moe spectra
+    top_p
+    """.split()
+)
 SETTINGS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in YAMLS),
     ("topk", {"k": 1}),
