@@ -92,6 +92,7 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[Rows], Pairs]]] = {
     "gumbel": ({}, lambda z: top(z, 2)),
     "noisy_topk": ({}, lambda z: top(z, 2)),
     "random": ({}, lambda z: top(z, 2)),
+    "frozen": ({}, lambda z: top(z, 2)),
     "chain_of_experts": ({}, lambda z: top(z, 1)),
     "relu": ({}, lambda z: {(t, e) for t, row in enumerate(z) for e in range(E) if row[e] > 0}),
     "null_experts": ({}, lambda z: {(t, e) for t, e in top([[*row, *8 * [0]] for row in z], 4) if e < E}),
@@ -145,7 +146,7 @@ def test_every_router_that_chooses_by_logits_has_a_reference() -> None:
     """
     without = {"hash", "soft_moe", "cosine", "mlp", "top2", "topk_hard", "spectra"}
     without |= {"document_pool", "document_pool_causal", "running_means", "latent_prototypes"}
-    without |= {"oracle", "shuffled_oracle"}
+    without |= {"balanced_random", "oracle", "shuffled_oracle"}  # the first has no logits
     assert {name.split(",")[0] for name in CASES} == set(ROUTERS) - without
 
 
