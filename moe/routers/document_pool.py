@@ -81,7 +81,10 @@ class DocumentPool(LinearRouter):
         rank = sums.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
         if not self.training:
             return context.routed((rank < self.pool).flatten(0, 1))
-        sizes = torch.randint(self.pool_min, self.pool_max + 1, (sequences, length), device=logits.device)
+        drawn = torch.randint(
+            self.pool_min, self.pool_max + 1, (len(logits), 1), device=logits.device
+        )  # not for padding
+        sizes = fill_places(drawn.to(probs.dtype), context.place, sequences * length).view(sequences, length)
         return context.routed((rank < sizes.gather(1, start)[:, :, None]).flatten(0, 1))
 
 
