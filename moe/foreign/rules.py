@@ -161,7 +161,7 @@ RULES: dict[type[Router], Callable[[Any, float], Rule | None]] = {
     NoisyTopK: _at_temperature_1,
     DenseMixer: _top_k,
     GroupLimited: _grouped,
-    SigmoidBias: _biased,
+    SigmoidBias: lambda router, temperature: _biased(router, temperature) if router.scores == "sigmoid" else None,
     QuantileBalancing: _biased,
     Sinkhorn: _without_plan,
     BaseLayers: lambda router, temperature: Rule(1, scores="sigmoid", weights="raw"),

@@ -49,9 +49,9 @@ class BiasedSigmoid(LinearRouter):
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         logits = self.logits(x)
         noisy = self.add_noise(logits, context.knobs)
-        log_scores = F.logsigmoid(noisy)  # in logs, because a sum of scores can be 0
+        log_scores = self.log_scores(noisy)  # in logs, because a sum of scores can be 0
         scores = log_scores.exp()
-        exact = torch.sigmoid(noisy.detach().double())  # in fp32 it is 1 for all logits above 17
+        exact = self.exact_scores(noisy.detach().double())
         scores_for_choice = exact + self.bias
         if self.top_groups < self.groups:
             scores_for_choice = scores_for_choice.masked_fill(~self._open(scores_for_choice), -torch.inf)
@@ -62,6 +62,14 @@ class BiasedSigmoid(LinearRouter):
         return Routing.token_choice(
             expert, self.scale * weight, probs=probs, logits=logits, feedback=self.feedback(exact)
         )
+
+    def log_scores(self, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
+        """Return the logarithm of s, also where s itself would round to 0."""
+        return F.logsigmoid(logits)
+
+    def exact_scores(self, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
+        """Return s. The logits are in fp64, because in fp32 the sigmoid is 1 for all logits above 17."""
+        return torch.sigmoid(logits)
 
     def _open(self, scores: Float[Tensor, "T E"]) -> Bool[Tensor, "T E"]:
         """Return the mask of the experts in selected groups."""
@@ -87,6 +95,7 @@ class SigmoidBias(BiasedSigmoid):
     changes nothing. Expect load_cv to fall without a balance loss; use lb=0. Causal.
 
     rate: how far a bias moves in a step.
+    scores: sigmoid, or sqrt_softplus: s = sqrt(ln(1 + exp(W x))) as in DeepSeek-V4, which does not saturate.
     update: sign, or proportional to the load's distance from the mean.
     normalize: whether the gates of a token sum to 1, before `scale`.
     scale: a factor on the gates. DeepSeek-V3 has 2.5.
@@ -101,6 +110,7 @@ class SigmoidBias(BiasedSigmoid):
         *,
         k: int = 2,
         rate: float = 1e-3,
+        scores: Literal["sigmoid", "sqrt_softplus"] = "sigmoid",
         update: Literal["sign", "proportional"] = "sign",
         normalize: bool = True,
         scale: float = 1.0,
@@ -109,11 +119,19 @@ class SigmoidBias(BiasedSigmoid):
     ) -> None:
         super().__init__(dim, num_experts, k=k, normalize=normalize, scale=scale, groups=groups, top_groups=top_groups)
         require(finite(rate) and rate >= 0, "router.rate", rate, "a finite number >= 0")
-        self.rate, self.update = rate, update
+        self.rate, self.update, self.scores = rate, update, scores
         if k == num_experts:
             self.ignores |= {"router.rate"}
         if k == num_experts or rate == 0:
             self.ignores |= {"router.update"}
+
+    def log_scores(self, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
+        return super().log_scores(logits) if self.scores == "sigmoid" else log_softplus(logits) / 2
+
+    def exact_scores(self, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
+        if self.scores == "sigmoid":
+            return super().exact_scores(logits)
+        return torch.logaddexp(logits, torch.zeros_like(logits)).sqrt()
 
     @torch.no_grad()
     def after_step(self, stats: RoutingStats) -> None:
@@ -121,3 +139,8 @@ class SigmoidBias(BiasedSigmoid):
         step = error.sign() if self.update == "sign" else error / stats.offered.mean()
         self.bias += self.rate * step
         self.bias -= self.bias.mean()
+
+
+def log_softplus(z: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
+    """Return ln(ln(1 + exp(z))), which is z - exp(z)/2 + ... far below 0, where exp(z) may round to 0."""
+    return torch.where(z < -20, z, F.softplus(z.clamp(min=-20)).log())

@@ -21,6 +21,8 @@ class TopK(LinearRouter):
             the router no gradient, so k=1 always uses p itself.
         softmax_all: p itself.
         uniform: 1/k in the forward pass; the gradient is that of p (straight through).
+    jitter: in training, each number that the router reads is multiplied by a random one, uniform on 1 +- jitter (0.01 in
+        Switch). Experts read the numbers themselves. Unlike the knob `noise`, it is in proportion to the input.
     after_drops: if a token loses experts to a capacity limit, renormalize its weights to sum 1 over those it keeps.
     """
 
@@ -34,8 +36,11 @@ class TopK(LinearRouter):
         k: int = 2,
         gate: Literal["renorm", "softmax_all", "uniform"] = "renorm",
         after_drops: bool = False,
+        jitter: float = 0.0,
     ) -> None:
         super().__init__(dim, num_experts, fixed_k=k)
+        require(0 <= jitter < 1, "router.jitter", jitter, "at least 0, below 1")
+        self.jitter = jitter
         require(not after_drops or k > 1, "router.after_drops", after_drops, "false for router.k=1, whose gate is p")
         self.k = k
         self.gate = gate
@@ -46,6 +51,8 @@ class TopK(LinearRouter):
             self.ignores = frozenset(("router.gate",))
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
+        if self.jitter and self.training:
+            x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
         logits = self.logits(x)
         return self.choose(self.add_noise(logits, context.knobs), logits, context)
 

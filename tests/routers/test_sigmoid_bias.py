@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import mpmath
 import pytest
 import torch
 from torch import nn
@@ -50,6 +51,24 @@ def test_the_bias_changes_the_selection_but_not_the_gates() -> None:
 def test_normalized_gates_sum_to_one_except_with_k_1() -> None:
     torch.testing.assert_close(make(k=3)(torch.randn(T, D), context()).weight.view(T, 3).sum(-1), torch.ones(T))
     assert (make(k=1)(torch.randn(T, D), context()).weight < 1).all()
+
+
+def test_scores_can_be_roots_of_softplus_as_in_deepseek_v4() -> None:
+    """The reference computes ln(1 + exp(z)) with 60 digits, also where exp(z) is 0 in fp32, and above 17."""
+    router = make(k=2, scores="sqrt_softplus", scale=1.5)
+    router.bias.copy_(torch.linspace(-0.2, 0.2, E))
+    for size in (1.0, 30.0, 300.0):
+        x = size * torch.randn(T, D, generator=torch.Generator().manual_seed(1))
+        routing = router(x, context())
+        assert routing.logits is not None
+        for t, row in enumerate(routing.logits.tolist()):
+            with mpmath.workdps(60):
+                scores = [mpmath.sqrt(mpmath.log1p(mpmath.exp(z))) for z in row]
+                best = sorted(range(E), key=lambda e: scores[e] + router.bias[e].item(), reverse=True)[:2]
+                gates = [float(1.5 * scores[e] / (scores[best[0]] + scores[best[1]])) for e in best]
+            own = routing.token == t
+            assert routing.expert[own].tolist() == best
+            assert routing.weight[own].tolist() == pytest.approx(gates, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize(

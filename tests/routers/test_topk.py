@@ -113,3 +113,23 @@ def test_a_temperature_must_be_positive_and_finite(temp: float) -> None:
 def test_k_must_be_between_1_and_the_number_of_experts(k: int) -> None:
     with pytest.raises(ConfigError, match=rf"router\.k={k}: must be between 1 and model\.num_experts=8"):
         TopK(D, E, k=k)
+
+
+def test_jitter_multiplies_what_the_router_reads_in_training_alone() -> None:
+    """With W = 1 on the diagonal and x = 1, the logits are the random factors: uniform on 1 +- 0.1."""
+    router = TopK(4, 4, k=1, jitter=0.1)
+    router.weight.data.copy_(torch.eye(4))
+    x = torch.ones(5000, 4)
+    context = Context(torch.zeros(1, 5000, dtype=torch.long), Knobs.of())
+    factors = router(x, context).logits
+    assert factors is not None
+    assert 0.9 <= factors.min() < 0.901
+    assert 1.099 < factors.max() <= 1.1
+    assert abs(factors.mean() - 1) < 5 * 0.1 / 3**0.5 / 20000**0.5
+    assert (x == 1).all()
+    assert torch.equal(router.eval()(x, context).logits, x)
+
+
+def test_a_jitter_that_could_turn_numbers_around_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^router.jitter=1.0: must be at least 0, below 1$"):
+        TopK(4, 4, jitter=1.0)
