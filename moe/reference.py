@@ -14,10 +14,11 @@ from pkgutil import resolve_name
 from typing import Any
 
 from moe.config import meanings
-from moe.config.classes import locate
+from moe.config.classes import build, locate
 from moe.config.options import options
 from moe.files import write_text
 from moe.launch.help import option_comments, option_values, usual_options, usual_values, value_text
+from moe.routers.base import Router
 
 GENERATED = "Generated from the code by `python -m moe.reference --write`; a test compares."
 API = f"""\
@@ -52,6 +53,15 @@ token do not depend on later tokens. Numbers such as [2101.03961](https://arxiv.
 [extending.md](extending.md) shows how to add a router.
 
 """
+SIZES = """
+## Sizes
+
+For one layer with `model.dim={dim}` and `model.num_experts={experts}`, and the values of the keys below. *Parameters*
+learn by gradient. *State* is what a saved model has beside them: numbers that are fixed, or that the router learns in
+another way. FLOPs are those of the forward pass, without experts: 2 for each number in a matrix that multiplies
+tokens, and those for mixing tokens.
+
+"""
 EMPTY = "''"  # a text without a letter, as it is written in a yaml file
 
 
@@ -78,21 +88,40 @@ def configuration_page() -> str:
 
 
 def routers_page() -> str:
-    """Return docs/routers.md: what each router does, whether it is causal, its papers and its keys."""
-    rows, sections = [], ""
+    """Return docs/routers.md: what each router does, whether it is causal, its size, its papers and its keys."""
+    rows, sizes, sections = [], [], ""
+    usual = usual_values()
+    dim, experts = usual["model.dim"], usual["model.num_experts"]
     for name in options("router"):
         comments = option_comments("router", name)
         purpose, causal = re.split(", (?=(?:not )?causal)", _papers(comments[0]), maxsplit=1)
         values, targets = option_values("router", name)
         rows.append([f"[{name}](#{name})", purpose, causal])
+        spec = {key.removeprefix("router."): value for key, value in values.items()}
+        router = build({"_target_": targets["router"], **spec}, "router", dim, experts)
+        sizes.append([f"[{name}](#{name})", *router_size(router)])
         equations = "".join(f"`{line}`\n\n" for line in comments[1:])
         sections += f"\n## {name}\n\n{purpose}. This router is {causal}.\n\n{equations}"
         sections += f"{_papers(_without_settings(locate(targets['router'], 'router', trusted=True)))}\n\n"
         sections += f"Class: `{targets['router']}`.\n\n{_keys(values, targets)}"
-    return ROUTERS + _table(["router", "what it does", "causal"], rows) + sections
+    head = ["router", "experts per token", "parameters", "state", "FLOPs per token"]
+    table = _table(["router", "what it does", "causal"], rows)
+    return ROUTERS + table + SIZES.format(dim=dim, experts=experts) + _table(head, sizes) + sections
 
 
 PAGES = {"api.md": api_page, "configuration.md": configuration_page, "routers.md": routers_page}
+
+
+def router_size(router: Router) -> list[str]:
+    """Return the cells of a router in the table of sizes, behind its name."""
+    number = "varies" if router.fixed_k is None else str(router.fixed_k)
+    if len(router.chain) > 1:
+        number += f" in each of {len(router.chain)} iterations"
+    parameters = sum(p.numel() for p in router.parameters())
+    state = sum(tensor.numel() for tensor in router.state_dict().values()) - parameters
+    matrices = [tensor for tensor in router.state_dict().values() if tensor.ndim > 1 and tensor.is_floating_point()]
+    flops = 2 * sum(matrix.numel() for matrix in matrices) + router.mixing_flops()
+    return [number, f"{parameters:,}", f"{state:,}", f"{flops:,}"]
 
 
 def _described(name: str) -> Iterator[str]:

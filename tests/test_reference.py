@@ -14,7 +14,14 @@ import pytest
 import moe
 from moe.config.meanings import all_keys
 from moe.config.options import GROUPS, options
-from moe.reference import PAGES
+from moe.reference import PAGES, router_size
+from moe.routers.base import Router
+from moe.routers.chain_of_experts import ChainOfExperts
+from moe.routers.hash import Hash
+from moe.routers.mlp import MLPRouter
+from moe.routers.random import Random
+from moe.routers.sigmoid_bias import SigmoidBias
+from moe.routers.topk import TopK
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -104,3 +111,18 @@ def test_the_site_is_not_built_with_a_broken_link(tmp_path: Path, link: str) -> 
     done = build(source, tmp_path / "site")
     assert done.returncode != 0
     assert "nowhere" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("router", "expected"),
+    [
+        (TopK(10, 4, k=3), ["3", "40", "0", "80"]),
+        (MLPRouter(10, 4, hidden=7), ["2", f"{7 * 14}", "0", f"{2 * 7 * 14}"]),
+        (SigmoidBias(10, 4), ["2", "40", "4", "80"]),  # a bias for each expert
+        (Random(10, 4, k=1), ["1", "0", "40", "80"]),
+        (Hash(10, 4, vocab_size=50), ["2", "0", "100", "0"]),  # looking up costs nothing
+        (ChainOfExperts(10, 4, iterations=3, k=1), ["1 in each of 3 iterations", "120", "0", "240"]),
+    ],
+)
+def test_the_size_of_a_router_is_that_of_its_matrices(router: Router, expected: list[str]) -> None:
+    assert router_size(router) == expected

@@ -21,8 +21,8 @@ class TopK(LinearRouter):
             the router no gradient, so k=1 always uses p itself.
         softmax_all: p itself.
         uniform: 1/k in the forward pass; the gradient is that of p (straight through).
-    jitter: in training, each number that the router reads is multiplied by a random one, uniform on 1 +- jitter (0.01 in
-        Switch). Experts read the numbers themselves. Unlike the knob `noise`, it is in proportion to the input.
+    jitter: in training, each number that the router reads is multiplied by a random one, uniform on 1 +- jitter
+        (0.01 in Switch). Experts read the numbers themselves. Unlike the knob `noise`, it is in proportion to them.
     after_drops: if a token loses experts to a capacity limit, renormalize its weights to sum 1 over those it keeps.
     """
 
