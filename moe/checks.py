@@ -4,11 +4,23 @@ import difflib
 import inspect
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import is_dataclass
 from functools import cache
 from types import UnionType
-from typing import Any, ClassVar, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints, is_typeddict
+from typing import (
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 
 T = TypeVar("T")
 
@@ -112,23 +124,42 @@ def _field_types(kind: Any) -> dict[str, Any]:
     return {name: annotation for name, annotation in types.items() if get_origin(annotation) is not ClassVar}
 
 
+class _Kinds(NamedTuple):
+    """What an annotation allows.
+
+    options: the members of a union, or the annotation alone. record, listing, mapping: which of them is a record, a
+    list and a dict. simple: those of which every value is fine as it is.
+    """
+
+    options: tuple[Any, ...]
+    record: Any
+    listing: Any
+    mapping: Any
+    simple: frozenset[Any]
+
+
 @cache
-def _options(annotation: Any) -> tuple[tuple[Any, ...], Any, Any, Any]:
-    """Return the members of a union, or the annotation alone, and which of them is a record, a list and a dict."""
+def _kinds(annotation: Any) -> _Kinds:
     options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-    record = next((option for option in options if _is_record(option)), None)
-    listing = next((option for option in options if get_origin(option) is list), list[Any])
-    return options, record, listing, next((option for option in options if get_origin(option) is dict), None)
+    return _Kinds(
+        options,
+        record=next((option for option in options if _is_record(option)), None),
+        listing=next((option for option in options if get_origin(option) is list), list[Any]),
+        mapping=next((option for option in options if get_origin(option) is dict), None),
+        simple=frozenset(options) & {float, str, bool, type(None)},
+    )
 
 
 def _parse_value(annotation: Any, value: object, place: str) -> Any:
-    options, record, listing, mapping = _options(annotation)
+    options, record, listing, mapping, _ = _kinds(annotation)
     if record is not None and not (value is None and type(None) in options):
         return parse(record, value, place)
     if listing != list[Any] and isinstance(value, list):
         return [_parse_value(get_args(listing)[0], item, f"{place}[{number}]") for number, item in enumerate(value)]
     if mapping is not None and isinstance(value, dict):
-        return {key: _parse_value(get_args(mapping)[1], item, _join(place, key)) for key, item in value.items()}
+        each = get_args(mapping)[1]
+        simple = _kinds(each).simple  # most items: their places, which cost time, are then not needed
+        return {k: v if type(v) in simple else _parse_value(each, v, _join(place, k)) for k, v in value.items()}
     if not _fits(value, annotation):
         raise ValueError(f"{place} is {_shorten(value)}: must be {describe(annotation)}")
     if isinstance(value, int) and not isinstance(value, bool) and float in options and int not in options:
@@ -204,24 +235,37 @@ def _nearest(name: str, names: list[str]) -> str:
 
 def _fits(value: object, annotation: Any) -> bool:
     """Return whether a value from yaml or JSON fits the annotation of a parameter or field."""
+    return _test(annotation)(value)
+
+
+@cache
+def _test(annotation: Any) -> Callable[[Any], bool]:
+    """Return the function that says whether a value fits an annotation."""
+    origin, parts = get_origin(annotation), get_args(annotation)
     if annotation is Any:
-        return True
+        return lambda value: True
     if is_typeddict(annotation):
-        return isinstance(value, dict)
-    if get_origin(annotation) is dict:
-        of_keys, of_values = get_args(annotation)
-        return isinstance(value, dict) and all(_fits(k, of_keys) and _fits(v, of_values) for k, v in value.items())
-    if get_origin(annotation) is Literal:
-        return value in get_args(annotation)
-    if get_origin(annotation) in (list, tuple, Sequence):  # yaml has lists only
-        return isinstance(value, list) and all(_fits(item, get_args(annotation)[0]) for item in value)
-    if get_origin(annotation) in (Union, UnionType):
-        return any(_fits(value, option) for option in get_args(annotation))
-    if annotation in (int, float):  # a whole number is a float too, but True is no number
-        if isinstance(value, int):
-            return not isinstance(value, bool) and abs(value) < 2**1023  # a larger integer cannot become a float
-        return annotation is float and isinstance(value, float)
-    return isinstance(value, annotation) if isinstance(annotation, type) else value is annotation
+        return lambda value: isinstance(value, dict)
+    if origin is Literal:
+        return lambda value: value in parts
+    if annotation is int:
+        return _is_whole
+    if annotation is float:  # a whole number is a float too
+        return lambda value: isinstance(value, float) or _is_whole(value)
+    tests = [_test(part) for part in parts if part is not ...]
+    if origin is dict:
+        of_keys, of_values = tests
+        return lambda value: isinstance(value, dict) and all(of_keys(k) and of_values(v) for k, v in value.items())
+    if origin in (list, tuple, Sequence):  # yaml has lists only
+        return lambda value: isinstance(value, list) and all(map(tests[0], value))
+    if origin in (Union, UnionType):
+        return lambda value: any(test(value) for test in tests)
+    return lambda value: isinstance(value, annotation) if isinstance(annotation, type) else value is annotation
+
+
+def _is_whole(value: object) -> bool:
+    """Return whether a value is an integer that can become a float. True is no number."""
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1023
 
 
 def describe(annotation: Any) -> str:

@@ -25,7 +25,7 @@ def iterate_events(path: Path) -> Iterator[dict[str, Any] | None]:
                 event = orjson.loads(line)
             except ValueError:
                 event = _with_nonfinite(line)
-            yield event if isinstance(event, dict) and {"kind", "step"} <= event.keys() and _is_event(event) else None
+            yield event if isinstance(event, dict) and _is_event(event) else None
 
 
 def _with_nonfinite(line: bytes) -> Any:
@@ -37,7 +37,7 @@ def _with_nonfinite(line: bytes) -> Any:
 
 
 def _is_event(event: dict[str, Any]) -> bool:
-    return isinstance(event["kind"], str) and type(event["step"]) is int
+    return isinstance(event.get("kind"), str) and type(event.get("step")) is int
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
