@@ -18,9 +18,9 @@ YAMLS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((CONF / 
 # What these do in evaluation is no rule: a number of experts that varies, or scores that are not linear.
 WITHOUT_RULE = set(
     """
-    balanced_random chain_of_experts cosine default_moe document_pool document_pool_causal dtop_p expert_choice
-    expert_threshold frozen hash latent_prototypes mlp moe_plus_plus null_experts oracle relu running_means
-    shuffled_oracle soft_moe spectra top_p
+    balanced_random chain_of_experts cosine default_moe document_pool document_pool_causal dtop_p
+    expert_choice expert_threshold frozen hash latent_prototypes mlp moe_plus_plus null_experts oracle relu
+    running_means shuffled_oracle soft_moe spectra top_p
     """.split()
 )
 SETTINGS: list[tuple[str, dict[str, Any]]] = [

@@ -19,9 +19,9 @@ from moe.launch.run import run
 from moe.metrics.__main__ import page
 from moe.metrics.catalog import ENTRIES, METRICS, ROUTING_METRICS, lookup, select
 from moe.metrics.metric import GROUPS, SHOWN, VARIANTS, WRITTEN, Metric
-from moe.routing.decision import Context, Knobs
 from moe.routing.loss_table import LOSSES, ROUTER_LOSSES
 from moe.runs.events import read_events
+from moe.testing import context
 
 LAYERS, DOMAINS = 2, ("early", "late")  # of the small runs that tests train
 FORMS = {
@@ -70,8 +70,7 @@ def losses_by_router() -> dict[str, set[str]]:
     for path in sorted((CONF / "router").glob("*.yaml")):
         router = next(iter(build(yaml.safe_load(path.read_text()), "router", 16, 8).chain))
         router.initialize(0.02)
-        context = Context(torch.zeros(2, 8, dtype=torch.long), Knobs.of())
-        found[path.stem] = set(router(torch.randn(16, 16), context).aux)
+        found[path.stem] = set(router(torch.randn(16, 16), context(torch.zeros(2, 8, dtype=torch.long))).aux)
     return found
 
 
