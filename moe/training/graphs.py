@@ -1,13 +1,14 @@
 """Start all kernels of a forward and backward pass on a GPU at once, with CUDA graphs.
 
 The host needs longer to start a small kernel than the GPU needs to run it. A graph records the kernels of a pass, with
-the addresses of all tensors, and starts them together. The numbers are bitwise those of the pass without a graph, also
-random ones: a graph draws them from the generator of the device, whose seed each micro-batch sets.
+the addresses of all tensors, and starts them together. The kernels are those of the pass without a graph. Random
+numbers are too: a graph draws them from the generator of the device, whose seed each micro-batch sets.
 """
 
 import itertools
 import logging
 import traceback
+import warnings
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
@@ -128,7 +129,8 @@ def obstacle(run: Callable[[], object]) -> str | None:
     A graph would repeat what the host has read from the GPU, and the random numbers that it has drawn by itself.
     """
     before = torch.get_rng_state()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings(action="ignore"):  # PyTorch calls this mode a prototype
+        torch.cuda.set_sync_debug_mode("error")
     try:
         run()
     except RuntimeError as error:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from moe.config.schema import Config
 from moe.routing.decision import Knobs
 from moe.routing.loss_table import COSTLY
 from moe.training.objective import Outcome, total_loss
@@ -49,11 +50,15 @@ class PassResult(NamedTuple):
     load: Shaped[Tensor, "L C E"] | None
 
 
+def layer_settings(config: Config) -> dict[str, Any]:
+    """Return the arguments of `MoEForCausalLM.forward` that hold for all passes of a run."""
+    costly = frozenset(key for key in COSTLY if getattr(config, key))
+    return {"capacity": config.capacity, "drop": config.drop, "costly": costly}
+
+
 def forward_backward(training: Training, inputs: PassInput, weights: LossWeights) -> PassResult:
     """Add the gradients of one micro-batch to those of the parameters, and return its losses and routing sums."""
     config, accelerator = training.config, training.accelerator
-    settings: dict[str, Any] = {"capacity": config.capacity, "drop": config.drop}
-    settings["costly"] = frozenset(key for key in COSTLY if getattr(config, key))
     output = training.forward(
         input_ids=inputs.ids,
         labels=inputs.labels,
@@ -61,7 +66,7 @@ def forward_backward(training: Training, inputs: PassInput, weights: LossWeights
         told=inputs.told,
         knobs=Knobs(inputs.temperature, inputs.noise),
         load=inputs.load,
-        **settings,
+        **layer_settings(config),
     )
     loss = total_loss(config, weights.routers, output, weight=weights.labels, beside_weights=weights.beside)
     # The gradient is then the mean over this rank's micro-batches. DDP and FSDP average it over the ranks.

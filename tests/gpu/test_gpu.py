@@ -27,6 +27,7 @@ from moe.routing.decision import Knobs, TrainingText
 from moe.runs.signals import Interrupted
 from moe.training.graphs import MOST
 from moe.training.objective import total_loss
+from moe.training.passes import layer_settings
 from moe.training.setup import Training, build_model, prepare_data, set_up, token_counts
 from moe.training.step import micro_batches, train_step
 
@@ -49,10 +50,8 @@ def first_pass(config: Config, device: str) -> tuple[float, dict[str, Tensor], d
     model.eval()
     blocks = micro_batches(config, data, 0)[0].to(model.device)
     inputs = blocks.inputs | {"labels": blocks.labels}
-    limits: dict[str, Any] = {"capacity": config.capacity, "drop": config.drop}
-    limits["orthogonality"] = config.output_orthogonality > 0
     with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bf16"):
-        output = model(**inputs, **limits, knobs=Knobs.of(device=model.device))
+        output = model(**inputs, **layer_settings(config), knobs=Knobs.of(device=model.device))
         loss = total_loss(config, [layer.router.loss_weights for layer in model.moe_layers], output)
     loss.backward()
     gradients = {name: p.grad.float().cpu() for name, p in model.named_parameters() if p.grad is not None}
@@ -288,7 +287,7 @@ def test_recorded_passes_compute_bitwise_the_same_as_others(router: str, cell: C
 
 @pytest.mark.parametrize("words", [["capacity=1.0"], ["precision=fp32"], ["output_orthogonality=0.1"]])
 def test_a_pass_in_which_the_host_waits_runs_without_a_graph(words: list[str], cell: Cells) -> None:
-    training = set_up(cell(*ALIGNED, "precision=bf16", *words).config)
+    training = set_up(cell(*ALIGNED, "cuda_graph=true", "precision=bf16", *words).config)
     train_step(training, 0)
     assert training.graphs is not None
     assert "waits for the GPU in" in training.graphs.used()["cuda_graph"]
@@ -296,7 +295,7 @@ def test_a_pass_in_which_the_host_waits_runs_without_a_graph(words: list[str], c
 
 
 def test_a_moved_weight_is_recorded_anew_and_too_many_changes_end_recording(cell: Cells) -> None:
-    training = set_up(cell(*ALIGNED, "precision=bf16").config)
+    training = set_up(cell(*ALIGNED, "cuda_graph=true", "precision=bf16").config)
     graphs = training.graphs
     assert graphs is not None
     moved, places = training.model.moe_layers[0].experts.up, []
