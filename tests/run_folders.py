@@ -32,6 +32,7 @@ FACTS = {
     "process": {"threads": 1},
     "ranks": {"number": 1, "layout": "single"},
     "experts_kernel": "loop",
+    "loss_kernel": "chunks",
     "data": {},
 }
 

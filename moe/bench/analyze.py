@@ -139,6 +139,7 @@ def made_up_record(folder: Path, router: str, capacity: float | None, seed: int)
         process={},
         ranks=Ranks(number=1, layout="single"),
         experts_kernel="loop",
+        loss_kernel="chunks",
         data={"corpus_sha256": "0" * 64, "domains": domains},
     )
     return RunRecord(

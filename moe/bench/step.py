@@ -179,13 +179,14 @@ def bare_step(model: nn.Module, config: Config) -> Callable[[], None]:
     """
     optimizers = build_optimizers(model, config.optimizer)
     model.train()
+    ours = {"loss_only": True} if isinstance(model, MoEForCausalLM) else {}
 
     def run() -> None:
         for optimizer in optimizers:
             optimizer.zero_grad()
         ids = _random_ids(model, config)
         with torch.autocast(timed_device().type, torch.bfloat16, enabled=config.precision == "bf16"):
-            output = model(input_ids=ids, labels=ids)
+            output = model(input_ids=ids, labels=ids, **ours)
         balance = output.aux["load_balance"].sum() if getattr(output, "aux", None) else 0.0
         (output.loss + config.lb * balance).backward()
         for optimizer in optimizers:

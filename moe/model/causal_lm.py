@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
@@ -26,6 +25,7 @@ from moe.model.experts import Experts
 from moe.model.imported import ImportedModel
 from moe.model.layer import LayerOutput, MoELayer
 from moe.model.routed import CACHE, MoEPreTrainedModel, RoutedModel
+from moe.model.vocabulary_loss import cross_entropy, linear_cross_entropy
 from moe.routing.decision import Knobs, Routing
 from moe.routing.stats import RoutingStats
 
@@ -145,6 +145,16 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         found = [module for layer in self.moe_layers for module in layer.modules() if isinstance(module, Experts)]
         return found[0].kernel(dtype) if found else None
 
+    def loss_kernel(self) -> str:
+        """Return how `loss_only` computes the loss.
+
+        chunks: with `linear_cross_entropy`, on a CPU. docs/benchmarks.md has the measurements.
+        whole: from all logits at once. Imported models make them themselves, and an adapter may change the output
+            matrix.
+        """
+        plain = self.config.imported is None and type(self.lm_head) is nn.Linear
+        return "chunks" if plain and self.device.type == "cpu" else "whole"
+
     def forward(
         self,
         input_ids: Int[Tensor, "B S"] | None = None,
@@ -157,6 +167,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         load: Shaped[Tensor, "L C E"] | None = None,
         costly: frozenset[str] = frozenset(),
         compared: Int[Tensor, "N"] | None = None,
+        loss_only: bool = False,
         attention_mask: Tensor | None = None,
         position_ids: Int[Tensor, "#B S"] | None = None,
         cache: Cache | None = None,
@@ -175,6 +186,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         labels: token ids, not shifted, with IGNORED where nothing is predicted. None: no loss.
         knobs: default to the temperature and noise of the model's configuration.
         capacity, drop, told, costly, compared: see `moe.routing.decision.Context`.
+        loss_only: return no logits where the loss can do without them, see `loss_kernel`.
         load: as in `Context`, for each MoE layer. It is the sum of `MoEOutput.load` over earlier micro-batches.
         attention_mask: (B, S), or (B, tokens in the cache + S), 0 for padding. Padding is no token: it is not attended
             to and not routed, takes no capacity, and counts in no loss and no metric.
@@ -205,6 +217,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         """
         if labels is not None and (not isinstance(logits_to_keep, int) or logits_to_keep):
             raise ConfigError("logits_to_keep: must be 0 with labels, because the loss needs all logits")
+        in_chunks = loss_only and labels is not None and self.loss_kernel() == "chunks"
         hidden = self.model(
             input_ids,
             knobs=knobs,
@@ -227,7 +240,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             return_dict=True,
         )
         logits = hidden.logits
-        if logits is None:
+        if logits is None and not in_chunks:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden.last_hidden_state[:, kept])
         routed = _routing_fields(hidden.layers or [])
@@ -235,7 +248,14 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             routed["aux_loss"] = routed["aux"]["load_balance"].mean()
         loss = None
         if labels is not None:
-            loss = _cross_entropy(logits, labels, attention_mask, counted=num_items_in_batch is not None)
+            targets = _targets(labels, attention_mask)
+            if in_chunks:
+                loss = linear_cross_entropy(hidden.last_hidden_state, self.lm_head.weight, targets)
+            else:
+                loss = cross_entropy(logits, targets)
+            # Counted losses are 0 without labels, instead of nan, because their share below is 0.
+            labeled = targets.ne(IGNORED).sum()
+            loss = loss / (labeled if num_items_in_batch is None else labeled.clamp(min=1))
             if "aux_loss" in routed:
                 loss = loss + self.config.router_aux_loss_coef * routed["aux_loss"]
             if num_items_in_batch is not None:
@@ -246,23 +266,15 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         return output if as_object else output.to_tuple()
 
 
-def _cross_entropy(
-    logits: Float[Tensor, "B S V"], labels: Int[Tensor, "B S"], attention_mask: Tensor | None, *, counted: bool
-) -> Float[Tensor, ""]:
-    """Return the mean loss of the labels. Padding predicts nothing and is not predicted.
+def _targets(labels: Int[Tensor, "B S"], attention_mask: Tensor | None) -> Int[Tensor, "B S"]:
+    """Return what each position has to predict. Padding predicts nothing and is not predicted.
 
     attention_mask: as in `MoEForCausalLM.forward`, where its shape was checked.
-    counted: the loss is 0 without labels, instead of nan, because it will be weighted by their number.
     """
-    padding = torch.zeros_like(labels, dtype=torch.bool)
-    if attention_mask is not None:
-        padding = attention_mask[:, -labels.shape[1] :] == 0
-    targets = next_token(labels.masked_fill(padding, IGNORED)).masked_fill(padding, IGNORED).flatten()
-    rows = logits.float().flatten(0, 1)
-    if not counted:
-        return F.cross_entropy(rows, targets, ignore_index=IGNORED)
-    total = F.cross_entropy(rows, targets, ignore_index=IGNORED, reduction="sum")
-    return total / targets.ne(IGNORED).sum().clamp(min=1)
+    if attention_mask is None:
+        return next_token(labels)
+    padding = attention_mask[:, -labels.shape[1] :] == 0
+    return next_token(labels.masked_fill(padding, IGNORED)).masked_fill(padding, IGNORED)
 
 
 def _routing_fields(layers: list[LayerOutput]) -> dict[str, Any]:

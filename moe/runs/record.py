@@ -59,8 +59,8 @@ class RunFacts(NamedTuple):
 
     flops_per_token: of a forward pass. seconds: time that the run was active after set-up, added over all its sessions;
     train_seconds: without evaluation and saving. peak_memory_gb: in 1e9 bytes, null if unknown. process: thread and
-    memory settings. experts_kernel: null for a model without experts. data: the manifest of the data, see
-    `moe.data.blocks.Prepared`.
+    memory settings. experts_kernel: null for a model without experts. loss_kernel: how the loss over the
+    vocabulary is computed. data: the manifest of the data, see `moe.data.blocks.Prepared`.
     """
 
     parameters: Parameters
@@ -72,6 +72,7 @@ class RunFacts(NamedTuple):
     process: dict[str, Any]
     ranks: Ranks
     experts_kernel: str | None
+    loss_kernel: str
     data: dict[str, Any]
 
 

@@ -38,6 +38,7 @@ FACTS = RunFacts(
     process={"threads": 1},
     ranks=Ranks(number=1, layout="single"),
     experts_kernel="loop",
+    loss_kernel="chunks",
     data={"key": "k", "files": {"a": "b"}},
 )
 RUN = RunRecord(

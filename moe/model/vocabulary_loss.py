@@ -1,0 +1,88 @@
+"""The loss over the vocabulary, with or without all logits in memory at once."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moe.data.labels import IGNORED
+
+ROWS = 256  # of a chunk: its logits stay in the cache of a processor, and its products are still large
+
+
+def cross_entropy(logits: Float[Tensor, "*B V"], targets: Int[Tensor, "*B"]) -> Float[Tensor, ""]:
+    """Return the summed cross-entropy in nats of the rows whose target is not IGNORED."""
+    rows = logits.float().flatten(0, -2)
+    return F.cross_entropy(rows, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def linear_cross_entropy(
+    x: Float[Tensor, "*B D"], weight: Float[Tensor, "V D"], targets: Int[Tensor, "*B"]
+) -> Float[Tensor, ""]:
+    """Return `cross_entropy(F.linear(x, weight), targets)`, computed in chunks of rows.
+
+    The gradients are computed in the forward pass, from the logits of a chunk while they are there. So there are never
+    logits, or gradients of logits, of more than one chunk. Products have the type of `F.linear` under autocast, all
+    else is in fp32 (or fp64). Only the first derivative exists.
+    """
+    if not torch.is_grad_enabled():
+        x, weight = x.detach(), weight.detach()
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    total: Tensor = _LinearCrossEntropy.apply(x.flatten(0, -2), weight, targets.flatten())
+    return total
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """With e = exp(logits - their maximum) and z = sum of e, the gradient of a row's logits is (e - z [target]) / z.
+
+    The division by z is left to the D columns of the products, because there are fewer of them than logits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Float[Tensor, "T D"], weight: Float[Tensor, "V D"], targets: Int[Tensor, "T"]) -> Tensor:
+        exact = torch.promote_types(x.dtype, torch.float32)
+        of_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        of_weight = torch.zeros_like(weight, dtype=exact) if ctx.needs_input_grad[1] else None
+        total = torch.zeros((), dtype=exact, device=x.device)
+        with torch.autocast(x.device.type, enabled=False):
+            for first in range(0, len(x), ROWS):
+                rows = x[first : first + ROWS]
+                target = targets[first : first + ROWS, None]
+                counts = target != IGNORED
+                index = target.clamp(min=0)
+                logits = (rows @ weight.mT).to(exact)
+                top, at_target = logits.amax(1, keepdim=True), logits.gather(1, index)
+                e = logits.sub_(top).exp_()
+                z = e.sum(1, keepdim=True)
+                total += (z.log() + top - at_target).masked_fill(~counts, 0.0).sum()
+                gradient = e.scatter_add_(1, index, -z).to(x.dtype)
+                scale = counts / z
+                if of_x is not None:
+                    of_x[first : first + ROWS] = (gradient @ weight) * scale
+                if of_weight is not None:
+                    _add_product(of_weight, gradient.mT, (rows * scale).to(x.dtype))
+        ctx.save_for_backward(of_x, of_weight)
+        ctx.dtype = weight.dtype
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Float[Tensor, ""]) -> tuple[Tensor | None, ...]:
+        of_x, of_weight = ctx.saved_tensors
+        return (
+            None if of_x is None else of_x * upstream.to(of_x.dtype),
+            None if of_weight is None else (of_weight * upstream).to(ctx.dtype),
+            None,
+        )
+
+
+def _add_product(total: Float[Tensor, "N M"], a: Float[Tensor, "N R"], b: Float[Tensor, "R M"]) -> None:
+    """Add a b to `total`, which has a longer type than a and b if these are of 16 bits."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
