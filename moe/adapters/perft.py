@@ -117,9 +117,9 @@ class Routed(_Perft):
             names = {"router.": "adapter.router.", "model.num_experts": "adapter.adapters"}
             raise renamed(error, names) from error
         alone = router.decides_alone and not router.uses_ids and not router.told
-        fits = alone and not router.mixing_flops()
+        fits = alone and not router.mixing_flops() and not router.adds_output
         name = f"{type(router).__module__}.{type(router).__qualname__}"
-        allowed = "a router that decides for each token by its hidden state alone"
+        allowed = "a router that in evaluation decides for each token by its hidden state alone, and adds no output"
         require(fits, "adapter.router._target_", name, allowed)
         return router
 

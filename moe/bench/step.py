@@ -142,6 +142,7 @@ def step_variants(config: Config) -> list[Variant]:
     return [
         ("dense", bare_step(_model(dense), config)),
         ("MoE, bare loop", bare_step(moe_model, config)),
+        ("MoE, bare loop, all logits at once", bare_step(moe_model, config, all_logits=True)),
         ("Mixtral, grouped_mm, bare loop", bare_step(mixtral, config)),
     ]
 
@@ -172,14 +173,16 @@ def part_variants(config: Config, events: EventLog) -> list[Variant]:
     ]
 
 
-def bare_step(model: nn.Module, config: Config) -> Callable[[], None]:
+def bare_step(model: nn.Module, config: Config, *, all_logits: bool = False) -> Callable[[], None]:
     """Return a function that runs forward, backward and optimizers, with the load-balancing loss if the model has one.
+
+    all_logits: the loss is that of all logits at once, even if the model would compute it in chunks in training.
 
     Gradients stay until the next call.
     """
     optimizers = build_optimizers(model, config.optimizer)
     model.train()
-    ours = {"loss_only": True} if isinstance(model, MoEForCausalLM) else {}
+    ours = {"loss_only": not all_logits} if isinstance(model, MoEForCausalLM) else {}
 
     def run() -> None:
         for optimizer in optimizers:

@@ -20,6 +20,7 @@ from moe.launch.hydra_errors import FAULTS, cause_of
 from moe.launch.option_files import check_option_files, keys_of, require_content
 from moe.launch.overrides import is_group, lines_of, parse_override
 
+MOST_OPTIONS = 5  # that a line of an error names
 EXAMPLES = {"data.source.paths": "[notes/*.txt]"}  # values of keys that have no default
 CLAIM = (  # an example, whole, because a claim has several keys without a default
     "claims=[{text: Noise raises the loss, metric: val/loss, factor: noise, levels: [0.5], than: [0.0], kind: higher}]"
@@ -91,7 +92,8 @@ def _unknown_key(key: str, known: Iterable[str], choices: dict[str, str | None])
     elif not name.startswith("source.") or (meant and meant.startswith(f"{key},")):
         meant = None if having else meant
     if having:
-        elsewhere = f"{', '.join(having)} {'has' if len(having) == 1 else 'have'} it"
+        shown = having if len(having) <= MOST_OPTIONS else [*having[:MOST_OPTIONS], f"and {len(having)} in all"]
+        elsewhere = f"{', '.join(shown)} {'has' if len(having) == 1 else 'have'} it"
         return ConfigError(f"{owner} has no key {name}; {elsewhere}{f'; or write {meant}' if meant else ''}")
     if meant and (meant.startswith(f"{group}.") or name not in keys_of(group, str(choices[group]))):
         return ConfigError(f"unknown key of {owner} '{key}'; write {meant}")

@@ -47,6 +47,7 @@ class Router(nn.Module):
     - `weights_elsewhere = True`: it has no parameters, but an imported model has them, so that they train nevertheless.
     - `learns_from_outputs = True`: the layer sets `Routing.feedback` to the sum of the outputs of each expert (E * D).
       `after_step` then finds it in the sums of the step.
+    - `adds_output = True`: `Routing.added` is not zero before anything is learned, such as a share of the input.
     - `uses_ids = True`: the router reads the token ids in `Context.ids`, and not only their shape.
     - `told`: the labels of `moe.routing.decision.LABELS` that it reads in `Context.told`, such as the domain of a text.
       `__init__` may set it for one instance.
@@ -85,6 +86,7 @@ class Router(nn.Module):
     reads_earlier_tokens: bool = False
     weights_elsewhere: bool = False
     learns_from_outputs: bool = False
+    adds_output: bool = False
     uses_ids: bool = False
     schedulable: bool = False
     told: frozenset[str] = frozenset()

@@ -39,6 +39,8 @@ class MoEPlusPlus(Router):
     balance: weight of the auxiliary loss.
     """
 
+    adds_output = True
+
     def __init__(
         self,
         dim: int,

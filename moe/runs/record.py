@@ -16,7 +16,7 @@ from moe.config.schema import Config, Grid
 from moe.files import read_text, write_json
 from moe.runs.measured import Measured, ValidationLoss, check_shapes
 
-FORMAT = 5  # of all these files; raise it whenever a field is added, removed or changes its meaning
+FORMAT = 6  # of all these files; raise it whenever a field is added, removed or changes its meaning
 
 R = TypeVar("R", bound="_Record")
 Status = Literal["running", "interrupted", "failed", "finished"]

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
+from moe.config.schema import Config
+from moe.config.trainable import Trainable
 from moe.data.chat import end_ids
 from moe.distributed import ranks
 from moe.distributed.sharding import full_state_dict
@@ -48,7 +50,18 @@ def save_adapter(training: Training, target: Path) -> None:
     if not ranks.is_first():
         return
     with _replacing(target) as folder:
-        model.adapter.save(model, weights, folder, base=training.config.model.checkpoint)
+        model.adapter.save(model, weights, folder, base=_base(training.config))
+
+
+def _base(config: Config) -> str | None:
+    """Return the folder (as an absolute path) or the hub name of the model that the adapter changes.
+
+    None if there is no such model, or if more than the adapter trained: loading the two gives another model then.
+    """
+    name = config.model.checkpoint
+    if name is None or config.trains != Trainable.of("adapter"):
+        return None
+    return str(Path(name).absolute()) if Path(name).is_dir() else name
 
 
 @contextmanager

@@ -584,6 +584,20 @@ def test_the_table_of_what_was_run_counts_every_status(tmp_path: Path) -> None:
     assert rows["finished"].sum() == 3
 
 
+def test_what_each_condition_trains_is_shown_if_it_differs(tmp_path: Path) -> None:
+    for seed, noise in product((1, 2, 3), (0.0, 0.1)):
+        write_run(tmp_path / "x" / f"{noise},{seed}", {"val/loss": 1.0}, seed=seed, noise=noise)
+    runs = load_runs([tmp_path])
+    rows: dict[bool, list[list[object]]] = {}
+    for differs in (False, True):
+        runs["parameters.trainable"] = [5_000 if differs and noise else 1_234_567 for noise in runs["noise"]]
+        runs["peak_memory_gb"] = [2.0 * seed for seed in runs["seed"]]
+        tables = [block.frame for block in what_was_run(collect_inputs(runs)[0]) if isinstance(block, TableBlock)]
+        shown = [table for table in tables if "trained parameters" in table]
+        rows[differs] = [row for table in shown for row in table.iloc[:, :3].to_numpy().tolist()]
+    assert rows == {False: [], True: [["noise=0.0", "1,234,567", 4.0], ["noise=0.1", "5,000", 4.0]]}
+
+
 @pytest.mark.parametrize("level", [math.nan, math.inf, "nan"])
 def test_a_level_that_is_no_finite_number_is_a_level_like_others(level: float | str, tmp_path: Path) -> None:
     for seed, noise in product((1, 2, 3), (0.0, level)):

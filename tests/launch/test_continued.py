@@ -106,6 +106,17 @@ def test_parts_and_adapters_train_on_it_and_a_resume_changes_nothing(words: Any,
     )
 
 
+def test_an_adapter_names_its_base_by_an_absolute_path_and_only_if_nothing_else_trained(
+    read: Read, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(base)
+    for words, named in (((), str(base / "model")), (("trainable=adapter+router",), None)):
+        cell = read("adapter=lora_attention", "model.checkpoint=model", *words, f"out={tmp_path / str(named is None)}")
+        run(cell)
+        saved = json.loads((cell.folder / "adapter/adapter_config.json").read_text())
+        assert saved["base_model_name_or_path"] == named
+
+
 def test_a_router_takes_the_saved_tensors_that_it_has_too(read: Read, base: Path) -> None:
     """The matrix of `sigmoid_bias` has the name and shape of the saved one. `cosine` has others, which start anew."""
     saved, name = weights(base), "model.layers.1.mlp.router.weight"

@@ -85,6 +85,7 @@ def test_a_checkpoint_implies_its_sizes_its_router_and_its_tokenizer(words: list
         "scale": 2.5,
         "groups": 3,
         "top_groups": 2,
+        "scores": "sigmoid",
     }
 
 

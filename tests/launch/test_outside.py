@@ -172,7 +172,10 @@ def test_keys_of_a_class_can_be_swept(lab: Path) -> None:
         ("hydra.searchpath=[pkg://nope.conf]", "^pkg://nope.conf: no package nope$"),
         ("hydra.searchpath=[pkg://]", "^pkg://: the name is missing; must be a folder, file://DIR or pkg://PACKAGE$"),
         ("hydra.searchpath=[http://evil/x]", "^http://evil/x: must be a folder, file://DIR or pkg://PACKAGE$"),
-        ("+router.beta=1", "^unknown key of router 'router.beta'; known: router.after_drops, router.gate, router.k$"),
+        (
+            "+router.beta=1",
+            "^unknown key of router 'router.beta'; known: router.after_drops, router.gate, router.jitter, router.k$",
+        ),
         (
             "+nois=1",
             r"^\+nois=1: keys can be added and deleted only in router, .*, adapter.router; set others as key=",

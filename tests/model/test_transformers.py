@@ -15,10 +15,12 @@ from moe.config.options import CONF
 from moe.config.schema import ModelConfig
 from moe.model.causal_lm import MoEConfig, MoEForCausalLM
 from moe.model.routed import _inputs
+from moe.routing.decision import LABELS
 
 V, S = 97, 16
 ROUTERS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((CONF / "router").glob("*.yaml"))}
 TOPK = ROUTERS["topk"]
+TOLD = torch.zeros(3, len(LABELS), dtype=torch.long)  # the domains of three texts, which only oracles read
 
 
 def make(router: dict[str, Any] = TOPK, **changes: Any) -> MoEForCausalLM:
@@ -53,11 +55,11 @@ def test_a_bf16_model_has_its_router_in_fp32_unchanged_and_runs(name: str, ids: 
                 assert value.dtype == before[key].dtype, key
             else:
                 assert value.dtype == torch.bfloat16, key
-        output = low.train()(ids, ids)
+        output = low.train()(ids, ids, told=TOLD)
         sum([output.loss, *(values.sum() for values in output.aux.values())]).backward()
         assert output.logits.dtype == torch.bfloat16
         assert output.loss.isfinite()
-    assert AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16)(ids, ids).loss.isfinite()
+    assert AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16)(ids, ids, told=TOLD).loss.isfinite()
 
 
 @pytest.mark.parametrize("name", ROUTERS)
@@ -66,8 +68,8 @@ def test_a_model_of_fp64_trains_with_its_router_in_fp64(name: str, ids: torch.Te
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
     model.double()
-    assert torch.equal(loaded(ids).logits, model(ids).logits)
-    output = model.train()(ids, ids)
+    assert torch.equal(loaded(ids, told=TOLD).logits, model(ids, told=TOLD).logits)
+    output = model.train()(ids, ids, told=TOLD)
     sum([output.loss, *(values.sum() for values in output.aux.values())]).backward()
     for number, layer in enumerate(model.moe_layers):
         layer.router.after_step(output.stats.layer(number))
@@ -353,5 +355,7 @@ def test_caches_of_a_fixed_size_and_masks_of_four_dimensions_are_refused_by_name
 )
 def test_every_other_router_generates_the_same_with_and_without_a_cache(name: str, ids: torch.Tensor) -> None:
     model = make(ROUTERS[name])
-    cached, uncached = (model.generate(ids[:1, :5], max_new_tokens=6, use_cache=use) for use in (True, False))
+    cached, uncached = (
+        model.generate(ids[:1, :5], told=TOLD[:1], max_new_tokens=6, use_cache=use) for use in (True, False)
+    )
     assert torch.equal(cached, uncached)
