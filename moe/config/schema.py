@@ -329,9 +329,9 @@ class Config:
         one_of("precision", self.precision, ("fp32", "bf16"))
         one_of("matmul_precision", self.matmul_precision, ("highest", "high", "medium"))
         self.trains.check()
-        if self.adapter and not self.trains.may_train("adapter"):
-            allowed = f"adapter+{self.trainable}, or left out" if "-" not in str(self.trainable) else "left out"
-            require(False, "trainable", self.trainable, f"{allowed}: the adapter would not train, and changes nothing")
+        allowed = "left out" if self.trains.frozen else f"adapter+{self.trainable}, or left out"
+        allowed += ": the adapter would not train, and changes nothing"
+        require(not self.adapter or self.trains.may_train("adapter"), "trainable", self.trainable, allowed)
         self._check_ranks()
         self.model.check()
         self.data.check()

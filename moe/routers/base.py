@@ -318,6 +318,21 @@ def largest(scores: Float[Tensor, "T N"], k: int, *, ties: Float[Tensor, "T N"])
     return order.gather(-1, scores.gather(-1, order).argsort(dim=-1, descending=True, stable=True)[:, :k])
 
 
+def renormalized_top(
+    logits: Float[Tensor, "T E"], k: int
+) -> tuple[Float[Tensor, "T E"], Int[Tensor, "T k"], Float[Tensor, "T k"]]:
+    """Return p = softmax of the logits, the k experts of largest logit, and their gates: p over its sum over them.
+
+    With k=1 the gate is p itself, because it would otherwise be the constant 1.
+    """
+    probs = torch.softmax(logits, -1)
+    expert = logits.topk(k).indices
+    weight = probs.gather(-1, expert)
+    if k > 1:
+        weight = weight / weight.sum(-1, keepdim=True)
+    return probs, expert, weight
+
+
 def check_groups(groups: int, top_groups: int, num_experts: int, k: int) -> None:
     """Raise ConfigError unless E experts form so many equal groups, and k of them are in `top_groups` groups."""
     divides = groups >= 1 and num_experts % groups == 0

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moe.checks import finite, require
-from moe.routers.base import Router
+from moe.routers.base import Router, renormalized_top
 from moe.routing.decision import Context, Routing
 
 MIN_TAU = 0.01
@@ -42,9 +42,5 @@ class CosineRouter(Router):
         cosine = F.linear(direction, F.normalize(self.embedding.to(x.dtype), dim=-1))
         logits = cosine / self.log_tau.to(x.dtype).clamp(min=math.log(MIN_TAU)).exp()
         noisy = self.add_noise(logits, context.knobs)
-        probs = torch.softmax(noisy, -1)
-        expert = noisy.topk(self.k).indices
-        weight = probs.gather(-1, expert)
-        if self.k > 1:
-            weight = weight / weight.sum(-1, keepdim=True)
+        probs, expert, weight = renormalized_top(noisy, self.k)
         return Routing.token_choice(expert, weight, probs=probs, logits=logits)

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moe.checks import finite, require
-from moe.routers.base import Router
+from moe.routers.base import Router, renormalized_top
 from moe.routing.decision import Context, Routing
 
 
@@ -77,11 +77,7 @@ class LatentPrototypes(Router):
         prototypes = F.normalize(self.prototype.to(x.dtype), dim=-1)
         logits = F.linear(F.normalize(code, dim=-1), prototypes)
         noisy = self.add_noise(logits, context.knobs)
-        probs = torch.softmax(noisy, -1)
-        expert = noisy.topk(self.k).indices
-        weight = probs.gather(-1, expert)
-        if self.k > 1:
-            weight = weight / weight.sum(-1, keepdim=True)
+        probs, expert, weight = renormalized_top(noisy, self.k)
         gram = prototypes @ prototypes.T
         aux = {
             "latent_kl": (mean.square() + log_variance.exp() - 1 - log_variance).sum(-1).mean() / 2,
