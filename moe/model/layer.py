@@ -108,6 +108,7 @@ class MoELayer(nn.Module):
             seq_len=slots or seq_len,
             drop=context.drop,
             position=None if slots else position,
+            document=None if slots else context.document,
         )
         rows = self._run_experts(gather(source, dispatched), dispatched.kept)
         y = combine(rows, dispatched, len(source))
@@ -147,7 +148,6 @@ class MoELayer(nn.Module):
             seq_len=seq_len,
             document_position=position,
             sequence=sequence,
-            capacity=context.capacity,
             similarity=similarity,
         )
         return _Pass(y, aux, stats, routing, dispatched.offered)

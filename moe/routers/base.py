@@ -136,7 +136,7 @@ class Router(nn.Module):
         the number of assignments in the micro-batch. The limit is therefore independent of later tokens only if every
         token has the same number of experts. The dropped assignments are independent of later tokens only with the
         policy `position`. Even then they can depend on other sequences of the micro-batch, namely on their tokens at
-        the same or an earlier position. Other documents of a block count as other sequences.
+        the same or an earlier position. Documents that positions mark, such as conversations, do not share the limit.
         """
         return self.causal and (capacity is None or (drop == "position" and self.fixed_k is not None))
 

@@ -55,7 +55,7 @@ class Context(NamedTuple):
 
     ids: token ids. Their shape tells which tokens share a sequence.
     knobs: the current temperature and noise.
-    capacity: the capacity factor. None: dropless.
+    capacity: the capacity factor. None: dropless. Each `document` has places of its own.
     drop: which assignments are dropped under a capacity limit, a key of `moe.routing.dispatch.DROP_POLICIES`.
     told: labels of the sequences that the data know and the tokens do not say, a column for each name in `LABELS`, for
         routers that declare them. None for texts without labels.
@@ -125,6 +125,16 @@ class Context(NamedTuple):
         """Return the label `name` of each routed token, from `told`, which must be given."""
         assert self.told is not None
         return self.routed(self.told[:, LABELS.index(name)].repeat_interleave(self.ids.shape[1]))
+
+    @property
+    def document(self) -> Int[Tensor, "T"] | None:
+        """The number of each token's document in the micro-batch, ascending. None if positions do not mark documents.
+
+        It is also None with padding, which leaves no room for several documents in a sequence.
+        """
+        if self.document_position is None or self.place is not None:
+            return None
+        return (self.document_position.flatten() == 0).cumsum(0) - 1
 
     @property
     def sequence(self) -> Int[Tensor, "T"] | None:

@@ -24,6 +24,7 @@ class Dispatch(NamedTuple):
     token, weight: (R) token index and gate weight. The assignments of expert 0 come first.
     offered, kept: (E) assignments per expert before and after capacity. `offered` is the load.
     by_token: (R) indices that sort these assignments by token.
+    places: how many assignments all experts together accept. None without a limit.
     """
 
     token: Int[Tensor, "R"]
@@ -31,12 +32,13 @@ class Dispatch(NamedTuple):
     offered: Int[Tensor, "E"]
     kept: Int[Tensor, "E"]
     by_token: Int[Tensor, "R"]
+    places: Int[Tensor, ""] | None = None
 
 
 def capacity_per_expert(assignments: int, num_experts: int, capacity: float) -> int:
     """Return the capacity of one expert: ceil(capacity * A / E) assignments, at least 1 (GShard 2006.16668).
 
-    assignments: A, the number of assignments in the micro-batch. capacity: the capacity factor.
+    assignments: A, the number of assignments in the micro-batch, or in one document. capacity: the capacity factor.
     """
     return max(1, math.ceil(capacity * assignments / num_experts))
 
@@ -47,7 +49,7 @@ def order_by_position(routing: Routing, position: Int[Tensor, "A"]) -> Int[Tenso
     Whether a token is dropped then never depends on tokens at later positions. It can depend on tokens of other
     sequences at the same or an earlier position. If two tokens have the same position, the one in the earlier
     sequence comes first, provided that the router lists its assignments token by token. Otherwise the order of the
-    sequences in the micro-batch does not matter, and neither does the order of the documents in a sequence.
+    sequences in the micro-batch does not matter.
     """
     return torch.argsort(position, stable=True)
 
@@ -86,6 +88,7 @@ def dispatch(
     seq_len: int,
     drop: str = "position",
     position: Int[Tensor, "T"] | None = None,
+    document: Int[Tensor, "T"] | None = None,
 ) -> Dispatch:
     """Return the assignments that are carried out, sorted by expert.
 
@@ -93,6 +96,8 @@ def dispatch(
         `drop`. With a limit, this function waits for the device once, to read how many assignments fit. None: all
         assignments are kept, and those of one expert stay in the order in which the router listed them.
     position: position of each token (or slot) in its document, for `drop`. None: t % seq_len.
+    document: `Context.document`. If it is given, each document has places of its own: a share of its assignments. So
+        documents do not displace each other. If None, all tokens share the places of the micro-batch.
 
     If `routing.log_weight` is given, the weights that a token keeps after drops sum to 1 again. Without a limit nothing
     is dropped, and weights stay as they are.
@@ -104,15 +109,37 @@ def dispatch(
         token = token[order]
         return Dispatch(token, weight[order], offered, offered, torch.argsort(token, stable=True))
     queue = DROP_POLICIES[drop](routing, token % seq_len if position is None else position[token])
-    order = queue[torch.argsort(expert[queue], stable=True)]
-    place = torch.arange(len(order), device=order.device) - (offered.cumsum(0) - offered)[expert[order]]
-    limit = capacity_per_expert(len(expert), num_experts, capacity)
-    order = order[place < limit]
+    if document is None:
+        order = queue[torch.argsort(expert[queue], stable=True)]
+        place = torch.arange(len(order), device=order.device) - (offered.cumsum(0) - offered)[expert[order]]
+        limit = capacity_per_expert(len(expert), num_experts, capacity)
+        order, kept, places = order[place < limit], offered.clamp(max=limit), expert.new_full((), num_experts * limit)
+    else:
+        order, places = _fit_documents(expert, document[token], queue, num_experts, capacity)
+        kept = count(expert[order], num_experts)
     token, weight = token[order], weight[order]
     by_token = torch.argsort(token, stable=True)
     if routing.log_weight is not None:
         weight = _softmax_by_token(routing.log_weight[order], token, by_token)
-    return Dispatch(token, weight, offered, offered.clamp(max=limit), by_token)
+    return Dispatch(token, weight, offered, kept, by_token, places)
+
+
+def _fit_documents(
+    expert: Int[Tensor, "A"], document: Int[Tensor, "A"], queue: Int[Tensor, "A"], num_experts: int, capacity: float
+) -> tuple[Int[Tensor, "R"], Int[Tensor, ""]]:
+    """Return the assignments that fit, sorted by expert, if each document has `capacity_per_expert` of its own.
+
+    expert, document: of each assignment. queue: the order in which experts accept assignments. The second result is the
+    number of places in all documents. Waits for the device.
+    """
+    asked = torch.bincount(document)
+    limit = (capacity * asked.double() / num_experts).ceil().long()  # as in `capacity_per_expert`; 0 where none asks
+    group = expert * len(asked) + document
+    order = queue[torch.argsort(group[queue], stable=True)]
+    index = torch.arange(len(order), device=order.device)
+    first = F.pad(group[order].diff() != 0, (1, 0), value=True)[: len(order)]  # of the same expert and document
+    place = index - (index * first).cummax(0).values
+    return order[place < limit[document[order]]], num_experts * limit.sum()
 
 
 def _softmax_by_token(

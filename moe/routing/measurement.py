@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe.routing.decision import Routing, count
-from moe.routing.dispatch import Dispatch, capacity_per_expert
+from moe.routing.dispatch import Dispatch
 from moe.routing.losses import router_entropy
 from moe.routing.stats import DECILES, RoutingStats
 
@@ -22,7 +22,6 @@ def collect_stats(
     seq_len: int | None = None,
     document_position: Int[Tensor, "T"] | None = None,
     sequence: Int[Tensor, "T"] | None = None,
-    capacity: float | None = None,
     similarity: Float[Tensor, "N"] | None = None,
 ) -> RoutingStats:
     """Compute the sums of one layer over one micro-batch of `tokens` tokens.
@@ -34,7 +33,6 @@ def collect_stats(
         `max_violation_sequence` always covers whole sequences, because a single document may be too short to be
         balanced.
     sequence: `Context.sequence`. If it is given, `document_position` must be given too.
-    capacity: capacity factor. None if dropless.
     similarity: mean cosine of the experts' outputs for N of these tokens, from `mean_cosine`.
     """
     experts = len(dispatched.offered)
@@ -47,9 +45,7 @@ def collect_stats(
         assignments=assignments,
         offered=offered,
         kept=dispatched.kept.float(),
-        capacity=nan
-        if capacity is None
-        else nan.new_full((), experts * capacity_per_expert(len(routing.expert), experts, capacity)),
+        capacity=nan if dispatched.places is None else dispatched.places.to(nan.dtype),
         micro_batches=routed,
         max_violation=routed * (offered.amax() * experts / assignments.clamp(min=1) - 1),
         **_choices(routing, dispatched, tokens, seq_len or tokens, document_position, sequence),

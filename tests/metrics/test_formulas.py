@@ -30,9 +30,7 @@ def sums(
 ) -> RoutingStats:
     """Return the sums of one layer, with a leading axis for the layer."""
     dispatched = dispatch(routing, E, capacity=capacity, seq_len=seq_len or tokens)
-    return RoutingStats.stack(
-        [collect_stats(routing, dispatched, tokens, seq_len=seq_len, capacity=capacity, **options)]
-    )
+    return RoutingStats.stack([collect_stats(routing, dispatched, tokens, seq_len=seq_len, **options)])
 
 
 def stats_of(expert: torch.Tensor, probs: torch.Tensor | None = None, **options: Any) -> RoutingStats:
@@ -284,9 +282,7 @@ def test_sums_are_equal_to_those_of_a_loop_over_tokens(capacity: float | None, s
             expected["max_violation_sequence"] += loads.max() / loads.mean() - 1
     positions = (torch.arange(seq_len) % document_len).repeat(T // seq_len)
     document_position = None if document_len == seq_len else positions
-    stats = collect_stats(
-        routing, dispatched, T, seq_len=seq_len, document_position=document_position, capacity=capacity
-    )
+    stats = collect_stats(routing, dispatched, T, seq_len=seq_len, document_position=document_position)
     for name, value in expected.items():
         torch.testing.assert_close(getattr(stats, name), value, msg=lambda text, name=name: f"{name}: {text}")
 

@@ -165,18 +165,26 @@ def test_documents_of_a_block_are_apart_or_refused(model: MoEForCausalLM, ids: T
         return
     changed = ids.clone()
     changed[:, :6] = torch.randint(1, V, (B, 6), generator=torch.Generator().manual_seed(2))
-    one, other = (run(model, block, position_ids=positions[None]).logits[:, 6:] for block in (ids, changed))
-    torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
-    torch.testing.assert_close(one, run(model, ids[:, 6:]).logits, atol=1e-5, rtol=0)
+    for capacity in (None, 0.5):
+        one, other = (
+            run(model, block, position_ids=positions[None], capacity=capacity).logits[:, 6:] for block in (ids, changed)
+        )
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+        alone = run(model, ids[:, 6:], position_ids=positions[None, 6:], capacity=capacity)
+        torch.testing.assert_close(one, alone.logits, atol=1e-5, rtol=0)
 
 
-def test_under_a_capacity_a_packed_document_queues_as_if_it_had_a_sequence_of_its_own() -> None:
-    """The order of the documents in a block does not decide which tokens a full expert drops."""
-    model = make(ROUTERS["topk"]).eval()
-    ids = torch.randint(1, V, (1, 2 * S), generator=torch.Generator().manual_seed(4))
-    positions = torch.arange(S).repeat(2)[None]
-    knobs = Knobs.of()
-    apart = model(ids.view(2, S), capacity=0.5, knobs=knobs)
-    packed = model(ids, position_ids=positions, capacity=0.5, knobs=knobs)
-    torch.testing.assert_close(packed.logits.view(2, S, V), apart.logits, atol=1e-5, rtol=0)
-    assert torch.equal(packed.stats.kept, apart.stats.kept)
+@pytest.mark.parametrize("drop", ["position", "score"])
+def test_under_a_capacity_packed_documents_have_the_places_that_each_has_alone(drop: str) -> None:
+    """It makes no difference for outputs and sums whether documents share a block, a micro-batch, or neither."""
+    model = make(ROUTERS["topk"])
+    ids = torch.randint(1, V, (2, S), generator=torch.Generator().manual_seed(4))
+    positions, settings = torch.arange(S)[None], {"capacity": 0.5, "drop": drop, "knobs": Knobs.of()}
+    packed = model(ids.view(1, 2 * S), position_ids=positions.repeat(1, 2), **settings)
+    alone = [model(text[None], **settings) for text in ids]
+    for same in (packed, model(ids, position_ids=positions, **settings)):
+        logits = torch.cat([one.logits for one in alone])
+        torch.testing.assert_close(same.logits.view(2, S, V), logits, atol=1e-5, rtol=0)
+        for name in ("kept", "capacity", "unrouted"):
+            assert torch.equal(getattr(same.stats, name), sum(getattr(one.stats, name) for one in alone)), name
+    assert 0 < packed.stats.kept.sum() < packed.stats.offered.sum()

@@ -62,6 +62,32 @@ def test_dispatch_keeps_the_assignments_that_a_queue_serves(
     assert all(weights[pair] == w for pair, w in zip(pairs, dispatched.weight, strict=True))
 
 
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    experts=st.integers(1, 6),
+    capacity=st.floats(0.1, 3.0),
+    drop=st.sampled_from(["position", "score"]),
+)
+@settings(max_examples=40, deadline=None)
+def test_with_documents_each_document_is_dispatched_as_if_it_were_alone(
+    lengths: list[int], experts: int, capacity: float, drop: str
+) -> None:
+    parts = [random_routing(length, experts, 1, seed=seed) for seed, length in enumerate(lengths)]
+    first = torch.tensor([0, *lengths]).cumsum(0)
+    fields = ([part.token + start for part, start in zip(parts, first, strict=False)], [part.expert for part in parts])
+    whole = Routing(*map(torch.cat, fields), torch.cat([part.weight for part in parts]), None, None)
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    position = torch.cat([torch.arange(length) for length in lengths])
+    found = dispatch(whole, experts, capacity=capacity, seq_len=1, drop=drop, position=position, document=document)
+    alone = [dispatch(part, experts, capacity=capacity, seq_len=99, drop=drop) for part in parts]
+    expected = [token + start for one, start in zip(alone, first, strict=False) for token in one.token]
+    assert sorted(found.token.tolist()) == sorted(map(int, expected))
+    assert torch.equal(found.kept, sum(one.kept for one in alone))
+    assert found.places == sum(int(one.places) for one in alone if one.places is not None)
+    expert = torch.repeat_interleave(torch.arange(experts), found.kept)
+    assert torch.equal(whole.expert[found.token], expert), "sorted by expert; token t has assignment t"
+
+
 @pytest.mark.parametrize("capacity", [None, 0.5, 1.0])
 def test_gather_and_combine_equal_the_one_hot_einsum(capacity: float | None) -> None:
     tokens, experts, dim = 12, 4, 5
