@@ -1,8 +1,10 @@
 """Check input and report mistakes in one line: the key, its value, what is allowed, and the nearest known name."""
 
+import contextlib
 import difflib
 import inspect
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import is_dataclass
@@ -288,3 +290,12 @@ def describe(annotation: Any) -> str:
         dict: "an object",
         type(None): "null",
     }.get(annotation, str(annotation))
+
+
+def require_path(key: str, path: str) -> None:
+    """Raise ConfigError for a path that cannot be one, or that begins with ~ where there is no home directory."""
+    require(bool(path.strip()) and "\0" not in path, key, path, "a path")
+    require("${" not in path, key, path, "a path without ${")
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        os.lstat(os.path.expanduser(path))  # raises OSError for a name that is too long
+    require(os.path.expanduser(path)[:1] != "~", key, path, "a path; there is no home for ~")

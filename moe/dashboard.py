@@ -13,8 +13,10 @@ import pandas as pd
 import torch
 
 from moe.checks import ConfigError, first_line
+from moe.config.cell import Cell
 from moe.config.classes import build
-from moe.config.schema import Cell, Config, flatten
+from moe.config.keys import flatten
+from moe.config.schema import Config
 from moe.launch import command_line
 from moe.metrics.catalog import lookup, select
 from moe.metrics.metric import Metric

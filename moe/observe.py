@@ -29,7 +29,7 @@ from moe.runs.traces import read_traces
 
 if TYPE_CHECKING:  # these import Hydra or torch, which takes seconds
     from moe.api import Run
-    from moe.config.schema import Cell
+    from moe.config.cell import Cell
 
 RUNS = "runs"  # folder of the run, in --out
 AGREEMENT = "agreement.csv"

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from moe.checks import ConfigError, check_settings, first_line, require, unknown
 from moe.config.classes import locate
+from moe.config.keys import OFF
 from moe.config.options import use
-from moe.config.schema import OFF, Config
+from moe.config.schema import Config
 from moe.model.causal_lm import MoEOutput
 from moe.model.experts import Experts
 from moe.model.layer import LayerOutput, MoELayer

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from moe.config import imported
-from moe.config.schema import ModelConfig
+from moe.config.model import ModelConfig
 from moe.foreign import plain
 from moe.model.causal_lm import MoEConfig, MoEForCausalLM
 

@@ -26,7 +26,7 @@ import torch
 import transformers.models.mixtral.modeling_mixtral  # noqa: F401
 from small_runs import OUT, read_small_cell
 
-from moe.config.schema import Cell
+from moe.config.cell import Cell
 
 torch.set_num_threads(1)
 gc.disable()  # imports create a million objects, none of which is garbage

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moe.config.schema import ModelConfig
+from moe.config.model import ModelConfig
 from moe.model.architecture import MoEConfig
 from moe.model.causal_lm import MoEForCausalLM
 

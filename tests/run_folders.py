@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moe.config.schema import flatten
+from moe.config.keys import flatten
 from moe.runs.record import FORMAT, MetricsRecord, RunFacts
 
 RECORD = {

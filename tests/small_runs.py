@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from moe.config.schema import Cell
+from moe.config.cell import Cell
 from moe.launch import command_line
 from moe.runs.events import RunListener, read_events
 from moe.runs.signals import Signals

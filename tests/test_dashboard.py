@@ -12,7 +12,8 @@ import pytest
 from wandb_workspaces.workspaces import internal
 
 from moe import dashboard
-from moe.config.schema import Cell, flatten
+from moe.config.cell import Cell
+from moe.config.keys import flatten
 from moe.launch.command_line import read_cells
 from moe.launch.run import run
 from moe.runs import wandb_mirror

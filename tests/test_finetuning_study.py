@@ -11,7 +11,7 @@ import yaml
 
 from moe.analysis.claims import judge
 from moe.analysis.statistics import contrasts
-from moe.config.schema import ClaimConfig
+from moe.config.claim import ClaimConfig
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ROOT / "docs" / "studies" / "finetuning"

@@ -8,7 +8,7 @@ import pandas as pd
 
 from moe.analysis.report.inputs import ReportOptions
 from moe.analysis.report.report import folder_name
-from moe.config.schema import LoggerConfig
+from moe.config.sections import LoggerConfig
 from moe.results.conditions import levels
 from moe.runs.wandb_mirror import UPLOAD_SECONDS, mode_of_environment, settings, start_in
 

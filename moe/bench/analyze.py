@@ -18,7 +18,7 @@ import numpy as np
 
 from moe.bench.options import whole
 from moe.bench.timing import TimingTable
-from moe.config.schema import flatten
+from moe.config.keys import flatten
 from moe.metrics.catalog import ROUTING_METRICS
 from moe.runs.record import Machine, MetricsRecord, Parameters, Ranks, RunFacts, RunRecord
 

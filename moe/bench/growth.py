@@ -12,7 +12,9 @@ from torch import nn
 from moe.bench.options import whole
 from moe.bench.step import bare_step
 from moe.bench.timing import TimingTable, time_in_turns, timed_device
-from moe.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig
+from moe.config.model import ModelConfig
+from moe.config.schema import Config
+from moe.config.sections import DataConfig, OptimizerConfig
 from moe.model.causal_lm import MoEForCausalLM
 from moe.model.cost import flops_per_token, peak_memory_gb, reset_peak_memory
 from moe.training import process

@@ -30,7 +30,7 @@ LANGUAGE_PARTS = {"smolvlm": "text_model"}
 # Activation -> form of the experts.
 FORMS = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu"}
 
-# Key of `moe.config.schema.ModelConfig` -> key of config.json.
+# Key of `moe.config.model.ModelConfig` -> key of config.json.
 SIZES = {
     "dim": "hidden_size",
     "heads": "num_attention_heads",

@@ -8,7 +8,7 @@ from moe.config import dense_checkpoint
 
 KIND = "moe_routing"  # model_type in its config.json
 
-# Key of `moe.config.schema.ModelConfig` -> key of config.json, and its type.
+# Key of `moe.config.model.ModelConfig` -> key of config.json, and its type.
 KEYS: dict[str, tuple[str, type]] = {
     "dim": ("hidden_size", int),
     "heads": ("num_attention_heads", int),

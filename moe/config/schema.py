@@ -1,259 +1,26 @@
 """The typed configuration of a run: keys, types, defaults, and allowed ranges."""
 
-import contextlib
-import importlib.util
 import json
-import os
-import re
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache, lru_cache
-from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, get_type_hints
 
 from omegaconf import MISSING
 
-from moe.checks import ConfigError, describe, finite, one_of, require, unknown
-from moe.config import dense_checkpoint, imported, saved
+from moe.checks import ConfigError, describe, finite, one_of, require, require_path, unknown
+from moe.config import dense_checkpoint, imported
 from moe.config.claim import ClaimConfig
 from moe.config.classes import build, locate
+from moe.config.keys import DEFAULTED, DENSE_IGNORES, OFF, RATES, flatten, is_free
+from moe.config.model import ModelConfig
 from moe.config.plugins import Plugin, plugins
+from moe.config.sections import DataConfig, LoggerConfig, OptimizerConfig
 from moe.config.trainable import ALL, Trainable, normalized
-from moe.data.limits import check_limits, check_train_domains
 from moe.distributed import ranks
-from moe.files import require_files
 from moe.routing.loss_table import LOSSES
-
-# Keys that are not part of a run's identity, so that they may change when a run is resumed. They do not influence what
-# a run computes, with two exceptions: `threads` influences the last bits, and `expert_parallel` the random numbers of
-# dropout. conf/config.yaml leaves the same keys out of folder names.
-FREE_KEYS = (
-    "out",
-    "threads",
-    "save_every",
-    "save_model",
-    "gradient_checkpointing",
-    "expert_parallel",
-    "rank_timeout",
-    "logger",
-    "data.cache",
-    "model.offload",
-    "claims",
-    "question",
-)
-
-# Keys that not every run can use, each with the value that switches it off. A run whose router ignores a key has this
-# value, and its record names no level of the key. `Config.ignored_keys` says which keys a run ignores.
-OFF: dict[str, Any] = {
-    "noise": 0.0,
-    "capacity": None,
-    "drop": "position",
-    **{loss.weight: 0.0 for loss in LOSSES.values()},
-}
-
-# Such keys without a value that switches them off. A run that ignores them has their defaults.
-RATES = frozenset(("optimizer.router_lr", "optimizer.experts_lr"))
-DEFAULTED = RATES | {"optimizer.momentum", "optimizer.expert_step"}
 
 # Sizes that a 32-bit floating-point number can have with full precision, apart from 0.
 SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
-
-# Groups that decide nothing in a model without Mixture-of-Experts layers.
-DENSE_IGNORES = ("router", "schedule")
-
-
-@dataclass
-class ModelConfig:
-    """Decoder-only transformer. `dim` is the width D, and `ffn` the hidden width F of one expert."""
-
-    dim: int = MISSING  # width D of the hidden states
-    heads: int = MISSING  # attention heads; D / heads must be even
-    layers: int = MISSING  # decoder layers
-    ffn: int = MISSING  # hidden width F of one expert
-    num_experts: int = MISSING  # routed experts E of each MoE layer
-    expert: str = "silu"  # form of an expert: silu | swiglu | geglu
-    shared_experts: int = 0  # experts of the same width that every token uses, beside the routed ones
-    first_k_dense_replace: int = 0  # number of first layers that are dense feed-forward instead of MoE
-    dense_ffn: int = MISSING  # hidden width of those dense layers
-    dropout: float = 0.0  # probability that training sets a hidden value to 0
-    embed_scale: bool = True  # multiply embeddings by sqrt(D)
-    neftune_noise_alpha: float = 0.0  # uniform noise on embeddings in training, before that factor (2310.05914: 5)
-    attention: str = "sdpa"  # implementation of the attention: eager | sdpa | flash_attention_2
-    dense: str | None = None  # dense checkpoint to start from, a folder or hub name (`moe.model.upcycle`)
-    dense_digest: str | None = None  # its digest, and + those of upcycle_parents; filled in; a given one must match
-    upcycle_noise: float = 0.0  # noise on each copied expert, as a share of the std of each matrix (2212.05055)
-    upcycle_reset: float = 0.0  # share of each copied expert's hidden units that is drawn anew (2502.19261: 0.5)
-    upcycle_split: int = 1  # parts into which each copied MLP is cut, one expert each (2410.07524)
-    upcycle_parents: list[str] = field(default_factory=list)  # more like `dense`, for experts in turn (2403.07816)
-    checkpoint: str | None = None  # Mixture of Experts to start from: of transformers, or a saved model of ours
-    checkpoint_digest: str | None = None  # digest of that model; filled in automatically; a given one must match
-    offload: str | None = None  # folder for its experts, read whenever they run: if it exceeds the memory; steps=0 only
-
-    def check(self) -> None:
-        one_of("model.expert", self.expert, ("silu", "swiglu", "geglu"))
-        one_of("model.attention", self.attention, ("eager", "sdpa", "flash_attention_2"))
-        usable = self.attention != "flash_attention_2" or importlib.util.find_spec("flash_attn") is not None
-        require(usable, "model.attention", self.attention, "eager or sdpa, unless the package flash-attn is installed")
-        for name in ("dim", "heads", "layers", "ffn", "num_experts", "dense_ffn"):
-            value = getattr(self, name)
-            require(1 <= value <= 10**6, f"model.{name}", value, "a whole number from 1 to 10^6")
-        for key in ("dense", "checkpoint"):
-            made = getattr(self, key) is not None or getattr(self, f"{key}_digest") is None
-            require(made, f"model.{key}_digest", getattr(self, f"{key}_digest"), f"left out without model.{key}")
-        one = self.dense is None or self.checkpoint is None
-        require(one, "model.checkpoint", self.checkpoint, "left out with model.dense")
-        if self.offload is not None:
-            require(self.checkpoint is not None, "model.offload", self.offload, "null without model.checkpoint")
-            _check_path("model.offload", self.offload)
-        divides = self.dim % self.heads == 0 and (self.dim // self.heads) % 2 == 0
-        require(
-            divides or self.checkpoint is not None,
-            "model.heads",
-            self.heads,
-            f"a divisor of model.dim={self.dim} leaving an even head width",
-        )
-        require(self.shared_experts >= 0, "model.shared_experts", self.shared_experts, ">= 0")
-        dense, allowed = self.first_k_dense_replace, f"between 0 and model.layers={self.layers}"
-        require(0 <= dense <= self.layers, "model.first_k_dense_replace", dense, allowed)
-        require(finite(self.dropout) and 0 <= self.dropout < 1, "model.dropout", self.dropout, "in [0, 1)")
-        alpha = self.neftune_noise_alpha
-        require(finite(alpha) and alpha >= 0, "model.neftune_noise_alpha", alpha, "a finite number >= 0")
-        self._check_upcycling()
-
-    @property
-    def continues(self) -> bool:
-        """Whether the checkpoint is a saved model of this project."""
-        return self.checkpoint is not None and saved.is_saved(self.checkpoint, self.checkpoint_digest)
-
-    @property
-    def parents(self) -> list[dense_checkpoint.Parent]:
-        """The dense checkpoints to start from."""
-        return [] if self.dense is None else dense_checkpoint.parents(vars(self))
-
-    def _check_upcycling(self) -> None:
-        off: Any
-        for key, off in (("noise", 0), ("reset", 0), ("split", 1), ("parents", [])):
-            value = getattr(self, f"upcycle_{key}")
-            require(self.dense is not None or value == off, f"model.upcycle_{key}", value, f"{off} without model.dense")
-        noise, reset, split = self.upcycle_noise, self.upcycle_reset, self.upcycle_split
-        require(finite(noise) and noise >= 0, "model.upcycle_noise", noise, "a finite number >= 0")
-        allowed = f"0, or from 1 / model.ffn = {1 / self.ffn:.2g} to 1"
-        require(reset == 0 or 1 / self.ffn <= reset <= 1, "model.upcycle_reset", reset, allowed)
-        for key in ("num_experts", "shared_experts"):
-            allowed = f"a multiple of model.upcycle_split={split}, because a copy has so many experts"
-            require(getattr(self, key) % split == 0, f"model.{key}", getattr(self, key), allowed)
-        parents = max(1, len(self.parents))
-        allowed = f"a multiple of {parents}, the number of dense checkpoints, times model.upcycle_split={split}"
-        require(self.num_experts % (parents * split) == 0, "model.num_experts", self.num_experts, allowed)
-
-
-@dataclass
-class DataConfig:
-    """Settings of the data: the source of the text (a `_target_`), and how it becomes blocks of `seq_len` tokens."""
-
-    source: Any = MISSING  # where the text comes from: a class as data.source._target_, and its settings
-    tokenizer: str = MISSING  # bpe, which is trained on the training text, or a folder, or a name on the hub
-    tokenizer_revision: str | None = None  # commit, branch or tag on the hub; null: the recorded commit, or the newest
-    vocab_size: int | None = None  # tokens of a trained tokenizer; null for another one, which has its own number
-    seq_len: int = MISSING  # tokens of a block, which is one sequence
-    train_domains: list[str] | None = None  # domains whose text trains, all validate; null: all
-    val_percent: int = 10  # percent of the characters of each domain that are used for validation
-    max_val_blocks: int | None = None  # most validation blocks, evenly spaced; null, or more than there are: all
-    cache: str = MISSING  # folder that keeps the tokenized text for later runs
-
-    def check(self) -> None:
-        check_limits(
-            tokenizer=self.tokenizer,
-            vocab_size=self.vocab_size,
-            seq_len=self.seq_len,
-            val_percent=self.val_percent,
-            max_val_blocks=self.max_val_blocks,
-        )
-        pin, tokenizer = self.tokenizer_revision, self.tokenizer
-        allowed = f"null, because data.tokenizer={tokenizer} is not on the hub"
-        require(pin is None or self.loads_tokenizer, "data.tokenizer_revision", pin, allowed)
-        _check_path("data.cache", self.cache)
-        require(bool(self.tokenizer.strip()), "data.tokenizer", self.tokenizer, "bpe, a folder, or a name on the hub")
-        try:
-            require_files(Path(self.tokenizer))
-        except OSError as error:
-            raise ConfigError(f"data.tokenizer={self.tokenizer}: cannot be read ({error})") from None
-        source = build(self.source, "data.source", trusted=True)
-        if self.train_domains is not None:  # of other sources the domains are known when the text has been read
-            known = source.present() if hasattr(source, "present") else self.train_domains
-            check_train_domains(self.train_domains, known)
-
-    @property
-    def loads_tokenizer(self) -> bool:
-        """Whether the tokenizer comes from the hub, not from a folder or from training."""
-        return self.tokenizer != "bpe" and not Path(self.tokenizer).is_dir()
-
-
-@dataclass
-class OptimizerConfig:
-    """Peak learning rates of Muon, for matrices, and AdamW, for the rest; if `muon_lr` is null, AdamW trains all."""
-
-    muon_lr: float | None = MISSING  # peak learning rate of Muon, for matrices; null: AdamW trains them too
-    adamw_lr: float = MISSING  # peak learning rate of AdamW, for all parameters that Muon does not train
-    router_lr: float | None = None  # AdamW's rate for routers; null: adamw_lr
-    experts_lr: float | None = None  # AdamW's rate for routed experts; null: adamw_lr
-    momentum: float = 0.95  # decay of the momentum of Muon in a step
-    expert_step: str = "equal"  # how far Muon moves an expert: equal | gradient (less for an expert with few tokens)
-    beta1: float = 0.9  # decay of AdamW's mean gradient in a step
-    beta2: float = 0.95  # decay of AdamW's mean squared gradient in a step
-    weight_decay: float = 0.1  # weight decay, in units of the learning rate, of what is trained with weight decay
-    warmup: float = 0.1  # fraction of the optimizer steps in which the learning rate rises to its peak
-    floor: float = 0.1  # last learning rate, as a fraction of the peak
-    clip: float = 1.0  # largest allowed global gradient norm
-
-    def check(self) -> None:
-        for name in ("muon_lr", "adamw_lr", "router_lr", "experts_lr", "clip"):
-            value = getattr(self, name)
-            ok = value is None or (finite(value) and value > 0)
-            require(ok, f"optimizer.{name}", value, "a finite number > 0")
-        one_of("optimizer.expert_step", self.expert_step, ("equal", "gradient"))
-        for name in ("momentum", "beta1", "beta2"):
-            value = getattr(self, name)
-            require(finite(value) and 0 <= value < 1, f"optimizer.{name}", value, "in [0, 1)")
-        for name in ("warmup", "floor"):
-            value = getattr(self, name)
-            require(finite(value) and 0 <= value <= 1, f"optimizer.{name}", value, "in [0, 1]")
-        decay = self.weight_decay
-        require(finite(decay) and decay >= 0, "optimizer.weight_decay", decay, "a finite number >= 0")
-
-
-@dataclass
-class LoggerConfig:
-    """Settings of the copies of events.jsonl; `to` names the places. All other keys concern W&B.
-
-    mode: "auto" means what WANDB_MODE says; without it, online if there is an API key, otherwise offline.
-    """
-
-    to: list[str] = field(default_factory=lambda: ["wandb"])  # where events are copied to: wandb | tensorboard | csv
-    mode: str = "auto"  # how W&B is used: auto | online | offline | disabled
-    project: str = "moe-routing"  # project on W&B
-    entity: str | None = None  # user or team on W&B; null: the one of the API key
-    log_model: bool = False  # whether W&B gets the saved model too, as an artifact
-
-    def check(self) -> None:
-        for place in self.to:
-            one_of("logger.to", place, ("wandb", "tensorboard", "csv"))
-        installed = "tensorboard" not in self.to or importlib.util.find_spec("tensorboard") is not None
-        require(installed, "logger.to", "tensorboard", "wandb or csv, or else: pip install -e '.[tensorboard]'")
-        modes = ("online", "offline", "disabled")
-        one_of("logger.mode", self.mode, ("auto", *modes))
-        mirrored = "wandb" in self.to and self.mode != "disabled"
-        if mirrored:
-            one_of("environment variable WANDB_MODE", os.environ.get("WANDB_MODE") or "online", modes)
-            given = os.environ.get("WANDB_RUN_ID") or "none"
-            allowed = "1 to 64 letters and digits without accents, - and _"
-            require(is_wandb_id(given), "environment variable WANDB_RUN_ID", given, allowed)
-        for key, name in (("project", self.project), ("entity", self.entity or "me")):
-            ok = bool(name.strip()) and len(name) <= 128 and name.isprintable() and not set(name) & set("/\\#?%:")
-            allowed = "a name of W&B: 1 to 128 characters, not only spaces, without / \\ # ? % :"
-            require(ok, f"logger.{key}", name, allowed)
-        used = mirrored or self.mode in ("auto", "disabled")
-        require(used, "logger.mode", self.mode, f"left out, because logger.to={','.join(self.to)} does not name wandb")
-        require(mirrored or not self.log_model, "logger.log_model", True, "false, because nothing is copied to W&B")
 
 
 @dataclass
@@ -314,7 +81,7 @@ class Config:
             fits = not isinstance(value, float) or not finite(value) or value == 0 or SMALLEST <= abs(value) <= LARGEST
             require(fits, key, value, f"0, or between {SMALLEST:.1e} and {LARGEST:.1e} in size, as 32-bit numbers are")
         if self.out is not None:
-            _check_path("out", self.out)
+            require_path("out", self.out)
         require(0 <= self.steps <= 10**9, "steps", self.steps, "a whole number from 0 to 10^9; 0 only evaluates")
         for name in ("batch_size", "grad_accum", "eval_every", "save_every", "threads", "rank_timeout"):
             require(1 <= getattr(self, name) <= 10**9, name, getattr(self, name), "a whole number from 1 to 10^9")
@@ -541,55 +308,9 @@ class Config:
         return {key: value for key, value in flat.items() if key.partition(".")[0] not in unused}
 
 
-class Grid(NamedTuple):
-    """Runs that belong together: all combinations of levels of some factors, with several seeds.
-
-    name: the experiment, followed by what distinguishes the grid from the experiment's own. factors: the keys that it
-    varies, without the seed. fixed: other settings that differ from those of the experiment. cells: the names of the
-    run folders, in the order of the levels. search: such as "minimize val/loss", if results decided which combinations
-    of levels there are; such runs are no factorial grid.
-    """
-
-    name: str
-    factors: list[str]
-    fixed: dict[str, Any]
-    cells: list[str]
-    search: str | None = None
-
-
-class Cell(NamedTuple):
-    """One cell of a sweep, or a single run.
-
-    config: its configuration. folder: its run folder. choices: the option chosen from each group. ignored: the keys
-    that do not apply to this run (`Config.ignored_keys`); they are switched off in `config`. overrides: the words from
-    which a launcher composes this cell again. grid: all cells of the command; None for a single run.
-    """
-
-    config: Config
-    folder: Path
-    experiment: str
-    choices: dict[str, str | None]
-    ignored: frozenset[str] = frozenset()
-    overrides: tuple[str, ...] = ()
-    grid: Grid | None = None
-
-    def identity(self) -> dict[str, Any]:
-        """Return the keys that decide what the run computes, flat, without those that do not apply to it."""
-        return {key: value for key, value in self.config.identity().items() if key not in self.ignored}
-
-
 @lru_cache(maxsize=8)  # the cells of a sweep have the same few sources
 def _source(spec: str) -> Any:
     return build(json.loads(spec), "data.source", trusted=True)
-
-
-def _check_path(key: str, path: str) -> None:
-    """Raise ConfigError for a path that cannot be one, or that begins with ~ where there is no home directory."""
-    require(bool(path.strip()) and "\0" not in path, key, path, "a path")
-    require("${" not in path, key, path, "a path without ${")
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        os.lstat(os.path.expanduser(path))  # raises OSError for a name that is too long
-    require(os.path.expanduser(path)[:1] != "~", key, path, "a path; there is no home for ~")
 
 
 @cache
@@ -601,38 +322,3 @@ def allowed_values(key: str) -> str | None:
     if found is None:
         return None
     return str(found.metadata.get("allowed", describe(get_type_hints(holder)[name])))
-
-
-def fingerprint(identity: dict[str, Any]) -> str:
-    """Return a text that is equal for equal identities, however their numbers are written: 1 is 1.0."""
-
-    def plain(value: Any) -> Any:
-        return int(value) if isinstance(value, float) and value.is_integer() else value
-
-    return json.dumps({key: plain(value) for key, value in sorted(identity.items())})
-
-
-@cache
-def is_free(key: str) -> bool:
-    """Return whether a flat key is one of `FREE_KEYS` or lies below one."""
-    return any(f"{key}.".startswith(f"{free}.") for free in FREE_KEYS)
-
-
-def is_wandb_id(text: str) -> bool:
-    """Return whether a text can be the id of a W&B run."""
-    return re.fullmatch("[A-Za-z0-9_-]{1,64}", text) is not None
-
-
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Return a nested dict, or a dataclass, as one dict with dotted keys: {"a": {"b": 1}} becomes {"a.b": 1}.
-
-    Dataclasses in a list, such as claims, become dicts.
-    """
-    flat: dict[str, Any] = {}
-    for key, value in (vars(tree) if is_dataclass(tree) else tree).items():
-        if isinstance(value, dict) or is_dataclass(value):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            records = isinstance(value, list) and any(map(is_dataclass, value))
-            flat[f"{prefix}{key}"] = [asdict(item) for item in value] if records else value
-    return flat

@@ -11,8 +11,8 @@ from transformers import PretrainedConfig
 
 from moe.checks import ConfigError
 from moe.config import imported
+from moe.config.model import ModelConfig
 from moe.config.options import CONF
-from moe.config.schema import ModelConfig
 from moe.model.architecture import IDS, MoEConfig
 from moe.model.causal_lm import MoEForCausalLM
 from moe.model.imported_checkpoint import read_checkpoint

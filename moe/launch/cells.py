@@ -14,20 +14,12 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from moe.checks import ConfigError, require
+from moe.config.cell import Cell
+from moe.config.keys import DEFAULTED, DENSE_IGNORES, OFF, RATES, fingerprint, flatten, is_free
+from moe.config.model import ModelConfig
 from moe.config.options import CLASSES, GROUPS, sources, use
-from moe.config.schema import (
-    DEFAULTED,
-    DENSE_IGNORES,
-    OFF,
-    RATES,
-    Cell,
-    Config,
-    ModelConfig,
-    OptimizerConfig,
-    fingerprint,
-    flatten,
-    is_free,
-)
+from moe.config.schema import Config
+from moe.config.sections import OptimizerConfig
 from moe.distributed import ranks
 from moe.launch import slurm
 from moe.launch.claims import check_claims

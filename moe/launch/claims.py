@@ -10,10 +10,11 @@ from typing import Any
 from hydra.core.override_parser.types import Override, QuotedString
 
 from moe.checks import require, unknown
+from moe.config.cell import Cell
 from moe.config.claim import DOMAIN, ClaimConfig
 from moe.config.classes import build
+from moe.config.keys import OFF
 from moe.config.options import GROUPS, options
-from moe.config.schema import OFF, Cell
 from moe.data import embedded
 
 

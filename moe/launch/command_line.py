@@ -13,8 +13,9 @@ from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf, open_dict
 
 from moe.checks import ConfigError, require, unknown
+from moe.config.cell import Cell
 from moe.config.options import GROUPS, use
-from moe.config.schema import Cell, allowed_values
+from moe.config.schema import allowed_values
 from moe.launch import help, listing
 from moe.launch.cells import expand
 from moe.launch.compose import compose_config, composing

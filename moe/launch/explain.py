@@ -12,8 +12,8 @@ from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue
 
 from moe.checks import ConfigError, one_of, unknown
+from moe.config.keys import flatten
 from moe.config.options import GROUPS, options
-from moe.config.schema import flatten
 from moe.launch.groups import compose_groups
 from moe.launch.hints import hint
 from moe.launch.hydra_errors import FAULTS, cause_of

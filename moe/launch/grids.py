@@ -9,8 +9,9 @@ from typing import Any
 from hydra.core.override_parser.types import Override
 
 from moe.checks import printable
+from moe.config.cell import Cell, Grid
+from moe.config.keys import is_free
 from moe.config.options import GROUPS
-from moe.config.schema import Cell, Grid, is_free
 
 LONGEST_NAME = 120  # W&B allows 128 characters in the name of a group
 

@@ -12,8 +12,9 @@ from omegaconf import OmegaConf
 from moe.checks import ConfigError, one_of, unknown
 from moe.config import meanings
 from moe.config.classes import locate
+from moe.config.keys import flatten
 from moe.config.options import CLASSES, CONF, GROUPS, options, sources
-from moe.config.schema import Config, allowed_values, flatten
+from moe.config.schema import Config, allowed_values
 from moe.launch.hints import hint
 from moe.launch.option_files import read_option
 

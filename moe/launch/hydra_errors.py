@@ -8,8 +8,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from moe.checks import describe, first_line, unknown
 from moe.config.claim import ClaimConfig
+from moe.config.model import ModelConfig
 from moe.config.options import CONF, sources
-from moe.config.schema import Config, DataConfig, LoggerConfig, ModelConfig, OptimizerConfig
+from moe.config.schema import Config
+from moe.config.sections import DataConfig, LoggerConfig, OptimizerConfig
 
 # What a wrong override makes Hydra raise.
 FAULTS = (HydraException, OmegaConfBaseException, ArithmeticError, ValueError)

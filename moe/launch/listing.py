@@ -11,8 +11,8 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from moe.config.model import ModelConfig
 from moe.config.options import CONF, options, search_path
-from moe.config.schema import ModelConfig
 from moe.files import sha256, write_json
 from moe.launch.cells import Start, combinations
 from moe.launch.compose import compose_config, composing

@@ -9,8 +9,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from moe.checks import ConfigError, first_line, require
+from moe.config.keys import flatten
 from moe.config.options import CLASSES, CONF, GROUPS, sources
-from moe.config.schema import flatten
 
 
 def read_option(path: Path) -> DictConfig:

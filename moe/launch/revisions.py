@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, cast
 
-from moe.config.schema import Cell
+from moe.config.cell import Cell
 from moe.data import hub
 from moe.data.sources import on_the_hub
 from moe.distributed import ranks

@@ -17,7 +17,7 @@ from typing import Any
 
 from moe import files
 from moe.checks import ConfigError, first_line, parse
-from moe.config.schema import Cell
+from moe.config.cell import Cell
 from moe.distributed import ranks
 from moe.files import shown
 from moe.launch import slurm

@@ -19,7 +19,8 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from omegaconf import DictConfig, OmegaConf
 
 from moe.checks import ConfigError, finite, one_of, require
-from moe.config.schema import Cell, Grid, allowed_values
+from moe.config.cell import Cell, Grid
+from moe.config.schema import allowed_values
 from moe.distributed import ranks
 from moe.files import shown
 from moe.launch import sweep

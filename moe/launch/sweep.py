@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from moe.checks import ConfigError, first_line, printable
-from moe.config.schema import Cell
+from moe.config.cell import Cell
 from moe.distributed import ranks
 from moe.files import shown, walk
 from moe.launch.revisions import pinned

@@ -11,7 +11,7 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 
 from moe.checks import check_values, require
 from moe.config import dense_checkpoint, imported, saved
-from moe.config.schema import ModelConfig
+from moe.config.model import ModelConfig
 from moe.routers.imported import Imported
 
 # Types of the keys of config.json that transformers writes for every model, and of those whose annotation in
@@ -55,7 +55,7 @@ IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class MoEConfig(LlamaConfig):
-    """Llama's configuration with the fields of `moe.config.schema.ModelConfig` that Llama lacks.
+    """Llama's configuration with the fields of `moe.config.model.ModelConfig` that Llama lacks.
 
     intermediate_size: the width of one expert.
     router: the router's `_target_` and its settings.

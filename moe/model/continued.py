@@ -4,7 +4,7 @@ import torch
 from safetensors.torch import load_file
 
 from moe.config import dense_checkpoint
-from moe.config.schema import ModelConfig
+from moe.config.model import ModelConfig
 from moe.files import Find, weight_files
 from moe.model.architecture import MoEConfig
 from moe.model.causal_lm import MoEForCausalLM, check_weights, file_finder

@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from moe.checks import ConfigError, first_line, require
 from moe.config import dense_checkpoint, imported
-from moe.config.schema import ModelConfig
+from moe.config.model import ModelConfig
 from moe.model.blocks import find_blocks
 
 M_MMAP_THRESHOLD = -3  # in malloc.h of glibc

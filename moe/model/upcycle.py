@@ -11,7 +11,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from moe.checks import first_line
 from moe.config import dense_checkpoint, imported
-from moe.config.schema import ModelConfig
+from moe.config.model import ModelConfig
 from moe.model.architecture import MoEConfig
 from moe.model.blocks import find_dense
 from moe.model.causal_lm import MoEForCausalLM

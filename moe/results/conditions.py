@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from moe.checks import first_line, plain
-from moe.config.schema import DEFAULTED, OFF, is_free
+from moe.config.keys import DEFAULTED, OFF, is_free
 from moe.metrics.catalog import select
 from moe.results.table import ABSENT, DIGESTS, FACTS, PLUGINS, natural
 

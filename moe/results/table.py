@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from moe.config.schema import DEFAULTED, OFF, flatten
+from moe.config.keys import DEFAULTED, OFF, flatten
 from moe.runs import events
 from moe.runs.folder import single_runs, user
 from moe.runs.record import MetricsRecord, RecordError, RunRecord, SweepRecord

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from moe.checks import escaped
-from moe.config.schema import flatten
+from moe.config.keys import flatten
 from moe.files import write_text
 from moe.routing.loss_table import LOSSES
 from moe.runs.record import MetricsRecord, RunRecord

@@ -5,7 +5,7 @@ import io
 from collections.abc import Iterable
 from typing import IO, Any
 
-from moe.config.schema import Cell
+from moe.config.cell import Cell
 from moe.files import open_file, open_unlinked, write_text
 from moe.runs import events
 

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from moe.checks import ConfigError
-from moe.config.schema import DEFAULTED, OFF, Cell, Config, fingerprint, is_free
+from moe.config.cell import Cell
+from moe.config.keys import DEFAULTED, OFF, fingerprint, is_free
+from moe.config.schema import Config
 from moe.files import open_file, open_unlinked
 from moe.runs import csv_mirror, tensorboard_mirror
 from moe.runs.record import RecordError, RunRecord, SweepRecord

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from moe.checks import first_line
-from moe.config.schema import Cell
+from moe.config.cell import Cell
 from moe.distributed import ranks
 from moe.runs.csv_mirror import CsvMirror
 from moe.runs.events import RunListener

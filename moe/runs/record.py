@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from moe.checks import first_line, parse
+from moe.config.cell import Grid
 from moe.config.claim import ClaimConfig
 from moe.config.plugins import Plugin
-from moe.config.schema import Config, Grid
+from moe.config.schema import Config
 from moe.files import read_text, write_json
 from moe.runs.measured import Measured, ValidationLoss, check_shapes
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from moe.config.schema import Cell
+from moe.config.cell import Cell
 from moe.runs import events
 
 FOLDER = "tensorboard"  # in a run folder

@@ -16,7 +16,8 @@ from urllib.parse import urlparse
 import numpy as np
 
 from moe.checks import first_line
-from moe.config.schema import Cell, is_wandb_id
+from moe.config.cell import Cell
+from moe.config.sections import is_wandb_id
 from moe.files import read_text, write_text
 from moe.runs.events import RunListener
 from moe.runs.folder import grid_name

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from moe.config.schema import Config, OptimizerConfig
+from moe.config.schema import Config
+from moe.config.sections import OptimizerConfig
 from moe.distributed.sharding import full_tensors, local_part, shard_like
 from moe.model.parts import parts
 from moe.routers.base import Role, Router

@@ -18,9 +18,9 @@ from statsmodels.stats.multitest import multipletests
 from moe.analysis.claims import contrasts_without_claim, evidence_sentence, judge, judge_planned, planned_claims
 from moe.analysis.statistics import contrasts, corrected
 from moe.analysis.studies.published import as_runs, experiment_claims, read_published
+from moe.config.cell import Cell
 from moe.config.claim import ClaimConfig
 from moe.config.options import CONF, options
-from moe.config.schema import Cell
 from moe.launch.command_line import read_cells
 from moe.launch.run import write_run_record
 from moe.metrics.catalog import lookup

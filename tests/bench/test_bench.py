@@ -24,7 +24,8 @@ from moe.bench.profile import host_waits, profile_step
 from moe.bench.step import IN_TRAINING, bare_step, measure_steps
 from moe.bench.timing import medians, product_flops, relative_table, time_in_turns
 from moe.checks import ConfigError
-from moe.config.schema import Config, DataConfig, OptimizerConfig
+from moe.config.schema import Config
+from moe.config.sections import DataConfig, OptimizerConfig
 from moe.results.conditions import varied_factors
 from moe.results.table import load_runs, read_event_tables
 

@@ -12,7 +12,8 @@ import pytest
 
 from moe.checks import ConfigError
 from moe.config.classes import build
-from moe.config.schema import DataConfig, LoggerConfig, is_free
+from moe.config.keys import is_free
+from moe.config.sections import DataConfig, LoggerConfig
 from moe.data.blocks import Prepared, prepare
 from moe.data.embedded import DOMAINS, Embedded, Solutions
 from moe.data.sources import Conversations, Document, Files, Hub

@@ -7,8 +7,9 @@ import pytest
 import yaml
 
 from moe.checks import ConfigError
+from moe.config.keys import OFF, flatten, is_free
 from moe.config.options import CONF, GROUPS, options
-from moe.config.schema import OFF, Config, flatten, is_free
+from moe.config.schema import Config
 from moe.launch.command_line import read_cells
 
 

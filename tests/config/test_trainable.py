@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from moe.checks import ConfigError
-from moe.config.schema import Cell
+from moe.config.cell import Cell
 from moe.config.trainable import Trainable, normalized
 from moe.launch.command_line import read_cells
 

@@ -15,7 +15,7 @@ import torch
 from pyarrow import parquet
 from transformers import AutoTokenizer
 
-from moe.config.schema import ModelConfig
+from moe.config.model import ModelConfig
 from moe.data.blocks import Batch, Prepared, _read, batch, prepare
 from moe.data.chat import CHATML, set_template, tokenize_conversations
 from moe.data.embedded import Solutions

@@ -11,8 +11,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from moe.config.cell import Cell
+from moe.config.keys import flatten
 from moe.config.options import GROUPS, options
-from moe.config.schema import Cell, flatten
 from moe.launch import train
 from moe.launch.command_line import read_cells
 from moe.training.setup import build_model

@@ -19,8 +19,8 @@ from run_folders import write_record
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MixtralConfig
 
 from moe.checks import ConfigError
+from moe.config.cell import Cell
 from moe.config.options import CONF
-from moe.config.schema import Cell
 from moe.data.tokenizer import train_bpe
 from moe.foreign import export
 from moe.foreign.anatomy import anatomy_of

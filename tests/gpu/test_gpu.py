@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from train_processes import TRAIN, TrainCommand, patch, read_record
 
 from moe.bench.profile import host_waits
+from moe.config.cell import Cell
 from moe.config.options import CONF
-from moe.config.schema import Cell, Config
+from moe.config.schema import Config
 from moe.files import sha256
 from moe.model.causal_lm import MoEForCausalLM
 from moe.model.experts import Experts

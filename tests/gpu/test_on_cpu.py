@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from test_gpu import first_pass
 
-from moe.config.schema import Cell
+from moe.config.cell import Cell
 
 
 def test_the_pass_that_gpu_tests_compare_runs_on_a_cpu(cell: Callable[..., Cell]) -> None:

@@ -15,8 +15,9 @@ from run_folders import FACTS
 from train_processes import ROOT, TRAIN, run_script
 
 from moe.checks import ConfigError, parse
+from moe.config.keys import flatten
 from moe.config.options import CONF, GROUPS, options
-from moe.config.schema import Config, flatten
+from moe.config.schema import Config
 from moe.launch import command_line
 from moe.launch.cells import SayThatTorchLoads
 from moe.launch.command_line import read_cells

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from small_runs import run, untimed
 
 from moe.checks import ConfigError
+from moe.config.cell import Cell
 from moe.config.imported import quoted
-from moe.config.schema import Cell
 from moe.launch.command_line import read_cells
 from moe.model.causal_lm import MoEForCausalLM
 from moe.runs.signals import Interrupted

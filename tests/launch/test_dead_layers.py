@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from train_processes import ANALYZE, run_script
 
-from moe.config.schema import Cell
+from moe.config.cell import Cell
 from moe.launch.run import run
 from moe.routers.base import LinearRouter
 from moe.routers.relu import ReLU

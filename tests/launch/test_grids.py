@@ -8,7 +8,7 @@ import pytest
 from run_folders import FACTS, write_metrics
 
 from moe.checks import ConfigError, parse
-from moe.config.schema import Cell, Grid
+from moe.config.cell import Cell, Grid
 from moe.dashboard import workspace
 from moe.launch.command_line import read_cells
 from moe.launch.resolvers import best_level

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from moe import observe
 from moe.checks import ConfigError
 from moe.config import imported
-from moe.config.schema import Cell
+from moe.config.cell import Cell
 from moe.data.blocks import batch
 from moe.data.labels import IGNORED, next_token
 from moe.launch.command_line import read_cells

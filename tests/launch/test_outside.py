@@ -12,9 +12,9 @@ from run_folders import FACTS
 from train_processes import TRAIN, run_script
 
 from moe.checks import ConfigError, parse
+from moe.config.cell import Cell
 from moe.config.options import CONF, SEARCH_PATH, options
 from moe.config.plugins import _read
-from moe.config.schema import Cell
 from moe.files import shown
 from moe.launch.command_line import help_text, read_cells
 from moe.launch.groups import _pickled

@@ -8,7 +8,7 @@ import pytest
 from run_folders import write_cells
 
 from moe.checks import ConfigError
-from moe.config.schema import Cell
+from moe.config.cell import Cell
 from moe.data import hub
 from moe.launch.revisions import pinned, pinned_by_first_rank
 from moe.launch.run import write_run_record

@@ -17,7 +17,7 @@ from train_processes import TRAIN, run_script
 
 import moe
 from moe.checks import ConfigError, parse
-from moe.config.schema import Cell
+from moe.config.cell import Cell
 from moe.launch import search, sweep
 from moe.launch.command_line import read_command
 from moe.launch.compose import composing

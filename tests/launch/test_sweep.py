@@ -13,7 +13,7 @@ import pytest
 from run_folders import FACTS
 
 from moe.checks import ConfigError, parse
-from moe.config.schema import Cell
+from moe.config.cell import Cell
 from moe.launch import slurm
 from moe.launch.command_line import read_cells
 from moe.launch.run import write_run_record

@@ -12,9 +12,10 @@ import pytest
 import torch
 import yaml
 
+from moe.config.cell import Cell
 from moe.config.classes import build
 from moe.config.options import CONF
-from moe.config.schema import Cell, Config
+from moe.config.schema import Config
 from moe.launch.run import run
 from moe.metrics.__main__ import page
 from moe.metrics.catalog import ENTRIES, METRICS, ROUTING_METRICS, lookup, select

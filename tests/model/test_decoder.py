@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 from waiting import WaitingOperators
 
-from moe.config.schema import ModelConfig, OptimizerConfig
+from moe.config.model import ModelConfig
+from moe.config.sections import OptimizerConfig
 from moe.data.labels import IGNORED, next_token
 from moe.metrics.summary import summarize
 from moe.model.causal_lm import MoEConfig, MoEForCausalLM

@@ -14,8 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from moe.checks import ConfigError
 from moe.config import imported
+from moe.config.model import ModelConfig
 from moe.config.options import CONF, options
-from moe.config.schema import ModelConfig
 from moe.model.blocks import find_blocks
 from moe.model.causal_lm import MoEForCausalLM, load_model
 from moe.model.imported import probabilities

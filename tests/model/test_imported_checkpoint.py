@@ -11,7 +11,7 @@ import torch
 from architectures import EXPRESSED, SPECIAL, V, around, router_of, tiny
 
 from moe.checks import ConfigError
-from moe.config.schema import ModelConfig
+from moe.config.model import ModelConfig
 from moe.model.causal_lm import MoEForCausalLM
 from moe.model.imported_checkpoint import read_checkpoint
 
@@ -21,7 +21,7 @@ MEASURE = """
 import sys, threading, time, torch
 from pathlib import Path
 from architectures import around, router_of, tiny
-from moe.config.schema import ModelConfig
+from moe.config.model import ModelConfig
 from moe.model.imported_checkpoint import read_checkpoint
 
 ids = torch.arange(3, 35)[None]

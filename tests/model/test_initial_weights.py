@@ -8,8 +8,8 @@ import torch
 import yaml
 from torch import Tensor
 
+from moe.config.model import ModelConfig
 from moe.config.options import CONF
-from moe.config.schema import ModelConfig
 from moe.model.architecture import MoEConfig
 from moe.model.causal_lm import MoEForCausalLM
 

@@ -8,8 +8,8 @@ import yaml
 from torch import Tensor
 
 from moe.checks import ConfigError
+from moe.config.model import ModelConfig
 from moe.config.options import CONF
-from moe.config.schema import ModelConfig
 from moe.data.labels import IGNORED
 from moe.model.causal_lm import MoEConfig, MoEForCausalLM, MoEOutput
 from moe.routers.document_pool import DocumentPool

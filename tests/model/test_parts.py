@@ -8,7 +8,7 @@ import torch
 from architectures import SPECIAL, around, tiny
 
 from moe.checks import ConfigError
-from moe.config.schema import ModelConfig
+from moe.config.model import ModelConfig
 from moe.config.trainable import PARTS
 from moe.model.causal_lm import MoEConfig, MoEForCausalLM
 from moe.model.parts import freeze, learning_routers, names_of, part_of, parts

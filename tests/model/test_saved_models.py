@@ -16,8 +16,8 @@ from run_folders import FACTS, write_record
 from small_runs import read_small_cell
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from moe.config.model import ModelConfig
 from moe.config.options import CONF
-from moe.config.schema import ModelConfig
 from moe.data.tokenizer import train_bpe
 from moe.launch.command_line import read_cells
 from moe.launch.run import run

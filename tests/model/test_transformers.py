@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, Cache, Trainer, TrainingArguments
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from moe.checks import ConfigError
+from moe.config.model import ModelConfig
 from moe.config.options import CONF
-from moe.config.schema import ModelConfig
 from moe.model.causal_lm import MoEConfig, MoEForCausalLM
 from moe.model.routed import _inputs
 from moe.routing.decision import LABELS

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from moe.checks import ConfigError
-from moe.config.schema import Cell
+from moe.config.cell import Cell
 from moe.foreign.export import to_transformers
 from moe.launch.command_line import read_cells
 from moe.model.causal_lm import MoEForCausalLM

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from moe.config.schema import ModelConfig
+from moe.config.model import ModelConfig
 from moe.data.labels import IGNORED
 from moe.model import vocabulary_loss
 from moe.model.causal_lm import MoEConfig, MoEForCausalLM

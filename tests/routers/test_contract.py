@@ -13,8 +13,9 @@ from waiting import WaitingOperators
 from moe import testing
 from moe.checks import ConfigError
 from moe.config.classes import build, locate
+from moe.config.keys import OFF
 from moe.config.options import CONF
-from moe.config.schema import OFF, Config
+from moe.config.schema import Config
 from moe.model.causal_lm import MoEOutput
 from moe.model.experts import Experts
 from moe.model.layer import MoELayer

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moe.config.schema import ModelConfig
+from moe.config.model import ModelConfig
 from moe.model.causal_lm import MoEConfig, MoEForCausalLM
 from moe.model.cost import count_parameters, flops_per_token
 from moe.model.experts import Experts

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from moe.config.schema import ModelConfig, OptimizerConfig
+from moe.config.model import ModelConfig
+from moe.config.sections import OptimizerConfig
 from moe.model.causal_lm import MoEConfig, MoEForCausalLM
 from moe.model.cost import flops_per_token
 from moe.model.parts import parts

@@ -11,8 +11,9 @@ import pandas as pd
 import pytest
 
 from moe.checks import ConfigError
+from moe.config.cell import Cell
 from moe.config.options import CONF
-from moe.config.schema import Cell, LoggerConfig
+from moe.config.sections import LoggerConfig
 from moe.files import write_text
 from moe.launch.command_line import read_cells
 from moe.launch.run import write_run_record

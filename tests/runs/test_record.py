@@ -12,8 +12,8 @@ import pytest
 from run_folders import change_record, write_cells, write_metrics, write_record
 from train_processes import ANALYZE, TRAIN, run_script
 
+from moe.config.cell import Grid
 from moe.config.plugins import Plugin
-from moe.config.schema import Grid
 from moe.results.sweep_tables import console_table
 from moe.results.table import load_runs, read_event_tables
 from moe.runs.record import (

@@ -12,7 +12,7 @@ from train_processes import TRAIN, run_script
 from wandb_files import wandb_records
 
 from moe.checks import ConfigError
-from moe.config.schema import Grid
+from moe.config.cell import Grid
 from moe.launch.command_line import read_cells
 from moe.launch.run import run
 from moe.launch.sweep import carry_out

@@ -14,7 +14,7 @@ from llama_server import serve
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from moe.config.schema import Cell
+from moe.config.cell import Cell
 from moe.data.tokenizer import train_bpe
 from moe.foreign.anatomy import anatomy_of
 from moe.foreign.export import expressing, to_transformers

@@ -8,7 +8,7 @@ import torch
 from architectures import E, V, around, router_of, tiny
 
 from moe.config import imported
-from moe.config.schema import ModelConfig
+from moe.config.model import ModelConfig
 from moe.data.blocks import Batch
 from moe.model.causal_lm import MoEConfig, MoEForCausalLM
 from moe.routing.decision import Knobs

@@ -10,7 +10,7 @@ import torch
 from architectures import tiny
 from small_runs import run, untimed
 
-from moe.config.schema import Cell
+from moe.config.cell import Cell
 from moe.launch.command_line import read_cells
 from moe.metrics.catalog import lookup
 from moe.model.causal_lm import load_model

@@ -8,8 +8,8 @@ import torch
 import yaml
 from datasets import Dataset
 
+from moe.config.model import ModelConfig
 from moe.config.options import CONF
-from moe.config.schema import ModelConfig
 from moe.data.blocks import Batch, batch
 from moe.metrics.catalog import ROUTING_METRICS
 from moe.model.causal_lm import MoEConfig, MoEForCausalLM

@@ -10,7 +10,7 @@ from architectures import tiny
 from small_runs import run, untimed
 from torch import Tensor
 
-from moe.config.schema import Cell
+from moe.config.cell import Cell
 from moe.launch.command_line import read_cells
 from moe.launch.run import run as run_cell
 from moe.model.causal_lm import MoEForCausalLM, load_model

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from moe.config.schema import ModelConfig
+from moe.config.model import ModelConfig
 from moe.model.causal_lm import MoEConfig, MoEForCausalLM
 from moe.model.parts import parts
 from moe.training.gradients import copy_parameters, gradient_norms, relative_updates

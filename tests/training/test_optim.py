@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe.config.schema import OptimizerConfig
+from moe.config.sections import OptimizerConfig
 from moe.model.architecture import MoEConfig
 from moe.model.causal_lm import MoEForCausalLM
 from moe.routers.base import Role

@@ -9,7 +9,7 @@ import pandas as pd
 
 from moe.analysis.report.blocks import Details, Heading, Paragraph, ReportBlock, TableBlock
 from moe.analysis.report.inputs import ReportInputs
-from moe.config.schema import flatten, is_free
+from moe.config.keys import flatten, is_free
 from moe.results.table import FACTS, level
 from moe.runs.record import RunRecord
 

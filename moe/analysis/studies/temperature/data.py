@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from moe.analysis.statistics import contrasts, with_intervals
-from moe.config.schema import is_free
+from moe.config.keys import is_free
 from moe.results.conditions import STD, tied_factors, varied_factors
 from moe.results.table import ABSENT, FACTS
 

@@ -1,0 +1,43 @@
+"""A cell of a sweep, and the grid that it belongs to."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moe.config.schema import Config
+
+
+class Grid(NamedTuple):
+    """Runs that belong together: all combinations of levels of some factors, with several seeds.
+
+    name: the experiment, followed by what distinguishes the grid from the experiment's own. factors: the keys that it
+    varies, without the seed. fixed: other settings that differ from those of the experiment. cells: the names of the
+    run folders, in the order of the levels. search: such as "minimize val/loss", if results decided which combinations
+    of levels there are; such runs are no factorial grid.
+    """
+
+    name: str
+    factors: list[str]
+    fixed: dict[str, Any]
+    cells: list[str]
+    search: str | None = None
+
+
+class Cell(NamedTuple):
+    """One cell of a sweep, or a single run.
+
+    config: its configuration. folder: its run folder. choices: the option chosen from each group. ignored: the keys
+    that do not apply to this run (`Config.ignored_keys`); they are switched off in `config`. overrides: the words from
+    which a launcher composes this cell again. grid: all cells of the command; None for a single run.
+    """
+
+    config: Config
+    folder: Path
+    experiment: str
+    choices: dict[str, str | None]
+    ignored: frozenset[str] = frozenset()
+    overrides: tuple[str, ...] = ()
+    grid: Grid | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """Return the keys that decide what the run computes, flat, without those that do not apply to it."""
+        return {key: value for key, value in self.config.identity().items() if key not in self.ignored}

@@ -1,0 +1,95 @@
+"""The section `model` of the configuration: sizes of the model, and where its weights come from."""
+
+import importlib.util
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from moe.checks import finite, one_of, require, require_path
+from moe.config import dense_checkpoint, saved
+
+
+@dataclass
+class ModelConfig:
+    """Decoder-only transformer. `dim` is the width D, and `ffn` the hidden width F of one expert."""
+
+    dim: int = MISSING  # width D of the hidden states
+    heads: int = MISSING  # attention heads; D / heads must be even
+    layers: int = MISSING  # decoder layers
+    ffn: int = MISSING  # hidden width F of one expert
+    num_experts: int = MISSING  # routed experts E of each MoE layer
+    expert: str = "silu"  # form of an expert: silu | swiglu | geglu
+    shared_experts: int = 0  # experts of the same width that every token uses, beside the routed ones
+    first_k_dense_replace: int = 0  # number of first layers that are dense feed-forward instead of MoE
+    dense_ffn: int = MISSING  # hidden width of those dense layers
+    dropout: float = 0.0  # probability that training sets a hidden value to 0
+    embed_scale: bool = True  # multiply embeddings by sqrt(D)
+    neftune_noise_alpha: float = 0.0  # uniform noise on embeddings in training, before that factor (2310.05914: 5)
+    attention: str = "sdpa"  # implementation of the attention: eager | sdpa | flash_attention_2
+    dense: str | None = None  # dense checkpoint to start from, a folder or hub name (`moe.model.upcycle`)
+    dense_digest: str | None = None  # its digest, and + those of upcycle_parents; filled in; a given one must match
+    upcycle_noise: float = 0.0  # noise on each copied expert, as a share of the std of each matrix (2212.05055)
+    upcycle_reset: float = 0.0  # share of each copied expert's hidden units that is drawn anew (2502.19261: 0.5)
+    upcycle_split: int = 1  # parts into which each copied MLP is cut, one expert each (2410.07524)
+    upcycle_parents: list[str] = field(default_factory=list)  # more like `dense`, for experts in turn (2403.07816)
+    checkpoint: str | None = None  # Mixture of Experts to start from: of transformers, or a saved model of ours
+    checkpoint_digest: str | None = None  # digest of that model; filled in automatically; a given one must match
+    offload: str | None = None  # folder for its experts, read whenever they run: if it exceeds the memory; steps=0 only
+
+    def check(self) -> None:
+        one_of("model.expert", self.expert, ("silu", "swiglu", "geglu"))
+        one_of("model.attention", self.attention, ("eager", "sdpa", "flash_attention_2"))
+        usable = self.attention != "flash_attention_2" or importlib.util.find_spec("flash_attn") is not None
+        require(usable, "model.attention", self.attention, "eager or sdpa, unless the package flash-attn is installed")
+        for name in ("dim", "heads", "layers", "ffn", "num_experts", "dense_ffn"):
+            value = getattr(self, name)
+            require(1 <= value <= 10**6, f"model.{name}", value, "a whole number from 1 to 10^6")
+        for key in ("dense", "checkpoint"):
+            made = getattr(self, key) is not None or getattr(self, f"{key}_digest") is None
+            require(made, f"model.{key}_digest", getattr(self, f"{key}_digest"), f"left out without model.{key}")
+        one = self.dense is None or self.checkpoint is None
+        require(one, "model.checkpoint", self.checkpoint, "left out with model.dense")
+        if self.offload is not None:
+            require(self.checkpoint is not None, "model.offload", self.offload, "null without model.checkpoint")
+            require_path("model.offload", self.offload)
+        divides = self.dim % self.heads == 0 and (self.dim // self.heads) % 2 == 0
+        require(
+            divides or self.checkpoint is not None,
+            "model.heads",
+            self.heads,
+            f"a divisor of model.dim={self.dim} leaving an even head width",
+        )
+        require(self.shared_experts >= 0, "model.shared_experts", self.shared_experts, ">= 0")
+        dense, allowed = self.first_k_dense_replace, f"between 0 and model.layers={self.layers}"
+        require(0 <= dense <= self.layers, "model.first_k_dense_replace", dense, allowed)
+        require(finite(self.dropout) and 0 <= self.dropout < 1, "model.dropout", self.dropout, "in [0, 1)")
+        alpha = self.neftune_noise_alpha
+        require(finite(alpha) and alpha >= 0, "model.neftune_noise_alpha", alpha, "a finite number >= 0")
+        self._check_upcycling()
+
+    @property
+    def continues(self) -> bool:
+        """Whether the checkpoint is a saved model of this project."""
+        return self.checkpoint is not None and saved.is_saved(self.checkpoint, self.checkpoint_digest)
+
+    @property
+    def parents(self) -> list[dense_checkpoint.Parent]:
+        """The dense checkpoints to start from."""
+        return [] if self.dense is None else dense_checkpoint.parents(vars(self))
+
+    def _check_upcycling(self) -> None:
+        off: Any
+        for key, off in (("noise", 0), ("reset", 0), ("split", 1), ("parents", [])):
+            value = getattr(self, f"upcycle_{key}")
+            require(self.dense is not None or value == off, f"model.upcycle_{key}", value, f"{off} without model.dense")
+        noise, reset, split = self.upcycle_noise, self.upcycle_reset, self.upcycle_split
+        require(finite(noise) and noise >= 0, "model.upcycle_noise", noise, "a finite number >= 0")
+        allowed = f"0, or from 1 / model.ffn = {1 / self.ffn:.2g} to 1"
+        require(reset == 0 or 1 / self.ffn <= reset <= 1, "model.upcycle_reset", reset, allowed)
+        for key in ("num_experts", "shared_experts"):
+            allowed = f"a multiple of model.upcycle_split={split}, because a copy has so many experts"
+            require(getattr(self, key) % split == 0, f"model.{key}", getattr(self, key), allowed)
+        parents = max(1, len(self.parents))
+        allowed = f"a multiple of {parents}, the number of dense checkpoints, times model.upcycle_split={split}"
+        require(self.num_experts % (parents * split) == 0, "model.num_experts", self.num_experts, allowed)
