@@ -19,10 +19,12 @@ from moe.routers.group_limited import GroupLimited
 from moe.routers.gumbel import Gumbel
 from moe.routers.matryoshka import Matryoshka
 from moe.routers.noisy_topk import NoisyTopK
+from moe.routers.phi_balancing import PhiBalancing
 from moe.routers.quantile_balancing import QuantileBalancing
 from moe.routers.random import Random
 from moe.routers.sigmoid_bias import BiasedSigmoid, SigmoidBias
 from moe.routers.sinkhorn import Sinkhorn
+from moe.routers.smebu import Smebu
 from moe.routers.top_p import TopP
 from moe.routers.topk import Temperature, TopK
 
@@ -160,9 +162,11 @@ RULES: dict[type[Router], Callable[[Any, float], Rule | None]] = {
     Gumbel: lambda router, temperature: Rule(router.k, temperature=temperature),  # with k=1 its weight is 1
     NoisyTopK: _at_temperature_1,
     DenseMixer: _top_k,
+    PhiBalancing: _top_k,
     GroupLimited: _grouped,
     SigmoidBias: lambda router, temperature: _biased(router, temperature) if router.scores == "sigmoid" else None,
     QuantileBalancing: _biased,
+    Smebu: _biased,
     Sinkhorn: _without_plan,
     BaseLayers: lambda router, temperature: Rule(1, scores="sigmoid", weights="raw"),
     Matryoshka: lambda router, temperature: Rule(router.k),

@@ -129,6 +129,13 @@ ROUTER_LOSSES = {
         "1 is balanced.",
         "MoE++, Jin et al., 2410.07348, eq. 7",
     ),
+    "phi_balance": Loss(
+        "router.balance",
+        "Σ_e P_e ln(E m_e)",
+        "Mean probabilities times the price of each expert, m being a moving average of P over steps "
+        "(`router=phi_balancing`); with potential=euclidean, the price is m_e - 1/E. 0 is balanced.",
+        "phi-balancing, Chen et al., 2605.15403",
+    ),
     "sparsity": Loss(
         "router.coefficient",
         "mean_t Σ_e f_e gate_te E / target",

@@ -38,6 +38,7 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("sigmoid_bias", {"k": 3, "normalize": False}),
     ("sigmoid_bias", {"k": 1}),
     ("quantile_balancing", {"k": 1}),
+    ("smebu", {"k": 3, "scale": 2.5, "groups": 4, "top_groups": 2}),
     ("sinkhorn", {"k": 1}),
     ("top_p", {"k_max": 1}),
     ("top_p", {"p": 1.0, "k_max": 3}),
