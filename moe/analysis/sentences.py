@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from moe.analysis.statistics import SIGNIFICANCE
+from moe.analysis.power import SIGNIFICANCE
 from moe.checks import plain
 from moe.metrics.catalog import lookup
 from moe.results.comparable import NOT_COMPARABLE

@@ -7,7 +7,6 @@ left out without a note. `moe.analysis.variance` has the analysis of variance.
 """
 
 import math
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
 from functools import lru_cache
@@ -16,9 +15,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from scipy import stats
-from scipy.optimize import brentq
 from statsmodels.stats.weightstats import DescrStatsW
 
+from moe.analysis.power import SIGNIFICANCE, detectable_effect
 from moe.config.claim import absolute
 from moe.results.comparable import TEXT, TOKENIZER, incomparable
 from moe.results.conditions import (
@@ -32,8 +31,7 @@ from moe.results.conditions import (
     varied_factors,
 )
 
-CONFIDENCE, POWER = 0.95, 0.8
-SIGNIFICANCE = 0.05  # the largest corrected p that counts as significant
+CONFIDENCE = 0.95
 EXACT_SEEDS = 16  # up to this number of seeds, a sign-flip test tries all patterns of signs
 RANDOM_PATTERNS = 9_999  # for more seeds, it tries this many random patterns
 
@@ -184,39 +182,6 @@ def spread_interval(std: Any, n: Any) -> tuple[Any, Any]:
     tail = (1 - CONFIDENCE) / 2
     df = np.where(np.asarray(n) > 1, np.asarray(n) - 1.0, np.nan)
     return std * np.sqrt(df / stats.chi2.ppf(1 - tail, df)), std * np.sqrt(df / stats.chi2.ppf(tail, df))
-
-
-@lru_cache
-def detectable_effect(n: int, *, tests: int | float = 1, paired: bool = True) -> float:
-    """Return the smallest true difference that a two-sided t test finds with power 0.8; NaN below two seeds.
-
-    A paired test has n pairs, and the result is in standard deviations of the paired differences (d_z). An unpaired
-    test has n seeds on each side, and the result is in standard deviations of a single run. If the test is one of a
-    family of `tests`, it must be significant after Holm's correction even if no other is: at 5 % / tests.
-    """
-    if n < 2:
-        return float("nan")
-    df, information = (n - 1, n) if paired else (2 * n - 2, n / 2)
-    critical = stats.t.ppf(1 - SIGNIFICANCE / tests / 2, df)
-    # The distribution of the estimated spread, in steps of equal probability. (scipy's noncentral t distribution fails
-    # for the large effects that few seeds need.)
-    spread = np.sqrt(stats.chi2.ppf((np.arange(10_000) + 0.5) / 10_000, df) / df)
-
-    def power(effect: float) -> float:
-        shift = effect * math.sqrt(information)
-        return float((stats.norm.cdf(shift - critical * spread) + stats.norm.cdf(-shift - critical * spread)).mean())
-
-    return float(brentq(lambda effect: power(effect) - POWER, 0.0, 10.0 * critical))
-
-
-def seeds_needed(effect: float, *, tests: int | float = 1, most: int = 1000) -> int | None:
-    """Return how many seeds a paired two-sided t test needs to find an effect with power 0.8, at 5 % / `tests`.
-
-    The effect is in standard deviations of the paired differences (d_z). Returns None if `most` seeds are not enough.
-    """
-    if not detectable_effect(most, tests=tests) <= abs(effect):  # also for NaN
-        return None
-    return 2 + bisect_left(range(2, most), True, key=lambda n: detectable_effect(n, tests=tests) <= abs(effect))
 
 
 def range_test(differences: np.ndarray, low: float, high: float) -> tuple[float, float]:

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from moe.analysis.power import SIGNIFICANCE
 from moe.analysis.report.inputs import TESTED, collect_inputs
 from moe.analysis.sentences import SIGNIFICANT, standing
-from moe.analysis.statistics import SIGNIFICANCE
 from moe.analysis.studies.published import experiment_claims
 from moe.bench.analyze import made_up_record
 from moe.bench.options import several, whole

@@ -7,13 +7,13 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import ttost_paired
 
+from moe.analysis.power import detectable_effect
 from moe.analysis.sentences import contrast_sentence
 from moe.analysis.statistics import (
     as_one_family,
     completed,
     contrasts,
     corrected,
-    detectable_effect,
     divisors,
     false_discovery,
     noise_floor,

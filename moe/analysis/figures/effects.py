@@ -26,8 +26,8 @@ from moe.analysis.figures.style import (
     panel_height,
     shared_legend,
 )
+from moe.analysis.power import SIGNIFICANCE
 from moe.analysis.sentences import levels_compared
-from moe.analysis.statistics import SIGNIFICANCE
 from moe.results.conditions import by_seed, conditions, levels
 
 SIGNIFICANT_MARKS = "filled: p at most 0.05 after correction; open: not significant"

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from moe.analysis.power import seeds_needed
 from moe.analysis.report.blocks import Card, Interval, literal
 from moe.analysis.sentences import (
     DETERMINISTIC,
@@ -17,7 +18,6 @@ from moe.analysis.sentences import (
     levels_compared,
     standing,
 )
-from moe.analysis.statistics import seeds_needed
 from moe.checks import plain
 from moe.metrics.catalog import lookup
 

@@ -14,7 +14,8 @@ import yaml
 from scipy import stats
 
 from moe.analysis.claims import evidence_sentence, judge
-from moe.analysis.statistics import SIGNIFICANCE, contrasts
+from moe.analysis.power import SIGNIFICANCE
+from moe.analysis.statistics import contrasts
 from moe.analysis.variance import anova
 from moe.checks import plain
 from moe.config.claim import ClaimConfig

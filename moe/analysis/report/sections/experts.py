@@ -14,8 +14,9 @@ from scipy.stats import t as student
 
 from moe.analysis.figures.expert_grids import MeasuredRun
 from moe.analysis.figures.specialization import measured_runs
+from moe.analysis.power import SIGNIFICANCE
 from moe.analysis.report.inputs import ReportInputs
-from moe.analysis.statistics import SIGNIFICANCE, corrected
+from moe.analysis.statistics import corrected
 from moe.checks import plain
 
 SHUFFLED = 0.975  # share of shuffles below `null_high` (`moe.runs.measured.Comparison`)

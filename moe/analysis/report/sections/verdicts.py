@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pandas as pd
 
 from moe.analysis.claims import contrasts_without_claim, evidence_sentence, planned_claims
+from moe.analysis.power import SIGNIFICANCE
 from moe.analysis.report.blocks import (
     BulletList,
     Details,
@@ -31,7 +32,6 @@ from moe.analysis.sentences import (
     unit_of,
     with_note,
 )
-from moe.analysis.statistics import SIGNIFICANCE
 from moe.config.claim import OURS
 from moe.results.comparable import several_tokenizers
 

@@ -1,0 +1,203 @@
+"""What a planned claim compares: each level that it names with each rival, paired by seed. `claims.py` judges it."""
+
+import math
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import pandas as pd
+from scipy import stats
+
+from moe.analysis.statistics import CONFIDENCE, completed, has_no_spread, mean_difference, name_cell, range_test
+from moe.config.claim import DOMAIN, ClaimConfig, absolute
+from moe.results.comparable import incomparable
+from moe.results.conditions import by_seed, conditions, levels, two_levels, varied_factors
+from moe.results.table import level
+
+NAN = float("nan")
+
+
+class Comparison(NamedTuple):
+    """Comparison of one level with one reference level, over n seeds.
+
+    low, high: the 95 % t interval of the difference of the two means.
+    p_for, p_against: p-value of the test that the claim holds, and of the test that it does not hold.
+    favor: how far inside the claimed range the difference lies; negative if it lies outside.
+    spread: standard deviation of the paired differences.
+    gap: distance of the difference from the nearest end of the claimed range, in standard deviations of the paired
+        differences; `ends` is the number of ends that the range has.
+    claimed_low, claimed_high: the ends of the claimed range, which may be infinite.
+    deterministic: whether the difference is the same in every seed. Both p-values are then 0 or 1.
+    note: a remark for the reader, such as a run that is missing.
+    doubt: why the comparison is undecided, if it is.
+    """
+
+    n: int
+    mean: float = NAN
+    reference_mean: float = NAN
+    low: float = NAN
+    high: float = NAN
+    p_for: float = NAN
+    p_against: float = NAN
+    favor: float = NAN
+    spread: float = NAN
+    gap: float = NAN
+    ends: int = 1
+    claimed_low: float = NAN
+    claimed_high: float = NAN
+    deterministic: bool = False
+    note: str = ""
+    doubt: str = ""
+
+
+class Compared(NamedTuple):
+    """The comparisons that a claim makes.
+
+    pairs: for each of the levels `named`, a comparison with each of `rivals`. absent: what the runs lack for it; if
+    they lack anything, there are no pairs.
+    """
+
+    named: list[Any]
+    rivals: list[Any]
+    pairs: list[list[Comparison]]
+    absent: list[str]
+
+
+def compared(claim: ClaimConfig, runs: pd.DataFrame) -> Compared:
+    """Return what a claim compares. An interaction without a direction is taken to be "higher"."""
+    runs = _selected(claim, runs)
+    present = levels(runs[claim.factor]) if claim.factor in runs else []
+    named = [level(each) for each in claim.levels]
+    rivals = [level(each) for each in claim.than] or [each for each in present if each not in named]
+    absent = [
+        f"{factor}={level(each)} is in no run"
+        for factor, wanted in (claim.compared_levels | {claim.factor: [*named, *rivals]}).items()
+        for each in wanted
+        if factor not in runs or level(each) not in levels(runs[factor])
+    ]
+    absent += [] if rivals else [f"no other level of {claim.factor}"]
+    absent += [f"no run has {metric}" for metric in _metrics(claim) if metric not in runs]
+    if absent:
+        return Compared(named, rivals, [], absent)
+    if claim.kind == "interaction":
+        claim, runs = _of_changes(claim, runs, rivals), _changes(claim, runs)
+    else:
+        runs = _with_mean_of_domains(claim, runs)
+    others = [factor for factor in varied_factors(runs) if factor not in (claim.factor, "seed")]
+    return Compared(named, rivals, [[_compare(claim, runs, others, a, b) for b in rivals] for a in named], [])
+
+
+def _of_changes(claim: ClaimConfig, runs: pd.DataFrame, rivals: list[Any]) -> ClaimConfig:
+    """Return what an interaction claims about the change of the metric: above or below zero, or close to it."""
+    if claim.margin is None:
+        return replace(claim, kind=claim.direction or "higher")
+    first = _at_first_level(claim, runs)
+    reference = first.loc[first[claim.factor].isin(rivals), claim.metric].mean()
+    return replace(claim, kind="equivalent", margin=absolute(claim.margin, reference))
+
+
+def _selected(claim: ClaimConfig, runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs at those levels of other factors that the claim names."""
+    for factor, wanted in claim.within.items():
+        if factor in runs:
+            runs = runs[runs[factor].isin([level(each) for each in wanted])]
+    return runs
+
+
+def _metrics(claim: ClaimConfig) -> list[str]:
+    """Return the columns from which a claim is judged: the metric, or its variants for the domains of the text."""
+    return [f"{claim.metric}/{domain}" for domain in claim.within.get(DOMAIN, [])] or [claim.metric]
+
+
+def _with_mean_of_domains(claim: ClaimConfig, runs: pd.DataFrame) -> pd.DataFrame:
+    return runs.assign(**{claim.metric: runs[_metrics(claim)].mean(axis=1, skipna=False)})
+
+
+def _at_first_level(claim: ClaimConfig, runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs at the first of the two levels between which an interaction compares, with the metric there."""
+    runs = runs.assign(**{claim.metric: runs[_metrics(claim)[0]]})
+    factor = claim.moderator
+    return runs if factor == DOMAIN else runs[runs[factor] == level(claim.within[factor][0])]
+
+
+def _changes(claim: ClaimConfig, runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs at the first of the two levels of an interaction.
+
+    In place of the metric they have its change from there to the run at the second level that has all else in common.
+    """
+    first, factor = _at_first_level(claim, runs), claim.moderator
+    if factor == DOMAIN:
+        return first.assign(**{claim.metric: runs[_metrics(claim)[1]] - first[claim.metric]})
+    second = _with_mean_of_domains(claim, runs[runs[factor] == level(claim.within[factor][1])])
+    keys = list(dict.fromkeys([claim.factor, "seed", *varied_factors(first), *varied_factors(second)]))
+    pairs = first.merge(second[[*keys, claim.metric]], on=keys, suffixes=("", " at the second level"))
+    return pairs.assign(**{claim.metric: pairs.pop(f"{claim.metric} at the second level") - pairs[claim.metric]})
+
+
+def _compare(claim: ClaimConfig, runs: pd.DataFrame, others: list[str], treated: Any, reference: Any) -> Comparison:
+    """Compare two levels: the mean difference over all combinations of the other factors, for each seed.
+
+    Every pair of runs counts that differs in the two levels alone. What a missing pair would have shown is estimated
+    from the seed's other pairs and from the combination's other seeds, so that it shifts no mean.
+    """
+    pairs: dict[str, pd.DataFrame] = {}
+    for cell, members in conditions(two_levels(runs, claim.factor, (treated, reference), others), others):
+        sides = [members[members[claim.factor] == side] for side in (treated, reference)]
+        if all(map(len, sides)):
+            if reason := incomparable(claim.metric, *sides):
+                return Comparison(0, doubt=reason)
+            a, b = (by_seed(rows, claim.metric) for rows in sides)
+            pairs[name_cell(cell)] = pd.DataFrame({"difference": a - b, "reference": b})
+    if not pairs:
+        return Comparison(0, doubt=f"no runs differ in {claim.factor} alone")
+    table = pd.concat(pairs, axis=1)  # a row for each seed; NaN where a run is missing
+    differences, references = (table.xs(column, axis=1, level=1) for column in ("difference", "reference"))
+    note = _lost(differences)
+    references = references.where(differences.notna())
+    differences = differences.dropna(how="all").dropna(how="all", axis=1)
+    n = len(differences)
+    if n == 0:
+        return Comparison(0, note=note, doubt="no seed is left")
+    by_seeds = completed(differences).mean(axis=1).to_numpy()
+    reference_mean = references.mean().mean()
+    scale = max(values.abs().max().max() for values in (differences, references))
+    effect = mean_difference(by_seeds, scale=scale)
+    low, high = claimed_range(claim, reference_mean)
+    favor = min(effect - low, high - effect)
+    found = Comparison(n, reference_mean + effect, reference_mean, favor=favor, note=note)
+    found = found._replace(claimed_low=low, claimed_high=high)
+    if n == 1:
+        return found._replace(doubt="one seed: nothing to test a difference against")
+    if has_no_spread(by_seeds, scale=scale):
+        return found._replace(p_for=float(favor <= 0), p_against=float(favor > 0), deterministic=True)
+    p_inside, p_outside = range_test(by_seeds, low, high)
+    two_ends = math.isfinite(low) and math.isfinite(high)
+    ends = stats.ttest_1samp(by_seeds, 0).confidence_interval(CONFIDENCE)
+    return found._replace(
+        low=ends.low,
+        high=ends.high,
+        p_for=p_inside if two_ends else min(1.0, 2 * p_inside),
+        p_against=p_outside,
+        spread=by_seeds.std(ddof=1),
+        gap=abs(favor) / by_seeds.std(ddof=1),
+        ends=1 + two_ends,
+        doubt=f"the interval is neither inside nor outside {low:.3g} ... {high:.3g}" if two_ends else "",
+    )
+
+
+def _lost(differences: pd.DataFrame) -> str:
+    """Return which pairs of runs are missing from a table of seeds by combinations; an empty text if none is."""
+    places = [
+        f"seed {seed}" + (f" at {cell}" if cell else "")
+        for cell, missing in differences.isna().items()
+        for seed in differences.index[missing]
+    ]
+    return f"{len(places)} of {differences.size} pairs have no value on a side: {'; '.join(places)}" if places else ""
+
+
+def claimed_range(claim: ClaimConfig, reference: float) -> tuple[float, float]:
+    """Return the range in which the true difference lies according to the claim."""
+    if claim.kind == "equivalent":
+        margin = absolute(claim.margin, reference)
+        return -margin, margin
+    least, most = [absolute(amount, reference) for amount in claim.size] or (0.0, math.inf)
+    return (least, most) if claim.kind in ("higher", "highest") else (-most, -least)

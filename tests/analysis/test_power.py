@@ -1,0 +1,57 @@
+"""Tests of the power of paired tests: closed forms, slow simulation, and the smallest number of seeds."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from moe.analysis.power import POWER, Prediction, power, seeds_for, seeds_needed
+from moe.analysis.statistics import range_test
+
+
+@pytest.mark.parametrize(("n", "effect", "tests"), [(3, 3.0, 1), (8, 1.5, 4), (20, 0.8, 40)])
+def test_the_power_of_one_comparison_is_that_of_the_noncentral_t_distribution(
+    n: int, effect: float, tests: int
+) -> None:
+    expected = stats.nct.sf(stats.t.isf(0.025 / tests, n - 1), n - 1, effect * math.sqrt(n))
+    assert power(Prediction(0, math.inf, effect, tests), n) == pytest.approx(expected, abs=0.001)
+    assert power(Prediction(-math.inf, 0, -effect, tests), n) == pytest.approx(expected, abs=0.001)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "n"),
+    [
+        (Prediction(-2.0, 2.0, 0.0, tests=3), 8),
+        (Prediction(0.0, math.inf, 1.5, tests=2, named=1, rivals=4), 8),
+        (Prediction(-math.inf, 0.0, -2.0, tests=2, named=2, rivals=3), 6),
+    ],
+)
+def test_power_is_the_share_of_studies_in_which_every_comparison_holds(prediction: Prediction, n: int) -> None:
+    p, rng, studies = prediction, np.random.default_rng(1), 600
+    two_ends = math.isfinite(p.low) and math.isfinite(p.high)
+    held = []
+    for _ in range(studies):
+        named, rivals = (rng.normal(0, math.sqrt(0.5), (n, number)) for number in (p.named, p.rivals))
+        pairs = [p.true + a - b for a in named.T for b in rivals.T]
+        worst = max(range_test(pair, p.low, p.high)[0] for pair in pairs)
+        held.append((1 if two_ends else 2) * worst <= 0.05 / p.tests)
+    error = math.sqrt(0.25 / studies)
+    assert power(p, n) == pytest.approx(np.mean(held), abs=3 * error)
+
+
+@pytest.mark.parametrize("prediction", [Prediction(0, math.inf, 1.2, 7), Prediction(-math.inf, 0, -1.2, 7, 2, 3)])
+def test_the_number_of_seeds_is_the_smallest_with_the_power(prediction: Prediction) -> None:
+    n = seeds_for(prediction)
+    assert n is not None
+    assert power(prediction, n - 1) < POWER <= power(prediction, n)
+    assert seeds_for(prediction, most=n) == n
+    assert seeds_for(prediction, most=n - 1) is None
+    more = seeds_for(prediction, power_wanted=0.95)
+    assert more is not None
+    assert more > n
+
+
+def test_no_number_of_seeds_supports_a_claim_whose_assumed_difference_is_not_claimed() -> None:
+    assert seeds_for(Prediction(0, math.inf, -1.0)) is seeds_for(Prediction(-1.0, 1.0, 1.0)) is None
+    assert seeds_needed(math.nan) is seeds_needed(0.0) is None
