@@ -1,0 +1,314 @@
+"""Scaling laws: how the loss falls with compute, size and tokens, fitted to runs, with intervals over seeds.
+
+A law is L = floor + the sum over its terms of A times the product of x^-alpha over the term's variables. With one term
+of compute it is L = L_inf + A C^-alpha. With a term of size and one of tokens it is the third approach of Hoffmann et
+al. (2203.15556). No function extrapolates without saying so: `Fit.doubts` and `SpeedUp.doubts` are for the reader.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float
+from scipy import stats
+
+from moe.analysis.statistics import CONFIDENCE
+
+LEAST_BUDGETS = 3  # L_inf, A and alpha need three points
+RESAMPLES = 400
+STEPS, CONVERGED = 100, 1e-6  # most steps of the optimizer, and the largest change of a log after which it stops
+EXPONENTS = (0.01, 3.0)  # bounds of alpha; outside, a term is a constant or a cliff
+EXPERT_EXPONENTS = (-1.0, 1.0)  # more experts may be worse
+STARTS, EXPERT_STARTS = (0.1, 0.3, 0.8), (0.0, 0.3)
+EXPERTS = "experts"
+
+
+class Law(NamedTuple):
+    """The variables of each term, such as (("active parameters",), ("tokens",))."""
+
+    terms: tuple[tuple[str, ...], ...]
+
+    @property
+    def exponents(self) -> list[tuple[int, str]]:
+        """The term and the variable of each exponent."""
+        return [(number, name) for number, term in enumerate(self.terms) for name in term]
+
+    @property
+    def parameters(self) -> int:
+        return 1 + len(self.terms) + len(self.exponents)
+
+
+COMPUTE = Law((("FLOPs",),))
+
+
+class Fit(NamedTuple):
+    """A fitted law: rows of `theta` (R, P) are log floor, log A of each term, exponents. The first row is all seeds.
+
+    The other rows are the resamples of the seeds. `center` are the means of log x, at which A is meant.
+    `ranges` are the smallest and the largest value of each variable that the fit has seen.
+    """
+
+    law: Law
+    theta: Float[np.ndarray, "R P"]
+    center: dict[str, float]
+    ranges: dict[str, tuple[float, float]]
+    seeds: int
+    doubts: list[str]
+
+    @property
+    def floor(self) -> Float[np.ndarray, "R"]:
+        return np.exp(self.theta[:, 0])
+
+    def exponent(self, name: str) -> Float[np.ndarray, "R"]:
+        """Return the exponent of a variable, which must occur in one term."""
+        [place] = [number for number, (_, each) in enumerate(self.law.exponents) if each == name]
+        return self.theta[:, 1 + len(self.law.terms) + place]
+
+    def predict(self, **x: float) -> Float[np.ndarray, "R"]:
+        """Return the loss at one point for each row of `theta`."""
+        logs = _logs(self.law, {name: np.array([value]) for name, value in x.items()}, self.center)
+        return _predict(self.law, self.theta, logs)[:, 0]
+
+    def outside(self, **x: float) -> list[str]:
+        """Return the variables whose value lies outside of what the fit has seen, with how far."""
+        found = []
+        for name, value in x.items():
+            low, high = self.ranges[name]
+            times = max(value / high, low / value)
+            found += [f"{name} {times:.2g} times outside of the runs"] if times > 1.001 else []
+        return found
+
+
+class Estimate(NamedTuple):
+    """An estimate and its 95 % interval; the ends are NaN if there is one seed."""
+
+    value: float
+    low: float
+    high: float
+
+
+def over_seeds(values: Float[np.ndarray, "R"], seeds: int) -> Estimate:
+    """Return the first value, with a t interval whose standard error is the spread of the others, the resamples.
+
+    The spread of resampled means is too small by sqrt((n - 1) / n), which is corrected, and t with n - 1 degrees of
+    freedom stands for the unknown spread (Hesterberg 2015). Quantiles of resamples would be far too narrow: three seeds
+    have ten different resamples. If a resample is infinite, so is that end of the interval.
+    """
+    value, resampled = float(values[0]), values[1:]
+    if seeds < 2 or not math.isfinite(value):
+        return Estimate(value, math.nan, math.nan)
+    finite = resampled[np.isfinite(resampled)]
+    error = finite.std() * math.sqrt(seeds / (seeds - 1)) if len(finite) else math.nan
+    reach = stats.t.ppf((1 + CONFIDENCE) / 2, seeds - 1) * error
+    low = -math.inf if (resampled == -math.inf).any() else value - reach
+    return Estimate(value, low, math.inf if (resampled == math.inf).any() else value + reach)
+
+
+def resampled_seeds(seeds: int, resamples: int = RESAMPLES) -> Float[np.ndarray, "R S"]:
+    """Return how often each seed counts: once in the first row, as often as it was drawn in the others."""
+    draws = np.random.default_rng(0).multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples if seeds > 1 else 0)
+    return np.vstack([np.ones((1, seeds)), draws]).astype(float)
+
+
+def fit(runs: pd.DataFrame, law: Law, *, resamples: int = RESAMPLES) -> Fit:
+    """Fit a law to runs by least squares, once for all seeds and once for each resample of the seeds.
+
+    runs: columns `seed`, `loss` and one for each variable of the law. Raises ValueError if the runs cannot carry the
+    law: too few different points, or fewer than three different values of a variable that stands alone in its term.
+    """
+    names = list(dict.fromkeys(name for _, name in law.exponents))
+    points = len(runs[names].drop_duplicates())
+    if points < max(LEAST_BUDGETS, law.parameters - 1):
+        need = max(LEAST_BUDGETS, law.parameters - 1)
+        raise ValueError(f"{points} different points of {', '.join(names)}; the law needs at least {need}")
+    for name in names:
+        few = runs[name].nunique() < (2 if name == EXPERTS else LEAST_BUDGETS)
+        if few:
+            raise ValueError(f"{name} has {runs[name].nunique()} different values; the law needs more")
+    x = {name: runs[name].to_numpy(dtype=float) for name in names}
+    loss = runs["loss"].to_numpy(dtype=float)
+    center = {name: float(np.log(values).mean()) for name, values in x.items()}
+    logs = _logs(law, x, center)
+    seeds, place = np.unique(runs["seed"], return_inverse=True)
+    weights = resampled_seeds(len(seeds), resamples)[:, place]
+    starts = _starts(law, logs, loss)
+    fitted, cost = _least_squares(law, starts, logs, loss, np.ones((len(starts), len(loss))))
+    best = fitted[[int(np.argmin(cost))]]
+    theta = np.vstack([best, _least_squares(law, best.repeat(len(weights) - 1, 0), logs, loss, weights[1:])[0]])
+    ranges = {name: (float(values.min()), float(values.max())) for name, values in x.items()}
+    return Fit(law, theta, center, ranges, len(seeds), _doubts(law, best[0], loss, points))
+
+
+def _doubts(law: Law, theta: Float[np.ndarray, "P"], loss: Float[np.ndarray, "N"], points: int) -> list[str]:
+    low, high = _bounds(law, loss)
+    names = ["L_inf", *(f"A of {' and '.join(term)}" for term in law.terms)]
+    names += [f"the exponent of {name}" for _, name in law.exponents]
+    near = 1e-3 * (high - low)
+    found = [
+        f"{name} is at a bound of the fit ({'its smallest' if value <= least + each else 'its largest'} value)"
+        for name, value, least, most, each in zip(names, theta, low, high, near, strict=True)
+        if value <= least + each or value >= most - each
+    ]
+    if points <= law.parameters:
+        found.append(f"{points} different points determine {law.parameters} numbers, so nothing checks the form")
+    return found
+
+
+def _bounds(law: Law, loss: Float[np.ndarray, "N"]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the smallest and largest value of each parameter."""
+    scale = math.log(loss.max())
+    ends = [(scale - 7, math.log(loss.min())), *[(scale - 14, scale + 7)] * len(law.terms)]
+    ends += [EXPERT_EXPONENTS if name == EXPERTS else EXPONENTS for _, name in law.exponents]
+    low, high = np.array(ends).T
+    return low, high
+
+
+def _logs(law: Law, x: dict[str, np.ndarray], center: dict[str, float]) -> Float[np.ndarray, "V N"]:
+    """Return the centered log of the variable of each exponent."""
+    return np.stack([np.log(x[name]) - center[name] for _, name in law.exponents])
+
+
+def _terms(law: Law, theta: Float[np.ndarray, "R P"], logs: Float[np.ndarray, "V N"]) -> Float[np.ndarray, "R K N"]:
+    count = len(law.terms)
+    member = np.array([[number == term for term, _ in law.exponents] for number in range(count)], dtype=float)
+    power = np.einsum("kv,rv,vn->rkn", member, theta[:, 1 + count :], logs)
+    return np.exp(np.clip(theta[:, 1 : 1 + count, None] - power, -60, 60))
+
+
+def _predict(law: Law, theta: Float[np.ndarray, "R P"], logs: Float[np.ndarray, "V N"]) -> Float[np.ndarray, "R N"]:
+    return np.exp(theta[:, :1]) + _terms(law, theta, logs).sum(axis=1)
+
+
+def _starts(law: Law, logs: Float[np.ndarray, "V N"], loss: Float[np.ndarray, "N"]) -> Float[np.ndarray, "R P"]:
+    """Return starting points: a grid of exponents, each with the floor and factors that linear least squares gives."""
+    found = []
+    grids = [EXPERT_STARTS if name == EXPERTS else STARTS for _, name in law.exponents]
+    least = math.log(loss.min())
+    for exponents in itertools.product(*grids):
+        theta = np.array([[0.0] * (1 + len(law.terms)) + list(exponents)])
+        design = np.vstack([np.ones(len(loss)), _terms(law, theta, logs)[0]]).T
+        linear = np.linalg.lstsq(design, loss, rcond=None)[0]
+        theta[0, : len(linear)] = np.log(np.clip(linear, 1e-3 * loss.min(), None))
+        theta[0, 0] = min(theta[0, 0], least - 1e-3)
+        found.append(theta[0])
+    return np.array(found)
+
+
+def _least_squares(
+    law: Law,
+    theta: Float[np.ndarray, "R P"],
+    logs: Float[np.ndarray, "V N"],
+    loss: Float[np.ndarray, "N"],
+    weights: Float[np.ndarray, "R N"],
+) -> tuple[Float[np.ndarray, "R P"], Float[np.ndarray, "R"]]:
+    """Return the parameters of least weighted squares within bounds, and the sums of squares, for each row at once.
+
+    This is Levenberg and Marquardt's method. A parameter at a bound that wants to go on does not move.
+    """
+    low, high = _bounds(law, loss)
+    theta = np.clip(theta, low, high)
+    damping = np.full(len(theta), 1e-2)
+    cost = (weights * (_predict(law, theta, logs) - loss) ** 2).sum(axis=1)
+    for _ in range(STEPS if len(theta) else 0):
+        jacobian = _jacobian(law, theta, logs)
+        residual = _predict(law, theta, logs) - loss
+        gradient = np.einsum("rnp,rn->rp", jacobian, weights * residual)
+        stuck = ((theta <= low) & (gradient > 0)) | ((theta >= high) & (gradient < 0))
+        step = _step(jacobian, weights, gradient, stuck, damping)
+        if (np.abs(step) < CONVERGED).all():
+            break
+        moved = np.clip(theta - step, low, high)
+        new = (weights * (_predict(law, moved, logs) - loss) ** 2).sum(axis=1)
+        better = new < cost
+        theta, cost = np.where(better[:, None], moved, theta), np.where(better, new, cost)
+        damping = np.clip(np.where(better, damping / 5, damping * 5), 1e-12, 1e9)
+    return theta, cost
+
+
+def _step(
+    jacobian: Float[np.ndarray, "R N P"],
+    weights: Float[np.ndarray, "R N"],
+    gradient: Float[np.ndarray, "R P"],
+    stuck: Bool[np.ndarray, "R P"],
+    damping: Float[np.ndarray, "R"],
+) -> Float[np.ndarray, "R P"]:
+    free = ~stuck
+    hessian = np.einsum("rnp,rn,rnq->rpq", jacobian, weights, jacobian) * (free[:, :, None] & free[:, None, :])
+    diagonal = np.einsum("rpp->rp", hessian)
+    size = diagonal.max(axis=1, keepdims=True)
+    ridge = damping[:, None] * diagonal + 1e-14 * size + np.where(stuck, 1.0, 1e-300)
+    hessian += ridge[:, :, None] * np.eye(ridge.shape[1])
+    return np.linalg.solve(hessian, (gradient * free)[:, :, None])[:, :, 0]
+
+
+def _jacobian(law: Law, theta: Float[np.ndarray, "R P"], logs: Float[np.ndarray, "V N"]) -> Float[np.ndarray, "R N P"]:
+    terms = _terms(law, theta, logs)
+    floor = np.broadcast_to(np.exp(theta[:, :1]), terms[:, 0].shape)
+    slopes = [-terms[:, term] * logs[place] for place, (term, _) in enumerate(law.exponents)]
+    return np.stack([floor, *(terms[:, term] for term in range(len(law.terms))), *slopes], axis=2)
+
+
+class SpeedUp(NamedTuple):
+    """How many times as much compute the baseline needs for an arm's loss, at one budget of the arm."""
+
+    budget: float
+    loss: float
+    needed: float
+    times: Estimate
+    doubts: list[str]
+
+
+def speed_up(baseline: pd.DataFrame, arm: pd.DataFrame, *, resamples: int = RESAMPLES) -> list[SpeedUp]:
+    """Return the effective speed-up of an arm at each of its budgets, from a curve through the baseline's runs.
+
+    Both tables have the columns `seed`, `FLOPs` (training) and `loss`. Seeds that only one of them has are left out.
+    A resample draws the same seeds for both, so what all runs of a seed share cancels. Raises ValueError if the
+    baseline has fewer than three budgets.
+    """
+    common = sorted(set(baseline["seed"]) & set(arm["seed"]))
+    baseline, arm = (table[table["seed"].isin(common)] for table in (baseline, arm))
+    curve = fit(baseline, COMPUTE, resamples=resamples)
+    weights = resampled_seeds(len(common), resamples)
+    found = []
+    for budget, members in _by_budget(arm):
+        of_seed = members.groupby("seed")["loss"].mean().reindex(common).to_numpy()
+        known = np.isfinite(of_seed)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            loss = (weights[:, known] @ of_seed[known]) / weights[:, known].sum(axis=1)
+        found.append(_speed_up(curve, budget, loss))
+    return found
+
+
+def _speed_up(curve: Fit, budget: float, loss: Float[np.ndarray, "R"]) -> SpeedUp:
+    needed = _needed(curve, loss)
+    times = over_seeds(np.log(needed / budget), curve.seeds)
+    doubts = list(curve.doubts)
+    if not math.isfinite(needed[0]):
+        doubts.append("its loss is below L_inf of the baseline's curve: no budget reaches it")
+    else:
+        doubts += curve.outside(FLOPs=float(needed[0]))
+    estimate = Estimate(*(math.exp(min(end, 700)) if not math.isnan(end) else end for end in times))
+    return SpeedUp(budget, float(loss[0]), float(needed[0]), estimate, doubts)
+
+
+def _needed(curve: Fit, loss: Float[np.ndarray, "R"]) -> Float[np.ndarray, "R"]:
+    """Return the compute at which the curve has this loss, in each resample; infinite below its floor."""
+    gap = loss - curve.floor
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = (curve.theta[:, 1] - np.log(gap)) / curve.theta[:, 2] + curve.center["FLOPs"]
+    return np.where(gap > 0, np.exp(np.clip(logs, -700, 700)), np.inf)
+
+
+def _by_budget(table: pd.DataFrame) -> list[tuple[float, pd.DataFrame]]:
+    """Return the runs by budget, the mean of those whose compute differs by at most 2 %, in rising order."""
+    ordered = table.sort_values("FLOPs")
+    group = (ordered["FLOPs"].pct_change().fillna(0) > 0.02).cumsum()
+    return [(float(members["FLOPs"].mean()), members) for _, members in ordered.groupby(group)]
+
+
+def budgets(flops: Sequence[float] | pd.Series) -> int:
+    """Return how many different budgets there are, if 2 % make no difference."""
+    return len(_by_budget(pd.DataFrame({"FLOPs": list(flops)})))
