@@ -22,7 +22,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of the hub and of 
 
 import pandas as pd
 
-from moe.config.imported import quoted
+from moe.launch.overrides import quoted
 from moe.metrics.agreement import overlap
 from moe.runs.record import SpecializationRecord
 from moe.runs.traces import read_traces
@@ -144,7 +144,7 @@ def require_same_shape(model: "Cell", other: "Cell") -> None:
     Their config.json says so.
     """
     from moe.checks import ConfigError
-    from moe.config.dense_checkpoint import content
+    from moe.config.checkpoints.files import content
 
     shapes = [
         {

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from moe.config import imported
+from moe.config.checkpoints.transformers_config import EXPERTS, PER_TOKEN, number
 from moe.config.model import ModelConfig
 from moe.foreign import plain
 from moe.model.causal_lm import MoEConfig, MoEForCausalLM
@@ -150,9 +150,12 @@ def router_of(source: PreTrainedModel) -> dict[str, Any]:
 
 def around(source: PreTrainedModel, router: dict[str, Any] | None = None, *, copied: bool = True) -> MoEForCausalLM:
     """Return an imported copy of a model, or the model itself, in evaluation mode: with its own router or another."""
-    own = {"_target_": "moe.routers.imported.Imported", "k": imported.number(source.config, imported.PER_TOKEN)}
+    own = {
+        "_target_": "moe.routers.imported.Imported",
+        "k": number(source.config, PER_TOKEN),
+    }
     sizes = ModelConfig(dim=source.config.hidden_size, heads=4, layers=3, ffn=24, dense_ffn=40)
-    sizes.num_experts = imported.number(source.config, imported.EXPERTS)
+    sizes.num_experts = number(source.config, EXPERTS)
     config = MoEConfig.around(source.config, sizes, router or own)
     return MoEForCausalLM(config, causal_lm=copy.deepcopy(source) if copied else source).eval()
 

@@ -29,7 +29,8 @@ from moe.analysis.figures.specialization import specialization_drawings
 from moe.analysis.report.blocks import Attachment
 from moe.analysis.report.markdown import block_as_markdown
 from moe.checks import ConfigError
-from moe.config import dense_checkpoint
+from moe.config.checkpoints import dense as dense_checkpoint
+from moe.config.checkpoints import files
 from moe.config.classes import build
 from moe.config.options import SEARCH_PATH
 from moe.data import readers
@@ -434,8 +435,8 @@ PIPES: dict[str, Callable[[Path], object]] = {
     "model/model.safetensors": lambda path: load_model(path.parent),
     "model/generation_config.json": lambda path: load_model(path.parent),
     "model/special_tokens_map.json": lambda path: pretrained_tokenizer(str(path.parent)),
-    "dense/config.json": lambda path: dense_checkpoint.digest(str(path.parent)),
-    "dense/model-2.safetensors": lambda path: dense_checkpoint.digest(str(path.parent)),
+    "dense/config.json": lambda path: files.digest(str(path.parent)),
+    "dense/model-2.safetensors": lambda path: files.digest(str(path.parent)),
     "texts/x.txt": lambda path: Files(paths=[str(path)], column="text", domain=None),
     "texts/x.csv.gz": lambda path: list(readers.read_rows(path, "data.source.path")),
     "texts/x.parquet": lambda path: list(readers.read_rows(path, "data.source.path")),

@@ -7,7 +7,8 @@ from typing import Any
 from omegaconf import MISSING
 
 from moe.checks import finite, one_of, require, require_path
-from moe.config import dense_checkpoint, saved
+from moe.config.checkpoints import dense as dense_checkpoint
+from moe.config.checkpoints import saved
 
 
 @dataclass

@@ -8,7 +8,8 @@ from typing import Any, get_type_hints
 from omegaconf import MISSING
 
 from moe.checks import ConfigError, describe, finite, one_of, require, require_path, unknown
-from moe.config import dense_checkpoint, imported
+from moe.config.checkpoints import dense as dense_checkpoint
+from moe.config.checkpoints import imported
 from moe.config.claim import ClaimConfig
 from moe.config.classes import build, locate
 from moe.config.keys import DEFAULTED, DENSE_IGNORES, OFF, RATES, flatten, is_free

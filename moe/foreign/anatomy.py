@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from moe.checks import ConfigError
-from moe.config import dense_checkpoint, imported
+from moe.config.checkpoints import dense, transformers_config
 from moe.foreign.rules import Rule, rule_of
 from moe.model.architecture import IDS, MoEConfig
 from moe.model.causal_lm import MoEForCausalLM
@@ -119,7 +119,7 @@ def anatomy_of(model: MoEForCausalLM) -> Anatomy:
     config = cast(MoEConfig, model.config)
     if config.imported is None:
         return _parts(model, config, model.decoder, model.lm_head, [None] * config.num_hidden_layers)
-    source = imported.parse(config.imported, "config.json.imported")
+    source = transformers_config.parse(config.imported, "config.json.imported")
     if reason := _other_parts(source, model):
         raise ConfigError(reason)
     causal_lm: Any = cast(ImportedModel, model.model).causal_lm
@@ -147,19 +147,19 @@ def _other_parts(source: PretrainedConfig, model: MoEForCausalLM) -> str | None:
     if any(isinstance(layer.router, Imported) for layer in model.moe_layers):
         return f"its router is the code of {kind}; import it with one of ours, such as router=topk"
     activation = source.hidden_act
-    return None if activation in dense_checkpoint.FORMS else f"hidden_act={activation}: no form of model.expert"
+    return None if activation in dense.FORMS else f"hidden_act={activation}: no form of model.expert"
 
 
 def _as_ours(config: MoEConfig, source: PretrainedConfig) -> MoEConfig:
     """Return the configuration that our decoder would have for an imported model."""
     found = copy.deepcopy(config)
     found.imported = None
-    for name in dense_checkpoint.INHERITED:
+    for name in dense.INHERITED:
         value = getattr(source, name, None)
         if value is not None and name not in IDS:  # which a run sets to those of its tokenizer
             setattr(found, name, value)
     found.attention_bias = bool(getattr(source, "attention_bias", source.model_type == "qwen2"))
-    found.expert = dense_checkpoint.FORMS[source.hidden_act]
+    found.expert = dense.FORMS[source.hidden_act]
     found.embed_scale = source.model_type == "gemma"
     return found
 

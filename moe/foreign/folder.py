@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils.logging import disable_progress_bar
 
 from moe.checks import ConfigError, escaped, first_line, require
-from moe.config.imported import longest_text
+from moe.config.checkpoints.transformers_config import longest_text
 from moe.data.tokenizer import plain_tokenizer, pretrained_tokenizer
 from moe.files import apply_umask, read_text, sha256, write_text
 from moe.foreign.export import Difference

@@ -10,7 +10,7 @@ import yaml
 from transformers import PretrainedConfig
 
 from moe.checks import ConfigError
-from moe.config import imported
+from moe.config.checkpoints import imported
 from moe.config.model import ModelConfig
 from moe.config.options import CONF
 from moe.model.architecture import IDS, MoEConfig
@@ -54,8 +54,7 @@ def read_plain(folder: Path) -> MoEForCausalLM:
 
 def router_of(source: PretrainedConfig) -> dict[str, Any]:
     """Return the router that an imported model has unless another one is chosen: its class and its settings."""
-    option, *settings = (word.split("=", 1) for word in imported.router(source))
-    if option[1].startswith("{"):
-        return dict(yaml.safe_load(option[1]))
-    spec = yaml.safe_load((CONF / "router" / f"{option[1]}.yaml").read_text(encoding="utf-8"))
-    return spec | {key.removeprefix("router."): yaml.safe_load(value) for key, value in settings}
+    option, settings = imported.router(source)
+    if option is None:
+        return {"_target_": "moe.routers.imported.Imported", **settings}
+    return dict(yaml.safe_load((CONF / "router" / f"{option}.yaml").read_text(encoding="utf-8"))) | settings

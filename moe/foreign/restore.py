@@ -5,7 +5,7 @@ from typing import Any, cast
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from moe.config import dense_checkpoint, imported
+from moe.config.checkpoints import dense, imported, transformers_config
 from moe.foreign.rules import Rule, bias_of, matrix_of, rule_of
 from moe.foreign.targets import GATES, Target
 from moe.model.blocks import find_blocks
@@ -21,7 +21,7 @@ def own_layout(model: MoEForCausalLM) -> Target | None:
     and for a dense one that was upcycled.
     """
     kind = (model.config.imported or {}).get("model_type")
-    if kind is None or kind in dense_checkpoint.KINDS:
+    if kind is None or kind in dense.KINDS:
         return None
     if kind in imported.SIGMOID:
         return Target(name=kind, scores=("sigmoid",), weights=GATES, biased=True, grouped=True)
@@ -46,7 +46,7 @@ def restore(model: MoEForCausalLM) -> PreTrainedModel:
     bias. The keys of the configuration for k, for weights that sum to 1, for their factor and for groups become those
     of that router.
     """
-    source = imported.parse(model.config.imported or {}, "config.json.imported")
+    source = transformers_config.parse(model.config.imported or {}, "config.json.imported")
     router = model.moe_layers[0].router
     rule = None if isinstance(router, Imported) else rule_of(router, temperature=model.config.router_temperature)
     if rule is not None:
@@ -70,7 +70,7 @@ def restore(model: MoEForCausalLM) -> PreTrainedModel:
 
 def _follow(config: Any, rule: Rule) -> None:
     """Set the keys of a configuration that say how its router decides."""
-    for name in imported.PER_TOKEN:
+    for name in transformers_config.PER_TOKEN:
         if getattr(config, name, None) is not None:
             setattr(config, name, rule.k)
             break

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from moe.config.dense_checkpoint import FORMS
+from moe.config.checkpoints.dense import FORMS
 from moe.foreign.anatomy import Anatomy, Heads
 from moe.foreign.targets import Target, rope_of
 

@@ -14,7 +14,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from moe.checks import require
-from moe.config import dense_checkpoint, imported
+from moe.config.checkpoints import dense, imported
 from moe.config.classes import locate
 from moe.config.options import CLASSES, CONF, GROUPS
 from moe.config.schema import Config
@@ -103,7 +103,7 @@ def typed(composed: DictConfig, choices: dict[str, str | None]) -> Config:
     with open_dict(config):
         config.pop("hydra", None)
     given = {str(k): None if OmegaConf.is_missing(config.model, k) else config.model[k] for k in config.model}
-    for key, module in (("dense", dense_checkpoint), ("checkpoint", imported)):
+    for key, module in (("dense", dense), ("checkpoint", imported)):
         if given.get(key) is not None:
             config.model.update(module.resolve(given))
     sized = not OmegaConf.is_missing(config.model, "dim")

@@ -7,11 +7,11 @@ from typing import Any
 from hydra.core.override_parser.types import Override
 
 from moe.checks import ConfigError
-from moe.config import imported, saved
+from moe.config.checkpoints import imported, saved
 from moe.config.options import sources
 from moe.launch.hydra_errors import FAULTS
 from moe.launch.option_files import preset_of
-from moe.launch.overrides import as_word, parse_override, parsed, with_added_keys
+from moe.launch.overrides import as_word, parse_override, parsed, quoted, with_added_keys
 
 KEY = "model.checkpoint"
 
@@ -56,18 +56,21 @@ def without_implied(overrides: list[Override]) -> list[Override]:
 
 
 def _tokenizer(name: str) -> list[str]:
-    return [f"data.tokenizer={imported.quoted(name)}", "data.vocab_size=null"]
+    return [f"data.tokenizer={quoted(name)}", "data.vocab_size=null"]
 
 
 def _router(name: str) -> list[str]:
     """Return the overrides that choose the router of a checkpoint."""
-    if not saved.is_saved(name, None):
-        return imported.router(imported.read(name, None))
-    spec = saved.router(name)
-    option = _option(spec)
+    if saved.is_saved(name, None):
+        spec = saved.router(name)
+        option = _option(spec)
+        settings = spec if option is None else {key: value for key, value in spec.items() if key != "_target_"}
+    else:
+        option, settings = imported.router(imported.read(name, None))
+        settings = {"_target_": "moe.routers.imported.Imported", **settings} if option is None else settings
     if option is None:
-        return [f"router={as_word(spec)}"]
-    return [f"router={option}", *(f"router.{key}={as_word(value)}" for key, value in spec.items() if key != "_target_")]
+        return [f"router={as_word(settings)}"]
+    return [f"router={option}", *(f"router.{key}={as_word(value)}" for key, value in settings.items())]
 
 
 def _option(spec: dict[str, Any]) -> str | None:

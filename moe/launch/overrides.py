@@ -71,7 +71,7 @@ def parse_override(word: str) -> Override:
     if any("\ud800" <= character <= "\udfff" for character in word):
         raise ConfigError(f"cannot read the command line: {word:.200}: must be UTF-8")
     items = [quote(item.strip()) for item in value[1:-1].split(",")] if value[:1] + value[-1:] == "[]" else None
-    quoted = f"{key}={quote(value)}" if items is None else f"{key}=[{','.join(items)}]"
+    as_text = f"{key}={quote(value)}" if items is None else f"{key}=[{','.join(items)}]"
     try:
         return replace(parsed(word), config_loader=loader)
     except FAULTS as error:
@@ -83,11 +83,11 @@ def parse_override(word: str) -> Override:
         example = f"{word}=OPTION" if word in GROUPS else "key=value"
         raise ConfigError(f"cannot read the command line: {word:.200}: write {example}")
     try:
-        override = replace(parsed(quoted), config_loader=loader)
+        override = replace(parsed(as_text), config_loader=loader)
     except FAULTS:
         raise ConfigError(f"cannot read the command line: {word:.200}: {cause:.300}") from None
     if set(value) & set("""'"()[]{},$\\""") or len(value) > 1000:
-        raise ConfigError(f"cannot read the command line: {word:.200}: put a text in quotes, like '{quoted:.200}'")
+        raise ConfigError(f"cannot read the command line: {word:.200}: put a text in quotes, like '{as_text:.200}'")
     return override
 
 
@@ -136,6 +136,11 @@ def as_word(value: Any) -> str:
     if isinstance(value, str):
         return value if re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", value) and value.lower() not in KEYWORDS else quote(value)
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def quoted(text: str) -> str:
+    """Return a text as the value of an override, in quotes unless it is a path of plain characters."""
+    return text if re.fullmatch(r"[\w.-]*(/[\w.-]+)+", text) else quote(text)
 
 
 def quote(text: str) -> str:

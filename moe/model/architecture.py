@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 from transformers.models.llama.configuration_llama import LlamaConfig
 
 from moe.checks import check_values, require
-from moe.config import dense_checkpoint, imported, saved
+from moe.config.checkpoints import dense, imported, saved, transformers_config
 from moe.config.model import ModelConfig
 from moe.routers.imported import Imported
 
@@ -151,14 +151,14 @@ class MoEConfig(LlamaConfig):
         }
         if model.dense is not None:
             first = model.parents[0]
-            content = dense_checkpoint.language_model("model.dense", *first)
-            source = imported.parse(content, "config.json of model.dense")
-            if source.model_type != dense_checkpoint.OURS:
+            content = dense.language_model("model.dense", *first)
+            source = transformers_config.parse(content, "config.json of model.dense")
+            if source.model_type != dense.OURS:
                 config = MoEConfig.around(source, model, router)
                 for name in ("expert", "shared_experts", "first_k_dense_replace", "dense_ffn"):
                     setattr(config, name, getattr(model, name))
                 return config
-            settings = {name: getattr(source, name) for name in dense_checkpoint.INHERITED}
+            settings = {name: getattr(source, name) for name in dense.INHERITED}
         assert vocab_size is not None
         config = MoEConfig(
             vocab_size=vocab_size,
@@ -207,7 +207,7 @@ class MoEConfig(LlamaConfig):
             num_attention_heads=model.heads,
             num_hidden_layers=model.layers,
             intermediate_size=model.ffn,
-            max_position_embeddings=imported.longest_text(source) or LONGEST,
+            max_position_embeddings=transformers_config.longest_text(source) or LONGEST,
             num_experts=model.num_experts,
             embed_scale=False,
             tie_word_embeddings=bool(getattr(source, "tie_word_embeddings", False)),
@@ -227,7 +227,7 @@ def _check_content(content: dict[str, Any]) -> None:
     types = {field.name: field.type for field in fields(MoEConfig)} | FILE_TYPES
     check_values(content, types, "config.json")
     if content.get("imported") is not None:
-        imported.parse(content["imported"], "config.json.imported")
+        transformers_config.parse(content["imported"], "config.json.imported")
     auto_map = content.get("auto_map", AUTO_MAP)
     require(auto_map == AUTO_MAP, "config.json.auto_map", auto_map, f"{AUTO_MAP}, because no other code may be run")
     for name, least in LEAST.items():

@@ -3,7 +3,7 @@
 import torch
 from safetensors.torch import load_file
 
-from moe.config import dense_checkpoint
+from moe.config.checkpoints import files
 from moe.config.model import ModelConfig
 from moe.files import Find, weight_files
 from moe.model.architecture import MoEConfig
@@ -42,5 +42,5 @@ def check_continued(config: MoEConfig, settings: ModelConfig) -> None:
 
 def _finder(settings: ModelConfig) -> Find:
     assert settings.checkpoint is not None
-    revision = dense_checkpoint.revision(settings.checkpoint, settings.checkpoint_digest)
+    revision = files.revision(settings.checkpoint, settings.checkpoint_digest)
     return file_finder(settings.checkpoint, {"revision": revision})

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moe.config import imported
+from moe.config.checkpoints import transformers_config
 from moe.model.causal_lm import MoEForCausalLM
 from moe.model.layer import MoELayer
 
@@ -88,7 +88,7 @@ def flops_per_token(model: MoEForCausalLM, seq_len: int, *, active: Sequence[flo
         used = router.experts_per_token(seq_len) if asked is None else asked * len(router.chain)
         weights += size * (used / router.num_experts - 1)
         mixing += router.mixing_flops()
-    source = config if config.imported is None else imported.parse(config.imported, "config.json.imported")
+    source = config if config.imported is None else transformers_config.parse(config.imported, "config.json.imported")
     return round(2 * weights) + mixing + attention_flops(source, seq_len)
 
 

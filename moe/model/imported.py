@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
 
 from moe.checks import ConfigError, first_line
-from moe.config import imported
+from moe.config.checkpoints import dense, transformers_config
 from moe.model.architecture import MoEConfig
 from moe.model.blocks import Block, find_blocks, find_dense
 from moe.model.decoder import make_layer
@@ -161,7 +161,7 @@ class ImportedModel(RoutedModel):
     def __init__(self, config: MoEConfig, *, trusted: bool = False, causal_lm: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         if causal_lm is None:
-            foreign = imported.parse(config.imported or {}, "imported")
+            foreign = transformers_config.parse(config.imported or {}, "imported")
             attention = attention_of(foreign, config._attn_implementation)
             try:
                 causal_lm = AutoModelForCausalLM.from_config(
@@ -173,7 +173,7 @@ class ImportedModel(RoutedModel):
         self.causal_lm = causal_lm
         causal_lm.set_experts_implementation(IMPLEMENTATION)
         blocks: list[Block] = []
-        if imported.is_dense(causal_lm.config):
+        if dense.is_dense(causal_lm.config):
             layers = find_dense(causal_lm)[config.first_k_dense_replace :]
             routed = [RoutedExperts(make_layer(config, trusted=trusted), number) for number in range(len(layers))]
             for layer, each in zip(layers, routed, strict=True):

@@ -16,7 +16,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, Pret
 from transformers.utils.logging import disable_progress_bar
 
 from moe.checks import ConfigError, first_line, require
-from moe.config import dense_checkpoint, imported
+from moe.config.checkpoints import files, imported
 from moe.config.model import ModelConfig
 from moe.model.blocks import find_blocks
 
@@ -55,7 +55,7 @@ def read_checkpoint(settings: ModelConfig) -> PreTrainedModel:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             config=source,
-            revision=dense_checkpoint.revision(name, settings.checkpoint_digest),
+            revision=files.revision(name, settings.checkpoint_digest),
             dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=False,

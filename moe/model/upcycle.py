@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from moe.checks import first_line
-from moe.config import dense_checkpoint, imported
+from moe.config.checkpoints import dense, files, transformers_config
 from moe.config.model import ModelConfig
 from moe.model.architecture import MoEConfig
 from moe.model.blocks import find_dense
@@ -91,19 +91,19 @@ class _MLP(NamedTuple):
         return cls(mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T)
 
 
-def _load(key: str, parent: dense_checkpoint.Parent, attention: str) -> PreTrainedModel:
+def _load(key: str, parent: dense.Parent, attention: str) -> PreTrainedModel:
     """Return a dense model in fp32. `key` is for messages."""
-    source = imported.parse(dense_checkpoint.language_model(key, *parent), f"config.json of {key}={parent.name}")
+    source = transformers_config.parse(dense.language_model(key, *parent), f"config.json of {key}={parent.name}")
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             parent.name,
             config=source,
-            revision=dense_checkpoint.revision(*parent),
+            revision=files.revision(*parent),
             dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=False,
             attn_implementation=attention_of(source, attention),
-            key_mapping={rf"^model\.{part}\.": "model." for part in dense_checkpoint.LANGUAGE_PARTS.values()},
+            key_mapping={rf"^model\.{part}\.": "model." for part in dense.LANGUAGE_PARTS.values()},
             output_loading_info=True,
         )
     except Exception as error:  # whatever a wrong file makes a library raise

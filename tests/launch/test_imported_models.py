@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM
 
 from moe import observe
 from moe.checks import ConfigError
-from moe.config import imported
 from moe.config.cell import Cell
 from moe.data.blocks import batch
 from moe.data.labels import IGNORED, next_token
 from moe.launch.command_line import read_cells
+from moe.launch.overrides import quoted
 from moe.launch.run import run
 from moe.model.cost import count_parameters
 from moe.runs.record import MetricsRecord, RunRecord
@@ -109,7 +109,7 @@ def test_what_a_checkpoint_implies_is_not_in_the_name_of_a_run(kind: str, write:
 def test_a_folder_of_a_checkpoint_may_have_any_name(name: str, words: list[str], mixtral: Path, tmp_path: Path) -> None:
     folder = tmp_path / name
     folder.symlink_to(mixtral)
-    [cell] = read_cells([*words, "model=imported", f"model.checkpoint={imported.quoted(str(folder))}"]) or []
+    [cell] = read_cells([*words, "model=imported", f"model.checkpoint={quoted(str(folder))}"]) or []
     assert cell.config.data.tokenizer == cell.config.model.checkpoint == str(folder)
 
 

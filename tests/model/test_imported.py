@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from moe.checks import ConfigError
-from moe.config import imported
+from moe.config.checkpoints import imported
 from moe.config.model import ModelConfig
 from moe.config.options import CONF, options
 from moe.model.blocks import find_blocks

@@ -7,7 +7,7 @@ import pytest
 import torch
 from architectures import E, V, around, router_of, tiny
 
-from moe.config import imported
+from moe.config.checkpoints.transformers_config import PER_TOKEN, number
 from moe.config.model import ModelConfig
 from moe.data.blocks import Batch
 from moe.model.causal_lm import MoEConfig, MoEForCausalLM
@@ -73,7 +73,7 @@ def test_an_imported_model_with_its_own_router_gets_another_k_in_its_own_code() 
     found = losses(model, blocks)
     assert found.keys() == {1, 2, 3, 4, 5}
     reference = tiny("gpt_oss", num_experts_per_tok=2, moe_k=2)
-    assert imported.number(reference.config, imported.PER_TOKEN) == 2
+    assert number(reference.config, PER_TOKEN) == 2
     logits = reference(blocks.ids).logits[:, :-1].flatten(0, 1)
     expected = torch.nn.functional.cross_entropy(logits, blocks.ids[:, 1:].flatten())
     assert found[2] == pytest.approx(expected.item(), rel=1e-5)

@@ -4,7 +4,7 @@ from functools import lru_cache
 from typing import Any
 
 from moe.checks import require
-from moe.config import dense_checkpoint
+from moe.config.checkpoints.files import content as content_of
 
 KIND = "moe_routing"  # model_type in its config.json
 
@@ -26,7 +26,7 @@ KEYS: dict[str, tuple[str, type]] = {
 @lru_cache
 def is_saved(name: str, revision: str | None) -> bool:
     """Return whether the checkpoint `name`, a folder or a name on the hub, is a saved model of this project."""
-    return bool(dense_checkpoint.content("model.checkpoint", name, revision).get("model_type") == KIND)
+    return bool(content_of("model.checkpoint", name, revision).get("model_type") == KIND)
 
 
 def read(name: str, revision: str | None) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def read(name: str, revision: str | None) -> dict[str, Any]:
     Raises ConfigError if it lacks what a command line needs, and for a model with an adapter.
     `MoEConfig.from_dict` checks the rest.
     """
-    content = dense_checkpoint.content("model.checkpoint", name, revision)
+    content = content_of("model.checkpoint", name, revision)
     where = f"in config.json of model.checkpoint={name}"
     sizes = [*KEYS.values(), ("vocab_size", int), ("max_position_embeddings", int)]
     for key, kind in sizes:

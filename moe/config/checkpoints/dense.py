@@ -4,15 +4,11 @@ Every command line is checked with this module and should be checked fast. So it
 libraries of the hub and of tokenizers only where a checkpoint is read.
 """
 
-import hashlib
-import json
 import re
-from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe.checks import ConfigError, first_line, require
-from moe.files import read_text, require_files, require_no_adapter, sha256, tensor_shapes
+from moe.config.checkpoints import files, transformers_config
 
 # The architecture of our decoder. Other ones run with the code of transformers, except for their MLPs.
 OURS = "llama"
@@ -37,8 +33,6 @@ SIZES = {
     "ffn": "intermediate_size",
     "dense_ffn": "intermediate_size",
 }
-
-WEIGHTS = "transformers_weights"  # key of config.json by which transformers reads another file of weights
 
 # Settings that the model takes over in addition to the sizes, under the names of transformers' LlamaConfig.
 INHERITED = """num_key_value_heads head_dim max_position_embeddings rope_parameters rms_norm_eps attention_bias
@@ -81,7 +75,7 @@ def resolve(model: dict[str, Any]) -> dict[str, Any]:
     require(split >= 1 and width % split == 0, "model.upcycle_split", split, allowed)
     values["ffn"] = width // split
     _check_weights(name, revision, settings)
-    digests = [digest(name, revision)]
+    digests = [files.digest(name, revision)]
     for other, revision in others:
         key = "model.upcycle_parents"
         found = _settings(other, revision, key)
@@ -90,7 +84,7 @@ def resolve(model: dict[str, Any]) -> dict[str, Any]:
             same = found.get(setting) == settings.get(setting)
             require(same, f"{setting} in config.json of {key}={other}", found.get(setting), allowed)
         _check_weights(other, revision, found, key)
-        digests.append(digest(other, revision, key=key))
+        digests.append(files.digest(other, revision, key=key))
         require(digests[-1] not in digests[:-1], key, other, "another checkpoint than the other ones")
     values |= {"expert": _form(settings), "embed_scale": False, "dense_digest": "+".join(digests)}
     for key, value in values.items():
@@ -109,36 +103,11 @@ def check_data(name: str, revision: str | None, *, tokenizer: str, seq_len: int)
     """Raise ConfigError if the tokenizer is not the checkpoint's, or if sequences are longer than it has positions."""
     settings = _settings(name, revision)
     size = settings["vocab_size"]
-    check_tokenizer(tokenizer, "model.dense", name, least=size if settings["model_type"] == OURS else 1, most=size)
+    files.check_tokenizer(
+        tokenizer, "model.dense", name, least=size if settings["model_type"] == OURS else 1, most=size
+    )
     longest = settings.get("max_position_embeddings", 2048)
     require(seq_len <= longest, "data.seq_len", seq_len, f"at most {longest}, the number of positions of {name}")
-
-
-def check_tokenizer(tokenizer: str, key: str, name: str, *, most: int, least: int = 1) -> None:
-    """Raise ConfigError unless `data.tokenizer` is one of from `least` to `most` tokens, for the checkpoint `name`."""
-    from tokenizers import Tokenizer
-
-    require(tokenizer != "bpe", "data.tokenizer", tokenizer, f"the tokenizer of {key}={name}")
-    path = _file("data.tokenizer", tokenizer, "tokenizer.json")
-    try:
-        size = Tokenizer.from_file(str(path)).get_vocab_size()
-    except Exception as error:  # the library raises no other class
-        raise ConfigError(f"data.tokenizer={tokenizer}: {path.name} cannot be read ({first_line(error)})") from error
-    number = f"of {most} tokens like {name}" if least == most else f"of at most {most} tokens, for {name}"
-    require(least <= size <= most, "data.tokenizer", tokenizer, f"{number}; it has {size}")
-
-
-def digest(name: str, revision: str | None = None, *, key: str = "model.dense") -> str:
-    """Return the digest of a checkpoint: sha256 of config.json and all weights of a folder, or the commit on the hub.
-
-    This reads all weights, about a second per GB, but only once per process while the files do not change.
-    """
-    folder = _file(key, name, "config.json", revision).parent
-    if not Path(name).is_dir():
-        return folder.name
-    weights = sorted(folder.glob("*.safetensors"))
-    sums = [_sum(path, path.stat().st_size, path.stat().st_mtime_ns) for path in [folder / "config.json", *weights]]
-    return hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
 def kind(name: str, revision: str | None) -> str:
@@ -146,29 +115,9 @@ def kind(name: str, revision: str | None) -> str:
     return str(_settings(name, revision)["model_type"])
 
 
-def revision(name: str, digest: str | None) -> str:
-    """Return the `revision` with which transformers loads exactly the checkpoint of this `digest` from the hub."""
-    return "main" if Path(name).is_dir() or digest is None else digest
-
-
-def content(key: str, name: str, revision: str | None) -> dict[str, Any]:
-    """Return the content of config.json of a checkpoint. Raises ConfigError if it is no JSON object."""
-    path = _file(key, name, "config.json", revision)
-    try:
-        require_no_adapter(Path(name))
-    except ValueError as error:
-        raise ConfigError(f"{key}={name}: {error}") from None
-    try:
-        settings = json.loads(read_text(path))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{key}={name}: config.json cannot be read ({first_line(error)})") from error
-    require(isinstance(settings, dict), f"config.json of {key}={name}", type(settings).__name__, "an object")
-    return settings
-
-
 def language_model(key: str, name: str, revision: str | None) -> dict[str, Any]:
     """Return `content`, or what a model of images and text says there about its language part."""
-    found = content(key, name, revision)
+    found = files.content(key, name, revision)
     if found.get("model_type") not in LANGUAGE_PARTS:
         return found
     text = found.get("text_config")
@@ -194,7 +143,10 @@ def _settings(name: str, revision: str | None, at: str = "model.dense") -> dict[
     for key in (*needed, *optional):
         ok = type(settings[key]) is int and settings[key] > 0
         require(ok, f"{key} in config.json of {at}={name}", settings[key], "a whole number > 0")
-    code = (*("attn_implementation", "_attn_implementation", "experts_implementation", "quantization_config"), WEIGHTS)
+    code = (
+        *("attn_implementation", "_attn_implementation", "experts_implementation", "quantization_config"),
+        files.WEIGHTS,
+    )
     for key in (*code, "num_labels"):  # transformers makes a list of so many labels
         ok = settings.get(key) in (None, "eager", "sdpa", "flash_attention_2")  # others may load code from the hub
         require(ok, f"{key} in config.json of {at}={name}", settings.get(key), "left out")
@@ -217,7 +169,7 @@ def _check_weights(name: str, revision: str | None, settings: dict[str, Any], at
     Memory is allocated for the sizes of config.json, so a stranger's must not be larger than the files. Only headers of
     safetensors are read.
     """
-    stored = stored_shapes(name, revision, at, layers=settings["num_hidden_layers"])
+    stored = files.stored_shapes(name, revision, at, layers=settings["num_hidden_layers"])
     parts = "|".join(LANGUAGE_PARTS.values())
     stored = {re.sub(rf"^model\.(({parts})\.)?", "", tensor): shape for tensor, shape in stored.items()}
     try:
@@ -262,71 +214,13 @@ def _built(settings: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from moe.config import imported
-
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(imported.parse(settings, "config.json"))
+        model: Any = AutoModelForCausalLM.from_config(transformers_config.parse(settings, "config.json"))
     tensors = {name.removeprefix("model."): p for name, p in model.state_dict(keep_vars=True).items()}
     embedding = model.get_input_embeddings().weight
     return {name: tuple(p.shape) for name, p in tensors.items() if p is not embedding or name == "embed_tokens.weight"}
 
 
-def stored_shapes(name: str, revision: str | None, at: str, *, layers: int) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each weight of a checkpoint by its name.
-
-    layers: the number in its config.json, which may be a stranger's. Raises ConfigError if the weights cannot be read,
-    or are fewer tensors than layers.
-    """
-    try:
-        stored = _shapes(name, revision, at)
-    except Exception as error:  # the hub's library raises classes of its own
-        raise ConfigError(f"{at}={name}: {first_line(error)}") from error
-    most = f"at most {len(stored)}, the number of tensors in its weights"
-    require(layers <= len(stored), f"num_hidden_layers in config.json of {at}={name}", layers, most)
-    return stored
-
-
-def _shapes(name: str, revision: str | None, at: str) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each weight by its name. For a name on the hub, only headers are downloaded."""
-    from huggingface_hub import get_safetensors_metadata
-
-    folder = _file(at, name, "config.json", revision).parent
-
-    def find(file: str) -> Path | None:
-        return path if (path := folder / file).is_file() else None
-
-    try:
-        return tensor_shapes(find)
-    except ValueError:
-        if Path(name).is_dir():
-            raise
-    files = get_safetensors_metadata(name, revision=folder.name).files_metadata.values()
-    return {tensor: tuple(info.shape) for file in files for tensor, info in file.tensors.items()}
-
-
-def _file(key: str, name: str, file: str, revision: str | None = None) -> Path:
-    """Return the path of a file in a local folder, or of a repository on the hub, which is downloaded."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import logging
-
-    if Path(name).is_dir():
-        path = Path(name, file)
-        try:
-            require_files(path.parent)
-        except OSError as error:
-            raise ConfigError(f"{key}={name}: cannot be read ({error})") from None
-        require(path.exists(), key, name, f"a folder with {file}, or a name on the hub")
-        return path
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # without a network, the library prints each of its attempts for half a minute
-    try:
-        return Path(hf_hub_download(name, file, revision=revision))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{key}={name}: no such folder, and none on the hub ({first_line(error)})") from error
-    finally:
-        logging.set_verbosity(verbosity)
-
-
-@lru_cache
-def _sum(path: Path, size: int, changed: int) -> str:
-    return sha256(path)
+def is_dense(config: "PretrainedConfig") -> bool:
+    """Return whether this is a dense model that is upcycled."""
+    return config.model_type in KINDS
