@@ -6,7 +6,7 @@ parameters are which.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,23 +23,28 @@ from moe.model.parts import parts
 from moe.routers.base import Role, Router
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients (Jordan 2024)
+CACHED = 2**20  # bytes of matrices that a CPU updates at a time, so that they stay in its cache from product to product
 
 
 def orthogonalize(gradients: Float[Tensor, "N rows cols"], *, steps: int = 5) -> Float[Tensor, "N rows cols"]:
     """Return the N matrices with singular values moved towards 1, to between about 0.7 and 1.2.
 
-    Uses the quintic Newton-Schulz iteration (Jordan 2024) on all N matrices in one batch. Computes in bf16 on a GPU
-    and in fp32 on a CPU: most CPUs emulate bf16 products, which takes 80 times as long.
+    Uses the quintic Newton-Schulz iteration (Jordan 2024). A GPU iterates all N matrices in one batch, in bf16. A CPU
+    iterates as many at a time as its cache holds, in fp32: most CPUs emulate bf16 products, which takes 80 times as
+    long.
     """
-    x = gradients.to(torch.bfloat16 if gradients.is_cuda else torch.float32, copy=True)
-    tall = x.shape[-2] > x.shape[-1]
-    if tall:
-        x = x.mT
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    if gradients.is_cuda:
+        return _orthogonalize(gradients.to(torch.bfloat16, copy=True), steps)
+    parts = gradients.split(_number_in_cache(gradients.shape[-2:]))
+    return _concatenated([_orthogonalize(part.to(torch.float32), steps) for part in parts])
+
+
+def _orthogonalize(x: Float[Tensor, "N rows cols"], steps: int) -> Float[Tensor, "N rows cols"]:
     rows, cols = x.shape[-2:]
-    iterate = _iterate_gram if x.dtype == torch.float32 and 2 * cols >= 3 * rows else _iterate
-    x = iterate(x, steps)
-    return x.mT if tall else x
+    if x.dtype == torch.float32 and 2 * max(rows, cols) >= 3 * min(rows, cols):
+        return _iterate_gram(x, steps)
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    return _iterate(x.mT, steps).mT if rows > cols else _iterate(x, steps)
 
 
 def _iterate(x: Float[Tensor, "N rows cols"], steps: int) -> Float[Tensor, "N rows cols"]:
@@ -52,26 +57,40 @@ def _iterate(x: Float[Tensor, "N rows cols"], steps: int) -> Float[Tensor, "N ro
 
 
 def _iterate_gram(x: Float[Tensor, "N rows cols"], steps: int) -> Float[Tensor, "N rows cols"]:
-    """Compute the same as `_iterate`, but iterate the Gram matrix G = x x^T and multiply x once, at the end.
+    """Divide x by its norm and iterate it, but iterate its Gram matrix G, of the shorter side, and multiply x once.
 
-    This works because the result is Q x, where Q is a polynomial of G. Five steps take 17 products of rows^3 and 2 of
-    rows^2 cols, instead of 5 and 10. That is less work if cols >= 1.5 rows: 0.84 of the FLOPs at cols = 2 rows, 0.56
-    at cols = 4 rows. Rounding errors in the Gram matrix grow by a factor of twelve in each step, which rules out bf16.
+    This works because the result is Q x (or x Q), where Q is a polynomial of G. Five steps take 17 products of rows^3
+    and 2 of rows^2 cols, instead of 5 and 10. That is less work if cols >= 1.5 rows: 0.84 of the FLOPs at cols = 2
+    rows, 0.56 at cols = 4 rows. Rounding errors in the Gram matrix grow by a factor of twelve in each step, which
+    rules out bf16. What is iterated is sqrt(c) G, because the factor of a step then needs only its square, see
+    `_factor`. The squared norm of x is the trace of its Gram matrix.
     """
-    gram = x @ x.mT
+    tall = x.shape[-2] > x.shape[-1]
+    gram = x.mT @ x if tall else x @ x.mT
+    squared_norm = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None].clamp(min=1e-14)
+    gram *= math.sqrt(NEWTON_SCHULZ[2]) / squared_norm
     product = factor = _factor(gram)
     for _ in range(steps - 1):
         gram = factor @ gram @ factor
         factor = _factor(gram)
         product = factor @ product
-    return product @ x
+    product *= squared_norm.rsqrt()
+    return x @ product.mT if tall else product @ x  # in this order rounding errors stay small
 
 
 def _factor(gram: Float[Tensor, "N rows rows"]) -> Float[Tensor, "N rows rows"]:
-    """Return the factor of one step, a I + b G + c G^2."""
+    """Return the factor of one step, a I + b G + c G^2, from `gram` = sqrt(c) G.
+
+    It is (sqrt(c) G + shift I)^2 + rest I: the square is complete, so b G takes no pass over the matrices.
+    """
     a, b, c = NEWTON_SCHULZ
-    factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-    factor.diagonal(dim1=-2, dim2=-1).add_(a)
+    shift, rest = b / (2 * math.sqrt(c)), a - b**2 / (4 * c)
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    before = diagonal.clone()
+    diagonal.add_(shift)
+    factor = gram @ gram
+    diagonal.copy_(before)
+    factor.diagonal(dim1=-2, dim2=-1).add_(rest)
     return factor
 
 
@@ -117,16 +136,12 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         assert closure is None, "closures are not supported"
         for group in self.param_groups:
-            by_shape: dict[tuple[Any, ...], list[nn.Parameter]] = defaultdict(list)
-            for p in group["params"]:
-                if p.grad is not None:
-                    by_shape[(*p.shape, p.device)].append(p)
-            for params in by_shape.values():
+            for params in _batches(p for p in group["params"] if p.grad is not None):
                 self._update(params, group)
         return None
 
     def _update(self, params: list[nn.Parameter], group: dict[str, Any]) -> None:
-        """Update parameters of equal shape. All of them together, so that a GPU starts few kernels."""
+        """Update parameters of equal shape together, so that a GPU starts few kernels."""
         rows, cols = params[0].shape[-2:]
         stacked = params[0].ndim == 3
         weights = [local_part(p) for p in params]
@@ -135,13 +150,14 @@ class Muon(torch.optim.Optimizer):
         else:
             directions = self._matrix_directions(params, group)
         updates = orthogonalize(directions, steps=group["ns_steps"])
-        decay = 1 - group["lr"] * group["weight_decay"]
+        decay = group["lr"] * group["weight_decay"]
         if stacked:
             updates = updates * (active * _relative_norms(params, directions, active, group["expert_step"]))
-            torch._foreach_mul_(weights, list(torch.where(active, decay, 1.0).chunk(len(params))))
+            if decay:
+                torch._foreach_mul_(weights, list((1 - decay * active).chunk(len(params))))
             steps = list(updates.to(weights[0].dtype).chunk(len(params)))
         else:
-            torch._foreach_mul_(weights, decay)
+            torch._foreach_mul_(weights, 1 - decay)
             full = updates.to(weights[0].dtype).unbind()
             steps = [local_part(shard_like(update, p)) for update, p in zip(full, params, strict=True)]
         torch._foreach_add_(weights, steps, alpha=-group["lr"] * math.sqrt(max(1, rows / cols)))
@@ -168,19 +184,37 @@ class Muon(torch.optim.Optimizer):
 
         These are the matrices whose gradient is not exactly 0. A rank's part of a stack consists of complete matrices.
         """
-        gradients = torch.cat([local_part(gradient) for gradient in _gradients(params)])
+        gradients = _concatenated([local_part(gradient) for gradient in _gradients(params)])
         momenta = [local_part(momentum) for momentum in self._momenta(params)]
-        active = (gradients != 0).any(-1, keepdim=True).any(-2, keepdim=True)
-        before = torch.cat(momenta)
-        after = torch.where(active, before.lerp(gradients, 1 - group["momentum"]), before)
+        active = torch.linalg.vector_norm(gradients, ord=math.inf, dim=(-2, -1), keepdim=True) != 0
+        after = _concatenated(momenta).lerp(gradients, (1 - group["momentum"]) * active.to(gradients.dtype))
         torch._foreach_copy_(momenta, after.chunk(len(params)))
-        return (gradients.lerp_(after, group["momentum"]) if group["nesterov"] else after), active
+        return (gradients.lerp(after, group["momentum"]) if group["nesterov"] else after), active
 
     def _momenta(self, params: list[nn.Parameter]) -> list[Tensor]:
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
         return [self.state[p]["momentum"] for p in params]
+
+
+def _batches(params: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Yield lists of parameters to update together, of equal shape. On a CPU, as many as its cache holds."""
+    by_shape: dict[tuple[Any, ...], list[nn.Parameter]] = defaultdict(list)
+    for p in params:
+        by_shape[(*p.shape, p.device)].append(p)
+    for same in by_shape.values():
+        number = len(same) if same[0].is_cuda else _number_in_cache(same[0].shape)
+        yield from (same[start : start + number] for start in range(0, len(same), number))
+
+
+def _number_in_cache(shape: Sequence[int]) -> int:
+    return max(1, CACHED // (4 * max(1, math.prod(shape))))
+
+
+def _concatenated(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the tensors one after another, or a single tensor itself, without a copy."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
 def _gradients(params: list[nn.Parameter]) -> list[Tensor]:
