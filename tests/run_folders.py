@@ -34,6 +34,7 @@ FACTS = {
     "experts_kernel": "loop",
     "loss_kernel": "chunks",
     "data": {},
+    "collapses": [],
 }
 
 

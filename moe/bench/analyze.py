@@ -141,6 +141,7 @@ def made_up_record(folder: Path, router: str, capacity: float | None, seed: int)
         experts_kernel="loop",
         loss_kernel="chunks",
         data={"corpus_sha256": "0" * 64, "domains": domains},
+        collapses=[],
     )
     return RunRecord(
         status="finished",

@@ -20,6 +20,8 @@ array([0.75, 1.  ])
 array([2.828, 4.   ])
 >>> unused_experts(s)
 array([0.25, 0.  ])
+>>> busy_experts(s)  # 4 + 2 + 2 of 8 assignments, and all
+array([3., 4.])
 >>> load_cv(s.pool()).round(3)  # layers added first: 6, 2, 4, 4
 array([0.354])
 >>> s = Sums({"assignments": np.array([8.0]), "kept": np.array([[2.0, 0.0, 2.0, 2.0]])})
@@ -33,9 +35,10 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 Layers = Float[np.ndarray, "L"]
+BUSY = 0.9  # share of the assignments that the busy experts of a layer take
 
 
 class Sums:
@@ -140,6 +143,46 @@ def effective_experts(s: Sums) -> Layers:
 
 def unused_experts(s: Sums) -> Layers:
     return (s.offered == 0).mean(-1)
+
+
+def busiest(loads: Float[np.ndarray, "L E"]) -> Bool[np.ndarray, "L E"]:
+    """Return which experts are the fewest that together have `BUSY` of the load. None of a layer without load."""
+    order = np.argsort(-loads, -1, kind="stable")
+    before = np.cumsum(np.take_along_axis(loads, order, -1), -1) - np.take_along_axis(loads, order, -1)
+    chosen = np.zeros(loads.shape, dtype=bool)
+    # Rounding errors must not add an expert where the others have exactly this share.
+    np.put_along_axis(chosen, order, before < BUSY * loads.sum(-1, keepdims=True) * (1 - 1e-9), -1)
+    return chosen
+
+
+def busy(s: Sums) -> Bool[np.ndarray, "L E"]:
+    """Return which experts are the fewest that take 90 % of the assignments."""
+    return busiest(s.offered)
+
+
+def busy_experts(s: Sums) -> Layers:
+    return np.where(s.assignments > 0, busy(s).sum(-1), math.nan)
+
+
+def collapsed(s: Sums) -> Layers:
+    """Return 1 where few experts take 90 % of the assignments, and 0 elsewhere.
+
+    Few is at most a quarter of the way from the fewest that these tokens could use (`largest_imbalance`) to the number
+    under an even load, and at most half of all experts. An even load of A assignments uses at most A experts. NaN where
+    no token asks for an expert, and for Soft MoE.
+    """
+    experts = s.offered.shape[-1]
+    imbalance = largest_imbalance(s)
+    fewest = np.where(np.isnan(imbalance).any(-1), math.nan, busiest(np.nan_to_num(imbalance)).sum(-1))
+    even = np.ceil(BUSY * np.minimum(experts, s.assignments))
+    number, most = busy_experts(s), np.minimum(fewest + (even - fewest) / 4, experts / 2)
+    return np.where(np.isnan(number + most), math.nan, number <= most)
+
+
+def constant(s: Sums) -> Layers:
+    """Return 1 where all tokens ask for the same experts and leave others out, and 0 elsewhere."""
+    all_or_none = (s.offered == 0) | (s.offered == s.tokens[:, None])
+    return (all_or_none.all(-1) & (s.offered == 0).any(-1) & (s.assignments > 0)).astype(float)
 
 
 def drop_rate(s: Sums) -> Layers:

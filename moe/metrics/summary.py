@@ -9,12 +9,12 @@ from moe.metrics.formulas import Sums
 from moe.routing.stats import RoutingStats
 
 
-def summarize(stats: RoutingStats, *, per_layer: bool = True) -> dict[str, float | None]:
+def summarize(stats: RoutingStats | Sums, *, per_layer: bool = True) -> dict[str, float | None]:
     """Return every metric as `routing/<name>`, the mean over layers; None where a router has no such quantity.
 
     With `per_layer` add the variants `/layerNN` and, where the catalog has them, `/pooled` and `/worst`.
     """
-    sums = to_numpy(stats)
+    sums = stats if isinstance(stats, Sums) else to_numpy(stats)
     pooled = sums.pool() if per_layer else sums
     values: dict[str, float | None] = {}
     with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0 is NaN: no such quantity

@@ -15,9 +15,10 @@ from moe.config.claim import ClaimConfig
 from moe.config.plugins import Plugin
 from moe.config.schema import Config
 from moe.files import read_text, write_json
+from moe.runs.collapse import Collapse
 from moe.runs.measured import Measured, ValidationLoss, check_shapes
 
-FORMAT = 6  # of all these files; raise it whenever a field is added, removed or changes its meaning
+FORMAT = 7  # of all these files; raise it whenever a field is added, removed or changes its meaning
 
 R = TypeVar("R", bound="_Record")
 Status = Literal["running", "interrupted", "failed", "finished"]
@@ -61,7 +62,8 @@ class RunFacts(NamedTuple):
     flops_per_token: of a forward pass. seconds: time that the run was active after set-up, added over all its sessions;
     train_seconds: without evaluation and saving. peak_memory_gb: in 1e9 bytes, null if unknown. process: thread and
     memory settings. experts_kernel: null for a model without experts. loss_kernel: how the loss over the
-    vocabulary is computed. data: the manifest of the data, see `moe.data.blocks.Prepared`.
+    vocabulary is computed. data: the manifest of the data, see `moe.data.blocks.Prepared`. collapses: layers whose
+    routing collapsed, or did so for a while, see `moe.runs.collapse`.
     """
 
     parameters: Parameters
@@ -75,6 +77,7 @@ class RunFacts(NamedTuple):
     experts_kernel: str | None
     loss_kernel: str
     data: dict[str, Any]
+    collapses: list[Collapse]
 
 
 @dataclass(frozen=True, kw_only=True)

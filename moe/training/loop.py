@@ -22,6 +22,7 @@ from moe.training.saving import save_adapter, save_milestone, save_model
 from moe.training.setup import Training, remarks, set_up, unigram_perplexity
 from moe.training.state import Clock, resume, save_checkpoint
 from moe.training.step import train_step
+from moe.training.watch import can_collapse, in_evaluation
 
 
 def train(
@@ -90,6 +91,9 @@ def facts(training: Training, clock: Clock, latest: dict[str, Any]) -> dict[str,
     """
     config, model, device = training.config, training.model, training.accelerator.device
     active = [latest[f"routing/active_experts/layer{index:02d}"] for index in range(len(training.routers))]
+    collapses = training.watch.findings()
+    if config.steps == 0:
+        collapses = in_evaluation(latest, watched=[can_collapse(router) for router in training.routers])
     return {
         "parameters": count_parameters(model)._asdict(),
         "flops_per_token": flops_per_token(model, config.data.seq_len, active=active),
@@ -102,4 +106,5 @@ def facts(training: Training, clock: Clock, latest: dict[str, Any]) -> dict[str,
         "experts_kernel": model.experts_kernel(torch.bfloat16 if config.precision == "bf16" else torch.float32),
         "loss_kernel": "whole" if config.compile else model.loss_kernel(),
         "data": training.data.manifest,
+        "collapses": [each._asdict() for each in collapses],
     }

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moe.config.schema import Config
 from moe.distributed import ranks
+from moe.metrics.formulas import Sums
 from moe.metrics.summary import summarize
 from moe.model.causal_lm import MoEOutput
 from moe.routing.loss_table import LOSSES
@@ -75,11 +76,11 @@ def merged_stats(parts: Sequence[RoutingStats | None]) -> RoutingStats | None:
     return RoutingStats(*ranks.all_reduce_sum(local))
 
 
-def step_values(outcomes: list[Outcome], sums: RoutingStats | None) -> dict[str, Any]:
+def step_values(outcomes: list[Outcome], sums: Sums | None) -> dict[str, Any]:
     """Return the mean losses of an optimizer step, unweighted and averaged over layers, and its routing metrics.
 
     outcomes: one for each of this rank's micro-batches. Every rank has the same number of them.
-    sums: routing sums of all ranks, from `merged_stats`.
+    sums: routing sums of all ranks, those of `merged_stats`.
     """
     names = ["loss", *outcomes[0].aux]
     means = [torch.stack([o.loss, *(o.aux[name].mean() for name in names[1:])]) for o in outcomes]

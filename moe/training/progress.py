@@ -72,9 +72,11 @@ class Progress:
     def trained(self, values: dict[str, Any]) -> None:
         """Advance the bars by one step and show the values of that step beside them.
 
-        After the first few steps, print how long a step takes and the remaining ones take together.
+        Print what the `LoadWatch` tells. After the first few steps, print how long a step takes, and all that remain.
         """
         self._done += 1
+        if "collapse" in values:
+            self._say(f"step {self._done:>5}/{self._steps}  {values['collapse']}")
         if self._done == self._first:
             self._began = time.perf_counter()
         elif self._done == self._first + TIMED < self._steps:

@@ -29,10 +29,11 @@ from moe.training.graphs import Graphs
 from moe.training.optim import build_optimizers, scale_learning_rates
 from moe.training.probe import Routes, routes
 from moe.training.schedules import Schedule, knob_settings
+from moe.training.watch import LoadWatch, can_collapse
 
 
 class Training(NamedTuple):
-    """The objects that a run trains with. Only the model and the optimizers change during training.
+    """The objects that a run trains with. Only the model, the optimizers and `watch` change during training.
 
     process: the settings of the process, for the run record.
     model: the plain model, which is evaluated and saved.
@@ -44,6 +45,7 @@ class Training(NamedTuple):
     base: how the model routes the compared tokens before the first step, if it starts from a checkpoint. A resume
         computes it again, before it loads the weights.
     learning: the routers, of the model and of its adapter, that learn without a gradient. A frozen one does not.
+    watch: notices when the routing of a layer collapses.
     """
 
     config: Config
@@ -59,6 +61,7 @@ class Training(NamedTuple):
     parts: Parts
     learning: frozenset[Router]
     base: Routes | None
+    watch: LoadWatch
 
     @property
     def routers(self) -> list[Router]:
@@ -106,6 +109,11 @@ def set_up(config: Config) -> Training:
         parts=parts(model),
         learning=learning,
         base=_base_routes(config, model, data, schedule),
+        watch=LoadWatch(
+            model.config.num_experts,
+            watched=[can_collapse(layer.router) for layer in model.moe_layers],
+            quiet=math.ceil(config.optimizer.warmup * config.steps),
+        ),
     )
 
 

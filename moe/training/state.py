@@ -49,6 +49,7 @@ class TrainState(NamedTuple):
     optimizers: the state of each optimizer, also in full tensors.
     elapsed, train_seconds: see `Clock`.
     data: checksums of the text and of the tokenizer.
+    watch: the state of `LoadWatch`.
     """
 
     step: int
@@ -57,6 +58,7 @@ class TrainState(NamedTuple):
     elapsed: float
     train_seconds: float
     data: dict[str, Any]
+    watch: dict[str, Any]
 
 
 def capture(training: Training, step: int, clock: Clock) -> TrainState:
@@ -68,6 +70,7 @@ def capture(training: Training, step: int, clock: Clock) -> TrainState:
         elapsed=clock.elapsed(),
         train_seconds=clock.train_seconds,
         data=training.data.digests,
+        watch=training.watch.state(),
     )
 
 
@@ -93,7 +96,7 @@ def resume(folder: Path, training: Training) -> tuple[int, Clock]:
             f"{folder}: the checkpoint of step {saved_step} was written by another version of this program "
             f"(different fields: {', '.join(sorted(differing))}); resume with that version, or choose another out=DIR"
         )
-    step, model, optimizers, elapsed, train_seconds, data = TrainState(**fields)
+    step, model, optimizers, elapsed, train_seconds, data, watch = TrainState(**fields)
     if data != training.data.digests:
         raise ValueError(
             f"{folder}: the text or the tokenizer of data.* has changed since step {step}; "
@@ -105,6 +108,7 @@ def resume(folder: Path, training: Training) -> tuple[int, Clock]:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         states = {number: _sharded(values, parameters[number]) for number, values in saved["state"].items()}
         optimizer.load_state_dict({**saved, "state": states})
+    training.watch.load(watch)
     log.info("%s: resumed after step %d", folder, step)
     return step, Clock(elapsed, train_seconds)
 

@@ -18,7 +18,9 @@ from moe.data.blocks import Batch, Prepared, batch, batch_indices
 from moe.data.labels import IGNORED, next_token
 from moe.distributed import ranks
 from moe.distributed.sharding import global_norm, local_part
+from moe.metrics.summary import to_numpy
 from moe.routing.decision import Knobs
+from moe.runs.collapse import sentences
 from moe.training import gradients
 from moe.training.divergence import Diverged, locate_nonfinite
 from moe.training.objective import Outcome, merged_stats, step_values
@@ -32,8 +34,9 @@ def train_step(training: Training, step: int, *, measure_updates: bool = False) 
     """Carry out optimizer step `step` (0-based) and return its values for the event log.
 
     The values are the losses (unweighted), the routing metrics, the gradient norms, the learning rate, temperature and
-    noise. With `measure_updates`, they include the relative changes of the routers and of the experts. Raises Diverged
-    before the update if the loss or a gradient is not finite. The weights are then unchanged.
+    noise, and `collapse`, a text, if the `LoadWatch` tells something. With `measure_updates`, they include the relative
+    changes of the routers and of the experts. Raises Diverged before the update if the loss or a gradient is not
+    finite. The weights are then unchanged.
     """
     config, optimizers = training.config, training.optimizers
     settings = knob_settings(config, training.schedule, step)
@@ -46,7 +49,10 @@ def train_step(training: Training, step: int, *, measure_updates: bool = False) 
     norms: dict[str, Tensor] = dict(gradients.gradient_norms(training.parts))
     norm = norms["grad_norm"] = global_norm(grads)
     sums = merged_stats([outcome.stats for outcome in outcomes])
-    values = step_values(outcomes, sums)
+    numbers = None if sums is None else to_numpy(sums)
+    values = step_values(outcomes, numbers)
+    if numbers is not None and (changes := sentences(training.watch.see(step + 1, numbers))):
+        values["collapse"] = "; ".join(changes)
     values |= dict(zip(norms, torch.stack([n.to(norm.device) for n in norms.values()]).tolist(), strict=True))
     if not math.isfinite(values["train/loss"] + values["grad_norm"]):
         where = locate_nonfinite(training.model, last_blocks.inputs, knobs)

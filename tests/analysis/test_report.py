@@ -54,6 +54,7 @@ from moe.analysis.report.markdown import block_as_markdown, table_as_markdown
 from moe.analysis.report.report import save_report, write_report
 from moe.analysis.report.sections.answer import answer
 from moe.analysis.report.sections.best_setting import best_setting
+from moe.analysis.report.sections.collapse import NONE, collapse
 from moe.analysis.report.sections.headline import headline
 from moe.analysis.report.sections.over_training import contrasts_at_shares, contrasts_over_training
 from moe.analysis.report.sections.overview import what_was_run
@@ -67,6 +68,7 @@ from moe.checks import ConfigError
 from moe.files import sha256
 from moe.results.conditions import with_causality
 from moe.results.table import load_runs, read_event_tables
+from moe.runs.collapse import Collapse
 
 ROOT = Path(__file__).parents[2]
 
@@ -543,6 +545,20 @@ def test_every_run_is_counted(published: Path, tmp_path: Path) -> None:
     assert "lb=0.0,noise=0.1,seed=46: no evaluation, because the run ended before its first one" in text
     assert "unbalanced" in text
     assert "without a partner: seed 42" in text
+
+
+def test_the_report_says_in_words_which_layers_collapsed(tmp_path: Path) -> None:
+    for lb in (0.0, 0.1):
+        write_run(tmp_path / "x" / f"lb={lb},seed=1", {"val/loss": 3.0}, lb=lb, seed=1)
+    [inputs] = collect_inputs(load_runs([tmp_path / "x"]))
+    [_, paragraph] = collapse(inputs)
+    assert paragraph == Paragraph(NONE)
+    found = Collapse(3, "few", [1, 5], 8, 40, None)._asdict()
+    change_record(tmp_path / "x" / "lb=0.0,seed=1", collapses=[found])
+    [inputs] = collect_inputs(load_runs([tmp_path / "x"]))
+    [_, _, sentences] = collapse(inputs)
+    line = "lb=0.0, seed 1, layer 3: 2 of 8 experts (1, 5) take 90 % of the assignments since step 40"
+    assert sentences == BulletList([line])
 
 
 def test_the_table_of_what_was_run_counts_every_status(tmp_path: Path) -> None:

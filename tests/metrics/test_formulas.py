@@ -81,6 +81,8 @@ CLOSED_FORMS = {  # metric: (value for `balanced()`, value for `collapsed()`)
     "load_entropy": (1, 0),
     "effective_experts": (E, 1),
     "unused_experts": (0, (E - 1) / E),
+    "busy_experts": (E, 1),
+    "collapsed": (0, 1),
     "active_experts": (K, 1),
     "active_experts_std": (0, 0),
     "drop_rate": (0, 0),

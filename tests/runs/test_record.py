@@ -16,6 +16,7 @@ from moe.config.cell import Grid
 from moe.config.plugins import Plugin
 from moe.results.sweep_tables import console_table
 from moe.results.table import load_runs, read_event_tables
+from moe.runs.collapse import Collapse
 from moe.runs.record import (
     FORMAT,
     Machine,
@@ -40,6 +41,7 @@ FACTS = RunFacts(
     experts_kernel="loop",
     loss_kernel="chunks",
     data={"key": "k", "files": {"a": "b"}},
+    collapses=[Collapse(1, "few", [0, 5], 8, 40, 95), Collapse(1, "unused", [3], 8, 60, None)],
 )
 RUN = RunRecord(
     status="finished",
@@ -102,7 +104,7 @@ def written_content(record: Any, path: Path) -> dict[str, Any]:
         (b"[]", "the content is []: must be an object"),
         (b"null", "the content is None: must be an object"),
         (b"{}", f"written by another version of this project: no format number, here {FORMAT}"),
-        (b'{"format": 7, "a": 1}', f"written by another version of this project: format 7, here {FORMAT}"),
+        (b'{"format": 999, "a": 1}', f"written by another version of this project: format 999, here {FORMAT}"),
         (b'{"format": [1]}', f"written by another version of this project: format [1], here {FORMAT}"),
         (b'{"format": %d}' % FORMAT, "is missing"),
     ],

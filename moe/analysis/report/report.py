@@ -35,6 +35,7 @@ from moe.analysis.report.html import Page
 from moe.analysis.report.inputs import ReportInputs, ReportOptions, collect_inputs
 from moe.analysis.report.markdown import block_as_markdown
 from moe.analysis.report.sections.answer import answer, index_of_verdicts
+from moe.analysis.report.sections.collapse import collapse
 from moe.analysis.report.sections.comparisons import (
     analysis_of_variance,
     condition_table,
@@ -67,7 +68,7 @@ class Chapter(NamedTuple):
 
 ANSWER: tuple[Section, ...] = (answer,)
 OF_EACH_MODEL: tuple[Chapter, ...] = (
-    Chapter("Routing", "balance, sharpness and drops by layer", (routing_by_layer,)),
+    Chapter("Routing", "collapse, balance and sharpness by layer", (collapse, routing_by_layer)),
     Chapter(
         "Training",
         "learning curves, gradients, differences over training",

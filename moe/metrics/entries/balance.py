@@ -148,4 +148,29 @@ ENTRIES = (
         function=formulas.unused_experts,
         shown=("conditions", "dashboard layers"),
     ),
+    Metric(
+        "routing/busy_experts",
+        "fewest experts with Σ f_e ≥ 0.9",
+        "Number of experts that take 90 % of the assignments.",
+        "experts with 90 % of the load",
+        "balance",
+        unit="experts",
+        better="higher",
+        variants=POOLED,
+        function=formulas.busy_experts,
+    ),
+    Metric(
+        "routing/collapsed",
+        "mean over layers of [busy experts are few]",
+        "Share of layers whose routing has collapsed: the busy experts, with 90 % of the load, are at most half of "
+        "all, and at most a quarter of the way from the fewest that K experts per token allow to those of an even "
+        "load. With E = 8 these are up to 2 experts for K = 1, and up to 3 for K = 2.",
+        "collapsed layers",
+        "balance",
+        unit="share of layers",
+        better="lower",
+        variants=LAYER,
+        function=formulas.collapsed,
+        nonnegative=True,
+    ),
 )
