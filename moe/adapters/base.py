@@ -24,6 +24,10 @@ class Adapter:
     - set `stays = False`: a saved model has the adapter merged into its weights (`merged`), and no part of its own.
     - set `needs_experts = False`: it also fits a model in which no layer is a Mixture of Experts.
     - set `splits = True`: it works where ranks have different parts of the weights (FSDP, `expert_parallel`).
+    - set `acts_on`: what in its own layer its parameters change, of "input" (what the router reads), "router" (also one
+      of its own), "experts" (their matrices, while they run) and "outputs" (of the experts). The weight of a loss that
+      reaches nothing that trains is refused, and `erc` where "experts" is among them. Default: all four.
+    - set `muon`: whether Muon trains "matrices", or also "stacks" of several matrices; "" if neither.
     - implement `check`, which compares the settings with the sizes of the model, before anything is loaded.
     - implement `role`: how the optimizers treat a parameter.
     - implement `save`: the files in `RUN/adapter`.
@@ -32,6 +36,8 @@ class Adapter:
     stays: ClassVar[bool] = True
     needs_experts: ClassVar[bool] = True
     splits: ClassVar[bool] = True
+    acts_on: frozenset[str] = frozenset(("input", "router", "experts", "outputs"))
+    muon: str = "stacks"
 
     def check(self, *, dim: int) -> None:
         """Raise ConfigError if the settings do not fit a model of width `dim`. No model is there yet."""
@@ -44,6 +50,7 @@ class Adapter:
         """Return how the optimizers treat the new parameter `name`, see `moe.routers.base.Role`.
 
         By default, Muon trains matrices and stacks of matrices. Routers inside of the adapter decide for themselves.
+        `muon` must agree with it.
         """
         return "matrix" if p.ndim >= 2 else "scale"
 

@@ -17,7 +17,7 @@ from moe.model.imported import plain_name
 from moe.routers.base import Role
 from moe.routers.seeding import seeded
 
-PARTS = ("attention", "experts")
+ACTS_ON = {"attention": frozenset(("input",)), "experts": frozenset(("experts", "outputs"))}
 VARIANTS = ("lora", "rslora", "dora")
 NAME = "default"  # of the adapter in peft
 
@@ -38,13 +38,14 @@ class Lora(Adapter):
     stays = False
     needs_experts = False
     splits = False
+    muon = ""
 
     def __init__(
         self, *, parts: list[str], rank: int, alpha: float, variant: str = "lora", dropout: float = 0.0
     ) -> None:
-        require(bool(parts) and len({*parts}) == len(parts), "adapter.parts", parts, f"some of {', '.join(PARTS)}")
+        require(bool(parts) and len({*parts}) == len(parts), "adapter.parts", parts, f"some of {', '.join(ACTS_ON)}")
         for part in parts:
-            one_of("adapter.parts", part, PARTS)
+            one_of("adapter.parts", part, ACTS_ON)
         require(1 <= rank <= 10**6, "adapter.rank", rank, "a whole number from 1 to 10^6")
         require(finite(alpha) and alpha > 0, "adapter.alpha", alpha, "a finite number > 0")
         require(finite(dropout) and 0 <= dropout < 1, "adapter.dropout", dropout, "in [0, 1)")
@@ -56,6 +57,7 @@ class Lora(Adapter):
         require(installed, "adapter", "lora", "another one, or else: pip install -e '.[finetune]'")
         self.parts, self.rank, self.alpha, self.variant, self.dropout = parts, rank, alpha, variant, dropout
         self.needs_experts = stacked  # type: ignore[misc]
+        self.acts_on = frozenset().union(*(ACTS_ON[part] for part in parts))
         self.tuner: Any = None
 
     def attach(self, model: MoEForCausalLM, *, trusted: bool) -> None:

@@ -96,10 +96,13 @@ class Routed(_Perft):
     router: the router over them: its class as adapter.router._target_, and its settings.
     """
 
+    acts_on = frozenset(("router",))
+
     def __init__(self, *, rank: int, adapters: int, router: dict[str, Any], activation: str = "identity") -> None:
         super().__init__(rank=rank, activation=activation)
         require(1 <= adapters <= 10**6, "adapter.adapters", adapters, "a whole number from 1 to 10^6")
         self.adapters, self.router = adapters, router
+        self.muon = "stacks" if adapters > 1 else "matrices"
 
     def check(self, *, dim: int) -> None:
         with torch.device("meta"):
@@ -130,6 +133,8 @@ class Embedded(_Perft):
     rank: hidden width of a bottleneck.
     """
 
+    acts_on = frozenset(("outputs",))
+
     def add_to(self, layer: MoELayer, dim: int, *, trusted: bool) -> nn.Module:
         layer.beside_experts = Bottlenecks(layer.router.num_experts, dim, rank=self.rank, activation=self.activation)
         return layer.beside_experts
@@ -143,6 +148,9 @@ class Dense(_Perft):
     rank: hidden width of a bottleneck.
     adapters: number of bottlenecks in a layer.
     """
+
+    acts_on = frozenset()
+    muon = "matrices"
 
     def __init__(self, *, rank: int, adapters: int, activation: str = "identity") -> None:
         super().__init__(rank=rank, activation=activation)

@@ -213,8 +213,16 @@ class Config:
         return frozenset(ignored & {*OFF, *(f"router.{name}" for name in self.router)} | unused)
 
     def without_effect(self) -> frozenset[str]:
-        """Return the keys that change nothing in this run because parameters are frozen (`trainable`)."""
-        return self.trains.without_effect(layers=self.model.layers, dense_layers=self.model.first_k_dense_replace)
+        """Return the keys that change nothing in this run because parameters are frozen (`trainable`).
+
+        With an adapter that trains this imports torch.
+        """
+        acts_on, muon = frozenset[str](), ""
+        if self.adapter and self.trains.may_train("adapter"):
+            adapter = build(self.adapter, "adapter", trusted=True)
+            acts_on, muon = adapter.acts_on, adapter.muon
+        layers, dense_layers = self.model.layers, self.model.first_k_dense_replace
+        return self.trains.without_effect(layers=layers, dense_layers=dense_layers, acts_on=acts_on, muon=muon)
 
     def settings_in_effect(self) -> dict[str, Any]:
         """Return `identity`, with the values that mean the same as the given ones. This imports torch, unless dense."""

@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from moe.checks import ConfigError, one_of, unknown
-from moe.routing.loss_table import COSTLY, LOSSES
+from moe.routing.loss_table import LOSSES
 
 PARTS = {
     "router": "routers",
@@ -60,31 +60,32 @@ class Trainable(NamedTuple):
         anything = ALL in self.trained or any(map(_is_pattern, self.trained))
         return any((anything or part in self.trained) and part not in self.frozen for part in parts)
 
-    def without_effect(self, *, layers: int, dense_layers: int) -> frozenset[str]:
+    def without_effect(self, *, layers: int, dense_layers: int, acts_on: frozenset[str], muon: str) -> frozenset[str]:
         """Return the keys that change nothing because of what is frozen: rates, and weights of losses.
 
         A loss of a frozen router still has a gradient: it reaches what computes the router's input, which is attention,
-        embeddings, norms, and the feed-forward layers before it. SimBal depends on the router's own rows alone. An
-        adapter may have a router, or change that of the model. Muon trains only matrices.
+        embeddings, norms, and the feed-forward layers before it. So has one of the outputs of frozen experts. SimBal
+        depends on the router's own rows alone, and ERC also on the matrices of experts. Where an adapter changes these
+        while they run, ERC cannot read them. Muon trains only matrices.
 
-        layers: of the model; the first dense_layers of them have no router.
+        layers: of the model; the first dense_layers of them have no router. acts_on, muon: of the adapter that trains,
+        see `moe.adapters.base.Adapter`. They are empty without one.
         """
         trained_by = {
-            "optimizer.momentum": ("router", "experts", "shared", "attention", "adapter"),
-            "optimizer.expert_step": ("experts", "adapter"),
-            "optimizer.experts_lr": ("experts",),
-            "optimizer.router_lr": ("router",),
+            "optimizer.momentum": bool(muon) or self.may_train("router", "experts", "shared", "attention"),
+            "optimizer.expert_step": muon == "stacks" or self.may_train("experts"),
+            "optimizer.experts_lr": self.may_train("experts"),
+            "optimizer.router_lr": self.may_train("router"),
         }
-        keys = {key for key, parts in trained_by.items() if not self.may_train(*parts)}
-        if self.may_train("router", "adapter"):
-            return frozenset(keys)
-        keys.add("simbal")
-        if not self.may_train("experts"):
-            keys.add("erc")
-        before = self.may_train("attention", "embeddings", "norms") or layers - dense_layers > 1
-        if not before and not (dense_layers and self.may_train("shared")):
-            keys |= {loss.weight for loss in LOSSES.values()} - COSTLY
-        return frozenset(keys)
+        router = "router" in acts_on or self.may_train("router")
+        trained = "input" in acts_on or self.may_train("attention", "embeddings", "norms")
+        inputs = trained or layers - dense_layers > 1 or (dense_layers > 0 and self.may_train("shared"))
+        trained_by |= {loss.weight: router or inputs for loss in LOSSES.values()} | {
+            "simbal": router,
+            "erc": "experts" not in acts_on and self.may_train("router", "experts"),
+            "output_orthogonality": inputs or "outputs" in acts_on or self.may_train("experts"),
+        }
+        return frozenset(key for key, trains in trained_by.items() if not trains)
 
     def selects(self, part_of: Mapping[str, str], key: str = "trainable") -> set[str]:
         """Return the names that train, of those in `part_of`, which tells the part of each.

@@ -356,7 +356,8 @@ def _why_ignored(key: str, cell: Cell) -> str:
         return "nothing is dropped without a capacity limit"
     muon = cell.config.optimizer.muon_lr
     if key in cell.config.without_effect():
-        return f"with trainable={cell.config.trains} it changes nothing"
+        adapter = f"adapter={cell.choices['adapter']} and " if cell.config.adapter else ""
+        return f"with {adapter}trainable={cell.config.trains} it changes nothing"
     if key in RATES and muon is not None:
         return f"Muon trains these matrices, with optimizer.muon_lr={muon}"
     if key in RATES:

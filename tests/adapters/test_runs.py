@@ -1,6 +1,7 @@
 """Runs with adapters: what trains, what they leave in their folders, and that an interruption changes nothing."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ from moe.launch.command_line import read_cells
 from moe.metrics.catalog import lookup
 from moe.model.causal_lm import load_model
 from moe.runs.signals import Interrupted
+from moe.training.objective import total_loss
+from moe.training.optim import roles
 from moe.training.setup import build_model, prepare_data
+from tests.adapters.models import disturb
 
 WORDS = {
     "lora": ("adapter=lora_attention", "adapter.parts=[attention,experts]"),
@@ -174,3 +178,44 @@ def test_the_router_of_an_adapter_may_be_any_option_and_is_swept_by_its_class() 
     assert one.config.adapter["router"]["_target_"] == "moe.routers.top_p.TopP"
     assert one.identity()["adapter.router._target_"] == "moe.routers.top_p.TopP"
     assert "adapter=perft_r" in one.folder.name
+
+
+LOSS_KEYS = ("lb", "z", "simbal", "erc", "output_orthogonality")
+OPTIMIZER_KEYS = ("optimizer.momentum", "optimizer.expert_step")
+
+
+@pytest.mark.parametrize(("name", "layers"), [("lora", 1), ("dora", 1), ("r", 1), ("e", 1), ("d", 1), ("d", 2)])
+def test_a_key_applies_to_an_adapter_if_it_changes_a_gradient_or_a_step(name: str, layers: int, cell: Any) -> None:
+    """Of a loss: its weight changes the gradient of a parameter. Of Muon: it has a matrix, or a stack of several."""
+    one = cell(*WORDS[name], f"model.layers={layers}", "optimizer=muon", "router.k=2", "lb=0.0")
+    data = prepare_data(one.config)
+    model = build_model(one.config, vocab_size=len(data.tokenizer))
+    disturb(model)
+    ids = torch.from_numpy(data.val["input_ids"][:2])
+    new = {key: p for key, p in model.named_parameters() if key in model.adapter_names}
+    keys = [key for key in LOSS_KEYS if key != "erc" or name != "lora"]  # ERC cannot read what peft changes
+    plain, *weighted = (gradients(model, ids, one.config, key) for key in (None, *keys))
+    useful = {key for key, found in zip(keys, weighted, strict=True) if found != plain}
+    matrices = [p for key, p in new.items() if roles(model)[p] == "matrix"]
+    useful |= {"optimizer.momentum"} if matrices else set()
+    useful |= {"optimizer.expert_step"} if any(p.ndim == 3 and len(p) > 1 for p in matrices) else set()
+    assert useful == {*LOSS_KEYS, *OPTIMIZER_KEYS} - one.config.ignored_keys()
+
+
+def gradients(model: Any, ids: torch.Tensor, config: Any, key: str | None) -> list[list[float]]:
+    """Return the gradient of each parameter that trains, with the loss of weight 1 at `key`."""
+    torch.manual_seed(0)  # of the noise of ERC
+    trained = [p for p in model.parameters() if p.requires_grad]
+    output = model(ids, ids, costly=frozenset((key,)) & {"erc", "output_orthogonality"})
+    own = [layer.router.loss_weights for layer in model.moe_layers]
+    beside = [layer.router.loss_weights for layer in model.beside_layers]
+    loss = total_loss(replace(config, **{key: 1.0} if key else {}), own, output, beside_weights=beside)
+    found = torch.autograd.grad(loss, trained, allow_unused=True)
+    return [[] if gradient is None else gradient.flatten().tolist() for gradient in found]
+
+
+def test_keys_without_effect_on_an_adapter_are_refused_or_trained_once(small: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"simbal=0.1: with adapter=lora_attention and trainable=adapter it changes"):
+        read_cells([*small, "-m", "adapter=lora_attention", "simbal=0.0,0.1"])
+    cells = read_cells([*small, "-m", "adapter=none,lora_experts", "optimizer=muon", "optimizer.momentum=0.9,0.95"])
+    assert [bool(one.config.adapter) for one in cells or []] == [False, False, True]
