@@ -29,6 +29,12 @@ def main(command: list[str] | None = None) -> int:
         help="treat smaller differences as equal, such as val/perplexity=1%%",
     )
     add("--metric", action="append", default=[], metavar="NAME", help="test this metric too, such as routing/load_gini")
+    add(
+        "--seconds",
+        metavar="measured|FLOPS",
+        help="compare at equal training time too: as measured, if the machine was idle, or from the FLOPs per second "
+        "that it is to reach, such as 5e10",
+    )
     add("--replay", action="store_true", help="judge the published numbers of the source studies instead of runs")
     add("--wandb", action="store_true", help="log the tables and figures to W&B too, in the group of the runs")
     arguments = parser.parse_args(command)
@@ -54,9 +60,10 @@ def main(command: list[str] | None = None) -> int:
         if arguments.replay:
             report = write_replay(arguments.out)
         else:
+            seconds = _seconds(arguments.seconds)
             runs = load_runs(arguments.folders)
             references, margins = (dict(map(_pair, texts)) for texts in (arguments.reference, arguments.margin))
-            options = ReportOptions(references, margins, tuple(arguments.metric))
+            options = ReportOptions(references, margins, tuple(arguments.metric), seconds)
             if sys.stderr.isatty():  # elsewhere standard error is for errors alone
                 print(
                     f"runs read: {len(runs)}; writing the report and its figures, which takes a while", file=sys.stderr
@@ -82,6 +89,20 @@ def main(command: list[str] | None = None) -> int:
         print(f"{parser.prog}: the report is complete, but W&B does not have it: {first_line(error)}", file=sys.stderr)
         return 1
     return 0
+
+
+def _seconds(text: str | None) -> float | str | None:
+    from moe.analysis.equal_cost import MEASURED
+
+    if text is None or text == MEASURED:
+        return text
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise ValueError(f"--seconds {text}: must be {MEASURED}, or FLOPs per second above 0, such as 5e10")
+    return number
 
 
 def _pair(text: str) -> tuple[str, Any]:

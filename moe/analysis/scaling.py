@@ -78,7 +78,7 @@ class Fit(NamedTuple):
         for name, value in x.items():
             low, high = self.ranges[name]
             times = max(value / high, low / value)
-            found += [f"{name} {times:.2g} times outside of the runs"] if times > 1.001 else []
+            found += [f"{name} {times:.3g} times beyond the runs"] if times > 1.001 else []
         return found
 
 
@@ -252,12 +252,17 @@ def _jacobian(law: Law, theta: Float[np.ndarray, "R P"], logs: Float[np.ndarray,
 
 
 class SpeedUp(NamedTuple):
-    """How many times as much compute the baseline needs for an arm's loss, at one budget of the arm."""
+    """How many times as much compute the baseline needs for an arm's loss, at one budget of the arm.
+
+    misfit: the largest such factor that the curve gives the baseline itself at one of its budgets, or 1 / it; the curve
+    tells nothing apart that is closer to 1.
+    """
 
     budget: float
     loss: float
     needed: float
     times: Estimate
+    misfit: float
     doubts: list[str]
 
 
@@ -272,17 +277,19 @@ def speed_up(baseline: pd.DataFrame, arm: pd.DataFrame, *, resamples: int = RESA
     baseline, arm = (table[table["seed"].isin(common)] for table in (baseline, arm))
     curve = fit(baseline, COMPUTE, resamples=resamples)
     weights = resampled_seeds(len(common), resamples)
+    of_baseline = [(budget, members["loss"].mean()) for budget, members in _by_budget(baseline)]
+    own = [abs(math.log(_needed(curve, np.array([loss]))[0] / budget)) for budget, loss in of_baseline]
     found = []
     for budget, members in _by_budget(arm):
         of_seed = members.groupby("seed")["loss"].mean().reindex(common).to_numpy()
         known = np.isfinite(of_seed)
         with np.errstate(invalid="ignore", divide="ignore"):
             loss = (weights[:, known] @ of_seed[known]) / weights[:, known].sum(axis=1)
-        found.append(_speed_up(curve, budget, loss))
+        found.append(_speed_up(curve, budget, loss, math.exp(min(max(own), 700))))
     return found
 
 
-def _speed_up(curve: Fit, budget: float, loss: Float[np.ndarray, "R"]) -> SpeedUp:
+def _speed_up(curve: Fit, budget: float, loss: Float[np.ndarray, "R"], misfit: float) -> SpeedUp:
     needed = _needed(curve, loss)
     times = over_seeds(np.log(needed / budget), curve.seeds)
     doubts = list(curve.doubts)
@@ -291,14 +298,15 @@ def _speed_up(curve: Fit, budget: float, loss: Float[np.ndarray, "R"]) -> SpeedU
     else:
         doubts += curve.outside(FLOPs=float(needed[0]))
     estimate = Estimate(*(math.exp(min(end, 700)) if not math.isnan(end) else end for end in times))
-    return SpeedUp(budget, float(loss[0]), float(needed[0]), estimate, doubts)
+    return SpeedUp(budget, float(loss[0]), float(needed[0]), estimate, misfit, doubts)
 
 
-def _needed(curve: Fit, loss: Float[np.ndarray, "R"]) -> Float[np.ndarray, "R"]:
-    """Return the compute at which the curve has this loss, in each resample; infinite below its floor."""
-    gap = loss - curve.floor
+def _needed(curve: Fit, loss: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
+    """Return the compute at which the curve has these losses, each by its own row; infinite below its floor."""
+    factor, alpha = curve.theta[: len(loss), 1:].T
+    gap = loss - curve.floor[: len(loss)]
     with np.errstate(divide="ignore", invalid="ignore"):
-        logs = (curve.theta[:, 1] - np.log(gap)) / curve.theta[:, 2] + curve.center["FLOPs"]
+        logs = (factor - np.log(gap)) / alpha + curve.center["FLOPs"]
     return np.where(gap > 0, np.exp(np.clip(logs, -700, 700)), np.inf)
 
 

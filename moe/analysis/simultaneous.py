@@ -14,9 +14,22 @@ from jaxtyping import Float
 from scipy import stats
 from scipy.optimize import brentq
 
-from moe.analysis.statistics import CONFIDENCE
+from moe.analysis.statistics import CONFIDENCE, has_no_spread
 
 DRAWS = 2000
+
+
+def interval(values: Float[np.ndarray, "N"], factor: float | None = None) -> tuple[float, float]:
+    """Return mean -/+ factor times its standard error; the factor is by default that of a 95 % t interval.
+
+    The ends are NaN if there are fewer than two values, or if they do not differ.
+    """
+    n = len(values)
+    if n < 2 or has_no_spread(values, scale=float(np.abs(values).max())):
+        return math.nan, math.nan
+    factor = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) if factor is None else factor
+    reach = factor * float(values.std(ddof=1)) / math.sqrt(n)
+    return float(values.mean()) - reach, float(values.mean()) + reach
 
 
 def over_time(differences: Float[np.ndarray, "N T"]) -> float:
@@ -112,10 +125,7 @@ def ranks(layout: Block, *, better: str = "lower") -> pd.DataFrame:
     """
     means = layout.means if better == "lower" else -layout.means
     values = means.to_numpy()
-    if layout.freedom:
-        bound = tukey(len(values), layout.freedom) * layout.error
-    else:
-        bound = math.inf
+    bound = tukey(len(values), layout.freedom) * layout.error if layout.freedom else math.inf
     gaps = values[:, None] - values[None, :]
     low, high = 1 + (gaps > bound).sum(axis=1), len(values) - (gaps < -bound).sum(axis=1)
     rank = means.rank(method="min").astype(int)

@@ -8,7 +8,7 @@ left out without a note. `moe.analysis.variance` has the analysis of variance.
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -83,10 +83,23 @@ def contrasts(
     if margin is not None and absolute(margin, 1.0) <= 0:
         raise ValueError(f"margin {margin}: must be positive, in units of {metric} or a text such as 1%")
     runs = narrowed(runs, (metric, *factors, *COMPARED))
-    references = references or {}
+    rows = [
+        {"metric": metric} | names | _compare_runs(metric, treated, baseline, margin)
+        for names, treated, baseline in comparisons(runs, factors, references or {})
+    ]
+    return as_one_family(_contrast_table(rows, margin))
+
+
+def comparisons(
+    runs: pd.DataFrame, factors: list[str], references: dict[str, Any]
+) -> Iterator[tuple[dict[str, Any], pd.DataFrame, pd.DataFrame]]:
+    """Yield every level of every factor against its reference, for each combination of other factors that has both.
+
+    The first part names the comparison by factor, level, reference and within; the others are the runs at the level and
+    at the reference. Raises ValueError for a reference that is no level.
+    """
     for factor in references.keys() - set(factors):
         raise ValueError(f"reference {factor}={references[factor]}: varied factors are {', '.join(factors) or 'none'}")
-    rows = []
     for factor in factors:
         others = [other for other in factors if other != factor]
         reference = references.get(factor, reference_level(runs, factor))
@@ -100,8 +113,7 @@ def contrasts(
                     continue  # this cell was not planned
                 treated, baseline = (members[members[factor] == side] for side in (level, reference))
                 names = {"factor": factor, "level": level, "reference": reference, "within": name_cell(cell)}
-                rows.append({"metric": metric} | names | _compare_runs(metric, treated, baseline, margin))
-    return as_one_family(_contrast_table(rows, margin))
+                yield names, treated, baseline
 
 
 def as_one_family(table: pd.DataFrame) -> pd.DataFrame:

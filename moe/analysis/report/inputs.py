@@ -68,11 +68,13 @@ class ReportOptions(NamedTuple):
     references: factor -> the level that its other levels are compared with.
     margins: tested metric -> the largest difference that counts as equal, in its units or as text such as "1%".
     metrics: final metrics that are tested in addition to `TESTED`.
+    seconds: how training time is known: "measured" on an idle machine, or the FLOPs per second that it is to reach.
     """
 
     references: dict[str, Any] = {}
     margins: dict[str, int | float | str] = {}
     metrics: tuple[str, ...] = ()
+    seconds: float | str | None = None
 
 
 class ReportInputs(NamedTuple):
@@ -200,7 +202,7 @@ def _with_comparisons(inputs: ReportInputs) -> ReportInputs:
     """Return the inputs with claims measured and levels compared, before the correction for other tests."""
     if inputs.search:  # its settings were chosen by results
         return inputs
-    references = _reference_levels(inputs)
+    references = reference_levels(inputs)
     tables = [
         contrasts(inputs.runs, metric, inputs.factors, references=references, margin=inputs.options.margins.get(metric))
         for metric in inputs.tested
@@ -278,7 +280,7 @@ def _check(experiments: list[ReportInputs]) -> None:
     for factor, level in options.references.items():
         if factor not in factors:
             raise ValueError(f"reference {factor}={level}: varied factors are {', '.join(factors) or 'none'}")
-        if not any(factor in _reference_levels(inputs) for inputs in experiments):
+        if not any(factor in reference_levels(inputs) for inputs in experiments):
             known = levels(pd.concat([inputs.runs[factor] for inputs in experiments if factor in inputs.factors]))
             words = [str(without_causality(each)) for each in known]
             raise ValueError(f"reference {factor}={level}: allowed are {', '.join(dict.fromkeys(words))}")
@@ -294,7 +296,7 @@ def _check(experiments: list[ReportInputs]) -> None:
             raise ValueError(f"margin {metric}={margin}: tested metrics are {', '.join(tested)}")
 
 
-def _reference_levels(inputs: ReportInputs) -> dict[str, Any]:
+def reference_levels(inputs: ReportInputs) -> dict[str, Any]:
     """Return those references of the options that are levels of these runs, with the level's full name.
 
     The full name of a router is, for example, "expert_choice (not causal)". The reader writes only "expert_choice".

@@ -42,6 +42,7 @@ from moe.analysis.report.sections.comparisons import (
     contrast_table,
     noise_floor_table,
 )
+from moe.analysis.report.sections.cost import costs, equal_costs, speed_ups
 from moe.analysis.report.sections.factor_effects import factor_effects
 from moe.analysis.report.sections.other_text import other_seeds_and_other_text
 from moe.analysis.report.sections.over_training import contrasts_over_training, gradient_norms, learning_curves
@@ -88,6 +89,11 @@ CHAPTERS: tuple[Chapter, ...] = (
             noise_floor_table,
             *itertools.chain.from_iterable(study.experiment_sections for study in STUDIES),
         ),
+    ),
+    Chapter(
+        "Cost",
+        "what each setting costs, comparisons at equal cost, effective speed-up",
+        (costs, equal_costs, speed_ups),
     ),
     Chapter(
         "Conditions and statistics",

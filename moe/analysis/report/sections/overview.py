@@ -50,7 +50,6 @@ def what_was_run(inputs: ReportInputs) -> Iterator[ReportBlock]:
     yield from _settings_of_grids(inputs)
     if inputs.factors:
         yield _condition_counts(inputs)
-        yield from _trained_parameters(inputs)
     facts = [f"factors: {', '.join(inputs.factors) or 'none varies'}; seeds: {_seeds(runs)}", _tuning(inputs)]
     problems = [*_confounded_factors(inputs.tied), *_values_left_out(inputs), *_dead_layers(inputs.loaded)]
     yield from long_list(problems if inputs.observed else [*facts, *problems])
@@ -98,27 +97,6 @@ def _condition_counts(inputs: ReportInputs) -> ReportBlock:
     if len(table) > LIST_LENGTH:
         return Details(f"The same for each of {len(table)} conditions", [shown])
     return shown
-
-
-def _trained_parameters(inputs: ReportInputs) -> Iterator[ReportBlock]:
-    """Yield how many parameters each condition trains and what that costs, if not all train equally many."""
-    columns = {
-        "parameters.trainable": "trained parameters",
-        "peak_memory_gb": "peak memory, GB",
-        "time/tokens_per_s": "tokens / s",
-    }
-    runs = inputs.runs.assign(condition=inputs.condition)
-    runs = runs[runs["status"] == "finished"]
-    if "parameters.trainable" not in runs or runs["parameters.trainable"].nunique() < 2:
-        return
-    present = [column for column in columns if column in runs]
-    medians = runs.groupby("condition", sort=False)[present].median().rename(columns=columns).reset_index()
-    medians["trained parameters"] = medians["trained parameters"].map("{:,.0f}".format)
-    yield Paragraph(
-        "What each condition trains, and its cost: medians over its runs. Memory is that of the whole process. Speed "
-        "depends on what else the machine did."
-    )
-    yield TableBlock(medians)
 
 
 def _status_counts(runs: pd.DataFrame, columns: list[str]) -> pd.DataFrame:

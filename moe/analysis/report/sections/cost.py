@@ -1,0 +1,192 @@
+"""Cost: what each setting costs, comparisons at equal cost, and the effective speed-up over the reference."""
+
+import math
+from collections.abc import Iterator
+
+import pandas as pd
+
+from moe.analysis.equal_cost import (
+    ACTIVE,
+    CLOSE,
+    FLOPS,
+    LOSS,
+    MEASURED,
+    SECONDS,
+    TOTAL,
+    compared,
+    equal_cost,
+    is_scale,
+    points,
+    training_curves,
+)
+from moe.analysis.report.blocks import BulletList, Heading, Paragraph, ReportBlock, TableBlock, csv_file
+from moe.analysis.report.inputs import ReportInputs, reference_levels
+from moe.analysis.scaling import LEAST_BUDGETS, SpeedUp, budgets, speed_up
+from moe.analysis.sentences import decimals
+from moe.checks import plain
+
+MOST_SPEED_UPS = 40  # comparisons
+COSTS = {
+    "parameters.trainable": "trained parameters",
+    "parameters.active": ACTIVE,
+    "parameters.total": TOTAL,
+    "flops_per_token": "FLOPs per token",
+    "peak_memory_gb": "peak memory, GB",
+    "time/tokens_per_s": "tokens / s",
+}
+COUNTS = list(COSTS)[:4]
+COSTS_EXPLAINED = """\
+Medians over the runs of each condition. FLOPs are those of a forward pass; a training step costs three times as much.
+Memory is that of the whole process. Speed depends on what else the machine did."""
+EQUAL_EXPLAINED = """\
+Difference of the validation loss from that of the reference level, in nats per token, paired by seed and with its 95 %
+t interval. The cost is the largest that all runs of a comparison have reached; losses between two evaluations are
+interpolated. "Read at 60 %" means that one side is read there before its end, when its learning rate is still high, so
+it looks worse than a run of that length would. This table describes; a claim with `at` tests."""
+SPEED_EXPLAINED = """\
+How many times as much training compute (FLOPs) the reference level needs for the loss that the level has. A curve
+L_inf + A C^-alpha is fitted through the reference's runs. The interval is a 95 % t interval of the log, with the spread
+of {resamples} resamples of the seeds, which are the same for both levels. A value above 1 saves compute.
+`curve's error` is the largest factor that the curve gives the reference itself, where 1 would be right: a level whose
+value is not further from 1 than that is not told apart from it."""
+FROM_CURVES = """\
+The reference has fewer than three budgets, so the curve goes through the evaluations of its runs. A point of a training
+curve is no run of that budget: its learning rate has not fallen yet, so its loss is too high, and the speed-up is
+distorted. Runs of three or more budgets, such as `steps=100,200,400`, tell more."""
+RESAMPLES = 200
+
+
+def costs(inputs: ReportInputs) -> Iterator[ReportBlock]:
+    """Yield what each condition costs, if the conditions do not all train and compute equally much."""
+    runs = inputs.runs.assign(condition=inputs.condition)
+    runs = runs[runs["status"] == "finished"]
+    present = [column for column in COSTS if column in runs and runs[column].notna().any()]
+    if not any(_differ(runs[column]) for column in present if column in COUNTS):
+        return
+    table = runs.groupby("condition", sort=False)[present].median().rename(columns=COSTS).reset_index()
+    counts = [COSTS[column] for column in present if column in COUNTS]
+    yield Heading("What each setting costs")
+    yield Paragraph(COSTS_EXPLAINED)
+    yield TableBlock(table.assign(**{column: table[column].map("{:,.0f}".format) for column in counts}))
+
+
+def equal_costs(inputs: ReportInputs) -> Iterator[ReportBlock]:
+    """Yield the contrasts of the validation loss at equal steps, FLOPs, seconds and parameters, where these differ."""
+    if inputs.contrasts.empty or LOSS not in inputs.runs:
+        return
+    seconds = inputs.options.seconds
+    curves = training_curves(inputs.runs, inputs.past.evals, seconds=seconds)
+    finished = inputs.runs[inputs.runs["status"] == "finished"]
+    of_run = {
+        FLOPS: curves.groupby("folder")[FLOPS].max(),
+        ACTIVE: finished["parameters.active"],
+        TOTAL: finished["parameters.total"],
+    }
+    differ = {cost: _differ(values) for cost, values in of_run.items() if values.notna().any()}
+    wanted = [cost for cost, differs in differ.items() if differs] + ([SECONDS] if seconds is not None else [])
+    found = {cost: _by_cost(inputs, curves, cost) for cost in wanted}
+    found = {cost: table for cost, table in found.items() if len(table)}
+    yield Heading("At equal cost")
+    yield BulletList([*_equal_anyway(differ), _about_seconds(seconds)])
+    if not found:
+        return
+    yield Paragraph(EQUAL_EXPLAINED)
+    names = ["factor", "level", "reference", "within"]
+    table = pd.concat([table.assign(at=f"equal {cost}", cell=_cells(table)) for cost, table in found.items()])
+    for costs in ((FLOPS, SECONDS), (ACTIVE, TOTAL)):
+        rows = table[table["at"].isin([f"equal {cost}" for cost in costs])]
+        if len(rows):
+            yield TableBlock(rows.pivot_table("cell", names, "at", aggfunc="first", sort=False).reset_index())
+    yield csv_file("equal_cost", table.drop(columns="cell"), "these tables, with n and the costs.")
+
+
+def _by_cost(inputs: ReportInputs, curves: pd.DataFrame, cost: str) -> pd.DataFrame:
+    return equal_cost(inputs.runs, curves, inputs.factors, reference_levels(inputs), cost)
+
+
+def _cells(table: pd.DataFrame) -> list[str]:
+    """Return each difference with its interval, and how early it was read."""
+    return [_cell(row.value, row.low, row.high, row.share) if row.n else row.note for row in table.itertuples()]
+
+
+def _cell(value: float, low: float, high: float, share: float) -> str:
+    digits = decimals(value, 3)
+    interval = f" [{low:.{digits}f}, {high:.{digits}f}]" if math.isfinite(low) else ""
+    early = f", read at {share:.0%}" if share < 1 - CLOSE else ""
+    return plain(f"{value:+.{digits}f}{interval}") + early
+
+
+def _equal_anyway(differ: dict[str, bool]) -> list[str]:
+    names = {FLOPS: "training FLOPs"}
+    same = [names.get(cost, cost) for cost, differs in differ.items() if not differs]
+    return [f"All runs have the same {' and the same '.join(same)}: equal steps are equal cost there."] if same else []
+
+
+def _about_seconds(seconds: float | str | None) -> str:
+    if seconds == MEASURED:
+        return "Seconds were measured in these runs, on a machine that had nothing else to do, as `--seconds` states."
+    if seconds is None:
+        return (
+            "Equal seconds are left out: `--seconds measured` states that the machine had nothing else to do, and "
+            "`--seconds 5e10` computes them from FLOPs per second."
+        )
+    return (
+        f"Seconds are training FLOPs at {seconds:.3g} FLOPs per second, as `--seconds` states. The efficiency is the "
+        "same for all runs, so equal seconds are equal FLOPs."
+    )
+
+
+def speed_ups(inputs: ReportInputs) -> Iterator[ReportBlock]:
+    """Yield how many times as much compute the reference level needs for the loss of each level."""
+    if inputs.contrasts.empty or LOSS not in inputs.runs:
+        return
+    curves = training_curves(inputs.runs, inputs.past.evals)
+    rows: list[dict[str, object]] = []
+    from_curves = False
+    factors = [factor for factor in inputs.factors if not is_scale(factor)]
+    references = {factor: level for factor, level in reference_levels(inputs).items() if factor in factors}
+    for names, treated, baseline in list(compared(inputs.runs, factors, references, FLOPS))[:MOST_SPEED_UPS]:
+        runs_alone = budgets(points(baseline, curves, last=True)[FLOPS]) >= LEAST_BUDGETS
+        try:
+            found = speed_up(
+                points(baseline, curves, last=runs_alone), points(treated, curves, last=True), resamples=RESAMPLES
+            )
+        except ValueError:
+            continue  # too few points
+        from_curves = from_curves or not runs_alone
+        rows += [names | _speed_up_row(each) for each in found]
+    if not rows:
+        return
+    yield Heading("Effective speed-up")
+    yield Paragraph(SPEED_EXPLAINED.format(resamples=RESAMPLES))
+    if from_curves:
+        yield Paragraph(FROM_CURVES)
+    table = pd.DataFrame(rows)
+    yield TableBlock(table)
+    yield csv_file("speed_up", table, "this table.")
+
+
+def _speed_up_row(found: SpeedUp) -> dict[str, object]:
+    times = found.times
+    if math.isinf(times.value):
+        text = "no budget"
+    else:
+        text = f"{times.value:.2f}"
+        text += f" [{times.low:.2f}, {_end(times.high)}]" if not math.isnan(times.low) else ""
+    return {
+        "training FLOPs": f"{found.budget:.3g}",
+        "loss": found.loss,
+        "times the compute": text,
+        "curve's error": f"{found.misfit:.2f}",
+        "doubts": "; ".join(found.doubts),
+    }
+
+
+def _end(value: float) -> str:
+    return "∞" if value > 1e6 else f"{value:.2f}"
+
+
+def _differ(values: pd.Series) -> bool:
+    """Return whether numbers differ by more than one percent."""
+    known = values.dropna().astype(float)
+    return bool(len(known) and known.max() > known.min() * (1 + CLOSE))

@@ -1,0 +1,147 @@
+"""Tests of comparisons at equal cost, on curves that are known in closed form."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from run_folders import write_metrics, write_record
+from scipy import stats
+
+from moe.analysis.__main__ import main
+from moe.analysis.equal_cost import (
+    ACTIVE,
+    FLOPS,
+    MEASURED,
+    SECONDS,
+    differences,
+    equal_cost,
+    points,
+    training_curves,
+)
+from moe.analysis.report.blocks import Paragraph, TableBlock
+from moe.analysis.report.inputs import ReportOptions, collect_inputs
+from moe.analysis.report.sections.cost import FROM_CURVES, costs, equal_costs, speed_ups
+from moe.results.table import load_runs
+
+STEPS = (0, 10, 20, 40)
+
+
+def made_up(
+    *, flops: dict[str, int], sizes: tuple[int, ...] = (1000,), seeds: int = 4
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return runs of two routers, and their evaluations: loss 5 - log2(FLOPs) / 10, plus 0.1 for router b, by seed."""
+    rng = np.random.default_rng(0)
+    runs, evals = [], []
+    for router, per_token in flops.items():
+        for size in sizes:
+            for seed in range(seeds):
+                folder = f"{router}{size}{seed}"
+                shift = 0.1 * (router == "b") + 0.01 * seed + rng.normal(0, 0.001)
+                losses = [9.0] + [loss_at(3 * per_token * 64 * step) + shift for step in STEPS[1:]]
+                of_size = losses[-1] - math.log2(size / 1000) / 10
+                runs.append(
+                    {"folder": folder, "router": router, "seed": seed, "batch_size": 4, "grad_accum": 2}
+                    | {"data.seq_len": 8, "flops_per_token": per_token, "time/tokens_per_s": 640.0}
+                    | {"status": "finished", "val/loss": of_size, "model.dim": size, "causal": True, "steps": 40}
+                    | {"parameters.active": size + 100 * (router == "b"), "parameters.total": 4 * size}
+                    | {"experiment": "made up", "place": len(runs), "run": folder}
+                )
+                evals += [{"folder": folder, "step": s, "val/loss": v} for s, v in zip(STEPS, losses, strict=True)]
+    return pd.DataFrame(runs), pd.DataFrame(evals)
+
+
+def loss_at(flops: float) -> float:
+    return 5 - math.log2(flops) / 10
+
+
+def test_a_curve_has_the_training_flops_and_the_seconds_of_each_evaluation() -> None:
+    runs, evals = made_up(flops={"a": 100})
+    curves = training_curves(runs, evals, seconds=MEASURED)
+    one = curves[curves["folder"] == "a10000"]
+    assert one["step"].tolist() == [10, 20, 40], "the evaluation before training cost nothing"
+    assert one[FLOPS].tolist() == [3 * 100 * 64 * step for step in (10, 20, 40)], "64 = batch 4 x accumulation 2 x 8"
+    assert one[SECONDS].tolist() == [1.0, 2.0, 4.0], "64 tokens a step at 640 tokens a second"
+    stated = training_curves(runs, evals, seconds=19_200.0)
+    assert stated.loc[stated["folder"] == "a10000", SECONDS].tolist() == [10.0, 20.0, 40.0]
+    assert training_curves(runs, evals)[SECONDS].isna().all()
+    assert points(runs, curves, last=True)[FLOPS].tolist() == [3 * 100 * 64 * 40] * 4
+
+
+def test_at_equal_flops_a_router_that_costs_more_is_read_earlier() -> None:
+    """Both routers follow one law of compute but for 0.1, whatever a step costs."""
+    runs, evals = made_up(flops={"a": 100, "b": 160})
+    [row] = equal_cost(runs, training_curves(runs, evals), ["router"], {}, FLOPS).to_dict("records")
+    assert (row["level"], row["reference"], row["n"]) == ("b", "a", 4)
+    assert row["cost"] == 3 * 100 * 64 * 40, "the largest cost that both reached"
+    assert row["share"] == pytest.approx(100 / 160)
+    by_run = runs.set_index("folder")["val/loss"]
+    late = np.array([by_run[f"b1000{s}"] - by_run[f"a1000{s}"] for s in range(4)]) + math.log2(1.6) / 10
+    assert row["value"] == pytest.approx(late.mean(), abs=1e-9), "interpolation in the log is exact for this law"
+    assert (row["low"], row["high"]) == pytest.approx(tuple(stats.ttest_1samp(late, 0).confidence_interval(0.95)))
+
+
+def test_at_equal_parameters_final_losses_are_interpolated_between_sizes() -> None:
+    runs, evals = made_up(flops={"a": 100, "b": 100}, sizes=(1000, 2000, 4000))
+    [row] = equal_cost(runs, training_curves(runs, evals), ["router", "model.dim"], {}, ACTIVE).to_dict("records")
+    assert (row["within"], row["n"], row["cost"]) == ("", 4, 4000)
+    between = math.log(4000 / 2100) / math.log(4100 / 2100)  # where 4000 lies between the sizes of router b
+    assert row["value"] == pytest.approx(0.1 + 0.1 * (1 - between), abs=0.002)
+    alone, evals = made_up(flops={"a": 100, "b": 100})
+    [row] = equal_cost(alone, training_curves(alone, evals), ["router"], {}, ACTIVE).to_dict("records")
+    assert (row["n"], row["note"]) == (0, "the two have no cost in common")
+
+
+def test_over_training_the_intervals_hold_together() -> None:
+    rng = np.random.default_rng(0)
+    sides = [
+        {seed: pd.DataFrame({"cost": [1.0, 2.0, 4.0], "loss": 3 + rng.normal(0, 0.01, 3)}) for seed in range(5)}
+        for _ in range(2)
+    ]
+    together, alone = differences(*sides, shares=(0.5, 1.0)), differences(*sides)
+    assert [each.cost for each in together] == [2.0, 4.0]
+    assert together[1].value == alone[0].value
+    assert together[1].high - together[1].low > alone[0].high - alone[0].low
+    assert differences(sides[0], {}) == []
+
+
+def write_runs(place: Path, runs: pd.DataFrame, evals: pd.DataFrame) -> pd.DataFrame:
+    """Write the folders of made-up runs, and return them as they are read."""
+    for run in runs.to_dict("records"):
+        folder = place / "made_up" / run["folder"]
+        folder.mkdir(parents=True)
+        config = {"seed": run["seed"], "batch_size": 4, "grad_accum": 2, "data": {"seq_len": 8}, "steps": 40}
+        size = {"total": 4000, "active": 1000, "trainable": 4000}
+        facts = {"flops_per_token": run["flops_per_token"], "parameters": size}
+        write_record(folder, choices={"router": run["router"]}, config=config, **facts)
+        write_metrics(folder, {"val/loss": run["val/loss"], "time/tokens_per_s": 640.0})
+        of_run = evals[evals["folder"] == run["folder"]].drop(columns="folder").to_dict("records")
+        (folder / "events.jsonl").write_text("".join(json.dumps({"kind": "eval"} | event) + "\n" for event in of_run))
+    return load_runs([place])
+
+
+def test_the_report_compares_at_equal_cost_and_says_what_a_speed_up_rests_on(tmp_path: Path) -> None:
+    runs = write_runs(tmp_path, *made_up(flops={"a": 100, "b": 160}))
+    [inputs] = collect_inputs(runs, ReportOptions(seconds=MEASURED))
+    [cost] = [block.frame for block in costs(inputs) if isinstance(block, TableBlock)]
+    assert cost.set_index("condition")["FLOPs per token"].to_dict() == {"router=a": "100", "router=b": "160"}
+    blocks = list(equal_costs(inputs))
+    [table] = [block.frame for block in blocks if isinstance(block, TableBlock)]
+    assert table["equal FLOPs"][0].endswith(", read at 62%")
+    assert list(table)[-2:] == ["equal FLOPs", "equal seconds"]
+    assert "nothing else to do" in str(blocks)
+    blocks = list(speed_ups(inputs))
+    [speed] = [block.frame for block in blocks if isinstance(block, TableBlock)]
+    assert speed["level"].tolist() == ["b"]
+    assert FROM_CURVES in [block.text for block in blocks if isinstance(block, Paragraph)]
+    [alike] = collect_inputs(runs.assign(flops_per_token=100))
+    assert list(costs(alike)) == []
+    assert "the same training FLOPs and the same active parameters" in str(list(equal_costs(alike)))
+
+
+def test_seconds_are_measured_or_a_number_of_flops(capsys: pytest.CaptureFixture[str], finished_ablation: Path) -> None:
+    for wrong in ("fast", "0", "nan"):
+        assert main([str(finished_ablation), "--seconds", wrong]) == 2
+        assert f"--seconds {wrong}: must be measured, or FLOPs per second above 0" in capsys.readouterr().err
