@@ -12,11 +12,13 @@ import pandas as pd
 
 from moe.checks import first_line, plain
 from moe.config.keys import DEFAULTED, OFF, is_free
-from moe.metrics.catalog import select
+from moe.metrics.catalog import lookup, select
 from moe.results.table import ABSENT, DIGESTS, FACTS, PLUGINS, natural
 
 HEADLINE = tuple(metric.headline for metric in select(shown="headline"))
 ROUTING = tuple(metric.name for metric in select(shown="conditions"))
+# Those of the routers of an adapter, with the pooled load, which the other tables have beside the losses.
+ADAPTER_ROUTING = tuple(name for each in (*HEADLINE, *ROUTING) if lookup(name := f"adapter/{each}") is not None)
 STD = "std (ddof=1)"
 FACTOR_GROUPS = ("variant", "router", "schedule", "adapter", "model", "data", "optimizer")
 
@@ -58,15 +60,16 @@ def reference_level(runs: pd.DataFrame, factor: str) -> Any:
 
     It is the first level in the order in which the user listed them, or in the order of `levels` if no sweep.json has
     the user's order. Routers that are not causal are passed over if there is a causal one, and so is `ABSENT` if there
-    is another level.
+    is another level. Adapters are compared with none.
     """
     of_level = {level: runs[runs[factor] == level] for level in levels(runs[factor])}
 
-    def key(level: Any) -> tuple[bool, bool, float]:
+    def key(level: Any) -> tuple[bool, bool, bool, float]:
         members = of_level[level]
         not_causal = "causal" in members and bool((members["causal"] == False).all())  # noqa: E712 (it may be unknown)
         place = members["place"].min() if "place" in members else math.nan
-        return level == ABSENT, not_causal, math.inf if pd.isna(place) else float(place)
+        an_adapter = factor == "adapter" and level != "none"
+        return level == ABSENT, not_causal, an_adapter, math.inf if pd.isna(place) else float(place)
 
     return min(of_level, key=key)
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from moe.config.keys import DEFAULTED, OFF, flatten
+from moe.config.trainable import ALL
 from moe.runs import events
 from moe.runs.folder import single_runs, user
 from moe.runs.record import MetricsRecord, RecordError, RunRecord, SweepRecord
@@ -116,9 +117,16 @@ def read_run(folder: Path) -> dict[str, Any]:
 def _factors(record: RunRecord) -> dict[str, Any]:
     leaves = flatten(record.config) | record.choices
     inapplicable = (OFF.keys() | DEFAULTED) - record.identity.keys()
-    factors = {key: ABSENT if key in inapplicable else level(leaves[key]) for key in leaves if "/" not in key}
+    factors = {key: ABSENT if key in inapplicable else value for key, value in _levels(leaves).items()}
     factors.pop("claims", None)  # no setting: `moe.analysis.claims.planned_claims` reads them from the record
     return {f"config.{key}" if key in TAKEN else key: value for key, value in factors.items()}
+
+
+def _levels(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the level of each setting. That of `trainable`, if it is null, is what then trains."""
+    if settings.get("trainable", ALL) is None:
+        settings = settings | {"trainable": "adapter" if "adapter._target_" in settings else ALL}
+    return {key: level(value) for key, value in settings.items() if "/" not in key}
 
 
 def _facts(folder: Path, record: RunRecord) -> dict[str, Any]:
@@ -225,7 +233,7 @@ def _cells(sweep: Path) -> list[dict[str, Any]]:
         return [_named_row(path, "unreadable", f"it is unknown which cells are missing: {error}")]
     return [
         _named_row(sweep / name, "missing", "no run in this cell of the sweep")
-        | {key: level(value) for key, value in record.cells[name].items() if key not in FACTS and "/" not in key}
+        | {key: value for key, value in _levels(record.cells[name]).items() if key not in FACTS}
         | {"experiment": grid.name, "place": place, "search": grid.search}
         for grid in record.grids
         for place, name in enumerate(grid.cells)

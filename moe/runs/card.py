@@ -1,13 +1,14 @@
 """The model card of a saved model: the README.md that the hub shows, written from the run's record."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 from moe.checks import escaped
 from moe.config.keys import flatten
-from moe.files import write_text
+from moe.files import read_text, write_text
 from moe.routing.loss_table import LOSSES
-from moe.runs.record import MetricsRecord, RunRecord
+from moe.runs.record import MetricsRecord, RecordError, RunRecord
 
 FILE = "README.md"
 TAGS = ["mixture-of-experts", "moe-routing", "custom_code"]
@@ -32,11 +33,14 @@ def write_card(folder: Path, record: RunRecord) -> None:
     """Write the card of the saved model of a run, if there is one. `folder` is the run's, and has its metrics.json."""
     if (folder / "model").is_dir():
         metrics = MetricsRecord.read(folder / MetricsRecord.FILE)
-        write_text(folder / "model" / FILE, model_card(record, metrics.scalars()))
+        has_adapter = bool(json.loads(read_text(folder / "model" / "config.json")).get("adapter"))
+        write_text(folder / "model" / FILE, model_card(record, metrics.scalars(), has_adapter=has_adapter))
 
 
-def model_card(record: RunRecord, metrics: dict[str, int | float | None]) -> str:
+def model_card(record: RunRecord, metrics: dict[str, int | float | None], *, has_adapter: bool = False) -> str:
     """Return the card of the final model of a finished run, in Markdown with front matter for the hub.
+
+    has_adapter: whether the saved model has the adapter of the run as a part of its own, not merged into its weights.
 
     Names and paths that the user chose are escaped. Paths of the user's files are not part of it.
     """
@@ -55,7 +59,7 @@ def model_card(record: RunRecord, metrics: dict[str, int | float | None]) -> str
         "A small Mixture-of-Experts language model, trained for research on routing. It completes text like its "
         "training data, and is no assistant.",
         "## Model and training",
-        _table("setting", "value", _settings(record)),
+        _table("setting", "value", _settings(record, has_adapter)),
         "## Data",
         f"Tokenizer: {escaped(_last(manifest['tokenizer']['name']))}. The text has the sha256 "
         f"`{manifest['corpus_sha256']}`.",
@@ -85,11 +89,12 @@ def _title(record: RunRecord) -> str:
     return ", ".join(f"{key}={value}" for key, value in shown.items() if not set("/\\~") & set(value)) or "a run"
 
 
-def _settings(record: RunRecord) -> dict[str, str]:
+def _settings(record: RunRecord, has_adapter: bool) -> dict[str, str]:
     config, facts = record.typed_config(), record.facts
     assert facts is not None, "a finished run has facts"
     model, tokens = config.model, config.batch_size * config.grad_accum * config.data.seq_len
     weights = {loss.weight: weight for loss in LOSSES.values() if (weight := getattr(config, loss.weight))}
+    merged = bool(config.adapter) and not has_adapter
     dense = f"first {model.first_k_dense_replace} dense" if model.first_k_dense_replace else "all with experts"
     return {
         "router": _call(config.router),
@@ -102,8 +107,10 @@ def _settings(record: RunRecord) -> dict[str, str]:
         "layers": f"{model.layers}, {dense}",
         "width, heads": f"{model.dim}, {model.heads}",
         "upcycled from": ", ".join(escaped(_last(parent.name)) for parent in model.parents) or "no dense model",
-        "imported from": "no other model" if model.checkpoint is None else escaped(_last(model.checkpoint)),
-        "parameters": f"{facts.parameters.total:,}, of which a token uses {facts.parameters.active:,}",
+        "imported from": "no other model" if model.checkpoint is None else escaped(_origin(model.checkpoint)),
+        "adapter": (_call(config.adapter) if config.adapter else "none") + ", merged into the weights" * merged,
+        "parameters": f"{facts.parameters.total:,}, of which a token uses {facts.parameters.active:,}"
+        + "; counted in training, with the adapter, which now takes no place of its own" * merged,
         "trained parameters": f"{facts.parameters.trainable:,}",
         "length of a text": f"{config.data.seq_len} tokens",
         "training": f"{config.steps:,} steps of {tokens:,} tokens, {config.precision}, {facts.device}",
@@ -117,6 +124,15 @@ def _call(spec: dict[str, Any]) -> str:
     """Return a class and its settings as a call, such as TopK(k=2)."""
     settings = ", ".join(f"{name}={value}" for name, value in spec.items() if name != "_target_")
     return escaped(f"{spec['_target_'].rpartition('.')[2]}({settings})")
+
+
+def _origin(path: str) -> str:
+    """Return the name of the run whose saved model is at this path, or what `_last` returns if there is no run."""
+    try:
+        run = RunRecord.read(Path(path).parent / RunRecord.FILE)
+    except RecordError:
+        return _last(path)
+    return f"the run {run.experiment}: {_title(run)}"
 
 
 def _last(path: str) -> str:

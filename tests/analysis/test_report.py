@@ -55,6 +55,7 @@ from moe.analysis.report.report import save_report, write_report
 from moe.analysis.report.sections.answer import answer
 from moe.analysis.report.sections.best_setting import best_setting
 from moe.analysis.report.sections.collapse import NONE, collapse
+from moe.analysis.report.sections.comparisons import condition_table
 from moe.analysis.report.sections.headline import headline
 from moe.analysis.report.sections.over_training import contrasts_at_shares, contrasts_over_training
 from moe.analysis.report.sections.overview import what_was_run
@@ -705,6 +706,23 @@ def test_names_of_runs_with_the_characters_of_markup_are_shown_as_they_are(tmp_p
         assert re.sub(r"([*`])", r"\\\1", words) in text
     bold = re.findall("<strong>(.*?)</strong>", (tmp_path / "out" / "report.html").read_text())
     assert not {"bold", "x", "E"} & set(bold)
+
+
+def test_a_report_of_fine_tuning_names_the_base_its_loss_and_how_far_routing_moved(tmp_path: Path) -> None:
+    """Columns of adapters stand in a table of their own. Runs without an adapter have no value there."""
+    for seed, lb in product((1, 2), (0.0, 0.1)):
+        metrics = {"val/loss": 1.0, "routing/drift_kl": 0.25}
+        metrics |= {"adapter/routing/load_cv/pooled": 0.125} if lb else {}
+        folder = tmp_path / "x" / f"lb={lb},seed={seed}"
+        write_run(folder, metrics, seed=seed, lb=lb, steps=400, model={"checkpoint": "lab/base"})
+        first = {"kind": "eval", "step": 0, "val/loss": 3.0, "val/loss_in_domain": 4.0, "val/loss_out_of_domain": 2.5}
+        (folder / "events.jsonl").write_text(json.dumps(first) + "\n")
+    [inputs] = collect_inputs(load_runs([tmp_path]))
+    losses = "3.0000, 4.0000 in the domains that train, 2.5000 in the other ones"
+    assert ("Base", f"lab/base; validation loss before the first step {losses}") in setup(inputs)
+    _, routing, adapters = (block.frame for block in condition_table(inputs) if isinstance(block, TableBlock))
+    assert routing[[column for column in routing if "drift_kl" in column]].to_numpy().tolist() == [["0.25 ± 0"]] * 2
+    assert adapters["load_cv/pooled"].tolist() == ["–", "0.125 ± 0"]
 
 
 def test_a_report_names_domains_that_are_left_out_and_the_metrics_that_the_runs_have(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from run_folders import FACTS, write_record
 from small_runs import read_small_cell
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from moe.checks import escaped
 from moe.config.model import ModelConfig
 from moe.config.options import CONF
 from moe.data.tokenizer import train_bpe
@@ -124,6 +125,7 @@ def test_the_page_about_saved_models_runs_as_printed(
     assert f"| `val/perplexity` | {perplexity:.4g} |" in card.text
     assert "| seed | 42 |" in card.text
     assert "| router | TopK(k=" in card.text
+    assert "| adapter | none |" in card.text
 
 
 def test_a_model_card_escapes_names_hides_paths_and_names_the_packages_of_routers(
@@ -166,3 +168,14 @@ def test_a_model_card_escapes_names_hides_paths_and_names_the_packages_of_router
     title = next(line for line in card.splitlines() if line.startswith("# "))
     assert "client-x" not in title
     assert title.endswith(f": steps=3, lb={config['lb']}, router.gate=sigmoid")
+    config["adapter"] = {"_target_": "moe.adapters.lora.Lora", "rank": 4}
+    (tmp_path / "tuned").mkdir()
+    for checkpoint, origin in ((str(tmp_path / "model"), f"the run {escaped(evil)}"), ("/home/me/model", "model")):
+        config["model"]["checkpoint"] = checkpoint
+        write_record(tmp_path / "tuned", name="a", config=config, data=data, versions=versions)
+        tuned = RunRecord.read(tmp_path / "tuned" / "run.json")
+        for has_adapter in (False, True):
+            card = model_card(tuned, {}, has_adapter=has_adapter)
+            assert f"| imported from | {origin}".replace(" | y", " \\| y") in card
+            assert ("| adapter | Lora(rank=4), merged into the weights |" in card) != has_adapter
+            assert ("counted in training, with the adapter" in card) != has_adapter

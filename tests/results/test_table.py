@@ -12,6 +12,7 @@ import pytest
 from run_folders import change_record, write_cells, write_metrics, write_record
 
 from moe.analysis.report.report import write_report
+from moe.config.keys import flatten
 from moe.results.conditions import (
     levels,
     reference_level,
@@ -397,6 +398,23 @@ def test_the_reference_is_the_level_that_the_user_listed_first(tmp_path: Path) -
     assert reference_level(runs, "noise") == 2.0
     assert runs.set_index("noise")["place"].to_dict() == {2.0: 0, 10.0: 1, 0.5: 2}
     assert "place" not in varied_factors(runs)
+
+
+def test_adapters_are_compared_with_none_and_what_trains_has_a_name(tmp_path: Path) -> None:
+    """A null `trainable` means all, or the adapter. In cells without a run it means the same."""
+    cells = {}
+    for number, (adapter, trainable) in enumerate([("perft_r", None), ("none", None), ("none", "router")]):
+        name, settings = f"{number}", {"trainable": trainable}
+        spec = {"adapter": {"_target_": "moe.adapters.perft.Perft"}} if adapter != "none" else {}
+        if number:
+            (tmp_path / "x" / name).mkdir(parents=True)
+            write_record(tmp_path / "x" / name, config=settings | spec, choices={"adapter": adapter})
+        cells[name] = flatten(settings | spec) | {"adapter": adapter}
+    write_cells(tmp_path / "x", cells)
+    runs = load_runs([tmp_path]).set_index("run")
+    assert runs["trainable"].to_dict() == {"0": "adapter", "1": "all", "2": "router"}
+    assert reference_level(runs, "adapter") == "none"
+    assert reference_level(runs, "trainable") == "adapter"
 
 
 def test_the_reference_is_a_causal_router_with_a_level_of_its_own(tmp_path: Path) -> None:

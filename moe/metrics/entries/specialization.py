@@ -108,6 +108,7 @@ ENTRIES = (
         unit="nats per token",
         variants=LAYER,
         nonnegative=True,
+        shown=("conditions",),
     ),
     Metric(
         "routing/drift_churn",
@@ -118,6 +119,7 @@ ENTRIES = (
         unit="share of experts",
         variants=LAYER,
         nonnegative=True,
+        shown=("conditions",),
     ),
     Metric(
         "routing/drift_kappa",
@@ -127,6 +129,7 @@ ENTRIES = (
         "agreement with the base beyond chance",
         "drift",
         variants=LAYER,
+        shown=("conditions",),
     ),
     Metric(
         "routing/consistency",

@@ -8,7 +8,7 @@ from moe.analysis.report.blocks import BulletList, Details, Facts, Heading, Para
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.statistics import noise_floor, with_intervals
 from moe.metrics.catalog import lookup
-from moe.results.conditions import ROUTING, present, spread_table, summary
+from moe.results.conditions import ADAPTER_ROUTING, ROUTING, present, spread_table, summary
 
 NOISE_FLOOR_EXPLAINED = """\
 These runs differ in the seed alone. The table shows their sample standard deviation (ddof=1) with its 95 % chi-square
@@ -56,15 +56,19 @@ def noise_floor_table(inputs: ReportInputs) -> Iterator[ReportBlock]:
 
 def condition_table(inputs: ReportInputs) -> Iterator[ReportBlock]:
     """Yield the mean and spread of the headline metrics and of the routing metrics, a row for each condition."""
-    routing = present(inputs.runs, ROUTING)
-    means = summary(inputs.runs, inputs.factors, dict.fromkeys((*inputs.metrics, *routing)))
+    routing, of_adapters = present(inputs.runs, ROUTING), present(inputs.runs, ADAPTER_ROUTING)
+    means = summary(inputs.runs, inputs.factors, dict.fromkeys((*inputs.metrics, *routing, *of_adapters)))
     yield Heading("Conditions")
     yield Paragraph(OBSERVED_EXPLAINED if inputs.observed else CONDITIONS_EXPLAINED)
     yield TableBlock(spread_table(means[means["metric"].isin(inputs.metrics)]).rename(columns=_with_unit))
-    if routing:
-        yield Paragraph("**Routing by condition**: the same for the metrics `routing/...`, averaged over layers.")
-        table = spread_table(means[means["metric"].isin(routing)])[[*inputs.factors, *routing, "n seeds"]]
-        yield TableBlock(table.rename(columns=lambda name: _with_unit(name).removeprefix("routing/")))
+    for metrics, title, prefix in (
+        (routing, "Routing by condition", "routing/"),
+        (of_adapters, "Routing of adapters by condition", "adapter/routing/"),
+    ):
+        if metrics:
+            yield Paragraph(f"**{title}**: the same for the metrics `{prefix}...`, averaged over layers.")
+            table = spread_table(means[means["metric"].isin(metrics)])[[*inputs.factors, *metrics, "n seeds"]]
+            yield TableBlock(table.rename(columns=lambda name, cut=prefix: _with_unit(name).removeprefix(cut)))
     yield csv_file("conditions", with_intervals(means), "the same with 95 % t intervals.")
 
 

@@ -27,6 +27,7 @@ def setup(inputs: ReportInputs) -> list[tuple[str, str]]:
     if total:
         frozen = "" if trainable == total else f", {trainable} trained"
         facts.append(("Model", f"{total} parameters, {active} of them used by a token{frozen}"))
+    facts += _base(inputs)
     sizes = ["steps", "batch_size", "grad_accum", "data.seq_len"]
     if not inputs.trained:
         facts.append(("Training", "none; the model was evaluated as it is"))
@@ -49,6 +50,28 @@ def setup(inputs: ReportInputs) -> list[tuple[str, str]]:
     if command := _command(inputs):
         facts.append(("Repeat", f"`{command}`"))
     return facts
+
+
+def _base(inputs: ReportInputs) -> list[tuple[str, str]]:
+    """Return the checkpoints with which the runs began, and the validation losses before the first step."""
+    runs, evals = inputs.runs, inputs.past.evals
+    names = {
+        name: None
+        for key in ("model.checkpoint", "model.dense")
+        for name in (levels(runs[key]) if key in runs else ())
+        if name not in ("none", ABSENT)
+    }
+    if not names or not inputs.trained:
+        return []
+    first = evals[(evals["step"] == 0) & evals["folder"].isin(runs["folder"])] if len(evals) else pd.DataFrame()
+    words = {
+        "val/loss": "",
+        "val/loss_in_domain": " in the domains that train",
+        "val/loss_out_of_domain": " in the other ones",
+    }
+    losses = [f"{text}{words[key]}" for key in words if (text := _range(first, key, lambda value: f"{value:.4f}"))]
+    before = f"; validation loss before the first step {', '.join(losses)}" if losses else ""
+    return [("Base", literal(", ".join(names)) + before)]
 
 
 def _left_out(inputs: ReportInputs) -> list[str]:
