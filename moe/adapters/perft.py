@@ -136,7 +136,8 @@ class Embedded(_Perft):
     acts_on = frozenset(("outputs",))
 
     def add_to(self, layer: MoELayer, dim: int, *, trusted: bool) -> nn.Module:
-        layer.beside_experts = Bottlenecks(layer.router.num_experts, dim, rank=self.rank, activation=self.activation)
+        width = dim if layer.latent is None else layer.latent.down.out_features
+        layer.beside_experts = Bottlenecks(layer.router.num_experts, width, rank=self.rank, activation=self.activation)
         return layer.beside_experts
 
 

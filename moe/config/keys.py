@@ -41,6 +41,9 @@ DEFAULTED = RATES | {"optimizer.momentum", "optimizer.expert_step"}
 # Groups that decide nothing in a model without Mixture-of-Experts layers.
 DENSE_IGNORES = ("router", "schedule")
 
+# Keys of `model` that decide nothing in such a model.
+OF_EXPERTS = ("num_experts", "ffn", "shared_experts", "shared_gate", "latent_dim", "router_input")
+
 
 @cache
 def is_free(key: str) -> bool:

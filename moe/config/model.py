@@ -22,6 +22,9 @@ class ModelConfig:
     num_experts: int = MISSING  # routed experts E of each MoE layer
     expert: str = "silu"  # form of an expert: silu | swiglu | geglu
     shared_experts: int = 0  # experts of the same width that every token uses, beside the routed ones
+    shared_gate: bool = False  # multiply their output by a learned sigmoid of the hidden state (Qwen2-MoE)
+    latent_dim: int | None = None  # width in which routed experts work, below dim (LatentMoE, 2601.18089); null: dim
+    router_input: str = "feed_forward"  # what routers read: the input of feed_forward, or of attention before it
     first_k_dense_replace: int = 0  # number of first layers that are dense feed-forward instead of MoE
     dense_ffn: int = MISSING  # hidden width of those dense layers
     dropout: float = 0.0  # probability that training sets a hidden value to 0
@@ -41,6 +44,7 @@ class ModelConfig:
     def check(self) -> None:
         one_of("model.expert", self.expert, ("silu", "swiglu", "geglu"))
         one_of("model.attention", self.attention, ("eager", "sdpa", "flash_attention_2"))
+        one_of("model.router_input", self.router_input, ("feed_forward", "attention"))
         usable = self.attention != "flash_attention_2" or importlib.util.find_spec("flash_attn") is not None
         require(usable, "model.attention", self.attention, "eager or sdpa, unless the package flash-attn is installed")
         for name in ("dim", "heads", "layers", "ffn", "num_experts", "dense_ffn"):
@@ -62,6 +66,10 @@ class ModelConfig:
             f"a divisor of model.dim={self.dim} leaving an even head width",
         )
         require(self.shared_experts >= 0, "model.shared_experts", self.shared_experts, ">= 0")
+        gated = self.shared_gate and not self.shared_experts
+        require(not gated, "model.shared_gate", True, "false without model.shared_experts")
+        latent, allowed = self.latent_dim, f"null, or a whole number from 1 to {self.dim - 1}, below model.dim"
+        require(latent is None or 1 <= latent < self.dim, "model.latent_dim", latent, allowed)
         dense, allowed = self.first_k_dense_replace, f"between 0 and model.layers={self.layers}"
         require(0 <= dense <= self.layers, "model.first_k_dense_replace", dense, allowed)
         require(finite(self.dropout) and 0 <= self.dropout < 1, "model.dropout", self.dropout, "in [0, 1)")
@@ -84,6 +92,10 @@ class ModelConfig:
         for key, off in (("noise", 0), ("reset", 0), ("split", 1), ("parents", [])):
             value = getattr(self, f"upcycle_{key}")
             require(self.dense is not None or value == off, f"model.upcycle_{key}", value, f"{off} without model.dense")
+        for key, off in (("shared_gate", False), ("latent_dim", None), ("router_input", "feed_forward")):
+            value = getattr(self, key)
+            allowed = "left out with model.dense, whose MLPs become experts as they are"
+            require(self.dense is None or value == off, f"model.{key}", value, allowed)
         noise, reset, split = self.upcycle_noise, self.upcycle_reset, self.upcycle_split
         require(finite(noise) and noise >= 0, "model.upcycle_noise", noise, "a finite number >= 0")
         allowed = f"0, or from 1 / model.ffn = {1 / self.ffn:.2g} to 1"

@@ -12,7 +12,7 @@ from moe.config.checkpoints import dense as dense_checkpoint
 from moe.config.checkpoints import imported
 from moe.config.claim import ClaimConfig
 from moe.config.classes import build, locate
-from moe.config.keys import DEFAULTED, DENSE_IGNORES, OFF, RATES, flatten, is_free
+from moe.config.keys import DEFAULTED, DENSE_IGNORES, OF_EXPERTS, OFF, RATES, flatten, is_free
 from moe.config.model import ModelConfig
 from moe.config.plugins import Plugin, plugins
 from moe.config.sections import DataConfig, LoggerConfig, OptimizerConfig
@@ -107,6 +107,9 @@ class Config:
         saves = self.save_model != "none" or not self.logger.log_model
         require(saves, "logger.log_model", True, "false with save_model=none")
         self.optimizer.check()
+        same = self.model.latent_dim is None and self.model.router_input == "feed_forward"
+        allowed = "0 unless routers and experts read the same vectors (model.latent_dim, model.router_input)"
+        require(not self.erc or same, "erc", self.erc, allowed)
         flash = self.model.attention == "flash_attention_2"
         require(not flash or self.precision == "bf16", "precision", self.precision, "bf16 with flash_attention_2")
         if self.model.dense is not None:
@@ -157,6 +160,9 @@ class Config:
         source = self.build_source()
         if hasattr(source, "present"):  # of other sources the domains are known when the text has been read
             router.check_domains(source.present())
+        allowed = "feed_forward, because this router adds a share of what it reads to the output of the layer"
+        before = self.model.router_input
+        require(before == "feed_forward" or not router.adds_output, "model.router_input", before, allowed)
         settings = OFF.keys() | router.setting_keys()
         for key in (router.ignores | router.ignores_without_capacity) - settings:
             raise unknown(f"key in ignores of {type(router).__name__}", key, settings)
@@ -239,7 +245,8 @@ class Config:
         unused = {f"data.source.{name}" for name in source}
         if self.is_dense:
             upcycling = (f"model.upcycle_{key}" for key in ("noise", "reset", "split"))
-            return frozenset(("model.num_experts", "model.ffn", "model.shared_experts", *upcycling, *unused))
+            sizes = (f"model.{key}" for key in OF_EXPERTS)
+            return frozenset((*sizes, *upcycling, *unused))
         return frozenset(unused if self.model.first_k_dense_replace else {"model.dense_ffn", *unused})
 
     def build_source(self) -> Any:

@@ -54,11 +54,12 @@ class Networks(NamedTuple):
 
 
 class Routed(NamedTuple):
-    """A Mixture of Experts: its router, its experts, and its shared experts as one network, or None."""
+    """A Mixture of Experts: its router, its experts, its shared experts as one network, and their gate, if any."""
 
     router: Router
     experts: Networks
     shared: Networks | None
+    shared_gate: Float[Tensor, "1 D"] | None
 
 
 class Layer(NamedTuple):
@@ -201,7 +202,8 @@ def _feed_forward(mlp: Any) -> Networks | Routed:
     layer = place.layer if isinstance(place, RoutedExperts) else mlp
     if isinstance(layer, MoELayer):
         shared = None if layer.shared is None else _networks(cast(DenseFFN, layer.shared).experts)
-        return Routed(layer.router, _networks(layer.experts), shared)
+        gate = None if layer.shared_gate is None else layer.shared_gate.weight.detach()
+        return Routed(layer.router, _networks(layer.experts), shared, gate)
     if isinstance(layer, DenseFFN):
         return _networks(layer.experts)
     return Networks(*(getattr(layer, f"{part}_proj").weight.detach()[None] for part in Networks._fields))

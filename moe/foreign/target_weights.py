@@ -170,7 +170,7 @@ def _experts(experts: Networks, scale: float) -> Weights:
 def _shared(routed: Routed, config: MoEConfig, target: Target, scale: float) -> Weights:
     """Return the shared experts, which are zeros if the model has none.
 
-    Those of qwen2_moe have a gate, sigmoid(g x). With g = 0 it halves them, so they are doubled.
+    Those of qwen2_moe always have a gate, sigmoid(g x). With g = 0 it halves them, so those without a gate are doubled.
     """
     gated = target.name == "qwen2_moe"
     name = "shared_expert" if gated else "shared_experts"
@@ -178,8 +178,10 @@ def _shared(routed: Routed, config: MoEConfig, target: Target, scale: float) -> 
     width = NO_SHARED if gated else config.intermediate_size
     wide = like.new_zeros(1, width, dim)
     none = Networks(wide, wide, wide.mT)
-    found = _feed_forward(name, routed.shared or none, 2 * scale if gated else scale)
-    return found | ({"shared_expert_gate.weight": like.new_zeros(1, dim)} if gated else {})
+    doubled = gated and routed.shared_gate is None
+    found = _feed_forward(name, routed.shared or none, 2 * scale if doubled else scale)
+    gate = like.new_zeros(1, dim) if routed.shared_gate is None else routed.shared_gate
+    return found | ({"shared_expert_gate.weight": gate} if gated else {})
 
 
 def _feed_forward(name: str, network: Networks, scale: float) -> Weights:

@@ -21,7 +21,7 @@ class Target:
     scores, weights: the rules that its router can follow, see `Rule`. biased, grouped: whether it can have these parts
         of a rule.
     forms: the forms that its experts can have, values of model.expert.
-    dense, shared: whether it can have dense first layers, and shared experts without a gate.
+    dense, shared: whether it can have dense first layers, and shared experts. shared_gate: and a gate for them.
     attention: plain, row_norm (always a norm over all heads), head_norm (over each head), latent or sinks.
     query_norms: the norms of queries and keys that a model may have, see `Anatomy`.
     biases: the matrices of its attention that can have a bias, of q, k, v, o. windows: whether it has none, the same
@@ -39,6 +39,7 @@ class Target:
     forms: tuple[str, ...] = ("swiglu", "geglu")
     dense: bool = False
     shared: bool = False
+    shared_gate: bool = False
     attention: str = "plain"
     query_norms: tuple[Literal["none", "row", "head"], ...] = ("none",)
     biases: str = ""
@@ -73,6 +74,15 @@ class Target:
             f"model.shared_experts={config.shared_experts}": (
                 config.shared_experts == 0 or self.shared,
                 "it has no shared experts",
+            ),
+            "model.shared_gate=True": (self.shared_gate or not config.shared_gate, "its shared experts have no gate"),
+            f"model.latent_dim={config.latent_dim}": (
+                config.latent_dim is None,
+                "its experts work in the width of the hidden states",
+            ),
+            f"model.router_input={config.router_input}": (
+                config.router_input == "feed_forward",
+                "its routers read what its experts read",
             ),
             f"biases of the matrices {', '.join(extra)} of the attention": (not extra, "it has none there"),
             f"norms of queries and keys ({anatomy.query_norm})": (
@@ -147,6 +157,7 @@ TARGETS = {
             weights=GATES,
             dense=True,
             shared=True,
+            shared_gate=True,
             biases="qkv",
             windows="some",
             experts="num_experts",

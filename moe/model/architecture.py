@@ -26,6 +26,7 @@ FILE_TYPES: dict[str, Any] = {
     "rope_parameters": dict | None,
     "hidden_act": Literal["silu"],  # `expert` says which function the experts use
     "expert": Literal["silu", "swiglu", "geglu"],
+    "router_input": Literal["feed_forward", "attention"],
     **dict.fromkeys(("output_hidden_states", "output_attentions", "return_dict"), bool | None),
     "is_encoder_decoder": bool,
     "chunk_size_feed_forward": int,
@@ -37,6 +38,7 @@ FILE_TYPES: dict[str, Any] = {
 LEAST: dict[str, float] = {
     **dict.fromkeys(("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"), 1),
     **dict.fromkeys(("num_key_value_heads", "head_dim", "max_position_embeddings", "num_experts", "dense_ffn"), 1),
+    "latent_dim": 1,
     **dict.fromkeys(("shared_experts", "first_k_dense_replace", "router_noise", "neftune_noise_alpha"), 0),
     **dict.fromkeys(("rms_norm_eps", "attention_dropout"), 0),
     "router_temperature": 1e-30,
@@ -86,6 +88,9 @@ class MoEConfig(LlamaConfig):
     num_experts: int = 8
     expert: str = "silu"
     shared_experts: int = 0
+    shared_gate: bool = False
+    latent_dim: int | None = None
+    router_input: str = "feed_forward"
     first_k_dense_replace: int = 0
     dense_ffn: int = 512
     dropout: float = 0.0
@@ -169,6 +174,9 @@ class MoEConfig(LlamaConfig):
             num_experts=model.num_experts,
             expert=model.expert,
             shared_experts=model.shared_experts,
+            shared_gate=model.shared_gate,
+            latent_dim=model.latent_dim,
+            router_input=model.router_input,
             first_k_dense_replace=model.first_k_dense_replace,
             dense_ffn=model.dense_ffn,
             dropout=model.dropout,

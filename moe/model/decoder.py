@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNor
 
 from moe.model.architecture import MoEConfig
 from moe.model.experts import Experts
-from moe.model.layer import LayerOutput, MoELayer
+from moe.model.layer import Latent, LayerOutput, MoELayer
 from moe.model.routed import Attended, RoutedModel, Seen, Wanted, build_router
 from moe.routing.decision import Context
 
@@ -49,15 +49,17 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = _feed_forward(config, index, trusted=trusted)
         self.dropout = nn.Dropout(config.dropout)
+        self.routes_before_attention = config.router_input == "attention"
 
     def forward(
         self, x: Float[Tensor, "B S D"], context: Context, *attention: Any
     ) -> tuple[Tensor, Tensor | None, LayerOutput | None]:
-        attended, weights = self.self_attn(self.input_layernorm(x), *attention)
+        before = self.input_layernorm(x)
+        attended, weights = self.self_attn(before, *attention)
         x = x + self.dropout(attended)
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoELayer):
-            output = self.mlp(normed, context)
+            output = self.mlp(normed, context, before if self.routes_before_attention else None)
             return x + self.dropout(output.y), weights, output
         return x + self.dropout(self.mlp(normed)), weights, None
 
@@ -70,12 +72,16 @@ def _feed_forward(config: MoEConfig, index: int, *, trusted: bool) -> nn.Module:
 
 def make_layer(config: MoEConfig, *, trusted: bool) -> MoELayer:
     """Return an MoE layer with router, routed experts and shared experts."""
+    dim, width = config.hidden_size, config.latent_dim or config.hidden_size
     kind, dropout = config.expert, config.dropout
-    experts = Experts(
-        config.num_experts, config.hidden_size, hidden=config.intermediate_size, kind=kind, dropout=dropout
+    experts = Experts(config.num_experts, width, hidden=config.intermediate_size, kind=kind, dropout=dropout)
+    return MoELayer(
+        build_router(config, trusted=trusted),
+        experts,
+        DenseFFN(config, config.shared_experts * config.intermediate_size) if config.shared_experts else None,
+        shared_gate=nn.Linear(dim, 1, bias=False) if config.shared_gate else None,
+        latent=None if config.latent_dim is None else Latent(dim, width),
     )
-    shared = DenseFFN(config, config.shared_experts * config.intermediate_size) if config.shared_experts else None
-    return MoELayer(build_router(config, trusted=trusted), experts, shared)
 
 
 class MoEModel(RoutedModel):

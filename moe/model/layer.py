@@ -50,35 +50,62 @@ class _Pass(NamedTuple):
     load: Int[Tensor, "E"]
 
 
+class Latent(nn.Module):
+    """Two matrices around all routed experts of a layer, which work in a smaller width N (LatentMoE, 2601.18089)."""
+
+    def __init__(self, dim: int, width: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(dim, width, bias=False)
+        self.up = nn.Linear(width, dim, bias=False)
+
+
 class MoELayer(nn.Module):
     """MoE layer: y = sum over kept assignments of weight * expert(x), plus the output of the shared experts.
 
-    Every token passes through the shared experts. An adapter may put a layer `beside` this one, whose output is added
-    too: another MoE layer, or one through which every token passes. And it may put an adapter beside each routed expert
-    (`beside_experts`), whose output is added to that of its expert. Routers run in fp32, or in fp64 where the hidden
-    states are fp64. Raises ConfigError if the router's chain is empty or holds something else than routers.
+    With a latent, y = up(sum of weight * expert(down(x))), and routers still read all of x. Every token passes through
+    the shared experts. With a gate g, their output is multiplied by sigmoid(g x). An adapter may put a layer `beside`
+    this one, whose output is added too: another MoE layer, or one through which every token passes. And it may put an
+    adapter beside each routed expert (`beside_experts`), whose output is added to that of its expert. Routers run in
+    fp32, or in fp64 where the hidden states are fp64. Raises ConfigError if the router's chain is empty or holds
+    something else than routers.
     """
 
-    def __init__(self, router: Router, experts: Experts, shared: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        router: Router,
+        experts: Experts,
+        shared: nn.Module | None = None,
+        *,
+        shared_gate: nn.Linear | None = None,
+        latent: Latent | None = None,
+    ) -> None:
         super().__init__()
         router.check_chain()
         self.router = router
         self.experts = experts
         self.shared = shared
+        self.shared_gate = shared_gate
+        self.latent = latent
         self.beside: nn.Module | None = None
         self.beside_experts: Experts | None = None
 
-    def forward(self, x: Float[Tensor, "B S D"], context: Context) -> LayerOutput:
+    def forward(
+        self, x: Float[Tensor, "B S D"], context: Context, read: Float[Tensor, "B S D"] | None = None
+    ) -> LayerOutput:
+        """Return the output for the hidden states x. read: what routers read instead of x, if it is something else."""
         tokens = context.routed(x.reshape(-1, x.shape[-1]))
+        routed_by = tokens if read is None else context.routed(read.reshape(-1, read.shape[-1]))
         passes: list[_Pass] = []
         for number, router in enumerate(self.router.chain):
-            tokens_so_far = tokens + sum(p.y for p in passes) if passes else tokens
             load = None if context.load is None else context.load[number]
-            passes.append(self._route(router, tokens_so_far, context, load))
+            passes.append(self._route(router, tokens, routed_by, context, load))
+            if number + 1 < len(self.router.chain):
+                tokens, routed_by = tokens + passes[-1].y, routed_by + passes[-1].y
         y = sum((p.y for p in passes[1:]), passes[0].y)
         y = fill_places(y, context.place, context.ids.numel()).view_as(x)
         if self.shared is not None:
-            y = y + self.shared(x)
+            always = self.shared(x)
+            y = y + (always if self.shared_gate is None else torch.sigmoid(self.shared_gate(x)) * always)
         beside = None
         if isinstance(self.beside, MoELayer):
             beside = self.beside(x, context.beside())
@@ -92,13 +119,22 @@ class MoELayer(nn.Module):
         )
 
     def _route(
-        self, router: Router, x: Float[Tensor, "T D"], context: Context, load: Shaped[Tensor, "E"] | None
+        self,
+        router: Router,
+        x: Float[Tensor, "T D"],
+        read: Float[Tensor, "T D"],
+        context: Context,
+        load: Shaped[Tensor, "E"] | None,
     ) -> _Pass:
-        """Run one router of the chain and the experts that it chooses. `load`: its row of `Context.load`."""
+        """Run one router of the chain on `read`, and the experts that it chooses on x.
+
+        load: its row of `Context.load`.
+        """
         seq_len = context.ids.shape[1]
         position = None if context.document_position is None else context.routed(context.document_position.flatten())
         with torch.autocast(x.device.type, enabled=False):
-            routing = router(x.to(torch.promote_types(x.dtype, torch.float32)), context)
+            routing = router(read.to(torch.promote_types(read.dtype, torch.float32)), context)
+        x = x if self.latent is None else self.latent.down(x)
         source = x if routing.slots is None else routing.slots.gather(x)
         slots = None if routing.slots is None else routing.slots.dispatch.shape[1]
         dispatched: Dispatch = dispatch(
@@ -114,12 +150,14 @@ class MoELayer(nn.Module):
         y = combine(rows, dispatched, len(source))
         if routing.slots is not None:
             y = routing.slots.scatter(y)
+        y = self._full_width(y)
         if routing.added is not None:
             y = y + routing.added.to(y.dtype)
         if routing.dense_weight is not None and self.training:
             y = y + self._gradient_of_others(routing, routing.dense_weight, x)
         if router.learns_from_outputs:
-            routing = routing._replace(feedback=sum_by_expert(rows, dispatched.kept).flatten())
+            sums = self._full_width(sum_by_expert(rows, dispatched.kept))
+            routing = routing._replace(feedback=sums.flatten())
 
         if (
             self.training and ranks.world_size() > 1 and not context.alone
@@ -136,10 +174,10 @@ class MoELayer(nn.Module):
         )
         if router.expert_rows is not None:
             aux["simbal"] = losses.similarity_preserving(router.expert_rows)
-            if "erc" in context.costly and self.experts.first is not None:
+            if "erc" in context.costly and self.experts.first is not None and self.latent is None:
                 aux["expert_router_coupling"] = self._coupling(router.expert_rows, self.experts.first)
         if "output_orthogonality" in context.costly:
-            aux["output_orthogonality"] = losses.output_orthogonality(rows, dispatched.token)
+            aux["output_orthogonality"] = losses.output_orthogonality(self._full_width(rows), dispatched.token)
         similarity = None if context.compared is None else mean_cosine(self._run_all(x[context.compared]))
         stats = collect_stats(
             routing,
@@ -161,15 +199,24 @@ class MoELayer(nn.Module):
         outputs: Tensor = self.experts(rows, counts)
         return outputs if self.beside_experts is None else outputs + self.beside_experts(rows, counts)
 
-    @torch.no_grad()
-    def _run_all(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "E N D"]:
+    def _full_width(self, outputs: Float[Tensor, "*N W"]) -> Float[Tensor, "*N D"]:
+        """Return outputs of experts in the width of the hidden states."""
+        full: Tensor = outputs if self.latent is None else self.latent.up(outputs)
+        return full
+
+    def outputs_of_all(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "E N D"]:
         """Return the outputs of all experts for each of N tokens, without gradients."""
+        return self._run_all(x if self.latent is None else self.latent.down(x))
+
+    @torch.no_grad()
+    def _run_all(self, x: Float[Tensor, "N W"]) -> Float[Tensor, "E N D"]:
+        """Return the outputs of all experts for each of N tokens in the width of the experts, without gradients."""
         experts = self.router.num_experts
         outputs = self._run_experts(x.repeat(experts, 1), torch.full((experts,), len(x), device=x.device))
-        return outputs.view(experts, *x.shape)
+        return self._full_width(outputs).view(experts, len(x), -1)
 
     def _gradient_of_others(
-        self, routing: Routing, weight: Float[Tensor, "T E"], x: Float[Tensor, "T D"]
+        self, routing: Routing, weight: Float[Tensor, "T E"], x: Float[Tensor, "T W"]
     ) -> Float[Tensor, "T D"]:
         """Return zeros whose gradient reaches the weights of the experts that a token did not choose.
 

@@ -57,8 +57,9 @@ def _claims(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     leaves = (module for module in modules if not any(True for _ in module.children()))
     yield from (("norms", module) for module in leaves if "norm" in type(module).__name__.lower())
     for module in modules:
-        if isinstance(module, MoELayer) and module.shared is not None:
-            yield "shared", module.shared
+        if isinstance(module, MoELayer):
+            around = (module.shared, module.shared_gate, module.latent)
+            yield from (("shared", part) for part in around if part is not None)
         elif _is_feed_forward(module):
             yield "shared", module
 

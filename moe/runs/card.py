@@ -6,6 +6,7 @@ from typing import Any
 
 from moe.checks import escaped
 from moe.config.keys import flatten
+from moe.config.model import ModelConfig
 from moe.files import read_text, write_text
 from moe.routing.loss_table import LOSSES
 from moe.runs.record import MetricsRecord, RecordError, RunRecord
@@ -103,7 +104,7 @@ def _settings(record: RunRecord, has_adapter: bool) -> dict[str, str]:
         "weights of auxiliary losses": ", ".join(f"{name}={weight:g}" for name, weight in weights.items()) or "none",
         "capacity factor": "none" if config.capacity is None else f"{config.capacity:g}, drop={config.drop}",
         "routing depends on earlier tokens only": "yes" if record.causal else "no",
-        "experts": f"{model.num_experts} of width {model.ffn} ({model.expert}), {model.shared_experts} shared",
+        "experts": _experts(model),
         "layers": f"{model.layers}, {dense}",
         "width, heads": f"{model.dim}, {model.heads}",
         "upcycled from": ", ".join(escaped(_last(parent.name)) for parent in model.parents) or "no dense model",
@@ -118,6 +119,13 @@ def _settings(record: RunRecord, has_adapter: bool) -> dict[str, str]:
         "moe-routing": f"{record.versions['moe-routing']}, commit {record.commit or 'unknown'}",
         "torch, transformers": f"{record.versions['torch']}, {record.versions['transformers']}",
     }
+
+
+def _experts(model: ModelConfig) -> str:
+    shared = f"{model.shared_experts} shared{' with a gate' if model.shared_gate else ''}"
+    latent = "" if model.latent_dim is None else f", in a latent of width {model.latent_dim}"
+    before = ", routers read the input of attention" if model.router_input == "attention" else ""
+    return f"{model.num_experts} of width {model.ffn} ({model.expert}){latent}, {shared}{before}"
 
 
 def _call(spec: dict[str, Any]) -> str:

@@ -37,9 +37,8 @@ def expert_outputs(model: MoEForCausalLM, blocks: Batch, knobs: Knobs) -> Float[
 
         with intervene(layer, record_input):
             model(**first.inputs, knobs=knobs)
-        x, experts = inputs[0][::stride].to(next(layer.experts.parameters()).dtype), layer.router.num_experts
-        outputs = layer.experts(x.repeat(experts, 1), torch.full((experts,), len(x)))
-        vectors.append(torch.nn.functional.normalize(outputs.view(experts, -1).float(), dim=-1))
+        outputs = layer.outputs_of_all(inputs[0][::stride].to(next(layer.experts.parameters()).dtype))
+        vectors.append(torch.nn.functional.normalize(outputs.flatten(1).float(), dim=-1))
     return torch.stack(vectors).cpu()
 
 

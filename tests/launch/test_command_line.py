@@ -107,6 +107,18 @@ from moe.runs.record import RunFacts
         ("router.k=two", "router.k=two: must be a whole number"),
         ("router.gate=renor", "router.gate=renor: must be one of renorm, softmax_all, uniform"),
         ("model.heads=5", r"model.heads=5: must be a divisor of model.dim=128"),
+        ("model.shared_gate=true", "^model.shared_gate=True: must be false without model.shared_experts$"),
+        (
+            "model.latent_dim=128",
+            "^model.latent_dim=128: must be null, or a whole number from 1 to 127, below model.dim$",
+        ),
+        ("model.router_input=attn", "^model.router_input=attn: must be one of feed_forward, attention; nearest: atten"),
+        ("model.latent_dim=8 erc=0.1", "^erc=0.1: must be 0 unless routers and experts read the same vectors"),
+        ("model.router_input=attention erc=0.1", "^erc=0.1: must be 0 unless routers and experts read the same"),
+        (
+            "model.router_input=attention router=moe_plus_plus",
+            "^model.router_input=attention: must be feed_forward, because this router adds a share of what it reads",
+        ),
         ("precision=fp16", "precision=fp16: must be one of fp32, bf16; nearest: bf16"),
         ("matmul_precision=hi", "matmul_precision=hi: must be one of highest, high, medium; nearest: high"),
         ("steps=-1", "steps=-1: must be a whole number"),

@@ -113,6 +113,28 @@ def test_flops_equal_a_hand_computed_value() -> None:
     assert flops_per_token(make(), S) == 2 * matrices + 2 * 2 * 32 * S
 
 
+def test_flops_of_experts_in_a_latent_and_of_a_shared_gate_equal_a_hand_computed_value() -> None:
+    """Of width N = 8, an expert has 2 N F weights, and each layer 2 D N around them. The gate has D."""
+    matrices = 2 * (4 * 32 * 32 + 2 * 2 * 8 * 32 + 2 * 32 * 8 + 4 * 32 + 2 * 32 * 32 + 32) + V * 32
+    model = make(latent_dim=8, shared_experts=1, shared_gate=True)
+    assert flops_per_token(model, S) == 2 * matrices + 2 * 2 * 32 * S
+    idle = 2 * 2 * (2 * 8 * 32)
+    assert count_parameters(model).total - count_parameters(model).active == idle
+
+
+def test_routers_that_read_the_input_of_attention_see_the_first_token_alone_in_the_first_layer(
+    ids: torch.Tensor,
+) -> None:
+    """There the choice depends on the token id alone. In the same layer after attention, it depends on the context."""
+    alone = {}
+    for read in ("attention", "feed_forward"):
+        model = make(router_input=read)
+        whole = model(ids).routing[0][0].logits.view(*ids.shape, -1)
+        alone[read] = [model(ids[:, t : t + 1]).routing[0][0].logits for t in range(S)]
+        alone[read] = torch.allclose(torch.stack(alone[read], 1), whole, atol=1e-6)
+    assert alone == {"attention": True, "feed_forward": False}
+
+
 def test_flops_count_the_given_mean_number_of_experts_per_token() -> None:
     """FLOPs follow a given mean number of experts per token, here half an expert more in one layer.
 

@@ -7,7 +7,8 @@ from torch import nn
 from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralSparseMoeBlock
 
 from moe.model.experts import Experts, choose_kernel
-from moe.model.layer import MoELayer
+from moe.model.layer import Latent, MoELayer
+from moe.routers.default_moe import DefaultMoE
 from moe.routers.topk import TopK
 from moe.routing.decision import Context, Knobs
 from moe.routing.stats import RoutingStats
@@ -146,6 +147,63 @@ def test_the_output_of_shared_experts_is_added_to_that_of_routed_experts() -> No
     x, context = torch.randn(2, 5, D), Context(torch.zeros(2, 5, dtype=torch.long), Knobs.of())
     routed, both = MoELayer(router, experts)(x, context), MoELayer(router, experts, shared)(x, context)
     torch.testing.assert_close(both.y, routed.y + shared(x))
+
+
+def reference(layer: MoELayer, x: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
+    """Return the output of a layer with top-2 and all its parts, token by token."""
+    rows = []
+    for token, logits in zip(x, read @ layer.router.weight.T, strict=True):
+        small = layer.latent.down.weight @ token
+        shares, experts = logits.softmax(-1).topk(2)
+        routed = sum(
+            share / shares.sum() * (layer.experts.down[e] @ F.silu(layer.experts.up[e] @ small))
+            for share, e in zip(shares, experts, strict=True)
+        )
+        always = layer.shared.down[0] @ F.silu(layer.shared.up[0] @ token)
+        rows.append(layer.latent.up.weight @ routed + torch.sigmoid(layer.shared_gate.weight @ token) * always)
+    return torch.stack(rows)
+
+
+class Always(Experts):
+    """One expert for all tokens, in the place of shared experts."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.view(-1, D), torch.tensor([x.numel() // D])).view_as(x)
+
+
+def test_latent_shared_gate_and_other_input_of_the_router_equal_their_formulas() -> None:
+    """The formulas are those of 2601.18089 and of transformers' nemotron_h (latent) and qwen2_moe (gate)."""
+    always, gate = Always(1, D, hidden=5, kind="silu"), nn.Linear(D, 1, bias=False)
+    experts, latent = Experts(E, 3, hidden=H, kind="silu"), Latent(D, 3)
+    layer = MoELayer(TopK(D, E, k=2), experts, always, shared_gate=gate, latent=latent)
+    randomize(layer)
+    x, read = torch.randn(2, 6, D), torch.randn(2, 6, D)
+    context = Context(torch.zeros(2, 6, dtype=torch.long), Knobs.of(), compared=torch.arange(4))
+    for given in (x, read):
+        output = layer(x, context, None if given is x else given)
+        torch.testing.assert_close(output.y.view(-1, D), reference(layer, x.view(-1, D), given.view(-1, D)))
+    rows = x.view(-1, D)[:4]
+    outputs = torch.stack(
+        [
+            latent.up(F.silu(latent.down(rows) @ up.T) @ down.T)
+            for up, down in zip(experts.up, experts.down, strict=True)
+        ]
+    )
+    torch.testing.assert_close(layer.outputs_of_all(rows), outputs)
+    pairs = [F.cosine_similarity(outputs[i], outputs[j], dim=-1) for i in range(E) for j in range(i)]
+    torch.testing.assert_close(output.stats.output_similarity, torch.stack(pairs).mean(0).sum())
+
+
+def test_a_router_learns_from_outputs_in_the_width_of_hidden_states() -> None:
+    layer = randomize(MoELayer(DefaultMoE(D, E, k=2), Experts(E, 3, hidden=H, kind="silu"), latent=Latent(D, 3)))
+    x = torch.randn(1, 5, D)
+    stats = layer(x, Context(torch.zeros(1, 5, dtype=torch.long), Knobs.of())).stats
+    chosen = layer.router.weight.detach() @ x[0].T
+    outputs = layer.outputs_of_all(x[0])
+    sums = torch.stack(
+        [outputs[e, [t for t in range(5) if e in chosen[:, t].topk(2).indices]].sum(0) for e in range(E)]
+    )
+    torch.testing.assert_close(stats.feedback, sums.flatten())
 
 
 def test_statistics_are_detached_and_those_of_two_halves_merge_to_those_of_the_batch() -> None:

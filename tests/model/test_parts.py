@@ -31,7 +31,9 @@ def by_name(name: str) -> str:
 def ours(router: dict[str, Any] | None = None, **changes: Any) -> MoEForCausalLM:
     torch.manual_seed(0)
     sizes = {"dim": 16, "heads": 2, "layers": 3, "ffn": 8, "num_experts": 4, "dense_ffn": 16}
-    model = ModelConfig(**{**sizes, "shared_experts": 1, "first_k_dense_replace": 1, **changes})
+    model = ModelConfig(
+        **{**sizes, "shared_experts": 1, "shared_gate": True, "latent_dim": 4, "first_k_dense_replace": 1, **changes}
+    )
     spec = router or {"_target_": "moe.routers.topk.TopK"}
     return MoEForCausalLM(MoEConfig.of(model, spec, vocab_size=50, seq_len=8))
 
@@ -55,8 +57,8 @@ def test_the_parts_of_our_decoder_add_up_to_the_whole() -> None:
         sizes[part[p]] += p.numel()
     assert sizes == {
         "router": 2 * 4 * 16,
-        "experts": 2 * 2 * 4 * 16 * 8,
-        "shared": 2 * 2 * 16 * 8 + 2 * 16 * 16,
+        "experts": 2 * 2 * 4 * 4 * 8,  # in a latent of width 4
+        "shared": 2 * 2 * 16 * 8 + 2 * 16 * 16 + 2 * (16 + 2 * 4 * 16),  # with the gates and the latents
         "attention": 3 * 4 * 16 * 16,
         "embeddings": 50 * 16,  # the output matrix is tied to the embedding
         "norms": 7 * 16,
@@ -80,7 +82,7 @@ def trained(model: MoEForCausalLM, text: str) -> set[str]:
         ("all", "."),
         ("router", r"\.router\."),
         ("experts", r"mlp\.experts\.(up|down)$"),  # layer 0 is dense and has mlp.experts too
-        ("shared+router", r"shared|router|layers\.0\.mlp"),
+        ("shared+router", r"shared|latent|router|layers\.0\.mlp"),
         ("all+-router", r"^(?!.*router)"),
         ("all+-router+-*.0.*", r"^(?!.*(router|\.0\.))"),
         ("*.self_attn.?_proj.weight", r"self_attn\.[qkvo]_proj\.weight"),

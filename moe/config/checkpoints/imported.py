@@ -23,7 +23,15 @@ SOFTMAX: dict[str, bool | str] = {
 SIGMOID = ("deepseek_v3", "glm4_moe")
 
 # Keys of the `model` group that have a value where nobody gives one.
-DEFAULTED = {"expert": "silu", "embed_scale": True, "first_k_dense_replace": 0, "shared_experts": 0}
+DEFAULTED = {
+    "expert": "silu",
+    "embed_scale": True,
+    "first_k_dense_replace": 0,
+    "shared_experts": 0,
+    "shared_gate": False,
+    "latent_dim": None,
+    "router_input": "feed_forward",
+}
 
 # Architectures whose blocks no layer of ours can take the place of.
 UNFIT = {
@@ -70,6 +78,9 @@ def _sizes(name: str, revision: str | None) -> dict[str, Any]:
         "first_k_dense_replace": getattr(config, "first_k_dense_replace", 0),
         "dense_ffn": getattr(config, "intermediate_size", None) or number(config, WIDTH),
         "shared_experts": 0,  # these parts are those of the imported model
+        "shared_gate": False,
+        "latent_dim": None,
+        "router_input": "feed_forward",
         "dropout": 0.0,
     }
 

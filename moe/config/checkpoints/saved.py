@@ -9,7 +9,7 @@ from moe.config.checkpoints.files import content as content_of
 KIND = "moe_routing"  # model_type in its config.json
 
 # Key of `moe.config.model.ModelConfig` -> key of config.json, and its type.
-KEYS: dict[str, tuple[str, type]] = {
+KEYS: dict[str, tuple[str, Any]] = {
     "dim": ("hidden_size", int),
     "heads": ("num_attention_heads", int),
     "layers": ("num_hidden_layers", int),
@@ -17,6 +17,9 @@ KEYS: dict[str, tuple[str, type]] = {
     "num_experts": ("num_experts", int),
     "expert": ("expert", str),
     "shared_experts": ("shared_experts", int),
+    "shared_gate": ("shared_gate", bool),
+    "latent_dim": ("latent_dim", int | None),
+    "router_input": ("router_input", str),
     "first_k_dense_replace": ("first_k_dense_replace", int),
     "dense_ffn": ("dense_ffn", int),
     "embed_scale": ("embed_scale", bool),
@@ -39,7 +42,9 @@ def read(name: str, revision: str | None) -> dict[str, Any]:
     where = f"in config.json of model.checkpoint={name}"
     sizes = [*KEYS.values(), ("vocab_size", int), ("max_position_embeddings", int)]
     for key, kind in sizes:
-        require(type(content.get(key)) is kind, f"{key} {where}", content.get(key), f"there, of type {kind.__name__}")
+        value, name = content.get(key), getattr(kind, "__name__", str(kind))
+        fits = isinstance(value, kind) and (type(value) is bool) == (kind is bool)
+        require(fits, f"{key} {where}", value, f"there, of type {name}")
     router, adapter = content.get("router"), content.get("adapter")
     named = isinstance(router, dict) and isinstance(router.get("_target_"), str)
     require(named, f"router {where}", router, "a class as _target_, and its settings")
