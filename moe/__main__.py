@@ -6,6 +6,7 @@ import sys
 # Each subcommand: the module whose `main` carries it out, and what it does.
 COMMANDS = {
     "train": ("moe.launch.train", "train one model, or with -m one for each combination of several values"),
+    "plan": ("moe.planning.__main__", "say how many seeds the claims of an experiment need, and what they cost"),
     "analyze": ("moe.analysis.__main__", "write tables, statistics, figures and a report over runs"),
     "observe": ("moe.observe", "measure the routing of a model of the transformers library"),
     "specialize": ("moe.specialization.__main__", "measure on finished runs how the experts differ"),

@@ -103,12 +103,13 @@ def judge(runs: pd.DataFrame, claims: list[ClaimConfig]) -> pd.DataFrame:
 def decided(table: pd.DataFrame, holm: np.ndarray, tests: np.ndarray) -> pd.DataFrame:
     """Return a table of claims with their verdicts, and with the number of seeds that an undecided claim needs.
 
-    The arguments are what `corrected` and `divisors` of `moe.analysis.statistics` return for these rows. `seeds needed`
-    decides the claim with power 0.8, if difference and spread are as estimated. It is NaN if a claim is decided, if its
-    spread is unknown, or if 1,000 seeds are not enough.
+    The arguments are what `corrected` and `divisors` of `moe.analysis.statistics` return for these rows; `tests` is a
+    column too. `seeds needed` decides the claim with power 0.8, if difference and spread are as estimated. It is NaN if
+    a claim is decided, if its spread is unknown, or if 1,000 seeds are not enough.
     """
     table = table.copy()
     table.insert(table.columns.get_loc("p") + 1, "p Holm", holm)
+    table.insert(table.columns.get_loc("p Holm") + 1, "tests", tests)
     significant = table["p Holm"] <= SIGNIFICANCE
     only_before = (table["p"] <= SIGNIFICANCE) & ~significant
     before = table["verdict"] + " before Holm's correction, not after it"

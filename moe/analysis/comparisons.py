@@ -88,10 +88,13 @@ def compared(claim: ClaimConfig, runs: pd.DataFrame) -> Compared:
 
 def _of_changes(claim: ClaimConfig, runs: pd.DataFrame, rivals: list[Any]) -> ClaimConfig:
     """Return what an interaction claims about the change of the metric: above or below zero, or close to it."""
+    first = _at_first_level(claim, runs)
+    return _as_change(claim, first.loc[first[claim.factor].isin(rivals), claim.metric].mean())
+
+
+def _as_change(claim: ClaimConfig, reference: float) -> ClaimConfig:
     if claim.margin is None:
         return replace(claim, kind=claim.direction or "higher")
-    first = _at_first_level(claim, runs)
-    reference = first.loc[first[claim.factor].isin(rivals), claim.metric].mean()
     return replace(claim, kind="equivalent", margin=absolute(claim.margin, reference))
 
 
@@ -195,7 +198,13 @@ def _lost(differences: pd.DataFrame) -> str:
 
 
 def claimed_range(claim: ClaimConfig, reference: float) -> tuple[float, float]:
-    """Return the range in which the true difference lies according to the claim."""
+    """Return the range in which the true difference lies according to the claim.
+
+    reference: the mean of the metric, of which a size or a margin may be a share. Of an interaction, the difference is
+    the change of the metric; without a direction, the range is that of "higher".
+    """
+    if claim.kind == "interaction":
+        claim = _as_change(claim, reference)
     if claim.kind == "equivalent":
         margin = absolute(claim.margin, reference)
         return -margin, margin

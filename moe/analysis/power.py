@@ -30,7 +30,7 @@ class Prediction(NamedTuple):
     low: float
     high: float
     true: float
-    tests: float = 1
+    tests: int | float = 1
     named: int = 1
     rivals: int = 1
 

@@ -9,7 +9,7 @@ import sys
 import torch
 import transformers
 
-from moe.bench import analyze, dispatch, errors, growth, jobs, layer, profile, step, suite
+from moe.bench import analyze, dispatch, errors, growth, jobs, layer, power, profile, step, suite
 from moe.bench.options import OneLineParser, new_file, whole
 from moe.bench.timing import TimingTable
 from moe.checks import ConfigError, unknown
@@ -24,6 +24,7 @@ QUESTIONS = {
     "sweep": jobs,
     "analyze": analyze,
     "errors": errors,
+    "power": power,
     "suite": suite,
 }
 

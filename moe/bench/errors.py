@@ -31,6 +31,7 @@ GRIDS: dict[str, dict[str, list[Any]]] = {
     "temperature_ablation": {"router.temp": [0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0]},
     "experiment_c": {"router": ["switch", "topk_hard", "softk", "hash", "expert_choice"]},
 }
+MEAN = 100.0  # of every metric
 # How runs spread, in standard deviations of a run: the seeds' common offset is 5 in all three.
 SPREADS = {
     "equal": "every run has the same spread",
@@ -72,7 +73,7 @@ def error_shares(experiment: str, seeds: int, spread: str, studies: int) -> dict
     """
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
-        _write_record(Path(folder), experiment)
+        write_record(Path(folder), experiment)
         found = [_named_effects(null_runs(folder, experiment, seeds, spread, rng)) for _ in range(studies)]
     return {kind: float(np.mean([each[kind] for each in found])) for kind in found[0]}
 
@@ -87,7 +88,7 @@ def null_runs(folder: str, experiment: str, seeds: int, spread: str, rng: np.ran
         values = rng.normal(size=shape) + 5 * rng.normal(size=seeds)
         if spread == "seeds respond":
             values += rng.normal(size=seeds) * np.linspace(-2, 2, shape[0]).reshape(-1, *[1] * (len(shape) - 1))
-        columns[metric] = 100 + values.ravel()
+        columns[metric] = MEAN + values.ravel()
     if "val/loss" in columns:
         columns["val/loss"] = np.log(columns["val/perplexity"])
     facts = dict.fromkeys(FACTS) | {
@@ -122,7 +123,7 @@ def _is_wrong(claim: ClaimConfig, verdict: str) -> bool:
     return verdict == "supported" or (verdict == "contradicted" and not claim.size)  # no difference is not of that size
 
 
-def _write_record(folder: Path, experiment: str) -> None:
+def write_record(folder: Path, experiment: str) -> None:
     """Write the run.json that all simulated runs share; it holds the planned claims."""
     record = made_up_record(folder, "topk", None, 0)
     claims = [asdict(claim) for claim in experiment_claims(experiment)]

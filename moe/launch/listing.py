@@ -38,7 +38,7 @@ def experiments_lines() -> Iterator[str]:
     yield row.format("experiment", "runs", "tokens per run", "FLOPs per run", "FLOPs in all")
     for name, runs in _kept(names):
         tokens, flops = zip(*runs, strict=True)
-        yield row.format(name, len(runs), _range(tokens), _range(flops), _number(sum(flops)))
+        yield row.format(name, len(runs), _range(tokens), _range(flops), number_text(sum(flops)))
         yield from textwrap.wrap(names[name], WIDTH, initial_indent="  ", subsequent_indent="  ")
     yield from ("", *textwrap.wrap(ADVICE, WIDTH))
     yield "  python train.py experiment=noise_lb_seed seed=42 noise=0.0 lb=0.01"
@@ -106,11 +106,11 @@ def _flops(key: str) -> int:
 
 
 def _range(values: Sequence[int]) -> str:
-    least, most = _number(min(values)), _number(max(values))
+    least, most = number_text(min(values)), number_text(max(values))
     return least if least == most else f"{least} to {most}"
 
 
-def _number(value: int) -> str:
+def number_text(value: int) -> str:
     """Return a number in three digits, such as 614k, 1.23M, 2G or 3.4P."""
     units = [(10**15, "P"), (10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"), (1, "")]
     factor, unit = next((factor, unit) for factor, unit in units if value >= factor or factor == 1)

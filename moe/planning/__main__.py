@@ -1,0 +1,185 @@
+"""Say how many seeds each claim of an experiment needs: `moe plan experiment=noise_lb_seed effect=0.5% --pilot DIR`.
+
+All other words are overrides, as `moe train` takes them. `effect` is the smallest difference that matters: a share of
+the mean (0.5%), units of the metric (0.02), or standard deviations of the differences between runs of one seed (1.5sd).
+The plan is printed, and written to a file.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pandas as pd
+
+from moe.analysis.sentences import level_text
+from moe.bench.options import OneLineParser, whole
+from moe.checks import ConfigError, require
+from moe.config.cell import Cell
+from moe.files import read_text, shown, write_json
+from moe.launch.command_line import read_command
+from moe.launch.listing import number_text
+from moe.planning.cost import Speed, measured_speed, speed_of_pilot, tokens_of
+from moe.planning.plan import Plan, Request, make_plan
+from moe.planning.seeds import UNIT, Effect, Need
+from moe.results.table import load_runs
+from moe.runs.place import duration
+from moe.runs.record import RecordError
+
+WIDTH = 110
+EARLY = "Power is that of a test that must pass alone. After other tests of its family passed, fewer seeds would do."
+
+
+def main() -> int:
+    """Carry out the command in `sys.argv`, and return the exit status."""
+    try:
+        arguments, request = _read(sys.argv[1:])
+        cells = _cells(request)
+        pilot = None if arguments.pilot is None else _pilot(arguments.pilot)
+        tokens = tokens_of(cells[0].config)
+        speed = None if pilot is None else speed_of_pilot(pilot, tokens)
+        plan = make_plan(request, cells, pilot, speed or _measured(cells[0]))
+        write_json(arguments.out, plan.as_json())
+    except (ConfigError, RecordError) as error:
+        print(f"moe plan: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(_lines(plan, arguments.pilot)))
+    print(f"\nplan: {shown(arguments.out)}")
+    return 0
+
+
+def _read(words: list[str]) -> tuple[argparse.Namespace, Request]:
+    """Return the options of a command line. Raises ConfigError for words that cannot be used."""
+    parser = OneLineParser(prog="moe plan", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add = parser.add_argument
+    add("words", nargs="*", metavar="KEY=VALUE", help="experiment=NAME effect=SIZE and other overrides")
+    add("--pilot", type=Path, metavar="DIR", help="finished runs that tell spread and speed")
+    add("--effect", action="append", default=[], metavar="METRIC=SIZE", help="another effect for this metric")
+    add("--power", type=float, default=0.8, help="probability of a decision if the effect is real (0.8)")
+    add("--most", type=whole, default=32, help="seeds beyond which a claim is out of reach (32)")
+    add("--out", type=Path, default=Path("plan.json"), help="file of the plan (plan.json)")
+    arguments = parser.read(words)
+    effects = [word.partition("=")[2] for word in arguments.words if word.startswith("effect=")]
+    require(len(effects) == 1, "effect", effects[-1] if effects else None, "given once, such as effect=0.5%")
+    require(0.05 < arguments.power < 1, "--power", arguments.power, "between 0.05 and 1, such as 0.8")
+    others = {}
+    for text in arguments.effect:
+        metric, equals, size = text.rpartition("=")
+        require(bool(equals), "--effect", text, "METRIC=SIZE, such as routing/load_cv/pooled=10%")
+        others[metric] = Effect.read(f"--effect {metric}", size)
+    _check_out(arguments.out)
+    kept = [word for word in arguments.words if not word.startswith("effect=")]
+    request = Request(kept, Effect.read("effect", effects[0]), others, arguments.power, arguments.most)
+    return arguments, request
+
+
+def _check_out(path: Path) -> None:
+    """Raise ConfigError unless the file is new or an earlier plan, so that no other file is overwritten."""
+    require(path.parent.is_dir() and not path.is_dir(), "--out", path, "a file in a folder that exists")
+    if not path.exists():
+        return
+    try:
+        content = json.loads(read_text(path))
+    except (OSError, ValueError):
+        content = None
+    is_plan = isinstance(content, dict) and {"claims", "runs", "command"} <= content.keys()
+    require(is_plan, "--out", path, "a new file, or an earlier plan: this file holds something else")
+
+
+def _cells(request: Request) -> list[Cell]:
+    """Return the cells of the experiment with its own seeds."""
+    cells = read_command(["-m", *request.words]).cells
+    require(bool(cells), "experiment", None, "a grid of runs; a search for good settings has no claims to plan for")
+    assert cells is not None
+    measured = {claim.metric for claim in cells[0].config.claims}
+    for metric in request.effects:
+        require(metric in measured, "--effect", metric, f"a metric of the claims: {', '.join(sorted(measured))}")
+    return cells
+
+
+def _pilot(folder: Path) -> pd.DataFrame:
+    """Return the finished runs in a folder. Raises ConfigError if there are fewer than two."""
+    try:
+        runs = load_runs([folder])
+    except ValueError as error:
+        raise ConfigError(f"--pilot {folder}: {error}") from None
+    runs = runs[runs["status"] == "finished"].drop_duplicates("folder")
+    allowed = "a folder with finished runs of two seeds at least"
+    require(len(runs) > 1 and runs["seed"].nunique() > 1, "--pilot", folder, allowed)
+    return runs
+
+
+def _measured(cell: Cell) -> Speed:
+    print("measuring the speed: a few steps of the first setting", flush=True)
+    return measured_speed(cell.config)
+
+
+def _lines(plan: Plan, pilot: Path | None) -> Iterator[str]:
+    """Yield the plan as text."""
+    request = plan.request
+    yield f"power {request.power:g}, after the correction for all tests that the report will make"
+    if pilot is None:
+        yield from textwrap.wrap(
+            "No pilot: nothing is known about the spread, so the numbers below are for an effect of one standard "
+            f"deviation of the differences between runs of one seed ({request.effect.text} was asked for). Train a "
+            "pilot of three seeds, and pass it:",
+            WIDTH,
+        )
+        yield f"  {_pilot_command(request)}"
+        yield f"  python -m moe plan {' '.join(request.words)} effect={request.effect.text} --pilot pilot"
+    yield ""
+    for each in plan.needs:
+        yield f"{_number(each, request.most):>16}  {each.claim.text}"
+        yield from textwrap.wrap(_basis(each), WIDTH, initial_indent=18 * " ", subsequent_indent=18 * " ")
+    if plan.table:
+        yield from ("", "seeds for effects in standard deviations of the differences between runs of one seed:")
+        sizes = list(next(iter(plan.table.values())))
+        yield "  level    " + "".join(f"{size:>7g}" for size in sizes)
+        for tests, row in plan.table.items():
+            values = "".join(f"{seeds or '>' + str(request.most):>7}" for seeds in row.values())
+            yield f"  {level_text(tests):<9}{values}"
+    yield ""
+    hours = duration(plan.speed.seconds * plan.runs)
+    yield f"runs: {plan.settings} settings x {len(plan.seeds)} seeds = {plan.runs}, {number_text(plan.tokens)} tokens"
+    yield f"time: about {hours} of one run after another on this machine, from {plan.speed.source}"
+    yield from textwrap.wrap(EARLY, WIDTH)
+    yield f"command: {plan.command}"
+
+
+def _pilot_command(request: Request) -> str:
+    words = [word for word in request.words if word not in ("-m", "--multirun") and not word.startswith("seed=")]
+    return f"python train.py -m {' '.join(words)} seed=1,2,3 out=pilot"
+
+
+def _number(each: Need, most: int) -> str:
+    """Return the number of seeds that a claim needs, in a few words."""
+    if each.reason:
+        return "unknown"
+    if each.seeds is None:
+        return f"over {most} seeds"
+    ends = "" if each.low == each.high else f" ({each.low or most} to {each.high or f'over {most}'})"
+    return f"{each.seeds} seeds{ends}"
+
+
+def _basis(each: Need) -> str:
+    """Return from what the number of seeds follows."""
+    if each.reason:
+        return each.reason
+    level = f"level {level_text(each.tests)}"
+    spread = each.spread
+    if math.isnan(spread.mean):
+        return f"{each.claim.metric}: difference {each.effect:.3g} {UNIT}, {level}"
+    ends = f" ({spread.low:.3g} to {spread.high:.3g})" if spread.value else ""
+    return (
+        f"{each.claim.metric}: difference {each.effect:.3g}, spread {spread.value:.3g}{ends}, {level}; {spread.source}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

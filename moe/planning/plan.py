@@ -1,0 +1,129 @@
+"""The plan of an experiment: the seeds that its claims need, the runs, what they cost, and the command."""
+
+import math
+import shlex
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from moe.analysis.power import Prediction, seeds_for
+from moe.checks import ConfigError
+from moe.config.cell import Cell
+from moe.config.claim import ClaimConfig
+from moe.planning.cost import Speed, tokens_of
+from moe.planning.report_ahead import Ahead, tests_ahead
+from moe.planning.seeds import UNIT, Effect, Need, need, spread_of
+
+EFFECTS = (0.5, 1.0, 1.5, 2.0, 3.0, 5.0)  # of the answer without a pilot, in standard deviations of the differences
+
+
+class Request(NamedTuple):
+    """What a plan is asked for.
+
+    words: the overrides of the command, without those of the plan. effects: metric -> the difference that matters;
+    `effect` is that of all other metrics. power: the probability with which a claim is decided. most: the number of
+    seeds beyond which a claim is out of reach.
+    """
+
+    words: Sequence[str]
+    effect: Effect
+    effects: dict[str, Effect]
+    power: float
+    most: int
+
+
+class Plan(NamedTuple):
+    """The seeds that the claims need, and the runs that all claims within reach need together.
+
+    table: without a pilot, for each level of a test, the seeds that effects of several sizes need.
+    """
+
+    request: Request
+    needs: list[Need]
+    seeds: list[int]
+    settings: int
+    tokens: int
+    speed: Speed
+    command: str
+    table: dict[int, dict[float, int | None]]
+
+    @property
+    def runs(self) -> int:
+        return self.settings * len(self.seeds)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the plan as plan.json has it; effects and spreads are in units of the metric if there is a pilot."""
+        return {
+            "claims": [_need_as_json(each) for each in self.needs],
+            "runs": self.runs,
+            "command": self.command,
+            "seeds": self.seeds,
+            "settings": self.settings,
+            "tokens": self.tokens,
+            "seconds": round(self.speed.seconds * self.runs),
+            "seconds_from": self.speed.source,
+            "power": self.request.power,
+            "most_seeds": self.request.most,
+            "effect": self.request.effect.text,
+            "effects": {metric: effect.text for metric, effect in self.request.effects.items()},
+            "seeds_by_effect": [
+                {"tests": tests, "effect_sd": effect, "seeds": seeds}
+                for tests, row in self.table.items()
+                for effect, seeds in row.items()
+            ],
+        }
+
+
+def _need_as_json(each: Need) -> dict[str, Any]:
+    known = None if math.isnan(each.spread.mean) else each.spread.value
+    return {
+        "text": each.claim.text,
+        "seeds": each.seeds,
+        "reachable": None if each.reason else each.seeds is not None,
+        "metric": each.claim.metric,
+        "kind": each.claim.kind,
+        "tests": each.tests,
+        "effect": None if math.isnan(each.effect) else each.effect,
+        "spread": known,
+        "spread_from": each.spread.source,
+        "seeds_low": each.low,
+        "seeds_high": each.high,
+        "note": each.reason,
+    }
+
+
+def make_plan(request: Request, cells: list[Cell], pilot: pd.DataFrame | None, speed: Speed) -> Plan:
+    """Return the plan for the cells of a sweep. Raises ConfigError if the experiment has no claims.
+
+    pilot: finished runs as of `moe.results.table.load_runs`. Without them, an effect is one standard deviation of the
+    paired differences, unless it is given in these units. speed: the time of one run.
+    """
+    claims = cells[0].config.claims
+    if not claims:
+        raise ConfigError(f"experiment={cells[0].experiment}: must have claims, because a plan is about claims")
+    needs = [_need(request, claim, ahead, pilot) for claim, ahead in zip(claims, tests_ahead(cells), strict=True)]
+    own = list(dict.fromkeys(cell.config.seed for cell in cells))
+    wanted = max((each.seeds for each in needs if each.seeds), default=len(own))
+    beyond = range(max(own) + 1, max(own) + 1 + wanted)
+    seeds = [*own, *beyond][:wanted]
+    of_one_seed = [cell for cell in cells if cell.config.seed == own[0]]
+    tokens = sum(tokens_of(cell.config) for cell in of_one_seed) * len(seeds)
+    words = [word for word in request.words if not word.startswith("seed=") and word not in ("-m", "--multirun")]
+    command = f"python train.py -m {shlex.join(words)} seed={','.join(map(str, seeds))}"
+    levels_of_tests = sorted({each.tests for each in needs}) if pilot is None else []
+    table = {each: {effect: _seeds_alone(request, each, effect) for effect in EFFECTS} for each in levels_of_tests}
+    return Plan(request, needs, seeds, len(of_one_seed), tokens, speed, command, table)
+
+
+def _need(request: Request, claim: ClaimConfig, ahead: Ahead, pilot: pd.DataFrame | None) -> Need:
+    effect = request.effects.get(claim.metric, request.effect)
+    if pilot is None and not effect.text.endswith(UNIT):
+        effect = Effect(f"1{UNIT}")
+    spread = None if pilot is None else spread_of(claim, pilot)
+    return need(claim, ahead.tests, spread, effect, rivals=ahead.rivals, power=request.power, most=request.most)
+
+
+def _seeds_alone(request: Request, tests: int, effect: float) -> int | None:
+    prediction = Prediction(0.0, float("inf"), effect, tests)
+    return seeds_for(prediction, power_wanted=request.power, most=request.most)

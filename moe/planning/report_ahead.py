@@ -1,0 +1,73 @@
+"""The report that an experiment will get, made ahead from random results, to know which tests share the 5 %."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from moe.analysis.comparisons import compared
+from moe.analysis.report.inputs import collect_inputs, tested_metrics
+from moe.config.cell import Cell
+from moe.config.claim import DOMAIN, ClaimConfig
+from moe.launch.run import run_record
+from moe.results.table import load_runs
+from moe.runs.record import RunRecord, SweepRecord
+
+
+class Ahead(NamedTuple):
+    """What is known of a claim's test ahead.
+
+    tests: the number by which the report divides 5 %. rivals: the number of levels with which each level that the
+    claim names is compared.
+    """
+
+    tests: int
+    rivals: int
+
+
+def tests_ahead(cells: list[Cell]) -> list[Ahead]:
+    """Return what is known of the test of each claim.
+
+    The report is collected as every other one, from the records of these runs and from random results. So it has the
+    claims, the contrasts and the terms of the analysis of variance that the real one will have.
+    """
+    claims = cells[0].config.claims
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        _write_records(cells, folder)
+        runs = load_runs([folder])
+        rng = np.random.default_rng(0)
+        columns = {metric: 1 + rng.random(len(runs)) for metric in _metrics(claims, runs)}
+        runs = runs.assign(status="finished", **columns)
+        tests = collect_inputs(runs)[0].claims["tests"]
+    rivals = [len(compared(claim, runs).rivals) for claim in claims]
+    return [Ahead(max(1, int(number)), each) for number, each in zip(tests, rivals, strict=True)]
+
+
+def _metrics(claims: list[ClaimConfig], runs: pd.DataFrame) -> list[str]:
+    """Return the metrics that a report tests, and those that the claims read."""
+    of_claims = [
+        name
+        for claim in claims
+        for name in (claim.metric, *(f"{claim.metric}/{domain}" for domain in claim.within.get(DOMAIN, [])))
+    ]
+    return list(dict.fromkeys([*tested_metrics(runs), *of_claims]))
+
+
+def _write_records(cells: list[Cell], sweep: Path) -> None:
+    """Write run.json of each cell, and sweep.json, as the sweep itself will."""
+    cells = [cell._replace(folder=sweep / cell.folder.name) for cell in cells]
+    first = run_record(cells[0], "interrupted")
+    for cell in cells:
+        cell.folder.mkdir()
+        own = {"name": cell.folder.name, "choices": cell.choices, "identity": cell.identity()}
+        causal = cell.config.build_router().is_causal(capacity=cell.config.capacity, drop=cell.config.drop)
+        record = replace(first, config=asdict(cell.config), causal=causal, **own)
+        record.write(cell.folder / RunRecord.FILE)
+    if grid := cells[0].grid:
+        names = [cell.folder.name for cell in cells]
+        known = {cell.folder.name: cell.choices | cell.identity() for cell in cells}
+        SweepRecord(cells=known, grids=[grid._replace(cells=names)]).write(sweep / SweepRecord.FILE)

@@ -1,0 +1,143 @@
+"""How many seeds each claim needs, given the difference that matters and the spread of a pilot's runs."""
+
+import math
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from moe.analysis.comparisons import claimed_range, compared
+from moe.analysis.power import Prediction, seeds_for
+from moe.analysis.statistics import spread_interval
+from moe.checks import require
+from moe.config.claim import ClaimConfig, absolute
+from moe.results.conditions import conditions, varied_factors
+
+UNIT = "sd"  # of an effect in standard deviations of the paired differences
+
+
+class Effect(NamedTuple):
+    """The smallest difference that matters: in units of the metric or, as text such as "0.5%", a share of its mean.
+
+    "1.5sd" is in standard deviations of the paired differences.
+    """
+
+    text: str
+
+    @classmethod
+    def read(cls, key: str, text: str) -> "Effect":
+        """Return an effect. Raises ConfigError, naming the key, unless it is a positive amount."""
+        allowed = "an amount > 0: a share of the mean such as 0.5%, units of the metric, or 1.5sd"
+        try:
+            size = float(text.removesuffix(UNIT).removesuffix("%"))
+        except ValueError:
+            size = math.nan
+        require(size > 0 and math.isfinite(size) and not text.endswith(f"%{UNIT}"), key, text, allowed)
+        return cls(text)
+
+    def in_units(self, spread: "Spread") -> float:
+        """Return the effect in units of the metric, or of the spread if that is not known in units of the metric."""
+        if self.text.endswith(UNIT):
+            return float(self.text.removesuffix(UNIT)) * spread.value
+        return absolute(self.text if self.text.endswith("%") else float(self.text), spread.mean)
+
+
+class Spread(NamedTuple):
+    """The standard deviation of a claim's paired differences, with its 95 % interval, and how it is known.
+
+    mean: that of the metric over the pilot's runs. seeds: those whose paired differences tell the spread; 0 if the
+    spread is derived from runs that differ in the seed alone, or is not known at all.
+    """
+
+    value: float
+    low: float
+    high: float
+    mean: float
+    seeds: int
+    source: str
+
+
+class Need(NamedTuple):
+    """How many seeds a claim needs.
+
+    effect: the assumed difference, in units of the metric; of a claim with a range, half its width. seeds: None if it
+    is out of reach, or if that is unknown. low, high: for the ends of the interval of the spread; None is more than the
+    most seeds that were allowed. tests: the number by which 5 % are divided. reason: why the number is unknown.
+    """
+
+    claim: ClaimConfig
+    tests: int
+    spread: Spread
+    effect: float
+    seeds: int | None
+    low: int | None
+    high: int | None
+    reason: str = ""
+
+
+NO_PILOT = Spread(1.0, math.nan, math.nan, math.nan, 0, "no pilot: in standard deviations of the paired differences")
+
+
+def spread_of(claim: ClaimConfig, pilot: pd.DataFrame) -> Spread | None:
+    """Return the spread of a claim in a pilot's runs; None if they do not tell it.
+
+    It comes from the comparisons that the claim makes, pooled over them. If the pilot lacks a level, it is derived from
+    the runs that differ in the seed alone, as if the runs of a seed had nothing in common. Then it is rather too large.
+    """
+    if claim.metric not in pilot or not (mean := float(pilot[claim.metric].mean())) < math.inf:
+        return None
+    pairs = [pair for pair in chain(*compared(claim, pilot).pairs) if pair.n > 1]
+    if pairs and all(pair.deterministic for pair in pairs):
+        return Spread(0.0, 0.0, 0.0, mean, pairs[0].n, "the same difference in every seed of the pilot")
+    spreads = [pair.spread for pair in pairs if not pair.deterministic]
+    if spreads:
+        seeds, value = min(pair.n for pair in pairs), math.sqrt(float(np.mean(np.square(spreads))))
+        low, high = map(float, spread_interval(value, seeds))
+        return Spread(value, low, high, mean, seeds, f"paired differences of the pilot's {seeds} seeds")
+    factors = [factor for factor in varied_factors(pilot) if factor != "seed"]
+    groups = [members[claim.metric].dropna() for _, members in conditions(pilot, factors)]
+    df = sum(max(0, len(group) - 1) for group in groups)
+    if df == 0:
+        return None
+    squares = sum(float(((group - group.mean()) ** 2).sum()) for group in groups)
+    runs_compared = 4 if claim.kind == "interaction" else 2
+    value = math.sqrt(runs_compared * squares / df)
+    low, high = map(float, spread_interval(value, df + 1))
+    return Spread(
+        value, low, high, mean, 0, "pilot's runs that differ in the seed alone, without pairs: rather too large"
+    )
+
+
+def need(
+    claim: ClaimConfig,
+    tests: int,
+    spread: Spread | None,
+    effect: Effect,
+    *,
+    rivals: int,
+    power: float,
+    most: int,
+) -> Need:
+    """Return how many seeds a claim needs for this power.
+
+    Of a claim with a range (a margin, or a size), the true difference is assumed to be the middle of the range, and the
+    effect plays no part. rivals: the number of levels with which each level of the claim is compared.
+    """
+    ranged = claim.margin is not None or bool(claim.size)
+    if spread is None and (ranged or not effect.text.endswith(UNIT)):
+        missing = "its range" if ranged else f"an effect of {effect.text}"
+        return Need(claim, tests, NO_PILOT, math.nan, None, None, None, f"{missing} can be compared only with a spread")
+    known = spread or NO_PILOT
+    low, high = claimed_range(claim, known.mean)
+    effect_size = (high - low) / 2 if ranged else effect.in_units(known)
+
+    def seeds(spread: float) -> int | None:
+        if spread == 0:
+            return 2  # the difference is the same in every seed
+        true = (low + high) / 2 if ranged else math.copysign(effect_size, -1 if math.isinf(low) else 1)
+        ends = (end / spread for end in (low, high, true))
+        return seeds_for(Prediction(*ends, tests, len(claim.levels), rivals), power_wanted=power, most=most)
+
+    ends = [None if math.isnan(end) else seeds(end) for end in (known.low, known.high)]
+    return Need(claim, tests, known, effect_size, seeds(known.value), *ends)

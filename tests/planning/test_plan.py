@@ -1,0 +1,135 @@
+"""Tests of `moe plan`: its numbers are those of the report, and the planned power is reached in simulated reports."""
+
+import json
+import math
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moe.analysis.claims import judge
+from moe.analysis.report.inputs import collect_inputs
+from moe.analysis.studies.published import experiment_claims
+from moe.bench.analyze import made_up_record
+from moe.bench.errors import null_runs, write_record
+from moe.bench.power import Planned, planned, with_effect
+from moe.config.claim import ClaimConfig
+from moe.launch.command_line import read_cells
+from moe.planning.__main__ import main
+from moe.planning.report_ahead import tests_ahead as ahead
+from moe.planning.seeds import NO_PILOT, Effect, need
+from moe.runs.record import MetricsRecord, RunRecord
+
+
+@pytest.fixture(scope="module")
+def pilot(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pilot of noise x lb x 3 seeds. Perplexity has a mean of 100, and the load CV no spread."""
+    sweep, rng = tmp_path_factory.mktemp("pilot") / "noise_lb_seed", np.random.default_rng(0)
+    for noise, lb, seed in product((0.0, 0.1, 0.5), (0.0, 0.01), (1, 2, 3)):
+        folder = sweep / f"lb={lb},noise={noise},seed={seed}"
+        folder.mkdir(parents=True)
+        record = made_up_record(folder, "topk", None, seed)
+        sizes = {"noise": noise, "lb": lb, "steps": 10, "batch_size": 4, "grad_accum": 1, "data": {"seq_len": 50}}
+        record = replace(record, config=record.config | sizes, identity=record.identity | {"noise": noise, "lb": lb})
+        record.write(folder / RunRecord.FILE)
+        values = {"val/perplexity": 100 + 3 * seed + 0.5 * rng.normal(), "routing/load_cv/pooled": 1 + noise - 20 * lb}
+        final = values | {"val/loss": 4.6, "val/accuracy": 0.2}
+        MetricsRecord(final_metrics=final, history={}).write(folder / MetricsRecord.FILE)
+    return sweep
+
+
+def test_the_level_of_each_claim_is_the_one_that_its_report_applies(tmp_path: Path) -> None:
+    cells = read_cells(["experiment=noise_lb_seed"])
+    assert cells is not None
+    write_record(tmp_path, "noise_lb_seed")
+    report = collect_inputs(null_runs(str(tmp_path), "noise_lb_seed", 3, "equal", np.random.default_rng(0)))[0]
+    found = ahead(cells)
+    assert [each.tests for each in found] == report.claims["tests"].tolist()
+    assert [each.rivals for each in found][:2] == [2, 1]
+
+
+def test_the_planned_power_is_reached(tmp_path: Path) -> None:
+    """With 60 studies the standard error is 0.05. `moe bench power` simulates more, with whole reports."""
+    write_record(tmp_path, "noise_lb_seed")
+    case = next(each for each in planned("noise_lb_seed", 2.0) if each.claim.text == "Noise 0.5 raises perplexity")
+    rng = np.random.default_rng(0)
+
+    def supported(case: Planned) -> float:
+        runs = [null_runs(str(tmp_path), "noise_lb_seed", case.seeds, "equal", rng) for _ in range(60)]
+        p = [judge(with_effect(each, case), [case.claim])["p"][0] for each in runs]
+        return float(np.mean(np.array(p) <= 0.05 / case.tests))
+
+    assert case.power - 0.15 <= supported(case) <= case.power + 0.15
+    assert supported(case._replace(difference=case.difference / 4)) <= 0.2
+
+
+def test_a_plan_with_a_pilot(
+    pilot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "plan.json"
+    words = ["experiment=noise_lb_seed", "effect=1%", "--pilot", str(pilot), "--out", str(out)]
+    monkeypatch.setattr("sys.argv", ["moe plan", *words])
+    assert main() == 0
+    plan, printed = json.loads(out.read_text()), capsys.readouterr().out
+    assert [each["text"] for each in plan["claims"]] == [each.text for each in experiment_claims("noise_lb_seed")]
+    claim = plan["claims"][1]
+    assert claim["effect"] == pytest.approx(1.06, abs=0.01)  # 1 % of the mean of the pilot's runs
+    assert claim["seeds_low"] < claim["seeds"] <= 32
+    assert claim["seeds_high"] is None
+    cv = plan["claims"][3]
+    assert (cv["seeds"], cv["spread"]) == (2, 0.0)  # the same difference in every seed
+    seeds = max(each["seeds"] or 0 for each in plan["claims"])
+    assert plan["seeds"] == list(range(42, 42 + seeds))
+    assert (plan["runs"], plan["seconds_from"]) == (6 * seeds, "the speed of the pilot's runs")
+    tokens_of_a_run = 300 * 16 * 128
+    assert plan["tokens"] == plan["runs"] * tokens_of_a_run
+    assert plan["seconds"] == pytest.approx(plan["runs"] * 2.0 * tokens_of_a_run / (10 * 4 * 50), abs=1)
+    assert plan["command"] in printed
+    cells = read_cells(plan["command"].split()[2:])
+    assert cells is not None
+    assert len(cells) == plan["runs"]
+
+
+CLAIM = ClaimConfig("a", "val/loss", "noise", [0.5], "higher", than=[0.0])
+MORE = {"rivals": 1, "power": 0.8, "most": 32}
+
+
+def test_effects_in_units_of_the_metric_and_of_the_spread() -> None:
+    spread = NO_PILOT._replace(value=0.1, low=0.05, high=0.6, mean=4.0, seeds=3)
+    found = [need(CLAIM, 1, spread, Effect(text), **MORE).seeds for text in ("5%", "0.2", "2sd")]
+    assert found[0] == found[1] == found[2] == need(CLAIM, 1, None, Effect("2sd"), **MORE).seeds == 5
+    assert need(CLAIM, 1, None, Effect("5%"), **MORE).reason.endswith("only with a spread")
+    small = need(CLAIM, 1, spread, Effect("0.5%"), **MORE)
+    assert (small.seeds, small.high) == (None, None)
+    margin = replace(CLAIM, kind="equivalent", margin="5%")
+    within = need(margin, 1, spread, Effect("1%"), **MORE)
+    assert within.effect == pytest.approx(0.2)
+    assert within.seeds is not None
+    assert need(margin, 1, None, Effect("2sd"), **MORE).seeds is None
+    assert math.isnan(need(margin, 1, None, Effect("2sd"), **MORE).effect)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["experiment=noise_lb_seed"], "effect=null: must be given once, such as effect=0.5%"),
+        (["experiment=noise_lb_seed", "effect=-1%"], "effect=-1%: must be an amount > 0"),
+        (["effect=1", "--effect", "val/loss"], "--effect=val/loss: must be METRIC=SIZE"),
+        (["effect=1", "--power", "1.5"], "--power=1.5: must be between 0.05 and 1"),
+        (["effect=1", "--out", "{other}"], "must be a new file, or an earlier plan"),
+        (["effect=1", "--pliot", "x"], "nearest: --pilot"),
+    ],
+)
+def test_words_that_cannot_be_used(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "thesis.json"
+    other.write_text("{}")
+    monkeypatch.setattr("sys.argv", ["moe plan", *(word.format(other=other) for word in words)])
+    assert main() == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert other.read_text() == "{}"
