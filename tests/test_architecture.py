@@ -25,7 +25,7 @@ LAYERS = [
     {"analysis", "launch"},
     {"dashboard", "foreign", "specialization", "testing"},
     {"api", "bench"},
-    {"observe", "reference"},
+    {"observe", "planning", "reference"},
     {"__main__"},
 ]
 LAYER = {package: number for number, packages in enumerate(LAYERS) for package in packages}

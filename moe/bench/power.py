@@ -76,8 +76,8 @@ def planned(experiment: str, effect: float) -> list[Planned]:
         ranged = math.isfinite(low) and math.isfinite(high)
         true = (low + high) / 2 if ranged else math.copysign(effect * spread, -1 if math.isinf(low) else 1)
         rivals = len(claim.than) or len(GRIDS[experiment][claim.factor]) - len(claim.levels)
-        ends = (end / spread for end in (low, high, true))
-        prediction = Prediction(*ends, max(number, 1), len(claim.levels), rivals)
+        low, high, aim = (end / spread for end in (low, high, true))
+        prediction = Prediction(low, high, aim, max(number, 1), len(claim.levels), rivals)
         if seeds := seeds_for(prediction, most=100):
             cases.append(Planned(claim, true, max(number, 1), seeds, power(prediction, seeds)))
     return cases

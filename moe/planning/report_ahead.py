@@ -63,9 +63,14 @@ def _write_records(cells: list[Cell], sweep: Path) -> None:
     first = run_record(cells[0], "interrupted")
     for cell in cells:
         cell.folder.mkdir()
-        own = {"name": cell.folder.name, "choices": cell.choices, "identity": cell.identity()}
-        causal = cell.config.build_router().is_causal(capacity=cell.config.capacity, drop=cell.config.drop)
-        record = replace(first, config=asdict(cell.config), causal=causal, **own)
+        record = replace(
+            first,
+            name=cell.folder.name,
+            choices=cell.choices,
+            causal=cell.config.build_router().is_causal(capacity=cell.config.capacity, drop=cell.config.drop),
+            config=asdict(cell.config),
+            identity=cell.identity(),
+        )
         record.write(cell.folder / RunRecord.FILE)
     if grid := cells[0].grid:
         names = [cell.folder.name for cell in cells]

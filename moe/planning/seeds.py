@@ -136,8 +136,8 @@ def need(
         if spread == 0:
             return 2  # the difference is the same in every seed
         true = (low + high) / 2 if ranged else math.copysign(effect_size, -1 if math.isinf(low) else 1)
-        ends = (end / spread for end in (low, high, true))
-        return seeds_for(Prediction(*ends, tests, len(claim.levels), rivals), power_wanted=power, most=most)
+        prediction = Prediction(low / spread, high / spread, true / spread, tests, len(claim.levels), rivals)
+        return seeds_for(prediction, power_wanted=power, most=most)
 
-    ends = [None if math.isnan(end) else seeds(end) for end in (known.low, known.high)]
-    return Need(claim, tests, known, effect_size, seeds(known.value), *ends)
+    least, most_seeds = (None if math.isnan(end) else seeds(end) for end in (known.low, known.high))
+    return Need(claim, tests, known, effect_size, seeds(known.value), least, most_seeds)
