@@ -7,10 +7,11 @@ states a range for the true difference: above zero, below zero, closer to zero t
 size. An interaction is such a claim about how much the metric changes between two levels of another factor.
 """
 
+import json
 import math
 from dataclasses import replace
+from functools import lru_cache
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from moe.analysis.statistics import (
     divisors,
     spread_interval,
 )
-from moe.checks import plain
+from moe.checks import parse, plain
 from moe.config.claim import OURS, ClaimConfig
 from moe.results.conditions import (
     NAMED_ROUTERS,
@@ -32,7 +33,6 @@ from moe.results.conditions import (
     without_causality,
 )
 from moe.results.table import level
-from moe.runs.record import RunRecord
 
 
 def planned_claims(runs: pd.DataFrame) -> list[tuple[ClaimConfig, pd.DataFrame]]:
@@ -42,10 +42,15 @@ def planned_claims(runs: pd.DataFrame) -> list[tuple[ClaimConfig, pd.DataFrame]]
     """
     recorded: dict[tuple[str, str], tuple[ClaimConfig, list[Any]]] = {}
     readable = runs[~runs["status"].isin(["missing", "unreadable"])]
-    for index, folder, experiment in readable[["folder", "experiment"]].itertuples():
-        for claim in RunRecord.read(Path(folder) / RunRecord.FILE).claims():
+    for index, text, experiment in readable[["claims", "experiment"]].itertuples():
+        for claim in _read_claims(text):
             recorded.setdefault((experiment, repr(claim)), (claim, []))[1].append(index)
     return [(claim, runs.loc[indices]) for claim, indices in recorded.values()]
+
+
+@lru_cache
+def _read_claims(text: str) -> list[ClaimConfig]:
+    return [parse(ClaimConfig, claim, f"claims[{number}]") for number, claim in enumerate(json.loads(text))]
 
 
 def judge_planned(runs: pd.DataFrame) -> pd.DataFrame:

@@ -39,7 +39,7 @@ def write_sweep_tables(sweep: Path) -> pd.DataFrame:
     The names of the files of the grid with the shortest name do not name the grid.
     """
     runs = load_runs([sweep])
-    write_text(sweep / "results.csv", runs.to_csv(index=False))
+    write_text(sweep / "results.csv", runs.drop(columns="claims").to_csv(index=False))
     written = set()
     for grid, members in sorted(runs.groupby("experiment"), key=lambda group: len(group[0])):
         tables = {}

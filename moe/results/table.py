@@ -27,7 +27,7 @@ from moe.runs.record import MetricsRecord, RecordError, RunRecord, SweepRecord
 FACTS = (
     *("folder", "experiment", "run", "place", "search", "status", "error", "started", "causal", "commit"),
     *("seconds", "train_seconds", "peak_memory_gb", "parameters.total", "parameters.active", "parameters.trainable"),
-    *("flops_per_token", "ranks.number"),
+    *("flops_per_token", "ranks.number", "claims"),
 )
 PLUGINS = "plugins"  # factors such as plugins.mylab: the start of the digest of a package's code, if a run used it
 DIGESTS = ("data.corpus_sha256", "data.tokenizer_sha256")  # factors: the start of the digests of what a run read
@@ -85,6 +85,11 @@ def load_runs(paths: Iterable[Path | str]) -> pd.DataFrame:
         raise ValueError(f"no run in {', '.join(map(str, paths))}: a run folder holds a run.json")
     grids = list(dict.fromkeys(row["experiment"] for row in rows))
     rows.sort(key=lambda row: (grids.index(row["experiment"]), math.inf if row.get("place") is None else row["place"]))
+    return table_of(rows)
+
+
+def table_of(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Return rows of runs as one table: facts, factors, then metrics as floats. A row with a record has "causal"."""
     known = [row for row in rows if "causal" in row]  # rows with a record; only there a key is known to be absent
     absent = {key: ABSENT for row in known for key in row if "/" not in key and key not in FACTS}
     table = pd.DataFrame([absent | row if "causal" in row else row for row in rows], dtype=object)
@@ -118,7 +123,7 @@ def _factors(record: RunRecord) -> dict[str, Any]:
     leaves = flatten(record.config) | record.choices
     inapplicable = (OFF.keys() | DEFAULTED) - record.identity.keys()
     factors = {key: ABSENT if key in inapplicable else value for key, value in _levels(leaves).items()}
-    factors.pop("claims", None)  # no setting: `moe.analysis.claims.planned_claims` reads them from the record
+    factors.pop("claims", None)  # no setting: they are facts
     return {f"config.{key}" if key in TAKEN else key: value for key, value in factors.items()}
 
 
@@ -140,6 +145,7 @@ def _facts(folder: Path, record: RunRecord) -> dict[str, Any]:
         "started": record.started,
         "causal": record.causal,
         "commit": record.commit,
+        "claims": json.dumps(record.config.get("claims") or []),
     }
     row |= dict.fromkeys(DIGESTS)
     row |= {f"{PLUGINS}.{name}": plugin.sha256[:12] for name, plugin in record.plugins.items()}

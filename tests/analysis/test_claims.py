@@ -24,6 +24,7 @@ from moe.config.options import CONF, options
 from moe.launch.command_line import read_cells
 from moe.launch.run import write_run_record
 from moe.metrics.catalog import lookup
+from moe.results.conditions import varied_factors
 from moe.results.table import load_runs
 
 PPL = "val/perplexity"
@@ -548,5 +549,7 @@ def test_all_experiments_are_corrected_together_and_runs_without_claims_judge_no
     assert table["p Holm"].tolist() == pytest.approx(together.tolist(), nan_ok=True)
 
 
-def test_the_claims_of_runs_are_no_column_of_the_table(sweep) -> None:
-    assert "claims" not in sweep("noise_lb_seed", "lb=0.0", "noise=0.0")
+def test_the_claims_of_runs_are_a_fact_and_no_factor(sweep) -> None:
+    runs = sweep("noise_lb_seed", "lb=0.0", "noise=0.0")
+    runs["claims"] = [f"[{number}]" for number in range(len(runs))]
+    assert "claims" not in varied_factors(runs)

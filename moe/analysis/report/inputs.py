@@ -127,20 +127,27 @@ class ReportInputs(NamedTuple):
 
 
 def collect_inputs(
-    loaded: pd.DataFrame, options: ReportOptions | None = None, *, training_columns: Iterable[str] = ()
+    loaded: pd.DataFrame,
+    options: ReportOptions | None = None,
+    *,
+    training_columns: Iterable[str] = (),
+    past: EventTables | None = None,
 ) -> list[ReportInputs]:
     """Return the inputs of all runs together, followed by those of each experiment if there are several.
 
     Runs are compared within an experiment, so claims, contrasts and figures concern the factors that it varies.
     `loaded` is a table of `moe.results.table.load_runs`. `training_columns` are metrics of training steps to read in
-    addition to `TRAINING_METRICS`. All tests of all experiments are corrected together. Raises ValueError for a
-    reference, margin or metric that no run has, and for two runs with the same seed in one condition.
+    addition to `TRAINING_METRICS`. `past` holds the events of runs whose folders are elsewhere; by default they are
+    read from the folders, with the records. All tests of all experiments are corrected together. Raises ValueError for
+    a reference, margin or metric that no run has, and for two runs with the same seed in one condition.
     """
     options = options or ReportOptions()
-    columns = dict.fromkeys((*TRAINING_METRICS, *training_columns))
-    past = read_event_tables(loaded.loc[loaded["status"] != "missing", "folder"], training=list(columns))
-    readable = loaded.loc[~loaded["status"].isin(["missing", "unreadable"]), "folder"].unique()
-    records = {folder: RunRecord.read(Path(folder) / RunRecord.FILE) for folder in readable}
+    records = {}
+    if past is None:
+        columns = dict.fromkeys((*TRAINING_METRICS, *training_columns))
+        past = read_event_tables(loaded.loc[loaded["status"] != "missing", "folder"], training=list(columns))
+        readable = loaded.loc[~loaded["status"].isin(["missing", "unreadable"]), "folder"].unique()
+        records = {folder: RunRecord.read(Path(folder) / RunRecord.FILE) for folder in readable}
     searched = frozenset(loaded.loc[loaded["search"].notna(), "folder"]) if "search" in loaded else frozenset[str]()
     describe = partial(_describe, past=past, records=records, options=options, searched=searched)
     everything, names = describe(loaded), levels(loaded["experiment"])

@@ -53,7 +53,8 @@ def what_was_run(inputs: ReportInputs) -> Iterator[ReportBlock]:
     facts = [f"factors: {', '.join(inputs.factors) or 'none varies'}; seeds: {_seeds(runs)}", _tuning(inputs)]
     problems = [*_confounded_factors(inputs.tied), *_values_left_out(inputs), *_dead_layers(inputs.loaded)]
     yield from long_list(problems if inputs.observed else [*facts, *problems])
-    yield csv_file("runs", inputs.loaded, "a row for each run: facts, factors and final metrics.")
+    table = inputs.loaded.drop(columns="claims")
+    yield csv_file("runs", table, "a row for each run: facts, factors and final metrics.")
     if len(once) < len(runs):
         yield Paragraph("Some runs belong to several grids. The tables count them in each of these.")
     failures = unfinished(once)

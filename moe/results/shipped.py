@@ -1,0 +1,78 @@
+"""The tables of a finished study, small enough for a repository: its runs, and the losses of their evaluations.
+
+The run folders of a study are large and stay where they were made. From these two tables its claims can be judged
+again and its curves drawn again, on any machine.
+"""
+
+import gzip
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from moe.files import replacing
+from moe.results.table import DIGESTS, FACTS, PLUGINS, EventTables, read_event_tables, table_of
+
+RUNS, EVALS = "runs.csv.gz", "evals.csv.gz"
+CURVES = ("val/loss", "val/bits_per_byte", "time/elapsed")  # what is kept of each evaluation
+
+PLACES = ["out", "data.cache"]  # columns with paths of the machine that trained the runs
+
+# Columns whose empty cells are null. Elsewhere they are unknown, such as the settings of a run without a record.
+KNOWN = {*FACTS, *DIGESTS} - {"causal"}
+
+# Columns with text, in which a number or a truth value is text too.
+TEXTS = {"folder", "experiment", "run", "search", "status", "error", "started", "commit", "claims", *DIGESTS}
+
+
+def ship(runs: pd.DataFrame, folder: Path) -> list[Path]:
+    """Write the tables of `runs`, a table of `moe.results.table.load_runs`, into a folder and return their paths.
+
+    A run's folder is named by that of its sweep and its own, so that no path of this machine is kept.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    evals = read_event_tables(runs.loc[runs["status"] != "missing", "folder"]).evals
+    names = {each.folder: f"{Path(each.folder).parent.name}/{each.run}" for each in runs.itertuples()}
+    columns = ["folder", "step", *(column for column in CURVES if column in evals)]
+    evals = evals.reindex(columns=columns) if len(evals) else pd.DataFrame(columns=columns)
+    runs = runs.drop(columns=[place for place in PLACES if place in runs])
+    factors = [column for column in runs if "/" not in column and column not in FACTS]
+    runs = runs.assign(**{column: runs[column].map(partial(_write, column)) for column in factors})
+    written = []
+    for name, table in ((RUNS, runs), (EVALS, evals)):
+        text = table.assign(folder=table["folder"].map(names)).to_csv(index=False)
+        with replacing(folder / name) as file, gzip.GzipFile(fileobj=file, mode="wb", mtime=0, filename="") as packed:
+            packed.write(text.encode())
+        written.append(folder / name)
+    return written
+
+
+def read_shipped(folder: Path) -> tuple[pd.DataFrame, EventTables]:
+    """Return the runs and the evaluations that `ship` wrote, as `load_runs` and `read_event_tables` give them."""
+    cells = pd.read_csv(folder / RUNS, dtype=str, keep_default_na=False)
+    rows = [
+        {column: _parse(column, text) for column, text in row.items() if text or "/" in column or column in KNOWN}
+        for row in cells.to_dict("records")
+    ]
+    return table_of(rows), EventTables(pd.read_csv(folder / EVALS), pd.DataFrame(), [])
+
+
+def _parse(column: str, text: str) -> Any:
+    if "/" in column:
+        return float(text or "nan")
+    if column in TEXTS or column.startswith(f"{PLUGINS}.") or not text:
+        return text or None
+    if text in ("True", "False"):
+        return text == "True"
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, int | float | str) else text  # a list is a level as text
+
+
+def _write(column: str, value: Any) -> Any:
+    """Return a cell that `_parse` reads as `value`: a text that looks like a number gets quotes."""
+    return json.dumps(value) if isinstance(value, str) and _parse(column, value) != value else value

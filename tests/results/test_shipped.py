@@ -1,0 +1,75 @@
+"""Tests of the tables of a study in a repository: they hold what the run folders hold that a page needs."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from run_folders import change_record, write_metrics, write_record
+
+from moe.analysis import pages
+from moe.analysis.claims import judge_planned
+from moe.results.shipped import ship
+from moe.results.table import load_runs
+
+CLAIM = {"text": "noise helps", "metric": "val/loss", "factor": "noise", "levels": [0.5], "kind": "lower", "than": [0]}
+DEFAULTS = {"source": "our own", "within": {}, "direction": None, "margin": None, "size": []}
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Return the folder of six finished runs and a failed one, with values that a table could mistake for others."""
+    folder = tmp_path / "sweep"
+    for seed in (1, 2, 3):
+        for noise in (0.0, 0.5):
+            run = folder / f"noise={noise},seed={seed}"
+            run.mkdir(parents=True)
+            temp = {"router": {"_target_": "a.B", "temp": 1.5, "gate": "none", "flag": True}} if noise else {}
+            config = {"seed": seed, "noise": noise, "lists": [1, 2], "name": "12e5", "out": str(tmp_path), **temp}
+            write_record(run, config=config | {"claims": [CLAIM | DEFAULTS]}, commit="1234567", data={})
+            write_metrics(run, {"val/loss": 3.0 - noise + 0.01 * seed * (1 + noise), "routing/load_cv": None})
+            lines = [{"kind": "eval", "step": step, "val/loss": 4.0 - step, "other": 1} for step in (0, 1)]
+            (run / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    change_record(folder / "noise=0.5,seed=3", status="failed", error='it, "broke"')
+    return folder
+
+
+def test_the_tables_that_are_shipped_are_those_of_the_run_folders(sweep: Path, tmp_path: Path) -> None:
+    runs = load_runs([sweep])
+    ship(runs, tmp_path / "shipped")
+    again, past = pages.read_shipped(tmp_path / "shipped")
+    assert again["folder"].tolist() == [f"sweep/{name}" for name in runs["run"]]
+    pd.testing.assert_frame_equal(again.drop(columns="folder"), runs.drop(columns=["folder", "out"]))
+    assert str(tmp_path) not in again.to_csv()
+    verdicts = judge_planned(runs)
+    assert verdicts["verdict"].tolist() == ["supported"]
+    assert verdicts["n"].tolist() == [2]
+    pd.testing.assert_frame_equal(judge_planned(again), verdicts)
+    assert past.evals["val/loss"].tolist() == [4.0, 3.0] * 6
+    assert set(past.evals["folder"]) == set(again["folder"])
+
+
+def test_a_page_holds_what_the_tables_show_between_its_marks(
+    sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "docs" / "one.md"
+    assert pages.main(["ship", str(sweep), str(page.with_suffix(""))]) == 0
+    page.write_text(f"# Title\n\n{pages.BEGIN}\nearlier words\n{pages.END}\n\nThe end.\n")
+    assert pages.main(["write", str(page.parent)]) == 0
+    text = page.read_text()
+    assert text.startswith("# Title\n\n<!--")
+    assert text.endswith("-->\n\nThe end.\n")
+    assert "earlier words" not in text
+    assert "noise helps: **supported**" in text
+    assert "1 of 6 runs did not finish" in text
+    assert "| 0.0 | 3.020 ± 0.010 |" in text
+    page.write_text("# Title\n")
+    assert pages.main(["write", str(page.parent)]) == 2
+    assert "must have the lines" in capsys.readouterr().err
+    assert page.read_text() == "# Title\n"
+
+
+def test_the_pages_of_docs_hold_what_their_tables_show() -> None:
+    folder = Path(__file__).parents[2] / "docs" / "studies"
+    for page in pages.pages(folder):
+        assert pages.shown_by(page.with_suffix("")) in page.read_text(), f"python -m moe.analysis.pages write {folder}"
