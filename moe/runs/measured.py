@@ -162,6 +162,51 @@ class LossAtK(TypedDict):
     difference: Interval
 
 
+class Correlation(TypedDict):
+    """Spearman's rho of two values of the experts, and its 95 % interval over experts."""
+
+    rho: Number
+    low: Number
+    high: Number
+
+
+class Correlations(TypedDict):
+    """By layer (L), and joined over layers."""
+
+    layers: list[Correlation]
+    all: Correlation
+
+
+class Saliency(TypedDict):
+    """The saliency of each expert, and how it agrees with the knock-out of each kind; none if there were no knock-outs.
+
+    See `moe.specialization.saliency`.
+    """
+
+    values: Grid
+    rho: dict[str, Correlations]
+
+
+class Prediction(TypedDict):
+    overlap: Number
+    kappa: Number
+
+
+class NextLayer(TypedDict):
+    """What a layer tells about the next one, see `moe.specialization.next_layer`. transitions: (E, E)."""
+
+    transitions: Grid
+    by_choice: Prediction | None
+    by_state: Prediction | None
+
+
+class Similarity(TypedDict):
+    """Cosines of the experts of each layer (L, E, E), see `moe.specialization.geometry.similarities`."""
+
+    outputs: list[Grid]
+    weights: list[Grid] | None
+
+
 class Measured(TypedDict):
     """Everything that is measured on the experts of a run.
 
@@ -186,6 +231,9 @@ class Measured(TypedDict):
     loss_by_k: list[LossAtK]
     landscape: Landscape | None
     embedding: Embedding | None
+    similarity: Similarity
+    saliency: Saliency
+    next_layer: list[NextLayer]
     saturation: list[Agreement]
     churn: list[Change]
     seed_agreement: list[SeedAgreement]
@@ -211,6 +259,12 @@ def check_shapes(measured: Measured) -> None:
         *([("regret", measured["regret"], by_layer)] if measured["regret"] or measured["knockout"] else []),
         *(("seed_agreement", entry["layers"], by_layer) for entry in measured["seed_agreement"]),
     ]
+    pairs = (layers, experts, experts)
+    shapes += [("similarity", table, pairs) for table in measured["similarity"].values() if table is not None]
+    shapes += [("saliency.values", measured["saliency"]["values"], grid)]
+    shapes += [("saliency.rho", entry["layers"], by_layer) for entry in measured["saliency"]["rho"].values()]
+    shapes += [("next_layer", measured["next_layer"], (layers - 1,))]
+    shapes += [("next_layer.transitions", entry["transitions"], pairs[1:]) for entry in measured["next_layer"]]
     found = measured["knockout"]
     for knockout in (found["rerouted"], found["zeroed"]) if found is not None else ():
         for part in (knockout["delta"], knockout["null"], knockout["excess"]):

@@ -42,6 +42,23 @@ def expert_outputs(model: MoEForCausalLM, blocks: Batch, knobs: Knobs) -> Float[
     return torch.stack(vectors).cpu()
 
 
+def similarities(model: MoEForCausalLM, vectors: Float[Tensor, "L E ND"]) -> dict[str, Any]:
+    """Return how similar the experts of each layer are to each other, by cosine: 1 is equal, 0 is unrelated.
+
+    outputs: of `vectors`, from `expert_outputs`: their outputs on the same tokens. This compares what experts do.
+    weights: of the first matrix of each expert, as it is stored. Two experts can do the same with their hidden units in
+        another order, and then look unrelated here. So this tells how far copies of one network have moved apart, as
+        after upcycling, and it can miss the similarity of experts that were drawn at random. None if the matrices are
+        not known, as in imported models.
+    """
+    first = [layer.experts.first for layer in model.moe_layers]
+    known = [
+        torch.nn.functional.normalize(each.detach().flatten(1).float(), dim=-1) for each in first if each is not None
+    ]
+    weights = [(unit @ unit.T).cpu().numpy() for unit in known] if len(known) == len(first) else None
+    return {"outputs": (vectors @ vectors.transpose(1, 2)).numpy(), "weights": weights}
+
+
 def projections(vectors: Float[np.ndarray, "L E F"]) -> dict[str, Any] | None:
     """Return two-dimensional projections of all experts of all layers together.
 

@@ -18,9 +18,10 @@ from moe.runs import traces
 from moe.runs.record import FORMAT, RunRecord, SpecializationRecord, StudySettings
 from moe.specialization import information, stability
 from moe.specialization.experts_per_token import loss_by_k
-from moe.specialization.geometry import expert_outputs, projections
+from moe.specialization.geometry import expert_outputs, projections, similarities
 from moe.specialization.knockout import knockouts
 from moe.specialization.landscape import landscape
+from moe.specialization.next_layer import next_layer
 from moe.specialization.observation import (
     Observation,
     documents_of_blocks,
@@ -32,10 +33,11 @@ from moe.specialization.observation import (
 )
 from moe.specialization.page import text_page, token_page
 from moe.specialization.regret import route_regret
+from moe.specialization.saliency import against_knockouts, saliency
 from moe.specialization.vocabulary import keywords
 from moe.training.setup import model_of_run, observed, prepare_data
 
-STUDY_FORMAT = 3  # Increase it whenever the same model gives different numbers.
+STUDY_FORMAT = 4  # Increase it whenever the same model gives different numbers.
 LANDSCAPE_BLOCKS = 8
 OWN_TEXT = "own_text.html"
 NO_NEXT_TOKEN = -1  # Label of a token that predicts nothing, because its text ends there.
@@ -85,7 +87,10 @@ def study(folder: Path, *, blocks_wanted: int, samples: int, trusted: bool = Fal
         content |= {"loss_by_k": loss_by_k(model, probes, knobs, document=document)}
         some_blocks = slice(None, None, max(1, len(probes.ids) // LANDSCAPE_BLOCKS))
         content |= {"landscape": landscape(model, probes.take(some_blocks), knobs)}
-        content |= {"embedding": projections(expert_outputs(model, probes, knobs).numpy())}
+        content |= {"saliency": against_knockouts(saliency(model, probes, knobs), content["knockout"])}
+        content |= {"next_layer": next_layer(model, seen, knobs, document=document)}
+        vectors = expert_outputs(model, probes, knobs)
+        content |= {"embedding": projections(vectors.numpy()), "similarity": similarities(model, vectors)}
         read = traces.read_traces(folder / "trace")
         content |= {"saturation": stability.saturation(read), "churn": stability.churn(read), "seed_agreement": []}
         measured = content

@@ -56,6 +56,8 @@ def measured(
     knockout: dict[str, Any] = {"delta": interval(beyond + 0.5, reach), "null": interval(zeros + 0.5, reach)}
     knockout |= {"excess": interval(beyond, reach), "domains": [0], "by_domain": zeros[..., None].tolist()}
     knockout |= {"rho": [0.0, 0.0], "rho_excess": [0.0, 0.0]}
+    one = {"rho": 0.5, "low": 0.1, "high": 0.8}
+    rho, hit = {"layers": [one, one], "all": one}, {"overlap": 0.75, "kappa": 0.5}
     regret = {"regret": interval(0.5, reach), "better": interval(0.5, reach), "tokens": 4, "routes": 4, "values": [0.0]}
     differences = {2: interval(0, 0.0)} | {k: interval(mean, reach) for k, mean in (by_k or {}).items()}
     return {
@@ -77,6 +79,9 @@ def measured(
         "loss_by_k": [{"k": k, "loss": interval(3.0), "difference": each} for k, each in sorted(differences.items())],
         "landscape": None,
         "embedding": None,
+        "similarity": {"outputs": np.full((LAYERS, EXPERTS, EXPERTS), 0.3).tolist(), "weights": None},
+        "saliency": {"values": (zeros + 1).tolist(), "rho": dict.fromkeys(("rerouted", "zeroed"), rho)},
+        "next_layer": [{"transitions": np.ones((EXPERTS, EXPERTS)).tolist(), "by_choice": hit, "by_state": None}],
         "saturation": [{"step": 0, "overlap": [1, 1], "kappa": [1, 1], "kappa_shuffled": [1, 1]}],
         "churn": [],
         "seed_agreement": [],

@@ -328,7 +328,7 @@ def test_a_study_writes_its_files_and_is_repeated_only_for_a_changed_model(
     cell: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = (["seed=1"], ["seed=2"], ["router=hash", "seed=1"], ["router=soft_moe", "seed=1"])
-    cells = [cell("model.layers=1", "data.max_val_blocks=12", *overrides) for overrides in settings]
+    cells = [cell("data.max_val_blocks=12", *overrides) for overrides in settings]
     cells = [small_cell._replace(folder=tmp_path / str(number)) for number, small_cell in enumerate(cells)]
     for small_cell in cells:
         run(small_cell)
@@ -350,7 +350,7 @@ def test_a_study_writes_its_files_and_is_repeated_only_for_a_changed_model(
             assert loss["mean"] == pytest.approx(metrics["final_metrics"]["val/loss"], rel=1e-4)
         assert loss["low"] < loss["mean"] < loss["high"]
         assert (loss["blocks"], loss["tokens"]) == (12, 12 * 31)
-    [domain] = first["domain"]
+    domain, _ = first["domain"]
     assert domain["documents"] == first["documents"] == records[0]["val_loss"]["documents"]
     assert domain["p"] >= domain["smallest_p"] > 0
     assert SpecializationRecord.page(cells[0].folder) == cells[0].folder / "tokens.html"
@@ -425,7 +425,8 @@ def test_without_samples_no_other_experts_are_tried_and_the_figures_say_so(cell:
     assert (measured["knockout"], measured["regret"]) == (None, [])
     reasons = {drawn.name: drawn.reason for drawn in specialization_drawings(load_runs([small_cell.folder]))}
     untried = {name for name, reason in reasons.items() if reason == "no other experts were tried (--samples 0)"}
-    assert untried == {"expert_knockouts", "expert_importance", "route_regret"}
+    assert untried == {"expert_knockouts", "expert_importance", "expert_saliency", "route_regret"}
+    assert {reasons[name] for name in ("expert_transitions", "next_layer")} == {"there is no next layer with experts"}
     assert reasons["loss_by_k"] is None or reasons["loss_by_k"] == ""
 
 

@@ -5,13 +5,15 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
-from matplotlib.colors import TwoSlopeNorm
+from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from moe.analysis.figures.style import MARKER_SHAPES, PALETTE, RC
 
 MAX_RUNS, MAX_LAYERS = 4, 6  # rows and columns of panels in a figure that is as wide as a report
 KEYWORDS_SHOWN = 5
+CHANCE = TwoSlopeNorm(1, vmin=0, vmax=3)  # of multiples of chance: white at 1, darkest from 3 on
+COSINE = Normalize(-1, 1)  # white at 0
 
 
 class MeasuredRun(NamedTuple):
@@ -26,19 +28,16 @@ class MeasuredRun(NamedTuple):
 def expert_domains(runs: list[MeasuredRun]) -> Figure:
     """Draw P(expert | domain) as a multiple of an even share; 1 is no preference."""
     names = runs[0].found["domains"]
-    return _heatmaps(
-        runs, "given_domain", _relative_to_even_share, rows=("domain", names), title="share of a domain's assignments"
-    )
+    tables = _even_shares("given_domain")
+    return _heatmaps(runs, tables, rows=("domain", names), title="share of a domain's assignments,\ntimes chance")
 
 
 @matplotlib.rc_context(RC)
 def expert_positions(runs: list[MeasuredRun]) -> Figure:
     """Draw P(expert | decile of the position in the sequence) as a multiple of an even share."""
     names = [str(decile + 1) for decile in range(len(runs[0].found["given_position"][0]))]
-    title = "share of a position's assignments"
-    return _heatmaps(
-        runs, "given_position", _relative_to_even_share, rows=("decile of the position", names), title=title
-    )
+    title = "share of a position's assignments,\ntimes chance"
+    return _heatmaps(runs, _even_shares("given_position"), rows=("decile of the position", names), title=title)
 
 
 @matplotlib.rc_context(RC)
@@ -47,12 +46,44 @@ def expert_coactivation(runs: list[MeasuredRun]) -> Figure:
 
     The runs must have more than one expert per token.
     """
-    names = [str(expert) for expert in range(len(runs[0].found["load"][0]))]
 
-    def to_chance(found: dict[str, Any], layer: int) -> np.ndarray:
-        return to_array(found["coactivation"][layer]) / found["coactivation_chance"][layer]
+    def to_chance(found: dict[str, Any]) -> list[np.ndarray]:
+        chances = zip(found["coactivation"], found["coactivation_chance"], strict=True)
+        return [to_array(table) / chance for table, chance in chances]
 
-    return _heatmaps(runs, "coactivation", to_chance, rows=("expert", names), title="tokens shared with another expert")
+    title = "tokens shared with another expert,\ntimes chance"
+    return _heatmaps(runs, to_chance, rows=("expert", _numbers(runs[0])), title=title)
+
+
+@matplotlib.rc_context(RC)
+def expert_transitions(runs: list[MeasuredRun]) -> Figure:
+    """Draw how often tokens of an expert take each expert of the next layer, as a multiple of chance.
+
+    The runs must have more than one layer.
+    """
+    names = [f"from layer {layer} to {layer + 1}" for layer in range(len(runs[0].found["next_layer"]))]
+    rows, title = ("expert", _numbers(runs[0])), "tokens that go from expert to expert,\ntimes chance"
+    return _heatmaps(
+        runs,
+        lambda found: [to_array(entry["transitions"]) for entry in found["next_layer"]],
+        rows=rows,
+        title=title,
+        columns="expert of the next layer",
+        panels=names,
+    )
+
+
+@matplotlib.rc_context(RC)
+def expert_similarity(runs: list[MeasuredRun], what: str) -> Figure:
+    """Draw the cosines of each two experts of a layer. what: "outputs" on the same tokens, or "weights"."""
+    words = {"outputs": "outputs on the same tokens", "weights": "first matrices, as stored"}[what]
+    return _heatmaps(
+        runs,
+        lambda found: [to_array(table) for table in found["similarity"][what]],
+        rows=("expert", _numbers(runs[0])),
+        title=f"cosine of two experts'\n{words}",
+        norm=COSINE,
+    )
 
 
 @matplotlib.rc_context(RC)
@@ -135,56 +166,70 @@ def expert_keywords(run: MeasuredRun) -> Figure:
     return figure
 
 
-def _relative_to_even_share(found: dict[str, Any], layer: int, name: str) -> np.ndarray:
-    table = to_array(found[name][layer])
-    return table * table.shape[-1]
+def _numbers(run: MeasuredRun) -> list[str]:
+    return [str(expert) for expert in range(len(run.found["load"][0]))]
+
+
+def _even_shares(name: str) -> Callable[[dict[str, Any]], list[np.ndarray]]:
+    """Return the function that gives the tables `found[name]` as multiples of an even share."""
+    return lambda found: [(table := to_array(each)) * table.shape[-1] for each in found[name]]
 
 
 def _heatmaps(
     runs: list[MeasuredRun],
-    name: str,
-    ratio: Callable[..., np.ndarray],
+    tables: Callable[[dict[str, Any]], list[np.ndarray]],
     *,
     rows: tuple[str, list[str]],
     title: str,
+    columns: str = "expert",
+    panels: list[str] | None = None,
+    norm: Normalize = CHANCE,
 ) -> Figure:
-    """Draw `found[name][layer]` as multiples of chance: white at 1, darkest from 3 on; missing cells are gray."""
+    """Draw the `tables` of each run, one for each panel; missing cells are gray.
+
+    rows: the label of the rows, and their names. panels: their titles; None: the layers. norm: of the colors.
+    """
     label, names = rows
-    figure, panels, layers = _grid(runs, height=0.5 + 0.19 * len(names))
-    norm = TwoSlopeNorm(1, vmin=0, vmax=3)
+    figure, axes_of, shown = _grid(runs, height=0.5 + 0.19 * len(names), titles=panels)
     colors = matplotlib.colormaps["RdBu_r"].with_extremes(bad="#b0b0b0")
-    extra = () if name == "coactivation" else (name,)
-    for row, run in zip(panels, runs, strict=False):
-        for axes, layer in zip(row, layers, strict=True):
-            table = ratio(run.found, layer, *extra)
-            image = axes.imshow(np.ma.masked_invalid(table), cmap=colors, norm=norm, aspect="auto")
+    for row, run in zip(axes_of, runs, strict=False):
+        found = tables(run.found)
+        for axes, number in zip(row, shown, strict=True):
+            image = axes.imshow(np.ma.masked_invalid(found[number]), cmap=colors, norm=norm, aspect="auto")
             if axes is row[0]:  # the other panels of the row share this axis
                 axes.set_yticks(range(len(names)), names)
-            axes.set_xticks(range(table.shape[-1]) if table.shape[-1] <= 16 else [])
+            axes.set_xticks(range(found[number].shape[-1]) if found[number].shape[-1] <= 16 else [])
             axes.tick_params(labelsize=7)
             axes.grid(visible=False)
-    figure.supxlabel("expert", fontsize="medium")
+    figure.supxlabel(columns, fontsize="medium")
     figure.supylabel(label, fontsize="medium")
-    shrink = min(1, 2 / len(panels) + 0.3)
-    bar = figure.colorbar(image, ax=panels, extend="max", label=f"{title},\ntimes chance", shrink=shrink)
-    bar.set_ticks([0, 0.5, 1, 2, 3], labels=["0", "0.5", "1", "2", "3"])
+    shrink = min(1, 2 / len(axes_of) + 0.3)
+    bar = figure.colorbar(image, ax=axes_of, extend="max" if norm is CHANCE else "neither", label=title, shrink=shrink)
+    ticks = [0, 0.5, 1, 2, 3] if norm is CHANCE else [-1, -0.5, 0, 0.5, 1]
+    bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
     return figure
 
 
-def _grid(runs: list[MeasuredRun], *, height: float) -> tuple[Figure, np.ndarray, list[int]]:
-    """Return panels with titles for the first runs and for some layers; a title says how many runs are left out."""
-    layers = _evenly_spaced(len(runs[0].found["load"]), MAX_LAYERS)
+def _grid(
+    runs: list[MeasuredRun], *, height: float, titles: list[str] | None = None
+) -> tuple[Figure, np.ndarray, list[int]]:
+    """Return panels with titles for the first runs, and which of the `titles` are shown; None: those of the layers.
+
+    A title says how many runs are left out.
+    """
+    titles = titles or [f"layer {layer}" for layer in range(len(runs[0].found["load"]))]
+    numbers = _evenly_spaced(len(titles), MAX_LAYERS)
     shown = runs[:MAX_RUNS]
     figure = Figure(figsize=(10.4, 1.2 + height * len(shown)), layout="constrained")
-    panels = figure.subplots(len(shown), len(layers), squeeze=False, sharey="row")
+    panels = figure.subplots(len(shown), len(numbers), squeeze=False, sharey="row")
     for row, run in zip(panels, shown, strict=True):
-        for axes, layer in zip(row, layers, strict=True):
-            axes.set_title(f"layer {layer}", fontsize="small")
-        row[0].set_title(f"{_name(run)}\nlayer {layers[0]}", fontsize="small", loc="left")
+        for axes, number in zip(row, numbers, strict=True):
+            axes.set_title(titles[number], fontsize="small")
+        row[0].set_title(f"{_name(run)}\n{titles[numbers[0]]}", fontsize="small", loc="left")
         row[0].set_title("", fontsize="small")
     if len(runs) > len(shown):
         figure.suptitle(f"the first {len(shown)} of {len(runs)} conditions", fontsize="medium")
-    return figure, panels, layers
+    return figure, panels, numbers
 
 
 def _evenly_spaced(count: int, most: int) -> list[int]:

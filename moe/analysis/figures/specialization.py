@@ -58,6 +58,8 @@ def _drawings(measured: list[MeasuredRun], first: list[MeasuredRun]) -> Iterator
     tried = [run for run in measured if run.found["knockout"]]
     caption = "Rise of the loss without an expert against the expert's load."
     yield drawing("expert_importance", caption, by_condition.expert_importance(tried) if tried else UNTRIED)
+    caption = "Rise of the loss without an expert against its saliency, the mean of gate x norm of its output (REAP)."
+    yield drawing("expert_saliency", caption, by_condition.expert_saliency(tried) if tried else UNTRIED)
     caption = "How much lower the loss of a token would have been on the best of some sampled routes."
     yield drawing("route_regret", caption, by_condition.regret_by_route(tried) if tried else UNTRIED)
     several = [run for run in measured if len(run.found["loss_by_k"]) > 1]
@@ -78,6 +80,19 @@ def _drawings(measured: list[MeasuredRun], first: list[MeasuredRun]) -> Iterator
     caption = "How often two experts get the same token, relative to chance."
     result = expert_grids.expert_coactivation(several) if several else "no token has more than one expert"
     yield drawing("expert_coactivation", caption, result)
+    following = first[0].found["next_layer"]
+    caption = "How often tokens of an expert take each expert of the next layer, relative to chance."
+    result = expert_grids.expert_transitions(first) if following else "there is no next layer with experts"
+    yield drawing("expert_transitions", caption, result)
+    caption = "How well the experts of the next layer are predicted, from the experts here and from the hidden state."
+    result = by_condition.next_layer(measured) if following else "there is no next layer with experts"
+    yield drawing("next_layer", caption, result)
+    caption = "Cosine of the outputs of each two experts on the same tokens."
+    yield drawing("expert_similarity", caption, expert_grids.expert_similarity(first, "outputs"))
+    caption = "Cosine of the first matrices of each two experts. It misses experts that differ in the order of units."
+    known = [run for run in first if run.found["similarity"]["weights"]]
+    result = expert_grids.expert_similarity(known, "weights") if known else "the layout of the weights is not known"
+    yield drawing("expert_weights", caption, result)
 
 
 def measured_runs(runs: pd.DataFrame) -> tuple[list[MeasuredRun], str]:

@@ -4,6 +4,7 @@ Every seed is a point. Intervals are 95 % t intervals of the mean over seeds.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import matplotlib
@@ -17,6 +18,7 @@ from moe.analysis.figures.style import RC, interval_reach, label_layers, line_st
 from moe.analysis.statistics import with_intervals
 from moe.results.conditions import summary
 
+REMOVALS = {"rerouted": "its tokens rerouted", "zeroed": "its output zeroed"}
 SEEDS_TITLE = "small: one seed; large: mean over n seeds and its 95 % t interval; "
 
 
@@ -69,8 +71,7 @@ def expert_importance(runs: list[MeasuredRun]) -> Figure:
     """Draw the rise of the loss without an expert against the expert's load. The legend gives the rank correlation."""
     figure = Figure(figsize=(10.4, 4.8), layout="constrained")
     panels = figure.subplots(1, 2)
-    methods = {"rerouted": "its tokens rerouted", "zeroed": "its output zeroed"}
-    for axes, (method, words) in zip(panels, methods.items(), strict=True):
+    for axes, (method, words) in zip(panels, REMOVALS.items(), strict=True):
         for style, name, members in _by_condition(runs):
             found = [run.found["knockout"][method] for run in members]
             load = np.concatenate([np.ravel(run.found["load"]) for run in members]) * len(members[0].found["load"][0])
@@ -87,6 +88,50 @@ def expert_importance(runs: list[MeasuredRun]) -> Figure:
         fontsize="small",
     )
     return figure
+
+
+@matplotlib.rc_context(RC)
+def expert_saliency(runs: list[MeasuredRun]) -> Figure:
+    """Draw the rise of the loss without an expert against its saliency. The legend gives the rank correlation."""
+    figure = Figure(figsize=(10.4, 4.8), layout="constrained")
+    for axes, (method, words) in zip(figure.subplots(1, 2), REMOVALS.items(), strict=True):
+        for style, name, members in _by_condition(runs):
+            saliency = np.concatenate([_relative(run.found["saliency"]["values"]).ravel() for run in members])
+            rises = [to_array(run.found["knockout"][method]["delta"]["mean"]).ravel() for run in members]
+            rho = _mean([[run.found["saliency"]["rho"][method]["all"]["rho"]] for run in members])
+            label = f"{name} (n={len(members)}): mean ρ {rho:.2f}"
+            points = {"s": 16, "alpha": 0.6, "color": style["color"], "marker": style["marker"]}
+            axes.scatter(saliency, np.concatenate(rises), label=label, **points)
+        axes.axhline(0, color="black", linewidth=0.6)
+        axes.set(xlabel="saliency of the expert / mean of its layer", ylabel=f"rise of the loss, {words} (nats)")
+        handles, labels = axes.get_legend_handles_labels()
+        axes.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.14), fontsize="x-small")
+    note = "a point: an expert of a layer of a run; ρ: Spearman's within layers, joined over layers, mean over runs"
+    figure.supxlabel(note, fontsize="small")
+    return figure
+
+
+def _relative(saliency: Any) -> np.ndarray:
+    """Return the saliency of each expert divided by the mean of its layer."""
+    values = to_array(saliency)
+    return values / np.nanmean(values, axis=1, keepdims=True)
+
+
+@matplotlib.rc_context(RC)
+def next_layer(runs: list[MeasuredRun]) -> Figure:
+    """Draw by layer how well the experts of the next layer are predicted beyond chance, in two ways."""
+    figure = Figure(figsize=(10.4, 4.6), layout="constrained")
+    panels = zip(figure.subplots(1, 2, sharey=True), ("by_choice", "by_state"), strict=True)
+    words = {"by_choice": "from the experts here", "by_state": "from the hidden state here,\nby the next router"}
+    for axes, way in panels:
+        _draw_by_layer(axes, runs, partial(_predicted, way=way))
+        axes.set_ylabel(f"agreement with the next layer (κ),\n{words[way]}")
+    shared_legend(figure, f"{_seeds_title(runs)}κ = 1: always right; κ = 0: as after shuffling the tokens")
+    return figure
+
+
+def _predicted(found: dict[str, Any], way: str) -> list[float | None]:
+    return [_get(entry[way], "kappa") for entry in found["next_layer"]]
 
 
 @matplotlib.rc_context(RC)

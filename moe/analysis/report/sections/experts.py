@@ -4,6 +4,7 @@
 runs.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -62,10 +63,30 @@ def experts_by_layer(runs: list[MeasuredRun]) -> pd.DataFrame:
                 top = int(np.argmax(np.nan_to_num(_array(parts["excess"]["mean"])[layer], nan=-np.inf)))
                 row |= {"missed most": top, "rise": parts["delta"]["mean"][layer][top]}
                 row |= {f"rise beyond random{_end(end)}": parts["excess"][end][layer][top] for end in _ENDS}
+                rho = run.found["saliency"]["rho"]["rerouted"]["layers"][layer]
+                row |= {"saliency": rho["rho"], "saliency low": rho["low"], "saliency high": rho["high"]}
             if run.found["regret"]:
                 advantage = run.found["regret"][layer]["advantage"]
                 row |= {f"other routes{_end(end)}": advantage[end] for end in _ENDS}
+            if following := run.found["next_layer"]:
+                after = following[layer] if layer < len(following) else {"by_choice": None, "by_state": None}
+                row |= {"next by experts": _number(after["by_choice"], "kappa")}
+                row |= {"next by state": _number(after["by_state"], "kappa")}
             rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def pairs_of_experts(runs: list[MeasuredRun]) -> pd.DataFrame:
+    """Return a row for each two experts of each layer of each run: the cosines of their outputs and weights."""
+    rows = []
+    for run in runs:
+        outputs, weights = (run.found["similarity"][name] for name in ("outputs", "weights"))
+        for layer, table in enumerate(outputs):
+            for expert, other in itertools.combinations(range(len(table)), 2):
+                row: dict[str, Any] = {"condition": run.condition, "seed": run.seed, "layer": layer}
+                row |= {"expert": expert, "other expert": other, "cosine of outputs": table[expert][other]}
+                row |= {"cosine of weights": weights and weights[layer][expert][other]}
+                rows.append(row)
     return pd.DataFrame(rows)
 
 

@@ -20,7 +20,7 @@ from moe.analysis.report.blocks import (
     long_list,
 )
 from moe.analysis.report.inputs import NOT_TRAINED, ReportInputs
-from moe.analysis.report.sections.experts import experts_by_layer
+from moe.analysis.report.sections.experts import experts_by_layer, pairs_of_experts
 from moe.runs.record import SpecializationRecord
 
 TOKENS_EXPLAINED = """\
@@ -43,7 +43,22 @@ EXPERTS_BY_LAYER = [
         "mean loss of a token with other experts minus that with the chosen ones, in nats; `low` and "
         "`high` are its 95 % interval over documents",
     ),
+    (
+        "saliency",
+        "Spearman's correlation, over the experts of the layer, of their saliency (mean of gate x norm of the output, "
+        "REAP) and the rise of the loss without them; `low` and `high` are its 95 % interval over experts",
+    ),
+    (
+        "next by experts",
+        "how well a token's experts here predict its experts in the next layer, beyond chance: κ is 1 if always right, "
+        "and 0 for shuffled tokens",
+    ),
+    (
+        "next by state",
+        "the same where the next router chooses one layer too early, for the hidden state that the router here gets",
+    ),
 ]
+PAIRS = "the similarity of each two experts of a layer"
 EVERYTHING_MEASURED = "this table. Everything that was measured is in specialization.json in the folder of a run."
 
 
@@ -55,12 +70,14 @@ def routing_by_layer(inputs: ReportInputs) -> Iterator[ReportBlock]:
 def expert_specialization(inputs: ReportInputs) -> Iterator[ReportBlock]:
     """Yield figures of the experts from the files that `python -m moe.specialization` wrote into the run folders."""
     yield from figure_section("What the experts prefer", specialization_drawings(inputs.runs))
-    table = experts_by_layer(measured_runs(inputs.runs)[0])
+    measured = measured_runs(inputs.runs)[0]
+    table = experts_by_layer(measured)
     if len(table):
         yield Heading("Experts by layer", level=3)
         yield Details("What the columns mean", [Facts([each for each in EXPERTS_BY_LAYER if each[0] in table])])
         yield TableBlock(table)
         yield csv_file("experts_by_layer", table, EVERYTHING_MEASURED)
+        yield csv_file("pairs_of_experts", pairs_of_experts(measured), PAIRS)
     folders = inputs.runs.loc[inputs.runs["status"] == "finished", "folder"].drop_duplicates()
     pages = [f"`{page}`" for folder in folders if (page := SpecializationRecord.page(Path(folder))) is not None]
     if pages:

@@ -1,0 +1,79 @@
+"""Compare a cheap saliency of experts, by which they are pruned, with what the loss says when they are removed."""
+
+import math
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moe.data.blocks import Batch
+from moe.model.causal_lm import MoEForCausalLM
+from moe.model.layer import MoELayer
+from moe.routing.decision import Knobs, Routing, count
+from moe.specialization.interventions import intervene
+from moe.specialization.knockout import rank_correlation
+from moe.specialization.observation import BLOCKS_PER_PASS
+
+NORMAL = 1.959964  # 97.5 % quantile of the normal distribution
+
+
+@torch.no_grad()
+def saliency(model: MoEForCausalLM, blocks: Batch, knobs: Knobs) -> Float[np.ndarray, "L E"]:
+    """Return the saliency of each expert (REAP 2510.13999): the mean of gate x ‖output‖₂ over the tokens that take it.
+
+    The gate is the weight with which the layer multiplies the output. NaN for an expert without tokens.
+    """
+    layers = [*model.moe_layers]
+    sums = torch.zeros(2, len(layers), model.config.num_experts, dtype=torch.float64, device=model.device)
+
+    def add(routing: Routing, x: Tensor, *, layer: MoELayer, number: int) -> Routing:
+        order = routing.expert.argsort(stable=True)
+        rows = x[routing.token[order]].to(next(layer.experts.parameters()).dtype)
+        norms = layer.experts(rows, count(routing.expert, sums.shape[-1])).float().norm(dim=-1)
+        values = torch.stack([routing.weight[order] * norms, torch.ones_like(norms)]).double()
+        sums[:, number].index_add_(1, routing.expert[order], values)
+        return routing
+
+    with ExitStack() as stack:
+        for number, layer in enumerate(layers):
+            stack.enter_context(intervene(layer, partial(add, layer=layer, number=number)))
+        for part in blocks.to(model.device).split(BLOCKS_PER_PASS):
+            model(**part.inputs, knobs=knobs)
+    total, tokens = sums.cpu().numpy()
+    return np.divide(total, tokens, out=np.full(total.shape, np.nan), where=tokens > 0)
+
+
+def against_knockouts(values: Float[np.ndarray, "L E"], knockouts: dict[str, dict[str, Any]] | None) -> dict[str, Any]:
+    """Return the saliency, and how it ranks experts compared with the rise of the loss without each of them.
+
+    values: from `saliency`. rho: for each kind of removal, `agreement` of saliency and rise by layer, and over layers.
+        Empty if no expert was removed.
+    """
+    rho = {}
+    for name, found in (knockouts or {}).items():
+        pairs = [(a[(used := ~np.isnan(a))], b[used]) for a, b in zip(values, found["delta"]["mean"], strict=True)]
+        rho[name] = {"layers": [agreement([pair]) for pair in pairs], "all": agreement(pairs)}
+    return {"values": values, "rho": rho}
+
+
+def agreement(pairs: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
+    """Return Spearman's rho within layers, joined over layers, and its 95 % interval over experts.
+
+    pairs: for each layer two values of its experts. The interval is that of Fisher's z, whose variance for Spearman's
+    rho of n experts is about 1.06 / (n - 3) (Fieller, Hartley and Pearson 1957). Layers are joined by the mean of z
+    with the weights n - 3. It tells what other experts like these would show, and nothing about other seeds. Values
+    that are themselves uncertain, as a rise of the loss is, bring rho closer to 0. NaN below four experts.
+    """
+    rhos = [(rank_correlation(a, b), len(a) - 3) for a, b in pairs]
+    known = [(rho, weight) for rho, weight in rhos if weight > 0 and math.isfinite(rho)]
+    if not known:
+        return dict.fromkeys(("rho", "low", "high"), math.nan)
+    weights = np.array([weight for _, weight in known])
+    z = np.average(np.arctanh(np.clip([rho for rho, _ in known], -1 + 1e-9, 1 - 1e-9)), weights=weights)
+    reach = NORMAL * math.sqrt(1.06 / weights.sum())
+    rho, low, high = np.tanh([z, z - reach, z + reach]).tolist()
+    return {"rho": rho, "low": low, "high": high}
