@@ -91,7 +91,9 @@ def sections(cells: list[Cell]) -> dict[str, list[Panel]]:
 def _absent(configs: list[Config]) -> set[str]:
     """Return the metrics that no run has because it trains on all domains, or freezes routers or experts."""
     split = any(config.data.train_domains is not None for config in configs)
-    absent = set() if split else {"val/loss_in_domain", "val/loss_out_of_domain"}
+    absent = set() if split else {f"{text}/loss_{part}_domain" for text in ("val", "test") for part in ("in", "out_of")}
+    if not any(config.data.test_percent for config in configs):
+        absent |= {metric.name for metric in select(group="test")}
     frozen = [part for part in ("router", "experts") if not any(c.trains.may_train(part) for c in configs)]
     return absent | {f"{kind}/{part}" for part in frozen for kind in ("grad_norm", "update")}
 

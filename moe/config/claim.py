@@ -56,7 +56,7 @@ class ClaimConfig:
         `moe.launch.claims` checks metric and levels, which depend on the runs.
         """
         one_of(f"{key}.kind", self.kind, KINDS)
-        one_of(f"{key}.metric", self.metric.split("/")[0], ("val", "val_capacity", "routing", "train", "time"))
+        one_of(f"{key}.metric", self.metric.split("/")[0], ("val", "test", "val_capacity", "routing", "train", "time"))
         for place, text in (("text", self.text), ("source", self.source)):
             require(bool(text.strip()), f"{key}.{place}", text, "not empty")
         for factor in (self.factor, *self.within):

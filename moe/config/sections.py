@@ -27,6 +27,8 @@ class DataConfig:
     train_domains: list[str] | None = None  # domains whose text trains, all validate; null: all
     val_percent: int = 10  # percent of the characters of each domain that are used for validation
     max_val_blocks: int | None = None  # most validation blocks, evenly spaced; null, or more than there are: all
+    test_percent: int = 10  # percent of the characters of each domain for the test at the end of a run; 0: no test
+    max_test_blocks: int | None = None  # most test blocks, evenly spaced; null: max_val_blocks
     cache: str = MISSING  # folder that keeps the tokenized text for later runs
 
     def check(self) -> None:
@@ -36,6 +38,8 @@ class DataConfig:
             seq_len=self.seq_len,
             val_percent=self.val_percent,
             max_val_blocks=self.max_val_blocks,
+            test_percent=self.test_percent,
+            max_test_blocks=self.max_test_blocks,
         )
         pin, tokenizer = self.tokenizer_revision, self.tokenizer
         allowed = f"null, because data.tokenizer={tokenizer} is not on the hub"

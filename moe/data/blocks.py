@@ -8,9 +8,8 @@ validation set, and the batch of a step needs no state.
 import hashlib
 import json
 import logging
-import re
 import shutil
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import lru_cache
@@ -33,12 +32,13 @@ from moe.data.labels import IGNORED, next_token
 from moe.data.limits import check_limits, check_train_domains
 from moe.data.packing import Blocks, concatenate, pack
 from moe.data.sources import DUPLICATES, Document, DuplicateFilter, Source, checksums
+from moe.data.split import Corpus, divide
 from moe.data.tokenizer import pretrained_tokenizer, tokenizer_files, train_bpe
 from moe.files import LinkError, apply_umask, read_text, sha256, shown, sync, walk
 
 log = logging.getLogger(__name__)
 
-CACHE_FORMAT = 5  # Increase it whenever the same arguments give different blocks or different files.
+CACHE_FORMAT = 6  # Increase it whenever the same arguments give different blocks or different files.
 
 
 SHUFFLE = 7  # the seed of shuffled domains, the same for all runs
@@ -47,15 +47,15 @@ SHUFFLE = 7  # the seed of shuffled domains, the same for all runs
 class Prepared(NamedTuple):
     """Token blocks of one corpus.
 
-    train, val: data sets with the columns input_ids (seq_len) and domain (an index into `domains`). All tokens of a
+    train, val, test: data sets with the columns input_ids (seq_len) and domain (an index into `domains`). All tokens of a
         block are of one domain. Blocks of conversations also have the columns labels and position_ids (seq_len); see
         `Batch`.
-    val: has the column document too, a number for each source file (`Document.group`); a conversation is a source file
-        of its own. A block has the number of the document of its first token. Blocks with the same number are not
-        statistically independent.
+    val, test: have the column document too, a number for each source file (`Document.group`); a conversation is a
+        source file of its own. A block has the number of the document of its first token. Blocks with the same number
+        are not statistically independent. test is None without test text.
     manifest: counts, licenses, package versions and checksums of everything that the blocks were made from. `left_out`
-        counts the documents that were left out, by reason. `split` is "by source file", or "by position" if no domain
-        has two source files; validation text then comes from the same file as training text.
+        counts the documents that were left out, by reason. `split` and `test_split` say how validation and test text
+        were chosen, see `moe.data.split.Splits`.
     """
 
     train: datasets.Dataset
@@ -63,17 +63,19 @@ class Prepared(NamedTuple):
     domains: tuple[str, ...]
     tokenizer: PreTrainedTokenizerFast
     manifest: dict[str, Any]
+    test: datasets.Dataset | None = None
 
     @property
     def digests(self) -> dict[str, str]:
-        """Return the sha256 of the text and of the tokenizer. Together with the configuration they determine the
-        blocks."""
-        return {name: self.manifest[name] for name in ("corpus_sha256", "tokenizer_sha256")}
+        """Return the sha256 of the text, of the tokenizer and of the test text (null without one).
 
-    @property
-    def val_bytes(self) -> tuple[int, ...]:
-        """Return for each domain the bytes (UTF-8) of the validation text that a model predicts."""
-        return tuple(counts["val"]["predicted_bytes"] for counts in self.manifest["domains"].values())
+        Together with the configuration they determine the blocks.
+        """
+        return {name: self.manifest[name] for name in ("corpus_sha256", "tokenizer_sha256", "test_sha256")}
+
+    def predicted_bytes(self, split: str) -> tuple[int, ...]:
+        """Return for each domain the bytes (UTF-8) of the text that a model predicts in the split val or test."""
+        return tuple(counts[split]["predicted_bytes"] for counts in self.manifest["domains"].values())
 
 
 def prepare(
@@ -84,6 +86,8 @@ def prepare(
     seq_len: int,
     val_percent: int,
     max_val_blocks: int | None,
+    test_percent: int = 0,
+    max_test_blocks: int | None = None,
     cache: str,
     make: bool = True,
     tokenizer_revision: str | None = None,
@@ -95,6 +99,8 @@ def prepare(
     tokenizer_revision: commit of a tokenizer on the hub; None is the newest one.
     val_percent: share of the characters of each domain to validate on, as whole source files chosen by hash.
     max_val_blocks: keep this many evenly spaced validation blocks; the domains keep their shares.
+    test_percent, max_test_blocks: the same for the test, see `moe.data.split.divide`. 0 percent is no test text, and
+        None is `max_val_blocks`.
 
     If several processes prepare the same data at once, one makes it and the others wait. A damaged cache is made again.
     A complete one may be read-only.
@@ -102,6 +108,7 @@ def prepare(
     that are not in the cache.
     """
     blocks: dict[str, Any] = {"seq_len": seq_len, "val_percent": val_percent, "max_val_blocks": max_val_blocks}
+    blocks |= {"test_percent": test_percent, "max_test_blocks": max_test_blocks or max_val_blocks}
     check_limits(tokenizer=tokenizer, vocab_size=vocab_size, **blocks)
     recipe: dict[str, Any] = {
         "format": CACHE_FORMAT,
@@ -147,7 +154,7 @@ def prepare(
 
 
 def of_domains(data: Prepared, names: Sequence[str]) -> Prepared:
-    """Return the data with the training text of these domains alone. Validation text and tokenizer stay.
+    """Return the data with the training text of these domains alone. Validation and test text and tokenizer stay.
 
     The counts of the other domains in the manifest become 0. Raises ConfigError for a domain that the data do not have,
     and if no training block remains.
@@ -265,74 +272,76 @@ def _build(
     seq_len: int,
     val_percent: int,
     max_val_blocks: int | None,
+    test_percent: int,
+    max_test_blocks: int | None,
 ) -> dict[str, Any]:
-    """Write the folders tokenizer, train and val; return their entries of the manifest."""
+    """Write the folders tokenizer, train, val and, if there is test text, test; return their manifest entries."""
     datasets.disable_progress_bars()  # this module has its own, which end with what they count
-    corpus, left_out = _read(source)
-    splits = {domain: _split(documents, val_percent) for domain, documents in corpus.items()}
-    by_position = not any(val for _, val in splits.values())
-    if by_position:
-        splits = {domain: _split_by_position(documents, val_percent) for domain, documents in corpus.items()}
-        log.warning(
-            "no domain has two source files: the last %d %% of the characters of each are used for validation, "
-            "so validation text comes from the same file as training text",
-            val_percent,
-        )
-    for domain, (_, documents) in splits.items():
-        if not documents:
-            log.warning("domain %s has only one source file: it is used for training, and none for validation", domain)
-    train, val = ({domain: parts[number] for domain, parts in splits.items()} for number in (0, 1))
-
+    corpus, beyond, left_out = _read(source, test_percent)
+    splits = divide(corpus, beyond, val_percent=val_percent, test_percent=test_percent)
     if vocab_size is not None:
-        fast = train_bpe([document.text for documents in train.values() for document in documents], vocab_size)
+        fast = train_bpe([document.text for document in _all(splits.train)], vocab_size)
     else:
         fast = pretrained_tokenizer(tokenizer, tokenizer_revision)
     make_blocks = concatenate
-    if any(document.turns for documents in corpus.values() for document in documents):
+    if any(document.turns for document in _all(corpus)):
         set_template(fast)
         make_blocks = pack
     fast.save_pretrained(folder / "tokenizer")
 
     counts: dict[str, Any] = {domain: {"sha256": _digest(documents)} for domain, documents in corpus.items()}
-    for name, split, max_blocks in (("train", train, None), ("val", val, max_val_blocks)):
+    parts = [("train", splits.train, None), ("val", splits.val, max_val_blocks)]
+    if test_percent:
+        parts.append(("test", splits.test, max_test_blocks))
+    for name, split, max_blocks in parts:
         blocks = {
             domain: make_blocks(documents, fast, seq_len, f"tokenize {name} {domain}")
             for domain, documents in split.items()
         }
-        dataset = _dataset(list(blocks.values()), max_blocks, with_document=name == "val")
+        dataset = _dataset(list(blocks.values()), max_blocks, with_document=name != "train")
         if not len(dataset):
-            raise ValueError(f"data.seq_len={seq_len}: no {name} block is that long; give more or longer documents")
+            without = ", or data.test_percent=0" if name == "test" else ""
+            raise ValueError(
+                f"data.seq_len={seq_len}: no {name} block is that long; give more or longer documents{without}"
+            )
         _refuse_padding(dataset.with_format("numpy"), fast, name)
         dataset.save_to_disk(folder / name)
         for domain, counted in _counts(split, blocks, np.asarray(dataset["domain"])).items():
             counts[domain][name] = counted
-        if name == "val":
+        if name != "train":
             lengths = _predicted_bytes(dataset.with_format("numpy"), fast, len(counts))
             for domain, length in zip(counts, lengths, strict=True):
                 counts[domain][name]["predicted_bytes"] = length
     return {
-        "corpus_sha256": _digest(document for documents in corpus.values() for document in documents),
+        "corpus_sha256": _digest(_all(corpus)),
+        "test_sha256": _digest(_all(splits.test)) if test_percent else None,
         "tokenizer_sha256": sha256(folder / "tokenizer" / "tokenizer.json"),
         "domains": counts,
         "left_out": left_out,
-        "split": "by position" if by_position else "by source file",
+        "split": splits.rule,
+        "test_split": splits.test_rule,
     }
 
 
-def _read(source: Source) -> tuple[dict[str, list[Document]], dict[str, int]]:
-    """Return all documents of a source by domain, and the number of those that it left out, by reason.
+def _all(corpus: Corpus) -> Iterator[Document]:
+    return chain.from_iterable(corpus.values())
+
+
+def _read(source: Source, test_percent: int) -> tuple[Corpus, Corpus, dict[str, int]]:
+    """Return the documents of a source within its limit and beyond it, and the number of those left out, by reason.
 
     Raises ValueError if there are none.
     """
     left_out: dict[str, int] = {}
 
     def documents() -> Iterator[Document]:
-        found: Any = source.documents()
+        reserves = test_percent and hasattr(source, "with_test")
+        found: Any = source.with_test(test_percent) if reserves else source.documents()  # type: ignore[attr-defined]
         left_out.update((yield from found) or {})
 
-    corpus: dict[str, list[Document]] = defaultdict(list)
+    corpus, beyond = defaultdict[str, list[Document]](list), defaultdict[str, list[Document]](list)
     for document in tqdm(documents(), "read", unit=" documents", leave=False, disable=None):
-        corpus[document.domain].append(document)
+        (beyond if document.beyond else corpus)[document.domain].append(document)
     counts = ", ".join(f"{number} {reason}" for reason, number in left_out.items() if number)
     if not corpus:
         place, value = next(iter(vars(source).items()), ("_target_", type(source).__name__))
@@ -341,10 +350,9 @@ def _read(source: Source) -> tuple[dict[str, list[Document]], dict[str, int]]:
         raise ValueError(f"data.source.{place}={value}: must have text, but yields no documents{left}")
     if counts:
         rule = f"; {DuplicateFilter.RULE}" if left_out.get(DUPLICATES) else ""
-        log.info(
-            "left out: %s, of %d documents%s", counts, sum(left_out.values()) + sum(map(len, corpus.values())), rule
-        )
-    return corpus, left_out
+        read = sum(len(documents) for part in (corpus, beyond) for documents in part.values())
+        log.info("left out: %s, of %d documents%s", counts, sum(left_out.values()) + read, rule)
+    return corpus, beyond, left_out
 
 
 def _counts(
@@ -360,49 +368,6 @@ def _counts(
         }
         for number, (domain, documents) in enumerate(split.items())
     }
-
-
-def _split(documents: list[Document], val_percent: int) -> tuple[list[Document], list[Document]]:
-    """Split the documents of one domain into train and val. Neither is empty if there are two source files or more.
-
-    Source files are visited in the order of a hash. Each goes to val if it still fits into `val_percent` of the
-    characters. A file that is too large is skipped, because it could otherwise fill most of val. If no file fits, the
-    smallest one goes to val.
-    """
-    chars: Counter[str] = Counter()
-    for document in documents:
-        chars[document.group] += len(document.text)
-    val, val_chars = set(), 0
-    for group in sorted(chars, key=lambda group: hashlib.sha256(f"{documents[0].domain}/{group}".encode()).digest()):
-        if 100 * (val_chars + chars[group]) <= val_percent * chars.total():
-            val.add(group)
-            val_chars += chars[group]
-    if not val and len(chars) > 1:
-        val = {min(chars, key=lambda group: (chars[group], group))}
-    train = [document for document in documents if document.group not in val]
-    return train, [document for document in documents if document.group in val]
-
-
-def _split_by_position(documents: list[Document], val_percent: int) -> tuple[list[Document], list[Document]]:
-    """Split the text of one source file into its beginning, for train, and its last `val_percent` of characters.
-
-    The document that holds the border is cut at the next white space. A conversation is not cut.
-    """
-    remaining = sum(len(document.text) for document in documents) * (100 - val_percent) // 100
-    train, val = list[Document](), list[Document]()
-    for document in documents:
-        size = len(document.text)
-        if size <= remaining or document.turns:
-            train.append(document)
-        elif remaining <= 0:
-            val.append(document)
-        else:
-            space = re.compile(r"\s").search(document.text, remaining)
-            border = space.end() if space else remaining
-            train.append(document._replace(text=document.text[:border]))
-            val.append(document._replace(text=document.text[border:]))
-        remaining -= size
-    return train, [document for document in val if document.text]
 
 
 def _dataset(domains: list[Blocks], max_blocks: int | None, *, with_document: bool) -> datasets.Dataset:
@@ -422,15 +387,15 @@ def _dataset(domains: list[Blocks], max_blocks: int | None, *, with_document: bo
     return datasets.Dataset.from_dict(columns, features=features)
 
 
-def _predicted_bytes(val: datasets.Dataset, tokenizer: PreTrainedTokenizerFast, domains: int) -> list[int]:
-    """Return for each domain the length of the validation text that a model predicts, in bytes of UTF-8.
+def _predicted_bytes(data: datasets.Dataset, tokenizer: PreTrainedTokenizerFast, domains: int) -> list[int]:
+    """Return for each domain the length of the text that a model predicts, in bytes of UTF-8.
 
     It is the text of all tokens that are the target of a prediction, as the tokenizer decodes them. Tokens that stand
     for no text, such as the end of a document, have a length of 0.
     """
     lengths = [0] * domains
-    for first in range(0, len(val), 256):
-        blocks = batch(val, range(first, min(first + 256, len(val))))
+    for first in range(0, len(data), 256):
+        blocks = batch(data, range(first, min(first + 256, len(data))))
         targets = [row[row != IGNORED].tolist() for row in next_token(blocks.labels)]
         texts = tokenizer.batch_decode(targets, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         for domain, text in zip(blocks.domain.tolist(), texts, strict=True):
@@ -502,6 +467,7 @@ def _intact(folder: Path) -> bool:
 
 def _load(folder: Path) -> Prepared:
     manifest = json.loads(read_text(folder / "manifest.json"))
-    train, val = (datasets.load_from_disk(folder / name).with_format("numpy") for name in ("train", "val"))
+    names = ["train", "val", *(["test"] if manifest["test_sha256"] else [])]
+    splits = {name: datasets.load_from_disk(folder / name).with_format("numpy") for name in names}
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
-    return Prepared(train, val, tuple(manifest["domains"]), tokenizer, manifest)
+    return Prepared(**splits, domains=tuple(manifest["domains"]), tokenizer=tokenizer, manifest=manifest)

@@ -8,6 +8,7 @@ import ast
 import gzip
 import inspect
 import json
+import math
 import os
 import platform
 import re
@@ -19,7 +20,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from importlib import metadata, util
-from itertools import groupby, zip_longest
+from itertools import chain, groupby, zip_longest
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -27,6 +28,7 @@ from moe.data.sources import DUPLICATES, Document, DuplicateFilter, Turn, withou
 
 MIN_CHARS, MIN_DOCSTRING_CHARS = 200, 400  # Shorter texts are skipped.
 SPEECH_CHARS = 8000  # Speeches are cut into pieces of about this length.
+TEST_CHARS = 10_000  # Longer texts are no test text, because one of them could be most of it.
 
 
 def _shuffle_key(name: str) -> bytes:
@@ -233,20 +235,31 @@ class Embedded:
 
     def documents(self) -> Generator[Document, None, dict[str, int]]:
         """Yield NFC-normalized documents, domain by domain in the order of `DOMAINS`, without duplicates."""
+        return self.with_test(0)
+
+    def with_test(self, percent: int) -> Generator[Document, None, dict[str, int]]:
+        """Yield the documents of all domains, and then for the test those that follow in each.
+
+        These are of other source files than the documents before them, and at least `percent` percent of
+        `chars_per_domain` characters, if the domain has so many.
+        """
         duplicates, refused = DuplicateFilter(), 0
-        for name in self.present():
-            chars = 0
-            for document in DOMAINS[name].read():
-                text = unicodedata.normalize("NFC", document.text).strip() + "\n"
-                if len(text) < MIN_CHARS:
-                    continue
-                if not duplicates.admits(text):
-                    refused += 1
-                    continue
-                yield document._replace(text=text)
-                chars += len(text)
-                if chars >= self.chars_per_domain:
-                    break
+        readers = {name: iter(DOMAINS[name].read()) for name in self.present()}
+        files: dict[str, set[str]] = {name: set() for name in readers}
+        for beyond, limit in ((False, self.chars_per_domain), (True, self.chars_per_domain * percent / 100)):
+            for name, reader in readers.items():
+                chars = 0
+                while chars < limit and (document := next(reader, None)) is not None:
+                    text = unicodedata.normalize("NFC", document.text).strip() + "\n"
+                    if len(text) < MIN_CHARS or (beyond and (document.group in files[name] or len(text) > TEST_CHARS)):
+                        continue
+                    if not duplicates.admits(text):
+                        refused += 1
+                        continue
+                    if not beyond:
+                        files[name].add(document.group)
+                    yield document._replace(text=text, beyond=beyond)
+                    chars += len(text)
         return {DUPLICATES: refused}
 
     def describe(self) -> dict[str, dict[str, Any]]:
@@ -279,11 +292,17 @@ class Solutions:
             )
 
     def documents(self) -> Iterator[Document]:
+        return self.with_test(0)
+
+    def with_test(self, percent: int) -> Iterator[Document]:
+        """Yield the conversations, and then `percent` percent more for the test, if there are so many."""
         pairs = _shuffled(
             Document.conversation("problems", id, (Turn("user", problem), Turn("assistant", solution)))
             for id, problem, solution in _codeio()
         )
-        return without_duplicates(pairs[: self.max_samples])
+        count = self.max_samples + math.ceil(self.max_samples * percent / 100)
+        beyond = (pair._replace(beyond=True) for pair in pairs[self.max_samples : count])
+        return without_duplicates(chain(pairs[: self.max_samples], beyond))
 
     def describe(self) -> dict[str, dict[str, Any]]:
         domain = DOMAINS["problems"]

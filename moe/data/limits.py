@@ -8,7 +8,14 @@ SMALLEST_VOCABULARY = 259  # 256 bytes, and the three special tokens of `moe.dat
 
 
 def check_limits(
-    *, tokenizer: str, vocab_size: int | None, seq_len: int, val_percent: int, max_val_blocks: int | None
+    *,
+    tokenizer: str,
+    vocab_size: int | None,
+    seq_len: int,
+    val_percent: int,
+    max_val_blocks: int | None,
+    test_percent: int,
+    max_test_blocks: int | None,
 ) -> None:
     """Raise ConfigError, naming the key, for a value that cannot be used."""
     if tokenizer == "bpe":
@@ -23,8 +30,11 @@ def check_limits(
     require(enough, "data.vocab_size", vocab_size, allowed)
     require(seq_len >= 2, "data.seq_len", seq_len, "at least 2: an input and a target")
     require(1 <= val_percent <= 99, "data.val_percent", val_percent, "between 1 and 99")
-    some = max_val_blocks is None or max_val_blocks >= 1
-    require(some, "data.max_val_blocks", max_val_blocks, "at least 1, or null for all")
+    allowed = f"between 0 and {99 - val_percent}, because data.val_percent={val_percent} and training needs text too"
+    require(0 <= test_percent <= 99 - val_percent, "data.test_percent", test_percent, allowed)
+    for key, number, otherwise in (("val", max_val_blocks, "all"), ("test", max_test_blocks, "data.max_val_blocks")):
+        allowed = f"at least 1, or null for {otherwise}"
+        require(number is None or number >= 1, f"data.max_{key}_blocks", number, allowed)
 
 
 def check_train_domains(names: Sequence[str], known: Iterable[str]) -> None:

@@ -6,6 +6,7 @@ only when it reads them. `moe.data.embedded` has sources that need no download.
 
 import glob
 import hashlib
+import math
 import zlib
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -35,9 +36,10 @@ class Turn(NamedTuple):
 class Document(NamedTuple):
     """One text with the name of its domain.
 
-    group: the source file. Documents of one group are never divided between train and val.
+    group: the source file. Documents of one group are never divided between training, validation and test text.
     turns: the messages of a conversation; empty for plain text. `text` is then what user and assistant say, without the
         system messages, which many conversations share.
+    beyond: whether it lies beyond the limit of its source, so that it is for the test text alone.
     """
 
     domain: str
@@ -45,6 +47,7 @@ class Document(NamedTuple):
     text: str
     group: str
     turns: tuple[Turn, ...] = ()
+    beyond: bool = False
 
     @staticmethod
     def conversation(domain: str, id: str, turns: Sequence[Turn]) -> "Document":
@@ -65,6 +68,10 @@ class Source(Protocol):
     A class whose documents are conversations sets the class variable `conversations = True`. Routers that cannot keep
     the conversations of a block apart are then refused before any work. A class may have a method `remarks()`, which
     returns lines about its text that a run prints, such as what is left out.
+
+    A class that limits how much it reads may have a method `with_test(percent)`. It yields what `documents()` yields, and
+    about `percent` percent more from beyond the limit, of other source files and with `beyond=True`: the test text, which
+    then costs no training text.
     """
 
     def documents(self) -> Iterator[Document]:
@@ -168,7 +175,11 @@ class Hub:
             raise ValueError(f"data.source.max_documents={self.max_documents}: must be at least 1")
 
     def documents(self) -> Iterator[Document]:
-        return without_duplicates(self._rows(), drop_duplicates=self.drop_duplicates)
+        return self.with_test(0)
+
+    def with_test(self, percent: int) -> Iterator[Document]:
+        """Yield the documents, and then those of `percent` percent more rows, for the test."""
+        return without_duplicates(self._rows(percent), drop_duplicates=self.drop_duplicates)
 
     @property
     def unused(self) -> tuple[str, ...]:
@@ -178,10 +189,11 @@ class Hub:
     def describe(self) -> dict[str, dict[str, Any]]:
         return _describe_hub(self.path)
 
-    def _rows(self) -> Iterator[Document | str]:
-        for id, row in _hub_rows(self, [self.text], self.max_documents):
+    def _rows(self, percent: int) -> Iterator[Document | str]:
+        for id, row, beyond in _hub_rows(self, [self.text], self.max_documents, percent):
             if text := _text(row, self.text, key="data.source.text", id=id):
-                yield Document(_domain(row, self.domain, default=Path(self.path).stem, id=id), id, text, id)
+                domain = _domain(row, self.domain, default=Path(self.path).stem, id=id)
+                yield Document(domain, id, text, id, beyond=beyond)
             else:
                 yield EMPTY
 
@@ -223,7 +235,11 @@ class Conversations:
             raise ValueError(f"data.source.max_samples={self.max_samples}: must be at least 1")
 
     def documents(self) -> Iterator[Document]:
-        return without_duplicates(self._rows(), drop_duplicates=self.drop_duplicates)
+        return self.with_test(0)
+
+    def with_test(self, percent: int) -> Iterator[Document]:
+        """Yield the documents, and then those of `percent` percent more rows, for the test."""
+        return without_duplicates(self._rows(percent), drop_duplicates=self.drop_duplicates)
 
     @property
     def unused(self) -> tuple[str, ...]:
@@ -233,10 +249,11 @@ class Conversations:
     def describe(self) -> dict[str, dict[str, Any]]:
         return _describe_hub(self.path)
 
-    def _rows(self) -> Iterator[Document | str]:
-        for id, row in _hub_rows(self, [self.messages], self.max_samples):
+    def _rows(self, percent: int) -> Iterator[Document | str]:
+        for id, row, beyond in _hub_rows(self, [self.messages], self.max_samples, percent):
             if turns := _turns(row, self.messages, id=id):
-                yield Document.conversation(_domain(row, self.domain, default=Path(self.path).stem, id=id), id, turns)
+                domain = _domain(row, self.domain, default=Path(self.path).stem, id=id)
+                yield Document.conversation(domain, id, turns)._replace(beyond=beyond)
             else:
                 yield EMPTY
 
@@ -327,16 +344,22 @@ def on_the_hub(path: str) -> bool:
     return not _local_files(path)
 
 
-def _hub_rows(source: Hub | Conversations, columns: list[str], count: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the id and the content of the first `count` rows of a data set on the hub or of local files."""
+def _hub_rows(
+    source: Hub | Conversations, columns: list[str], limit: int, percent: int
+) -> Iterator[tuple[str, dict[str, Any], bool]]:
+    """Yield the first `limit` rows of a data set on the hub or of local files, and `percent` percent more.
+
+    Each has its id, its content, and whether it is beyond the limit.
+    """
     rows: Iterator[dict[str, Any]]
+    count = limit + math.ceil(limit * percent / 100)
     if files := _local_files(source.path):
         rows = chain.from_iterable(readers.read_rows(file, "data.source.path") for file in files)
     else:
         wanted = columns if source.domain is None else [*columns, source.domain]
         rows = hub.rows(source.path, source.name, source.split, source.revision, wanted, count)
     for number, row in enumerate(islice(rows, count)):
-        yield f"{source.split}/{number}", row
+        yield f"{source.split}/{number}", row, number >= limit
 
 
 def _check_revision(path: str, revision: str | None) -> None:

@@ -82,7 +82,10 @@ def check_metric(key: str, name: str, cells: Sequence[Cell]) -> None:
     usage = name.startswith("routing/capacity_usage")
     require(not usage, key, name, "another metric: this one is null in evaluations, which have no capacity limit")
     base, _, domain = name.rpartition("/")
-    if base.startswith("val/"):
+    if name.startswith("test/"):
+        tested = any(cell.config.data.test_percent for cell in cells)
+        require(tested, key, name, "a metric of these runs; with data.test_percent=0 there is no test")
+    if base.startswith(("val/", "test/")):
         known = [d for cell in cells for d in _domains(cell)]
         require(not known or domain in known, key, name, f"of one of the domains {', '.join(dict.fromkeys(known))}")
 

@@ -149,7 +149,9 @@ def _train(cell: Cell, place: Place) -> None:
         if final:
             place.end()
             standing = f"; {place.standing()}" if place.in_sweep else ""
-            log.info("finished, val perplexity %.2f%s", final["val/perplexity"], standing)
+            texts = [name for name in ("val", "test") if f"{name}/perplexity" in final]
+            perplexities = ", ".join(f"{name} perplexity {final[f'{name}/perplexity']:.2f}" for name in texts)
+            log.info("finished, %s%s", perplexities, standing)
         if signals.received in STOP:  # this run is complete, but the rest of a sweep must stop
             sys.exit(128 + signals.received)
     except Interrupted as stop:

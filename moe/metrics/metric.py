@@ -19,6 +19,7 @@ mean_t, std_t, var_t: over tokens; CV: std / mean; [A] is 1 where A is true and 
 
 GROUPS = {
     "quality": "Quality on the validation set",
+    "test": "Quality on the test text, after the last step",
     "capacity limit": "Quality under the capacity limit of training",
     "balance": "Balance of the load",
     "capacity": "Capacity and the number of experts",
@@ -56,7 +57,7 @@ SHOWN = {
 WRITTEN = {
     "evaluation": "at every evaluation; metrics.json has the last value, except for settings and times",
     "step": "at every optimizer step",
-    "end": "once, in metrics.json",
+    "end": "once, after the last step; metrics.json has it",
 }
 
 

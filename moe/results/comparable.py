@@ -8,7 +8,9 @@ from moe.metrics.catalog import METRICS, lookup
 
 NOT_COMPARABLE = "not comparable"
 TOKENIZER = "data.tokenizer_sha256"
-TEXT = ("data.corpus_sha256", "data.val_percent", "data.max_val_blocks")  # they determine the validation text
+# What determines the validation text, and the test text.
+TEXT = ("data.corpus_sha256", "data.val_percent", "data.max_val_blocks")
+TEST_TEXT = (*TEXT, "data.test_sha256", "data.test_percent", "data.max_test_blocks")
 
 
 def incomparable(metric: str, one: pd.DataFrame, other: pd.DataFrame) -> str:
@@ -23,18 +25,19 @@ def incomparable(metric: str, one: pd.DataFrame, other: pd.DataFrame) -> str:
     one, other = (runs[runs[metric].notna()] if metric in runs else runs[:0] for runs in (one, other))
     if one.empty or other.empty:
         return ""
-    of_validation = entry.group in ("quality", "capacity limit")
-    if of_validation and any(_levels(one, key) != _levels(other, key) for key in TEXT):
-        return f"{NOT_COMPARABLE}: the validation texts differ, so {metric} does not measure the same thing"
+    keys = {"quality": TEXT, "capacity limit": TEXT, "test": TEST_TEXT}.get(entry.group, ())
+    if any(_levels(one, key) != _levels(other, key) for key in keys):
+        kind = "test" if entry.group == "test" else "validation"
+        return f"{NOT_COMPARABLE}: the {kind} texts differ, so {metric} does not measure the same thing"
     if entry.per_token and _levels(one, TOKENIZER) != _levels(other, TOKENIZER):
-        return f"{NOT_COMPARABLE}: the tokenizers differ, and {metric} is a mean over tokens; compare val/bits_per_byte"
+        return f"{NOT_COMPARABLE}: the tokenizers differ, and {metric} is a mean over tokens; compare {'test' if entry.group == 'test' else 'val'}/bits_per_byte"
     return ""
 
 
 def not_poolable(metric: str, runs: pd.DataFrame) -> str:
     """Return why the values of a metric of all these runs cannot be analyzed together; an empty text if they can."""
     runs = runs[runs[metric].notna()] if metric in runs else runs[:0]
-    keys = [key for key in (TOKENIZER, *TEXT) if key in runs]
+    keys = [key for key in (TOKENIZER, *TEST_TEXT) if key in runs]
     groups = [members for _, members in runs.groupby(keys, dropna=False)] if keys else []
     return next(filter(None, (incomparable(metric, groups[0], other) for other in groups[1:])), "")
 

@@ -37,23 +37,27 @@ def validate(training: Training, step: int, folder: Path | None = None) -> dict[
     """Return the validation metrics of a run after `step` optimizer steps, with the settings of that step.
 
     Validation is dropless. If the run has a capacity factor, it is repeated with the limit, as `val_capacity/...`.
-    folder: where the loss of each document is written.
+    folder: of the run, after its last step: then the loss of each validation document is written there, and the metrics
+    of the test text are returned too, as `test/...`.
     """
     config, data = training.config, training.data
     settings = knob_settings(config, training.schedule, step)
     arguments: dict[str, Any] = {
         "domains": data.domains,
         "trained": config.data.train_domains,
-        "text_bytes": data.val_bytes,
         "batch_size": config.batch_size,
         "temperature": settings["temperature"],
     }
     by_block = torch.zeros(2, len(data.val), dtype=torch.float64, device=training.model.device)
-    values = evaluate(training.model, data.val, by_block=by_block, **arguments)
+    of_val = arguments | {"text_bytes": data.predicted_bytes("val")}
+    values = evaluate(training.model, data.val, by_block=by_block, **of_val)
     if folder is not None:
         _write_documents(folder, data.val, by_block)
+    if folder is not None and data.test is not None:
+        tested = evaluate(training.model, data.test, text_bytes=data.predicted_bytes("test"), **arguments)
+        values |= {name.replace("val/", "test/"): value for name, value in tested.items() if name.startswith("val/")}
     if config.capacity is not None:
-        limited = evaluate(training.model, data.val, capacity=config.capacity, drop=config.drop, **arguments)
+        limited = evaluate(training.model, data.val, capacity=config.capacity, drop=config.drop, **of_val)
         for name in ("val/loss", "val/perplexity", "routing/drop_rate", "routing/unrouted_rate"):
             values[f"val_capacity/{name.split('/')[1]}"] = limited.get(name)
         for decile, rate in enumerate(limited.get("routing/drop_rate_by_position", [])):

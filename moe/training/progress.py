@@ -116,14 +116,16 @@ def text_lines(config: Config, data: Prepared, unigram: float, remarks: list[str
     remarks: what the source of the text says about it.
     """
     manifest, length = data.manifest["domains"], config.data.seq_len
-    count = {split: sum(domain[split]["documents"] for domain in manifest.values()) for split in ("train", "val")}
+    splits = ("train", "val") if data.test is None else ("train", "val", "test")
+    count = {split: sum(domain[split]["documents"] for domain in manifest.values()) for split in splits}
     names = f" ({', '.join(data.domains)})" if len(data.domains) <= NAMED else ""
     only = config.data.train_domains
     trained = "" if only is None else f" of {', '.join(only)} alone"
     domains = f"{len(data.domains)} domains" if len(data.domains) > 1 else "1 domain"
+    test = "" if data.test is None else f", {count['test']:,} with {len(data.test) * length:,} for the test at the end"
     text = (
         f"text: {domains}{names}; {count['train']:,} documents with {len(data.train) * length:,} tokens{trained} for "
-        f"training, {count['val']:,} with {len(data.val) * length:,} for validation; "
+        f"training, {count['val']:,} with {len(data.val) * length:,} for validation{test}; "
         f"a unigram model has perplexity {unigram:.2f}"
     )
     blocks = config.steps * config.batch_size * config.grad_accum

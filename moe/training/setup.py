@@ -147,6 +147,8 @@ def prepare_data(config: Config, *, trusted: bool = True) -> Prepared:
             seq_len=settings.seq_len,
             val_percent=settings.val_percent,
             max_val_blocks=settings.max_val_blocks,
+            test_percent=settings.test_percent,
+            max_test_blocks=settings.max_test_blocks,
             cache=settings.cache,
             make=trusted,
         )

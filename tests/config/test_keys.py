@@ -21,6 +21,7 @@ from moe.launch.command_line import read_cells
 from moe.runs import mirrors
 
 SETTINGS = {"tokenizer": "bpe", "vocab_size": 300, "seq_len": 16, "val_percent": 20, "max_val_blocks": None}
+SETTINGS |= {"test_percent": 20, "max_test_blocks": None}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,8 @@ def files(folder: Path, *names: str, **changes: Any) -> Files:
 
 def blocks(prepared: Prepared) -> str:
     """Return a digest of all blocks."""
-    parts = [part[:][column].tolist() for part in (prepared.train, prepared.val) for column in ("input_ids", "domain")]
+    splits = [split for split in (prepared.train, prepared.val, prepared.test) if split is not None]
+    parts = [split[:][column].tolist() for split in splits for column in ("input_ids", "domain")]
     return hashlib.sha256(json.dumps([parts, prepared.domains]).encode()).hexdigest()
 
 
@@ -62,6 +64,8 @@ def test_every_key_of_the_data_changes_the_blocks_or_is_free_or_refused(folder: 
         "seq_len": {"seq_len": 8},
         "val_percent": {"val_percent": 40},
         "max_val_blocks": {"max_val_blocks": 2},
+        "test_percent": {"test_percent": 10},
+        "max_test_blocks": {"max_test_blocks": 2},
     }
     for key, change in changes.items():
         other = prepare(**{"source": source, **SETTINGS, "cache": str(tmp_path)} | change)

@@ -217,7 +217,7 @@ def test_the_predicted_bytes_are_those_of_the_text_for_every_vocabulary(
             # In a byte-level vocabulary each character of a token stands for one byte.
             lengths[row["domain"]] += sum(len(token) for token in tokens if token != prepared.tokenizer.eos_token)
         # A character that is cut at the border of a block is counted as three bytes.
-        assert prepared.val_bytes == pytest.approx(lengths, rel=0.01)
+        assert prepared.predicted_bytes("val") == pytest.approx(lengths, rel=0.01)
 
 
 def test_no_token_has_more_than_one_digit(named_groups, tmp_path):

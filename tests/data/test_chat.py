@@ -318,7 +318,7 @@ def test_packing_does_not_change_the_loss_of_a_conversation(attention, prepared)
                 total += model(ids[None], labels[None]).loss.item() * predicted
                 count += predicted
         packed = model(blocks.ids, blocks.labels, position_ids=blocks.position_ids).loss.item()
-    texts = {"domains": prepared.domains, "text_bytes": prepared.val_bytes}
+    texts = {"domains": prepared.domains, "text_bytes": prepared.predicted_bytes("val")}
     values = evaluate(model, prepared.val, **texts, batch_size=2, temperature=1.0)
     assert packed == pytest.approx(total / count, rel=1e-5)
     assert values["val/loss"] == pytest.approx(total / count, rel=1e-5)
@@ -327,7 +327,7 @@ def test_packing_does_not_change_the_loss_of_a_conversation(attention, prepared)
 
 def test_domain_losses_and_accuracy_are_over_labeled_tokens(prepared):
     model = tiny(400)
-    texts = {"domains": prepared.domains, "text_bytes": prepared.val_bytes}
+    texts = {"domains": prepared.domains, "text_bytes": prepared.predicted_bytes("val")}
     values = evaluate(model, prepared.val, **texts, batch_size=3, temperature=1.0)
     blocks = all_blocks(prepared, "val")
     with torch.no_grad():
@@ -488,7 +488,7 @@ def test_rows_without_messages_are_left_out_and_counted(tmp_path, suffix, domain
         path.write_text("\n".join(map(json.dumps, rows)))
     else:
         parquet.write_table(pa.Table.from_pylist(rows), path)
-    conversations, left_out = _read(source(path, domain=domain))
+    conversations, _, left_out = _read(source(path, domain=domain), 0)
     [documents] = conversations.values()
     assert [document.id for document in documents] == ["train/0", "train/3", "train/4"]
     assert left_out == {"files or rows without text": 2}

@@ -1,8 +1,8 @@
-"""Metrics of quality on the validation set, without and with the capacity limit of training."""
+"""Metrics of quality on validation text, without and with the capacity limit of training, and on test text."""
 
 from moe.metrics.metric import Metric
 
-ENTRIES = (
+VALIDATION = (
     Metric(
         "val/loss",
         "-mean ln p(next token)",
@@ -77,6 +77,24 @@ ENTRIES = (
         per_token=True,
         nonnegative=True,
     ),
+)
+
+TEST = tuple(
+    metric._replace(
+        name=metric.name.replace("val/", "test/"),
+        formula=metric.formula.replace("val/", "test/"),
+        meaning=f"`{metric.name}` on the test text, which nothing was trained on and nothing chosen by, after the last "
+        "step. Absent with data.test_percent=0.",
+        label=metric.label.replace("validation", "test"),
+        group="test",
+        written=("end",),
+        shown=("headline",) if metric.name == "val/loss" else (),
+        noun=f"test {metric.noun}" if metric.noun else "",
+    )
+    for metric in VALIDATION
+)
+
+UNDER_LIMIT = (
     Metric(
         "val_capacity/loss",
         "-mean ln p(next token)",
@@ -116,3 +134,5 @@ ENTRIES = (
         better="lower",
     ),
 )
+
+ENTRIES = (*VALIDATION, *TEST, *UNDER_LIMIT)

@@ -65,7 +65,7 @@ def _of_judgments(inputs: ReportInputs, judged: list[Judgment]) -> str:
 def _causal_with_others(judged: Judgment, inputs: ReportInputs) -> bool:
     """Return whether losses are compared of routers that see later tokens with losses of routers that do not."""
     metric, causal = lookup(judged.metric), inputs.runs["causal"]
-    if not metric or metric.group not in ("quality", "capacity limit") or causal.nunique() < 2:
+    if not metric or metric.group not in ("quality", "test", "capacity limit") or causal.nunique() < 2:
         return False
     subject, _, place = judged.compared.partition(", the least")[0].partition(" at ")
     factor, _, sides = subject.partition(", change")[0].partition(" ")
