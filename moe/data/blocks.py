@@ -47,8 +47,8 @@ SHUFFLE = 7  # the seed of shuffled domains, the same for all runs
 class Prepared(NamedTuple):
     """Token blocks of one corpus.
 
-    train, val, test: data sets with the columns input_ids (seq_len) and domain (an index into `domains`). All tokens of a
-        block are of one domain. Blocks of conversations also have the columns labels and position_ids (seq_len); see
+    train, val, test: data sets with the columns input_ids (seq_len) and domain (an index into `domains`). All tokens of
+        a block are of one domain. Blocks of conversations also have the columns labels and position_ids (seq_len); see
         `Batch`.
     val, test: have the column document too, a number for each source file (`Document.group`); a conversation is a
         source file of its own. A block has the number of the document of its first token. Blocks with the same number

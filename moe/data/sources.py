@@ -69,9 +69,9 @@ class Source(Protocol):
     the conversations of a block apart are then refused before any work. A class may have a method `remarks()`, which
     returns lines about its text that a run prints, such as what is left out.
 
-    A class that limits how much it reads may have a method `with_test(percent)`. It yields what `documents()` yields, and
-    about `percent` percent more from beyond the limit, of other source files and with `beyond=True`: the test text, which
-    then costs no training text.
+    A class that limits how much it reads may have a method `with_test(percent)`. It yields what `documents()` yields,
+    and about `percent` percent more from beyond the limit, of other source files and with `beyond=True`: the test text,
+    which then costs no training text.
     """
 
     def documents(self) -> Iterator[Document]:

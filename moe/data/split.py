@@ -81,7 +81,7 @@ def _whole_files(documents: list[Document], wanted: int) -> tuple[list[Document]
     chars: Counter[str] = Counter()
     for document in documents:
         chars[document.group] += len(document.text)
-    held, held_chars = set(), 0
+    held, held_chars = set[str](), 0
     for group in sorted(chars, key=lambda group: hashlib.sha256(f"{documents[0].domain}/{group}".encode()).digest()):
         if 100 * (held_chars + chars[group]) <= wanted and len(held) + 1 < len(chars):
             held.add(group)

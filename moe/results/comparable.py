@@ -29,8 +29,9 @@ def incomparable(metric: str, one: pd.DataFrame, other: pd.DataFrame) -> str:
     if any(_levels(one, key) != _levels(other, key) for key in keys):
         kind = "test" if entry.group == "test" else "validation"
         return f"{NOT_COMPARABLE}: the {kind} texts differ, so {metric} does not measure the same thing"
+    other_unit = "test/bits_per_byte" if entry.group == "test" else "val/bits_per_byte"
     if entry.per_token and _levels(one, TOKENIZER) != _levels(other, TOKENIZER):
-        return f"{NOT_COMPARABLE}: the tokenizers differ, and {metric} is a mean over tokens; compare {'test' if entry.group == 'test' else 'val'}/bits_per_byte"
+        return f"{NOT_COMPARABLE}: the tokenizers differ, and {metric} is a mean over tokens; compare {other_unit}"
     return ""
 
 

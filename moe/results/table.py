@@ -30,7 +30,8 @@ FACTS = (
     *("flops_per_token", "ranks.number", "claims"),
 )
 PLUGINS = "plugins"  # factors such as plugins.mylab: the start of the digest of a package's code, if a run used it
-DIGESTS = ("data.corpus_sha256", "data.tokenizer_sha256", "data.test_sha256")  # factors: the start of the digests of what a run read
+# Factors: the start of the digests of what a run read.
+DIGESTS = ("data.corpus_sha256", "data.tokenizer_sha256", "data.test_sha256")
 # The level of a factor that does not apply to a run: its config lacks the key, such as router.temp with a top-k router,
 # or its router ignores it, such as noise with a hash router.
 ABSENT = "absent"

@@ -104,7 +104,8 @@ def rows(number: int) -> list[dict]:
 
 
 def test_rows_beyond_the_limit_of_a_data_set_are_for_the_test(tmp_path: Path) -> None:
-    chats = [{"m": [{"role": "user", "content": "q"}, {"role": "assistant", "content": row["text"]}]} for row in rows(30)]
+    question = {"role": "user", "content": "q"}
+    chats = [{"m": [question, {"role": "assistant", "content": row["text"]}]} for row in rows(30)]
     for name, content in (("texts", rows(30)), ("chats", chats)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
     texts = Hub(str(tmp_path / "texts.jsonl"), None, "train", "text", "topic", 20)

@@ -109,7 +109,8 @@ def test_a_trained_oracle_routes_each_validation_text_by_its_label(cell: Any, ro
     assert all(torch.equal(layer[0].expert, expected) for layer in output.routing)
     with pytest.raises(ConfigError, match=rf"^told: must have the {label} of each text, because Oracle routes by it$"):
         model(blocks.ids)
-    values = evaluate(model, data.val, domains=data.domains, text_bytes=data.predicted_bytes("val"), batch_size=4, temperature=1.0)
+    text = {"domains": data.domains, "text_bytes": data.predicted_bytes("val")}
+    values = evaluate(model, data.val, **text, batch_size=4, temperature=1.0)
     assert values["routing/load_cv"] == pytest.approx(
         expected.bincount().double().std(correction=0) / len(expected) * 2
     )
