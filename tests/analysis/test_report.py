@@ -1074,11 +1074,27 @@ def test_the_best_setting_says_what_it_leaves_out(tmp_path: Path) -> None:
             write_run(tmp_path / f"noise={noise},seed={seed}", values, seed=seed, noise=noise)
         write_run(tmp_path / f"acausal,seed={seed}", {"val/perplexity": 50.0}, causal=False, seed=seed, noise=0.0)
     [inputs] = collect_inputs(load_runs([tmp_path]))
-    [text, _] = best_setting(inputs)
+    [text, luck, _] = best_setting(inputs)
     assert "noise=0.0, with a perplexity of 101.5 ± 0.71 (n=2), of 2 settings" in text
+    assert "it leads the mean of all 2 settings by 0.5; if all were equal, the best of 2 would lead by 0 " in luck
+    assert "judged by that one on validation text, as there is no test text, the best setting leads by 0.5" in luck
     acausal = "Left out: router=expert_choice (not causal), noise=0.0 (their routers see later tokens"
     assert acausal in text
     assert "Left out: router=topk, noise=0.2 (no finished run has a finite perplexity)." in text
+
+
+def test_the_best_setting_is_chosen_by_validation_text_and_judged_by_test_text(tmp_path: Path) -> None:
+    """Noise 0.1 is the best on the test text, but the choice does not look there."""
+    for seed in (1, 2, 3):
+        for noise, val, test in ((0.0, 100, 110), (0.1, 101, 90), (0.2, 102, 100)):
+            values = {"val/perplexity": val + seed / 10, "test/perplexity": test + seed / 10}
+            write_run(tmp_path / f"noise={noise},seed={seed}", values, seed=seed, noise=noise)
+    [inputs] = collect_inputs(load_runs([tmp_path]))
+    [text, luck, _] = best_setting(inputs)
+    assert text.startswith("**Best setting here:** noise=0.0, with a perplexity of 100.2")
+    assert "On test text, by which nothing was chosen, noise=0.0 has a perplexity of 110.2 ± 0.1, with the" in luck
+    assert "leads the mean of all 3 settings by 1;" in luck
+    assert "judged by that one on test text, the best setting leads by -10: that is what the choice is worth." in luck
 
 
 def test_a_single_run_is_reported_too(published: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The best setting of an experiment: its lead over the next one, its cost, and what the ranking leaves out."""
+"""The best setting of an experiment: its lead, how much of that is luck, its cost, and what the ranking leaves out."""
 
 import math
 from collections.abc import Iterator
@@ -9,6 +9,7 @@ from statsmodels.stats.weightstats import DescrStatsW
 
 from moe.analysis.report.blocks import literal
 from moe.analysis.report.inputs import ReportInputs
+from moe.analysis.selection import lead
 from moe.analysis.sentences import unit_of
 from moe.analysis.statistics import CONFIDENCE, has_no_spread, name_cell
 from moe.checks import plain
@@ -66,7 +67,7 @@ def ranking(inputs: ReportInputs) -> Ranking | None:
 
 
 def best_setting(inputs: ReportInputs) -> Iterator[str]:
-    """Yield a sentence about the setting with the best mean, what it costs, and how sure its lead is."""
+    """Yield a sentence about the setting with the best mean, how much of its lead is luck, and what it costs."""
     found = ranking(inputs)
     if found is None or len(found.settings) < 2:
         return
@@ -74,15 +75,43 @@ def best_setting(inputs: ReportInputs) -> Iterator[str]:
     spread = f" ± {values.std(ddof=1):.2g}" if len(values) > 1 else ""
     text = f"**Best setting here:** {literal(name)}, with a {unit_of(found.metric)} of {values.mean():.4g}{spread}"
     text += f" (n={len(values)}), of {len(found.settings)} settings"
-    lead = (other_values - values).dropna()
-    behind = f"{lead.mean():.2g} behind" if len(lead) and lead.mean() else "equal to it"
-    text += f". The next one, {literal(other)}, is {behind}" if len(lead) else ""
-    if len(lead) > 1 and not has_no_spread(lead.to_numpy(), scale=float(values.abs().max())):
-        low, high = DescrStatsW(lead.to_numpy()).tconfint_mean(1 - CONFIDENCE)
+    gaps = (other_values - values).dropna()
+    behind = f"{gaps.mean():.2g} behind" if len(gaps) and gaps.mean() else "equal to it"
+    text += f". The next one, {literal(other)}, is {behind}" if len(gaps) else ""
+    if len(gaps) > 1 and not has_no_spread(gaps.to_numpy(), scale=float(values.abs().max())):
+        low, high = DescrStatsW(gaps.to_numpy()).tconfint_mean(1 - CONFIDENCE)
         text += f" [{low:.2g}, {high:.2g}]" + (", so the order of the two may be luck" if low < 0 else "")
-    text += ". A setting that was chosen because it is the best looks better than it is."
+    text += "."
     yield " ".join([plain(text), *_left_out(found)])
+    yield plain(_luck(found))
     yield from _cost(inputs, found, members)
+
+
+def _luck(found: Ranking) -> str:
+    """Return how much of the lead of the best setting is due to choosing it, and its values on test text."""
+    text = "**How much of that is luck:** a setting that was chosen because it is the best looks better than it is."
+    best, number, unit = found.settings[0], len(found.settings), unit_of(found.metric)
+    tested = found.metric.replace("val/", "test/")
+    chosen = pd.DataFrame({each.name: each.values for each in found.settings}).T
+    tests = {each.name: by_seed(each.runs, tested) for each in found.settings if tested in each.runs}
+    judged = pd.DataFrame(tests).T.reindex(index=chosen.index, columns=chosen.columns)
+    has_test = chosen.notna().equals(judged.notna())
+    if has_test:
+        values = judged.loc[best.name].dropna()
+        spread = f" ± {values.std(ddof=1):.2g}" if len(values) > 1 else ""
+        text += f" On test text, by which nothing was chosen, {literal(best.name)} has a {unit} of {values.mean():.4g}"
+        text += f"{spread}, with the luck of the same seeds."
+    common = chosen.columns[chosen.notna().all()]
+    if len(common) < 2:
+        return text + " Without several seeds that all settings have, the luck cannot be estimated."
+    where = "on test text" if has_test else "on validation text, as there is no test text"
+    found_lead = lead(chosen[common].to_numpy(), (judged if has_test else chosen)[common].to_numpy())
+    return (
+        f"{text} On the validation text by which it was chosen, it leads the mean of all {number} settings by "
+        f"{found_lead.chosen:.2g}; if all were equal, the best of {number} would lead by {found_lead.luck:.2g} through "
+        f"luck alone. Chosen by all seeds but one and judged by that one {where}, the best setting leads by "
+        f"{found_lead.judged:.2g}: that is what the choice is worth."
+    )
 
 
 def _left_out(found: Ranking) -> Iterator[str]:

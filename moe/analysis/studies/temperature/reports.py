@@ -242,6 +242,7 @@ def _experiment(members: pd.DataFrame, evals: pd.DataFrame) -> dict[str, Any]:
         "steps": int(members["steps"].iloc[0]),
         "n_seeds": len(members),
         **_estimate("final_loss", members[VALIDATION_LOSS]),
+        **_estimate("final_test_loss", _column(members, "test/loss")),
         **_estimate("final_accuracy", _column(members, "val/accuracy")),
         "expert_utilization": {
             "distribution": shares.tolist(),

@@ -1,0 +1,48 @@
+"""How much of the lead of a chosen setting is luck: the best of several equal settings leads too."""
+
+import math
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from scipy.integrate import quad
+from scipy.stats import norm
+
+
+class Lead(NamedTuple):
+    """By how much the setting with the lowest mean lies below the mean of all settings.
+
+    chosen: on the values by which it was chosen. luck: what `chosen` would be on average if all settings were equal.
+    judged: what is left on other seeds and on the judging values. Each seed is left out once: the others choose, and it
+    judges. The mean of this over repeated experiments is not raised by the choice.
+    """
+
+    chosen: float
+    luck: float
+    judged: float
+
+
+def lead(choosing: Float[np.ndarray, "M N"], judging: Float[np.ndarray, "M N"]) -> Lead:
+    """Return the lead of the best of M settings, given a value of each for N seeds; lower is better.
+
+    choosing: such as the validation loss. judging: such as the test loss of the same runs. `luck` supposes normal
+    deviations of one size, and common effects of the seeds. It needs two settings and two seeds.
+    """
+    settings, seeds = choosing.shape
+    means = choosing.mean(1)
+    others = [np.delete(choosing, seed, axis=1).mean(1).argmin() for seed in range(seeds)]
+    judged = [judging[:, seed].mean() - judging[best, seed] for seed, best in enumerate(others)]
+    deviations = choosing - means[:, None] - choosing.mean(0) + choosing.mean()
+    spread = math.sqrt((deviations**2).sum() / ((settings - 1) * (seeds - 1)))
+    return Lead(
+        chosen=float(means.mean() - means.min()),
+        luck=expected_largest(settings) * spread / math.sqrt(seeds),
+        judged=float(np.mean(judged)),
+    )
+
+
+@cache
+def expected_largest(number: int) -> float:
+    """Return the mean of the largest of so many independent numbers with a standard normal distribution."""
+    return float(quad(lambda x: number * x * norm.pdf(x) * norm.cdf(x) ** (number - 1), -10, 10)[0])
