@@ -234,8 +234,12 @@ def _row(compared: str, comparison: Comparison, p: float, verdict: str, estimate
 
 
 def _about(claim: ClaimConfig, contrast: pd.Series) -> bool:
-    """Return whether a claim compares the two levels of a contrast, in either direction."""
-    if (contrast["metric"], contrast["factor"]) != (claim.metric, claim.factor) or claim.kind == "interaction":
+    """Return whether a claim compares the two levels of a contrast, in either direction.
+
+    A claim about test text is about the same comparison on validation text too.
+    """
+    metrics = (claim.metric, claim.metric.replace("test/", "val/"))
+    if contrast["metric"] not in metrics or contrast["factor"] != claim.factor or claim.kind == "interaction":
         return False
     at = dict(part.partition("=")[::2] for part in contrast.get("within", "").split(", ") if part)
     if any(at.get(factor) not in [str(level(each)) for each in wanted] for factor, wanted in claim.within.items()):

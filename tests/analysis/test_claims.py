@@ -477,7 +477,7 @@ def sweep(tmp_path: Path):
         rng = np.random.default_rng(0)
         claims = [each for cell in cells for each in cell.config.claims]
         domains = {domain for each in claims for domain in each.within.get("domain", [])}
-        names = {each.metric for each in claims} | {f"val/loss/{domain}" for domain in domains}
+        names = {each.metric for each in claims} | {f"test/loss/{domain}" for domain in domains}
         for cell in cells:
             cell.folder.mkdir(parents=True, exist_ok=True)
             write_run_record(cell, "running")
