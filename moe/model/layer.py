@@ -150,13 +150,13 @@ class MoELayer(nn.Module):
         y = combine(rows, dispatched, len(source))
         if routing.slots is not None:
             y = routing.slots.scatter(y)
-        y = self._full_width(y)
+        y = self.full_width(y)
         if routing.added is not None:
             y = y + routing.added.to(y.dtype)
         if routing.dense_weight is not None and self.training:
             y = y + self._gradient_of_others(routing, routing.dense_weight, x)
         if router.learns_from_outputs:
-            sums = self._full_width(sum_by_expert(rows, dispatched.kept))
+            sums = self.full_width(sum_by_expert(rows, dispatched.kept))
             routing = routing._replace(feedback=sums.flatten())
 
         if (
@@ -177,7 +177,7 @@ class MoELayer(nn.Module):
             if "erc" in context.costly and self.experts.first is not None and self.latent is None:
                 aux["expert_router_coupling"] = self._coupling(router.expert_rows, self.experts.first)
         if "output_orthogonality" in context.costly:
-            aux["output_orthogonality"] = losses.output_orthogonality(self._full_width(rows), dispatched.token)
+            aux["output_orthogonality"] = losses.output_orthogonality(self.full_width(rows), dispatched.token)
         similarity = None if context.compared is None else mean_cosine(self._run_all(x[context.compared]))
         stats = collect_stats(
             routing,
@@ -199,7 +199,7 @@ class MoELayer(nn.Module):
         outputs: Tensor = self.experts(rows, counts)
         return outputs if self.beside_experts is None else outputs + self.beside_experts(rows, counts)
 
-    def _full_width(self, outputs: Float[Tensor, "*N W"]) -> Float[Tensor, "*N D"]:
+    def full_width(self, outputs: Float[Tensor, "*N W"]) -> Float[Tensor, "*N D"]:
         """Return outputs of experts in the width of the hidden states."""
         full: Tensor = outputs if self.latent is None else self.latent.up(outputs)
         return full
@@ -213,7 +213,7 @@ class MoELayer(nn.Module):
         """Return the outputs of all experts for each of N tokens in the width of the experts, without gradients."""
         experts = self.router.num_experts
         outputs = self._run_experts(x.repeat(experts, 1), torch.full((experts,), len(x), device=x.device))
-        return self._full_width(outputs).view(experts, len(x), -1)
+        return self.full_width(outputs).view(experts, len(x), -1)
 
     def _gradient_of_others(
         self, routing: Routing, weight: Float[Tensor, "T E"], x: Float[Tensor, "T W"]

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe.data.blocks import Batch
 from moe.model.causal_lm import MoEForCausalLM
 from moe.model.layer import MoELayer
-from moe.routing.decision import Knobs, Routing, count
+from moe.routing.decision import Knobs, Routing
 from moe.specialization.interventions import intervene
 from moe.specialization.knockout import rank_correlation
 from moe.specialization.observation import BLOCKS_PER_PASS
@@ -30,17 +30,23 @@ def saliency(model: MoEForCausalLM, blocks: Batch, knobs: Knobs) -> Float[np.nda
     layers = [*model.moe_layers]
     sums = torch.zeros(2, len(layers), model.config.num_experts, dtype=torch.float64, device=model.device)
 
-    def add(routing: Routing, x: Tensor, *, layer: MoELayer, number: int) -> Routing:
-        order = routing.expert.argsort(stable=True)
-        rows = x[routing.token[order]].to(next(layer.experts.parameters()).dtype)
-        norms = layer.experts(rows, count(routing.expert, sums.shape[-1])).float().norm(dim=-1)
-        values = torch.stack([routing.weight[order] * norms, torch.ones_like(norms)]).double()
-        sums[:, number].index_add_(1, routing.expert[order], values)
+    decisions: list[Routing] = []  # the last one of the layer that runs
+
+    def decided(routing: Routing, _: Tensor) -> Routing:
+        decisions[:] = [routing]
         return routing
+
+    def add(_: nn.Module, inputs: Any, outputs: Tensor, *, layer: MoELayer, number: int) -> None:
+        expert, order = decisions[0].expert.sort(stable=True)  # the order in which experts get their rows
+        norms = layer.full_width(outputs).float().norm(dim=-1)
+        values = torch.stack([decisions[0].weight[order] * norms, torch.ones_like(norms)]).double()
+        sums[:, number].index_add_(1, expert, values)
 
     with ExitStack() as stack:
         for number, layer in enumerate(layers):
-            stack.enter_context(intervene(layer, partial(add, layer=layer, number=number)))
+            stack.enter_context(intervene(layer, decided))
+            hook = layer.experts.register_forward_hook(partial(add, layer=layer, number=number))
+            stack.callback(hook.remove)
         for part in blocks.to(model.device).split(BLOCKS_PER_PASS):
             model(**part.inputs, knobs=knobs)
     total, tokens = sums.cpu().numpy()

@@ -100,9 +100,9 @@ def test_an_early_decision_is_that_of_the_next_router_for_the_states_of_this_lay
     blocks = validation_blocks(data, BLOCKS)
     seen = observe(model, blocks, KNOBS)
     states: list[torch.Tensor] = []
-    with model.moe_layers[0].router.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0])):
-        with torch.no_grad():
-            model(**blocks.inputs, knobs=KNOBS)
+    hook = model.moe_layers[0].router.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))
+    with hook, torch.no_grad():
+        model(**blocks.inputs, knobs=KNOBS)
     early = model.moe_layers[1].router(states[0], Context(blocks.ids, KNOBS)).expert.view(-1, 2)
     hits = np.take_along_axis(seen.chosen[1], early.numpy(), axis=1).mean()
     [found] = next_layer(model, seen, KNOBS, document=documents_of_blocks(data, BLOCKS))

@@ -23,23 +23,24 @@ def data(cell: Any) -> Prepared:
     return prepare_data(cell("data.max_val_blocks=12").config)
 
 
-def test_saliency_is_the_mean_of_gate_times_norm_over_the_tokens_of_an_expert(cell: Any, data: Prepared) -> None:
+@pytest.mark.parametrize("words", [(), ("model.latent_dim=16",), ("model.router_input=attention",)])
+def test_saliency_is_the_mean_of_gate_times_norm_over_the_tokens_of_an_expert(
+    words: tuple[str, ...], cell: Any, data: Prepared
+) -> None:
     """Compared with a loop over tokens and experts."""
-    model = build_model(cell().config, vocab_size=len(data.tokenizer)).eval()
+    model = build_model(cell(*words).config, vocab_size=len(data.tokenizer)).eval()
     blocks = validation_blocks(data, BLOCKS)
     seen = observe(model, blocks, KNOBS)
     states: list[torch.Tensor] = []
-    with model.moe_layers[1].router.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0])):
-        with torch.no_grad():
-            model(**blocks.inputs, knobs=KNOBS)
-    experts, found = model.moe_layers[1].experts, saliency(model, blocks, KNOBS)
+    hook = model.moe_layers[1].register_forward_pre_hook(lambda _, inputs: states.append(inputs[0].flatten(0, 1)))
+    with hook, torch.no_grad():
+        model(**blocks.inputs, knobs=KNOBS)
+    layer, found = model.moe_layers[1], saliency(model, blocks, KNOBS)
     for expert in range(4):
         products = []
         for token in np.flatnonzero(seen.chosen[1, :, expert]):
-            counts = torch.zeros(4, dtype=torch.long)
-            counts[expert] = 1
-            output = experts(states[0][token][None], counts).norm().item()
-            products.append(seen.weight[1, token, expert] * output)
+            output = layer.outputs_of_all(states[0][token][None])[expert, 0]
+            products.append(seen.weight[1, token, expert] * output.norm().item())
         assert found[1, expert] == pytest.approx(np.mean(products), rel=1e-4)
 
 
