@@ -132,7 +132,7 @@ def expand(
     written = [cell for cell, each in zip(cells, described, strict=True) if each.folder in folders]
     check_claims(written, presets, sweep=multirun)
     if start.launcher == "slurm" and not all(map(finished, runs)):
-        slurm.prepare(base.hydra.launcher)
+        slurm.prepare()
     if not multirun:
         return runs, [*lines_of(launch), *runs[0].overrides]
     grid_of_runs = grid_of(runs, presets, own, _usual_settings(base, own))
@@ -154,6 +154,8 @@ def _check_launch(start: Start) -> None:
     swept_only = "used with -m: it starts the cells of a sweep"
     require(start.multirun or launcher == "basic", "hydra/launcher", launcher, swept_only)
     require(launcher != "submitit_slurm", "hydra/launcher", launcher, "slurm, which has the settings of this project")
+    if launcher == "slurm":
+        slurm.check_times(base.hydra.launcher)
     swept = [str(o.input_line) for o in own if o.is_sweep_override()]
     if swept and not start.multirun:
         compose_config(

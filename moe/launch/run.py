@@ -22,7 +22,7 @@ from moe.distributed import ranks
 from moe.files import shown
 from moe.launch import slurm
 from moe.runs import events
-from moe.runs.card import write_card
+from moe.runs.card import write_cards
 from moe.runs.folder import LOCK, delete_checkpoints, difference, finished, locked, stored_record
 from moe.runs.place import Place
 from moe.runs.record import Machine, MetricsRecord, RecordError, RunFacts, RunRecord, Status
@@ -140,7 +140,7 @@ def _train(cell: Cell, place: Place) -> None:
                 )
                 if ranks.is_first():
                     final = _write_metrics(cell.folder, facts)
-                    write_card(cell.folder, run_record(cell, "finished", facts))
+                    write_cards(cell.folder, run_record(cell, "finished", facts))
             finally:
                 mirrors.finish(final)
         write_run_record(cell, "finished", facts)

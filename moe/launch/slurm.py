@@ -46,20 +46,24 @@ class Job(NamedTuple):
     reason: str
 
 
-def prepare(settings: Any) -> None:
-    """Check the settings of Slurm jobs (`hydra.launcher`), and let `_launch` take the place of the launcher's method.
-
-    Raises ConfigError if a Slurm command is missing, if Slurm does not answer, or if a job would have no time to train.
-    """
-    missing = [command for command in COMMANDS if shutil.which(command) is None]
-    allowed = f"used on a machine of a Slurm cluster; this one lacks the commands {', '.join(missing)}"
-    require(not missing, "hydra/launcher", "slurm", allowed)
+def check_times(settings: Any) -> None:
+    """Raise ConfigError if a job with these settings (`hydra.launcher`) would have no time to train."""
     limit = 60 * settings.timeout_min - EARLIER
     allowed = (
         f"at least 0 and less than {limit}: hydra.launcher.timeout_min={settings.timeout_min}, "
         f"and Slurm sends the signal up to {EARLIER} s earlier than asked for"
     )
     require(0 <= settings.signal_delay_s < limit, "hydra.launcher.signal_delay_s", settings.signal_delay_s, allowed)
+
+
+def prepare() -> None:
+    """Let `_launch` take the place of the launcher's method.
+
+    Raises ConfigError if a Slurm command is missing, or if Slurm does not answer.
+    """
+    missing = [command for command in COMMANDS if shutil.which(command) is None]
+    allowed = f"used on a machine of a Slurm cluster; this one lacks the commands {', '.join(missing)}"
+    require(not missing, "hydra/launcher", "slurm", allowed)
     _queue()
     from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher
     from submitit.slurm.slurm import SlurmJob

@@ -1,6 +1,7 @@
 """The model card of a saved model: the README.md that the hub shows, written from the run's record."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from moe.config.keys import flatten
 from moe.config.model import ModelConfig
 from moe.files import read_text, write_text
 from moe.routing.loss_table import LOSSES
+from moe.runs.events import FILE as EVENTS
+from moe.runs.events import read_events
 from moe.runs.record import MetricsRecord, RecordError, RunRecord
 
 FILE = "README.md"
@@ -26,21 +29,39 @@ tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 This needs the Python package moe-routing: `pip install FOLDER`, where FOLDER is a checkout of that project, or its
 wheel. `trust_remote_code=True` runs `modeling_moe_routing.py`, which only imports that package."""
 
-CAVEAT = """These are the numbers of one run with one seed, measured on the validation text after the last step.
+CAVEAT = """These are the numbers of one run with one seed, measured on the validation text after {last}.
 Another seed gives other numbers. Compare settings only over several seeds."""
+UNFINISHED = """This is the model after step {step:,} of {steps:,}, saved in the middle of its training. The learning
+rate was that of this step, so it is not the model that a run of {step:,} steps would give."""
 
 
-def write_card(folder: Path, record: RunRecord) -> None:
-    """Write the card of the saved model of a run, if there is one. `folder` is the run's, and has its metrics.json."""
+def write_cards(folder: Path, record: RunRecord) -> None:
+    """Write the cards of the saved models of a run. `folder` is the run's, and has its metrics.json and its events.
+
+    Those are the final model and, with `save_model=all`, those of milestones.
+    """
     if (folder / "model").is_dir():
         metrics = MetricsRecord.read(folder / MetricsRecord.FILE)
-        has_adapter = bool(json.loads(read_text(folder / "model" / "config.json")).get("adapter"))
-        write_text(folder / "model" / FILE, model_card(record, metrics.scalars(), has_adapter=has_adapter))
+        write_text(
+            folder / "model" / FILE, model_card(record, metrics.scalars(), has_adapter=_has_adapter(folder / "model"))
+        )
+    milestones = {int(path.name.partition("-")[2]): path for path in (folder / "milestones").glob("step-*")}
+    events = read_events(folder / EVENTS) if milestones else []
+    seen = {event["step"]: event for event in events if event["kind"] == "eval"}
+    for step, path in milestones.items():
+        write_text(path / FILE, model_card(record, seen.get(step, {}), has_adapter=_has_adapter(path), step=step))
 
 
-def model_card(record: RunRecord, metrics: dict[str, int | float | None], *, has_adapter: bool = False) -> str:
-    """Return the card of the final model of a finished run, in Markdown with front matter for the hub.
+def _has_adapter(model: Path) -> bool:
+    return bool(json.loads(read_text(model / "config.json")).get("adapter"))
 
+
+def model_card(
+    record: RunRecord, metrics: Mapping[str, Any], *, has_adapter: bool = False, step: int | None = None
+) -> str:
+    """Return the card of a saved model of a finished run, in Markdown with front matter for the hub.
+
+    metrics: those of this model; empty if it was not evaluated. step: the steps done, if they are not all.
     has_adapter: whether the saved model has the adapter of the run as a part of its own, not merged into its weights.
 
     Names and paths that the user chose are escaped. Paths of the user's files are not part of it.
@@ -53,12 +74,14 @@ def model_card(record: RunRecord, metrics: dict[str, int | float | None], *, has
     front = ModelCardData(
         library_name="transformers", pipeline_tag="text-generation", tags=list(TAGS), datasets=on_hub or None
     )
-    shown = {f"`{name}`": f"{value:.4g}" for name in METRICS if (value := metrics.get(name)) is not None}
+    numbers = {name: metrics.get(name) for name in METRICS}
+    shown = {f"`{name}`": f"{value:.4g}" for name, value in numbers.items() if isinstance(value, (int, float))}
     parts = [
         f"---\n{front.to_yaml()}\n---",
         f"# {escaped(record.experiment)}: {escaped(_title(record))}",
         "A small Mixture-of-Experts language model, trained for research on routing. It completes text like its "
         "training data, and is no assistant.",
+        *([] if step is None else [UNFINISHED.format(step=step, steps=record.typed_config().steps)]),
         "## Model and training",
         _table("setting", "value", _settings(record, has_adapter)),
         "## Data",
@@ -68,13 +91,19 @@ def model_card(record: RunRecord, metrics: dict[str, int | float | None], *, has
         _table("source of text", "license", _licenses(manifest["documents"], on_hub)),
         "No license of this model is set. Add one, as `license:` at the top of this file, that these licenses allow.",
         "## Results",
-        CAVEAT,
-        _table("metric", "value", shown),
+        *_results(shown, step),
         "## How to load it",
         LOADING,
         *_plugins(record),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _results(shown: dict[str, str], step: int | None) -> list[str]:
+    last = "the last step" if step is None else f"step {step:,}"
+    if not shown:
+        return [f"The run measured nothing after {last}: its key `eval_every` decides where it does."]
+    return [CAVEAT.format(last=last), _table("metric", "value", shown)]
 
 
 def _title(record: RunRecord) -> str:

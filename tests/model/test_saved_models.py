@@ -25,6 +25,7 @@ from moe.launch.run import run
 from moe.model.architecture import AUTO_MAP, CODE, MoEConfig
 from moe.model.causal_lm import MoEForCausalLM
 from moe.runs.card import model_card
+from moe.runs.events import read_events
 from moe.runs.record import RunRecord
 
 SIZES = {"dim": 16, "heads": 2, "layers": 2, "ffn": 16, "num_experts": 4, "dense_ffn": 16}
@@ -109,7 +110,7 @@ def test_the_page_about_saved_models_runs_as_printed(
 ) -> None:
     """The blocks that need this project alone run on a small trained model, whose card says what the run was."""
     monkeypatch.chdir(tmp_path)
-    [cell] = read_cells([*small, "steps=2", "eval_every=2"]) or []
+    [cell] = read_cells([*small, "steps=2", "eval_every=1", "save_model=all"]) or []
     run(cell)
     folder = cell.folder.rename(tmp_path / "outputs/default/base")
     page = (CONF.parent / "docs" / "models.md").read_text(encoding="utf-8")
@@ -126,6 +127,11 @@ def test_the_page_about_saved_models_runs_as_printed(
     assert "| seed | 42 |" in card.text
     assert "| router | TopK(k=" in card.text
     assert "| adapter | none |" in card.text
+    first = next(event for event in read_events(folder / "events.jsonl") if event["step"] == 1 and "val/loss" in event)
+    milestone = (folder / "milestones/step-00000001/README.md").read_text()
+    assert f"| `val/loss` | {first['val/loss']:.4g} |" in milestone
+    assert "This is the model after step 1 of 2, saved in the middle of its training." in milestone
+    assert "validation text after step 1.\n" in milestone
 
 
 def test_a_model_card_escapes_names_hides_paths_and_names_the_packages_of_routers(
@@ -154,6 +160,9 @@ def test_a_model_card_escapes_names_hides_paths_and_names_the_packages_of_router
     assert "| 1,234 |" in card
     assert "| `val/loss` | 2 |" in card
     assert "classes of the package mylab" in card
+    milestone = model_card(RunRecord.read(tmp_path / "run.json"), {}, step=1)
+    assert "The run measured nothing after step 1: its key `eval_every` decides where it does." in milestone
+    assert "`val/loss`" not in milestone
     assert all(line.replace("\\|", "").count("|") in (0, 3) for line in card.splitlines() if line.startswith("|"))
     config["data"]["source"] = {"paths": ["/home/me/client-x, steps=y.txt"]}
     config["model"]["dense"] = "/home/me/client-x/dense"
