@@ -4,12 +4,14 @@ import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 from scipy import stats
 
+from moe.analysis.mixed import Mixed, mixed, range_p
 from moe.analysis.statistics import CONFIDENCE, completed, has_no_spread, mean_difference, name_cell, range_test
 from moe.config.claim import DOMAIN, ClaimConfig, absolute
-from moe.results.comparable import incomparable
+from moe.results.comparable import incomparable, not_poolable
 from moe.results.conditions import by_seed, conditions, levels, two_levels, varied_factors
 from moe.results.table import level
 
@@ -83,7 +85,67 @@ def compared(claim: ClaimConfig, runs: pd.DataFrame) -> Compared:
     else:
         runs = _with_mean_of_domains(claim, runs)
     others = [factor for factor in varied_factors(runs) if factor not in (claim.factor, "seed")]
+    if claim.kind == "mixed":
+        return Compared(named, rivals, _compare_in_model(claim, runs, others, named, rivals), [])
     return Compared(named, rivals, [[_compare(claim, runs, others, a, b) for b in rivals] for a in named], [])
+
+
+def _compare_in_model(
+    claim: ClaimConfig, runs: pd.DataFrame, others: list[str], named: list[Any], rivals: list[Any]
+) -> list[list[Comparison]]:
+    """Compare levels in a mixed model of all these runs, also of those at levels that the claim does not name."""
+    values = runs.assign(cell=[name_cell(dict(cell)) for cell in _cells(runs, [claim.factor, *others])])
+    values = values.set_index(["cell", "seed"])[claim.metric].astype(float)
+    reason = not_poolable(claim.metric, runs)
+    try:
+        model = None if reason else mixed(values[np.isfinite(values)])
+    except ValueError as error:
+        model, reason = None, str(error)
+    if model is None:
+        return [[Comparison(0, doubt=reason)] * len(rivals) for _ in named]
+    return [[_contrast(claim, model, runs, others, (a, b)) for b in rivals] for a in named]
+
+
+def _cells(runs: pd.DataFrame, factors: list[str]) -> list[list[tuple[str, Any]]]:
+    """Return the level of each factor for each run."""
+    return [list(zip(factors, row, strict=True)) for row in runs[factors].itertuples(index=False)]
+
+
+def _contrast(
+    claim: ClaimConfig, model: Mixed, runs: pd.DataFrame, others: list[str], pair: tuple[Any, Any]
+) -> Comparison:
+    """Compare two levels of a model: the mean difference over the combinations of other factors that both have."""
+    cells = [
+        [name_cell({claim.factor: side} | dict(cell)) for side in pair]
+        for cell, _ in conditions(runs[runs[claim.factor] == pair[0]], others)
+    ]
+    cells = [both for both in cells if set(both) <= set(model.means.index)]
+    if not cells:
+        return Comparison(0, doubt=f"no runs differ in {claim.factor} alone")
+    weights = pd.Series(0.0, index=model.means.index)
+    for a, b in cells:
+        weights[a], weights[b] = weights[a] + 1 / len(cells), weights[b] - 1 / len(cells)
+    effect, error = model.contrast(weights)
+    reference = float(model.means[[b for _, b in cells]].mean())
+    low, high = claimed_range(replace(claim, kind=claim.direction or "equivalent"), reference)
+    favor = min(effect - low, high - effect)
+    found = Comparison(model.seeds, reference + effect, reference, favor=favor, claimed_low=low, claimed_high=high)
+    if error <= 1e-12 * model.means.abs().max():
+        return found._replace(p_for=float(favor <= 0), p_against=float(favor > 0), deterministic=True)
+    inside, outside = range_p(effect, error, model.freedom, low, high)
+    reach = stats.t.ppf((1 + CONFIDENCE) / 2, model.freedom) * error
+    two_ends = math.isfinite(low) and math.isfinite(high)
+    return found._replace(
+        low=effect - reach,
+        high=effect + reach,
+        p_for=inside if two_ends else min(1.0, 2 * inside),
+        p_against=outside,
+        spread=error * math.sqrt(model.seeds),
+        gap=abs(favor) / (error * math.sqrt(model.seeds)),
+        ends=1 + two_ends,
+        note=f"mixed model of {len(runs)} runs, {model.freedom} degrees of freedom",
+        doubt=f"the interval is neither inside nor outside {low:.3g} ... {high:.3g}" if two_ends else "",
+    )
 
 
 def _of_changes(claim: ClaimConfig, runs: pd.DataFrame, rivals: list[Any]) -> ClaimConfig:

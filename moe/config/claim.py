@@ -9,7 +9,7 @@ from moe.checks import finite, one_of, require, unknown
 
 OURS = "our own"  # start of `source` for claims that this project adds to those of a published study
 DOMAIN = "domain"  # name in `within` for the domains of the text, which are levels within each run
-KINDS = ("higher", "lower", "highest", "lowest", "equivalent", "interaction")
+KINDS = ("higher", "lower", "highest", "lowest", "equivalent", "interaction", "mixed")
 
 
 @dataclass
@@ -25,6 +25,11 @@ class ClaimConfig:
     compares how much the difference between `levels` and `than` changes from the first to the second level in `within`
     (a difference of differences). The change is `direction` (higher or lower) than zero; without a direction it is not
     zero; with a `margin` it is closer to zero than that. The key `domain` in `within` names domains of the text.
+
+    "mixed" compares as "higher" or "lower" do, as `direction` says, or with a `margin` as "equivalent" does, but in a
+    linear mixed model of all runs of the sweep at the levels in `within`: a random effect of the seed, and one spread
+    for all settings. So the other levels of `factor` tell the spread too, and few seeds find more. It needs
+    settings that spread alike, and effects that do not differ from seed to seed; otherwise it errs too often.
     """
 
     text: str = MISSING
@@ -73,12 +78,13 @@ class ClaimConfig:
         require(all_others != bool(self.than), f"{key}.than", self.than, allowed)
         both = [level for level in self.levels if level in self.than]
         require(not both, f"{key}.than", self.than, f"without {both}, which are in levels too")
-        equivalent, interaction = self.kind == "equivalent", self.kind == "interaction"
-        bounded = equivalent or (interaction and self.margin is not None)
-        allowed = "given, such as 1%" if equivalent else "left out: only kind=equivalent and interaction have a margin"
+        equivalent, directional = self.kind == "equivalent", self.kind in ("interaction", "mixed")
+        bounded = equivalent or (directional and self.margin is not None)
+        allowed = "given, such as 1%" if equivalent else "left out: only equivalent, interaction, mixed have it"
         require(bounded == (self.margin is not None), f"{key}.margin", self.margin, allowed)
-        directed = self.direction is None or (interaction and not bounded and self.direction in ("higher", "lower"))
-        allowed = "higher or lower, with kind=interaction and without a margin"
+        directed = self.direction is None or (directional and not bounded and self.direction in ("higher", "lower"))
+        directed = directed and not (self.kind == "mixed" and not bounded and self.direction is None)
+        allowed = "higher or lower, with kind=interaction or kind=mixed and without a margin"
         require(directed, f"{key}.direction", self.direction, allowed)
         sized = self.kind in ("higher", "lower") and len(self.size) == 2
         require(sized or not self.size, f"{key}.size", self.size, "two amounts, with kind=higher or kind=lower")
