@@ -203,7 +203,8 @@ def _where(claim: ClaimConfig) -> str:
         first, second = fixed.pop(claim.moderator)
         change = f", change from {claim.moderator}={level(first)} to {level(second)}"
     places = "; ".join(f"{factor}={_listed(map(level, wanted))}" for factor, wanted in fixed.items())
-    return (f" at {places}" if places else "") + change
+    cost = "" if claim.at is None else f", at equal training {'FLOPs' if claim.at == 'flops' else claim.at}"
+    return (f" at {places}" if places else "") + change + cost
 
 
 def _claim_row(text: str, source: str, metric: str, kind: str) -> dict[str, Any]:
@@ -239,7 +240,8 @@ def _about(claim: ClaimConfig, contrast: pd.Series) -> bool:
     A claim about test text is about the same comparison on validation text too.
     """
     metrics = (claim.metric, claim.metric.replace("test/", "val/"))
-    if contrast["metric"] not in metrics or contrast["factor"] != claim.factor or claim.kind == "interaction":
+    other = claim.kind == "interaction" or claim.at is not None  # than what a contrast compares
+    if other or contrast["metric"] not in metrics or contrast["factor"] != claim.factor:
         return False
     at = dict(part.partition("=")[::2] for part in contrast.get("within", "").split(", ") if part)
     if any(at.get(factor) not in [str(level(each)) for each in wanted] for factor, wanted in claim.within.items()):

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from moe.analysis.equal_cost import FLOPS, SECONDS, at_common_cost
 from moe.analysis.mixed import Mixed, mixed, range_p
 from moe.analysis.statistics import CONFIDENCE, completed, has_no_spread, mean_difference, name_cell, range_test
 from moe.config.claim import DOMAIN, ClaimConfig, absolute
@@ -80,6 +81,9 @@ def compared(claim: ClaimConfig, runs: pd.DataFrame) -> Compared:
     absent += [f"no run has {metric}" for metric in _metrics(claim) if metric not in runs]
     if absent:
         return Compared(named, rivals, [], absent)
+    if claim.at is not None:
+        named_alone = runs[claim.factor].isin([*named, *rivals]) | (claim.kind == "mixed")
+        runs = at_common_cost(runs[named_alone], _metrics(claim), {"flops": FLOPS, "seconds": SECONDS}[claim.at])
     if claim.kind == "interaction":
         claim, runs = _of_changes(claim, runs, rivals), _changes(claim, runs)
     else:

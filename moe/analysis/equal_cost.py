@@ -16,6 +16,7 @@ import pandas as pd
 from moe.analysis.simultaneous import interval, over_time
 from moe.analysis.statistics import comparisons
 from moe.results.comparable import incomparable
+from moe.results.table import read_event_tables
 
 LOSS = "val/loss"
 FLOPS, SECONDS, ACTIVE, TOTAL = "FLOPs", "seconds", "active parameters", "total parameters"
@@ -137,6 +138,23 @@ def differences(treated: Curves, baseline: Curves, shares: tuple[float, ...] = (
 def at_cost(curve: pd.DataFrame, costs: list[float]) -> np.ndarray:
     """Return the loss at these costs, interpolated linearly in the log of the cost."""
     return np.interp(np.log(costs), np.log(curve["cost"].to_numpy()), curve["loss"].to_numpy())
+
+
+def at_common_cost(runs: pd.DataFrame, metrics: list[str], cost: str) -> pd.DataFrame:
+    """Return the runs with these metrics as they were at the largest cost that all of the finished runs have reached.
+
+    They are NaN for a run without evaluations. Seconds are as measured.
+    """
+    finished = runs[runs["status"] == "finished"]
+    evals = read_event_tables(finished["folder"].unique()).evals
+    for metric in metrics:
+        curves = training_curves(finished, evals, metric=metric, seconds=MEASURED).dropna(subset=[cost])
+        most = [float(curves.groupby("folder")[cost].max().min())]
+        found = {
+            folder: at_cost(curve.rename(columns={cost: "cost"}), most)[0] for folder, curve in curves.groupby("folder")
+        }
+        runs = runs.assign(**{metric: runs["folder"].map(found).astype(float)})
+    return runs
 
 
 def _curves(side: pd.DataFrame, curves: pd.DataFrame, cost: str) -> Curves:

@@ -10,6 +10,7 @@ from moe.checks import finite, one_of, require, unknown
 OURS = "our own"  # start of `source` for claims that this project adds to those of a published study
 DOMAIN = "domain"  # name in `within` for the domains of the text, which are levels within each run
 KINDS = ("higher", "lower", "highest", "lowest", "equivalent", "interaction", "mixed")
+COSTS = ("flops", "seconds")  # of training, at which a claim can compare
 
 
 @dataclass
@@ -30,6 +31,9 @@ class ClaimConfig:
     linear mixed model of all runs of the sweep at the levels in `within`: a random effect of the seed, and one spread
     for all settings. So the other levels of `factor` tell the spread too, and few seeds find more. It needs
     settings that spread alike, and effects that do not differ from seed to seed; otherwise it errs too often.
+
+    at: "flops" or "seconds": compare the metric at the largest training cost that all compared runs have reached,
+    interpolated between two evaluations, not at the end. Seconds are as measured, so the machine should be idle.
     """
 
     text: str = MISSING
@@ -43,6 +47,7 @@ class ClaimConfig:
     direction: str | None = None
     margin: Any = None
     size: list[Any] = field(default_factory=list)
+    at: str | None = None
 
     @property
     def compared_levels(self) -> dict[str, list[Any]]:
@@ -62,6 +67,8 @@ class ClaimConfig:
         """
         one_of(f"{key}.kind", self.kind, KINDS)
         one_of(f"{key}.metric", self.metric.split("/")[0], ("val", "test", "val_capacity", "routing", "train", "time"))
+        if self.at is not None:
+            one_of(f"{key}.at", self.at, COSTS)
         for place, text in (("text", self.text), ("source", self.source)):
             require(bool(text.strip()), f"{key}.{place}", text, "not empty")
         for factor in (self.factor, *self.within):

@@ -57,6 +57,10 @@ def _check_metric(key: str, claim: ClaimConfig, cells: Sequence[Cell]) -> None:
     for name in names:
         check_metric(key, name, cells)
     kind = METRICS.get(claim.metric)
+    if claim.at is not None:
+        allowed = f"a metric of evaluations, such as val/loss, with at={claim.at}"
+        written = kind is not None and "evaluation" in kind.written
+        require(written or claim.metric.startswith("routing/"), key, claim.metric, allowed)
     allowed = f"left out: {claim.metric} has no values of single domains"
     by_domain = kind is not None and "<domain>" in kind.variants
     require(not domains or by_domain, f"{key.rpartition('.')[0]}.within.{DOMAIN}", domains, allowed)

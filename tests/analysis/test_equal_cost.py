@@ -11,6 +11,7 @@ from run_folders import write_metrics, write_record
 from scipy import stats
 
 from moe.analysis.__main__ import main
+from moe.analysis.claims import judge
 from moe.analysis.equal_cost import (
     ACTIVE,
     FLOPS,
@@ -24,7 +25,8 @@ from moe.analysis.equal_cost import (
 from moe.analysis.report.blocks import Paragraph, TableBlock
 from moe.analysis.report.inputs import ReportOptions, collect_inputs
 from moe.analysis.report.sections.cost import FROM_CURVES, costs, equal_costs, speed_ups
-from moe.results.table import load_runs
+from moe.config.claim import ClaimConfig
+from moe.results.table import load_runs, read_event_tables
 
 STEPS = (0, 10, 20, 40)
 
@@ -139,6 +141,20 @@ def test_the_report_compares_at_equal_cost_and_says_what_a_speed_up_rests_on(tmp
     [alike] = collect_inputs(runs.assign(flops_per_token=100))
     assert list(costs(alike)) == []
     assert "the same training FLOPs and the same active parameters" in str(list(equal_costs(alike)))
+
+
+def test_a_claim_can_compare_at_equal_cost(tmp_path: Path) -> None:
+    runs = write_runs(tmp_path, *made_up(flops={"a": 100, "b": 160}))
+    words = {"metric": "val/loss", "factor": "router", "levels": ["b"], "than": ["a"], "kind": "higher"}
+    at_the_end, at_flops, at_seconds = (
+        judge(runs, [ClaimConfig(text="b is worse", at=at, **words)]).iloc[0] for at in (None, "flops", "seconds")
+    )
+    less = at_flops["difference"] - at_the_end["difference"]
+    assert less == pytest.approx(math.log2(1.6) / 10), "b was read before its end, where its loss was higher"
+    assert at_seconds["difference"] == pytest.approx(at_the_end["difference"]), "both took 4 s"
+    assert at_flops["compared"].endswith(", at equal training FLOPs")
+    [table] = [equal_cost(runs, training_curves(runs, read_event_tables(runs["folder"]).evals), ["router"], {}, FLOPS)]
+    assert at_flops[["difference", "ci_low"]].tolist() == pytest.approx(table.iloc[0][["value", "low"]].tolist())
 
 
 def test_seconds_are_measured_or_a_number_of_flops(capsys: pytest.CaptureFixture[str], finished_ablation: Path) -> None:

@@ -35,6 +35,11 @@ def claims_override(**changes: Any) -> str:
             {"kind": "equivalent", "margin": "one"},
             r"claims\[0\].margin=one: must be a finite number, or a text such as 5%",
         ),
+        (
+            {"kind": "mixed"},
+            r"claims\[0\].direction=null: must be higher or lower, with kind=",
+        ),
+        ({"at": "flop"}, r"claims\[0\].at=flop: must be one of flops, seconds; nearest: flops"),
         ({"size": ["15%", "5%"]}, r"claims\[0\].size=.*: must be positive and rising"),
         ({"size": ["5%"]}, r"claims\[0\].size=.*: must be two amounts"),
     ],
