@@ -9,7 +9,7 @@ import sys
 import torch
 import transformers
 
-from moe.bench import analyze, dispatch, errors, growth, jobs, layer, power, profile, step, suite
+from moe.bench import analyze, dispatch, errors, footprint, growth, jobs, layer, power, profile, step, suite
 from moe.bench.options import OneLineParser, new_file, whole
 from moe.bench.timing import TimingTable
 from moe.checks import ConfigError, unknown
@@ -22,6 +22,7 @@ QUESTIONS = {
     "growth": growth,
     "dispatch": dispatch,
     "sweep": jobs,
+    "footprint": footprint,
     "analyze": analyze,
     "errors": errors,
     "power": power,

@@ -54,7 +54,7 @@ class Config:
     save_every: int = 100  # optimizer steps from one checkpoint to the next
     save_model: str = "last"  # which models are kept: none | last | all (at 10, 25, 50 and 75 % of the steps too)
     threads: int = 1  # CPU threads of the run
-    precision: str = "fp32"  # numbers of the forward pass in training: fp32 | bf16
+    precision: str = "fp32"  # numbers of the forward pass in training: fp32 | bf16 | auto (what a pass is faster in)
     matmul_precision: str = "highest"  # exactness of fp32 products: highest | high (TF32 on a GPU) | medium (bf16)
     compile: bool = False  # compile the model with torch.compile: faster steps after a slow start
     cuda_graph: bool = False  # on a GPU, start all kernels of a pass at once, where the host need not wait in it
@@ -94,7 +94,7 @@ class Config:
         require(ok, "capacity", self.capacity, str(allowed_values("capacity")))
         one_of("drop", self.drop, ("position", "score", "random"))
         one_of("save_model", self.save_model, ("none", "last", "all"))
-        one_of("precision", self.precision, ("fp32", "bf16"))
+        one_of("precision", self.precision, ("fp32", "bf16", "auto"))
         one_of("matmul_precision", self.matmul_precision, ("highest", "high", "medium"))
         self.trains.check()
         allowed = "left out" if self.trains.frozen else f"adapter+{self.trainable}, or left out"

@@ -126,6 +126,7 @@ def _settings(record: RunRecord, has_adapter: bool) -> dict[str, str]:
     weights = {loss.weight: weight for loss in LOSSES.values() if (weight := getattr(config, loss.weight))}
     merged = bool(config.adapter) and not has_adapter
     dense = f"first {model.first_k_dense_replace} dense" if model.first_k_dense_replace else "all with experts"
+    precision = facts.process.get("precision", config.precision)  # what `auto` chose
     return {
         "router": _call(config.router),
         "temperature schedule": _call(config.schedule),
@@ -143,7 +144,7 @@ def _settings(record: RunRecord, has_adapter: bool) -> dict[str, str]:
         + "; counted in training, with the adapter, which now takes no place of its own" * merged,
         "trained parameters": f"{facts.parameters.trainable:,}",
         "length of a text": f"{config.data.seq_len} tokens",
-        "training": f"{config.steps:,} steps of {tokens:,} tokens, {config.precision}, {facts.device}",
+        "training": f"{config.steps:,} steps of {tokens:,} tokens, {precision}, {facts.device}",
         "seed": str(config.seed),
         "moe-routing": f"{record.versions['moe-routing']}, commit {record.commit or 'unknown'}",
         "torch, transformers": f"{record.versions['torch']}, {record.versions['transformers']}",

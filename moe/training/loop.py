@@ -16,6 +16,7 @@ from moe.runs.place import Place
 from moe.runs.signals import Interrupted, Signals
 from moe.training import parallel
 from moe.training.evaluate import validate
+from moe.training.precision import choose
 from moe.training.progress import Progress, text_lines
 from moe.training.recorder import Recorder
 from moe.training.saving import save_adapter, save_milestone, save_model
@@ -42,6 +43,7 @@ def train(
     an optimizer step that would use a number that is not finite. Raises Interrupted if a signal asked the run to stop,
     after it has saved a checkpoint.
     """
+    config, precision = choose(config, folder)
     training = set_up(config)
     unigram = unigram_perplexity(training.data)
     text = text_lines(config, training.data, unigram, remarks(config))
@@ -81,7 +83,8 @@ def train(
     if config.save_model != "none":
         save_model(training, folder / "model", config.steps)
     save_adapter(training, folder / "adapter")
-    return facts(training, clock, latest)
+    known = facts(training, clock, latest)
+    return known | {"process": known["process"] | precision}
 
 
 def facts(training: Training, clock: Clock, latest: dict[str, Any]) -> dict[str, Any]:

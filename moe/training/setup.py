@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from moe.checks import ConfigError, first_line
+from moe.checks import ConfigError, first_line, require
 from moe.config.classes import build
 from moe.config.schema import Config
 from moe.data.blocks import Prepared, batch, of_domains, prepare
@@ -75,7 +75,11 @@ class Training(NamedTuple):
 
 
 def set_up(config: Config) -> Training:
-    """Create all objects that a run trains with, in their state before the first step."""
+    """Create all objects that a run trains with, in their state before the first step.
+
+    Raises ConfigError for `precision=auto`, which `moe.training.precision.choose` replaces.
+    """
+    require(config.precision != "auto", "precision", "auto", "fp32 or bf16 here; only a training run can choose")
     settings = process.configure(threads=config.threads, matmul_precision=config.matmul_precision)
     AcceleratorState._reset_state()  # otherwise an earlier run in this process decides the precision
     accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")

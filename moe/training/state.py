@@ -50,6 +50,7 @@ class TrainState(NamedTuple):
     elapsed, train_seconds: see `Clock`.
     data: checksums of the text and of the tokenizer.
     watch: the state of `LoadWatch`.
+    precision: fp32 or bf16, which `precision=auto` chose for the whole run.
     """
 
     step: int
@@ -59,6 +60,7 @@ class TrainState(NamedTuple):
     train_seconds: float
     data: dict[str, Any]
     watch: dict[str, Any]
+    precision: str
 
 
 def capture(training: Training, step: int, clock: Clock) -> TrainState:
@@ -71,6 +73,7 @@ def capture(training: Training, step: int, clock: Clock) -> TrainState:
         train_seconds=clock.train_seconds,
         data=training.data.digests,
         watch=training.watch.state(),
+        precision=training.config.precision,
     )
 
 
@@ -96,11 +99,16 @@ def resume(folder: Path, training: Training) -> tuple[int, Clock]:
             f"{folder}: the checkpoint of step {saved_step} was written by another version of this program "
             f"(different fields: {', '.join(sorted(differing))}); resume with that version, or choose another out=DIR"
         )
-    step, model, optimizers, elapsed, train_seconds, data, watch = TrainState(**fields)
+    step, model, optimizers, elapsed, train_seconds, data, watch, precision = TrainState(**fields)
     if data != training.data.digests:
         raise ValueError(
             f"{folder}: the text or the tokenizer of data.* has changed since step {step}; "
             "restore the old data, or choose another out=DIR"
+        )
+    if precision != training.config.precision:
+        raise ValueError(
+            f"{folder}: trained with precision={precision} until step {step}, not {training.config.precision}; "
+            f"restore {folder.parent / 'precision.json'}, or choose another out=DIR"
         )
     current = training.model.state_dict()
     training.model.load_state_dict({name: shard_like(value, current[name]) for name, value in model.items()})

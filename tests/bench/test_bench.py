@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from moe.analysis.studies.published import read_published
-from moe.bench import analyze, dispatch, errors, jobs, suite
+from moe.bench import analyze, dispatch, errors, footprint, jobs, suite
 from moe.bench.analyze import write_runs
 from moe.bench.dispatch import measure_dispatch
 from moe.bench.growth import exponent, measure_point
@@ -214,3 +215,14 @@ def test_the_suite_measures_every_variant_of_a_step_and_keeps_what_it_has_if_one
     assert all(row["tokens / s"] > 0 and row["kernels / step"] > 0 for row in rows)
     assert sum(title.startswith("layer") for title in tables) == 8
     assert (tmp_path / "profile-precision-fp32.md").read_text().startswith("**kernels**")
+
+
+def test_the_footprint_of_a_command_counts_the_processes_that_it_starts() -> None:
+    """A child that holds 300 MB while its parent waits counts, and a command that fails is no measurement."""
+    child = "import time; held = bytearray(b'x') * 300_000_000; time.sleep(1)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], check=True)"
+    found = footprint.measure([sys.executable, "-c", parent])
+    assert 0.3 < found.gigabytes < 0.4
+    assert 0 < found.cpu_seconds < 5
+    with pytest.raises(subprocess.CalledProcessError):
+        footprint.measure([sys.executable, "-c", "raise SystemExit(3)"])
