@@ -44,6 +44,7 @@ from moe.analysis.report.sections.comparisons import (
 )
 from moe.analysis.report.sections.cost import costs, equal_costs, speed_ups
 from moe.analysis.report.sections.factor_effects import factor_effects
+from moe.analysis.report.sections.league import how_much_routing_matters, league
 from moe.analysis.report.sections.other_text import other_seeds_and_other_text
 from moe.analysis.report.sections.over_training import contrasts_over_training, gradient_norms, learning_curves
 from moe.analysis.report.sections.overview import what_was_run
@@ -84,6 +85,8 @@ CHAPTERS: tuple[Chapter, ...] = (
         (
             claim_verdicts,
             contrast_verdicts,
+            league,
+            how_much_routing_matters,
             factor_effects,
             other_seeds_and_other_text,
             noise_floor_table,

@@ -1,0 +1,161 @@
+"""Routers as a league: ranks with intervals, differences to the reference, cost; and how much routing matters here."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from moe.analysis.limits import ORACLE, RANDOM, Share, covered
+from moe.analysis.report.blocks import Heading, Paragraph, ReportBlock, TableBlock, csv_file, literal
+from moe.analysis.report.inputs import ReportInputs, reference_levels
+from moe.analysis.sentences import decimals
+from moe.analysis.simultaneous import Block, block, ranks, to_reference
+from moe.analysis.statistics import name_cell
+from moe.checks import plain
+from moe.results.conditions import by_seed, conditions, present, reference_level
+
+ROUTER, LEAST = "router", 3  # the factor, and the smallest number of its levels that make a league
+PLAIN = "topk"  # the reference, unless the reader names another one
+METRICS = ("test/loss", "val/loss")  # the first one that the runs have
+COST = {"flops_per_token": "FLOPs per token", "time/tokens_per_s": "tokens / s", "peak_memory_gb": "peak memory, GB"}
+LEAGUE_EXPLAINED = """\
+{metric} in nats per token, mean over the {seeds} seeds that all ranked routers have. Differences are those from
+{reference}, paired by seed. All intervals of the column hold together in 95 % of cases (Dunnett 1955), and so do all
+intervals of ranks: a router's best rank is 1 plus the number of routers that are certainly better (Tukey's test). Both
+take one spread for all routers, {spread:.2g}, from {freedom} degrees of freedom. The spread of single routers is
+between {least:.2g} and {most:.2g}: for a router that spreads more than the others, the intervals are too narrow.
+Routers that see later tokens have no rank, because their losses are not comparable. Costs are medians; speed depends on
+what else the machine did."""
+MATTERS_EXPLAINED = """\
+`{random}` deals tokens to experts at random and evenly, and `{oracle}` knows the domain of each text. The share is how
+much of the distance between their losses ({metric}) a router covers: 0 is as good as random, 1 as good as the oracle.
+It may be below 0, and above 1, because the domain is not the best that a router can know. The interval is Fieller's
+95 % interval over seeds, for each router alone; nothing is tested."""
+UNCLEAR = """\
+The distance between `{random}` and `{oracle}` is {distance:+.3g}, which is not clear from zero with these seeds. So the
+shares have no interval: the data do not tell how much routing matters here."""
+WORSE = """\
+Here `{oracle}` is worse than `{random}`, by {distance:.3g}. So it is no upper limit, and the shares do not mean what
+they are called: below 0 is then better than random. It may have fewer experts per token, or the domain helps little."""
+
+
+def league(inputs: ReportInputs) -> Iterator[ReportBlock]:
+    """Yield the ranks of all routers with intervals, their differences to the reference, and their costs."""
+    metric = _metric(inputs)
+    if metric is None or inputs.contrasts.empty:
+        return
+    runs = inputs.runs[inputs.runs["status"] == "finished"]
+    usual = PLAIN if PLAIN in set(runs[ROUTER]) else reference_level(runs, ROUTER)
+    reference = reference_levels(inputs).get(ROUTER, usual)
+    titled = False
+    for cell, members in _cells(inputs, runs):
+        values = _by_seed(members, metric)
+        ranked = [name for name in values if not (members.loc[members[ROUTER] == name, "causal"] == False).any()]  # noqa: E712
+        complete = values[ranked].dropna()
+        if len(ranked) < LEAST or complete.empty or reference not in ranked:
+            continue
+        if not titled:
+            yield Heading("League of routers")
+            titled = True
+        layout = block(complete)
+        table = _table(layout, reference, values, members, metric)
+        place = f"**{literal(name_cell(cell))}**: " if cell else ""
+        yield Paragraph(place + _explained(layout, complete, reference, metric))
+        yield TableBlock(table)
+        yield csv_file("league" if not cell else f"league_{len(table)}_{_file(cell)}", table, "this table.")
+
+
+def _cells(inputs: ReportInputs, runs: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+    return conditions(runs, [factor for factor in inputs.factors if factor != ROUTER])
+
+
+def _file(cell: dict[str, Any]) -> str:
+    return "_".join(f"{key}_{value}".replace("/", "_").replace(" ", "_") for key, value in cell.items())[:80]
+
+
+def _metric(inputs: ReportInputs) -> str | None:
+    """Return the loss by which routers are compared; None if there are too few routers for a league."""
+    if ROUTER not in inputs.factors or inputs.runs[ROUTER].nunique() < LEAST:
+        return None
+    return next(iter(present(inputs.runs, METRICS)), None)
+
+
+def _by_seed(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Return the values of a metric, a row for each seed and a column for each router that has one."""
+    table = pd.DataFrame({cell[ROUTER]: by_seed(members, metric) for cell, members in conditions(runs, [ROUTER])})
+    return table.dropna(how="all", axis=1)
+
+
+def _explained(layout: Block, values: pd.DataFrame, reference: Any, metric: str) -> str:
+    rest = values.sub(values.mean(axis=1), axis=0)
+    spreads = (rest - rest.mean()).std(ddof=1) if len(values) > 1 else pd.Series([math.nan])
+    return LEAGUE_EXPLAINED.format(
+        metric=f"`{metric}`",
+        seeds=layout.seeds,
+        reference=literal(str(reference)),
+        spread=layout.spread,
+        freedom=layout.freedom,
+        least=spreads.min(),
+        most=spreads.max(),
+    )
+
+
+def _table(layout: Block, reference: Any, values: pd.DataFrame, members: pd.DataFrame, metric: str) -> pd.DataFrame:
+    rank, gap = ranks(layout), to_reference(layout, reference)
+    order = [*rank.sort_values("rank").index, *(name for name in values if name not in rank.index)]
+    rows = []
+    for name in order:
+        of_router = members[members[ROUTER] == name]
+        known = name in rank.index
+        row: dict[str, Any] = {"rank": str(rank.loc[name, "rank"]) if known else "–"}
+        row["95 % interval of the rank"] = "{} to {}".format(*rank.loc[name].iloc[1:]) if known else "–"
+        row |= {ROUTER: str(name), metric: float(values[name].mean()), "n": int(values[name].count())}
+        row[f"difference from {reference}"] = _difference(gap.loc[name]) if known and name != reference else "–"
+        row |= {COST[key]: of_router[key].astype(float).median() for key in COST if key in of_router}
+        row["causal"] = {True: "yes", False: "no"}.get(of_router["causal"].iloc[0], "unknown")
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _difference(row: pd.Series) -> str:
+    digits = decimals(row["difference"], 3)
+    interval = f" [{row['low']:.{digits}f}, {row['high']:.{digits}f}]" if math.isfinite(row["low"]) else ""
+    return plain(f"{row['difference']:+.{digits}f}{interval}")
+
+
+def how_much_routing_matters(inputs: ReportInputs) -> Iterator[ReportBlock]:
+    """Yield the share of the distance from random to oracle routing that each router covers."""
+    metric = _metric(inputs)
+    if metric is None or inputs.contrasts.empty:
+        return
+    runs = inputs.runs[inputs.runs["status"] == "finished"]
+    rows, doubts = list[dict[str, Any]](), list[str]()
+    for cell, members in _cells(inputs, runs):
+        values = _by_seed(members, metric)
+        if not {RANDOM, ORACLE} <= set(values):
+            continue
+        limits = values[[RANDOM, ORACLE]].dropna()
+        for name in values.columns.drop([RANDOM, ORACLE]):
+            both = limits.assign(arm=values[name]).dropna()
+            share = covered(*(both[side].to_numpy() for side in ("arm", RANDOM, ORACLE)))
+            rows.append({"within": name_cell(cell), ROUTER: name, "n": len(both), "share covered": _share(share)})
+        clear = covered(*(limits[side].to_numpy() for side in (ORACLE, RANDOM, ORACLE))).clear
+        distance = float((limits[RANDOM] - limits[ORACLE]).mean())
+        if not clear or distance < 0:
+            doubts.append((WORSE if clear else UNCLEAR).format(random=RANDOM, oracle=ORACLE, distance=distance))
+    if not rows:
+        return
+    yield Heading("How much routing matters here")
+    yield Paragraph(MATTERS_EXPLAINED.format(random=RANDOM, oracle=ORACLE, metric=metric))
+    yield from map(Paragraph, doubts)
+    table = pd.DataFrame(rows)
+    yield TableBlock(table.drop(columns=[] if table["within"].any() else ["within"]))
+
+
+def _share(share: Share) -> str:
+    if not math.isfinite(share.value):
+        return "–"
+    interval = f" [{share.low:.2f}, {share.high:.2f}]" if np.isfinite(share.low) else ", unbounded"
+    return plain(f"{share.value:.2f}{interval}")

@@ -1,0 +1,67 @@
+"""Tests of the league of routers and of the share of the distance to the oracle, in reports about made-up runs."""
+
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+from run_folders import write_metrics, write_record
+
+from moe.analysis.limits import covered
+from moe.analysis.report.blocks import Attachment, Paragraph, TableBlock
+from moe.analysis.report.inputs import ReportInputs, collect_inputs
+from moe.analysis.report.sections.league import how_much_routing_matters, league
+from moe.analysis.simultaneous import block, to_reference
+from moe.results.table import load_runs
+
+LOSSES = {"topk": 3.0, "balanced_random": 3.2, "oracle": 2.9, "hash": 3.21, "expert_choice": 2.0}
+
+
+def inputs_of(place: Path, losses: dict[str, float], *, spread: float = 0.01) -> ReportInputs:
+    rng = np.random.default_rng(0)
+    for router, seed in product(losses, (1, 2, 3)):
+        folder = place / "made_up" / f"{router}{seed}"
+        folder.mkdir(parents=True)
+        causal = router != "expert_choice"
+        write_record(folder, choices={"router": router}, config={"seed": seed}, causal=causal, flops_per_token=1000)
+        write_metrics(folder, {"val/loss": losses[router] + seed + rng.normal(0, spread)})
+        (folder / "events.jsonl").touch()
+    [inputs] = collect_inputs(load_runs([place]))
+    return inputs
+
+
+def test_the_league_ranks_causal_routers_with_intervals_that_hold_together(tmp_path: Path) -> None:
+    inputs = inputs_of(tmp_path, LOSSES)
+    blocks = list(league(inputs))
+    [table] = [block.frame for block in blocks if isinstance(block, TableBlock)]
+    by_router = table.set_index("router")
+    assert list(by_router.index) == ["oracle", "topk", *by_router.index[2:4], "expert_choice (not causal)"]
+    assert by_router.loc["oracle", "95 % interval of the rank"] == "1 to 1"
+    assert by_router.loc["hash", "95 % interval of the rank"] == "3 to 4", "as good as balanced_random"
+    assert by_router.loc["expert_choice (not causal)", ["rank", "causal"]].tolist() == ["–", "no"]
+    runs = inputs.runs[inputs.runs["causal"]]
+    gap = to_reference(block(runs.pivot_table("val/loss", "seed", "router")), "topk").loc["oracle"]
+    expected = f"{gap['difference']:+.3f} [{gap['low']:.3f}, {gap['high']:.3f}]".replace("-", "\N{MINUS SIGN}")
+    assert by_router.loc["oracle", "difference from topk"].replace("-", "\N{MINUS SIGN}") == expected
+    assert [each.name for each in blocks if isinstance(each, Attachment)] == ["league.csv"]
+
+
+def test_the_share_is_that_of_fieller_and_a_bad_oracle_is_named(tmp_path: Path) -> None:
+    inputs = inputs_of(tmp_path / "good", LOSSES)
+    blocks = list(how_much_routing_matters(inputs))
+    [table] = [block.frame for block in blocks if isinstance(block, TableBlock)]
+    values = inputs.runs.pivot_table("val/loss", "seed", "router")
+    share = covered(*(values[name].to_numpy() for name in ("topk", "balanced_random", "oracle")))
+    shown = table.set_index("router").loc["topk", "share covered"]
+    assert shown == f"{share.value:.2f} [{share.low:.2f}, {share.high:.2f}]"
+    assert len([each for each in blocks if isinstance(each, Paragraph)]) == 1
+    for name, oracle, words in (("worse", 3.4, "is worse than"), ("unclear", 3.2, "not clear from zero")):
+        found = inputs_of(tmp_path / name, LOSSES | {"oracle": oracle})
+        assert words in str(list(how_much_routing_matters(found)))
+
+
+@pytest.mark.parametrize("losses", [{"topk": 3.0, "hash": 3.1}, {"topk": 3.0, "hash": 3.1, "random": 3.2}])
+def test_two_routers_are_no_league_and_without_limits_there_is_no_share(losses: dict, tmp_path: Path) -> None:
+    inputs = inputs_of(tmp_path, losses)
+    assert bool(list(league(inputs))) == (len(losses) > 2)
+    assert list(how_much_routing_matters(inputs)) == []
