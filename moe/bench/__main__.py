@@ -3,22 +3,23 @@
 import argparse
 import json
 import os
-import platform
 import sys
 
 import torch
 import transformers
 
-from moe.bench import analyze, dispatch, errors, footprint, growth, jobs, layer, power, profile, step, suite
+from moe.bench import analyze, dispatch, errors, footprint, growth, jobs, layer, power, profile, routers, step, suite
 from moe.bench.options import OneLineParser, new_file, whole
 from moe.bench.timing import TimingTable
 from moe.checks import ConfigError, unknown
+from moe.launch.run import processor
 from moe.training import process
 
 QUESTIONS = {
     "layer": layer,
     "step": step,
     "profile": profile,
+    "routers": routers,
     "growth": growth,
     "dispatch": dispatch,
     "sweep": jobs,
@@ -68,7 +69,7 @@ def _answer(arguments: argparse.Namespace) -> None:
     """Print the tables that answer a question."""
     process.configure(threads=arguments.threads)
     machine = {
-        "processor": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
+        "processor": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cpus": os.cpu_count(),
         "threads": arguments.threads,

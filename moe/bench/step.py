@@ -32,13 +32,15 @@ from moe.launch.command_line import read_cells
 from moe.model.causal_lm import MoEForCausalLM
 from moe.model.cost import flops_per_token
 from moe.routing import losses
+from moe.routing.decision import LABELS
 from moe.routing.dispatch import dispatch
 from moe.routing.measurement import collect_stats
 from moe.runs.events import EventLog, RunListener
 from moe.runs.signals import Interrupted, Signals
 from moe.training.loop import train
+from moe.training.objective import total_loss
 from moe.training.optim import build_optimizers
-from moe.training.setup import build_model, prepare_data
+from moe.training.setup import build_model, prepare_data, tell_text
 
 SWIGLU = ("logger.mode=disabled", "model.expert=swiglu")
 IN_TRAINING = "MoE in training: Accelerate, clipping, metrics, event log"
@@ -129,7 +131,7 @@ def step_variants(config: Config) -> list[Variant]:
     dense = copy.deepcopy(config)
     dense.model.first_k_dense_replace = sizes.layers
     dense.model.dense_ffn = round(k * sizes.ffn)
-    shape = Shape(sizes.num_experts, round(k), sizes.dim, sizes.ffn, 0)
+    shape, domains = Shape(sizes.num_experts, round(k), sizes.dim, sizes.ffn, 0), len(prepare_data(config).domains)
     attention = {
         "num_hidden_layers": sizes.layers,
         "num_attention_heads": sizes.heads,
@@ -141,21 +143,21 @@ def step_variants(config: Config) -> list[Variant]:
     nn.Module.to(mixtral, moe_model.device)
     return [
         ("dense", bare_step(_model(dense), config)),
-        ("MoE, bare loop", bare_step(moe_model, config)),
-        ("MoE, bare loop, all logits at once", bare_step(moe_model, config, all_logits=True)),
+        ("MoE, bare loop", bare_step(moe_model, config, domains=domains)),
+        ("MoE, bare loop, all logits at once", bare_step(moe_model, config, domains=domains, all_logits=True)),
         ("Mixtral, grouped_mm, bare loop", bare_step(mixtral, config)),
     ]
 
 
 def part_variants(config: Config, events: EventLog) -> list[Variant]:
     """Return functions that carry out one part of a training step each. Statistics and losses cover one batch."""
-    model = _model(config)
+    model, domains = _model(config), len(prepare_data(config).domains)
     optimizers = build_optimizers(model, config.optimizer)
-    step = bare_step(model, config)
+    step = bare_step(model, config, domains=domains)
     step()  # Leaves gradients for the optimizers.
     ids = _random_ids(model, config)
     with torch.no_grad():
-        layers = model(ids).routing or []
+        layers = model(ids, told=_random_labels(model, config, domains)).routing or []
     seq_len, experts = config.data.seq_len, config.model.num_experts
     routings = [routing for layer in layers for routing in layer]
     dispatches = [dispatch(routing, experts, capacity=config.capacity, seq_len=seq_len) for routing in routings]
@@ -173,25 +175,29 @@ def part_variants(config: Config, events: EventLog) -> list[Variant]:
     ]
 
 
-def bare_step(model: nn.Module, config: Config, *, all_logits: bool = False) -> Callable[[], None]:
-    """Return a function that runs forward, backward and optimizers, with the load-balancing loss if the model has one.
+def bare_step(model: nn.Module, config: Config, *, domains: int = 1, all_logits: bool = False) -> Callable[[], None]:
+    """Return a function that runs forward, backward and optimizers, with the auxiliary losses if it is our model.
 
+    domains: of so many the random texts are, for routers that are told the domain.
     all_logits: the loss is that of all logits at once, even if the model would compute it in chunks in training.
 
     Gradients stay until the next call.
     """
     optimizers = build_optimizers(model, config.optimizer)
     model.train()
-    ours = {"loss_only": not all_logits} if isinstance(model, MoEForCausalLM) else {}
 
     def run() -> None:
         for optimizer in optimizers:
             optimizer.zero_grad()
         ids = _random_ids(model, config)
         with torch.autocast(timed_device().type, torch.bfloat16, enabled=config.precision == "bf16"):
-            output = model(input_ids=ids, labels=ids, **ours)
-        balance = output.aux["load_balance"].sum() if getattr(output, "aux", None) else 0.0
-        (output.loss + config.lb * balance).backward()
+            if isinstance(model, MoEForCausalLM):
+                told = _random_labels(model, config, domains)
+                output = model(input_ids=ids, labels=ids, told=told, loss_only=not all_logits)
+                loss = total_loss(config, [layer.router.loss_weights for layer in model.moe_layers], output)
+            else:
+                loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
         for optimizer in optimizers:
             optimizer.step()
 
@@ -199,10 +205,16 @@ def bare_step(model: nn.Module, config: Config, *, all_logits: bool = False) -> 
 
 
 def _model(config: Config) -> MoEForCausalLM:
-    model = build_model(config, vocab_size=len(prepare_data(config).tokenizer))
+    data = prepare_data(config)
+    model = build_model(config, vocab_size=len(data.tokenizer))
     nn.Module.to(model, timed_device())
+    tell_text([layer.router for layer in model.moe_layers], data)
     return model
 
 
 def _random_ids(model: Any, config: Config) -> torch.Tensor:
     return torch.randint(0, model.config.vocab_size, (config.batch_size, config.data.seq_len), device=model.device)
+
+
+def _random_labels(model: Any, config: Config, domains: int) -> torch.Tensor:
+    return torch.randint(0, domains, (config.batch_size, len(LABELS)), device=model.device)

@@ -245,14 +245,14 @@ def _machine() -> Machine:
     driver = _printed("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpus else []
     return Machine(
         system=platform.platform(),
-        processor=_processor(),
+        processor=processor(),
         cpus=os.cpu_count(),
         gpus=gpus,
         driver=driver[0] if driver else None,
     )
 
 
-def _processor() -> str | None:
+def processor() -> str | None:
     """Return the name of the processor; None if the system does not tell it."""
     if platform.system() == "Darwin":
         lines = _printed("sysctl", "-n", "machdep.cpu.brand_string")

@@ -92,11 +92,7 @@ def set_up(config: Config) -> Training:
     wrapped = parallel.distribute(model, accelerator, expert_parallel=config.expert_parallel)
     optimizers = build_optimizers(model, config.optimizer)
     scale_learning_rates(config, optimizers, step=0)
-    counting = [router for router in routers if type(router).before_training is not Router.before_training]
-    if counting:  # reads the whole training text
-        text = TrainingText(token_counts(data), data.domains)
-        for router in counting:
-            router.before_training(text)
+    tell_text(routers, data)
     options: dict[str, Any] = {"fallback_random": True}  # draws the same noise and dropout as without compilation
     forward = torch.compile(wrapped, options=options) if config.compile else wrapped
     return Training(
@@ -119,6 +115,15 @@ def set_up(config: Config) -> Training:
             quiet=math.ceil(config.optimizer.warmup * config.steps),
         ),
     )
+
+
+def tell_text(routers: list[Router], data: Prepared) -> None:
+    """Call `before_training` of these routers. Only if one has it is the training text read."""
+    listening = [router for router in routers if type(router).before_training is not Router.before_training]
+    if listening:
+        text = TrainingText(token_counts(data), data.domains)
+        for router in listening:
+            router.before_training(text)
 
 
 def _graphs(config: Config, model: MoEForCausalLM, device: torch.device) -> Graphs | None:

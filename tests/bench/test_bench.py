@@ -22,6 +22,7 @@ from moe.bench.growth import exponent, measure_point
 from moe.bench.layer import Shape, layer_passes, least_saved_bytes
 from moe.bench.options import OneLineParser
 from moe.bench.profile import host_waits, profile_step
+from moe.bench.routers import router_speeds
 from moe.bench.step import IN_TRAINING, bare_step, measure_steps
 from moe.bench.timing import medians, product_flops, relative_table, time_in_turns
 from moe.checks import ConfigError
@@ -67,6 +68,24 @@ def test_the_training_loop_and_bare_steps_are_timed_in_turns(small: list[str], t
     kinds = [event["kind"] for event in steps]
     assert kinds == ["eval", *["train"] * 3]  # one measured round after two rounds of warm-up
     assert not list(tmp_path.glob("trace/*"))  # writing a trace would be timed as part of a step
+
+
+def test_steps_of_routers_are_timed_in_pairs_with_top_k(small: list[str], tmp_path: Path) -> None:
+    """Labels for an oracle and the training text for hashing are at hand. The ratio of a step to itself is about 1."""
+    words = [key for key in small if not key.startswith(("steps", "eval_every", "logger", "router"))]
+    words += ["model.num_experts=4"]
+    speeds = router_speeds(["topk", "oracle", "hash"], words, rounds=5, folder=tmp_path)
+    assert speeds["topk"] == pytest.approx(1, abs=0.3)
+    assert speeds.keys() == {"topk", "oracle", "hash"}
+    assert all(speed > 0 for speed in speeds.values())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("router", ["oracle", "hash"])
+def test_bare_steps_run_with_routers_that_are_told_something(router: str, small: list[str], tmp_path: Path) -> None:
+    words = [key for key in small if not key.startswith(("steps", "eval_every", "logger", "router"))]
+    seconds, *_ = measure_steps([*words, f"router={router}", "model.num_experts=4"], rounds=1, folder=tmp_path)
+    assert seconds["MoE, bare loop"] > 0
 
 
 def test_the_profile_of_a_step_names_its_operators_and_their_times(small: list[str], tmp_path: Path) -> None:
