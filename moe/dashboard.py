@@ -104,16 +104,16 @@ def null_metrics(configs: list[Config]) -> set[str]:
     To find out, the router of each run routes a few random tokens.
     """
     alike = {repr((config.router, config.model, config.capacity)): config for config in configs if not config.is_dense}
-    return set.intersection(*map(_null_metrics, alike.values()))
+    return set.intersection(*(_null_metrics(c, spec) for c in alike.values() for spec in c.router_specs()))
 
 
-def _null_metrics(config: Config) -> set[str]:
+def _null_metrics(config: Config, spec: dict[str, Any]) -> set[str]:
     dim, experts = config.model.dim, config.model.num_experts
     ids = torch.arange(128).view(2, 64)
     told = torch.zeros(2, len(LABELS), dtype=torch.long)
     context = Context(ids, Knobs.of(), config.capacity, told=told, compared=torch.arange(2))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        router = build(config.router, "router", dim, experts, trusted=True)
+        router = build(spec, "router", dim, experts, trusted=True)
         layer = MoELayer(router, Experts(experts, dim, hidden=1, kind="silu"))
         for part in (layer.experts.up, layer.experts.down):
             torch.nn.init.normal_(part)

@@ -42,7 +42,7 @@ DEFAULTED = RATES | {"optimizer.momentum", "optimizer.expert_step"}
 DENSE_IGNORES = ("router", "schedule")
 
 # Keys of `model` that decide nothing in such a model.
-OF_EXPERTS = ("num_experts", "ffn", "shared_experts", "shared_gate", "latent_dim", "router_input")
+OF_EXPERTS = ("num_experts", "ffn", "shared_experts", "shared_gate", "latent_dim", "router_input", "routers")
 
 
 @cache

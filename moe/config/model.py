@@ -7,6 +7,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from moe.checks import finite, one_of, require, require_path
+from moe.config import layer_routers
 from moe.config.checkpoints import dense as dense_checkpoint
 from moe.config.checkpoints import saved
 
@@ -25,6 +26,7 @@ class ModelConfig:
     shared_gate: bool = False  # multiply their output by a learned sigmoid of the hidden state (Qwen2-MoE)
     latent_dim: int | None = None  # width in which routed experts work, below dim (LatentMoE, 2601.18089); null: dim
     router_input: str = "feed_forward"  # what routers read: the input of feed_forward, or of attention before it
+    routers: str | None = None  # other routers of single layers: 0-2:hash (an option), 0:k:1 (a setting), joined by +
     first_k_dense_replace: int = 0  # number of first layers that are dense feed-forward instead of MoE
     dense_ffn: int = MISSING  # hidden width of those dense layers
     dropout: float = 0.0  # probability that training sets a hidden value to 0
@@ -72,6 +74,13 @@ class ModelConfig:
         require(latent is None or 1 <= latent < self.dim, "model.latent_dim", latent, allowed)
         dense, allowed = self.first_k_dense_replace, f"between 0 and model.layers={self.layers}"
         require(0 <= dense <= self.layers, "model.first_k_dense_replace", dense, allowed)
+        if self.routers is not None:
+            imports = self.checkpoint is not None and not self.continues
+            kinds = [dense_checkpoint.kind(*parent) for parent in self.parents]
+            allowed = "null: the layers of a model of transformers have one router"
+            ours = not imports and all(kind == dense_checkpoint.OURS for kind in kinds)
+            require(ours, "model.routers", self.routers, allowed)
+            layer_routers.check(self.routers, dense=self.first_k_dense_replace, layers=self.layers)
         require(finite(self.dropout) and 0 <= self.dropout < 1, "model.dropout", self.dropout, "in [0, 1)")
         alpha = self.neftune_noise_alpha
         require(finite(alpha) and alpha >= 0, "model.neftune_noise_alpha", alpha, "a finite number >= 0")

@@ -8,6 +8,7 @@ from typing import Any, get_type_hints
 from omegaconf import MISSING
 
 from moe.checks import ConfigError, describe, finite, one_of, require, require_path, unknown
+from moe.config import layer_routers
 from moe.config.checkpoints import dense as dense_checkpoint
 from moe.config.checkpoints import imported
 from moe.config.claim import ClaimConfig
@@ -152,9 +153,25 @@ class Config:
 
     def check_router(self) -> None:
         """Raise ConfigError for wrong keys or ranges of the router, and for a schedule or data that do not fit it."""
-        router = self.build_router()
-        router.check_class()
         self.check_adapter()
+        routers = self.build_routers()
+        for router in routers:
+            self._check_one(router)
+        allowed = "routers that all run once in a layer, or all equally often"
+        require(len({len(each.chain) for each in routers}) == 1, "model.routers", self.model.routers, allowed)
+        if self.schedule.get("knob") == "noise" and all("noise" in each.ignored_keys() for each in routers):
+            raise ConfigError("schedule.knob=noise: this router ignores noise; use another router")
+        if self.schedule.get("knob") == "temperature" and not any(each.schedulable for each in routers):
+            raise ConfigError(
+                "schedule.knob=temperature: this router has no temperature; use router=temperature or router=gumbel"
+            )
+        schedule = build(self.schedule, "schedule", trusted=True)
+        for knob, setting in (("temperature", self.temperature), ("noise", self.noise)):
+            schedule(knob, setting, 0.0)
+
+    def _check_one(self, router: Any) -> None:
+        """Raise ConfigError for a router that does not fit this run."""
+        router.check_class()
         if getattr(locate(self.data.source["_target_"], "data.source", trusted=True), "conversations", False):
             router.require_documents_apart()
         source = self.build_source()
@@ -166,21 +183,12 @@ class Config:
         settings = OFF.keys() | router.setting_keys()
         for key in (router.ignores | router.ignores_without_capacity) - settings:
             raise unknown(f"key in ignores of {type(router).__name__}", key, settings)
-        if self.schedule.get("knob") == "noise" and "noise" in router.ignored_keys():
-            raise ConfigError("schedule.knob=noise: this router ignores noise; use another router")
-        if self.schedule.get("knob") == "temperature" and not router.schedulable:
-            raise ConfigError(
-                "schedule.knob=temperature: this router has no temperature; use router=temperature or router=gumbel"
-            )
         if self.capacity is not None and not self.is_dense and "capacity" not in router.ignored_keys():
             most = self.model.num_experts / (router.fixed_k or 1)
             allowed = (
                 f"null, or below {most:g}: from there on an expert has room for all tokens, so that none is dropped"
             )
             require(self.capacity < most, "capacity", self.capacity, allowed)
-        schedule = build(self.schedule, "schedule", trusted=True)
-        for knob, setting in (("temperature", self.temperature), ("noise", self.noise)):
-            schedule(knob, setting, 0.0)
 
     def check_adapter(self) -> None:
         """Raise ConfigError for wrong keys or ranges of the adapter, and for a model that it does not fit."""
@@ -210,10 +218,11 @@ class Config:
             return frozenset((*OFF, *DENSE_IGNORES, *RATES, "optimizer.expert_step", *unused))
         if self.model.num_experts == 1:
             unused.add("optimizer.expert_step")
-        router = self.build_router()
-        if not any(p.requires_grad for p in router.parameters()) and not router.weights_elsewhere:
+        router, *of_layers = routers = self.build_routers()
+        if not any(p.requires_grad for each in routers for p in each.parameters()) and not router.weights_elsewhere:
             unused.add("optimizer.router_lr")
-        ignored = router.ignored_keys() | frozen
+        used = [key for each in of_layers for key in OFF.keys() - each.ignored_keys()]
+        ignored = (router.ignored_keys() - {*used}) | frozen
         if self.capacity is None or "capacity" in ignored:
             ignored |= {"drop"} | router.ignores_without_capacity
         return frozenset(ignored & {*OFF, *(f"router.{name}" for name in self.router)} | unused)
@@ -232,7 +241,7 @@ class Config:
 
     def settings_in_effect(self) -> dict[str, Any]:
         """Return `identity`, with the values that mean the same as the given ones. This imports torch, unless dense."""
-        same = {} if self.is_dense else self.build_router().same_as
+        same = {} if self.is_dense else self.build_routers()[0].same_as
         equivalent = {f"router.{name}": value for name, value in same.items()}
         return self.identity() | equivalent | {"trainable": str(self.trains)}
 
@@ -262,12 +271,27 @@ class Config:
         off = {key: OFF[key] for key in OFF.keys() & ignored}
         return replace(self, router=used, optimizer=replace(self.optimizer, **defaults), **off)
 
-    def build_router(self) -> Any:
-        """Return the router of one layer, without memory for its parameters. This imports torch."""
+    def router_specs(self) -> list[dict[str, Any]]:
+        """Return class and settings of each router: first `router`, then others of single layers, each once."""
+        of_layers = layer_routers.specs(self.model.routers, self.router).values()
+        return list({repr(spec): spec for spec in (self.router, *of_layers)}.values())
+
+    def build_routers(self) -> list[Any]:
+        """Return a router of each of `router_specs`, without memory for its parameters. This imports torch."""
         import torch
 
+        sizes = (self.model.dim, self.model.num_experts)
         with torch.device("meta"):
-            return build(self.router, "router", self.model.dim, self.model.num_experts, trusted=True)
+            main, *of_layers = self.router_specs()
+            routers = [build(main, "router", *sizes, trusted=True)]
+            try:
+                return routers + [build(spec, "router", *sizes, trusted=True) for spec in of_layers]
+            except ConfigError as error:
+                raise ConfigError(f"model.routers={self.model.routers}: {error}") from error
+
+    def is_causal(self) -> bool:
+        """Return whether the routing of all layers is causal, see `Router.is_causal`. This imports torch."""
+        return all(each.is_causal(capacity=self.capacity, drop=self.drop) for each in self.build_routers())
 
     def plugins(self, *keys: str) -> dict[str, Plugin]:
         """Return the code from outside of this project that this run needs, by package. See `foreign_classes`.

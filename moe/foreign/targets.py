@@ -76,6 +76,10 @@ class Target:
                 "it has no shared experts",
             ),
             "model.shared_gate=True": (self.shared_gate or not config.shared_gate, "its shared experts have no gate"),
+            f"model.routers={config.routers}": (
+                config.router_layers is None or anatomy.rule is not None,
+                "its layers have routers of one rule",
+            ),
             f"model.latent_dim={config.latent_dim}": (
                 config.latent_dim is None,
                 "its experts work in the width of the hidden states",

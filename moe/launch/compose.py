@@ -14,6 +14,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from moe.checks import require
+from moe.config import layer_routers
 from moe.config.checkpoints import dense, imported
 from moe.config.classes import locate
 from moe.config.options import CLASSES, CONF, GROUPS
@@ -111,6 +112,8 @@ def typed(composed: DictConfig, choices: dict[str, str | None]) -> Config:
     require(sized, key, None, "the folder or hub name of a checkpoint, which has the sizes")
     settings = OmegaConf.to_object(config)
     assert isinstance(settings, Config)
+    if settings.model.routers is not None:
+        settings.model.routers = layer_routers.explicit(settings.model.routers)
     for key, group in CLASSES.items():
         place, _, name = key.rpartition(".")
         holder = vars(settings) if not place else settings.adapter if place == "adapter" else vars(settings.data)

@@ -208,7 +208,7 @@ def run_record(cell: Cell, status: Status, facts: RunFacts | None = None, *, err
         name=cell.folder.name,
         started=before.started if before else datetime.now(UTC).isoformat(timespec="seconds"),
         choices=cell.choices,
-        causal=config.build_router().is_causal(capacity=config.capacity, drop=config.drop),
+        causal=config.is_causal(),
         config=asdict(config),
         identity=cell.identity(),
         versions={"python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}},

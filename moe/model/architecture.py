@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 from transformers.models.llama.configuration_llama import LlamaConfig
 
 from moe.checks import check_values, require
+from moe.config import layer_routers
 from moe.config.checkpoints import dense, imported, saved, transformers_config
 from moe.config.model import ModelConfig
 from moe.routers.imported import Imported
@@ -65,6 +66,7 @@ class MoEConfig(LlamaConfig):
     imported: the configuration of the transformers model whose MoE blocks run our layers, or of a dense one whose MLPs
         they replace (`moe.model.imported`). Then only its own fields count for the sizes. None: the model is our
         decoder.
+    routers, router_layers: `model.routers`, and the class and settings of the router of each layer that it names.
     router_temperature, router_noise: the knobs that the model uses if it is called without any. A run saves each model
         with the values of its step, which a schedule may have changed.
     output_router_logits, router_aux_loss_coef: as in transformers' Mixtral, see `MoEForCausalLM.forward`. A run weights
@@ -99,6 +101,8 @@ class MoEConfig(LlamaConfig):
     router_temperature: float = 1.0
     router_noise: float = 0.0
     router: dict[str, Any] | None = None
+    routers: str | None = None
+    router_layers: dict[str, Any] | None = None
     adapter: dict[str, Any] | None = None
     imported: dict[str, Any] | None = None
     output_router_logits: bool = False
@@ -131,6 +135,18 @@ class MoEConfig(LlamaConfig):
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
         """Do nothing. transformers would copy this file, which cannot run alone, to each saved model."""
+
+    def router_of(self, layer: int) -> dict[str, Any] | None:
+        """Return class and settings of the router of a decoder layer."""
+        found: dict[str, Any] | None = (self.router_layers or {}).get(str(layer), self.router)
+        return found
+
+    def set_routers(self, model: ModelConfig, router: dict[str, Any]) -> None:
+        """Give all layers the routers of a configuration."""
+        self.router, self.routers = router, model.routers
+        self.router_temperature = float(router.get("temp", 1.0))
+        others = layer_routers.specs(model.routers, router)
+        self.router_layers = {str(layer): spec for layer, spec in others.items()} or None
 
     def check(self) -> None:
         """Raise ConfigError for what `from_dict` refuses: this object may have been made in another way."""
@@ -182,10 +198,9 @@ class MoEConfig(LlamaConfig):
             dropout=model.dropout,
             embed_scale=model.embed_scale,
             neftune_noise_alpha=model.neftune_noise_alpha,
-            router_temperature=float(router.get("temp", 1.0)),
-            router=router,
             **settings,
         )
+        config.set_routers(model, router)
         config._attn_implementation = model.attention
         return config
 
@@ -197,7 +212,7 @@ class MoEConfig(LlamaConfig):
         own = [spec["_target_"] == imports for spec in (content["router"], router)]
         allowed = "left out, because the saved model has its router in the parts of an imported one"
         require(own[0] == own[1] or config.imported is None, "router._target_", router["_target_"], allowed)
-        config.router, config.router_temperature = router, float(router.get("temp", 1.0))
+        config.set_routers(model, router)
         config.router_noise = 0.0
         config.dropout, config.neftune_noise_alpha = model.dropout, model.neftune_noise_alpha
         config._attn_implementation = model.attention

@@ -37,7 +37,8 @@ class MoEOutput(CausalLMOutputWithPast):
     loss: cross-entropy in nats. If router logits are asked for, plus `router_aux_loss_coef` times `aux_loss`.
     aux_loss: mean over layers of `aux["load_balance"]`; None unless router logits are asked for.
     router_logits: as in `MoEModelOutput`. None unless asked for.
-    aux: {name: (L)} unweighted auxiliary losses of each MoE layer. None without MoE layers.
+    aux: {name: (L)} unweighted auxiliary losses of each MoE layer, 0 if its router lacks one that another router has.
+        None without MoE layers.
     stats: sums for metrics, with a first dimension L. None without MoE layers.
     routing: for each MoE layer the decision of each router of its chain. None without MoE layers.
     load: (L, C, E) the load of each router of the chain of each MoE layer. None without MoE layers.
@@ -281,9 +282,10 @@ def _routing_fields(layers: list[LayerOutput]) -> dict[str, Any]:
     """Return the fields of `MoEOutput` that join the outputs of MoE layers. Empty if there are none."""
     if not layers:
         return {}
+    names, zero = dict.fromkeys(name for layer in layers for name in layer.aux), layers[0].y.new_zeros(())
     beside = _routing_fields([layer.beside for layer in layers if layer.beside is not None])
     return {
-        "aux": {name: torch.stack([layer.aux[name] for layer in layers]) for name in layers[0].aux},
+        "aux": {name: torch.stack([layer.aux.get(name, zero) for layer in layers]) for name in names},
         "stats": RoutingStats.stack([layer.stats for layer in layers]),
         "routing": [layer.routing for layer in layers],
         "load": torch.stack([layer.load for layer in layers]),

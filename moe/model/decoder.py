@@ -67,16 +67,16 @@ class DecoderLayer(nn.Module):
 def _feed_forward(config: MoEConfig, index: int, *, trusted: bool) -> nn.Module:
     if index < config.first_k_dense_replace:
         return DenseFFN(config, config.dense_ffn)
-    return make_layer(config, trusted=trusted)
+    return make_layer(config, index, trusted=trusted)
 
 
-def make_layer(config: MoEConfig, *, trusted: bool) -> MoELayer:
-    """Return an MoE layer with router, routed experts and shared experts."""
+def make_layer(config: MoEConfig, index: int, *, trusted: bool) -> MoELayer:
+    """Return the MoE layer of decoder layer `index`, with router, routed experts and shared experts."""
     dim, width = config.hidden_size, config.latent_dim or config.hidden_size
     kind, dropout = config.expert, config.dropout
     experts = Experts(config.num_experts, width, hidden=config.intermediate_size, kind=kind, dropout=dropout)
     return MoELayer(
-        build_router(config, trusted=trusted),
+        build_router(config, index, trusted=trusted),
         experts,
         DenseFFN(config, config.shared_experts * config.intermediate_size) if config.shared_experts else None,
         shared_gate=nn.Linear(dim, 1, bias=False) if config.shared_gate else None,
@@ -115,10 +115,14 @@ class MoEModel(RoutedModel):
         states: list[Tensor] = []
         attentions: list[Any] = []
         outputs: list[LayerOutput] = []
+        alike = self.first_alike()
         recompute = self.gradient_checkpointing and self.training and attended.cache is None
         for layer in self.layers:
+            number = min(len(outputs), len(alike) - 1)  # of the MoE layer that comes next
             if load is not None:
-                context = context._replace(load=load[min(len(outputs), len(load) - 1)])  # dense layers ignore it
+                context = context._replace(load=load[number])  # dense layers ignore it
+            if outputs and alike[number] != alike[len(outputs) - 1]:
+                context = context._replace(state=None)  # another router cannot read it
             run: Callable[..., Any] = layer
             if recompute:
                 run = functools.partial(self._gradient_checkpointing_func, layer)

@@ -175,7 +175,10 @@ class ImportedModel(RoutedModel):
         blocks: list[Block] = []
         if dense.is_dense(causal_lm.config):
             layers = find_dense(causal_lm)[config.first_k_dense_replace :]
-            routed = [RoutedExperts(make_layer(config, trusted=trusted), number) for number in range(len(layers))]
+            routed = [
+                RoutedExperts(make_layer(config, config.first_k_dense_replace + number, trusted=trusted), number)
+                for number in range(len(layers))
+            ]
             for layer, each in zip(layers, routed, strict=True):
                 layer.mlp = each
         else:
@@ -184,7 +187,7 @@ class ImportedModel(RoutedModel):
                 raise ConfigError(
                     f"model.checkpoint: this {causal_lm.config.model_type} has no block whose experts can run"
                 )
-            routers = [build_router(config, trusted=trusted) for _ in blocks]
+            routers = [build_router(config, 0, trusted=trusted) for _ in blocks]
             routed = [_take_place(*each) for each in zip(blocks, routers, range(len(blocks)), strict=True)]
         self._routed = tuple(routed)  # tuples, because the model has these modules already
         self._blocks = tuple(block.module for block in blocks)

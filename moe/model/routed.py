@@ -25,10 +25,10 @@ from moe.routing.decision import LABELS, Context, Knobs, document_positions, fil
 CACHE = fields(BaseModelOutputWithPast)[1].name  # "past_key_values" before transformers 5.24
 
 
-def build_router(config: MoEConfig, *, trusted: bool) -> Router:
-    """Return the router of one layer, with parameters of at least fp32."""
+def build_router(config: MoEConfig, layer: int, *, trusted: bool) -> Router:
+    """Return the router of a decoder layer, with parameters of at least fp32."""
     with local_torch_dtype(torch.promote_types(torch.get_default_dtype(), torch.float32), "a router"):
-        return build(config.router, "router", config.hidden_size, config.num_experts, trusted=trusted)
+        return build(config.router_of(layer), "router", config.hidden_size, config.num_experts, trusted=trusted)
 
 
 class MoEPreTrainedModel(PreTrainedModel):
@@ -188,10 +188,18 @@ class RoutedModel(MoEPreTrainedModel):
         x = inputs if inputs.is_floating_point() else self._look_up(inputs)
         return x + neftune_noise(x, alpha)
 
+    def first_alike(self) -> list[int]:
+        """Return, for each MoE layer, the number of the first one whose router has the same class and settings."""
+        dense = self.config.first_k_dense_replace if self.config.router_layers else 0
+        specs = [self.config.router_of(dense + number) for number in range(len(self.moe_layers))]
+        return [specs.index(spec) for spec in specs]
+
     def _tie_routers(self) -> None:
         """Let routers share modules, and tell transformers which weights then have several names."""
-        for layer in self.moe_layers[1:]:
-            layer.router.tie_to(self.moe_layers[0].router)
+        layers = self.moe_layers
+        for layer, first in zip(layers, self.first_alike(), strict=True):
+            if layer is not layers[first]:
+                layer.router.tie_to(layers[first].router)
         self._tied_weights_keys = _second_names(self)
 
     def forward(
@@ -291,11 +299,11 @@ class RoutedModel(MoEPreTrainedModel):
         """
         flash = self.config._attn_implementation == "flash_attention_2"
         routers = [layer.router for layer in self.moe_layers]
-        mixing = bool(routers) and not routers[0].decides_alone
+        mixing = [router for router in routers if not router.decides_alone]
         if (flash or mixing) and bool((position_ids.diff() != 1).any()):
             allowed = "sdpa or eager for blocks of several documents"
             require(not flash, "model.attention", "flash_attention_2", allowed)
-            routers[0].require_documents_apart()
+            mixing[0].require_documents_apart()
 
 
 def neftune_noise(x: Float[Tensor, "B S D"], alpha: float) -> Float[Tensor, "B S D"]:

@@ -67,7 +67,7 @@ def _write_records(cells: list[Cell], sweep: Path) -> None:
             first,
             name=cell.folder.name,
             choices=cell.choices,
-            causal=cell.config.build_router().is_causal(capacity=cell.config.capacity, drop=cell.config.drop),
+            causal=cell.config.is_causal(),
             config=asdict(cell.config),
             identity=cell.identity(),
         )

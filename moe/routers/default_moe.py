@@ -45,6 +45,6 @@ class DefaultMoE(LinearRouter):
     @torch.no_grad()
     def after_step(self, stats: RoutingStats) -> None:
         count = stats.kept[:, None]
-        mean = stats.feedback.view_as(self.default) / count.clamp(min=1)
+        mean = stats.feedback[: self.default.numel()].view_as(self.default) / count.clamp(min=1)
         average = self.decay * self.default + (1 - self.decay) * mean
         self.default.copy_(torch.where(count > 0, average, self.default))

@@ -55,6 +55,6 @@ class ExpertThreshold(LinearRouter):
 
     @torch.no_grad()
     def after_step(self, stats: RoutingStats) -> None:
-        latest = stats.feedback / stats.tokens
+        latest = stats.feedback[: self.num_experts] / stats.tokens
         average = self.decay * self.threshold + (1 - self.decay) * latest
         self.threshold.copy_(torch.where(self.threshold.isinf(), latest, average))

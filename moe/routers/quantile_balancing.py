@@ -36,7 +36,7 @@ class QuantileBalancing(BiasedSigmoid):
 
     @torch.no_grad()
     def after_step(self, stats: RoutingStats) -> None:
-        self.bias.lerp_((stats.feedback / stats.tokens).to(self.bias), 1 - self.decay)
+        self.bias.lerp_((stats.feedback[: self.num_experts] / stats.tokens).to(self.bias), 1 - self.decay)
         self.bias -= self.bias.mean()
 
 

@@ -61,5 +61,7 @@ class RunningMeans(Router):
     @torch.no_grad()
     def after_step(self, stats: RoutingStats) -> None:
         count = stats.offered[:, None]
-        average = self.decay * self.mean + (1 - self.decay) * stats.feedback.view_as(self.mean) / count.clamp(min=1)
+        average = self.decay * self.mean + (1 - self.decay) * stats.feedback[: self.mean.numel()].view_as(
+            self.mean
+        ) / count.clamp(min=1)
         self.mean.copy_(torch.where(count > 0, average, self.mean))

@@ -235,7 +235,7 @@ class Spectra(Router):
     def after_step(self, stats: RoutingStats) -> None:
         self.steps += 1
         self.load.lerp_((stats.offered / stats.assignments).to(self.load), 1 - self.alpha)
-        latest = stats.feedback.view_as(self.mean_expression) / stats.tokens
+        latest = stats.feedback[: self.mean_expression.numel()].view_as(self.mean_expression) / stats.tokens
         self.mean_expression.lerp_(latest.to(self.mean_expression), 1 - self.alpha)
 
 

@@ -1,8 +1,10 @@
 """Sums over tokens that describe the routing of a layer. Every routing metric is computed from them."""
 
+import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -47,7 +49,7 @@ class RoutingStats(NamedTuple):
     confidence_t1: Float[Tensor, "*L"]  # like `confidence`, of softmax(logits)
     logit_squared: Float[Tensor, "*L"]  # mean over experts of the squared logits of each token
     logsumexp_squared: Float[Tensor, "*L"]  # squared log-sum-exp of the logits of each token
-    feedback: Float[Tensor, "*L N"]  # `Routing.feedback`
+    feedback: Float[Tensor, "*L N"]  # `Routing.feedback`; NaN follows in a layer that has fewer numbers than another
     probed: Float[Tensor, "*L"]  # tokens that all experts were run on
     output_similarity: Float[Tensor, "*L"]  # mean cosine of two experts' outputs for each of those tokens
 
@@ -62,4 +64,11 @@ class RoutingStats(NamedTuple):
     @staticmethod
     def stack(layers: "list[RoutingStats]") -> "RoutingStats":
         """Stack the sums of L layers into (L, ...)."""
+        width = max(layer.feedback.shape[-1] for layer in layers)
+        layers = [layer._replace(feedback=_padded(layer.feedback, width)) for layer in layers]
         return RoutingStats(*(torch.stack(fields) for fields in zip(*layers, strict=True)))
+
+
+def _padded(feedback: Float[Tensor, "M"], width: int) -> Float[Tensor, "N"]:
+    more = width - len(feedback)
+    return F.pad(feedback, (0, more), value=math.nan) if more else feedback

@@ -128,7 +128,7 @@ def _settings(record: RunRecord, has_adapter: bool) -> dict[str, str]:
     dense = f"first {model.first_k_dense_replace} dense" if model.first_k_dense_replace else "all with experts"
     precision = facts.process.get("precision", config.precision)  # what `auto` chose
     return {
-        "router": _call(config.router),
+        "router": "; ".join(map(_call, config.router_specs())),
         "temperature schedule": _call(config.schedule),
         "noise on the logits": f"{config.noise:g}",
         "weights of auxiliary losses": ", ".join(f"{name}={weight:g}" for name, weight in weights.items()) or "none",

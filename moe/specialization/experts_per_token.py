@@ -33,10 +33,11 @@ def loss_by_k(
     All MoE layers have the same k, and the weights of the router follow from its own rule, with one exception: if the
     weights of each token have the same sum with the k of the model, a single expert gets that sum as its weight. Our
     routers use a probability there, which a router needs in training. difference: from the loss with the k of the
-    model, paired by block. Empty for a router without a setting `k`, and if another k changes nothing in evaluation.
+    model, paired by block. Empty for a router without a setting `k`, with `model.routers`, and if another k changes
+    nothing in evaluation.
     """
     router, settings = model.moe_layers[0].router, model.config.router or {}
-    if "k" not in settings:
+    if "k" not in settings or model.config.router_layers:
         return []
     of_model = router.fixed_k or settings["k"]
     sums: dict[MoELayer, list[Tensor]] = {layer: [] for layer in model.moe_layers}
@@ -109,7 +110,9 @@ def _other_router(model: MoEForCausalLM, layer: MoELayer, k: int) -> Iterator[Ro
     spec = config.router
     config.router = {**(spec or {}), "k": k}
     try:
-        other = build_router(config, trusted=True).to(next(model.parameters()).device).eval()
+        other = (
+            build_router(config, config.first_k_dense_replace, trusted=True).to(next(model.parameters()).device).eval()
+        )
     finally:
         config.router = spec
     weights, shapes = before.state_dict(), {name: tensor.shape for name, tensor in other.state_dict().items()}

@@ -45,7 +45,7 @@ def _weighted(config: Config, router_weights: list[dict[str, float]], aux: dict[
             shared = getattr(config, LOSSES[name].weight)
             weights = [shared + of_router.get(name, 0.0) for of_router in router_weights]
         else:
-            weights = [of_router[name] for of_router in router_weights]
+            weights = [of_router.get(name, 0.0) for of_router in router_weights]
         # Weights are Python numbers, because a tensor would be copied to the device. A loss with weight 0 is left out,
         # because it would still cost a backward pass.
         weighted += [w * value for w, value in zip(weights, values.unbind(), strict=True) if w]

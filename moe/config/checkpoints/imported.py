@@ -31,6 +31,7 @@ DEFAULTED = {
     "shared_gate": False,
     "latent_dim": None,
     "router_input": "feed_forward",
+    "routers": None,
 }
 
 # Architectures whose blocks no layer of ours can take the place of.
@@ -81,6 +82,7 @@ def _sizes(name: str, revision: str | None) -> dict[str, Any]:
         "shared_gate": False,
         "latent_dim": None,
         "router_input": "feed_forward",
+        "routers": None,
         "dropout": 0.0,
     }
 

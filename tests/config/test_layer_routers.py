@@ -1,0 +1,76 @@
+"""Tests of the key `model.routers`: its text, and the routers that it stands for."""
+
+import pytest
+
+from moe.checks import ConfigError
+from moe.config import layer_routers
+from moe.launch.command_line import read_cells
+
+TOPK = {"_target_": "moe.routers.topk.TopK", "k": 2, "gate": "renorm"}
+HASH = {"_target_": "moe.routers.hash.Hash", "k": 2, "balanced": True}
+
+
+def test_entries_choose_options_and_change_settings_of_single_layers() -> None:
+    found = layer_routers.specs("0-1:hash+1:k:1+3:k:4+3:gate:softmax_all", TOPK)
+    assert found == {0: HASH, 1: HASH | {"k": 1}, 3: TOPK | {"k": 4, "gate": "softmax_all"}}
+    assert layer_routers.specs(None, TOPK) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "explicit"),
+    [
+        ("0-1:hash", "0-1:hash+0-1:k:2+0-1:balanced:true"),
+        ("0:hash+0:k:1", "0:hash+0:balanced:true+0:k:1"),
+        ("0-1:hash+0:k:1", "0-1:hash+0-1:k:2+0-1:balanced:true+0:k:1"),
+        ("2:k:1", "2:k:1"),
+        ("3:relu", "3:relu+3:target:2.0+3:coefficient:1e-08+3:rate:1.2"),
+    ],
+)
+def test_the_explicit_text_has_all_settings_and_means_the_same(text: str, explicit: str) -> None:
+    assert layer_routers.explicit(text) == explicit
+    assert layer_routers.explicit(explicit) == explicit
+    assert layer_routers.specs(text, TOPK) == layer_routers.specs(explicit, TOPK)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("model.routers=0=hash", "^model.routers=0=hash: must be entries such as 0-2:hash .*; wrong: '0=hash'$"),
+        ("model.routers=2-1:hash", "first layer is not after the last; wrong: 2-1:hash$"),
+        ("model.routers=0:hsh", "^unknown option of router in model.routers 'hsh'; nearest: hash$"),
+        ("model.routers=0-9:hash", "must be layers from 0 to 3, those that have experts$"),
+        ("model.routers=0:hash model.first_k_dense_replace=1", "must be layers from 1 to 3, those that have experts$"),
+        ("model.routers=0-3:hash", "must be left out for one layer at least: name the router of the others as router="),
+        ("model.routers=0:hash+0:topk", "must be at most one option for each layer; layer 0 has two$"),
+        ("model.routers=0:kk:1", "^model.routers=0:kk:1: unknown key of router 'router.kk'; nearest: router.k$"),
+        ("model.routers=0:k:9", "^model.routers=0:k:9: router.k=9: must be between 1 and model.num_experts=8$"),
+        ("model.routers=0:k:two", "^model.routers=0:k:two: router.k=two: must be a whole number$"),
+        ("model.routers=0:chain_of_experts", "must be routers that all run once in a layer, or all equally often$"),
+        ("model.routers=0:k:4 capacity=2", "^capacity=2.0: must be null, or below 2: "),
+        (
+            "model.routers=0:expert_choice data=smoltalk",
+            "must be a router that keeps the conversations of a block apart",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(words: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as raised:
+        read_cells(words.split())
+    assert "\n" not in str(raised.value)
+
+
+def test_a_key_applies_if_the_router_of_any_layer_uses_it() -> None:
+    """Hash has no probabilities, so that a balance loss changes nothing. Causality is that of all layers."""
+    plain, mixed, choice = (
+        read_cells(["router=hash", *words])[0]
+        for words in ([], ["model.routers=0:topk"], ["model.routers=0:expert_choice"])
+    )
+    assert "lb" in plain.ignored
+    assert "lb" not in mixed.ignored
+    assert [each.config.is_causal() for each in (plain, mixed, choice)] == [True, True, False]
+
+
+def test_a_sweep_over_routers_of_layers_names_its_levels() -> None:
+    cells = read_cells(["-m", "model.routers=null,0-1:hash,0-1:k:1"])
+    assert [cell.config.model.routers for cell in cells] == [None, "0-1:hash+0-1:k:2+0-1:balanced:true", "0-1:k:1"]
+    assert cells[0].grid.factors == ["model.routers"]
