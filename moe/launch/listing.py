@@ -11,11 +11,11 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from moe.config.model import ModelConfig
 from moe.config.options import CONF, options, search_path
 from moe.files import sha256, write_json
 from moe.launch.cells import Start, combinations
 from moe.launch.compose import compose_config, composing
+from moe.launch.flops import forward_flops
 from moe.launch.help import WIDTH
 from moe.launch.overrides import DEFAULTS, parse_override
 
@@ -87,22 +87,12 @@ def _training(overrides: tuple[str, ...]) -> tuple[int, int]:
     tokens = composed.steps * composed.batch_size * composed.grad_accum * composed.data.seq_len
     model, router = OmegaConf.to_container(composed.model, resolve=True), OmegaConf.to_container(composed.router)
     assert isinstance(router, dict)
+    assert isinstance(model, dict)
     router = {key: value for key, value in router.items() if "${" not in str(value)}  # from results to come
-    return tokens, 3 * tokens * _flops(json.dumps([model, router, composed.data.vocab_size, composed.data.seq_len]))
-
-
-@cache
-def _flops(key: str) -> int:
-    """Return the forward FLOPs of one token, given model, router, size of the vocabulary, and length of a sequence."""
-    import torch
-
-    from moe.model.causal_lm import MoEConfig, MoEForCausalLM
-    from moe.model.cost import flops_per_token
-
-    model, router, vocab_size, seq_len = json.loads(key)
-    settings = MoEConfig.of(ModelConfig(**model), router, vocab_size=vocab_size, seq_len=seq_len)
-    with torch.device("meta"):  # shapes without memory
-        return flops_per_token(MoEForCausalLM(settings, trusted=True), seq_len)
+    settings = [{str(key): value for key, value in part.items()} for part in (model, router)]
+    return tokens, 3 * tokens * forward_flops(
+        *settings, vocab_size=composed.data.vocab_size, seq_len=composed.data.seq_len
+    )
 
 
 def _range(values: Sequence[int]) -> str:

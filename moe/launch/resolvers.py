@@ -17,6 +17,7 @@ from moe.checks import ConfigError
 from moe.config.options import search_path
 from moe.config.schema import Config
 from moe.files import open_file
+from moe.launch.flops import equal_flops, steps_of
 
 LONGEST_NAME = 150  # bytes in the name of a run folder; file systems allow 255
 
@@ -63,4 +64,6 @@ OmegaConf.register_new_resolver("run_name", run_name, replace=True)
 OmegaConf.register_new_resolver("search_path", lambda: [f"file://{path}" for path in search_path()], replace=True)
 OmegaConf.register_new_resolver("best_level", best_level, replace=True)
 OmegaConf.register_new_resolver("twice", lambda number: 2 * number, replace=True)
+OmegaConf.register_new_resolver("equal_flops", lambda ffn, *, _root_: equal_flops(ffn, _root_), replace=True)
+OmegaConf.register_new_resolver("steps_of", lambda flops, *, _root_: steps_of(flops, _root_), replace=True)
 OmegaConf.register_new_resolver("folder", lambda out, default: os.path.expanduser(out or default), replace=True)

@@ -29,12 +29,14 @@ from moe.results.table import load_runs
 
 PPL = "val/perplexity"
 WITH_CLAIMS = [
-    *("experiment_a", "experiment_c", "finetuning", "noise_lb_seed", "spectra_ablation", "spectra_scaling"),
+    *("experiment_a", "experiment_c", "finetuning", "noise_lb_seed", "router_league", "spectra_ablation"),
+    "spectra_scaling",
     *(f"spectra_sweep_{letter}" for letter in "abcde"),
     *("temperature_ablation", "temperature_schedules"),
 ]
 # Overrides that reduce large grids, because composing a cell takes a while. Every claim can still be judged.
 NARROWED = {
+    "router_league": ["router=topk,balanced_random,oracle,shuffled_oracle,sigmoid_bias,quantile_balancing"],
     "spectra_ablation": [
         "variant=spectra_full,spectra_no_expression,spectra_no_gru,spectra_no_repulsion,spectra_no_ortho,spectra_no_all,top1,top2"
     ],

@@ -1,0 +1,62 @@
+"""The FLOPs of a composed configuration, before any model is built in memory."""
+
+import json
+from functools import cache
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from moe.config.model import ModelConfig
+
+GRAIN = 8  # the width of an expert is a multiple of this
+PLAIN = {"_target_": "moe.routers.topk.TopK", "k": 2, "gate": "renorm"}  # the router of `equal_flops`
+
+
+def forward_flops(model: dict[str, Any], router: dict[str, Any], *, vocab_size: int, seq_len: int) -> int:
+    """Return the forward FLOPs of one token, by `moe.model.cost.flops_per_token`."""
+    return _flops(json.dumps([model, router, vocab_size, seq_len]))
+
+
+@cache
+def _flops(key: str) -> int:
+    import torch
+
+    from moe.model.causal_lm import MoEConfig, MoEForCausalLM
+    from moe.model.cost import flops_per_token
+
+    model, router, vocab_size, seq_len = json.loads(key)
+    settings = MoEConfig.of(ModelConfig(**model), router, vocab_size=vocab_size, seq_len=seq_len)
+    with torch.device("meta"):  # shapes without memory
+        return flops_per_token(MoEForCausalLM(settings, trusted=True), seq_len)
+
+
+def equal_flops(ffn: int, config: DictConfig) -> int:
+    """Return the width of an expert at which the configured router costs as much as top-2 routing with width `ffn`.
+
+    FLOPs rise linearly with the width, so two widths tell all others. The result is a multiple of 8. What a router
+    computes beside the experts counts, and so does the mean number of experts that it is set to.
+    """
+    router = _plain(config.router)
+    goal = _of(config, PLAIN, ffn=ffn)
+    narrow, wide = _of(config, router, ffn=ffn), _of(config, router, ffn=2 * ffn)
+    width = ffn + (goal - narrow) * ffn / (wide - narrow)
+    return max(GRAIN, GRAIN * round(width / GRAIN))
+
+
+def steps_of(flops: float, config: DictConfig) -> int:
+    """Return the number of optimizer steps after which training has cost this many FLOPs, three forward passes each."""
+    tokens = config.batch_size * config.grad_accum * config.data.seq_len
+    return max(1, round(flops / (3 * tokens * _of(config, _plain(config.router)))))
+
+
+def _of(config: DictConfig, router: dict[str, Any], **changes: int) -> int:
+    unresolved = OmegaConf.to_container(config.model, resolve=False)
+    assert isinstance(unresolved, dict)
+    names = [str(name) for name in unresolved if name not in changes]
+    model = {name: config.model[name] for name in names} | changes
+    model = {name: _plain(value) if OmegaConf.is_config(value) else value for name, value in model.items()}
+    return forward_flops(model, router, vocab_size=config.data.vocab_size, seq_len=config.data.seq_len)
+
+
+def _plain(config: Any) -> Any:
+    return OmegaConf.to_container(config, resolve=True)

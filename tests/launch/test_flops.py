@@ -1,0 +1,46 @@
+"""Tests of what configurations compute from FLOPs: widths of equal cost, and steps of a budget."""
+
+import re
+
+import pytest
+import yaml
+
+from moe.config.options import CONF, options
+from moe.launch.command_line import read_cells
+from moe.launch.flops import forward_flops
+
+LEAGUE = (CONF / "experiment" / "router_league.yaml").read_text()
+
+
+def cost_of(cell) -> int:
+    config = cell.config
+    model = {
+        name: getattr(config.model, name) for name in ("dim", "heads", "layers", "ffn", "num_experts", "dense_ffn")
+    }
+    return forward_flops(model, config.router, vocab_size=config.data.vocab_size, seq_len=config.data.seq_len)
+
+
+def test_routers_of_the_league_cost_the_same() -> None:
+    routers = ["topk", "switch", "soft_moe", "mlp", "moe_plus_plus"]
+    cells = read_cells(["experiment=router_league", f"router={','.join(routers)}", "seed=42"]) or []
+    costs = {cell.choices["router"]: cost_of(cell) for cell in cells}
+    assert list(costs) == routers
+    for router, cost in costs.items():
+        assert cost == pytest.approx(costs["topk"], rel=0.02), router
+    assert next(cell.config.model.ffn for cell in cells if cell.choices["router"] == "topk") == 256
+
+
+def test_the_league_has_every_router_but_those_that_it_names_as_left_out() -> None:
+    [left_out] = re.findall(r"# Left out are (.*):", LEAGUE)
+    listed = yaml.safe_load(LEAGUE)["hydra"]["sweeper"]["params"]["router"].split(",")
+    assert sorted([*listed, *re.split(r", | and ", left_out)]) == sorted(options("router"))
+    assert f"x seed: {3 * len(listed)} runs" in LEAGUE
+
+
+def test_the_runs_of_a_budget_cost_the_budget() -> None:
+    cells = read_cells(["experiment=scaling", "seed=42", "variant=budget_small", "model.dim=32,96"]) or []
+    assert len(cells) == 4
+    for cell in cells:
+        tokens = cell.config.steps * cell.config.batch_size * cell.config.grad_accum * cell.config.data.seq_len
+        assert 3 * tokens * cost_of(cell) == pytest.approx(1e12, rel=0.02)
+    assert len({cell.config.steps for cell in cells}) > 1
