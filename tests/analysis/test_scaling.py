@@ -1,13 +1,19 @@
 """Tests of scaling laws on data whose law is known: recovery, coverage of intervals, and warnings."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from run_folders import write_metrics, write_record
 from scipy.optimize import curve_fit
 
+from moe.analysis.report.blocks import BulletList, TableBlock
+from moe.analysis.report.inputs import collect_inputs
+from moe.analysis.report.sections.scaling import scaling_laws
 from moe.analysis.scaling import COMPUTE, EXPERTS, Law, budgets, fit, over_seeds, speed_up
+from moe.results.table import load_runs
 
 BUDGETS = (1e12, 2e12, 4e12, 8e12, 16e12)
 SIZES = Law((("parameters", EXPERTS), ("tokens",)))
@@ -119,3 +125,29 @@ def test_the_error_of_a_mean_is_that_of_its_t_interval() -> None:
 
 def test_budgets_within_two_percent_are_one() -> None:
     assert budgets([1e9, 1.01e9, 2e9]) == 2
+
+
+def test_the_report_fits_the_law_extrapolates_it_and_checks_it(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for number, point in enumerate([row for seed in range(3) for row in sizes_of(seed, rng, 0.002)]):
+        folder = tmp_path / "made_up" / str(number)
+        folder.mkdir(parents=True)
+        config = {"seed": point["seed"], "steps": int(point["tokens"]) // 1000, "batch_size": 10, "grad_accum": 10}
+        config |= {"data": {"seq_len": 10}, "model": {"dim": point["parameters"], "num_experts": point["experts"]}}
+        size = {"total": 10**7, "active": int(point["parameters"]), "trainable": 10**7}
+        write_record(folder, config=config, parameters=size)
+        write_metrics(folder, {"val/loss": point["loss"]})
+        (folder / "events.jsonl").touch()
+    [inputs] = collect_inputs(load_runs([tmp_path]))
+    blocks = list(scaling_laws(inputs))
+    [table] = [block.frame for block in blocks if isinstance(block, TableBlock)]
+    numbers = table.set_index("number")["estimate"].str.split(" ").str[0].astype(float)
+    assert numbers["exponent of experts"] == pytest.approx(0.15, abs=0.05)
+    assert numbers["best size grows as FLOPs to the power of"] == pytest.approx(0.3 / 0.7, abs=0.1)
+    [lines] = [block.items for block in blocks if isinstance(block, BulletList)]
+    assert "2 times beyond the runs" in lines[0]
+    predicted = float(lines[0].split("a loss of ")[1].split(" ")[0])
+    assert predicted == pytest.approx(size_law(8e5, 8e6, 16), abs=0.03)
+    assert "the law predicts their losses" in lines[1]
+    few = inputs._replace(runs=inputs.runs[inputs.runs["parameters.active"] == 10**5])
+    assert list(scaling_laws(few)) == []

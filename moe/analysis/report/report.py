@@ -50,6 +50,7 @@ from moe.analysis.report.sections.over_training import contrasts_over_training, 
 from moe.analysis.report.sections.overview import what_was_run
 from moe.analysis.report.sections.provenance import causality, configuration, data, software
 from moe.analysis.report.sections.routing import expert_specialization, routing_by_layer
+from moe.analysis.report.sections.scaling import scaling_laws
 from moe.analysis.report.sections.terms import terms
 from moe.analysis.report.sections.verdicts import claim_verdicts, contrast_verdicts, how_it_decides
 from moe.analysis.report.study import Section
@@ -95,8 +96,8 @@ CHAPTERS: tuple[Chapter, ...] = (
     ),
     Chapter(
         "Cost",
-        "what each setting costs, comparisons at equal cost, effective speed-up",
-        (costs, equal_costs, speed_ups),
+        "what each setting costs, comparisons at equal cost, effective speed-up, scaling law",
+        (costs, equal_costs, speed_ups, scaling_laws),
     ),
     Chapter(
         "Conditions and statistics",

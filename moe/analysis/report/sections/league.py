@@ -50,7 +50,7 @@ def league(inputs: ReportInputs) -> Iterator[ReportBlock]:
     usual = PLAIN if PLAIN in set(runs[ROUTER]) else reference_level(runs, ROUTER)
     reference = reference_levels(inputs).get(ROUTER, usual)
     titled = False
-    for cell, members in _cells(inputs, runs):
+    for number, (cell, members) in enumerate(_cells(inputs, runs)):
         values = _by_seed(members, metric)
         ranked = [name for name in values if not (members.loc[members[ROUTER] == name, "causal"] == False).any()]  # noqa: E712
         complete = values[ranked].dropna()
@@ -64,15 +64,11 @@ def league(inputs: ReportInputs) -> Iterator[ReportBlock]:
         place = f"**{literal(name_cell(cell))}**: " if cell else ""
         yield Paragraph(place + _explained(layout, complete, reference, metric))
         yield TableBlock(table)
-        yield csv_file("league" if not cell else f"league_{len(table)}_{_file(cell)}", table, "this table.")
+        yield csv_file(f"league_{number}" if cell else "league", table, "this table.")
 
 
 def _cells(inputs: ReportInputs, runs: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
     return conditions(runs, [factor for factor in inputs.factors if factor != ROUTER])
-
-
-def _file(cell: dict[str, Any]) -> str:
-    return "_".join(f"{key}_{value}".replace("/", "_").replace(" ", "_") for key, value in cell.items())[:80]
 
 
 def _metric(inputs: ReportInputs) -> str | None:
