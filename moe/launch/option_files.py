@@ -12,6 +12,8 @@ from moe.checks import ConfigError, first_line, require
 from moe.config.keys import flatten
 from moe.config.options import CLASSES, CONF, GROUPS, sources
 
+FAST = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the loader in C, if it is installed; it reads no objects either
+
 
 def read_option(path: Path) -> DictConfig:
     """Return what the yaml file of an option says. Raises ConfigError, with file and line, if it cannot be read."""
@@ -78,6 +80,7 @@ def keys_of(group: str, option: str) -> set[str]:
     An option whose file cannot be read has none: only a command that chooses it is refused.
     """
     try:
-        return set(flatten(OmegaConf.to_container(read_option(sources(group)[option]))))
-    except ConfigError:
+        content = yaml.load(sources(group)[option].read_text(encoding="utf-8"), Loader=FAST)
+    except (yaml.YAMLError, OSError, UnicodeDecodeError):
         return set()
+    return set(flatten(content)) if isinstance(content, dict) else set()

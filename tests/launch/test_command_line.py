@@ -119,7 +119,7 @@ from moe.runs.record import RunFacts
             "model.router_input=attention router=moe_plus_plus",
             "^model.router_input=attention: must be feed_forward, because this router adds a share of what it reads",
         ),
-        ("precision=fp16", "precision=fp16: must be one of fp32, bf16; nearest: bf16"),
+        ("precision=fp16", "precision=fp16: must be one of fp32, bf16, auto; nearest: bf16"),
         ("matmul_precision=hi", "matmul_precision=hi: must be one of highest, high, medium; nearest: high"),
         ("steps=-1", "steps=-1: must be a whole number"),
         ("steps=100000000000000000000", "steps=1.*: must be a whole number"),
