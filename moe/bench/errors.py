@@ -19,6 +19,7 @@ from moe.analysis.report.inputs import TESTED, collect_inputs
 from moe.analysis.sentences import SIGNIFICANT, standing
 from moe.analysis.studies.published import experiment_claims
 from moe.bench.analyze import made_up_record
+from moe.bench.candidates import looks_table, variance_table
 from moe.bench.options import several, whole
 from moe.bench.timing import TimingTable
 from moe.config.claim import OURS, ClaimConfig
@@ -43,12 +44,18 @@ SPREADS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--experiments", nargs="+", default=list(GRIDS), choices=list(GRIDS), help="whose grids (all)")
     parser.add_argument("--studies", type=whole, default=200, help="simulated reports for each row")
+    parser.add_argument("--tests", type=whole, default=20_000, help="simulated studies for each row about single tests")
     parser.add_argument("--seeds", type=several(whole), default="3,5", help="numbers of seeds (%(default)s)")
     parser.add_argument("--jobs", type=whole, default=os.cpu_count(), help="rows that are simulated at a time")
 
 
 def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:
-    """Simulate each row in a process of its own. The tables show the share of reports that name an effect."""
+    """Compare ways to test and rules for adding seeds, then simulate whole reports, each row in a process of its own.
+
+    The tables of reports show the share of those that name an effect.
+    """
+    yield variance_table(arguments.tests)
+    yield looks_table(arguments.tests)
     cases = [list(product([experiment], arguments.seeds, SPREADS)) for experiment in arguments.experiments]
     every: list[dict[str, float]] = []
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as executor:

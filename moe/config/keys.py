@@ -22,6 +22,7 @@ FREE_KEYS = (
     "data.cache",
     "model.offload",
     "claims",
+    "planned_seeds",
     "question",
 )
 

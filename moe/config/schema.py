@@ -71,6 +71,9 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)  # learning rates and their schedule
     logger: LoggerConfig = field(default_factory=LoggerConfig)  # where the events of a run are copied to
     question: str = ""  # what the experiment asks, in a sentence; the report begins with it
+    planned_seeds: int | None = field(  # seeds after which the report decides; null: those of the first report
+        default=None, metadata={"allowed": "a whole number from 2, or null"}
+    )
     claims: list[ClaimConfig] = field(default_factory=list)  # planned claims, which the analysis judges
 
     def __post_init__(self) -> None:
@@ -133,6 +136,8 @@ class Config:
             allowed = "0 with model.checkpoint, whose experts are modules of transformers"
             require(not self.erc or self.model.continues, "erc", self.erc, allowed)
         build(self.schedule, "schedule", trusted=True)
+        enough = self.planned_seeds is None or 2 <= self.planned_seeds <= 10**6
+        require(enough, "planned_seeds", self.planned_seeds, "a whole number from 2 to 10^6, or null")
         for number, claim in enumerate(self.claims):
             settings = {*vars(self), *flatten(self)}
             claim.check(f"claims[{number}]", ["variant", *(key for key in settings if not is_free(key))])

@@ -12,6 +12,7 @@ from moe.checks import ConfigError, first_line, printable
 from moe.config.cell import Cell
 from moe.distributed import ranks
 from moe.files import shown, walk
+from moe.launch.plans import record_plan
 from moe.launch.revisions import pinned
 from moe.launch.slurm import Refused
 from moe.runs.folder import (
@@ -128,6 +129,7 @@ def _reserved(cells: list[Cell]) -> Iterator[None]:
                 f"{shown(sweep)} is in use by another sweep, process {owner}: wait for it, or choose out=DIR"
             )
         _record_grid(cells)
+        record_plan(cells, grid_name(cells))
         yield
 
 

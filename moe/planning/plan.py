@@ -110,7 +110,8 @@ def make_plan(request: Request, cells: list[Cell], pilot: pd.DataFrame | None, s
     of_one_seed = [cell for cell in cells if cell.config.seed == own[0]]
     tokens = sum(tokens_of(cell.config) for cell in of_one_seed) * len(seeds)
     words = [word for word in request.words if not word.startswith("seed=") and word not in ("-m", "--multirun")]
-    command = f"python train.py -m {shlex.join(words)} seed={','.join(map(str, seeds))}"
+    words += [f"planned_seeds={wanted}", f"seed={','.join(map(str, seeds))}"]
+    command = f"python train.py -m {shlex.join(words)}"
     levels_of_tests = sorted({each.tests for each in needs}) if pilot is None else []
     table = {each: {effect: _seeds_alone(request, each, effect) for effect in EFFECTS} for each in levels_of_tests}
     return Plan(request, needs, seeds, len(of_one_seed), tokens, speed, command, table)

@@ -20,7 +20,7 @@ from moe.runs.measured import Measured, ValidationLoss, check_shapes
 
 FORMAT = 7  # of all these files; raise it whenever a field is added, removed or changes its meaning
 
-R = TypeVar("R", bound="_Record")
+R = TypeVar("R", bound="Record")
 Status = Literal["running", "interrupted", "failed", "finished"]
 
 
@@ -81,7 +81,7 @@ class RunFacts(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Record:
+class Record:
     """A JSON file with a format number. Subclasses add the fields and say what to do about a bad file."""
 
     FILE: ClassVar[str]
@@ -110,7 +110,7 @@ class _Record:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunRecord(_Record):
+class RunRecord(Record):
     """run.json: the configuration of a run, its status, and facts about it.
 
     error: the first line of what ended the run, if it failed or was interrupted. started: when the run began, such as
@@ -160,7 +160,7 @@ class RunRecord(_Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MetricsRecord(_Record):
+class MetricsRecord(Record):
     """metrics.json: the final metrics of a finished run, and its series with one entry per evaluation.
 
     A metric that the run does not have is null; one with a value for each layer and expert is a list of lists. Every
@@ -187,7 +187,7 @@ class MetricsRecord(_Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepRecord(_Record):
+class SweepRecord(Record):
     """sweep.json: every cell that the sweep should have, by folder name, each with its factors and their levels.
 
     grids: the cells that are analyzed together. Several grids may share a cell.
@@ -252,7 +252,7 @@ class StudySettings(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpecializationRecord(_Record):
+class SpecializationRecord(Record):
     """specialization.json: what `python -m moe.specialization` measured on a run.
 
     reason: why the experts could not be measured. measured: null if there is such a reason. seconds: time that the

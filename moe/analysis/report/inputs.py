@@ -10,6 +10,7 @@ import pandas as pd
 
 from moe.analysis.claims import claim_families, decided, measured_claims
 from moe.analysis.figures.style import MOST_LINES
+from moe.analysis.looks import Study, finished_seeds, study_of
 from moe.analysis.report.judgments import Judgment, judgments
 from moe.analysis.statistics import (
     contrasts,
@@ -51,6 +52,7 @@ TESTED = tuple(metric.headline for metric in select(shown="tested"))
 
 GRADIENT_METRICS = tuple(metric.name for metric in select(shown="gradient figure"))
 NOT_TRAINED = "no run was trained"  # why a figure over training cannot be drawn
+MOST_TESTS = 10**9  # by which 5 % are divided, at a look to which next to nothing of a level is left
 TRAINING_METRICS = (*GRADIENT_METRICS, "train/loss")  # metrics of training steps that every report needs
 
 
@@ -97,6 +99,7 @@ class ReportInputs(NamedTuple):
     past: EventTables  # every evaluation, and some metrics of every training step
     records: dict[str, RunRecord]  # folder -> its record, of all runs of the whole report that have a readable one
     options: ReportOptions
+    study: Study  # what was planned, and which reports were written before
 
     @property
     def search(self) -> str | None:
@@ -198,6 +201,7 @@ def _describe(
         past=EventTables(_events_of(past.evals, folders), _events_of(past.trains, folders), past.problems),
         records=records,
         options=options,
+        study=study_of(loaded, records),
     )
 
 
@@ -227,8 +231,10 @@ def _with_corrections(parts: list[ReportInputs]) -> list[ReportInputs]:
     """Correct all tests of a report together, and decide its claims."""
     tests = pd.concat([_tests(inputs).assign(part=number) for number, inputs in enumerate(parts)], ignore_index=True)
     p, family = tests["p"], tests["family"].to_numpy()
+    of_look = (p / tests["share"]).clip(upper=1)
+    divided = (divisors(p, family) / tests["share"]).round().clip(upper=MOST_TESTS).astype(int)
     tests = tests.assign(
-        holm=corrected(p, family), tests=divisors(p, family), bh=false_discovery(p.where(family == len(FAMILIES) - 1))
+        holm=corrected(of_look, family), tests=divided, bh=false_discovery(p.where(family == len(FAMILIES) - 1))
     )
     counts = tests.loc[p > 0, "family"].value_counts().sort_index()
     families = [
@@ -242,13 +248,19 @@ def _with_corrections(parts: list[ReportInputs]) -> list[ReportInputs]:
 
 
 def _tests(inputs: ReportInputs) -> pd.DataFrame:
-    """Return the p of each test, the number of its family, and the field of the inputs in which it is a row."""
+    """Return the p of each test, its family, the share of its level that this look has, and the field with its row."""
     columns = {"claims": "p", "contrasts": "p", "variance": "p GG"}
-    tables = [pd.DataFrame({"p": [], "family": [], "field": []}).astype({"p": float, "family": int})]
+    empty: dict[str, list[float]] = {"p": [], "family": [], "share": [], "field": []}
+    tables = [pd.DataFrame(empty).astype({"p": float, "family": int})]
+    of_comparisons = inputs.study.share(len(finished_seeds(inputs.loaded)))
     for field, column in columns.items():
         if len(table := getattr(inputs, field)):
             family = claim_families(table) if field == "claims" else len(FAMILIES) - 1
-            tables.append(pd.DataFrame({"p": table[column].to_numpy(dtype=float), "family": family, "field": field}))
+            share: Any = of_comparisons
+            if field == "claims":
+                share = [inputs.study.share(int(n), text) for text, n in zip(table["claim"], table["n"], strict=True)]
+            p = table[column].to_numpy(dtype=float)
+            tables.append(pd.DataFrame({"p": p, "family": family, "share": share, "field": field}))
     return pd.concat(tables[1:] or tables, ignore_index=True)
 
 

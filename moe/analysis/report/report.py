@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from moe.analysis.figures.drawing import Drawing
+from moe.analysis.looks import record_look
 from moe.analysis.report.blocks import (
     Attachment,
     BulletList,
@@ -139,6 +140,9 @@ def write_report(
     """
     columns = itertools.chain.from_iterable(study.training_columns for study in STUDIES)
     all_runs, *experiments = collect_inputs(runs, options, training_columns=tuple(columns))
+    for part in experiments or [all_runs]:
+        if not (part.search or part.observed):
+            record_look(part.loaded, part.claims)
     names = levels(runs["experiment"])
     if len(names) == 1:  # the facts below the verdicts give the settings that a grid adds to its experiment
         names = [names[0].partition(": ")[0]]

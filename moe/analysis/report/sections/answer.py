@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pandas as pd
 
+from moe.analysis.looks import finished_seeds
 from moe.analysis.report.blocks import (
     BulletList,
     Cards,
@@ -21,6 +22,7 @@ from moe.analysis.report.judgments import cards
 from moe.analysis.report.sections.best_setting import best_setting, ranking
 from moe.analysis.report.sections.experts import findings
 from moe.analysis.report.sections.headline import headline
+from moe.analysis.report.sections.planned import warnings_of_looks
 from moe.analysis.report.sections.search import levels_from_a_search, search_result
 from moe.analysis.report.sections.setup import setup
 from moe.analysis.sentences import unit_of
@@ -99,6 +101,7 @@ def _warnings(inputs: ReportInputs) -> Iterator[str]:
     lost = len(runs) - (runs["status"] == "finished").sum()
     if lost:
         yield f"**{lost} of {len(runs)} runs did not finish**, and no result includes them."
+    yield from warnings_of_looks(inputs.study, len(finished_seeds(inputs.loaded)))
     if inputs.trained and "seed" in runs and runs["seed"].nunique() == 1:
         yield ONE_SEED
     if several_tokenizers(runs):

@@ -8,6 +8,7 @@ import pandas as pd
 
 from moe.analysis.report.blocks import literal
 from moe.analysis.report.inputs import ReportInputs
+from moe.analysis.report.sections.planned import planned_facts
 from moe.results.conditions import levels, without_causality
 from moe.results.table import ABSENT
 from moe.runs.record import RecordError, SweepRecord
@@ -47,6 +48,7 @@ def setup(inputs: ReportInputs) -> list[tuple[str, str]]:
         facts.append(("Left out", f"the text of {', '.join(left)}, because a package is not installed"))
     if days := sorted({str(start)[:10] for start in runs["started"].dropna()}):
         facts.append(("Date", " to ".join(dict.fromkeys((days[0], days[-1])))))
+    facts += planned_facts(inputs.study)
     if command := _command(inputs):
         facts.append(("Repeat", f"`{command}`"))
     return facts

@@ -58,6 +58,11 @@ gets is its level: a p below it is significant, whatever the other tests show.""
 HANDED_ON = """\
 When a test is significant, its part of the 5 % goes to the tests of its family that are left. When all tests of a
 family are significant, its share goes to the other families."""
+LOOKS = """\
+Whoever adds seeds and looks again has more chances of an error. Therefore each report is written down as a look, in
+looks.json beside the runs, and the looks share the level of a test. Up to the planned number of seeds the shares add
+up to 1: an early look gets little, and the last one nearly everything. If nobody planned a number, that of the first
+report counts as planned. Each later look beyond it gets a fifth of the level of the one before."""
 ONLY_DESCRIBES = """\
 All other numbers describe and test nothing. An interval such as [-1, 2] after a difference holds for itself alone. What
 is read from intervals, figures or tables is not tested."""
@@ -96,6 +101,7 @@ def how_it_decides(inputs: ReportInputs) -> Iterator[ReportBlock]:
         yield Paragraph(FAMILIES)
         yield BulletList([f"{_share_of(family)}." for family in inputs.families])
         yield Paragraph(HANDED_ON)
+        yield Paragraph(LOOKS)
         yield Paragraph(ONLY_DESCRIBES)
     if inputs.options.margins:
         yield Heading("When a difference is small enough")

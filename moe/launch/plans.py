@@ -1,0 +1,34 @@
+"""Write down what a command plans, before the first step of its runs: claims, seeds, and when the report decides."""
+
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+
+from moe.config.cell import Cell
+from moe.config.keys import fingerprint
+from moe.runs.folder import stored_record
+from moe.runs.planned import PlannedStudy, PlansRecord, digest_of
+
+
+def record_plan(cells: list[Cell], experiment: str) -> None:
+    """Add the plan of a command to plans.json of its sweep folder, unless all its runs have begun."""
+    new = [cell for cell in cells if stored_record(cell) is None]
+    if not new:
+        return
+    path = cells[0].folder.parent / PlansRecord.FILE
+    earlier = PlansRecord.read(path).plans if path.exists() else []
+    plan = PlannedStudy(
+        time=datetime.now(UTC).isoformat(timespec="seconds"),
+        experiment=experiment,
+        claims=[asdict(claim) for claim in new[0].config.claims],
+        seeds=list(dict.fromkeys(cell.config.seed for cell in cells)),
+        planned_seeds=new[0].config.planned_seeds,
+        runs=[run_digest(cell) for cell in new],
+    )
+    if plan.digest not in {each.digest for each in earlier}:
+        PlansRecord(plans=[*earlier, plan]).write(Path(path))
+
+
+def run_digest(cell: Cell) -> str:
+    """Return a digest of everything that decides what a run computes."""
+    return digest_of(fingerprint(cell.identity()))

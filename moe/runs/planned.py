@@ -1,0 +1,78 @@
+"""What a sweep folder tells about decisions: what was planned before the first step, and which reports were written."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from moe.runs.record import Record, RecordError
+
+
+class PlannedStudy(NamedTuple):
+    """What a command planned before the first step of its runs.
+
+    time: such as 2026-11-27T09:30:00+00:00. experiment: the name of the grid. planned_seeds: the number of seeds after
+    which the report decides; null if nobody said. runs: a digest of the settings of each run that had not begun.
+    """
+
+    time: str
+    experiment: str
+    claims: list[dict[str, Any]]
+    seeds: list[int]
+    planned_seeds: int | None
+    runs: list[str]
+
+    @property
+    def digest(self) -> str:
+        """The start of the SHA-256 of everything but the time."""
+        return digest_of(self._replace(time="")._asdict())
+
+
+class Look(NamedTuple):
+    """A report that was written: its time, the seeds that had finished runs, and the number of seeds of each claim."""
+
+    time: str
+    seeds: list[int]
+    claims: dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlansRecord(Record):
+    """plans.json: what each command planned before the first step of its runs, in the order of time."""
+
+    FILE: ClassVar[str] = "plans.json"
+    ADVICE: ClassVar[str] = "move this file away; it says what was planned before the runs"
+
+    plans: list[PlannedStudy]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LooksRecord(Record):
+    """looks.json: the reports that were written about each experiment of a sweep folder, in the order of time."""
+
+    FILE: ClassVar[str] = "looks.json"
+    ADVICE: ClassVar[str] = "move this file away; it says how often results were looked at"
+
+    looks: dict[str, list[Look]]
+
+
+def plans_in(folder: Path) -> list[PlannedStudy]:
+    """Return what was planned in a sweep folder; nothing if its file is missing or cannot be read."""
+    try:
+        return PlansRecord.read(folder / PlansRecord.FILE).plans
+    except RecordError:
+        return []
+
+
+def looks_in(folder: Path) -> dict[str, list[Look]]:
+    """Return the looks at each experiment of a sweep folder; none if its file is missing or cannot be read."""
+    try:
+        return LooksRecord.read(folder / LooksRecord.FILE).looks
+    except RecordError:
+        return {}
+
+
+def digest_of(content: Any) -> str:
+    """Return the start of the SHA-256 of something that JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]

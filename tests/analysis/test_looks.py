@@ -1,0 +1,107 @@
+"""Tests of looks: their shares, the error of adding seeds, and what a report says of earlier looks and of plans."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import special, stats
+
+from moe.analysis.looks import FURTHER, finished_seeds, record_look, share_of_look, spent, study_of
+from moe.analysis.report.inputs import collect_inputs
+from moe.analysis.report.sections.planned import planned_facts, warnings_of_looks
+from moe.bench.candidates import RULES, inverse_trigamma, moderated, p_of_looks, paired, simulated
+from moe.bench.errors import null_runs, write_record
+from moe.config.claim import ClaimConfig
+from moe.runs.planned import Look, LooksRecord, PlannedStudy, PlansRecord
+
+CLAIM = ClaimConfig("a", "val/loss", "noise", [0.5], "higher", than=[0.0])
+
+
+def test_what_is_spent_is_the_function_of_lan_and_demets() -> None:
+    assert spent(0.5) * 0.05 == pytest.approx(2 * stats.norm.sf(1.959964 / np.sqrt(0.5)))
+    assert spent(0.5) * 0.05 == pytest.approx(0.0056, abs=1e-4)  # published: 0.00557 for a two-sided 0.05
+    assert (spent(0.0), spent(1.0), spent(2.0)) == (0.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("looks", [(8,), (3, 8), (2, 3, 5, 8), (4, 9)])
+def test_the_shares_of_planned_looks_add_up_to_one(looks: tuple[int, ...]) -> None:
+    assert sum(share_of_look(n, looks[:place], 8) for place, n in enumerate(looks)) == pytest.approx(1)
+
+
+def test_looks_beyond_the_planned_seeds_share_a_quarter_more() -> None:
+    assert [share_of_look(n, (3, 5)[:place], None) for place, n in enumerate((3, 5, 8))] == [1, FURTHER, FURTHER**2]
+    assert share_of_look(5, (3, 5, 5), None) == FURTHER  # the same seeds are the same look
+    assert share_of_look(3, (5,), None) == 1
+
+
+def test_adding_seeds_keeps_the_error_only_with_shares() -> None:
+    seeds, studies = (3, 5, 8), 4000
+    p = p_of_looks(seeds, 0.0, studies)
+    error = {name: rule(p, seeds).any(1).mean() for name, rule in RULES.items()}
+    assert error["5 % at each look"] > 0.09
+    assert error["planned"] <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / studies)
+    assert error["not planned"] <= 0.05 * (1 + FURTHER + FURTHER**2) + 2 * np.sqrt(0.05 * 0.95 / studies)
+
+
+def test_moderated_variances_err_where_spreads_differ() -> None:
+    tables = simulated(3, "one level x4", 1500)
+    assert (paired(*tables)[:, -1] <= 0.05).mean() < 0.07
+    assert (moderated(*tables)[:, -1] <= 0.05).mean() > 0.15
+    assert special.polygamma(1, inverse_trigamma(np.array([0.01, 1.0, 40.0]))) == pytest.approx([0.01, 1.0, 40.0])
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> pd.DataFrame:
+    """Five seeds of a made-up experiment, in a sweep folder of its own."""
+    folder = tmp_path / "sweeps" / "noise" / "run"
+    folder.mkdir(parents=True)
+    write_record(folder, "noise_lb_seed")
+    return null_runs(str(folder), "noise_lb_seed", 5, "equal", np.random.default_rng(0))
+
+
+def test_a_second_look_is_said_and_corrected(runs: pd.DataFrame, tmp_path: Path) -> None:
+    first = runs[runs["seed"] < 3]
+    alone = collect_inputs(runs)[0]
+    assert record_look(first, collect_inputs(first)[0].claims)
+    assert record_look(first, collect_inputs(first)[0].claims)  # the same report again is the same look
+    [look] = LooksRecord.read(tmp_path / "sweeps" / "noise" / "looks.json").looks["noise_lb_seed"]
+    assert look.seeds == [0, 1, 2]
+    assert set(look.claims.values()) == {3}
+    second = collect_inputs(runs)[0]
+    assert second.claims["tests"].tolist() == (alone.claims["tests"] / FURTHER).tolist()
+    assert (second.contrasts["tests"] == alone.contrasts["tests"] / FURTHER).all()
+    assert (second.contrasts["p Holm"] >= alone.contrasts["p Holm"]).all()
+    assert second.contrasts["p"].equals(alone.contrasts["p"])
+    [warning] = warnings_of_looks(second.study, len(finished_seeds(runs)))
+    assert "look 2 at these runs, beyond the planned number of seeds (3)" in warning
+    assert "1 % in place of 5 %" in warning
+    assert "at most 6 % of studies" in warning
+    assert list(warnings_of_looks(alone.study, 5)) == []
+
+
+def test_a_planned_look_keeps_the_level(runs: pd.DataFrame) -> None:
+    study = study_of(runs, {})._replace(planned=5, earlier=[Look("2026-01-01", [0, 1, 2], {"a": 3})])
+    assert study.share(5) + spent(0.6) == pytest.approx(1)
+    assert study.share(5, "a") == study.share(5)
+    assert study.share(5, "a claim that was added later") == 1
+    [warning] = warnings_of_looks(study, 5)
+    assert "look 2 at these runs, of 5 planned seeds" in warning
+
+
+def test_claims_that_were_changed_for_the_same_runs_are_shown(runs: pd.DataFrame, tmp_path: Path) -> None:
+    beside = tmp_path / "sweeps" / "before"
+    beside.mkdir()
+    plan = PlannedStudy("2026-01-02T00:00:00+00:00", "noise_lb_seed", [asdict(CLAIM)], [0, 1], 5, ["a", "b"])
+    other = plan._replace(time="2026-01-01T00:00:00+00:00", claims=[asdict(CLAIM) | {"kind": "lower"}], runs=["b", "c"])
+    PlansRecord(plans=[plan]).write(tmp_path / "sweeps" / "noise" / "plans.json")
+    PlansRecord(plans=[other]).write(beside / "plans.json")
+    study = study_of(runs, {})
+    assert study.changed == [(other, 1)]
+    assert "planned for 1 of these runs" in next(warnings_of_looks(study, 5))
+    [(name, fact)] = planned_facts(study)
+    assert name == "Planned"
+    assert plan.digest in fact
+    assert "1 claim, seeds 0, 1" in fact
+    assert plan.digest == plan._replace(time="later").digest != other.digest
