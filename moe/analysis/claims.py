@@ -105,12 +105,15 @@ def judge(runs: pd.DataFrame, claims: list[ClaimConfig]) -> pd.DataFrame:
     return decided(table, apart.transform(corrected).to_numpy(), apart.transform(divisors).to_numpy())
 
 
-def decided(table: pd.DataFrame, holm: np.ndarray, tests: np.ndarray) -> pd.DataFrame:
+def decided(
+    table: pd.DataFrame, holm: np.ndarray, tests: np.ndarray, tests_later: np.ndarray | None = None
+) -> pd.DataFrame:
     """Return a table of claims with their verdicts, and with the number of seeds that an undecided claim needs.
 
     The arguments are what `corrected` and `divisors` of `moe.analysis.statistics` return for these rows; `tests` is a
-    column too. `seeds needed` decides the claim with power 0.8, if difference and spread are as estimated. It is NaN if
-    a claim is decided, if its spread is unknown, or if 1,000 seeds are not enough.
+    column too. tests_later: the same numbers in a later report with more seeds, if they differ. `seeds needed` decides
+    the claim with power 0.8, if difference and spread are as estimated. It is NaN if a claim is decided, if its spread
+    is unknown, or if 1,000 seeds are not enough.
     """
     table = table.copy()
     table.insert(table.columns.get_loc("p") + 1, "p Holm", holm)
@@ -123,7 +126,8 @@ def decided(table: pd.DataFrame, holm: np.ndarray, tests: np.ndarray) -> pd.Data
     doubt = doubt.mask(only_before, before).mask(significant, "")
     reason = ["; ".join(filter(None, parts)) for parts in zip(table["reason"], doubt, strict=True)]
     # A claim with two ends is tested by two one-sided tests: each has twice the level of a two-sided test.
-    gaps = zip(table.pop("gap"), table.pop("ends"), tests.tolist(), strict=True)
+    later = tests if tests_later is None else tests_later
+    gaps = zip(table.pop("gap"), table.pop("ends"), later.tolist(), strict=True)
     needed = [seeds_needed(gap, tests=max(number, 1) / ends) for gap, ends, number in gaps]
     table["seeds needed"] = pd.Series(needed, index=table.index, dtype=float).mask(significant)
     verdict = table["verdict"].where(significant, UNDECIDED).mask(table["p"].isna(), UNTESTED)

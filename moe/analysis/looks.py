@@ -36,12 +36,23 @@ def share_of_look(n: int, earlier: Collection[int], planned: int | None) -> floa
     shares add up to 1. Each look beyond it gets a fifth of the one before, so that all shares add up to at most 1.25. A
     report about the seeds of an earlier look is that look again.
     """
+    if n < 2:
+        return 1.0  # no test is possible
     earlier = sorted({each for each in earlier if 1 < each < n})
     final = planned or min([*earlier, n])
     beyond = sum(each >= final for each in earlier)
     if n > final and beyond:
         return float(FURTHER**beyond)
     return max(SMALLEST, spent(n / final) - spent(max(earlier, default=0) / final))
+
+
+def share_of_next_look(n: int, earlier: Collection[int], planned: int | None) -> float:
+    """Return the share that a look at more seeds will have: at the planned number, or at any number beyond it."""
+    if n < 2:
+        return 1.0
+    looks = {each for each in earlier if 1 < each < n} | {n}
+    final = planned or min(looks)
+    return share_of_look(final if n < final else n + 1, looks, planned)
 
 
 class Study(NamedTuple):
@@ -59,8 +70,14 @@ class Study(NamedTuple):
 
     def share(self, n: int, claim: str | None = None) -> float:
         """Return the share of the level of a claim, or of a comparison that nobody planned, at n seeds."""
-        before = [len(look.seeds) if claim is None else look.claims.get(claim, 0) for look in self.earlier]
-        return share_of_look(n, before, self.planned)
+        return share_of_look(n, self._before(claim), self.planned)
+
+    def next_share(self, n: int, claim: str | None = None) -> float:
+        """Return the share that the same test will have in the next look, after this one at n seeds."""
+        return share_of_next_look(n, self._before(claim), self.planned)
+
+    def _before(self, claim: str | None) -> list[int]:
+        return [len(look.seeds) if claim is None else look.claims.get(claim, 0) for look in self.earlier]
 
     def looks_before(self, n: int) -> list[Look]:
         """Return the earlier looks at fewer seeds."""

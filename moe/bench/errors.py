@@ -1,6 +1,7 @@
 """Count how often a report names an effect although no factor has one."""
 
 import argparse
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -104,6 +105,7 @@ def null_runs(folder: str, experiment: str, seeds: int, spread: str, rng: np.ran
         "run": "made up",
         "status": "finished",
         "causal": True,
+        "claims": json.dumps([asdict(claim) for claim in claims]),
     }
     runs = pd.DataFrame(columns, index=index).reset_index().assign(**facts)
     return runs.drop(index=rng.integers(len(runs))) if spread == "a run missing" else runs

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from scipy import special, stats
 
-from moe.analysis.looks import FURTHER, finished_seeds, record_look, share_of_look, spent, study_of
+from moe.analysis.looks import FURTHER, finished_seeds, record_look, share_of_look, share_of_next_look, spent, study_of
 from moe.analysis.report.inputs import collect_inputs
 from moe.analysis.report.sections.planned import planned_facts, warnings_of_looks
 from moe.bench.candidates import RULES, inverse_trigamma, moderated, p_of_looks, paired, simulated
@@ -33,7 +33,10 @@ def test_the_shares_of_planned_looks_add_up_to_one(looks: tuple[int, ...]) -> No
 def test_looks_beyond_the_planned_seeds_share_a_quarter_more() -> None:
     assert [share_of_look(n, (3, 5)[:place], None) for place, n in enumerate((3, 5, 8))] == [1, FURTHER, FURTHER**2]
     assert share_of_look(5, (3, 5, 5), None) == FURTHER  # the same seeds are the same look
-    assert share_of_look(3, (5,), None) == 1
+    assert share_of_look(3, (5,), None) == share_of_look(0, (), None) == share_of_next_look(1, (), 8) == 1
+    assert share_of_next_look(3, (), None) == FURTHER
+    assert share_of_next_look(5, (3,), None) == FURTHER**2
+    assert share_of_next_look(3, (), 8) == 1 - spent(3 / 8)
 
 
 def test_adding_seeds_keeps_the_error_only_with_shares() -> None:

@@ -107,6 +107,12 @@ class ReportInputs(NamedTuple):
         return search_goal(self.loaded)
 
     @property
+    def later(self) -> float:
+        """The factor by which the level of a comparison is divided more in a later report with more seeds."""
+        seeds = len(finished_seeds(self.loaded))
+        return self.study.share(seeds) / self.study.next_share(seeds)
+
+    @property
     def observed(self) -> bool:
         """Whether the report is about one model that was evaluated and not trained."""
         runs = self.runs.drop_duplicates("folder")
@@ -233,8 +239,12 @@ def _with_corrections(parts: list[ReportInputs]) -> list[ReportInputs]:
     p, family = tests["p"], tests["family"].to_numpy()
     of_look = (p / tests["share"]).clip(upper=1)
     divided = (divisors(p, family) / tests["share"]).round().clip(upper=MOST_TESTS).astype(int)
+    later = (divisors(p, family) / tests["next share"]).round().clip(upper=MOST_TESTS).astype(int)
     tests = tests.assign(
-        holm=corrected(of_look, family), tests=divided, bh=false_discovery(p.where(family == len(FAMILIES) - 1))
+        holm=corrected(of_look, family),
+        tests=divided,
+        later=later,
+        bh=false_discovery(p.where(family == len(FAMILIES) - 1)),
     )
     counts = tests.loc[p > 0, "family"].value_counts().sort_index()
     families = [
@@ -248,19 +258,26 @@ def _with_corrections(parts: list[ReportInputs]) -> list[ReportInputs]:
 
 
 def _tests(inputs: ReportInputs) -> pd.DataFrame:
-    """Return the p of each test, its family, the share of its level that this look has, and the field with its row."""
+    """Return the p of each test, its family, and the field of the inputs in which it is a row.
+
+    share, next share: the share of its level that this look has, and that the next one will have.
+    """
     columns = {"claims": "p", "contrasts": "p", "variance": "p GG"}
-    empty: dict[str, list[float]] = {"p": [], "family": [], "share": [], "field": []}
+    empty: dict[str, list[float]] = {"p": [], "family": [], "share": [], "next share": [], "field": []}
     tables = [pd.DataFrame(empty).astype({"p": float, "family": int})]
-    of_comparisons = inputs.study.share(len(finished_seeds(inputs.loaded)))
+    seeds = len(finished_seeds(inputs.loaded))
     for field, column in columns.items():
         if len(table := getattr(inputs, field)):
             family = claim_families(table) if field == "claims" else len(FAMILIES) - 1
-            share: Any = of_comparisons
+            at: list[tuple[int, str | None]] = [(seeds, None)] * len(table)
             if field == "claims":
-                share = [inputs.study.share(int(n), text) for text, n in zip(table["claim"], table["n"], strict=True)]
+                at = [(int(n), str(text)) for text, n in zip(table["claim"], table["n"], strict=True)]
+            both = {
+                "share": [inputs.study.share(*each) for each in at],
+                "next share": [inputs.study.next_share(*each) for each in at],
+            }
             p = table[column].to_numpy(dtype=float)
-            tables.append(pd.DataFrame({"p": p, "family": family, "share": share, "field": field}))
+            tables.append(pd.DataFrame({"p": p, "family": family, "field": field} | both))
     return pd.concat(tables[1:] or tables, ignore_index=True)
 
 
@@ -268,7 +285,8 @@ def _corrected(inputs: ReportInputs, tests: pd.DataFrame) -> ReportInputs:
     """Return the inputs with the results of the correction, which `tests` holds in the order of `_tests`."""
     claims, compared, variance = (tests[tests["field"] == field] for field in ("claims", "contrasts", "variance"))
     if len(claims):
-        inputs = inputs._replace(claims=decided(inputs.claims, claims["holm"].to_numpy(), claims["tests"].to_numpy()))
+        found = [claims[name].to_numpy() for name in ("holm", "tests", "later")]
+        inputs = inputs._replace(claims=decided(inputs.claims, *found))
     if len(compared):
         columns = compared["holm"].to_numpy(), compared["tests"].to_numpy(), compared["bh"].to_numpy()
         inputs = inputs._replace(contrasts=with_correction(inputs.contrasts, *columns))
@@ -276,7 +294,8 @@ def _corrected(inputs: ReportInputs, tests: pd.DataFrame) -> ReportInputs:
         table = inputs.variance.copy()
         table.insert(table.columns.get_loc("p GG") + 1, "p Holm", variance["holm"].to_numpy())
         inputs = inputs._replace(variance=table)
-    return inputs._replace(judgments=judgments(inputs.claims, inputs.contrasts, next(iter(inputs.tested), None)))
+    first = next(iter(inputs.tested), None)
+    return inputs._replace(judgments=judgments(inputs.claims, inputs.contrasts, first, later=inputs.later))
 
 
 def _variance(inputs: ReportInputs) -> tuple[pd.DataFrame, list[str]]:

@@ -1,6 +1,7 @@
 """Judgments on claims and on comparisons, each with what its card and the answer of a report need to say about it."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pandas as pd
@@ -100,8 +101,12 @@ class Judgment(NamedTuple):
         return f"about {seeds} would {self.outcome} it, if the true difference is the estimated one"
 
 
-def judgments(claims: pd.DataFrame, contrasts: pd.DataFrame, metric: str | None) -> list[Judgment]:
+def judgments(
+    claims: pd.DataFrame, contrasts: pd.DataFrame, metric: str | None, *, later: float = 1.0
+) -> list[Judgment]:
     """Return a judgment on every claim, the decided ones first.
+
+    later: the factor by which tests are divided more in a later report with more seeds.
 
     If there are no claims, return one on every contrast of `metric` that has a value, the most certain ones first.
     """
@@ -111,7 +116,7 @@ def judgments(claims: pd.DataFrame, contrasts: pd.DataFrame, metric: str | None)
         return []
     rows = contrasts[(contrasts["metric"] == metric) & (contrasts["n"] > 0)]
     order = [(CERTAINTY.index(standing(row)), row["p"]) for _, row in rows.iterrows()]
-    return [on_contrast(rows.iloc[place]) for place in sorted(range(len(rows)), key=order.__getitem__)]
+    return [on_contrast(rows.iloc[place], later) for place in sorted(range(len(rows)), key=order.__getitem__)]
 
 
 def _on_claim(row: pd.Series) -> Judgment:
@@ -142,10 +147,10 @@ def _on_claim(row: pd.Series) -> Judgment:
     )
 
 
-def on_contrast(row: pd.Series) -> Judgment:
+def on_contrast(row: pd.Series, later: float = 1.0) -> Judgment:
     """Return the judgment on a row of `moe.analysis.statistics.contrasts`, in the words of its metric."""
     known, (up, down) = standing(row), directions(row["metric"])
-    needed = seeds_needed(row["d_z"], tests=max(int(row["tests"]), 1)) if known == UNDECIDED else None
+    needed = seeds_needed(row["d_z"], tests=max(int(row["tests"]), 1) * later) if known == UNDECIDED else None
     margin, within, beyond = row.get("margin", math.nan), False, False
     if known == DETERMINISTIC:
         within, beyond = bool(abs(row["difference"]) < margin), bool(abs(row["difference"]) >= margin)
@@ -178,13 +183,16 @@ def _noun(name: str) -> str:
     return (metric.noun or metric.label) if metric else name
 
 
-def cards(judged: list[Judgment]) -> list[Card]:
-    """Return a card for each judgment. Those with one unit have one scale."""
+def cards(judged: list[Judgment], command_for_more: Callable[[int], str] = lambda number: "") -> list[Card]:
+    """Return a card for each judgment. Those with one unit have one scale.
+
+    command_for_more: the command that trains so many more seeds, or an empty text.
+    """
     axes = {unit: _span([each for each in judged if each.unit == unit]) for unit in {each.unit for each in judged}}
-    return [_card(each, axes[each.unit]) for each in judged]
+    return [_card(each, axes[each.unit], command_for_more) for each in judged]
 
 
-def _card(judged: Judgment, axis: tuple[float, float]) -> Card:
+def _card(judged: Judgment, axis: tuple[float, float], command_for_more: Callable[[int], str]) -> Card:
     tone = TONES.get(judged.verdict, "idle")
     if judged.n == 0:
         return Card(literal(judged.text), judged.verdict, tone, literal(judged.reason))
@@ -193,7 +201,10 @@ def _card(judged: Judgment, axis: tuple[float, float]) -> Card:
     effect += f"{_certainty(judged)}, n={judged.n}"
     if all(map(math.isfinite, judged.claimed)):
         effect += "; claimed: {:.3g} to {:.3g}".format(*judged.claimed)
-    advice = judged.advice[:1].upper() + judged.advice[1:] + "." if judged.advice else ""
+    advice = judged.advice[:1].upper() + judged.advice[1:] if judged.advice else ""
+    if advice:
+        command = "" if math.isnan(judged.needed) else command_for_more(judged.more)
+        advice += f": `{command}`" if command else "."
     claimed = judged.claimed if judged.planned else None
     picture = Interval(judged.difference, judged.low, judged.high, *axis, claimed)
     return Card(literal(judged.text), judged.verdict, tone, plain(effect), advice, picture)

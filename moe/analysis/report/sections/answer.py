@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 
 import pandas as pd
 
@@ -20,6 +21,7 @@ from moe.analysis.report.blocks import (
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.report.judgments import cards
 from moe.analysis.report.sections.best_setting import best_setting, ranking
+from moe.analysis.report.sections.commands import command_for_more
 from moe.analysis.report.sections.experts import findings
 from moe.analysis.report.sections.headline import headline
 from moe.analysis.report.sections.planned import warnings_of_looks
@@ -51,7 +53,7 @@ def answer(inputs: ReportInputs) -> Iterator[ReportBlock]:
         yield from search_result(inputs)
         yield Facts(setup(inputs))
         return
-    shown = cards(inputs.judgments)
+    shown = cards(inputs.judgments, partial(command_for_more, inputs))
     if shown:
         yield Cards(shown[:MOST_CARDS], PICTURES_EXPLAINED + (CLAIMED if inputs.judgments[0].planned else ""))
         if shown[MOST_CARDS:]:

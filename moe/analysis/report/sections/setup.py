@@ -1,17 +1,15 @@
 """The set-up of the runs: the facts without which no number of a report can be judged."""
 
-import shlex
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from moe.analysis.report.blocks import literal
 from moe.analysis.report.inputs import ReportInputs
+from moe.analysis.report.sections.commands import training_command
 from moe.analysis.report.sections.planned import planned_facts
-from moe.results.conditions import levels, without_causality
+from moe.results.conditions import levels
 from moe.results.table import ABSENT
-from moe.runs.record import RecordError, SweepRecord
 
 
 def setup(inputs: ReportInputs) -> list[tuple[str, str]]:
@@ -49,7 +47,7 @@ def setup(inputs: ReportInputs) -> list[tuple[str, str]]:
     if days := sorted({str(start)[:10] for start in runs["started"].dropna()}):
         facts.append(("Date", " to ".join(dict.fromkeys((days[0], days[-1])))))
     facts += planned_facts(inputs.study)
-    if command := _command(inputs):
+    if command := training_command(inputs):
         facts.append(("Repeat", f"`{command}`"))
     return facts
 
@@ -84,28 +82,6 @@ def _left_out(inputs: ReportInputs) -> list[str]:
         if record.facts is not None:
             left |= dict.fromkeys(domain for domain in asked if domain not in record.facts.data.get("domains", asked))
     return list(left)
-
-
-def _command(inputs: ReportInputs) -> str:
-    """Return the command that trains these runs, as their sweep.json tells it; an empty text if there is none."""
-    runs = inputs.runs
-    parents = {Path(folder).parent for folder in runs["folder"]}
-    try:
-        [parent] = parents
-        record = SweepRecord.read(parent / SweepRecord.FILE)
-    except (ValueError, RecordError):
-        return ""
-    grid = record.grid_with(*(Path(folder).name for folder in runs["folder"]))
-    if grid is None or grid.search:
-        return ""
-    experiment = grid.name.partition(": ")[0]
-    words = [f"experiment={experiment}"] if experiment != "default" else []
-    words += [f"{key}={value}" for key, value in grid.fixed.items() if value is not None]
-    for factor in (*grid.factors, "seed"):
-        values = [without_causality(level) for level in levels(runs[factor])] if factor in runs else []
-        given = dict.fromkeys(str(value) for value in values if value != ABSENT)
-        words += [f"{factor}={','.join(given)}"] if given else []
-    return f"python train.py -m {shlex.join(words)}"
 
 
 def _range(runs: pd.DataFrame, column: str, text: Any) -> str:

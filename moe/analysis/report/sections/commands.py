@@ -1,0 +1,47 @@
+"""Commands that train the runs of a report again, or the same settings with more seeds."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from moe.analysis.report.inputs import ReportInputs
+from moe.results.conditions import levels, without_causality
+from moe.results.table import ABSENT
+from moe.runs.record import RecordError, SweepRecord
+
+MOST_SEEDS = 40  # that a command lists
+
+
+def training_command(inputs: ReportInputs, seeds: Sequence[int] | None = None) -> str:
+    """Return the command that trains these runs, as their sweep.json tells it; an empty text if there is none.
+
+    seeds: those of the command; by default the seeds of the runs.
+    """
+    runs = inputs.runs
+    parents = {Path(folder).parent for folder in runs["folder"]}
+    try:
+        [parent] = parents
+        record = SweepRecord.read(parent / SweepRecord.FILE)
+    except (ValueError, RecordError):
+        return ""
+    grid = record.grid_with(*(Path(folder).name for folder in runs["folder"]))
+    if grid is None or grid.search:
+        return ""
+    experiment = grid.name.partition(": ")[0]
+    words = [f"experiment={experiment}"] if experiment != "default" else []
+    words += [f"{key}={value}" for key, value in grid.fixed.items() if value is not None]
+    for factor in (*grid.factors, "seed"):
+        values = [without_causality(level) for level in levels(runs[factor])] if factor in runs else []
+        if factor == "seed" and seeds is not None:
+            values = list(seeds)
+        given = dict.fromkeys(str(value) for value in values if value != ABSENT)
+        words += [f"{factor}={','.join(given)}"] if given else []
+    return f"python train.py -m {shlex.join(words)}"
+
+
+def command_for_more(inputs: ReportInputs, number: int) -> str:
+    """Return the command that trains the settings with so many more seeds; an empty text if they are too many."""
+    seeds = [seed for seed in levels(inputs.runs["seed"]) if isinstance(seed, int)] if "seed" in inputs.runs else []
+    if not seeds or number > MOST_SEEDS:
+        return ""
+    return training_command(inputs, range(max(seeds) + 1, max(seeds) + 1 + number))
