@@ -34,7 +34,9 @@ def pilot(tmp_path_factory: pytest.TempPathFactory) -> Path:
         sizes = {"noise": noise, "lb": lb, "steps": 10, "batch_size": 4, "grad_accum": 1, "data": {"seq_len": 50}}
         record = replace(record, config=record.config | sizes, identity=record.identity | {"noise": noise, "lb": lb})
         record.write(folder / RunRecord.FILE)
-        values = {"val/perplexity": 100 + 3 * seed + 0.5 * rng.normal(), "routing/load_cv/pooled": 1 + noise - 20 * lb}
+        quality = 100 + 3 * seed + 0.5 * rng.normal()
+        values = dict.fromkeys(("val/perplexity", "test/perplexity"), quality)
+        values["routing/load_cv/pooled"] = 1 + noise - 20 * lb
         final = values | {"val/loss": 4.6, "val/accuracy": 0.2}
         MetricsRecord(final_metrics=final, history={}).write(folder / MetricsRecord.FILE)
     return sweep
