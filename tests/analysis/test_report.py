@@ -363,12 +363,9 @@ def test_an_open_end_of_a_claim_is_an_arrow_and_the_key_of_the_pictures_comes_fi
 @pytest.mark.usefixtures("undrawn")
 def test_claims_margins_and_several_experiments(published: Path, tmp_path: Path) -> None:
     """Claims in the records are planned, all other contrasts are post hoc, and each experiment is judged alone."""
-    claim = {"text": "noise hurts", "metric": "val/perplexity", "factor": "noise", "levels": [0.5], "than": [0.0]}
-    claim |= {"kind": "higher", "source": "us", "margin": None, "size": []}
-    claim |= {"within": {}, "direction": None}
     for path in published.glob("*/run.json"):
         config = json.loads(path.read_text())["config"]
-        change_record(path.parent, config=config | {"claims": [claim]})
+        change_record(path.parent, config=config | {"claims": [HIGHER]})
     for seed in (42, 43, 44):  # noise_lb_seed has this condition too
         metrics = {"val/perplexity": 130.0 + seed, "val/loss": 4.9 + seed / 100}
         write_run(tmp_path / "multirun" / "floor" / f"seed={seed}", metrics, seed=seed, noise=0.0, lb=0.0)
