@@ -168,22 +168,29 @@ def test_no_test_is_made_on_runs_that_a_search_chose(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_settings_that_a_search_trained_too_are_named_with_the_seeds_that_confirm_nothing(tmp_path: Path) -> None:
+def test_runs_that_a_search_trained_too_are_named_and_left_out_of_the_tests(tmp_path: Path) -> None:
     """An ordinary grid over the settings that a search found has the runs of the search among its own."""
     sweep = tmp_path / "searched"
-    cells = {f"lb={lb},seed={seed}": {"lb": lb, "seed": seed} for lb in (0.1, 0.02) for seed in (1, 2, 3)}
+    cells = {f"lb={lb},seed={seed}": {"lb": lb, "seed": seed} for lb in (0.1, 0.02) for seed in range(1, 6)}
     for name, keys in cells.items():
         write_run(sweep / name, {"val/loss": 1 + keys["lb"] + keys["seed"] / 100}, **keys)
     write_cells(sweep, cells)
     ordinary = json.loads((sweep / "sweep.json").read_text())
-    found = [name for name in cells if name.startswith("lb=0.02") and not name.endswith("3")]
-    search = {"name": "found", "factors": [], "fixed": {}, "cells": found, "search": "minimize val/loss"}
-    (sweep / "sweep.json").write_text(json.dumps(ordinary | {"grids": [*ordinary["grids"], search]}))
-    text = write_report(load_runs([sweep]), tmp_path / "out").read_text().replace("\n", " ")
+    search = {"name": "found", "factors": [], "fixed": {}, "search": "minimize val/loss"}
+
+    def searched(found: list[str]) -> str:
+        grids = [*ordinary["grids"], search | {"cells": found}] if found else ordinary["grids"]
+        (sweep / "sweep.json").write_text(json.dumps(ordinary | {"grids": grids}))
+        inputs = collect_inputs(load_runs([sweep]))
+        compared = next((part.contrasts["n"].max() for part in inputs if len(part.contrasts)), 0)
+        assert compared == 5 - len(found) if len(found) < len(cells) else compared == 0
+        return write_report(load_runs([sweep]), tmp_path / "out").read_text().replace("\n", " ")
+
+    text = searched([name for name in cells if name in ("lb=0.02,seed=1", "lb=0.02,seed=2")])
     assert text.count("Settings from a search") == 1
     assert "also trained these runs: lb=0.02 (seed 1, 2). Settings" in text
-    write_cells(sweep, cells)
-    assert "Settings from a search" not in write_report(load_runs([sweep]), tmp_path / "out").read_text()
+    assert "also trained these runs: lb=0.1 (seed 1, 2, 3, 4, 5); lb=0.02" in searched([*cells])
+    assert "Settings from a search" not in searched([])
 
 
 @pytest.fixture

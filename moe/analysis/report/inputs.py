@@ -216,17 +216,24 @@ def _events_of(events: pd.DataFrame, folders: pd.Series) -> pd.DataFrame:
 
 
 def _with_comparisons(inputs: ReportInputs) -> ReportInputs:
-    """Return the inputs with claims measured and levels compared, before the correction for other tests."""
+    """Return the inputs with claims measured and levels compared, before the correction for other tests.
+
+    Runs that a search trained too do not count: they may have decided which settings there are.
+    """
     if inputs.search:  # its settings were chosen by results
         return inputs
-    references = reference_levels(inputs)
+    runs, loaded = (table[~table["folder"].isin(inputs.searched)] for table in (inputs.runs, inputs.loaded))
+    known, references = {factor: levels(runs[factor]) for factor in inputs.factors}, reference_levels(inputs)
+    factors = [factor for factor in known if len(known[factor]) > 1]
+    factors = [factor for factor in factors if references.get(factor, known[factor][0]) in known[factor]]
+    references = {factor: level for factor, level in references.items() if factor in factors}
     tables = [
-        contrasts(inputs.runs, metric, inputs.factors, references=references, margin=inputs.options.margins.get(metric))
+        contrasts(runs, metric, factors, references=references, margin=inputs.options.margins.get(metric))
         for metric in inputs.tested
     ]
-    variance, refusals = _variance(inputs)
+    variance, refusals = _variance(inputs, runs)
     return inputs._replace(
-        claims=measured_claims(inputs.loaded),
+        claims=measured_claims(loaded),
         contrasts=stack(tables),
         variance=variance,
         without_variance=refusals,
@@ -298,14 +305,14 @@ def _corrected(inputs: ReportInputs, tests: pd.DataFrame) -> ReportInputs:
     return inputs._replace(judgments=judgments(inputs.claims, inputs.contrasts, first, later=inputs.later))
 
 
-def _variance(inputs: ReportInputs) -> tuple[pd.DataFrame, list[str]]:
-    """Return the analysis of variance of every tested metric, and why a metric has none."""
+def _variance(inputs: ReportInputs, runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """Return the analysis of variance of every tested metric over these runs, and why a metric has none."""
     tables, refusals = [], []
     for metric in inputs.tested:
         try:
-            if reason := not_poolable(metric, inputs.runs):
+            if reason := not_poolable(metric, runs) or ("" if len(runs) else "a search also trained all runs"):
                 raise ValueError(reason)
-            tables.append(anova(inputs.runs, metric, inputs.factors))
+            tables.append(anova(runs, metric, inputs.factors))
         except ValueError as error:
             refusals.append(shorten(f"{metric}: {error}", 500, placeholder=" …"))
     return stack(tables), refusals

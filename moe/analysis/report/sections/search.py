@@ -17,8 +17,8 @@ experiment of their own."""
 SHOWN = 10  # trials
 NO_CONFIRMATION = """\
 A search for good settings in this folder also trained these runs: {settings}. Settings that were chosen by these seeds
-look better on them than they are. So these seeds are no confirmation, and the tests below, which use them, are too
-optimistic: train the settings and your baseline with other seeds, in another folder."""
+look better on them than they are. So the tests and verdicts of this report leave these runs out, and the tables of
+means show them. To have more seeds that count, add other ones to the experiment."""
 
 
 def search_result(inputs: ReportInputs) -> Iterator[ReportBlock]:
