@@ -30,6 +30,8 @@ class Config:
     """The whole configuration of a run. Equal configurations train bitwise equal models on one machine."""
 
     seed: int = 42  # decides initial weights, order of the training text, noise and dropout
+    init_seed: int | None = None  # decides the initial weights alone; null: seed
+    data_seed: int | None = None  # decides the order of the training text, noise and dropout alone; null: seed
     steps: int = 300  # length of the training, in optimizer steps; 0: only evaluate the model as it starts
     batch_size: int = 16  # sequences per micro-batch
     grad_accum: int = 1  # micro-batches per optimizer step
@@ -91,6 +93,10 @@ class Config:
         for name in ("batch_size", "grad_accum", "eval_every", "save_every", "threads", "rank_timeout"):
             require(1 <= getattr(self, name) <= 10**9, name, getattr(self, name), "a whole number from 1 to 10^9")
         require(0 <= self.seed < 2**32, "seed", self.seed, "between 0 and 2^32 - 1")
+        for name in ("init_seed", "data_seed"):
+            value = getattr(self, name)
+            allowed = "between 0 and 2^32 - 1, or null for the value of seed"
+            require(value is None or 0 <= value < 2**32, name, value, allowed)
         for name in ("noise", *(loss.weight for loss in LOSSES.values())):
             value = getattr(self, name)
             require(finite(value) and value >= 0, name, value, "a finite number >= 0")
@@ -248,7 +254,14 @@ class Config:
         """Return `identity`, with the values that mean the same as the given ones. This imports torch, unless dense."""
         same = {} if self.is_dense else self.build_routers()[0].same_as
         equivalent = {f"router.{name}": value for name, value in same.items()}
-        return self.identity() | equivalent | {"trainable": str(self.trains)}
+        seeds = dict(zip(("init_seed", "data_seed"), self.seeds, strict=True)) | {"seed": None}
+        return self.identity() | equivalent | seeds | {"trainable": str(self.trains)}
+
+    @property
+    def seeds(self) -> tuple[int, int]:
+        """The seed of the initial weights, and that of the order of the text, noise and dropout."""
+        init, data = (self.seed if seed is None else seed for seed in (self.init_seed, self.data_seed))
+        return init, data
 
     def unused_keys(self) -> frozenset[str]:
         """Return the sizes of layers that this model does not have, and what the source of the text does not use.

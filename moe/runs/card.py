@@ -8,6 +8,7 @@ from typing import Any
 from moe.checks import escaped
 from moe.config.keys import flatten
 from moe.config.model import ModelConfig
+from moe.config.schema import Config
 from moe.files import read_text, write_text
 from moe.routing.loss_table import LOSSES
 from moe.runs.events import FILE as EVENTS
@@ -145,7 +146,7 @@ def _settings(record: RunRecord, has_adapter: bool) -> dict[str, str]:
         "trained parameters": f"{facts.parameters.trainable:,}",
         "length of a text": f"{config.data.seq_len} tokens",
         "training": f"{config.steps:,} steps of {tokens:,} tokens, {precision}, {facts.device}",
-        "seed": str(config.seed),
+        "seed": _seed(config),
         "moe-routing": f"{record.versions['moe-routing']}, commit {record.commit or 'unknown'}",
         "torch, transformers": f"{record.versions['torch']}, {record.versions['transformers']}",
     }
@@ -156,6 +157,11 @@ def _experts(model: ModelConfig) -> str:
     latent = "" if model.latent_dim is None else f", in a latent of width {model.latent_dim}"
     before = ", routers read the input of attention" if model.router_input == "attention" else ""
     return f"{model.num_experts} of width {model.ffn} ({model.expert}){latent}, {shared}{before}"
+
+
+def _seed(config: Config) -> str:
+    init, data = config.seeds
+    return str(init) if init == data else f"{init} for the initial weights, {data} for the order of the text"
 
 
 def _call(spec: dict[str, Any]) -> str:

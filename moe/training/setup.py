@@ -173,10 +173,11 @@ def build_model(config: Config, *, vocab_size: int | None = None) -> MoEForCausa
 
     With `model.dense` or `model.checkpoint`, it is made from that checkpoint, which has a vocabulary of its own.
 
-    The weights depend only on the configuration, including its seed, and on the checkpoint. Parameters that do not
-    train (key `trainable`) need no gradient.
+    The weights depend only on the configuration, including its seed of initial weights, and on the checkpoint.
+    Parameters that do not train (key `trainable`) need no gradient.
     """
-    torch.manual_seed(config.seed)
+    init_seed, _ = config.seeds
+    torch.manual_seed(init_seed)
     settings = MoEConfig.of(config.model, config.router, vocab_size=vocab_size, seq_len=config.data.seq_len)
     if config.model.dense is not None:
         model = upcycle(settings, config.model)

@@ -84,6 +84,7 @@ def accumulate_gradients(training: Training, step: int, knobs: Knobs) -> tuple[l
     gets the load summed over the earlier micro-batches of this step, which `lb_global` needs.
     """
     config, accelerator = training.config, training.accelerator
+    _, data_seed = config.seeds
     batches = micro_batches(config, training.data, step)
     shares = label_weights(batches)
     router_weights = [router.loss_weights for router in training.routers]
@@ -93,7 +94,7 @@ def accumulate_gradients(training: Training, step: int, knobs: Knobs) -> tuple[l
     micro_numbers = range(ranks.rank(), config.grad_accum, ranks.world_size())
     for number in micro_numbers:
         blocks = batches[number].to(accelerator.device)
-        torch.manual_seed(micro_batch_seed(config.seed, step, number))
+        torch.manual_seed(micro_batch_seed(data_seed, step, number))
         inputs = PassInput(blocks.ids, blocks.labels, blocks.position_ids, blocks.told, *knobs, load)
         weights = LossWeights(shares[number], router_weights, beside_weights, passes=len(micro_numbers))
         # DDP exchanges gradients in the backward pass of the last micro-batch only.
@@ -117,7 +118,8 @@ def _run_pass(training: Training, inputs: PassInput, weights: LossWeights) -> Pa
 def micro_batches(config: Config, data: Prepared, step: int) -> list[Batch]:
     """Return the blocks of optimizer step `step`, split into micro-batches of `batch_size` blocks."""
     size = config.batch_size * config.grad_accum
-    indices = batch_indices(len(data.train), size, seed=config.seed, step=step)
+    _, data_seed = config.seeds
+    indices = batch_indices(len(data.train), size, seed=data_seed, step=step)
     return batch(data.train, indices).split(config.batch_size)
 
 

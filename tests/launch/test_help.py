@@ -57,7 +57,7 @@ def test_help_fits_a_terminal_of_80_columns(words: tuple[str, ...]) -> None:
         ),
         (
             "experiment=noise_lb_seed",
-            ["question: Do router noise and", "- Noise 0.5 raises perplexity (val/perplexity, noise study, 9)"],
+            ["question: Do router noise and", "- Noise 0.5 raises perplexity (test/perplexity, noise study, 9)"],
         ),
     ],
 )

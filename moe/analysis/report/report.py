@@ -52,6 +52,7 @@ from moe.analysis.report.sections.overview import what_was_run
 from moe.analysis.report.sections.provenance import causality, configuration, data, software
 from moe.analysis.report.sections.routing import expert_specialization, routing_by_layer
 from moe.analysis.report.sections.scaling import scaling_laws
+from moe.analysis.report.sections.seed_components import seed_components
 from moe.analysis.report.sections.terms import terms
 from moe.analysis.report.sections.verdicts import claim_verdicts, contrast_verdicts, how_it_decides
 from moe.analysis.report.study import Section
@@ -92,6 +93,7 @@ CHAPTERS: tuple[Chapter, ...] = (
             factor_effects,
             other_seeds_and_other_text,
             noise_floor_table,
+            seed_components,
             *itertools.chain.from_iterable(study.experiment_sections for study in STUDIES),
         ),
     ),

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 from statsmodels.stats.weightstats import DescrStatsW
 
+from moe.analysis.components import DATA, INIT
 from moe.analysis.report.blocks import literal
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.selection import lead
@@ -44,12 +45,12 @@ class Ranking(NamedTuple):
 def ranking(inputs: ReportInputs) -> Ranking | None:
     """Return the settings by the first tested metric that measures quality and of which less is better.
 
-    Returns None if there is no such metric, or only one setting.
+    Returns None if there is no such metric, or only one setting, or if the settings differ in seeds.
     """
     metrics = ((name, lookup(name)) for name in inputs.tested)
     fits = (name for name, metric in metrics if metric and metric.group == "quality" and metric.better == "lower")
     metric = next(fits, None)
-    if metric is None or not inputs.factors:
+    if metric is None or not inputs.factors or {INIT, DATA} & {*inputs.factors}:  # the best seed is luck alone
         return None
     ranked, acausal, without = [], [], []
     comparable = inputs.runs["causal"] != False if (inputs.runs["causal"] == True).any() else None  # noqa: E712

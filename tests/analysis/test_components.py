@@ -1,0 +1,57 @@
+"""Tests of variance components: against simulated runs whose components are known, and a table by hand."""
+
+from itertools import product
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from moe.analysis.components import is_crossed, mean_squares, variance_components
+
+METRIC = "val/loss"
+
+
+def runs_of(
+    draws: np.random.Generator, init: float, data: float, both: float, *, size: tuple[int, int]
+) -> pd.DataFrame:
+    """Return runs of two settings with these standard deviations. The settings differ by 100."""
+    rows = []
+    for noise in (0.0, 0.5):
+        a, b = (std * draws.normal(size=number) for std, number in zip((init, data), size, strict=True))
+        rows += [
+            {"noise": noise, "init_seed": i, "data_seed": j, METRIC: 100 * noise + a[i] + b[j] + both * draws.normal()}
+            for i, j in product(*map(range, size))
+        ]
+    return pd.DataFrame(rows).assign(seed=42, status="finished", folder="made up", experiment="made up")
+
+
+def test_the_estimates_are_unbiased() -> None:
+    draws = np.random.default_rng(3)
+    found = [variance_components(runs_of(draws, 2.0, 0.0, 1.0, size=(3, 4)), METRIC)["variance"] for _ in range(150)]
+    error = np.std(found, axis=0) / np.sqrt(len(found))
+    assert (np.abs(np.mean(found, axis=0) - [4.0, 0.0, 1.0]) < 4 * error).all()
+    assert error.max() < 0.4
+    assert min(each[1] for each in found) < 0  # so that the mean is not too large
+
+
+def test_a_table_by_hand() -> None:
+    """Rows 0, 2 and columns 0, 4 add up, apart from 1 in one cell."""
+    table = np.array([[0.0, 4.0], [2.0, 7.0]])
+    assert mean_squares(table) == pytest.approx((6.25, 20.25, 0.25))
+
+
+def test_shares_add_up_and_a_negative_estimate_is_no_spread() -> None:
+    found = variance_components(runs_of(np.random.default_rng(0), 0.0, 5.0, 1.0, size=(3, 3)), METRIC)
+    assert found["share"].sum() == pytest.approx(1)
+    assert (found["std"] >= 0).all()
+    assert found["levels"].tolist() == [3, 3, 9]
+
+
+def test_an_incomplete_table_loses_the_data_seeds_that_lack_a_run() -> None:
+    runs = runs_of(np.random.default_rng(0), 1.0, 1.0, 1.0, size=(3, 3))
+    lost = runs.drop(runs.index[[0, 9]])  # init_seed 0 and data_seed 0 of both settings
+    expected = variance_components(runs[runs["data_seed"] != 0], METRIC)
+    pd.testing.assert_frame_equal(variance_components(lost, METRIC), expected)
+    assert is_crossed(lost)
+    with pytest.raises(ValueError, match="has no setting with all combinations of two values of init_seed"):
+        variance_components(runs[runs["init_seed"] == runs["data_seed"]], METRIC)
