@@ -213,7 +213,7 @@ class MoELayer(nn.Module):
         """Return the outputs of all experts for each of N tokens in the width of the experts, without gradients."""
         experts = self.router.num_experts
         outputs = self._run_experts(x.repeat(experts, 1), torch.full((experts,), len(x), device=x.device))
-        return self.full_width(outputs).view(experts, len(x), -1)
+        return self.full_width(outputs).unflatten(0, (experts, len(x)))
 
     def _gradient_of_others(
         self, routing: Routing, weight: Float[Tensor, "T E"], x: Float[Tensor, "T W"]

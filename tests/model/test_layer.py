@@ -190,6 +190,7 @@ def test_latent_shared_gate_and_other_input_of_the_router_equal_their_formulas()
         ]
     )
     torch.testing.assert_close(layer.outputs_of_all(rows), outputs)
+    assert layer.outputs_of_all(rows[:0]).shape == (E, 0, D)  # a micro-batch without a token to compare
     pairs = [F.cosine_similarity(outputs[i], outputs[j], dim=-1) for i in range(E) for j in range(i)]
     torch.testing.assert_close(output.stats.output_similarity, torch.stack(pairs).mean(0).sum())
 
