@@ -269,7 +269,7 @@ def claimed_range(claim: ClaimConfig, reference: float) -> tuple[float, float]:
     reference: the mean of the metric, of which a size or a margin may be a share. Of an interaction, the difference is
     the change of the metric; without a direction, the range is that of "higher".
     """
-    if claim.kind == "interaction":
+    if claim.kind in ("interaction", "mixed"):
         claim = _as_change(claim, reference)
     if claim.kind == "equivalent":
         margin = absolute(claim.margin, reference)

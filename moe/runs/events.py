@@ -162,6 +162,15 @@ def late_mean(events: list[dict[str, Any]], key: str) -> float | None:
     return _mean([event for event in trains if event["step"] > last / 2], key)
 
 
+LAST = 3  # evaluations of which `last_mean` is the mean
+
+
+def last_mean(events: list[dict[str, Any]], key: str) -> float | None:
+    """Return the mean of a value over the last `LAST` evaluations after a training step; None if there are fewer."""
+    evals = [event for event in events if event["kind"] == "eval" and event["step"] > 0]
+    return _mean(evals[-LAST:], key) if len(evals) >= LAST else None
+
+
 def _mean_or_null(values: tuple[float | None, ...]) -> float | None:
     known = [value for value in values if value is not None]
     return fmean(known) if len(known) == len(values) else None

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from moe.files import write_json
-from moe.runs.events import EventLog, evaluation_series, median_speed, read_events
+from moe.runs.events import EventLog, evaluation_series, last_mean, median_speed, read_events
 
 
 def test_a_resume_removes_incomplete_lines_and_events_after_the_checkpoint(tmp_path: Path) -> None:
@@ -66,3 +66,11 @@ def test_the_median_speed_covers_training_steps_after_the_first_five() -> None:
     events += [{"kind": "eval", "step": step} for step in range(9)]
     assert median_speed(events) == 250.0
     assert median_speed(events[:5]) is None
+
+
+def test_the_mean_of_the_last_evaluations_needs_three_after_the_first_step() -> None:
+    events = [{"kind": "eval", "step": step, "val/loss": loss} for step, loss in ((0, 9.0), (1, 5.0), (2, 4.0))]
+    assert last_mean(events, "val/loss") is None
+    events += [{"kind": "train", "step": 3}, {"kind": "eval", "step": 3, "val/loss": 3.0}]
+    assert last_mean(events, "val/loss") == 4.0
+    assert last_mean([*events, {"kind": "eval", "step": 4, "val/loss": 2.0}], "val/loss") == 3.0

@@ -17,6 +17,19 @@ VALIDATION = (
         nonnegative=True,
     ),
     Metric(
+        "val/loss_last_3",
+        "mean of val/loss over the last 3 evaluations",
+        "Depends less than the last value on the step at which training stopped. Null if there are fewer than three "
+        "evaluations after the first step.",
+        "validation loss, mean of the last 3 evaluations",
+        "quality",
+        unit="nats per token",
+        better="lower",
+        written=("end",),
+        per_token=True,
+        nonnegative=True,
+    ),
+    Metric(
         "val/loss_in_domain",
         "-mean ln p(next token), domains in data.train_domains",
         "`val/loss` over the domains whose text trains. Absent if all domains train, like `val/loss_out_of_domain`.",
@@ -92,6 +105,7 @@ TEST = tuple(
         noun=f"test {metric.noun}" if metric.noun else "",
     )
     for metric in VALIDATION
+    if "evaluation" in metric.written  # the test text is evaluated once
 )
 
 UNDER_LIMIT = (
