@@ -10,7 +10,7 @@ from omegaconf import MISSING
 from moe.checks import ConfigError, describe, finite, one_of, require, require_path, unknown
 from moe.config import layer_routers
 from moe.config.checkpoints import dense as dense_checkpoint
-from moe.config.checkpoints import imported
+from moe.config.checkpoints import imported, replayed
 from moe.config.claim import ClaimConfig
 from moe.config.classes import build, locate
 from moe.config.keys import DEFAULTED, DENSE_IGNORES, OF_EXPERTS, OFF, RATES, flatten, is_free
@@ -183,6 +183,11 @@ class Config:
     def _check_one(self, router: Any) -> None:
         """Raise ConfigError for a router that does not fit this run."""
         router.check_class()
+        if router.replays is not None:
+            allowed = "used without model.dense and model.checkpoint"
+            plain = self.model.dense is None and self.model.checkpoint is None
+            require(plain, "router._target_", self.router["_target_"], allowed)
+            replayed.check(router.replays[0], self.model, seq_len=self.data.seq_len)
         if getattr(locate(self.data.source["_target_"], "data.source", trusted=True), "conversations", False):
             router.require_documents_apart()
         source = self.build_source()

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from moe.checks import require
 from moe.config import layer_routers
-from moe.config.checkpoints import dense, imported
+from moe.config.checkpoints import dense, imported, replayed
 from moe.config.classes import locate
 from moe.config.options import CLASSES, CONF, GROUPS
 from moe.config.schema import Config
@@ -26,6 +26,8 @@ from moe.launch.hydra_errors import FAULTS
 from moe.launch.implied import without_implied
 from moe.launch.option_files import preset_of, require_content
 from moe.launch.overrides import parsed
+
+REPLAY = "moe.routers.replay.Replay"
 
 
 @contextmanager
@@ -112,6 +114,9 @@ def typed(composed: DictConfig, choices: dict[str, str | None]) -> Config:
     require(sized, key, None, "the folder or hub name of a checkpoint, which has the sizes")
     settings = OmegaConf.to_object(config)
     assert isinstance(settings, Config)
+    if settings.router.get("_target_") == REPLAY and isinstance(settings.router.get("checkpoint"), str):
+        digest = replayed.digest_of(settings.router["checkpoint"], settings.router.get("digest"))
+        settings.router = settings.router | {"digest": digest}
     if settings.model.routers is not None:
         settings.model.routers = layer_routers.explicit(settings.model.routers)
     for key, group in CLASSES.items():

@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNor
 from moe.model.architecture import MoEConfig
 from moe.model.experts import Experts
 from moe.model.layer import Latent, LayerOutput, MoELayer
+from moe.model.replay import decisions
 from moe.model.routed import Attended, RoutedModel, Seen, Wanted, build_router
 from moe.routing.decision import Context
 
@@ -116,9 +117,12 @@ class MoEModel(RoutedModel):
         attentions: list[Any] = []
         outputs: list[LayerOutput] = []
         alike = self.first_alike()
+        given = decisions(self.moe_layers, context, attended.mask)
         recompute = self.gradient_checkpointing and self.training and attended.cache is None
         for layer in self.layers:
             number = min(len(outputs), len(alike) - 1)  # of the MoE layer that comes next
+            if given is not None:
+                context = context._replace(given=given[number])
             if load is not None:
                 context = context._replace(load=load[number])  # dense layers ignore it
             if outputs and alike[number] != alike[len(outputs) - 1]:

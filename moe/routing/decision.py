@@ -68,7 +68,8 @@ class Context(NamedTuple):
     compared: the indices of the routed tokens that all experts are run on, to compare their outputs. None: no token.
     document_position: the position of each token in its document, from `document_positions`. None if `position_ids` do
         not mark documents; positions then count from the start of the sequence.
-    given: the decision of the router that an imported model has had since before its import. Only `Imported` reads it.
+    given: the decision that `Imported` returns, of the router that an imported model has had since before its import,
+        and the one that `Replay` returns, of another model.
     alone: the load of other micro-batches of the step, here and on other ranks, does not count in `lb_global`.
     place: where the T tokens that are routed stand in the flattened (B * S) sequences, in ascending order. Padding is
         left out: it is not routed, takes no capacity and is not counted. None: all tokens are routed.

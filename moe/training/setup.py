@@ -21,6 +21,7 @@ from moe.model.continued import check_continued, continued
 from moe.model.cost import reset_peak_memory
 from moe.model.imported_checkpoint import read_checkpoint
 from moe.model.parts import Parts, freeze, learning_routers, parts
+from moe.model.replay import check_tokenizer
 from moe.model.upcycle import upcycle
 from moe.routers.base import Router
 from moe.routing.decision import TrainingText
@@ -87,6 +88,7 @@ def set_up(config: Config) -> Training:
     data = prepare_data(config)
     schedule = build(config.schedule, "schedule", trusted=True)
     model = build_model(config, vocab_size=len(data.tokenizer))
+    check_tokenizer(model.moe_layers, data.tokenizer)
     routers = [layer.router for layer in (*model.moe_layers, *model.beside_layers)]
     learning = learning_routers(model, routers, str(config.trains))
     wrapped = parallel.distribute(model, accelerator, expert_parallel=config.expert_parallel)

@@ -43,9 +43,9 @@ def read(name: str, revision: str | None) -> dict[str, Any]:
     where = f"in config.json of model.checkpoint={name}"
     sizes = [*KEYS.values(), ("vocab_size", int), ("max_position_embeddings", int)]
     for key, kind in sizes:
-        value, name = content.get(key), getattr(kind, "__name__", str(kind))
+        value, type_name = content.get(key), getattr(kind, "__name__", str(kind))
         fits = isinstance(value, kind) and (type(value) is bool) == (kind is bool)
-        require(fits, f"{key} {where}", value, f"there, of type {name}")
+        require(fits, f"{key} {where}", value, f"there, of type {type_name}")
     router, adapter = content.get("router"), content.get("adapter")
     named = isinstance(router, dict) and isinstance(router.get("_target_"), str)
     require(named, f"router {where}", router, "a class as _target_, and its settings")

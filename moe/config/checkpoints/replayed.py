@@ -1,0 +1,54 @@
+"""The saved model whose routing `moe.routers.replay.Replay` takes: whether it fits a run. To check it imports torch."""
+
+from pathlib import Path
+from typing import Any
+
+from moe.checks import require
+from moe.config.checkpoints import files, saved
+from moe.config.classes import build
+from moe.config.model import ModelConfig
+
+KEY = "router.checkpoint"
+
+
+def digest_of(name: str, given: str | None) -> str:
+    """Return the digest of the folder `name`. Raises ConfigError if it differs from the one that is given."""
+    require(Path(name).is_dir(), KEY, name, "the folder of a saved model, such as RUN/model")
+    found = files.digest(name, key=KEY)
+    require(given in (None, found), "router.digest", given, f"{found}, the digest of {name}, or left out")
+    return found
+
+
+def check(name: str, model: ModelConfig, *, seq_len: int) -> None:
+    """Raise ConfigError unless the saved model can decide for the layers of `model`. The file may be a stranger's."""
+    content = files.content(KEY, name, None)
+    where = f"in config.json of {KEY}={name}"
+    sizes = {
+        "model_type": saved.KIND,
+        "imported": None,
+        "adapter": None,
+        "num_hidden_layers": model.layers,
+        "first_k_dense_replace": model.first_k_dense_replace,
+        "num_experts": model.num_experts,
+    }
+    for key, value in sizes.items():
+        require(content.get(key) == value, f"{key} {where}", content.get(key), f"{value}, as in this run")
+    for key in ("hidden_size", "max_position_embeddings"):
+        value = content.get(key)
+        require(type(value) is int and 1 <= value <= 10**6, f"{key} {where}", value, "a whole number from 1 to 10^6")
+    longest = content["max_position_embeddings"]
+    require(seq_len <= longest, "data.seq_len", seq_len, f"at most {longest}, the number of positions of {name}")
+    for router in _routers(content, model.num_experts):
+        alone = router.causal and not router.told and len(router.chain) == 1 and router.replays is None
+        allowed = "a causal router that decides once in a layer, adds no output, and knows no domains"
+        kind = f"{type(router).__module__}.{type(router).__qualname__}"
+        fits = alone and not router.adds_output and not router.learns_from_outputs
+        require(fits, f"router._target_ {where}", kind, allowed)
+
+
+def _routers(content: dict[str, Any], num_experts: int) -> list[Any]:
+    import torch
+
+    specs = [content.get("router"), *(content.get("router_layers") or {}).values()]
+    with torch.device("meta"):
+        return [build(spec, "router", content["hidden_size"], num_experts, trusted=False) for spec in specs]

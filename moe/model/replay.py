@@ -1,0 +1,66 @@
+"""Run the saved model whose routing a router replays."""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from moe.checks import ConfigError, first_line, require
+from moe.config.checkpoints import replayed
+from moe.files import require_files
+from moe.model.layer import MoELayer
+from moe.routing.decision import Context, Routing
+
+
+def replays(layers: list[MoELayer]) -> tuple[str, str | None] | None:
+    """Return folder and digest of the model that decides for some of these layers; None if there is none."""
+    return next((layer.router.replays for layer in layers if layer.router.replays is not None), None)
+
+
+@lru_cache(maxsize=2)
+def _loaded(folder: str, digest: str | None, device: torch.device) -> Any:
+    """Return the model in a folder, which is read once. It is no part of the model that replays it: no run saves it."""
+    replayed.digest_of(folder, digest)
+    try:
+        require_files(Path(folder))
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    except Exception as error:  # whatever a wrong file makes a library raise
+        raise ConfigError(f"{replayed.KEY}={folder}: cannot be read as a saved model ({first_line(error)})") from error
+    model.requires_grad_(False).eval().to(device)
+    again = replays(model.moe_layers) is not None
+    require(not again, replayed.KEY, folder, "a model that decides by itself")
+    return model
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def decisions(layers: list[MoELayer], context: Context, mask: Tensor | None) -> list[Routing] | None:
+    """Return how the model that these layers replay routes the tokens, for each MoE layer; None if they replay none.
+
+    mask: the attention mask of the call, or None.
+    """
+    found = replays(layers)
+    if found is None:
+        return None
+    ids = context.ids
+    model = _loaded(*found, ids.device)
+    with torch.autocast(ids.device.type, enabled=False):
+        output: Any = model(ids, attention_mask=mask)
+    require(len(output.routing) == len(layers), replayed.KEY, found[0], f"a model of {len(layers)} MoE layers")
+    return [chain[0] for chain in output.routing]
+
+
+def check_tokenizer(layers: list[MoELayer], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ConfigError unless the model that these layers replay, if any, reads text with the same tokenizer."""
+    from tokenizers import Tokenizer
+
+    if (found := replays(layers)) is None:
+        return
+    try:
+        known = Tokenizer.from_file(str(Path(found[0]) / "tokenizer.json")).get_vocab()
+    except Exception as error:  # the library raises no other class
+        raise ConfigError(f"{replayed.KEY}={found[0]}: tokenizer.json cannot be read ({first_line(error)})") from error
+    require(known == tokenizer.get_vocab(), replayed.KEY, found[0], "a model with the tokenizer of this run")

@@ -1,0 +1,48 @@
+"""The routing of another model, on the same tokens."""
+
+import json
+from pathlib import Path
+
+from jaxtyping import Float
+from torch import Tensor
+
+from moe.checks import require
+from moe.routers.base import Router
+from moe.routing.decision import Context, Routing
+from moe.routing.loss_table import PROBABILITY_WEIGHTS
+
+
+class Replay(Router):
+    """Router that takes the experts and weights that a saved model gives to the same tokens in the same layer.
+
+    That model is frozen. It runs on the text in evaluation mode, in fp32, without noise and without a capacity limit,
+    beside the model that is trained, and no gradient reaches it. So the experts learn under a routing that does not
+    learn together with them. Nothing here has weights. The router has no probabilities and no logits, so metrics and
+    losses of those are null. FLOPs do not count the other model. Causal, because the other router must be.
+
+    checkpoint: the folder of the saved model, such as RUN/model. It must have the same tokenizer, the same MoE layers
+        and the same number of experts.
+    digest: of that folder. It is filled in, and a given one must match.
+    """
+
+    uses_ids = True
+    reads_earlier_tokens = True
+    ignores = PROBABILITY_WEIGHTS | {"noise", "z"}
+
+    def __init__(self, dim: int, num_experts: int, *, checkpoint: str, digest: str | None = None) -> None:
+        super().__init__(dim, num_experts, fixed_k=None)
+        self.replays = (checkpoint, digest)
+        self.mean_k = _k_of(Path(checkpoint))
+
+    def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
+        require(context.given is not None, "router._target_", "moe.routers.replay.Replay", "used in our decoder alone")
+        assert context.given is not None
+        return Routing(*context.given[:3], probs=None, logits=None)
+
+
+def _k_of(folder: Path) -> float | None:
+    """Return the experts per token of the router of a saved model; None if it has no such setting."""
+    try:
+        return float(json.loads((folder / "config.json").read_text(encoding="utf-8"))["router"]["k"])
+    except (OSError, ValueError, KeyError, TypeError):  # what is wrong with the file, a check of the command says
+        return None

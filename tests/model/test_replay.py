@@ -1,0 +1,120 @@
+"""Tests of the router that takes the decisions of a saved model."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_runs import run
+
+from moe.checks import ConfigError
+from moe.config.cell import Cell
+from moe.config.model import ModelConfig
+from moe.launch.command_line import read_cells
+from moe.model.causal_lm import MoEConfig, MoEForCausalLM, load_model
+from moe.model.cost import count_parameters
+
+V, S = 61, 8
+TOPK = {"_target_": "moe.routers.topk.TopK", "k": 2}
+SIZES: dict[str, Any] = {"dim": 128, "heads": 4, "layers": 4, "ffn": 16, "num_experts": 8, "dense_ffn": 16}
+
+
+def make(router: dict[str, Any], *, seed: int) -> MoEForCausalLM:
+    torch.manual_seed(seed)
+    return MoEForCausalLM(MoEConfig.of(ModelConfig(**SIZES), router, vocab_size=V, seq_len=128))
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a saved model with top-2, of the sizes of `model=tiny` with narrower experts."""
+    folder = tmp_path_factory.mktemp("other") / "model"
+    make(TOPK, seed=0).save_pretrained(folder)
+    return folder
+
+
+def replaying(folder: Path, *, seed: int) -> MoEForCausalLM:
+    return make({"_target_": "moe.routers.replay.Replay", "checkpoint": str(folder)}, seed=seed)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_each_layer_routes_as_the_same_layer_of_the_other_model(other: Path, training: bool) -> None:
+    ids = torch.randint(0, V, (2, S))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    theirs = load_model(other)(ids, attention_mask=mask)
+    model = replaying(other, seed=1).train(training)
+    ours = model(ids, labels=ids, attention_mask=mask)
+    assert not torch.equal(ours.logits, theirs.logits)
+    for [here], [there] in zip(ours.routing, theirs.routing, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(here[:3], there[:3], strict=True))
+    ours.loss.backward()
+    assert all(p.grad is not None for p in model.parameters())  # and the other model is none of its parts
+    assert count_parameters(model).active < count_parameters(model).total
+
+
+def test_with_the_weights_of_the_other_model_it_is_that_model(other: Path) -> None:
+    ids = torch.randint(0, V, (2, S))
+    model, source = replaying(other, seed=1).eval(), load_model(other)
+    assert model.load_state_dict(source.state_dict(), strict=False).missing_keys == []
+    assert torch.equal(model(ids).logits, source(ids).logits)
+
+
+def test_a_cache_and_vectors_instead_of_token_ids_are_refused(other: Path) -> None:
+    model = replaying(other, seed=1).eval()
+    with pytest.raises(ConfigError, match="use_cache"):
+        model(torch.zeros(1, S, dtype=torch.long), use_cache=True)
+    with pytest.raises(ConfigError, match="inputs_embeds"):
+        model(inputs_embeds=torch.zeros(1, S, 128))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words", "message"),
+    [
+        ({}, "model.num_experts=4", "num_experts in config.json of .*=8: must be 4, as in this run$"),
+        ({}, "model.layers=2", "num_hidden_layers in config.json of .*=4: must be 2, as in this run$"),
+        ({}, "router.digest=abc", "^router.digest=abc: must be [0-9a-f]{64}, the digest of .*, or left out$"),
+        ({}, "router.checkpoint=/no/such", "^router.checkpoint=/no/such: must be the folder of a saved model"),
+        ({"max_position_embeddings": 16}, "", "^data.seq_len=128: must be at most 16, the number of positions of"),
+        (
+            {"model_type": "mixtral"},
+            "",
+            "^model_type in config.json of .*=mixtral: must be moe_routing, as in this run$",
+        ),
+        (
+            {"router": {"_target_": "moe.routers.expert_choice.ExpertChoice"}},
+            "",
+            "ExpertChoice: must be a causal router that decides once in a layer, adds no output, and knows no domains$",
+        ),
+        ({"router": {"_target_": "os.system"}}, "", "must be a class of moe.routers"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused_in_one_line(
+    other: Path, tmp_path: Path, changes: dict[str, Any], words: str, message: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(other, folder)
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | changes))
+    with pytest.raises(ConfigError, match=message) as raised:
+        read_cells(["router._target_=moe.routers.replay.Replay", f"router.checkpoint={folder}", *words.split()])
+    assert "\n" not in str(raised.value)
+
+
+def test_a_run_replays_another_run_and_refuses_one_with_another_tokenizer(
+    cell: Callable[..., Cell], tmp_path: Path
+) -> None:
+    first = cell("steps=1", "eval_every=1")
+    run(first)
+    folder = shutil.copytree(first.folder / "model", tmp_path / "model")  # whose path needs no quotes
+    words = ["router._target_=moe.routers.replay.Replay", f"router.checkpoint={folder}", "steps=1", "eval_every=1"]
+    second = cell(*words, f"out={tmp_path / 'second'}")
+    assert len(second.config.router["digest"]) == 64
+    run(second)
+    ids = torch.arange(20)[None]
+    one, two = (load_model(each.folder / "model")(ids).routing for each in (first, second))
+    assert all(torch.equal(a[0].expert, b[0].expert) for a, b in zip(one, two, strict=True))
+    with pytest.raises(ConfigError, match=r"router.checkpoint=.*: must be a model with the tokenizer of this run$"):
+        run(cell(*words, "data.vocab_size=401", f"out={tmp_path / 'third'}"))
