@@ -37,8 +37,9 @@ UNCLEAR = """\
 The distance between `{random}` and `{oracle}` is {distance:+.3g}, which is not clear from zero with these seeds. So the
 shares have no interval: the data do not tell how much routing matters here."""
 WORSE = """\
-Here `{oracle}` is worse than `{random}`, by {distance:.3g}. So it is no upper limit, and the shares do not mean what
-they are called: below 0 is then better than random. It may have fewer experts per token, or the domain helps little."""
+Here `{oracle}` is worse than `{random}`: the distance is {distance:.3g}. So it is no upper limit, and the shares do not
+mean what they are called: below 0 is then better than random. It may have fewer experts per token, or the domain helps
+little."""
 
 
 def league(inputs: ReportInputs) -> Iterator[ReportBlock]:
