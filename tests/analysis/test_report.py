@@ -59,7 +59,7 @@ from moe.analysis.report.sections.collapse import NONE, collapse
 from moe.analysis.report.sections.comparisons import condition_table
 from moe.analysis.report.sections.headline import headline
 from moe.analysis.report.sections.over_training import contrasts_at_shares, contrasts_over_training
-from moe.analysis.report.sections.overview import what_was_run
+from moe.analysis.report.sections.overview import _tuning, what_was_run
 from moe.analysis.report.sections.provenance import differences
 from moe.analysis.report.sections.setup import setup
 from moe.analysis.report.sections.terms import terms
@@ -1069,6 +1069,21 @@ def test_the_answer_compares_no_losses_of_routers_that_see_later_tokens_with_oth
     [inputs] = collect_inputs(load_runs([tmp_path]))
     begin = "noise 0.1 instead of 0.0 at router=topk raises the perplexity by 1 in each of 2 seeds; 1 comparison is "
     assert headline(inputs).startswith(begin + why)
+
+
+def test_a_report_says_whether_arms_were_tuned_equally(tmp_path: Path) -> None:
+    """An arm that lacks a run at one learning rate had another budget."""
+    rate = "optimizer.muon_lr"
+    for noise, lr, seed in product((0.0, 0.1), (0.01, 0.02), (1, 2)):
+        settings = {"seed": seed, "noise": noise, rate: lr}
+        write_run(tmp_path / f"{noise},{lr},{seed}", {"val/perplexity": 100 + noise + lr + seed}, **settings)
+    [inputs] = collect_inputs(load_runs([tmp_path]))
+    assert _tuning(inputs).startswith(
+        f"tuned equally: yes, each setting of noise has the same 2 values of {rate}; no seed"
+    )
+    change_record(tmp_path / "0.1,0.02,2", status="failed", error="stopped")
+    [inputs] = collect_inputs(load_runs([tmp_path]))
+    assert _tuning(inputs) == f"tuned equally: no, the settings of noise differ in how many runs finished by {rate}"
 
 
 def test_the_best_setting_says_what_it_leaves_out(tmp_path: Path) -> None:

@@ -79,7 +79,10 @@ def _settings_of_grids(inputs: ReportInputs) -> Iterator[ReportBlock]:
 
 
 def _tuning(inputs: ReportInputs) -> str:
-    """Return the sentence that no condition has learning rates, a batch size or data that were chosen for it."""
+    """Return whether the arms were tuned equally, or that learning rates, batch size and data are the same for all."""
+    rates = [key for key in inputs.factors if key.startswith("optimizer.") and key.endswith("_lr")]
+    if rates and len(rates) < len(inputs.factors):
+        return _tuned_equally(inputs, rates)
     differing = [
         key
         for key in (*inputs.factors, *inputs.tied)
@@ -87,6 +90,18 @@ def _tuning(inputs: ReportInputs) -> str:
     ]
     exceptions = f" except {', '.join(differing)}" if differing else ""
     return f"learning rates, batch size and data: the same in all runs{exceptions}; not tuned per condition"
+
+
+def _tuned_equally(inputs: ReportInputs, rates: list[str]) -> str:
+    """Return whether each arm, a combination of the other factors, finished as many runs at each learning rate."""
+    arms = [factor for factor in inputs.factors if factor not in rates]
+    finished = inputs.runs[inputs.runs["status"] == "finished"]
+    counts = pd.crosstab([finished[arm] for arm in arms], [finished[rate] for rate in rates])
+    number, names = counts.shape[1], ", ".join(rates)
+    if counts.empty or counts.to_numpy().min() != counts.to_numpy().max():
+        return f"tuned equally: no, the settings of {', '.join(arms)} differ in how many runs finished by {names}"
+    seeds = "no seed was kept apart: judge the best values with seeds that did not choose them"
+    return f"tuned equally: yes, each setting of {', '.join(arms)} has the same {number} values of {names}; {seeds}"
 
 
 def _condition_counts(inputs: ReportInputs) -> ReportBlock:
