@@ -43,7 +43,16 @@ DEFAULTED = RATES | {"optimizer.momentum", "optimizer.expert_step"}
 DENSE_IGNORES = ("router", "schedule")
 
 # Keys of `model` that decide nothing in such a model.
-OF_EXPERTS = ("num_experts", "ffn", "shared_experts", "shared_gate", "latent_dim", "router_input", "routers")
+OF_EXPERTS = (
+    "num_experts",
+    "ffn",
+    "shared_experts",
+    "shared_gate",
+    "latent_dim",
+    "router_input",
+    "router_precision",
+    "routers",
+)
 
 
 @cache

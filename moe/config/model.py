@@ -26,6 +26,7 @@ class ModelConfig:
     shared_gate: bool = False  # multiply their output by a learned sigmoid of the hidden state (Qwen2-MoE)
     latent_dim: int | None = None  # width in which routed experts work, below dim (LatentMoE, 2601.18089); null: dim
     router_input: str = "feed_forward"  # what routers read: the input of feed_forward, or of attention before it
+    router_precision: str = "fp32"  # of routers: fp32 | bf16_weights (rounded parameters) | bf16 (products too)
     routers: str | None = None  # other routers of single layers: 0-2:hash (an option), 0:k:1 (a setting), joined by +
     first_k_dense_replace: int = 0  # number of first layers that are dense feed-forward instead of MoE
     dense_ffn: int = MISSING  # hidden width of those dense layers
@@ -47,6 +48,7 @@ class ModelConfig:
         one_of("model.expert", self.expert, ("silu", "swiglu", "geglu"))
         one_of("model.attention", self.attention, ("eager", "sdpa", "flash_attention_2"))
         one_of("model.router_input", self.router_input, ("feed_forward", "attention"))
+        one_of("model.router_precision", self.router_precision, ("fp32", "bf16_weights", "bf16"))
         usable = self.attention != "flash_attention_2" or importlib.util.find_spec("flash_attn") is not None
         require(usable, "model.attention", self.attention, "eager or sdpa, unless the package flash-attn is installed")
         for name in ("dim", "heads", "layers", "ffn", "num_experts", "dense_ffn"):

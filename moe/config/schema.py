@@ -196,6 +196,9 @@ class Config:
         allowed = "feed_forward, because this router adds a share of what it reads to the output of the layer"
         before = self.model.router_input
         require(before == "feed_forward" or not router.adds_output, "model.router_input", before, allowed)
+        computes = not router.uses_ids or self.model.router_precision == "fp32"
+        allowed = "fp32, because this router only looks experts up"
+        require(computes, "model.router_precision", self.model.router_precision, allowed)
         settings = OFF.keys() | router.setting_keys()
         for key in (router.ignores | router.ignores_without_capacity) - settings:
             raise unknown(f"key in ignores of {type(router).__name__}", key, settings)

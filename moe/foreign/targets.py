@@ -88,6 +88,10 @@ class Target:
                 config.router_input == "feed_forward",
                 "its routers read what its experts read",
             ),
+            f"model.router_precision={config.router_precision}": (
+                config.router_precision == "fp32",
+                "its routers do not round in this way",
+            ),
             f"biases of the matrices {', '.join(extra)} of the attention": (not extra, "it has none there"),
             f"norms of queries and keys ({anatomy.query_norm})": (
                 anatomy.query_norm in self.query_norms,

@@ -268,6 +268,14 @@ def output_similarity(s: Sums) -> Layers:
     return s.output_similarity / s.probed
 
 
+def flip_rate(s: Sums) -> Layers:
+    return s.flipped / s.rechecked
+
+
+def flip_rate_order(s: Sums) -> Layers:
+    return s.reordered / s.rechecked
+
+
 def jaccard(s: Sums) -> Layers:
     i, j = np.triu_indices(s.offered.shape[-1], 1)
     both = s.coactivation[:, i, j]

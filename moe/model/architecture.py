@@ -28,6 +28,7 @@ FILE_TYPES: dict[str, Any] = {
     "hidden_act": Literal["silu"],  # `expert` says which function the experts use
     "expert": Literal["silu", "swiglu", "geglu"],
     "router_input": Literal["feed_forward", "attention"],
+    "router_precision": Literal["fp32", "bf16_weights", "bf16"],
     **dict.fromkeys(("output_hidden_states", "output_attentions", "return_dict"), bool | None),
     "is_encoder_decoder": bool,
     "chunk_size_feed_forward": int,
@@ -93,6 +94,7 @@ class MoEConfig(LlamaConfig):
     shared_gate: bool = False
     latent_dim: int | None = None
     router_input: str = "feed_forward"
+    router_precision: str = "fp32"
     first_k_dense_replace: int = 0
     dense_ffn: int = 512
     dropout: float = 0.0
@@ -193,6 +195,7 @@ class MoEConfig(LlamaConfig):
             shared_gate=model.shared_gate,
             latent_dim=model.latent_dim,
             router_input=model.router_input,
+            router_precision=model.router_precision,
             first_k_dense_replace=model.first_k_dense_replace,
             dense_ffn=model.dense_ffn,
             dropout=model.dropout,

@@ -82,6 +82,7 @@ def make_layer(config: MoEConfig, index: int, *, trusted: bool) -> MoELayer:
         DenseFFN(config, config.shared_experts * config.intermediate_size) if config.shared_experts else None,
         shared_gate=nn.Linear(dim, 1, bias=False) if config.shared_gate else None,
         latent=None if config.latent_dim is None else Latent(dim, width),
+        router_precision=config.router_precision,
     )
 
 

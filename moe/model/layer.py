@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from moe.distributed import ranks
 from moe.model.experts import Experts
+from moe.model.router_precision import decide, flips
 from moe.routers.base import Router
 from moe.routing import losses
 from moe.routing.decision import Context, Routing, fill_places
@@ -66,8 +67,8 @@ class MoELayer(nn.Module):
     the shared experts. With a gate g, their output is multiplied by sigmoid(g x). An adapter may put a layer `beside`
     this one, whose output is added too: another MoE layer, or one through which every token passes. And it may put an
     adapter beside each routed expert (`beside_experts`), whose output is added to that of its expert. Routers run in
-    fp32, or in fp64 where the hidden states are fp64. Raises ConfigError if the router's chain is empty or holds
-    something else than routers.
+    `router_precision`, see `decide`. Raises ConfigError if the router's chain is empty or holds something else than
+    routers.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class MoELayer(nn.Module):
         *,
         shared_gate: nn.Linear | None = None,
         latent: Latent | None = None,
+        router_precision: str = "fp32",
     ) -> None:
         super().__init__()
         router.check_chain()
@@ -86,6 +88,7 @@ class MoELayer(nn.Module):
         self.shared = shared
         self.shared_gate = shared_gate
         self.latent = latent
+        self.router_precision = router_precision
         self.beside: nn.Module | None = None
         self.beside_experts: Experts | None = None
 
@@ -132,8 +135,7 @@ class MoELayer(nn.Module):
         """
         seq_len = context.ids.shape[1]
         position = None if context.document_position is None else context.routed(context.document_position.flatten())
-        with torch.autocast(x.device.type, enabled=False):
-            routing = router(read.to(torch.promote_types(read.dtype, torch.float32)), context)
+        routing = decide(router, read, context, self.router_precision)
         x = x if self.latent is None else self.latent.down(x)
         source = x if routing.slots is None else routing.slots.gather(x)
         slots = None if routing.slots is None else routing.slots.dispatch.shape[1]
@@ -179,6 +181,10 @@ class MoELayer(nn.Module):
         if "output_orthogonality" in context.costly:
             aux["output_orthogonality"] = losses.output_orthogonality(self.full_width(rows), dispatched.token)
         similarity = None if context.compared is None else mean_cosine(self._run_all(x[context.compared]))
+        flipped = None
+        if context.compared is not None and self.router_precision != "fp32" and not slots:
+            exact = decide(router, read, context, "fp32")
+            flipped = flips(routing, exact, len(x), router.num_experts)
         stats = collect_stats(
             routing,
             dispatched,
@@ -187,6 +193,7 @@ class MoELayer(nn.Module):
             document_position=position,
             sequence=sequence,
             similarity=similarity,
+            flipped=flipped,
         )
         return _Pass(y, aux, stats, routing, dispatched.offered)
 

@@ -23,6 +23,7 @@ def collect_stats(
     document_position: Int[Tensor, "T"] | None = None,
     sequence: Int[Tensor, "T"] | None = None,
     similarity: Float[Tensor, "N"] | None = None,
+    flipped: Int[Tensor, "2"] | None = None,
 ) -> RoutingStats:
     """Compute the sums of one layer over one micro-batch of `tokens` tokens.
 
@@ -34,6 +35,7 @@ def collect_stats(
         balanced.
     sequence: `Context.sequence`. If it is given, `document_position` must be given too.
     similarity: mean cosine of the experts' outputs for N of these tokens, from `mean_cosine`.
+    flipped: from `moe.model.router_precision.flips`, for all of these tokens. None if it was not measured.
     """
     experts = len(dispatched.offered)
     nan = dispatched.weight.new_full((), math.nan)
@@ -53,6 +55,9 @@ def collect_stats(
         **_clean_logits(routing.logits, nan),
         feedback=nan.expand(experts) if routing.feedback is None else routing.feedback,
         probed=nan.new_full((), 0 if similarity is None else len(similarity)),
+        rechecked=nan.new_full((), 0 if flipped is None else tokens),
+        flipped=nan.new_zeros(()) if flipped is None else flipped[0].to(nan.dtype),
+        reordered=nan.new_zeros(()) if flipped is None else flipped[1].to(nan.dtype),
         output_similarity=nan.new_zeros(()) if similarity is None else similarity.sum(),
     )
 

@@ -51,6 +51,9 @@ class RoutingStats(NamedTuple):
     logsumexp_squared: Float[Tensor, "*L"]  # squared log-sum-exp of the logits of each token
     feedback: Float[Tensor, "*L N"]  # `Routing.feedback`; NaN follows in a layer that has fewer numbers than another
     probed: Float[Tensor, "*L"]  # tokens that all experts were run on
+    rechecked: Float[Tensor, "*L"]  # tokens that the router decided in fp32 too, because it runs in lower precision
+    flipped: Float[Tensor, "*L"]  # those of them that have other experts in fp32
+    reordered: Float[Tensor, "*L"]  # those of them that have other experts in fp32, or the same in another order
     output_similarity: Float[Tensor, "*L"]  # mean cosine of two experts' outputs for each of those tokens
 
     def merge(self, other: "RoutingStats") -> "RoutingStats":

@@ -156,7 +156,8 @@ def _experts(model: ModelConfig) -> str:
     shared = f"{model.shared_experts} shared{' with a gate' if model.shared_gate else ''}"
     latent = "" if model.latent_dim is None else f", in a latent of width {model.latent_dim}"
     before = ", routers read the input of attention" if model.router_input == "attention" else ""
-    return f"{model.num_experts} of width {model.ffn} ({model.expert}){latent}, {shared}{before}"
+    rounded = "" if model.router_precision == "fp32" else f", routers in {model.router_precision}"
+    return f"{model.num_experts} of width {model.ffn} ({model.expert}){latent}, {shared}{before}{rounded}"
 
 
 def _seed(config: Config) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moe.metrics.agreement import overlap
 from moe.model.causal_lm import MoEForCausalLM
+from moe.model.router_precision import decide
 from moe.routing.decision import Context, Knobs
 from moe.specialization.information import expert_shares
 from moe.specialization.observation import BLOCKS_PER_PASS, Observation
@@ -84,7 +85,8 @@ def _decisions_one_layer_early(
     model: MoEForCausalLM, observed: Observation, knobs: Knobs
 ) -> Bool[np.ndarray, "M N E"] | None:
     """Return what the router of each layer but the first chooses for the hidden states of the layer before."""
-    routers = [layer.router for layer in model.moe_layers]
+    layers = [*model.moe_layers]
+    routers = [layer.router for layer in layers]
     if any(len(router.chain) > 1 or router.weights_elsewhere for router in routers) or len(routers) < 2:
         return None
     parts = []
@@ -96,7 +98,8 @@ def _decisions_one_layer_early(
                 stack.callback(hook.remove)
             model(**part.inputs, knobs=knobs)
         size = {"tokens": part.ids.numel(), "experts": model.config.num_experts}
-        early = zip(routers[1:], calls, calls[1:], strict=False)
-        masks = [assignment_mask((router(x, context),), **size) for router, (x, _), (_, context) in early]
+        early = zip(layers[1:], calls, calls[1:], strict=False)
+        decisions = [decide(layer.router, x, context, layer.router_precision) for layer, (x, _), (_, context) in early]
+        masks = [assignment_mask((decision,), **size) for decision in decisions]
         parts.append(torch.stack(masks))
     return torch.cat(parts, 1).cpu().numpy()

@@ -44,6 +44,7 @@ EXPRESSED: list[tuple[str, dict[str, Any], set[str]]] = [
     ("topk", DEEP | {"shared_gate": True}, {"qwen2_moe"}),
     ("topk", {"latent_dim": 12}, set()),
     ("topk", {"router_input": "attention"}, set()),
+    ("topk", {"router_precision": "bf16"}, set()),
     ("topk", {"expert": "silu"}, {"gpt_oss"}),
     ("topk", {"expert": "silu", "attention_bias": True, "embed_scale": False}, {"gpt_oss"}),
     ("switch", {}, {"qwen2_moe", "olmoe", "qwen3_moe"}),

@@ -112,6 +112,14 @@ from moe.runs.record import RunFacts
             "model.latent_dim=128",
             "^model.latent_dim=128: must be null, or a whole number from 1 to 127, below model.dim$",
         ),
+        (
+            "model.router_precision=fp16",
+            "^model.router_precision=fp16: must be one of fp32, bf16_weights, bf16; nearest: bf16$",
+        ),
+        (
+            "model.router_precision=bf16 router=hash",
+            "^model.router_precision=bf16: must be fp32, because this router only looks experts up$",
+        ),
         ("model.router_input=attn", "^model.router_input=attn: must be one of feed_forward, attention; nearest: atten"),
         ("model.latent_dim=8 erc=0.1", "^erc=0.1: must be 0 unless routers and experts read the same vectors"),
         ("model.router_input=attention erc=0.1", "^erc=0.1: must be 0 unless routers and experts read the same"),

@@ -97,6 +97,8 @@ CLOSED_FORMS = {  # metric: (value for `balanced()`, value for `collapsed()`)
     "top_k_mass": (K / E, 1),
     "mutual_information": (0, 0),
     "position_information": (-(9 * (E - K)) / (2 * T * K) + RING_INFORMATION, 0),
+    "flip_rate": (None, None),  # the router is in fp32
+    "flip_rate_order": (None, None),
     "output_similarity": (None, None),  # no token was run through all experts
     "logsumexp_squared": (0, 0),
     "logit_rms": (LN_E, 12 * math.log(10) * math.sqrt(1 - 1 / E)),

@@ -31,6 +31,7 @@ DEFAULTED = {
     "shared_gate": False,
     "latent_dim": None,
     "router_input": "feed_forward",
+    "router_precision": "fp32",
     "routers": None,
 }
 
@@ -82,6 +83,7 @@ def _sizes(name: str, revision: str | None) -> dict[str, Any]:
         "shared_gate": False,
         "latent_dim": None,
         "router_input": "feed_forward",
+        "router_precision": "fp32",
         "routers": None,
         "dropout": 0.0,
     }

@@ -20,6 +20,7 @@ KEYS: dict[str, tuple[str, Any]] = {
     "shared_gate": ("shared_gate", bool),
     "latent_dim": ("latent_dim", int | None),
     "router_input": ("router_input", str),
+    "router_precision": ("router_precision", str),
     "routers": ("routers", str | None),
     "first_k_dense_replace": ("first_k_dense_replace", int),
     "dense_ffn": ("dense_ffn", int),

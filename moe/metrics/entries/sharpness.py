@@ -104,4 +104,27 @@ ENTRIES = (
         variants=LAYER,
         function=formulas.logsumexp_squared,
     ),
+    Metric(
+        "routing/flip_rate",
+        "mean_t [experts of t differ from those in fp32]",
+        "Share of tokens whose experts change if the router computes in fp32, on the same hidden states. Only for "
+        "`model.router_precision` below fp32, on the validation set.",
+        "tokens with other experts in fp32",
+        "sharpness",
+        unit="share of tokens",
+        variants=LAYER,
+        function=formulas.flip_rate,
+        nonnegative=True,
+    ),
+    Metric(
+        "routing/flip_rate_order",
+        "mean_t [experts of t, or their order by gate, differ from those in fp32]",
+        "The same, where another order of the same experts counts too.",
+        "tokens with other experts or another order in fp32",
+        "sharpness",
+        unit="share of tokens",
+        variants=LAYER,
+        function=formulas.flip_rate_order,
+        nonnegative=True,
+    ),
 )
