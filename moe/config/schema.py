@@ -170,6 +170,9 @@ class Config:
             self._check_one(router)
         allowed = "routers that all run once in a layer, or all equally often"
         require(len({len(each.chain) for each in routers}) == 1, "model.routers", self.model.routers, allowed)
+        precision, computes = self.model.router_precision, not all(each.uses_ids for each in routers)
+        allowed = "fp32, because this router only looks experts up"
+        require(computes or precision == "fp32", "model.router_precision", precision, allowed)
         if self.schedule.get("knob") == "noise" and all("noise" in each.ignored_keys() for each in routers):
             raise ConfigError("schedule.knob=noise: this router ignores noise; use another router")
         if self.schedule.get("knob") == "temperature" and not any(each.schedulable for each in routers):
@@ -196,9 +199,6 @@ class Config:
         allowed = "feed_forward, because this router adds a share of what it reads to the output of the layer"
         before = self.model.router_input
         require(before == "feed_forward" or not router.adds_output, "model.router_input", before, allowed)
-        computes = not router.uses_ids or self.model.router_precision == "fp32"
-        allowed = "fp32, because this router only looks experts up"
-        require(computes, "model.router_precision", self.model.router_precision, allowed)
         settings = OFF.keys() | router.setting_keys()
         for key in (router.ignores | router.ignores_without_capacity) - settings:
             raise unknown(f"key in ignores of {type(router).__name__}", key, settings)
