@@ -151,18 +151,25 @@ def test_an_evaluated_model_tells_its_collapsed_layers() -> None:
     assert in_evaluation(values, watched=[False] * 3) == []
 
 
-COLLAPSING = ("router.k=1", "lb=0", "router_entropy=0.3", "optimizer=adamw", "optimizer.adamw_lr=0.03")
+COLLAPSING = (
+    "router.k=1",
+    "lb=0",
+    "router_entropy=3",
+    "optimizer=adamw",
+    "optimizer.adamw_lr=0.03",
+    "model.num_experts=8",
+)
 
 
 def test_a_run_that_collapses_says_so_in_the_terminal_in_events_and_in_its_facts(
     cell: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moe.training.watch.HOLD", 8)
-    one = cell(*COLLAPSING, "steps=16", "optimizer.warmup=0", "eval_every=16", "save_model=none")
+    monkeypatch.setattr("moe.training.watch.HOLD", 5)
+    one = cell(*COLLAPSING, "steps=26", "optimizer.warmup=0", "eval_every=26", "save_model=none")
     facts = run(one)
     kinds = {Collapse(**each).kind for each in facts["collapses"]}
     assert "few" in kinds
     events = {e["step"]: e["collapse"] for e in untimed(one.folder) if "collapse" in e}
     printed = capsys.readouterr().out
-    assert any("of 4 experts" in text and "take" in text for text in events.values())
-    assert all(f"step {step:>5}/16  {text}" in printed for step, text in events.items())
+    assert any("of 8 experts" in text and "take" in text for text in events.values())
+    assert all(f"step {step:>5}/26  {text}" in printed for step, text in events.items())
