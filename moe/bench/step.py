@@ -40,6 +40,7 @@ from moe.runs.signals import Interrupted, Signals
 from moe.training.loop import train
 from moe.training.objective import total_loss
 from moe.training.optim import build_optimizers
+from moe.training.precision import choose
 from moe.training.setup import build_model, prepare_data, tell_text
 
 SWIGLU = ("logger.mode=disabled", "model.expert=swiglu")
@@ -92,7 +93,7 @@ def measure_steps(overrides: list[str], *, rounds: int, folder: Path) -> StepTim
     beyond_end = [f"{key}={100 * steps}" for key in ("steps", "eval_every", "save_every")]
     cells = read_cells([*SWIGLU, *overrides, *beyond_end, f"out={folder}"])
     assert cells is not None, overrides
-    config = cells[0].config
+    config, _ = choose(cells[0].config, folder / "run")
     with Signals() as signals, EventLog(folder / "parts.jsonl", step=0) as events, suppress(Interrupted):
         turns = Turns([*step_variants(config), *part_variants(config, events)], signals, stop_after=steps)
         train(config, folder, signals=signals, listeners=[turns])
