@@ -6,6 +6,7 @@ They are api.md, configuration.md and routers.md. docs/metrics.md has a command 
 import argparse
 import ast
 import inspect
+import json
 import re
 import textwrap
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from typing import Any
 from moe.config import meanings
 from moe.config.classes import build, locate
 from moe.config.options import options
-from moe.files import write_text
+from moe.files import read_text, write_text
 from moe.launch.help import option_comments, option_values, usual_options, usual_values, value_text
 from moe.routers.base import Router
 
@@ -59,9 +60,13 @@ SIZES = """
 For one layer with `model.dim={dim}` and `model.num_experts={experts}`, and the values of the keys below. *Parameters*
 learn by gradient. *State* is what a saved model has beside them: numbers that are fixed, or that the router learns in
 another way. FLOPs are those of the forward pass, without experts: 2 for each number in a matrix that multiplies
-tokens, and those for mixing tokens.
+tokens, and those for mixing tokens.{speed}
 
 """
+SPEED = """ *Speed* is the number of tokens per second in training, as a multiple of that with `topk`: {run},
+on {machine}. `python -m moe.bench routers --json docs/{file}` measured it."""
+DOCS = Path(__file__).parents[1] / "docs"
+MEASURED = DOCS / "router_speed.json"  # what `moe.bench routers` wrote; without it, the table has no speeds
 EMPTY = "''"  # a text without a letter, as it is written in a yaml file
 
 
@@ -92,6 +97,7 @@ def routers_page() -> str:
     rows, sizes, sections = [], [], ""
     usual = usual_values()
     dim, experts = usual["model.dim"], usual["model.num_experts"]
+    speed, speeds = router_speeds(MEASURED)
     for name in options("router"):
         comments = option_comments("router", name)
         purpose, causal = re.split(", (?=(?:not )?causal)", _papers(comments[0]), maxsplit=1)
@@ -99,17 +105,28 @@ def routers_page() -> str:
         rows.append([f"[{name}](#{name})", purpose, causal])
         spec = {key.removeprefix("router."): value for key, value in values.items()}
         router = build({"_target_": targets["router"], **spec}, "router", dim, experts)
-        sizes.append([f"[{name}](#{name})", *router_size(router)])
+        sizes.append([f"[{name}](#{name})", *router_size(router), *([speeds.get(name, "–")] if speeds else [])])
         equations = "".join(f"`{line}`\n\n" for line in comments[1:])
         sections += f"\n## {name}\n\n{purpose}. This router is {causal}.\n\n{equations}"
         sections += f"{_papers(_without_settings(locate(targets['router'], 'router', trusted=True)))}\n\n"
         sections += f"Class: `{targets['router']}`.\n\n{_keys(values, targets)}"
-    head = ["router", "experts per token", "parameters", "state", "FLOPs per token"]
+    head = ["router", "experts per token", "parameters", "state", "FLOPs per token", *(["speed"] if speeds else [])]
     table = _table(["router", "what it does", "causal"], rows)
-    return ROUTERS + table + SIZES.format(dim=dim, experts=experts) + _table(head, sizes) + sections
+    return ROUTERS + table + SIZES.format(dim=dim, experts=experts, speed=speed) + _table(head, sizes) + sections
 
 
 PAGES = {"api.md": api_page, "configuration.md": configuration_page, "routers.md": routers_page}
+
+
+def router_speeds(file: Path) -> tuple[str, dict[str, str]]:
+    """Return what the page says about speed, and the speed of each router that `file` has. No file: nothing."""
+    if not file.is_file():
+        return "", {}
+    content = json.loads(read_text(file))
+    [(title, rows)] = content["tables"].items()
+    machine = f"{content['machine']['processor']} with threads={content['machine']['threads']}"
+    speeds = {name: f"{speed:.2f}" for name, speed in (row.values() for row in rows)}
+    return SPEED.format(run=title.partition(": ")[2], machine=machine, file=file.name), speeds
 
 
 def router_size(router: Router) -> list[str]:
@@ -196,6 +213,6 @@ if __name__ == "__main__":
     write = parser.parse_args().write
     for name, page in PAGES.items():
         if write:
-            write_text(Path(__file__).parents[1] / "docs" / name, page())
+            write_text(DOCS / name, page())
         else:
             print(page())

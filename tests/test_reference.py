@@ -1,5 +1,6 @@
 """Tests that the generated pages in docs/ are those of the code, and of the site that is built from docs/."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -12,9 +13,10 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 import moe
+from moe.bench.routers import COLUMN
 from moe.config.meanings import all_keys
 from moe.config.options import GROUPS, options
-from moe.reference import PAGES, router_size
+from moe.reference import PAGES, router_size, router_speeds
 from moe.routers.base import Router
 from moe.routers.chain_of_experts import ChainOfExperts
 from moe.routers.hash import Hash
@@ -126,3 +128,14 @@ def test_the_site_is_not_built_with_a_broken_link(tmp_path: Path, link: str) -> 
 )
 def test_the_size_of_a_router_is_that_of_its_matrices(router: Router, expected: list[str]) -> None:
     assert router_size(router) == expected
+
+
+def test_the_page_of_routers_has_the_speeds_that_the_benchmark_wrote(tmp_path: Path) -> None:
+    file = tmp_path / "speeds.json"
+    assert router_speeds(file) == ("", {})
+    rows = [{"router": "topk", COLUMN: 1.004}, {"router": "hash", COLUMN: 1.25}]
+    machine = {"processor": "A CPU", "threads": 2}
+    file.write_text(json.dumps({"machine": machine, "tables": {"by router: model=tiny; median of 7 pairs": rows}}))
+    text, speeds = router_speeds(file)
+    assert speeds == {"topk": "1.00", "hash": "1.25"}
+    assert "model=tiny; median of 7 pairs,\non A CPU with threads=2." in text
