@@ -203,6 +203,7 @@ def test_only_launching_imports_hydra() -> None:
         "moe.launch.command_line",
         "moe.launch.compose",
         "moe.launch.explain",
+        "moe.launch.flops",
         "moe.launch.grids",
         "moe.launch.groups",
         "moe.launch.help",
