@@ -69,7 +69,7 @@ def sections(cells: list[Cell]) -> dict[str, list[Panel]]:
     limit = LIMIT if any(config.capacity is not None for config in configs) else []
     gradients, settings = _names(select(group="gradients")), _names(select(group="settings"))
     lines = {
-        "Loss": [*_names(select(group="quality")), "train/loss", *weighted, *gradients],
+        "Loss": [*_names(select(group="quality", written="evaluation")), "train/loss", *weighted, *gradients],
         "Routing per layer": [f"{name}/layer{layer:02d}" for layer in range(layers) for name in PER_LAYER],
         "Balance": _names(select(group="balance")),
         "Capacity and experts per token": [*limit, *ASSIGNED],

@@ -636,7 +636,7 @@ MARKUP = '<script>alert(1)</script>"><img src=x onerror=alert(2)>[x](javascript:
 def test_names_and_texts_of_a_stranger_become_neither_markup_nor_paths(pristine: Path, tmp_path: Path) -> None:
     """Run names, claims, domains, factors and experiments are text in a report, and lead to no file outside of it."""
     claim = {"text": MARKUP, "source": MARKUP, "metric": "val/loss", "factor": "noise", "levels": [0.1]}
-    claim |= {"than": [0.0], "kind": "higher", "size": [], "margin": None, "within": {}, "direction": None}
+    claim |= {"than": [0.0], "kind": "higher", "size": [], "margin": None, "within": {}, "direction": None, "at": None}
     for seed, noise in [(1, 0.0), (2, 0.0), (1, 0.1), (2, 0.1)]:
         folder = Path(shutil.copytree(pristine, tmp_path / "runs" / f"{seed}-{noise}<img src=x>"))
 

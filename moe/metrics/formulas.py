@@ -86,10 +86,11 @@ def largest_imbalance(s: Sums) -> Float[np.ndarray, "L E"]:
 
     In it, every token asks for as many experts as it did, and always for the first ones. Expert j then has the tokens
     that ask for at least j experts. No other routing has larger partial sums of sorted loads (Gale and Ryser), and so
-    none has a larger CV, Gini coefficient or MaxVio. NaN for Soft MoE.
+    none has a larger CV, Gini coefficient or MaxVio. NaN for Soft MoE, and where no token asks for an expert.
     """
     at_least = np.cumsum(s.tokens_by_active[:, ::-1], -1)[:, -2::-1]
-    return at_least / at_least.mean(-1, keepdims=True)
+    mean = at_least.mean(-1, keepdims=True)
+    return np.divide(at_least, mean, out=np.full(at_least.shape, np.nan), where=mean > 0)
 
 
 def load_cv(s: Sums) -> Layers:

@@ -16,8 +16,8 @@ class Smebu(BiasedSigmoid):
     instead, so its biases never come to rest. Selection and gates are those of `BiasedSigmoid`. Expect load_cv to fall
     without a balance loss; use lb=0. Causal.
 
-    The equations and the constants rate = 5e-4, kappa = 2 and momentum = 0.5 were read in two write-ups of the report
-    by others. Public code for another model has the same equations, with rate = 2e-3.
+    The equations were read in two write-ups of the report by others and in public code for another model. The constants
+    rate = 5e-4, kappa = 2 and momentum = 0.5 are in one of the write-ups; that code has rate = 2e-3.
 
     k: experts per token.
     rate: the most that the bias of an expert moves in a step, before centering.

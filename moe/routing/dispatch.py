@@ -115,7 +115,7 @@ def dispatch(
         limit = capacity_per_expert(len(expert), num_experts, capacity)
         order, kept, places = order[place < limit], offered.clamp(max=limit), expert.new_full((), num_experts * limit)
     else:
-        order, places = _fit_documents(expert, document[token], queue, num_experts, capacity)
+        order, places = _fit_documents(expert, document[token], queue, num_experts, capacity, bound=len(document))
         kept = count(expert[order], num_experts)
     token, weight = token[order], weight[order]
     by_token = torch.argsort(token, stable=True)
@@ -125,14 +125,20 @@ def dispatch(
 
 
 def _fit_documents(
-    expert: Int[Tensor, "A"], document: Int[Tensor, "A"], queue: Int[Tensor, "A"], num_experts: int, capacity: float
+    expert: Int[Tensor, "A"],
+    document: Int[Tensor, "A"],
+    queue: Int[Tensor, "A"],
+    num_experts: int,
+    capacity: float,
+    *,
+    bound: int,
 ) -> tuple[Int[Tensor, "R"], Int[Tensor, ""]]:
     """Return the assignments that fit, sorted by expert, if each document has `capacity_per_expert` of its own.
 
     expert, document: of each assignment. queue: the order in which experts accept assignments. The second result is the
-    number of places in all documents. Waits for the device.
+    number of places in all documents. bound: more than the largest document. Waits for the device.
     """
-    asked = torch.bincount(document)
+    asked = count(document, bound)
     limit = (capacity * asked.double() / num_experts).ceil().long()  # as in `capacity_per_expert`; 0 where none asks
     group = expert * len(asked) + document
     order = queue[torch.argsort(group[queue], stable=True)]

@@ -1,18 +1,17 @@
 """Represent each expert by its outputs for the same tokens, and project the experts to two dimensions."""
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe.data.blocks import Batch
 from moe.model.causal_lm import MoEForCausalLM
-from moe.routing.decision import Knobs, Routing
-from moe.specialization.interventions import intervene
+from moe.routing.decision import Context, Knobs
 from moe.specialization.observation import BLOCKS_PER_PASS
 
 PROBE_TOKENS = 64  # Tokens that every expert works on.
@@ -27,17 +26,19 @@ def expert_outputs(model: MoEForCausalLM, blocks: Batch, knobs: Knobs) -> Float[
     """
     first = blocks.to(model.device).take(slice(BLOCKS_PER_PASS))
     stride = max(1, first.ids.numel() // PROBE_TOKENS)
+    inputs: list[Tensor] = []  # of each layer
+
+    def record(_: nn.Module, arguments: Any) -> None:
+        x, context = arguments[0], cast(Context, arguments[1])
+        inputs.append(context.routed(x.reshape(-1, x.shape[-1]))[::stride])
+
+    hooks = [layer.register_forward_pre_hook(record) for layer in model.moe_layers]
+    model(**first.inputs, knobs=knobs)
+    for hook in hooks:
+        hook.remove()
     vectors = []
-    for layer in model.moe_layers:
-        inputs: list[Tensor] = []
-
-        def record_input(routing: Routing, x: Tensor, inputs: list[Tensor] = inputs) -> Routing:
-            inputs.append(x)
-            return routing
-
-        with intervene(layer, record_input):
-            model(**first.inputs, knobs=knobs)
-        outputs = layer.outputs_of_all(inputs[0][::stride].to(next(layer.experts.parameters()).dtype))
+    for layer, x in zip(model.moe_layers, inputs, strict=True):
+        outputs = layer.outputs_of_all(x.to(next(layer.experts.parameters()).dtype))
         vectors.append(torch.nn.functional.normalize(outputs.flatten(1).float(), dim=-1))
     return torch.stack(vectors).cpu()
 

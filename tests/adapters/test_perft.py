@@ -40,7 +40,7 @@ def layer_of(name: str, **changes: Any) -> tuple[Any, Tensor, Tensor, Any]:
     seen: list[Any] = []
     layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
     net(ids())
-    (x, context) = seen[0]
+    x, context, *_ = seen[0]
     without = copy.deepcopy(layer)
     without.beside = without.beside_experts = None
     return layer, x, without(x, context).y, context

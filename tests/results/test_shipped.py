@@ -13,7 +13,7 @@ from moe.results.shipped import ship
 from moe.results.table import load_runs
 
 CLAIM = {"text": "noise helps", "metric": "val/loss", "factor": "noise", "levels": [0.5], "kind": "lower", "than": [0]}
-DEFAULTS = {"source": "our own", "within": {}, "direction": None, "margin": None, "size": []}
+DEFAULTS = {"source": "our own", "within": {}, "direction": None, "margin": None, "size": [], "at": None}
 
 
 @pytest.fixture

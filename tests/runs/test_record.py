@@ -71,7 +71,7 @@ METRICS = MetricsRecord(
 )
 CLAIM = {"text": "noise hurts", "metric": "val/loss", "factor": "noise", "levels": [0.5], "than": [0.0]}
 CLAIM |= {"kind": "higher", "source": "us", "margin": None, "size": ["1%", "5%"]}
-CLAIM |= {"within": {"lb": [0.0]}, "direction": None}
+CLAIM |= {"within": {"lb": [0.0]}, "direction": None, "at": None}
 SWEEP = SweepRecord(
     cells={"seed=1": {"seed": 1, "capacity": None}},
     grids=[Grid("x: noise, steps=5", ["noise"], {"steps": 5}, ["seed=1"])],
@@ -322,7 +322,7 @@ def test_every_field_of_a_recorded_claim_is_checked(name: str) -> None:
     """A hand-edited claim with an object in place of any field, or with null where a value is needed, is refused."""
     replace(RUN, config={"seed": 1, "claims": [CLAIM]})
     for value in ({}, None, 1.5):
-        if not ((name in ("margin", "direction") and value is None) or (name == "within" and value == {})):
+        if not ((name in ("margin", "direction", "at") and value is None) or (name == "within" and value == {})):
             with pytest.raises(ValueError, match=rf"^config\.claims\[0\]\.{name}"):
                 replace(RUN, config={"seed": 1, "claims": [CLAIM | {name: value}]})
 

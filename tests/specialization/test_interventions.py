@@ -13,7 +13,7 @@ from moe.analysis.bootstrap import bootstrap
 from moe.data.blocks import Prepared
 from moe.model.causal_lm import MoEForCausalLM
 from moe.routing.decision import Knobs, Routing
-from moe.specialization.geometry import expert_outputs
+from moe.specialization.geometry import PROBE_TOKENS, expert_outputs
 from moe.specialization.interventions import Intervention, intervene, remove, reroute, swap_experts
 from moe.specialization.knockout import knockouts, rank_correlation
 from moe.specialization.landscape import DISTANCES, landscape, moved_weights
@@ -316,3 +316,22 @@ def test_outputs_of_experts_are_normalized_to_unit_vectors(model: MoEForCausalLM
     vectors = expert_outputs(model, validation_blocks(data, BLOCKS), KNOBS)
     torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(2, 4))
     assert vectors[0, 0] @ vectors[0, 1] < 0.99
+
+
+def test_experts_work_on_their_own_input_where_routers_read_another_one(cell: Any, data: Prepared) -> None:
+    """The outputs of single experts are those that the layer adds up."""
+    config = cell("model.router_input=attention", "router.k=1").config
+    model = build_model(config, vocab_size=len(data.tokenizer)).eval()
+    blocks = validation_blocks(data, BLOCKS)
+    added: list[Tensor] = []
+    hook = model.moe_layers[0].register_forward_hook(lambda _, inputs, output: added.append(output))
+    vectors = expert_outputs(model, blocks, KNOBS)[0]
+    hook.remove()
+    stride = max(1, added[0].y[..., 0].numel() // PROBE_TOKENS)
+    [routing] = added[0].routing
+    y = added[0].y.flatten(0, 1)[::stride]
+    for expert in range(len(vectors)):
+        own = vectors[expert].view(len(y), -1)
+        taken = (routing.expert[routing.token.argsort()] == expert)[::stride]
+        cosine = torch.nn.functional.cosine_similarity(own[taken], y[taken])
+        torch.testing.assert_close(cosine, torch.ones_like(cosine), atol=1e-4, rtol=0)

@@ -232,8 +232,9 @@ def test_recorded_flops_count_the_experts_that_validation_tokens_asked_for(cell:
     assert facts["flops_per_token"] == flops_per_token(model, 32, active=active) < flops_per_token(model, 32)
 
 
-# What an experiment needs on the test corpus. `finetuning` needs a checkpoint: tests/launch/test_imported_models.py.
-NEEDED = {"finetuning_base": ["data.train_domains=[early]"]}
+# What an experiment needs on the test corpus, or if every run takes one step.
+# `finetuning` needs a checkpoint: tests/launch/test_imported_models.py.
+NEEDED = {"finetuning_base": ["data.train_domains=[early]"], "scaling": ["variant=budget_small"]}
 
 
 @pytest.mark.parametrize("experiment", sorted({*options("experiment")} - {"finetuning"}))
