@@ -88,6 +88,12 @@ def specs(text: str | None, router: dict[str, Any]) -> dict[int, dict[str, Any]]
     return found
 
 
+def temperature(text: str | None, router: dict[str, Any]) -> float:
+    """Return the temperature of the routers that have one: that of `router`, or else of a layer that the text names."""
+    found = (spec["temp"] for spec in (router, *specs(text, router).values()) if "temp" in spec)
+    return float(next(found, 1.0))
+
+
 @cache
 def _read(option: str) -> str:
     return sources("router")[option].read_text(encoding="utf-8")

@@ -170,6 +170,9 @@ class Config:
             self._check_one(router)
         allowed = "routers that all run once in a layer, or all equally often"
         require(len({len(each.chain) for each in routers}) == 1, "model.routers", self.model.routers, allowed)
+        temperatures = {spec["temp"] for spec in self.router_specs() if "temp" in spec}
+        allowed = "routers with one temp, because the temperature is one number for all layers"
+        require(len(temperatures) < 2, "model.routers", self.model.routers, allowed)
         precision, computes = self.model.router_precision, not all(each.uses_ids for each in routers)
         allowed = "fp32, because this router only looks experts up"
         require(computes or precision == "fp32", "model.router_precision", precision, allowed)
@@ -364,8 +367,8 @@ class Config:
 
     @property
     def temperature(self) -> float:
-        """The router's own temperature, at which a temperature schedule ends."""
-        return float(self.router.get("temp", 1.0))
+        """The temperature of the routers that have one, at which a temperature schedule ends."""
+        return layer_routers.temperature(self.model.routers, self.router)
 
     def identity(self) -> dict[str, Any]:
         """Return the keys that decide what a run computes, flat: {"model.dim": 128, ...}."""

@@ -146,7 +146,7 @@ class MoEConfig(LlamaConfig):
     def set_routers(self, model: ModelConfig, router: dict[str, Any]) -> None:
         """Give all layers the routers of a configuration."""
         self.router, self.routers = router, model.routers
-        self.router_temperature = float(router.get("temp", 1.0))
+        self.router_temperature = layer_routers.temperature(model.routers, router)
         others = layer_routers.specs(model.routers, router)
         self.router_layers = {str(layer): spec for layer, spec in others.items()} or None
 

@@ -58,7 +58,7 @@ class TopK(LinearRouter):
 
     def choose(self, noisy: Float[Tensor, "T E"], logits: Float[Tensor, "T E"], context: Context) -> Routing:
         """Return the k experts of largest `noisy`, which is -inf for experts that are out of the question."""
-        tempered = noisy / context.knobs.temperature
+        tempered = noisy / context.knobs.temperature if self.schedulable else noisy
         probs = torch.softmax(tempered, -1)
         expert = noisy.topk(self.k).indices  # not of probs, which at low temperature round to ties
         weight = self._gate(probs.gather(-1, expert))

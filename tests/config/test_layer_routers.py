@@ -59,6 +59,16 @@ def test_what_does_not_fit_is_refused_in_one_line(words: str, message: str) -> N
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("words", ["router=temperature model.routers=0:temp:3", "model.routers=0:temperature+0:temp:3"])
+def test_the_temperature_is_that_of_whichever_layer_has_one_and_there_is_only_one(words: str) -> None:
+    if words.startswith("model"):
+        [cell] = read_cells(words.split()) or []
+        assert cell.config.temperature == 3
+    else:
+        with pytest.raises(ConfigError, match="routers with one temp"):
+            read_cells(words.split())
+
+
 def test_a_key_applies_if_the_router_of_any_layer_uses_it() -> None:
     """Hash has no probabilities, so that a balance loss changes nothing. Causality is that of all layers."""
     plain, mixed, choice = (

@@ -18,6 +18,7 @@ from moe.model.cost import count_parameters, flops_per_token
 from moe.routers.hash import Hash
 from moe.routers.spectra import Spectra
 from moe.routers.topk import TopK
+from moe.routing.decision import Knobs
 
 V, S = 61, 8
 TOPK = {"_target_": "moe.routers.topk.TopK", "k": 2}
@@ -89,3 +90,12 @@ def test_routers_that_learn_without_gradients_learn_in_their_own_layers(cell: Ca
     assert routers[0].bias.abs().sum() > 0
     assert routers[1].mean.isfinite().all()
     assert routers[1].mean.abs().sum() > 0
+
+
+def test_the_temperature_acts_only_in_layers_whose_router_has_one(ids: torch.Tensor) -> None:
+    model = make("1:temperature+1:temp:5")
+    assert model.config.router_temperature == 5
+    hot, cold = (model(ids, knobs=Knobs.of(temperature=each)).routing for each in (5.0, 1.0))
+    assert torch.equal(hot[0][0].probs, cold[0][0].probs)
+    assert not torch.allclose(hot[1][0].probs, cold[1][0].probs)
+    assert torch.equal(model(ids).routing[1][0].probs, hot[1][0].probs)
