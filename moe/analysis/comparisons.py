@@ -83,7 +83,10 @@ def compared(claim: ClaimConfig, runs: pd.DataFrame) -> Compared:
         return Compared(named, rivals, [], absent)
     if claim.at is not None:
         named_alone = runs[claim.factor].isin([*named, *rivals]) | (claim.kind == "mixed")
-        runs = at_common_cost(runs[named_alone], _metrics(claim), {"flops": FLOPS, "seconds": SECONDS}[claim.at])
+        try:
+            runs = at_common_cost(runs[named_alone], _metrics(claim), {"flops": FLOPS, "seconds": SECONDS}[claim.at])
+        except ValueError as error:
+            return Compared(named, rivals, [], [str(error)])
     if claim.kind == "interaction":
         claim, runs = _of_changes(claim, runs, rivals), _changes(claim, runs)
     else:

@@ -1,17 +1,18 @@
 """Compare settings at equal cost: training FLOPs, seconds, active or total parameters.
 
-FLOPs and seconds are read from the validation curve of each run: its loss at a cost is interpolated between two
-evaluations, linearly in the log of the cost. Parameters need runs of several sizes, between which the final losses are
-interpolated in the same way. Nothing is extrapolated. A run that is read before its last step still has a high
-learning rate there, which makes it look worse than a run of that length: `Difference.share` says how early that is.
+FLOPs and seconds are read from the validation curve of each run: its loss at a cost is interpolated between its
+evaluations (`at_cost`). Parameters need runs of several sizes, between which the final losses are interpolated in the
+same way. Nothing is extrapolated. A run that is read before its last step still has a high learning rate there, which
+makes it look worse than a run of that length: `Difference.share` says how early that is.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy.interpolate import PchipInterpolator
 
 from moe.analysis.simultaneous import interval, over_time
 from moe.analysis.statistics import comparisons
@@ -23,6 +24,7 @@ FLOPS, SECONDS, ACTIVE, TOTAL = "FLOPs", "seconds", "active parameters", "total 
 PARAMETERS = {ACTIVE: "parameters.active", TOTAL: "parameters.total"}
 MEASURED = "measured"  # seconds of these runs, on a machine that the reader calls idle
 CLOSE = 0.01  # costs that differ by this share are equal
+NOTHING_IN_COMMON = "the two have no cost in common"
 SCALES = ("steps", "model", "batch_size", "grad_accum")  # factors that change the size of a run; and model....
 
 
@@ -30,6 +32,8 @@ class Difference(NamedTuple):
     """The difference of two settings at one cost: mean over paired seeds, with its 95 % t interval.
 
     share: where the side that is read earlier is read, as a share of its own training; 1 for parameters.
+    gap: how far the losses of the two points differ between which a loss was interpolated, on average over the seeds,
+    on the side where that is more. The error of interpolation is smaller if the loss falls steadily.
     note: why there is no difference, if there is none.
     """
 
@@ -39,6 +43,7 @@ class Difference(NamedTuple):
     low: float = math.nan
     high: float = math.nan
     share: float = 1.0
+    gap: float = 0.0
     note: str = ""
 
 
@@ -91,7 +96,8 @@ def equal_cost(
             rows.append(names | Difference(math.nan, 0, note=reason)._asdict())
             continue
         if found := differences(_curves(treated, curves, cost), _curves(baseline, curves, cost)):
-            rows.append(names | found[0]._asdict())
+            share = 1.0 if cost in PARAMETERS else found[0].share
+            rows.append(names | found[0]._replace(share=share)._asdict())
     return pd.DataFrame(rows, columns=["factor", "level", "reference", "within", *Difference._fields])
 
 
@@ -119,40 +125,66 @@ def differences(treated: Curves, baseline: Curves, shares: tuple[float, ...] = (
     sides = [[side[seed] for seed in seeds] for side in (treated, baseline)]
     if not seeds:
         return []
-    both = [curve["cost"] for side in sides for curve in side]
-    least, most = max(cost.min() for cost in both), min(cost.max() for cost in both)
-    if not most >= least * (1 - CLOSE):
-        return [Difference(math.nan, 0, note="the two have no cost in common")]
+    try:
+        most = _largest_common(curve["cost"] for side in sides for curve in side)
+    except ValueError as error:
+        return [Difference(math.nan, 0, note=str(error))]
+    least = max(curve["cost"].min() for side in sides for curve in side)
     costs = [share * most for share in shares if share * most >= least] or [most]
     values = [np.array([at_cost(curve, costs) for curve in side]) for side in sides]
-    gaps = values[0] - values[1]
-    early = min(most / cost.max() for cost in both)
-    factor = over_time(gaps) if len(costs) > 1 else None
+    between = np.max([np.mean([_gap(curve, costs) for curve in side], axis=0) for side in sides], axis=0)
+    paired = values[0] - values[1]
+    early = min(most / curve["cost"].max() for side in sides for curve in side)
+    factor = over_time(paired) if len(costs) > 1 else None
     found = []
-    for cost, column in zip(costs, gaps.T, strict=True):
+    for cost, column, gap in zip(costs, paired.T, between, strict=True):
         low, high = interval(column, factor)
-        found.append(Difference(cost, len(seeds), float(column.mean()), low, high, early))
+        found.append(Difference(cost, len(seeds), float(column.mean()), low, high, early, float(gap)))
     return found
 
 
+def _largest_common(costs: Iterable[pd.Series]) -> float:
+    """Return the largest cost that every curve has reached. Raises ValueError if it lies before the start of one."""
+    ranges = np.array([(each.min(), each.max()) for each in costs])
+    if not len(ranges) or not ranges[:, 1].min() >= ranges[:, 0].max() * (1 - CLOSE):
+        raise ValueError(NOTHING_IN_COMMON)
+    return float(ranges[:, 1].min())
+
+
 def at_cost(curve: pd.DataFrame, costs: list[float]) -> np.ndarray:
-    """Return the loss at these costs, interpolated linearly in the log of the cost."""
-    return np.interp(np.log(costs), np.log(curve["cost"].to_numpy()), curve["loss"].to_numpy())
+    """Return the loss at these costs, interpolated in the log of the cost.
+
+    The interpolation is piecewise cubic and keeps the curve monotone between its points (Fritsch and Carlson 1980). A
+    straight line lies above a loss that falls ever more slowly, which would favor the run that ends first. Between two
+    points that are all there are, it is a straight line.
+    """
+    known, wanted = np.log(curve["cost"].to_numpy()), np.log(costs)
+    if len(known) < 2:
+        return np.full(len(wanted), float(curve["loss"].iloc[0]))
+    return PchipInterpolator(known, curve["loss"].to_numpy())(np.clip(wanted, known[0], known[-1]))
+
+
+def _gap(curve: pd.DataFrame, costs: list[float]) -> np.ndarray:
+    """Return how far the losses of a curve's neighboring points differ at these costs, and 0 at a point."""
+    known, loss = curve["cost"].to_numpy(), curve["loss"].to_numpy()
+    after = np.searchsorted(known, costs).clip(max=len(known) - 1)
+    before = (after - 1).clip(min=0)
+    return np.where(np.isclose(known[after], costs, rtol=1e-9), 0.0, np.abs(loss[before] - loss[after]))
 
 
 def at_common_cost(runs: pd.DataFrame, metrics: list[str], cost: str) -> pd.DataFrame:
     """Return the runs with these metrics as they were at the largest cost that all of the finished runs have reached.
 
-    They are NaN for a run without evaluations. Seconds are as measured.
+    They are NaN for a run without evaluations. Seconds are as measured. Raises ValueError if the runs have no cost in
+    common.
     """
     finished = runs[runs["status"] == "finished"]
     evals = read_event_tables(finished["folder"].unique()).evals
     for metric in metrics:
         curves = training_curves(finished, evals, metric=metric, seconds=MEASURED).dropna(subset=[cost])
-        most = [float(curves.groupby("folder")[cost].max().min())]
-        found = {
-            folder: at_cost(curve.rename(columns={cost: "cost"}), most)[0] for folder, curve in curves.groupby("folder")
-        }
+        of_run = {folder: curve.rename(columns={cost: "cost"}) for folder, curve in curves.groupby("folder")}
+        most = _largest_common(curve["cost"] for curve in of_run.values()) if of_run else math.nan
+        found = {folder: at_cost(curve, [most])[0] for folder, curve in of_run.items()}
         runs = runs.assign(**{metric: runs["folder"].map(found).astype(float)})
     return runs
 

@@ -16,6 +16,7 @@ from moe.analysis.equal_cost import (
     ACTIVE,
     FLOPS,
     MEASURED,
+    NOTHING_IN_COMMON,
     SECONDS,
     differences,
     equal_cost,
@@ -25,6 +26,7 @@ from moe.analysis.equal_cost import (
 from moe.analysis.report.blocks import Paragraph, TableBlock
 from moe.analysis.report.inputs import ReportOptions, collect_inputs
 from moe.analysis.report.sections.cost import FROM_CURVES, costs, equal_costs, speed_ups
+from moe.analysis.sentences import UNTESTED
 from moe.config.claim import ClaimConfig
 from moe.results.table import load_runs, read_event_tables
 
@@ -91,6 +93,7 @@ def test_at_equal_parameters_final_losses_are_interpolated_between_sizes() -> No
     assert (row["within"], row["n"], row["cost"]) == ("", 4, 4000)
     between = math.log(4000 / 2100) / math.log(4100 / 2100)  # where 4000 lies between the sizes of router b
     assert row["value"] == pytest.approx(0.1 + 0.1 * (1 - between), abs=0.002)
+    assert row["share"] == 1.0, "every run has ended"
     alone, evals = made_up(flops={"a": 100, "b": 100})
     [row] = equal_cost(alone, training_curves(alone, evals), ["router"], {}, ACTIVE).to_dict("records")
     assert (row["n"], row["note"]) == (0, "the two have no cost in common")
@@ -107,6 +110,24 @@ def test_over_training_the_intervals_hold_together() -> None:
     assert together[1].value == alone[0].value
     assert together[1].high - together[1].low > alone[0].high - alone[0].low
     assert differences(sides[0], {}) == []
+
+
+@pytest.mark.parametrize("evaluations", [4, 8])
+def test_settings_of_one_curve_are_equal_wherever_they_are_read(evaluations: int) -> None:
+    """A setting that costs 1.5 times as much is read between two points of a convex curve, the other one at its end."""
+
+    def law(costs: np.ndarray | float) -> np.ndarray | float:
+        return 2.5 + 3 * costs**-0.3
+
+    steps = np.linspace(400 / evaluations, 400, evaluations)
+    sides = [{0: pd.DataFrame({"cost": steps * cost, "loss": law(steps * cost)})} for cost in (0.015, 0.01)]
+    [found] = differences(*sides)
+    line = np.interp(math.log(4), np.log(sides[0][0]["cost"]), sides[0][0]["loss"]) - law(4)
+    assert line > 0.0006, "a straight line favors the one that ends first"
+    assert abs(found.value) < 0.00003
+    earlier, later = steps[steps < 400 / 1.5][-1], steps[steps > 400 / 1.5][0]
+    assert found.gap == pytest.approx(law(earlier * 0.015) - law(later * 0.015))
+    assert differences(sides[1], sides[1])[0].gap == 0.0, "both are read at a point"
 
 
 def write_runs(place: Path, runs: pd.DataFrame, evals: pd.DataFrame) -> pd.DataFrame:
@@ -131,7 +152,7 @@ def test_the_report_compares_at_equal_cost_and_says_what_a_speed_up_rests_on(tmp
     assert cost.set_index("condition")["FLOPs per token"].to_dict() == {"router=a": "100", "router=b": "160"}
     blocks = list(equal_costs(inputs))
     [table] = [block.frame for block in blocks if isinstance(block, TableBlock)]
-    assert table["equal FLOPs"][0].endswith(", read at 62%")
+    assert table["equal FLOPs"][0].endswith(", read at 62%, between points 0.1 apart")
     assert list(table)[-2:] == ["equal FLOPs", "equal seconds"]
     assert "nothing else to do" in str(blocks)
     blocks = list(speed_ups(inputs))
@@ -155,6 +176,15 @@ def test_a_claim_can_compare_at_equal_cost(tmp_path: Path) -> None:
     assert at_flops["compared"].endswith(", at equal training FLOPs")
     [table] = [equal_cost(runs, training_curves(runs, read_event_tables(runs["folder"]).evals), ["router"], {}, FLOPS)]
     assert at_flops[["difference", "ci_low"]].tolist() == pytest.approx(table.iloc[0][["value", "low"]].tolist())
+
+
+def test_a_claim_at_equal_cost_is_not_tested_if_one_side_starts_after_the_other_has_ended(tmp_path: Path) -> None:
+    runs = write_runs(tmp_path, *made_up(flops={"a": 5, "b": 100}))
+    claim = ClaimConfig(
+        text="b is better", metric="val/loss", factor="router", levels=["b"], than=["a"], kind="lower", at="flops"
+    )
+    judged = judge(runs, [claim]).iloc[0]
+    assert (judged["verdict"], judged["n"], judged["reason"]) == (UNTESTED, 0, NOTHING_IN_COMMON)
 
 
 def test_seconds_are_measured_or_a_number_of_flops(capsys: pytest.CaptureFixture[str], finished_ablation: Path) -> None:

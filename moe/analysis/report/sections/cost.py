@@ -42,7 +42,9 @@ EQUAL_EXPLAINED = """\
 Difference of the validation loss from that of the reference level, in nats per token, paired by seed and with its 95 %
 t interval. The cost is the largest that all runs of a comparison have reached; losses between two evaluations are
 interpolated. "Read at 60 %" means that one side is read there before its end, when its learning rate is still high, so
-it looks worse than a run of that length would. This table describes; a claim with `at` tests."""
+it looks worse than a run of that length would. "Between points 0.02 apart" means that a loss was interpolated between
+two that differ by 0.02 nats, which bounds the error of that if the loss falls steadily; evaluate more often
+(`eval_every`) to lower it. This table describes; a claim with `at` tests."""
 SPEED_EXPLAINED = """\
 How many times as much training compute (FLOPs) the reference level needs for the loss that the level has. A curve
 L_inf + A C^-alpha is fitted through the reference's runs. The interval is a 95 % t interval of the log, with the spread
@@ -106,14 +108,17 @@ def _by_cost(inputs: ReportInputs, curves: pd.DataFrame, cost: str) -> pd.DataFr
 
 def _cells(table: pd.DataFrame) -> list[str]:
     """Return each difference with its interval, and how early it was read."""
-    return [_cell(row.value, row.low, row.high, row.share) if row.n else row.note for row in table.itertuples()]
+    return [
+        _cell(row.value, row.low, row.high, row.share, row.gap) if row.n else row.note for row in table.itertuples()
+    ]
 
 
-def _cell(value: float, low: float, high: float, share: float) -> str:
+def _cell(value: float, low: float, high: float, share: float, gap: float) -> str:
     digits = decimals(value, 3)
     interval = f" [{low:.{digits}f}, {high:.{digits}f}]" if math.isfinite(low) else ""
     early = f", read at {share:.0%}" if share < 1 - CLOSE else ""
-    return plain(f"{value:+.{digits}f}{interval}") + early
+    between = f", between points {gap:.2g} apart" if gap else ""
+    return plain(f"{value:+.{digits}f}{interval}") + early + between
 
 
 def _equal_anyway(differ: dict[str, bool]) -> list[str]:
