@@ -203,7 +203,12 @@ class MoELayer(nn.Module):
 
     def _run_experts(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R D"]:
         """Return the outputs of the experts, and of what is beside each. See `Experts.forward`."""
-        outputs: Tensor = self.experts(rows, counts)
+        return self.with_beside(self.experts(rows, counts), rows, counts)
+
+    def with_beside(
+        self, outputs: Float[Tensor, "R D"], rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]
+    ) -> Float[Tensor, "R D"]:
+        """Return outputs of the experts plus those of what is beside each. See `Experts.forward`."""
         return outputs if self.beside_experts is None else outputs + self.beside_experts(rows, counts)
 
     def full_width(self, outputs: Float[Tensor, "*N W"]) -> Float[Tensor, "*N D"]:

@@ -25,7 +25,8 @@ NORMAL = 1.959964  # 97.5 % quantile of the normal distribution
 def saliency(model: MoEForCausalLM, blocks: Batch, knobs: Knobs) -> Float[np.ndarray, "L E"]:
     """Return the saliency of each expert (REAP 2510.13999): the mean of gate x ‖output‖₂ over the tokens that take it.
 
-    The gate is the weight with which the layer multiplies the output. NaN for an expert without tokens.
+    The gate is the weight with which the layer multiplies the output, to which an adapter beside the expert has added
+    its own. NaN for an expert without tokens.
     """
     layers = [*model.moe_layers]
     sums = torch.zeros(2, len(layers), model.config.num_experts, dtype=torch.float64, device=model.device)
@@ -38,7 +39,7 @@ def saliency(model: MoEForCausalLM, blocks: Batch, knobs: Knobs) -> Float[np.nda
 
     def add(_: nn.Module, inputs: Any, outputs: Tensor, *, layer: MoELayer, number: int) -> None:
         expert, order = decisions[0].expert.sort(stable=True)  # the order in which experts get their rows
-        norms = layer.full_width(outputs).float().norm(dim=-1)
+        norms = layer.full_width(layer.with_beside(outputs, *inputs)).float().norm(dim=-1)
         values = torch.stack([decisions[0].weight[order] * norms, torch.ones_like(norms)]).double()
         sums[:, number].index_add_(1, expert, values)
 

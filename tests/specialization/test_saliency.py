@@ -13,6 +13,7 @@ from moe.specialization.geometry import expert_outputs, similarities
 from moe.specialization.observation import observe, validation_blocks
 from moe.specialization.saliency import against_knockouts, agreement, saliency
 from moe.training.setup import build_model, prepare_data
+from tests.adapters.models import disturb
 
 KNOBS = Knobs.of()
 BLOCKS = 4
@@ -23,12 +24,16 @@ def data(cell: Any) -> Prepared:
     return prepare_data(cell("data.max_val_blocks=12").config)
 
 
-@pytest.mark.parametrize("words", [(), ("model.latent_dim=16",), ("model.router_input=attention",)])
+@pytest.mark.parametrize(
+    "words", [(), ("model.latent_dim=16",), ("model.router_input=attention",), ("adapter=perft_e",)]
+)
 def test_saliency_is_the_mean_of_gate_times_norm_over_the_tokens_of_an_expert(
     words: tuple[str, ...], cell: Any, data: Prepared
 ) -> None:
     """Compared with a loop over tokens and experts."""
     model = build_model(cell(*words).config, vocab_size=len(data.tokenizer)).eval()
+    if model.adapter_names:
+        disturb(model)  # a new adapter adds nothing
     blocks = validation_blocks(data, BLOCKS)
     seen = observe(model, blocks, KNOBS)
     states: list[torch.Tensor] = []
