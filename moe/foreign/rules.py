@@ -116,7 +116,7 @@ def _top_k(router: Any, temperature: float) -> Rule:
     return Rule(
         router.k,
         weights="equal" if router.gate == "uniform" else "normalized" if normalized else "raw",
-        temperature=temperature,
+        temperature=temperature if router.schedulable else 1.0,
     )
 
 

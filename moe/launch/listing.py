@@ -24,7 +24,8 @@ ADVICE = (
     "depends on the machine, and small models do not use all of it. A run says after its first steps how long it "
     "takes, and a sweep after each run how long the others take. So try one run first:"
 )
-Runs = Sequence[Sequence[int]]  # of an experiment: the tokens that each run reads in training, and the FLOPs of that
+# Of an experiment: the tokens that each run reads in training, and the FLOPs of that; 0 if a checkpoint has the sizes.
+Runs = Sequence[Sequence[int]]
 
 
 def experiments_lines() -> Iterator[str]:
@@ -38,7 +39,8 @@ def experiments_lines() -> Iterator[str]:
     yield row.format("experiment", "runs", "tokens per run", "FLOPs per run", "FLOPs in all")
     for name, runs in _kept(names):
         tokens, flops = zip(*runs, strict=True)
-        yield row.format(name, len(runs), _range(tokens), _range(flops), number_text(sum(flops)))
+        costs = (_range(flops), number_text(sum(flops))) if all(flops) else ("of checkpoint", "")
+        yield row.format(name, len(runs), _range(tokens), *costs).rstrip()
         yield from textwrap.wrap(names[name], WIDTH, initial_indent="  ", subsequent_indent="  ")
     yield from ("", *textwrap.wrap(ADVICE, WIDTH))
     yield "  python train.py experiment=noise_lb_seed seed=42 noise=0.0 lb=0.01"
@@ -82,9 +84,14 @@ def _runs(experiment: str) -> Iterator[tuple[int, int]]:
 
 @cache
 def _training(overrides: tuple[str, ...]) -> tuple[int, int]:
-    """Return the tokens that a run reads in training, and the FLOPs of that. The seed changes neither."""
+    """Return the tokens that a run reads in training, and the FLOPs of that, 0 if they are unknown.
+
+    The seed changes neither.
+    """
     composed = compose_config(list(overrides))
     tokens = composed.steps * composed.batch_size * composed.grad_accum * composed.data.seq_len
+    if OmegaConf.is_missing(composed.model, "dim"):
+        return tokens, 0
     model, router = OmegaConf.to_container(composed.model, resolve=True), OmegaConf.to_container(composed.router)
     assert isinstance(router, dict)
     assert isinstance(model, dict)

@@ -117,10 +117,10 @@ def test_the_list_of_experiments_says_what_their_runs_read_and_compute(
     The second time, nothing is composed: the numbers are kept.
     """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    names = ("default", "quick_demo", "spectra_sweep_e")
+    names = ("default", "quick_demo", "finetuning", "spectra_sweep_e")
     monkeypatch.setattr(listing, "options", lambda group: dict.fromkeys(names, "-"))
     text = help_text(["--list"])
-    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines()[:7] if not line.startswith(" ")}
+    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines()[:9] if not line.startswith(" ")}
     [cell] = read_cells([]) or []
     with torch.device("meta"):
         model = build_model(cell.config, vocab_size=4096)
@@ -129,6 +129,7 @@ def test_the_list_of_experiments_says_what_their_runs_read_and_compute(
     assert rows["quick_demo"][:2] == [str(len(read_cells(["experiment=quick_demo"]) or [])), "614k"]
     assert rows["quick_demo"][3] == f"{9 * flops / 1e12:.3g}T"
     assert rows["spectra_sweep_e"][:4] == ["18", "154k", "to", "614k"]
+    assert rows["finetuning"][2:] == ["of", "checkpoint"]
     assert max(map(len, text.splitlines())) <= 80
     monkeypatch.setattr(listing, "composing", None)
     assert help_text(["--list"]) == text
