@@ -23,7 +23,7 @@ _WORDS = {
     "precision": "dtype bf16 fp16 amp mixed_precision torch_dtype",
     "model.num_experts": "num_experts n_experts experts num_local_experts n_routed_experts",
     "model.shared_experts": "shared_experts n_shared_experts num_shared_experts",
-    "model.routers, such as 0-2:hash": "router.layers routers router_layers layer_routers router_by_layer layers_router",
+    "model.routers, such as 0-2:hash": "router.layers routers router_layers layer_routers router_by_layer",
     "model.shared_gate": "shared_expert_gate use_shared_expert_gate moe_shared_expert_gate",
     "model.latent_dim": "latent latent_size moe_latent_size moe_latent_dim",
     "model.dim": "dim hidden_size d_model n_embd embed_dim width",
