@@ -4,7 +4,6 @@ import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 from scipy import stats
 
@@ -101,21 +100,17 @@ def _compare_in_model(
     claim: ClaimConfig, runs: pd.DataFrame, others: list[str], named: list[Any], rivals: list[Any]
 ) -> list[list[Comparison]]:
     """Compare levels in a mixed model of all these runs, also of those at levels that the claim does not name."""
-    values = runs.assign(cell=[name_cell(dict(cell)) for cell in _cells(runs, [claim.factor, *others])])
-    values = values.set_index(["cell", "seed"])[claim.metric].astype(float)
-    reason = not_poolable(claim.metric, runs)
-    try:
-        model = None if reason else mixed(values[np.isfinite(values)])
-    except ValueError as error:
-        model, reason = None, str(error)
-    if model is None:
+    if reason := not_poolable(claim.metric, runs):
         return [[Comparison(0, doubt=reason)] * len(rivals) for _ in named]
+    cells = conditions(runs, [claim.factor, *others])
+    values = pd.concat(
+        {name_cell(dict(cell)): by_seed(members, claim.metric) for cell, members in cells}, names=["cell", "seed"]
+    )
+    try:
+        model = mixed(values)
+    except ValueError as error:
+        return [[Comparison(0, doubt=str(error))] * len(rivals) for _ in named]
     return [[_contrast(claim, model, runs, others, (a, b)) for b in rivals] for a in named]
-
-
-def _cells(runs: pd.DataFrame, factors: list[str]) -> list[list[tuple[str, Any]]]:
-    """Return the level of each factor for each run."""
-    return [list(zip(factors, row, strict=True)) for row in runs[factors].itertuples(index=False)]
 
 
 def _contrast(
@@ -132,12 +127,15 @@ def _contrast(
     weights = pd.Series(0.0, index=model.means.index)
     for a, b in cells:
         weights[a], weights[b] = weights[a] + 1 / len(cells), weights[b] - 1 / len(cells)
-    effect, error = model.contrast(weights)
+    try:
+        effect, error = model.contrast(weights)
+    except ValueError as failure:
+        return Comparison(0, doubt=str(failure))
     reference = float(model.means[[b for _, b in cells]].mean())
     low, high = claimed_range(replace(claim, kind=claim.direction or "equivalent"), reference)
     favor = min(effect - low, high - effect)
     found = Comparison(model.seeds, reference + effect, reference, favor=favor, claimed_low=low, claimed_high=high)
-    if error <= 1e-12 * model.means.abs().max():
+    if error == 0:
         return found._replace(p_for=float(favor <= 0), p_against=float(favor > 0), deterministic=True)
     inside, outside = range_p(effect, error, model.freedom, low, high)
     reach = stats.t.ppf((1 + CONFIDENCE) / 2, model.freedom) * error
@@ -150,7 +148,7 @@ def _contrast(
         spread=error * math.sqrt(model.seeds),
         gap=abs(favor) / (error * math.sqrt(model.seeds)),
         ends=1 + two_ends,
-        note=f"mixed model of {len(runs)} runs, {model.freedom} degrees of freedom",
+        note=f"mixed model of {model.runs} runs, {model.freedom} degrees of freedom",
         doubt=f"the interval is neither inside nor outside {low:.3g} ... {high:.3g}" if two_ends else "",
     )
 

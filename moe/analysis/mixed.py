@@ -5,81 +5,73 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from scipy import stats
-from scipy.optimize import minimize_scalar
 
 from moe.analysis.statistics import has_no_spread
 
 
 class Mixed(NamedTuple):
-    """Means of the settings (cells) with the covariance of their estimates.
+    """Settings (cells): means over their runs, and effects with the covariance of their estimates.
 
-    freedom: degrees of freedom of the spread within seeds: runs - seeds - cells + 1. seeds: their number.
+    Effects are free of the seeds, and only their differences have a meaning. The means are not: with missing runs,
+    cells differ in their seeds.
+
+    projection: keeps those weights of a contrast that seeds with several cells can tell. runs: their number.
+    freedom: degrees of freedom of the spread within seeds. seeds: the number of seeds with several cells.
     """
 
     means: pd.Series
+    effects: pd.Series
     covariance: Float[np.ndarray, "C C"]
+    projection: Float[np.ndarray, "C C"]
+    runs: int
     freedom: int
     seeds: int
 
     def contrast(self, weights: pd.Series) -> tuple[float, float]:
-        """Return the weighted sum of means and its standard error; cells without a weight have weight 0."""
-        w = weights.reindex(self.means.index).fillna(0.0).to_numpy()
-        return float(w @ self.means.to_numpy()), math.sqrt(max(0.0, float(w @ self.covariance @ w)))
+        """Return the weighted sum of effects and its standard error; cells without a weight have weight 0.
+
+        Raises ValueError if the seeds do not connect the cells, so that the difference could be one of seeds.
+        """
+        w = weights.reindex(self.effects.index).fillna(0.0).to_numpy()
+        if not np.allclose(self.projection @ w, w, atol=1e-8):
+            raise ValueError("the settings compared share no seed, not even through other settings")
+        return float(w @ self.effects.to_numpy()), math.sqrt(max(0.0, float(w @ self.covariance @ w)))
 
 
 def mixed(values: pd.Series) -> Mixed:
-    """Fit y = mean of the cell + effect of the seed + rest by restricted maximum likelihood (REML).
+    """Estimate y = mean of the cell + effect of the seed + rest within seeds.
 
-    values: one for each run, with the levels "cell" and "seed" in its index. Seeds need not have all cells. With all
-    cells, the differences of cells and their errors are those of a two-way analysis of variance. The degrees of freedom
-    are those of the containment method. Raises ValueError if nothing is left to estimate the spread from.
+    values: one for each run, with the levels "cell" and "seed" in its index. Seeds need not have all cells. Taking each
+    seed's mean from its runs removes the effect of the seed, whatever its spread is. So t of a contrast has exactly
+    Student's distribution, also if runs are missing: this is the analysis of incomplete blocks within blocks (Searle,
+    Casella and McCulloch 1992). With all cells it is the two-way analysis of variance. Raises ValueError if a seed has
+    two runs of a cell, or if nothing is left to estimate the spread from.
     """
+    if not values.index.is_unique:
+        raise ValueError(f"two runs have the same setting and seed: {values.index[values.index.duplicated()][0]}")
     cells, cell = np.unique(values.index.get_level_values("cell").to_numpy(dtype=str), return_inverse=True)
     seeds, seed = np.unique(values.index.get_level_values("seed"), return_inverse=True)
-    freedom = len(values) - len(seeds) - len(cells) + 1
+    of_cell, of_seed = np.eye(len(cells))[cell], np.eye(len(seeds))[seed]
+    counts, data = of_seed.sum(axis=0), values.to_numpy(dtype=float)
+
+    def within(columns: np.ndarray) -> np.ndarray:
+        return columns - (of_seed / counts) @ (of_seed.T @ columns)
+
+    x, y = within(of_cell), within(data)
+    information = x.T @ x
+    inverse = np.linalg.pinv(information, rcond=1e-9, hermitian=True)
+    projection = information @ inverse
+    freedom = len(y) - len(seeds) - round(float(np.trace(projection)))
     if freedom < 1:
-        raise ValueError(f"{len(values)} runs of {len(cells)} settings and {len(seeds)} seeds leave no spread")
-    y, design = values.to_numpy(dtype=float), np.eye(len(cells))[cell]
-    center = y.mean()
-    both = np.hstack([design, np.eye(len(seeds))[seed]])
-    effects = np.linalg.lstsq(both, y, rcond=None)[0]
-    if has_no_spread(y - both @ effects, scale=float(np.abs(y).max())):
-        means = effects[: len(cells)] + effects[len(cells) :].mean()
-        return Mixed(pd.Series(means, index=cells), np.zeros((len(cells), len(cells))), freedom, len(seeds))
-
-    def solved(share: float) -> tuple[float, np.ndarray, np.ndarray]:
-        return _least_squares(y - center, design, seed, share / (1 - share))
-
-    best = minimize_scalar(lambda share: solved(share)[0], bounds=(0.0, 1 - 1e-9), method="bounded")
-    _, means, covariance = min((solved(float(share)) for share in (0.0, best.x)), key=lambda found: found[0])
-    return Mixed(pd.Series(means + center, index=cells), covariance, freedom, len(seeds))
-
-
-def _least_squares(
-    y: Float[np.ndarray, "N"], design: Float[np.ndarray, "N C"], seed: Int[np.ndarray, "N"], ratio: float
-) -> tuple[float, np.ndarray, np.ndarray]:
-    """Return -2 log REML, the means and their covariance, if the seed's variance is `ratio` times that of the rest.
-
-    The covariance of a seed's n runs, I + ratio 1 1', is whitened by taking a share 1 - 1 / sqrt(1 + n ratio) of the
-    seed's mean from each of them.
-    """
-    counts = np.bincount(seed)
-    theta = 1 - 1 / np.sqrt(1 + counts * ratio)
-
-    def whitened(columns: np.ndarray) -> np.ndarray:
-        means = np.zeros((len(counts), columns.shape[1]))
-        np.add.at(means, seed, columns)
-        return columns - (theta / counts)[seed, None] * means[seed]
-
-    x, z = whitened(design), whitened(y[:, None])[:, 0]
-    inverse = np.linalg.pinv(x.T @ x)
-    means = inverse @ x.T @ z
-    freedom = len(y) - x.shape[1]
-    variance = float(((z - x @ means) ** 2).sum()) / freedom
-    fit = freedom * math.log(variance) + np.log1p(counts * ratio).sum() + np.linalg.slogdet(x.T @ x)[1]
-    return float(fit), means, variance * inverse
+        raise ValueError(f"{len(y)} runs of {len(cells)} settings and {len(seeds)} seeds leave no spread")
+    effects = inverse @ x.T @ y
+    rest = y - x @ effects
+    exact = has_no_spread(rest, scale=float(np.abs(data).max()))
+    variance = 0.0 if exact else float((rest**2).sum()) / freedom
+    means, several = pd.Series(of_cell.T @ data / of_cell.sum(axis=0), cells), int((counts > 1).sum())
+    return Mixed(means, pd.Series(effects, cells), variance * inverse, projection, len(y), freedom, several)
 
 
 def range_p(effect: float, error: float, freedom: int, low: float, high: float) -> tuple[float, float]:

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
-from statsmodels.regression.mixed_linear_model import MixedLM
+from statsmodels.formula.api import ols
 
 from moe.analysis.claims import judge
 from moe.analysis.mixed import mixed, range_p
@@ -39,17 +39,45 @@ def test_with_all_runs_it_is_the_two_way_analysis_of_variance() -> None:
     assert model.freedom == layout.freedom == 10
 
 
-def test_with_missing_runs_it_agrees_with_statsmodels() -> None:
+def test_it_is_the_two_way_analysis_also_if_seeds_differ_less_than_the_rest_does() -> None:
+    """Restricted maximum likelihood would pool the two spreads here, but not their degrees of freedom."""
+    table = np.array([[1.0, 2.0, 4.0], [3.0, 1.0, 3.0], [2.0, 3.0, 2.0]])
+    assert mixed(values(table)).contrast(difference("ab"))[1] == pytest.approx(block(pd.DataFrame(table)).error)
+
+
+def test_with_missing_runs_it_agrees_with_least_squares_on_settings_and_seeds() -> None:
     table = drawn(np.random.default_rng(1), seeds=6, cells=4)
     table[0, 1] = table[3, 3] = table[4, 0] = math.nan
     long = values(table)
-    effect, error = mixed(long).contrast(difference("ba"))
-    data = long.rename("y").reset_index()
-    fit = MixedLM.from_formula("y ~ C(cell)", data, groups="seed").fit(reml=True)
-    assert effect == pytest.approx(fit.params["C(cell)[T.b]"], rel=1e-3)
-    assert error == pytest.approx(fit.bse["C(cell)[T.b]"], rel=1e-2)
+    model = mixed(long)
+    effect, error = model.contrast(difference("ba"))
+    fit = ols("y ~ C(cell) + C(seed)", long.rename("y").reset_index()).fit()
+    assert effect == pytest.approx(fit.params["C(cell)[T.b]"])
+    assert error == pytest.approx(fit.bse["C(cell)[T.b]"])
+    assert (model.runs, model.freedom) == (21, fit.df_resid)
     with pytest.raises(ValueError, match="leave no spread"):
         mixed(values(table[:1]))
+
+
+def test_two_settings_are_compared_only_if_seeds_connect_them() -> None:
+    """Settings a and b have seeds of their own; only c, if it has both, can tell how the seeds differ."""
+    table = drawn(np.random.default_rng(3), seeds=6, cells=4)
+    table[:3, [1, 3]] = table[3:, [0, 2]] = math.nan  # seeds 0-2 have a and c, seeds 3-5 have b and d
+    refused = judged(table, "mixed")
+    assert (refused["verdict"], refused["n"]) == ("not tested", 0)
+    assert refused["reason"] == "the settings compared share no seed, not even through other settings"
+    assert mixed(values(table)).contrast(difference("ac"))[1] > 0
+    table[3:, 2] = 3.0 + np.arange(3)
+    assert judged(table, "mixed")["n"] == 6
+
+
+def test_a_run_that_was_copied_is_refused() -> None:
+    table = drawn(np.random.default_rng(0))
+    twice = pd.concat([values(table)] * 2)
+    with pytest.raises(ValueError, match=r"two runs have the same setting and seed: \('a', 0\)"):
+        mixed(twice)
+    with pytest.raises(ValueError, match="seed 0 has more than one run of the same condition"):
+        judged(table, "mixed", copies=2)
 
 
 def test_p_is_that_of_the_tests_of_a_range() -> None:
@@ -59,13 +87,14 @@ def test_p_is_that_of_the_tests_of_a_range() -> None:
         assert range_p(sample.mean(), error, 8, low, high) == pytest.approx(range_test(sample, low, high))
 
 
-def judged(table: np.ndarray, kind: str) -> pd.Series:
-    """Judge that level 1 is higher than level 0, from runs at levels 0, 1, ... of a factor."""
+def judged(table: np.ndarray, kind: str, copies: int = 1) -> pd.Series:
+    """Judge that level 1 is higher than level 0, from runs at levels 0, 1, ... of a factor; NaN is no run."""
     rows = [
         {"noise": float(cell), "seed": seed, "val/loss": table[seed, cell], "status": "finished", "folder": "made up"}
         for seed in range(len(table))
         for cell in range(table.shape[1])
-    ]
+        if not math.isnan(table[seed, cell])
+    ] * copies
     words = {"direction": "higher"} if kind == "mixed" else {}
     claim = ClaimConfig(text="rises", metric="val/loss", factor="noise", levels=[1.0], than=[0.0], kind=kind, **words)
     return judge(pd.DataFrame(rows).assign(experiment="made up"), [claim]).iloc[0]
@@ -83,23 +112,37 @@ def test_few_seeds_find_more_than_paired_differences() -> None:
     assert found["mixed"] > found["higher"]
 
 
-def error_rate(spreads: list[float], repeats: int = 1200) -> float:
-    """Return how often the model finds a difference of the first two cells, where there is none."""
+def error_rate(spreads: list[float], *, present: list[str], of_seeds: float = 1.0, repeats: int = 500) -> float:
+    """Return how often the model finds a difference of settings a and b, where there is none.
+
+    present: the settings that each seed has. of_seeds: the standard deviation of seeds.
+    """
     rng, errors = np.random.default_rng(1), 0
+    places = [(name, seed) for seed, names in enumerate(present) for name in names]
+    index = pd.MultiIndex.from_tuples(places, names=["cell", "seed"])
+    scale = np.array([spreads["abcdefgh".index(name)] for name, _ in places])
+    seeds = index.get_level_values("seed")
     for _ in range(repeats):
-        layout = block(pd.DataFrame(rng.normal(0, 1, (3, 1)) + rng.normal(0, spreads, (3, len(spreads)))))
-        t = (layout.means[0] - layout.means[1]) / layout.error
-        errors += 2 * stats.t.sf(abs(t), layout.freedom) <= 0.05
+        y = rng.normal(0, of_seeds, len(present))[seeds] + rng.normal(0, scale)
+        model = mixed(pd.Series(y, index))
+        effect, error = model.contrast(difference("ab"))
+        errors += 2 * stats.t.sf(abs(effect) / error, model.freedom) <= 0.05
     return errors / repeats
 
 
-def test_error_rates() -> None:
-    """The rate is 5 % if all settings spread alike; it is not if those that are compared spread more than the others.
+@pytest.mark.parametrize(
+    "present",
+    [["abcdef"] * 3, ["abc", "ab", "ac", "bc"], ["ac", "ac", "acd", "bcd", "bd", "bd"]],
+    ids=["complete", "some missing", "levels without a common seed"],
+)
+def test_error_rates(present: list[str]) -> None:
+    """The rate is 5 % if all settings spread alike, whichever runs are missing and however little seeds differ."""
+    assert error_rate([0.1] * 6, present=present, of_seeds=0.05) == pytest.approx(0.05, abs=0.018)
 
-    With all runs the model is the two-way analysis of variance, which is faster to simulate.
-    """
-    assert error_rate([0.1] * 6) == pytest.approx(0.05, abs=0.018)
-    assert error_rate([0.4, 0.4, 0.1, 0.1, 0.1, 0.1]) > 0.1, "docs/statistics.md warns of this"
+
+def test_settings_that_spread_more_than_the_others_err_too_often() -> None:
+    rate = error_rate([0.4, 0.4, 0.1, 0.1, 0.1, 0.1], present=["abcdef"] * 3)
+    assert rate > 0.1, "docs/statistics.md warns of this"
 
 
 def test_a_model_with_nothing_to_estimate_decides_nothing_and_equal_differences_are_deterministic() -> None:
