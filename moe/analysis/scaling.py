@@ -3,6 +3,7 @@
 A law is L = floor + the sum over its terms of A times the product of x^-alpha over the term's variables. With one term
 of compute it is L = L_inf + A C^-alpha. With a term of size and one of tokens it is the third approach of Hoffmann et
 al. (2203.15556). No function extrapolates without saying so: `Fit.doubts` and `SpeedUp.doubts` are for the reader.
+Where the runs do not determine the law, there is no interval, and a doubt says why (`Fit.sure`).
 """
 
 import itertools
@@ -24,6 +25,11 @@ EXPONENTS = (0.01, 3.0)  # bounds of alpha; outside, a term is a constant or a c
 EXPERT_EXPONENTS = (-1.0, 1.0)  # more experts may be worse
 STARTS, EXPERT_STARTS = (0.1, 0.3, 0.8), (0.0, 0.3)
 EXPERTS = "experts"
+MOST_CONDITION = 1000.0  # of the scaled Jacobian; that of grids of 1:2:4 is below 600 for usual exponents
+MOST_CORRELATION = 0.99  # of the logs of two variables, above which they grow in proportion
+MOST_AT_BOUND = 0.02  # the share of resamples at a bound above which intervals are known to be too narrow
+MOST_LOG = 700.0  # a larger log is one of an infinite number
+NARROW = 4.0  # three budgets within this factor give intervals that are too narrow
 
 
 class Law(NamedTuple):
@@ -57,6 +63,11 @@ class Fit(NamedTuple):
     ranges: dict[str, tuple[float, float]]
     seeds: int
     doubts: list[str]
+    sure: bool  # whether the runs determine the law, so that there are intervals
+
+    def estimate(self, values: Float[np.ndarray, "R"]) -> "Estimate":
+        """Return the first of these values of all rows, with its interval over seeds if the fit is sure."""
+        return over_seeds(values, self.seeds if self.sure else 1)
 
     @property
     def floor(self) -> Float[np.ndarray, "R"]:
@@ -83,7 +94,7 @@ class Fit(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """An estimate and its 95 % interval; the ends are NaN if there is one seed."""
+    """An estimate and its 95 % interval; the ends are NaN if there is one seed, or if the fit is not sure."""
 
     value: float
     low: float
@@ -117,13 +128,12 @@ def fit(runs: pd.DataFrame, law: Law, *, resamples: int = RESAMPLES) -> Fit:
     """Fit a law to runs by least squares, once for all seeds and once for each resample of the seeds.
 
     runs: columns `seed`, `loss` and one for each variable of the law. Raises ValueError if the runs cannot carry the
-    law: too few different points, or fewer than three different values of a variable that stands alone in its term.
+    law: fewer different points than the law has parameters, or fewer than three different values of a variable.
     """
     names = list(dict.fromkeys(name for _, name in law.exponents))
     points = len(runs[names].drop_duplicates())
-    if points < max(LEAST_BUDGETS, law.parameters - 1):
-        need = max(LEAST_BUDGETS, law.parameters - 1)
-        raise ValueError(f"{points} different points of {', '.join(names)}; the law needs at least {need}")
+    if points < law.parameters:
+        raise ValueError(f"{points} different points of {', '.join(names)}; the law needs at least {law.parameters}")
     for name in names:
         few = runs[name].nunique() < (2 if name == EXPERTS else LEAST_BUDGETS)
         if few:
@@ -139,22 +149,62 @@ def fit(runs: pd.DataFrame, law: Law, *, resamples: int = RESAMPLES) -> Fit:
     best = fitted[[int(np.argmin(cost))]]
     theta = np.vstack([best, _least_squares(law, best.repeat(len(weights) - 1, 0), logs, loss, weights[1:])[0]])
     ranges = {name: (float(values.min()), float(values.max())) for name, values in x.items()}
-    return Fit(law, theta, center, ranges, len(seeds), _doubts(law, best[0], loss, points))
+    reasons = _reasons(law, theta[0], logs, loss, points)
+    doubts = [f"no interval, because {reason}" for reason in reasons]
+    if not reasons:
+        doubts = _too_narrow(law, theta[1:], loss, points, ranges)
+    return Fit(law, theta, center, ranges, len(seeds), doubts, sure=not reasons)
 
 
-def _doubts(law: Law, theta: Float[np.ndarray, "P"], loss: Float[np.ndarray, "N"], points: int) -> list[str]:
+def _reasons(
+    law: Law, theta: Float[np.ndarray, "P"], logs: Float[np.ndarray, "V N"], loss: Float[np.ndarray, "N"], points: int
+) -> list[str]:
+    """Return why the runs do not determine the law, if they do not."""
     low, high = _bounds(law, loss)
     names = ["L_inf", *(f"A of {' and '.join(term)}" for term in law.terms)]
     names += [f"the exponent of {name}" for _, name in law.exponents]
-    near = 1e-3 * (high - low)
     found = [
-        f"{name} is at a bound of the fit ({'its smallest' if value <= least + each else 'its largest'} value)"
-        for name, value, least, most, each in zip(names, theta, low, high, near, strict=True)
-        if value <= least + each or value >= most - each
+        f"{name} is at a bound of the fit ({'its smallest' if value < (least + most) / 2 else 'its largest'} value)"
+        for name, value, least, most, at_bound in zip(names, theta, low, high, _at_bound(law, theta, loss), strict=True)
+        if at_bound
     ]
+    if len(law.terms) > 1 and points <= law.parameters:
+        found.append(f"{points} different points determine {law.parameters} numbers, so nothing checks the form")
+    jacobian = _jacobian(law, theta[None], logs)[0]
+    condition = np.linalg.cond(jacobian / np.linalg.norm(jacobian, axis=0))
+    in_proportion = len(logs) > 1 and np.corrcoef(logs)[np.triu_indices(len(logs), 1)].max() > MOST_CORRELATION
+    if len(law.terms) > 1 and (in_proportion or not condition <= MOST_CONDITION):
+        found.append(
+            "the runs do not tell the terms apart, as when tokens grow in proportion to size "
+            f"(condition of the scaled Jacobian {condition:.2g})"
+        )
+    return found
+
+
+def _too_narrow(
+    law: Law,
+    resampled: Float[np.ndarray, "R P"],
+    loss: Float[np.ndarray, "N"],
+    points: int,
+    ranges: dict[str, tuple[float, float]],
+) -> list[str]:
+    """Return why intervals may be wrong although there are some."""
+    found = []
+    share = _at_bound(law, resampled, loss).any(axis=-1).mean() if len(resampled) else 0.0
+    if share > MOST_AT_BOUND:
+        found.append(f"the interval is too narrow: {share:.0%} of the resamples reach a bound of the fit")
     if points <= law.parameters:
         found.append(f"{points} different points determine {law.parameters} numbers, so nothing checks the form")
+        if any(most / least <= NARROW for least, most in ranges.values()):
+            found.append(f"intervals from so few points within a factor of {NARROW:g} are known to be too narrow")
     return found
+
+
+def _at_bound(law: Law, theta: Float[np.ndarray, "*R P"], loss: Float[np.ndarray, "N"]) -> Bool[np.ndarray, "*R P"]:
+    """Return which parameters are within a thousandth of their range of a bound."""
+    low, high = _bounds(law, loss)
+    near = 1e-3 * (high - low)
+    return (theta <= low + near) | (theta >= high - near)
 
 
 def _bounds(law: Law, loss: Float[np.ndarray, "N"]) -> tuple[np.ndarray, np.ndarray]:
@@ -269,36 +319,48 @@ class SpeedUp(NamedTuple):
 def speed_up(baseline: pd.DataFrame, arm: pd.DataFrame, *, resamples: int = RESAMPLES) -> list[SpeedUp]:
     """Return the effective speed-up of an arm at each of its budgets, from a curve through the baseline's runs.
 
-    Both tables have the columns `seed`, `FLOPs` (training) and `loss`. Seeds that only one of them has are left out.
-    A resample draws the same seeds for both, so what all runs of a seed share cancels. Raises ValueError if the
-    baseline has fewer than three budgets.
+    Both tables have the columns `seed`, `FLOPs` (training) and `loss`. A budget of the arm is compared by the seeds
+    that both have there. A resample draws the same seeds for both, so what all runs of a seed share cancels. Raises
+    ValueError if the baseline has fewer than three budgets.
     """
-    common = sorted(set(baseline["seed"]) & set(arm["seed"]))
-    baseline, arm = (table[table["seed"].isin(common)] for table in (baseline, arm))
-    curve = fit(baseline, COMPUTE, resamples=resamples)
-    weights = resampled_seeds(len(common), resamples)
-    of_baseline = [(budget, members["loss"].mean()) for budget, members in _by_budget(baseline)]
-    own = [abs(math.log(_needed(curve, np.array([loss]))[0] / budget)) for budget, loss in of_baseline]
     found = []
+    curves: dict[tuple[int, ...], tuple[Fit, float]] = {}  # by seeds
     for budget, members in _by_budget(arm):
-        of_seed = members.groupby("seed")["loss"].mean().reindex(common).to_numpy()
-        known = np.isfinite(of_seed)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            loss = (weights[:, known] @ of_seed[known]) / weights[:, known].sum(axis=1)
-        found.append(_speed_up(curve, budget, loss, math.exp(min(max(own), 700))))
+        common = sorted(set(baseline["seed"]) & set(members["seed"]))
+        if not common:
+            continue
+        if tuple(common) not in curves:
+            of_both = baseline[baseline["seed"].isin(common)]
+            curve = fit(of_both, COMPUTE, resamples=resamples)
+            curves[tuple(common)] = curve, _misfit(curve, of_both)
+        of_seed = members.groupby("seed")["loss"].mean()[common].to_numpy()
+        loss = resampled_seeds(len(common), resamples) @ of_seed / len(common)
+        curve, misfit = curves[tuple(common)]
+        found.append(_speed_up(curve, budget, loss, misfit))
     return found
+
+
+def _misfit(curve: Fit, baseline: pd.DataFrame) -> float:
+    """Return the largest factor by which the curve is off at a budget of the baseline itself."""
+    of_budget = [(budget, members["loss"].mean()) for budget, members in _by_budget(baseline)]
+    logs = [abs(math.log(_needed(curve, np.array([loss]))[0] / budget)) for budget, loss in of_budget]
+    return _exp(max(logs))
 
 
 def _speed_up(curve: Fit, budget: float, loss: Float[np.ndarray, "R"], misfit: float) -> SpeedUp:
     needed = _needed(curve, loss)
-    times = over_seeds(np.log(needed / budget), curve.seeds)
+    times = curve.estimate(np.log(needed / budget))
     doubts = list(curve.doubts)
     if not math.isfinite(needed[0]):
         doubts.append("its loss is below L_inf of the baseline's curve: no budget reaches it")
     else:
         doubts += curve.outside(FLOPs=float(needed[0]))
-    estimate = Estimate(*(math.exp(min(end, 700)) if not math.isnan(end) else end for end in times))
-    return SpeedUp(budget, float(loss[0]), float(needed[0]), estimate, misfit, doubts)
+    return SpeedUp(budget, float(loss[0]), float(needed[0]), Estimate(*map(_exp, times)), misfit, doubts)
+
+
+def _exp(log: float) -> float:
+    """Return e to this power, which is infinite where it is more than a float holds."""
+    return math.exp(log) if not log > MOST_LOG else math.inf
 
 
 def _needed(curve: Fit, loss: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
@@ -307,7 +369,7 @@ def _needed(curve: Fit, loss: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
     gap = loss - curve.floor[: len(loss)]
     with np.errstate(divide="ignore", invalid="ignore"):
         logs = (factor - np.log(gap)) / alpha + curve.center["FLOPs"]
-    return np.where(gap > 0, np.exp(np.clip(logs, -700, 700)), np.inf)
+    return np.where((gap > 0) & (logs < MOST_LOG), np.exp(np.clip(logs, -MOST_LOG, MOST_LOG)), np.inf)
 
 
 def _by_budget(table: pd.DataFrame) -> list[tuple[float, pd.DataFrame]]:

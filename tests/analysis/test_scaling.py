@@ -11,8 +11,9 @@ from scipy.optimize import curve_fit
 
 from moe.analysis.report.blocks import BulletList, TableBlock
 from moe.analysis.report.inputs import collect_inputs
+from moe.analysis.report.sections.cost import _speed_up_row
 from moe.analysis.report.sections.scaling import scaling_laws
-from moe.analysis.scaling import COMPUTE, EXPERTS, Law, budgets, fit, over_seeds, speed_up
+from moe.analysis.scaling import COMPUTE, EXPERTS, Law, _reasons, budgets, fit, over_seeds, speed_up
 from moe.results.table import load_runs
 
 BUDGETS = (1e12, 2e12, 4e12, 8e12, 16e12)
@@ -73,7 +74,7 @@ def test_a_law_of_size_tokens_and_experts_is_recovered_and_extrapolated() -> Non
     for _ in range(8):
         runs = pd.DataFrame([row for seed in range(4) for row in sizes_of(seed, rng, 0.004)])
         found = fit(runs, SIZES, resamples=40)
-        further = over_seeds(found.predict(parameters=8e5, tokens=8e6, experts=16.0), 4)
+        further = found.estimate(found.predict(parameters=8e5, tokens=8e6, experts=16.0))
         hits += further.low <= size_law(8e5, 8e6, 16) <= further.high
     assert found.exponent("parameters")[0] == pytest.approx(0.4, abs=0.1)
     assert found.exponent(EXPERTS)[0] == pytest.approx(0.15, abs=0.05)
@@ -101,15 +102,80 @@ def test_a_speed_up_says_what_the_data_do_not_carry() -> None:
     [found] = speed_up(baseline, far)
     assert found.doubts == ["FLOPs 1.49 times beyond the runs"]
     [beyond] = speed_up(baseline, far.assign(loss=2.0))
-    assert beyond.needed == math.inf
+    assert beyond.needed == beyond.times.value == math.inf
+    assert _speed_up_row(beyond)["times the compute"] == "no budget reaches it"
     assert "below L_inf" in beyond.doubts[-1]
     three = baseline[baseline["FLOPs"] < 5e12]
     [few] = speed_up(three, far)
     assert any("nothing checks the form" in doubt for doubt in few.doubts)
+    assert "intervals from so few points within a factor of 4 are known to be too narrow" in few.doubts
+    wide = fit(baseline[baseline["FLOPs"].isin((1e12, 4e12, 16e12))], COMPUTE)
+    assert wide.sure
+    assert not any("too narrow" in doubt for doubt in wide.doubts)
     with pytest.raises(ValueError, match="2 different points of FLOPs; the law needs at least 3"):
         speed_up(baseline[baseline["FLOPs"] < 3e12], far)
     flat = baseline.assign(loss=4.0 + 1e-9 * np.arange(len(baseline)))
-    assert any("at a bound" in doubt for doubt in fit(flat, COMPUTE).doubts)
+    [flat_one] = speed_up(flat, far)
+    assert any("no interval, because" in doubt and "at a bound" in doubt for doubt in flat_one.doubts)
+    assert np.isnan(flat_one.times[1:]).all()
+    assert len(str(_speed_up_row(flat_one)["curve's error"])) < 10, "no number of 300 digits"
+
+
+def test_a_doubt_says_when_resamples_reach_a_bound() -> None:
+    noisy, _ = made_up(3, np.random.default_rng(0), noise=0.1)
+    found = fit(noisy, COMPUTE, resamples=100)
+    assert found.sure
+    assert any("of the resamples reach a bound" in doubt for doubt in found.doubts)
+
+
+def test_a_seed_that_is_missing_at_one_budget_is_left_out_there_alone() -> None:
+    baseline, _ = made_up(4, np.random.default_rng(0))
+    arm = baseline.assign(loss=baseline["loss"] - 0.02)
+    gap = (arm["seed"] == 0) & (arm["FLOPs"] == 4e12)
+    whole, lacking = speed_up(baseline, arm), speed_up(baseline, arm[~gap])
+    of_three = speed_up(baseline[baseline["seed"] > 0], arm[arm["seed"] > 0])
+    assert lacking[2] == of_three[2], "and its degrees of freedom are those of three seeds"
+    assert math.isfinite(lacking[2].times.high)
+    assert lacking[0] == whole[0]
+
+
+def of_sizes(points: list[tuple[float, float]]) -> pd.DataFrame:
+    rng = np.random.default_rng(0)
+    rows = [
+        {"seed": seed, "parameters": n, "tokens": d, "loss": size_law(n, d, 4) + rng.normal(0, 0.003)}
+        for seed in range(3)
+        for n, d in points
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_a_law_that_the_runs_do_not_determine_has_no_interval() -> None:
+    law = Law((("parameters",), ("tokens",)))
+    grid = [(1e5 * 2**a, 1e6 * 2**b) for a in range(3) for b in range(3)]
+    good = fit(of_sizes(grid), law, resamples=20)
+    assert good.sure
+    assert math.isfinite(good.estimate(good.exponent("tokens")).low)
+    ray = [(1e5 * 2**k, 2e6 * 2**k) for k in range(6)]
+    five = [grid[place] for place in (0, 1, 3, 4, 8)]
+    for points, reason in ((ray, "do not tell the terms apart"), (five, "5 different points determine 5 numbers")):
+        found = fit(of_sizes(points), law, resamples=20)
+        assert not found.sure
+        assert any(doubt.startswith("no interval, because") and reason in doubt for doubt in found.doubts)
+        assert math.isnan(found.estimate(found.exponent("tokens")).low)
+    with pytest.raises(ValueError, match="4 different points of parameters, tokens; the law needs at least 5"):
+        fit(of_sizes([grid[0], grid[1], grid[3], grid[8]]), law)
+
+
+def test_sizes_and_tokens_on_one_ray_are_named() -> None:
+    """The true law is away from its bounds, so that nothing else gives a reason."""
+    law = Law((("parameters",), ("tokens",)))
+    theta = np.array([math.log(2.5), 0.0, math.log(0.8), 0.4, 0.3])
+    loss = np.array([size_law(1e5 * 2**k, 1e6 * 2**k, 4) for k in range(6)])
+    logs = np.log(2.0) * np.tile(np.arange(6.0) - 2.5, (2, 1))
+    [reason] = _reasons(law, theta, logs, loss, 6)
+    assert "do not tell the terms apart" in reason
+    apart = np.stack([logs[0], logs[0, [0, 3, 1, 5, 2, 4]]])
+    assert _reasons(law, theta, apart, loss, 6) == []
 
 
 def test_the_error_of_a_mean_is_that_of_its_t_interval() -> None:

@@ -173,21 +173,18 @@ def speed_ups(inputs: ReportInputs) -> Iterator[ReportBlock]:
 
 def _speed_up_row(found: SpeedUp) -> dict[str, object]:
     times = found.times
-    if math.isinf(times.value):
-        text = "no budget"
-    else:
-        text = f"{times.value:.2f}"
-        text += f" [{times.low:.2f}, {_end(times.high)}]" if not math.isnan(times.low) else ""
+    text = "no budget reaches it" if math.isinf(times.value) else _times(times.value)
+    text += f" [{_times(times.low)}, {_times(times.high)}]" if not math.isnan(times.low) else ""
     return {
         "training FLOPs": f"{found.budget:.3g}",
         "loss": found.loss,
         "times the compute": text,
-        "curve's error": f"{found.misfit:.2f}",
+        "curve's error": _times(found.misfit),
         "doubts": "; ".join(found.doubts),
     }
 
 
-def _end(value: float) -> str:
+def _times(value: float) -> str:
     return "∞" if value > 1e6 else f"{value:.2f}"
 
 

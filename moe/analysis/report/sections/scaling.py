@@ -9,7 +9,7 @@ import pandas as pd
 from moe.analysis.equal_cost import ACTIVE, LOSS, is_scale
 from moe.analysis.report.blocks import BulletList, Heading, Paragraph, ReportBlock, TableBlock, csv_file, literal
 from moe.analysis.report.inputs import ReportInputs
-from moe.analysis.scaling import EXPERTS, Estimate, Fit, Law, fit, over_seeds
+from moe.analysis.scaling import EXPERTS, Estimate, Fit, Law, fit
 from moe.analysis.statistics import name_cell
 from moe.checks import plain
 from moe.results.conditions import conditions
@@ -21,7 +21,8 @@ LAW_EXPLAINED = """\
 The law L = L_inf + A N^-a E^-e + B D^-b is fitted to the final validation losses by least squares (the third approach
 of Hoffmann et al., 2203.15556, with the number of experts E as a factor): N active parameters, embeddings included, D
 tokens of training. Without several numbers of experts, E is left out. Intervals are 95 % t intervals with the spread of
-{resamples} resamples of the seeds. They hold if the form of the law is true, which the last lines check."""
+{resamples} resamples of the seeds. They hold if the form of the law is true, which the last lines check. Where the runs
+do not determine the law, there is no interval."""
 
 
 def scaling_laws(inputs: ReportInputs) -> Iterator[ReportBlock]:
@@ -77,7 +78,7 @@ def _numbers(found: Fit) -> pd.DataFrame:
     size, tokens = found.exponent(ACTIVE), found.exponent(TOKENS)
     values = {"L_inf": found.floor} | names
     values["best size grows as FLOPs to the power of"] = tokens / (size + tokens)  # at FLOPs = 6 N D
-    rows = [{"number": name, "estimate": _text(over_seeds(each, found.seeds))} for name, each in values.items()]
+    rows = [{"number": name, "estimate": _text(found.estimate(each))} for name, each in values.items()]
     return pd.DataFrame(rows)
 
 
@@ -86,7 +87,7 @@ def _extrapolation(found: Fit, points: pd.DataFrame) -> Iterator[str]:
     best = points.loc[points["loss"].idxmin()]
     x = {name: float(best[name]) for _, name in found.law.exponents}
     further = {name: value * (1 if name == EXPERTS else FURTHER) for name, value in x.items()}
-    predicted = over_seeds(found.predict(**further), found.seeds)
+    predicted = found.estimate(found.predict(**further))
     place = ", ".join(f"{value:.3g} {name}" for name, value in further.items())
     yield f"Extrapolation to {place}: a loss of {_text(predicted)}. {_beyond(found, further)}"
 
