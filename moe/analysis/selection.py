@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 from scipy.integrate import quad
+from scipy.special import gammaln
 from scipy.stats import norm
 
 
@@ -34,12 +35,21 @@ def lead(choosing: Float[np.ndarray, "M N"], judging: Float[np.ndarray, "M N"]) 
     others = [np.delete(choosing, seed, axis=1).mean(1).argmin() for seed in range(seeds)]
     judged = [judging[:, seed].mean() - judging[best, seed] for seed, best in enumerate(others)]
     deviations = choosing - means[:, None] - choosing.mean(0) + choosing.mean()
-    spread = math.sqrt((deviations**2).sum() / ((settings - 1) * (seeds - 1)))
+    freedom = (settings - 1) * (seeds - 1)
+    spread = math.sqrt((deviations**2).sum() / freedom) / c4(freedom)
     return Lead(
         chosen=float(means.mean() - means.min()),
         luck=expected_largest(settings) * spread / math.sqrt(seeds),
         judged=float(np.mean(judged)),
     )
+
+
+def c4(freedom: int) -> float:
+    """Return the mean of the square root of a variance with so many degrees of freedom, if the true variance is 1.
+
+    It is sqrt(2 / f) Gamma((f + 1) / 2) / Gamma(f / 2), the constant c4 of control charts. The normal law is supposed.
+    """
+    return math.sqrt(2 / freedom) * math.exp(gammaln((freedom + 1) / 2) - gammaln(freedom / 2))
 
 
 @cache

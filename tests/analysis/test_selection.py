@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from moe.analysis.selection import Lead, expected_largest, lead
+from moe.analysis.selection import Lead, c4, expected_largest, lead
 
 SETTINGS, SEEDS, REPEATS = 8, 3, 1000
 
@@ -50,11 +50,19 @@ def test_the_mean_of_the_largest_has_its_closed_forms() -> None:
     assert expected_largest(3) == pytest.approx(1.5 / math.sqrt(math.pi))
 
 
+def test_the_luck_of_two_settings_and_two_seeds_is_right_on_average() -> None:
+    """With one degree of freedom the mean of the standard deviation is sqrt(2 / pi) of the true one."""
+    assert c4(1) == pytest.approx(math.sqrt(2 / math.pi))
+    draws = np.random.default_rng(3).normal(size=(2000, 2, 2))
+    lucks = [lead(values, values).luck for values in draws]
+    assert np.mean(lucks) == pytest.approx(expected_largest(2) / math.sqrt(2), rel=0.05)
+
+
 def test_a_lead_by_hand() -> None:
     values = np.array([[1.0, 2.0], [3.0, 3.0]])
     tests = np.array([[10.0, 10.0], [11.0, 14.0]])
     found = lead(values, tests)
     assert found.chosen == 0.75
     assert found.judged == (0.5 + 2.0) / 2
-    assert found.luck == pytest.approx(expected_largest(2) * 0.5 / math.sqrt(2))
+    assert found.luck == pytest.approx(expected_largest(2) * 0.5 / c4(1) / math.sqrt(2))
     assert isinstance(found, Lead)
