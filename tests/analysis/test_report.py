@@ -1103,6 +1103,25 @@ def test_the_best_setting_says_what_it_leaves_out(tmp_path: Path) -> None:
     assert "Left out: router=topk, noise=0.2 (no finished run has a finite perplexity)." in text
 
 
+def test_settings_are_ranked_by_the_seeds_that_all_of_them_have(tmp_path: Path) -> None:
+    """Noise 0.1 lacks the easy seed 3, and is the best one on the others."""
+    losses = {0.0: (130, 132, 80), 0.1: (120, 122), 0.2: (140, 142, 141)}
+    for noise, values in losses.items():
+        for seed, value in enumerate(values, 1):
+            write_run(tmp_path / f"noise={noise},seed={seed}", {"val/perplexity": value}, seed=seed, noise=noise)
+    [inputs] = collect_inputs(load_runs([tmp_path]))
+    [text, luck, _] = best_setting(inputs)
+    assert text.startswith("**Best setting here:** noise=0.1, with a perplexity of 121 ± 1.4 (n=2), of 3 settings")
+    assert text.endswith("noise=0.0, is 10 behind. Ranked by the seeds that all settings have; without seed 3.")
+    assert "it leads the mean of all 3 settings by 10;" in luck
+    for seed in (1, 2):
+        change_record(tmp_path / f"noise=0.1,seed={seed}", status="failed", error="stopped")
+    write_run(tmp_path / "noise=0.1,seed=4", {"val/perplexity": 120.0}, seed=4, noise=0.1)
+    [inputs] = collect_inputs(load_runs([tmp_path]))
+    [text] = best_setting(inputs)
+    assert text.endswith("not named, because no seed has a finished run of every setting.")
+
+
 def test_the_best_setting_is_chosen_by_validation_text_and_judged_by_test_text(tmp_path: Path) -> None:
     """Noise 0.1 is the best on the test text, but the choice does not look there."""
     for seed in (1, 2, 3):

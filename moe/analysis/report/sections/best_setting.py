@@ -22,7 +22,7 @@ MOST_NAMED = 5  # settings that a sentence names
 
 
 class Setting(NamedTuple):
-    """A setting: its name, its runs, and their values of the metric by seed."""
+    """A setting: its name, its runs, and their values of the metric by seed, for the seeds that all settings have."""
 
     name: str
     runs: pd.DataFrame
@@ -33,13 +33,14 @@ class Ranking(NamedTuple):
     """The settings by their means of a metric, the best one first, and those that cannot be ranked.
 
     acausal: settings whose routers see later tokens, if others do not: their losses are not comparable.
-    without_value: settings without a finished run that has a finite value.
+    without_value: settings without a finished run that has a finite value. dropped: seeds that some setting lacks.
     """
 
     metric: str
     settings: list[Setting]
     acausal: list[str]
     without_value: list[str]
+    dropped: list[int]
 
 
 def ranking(inputs: ReportInputs) -> Ranking | None:
@@ -64,21 +65,27 @@ def ranking(inputs: ReportInputs) -> Ranking | None:
             without.append(name)
         else:
             ranked.append(Setting(name, finished, values))
-    return Ranking(metric, sorted(ranked, key=lambda each: each.values.mean()), acausal, without)
+    values = pd.DataFrame({each.name: each.values for each in ranked})
+    common = values.index[values.notna().all(axis=1)]
+    ranked = [each._replace(values=each.values.reindex(common)) for each in ranked] if len(common) else []
+    best_first = sorted(ranked, key=lambda each: each.values.mean())
+    return Ranking(metric, best_first, acausal, without, [seed for seed in values.index if seed not in common])
 
 
 def best_setting(inputs: ReportInputs) -> Iterator[str]:
     """Yield a sentence about the setting with the best mean, how much of its lead is luck, and what it costs."""
     found = ranking(inputs)
+    if found is not None and not found.settings and found.dropped:
+        yield "**Best setting here:** not named, because no seed has a finished run of every setting."
     if found is None or len(found.settings) < 2:
         return
     (name, members, values), (other, _, other_values) = found.settings[:2]
     spread = f" ± {values.std(ddof=1):.2g}" if len(values) > 1 else ""
     text = f"**Best setting here:** {literal(name)}, with a {unit_of(found.metric)} of {values.mean():.4g}{spread}"
     text += f" (n={len(values)}), of {len(found.settings)} settings"
-    gaps = (other_values - values).dropna()
-    behind = f"{gaps.mean():.2g} behind" if len(gaps) and gaps.mean() else "equal to it"
-    text += f". The next one, {literal(other)}, is {behind}" if len(gaps) else ""
+    gaps = other_values - values
+    behind = f"{gaps.mean():.2g} behind" if gaps.mean() > 0 else "equal to it"
+    text += f". The next one, {literal(other)}, is {behind}"
     if len(gaps) > 1 and not has_no_spread(gaps.to_numpy(), scale=float(values.abs().max())):
         low, high = DescrStatsW(gaps.to_numpy()).tconfint_mean(1 - CONFIDENCE)
         text += f" [{low:.2g}, {high:.2g}]" + (", so the order of the two may be luck" if low < 0 else "")
@@ -102,11 +109,10 @@ def _luck(found: Ranking) -> str:
         spread = f" ± {values.std(ddof=1):.2g}" if len(values) > 1 else ""
         text += f" On test text, by which nothing was chosen, {literal(best.name)} has a {unit} of {values.mean():.4g}"
         text += f"{spread}, with the luck of the same seeds."
-    common = chosen.columns[chosen.notna().all()]
-    if len(common) < 2:
+    if len(chosen.columns) < 2:
         return text + " Without several seeds that all settings have, the luck cannot be estimated."
     where = "on test text" if has_test else "on validation text, as there is no test text"
-    found_lead = lead(chosen[common].to_numpy(), (judged if has_test else chosen)[common].to_numpy())
+    found_lead = lead(chosen.to_numpy(), (judged if has_test else chosen).to_numpy())
     return (
         f"{text} On the validation text by which it was chosen, it leads the mean of all {number} settings by "
         f"{found_lead.chosen:.2g}; if all were equal, the best of {number} would lead by {found_lead.luck:.2g} through "
@@ -116,7 +122,10 @@ def _luck(found: Ranking) -> str:
 
 
 def _left_out(found: Ranking) -> Iterator[str]:
-    """Yield which settings the ranking leaves out, and why."""
+    """Yield which seeds and settings the ranking leaves out, and why."""
+    if found.dropped:
+        seeds = ", ".join(map(str, found.dropped))
+        yield f"Ranked by the seeds that all settings have; without seed {seeds}."
     reasons = (
         (found.acausal, "their routers see later tokens, so their losses are not comparable"),
         (found.without_value, f"no finished run has a finite {unit_of(found.metric)}"),
