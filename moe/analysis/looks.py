@@ -3,10 +3,11 @@
 A test at one of several looks has a share of its level, and the shares of all looks add up to 1. So chance decides
 anything at any look with at most the probability of the level, whatever the tests are and however the looks depend on
 each other. The shares are the steps of a spending function of O'Brien and Fleming's type (Lan and DeMets, Biometrika
-1983): an early look gets little, and nearly everything is left for the last one.
+1983): an early look gets little, and nearly everything is left for the last one. Each look at another set of seeds
+counts, also at fewer: what decides its share is how many seeds were seen.
 """
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -18,8 +19,8 @@ from moe.analysis.power import SIGNIFICANCE
 from moe.runs.planned import Look, LooksRecord, PlannedStudy, digest_of, looks_in, plans_in
 from moe.runs.record import RunRecord
 
-FURTHER = 0.2  # of the share of the look before, for a look beyond the planned number of seeds
-SMALLEST = 1e-12  # share of a look at a tiny part of the planned seeds
+FURTHER = 0.2  # of the share of the look before, for a look after the planned number of seeds was reached
+SMALLEST = 1e-12  # share of a look to which nothing is left
 
 
 def spent(part: float) -> float:
@@ -29,59 +30,73 @@ def spent(part: float) -> float:
     return float(2 * stats.norm.sf(stats.norm.isf(SIGNIFICANCE / 2) / part**0.5) / SIGNIFICANCE) if part > 0 else 0.0
 
 
-def share_of_look(n: int, earlier: Collection[int], planned: int | None) -> float:
-    """Return the share of its level that a test at n seeds has, after looks at `earlier` numbers of seeds.
+def share_of_look(n: int, earlier: Sequence[int], planned: int | None) -> float:
+    """Return the share of its level that a test has at a look.
 
-    planned: the number of seeds after which the study decides; if nobody said, that of the first look. Up to there the
-    shares add up to 1. Each look beyond it gets a fifth of the one before, so that all shares add up to at most 1.25. A
-    report about the seeds of an earlier look is that look again.
+    n: the number of different seeds that this look and those before it have together. earlier: the same number at each
+    of the looks before, in the order of time. planned: the number of seeds after which the study decides; if nobody
+    said, that of the first look. Up to there the shares add up to 1, and a look without a new seed gets nothing. Each
+    look after that number was reached gets a fifth of the one before, so that all shares add up to at most 1.25.
     """
     if n < 2:
         return 1.0  # no test is possible
-    earlier = sorted({each for each in earlier if 1 < each < n})
-    final = planned or min([*earlier, n])
-    beyond = sum(each >= final for each in earlier)
-    if n > final and beyond:
+    final = planned or next(iter(earlier), n)
+    if beyond := sum(each >= final for each in earlier):
         return float(FURTHER**beyond)
     return max(SMALLEST, spent(n / final) - spent(max(earlier, default=0) / final))
 
 
-def share_of_next_look(n: int, earlier: Collection[int], planned: int | None) -> float:
-    """Return the share that a look at more seeds will have: at the planned number, or at any number beyond it."""
-    if n < 2:
-        return 1.0
-    looks = {each for each in earlier if 1 < each < n} | {n}
-    final = planned or min(looks)
-    return share_of_look(final if n < final else n + 1, looks, planned)
+def share_of_next_look(looks: Sequence[int], planned: int | None) -> float:
+    """Return the share that a look at more seeds will have: at the planned number, or at any number beyond it.
+
+    looks: as `earlier` of `share_of_look`, with the present look.
+    """
+    final = planned or looks[0]
+    return share_of_look(final if looks[-1] < final else looks[-1] + 1, looks, planned)
 
 
 class Study(NamedTuple):
     """What is known about the decisions of an experiment beside its runs.
 
-    planned: the number of seeds after which it decides, as its first run recorded it. earlier: the looks before this
-    one. plans: what was planned for these runs, the last one being that of the newest command. changed: earlier plans
-    with other claims for some of the same runs, with the number of these runs.
+    planned: the number of seeds after which it decides, as its first run recorded it. seeds: those of the finished
+    runs. earlier: the looks before this one, in the order of time. plans: what was planned for these runs, the last one
+    being that of the newest command. changed: earlier plans with other claims for some of the same runs, with the
+    number of these runs. unwritten: whether this look could not be written down.
     """
 
     planned: int | None = None
+    seeds: list[int] = []
     earlier: list[Look] = []
     plans: list[PlannedStudy] = []
     changed: list[tuple[PlannedStudy, int]] = []
+    unwritten: bool = False
 
     def share(self, n: int, claim: str | None = None) -> float:
         """Return the share of the level of a claim, or of a comparison that nobody planned, at n seeds."""
-        return share_of_look(n, self._before(claim), self.planned)
+        looks, place = self.seen(n, claim)
+        return share_of_look(looks[place], looks[:place], self.planned) if n > 1 else 1.0
 
     def next_share(self, n: int, claim: str | None = None) -> float:
         """Return the share that the same test will have in the next look, after this one at n seeds."""
-        return share_of_next_look(n, self._before(claim), self.planned)
+        return share_of_next_look(self.seen(n, claim)[0], self.planned) if n > 1 else 1.0
 
-    def _before(self, claim: str | None) -> list[int]:
-        return [len(look.seeds) if claim is None else look.claims.get(claim, 0) for look in self.earlier]
+    def seen(self, n: int, claim: str | None = None) -> tuple[list[int], int]:
+        """Return how many different seeds the looks had together, up to each of them, and the place of this look.
 
-    def looks_before(self, n: int) -> list[Look]:
-        """Return the earlier looks at fewer seeds."""
-        return [look for look in self.earlier if len(look.seeds) < n]
+        Looks are at a claim, or at the comparisons that nobody planned. Those at the same seeds are one look, and count
+        at the time of the first. A claim that lacks some seeds of a look counts as many fewer there.
+        """
+        numbers = [
+            (each.seeds, len(each.seeds) if claim is None else each.claims.get(claim, 0)) for each in self.earlier
+        ]
+        looks = dict.fromkeys((frozenset(seeds), number) for seeds, number in numbers if number > 1)
+        this = frozenset(self.seeds), n
+        together: frozenset[int] = frozenset()
+        seen: list[int] = []
+        for seeds, number in looks | {this: None}:
+            together |= seeds
+            seen.append(max([*seen[-1:], len(together) - len(seeds) + number]))
+        return seen, list(looks).index(this) if this in looks else len(looks)
 
 
 def study_of(runs: pd.DataFrame, records: dict[str, RunRecord]) -> Study:
@@ -95,6 +110,7 @@ def study_of(runs: pd.DataFrame, records: dict[str, RunRecord]) -> Study:
     planned = first.config.get("planned_seeds") if first else None
     return Study(
         planned=planned if type(planned) is int else None,
+        seeds=finished_seeds(runs),
         earlier=sorted(looks, key=lambda look: look.time),
         plans=plans,
         changed=_changed(plans[-1], _sweeps(runs)) if plans else [],

@@ -8,8 +8,19 @@ import pandas as pd
 import pytest
 from scipy import special, stats
 
-from moe.analysis.looks import FURTHER, finished_seeds, record_look, share_of_look, share_of_next_look, spent, study_of
+from moe.analysis.looks import (
+    FURTHER,
+    SMALLEST,
+    Study,
+    finished_seeds,
+    record_look,
+    share_of_look,
+    share_of_next_look,
+    spent,
+    study_of,
+)
 from moe.analysis.report.inputs import collect_inputs
+from moe.analysis.report.report import _with_look
 from moe.analysis.report.sections.planned import planned_facts, warnings_of_looks
 from moe.bench.candidates import RULES, inverse_trigamma, moderated, p_of_looks, paired, simulated
 from moe.bench.errors import null_runs, write_record
@@ -32,11 +43,52 @@ def test_the_shares_of_planned_looks_add_up_to_one(looks: tuple[int, ...]) -> No
 
 def test_looks_beyond_the_planned_seeds_share_a_quarter_more() -> None:
     assert [share_of_look(n, (3, 5)[:place], None) for place, n in enumerate((3, 5, 8))] == [1, FURTHER, FURTHER**2]
-    assert share_of_look(5, (3, 5, 5), None) == FURTHER  # the same seeds are the same look
-    assert share_of_look(3, (5,), None) == share_of_look(0, (), None) == share_of_next_look(1, (), 8) == 1
-    assert share_of_next_look(3, (), None) == FURTHER
-    assert share_of_next_look(5, (3,), None) == FURTHER**2
-    assert share_of_next_look(3, (), 8) == 1 - spent(3 / 8)
+    assert share_of_look(0, (), None) == Study().share(1) == Study().next_share(1) == 1
+    assert share_of_next_look([3], None) == FURTHER
+    assert share_of_next_look([3, 5], None) == FURTHER**2
+    assert share_of_next_look([3], 8) == 1 - spent(3 / 8)
+
+
+def shares_at(sets: list[list[int]], planned: int | None, claim: str | None = None) -> list[float]:
+    looks = [Look(f"2026-01-{day:02}", seeds, {"a": len(seeds)}) for day, seeds in enumerate(sets, 1)]
+    return [Study(planned, seeds, looks[:day]).share(len(seeds), claim) for day, seeds in enumerate(sets)]
+
+
+@pytest.mark.parametrize("claim", [None, "a"])
+def test_a_look_at_other_seeds_or_at_fewer_is_not_free(claim: str | None) -> None:
+    eight = list(range(8))
+    others = [eight, [*range(8, 16)], eight[1:], eight[:4]]
+    assert shares_at(others, 8, claim) == shares_at(others, None, claim) == [1, FURTHER, FURTHER**2, FURTHER**3]
+    early = shares_at([[0, 1, 2], [3, 4, 5], [0, 4], eight], 8, claim)
+    assert early == [spent(3 / 8), spent(6 / 8) - spent(3 / 8), SMALLEST, 1 - spent(6 / 8)]
+    assert shares_at([[0, 1, 2], [3, 4, 5], [2, 1, 0], [3, 4, 5]], None, claim) == [1, FURTHER, 1, FURTHER]
+
+
+def test_choosing_among_sets_of_seeds_keeps_the_error() -> None:
+    """Whoever may leave out any one seed of eight finds something too often, unless each set counts as a look."""
+    sets = [list(range(8)), *([each for each in range(8) if each != left] for left in range(8))]
+    differences = np.random.default_rng(0).normal(size=(4000, 8))
+    p = np.stack([stats.ttest_1samp(differences[:, seeds], 0, axis=1).pvalue for seeds in sets], axis=1)
+    assert (p <= 0.05).any(1).mean() > 0.12
+    assert (p <= 0.05 * np.array(shares_at(sets, 8))).any(1).mean() <= 0.0625
+
+
+def test_a_report_says_which_looks_leave_it_less() -> None:
+    study = Study(8, [0, 4], [Look("2026-01-01", [0, 1, 2], {}), Look("2026-01-02", [3, 4, 5], {})])
+    assert "look 3 at these runs, and it has no new seed" in next(warnings_of_looks(study, 2))
+    other = Study(None, [7, 8, 9], study.earlier[:1])
+    assert "a report\nabout other seeds (0, 1, 2) was written" in next(warnings_of_looks(other, 3))
+    assert list(warnings_of_looks(other._replace(seeds=[2, 1, 0]), 3)) == []
+    [warning] = warnings_of_looks(Study(None, [0, 1, 2], unwritten=True), 3)
+    assert "was not written down" in warning
+
+
+def test_a_folder_that_cannot_be_written_to_is_said(runs: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(LooksRecord, "write", refuse)
+    assert _with_look(collect_inputs(runs)[0]).study.unwritten
 
 
 def test_adding_seeds_keeps_the_error_only_with_shares() -> None:
@@ -78,7 +130,7 @@ def test_a_second_look_is_said_and_corrected(runs: pd.DataFrame, tmp_path: Path)
     assert (second.contrasts["p Holm"] >= alone.contrasts["p Holm"]).all()
     assert second.contrasts["p"].equals(alone.contrasts["p"])
     [warning] = warnings_of_looks(second.study, len(finished_seeds(runs)))
-    assert "look 2 at these runs, beyond the planned number of seeds (3)" in warning
+    assert "look 2 at these runs, after the planned number of seeds (3) was reached" in warning
     assert "1 % in place of 5 %" in warning
     assert "at most 6 % of studies" in warning
     assert list(warnings_of_looks(alone.study, 5)) == []

@@ -142,9 +142,10 @@ def write_report(
     """
     columns = itertools.chain.from_iterable(study.training_columns for study in STUDIES)
     all_runs, *experiments = collect_inputs(runs, options, training_columns=tuple(columns))
-    for part in experiments or [all_runs]:
-        if not (part.search or part.observed):
-            record_look(part.loaded, part.claims)
+    if experiments:
+        experiments = [_with_look(part) for part in experiments]
+    else:
+        all_runs = _with_look(all_runs)
     names = levels(runs["experiment"])
     if len(names) == 1:  # the facts below the verdicts give the settings that a grid adds to its experiment
         names = [names[0].partition(": ")[0]]
@@ -209,6 +210,12 @@ def _chapter(chapter: Chapter, inputs: ReportInputs) -> Iterator[ReportBlock]:
             yield Folded(chapter.title, chapter.summary)
             titled = True
         yield block._replace(level=block.level + 1) if isinstance(block, Heading) else block
+
+
+def _with_look(inputs: ReportInputs) -> ReportInputs:
+    """Write the look down, and return the inputs, which then say whether that was possible."""
+    looked = inputs.search or inputs.observed or record_look(inputs.loaded, inputs.claims)
+    return inputs._replace(study=inputs.study._replace(unwritten=not looked))
 
 
 def _experiment(inputs: ReportInputs) -> Iterator[ReportBlock]:

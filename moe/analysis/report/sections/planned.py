@@ -1,6 +1,7 @@
 """What was planned before the runs, and what follows from earlier looks at their results."""
 
 from collections.abc import Iterator
+from itertools import takewhile
 
 from moe.analysis.looks import FURTHER, Study
 from moe.analysis.power import SIGNIFICANCE
@@ -10,13 +11,20 @@ CHANGED = """\
 **The claims were changed.** On {time}, {claims} were planned for {runs} of these runs. Runs with the same settings give
 the same results, so the present claims may have been chosen by results."""
 BEYOND = """\
-**This is look {number} at these runs, beyond the planned number of seeds ({planned}).** A report about {seeds} seeds
-was written on {time}. A test now has {share:.3g} % in place of 5 % for all its family; together with the looks before,
-chance decides something in at most {total:.3g} % of studies. To keep 5 %, plan the number of seeds before the first run
-(`planned_seeds=8`)."""
+**This is look {number} at these runs, after the planned number of seeds ({planned}) was reached.** On {time}, a report
+about other seeds ({seeds}) was written. A test now has {share:.3g} % in place of 5 % for all its family; together with
+the looks before, chance decides something in at most {total:.3g} % of studies. To keep 5 %, plan the number of seeds
+before the first run (`planned_seeds=8`)."""
 WITHIN = """\
 This is look {number} at these runs, of {planned} planned seeds. A test has {share:.3g} % in place of 5 % for all its
 family, and all looks together keep the 5 %."""
+NOTHING_NEW = """\
+**This is look {number} at these runs, and it has no new seed.** Earlier reports had all its seeds, beside others.
+Nothing of the 5 % is left for it, so its tests decide nothing. Reports about more seeds, up to the {planned} planned
+ones, do."""
+NOT_WRITTEN = """\
+**This look was not written down**, because the folder of the runs cannot be written to. A later report will not know of
+it, so its tests will have too large a share of the 5 %."""
 
 
 def planned_facts(study: Study) -> list[tuple[str, str]]:
@@ -36,20 +44,24 @@ def warnings_of_looks(study: Study, n: int) -> Iterator[str]:
     """Yield what a reader has to know of earlier looks and of changed claims. n: the seeds with finished runs."""
     for earlier, runs in study.changed[:3]:
         yield CHANGED.format(time=earlier.time, claims=f"other claims ({len(earlier.claims)})", runs=runs)
-    before = study.looks_before(n)
-    planned = study.planned or min((len(look.seeds) for look in before), default=n)
+    if n < 2:
+        return  # no test is possible
+    if study.unwritten:
+        yield NOT_WRITTEN
+    looks, place = study.seen(n)
+    planned, before = study.planned or looks[0], looks[:place]
     if not before and n >= planned:
         return
-    share, number = study.share(n), len({len(look.seeds) for look in before}) + 1
-    percent = 100 * SIGNIFICANCE * share
-    if n > planned and before and len(before[-1].seeds) >= planned:
-        beyond = len({len(look.seeds) for look in before if len(look.seeds) >= planned})
+    share = 100 * SIGNIFICANCE * study.share(n)
+    facts = {"number": place + 1, "planned": planned, "share": share}
+    if beyond := sum(each >= planned for each in before):
+        *_, last = takewhile(lambda look: set(look.seeds) != set(study.seeds), study.earlier)
         total = 100 * SIGNIFICANCE * sum(FURTHER**each for each in range(beyond + 1))
-        last = before[-1]
-        facts = {"seeds": len(last.seeds), "time": last.time, "share": percent, "total": total}
-        yield BEYOND.format(number=number, planned=planned, **facts)
+        yield BEYOND.format(**facts, seeds=", ".join(map(str, last.seeds)), time=last.time, total=total)
+    elif looks[place] in before:
+        yield NOTHING_NEW.format(**facts)
     else:
-        yield WITHIN.format(number=number, planned=planned, share=percent)
+        yield WITHIN.format(**facts)
 
 
 def _claims(number: int) -> str:

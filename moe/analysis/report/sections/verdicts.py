@@ -62,7 +62,8 @@ LOOKS = """\
 Whoever adds seeds and looks again has more chances of an error. Therefore each report is written down as a look, in
 looks.json beside the runs, and the looks share the level of a test. Up to the planned number of seeds the shares add
 up to 1: an early look gets little, and the last one nearly everything. If nobody planned a number, that of the first
-report counts as planned. Each later look beyond it gets a fifth of the level of the one before."""
+report counts as planned. Each look after that number was reached gets a fifth of the level of the one before. What
+counts is how many different seeds were in any report, so a report about other seeds, or about fewer, is a look too."""
 ONLY_DESCRIBES = """\
 All other numbers describe and test nothing. An interval such as [-1, 2] after a difference holds for itself alone. What
 is read from intervals, figures or tables is not tested."""
