@@ -53,25 +53,26 @@ def _read_claims(text: str) -> list[ClaimConfig]:
     return [parse(ClaimConfig, claim, f"claims[{number}]") for number, claim in enumerate(json.loads(text))]
 
 
-def judge_planned(runs: pd.DataFrame) -> pd.DataFrame:
+def judge_planned(runs: pd.DataFrame, evals: pd.DataFrame | None = None) -> pd.DataFrame:
     """Return `judge` of every planned claim, with the experiment as the first column.
 
     The probability that chance makes any verdict wrong is at most 5 %. The claims of sources and our own are two
     families of `moe.analysis.statistics.corrected`. A report divides the 5 % among these claims and its other tests.
+    evals: see `moe.analysis.comparisons.compared`.
     """
-    table = measured_claims(runs)
+    table = measured_claims(runs, evals)
     if table.empty:
         return decided(table, table["p"].to_numpy(), table["p"].to_numpy())
     families = claim_families(table)
     return decided(table, corrected(table["p"], families), divisors(table["p"], families))
 
 
-def measured_claims(runs: pd.DataFrame) -> pd.DataFrame:
+def measured_claims(runs: pd.DataFrame, evals: pd.DataFrame | None = None) -> pd.DataFrame:
     """Return a row for every planned claim, before the correction for other tests; `decided` completes it."""
     rows: dict[str, list[dict[str, Any]]] = {}
     for claim, members in planned_claims(runs):
         experiment = members["experiment"].iloc[0]
-        rows.setdefault(experiment, []).append({"experiment": experiment} | _judge_alone(claim, members))
+        rows.setdefault(experiment, []).append({"experiment": experiment} | _judge_alone(claim, members, evals))
     columns = ["experiment", *_claim_row("", "", "", ""), *_row("", Comparison(0), NAN, "", "")]
     return pd.DataFrame(list(chain.from_iterable(rows.values())), columns=columns)
 
@@ -164,18 +165,18 @@ def _detectable(n: int, spread: float, tests: int, metric: str) -> str:
     return detectable_note(effect * spread, effect * low, effect * high, tests=tests, unit=unit_of(metric))
 
 
-def _judge_alone(claim: ClaimConfig, runs: pd.DataFrame) -> dict[str, Any]:
+def _judge_alone(claim: ClaimConfig, runs: pd.DataFrame, evals: pd.DataFrame | None = None) -> dict[str, Any]:
     """Return the row of one claim, before the correction for the other claims."""
     row = _claim_row(claim.text, claim.source, claim.metric, claim.kind)
     if claim.kind == "interaction" and claim.margin is None and claim.direction is None:
-        rise, fall = (_judge_levels(replace(claim, direction=each), runs) for each in ("higher", "lower"))
+        rise, fall = (_judge_levels(replace(claim, direction=each), runs, evals) for each in ("higher", "lower"))
         return row | (fall if rise["verdict"] == "contradicted" else rise)
-    return row | _judge_levels(claim, runs)
+    return row | _judge_levels(claim, runs, evals)
 
 
-def _judge_levels(claim: ClaimConfig, runs: pd.DataFrame) -> dict[str, Any]:
+def _judge_levels(claim: ClaimConfig, runs: pd.DataFrame, evals: pd.DataFrame | None) -> dict[str, Any]:
     """Return the columns about the comparisons of the named levels of a claim with their rivals."""
-    named, rivals, pairs, absent = compared(claim, runs)
+    named, rivals, pairs, absent = compared(claim, runs, evals)
     if absent:
         sides = [_listed(_label(claim, runs, each) for each in side) for side in (named, rivals)]
         text = f"{claim.factor} {' vs '.join(sides)}"

@@ -16,6 +16,7 @@ from moe.results.conditions import by_seed, conditions, levels, two_levels, vari
 from moe.results.table import level
 
 NAN = float("nan")
+COSTS = {"flops": FLOPS, "seconds": SECONDS}  # by the value of a claim's key `at`
 
 
 class Comparison(NamedTuple):
@@ -64,8 +65,11 @@ class Compared(NamedTuple):
     absent: list[str]
 
 
-def compared(claim: ClaimConfig, runs: pd.DataFrame) -> Compared:
-    """Return what a claim compares. An interaction without a direction is taken to be "higher"."""
+def compared(claim: ClaimConfig, runs: pd.DataFrame, evals: pd.DataFrame | None = None) -> Compared:
+    """Return what a claim compares. An interaction without a direction is taken to be "higher".
+
+    evals: the evaluations of the runs, for a claim at equal cost; by default they are read from the run folders.
+    """
     runs = _selected(claim, runs)
     present = levels(runs[claim.factor]) if claim.factor in runs else []
     named = [level(each) for each in claim.levels]
@@ -83,7 +87,7 @@ def compared(claim: ClaimConfig, runs: pd.DataFrame) -> Compared:
     if claim.at is not None:
         named_alone = runs[claim.factor].isin([*named, *rivals]) | (claim.kind == "mixed")
         try:
-            runs = at_common_cost(runs[named_alone], _metrics(claim), {"flops": FLOPS, "seconds": SECONDS}[claim.at])
+            runs = at_common_cost(runs[named_alone], _metrics(claim), COSTS[claim.at], evals)
         except ValueError as error:
             return Compared(named, rivals, [], [str(error)])
     if claim.kind == "interaction":

@@ -172,14 +172,16 @@ def _gap(curve: pd.DataFrame, costs: list[float]) -> np.ndarray:
     return np.where(np.isclose(known[after], costs, rtol=1e-9), 0.0, np.abs(loss[before] - loss[after]))
 
 
-def at_common_cost(runs: pd.DataFrame, metrics: list[str], cost: str) -> pd.DataFrame:
+def at_common_cost(
+    runs: pd.DataFrame, metrics: list[str], cost: str, evals: pd.DataFrame | None = None
+) -> pd.DataFrame:
     """Return the runs with these metrics as they were at the largest cost that all of the finished runs have reached.
 
-    They are NaN for a run without evaluations. Seconds are as measured. Raises ValueError if the runs have no cost in
-    common.
+    They are NaN for a run without evaluations. Seconds are as measured. evals: the evaluations; by default they are
+    read from the run folders. Raises ValueError if the runs have no cost in common.
     """
     finished = runs[runs["status"] == "finished"]
-    evals = read_event_tables(finished["folder"].unique()).evals
+    evals = read_event_tables(finished["folder"].unique()).evals if evals is None else evals
     for metric in metrics:
         curves = training_curves(finished, evals, metric=metric, seconds=MEASURED).dropna(subset=[cost])
         of_run = {folder: curve.rename(columns={cost: "cost"}) for folder, curve in curves.groupby("folder")}

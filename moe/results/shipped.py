@@ -5,6 +5,7 @@ again and its curves drawn again, on any machine.
 """
 
 import gzip
+import itertools
 import json
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from moe.files import replacing
 from moe.results.table import DIGESTS, FACTS, PLUGINS, EventTables, read_event_tables, table_of
 
 RUNS, EVALS = "runs.csv.gz", "evals.csv.gz"
-CURVES = ("val/loss", "val/bits_per_byte", "time/elapsed")  # what is kept of each evaluation
+CURVES = ("val/loss", "val/bits_per_byte", "time/elapsed")  # kept of each evaluation, with what claims need
 
 PLACES = ["out", "data.cache"]  # columns with paths of the machine that trained the runs
 
@@ -35,7 +36,8 @@ def ship(runs: pd.DataFrame, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     evals = read_event_tables(runs.loc[runs["status"] != "missing", "folder"]).evals
     names = {each.folder: f"{Path(each.folder).parent.name}/{each.run}" for each in runs.itertuples()}
-    columns = ["folder", "step", *(column for column in CURVES if column in evals)]
+    claimed = _claimed_at_cost(runs)
+    columns = ["folder", "step", *(name for name in evals if name in CURVES or name.startswith(claimed))]
     evals = evals.reindex(columns=columns) if len(evals) else pd.DataFrame(columns=columns)
     runs = runs.drop(columns=[place for place in PLACES if place in runs])
     factors = [column for column in runs if "/" not in column and column not in FACTS]
@@ -47,6 +49,12 @@ def ship(runs: pd.DataFrame, folder: Path) -> list[Path]:
             packed.write(text.encode())
         written.append(folder / name)
     return written
+
+
+def _claimed_at_cost(runs: pd.DataFrame) -> tuple[str, ...]:
+    """Return the metrics of claims at equal cost. They are read from the evaluations, perhaps by domain of the text."""
+    claims = itertools.chain.from_iterable(json.loads(text) for text in runs["claims"].dropna().unique())
+    return tuple(claim["metric"] for claim in claims if claim.get("at"))
 
 
 def read_shipped(folder: Path) -> tuple[pd.DataFrame, EventTables]:

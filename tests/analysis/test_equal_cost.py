@@ -11,7 +11,7 @@ from run_folders import write_metrics, write_record
 from scipy import stats
 
 from moe.analysis.__main__ import main
-from moe.analysis.claims import judge
+from moe.analysis.claims import judge, judge_planned
 from moe.analysis.equal_cost import (
     ACTIVE,
     FLOPS,
@@ -28,6 +28,7 @@ from moe.analysis.report.inputs import ReportOptions, collect_inputs
 from moe.analysis.report.sections.cost import FROM_CURVES, costs, equal_costs, speed_ups
 from moe.analysis.sentences import UNTESTED
 from moe.config.claim import ClaimConfig
+from moe.results.shipped import read_shipped, ship
 from moe.results.table import load_runs, read_event_tables
 
 STEPS = (0, 10, 20, 40)
@@ -176,6 +177,21 @@ def test_a_claim_can_compare_at_equal_cost(tmp_path: Path) -> None:
     assert at_flops["compared"].endswith(", at equal training FLOPs")
     [table] = [equal_cost(runs, training_curves(runs, read_event_tables(runs["folder"]).evals), ["router"], {}, FLOPS)]
     assert at_flops[["difference", "ci_low"]].tolist() == pytest.approx(table.iloc[0][["value", "low"]].tolist())
+
+
+def test_a_claim_at_equal_cost_has_the_same_verdict_where_only_tables_were_shipped(tmp_path: Path) -> None:
+    runs, evals = made_up(flops={"a": 100, "b": 160})
+    runs = write_runs(tmp_path, runs, evals.assign(**{"routing/load_cv": evals["val/loss"]}))
+    words = {"text": "b is worse", "source": "our own", "factor": "router", "levels": ["b"], "than": ["a"]}
+    words |= {"kind": "higher", "within": {}, "direction": None, "margin": None, "size": []}
+    claims = [words | {"metric": each, "at": "flops"} for each in ("val/loss", "routing/load_cv")]
+    runs = runs.assign(claims=json.dumps(claims), **{"routing/load_cv": runs["val/loss"]})
+    ship(runs, tmp_path / "shipped")
+    shipped, past = read_shipped(tmp_path / "shipped")
+    [here], [there] = collect_inputs(runs), collect_inputs(shipped, past=past)
+    assert here.claims["n"].tolist() == [4, 4]
+    pd.testing.assert_frame_equal(there.claims, here.claims)
+    pd.testing.assert_frame_equal(judge_planned(shipped, past.evals), judge_planned(runs))
 
 
 def test_a_claim_at_equal_cost_is_not_tested_if_one_side_starts_after_the_other_has_ended(tmp_path: Path) -> None:

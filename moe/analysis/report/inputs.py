@@ -233,7 +233,7 @@ def _with_comparisons(inputs: ReportInputs) -> ReportInputs:
     ]
     variance, refusals = _variance(inputs, runs)
     return inputs._replace(
-        claims=measured_claims(loaded),
+        claims=measured_claims(loaded, inputs.past.evals),
         contrasts=stack(tables),
         variance=variance,
         without_variance=refusals,
