@@ -48,14 +48,13 @@ def _entries(text: str) -> list[_Entry]:
 def explicit(text: str) -> str:
     """Return the text with all settings of its options, so that it says what a run computes. Raises ConfigError."""
     given = _entries(text)
-    overruled = {(each.first, each.last, each.word) for each in given if each.value is not None}
     written = []
-    for each in given:
+    for number, each in enumerate(given):
         written.append(each)
         if each.value is None:
             own = {name: value for name, value in _preset(each.word).items() if name != "_target_"}
-            new = [name for name in own if (each.first, each.last, name) not in overruled]
-            written += [each._replace(word=name, value=_text(own[name])) for name in new]
+            settings = [each._replace(word=name, value=_text(own[name])) for name in own]
+            written += [setting for setting in settings if not _overruled(setting, given[number + 1 :])]
     return "+".join(map(str, written))
 
 
@@ -74,6 +73,23 @@ def check(text: str, *, dense: int, layers: int) -> None:
     require(twice is None, KEY, text, f"at most one option for each layer; layer {twice} has two")
     allowed = "left out for one layer at least: name the router of the others as router=OPTION"
     require(len(chosen) < layers - dense, KEY, text, allowed)
+
+
+def check_changes(text: str | None, router: dict[str, Any]) -> None:
+    """Raise ConfigError for an entry that later ones overrule in all its layers, or layers that keep their router."""
+    given = _entries(text) if text else []
+    for number, each in enumerate(given):
+        allowed = f"entries that later ones leave an effect; {each} has none"
+        require(not _overruled(each, given[number + 1 :]), KEY, text, allowed)
+    same = next((number for number, spec in specs(text, router).items() if spec == router), None)
+    allowed = f"entries for layers with another router than the others; layer {same} has the same one"
+    require(same is None, KEY, text, allowed)
+
+
+def _overruled(entry: _Entry, later: list[_Entry]) -> bool:
+    """Return whether later entries replace an entry in each of its layers: an option, or the same setting."""
+    replacing = [each for each in later if each.value is None or each.word == entry.word]
+    return all(any(each.first <= n <= each.last for each in replacing) for n in range(entry.first, entry.last + 1))
 
 
 def specs(text: str | None, router: dict[str, Any]) -> dict[int, dict[str, Any]]:

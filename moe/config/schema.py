@@ -166,6 +166,7 @@ class Config:
         """Raise ConfigError for wrong keys or ranges of the router, and for a schedule or data that do not fit it."""
         self.check_adapter()
         routers = self.build_routers()
+        layer_routers.check_changes(self.model.routers, self.router)
         for router in routers:
             self._check_one(router)
         allowed = "routers that all run once in a layer, or all equally often"
@@ -176,6 +177,9 @@ class Config:
         precision, computes = self.model.router_precision, not all(each.uses_ids for each in routers)
         allowed = "fp32, because this router only looks experts up"
         require(computes or precision == "fp32", "model.router_precision", precision, allowed)
+        rounds = any(True for each in routers for _ in each.parameters())
+        allowed = "fp32 or bf16, because this router has no parameters to round"
+        require(rounds or precision != "bf16_weights", "model.router_precision", precision, allowed)
         if self.schedule.get("knob") == "noise" and all("noise" in each.ignored_keys() for each in routers):
             raise ConfigError("schedule.knob=noise: this router ignores noise; use another router")
         if self.schedule.get("knob") == "temperature" and not any(each.schedulable for each in routers):

@@ -23,6 +23,7 @@ def test_entries_choose_options_and_change_settings_of_single_layers() -> None:
         ("0:hash+0:k:1", "0:hash+0:balanced:true+0:k:1"),
         ("0-1:hash+0:k:1", "0-1:hash+0-1:k:2+0-1:balanced:true+0:k:1"),
         ("2:k:1", "2:k:1"),
+        ("0:hash+1:hash+0-1:k:1", "0:hash+0:balanced:true+1:hash+1:balanced:true+0-1:k:1"),
         ("3:relu", "3:relu+3:target:2.0+3:coefficient:1e-08+3:rate:1.2"),
     ],
 )
@@ -46,6 +47,10 @@ def test_the_explicit_text_has_all_settings_and_means_the_same(text: str, explic
         ("model.routers=0:k:9", "^model.routers=0:k:9: router.k=9: must be between 1 and model.num_experts=8$"),
         ("model.routers=0:k:two", "^model.routers=0:k:two: router.k=two: must be a whole number$"),
         ("model.routers=0:chain_of_experts", "must be routers that all run once in a layer, or all equally often$"),
+        ("model.routers=0:k:1+0:hash", r"^model.routers=0:k:1\+0:hash.*: must be entries .*; 0:k:1 has none$"),
+        ("model.routers=0-1:k:1+0:k:3+1:k:4", "must be entries that later ones leave an effect; 0-1:k:1 has none$"),
+        ("model.routers=0:topk", "^model.routers=0:topk.*: must be entries .*; layer 0 has the same one$"),
+        ("model.routers=0:k:1+2:k:2", "must be entries for layers with another router .*; layer 2 has the same one$"),
         ("model.routers=0:k:4 capacity=2", "^capacity=2.0: must be null, or below 2: "),
         (
             "model.routers=0:expert_choice data=smoltalk",

@@ -120,6 +120,10 @@ from moe.runs.record import RunFacts
             "model.router_precision=bf16 router=hash",
             "^model.router_precision=bf16: must be fp32, because this router only looks experts up$",
         ),
+        (
+            "model.router_precision=bf16_weights router=running_means",
+            "^model.router_precision=bf16_weights: must be fp32 or bf16, because this router has no parameters",
+        ),
         ("model.router_input=attn", "^model.router_input=attn: must be one of feed_forward, attention; nearest: atten"),
         ("model.latent_dim=8 erc=0.1", "^erc=0.1: must be 0 unless routers and experts read the same vectors"),
         ("model.router_input=attention erc=0.1", "^erc=0.1: must be 0 unless routers and experts read the same"),
