@@ -42,7 +42,10 @@ def main(command: list[str] | None = None) -> int:
         if arguments.command == "ship":
             written = ship(load_runs([arguments.runs]), arguments.folder)
         else:
-            written = [write_page(page) for page in pages(arguments.folder)]
+            texts = {page: page_text(page) for page in pages(arguments.folder)}  # all, before the first is written
+            for page, text in texts.items():
+                write_text(page, text)
+            written = list(texts)
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
@@ -56,15 +59,17 @@ def pages(folder: Path) -> list[Path]:
     return [table.parent.with_suffix(".md") for table in sorted(folder.glob(f"*/{EVALS}"))]
 
 
-def write_page(page: Path) -> Path:
-    """Write what the tables of a study show into its page, between the two marks; raise ValueError if it lacks them."""
+def page_text(page: Path) -> str:
+    """Return a page with what the tables of its study show between the two marks.
+
+    Raises ValueError if it lacks the marks, or if a table is damaged.
+    """
     text = read_text(page)
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise ValueError(f"{page}: must have the lines {BEGIN} and {END}")
-    write_text(page, f"{before}{BEGIN}\n\n{shown_by(page.with_suffix(''))}\n\n{END}{after}")
-    return page
+    return f"{before}{BEGIN}\n\n{shown_by(page.with_suffix(''))}\n\n{END}{after}"
 
 
 def shown_by(folder: Path) -> str:

@@ -7,12 +7,14 @@ again and its curves drawn again, on any machine.
 import gzip
 import itertools
 import json
+import zlib
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from moe.checks import first_line
 from moe.files import replacing
 from moe.results.table import DIGESTS, FACTS, PLUGINS, EventTables, read_event_tables, table_of
 
@@ -58,13 +60,34 @@ def _claimed_at_cost(runs: pd.DataFrame) -> tuple[str, ...]:
 
 
 def read_shipped(folder: Path) -> tuple[pd.DataFrame, EventTables]:
-    """Return the runs and the evaluations that `ship` wrote, as `load_runs` and `read_event_tables` give them."""
-    cells = pd.read_csv(folder / RUNS, dtype=str, keep_default_na=False)
-    rows = [
-        {column: _parse(column, text) for column, text in row.items() if text or "/" in column or column in KNOWN}
-        for row in cells.to_dict("records")
-    ]
-    return table_of(rows), EventTables(pd.read_csv(folder / EVALS), pd.DataFrame(), [])
+    """Return the runs and the evaluations that `ship` wrote, as `load_runs` and `read_event_tables` give them.
+
+    Raises ValueError, naming the file, for one that is damaged.
+    """
+    cells = _read(folder / RUNS, KNOWN, dtype=str, keep_default_na=False)
+    try:
+        rows = [
+            {column: _parse(column, text) for column, text in row.items() if text or "/" in column or column in KNOWN}
+            for row in cells.to_dict("records")
+        ]
+    except ValueError as error:
+        raise ValueError(f"{folder / RUNS}: {first_line(error)}") from error
+    evals = _read(folder / EVALS, {"folder", "step"})
+    texts = [name for name in evals if name != "folder" and not pd.api.types.is_numeric_dtype(evals[name])]
+    if texts and len(evals):
+        raise ValueError(f"{folder / EVALS}: column {texts[0]} must hold numbers")
+    return table_of(rows), EventTables(evals, pd.DataFrame(), [])
+
+
+def _read(path: Path, needed: set[str], **options: Any) -> pd.DataFrame:
+    """Return a table. Raises ValueError, naming the file, if it cannot be read or lacks a column."""
+    try:
+        table = pd.read_csv(path, **options)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise ValueError(f"{path}: cannot be read ({first_line(error)})") from error
+    if missing := sorted(needed - {*table}):
+        raise ValueError(f"{path}: lacks the column {missing[0]}")
+    return table
 
 
 def _parse(column: str, text: str) -> Any:

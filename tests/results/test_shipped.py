@@ -1,7 +1,9 @@
 """Tests of the tables of a study in a repository: they hold what the run folders hold that a page needs."""
 
+import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -9,7 +11,7 @@ from run_folders import change_record, write_metrics, write_record
 
 from moe.analysis import pages
 from moe.analysis.claims import judge_planned
-from moe.results.shipped import ship
+from moe.results.shipped import EVALS, RUNS, ship
 from moe.results.table import load_runs
 
 CLAIM = {"text": "noise helps", "metric": "val/loss", "factor": "noise", "levels": [0.5], "kind": "lower", "than": [0]}
@@ -67,6 +69,40 @@ def test_a_page_holds_what_the_tables_show_between_its_marks(
     assert pages.main(["write", str(page.parent)]) == 2
     assert "must have the lines" in capsys.readouterr().err
     assert page.read_text() == "# Title\n"
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "message"),
+    [
+        (RUNS, lambda packed: packed[:600], "cannot be read"),
+        (RUNS, lambda packed: gzip.compress(b"folder,run\nx,y\n"), "lacks the column"),
+        (
+            RUNS,
+            lambda packed: gzip.compress(gzip.decompress(packed).replace(b",3.0", b",three", 1)),
+            "could not convert",
+        ),
+        (EVALS, lambda packed: b"", "cannot be read"),
+        (
+            EVALS,
+            lambda packed: gzip.compress(gzip.decompress(packed).replace(b",0,", b",none,", 1)),
+            "column step must",
+        ),
+    ],
+)
+def test_a_damaged_table_is_named_and_no_page_is_written(
+    file: str, damage: Any, message: str, sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "docs" / "one.md"
+    ship(load_runs([sweep]), page.with_suffix(""))
+    path = page.with_suffix("") / file
+    path.write_bytes(damage(path.read_bytes()))
+    page.write_text(f"{pages.BEGIN}\n{pages.END}\n")
+    assert pages.main(["write", str(page.parent)]) == 2
+    told = capsys.readouterr().err
+    assert str(path) in told
+    assert message in told
+    assert len(told.splitlines()) == 1
+    assert page.read_text() == f"{pages.BEGIN}\n{pages.END}\n"
 
 
 def test_the_pages_of_docs_hold_what_their_tables_show() -> None:
