@@ -17,7 +17,7 @@ from scipy import stats
 
 from moe.analysis.power import SIGNIFICANCE
 from moe.runs.planned import Look, LooksRecord, PlannedStudy, digest_of, looks_in, plans_in
-from moe.runs.record import RunRecord
+from moe.runs.record import RecordError, RunRecord
 
 FURTHER = 0.2  # of the share of the look before, for a look after the planned number of seeds was reached
 SMALLEST = 1e-12  # share of a look to which nothing is left
@@ -100,7 +100,7 @@ class Study(NamedTuple):
 
 
 def study_of(runs: pd.DataFrame, records: dict[str, RunRecord]) -> Study:
-    """Return what the sweep folders of the runs of one experiment tell."""
+    """Return what the sweep folders of the runs of one experiment tell. Raises RecordError for a damaged file."""
     experiment = str(runs["experiment"].iloc[0])
     known = [records[folder] for folder in runs["folder"].unique() if folder in records]
     first = min(known, key=lambda record: record.started, default=None)
@@ -151,12 +151,20 @@ def _sweeps(runs: pd.DataFrame) -> list[Path]:
 
 
 def _changed(plan: PlannedStudy, sweeps: list[Path]) -> list[tuple[PlannedStudy, int]]:
-    """Return earlier plans with other claims, here or in a folder beside, for runs that compute the same."""
+    """Return earlier plans with other claims, here or in a folder beside, for runs that compute the same.
+
+    A damaged file in a folder beside is passed over, because this report is not about its runs.
+    """
     folders = {path.parent for sweep in sweeps for path in sweep.parent.glob("*/plans.json")} | set(sweeps)
     runs = set(plan.runs)
     found = []
-    for earlier in (each for folder in sorted(folders) for each in plans_in(folder)):
-        same = len(runs & set(earlier.runs))
-        if same and earlier.time <= plan.time and digest_of(earlier.claims) != digest_of(plan.claims):
-            found.append((earlier, same))
+    for folder in sorted(folders):
+        try:
+            plans = plans_in(folder)
+        except RecordError:
+            continue
+        for earlier in plans:
+            same = len(runs & set(earlier.runs))
+            if same and earlier.time <= plan.time and digest_of(earlier.claims) != digest_of(plan.claims):
+                found.append((earlier, same))
     return found

@@ -2,21 +2,24 @@
 
 from dataclasses import asdict
 from datetime import UTC, datetime
-from pathlib import Path
 
 from moe.config.cell import Cell
 from moe.config.keys import fingerprint
 from moe.runs.folder import stored_record
-from moe.runs.planned import PlannedStudy, PlansRecord, digest_of
+from moe.runs.planned import PlannedStudy, PlansRecord, digest_of, looks_in, plans_in
 
 
 def record_plan(cells: list[Cell], experiment: str) -> None:
-    """Add the plan of a command to plans.json of its sweep folder, unless all its runs have begun."""
+    """Add the plan of a command to plans.json of its sweep folder, unless all its runs have begun.
+
+    Raises RecordError for a damaged plans.json or looks.json, before a run trains for a report that would be refused.
+    """
+    folder = cells[0].folder.parent
+    earlier = plans_in(folder)
+    looks_in(folder)
     new = [cell for cell in cells if stored_record(cell) is None]
     if not new:
         return
-    path = cells[0].folder.parent / PlansRecord.FILE
-    earlier = PlansRecord.read(path).plans if path.exists() else []
     plan = PlannedStudy(
         time=datetime.now(UTC).isoformat(timespec="seconds"),
         experiment=experiment,
@@ -26,7 +29,7 @@ def record_plan(cells: list[Cell], experiment: str) -> None:
         runs=[run_digest(cell) for cell in new],
     )
     if plan.digest not in {each.digest for each in earlier}:
-        PlansRecord(plans=[*earlier, plan]).write(Path(path))
+        PlansRecord(plans=[*earlier, plan]).write(folder / PlansRecord.FILE)
 
 
 def run_digest(cell: Cell) -> str:

@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from moe.runs.record import Record, RecordError
+from moe.runs.record import Record
 
 
 class PlannedStudy(NamedTuple):
@@ -46,6 +47,11 @@ class PlansRecord(Record):
 
     plans: list[PlannedStudy]
 
+    def __post_init__(self) -> None:
+        for number, plan in enumerate(self.plans):
+            _check_numbers(f"plans[{number}].seeds", plan.seeds)
+            _check_numbers(f"plans[{number}].planned_seeds", [plan.planned_seeds or 0])
+
 
 @dataclass(frozen=True, kw_only=True)
 class LooksRecord(Record):
@@ -56,21 +62,31 @@ class LooksRecord(Record):
 
     looks: dict[str, list[Look]]
 
+    def __post_init__(self) -> None:
+        for experiment, looks in self.looks.items():
+            for number, look in enumerate(looks):
+                place = f"looks.{experiment}[{number}]"
+                _check_numbers(f"{place}.seeds", look.seeds)
+                _check_numbers(f"{place}.claims", look.claims.values())
+
 
 def plans_in(folder: Path) -> list[PlannedStudy]:
-    """Return what was planned in a sweep folder; nothing if its file is missing or cannot be read."""
-    try:
-        return PlansRecord.read(folder / PlansRecord.FILE).plans
-    except RecordError:
-        return []
+    """Return what was planned in a sweep folder; nothing without the file. Raises RecordError if it is damaged."""
+    path = folder / PlansRecord.FILE
+    return PlansRecord.read(path).plans if path.exists() else []
 
 
 def looks_in(folder: Path) -> dict[str, list[Look]]:
-    """Return the looks at each experiment of a sweep folder; none if its file is missing or cannot be read."""
-    try:
-        return LooksRecord.read(folder / LooksRecord.FILE).looks
-    except RecordError:
-        return {}
+    """Return the looks at each experiment of a sweep folder; none without the file. Raises RecordError if damaged."""
+    path = folder / LooksRecord.FILE
+    return LooksRecord.read(path).looks if path.exists() else {}
+
+
+def _check_numbers(place: str, numbers: Iterable[int]) -> None:
+    """Raise ValueError unless all numbers are at least 0."""
+    for number in numbers:
+        if number < 0:
+            raise ValueError(f"{place} has {number}: must be at least 0")
 
 
 def digest_of(content: Any) -> str:

@@ -26,6 +26,7 @@ from moe.bench.candidates import RULES, inverse_trigamma, moderated, p_of_looks,
 from moe.bench.errors import null_runs, write_record
 from moe.config.claim import ClaimConfig
 from moe.runs.planned import Look, LooksRecord, PlannedStudy, PlansRecord
+from moe.runs.record import FORMAT, RecordError
 
 CLAIM = ClaimConfig("a", "val/loss", "noise", [0.5], "higher", than=[0.0])
 
@@ -143,6 +144,33 @@ def test_a_planned_look_keeps_the_level(runs: pd.DataFrame) -> None:
     assert study.share(5, "a claim that was added later") == 1
     [warning] = warnings_of_looks(study, 5)
     assert "look 2 at these runs, of 5 planned seeds" in warning
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("looks.json", '{"looks": {"noise_lb_', "incomplete or not JSON"),
+        ("looks.json", '{"format": 1, "looks": {}}', "written by another version"),
+        ("looks.json", '{"looks": {"a": [{"time": "", "seeds": [1, 2], "claims": {"c": -3}}]}}', "claims has -3"),
+        ("looks.json", '{"looks": {"a": [{"time": "", "seeds": [-1], "claims": {}}]}}', "seeds has -1"),
+        ("plans.json", "[]", "must be an object"),
+    ],
+)
+def test_a_damaged_file_is_named_and_kept(
+    name: str, content: str, message: str, runs: pd.DataFrame, tmp_path: Path
+) -> None:
+    path = tmp_path / "sweeps" / "noise" / name
+    path.write_text(content.replace('{"looks"', f'{{"format": {FORMAT}, "looks"'))
+    damaged = path.read_text()
+    with pytest.raises(RecordError) as error:
+        study_of(runs, {})
+    assert str(error.value).startswith(f"{path}: ")
+    assert message in str(error.value)
+    assert "move this file away" in str(error.value)
+    if name == "looks.json":
+        with pytest.raises(RecordError):
+            record_look(runs, pd.DataFrame())
+    assert path.read_text() == damaged
 
 
 def test_claims_that_were_changed_for_the_same_runs_are_shown(runs: pd.DataFrame, tmp_path: Path) -> None:
