@@ -16,7 +16,7 @@ import pandas as pd
 from scipy import stats
 
 from moe.analysis.power import SIGNIFICANCE
-from moe.runs.planned import Look, LooksRecord, PlannedStudy, digest_of, looks_in, plans_in
+from moe.runs.planned import Look, LooksRecord, PlannedStudy, PlansRecord, digest_of, looks_in, plans_in
 from moe.runs.record import RecordError, RunRecord
 
 FURTHER = 0.2  # of the share of the look before, for a look after the planned number of seeds was reached
@@ -155,7 +155,7 @@ def _changed(plan: PlannedStudy, sweeps: list[Path]) -> list[tuple[PlannedStudy,
 
     A damaged file in a folder beside is passed over, because this report is not about its runs.
     """
-    folders = {path.parent for sweep in sweeps for path in sweep.parent.glob("*/plans.json")} | set(sweeps)
+    folders = {path.parent for sweep in sweeps for path in sweep.parent.glob(f"*/{PlansRecord.FILE}")} | set(sweeps)
     runs = set(plan.runs)
     found = []
     for folder in sorted(folders):

@@ -106,7 +106,13 @@ def specs(text: str | None, router: dict[str, Any]) -> dict[int, dict[str, Any]]
 
 def temperature(text: str | None, router: dict[str, Any]) -> float:
     """Return the temperature of the routers that have one: that of `router`, or else of a layer that the text names."""
-    found = (spec["temp"] for spec in (router, *specs(text, router).values()) if "temp" in spec)
+    return float(router["temp"]) if "temp" in router else _temperature_of_layers(text)
+
+
+@cache
+def _temperature_of_layers(text: str | None) -> float:
+    """Return the temperature of the first layer that has one. Each training step asks for it, so it is kept."""
+    found = (spec["temp"] for spec in specs(text, {}).values() if "temp" in spec)
     return float(next(found, 1.0))
 
 

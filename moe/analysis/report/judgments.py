@@ -106,9 +106,8 @@ def judgments(
 ) -> list[Judgment]:
     """Return a judgment on every claim, the decided ones first.
 
-    later: the factor by which tests are divided more in a later report with more seeds.
-
     If there are no claims, return one on every contrast of `metric` that has a value, the most certain ones first.
+    later: the factor by which tests are divided more in a later report with more seeds.
     """
     if len(claims):
         return sorted((_on_claim(row) for _, row in claims.iterrows()), key=lambda each: not each.decided)
