@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from moe.analysis.comparisons import NAN, Comparison, compared
-from moe.analysis.power import SIGNIFICANCE, detectable_effect, seeds_needed
+from moe.analysis.power import SIGNIFICANCE, Prediction, detectable_effect, seeds_for, seeds_needed
 from moe.analysis.sentences import UNDECIDED, UNTESTED, detectable_note, deterministic_verdict, unit_of
 from moe.analysis.statistics import (
     corrected,
@@ -122,14 +122,15 @@ def decided(
     significant = table["p Holm"] <= SIGNIFICANCE
     only_before = (table["p"] <= SIGNIFICANCE) & ~significant
     before = table["verdict"] + " before Holm's correction, not after it"
-    spreads = zip(table.pop("doubt"), table["n"], table.pop("spread"), tests.tolist(), table["metric"], strict=True)
+    spreads = zip(table.pop("doubt"), table["n"], table["spread"], tests.tolist(), table["metric"], strict=True)
     doubt = pd.Series([doubt or _detectable(*spread) for doubt, *spread in spreads], index=table.index)
     doubt = doubt.mask(only_before, before).mask(significant, "")
     reason = ["; ".join(filter(None, parts)) for parts in zip(table["reason"], doubt, strict=True)]
-    # A claim with two ends is tested by two one-sided tests: each has twice the level of a two-sided test.
     later = tests if tests_later is None else tests_later
-    gaps = zip(table.pop("gap"), table.pop("ends"), later.tolist(), strict=True)
-    needed = [seeds_needed(gap, tests=max(number, 1) / ends) for gap, ends, number in gaps]
+    columns = ["difference", "claimed_low", "claimed_high", "spread"]
+    estimates = table[columns].itertuples(index=False, name=None)
+    needed = [_needed(*each, tests=max(number, 1)) for each, number in zip(estimates, later.tolist(), strict=True)]
+    table = table.drop(columns="spread")
     table["seeds needed"] = pd.Series(needed, index=table.index, dtype=float).mask(significant)
     verdict = table["verdict"].where(significant, UNDECIDED).mask(table["p"].isna(), UNTESTED)
     return table.assign(verdict=verdict, reason=reason)
@@ -163,6 +164,13 @@ def _detectable(n: int, spread: float, tests: int, metric: str) -> str:
     effect = detectable_effect(n, tests=tests)
     low, high = spread_interval(spread, n)
     return detectable_note(effect * spread, effect * low, effect * high, tests=tests, unit=unit_of(metric))
+
+
+def _needed(difference: float, low: float, high: float, spread: float, *, tests: int) -> int | None:
+    """Return how many seeds support a claim, or contradict it if the difference is outside of the claimed range."""
+    if low < difference < high:
+        return seeds_for(Prediction(low / spread, high / spread, difference / spread, tests))
+    return seeds_needed(max(low - difference, difference - high) / spread, tests=tests)
 
 
 def _judge_alone(claim: ClaimConfig, runs: pd.DataFrame, evals: pd.DataFrame | None = None) -> dict[str, Any]:
@@ -232,8 +240,6 @@ def _row(compared: str, comparison: Comparison, p: float, verdict: str, estimate
         "estimates": estimates,
         "verdict": verdict,
         "spread": comparison.spread,
-        "gap": comparison.gap,
-        "ends": comparison.ends,
         "reason": comparison.note,
         "doubt": comparison.doubt,
     }

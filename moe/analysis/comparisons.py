@@ -26,8 +26,6 @@ class Comparison(NamedTuple):
     p_for, p_against: p-value of the test that the claim holds, and of the test that it does not hold.
     favor: how far inside the claimed range the difference lies; negative if it lies outside.
     spread: standard deviation of the paired differences.
-    gap: distance of the difference from the nearest end of the claimed range, in standard deviations of the paired
-        differences; `ends` is the number of ends that the range has.
     claimed_low, claimed_high: the ends of the claimed range, which may be infinite.
     deterministic: whether the difference is the same in every seed. Both p-values are then 0 or 1.
     note: a remark for the reader, such as a run that is missing.
@@ -43,8 +41,6 @@ class Comparison(NamedTuple):
     p_against: float = NAN
     favor: float = NAN
     spread: float = NAN
-    gap: float = NAN
-    ends: int = 1
     claimed_low: float = NAN
     claimed_high: float = NAN
     deterministic: bool = False
@@ -150,8 +146,6 @@ def _contrast(
         p_for=inside if two_ends else min(1.0, 2 * inside),
         p_against=outside,
         spread=error * math.sqrt(model.seeds),
-        gap=abs(favor) / (error * math.sqrt(model.seeds)),
-        ends=1 + two_ends,
         note=f"mixed model of {model.runs} runs, {model.freedom} degrees of freedom",
         doubt=f"the interval is neither inside nor outside {low:.3g} ... {high:.3g}" if two_ends else "",
     )
@@ -252,8 +246,6 @@ def _compare(claim: ClaimConfig, runs: pd.DataFrame, others: list[str], treated:
         p_for=p_inside if two_ends else min(1.0, 2 * p_inside),
         p_against=p_outside,
         spread=by_seeds.std(ddof=1),
-        gap=abs(favor) / by_seeds.std(ddof=1),
-        ends=1 + two_ends,
         doubt=f"the interval is neither inside nor outside {low:.3g} ... {high:.3g}" if two_ends else "",
     )
 

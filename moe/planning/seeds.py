@@ -78,12 +78,17 @@ class Need(NamedTuple):
 
 NO_PILOT = Spread(1.0, math.nan, math.nan, math.nan, 0, "no pilot: in standard deviations of the paired differences")
 
+DESIGNS = (["setting"], ["setting", "seed"])
+WITHIN_SEEDS = "the pilot's other settings, without the effect of the seed"
+BETWEEN_SEEDS = "pilot's runs that differ in the seed alone, without pairs: rather too large"
+
 
 def spread_of(claim: ClaimConfig, pilot: pd.DataFrame) -> Spread | None:
     """Return the spread of a claim in a pilot's runs; None if they do not tell it.
 
     It comes from the comparisons that the claim makes, pooled over them. If the pilot lacks a level, it is derived from
-    the runs that differ in the seed alone, as if the runs of a seed had nothing in common. Then it is rather too large.
+    its other settings, after the effects of setting and seed, as if no other factor were averaged over. If it has a
+    single setting, the runs of a seed count as if they had nothing in common. Then it is rather too large.
     """
     if claim.metric not in pilot or not (mean := float(pilot[claim.metric].mean())) < math.inf:
         return None
@@ -96,17 +101,18 @@ def spread_of(claim: ClaimConfig, pilot: pd.DataFrame) -> Spread | None:
         low, high = map(float, spread_interval(value, seeds))
         return Spread(value, low, high, mean, seeds, f"paired differences of the pilot's {seeds} seeds")
     factors = [factor for factor in varied_factors(pilot) if factor != "seed"]
-    groups = [members[claim.metric].dropna() for _, members in conditions(pilot, factors)]
-    df = sum(max(0, len(group) - 1) for group in groups)
-    if df == 0:
-        return None
-    squares = sum(float(((group - group.mean()) ** 2).sum()) for group in groups)
-    runs_compared = 4 if claim.kind == "interaction" else 2
-    value = math.sqrt(runs_compared * squares / df)
-    low, high = map(float, spread_interval(value, df + 1))
-    return Spread(
-        value, low, high, mean, 0, "pilot's runs that differ in the seed alone, without pairs: rather too large"
-    )
+    groups = [members[["seed", claim.metric]].dropna() for _, members in conditions(pilot, factors)]
+    values = pd.concat(groups, keys=range(len(groups)), names=["setting"]).reset_index("setting")
+    y = values[claim.metric].to_numpy(dtype=float)
+    settings, seeds_too = (pd.get_dummies(values[[*names]].astype(str)).to_numpy(dtype=float) for names in DESIGNS)
+    for design, source in ((seeds_too, WITHIN_SEEDS), (settings, BETWEEN_SEEDS)):
+        effects, _, rank, _ = np.linalg.lstsq(design, y, rcond=None)
+        if df := len(y) - int(rank):
+            runs_compared = 4 if claim.kind == "interaction" else 2
+            value = math.sqrt(runs_compared * float(((y - design @ effects) ** 2).sum()) / df)
+            low, high = map(float, spread_interval(value, df + 1))
+            return Spread(value, low, high, mean, 0, source)
+    return None
 
 
 def need(

@@ -373,6 +373,25 @@ def test_an_undecided_claim_states_the_smallest_detectable_effect() -> None:
     assert f"smallest detectable effect {detectable:.2g} perplexity (" in row["reason"]
 
 
+@pytest.mark.parametrize(("last", "margin"), [(0.0, 0.06), (0.13, 0.01)])  # supported, contradicted
+def test_the_seeds_that_a_claim_with_a_margin_needs_reach_the_power(last: float, margin: float) -> None:
+    """The power is simulated: of the two one-sided tests, or of the two-sided test that the difference is outside."""
+    differences = np.array([-0.12, 0.1, -0.05, 0.08, last])
+    rows = [(noise, seed, 3 + noise * differences[seed]) for noise in (0, 1) for seed in range(5)]
+    runs = pd.DataFrame(rows, columns=["noise", "seed", PPL]).assign(experiment="x", status="finished", folder="")
+    needed = int(judge_first(runs, claim("equivalent", [1], [0], margin=margin))["seeds needed"])
+
+    def share(n: int) -> float:
+        drawn = np.random.default_rng(0).normal(differences.mean(), differences.std(ddof=1), (1500, n))
+        error = drawn.std(1, ddof=1) / math.sqrt(n)
+        to_end = (drawn.mean(1) + margin) / error, (margin - drawn.mean(1)) / error
+        inside = np.minimum(*to_end) > stats.t.isf(0.05, n - 1)
+        outside = np.minimum(*to_end) < -stats.t.isf(0.025, n - 1)
+        return float((inside if abs(differences.mean()) < margin else outside).mean())
+
+    assert share(needed) == pytest.approx(0.8, abs=0.04)
+
+
 @pytest.mark.parametrize(
     ("means", "tested", "verdict", "words"),
     [

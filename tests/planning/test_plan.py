@@ -7,6 +7,7 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from moe.analysis.claims import judge
@@ -19,7 +20,7 @@ from moe.config.claim import ClaimConfig
 from moe.launch.command_line import read_cells
 from moe.planning.__main__ import main
 from moe.planning.report_ahead import tests_ahead as ahead
-from moe.planning.seeds import NO_PILOT, Effect, need
+from moe.planning.seeds import NO_PILOT, Effect, need, spread_of
 from moe.runs.record import MetricsRecord, RunRecord
 
 
@@ -135,3 +136,19 @@ def test_words_that_cannot_be_used(
     assert message in error
     assert error.count("\n") == 1
     assert other.read_text() == "{}"
+
+
+def test_the_spread_of_a_pilot_without_the_level_is_that_within_seeds() -> None:
+    """Seeds differ five times as much as the runs of a seed; the difference of two runs spreads by sqrt(2)."""
+    rng = np.random.default_rng(0)
+    table = 10 + 5 * rng.normal(size=(40, 1)) + rng.normal(size=(40, 3))
+    rows = [(f"{seed}-{level}", level / 10, seed, table[seed, level]) for seed, level in np.ndindex(40, 3)]
+    runs = pd.DataFrame(rows, columns=["folder", "noise", "seed", "val/loss"]).assign(status="finished", experiment="x")
+    spread = spread_of(CLAIM, runs)
+    assert spread is not None
+    rest = table - table.mean(1, keepdims=True) - table.mean(0) + table.mean()
+    assert spread.value == pytest.approx(math.sqrt(2 * (rest**2).sum() / (39 * 2)))
+    assert spread.low < math.sqrt(2) < spread.high
+    alone = spread_of(CLAIM, runs[runs["noise"] == 0.1])
+    assert alone is not None
+    assert alone.value == pytest.approx(math.sqrt(2) * table[:, 1].std(ddof=1))
