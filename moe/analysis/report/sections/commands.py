@@ -5,11 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moe.analysis.report.inputs import ReportInputs
+from moe.config.keys import flatten
+from moe.files import shown
 from moe.results.conditions import levels, without_causality
 from moe.results.table import ABSENT
 from moe.runs.record import RecordError, SweepRecord
 
 MOST_SEEDS = 40  # that a command lists
+DEFAULT_PLACE = Path("multirun")
+KEPT = ("planned_seeds", "logger.mode")  # keys outside of a run's identity that a command keeps
 
 
 def training_command(inputs: ReportInputs, seeds: Sequence[int] | None = None) -> str:
@@ -30,6 +34,7 @@ def training_command(inputs: ReportInputs, seeds: Sequence[int] | None = None) -
     experiment = grid.name.partition(": ")[0]
     words = [f"experiment={experiment}"] if experiment != "default" else []
     words += [f"{key}={value}" for key, value in grid.fixed.items() if value is not None]
+    words += _kept(inputs, parent, experiment)
     for factor in (*grid.factors, "seed"):
         values = [without_causality(level) for level in levels(runs[factor])] if factor in runs else []
         if factor == "seed" and seeds is not None:
@@ -37,6 +42,16 @@ def training_command(inputs: ReportInputs, seeds: Sequence[int] | None = None) -
         given = dict.fromkeys(str(value) for value in values if value != ABSENT)
         words += [f"{factor}={','.join(given)}"] if given else []
     return f"python train.py -m {shlex.join(words)}"
+
+
+def _kept(inputs: ReportInputs, sweep: Path, experiment: str) -> list[str]:
+    """Return the words that lead to the folder of the runs, and the keys of `KEPT` that the newest run has."""
+    place = shown(sweep.parent)
+    words = [f"out={place}"] if sweep.name == experiment and place != DEFAULT_PLACE else []
+    of_runs = [inputs.records[folder] for folder in inputs.runs["folder"].unique() if folder in inputs.records]
+    newest = max(of_runs, key=lambda record: record.started, default=None)
+    config = flatten(newest.config) if newest else {}
+    return words + [f"{key}={config[key]}" for key in KEPT if config.get(key) not in (None, "auto")]
 
 
 def command_for_more(inputs: ReportInputs, number: int) -> str:
