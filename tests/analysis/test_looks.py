@@ -22,6 +22,8 @@ from moe.analysis.looks import (
 from moe.analysis.report.inputs import collect_inputs
 from moe.analysis.report.report import _with_look
 from moe.analysis.report.sections.planned import planned_facts, warnings_of_looks
+from moe.analysis.report.sections.verdicts import how_it_decides
+from moe.analysis.sentences import level_text
 from moe.bench.candidates import RULES, inverse_trigamma, moderated, p_of_looks, paired, simulated
 from moe.bench.errors import null_runs, write_record
 from moe.config.claim import ClaimConfig
@@ -130,9 +132,12 @@ def test_a_second_look_is_said_and_corrected(runs: pd.DataFrame, tmp_path: Path)
     assert (second.contrasts["tests"] == alone.contrasts["tests"] / FURTHER).all()
     assert (second.contrasts["p Holm"] >= alone.contrasts["p Holm"]).all()
     assert second.contrasts["p"].equals(alone.contrasts["p"])
+    texts = [str(block) for block in how_it_decides(second)]
+    for family in second.families:
+        assert any(level_text(family.tests / family.share / FURTHER) in text for text in texts)
     [warning] = warnings_of_looks(second.study, len(finished_seeds(runs)))
     assert "look 2 at these runs, after the planned number of seeds (3) was reached" in warning
-    assert "1 % in place of 5 %" in warning
+    assert "together have 1 % instead of 5 %" in warning
     assert "at most 6 % of studies" in warning
     assert list(warnings_of_looks(alone.study, 5)) == []
 
@@ -187,4 +192,9 @@ def test_claims_that_were_changed_for_the_same_runs_are_shown(runs: pd.DataFrame
     assert name == "Planned"
     assert plan.digest in fact
     assert "1 claim, seeds 0, 1" in fact
+    later = plan._replace(time="2026-01-03T00:00:00+00:00", seeds=[2])
+    [(_, fact)] = planned_facts(study._replace(plans=[plan, later]))
+    assert "seeds 0, 1, 2" in fact
+    assert f"written down {plan.time}" in fact
+    assert fact.endswith("1 earlier plan")
     assert plan.digest == plan._replace(time="later").digest != other.digest

@@ -57,11 +57,15 @@ TRAINING_METRICS = (*GRADIENT_METRICS, "train/loss")  # metrics of training step
 
 
 class Family(NamedTuple):
-    """A family of tests, and the share of 5 % that it gets."""
+    """A family of tests, and the share of 5 % that it gets.
+
+    looks: the smallest and the largest share of its level that a test of the family has in this look.
+    """
 
     name: str
     tests: int
     share: float
+    looks: tuple[float, float] = (1.0, 1.0)
 
 
 class ReportOptions(NamedTuple):
@@ -253,10 +257,12 @@ def _with_corrections(parts: list[ReportInputs]) -> list[ReportInputs]:
         later=later,
         bh=false_discovery(p.where(family == len(FAMILIES) - 1)),
     )
-    counts = tests.loc[p > 0, "family"].value_counts().sort_index()
+    of_look_by_family = tests[p > 0].groupby("family")["share"].agg(["size", "min", "max"])
     families = [
-        Family(FAMILIES[number], int(count), share)
-        for (number, count), share in zip(counts.items(), shares(len(counts)), strict=True)
+        Family(FAMILIES[number], int(count), share, (float(low), float(high)))
+        for (number, count, low, high), share in zip(
+            of_look_by_family.itertuples(), shares(len(of_look_by_family)), strict=True
+        )
     ]
     return [
         _corrected(inputs._replace(families=families), tests[tests["part"] == number])

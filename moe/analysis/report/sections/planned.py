@@ -12,12 +12,12 @@ CHANGED = """\
 the same results, so the present claims may have been chosen by results."""
 BEYOND = """\
 **This is look {number} at these runs, after the planned number of seeds ({planned}) was reached.** On {time}, a report
-about other seeds ({seeds}) was written. A test now has {share:.3g} % in place of 5 % for all its family; together with
-the looks before, chance decides something in at most {total:.3g} % of studies. To keep 5 %, plan the number of seeds
-before the first run (`planned_seeds=8`)."""
+about other seeds ({seeds}) was written. In this look, the tests of a report together have {share:.3g} % instead of 5 %.
+Together with the looks before, chance decides something in at most {total:.3g} % of studies. To keep 5 %, plan the
+number of seeds before the first run (`planned_seeds=8`)."""
 WITHIN = """\
-This is look {number} at these runs, of {planned} planned seeds. A test has {share:.3g} % in place of 5 % for all its
-family, and all looks together keep the 5 %."""
+This is look {number} at these runs, of {planned} planned seeds. In this look, the tests of a report together have
+{share:.3g} % instead of 5 %, and all looks together keep the 5 %."""
 NOTHING_NEW = """\
 **This is look {number} at these runs, and it has no new seed.** Earlier reports had all its seeds, beside others.
 Nothing of the 5 % is left for it, so its tests decide nothing. Reports about more seeds, up to the {planned} planned
@@ -31,12 +31,14 @@ def planned_facts(study: Study) -> list[tuple[str, str]]:
     """Return what was planned before the first step, as a fact of the set-up; nothing if no plan was written down."""
     if not study.plans:
         return []
-    plan = study.plans[-1]
+    plan, first = study.plans[-1], study.plans[0]
     until = f"decided after {study.planned} seeds" if study.planned else "no number of seeds for a decision"
-    seeds = ", ".join(map(str, plan.seeds))
+    seeds = ", ".join(map(str, dict.fromkeys(seed for each in study.plans for seed in each.seeds)))
     text = f"{_claims(len(plan.claims))}, seeds {seeds}, {until}"
-    more = f"; {len(study.plans) - 1} earlier plans" if len(study.plans) > 1 else ""
-    written = f"written down {plan.time}, before the first step, digest {plan.digest}"
+    earlier = len(study.plans) - 1
+    written = f"written down {first.time}, before the first step, digest {first.digest}"
+    more = f"; newest plan {plan.time}, digest {plan.digest}; {earlier} earlier " if earlier else ""
+    more += {0: "", 1: "plan"}.get(earlier, "plans")
     return [("Planned", literal(f"{text}; {written}{more}"))]
 
 

@@ -87,7 +87,8 @@ These comparisons are post hoc: no claim predicted their results before the runs
 
 COVERED = """\
 {covered} of {all} contrasts have no sentence here, because a planned claim compares the same two levels, averaged over
-the other factors. They were tested like the others: the table of contrasts has their numbers."""
+the other factors or within the levels that the claim names. They were tested like the others: the table of contrasts
+has their numbers."""
 TOKENIZERS = """\
 The runs have different tokenizers, so losses, perplexities and accuracies per token are not comparable; bits per byte
 take their place."""
@@ -112,9 +113,13 @@ def how_it_decides(inputs: ReportInputs) -> Iterator[ReportBlock]:
 def _share_of(family: Family) -> str:
     """Return how many tests of a family share how much of the 5 %."""
     share = f"{100 * SIGNIFICANCE * family.share:.3g} %"
+    levels = dict.fromkeys(level_text(family.tests / family.share / look) for look in family.looks)
+    applied = f"its level in this look is {' to '.join(levels)}"
     if family.tests == 1:
-        return f"1 test of {family.name} has {share}"
-    return f"{family.tests} tests of {family.name} share {share}, {level_text(family.tests / family.share)} each"
+        return f"1 test of {family.name} has {share}" + (f"; {applied}" if family.looks != (1, 1) else "")
+    each = level_text(family.tests / family.share)
+    text = f"{family.tests} tests of {family.name} share {share}"
+    return f"{text}, {each} each" if family.looks == (1, 1) else f"{text}, {each} for all looks of each; {applied}"
 
 
 def claim_verdicts(inputs: ReportInputs) -> Iterator[ReportBlock]:
