@@ -23,6 +23,8 @@ FREE_KEYS = (
     "model.offload",
     "claims",
     "planned_seeds",
+    "tune",
+    "tune_seeds",
     "question",
 )
 

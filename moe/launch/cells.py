@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from functools import cache
 from importlib.abc import MetaPathFinder
@@ -96,16 +96,27 @@ def expand(
 
     planned: whether the experiment's own grid counts. in_vain: whether keys may be set that apply to no cell.
     """
+    return expand_start(Start.of(overrides, multirun=multirun), planned=planned, in_vain=in_vain)
+
+
+def expand_start(
+    start: Start,
+    *,
+    planned: bool = True,
+    in_vain: bool = False,
+    chosen: Callable[[list[list[str]]], list[list[str]]] = list,
+) -> tuple[list[Cell], list[str]]:
+    """Return what `expand` returns. chosen: completes the overrides of all cells, with what only single cells have."""
     if "torch" not in sys.modules and ranks.is_first():
         sys.meta_path.insert(0, SayThatTorchLoads())
-    launch, own, base, multirun, presets = start = Start.of(overrides, multirun=multirun)
+    launch, own, base, multirun, presets = start
     _check_launch(start)
     presets = presets if multirun and planned else []
     for override in presets + own:
         check_discrete(override)
         check_type(override)
     check_number(presets + own)
-    grid = combinations(presets + own)
+    grid = chosen(combinations(presets + own))
     varied = {o.key_or_group for o in presets + own if o.is_sweep_override()}
     given = {o.key_or_group for o in presets + own if not is_group(o)}
     same_keys_apply = not {key.partition(".")[0] for key in varied} & {*GROUPS, "capacity", "trainable"}

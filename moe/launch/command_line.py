@@ -17,7 +17,7 @@ from moe.config.cell import Cell
 from moe.config.options import GROUPS, use
 from moe.config.schema import allowed_values
 from moe.launch import help, listing
-from moe.launch.cells import expand
+from moe.launch.cells import Start
 from moe.launch.compose import compose_config, composing
 from moe.launch.explain import explain
 from moe.launch.hints import hint
@@ -32,6 +32,7 @@ from moe.launch.overrides import (
     with_added_keys,
 )
 from moe.launch.search import Search, is_search, read_search
+from moe.launch.tuning import expand_tuned
 
 LIST = "--list"  # lists the experiments
 
@@ -88,7 +89,7 @@ def read_command(arguments: list[str]) -> Command:
             return Command(None, [*lines_of(overrides), *flags])
         if searching:
             return Command([], [], read_search(overrides, multirun=args.multirun))
-        return Command(*expand(overrides, multirun=args.multirun))
+        return Command(*expand_tuned(Start.of(overrides, multirun=args.multirun)))
 
 
 def _parse_flags(arguments: list[str]) -> argparse.Namespace:

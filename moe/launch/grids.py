@@ -43,7 +43,18 @@ def grid_of(cells: Sequence[Cell], presets: Sequence[Override], own: Sequence[Ov
     name = printable(": ".join(filter(None, (cells[0].experiment, ", ".join(parts)))))
     if len(name) > LONGEST_NAME:
         parts = [re.sub(r"^[^=]*\.(?=[^=]*=)", "", part) for part in parts]  # such as layers=1
-        name = printable(": ".join(filter(None, (cells[0].experiment, ", ".join(parts)))))
-        digest = hashlib.sha256(json.dumps([factors, fixed]).encode()).hexdigest()[:8]
-        name = f"{name[: LONGEST_NAME - 10]}… {digest}"
+        name = _cut(printable(": ".join(filter(None, (cells[0].experiment, ", ".join(parts))))), factors, fixed)
     return Grid(name, factors, fixed, [cell.folder.name for cell in cells])
+
+
+def with_part(grid: Grid, text: str, settings: dict[str, Any]) -> Grid:
+    """Return the grid with a text at the end of its name, and with settings that tell it from others."""
+    fixed = grid.fixed | settings
+    name = f"{grid.name}{', ' if ': ' in grid.name else ': '}{text}"
+    return grid._replace(name=name if len(name) <= LONGEST_NAME else _cut(name, grid.factors, fixed), fixed=fixed)
+
+
+def _cut(name: str, factors: list[str], fixed: dict[str, Any]) -> str:
+    """Return the start of a name that is too long, and a digest of what it says."""
+    digest = hashlib.sha256(json.dumps([factors, fixed]).encode()).hexdigest()[:8]
+    return f"{name[: LONGEST_NAME - 10]}… {digest}"

@@ -13,11 +13,12 @@ from omegaconf import OmegaConf
 
 from moe.config.options import CONF, options, search_path
 from moe.files import sha256, write_json
-from moe.launch.cells import Start, combinations
+from moe.launch.cells import Start
 from moe.launch.compose import compose_config, composing
 from moe.launch.flops import forward_flops
 from moe.launch.help import WIDTH
 from moe.launch.overrides import DEFAULTS, parse_override
+from moe.launch.tuning import runs_of
 
 ADVICE = (
     "Tokens and FLOPs are those of training: three times the forward FLOPs of each token that is read. The time "
@@ -78,7 +79,7 @@ def _state() -> str:
 def _runs(experiment: str) -> Iterator[tuple[int, int]]:
     """Yield the tokens that each run of an experiment reads in training, and the FLOPs of that."""
     start = Start.of([parse_override(f"experiment={experiment}")], multirun=False)
-    for arguments in combinations([*start.presets, *start.own]):
+    for arguments in runs_of(start):
         yield _training(tuple(line for line in arguments if line not in DEFAULTS and not line.startswith("seed=")))
 
 

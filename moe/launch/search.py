@@ -238,14 +238,14 @@ def _carry_out(search: Search, launch: Callable[[list[Cell], list[str]], object]
                 return code
             failed = max(failed, code)
         for trial in trials:
-            name, objective = names[trial.number], _objective(members[trial.number], settings.metric)
-            if objective is None:
+            name, value = names[trial.number], objective(members[trial.number], settings.metric)
+            if value is None:
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
                 print(f"trial {trial.number + 1}: no {settings.metric}; the search goes on without it", flush=True)
             else:
-                study.tell(trial, objective)
-                results[name] = objective
-                print(f"trial {trial.number + 1}: {settings.metric} {objective:.6g}", flush=True)
+                study.tell(trial, value)
+                results[name] = value
+                print(f"trial {trial.number + 1}: {settings.metric} {value:.6g}", flush=True)
     if folder is None:  # no trial has settings that are allowed
         return 2
     runs = sweep_tables.write_sweep_tables(folder)
@@ -275,7 +275,7 @@ def _trial_cells(search: Search, words: list[Override]) -> tuple[list[Cell], lis
     return [cell._replace(grid=grid) for cell in cells], arguments
 
 
-def _objective(cells: list[Cell], metric: str) -> float | None:
+def objective(cells: list[Cell], metric: str) -> float | None:
     """Return the mean of a metric over the runs of a trial; None unless there are some and all have a finite value."""
     values: list[float] = []
     for cell in cells:

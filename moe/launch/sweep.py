@@ -215,11 +215,19 @@ def _report(cells: list[Cell], before: list[str], refusal: str | None = None, *,
 
         runs = sweep_tables.write_sweep_tables(sweep)
         table = sweep_tables.console_table(runs[runs["experiment"] == grid_name(cells)])
-        print(f"\n{table}\n\ntable: {shown(sweep / 'results.csv')}; {next_step(sweep)}")
+        print(f"\n{table}\n\ntable: {shown(sweep / 'results.csv')}; {_next_stage(cells) or next_step(sweep)}")
     elif tables and single and set(after) == {"finished"}:
         print(next_step(cells[0].folder))
     unfinished = [cell for cell, state in zip(cells, after, strict=True) if state != "finished"]
     return 2 if unfinished and all(map(_was_given_bad_input, unfinished)) else min(len(unfinished), 1)
+
+
+def _next_stage(cells: list[Cell]) -> str:
+    """Return what follows if these runs tune a key; an empty text if they do not."""
+    grid = cells[0].grid
+    if grid is None or grid.search is None or "tune" not in grid.fixed:
+        return ""
+    return "next: the same command again chooses the best value of each setting, and trains the seeds that judge it"
 
 
 def next_step(folder: Path) -> str:

@@ -93,8 +93,8 @@ def _check_out(path: Path) -> None:
 
 
 def _cells(request: Request) -> list[Cell]:
-    """Return the cells of the experiment with its own seeds."""
-    cells = read_command(["-m", *request.words]).cells
+    """Return the cells of the experiment with its own seeds, without runs that tune: these are in no claim."""
+    cells = read_command(["-m", *request.words, "tune=null"]).cells
     require(bool(cells), "experiment", None, "a grid of runs; a search for good settings has no claims to plan for")
     assert cells is not None
     measured = {claim.metric for claim in cells[0].config.claims}

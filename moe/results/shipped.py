@@ -27,7 +27,7 @@ PLACES = ["out", "data.cache"]  # columns with paths of the machine that trained
 KNOWN = {*FACTS, *DIGESTS} - {"causal"}
 
 # Columns with text, in which a number or a truth value is text too.
-TEXTS = {"folder", "experiment", "run", "search", "status", "error", "started", "commit", "claims", *DIGESTS}
+TEXTS = {"folder", "experiment", "run", "search", "tuned", "status", "error", "started", "commit", "claims", *DIGESTS}
 
 
 def ship(runs: pd.DataFrame, folder: Path) -> list[Path]:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from moe.config.cell import Grid
 from moe.config.keys import DEFAULTED, OFF, flatten
 from moe.config.trainable import ALL
 from moe.runs import events
@@ -25,7 +26,7 @@ from moe.runs.folder import single_runs, user
 from moe.runs.record import MetricsRecord, RecordError, RunRecord, SweepRecord
 
 FACTS = (
-    *("folder", "experiment", "run", "place", "search", "status", "error", "started", "causal", "commit"),
+    *("folder", "experiment", "run", "place", "search", "tuned", "status", "error", "started", "causal", "commit"),
     *("seconds", "train_seconds", "peak_memory_gb", "parameters.total", "parameters.active", "parameters.trainable"),
     *("flops_per_token", "ranks.number", "claims"),
 )
@@ -66,7 +67,10 @@ def load_runs(paths: Iterable[Path | str]) -> pd.DataFrame:
     "missing". The column `error` gives the reason. The factors of unreadable and missing runs come from sweep.json if
     possible, otherwise from the name of the folder. `place` is the place of the run in its sweep, as the user listed
     the levels; the rows of a grid are in this order. `search` is such as "minimize val/loss" if a search for good
-    settings chose the run, otherwise None. Raises ValueError if there is no such folder, or no run in it.
+    settings chose the run, otherwise None. `tuned` is None unless keys are tuned for each setting of the
+    grid. Then it is a JSON object: `factors`, without these keys, and the grid's other settings with `tune` and
+    `tune_seeds`. It is the same for the runs that tune, which have a `search`, and for those that judge. Raises
+    ValueError if there is no such folder, or no run in it.
     """
     paths = list(paths)
     runs, sweeps = _walk(paths)
@@ -79,7 +83,7 @@ def load_runs(paths: Iterable[Path | str]) -> pd.DataFrame:
         row = read_run(folder)
         alone = {"experiment": single_runs(row["experiment"])} if row["experiment"] in swept else {}
         for cell in asked.pop(folder.resolve(), [alone]):
-            told = {"experiment", "place", "search"} | (set() if "causal" in row else cell.keys() - {*FACTS})
+            told = {"experiment", "place", "search", "tuned"} | (set() if "causal" in row else cell.keys() - {*FACTS})
             rows.append(row | {key: cell[key] for key in cell if key in told})
     rows += itertools.chain.from_iterable(asked.values())
     if not rows:
@@ -136,12 +140,11 @@ def _levels(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _facts(folder: Path, record: RunRecord) -> dict[str, Any]:
-    diverged = record.status == "failed" and str(record.error).startswith("Diverged")
     row = dict.fromkeys(FACTS) | {
         "folder": str(folder),
         "experiment": record.experiment,
         "run": record.name,
-        "status": "diverged" if diverged else record.status,
+        "status": "diverged" if record.diverged else record.status,
         "error": record.error,
         "started": record.started,
         "causal": record.causal,
@@ -241,10 +244,15 @@ def _cells(sweep: Path) -> list[dict[str, Any]]:
     return [
         _named_row(sweep / name, "missing", "no run in this cell of the sweep")
         | {key: value for key, value in _levels(record.cells[name]).items() if key not in FACTS}
-        | {"experiment": grid.name, "place": place, "search": grid.search}
+        | {"experiment": grid.name, "place": place, "search": grid.search, "tuned": _tuned(grid)}
         for grid in record.grids
         for place, name in enumerate(grid.cells)
     ]
+
+
+def _tuned(grid: Grid) -> str | None:
+    tune = grid.fixed.get("tune")
+    return json.dumps({"factors": [name for name in grid.factors if name not in tune], **grid.fixed}) if tune else None
 
 
 def _named_row(folder: Path, status: str, error: str | None) -> dict[str, Any]:

@@ -25,6 +25,12 @@ def finished(cell: Cell) -> bool:
     return status(cell) == "finished" and not difference(cell)
 
 
+def diverged(cell: Cell) -> bool:
+    """Return whether the run of a cell failed because a loss or gradient was not finite. It would do so again."""
+    record = stored_record(cell)
+    return record is not None and record.diverged and not difference(cell)
+
+
 def status(cell: Cell) -> str:
     """Return finished, failed, running, interrupted, or missing. Raises RecordError like `stored_record`."""
     record = stored_record(cell)

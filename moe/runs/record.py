@@ -147,6 +147,11 @@ class RunRecord(Record):
         for number, claim in enumerate(self.claims()):
             claim.check(f"config.claims[{number}]")
 
+    @property
+    def diverged(self) -> bool:
+        """Whether the run failed because a loss or gradient was not finite."""
+        return self.status == "failed" and str(self.error).startswith("Diverged")
+
     def typed_config(self) -> Config:
         """Return the configuration. Raises ValueError, naming the key, if it is not one of this version."""
         return parse(Config, self.config)

@@ -36,7 +36,9 @@ WITH_CLAIMS = [
 ]
 # Overrides that reduce large grids, because composing a cell takes a while. Every claim can still be judged.
 NARROWED = {
-    "router_league": ["router=topk,balanced_random,oracle,shuffled_oracle,sigmoid_bias,quantile_balancing"],
+    "router_league": [
+        *("router=topk,balanced_random,oracle,shuffled_oracle,sigmoid_bias,quantile_balancing", "tune=null")
+    ],
     "spectra_ablation": [
         "variant=spectra_full,spectra_no_expression,spectra_no_gru,spectra_no_repulsion,spectra_no_ortho,spectra_no_all,top1,top2"
     ],

@@ -598,7 +598,9 @@ def test_an_experiment_sweeps_by_itself_and_the_command_line_narrows_it() -> Non
 # `finetuning` needs a checkpoint: tests/launch/test_imported_models.py
 @pytest.mark.parametrize("experiment", sorted({*options("experiment")} - {"finetuning"}))
 def test_the_cells_of_every_experiment_differ(experiment: str, finished_ablation: Path) -> None:
-    fewer = {"router_league": ["router=topk,switch"], "scaling": ["model.num_experts=8"]}.get(experiment, [])
+    fewer = {"router_league": ["router=topk,switch", "tune=null"], "scaling": ["model.num_experts=8"]}.get(
+        experiment, []
+    )
     cells = read_cells([f"experiment={experiment}", "seed=42", f"out={finished_ablation}", *fewer]) or []
     identities = [str(sorted(cell.config.identity().items(), key=str)) for cell in cells]
     assert len(set(identities)) == len(identities)

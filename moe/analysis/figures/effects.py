@@ -28,6 +28,7 @@ from moe.analysis.figures.style import (
 )
 from moe.analysis.power import SIGNIFICANCE
 from moe.analysis.sentences import levels_compared
+from moe.analysis.tuned import Arm
 from moe.results.conditions import by_seed, conditions, levels
 
 SIGNIFICANT_MARKS = "filled: p at most 0.05 after correction; open: not significant"
@@ -157,6 +158,38 @@ def _label_levels(axes: Axes, axis: Axis) -> None:
             label.set_horizontalalignment("right")
     axes.grid(visible=False, axis="x")
     axes.set_xlabel(axis.label)
+
+
+@matplotlib.rc_context(RC)
+def tuning_curves(arms: list[Arm], key: str, metric: str) -> Figure:
+    """Draw the mean of a metric and its interval against the values of a tuned key, a line for each arm.
+
+    Of several tuned keys, the others have the best values of the arm. A circle marks the best value. A panel has at
+    most eight arms.
+    """
+    panels = math.ceil(len(arms) / len(PALETTE))
+    figure = Figure(figsize=(max(6.0, 4.4 * panels), panel_height(len(arms))), layout="constrained")
+    axis = level_axis(pd.concat([arm.means for arm in arms], ignore_index=True), key)
+    for number, axes in enumerate(figure.subplots(1, panels, sharey=True, squeeze=False)[0]):
+        shown = arms[number * len(PALETTE) : (number + 1) * len(PALETTE)]
+        for index, arm in enumerate(shown):
+            others = {name: value for name, value in arm.best.items() if name != key}
+            rows = arm.means[(arm.means[[*others]] == pd.Series(others, dtype=object)).all(axis=1)].sort_values(key)
+            x = [axis.places[value] + _shift(axis, index, len(shown)) / 2 for value in rows[key]]
+            style: dict[str, Any] = {"color": line_style(index)["color"], "marker": line_style(index)["marker"]}
+            reach = [(rows["mean"] - rows["ci_low"]).fillna(0), (rows["ci_high"] - rows["mean"]).fillna(0)]
+            axes.errorbar(x, rows["mean"], yerr=reach, label=arm.name, markersize=5, capsize=3, **style)
+            best = [
+                (place, mean)
+                for place, mean, value in zip(x, rows["mean"], rows[key], strict=True)
+                if value == arm.best[key]
+            ]
+            [ring] = axes.plot(*zip(*best, strict=True), "o", markersize=12, fillstyle="none", color=style["color"])
+            in_group(ring, arm.name)
+        _label_levels(axes, axis)
+        axes.set_ylabel(axis_label(metric))
+    shared_legend(figure, "mean and 95 % t interval over the seeds for tuning; circle: the chosen value")
+    return figure
 
 
 @matplotlib.rc_context(RC)

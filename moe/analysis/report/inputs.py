@@ -22,6 +22,7 @@ from moe.analysis.statistics import (
     stack,
     with_correction,
 )
+from moe.analysis.tuned import is_judged, trials_of, tuned_keys, values_of
 from moe.analysis.variance import anova
 from moe.checks import unknown
 from moe.metrics.catalog import select
@@ -104,6 +105,8 @@ class ReportInputs(NamedTuple):
     records: dict[str, RunRecord]  # folder -> its record, of all runs of the whole report that have a readable one
     options: ReportOptions
     study: Study  # what was planned, and which reports were written before
+    trials: pd.DataFrame  # the runs that chose the values of tuned keys; in a report on them, these runs themselves
+    trained_at: pd.Series  # of each run that judges chosen values, these values as text; else empty
 
     @property
     def search(self) -> str | None:
@@ -162,7 +165,7 @@ def collect_inputs(
         readable = loaded.loc[~loaded["status"].isin(["missing", "unreadable"]), "folder"].unique()
         records = {folder: RunRecord.read(Path(folder) / RunRecord.FILE) for folder in readable}
     searched = frozenset(loaded.loc[loaded["search"].notna(), "folder"]) if "search" in loaded else frozenset[str]()
-    describe = partial(_describe, past=past, records=records, options=options, searched=searched)
+    describe = partial(_describe, everything=loaded, past=past, records=records, options=options, searched=searched)
     everything, names = describe(loaded), levels(loaded["experiment"])
     if len(names) < 2:
         _check([everything])
@@ -174,20 +177,29 @@ def collect_inputs(
 
 
 def tested_metrics(runs: pd.DataFrame) -> tuple[str, ...]:
-    """Return `TESTED`, with bits per byte in place of the perplexity if the runs have several tokenizers."""
-    several = several_tokenizers(runs)
-    return tuple("val/bits_per_byte" if several and name == "val/perplexity" else name for name in TESTED)
+    """Return `TESTED`, with bits per byte in place of the perplexity if the runs have several tokenizers.
+
+    Where validation text chose the values of tuned keys, test text judges them.
+    """
+    several, judged = several_tokenizers(runs), is_judged(runs)
+    names = ("val/bits_per_byte" if several and name == "val/perplexity" else name for name in TESTED)
+    return tuple(test if judged and (test := name.replace("val/", "test/")) in runs else name for name in names)
 
 
 def _describe(
     loaded: pd.DataFrame,
     *,
+    everything: pd.DataFrame,
     past: EventTables,
     records: dict[str, RunRecord],
     options: ReportOptions,
     searched: frozenset[str],
 ) -> ReportInputs:
-    """Return the inputs of some runs, without claims and contrasts."""
+    """Return the inputs of some runs of `everything`, without claims and contrasts."""
+    trials, trained_at = trials_of(loaded, everything), pd.Series(dtype=object)
+    if is_judged(loaded):  # chosen values belong to a setting, and are no factor
+        trained_at = values_of(loaded)
+        loaded = loaded.drop(columns=tuned_keys(loaded), errors="ignore")
     runs = with_causality(loaded)
     factors = [factor for factor in varied_factors(runs) if factor != "seed"]
     name = "all runs" if len(runs) > 1 else "this run"  # if no factor varies
@@ -212,6 +224,8 @@ def _describe(
         records=records,
         options=options,
         study=study_of(loaded, records),
+        trials=trials,
+        trained_at=trained_at,
     )
 
 
@@ -341,7 +355,7 @@ def _check(experiments: list[ReportInputs]) -> None:
             raise unknown("metric", metric, metrics)
         if not any(metric in inputs.tested for inputs in experiments):
             raise ValueError(f"metric {metric}: null in every run")
-    tested = dict.fromkeys((*TESTED, *options.metrics))
+    tested = dict.fromkeys((*TESTED, *options.metrics, *(name for inputs in experiments for name in inputs.tested)))
     for metric, margin in options.margins.items():
         if metric not in tested:
             raise ValueError(f"margin {metric}={margin}: tested metrics are {', '.join(tested)}")

@@ -54,6 +54,7 @@ from moe.analysis.report.sections.routing import expert_specialization, routing_
 from moe.analysis.report.sections.scaling import scaling_laws
 from moe.analysis.report.sections.seed_components import seed_components
 from moe.analysis.report.sections.terms import terms
+from moe.analysis.report.sections.tuning import tuning
 from moe.analysis.report.sections.verdicts import claim_verdicts, contrast_verdicts, how_it_decides
 from moe.analysis.report.study import Section
 from moe.analysis.studies.published import replay
@@ -97,6 +98,7 @@ CHAPTERS: tuple[Chapter, ...] = (
             *itertools.chain.from_iterable(study.experiment_sections for study in STUDIES),
         ),
     ),
+    Chapter("Tuning", "how the values of tuned keys were chosen for each setting", (tuning,)),
     Chapter(
         "Cost",
         "what each setting costs, comparisons at equal cost, effective speed-up, scaling law",

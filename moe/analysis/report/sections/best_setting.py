@@ -48,7 +48,8 @@ def ranking(inputs: ReportInputs) -> Ranking | None:
 
     Returns None if there is no such metric, or only one setting, or if the settings differ in seeds.
     """
-    metrics = ((name, lookup(name)) for name in inputs.tested)
+    names = (name.replace("test/", "val/") for name in inputs.tested)  # test text must not choose
+    metrics = ((name, lookup(name)) for name in names if name in inputs.runs)
     fits = (name for name, metric in metrics if metric and metric.group == "quality" and metric.better == "lower")
     metric = next(fits, None)
     if metric is None or not inputs.factors or {INIT, DATA} & {*inputs.factors}:  # the best seed is luck alone

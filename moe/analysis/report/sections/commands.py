@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from moe.analysis.report.inputs import ReportInputs
 from moe.config.keys import flatten
@@ -33,7 +34,7 @@ def training_command(inputs: ReportInputs, seeds: Sequence[int] | None = None) -
         return ""
     experiment = grid.name.partition(": ")[0]
     words = [f"experiment={experiment}"] if experiment != "default" else []
-    words += [f"{key}={value}" for key, value in grid.fixed.items() if value is not None]
+    words += [f"{key}={_word(value)}" for key, value in grid.fixed.items() if value is not None]
     words += _kept(inputs, parent, experiment)
     for factor in (*grid.factors, "seed"):
         values = [without_causality(level) for level in levels(runs[factor])] if factor in runs else []
@@ -54,9 +55,17 @@ def _kept(inputs: ReportInputs, sweep: Path, experiment: str) -> list[str]:
     return words + [f"{key}={config[key]}" for key in KEPT if config.get(key) not in (None, "auto")]
 
 
+def _word(value: Any) -> str:
+    """Return a setting as a command has it, without quotes around keys, such as {optimizer.muon_lr:[0.01, 0.02]}."""
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{_word(each)}' for key, each in value.items())}}}"
+    return str(value)
+
+
 def command_for_more(inputs: ReportInputs, number: int) -> str:
     """Return the command that trains the settings with so many more seeds; an empty text if they are too many."""
     seeds = [seed for seed in levels(inputs.runs["seed"]) if isinstance(seed, int)] if "seed" in inputs.runs else []
     if not seeds or number > MOST_SEEDS:
         return ""
+    seeds += [seed for seed in inputs.trials["seed"] if isinstance(seed, int)] if len(inputs.trials) else []
     return training_command(inputs, range(max(seeds) + 1, max(seeds) + 1 + number))

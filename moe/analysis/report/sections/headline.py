@@ -25,7 +25,8 @@ def headline(inputs: ReportInputs) -> str:
         return "No run has finished, so there is no answer yet."
     if inputs.search:
         settings = inputs.condition.nunique()
-        return f"A search tried {settings} settings to {inputs.search}; this report tests none of them against chance."
+        what = "Tuning" if len(inputs.trials) else "A search"
+        return f"{what} tried {settings} settings to {inputs.search}; this report tests none of them against chance."
     if inputs.observed:
         return plain(_of_observed(inputs))
     if not inputs.judgments:

@@ -19,6 +19,7 @@ from moe.analysis.report.blocks import (
     long_list,
 )
 from moe.analysis.report.inputs import ReportInputs
+from moe.analysis.tuned import tuned_equally
 from moe.metrics.catalog import dead_layers
 from moe.results.conditions import levels, unfinished
 
@@ -80,6 +81,8 @@ def _settings_of_grids(inputs: ReportInputs) -> Iterator[ReportBlock]:
 
 def _tuning(inputs: ReportInputs) -> str:
     """Return whether the arms were tuned equally, or that learning rates, batch size and data are the same for all."""
+    if len(inputs.trials):
+        return "; ".join(tuned_equally(runs) for _, runs in inputs.trials.groupby("tuned", sort=False))
     rates = [key for key in inputs.factors if key.startswith("optimizer.") and key.endswith("_lr")]
     if rates and len(rates) < len(inputs.factors):
         return _tuned_equally(inputs, rates)

@@ -6,6 +6,7 @@ import pandas as pd
 
 from moe.analysis.report.blocks import Heading, Paragraph, ReportBlock, TableBlock, literal
 from moe.analysis.report.inputs import ReportInputs
+from moe.analysis.report.sections.tuning import tuning
 from moe.results.conditions import spread_table, summary
 
 EXPLAINED = """\
@@ -22,7 +23,10 @@ means show them. To have more seeds that count, add other ones to the experiment
 
 
 def search_result(inputs: ReportInputs) -> Iterator[ReportBlock]:
-    """Yield the best trials of a search, the best one first."""
+    """Yield the best trials of a search, the best one first; of runs that tune keys, what they chose."""
+    if len(inputs.trials):
+        yield from tuning(inputs)
+        return
     yield Heading("Search")
     yield Paragraph(EXPLAINED.format(goal=inputs.search))
     direction, _, metric = str(inputs.search).partition(" ")

@@ -8,6 +8,7 @@ from moe.analysis.report.blocks import literal
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.report.sections.commands import training_command
 from moe.analysis.report.sections.planned import planned_facts
+from moe.analysis.tuned import tuned_equally
 from moe.results.conditions import levels
 from moe.results.table import ABSENT
 
@@ -47,6 +48,8 @@ def setup(inputs: ReportInputs) -> list[tuple[str, str]]:
     if days := sorted({str(start)[:10] for start in runs["started"].dropna()}):
         facts.append(("Date", " to ".join(dict.fromkeys((days[0], days[-1])))))
     facts += planned_facts(inputs.study)
+    if len(inputs.trials):
+        facts.append(("Tuning", tuned_equally(inputs.trials)))
     if command := training_command(inputs):
         facts.append(("Repeat", f"`{command}`"))
     return facts
