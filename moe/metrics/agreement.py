@@ -79,13 +79,15 @@ def drift(
     the router has none. A value is None where it cannot be computed, as in `consistency`.
     """
     shared = overlap(base, now)
-    by_layer = {"drift_churn": 1 - shared["overlap"], "drift_kappa": shared["kappa_shuffled"]}
-    by_layer["drift_kl"] = np.full(len(base), np.nan) if probs is None else divergence(*probs).mean(1)
-    values: dict[str, float | None] = {}
-    for name, layers in by_layer.items():
-        numbers = {"": layers.mean(), **{f"/layer{number:02d}": value for number, value in enumerate(layers)}}
-        values |= {f"routing/{name}{end}": float(v) if math.isfinite(v) else None for end, v in numbers.items()}
-    return values
+    moved = {"drift_churn": 1 - shared["overlap"], "drift_kappa": shared["kappa_shuffled"]}
+    moved["drift_kl"] = np.full(len(base), np.nan) if probs is None else divergence(*probs).mean(1)
+    return {name: value for end, layers in moved.items() for name, value in by_layer(f"routing/{end}", layers).items()}
+
+
+def by_layer(name: str, layers: Float[np.ndarray, "L"]) -> dict[str, float | None]:
+    """Return the mean over layers as `name`, and the value of each layer as `name/layerNN`; None for NaN."""
+    numbers = {"": layers.mean(), **{f"/layer{number:02d}": value for number, value in enumerate(layers)}}
+    return {name + end: float(value) if math.isfinite(value) else None for end, value in numbers.items()}
 
 
 def consistency(chosen: Sequence[Bool[np.ndarray, "L N E"]]) -> dict[str, float | None]:

@@ -135,11 +135,11 @@ def load_gini_normalized(s: Sums) -> Layers:
 
 
 def load_entropy(s: Sums) -> Layers:
-    return _entropy(load_share(s)) / math.log(max(2, s.offered.shape[-1]))
+    return entropy_of(load_share(s)) / math.log(max(2, s.offered.shape[-1]))
 
 
 def effective_experts(s: Sums) -> Layers:
-    return np.exp(_entropy(load_share(s)))
+    return np.exp(entropy_of(load_share(s)))
 
 
 def unused_experts(s: Sums) -> Layers:
@@ -248,7 +248,7 @@ def logit_rms(s: Sums) -> Layers:
 
 
 def mutual_information(s: Sums) -> Layers:
-    return _entropy(s.importance / s.tokens[:, None]) - s.entropy / s.tokens
+    return entropy_of(s.importance / s.tokens[:, None]) - s.entropy / s.tokens
 
 
 def position_information(s: Sums) -> Layers:
@@ -262,7 +262,7 @@ def position_information(s: Sums) -> Layers:
     joint = counts.reshape(len(counts), -1) / total[:, None]
     position, expert = counts.sum(2) / total[:, None], counts.sum(1) / total[:, None]
     freedom = ((position > 0).sum(-1) - 1) * ((expert > 0).sum(-1) - experts_per_assignment(s))
-    return _entropy(position) + _entropy(expert) - _entropy(joint) - freedom / (2 * total)
+    return entropy_of(position) + entropy_of(expert) - entropy_of(joint) - freedom / (2 * total)
 
 
 def output_similarity(s: Sums) -> Layers:
@@ -341,6 +341,6 @@ def _share(value: Layers, maximum: Layers) -> Layers:
     return value / np.where(maximum > 1e-12, maximum, math.nan)
 
 
-def _entropy(p: np.ndarray) -> np.ndarray:
+def entropy_of(p: np.ndarray) -> np.ndarray:
     """Return -Σ p ln p over the last axis, with 0 ln 0 = 0."""
     return -(p * np.log(np.where(p > 0, p, 1))).sum(-1)

@@ -19,10 +19,11 @@ from moe.data.labels import IGNORED, next_token
 from moe.distributed import ranks
 from moe.distributed.sharding import full_tensors
 from moe.metrics.agreement import drift
+from moe.metrics.purity import domain_agreement
 from moe.metrics.summary import drop_rate_by_position, summarize, utilization
 from moe.model.causal_lm import MoEForCausalLM
 from moe.routers.base import Router
-from moe.routing.decision import Knobs
+from moe.routing.decision import Knobs, Routing, count
 from moe.routing.stats import RoutingStats
 from moe.runs.documents import DocumentLosses, write_documents
 from moe.training.optim import learning_rate
@@ -110,16 +111,18 @@ def evaluate(
     context |= {"capacity": capacity, "drop": drop}
     numbers = torch.arange(len(domains), device=model.device)[:, None]
     by_domain = torch.zeros(3, len(domains), dtype=torch.float64, device=model.device)
+    by_expert = torch.zeros(len(model.moe_layers), len(domains), model.config.num_experts, device=model.device).double()
     stats: list[RoutingStats] = []  # of the MoE layers, and of those that an adapter has put beside them
     training = model.training
     model.eval()
     for blocks, times in _micro_batches(len(data), batch_size):
-        domain, sums, routing = _run(model, data, blocks, context)
+        domain, sums, routing, asked = _run(model, data, blocks, context, domains=len(domains))
         if by_block is not None:
             by_block[:, list(blocks)] += times * sums[:2]
         # A product, because on CUDA `index_add` adds floating-point numbers in no fixed order.
         members = times * (domain == numbers).double()
         by_domain += torch.stack([members @ each for each in sums])
+        by_expert += times * asked
         counted = [RoutingStats(*(times * field for field in each)) for each in routing]
         stats = [old.merge(new) for old, new in zip(stats, counted, strict=True)] if stats else counted
     model.train(training)
@@ -130,6 +133,7 @@ def evaluate(
     whole = [RoutingStats(*ranks.all_reduce_sum(each)) for each in stats]
     for each in whole[:1]:
         values |= _routing_metrics(each, model)
+        values |= domain_agreement(ranks.all_reduce_sum((by_expert,))[0].cpu().numpy())
     for each in whole[1:]:
         values |= {f"adapter/{name}": value for name, value in summarize(each).items()}
     return values
@@ -148,13 +152,13 @@ def _micro_batches(blocks: int, batch_size: int) -> Iterator[tuple[range, int]]:
 
 
 def _run(
-    model: MoEForCausalLM, data: Dataset, blocks: range, context: dict[str, Any]
-) -> tuple[Int[Tensor, "B"], Float[Tensor, "3 B"], list[RoutingStats]]:
+    model: MoEForCausalLM, data: Dataset, blocks: range, context: dict[str, Any], *, domains: int
+) -> tuple[Int[Tensor, "B"], Float[Tensor, "3 B"], list[RoutingStats], Float[Tensor, "L N E"]]:
     """Run the model on a micro-batch of these blocks.
 
     Return the domain of each block, its sums over tokens with a label (the loss, the number of these tokens, and how
-    many the model predicts), and the sums for routing metrics: none, those of the model's routers, or these and those
-    of an adapter's routers.
+    many the model predicts), the sums for routing metrics: none, those of the model's routers, or these and those
+    of an adapter's routers, and the loads by domain.
     """
     torch.manual_seed(blocks.start)  # for drop=random
     read = batch(data, blocks).to(model.device)
@@ -165,7 +169,20 @@ def _run(
     nats = F.cross_entropy(rows, targets.flatten(), ignore_index=IGNORED, reduction="none").view_as(targets)
     sums = [each.double().sum(1) for each in (nats, targets != IGNORED, output.logits.argmax(-1) == targets)]
     routing = [output.stats] if output.beside is None else [output.stats, output.beside["stats"]]
-    return read.domain, torch.stack(sums), [each for each in routing if each is not None]
+    domain_of_token = read.domain.repeat_interleave(read.ids.shape[1])
+    asked = [_loads(layer, domain_of_token, domains, model.config.num_experts) for layer in output.routing or ()]
+    loads = torch.stack(asked) if asked else sums[0].new_zeros(0, domains, model.config.num_experts)
+    return read.domain, torch.stack(sums), [each for each in routing if each is not None], loads
+
+
+def _loads(
+    decisions: tuple[Routing, ...], domain: Int[Tensor, "T"], domains: int, experts: int
+) -> Float[Tensor, "N E"]:
+    """Return how many assignments to each expert the tokens of each domain ask for; NaN if experts process slots."""
+    if any(decision.slots is not None for decision in decisions):
+        return torch.full((domains, experts), math.nan, dtype=torch.float64, device=domain.device)
+    pairs = torch.cat([domain[decision.token] * experts + decision.expert for decision in decisions])
+    return count(pairs, domains * experts).view(domains, experts).double()
 
 
 def _text_metrics(
@@ -180,8 +197,8 @@ def _text_metrics(
         "val/bits_per_byte": _bits_per_byte(loss.item(), sum(text_bytes)),
         "val/accuracy": (correct / tokens).item(),
     }
-    for name, nats, count, size in zip(domains, *by_domain[:2].tolist(), text_bytes, strict=True):
-        values[f"val/loss/{name}"] = nats / count if count else None
+    for name, nats, labeled, size in zip(domains, *by_domain[:2].tolist(), text_bytes, strict=True):
+        values[f"val/loss/{name}"] = nats / labeled if labeled else None
         values[f"val/bits_per_byte/{name}"] = _bits_per_byte(nats, size)
     return values
 

@@ -13,19 +13,28 @@ from moe.config.options import CONF
 from moe.data.blocks import Batch, batch
 from moe.metrics.catalog import ROUTING_METRICS
 from moe.model.causal_lm import MoEConfig, MoEForCausalLM
+from moe.routing.decision import TrainingText
 from moe.training.evaluate import compared_tokens, evaluate
 
 S, V = 16, 50
 SIZE = ModelConfig(dim=16, heads=2, layers=1, ffn=8, num_experts=8, dense_ffn=16)
 
 
-def evaluate_router(router: str) -> dict[str, object]:
-    """Return the metrics of an untrained small model with this router on six random blocks."""
+def make(router: str) -> tuple[MoEForCausalLM, Dataset]:
+    """Return an untrained small model with this router, and six random blocks, three of each domain."""
     torch.manual_seed(0)
     spec = yaml.safe_load((CONF / "router" / f"{router}.yaml").read_text())
     model = MoEForCausalLM(MoEConfig.of(SIZE, spec, vocab_size=V, seq_len=S)).eval()
     ids = torch.randint(0, V, (6, S)).tolist()
     blocks = Dataset.from_dict({"input_ids": ids, "domain": [0, 0, 0, 1, 1, 1]}).with_format("numpy")
+    for layer in model.moe_layers:
+        layer.router.before_training(TrainingText(torch.ones(V, dtype=torch.long), ("a", "b")))
+    return model, blocks
+
+
+def evaluate_router(router: str) -> dict[str, object]:
+    """Return the metrics of the model of `make` on its blocks."""
+    model, blocks = make(router)
     return evaluate(model, blocks, domains=("a", "b"), text_bytes=(90, 0), batch_size=4, temperature=1.0)
 
 
@@ -39,6 +48,21 @@ def test_every_router_has_the_same_metric_names(router: str, metric_names: set[s
     values = evaluate_router(router)
     assert set(values) == metric_names
     assert {f"{name}/layer00" for name in ROUTING_METRICS} < metric_names
+
+
+def test_an_oracle_is_pure_and_the_others_are_as_pure_as_the_experts_of_a_second_pass_say() -> None:
+    """The second pass runs all blocks at once, and its assignments are counted one by one."""
+    oracle = evaluate_router("oracle")
+    assert (oracle["routing/purity"], oracle["routing/domain_information"]) == pytest.approx((1, 1))
+    for router in ("topk", "top_p", "chain_of_experts"):
+        values, (model, blocks) = evaluate_router(router), make(router)
+        counted: collections.Counter[tuple[int, int]] = collections.Counter()
+        for decision in model(**batch(blocks, range(6)).inputs).routing[0]:
+            for token, expert in zip(decision.token.tolist(), decision.expert.tolist(), strict=True):
+                counted[int(token // S >= 3), expert] += 1
+        pure = sum(max(counted[0, expert], counted[1, expert]) for expert in range(8))
+        assert values["routing/purity/layer00"] == pytest.approx(pure / counted.total()), router
+    assert evaluate_router("soft_moe")["routing/purity"] is None
 
 
 def test_a_metric_that_does_not_apply_to_a_router_is_null() -> None:

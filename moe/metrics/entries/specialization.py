@@ -29,6 +29,43 @@ ENTRIES = (
         function=formulas.position_information,
     ),
     Metric(
+        "routing/purity",
+        "Σ_e max_d c_de / Σ c",
+        "Share of the assignments that belong to the leading domain of their expert; c_de: assignments of domain d to "
+        "expert e. `router=oracle` has 1. Null for text of one domain. Manning, Raghavan and Schütze 2008, section "
+        "16.3.",
+        "purity of the experts by domain",
+        "specialization",
+        directions=("more specialized", "less specialized"),
+        variants=LAYER,
+        nonnegative=True,
+        shown=("conditions",),
+    ),
+    Metric(
+        "routing/purity_chance",
+        "max_d Σ_e c_de / Σ c",
+        "Purity of routing that does not depend on the domain: the share of the largest domain.",
+        "purity at random",
+        "specialization",
+        variants=LAYER,
+        nonnegative=True,
+    ),
+    Metric(
+        "routing/domain_information",
+        "I(expert; domain) / H(domain)",
+        "Share of the domain's entropy that the expert of an assignment tells: 1 for `router=oracle`, 0 at random. The "
+        "purity also grows with the share of the largest domain, and stays at random where that domain leads in all "
+        "experts. Blocks are few, so chance adds a little: see `router=shuffled_oracle`. Homogeneity, Rosenberg and "
+        "Hirschberg 2007.",
+        "information of the expert about the domain",
+        "specialization",
+        unit="share of H(domain)",
+        directions=("more specialized", "less specialized"),
+        variants=LAYER,
+        nonnegative=True,
+        shown=("conditions",),
+    ),
+    Metric(
         "routing/output_similarity",
         "mean cosine over all pairs of experts",
         "Similarity of two experts' outputs for the same token. Measured on one validation token in 251.",
