@@ -372,7 +372,7 @@ def test_an_undecided_claim_states_the_smallest_detectable_effect() -> None:
     detectable = contrasts(runs, PPL, ["noise"])["detectable"].item()
     assert row["verdict"] == "undecided"
     assert row["reason"].endswith(") at the level 5 %")
-    assert f"smallest detectable effect {detectable:.2g} perplexity (" in row["reason"]
+    assert f"smallest detectable effect {detectable:.2g} validation perplexity (" in row["reason"]
 
 
 @pytest.mark.parametrize(("last", "margin"), [(0.0, 0.06), (0.13, 0.01)])  # supported, contradicted

@@ -135,7 +135,7 @@ def test_the_answer_about_an_observed_model_says_what_is_more_than_chance(
 ) -> None:
     answer = headline(inputs_of(tmp_path / "run", measured(**content)))
     assert words in answer
-    assert answer.startswith("The perplexity is 50; the load CV is 0.25 as the mean over layers; ")
+    assert answer.startswith("The validation perplexity is 50; the load CV is 0.25 as the mean over layers; ")
     assert answer.count(". ") == 0
 
 
@@ -168,7 +168,8 @@ def test_without_intervals_nothing_is_called_more_than_chance(tmp_path: Path) ->
 def test_the_answer_without_specialization_comes_from_the_metrics(tmp_path: Path) -> None:
     inputs = inputs_of(tmp_path / "run", None)
     assert headline(inputs) == (
-        "The perplexity is 50; the load CV is 0.25 as the mean over layers; what its experts do was not measured."
+        "The validation perplexity is 50; the load CV is 0.25 as the mean over layers; "
+        "what its experts do was not measured."
     )
     [load, experts] = findings(inputs)
     assert "(pooled), it is 0.125" in load.fact  # the value in the tables; the terminal shows the mean over layers

@@ -21,7 +21,7 @@ from moe.analysis.looks import (
 )
 from moe.analysis.report.inputs import collect_inputs
 from moe.analysis.report.report import _with_look
-from moe.analysis.report.sections.planned import planned_facts, warnings_of_looks
+from moe.analysis.report.sections.planned import planned_facts, price_of_more, warnings_of_looks
 from moe.analysis.report.sections.verdicts import how_it_decides
 from moe.analysis.sentences import level_text
 from moe.bench.candidates import RULES, inverse_trigamma, moderated, p_of_looks, paired, simulated
@@ -84,6 +84,20 @@ def test_a_report_says_which_looks_leave_it_less() -> None:
     assert list(warnings_of_looks(other._replace(seeds=[2, 1, 0]), 3)) == []
     [warning] = warnings_of_looks(Study(None, [0, 1, 2], unwritten=True), 3)
     assert "was not written down" in warning
+
+
+def test_advice_says_what_more_seeds_cost_once_the_planned_ones_are_there() -> None:
+    """Nobody pays before; after the plan the next look has a fifth, and all looks at most 5 % (1 + 1/5 + ...)."""
+    early = [Look("2026-01-01", [0, 1, 2], {})]
+    assert price_of_more(Study(8, [0, 1, 2]), 3) == price_of_more(Study(8, [0]), 1) == ""
+    planned = price_of_more(Study(8, list(range(8)), early), 8)
+    assert planned.startswith(
+        "The planned seeds (8) are used up: with more, all tests together have 1 % instead of 5 %."
+    )
+    assert planned.endswith("at most 6 % of studies.")
+    second = price_of_more(Study(None, list(range(5)), early), 5)
+    assert "(3, those of the first report) are used up: with more, all tests together have 0.2 %" in second
+    assert second.endswith("at most 6.2 % of studies.")
 
 
 def test_a_folder_that_cannot_be_written_to_is_said(runs: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:

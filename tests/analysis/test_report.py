@@ -54,6 +54,7 @@ from moe.analysis.report.judgments import Judgment, cards
 from moe.analysis.report.markdown import block_as_markdown, table_as_markdown
 from moe.analysis.report.report import save_report, write_report
 from moe.analysis.report.sections.answer import answer
+from moe.analysis.report.sections.asked import asked
 from moe.analysis.report.sections.best_setting import best_setting
 from moe.analysis.report.sections.collapse import NONE, collapse
 from moe.analysis.report.sections.comparisons import condition_table
@@ -212,13 +213,14 @@ def published(tmp_path: Path) -> Path:
 def test_the_published_runs_give_the_published_verdicts(published: Path, tmp_path: Path) -> None:
     text = write_report(load_runs([published]), tmp_path / "out", ReportOptions(references={"lb": 0.01})).read_text()
     assert (
-        "noise 0.1 vs 0.0 at lb=0.01: +1.15 perplexity [0.967, 1.34], p=0.0014 (Holm 0.025), n=3: **worse**\n" in text
+        "noise 0.1 vs 0.0 at lb=0.01: +1.15 validation perplexity [0.967, 1.34], p=0.0014 (Holm 0.025), n=3: **worse**"
+        in text
     )
     assert "p=0.017 (Holm 0.25), n=3: **undecided**" in text
     family = "comparisons that nobody planned (contrasts, and terms of the analysis of variance)"
     assert f"20 tests of {family} share 5 %, 0.25 % each." in text
-    assert "lb 0.0 vs 0.01 at noise=0.0: +0.307 perplexity [-1.72, 2.33], p=0.58 (Holm 1), n=3: **undecided**" in text
-    assert "**undecided**, smallest detectable effect 12 perplexity (6.2 to 75) at the level 0.25 %\n" in text
+    assert "lb 0.0 vs 0.01 at noise=0.0: +0.307 validation perplexity [-1.72, 2.33], p=0.58 (Holm 1), n=3: **un" in text
+    assert "**undecided**, smallest detectable effect 12 validation perplexity (6.2 to 75) at the level 0.25 %" in text
     assert text.count("the **smallest detectable effect** is the true difference that so many seeds") == 1
     assert "| topk | 18 | 18 |" in text
     assert "(ddof=1)" in text
@@ -380,7 +382,7 @@ def test_claims_margins_and_several_experiments(published: Path, tmp_path: Path)
     text = write_report(load_runs([tmp_path / "multirun"]), tmp_path / "out", options).read_text()
     assert "- noise hurts (us): **supported**; noise 0.5 vs 0.0: 144.3 vs 130.4 (+10.7%)" in text
     assert "noise 0.5 vs 0.0 at lb=0.0: " not in text.split("Post hoc")[0].split("load CV")[0]
-    assert "lb 0.0 vs 0.01 at noise=0.0: +0.307 perplexity [-1.72, 2.33], p=0.58 (Holm 1), n=3: **equivalent**" in text
+    assert "lb 0.0 vs 0.01 at noise=0.0: +0.307 validation perplexity [-1.72, 2.33], p=0.58 (Holm 1), n=3: **eq" in text
     equivalent = text.split("\n**Equivalent**: ")[1].split("\n**")[0]
     assert equivalent.count("**equivalent** within") == text.count("**equivalent** within") > 0
     assert "\n**Undecided**: " in text
@@ -951,7 +953,7 @@ def test_every_router_is_labeled_causal_or_not(tmp_path: Path) -> None:
     text = write_report(load_runs([tmp_path / "r"]), tmp_path / "out", options).read_text()
     assert "| expert_choice (not causal) | 3 | 3 |" in text
     assert "| capacity | null |" in text
-    assert "router expert_choice (not causal) vs topk: -0.2 perplexity" in text
+    assert "router expert_choice (not causal) vs topk: -0.2 validation perplexity" in text
     assert "factors_routing_load_cv_pooled: not drawn, no run has routing/load_cv/pooled" in text
     assert (tmp_path / "out" / "factors_val_perplexity.png").stat().st_size > 5_000
     with pytest.raises(ValueError, match=r"^reference router=topkk: allowed are expert_choice, topk$"):
@@ -965,31 +967,43 @@ def test_an_arm_is_labeled_causal_or_not_and_compared_in_place_of_its_router(tmp
             write_run(tmp_path / "r" / f"{variant},{seed}", metrics, causal=causal, variant=variant, seed=seed)
     options = ReportOptions(references={"variant": "top2"})
     text = write_report(load_runs([tmp_path / "r"]), tmp_path / "out", options).read_text()
-    assert "variant choice (not causal) vs top2: -0.2 perplexity" in text
-    assert "variant top1 vs top2: +0 perplexity" in text
+    assert "variant choice (not causal) vs top2: -0.2 validation perplexity" in text
+    assert "variant top1 vs top2: +0 validation perplexity" in text
     assert "router changes only together with variant" in text
 
 
-NO_EFFECT = "Nothing that was tried changed the perplexity by more than chance explains: "
-WOULD_DECIDE = "+0.333 perplexity, +0.3%); about 41 more seeds would decide it, if the true difference is that large."
+NO_EFFECT = "Nothing that was tried changed the validation perplexity by more than chance explains: "
+WOULD_DECIDE = "+0.333 validation perplexity, +0.3%); about 41 more seeds would decide it, if the true difference is"
 
 
 @pytest.mark.parametrize(
     ("effects", "claims", "words"),
     [  # level of noise -> what it adds to the perplexity of each seed
         ({}, [], "No run has finished, so there is no answer yet."),
-        ({0.0: [0]}, [], "The only setting has a perplexity of 100, and there is nothing to compare it with."),
-        ({0.0: [0, 1, 2]}, [], "Nothing but the seed varies: the perplexity is 101 ± 1 (standard deviation) over 3"),
+        (
+            {0.0: [0]},
+            [],
+            "The only setting has a validation perplexity of 100, and there is nothing to compare it with",
+        ),
+        (
+            {0.0: [0, 1, 2]},
+            [],
+            "Nothing but the seed varies: the validation perplexity is 101 ± 1 (standard deviation)",
+        ),
         ({0.0: [0], 0.5: [3]}, [HIGHER], "With one seed no difference can be told from chance, and the planned claim "),
-        ({0.0: [0], 0.5: [3]}, [], "largest difference that was seen is that of noise 0.5 instead of 0.0 (+3 perpl"),
+        ({0.0: [0], 0.5: [3]}, [], "largest difference that was seen is that of noise 0.5 instead of 0.0 (+3 valid"),
         ({0.0: [0, 0, 0], 0.5: [0, 0, 1]}, [HIGHER], f"{NO_EFFECT}the planned claim is not decided with 3 seeds; "),
         ({0.0: [0, 0, 0], 0.5: [0, 0, 1]}, [HIGHER], f"that of noise 0.5 instead of 0.0 ({WOULD_DECIDE}"),
-        ({0.0: [0, 0, 0], 0.5: [0, 0, 1]}, [], f"{NO_EFFECT}the comparison of perplexity is not decided with 3 seeds"),
+        (
+            {0.0: [0, 0, 0], 0.5: [0, 0, 1]},
+            [],
+            f"{NO_EFFECT}the comparison of validation perplexity is not decided with",
+        ),
         (
             {0.0: [0, 0, 0], 0.5: [9, 9, 9.1]},
             [HIGHER],
-            "noise 0.5 instead of 0.0 raises the perplexity by 9.03 (+9.0%, 95 % interval 8.89 to 9.18, 3 seeds), "
-            "so the claim “noise hurts” is supported.",
+            "noise 0.5 instead of 0.0 raises the validation perplexity by 9.03 (+9.0%, 95 % interval 8.89 to 9.18, 3 "
+            "seeds), so the claim “noise hurts” is supported.",
         ),
         (
             {0.0: [0, 0, 0], 0.5: [-9, -9, -9.1]},
@@ -999,30 +1013,34 @@ WOULD_DECIDE = "+0.333 perplexity, +0.3%); about 41 more seeds would decide it, 
         (
             {0.0: [0, 0, 0], 0.5: [0, 0, 0.1]},
             [HIGHER | {"kind": "equivalent", "margin": "5%"}],
-            "noise 0.5 instead of 0.0 changes the perplexity by less than the margin of 5 (+0.0%, 95 % interval ",
+            "noise 0.5 instead of 0.0 changes the validation perplexity by less than the margin of 5 (+0.0%, 95 % ",
         ),
         (
             {0.0: [0, 0], 0.5: [1, 1]},
             [HIGHER | {"kind": "equivalent", "margin": "5%"}],
-            "raises the perplexity by 1, within the margin of 5, in each of 2 seeds, so the claim “noise hurts” is s",
+            "raises the validation perplexity by 1, within the margin of 5, in each of 2 seeds, so the claim “",
         ),
         (
             {0.0: [math.nan, math.nan], 0.5: [1, 2], 0.7: [1, 2]},
             [],
-            "Nothing can be compared, because no run with noise=0.0 finished with a finite perplexity.",
+            "Nothing can be compared, because no run with noise=0.0 finished with a finite validation perplexity.",
         ),
         (
             {0.0: [0, math.nan], 0.5: [math.nan, 1]},
             [],
-            "Nothing can be compared, because no two runs that a report compares both finished with a finite perplex",
+            "Nothing can be compared, because no two runs that a report compares both finished with a finite valid",
         ),
         (
             {0.0: [0, 1, math.nan], 0.5: [3, math.nan, 4]},
             [],
             "Each pair of settings shares only one seed, so no difference can be told from chance, and the comparison",
         ),
-        ({0.0: [0, 0], 0.5: [9, 9]}, [], "noise 0.5 instead of 0.0 raises the perplexity by 9 in each of 2 seeds."),
-        ({0.0: [0, 0], 0.5: [0, 0]}, [], "noise 0.5 instead of 0.0 leaves the perplexity as it is in each of 2 seeds."),
+        (
+            {0.0: [0, 0], 0.5: [9, 9]},
+            [],
+            "0.5 instead of 0.0 raises the validation perplexity by 9 in each of 2 seeds.",
+        ),
+        ({0.0: [0, 0], 0.5: [0, 0]}, [], "0.5 instead of 0.0 leaves the validation perplexity as it is in each of 2 "),
     ],
 )
 def test_the_answer_is_one_sentence_that_follows_from_the_runs(
@@ -1048,9 +1066,9 @@ def test_the_answer_says_how_a_difference_relates_to_the_margin(tmp_path: Path) 
     runs = load_runs([tmp_path])
     for margin, words in ((1.01, "not shown to exceed"), (2, "within")):
         [inputs] = collect_inputs(runs, ReportOptions(margins={"val/perplexity": margin}))
-        assert f"raises the perplexity by 1.02, {words} the margin of {margin} (95 % interval" in headline(inputs)
+        assert f"raises the validation perplexity by 1.02, {words} the margin of {margin} (95 %" in headline(inputs)
     [inputs] = collect_inputs(runs, ReportOptions(margins={"val/perplexity": 0.5}))
-    assert "raises the perplexity by 1.02 (95 % interval" in headline(inputs)
+    assert "raises the validation perplexity by 1.02 (95 % interval" in headline(inputs)
 
 
 def test_the_answer_compares_no_losses_of_routers_that_see_later_tokens_with_others(tmp_path: Path) -> None:
@@ -1067,7 +1085,8 @@ def test_the_answer_compares_no_losses_of_routers_that_see_later_tokens_with_oth
     for seed in (1, 2):
         write_run(tmp_path / f"noisy,{seed}", {"val/perplexity": 101.0}, seed=seed, noise=0.1)
     [inputs] = collect_inputs(load_runs([tmp_path]))
-    begin = "noise 0.1 instead of 0.0 at router=topk raises the perplexity by 1 in each of 2 seeds; 1 comparison is "
+    begin = "noise 0.1 instead of 0.0 at router=topk raises the validation perplexity by 1 in each of 2 seeds; "
+    begin += "1 comparison is "
     assert headline(inputs).startswith(begin + why)
 
 
@@ -1095,12 +1114,15 @@ def test_the_best_setting_says_what_it_leaves_out(tmp_path: Path) -> None:
         write_run(tmp_path / f"acausal,seed={seed}", {"val/perplexity": 50.0}, causal=False, seed=seed, noise=0.0)
     [inputs] = collect_inputs(load_runs([tmp_path]))
     [text, luck, _] = best_setting(inputs)
-    assert "noise=0.0, with a perplexity of 101.5 ± 0.71 (n=2), of 2 settings" in text
+    assert "noise=0.0, with a validation perplexity of 101.5 ± 0.71 (n=2), of 2 settings" in text
     assert "it leads the mean of all 2 settings by 0.5; if all were equal, the best of 2 would lead by 0 " in luck
-    assert "judged by that one on validation text, as there is no test text, the best setting leads by 0.5" in luck
+    assert (
+        "judged by that one on validation text, as there is no test text, the best setting is 0.5 better than the"
+        in luck
+    )
     acausal = "Left out: router=expert_choice (not causal), noise=0.0 (their routers see later tokens"
     assert acausal in text
-    assert "Left out: router=topk, noise=0.2 (no finished run has a finite perplexity)." in text
+    assert "Left out: router=topk, noise=0.2 (no finished run has a finite validation perplexity)." in text
 
 
 def test_settings_are_ranked_by_the_seeds_that_all_of_them_have(tmp_path: Path) -> None:
@@ -1111,7 +1133,7 @@ def test_settings_are_ranked_by_the_seeds_that_all_of_them_have(tmp_path: Path) 
             write_run(tmp_path / f"noise={noise},seed={seed}", {"val/perplexity": value}, seed=seed, noise=noise)
     [inputs] = collect_inputs(load_runs([tmp_path]))
     [text, luck, _] = best_setting(inputs)
-    assert text.startswith("**Best setting here:** noise=0.1, with a perplexity of 121 ± 1.4 (n=2), of 3 settings")
+    assert text.startswith("**Best setting here:** noise=0.1, with a validation perplexity of 121 ± 1.4 (n=2), of 3 s")
     assert text.endswith("noise=0.0, is 10 behind. Ranked by the seeds that all settings have; without seed 3.")
     assert "it leads the mean of all 3 settings by 10;" in luck
     for seed in (1, 2):
@@ -1130,10 +1152,32 @@ def test_the_best_setting_is_chosen_by_validation_text_and_judged_by_test_text(t
             write_run(tmp_path / f"noise={noise},seed={seed}", values, seed=seed, noise=noise)
     [inputs] = collect_inputs(load_runs([tmp_path]))
     [text, luck, _] = best_setting(inputs)
-    assert text.startswith("**Best setting here:** noise=0.0, with a perplexity of 100.2")
-    assert "On test text, by which nothing was chosen, noise=0.0 has a perplexity of 110.2 ± 0.1, with the" in luck
+    assert text.startswith("**Best setting here:** noise=0.0, with a validation perplexity of 100.2")
+    assert "On test text, by which nothing was chosen, noise=0.0 has a test perplexity of 110.2 ± 0.1, with the" in luck
     assert "leads the mean of all 3 settings by 1;" in luck
-    assert "judged by that one on test text, the best setting leads by -10: that is what the choice is worth." in luck
+    assert (
+        "judged by that one on test text, the best setting is 10 worse than the mean of all settings: that is" in luck
+    )
+
+
+def test_the_order_of_the_best_two_settings_agrees_with_the_corrected_verdict(tmp_path: Path) -> None:
+    """The interval of a single comparison excludes 0, whatever the p after correction is."""
+    for seed in range(3):
+        for noise, rise in ((0.0, 0.0), (0.1, 2 + seed / 2), (0.2, 9 + 2 * (seed % 2))):
+            values = {"val/perplexity": 100 + seed + rise, "test/perplexity": 110 + seed + rise}
+            write_run(tmp_path / f"noise={noise},seed={seed}", values, seed=seed, noise=noise)
+    [inputs] = collect_inputs(load_runs([tmp_path]), ReportOptions(metrics=("test/perplexity",)))
+    for p, end in ((0.2, "[1.3, 3.7], so the order of the two may be luck."), (0.01, "[1.3, 3.7].")):
+        text = next(best_setting(inputs._replace(contrasts=inputs.contrasts.assign(**{"p Holm": p}))))
+        assert text.endswith(f"The next one, noise=0.1, is 2.5 behind {end}")
+    other = inputs.contrasts[inputs.contrasts["level"] == 0.2]
+    text = next(best_setting(inputs._replace(contrasts=other)))
+    assert text.endswith("[1.3, 3.7], but no test of this report compares the two.")
+    [line] = asked(inputs)
+    assert line.startswith("**Asked for, test perplexity:** 2 comparisons (")
+    assert re.search(r"The surest is noise 0\.[12] vs 0\.0: \*\*\+[0-9.]+ test perplexity\*\* \[", line)
+    page = write_report(load_runs([tmp_path]), tmp_path / "out", inputs.options).read_text()
+    assert line in page.split("**Best setting here:**")[0]
 
 
 def test_a_single_run_is_reported_too(published: Path, tmp_path: Path) -> None:

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from run_folders import FORMAT, change_record, write_metrics, write_record
 
+from moe.analysis.report.blocks import literal
 from moe.analysis.report.inputs import ReportInputs, collect_inputs
 from moe.analysis.report.report import write_report
 from moe.analysis.report.sections.commands import command_for_more
+from moe.analysis.report.sections.setup import setup
 from moe.analysis.tuned import arms_of, tuned_equally
 from moe.results.table import load_runs
 
@@ -88,6 +90,8 @@ def test_the_report_shows_the_chosen_values_and_a_curve_of_each_arm(sweep: Path,
     assert "tuning_optimizer_muon_lr.png" in text
     assert f"| noise=0.0 | {RATE}=0.01 |" in text
     assert f"{RATE}: at the end of the list" in text
+    facts = [text for name, text in setup(parts(sweep)[2]) if name.startswith("Settings that differ")]
+    assert facts == [literal(f"tune={{{RATE}:[0.01, 0.02, 0.04]}}, tune_seeds=[1, 2]")]
     words = command_for_more(parts(sweep)[2], 2)
     assert words.endswith("noise=0.0,0.1 seed=45,46")
     assert f"'tune={{{RATE}:[0.01, 0.02, 0.04]}}' 'tune_seeds=[1, 2]'" in words

@@ -182,16 +182,31 @@ def _noun(name: str) -> str:
     return (metric.noun or metric.label) if metric else name
 
 
-def cards(judged: list[Judgment], command_for_more: Callable[[int], str] = lambda number: "") -> list[Card]:
+def cards(
+    judged: list[Judgment], command_for_more: Callable[[int], str] = lambda number: "", price: str = ""
+) -> list[Card]:
     """Return a card for each judgment. Those with one unit have one scale.
 
-    command_for_more: the command that trains so many more seeds, or an empty text.
+    command_for_more: the command that trains so many more seeds, or an empty text. price: what a report about more
+    seeds costs, or an empty text.
     """
     axes = {unit: _span([each for each in judged if each.unit == unit]) for unit in {each.unit for each in judged}}
-    return [_card(each, axes[each.unit], command_for_more) for each in judged]
+    return [_card(each, axes[each.unit], _advice(each, command_for_more, price)) for each in judged]
 
 
-def _card(judged: Judgment, axis: tuple[float, float], command_for_more: Callable[[int], str]) -> Card:
+def _advice(judged: Judgment, command_for_more: Callable[[int], str], price: str) -> str:
+    """Return what would decide a question, with its command and its price; an empty text if there is no advice."""
+    if not judged.advice:
+        return ""
+    advice = judged.advice[:1].upper() + judged.advice[1:]
+    if math.isnan(judged.needed):
+        return f"{advice}."
+    command = command_for_more(judged.more)
+    advice += f": `{command}`" if command else ""
+    return f"{advice}. {price}" if price else f"{advice}{'' if command else '.'}"
+
+
+def _card(judged: Judgment, axis: tuple[float, float], advice: str) -> Card:
     tone = TONES.get(judged.verdict, "idle")
     if judged.n == 0:
         return Card(literal(judged.text), judged.verdict, tone, literal(judged.reason))
@@ -200,10 +215,6 @@ def _card(judged: Judgment, axis: tuple[float, float], command_for_more: Callabl
     effect += f"{_certainty(judged)}, n={judged.n}"
     if all(map(math.isfinite, judged.claimed)):
         effect += "; claimed: {:.3g} to {:.3g}".format(*judged.claimed)
-    advice = judged.advice[:1].upper() + judged.advice[1:] if judged.advice else ""
-    if advice:
-        command = "" if math.isnan(judged.needed) else command_for_more(judged.more)
-        advice += f": `{command}`" if command else "."
     claimed = judged.claimed if judged.planned else None
     picture = Interval(judged.difference, judged.low, judged.high, *axis, claimed)
     return Card(literal(judged.text), judged.verdict, tone, plain(effect), advice, picture)

@@ -61,7 +61,7 @@ VALIDATION = (
         "quality",
         better="lower",
         shown=("headline", "tested"),
-        noun="perplexity",
+        noun="validation perplexity",
         per_token=True,
         nonnegative=True,
     ),
@@ -102,7 +102,7 @@ TEST = tuple(
         group="test",
         written=("end",),
         shown=("headline",) if metric.name == "val/loss" else (),
-        noun=f"test {metric.noun}" if metric.noun else "",
+        noun=metric.noun.replace("validation", "test"),
     )
     for metric in VALIDATION
     if "evaluation" in metric.written  # the test text is evaluated once

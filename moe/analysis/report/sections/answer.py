@@ -20,11 +20,12 @@ from moe.analysis.report.blocks import (
 )
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.report.judgments import cards
+from moe.analysis.report.sections.asked import asked
 from moe.analysis.report.sections.best_setting import best_setting, ranking
 from moe.analysis.report.sections.commands import command_for_more
 from moe.analysis.report.sections.experts import findings
 from moe.analysis.report.sections.headline import headline
-from moe.analysis.report.sections.planned import warnings_of_looks
+from moe.analysis.report.sections.planned import price_of_more, warnings_of_looks
 from moe.analysis.report.sections.search import levels_from_a_search, search_result
 from moe.analysis.report.sections.setup import setup
 from moe.analysis.sentences import unit_of
@@ -53,11 +54,13 @@ def answer(inputs: ReportInputs) -> Iterator[ReportBlock]:
         yield from search_result(inputs)
         yield Facts(setup(inputs))
         return
-    shown = cards(inputs.judgments, partial(command_for_more, inputs))
+    price = price_of_more(inputs.study, len(finished_seeds(inputs.loaded)))
+    shown = cards(inputs.judgments, partial(command_for_more, inputs), price)
     if shown:
         yield Cards(shown[:MOST_CARDS], PICTURES_EXPLAINED + (CLAIMED if inputs.judgments[0].planned else ""))
         if shown[MOST_CARDS:]:
             yield Details(f"{len(shown) - MOST_CARDS} more", [Cards(shown[MOST_CARDS:])])
+    yield from map(Paragraph, asked(inputs))
     yield from map(Paragraph, best_setting(inputs))
     yield Facts(setup(inputs))
     if warnings := list(_warnings(inputs)):

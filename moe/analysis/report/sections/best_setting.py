@@ -11,7 +11,7 @@ from moe.analysis.components import DATA, INIT
 from moe.analysis.report.blocks import literal
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.selection import lead
-from moe.analysis.sentences import unit_of
+from moe.analysis.sentences import DETERMINISTIC, SIGNIFICANT, levels_compared, standing, unit_of
 from moe.analysis.statistics import CONFIDENCE, has_no_spread, name_cell
 from moe.checks import plain
 from moe.metrics.catalog import lookup
@@ -19,11 +19,13 @@ from moe.results.conditions import by_seed, conditions
 from moe.results.table import ABSENT
 
 MOST_NAMED = 5  # settings that a sentence names
+LUCK = ", so the order of the two may be luck"
 
 
 class Setting(NamedTuple):
-    """A setting: its name, its runs, and their values of the metric by seed, for the seeds that all settings have."""
+    """A setting: levels, name, runs, and the values of the metric, by seed, for the seeds that all settings have."""
 
+    levels: dict[str, Any]
     name: str
     runs: pd.DataFrame
     values: pd.Series
@@ -65,7 +67,7 @@ def ranking(inputs: ReportInputs) -> Ranking | None:
         elif values.empty:
             without.append(name)
         else:
-            ranked.append(Setting(name, finished, values))
+            ranked.append(Setting(cell, name, finished, values))
     values = pd.DataFrame({each.name: each.values for each in ranked})
     common = values.index[values.notna().all(axis=1)]
     ranked = [each._replace(values=each.values.reindex(common)) for each in ranked] if len(common) else []
@@ -80,26 +82,48 @@ def best_setting(inputs: ReportInputs) -> Iterator[str]:
         yield "**Best setting here:** not named, because no seed has a finished run of every setting."
     if found is None or len(found.settings) < 2:
         return
-    (name, members, values), (other, _, other_values) = found.settings[:2]
+    best, following = found.settings[:2]
+    name, values = best.name, best.values
     spread = f" ± {values.std(ddof=1):.2g}" if len(values) > 1 else ""
     text = f"**Best setting here:** {literal(name)}, with a {unit_of(found.metric)} of {values.mean():.4g}{spread}"
     text += f" (n={len(values)}), of {len(found.settings)} settings"
-    gaps = other_values - values
+    gaps = following.values - values
     behind = f"{gaps.mean():.2g} behind" if gaps.mean() > 0 else "equal to it"
-    text += f". The next one, {literal(other)}, is {behind}"
+    text += f". The next one, {literal(following.name)}, is {behind}"
     if len(gaps) > 1 and not has_no_spread(gaps.to_numpy(), scale=float(values.abs().max())):
         low, high = DescrStatsW(gaps.to_numpy()).tconfint_mean(1 - CONFIDENCE)
-        text += f" [{low:.2g}, {high:.2g}]" + (", so the order of the two may be luck" if low < 0 else "")
+        text += f" [{low:.2g}, {high:.2g}]" + (LUCK if low < 0 else _doubt(inputs, found.metric, best, following))
     text += "."
     yield " ".join([plain(text), *_left_out(found)])
     yield plain(_luck(found))
-    yield from _cost(inputs, found, members)
+    yield from _cost(inputs, found, best.runs)
+
+
+def _doubt(inputs: ReportInputs, metric: str, best: Setting, following: Setting) -> str:
+    """Return what the corrected tests say against the order of two settings; an empty text if one confirms it."""
+    pair = _comparison(best, following), _comparison(following, best)
+    tests = [row for _, row in inputs.contrasts.iterrows() if row["metric"] == metric and levels_compared(row) in pair]
+    claims = [each for each in inputs.judgments if each.planned and each.metric == metric and each.compared in pair]
+    if not tests and not claims:
+        return ", but no test of this report compares the two"
+    told_apart = any(standing(row) in (SIGNIFICANT, DETERMINISTIC) for row in tests)
+    return "" if told_apart or any(each.decided and math.isnan(each.margin) for each in claims) else LUCK
+
+
+def _comparison(one: Setting, other: Setting) -> str:
+    """Return the words of a comparison of two settings that differ in one factor; otherwise an empty text."""
+    different = [factor for factor, level in one.levels.items() if level != other.levels[factor]]
+    if len(different) != 1:
+        return ""
+    within = name_cell({factor: level for factor, level in one.levels.items() if factor not in different})
+    at = f" at {within}" if within else ""
+    return f"{different[0]} {one.levels[different[0]]} vs {other.levels[different[0]]}{at}"
 
 
 def _luck(found: Ranking) -> str:
     """Return how much of the lead of the best setting is due to choosing it, and its values on test text."""
     text = "**How much of that is luck:** a setting that was chosen because it is the best looks better than it is."
-    best, number, unit = found.settings[0], len(found.settings), unit_of(found.metric)
+    best, number = found.settings[0], len(found.settings)
     tested = found.metric.replace("val/", "test/")
     chosen = pd.DataFrame({each.name: each.values for each in found.settings}).T
     tests = {each.name: by_seed(each.runs, tested) for each in found.settings if tested in each.runs}
@@ -108,17 +132,19 @@ def _luck(found: Ranking) -> str:
     if has_test:
         values = judged.loc[best.name].dropna()
         spread = f" ± {values.std(ddof=1):.2g}" if len(values) > 1 else ""
-        text += f" On test text, by which nothing was chosen, {literal(best.name)} has a {unit} of {values.mean():.4g}"
-        text += f"{spread}, with the luck of the same seeds."
+        text += f" On test text, by which nothing was chosen, {literal(best.name)} has a "
+        text += f"{unit_of(tested)} of {values.mean():.4g}{spread}, with the luck of the same seeds."
     if len(chosen.columns) < 2:
         return text + " Without several seeds that all settings have, the luck cannot be estimated."
     where = "on test text" if has_test else "on validation text, as there is no test text"
     found_lead = lead(chosen.to_numpy(), (judged if has_test else chosen).to_numpy())
+    side = "better" if found_lead.judged >= 0 else "worse"
+    worth = f"is {abs(found_lead.judged):.2g} {side} than the mean"
     return (
         f"{text} On the validation text by which it was chosen, it leads the mean of all {number} settings by "
         f"{found_lead.chosen:.2g}; if all were equal, the best of {number} would lead by {found_lead.luck:.2g} through "
-        f"luck alone. Chosen by all seeds but one and judged by that one {where}, the best setting leads by "
-        f"{found_lead.judged:.2g}: that is what the choice is worth."
+        f"luck alone. Chosen by all seeds but one and judged by that one {where}, the best setting "
+        f"{worth} of all settings: that is what the choice is worth."
     )
 
 

@@ -5,7 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from moe.analysis.report.inputs import ReportInputs
+from moe.config.cell import Grid
 from moe.config.keys import flatten
 from moe.files import shown
 from moe.results.conditions import levels, without_causality
@@ -22,20 +25,13 @@ def training_command(inputs: ReportInputs, seeds: Sequence[int] | None = None) -
 
     seeds: those of the command; by default the seeds of the runs.
     """
-    runs = inputs.runs
-    parents = {Path(folder).parent for folder in runs["folder"]}
-    try:
-        [parent] = parents
-        record = SweepRecord.read(parent / SweepRecord.FILE)
-    except (ValueError, RecordError):
-        return ""
-    grid = record.grid_with(*(Path(folder).name for folder in runs["folder"]))
+    runs, grid = inputs.runs, grid_of(inputs.runs)
     if grid is None or grid.search:
         return ""
     experiment = grid.name.partition(": ")[0]
     words = [f"experiment={experiment}"] if experiment != "default" else []
-    words += [f"{key}={_word(value)}" for key, value in grid.fixed.items() if value is not None]
-    words += _kept(inputs, parent, experiment)
+    words += fixed_settings(grid)
+    words += _kept(inputs, Path(runs["folder"].iloc[0]).parent, experiment)
     for factor in (*grid.factors, "seed"):
         values = [without_causality(level) for level in levels(runs[factor])] if factor in runs else []
         if factor == "seed" and seeds is not None:
@@ -43,6 +39,21 @@ def training_command(inputs: ReportInputs, seeds: Sequence[int] | None = None) -
         given = dict.fromkeys(str(value) for value in values if value != ABSENT)
         words += [f"{factor}={','.join(given)}"] if given else []
     return f"python train.py -m {shlex.join(words)}"
+
+
+def grid_of(runs: pd.DataFrame) -> Grid | None:
+    """Return the grid of runs that lie in one sweep folder, from its sweep.json; None if there is none."""
+    try:
+        [parent] = {Path(folder).parent for folder in runs["folder"]}
+        record = SweepRecord.read(parent / SweepRecord.FILE)
+    except (ValueError, RecordError):
+        return None
+    return record.grid_with(*(Path(folder).name for folder in runs["folder"]))
+
+
+def fixed_settings(grid: Grid) -> list[str]:
+    """Return what a grid sets otherwise than its experiment, as words of a command."""
+    return [f"{key}={_word(value)}" for key, value in grid.fixed.items() if value is not None]
 
 
 def _kept(inputs: ReportInputs, sweep: Path, experiment: str) -> list[str]:

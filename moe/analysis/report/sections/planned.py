@@ -22,6 +22,9 @@ NOTHING_NEW = """\
 **This is look {number} at these runs, and it has no new seed.** Earlier reports had all its seeds, beside others.
 Nothing of the 5 % is left for it, so its tests decide nothing. Reports about more seeds, up to the {planned} planned
 ones, do."""
+USED_UP = """\
+The planned seeds ({planned}{whose}) are used up: with more, all tests together have {share:.3g} % instead of 5 %. The
+number above allows for that. All looks together then decide something by chance in at most {total:.3g} % of studies."""
 NOT_WRITTEN = """\
 **This look was not written down**, because the folder of the runs cannot be written to. A later report will not know of
 it, so its tests will have too large a share of the 5 %."""
@@ -58,12 +61,31 @@ def warnings_of_looks(study: Study, n: int) -> Iterator[str]:
     facts = {"number": place + 1, "planned": planned, "share": share}
     if beyond := sum(each >= planned for each in before):
         *_, last = takewhile(lambda look: set(look.seeds) != set(study.seeds), study.earlier)
-        total = 100 * SIGNIFICANCE * sum(FURTHER**each for each in range(beyond + 1))
-        yield BEYOND.format(**facts, seeds=", ".join(map(str, last.seeds)), time=last.time, total=total)
+        yield BEYOND.format(**facts, seeds=", ".join(map(str, last.seeds)), time=last.time, total=_total(beyond))
     elif looks[place] in before:
         yield NOTHING_NEW.format(**facts)
     else:
         yield WITHIN.format(**facts)
+
+
+def price_of_more(study: Study, n: int) -> str:
+    """Return what a report about more seeds costs, as a share of the 5 %; an empty text if planned seeds are missing.
+
+    n: the seeds with finished runs.
+    """
+    looks, _ = study.seen(n)
+    planned = study.planned or looks[0]
+    beyond = sum(each >= planned for each in looks)
+    if n < 2 or not beyond:
+        return ""
+    whose = "" if study.planned else ", those of the first report"
+    share = 100 * SIGNIFICANCE * study.next_share(n)
+    return USED_UP.format(planned=planned, whose=whose, share=share, total=_total(beyond)).replace("\n", " ")
+
+
+def _total(beyond: int) -> float:
+    """Return in how many of 100 studies chance decides something at most, after so many looks beyond the plan."""
+    return 100 * SIGNIFICANCE * sum(FURTHER**each for each in range(beyond + 1))
 
 
 def _claims(number: int) -> str:

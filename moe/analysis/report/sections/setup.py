@@ -6,7 +6,7 @@ import pandas as pd
 
 from moe.analysis.report.blocks import literal
 from moe.analysis.report.inputs import ReportInputs
-from moe.analysis.report.sections.commands import training_command
+from moe.analysis.report.sections.commands import fixed_settings, grid_of, training_command
 from moe.analysis.report.sections.planned import planned_facts
 from moe.analysis.tuned import tuned_equally
 from moe.results.conditions import levels
@@ -19,8 +19,11 @@ def setup(inputs: ReportInputs) -> list[tuple[str, str]]:
     finished = runs[runs["status"] == "finished"]
     seeds = ", ".join(map(str, levels(runs["seed"]))) if "seed" in runs else "unknown"
     facts = [] if inputs.observed else [("Runs", f"{len(finished)} of {len(runs)} finished; seeds {seeds}")]
-    grids = [name for name in levels(inputs.runs["experiment"]) if ": " in name]
-    facts += [("Settings that differ from the experiment's own", literal(name.partition(": ")[2])) for name in grids]
+    facts += [
+        ("Settings that differ from the experiment's own", literal(text))
+        for name in levels(inputs.runs["experiment"])
+        if (text := _own_settings(inputs.runs[inputs.runs["experiment"] == name], str(name)))
+    ]
     total, active, trainable = (
         _range(finished, f"parameters.{part}", _count) for part in ("total", "active", "trainable")
     )
@@ -53,6 +56,15 @@ def setup(inputs: ReportInputs) -> list[tuple[str, str]]:
     if command := training_command(inputs):
         facts.append(("Repeat", f"`{command}`"))
     return facts
+
+
+def _own_settings(runs: pd.DataFrame, name: str) -> str:
+    """Return what the runs of a grid set otherwise than its experiment, with full keys; by its name if need be.
+
+    The name of a grid is cut if it is long.
+    """
+    grid = grid_of(runs)
+    return ", ".join(fixed_settings(grid)) if grid and grid.fixed else name.partition(": ")[2]
 
 
 def _base(inputs: ReportInputs) -> list[tuple[str, str]]:

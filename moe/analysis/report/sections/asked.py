@@ -1,0 +1,33 @@
+"""What a report found about the metrics that its reader asked for with `--metric`, on the first screen."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+import pandas as pd
+
+from moe.analysis.report.blocks import literal
+from moe.analysis.report.inputs import ReportInputs
+from moe.analysis.report.judgments import cards, judgments
+from moe.analysis.sentences import unit_of
+from moe.checks import plain
+from moe.results.conditions import by_seed
+
+
+def asked(inputs: ReportInputs) -> Iterator[str]:
+    """Yield a sentence for each metric that was asked for and that these runs have."""
+    for metric in inputs.options.metrics:
+        if metric in inputs.tested:
+            yield f"**Asked for, {literal(unit_of(metric))}:** {_found(inputs, metric)}"
+
+
+def _found(inputs: ReportInputs, metric: str) -> str:
+    """Return the verdicts on the comparisons of a metric, and the surest one; without comparisons, its mean."""
+    judged = judgments(pd.DataFrame(), inputs.contrasts, metric)
+    if not judged:
+        values = by_seed(inputs.runs, metric)
+        return plain(f"{values.mean():.4g} in the mean of all runs; there is no comparison of it.")
+    verdicts = Counter(each.verdict for each in judged)
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
+    [card] = cards(judged[:1])
+    number = "1 comparison" if len(judged) == 1 else f"{len(judged)} comparisons"
+    return f"{number} ({counts}). The surest is {card.text}: {card.effect}."
