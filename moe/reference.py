@@ -199,7 +199,7 @@ def _keys(values: dict[str, Any], targets: dict[str, str]) -> str:
         [f"`{key}`", f"`{value_text(value) or EMPTY}`", _papers(_prose(meanings.meaning(key, targets) or ""))]
         for key, value in values.items()
     ]
-    return _table(["key", "value", "meaning"], rows)
+    return _table(["key", "value", "meaning"], rows) if rows else "It has no keys.\n"
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

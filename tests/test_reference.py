@@ -34,6 +34,14 @@ def test_a_generated_page_is_what_the_code_says_now(name: str) -> None:
     assert (DOCS / name).read_text(encoding="utf-8") == PAGES[name]()
 
 
+def test_no_two_keys_of_a_router_share_a_text_and_no_table_is_empty() -> None:
+    page = (DOCS / "routers.md").read_text(encoding="utf-8")
+    for section in page.split("\n## ")[2:]:
+        meanings = re.findall(r"^\| `router\..* \| (.*) \|$", section, re.MULTILINE)
+        assert len(set(meanings)) == len(meanings), section.partition("\n")[0]
+        assert bool(meanings) != ("It has no keys." in section)
+
+
 def test_the_reference_has_every_public_name_every_key_and_every_option() -> None:
     api, configuration, routers = ((DOCS / name).read_text(encoding="utf-8") for name in PAGES)
     for name in moe.__all__:

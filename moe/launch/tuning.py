@@ -55,11 +55,15 @@ class Tuning(NamedTuple):
         return tuning
 
     def _check(self, start: Start) -> None:
-        """Raise ConfigError for a tuned key that the command sets too, and for seeds that choose and judge."""
+        """Raise ConfigError for a tuned key that the command sets too, and for seeds that both choose and judge."""
         words = [*start.presets, *start.own]
         for override in words:
             if override.key_or_group in self.values:
                 raise ConfigError(f"{override.input_line}: this key is tuned; leave it out, or add tune=null")
+        for name in ("init_seed", "data_seed"):
+            given = next((values_of(o) for o in reversed(words) if o.key_or_group == name), None)
+            values = [as_word(start.base[name])] if given is None else given
+            require(values == ["null"], name, ",".join(values), "null with tune, because both stages would share it")
         judging = next((values_of(o) for o in reversed(words) if o.key_or_group == "seed"), [str(start.base.seed)])
         allowed = f"one or more different seeds >= 0 that are not those of the sweep, which are {', '.join(judging)}"
         ok = self.seeds and len({*self.seeds}) == len(self.seeds) and not {*map(str, self.seeds)} & {*judging}

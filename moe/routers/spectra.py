@@ -31,17 +31,20 @@ class Spectra(Router):
         vector replaces the expression vector in all that follows.
     osr_repulsion_weight: weight of the term |s| R in the cost. R holds the squared cosines of the mean expression
         vectors of two experts.
-    sinkhorn_epsilon, sinkhorn_iterations, log_sinkhorn_enabled: the plan of exp(-cost / epsilon), computed in
-        logarithms or directly. With 0 iterations there is no plan.
+    sinkhorn_epsilon: how soft the plan of exp(-cost / epsilon) is: a larger epsilon makes its rows more even.
+    sinkhorn_iterations: how often rows and columns of the plan are scaled in turn. With 0 there is no plan.
+    log_sinkhorn_enabled: compute the plan in logarithms. If false, directly: entries too small for fp32 become zero.
     sinkhorn_inference: use plan, quota and batch means in evaluation too. Text is then generated with use_cache=False.
-    expert_choice_routing, expert_choice_capacity_factor: each expert takes at most ceil(factor * T k / E) tokens, those
-        with the largest plan entries first. This quota can leave a token with fewer than k experts.
-    ema_bias_weight, ema_alpha: weight of the term (load / mean load - 1) in the cost. Loads are an exponential moving
-        average over steps.
-    srip_enabled, so_lambda_max, so_warmup_steps: the auxiliary loss `srip`, computed by the function `srip`. Its weight
-        rises linearly to `so_lambda_max` over the first `so_warmup_steps` optimizer steps.
-    router_entropy_coef, cosine_similarities_loss_coef: weights of two more losses, the mean entropy of the rows of the
-        plan and the mean of s^2.
+    expert_choice_routing: give each expert a quota of tokens, those with the largest plan entries first. It can leave a
+        token with fewer than k experts.
+    expert_choice_capacity_factor: the quota of an expert is ceil(factor * T k / E) tokens.
+    ema_bias_weight: weight of the term (load / mean load - 1) in the cost.
+    ema_alpha: share of the earlier value in the moving averages over steps, of loads and of mean expression vectors.
+    srip_enabled: add the auxiliary loss `srip`, which is 0 if the mean expression vectors are orthogonal.
+    so_warmup_steps: the first optimizer steps, over which the weight of `srip` rises linearly from 0.
+    so_lambda_max: the weight of `srip` after these steps.
+    router_entropy_coef: weight of the loss `router_entropy`, the mean entropy of the rows of the plan.
+    cosine_similarities_loss_coef: weight of the loss `cosine_similarity`, the mean of s^2.
 
     Gates are the rows of the plan over the chosen experts, summing to 1 (k=1: p itself), with a gradient through the
     plan. With a quota no load in training exceeds factor times the mean load. Use lb=0. Not causal in training, where

@@ -117,6 +117,8 @@ def test_values_at_which_a_run_diverged_are_not_chosen(command: list[str]) -> No
         (["tune_seeds=[1,1]"], r"tune_seeds=\[1, 1\]: must be one or more different seeds"),
         (["seed=2"], r"tune_seeds=\[1, 2\]: .* not those of the sweep, which are 2$"),
         ([f"{RATE}=0.1"], f"{RATE}=0.1: this key is tuned; leave it out, or add tune=null"),
+        (["init_seed=7"], "^init_seed=7: must be null with tune, because both stages would share it$"),
+        (["data_seed=7,8"], "^data_seed=7,8: must be null with tune"),
         (["tune=3"], "tune=3: must be keys with lists of two or more different numbers"),
         (
             [f"tune={{{RATE}:[0.1]}}"],
