@@ -24,12 +24,12 @@ class QuantileBalancing(BiasedSigmoid):
     decay: share of the old bias in the moving average after a step.
     """
 
+    of_updates = frozenset(("router.decay",))
+
     def __init__(self, dim: int, num_experts: int, *, k: int = 2, decay: float = 0.9) -> None:
         super().__init__(dim, num_experts, k=k)
         require(0 <= decay < 1, "router.decay", decay, "at least 0, below 1")
         self.decay = decay
-        if k == num_experts:
-            self.ignores |= {"router.decay"}
 
     def feedback(self, scores: Float[Tensor, "T E"]) -> Float[Tensor, "E"]:
         return len(scores) * balanced_bias(scores, self.bias, self.k).to(self.bias)

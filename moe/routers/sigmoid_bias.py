@@ -20,9 +20,13 @@ class BiasedSigmoid(LinearRouter):
     `normalize` is set (never for k=1), times `scale`. `probs` is s normalized over all experts, so that a balance loss
     can be added. With several `groups` of neighboring experts, a token chooses within the `top_groups` groups with the
     largest sum of their two largest s + b (DeepSeek-V3 2412.19437).
+
+    rate: the size of a step of b, for subclasses that have one; None for others. `of_updates` names the other keys by
+        which b learns. All of them are ignored if a token takes all experts, because b then selects nothing.
     """
 
     bias: Tensor
+    of_updates: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -30,20 +34,26 @@ class BiasedSigmoid(LinearRouter):
         num_experts: int,
         *,
         k: int,
+        rate: float | None = None,
         normalize: bool = True,
         scale: float = 1.0,
         groups: int = 1,
         top_groups: int = 1,
     ) -> None:
         super().__init__(dim, num_experts, fixed_k=k)
+        require(rate is None or (finite(rate) and rate >= 0), "router.rate", rate, "a finite number >= 0")
         require(finite(scale) and scale > 0, "router.scale", scale, "a finite number > 0")
         check_groups(groups, top_groups, num_experts, k)
-        self.k, self.normalize, self.scale = k, normalize, scale
+        self.k, self.rate, self.normalize, self.scale = k, rate, normalize, scale
         self.groups, self.top_groups = groups, top_groups
         if top_groups == groups != 1:  # the k largest experts are always in the selected groups
             self.same_as = {"groups": 1, "top_groups": 1}
         if k == 1:
-            self.ignores = frozenset(("router.normalize",))
+            self.ignores |= {"router.normalize"}
+        if k == num_experts:
+            self.ignores |= self.of_updates | {"router.rate"}
+        elif rate == 0:
+            self.ignores |= self.of_updates
         self.register_buffer("bias", torch.zeros(num_experts))
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
@@ -103,6 +113,9 @@ class SigmoidBias(BiasedSigmoid):
     top_groups: groups per token whose experts can be chosen.
     """
 
+    of_updates = frozenset(("router.update",))
+    rate: float
+
     def __init__(
         self,
         dim: int,
@@ -117,13 +130,9 @@ class SigmoidBias(BiasedSigmoid):
         groups: int = 1,
         top_groups: int = 1,
     ) -> None:
-        super().__init__(dim, num_experts, k=k, normalize=normalize, scale=scale, groups=groups, top_groups=top_groups)
-        require(finite(rate) and rate >= 0, "router.rate", rate, "a finite number >= 0")
-        self.rate, self.update, self.scores = rate, update, scores
-        if k == num_experts:
-            self.ignores |= {"router.rate"}
-        if k == num_experts or rate == 0:
-            self.ignores |= {"router.update"}
+        grouping = {"groups": groups, "top_groups": top_groups}
+        super().__init__(dim, num_experts, k=k, rate=rate, normalize=normalize, scale=scale, **grouping)
+        self.update, self.scores = update, scores
 
     def log_scores(self, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
         return super().log_scores(logits) if self.scores == "sigmoid" else log_softplus(logits) / 2

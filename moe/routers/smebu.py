@@ -29,6 +29,8 @@ class Smebu(BiasedSigmoid):
     top_groups: groups per token whose experts can be chosen.
     """
 
+    of_updates = frozenset(("router.kappa", "router.momentum"))
+    rate: float
     velocity: Tensor
 
     def __init__(
@@ -45,15 +47,11 @@ class Smebu(BiasedSigmoid):
         groups: int = 1,
         top_groups: int = 1,
     ) -> None:
-        super().__init__(dim, num_experts, k=k, normalize=normalize, scale=scale, groups=groups, top_groups=top_groups)
-        require(finite(rate) and rate >= 0, "router.rate", rate, "a finite number >= 0")
+        grouping = {"groups": groups, "top_groups": top_groups}
+        super().__init__(dim, num_experts, k=k, rate=rate, normalize=normalize, scale=scale, **grouping)
         require(finite(kappa) and kappa > 0, "router.kappa", kappa, "a finite number > 0")
         require(0 <= momentum < 1, "router.momentum", momentum, "at least 0, below 1")
-        self.rate, self.kappa, self.momentum = rate, kappa, momentum
-        if k == num_experts:
-            self.ignores |= {"router.rate"}
-        if k == num_experts or rate == 0:
-            self.ignores |= {"router.kappa", "router.momentum"}
+        self.kappa, self.momentum = kappa, momentum
         self.register_buffer("velocity", torch.zeros(num_experts))
 
     @torch.no_grad()
