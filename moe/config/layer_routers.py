@@ -7,6 +7,7 @@ The text is a list of entries, joined by +. An entry `0-2:hash` gives layers 0 t
 import json
 import re
 from functools import cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import yaml
@@ -45,17 +46,67 @@ def _entries(text: str) -> list[_Entry]:
     return found
 
 
+class _Part(NamedTuple):
+    """Neighboring layers, from first to last, that have the same option, or none, and the same settings as text."""
+
+    first: int
+    last: int
+    option: str | None
+    settings: dict[str, str]
+
+    def spec(self, router: dict[str, Any]) -> dict[str, Any]:
+        """Return class and settings of the router of these layers. router: that of the layers without an entry."""
+        start = router if self.option is None else _preset(self.option)
+        return start | {name: _value(value) for name, value in self.settings.items()}
+
+
+def _parts(text: str) -> list[_Part]:
+    """Return the parts that a text stands for, by layer."""
+    entries, found = _entries(text), list[_Part]()
+    for first, after in pairwise(sorted({number for each in entries for number in (each.first, each.last + 1)})):
+        option, settings = None, dict[str, str]()
+        for each in entries:
+            if each.first <= first <= each.last and each.value is None:
+                option = each.word
+                settings = {name: _text(value) for name, value in _preset(option).items() if name != "_target_"}
+            elif each.first <= first <= each.last:
+                settings |= {each.word: str(each.value)}
+        part = _Part(first, after - 1, option, settings)
+        if found and found[-1] == part._replace(first=found[-1].first, last=first - 1):
+            found[-1] = found[-1]._replace(last=part.last)
+        elif option is not None or settings:
+            found.append(part)
+    return found
+
+
+def _written(parts: list[_Part]) -> str:
+    """Return the one text that stands for these parts: by layer, the option first and then all settings by name."""
+    entries = []
+    for part in parts:
+        words = [] if part.option is None else [(part.option, None)]
+        entries += [_Entry(part.first, part.last, *word) for word in [*words, *sorted(part.settings.items())]]
+    return "+".join(map(str, entries))
+
+
 def explicit(text: str) -> str:
-    """Return the text with all settings of its options, so that it says what a run computes. Raises ConfigError."""
+    """Return the text with all settings of its options, so that it says what a run computes.
+
+    Two texts that give all layers the same options and settings become equal. Raises ConfigError for an entry that
+    later ones replace in each of its layers.
+    """
     given = _entries(text)
-    written = []
     for number, each in enumerate(given):
-        written.append(each)
-        if each.value is None:
-            own = {name: value for name, value in _preset(each.word).items() if name != "_target_"}
-            settings = [each._replace(word=name, value=_text(own[name])) for name in own]
-            written += [setting for setting in settings if not _overruled(setting, given[number + 1 :])]
-    return "+".join(map(str, written))
+        allowed = f"entries that later ones leave an effect; {each} has none"
+        require(not _overruled(each, given[number + 1 :]), KEY, text, allowed)
+    return _written(_parts(text))
+
+
+def _overruled(entry: _Entry, later: list[_Entry]) -> bool:
+    """Return whether later entries replace an entry in each of its layers: by an option, or by the same setting."""
+    replacing = [each for each in later if each.value is None or each.word == entry.word]
+    first_left = {entry.first, *(each.last + 1 for each in replacing)}  # one of these is left, if any layer is
+    numbers = [number for number in first_left if entry.first <= number <= entry.last]
+    return all(any(each.first <= number <= each.last for each in replacing) for number in numbers)
 
 
 def check(text: str, *, dense: int, layers: int) -> None:
@@ -63,45 +114,32 @@ def check(text: str, *, dense: int, layers: int) -> None:
 
     dense, layers: the number of first layers without experts, and of all layers.
     """
-    chosen: list[int] = []
-    for each in _entries(text):
+    chosen = 0
+    for part in _parts(text):
         allowed = f"layers from {dense} to {layers - 1}, those that have experts"
-        require(dense <= each.first and each.last < layers, KEY, text, allowed)
-        if each.value is None:
-            chosen += range(each.first, each.last + 1)
-    twice = next((number for number in chosen if chosen.count(number) > 1), None)
-    require(twice is None, KEY, text, f"at most one option for each layer; layer {twice} has two")
+        require(dense <= part.first and part.last < layers, KEY, text, allowed)
+        chosen += 0 if part.option is None else part.last - part.first + 1
     allowed = "left out for one layer at least: name the router of the others as router=OPTION"
-    require(len(chosen) < layers - dense, KEY, text, allowed)
+    require(chosen < layers - dense, KEY, text, allowed)
 
 
-def check_changes(text: str | None, router: dict[str, Any]) -> None:
-    """Raise ConfigError for an entry that later ones overrule in all its layers, or layers that keep their router."""
-    given = _entries(text) if text else []
-    for number, each in enumerate(given):
-        allowed = f"entries that later ones leave an effect; {each} has none"
-        require(not _overruled(each, given[number + 1 :]), KEY, text, allowed)
-    same = next((number for number, spec in specs(text, router).items() if spec == router), None)
-    allowed = f"entries for layers with another router than the others; layer {same} has the same one"
-    require(same is None, KEY, text, allowed)
+def check_changes(text: str, routers: list[dict[str, Any]]) -> None:
+    """Raise ConfigError for layers that the text gives the router of the others, with each of these `routers`."""
+    for part in _parts(text):
+        changes = any(part.spec(router) != router for router in routers)
+        allowed = f"entries for layers with another router than the others; layer {part.first} has the same one"
+        require(changes, KEY, text, allowed)
 
 
-def _overruled(entry: _Entry, later: list[_Entry]) -> bool:
-    """Return whether later entries replace an entry in each of its layers: an option, or the same setting."""
-    replacing = [each for each in later if each.value is None or each.word == entry.word]
-    return all(any(each.first <= n <= each.last for each in replacing) for n in range(entry.first, entry.last + 1))
+def in_effect(text: str, router: dict[str, Any]) -> str | None:
+    """Return the text without the layers to which it gives the router of the others anyway; None if none is left."""
+    return _written([part for part in _parts(text) if part.spec(router) != router]) or None
 
 
 def specs(text: str | None, router: dict[str, Any]) -> dict[int, dict[str, Any]]:
     """Return class and settings of the router of each layer that the text names. router: that of the other layers."""
-    found: dict[int, dict[str, Any]] = {}
-    for each in _entries(text) if text else ():
-        for number in range(each.first, each.last + 1):
-            if each.value is None:
-                found[number] = _preset(each.word)
-            else:
-                found[number] = found.get(number, router) | {each.word: _value(each.value)}
-    return found
+    parts = _parts(text) if text else []
+    return {number: part.spec(router) for part in parts for number in range(part.first, part.last + 1)}
 
 
 def temperature(text: str | None, router: dict[str, Any]) -> float:

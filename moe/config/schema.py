@@ -168,7 +168,6 @@ class Config:
         """Raise ConfigError for wrong keys or ranges of the router, and for a schedule or data that do not fit it."""
         self.check_adapter()
         routers = self.build_routers()
-        layer_routers.check_changes(self.model.routers, self.router)
         for router in routers:
             self._check_one(router)
         allowed = "routers that all run once in a layer, or all equally often"
@@ -377,8 +376,13 @@ class Config:
         return layer_routers.temperature(self.model.routers, self.router)
 
     def identity(self) -> dict[str, Any]:
-        """Return the keys that decide what a run computes, flat: {"model.dim": 128, ...}."""
+        """Return the keys that decide what a run computes, flat: {"model.dim": 128, ...}.
+
+        In `model.routers`, layers are left out that have the router of the others anyway.
+        """
         flat = {key: value for key, value in flatten(self).items() if not is_free(key)}
+        if self.model.routers is not None:
+            flat["model.routers"] = layer_routers.in_effect(self.model.routers, self.router)
         unused = DENSE_IGNORES if self.is_dense else ()
         return {key: value for key, value in flat.items() if key.partition(".")[0] not in unused}
 

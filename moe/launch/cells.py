@@ -14,6 +14,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from moe.checks import ConfigError, require
+from moe.config import layer_routers
 from moe.config.cell import Cell
 from moe.config.keys import DEFAULTED, DENSE_IGNORES, OFF, RATES, fingerprint, flatten, is_free
 from moe.config.model import ModelConfig
@@ -331,8 +332,12 @@ def _refuse_given_in_vain(cells: list[Cell], described: list[Cell], given: set[s
     cells: as the user wrote them. described: the same cells with the keys that do not apply to each. given: the keys
     that the command, or the sweep of its experiment, sets to one value or to several. swept: those with several.
 
-    A key for which model or data have no use (`Config.unused_keys`) is refused only with several values.
+    A key for which model or data have no use (`Config.unused_keys`) is refused only with several values. A layer of
+    `model.routers` must have another router than the others in one cell at least.
     """
+    of_layers = [(cell.config.model.routers, cell.config.router) for cell in cells]
+    for text in dict.fromkeys(text for text, _ in of_layers if text is not None):
+        layer_routers.check_changes(text, [router for each, router in of_layers if each == text])
     ignored = frozenset.intersection(*(cell.ignored for cell in described)) - {*DENSE_IGNORES}
     for key in sorted(key for key in ignored if any(f"{key}.".startswith(f"{name}.") for name in given)):
         values = dict.fromkeys(flatten(cell.config)[key] for cell in cells)

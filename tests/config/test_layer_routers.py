@@ -19,12 +19,14 @@ def test_entries_choose_options_and_change_settings_of_single_layers() -> None:
 @pytest.mark.parametrize(
     ("text", "explicit"),
     [
-        ("0-1:hash", "0-1:hash+0-1:k:2+0-1:balanced:true"),
-        ("0:hash+0:k:1", "0:hash+0:balanced:true+0:k:1"),
-        ("0-1:hash+0:k:1", "0-1:hash+0-1:k:2+0-1:balanced:true+0:k:1"),
+        ("0-1:hash", "0-1:hash+0-1:balanced:true+0-1:k:2"),
+        ("0:hash+0:k:2", "0:hash+0:balanced:true+0:k:2"),
+        ("0-1:hash+0:k:1", "0:hash+0:balanced:true+0:k:1+1:hash+1:balanced:true+1:k:2"),
         ("2:k:1", "2:k:1"),
-        ("0:hash+1:hash+0-1:k:1", "0:hash+0:balanced:true+1:hash+1:balanced:true+0-1:k:1"),
-        ("3:relu", "3:relu+3:target:2.0+3:coefficient:1e-08+3:rate:1.2"),
+        ("3:k:1+1:k:1+2:k:1", "1-3:k:1"),
+        ("0:hash+1:hash+0-1:k:1", "0-1:hash+0-1:balanced:true+0-1:k:1"),
+        ("0-2:hash+1:topk", "0:hash+0:balanced:true+0:k:2+1:topk+1:gate:renorm+1:k:2+2:hash+2:balanced:true+2:k:2"),
+        ("3:relu", "3:relu+3:coefficient:1e-08+3:rate:1.2+3:target:2.0"),
     ],
 )
 def test_the_explicit_text_has_all_settings_and_means_the_same(text: str, explicit: str) -> None:
@@ -42,7 +44,7 @@ def test_the_explicit_text_has_all_settings_and_means_the_same(text: str, explic
         ("model.routers=0-9:hash", "must be layers from 0 to 3, those that have experts$"),
         ("model.routers=0:hash model.first_k_dense_replace=1", "must be layers from 1 to 3, those that have experts$"),
         ("model.routers=0-3:hash", "must be left out for one layer at least: name the router of the others as router="),
-        ("model.routers=0:hash+0:topk", "must be at most one option for each layer; layer 0 has two$"),
+        ("model.routers=0:hash+0:topk", r"^model.routers=0:hash\+0:topk: must be entries .*; 0:hash has none$"),
         ("model.routers=0:kk:1", "^model.routers=0:kk:1: unknown key of router 'router.kk'; nearest: router.k$"),
         ("model.routers=0:k:9", "^model.routers=0:k:9: router.k=9: must be between 1 and model.num_experts=8$"),
         ("model.routers=0:k:two", "^model.routers=0:k:two: router.k=two: must be a whole number$"),
@@ -87,5 +89,24 @@ def test_a_key_applies_if_the_router_of_any_layer_uses_it() -> None:
 
 def test_a_sweep_over_routers_of_layers_names_its_levels() -> None:
     cells = read_cells(["-m", "model.routers=null,0-1:hash,0-1:k:1"])
-    assert [cell.config.model.routers for cell in cells] == [None, "0-1:hash+0-1:k:2+0-1:balanced:true", "0-1:k:1"]
+    assert [cell.config.model.routers for cell in cells] == [None, "0-1:hash+0-1:balanced:true+0-1:k:2", "0-1:k:1"]
     assert cells[0].grid.factors == ["model.routers"]
+
+
+def test_a_cell_whose_layers_have_the_router_of_the_others_anyway_is_the_same_run_as_the_plain_one() -> None:
+    """Layer 1 of the last cell with top-k has top-k anyway, and layer 0 of the one with hash has hash anyway."""
+    cells = read_cells(["-m", "router=topk,hash", "model.routers=null,0:hash,0:hash+1:topk"])
+    hashed = "0:hash+0:balanced:true+0:k:2"
+    assert [(cell.choices["router"], cell.identity()["model.routers"]) for cell in cells] == [
+        ("topk", None),
+        ("topk", hashed),
+        ("hash", None),
+        ("hash", "1:topk+1:gate:renorm+1:k:2"),
+    ]
+
+
+def test_two_spellings_of_the_same_routers_are_the_same_run() -> None:
+    one, two = (read_cells([f"model.routers={text}"])[0] for text in ("0:hash", "0:hash+0:k:2"))
+    assert one.identity() == two.identity()
+    with pytest.raises(ConfigError, match=r"^two cells of this sweep are the same run: model.routers=0.?:hash and "):
+        read_cells(["-m", "model.routers=0:hash,0:hash+0:k:2"])
