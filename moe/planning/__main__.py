@@ -33,7 +33,9 @@ from moe.runs.place import duration
 from moe.runs.record import RecordError
 
 WIDTH = 110
-EARLY = "Power is that of a test that must pass alone. After other tests of its family passed, fewer seeds would do."
+NOTES = """\
+The time was measured, and depends on what else ran on the machine. Power is that of a test that must pass alone. After
+other tests of its family passed, fewer seeds would do."""
 
 
 def main() -> int:
@@ -126,9 +128,9 @@ def _lines(plan: Plan, pilot: Path | None) -> Iterator[str]:
     yield f"power {request.power:g}, after the correction for all tests that the report will make"
     if pilot is None:
         yield from textwrap.wrap(
-            "No pilot: nothing is known about the spread, so the numbers below are for an effect of one standard "
-            f"deviation of the differences between runs of one seed ({request.effect.text} was asked for). Train a "
-            "pilot of three seeds, and pass it:",
+            "This plan needs a pilot: without one, nobody knows how much runs differ by chance, and so how many seeds "
+            f"an effect of {request.effect.text} needs. The numbers below are for an effect as large as one standard "
+            "deviation of the differences between runs of one seed. Train a pilot of three seeds, and pass it:",
             WIDTH,
         )
         yield f"  {_pilot_command(request)}"
@@ -148,12 +150,13 @@ def _lines(plan: Plan, pilot: Path | None) -> Iterator[str]:
     hours = duration(plan.speed.seconds * plan.runs)
     yield f"runs: {plan.settings} settings x {len(plan.seeds)} seeds = {plan.runs}, {number_text(plan.tokens)} tokens"
     yield f"time: about {hours} of one run after another on this machine, from {plan.speed.source}"
-    yield from textwrap.wrap(EARLY, WIDTH)
+    yield from textwrap.wrap(NOTES, WIDTH)
     yield f"command: {plan.command}"
 
 
 def _pilot_command(request: Request) -> str:
-    words = [word for word in request.words if word not in ("-m", "--multirun") and not word.startswith("seed=")]
+    left_out = ("-m", "--multirun")
+    words = [word for word in request.words if word not in left_out and not word.startswith(("seed=", "out="))]
     return f"python train.py -m {' '.join(words)} seed=1,2,3 out=pilot"
 
 

@@ -18,7 +18,8 @@ from moe.bench.errors import null_runs, write_record
 from moe.bench.power import Planned, planned, with_effect
 from moe.config.claim import ClaimConfig
 from moe.launch.command_line import read_cells
-from moe.planning.__main__ import main
+from moe.planning.__main__ import _pilot_command, main
+from moe.planning.plan import Request
 from moe.planning.report_ahead import tests_ahead as ahead
 from moe.planning.seeds import NO_PILOT, Effect, need, spread_of
 from moe.runs.record import MetricsRecord, RunRecord
@@ -136,6 +137,11 @@ def test_words_that_cannot_be_used(
     assert message in error
     assert error.count("\n") == 1
     assert other.read_text() == "{}"
+
+
+def test_the_pilot_has_one_folder_and_new_seeds() -> None:
+    request = Request(["experiment=x", "-m", "out=mine", "seed=7", "steps=5"], Effect.read("effect", "1%"), {}, 0.8, 32)
+    assert _pilot_command(request) == "python train.py -m experiment=x steps=5 seed=1,2,3 out=pilot"
 
 
 def test_the_spread_of_a_pilot_without_the_level_is_that_within_seeds() -> None:
