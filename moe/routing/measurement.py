@@ -99,8 +99,9 @@ def _choices(
     by_decile = count(decile[token] * experts + expert, DECILES * experts).view(DECILES, experts)
     one = dispatched.weight.new_ones(())  # a Python number would be copied to the device
     chosen = dispatched.weight.new_zeros(tokens, experts).index_put_((token, expert), one)
-    gates = chosen.index_put((token, expert), routing.weight)
-    gates = gates / gates.sum(1, keepdim=True).clamp(min=torch.finfo(gates.dtype).tiny)
+    tiny = torch.finfo(chosen.dtype).tiny
+    weights = chosen.index_put((token, expert), routing.weight).sum(1)  # of each token, added in a fixed order
+    gates = routing.weight / weights.clamp(min=tiny)[token]
     with torch.autocast(chosen.device.type, enabled=False):  # bfloat16 does not represent all integers above 256
         coactivation = chosen.T @ chosen
         active = chosen.sum(1)
@@ -115,7 +116,7 @@ def _choices(
         "repeatable": repeatable,
         "repeated": repeated,
         "tokens_by_active": count(active.long(), experts + 1).float(),
-        "gate_entropy": router_entropy(gates) * tokens,
+        "gate_entropy": -(gates * gates.clamp(min=tiny).log()).sum(),
         "unrouted": tokens - chosen.new_zeros(tokens).index_fill_(0, dispatched.token, 1.0).sum(),
     }
 
