@@ -5,11 +5,13 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from moe.analysis.figures.charts import charts, with_hover
+from moe.analysis.figures.curves import draw_runs
 from moe.analysis.figures.style import line_style, shared_legend
 
 
@@ -48,6 +50,21 @@ def test_lines_points_and_intervals_keep_their_values_and_join_their_entry_of_th
     assert [entry["name"] for entry in found["legend"]] == ["a", "b", "c", "d"]
     assert [entry.get("dash") for entry in found["legend"]] == ["solid", "dash", None, None]
     assert found["notes"] == ["what the marks mean"]
+
+
+def test_runs_are_one_line_with_gaps_in_the_order_of_their_steps_and_each_point_names_its_seed() -> None:
+    columns = {"folder": list("baabab"), "seed": [7, 1, 1, 7, 1, 7], "step": [1, 2, 1, 2, 3, 3]}
+    events = pd.DataFrame(columns | {"loss": [5.0, 2.0, None, 6.0, 3.0, None]})
+    figure = Figure()
+    axes = figure.subplots()
+    draw_runs(axes, events, "loss", {"color": "#0072B2"})
+    axes.plot([1, 2, 3], [4.0, 4.0, 4.0], color="#0072B2", label="mean")
+    [panel] = chart(figure)["panels"]
+    runs = panel["data"][0]
+    assert runs["x"] == [1, 2, None, 2, 3, None]
+    assert runs["y"] == [5, 6, None, 2, 3, None]
+    assert runs["text"] == ["seed 7", "seed 7", "", "seed 1", "seed 1", ""]
+    draw_runs(axes, events[:0], "loss", {})  # no run has a value
 
 
 def test_bars_heatmaps_and_bands_keep_their_values() -> None:

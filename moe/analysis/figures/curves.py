@@ -76,13 +76,14 @@ def draw_runs(axes: Axes, events: pd.DataFrame, column: str, look: dict[str, Any
 
     All runs are one line with gaps, which is drawn faster than many lines.
     """
-    places, values, names = list[float](), list[float](), list[str]()
-    for _, run in events.dropna(subset=[column]).sort_values("step").groupby("folder", sort=False):
-        places += [*run[x], math.nan]
-        values += [*run[column], math.nan]
-        names += [*run["seed"].map("seed {}".format), ""]
+    known = events.dropna(subset=[column]).sort_values("step")
+    run = pd.factorize(known["folder"])[0]
+    by_run, ends = np.argsort(run, kind="stable"), np.bincount(run).cumsum()
+    seed, seeds = pd.factorize(known["seed"])
+    names = np.array([f"seed {each}" for each in seeds], dtype=object)[seed]
+    places, values = (np.insert(known[name].to_numpy(dtype=float)[by_run], ends, math.nan) for name in (x, column))
     [line] = axes.plot(places, values, **look)
-    with_hover(line, names)
+    with_hover(line, np.insert(names[by_run], ends, ""))
 
 
 def draw_curves(axes: Axes, events: pd.DataFrame, column: str, label: str, style: dict[str, str]) -> None:
