@@ -2,7 +2,7 @@
 
 A law is L = floor + the sum over its terms of A times the product of x^-alpha over the term's variables. With one term
 of compute it is L = L_inf + A C^-alpha. With a term of size and one of tokens it is the third approach of Hoffmann et
-al. (2203.15556). No function extrapolates without saying so: `Fit.doubts` and `SpeedUp.doubts` are for the reader.
+al. (2203.15556). No function extrapolates without saying so: `Fit.doubts` is for the reader.
 Where the runs do not determine the law, there is no interval, and a doubt says why (`Fit.sure`).
 """
 
@@ -24,11 +24,10 @@ STEPS, CONVERGED = 100, 1e-6  # most steps of the optimizer, and the largest cha
 EXPONENTS = (0.01, 3.0)  # bounds of alpha; outside, a term is a constant or a cliff
 EXPERT_EXPONENTS = (-1.0, 1.0)  # more experts may be worse
 STARTS, EXPERT_STARTS = (0.1, 0.3, 0.8), (0.0, 0.3)
-EXPERTS = "experts"
+EXPERTS, TOKENS = "experts", "tokens"
 MOST_CONDITION = 1000.0  # of the scaled Jacobian; that of grids of 1:2:4 is below 600 for usual exponents
 MOST_CORRELATION = 0.99  # of the logs of two variables, above which they grow in proportion
 MOST_AT_BOUND = 0.02  # the share of resamples at a bound above which intervals are known to be too narrow
-MOST_LOG = 700.0  # a larger log is one of an infinite number
 NARROW = 4.0  # three budgets within this factor give intervals that are too narrow
 
 
@@ -301,78 +300,7 @@ def _jacobian(law: Law, theta: Float[np.ndarray, "R P"], logs: Float[np.ndarray,
     return np.stack([floor, *(terms[:, term] for term in range(len(law.terms))), *slopes], axis=2)
 
 
-class SpeedUp(NamedTuple):
-    """How many times as much compute the baseline needs for an arm's loss, at one budget of the arm.
-
-    misfit: the largest such factor that the curve gives the baseline itself at one of its budgets, or 1 / it; the curve
-    tells nothing apart that is closer to 1.
-    """
-
-    budget: float
-    loss: float
-    needed: float
-    times: Estimate
-    misfit: float
-    doubts: list[str]
-
-
-def speed_up(baseline: pd.DataFrame, arm: pd.DataFrame, *, resamples: int = RESAMPLES) -> list[SpeedUp]:
-    """Return the effective speed-up of an arm at each of its budgets, from a curve through the baseline's runs.
-
-    Both tables have the columns `seed`, `FLOPs` (training) and `loss`. A budget of the arm is compared by the seeds
-    that both have there. A resample draws the same seeds for both, so what all runs of a seed share cancels. Raises
-    ValueError if the baseline has fewer than three budgets.
-    """
-    found = []
-    curves: dict[tuple[int, ...], tuple[Fit, float]] = {}  # by seeds
-    for budget, members in _by_budget(arm):
-        common = sorted(set(baseline["seed"]) & set(members["seed"]))
-        if not common:
-            continue
-        if tuple(common) not in curves:
-            of_both = baseline[baseline["seed"].isin(common)]
-            curve = fit(of_both, COMPUTE, resamples=resamples)
-            curves[tuple(common)] = curve, _misfit(curve, of_both)
-        of_seed = members.groupby("seed")["loss"].mean()[common].to_numpy()
-        loss = resampled_seeds(len(common), resamples) @ of_seed / len(common)
-        curve, misfit = curves[tuple(common)]
-        found.append(_speed_up(curve, budget, loss, misfit))
-    return found
-
-
-def _misfit(curve: Fit, baseline: pd.DataFrame) -> float:
-    """Return the largest factor by which the curve is off at a budget of the baseline itself."""
-    of_budget = [(budget, members["loss"].mean()) for budget, members in _by_budget(baseline)]
-    logs = [abs(math.log(_needed(curve, np.array([loss]))[0] / budget)) for budget, loss in of_budget]
-    return _exp(max(logs))
-
-
-def _speed_up(curve: Fit, budget: float, loss: Float[np.ndarray, "R"], misfit: float) -> SpeedUp:
-    needed = _needed(curve, loss)
-    times = curve.estimate(np.log(needed / budget))
-    doubts = list(curve.doubts)
-    if not math.isfinite(needed[0]):
-        doubts.append("its loss is below L_inf of the baseline's curve: no budget reaches it")
-    else:
-        doubts += curve.outside(FLOPs=float(needed[0]))
-    return SpeedUp(budget, float(loss[0]), float(needed[0]), Estimate(*map(_exp, times)), misfit, doubts)
-
-
-def _exp(log: float) -> float:
-    """Return e to this power, which is infinite where it is more than a float holds."""
-    return math.exp(log) if not log > MOST_LOG else math.inf
-
-
-def _needed(curve: Fit, loss: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
-    """Return the compute at which the curve has these losses, each by its own row; infinite below its floor."""
-    factor, alpha = curve.theta[: len(loss), 1:].T
-    gap = loss - curve.floor[: len(loss)]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        logs = (factor - np.log(gap)) / alpha + curve.center["FLOPs"]
-    return np.where((gap > 0) & (logs < MOST_LOG), np.exp(np.clip(logs, -MOST_LOG, MOST_LOG)), np.inf)
-
-
-def _by_budget(table: pd.DataFrame) -> list[tuple[float, pd.DataFrame]]:
+def by_budget(table: pd.DataFrame) -> list[tuple[float, pd.DataFrame]]:
     """Return the runs by budget, the mean of those whose compute differs by at most 2 %, in rising order."""
     ordered = table.sort_values("FLOPs")
     group = (ordered["FLOPs"].pct_change().fillna(0) > 0.02).cumsum()
@@ -381,4 +309,4 @@ def _by_budget(table: pd.DataFrame) -> list[tuple[float, pd.DataFrame]]:
 
 def budgets(flops: Sequence[float] | pd.Series) -> int:
     """Return how many different budgets there are, if 2 % make no difference."""
-    return len(_by_budget(pd.DataFrame({"FLOPs": list(flops)})))
+    return len(by_budget(pd.DataFrame({"FLOPs": list(flops)})))

@@ -23,10 +23,13 @@ from moe.analysis.equal_cost import (
     points,
     training_curves,
 )
+from moe.analysis.figures.charts import charts
+from moe.analysis.figures.drawing import Drawing
 from moe.analysis.report.blocks import Paragraph, TableBlock
 from moe.analysis.report.inputs import ReportOptions, collect_inputs
 from moe.analysis.report.sections.cost import FROM_CURVES, costs, equal_costs, speed_ups
 from moe.analysis.sentences import UNTESTED
+from moe.checks import plain
 from moe.config.claim import ClaimConfig
 from moe.results.shipped import read_shipped, ship
 from moe.results.table import load_runs, read_event_tables
@@ -156,9 +159,21 @@ def test_the_report_compares_at_equal_cost_and_says_what_a_speed_up_rests_on(tmp
     assert table["equal FLOPs"][0].endswith(", read at 62%, between points 0.1 apart")
     assert list(table)[-2:] == ["equal FLOPs", "equal seconds"]
     assert "nothing else to do" in str(blocks)
+    drawn = {block.name: block.figure for block in blocks if isinstance(block, Drawing)}
+    assert list(drawn) == ["equal_FLOPs", "equal_seconds"]
+    [axes] = drawn["equal_FLOPs"].axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["router b vs a (n=4), at 62%"]
+    shown = plain(f"{axes.lines[0].get_xdata()[0]:+.3f}")
+    assert table["equal FLOPs"][0].startswith(shown)
     blocks = list(speed_ups(inputs))
     [speed] = [block.frame for block in blocks if isinstance(block, TableBlock)]
     assert speed["level"].tolist() == ["b"]
+    [figure] = [block.figure for block in blocks if isinstance(block, Drawing)]
+    [axes] = figure.axes
+    [point] = [line for line in axes.lines if line.get_marker() == "o"]
+    assert speed["times the compute"][0].startswith(f"{point.get_xdata()[0]:.2f} [")
+    assert axes.get_xscale() == "log"
+    assert charts(figure) is not None, "the page shows values"
     assert FROM_CURVES in [block.text for block in blocks if isinstance(block, Paragraph)]
     [alike] = collect_inputs(runs.assign(flops_per_token=100))
     assert list(costs(alike)) == []

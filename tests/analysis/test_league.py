@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from run_folders import write_metrics, write_record
 
+from moe.analysis.figures.charts import charts
+from moe.analysis.figures.drawing import Drawing
 from moe.analysis.limits import covered
 from moe.analysis.report.blocks import Attachment, Paragraph, TableBlock
 from moe.analysis.report.inputs import ReportInputs, collect_inputs
@@ -44,6 +46,17 @@ def test_the_league_ranks_causal_routers_with_intervals_that_hold_together(tmp_p
     expected = f"{gap['difference']:+.3f} [{gap['low']:.3f}, {gap['high']:.3f}]".replace("-", "\N{MINUS SIGN}")
     assert by_router.loc["oracle", "difference from topk"].replace("-", "\N{MINUS SIGN}") == expected
     assert [each.name for each in blocks if isinstance(each, Attachment)] == ["league.csv"]
+    [figure] = [each.figure for each in blocks if isinstance(each, Drawing)]
+    assert figure is not None
+    [axes] = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        f"{number}. {name}" for number, name in enumerate(by_router.index[:4], 1)
+    ]
+    points = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "o"]
+    assert points[0] == pytest.approx(gap["difference"])
+    limits = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    assert limits["oracle"].get_xdata()[0] == pytest.approx(gap["difference"])
+    assert charts(figure) is not None, "the page shows values"
 
 
 def test_the_share_is_that_of_fieller_and_a_bad_oracle_is_named(tmp_path: Path) -> None:
@@ -55,9 +68,16 @@ def test_the_share_is_that_of_fieller_and_a_bad_oracle_is_named(tmp_path: Path) 
     shown = table.set_index("router").loc["topk", "share covered"]
     assert shown == f"{share.value:.2f} [{share.low:.2f}, {share.high:.2f}]"
     assert len([each for each in blocks if isinstance(each, Paragraph)]) == 1
+    [figure] = [each.figure for each in blocks if isinstance(each, Drawing)]
+    assert figure is not None
+    points = [line.get_xdata()[0] for line in figure.axes[0].lines if line.get_marker() == "o"]
+    assert points == sorted(points, reverse=True)
+    assert share.value in points
     for name, oracle, words in (("worse", 3.4, "is worse than"), ("unclear", 3.2, "not clear from zero")):
         found = inputs_of(tmp_path / name, LOSSES | {"oracle": oracle})
-        assert words in str(list(how_much_routing_matters(found)))
+        blocks = list(how_much_routing_matters(found))
+        assert words in str(blocks)
+        assert [each.figure for each in blocks if isinstance(each, Drawing)] == [None]
 
 
 @pytest.mark.parametrize("losses", [{"topk": 3.0, "hash": 3.1}, {"topk": 3.0, "hash": 3.1, "random": 3.2}])

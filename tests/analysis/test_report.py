@@ -26,8 +26,9 @@ from moe.analysis.__main__ import main
 from moe.analysis.figures.charts import charts
 from moe.analysis.figures.curves import gradient_norms, learning_curves
 from moe.analysis.figures.drawing import Drawing
-from moe.analysis.figures.effects import factor_panels, factor_plot, forest
+from moe.analysis.figures.effects import factor_panels, factor_plot
 from moe.analysis.figures.expert_grids import MeasuredRun
+from moe.analysis.figures.forest import contrast_rows, forest
 from moe.analysis.figures.layers import drop_by_position, layer_profile, layer_trends
 from moe.analysis.figures.specialization_by_condition import regret_by_route
 from moe.analysis.report.blocks import (
@@ -931,7 +932,7 @@ def test_the_forest_plot_has_one_row_per_contrast() -> None:
         | {"ci_high": d + 1, "p Holm": p}
         for level, d, p in ((1, 0.5, 0.2), (2, 2.0, 0.04), (3, -3.0, 0.01))
     ]
-    (axes,) = forest(pd.DataFrame(rows), "loss").axes
+    (axes,) = forest(contrast_rows(pd.DataFrame(rows)), "loss", "marks").axes
     assert [label.get_text() for label in axes.get_yticklabels()] == [f"lb {i} vs 0 (n=3)" for i in (1, 2, 3)]
     points = [line for line in axes.lines if line.get_marker() == "o"]
     assert [line.get_xdata()[0] for line in points] == [0.5, 2.0, -3.0]

@@ -9,11 +9,15 @@ import pytest
 from run_folders import write_metrics, write_record
 from scipy.optimize import curve_fit
 
+from moe.analysis.figures.charts import charts
+from moe.analysis.figures.drawing import Drawing
+from moe.analysis.figures.scaling import tokens_along
 from moe.analysis.report.blocks import BulletList, TableBlock
 from moe.analysis.report.inputs import collect_inputs
 from moe.analysis.report.sections.cost import _speed_up_row
 from moe.analysis.report.sections.scaling import scaling_laws
-from moe.analysis.scaling import COMPUTE, EXPERTS, Law, _reasons, budgets, fit, over_seeds, speed_up
+from moe.analysis.scaling import COMPUTE, EXPERTS, Law, _reasons, budgets, fit, over_seeds
+from moe.analysis.speed_up import speed_up
 from moe.results.table import load_runs
 
 BUDGETS = (1e12, 2e12, 4e12, 8e12, 16e12)
@@ -193,6 +197,12 @@ def test_budgets_within_two_percent_are_one() -> None:
     assert budgets([1e9, 1.01e9, 2e9]) == 2
 
 
+def test_tokens_at_a_budget_are_those_of_the_runs_and_go_on_smoothly_beyond_them() -> None:
+    runs = pd.DataFrame({"active parameters": [1e5, 2e5, 4e5], "tokens": [8e6, 4e6, 2e6]})
+    size = np.array([5e4, 1e5, 2e5, 4e5, 8e5])
+    assert tokens_along(runs, size) == pytest.approx(8e11 / size)
+
+
 def test_the_report_fits_the_law_extrapolates_it_and_checks_it(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for number, point in enumerate([row for seed in range(3) for row in sizes_of(seed, rng, 0.002)]):
@@ -215,5 +225,19 @@ def test_the_report_fits_the_law_extrapolates_it_and_checks_it(tmp_path: Path) -
     predicted = float(lines[0].split("a loss of ")[1].split(" ")[0])
     assert predicted == pytest.approx(size_law(8e5, 8e6, 16), abs=0.03)
     assert "the law predicts their losses" in lines[1]
+    [figure] = [block.figure for block in blocks if isinstance(block, Drawing)]
+    assert figure is not None
+    assert [axes.get_title() for axes in figure.axes] == ["4 experts", "8 experts", "16 experts"]
+    for axes, experts in zip(figure.axes, (4, 8, 16), strict=True):
+        solid = [line for line in axes.lines if line.get_linestyle() == "-" and not line.get_label().startswith("_")]
+        for line, tokens in zip(solid, (1e6, 2e6, 4e6), strict=True):  # a token costs the same at all sizes here
+            assert line.get_xdata().min() >= 1e5
+            expected = [size_law(size, tokens, experts) for size in line.get_xdata()]
+            assert line.get_ydata() == pytest.approx(expected, abs=0.02)
+        [last] = [line for line in axes.lines if line.get_label() == "4 times the largest budget"]
+        assert last.get_linestyle() == "--"
+        assert last.get_xdata()[[0, -1]] == pytest.approx([1e5 / 1.6, 4e5 * 1.6])
+        assert last.get_ydata()[16] == pytest.approx(size_law(2e5, 16e6, experts), abs=0.04)
+    assert charts(figure) is not None, "the page shows values"
     few = inputs._replace(runs=inputs.runs[inputs.runs["parameters.active"] == 10**5])
     assert list(scaling_laws(few)) == []

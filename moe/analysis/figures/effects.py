@@ -7,7 +7,6 @@ a factor has an effect: intervals of means may overlap although every seed shows
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from textwrap import shorten
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -16,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from moe.analysis.figures.charts import in_group, with_hover
+from moe.analysis.figures.forest import SIGNIFICANT_MARKS
 from moe.analysis.figures.style import (
     OTHER_LABELS,
     PALETTE,
@@ -27,11 +27,8 @@ from moe.analysis.figures.style import (
     shared_legend,
 )
 from moe.analysis.power import SIGNIFICANCE
-from moe.analysis.sentences import levels_compared
 from moe.analysis.tuned import Arm
 from moe.results.conditions import by_seed, conditions, levels
-
-SIGNIFICANT_MARKS = "filled: p at most 0.05 after correction; open: not significant"
 
 
 class Axis(NamedTuple):
@@ -189,35 +186,4 @@ def tuning_curves(arms: list[Arm], key: str, metric: str) -> Figure:
         _label_levels(axes, axis)
         axes.set_ylabel(axis_label(metric))
     shared_legend(figure, "mean and 95 % t interval over the seeds for tuning; circle: the chosen value")
-    return figure
-
-
-@matplotlib.rc_context(RC)
-def forest(contrasts: pd.DataFrame, label: str) -> Figure:
-    """Draw the difference of each contrast with its 95 % t interval, one row for each contrast.
-
-    A row has a color and a filled point if p is at most 5 % after Holm's correction. `contrasts` are rows of
-    `moe.analysis.statistics.contrasts` that have an interval, all of the metric named `label`.
-    """
-    names = [f"{levels_compared(c)} (n={c.n})" for c in contrasts.itertuples()]
-    names = [shorten(name, 90, placeholder=" …") for name in names]
-    figure = Figure(figsize=(8.4, 1.4 + 0.28 * len(contrasts)), layout="constrained")
-    axes = figure.subplots()
-    for row, (_, c) in enumerate(contrasts.iterrows()):
-        significant = c["p Holm"] <= SIGNIFICANCE
-        color = PALETTE[1 if c["difference"] > 0 else 0] if significant else PALETTE[7]
-        fill = color if significant else "white"
-        reach = [[c["difference"] - c["ci_low"]], [c["ci_high"] - c["difference"]]]
-        look: dict[str, Any] = {"fmt": "o", "color": color, "markerfacecolor": fill, "markersize": 7, "linewidth": 2}
-        drawn = axes.errorbar([c["difference"]], [row], xerr=reach, **look)
-        with_hover(drawn.lines[0], [f"p={c['p Holm']:.2g} after correction"])
-    axes.axvline(0, color="black", linewidth=1)
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.grid(visible=False, axis="y")
-    axes.set_xlabel(f"difference in {label}")
-    marks = (
-        f"line: 95 % t interval of the difference; {SIGNIFICANT_MARKS};\norange: higher, blue: lower, gray: undecided"
-    )
-    figure.supxlabel(marks, fontsize="small")
     return figure

@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from moe.analysis.equal_cost import (
     ACTIVE,
@@ -19,10 +21,13 @@ from moe.analysis.equal_cost import (
     points,
     training_curves,
 )
+from moe.analysis.figures.drawing import Drawing, drawing
+from moe.analysis.figures.forest import CLEAR, MOST_ROWS, Row, forest, leaves_out
 from moe.analysis.report.blocks import BulletList, Heading, Paragraph, ReportBlock, TableBlock, csv_file
 from moe.analysis.report.inputs import ReportInputs, reference_levels
-from moe.analysis.scaling import LEAST_BUDGETS, SpeedUp, budgets, speed_up
-from moe.analysis.sentences import decimals
+from moe.analysis.scaling import LEAST_BUDGETS, budgets
+from moe.analysis.sentences import decimals, levels_compared
+from moe.analysis.speed_up import SpeedUp, speed_up
 from moe.checks import plain
 
 MOST_SPEED_UPS = 40  # comparisons
@@ -56,6 +61,14 @@ The reference has fewer than three budgets, so the curve goes through the evalua
 curve is no run of that budget: its learning rate has not fallen yet, so its loss is too high, and the speed-up is
 distorted. Runs of three or more budgets, such as `steps=100,200,400`, tell more."""
 RESAMPLES = 200
+EQUAL_CAPTION = """\
+Difference of the validation loss from the reference level at equal {cost}. Each point is the mean over paired seeds,
+the line its 95 % t interval for that comparison alone; left of 0 is better. A percentage at the end of a name says how
+far in its training the earlier side is read."""
+SPEED_CAPTION = """\
+How many times as much training compute the reference level needs for the loss of each level, with its 95 % interval;
+right of 1 saves compute. The axis is logarithmic. A gray bar is what the curve gives the reference itself: a point
+inside it is not told apart from the reference. An interval that ends at the edge goes on beyond it."""
 
 
 def costs(inputs: ReportInputs) -> Iterator[ReportBlock]:
@@ -93,6 +106,8 @@ def equal_costs(inputs: ReportInputs) -> Iterator[ReportBlock]:
     if not found:
         return
     yield Paragraph(EQUAL_EXPLAINED)
+    for cost, of_cost in found.items():
+        yield _equal_drawing(of_cost, cost)
     names = ["factor", "level", "reference", "within"]
     table = pd.concat([table.assign(at=f"equal {cost}", cell=_cells(table)) for cost, table in found.items()])
     for costs in ((FLOPS, SECONDS), (ACTIVE, TOTAL)):
@@ -100,6 +115,24 @@ def equal_costs(inputs: ReportInputs) -> Iterator[ReportBlock]:
         if len(rows):
             yield TableBlock(rows.pivot_table("cell", names, "at", aggfunc="first", sort=False).reset_index())
     yield csv_file("equal_cost", table.drop(columns="cell"), "these tables, with n and the costs.")
+
+
+def _equal_drawing(table: pd.DataFrame, cost: str) -> Drawing:
+    """Draw the differences at one cost, a row for each comparison, in the order of the table."""
+    rows = [
+        Row(
+            f"{levels_compared(each)} (n={each.n})" + (f", at {each.share:.0%}" if each.share < 1 - CLOSE else ""),
+            each.value,
+            each.low,
+            each.high,
+            leaves_out(each.low, each.high),
+        )
+        for each in table[table["n"] > 0].itertuples()
+    ]
+    result: Figure | str = f"{len(rows)} comparisons are too many" if rows else "no comparison has a cost in common"
+    if 0 < len(rows) <= MOST_ROWS:
+        result = forest(rows, f"difference at equal {cost} (nats per token)", f"line: 95 % t interval; {CLEAR}")
+    return drawing(f"equal_{cost.replace(' ', '_')}", EQUAL_CAPTION.format(cost=cost), result)
 
 
 def _by_cost(inputs: ReportInputs, curves: pd.DataFrame, cost: str) -> pd.DataFrame:
@@ -146,7 +179,7 @@ def speed_ups(inputs: ReportInputs) -> Iterator[ReportBlock]:
     if inputs.contrasts.empty or LOSS not in inputs.runs:
         return
     curves = training_curves(inputs.runs, inputs.past.evals)
-    rows: list[dict[str, object]] = []
+    rows, drawn = list[dict[str, object]](), list[Row]()
     from_curves = False
     factors = [factor for factor in inputs.factors if not is_scale(factor)]
     references = {factor: level for factor, level in reference_levels(inputs).items() if factor in factors}
@@ -160,15 +193,28 @@ def speed_ups(inputs: ReportInputs) -> Iterator[ReportBlock]:
             continue  # too few points
         from_curves = from_curves or not runs_alone
         rows += [names | _speed_up_row(each) for each in found]
+        drawn += [_drawn_speed_up(levels_compared(SimpleNamespace(**names)), each, len(found)) for each in found]
     if not rows:
         return
     yield Heading("Effective speed-up")
     yield Paragraph(SPEED_EXPLAINED.format(resamples=RESAMPLES))
     if from_curves:
         yield Paragraph(FROM_CURVES)
+    marks = "line: 95 % t interval; gray bar: error of the curve; filled: the interval leaves out 1"
+    yield drawing("speed_up", SPEED_CAPTION, forest(drawn, "times the compute of the level", marks, zero=1.0))
     table = pd.DataFrame(rows)
     yield TableBlock(table)
     yield csv_file("speed_up", table, "this table.")
+
+
+def _drawn_speed_up(name: str, found: SpeedUp, budgets: int) -> Row:
+    """Return the row of a speed-up in the figure. What no budget reaches has no point, and its name says so."""
+    value, low, high = found.times
+    name += f", {found.budget:.2g} FLOPs" if budgets > 1 else ""
+    name += "" if math.isfinite(value) else ": no budget reaches it"
+    misfit = found.misfit if math.isfinite(found.misfit) else 1.0
+    text = f"interval from {_times(low)} to {_times(high)}" if not math.isnan(low) else "no interval"
+    return Row(name, value, low, high, leaves_out(low, high, 1.0), text, (1 / misfit, misfit))
 
 
 def _speed_up_row(found: SpeedUp) -> dict[str, object]:

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from moe.analysis.figures import effects
 from moe.analysis.figures.drawing import Drawing, drawing
+from moe.analysis.figures.forest import SIGNIFICANT_MARKS, contrast_rows, forest
 from moe.analysis.figures.style import axis_label
 from moe.analysis.report.blocks import ReportBlock, figure_section
 from moe.analysis.report.inputs import ReportInputs, tested_metrics
@@ -61,7 +62,8 @@ def _contrast_drawings(inputs: ReportInputs) -> Iterator[Drawing]:
         elif len(rows) > MAX_CONTRASTS:
             result = f"{len(rows)} contrasts are too many"
         else:
-            result = effects.forest(rows, label)
+            marks = f"line: 95 % t interval of the difference; {SIGNIFICANT_MARKS};\norange: higher, blue: lower"
+            result = forest(contrast_rows(rows), f"difference in {label}", f"{marks}, gray: undecided")
         yield drawing(
             _file_name("contrasts", metric),
             f"Differences between runs of the same seed: {label}. {FILL_DECIDES}",

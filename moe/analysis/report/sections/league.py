@@ -6,19 +6,19 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
+from moe.analysis.figures.drawing import drawing
+from moe.analysis.figures.forest import CLEAR, MOST_ROWS, Row, forest, leaves_out
+from moe.analysis.league import LEAST, METRICS, PLAIN, ROUTER, League, league_of, losses_by_seed
 from moe.analysis.limits import ORACLE, RANDOM, Share, covered
 from moe.analysis.report.blocks import Heading, Paragraph, ReportBlock, TableBlock, csv_file, literal
 from moe.analysis.report.inputs import ReportInputs, reference_levels
 from moe.analysis.sentences import decimals
-from moe.analysis.simultaneous import Block, block, ranks, to_reference
 from moe.analysis.statistics import name_cell
 from moe.checks import plain
-from moe.results.conditions import by_seed, conditions, present, reference_level
+from moe.results.conditions import conditions, present, reference_level
 
-ROUTER, LEAST = "router", 3  # the factor, and the smallest number of its levels that make a league
-PLAIN = "topk"  # the reference, unless the reader names another one
-METRICS = ("test/loss", "val/loss")  # the first one that the runs have
 COST = {"flops_per_token": "FLOPs per token", "time/tokens_per_s": "tokens / s", "peak_memory_gb": "peak memory, GB"}
 LEAGUE_EXPLAINED = """\
 {metric} in nats per token, mean over the {seeds} seeds that all ranked routers have. Differences are those from
@@ -42,6 +42,15 @@ mean what they are called: below 0 is then better than random. It may have fewer
 little."""
 
 
+LEAGUE_CAPTION = """\
+Routers in the order of their mean {metric}, the best one on top. Each point is the mean difference from {reference}
+over the seeds that all have, in nats per token; left is better. An interval that leaves out 0 is a difference that
+chance does not explain, with all routers taken together. The dashed lines are the reference routers."""
+SHARE_CAPTION = """\
+How much of the distance from random to oracle routing each router covers, in {metric}, with its 95 % interval over
+seeds: 0 is as good as random routing, 1 as good as knowing the domain of each text."""
+
+
 def league(inputs: ReportInputs) -> Iterator[ReportBlock]:
     """Yield the ranks of all routers with intervals, their differences to the reference, and their costs."""
     metric = _metric(inputs)
@@ -52,20 +61,33 @@ def league(inputs: ReportInputs) -> Iterator[ReportBlock]:
     reference = reference_levels(inputs).get(ROUTER, usual)
     titled = False
     for number, (cell, members) in enumerate(_cells(inputs, runs)):
-        values = _by_seed(members, metric)
-        ranked = [name for name in values if not (members.loc[members[ROUTER] == name, "causal"] == False).any()]  # noqa: E712
-        complete = values[ranked].dropna()
-        if len(ranked) < LEAST or complete.empty or reference not in ranked:
+        found = league_of(members, metric, reference)
+        if found is None:
             continue
         if not titled:
             yield Heading("League of routers")
             titled = True
-        layout = block(complete)
-        table = _table(layout, reference, values, members, metric)
+        name = f"league_{number}" if cell else "league"
         place = f"**{literal(name_cell(cell))}**: " if cell else ""
-        yield Paragraph(place + _explained(layout, complete, reference, metric))
+        table = _table(found, reference, members, metric)
+        yield Paragraph(place + _explained(found, reference, metric))
+        yield drawing(name, LEAGUE_CAPTION.format(reference=reference, metric=metric), _league_figure(found, reference))
         yield TableBlock(table)
-        yield csv_file(f"league_{number}" if cell else "league", table, "this table.")
+        yield csv_file(name, table, "this table.")
+
+
+def _league_figure(found: League, reference: Any) -> Figure | str:
+    """Draw the difference of each ranked router from the reference, in the order of their losses."""
+    ranked = found.table.dropna(subset="rank")
+    if len(ranked) > MOST_ROWS:
+        return f"{len(ranked)} routers are too many"
+    rows = [
+        Row(f"{int(each.rank)}. {each.Index}", each.difference, each.low, each.high, leaves_out(each.low, each.high))
+        for each in ranked.itertuples()
+    ]
+    limits = {name: float(ranked.loc[name, "difference"]) for name in (RANDOM, ORACLE) if name in ranked.index}
+    marks = f"line: 95 % interval, all of them together; {CLEAR}"
+    return forest(rows, f"difference from {reference} (nats per token)", marks, lines=limits)
 
 
 def _cells(inputs: ReportInputs, runs: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
@@ -79,13 +101,8 @@ def _metric(inputs: ReportInputs) -> str | None:
     return next(iter(present(inputs.runs, METRICS)), None)
 
 
-def _by_seed(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Return the values of a metric, a row for each seed and a column for each router that has one."""
-    table = pd.DataFrame({cell[ROUTER]: by_seed(members, metric) for cell, members in conditions(runs, [ROUTER])})
-    return table.dropna(how="all", axis=1)
-
-
-def _explained(layout: Block, values: pd.DataFrame, reference: Any, metric: str) -> str:
+def _explained(found: League, reference: Any, metric: str) -> str:
+    values, layout = found.values, found.layout
     rest = values.sub(values.mean(axis=1), axis=0)
     spreads = (rest - rest.mean()).std(ddof=1) if len(values) > 1 else pd.Series([math.nan])
     return LEAGUE_EXPLAINED.format(
@@ -99,17 +116,16 @@ def _explained(layout: Block, values: pd.DataFrame, reference: Any, metric: str)
     )
 
 
-def _table(layout: Block, reference: Any, values: pd.DataFrame, members: pd.DataFrame, metric: str) -> pd.DataFrame:
-    rank, gap = ranks(layout), to_reference(layout, reference)
-    order = [*rank.sort_values("rank").index, *(name for name in values if name not in rank.index)]
+def _table(found: League, reference: Any, members: pd.DataFrame, metric: str) -> pd.DataFrame:
     rows = []
-    for name in order:
+    for name, standing in found.table.iterrows():
         of_router = members[members[ROUTER] == name]
-        known = name in rank.index
-        row: dict[str, Any] = {"rank": str(rank.loc[name, "rank"]) if known else "–"}
-        row["95 % interval of the rank"] = "{} to {}".format(*rank.loc[name].iloc[1:]) if known else "–"
-        row |= {ROUTER: str(name), metric: float(values[name].mean()), "n": int(values[name].count())}
-        row[f"difference from {reference}"] = _difference(gap.loc[name]) if known and name != reference else "–"
+        ranked = math.isfinite(standing["rank"])
+        place = "{:.0f} to {:.0f}".format(*standing[["best rank", "worst rank"]])
+        row: dict[str, Any] = {"rank": f"{standing['rank']:.0f}" if ranked else "–"}
+        row |= {"95 % interval of the rank": place if ranked else "–"}
+        row |= {ROUTER: str(name), metric: float(standing["mean"]), "n": int(standing["n"])}
+        row[f"difference from {reference}"] = _difference(standing) if ranked and name != reference else "–"
         row |= {COST[key]: of_router[key].astype(float).median() for key in COST if key in of_router}
         row["causal"] = {True: "yes", False: "no"}.get(of_router["causal"].iloc[0], "unknown")
         rows.append(row)
@@ -128,9 +144,9 @@ def how_much_routing_matters(inputs: ReportInputs) -> Iterator[ReportBlock]:
     if metric is None or inputs.contrasts.empty:
         return
     runs = inputs.runs[inputs.runs["status"] == "finished"]
-    rows, doubts = list[dict[str, Any]](), list[str]()
+    rows, doubts, shares = list[dict[str, Any]](), list[str](), list[Row]()
     for cell, members in _cells(inputs, runs):
-        values = _by_seed(members, metric)
+        values = losses_by_seed(members, metric)
         if not {RANDOM, ORACLE} <= set(values):
             continue
         limits = values[[RANDOM, ORACLE]].dropna()
@@ -138,6 +154,8 @@ def how_much_routing_matters(inputs: ReportInputs) -> Iterator[ReportBlock]:
             both = limits.assign(arm=values[name]).dropna()
             share = covered(*(both[side].to_numpy() for side in ("arm", RANDOM, ORACLE)))
             rows.append({"within": name_cell(cell), ROUTER: name, "n": len(both), "share covered": _share(share)})
+            place = f"{name} at {name_cell(cell)}" if cell else str(name)
+            shares += [Row(f"{place} (n={len(both)})", *share[:3], decided=leaves_out(share.low, share.high))]
         clear = covered(*(limits[side].to_numpy() for side in (ORACLE, RANDOM, ORACLE))).clear
         distance = float((limits[RANDOM] - limits[ORACLE]).mean())
         if not clear or distance < 0:
@@ -147,8 +165,20 @@ def how_much_routing_matters(inputs: ReportInputs) -> Iterator[ReportBlock]:
     yield Heading("How much routing matters here")
     yield Paragraph(MATTERS_EXPLAINED.format(random=RANDOM, oracle=ORACLE, metric=metric))
     yield from map(Paragraph, doubts)
+    unclear = "the distance between random and oracle is not a clear one" if doubts else ""
+    yield drawing("share_covered", SHARE_CAPTION.format(metric=metric), unclear or _share_figure(shares))
     table = pd.DataFrame(rows)
     yield TableBlock(table.drop(columns=[] if table["within"].any() else ["within"]))
+
+
+def _share_figure(rows: list[Row]) -> Figure | str:
+    """Draw the share of each router, the largest on top."""
+    if len(rows) > MOST_ROWS:
+        return f"{len(rows)} routers are too many"
+    rows = sorted(rows, key=lambda row: -row.value)
+    label = f"share of the distance from {RANDOM} (0) to {ORACLE} (1)"
+    marks = "line: 95 % interval of each router alone; orange: above 0, blue: below, gray and open: undecided"
+    return forest(rows, label, marks, lines={RANDOM: 0.0, ORACLE: 1.0})
 
 
 def _share(share: Share) -> str:

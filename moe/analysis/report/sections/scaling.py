@@ -6,15 +6,17 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 
-from moe.analysis.equal_cost import ACTIVE, LOSS, is_scale
+from moe.analysis.equal_cost import ACTIVE, FLOPS, LOSS, is_scale
+from moe.analysis.figures.drawing import drawing
+from moe.analysis.figures.scaling import iso_flop_curves
 from moe.analysis.report.blocks import BulletList, Heading, Paragraph, ReportBlock, TableBlock, csv_file, literal
 from moe.analysis.report.inputs import ReportInputs
-from moe.analysis.scaling import EXPERTS, Estimate, Fit, Law, fit
+from moe.analysis.scaling import EXPERTS, TOKENS, Estimate, Fit, Law, fit
 from moe.analysis.statistics import name_cell
 from moe.checks import plain
 from moe.results.conditions import conditions
 
-TOKENS, BUDGET = "tokens", "variant"  # the arms budget_... change the number of steps
+BUDGET = "variant"  # the arms budget_... change the number of steps
 RESAMPLES = 200
 FURTHER = 2.0  # how many times as large, and on how many times as many tokens, the extrapolated run is
 LAW_EXPLAINED = """\
@@ -23,6 +25,11 @@ of Hoffmann et al., 2203.15556, with the number of experts E as a factor): N act
 tokens of training. Without several numbers of experts, E is left out. Intervals are 95 % t intervals with the spread of
 {resamples} resamples of the seeds. They hold if the form of the law is true, which the last lines check. Where the runs
 do not determine the law, there is no interval."""
+
+CAPTION = """\
+Validation loss against the size of the model at equal training FLOPs, a curve for each budget: a larger model sees
+fewer tokens. Where a curve is lowest, that size is the best one for the budget. Sizes and budgets beyond the runs are
+dashed; there the law extrapolates, which nothing checks."""
 
 
 def scaling_laws(inputs: ReportInputs) -> Iterator[ReportBlock]:
@@ -45,6 +52,7 @@ def scaling_laws(inputs: ReportInputs) -> Iterator[ReportBlock]:
             titled = True
         if cell:
             yield Paragraph(f"**{literal(name_cell(cell))}**")
+        yield drawing(f"scaling_{number}", CAPTION, iso_flop_curves(points, found, FURTHER**2))
         yield TableBlock(_numbers(found))
         yield BulletList([*_extrapolation(found, points), *_check(points, law), *(f"{each}." for each in found.doubts)])
         yield csv_file(f"scaling_{number}", points, "the points of this law.")
@@ -55,17 +63,18 @@ def _is_budget(runs: pd.DataFrame, factor: str) -> bool:
 
 
 def _points(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return what the law is fitted to: columns seed, active parameters, tokens, experts and loss."""
+    """Return what the law is fitted to: columns seed, active parameters, tokens, experts, FLOPs and loss."""
     keys = ["steps", "batch_size", "grad_accum", "data.seq_len"]
-    number = runs.reindex(columns=[*keys, "parameters.active", "model.num_experts"]).apply(
-        pd.to_numeric, errors="coerce"
-    )
+    columns = [*keys, "parameters.active", "model.num_experts", "flops_per_token"]
+    number = runs.reindex(columns=columns).apply(pd.to_numeric, errors="coerce")
+    tokens = number[keys].prod(axis=1, skipna=False)
     table = pd.DataFrame(
         {
             "seed": runs["seed"],
             ACTIVE: number["parameters.active"],
-            TOKENS: number[keys].prod(axis=1, skipna=False),
+            TOKENS: tokens,
             EXPERTS: number["model.num_experts"],
+            FLOPS: 3 * number["flops_per_token"] * tokens,
             "loss": runs[LOSS].astype(float),
         }
     )

@@ -1,0 +1,53 @@
+"""Routers as a league: their means in order, with ranks, and differences from a reference that hold together."""
+
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from moe.analysis.simultaneous import Block, block, ranks, to_reference
+from moe.results.conditions import by_seed, conditions
+
+ROUTER, LEAST = "router", 3  # the factor, and the smallest number of its levels that make a league
+PLAIN = "topk"  # the reference, unless the reader names another one
+METRICS = ("test/loss", "val/loss")  # the first one that the runs have
+BETTER, WORSE, UNDECIDED = "better", "worse", "undecided"
+
+
+class League(NamedTuple):
+    """Routers in order; those that are not ranked, because they see later tokens, come last.
+
+    table: a row for each router, with mean, n, rank, best rank, worst rank, difference, low and high; what a router
+    that is not ranked lacks is NaN. values: the losses by seed of the ranked routers. layout: their means and spread.
+    """
+
+    table: pd.DataFrame
+    values: pd.DataFrame
+    layout: Block
+
+
+def losses_by_seed(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Return the values of a metric, a row for each seed and a column for each router that has one."""
+    table = pd.DataFrame({cell[ROUTER]: by_seed(members, metric) for cell, members in conditions(runs, [ROUTER])})
+    return table.dropna(how="all", axis=1)
+
+
+def league_of(runs: pd.DataFrame, metric: str, reference: Any) -> League | None:
+    """Return the league of finished runs that differ in router and seed alone.
+
+    None if fewer than three routers have a rank, if these have no seed in common, or if the reference has no rank.
+    """
+    values = losses_by_seed(runs, metric)
+    later = set(runs.loc[runs["causal"] == False, ROUTER])  # noqa: E712
+    complete = values[[name for name in values if name not in later]].dropna()
+    if len(complete.columns) < LEAST or complete.empty or reference not in complete:
+        return None
+    layout = block(complete)
+    rank = ranks(layout)
+    order = [*rank.sort_values("rank").index, *(name for name in values if name in later)]
+    table = pd.DataFrame({"mean": values.mean(), "n": values.count()}).join(rank).join(to_reference(layout, reference))
+    return League(table.loc[order], complete, layout)
+
+
+def verdict(low: float, high: float) -> str:
+    """Return what the simultaneous interval of a difference of losses says."""
+    return WORSE if low > 0 else BETTER if high < 0 else UNDECIDED
