@@ -28,7 +28,10 @@ def test_an_interval_without_end_reaches_the_edge_and_an_infinite_estimate_has_n
 
 
 def test_lines_have_an_entry_in_the_legend_and_an_interval_decides_if_it_leaves_out_the_line() -> None:
-    rows = [Row("a", 0.5, 0.1, 0.9, decided=leaves_out(0.1, 0.9)), Row("b", 0.5, -1.0, 2.0, decided=leaves_out(-1.0, 2.0))]
+    rows = [
+        Row("a", 0.5, 0.1, 0.9, decided=leaves_out(0.1, 0.9)),
+        Row("b", 0.5, -1.0, 2.0, decided=leaves_out(-1.0, 2.0)),
+    ]
     [axes] = (figure := forest(rows, "difference", "marks", lines={"limit": 0.7})).axes
     assert [line.get_markerfacecolor() for line in axes.lines if line.get_marker() == "o"][1] == "white"
     assert [legend.get_texts()[0].get_text() for legend in figure.legends] == ["limit"]

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from moe.analysis.equal_cost import ACTIVE
 from moe.analysis.figures.charts import in_group
-from moe.analysis.figures.style import RC, line_style, panel_height, plain_log_labels, shared_legend
+from moe.analysis.figures.style import RC, line_style, panel_height, shared_legend
 from moe.analysis.scaling import EXPERTS, TOKENS, Fit, by_budget
 from moe.analysis.simultaneous import interval
 
@@ -50,7 +50,9 @@ def iso_flop_curves(points: pd.DataFrame, found: Fit, further: float) -> Figure 
             _curve(axes, members, found, line_style(len(budgets)), label, times=further)
         axes.set(xscale="log", xlabel="active parameters", title=f"{number:g} experts" if len(numbers) > 1 else "")
         axes.set_ylabel("validation loss (nats per token)")
-        plain_log_labels(axes.xaxis)
+        sizes = sorted(points[ACTIVE].unique())
+        axes.set_xticks(sizes, [f"{size:,.0f}" for size in sizes])
+        axes.minorticks_off()
         drawn += len(budgets)
     if not drawn:
         return "no two sizes have the same training FLOPs"

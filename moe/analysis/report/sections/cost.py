@@ -200,11 +200,19 @@ def speed_ups(inputs: ReportInputs) -> Iterator[ReportBlock]:
     yield Paragraph(SPEED_EXPLAINED.format(resamples=RESAMPLES))
     if from_curves:
         yield Paragraph(FROM_CURVES)
-    marks = "line: 95 % t interval; gray bar: error of the curve; filled: the interval leaves out 1"
-    yield drawing("speed_up", SPEED_CAPTION, forest(drawn, "times the compute of the level", marks, zero=1.0))
+    yield drawing("speed_up", SPEED_CAPTION, _speed_up_figure(drawn))
     table = pd.DataFrame(rows)
     yield TableBlock(table)
     yield csv_file("speed_up", table, "this table.")
+
+
+def _speed_up_figure(rows: list[Row]) -> Figure | str:
+    if len(rows) > MOST_ROWS:
+        return f"{len(rows)} speed-ups are too many"
+    marks = (
+        "line: 95 % t interval; gray bar: error of the curve;\norange: saves compute, blue: costs more, open: undecided"
+    )
+    return forest(rows, "compute that the reference needs, as a multiple of the level's", marks, zero=1.0)
 
 
 def _drawn_speed_up(name: str, found: SpeedUp, budgets: int) -> Row:
