@@ -87,17 +87,13 @@ def test_a_report_says_which_looks_leave_it_less() -> None:
 
 
 def test_advice_says_what_more_seeds_cost_once_the_planned_ones_are_there() -> None:
-    """Nobody pays before; after the plan the next look has a fifth, and all looks at most 5 % (1 + 1/5 + ...)."""
+    """Seeds cost nothing up to the plan. Each look after it has a fifth of the level of the one before."""
     early = [Look("2026-01-01", [0, 1, 2], {})]
     assert price_of_more(Study(8, [0, 1, 2]), 3) == price_of_more(Study(8, [0]), 1) == ""
     planned = price_of_more(Study(8, list(range(8)), early), 8)
-    assert planned.startswith(
-        "The planned seeds (8) are used up: with more, all tests together have 1 % instead of 5 %."
-    )
-    assert planned.endswith("at most 6 % of studies.")
+    assert "(8) are used up: with more, all tests together have 1 % instead of 5 %" in planned
     second = price_of_more(Study(None, list(range(5)), early), 5)
     assert "(3, those of the first report) are used up: with more, all tests together have 0.2 %" in second
-    assert second.endswith("at most 6.2 % of studies.")
 
 
 def test_a_folder_that_cannot_be_written_to_is_said(runs: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,8 +23,8 @@ NOTHING_NEW = """\
 Nothing of the 5 % is left for it, so its tests decide nothing. Reports about more seeds, up to the {planned} planned
 ones, do."""
 USED_UP = """\
-The planned seeds ({planned}{whose}) are used up: with more, all tests together have {share:.3g} % instead of 5 %. The
-number above allows for that. All looks together then decide something by chance in at most {total:.3g} % of studies."""
+The planned seeds ({planned}{whose}) are used up: with more, all tests together have {share:.3g} % instead of 5 %.
+That number allows for it."""
 NOT_WRITTEN = """\
 **This look was not written down**, because the folder of the runs cannot be written to. A later report will not know of
 it, so its tests will have too large a share of the 5 %."""
@@ -61,7 +61,8 @@ def warnings_of_looks(study: Study, n: int) -> Iterator[str]:
     facts = {"number": place + 1, "planned": planned, "share": share}
     if beyond := sum(each >= planned for each in before):
         *_, last = takewhile(lambda look: set(look.seeds) != set(study.seeds), study.earlier)
-        yield BEYOND.format(**facts, seeds=", ".join(map(str, last.seeds)), time=last.time, total=_total(beyond))
+        total = 100 * SIGNIFICANCE * sum(FURTHER**each for each in range(beyond + 1))
+        yield BEYOND.format(**facts, seeds=", ".join(map(str, last.seeds)), time=last.time, total=total)
     elif looks[place] in before:
         yield NOTHING_NEW.format(**facts)
     else:
@@ -75,17 +76,11 @@ def price_of_more(study: Study, n: int) -> str:
     """
     looks, _ = study.seen(n)
     planned = study.planned or looks[0]
-    beyond = sum(each >= planned for each in looks)
-    if n < 2 or not beyond:
+    if n < 2 or looks[-1] < planned:
         return ""
     whose = "" if study.planned else ", those of the first report"
     share = 100 * SIGNIFICANCE * study.next_share(n)
-    return USED_UP.format(planned=planned, whose=whose, share=share, total=_total(beyond)).replace("\n", " ")
-
-
-def _total(beyond: int) -> float:
-    """Return in how many of 100 studies chance decides something at most, after so many looks beyond the plan."""
-    return 100 * SIGNIFICANCE * sum(FURTHER**each for each in range(beyond + 1))
+    return USED_UP.format(planned=planned, whose=whose, share=share).replace("\n", " ")
 
 
 def _claims(number: int) -> str:
