@@ -118,7 +118,16 @@ def token_ids() -> Tensor:
 
 def context(ids: Tensor, *, noise: float = 0.0, capacity: float | None = None) -> Context:
     """Return what a router is told beside hidden states."""
-    return Context(ids, Knobs.of(noise=noise), capacity, told=labels(len(ids)))
+    return Context(ids, Knobs.of(noise=noise), capacity, told=labels(len(ids)), given=decided(ids))
+
+
+def decided(ids: Tensor) -> Routing:
+    """Return `Context.given`: one or two experts for each token, which depend on its id and on earlier ones."""
+    total = ids.cumsum(1).flatten()
+    chosen = torch.zeros(len(total), E, dtype=torch.bool)
+    chosen[torch.arange(len(total)).repeat(2), torch.cat([total % E, total // E % E])] = True
+    token, expert = chosen.nonzero(as_tuple=True)
+    return Routing(token, expert, 0.2 + 0.1 * expert, probs=None, logits=None)
 
 
 def labels(sequences: int) -> Tensor:

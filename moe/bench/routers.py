@@ -9,7 +9,7 @@ from statistics import median
 
 from moe.bench.options import one_of, several, whole
 from moe.bench.timing import UNCOUNTED, TimingTable, time_call
-from moe.config.options import options
+from moe.config.options import complete, options
 from moe.launch.command_line import read_cells
 from moe.training.setup import set_up
 from moe.training.step import train_step
@@ -21,12 +21,12 @@ COLUMN = "tokens / s, topk = 1"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("overrides", nargs="*", help="overrides of the run, as for train.py: model=small batch_size=32")
-    add("--routers", type=several(one_of(options("router"))), help="names of routers (all)")
+    add("--routers", type=several(one_of(options("router"))), help="names of routers (all that need no further key)")
     add("--rounds", type=whole, default=7, help="rounds of which the median counts (%(default)s)")
 
 
 def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:
-    names = arguments.routers or list(options("router"))
+    names = arguments.routers or complete("router")
     with tempfile.TemporaryDirectory() as folder:
         speeds = router_speeds(names, arguments.overrides, rounds=arguments.rounds, folder=Path(folder))
     title = (

@@ -162,6 +162,8 @@ def _read(option: str) -> str:
 def _preset(option: str) -> dict[str, Any]:
     """Return class and settings of an option of `router`. Raises ConfigError for a class outside of this project."""
     spec: dict[str, Any] = yaml.safe_load(_read(option))
+    allowed = f"an option without required keys; choose router={option}, and name the routers of the other layers here"
+    require("???" not in spec.values(), KEY, option, allowed)
     ours = str(spec.get("_target_")).startswith("moe.")
     require(ours, KEY, option, "a router of this project; choose one from outside as router=OPTION")
     return spec

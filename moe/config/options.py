@@ -126,11 +126,20 @@ def options(group: str) -> dict[str, str]:
     return {name: _purpose(path) for name, path in sources(group).items()}
 
 
+def complete(group: str) -> list[str]:
+    """Return the options of a config group that can be chosen without a further key, because none has the value ???."""
+    return [name for name, path in sources(group).items() if not re.search(r":\s+\?\?\?", _content(path))]
+
+
+@cache
+def _content(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:  # a command that uses this option says what is wrong
+        return ""
+
+
 @cache
 def _purpose(path: Path) -> str:
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:  # a command that uses this option says what is wrong
-        lines = []
-    comments = [line for line in lines if line.startswith("# ") and "@package" not in line]
+    comments = [line for line in _content(path).splitlines() if line.startswith("# ") and "@package" not in line]
     return comments[0].removeprefix("# ") if comments else ""

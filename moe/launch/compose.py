@@ -114,8 +114,8 @@ def typed(composed: DictConfig, choices: dict[str, str | None]) -> Config:
     require(sized, key, None, "the folder or hub name of a checkpoint, which has the sizes")
     settings = OmegaConf.to_object(config)
     assert isinstance(settings, Config)
-    if settings.router.get("_target_") == REPLAY and isinstance(settings.router.get("checkpoint"), str):
-        digest = replayed.digest_of(settings.router["checkpoint"], settings.router.get("digest"))
+    if settings.router.get("_target_") == REPLAY and isinstance(settings.router.get("run"), str):
+        digest = replayed.digest_of(settings.router["run"], settings.router.get("digest"))
         settings.router = settings.router | {"digest": digest}
     if settings.model.routers is not None:
         settings.model.routers = layer_routers.explicit(settings.model.routers)

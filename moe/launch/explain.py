@@ -21,7 +21,8 @@ from moe.launch.option_files import check_option_files, keys_of, require_content
 from moe.launch.overrides import is_group, lines_of, parse_override
 
 MOST_OPTIONS = 5  # that a line of an error names
-EXAMPLES = {"data.source.paths": "[notes/*.txt]"}  # values of keys that have no default
+# Values of keys that have no default.
+EXAMPLES = {"data.source.paths": "[notes/*.txt]", "router.run": "outputs/default/base"}
 CLAIM = (  # an example, whole, because a claim has several keys without a default
     "claims=[{text: Noise raises the loss, metric: val/loss, factor: noise, levels: [0.5], than: [0.0], kind: higher}]"
 )

@@ -1,4 +1,4 @@
-"""Run the saved model whose routing a router replays."""
+"""Run the model of the run whose routing a router replays."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -16,14 +16,15 @@ from moe.routing.decision import Context, Routing
 
 
 def replays(layers: list[MoELayer]) -> tuple[str, str | None] | None:
-    """Return folder and digest of the model that decides for some of these layers; None if there is none."""
+    """Return the run whose model decides for some of these layers, and its digest; None if there is none."""
     return next((layer.router.replays for layer in layers if layer.router.replays is not None), None)
 
 
 @lru_cache(maxsize=2)
-def _loaded(folder: str, digest: str | None, device: torch.device) -> Any:
-    """Return the model in a folder, which is read once. It is no part of the model that replays it: no run saves it."""
-    replayed.digest_of(folder, digest)
+def _loaded(run: str, digest: str | None, device: torch.device) -> Any:
+    """Return the model of a run, which is read once. It is no part of the model that replays it: no run saves it."""
+    replayed.digest_of(run, digest)
+    folder = replayed.model_of(run)
     try:
         require_files(Path(folder))
         model: Any = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, local_files_only=True)
@@ -31,7 +32,7 @@ def _loaded(folder: str, digest: str | None, device: torch.device) -> Any:
         raise ConfigError(f"{replayed.KEY}={folder}: cannot be read as a saved model ({first_line(error)})") from error
     model.requires_grad_(False).eval().to(device)
     again = replays(model.moe_layers) is not None
-    require(not again, replayed.KEY, folder, "a model that decides by itself")
+    require(not again, replayed.KEY, run, "a run whose model decides by itself")
     return model
 
 
@@ -49,7 +50,8 @@ def decisions(layers: list[MoELayer], context: Context, mask: Tensor | None) -> 
     model = _loaded(*found, ids.device)
     with torch.autocast(ids.device.type, enabled=False):
         output: Any = model(ids, attention_mask=mask)
-    require(len(output.routing) == len(layers), replayed.KEY, found[0], f"a model of {len(layers)} MoE layers")
+    allowed = f"a run whose model has {len(layers)} MoE layers"
+    require(len(output.routing) == len(layers), replayed.KEY, found[0], allowed)
     return [chain[0] for chain in output.routing]
 
 
@@ -60,7 +62,7 @@ def check_tokenizer(layers: list[MoELayer], tokenizer: PreTrainedTokenizerBase) 
     if (found := replays(layers)) is None:
         return
     try:
-        known = Tokenizer.from_file(str(Path(found[0]) / "tokenizer.json")).get_vocab()
+        known = Tokenizer.from_file(str(Path(replayed.model_of(found[0])) / "tokenizer.json")).get_vocab()
     except Exception as error:  # the library raises no other class
         raise ConfigError(f"{replayed.KEY}={found[0]}: tokenizer.json cannot be read ({first_line(error)})") from error
-    require(known == tokenizer.get_vocab(), replayed.KEY, found[0], "a model with the tokenizer of this run")
+    require(known == tokenizer.get_vocab(), replayed.KEY, found[0], "a run with the tokenizer of this run")

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from small_runs import untimed
 from torch import Tensor
 
-from moe.config.options import CONF, options
+from moe.config.options import CONF, complete
 from moe.distributed import ranks
 from moe.distributed.exchange import run_distributed_experts
 from moe.files import sha256
@@ -129,7 +129,7 @@ def test_a_run_on_two_ranks_equals_a_run_on_one_except_for_rounding(
 @pytest.mark.parametrize("layout", LAUNCH)
 @pytest.mark.parametrize(
     "router",
-    [name if name == "hash" else pytest.param(name, marks=pytest.mark.long) for name in sorted(options("router"))],
+    [name if name == "hash" else pytest.param(name, marks=pytest.mark.long) for name in complete("router")],
 )
 def test_every_router_trains_on_two_ranks_as_on_one(
     router: str, layout: str, small: list[str], train_on_one_process: Any, tmp_path: Path

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from moe.config.cell import Cell
 from moe.config.keys import flatten
-from moe.config.options import GROUPS, options
+from moe.config.options import GROUPS, complete, options
 from moe.launch import train
 from moe.launch.command_line import read_cells
 from moe.training.setup import build_model
@@ -29,9 +29,10 @@ VALUES = st.sampled_from(
 @cache
 def keys() -> list[str]:
     """Return every key of the configuration, of every router, schedule and data source, and some unknown keys."""
-    found: set[str] = {"nois", "router.kk", "a.b.c", "model", "hydra.run.dir", "seed.x", "model.dim.x", "claims.0.text"}
+    found = {"nois", "router.kk", "a.b.c", "model", "hydra.run.dir", "seed.x", "model.dim.x", "claims.0.text"}
+    found |= {"router.run", "router.digest"}
     for arguments in (
-        *([f"router={name}"] for name in options("router")),
+        *([f"router={name}"] for name in complete("router")),
         *(["router=temperature", f"schedule={name}"] for name in options("schedule")),
         *([f"optimizer={name}"] for name in options("optimizer")),
     ):

@@ -20,7 +20,7 @@ WITHOUT_RULE = set(
     """
     balanced_random chain_of_experts cosine default_moe document_pool document_pool_causal dtop_p
     expert_choice expert_threshold frozen hash latent_prototypes mlp moe_plus_plus null_experts oracle relu
-    running_means shuffled_oracle soft_moe spectra top_p
+    replay running_means shuffled_oracle soft_moe spectra top_p
     """.split()
 )
 SETTINGS: list[tuple[str, dict[str, Any]]] = [

@@ -1,5 +1,6 @@
 """Tests of padding and of packed documents for every router in conf/router: padding is no token, texts stay apart."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,8 +37,11 @@ def make(router: dict[str, Any]) -> MoEForCausalLM:
 
 
 @pytest.fixture(params=ROUTERS)
-def model(request: pytest.FixtureRequest) -> MoEForCausalLM:
-    return make(ROUTERS[request.param])
+def model(request: pytest.FixtureRequest, tmp_path: Path) -> MoEForCausalLM:
+    if request.param != "replay":
+        return make(ROUTERS[request.param])
+    make(ROUTERS["topk"]).save_pretrained(tmp_path / "model")
+    return make(ROUTERS["replay"] | {"run": str(tmp_path)})
 
 
 @pytest.fixture
@@ -105,10 +109,11 @@ def test_sequences_of_different_lengths_are_routed_equally_with_padding_on_eithe
 def test_a_batch_padded_on_the_left_computes_what_its_texts_alone_do(model: MoEForCausalLM, ids: Tensor) -> None:
     """In fp64, logits are equal for every router that decides causally in evaluation.
 
-    Padding shifts the positions, whose rotary angles are rounded to fp32.
+    Padding shifts the positions, whose rotary angles are rounded to fp32. A model that replays another one has the
+    weights of that one, which stays in fp32.
     """
     model.double().eval()
-    if not model.moe_layers[0].router.causal_in_evaluation:
+    if not model.moe_layers[0].router.causal_in_evaluation or model.moe_layers[0].router.replays:
         return
     short = ids[1:2, : S - PADDING]
     padded = torch.stack([ids[0], torch.cat([torch.full((PADDING,), 5), short[0]])])
@@ -153,13 +158,13 @@ def test_generation_with_a_padded_prompt_equals_generation_without_padding(ids: 
 def test_documents_of_a_block_are_apart_or_refused(model: MoEForCausalLM, ids: Tensor) -> None:
     """In evaluation, the logits of a document do not depend on the other documents of its block.
 
-    Routers that compare tokens in evaluation refuse such blocks, except document pools, which compare those of one
-    document.
+    Routers that compare tokens in evaluation refuse such blocks, and so does one that replays. Document pools compare
+    those of one document.
     """
     model.eval()
     positions = torch.cat([torch.arange(6), torch.arange(S - 6)])
     router = model.moe_layers[0].router
-    if not router.causal_in_evaluation and not isinstance(router, DocumentPool):
+    if not router.decides_alone and not isinstance(router, DocumentPool):
         with pytest.raises(ConfigError, match="must be a router that keeps the conversations of a block apart"):
             run(model, ids, position_ids=positions[None])
         return

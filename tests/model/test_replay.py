@@ -29,14 +29,14 @@ def make(router: dict[str, Any], *, seed: int) -> MoEForCausalLM:
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a saved model with top-2, of the sizes of `model=tiny` with narrower experts."""
-    folder = tmp_path_factory.mktemp("other") / "model"
-    make(TOPK, seed=0).save_pretrained(folder)
+    """Return a folder like that of a run: its model has top-2, and the sizes of `model=tiny` with narrower experts."""
+    folder = tmp_path_factory.mktemp("other")
+    make(TOPK, seed=0).save_pretrained(folder / "model")
     return folder
 
 
 def replaying(folder: Path, *, seed: int) -> MoEForCausalLM:
-    return make({"_target_": "moe.routers.replay.Replay", "checkpoint": str(folder)}, seed=seed)
+    return make({"_target_": "moe.routers.replay.Replay", "run": str(folder)}, seed=seed)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -44,7 +44,7 @@ def test_each_layer_routes_as_the_same_layer_of_the_other_model(other: Path, tra
     ids = torch.randint(0, V, (2, S))
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
-    theirs = load_model(other)(ids, attention_mask=mask)
+    theirs = load_model(other / "model")(ids, attention_mask=mask)
     model = replaying(other, seed=1).train(training)
     ours = model(ids, labels=ids, attention_mask=mask)
     assert not torch.equal(ours.logits, theirs.logits)
@@ -57,7 +57,7 @@ def test_each_layer_routes_as_the_same_layer_of_the_other_model(other: Path, tra
 
 def test_with_the_weights_of_the_other_model_it_is_that_model(other: Path) -> None:
     ids = torch.randint(0, V, (2, S))
-    model, source = replaying(other, seed=1).eval(), load_model(other)
+    model, source = replaying(other, seed=1).eval(), load_model(other / "model")
     assert model.load_state_dict(source.state_dict(), strict=False).missing_keys == []
     assert torch.equal(model(ids).logits, source(ids).logits)
 
@@ -76,7 +76,11 @@ def test_a_cache_and_vectors_instead_of_token_ids_are_refused(other: Path) -> No
         ({}, "model.num_experts=4", "num_experts in config.json of .*=8: must be 4, as in this run$"),
         ({}, "model.layers=2", "num_hidden_layers in config.json of .*=4: must be 2, as in this run$"),
         ({}, "router.digest=abc", "^router.digest=abc: must be [0-9a-f]{64}, the digest of .*, or left out$"),
-        ({}, "router.checkpoint=/no/such", "^router.checkpoint=/no/such: must be the folder of a saved model"),
+        (
+            {},
+            "router.run=/no/such",
+            "^router.run=/no/such: must be the folder of a finished run that has a saved model",
+        ),
         ({"max_position_embeddings": 16}, "", "^data.seq_len=128: must be at most 16, the number of positions of"),
         (
             {"model_type": "mixtral"},
@@ -94,13 +98,42 @@ def test_a_cache_and_vectors_instead_of_token_ids_are_refused(other: Path) -> No
 def test_a_model_that_does_not_fit_is_refused_in_one_line(
     other: Path, tmp_path: Path, changes: dict[str, Any], words: str, message: str
 ) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(other, folder)
-    content = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(content | changes))
+    shutil.copytree(other, tmp_path / "run")
+    settings = tmp_path / "run/model/config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | changes))
     with pytest.raises(ConfigError, match=message) as raised:
-        read_cells(["router._target_=moe.routers.replay.Replay", f"router.checkpoint={folder}", *words.split()])
+        read_cells(["router=replay", f"router.run={tmp_path / 'run'}", *words.split()])
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("router=replay", "^router.run: required, for example 'router.run=outputs/default/base'$"),
+        (
+            "model.routers=0:replay",
+            "^model.routers=replay: must be an option without .*; choose router=replay, and name",
+        ),
+    ],
+)
+def test_without_another_run_it_is_refused_in_one_line(words: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_cells([words])
+
+
+def test_a_sweep_compares_replay_with_learned_routing_and_with_replay_in_some_layers(other: Path) -> None:
+    """The key `router.run` does not apply to top-k. The losses of probabilities do not apply to replay."""
+    words = ["-m", "router=topk,replay", f"router.run={other}", "model.routers=null,2-3:hash", "seed=1"]
+    cells = read_cells(words) or []
+    assert [cell.choices["router"] for cell in cells] == ["topk", "topk", "replay", "replay"]
+    assert [cell.config.model.routers is None for cell in cells] == [True, False, True, False]
+    assert all("run" not in cell.config.router for cell in cells[:2])
+    assert all(len(cell.config.router["digest"]) == 64 for cell in cells[2:])
+    assert cells[2].ignored >= {"lb", "z", "noise", "optimizer.router_lr"}
+    specs = MoEConfig.of(cells[3].config.model, cells[3].config.router, vocab_size=V, seq_len=128)
+    assert [specs.router_of(number)["_target_"].rpartition(".")[2] for number in range(4)] == 2 * ["Replay"] + 2 * [
+        "Hash"
+    ]
 
 
 def test_a_run_replays_another_run_and_refuses_one_with_another_tokenizer(
@@ -108,13 +141,14 @@ def test_a_run_replays_another_run_and_refuses_one_with_another_tokenizer(
 ) -> None:
     first = cell("steps=1", "eval_every=1")
     run(first)
-    folder = shutil.copytree(first.folder / "model", tmp_path / "model")  # whose path needs no quotes
-    words = ["router._target_=moe.routers.replay.Replay", f"router.checkpoint={folder}", "steps=1", "eval_every=1"]
+    folder = tmp_path / "first"  # whose path needs no quotes
+    shutil.copytree(first.folder / "model", folder / "model")
+    words = ["router=replay", f"router.run={folder}", "steps=1", "eval_every=1"]
     second = cell(*words, f"out={tmp_path / 'second'}")
     assert len(second.config.router["digest"]) == 64
     run(second)
     ids = torch.arange(20)[None]
     one, two = (load_model(each.folder / "model")(ids).routing for each in (first, second))
     assert all(torch.equal(a[0].expert, b[0].expert) for a, b in zip(one, two, strict=True))
-    with pytest.raises(ConfigError, match=r"router.checkpoint=.*: must be a model with the tokenizer of this run$"):
+    with pytest.raises(ConfigError, match=r"^router.run=.*: must be a run with the tokenizer of this run$"):
         run(cell(*words, "data.vocab_size=401", f"out={tmp_path / 'third'}"))

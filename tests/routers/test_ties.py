@@ -81,7 +81,7 @@ def test_ties_are_broken_alike_in_batches_of_every_size(name: str) -> None:
     for sequence in range(B):
         one = slice(sequence, sequence + 1)
         told = None if context.told is None else context.told[one]
-        alone = decide(router, x[one], ids[one], context._replace(told=told))
+        alone = decide(router, x[one], ids[one], testing.context(ids[one])._replace(told=told))
         assert torch.equal(experts_of(alone, S), chosen[sequence * S : (sequence + 1) * S]), sequence
     many = decide(router, x.repeat(20, 1, 1), ids.repeat(20, 1), testing.context(ids.repeat(20, 1)))
     told_alike = 20 if name not in ("oracle", "shuffled_oracle") else 1  # the labels of `testing` alternate

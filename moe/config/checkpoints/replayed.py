@@ -1,4 +1,4 @@
-"""The saved model whose routing `moe.routers.replay.Replay` takes: whether it fits a run. To check it imports torch."""
+"""The finished run whose routing `moe.routers.replay.Replay` takes: whether its model fits. The check imports torch."""
 
 from pathlib import Path
 from typing import Any
@@ -8,19 +8,27 @@ from moe.config.checkpoints import files, saved
 from moe.config.classes import build
 from moe.config.model import ModelConfig
 
-KEY = "router.checkpoint"
+KEY = "router.run"
 
 
-def digest_of(name: str, given: str | None) -> str:
-    """Return the digest of the folder `name`. Raises ConfigError if it differs from the one that is given."""
-    require(Path(name).is_dir(), KEY, name, "the folder of a saved model, such as RUN/model")
+def model_of(run: str) -> str:
+    """Return the folder of the model that a run saved at its end. Raises ConfigError if it is missing."""
+    folder = Path(run, "model")
+    require(folder.is_dir(), KEY, run, "the folder of a finished run that has a saved model: the folder model in it")
+    return str(folder)
+
+
+def digest_of(run: str, given: str | None) -> str:
+    """Return the digest of the model of a run. Raises ConfigError if it differs from the one that is given."""
+    name = model_of(run)
     found = files.digest(name, key=KEY)
     require(given in (None, found), "router.digest", given, f"{found}, the digest of {name}, or left out")
     return found
 
 
-def check(name: str, model: ModelConfig, *, seq_len: int) -> None:
-    """Raise ConfigError unless the saved model can decide for the layers of `model`. The file may be a stranger's."""
+def check(run: str, model: ModelConfig, *, seq_len: int) -> None:
+    """Raise ConfigError unless the model of `run` can decide for the layers of `model`. It may be a stranger's."""
+    name = model_of(run)
     content = files.content(KEY, name, None)
     where = f"in config.json of {KEY}={name}"
     sizes = {
