@@ -325,8 +325,10 @@ def test_numbers_that_are_not_finite_become_null_and_arrays_become_lists() -> No
 
 
 def test_a_study_writes_its_files_and_is_repeated_only_for_a_changed_model(
-    cell: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    cell: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("moe.specialization.landscape.DISTANCES", (-1.0, 0.0, 1.0))  # test_interventions has them all
+    monkeypatch.setattr("moe.specialization.landscape.RANDOM_DIRECTIONS", 1)
     settings = (["seed=1"], ["seed=2"], ["router=hash", "seed=1"], ["router=soft_moe", "seed=1"])
     cells = [cell("data.max_val_blocks=12", *overrides) for overrides in settings]
     cells = [small_cell._replace(folder=tmp_path / str(number)) for number, small_cell in enumerate(cells)]
