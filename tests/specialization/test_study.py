@@ -324,11 +324,17 @@ def test_numbers_that_are_not_finite_become_null_and_arrays_become_lists() -> No
     json.dumps(to_json(value), allow_nan=False)
 
 
-def test_a_study_writes_its_files_and_is_repeated_only_for_a_changed_model(
-    cell: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("moe.specialization.landscape.DISTANCES", (-1.0, 0.0, 1.0))  # test_interventions has them all
+@pytest.fixture
+def few_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Move the weights of routers by few distances. The study of few documents below moves them by all."""
+    monkeypatch.setattr("moe.specialization.landscape.DISTANCES", (-1.0, 0.0, 1.0))
     monkeypatch.setattr("moe.specialization.landscape.RANDOM_DIRECTIONS", 1)
+
+
+@pytest.mark.usefixtures("few_moves")
+def test_a_study_writes_its_files_and_is_repeated_only_for_a_changed_model(
+    cell: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = (["seed=1"], ["seed=2"], ["router=hash", "seed=1"], ["router=soft_moe", "seed=1"])
     cells = [cell("data.max_val_blocks=12", *overrides) for overrides in settings]
     cells = [small_cell._replace(folder=tmp_path / str(number)) for number, small_cell in enumerate(cells)]
@@ -419,6 +425,7 @@ def test_without_a_study_the_report_gives_the_reason_instead_of_figures(cell: An
     ]
 
 
+@pytest.mark.usefixtures("few_moves")
 def test_without_samples_no_other_experts_are_tried_and_the_figures_say_so(cell: Any) -> None:
     small_cell = cell("model.layers=1", "steps=0")
     run(small_cell)
