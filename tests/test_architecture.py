@@ -4,6 +4,7 @@
 """
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +31,9 @@ LAYERS = [
 ]
 LAYER = {package: number for number, packages in enumerate(LAYERS) for package in packages}
 TORCH = {"torch", "transformers", "datasets", "accelerate"}  # libraries that are torch or import it
+# Libraries that a plain command imports until it refuses or skips a run, and those that it imports to train one.
+TO_CHECK = {"hydra", "omegaconf", "orjson", "safetensors", "yaml"}
+TO_TRAIN = {*TORCH, *TO_CHECK, "filelock", "jaxtyping", "jinja2", "numpy", "tokenizers", "tqdm"}
 # Packages that must start quickly. Importing torch takes seconds.
 WITHOUT_TORCH = {"analysis", "results", "config", "checks", "files"}
 
@@ -236,6 +240,20 @@ def test_reading_results_needs_no_torch(module: str) -> None:
     if package(module) in ("analysis", "results"):
         loaded |= set().union(*(reached(each.imported) for each in IMPORTS if each.importer == module))
     assert not {name for name in loaded if name.split(".")[0] in TORCH}
+
+
+@pytest.mark.parametrize(
+    ("modules", "libraries"),
+    [
+        (["moe.launch.train"], TO_CHECK),
+        (["moe.launch.train", "moe.launch.run", "moe.training.loop", "moe.runs.mirrors", "moe.routers.topk"], TO_TRAIN),
+    ],
+    ids=["checking a command", "training"],
+)
+def test_a_plain_command_imports_only_these_libraries(modules: list[str], libraries: set[str]) -> None:
+    """What only some commands need, such as wandb, tensorboard or peft, is imported where it is used."""
+    loaded = {name.partition(".")[0] for name in set[str]().union(*map(reached, modules))}
+    assert loaded - {"moe", *sys.stdlib_module_names} == libraries
 
 
 def picture() -> str:
