@@ -59,8 +59,9 @@ def main() -> None:
 
 
 def options(group: str) -> list[str]:
-    """Return the names in a folder of conf/, sorted."""
-    return sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
+    """Return the options in a folder of conf/ that need no further key, sorted."""
+    found = (ROOT / "conf" / group).glob("*.yaml")
+    return sorted(path.stem for path in found if "???" not in path.read_text())
 
 
 def print_sweep(overrides: list[str], out: Path, title: str) -> None:

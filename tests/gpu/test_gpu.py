@@ -19,7 +19,7 @@ from train_processes import TRAIN, TrainCommand, patch, read_record
 
 from moe.bench.profile import host_waits
 from moe.config.cell import Cell
-from moe.config.options import CONF
+from moe.config.options import complete
 from moe.config.schema import Config
 from moe.files import sha256
 from moe.model.causal_lm import MoEForCausalLM
@@ -34,7 +34,7 @@ from moe.training.step import micro_batches, train_step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
-ROUTERS = sorted(path.stem for path in (CONF / "router").glob("*.yaml"))
+ROUTERS = complete("router")
 WAITING = {"base_layers"}  # the host assigns tokens itself
 ALIGNED = ("model.dim=64", "model.ffn=64", "data.seq_len=64", "router=topk")  # the grouped kernel takes such shapes
 Cells = Callable[..., Cell]

@@ -9,7 +9,7 @@ from small_runs import run, untimed
 
 from moe import testing
 from moe.config.classes import build
-from moe.config.options import CONF
+from moe.config.options import CONF, complete
 from moe.model.experts import Experts
 from moe.model.layer import MoELayer
 from moe.model.router_precision import PRECISIONS, decide, flips
@@ -20,7 +20,7 @@ from moe.testing import D, E
 TOKENS = 512
 IDS = torch.zeros(1, TOKENS, dtype=torch.long)
 CONTEXT = Context(IDS, Knobs.of())
-ROUTERS = sorted(path.stem for path in (CONF / "router").glob("*.yaml"))
+ROUTERS = complete("router")
 
 
 def router_and_states() -> tuple[TopK, torch.Tensor]:

@@ -12,13 +12,13 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from moe.checks import ConfigError
 from moe.config.model import ModelConfig
-from moe.config.options import CONF
+from moe.config.options import CONF, complete
 from moe.model.causal_lm import MoEConfig, MoEForCausalLM
 from moe.model.routed import _inputs
 from moe.routing.decision import LABELS
 
 V, S = 97, 16
-ROUTERS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((CONF / "router").glob("*.yaml"))}
+ROUTERS = {name: yaml.safe_load((CONF / "router" / f"{name}.yaml").read_text()) for name in complete("router")}
 TOPK = ROUTERS["topk"]
 TOLD = torch.zeros(3, len(LABELS), dtype=torch.long)  # the domains of three texts, which only oracles read
 

@@ -9,7 +9,7 @@ import yaml
 from datasets import Dataset
 
 from moe.config.model import ModelConfig
-from moe.config.options import CONF
+from moe.config.options import CONF, complete
 from moe.data.blocks import Batch, batch
 from moe.metrics.catalog import ROUTING_METRICS
 from moe.model.causal_lm import MoEConfig, MoEForCausalLM
@@ -43,7 +43,7 @@ def metric_names() -> set[str]:
     return set(evaluate_router("topk"))
 
 
-@pytest.mark.parametrize("router", sorted(path.stem for path in (CONF / "router").glob("*.yaml")))
+@pytest.mark.parametrize("router", complete("router"))
 def test_every_router_has_the_same_metric_names(router: str, metric_names: set[str]) -> None:
     values = evaluate_router(router)
     assert set(values) == metric_names
