@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from moe.analysis.comparisons import NAN, Comparison, compared
-from moe.analysis.power import SIGNIFICANCE, Prediction, detectable_effect, seeds_for, seeds_needed
+from moe.analysis.power import SIGNIFICANCE, Freedom, Prediction, detectable_effect, seeds_for, seeds_needed
 from moe.analysis.sentences import UNDECIDED, UNTESTED, detectable_note, deterministic_verdict, unit_of
 from moe.analysis.statistics import (
     corrected,
@@ -122,15 +122,17 @@ def decided(
     significant = table["p Holm"] <= SIGNIFICANCE
     only_before = (table["p"] <= SIGNIFICANCE) & ~significant
     before = table["verdict"] + " before Holm's correction, not after it"
-    spreads = zip(table.pop("doubt"), table["n"], table["spread"], tests.tolist(), table["metric"], strict=True)
-    doubt = pd.Series([doubt or _detectable(*spread) for doubt, *spread in spreads], index=table.index)
+    columns = ["n", "spread", "freedom", "tests", "metric"]
+    spreads = table[columns].itertuples(index=False, name=None)
+    doubts = zip(table.pop("doubt"), spreads, strict=True)
+    doubt = pd.Series([doubt or _detectable(*spread) for doubt, spread in doubts], index=table.index, dtype=object)
     doubt = doubt.mask(only_before, before).mask(significant, "")
     reason = ["; ".join(filter(None, parts)) for parts in zip(table["reason"], doubt, strict=True)]
     later = tests if tests_later is None else tests_later
-    columns = ["difference", "claimed_low", "claimed_high", "spread"]
+    columns = ["difference", "claimed_low", "claimed_high", "spread", "freedom"]
     estimates = table[columns].itertuples(index=False, name=None)
     needed = [_needed(*each, tests=max(number, 1)) for each, number in zip(estimates, later.tolist(), strict=True)]
-    table = table.drop(columns="spread")
+    table = table.drop(columns=["spread", "freedom"])
     table["seeds needed"] = pd.Series(needed, index=table.index, dtype=float).mask(significant)
     verdict = table["verdict"].where(significant, UNDECIDED).mask(table["p"].isna(), UNTESTED)
     return table.assign(verdict=verdict, reason=reason)
@@ -157,20 +159,20 @@ def contrasts_without_claim(contrasts: pd.DataFrame, claims: list[ClaimConfig]) 
     return contrasts[[not any(_about(claim, row) for claim in claims) for _, row in contrasts.iterrows()]]
 
 
-def _detectable(n: int, spread: float, tests: int, metric: str) -> str:
+def _detectable(n: int, spread: float, freedom: Freedom, tests: int, metric: str) -> str:
     """Return which difference would have been detected; an empty text if there is no spread to tell it from."""
     if math.isnan(spread):
         return ""
-    effect = detectable_effect(n, tests=tests)
-    low, high = spread_interval(spread, n)
+    effect = detectable_effect(n, tests=tests, freedom=freedom)
+    low, high = spread_interval(spread, freedom.at(n))
     return detectable_note(effect * spread, effect * low, effect * high, tests=tests, unit=unit_of(metric))
 
 
-def _needed(difference: float, low: float, high: float, spread: float, *, tests: int) -> int | None:
+def _needed(difference: float, low: float, high: float, spread: float, freedom: Freedom, *, tests: int) -> int | None:
     """Return how many seeds support a claim, or contradict it if the difference is outside of the claimed range."""
     if low < difference < high:
-        return seeds_for(Prediction(low / spread, high / spread, difference / spread, tests))
-    return seeds_needed(max(low - difference, difference - high) / spread, tests=tests)
+        return seeds_for(Prediction(low / spread, high / spread, difference / spread, tests, freedom=freedom))
+    return seeds_needed(max(low - difference, difference - high) / spread, tests=tests, freedom=freedom)
 
 
 def _judge_alone(claim: ClaimConfig, runs: pd.DataFrame, evals: pd.DataFrame | None = None) -> dict[str, Any]:
@@ -240,6 +242,7 @@ def _row(compared: str, comparison: Comparison, p: float, verdict: str, estimate
         "estimates": estimates,
         "verdict": verdict,
         "spread": comparison.spread,
+        "freedom": comparison.freedom,
         "reason": comparison.note,
         "doubt": comparison.doubt,
     }

@@ -9,7 +9,8 @@ from scipy import stats
 
 from moe.analysis.equal_cost import FLOPS, SECONDS, at_common_cost
 from moe.analysis.mixed import Mixed, mixed, range_p
-from moe.analysis.statistics import CONFIDENCE, completed, has_no_spread, mean_difference, name_cell, range_test
+from moe.analysis.power import PAIRED, Freedom
+from moe.analysis.statistics import CONFIDENCE, completed, has_no_spread, mean_difference, name_cell
 from moe.config.claim import DOMAIN, ClaimConfig, absolute
 from moe.results.comparable import incomparable, not_poolable
 from moe.results.conditions import by_seed, conditions, levels, two_levels, varied_factors
@@ -25,7 +26,9 @@ class Comparison(NamedTuple):
     low, high: the 95 % t interval of the difference of the two means.
     p_for, p_against: p-value of the test that the claim holds, and of the test that it does not hold.
     favor: how far inside the claimed range the difference lies; negative if it lies outside.
-    spread: standard deviation of the paired differences.
+    spread: standard deviation of the paired differences; of a mixed model, its standard error times the square root of
+    n.
+    freedom: the degrees of freedom of the spread, by the number of seeds.
     claimed_low, claimed_high: the ends of the claimed range, which may be infinite.
     deterministic: whether the difference is the same in every seed. Both p-values are then 0 or 1.
     note: a remark for the reader, such as a run that is missing.
@@ -41,6 +44,7 @@ class Comparison(NamedTuple):
     p_against: float = NAN
     favor: float = NAN
     spread: float = NAN
+    freedom: Freedom = PAIRED
     claimed_low: float = NAN
     claimed_high: float = NAN
     deterministic: bool = False
@@ -132,21 +136,30 @@ def _contrast(
     except ValueError as failure:
         return Comparison(0, doubt=str(failure))
     reference = float(model.means[[b for _, b in cells]].mean())
-    low, high = claimed_range(replace(claim, kind=claim.direction or "equivalent"), reference)
+    note = f"mixed model of {model.runs} runs, {model.freedom} degrees of freedom"
+    found = Comparison(model.seeds, reference + effect, reference, freedom=model.freedom_by_seeds, note=note)
+    return _tested(claim, found, effect, error)
+
+
+def _tested(claim: ClaimConfig, found: Comparison, effect: float, error: float) -> Comparison:
+    """Complete a comparison by what its tests say of an effect with this standard error; NaN: it has none."""
+    low, high = claimed_range(claim, found.reference_mean)
     favor = min(effect - low, high - effect)
-    found = Comparison(model.seeds, reference + effect, reference, favor=favor, claimed_low=low, claimed_high=high)
+    found = found._replace(favor=favor, claimed_low=low, claimed_high=high)
+    if math.isnan(error):
+        return found._replace(doubt="one seed: nothing to test a difference against")
     if error == 0:
         return found._replace(p_for=float(favor <= 0), p_against=float(favor > 0), deterministic=True)
-    inside, outside = range_p(effect, error, model.freedom, low, high)
-    reach = stats.t.ppf((1 + CONFIDENCE) / 2, model.freedom) * error
+    freedom = found.freedom.at(found.n)
+    inside, outside = range_p(effect, error, freedom, low, high)
+    reach = stats.t.ppf((1 + CONFIDENCE) / 2, freedom) * error
     two_ends = math.isfinite(low) and math.isfinite(high)
     return found._replace(
         low=effect - reach,
         high=effect + reach,
         p_for=inside if two_ends else min(1.0, 2 * inside),
         p_against=outside,
-        spread=error * math.sqrt(model.seeds),
-        note=f"mixed model of {model.runs} runs, {model.freedom} degrees of freedom",
+        spread=error * math.sqrt(found.n),
         doubt=f"the interval is neither inside nor outside {low:.3g} ... {high:.3g}" if two_ends else "",
     )
 
@@ -229,25 +242,9 @@ def _compare(claim: ClaimConfig, runs: pd.DataFrame, others: list[str], treated:
     reference_mean = references.mean().mean()
     scale = max(values.abs().max().max() for values in (differences, references))
     effect = mean_difference(by_seeds, scale=scale)
-    low, high = claimed_range(claim, reference_mean)
-    favor = min(effect - low, high - effect)
-    found = Comparison(n, reference_mean + effect, reference_mean, favor=favor, note=note)
-    found = found._replace(claimed_low=low, claimed_high=high)
-    if n == 1:
-        return found._replace(doubt="one seed: nothing to test a difference against")
-    if has_no_spread(by_seeds, scale=scale):
-        return found._replace(p_for=float(favor <= 0), p_against=float(favor > 0), deterministic=True)
-    p_inside, p_outside = range_test(by_seeds, low, high)
-    two_ends = math.isfinite(low) and math.isfinite(high)
-    ends = stats.ttest_1samp(by_seeds, 0).confidence_interval(CONFIDENCE)
-    return found._replace(
-        low=ends.low,
-        high=ends.high,
-        p_for=p_inside if two_ends else min(1.0, 2 * p_inside),
-        p_against=p_outside,
-        spread=by_seeds.std(ddof=1),
-        doubt=f"the interval is neither inside nor outside {low:.3g} ... {high:.3g}" if two_ends else "",
-    )
+    error = NAN if n == 1 else 0.0 if has_no_spread(by_seeds, scale=scale) else by_seeds.std(ddof=1) / math.sqrt(n)
+    found = Comparison(n, reference_mean + effect, reference_mean, note=note)
+    return _tested(claim, found, effect, float(error))
 
 
 def _lost(differences: pd.DataFrame) -> str:

@@ -8,6 +8,7 @@ import pandas as pd
 from jaxtyping import Float
 from scipy import stats
 
+from moe.analysis.power import Freedom
 from moe.analysis.statistics import has_no_spread
 
 
@@ -28,6 +29,12 @@ class Mixed(NamedTuple):
     runs: int
     freedom: int
     seeds: int
+
+    @property
+    def freedom_by_seeds(self) -> Freedom:
+        """The degrees of freedom of any number of seeds, if further ones have as many cells as these on average."""
+        lost = round(float(np.trace(self.projection)))
+        return Freedom((self.freedom + lost) / self.seeds, lost)
 
     def contrast(self, weights: pd.Series) -> tuple[float, float]:
         """Return the weighted sum of effects and its standard error; cells without a weight have weight 0.
@@ -74,7 +81,7 @@ def mixed(values: pd.Series) -> Mixed:
     return Mixed(means, pd.Series(effects, cells), variance * inverse, projection, len(y), freedom, several)
 
 
-def range_p(effect: float, error: float, freedom: int, low: float, high: float) -> tuple[float, float]:
+def range_p(effect: float, error: float, freedom: int | float, low: float, high: float) -> tuple[float, float]:
     """Return the p that the true effect is inside of two bounds (TOST), and the two-sided p that it is outside.
 
     These are those of `moe.analysis.statistics.range_test`, for any standard error. A bound may be infinite.

@@ -17,7 +17,7 @@ import pandas as pd
 from scipy import stats
 from statsmodels.stats.weightstats import DescrStatsW
 
-from moe.analysis.power import SIGNIFICANCE, detectable_effect
+from moe.analysis.power import SIGNIFICANCE, UNPAIRED, detectable_effect
 from moe.config.claim import absolute
 from moe.results.comparable import TEST_TEXT, TOKENIZER, incomparable
 from moe.results.conditions import (
@@ -132,7 +132,7 @@ def with_correction(table: pd.DataFrame, holm: np.ndarray, tests: np.ndarray, bh
     table = table.assign(**{"p Holm": holm, "p BH": bh, "tests": tests})
     spread = table["std of differences"]
     factor = [detectable_effect(n, tests=max(number, 1)) for n, number in table[["n", "tests"]].itertuples(index=False)]
-    low, high = spread_interval(spread, table["n"])
+    low, high = spread_interval(spread, table["n"] - 1)
     spreads = {"detectable": spread, "detectable_low": low, "detectable_high": high}
     table = table.assign(**{name: (each * factor).where(table["p"].notna()) for name, each in spreads.items()})
     if "p TOST" in table:
@@ -182,17 +182,18 @@ def noise_floor(runs: pd.DataFrame, metrics: list[str], *, seeds: tuple[int, ...
     for metric in metrics:
         values = by_seed(runs, metric)
         n, std = len(values), values.std(ddof=1)
-        low, high = spread_interval(std, n)
+        low, high = spread_interval(std, n - 1)
         row = {"metric": metric, "n": n, "mean": values.mean(), STD: std, "std_low": low, "std_high": high}
-        effects = {f"detectable, {k} seeds a side": std * detectable_effect(k, paired=False) for k in seeds}
+        spread = math.sqrt(2) * std  # of a difference of two runs
+        effects = {f"detectable, {k} seeds a side": spread * detectable_effect(k, freedom=UNPAIRED) for k in seeds}
         rows.append(row | effects)
     return pd.DataFrame(rows)
 
 
-def spread_interval(std: Any, n: Any) -> tuple[Any, Any]:
-    """Return the 95 % chi-square interval of a standard deviation over n normal values; NaN below two."""
+def spread_interval(std: Any, freedom: Any) -> tuple[Any, Any]:
+    """Return the 95 % chi-square interval of a standard deviation with these degrees of freedom; NaN without any."""
     tail = (1 - CONFIDENCE) / 2
-    df = np.where(np.asarray(n) > 1, np.asarray(n) - 1.0, np.nan)
+    df = np.where(np.asarray(freedom) > 0, np.asarray(freedom, dtype=float), np.nan)
     return std * np.sqrt(df / stats.chi2.ppf(1 - tail, df)), std * np.sqrt(df / stats.chi2.ppf(tail, df))
 
 

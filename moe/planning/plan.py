@@ -122,7 +122,7 @@ def _need(request: Request, claim: ClaimConfig, ahead: Ahead, pilot: pd.DataFram
     if pilot is None and not effect.text.endswith(UNIT):
         effect = Effect(f"1{UNIT}")
     spread = None if pilot is None else spread_of(claim, pilot)
-    return need(claim, ahead.tests, spread, effect, rivals=ahead.rivals, power=request.power, most=request.most)
+    return need(claim, ahead, spread, effect, power=request.power, most=request.most)
 
 
 def _seeds_alone(request: Request, tests: int, effect: float) -> int | None:

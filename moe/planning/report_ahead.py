@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from moe.analysis.comparisons import compared
+from moe.analysis.power import PAIRED, Freedom
 from moe.analysis.report.inputs import collect_inputs, tested_metrics
 from moe.config.cell import Cell
 from moe.config.claim import DOMAIN, ClaimConfig
@@ -21,11 +22,12 @@ class Ahead(NamedTuple):
     """What is known of a claim's test ahead.
 
     tests: the number by which the report divides 5 %. rivals: the number of levels with which each level that the
-    claim names is compared.
+    claim names is compared. freedom: that of its spread.
     """
 
     tests: int
-    rivals: int
+    rivals: int = 1
+    freedom: Freedom = PAIRED
 
 
 def tests_ahead(cells: list[Cell]) -> list[Ahead]:
@@ -43,8 +45,11 @@ def tests_ahead(cells: list[Cell]) -> list[Ahead]:
         columns = {metric: 1 + rng.random(len(runs)) for metric in _metrics(claims, runs)}
         runs = runs.assign(status="finished", **columns)
         tests = collect_inputs(runs)[0].claims["tests"]
-    rivals = [len(compared(claim, runs).rivals) for claim in claims]
-    return [Ahead(max(1, int(number)), each) for number, each in zip(tests, rivals, strict=True)]
+    found = [compared(claim, runs) for claim in claims]
+    return [
+        Ahead(max(1, int(number)), len(each.rivals), each.pairs[0][0].freedom if each.pairs else PAIRED)
+        for number, each in zip(tests, found, strict=True)
+    ]
 
 
 def _metrics(claims: list[ClaimConfig], runs: pd.DataFrame) -> list[str]:

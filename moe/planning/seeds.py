@@ -12,6 +12,7 @@ from moe.analysis.power import Prediction, seeds_for
 from moe.analysis.statistics import spread_interval
 from moe.checks import require
 from moe.config.claim import ClaimConfig, absolute
+from moe.planning.report_ahead import Ahead
 from moe.results.conditions import conditions, varied_factors
 
 UNIT = "sd"  # of an effect in standard deviations of the paired differences
@@ -44,17 +45,15 @@ class Effect(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """The standard deviation of a claim's paired differences, with its 95 % interval, and how it is known.
+    """The spread of a claim's comparisons (`moe.analysis.power`), with its 95 % interval, and how it is known.
 
-    mean: that of the metric over the pilot's runs. seeds: those whose paired differences tell the spread; 0 if the
-    spread is derived from runs that differ in the seed alone, or is not known at all.
+    mean: that of the metric over the pilot's runs.
     """
 
     value: float
     low: float
     high: float
     mean: float
-    seeds: int
     source: str
 
 
@@ -76,7 +75,7 @@ class Need(NamedTuple):
     reason: str = ""
 
 
-NO_PILOT = Spread(1.0, math.nan, math.nan, math.nan, 0, "no pilot: in standard deviations of the paired differences")
+NO_PILOT = Spread(1.0, math.nan, math.nan, math.nan, "no pilot: in standard deviations of the paired differences")
 
 DESIGNS = (["setting"], ["setting", "seed"])
 WITHIN_SEEDS = "the pilot's other settings, without the effect of the seed"
@@ -94,12 +93,13 @@ def spread_of(claim: ClaimConfig, pilot: pd.DataFrame) -> Spread | None:
         return None
     pairs = [pair for pair in chain(*compared(claim, pilot).pairs) if pair.n > 1]
     if pairs and all(pair.deterministic for pair in pairs):
-        return Spread(0.0, 0.0, 0.0, mean, pairs[0].n, "the same difference in every seed of the pilot")
-    spreads = [pair.spread for pair in pairs if not pair.deterministic]
-    if spreads:
-        seeds, value = min(pair.n for pair in pairs), math.sqrt(float(np.mean(np.square(spreads))))
-        low, high = map(float, spread_interval(value, seeds))
-        return Spread(value, low, high, mean, seeds, f"paired differences of the pilot's {seeds} seeds")
+        return Spread(0.0, 0.0, 0.0, mean, "the same difference in every seed of the pilot")
+    if spreads := [pair.spread for pair in pairs if not pair.deterministic]:
+        least = min(pairs, key=lambda pair: pair.freedom.at(pair.n))
+        value = math.sqrt(float(np.mean(np.square(spreads))))
+        low, high = map(float, spread_interval(value, least.freedom.at(least.n)))
+        paired = f"paired differences of the pilot's {least.n} seeds"
+        return Spread(value, low, high, mean, f"the pilot's {least.note}" if claim.kind == "mixed" else paired)
     factors = [factor for factor in varied_factors(pilot) if factor != "seed"]
     groups = [members[["seed", claim.metric]].dropna() for _, members in conditions(pilot, factors)]
     values = pd.concat(groups, keys=range(len(groups)), names=["setting"]).reset_index("setting")
@@ -110,30 +110,21 @@ def spread_of(claim: ClaimConfig, pilot: pd.DataFrame) -> Spread | None:
         if df := len(y) - int(rank):
             runs_compared = 4 if claim.kind == "interaction" else 2
             value = math.sqrt(runs_compared * float(((y - design @ effects) ** 2).sum()) / df)
-            low, high = map(float, spread_interval(value, df + 1))
-            return Spread(value, low, high, mean, 0, source)
+            low, high = map(float, spread_interval(value, df))
+            return Spread(value, low, high, mean, source)
     return None
 
 
-def need(
-    claim: ClaimConfig,
-    tests: int,
-    spread: Spread | None,
-    effect: Effect,
-    *,
-    rivals: int,
-    power: float,
-    most: int,
-) -> Need:
+def need(claim: ClaimConfig, ahead: Ahead, spread: Spread | None, effect: Effect, *, power: float, most: int) -> Need:
     """Return how many seeds a claim needs for this power.
 
     Of a claim with a range (a margin, or a size), the true difference is assumed to be the middle of the range, and the
-    effect plays no part. rivals: the number of levels with which each level of the claim is compared.
+    effect plays no part. ahead: what is known of the claim's test in the planned report.
     """
     ranged = claim.margin is not None or bool(claim.size)
     if spread is None and (ranged or not effect.text.endswith(UNIT)):
-        missing = "its range" if ranged else f"an effect of {effect.text}"
-        return Need(claim, tests, NO_PILOT, math.nan, None, None, None, f"{missing} can be compared only with a spread")
+        reason = f"{'its range' if ranged else f'an effect of {effect.text}'} can be compared only with a spread"
+        return Need(claim, ahead.tests, NO_PILOT, math.nan, None, None, None, reason)
     known = spread or NO_PILOT
     low, high = claimed_range(claim, known.mean)
     effect_size = (high - low) / 2 if ranged else effect.in_units(known)
@@ -142,8 +133,9 @@ def need(
         if spread == 0:
             return 2  # the difference is the same in every seed
         true = (low + high) / 2 if ranged else math.copysign(effect_size, -1 if math.isinf(low) else 1)
-        prediction = Prediction(low / spread, high / spread, true / spread, tests, len(claim.levels), rivals)
+        ends = low / spread, high / spread, true / spread
+        prediction = Prediction(*ends, ahead.tests, len(claim.levels), ahead.rivals, ahead.freedom)
         return seeds_for(prediction, power_wanted=power, most=most)
 
     least, most_seeds = (None if math.isnan(end) else seeds(end) for end in (known.low, known.high))
-    return Need(claim, tests, known, effect_size, seeds(known.value), least, most_seeds)
+    return Need(claim, ahead.tests, known, effect_size, seeds(known.value), least, most_seeds)

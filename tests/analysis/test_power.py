@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from moe.analysis.power import POWER, Prediction, power, seeds_for, seeds_needed
+from moe.analysis.power import POWER, UNPAIRED, Freedom, Prediction, detectable_effect, power, seeds_for, seeds_needed
 from moe.analysis.statistics import range_test
 
 
@@ -38,6 +38,29 @@ def test_power_is_the_share_of_studies_in_which_every_comparison_holds(predictio
         held.append((1 if two_ends else 2) * worst <= 0.05 / p.tests)
     error = math.sqrt(0.25 / studies)
     assert power(p, n) == pytest.approx(np.mean(held), abs=3 * error)
+
+
+@pytest.mark.parametrize(("cells", "n", "named", "rivals"), [(6, 4, 1, 1), (6, 4, 1, 4), (8, 3, 2, 3)])
+def test_the_power_of_a_mixed_model_is_the_share_of_studies_in_which_every_comparison_holds(
+    cells: int, n: int, named: int, rivals: int
+) -> None:
+    """All comparisons have the spread of the two-way analysis, whose differences of two runs have variance 1."""
+    y = np.random.default_rng(1).normal(0, math.sqrt(0.5), (4000, n, cells))
+    rest = y - y.mean(1, keepdims=True) - y.mean(2, keepdims=True) + y.mean((1, 2), keepdims=True)
+    freedom = Freedom(cells - 1, cells - 1)
+    reach = stats.t.isf(0.025 / 4, freedom.at(n)) * np.sqrt(2 * (rest**2).sum((1, 2)) / freedom.at(n) / n)
+    mean = y.mean(1)
+    pairs = 2.0 + mean[:, :named, None] - mean[:, None, named : named + rivals]
+    held = (pairs > reach[:, None, None]).all((1, 2))
+    prediction = Prediction(0, math.inf, 2.0, 4, named, rivals, freedom)
+    assert power(prediction, n) == pytest.approx(held.mean(), abs=0.03)
+    assert power(prediction, 1) == 0.0
+
+
+def test_the_detectable_effect_of_other_degrees_of_freedom_is_that_of_the_noncentral_t_distribution() -> None:
+    assert detectable_effect(10, freedom=UNPAIRED) * math.sqrt(2) == pytest.approx(1.325, abs=0.001)  # G*Power
+    effect = detectable_effect(4, tests=5, freedom=Freedom(5, 5))
+    assert stats.nct.sf(stats.t.isf(0.005, 15), 15, effect * 2) == pytest.approx(0.8, abs=0.001)
 
 
 @pytest.mark.parametrize("prediction", [Prediction(0, math.inf, 1.2, 7), Prediction(-math.inf, 0, -1.2, 7, 2, 3)])

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from moe.analysis.claims import judge
 from moe.analysis.report.inputs import collect_inputs
@@ -20,6 +21,7 @@ from moe.config.claim import ClaimConfig
 from moe.launch.command_line import read_cells
 from moe.planning.__main__ import _pilot_command, main
 from moe.planning.plan import Request
+from moe.planning.report_ahead import Ahead
 from moe.planning.report_ahead import tests_ahead as ahead
 from moe.planning.seeds import NO_PILOT, Effect, need, spread_of
 from moe.runs.record import MetricsRecord, RunRecord
@@ -52,6 +54,25 @@ def test_the_level_of_each_claim_is_the_one_that_its_report_applies(tmp_path: Pa
     found = ahead(cells)
     assert [each.tests for each in found] == report.claims["tests"].tolist()
     assert [each.rivals for each in found][:2] == [2, 1]
+
+
+def test_a_mixed_claim_is_planned_with_the_degrees_of_freedom_of_its_model() -> None:
+    cells = read_cells(["experiment=noise_lb_seed"])
+    assert cells is not None
+    claim = replace(CLAIM, kind="mixed", direction="higher")
+    [found] = ahead([cell._replace(config=replace(cell.config, claims=[claim])) for cell in cells])
+    assert found.freedom == (5, 5)  # noise x lb: 6 settings
+    rng = np.random.default_rng(0)
+    rows = [(noise, seed, rng.normal()) for noise in (0.0, 0.1, 0.5) for seed in (1, 2, 3)]
+    runs = pd.DataFrame(rows, columns=["noise", "seed", "val/loss"]).assign(status="finished", folder="", experiment="")
+    spread = spread_of(claim, runs)
+    assert spread is not None
+    assert spread.high / spread.low == pytest.approx(math.sqrt(np.divide(*stats.chi2.ppf([0.975, 0.025], 4))))
+    assert spread.source == "the pilot's mixed model of 9 runs, 4 degrees of freedom"
+    needed, paired = (need(claim, each, None, Effect("2sd"), **MORE).seeds for each in (found, Ahead(1)))
+    assert needed is not None
+    assert paired is not None
+    assert needed < paired
 
 
 def test_the_planned_power_is_reached(tmp_path: Path) -> None:
@@ -97,22 +118,22 @@ def test_a_plan_with_a_pilot(
 
 
 CLAIM = ClaimConfig("a", "val/loss", "noise", [0.5], "higher", than=[0.0])
-MORE = {"rivals": 1, "power": 0.8, "most": 32}
+MORE = {"power": 0.8, "most": 32}
 
 
 def test_effects_in_units_of_the_metric_and_of_the_spread() -> None:
-    spread = NO_PILOT._replace(value=0.1, low=0.05, high=0.6, mean=4.0, seeds=3)
-    found = [need(CLAIM, 1, spread, Effect(text), **MORE).seeds for text in ("5%", "0.2", "2sd")]
-    assert found[0] == found[1] == found[2] == need(CLAIM, 1, None, Effect("2sd"), **MORE).seeds == 5
-    assert need(CLAIM, 1, None, Effect("5%"), **MORE).reason.endswith("only with a spread")
-    small = need(CLAIM, 1, spread, Effect("0.5%"), **MORE)
+    spread = NO_PILOT._replace(value=0.1, low=0.05, high=0.6, mean=4.0)
+    found = [need(CLAIM, Ahead(1), spread, Effect(text), **MORE).seeds for text in ("5%", "0.2", "2sd")]
+    assert found[0] == found[1] == found[2] == need(CLAIM, Ahead(1), None, Effect("2sd"), **MORE).seeds == 5
+    assert need(CLAIM, Ahead(1), None, Effect("5%"), **MORE).reason.endswith("only with a spread")
+    small = need(CLAIM, Ahead(1), spread, Effect("0.5%"), **MORE)
     assert (small.seeds, small.high) == (None, None)
     margin = replace(CLAIM, kind="equivalent", margin="5%")
-    within = need(margin, 1, spread, Effect("1%"), **MORE)
+    within = need(margin, Ahead(1), spread, Effect("1%"), **MORE)
     assert within.effect == pytest.approx(0.2)
     assert within.seeds is not None
-    assert need(margin, 1, None, Effect("2sd"), **MORE).seeds is None
-    assert math.isnan(need(margin, 1, None, Effect("2sd"), **MORE).effect)
+    assert need(margin, Ahead(1), None, Effect("2sd"), **MORE).seeds is None
+    assert math.isnan(need(margin, Ahead(1), None, Effect("2sd"), **MORE).effect)
 
 
 @pytest.mark.parametrize(
