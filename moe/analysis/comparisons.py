@@ -17,7 +17,7 @@ from moe.results.conditions import by_seed, conditions, levels, two_levels, vari
 from moe.results.table import level
 
 NAN = float("nan")
-COSTS = {"flops": FLOPS, "seconds": SECONDS}  # by the value of a claim's key `at`
+COST_COLUMNS = {"flops": FLOPS, "seconds": SECONDS}  # by the value of a claim's key `at`
 
 
 class Comparison(NamedTuple):
@@ -87,7 +87,7 @@ def compared(claim: ClaimConfig, runs: pd.DataFrame, evals: pd.DataFrame | None 
     if claim.at is not None:
         named_alone = runs[claim.factor].isin([*named, *rivals]) | (claim.kind == "mixed")
         try:
-            runs = at_common_cost(runs[named_alone], _metrics(claim), COSTS[claim.at], evals)
+            runs = at_common_cost(runs[named_alone], _metrics(claim), COST_COLUMNS[claim.at], evals)
         except ValueError as error:
             return Compared(named, rivals, [], [str(error)])
     if claim.kind == "interaction":

@@ -91,7 +91,7 @@ def equal_cost(
     and none if a side has no curve.
     """
     rows = []
-    for names, treated, baseline in compared(runs, factors, references, cost):
+    for names, treated, baseline in paired_sides(runs, factors, references, cost):
         if reason := incomparable(LOSS, treated, baseline):
             rows.append(names | Difference(math.nan, 0, note=reason)._asdict())
             continue
@@ -101,7 +101,7 @@ def equal_cost(
     return pd.DataFrame(rows, columns=["factor", "level", "reference", "within", *Difference._fields])
 
 
-def compared(
+def paired_sides(
     runs: pd.DataFrame, factors: list[str], references: dict[str, Any], cost: str
 ) -> Iterator[tuple[dict[str, Any], pd.DataFrame, pd.DataFrame]]:
     """Yield the comparisons of finished runs; at equal parameters the runs of all sizes make one comparison.

@@ -15,9 +15,9 @@ from moe.analysis.equal_cost import (
     MEASURED,
     SECONDS,
     TOTAL,
-    compared,
     equal_cost,
     is_scale,
+    paired_sides,
     points,
     training_curves,
 )
@@ -31,7 +31,7 @@ from moe.analysis.speed_up import SpeedUp, speed_up
 from moe.checks import plain
 
 MOST_SPEED_UPS = 40  # comparisons
-COSTS = {
+COLUMNS = {
     "parameters.trainable": "trained parameters",
     "parameters.active": ACTIVE,
     "parameters.total": TOTAL,
@@ -39,7 +39,7 @@ COSTS = {
     "peak_memory_gb": "peak memory, GB",
     "time/tokens_per_s": "tokens / s",
 }
-COUNTS = list(COSTS)[:4]
+COUNTS = list(COLUMNS)[:4]
 COSTS_EXPLAINED = """\
 Medians over the runs of each condition. FLOPs are those of a forward pass; a training step costs three times as much.
 Memory is that of the whole process. Speed depends on what else the machine did."""
@@ -75,11 +75,11 @@ def costs(inputs: ReportInputs) -> Iterator[ReportBlock]:
     """Yield what each condition costs, if the conditions do not all train and compute equally much."""
     runs = inputs.runs.assign(condition=inputs.condition)
     runs = runs[runs["status"] == "finished"]
-    present = [column for column in COSTS if column in runs and runs[column].notna().any()]
+    present = [column for column in COLUMNS if column in runs and runs[column].notna().any()]
     if not any(_differ(runs[column]) for column in present if column in COUNTS):
         return
-    table = runs.groupby("condition", sort=False)[present].median().rename(columns=COSTS).reset_index()
-    counts = [COSTS[column] for column in present if column in COUNTS]
+    table = runs.groupby("condition", sort=False)[present].median().rename(columns=COLUMNS).reset_index()
+    counts = [COLUMNS[column] for column in present if column in COUNTS]
     yield Heading("What each setting costs")
     yield Paragraph(COSTS_EXPLAINED)
     yield TableBlock(table.assign(**{column: table[column].map("{:,.0f}".format) for column in counts}))
@@ -183,7 +183,7 @@ def speed_ups(inputs: ReportInputs) -> Iterator[ReportBlock]:
     from_curves = False
     factors = [factor for factor in inputs.factors if not is_scale(factor)]
     references = {factor: level for factor, level in reference_levels(inputs).items() if factor in factors}
-    for names, treated, baseline in list(compared(inputs.runs, factors, references, FLOPS))[:MOST_SPEED_UPS]:
+    for names, treated, baseline in list(paired_sides(inputs.runs, factors, references, FLOPS))[:MOST_SPEED_UPS]:
         runs_alone = budgets(points(baseline, curves, last=True)[FLOPS]) >= LEAST_BUDGETS
         try:
             found = speed_up(
