@@ -1,10 +1,11 @@
 """Correct for several looks: reports about one study, written before and after seeds were added.
 
-A test at one of several looks has a share of its level, and the shares of all looks add up to 1. So chance decides
-anything at any look with at most the probability of the level, whatever the tests are and however the looks depend on
-each other. The shares are the steps of a spending function of O'Brien and Fleming's type (Lan and DeMets, Biometrika
-1983): an early look gets little, and nearly everything is left for the last one. Each look at another set of seeds
-counts, also at fewer: what decides its share is how many seeds were seen.
+A test at one of several looks has a share of its level, and the shares of all planned looks add up to 1. So chance
+decides anything at any of them with at most the probability of the level, whatever the tests are and however the looks
+depend on each other. Looks after the planned number of seeds was reached add at most a quarter. The shares are the
+steps of a spending function of O'Brien and Fleming's type (Lan and DeMets, Biometrika 1983): an early look gets little,
+and nearly everything is left for the last one. Each look at another set of seeds counts, also at fewer: what decides
+its share is how many seeds were seen.
 """
 
 from collections.abc import Sequence

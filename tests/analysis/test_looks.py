@@ -46,6 +46,7 @@ def test_the_shares_of_planned_looks_add_up_to_one(looks: tuple[int, ...]) -> No
 
 def test_looks_beyond_the_planned_seeds_share_a_quarter_more() -> None:
     assert [share_of_look(n, (3, 5)[:place], None) for place, n in enumerate((3, 5, 8))] == [1, FURTHER, FURTHER**2]
+    assert sum(share_of_look(n, range(3, n), 3) for n in range(3, 40)) == pytest.approx(1.25)
     assert share_of_look(0, (), None) == Study().share(1) == Study().next_share(1) == 1
     assert share_of_next_look([3], None) == FURTHER
     assert share_of_next_look([3, 5], None) == FURTHER**2
