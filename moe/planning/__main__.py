@@ -12,6 +12,8 @@ import os
 import sys
 import textwrap
 from collections.abc import Iterator
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -42,11 +44,10 @@ def main() -> int:
     """Carry out the command in `sys.argv`, and return the exit status."""
     try:
         arguments, request = _read(sys.argv[1:])
-        cells = _cells(request)
+        cells, trials = _cells(request)
         pilot = None if arguments.pilot is None else _pilot(arguments.pilot)
-        tokens = tokens_of(cells[0].config)
-        speed = None if pilot is None else speed_of_pilot(pilot, tokens)
-        plan = make_plan(request, cells, pilot, speed or _measured(cells[0]))
+        speed = None if pilot is None else speed_of_pilot(pilot)
+        plan = make_plan(request, cells, pilot, speed or _measured(cells), trials)
         write_json(arguments.out, plan.as_json())
     except (ConfigError, RecordError) as error:
         print(f"moe plan: {error}", file=sys.stderr)
@@ -74,6 +75,8 @@ def _read(words: list[str]) -> tuple[argparse.Namespace, Request]:
     for text in arguments.effect:
         metric, equals, size = text.rpartition("=")
         require(bool(equals), "--effect", text, "METRIC=SIZE, such as routing/load_cv/pooled=10%")
+        if metric in others:
+            raise ConfigError(f"--effect={text}: given twice for {metric}; give one size for each metric")
         others[metric] = Effect.read(f"--effect {metric}", size)
     _check_out(arguments.out)
     kept = [word for word in arguments.words if not word.startswith("effect=")]
@@ -94,15 +97,20 @@ def _check_out(path: Path) -> None:
     require(is_plan, "--out", path, "a new file, or an earlier plan: this file holds something else")
 
 
-def _cells(request: Request) -> list[Cell]:
-    """Return the cells of the experiment with its own seeds, without runs that tune: these are in no claim."""
-    cells = read_command(["-m", *request.words, "tune=null"]).cells
+def _cells(request: Request) -> tuple[list[Cell], list[Cell]]:
+    """Return the cells of the experiment with its own seeds, and the runs that tune, unless all have ended."""
+    with redirect_stdout(StringIO()):  # the next stage of a command that tunes is no news here
+        cells = read_command(["-m", *request.words]).cells
+    trials = []
+    if cells and cells[0].config.tune:
+        trials = cells if cells[0].grid and cells[0].grid.search else []
+        cells = read_command(["-m", *request.words, "tune=null"]).cells
     require(bool(cells), "experiment", None, "a grid of runs; a search for good settings has no claims to plan for")
     assert cells is not None
     measured = {claim.metric for claim in cells[0].config.claims}
     for metric in request.effects:
         require(metric in measured, "--effect", metric, f"a metric of the claims: {', '.join(sorted(measured))}")
-    return cells
+    return cells, trials
 
 
 def _pilot(folder: Path) -> pd.DataFrame:
@@ -117,9 +125,9 @@ def _pilot(folder: Path) -> pd.DataFrame:
     return runs
 
 
-def _measured(cell: Cell) -> Speed:
-    print("measuring the speed: a few steps of the first setting", flush=True)
-    return measured_speed(cell.config)
+def _measured(cells: list[Cell]) -> Speed:
+    print("measuring the speed: a few steps of the longest setting", flush=True)
+    return measured_speed(max((cell.config for cell in cells), key=tokens_of))
 
 
 def _lines(plan: Plan, pilot: Path | None) -> Iterator[str]:
@@ -135,21 +143,26 @@ def _lines(plan: Plan, pilot: Path | None) -> Iterator[str]:
         )
         yield f"  {_pilot_command(request)}"
         yield f"  python -m moe plan {' '.join(request.words)} effect={request.effect.text} --pilot pilot"
+    if plan.differences:
+        yield "The pilot has other settings, so its spread and speed may be those of other runs:"
+        yield from (f"  {each}" for each in plan.differences)
     yield ""
     for each in plan.needs:
         yield f"{_number(each, request.most):>16}  {each.claim.text}"
         yield from textwrap.wrap(_basis(each), WIDTH, initial_indent=18 * " ", subsequent_indent=18 * " ")
     if plan.table:
-        yield from ("", "seeds for effects in standard deviations of the differences between runs of one seed:")
+        yield from ("", "seeds of a paired test for effects in standard deviations of the differences between runs:")
         sizes = list(next(iter(plan.table.values())))
         yield "  level    " + "".join(f"{size:>7g}" for size in sizes)
         for tests, row in plan.table.items():
             values = "".join(f"{seeds or '>' + str(request.most):>7}" for seeds in row.values())
             yield f"  {level_text(tests):<9}{values}"
     yield ""
-    hours = duration(plan.speed.seconds * plan.runs)
-    yield f"runs: {plan.settings} settings x {len(plan.seeds)} seeds = {plan.runs}, {number_text(plan.tokens)} tokens"
-    yield f"time: about {hours} of one run after another on this machine, from {plan.speed.source}"
+    hours = duration(plan.seconds)
+    tuned = f" + {plan.trials} that tune" if plan.trials else ""
+    runs = f"{plan.settings} settings x {len(plan.seeds)} seeds{tuned} = {plan.runs}"
+    yield f"runs: {runs}, {number_text(plan.tokens)} tokens"
+    yield f"time: about {hours} of one run after another on this machine, from {plan.seconds_from}"
     yield from textwrap.wrap(NOTES, WIDTH)
     yield f"command: {plan.command}"
 

@@ -20,10 +20,16 @@ SIZES = ["steps", "batch_size", "grad_accum", "data.seq_len"]
 
 
 class Speed(NamedTuple):
-    """Seconds of one run after its set-up, and where the number comes from."""
+    """Seconds of each token in training and of each evaluation, and where the numbers come from."""
 
-    seconds: float
+    of_token: float
+    of_evaluation: float
     source: str
+
+    def seconds(self, config: Config) -> float:
+        """Return the time of a run after its set-up."""
+        evaluations = 1 + -(-config.steps // config.eval_every)
+        return tokens_of(config) * self.of_token + evaluations * self.of_evaluation
 
 
 def tokens_of(config: Config) -> int:
@@ -31,17 +37,17 @@ def tokens_of(config: Config) -> int:
     return config.steps * config.batch_size * config.grad_accum * config.data.seq_len
 
 
-def speed_of_pilot(pilot: pd.DataFrame, tokens: int) -> Speed | None:
-    """Return the time of a run of so many tokens at the median speed of the pilot's runs; None if it is unknown."""
+def speed_of_pilot(pilot: pd.DataFrame) -> Speed | None:
+    """Return the median speed of the pilot's runs, in which evaluations are part of the tokens; None if unknown."""
     if not {"seconds", *SIZES} <= set(pilot):
         return None
     read = pilot[SIZES].astype(float).prod(axis=1)
     rate = (pilot["seconds"].astype(float) / read.where(read > 0)).dropna()
-    return Speed(float(rate.median()) * tokens, "the speed of the pilot's runs") if len(rate) else None
+    return Speed(float(rate.median()), 0.0, "the speed of the pilot's runs") if len(rate) else None
 
 
 def measured_speed(config: Config) -> Speed:
-    """Return the time of a run: a few steps and an evaluation are timed in a temporary folder."""
+    """Return the speed of a setting: a few steps and its evaluations are timed in a temporary folder."""
     from moe.training.loop import train  # imports torch
 
     steps = min(config.steps, MEASURED_STEPS)
@@ -49,9 +55,9 @@ def measured_speed(config: Config) -> Speed:
     times = _Times()
     with tempfile.TemporaryDirectory() as folder, Signals() as signals, redirect_stdout(StringIO()):
         train(short, Path(folder), signals=signals, listeners=[times])
-    evaluations = 1 + -(-config.steps // config.eval_every)
-    of_steps = median(times.steps[steps // 2 :]) * config.steps if times.steps else 0.0
-    return Speed(of_steps + evaluations * median(times.evaluations), f"{steps} measured steps of the first setting")
+    of_step = median(times.steps[steps // 2 :]) if times.steps else 0.0
+    tokens = tokens_of(replace(config, steps=1))
+    return Speed(of_step / tokens, median(times.evaluations), f"{steps} measured steps of the longest setting")
 
 
 class _Times(RunListener):

@@ -3,6 +3,7 @@
 import math
 import shlex
 from collections.abc import Sequence
+from itertools import count, islice
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -12,9 +13,11 @@ from moe.checks import ConfigError
 from moe.config.cell import Cell
 from moe.config.claim import ClaimConfig
 from moe.planning.cost import Speed, tokens_of
+from moe.planning.pilot import differences
 from moe.planning.report_ahead import Ahead, tests_ahead
 from moe.planning.seeds import UNIT, Effect, Need, need, spread_of
 
+LIMIT = 2**32  # of seeds
 EFFECTS = (0.5, 1.0, 1.5, 2.0, 3.0, 5.0)  # of the answer without a pilot, in standard deviations of the differences
 
 
@@ -36,21 +39,25 @@ class Request(NamedTuple):
 class Plan(NamedTuple):
     """The seeds that the claims need, and the runs that all claims within reach need together.
 
-    table: without a pilot, for each level of a test, the seeds that effects of several sizes need.
+    trials: the number of runs that tune. differences: see `moe.planning.pilot`. table: without a pilot, for each level
+    of a test, the seeds that effects of several sizes need.
     """
 
     request: Request
     needs: list[Need]
     seeds: list[int]
     settings: int
+    trials: int
     tokens: int
-    speed: Speed
+    seconds: float
+    seconds_from: str
     command: str
+    differences: list[str]
     table: dict[int, dict[float, int | None]]
 
     @property
     def runs(self) -> int:
-        return self.settings * len(self.seeds)
+        return self.settings * len(self.seeds) + self.trials
 
     def as_json(self) -> dict[str, Any]:
         """Return the plan as plan.json has it; effects and spreads are in units of the metric if there is a pilot."""
@@ -60,9 +67,11 @@ class Plan(NamedTuple):
             "command": self.command,
             "seeds": self.seeds,
             "settings": self.settings,
+            "runs_that_tune": self.trials,
             "tokens": self.tokens,
-            "seconds": round(self.speed.seconds * self.runs),
-            "seconds_from": self.speed.source,
+            "seconds": round(self.seconds),
+            "seconds_from": self.seconds_from,
+            "pilot_differs": self.differences,
             "power": self.request.power,
             "most_seeds": self.request.most,
             "effect": self.request.effect.text,
@@ -93,11 +102,14 @@ def _need_as_json(each: Need) -> dict[str, Any]:
     }
 
 
-def make_plan(request: Request, cells: list[Cell], pilot: pd.DataFrame | None, speed: Speed) -> Plan:
+def make_plan(
+    request: Request, cells: list[Cell], pilot: pd.DataFrame | None, speed: Speed, trials: Sequence[Cell] = ()
+) -> Plan:
     """Return the plan for the cells of a sweep. Raises ConfigError if the experiment has no claims.
 
     pilot: finished runs as of `moe.results.table.load_runs`. Without them, an effect is one standard deviation of the
-    paired differences, unless it is given in these units. speed: the time of one run.
+    paired differences, unless it is given in these units. speed: of training here.
+    trials: the runs that tune.
     """
     claims = cells[0].config.claims
     if not claims:
@@ -105,16 +117,38 @@ def make_plan(request: Request, cells: list[Cell], pilot: pd.DataFrame | None, s
     needs = [_need(request, claim, ahead, pilot) for claim, ahead in zip(claims, tests_ahead(cells), strict=True)]
     own = list(dict.fromkeys(cell.config.seed for cell in cells))
     wanted = max((each.seeds for each in needs if each.seeds), default=len(own))
-    beyond = range(max(own) + 1, max(own) + 1 + wanted)
-    seeds = [*own, *beyond][:wanted]
+    of_pilot = [] if pilot is None else pilot["seed"].astype(int).tolist()
+    seeds = free_seeds(own, {*of_pilot, *cells[0].config.tune_seeds}, wanted)
     of_one_seed = [cell for cell in cells if cell.config.seed == own[0]]
-    tokens = sum(tokens_of(cell.config) for cell in of_one_seed) * len(seeds)
+    runs = [cell.config for cell in (*trials, *(cell for cell in of_one_seed for _ in seeds))]
+    tokens, seconds = sum(map(tokens_of, runs)), sum(map(speed.seconds, runs))
     words = [word for word in request.words if not word.startswith("seed=") and word not in ("-m", "--multirun")]
     words += [f"planned_seeds={wanted}", f"seed={','.join(map(str, seeds))}"]
     command = f"python train.py -m {shlex.join(words)}"
     levels_of_tests = sorted({each.tests for each in needs}) if pilot is None else []
     table = {each: {effect: _seeds_alone(request, each, effect) for effect in EFFECTS} for each in levels_of_tests}
-    return Plan(request, needs, seeds, len(of_one_seed), tokens, speed, command, table)
+    return Plan(
+        request=request,
+        needs=needs,
+        seeds=seeds,
+        settings=len(of_one_seed),
+        trials=len(trials),
+        tokens=tokens,
+        seconds=seconds,
+        seconds_from=speed.source,
+        command=command,
+        differences=[] if pilot is None else differences(cells, pilot),
+        table=table,
+    )
+
+
+def free_seeds(own: list[int], taken: set[int], wanted: int) -> list[int]:
+    """Return so many seeds: the own ones, then those after the largest of them, and below it where these end.
+
+    taken: seeds that must not be added, because they choose or tell the spread.
+    """
+    after = (seed % LIMIT for seed in count(max(own) + 1))
+    return [*own, *islice((seed for seed in after if seed not in {*own, *taken}), wanted)][:wanted]
 
 
 def _need(request: Request, claim: ClaimConfig, ahead: Ahead, pilot: pd.DataFrame | None) -> Need:

@@ -22,21 +22,24 @@ class Ahead(NamedTuple):
     """What is known of a claim's test ahead.
 
     tests: the number by which the report divides 5 %. rivals: the number of levels with which each level that the
-    claim names is compared. freedom: that of its spread.
+    claim names is compared. freedom: that of its spread. absent: what the runs lack for the claim.
     """
 
     tests: int
     rivals: int = 1
     freedom: Freedom = PAIRED
+    absent: list[str] = []
 
 
 def tests_ahead(cells: list[Cell]) -> list[Ahead]:
     """Return what is known of the test of each claim.
 
     The report is collected as every other one, from the records of these runs and from random results. So it has the
-    claims, the contrasts and the terms of the analysis of variance that the real one will have.
+    claims, the contrasts and the terms of the analysis of variance that the real one will have. Where the cells have a
+    single seed, with which no test is possible, there is a second one.
     """
     claims = cells[0].config.claims
+    cells = _of_two_seeds(cells)
     with TemporaryDirectory() as name:
         folder = Path(name)
         _write_records(cells, folder)
@@ -47,9 +50,19 @@ def tests_ahead(cells: list[Cell]) -> list[Ahead]:
         tests = collect_inputs(runs)[0].claims["tests"]
     found = [compared(claim, runs) for claim in claims]
     return [
-        Ahead(max(1, int(number)), len(each.rivals), each.pairs[0][0].freedom if each.pairs else PAIRED)
+        Ahead(max(1, int(number)), len(each.rivals), each.pairs[0][0].freedom if each.pairs else PAIRED, each.absent)
         for number, each in zip(tests, found, strict=True)
     ]
+
+
+def _of_two_seeds(cells: list[Cell]) -> list[Cell]:
+    if len({cell.config.seed for cell in cells}) > 1:
+        return cells
+    other = (cells[0].config.seed + 1) % 2**32
+    again = [
+        cell._replace(config=replace(cell.config, seed=other), folder=Path(f"{cell.folder} again")) for cell in cells
+    ]
+    return cells + again
 
 
 def _metrics(claims: list[ClaimConfig], runs: pd.DataFrame) -> list[str]:

@@ -122,8 +122,10 @@ def need(claim: ClaimConfig, ahead: Ahead, spread: Spread | None, effect: Effect
     effect plays no part. ahead: what is known of the claim's test in the planned report.
     """
     ranged = claim.margin is not None or bool(claim.size)
-    if spread is None and (ranged or not effect.text.endswith(UNIT)):
-        reason = f"{'its range' if ranged else f'an effect of {effect.text}'} can be compared only with a spread"
+    comparable = spread is not None or (effect.text.endswith(UNIT) and not ranged)
+    compared_with = "its range" if ranged else f"an effect of {effect.text}"
+    unknown = "" if comparable else f"{compared_with} can be compared only with a spread"
+    if reason := "; ".join(ahead.absent) or unknown:
         return Need(claim, ahead.tests, NO_PILOT, math.nan, None, None, None, reason)
     known = spread or NO_PILOT
     low, high = claimed_range(claim, known.mean)

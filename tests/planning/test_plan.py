@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -17,13 +18,19 @@ from moe.analysis.studies.published import experiment_claims
 from moe.bench.analyze import made_up_record
 from moe.bench.errors import null_runs, write_record
 from moe.bench.power import Planned, planned, with_effect
+from moe.config.cell import Cell
 from moe.config.claim import ClaimConfig
+from moe.config.schema import Config
 from moe.launch.command_line import read_cells
+from moe.planning.__main__ import _cells as planned_cells
 from moe.planning.__main__ import _pilot_command, main
-from moe.planning.plan import Request
+from moe.planning.cost import Speed, tokens_of
+from moe.planning.pilot import differences
+from moe.planning.plan import Request, free_seeds, make_plan
 from moe.planning.report_ahead import Ahead
 from moe.planning.report_ahead import tests_ahead as ahead
 from moe.planning.seeds import NO_PILOT, Effect, need, spread_of
+from moe.results.table import level
 from moe.runs.record import MetricsRecord, RunRecord
 
 
@@ -60,8 +67,15 @@ def test_a_mixed_claim_is_planned_with_the_degrees_of_freedom_of_its_model() -> 
     cells = read_cells(["experiment=noise_lb_seed"])
     assert cells is not None
     claim = replace(CLAIM, kind="mixed", direction="higher")
-    [found] = ahead([cell._replace(config=replace(cell.config, claims=[claim])) for cell in cells])
+    lacking = replace(CLAIM, levels=[5.0])
+    configs = [replace(cell.config, claims=[claim, lacking]) for cell in cells]
+    of_one_seed = [cell._replace(config=config) for cell, config in zip(cells, configs, strict=True)][::3]
+    assert {cell.config.seed for cell in of_one_seed} == {42}
+    found, without = ahead(of_one_seed)
     assert found.freedom == (5, 5)  # noise x lb: 6 settings
+    assert found.tests > 1
+    assert without.absent == ["noise=5.0 is in no run"]
+    assert need(lacking, without, None, Effect("2sd"), **MORE).reason == "noise=5.0 is in no run"
     rng = np.random.default_rng(0)
     rows = [(noise, seed, rng.normal()) for noise in (0.0, 0.1, 0.5) for seed in (1, 2, 3)]
     runs = pd.DataFrame(rows, columns=["noise", "seed", "val/loss"]).assign(status="finished", folder="", experiment="")
@@ -107,6 +121,9 @@ def test_a_plan_with_a_pilot(
     assert (cv["seeds"], cv["spread"]) == (2, 0.0)  # the same difference in every seed
     seeds = max(each["seeds"] or 0 for each in plan["claims"])
     assert plan["seeds"] == list(range(42, 42 + seeds))
+    assert "steps is 10 in the pilot, and 300 in the plan" in plan["pilot_differs"]
+    assert "steps is 10 in the pilot, and 300 in the plan" in printed
+    assert {each["reachable"] for each in plan["claims"]} <= {True, False}
     assert (plan["runs"], plan["seconds_from"]) == (6 * seeds, "the speed of the pilot's runs")
     tokens_of_a_run = 300 * 16 * 128
     assert plan["tokens"] == plan["runs"] * tokens_of_a_run
@@ -136,12 +153,77 @@ def test_effects_in_units_of_the_metric_and_of_the_spread() -> None:
     assert math.isnan(need(margin, Ahead(1), None, Effect("2sd"), **MORE).effect)
 
 
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each claim is the only test of its report, so that no report is made ahead."""
+    monkeypatch.setattr("moe.planning.plan.tests_ahead", lambda cells: [Ahead(1) for _ in cells[0].config.claims])
+
+
+@cache
+def base() -> Config:
+    cells = read_cells(["eval_every=10"])
+    assert cells is not None
+    return replace(cells[0].config, claims=[CLAIM])
+
+
+def cells_of(seeds: list[int], steps: tuple[int, ...] = (4,)) -> list[Cell]:
+    configs = [replace(base(), steps=each) for each in steps]
+    return [Cell(replace(each, seed=seed), Path("x"), "x", {}) for each in configs for seed in seeds]
+
+
+REQUEST = Request(["experiment=x"], Effect("2sd"), {}, 0.8, 32)
+
+
+@pytest.mark.usefixtures("alone")
+def test_tokens_and_time_are_those_of_each_setting() -> None:
+    cells = cells_of([7, 8], steps=(4, 40))
+    tokens = tokens_of(cells[0].config) // 4
+    plan = make_plan(REQUEST, cells, None, Speed(2.0 / tokens, 3.0, "a test"))
+    assert (plan.runs, len(plan.seeds)) == (10, 5)
+    assert plan.tokens == 5 * 44 * tokens
+    assert plan.seconds == pytest.approx(5 * (44 * 2 + (2 + 5) * 3))
+    tuned = make_plan(REQUEST, cells, None, Speed(2.0 / tokens, 3.0, "a test"), cells_of([1], steps=(8,)))
+    assert (tuned.runs, tuned.trials, tuned.tokens) == (11, 1, plan.tokens + 8 * tokens)
+    assert tuned.seconds == pytest.approx(plan.seconds + 8 * 2 + 2 * 3)
+
+
+def test_the_runs_that_tune_are_part_of_the_plan() -> None:
+    words = ["experiment=noise_lb_seed", "noise=0.0,0.5", "lb=0.0", "seed=42", "tune_seeds=[1,2]"]
+    cells, trials = planned_cells(REQUEST._replace(words=[*words, "tune={optimizer.muon_lr: [0.01, 0.02]}"]))
+    assert (len(cells), len(trials)) == (2, 8)
+    assert {cell.config.seed for cell in trials} == {1, 2}
+    assert free_seeds([0], set(cells[0].config.tune_seeds), 2) == [0, 3]
+
+
+def test_the_settings_that_a_pilot_lacks_are_named() -> None:
+    cells = cells_of([7, 8], steps=(4, 40))
+    same = pd.DataFrame([{key: level(value) for key, value in cell.identity().items()} for cell in cells]).assign(
+        steps=[4, 40, 400, 400]
+    )
+    assert differences(cells, same) == []
+    other = same.assign(steps=40).drop(columns="noise").assign(batch_size=3)
+    noise, batch = cells[0].config.noise, cells[0].config.batch_size
+    assert differences(cells, other)[0] == "steps is 40 in the pilot, and 4, 40 in the plan"
+    assert {*differences(cells, other)[1:]} == {
+        f"noise is absent in the pilot, and {noise} in the plan",
+        f"batch_size is 3 in the pilot, and {batch} in the plan",
+    }
+
+
+def test_seeds_that_are_added_are_free_and_below_the_limit() -> None:
+    last = 2**32 - 1
+    assert free_seeds([last - 1], {last, 1}, 4) == [last - 1, 0, 2, 3]
+    assert free_seeds([42, 43, 44], set(), 2) == [42, 43]
+    assert free_seeds([42, 44], {46}, 4) == [42, 44, 45, 47]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["experiment=noise_lb_seed"], "effect=null: must be given once, such as effect=0.5%"),
         (["experiment=noise_lb_seed", "effect=-1%"], "effect=-1%: must be an amount > 0"),
         (["effect=1", "--effect", "val/loss"], "--effect=val/loss: must be METRIC=SIZE"),
+        (["effect=1", "--effect", "val/loss=1%", "--effect", "val/loss=2%"], "--effect=val/loss=2%: given twice"),
         (["effect=1", "--power", "1.5"], "--power=1.5: must be between 0.05 and 1"),
         (["effect=1", "--out", "{other}"], "must be a new file, or an earlier plan"),
         (["effect=1", "--pliot", "x"], "nearest: --pilot"),
