@@ -14,11 +14,15 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
+from moe.analysis.league import METRICS, PLAIN, league_of, verdict
+from moe.checks import plain
 from moe.config import meanings
 from moe.config.classes import build, locate
 from moe.config.options import options
 from moe.files import read_text, write_text
 from moe.launch.help import option_comments, option_values, usual_options, usual_values, value_text
+from moe.results.conditions import present, with_causality, without_causality
+from moe.results.shipped import RUNS, read_shipped
 from moe.routers.base import Router
 
 GENERATED = "Generated from the code by `python -m moe.reference --write`; a test compares."
@@ -60,13 +64,17 @@ SIZES = """
 For one layer with `model.dim={dim}` and `model.num_experts={experts}`, and the values of the keys below. *Parameters*
 learn by gradient. *State* is what a saved model has beside them: numbers that are fixed, or that the router learns in
 another way. FLOPs are those of the forward pass, without experts: 2 for each number in a matrix that multiplies
-tokens, and those for mixing tokens.{speed}
+tokens, and those for mixing tokens.{speed}{league}
 
 """
 SPEED = """ *Speed* is the number of tokens per second in training, as a multiple of that with `topk`: {run},
 on {machine}. `python -m moe.bench routers --json docs/{file}` measured it."""
+LEAGUE = """ *League* is the difference of `{metric}` from that with `{reference}` in nats per token, with its 95 %
+interval, over {seeds} seeds of `experiment=router_league`: better or worse if the interval leaves out 0. All intervals
+hold together (Dunnett 1955). A router that sees later tokens has none, because its loss is not comparable."""
 DOCS = Path(__file__).parents[1] / "docs"
 MEASURED = DOCS / "router_speed.json"  # what `moe.bench routers` wrote; without it, the table has no speeds
+STUDY = DOCS / "studies" / "router_league"  # its shipped tables; without them, the table has no league
 EMPTY = "''"  # a text without a letter, as it is written in a yaml file
 
 
@@ -98,6 +106,7 @@ def routers_page() -> str:
     usual = usual_values()
     dim, experts = usual["model.dim"], usual["model.num_experts"]
     speed, speeds = router_speeds(MEASURED)
+    league, verdicts = router_verdicts(STUDY)
     for name in options("router"):
         comments = option_comments("router", name)
         purpose, causal = re.split(", (?=(?:not )?causal)", _papers(comments[0]), maxsplit=1)
@@ -105,14 +114,22 @@ def routers_page() -> str:
         rows.append([f"[{name}](#{name})", purpose, causal])
         spec = {key.removeprefix("router."): value for key, value in values.items()}
         router = build({"_target_": targets["router"], **spec}, "router", dim, experts)
-        sizes.append([f"[{name}](#{name})", *router_size(router), *([speeds.get(name, "–")] if speeds else [])])
+        measured = [found.get(name, "–") for found in (speeds, verdicts) if found]
+        sizes.append([f"[{name}](#{name})", *router_size(router), *measured])
         equations = "".join(f"`{line}`\n\n" for line in comments[1:])
         sections += f"\n## {name}\n\n{purpose}. This router is {causal}.\n\n{equations}"
         sections += f"{_papers(_without_settings(locate(targets['router'], 'router', trusted=True)))}\n\n"
         sections += f"Class: `{targets['router']}`.\n\n{_keys(values, targets)}"
-    head = ["router", "experts per token", "parameters", "state", "FLOPs per token", *(["speed"] if speeds else [])]
+    columns = [column for column, found in (("speed", speeds), ("league", verdicts)) if found]
+    head = ["router", "experts per token", "parameters", "state", "FLOPs per token", *columns]
     table = _table(["router", "what it does", "causal"], rows)
-    return ROUTERS + table + SIZES.format(dim=dim, experts=experts, speed=speed) + _table(head, sizes) + sections
+    return (
+        ROUTERS
+        + table
+        + SIZES.format(dim=dim, experts=experts, speed=speed, league=league)
+        + _table(head, sizes)
+        + sections
+    )
 
 
 PAGES = {"api.md": api_page, "configuration.md": configuration_page, "routers.md": routers_page}
@@ -127,6 +144,29 @@ def router_speeds(file: Path) -> tuple[str, dict[str, str]]:
     machine = f"{content['machine']['processor']} with threads={content['machine']['threads']}"
     speeds = {name: f"{speed:.2f}" for name, speed in (row.values() for row in rows)}
     return SPEED.format(run=title.partition(": ")[2], machine=machine, file=file.name), speeds
+
+
+def router_verdicts(folder: Path) -> tuple[str, dict[str, str]]:
+    """Return what the page says about the league, and the verdict on each router in the shipped tables of `folder`.
+
+    Runs that chose the values of tuned keys do not count. Nothing if there is no such folder. Raises ValueError if its
+    runs make no league.
+    """
+    if not (folder / RUNS).is_file():
+        return "", {}
+    runs = with_causality(read_shipped(folder)[0])
+    runs = runs[(runs["status"] == "finished") & runs["search"].isna()]
+    [metric, *_] = present(runs, METRICS)
+    found = league_of(runs, metric, PLAIN)
+    if found is None:
+        raise ValueError(f"{folder / RUNS}: must have three routers that can be compared, {PLAIN} among them")
+    ranked = found.table.dropna(subset="rank").drop(index=PLAIN)
+    verdicts = {
+        str(without_causality(each.Index)): plain(f"{each.difference:+.3f} [{each.low:.3f}, {each.high:.3f}], ")
+        + verdict(each.low, each.high)
+        for each in ranked.itertuples()
+    }
+    return LEAGUE.format(metric=metric, reference=PLAIN, seeds=found.layout.seeds), {PLAIN: "reference"} | verdicts
 
 
 def router_size(router: Router) -> list[str]:

@@ -10,13 +10,20 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import numpy as np
+import pandas as pd
 import pytest
+from run_folders import write_metrics, write_record
 
 import moe
+from moe.analysis.simultaneous import block, to_reference
 from moe.bench.routers import COLUMN
+from moe.checks import plain
 from moe.config.meanings import all_keys
 from moe.config.options import GROUPS, options
-from moe.reference import PAGES, router_size, router_speeds
+from moe.reference import PAGES, router_size, router_speeds, router_verdicts
+from moe.results.shipped import ship
+from moe.results.table import load_runs
 from moe.routers.base import Router
 from moe.routers.chain_of_experts import ChainOfExperts
 from moe.routers.hash import Hash
@@ -147,3 +154,36 @@ def test_the_page_of_routers_has_the_speeds_that_the_benchmark_wrote(tmp_path: P
     text, speeds = router_speeds(file)
     assert speeds == {"topk": "1.00", "hash": "1.25"}
     assert "model=tiny; median of 7 pairs,\non A CPU with threads=2." in text
+
+
+def test_the_page_of_routers_has_the_verdicts_of_the_shipped_league(tmp_path: Path) -> None:
+    """The intervals are those of Dunnett. Runs that tuned do not count, and a router that is not causal has none."""
+    assert router_verdicts(tmp_path / "none") == ("", {})
+    losses = {"topk": 3.0, "oracle": 2.8, "hash": 3.2, "cosine": 3.001, "soft_moe": 2.0}
+    rng = np.random.default_rng(1)
+    for router, loss in losses.items():
+        for seed in (1, 2, 3, 4):
+            folder = tmp_path / "sweep" / f"{router}{seed}"
+            folder.mkdir(parents=True)
+            write_record(folder, choices={"router": router}, config={"seed": seed}, causal=router != "soft_moe")
+            write_metrics(folder, {"val/loss": 9.0, "test/loss": loss + seed + rng.normal(0, 0.01)})
+            (folder / "events.jsonl").touch()
+    runs = load_runs([tmp_path / "sweep"])
+    trials = runs.assign(search="minimize val/loss", seed=runs["seed"] + 10, **{"test/loss": 1.0})
+    ship(runs, tmp_path / "shipped")
+    text, verdicts = router_verdicts(tmp_path / "shipped")
+    assert {name: cell.rpartition(", ")[2] for name, cell in verdicts.items()} == {
+        "topk": "reference",
+        "oracle": "better",
+        "hash": "worse",
+        "cosine": "undecided",
+    }
+    gap = to_reference(block(runs[runs["causal"]].pivot_table("test/loss", "seed", "router")), "topk").loc["hash"]
+    assert verdicts["hash"] == plain(f"{gap['difference']:+.3f} [{gap['low']:.3f}, {gap['high']:.3f}], worse")
+    assert "over 4 seeds" in text
+    assert "test/loss" in text
+    ship(pd.concat([runs, trials], ignore_index=True), tmp_path / "tuned")
+    assert router_verdicts(tmp_path / "tuned")[1] == verdicts
+    ship(runs[runs["router"].isin(["topk", "hash"])], tmp_path / "two")
+    with pytest.raises(ValueError, match="three routers"):
+        router_verdicts(tmp_path / "two")
