@@ -36,6 +36,7 @@ from moe.config.options import SEARCH_PATH
 from moe.data import readers
 from moe.data.blocks import prepare
 from moe.data.embedded import Embedded
+from moe.data.limits import BlockSettings
 from moe.data.sources import Files
 from moe.data.tokenizer import pretrained_tokenizer
 from moe.files import LinkError, open_unlinked, write_text
@@ -547,20 +548,20 @@ def test_a_file_is_never_written_through_a_link(tmp_path: Path, victim: Path) ->
 
 def test_prepared_data_are_not_written_through_a_link(tmp_path: Path, victim: Path) -> None:
     source = Embedded(domains=["docs"], chars_per_domain=60_000)
-    settings: dict[str, Any] = {"tokenizer": "bpe", "vocab_size": 300, "seq_len": 32, "val_percent": 20}
+    settings = BlockSettings(tokenizer="bpe", vocab_size=300, seq_len=32, val_percent=20, max_val_blocks=4)
     cache, outside = tmp_path / "cache", tmp_path / "outside"
-    made = prepare(source, **settings, max_val_blocks=4, cache=str(cache))
+    made = prepare(source, settings, cache=str(cache))
     key = made.manifest["key"]
     shutil.rmtree(cache / key)
     outside.mkdir()
     (cache / f"{key}.unfinished").symlink_to(outside)
     with pytest.raises(LinkError, match="unfinished is a link"):
-        prepare(source, **settings, max_val_blocks=4, cache=str(cache))
+        prepare(source, settings, cache=str(cache))
     (cache / f"{key}.unfinished").unlink()
     (cache / f"{key}.lock").unlink(missing_ok=True)
     (cache / f"{key}.lock").symlink_to(victim)
     with pytest.raises(ValueError, match="symbolic"):
-        prepare(source, **settings, max_val_blocks=4, cache=str(cache))
+        prepare(source, settings, cache=str(cache))
     assert victim.read_text() == "precious"
     assert not list(outside.iterdir())
 

@@ -3,7 +3,7 @@
 import importlib.util
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from omegaconf import MISSING
 
 from moe.checks import ConfigError, finite, one_of, require, require_path
 from moe.config.classes import build
-from moe.data.limits import check_limits, check_train_domains
+from moe.data.limits import BlockSettings, check_train_domains
 from moe.files import require_files
 
 
@@ -32,15 +32,7 @@ class DataConfig:
     cache: str = MISSING  # folder that keeps the tokenized text for later runs
 
     def check(self) -> None:
-        check_limits(
-            tokenizer=self.tokenizer,
-            vocab_size=self.vocab_size,
-            seq_len=self.seq_len,
-            val_percent=self.val_percent,
-            max_val_blocks=self.max_val_blocks,
-            test_percent=self.test_percent,
-            max_test_blocks=self.max_test_blocks,
-        )
+        self.blocks.check()
         pin, tokenizer = self.tokenizer_revision, self.tokenizer
         allowed = f"null, because data.tokenizer={tokenizer} is not on the hub"
         require(pin is None or self.loads_tokenizer, "data.tokenizer_revision", pin, allowed)
@@ -54,6 +46,11 @@ class DataConfig:
         if self.train_domains is not None:  # of other sources the domains are known when the text has been read
             known = source.present() if hasattr(source, "present") else self.train_domains
             check_train_domains(self.train_domains, known)
+
+    @property
+    def blocks(self) -> BlockSettings:
+        """The keys that decide which blocks a text becomes."""
+        return BlockSettings(**{each.name: getattr(self, each.name) for each in fields(BlockSettings)})
 
     @property
     def loads_tokenizer(self) -> bool:

@@ -12,6 +12,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import lru_cache
 from importlib import metadata
 from itertools import chain
@@ -29,7 +30,7 @@ from transformers import PreTrainedTokenizerFast
 from moe.checks import first_line, require
 from moe.data.chat import end_ids, set_template
 from moe.data.labels import IGNORED, next_token
-from moe.data.limits import check_limits, check_train_domains
+from moe.data.limits import BlockSettings, check_train_domains
 from moe.data.packing import Blocks, concatenate, pack
 from moe.data.sources import DUPLICATES, Document, DuplicateFilter, Source, checksums
 from moe.data.split import Corpus, divide
@@ -78,49 +79,28 @@ class Prepared(NamedTuple):
         return tuple(counts[split]["predicted_bytes"] for counts in self.manifest["domains"].values())
 
 
-def prepare(
-    source: Source,
-    *,
-    tokenizer: str,
-    vocab_size: int | None,
-    seq_len: int,
-    val_percent: int,
-    max_val_blocks: int | None,
-    test_percent: int = 0,
-    max_test_blocks: int | None = None,
-    cache: str,
-    make: bool = True,
-    tokenizer_revision: str | None = None,
-) -> Prepared:
+def prepare(source: Source, settings: BlockSettings, *, cache: str, make: bool = True) -> Prepared:
     """Return the token blocks of `source`, read from `<cache>/<key>`, or made and written there first.
-
-    tokenizer: "bpe" trains a tokenizer with `vocab_size` tokens on the train documents. Any other value is the path or
-        hub name of a fast tokenizer; it has its own vocabulary, so `vocab_size` must be None.
-    tokenizer_revision: commit of a tokenizer on the hub; None is the newest one.
-    val_percent: share of the characters of each domain to validate on, as whole source files chosen by hash.
-    max_val_blocks: keep this many evenly spaced validation blocks; the domains keep their shares.
-    test_percent, max_test_blocks: the same for the test, see `moe.data.split.divide`. 0 percent is no test text, and
-        None is `max_val_blocks`.
 
     If several processes prepare the same data at once, one makes it and the others wait. A damaged cache is made again.
     A complete one may be read-only.
     `make=False` only reads the cache. Raises ValueError for a value outside its range, and with `make=False` for data
     that are not in the cache.
     """
-    blocks: dict[str, Any] = {"seq_len": seq_len, "val_percent": val_percent, "max_val_blocks": max_val_blocks}
-    blocks |= {"test_percent": test_percent, "max_test_blocks": max_test_blocks or max_val_blocks}
-    check_limits(tokenizer=tokenizer, vocab_size=vocab_size, **blocks)
+    settings.check()
+    settings = replace(settings, max_test_blocks=settings.max_test_blocks or settings.max_val_blocks)
+    blocks = ("seq_len", "val_percent", "max_val_blocks", "test_percent", "max_test_blocks")
     recipe: dict[str, Any] = {
         "format": CACHE_FORMAT,
         "source": {"class": type(source).__name__, **vars(source)},
         "documents": source.describe(),
         "tokenizer": {
-            "name": tokenizer,
-            "revision": tokenizer_revision,
-            "vocab_size": vocab_size,
-            "files": tokenizer_files(tokenizer),
+            "name": settings.tokenizer,
+            "revision": settings.tokenizer_revision,
+            "vocab_size": settings.vocab_size,
+            "files": tokenizer_files(settings.tokenizer),
         },
-        "blocks": blocks,
+        "blocks": {name: getattr(settings, name) for name in blocks},
         "packages": {name: metadata.version(name) for name in ("datasets", "tokenizers")},
     }
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
@@ -141,14 +121,7 @@ def prepare(
                 if unfinished.is_symlink():
                     raise LinkError(f"{unfinished} is a link: delete it")
                 log.info("reading and tokenizing the text, once; the result is kept in %s", shown(folder))
-                contents = _build(
-                    source,
-                    unfinished,
-                    tokenizer=tokenizer,
-                    tokenizer_revision=tokenizer_revision,
-                    vocab_size=vocab_size,
-                    **blocks,
-                )
+                contents = _build(source, unfinished, settings)
                 _publish(unfinished, folder, {"key": key, **recipe, **contents})
     return _load(folder)
 
@@ -262,27 +235,16 @@ def _permutation(num_blocks: int, seed: int, epoch: int) -> np.ndarray:
 # ---- Making the blocks ------------------------------------------------------------------------------------------
 
 
-def _build(
-    source: Source,
-    folder: Path,
-    *,
-    tokenizer: str,
-    tokenizer_revision: str | None,
-    vocab_size: int | None,
-    seq_len: int,
-    val_percent: int,
-    max_val_blocks: int | None,
-    test_percent: int,
-    max_test_blocks: int | None,
-) -> dict[str, Any]:
+def _build(source: Source, folder: Path, settings: BlockSettings) -> dict[str, Any]:
     """Write the folders tokenizer, train, val and, if there is test text, test; return their manifest entries."""
     datasets.disable_progress_bars()  # this module has its own, which end with what they count
+    seq_len, test_percent = settings.seq_len, settings.test_percent
     corpus, beyond, left_out = _read(source, test_percent)
-    splits = divide(corpus, beyond, val_percent=val_percent, test_percent=test_percent)
-    if vocab_size is not None:
-        fast = train_bpe([document.text for document in _all(splits.train)], vocab_size)
+    splits = divide(corpus, beyond, val_percent=settings.val_percent, test_percent=test_percent)
+    if settings.vocab_size is not None:
+        fast = train_bpe([document.text for document in _all(splits.train)], settings.vocab_size)
     else:
-        fast = pretrained_tokenizer(tokenizer, tokenizer_revision)
+        fast = pretrained_tokenizer(settings.tokenizer, settings.tokenizer_revision)
     make_blocks = concatenate
     if any(document.turns for document in _all(corpus)):
         set_template(fast)
@@ -290,9 +252,9 @@ def _build(
     fast.save_pretrained(folder / "tokenizer")
 
     counts: dict[str, Any] = {domain: {"sha256": _digest(documents)} for domain, documents in corpus.items()}
-    parts = [("train", splits.train, None), ("val", splits.val, max_val_blocks)]
+    parts = [("train", splits.train, None), ("val", splits.val, settings.max_val_blocks)]
     if test_percent:
-        parts.append(("test", splits.test, max_test_blocks))
+        parts.append(("test", splits.test, settings.max_test_blocks))
     for name, split, max_blocks in parts:
         blocks = {
             domain: make_blocks(documents, fast, seq_len, f"tokenize {name} {domain}")

@@ -150,19 +150,8 @@ def prepare_data(config: Config, *, trusted: bool = True) -> Prepared:
     """
     settings = config.data
     try:
-        data = prepare(
-            build(settings.source, "data.source", trusted=trusted),
-            tokenizer=settings.tokenizer,
-            tokenizer_revision=settings.tokenizer_revision,
-            vocab_size=settings.vocab_size,
-            seq_len=settings.seq_len,
-            val_percent=settings.val_percent,
-            max_val_blocks=settings.max_val_blocks,
-            test_percent=settings.test_percent,
-            max_test_blocks=settings.max_test_blocks,
-            cache=settings.cache,
-            make=trusted,
-        )
+        source = build(settings.source, "data.source", trusted=trusted)
+        data = prepare(source, settings.blocks, cache=settings.cache, make=trusted)
         return data if settings.train_domains is None else of_domains(data, settings.train_domains)
     except ConfigError:
         raise

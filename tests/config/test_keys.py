@@ -16,6 +16,7 @@ from moe.config.keys import is_free
 from moe.config.sections import DataConfig, LoggerConfig
 from moe.data.blocks import Prepared, prepare
 from moe.data.embedded import DOMAINS, Embedded, Solutions
+from moe.data.limits import BlockSettings
 from moe.data.sources import Conversations, Document, Files, Hub
 from moe.launch.command_line import read_cells
 from moe.runs import mirrors
@@ -54,11 +55,10 @@ def blocks(prepared: Prepared) -> str:
 
 def test_every_key_of_the_data_changes_the_blocks_or_is_free_or_refused(folder: Path, tmp_path: Path) -> None:
     source = files(folder, "a.jsonl", "b.jsonl", "c.jsonl")
-    first = prepare(source, **SETTINGS, cache=str(tmp_path))
+    first = prepare(source, BlockSettings(**SETTINGS), cache=str(tmp_path))
     first.tokenizer.add_tokens(["word1"])
     first.tokenizer.save_pretrained(tmp_path / "tokenizer")
     changes: dict[str, dict[str, Any]] = {
-        "source": {"source": files(folder, "a.jsonl", "b.jsonl")},
         "tokenizer": {"tokenizer": str(tmp_path / "tokenizer"), "vocab_size": None},
         "vocab_size": {"vocab_size": 260},
         "seq_len": {"seq_len": 8},
@@ -67,13 +67,17 @@ def test_every_key_of_the_data_changes_the_blocks_or_is_free_or_refused(folder: 
         "test_percent": {"test_percent": 10},
         "max_test_blocks": {"max_test_blocks": 2},
     }
+    assert changes.keys() | {"tokenizer_revision"} == {each.name for each in dataclasses.fields(BlockSettings)}
     for key, change in changes.items():
-        other = prepare(**{"source": source, **SETTINGS, "cache": str(tmp_path)} | change)
+        other = prepare(source, BlockSettings(**SETTINGS | change), cache=str(tmp_path))
         assert blocks(other) != blocks(first), key
+    other = prepare(files(folder, "a.jsonl", "b.jsonl"), BlockSettings(**SETTINGS), cache=str(tmp_path))
+    assert blocks(other) != blocks(first)
     assert is_free("data.cache")
     with pytest.raises(ConfigError, match=r"^data.tokenizer_revision=main: must be null, because data.tokenizer=bpe"):
         read_cells(["data.tokenizer_revision=main"])
-    elsewhere = {"cache", "tokenizer_revision", "train_domains"}  # the last: tests/training/test_train_domains.py
+    elsewhere = {"source", "cache", "tokenizer_revision"}
+    elsewhere |= {"train_domains"}  # tests/training/test_train_domains.py
     assert {*changes, *elsewhere} == {field.name for field in dataclasses.fields(DataConfig)}
 
 

@@ -26,6 +26,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from moe.data.blocks import Prepared, batch, batch_indices, prepare
 from moe.data.embedded import DOMAINS, Embedded
+from moe.data.limits import BlockSettings
 from moe.data.sources import Document, Files, Hub
 from moe.data.tokenizer import text_encoder
 
@@ -56,7 +57,7 @@ class NamedGroups:
 
 def prepare_small(source, cache: Path, **changes) -> Prepared:
     settings = {"tokenizer": "bpe", "vocab_size": 300, "seq_len": 16, "val_percent": 20, "max_val_blocks": None}
-    return prepare(source, cache=str(cache), **{**settings, **changes})
+    return prepare(source, BlockSettings(**{**settings, **changes}), cache=str(cache))
 
 
 def test_making_blocks_leaves_nothing_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

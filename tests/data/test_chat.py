@@ -20,6 +20,7 @@ from moe.data.blocks import Batch, Prepared, _read, batch, prepare
 from moe.data.chat import CHATML, set_template, tokenize_conversations
 from moe.data.embedded import Solutions
 from moe.data.labels import IGNORED, next_token
+from moe.data.limits import BlockSettings
 from moe.data.packing import best_fit, pack
 from moe.data.sources import Conversations, Document, Turn
 from moe.data.tokenizer import train_bpe
@@ -67,7 +68,7 @@ def source(path: Path, **changes: Any) -> Conversations:
 
 def prepare_small(source: Any, cache: Path, **changes: Any) -> Prepared:
     settings = {"tokenizer": "bpe", "vocab_size": 400, "seq_len": 64, "val_percent": 20, "max_val_blocks": None}
-    return prepare(source, cache=str(cache), **{**settings, **changes})
+    return prepare(source, BlockSettings(**{**settings, **changes}), cache=str(cache))
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import pytest
 
 from moe.data.blocks import Prepared, prepare
 from moe.data.embedded import Embedded
+from moe.data.limits import BlockSettings
 from moe.data.sources import Conversations, Document, DuplicateFilter, Files, Hub
 from moe.data.split import Corpus, divide
 
@@ -125,7 +126,8 @@ def prepared(tmp_path_factory) -> Prepared:
     folder = tmp_path_factory.mktemp("split")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(60)))
     source = Files([str(folder / "rows.jsonl")], "text", "topic")
-    return prepare(source, cache=str(folder / "cache"), test_percent=20, max_test_blocks=9, **SETTINGS)
+    settings = BlockSettings(test_percent=20, max_test_blocks=9, **SETTINGS)
+    return prepare(source, settings, cache=str(folder / "cache"))
 
 
 def words(prepared: Prepared, name: str) -> Iterator[str]:
@@ -152,4 +154,4 @@ def test_a_text_too_short_for_a_test_block_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(" ".join(f"w{number}" for number in range(200)))
     source = Files([str(tmp_path / "a.txt")], "text", None)
     with pytest.raises(ValueError, match=r"no test block is that long; .*, or data\.test_percent=0"):
-        prepare(source, cache=str(tmp_path / "cache"), test_percent=1, **SETTINGS)
+        prepare(source, BlockSettings(test_percent=1, **SETTINGS), cache=str(tmp_path / "cache"))
