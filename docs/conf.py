@@ -43,7 +43,7 @@ def list_of_pages(app: Sphinx, page: str, content: list[str]) -> None:
     """Fill the menu with the links of index.md, section by section."""
     if page == root_doc:
         for section in content[0].split("\n## ")[1:]:
-            pages = "\n".join(re.findall(r"\]\(([\w-]+)\.(?:md|ipynb)\)", section))
+            pages = "\n".join(re.findall(r"\]\(([\w/-]+)\.(?:md|ipynb)\)", section))
             content[0] += f"\n```{{toctree}}\n:hidden:\n:caption: {section.splitlines()[0]}\n\n{pages}\n```\n"
 
 

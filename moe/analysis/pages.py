@@ -4,28 +4,47 @@
     python -m moe.analysis.pages write docs/studies
 
 `ship` writes the tables of runs and of evaluations into a folder. `write` puts the answer, the verdicts and the table
-of conditions of each such folder NAME between the two marks in NAME.md beside it. A test compares.
+of conditions of each such folder NAME between the two marks in NAME.md beside it. It also writes the verdict of each
+claim that `docs/findings.md`, the page above, names in a mark such as `<!-- noise_lb_seed: Noise 0.5 raises perplexity
+-->`. If the folder has the plan.json of `moe plan`, the page says how many seeds were planned. A test compares.
 """
 
 import argparse
 import itertools
+import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
+
+from moe.analysis.claims import evidence_sentence
 from moe.analysis.figures.drawing import Drawing
-from moe.analysis.report.blocks import Attachment, Details, Heading, ReportBlock
-from moe.analysis.report.inputs import collect_inputs
+from moe.analysis.report.blocks import Attachment, Details, Heading, Paragraph, ReportBlock, TableBlock, literal
+from moe.analysis.report.inputs import ReportInputs, collect_inputs
 from moe.analysis.report.markdown import block_as_markdown
 from moe.analysis.report.sections.answer import answer
 from moe.analysis.report.sections.comparisons import condition_table
 from moe.analysis.report.sections.verdicts import claim_verdicts
+from moe.checks import plain
 from moe.files import read_text, shown, write_text
 from moe.results.shipped import EVALS, read_shipped, ship
 from moe.results.table import load_runs
 
 BEGIN = "<!-- What follows is written by `python -m moe.analysis.pages write docs/studies`. -->"
 END = "<!-- Here it ends. -->"
+LOSS = "val/loss"
+CURVE = (
+    f"{LOSS} over training: the mean of all settings, and the means of the best and of the worst setting at that step."
+)
+PLAN = "plan.json"
+PLANNED = """\
+`moe plan` said before the runs how many seeds each claim needs, for a difference of the given size to be found in
+{power:.0f} % of cases. These numbers come from a small pilot, so they are uncertain: the range is in parentheses."""
+FINDINGS = "findings.md"  # beside the folder of the studies
+VERDICT = re.compile(r"(?m)^<!-- (?P<study>\w+): (?P<claim>.+) -->\n(?:> .*\n)*")
 
 
 def main(command: list[str] | None = None) -> int:
@@ -43,6 +62,9 @@ def main(command: list[str] | None = None) -> int:
             written = ship(load_runs([arguments.runs]), arguments.folder)
         else:
             texts = {page: page_text(page) for page in pages(arguments.folder)}  # all, before the first is written
+            findings = arguments.folder.parent / FINDINGS
+            if findings.exists():
+                texts[findings] = with_verdicts(read_text(findings), arguments.folder)
             for page, text in texts.items():
                 write_text(page, text)
             written = list(texts)
@@ -80,9 +102,73 @@ def shown_by(folder: Path) -> str:
     for part in experiments or inputs:
         if experiments:
             texts.append(f"## {part.runs['experiment'].iloc[0]}")
-        blocks = itertools.chain(answer(part), claim_verdicts(part), condition_table(part))
+        blocks = itertools.chain(answer(part), claim_verdicts(part), condition_table(part), learning_curve(part))
         texts += [block_as_markdown(_lower(block) if experiments else block) for block in _plain(blocks)]
+    if (folder / PLAN).exists():
+        texts += map(block_as_markdown, planned(json.loads(read_text(folder / PLAN))))
     return "\n\n".join(texts)
+
+
+def planned(plan: dict[str, Any]) -> Iterator[ReportBlock]:
+    """Yield how many seeds each claim needs by a plan of `moe plan`."""
+    yield Heading("Seeds that were planned")
+    yield Paragraph(PLANNED.format(power=100 * plan["power"]))
+    most = plan["most_seeds"]
+
+    def number(seeds: int | None) -> str:
+        return f"over {most}" if seeds is None or seeds > most else str(seeds)
+
+    def needed(claim: dict[str, Any]) -> str:
+        expected, low, high = (number(claim[key]) for key in ("seeds", "seeds_low", "seeds_high"))
+        return expected if low == high else f"{expected} ({low} to {high})"
+
+    rows = [
+        {
+            "claim": plain(claim["text"]),
+            "metric": claim["metric"],
+            "difference": f"{claim['effect']:.3g}",
+            "seeds": needed(claim),
+        }
+        for claim in plan["claims"]
+    ]
+    yield TableBlock(pd.DataFrame(rows))
+
+
+def with_verdicts(text: str, folder: Path) -> str:
+    """Return a page with the verdict of each claim that its marks name, from the tables of the studies in `folder`.
+
+    Raises ValueError for a mark whose study has no tables, or lacks the claim.
+    """
+    claims: dict[str, pd.DataFrame] = {}
+
+    def verdict(mark: re.Match[str]) -> str:
+        study, claim = mark["study"], mark["claim"]
+        if study not in claims:
+            runs, past = read_shipped(folder / study)
+            claims[study] = pd.concat([part.claims for part in collect_inputs(runs, past=past)])
+        found = claims[study].loc[claims[study]["claim"] == claim]
+        if found.empty:
+            raise ValueError(f"{FINDINGS}: {study} has no claim {claim!r}")
+        row = found.iloc[-1]
+        return f"<!-- {study}: {claim} -->\n> **{row['verdict']}**: {literal(evidence_sentence(row))}\n"
+
+    return VERDICT.sub(verdict, text)
+
+
+def learning_curve(inputs: ReportInputs) -> Iterator[ReportBlock]:
+    """Yield the mean loss of all finished runs at five moments of training, and that of the best and worst setting."""
+    finished = inputs.runs.loc[inputs.runs["status"] == "finished", "folder"]
+    evals = inputs.with_condition(inputs.past.evals[inputs.past.evals["folder"].isin(finished)])
+    if evals.empty or LOSS not in evals:
+        return
+    table = evals.pivot(index=["condition", "seed"], columns="step", values=LOSS).dropna(axis="columns")
+    moments = [min(table, key=lambda step: abs(step - quarter * table.columns[-1] / 4)) for quarter in range(5)]
+    means = table[list(dict.fromkeys(moments))].groupby("condition").mean()
+    columns = {"mean": means.mean(), "best setting": means.min(), "worst setting": means.max()}
+    told = pd.DataFrame({name: column.map("{:.3f}".format) for name, column in columns.items()})
+    yield Heading("How the loss fell")
+    yield Paragraph(CURVE)
+    yield TableBlock(told.rename_axis("step").reset_index())
 
 
 def _lower(block: ReportBlock) -> ReportBlock:

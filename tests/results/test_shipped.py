@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,31 @@ def test_a_page_holds_what_the_tables_show_between_its_marks(
     assert "noise helps: **supported**" in text
     assert "1 of 6 runs did not finish" in text
     assert "| 0.0 | 3.020 ± 0.010 |" in text
+    assert "| 0 | 4.000 | 4.000 | 4.000 |" in text
+    assert "| 1 | 3.000 | 3.000 | 3.000 |" in text
     page.write_text("# Title\n")
     assert pages.main(["write", str(page.parent)]) == 2
     assert "must have the lines" in capsys.readouterr().err
     assert page.read_text() == "# Title\n"
+
+
+def test_findings_hold_the_verdicts_of_the_claims_that_they_name(
+    sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "docs" / "studies"
+    ship(load_runs([sweep]), folder / "one")
+    (folder / "one.md").write_text(f"{pages.BEGIN}\n{pages.END}\n")
+    findings = folder.parent / pages.FINDINGS
+    findings.write_text("Before.\n<!-- one: noise helps -->\n> an old verdict\n> of two lines\n\nAfter.\n")
+    for _ in range(2):  # the second one changes nothing
+        assert pages.main(["write", str(folder)]) == 0
+        before, mark, verdict, empty, after = findings.read_text().splitlines()
+        assert (before, mark, empty, after) == ("Before.", "<!-- one: noise helps -->", "", "After.")
+        assert verdict.startswith("> **supported**: noise 0.5 vs 0: 2.5")
+    findings.write_text("<!-- one: noise hurts -->\n")
+    capsys.readouterr()
+    assert pages.main(["write", str(folder)]) == 2
+    assert capsys.readouterr().err == f"{Path(sys.argv[0]).name}: findings.md: one has no claim 'noise hurts'\n"
 
 
 @pytest.mark.parametrize(
@@ -107,5 +129,8 @@ def test_a_damaged_table_is_named_and_no_page_is_written(
 
 def test_the_pages_of_docs_hold_what_their_tables_show() -> None:
     folder = Path(__file__).parents[2] / "docs" / "studies"
+    findings = folder.parent / pages.FINDINGS
+    text = findings.read_text()
+    assert pages.with_verdicts(text, folder) == text, f"python -m moe.analysis.pages write {folder}"
     for page in pages.pages(folder):
         assert pages.shown_by(page.with_suffix("")) in page.read_text(), f"python -m moe.analysis.pages write {folder}"
