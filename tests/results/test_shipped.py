@@ -58,8 +58,16 @@ def test_a_page_holds_what_the_tables_show_between_its_marks(
     page = tmp_path / "docs" / "one.md"
     assert pages.main(["ship", str(sweep), str(page.with_suffix(""))]) == 0
     page.write_text(f"# Title\n\n{pages.BEGIN}\nearlier words\n{pages.END}\n\nThe end.\n")
+    claims = [
+        {"text": "a", "metric": "val/loss", "effect": 0.0123, "seeds": 5, "seeds_low": 4, "seeds_high": None},
+        {"text": "b", "metric": "val/loss", "effect": 2, "seeds": None, "seeds_low": 40, "seeds_high": None},
+    ]
+    (page.with_suffix("") / pages.PLAN).write_text(json.dumps({"power": 0.8, "most_seeds": 32, "claims": claims}))
     assert pages.main(["write", str(page.parent)]) == 0
     text = page.read_text()
+    assert "80 % of cases" in text
+    assert "| a | val/loss | 0.0123 | 5 (4 to over 32) |" in text
+    assert "| b | val/loss | 2 | over 32 |" in text
     assert text.startswith("# Title\n\n<!--")
     assert text.endswith("-->\n\nThe end.\n")
     assert "earlier words" not in text
