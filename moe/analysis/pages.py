@@ -44,7 +44,7 @@ PLANNED = """\
 `moe plan` said before the runs how many seeds each claim needs, for a difference of the given size to be found in
 {power:.0f} % of cases. These numbers come from a small pilot, so they are uncertain: the range is in parentheses."""
 FINDINGS = "findings.md"  # beside the folder of the studies
-VERDICT = re.compile(r"(?m)^<!-- (?P<study>\w+): (?P<claim>.+) -->\n(?:> .*\n)*")
+VERDICT = re.compile(r"(?m)^(?P<line><!-- (?P<study>\w+): (?P<claim>.+) -->)\n(?:> .*\n)*")
 
 
 def main(command: list[str] | None = None) -> int:
@@ -61,10 +61,7 @@ def main(command: list[str] | None = None) -> int:
         if arguments.command == "ship":
             written = ship(load_runs([arguments.runs]), arguments.folder)
         else:
-            texts = {page: page_text(page) for page in pages(arguments.folder)}  # all, before the first is written
-            findings = arguments.folder.parent / FINDINGS
-            if findings.exists():
-                texts[findings] = with_verdicts(read_text(findings), arguments.folder)
+            texts = texts_of(arguments.folder)  # all, before the first is written
             for page, text in texts.items():
                 write_text(page, text)
             written = list(texts)
@@ -81,29 +78,46 @@ def pages(folder: Path) -> list[Path]:
     return [table.parent.with_suffix(".md") for table in sorted(folder.glob(f"*/{EVALS}"))]
 
 
-def page_text(page: Path) -> str:
-    """Return a page with what the tables of its study show between the two marks.
+def texts_of(folder: Path) -> dict[Path, str]:
+    """Return the text of the page of every study in `folder`, and of the page of findings beside it if there is one.
 
-    Raises ValueError if it lacks the marks, or if a table is damaged.
+    Raises ValueError for a page without the two marks, for a mark whose study has no tables or no such claim, and for
+    a damaged table.
     """
+    studies = {page: _inputs_of(page.with_suffix("")) for page in pages(folder)}
+    texts = {page: _between_marks(page, shown_by(page.with_suffix(""), inputs)) for page, inputs in studies.items()}
+    findings = folder.parent / FINDINGS
+    if findings.exists():
+        claims = {page.stem: pd.concat([part.claims for part in inputs]) for page, inputs in studies.items()}
+        texts[findings] = _with_verdicts(read_text(findings), claims)
+    return texts
+
+
+def _inputs_of(folder: Path) -> list[ReportInputs]:
+    """Return what a report needs about each experiment whose runs are in the tables of a folder."""
+    runs, past = read_shipped(folder)
+    everything, *experiments = collect_inputs(runs, past=past)
+    return experiments or [everything]
+
+
+def _between_marks(page: Path, shown: str) -> str:
     text = read_text(page)
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise ValueError(f"{page}: must have the lines {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n{shown_by(page.with_suffix(''))}\n\n{END}{after}"
+    return f"{before}{BEGIN}\n\n{shown}\n\n{END}{after}"
 
 
-def shown_by(folder: Path) -> str:
+def shown_by(folder: Path, experiments: list[ReportInputs]) -> str:
     """Return as Markdown what the tables in a folder show: the answer, the verdicts, and the means by condition."""
-    runs, past = read_shipped(folder)
-    _, *experiments = inputs = collect_inputs(runs, past=past)
     texts = []
-    for part in experiments or inputs:
-        if experiments:
+    several = len(experiments) > 1
+    for part in experiments:
+        if several:
             texts.append(f"## {part.runs['experiment'].iloc[0]}")
         blocks = itertools.chain(answer(part), claim_verdicts(part), condition_table(part), learning_curve(part))
-        texts += [block_as_markdown(_lower(block) if experiments else block) for block in _plain(blocks)]
+        texts += [block_as_markdown(_lower(block) if several else block) for block in _plain(blocks)]
     if (folder / PLAN).exists():
         texts += map(block_as_markdown, planned(json.loads(read_text(folder / PLAN))))
     return "\n\n".join(texts)
@@ -134,23 +148,16 @@ def planned(plan: dict[str, Any]) -> Iterator[ReportBlock]:
     yield TableBlock(pd.DataFrame(rows))
 
 
-def with_verdicts(text: str, folder: Path) -> str:
-    """Return a page with the verdict of each claim that its marks name, from the tables of the studies in `folder`.
-
-    Raises ValueError for a mark whose study has no tables, or lacks the claim.
-    """
-    claims: dict[str, pd.DataFrame] = {}
+def _with_verdicts(text: str, claims: dict[str, pd.DataFrame]) -> str:
+    """Return a page with the verdict of each claim that its marks name. claims: the judged claims of each study."""
 
     def verdict(mark: re.Match[str]) -> str:
         study, claim = mark["study"], mark["claim"]
-        if study not in claims:
-            runs, past = read_shipped(folder / study)
-            claims[study] = pd.concat([part.claims for part in collect_inputs(runs, past=past)])
-        found = claims[study].loc[claims[study]["claim"] == claim]
+        found = claims[study].loc[claims[study]["claim"] == claim] if study in claims else pd.DataFrame()
         if found.empty:
             raise ValueError(f"{FINDINGS}: {study} has no claim {claim!r}")
         row = found.iloc[-1]
-        return f"<!-- {study}: {claim} -->\n> **{row['verdict']}**: {literal(evidence_sentence(row))}\n"
+        return f"{mark['line']}\n> “{literal(claim)}”: **{row['verdict']}**; {literal(evidence_sentence(row))}\n"
 
     return VERDICT.sub(verdict, text)
 

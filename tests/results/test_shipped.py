@@ -94,7 +94,7 @@ def test_findings_hold_the_verdicts_of_the_claims_that_they_name(
         assert pages.main(["write", str(folder)]) == 0
         before, mark, verdict, empty, after = findings.read_text().splitlines()
         assert (before, mark, empty, after) == ("Before.", "<!-- one: noise helps -->", "", "After.")
-        assert verdict.startswith("> **supported**: noise 0.5 vs 0: 2.5")
+        assert verdict.startswith("> “noise helps”: **supported**; noise 0.5 vs 0: 2.5")
     findings.write_text("<!-- one: noise hurts -->\n")
     capsys.readouterr()
     assert pages.main(["write", str(folder)]) == 2
@@ -137,8 +137,7 @@ def test_a_damaged_table_is_named_and_no_page_is_written(
 
 def test_the_pages_of_docs_hold_what_their_tables_show() -> None:
     folder = Path(__file__).parents[2] / "docs" / "studies"
-    findings = folder.parent / pages.FINDINGS
-    text = findings.read_text()
-    assert pages.with_verdicts(text, folder) == text, f"python -m moe.analysis.pages write {folder}"
-    for page in pages.pages(folder):
-        assert pages.shown_by(page.with_suffix("")) in page.read_text(), f"python -m moe.analysis.pages write {folder}"
+    texts = pages.texts_of(folder)
+    assert folder.parent / pages.FINDINGS in texts
+    for page, text in texts.items():
+        assert text == page.read_text(), f"python -m moe.analysis.pages write {folder}"
