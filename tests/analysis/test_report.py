@@ -973,7 +973,7 @@ def test_an_arm_is_labeled_causal_or_not_and_compared_in_place_of_its_router(tmp
     assert "router changes only together with variant" in text
 
 
-NO_EFFECT = "Nothing that was tried changed the validation perplexity by more than chance explains: "
+NO_EFFECT = "No difference that was tested is more than chance explains, in the validation perplexity: "
 WOULD_DECIDE = "+0.333 validation perplexity, +0.3%); about 41 more seeds would decide it, if the true difference is"
 
 

@@ -133,7 +133,7 @@ def _of_undecided(inputs: ReportInputs, judged: list[Judgment]) -> str:
     text += f"{needed} would decide it, if the true difference is that large."
     if all(each.low <= 0 <= each.high for each in tested):
         units = " or the ".join(dict.fromkeys(each.unit for each in tested))
-        return f"Nothing that was tried changed the {units} by more than chance explains: {text}"
+        return f"No difference that was tested is more than chance explains, in the {units}: {text}"
     return _upper(text)
 
 
