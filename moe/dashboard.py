@@ -125,6 +125,8 @@ def _null_metrics(config: Config, spec: dict[str, Any]) -> set[str]:
         values["routing/router_gram"] = router_gram(router.chain[0])
     for name in KEPT:  # it compares the experts of a token with others too, so it exists for the same routers
         values[name] = values[name.replace("consistency", "sequential_overlap")]
+    for name in SPECIALIZED:  # those that need domains exist for routers that assign tokens
+        values.setdefault(name, values["routing/sequential_overlap"])
     if not any(True for _ in router.parameters()):
         values |= dict.fromkeys(("grad_norm/router", "update/router"))
     return {name for name, value in values.items() if value is None}

@@ -150,6 +150,8 @@ def evidence_sentence(judged: pd.Series) -> str:
         text += f", {deterministic_verdict(j['difference']).replace('**', '')}"
     elif not math.isnan(j["p"]):
         text += f", difference {j['difference']:+.3g} [{j['ci_low']:.3g}, {j['ci_high']:.3g}]"
+        if math.isfinite(j["claimed_low"]) and math.isfinite(j["claimed_high"]):
+            text += f" where {j['claimed_low']:.3g} to {j['claimed_high']:.3g} is claimed"
         text += f", p={j['p']:.2g} (Holm {j['p Holm']:.2g})"
     return plain(f"{text}, n={j['n']}" + (f"; {j['reason']}" if j["reason"] else ""))
 

@@ -118,13 +118,14 @@ def shown_by(folder: Path, experiments: list[ReportInputs]) -> str:
             texts.append(f"## {part.runs['experiment'].iloc[0]}")
         blocks = itertools.chain(answer(part), claim_verdicts(part), condition_table(part), learning_curve(part))
         texts += [block_as_markdown(_lower(block) if several else block) for block in _plain(blocks)]
+    trained = max(part.runs["seed"].nunique() for part in experiments)
     if (folder / PLAN).exists():
-        texts += map(block_as_markdown, planned(json.loads(read_text(folder / PLAN))))
+        texts += map(block_as_markdown, planned(json.loads(read_text(folder / PLAN)), trained))
     return "\n\n".join(texts)
 
 
-def planned(plan: dict[str, Any]) -> Iterator[ReportBlock]:
-    """Yield how many seeds each claim needs by a plan of `moe plan`."""
+def planned(plan: dict[str, Any], trained: int) -> Iterator[ReportBlock]:
+    """Yield how many seeds each claim needs by a plan of `moe plan`, beside the number of seeds that were trained."""
     yield Heading("Seeds that were planned")
     yield Paragraph(PLANNED.format(power=100 * plan["power"]))
     most = plan["most_seeds"]
@@ -141,7 +142,8 @@ def planned(plan: dict[str, Any]) -> Iterator[ReportBlock]:
             "claim": plain(claim["text"]),
             "metric": claim["metric"],
             "difference": f"{claim['effect']:.3g}",
-            "seeds": needed(claim),
+            "seeds planned": needed(claim),
+            "seeds trained": str(trained),
         }
         for claim in plan["claims"]
     ]

@@ -29,7 +29,8 @@ from moe.results.table import load_runs
 
 PPL = "val/perplexity"
 WITH_CLAIMS = [
-    *("experiment_a", "experiment_c", "finetuning", "noise_lb_seed", "router_league", "spectra_ablation"),
+    *("capacity_factorial", "experiment_a", "experiment_c", "finetuning", "noise_lb_seed", "router_league"),
+    "spectra_ablation",
     "spectra_scaling",
     *(f"spectra_sweep_{letter}" for letter in "abcde"),
     *("temperature_ablation", "temperature_schedules"),

@@ -343,7 +343,7 @@ def test_the_question_names_what_the_answer_is_about(tmp_path: Path) -> None:
     for seed, noise in ((1, 0.1), (2, 0.0), (2, 0.1)):
         write_run(tmp_path / "x" / f"{seed}{noise}", values, seed=seed, noise=noise, steps=0)
     [inputs] = collect_inputs(load_runs([tmp_path / "x"]))
-    assert "What does a change of noise do to perplexity?" in str(next(answer(inputs)))
+    assert "What does a change of noise do to validation perplexity?" in str(next(answer(inputs)))
 
 
 def test_an_open_end_of_a_claim_is_an_arrow_and_the_key_of_the_pictures_comes_first() -> None:

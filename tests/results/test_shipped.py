@@ -66,8 +66,8 @@ def test_a_page_holds_what_the_tables_show_between_its_marks(
     assert pages.main(["write", str(page.parent)]) == 0
     text = page.read_text()
     assert "80 % of cases" in text
-    assert "| a | val/loss | 0.0123 | 5 (4 to over 32) |" in text
-    assert "| b | val/loss | 2 | over 32 |" in text
+    assert "| a | val/loss | 0.0123 | 5 (4 to over 32) | 3 |" in text
+    assert "| b | val/loss | 2 | over 32 | 3 |" in text
     assert text.startswith("# Title\n\n<!--")
     assert text.endswith("-->\n\nThe end.\n")
     assert "earlier words" not in text

@@ -213,6 +213,8 @@ def _effect(judged: Judgment) -> str:
         return f"{subject} changes the {j.unit} by less than the margin of {j.margin:.3g}{sure}"
     if not j.difference:
         return f"{subject} leaves the {j.unit} as it is{sure}"
+    if j.low <= 0 <= j.high:  # decided by a claimed size, so the direction may be chance
+        return f"{subject} changes the {j.unit} by {j.difference:+.3g}{margin}{sure}"
     verb = "raises" if j.difference > 0 else "lowers"
     return f"{subject} {verb} the {j.unit} by {abs(j.difference):.3g}{margin}{sure}"
 
