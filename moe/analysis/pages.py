@@ -28,7 +28,7 @@ from moe.analysis.report.markdown import block_as_markdown
 from moe.analysis.report.sections.answer import answer
 from moe.analysis.report.sections.comparisons import condition_table
 from moe.analysis.report.sections.verdicts import claim_verdicts
-from moe.checks import plain
+from moe.checks import first_line, plain
 from moe.files import read_text, shown, write_text
 from moe.results.shipped import EVALS, read_shipped, ship
 from moe.results.table import load_runs
@@ -44,7 +44,7 @@ PLANNED = """\
 `moe plan` said before the runs how many seeds each claim needs, for a difference of the given size to be found in
 {power:.0f} % of cases. These numbers come from a small pilot, so they are uncertain: the range is in parentheses."""
 FINDINGS = "findings.md"  # beside the folder of the studies
-VERDICT = re.compile(r"(?m)^(?P<line><!-- (?P<study>\w+): (?P<claim>.+) -->)\n(?:> .*\n)*")
+VERDICT = re.compile(r"(?m)^(?P<line><!-- (?P<study>[\w.-]+): (?P<claim>.+) -->)[ ]*\n(?:> “.*\n)?")
 
 
 def main(command: list[str] | None = None) -> int:
@@ -75,7 +75,7 @@ def main(command: list[str] | None = None) -> int:
 
 def pages(folder: Path) -> list[Path]:
     """Return the page of every study below `folder` whose tables were shipped."""
-    return [table.parent.with_suffix(".md") for table in sorted(folder.glob(f"*/{EVALS}"))]
+    return [folder / f"{table.parent.name}.md" for table in sorted(folder.glob(f"*/{EVALS}"))]
 
 
 def texts_of(folder: Path) -> dict[Path, str]:
@@ -88,7 +88,9 @@ def texts_of(folder: Path) -> dict[Path, str]:
     texts = {page: _between_marks(page, shown_by(page.with_suffix(""), inputs)) for page, inputs in studies.items()}
     findings = folder.parent / FINDINGS
     if findings.exists():
-        claims = {page.stem: pd.concat([part.claims for part in inputs]) for page, inputs in studies.items()}
+        claims = {
+            page.with_suffix("").name: pd.concat([part.claims for part in inputs]) for page, inputs in studies.items()
+        }
         texts[findings] = _with_verdicts(read_text(findings), claims)
     return texts
 
@@ -120,7 +122,10 @@ def shown_by(folder: Path, experiments: list[ReportInputs]) -> str:
         texts += [block_as_markdown(_lower(block) if several else block) for block in _plain(blocks)]
     trained = max(part.runs["seed"].nunique() for part in experiments)
     if (folder / PLAN).exists():
-        texts += map(block_as_markdown, planned(json.loads(read_text(folder / PLAN)), trained))
+        try:
+            texts += map(block_as_markdown, planned(json.loads(read_text(folder / PLAN)), trained))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder / PLAN}: is no plan of `moe plan` with a pilot ({first_line(error)})") from error
     return "\n\n".join(texts)
 
 
@@ -155,10 +160,12 @@ def _with_verdicts(text: str, claims: dict[str, pd.DataFrame]) -> str:
 
     def verdict(mark: re.Match[str]) -> str:
         study, claim = mark["study"], mark["claim"]
-        found = claims[study].loc[claims[study]["claim"] == claim] if study in claims else pd.DataFrame()
-        if found.empty:
-            raise ValueError(f"{FINDINGS}: {study} has no claim {claim!r}")
-        row = found.iloc[-1]
+        if study not in claims:
+            raise ValueError(f"{FINDINGS}: no study {study} has tables; a comment without a study has no colon")
+        found = claims[study].loc[claims[study]["claim"] == claim]
+        if len(found) != 1:
+            raise ValueError(f"{FINDINGS}: {study} has {'several claims' if len(found) else 'no claim'} {claim!r}")
+        row = found.iloc[0]
         return f"{mark['line']}\n> “{literal(claim)}”: **{row['verdict']}**; {literal(evidence_sentence(row))}\n"
 
     return VERDICT.sub(verdict, text)

@@ -24,6 +24,7 @@ from moe.runs.folder import diverged, finished
 
 log = logging.getLogger(__name__)
 KEYS = ("tune", "tune_seeds")
+SEEDS = ("seed", "init_seed", "data_seed")
 CHOOSES = "val/loss"  # its mean over the seeds for tuning decides
 GOAL = f"minimize {CHOOSES}"
 
@@ -60,13 +61,14 @@ class Tuning(NamedTuple):
         for override in words:
             if override.key_or_group in self.values:
                 raise ConfigError(f"{override.input_line}: this key is tuned; leave it out, or add tune=null")
-        for name in ("init_seed", "data_seed"):
+        for name in SEEDS[1:]:
             given = next((values_of(o) for o in reversed(words) if o.key_or_group == name), None)
             values = [as_word(start.base[name])] if given is None else given
             require(values == ["null"], name, ",".join(values), "null with tune, because both stages would share it")
         judging = next((values_of(o) for o in reversed(words) if o.key_or_group == "seed"), [str(start.base.seed)])
         allowed = f"one or more different seeds >= 0 that are not those of the sweep, which are {', '.join(judging)}"
-        ok = self.seeds and len({*self.seeds}) == len(self.seeds) and not {*map(str, self.seeds)} & {*judging}
+        judge = {int(each.strip("'\"")) for each in judging if each.strip("'\"").isdecimal()}  # 042 is 42
+        ok = self.seeds and len({*self.seeds}) == len(self.seeds) and not {*self.seeds} & judge
         require(bool(ok), "tune_seeds", self.seeds, allowed)
 
     def trials(self, start: Start) -> Start:
@@ -165,9 +167,8 @@ def _values(tune: Any) -> dict[str, list[int | float]]:
     found: dict[str, list[int | float]] = {}
     for key, values in tune.items():
         place = f"tune: {key}"
-        require(
-            key != "seed" and key not in GROUPS and not is_free(str(key)), place, values, "a key of a run, not seed"
-        )
+        of_run = key not in SEEDS and key not in GROUPS and not is_free(str(key))
+        require(of_run, place, values, "a key of a run, not a seed")
         listed = isinstance(values, Sequence) and not isinstance(values, str)
         numbers = [each for each in values if type(each) in (int, float) and isfinite(each)] if listed else []
         ok = listed and len(numbers) == len(values) == len({*numbers}) >= 2

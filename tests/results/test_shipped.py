@@ -66,8 +66,9 @@ def test_a_page_holds_what_the_tables_show_between_its_marks(
     assert pages.main(["write", str(page.parent)]) == 0
     text = page.read_text()
     assert "80 % of cases" in text
-    assert "| a | val/loss | 0.0123 | 5 (4 to over 32) | 3 |" in text
-    assert "| b | val/loss | 2 | over 32 | 3 |" in text
+    assert "In every row, metric is val/loss, seeds trained is 3." in text
+    assert "| a | 0.0123 | 5 (4 to over 32) |" in text
+    assert "| b | 2 | over 32 |" in text
     assert text.startswith("# Title\n\n<!--")
     assert text.endswith("-->\n\nThe end.\n")
     assert "earlier words" not in text
@@ -76,6 +77,17 @@ def test_a_page_holds_what_the_tables_show_between_its_marks(
     assert "| 0.0 | 3.020 ± 0.010 |" in text
     assert "| 0 | 4.000 | 4.000 | 4.000 |" in text
     assert "| 1 | 3.000 | 3.000 | 3.000 |" in text
+    for damaged in (
+        "[]",
+        "{}",
+        "{",
+        json.dumps({"power": 0.8, "most_seeds": 32, "claims": [claims[0] | {"effect": None}]}),
+    ):
+        (page.with_suffix("") / pages.PLAN).write_text(damaged)
+        assert pages.main(["write", str(page.parent)]) == 2
+        assert f"{page.with_suffix('') / pages.PLAN}: is no plan" in capsys.readouterr().err
+        assert page.read_text() == text
+    (page.with_suffix("") / pages.PLAN).unlink()
     page.write_text("# Title\n")
     assert pages.main(["write", str(page.parent)]) == 2
     assert "must have the lines" in capsys.readouterr().err
@@ -89,11 +101,14 @@ def test_findings_hold_the_verdicts_of_the_claims_that_they_name(
     ship(load_runs([sweep]), folder / "one")
     (folder / "one.md").write_text(f"{pages.BEGIN}\n{pages.END}\n")
     findings = folder.parent / pages.FINDINGS
-    findings.write_text("Before.\n<!-- one: noise helps -->\n> an old verdict\n> of two lines\n\nAfter.\n")
+    findings.write_text(
+        "Before.\n<!-- one: noise helps --> \n> “noise helps”: an old verdict\n> my own words\n\nAfter.\n"
+    )
     for _ in range(2):  # the second one changes nothing
         assert pages.main(["write", str(folder)]) == 0
-        before, mark, verdict, empty, after = findings.read_text().splitlines()
-        assert (before, mark, empty, after) == ("Before.", "<!-- one: noise helps -->", "", "After.")
+        before, mark, verdict, *after = findings.read_text().splitlines()
+        assert (before, mark) == ("Before.", "<!-- one: noise helps -->")
+        assert after == ["> my own words", "", "After."]
         assert verdict.startswith("> “noise helps”: **supported**; noise 0.5 vs 0: 2.5")
     findings.write_text("<!-- one: noise hurts -->\n")
     capsys.readouterr()

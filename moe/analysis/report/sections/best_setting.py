@@ -102,8 +102,9 @@ def best_setting(inputs: ReportInputs) -> Iterator[str]:
 def _doubt(inputs: ReportInputs, metric: str, best: Setting, following: Setting) -> str:
     """Return what the corrected tests say against the order of two settings; an empty text if one confirms it."""
     pair = _comparison(best, following), _comparison(following, best)
-    tests = [row for _, row in inputs.contrasts.iterrows() if row["metric"] == metric and levels_compared(row) in pair]
-    claims = [each for each in inputs.judgments if each.planned and each.metric == metric and each.compared in pair]
+    metrics = metric, metric.replace("val/", "test/")  # settings are ranked by validation text, and judged on test text
+    tests = [row for _, row in inputs.contrasts.iterrows() if row["metric"] in metrics and levels_compared(row) in pair]
+    claims = [each for each in inputs.judgments if each.planned and each.metric in metrics and each.compared in pair]
     if not tests and not claims:
         return ", but no test of this report compares the two"
     told_apart = any(standing(row) in (SIGNIFICANT, DETERMINISTIC) for row in tests)

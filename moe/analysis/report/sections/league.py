@@ -184,5 +184,6 @@ def _share_figure(rows: list[Row]) -> Figure | str:
 def _share(share: Share) -> str:
     if not math.isfinite(share.value):
         return "–"
-    interval = f" [{share.low:.2f}, {share.high:.2f}]" if np.isfinite(share.low) else ", unbounded"
-    return plain(f"{share.value:.2f}{interval}")
+    if not np.isfinite(share.low):
+        return "unknown, because random and oracle are not clearly apart"
+    return plain(f"{share.value:.2f} [{share.low:.2f}, {share.high:.2f}]")
