@@ -9,10 +9,12 @@ import argparse
 import json
 import math
 import os
+import shlex
 import sys
 import textwrap
 from collections.abc import Iterator
 from contextlib import redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -79,7 +81,7 @@ def _read(words: list[str]) -> tuple[argparse.Namespace, Request]:
             raise ConfigError(f"--effect={text}: given twice for {metric}; give one size for each metric")
         others[metric] = Effect.read(f"--effect {metric}", size)
     _check_out(arguments.out)
-    kept = [word for word in arguments.words if not word.startswith("effect=")]
+    kept = [word for word in arguments.words if not word.startswith(("effect=", "planned_seeds="))]  # the plan says it
     request = Request(kept, Effect.read("effect", effects[0]), others, arguments.power, arguments.most)
     return arguments, request
 
@@ -110,7 +112,7 @@ def _cells(request: Request) -> tuple[list[Cell], list[Cell]]:
     measured = {claim.metric for claim in cells[0].config.claims}
     for metric in request.effects:
         require(metric in measured, "--effect", metric, f"a metric of the claims: {', '.join(sorted(measured))}")
-    return cells, trials
+    return [cell._replace(config=replace(cell.config, planned_seeds=None)) for cell in cells], trials
 
 
 def _pilot(folder: Path) -> pd.DataFrame:
@@ -142,7 +144,7 @@ def _lines(plan: Plan, pilot: Path | None) -> Iterator[str]:
             WIDTH,
         )
         yield f"  {_pilot_command(request)}"
-        yield f"  python -m moe plan {' '.join(request.words)} effect={request.effect.text} --pilot pilot"
+        yield f"  python -m moe plan {shlex.join([*request.words, f'effect={request.effect.text}'])} --pilot pilot"
     if plan.differences:
         yield "The pilot has other settings, so its spread and speed may be those of other runs:"
         yield from (f"  {each}" for each in plan.differences)
@@ -170,7 +172,7 @@ def _lines(plan: Plan, pilot: Path | None) -> Iterator[str]:
 def _pilot_command(request: Request) -> str:
     left_out = ("-m", "--multirun")
     words = [word for word in request.words if word not in left_out and not word.startswith(("seed=", "out="))]
-    return f"python train.py -m {' '.join(words)} seed=1,2,3 out=pilot"
+    return f"python train.py -m {shlex.join([*words, 'seed=1,2,3', 'out=pilot'])}"
 
 
 def _number(each: Need, most: int) -> str:

@@ -22,8 +22,8 @@ from moe.config.cell import Cell
 from moe.config.claim import ClaimConfig
 from moe.config.schema import Config
 from moe.launch.command_line import read_cells
+from moe.planning.__main__ import _cells, _pilot_command, _read, main
 from moe.planning.__main__ import _cells as planned_cells
-from moe.planning.__main__ import _pilot_command, main
 from moe.planning.cost import Speed, tokens_of
 from moe.planning.pilot import differences
 from moe.planning.plan import Request, free_seeds, make_plan
@@ -245,6 +245,17 @@ def test_words_that_cannot_be_used(
 def test_the_pilot_has_one_folder_and_new_seeds() -> None:
     request = Request(["experiment=x", "-m", "out=mine", "seed=7", "steps=5"], Effect.read("effect", "1%"), {}, 0.8, 32)
     assert _pilot_command(request) == "python train.py -m experiment=x steps=5 seed=1,2,3 out=pilot"
+    request = request._replace(words=["claims=[{text: a}]"])
+    assert _pilot_command(request) == "python train.py -m 'claims=[{text: a}]' seed=1,2,3 out=pilot"
+
+
+def test_seeds_that_a_command_plans_give_way_to_those_of_the_plan(tmp_path: Path) -> None:
+    """A level for looks at fewer seeds would be that of another study."""
+    words = ["experiment=noise_lb_seed", "planned_seeds=8", "effect=1%", f"--out={tmp_path / 'plan.json'}"]
+    request = _read(words)[1]
+    assert request.words == ["experiment=noise_lb_seed"]
+    cells, _ = _cells(request._replace(words=[*request.words, "planned_seeds=8"]))  # as an experiment may have it
+    assert {cell.config.planned_seeds for cell in cells} == {None}
 
 
 def test_the_spread_of_a_pilot_without_the_level_is_that_within_seeds() -> None:
