@@ -84,13 +84,14 @@ def texts_of(folder: Path) -> dict[Path, str]:
     Raises ValueError for a page without the two marks, for a mark whose study has no tables or no such claim, and for
     a damaged table.
     """
-    studies = {page: _inputs_of(page.with_suffix("")) for page in pages(folder)}
-    texts = {page: _between_marks(page, shown_by(page.with_suffix(""), inputs)) for page, inputs in studies.items()}
+    texts, claims = dict[Path, str](), dict[str, pd.DataFrame]()
+    for page in pages(folder):
+        study = page.with_suffix("")
+        inputs = _inputs_of(study)
+        texts[page] = _between_marks(page, shown_by(study, inputs))
+        claims[study.name] = pd.concat([part.claims for part in inputs])
     findings = folder.parent / FINDINGS
     if findings.exists():
-        claims = {
-            page.with_suffix("").name: pd.concat([part.claims for part in inputs]) for page, inputs in studies.items()
-        }
         texts[findings] = _with_verdicts(read_text(findings), claims)
     return texts
 
@@ -114,18 +115,18 @@ def _between_marks(page: Path, shown: str) -> str:
 def shown_by(folder: Path, experiments: list[ReportInputs]) -> str:
     """Return as Markdown what the tables in a folder show: the answer, the verdicts, and the means by condition."""
     texts = []
-    several = len(experiments) > 1
+    several, plan = len(experiments) > 1, folder / PLAN
     for part in experiments:
         if several:
             texts.append(f"## {part.runs['experiment'].iloc[0]}")
         blocks = itertools.chain(answer(part), claim_verdicts(part), condition_table(part), learning_curve(part))
         texts += [block_as_markdown(_lower(block) if several else block) for block in _plain(blocks)]
     trained = max(part.runs["seed"].nunique() for part in experiments)
-    if (folder / PLAN).exists():
+    if plan.exists():
         try:
-            texts += map(block_as_markdown, planned(json.loads(read_text(folder / PLAN)), trained))
+            texts += map(block_as_markdown, planned(json.loads(read_text(plan)), trained))
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder / PLAN}: is no plan of `moe plan` with a pilot ({first_line(error)})") from error
+            raise ValueError(f"{plan}: is no plan of `moe plan` with a pilot ({first_line(error)})") from error
     return "\n\n".join(texts)
 
 

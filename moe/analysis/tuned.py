@@ -58,9 +58,7 @@ def values_of(runs: pd.DataFrame) -> pd.Series:
 
 def arms_of(trials: pd.DataFrame) -> list[Arm]:
     """Return each arm of the runs of one tuning. Of equal means the smaller values are the best."""
-    [text] = trials["tuned"].unique()
-    told = json.loads(text)
-    keys, factors = list(told["tune"]), [factor for factor in told["factors"] if factor in trials]
+    keys, factors = _keys_and_factors(trials)
     found = []
     for cell, members in conditions(trials, factors):
         applying = [key for key in keys if (members[key] != ABSENT).any()]
@@ -73,9 +71,7 @@ def arms_of(trials: pd.DataFrame) -> list[Arm]:
 
 def tuned_equally(trials: pd.DataFrame) -> str:
     """Return whether each arm of the runs of one tuning has ended runs at the same number of values, by seed."""
-    [text] = trials["tuned"].unique()
-    told = json.loads(text)
-    keys, factors = list(told["tune"]), [factor for factor in told["factors"] if factor in trials]
+    keys, factors = _keys_and_factors(trials)
     trials = trials[(trials[keys] != ABSENT).all(axis=1)]
     ended = trials["status"].isin(ENDED)
     counts = pd.crosstab(
@@ -87,6 +83,13 @@ def tuned_equally(trials: pd.DataFrame) -> str:
     seeds = ", ".join(map(str, levels(trials["seed"])))
     number = f"the same {counts.shape[1]} values of {names}, with seeds {seeds}"
     return f"tuned equally: yes, each setting of {arms} has {number}, which judge nothing"
+
+
+def _keys_and_factors(trials: pd.DataFrame) -> tuple[list[str], list[str]]:
+    """Return the keys that the runs of one tuning tune, and the factors that tell its arms apart."""
+    [text] = trials["tuned"].unique()
+    told = json.loads(text)
+    return list(told["tune"]), [factor for factor in told["factors"] if factor in trials]
 
 
 def _sweeps(runs: pd.DataFrame) -> list[str]:
