@@ -4,6 +4,7 @@ import pickle
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -115,8 +116,8 @@ def typed(composed: DictConfig, choices: dict[str, str | None]) -> Config:
     settings = OmegaConf.to_object(config)
     assert isinstance(settings, Config)
     if settings.router.get("_target_") == REPLAY and isinstance(settings.router.get("run"), str):
-        digest = replayed.digest_of(settings.router["run"], settings.router.get("digest"))
-        settings.router = settings.router | {"digest": digest}
+        run = str(Path(settings.router["run"]))  # RUN/ is RUN
+        settings.router |= {"run": run, "digest": replayed.digest_of(run, settings.router.get("digest"))}
     if settings.model.routers is not None:
         settings.model.routers = layer_routers.explicit(settings.model.routers)
     for key, group in CLASSES.items():
