@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from signal import SIGTERM
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -128,7 +129,8 @@ def step_variants(config: Config) -> list[Variant]:
     """Return bare steps (forward, backward, optimizers) on random tokens: of a dense model of equal active FLOPs, of
     the configured MoE model, and of Mixtral."""
     moe_model = _model(config)
-    sizes, k = config.model, moe_model.moe_layers[0].router.experts_per_token(config.data.seq_len)
+    sizes = config.model
+    k = fmean(layer.router.experts_per_token(config.data.seq_len) for layer in moe_model.moe_layers)
     dense = copy.deepcopy(config)
     dense.model.first_k_dense_replace = sizes.layers
     dense.model.dense_ffn = round(k * sizes.ffn)

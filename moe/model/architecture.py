@@ -129,10 +129,11 @@ class MoEConfig(LlamaConfig):
 
     @property
     def num_experts_per_tok(self) -> int:
-        """The router's k, under the name that other models have for it. AttributeError for a router without k."""
-        if (k := (self.router or {}).get("k")) is None:
-            raise AttributeError("num_experts_per_tok: this router has no fixed number of experts per token")
-        return int(k)
+        """The routers' k, under the name that other models have for it. AttributeError unless all layers have one k."""
+        found = {spec.get("k") for spec in (self.router or {}, *(self.router_layers or {}).values())}
+        if len(found) > 1 or None in found:
+            raise AttributeError("num_experts_per_tok: these routers have no common number of experts per token")
+        return int(found.pop())
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:

@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNor
 from moe.model.architecture import MoEConfig
 from moe.model.experts import Experts
 from moe.model.layer import Latent, LayerOutput, MoELayer
-from moe.model.replay import decisions
+from moe.model.replay import decisions, experts_per_token
 from moe.model.routed import Attended, RoutedModel, Seen, Wanted, build_router
 from moe.routing.decision import Context
 
@@ -76,8 +76,11 @@ def make_layer(config: MoEConfig, index: int, *, trusted: bool) -> MoELayer:
     dim, width = config.hidden_size, config.latent_dim or config.hidden_size
     kind, dropout = config.expert, config.dropout
     experts = Experts(config.num_experts, width, hidden=config.intermediate_size, kind=kind, dropout=dropout)
+    router = build_router(config, index, trusted=trusted)
+    if router.replays is not None:
+        router.mean_k = experts_per_token(router.replays[0], index, seq_len=config.max_position_embeddings)
     return MoELayer(
-        build_router(config, index, trusted=trusted),
+        router,
         experts,
         DenseFFN(config, config.shared_experts * config.intermediate_size) if config.shared_experts else None,
         shared_gate=nn.Linear(dim, 1, bias=False) if config.shared_gate else None,

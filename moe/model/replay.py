@@ -9,15 +9,30 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from moe.checks import ConfigError, first_line, require
-from moe.config.checkpoints import replayed
+from moe.config.checkpoints import files, replayed
 from moe.files import require_files
+from moe.model.architecture import MoEConfig
 from moe.model.layer import MoELayer
+from moe.model.routed import build_router
 from moe.routing.decision import Context, Routing
 
 
 def replays(layers: list[MoELayer]) -> tuple[str, str | None] | None:
     """Return the run whose model decides for some of these layers, and its digest; None if there is none."""
     return next((layer.router.replays for layer in layers if layer.router.replays is not None), None)
+
+
+def experts_per_token(run: str, layer: int, *, seq_len: int) -> float | None:
+    """Return how many experts the model of a run takes for a token in a decoder layer, see `Router.experts_per_token`.
+
+    None if the files do not say it: a saved model that replays can be read without the run, but does not run.
+    """
+    try:
+        config = MoEConfig.from_dict(files.content(replayed.KEY, replayed.model_of(run), None))
+        with torch.device("meta"):
+            return build_router(config, layer, trusted=False).experts_per_token(seq_len)
+    except ConfigError:
+        return None
 
 
 @lru_cache(maxsize=2)

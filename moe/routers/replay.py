@@ -1,8 +1,5 @@
 """The routing of another model, on the same tokens."""
 
-import json
-from pathlib import Path
-
 from jaxtyping import Float
 from torch import Tensor
 
@@ -18,7 +15,8 @@ class Replay(Router):
     That model is frozen. It runs on the text in evaluation mode, in fp32, without noise and without a capacity limit,
     beside the model that is trained, and no gradient reaches it. So the experts learn under a routing that does not
     learn together with them. Nothing here has weights. The router has no probabilities and no logits, so metrics and
-    losses of those are null. FLOPs do not count the other model. Causal, because the other router must be.
+    losses of those are null. FLOPs do not count the other model. Causal, because the other router must be. The model
+    sets `mean_k` to the number of the other model's layer.
 
     run: the folder of the finished run. Its saved model must have the same tokenizer, the same MoE layers and the same
         number of experts.
@@ -32,17 +30,10 @@ class Replay(Router):
     def __init__(self, dim: int, num_experts: int, *, run: str, digest: str | None = None) -> None:
         super().__init__(dim, num_experts, fixed_k=None)
         self.replays = (run, digest)
-        self.mean_k = _k_of(Path(run, "model"))
+        if digest is not None:
+            self.same_as = {"run": None}  # the digest says which model it is, whatever the name of the folder
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         require(context.given is not None, "router", "replay", "used in our decoder alone")
         assert context.given is not None
         return Routing(*context.given[:3], probs=None, logits=None)
-
-
-def _k_of(folder: Path) -> float | None:
-    """Return the experts per token of the router of a saved model; None if it has no such setting."""
-    try:
-        return float(json.loads((folder / "config.json").read_text(encoding="utf-8"))["router"]["k"])
-    except (OSError, ValueError, KeyError, TypeError):  # what is wrong with the file, a check of the command says
-        return None

@@ -52,6 +52,8 @@ def test_each_layer_has_its_router_its_k_and_its_flops(ids: torch.Tensor) -> Non
     matrices = 3 * 4 * 16 * 16 + (2 + 2 + 1) * 2 * 16 * 8 + 2 * 4 * 16 + V * 16
     assert flops_per_token(model, S) == 2 * matrices + 3 * 2 * 16 * S
     assert count_parameters(model).total - count_parameters(model).active == (2 + 2 + 3) * 2 * 16 * 8
+    assert not hasattr(model.config, "num_experts_per_tok")
+    assert make("1:hash").config.num_experts_per_tok == 2
 
 
 def test_dense_layers_count_as_layers(ids: torch.Tensor) -> None:

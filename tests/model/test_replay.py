@@ -15,16 +15,16 @@ from moe.config.cell import Cell
 from moe.config.model import ModelConfig
 from moe.launch.command_line import read_cells
 from moe.model.causal_lm import MoEConfig, MoEForCausalLM, load_model
-from moe.model.cost import count_parameters
+from moe.model.cost import count_parameters, flops_per_token
 
 V, S = 61, 8
 TOPK = {"_target_": "moe.routers.topk.TopK", "k": 2}
 SIZES: dict[str, Any] = {"dim": 128, "heads": 4, "layers": 4, "ffn": 16, "num_experts": 8, "dense_ffn": 16}
 
 
-def make(router: dict[str, Any], *, seed: int) -> MoEForCausalLM:
+def make(router: dict[str, Any], *, seed: int, routers: str | None = None) -> MoEForCausalLM:
     torch.manual_seed(seed)
-    return MoEForCausalLM(MoEConfig.of(ModelConfig(**SIZES), router, vocab_size=V, seq_len=128))
+    return MoEForCausalLM(MoEConfig.of(ModelConfig(**SIZES, routers=routers), router, vocab_size=V, seq_len=128))
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,19 @@ def test_with_the_weights_of_the_other_model_it_is_that_model(other: Path) -> No
     model, source = replaying(other, seed=1).eval(), load_model(other / "model")
     assert model.load_state_dict(source.state_dict(), strict=False).missing_keys == []
     assert torch.equal(model(ids).logits, source(ids).logits)
+
+
+@pytest.mark.parametrize("routers", [None, "0:k:1+2:k:4", "1:hash+1:k:1+3:top_p"])
+def test_its_experts_cost_what_those_of_the_other_model_cost_in_each_layer(tmp_path: Path, routers: str | None) -> None:
+    source = make(TOPK, seed=0, routers=routers)
+    source.save_pretrained(tmp_path / "model")
+    model = replaying(tmp_path, seed=1)
+    of_routers = sum(p.numel() for layer in source.moe_layers for p in layer.router.parameters())
+    assert count_parameters(model).active == count_parameters(source).active - of_routers
+    assert flops_per_token(model, 128) == flops_per_token(source, 128) - 2 * of_routers
+    partly = make(model.config.router, seed=1, routers="2-3:topk+2-3:k:1")
+    numbers = [layer.router.experts_per_token(128) for layer in source.moe_layers]
+    assert [layer.router.experts_per_token(128) for layer in partly.moe_layers] == [*numbers[:2], 1, 1]
 
 
 def test_a_cache_and_vectors_instead_of_token_ids_are_refused(other: Path) -> None:
@@ -134,6 +147,14 @@ def test_a_sweep_compares_replay_with_learned_routing_and_with_replay_in_some_la
     assert [specs.router_of(number)["_target_"].rpartition(".")[2] for number in range(4)] == 2 * ["Replay"] + 2 * [
         "Hash"
     ]
+
+
+def test_one_run_under_two_names_is_one_cell(other: Path, tmp_path: Path) -> None:
+    """A trailing slash is no other name, and a copy of the run has the same digest."""
+    with pytest.raises(ConfigError, match=r"^two cells of this sweep are the same run: router.run=.* and router.run="):
+        read_cells(["-m", "router=replay", f"router.run={other},{other}/"])
+    shutil.copytree(other, tmp_path / "copy")
+    assert len(read_cells(["-m", "router=replay", f"router.run={other},{tmp_path / 'copy'}"]) or []) == 1
 
 
 def test_a_run_replays_another_run_and_refuses_one_with_another_tokenizer(

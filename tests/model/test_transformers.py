@@ -135,7 +135,7 @@ def test_the_auxiliary_loss_is_part_of_the_loss_if_router_logits_are_asked_for(i
     model.config.output_router_logits = True
     torch.testing.assert_close(model(ids, ids, num_items_in_batch=90).loss, output.loss * 45 / 90)
     assert make(ROUTERS["soft_moe"])(ids).aux_loss is None
-    with pytest.raises(AttributeError, match="num_experts_per_tok: this router has no fixed number"):
+    with pytest.raises(AttributeError, match="num_experts_per_tok: these routers have no common number"):
         _ = make(ROUTERS["top_p"]).config.num_experts_per_tok
 
 
