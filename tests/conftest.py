@@ -17,8 +17,13 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+gc.disable()  # imports create a million objects, none of which is garbage
+# ruff: noqa: E402
+
 # Large libraries are imported before `moe`, so that Python finds their compiled files. In imports made by a module that
 # jaxtyping instruments, it looks for compiled files of another name, and would compile thousands of modules again.
+# W&B is the first, because its classes look for their source in every module that is already imported.
+import wandb.apis.public  # noqa: F401, I001
 import datasets  # noqa: F401
 import pytest
 import statsmodels.formula.api  # noqa: F401
@@ -29,7 +34,6 @@ from small_runs import OUT, read_small_cell
 from moe.config.cell import Cell
 
 torch.set_num_threads(1)
-gc.disable()  # imports create a million objects, none of which is garbage
 
 SMALL = """
     model.dim=32 model.heads=2 model.layers=2 model.ffn=32 model.num_experts=4 model.dense_ffn=64

@@ -6,6 +6,7 @@
 import ast
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,6 +51,7 @@ class Import(NamedTuple):
     at_once: bool
 
 
+@cache
 def modules() -> dict[str, Path]:
     """Return every module of moe/ and the two entry points, by dotted name."""
     found = {name: ROOT / f"{name}.py" for name in ("train", "analyze")}
@@ -102,6 +104,12 @@ def _runs_later(node: ast.AST) -> bool:
 IMPORTS = list(imports())
 
 
+@cache
+def imports_by(module: str) -> list[Import]:
+    """Return every import of one module."""
+    return [each for each in IMPORTS if each.importer == module]
+
+
 def package(module: str) -> str:
     """Return the package of moe/ or the single file that a module belongs to. For a library, return its name."""
     first, *below = module.split(".")
@@ -119,7 +127,8 @@ def arrows() -> dict[str, set[str]]:
     return found
 
 
-def reached(start: str) -> set[str]:
+@cache
+def reached(start: str) -> frozenset[str]:
     """Return every module that is loaded when a module is imported, including its parent packages in moe/."""
     loaded: set[str] = set()
     to_visit = [start]
@@ -127,9 +136,9 @@ def reached(start: str) -> set[str]:
         module = to_visit.pop()
         if module not in loaded:
             loaded.add(module)
-            to_visit += [each.imported for each in IMPORTS if each.importer == module and each.at_once]
+            to_visit += [each.imported for each in imports_by(module) if each.at_once]
             to_visit += [module.rpartition(".")[0]] if module.startswith("moe.") else []
-    return loaded
+    return frozenset(loaded)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +247,7 @@ def test_reading_results_needs_no_torch(module: str) -> None:
     """Importing the module loads no torch. For results and reports this also holds for imports inside functions."""
     loaded = reached(module)
     if package(module) in ("analysis", "results"):
-        loaded |= set().union(*(reached(each.imported) for each in IMPORTS if each.importer == module))
+        loaded |= set().union(*(reached(each.imported) for each in imports_by(module)))
     assert not {name for name in loaded if name.split(".")[0] in TORCH}
 
 
