@@ -10,8 +10,9 @@ import pytest
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from moe.analysis.figures.charts import charts, with_hover
+from moe.analysis.figures.charts import charts
 from moe.analysis.figures.curves import draw_runs
+from moe.analysis.figures.marks import with_hover
 from moe.analysis.figures.style import line_style, shared_legend
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moe.analysis.figures.charts import with_hover
+from moe.analysis.figures.marks import with_hover
 from moe.analysis.figures.style import RC, axis_label, line_style, panel_height, plain_log_labels, shared_legend
 from moe.metrics.catalog import select
 from moe.results.conditions import levels

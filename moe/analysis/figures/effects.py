@@ -14,8 +14,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moe.analysis.figures.charts import in_group, with_hover
 from moe.analysis.figures.forest import SIGNIFICANT_MARKS
+from moe.analysis.figures.marks import in_group, with_hover
 from moe.analysis.figures.style import (
     OTHER_LABELS,
     PALETTE,

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from moe.analysis.figures.charts import with_hover
+from moe.analysis.figures.marks import with_hover
 from moe.analysis.figures.style import DASHES, PALETTE, RC, plain_log_labels, shared_legend
 from moe.analysis.power import SIGNIFICANCE
 from moe.analysis.sentences import levels_compared

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from moe.analysis.equal_cost import ACTIVE
-from moe.analysis.figures.charts import in_group
+from moe.analysis.figures.marks import in_group
 from moe.analysis.figures.style import RC, line_style, panel_height, shared_legend
 from moe.analysis.scaling import EXPERTS, TOKENS, Fit, by_budget
 from moe.analysis.simultaneous import interval

@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-from moe.analysis.figures.charts import with_hover
 from moe.analysis.figures.curves import draw_runs
+from moe.analysis.figures.marks import with_hover
 from moe.analysis.figures.style import axis_label, begin_at_zero, line_style
 from moe.analysis.studies.temperature.data import TEMPERATURE, seed_means
 
