@@ -27,6 +27,8 @@ from moe.analysis.report.inputs import ReportInputs, collect_inputs
 from moe.analysis.report.markdown import block_as_markdown
 from moe.analysis.report.sections.answer import answer
 from moe.analysis.report.sections.comparisons import condition_table
+from moe.analysis.report.sections.league import how_much_routing_matters, league
+from moe.analysis.report.sections.tuning import tuning
 from moe.analysis.report.sections.verdicts import claim_verdicts
 from moe.checks import first_line, plain
 from moe.files import read_text, shown, write_text
@@ -119,7 +121,7 @@ def shown_by(folder: Path, experiments: list[ReportInputs]) -> str:
     for part in experiments:
         if several:
             texts.append(f"## {part.runs['experiment'].iloc[0]}")
-        blocks = itertools.chain(answer(part), claim_verdicts(part), condition_table(part), learning_curve(part))
+        blocks = itertools.chain.from_iterable(section(part) for section in SECTIONS)
         texts += [block_as_markdown(_lower(block) if several else block) for block in _plain(blocks)]
     trained = max(part.runs["seed"].nunique() for part in experiments)
     if plan.exists():
@@ -186,6 +188,9 @@ def learning_curve(inputs: ReportInputs) -> Iterator[ReportBlock]:
     yield Heading("How the loss fell")
     yield Paragraph(CURVE)
     yield TableBlock(told.rename_axis("step").reset_index())
+
+
+SECTIONS = (answer, claim_verdicts, condition_table, league, how_much_routing_matters, tuning, learning_curve)
 
 
 def _lower(block: ReportBlock) -> ReportBlock:
