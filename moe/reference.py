@@ -67,8 +67,10 @@ another way. FLOPs are those of the forward pass, without experts: 2 for each nu
 tokens, and those for mixing tokens.{speed}{league}
 
 """
-SPEED = """ *Speed* is the number of tokens per second in training, as a multiple of that with `topk`: {run},
-on {machine}. `python -m moe.bench routers --json docs/{file}` measured it."""
+SPEED = """ *Speed* is the number of
+tokens per second in training, as a multiple of that with `topk` ({run};
+{machine}). In each pair a step with the router follows a step with `topk`, so that other work on
+the machine slows both. `python -m moe.bench routers --json docs/{file}` measured it."""
 LEAGUE = """ *League* is the difference of `{metric}` from that with `{reference}` in nats per token, with its 95 %
 interval, over {seeds} seeds of `experiment=router_league`: better or worse if the interval leaves out 0. All intervals
 hold together (Dunnett 1955). A router that sees later tokens has none, because its loss is not comparable."""

@@ -153,7 +153,7 @@ def test_the_page_of_routers_has_the_speeds_that_the_benchmark_wrote(tmp_path: P
     file.write_text(json.dumps({"machine": machine, "tables": {"by router: model=tiny; median of 7 pairs": rows}}))
     text, speeds = router_speeds(file)
     assert speeds == {"topk": "1.00", "hash": "1.25"}
-    assert "model=tiny; median of 7 pairs,\non A CPU with threads=2." in text
+    assert "(model=tiny; median of 7 pairs;\nA CPU with threads=2)." in text
 
 
 def test_the_page_of_routers_has_the_verdicts_of_the_shipped_league(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("overrides", nargs="*", help="overrides of the run, as for train.py: model=small batch_size=32")
     add("--routers", type=several(one_of(options("router"))), help="names of routers (all that need no further key)")
-    add("--rounds", type=whole, default=7, help="rounds of which the median counts (%(default)s)")
+    add("--rounds", type=whole, default=9, help="rounds of which the median counts (%(default)s)")
 
 
 def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:
