@@ -10,8 +10,10 @@ from scipy import stats
 from moe.analysis.equal_cost import FLOPS, SECONDS, at_common_cost
 from moe.analysis.mixed import Mixed, mixed, range_p
 from moe.analysis.power import PAIRED, Freedom
+from moe.analysis.sentences import null_everywhere
 from moe.analysis.statistics import CONFIDENCE, completed, has_no_spread, mean_difference, name_cell
 from moe.config.claim import DOMAIN, ClaimConfig, absolute
+from moe.metrics.catalog import lookup
 from moe.results.comparable import incomparable, not_poolable
 from moe.results.conditions import by_seed, conditions, levels, two_levels, varied_factors
 from moe.results.table import level
@@ -82,6 +84,11 @@ def compared(claim: ClaimConfig, runs: pd.DataFrame, evals: pd.DataFrame | None 
     ]
     absent += [] if rivals else [f"no other level of {claim.factor}"]
     absent += [f"no run has {metric}" for metric in _metrics(claim) if metric not in runs]
+    absent += [
+        f"{metric} is {null_everywhere(metric)}"
+        for metric in _metrics(claim)
+        if metric in runs and runs[metric].isna().all() and (entry := lookup(metric)) and entry.when_null
+    ]
     if absent:
         return Compared(named, rivals, [], absent)
     if claim.at is not None:

@@ -99,6 +99,12 @@ def unit_of(name: str) -> str:
     return (metric.noun or metric.name) if metric else name
 
 
+def null_everywhere(name: str) -> str:
+    """Return that no run has a value of a metric, and when it has none, as far as the catalog says."""
+    metric = lookup(name)
+    return ": ".join(filter(None, ["null in every run", metric.when_null if metric else ""]))
+
+
 def decimals(difference: float, least: int) -> int:
     """Return how many decimals show two significant digits of a difference, at least `least` and at most 10."""
     size = abs(difference)

@@ -16,6 +16,7 @@ from moe.config.classes import build
 from moe.config.keys import OFF
 from moe.config.options import GROUPS, options
 from moe.data import embedded
+from moe.runs.events import LAST, LAST_MEAN
 
 
 def check_claims(cells: Sequence[Cell], grid: Iterable[Override], *, sweep: bool) -> None:
@@ -85,6 +86,10 @@ def check_metric(key: str, name: str, cells: Sequence[Cell]) -> None:
         require(limited, key, name, "a metric of these runs; without capacity=... there is no val_capacity")
     usage = name.startswith("routing/capacity_usage")
     require(not usage, key, name, "another metric: this one is null in evaluations, which have no capacity limit")
+    if name == LAST_MEAN:
+        most = max(1 + (cell.config.steps - 1) // cell.config.eval_every for cell in cells)
+        allowed = f"another metric: it is {metric.when_null}, and these runs have {most}"
+        require(most >= LAST, key, name, allowed)
     base, _, domain = name.rpartition("/")
     if name.startswith("test/"):
         tested = any(cell.config.data.test_percent for cell in cells)

@@ -230,7 +230,7 @@ def _write_metrics(folder: Path, facts: RunFacts) -> dict[str, Any]:
     final = {key: value for key, value in last.items() if "/" in key and not key.startswith("time/")}
     final |= {"train/loss": history["train_losses"][-1], "time/train_seconds": facts.train_seconds}
     final["time/tokens_per_s"] = events.median_speed(logged)
-    final["val/loss_last_3"] = events.last_mean(logged, "val/loss")
+    final[events.LAST_MEAN] = events.last_mean(logged, "val/loss")
     final["train/routing/drop_rate"] = events.late_mean(logged, "train/routing/drop_rate")
     final |= consistency([trace.chosen for trace in traces.read_traces(folder / "trace")])
     MetricsRecord(final_metrics=final, history=history).write(folder / MetricsRecord.FILE)

@@ -102,6 +102,12 @@ class Metric(NamedTuple):
         return f"{self.name}/{self.headline_variant}" if self.headline_variant else self.name
 
     @property
+    def when_null(self) -> str:
+        """When it has no value, such as "null if no token asks for two experts"; empty if it always has one."""
+        sentences = re.split(r"(?<=\.) ", self.meaning)
+        return next((f"n{each[1:].removesuffix('.')}" for each in sentences if each.startswith("Null ")), "")
+
+    @property
     def rise(self) -> str:
         """Word for a rise of this metric, such as "worse"."""
         return self.directions[0] if self.directions else self._direction("higher")

@@ -163,12 +163,13 @@ def late_mean(events: list[dict[str, Any]], key: str) -> float | None:
 
 
 LAST = 3  # evaluations of which `last_mean` is the mean
+LAST_MEAN = f"val/loss_last_{LAST}"
 
 
 def last_mean(events: list[dict[str, Any]], key: str) -> float | None:
-    """Return the mean of a value over the last `LAST` evaluations after a training step; None if there are fewer."""
-    evals = [event for event in events if event["kind"] == "eval" and event["step"] > 0]
-    return _mean(evals[-LAST:], key) if len(evals) >= LAST else None
+    """Return the mean of a value over the last `LAST` evaluations after a training step; None if one has no value."""
+    values = [event.get(key) for event in events if event["kind"] == "eval" and event["step"] > 0][-LAST:]
+    return _mean_or_null(tuple(values)) if len(values) == LAST else None
 
 
 def _mean_or_null(values: tuple[float | None, ...]) -> float | None:

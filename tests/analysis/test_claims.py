@@ -577,3 +577,10 @@ def test_the_claims_of_runs_are_a_fact_and_no_factor(sweep) -> None:
     runs = sweep("noise_lb_seed", "lb=0.0", "noise=0.0")
     runs["claims"] = [f"[{number}]" for number in range(len(runs))]
     assert "claims" not in varied_factors(runs)
+
+
+def test_a_claim_about_a_metric_without_values_says_when_it_has_none() -> None:
+    runs = runs_with_means({0.0: 1.0, 0.5: 2.0}).assign(**{"val/loss_last_3": math.nan})
+    row = judge_first(runs, replace(claim("higher", [0.5], [0.0]), metric="val/loss_last_3"))
+    assert row["verdict"] == "not tested"
+    assert row["reason"].startswith("val/loss_last_3 is null in every run: null if there are fewer than three")

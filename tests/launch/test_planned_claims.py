@@ -80,6 +80,7 @@ def test_a_claim_that_no_run_can_judge_is_refused_in_one_line(changed: dict[str,
             "which have no layer with experts",
         ),
         ("router=topk,hash", {"within": "{router: [hash]}"}, "levels at which noise changes something"),
+        ("steps=20 eval_every=10", {"metric": "val/loss_last_3"}, "fewer than three evaluations .* these runs have 2"),
     ],
 )
 def test_a_claim_is_about_what_the_runs_of_this_command_have(command: str, changed: dict[str, str], words: str) -> None:

@@ -74,3 +74,4 @@ def test_the_mean_of_the_last_evaluations_needs_three_after_the_first_step() -> 
     events += [{"kind": "train", "step": 3}, {"kind": "eval", "step": 3, "val/loss": 3.0}]
     assert last_mean(events, "val/loss") == 4.0
     assert last_mean([*events, {"kind": "eval", "step": 4, "val/loss": 2.0}], "val/loss") == 3.0
+    assert last_mean([*events, {"kind": "eval", "step": 4, "val/loss": None}], "val/loss") is None, "no mean of two"

@@ -12,6 +12,7 @@ from moe.analysis.claims import claim_families, decided, measured_claims
 from moe.analysis.figures.style import MOST_LINES
 from moe.analysis.looks import Study, finished_seeds, study_of
 from moe.analysis.report.judgments import Judgment, judgments
+from moe.analysis.sentences import null_everywhere
 from moe.analysis.statistics import (
     contrasts,
     corrected,
@@ -354,7 +355,7 @@ def _check(experiments: list[ReportInputs]) -> None:
         if metric not in metrics:
             raise unknown("metric", metric, metrics)
         if not any(metric in inputs.tested for inputs in experiments):
-            raise ValueError(f"metric {metric}: null in every run")
+            raise ValueError(f"metric {metric}: {null_everywhere(metric)}")
     tested = dict.fromkeys((*TESTED, *options.metrics, *(name for inputs in experiments for name in inputs.tested)))
     for metric, margin in options.margins.items():
         if metric not in tested:
