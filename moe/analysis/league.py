@@ -49,5 +49,5 @@ def league_of(runs: pd.DataFrame, metric: str, reference: Any) -> League | None:
 
 
 def verdict(low: float, high: float) -> str:
-    """Return what the simultaneous interval of a difference of losses says."""
+    """Return what the simultaneous interval of a difference of losses says; NaN: undecided."""
     return WORSE if low > 0 else BETTER if high < 0 else UNDECIDED

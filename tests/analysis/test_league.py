@@ -44,7 +44,14 @@ def test_the_league_ranks_causal_routers_with_intervals_that_hold_together(tmp_p
     runs = inputs.runs[inputs.runs["causal"]]
     gap = to_reference(block(runs.pivot_table("val/loss", "seed", "router")), "topk").loc["oracle"]
     expected = f"{gap['difference']:+.3f} [{gap['low']:.3f}, {gap['high']:.3f}]".replace("-", "\N{MINUS SIGN}")
-    assert by_router.loc["oracle", "difference from topk"].replace("-", "\N{MINUS SIGN}") == expected
+    compared = "difference from topk [interval, all together]"
+    assert by_router.loc["oracle", compared].replace("-", "\N{MINUS SIGN}") == expected
+    assert by_router.loc[["oracle", "topk", "hash", "expert_choice (not causal)"], "verdict"].tolist() == [
+        "better",
+        "–",
+        "worse",
+        "–",
+    ], "of the interval beside it"
     assert [each.name for each in blocks if isinstance(each, Attachment)] == ["league.csv"]
     [figure] = [each.figure for each in blocks if isinstance(each, Drawing)]
     assert figure is not None

@@ -23,6 +23,7 @@ from moe.checks import plain
 from moe.metrics.catalog import lookup
 
 CERTAINTY = [SIGNIFICANT, EQUIVALENT, DETERMINISTIC, UNDECIDED, UNTESTED]
+ALONE = "the interval alone would decide it, but not after the correction for all tests of the report"
 OPEN = 0.1  # share of the axis of a picture beyond all values, in which a claim without an end goes on
 TONES = {
     **dict.fromkeys(("supported", "equivalent", "better", "more balanced"), "good"),
@@ -89,6 +90,13 @@ class Judgment(NamedTuple):
     def more(self) -> int:
         """How many seeds are missing, if `needed` is known."""
         return max(1, int(self.needed) - self.n)
+
+    @property
+    def decided_alone(self) -> bool:
+        """Whether the interval, which is for this difference alone, tells what the verdict leaves open."""
+        least, most = self.claimed if self.planned else (0.0, math.inf)
+        inside = (least, most) != (-math.inf, math.inf) and least <= self.low and self.high <= most
+        return self.verdict == UNDECIDED and bool(inside or self.high < least or self.low > most)
 
     @property
     def advice(self) -> str:
@@ -215,6 +223,7 @@ def _card(judged: Judgment, axis: tuple[float, float], advice: str) -> Card:
     effect += f"{_certainty(judged)}, n={judged.n}"
     if all(map(math.isfinite, judged.claimed)):
         effect += "; claimed: {:.3g} to {:.3g}".format(*judged.claimed)
+    effect += f"; {ALONE}" if judged.decided_alone else ""
     claimed = judged.claimed if judged.planned else None
     picture = Interval(judged.difference, judged.low, judged.high, *axis, claimed)
     return Card(literal(judged.text), judged.verdict, tone, plain(effect), advice, picture)

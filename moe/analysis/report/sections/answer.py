@@ -33,7 +33,8 @@ from moe.results.comparable import several_tokenizers
 
 MOST_CARDS = 6  # that are visible at once
 PICTURES_EXPLAINED = """\
-Dot: the estimated difference. Line: its 95 % interval. Dashed: no difference. Pictures of one metric have one scale."""
+Dot: the estimated difference. Line: its 95 % interval, for this difference alone; the verdict is corrected for all
+tests of the report. Dashed: no difference. Pictures of one metric have one scale."""
 CLAIMED = " Box: the differences that the claim allows; an arrow at its end means that all beyond it are allowed too."
 UNCERTAINTY = """\
 Pairs in brackets are 95 % intervals over the validation documents: how much other texts of the kind could change a

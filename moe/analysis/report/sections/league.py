@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from moe.analysis.figures.drawing import drawing
 from moe.analysis.figures.forest import CLEAR, MOST_ROWS, Row, forest, leaves_out
-from moe.analysis.league import LEAST, METRICS, PLAIN, ROUTER, League, league_of, losses_by_seed
+from moe.analysis.league import LEAST, METRICS, PLAIN, ROUTER, League, league_of, losses_by_seed, verdict
 from moe.analysis.limits import ORACLE, RANDOM, Share, covered
 from moe.analysis.report.blocks import Heading, Paragraph, ReportBlock, TableBlock, csv_file, literal
 from moe.analysis.report.inputs import ReportInputs, reference_levels
@@ -22,12 +22,14 @@ from moe.results.conditions import conditions, present, reference_level
 COST = {"flops_per_token": "FLOPs per token", "time/tokens_per_s": "tokens / s", "peak_memory_gb": "peak memory, GB"}
 LEAGUE_EXPLAINED = """\
 {metric} in nats per token, mean over the {seeds} seeds that all ranked routers have. Differences are those from
-{reference}, paired by seed. All intervals of the column hold together in 95 % of cases (Dunnett 1955), and so do all
-intervals of ranks: a router's best rank is 1 plus the number of routers that are certainly better (Tukey's test). Both
-take one spread for all routers, {spread:.2g}, from {freedom} degrees of freedom. The spread of single routers is
-between {least:.2g} and {most:.2g}: for a router that spreads more than the others, the intervals are too narrow.
-Routers that see later tokens have no rank, because their losses are not comparable. Costs are medians; speed depends on
-what else the machine did."""
+{reference}, paired by seed. Their intervals are corrected for the number of routers: in 95 % of cases all of them
+contain the true differences (Dunnett 1955). The verdict of a row is that of its interval: better or worse if it leaves
+out 0. Verdicts elsewhere in this report are corrected for all of its tests, so they may be undecided where a row of
+this table is not. The intervals of ranks hold together too: a router's best rank is 1 plus the number of routers that
+are certainly better (Tukey's test). Both kinds of intervals take one spread for all routers, {spread:.2g}, from
+{freedom} degrees of freedom. The spread of single routers is between {least:.2g} and {most:.2g}: for a router that
+spreads more than the others, the intervals are too narrow. Routers that see later tokens have no rank, because their
+losses are not comparable. Costs are medians; speed depends on what else the machine did."""
 MATTERS_EXPLAINED = """\
 `{random}` deals tokens to experts at random and evenly, and `{oracle}` knows the domain of each text. The share is how
 much of the distance between their losses ({metric}) a router covers: 0 is as good as random, 1 as good as the oracle.
@@ -125,7 +127,9 @@ def _table(found: League, reference: Any, members: pd.DataFrame, metric: str) ->
         row: dict[str, Any] = {"rank": f"{standing['rank']:.0f}" if ranked else "–"}
         row |= {"95 % interval of the rank": place if ranked else "–"}
         row |= {ROUTER: str(name), metric: float(standing["mean"]), "n": int(standing["n"])}
-        row[f"difference from {reference}"] = _difference(standing) if ranked and name != reference else "–"
+        compared = ranked and name != reference
+        row[f"difference from {reference} [interval, all together]"] = _difference(standing) if compared else "–"
+        row["verdict"] = verdict(standing["low"], standing["high"]) if compared else "–"
         row |= {COST[key]: of_router[key].astype(float).median() for key in COST if key in of_router}
         row["causal"] = {True: "yes", False: "no"}.get(of_router["causal"].iloc[0], "unknown")
         rows.append(row)

@@ -76,14 +76,17 @@ EQUIVALENCE = (
 )
 CLAIMS_EXPLAINED = """\
 These claims were written into the experiment's YAML file, and every run recorded them before its first step. Each
-difference is taken between runs of the same seed and averaged over all combinations of the other factors."""
+difference is taken between runs of the same seed and averaged over all combinations of the other factors. Its 95 %
+interval, in brackets, is for this difference alone; the verdict is corrected for all tests of this report."""
 SOURCES = """\
 In parentheses after a claim is its source: an earlier study, and the part of it that says so. "Our own" marks a claim
 of the experiment's author. The page `docs/sources.md` of the project introduces the studies that its experiments
 repeat: what each of them did, and what we do instead."""
 POST_HOC = """\
 Each level of a factor is compared with the factor's reference level: "A vs B" is A minus B, and B is the reference.
-These comparisons are post hoc: no claim predicted their results before the runs."""
+These comparisons are post hoc: no claim predicted their results before the runs. The 95 % interval of a difference, in
+brackets, is for this difference alone. The verdict is corrected for all tests of this report, so it can be undecided
+although the interval leaves out 0."""
 
 COVERED = """\
 {covered} of {all} contrasts have no sentence here, because a planned claim compares the same two levels, averaged over
