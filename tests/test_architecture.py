@@ -215,6 +215,7 @@ def test_only_launching_imports_hydra() -> None:
         "moe.launch.claims",
         "moe.launch.command_line",
         "moe.launch.compose",
+        "moe.launch.distinct",
         "moe.launch.explain",
         "moe.launch.flops",
         "moe.launch.grids",

@@ -4,16 +4,19 @@ An arm is a combination of levels of the factors that a sweep has beside seed an
 """
 
 import json
+import math
+from collections import Counter
 from typing import Any, NamedTuple
 
 import pandas as pd
 
 from moe.analysis.statistics import name_cell, with_intervals
+from moe.config.cell import CHOOSES
 from moe.results.comparable import search_goal
 from moe.results.conditions import conditions, levels, summary, with_causality
 from moe.results.table import ABSENT
 
-CHOOSES = "val/loss"  # its mean over the seeds for tuning decides
+NAMED = 3  # arms, at most, to which a tuned key does not apply
 ENDED = ("finished", "diverged")  # a run that diverged would do so again
 
 
@@ -60,29 +63,40 @@ def arms_of(trials: pd.DataFrame) -> list[Arm]:
     """Return each arm of the runs of one tuning. Of equal means the smaller values are the best."""
     keys, factors = _keys_and_factors(trials)
     found = []
-    for cell, members in conditions(trials, factors):
-        applying = [key for key in keys if (members[key] != ABSENT).any()]
+    for cell, members in conditions(_for_each_arm(trials), factors):
+        applying = _applying(members, keys)
         means = with_intervals(summary(members[members["status"] == "finished"], applying, [CHOOSES]))
-        whole = means[means["n"] == members["seed"].nunique()].sort_values(["mean", *applying])
-        best = {key: whole[key].iloc[0] for key in applying} if len(whole) else {}
+        whole = means[means["n"] == members["seed"].nunique()]
+        whole = whole.sort_values(["mean", *applying], key=lambda column: column.replace(ABSENT, math.inf))
+        best = {key: value for key in applying if len(whole) and (value := whole[key].iloc[0]) != ABSENT}
         found.append(Arm(name_cell(cell) or "the only arm", means, best))
     return found
 
 
 def tuned_equally(trials: pd.DataFrame) -> str:
-    """Return whether each arm of the runs of one tuning has ended runs at the same number of values, by seed."""
+    """Return whether all arms of one tuning to which the same keys apply have ended runs at the same values, by seed.
+
+    An arm to which fewer keys apply than to others is named.
+    """
     keys, factors = _keys_and_factors(trials)
-    trials = trials[(trials[keys] != ABSENT).all(axis=1)]
-    ended = trials["status"].isin(ENDED)
-    counts = pd.crosstab(
-        [trials[name] for name in (*factors, "seed")], [trials[key] for key in keys], values=ended, aggfunc="sum"
-    )
-    names, arms = ", ".join(keys), ", ".join(factors) or "the sweep"
-    if counts.empty or not (counts == 1).all(axis=None):
-        return f"tuned equally: no, the settings of {arms} differ in how many runs ended by {names}"
-    seeds = ", ".join(map(str, levels(trials["seed"])))
-    number = f"the same {counts.shape[1]} values of {names}, with seeds {seeds}"
-    return f"tuned equally: yes, each setting of {arms} has {number}, which judge nothing"
+    seeds = levels(trials["seed"])
+    alike: dict[tuple[str, ...], dict[str, list[tuple[Any, ...]]]] = {}
+    for cell, members in conditions(_for_each_arm(trials), factors):
+        applying = tuple(_applying(members, keys))
+        ended = members.loc[members["status"].isin(ENDED), ["seed", *applying]]
+        alike.setdefault(applying, {})[name_cell(cell)] = [*ended.itertuples(index=False, name=None)]
+    names, arms, number = ", ".join(keys), ", ".join(factors) or "the sweep", 0
+    for budgets in alike.values():
+        values = {run[1:] for runs in budgets.values() for run in runs}
+        wanted = Counter((seed, *each) for seed in seeds for each in values)
+        if not values or any(Counter(runs) != wanted for runs in budgets.values()):
+            return f"tuned equally: no, the settings of {arms} differ in how many runs ended by {names}"
+        number = max(number, len(values))
+    fewer = [arm for applying, budgets in alike.items() if len(applying) < len(keys) for arm in budgets]
+    told = ", ".join(fewer) if len(fewer) <= NAMED else f"{len(fewer)} settings"
+    but = f"; {names} {'do not all' if keys[1:] else 'does not'} apply to {told}" if fewer else ""
+    same = f"the same {number} values of {names}, with seeds {', '.join(map(str, seeds))}"
+    return f"tuned equally: yes, each setting of {arms} has {same}, which judge nothing{but}"
 
 
 def _keys_and_factors(trials: pd.DataFrame) -> tuple[list[str], list[str]]:
@@ -90,6 +104,31 @@ def _keys_and_factors(trials: pd.DataFrame) -> tuple[list[str], list[str]]:
     [text] = trials["tuned"].unique()
     told = json.loads(text)
     return list(told["tune"]), [factor for factor in told["factors"] if factor in trials]
+
+
+def _applying(runs: pd.DataFrame, keys: list[str]) -> list[str]:
+    return [key for key in keys if (runs[key] != ABSENT).any()]
+
+
+def _for_each_arm(trials: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs of one tuning with a row for each arm that has the run.
+
+    At some values of the tuned keys a factor may not apply, such as the weight of a loss that one expert per token does
+    not have. Then arms that differ only in this factor have the run in common.
+    """
+    keys, factors = _keys_and_factors(trials)
+    trials = trials.assign(**{name: trials[name].fillna(ABSENT) for name in (*keys, *factors)})
+    cells = {tuple(row) for row in trials[factors].itertuples(index=False)}
+
+    def is_part(cell: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+        return cell != other and all(here in (there, ABSENT) for here, there in zip(cell, other, strict=True))
+
+    arms = [cell for cell in cells if not any(is_part(cell, other) for other in cells)]
+    found = []
+    for cell, members in trials.groupby(factors, sort=False) if factors else [((), trials)]:
+        having = [arm for arm in arms if is_part(cell, arm)] or [cell]
+        found += [members.assign(**dict(zip(factors, arm, strict=True))) for arm in having]
+    return pd.concat(found)
 
 
 def _sweeps(runs: pd.DataFrame) -> list[str]:

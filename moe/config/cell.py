@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 from moe.config.schema import Config
 
+CHOOSES = "val/loss"  # its mean over the seeds for tuning decides which values of tuned keys are the best
+
 
 class Grid(NamedTuple):
     """Runs that belong together: all combinations of levels of some factors, with several seeds.
@@ -27,7 +29,9 @@ class Cell(NamedTuple):
 
     config: its configuration. folder: its run folder. choices: the option chosen from each group. ignored: the keys
     that do not apply to this run (`Config.ignored_keys`); they are switched off in `config`. overrides: the words from
-    which a launcher composes this cell again. grid: all cells of the command; None for a single run.
+    which a launcher composes this cell again. twins: those of other cells of the command that are the same run in the
+    same folder, because the keys that tell them apart do not apply. grid: all cells of the command; None for a single
+    run.
     """
 
     config: Config
@@ -36,6 +40,7 @@ class Cell(NamedTuple):
     choices: dict[str, str | None]
     ignored: frozenset[str] = frozenset()
     overrides: tuple[str, ...] = ()
+    twins: tuple[tuple[str, ...], ...] = ()
     grid: Grid | None = None
 
     def identity(self) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Turn the overrides of a command into checked cells, so that every mistake is refused before the first run starts."""
 
-import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
@@ -16,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from moe.checks import ConfigError, require
 from moe.config import layer_routers
 from moe.config.cell import Cell
-from moe.config.keys import DEFAULTED, DENSE_IGNORES, OFF, RATES, fingerprint, flatten, is_free
+from moe.config.keys import DEFAULTED, DENSE_IGNORES, OFF, RATES, flatten
 from moe.config.model import ModelConfig
 from moe.config.options import CLASSES, GROUPS, sources, use
 from moe.config.schema import Config
@@ -25,6 +24,7 @@ from moe.distributed import ranks
 from moe.launch import slurm
 from moe.launch.claims import check_claims
 from moe.launch.compose import compose_config, override_dirname, typed
+from moe.launch.distinct import check_distinct, each_run_once, with_overrides
 from moe.launch.explain import explain, group_choices, unusable_path
 from moe.launch.grids import grid_of
 from moe.launch.hydra_errors import FAULTS
@@ -39,14 +39,10 @@ from moe.launch.overrides import (
     lines_of,
     parse_override,
     parsed,
-    quote,
     values_of,
 )
 from moe.launch.resolvers import run_name
 from moe.runs.folder import finished, same_run, stored_record
-from moe.training.schedules import same_values
-
-log = logging.getLogger(__name__)
 
 
 class Start(NamedTuple):
@@ -106,8 +102,12 @@ def expand_start(
     planned: bool = True,
     in_vain: bool = False,
     chosen: Callable[[list[list[str]]], list[list[str]]] = list,
+    merge: bool = True,
 ) -> tuple[list[Cell], list[str]]:
-    """Return what `expand` returns. chosen: completes the overrides of all cells, with what only single cells have."""
+    """Return what `expand` returns.
+
+    chosen: completes the overrides of all cells, with what only single cells have. merge: see `each_run_once`.
+    """
     if "torch" not in sys.modules and ranks.is_first():
         sys.meta_path.insert(0, SayThatTorchLoads())
     launch, own, base, multirun, presets = start
@@ -136,10 +136,10 @@ def expand_start(
     described = [_without_ignored(*each) for each in zip(cells, composed, grid, strict=True)]
     if not in_vain:
         _refuse_given_in_vain(cells, described, given, varied)
-    _check_distinct(cells, grid, presets + own)
+    check_distinct(cells, grid, presets + own)
     if all(cell.config.is_dense for cell in described):
         _refuse_keys_of_routing(own)
-    runs = _each_run_once(_with_overrides(described, grid, multirun=multirun), say=planned)
+    runs = each_run_once(with_overrides(described, grid, multirun=multirun), say=planned, merge=merge)
     folders = {cell.folder for cell in runs}
     written = [cell for cell, each in zip(cells, described, strict=True) if each.folder in folders]
     check_claims(written, presets, sweep=multirun)
@@ -192,42 +192,6 @@ def _refuse_keys_of_routing(overrides: list[Override]) -> None:
         if override.key_or_group.partition(".")[0] in DENSE_IGNORES:
             line = override.input_line
             raise ConfigError(f"{line}: must be left out, because no layer of this model is a Mixture of Experts")
-
-
-def _with_overrides(cells: list[Cell], grid: list[list[str]], *, multirun: bool) -> list[Cell]:
-    """Return each cell once, with the overrides from which Hydra composes it and its folder."""
-    key = "hydra.sweep.subdir" if multirun else "hydra.run.dir"
-    unique: dict[Path, Cell] = {}
-    for cell, arguments in zip(cells, grid, strict=True):
-        place = quote(cell.folder.name if multirun else str(cell.folder))
-        unique.setdefault(cell.folder, cell._replace(overrides=(*arguments, f"{key}={place}")))
-    return list(unique.values())
-
-
-def _each_run_once(cells: list[Cell], *, say: bool) -> list[Cell]:
-    """Return the cells without those that compute the same as another one under another name.
-
-    They are equal once the keys that do not apply are switched off, such as router=softk and router=topk without a
-    capacity limit, or two quotas that limit nothing. The cell stays to which more keys apply, or else the first one.
-
-    say: log which cells are the same run.
-    """
-    same: dict[str, list[Cell]] = {}
-    trained = all(map(finished, cells))  # then torch is not imported, and there is nothing to save
-    for cell in cells:
-        settings = cell.config.identity() if trained else cell.config.settings_in_effect()
-        same.setdefault(fingerprint(settings), []).append(cell)
-    said = set()
-    for alike in same.values():
-        alike.sort(key=lambda cell: len(cell.ignored))
-        first, *others = ([*cell.overrides[:-1]] for cell in alike)  # the last one names the folder
-        for other in others:
-            pair = [",".join(line for line in a if line not in b) for a, b in ((other, first), (first, other))]
-            here, there = (words or "no override" for words in pair)
-            said.add(f"{here} is the same run as {there} here, and is trained once, as {there}")
-    for line in sorted(said) if say else ():
-        log.warning(line)
-    return [alike[0] for alike in same.values()]
 
 
 def combinations(overrides: list[Override]) -> list[list[str]]:
@@ -386,38 +350,3 @@ def _why_ignored(key: str, cell: Cell) -> str:
         return f"optimizer={cell.choices['optimizer']} has no Muon, and AdamW does not use this key"
     settings = "" if key in OFF else " with its other settings"
     return f"router={cell.choices['router']} ignores {key}{settings}"
-
-
-def _check_distinct(cells: list[Cell], grid: list[list[str]], overrides: list[Override]) -> None:
-    """Raise ConfigError if two cells compute the same, whatever the spelling of their settings.
-
-    It names what differs in the overrides of the two cells, or the override that has a value twice.
-    """
-    seen: dict[str, list[tuple[Cell, list[str]]]] = {}
-    for cell, arguments in zip(cells, grid, strict=True):
-        unused = cell.config.unused_keys()
-        settings = flatten(cell.config) | _text_settings(cell.config)
-        settings = {key: value for key, value in settings.items() if not is_free(key) and key not in unused}
-        written = {key: value for key, value in settings.items() if not key.startswith("schedule.")}
-        alike = seen.setdefault(fingerprint(written), [])
-        other = next((words for each, words in alike if same_values(each.config, cell.config)), None)
-        alike.append((cell, arguments))
-        if other is None:
-            continue
-        pair = [[line for line in a if line not in b] for a, b in ((other, arguments), (arguments, other))]
-        if not any(pair):
-            swept = [o for o in overrides if o.is_sweep_override()]
-            twice = next(o for o in reversed(swept) if len({*values_of(o)}) < len(values_of(o)))
-            raise ConfigError(f"{twice.input_line}: two of these values are the same; leave one out")
-        names = [",".join(sorted(lines)) or "no override" for lines in (pair if all(pair) else (other, arguments))]
-        varied = {o.get_key_element() for o in overrides if o.is_sweep_override()}
-        shared = [line for line in arguments if all(pair) and line in other and line.partition("=")[0] in varied]
-        where = f", both with {','.join(shared)}" if shared else ""
-        raise ConfigError(f"two cells of this sweep are the same run: {' and '.join(names)}{where}; leave one out")
-
-
-def _text_settings(config: Config) -> dict[str, Any]:
-    """Return the settings of the source of the text as the source has them, such as domains in the order of reading."""
-    source, spec = config.build_source(), config.data.source
-    found = {f"data.source.{name}": getattr(source, name, None) for name in spec if name != "_target_"}
-    return {key: value for key, value in found.items() if isinstance(value, (bool, int, float, str, list, tuple))}

@@ -2,7 +2,8 @@
 
 The same command has two stages. The first one trains each arm (a combination of the levels that the sweep has
 otherwise) at each value of the tuned keys, with seeds of its own. The second one chooses the best value of each arm
-by these runs, and trains the seeds of the sweep, which judge it.
+by these runs, and trains the seeds of the sweep, which judge it. A run that two arms have in common, because the keys
+that tell them apart do not apply to it, counts for both.
 """
 
 import logging
@@ -11,7 +12,7 @@ from math import inf, isfinite
 from typing import Any, NamedTuple
 
 from moe.checks import ConfigError, require
-from moe.config.cell import Cell
+from moe.config.cell import CHOOSES, Cell
 from moe.config.keys import is_free
 from moe.config.options import GROUPS
 from moe.distributed import ranks
@@ -25,7 +26,6 @@ from moe.runs.folder import diverged, finished
 log = logging.getLogger(__name__)
 KEYS = ("tune", "tune_seeds")
 SEEDS = ("seed", "init_seed", "data_seed")
-CHOOSES = "val/loss"  # its mean over the seeds for tuning decides
 GOAL = f"minimize {CHOOSES}"
 
 
@@ -104,17 +104,18 @@ def expand_tuned(start: Start) -> tuple[list[Cell], list[str]]:
     tuning = Tuning.of(start)
     if tuning is None:
         return expand_start(start)
-    trials, arguments = expand_start(tuning.trials(start))
+    trials, arguments = expand_start(tuning.trials(start), merge=False)
     if not all(finished(cell) or diverged(cell) for cell in trials):
         _say(f"stage 1 of 2: {len(trials)} runs tune {tuning}")
         return tuning.named(trials, "tuning", GOAL), arguments
     best = chosen_values(tuning, trials)
 
     def with_chosen(grid: list[list[str]]) -> list[list[str]]:
-        """Add its chosen values to each cell. An arm without trials is the same run as another one."""
-        return [[*cell, *best[arm]] for cell in grid if (arm := tuning.arm(cell)) in best]
+        """Add its chosen values to each cell."""
+        return [[*cell, *best[tuning.arm(cell)]] for cell in grid]
 
-    cells, arguments = expand_start(start, chosen=with_chosen)
+    # in_vain: a key may apply to none of the chosen values. Stage 1 has checked that it applies to others.
+    cells, arguments = expand_start(start, chosen=with_chosen, merge=False, in_vain=True)
     _say(f"stage 2 of 2: {len(cells)} runs with other seeds judge the chosen values")
     return tuning.named(cells, "tuned", None), arguments
 
@@ -129,7 +130,8 @@ def chosen_values(tuning: Tuning, trials: Sequence[Cell]) -> dict[frozenset[str]
     for cell in trials:
         identity = cell.identity()
         levels = tuple(float(identity.get(key, inf)) for key in tuning.values)  # inf: the arm ignores the key
-        arms.setdefault(tuning.arm(cell.overrides), {}).setdefault(levels, []).append(cell)
+        for arm in dict.fromkeys(map(tuning.arm, (cell.overrides, *cell.twins))):
+            arms.setdefault(arm, {}).setdefault(levels, []).append(cell)
     common = frozenset.intersection(*arms)
     best = {}
     for arm, by_levels in arms.items():

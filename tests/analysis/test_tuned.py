@@ -13,7 +13,7 @@ from moe.analysis.report.report import write_report
 from moe.analysis.report.sections.commands import command_for_more
 from moe.analysis.report.sections.setup import setup
 from moe.analysis.tuned import arms_of, tuned_equally
-from moe.results.table import load_runs
+from moe.results.table import ABSENT, load_runs
 
 RATE = "optimizer.muon_lr"
 TUNE = {"tune": {RATE: [0.01, 0.02, 0.04]}, "tune_seeds": [1, 2]}
@@ -81,6 +81,17 @@ def test_budgets_are_equal_only_if_all_runs_ended(sweep: Path) -> None:
     change_record(sweep / "noise=0.1,rate=0.02,seed=2", status="failed", error="stopped", facts=None)
     trials = parts(sweep)[2].trials
     assert tuned_equally(trials) == f"tuned equally: no, the settings of noise differ in how many runs ended by {RATE}"
+
+
+def test_a_setting_to_which_fewer_keys_apply_is_named_and_must_have_its_runs_too(sweep: Path) -> None:
+    trials = parts(sweep)[2].trials
+    temperature = [{0.0: ABSENT, 0.1: 1.0}[noise] for noise in trials["noise"]]
+    told = json.dumps({"factors": ["noise"], "tune": {RATE: [], "router.temp": []}})
+    two = trials.assign(**{"router.temp": temperature, "tuned": told})
+    assert tuned_equally(two).endswith(f"which judge nothing; {RATE}, router.temp do not all apply to noise=0.0")
+    assert arms_of(two)[0].best == {RATE: 0.01}
+    stopped = two["status"].where((two["noise"] != 0.0) | (two[RATE] != 0.04) | (two["seed"] != 2), "failed")
+    assert tuned_equally(two.assign(status=stopped)).startswith("tuned equally: no")
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from run_folders import FACTS, change_record, write_metrics
 
+from moe.analysis.tuned import arms_of, tuned_equally
 from moe.checks import ConfigError, parse
 from moe.config.cell import Cell
 from moe.config.options import SEARCH_PATH
@@ -107,6 +108,29 @@ def test_values_at_which_a_run_diverged_are_not_chosen(command: list[str]) -> No
         change_record(cell.folder, status="failed", error="Diverged: the loss is not finite", facts=None)
     with pytest.raises(ConfigError, match=f"^tune: all runs diverged at each value of {RATE}; give other values$"):
         read_cells(command)
+
+
+def test_a_run_that_two_settings_have_in_common_counts_for_both(command: list[str], tmp_path: Path) -> None:
+    """With one expert per token no two outputs are compared, so that this weight does not apply there."""
+    weight = "output_orthogonality"
+    small = [word for word in command if not word.startswith("experiment=")]
+    command = ["-m", *small, f"{weight}=0.0,0.01", "tune={router.k:[1,2]}", "tune_seeds=[1]", "seed=42"]
+    command += [f"claims=[{{text: a, metric: val/loss, factor: {weight}, levels: [0.01], than: [0.0], kind: lower}}]"]
+    trials = read_cells(command) or []
+    assert len(trials) == 3
+    train(trials, lambda cell: cell.config.router["k"])  # k=1, which both have, is the best
+    runs = load_runs([tmp_path / "out"])
+    assert tuned_equally(runs).startswith(f"tuned equally: yes, each setting of {weight} has the same 2 values")
+    arms = arms_of(runs)
+    assert {arm.name: arm.best for arm in arms} == {f"{weight}={each}": {"router.k": 1} for each in (0.0, 0.01)}
+    assert [(cell.config.router["k"], cell.config.seed) for cell in read_cells(command) or []] == [(1, 42)]
+
+
+def test_settings_that_compute_the_same_are_each_tuned(command: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    """Otherwise the runs of one of them would be missing, or a claim about it could not be judged."""
+    trials = read_cells([*command, "router=topk,softk", "tune_seeds=[1]", "seed=42"]) or []
+    assert [cell.choices["router"] for cell in trials] == ["topk"] * 3 + ["softk"] * 3
+    assert caplog.messages[0].startswith("router=softk is the same run as router=topk here, and both are trained")
 
 
 @pytest.mark.parametrize(

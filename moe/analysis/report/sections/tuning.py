@@ -8,8 +8,10 @@ from moe.analysis.figures import effects
 from moe.analysis.figures.drawing import drawing
 from moe.analysis.report.blocks import Heading, Paragraph, ReportBlock, TableBlock, literal
 from moe.analysis.report.inputs import ReportInputs
-from moe.analysis.tuned import CHOOSES, Arm, arms_of, tuned_equally
+from moe.analysis.tuned import Arm, arms_of, tuned_equally
 from moe.checks import plain
+from moe.config.cell import CHOOSES
+from moe.results.table import ABSENT
 
 EXPLAINED = """\
 Each setting was trained at the same values of the tuned keys, with seeds that are used for nothing else. The value with
@@ -38,7 +40,8 @@ def _row(arm: Arm, inputs: ReportInputs) -> dict[str, str]:
     row = {"setting": arm.name, "chosen": ", ".join(f"{key}={value}" for key, value in arm.best.items()) or "–"}
     chosen = arm.means[(arm.means[[*arm.best]] == pd.Series(arm.best, dtype=object)).all(axis=1)]
     row["mean"] = plain(f"{chosen['mean'].iloc[0]:.4f}") if arm.best else "–"
-    ends = [key for key, value in arm.best.items() if value in (arm.means[key].min(), arm.means[key].max())]
+    listed = {key: arm.means[key][arm.means[key] != ABSENT] for key in arm.best}
+    ends = [key for key, value in arm.best.items() if value in (listed[key].min(), listed[key].max())]
     row["note"] = f"{', '.join(ends)}: {AT_THE_END}" if ends else ""
     if len(inputs.trained_at):
         trained = inputs.trained_at[inputs.condition[inputs.condition == arm.name].index].unique()
