@@ -22,7 +22,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of the hub and of 
 
 import pandas as pd
 
-from moe.launch.overrides import quoted
+from moe.config.words import quoted
 from moe.metrics.agreement import overlap
 from moe.runs.record import SpecializationRecord
 from moe.runs.traces import read_traces

@@ -34,7 +34,7 @@ def search_path() -> list[Path]:
 
     Raises ConfigError for one that does not exist or holds no folder with the name of a config group.
     """
-    named = [Path(os.path.abspath(word)) for word in _named()]
+    named = named_folders()
     of_packages = _folders_of_packages(tuple(sys.path))
     several = os.pathsep in os.environ.get(SEARCH_PATH, "")
     advice = f"; a '{os.pathsep}' in {SEARCH_PATH} separates folders, so no name can have one" if several else ""
@@ -56,6 +56,11 @@ def _check_folder(folder: Path, *, origin: str = "", advice: str = "") -> None:
 def _folders_of_packages(import_path: tuple[str, ...]) -> list[Path]:
     """Return the folders that packages name. This reads all installed packages, so once for each `import_path`."""
     return [_folder_of(point.value) for point in entry_points(group=ENTRY_POINTS)]
+
+
+def named_folders() -> list[Path]:
+    """Return the folders in `SEARCH_PATH`, which a command or the environment names."""
+    return [Path(os.path.abspath(word)) for word in _named()]
 
 
 def _named() -> list[str]:
@@ -84,8 +89,7 @@ def use(folders: Iterable[str] = ()) -> None:
 
 def code_folders() -> list[Path]:
     """Return the folders from which `use` makes code importable: those of `SEARCH_PATH`, and those that hold them."""
-    folders = [Path(os.path.abspath(word)) for word in _named()]
-    return list(dict.fromkeys(place for folder in folders for place in (folder, folder.parent)))
+    return list(dict.fromkeys(place for folder in named_folders() for place in (folder, folder.parent)))
 
 
 def _folder_of(source: str) -> Path:

@@ -9,9 +9,10 @@ from hydra.core.override_parser.types import Override
 from moe.checks import ConfigError
 from moe.config.checkpoints import imported, saved
 from moe.config.options import sources
+from moe.config.words import as_word, quoted
 from moe.launch.hydra_errors import FAULTS
 from moe.launch.option_files import preset_of
-from moe.launch.overrides import as_word, parse_override, parsed, quoted, with_added_keys
+from moe.launch.overrides import parse_override, parsed, with_added_keys
 
 KEY = "model.checkpoint"
 

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache, lru_cache
-from typing import Any
 
 import yaml
 from hydra.core.global_hydra import GlobalHydra
@@ -15,8 +14,6 @@ from hydra.core.override_parser.types import (
     ChoiceSweep,
     IntervalSweep,
     Override,
-    Quote,
-    QuotedString,
     RangeSweep,
     Sweep,
 )
@@ -25,6 +22,7 @@ from omegaconf import OmegaConf
 from moe.checks import ConfigError, first_line, one_of, require, unknown
 from moe.config.options import CLASSES, GROUPS, options, search_path, sources
 from moe.config.schema import Config, allowed_values
+from moe.config.words import KEYWORDS, as_word, quote
 from moe.launch.hydra_errors import FAULTS, cause_of
 
 log = logging.getLogger(__name__)
@@ -40,7 +38,6 @@ SWEEPERS = {"hydra/sweeper": ("basic", "optuna"), "hydra/sweeper/sampler": ("tpe
 INNER_ROUTER = "adapter.router"  # a router inside of an adapter, which is no config group of its own
 ONE_PER_COMMAND = ("experiment", "out")
 DEFAULTS = ("variant=null",)  # defaults that are no option; Hydra cannot choose them, so they are left out
-KEYWORDS = ("null", "none", "true", "false", "inf", "nan")  # words that Hydra's grammar does not read as text
 MOST_CELLS = 10_000  # of one sweep
 
 
@@ -125,26 +122,6 @@ def with_added_keys(overrides: list[Override]) -> list[Override]:
         return name != "_target_" and (node in own or (part.is_add() and node in CLASSES)) and not part.is_delete()
 
     return [parse_override(f"++{str(part.input_line).lstrip('+')}") if is_added(part) else part for part in parts]
-
-
-def as_word(value: Any) -> str:
-    """Return a value as Hydra's grammar writes it."""
-    if isinstance(value, dict):
-        return f"{{{','.join(f'{name}:{as_word(each)}' for name, each in value.items())}}}"
-    if isinstance(value, list):
-        return f"[{','.join(map(as_word, value))}]"
-    if isinstance(value, str):
-        return value if re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", value) and value.lower() not in KEYWORDS else quote(value)
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def quoted(text: str) -> str:
-    """Return a text as the value of an override, in quotes unless it is a path of plain characters."""
-    return text if re.fullmatch(r"[\w.-]*(/[\w.-]+)+", text) else quote(text)
-
-
-def quote(text: str) -> str:
-    return QuotedString(text, Quote.double).with_quotes()
 
 
 def lines_of(overrides: list[Override]) -> list[str]:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from moe.checks import ConfigError, first_line, printable
 from moe.config.cell import Cell
+from moe.config.keys import is_free
+from moe.config.options import named_folders
 from moe.distributed import ranks
 from moe.files import shown, walk
 from moe.launch.plans import record_plan
@@ -27,7 +29,9 @@ from moe.runs.folder import (
     stored_record,
     user,
 )
-from moe.runs.record import RecordError, SweepRecord
+from moe.runs.record import CommandsRecord, RecordError, SweepRecord
+
+SAID = ("out", "tune", "tune_seeds")  # free keys that the place of the runs and their grid say
 
 
 def program() -> str:
@@ -130,6 +134,7 @@ def _reserved(cells: list[Cell]) -> Iterator[None]:
             )
         _record_grid(cells)
         record_plan(cells, grid_name(cells))
+        _record_command(cells)
         yield
 
 
@@ -155,6 +160,19 @@ def _record_grid(cells: list[Cell]) -> None:
             time.sleep(0.05)
         if (record := changed()) is not None:
             record.write(path)
+
+
+def _record_command(cells: list[Cell]) -> None:
+    """Write into commands.json what a command of the same runs needs beside their settings."""
+    path = cells[0].folder.parent / CommandsRecord.FILE
+    try:
+        earlier = CommandsRecord.read(path)
+    except RecordError:  # none, or a damaged one, which nothing else depends on
+        earlier = CommandsRecord(words={}, folders={})
+    keys = {word: word.partition("=")[0].lstrip("+") for word in cells[0].overrides}
+    free = [word for word, key in keys.items() if is_free(key) and key not in SAID]
+    name, folders = grid_name(cells), [str(folder) for folder in named_folders()]
+    CommandsRecord(words=earlier.words | {name: free}, folders=earlier.folders | {name: folders}).write(path)
 
 
 def _state_disk(cells: list[Cell]) -> None:

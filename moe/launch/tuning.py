@@ -15,11 +15,12 @@ from moe.checks import ConfigError, require
 from moe.config.cell import CHOOSES, Cell
 from moe.config.keys import is_free
 from moe.config.options import GROUPS
+from moe.config.words import as_word
 from moe.distributed import ranks
 from moe.launch.cells import Start, combinations, expand_start
 from moe.launch.compose import compose_config
 from moe.launch.grids import with_part
-from moe.launch.overrides import DEFAULTS, as_word, is_group, lines_of, parse_override, values_of
+from moe.launch.overrides import DEFAULTS, is_group, lines_of, parse_override, values_of
 from moe.launch.search import objective
 from moe.runs.folder import diverged, finished
 

@@ -247,6 +247,21 @@ class SweepRecord(Record):
         return SweepRecord(cells=self.cells | cells, grids=[merged if grid is old else grid for grid in self.grids])
 
 
+@dataclass(frozen=True, kw_only=True)
+class CommandsRecord(Record):
+    """commands.json: how the newest command named what changes no result of a sweep's runs.
+
+    words: for each grid, by its name, the overrides of keys such as save_model and logger.mode. folders: for each grid,
+    the folders outside of this project that held its options.
+    """
+
+    FILE = "commands.json"
+    ADVICE = "delete this file; reports then print commands without what it names"
+
+    words: dict[str, list[str]]
+    folders: dict[str, list[str]]
+
+
 class StudySettings(NamedTuple):
     """What a study depends on: format of the study, model, and options of the command."""
 

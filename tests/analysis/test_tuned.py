@@ -102,7 +102,7 @@ def test_the_report_shows_the_chosen_values_and_a_curve_of_each_arm(sweep: Path,
     assert f"| noise=0.0 | {RATE}=0.01 |" in text
     assert f"{RATE}: at the end of the list" in text
     facts = [text for name, text in setup(parts(sweep)[2]) if name.startswith("Settings that differ")]
-    assert facts == [literal(f"tune={{{RATE}:[0.01, 0.02, 0.04]}}, tune_seeds=[1, 2]")]
+    assert facts == [literal(f"tune={{{RATE}:[0.01,0.02,0.04]}}, tune_seeds=[1,2]")]
     words = command_for_more(parts(sweep)[2], 2)
     assert words.endswith("noise=0.0,0.1 seed=45,46")
-    assert f"'tune={{{RATE}:[0.01, 0.02, 0.04]}}' 'tune_seeds=[1, 2]'" in words
+    assert f"'tune={{{RATE}:[0.01,0.02,0.04]}}' 'tune_seeds=[1,2]'" in words

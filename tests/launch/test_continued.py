@@ -14,8 +14,8 @@ from small_runs import run, untimed
 
 from moe.checks import ConfigError
 from moe.config.cell import Cell
+from moe.config.words import quoted
 from moe.launch.command_line import read_cells
-from moe.launch.overrides import quoted
 from moe.model.causal_lm import MoEForCausalLM
 from moe.runs.signals import Interrupted
 from moe.training.setup import build_model, prepare_data

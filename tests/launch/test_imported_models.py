@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM
 from moe import observe
 from moe.checks import ConfigError
 from moe.config.cell import Cell
+from moe.config.words import quoted
 from moe.data.blocks import batch
 from moe.data.labels import IGNORED, next_token
 from moe.launch.command_line import read_cells
-from moe.launch.overrides import quoted
 from moe.launch.run import run
 from moe.model.cost import count_parameters
 from moe.runs.record import MetricsRecord, RunRecord

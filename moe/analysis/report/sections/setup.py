@@ -53,7 +53,7 @@ def setup(inputs: ReportInputs) -> list[tuple[str, str]]:
     facts += planned_facts(inputs.study)
     if len(inputs.trials):
         facts.append(("Tuning", tuned_equally(inputs.trials)))
-    if command := training_command(inputs):
+    if command := training_command(inputs.runs):
         facts.append(("Repeat", f"`{command}`"))
     return facts
 

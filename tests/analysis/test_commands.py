@@ -1,0 +1,84 @@
+"""Tests that the command of a report trains the runs of the report."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from hydra.core.override_parser.types import Quote, QuotedString
+
+from moe.analysis.report.sections.commands import training_command
+from moe.config.cell import Cell
+from moe.config.keys import flatten
+from moe.config.words import quote
+from moe.launch.command_line import read_cells
+from moe.launch.sweep import _record_command, _record_grid
+from moe.runs.record import CommandsRecord
+
+OWN = "# A router of this test\n_target_: moe.routers.topk.TopK\nk: {k}\n"
+
+
+@pytest.fixture
+def labs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Return two folders of options, each with a router, below the working folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MOE_SEARCH_PATH", "")
+    folders = [Path("my lab"), Path("other")]
+    for number, folder in enumerate(folders):
+        (folder / "router").mkdir(parents=True)
+        (folder / "router" / f"own{number}.yaml").write_text(OWN.format(k=number + 1))
+    return folders
+
+
+def trained(*words: str) -> tuple[list[Cell], pd.DataFrame]:
+    """Return the cells of a sweep, and the table of its runs, after writing what the sweep writes into its folder."""
+    cells = read_cells(["-m", *words])
+    assert cells is not None
+    cells[0].folder.parent.mkdir(parents=True, exist_ok=True)
+    _record_grid(cells)
+    _record_command(cells)
+    return cells, pd.DataFrame({"folder": [str(cell.folder) for cell in cells]})
+
+
+def described(cell: Cell) -> dict[str, Any]:
+    """Return everything that a command decides about a run."""
+    return flatten(cell.config) | cell.choices | {"folder": cell.folder}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "--config-dir 'my lab' router=topk,own0 seed=1,2 steps=9 save_model=none threads=1 logger=csv planned_seeds=8",
+        """'hydra.searchpath=["my lab",other]' router=own0,own1 noise=0.1 seed=1,2 out=here""",
+        "capacity=1.0,null seed=3 'logger.project=\"my \\\"lab\\\"\"'",
+        "experiment=experiment_a capacity=null router=softk,switch seed=1 claims=[] logger.mode=disabled",
+        "experiment=noise_lb_seed seed=1,2 trainable=router noise=0.0 'question=\"Why, and how?\"'",
+    ],
+)
+@pytest.mark.usefixtures("labs")
+def test_the_command_of_a_report_trains_its_runs(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells, runs = trained(*shlex.split(command))
+    monkeypatch.setenv("MOE_SEARCH_PATH", "")
+    program, script, *words = shlex.split(training_command(runs))
+    assert (program, script) == ("python", "train.py")
+    again = read_cells(words)
+    assert again is not None
+    assert sorted(map(described, again), key=str) == sorted(map(described, cells), key=str)
+    more = read_cells(shlex.split(training_command(runs, [7, 8]))[2:])
+    assert more is not None
+    assert {cell.config.seed for cell in more} == {7, 8}
+
+
+@pytest.mark.usefixtures("labs")
+def test_a_command_says_what_the_newest_command_said_and_nothing_of_a_damaged_file() -> None:
+    cells, runs = trained("noise=0.0,0.1", "seed=1", "save_model=none")
+    trained("noise=0.0,0.1", "seed=2", "save_model=all", "planned_seeds=2")
+    assert "save_model=all planned_seeds=2" in training_command(runs)
+    (cells[0].folder.parent / CommandsRecord.FILE).write_text("[]")
+    assert training_command(runs) == "python train.py -m noise=0.0,0.1 seed=1"
+
+
+@pytest.mark.parametrize("text", ["plain", 'a "b"', "a\\", 'a\\"', '\\\\"x', "", "{a: 'b'}"])
+def test_a_quoted_text_is_that_of_hydra(text: str) -> None:
+    assert quote(text) == QuotedString(text, Quote.double).with_quotes()
