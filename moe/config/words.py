@@ -7,6 +7,7 @@ from typing import Any
 
 from moe.files import shown
 
+SEARCHED = "hydra.searchpath"  # the key that names several folders of options
 KEYWORDS = ("null", "none", "true", "false", "inf", "nan")  # words that Hydra's grammar does not read as text
 
 
@@ -24,9 +25,7 @@ def as_word(value: Any) -> str:
 def searched(folders: Iterable[Path | str]) -> list[str]:
     """Return the words of a command that name folders of options outside of this project; none without folders."""
     named = [str(shown(Path(folder))) for folder in folders]
-    if len(named) > 1:
-        return [f"hydra.searchpath={as_word(named)}"]
-    return ["--config-dir", *named] if named else []
+    return ["--config-dir", *named] if len(named) == 1 else [f"{SEARCHED}={as_word(named)}"] if named else []
 
 
 def quoted(text: str) -> str:

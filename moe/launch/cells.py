@@ -20,7 +20,6 @@ from moe.config.model import ModelConfig
 from moe.config.options import CLASSES, GROUPS, sources, use
 from moe.config.schema import Config
 from moe.config.sections import OptimizerConfig
-from moe.config.words import quote
 from moe.distributed import ranks
 from moe.launch import slurm
 from moe.launch.claims import check_claims

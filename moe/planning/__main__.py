@@ -26,6 +26,8 @@ from moe.analysis.sentences import level_text
 from moe.bench.options import OneLineParser, whole
 from moe.checks import ConfigError, require
 from moe.config.cell import Cell
+from moe.config.options import named_folders
+from moe.config.words import SEARCHED, as_word
 from moe.files import read_text, shown, write_json
 from moe.launch.command_line import read_command
 from moe.launch.listing import number_text
@@ -47,6 +49,7 @@ def main() -> int:
     try:
         arguments, request = _read(sys.argv[1:])
         cells, trials = _cells(request)
+        request = _with_folders(request)
         pilot = None if arguments.pilot is None else _pilot(arguments.pilot)
         speed = None if pilot is None else speed_of_pilot(pilot)
         plan = make_plan(request, cells, pilot, speed or _measured(cells), trials)
@@ -64,6 +67,7 @@ def _read(words: list[str]) -> tuple[argparse.Namespace, Request]:
     parser = OneLineParser(prog="moe plan", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     add("words", nargs="*", metavar="KEY=VALUE", help="experiment=NAME effect=SIZE and other overrides")
+    add("--config-dir", metavar="DIR", help="a folder of options outside of this project")
     add("--pilot", type=Path, metavar="DIR", help="finished runs that tell spread and speed")
     add("--effect", action="append", default=[], metavar="METRIC=SIZE", help="another effect for this metric")
     add("--power", type=float, default=0.8, help="probability of a decision if the effect is real (0.8)")
@@ -82,8 +86,16 @@ def _read(words: list[str]) -> tuple[argparse.Namespace, Request]:
         others[metric] = Effect.read(f"--effect {metric}", size)
     _check_out(arguments.out)
     kept = [word for word in arguments.words if not word.startswith(("effect=", "planned_seeds="))]  # the plan says it
+    kept += [f"{SEARCHED}={as_word([arguments.config_dir])}"] if arguments.config_dir else []
     request = Request(kept, Effect.read("effect", effects[0]), others, arguments.power, arguments.most)
     return arguments, request
+
+
+def _with_folders(request: Request) -> Request:
+    """Return the request with all folders of options among its words, also those that the environment names."""
+    words = [word for word in request.words if not word.startswith(f"{SEARCHED}=")]
+    folders = [str(shown(folder)) for folder in named_folders()]
+    return request._replace(words=words + ([f"{SEARCHED}={as_word(folders)}"] if folders else []))
 
 
 def _check_out(path: Path) -> None:

@@ -51,7 +51,7 @@ def described(cell: Cell) -> dict[str, Any]:
     [
         "--config-dir 'my lab' router=topk,own0 seed=1,2 steps=9 save_model=none threads=1 logger=csv planned_seeds=8",
         """'hydra.searchpath=["my lab",other]' router=own0,own1 noise=0.1 seed=1,2 out=here""",
-        "capacity=1.0,null seed=3 'logger.project=\"my \\\"lab\\\"\"'",
+        'capacity=1.0,null seed=3 \'logger.project="my \\"lab\\""\'',
         "experiment=experiment_a capacity=null router=softk,switch seed=1 claims=[] logger.mode=disabled",
         "experiment=noise_lb_seed seed=1,2 trainable=router noise=0.0 'question=\"Why, and how?\"'",
     ],

@@ -22,7 +22,7 @@ from moe.config.cell import Cell
 from moe.config.claim import ClaimConfig
 from moe.config.schema import Config
 from moe.launch.command_line import read_cells
-from moe.planning.__main__ import _cells, _pilot_command, _read, main
+from moe.planning.__main__ import _cells, _pilot_command, _read, _with_folders, main
 from moe.planning.__main__ import _cells as planned_cells
 from moe.planning.cost import Speed, tokens_of
 from moe.planning.pilot import differences
@@ -247,6 +247,19 @@ def test_the_pilot_has_one_folder_and_new_seeds() -> None:
     assert _pilot_command(request) == "python train.py -m experiment=x steps=5 seed=1,2,3 out=pilot"
     request = request._replace(words=["claims=[{text: a}]"])
     assert _pilot_command(request) == "python train.py -m 'claims=[{text: a}]' seed=1,2,3 out=pilot"
+
+
+def test_a_plan_and_its_commands_name_the_folders_of_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("lab", "other"):
+        (tmp_path / folder / "router").mkdir(parents=True)
+    monkeypatch.setenv("MOE_SEARCH_PATH", "other")
+    words = ["experiment=noise_lb_seed", "effect=1sd", "--config-dir", "lab", f"--out={tmp_path / 'plan.json'}"]
+    request = _read(words)[1]
+    _cells(request)
+    request = _with_folders(request)
+    assert request.words == ["experiment=noise_lb_seed", "hydra.searchpath=[other,lab]"]
+    assert "'hydra.searchpath=[other,lab]' seed=1,2,3" in _pilot_command(request)
 
 
 def test_seeds_that_a_command_plans_give_way_to_those_of_the_plan(tmp_path: Path) -> None:
