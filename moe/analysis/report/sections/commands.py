@@ -52,7 +52,7 @@ def _beside_settings(sweep: Path, grid: Grid) -> list[str]:
 def grid_of(runs: pd.DataFrame) -> Grid | None:
     """Return the grid of runs that lie in one sweep folder, from its sweep.json; None if there is none."""
     record = _sweep_of(runs)
-    return record and record.grid_with(*(Path(folder).name for folder in runs["folder"]))
+    return None if record is None else record.grid_with(*(Path(folder).name for folder in runs["folder"]))
 
 
 def _sweep_of(runs: pd.DataFrame) -> SweepRecord | None:
