@@ -19,7 +19,12 @@ from moe.analysis.statistics import name_cell
 from moe.checks import plain
 from moe.results.conditions import conditions, present, reference_level
 
-COST = {"flops_per_token": "FLOPs per token", "time/tokens_per_s": "tokens / s", "peak_memory_gb": "peak memory, GB"}
+COST = {
+    "model.ffn": "width of an expert",
+    "flops_per_token": "FLOPs per token",
+    "time/tokens_per_s": "tokens / s",
+    "peak_memory_gb": "peak memory, GB",
+}
 LEAGUE_EXPLAINED = """\
 {metric} in nats per token, mean over the {seeds} seeds that all ranked routers have. Differences are those from
 {reference}, paired by seed. Their intervals are corrected for the number of routers: in 95 % of cases all of them
