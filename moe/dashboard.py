@@ -104,11 +104,11 @@ def null_metrics(configs: list[Config]) -> set[str]:
     To find out, the router of each run routes a few random tokens.
     """
     alike = {repr((config.router, config.model, config.capacity)): config for config in configs if not config.is_dense}
-    return set.intersection(*(_null_metrics(c, spec) for c in alike.values() for spec in c.router_specs()))
+    return set.intersection(*(_null_metrics(c, *each) for c in alike.values() for each in c.router_specs()))
 
 
-def _null_metrics(config: Config, spec: dict[str, Any]) -> set[str]:
-    dim, experts = config.model.dim, config.model.num_experts
+def _null_metrics(config: Config, spec: dict[str, Any], experts: int) -> set[str]:
+    dim = config.model.dim
     ids = torch.arange(128).view(2, 64)
     told = torch.zeros(2, len(LABELS), dtype=torch.long)
     context = Context(ids, Knobs.of(), config.capacity, told=told, compared=torch.arange(2))

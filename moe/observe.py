@@ -151,6 +151,7 @@ def require_same_shape(model: "Cell", other: "Cell") -> None:
             "architecture": content("model.checkpoint", str(cell.config.model.checkpoint), None).get("model_type"),
             "MoE layers": cell.config.model.layers - cell.config.model.first_k_dense_replace,
             "experts": cell.config.model.num_experts,
+            "experts by layer": cell.config.model.experts_by_layer,
         }
         for cell in (model, other)
     ]

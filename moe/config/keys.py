@@ -47,6 +47,7 @@ DENSE_IGNORES = ("router", "schedule")
 # Keys of `model` that decide nothing in such a model.
 OF_EXPERTS = (
     "num_experts",
+    "experts_by_layer",
     "ffn",
     "shared_experts",
     "shared_gate",

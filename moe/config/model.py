@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from moe.checks import finite, one_of, require, require_path
-from moe.config import layer_routers
+from moe.config import layer_experts, layer_routers
 from moe.config.checkpoints import dense as dense_checkpoint
 from moe.config.checkpoints import saved
 
@@ -21,6 +21,7 @@ class ModelConfig:
     layers: int = MISSING  # decoder layers
     ffn: int = MISSING  # hidden width F of one expert
     num_experts: int = MISSING  # routed experts E of each MoE layer
+    experts_by_layer: str | None = None  # other numbers of experts of single layers: 0-2:4 (layers 0 to 2), joined by +
     expert: str = "silu"  # form of an expert: silu | swiglu | geglu
     shared_experts: int = 0  # experts of the same width that every token uses, beside the routed ones
     shared_gate: bool = False  # multiply their output by a learned sigmoid of the hidden state (Qwen2-MoE)
@@ -76,6 +77,11 @@ class ModelConfig:
         require(latent is None or 1 <= latent < self.dim, "model.latent_dim", latent, allowed)
         dense, allowed = self.first_k_dense_replace, f"between 0 and model.layers={self.layers}"
         require(0 <= dense <= self.layers, "model.first_k_dense_replace", dense, allowed)
+        if self.experts_by_layer is not None:
+            allowed = "null with model.dense, and with a checkpoint of transformers: their layers have one number"
+            ours = self.dense is None and (self.checkpoint is None or self.continues)
+            require(ours, layer_experts.KEY, self.experts_by_layer, allowed)
+            layer_experts.check(self.experts_by_layer, dense=self.first_k_dense_replace, layers=self.layers)
         if self.routers is not None:
             imports = self.checkpoint is not None and not self.continues
             kinds = [dense_checkpoint.kind(*parent) for parent in self.parents]
@@ -87,6 +93,15 @@ class ModelConfig:
         alpha = self.neftune_noise_alpha
         require(finite(alpha) and alpha >= 0, "model.neftune_noise_alpha", alpha, "a finite number >= 0")
         self._check_upcycling()
+
+    def experts_of(self, layer: int) -> int:
+        """Return the number of routed experts of a decoder layer."""
+        return layer_experts.of_layer(self.experts_by_layer, layer, self.num_experts)
+
+    @property
+    def moe_layers(self) -> range:
+        """The decoder layers that have experts."""
+        return range(self.first_k_dense_replace, self.layers)
 
     @property
     def continues(self) -> bool:

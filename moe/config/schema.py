@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 from omegaconf import MISSING
 
 from moe.checks import ConfigError, describe, finite, one_of, require, require_path, unknown
-from moe.config import layer_routers
+from moe.config import layer_experts, layer_routers
 from moe.config.checkpoints import dense as dense_checkpoint
 from moe.config.checkpoints import imported, replayed
 from moe.config.claim import ClaimConfig
@@ -160,8 +160,10 @@ class Config:
         allowed = "0 where each rank has a part of each weight (FSDP or expert_parallel)"
         require(not self.erc or not (fsdp or self.expert_parallel), "erc", self.erc, allowed)
         if self.expert_parallel:
-            experts, allowed = self.model.num_experts, f"a multiple of the {number} processes, with expert_parallel"
-            require(experts % number == 0, "model.num_experts", experts, allowed)
+            allowed = f"a multiple of the {number} processes, with expert_parallel"
+            require(self.model.num_experts % number == 0, "model.num_experts", self.model.num_experts, allowed)
+            divides = all(self.model.experts_of(layer) % number == 0 for layer in self.model.moe_layers)
+            require(divides, layer_experts.KEY, self.model.experts_by_layer, f"of numbers that are each {allowed}")
             require(not fsdp, "expert_parallel", True, "false when the launch file says FSDP, which shards experts too")
 
     def check_router(self) -> None:
@@ -172,7 +174,7 @@ class Config:
             self._check_one(router)
         allowed = "routers that all run once in a layer, or all equally often"
         require(len({len(each.chain) for each in routers}) == 1, "model.routers", self.model.routers, allowed)
-        temperatures = {spec["temp"] for spec in self.router_specs() if "temp" in spec}
+        temperatures = {spec["temp"] for spec, _ in self.router_specs() if "temp" in spec}
         allowed = "routers with one temp, because the temperature is one number for all layers"
         require(len(temperatures) < 2, "model.routers", self.model.routers, allowed)
         precision, computes = self.model.router_precision, not all(each.uses_ids for each in routers)
@@ -211,7 +213,7 @@ class Config:
         for key in (router.ignores | router.ignores_without_capacity) - settings:
             raise unknown(f"key in ignores of {type(router).__name__}", key, settings)
         if self.capacity is not None and not self.is_dense and "capacity" not in router.ignored_keys():
-            most = self.model.num_experts / (router.fixed_k or 1)
+            most = router.num_experts / (router.fixed_k or 1)
             allowed = (
                 f"null, or below {most:g}: from there on an expert has room for all tokens, so that none is dropped"
             )
@@ -243,13 +245,14 @@ class Config:
         unused |= frozen & DEFAULTED
         if self.is_dense:
             return frozenset((*OFF, *DENSE_IGNORES, *RATES, "optimizer.expert_step", *unused))
-        if self.model.num_experts == 1:
-            unused.add("optimizer.expert_step")
         router, *of_layers = routers = self.build_routers()
+        if all(each.num_experts == 1 for each in routers):
+            unused.add("optimizer.expert_step")
         if not any(p.requires_grad for each in routers for p in each.parameters()) and not router.weights_elsewhere:
             unused.add("optimizer.router_lr")
         used = [key for each in of_layers for key in OFF.keys() - each.ignored_keys()]
-        ignored = (router.ignored_keys() - {*used}) | frozen
+        alike = [each.ignored_keys() for each in routers if type(each) is type(router)]
+        ignored = (frozenset.intersection(*alike) - {*used}) | frozen
         if self.capacity is None or "capacity" in ignored:
             ignored |= {"drop"} | router.ignores_without_capacity
         return frozenset(ignored & {*OFF, *(f"router.{name}" for name in self.router)} | unused)
@@ -268,8 +271,10 @@ class Config:
 
     def settings_in_effect(self) -> dict[str, Any]:
         """Return `identity`, with the values that mean the same as the given ones. This imports torch, unless dense."""
-        same = {} if self.is_dense else self.build_routers()[0].same_as
-        equivalent = {f"router.{name}": value for name, value in same.items()}
+        routers = [] if self.is_dense else self.build_routers()
+        same, *of_layers = [each.same_as for each in routers if type(each) is type(routers[0])] or [{}]
+        shared = [name for name, value in same.items() if all(each.get(name, ...) == value for each in of_layers)]
+        equivalent = {f"router.{name}": same[name] for name in shared}
         seeds = dict(zip(("init_seed", "data_seed"), self.seeds, strict=True)) | {"seed": None}
         return self.identity() | equivalent | seeds | {"trainable": str(self.trains)}
 
@@ -305,23 +310,34 @@ class Config:
         off = {key: OFF[key] for key in OFF.keys() & ignored}
         return replace(self, router=used, optimizer=replace(self.optimizer, **defaults), **off)
 
-    def router_specs(self) -> list[dict[str, Any]]:
-        """Return class and settings of each router: first `router`, then others of single layers, each once."""
-        of_layers = layer_routers.specs(self.model.routers, self.router).values()
-        return list({repr(spec): spec for spec in (self.router, *of_layers)}.values())
+    def router_specs(self) -> list[tuple[dict[str, Any], int]]:
+        """Return class and settings of each router, with the number of its experts, each pair once.
+
+        First comes `router` with the number of the first layer that has it, and with `model.num_experts` if none does.
+        """
+        specs = layer_routers.specs(self.model.routers, self.router)
+        pairs = [(specs.get(layer, self.router), self.model.experts_of(layer)) for layer in self.model.moe_layers]
+        unique = list({(id(spec), experts): (spec, experts) for spec, experts in pairs}.values())
+        unique.sort(key=lambda pair: pair[0] is not self.router)
+        return list({repr(pair): pair for pair in unique or [(self.router, self.model.num_experts)]}.values())
 
     def build_routers(self) -> list[Any]:
         """Return a router of each of `router_specs`, without memory for its parameters. This imports torch."""
         import torch
 
-        sizes = (self.model.dim, self.model.num_experts)
+        routers = []
         with torch.device("meta"):
-            main, *of_layers = self.router_specs()
-            routers = [build(main, "router", *sizes, trusted=True)]
-            try:
-                return routers + [build(spec, "router", *sizes, trusted=True) for spec in of_layers]
-            except ConfigError as error:
-                raise ConfigError(f"model.routers={self.model.routers}: {error}") from error
+            for spec, experts in self.router_specs():
+                try:
+                    routers.append(build(spec, "router", self.model.dim, experts, trusted=True))
+                except ConfigError as error:
+                    by_layer = {
+                        "model.routers": None if spec is self.router else self.model.routers,
+                        layer_experts.KEY: None if experts == self.model.num_experts else self.model.experts_by_layer,
+                    }
+                    where = [f"{key}={text}: " for key, text in by_layer.items() if text is not None]
+                    raise ConfigError("".join([*where, str(error)])) from error
+        return routers
 
     def is_causal(self) -> bool:
         """Return whether the routing of all layers is causal, see `Router.is_causal`. This imports torch."""
@@ -378,11 +394,13 @@ class Config:
     def identity(self) -> dict[str, Any]:
         """Return the keys that decide what a run computes, flat: {"model.dim": 128, ...}.
 
-        In `model.routers`, layers are left out that have the router of the others anyway.
+        In `model.routers` and `model.experts_by_layer`, layers are left out that are like the others anyway.
         """
-        flat = {key: value for key, value in flatten(self).items() if not is_free(key)}
-        if self.model.routers is not None:
-            flat["model.routers"] = layer_routers.in_effect(self.model.routers, self.router)
+        flat, model = {key: value for key, value in flatten(self).items() if not is_free(key)}, self.model
+        if model.routers is not None:
+            flat["model.routers"] = layer_routers.in_effect(model.routers, self.router)
+        if model.experts_by_layer is not None:
+            flat[layer_experts.KEY] = layer_experts.in_effect(model.experts_by_layer, model.num_experts)
         unused = DENSE_IGNORES if self.is_dense else ()
         return {key: value for key, value in flat.items() if key.partition(".")[0] not in unused}
 

@@ -76,6 +76,10 @@ class Target:
                 "it has no shared experts",
             ),
             "model.shared_gate=True": (self.shared_gate or not config.shared_gate, "its shared experts have no gate"),
+            f"model.experts_by_layer={config.experts_by_layer}": (
+                config.experts_by_layer is None,
+                "all its layers have one number of experts",
+            ),
             f"model.routers={config.routers}": (
                 config.router_layers is None or anatomy.rule is not None,
                 "its layers have routers of one rule",

@@ -13,7 +13,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from moe.checks import ConfigError, require
-from moe.config import layer_routers
+from moe.config import layer_experts, layer_routers
 from moe.config.cell import Cell
 from moe.config.keys import DEFAULTED, DENSE_IGNORES, OFF, RATES, flatten
 from moe.config.model import ModelConfig
@@ -297,8 +297,12 @@ def _refuse_given_in_vain(cells: list[Cell], described: list[Cell], given: set[s
     that the command, or the sweep of its experiment, sets to one value or to several. swept: those with several.
 
     A key for which model or data have no use (`Config.unused_keys`) is refused only with several values. A layer of
-    `model.routers` must have another router than the others in one cell at least.
+    `model.routers` must have another router than the others in one cell at least, and so with the number of experts of
+    `model.experts_by_layer`.
     """
+    numbers = [(cell.config.model.experts_by_layer, cell.config.model.num_experts) for cell in cells]
+    for text in dict.fromkeys(text for text, _ in numbers if text is not None):
+        layer_experts.check_changes(text, [number for each, number in numbers if each == text])
     of_layers = [(cell.config.model.routers, cell.config.router) for cell in cells]
     for text in dict.fromkeys(text for text, _ in of_layers if text is not None):
         layer_routers.check_changes(text, [router for each, router in of_layers if each == text])

@@ -22,6 +22,7 @@ _WORDS = {
     "seed": "seeds random_seed",
     "precision": "dtype bf16 fp16 amp mixed_precision torch_dtype",
     "model.num_experts": "num_experts n_experts experts num_local_experts n_routed_experts",
+    "model.experts_by_layer, such as 0-2:4": "layer_experts experts_per_layer num_experts_by_layer expert_counts",
     "model.shared_experts": "shared_experts n_shared_experts num_shared_experts",
     "model.routers, such as 0-2:hash": "router.layers routers router_layers layer_routers router_by_layer",
     "model.shared_gate": "shared_expert_gate use_shared_expert_gate moe_shared_expert_gate",

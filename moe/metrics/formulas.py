@@ -32,10 +32,13 @@ array([0.25])
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
+
+from moe.routing.axes import without_absent
 
 Layers = Float[np.ndarray, "L"]
 BUSY = 0.9  # share of the assignments that the busy experts of a layer take
@@ -51,8 +54,37 @@ class Sums:
         raise AttributeError(f"RoutingStats has no field {name}")
 
     def pool(self) -> "Sums":
-        """Add all layers into one. Opposite imbalances of two layers cancel."""
+        """Add all layers into one. Opposite imbalances of two layers cancel. All have equally many experts."""
         return Sums({name: field.sum(0, keepdims=True) for name, field in vars(self).items()})
+
+    def experts(self) -> Int[np.ndarray, "L"]:
+        """Return the number of experts of each layer. NaN follows the loads of one that has fewer than another."""
+        return (~np.isnan(self.offered)).sum(-1)
+
+    def groups(self) -> list["Group"]:
+        """Return the layers by their number of experts."""
+        numbers, most = self.experts(), self.offered.shape[-1]
+        if (numbers == most).all():
+            return [Group(np.arange(len(numbers)), self)]
+        found = []
+        for number in np.unique(numbers).tolist():
+            layers = np.flatnonzero(numbers == number)
+            fields = {name: without_absent(name, field[layers], most - number) for name, field in vars(self).items()}
+            found.append(Group(layers, Sums(fields)))
+        return found
+
+
+class Group(NamedTuple):
+    """Layers of equally many experts: their numbers in the model, and their sums without experts that they lack."""
+
+    layers: Int[np.ndarray, "N"]
+    sums: Sums
+
+
+def of_groups(function: Callable[[Sums], np.ndarray], groups: list[Group]) -> np.ndarray:
+    """Return what a function of sums computes for all layers, from the layers of each group by themselves."""
+    values = [function(group.sums) for group in groups]
+    return np.concatenate(values)[np.argsort(np.concatenate([group.layers for group in groups]))]
 
 
 def load_share(s: Sums) -> Float[np.ndarray, "L E"]:
@@ -158,7 +190,7 @@ def busiest(loads: Float[np.ndarray, "L E"]) -> Bool[np.ndarray, "L E"]:
 
 def busy(s: Sums) -> Bool[np.ndarray, "L E"]:
     """Return which experts are the fewest that take 90 % of the assignments."""
-    return busiest(s.offered)
+    return busiest(np.nan_to_num(s.offered))  # an expert that a layer lacks takes nothing
 
 
 def busy_experts(s: Sums) -> Layers:

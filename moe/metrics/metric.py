@@ -36,7 +36,8 @@ GROUPS = {
 }
 
 VARIANTS = {
-    "pooled": "the loads of all layers are added first, so that opposite imbalances cancel",
+    "pooled": "the loads of all layers are added first, so that opposite imbalances cancel; null if layers differ in "
+    "their number of experts",
     "worst": "value of the worst layer",
     "layerNN": "value of one layer with experts, from `/layer00`",
     "<domain>": "value of one domain of the data",

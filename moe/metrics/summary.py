@@ -5,28 +5,30 @@ import torch
 
 from moe.metrics import formulas
 from moe.metrics.catalog import ROUTING_METRICS
-from moe.metrics.formulas import Sums
+from moe.metrics.formulas import Sums, of_groups
 from moe.routing.stats import RoutingStats
 
 
 def summarize(stats: RoutingStats | Sums, *, per_layer: bool = True) -> dict[str, float | None]:
     """Return every metric as `routing/<name>`, the mean over layers; None where a router has no such quantity.
 
-    With `per_layer` add the variants `/layerNN` and, where the catalog has them, `/pooled` and `/worst`.
+    With `per_layer` add the variants `/layerNN` and, where the catalog has them, `/pooled` and `/worst`. Layers of
+    different numbers of experts have no loads that can be added, so that `/pooled` is None.
     """
     sums = stats if isinstance(stats, Sums) else to_numpy(stats)
-    pooled = sums.pool() if per_layer else sums
+    groups = sums.groups()
+    pooled = sums.pool() if len(groups) == 1 else None
     values: dict[str, float | None] = {}
     with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0 is NaN: no such quantity
         for name, metric in ROUTING_METRICS.items():
             assert metric.function is not None
-            layers = metric.function(sums)
+            layers = of_groups(metric.function, groups)
             values[name] = _number(layers.mean())
             if not per_layer:
                 continue
             if "pooled" in metric.variants:
                 worst = layers.max() if metric.better == "lower" else layers.min()
-                values[f"{name}/pooled"] = _number(metric.function(pooled)[0])
+                values[f"{name}/pooled"] = None if pooled is None else _number(metric.function(pooled)[0])
                 values[f"{name}/worst"] = _number(worst)
             for layer, value in enumerate(layers):
                 values[f"{name}/layer{layer:02d}"] = _number(value)
@@ -46,15 +48,16 @@ def to_numpy(stats: RoutingStats) -> Sums:
 def drop_rate_by_position(stats: RoutingStats) -> list[float | None]:
     """Return the drop rate of each decile of the position, the mean over layers."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        rates = formulas.drop_rate_by_position(to_numpy(stats))
+        rates = of_groups(formulas.drop_rate_by_position, to_numpy(stats).groups())
     return [_number(rate) for rate in rates.mean(0)]
 
 
 def utilization(stats: RoutingStats) -> list[list[float | None]]:
-    """Return each expert's share of the assignments, (L, E). None in a layer in which no token asks for an expert."""
+    """Return the share of the assignments of each expert of each layer. None where no token asks for an expert."""
+    sums = to_numpy(stats)
     with np.errstate(invalid="ignore"):
-        shares = formulas.load_share(to_numpy(stats))
-    return [[_number(share) for share in layer] for layer in shares]
+        shares = formulas.load_share(sums)
+    return [[_number(e) for e in layer[:number]] for layer, number in zip(shares, sums.experts(), strict=True)]
 
 
 def _number(value: np.floating) -> float | None:

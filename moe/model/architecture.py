@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 from transformers.models.llama.configuration_llama import LlamaConfig
 
 from moe.checks import check_values, require
-from moe.config import layer_routers
+from moe.config import layer_experts, layer_routers
 from moe.config.checkpoints import dense, imported, saved, transformers_config
 from moe.config.model import ModelConfig
 from moe.routers.imported import Imported
@@ -67,6 +67,7 @@ class MoEConfig(LlamaConfig):
     imported: the configuration of the transformers model whose MoE blocks run our layers, or of a dense one whose MLPs
         they replace (`moe.model.imported`). Then only its own fields count for the sizes. None: the model is our
         decoder.
+    experts_by_layer: `model.experts_by_layer`. The layers that it does not name have `num_experts`.
     routers, router_layers: `model.routers`, and the class and settings of the router of each layer that it names.
     router_temperature, router_noise: the knobs that the model uses if it is called without any. A run saves each model
         with the values of its step, which a schedule may have changed.
@@ -89,6 +90,7 @@ class MoEConfig(LlamaConfig):
     __no_type_check__ = True  # for the type-checked tests: transformers passes keywords that are not fields
 
     num_experts: int = 8
+    experts_by_layer: str | None = None
     expert: str = "silu"
     shared_experts: int = 0
     shared_gate: bool = False
@@ -144,6 +146,15 @@ class MoEConfig(LlamaConfig):
         found: dict[str, Any] | None = (self.router_layers or {}).get(str(layer), self.router)
         return found
 
+    def experts_of(self, layer: int) -> int:
+        """Return the number of routed experts of a decoder layer."""
+        return layer_experts.of_layer(self.experts_by_layer, layer, self.num_experts)
+
+    @property
+    def most_experts(self) -> int:
+        """The largest number of experts of a layer."""
+        return max(map(self.experts_of, range(self.first_k_dense_replace, self.num_hidden_layers)), default=0)
+
     def set_routers(self, model: ModelConfig, router: dict[str, Any]) -> None:
         """Give all layers the routers of a configuration."""
         self.router, self.routers = router, model.routers
@@ -191,6 +202,7 @@ class MoEConfig(LlamaConfig):
             num_hidden_layers=model.layers,
             intermediate_size=model.ffn,
             num_experts=model.num_experts,
+            experts_by_layer=model.experts_by_layer,
             expert=model.expert,
             shared_experts=model.shared_experts,
             shared_gate=model.shared_gate,
@@ -261,6 +273,9 @@ def _check_content(content: dict[str, Any]) -> None:
         value = content.get(name)
         require(value is None or value >= least, f"config.json.{name}", value, f"at least {least}")
     last = content.get("vocab_size", MoEConfig.vocab_size) - 1
+    if (text := content.get("experts_by_layer")) is not None:
+        dense = content.get("first_k_dense_replace", MoEConfig.first_k_dense_replace)
+        layer_experts.check(text, dense=dense, layers=content.get("num_hidden_layers", MoEConfig.num_hidden_layers))
     for name in IDS:
         value = content.get(name)
         ids = value if isinstance(value, list) else [] if value is None else [value]

@@ -27,7 +27,7 @@ from moe.model.layer import LayerOutput, MoELayer
 from moe.model.routed import CACHE, MoEPreTrainedModel, RoutedModel
 from moe.model.vocabulary_loss import cross_entropy, linear_cross_entropy
 from moe.routing.decision import Knobs, Routing
-from moe.routing.stats import RoutingStats
+from moe.routing.stats import RoutingStats, stack_padded
 
 
 @dataclass
@@ -39,9 +39,10 @@ class MoEOutput(CausalLMOutputWithPast):
     router_logits: as in `MoEModelOutput`. None unless asked for.
     aux: {name: (L)} unweighted auxiliary losses of each MoE layer, 0 if its router lacks one that another router has.
         None without MoE layers.
-    stats: sums for metrics, with a first dimension L. None without MoE layers.
+    stats: sums for metrics, of all layers: `RoutingStats.stack`. None without MoE layers.
     routing: for each MoE layer the decision of each router of its chain. None without MoE layers.
-    load: (L, C, E) the load of each router of the chain of each MoE layer. None without MoE layers.
+    load: (L, C, E) the load of each router of the chain of each MoE layer, 0 for experts that a layer lacks. None
+        without MoE layers.
     beside: the fields aux, stats, routing and load of the layers that an adapter has put beside the MoE layers. None if
         there are none.
     """
@@ -288,7 +289,7 @@ def _routing_fields(layers: list[LayerOutput]) -> dict[str, Any]:
         "aux": {name: torch.stack([layer.aux.get(name, zero) for layer in layers]) for name in names},
         "stats": RoutingStats.stack([layer.stats for layer in layers]),
         "routing": [layer.routing for layer in layers],
-        "load": torch.stack([layer.load for layer in layers]),
+        "load": stack_padded([layer.load for layer in layers]),
     } | ({"beside": beside} if beside else {})
 
 

@@ -75,7 +75,7 @@ def make_layer(config: MoEConfig, index: int, *, trusted: bool) -> MoELayer:
     """Return the MoE layer of decoder layer `index`, with router, routed experts and shared experts."""
     dim, width = config.hidden_size, config.latent_dim or config.hidden_size
     kind, dropout = config.expert, config.dropout
-    experts = Experts(config.num_experts, width, hidden=config.intermediate_size, kind=kind, dropout=dropout)
+    experts = Experts(config.experts_of(index), width, hidden=config.intermediate_size, kind=kind, dropout=dropout)
     router = build_router(config, index, trusted=trusted)
     if router.replays is not None:
         router.mean_k = experts_per_token(router.replays[0], index, seq_len=config.max_position_embeddings)
@@ -128,7 +128,8 @@ class MoEModel(RoutedModel):
             if given is not None:
                 context = context._replace(given=given[number])
             if load is not None:
-                context = context._replace(load=load[number])  # dense layers ignore it
+                present = self.moe_layers[number].router.num_experts
+                context = context._replace(load=load[number, :, :present])  # dense layers ignore it
             if outputs and alike[number] != alike[len(outputs) - 1]:
                 context = context._replace(state=None)  # another router cannot read it
             run: Callable[..., Any] = layer

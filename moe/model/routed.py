@@ -28,7 +28,8 @@ CACHE = fields(BaseModelOutputWithPast)[1].name  # "past_key_values" before tran
 def build_router(config: MoEConfig, layer: int, *, trusted: bool) -> Router:
     """Return the router of a decoder layer, with parameters of at least fp32."""
     with local_torch_dtype(torch.promote_types(torch.get_default_dtype(), torch.float32), "a router"):
-        return build(config.router_of(layer), "router", config.hidden_size, config.num_experts, trusted=trusted)
+        sizes = config.hidden_size, config.experts_of(layer)
+        return build(config.router_of(layer), "router", *sizes, trusted=trusted)
 
 
 class MoEPreTrainedModel(PreTrainedModel):
@@ -189,9 +190,13 @@ class RoutedModel(MoEPreTrainedModel):
         return x + neftune_noise(x, alpha)
 
     def first_alike(self) -> list[int]:
-        """Return, for each MoE layer, the number of the first one whose router has the same class and settings."""
-        dense = self.config.first_k_dense_replace if self.config.router_layers else 0
-        specs = [self.config.router_of(dense + number) for number in range(len(self.moe_layers))]
+        """Return, for each MoE layer, the number of the first one whose router is alike.
+
+        Routers are alike if they have the same class and settings, and the same number of experts.
+        """
+        config, layers = self.config, range(len(self.moe_layers))
+        dense = config.first_k_dense_replace if config.router_layers or config.experts_by_layer else 0
+        specs = [(config.router_of(dense + number), config.experts_of(dense + number)) for number in layers]
         return [specs.index(spec) for spec in specs]
 
     def _tie_routers(self) -> None:

@@ -1,14 +1,15 @@
 """Sums over tokens that describe the routing of a layer. Every routing metric is computed from them."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from moe.routing.positions import DECILES as DECILES
+from moe.routing.axes import DECILES as DECILES
+from moe.routing.axes import without_absent
 
 
 class RoutingStats(NamedTuple):
@@ -16,7 +17,8 @@ class RoutingStats(NamedTuple):
 
     `micro_batches` and `max_violation` are sums over micro-batches. Only they depend on how tokens were divided into
     micro-batches. `moe.metrics.catalog` defines the metrics that are computed from these sums. The shapes below are
-    those of one layer. A model stacks its layers in front, (L, ...). A sum that a router does not have is NaN.
+    those of one layer. A model stacks its layers in front, (L, ...), see `stack`. A sum that a router does not have is
+    NaN.
 
     "Document" below means a packed conversation. Blocks of plain text do not mark where a document begins, so there it
     means the whole sequence.
@@ -49,7 +51,7 @@ class RoutingStats(NamedTuple):
     confidence_t1: Float[Tensor, "*L"]  # like `confidence`, of softmax(logits)
     logit_squared: Float[Tensor, "*L"]  # mean over experts of the squared logits of each token
     logsumexp_squared: Float[Tensor, "*L"]  # squared log-sum-exp of the logits of each token
-    feedback: Float[Tensor, "*L N"]  # `Routing.feedback`; NaN follows in a layer that has fewer numbers than another
+    feedback: Float[Tensor, "*L N"]  # `Routing.feedback`
     probed: Float[Tensor, "*L"]  # tokens that all experts were run on
     rechecked: Float[Tensor, "*L"]  # tokens that the router decided in fp32 too, because it runs in lower precision
     flipped: Float[Tensor, "*L"]  # those of them that have other experts in fp32
@@ -60,18 +62,28 @@ class RoutingStats(NamedTuple):
         """Return the sums over the tokens of both."""
         return RoutingStats(*(a + b for a, b in zip(self, other, strict=True)))
 
-    def layer(self, index: int) -> "RoutingStats":
-        """Return the sums of one layer of a stack."""
-        return RoutingStats(*(field[index] for field in self))
+    def layer(self, index: int, experts: int) -> "RoutingStats":
+        """Return the sums of one layer of a stack. experts: the number of experts of this layer."""
+        absent = self.offered.shape[-1] - experts
+        fields = zip(self._fields, self, strict=True)
+        return RoutingStats(*(without_absent(name, field[index], absent) for name, field in fields))
 
     @staticmethod
     def stack(layers: "list[RoutingStats]") -> "RoutingStats":
-        """Stack the sums of L layers into (L, ...)."""
-        width = max(layer.feedback.shape[-1] for layer in layers)
-        layers = [layer._replace(feedback=_padded(layer.feedback, width)) for layer in layers]
-        return RoutingStats(*(torch.stack(fields) for fields in zip(*layers, strict=True)))
+        """Stack the sums of L layers into (L, ...).
+
+        NaN follows the numbers of a layer that has fewer of them than another, such as those of experts.
+        """
+        return RoutingStats(*(stack_padded(fields) for fields in zip(*layers, strict=True)))
 
 
-def _padded(feedback: Float[Tensor, "M"], width: int) -> Float[Tensor, "N"]:
-    more = width - len(feedback)
-    return F.pad(feedback, (0, more), value=math.nan) if more else feedback
+def stack_padded(tensors: Sequence[Tensor]) -> Tensor:
+    """Stack tensors of different sizes. NaN follows the numbers of a smaller one, or 0 if they are whole numbers."""
+    sizes = [max(axis) for axis in zip(*(tensor.shape for tensor in tensors), strict=True)]
+    if all(tensor.shape == torch.Size(sizes) for tensor in tensors):
+        return torch.stack([*tensors])
+    padding = math.nan if tensors[0].is_floating_point() else 0
+    stacked = tensors[0].new_full((len(tensors), *sizes), padding)
+    for row, tensor in zip(stacked, tensors, strict=True):
+        row[tuple(map(slice, tensor.shape))] = tensor
+    return stacked

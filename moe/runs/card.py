@@ -129,7 +129,7 @@ def _settings(record: RunRecord, has_adapter: bool) -> dict[str, str]:
     dense = f"first {model.first_k_dense_replace} dense" if model.first_k_dense_replace else "all with experts"
     precision = facts.process.get("precision", config.precision)  # what `auto` chose
     return {
-        "router": "; ".join(map(_call, config.router_specs())),
+        "router": "; ".join(dict.fromkeys(_call(spec) for spec, _ in config.router_specs())),
         "temperature schedule": _call(config.schedule),
         "noise on the logits": f"{config.noise:g}",
         "weights of auxiliary losses": ", ".join(f"{name}={weight:g}" for name, weight in weights.items()) or "none",
@@ -157,7 +157,8 @@ def _experts(model: ModelConfig) -> str:
     latent = "" if model.latent_dim is None else f", in a latent of width {model.latent_dim}"
     before = ", routers read the input of attention" if model.router_input == "attention" else ""
     rounded = "" if model.router_precision == "fp32" else f", routers in {model.router_precision}"
-    return f"{model.num_experts} of width {model.ffn} ({model.expert}){latent}, {shared}{before}{rounded}"
+    others = "" if model.experts_by_layer is None else f" (other numbers by layer: {model.experts_by_layer})"
+    return f"{model.num_experts}{others} of width {model.ffn} ({model.expert}){latent}, {shared}{before}{rounded}"
 
 
 def _seed(config: Config) -> str:

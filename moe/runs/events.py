@@ -117,7 +117,8 @@ def evaluation_series(events: list[dict[str, Any]]) -> dict[str, list[Any]]:
 
     `train_losses` and `load_balancing_losses` are means over the training steps since the evaluation before (null at
     step 0). `load_balancing_losses` are unweighted (1 is balanced) and a mean over layers. `elapsed_times` are minutes.
-    `expert_utilizations` are shares by expert, a mean over layers; null if no token of a layer asks for an expert.
+    `expert_utilizations` are shares by expert, a mean over layers; null if no token of a layer asks for an expert, and
+    for layers of different numbers of experts.
     """
     series: dict[str, list[Any]] = {name: [] for name in SERIES}
     series |= {"train_losses": [], "load_balancing_losses": [], "elapsed_times": [], "expert_utilizations": []}
@@ -138,7 +139,8 @@ def evaluation_series(events: list[dict[str, Any]]) -> dict[str, list[Any]]:
         series["elapsed_times"].append(event["time/elapsed"] / 60)
         layers = event.get("routing/utilization")
         series["expert_utilizations_per_layer"].append(layers)
-        series["expert_utilizations"].append(layers and [_mean_or_null(c) for c in zip(*layers, strict=True)])
+        alike = layers if layers and len({*map(len, layers)}) == 1 else None
+        series["expert_utilizations"].append(alike and [_mean_or_null(c) for c in zip(*alike, strict=True)])
         since = []
     return series
 

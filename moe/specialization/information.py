@@ -17,7 +17,7 @@ from scipy.special import entr
 from sklearn.metrics import adjusted_mutual_info_score
 
 from moe.metrics.formulas import Sums, experts_per_assignment
-from moe.routing.positions import DECILES
+from moe.routing.axes import DECILES
 
 MIN_OCCURRENCES = 10  # Token ids with fewer occurrences are left out, as in OLMoE (2409.02060).
 PERMUTATIONS = 999

@@ -75,6 +75,8 @@ def reason_not_studied(model: MoEForCausalLM, blocks: Batch) -> str | None:
     """Return why this model's routing cannot be studied, or None if it can: experts must work on single tokens."""
     if not model.moe_layers:
         return "a dense model: there is no routing"
+    if len({layer.router.num_experts for layer in model.moe_layers}) > 1:
+        return f"layers of different numbers of experts (model.experts_by_layer={model.config.experts_by_layer})"
     with torch.no_grad():
         routing = model(**blocks.take(slice(1)).to(model.device).inputs).routing
     if any(decision.slots is not None for layer in routing for decision in layer):

@@ -120,7 +120,7 @@ def _bytes(tensors: Sequence[Tensor], each: int) -> int:
 
 def _logs(config: Config, *, layers: int) -> int:
     steps, evaluations = config.steps, config.steps // config.eval_every + 2
-    experts = config.model.num_experts
+    experts = max(map(config.model.experts_of, config.model.moe_layers), default=0)
     groups = ["router loss"] + ["capacity limit"] * (config.capacity is None)
     step = [metric.name for metric in select(written="step") if metric.group not in groups]
     step += [f"train/{name}" for name in ROUTING_METRICS]

@@ -111,7 +111,8 @@ def evaluate(
     context |= {"capacity": capacity, "drop": drop}
     numbers = torch.arange(len(domains), device=model.device)[:, None]
     by_domain = torch.zeros(3, len(domains), dtype=torch.float64, device=model.device)
-    by_expert = torch.zeros(len(model.moe_layers), len(domains), model.config.num_experts, device=model.device).double()
+    shape = len(model.moe_layers), len(domains), model.config.most_experts
+    by_expert = torch.zeros(shape, dtype=torch.float64, device=model.device)
     stats: list[RoutingStats] = []  # of the MoE layers, and of those that an adapter has put beside them
     training = model.training
     model.eval()
@@ -170,8 +171,8 @@ def _run(
     sums = [each.double().sum(1) for each in (nats, targets != IGNORED, output.logits.argmax(-1) == targets)]
     routing = [output.stats] if output.beside is None else [output.stats, output.beside["stats"]]
     domain_of_token = read.domain.repeat_interleave(read.ids.shape[1])
-    asked = [_loads(layer, domain_of_token, domains, model.config.num_experts) for layer in output.routing or ()]
-    loads = torch.stack(asked) if asked else sums[0].new_zeros(0, domains, model.config.num_experts)
+    asked = [_loads(layer, domain_of_token, domains, model.config.most_experts) for layer in output.routing or ()]
+    loads = torch.stack(asked) if asked else sums[0].new_zeros(0, domains, model.config.most_experts)
     return read.domain, torch.stack(sums), [each for each in routing if each is not None], loads
 
 

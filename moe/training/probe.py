@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -27,6 +28,7 @@ class Routes(NamedTuple):
     """How a model routes the N compared tokens, by MoE layer.
 
     chosen: which experts a token asks for. probs: the routers' distributions, C routers in a chain; None without any.
+    Experts that a layer lacks are never chosen, and have the probability 0.
     """
 
     chosen: Bool[np.ndarray, "L N E"]
@@ -71,12 +73,13 @@ def _decisions(
         routing = model(**part.inputs, knobs=knobs).routing
         if not routing or any(decision.slots is not None for layer in routing for decision in layer):
             break
-        experts = model.config.num_experts
+        experts = model.config.most_experts
         masks = [assignment_mask(layer, tokens=part.ids.numel(), experts=experts) for layer in routing]
         parts.append(torch.stack(masks).cpu())
         known = [[decision.probs for decision in layer if decision.probs is not None] for layer in routing]
         if all(map(len, known)):
-            probs.append(torch.stack([torch.stack(layer) for layer in known]).cpu())
+            widened = [[F.pad(each, (0, experts - each.shape[-1])) for each in layer] for layer in known]
+            probs.append(torch.stack([torch.stack(layer) for layer in widened]).cpu())
     model.train(training)
     if not parts:
         return None

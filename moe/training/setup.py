@@ -112,7 +112,7 @@ def set_up(config: Config) -> Training:
         learning=learning,
         base=_base_routes(config, model, data, schedule),
         watch=LoadWatch(
-            model.config.num_experts,
+            [layer.router.num_experts for layer in model.moe_layers],
             watched=[can_collapse(layer.router) for layer in model.moe_layers],
             quiet=math.ceil(config.optimizer.warmup * config.steps),
         ),

@@ -71,7 +71,7 @@ def train_step(training: Training, step: int, *, measure_updates: bool = False) 
     for routers, seen in ((training.routers, sums), (training.adapter_routers, beside)):
         for index, router in enumerate(routers):
             if seen is not None and router in training.learning:
-                router.after_step(seen.layer(index))
+                router.after_step(seen.layer(index, router.num_experts))
     return values | {"learning_rate": learning_rate(optimizers)} | settings
 
 

@@ -29,18 +29,20 @@ def can_collapse(router: Router) -> bool:
 class LoadWatch:
     """Watches the loads of all layers, from step to step. Its state goes into checkpoints.
 
-    watched: for each layer whether it is watched. quiet: the steps at the beginning in which nothing is told. What has
-    begun in them and still holds is told after them.
+    experts: the number of experts of each layer. watched: whether each is watched. quiet: the steps at the beginning in
+    which nothing is told. What has begun in them and still holds is told after them.
     """
 
-    def __init__(self, experts: int, *, watched: list[bool], quiet: int) -> None:
+    def __init__(self, experts: list[int], *, watched: list[bool], quiet: int) -> None:
+        self._experts = np.array(experts, dtype=np.int64)
         self._watched = np.array(watched, dtype=bool)
         self._quiet = quiet
-        shape = (len(watched), COLUMNS + experts)
+        most = max(experts, default=0)
+        shape = (len(watched), COLUMNS + most)
         self._since, self._last = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
         self._told = np.zeros(shape, dtype=bool)
         self._unused_told = np.full(len(watched), -HOLD)  # the last step in which each layer told unused experts
-        self._busy = np.zeros((len(watched), COLUMNS, experts), dtype=bool)  # when "same" and "few" were told
+        self._busy = np.zeros((len(watched), COLUMNS, most), dtype=bool)  # when "same" and "few" were told
         self._ended: list[Collapse] = []
 
     def see(self, step: int, s: Sums) -> list[Collapse]:
@@ -49,11 +51,12 @@ class LoadWatch:
         An expert without a token is told after so many steps that an even load would have given it `EXPECTED` tokens.
         A layer tells such experts at most once in `HOLD` steps, and not while few experts take almost everything.
         """
-        busy = formulas.busy(s)
-        now = np.column_stack([formulas.constant(s) == 1, formulas.collapsed(s) == 1, s.offered == 0])
+        busy, groups = formulas.busy(s), s.groups()
+        whole = [formulas.of_groups(each, groups) == 1 for each in (formulas.constant, formulas.collapsed)]
+        now = np.column_stack([*whole, s.offered == 0])  # NaN, of an expert that a layer lacks, is not 0
         now &= self._watched[:, None]
         needed = np.full(now.shape, float(HOLD))
-        expected = s.assignments / s.offered.shape[-1]
+        expected = s.assignments / self._experts
         unlikely = np.divide(EXPECTED, expected, out=np.full(expected.shape, np.inf), where=expected > 0)
         needed[:, COLUMNS:] = np.maximum(HOLD, unlikely)[:, None]
         self._since = np.where(now & (self._since == 0), step, self._since)
@@ -77,15 +80,15 @@ class LoadWatch:
 
     def _findings(self, selected: Bool[np.ndarray, "L N"], *, over: bool) -> list[Collapse]:
         """Return what is selected. A layer's experts without tokens are one finding, of the steps that they share."""
-        found, experts = [], self._busy.shape[-1]
+        found, experts = [], self._experts.tolist()
         for layer, column in np.argwhere(selected[:, :COLUMNS]).tolist():
             members = np.flatnonzero(self._busy[layer, column]).tolist()
             span = int(self._since[layer, column]), int(self._last[layer, column]) if over else None
-            found.append(Collapse(layer, KINDS[column], members, experts, *span))
+            found.append(Collapse(layer, KINDS[column], members, experts[layer], *span))
         for layer in np.flatnonzero(selected[:, COLUMNS:].any(1)).tolist():
             columns = COLUMNS + np.flatnonzero(selected[layer, COLUMNS:])
             span = int(self._since[layer, columns].max()), int(self._last[layer, columns].min()) if over else None
-            found.append(Collapse(layer, "unused", (columns - COLUMNS).tolist(), experts, *span))
+            found.append(Collapse(layer, "unused", (columns - COLUMNS).tolist(), experts[layer], *span))
         return found
 
     def state(self) -> dict[str, Any]:

@@ -493,6 +493,43 @@ def test_metrics_of_merged_sums_are_those_of_all_tokens() -> None:
             assert number == expected[name] or number == pytest.approx(expected[name], rel=1e-5, abs=1e-6), name
 
 
+def of_experts(experts: int, *, capacity: float | None) -> RoutingStats:
+    """Return the sums of one layer of so many experts, the last of which gets no token."""
+    logits = torch.randn(T, experts, generator=torch.Generator().manual_seed(experts))
+    logits[:, -1] = -9
+    probs = torch.softmax(logits, -1)
+    expert = probs.topk(K).indices
+    routing = Routing.token_choice(expert, probs.gather(-1, expert), probs=probs, logits=logits)
+    dispatched = dispatch(routing, experts, capacity=capacity, seq_len=16)
+    return collect_stats(routing, dispatched, T, seq_len=16, similarity=torch.rand(3))
+
+
+@pytest.mark.parametrize("capacity", [None, 1.0])
+def test_each_layer_is_measured_with_its_own_number_of_experts(capacity: float | None) -> None:
+    """The layers of a model have 4, 8 and 4 experts. Each has the metrics that it has alone."""
+    layers = [of_experts(experts, capacity=capacity) for experts in (4, 8, 4)]
+    together, stacked = summarize(RoutingStats.stack(layers)), RoutingStats.stack(layers)
+    alone = [summarize(RoutingStats.stack([layer]), per_layer=False) for layer in layers]
+    for name, metric in ROUTING_METRICS.items():
+        values = [each[name] for each in alone]
+        assert [together[f"{name}/layer{number:02d}"] for number in range(3)] == values, name
+        if None in values:
+            assert together[name] is None
+        else:
+            assert together[name] == pytest.approx(statistics.fmean(values))
+        if "pooled" in metric.variants:
+            assert together[f"{name}/pooled"] is None
+            assert together[f"{name}/worst"] in values
+    assert [together[f"routing/unused_experts/layer{number:02d}"] for number in range(3)] == [1 / 4, 1 / 8, 1 / 4]
+    assert list(map(len, utilization(stacked))) == [4, 8, 4]
+    assert [shares[-1] for shares in utilization(stacked)] == [0, 0, 0]
+    rates = [drop_rate_by_position(RoutingStats.stack([layer])) for layer in layers]
+    assert drop_rate_by_position(stacked) == pytest.approx([*map(statistics.fmean, zip(*rates, strict=True))])
+    for number, layer in enumerate(layers):
+        back = stacked.layer(number, len(layer.offered))._asdict() | {"feedback": layer.feedback}
+        torch.testing.assert_close(back, layer._asdict(), rtol=0, atol=0, equal_nan=True)
+
+
 def test_utilization_sums_to_one_per_layer() -> None:
     [shares] = utilization(balanced())
     assert shares == pytest.approx([1 / E] * E)

@@ -72,7 +72,7 @@ def test_a_model_of_fp64_trains_with_its_router_in_fp64(name: str, ids: torch.Te
     output = model.train()(ids, ids, told=TOLD)
     sum([output.loss, *(values.sum() for values in output.aux.values())]).backward()
     for number, layer in enumerate(model.moe_layers):
-        layer.router.after_step(output.stats.layer(number))
+        layer.router.after_step(output.stats.layer(number, layer.router.num_experts))
     assert {value.dtype for value in model.state_dict().values() if value.is_floating_point()} == {torch.float64}
 
 

@@ -1,6 +1,7 @@
 """Tests of the watch over collapsing routers: what is told, since when, and what is not told."""
 
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ def test_a_constant_router_gives_all_tokens_the_same_experts() -> None:
 
 
 def watch(*, layers: int = 1, quiet: int = 0, watched: bool = True) -> LoadWatch:
-    return LoadWatch(E, watched=[watched] * layers, quiet=quiet)
+    return LoadWatch([E] * layers, watched=[watched] * layers, quiet=quiet)
 
 
 def told(watching: LoadWatch, series: list[list[float]], *, start: int = 1) -> dict[int, list[str]]:
@@ -134,6 +135,25 @@ def test_a_resumed_watch_tells_what_an_uninterrupted_one_tells() -> None:
         second.load(json.loads(json.dumps(first.state())))
         assert before | told(second, series[cut:], start=cut + 1) == expected
         assert second.findings() == whole.findings()
+
+
+def test_a_layer_with_fewer_experts_is_judged_by_its_own_number() -> None:
+    """In the sums of both layers, NaN stands for the four experts that layer 0 lacks."""
+    watching = LoadWatch([4, E], watched=[True] * 2, quiet=0)
+    both = vars(loads([94, 6, 0, 0, *[math.nan] * 4], CROWDED))
+    both["assignments"][0] = both["tokens"][0] = T
+    both["tokens_by_active"][0] = [0, T, 0, 0, 0, *[math.nan] * 4]
+    told = [line for step in range(1, HOLD + 1) for line in sentences(watching.see(step, Sums(both)))]
+    assert told == [
+        "layer 0: 1 of 4 experts (0) takes 90 % of the assignments since step 1",
+        "layer 1: 2 of 8 experts (1, 5) take 90 % of the assignments since step 1",
+    ]
+    assert [(each.layer, each.kind, each.experts, each.of) for each in watching.findings()] == [
+        (0, "few", [0], 4),
+        (0, "unused", [2, 3], 4),
+        (1, "few", [1, 5], 8),
+        (1, "unused", [0], 8),
+    ]
 
 
 def test_more_than_four_experts_are_counted_and_not_named() -> None:

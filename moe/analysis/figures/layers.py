@@ -22,7 +22,7 @@ from moe.analysis.figures.style import (
 from moe.analysis.statistics import with_intervals
 from moe.metrics.catalog import select
 from moe.results.conditions import STD, levels
-from moe.routing.positions import DECILES
+from moe.routing.axes import DECILES
 
 METRICS = {metric.name: metric.axis for metric in select(shown="layer figures")}
 DROP_RATE = "val_capacity/drop_rate"

@@ -33,6 +33,7 @@ DEFAULTED = {
     "router_input": "feed_forward",
     "router_precision": "fp32",
     "routers": None,
+    "experts_by_layer": None,
 }
 
 # Architectures whose blocks no layer of ours can take the place of.
@@ -85,6 +86,7 @@ def _sizes(name: str, revision: str | None) -> dict[str, Any]:
         "router_input": "feed_forward",
         "router_precision": "fp32",
         "routers": None,
+        "experts_by_layer": None,
         "dropout": 0.0,
     }
 

@@ -38,6 +38,7 @@ def check(run: str, model: ModelConfig, *, seq_len: int) -> None:
         "num_hidden_layers": model.layers,
         "first_k_dense_replace": model.first_k_dense_replace,
         "num_experts": model.num_experts,
+        "experts_by_layer": model.experts_by_layer,
     }
     for key, value in sizes.items():
         require(content.get(key) == value, f"{key} {where}", content.get(key), f"{value}, as in this run")

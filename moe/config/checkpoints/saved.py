@@ -15,6 +15,7 @@ KEYS: dict[str, tuple[str, Any]] = {
     "layers": ("num_hidden_layers", int),
     "ffn": ("intermediate_size", int),
     "num_experts": ("num_experts", int),
+    "experts_by_layer": ("experts_by_layer", str | None),
     "expert": ("expert", str),
     "shared_experts": ("shared_experts", int),
     "shared_gate": ("shared_gate", bool),
@@ -58,7 +59,7 @@ def resolve(name: str, revision: str | None) -> dict[str, Any]:
     """Return the keys of the `model` group that a saved model fixes."""
     content = read(name, revision)
     own = {} if content.get("imported") is None else {"dropout": 0.0}
-    return {key: content[json_key] for key, (json_key, _) in KEYS.items()} | own
+    return {key: content.get(json_key) for key, (json_key, _) in KEYS.items()} | own
 
 
 def router(name: str) -> dict[str, Any]:

@@ -99,11 +99,15 @@ def with_utilization(members: pd.DataFrame, evals: pd.DataFrame) -> pd.DataFrame
     `shares`, (E), is the mean over layers. `ranked`, (E), is the mean over layers after the shares of each layer were
     sorted from largest to smallest, because expert i of one layer has nothing to do with expert i of another.
     `utilization/variance` and `utilization/std` (ddof 0, over the experts of a layer) are means over layers.
-    `utilization/min` and `utilization/max` are the extremes of all layers.
+    `utilization/min` and `utilization/max` are the extremes of all layers. Runs whose layers have different numbers of
+    experts are left out.
     """
     if "routing/utilization" not in evals or evals["routing/utilization"].isna().all():
         return "no run has routing/utilization in its events"
     known = evals.dropna(subset=["routing/utilization"]).sort_values("step").drop_duplicates("folder", keep="last")
+    known = known[[len({*map(len, layers)}) < 2 for layers in known["routing/utilization"]]]
+    if known.empty:
+        return "in each run, layers have different numbers of experts"
     rows = []
     for folder, layers in known[["folder", "routing/utilization"]].itertuples(index=False):
         shares = np.array(layers, dtype=float)  # null becomes NaN

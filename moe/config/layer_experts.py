@@ -1,0 +1,83 @@
+"""Numbers of experts of single layers: the text of the key `model.experts_by_layer`.
+
+The text is a list of entries, joined by +. An entry `0-2:4` gives each of the layers 0 to 2 four experts. The other
+layers have `model.num_experts`.
+"""
+
+import re
+from typing import NamedTuple
+
+from moe.checks import ConfigError, require
+
+KEY = "model.experts_by_layer"
+FORM = "entries such as 0-2:4 (layers 0 to 2 have four experts), joined by +"
+
+
+class _Part(NamedTuple):
+    """Layers, from first to last, that have so many experts each."""
+
+    first: int
+    last: int
+    experts: int
+
+
+def _parts(text: str) -> list[_Part]:
+    """Return the parts that a text stands for, by layer. Neighbors have different numbers."""
+    parts = []
+    for word in text.split("+"):
+        match = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?:(\d{1,7})\s*", word)
+        if match is None:
+            raise ConfigError(f"{KEY}={text:.200}: must be {FORM}; wrong: {word.strip()!r}")
+        part = _Part(int(match[1]), int(match[2] or match[1]), int(match[3]))
+        require(part.first <= part.last, KEY, text, f"entries whose first layer is not after the last; wrong: {word}")
+        require(1 <= part.experts <= 10**6, KEY, text, f"entries of 1 to 10^6 experts; wrong: {word}")
+        parts.append(part)
+    joined = list[_Part]()
+    for part in sorted(parts):
+        if joined and part.first <= joined[-1].last:
+            raise ConfigError(f"{KEY}={text}: must be one entry for each layer; layer {part.first} has several")
+        if joined and (joined[-1].last + 1, joined[-1].experts) == (part.first, part.experts):
+            part = part._replace(first=joined.pop().first)
+        joined.append(part)
+    return joined
+
+
+def _written(parts: list[_Part]) -> str:
+    layers = [str(first) if first == last else f"{first}-{last}" for first, last, _ in parts]
+    return "+".join(f"{each}:{part.experts}" for each, part in zip(layers, parts, strict=True))
+
+
+def explicit(text: str) -> str:
+    """Return the one text that gives the layers these numbers: by layer, with as few entries as possible."""
+    return _written(_parts(text))
+
+
+def check(text: str, *, dense: int, layers: int) -> None:
+    """Raise ConfigError unless the text names MoE layers, and leaves out one of them at least.
+
+    dense, layers: the number of first layers without experts, and of all layers.
+    """
+    parts = _parts(text)
+    for part in parts:
+        allowed = f"layers from {dense} to {layers - 1}, those that have experts"
+        require(dense <= part.first and part.last < layers, KEY, text, allowed)
+    allowed = "left out for one layer at least: model.num_experts is the number of experts of the others"
+    require(sum(part.last - part.first + 1 for part in parts) < layers - dense, KEY, text, allowed)
+
+
+def check_changes(text: str, numbers: list[int]) -> None:
+    """Raise ConfigError for layers that the text gives the number of the others, with each of these `numbers`."""
+    for part in _parts(text):
+        allowed = f"entries for layers with another number of experts; layer {part.first} has {part.experts} anyway"
+        require(any(part.experts != number for number in numbers), KEY, text, allowed)
+
+
+def in_effect(text: str, experts: int) -> str | None:
+    """Return the text without the layers that have as many experts as the others; None if none is left."""
+    return _written([part for part in _parts(text) if part.experts != experts]) or None
+
+
+def of_layer(text: str | None, layer: int, experts: int) -> int:
+    """Return the number of experts of a layer. experts: that of the layers that the text does not name."""
+    parts = _parts(text) if text else []
+    return next((part.experts for part in parts if part.first <= layer <= part.last), experts)
