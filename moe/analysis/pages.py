@@ -44,7 +44,10 @@ CURVE = (
 PLAN = "plan.json"
 PLANNED = """\
 `moe plan` said before the runs how many seeds each claim needs, for a difference of the given size to be found in
-{power:.0f} % of cases. These numbers come from a small pilot, so they are uncertain: the range is in parentheses."""
+{power:.0f} % of cases. """
+PILOT = "These numbers come from a small pilot, so they are uncertain: the range is in parentheses."
+NO_PILOT = """\
+There was no pilot. So a difference is in standard deviations of the differences between runs of one seed (sd)."""
 FINDINGS = "findings.md"  # beside the folder of the studies
 VERDICT = re.compile(r"(?m)^(?P<line><!-- (?P<study>[\w.-]+): (?P<claim>.+) -->)[ ]*\n(?:> “.*\n)?")
 
@@ -128,28 +131,36 @@ def shown_by(folder: Path, experiments: list[ReportInputs]) -> str:
         try:
             texts += map(block_as_markdown, planned(json.loads(read_text(plan)), trained))
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{plan}: is no plan of `moe plan` with a pilot ({first_line(error)})") from error
+            raise ValueError(f"{plan}: is no plan of `moe plan` ({first_line(error)})") from error
     return "\n\n".join(texts)
 
 
 def planned(plan: dict[str, Any], trained: int) -> Iterator[ReportBlock]:
     """Yield how many seeds each claim needs by a plan of `moe plan`, beside the number of seeds that were trained."""
     yield Heading("Seeds that were planned")
-    yield Paragraph(PLANNED.format(power=100 * plan["power"]))
+    piloted = any(claim["spread"] is not None for claim in plan["claims"])
+    yield Paragraph(PLANNED.format(power=100 * plan["power"]) + (PILOT if piloted else NO_PILOT))
     most = plan["most_seeds"]
 
     def number(seeds: int | None) -> str:
         return f"over {most}" if seeds is None or seeds > most else str(seeds)
 
     def needed(claim: dict[str, Any]) -> str:
+        if claim["reachable"] is None:
+            return "unknown"
         expected, low, high = (number(claim[key]) for key in ("seeds", "seeds_low", "seeds_high"))
         return expected if low == high else f"{expected} ({low} to {high})"
+
+    def difference(claim: dict[str, Any]) -> str:
+        if claim["effect"] is None:
+            return "–"
+        return f"{claim['effect']:.3g}{' sd' if claim['spread'] is None else ''}"
 
     rows = [
         {
             "claim": plain(claim["text"]),
             "metric": claim["metric"],
-            "difference": f"{claim['effect']:.3g}",
+            "difference": difference(claim),
             "seeds planned": needed(claim),
             "seeds trained": str(trained),
         }

@@ -20,8 +20,6 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import pandas as pd
-
 from moe.analysis.sentences import level_text
 from moe.bench.options import OneLineParser, whole
 from moe.checks import ConfigError, require
@@ -31,14 +29,19 @@ from moe.config.words import SEARCHED, as_word
 from moe.files import read_text, shown, write_json
 from moe.launch.command_line import read_command
 from moe.launch.listing import number_text
-from moe.planning.cost import Speed, measured_speed, speed_of_pilot, tokens_of
-from moe.planning.plan import Plan, Request, make_plan
+from moe.planning.cost import Speed, flops_of, measured_speed, speed_of_pilot
+from moe.planning.pilot import runs_of_pilot
+from moe.planning.plan import Plan, Request, make_plan, pilot_command
 from moe.planning.seeds import UNIT, Effect, Need
-from moe.results.table import load_runs
 from moe.runs.place import duration
 from moe.runs.record import RecordError
 
 WIDTH = 110
+WITHOUT_PILOT = """\
+This plan has no pilot. Without one, nobody knows how much runs differ by chance. So only an effect in standard \
+deviations of the differences between runs of one seed, such as 1.5{unit}, has a number of seeds. Train a pilot of \
+three seeds, and pass it:"""
+NO_NUMBER = "no claim has a number of seeds"
 NOTES = """\
 The time was measured, and depends on what else ran on the machine. Power is that of a test that must pass alone. After
 other tests of its family passed, fewer seeds would do."""
@@ -50,14 +53,14 @@ def main() -> int:
         arguments, request = _read(sys.argv[1:])
         cells, trials = _cells(request)
         request = _with_folders(request)
-        pilot = None if arguments.pilot is None else _pilot(arguments.pilot)
+        pilot = None if arguments.pilot is None else runs_of_pilot(arguments.pilot)
         speed = None if pilot is None else speed_of_pilot(pilot)
         plan = make_plan(request, cells, pilot, speed or _measured(cells), trials)
         write_json(arguments.out, plan.as_json())
     except (ConfigError, RecordError) as error:
         print(f"moe plan: {error}", file=sys.stderr)
         return 2
-    print("\n".join(_lines(plan, arguments.pilot)))
+    print("\n".join(_lines(plan, pilot_command(request, cells) if pilot is None else "")))
     print(f"\nplan: {shown(arguments.out)}")
     return 0
 
@@ -76,6 +79,7 @@ def _read(words: list[str]) -> tuple[argparse.Namespace, Request]:
     arguments = parser.read(words)
     effects = [word.partition("=")[2] for word in arguments.words if word.startswith("effect=")]
     require(len(effects) == 1, "effect", effects[-1] if effects else None, "given once, such as effect=0.5%")
+    require(arguments.most > 1, "--most", arguments.most, "a whole number > 1: a test needs two seeds at least")
     require(0.05 < arguments.power < 1, "--power", arguments.power, "between 0.05 and 1, such as 0.8")
     others = {}
     for text in arguments.effect:
@@ -85,7 +89,7 @@ def _read(words: list[str]) -> tuple[argparse.Namespace, Request]:
             raise ConfigError(f"--effect={text}: given twice for {metric}; give one size for each metric")
         others[metric] = Effect.read(f"--effect {metric}", size)
     _check_out(arguments.out)
-    kept = [word for word in arguments.words if not word.startswith(("effect=", "planned_seeds="))]  # the plan says it
+    kept = [word for word in arguments.words if not word.startswith("effect=")]
     kept += [f"{SEARCHED}={as_word([arguments.config_dir])}"] if arguments.config_dir else []
     request = Request(kept, Effect.read("effect", effects[0]), others, arguments.power, arguments.most)
     return arguments, request
@@ -112,11 +116,14 @@ def _check_out(path: Path) -> None:
 
 
 def _cells(request: Request) -> tuple[list[Cell], list[Cell]]:
-    """Return the cells of the experiment with its own seeds, and the runs that tune, unless all have ended."""
+    """Return the cells of the experiment with its own seeds, and the runs that tune, unless all have ended.
+
+    The cells have the usual values of the tuned keys, because the best ones are not known yet.
+    """
     with redirect_stdout(StringIO()):  # the next stage of a command that tunes is no news here
         cells = read_command(["-m", *request.words]).cells
-    trials = []
-    if cells and cells[0].config.tune:
+    trials, tune = [], cells[0].config.tune if cells else None
+    if cells and tune:
         trials = cells if cells[0].grid and cells[0].grid.search else []
         cells = read_command(["-m", *request.words, "tune=null"]).cells
     require(bool(cells), "experiment", None, "a grid of runs; a search for good settings has no claims to plan for")
@@ -124,38 +131,21 @@ def _cells(request: Request) -> tuple[list[Cell], list[Cell]]:
     measured = {claim.metric for claim in cells[0].config.claims}
     for metric in request.effects:
         require(metric in measured, "--effect", metric, f"a metric of the claims: {', '.join(sorted(measured))}")
-    return [cell._replace(config=replace(cell.config, planned_seeds=None)) for cell in cells], trials
-
-
-def _pilot(folder: Path) -> pd.DataFrame:
-    """Return the finished runs in a folder. Raises ConfigError if there are fewer than two."""
-    try:
-        runs = load_runs([folder])
-    except ValueError as error:
-        raise ConfigError(f"--pilot {folder}: {error}") from None
-    runs = runs[runs["status"] == "finished"].drop_duplicates("folder")
-    allowed = "a folder with finished runs of two seeds at least"
-    require(len(runs) > 1 and runs["seed"].nunique() > 1, "--pilot", folder, allowed)
-    return runs
+    return [cell._replace(config=replace(cell.config, planned_seeds=None, tune=tune)) for cell in cells], trials
 
 
 def _measured(cells: list[Cell]) -> Speed:
-    print("measuring the speed: a few steps of the longest setting", flush=True)
-    return measured_speed(max((cell.config for cell in cells), key=tokens_of))
+    print("measuring the speed: a few steps of the setting with the most FLOPs", flush=True)
+    return measured_speed(max((cell.config for cell in cells), key=flops_of))
 
 
-def _lines(plan: Plan, pilot: Path | None) -> Iterator[str]:
-    """Yield the plan as text."""
+def _lines(plan: Plan, pilot: str) -> Iterator[str]:
+    """Yield the plan as text. pilot: the command of a pilot, if there was none."""
     request = plan.request
     yield f"power {request.power:g}, after the correction for all tests that the report will make"
-    if pilot is None:
-        yield from textwrap.wrap(
-            "This plan needs a pilot: without one, nobody knows how much runs differ by chance, and so how many seeds "
-            f"an effect of {request.effect.text} needs. The numbers below are for an effect as large as one standard "
-            "deviation of the differences between runs of one seed. Train a pilot of three seeds, and pass it:",
-            WIDTH,
-        )
-        yield f"  {_pilot_command(request)}"
+    if pilot:
+        yield from textwrap.wrap(WITHOUT_PILOT.format(unit=UNIT), WIDTH)
+        yield f"  {pilot}"
         yield f"  python -m moe plan {shlex.join([*request.words, f'effect={request.effect.text}'])} --pilot pilot"
     if plan.differences:
         yield "The pilot has other settings, so its spread and speed may be those of other runs:"
@@ -172,19 +162,12 @@ def _lines(plan: Plan, pilot: Path | None) -> Iterator[str]:
             values = "".join(f"{seeds or '>' + str(request.most):>7}" for seeds in row.values())
             yield f"  {level_text(tests):<9}{values}"
     yield ""
-    hours = duration(plan.seconds)
     tuned = f" + {plan.trials} that tune" if plan.trials else ""
-    runs = f"{plan.settings} settings x {len(plan.seeds)} seeds{tuned} = {plan.runs}"
-    yield f"runs: {runs}, {number_text(plan.tokens)} tokens"
-    yield f"time: about {hours} of one run after another on this machine, from {plan.seconds_from}"
+    seeds = f"{len(plan.seeds)} seeds{tuned} = {plan.runs}" if plan.seeds else f"1 seed{tuned}; {NO_NUMBER}"
+    yield f"runs: {plan.settings} settings x {seeds}, {number_text(plan.tokens)} tokens"
+    yield f"time: about {duration(plan.seconds)} of one run after another on this machine, from {plan.seconds_from}"
     yield from textwrap.wrap(NOTES, WIDTH)
-    yield f"command: {plan.command}"
-
-
-def _pilot_command(request: Request) -> str:
-    left_out = ("-m", "--multirun")
-    words = [word for word in request.words if word not in left_out and not word.startswith(("seed=", "out="))]
-    return f"python train.py -m {shlex.join([*words, 'seed=1,2,3', 'out=pilot'])}"
+    yield f"command: {plan.command or f'none, because {NO_NUMBER}'}"
 
 
 def _number(each: Need, most: int) -> str:
@@ -204,7 +187,7 @@ def _basis(each: Need) -> str:
     level = f"level {level_text(each.tests)}"
     spread = each.spread
     if math.isnan(spread.mean):
-        return f"{each.claim.metric}: difference {each.effect:.3g} {UNIT}, {level}"
+        return f"{each.claim.metric}: difference {each.effect:.3g} {UNIT}, {level}; {spread.source}"
     ends = f" ({spread.low:.3g} to {spread.high:.3g})" if spread.value else ""
     return (
         f"{each.claim.metric}: difference {each.effect:.3g}, spread {spread.value:.3g}{ends}, {level}; {spread.source}"

@@ -1,9 +1,10 @@
-"""Tokens and time of planned runs: from the speed of a pilot's runs, or from a short measurement."""
+"""Tokens, FLOPs and time of planned runs: from the speed of a pilot's runs, or from a short measurement."""
 
 import tempfile
 import time
 from contextlib import redirect_stdout
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import cache
 from io import StringIO
 from pathlib import Path
 from statistics import median
@@ -11,7 +12,10 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from moe.checks import ConfigError, first_line
 from moe.config.schema import Config
+from moe.data.tokenizer import pretrained_tokenizer
+from moe.launch.flops import forward_flops
 from moe.runs.events import RunListener
 from moe.runs.signals import Signals
 
@@ -20,16 +24,19 @@ SIZES = ["steps", "batch_size", "grad_accum", "data.seq_len"]
 
 
 class Speed(NamedTuple):
-    """Seconds of each token in training and of each evaluation, and where the numbers come from."""
+    """Seconds of each FLOP in training, and where the numbers come from.
 
-    of_token: float
+    of_evaluation: seconds of an evaluation for each FLOP that the setting needs for a token.
+    """
+
+    of_flop: float
     of_evaluation: float
     source: str
 
     def seconds(self, config: Config) -> float:
         """Return the time of a run after its set-up."""
         evaluations = 1 + -(-config.steps // config.eval_every)
-        return tokens_of(config) * self.of_token + evaluations * self.of_evaluation
+        return flops_of(config) * self.of_flop + evaluations * flops_of_token(config) * self.of_evaluation
 
 
 def tokens_of(config: Config) -> int:
@@ -37,13 +44,33 @@ def tokens_of(config: Config) -> int:
     return config.steps * config.batch_size * config.grad_accum * config.data.seq_len
 
 
+def flops_of(config: Config) -> int:
+    """Return the FLOPs of training: three times the forward FLOPs of each token."""
+    return 3 * tokens_of(config) * flops_of_token(config)
+
+
+def flops_of_token(config: Config) -> int:
+    """Return the forward FLOPs of a token, see `moe.model.cost.flops_per_token`."""
+    data = config.data
+    vocab_size = data.vocab_size or _vocab_size(data.tokenizer, data.tokenizer_revision)
+    return forward_flops(asdict(config.model), config.router, vocab_size=vocab_size, seq_len=data.seq_len)
+
+
+@cache
+def _vocab_size(tokenizer: str, revision: str | None) -> int:
+    try:
+        return len(pretrained_tokenizer(tokenizer, revision))
+    except ValueError as error:
+        raise ConfigError(first_line(error)) from error
+
+
 def speed_of_pilot(pilot: pd.DataFrame) -> Speed | None:
     """Return the median speed of the pilot's runs, in which evaluations are part of the tokens; None if unknown."""
-    if not {"seconds", *SIZES} <= set(pilot):
+    if not {"seconds", "flops_per_token", *SIZES} <= set(pilot):
         return None
-    read = pilot[SIZES].astype(float).prod(axis=1)
-    rate = (pilot["seconds"].astype(float) / read.where(read > 0)).dropna()
-    return Speed(float(rate.median()), 0.0, "the speed of the pilot's runs") if len(rate) else None
+    flops = 3 * pilot[[*SIZES, "flops_per_token"]].astype(float).prod(axis=1)
+    rate = (pilot["seconds"].astype(float) / flops.where(flops > 0)).dropna()
+    return Speed(float(rate.median()), 0.0, "the seconds for each FLOP of the pilot's runs") if len(rate) else None
 
 
 def measured_speed(config: Config) -> Speed:
@@ -56,8 +83,11 @@ def measured_speed(config: Config) -> Speed:
     with tempfile.TemporaryDirectory() as folder, Signals() as signals, redirect_stdout(StringIO()):
         train(short, Path(folder), signals=signals, listeners=[times])
     of_step = median(times.steps[steps // 2 :]) if times.steps else 0.0
-    tokens = tokens_of(replace(config, steps=1))
-    return Speed(of_step / tokens, median(times.evaluations), f"{steps} measured steps of the longest setting")
+    return Speed(
+        of_step / flops_of(replace(config, steps=1)),
+        median(times.evaluations) / flops_of_token(config),
+        f"{steps} measured steps of the setting with the most FLOPs, and the FLOPs of each setting",
+    )
 
 
 class _Times(RunListener):

@@ -15,7 +15,7 @@ from moe.config.claim import ClaimConfig
 from moe.planning.cost import Speed, tokens_of
 from moe.planning.pilot import differences
 from moe.planning.report_ahead import Ahead, tests_ahead
-from moe.planning.seeds import UNIT, Effect, Need, need, spread_of
+from moe.planning.seeds import Effect, Need, need, spread_of
 
 LIMIT = 2**32  # of seeds
 EFFECTS = (0.5, 1.0, 1.5, 2.0, 3.0, 5.0)  # of the answer without a pilot, in standard deviations of the differences
@@ -35,10 +35,17 @@ class Request(NamedTuple):
     power: float
     most: int
 
+    def command(self, *words: str, without: Sequence[str] = ()) -> str:
+        """Return the command of a sweep with these words. without: keys that are left out."""
+        given = {word.partition("=")[0] for word in words} | {*without, "planned_seeds", "-m", "--multirun"}
+        kept = [word for word in self.words if word.partition("=")[0] not in given]
+        return f"python train.py -m {shlex.join([*kept, *words])}"
+
 
 class Plan(NamedTuple):
     """The seeds that the claims need, and the runs that all claims within reach need together.
 
+    seeds: empty if no claim has a number of seeds. command is then null, and tokens and seconds are those of one seed.
     trials: the number of runs that tune. differences: see `moe.planning.pilot`. table: without a pilot, for each level
     of a test, the seeds that effects of several sizes need.
     """
@@ -51,16 +58,21 @@ class Plan(NamedTuple):
     tokens: int
     seconds: float
     seconds_from: str
-    command: str
+    command: str | None
     differences: list[str]
     table: dict[int, dict[float, int | None]]
 
     @property
-    def runs(self) -> int:
-        return self.settings * len(self.seeds) + self.trials
+    def runs(self) -> int | None:
+        return self.settings * len(self.seeds) + self.trials if self.seeds else None
 
     def as_json(self) -> dict[str, Any]:
-        """Return the plan as plan.json has it; effects and spreads are in units of the metric if there is a pilot."""
+        """Return the plan as plan.json has it.
+
+        Effects and spreads are in units of the metric. Without a pilot, spreads are null, and effects are in standard
+        deviations of the paired differences. What is unknown is null: `reachable` and `seeds` of a claim that cannot be
+        planned, and runs, tokens, seconds and the command if there is no such number for any claim.
+        """
         return {
             "claims": [_need_as_json(each) for each in self.needs],
             "runs": self.runs,
@@ -68,8 +80,8 @@ class Plan(NamedTuple):
             "seeds": self.seeds,
             "settings": self.settings,
             "runs_that_tune": self.trials,
-            "tokens": self.tokens,
-            "seconds": round(self.seconds),
+            "tokens": self.tokens if self.seeds else None,
+            "seconds": round(self.seconds) if self.seeds else None,
             "seconds_from": self.seconds_from,
             "pilot_differs": self.differences,
             "power": self.request.power,
@@ -107,24 +119,20 @@ def make_plan(
 ) -> Plan:
     """Return the plan for the cells of a sweep. Raises ConfigError if the experiment has no claims.
 
-    pilot: finished runs as of `moe.results.table.load_runs`. Without them, an effect is one standard deviation of the
-    paired differences, unless it is given in these units. speed: of training here.
-    trials: the runs that tune.
+    pilot: see `moe.planning.pilot.runs_of_pilot`. speed: of training here. trials: the runs that tune.
     """
     claims = cells[0].config.claims
     if not claims:
         raise ConfigError(f"experiment={cells[0].experiment}: must have claims, because a plan is about claims")
     needs = [_need(request, claim, ahead, pilot) for claim, ahead in zip(claims, tests_ahead(cells), strict=True)]
     own = list(dict.fromkeys(cell.config.seed for cell in cells))
-    wanted = max((each.seeds for each in needs if each.seeds), default=len(own))
+    wanted = max((each.seeds for each in needs if each.seeds), default=0)
     of_pilot = [] if pilot is None else pilot["seed"].astype(int).tolist()
     seeds = free_seeds(own, {*of_pilot, *cells[0].config.tune_seeds}, wanted)
     of_one_seed = [cell for cell in cells if cell.config.seed == own[0]]
-    runs = [cell.config for cell in (*trials, *(cell for cell in of_one_seed for _ in seeds))]
+    runs = [cell.config for cell in (*trials, *of_one_seed * max(1, wanted))]
     tokens, seconds = sum(map(tokens_of, runs)), sum(map(speed.seconds, runs))
-    words = [word for word in request.words if not word.startswith("seed=") and word not in ("-m", "--multirun")]
-    words += [f"planned_seeds={wanted}", f"seed={','.join(map(str, seeds))}"]
-    command = f"python train.py -m {shlex.join(words)}"
+    command = request.command(f"planned_seeds={wanted}", f"seed={','.join(map(str, seeds))}") if seeds else None
     levels_of_tests = sorted({each.tests for each in needs}) if pilot is None else []
     table = {each: {effect: _seeds_alone(request, each, effect) for effect in EFFECTS} for each in levels_of_tests}
     return Plan(
@@ -142,6 +150,15 @@ def make_plan(
     )
 
 
+def pilot_command(request: Request, cells: list[Cell]) -> str:
+    """Return the command of a pilot of three seeds, none of which the study has. It tunes nothing."""
+    config = cells[0].config
+    taken = {*config.tune_seeds, *(cell.config.seed for cell in cells)}
+    seeds = islice((seed for seed in count(1) if seed not in taken), 3)
+    untuned = ["tune=null"] if config.tune else []
+    return request.command(*untuned, f"seed={','.join(map(str, seeds))}", "out=pilot", without=["tune", "tune_seeds"])
+
+
 def free_seeds(own: list[int], taken: set[int], wanted: int) -> list[int]:
     """Return so many seeds: the own ones, then those after the largest of them, and below it where these end.
 
@@ -153,8 +170,6 @@ def free_seeds(own: list[int], taken: set[int], wanted: int) -> list[int]:
 
 def _need(request: Request, claim: ClaimConfig, ahead: Ahead, pilot: pd.DataFrame | None) -> Need:
     effect = request.effects.get(claim.metric, request.effect)
-    if pilot is None and not effect.text.endswith(UNIT):
-        effect = Effect(f"1{UNIT}")
     spread = None if pilot is None else spread_of(claim, pilot)
     return need(claim, ahead, spread, effect, power=request.power, most=request.most)
 

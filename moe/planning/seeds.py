@@ -75,7 +75,7 @@ class Need(NamedTuple):
     reason: str = ""
 
 
-NO_PILOT = Spread(1.0, math.nan, math.nan, math.nan, "no pilot: in standard deviations of the paired differences")
+NO_PILOT = Spread(1.0, math.nan, math.nan, math.nan, "without a pilot")
 
 DESIGNS = (["setting"], ["setting", "seed"])
 WITHIN_SEEDS = "the pilot's other settings, without the effect of the seed"

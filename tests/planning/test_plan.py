@@ -2,6 +2,8 @@
 
 import json
 import math
+import shlex
+import shutil
 from dataclasses import replace
 from functools import cache
 from itertools import product
@@ -18,20 +20,21 @@ from moe.analysis.studies.published import experiment_claims
 from moe.bench.analyze import made_up_record
 from moe.bench.errors import null_runs, write_record
 from moe.bench.power import Planned, planned, with_effect
-from moe.config.cell import Cell
+from moe.checks import ConfigError
+from moe.config.cell import Cell, Grid
 from moe.config.claim import ClaimConfig
 from moe.config.schema import Config
 from moe.launch.command_line import read_cells
-from moe.planning.__main__ import _cells, _pilot_command, _read, _with_folders, main
 from moe.planning.__main__ import _cells as planned_cells
-from moe.planning.cost import Speed, tokens_of
-from moe.planning.pilot import differences
-from moe.planning.plan import Request, free_seeds, make_plan
+from moe.planning.__main__ import _lines, _read, _with_folders, main
+from moe.planning.cost import Speed, flops_of, flops_of_token, speed_of_pilot, tokens_of
+from moe.planning.pilot import differences, runs_of_pilot
+from moe.planning.plan import Request, free_seeds, make_plan, pilot_command
 from moe.planning.report_ahead import Ahead
 from moe.planning.report_ahead import tests_ahead as ahead
 from moe.planning.seeds import NO_PILOT, Effect, need, spread_of
 from moe.results.table import level
-from moe.runs.record import MetricsRecord, RunRecord
+from moe.runs.record import MetricsRecord, RunRecord, SweepRecord
 
 
 @pytest.fixture(scope="module")
@@ -124,14 +127,15 @@ def test_a_plan_with_a_pilot(
     assert "steps is 10 in the pilot, and 300 in the plan" in plan["pilot_differs"]
     assert "steps is 10 in the pilot, and 300 in the plan" in printed
     assert {each["reachable"] for each in plan["claims"]} <= {True, False}
-    assert (plan["runs"], plan["seconds_from"]) == (6 * seeds, "the speed of the pilot's runs")
+    assert (plan["runs"], plan["seconds_from"]) == (6 * seeds, "the seconds for each FLOP of the pilot's runs")
     tokens_of_a_run = 300 * 16 * 128
     assert plan["tokens"] == plan["runs"] * tokens_of_a_run
-    assert plan["seconds"] == pytest.approx(plan["runs"] * 2.0 * tokens_of_a_run / (10 * 4 * 50), abs=1)
     assert plan["command"] in printed
     cells = read_cells(plan["command"].split()[2:])
     assert cells is not None
     assert len(cells) == plan["runs"]
+    of_a_flop = 2.0 / (3 * 10 * 4 * 50 * 10**6)  # a run of the pilot takes 2 seconds; see made_up_record
+    assert plan["seconds"] == pytest.approx(of_a_flop * sum(flops_of(cell.config) for cell in cells), rel=1e-3)
 
 
 CLAIM = ClaimConfig("a", "val/loss", "noise", [0.5], "higher", than=[0.0])
@@ -175,21 +179,91 @@ REQUEST = Request(["experiment=x"], Effect("2sd"), {}, 0.8, 32)
 
 
 @pytest.mark.usefixtures("alone")
-def test_tokens_and_time_are_those_of_each_setting() -> None:
+def test_tokens_are_those_of_each_setting_and_time_follows_from_its_flops() -> None:
     cells = cells_of([7, 8], steps=(4, 40))
-    tokens = tokens_of(cells[0].config) // 4
-    plan = make_plan(REQUEST, cells, None, Speed(2.0 / tokens, 3.0, "a test"))
+    wide = [cell._replace(config=replace(cell.config, model=replace(cell.config.model, ffn=1024))) for cell in cells]
+    assert flops_of(wide[0].config) > 1.5 * flops_of(cells[0].config)  # with as many tokens
+    tokens, flops, of_token = tokens_of(cells[0].config) // 4, flops_of(cells[0].config), flops_of_token(base())
+    speed = Speed(4 * 2.0 / flops, 3.0 / of_token, "a test")  # 2 seconds for a step, and 3 for an evaluation
+    plan = make_plan(REQUEST, cells, None, speed)
     assert (plan.runs, len(plan.seeds)) == (10, 5)
     assert plan.tokens == 5 * 44 * tokens
     assert plan.seconds == pytest.approx(5 * (44 * 2 + (2 + 5) * 3))
-    tuned = make_plan(REQUEST, cells, None, Speed(2.0 / tokens, 3.0, "a test"), cells_of([1], steps=(8,)))
+    tuned = make_plan(REQUEST, cells, None, speed, cells_of([1], steps=(8,)))
     assert (tuned.runs, tuned.trials, tuned.tokens) == (11, 1, plan.tokens + 8 * tokens)
     assert tuned.seconds == pytest.approx(plan.seconds + 8 * 2 + 2 * 3)
+    of_both = make_plan(REQUEST, [*cells, *wide], None, speed)
+    assert of_both.seconds == pytest.approx(plan.seconds * (1 + flops_of_token(wide[0].config) / of_token))
 
 
-def test_the_runs_that_tune_are_part_of_the_plan() -> None:
-    words = ["experiment=noise_lb_seed", "noise=0.0,0.5", "lb=0.0", "seed=42", "tune_seeds=[1,2]"]
-    cells, trials = planned_cells(REQUEST._replace(words=[*words, "tune={optimizer.muon_lr: [0.01, 0.02]}"]))
+@pytest.mark.usefixtures("alone")
+def test_without_a_pilot_an_effect_in_other_units_has_no_number_of_seeds() -> None:
+    """A command for another effect than the one that was asked for would be wrong. The table of effects in sd stays."""
+    request = REQUEST._replace(effect=Effect("0.5%"))
+    plan = make_plan(request, cells_of([7, 8]), None, Speed(1e-9, 0.0, "a test"))
+    written, printed = plan.as_json(), "\n".join(_lines(plan, "the command of a pilot"))
+    [claim] = written["claims"]
+    assert (claim["seeds"], claim["reachable"], claim["effect"]) == (None, None, None)
+    assert [written[key] for key in ("runs", "tokens", "seconds", "command")] == [None] * 4
+    assert "unknown  a\n" in printed
+    assert "an effect of 0.5% can be compared only with a spread" in printed
+    assert "runs: 1 settings x 1 seed; no claim has a number of seeds" in printed
+    assert "command: none" in printed
+    in_sd = make_plan(REQUEST, cells_of([7, 8]), None, Speed(1e-9, 0.0, "a test"))
+    assert in_sd.as_json()["claims"][0]["reachable"]
+    assert "difference 2 sd, level 5 %; without a pilot" in "\n".join(_lines(in_sd, "the command of a pilot"))
+
+
+@pytest.fixture
+def tuned_pilot(pilot: Path, tmp_path: Path) -> Path:
+    """The pilot, which trained its seeds at learning rates that seeds 8 and 9 chose."""
+    runs, cells, rate = sorted(pilot.iterdir()), {}, "optimizer.muon_lr"
+    for number, folder in enumerate(runs):
+        record = RunRecord.read(folder / RunRecord.FILE)
+        for seed in (record.config["seed"], 8, 9):
+            name = folder.name.replace(f"seed={record.config['seed']}", f"seed={seed}")
+            cells[name] = {"noise": record.config["noise"], "lb": record.config["lb"], "seed": seed}
+            config = record.config | {"seed": seed, "optimizer": {"muon_lr": 0.01 * (1 + number % 2)}}
+            (tmp_path / "x" / name).mkdir(parents=True, exist_ok=True)
+            replace(record, config=config, name=name).write(tmp_path / "x" / name / RunRecord.FILE)
+            final = MetricsRecord.read(folder / MetricsRecord.FILE).final_metrics
+            metrics = {key: value + 1000 * (seed > 7) for key, value in final.items()}
+            MetricsRecord(final_metrics=metrics, history={}).write(tmp_path / "x" / name / MetricsRecord.FILE)
+    fixed = {"tune": {rate: [0.01, 0.02]}, "tune_seeds": [8, 9]}
+    trials, judged = ([name for name in cells if name[-1] in seeds] for seeds in ("89", "123"))
+    grids = [
+        Grid("x: tuning", ["lb", "noise", rate], fixed, trials, "minimize val/loss"),
+        Grid("x: tuned", ["lb", "noise"], fixed, judged),
+    ]
+    SweepRecord(cells=cells, grids=grids).write(tmp_path / "x" / SweepRecord.FILE)
+    return tmp_path / "x"
+
+
+def test_of_a_pilot_that_tuned_the_runs_that_judge_tell_the_spread(pilot: Path, tuned_pilot: Path) -> None:
+    plain, runs = runs_of_pilot(pilot), runs_of_pilot(tuned_pilot)
+    assert sorted(runs["seed"]) == sorted(plain["seed"])
+    claim = replace(CLAIM, metric="val/perplexity")
+    assert spread_of(claim, runs) == spread_of(claim, plain)
+    assert speed_of_pilot(runs) == speed_of_pilot(plain)
+    cells = cells_of([42])
+    tuned = [cell._replace(config=replace(cell.config, tune={"optimizer.muon_lr": [0.01, 0.02]})) for cell in cells]
+    assert "optimizer.muon_lr is tuned in the pilot, and not in the plan" in differences(cells, runs)
+    assert "optimizer.muon_lr is tuned in the plan, and not in the pilot" in differences(tuned, plain)
+    assert not any("muon_lr" in each for each in differences(tuned, runs))
+    for folder in tuned_pilot.glob("*seed=[123]"):
+        shutil.rmtree(folder)
+    with pytest.raises(ConfigError, match=r"finished runs of two seeds at least, beside those that tune or search$"):
+        runs_of_pilot(tuned_pilot)
+
+
+def test_the_runs_that_tune_are_part_of_the_plan_and_not_of_the_pilot() -> None:
+    words = ["experiment=noise_lb_seed", "noise=0.0,0.5", "lb=0.0", "seed=42", "tune_seeds=[1,2]", "planned_seeds=8"]
+    request = REQUEST._replace(words=[*words, "tune={optimizer.muon_lr: [0.01, 0.02]}"])
+    cells, trials = planned_cells(request)
+    command = pilot_command(request, cells)
+    assert command.endswith(" tune=null seed=3,4,5 out=pilot")
+    pilot = read_cells(shlex.split(command)[2:]) or []
+    assert {(cell.config.seed, cell.config.planned_seeds) for cell in pilot} == {(3, None), (4, None), (5, None)}
     assert (len(cells), len(trials)) == (2, 8)
     assert {cell.config.seed for cell in trials} == {1, 2}
     assert free_seeds([0], set(cells[0].config.tune_seeds), 2) == [0, 3]
@@ -224,6 +298,8 @@ def test_seeds_that_are_added_are_free_and_below_the_limit() -> None:
         (["experiment=noise_lb_seed", "effect=-1%"], "effect=-1%: must be an amount > 0"),
         (["effect=1", "--effect", "val/loss"], "--effect=val/loss: must be METRIC=SIZE"),
         (["effect=1", "--effect", "val/loss=1%", "--effect", "val/loss=2%"], "--effect=val/loss=2%: given twice"),
+        (["effect=1", "--most", "1"], "--most=1: must be a whole number > 1: a test needs two seeds at least"),
+        (["experiment=noise_lb_seed", "effect=1", "planned_seeds=1"], "planned_seeds=1: must be a whole number from 2"),
         (["effect=1", "--power", "1.5"], "--power=1.5: must be between 0.05 and 1"),
         (["effect=1", "--out", "{other}"], "must be a new file, or an earlier plan"),
         (["effect=1", "--pliot", "x"], "nearest: --pilot"),
@@ -244,9 +320,10 @@ def test_words_that_cannot_be_used(
 
 def test_the_pilot_has_one_folder_and_new_seeds() -> None:
     request = Request(["experiment=x", "-m", "out=mine", "seed=7", "steps=5"], Effect.read("effect", "1%"), {}, 0.8, 32)
-    assert _pilot_command(request) == "python train.py -m experiment=x steps=5 seed=1,2,3 out=pilot"
+    cells = cells_of([2, 3])
+    assert pilot_command(request, cells) == "python train.py -m experiment=x steps=5 seed=1,4,5 out=pilot"
     request = request._replace(words=["claims=[{text: a}]"])
-    assert _pilot_command(request) == "python train.py -m 'claims=[{text: a}]' seed=1,2,3 out=pilot"
+    assert pilot_command(request, cells) == "python train.py -m 'claims=[{text: a}]' seed=1,4,5 out=pilot"
 
 
 def test_a_plan_and_its_commands_name_the_folders_of_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,18 +333,18 @@ def test_a_plan_and_its_commands_name_the_folders_of_options(tmp_path: Path, mon
     monkeypatch.setenv("MOE_SEARCH_PATH", "other")
     words = ["experiment=noise_lb_seed", "effect=1sd", "--config-dir", "lab", f"--out={tmp_path / 'plan.json'}"]
     request = _read(words)[1]
-    _cells(request)
+    cells, _ = planned_cells(request)
     request = _with_folders(request)
     assert request.words == ["experiment=noise_lb_seed", "hydra.searchpath=[other,lab]"]
-    assert "'hydra.searchpath=[other,lab]' seed=1,2,3" in _pilot_command(request)
+    assert "'hydra.searchpath=[other,lab]' seed=1,2,3" in pilot_command(request, cells)
 
 
 def test_seeds_that_a_command_plans_give_way_to_those_of_the_plan(tmp_path: Path) -> None:
     """A level for looks at fewer seeds would be that of another study."""
     words = ["experiment=noise_lb_seed", "planned_seeds=8", "effect=1%", f"--out={tmp_path / 'plan.json'}"]
     request = _read(words)[1]
-    assert request.words == ["experiment=noise_lb_seed"]
-    cells, _ = _cells(request._replace(words=[*request.words, "planned_seeds=8"]))  # as an experiment may have it
+    assert request.command("planned_seeds=5") == "python train.py -m experiment=noise_lb_seed planned_seeds=5"
+    cells, _ = planned_cells(request)
     assert {cell.config.planned_seeds for cell in cells} == {None}
 
 

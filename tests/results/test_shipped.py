@@ -12,6 +12,7 @@ from run_folders import change_record, write_metrics, write_record
 
 from moe.analysis import pages
 from moe.analysis.claims import judge_planned
+from moe.analysis.report.markdown import block_as_markdown
 from moe.results.shipped import EVALS, RUNS, ship
 from moe.results.table import load_runs
 
@@ -58,9 +59,10 @@ def test_a_page_holds_what_the_tables_show_between_its_marks(
     page = tmp_path / "docs" / "one.md"
     assert pages.main(["ship", str(sweep), str(page.with_suffix(""))]) == 0
     page.write_text(f"# Title\n\n{pages.BEGIN}\nearlier words\n{pages.END}\n\nThe end.\n")
+    common = {"metric": "val/loss", "spread": 0.01, "seeds_high": None}
     claims = [
-        {"text": "a", "metric": "val/loss", "effect": 0.0123, "seeds": 5, "seeds_low": 4, "seeds_high": None},
-        {"text": "b", "metric": "val/loss", "effect": 2, "seeds": None, "seeds_low": 40, "seeds_high": None},
+        common | {"text": "a", "effect": 0.0123, "seeds": 5, "reachable": True, "seeds_low": 4},
+        common | {"text": "b", "effect": 2, "seeds": None, "reachable": False, "seeds_low": 40},
     ]
     (page.with_suffix("") / pages.PLAN).write_text(json.dumps({"power": 0.8, "most_seeds": 32, "claims": claims}))
     assert pages.main(["write", str(page.parent)]) == 0
@@ -81,7 +83,7 @@ def test_a_page_holds_what_the_tables_show_between_its_marks(
         "[]",
         "{}",
         "{",
-        json.dumps({"power": 0.8, "most_seeds": 32, "claims": [claims[0] | {"effect": None}]}),
+        json.dumps({"power": 0.8, "most_seeds": 32, "claims": [claims[0] | {"effect": "much"}]}),
     ):
         (page.with_suffix("") / pages.PLAN).write_text(damaged)
         assert pages.main(["write", str(page.parent)]) == 2
@@ -92,6 +94,19 @@ def test_a_page_holds_what_the_tables_show_between_its_marks(
     assert pages.main(["write", str(page.parent)]) == 2
     assert "must have the lines" in capsys.readouterr().err
     assert page.read_text() == "# Title\n"
+
+
+def test_a_plan_without_a_pilot_is_in_standard_deviations() -> None:
+    known = {"text": "a", "metric": "val/loss", "effect": 1.5, "spread": None, "seeds": 6, "reachable": True}
+    unknown = known | {"text": "b", "effect": None, "seeds": None, "reachable": None}
+    claims = [each | {"seeds_low": None, "seeds_high": None} for each in (known, unknown)]
+    _, text, table = map(block_as_markdown, pages.planned({"power": 0.8, "most_seeds": 32, "claims": claims}, 3))
+    assert text.endswith(
+        "There was no pilot. So a difference is in standard deviations of the differences between "
+        "runs of one seed (sd)."
+    )
+    assert "| a | 1.5 sd | 6 |" in table
+    assert "| b | – | unknown |" in table
 
 
 def test_findings_hold_the_verdicts_of_the_claims_that_they_name(
