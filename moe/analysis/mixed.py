@@ -62,11 +62,7 @@ def mixed(values: pd.Series) -> Mixed:
     seeds, seed = np.unique(values.index.get_level_values("seed"), return_inverse=True)
     of_cell, of_seed = np.eye(len(cells))[cell], np.eye(len(seeds))[seed]
     counts, data = of_seed.sum(axis=0), values.to_numpy(dtype=float)
-
-    def within(columns: np.ndarray) -> np.ndarray:
-        return columns - (of_seed / counts) @ (of_seed.T @ columns)
-
-    x, y = within(of_cell), within(data)
+    x, y = (_without_means(columns, of_seed) for columns in (of_cell, data))
     information = x.T @ x
     inverse = np.linalg.pinv(information, rcond=1e-9, hermitian=True)
     projection = information @ inverse
@@ -79,6 +75,11 @@ def mixed(values: pd.Series) -> Mixed:
     variance = 0.0 if exact else float((rest**2).sum()) / freedom
     means, several = pd.Series(of_cell.T @ data / of_cell.sum(axis=0), cells), int((counts > 1).sum())
     return Mixed(means, pd.Series(effects, cells), variance * inverse, projection, len(y), freedom, several)
+
+
+def _without_means(columns: np.ndarray, of_seed: np.ndarray) -> np.ndarray:
+    """Return values without the mean of their seed. of_seed: a column for each seed, 1 for its runs and 0 elsewhere."""
+    return columns - (of_seed / of_seed.sum(axis=0)) @ (of_seed.T @ columns)
 
 
 def range_p(effect: float, error: float, freedom: int | float, low: float, high: float) -> tuple[float, float]:

@@ -97,7 +97,7 @@ def _first(holds: Callable[[int], bool], least: int, most: int) -> int | None:
     return below + bisect_left(range(below, min(least, most)), True, key=holds)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _spreads(df: int | float) -> np.ndarray:
     """Return values of equal probability of an estimated standard deviation whose true value is 1.
 

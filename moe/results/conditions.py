@@ -6,6 +6,7 @@ A condition is one combination of levels of the factors that vary. The functions
 
 import math
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import pandas as pd
@@ -43,16 +44,13 @@ def levels(column: pd.Series) -> list[Any]:
     The rows of `moe.results.table.load_runs` are in the order in which the user listed the levels. Texts that differ in
     numbers alone are sorted by these.
     """
+    found = column.dropna().unique().tolist()
+    texts = {each: natural(each) for each in found if isinstance(each, str)}
     places: dict[str | float, int] = {}
-
-    def key(level: Any) -> tuple[bool, Any]:
-        if not isinstance(level, str):
-            return False, level
-        return True, [
-            part if isinstance(part, float) else places.setdefault(part, len(places)) for part in natural(level)
-        ]
-
-    return sorted(column.dropna().unique().tolist(), key=key)
+    for part in chain.from_iterable(texts.values()):
+        places.setdefault(part, part if isinstance(part, float) else len(places))
+    in_order = sorted(texts, key=lambda text: [places[part] for part in texts[text]])
+    return sorted(each for each in found if each not in texts) + in_order
 
 
 def reference_level(runs: pd.DataFrame, factor: str) -> Any:

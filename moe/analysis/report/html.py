@@ -326,10 +326,10 @@ def cells(table: pd.DataFrame) -> tuple[list[Cell], list[list[Cell]]]:
     table, _ = without_constants(table)
     numeric = numeric_columns(table)
     head, *rows = table_cells(table.head(MAX_ROWS))
-
-    def kind(text: str, right: bool) -> str:
-        return "number" if right else "long" if len(text) > LONG_TEXT else ""
-
     return [Cell(text, "number" if right else "") for text, right in zip(head, numeric, strict=True)], [
-        [Cell(text, kind(text, right)) for text, right in zip(row, numeric, strict=True)] for row in rows
+        [
+            Cell(text, "number" if right else "long" if len(text) > LONG_TEXT else "")
+            for text, right in zip(row, numeric, strict=True)
+        ]
+        for row in rows
     ]
