@@ -104,6 +104,11 @@ class LoggerConfig:
     entity: str | None = None  # user or team on W&B; null: the one of the API key
     log_model: bool = False  # whether W&B gets the saved model too, as an artifact
 
+    @property
+    def to_wandb(self) -> bool:
+        """Whether events are copied to W&B, unless WANDB_MODE is "disabled"."""
+        return "wandb" in self.to and self.mode != "disabled"
+
     def check(self) -> None:
         for place in self.to:
             one_of("logger.to", place, ("wandb", "tensorboard", "csv"))
@@ -111,8 +116,7 @@ class LoggerConfig:
         require(installed, "logger.to", "tensorboard", "wandb or csv, or else: pip install -e '.[tensorboard]'")
         modes = ("online", "offline", "disabled")
         one_of("logger.mode", self.mode, ("auto", *modes))
-        mirrored = "wandb" in self.to and self.mode != "disabled"
-        if mirrored:
+        if self.to_wandb:
             one_of("environment variable WANDB_MODE", os.environ.get("WANDB_MODE") or "online", modes)
             given = os.environ.get("WANDB_RUN_ID") or "none"
             allowed = "1 to 64 letters and digits without accents, - and _"
@@ -121,9 +125,11 @@ class LoggerConfig:
             ok = bool(name.strip()) and len(name) <= 128 and name.isprintable() and not set(name) & set("/\\#?%:")
             allowed = "a name of W&B: 1 to 128 characters, not only spaces, without / \\ # ? % :"
             require(ok, f"logger.{key}", name, allowed)
-        used = mirrored or self.mode in ("auto", "disabled")
+        used = self.to_wandb or self.mode in ("auto", "disabled")
         require(used, "logger.mode", self.mode, f"left out, because logger.to={','.join(self.to)} does not name wandb")
-        require(mirrored or not self.log_model, "logger.log_model", True, "false, because nothing is copied to W&B")
+        require(
+            self.to_wandb or not self.log_model, "logger.log_model", True, "false, because nothing is copied to W&B"
+        )
 
 
 def is_wandb_id(text: str) -> bool:

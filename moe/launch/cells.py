@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from functools import cache
 from importlib.abc import MetaPathFinder
@@ -153,6 +154,11 @@ def expand_start(
 
 
 def _check_model(config: Config) -> None:
+    if config.logger.to_wandb:
+        # The run needs it later. But classes of W&B look for their source in every module that is already imported,
+        # which takes a second longer after the thousands of modules of transformers.
+        with suppress(Exception):  # an error of W&B stops no run, and the run names it
+            import wandb.apis.public  # noqa: F401
     from moe.training.setup import check_model  # imports torch
 
     check_model(config)
