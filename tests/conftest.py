@@ -25,10 +25,14 @@ gc.disable()  # imports create a million objects, none of which is garbage
 # W&B is the first, because its classes look for their source in every module that is already imported.
 import wandb.apis.public  # noqa: F401, I001
 import datasets  # noqa: F401
+import jaxtyping
 import pytest
 import statsmodels.formula.api  # noqa: F401
 import torch
 import transformers.models.mixtral.modeling_mixtral  # noqa: F401
+from type_checks import jaxtyped
+
+jaxtyping.jaxtyped = jaxtyped  # with which every function of `moe` is decorated when it is imported
 from small_runs import OUT, read_small_cell
 
 from moe.config.cell import Cell
