@@ -28,6 +28,8 @@ from moe.bench.timing import (
     time_call,
     timed_device,
 )
+from moe.checks import require
+from moe.config import layer_experts
 from moe.config.schema import Config
 from moe.launch.command_line import read_cells
 from moe.model.causal_lm import MoEForCausalLM
@@ -94,6 +96,11 @@ def measure_steps(overrides: list[str], *, rounds: int, folder: Path) -> StepTim
     beyond_end = [f"{key}={100 * steps}" for key in ("steps", "eval_every", "save_every")]
     cells = read_cells([*SWIGLU, *overrides, *beyond_end, f"out={folder}"])
     assert cells is not None, overrides
+    by_layer, allowed = (
+        cells[0].config.model.experts_by_layer,
+        "null, because Mixtral's layers have one number of experts",
+    )
+    require(by_layer is None, layer_experts.KEY, by_layer, allowed)
     config, _ = choose(cells[0].config, folder / "run")
     with Signals() as signals, EventLog(folder / "parts.jsonl", step=0) as events, suppress(Interrupted):
         turns = Turns([*step_variants(config), *part_variants(config, events)], signals, stop_after=steps)

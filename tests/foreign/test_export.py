@@ -101,6 +101,18 @@ def test_a_target_that_others_precede_has_the_logits_of_what_it_expresses_too(ta
             r" with the nearest rule, gpt_oss with .*",
         ),
         ("topk", DEEP, "mixtral", r"--to mixtral: model.first_k_dense_replace=1: all its layers have experts; .*"),
+        (
+            "topk",
+            {"experts_by_layer": "1:4"},
+            "mixtral",
+            r".*: model.experts_by_layer=1:4: all its layers have one number.*",
+        ),
+        (
+            "topk",
+            {"experts_by_layer": "1:4"},
+            "auto",
+            r"--to auto: model.experts_by_layer=1:4: all its layers have.*",
+        ),
         ("topk", {"shared_experts": 2}, "granitemoe", r".* model.shared_experts=2: it has no shared experts; .*"),
         (
             "softmax_all",

@@ -566,6 +566,10 @@ def copy(tied: Path, tmp_path: Path) -> Path:
         ("optimizer.experts_lr=0", "optimizer.experts_lr=0.0: must be a finite number > 0"),
         ("model.upcycle_noise=-1", "model.upcycle_noise=-1.0: must be a finite number >= 0"),
         ("model.upcycle_reset=0.02", "model.upcycle_reset=0.02: must be 0, or from 1 / model.ffn = 0.021 to 1"),
+        (
+            "model.experts_by_layer=0:2",
+            "model.experts_by_layer=0:2: must be null with model.dense, and with a checkpoint",
+        ),
         ("model.upcycle_split=5", "model.upcycle_split=5: must be a divisor of 48, the width of the MLPs of"),
         ("model.upcycle_split=3", "model.num_experts=4: must be a multiple of model.upcycle_split=3, because"),
         ("model.upcycle_split=2 model.shared_experts=1", "model.shared_experts=1: must be a multiple of model.upcyc"),
