@@ -46,7 +46,7 @@ def levels(column: pd.Series) -> list[Any]:
     """
     found = column.dropna().unique().tolist()
     texts = {each: natural(each) for each in found if isinstance(each, str)}
-    places: dict[str | float, int] = {}
+    places: dict[str | float, float] = {}
     for part in chain.from_iterable(texts.values()):
         places.setdefault(part, part if isinstance(part, float) else len(places))
     in_order = sorted(texts, key=lambda text: [places[part] for part in texts[text]])
