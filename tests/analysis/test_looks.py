@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from scipy import special, stats
+from scipy import stats
 
 from moe.analysis.looks import (
     FURTHER,
@@ -24,7 +24,7 @@ from moe.analysis.report.report import _with_look
 from moe.analysis.report.sections.planned import planned_facts, price_of_more, warnings_of_looks
 from moe.analysis.report.sections.verdicts import how_it_decides
 from moe.analysis.sentences import level_text
-from moe.bench.candidates import RULES, inverse_trigamma, moderated, p_of_looks, paired, simulated
+from moe.bench.candidates import RULES, p_of_looks
 from moe.bench.errors import null_runs, write_record
 from moe.config.claim import ClaimConfig
 from moe.runs.planned import Look, LooksRecord, PlannedStudy, PlansRecord
@@ -112,13 +112,6 @@ def test_adding_seeds_keeps_the_error_only_with_shares() -> None:
     assert error["5 % at each look"] > 0.09
     assert error["planned"] <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / studies)
     assert error["not planned"] <= 0.05 * (1 + FURTHER + FURTHER**2) + 2 * np.sqrt(0.05 * 0.95 / studies)
-
-
-def test_moderated_variances_err_where_spreads_differ() -> None:
-    tables = simulated(3, "one level x4", 1500)
-    assert (paired(*tables)[:, -1] <= 0.05).mean() < 0.07
-    assert (moderated(*tables)[:, -1] <= 0.05).mean() > 0.15
-    assert special.polygamma(1, inverse_trigamma(np.array([0.01, 1.0, 40.0]))) == pytest.approx([0.01, 1.0, 40.0])
 
 
 @pytest.fixture
