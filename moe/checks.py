@@ -202,8 +202,13 @@ def printable(text: str) -> str:
 
 
 def escaped(text: str) -> str:
-    """Return text on one line of Markdown, escaped so that text from the data cannot become HTML or a link."""
-    return one_line(text).replace("<", "&lt;").replace("](", "]\\(")
+    """Return text on one line of Markdown, escaped so that text from the data cannot become HTML or a link.
+
+    Outside of code, a `#` at an end is no mark of a heading, and a `_` at an end of a word emphasizes nothing.
+    """
+    parts = re.split(r"((?<!\\)`[^`]*`)", one_line(text).replace("<", "&lt;").replace("](", "]\\("))
+    parts[::2] = [re.sub(r"(?<!\\)(?:(?<![^\W_])_|_(?![^\W_])|^#|#$)", r"\\\g<0>", part) for part in parts[::2]]
+    return "".join(parts)
 
 
 def one_line(text: str) -> str:

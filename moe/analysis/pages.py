@@ -123,7 +123,7 @@ def shown_by(folder: Path, experiments: list[ReportInputs]) -> str:
     several, plan = len(experiments) > 1, folder / PLAN
     for part in experiments:
         if several:
-            texts.append(f"## {part.runs['experiment'].iloc[0]}")
+            texts.append(block_as_markdown(Heading(literal(str(part.runs["experiment"].iloc[0])))))
         blocks = itertools.chain.from_iterable(section(part) for section in SECTIONS)
         texts += [block_as_markdown(_lower(block) if several else block) for block in _plain(blocks)]
     trained = max(part.runs["seed"].nunique() for part in experiments)

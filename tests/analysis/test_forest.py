@@ -5,7 +5,7 @@ import math
 import pytest
 
 from moe.analysis.figures.charts import charts
-from moe.analysis.figures.forest import Row, forest, leaves_out
+from moe.analysis.figures.forest import Row, forest, leaves_out, short_names
 
 
 def test_an_interval_without_end_reaches_the_edge_and_an_infinite_estimate_has_no_mark() -> None:
@@ -37,3 +37,12 @@ def test_lines_have_an_entry_in_the_legend_and_an_interval_decides_if_it_leaves_
     assert [legend.get_texts()[0].get_text() for legend in figure.legends] == ["limit"]
     assert not leaves_out(math.nan, math.nan)
     assert leaves_out(0.2, 0.9, 1.0)
+
+
+def test_names_of_rows_that_differ_look_different() -> None:
+    start, end = "a=1, " * 30, ", z=1" * 30
+    short = short_names(["topk", f"{start}b", f"{start}c", "topk", f"{start}b=1{end}", f"{start}b=2{end}"])
+    assert short[0] == short[3] == "topk"
+    assert len({*short}) == 5
+    assert [len(name) for name in short[1:3]] == [89, 89], "the ends tell them apart"
+    assert [" ".join(name.split()) for name in short[4:]] == [f"{start}b=1{end}", f"{start}b=2{end}"]

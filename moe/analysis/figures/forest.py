@@ -1,8 +1,9 @@
 """Figures with a row for each estimate: a point, its interval, and lines that it is compared with."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from textwrap import shorten
+from textwrap import fill
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -64,12 +65,12 @@ def forest(
         reach = [[row.value - low], [high - row.value]]
         look: dict[str, Any] = {"fmt": "o", "color": color, "markerfacecolor": color if row.decided else "white"}
         drawn = axes.errorbar([row.value], [number], xerr=reach, markersize=7, linewidth=2, **look)
-        if row.text:
-            with_hover(drawn.lines[0], [row.text])
+        if text := "; ".join([*([row.name] if len(row.name) > LONGEST else []), *filter(None, [row.text])]):
+            with_hover(drawn.lines[0], [text])
     axes.axvline(zero, color="black", linewidth=1)
     for index, (name, place) in enumerate((lines or {}).items()):
         axes.axvline(place, color=PALETTE[2 + index], linestyle=DASHES[1 + index], linewidth=1.5, label=name)
-    names = [shorten(row.name, LONGEST, placeholder=" …") for row in rows]
+    names = short_names([row.name for row in rows])
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
@@ -79,6 +80,14 @@ def forest(
     else:
         figure.supxlabel(marks, fontsize="small")
     return figure
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Return names cut in the middle to `LONGEST` characters, or whole in several lines if two would look the same."""
+    half = (LONGEST - 3) // 2
+    cut = {name: name if len(name) <= LONGEST else f"{name[:half]} … {name[-half:]}" for name in names}
+    alike = Counter(cut.values())
+    return [cut[name] if alike[cut[name]] == 1 else fill(name, LONGEST) for name in names]
 
 
 def contrast_rows(contrasts: pd.DataFrame) -> list[Row]:
