@@ -114,7 +114,7 @@ def study_of(runs: pd.DataFrame, records: dict[str, RunRecord]) -> Study:
         seeds=finished_seeds(runs),
         earlier=sorted(looks, key=lambda look: look.time),
         plans=plans,
-        changed=_changed(plans[-1], _sweeps(runs)) if plans else [],
+        changed=_changed(plans, _sweeps(runs)) if plans else [],
     )
 
 
@@ -151,13 +151,15 @@ def _sweeps(runs: pd.DataFrame) -> list[Path]:
     return sorted({Path(folder).parent for folder in runs["folder"]})
 
 
-def _changed(plan: PlannedStudy, sweeps: list[Path]) -> list[tuple[PlannedStudy, int]]:
-    """Return earlier plans with other claims, here or in a folder beside, for runs that compute the same.
+def _changed(here: list[PlannedStudy], sweeps: list[Path]) -> list[tuple[PlannedStudy, int]]:
+    """Return earlier plans with other claims than the newest of `here`, for runs that compute the same.
 
-    A damaged file in a folder beside is passed over, because this report is not about its runs.
+    here: the plans of this study. The earlier ones are here, in a folder beside, or in one of another `out=DIR` beside.
+    A damaged file there is passed over, because this report is not about its runs.
     """
-    folders = {path.parent for sweep in sweeps for path in sweep.parent.glob(f"*/{PlansRecord.FILE}")} | set(sweeps)
-    runs = set(plan.runs)
+    places = [(sweep.parent, "*") for sweep in sweeps] + [(sweep.parent.parent, "*/*") for sweep in sweeps]
+    folders = {path.parent for place, depth in places for path in place.glob(f"{depth}/{PlansRecord.FILE}")}
+    present = [plan for plan in here if digest_of(plan.claims) == digest_of(here[-1].claims)]
     found = []
     for folder in sorted(folders):
         try:
@@ -165,7 +167,7 @@ def _changed(plan: PlannedStudy, sweeps: list[Path]) -> list[tuple[PlannedStudy,
         except RecordError:
             continue
         for earlier in plans:
-            same = len(runs & set(earlier.runs))
-            if same and earlier.time <= plan.time and digest_of(earlier.claims) != digest_of(plan.claims):
-                found.append((earlier, same))
-    return found
+            if digest_of(earlier.claims) != digest_of(here[-1].claims):
+                later = {run for plan in present if earlier.time <= plan.time for run in plan.runs}
+                found.append((earlier, len(later & set(earlier.runs))))
+    return [(plan, same) for plan, same in found if same]

@@ -8,6 +8,7 @@ import gzip
 import itertools
 import json
 import zlib
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,16 @@ TEXTS = {"folder", "experiment", "run", "search", "tuned", "status", "error", "s
 def ship(runs: pd.DataFrame, folder: Path) -> list[Path]:
     """Write the tables of `runs`, a table of `moe.results.table.load_runs`, into a folder and return their paths.
 
-    A run's folder is named by that of its sweep and its own, so that no path of this machine is kept.
+    A run's folder is named by that of its sweep and its own, so that no path of this machine is kept. Raises ValueError
+    if two runs have the same name, before anything is written.
     """
+    names = {each.folder: f"{Path(each.folder).parent.name}/{each.run}" for each in runs.itertuples()}
+    for name, number in Counter(names.values()).items():
+        if number > 1:
+            one, other = [place for place, each in names.items() if each == name][:2]
+            raise ValueError(f"{one} and {other} would both be called {name}: ship one of their sweeps alone")
     folder.mkdir(parents=True, exist_ok=True)
     evals = read_event_tables(runs.loc[runs["status"] != "missing", "folder"]).evals
-    names = {each.folder: f"{Path(each.folder).parent.name}/{each.run}" for each in runs.itertuples()}
     claimed = _claimed_at_cost(runs)
     columns = ["folder", "step", *(name for name in evals if name in CURVES or name.startswith(claimed))]
     evals = evals.reindex(columns=columns) if len(evals) else pd.DataFrame(columns=columns)

@@ -81,7 +81,7 @@ def test_a_report_says_which_looks_leave_it_less() -> None:
     study = Study(8, [0, 4], [Look("2026-01-01", [0, 1, 2], {}), Look("2026-01-02", [3, 4, 5], {})])
     assert "look 3 at these runs, and it has no new seed" in next(warnings_of_looks(study, 2))
     other = Study(None, [7, 8, 9], study.earlier[:1])
-    assert "a report\nabout other seeds (0, 1, 2) was written" in next(warnings_of_looks(other, 3))
+    assert "a report about other seeds (0, 1, 2) was written" in next(warnings_of_looks(other, 3))
     assert list(warnings_of_looks(other._replace(seeds=[2, 1, 0]), 3)) == []
     [warning] = warnings_of_looks(Study(None, [0, 1, 2], unwritten=True), 3)
     assert "was not written down" in warning
@@ -94,7 +94,8 @@ def test_advice_says_what_more_seeds_cost_once_the_planned_ones_are_there() -> N
     planned = price_of_more(Study(8, list(range(8)), early), 8)
     assert "(8) are used up: with more, all tests together have 1 % instead of 5 %" in planned
     second = price_of_more(Study(None, list(range(5)), early), 5)
-    assert "(3, those of the first report) are used up: with more, all tests together have 0.2 %" in second
+    assert second.startswith("No number of seeds was planned, so that of the first report (3) counts as planned. These")
+    assert "seeds are used up: with more, all tests together have 0.2 % instead of 5 %." in second
 
 
 def test_a_folder_that_cannot_be_written_to_is_said(runs: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +141,7 @@ def test_a_second_look_is_said_and_corrected(runs: pd.DataFrame, tmp_path: Path)
     for family in second.families:
         assert any(level_text(family.tests / family.share / FURTHER) in text for text in texts)
     [warning] = warnings_of_looks(second.study, len(finished_seeds(runs)))
-    assert "look 2 at these runs, after the planned number of seeds (3) was reached" in warning
+    assert "look 2 at these runs, after 3 seeds, those of the first report, which count as planned because" in warning
     assert "together have 1 % instead of 5 %" in warning
     assert "at most 6 % of studies" in warning
     assert list(warnings_of_looks(alone.study, 5)) == []
@@ -191,12 +192,21 @@ def test_claims_that_were_changed_for_the_same_runs_are_shown(runs: pd.DataFrame
     PlansRecord(plans=[other]).write(beside / "plans.json")
     study = study_of(runs, {})
     assert study.changed == [(other, 1)]
-    assert "planned for 1 of these runs" in next(warnings_of_looks(study, 5))
+    told = next(warnings_of_looks(study, 5)).replace("\n", " ")
+    assert "noise_lb_seed had other claims (1), planned for 1 of these runs" in told
     [(name, fact)] = planned_facts(study)
     assert name == "Planned"
     assert plan.digest in fact
     assert "1 claim, seeds 0, 1" in fact
-    later = plan._replace(time="2026-01-03T00:00:00+00:00", seeds=[2])
+    later = plan._replace(time="2026-01-03T00:00:00+00:00", seeds=[2], runs=["d"])
+    PlansRecord(plans=[plan, later]).write(tmp_path / "sweeps" / "noise" / "plans.json")
+    assert study_of(runs, {}).changed == [(other, 1)]  # also after seeds were added
+    elsewhere = tmp_path / "other_out" / "noise"
+    elsewhere.mkdir(parents=True)
+    (beside / "plans.json").rename(elsewhere / "plans.json")
+    assert study_of(runs, {}).changed == [(other, 1)]
+    PlansRecord(plans=[other._replace(time="2026-01-04T00:00:00+00:00")]).write(elsewhere / "plans.json")
+    assert study_of(runs, {}).changed == []  # the claims of that later plan were changed, not these
     [(_, fact)] = planned_facts(study._replace(plans=[plan, later]))
     assert "seeds 0, 1, 2" in fact
     assert f"written down {plan.time}" in fact

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,24 @@ def test_the_tables_that_are_shipped_are_those_of_the_run_folders(sweep: Path, t
     pd.testing.assert_frame_equal(judge_planned(again), verdicts)
     assert past.evals["val/loss"].tolist() == [4.0, 3.0] * 6
     assert set(past.evals["folder"]) == set(again["folder"])
+
+
+def test_a_sweep_that_is_shipped_again_replaces_its_tables(sweep: Path, tmp_path: Path) -> None:
+    """The same runs have the same bytes, and a longer sweep has each run once. Equal names would be counted twice."""
+    tables = [tmp_path / "shipped" / name for name in (RUNS, EVALS)]
+    whole = load_runs([sweep])
+    ship(whole[whole["seed"] < 3], tmp_path / "shipped")
+    short = [table.read_bytes() for table in tables]
+    ship(whole[whole["seed"] < 3], tmp_path / "shipped")
+    assert [table.read_bytes() for table in tables] == short
+    ship(whole, tmp_path / "shipped")
+    again, past = pages.read_shipped(tmp_path / "shipped")
+    assert again["folder"].is_unique
+    assert (len(again), len(past.evals)) == (6, 12)
+    shutil.copytree(sweep, tmp_path / "copy" / "sweep")
+    with pytest.raises(ValueError, match=r"would both be called sweep/noise=0.0,seed=1: ship one"):
+        ship(load_runs([sweep, tmp_path / "copy"]), tmp_path / "shipped")
+    assert len(pages.read_shipped(tmp_path / "shipped")[0]) == 6
 
 
 def test_a_page_holds_what_the_tables_show_between_its_marks(

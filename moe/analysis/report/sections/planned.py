@@ -8,13 +8,16 @@ from moe.analysis.power import SIGNIFICANCE
 from moe.analysis.report.blocks import literal
 
 CHANGED = """\
-**The claims were changed.** On {time}, {claims} were planned for {runs} of these runs. Runs with the same settings give
-the same results, so the present claims may have been chosen by results."""
+**Other claims were planned before.** On {time}, {experiment} had other claims ({claims}), planned for {runs} of these
+runs. Runs with the same settings give the same results, so the present claims may have been chosen by results."""
 BEYOND = """\
-**This is look {number} at these runs, after the planned number of seeds ({planned}) was reached.** On {time}, a report
-about other seeds ({seeds}) was written. In this look, the tests of a report together have {share:.3g} % instead of 5 %.
-Together with the looks before, chance decides something in at most {total:.3g} % of studies. To keep 5 %, plan the
-number of seeds before the first run (`planned_seeds=8`)."""
+**This is look {number} at these runs, after {reached}.** On {time}, a report about other seeds ({seeds}) was written.
+In this look, the tests of a report together have {share:.3g} % instead of 5 %. Together with the looks before, chance
+decides something in at most {total:.3g} % of studies. To keep 5 %, plan the number of seeds before the first run
+(`planned_seeds=8`)."""
+REACHED = "the planned number of seeds ({planned}) was reached"
+FIRST_REPORT = "{planned} seeds, those of the first report, which count as planned because no number was planned"
+NOT_PLANNED = "No number of seeds was planned, so that of the first report ({planned}) counts as planned."
 WITHIN = """\
 This is look {number} at these runs, of {planned} planned seeds. In this look, the tests of a report together have
 {share:.3g} % instead of 5 %, and all looks together keep the 5 %."""
@@ -23,8 +26,7 @@ NOTHING_NEW = """\
 Nothing of the 5 % is left for it, so its tests decide nothing. Reports about more seeds, up to the {planned} planned
 ones, do."""
 USED_UP = """\
-The planned seeds ({planned}{whose}) are used up: with more, all tests together have {share:.3g} % instead of 5 %.
-That number allows for it."""
+{which} are used up: with more, all tests together have {share:.3g} % instead of 5 %. That number allows for it."""
 NOT_WRITTEN = """\
 **This look was not written down**, because the folder of the runs cannot be written to. A later report will not know of
 it, so its tests will have too large a share of the 5 %."""
@@ -48,7 +50,9 @@ def planned_facts(study: Study) -> list[tuple[str, str]]:
 def warnings_of_looks(study: Study, n: int) -> Iterator[str]:
     """Yield what a reader has to know of earlier looks and of changed claims. n: the seeds with finished runs."""
     for earlier, runs in study.changed[:3]:
-        yield CHANGED.format(time=earlier.time, claims=f"other claims ({len(earlier.claims)})", runs=runs)
+        yield CHANGED.format(
+            time=earlier.time, experiment=literal(earlier.experiment), claims=len(earlier.claims), runs=runs
+        )
     if n < 2:
         return  # no test is possible
     if study.unwritten:
@@ -62,7 +66,9 @@ def warnings_of_looks(study: Study, n: int) -> Iterator[str]:
     if beyond := sum(each >= planned for each in before):
         *_, last = takewhile(lambda look: set(look.seeds) != set(study.seeds), study.earlier)
         total = 100 * SIGNIFICANCE * sum(FURTHER**each for each in range(beyond + 1))
-        yield BEYOND.format(**facts, seeds=", ".join(map(str, last.seeds)), time=last.time, total=total)
+        reached = (REACHED if study.planned else FIRST_REPORT).format(planned=planned)
+        seeds = ", ".join(map(str, last.seeds))
+        yield BEYOND.format(**facts, reached=reached, seeds=seeds, time=last.time, total=total)
     elif looks[place] in before:
         yield NOTHING_NEW.format(**facts)
     else:
@@ -78,9 +84,8 @@ def price_of_more(study: Study, n: int) -> str:
     planned = study.planned or looks[0]
     if n < 2 or looks[-1] < planned:
         return ""
-    whose = "" if study.planned else ", those of the first report"
-    share = 100 * SIGNIFICANCE * study.next_share(n)
-    return USED_UP.format(planned=planned, whose=whose, share=share).replace("\n", " ")
+    which = f"The planned seeds ({planned})" if study.planned else f"{NOT_PLANNED.format(planned=planned)} These seeds"
+    return USED_UP.format(which=which, share=100 * SIGNIFICANCE * study.next_share(n))
 
 
 def _claims(number: int) -> str:
