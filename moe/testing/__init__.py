@@ -7,30 +7,17 @@ Each law is a function in `LAWS`. With pytest, one test for each law reads best:
         moe.testing.check_law(law, MyRouter, k=2)
 """
 
-import copy
-import itertools
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from moe.checks import ConfigError, check_settings, first_line, require, unknown
 from moe.config.classes import locate
-from moe.config.keys import OFF
 from moe.config.options import use
-from moe.config.schema import Config
-from moe.model.causal_lm import MoEOutput
-from moe.model.experts import Experts
-from moe.model.layer import LayerOutput, MoELayer
 from moe.routers.base import Router
-from moe.routing.decision import LABELS, Context, Knobs, Routing, TrainingText
-from moe.routing.dispatch import dispatch
-from moe.routing.loss_table import COSTLY
-from moe.routing.losses import auxiliary
 from moe.testing import decision, declared, learning, unusual  # noqa: F401 (each adds its laws)
+from moe.testing.inputs import E
 from moe.testing.law import LAWS
-from moe.training.objective import total_loss
 
 __all__ = ["LAWS", "check_law", "check_router"]
 

@@ -22,7 +22,7 @@ from moe.metrics.catalog import ENTRIES, METRICS, ROUTING_METRICS, lookup, selec
 from moe.metrics.metric import GROUPS, SHOWN, VARIANTS, WRITTEN, Metric
 from moe.routing.loss_table import LOSSES, ROUTER_LOSSES
 from moe.runs.events import read_events
-from moe.testing import context
+from moe.testing.inputs import context
 
 LAYERS, DOMAINS = 2, ("early", "late")  # of the small runs that tests train
 FORMS = {

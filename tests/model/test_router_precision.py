@@ -7,7 +7,6 @@ import torch
 import yaml
 from small_runs import run, untimed
 
-from moe import testing
 from moe.config.classes import build
 from moe.config.options import CONF, complete
 from moe.model.experts import Experts
@@ -15,7 +14,8 @@ from moe.model.layer import MoELayer
 from moe.model.router_precision import PRECISIONS, decide, flips
 from moe.routers.topk import TopK
 from moe.routing.decision import Context, Knobs, Routing
-from moe.testing import D, E
+from moe.testing import inputs
+from moe.testing.inputs import D, E
 
 TOKENS = 512
 IDS = torch.zeros(1, TOKENS, dtype=torch.long)
@@ -95,12 +95,12 @@ def test_tokens_between_two_experts_flip_and_clear_ones_do_not() -> None:
 @pytest.mark.parametrize("name", ROUTERS)
 def test_every_router_runs_in_every_precision(name: str, precision: str) -> None:
     settings = yaml.safe_load((CONF / "router" / f"{name}.yaml").read_text())
-    router = testing.random_router(lambda dim: build(settings, "router", dim, E))
+    router = inputs.random_router(lambda dim: build(settings, "router", dim, E))
     experts = Experts(router.num_experts, D, hidden=8, kind="silu")
     experts.initialize(0.3, {p: str(number) for number, p in enumerate(experts.parameters())})
     layer = MoELayer(router, experts, router_precision=precision)
-    context = testing.context(testing.token_ids())._replace(compared=torch.tensor([0]))
-    output = layer(testing.hidden_states(), context)
+    context = inputs.context(inputs.token_ids())._replace(compared=torch.tensor([0]))
+    output = layer(inputs.hidden_states(), context)
     (output.y.square().sum() + sum(loss.sum() for loss in output.aux.values())).backward()
     for routing in output.routing:
         numbers = [routing.weight, routing.probs, routing.logits, *routing.aux.values()]

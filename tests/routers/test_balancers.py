@@ -8,7 +8,6 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
-from moe import testing
 from moe.checks import ConfigError
 from moe.config.classes import build
 from moe.config.options import CONF
@@ -18,7 +17,8 @@ from moe.routing.decision import Routing
 from moe.routing.dispatch import dispatch
 from moe.routing.loss_table import BALANCE_WEIGHTS, LOSSES
 from moe.routing.losses import auxiliary
-from moe.testing import B, D, E, S
+from moe.testing import inputs
+from moe.testing.inputs import B, D, E, S
 
 KEYS = BALANCE_WEIGHTS | {"importance", "mutual_information"}
 NAMES = {LOSSES[name].weight: name for name in LOSSES if LOSSES[name].weight in KEYS}
@@ -26,7 +26,7 @@ YAMLS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((CONF / 
 
 
 def make(name: str) -> Router:
-    return testing.random_router(lambda dim: build(YAMLS[name], "router", dim, E))
+    return inputs.random_router(lambda dim: build(YAMLS[name], "router", dim, E))
 
 
 IGNORED = {name: KEYS & make(name).ignored_keys() for name in YAMLS}
@@ -44,7 +44,7 @@ def losses(routing: Routing) -> dict[str, Tensor]:
 def test_a_balancer_has_a_gradient_with_every_router_that_does_not_ignore_it(name: str) -> None:
     """Its value is above that of balanced experts, and as finite as its gradient on the router."""
     router = make(name).chain[0]
-    found = losses(router(testing.hidden_states().view(-1, D), testing.context(testing.token_ids())))
+    found = losses(router(inputs.hidden_states().view(-1, D), inputs.context(inputs.token_ids())))
     assert all(value.isfinite() for value in found.values())
     for key in KEYS - IGNORED[name]:
         gradients = torch.autograd.grad(found[key], [*router.parameters()], retain_graph=True, allow_unused=True)

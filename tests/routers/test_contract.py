@@ -23,7 +23,8 @@ from moe.routers.base import Router
 from moe.routers.topk import TopK
 from moe.routing.decision import Context, Knobs, Routing, TrainingText, document_positions
 from moe.routing.stats import RoutingStats
-from moe.testing import B, E, S, context
+from moe.testing import inputs, learning
+from moe.testing.inputs import B, E, S, context
 from moe.training.objective import total_loss
 
 YAMLS = sorted((CONF / "router").glob("*.yaml"))
@@ -128,12 +129,12 @@ def spec(request: pytest.FixtureRequest) -> Spec:
 
 @pytest.fixture
 def x() -> Tensor:
-    return testing.hidden_states()
+    return inputs.hidden_states()
 
 
 @pytest.fixture
 def ids() -> Tensor:
-    return testing.token_ids()
+    return inputs.token_ids()
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
@@ -141,7 +142,7 @@ def test_a_yaml_begins_with_its_purpose_whether_it_is_causal_and_its_equation(pa
     purpose, equation = path.read_text().splitlines()[:2]
     assert purpose.startswith("# ")
     [spec] = [spec for spec in SPECS if spec.name == path.stem]
-    assert ("not causal" in purpose) != spec.make(testing.D).causal
+    assert ("not causal" in purpose) != spec.make(inputs.D).causal
     assert "causal" in purpose
     assert equation.startswith("# ")
     assert "=" in equation
@@ -156,7 +157,7 @@ def test_every_router_holds_every_law(spec: Spec, law: str) -> None:
 
 @pytest.mark.parametrize("corner", CORNERS, ids=lambda spec: spec.name)
 def test_keys_that_change_nothing_in_corner_cases_are_declared(corner: Spec) -> None:
-    testing.keys_that_change_nothing_are_declared(corner.make)
+    learning.keys_that_change_nothing_are_declared(corner.make)
 
 
 @pytest.mark.parametrize(
@@ -172,8 +173,8 @@ def test_a_setting_that_a_router_ignores_changes_nothing(
     name: str, settings: dict[str, Any], key: str, values: tuple[Any, Any]
 ) -> None:
     specs = [Spec(name, BY_NAME[name].settings | settings | {key: value}) for value in values]
-    assert all(f"router.{key}" in spec.make(testing.D).ignored_keys() for spec in specs)
-    assert torch.equal(*(testing.training_gradients(spec.make) for spec in specs))
+    assert all(f"router.{key}" in spec.make(inputs.D).ignored_keys() for spec in specs)
+    assert torch.equal(*(learning.training_gradients(spec.make) for spec in specs))
 
 
 def computed(settings: dict[str, Any], experts: int) -> Tensor:
@@ -182,19 +183,19 @@ def computed(settings: dict[str, Any], experts: int) -> Tensor:
     Gradients are those of the experts and of `weight`, which all settings leave alone.
     """
     torch.manual_seed(0)
-    router = build(settings, "router", testing.D, experts)
+    router = build(settings, "router", inputs.D, experts)
     for key, tensor in [*router.named_parameters(), *router.named_buffers()]:
         router.draw(key, tensor, 0.5)
-    layer = MoELayer(router, Experts(experts, testing.D, hidden=testing.F, kind="silu"))
+    layer = MoELayer(router, Experts(experts, inputs.D, hidden=inputs.F, kind="silu"))
     for p in layer.experts.parameters():
         nn.init.normal_(p, std=0.3)
-    router.before_training(TrainingText(torch.arange(1000) % 17, testing.TEXT.domains))
+    router.before_training(TrainingText(torch.arange(1000) % 17, inputs.TEXT.domains))
     results: list[Tensor] = []
     for step in range(3):
         layer.train(step < 2)
-        x = (1 + step) * torch.randn(B, S, testing.D, generator=torch.Generator().manual_seed(step))
+        x = (1 + step) * torch.randn(B, S, inputs.D, generator=torch.Generator().manual_seed(step))
         knobs = Knobs.of(temperature=settings.get("temp", 1.0))
-        output = layer(x, context(testing.token_ids())._replace(knobs=knobs))
+        output = layer(x, context(inputs.token_ids())._replace(knobs=knobs))
         results += [output.y, *output.aux.values()]
         if not layer.training:
             break
@@ -238,7 +239,7 @@ def test_every_setting_of_a_router_changes_something_or_is_declared(spec: Spec) 
     settings = spec.settings | {key: value for key, value in STRONG.get(name, {}).items() if key not in off}
 
     def ignored(values: dict[str, Any]) -> frozenset[str]:
-        router = build(values, "router", testing.D, spec.num_experts)
+        router = build(values, "router", inputs.D, spec.num_experts)
         return router.ignored_keys() | router.ignores_without_capacity
 
     def changes(values: dict[str, Any]) -> bool:
@@ -246,7 +247,7 @@ def test_every_setting_of_a_router_changes_something_or_is_declared(spec: Spec) 
         return result.shape != before.shape or not torch.allclose(result, before, rtol=1e-4, atol=1e-6)
 
     before, unused = computed(settings, spec.num_experts), ignored(settings)
-    same_as = build(settings, "router", testing.D, spec.num_experts).same_as
+    same_as = build(settings, "router", inputs.D, spec.num_experts).same_as
     assert not changes(settings | same_as)
     assert not changes({key: value for key, value in settings.items() if f"router.{key}" not in unused})
     for key, parameter in list(inspect.signature(kind, eval_str=True).parameters.items())[2:]:
@@ -283,7 +284,7 @@ def test_forward_and_backward_wait_for_the_device_only_where_sizes_depend_on_val
         Routing, "masked", lambda *args, **kwargs: masked_calls.append("nonzero") or masked(*args, **kwargs)
     )
     monkeypatch.setattr(Experts, "kernel", lambda self, dtype: "grouped")  # the kernel that runs on a GPU
-    layer = testing.random_layer(spec.make)
+    layer = inputs.random_layer(spec.make)
     for capacity in (None, 1.0):
         layer_context = context(ids, noise=0.1, capacity=capacity)
         with WaitingOperators() as waiting:
