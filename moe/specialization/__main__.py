@@ -75,13 +75,16 @@ def main(command: list[str] | None = None) -> int:
 
 
 def _study(folder: Path, arguments: argparse.Namespace) -> None:
-    """Study one run, and print the loss and the files."""
+    """Study one run, and print the loss and the files, or why its routing was not studied."""
     written = study(folder, blocks_wanted=arguments.blocks, samples=arguments.samples, trusted=arguments.trust)
-    loss = SpecializationRecord.read(folder / SpecializationRecord.FILE).val_loss
+    found = SpecializationRecord.read(folder / SpecializationRecord.FILE)
+    loss = found.val_loss
     ends = f"{loss['low']} to {loss['high']}" if loss["low"] is not None else "no interval, which takes four of them"
     interval = f"val/loss {loss['mean']}, 95 % over {loss['documents']} documents: {ends}"
     outcome = "written" if written else "up to date"
     print(f"{folder / SpecializationRecord.FILE}: {outcome}; {interval}")
+    if found.reason is not None:
+        print(f"{folder}: its routing is not studied: {found.reason}")
     if page := SpecializationRecord.page(folder):
         print(f"{page}: {outcome}; text colored by expert")
     sys.stdout.flush()
