@@ -43,11 +43,11 @@ CURVE = (
 )
 PLAN = "plan.json"
 PLANNED = """\
-`moe plan` said before the runs how many seeds each claim needs, for a difference of the given size to be found in
-{power:.0f} % of cases. """
+`moe plan` said before the runs how many seeds each claim needs to be supported in {power:.0f} % of cases, if the true
+difference is inside of what the claim allows, at the given distance to the nearest bound. """
 PILOT = "These numbers come from a small pilot, so they are uncertain: the range is in parentheses."
 NO_PILOT = """\
-There was no pilot. So a difference is in standard deviations of the differences between runs of one seed (sd)."""
+There was no pilot. So a distance is in standard deviations of the differences between runs of one seed (sd)."""
 FINDINGS = "findings.md"  # beside the folder of the studies
 VERDICT = re.compile(r"(?m)^(?P<line><!-- (?P<study>[\w.-]+): (?P<claim>.+) -->)[ ]*\n(?:> “.*\n)?")
 
@@ -151,7 +151,7 @@ def planned(plan: dict[str, Any], trained: int) -> Iterator[ReportBlock]:
         expected, low, high = (number(claim[key]) for key in ("seeds", "seeds_low", "seeds_high"))
         return expected if low == high else f"{expected} ({low} to {high})"
 
-    def difference(claim: dict[str, Any]) -> str:
+    def distance(claim: dict[str, Any]) -> str:
         if claim["effect"] is None:
             return "–"
         return f"{claim['effect']:.3g}{' sd' if claim['spread'] is None else ''}"
@@ -160,7 +160,7 @@ def planned(plan: dict[str, Any], trained: int) -> Iterator[ReportBlock]:
         {
             "claim": plain(claim["text"]),
             "metric": claim["metric"],
-            "difference": difference(claim),
+            "distance to the bound": distance(claim),
             "seeds planned": needed(claim),
             "seeds trained": str(trained),
         }

@@ -187,11 +187,10 @@ def _basis(each: Need) -> str:
     level = f"level {level_text(each.tests)}"
     spread = each.spread
     if math.isnan(spread.mean):
-        return f"{each.claim.metric}: difference {each.effect:.3g} {UNIT}, {level}; {spread.source}"
+        return f"{each.claim.metric}: distance to the bound {each.effect:.3g} {UNIT}, {level}; {spread.source}"
     ends = f" ({spread.low:.3g} to {spread.high:.3g})" if spread.value else ""
-    return (
-        f"{each.claim.metric}: difference {each.effect:.3g}, spread {spread.value:.3g}{ends}, {level}; {spread.source}"
-    )
+    distance = f"distance to the bound {each.effect:.3g}, spread {spread.value:.3g}{ends}"
+    return f"{each.claim.metric}: {distance}, {level}; {spread.source}"
 
 
 if __name__ == "__main__":

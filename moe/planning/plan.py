@@ -69,6 +69,7 @@ class Plan(NamedTuple):
     def as_json(self) -> dict[str, Any]:
         """Return the plan as plan.json has it.
 
+        `effect` of a claim is the distance from its assumed true difference to the nearest bound of what it allows.
         Effects and spreads are in units of the metric. Without a pilot, spreads are null, and effects are in standard
         deviations of the paired differences. What is unknown is null: `reachable` and `seeds` of a claim that cannot be
         planned, and runs, tokens, seconds and the command if there is no such number for any claim.

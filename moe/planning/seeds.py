@@ -60,9 +60,10 @@ class Spread(NamedTuple):
 class Need(NamedTuple):
     """How many seeds a claim needs.
 
-    effect: the assumed difference, in units of the metric; of a claim with a range, half its width. seeds: None if it
-    is out of reach, or if that is unknown. low, high: for the ends of the interval of the spread; None is more than the
-    most seeds that were allowed. tests: the number by which 5 % are divided. reason: why the number is unknown.
+    effect: the distance from the assumed true difference to the nearest bound of what the claim allows, in units of the
+    metric. The bound of a claim without a range is 0; of a claim with a range, this is half its width. seeds: None if
+    it is out of reach, or if that is unknown. low, high: for the ends of the interval of the spread; None is more than
+    the most seeds that were allowed. tests: the number by which 5 % are divided. reason: why the number is unknown.
     """
 
     claim: ClaimConfig

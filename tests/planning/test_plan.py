@@ -118,6 +118,9 @@ def test_a_plan_with_a_pilot(
     assert [each["text"] for each in plan["claims"]] == [each.text for each in experiment_claims("noise_lb_seed")]
     claim = plan["claims"][1]
     assert claim["effect"] == pytest.approx(1.06, abs=0.01)  # 1 % of the mean of the pilot's runs
+    about = plan["claims"][2]  # from 5 % to 15 %: the assumed 10 % are 5 % from both bounds
+    assert about["effect"] == pytest.approx(5 * claim["effect"])
+    assert f"distance to the bound {about['effect']:.3g}, spread" in printed
     assert claim["seeds_low"] < claim["seeds"] <= 32
     assert claim["seeds_high"] is None
     cv = plan["claims"][3]
@@ -211,7 +214,8 @@ def test_without_a_pilot_an_effect_in_other_units_has_no_number_of_seeds() -> No
     assert "command: none" in printed
     in_sd = make_plan(REQUEST, cells_of([7, 8]), None, Speed(1e-9, 0.0, "a test"))
     assert in_sd.as_json()["claims"][0]["reachable"]
-    assert "difference 2 sd, level 5 %; without a pilot" in "\n".join(_lines(in_sd, "the command of a pilot"))
+    text = "\n".join(_lines(in_sd, "the command of a pilot"))
+    assert "distance to the bound 2 sd, level 5 %; without a pilot" in text
 
 
 @pytest.fixture

@@ -121,9 +121,9 @@ def test_a_plan_without_a_pilot_is_in_standard_deviations() -> None:
     claims = [each | {"seeds_low": None, "seeds_high": None} for each in (known, unknown)]
     _, text, table = map(block_as_markdown, pages.planned({"power": 0.8, "most_seeds": 32, "claims": claims}, 3))
     assert text.endswith(
-        "There was no pilot. So a difference is in standard deviations of the differences between "
-        "runs of one seed (sd)."
+        "There was no pilot. So a distance is in standard deviations of the differences between runs of one seed (sd)."
     )
+    assert "| claim | distance to the bound |" in table
     assert "| a | 1.5 sd | 6 |" in table
     assert "| b | – | unknown |" in table
 
