@@ -3,27 +3,33 @@
 Only commands with claims import the catalog of metrics, and NumPy with it, because every command should start fast.
 """
 
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from hydra.core.override_parser.types import Override, QuotedString
 
-from moe.checks import require, unknown
+from moe.checks import printable, require, unknown
 from moe.config.cell import Cell
 from moe.config.claim import DOMAIN, ClaimConfig
 from moe.config.classes import build
 from moe.config.keys import OFF
 from moe.config.options import GROUPS, options
+from moe.config.words import as_word
 from moe.data import embedded
 from moe.runs.events import LAST, LAST_MEAN
+
+LEFT_OUT = "no run of this command has %s, so its runs alone cannot test this claim: %s"
+log = logging.getLogger(__name__)
 
 
 def check_claims(cells: Sequence[Cell], grid: Iterable[Override], *, sweep: bool) -> None:
     """Raise ConfigError for a claim whose metric no run will have, or whose factor or level occurs in no run.
 
-    grid: the overrides that span the experiment's own grid, of which the command may train a part. Without `sweep`,
-    the command trains one of the runs that a claim is about; then only its kind of level is known.
+    grid: the overrides that span the experiment's own grid, of which the command may train a part. A level that only
+    the runs left out have is warned of. Without `sweep`, the command trains one of the runs that a claim is about; then
+    only its kind of level is known.
     """
     leaves = [_factors(cell) for cell in cells]
     for number, claim in enumerate(cells[0].config.claims):
@@ -48,6 +54,21 @@ def check_claims(cells: Sequence[Cell], grid: Iterable[Override], *, sweep: bool
                 require(some, f"{key}.levels", named, f"a part of the levels of this sweep, which are {listed}")
         if sweep:
             _check_applies(f"{key}.within", claim, [cell for cell in cells if _is_within(cell, claim)])
+            if left_out := _left_out(claim, leaves):
+                log.warning(LEFT_OUT, ", ".join(left_out), printable(claim.text))
+
+
+def _left_out(claim: ClaimConfig, leaves: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the levels that a claim compares and that no run of the command has."""
+    trained = {factor: [each[factor] for each in leaves if factor in each] for factor in claim.compared_levels}
+    lacking = [
+        f"{factor}={as_word(level)}"
+        for factor, named in claim.compared_levels.items()
+        for level in named
+        if level not in trained[factor]
+    ]
+    alone = not claim.than and all(level in claim.levels for level in trained[claim.factor])
+    return lacking + ([f"another level of {claim.factor}"] if alone else [])
 
 
 def _check_metric(key: str, claim: ClaimConfig, cells: Sequence[Cell]) -> None:

@@ -15,7 +15,7 @@ from moe.config.claim import ClaimConfig
 from moe.planning.cost import Speed, tokens_of
 from moe.planning.pilot import differences
 from moe.planning.report_ahead import Ahead, tests_ahead
-from moe.planning.seeds import Effect, Need, need, spread_of
+from moe.planning.seeds import NO_PILOT, Effect, Need, need, spread_of
 
 LIMIT = 2**32  # of seeds
 EFFECTS = (0.5, 1.0, 1.5, 2.0, 3.0, 5.0)  # of the answer without a pilot, in standard deviations of the differences
@@ -171,7 +171,7 @@ def free_seeds(own: list[int], taken: set[int], wanted: int) -> list[int]:
 
 def _need(request: Request, claim: ClaimConfig, ahead: Ahead, pilot: pd.DataFrame | None) -> Need:
     effect = request.effects.get(claim.metric, request.effect)
-    spread = None if pilot is None else spread_of(claim, pilot)
+    spread = NO_PILOT if pilot is None else spread_of(claim, pilot)
     return need(claim, ahead, spread, effect, power=request.power, most=request.most)
 
 

@@ -47,7 +47,7 @@ class Effect(NamedTuple):
 class Spread(NamedTuple):
     """The spread of a claim's comparisons (`moe.analysis.power`), with its 95 % interval, and how it is known.
 
-    mean: that of the metric over the pilot's runs.
+    mean: that of the metric over the pilot's runs; NaN if the spread is not known. Its value is then 1.
     """
 
     value: float
@@ -77,21 +77,23 @@ class Need(NamedTuple):
 
 
 NO_PILOT = Spread(1.0, math.nan, math.nan, math.nan, "without a pilot")
+NOT_TOLD = NO_PILOT._replace(source="the pilot does not tell the spread")
+NOT_IN_PLAN = "the plan lacks what the claim compares: {absent}"
 
 DESIGNS = (["setting"], ["setting", "seed"])
 WITHIN_SEEDS = "the pilot's other settings, without the effect of the seed"
 BETWEEN_SEEDS = "pilot's runs that differ in the seed alone, without pairs: rather too large"
 
 
-def spread_of(claim: ClaimConfig, pilot: pd.DataFrame) -> Spread | None:
-    """Return the spread of a claim in a pilot's runs; None if they do not tell it.
+def spread_of(claim: ClaimConfig, pilot: pd.DataFrame) -> Spread:
+    """Return the spread of a claim in a pilot's runs; `NOT_TOLD` if they do not tell it.
 
     It comes from the comparisons that the claim makes, pooled over them. If the pilot lacks a level, it is derived from
     its other settings, after the effects of setting and seed, as if no other factor were averaged over. If it has a
     single setting, the runs of a seed count as if they had nothing in common. Then it is rather too large.
     """
     if claim.metric not in pilot or not (mean := float(pilot[claim.metric].mean())) < math.inf:
-        return None
+        return NOT_TOLD
     pairs = [pair for pair in chain(*compared(claim, pilot).pairs) if pair.n > 1]
     if pairs and all(pair.deterministic for pair in pairs):
         return Spread(0.0, 0.0, 0.0, mean, "the same difference in every seed of the pilot")
@@ -113,32 +115,33 @@ def spread_of(claim: ClaimConfig, pilot: pd.DataFrame) -> Spread | None:
             value = math.sqrt(runs_compared * float(((y - design @ effects) ** 2).sum()) / df)
             low, high = map(float, spread_interval(value, df))
             return Spread(value, low, high, mean, source)
-    return None
+    return NOT_TOLD
 
 
-def need(claim: ClaimConfig, ahead: Ahead, spread: Spread | None, effect: Effect, *, power: float, most: int) -> Need:
+def need(claim: ClaimConfig, ahead: Ahead, spread: Spread, effect: Effect, *, power: float, most: int) -> Need:
     """Return how many seeds a claim needs for this power.
 
     Of a claim with a range (a margin, or a size), the true difference is assumed to be the middle of the range, and the
     effect plays no part. ahead: what is known of the claim's test in the planned report.
     """
     ranged = claim.margin is not None or bool(claim.size)
-    comparable = spread is not None or (effect.text.endswith(UNIT) and not ranged)
+    comparable = not math.isnan(spread.mean) or (effect.text.endswith(UNIT) and not ranged)
     compared_with = "its range" if ranged else f"an effect of {effect.text}"
     unknown = "" if comparable else f"{compared_with} can be compared only with a spread"
-    if reason := "; ".join(ahead.absent) or unknown:
-        return Need(claim, ahead.tests, NO_PILOT, math.nan, None, None, None, reason)
-    known = spread or NO_PILOT
-    low, high = claimed_range(claim, known.mean)
-    effect_size = (high - low) / 2 if ranged else effect.in_units(known)
+    if absent := "; ".join(ahead.absent):
+        spread = NO_PILOT._replace(source=NOT_IN_PLAN.format(absent=absent))
+    if reason := absent or unknown:
+        return Need(claim, ahead.tests, spread, math.nan, None, None, None, reason)
+    low, high = claimed_range(claim, spread.mean)
+    effect_size = (high - low) / 2 if ranged else effect.in_units(spread)
 
-    def seeds(spread: float) -> int | None:
-        if spread == 0:
+    def seeds(of_spread: float) -> int | None:
+        if of_spread == 0:
             return 2  # the difference is the same in every seed
         true = (low + high) / 2 if ranged else math.copysign(effect_size, -1 if math.isinf(low) else 1)
-        ends = low / spread, high / spread, true / spread
+        ends = low / of_spread, high / of_spread, true / of_spread
         prediction = Prediction(*ends, ahead.tests, len(claim.levels), ahead.rivals, ahead.freedom)
         return seeds_for(prediction, power_wanted=power, most=most)
 
-    least, most_seeds = (None if math.isnan(end) else seeds(end) for end in (known.low, known.high))
-    return Need(claim, ahead.tests, known, effect_size, seeds(known.value), least, most_seeds)
+    least, most_seeds = (None if math.isnan(end) else seeds(end) for end in (spread.low, spread.high))
+    return Need(claim, ahead.tests, spread, effect_size, seeds(spread.value), least, most_seeds)

@@ -3,6 +3,7 @@
 import pytest
 
 from moe.checks import ConfigError
+from moe.launch.claims import LEFT_OUT
 from moe.launch.command_line import read_cells
 
 CLAIM = {
@@ -94,8 +95,14 @@ def test_an_amount_may_be_written_with_an_exponent() -> None:
     assert read("experiment=noise_lb_seed", "seed=42", kind="equivalent", margin="5e-1") == 6
 
 
-def test_a_part_of_an_experiment_keeps_the_claims_about_its_whole_grid() -> None:
+def test_a_part_of_an_experiment_keeps_the_claims_about_its_whole_grid(caplog: pytest.LogCaptureFixture) -> None:
     assert read("experiment=noise_lb_seed", "noise=0.0,0.1", "seed=42", "lb=0.01") == 2
+    assert [record.message for record in caplog.records] == [LEFT_OUT % ("noise=0.5", "a")]
+    caplog.clear()
+    assert read("experiment=noise_lb_seed", "noise=0.0,0.5", "seed=42", within="{lb: [0.01]}") == 4
+    assert not caplog.records
+    assert read("experiment=noise_lb_seed", "noise=0.5", "seed=42", kind="highest", than="[]") == 2
+    assert [record.message for record in caplog.records] == [LEFT_OUT % ("another level of noise", "a")]
     assert read("experiment=noise_lb_seed", "noise=0.0,0.9", "seed=42", "lb=0.01", levels="[0.9]") == 2
     within = {"kind": "interaction", "within": "{lb: [0.0, 0.01]}", "margin": "1%"}
     assert read("experiment=noise_lb_seed", "noise=0.0,0.5", "seed=42", **within) == 4

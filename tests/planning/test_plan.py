@@ -78,15 +78,18 @@ def test_a_mixed_claim_is_planned_with_the_degrees_of_freedom_of_its_model() -> 
     assert found.freedom == (5, 5)  # noise x lb: 6 settings
     assert found.tests > 1
     assert without.absent == ["noise=5.0 is in no run"]
-    assert need(lacking, without, None, Effect("2sd"), **MORE).reason == "noise=5.0 is in no run"
+    for spread in (NO_PILOT, NO_PILOT._replace(mean=4.0, source="a pilot")):
+        unknown = need(lacking, without, spread, Effect("2sd"), **MORE)
+        assert unknown.reason == "noise=5.0 is in no run"
+        assert unknown.spread.source == "the plan lacks what the claim compares: noise=5.0 is in no run"
+    assert spread_of(CLAIM, pd.DataFrame({"val/perplexity": [1.0]})).source == "the pilot does not tell the spread"
     rng = np.random.default_rng(0)
     rows = [(noise, seed, rng.normal()) for noise in (0.0, 0.1, 0.5) for seed in (1, 2, 3)]
     runs = pd.DataFrame(rows, columns=["noise", "seed", "val/loss"]).assign(status="finished", folder="", experiment="")
     spread = spread_of(claim, runs)
-    assert spread is not None
     assert spread.high / spread.low == pytest.approx(math.sqrt(np.divide(*stats.chi2.ppf([0.975, 0.025], 4))))
     assert spread.source == "the pilot's mixed model of 9 runs, 4 degrees of freedom"
-    needed, paired = (need(claim, each, None, Effect("2sd"), **MORE).seeds for each in (found, Ahead(1)))
+    needed, paired = (need(claim, each, NO_PILOT, Effect("2sd"), **MORE).seeds for each in (found, Ahead(1)))
     assert needed is not None
     assert paired is not None
     assert needed < paired
@@ -148,16 +151,16 @@ MORE = {"power": 0.8, "most": 32}
 def test_effects_in_units_of_the_metric_and_of_the_spread() -> None:
     spread = NO_PILOT._replace(value=0.1, low=0.05, high=0.6, mean=4.0)
     found = [need(CLAIM, Ahead(1), spread, Effect(text), **MORE).seeds for text in ("5%", "0.2", "2sd")]
-    assert found[0] == found[1] == found[2] == need(CLAIM, Ahead(1), None, Effect("2sd"), **MORE).seeds == 5
-    assert need(CLAIM, Ahead(1), None, Effect("5%"), **MORE).reason.endswith("only with a spread")
+    assert found[0] == found[1] == found[2] == need(CLAIM, Ahead(1), NO_PILOT, Effect("2sd"), **MORE).seeds == 5
+    assert need(CLAIM, Ahead(1), NO_PILOT, Effect("5%"), **MORE).reason.endswith("only with a spread")
     small = need(CLAIM, Ahead(1), spread, Effect("0.5%"), **MORE)
     assert (small.seeds, small.high) == (None, None)
     margin = replace(CLAIM, kind="equivalent", margin="5%")
     within = need(margin, Ahead(1), spread, Effect("1%"), **MORE)
     assert within.effect == pytest.approx(0.2)
     assert within.seeds is not None
-    assert need(margin, Ahead(1), None, Effect("2sd"), **MORE).seeds is None
-    assert math.isnan(need(margin, Ahead(1), None, Effect("2sd"), **MORE).effect)
+    assert need(margin, Ahead(1), NO_PILOT, Effect("2sd"), **MORE).seeds is None
+    assert math.isnan(need(margin, Ahead(1), NO_PILOT, Effect("2sd"), **MORE).effect)
 
 
 @pytest.fixture
@@ -359,10 +362,8 @@ def test_the_spread_of_a_pilot_without_the_level_is_that_within_seeds() -> None:
     rows = [(f"{seed}-{level}", level / 10, seed, table[seed, level]) for seed, level in np.ndindex(40, 3)]
     runs = pd.DataFrame(rows, columns=["folder", "noise", "seed", "val/loss"]).assign(status="finished", experiment="x")
     spread = spread_of(CLAIM, runs)
-    assert spread is not None
     rest = table - table.mean(1, keepdims=True) - table.mean(0) + table.mean()
     assert spread.value == pytest.approx(math.sqrt(2 * (rest**2).sum() / (39 * 2)))
     assert spread.low < math.sqrt(2) < spread.high
     alone = spread_of(CLAIM, runs[runs["noise"] == 0.1])
-    assert alone is not None
     assert alone.value == pytest.approx(math.sqrt(2) * table[:, 1].std(ddof=1))
