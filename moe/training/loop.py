@@ -11,6 +11,7 @@ from moe.config.schema import Config
 from moe.distributed import ranks
 from moe.model.cost import count_parameters, flops_per_token, peak_memory_gb
 from moe.runs import traces
+from moe.runs.evaluated import in_evaluation
 from moe.runs.events import RunListener
 from moe.runs.place import Place
 from moe.runs.signals import Interrupted, Signals
@@ -23,7 +24,7 @@ from moe.training.saving import save_adapter, save_milestone, save_model
 from moe.training.setup import Training, remarks, set_up, unigram_perplexity
 from moe.training.state import Clock, resume, save_checkpoint
 from moe.training.step import train_step
-from moe.training.watch import can_collapse, in_evaluation
+from moe.training.watch import can_collapse
 
 
 def train(
@@ -96,7 +97,7 @@ def facts(training: Training, clock: Clock, latest: dict[str, Any]) -> dict[str,
     active = [latest[f"routing/active_experts/layer{index:02d}"] for index in range(len(training.routers))]
     collapses = training.watch.findings()
     if config.steps == 0:
-        collapses = in_evaluation(latest, watched=[can_collapse(router) for router in training.routers])
+        collapses = [each for each in in_evaluation(latest) if can_collapse(training.routers[each.layer])]
     return {
         "parameters": count_parameters(model)._asdict(),
         "flops_per_token": flops_per_token(model, config.data.seq_len, active=active),

@@ -104,18 +104,3 @@ class LoadWatch:
         )
         self._told, self._busy = (np.array(state[name], dtype=bool) for name in ("told", "busy"))
         self._ended = [Collapse(*each) for each in state["ended"]]
-
-
-def in_evaluation(values: Mapping[str, Any], *, watched: list[bool]) -> list[Collapse]:
-    """Return what the metrics of a single evaluation show. For models that are evaluated and not trained: step 0."""
-    found = []
-    for layer, row in enumerate(values.get("routing/utilization", ())):
-        share = np.array(row, dtype=float)
-        if not watched[layer] or np.isnan(share).any():
-            continue
-        if values.get(f"routing/collapsed/layer{layer:02d}") == 1:
-            members = np.flatnonzero(formulas.busiest(share[None])[0]).tolist()
-            found.append(Collapse(layer, "few", members, len(share), 0, None))
-        if unused := np.flatnonzero(share == 0).tolist():
-            found.append(Collapse(layer, "unused", unused, len(share), 0, None))
-    return found

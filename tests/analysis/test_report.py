@@ -57,7 +57,7 @@ from moe.analysis.report.report import save_report, write_report
 from moe.analysis.report.sections.answer import answer
 from moe.analysis.report.sections.asked import asked
 from moe.analysis.report.sections.best_setting import best_setting
-from moe.analysis.report.sections.collapse import NONE, collapse
+from moe.analysis.report.sections.collapse import MEANING, NONE, NONE_TOLD, collapse
 from moe.analysis.report.sections.comparisons import condition_table
 from moe.analysis.report.sections.headline import headline
 from moe.analysis.report.sections.over_training import contrasts_at_shares, contrasts_over_training
@@ -563,13 +563,22 @@ def test_the_report_says_in_words_which_layers_collapsed(tmp_path: Path) -> None
         write_run(tmp_path / "x" / f"lb={lb},seed=1", {"val/loss": 3.0}, lb=lb, seed=1)
     [inputs] = collect_inputs(load_runs([tmp_path / "x"]))
     [_, paragraph] = collapse(inputs)
-    assert paragraph == Paragraph(NONE)
+    assert paragraph == Paragraph(f"{NONE} {NONE_TOLD}")
     found = Collapse(3, "few", [1, 5], 8, 40, None)._asdict()
     change_record(tmp_path / "x" / "lb=0.0,seed=1", collapses=[found])
     [inputs] = collect_inputs(load_runs([tmp_path / "x"]))
     [_, _, sentences] = collapse(inputs)
     line = "lb=0.0, seed 1, layer 3: 2 of 8 experts (1, 5) take 90 % of the assignments since step 40"
     assert sentences == BulletList([line])
+    event = {"kind": "eval", "step": 500, "routing/utilization": [[0.5, 0.5, 0, 0]], "routing/collapsed/layer00": 1.0}
+    with (tmp_path / "x" / "lb=0.1,seed=1" / "events.jsonl").open("a") as log:
+        log.write(json.dumps(event) + "\n")
+    [inputs] = collect_inputs(load_runs([tmp_path / "x"]))
+    [_, paragraph, sentences] = collapse(inputs)
+    assert paragraph == Paragraph(MEANING), "nothing is denied that the last evaluation shows"
+    start = "lb=0.1, seed 1, layer 0:"
+    evaluated = ["2 of 4 experts (0, 1) take 90 % of the assignments", "no token takes 2 of 4 experts (2, 3)"]
+    assert sentences == BulletList([line, *(f"{start} {each} in the last evaluation" for each in evaluated)])
 
 
 def test_the_table_of_what_was_run_counts_every_status(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from small_runs import run, untimed
 
 from moe.metrics.formulas import Sums, collapsed, constant
 from moe.runs.collapse import Collapse, sentences
-from moe.training.watch import HOLD, LoadWatch, in_evaluation
+from moe.training.watch import HOLD, LoadWatch
 
 E, T = 8, 100
 
@@ -159,16 +159,6 @@ def test_a_layer_with_fewer_experts_is_judged_by_its_own_number() -> None:
 def test_more_than_four_experts_are_counted_and_not_named() -> None:
     [line] = sentences([Collapse(2, "unused", [0, 1, 2, 3, 4], 8, 7, None)])
     assert line == "layer 2: no token takes 5 of 8 experts since step 7"
-
-
-def test_an_evaluated_model_tells_its_collapsed_layers() -> None:
-    values = {"routing/utilization": [[0.5, 0.5, 0, 0], [0.25] * 4, [None] * 4]}
-    values |= {"routing/collapsed/layer00": 1.0, "routing/collapsed/layer01": 0.0, "routing/collapsed/layer02": None}
-    assert sentences(in_evaluation(values, watched=[True] * 3)) == [
-        "layer 0: 2 of 4 experts (0, 1) take 90 % of the assignments",
-        "layer 0: no token takes 2 of 4 experts (2, 3)",
-    ]
-    assert in_evaluation(values, watched=[False] * 3) == []
 
 
 COLLAPSING = (

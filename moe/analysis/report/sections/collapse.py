@@ -1,29 +1,50 @@
 """Which runs had a layer whose routing collapsed, in words."""
 
 from collections.abc import Iterator
+from typing import Any
+
+import pandas as pd
 
 from moe.analysis.report.blocks import Heading, Paragraph, ReportBlock, literal, long_list
 from moe.analysis.report.inputs import ReportInputs
 from moe.runs.collapse import sentences
+from moe.runs.evaluated import IN_EVALUATION, in_evaluation, not_told
 
-MEANING = "Few experts are at most half of all, and at most a quarter of the way from the fewest that the number of \
-experts per token allows to those of an even load. A run tells it when it has held for 20 steps and the warm-up of the \
-learning rate is over."
-NONE = "In no layer of a finished run did few experts take 90 % of the assignments, and no expert was without tokens."
+MEANING = """\
+Few experts are at most half of all, and at most a quarter of the way from the fewest that the number of experts per
+token allows to those of an even load. A run tells it when it has held for 20 steps and the warm-up of the learning rate
+is over. The last evaluation is a single look at the validation text."""
+NONE = """\
+In the last evaluation of no finished run did few experts of a layer take 90 % of the assignments, and no expert was
+without tokens."""
+NONE_TOLD = """\
+No run told of such a layer while it trained, where it must hold for 20 steps, after the warm-up of the learning rate.
+Training steps are not watched where labels or token ids choose the experts."""
 
 
 def collapse(inputs: ReportInputs) -> Iterator[ReportBlock]:
     """Yield a sentence for each layer of each finished run whose routing collapsed, now or for a while."""
     runs = inputs.runs.assign(condition=inputs.condition).drop_duplicates("folder")
-    lines, known = [], 0
+    lines, known, last = [], 0, _last_evaluations(inputs.past.evals)
     for run in runs.to_dict("records"):
         record = inputs.records.get(str(run["folder"]))
         if record is None or record.facts is None:
             continue
         known += 1
         name = "" if len(runs) == 1 else f"{literal(str(run['condition']))}, seed {run.get('seed', 'unknown')}, "
-        lines += [f"{name}{sentence}" for sentence in sentences(record.facts.collapses)]
+        told = record.facts.collapses
+        evaluated = not_told(in_evaluation(last.get(str(run["folder"]), {})), told)
+        lines += [f"{name}{sentence}" for sentence in sentences(told)]
+        lines += [f"{name}{each.sentence()} in the last evaluation" for each in evaluated]
     if known:
         yield Heading("Collapse")
-        yield Paragraph(MEANING if lines else NONE)
+        yield Paragraph(MEANING if lines else f"{NONE} {NONE_TOLD}" if inputs.trained else NONE)
         yield from long_list(lines)
+
+
+def _last_evaluations(evals: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """Return what the last evaluation of each run says about collapsed layers, by folder."""
+    if evals.empty:
+        return {}
+    last = evals.drop_duplicates("folder", keep="last").set_index("folder")
+    return last[[name for name in last if name.startswith(IN_EVALUATION)]].to_dict("index")
