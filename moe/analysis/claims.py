@@ -1,10 +1,10 @@
 """Judge planned claims: predictions that were written down before the runs of an experiment were trained.
 
-A claim (`moe.config.claim.ClaimConfig`) is written in the experiment's YAML file, and every run records it before its
-first step. Contrasts that no claim predicts are post hoc. Differences are taken between runs of the same seed and
-averaged over all combinations of the other factors, or of those of their levels that the claim names. Every claim
-states a range for the true difference: above zero, below zero, closer to zero than a margin, or within the claimed
-size. An interaction is such a claim about how much the metric changes between two levels of another factor.
+A claim (`moe.config.claim.ClaimConfig`) is written in the experiment's YAML file or on the command line, and every run
+records it before its first step. Contrasts that no claim predicts are post hoc. Differences are taken between runs of
+the same seed and averaged over all combinations of the other factors, or of those of their levels that the claim names.
+Every claim states a range for the true difference: above zero, below zero, closer to zero than a margin, or within the
+claimed size. An interaction is such a claim about how much the metric changes between two levels of another factor.
 """
 
 import json

@@ -30,7 +30,6 @@ from moe.analysis.sentences import (
     levels_compared,
     standing,
     unit_of,
-    with_note,
 )
 from moe.config.claim import OURS
 from moe.results.comparable import several_tokenizers
@@ -75,9 +74,10 @@ EQUIVALENCE = (
     "A difference that is not significant is no proof of equivalence.",
 )
 CLAIMS_EXPLAINED = """\
-These claims were written into the experiment's YAML file, and every run recorded them before its first step. Each
-difference is taken between runs of the same seed and averaged over all combinations of the other factors. Its 95 %
-interval, in brackets, is for this difference alone; the verdict is corrected for all tests of this report."""
+These claims were written down in advance, in the experiment's YAML file or on the command line, and every run recorded
+them before its first step. Each difference is taken between runs of the same seed and averaged over all combinations of
+the other factors. Its 95 % interval, in brackets, is for this difference alone; the verdict is corrected for all tests
+of this report."""
 SOURCES = """\
 In parentheses after a claim is its source: an earlier study, and the part of it that says so. "Our own" marks a claim
 of the experiment's author. The page `docs/sources.md` of the project introduces the studies that its experiments
@@ -137,7 +137,7 @@ def claim_verdicts(inputs: ReportInputs) -> Iterator[ReportBlock]:
     if (judged["verdict"] == UNDECIDED).any():
         yield Paragraph(DETECTABLE)
     sentences = [
-        f"{literal(with_note(row['claim'], row['source']))}: **{row['verdict']}**; {literal(evidence_sentence(row))}"
+        f"{literal(row['claim'])} ({literal(row['source'])}): **{row['verdict']}**; {literal(evidence_sentence(row))}"
         for _, row in judged.iterrows()
     ]
     yield BulletList(sentences)
