@@ -35,9 +35,9 @@ GROUPS = {
     "distribution": "Distributions, as lists",
 }
 
+NULL_POOLED = "null if layers differ in their number of experts"
 VARIANTS = {
-    "pooled": "the loads of all layers are added first, so that opposite imbalances cancel; null if layers differ in "
-    "their number of experts",
+    "pooled": f"the loads of all layers are added first, so that opposite imbalances cancel; {NULL_POOLED}",
     "worst": "value of the worst layer",
     "layerNN": "value of one layer with experts, from `/layer00`",
     "<domain>": "value of one domain of the data",
@@ -106,7 +106,7 @@ class Metric(NamedTuple):
     def when_null(self) -> str:
         """When it has no value, such as "null if no token asks for two experts"; empty if it always has one."""
         sentences = re.split(r"(?<=\.) ", self.meaning)
-        return next((f"n{each[1:].removesuffix('.')}" for each in sentences if each.startswith("Null ")), "")
+        return "; ".join(f"n{each[1:].removesuffix('.')}" for each in sentences if each.startswith("Null "))
 
     @property
     def rise(self) -> str:
@@ -127,9 +127,14 @@ class Metric(NamedTuple):
         return "better" if improves else "worse"
 
     def variant(self, suffix: str) -> "Metric | None":
-        """Return this metric under the name and label of a variant; None if it has no such variant."""
+        """Return this metric under the name and label of a variant; None if it has no such variant.
+
+        The meaning of `/pooled` also says when it is null.
+        """
+        meaning = self.meaning
         if "pooled" in self.variants and suffix == "pooled":
             text = "layers pooled"
+            meaning += f" {NULL_POOLED.capitalize()}."
         elif "worst" in self.variants and suffix == "worst":
             text = "worst layer"
         elif "layerNN" in self.variants and (match := re.fullmatch(r"layer([0-9]{2,})", suffix)):
@@ -140,4 +145,4 @@ class Metric(NamedTuple):
             text = suffix
         else:
             return None
-        return self._replace(name=f"{self.name}/{suffix}", label=f"{self.label}, {text}")
+        return self._replace(name=f"{self.name}/{suffix}", label=f"{self.label}, {text}", meaning=meaning)

@@ -579,8 +579,15 @@ def test_the_claims_of_runs_are_a_fact_and_no_factor(sweep) -> None:
     assert "claims" not in varied_factors(runs)
 
 
-def test_a_claim_about_a_metric_without_values_says_when_it_has_none() -> None:
-    runs = runs_with_means({0.0: 1.0, 0.5: 2.0}).assign(**{"val/loss_last_3": math.nan})
-    row = judge_first(runs, replace(claim("higher", [0.5], [0.0]), metric="val/loss_last_3"))
+@pytest.mark.parametrize(
+    ("metric", "when"),
+    [
+        ("val/loss_last_3", "there are fewer than three"),
+        ("routing/load_cv/pooled", "layers differ in their number of experts"),
+    ],
+)
+def test_a_claim_about_a_metric_without_values_says_when_it_has_none(metric: str, when: str) -> None:
+    runs = runs_with_means({0.0: 1.0, 0.5: 2.0}).assign(**{metric: math.nan})
+    row = judge_first(runs, replace(claim("higher", [0.5], [0.0]), metric=metric))
     assert row["verdict"] == "not tested"
-    assert row["reason"].startswith("val/loss_last_3 is null in every run: null if there are fewer than three")
+    assert row["reason"].startswith(f"{metric} is null in every run: null if {when}")

@@ -125,6 +125,22 @@ def test_variants_have_names_and_labels(name: str, axis: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "when"),
+    [
+        ("routing/load_cv", ""),
+        ("routing/load_cv_normalized", "null for K = E"),
+        ("routing/load_cv/worst", ""),
+        ("routing/load_cv/pooled", "null if layers differ in their number of experts"),
+        ("routing/load_cv_normalized/pooled", "null for K = E; null if layers differ in their number of experts"),
+    ],
+)
+def test_a_metric_and_its_variants_say_when_they_are_null(name: str, when: str) -> None:
+    metric = lookup(name)
+    assert metric is not None
+    assert metric.when_null == when
+
+
+@pytest.mark.parametrize(
     "name",
     [
         *(
