@@ -99,6 +99,11 @@ class ModelConfig:
         return layer_experts.of_layer(self.experts_by_layer, layer, self.num_experts)
 
     @property
+    def experts_of_layers(self) -> list[int]:
+        """The number of routed experts of each decoder layer that has experts."""
+        return [self.experts_of(layer) for layer in self.moe_layers]
+
+    @property
     def moe_layers(self) -> range:
         """The decoder layers that have experts."""
         return range(self.first_k_dense_replace, self.layers)

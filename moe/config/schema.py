@@ -162,7 +162,7 @@ class Config:
         if self.expert_parallel:
             allowed = f"a multiple of the {number} processes, with expert_parallel"
             require(self.model.num_experts % number == 0, "model.num_experts", self.model.num_experts, allowed)
-            divides = all(self.model.experts_of(layer) % number == 0 for layer in self.model.moe_layers)
+            divides = all(experts % number == 0 for experts in self.model.experts_of_layers)
             require(divides, layer_experts.KEY, self.model.experts_by_layer, f"of numbers that are each {allowed}")
             require(not fsdp, "expert_parallel", True, "false when the launch file says FSDP, which shards experts too")
 

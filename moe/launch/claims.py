@@ -15,6 +15,7 @@ from moe.config.cell import Cell
 from moe.config.claim import DOMAIN, ClaimConfig
 from moe.config.classes import build
 from moe.config.keys import OFF
+from moe.config.layer_experts import KEY as EXPERTS_BY_LAYER
 from moe.config.options import GROUPS, options
 from moe.config.words import as_word
 from moe.data import embedded
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 def check_claims(cells: Sequence[Cell], grid: Iterable[Override], *, sweep: bool) -> None:
-    """Raise ConfigError for a claim whose metric no run will have, or whose factor or level occurs in no run.
+    """Raise ConfigError for a claim whose metric no run of a level will have, or whose factor or level is in no run.
 
     grid: the overrides that span the experiment's own grid, of which the command may train a part. A level that only
     the runs left out have is warned of. Without `sweep`, the command trains one of the runs that a claim is about; then
@@ -48,6 +49,9 @@ def check_claims(cells: Sequence[Cell], grid: Iterable[Override], *, sweep: bool
             listed = ", ".join("null" if value is None else str(value) for value in known)
             for level in named:
                 require(level in known, f"{place}: {factor}", level, f"a level of this sweep: {listed}")
+                here = [cell for cell, each in zip(cells, leaves, strict=True) if (factor, level) in each.items()]
+                if here:  # not in the part of the grid that this command does not train
+                    _check_metric(f"{key}.metric", claim, here)
             require(len(known) > 1, f"{place}.factor", factor, f"a factor that varies; {factor} is always {listed}")
             if factor == claim.factor and claim.kind in ("highest", "lowest"):
                 some = any(value not in named for value in known)
@@ -91,6 +95,7 @@ def _check_metric(key: str, claim: ClaimConfig, cells: Sequence[Cell]) -> None:
 def check_metric(key: str, name: str, cells: Sequence[Cell]) -> None:
     """Raise ConfigError if the value of `key` names a metric that no run will have."""
     from moe.metrics.catalog import final_metrics, lookup
+    from moe.metrics.metric import NULL_POOLED
 
     metric = lookup(name)
     if metric is None or not metric.final:
@@ -102,6 +107,10 @@ def check_metric(key: str, name: str, cells: Sequence[Cell]) -> None:
             known = [f"layer{number:02d}" for number in range(most)]
             allowed = f"of one of the {most} layers with experts, {known[0]} to {known[-1]}"
             require(f"layer{layer[1]}" in known, key, name, allowed)
+        if name.endswith("/pooled"):
+            models = [cell.config.model for cell in cells if not cell.config.is_dense]
+            allowed = f"another metric: it is {NULL_POOLED}, as with {EXPERTS_BY_LAYER}={models[0].experts_by_layer}"
+            require(any(len({*model.experts_of_layers}) == 1 for model in models), key, name, allowed)
     if name.startswith("val_capacity/"):
         limited = any(cell.config.capacity is not None for cell in cells)
         require(limited, key, name, "a metric of these runs; without capacity=... there is no val_capacity")

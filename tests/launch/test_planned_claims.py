@@ -82,6 +82,22 @@ def test_a_claim_that_no_run_can_judge_is_refused_in_one_line(changed: dict[str,
         ),
         ("router=topk,hash", {"within": "{router: [hash]}"}, "levels at which noise changes something"),
         ("steps=20 eval_every=10", {"metric": "val/loss_last_3"}, "fewer than three evaluations .* these runs have 2"),
+        (
+            "model.experts_by_layer=0-1:4",
+            {"metric": "routing/load_gini/pooled"},
+            r"^claims\[0\].metric=routing/load_gini/pooled: must be another metric: it is null if layers differ in "
+            "their number of experts, as with model.experts_by_layer=0-1:4$",
+        ),
+        (
+            "model.experts_by_layer=null,0:4",
+            {
+                "metric": "routing/load_cv/pooled",
+                "factor": "model.experts_by_layer",
+                "levels": "['0:4']",
+                "than": "[null]",
+            },
+            "as with model.experts_by_layer=0:4$",
+        ),
     ],
 )
 def test_a_claim_is_about_what_the_runs_of_this_command_have(command: str, changed: dict[str, str], words: str) -> None:
@@ -89,6 +105,13 @@ def test_a_claim_is_about_what_the_runs_of_this_command_have(command: str, chang
     assert read(*grid, "router=topk,hash", **(CLAIM | {"within": "{router: [topk]}"})) == 6
     with pytest.raises(ConfigError, match=words):
         read(*grid, *command.split(), **changed)
+
+
+def test_layers_of_different_numbers_of_experts_leave_the_claims_about_other_runs_and_metrics() -> None:
+    grid = ("-m", "noise=0.0,0.5", "seed=1,2")
+    assert read(*grid, "model.experts_by_layer=0:4", metric="routing/load_cv/worst") == 4
+    assert read(*grid, "model.experts_by_layer=null,0:4", metric="routing/load_cv/pooled") == 8
+    assert read(*grid, "model.experts_by_layer=0:4", "model.num_experts=4,8", metric="routing/load_cv/pooled") == 8
 
 
 def test_an_amount_may_be_written_with_an_exponent() -> None:
