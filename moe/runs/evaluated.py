@@ -8,7 +8,7 @@ import numpy as np
 from moe.metrics import formulas
 from moe.runs.collapse import Collapse
 
-IN_EVALUATION = ("routing/utilization", "routing/collapsed/layer")  # how the names begin of what is read here
+IN_EVALUATION = ("routing/utilization", "routing/collapsed")  # how the names begin of what is read here
 
 
 def in_evaluation(values: Mapping[str, Any]) -> list[Collapse]:
