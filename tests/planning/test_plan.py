@@ -310,6 +310,10 @@ def test_seeds_that_are_added_are_free_and_below_the_limit() -> None:
         (["effect=1", "--power", "1.5"], "--power=1.5: must be between 0.05 and 1"),
         (["effect=1", "--out", "{other}"], "must be a new file, or an earlier plan"),
         (["effect=1", "--pliot", "x"], "nearest: --pilot"),
+        (
+            ["experiment=noise_lb_seed", "effect=1", "seed=42", "model.experts_by_layer=0-1:4"],
+            "claims[3].metric=routing/load_cv/pooled: must be another metric: it is null if layers differ",
+        ),
     ],
 )
 def test_words_that_cannot_be_used(
