@@ -19,13 +19,16 @@ from moe.results.table import load_runs
 LOSSES = {"topk": 3.0, "balanced_random": 3.2, "oracle": 2.9, "hash": 3.21, "expert_choice": 2.0}
 
 
-def inputs_of(place: Path, losses: dict[str, float], *, spread: float = 0.01) -> ReportInputs:
+def inputs_of(
+    place: Path, losses: dict[str, float], *, spread: float = 0.01, flops: dict[str, int] | None = None
+) -> ReportInputs:
     rng = np.random.default_rng(0)
     for router, seed in product(losses, (1, 2, 3)):
         folder = place / "made_up" / f"{router}{seed}"
         folder.mkdir(parents=True)
         causal = router != "expert_choice"
-        write_record(folder, choices={"router": router}, config={"seed": seed}, causal=causal, flops_per_token=1000)
+        cost = (flops or {}).get(router, 1000)
+        write_record(folder, choices={"router": router}, config={"seed": seed}, causal=causal, flops_per_token=cost)
         write_metrics(folder, {"val/loss": losses[router] + seed + rng.normal(0, spread)})
         (folder / "events.jsonl").touch()
     [inputs] = collect_inputs(load_runs([place]))
@@ -85,6 +88,22 @@ def test_the_share_is_that_of_fieller_and_a_bad_oracle_is_named(tmp_path: Path) 
         blocks = list(how_much_routing_matters(found))
         assert words in str(blocks)
         assert [each.figure for each in blocks if isinstance(each, Drawing)] == [None]
+
+
+@pytest.mark.parametrize(
+    ("flops", "said"),
+    [
+        ({"oracle": 981}, ""),
+        ({"oracle": 800}, "`balanced_random` takes 25 % more FLOPs per token than `oracle`"),
+        ({"hash": 1030}, "`hash` takes 3 % more FLOPs per token than `balanced_random`"),
+    ],
+)
+def test_the_share_says_if_the_routers_cost_differently(flops: dict[str, int], said: str, tmp_path: Path) -> None:
+    losses = {name: LOSSES[name] for name in ("balanced_random", "hash", "oracle")}
+    blocks = how_much_routing_matters(inputs_of(tmp_path, losses, flops=flops))
+    [_, *doubts] = [block.text for block in blocks if isinstance(block, Paragraph)]
+    assert len(doubts) == bool(said)
+    assert all(said in text and "`model.ffn=${equal_flops:F}`" in text for text in doubts)
 
 
 @pytest.mark.parametrize("losses", [{"topk": 3.0, "hash": 3.1}, {"topk": 3.0, "hash": 3.1, "random": 3.2}])

@@ -48,6 +48,10 @@ Here `{oracle}` is worse than `{random}`: the distance is {distance:.3g}. So it 
 mean what they are called: below 0 is then better than random. It may have fewer experts per token, or the domain helps
 little."""
 
+UNEQUAL = """\
+The routers do not cost the same: `{most}` takes {more:.0f} % more FLOPs per token than `{least}`, so the shares also
+show what more computation gives (`model.ffn=${{equal_flops:F}}` makes the costs equal)."""
+SAME_COST = 1.02  # the largest ratio of FLOPs per token at which routers count as equally costly
 
 LEAGUE_CAPTION = """\
 Routers in the order of their mean {metric}, the best one on top. Each point is the mean difference from {reference}
@@ -153,7 +157,7 @@ def how_much_routing_matters(inputs: ReportInputs) -> Iterator[ReportBlock]:
     if metric is None or inputs.contrasts.empty:
         return
     runs = inputs.runs[inputs.runs["status"] == "finished"]
-    rows, doubts, shares = list[dict[str, Any]](), list[str](), list[Row]()
+    rows, doubts, shares, compared = list[dict[str, Any]](), list[str](), list[Row](), list[pd.DataFrame]()
     for cell, members in _cells(inputs, runs):
         values = losses_by_seed(members, metric)
         if not {RANDOM, ORACLE} <= set(values):
@@ -169,15 +173,25 @@ def how_much_routing_matters(inputs: ReportInputs) -> Iterator[ReportBlock]:
         distance = float((limits[RANDOM] - limits[ORACLE]).mean())
         if not clear or distance < 0:
             doubts.append((WORSE if clear else UNCLEAR).format(random=RANDOM, oracle=ORACLE, distance=distance))
+        compared.append(members[members[ROUTER].isin(values.columns)])
     if not rows:
         return
     yield Heading("How much routing matters here")
     yield Paragraph(MATTERS_EXPLAINED.format(random=RANDOM, oracle=ORACLE, metric=metric))
-    yield from map(Paragraph, doubts)
+    yield from map(Paragraph, (*doubts, *_unequal_cost(compared)))
     unclear = "the distance between random and oracle is not a clear one" if doubts else ""
     yield drawing("share_covered", SHARE_CAPTION.format(metric=metric), unclear or _share_figure(shares))
     table = pd.DataFrame(rows)
     yield TableBlock(table.drop(columns=[] if table["within"].any() else ["within"]))
+
+
+def _unequal_cost(cells: list[pd.DataFrame]) -> Iterator[str]:
+    """Yield that the routers of a cell differ in FLOPs per token, for the cell in which they differ most."""
+    costs = [cell["flops_per_token"].astype(float).groupby(cell[ROUTER]).median() for cell in cells]
+    widest = max(costs, key=lambda cost: cost.max() / cost.min())
+    ratio = widest.max() / widest.min()
+    if ratio > SAME_COST:
+        yield UNEQUAL.format(most=widest.idxmax(), least=widest.idxmin(), more=100 * (ratio - 1))
 
 
 def _share_figure(rows: list[Row]) -> Figure | str:
