@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from moe.analysis.claims import claim_families, decided, measured_claims
+from moe.analysis.components import DATA, INIT, is_crossed
 from moe.analysis.figures.style import MOST_LINES
 from moe.analysis.looks import Study, finished_seeds, study_of
 from moe.analysis.report.judgments import Judgment, judgments
@@ -127,6 +128,11 @@ class ReportInputs(NamedTuple):
         return len(runs) == 1 and not self.trained and runs["status"].iloc[0] == "finished"
 
     @property
+    def crosses_seeds(self) -> bool:
+        """Whether nothing varies but seeds of initial weights and of the data order: no seed is better than another."""
+        return is_crossed(self.runs) and {*self.factors} <= {INIT, DATA}
+
+    @property
     def trained(self) -> bool:
         """Whether any of the runs took a training step."""
         return bool((self.runs["steps"] != 0).any()) if "steps" in self.runs else True
@@ -243,7 +249,7 @@ def _with_comparisons(inputs: ReportInputs) -> ReportInputs:
         return inputs
     runs, loaded = (table[~table["folder"].isin(inputs.searched)] for table in (inputs.runs, inputs.loaded))
     known, references = {factor: levels(runs[factor]) for factor in inputs.factors}, reference_levels(inputs)
-    factors = [factor for factor in known if len(known[factor]) > 1]
+    factors = [factor for factor in known if len(known[factor]) > 1 and not inputs.crosses_seeds]
     factors = [factor for factor in factors if references.get(factor, known[factor][0]) in known[factor]]
     references = {factor: level for factor, level in references.items() if factor in factors}
     tables = [

@@ -108,7 +108,7 @@ def _warnings(inputs: ReportInputs) -> Iterator[str]:
     if lost:
         yield f"**{lost} of {len(runs)} runs did not finish**, and no result includes them."
     yield from warnings_of_looks(inputs.study, len(finished_seeds(inputs.loaded)))
-    if inputs.trained and "seed" in runs and runs["seed"].nunique() == 1:
+    if inputs.trained and not inputs.crosses_seeds and "seed" in runs and runs["seed"].nunique() == 1:
         yield ONE_SEED
     if several_tokenizers(runs):
         yield "The runs have different tokenizers, so only bits per byte are comparable between them."

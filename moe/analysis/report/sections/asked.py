@@ -8,6 +8,7 @@ import pandas as pd
 from moe.analysis.report.blocks import literal
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.report.judgments import cards, judgments
+from moe.analysis.report.sections.seed_components import spread_sentence
 from moe.analysis.sentences import unit_of
 from moe.checks import plain
 from moe.results.conditions import by_seed
@@ -21,8 +22,13 @@ def asked(inputs: ReportInputs) -> Iterator[str]:
 
 
 def _found(inputs: ReportInputs, metric: str) -> str:
-    """Return the verdicts on the comparisons of a metric, and the surest one; without comparisons, its mean."""
+    """Return the verdicts on the comparisons of a metric, and the surest one; without comparisons, its mean.
+
+    Where only seeds vary, return the sources of its spread.
+    """
     judged = judgments(pd.DataFrame(), inputs.contrasts, metric)
+    if inputs.crosses_seeds:
+        return plain(spread_sentence(inputs.runs, metric))
     if not judged:
         values = by_seed(inputs.runs, metric)
         return plain(f"{values.mean():.4g} in the mean of all runs; there is no comparison of it.")

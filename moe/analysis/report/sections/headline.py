@@ -7,6 +7,7 @@ from textwrap import shorten
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.report.judgments import Judgment, on_contrast
 from moe.analysis.report.sections.experts import findings
+from moe.analysis.report.sections.seed_components import spread_sentence
 from moe.analysis.sentences import DETERMINISTIC, EQUIVALENT, SIGNIFICANT, UNTESTED, standing, unit_of
 from moe.checks import plain
 from moe.metrics.catalog import lookup
@@ -158,6 +159,8 @@ def _without_comparison(inputs: ReportInputs) -> str:
     """Return the answer if no two settings can be compared."""
     if not inputs.tested:
         return "The finished runs have no metric that a report compares."
+    if inputs.crosses_seeds:
+        return spread_sentence(inputs.runs, inputs.tested[0])
     if inputs.factors:
         return f"Nothing can be compared, because {_why_not_compared(inputs)}."
     values, unit = by_seed(inputs.runs, inputs.tested[0]), unit_of(inputs.tested[0])

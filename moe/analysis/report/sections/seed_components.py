@@ -1,10 +1,11 @@
 """The spread between runs by its source, if an experiment crosses seeds of initial weights and of the data order."""
 
+import math
 from collections.abc import Iterator
 
 import pandas as pd
 
-from moe.analysis.components import DATA, INIT, is_crossed, variance_components
+from moe.analysis.components import DATA, INIT, SOURCES, is_crossed, variance_components
 from moe.analysis.report.blocks import Heading, Paragraph, ReportBlock, TableBlock
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.sentences import unit_of
@@ -14,6 +15,24 @@ The variance of a metric between runs of one setting, divided by its source. `{I
 `{DATA}` the order of the training text, noise and dropout. An estimate from few seeds is rough, and one below 0 means
 that the source is too small to be seen. Runs that share such a seed are not independent, so settings are compared over
 `seed`."""
+
+
+def spread_sentence(runs: pd.DataFrame, metric: str) -> str:
+    """Return as a sentence which shares of the variance of a metric between runs its sources have."""
+    try:
+        found = variance_components(runs, metric)
+    except ValueError as error:
+        return f"The sources of the spread cannot be told apart, because {error}."
+    total = found["std"].pow(2).sum()
+    if total == 0:
+        return f"All runs have the same {unit_of(metric)}."
+    init, data, both = (f"{100 * share:.0f} %" for share in found["share"])
+    weights, orders, _ = found["levels"]
+    return (
+        f"Of the variance of the {unit_of(metric)} between runs, {init} is due to the {SOURCES[INIT]}, {data} to the "
+        f"{SOURCES[DATA]}, and {both} to {SOURCES['both']} (standard deviation {math.sqrt(total):.2g}; estimated from "
+        f"{weights} x {orders} seeds, which is rough if they are few)."
+    )
 
 
 def seed_components(inputs: ReportInputs) -> Iterator[ReportBlock]:

@@ -149,6 +149,9 @@ def contrast_verdicts(inputs: ReportInputs) -> Iterator[ReportBlock]:
     yield Heading("Verdicts")
     if several_tokenizers(inputs.runs):
         yield Paragraph(TOKENIZERS)
+    if inputs.crosses_seeds:
+        yield Paragraph("None: only seeds vary, and no seed is better than another.")
+        return
     if inputs.contrasts.empty:
         yield Paragraph("None: no factor varies among the runs with results.")
         return
