@@ -8,6 +8,8 @@ from moe.config.keys import fingerprint
 from moe.runs.folder import stored_record
 from moe.runs.planned import PlannedStudy, PlansRecord, digest_of, looks_in, plans_in
 
+KEPT = "{runs} claims of an earlier command, which differ: each claim is judged by the runs that recorded it"
+
 
 def record_plan(cells: list[Cell], experiment: str) -> None:
     """Add the plan of a command to plans.json of its sweep folder, unless all its runs have begun.
@@ -30,6 +32,16 @@ def record_plan(cells: list[Cell], experiment: str) -> None:
     )
     if plan.digest not in {each.digest for each in earlier}:
         PlansRecord(plans=[*earlier, plan]).write(folder / PlansRecord.FILE)
+
+
+def kept_claims(cells: list[Cell]) -> str:
+    """Return a line about runs that have begun with other claims than their command has; "" if there are none.
+
+    A run keeps the claims that it recorded before its first step, because new ones could be chosen by its result.
+    """
+    begun = [(cell.config.claims, record.claims()) for cell in cells if (record := stored_record(cell))]
+    kept = sum(digest_of([*map(asdict, now)]) != digest_of([*map(asdict, recorded)]) for now, recorded in begun)
+    return KEPT.format(runs="1 run keeps the" if kept == 1 else f"{kept} runs keep the") if kept else ""
 
 
 def run_digest(cell: Cell) -> str:

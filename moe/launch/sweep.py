@@ -14,7 +14,7 @@ from moe.config.keys import is_free
 from moe.config.options import named_folders
 from moe.distributed import ranks
 from moe.files import shown, walk
-from moe.launch.plans import record_plan
+from moe.launch.plans import kept_claims, record_plan
 from moe.launch.revisions import pinned
 from moe.launch.slurm import Refused
 from moe.runs.folder import (
@@ -65,11 +65,13 @@ def carry_out(cells: list[Cell], launch: Callable[[], object], *, tables: bool =
     for cell in filter(finished, cells):
         delete_checkpoints(cell.folder)  # of a run that was killed right after it was finished
     if all(map(finished, cells)):
+        _state_claims(cells)
         _record_grid(cells)
         ranks.broadcast(False)
         return _report(cells, ["finished"] * len(cells), tables=tables)
     for cell in cells:
         _check_folder(cell)
+    _state_claims(cells)
     before = [_state(cell) for cell in cells]
     _state_disk([cell for cell, state in zip(cells, before, strict=True) if state != "finished"])
     with _reserved(cells):
@@ -173,6 +175,12 @@ def _record_command(cells: list[Cell]) -> None:
     free = [word for word, key in keys.items() if is_free(key) and key not in SAID]
     name, folders = grid_name(cells), [str(folder) for folder in named_folders()]
     CommandsRecord(words=earlier.words | {name: free}, folders=earlier.folders | {name: folders}).write(path)
+
+
+def _state_claims(cells: list[Cell]) -> None:
+    """Print that some of these runs have other claims than this command, if that is so."""
+    if line := kept_claims(cells):
+        print(line, flush=True)
 
 
 def _state_disk(cells: list[Cell]) -> None:

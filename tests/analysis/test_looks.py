@@ -197,7 +197,9 @@ def test_claims_that_were_changed_for_the_same_runs_are_shown(runs: pd.DataFrame
     [(name, fact)] = planned_facts(study)
     assert name == "Planned"
     assert plan.digest in fact
-    assert "1 claim, seeds 0, 1" in fact
+    written = "1 claim, seeds {}, written down {}, before the first step, digest {}"
+    of_first = written.format("0, 1", plan.time, plan.digest)
+    assert fact == f"{of_first}; no number of seeds for a decision"
     later = plan._replace(time="2026-01-03T00:00:00+00:00", seeds=[2], runs=["d"])
     PlansRecord(plans=[plan, later]).write(tmp_path / "sweeps" / "noise" / "plans.json")
     assert study_of(runs, {}).changed == [(other, 1)]  # also after seeds were added
@@ -208,7 +210,19 @@ def test_claims_that_were_changed_for_the_same_runs_are_shown(runs: pd.DataFrame
     PlansRecord(plans=[other._replace(time="2026-01-04T00:00:00+00:00")]).write(elsewhere / "plans.json")
     assert study_of(runs, {}).changed == []  # the claims of that later plan were changed, not these
     [(_, fact)] = planned_facts(study._replace(plans=[plan, later]))
-    assert "seeds 0, 1, 2" in fact
-    assert f"written down {plan.time}" in fact
-    assert fact.endswith("1 earlier plan")
+    assert f"{of_first}; the newest of 2 plans: {written.format('2', later.time, later.digest)}; " in fact
     assert plan.digest == plan._replace(time="later").digest != other.digest
+
+
+def test_claims_that_were_changed_when_seeds_were_added_are_shown(runs: pd.DataFrame, tmp_path: Path) -> None:
+    old = PlannedStudy("2026-01-01T00:00:00+00:00", "noise_lb_seed", [asdict(CLAIM)] * 8, [0, 1], None, ["a", "b"])
+    new = old._replace(time="2026-01-02T00:00:00+00:00", claims=[asdict(CLAIM)], seeds=[0, 1, 2], runs=["c"])
+    PlansRecord(plans=[old, new]).write(tmp_path / "sweeps" / "noise" / "plans.json")
+    study = study_of(runs, {})
+    assert study.changed == []
+    [told] = warnings_of_looks(study, 5)
+    assert f"On {old.time}, noise_lb_seed was planned with 8 claims, and on {new.time}\nwith others" in told
+    assert list(warnings_of_looks(study._replace(plans=[old, old._replace(seeds=[2])]), 5)) == []
+    [(_, fact)] = planned_facts(study)
+    assert f"8 claims, seeds 0, 1, written down {old.time}, before the first step, digest {old.digest}; " in fact
+    assert f"1 claim, seeds 0, 1, 2, written down {new.time}, before the first step, digest {new.digest}; " in fact

@@ -1,10 +1,14 @@
 """Tests that a claim that no run can judge is refused before a sweep is trained."""
 
+from pathlib import Path
+
 import pytest
 
 from moe.checks import ConfigError
 from moe.launch.claims import LEFT_OUT
 from moe.launch.command_line import read_cells
+from moe.launch.plans import kept_claims
+from moe.launch.run import write_run_record
 
 CLAIM = {
     "text": "a",
@@ -129,6 +133,21 @@ def test_a_part_of_an_experiment_keeps_the_claims_about_its_whole_grid(caplog: p
     assert read("experiment=noise_lb_seed", "noise=0.0,0.9", "seed=42", "lb=0.01", levels="[0.9]") == 2
     within = {"kind": "interaction", "within": "{lb: [0.0, 0.01]}", "margin": "1%"}
     assert read("experiment=noise_lb_seed", "noise=0.0,0.5", "seed=42", **within) == 4
+
+
+def test_a_command_says_that_runs_which_have_begun_keep_their_claims(tmp_path: Path) -> None:
+    words = ["-m", "noise=0.0,0.5", "seed=1", f"out={tmp_path}", "save_model=none"]
+    claim = "{text: a, metric: val/loss, factor: noise, levels: [0.5], than: [0.0], kind: higher}"
+    cells = read_cells([*words, f"claims=[{claim}]"])
+    assert cells is not None
+    assert kept_claims(cells) == ""
+    for cell in cells:
+        cell.folder.mkdir(parents=True)
+        write_run_record(cell, "interrupted")
+    assert kept_claims(read_cells([*words, f"claims=[{claim}]"]) or []) == ""
+    again = read_cells([*words, f"claims=[{claim.replace('higher', 'lower')}]"]) or []
+    assert kept_claims(again).startswith("2 runs keep the claims of an earlier command, which differ")
+    assert kept_claims(again[:1]).startswith("1 run keeps the claims")
 
 
 def test_one_run_of_many_keeps_claims_about_levels_of_other_runs() -> None:

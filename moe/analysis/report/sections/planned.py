@@ -6,10 +6,15 @@ from itertools import takewhile
 from moe.analysis.looks import FURTHER, Study
 from moe.analysis.power import SIGNIFICANCE
 from moe.analysis.report.blocks import literal
+from moe.runs.planned import PlannedStudy
 
 CHANGED = """\
 **Other claims were planned before.** On {time}, {experiment} had other claims ({claims}), planned for {runs} of these
 runs. Runs with the same settings give the same results, so the present claims may have been chosen by results."""
+CHANGED_SINCE = """\
+**The claims were changed between two commands.** On {time}, {experiment} was planned with {claims}, and on {newest}
+with others. Each claim is judged by the runs that recorded it alone. But the newer claims may have been chosen by
+results of the earlier runs."""
 BEYOND = """\
 **This is look {number} at these runs, after {reached}.** On {time}, a report about other seeds ({seeds}) was written.
 In this look, the tests of a report together have {share:.3g} % instead of 5 %. Together with the looks before, chance
@@ -36,15 +41,16 @@ def planned_facts(study: Study) -> list[tuple[str, str]]:
     """Return what was planned before the first step, as a fact of the set-up; nothing if no plan was written down."""
     if not study.plans:
         return []
-    plan, first = study.plans[-1], study.plans[0]
     until = f"decided after {study.planned} seeds" if study.planned else "no number of seeds for a decision"
-    seeds = ", ".join(map(str, dict.fromkeys(seed for each in study.plans for seed in each.seeds)))
-    text = f"{_claims(len(plan.claims))}, seeds {seeds}, {until}"
-    earlier = len(study.plans) - 1
-    written = f"written down {first.time}, before the first step, digest {first.digest}"
-    more = f"; newest plan {plan.time}, digest {plan.digest}; {earlier} earlier " if earlier else ""
-    more += {0: "", 1: "plan"}.get(earlier, "plans")
-    return [("Planned", literal(f"{text}; {written}{more}"))]
+    first, *later = map(_plan_in_words, study.plans)
+    newest = f"; the newest of {len(study.plans)} plans: {later[-1]}" if later else ""
+    return [("Planned", literal(f"{first}{newest}; {until}"))]
+
+
+def _plan_in_words(plan: PlannedStudy) -> str:
+    seeds = ", ".join(map(str, plan.seeds))
+    written = f"written down {plan.time}, before the first step, digest {plan.digest}"
+    return f"{_claims(len(plan.claims))}, seeds {seeds}, {written}"
 
 
 def warnings_of_looks(study: Study, n: int) -> Iterator[str]:
@@ -52,6 +58,15 @@ def warnings_of_looks(study: Study, n: int) -> Iterator[str]:
     for earlier, runs in study.changed[:3]:
         yield CHANGED.format(
             time=earlier.time, experiment=literal(earlier.experiment), claims=len(earlier.claims), runs=runs
+        )
+    of_same_runs, newest = [plan for plan, _ in study.changed], study.plans[-1:]
+    others = [plan for plan in study.plans if plan.claims != newest[0].claims and plan not in of_same_runs]
+    for earlier in others[-1:]:
+        yield CHANGED_SINCE.format(
+            time=earlier.time,
+            experiment=literal(earlier.experiment),
+            claims=_claims(len(earlier.claims)),
+            newest=newest[0].time,
         )
     if n < 2:
         return  # no test is possible
