@@ -102,10 +102,14 @@ def texts_of(folder: Path) -> dict[Path, str]:
 
 
 def _inputs_of(folder: Path) -> list[ReportInputs]:
-    """Return what a report needs about each experiment whose runs are in the tables of a folder."""
+    """Return what a report needs about each experiment whose runs are in the tables of a folder.
+
+    The runs that only chose values of tuned keys are part of the experiment that they chose for.
+    """
     runs, past = read_shipped(folder)
     everything, *experiments = collect_inputs(runs, past=past)
-    return experiments or [everything]
+    judged = [part for part in experiments if part.runs["search"].isna().any()]
+    return judged or experiments or [everything]
 
 
 def _between_marks(page: Path, shown: str) -> str:
