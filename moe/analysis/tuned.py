@@ -13,7 +13,7 @@ import pandas as pd
 from moe.analysis.statistics import name_cell, with_intervals
 from moe.config.cell import CHOOSES
 from moe.results.comparable import search_goal
-from moe.results.conditions import conditions, levels, summary, with_causality
+from moe.results.conditions import conditions, levels, narrowed, summary, with_causality
 from moe.results.table import ABSENT
 
 NAMED = 3  # arms, at most, to which a tuned key does not apply
@@ -117,6 +117,7 @@ def _for_each_arm(trials: pd.DataFrame) -> pd.DataFrame:
     not have. Then arms that differ only in this factor have the run in common.
     """
     keys, factors = _keys_and_factors(trials)
+    trials = narrowed(trials, (*keys, *factors, "seed", "status", "folder", CHOOSES))
     trials = trials.assign(**{name: trials[name].fillna(ABSENT) for name in (*keys, *factors)})
     cells = {tuple(row) for row in trials[factors].itertuples(index=False)}
 
