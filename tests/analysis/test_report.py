@@ -1019,7 +1019,7 @@ WOULD_DECIDE = "+0.333 validation perplexity, +0.3%); about 41 more seeds would 
         (
             {0.0: [0, 0, 0], 0.5: [-9, -9, -9.1]},
             [HIGHER, HIGHER | {"text": "1.0 too", "levels": [1.0]}],
-            "so the claim “noise hurts” is contradicted; of 2 planned claims, 1 is contradicted and 1 is not tested.",
+            "Of 2 planned claims, 1 is contradicted and 1 is not tested; the most certain result is that noise 0.5 ",
         ),
         (
             {0.0: [0, 0, 0], 0.5: [0, 0, 0.1]},
@@ -1128,7 +1128,7 @@ def test_the_best_setting_says_what_it_leaves_out(tmp_path: Path) -> None:
     assert "noise=0.0, with a validation perplexity of 101.5 ± 0.71 (n=2), of 2 settings" in text
     assert "it leads the mean of all 2 settings by 0.5; if all were equal, the best of 2 would lead by 0 " in luck
     assert (
-        "judged by that one on validation text, as there is no test text, the best setting is 0.5 better than the"
+        "judges it on validation text, as there is no test text. On average, the chosen setting is 0.5 better than the"
         in luck
     )
     acausal = "Left out: router=expert_choice (not causal), noise=0.0 (their routers see later tokens"
@@ -1166,9 +1166,7 @@ def test_the_best_setting_is_chosen_by_validation_text_and_judged_by_test_text(t
     assert text.startswith("**Best setting here:** noise=0.0, with a validation perplexity of 100.2")
     assert "On test text, by which nothing was chosen, noise=0.0 has a test perplexity of 110.2 ± 0.1, with the" in luck
     assert "leads the mean of all 3 settings by 1;" in luck
-    assert (
-        "judged by that one on test text, the best setting is 10 worse than the mean of all settings: that is" in luck
-    )
+    assert "judges it on test text. On average, the chosen setting is 10 worse than the mean of all settings" in luck
 
 
 def test_the_order_of_the_best_two_settings_agrees_with_the_corrected_verdict(tmp_path: Path) -> None:

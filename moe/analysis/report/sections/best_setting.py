@@ -144,8 +144,8 @@ def _luck(found: Ranking) -> str:
     return (
         f"{text} On the validation text by which it was chosen, it leads the mean of all {number} settings by "
         f"{found_lead.chosen:.2g}; if all were equal, the best of {number} would lead by {found_lead.luck:.2g} through "
-        f"luck alone. Chosen by all seeds but one and judged by that one {where}, the best setting "
-        f"{worth} of all settings: that is what the choice is worth."
+        f"luck alone. A fair number leaves out each seed in turn: the other seeds choose the best setting, and the "
+        f"seed that was left out judges it {where}. On average, the chosen setting {worth} of all settings."
     )
 
 

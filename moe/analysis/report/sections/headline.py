@@ -98,7 +98,7 @@ def _of_decided(first: Judgment, judged: list[Judgment]) -> str:
         f"{count} {'is' if count == 1 else 'are'} {WORDS.get(verdict, verdict)}" for verdict, count in of_each.items()
     )
     kind = "planned claims" if first.planned else f"comparisons of {first.unit}"
-    return f"{text}; of {len(judged)} {kind}, {counts}."
+    return f"Of {len(judged)} {kind}, {counts}; the most certain result is that {text}."
 
 
 def _of_untested(inputs: ReportInputs, judged: list[Judgment]) -> str:
