@@ -180,7 +180,7 @@ def test_the_page_of_routers_has_the_verdicts_of_the_shipped_league(tmp_path: Pa
     }
     gap = to_reference(block(runs[runs["causal"]].pivot_table("test/loss", "seed", "router")), "topk").loc["hash"]
     assert verdicts["hash"] == plain(f"{gap['difference']:+.3f} [{gap['low']:.3f}, {gap['high']:.3f}], worse")
-    assert "over 4 seeds" in text
+    assert "over\n4 seeds of" in text
     assert "test/loss" in text
     ship(pd.concat([runs, trials], ignore_index=True), tmp_path / "tuned")
     assert router_verdicts(tmp_path / "tuned")[1] == verdicts

@@ -130,7 +130,7 @@ def shown_by(folder: Path, experiments: list[ReportInputs]) -> str:
             texts.append(block_as_markdown(Heading(literal(str(part.runs["experiment"].iloc[0])))))
         blocks = itertools.chain.from_iterable(section(part) for section in SECTIONS)
         texts += [block_as_markdown(_lower(block) if several else block) for block in _plain(blocks)]
-    trained = max(part.runs["seed"].nunique() for part in experiments)
+    trained = max(part.runs.loc[part.runs["status"] == "finished", "seed"].nunique() for part in experiments)
     if plan.exists():
         try:
             texts += map(block_as_markdown, planned(json.loads(read_text(plan)), trained))

@@ -22,7 +22,7 @@ decides something in at most {total:.3g} % of studies. To keep 5 %, plan the num
 (`planned_seeds=8`)."""
 REACHED = "the planned number of seeds ({planned}) was reached"
 FIRST_REPORT = "{planned} seeds, those of the first report, which count as planned because no number was planned"
-NOT_PLANNED = "No number of seeds was planned, so that of the first report ({planned}) counts as planned."
+NOT_PLANNED = "These runs had no `planned_seeds`, so the {planned} seeds of the first report count as planned."
 WITHIN = """\
 This is look {number} at these runs, of {planned} planned seeds. In this look, the tests of a report together have
 {share:.3g} % instead of 5 %, and all looks together keep the 5 %."""
