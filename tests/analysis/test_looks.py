@@ -94,7 +94,9 @@ def test_advice_says_what_more_seeds_cost_once_the_planned_ones_are_there() -> N
     planned = price_of_more(Study(8, list(range(8)), early), 8)
     assert "(8) are used up: with more, all tests together have 1 % instead of 5 %" in planned
     second = price_of_more(Study(None, list(range(5)), early), 5)
-    assert second.startswith("These runs had no `planned_seeds`, so the 3 seeds of the first report count as planned. These")
+    assert second.startswith(
+        "These runs had no `planned_seeds`, so the 3 seeds of the first report count as planned. These"
+    )
     assert "seeds are used up: with more, all tests together have 0.2 % instead of 5 %." in second
 
 
