@@ -94,9 +94,10 @@ def _of_decided(first: Judgment, judged: list[Judgment]) -> str:
     if len(judged) == 1:
         return f"{text}."
     of_each = Counter(each.verdict for each in judged)
-    counts = " and ".join(
+    *before, last = (
         f"{count} {'is' if count == 1 else 'are'} {WORDS.get(verdict, verdict)}" for verdict, count in of_each.items()
     )
+    counts = " and ".join([*filter(None, [", ".join(before)]), last])
     kind = "planned claims" if first.planned else f"comparisons of {first.unit}"
     return f"Of {len(judged)} {kind}, {counts}; the most certain result is that {text}."
 
