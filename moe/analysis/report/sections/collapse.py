@@ -15,7 +15,7 @@ Few experts are at most half of all, and at most a quarter of the way from the f
 token allows to those of an even load. A run tells it when it has held for 20 steps and the warm-up of the learning rate
 is over. The last evaluation is a single look at the validation text."""
 NONE = """\
-In the last evaluation of no finished run did few experts of a layer take 90 % of the assignments, and no expert was
+The last evaluation of each finished run shows no layer in which few experts take 90 % of the assignments, and no expert
 without tokens."""
 NONE_TOLD = """\
 No run told of such a layer while it trained, where it must hold for 20 steps, after the warm-up of the learning rate.
