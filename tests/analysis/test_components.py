@@ -64,14 +64,19 @@ def test_an_incomplete_table_loses_the_data_seeds_that_lack_a_run() -> None:
         variance_components(runs[runs["init_seed"] == runs["data_seed"]], METRIC)
 
 
-def test_a_report_about_crossed_seeds_answers_where_the_spread_comes_from(tmp_path: Path) -> None:
-    """The answer has the shares of the table by hand, 3, 10 and 0.25 of 13.25. No seed is compared with another."""
+def write_crossed(place: Path, *, noise: float) -> None:
+    """Write runs with two seeds of each kind. Their perplexities are those of the table by hand, plus 10."""
     for init, data, value in ((1, 1, 10.0), (1, 2, 14.0), (2, 1, 12.0), (2, 2, 17.0)):
-        folder = tmp_path / "crossed" / f"{init}{data}"
+        folder = place / f"{noise}{init}{data}"
         folder.mkdir(parents=True)
-        write_record(folder, config={"seed": 42, "init_seed": init, "data_seed": data})
+        write_record(folder, config={"seed": 42, "noise": noise, "init_seed": init, "data_seed": data})
         write_metrics(folder, {"val/perplexity": value, METRIC: value})
         (folder / "events.jsonl").touch()
+
+
+def test_a_report_about_crossed_seeds_answers_where_the_spread_comes_from(tmp_path: Path) -> None:
+    """The answer has the shares of the table by hand, 3, 10 and 0.25 of 13.25. No seed is compared with another."""
+    write_crossed(tmp_path / "crossed", noise=0.0)
     [inputs] = collect_inputs(load_runs([tmp_path]), ReportOptions(metrics=(METRIC,)))
     blocks = list(answer(inputs))
     _, *texts = [block.text for block in blocks if isinstance(block, Paragraph)]
@@ -81,3 +86,11 @@ def test_a_report_about_crossed_seeds_answers_where_the_spread_comes_from(tmp_pa
     assert shares in texts[1], "the metric that was asked for"
     assert not any(isinstance(block, Cards | BulletList) for block in blocks), "no comparison, no advice"
     assert "no seed is better" in str(list(contrast_verdicts(inputs)))
+
+
+def test_where_another_factor_varies_too_only_its_levels_are_compared(tmp_path: Path) -> None:
+    for noise in (0.0, 0.5):
+        write_crossed(tmp_path / "crossed", noise=noise)
+    [inputs] = collect_inputs(load_runs([tmp_path]))
+    assert set(inputs.contrasts["factor"]) == {"noise"}
+    assert [block for block in answer(inputs) if isinstance(block, Cards)]

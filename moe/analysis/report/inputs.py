@@ -129,7 +129,7 @@ class ReportInputs(NamedTuple):
 
     @property
     def crosses_seeds(self) -> bool:
-        """Whether nothing varies but seeds of initial weights and of the data order: no seed is better than another."""
+        """Whether nothing varies but seeds of initial weights and of the data order."""
         return is_crossed(self.runs) and {*self.factors} <= {INIT, DATA}
 
     @property
@@ -249,13 +249,15 @@ def _with_comparisons(inputs: ReportInputs) -> ReportInputs:
         return inputs
     runs, loaded = (table[~table["folder"].isin(inputs.searched)] for table in (inputs.runs, inputs.loaded))
     known, references = {factor: levels(runs[factor]) for factor in inputs.factors}, reference_levels(inputs)
-    factors = [factor for factor in known if len(known[factor]) > 1 and not inputs.crosses_seeds]
+    factors = [factor for factor in known if len(known[factor]) > 1]
     factors = [factor for factor in factors if references.get(factor, known[factor][0]) in known[factor]]
     references = {factor: level for factor, level in references.items() if factor in factors}
     tables = [
         contrasts(runs, metric, factors, references=references, margin=inputs.options.margins.get(metric))
         for metric in inputs.tested
     ]
+    if is_crossed(runs):  # no seed is better than another
+        tables = [table[~table["factor"].isin([INIT, DATA])] for table in tables]
     variance, refusals = _variance(inputs, runs)
     return inputs._replace(
         claims=measured_claims(loaded, inputs.past.evals),

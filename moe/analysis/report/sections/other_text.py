@@ -34,6 +34,7 @@ def other_seeds_and_other_text(inputs: ReportInputs) -> Iterator[ReportBlock]:
         return
     references = dict(inputs.contrasts[["factor", "reference"]].drop_duplicates("factor").itertuples(index=False))
     table = contrasts(runs, LOSS, inputs.factors, references=references)
+    table = table[table["factor"].isin(references)]
     on_other_text = table["note"].str.startswith(NOT_COMPARABLE)
     problems = [f"{levels_compared(row)}: {row.note}" for row in table[on_other_text].itertuples()]
     table = table[(table["n"] > 0) & ~on_other_text]
