@@ -8,12 +8,17 @@ import pandas as pd
 import pytest
 from hydra.core.override_parser.types import Quote, QuotedString
 
-from moe.analysis.report.sections.commands import training_command
+from moe.analysis.report.inputs import collect_inputs
+from moe.analysis.report.sections.commands import command_for_more, training_command
 from moe.config.cell import Cell
 from moe.config.keys import flatten
 from moe.config.words import quote
 from moe.launch.command_line import read_cells
+from moe.launch.plans import record_plan
+from moe.launch.run import write_run_record
 from moe.launch.sweep import _record_command, _record_grid
+from moe.results.table import load_runs
+from moe.runs.folder import grid_name
 from moe.runs.record import CommandsRecord
 
 OWN = "# A router of this test\n_target_: moe.routers.topk.TopK\nk: {k}\n"
@@ -68,6 +73,29 @@ def test_the_command_of_a_report_trains_its_runs(command: str, monkeypatch: pyte
     more = read_cells(shlex.split(training_command(runs, [7, 8]))[2:])
     assert more is not None
     assert {cell.config.seed for cell in more} == {7, 8}
+
+
+@pytest.mark.usefixtures("labs")
+def test_a_claim_that_was_changed_keeps_its_own_command() -> None:
+    """Seed 2 was added with another claim, so an advice about the old claim must name it."""
+    old = "[{text: 'a \"b\", 1 %', metric: val/loss, factor: noise, levels: [0.1], than: [0.0], kind: higher}]"
+    new = "[{text: c, metric: val/loss, factor: noise, levels: [0.1], than: [0.0], kind: lower}]"
+    folders: list[str] = []
+    for seed, claims in ((1, old), (2, new)):
+        cells, _ = trained("noise=0.0,0.1", f"seed={seed}", f"claims={claims}")
+        record_plan(cells, grid_name(cells))
+        for cell in cells:
+            cell.folder.mkdir(parents=True)
+            write_run_record(cell, "interrupted")
+            folders.append(str(cell.folder))
+    [inputs] = collect_inputs(load_runs([Path(folders[0]).parent]))
+    assert inputs.claims["claim"].tolist() == ['a "b", 1 %', "c"]
+    for row, claim in enumerate((old, new)):
+        words = shlex.split(command_for_more(inputs, 2, row))[2:]
+        again, wanted = read_cells(words), read_cells(["-m", "noise=0.0,0.1", "seed=3,4", f"claims={claim}"])
+        assert again is not None
+        assert wanted is not None
+        assert sorted(map(described, again), key=str) == sorted(map(described, wanted), key=str)
 
 
 @pytest.mark.usefixtures("labs")

@@ -43,6 +43,7 @@ class Judgment(NamedTuple):
     claimed: the range that a claim gives the difference, if it has two ends.
     needed: the number of seeds that would decide it, NaN if it is above 1,000 or unknown; `outcome` is what they would
         do to it, if the true difference is the estimated one: "support", "contradict" or "decide".
+    row: of a claim, the number of its row in the table of claims.
     """
 
     text: str
@@ -65,6 +66,7 @@ class Judgment(NamedTuple):
     metric: str = ""
     within: bool = False
     beyond: bool = False
+    row: int | None = None
 
     @property
     def planned(self) -> bool:
@@ -118,7 +120,9 @@ def judgments(
     later: the factor by which tests are divided more in a later report with more seeds.
     """
     if len(claims):
-        return sorted((_on_claim(row) for _, row in claims.iterrows()), key=lambda each: not each.decided)
+        return sorted(
+            (_on_claim(claims.iloc[row], row) for row in range(len(claims))), key=lambda each: not each.decided
+        )
     if contrasts.empty:
         return []
     rows = contrasts[(contrasts["metric"] == metric) & (contrasts["n"] > 0)]
@@ -126,7 +130,7 @@ def judgments(
     return [on_contrast(rows.iloc[place], later) for place in sorted(range(len(rows)), key=order.__getitem__)]
 
 
-def _on_claim(row: pd.Series) -> Judgment:
+def _on_claim(row: pd.Series, number: int) -> Judgment:
     comparable = row["kind"] != "interaction" and row["reference mean"]
     claimed = row["claimed_low"], row["claimed_high"]
     margin = claimed[1] if claimed[0] == -claimed[1] and math.isfinite(claimed[1]) else math.nan
@@ -151,6 +155,7 @@ def _on_claim(row: pd.Series) -> Judgment:
         metric=row["metric"],
         within=math.isfinite(margin) and row["verdict"] == "supported",
         beyond=math.isfinite(margin) and row["verdict"] == "contradicted",
+        row=number,
     )
 
 
@@ -191,25 +196,25 @@ def _noun(name: str) -> str:
 
 
 def cards(
-    judged: list[Judgment], command_for_more: Callable[[int], str] = lambda number: "", price: str = ""
+    judged: list[Judgment], command_for_more: Callable[[Judgment], str] = lambda judged: "", price: str = ""
 ) -> list[Card]:
     """Return a card for each judgment. Those with one unit have one scale.
 
-    command_for_more: the command that trains so many more seeds, or an empty text. price: what a report about more
-    seeds costs, or an empty text.
+    command_for_more: the command that trains the seeds that a judgment needs, or an empty text. price: what a report
+    about more seeds costs, or an empty text.
     """
     axes = {unit: _span([each for each in judged if each.unit == unit]) for unit in {each.unit for each in judged}}
     return [_card(each, axes[each.unit], _advice(each, command_for_more, price)) for each in judged]
 
 
-def _advice(judged: Judgment, command_for_more: Callable[[int], str], price: str) -> str:
+def _advice(judged: Judgment, command_for_more: Callable[[Judgment], str], price: str) -> str:
     """Return what would decide a question, with its command and its price; an empty text if there is no advice."""
     if not judged.advice:
         return ""
     advice = judged.advice[:1].upper() + judged.advice[1:]
     if math.isnan(judged.needed):
         return f"{advice}."
-    command = command_for_more(judged.more)
+    command = command_for_more(judged)
     advice += f": `{command}`" if command else ""
     return f"{advice}. {price}" if price else f"{advice}{'' if command else '.'}"
 

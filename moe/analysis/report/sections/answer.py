@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
 
 import pandas as pd
 
@@ -56,7 +55,7 @@ def answer(inputs: ReportInputs) -> Iterator[ReportBlock]:
         yield Facts(setup(inputs))
         return
     price = price_of_more(inputs.study, len(finished_seeds(inputs.loaded)))
-    shown = cards(inputs.judgments, partial(command_for_more, inputs), price)
+    shown = cards(inputs.judgments, lambda each: command_for_more(inputs, each.more, each.row), price)
     if shown:
         yield Cards(shown[:MOST_CARDS], PICTURES_EXPLAINED + (CLAIMED if inputs.judgments[0].planned else ""))
         if shown[MOST_CARDS:]:

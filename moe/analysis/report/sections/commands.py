@@ -2,15 +2,20 @@
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
+from moe.analysis.claims import planned_claims
 from moe.analysis.report.inputs import ReportInputs
 from moe.config.cell import Grid
+from moe.config.claim import ClaimConfig
 from moe.config.words import as_word, searched
 from moe.files import shown
 from moe.results.conditions import levels
+from moe.runs.planned import digest_of
 from moe.runs.record import CommandsRecord, RecordError, SweepRecord
 
 MOST_SEEDS = 40  # that a command lists
@@ -18,10 +23,13 @@ DEFAULT_PLACE = Path("multirun")
 NO_OPTION = "variant"  # a group without a usual option; null cannot be chosen alone
 
 
-def training_command(runs: pd.DataFrame, seeds: Sequence[int] | None = None) -> str:
+def training_command(
+    runs: pd.DataFrame, seeds: Sequence[int] | None = None, claims: Sequence[ClaimConfig] | None = None
+) -> str:
     """Return the command that trains these runs, as the files of their sweep tell it; an empty text if there is none.
 
-    seeds: those of the command; by default the seeds of the runs.
+    seeds: those of the command; by default the seeds of the runs. claims: those of the command; by default the ones of
+    the newest command.
     """
     record, grid = _sweep_of(runs), grid_of(runs)
     if record is None or grid is None or grid.search:
@@ -32,7 +40,11 @@ def training_command(runs: pd.DataFrame, seeds: Sequence[int] | None = None) -> 
     words = [f"experiment={experiment}"] if experiment != "default" else []
     words += fixed_settings(grid)
     words += [f"out={shown(sweep.parent)}"] if sweep.name == experiment and shown(sweep.parent) != DEFAULT_PLACE else []
-    words += _beside_settings(sweep, grid)
+    beside = _beside_settings(sweep, grid)
+    if claims is not None:
+        beside = [word for word in beside if not word.startswith("claims=")]
+        beside += [f"claims={as_word([_named_fields(claim) for claim in claims])}"]
+    words += beside
     for factor in (*grid.factors, "seed"):
         values = seeds if factor == "seed" and seeds is not None else [cell[factor] for cell in cells if factor in cell]
         given = dict.fromkeys(map(as_word, values))
@@ -69,10 +81,32 @@ def fixed_settings(grid: Grid) -> list[str]:
     return [f"{key}={as_word(value)}" for key, value in grid.fixed.items() if value is not None or key != NO_OPTION]
 
 
-def command_for_more(inputs: ReportInputs, number: int) -> str:
-    """Return the command that trains the settings with so many more seeds; an empty text if they are too many."""
+def _named_fields(claim: ClaimConfig) -> dict[str, Any]:
+    """Return what a claim says beside the defaults."""
+    defaults = asdict(ClaimConfig())
+    return {name: value for name, value in asdict(claim).items() if value != defaults[name]}
+
+
+def command_for_more(inputs: ReportInputs, number: int, row: int | None = None) -> str:
+    """Return the command that trains the settings with so many more seeds; an empty text if they are too many.
+
+    row: that of the claim that needs the seeds, in the table of claims. If the newest command has no such claim, the
+    command names all claims of the newest run that recorded it.
+    """
     seeds = [seed for seed in levels(inputs.runs["seed"]) if isinstance(seed, int)] if "seed" in inputs.runs else []
     if not seeds or number > MOST_SEEDS:
         return ""
     seeds += [seed for seed in inputs.trials["seed"] if isinstance(seed, int)] if len(inputs.trials) else []
-    return training_command(inputs.runs, range(max(seeds) + 1, max(seeds) + 1 + number))
+    claims = None if row is None else _claims_left_out(inputs, row)
+    return training_command(inputs.runs, range(max(seeds) + 1, max(seeds) + 1 + number), claims)
+
+
+def _claims_left_out(inputs: ReportInputs, row: int) -> list[ClaimConfig] | None:
+    """Return the claims that were planned together with a claim; None if the newest command has this claim too."""
+    judged = inputs.loaded[~inputs.loaded["folder"].isin(inputs.searched)]
+    claim, members = planned_claims(judged)[row]
+    records = [inputs.records[folder] for folder in members["folder"] if folder in inputs.records]
+    plans = inputs.study.plans
+    if not records or not plans or digest_of(asdict(claim)) in map(digest_of, plans[-1].claims):
+        return None
+    return max(records, key=lambda record: record.started).claims()
