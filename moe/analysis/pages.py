@@ -205,7 +205,7 @@ def learning_curve(inputs: ReportInputs) -> Iterator[ReportBlock]:
     yield TableBlock(told.rename_axis("step").reset_index())
 
 
-SECTIONS = (answer, claim_verdicts, condition_table, league, how_much_routing_matters, tuning, learning_curve)
+SECTIONS = (answer, claim_verdicts, league, how_much_routing_matters, condition_table, tuning, learning_curve)
 
 
 def _lower(block: ReportBlock) -> ReportBlock:
