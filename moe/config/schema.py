@@ -240,7 +240,9 @@ class Config:
         in `DENSE_IGNORES`. Otherwise this imports torch.
         """
         muon = self.optimizer.muon_lr is not None
-        unused = set(RATES) if muon else {"optimizer.momentum", "optimizer.expert_step"}
+        unused = {"optimizer.experts_lr"} if muon else {"optimizer.momentum", "optimizer.expert_step"}
+        if muon and self.optimizer.router_lr is None:  # with a value, AdamW trains the routers
+            unused.add("optimizer.router_lr")
         frozen = self.without_effect()
         unused |= frozen & DEFAULTED
         if self.is_dense:

@@ -64,7 +64,7 @@ class OptimizerConfig:
 
     muon_lr: float | None = MISSING  # peak learning rate of Muon, for matrices; null: AdamW trains them too
     adamw_lr: float = MISSING  # peak learning rate of AdamW, for all parameters that Muon does not train
-    router_lr: float | None = None  # AdamW's rate for routers; null: adamw_lr
+    router_lr: float | None = None  # AdamW's rate for routers, with Muon too; null: that of other weights
     experts_lr: float | None = None  # AdamW's rate for routed experts; null: adamw_lr
     momentum: float = 0.95  # decay of the momentum of Muon in a step
     expert_step: str = "equal"  # how far Muon moves an expert: equal | gradient (less for an expert with few tokens)

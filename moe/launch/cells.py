@@ -350,7 +350,7 @@ def _why_ignored(key: str, cell: Cell) -> str:
     if key in cell.config.without_effect():
         adapter = f"adapter={cell.choices['adapter']} and " if cell.config.adapter else ""
         return f"with {adapter}trainable={cell.config.trains} it changes nothing"
-    if key in RATES and muon is not None:
+    if key == "optimizer.experts_lr" and muon is not None:
         return f"Muon trains these matrices, with optimizer.muon_lr={muon}"
     if key in RATES:
         return f"router={cell.choices['router']} has no weights to train"

@@ -243,19 +243,25 @@ def build_optimizers(model: nn.Module, settings: OptimizerConfig) -> list[torch.
     """Return the optimizers of all trainable parameters: AdamW, and Muon in front of it unless `muon_lr` is None.
 
     Muon updates matrices, without weight decay: those of attention and experts, and those of a router that the router
-    does not declare otherwise (`Router.role`). AdamW updates the token embedding, the output layer, the gains of norms
+    does not declare otherwise (`Router.role`). With `router_lr`, AdamW updates all parameters of routers instead. AdamW
+    updates the token embedding, the output layer, the gains of norms
     and the rest of the routers, or everything if `muon_lr` is None. It applies weight decay to all of them except to
     parameters that a router declares, or by default treats, as a scale. In AdamW, routers and experts are separate
     parameter groups, which may have their own learning rates. Without a matrix that trains there is no Muon.
     """
     role = roles(model)
     trainable = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trainable if settings.muon_lr is not None and role[p] == "matrix"]
-    rates = {"router": settings.router_lr, "experts": settings.experts_lr}
     part = {p: name for name, params in parts(model).items() for p in params}
+    rates = {"router": settings.router_lr, "experts": settings.experts_lr}
+
+    def is_muons(p: nn.Parameter) -> bool:
+        apart = settings.router_lr is not None and part.get(p) == "router"
+        return settings.muon_lr is not None and role[p] == "matrix" and not apart
+
+    matrices = [p for p in trainable if is_muons(p)]
     by_group: dict[tuple[str, bool], list[nn.Parameter]] = {("", True): [], ("router", True): [], ("experts", True): []}
     for p in trainable:
-        if settings.muon_lr is None or role[p] != "matrix":
+        if not is_muons(p):
             by_group.setdefault((part.get(p, ""), role[p] != "scale"), []).append(p)
     groups: list[dict[str, Any]] = [
         {

@@ -562,7 +562,7 @@ def copy(tied: Path, tmp_path: Path) -> Path:
         ("model.dense_digest=00", "model.dense_digest=00: must be [0-9a-f]{64}, as in"),
         ("data.seq_len=65", "data.seq_len=65: must be at most 64"),
         ("data.tokenizer=bpe data.vocab_size=400", "data.tokenizer=bpe: must be the tokenizer of model.dense="),
-        ("optimizer=muon optimizer.router_lr=1e-4", "optimizer.router_lr=0.0001: Muon trains these matrices, with"),
+        ("optimizer=muon optimizer.experts_lr=1e-4", "optimizer.experts_lr=0.0001: Muon trains these matrices, with"),
         ("optimizer.experts_lr=0", "optimizer.experts_lr=0.0: must be a finite number > 0"),
         ("model.upcycle_noise=-1", "model.upcycle_noise=-1.0: must be a finite number >= 0"),
         ("model.upcycle_reset=0.02", "model.upcycle_reset=0.02: must be 0, or from 1 / model.ffn = 0.021 to 1"),

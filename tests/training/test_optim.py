@@ -200,9 +200,14 @@ def test_an_idle_expert_does_not_change_the_steps_of_the_others() -> None:
     assert torch.equal(both[1], torch.ones(6, 8))
 
 
-@pytest.mark.parametrize("muon_lr", [0.02, None])
-def test_parameters_are_grouped_by_the_role_that_routers_declare(muon_lr: float | None) -> None:
-    """A router's matrices go to Muon whatever their names, and its vectors and numbers are not decayed."""
+@pytest.mark.parametrize(("muon_lr", "router_lr"), [(0.02, None), (None, None), (0.02, 0.003), (None, 0.003)])
+def test_parameters_are_grouped_by_the_role_that_routers_declare(
+    muon_lr: float | None, router_lr: float | None
+) -> None:
+    """A router's matrices go to Muon whatever their names, and its vectors and numbers are not decayed.
+
+    With a rate of their own, AdamW trains routers, and all else is as without it.
+    """
 
     class Declaring(CosineRouter):
         def role(self, name: str, p: nn.Parameter) -> Role:
@@ -215,7 +220,7 @@ def test_parameters_are_grouped_by_the_role_that_routers_declare(muon_lr: float 
     )  # fmt: skip
     model = MoEForCausalLM(config)
     model.moe_layers[0].router.__class__ = Declaring
-    settings = OptimizerConfig(muon_lr=muon_lr, adamw_lr=0.01, weight_decay=0.1)
+    settings = OptimizerConfig(muon_lr=muon_lr, adamw_lr=0.01, router_lr=router_lr, weight_decay=0.1)
     optimizers = build_optimizers(model, settings)
     names = {p: name.split("layers.0.")[-1] for name, p in model.named_parameters()}
     found = {
@@ -234,6 +239,12 @@ def test_parameters_are_grouped_by_the_role_that_routers_declare(muon_lr: float 
         **{f"self_attn.{each}_proj.weight": matrix for each in "qkvo"},
         **{f"mlp.experts.{each}": matrix for each in ("up", "down")},
         "mlp.router.projection": 0.1,
-        "mlp.router.embedding": matrix,
+        "mlp.router.embedding": 0.1 if router_lr else matrix,
         "mlp.router.log_tau": 0.0,
     }
+    rates = {
+        names[p]: group["lr"] for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]
+    }
+    assert {rate for name, rate in rates.items() if "router" not in name} == {muon_lr or 0.01, 0.01}
+    others = {rate for name, rate in rates.items() if "router" in name}
+    assert others == ({router_lr} if router_lr else {muon_lr or 0.01, 0.01})
