@@ -222,7 +222,8 @@ def plain(text: str) -> str:
 
 
 def _nearest(name: str, names: list[str]) -> str:
-    """Return the names that have `name` as a part, such as optimizer.muon_lr for lr, or else begin with it.
+    """Return the name that is nearly the same, such as layers for layer, or else those that have `name` as a part, such
+    as optimizer.muon_lr for lr, or else those that begin with it.
 
     Without any, return the most similar one.
 
@@ -232,7 +233,8 @@ def _nearest(name: str, names: list[str]) -> str:
     in_group = {other.removeprefix(group + dot): other for other in names if other.startswith(group + dot)}
     if not in_group:
         last, in_group = name, {other: other for other in names}
-    near = [other for short, other in in_group.items() if last in re.split(r"[._/]", short)]
+    near = [in_group[short] for short in difflib.get_close_matches(last, in_group, n=1, cutoff=0.9)]
+    near = near or [other for short, other in in_group.items() if last in re.split(r"[._/]", short)]
     if not near and len(last) >= 3:  # the beginning of a name, such as exp for exponential
         near = [other for short, other in in_group.items() if short.startswith(last)]
     if not 1 <= len(near) <= 5:
