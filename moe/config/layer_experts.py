@@ -25,7 +25,7 @@ def _parts(text: str) -> list[_Part]:
     """Return the parts that a text stands for, by layer. Neighbors have different numbers."""
     parts = []
     for word in text.split("+"):
-        match = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?:(\d{1,7})\s*", word)
+        match = re.fullmatch(r"\s*([0-9]{1,6})(?:-([0-9]{1,6}))?:([0-9]{1,7})\s*", word)
         if match is None:
             raise ConfigError(f"{KEY}={text:.200}: must be {FORM}; wrong: {word.strip()!r}")
         part = _Part(int(match[1]), int(match[2] or match[1]), int(match[3]))
@@ -58,6 +58,7 @@ def check(text: str, *, dense: int, layers: int) -> None:
     dense, layers: the number of first layers without experts, and of all layers.
     """
     parts = _parts(text)
+    require(dense < layers, KEY, text, "null, because no layer has experts")
     for part in parts:
         allowed = f"layers from {dense} to {layers - 1}, those that have experts"
         require(dense <= part.first and part.last < layers, KEY, text, allowed)
@@ -81,3 +82,11 @@ def of_layer(text: str | None, layer: int, experts: int) -> int:
     """Return the number of experts of a layer. experts: that of the layers that the text does not name."""
     parts = _parts(text) if text else []
     return next((part.experts for part in parts if part.first <= layer <= part.last), experts)
+
+
+def named(text: str | None, experts: int, others: int) -> str:
+    """Return how an error about a router begins: with the key, if it gives the router's layer its number of experts.
+
+    experts, others: the number of the router's layer, and of the layers that the text does not name.
+    """
+    return "" if text is None or experts == others else f"{KEY}={text}: "

@@ -35,7 +35,7 @@ class _Entry(NamedTuple):
 def _entries(text: str) -> list[_Entry]:
     found = []
     for part in text.split("+"):
-        match = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?:([\w.-]+)(?::([^:]*?))?\s*", part)
+        match = re.fullmatch(r"\s*([0-9]{1,6})(?:-([0-9]{1,6}))?:([\w.-]+)(?::([^:]*?))?\s*", part)
         if match is None:
             raise ConfigError(f"{KEY}={text:.200}: must be {FORM}; wrong: {part.strip()!r}")
         first, last = int(match[1]), int(match[2] or match[1])
@@ -114,8 +114,9 @@ def check(text: str, *, dense: int, layers: int) -> None:
 
     dense, layers: the number of first layers without experts, and of all layers.
     """
-    chosen = 0
-    for part in _parts(text):
+    chosen, parts = 0, _parts(text)
+    require(dense < layers, KEY, text, "null, because no layer has experts")
+    for part in parts:
         allowed = f"layers from {dense} to {layers - 1}, those that have experts"
         require(dense <= part.first and part.last < layers, KEY, text, allowed)
         chosen += 0 if part.option is None else part.last - part.first + 1

@@ -1,6 +1,8 @@
 """The typed configuration of a run: keys, types, defaults, and allowed ranges."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache, lru_cache
 from typing import Any, get_type_hints
@@ -170,8 +172,9 @@ class Config:
         """Raise ConfigError for wrong keys or ranges of the router, and for a schedule or data that do not fit it."""
         self.check_adapter()
         routers = self.build_routers()
-        for router in routers:
-            self._check_one(router)
+        for router, (spec, experts) in zip(routers, self.router_specs(), strict=True):
+            with self._naming(spec, experts):
+                self._check_one(router)
         allowed = "routers that all run once in a layer, or all equally often"
         require(len({len(each.chain) for each in routers}) == 1, "model.routers", self.model.routers, allowed)
         temperatures = {spec["temp"] for spec, _ in self.router_specs() if "temp" in spec}
@@ -330,16 +333,19 @@ class Config:
         routers = []
         with torch.device("meta"):
             for spec, experts in self.router_specs():
-                try:
+                with self._naming(spec, experts):
                     routers.append(build(spec, "router", self.model.dim, experts, trusted=True))
-                except ConfigError as error:
-                    by_layer = {
-                        "model.routers": None if spec is self.router else self.model.routers,
-                        layer_experts.KEY: None if experts == self.model.num_experts else self.model.experts_by_layer,
-                    }
-                    where = [f"{key}={text}: " for key, text in by_layer.items() if text is not None]
-                    raise ConfigError("".join([*where, str(error)])) from error
         return routers
+
+    @contextmanager
+    def _naming(self, spec: dict[str, Any], experts: int) -> Iterator[None]:
+        """Let a ConfigError about a router of `router_specs` begin with the keys that give it only to some layers."""
+        try:
+            yield
+        except ConfigError as error:
+            routers = "" if spec is self.router else f"model.routers={self.model.routers}: "
+            numbers = layer_experts.named(self.model.experts_by_layer, experts, self.model.num_experts)
+            raise ConfigError(f"{routers}{numbers}{error}") from error
 
     def is_causal(self) -> bool:
         """Return whether the routing of all layers is causal, see `Router.is_causal`. This imports torch."""

@@ -6,6 +6,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from moe.checks import require
+from moe.config import layer_experts
 from moe.config.model import ModelConfig
 
 GRAIN = 8  # the width of an expert is a multiple of this
@@ -34,13 +36,25 @@ def equal_flops(ffn: int, config: DictConfig) -> int:
     """Return the width of an expert at which the configured router costs as much as top-2 routing with width `ffn`.
 
     FLOPs rise linearly with the width, so two widths tell all others. The result is a multiple of 8. What a router
-    computes beside the experts counts, and so does the mean number of experts that it is set to.
+    computes beside the experts counts, and so does the mean number of experts that it is set to. Raises ConfigError if
+    a layer has fewer than two experts.
     """
+    _check_reference(config.model)
     router = _plain(config.router)
     goal = _of(config, PLAIN, ffn=ffn)
     narrow, wide = _of(config, router, ffn=ffn), _of(config, router, ffn=2 * ffn)
     width = ffn + (goal - narrow) * ffn / (wide - narrow)
     return max(GRAIN, GRAIN * round(width / GRAIN))
+
+
+def _check_reference(model: DictConfig) -> None:
+    """Raise ConfigError if a layer has too few experts for the router `PLAIN`."""
+    text, others = model.experts_by_layer, model.num_experts
+    for layer in range(model.first_k_dense_replace, model.layers):
+        experts = layer_experts.of_layer(text, layer, others)
+        key, value = ("model.num_experts", others) if experts == others else (layer_experts.KEY, text)
+        allowed = "at least 2 experts in each layer, because equal_flops compares with top-2 routing"
+        require(experts >= 2, key, value, allowed)
 
 
 def steps_of(flops: float, config: DictConfig) -> int:

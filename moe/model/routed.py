@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import local_torch_dtype
 
 from moe.checks import ConfigError, require
+from moe.config import layer_experts
 from moe.config.classes import build
 from moe.model.architecture import MoEConfig
 from moe.model.layer import LayerOutput, MoELayer
@@ -26,10 +27,14 @@ CACHE = fields(BaseModelOutputWithPast)[1].name  # "past_key_values" before tran
 
 
 def build_router(config: MoEConfig, layer: int, *, trusted: bool) -> Router:
-    """Return the router of a decoder layer, with parameters of at least fp32."""
+    """Return the router of a decoder layer, with parameters of at least fp32. Raises ConfigError if it does not fit."""
     with local_torch_dtype(torch.promote_types(torch.get_default_dtype(), torch.float32), "a router"):
-        sizes = config.hidden_size, config.experts_of(layer)
-        return build(config.router_of(layer), "router", *sizes, trusted=trusted)
+        experts = config.experts_of(layer)
+        try:
+            return build(config.router_of(layer), "router", config.hidden_size, experts, trusted=trusted)
+        except ConfigError as error:
+            where = layer_experts.named(config.experts_by_layer, experts, config.num_experts)
+            raise ConfigError(f"{where}{error}") from error
 
 
 class MoEPreTrainedModel(PreTrainedModel):

@@ -35,7 +35,19 @@ def test_the_other_layers_have_the_number_of_all() -> None:
         ("0-3:4", "must be left out for one layer at least: model.num_experts is the number of experts of the others$"),
         ("0:8", "must be entries for layers with another number of experts; layer 0 has 8 anyway$"),
         ("1:4 router.k=5", "^model.experts_by_layer=1:4: router.k=5: must be between 1 and model.num_experts=4$"),
-        ("1:4 capacity=3", "^capacity=3.0: must be null, or below 2: "),
+        ("1:4 capacity=3", "^model.experts_by_layer=1:4: capacity=3.0: must be null, or below 2: "),
+        ("0:4 router=oracle", "^model.experts_by_layer=0:4: model.num_experts=4: must be at least 6, for speech, "),
+        ("0:4 model.first_k_dense_replace=4", "^model.experts_by_layer=0:4: must be null, because no layer has exp"),
+        ("\N{ARABIC-INDIC DIGIT ZERO}:4", "must be entries such as 0-2:4 "),
+        (
+            "0:1 router.k=1 model.ffn=${equal_flops:64}",
+            "^model.ffn: model.experts_by_layer=0:1: must be at least 2 experts in each layer, because equal_flops "
+            "compares with top-2 routing$",
+        ),
+        (
+            "0:2 router.k=3 model.ffn=${equal_flops:64}",
+            "^model.ffn: model.experts_by_layer=0:2: router.k=3: must be between 1 and model.num_experts=2$",
+        ),
         ("1:4 model.routers=1:k:5", "^model.routers=1:k:5: model.experts_by_layer=1:4: router.k=5: must be between"),
     ],
 )

@@ -53,7 +53,9 @@ def test_the_explicit_text_has_all_settings_and_means_the_same(text: str, explic
         ("model.routers=0-1:k:1+0:k:3+1:k:4", "must be entries that later ones leave an effect; 0-1:k:1 has none$"),
         ("model.routers=0:topk", "^model.routers=0:topk.*: must be entries .*; layer 0 has the same one$"),
         ("model.routers=0:k:1+2:k:2", "must be entries for layers with another router .*; layer 2 has the same one$"),
-        ("model.routers=0:k:4 capacity=2", "^capacity=2.0: must be null, or below 2: "),
+        ("model.routers=0:k:4 capacity=2", "^model.routers=0:k:4: capacity=2.0: must be null, or below 2: "),
+        ("model.routers=0:hash model.first_k_dense_replace=4", "must be null, because no layer has experts$"),
+        ("model.routers=\N{ARABIC-INDIC DIGIT ZERO}:hash", "; wrong: "),
         (
             "model.routers=0:expert_choice data=smoltalk",
             "must be a router that keeps the conversations of a block apart",
