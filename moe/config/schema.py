@@ -281,7 +281,10 @@ class Config:
         shared = [name for name, value in same.items() if all(each.get(name, ...) == value for each in of_layers)]
         equivalent = {f"router.{name}": same[name] for name in shared}
         seeds = dict(zip(("init_seed", "data_seed"), self.seeds, strict=True)) | {"seed": None}
-        return self.identity() | equivalent | seeds | {"trainable": str(self.trains)}
+        settings = self.identity() | equivalent | seeds | {"trainable": str(self.trains)}
+        if settings[layer_experts.KEY] is not None:  # two spellings may give the layers the same numbers
+            settings |= {layer_experts.KEY: None, "model.num_experts": self.model.experts_of_layers}
+        return settings
 
     @property
     def seeds(self) -> tuple[int, int]:

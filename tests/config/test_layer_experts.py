@@ -65,6 +65,15 @@ def test_a_cell_whose_layers_have_the_number_of_the_others_anyway_is_the_same_ru
         read_cells(["-m", "model.experts_by_layer=0-1:4,0:4+1:4"])
 
 
+def test_two_spellings_of_the_same_numbers_are_one_run(caplog: pytest.LogCaptureFixture) -> None:
+    """Layers of 8 experts with 0:4, and layers of 4 experts with 1:8, are both layers of 4 and 8 experts."""
+    with caplog.at_level("WARNING"):
+        cells = read_cells(["-m", "model.layers=2", "model.num_experts=4,8", "model.experts_by_layer=0:4,1:8"]) or []
+    assert [cell.config.model.experts_of_layers for cell in cells] == [[4, 4], [4, 8], [8, 8]]
+    [said] = caplog.messages
+    assert said.endswith(r"and is trained once, as model.num_experts=4,model.experts_by_layer=1\:8")
+
+
 def test_a_key_applies_if_it_changes_something_in_a_layer_of_any_size() -> None:
     """With two experts, top-2 gives an even load, and `lb` changes nothing. Layer 1 has more experts."""
     plain, mixed = (

@@ -91,6 +91,11 @@ def test_a_layer_that_is_given_the_number_of_the_others_changes_no_bit(ids: torc
     assert torch.equal(make(None)(ids).logits, make("1:8")(ids).logits)
 
 
+def test_two_spellings_of_the_same_numbers_are_one_model(ids: torch.Tensor) -> None:
+    one, other = make("0:4", layers=2), make("1:8", layers=2, experts=4)
+    assert torch.equal(one(ids).logits, other(ids).logits)
+
+
 def test_dense_layers_count_as_layers(ids: torch.Tensor) -> None:
     model = make("1:4", first_k_dense_replace=1)
     assert [layer.router.num_experts for layer in model.moe_layers] == [4, 8, 8]
