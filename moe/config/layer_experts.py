@@ -4,10 +4,10 @@ The text is a list of entries, joined by +. An entry `0-2:4` gives each of the l
 layers have `model.num_experts`.
 """
 
-import re
 from typing import NamedTuple
 
 from moe.checks import ConfigError, require
+from moe.config.layer_entries import name_layers, read_entries
 
 KEY = "model.experts_by_layer"
 FORM = "entries such as 0-2:4 (layers 0 to 2 have four experts), joined by +"
@@ -24,13 +24,9 @@ class _Part(NamedTuple):
 def _parts(text: str) -> list[_Part]:
     """Return the parts that a text stands for, by layer. Neighbors have different numbers."""
     parts = []
-    for word in text.split("+"):
-        match = re.fullmatch(r"\s*([0-9]{1,6})(?:-([0-9]{1,6}))?:([0-9]{1,7})\s*", word)
-        if match is None:
-            raise ConfigError(f"{KEY}={text:.200}: must be {FORM}; wrong: {word.strip()!r}")
-        part = _Part(int(match[1]), int(match[2] or match[1]), int(match[3]))
-        require(part.first <= part.last, KEY, text, f"entries whose first layer is not after the last; wrong: {word}")
-        require(1 <= part.experts <= 10**6, KEY, text, f"entries of 1 to 10^6 experts; wrong: {word}")
+    for first, last, match in read_entries(KEY, text, "([0-9]{1,7})", form=FORM):
+        part = _Part(first, last, int(match[3]))
+        require(1 <= part.experts <= 10**6, KEY, text, f"entries of 1 to 10^6 experts; wrong: {match.string}")
         parts.append(part)
     joined = list[_Part]()
     for part in sorted(parts):
@@ -43,8 +39,7 @@ def _parts(text: str) -> list[_Part]:
 
 
 def _written(parts: list[_Part]) -> str:
-    layers = [str(first) if first == last else f"{first}-{last}" for first, last, _ in parts]
-    return "+".join(f"{each}:{part.experts}" for each, part in zip(layers, parts, strict=True))
+    return "+".join(f"{name_layers(first, last)}:{experts}" for first, last, experts in parts)
 
 
 def explicit(text: str) -> str:

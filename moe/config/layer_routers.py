@@ -5,14 +5,14 @@ The text is a list of entries, joined by +. An entry `0-2:hash` gives layers 0 t
 """
 
 import json
-import re
 from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import yaml
 
-from moe.checks import ConfigError, require, unknown
+from moe.checks import require, unknown
+from moe.config.layer_entries import name_layers, read_entries
 from moe.config.options import options, sources
 
 KEY = "model.routers"
@@ -28,18 +28,12 @@ class _Entry(NamedTuple):
     value: str | None
 
     def __str__(self) -> str:
-        layers = str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
-        return ":".join([layers, self.word] + ([] if self.value is None else [self.value]))
+        return ":".join([name_layers(self.first, self.last), self.word] + ([] if self.value is None else [self.value]))
 
 
 def _entries(text: str) -> list[_Entry]:
     found = []
-    for part in text.split("+"):
-        match = re.fullmatch(r"\s*([0-9]{1,6})(?:-([0-9]{1,6}))?:([\w.-]+)(?::([^:]*?))?\s*", part)
-        if match is None:
-            raise ConfigError(f"{KEY}={text:.200}: must be {FORM}; wrong: {part.strip()!r}")
-        first, last = int(match[1]), int(match[2] or match[1])
-        require(first <= last, KEY, text, f"entries whose first layer is not after the last; wrong: {part}")
+    for first, last, match in read_entries(KEY, text, r"([\w.-]+)(?::([^:]*?))?", form=FORM):
         if match[4] is None and match[3] not in options("router"):
             raise unknown(f"option of router in {KEY}", match[3], options("router"))
         found.append(_Entry(first, last, match[3], match[4]))

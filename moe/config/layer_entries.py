@@ -1,0 +1,25 @@
+"""Entries for single layers in `model.routers` and `model.experts_by_layer`, such as 0-2:WHAT, joined by +."""
+
+import re
+from collections.abc import Iterator
+
+from moe.checks import ConfigError, require
+
+
+def read_entries(key: str, text: str, what: str, *, form: str) -> Iterator[tuple[int, int, re.Match[str]]]:
+    """Yield first layer, last layer and match of each entry. The groups of the pattern `what` begin with number 3.
+
+    Raises ConfigError, which names `key` and says that it must be `form`, at an entry that is not like this.
+    """
+    for part in text.split("+"):
+        match = re.fullmatch(rf"\s*([0-9]{{1,6}})(?:-([0-9]{{1,6}}))?:{what}\s*", part)
+        if match is None:
+            raise ConfigError(f"{key}={text:.200}: must be {form}; wrong: {part.strip()!r}")
+        first, last = int(match[1]), int(match[2] or match[1])
+        require(first <= last, key, text, f"entries whose first layer is not after the last; wrong: {part}")
+        yield first, last, match
+
+
+def name_layers(first: int, last: int) -> str:
+    """Return how an entry writes its layers: 0-2, or 0 for a single one."""
+    return str(first) if first == last else f"{first}-{last}"
