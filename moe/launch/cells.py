@@ -1,5 +1,6 @@
 """Turn the overrides of a command into checked cells, so that every mistake is refused before the first run starts."""
 
+import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -24,7 +25,7 @@ from moe.config.sections import OptimizerConfig
 from moe.distributed import ranks
 from moe.launch import slurm
 from moe.launch.claims import check_claims
-from moe.launch.compose import compose_config, override_dirname, typed
+from moe.launch.compose import compose_config, levels_of, override_dirname, typed
 from moe.launch.distinct import check_distinct, each_run_once, with_overrides
 from moe.launch.explain import explain, group_choices, unusable_path
 from moe.launch.grids import grid_of
@@ -45,6 +46,8 @@ from moe.launch.overrides import (
 from moe.launch.resolvers import run_name
 from moe.runs.folder import finished, same_run, stored_record
 
+log = logging.getLogger(__name__)
+
 
 class Start(NamedTuple):
     """What a command asks for before its cells are known.
@@ -62,11 +65,17 @@ class Start(NamedTuple):
 
     @classmethod
     def of(cls, overrides: list[Override], *, multirun: bool) -> "Start":
-        """Read the overrides of a command. The keys of a group depend on its option, so no values are set yet."""
+        """Read the overrides of a command. The keys of a group depend on its option, so no values are set yet.
+
+        Only `out` is, since a grid may follow from the results of another experiment.
+        """
         launch = [o for o in overrides if o.is_hydra_override()]
         own = [o for o in overrides if not o.is_hydra_override()]
-        base = compose_config(lines_of([*launch, *(o for o in own if is_group(o) and not o.is_sweep_override())]))
-        presets = [parse_override(f"{key}={value}") for key, value in (base.hydra.sweeper.params or {}).items()]
+        place = [o for o in own if o.key_or_group == "out" and isinstance(o.value(), str)]
+        early = [*place, *(o for o in own if is_group(o) and not o.is_sweep_override())]
+        arguments = lines_of([*launch, *early])
+        base = compose_config(arguments)
+        presets = [parse_override(f"{key}={value}") for key, value in levels_of(base, arguments).items()]
         return cls(launch, own, base, multirun or str(base.hydra.mode) == "RunMode.MULTIRUN", presets)
 
     @property
@@ -144,6 +153,8 @@ def expand_start(
     folders = {cell.folder for cell in runs}
     written = [cell for cell, each in zip(cells, described, strict=True) if each.folder in folders]
     check_claims(written, presets, sweep=multirun)
+    if planned:
+        _say_what_is_replaced(presets, own)
     if start.launcher == "slurm" and not all(map(finished, runs)):
         slurm.prepare()
     if not multirun:
@@ -151,6 +162,19 @@ def expand_start(
     grid_of_runs = grid_of(runs, presets, own, _usual_settings(base, own))
     common = [o for o in own if o.key_or_group in ONE_PER_COMMAND]
     return [cell._replace(grid=grid_of_runs) for cell in runs], ["--multirun", *lines_of([*launch, *common])]
+
+
+def _say_what_is_replaced(presets: list[Override], own: list[Override]) -> None:
+    """Log which values of an experiment the command replaces, since the question of the experiment may rest on them.
+
+    Levels of a factor are not named: their number shows what is trained.
+    """
+    given = {o.key_or_group: values_of(o) for o in own}
+    for preset in presets:
+        before, now = values_of(preset), given.get(preset.key_or_group, [])
+        if len(before) == 1 and now and now != before:
+            key = preset.key_or_group
+            log.warning("%s=%s replaces the experiment's %s=%s", key, ",".join(now), key, before[0])
 
 
 def _check_model(config: Config) -> None:

@@ -57,6 +57,14 @@ def compose_config(arguments: list[str]) -> DictConfig:
         raise explain(error, arguments) from None
 
 
+def levels_of(base: DictConfig, arguments: list[str]) -> dict[str, Any]:
+    """Return the values of each key in the grid of an experiment, as text. `arguments` are what composed `base`."""
+    try:
+        return dict((base.hydra.sweeper.params or {}).items())
+    except FAULTS as error:
+        raise explain(error, arguments) from None
+
+
 def _compose_values(overrides: list[Override]) -> DictConfig:
     """Compose the groups once for all cells of a sweep, and set the other values in a copy, as Hydra does it.
 

@@ -39,10 +39,13 @@ def run_name(overrides: str) -> str:
     return f"{name}-{digest}" if overrides else name
 
 
-def best_level(results: str, factor: str) -> Any:
+def best_level(results: str, factor: str, other: Any = None) -> Any:
     """Return the level of `factor` with the lowest mean final val/loss in a sweep's results.csv.
 
-    Raises ConfigError if there is no such file, or if a run in it is not finished, or if it has several grids.
+    other: a level with which the best one will be compared, so that it must be another one.
+
+    Raises ConfigError if there is no such file, if a run in it is not finished, if it has several grids, or if the best
+    level is `other`.
     """
     if not Path(results).exists():
         raise ConfigError(f"{factor} comes from {results}, which does not exist: run that experiment first")
@@ -56,7 +59,10 @@ def best_level(results: str, factor: str) -> Any:
             if row["status"] != "finished":
                 raise ConfigError(f"{factor} comes from {results}, where {row['run']} is {row['status']}: finish it")
             losses[row[factor]].append(float(row["val/loss"]))
-    return json.loads(min(losses, key=lambda level: fmean(losses[level])))
+    best = json.loads(min(losses, key=lambda level: fmean(losses[level])))
+    if best == other:
+        raise ConfigError(f"{factor}={best} has the lowest val/loss in {results}: no other one is better")
+    return best
 
 
 ConfigStore.instance().store(name="schema", node=Config)

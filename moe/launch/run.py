@@ -26,7 +26,7 @@ from moe.runs.card import write_cards
 from moe.runs.folder import LOCK, delete_checkpoints, difference, finished, locked, stored_record
 from moe.runs.place import Place
 from moe.runs.record import Machine, MetricsRecord, RecordError, RunFacts, RunRecord, Status
-from moe.runs.signals import STOP, Interrupted, Signals, follow_parent
+from moe.runs.signals import STOP, Interrupted, Signals, follow_parent, leave
 
 log = logging.getLogger(__name__)
 
@@ -130,9 +130,10 @@ def _train(cell: Cell, place: Place) -> None:
     from moe.training.loop import train
 
     final: dict[str, Any] = {}
-    try:
-        write_run_record(cell, "running")
-        with Signals() as signals:
+    stop: Interrupted | None = None
+    with Signals() as signals:
+        try:
+            write_run_record(cell, "running")
             mirrors = Mirrors(cell)
             try:
                 facts = parse(
@@ -143,31 +144,33 @@ def _train(cell: Cell, place: Place) -> None:
                     write_cards(cell.folder, run_record(cell, "finished", facts))
             finally:
                 mirrors.finish(final)
-        write_run_record(cell, "finished", facts)
-        if ranks.is_first():
-            delete_checkpoints(cell.folder)  # not earlier, so that a run that is killed at its end can be resumed
-        if final:
+            write_run_record(cell, "finished", facts)
+            if ranks.is_first():
+                delete_checkpoints(cell.folder)  # not earlier, so that a run that is killed at its end can be resumed
+            if final:
+                place.end()
+                standing = f"; {place.standing()}" if place.in_sweep else ""
+                texts = [name for name in ("val", "test") if f"{name}/perplexity" in final]
+                perplexities = ", ".join(f"{name} perplexity {final[f'{name}/perplexity']:.2f}" for name in texts)
+                log.info("finished, %s%s", perplexities, standing)
+        except Interrupted as error:
+            stop = error
+            _write_end(cell, "interrupted", str(stop))
+            log.warning("%s: %s", shown(cell.folder), stop)
+        except Exception as error:  # record it: the other cells of a sweep go on, and the command exits with 1
+            reason = f"{type(error).__name__}: {_reason(error)}"
+            if not isinstance(error, (ConfigError, Diverged)):  # these say all that there is to know
+                reason += f"; see {shown(cell.folder / 'traceback.txt')}"
+            log.error("%s failed: %s", shown(cell.folder), reason)
             place.end()
-            standing = f"; {place.standing()}" if place.in_sweep else ""
-            texts = [name for name in ("val", "test") if f"{name}/perplexity" in final]
-            perplexities = ", ".join(f"{name} perplexity {final[f'{name}/perplexity']:.2f}" for name in texts)
-            log.info("finished, %s%s", perplexities, standing)
-        if signals.received in STOP:  # this run is complete, but the rest of a sweep must stop
-            sys.exit(128 + signals.received)
-    except Interrupted as stop:
-        _write_end(cell, "interrupted", str(stop))
-        log.warning("%s: %s", shown(cell.folder), stop)
+            _write_end(cell, "failed", reason, details=traceback.format_exc())
+            if ranks.world_size() > 1 and not isinstance(error, Diverged):  # all ranks see a divergence, no other error
+                sys.exit(1)
+    if stop:
         stop.pass_on()
-        sys.exit(stop.exit_status)
-    except Exception as error:  # record it: the other cells of a sweep go on, and the command exits with 1
-        reason = f"{type(error).__name__}: {_reason(error)}"
-        if not isinstance(error, (ConfigError, Diverged)):  # these say all that there is to know
-            reason += f"; see {shown(cell.folder / 'traceback.txt')}"
-        log.error("%s failed: %s", shown(cell.folder), reason)
-        place.end()
-        _write_end(cell, "failed", reason, details=traceback.format_exc())
-        if ranks.world_size() > 1 and not isinstance(error, Diverged):  # all ranks see a divergence, but no other error
-            sys.exit(1)
+        leave(stop.exit_status)
+    if signals.received in STOP:  # this run has ended, but the rest of a sweep must stop
+        leave(128 + signals.received)
 
 
 def _write_end(cell: Cell, status: Status, error: str, *, details: str | None = None) -> None:

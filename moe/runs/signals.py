@@ -4,13 +4,14 @@ A second Ctrl-C stops it at once in any case.
 """
 
 import ctypes
+import logging
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Never
 
 from moe.distributed import ranks
 
@@ -40,7 +41,8 @@ class Signals:
     """Context manager that handles SIGTERM, SIGINT and the signals of batch systems.
 
     Before training a signal raises Interrupted. The training loop sets `training` when it has steps to save; from then
-    on a signal only sets `received`, which the loop reads after each step.
+    on a signal only sets `received`, which the loop reads after each step. After the first signal another SIGTERM
+    changes nothing, so that the end of the run can be written: Linux sends one for each thread of a killed parent.
     """
 
     def __init__(self) -> None:
@@ -59,12 +61,16 @@ class Signals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None and number == signal.SIGINT:
+        again = self.received is not None
+        if again and number == signal.SIGINT:
             raise KeyboardInterrupt
         if self.received not in REQUEUE:  # a batch system may send SIGTERM right after its own signal
             self.received = number
-        if not self.training:
-            raise Interrupted(self.received)
+        if not self.training and not again:
+            raise Interrupted(number)
+
+
+_starter: int | None = None  # the process whose end is told by SIGTERM
 
 
 def follow_parent() -> None:
@@ -73,12 +79,34 @@ def follow_parent() -> None:
     Works on Linux only. On other systems a worker whose parent died finishes its run; the lock of the run folder keeps
     other processes from training the same run.
     """
+    global _starter
     parent = multiprocessing.parent_process()
     started_by = os.getppid() if parent is None and ranks.world_size() > 1 else getattr(parent, "pid", None)
     if started_by is None or sys.platform != "linux":
         return
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if _starter is None:
+        _starter = os.getppid()
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     try:
         os.kill(started_by, 0)
+        dead = _is_orphan()
     except ProcessLookupError:  # it died before prctl was called
+        dead = True
+    if dead:
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def leave(status: int) -> Never:
+    """End this process with an exit status. A worker whose parent died ends at once.
+
+    The pool of such a worker would catch SystemExit, and the worker would wait minutes for a job that nobody sends.
+    """
+    if _is_orphan():
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def _is_orphan() -> bool:
+    return _starter is not None and os.getppid() != _starter

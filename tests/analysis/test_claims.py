@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from omegaconf import OmegaConf
 from run_folders import change_record, write_metrics
 from scipy import stats
 from small_runs import OUT
@@ -22,6 +23,7 @@ from moe.config.cell import Cell
 from moe.config.claim import ClaimConfig
 from moe.config.options import CONF, options
 from moe.launch.command_line import read_cells
+from moe.launch.resolvers import best_level
 from moe.launch.run import write_run_record
 from moe.metrics.catalog import lookup
 from moe.results.conditions import varied_factors
@@ -33,7 +35,7 @@ WITH_CLAIMS = [
     "spectra_ablation",
     "spectra_scaling",
     *(f"spectra_sweep_{letter}" for letter in "abcde"),
-    *("temperature_ablation", "temperature_schedules"),
+    *("temperature_ablation", "temperature_best_long", "temperature_schedules"),
 ]
 # Overrides that reduce large grids, because composing a cell takes a while. Every claim can still be judged.
 NARROWED = {
@@ -488,7 +490,11 @@ def grid(experiment: str, *overrides: str) -> list[Cell]:
 
 @pytest.fixture
 def sweep(tmp_path: Path):
-    """Return a function that writes the records of an experiment's cells, with made-up results."""
+    """Return a function that writes the records of an experiment's cells, with made-up results.
+
+    A level that another experiment chooses is 1.5.
+    """
+    OmegaConf.register_new_resolver("best_level", lambda *_: 1.5, replace=True)
 
     def write(experiment: str, *overrides: str, seeds: tuple[int, ...] = (42, 43)) -> pd.DataFrame:
         cells = [
@@ -510,7 +516,8 @@ def sweep(tmp_path: Path):
             write_metrics(cell.folder, final)
         return load_runs([tmp_path])
 
-    return write
+    yield write
+    OmegaConf.register_new_resolver("best_level", best_level, replace=True)
 
 
 @pytest.mark.parametrize("experiment", [name for name in WITH_CLAIMS if name != "finetuning"])  # needs a checkpoint

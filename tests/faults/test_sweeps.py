@@ -45,14 +45,7 @@ def test_the_users_factorial_killed_half_way_with_two_workers(job: Any, survived
         while len(list((one.root / "runs").rglob("metrics.json"))) < 6:
             assert sweep.poll() is None, one.output
             time.sleep(0.02)
-        workers = children(sweep.pid)
-        assert len(workers) >= 2
-        sweep.kill()
-        sweep.wait()
-        deadline = time.monotonic() + 20
-        while alive := [pid for pid in workers if is_training(pid)]:
-            assert time.monotonic() < deadline, alive
-            time.sleep(0.05)
+        kill(sweep)
         done = {path: value for folder in finished(one) for path, value in files(folder).items()}
         assert len(finished(one)) < 18
         assert subprocess.run(command, stdout=log, stderr=log, timeout=LIMIT).returncode == 0, one.output
@@ -67,9 +60,38 @@ def test_the_users_factorial_killed_half_way_with_two_workers(job: Any, survived
     )
 
 
-def is_training(pid: int) -> bool:
-    status = Path(f"/proc/{pid}/cmdline")
-    return status.exists() and b"loky" in status.read_bytes() and b"resource_tracker" not in status.read_bytes()
+def test_workers_of_a_killed_sweep_stop_although_no_job_waits_for_them(job: Any, survived: Any) -> None:
+    """The pool of joblib catches SystemExit: a worker would wait for another job as long as the pool allows."""
+    one = job("last", "-m", "seed=1,2", "steps=5000", "eval_every=2", *JOBLIB)
+    with one.log.open("w") as log:
+        sweep = subprocess.Popen([sys.executable, str(TRAIN), *one.arguments], stdout=log, stderr=log)
+        while sum(path.read_text().count("\n") > 6 for path in (one.root / "runs").rglob("events.jsonl")) < 2:
+            assert sweep.poll() is None, one.output
+            time.sleep(0.02)
+        kill(sweep)
+    records = [json.loads(path.read_text()) for path in (one.root / "runs").rglob("run.json")]
+    assert [record["status"] for record in records] == ["interrupted"] * 2, one.output
+    survived(14, "SIGKILL of a sweep whose last cells train", 2, "the workers stop, and their records say so")
+
+
+def kill(sweep: subprocess.Popen[bytes]) -> None:
+    """Kill a sweep, and return once its workers are gone."""
+    workers = [pid for pid in children(sweep.pid) if b"popen_loky" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(workers) == 2
+    sweep.kill()
+    sweep.wait()
+    deadline = time.monotonic() + 20
+    while alive := [pid for pid in workers if is_alive(pid)]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.05)
+
+
+def is_alive(pid: int) -> bool:
+    """Return whether a process runs; its new parent may not yet have noticed its end."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def finished(job: TrainCommand) -> list[Path]:

@@ -1,5 +1,6 @@
 """Tests that a wrong command is refused in one line before anything happens, and that a right one becomes cells."""
 
+import csv
 import re
 import signal
 import subprocess
@@ -632,8 +633,23 @@ def test_every_variant_composes_and_wins_over_an_experiment() -> None:
 def test_the_best_temperature_is_that_of_the_lowest_mean_over_seeds(finished_ablation: Path) -> None:
     """The best temperature is 1.5 with the lowest mean, not 2.0 with the lowest single run."""
     cells = read_cells(["experiment=temperature_best_long", f"out={finished_ablation}"]) or []
-    assert {cell.config.temperature for cell in cells} == {1.5}
+    assert {cell.config.temperature for cell in cells} == {1.0, 1.5}
     assert {cell.config.steps for cell in cells} == {600}
+    assert {str(claim.levels) for cell in cells for claim in cell.config.claims} == {"[1.5]"}
+
+
+def test_a_best_temperature_of_1_has_nothing_to_be_compared_with(finished_ablation: Path) -> None:
+    results = finished_ablation / "temperature_ablation" / "results.csv"
+    with results.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row["router.temp"] = {"1.5": "1.0", "1.0": "1.5"}.get(row["router.temp"], row["router.temp"])
+    with results.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    with pytest.raises(ConfigError, match=r"router\.temp=1\.0 has the lowest val/loss in .*no other one is better"):
+        read_cells(["experiment=temperature_best_long", f"out={finished_ablation}"])
 
 
 def documented_pairs() -> set[tuple[str, str]]:
@@ -658,12 +674,23 @@ def test_an_experiments_own_keys_survive_the_variants_documented_with_it(
 
 
 def test_the_best_temperature_is_trained_for_twice_the_steps_of_the_recipe(finished_ablation: Path) -> None:
-    command = ["experiment=temperature_best_long", "seed=42", f"out={finished_ablation}"]
+    command = ["experiment=temperature_best_long", "seed=42", "router.temp=1.5", f"out={finished_ablation}"]
     steps = {
         words: [cell.config.steps for cell in read_cells([*command, *words]) or []]
         for words in ((), ("variant=temperature_study",), ("variant=temperature_study", "steps=7"))
     }
     assert list(steps.values()) == [[600], [250], [7]]
+
+
+def test_a_value_that_replaces_one_of_the_experiment_is_named(
+    finished_ablation: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    command = ["experiment=temperature_best_long", f"out={finished_ablation}"]
+    read_cells([*command, "steps=7", "seed=1"])
+    assert "steps=7 replaces the experiment's steps=600" in caplog.messages
+    caplog.clear()
+    read_cells([*command, "steps=600", "seed=1,2"])
+    assert not [line for line in caplog.messages if "replaces" in line]
 
 
 def test_without_a_finished_ablation_there_is_no_best_temperature(tmp_path: Path, finished_ablation: Path) -> None:

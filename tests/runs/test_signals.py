@@ -44,3 +44,14 @@ def test_with_sigterm_and_a_batch_systems_signal_the_latter_is_recorded(
         for number in order:
             signal.raise_signal(number)
     assert signals.received == signal.SIGUSR2
+
+
+def test_another_sigterm_leaves_time_to_write_the_end_of_a_run() -> None:
+    """Linux sends one for each thread of a parent that is killed."""
+    with Signals() as signals:
+        with pytest.raises(Interrupted, match="stopped by SIGTERM"):
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signals.received == signal.SIGTERM
