@@ -125,52 +125,66 @@ def _may_train(cell: Cell, owner: str | None) -> bool:
 
 
 def _train(cell: Cell, place: Place) -> None:
-    from moe.runs.mirrors import Mirrors
-    from moe.training.divergence import Diverged
-    from moe.training.loop import train
-
-    final: dict[str, Any] = {}
+    """Train a cell, and write how it ended. If a signal stopped the run or the sweep, end this process."""
     stop: Interrupted | None = None
     with Signals() as signals:
         try:
-            write_run_record(cell, "running")
-            mirrors = Mirrors(cell)
-            try:
-                facts = parse(
-                    RunFacts, train(cell.config, cell.folder, signals=signals, listeners=[mirrors], place=place)
-                )
-                if ranks.is_first():
-                    final = _write_metrics(cell.folder, facts)
-                    write_cards(cell.folder, run_record(cell, "finished", facts))
-            finally:
-                mirrors.finish(final)
-            write_run_record(cell, "finished", facts)
-            if ranks.is_first():
-                delete_checkpoints(cell.folder)  # not earlier, so that a run that is killed at its end can be resumed
-            if final:
-                place.end()
-                standing = f"; {place.standing()}" if place.in_sweep else ""
-                texts = [name for name in ("val", "test") if f"{name}/perplexity" in final]
-                perplexities = ", ".join(f"{name} perplexity {final[f'{name}/perplexity']:.2f}" for name in texts)
-                log.info("finished, %s%s", perplexities, standing)
+            _train_to_end(cell, place, signals)
         except Interrupted as error:
             stop = error
             _write_end(cell, "interrupted", str(stop))
             log.warning("%s: %s", shown(cell.folder), stop)
         except Exception as error:  # record it: the other cells of a sweep go on, and the command exits with 1
-            reason = f"{type(error).__name__}: {_reason(error)}"
-            if not isinstance(error, (ConfigError, Diverged)):  # these say all that there is to know
-                reason += f"; see {shown(cell.folder / 'traceback.txt')}"
-            log.error("%s failed: %s", shown(cell.folder), reason)
-            place.end()
-            _write_end(cell, "failed", reason, details=traceback.format_exc())
-            if ranks.world_size() > 1 and not isinstance(error, Diverged):  # all ranks see a divergence, no other error
-                sys.exit(1)
+            _write_failure(cell, place, error)
     if stop:
         stop.pass_on()
         leave(stop.exit_status)
     if signals.received in STOP:  # this run has ended, but the rest of a sweep must stop
         leave(128 + signals.received)
+
+
+def _train_to_end(cell: Cell, place: Place, signals: Signals) -> None:
+    """Train a cell, and write the files of a finished run on the first rank."""
+    from moe.runs.mirrors import Mirrors
+    from moe.training.loop import train
+
+    final: dict[str, Any] = {}
+    write_run_record(cell, "running")
+    mirrors = Mirrors(cell)
+    try:
+        facts = parse(RunFacts, train(cell.config, cell.folder, signals=signals, listeners=[mirrors], place=place))
+        if ranks.is_first():
+            final = _write_metrics(cell.folder, facts)
+            write_cards(cell.folder, run_record(cell, "finished", facts))
+    finally:
+        mirrors.finish(final)
+    write_run_record(cell, "finished", facts)
+    if ranks.is_first():
+        delete_checkpoints(cell.folder)  # not earlier, so that a run that is killed at its end can be resumed
+        _say_finished(place, final)
+
+
+def _say_finished(place: Place, final: dict[str, Any]) -> None:
+    """Log the perplexities of a finished run, and in a sweep how many runs are left."""
+    place.end()
+    standing = f"; {place.standing()}" if place.in_sweep else ""
+    texts = [name for name in ("val", "test") if f"{name}/perplexity" in final]
+    perplexities = ", ".join(f"{name} perplexity {final[f'{name}/perplexity']:.2f}" for name in texts)
+    log.info("finished, %s%s", perplexities, standing)
+
+
+def _write_failure(cell: Cell, place: Place, error: Exception) -> None:
+    """Log and write the error that is being handled. If only this rank may have it, end this process."""
+    from moe.training.divergence import Diverged
+
+    reason = f"{type(error).__name__}: {_reason(error)}"
+    if not isinstance(error, (ConfigError, Diverged)):  # these say all that there is to know
+        reason += f"; see {shown(cell.folder / 'traceback.txt')}"
+    log.error("%s failed: %s", shown(cell.folder), reason)
+    place.end()
+    _write_end(cell, "failed", reason, details=traceback.format_exc())
+    if ranks.world_size() > 1 and not isinstance(error, Diverged):  # all ranks see a divergence, no other error
+        sys.exit(1)
 
 
 def _write_end(cell: Cell, status: Status, error: str, *, details: str | None = None) -> None:
@@ -282,6 +296,7 @@ def _version(package: str) -> str:
         return "unknown"
 
 
+@cache  # the code of this process was imported at its start
 def _commit() -> str | None:
     """Return the commit of this project's checkout; None if this is no checkout, or if git is missing.
 

@@ -21,7 +21,7 @@ import pandas as pd
 import pytest
 from train_processes import ANALYZE, TRAIN, TrainCommand, read_record, result, run_script, wait_for_end
 
-from moe.launch.run import write_run_record
+from moe.launch.run import _commit, write_run_record
 
 
 def snapshot(folder: Path) -> dict[str, str]:
@@ -199,6 +199,22 @@ def test_the_record_of_a_run_says_what_was_trained(finished_command: TrainComman
     assert metrics["final_metrics"]["val/loss"] == metrics["history"]["val_losses"][-1]
     assert "routing/load_cv/layer01" in metrics["final_metrics"]
     assert os.path.getsize(next(folder.glob("model/*.safetensors"))) > 0
+
+
+def test_git_is_asked_for_the_commit_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep writes three records for each run, and the code of a process stays that of its start."""
+    asked: list[list[str]] = []
+
+    def answer(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        asked.append(command)
+        return subprocess.CompletedProcess(command, 0, "# branch.oid abc\n1 .M file\n", "")
+
+    monkeypatch.setattr("subprocess.run", answer)
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    _commit.cache_clear()
+    assert [_commit(), _commit()] == ["abc-dirty"] * 2
+    assert [command[0] for command in asked] == ["git"]
+    _commit.cache_clear()
 
 
 @pytest.mark.parametrize(
