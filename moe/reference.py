@@ -70,11 +70,12 @@ tokens, and those for mixing tokens.{speed}{league}
 SPEED = """
 *Speed* is the number of tokens per second in training, as a multiple of that with `topk` ({run};
 {machine}). In each pair a step with the router follows a step with `topk`, so that other work on
-the machine slows both. `python -m moe.bench routers --json docs/{file}` measured it."""
+the machine slows both. `python -m moe.bench routers --json docs/{file}` measured it; – is not measured yet."""
 LEAGUE = """
 *League* is the difference of `{metric}` from that with `{reference}` in nats per token, with its 95 % interval, over
 {seeds} seeds of [a study at equal work](studies/router_league.md): better or worse if the interval leaves out 0. All
-intervals hold together (Dunnett 1955). A router that sees later tokens has none, because its loss is not comparable."""
+intervals hold together (Dunnett 1955). A router that sees later tokens has none, because its loss is not comparable.
+Neither has a router that the study leaves out or does not have yet."""
 DOCS = Path(__file__).parents[1] / "docs"
 MEASURED = DOCS / "router_speed.json"  # what `moe.bench routers` wrote; without it, the table has no speeds
 STUDY = DOCS / "studies" / "router_league"  # its shipped tables; without them, the table has no league

@@ -15,12 +15,12 @@ from moe.routing.decision import Context, Knobs
 
 T, D, E = 50, 16, 8
 YAMLS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((CONF / "router").glob("*.yaml"))}
-# What these do in evaluation is no rule: a number of experts that varies, or scores that are not linear.
+# What these do in evaluation is no rule: a varying number of experts, or scores that are not linear or no target has.
 WITHOUT_RULE = set(
     """
     balanced_random chain_of_experts cosine default_moe document_pool document_pool_causal dtop_p
     expert_choice expert_threshold frozen hash latent_prototypes mlp moe_plus_plus null_experts oracle relu
-    replay running_means shuffled_oracle soft_moe spectra top_p
+    replay running_means shuffled_oracle soft_moe spectra sqrt_softplus_bias top_p
     """.split()
 )
 SETTINGS: list[tuple[str, dict[str, Any]]] = [

@@ -58,7 +58,7 @@ TOP_K = [path.stem for path in YAMLS if "k" in BY_NAME[path.stem].settings and p
 # Routers that declare what a single expert makes useless. Others, such as those of docs/extending.md, need not.
 WITH_ONE_EXPERT = """
     chain_of_experts cosine expert_threshold gumbel hash mlp noisy_topk quantile_balancing random sigmoid_bias sinkhorn
-    phi_balancing smebu spectra switch temperature top2 topk topk_hard
+    phi_balancing smebu spectra sqrt_softplus_bias switch switch_jitter temperature top2 topk topk_hard
 """.split()
 # Settings with which a router ignores keys that it uses with others.
 CORNERS = [
@@ -95,6 +95,7 @@ STRONG: dict[str, dict[str, Any]] = {
     "phi_balancing": {"balance": 1.0, "decay": 0.5},
     "sigmoid_bias": {"rate": 0.3},
     "smebu": {"rate": 0.3},
+    "sqrt_softplus_bias": {"rate": 0.3},
     "spectra": {
         "ema_bias_weight": 0.5,
         "sinkhorn_epsilon": 1.0,

@@ -44,8 +44,16 @@ def top(rows: Rows, k: int) -> Pairs:
     return {(t, e) for t, row in enumerate(rows) for e in best(row, k)}
 
 
+def top_of_biased(scores: Rows) -> Pairs:
+    return top([[s + mpmath.mpf(b) for s, b in zip(row, BIAS, strict=True)] for row in scores], 2)
+
+
 def top_of_biased_sigmoid(z: Rows) -> Pairs:
-    return top([[s + mpmath.mpf(b) for s, b in zip(row, BIAS, strict=True)] for row in sigmoid(z)], 2)
+    return top_of_biased(sigmoid(z))
+
+
+def top_of_biased_sqrt_softplus(z: Rows) -> Pairs:
+    return top_of_biased([[mpmath.sqrt(mpmath.log(1 + exp(each))) for each in row] for row in z])
 
 
 def top_in_groups(z: Rows) -> Pairs:
@@ -87,6 +95,7 @@ def plan(z: Rows, *, iterations: int) -> Rows:
 CASES: dict[str, tuple[dict[str, Any], Callable[[Rows], Pairs]]] = {
     "topk": ({}, lambda z: top(z, 2)),
     "switch": ({}, lambda z: top(z, 1)),
+    "switch_jitter": ({}, lambda z: top(z, 1)),
     "softk": ({}, lambda z: top(z, 2)),
     "temperature": ({}, lambda z: top(z, 2)),
     "gumbel": ({}, lambda z: top(z, 2)),
@@ -100,6 +109,7 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[Rows], Pairs]]] = {
     "sigmoid_bias": ({}, top_of_biased_sigmoid),
     "quantile_balancing": ({}, top_of_biased_sigmoid),
     "smebu": ({}, top_of_biased_sigmoid),
+    "sqrt_softplus_bias": ({}, top_of_biased_sqrt_softplus),
     "group_limited": ({}, top_in_groups),
     "top_p": ({}, lambda z: fewest_that_reach(z, p=0.4, k_max=4)),
     "dtop_p": ({}, lambda z: fewest_that_reach(z, p=0.4, k_max=4)),
