@@ -204,10 +204,10 @@ def _title(panel: Panel) -> str:
 def main(command: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m moe.dashboard", description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("experiment", help="a name of conf/experiment")
-    add("overrides", nargs="*", metavar="key=value", help="the other overrides that train.py was given")
-    add("--entity", help="with --project: save the workspace there, instead of printing it as JSON")
-    add("--project")
+    add("experiment", help="name of an experiment, a file in conf/experiment")
+    add("overrides", nargs="*", metavar="key=value", help="other settings given to train.py, such as noise=0.1")
+    add("--entity", help="user or team of W&B that gets the workspace; without it, the workspace is printed as JSON")
+    add("--project", help="its project, with the runs; needs --entity")
     arguments = parser.parse_intermixed_args(command)
     try:
         if (arguments.entity is None) != (arguments.project is None):

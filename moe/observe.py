@@ -59,7 +59,7 @@ def main(command: list[str] | None = None) -> int:
         "--samples",
         type=int,
         default=64,
-        help="tokens a layer that try other experts (64); 0: none, and no removals of experts",
+        help="tokens of a layer for which other experts are tried (64); 0: none, and no expert is removed",
     )
     arguments = parser.parse_intermixed_args(command)
 

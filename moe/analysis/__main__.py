@@ -10,7 +10,9 @@ from typing import Any
 
 def main(command: list[str] | None = None) -> int:
     """Carry out a command, by default the one in `sys.argv`, and return the exit status."""
-    parser = argparse.ArgumentParser(description="Write tables, statistics, figures and a report.")
+    parser = argparse.ArgumentParser(
+        description="Compare finished runs, judge their claims, and write report.html with its tables and figures."
+    )
     add = parser.add_argument
     add("folders", nargs="*", default=["multirun"], help="run folders or folders above them (default: multirun)")
     add("--out", type=Path, default=Path("analysis"), help="folder to write the report to (default: analysis)")
@@ -19,21 +21,21 @@ def main(command: list[str] | None = None) -> int:
         action="append",
         default=[],
         metavar="FACTOR=LEVEL",
-        help="compare the other levels of the factor with this one",
+        help="compare the other levels of the factor with this one, such as lb=0.01",
     )
     add(
         "--margin",
         action="append",
         default=[],
         metavar="METRIC=SIZE",
-        help="treat smaller differences as equal, such as val/perplexity=1%%",
+        help="call smaller differences a tie, such as val/perplexity=1%%",
     )
     add("--metric", action="append", default=[], metavar="NAME", help="test this metric too, such as routing/load_gini")
     add(
         "--seconds",
         metavar="measured|FLOPS",
-        help="compare at equal training time too: as measured, if the machine was idle, or from the FLOPs per second "
-        "that it is to reach, such as 5e10",
+        help="compare at equal training time too: as it was measured, if nothing else ran on the machine, or as "
+        "computed for a machine with so many FLOPs per second, such as 5e10",
     )
     add("--replay", action="store_true", help="judge the published numbers of the source studies instead of runs")
     add("--wandb", action="store_true", help="log the tables and figures to W&B too, in the group of the runs")

@@ -49,7 +49,8 @@ def _read(program: str, words: list[str]) -> argparse.Namespace:
     questions = parser.add_subparsers(dest="question", required=True)
     of_question = {}
     for name, module in QUESTIONS.items():
-        of_question[name] = question = questions.add_parser(name, help=(module.__doc__ or "").splitlines()[0])
+        purpose = (module.__doc__ or "").splitlines()[0]
+        of_question[name] = question = questions.add_parser(name, help=purpose, description=purpose)
         module.add_arguments(question)
         question.add_argument("--threads", type=whole, default=1, help="threads of PyTorch (1)")
         question.add_argument("--json", type=new_file, help="also write the tables to this file")

@@ -35,8 +35,8 @@ class Cost(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--runs", type=whole, default=1000)
-    parser.add_argument("--steps", type=whole, default=500)
+    parser.add_argument("--runs", type=whole, default=1000, help="number of synthetic runs (%(default)s)")
+    parser.add_argument("--steps", type=whole, default=500, help="steps in the event log of each run (%(default)s)")
 
 
 def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:

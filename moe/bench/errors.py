@@ -43,11 +43,13 @@ SPREADS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--experiments", nargs="+", default=list(GRIDS), choices=list(GRIDS), help="whose grids (all)")
-    parser.add_argument("--studies", type=whole, default=200, help="simulated reports for each row")
-    parser.add_argument("--tests", type=whole, default=20_000, help="simulated studies for each row about single tests")
-    parser.add_argument("--seeds", type=several(whole), default="3,5", help="numbers of seeds (%(default)s)")
-    parser.add_argument("--jobs", type=whole, default=os.cpu_count(), help="rows that are simulated at a time")
+    add = parser.add_argument
+    grids = f"whose grids: {', '.join(GRIDS)} (all)"
+    add("--experiments", nargs="+", default=list(GRIDS), choices=list(GRIDS), metavar="NAME", help=grids)
+    add("--studies", type=whole, default=200, help="simulated reports for each row (%(default)s)")
+    add("--tests", type=whole, default=20_000, help="simulated studies for each row about single tests (%(default)s)")
+    add("--seeds", type=several(whole), default="3,5", help="numbers of seeds of the reports (%(default)s)")
+    add("--jobs", type=whole, default=os.cpu_count(), help="rows that are simulated at a time (number of CPUs)")
 
 
 def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:

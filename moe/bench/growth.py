@@ -38,7 +38,7 @@ class StepCost(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rounds", type=whole, default=5)
+    parser.add_argument("--rounds", type=whole, default=5, help="rounds of which the median counts (%(default)s)")
 
 
 def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:

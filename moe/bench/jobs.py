@@ -20,9 +20,9 @@ SMALL_MODEL = "logger.mode=disabled model.dim=64 model.layers=2 model.heads=2 da
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", help="overrides of every run, added to those of a small model")
-    parser.add_argument("--jobs", type=whole, default=os.cpu_count(), help="runs at a time")
-    parser.add_argument("--steps", type=whole, default=100)
-    parser.add_argument("--seeds", type=whole, default=4, help="number of seeds; each is run with two balance weights")
+    parser.add_argument("--jobs", type=whole, default=os.cpu_count(), help="runs at a time (number of CPUs)")
+    parser.add_argument("--steps", type=whole, default=100, help="steps of each run (%(default)s)")
+    parser.add_argument("--seeds", type=whole, default=4, help="seeds, each with two balance weights (%(default)s)")
 
 
 def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:

@@ -38,10 +38,12 @@ class Planned(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--experiments", nargs="+", default=["noise_lb_seed"], choices=list(GRIDS))
-    parser.add_argument("--effect", type=positive, default=2.0, help="in standard deviations of paired differences (2)")
-    parser.add_argument("--studies", type=whole, default=200, help="simulated reports for each claim")
-    parser.add_argument("--jobs", type=whole, default=os.cpu_count(), help="claims that are simulated at a time")
+    add = parser.add_argument
+    claims = f"whose claims: {', '.join(GRIDS)} (noise_lb_seed)"
+    add("--experiments", nargs="+", default=["noise_lb_seed"], choices=list(GRIDS), metavar="NAME", help=claims)
+    add("--effect", type=positive, default=2.0, help="true effect, in standard deviations of paired differences (2)")
+    add("--studies", type=whole, default=200, help="simulated reports for each claim (%(default)s)")
+    add("--jobs", type=whole, default=os.cpu_count(), help="claims that are simulated at a time (number of CPUs)")
 
 
 def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:

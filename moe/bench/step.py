@@ -52,7 +52,7 @@ IN_TRAINING = "MoE in training: Accelerate, clipping, metrics, event log"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", help="overrides of the run, as for train.py: model=small batch_size=32")
-    parser.add_argument("--rounds", type=whole, default=15)
+    parser.add_argument("--rounds", type=whole, default=15, help="rounds of which the median counts (%(default)s)")
 
 
 def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:

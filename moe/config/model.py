@@ -24,10 +24,10 @@ class ModelConfig:
     experts_by_layer: str | None = None  # other numbers of experts of single layers: 0-2:4 (layers 0 to 2), joined by +
     expert: str = "silu"  # form of an expert: silu | swiglu | geglu
     shared_experts: int = 0  # experts of the same width that every token uses, beside the routed ones
-    shared_gate: bool = False  # multiply their output by a learned sigmoid of the hidden state (Qwen2-MoE)
+    shared_gate: bool = False  # multiply the output of shared experts by a learned sigmoid of the hidden state
     latent_dim: int | None = None  # width in which routed experts work, below dim (LatentMoE, 2601.18089); null: dim
     router_input: str = "feed_forward"  # what routers read: the input of feed_forward, or of attention before it
-    router_precision: str = "fp32"  # of routers: fp32 | bf16_weights (rounded parameters) | bf16 (products too)
+    router_precision: str = "fp32"  # numbers of routers: fp32 | bf16_weights (rounded) | bf16 (products too)
     routers: str | None = None  # other routers of single layers: 0-2:hash (an option), 0:k:1 (a setting), joined by +
     first_k_dense_replace: int = 0  # number of first layers that are dense feed-forward instead of MoE
     dense_ffn: int = MISSING  # hidden width of those dense layers
@@ -36,14 +36,14 @@ class ModelConfig:
     neftune_noise_alpha: float = 0.0  # uniform noise on embeddings in training, before that factor (2310.05914: 5)
     attention: str = "sdpa"  # implementation of the attention: eager | sdpa | flash_attention_2
     dense: str | None = None  # dense checkpoint to start from, a folder or hub name (`moe.model.upcycle`)
-    dense_digest: str | None = None  # its digest, and + those of upcycle_parents; filled in; a given one must match
+    dense_digest: str | None = None  # digest of dense + those of upcycle_parents; filled in; a given one must match
     upcycle_noise: float = 0.0  # noise on each copied expert, as a share of the std of each matrix (2212.05055)
     upcycle_reset: float = 0.0  # share of each copied expert's hidden units that is drawn anew (2502.19261: 0.5)
     upcycle_split: int = 1  # parts into which each copied MLP is cut, one expert each (2410.07524)
-    upcycle_parents: list[str] = field(default_factory=list)  # more like `dense`, for experts in turn (2403.07816)
+    upcycle_parents: list[str] = field(default_factory=list)  # other checkpoints; experts copy all in turn (2403.07816)
     checkpoint: str | None = None  # Mixture of Experts to start from: of transformers, or a saved model of ours
     checkpoint_digest: str | None = None  # digest of that model; filled in automatically; a given one must match
-    offload: str | None = None  # folder for its experts, read whenever they run: if it exceeds the memory; steps=0 only
+    offload: str | None = None  # folder from which experts are read when they run: for large models; steps=0 only
 
     def check(self) -> None:
         one_of("model.expert", self.expert, ("silu", "swiglu", "geglu"))

@@ -69,13 +69,13 @@ def _read(words: list[str]) -> tuple[argparse.Namespace, Request]:
     """Return the options of a command line. Raises ConfigError for words that cannot be used."""
     parser = OneLineParser(prog="moe plan", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
-    add("words", nargs="*", metavar="KEY=VALUE", help="experiment=NAME effect=SIZE and other overrides")
+    add("words", nargs="*", metavar="KEY=VALUE", help="experiment=NAME, effect=SIZE, and settings as for `moe train`")
     add("--config-dir", metavar="DIR", help="a folder of options outside of this project")
-    add("--pilot", type=Path, metavar="DIR", help="finished runs that tell spread and speed")
-    add("--effect", action="append", default=[], metavar="METRIC=SIZE", help="another effect for this metric")
-    add("--power", type=float, default=0.8, help="probability of a decision if the effect is real (0.8)")
+    add("--pilot", type=Path, metavar="DIR", help="folder of a few finished runs, which tell spread and speed")
+    add("--effect", action="append", default=[], metavar="METRIC=SIZE", help="effect for one metric: val/loss=1%%")
+    add("--power", type=float, default=0.8, help="wanted probability that a claim is supported if it is true (0.8)")
     add("--most", type=whole, default=32, help="seeds beyond which a claim is out of reach (32)")
-    add("--out", type=Path, default=Path("plan.json"), help="file of the plan (plan.json)")
+    add("--out", type=Path, default=Path("plan.json"), help="file to write the plan to (plan.json)")
     arguments = parser.read(words)
     effects = [word.partition("=")[2] for word in arguments.words if word.startswith("effect=")]
     require(len(effects) == 1, "effect", effects[-1] if effects else None, "given once, such as effect=0.5%")

@@ -1,5 +1,7 @@
-"""Study every finished run in the given folders: `python -m moe.specialization multirun/noise_lb_seed`.
+"""Study what the experts of finished runs do: `python -m moe.specialization multirun/noise_lb_seed`.
 
+For each run: which domains and tokens each expert prefers, the loss without it, how similar experts are, and how much
+lower the loss of a token would be with other experts. Write specialization.json and tokens.html into the run's folder.
 With `--text "The quick brown fox"`, only write a page with this text, colored by the experts of each run.
 """
 
@@ -36,7 +38,7 @@ def main(command: list[str] | None = None) -> int:
     parser.add_argument(
         "--trust",
         action="store_true",
-        help="run the classes that the runs name, though not of this project, and read their data again if need be",
+        help="allow runs to import classes from outside of this project, and to read their data again if need be",
     )
     own = parser.add_mutually_exclusive_group()
     own.add_argument("--text", help=f"write {OWN_TEXT} into each folder: this text, colored by expert; study nothing")
