@@ -18,7 +18,7 @@ from scipy import stats
 
 from moe.analysis.power import SIGNIFICANCE
 from moe.runs.planned import Look, LooksRecord, PlannedStudy, PlansRecord, digest_of, looks_in, plans_in
-from moe.runs.record import RecordError, RunRecord
+from moe.runs.record import RecordError
 
 FURTHER = 0.2  # of the share of the look before, for a look after the planned number of seeds was reached
 SMALLEST = 1e-12  # share of a look to which nothing is left
@@ -100,17 +100,16 @@ class Study(NamedTuple):
         return seen, list(looks).index(this) if this in looks else len(looks)
 
 
-def study_of(runs: pd.DataFrame, records: dict[str, RunRecord]) -> Study:
+def study_of(runs: pd.DataFrame) -> Study:
     """Return what the sweep folders of the runs of one experiment tell. Raises RecordError for a damaged file."""
     experiment = str(runs["experiment"].iloc[0])
-    known = [records[folder] for folder in runs["folder"].unique() if folder in records]
-    first = min(known, key=lambda record: record.started, default=None)
+    first = runs.sort_values("started").iloc[0]
+    planned = pd.to_numeric(first.get("planned_seeds"), errors="coerce")
     looks = [look for folder in _sweeps(runs) for look in looks_in(folder).get(experiment, [])]
     plans = [plan for folder in _sweeps(runs) for plan in plans_in(folder) if plan.experiment == experiment]
     plans.sort(key=lambda plan: plan.time)
-    planned = first.config.get("planned_seeds") if first else None
     return Study(
-        planned=planned if type(planned) is int else None,
+        planned=int(planned) if pd.notna(planned) else None,
         seeds=finished_seeds(runs),
         earlier=sorted(looks, key=lambda look: look.time),
         plans=plans,

@@ -150,7 +150,7 @@ def test_a_second_look_is_said_and_corrected(runs: pd.DataFrame, tmp_path: Path)
 
 
 def test_a_planned_look_keeps_the_level(runs: pd.DataFrame) -> None:
-    study = study_of(runs, {})._replace(planned=5, earlier=[Look("2026-01-01", [0, 1, 2], {"a": 3})])
+    study = study_of(runs)._replace(planned=5, earlier=[Look("2026-01-01", [0, 1, 2], {"a": 3})])
     assert study.share(5) + spent(0.6) == pytest.approx(1)
     assert study.share(5, "a") == study.share(5)
     assert study.share(5, "a claim that was added later") == 1
@@ -175,7 +175,7 @@ def test_a_damaged_file_is_named_and_kept(
     path.write_text(content.replace('{"looks"', f'{{"format": {FORMAT}, "looks"'))
     damaged = path.read_text()
     with pytest.raises(RecordError) as error:
-        study_of(runs, {})
+        study_of(runs)
     assert str(error.value).startswith(f"{path}: ")
     assert message in str(error.value)
     assert "move this file away" in str(error.value)
@@ -192,7 +192,7 @@ def test_claims_that_were_changed_for_the_same_runs_are_shown(runs: pd.DataFrame
     other = plan._replace(time="2026-01-01T00:00:00+00:00", claims=[asdict(CLAIM) | {"kind": "lower"}], runs=["b", "c"])
     PlansRecord(plans=[plan]).write(tmp_path / "sweeps" / "noise" / "plans.json")
     PlansRecord(plans=[other]).write(beside / "plans.json")
-    study = study_of(runs, {})
+    study = study_of(runs)
     assert study.changed == [(other, 1)]
     told = next(warnings_of_looks(study, 5)).replace("\n", " ")
     assert "noise_lb_seed had other claims (1), planned for 1 of these runs" in told
@@ -204,13 +204,13 @@ def test_claims_that_were_changed_for_the_same_runs_are_shown(runs: pd.DataFrame
     assert fact == f"{of_first}; no number of seeds for a decision"
     later = plan._replace(time="2026-01-03T00:00:00+00:00", seeds=[2], runs=["d"])
     PlansRecord(plans=[plan, later]).write(tmp_path / "sweeps" / "noise" / "plans.json")
-    assert study_of(runs, {}).changed == [(other, 1)]  # also after seeds were added
+    assert study_of(runs).changed == [(other, 1)]  # also after seeds were added
     elsewhere = tmp_path / "other_out" / "noise"
     elsewhere.mkdir(parents=True)
     (beside / "plans.json").rename(elsewhere / "plans.json")
-    assert study_of(runs, {}).changed == [(other, 1)]
+    assert study_of(runs).changed == [(other, 1)]
     PlansRecord(plans=[other._replace(time="2026-01-04T00:00:00+00:00")]).write(elsewhere / "plans.json")
-    assert study_of(runs, {}).changed == []  # the claims of that later plan were changed, not these
+    assert study_of(runs).changed == []  # the claims of that later plan were changed, not these
     [(_, fact)] = planned_facts(study._replace(plans=[plan, later]))
     assert f"{of_first}; the newest of 2 plans: {written.format('2', later.time, later.digest)}; " in fact
     assert plan.digest == plan._replace(time="later").digest != other.digest
@@ -220,7 +220,7 @@ def test_claims_that_were_changed_when_seeds_were_added_are_shown(runs: pd.DataF
     old = PlannedStudy("2026-01-01T00:00:00+00:00", "noise_lb_seed", [asdict(CLAIM)] * 8, [0, 1], None, ["a", "b"])
     new = old._replace(time="2026-01-02T00:00:00+00:00", claims=[asdict(CLAIM)], seeds=[0, 1, 2], runs=["c"])
     PlansRecord(plans=[old, new]).write(tmp_path / "sweeps" / "noise" / "plans.json")
-    study = study_of(runs, {})
+    study = study_of(runs)
     assert study.changed == []
     [told] = warnings_of_looks(study, 5)
     assert f"On {old.time}, noise_lb_seed was planned with 8 claims, and on {new.time}\nwith others" in told
@@ -228,3 +228,20 @@ def test_claims_that_were_changed_when_seeds_were_added_are_shown(runs: pd.DataF
     [(_, fact)] = planned_facts(study)
     assert f"8 claims, seeds 0, 1, written down {old.time}, before the first step, digest {old.digest}; " in fact
     assert f"1 claim, seeds 0, 1, 2, written down {new.time}, before the first step, digest {new.digest}; " in fact
+
+
+def test_the_planned_number_of_seeds_is_that_of_the_run_that_started_first() -> None:
+    """The tables of a shipped study are enough to know it: there are no run records."""
+    runs = pd.DataFrame(
+        {
+            "folder": ["elsewhere/b", "elsewhere/a"],
+            "experiment": "one",
+            "status": "finished",
+            "seed": [2, 1],
+            "started": ["2026-01-02", "2026-01-01"],
+            "planned_seeds": [9, 5],
+        }
+    )
+    assert study_of(runs).planned == 5
+    assert study_of(runs.assign(planned_seeds=None)).planned is None
+    assert study_of(runs.drop(columns="planned_seeds")).planned is None

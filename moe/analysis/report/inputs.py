@@ -230,7 +230,7 @@ def _describe(
         past=EventTables(_events_of(past.evals, folders), _events_of(past.trains, folders), past.problems),
         records=records,
         options=options,
-        study=study_of(loaded, records),
+        study=study_of(loaded),
         trials=trials,
         trained_at=trained_at,
     )
