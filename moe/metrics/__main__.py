@@ -16,11 +16,11 @@ Generated from `moe/metrics/entries/` by `python -m moe.metrics --write`; a test
 Where each metric is written:
 
 {written}
-A value that is written at an optimizer step is that of this step alone; there routing metrics are called
-`train/routing/...`. Ratios are taken of sums over all tokens, so micro-batches and processes do not change them.
-Those of an adapter's router (PERFT-R) are `adapter/routing/...`, at every evaluation, apart from those of the weights
-of routers. Routing metrics and auxiliary losses are means over layers; losses are logged unweighted. A metric that a
-router does not have is null, never zero.
+A value of an optimizer step is that of this step alone; its routing metrics are called `train/routing/...`. Routing
+metrics and auxiliary losses are means over layers, and losses are logged without their weights. Ratios are taken of
+sums over all tokens, so micro-batches and processes do not change them. A metric that a router does not have is null,
+never zero. The router of an adapter (PERFT-R) has the same metrics, except those of a router's weights:
+`adapter/routing/...`, at every evaluation.
 
 Some metrics have variants, whose names follow after a slash:
 
