@@ -2,7 +2,7 @@
 
 import sys
 
-from moe.launch.train import main
+from moe.__main__ import carry_out
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(carry_out("train"))

@@ -1,6 +1,7 @@
 """Write tables, statistics, figures and a report: `moe analyze multirun/noise_lb_seed --out analysis`."""
 
 import argparse
+import gc
 import io
 import json
 import sys
@@ -44,7 +45,8 @@ def main(command: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # the terminal may not have the character ±
 
-    # Import here, so that --help and a wrong command answer at once.
+    # Import here, so that --help and a wrong command answer at once. What imports create is no garbage.
+    gc.disable()
     from moe.analysis.report.earlier import Listing
     from moe.analysis.report.inputs import ReportOptions
     from moe.analysis.report.report import write_replay, write_report
@@ -54,6 +56,7 @@ def main(command: list[str] | None = None) -> int:
     from moe.results.sweep_tables import console_table
     from moe.results.table import load_runs
 
+    gc.enable()
     files: list[Path] = []
     earlier = Listing.read(arguments.out)
     try:
