@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from moe.checks import first_line, plain
@@ -206,7 +207,7 @@ def _free_and_tied(runs: pd.DataFrame) -> tuple[list[str], dict[str, str]]:
         )
     )
     data = [c for c in factors if (c == "data" or c.startswith("data.")) and c not in DIGESTS]
-    free: list[str] = []
+    free: dict[str, np.ndarray] = {}
     tied: dict[str, str] = {}
     for factor in [*factors, "experiment"]:
         known = runs[factor].dropna()
@@ -217,12 +218,23 @@ def _free_and_tied(runs: pd.DataFrame) -> tuple[list[str], dict[str, str]]:
             continue  # the same wherever it applies; whether it applies depends on the router
         if factor in DIGESTS and data and (runs.groupby(data, dropna=False)[factor].nunique() < 2).all():
             continue  # runs with equal settings of the data read the same text
-        leader = next((other for other in free if (runs.groupby(other, sort=False)[factor].nunique() < 2).all()), None)
+        numbers, _ = pd.factorize(runs[factor])
+        leader = next((other for other, leading in free.items() if _determines(leading, numbers)), None)
         if leader is None:
-            free.append(factor)
+            free[factor] = numbers
         else:
             tied[factor] = leader
-    return free, tied
+    return list(free), tied
+
+
+def _determines(leading: np.ndarray, factor: np.ndarray) -> bool:
+    """Return whether all runs with the same level of one factor have the same level of another one.
+
+    Levels are numbers from 0, one for each run; runs with an unknown level, -1, do not count.
+    """
+    known = (leading >= 0) & (factor >= 0)
+    pairs = leading[known] * len(factor) + factor[known]  # there are at most as many levels as runs
+    return len(np.unique(pairs)) == len(np.unique(leading[known]))
 
 
 def _spread(mean: float, std: float) -> str:

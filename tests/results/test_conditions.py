@@ -1,0 +1,40 @@
+"""Tests of which factors vary, and which other factor determines the level of each tied one."""
+
+import random
+from itertools import product
+
+import pandas as pd
+import pytest
+
+from moe.results.conditions import tied_factors, varied_factors
+
+
+def expected(table: pd.DataFrame) -> tuple[list[str], dict[str, str]]:
+    """Return the varied and the tied factors by comparing each pair of runs."""
+    free: list[str] = []
+    tied: dict[str, str] = {}
+    for factor in ("lb", "noise", "router.k"):
+        known = table[table[factor].notna()]
+        if known[factor].nunique() < 2:
+            continue
+        for other in free:
+            rows = known.loc[known[other].notna(), [other, factor]].to_numpy()
+            if all(a[0] != b[0] or a[1] == b[1] for a, b in product(rows, rows)):
+                tied[factor] = other
+                break
+        else:
+            free.append(factor)
+    return free, tied
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_factor_is_tied_to_the_first_one_that_determines_its_level(seed: int) -> None:
+    """Some levels are unknown, as in runs of an older version; some are texts beside numbers."""
+    rng = random.Random(seed)
+    levels = [0.0, 0.1, "none", None][: rng.randint(2, 4)]
+    rows = [[rng.choice(levels) for _ in range(3)] for _ in range(rng.randint(2, 6))]
+    table = pd.DataFrame(rows, columns=["lb", "noise", "router.k"], dtype=object)
+    if seed % 2:
+        table["noise"] = table["lb"].map({level: rng.choice(levels) for level in levels})
+    table = table.assign(experiment="x")
+    assert (varied_factors(table), tied_factors(table)) == expected(table)
