@@ -2,8 +2,8 @@
 
 import atexit
 import gc
+import pkgutil
 import sys
-from importlib import import_module
 
 # Each subcommand: the module whose `main` carries it out, and what it does.
 COMMANDS = {
@@ -26,9 +26,9 @@ def carry_out(command: str) -> int:
     """
     gc.disable()
     atexit.register(gc.freeze)
-    module = import_module(COMMANDS[command][0])
+    main = pkgutil.resolve_name(f"{COMMANDS[command][0]}:main")
     gc.enable()
-    return int(module.main() or 0)
+    return int(main() or 0)
 
 
 def main() -> int:
