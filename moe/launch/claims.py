@@ -1,6 +1,7 @@
 """Check planned claims against the runs of a command: no sweep is trained for a claim that nothing can judge.
 
-Only commands with claims import the catalog of metrics, and NumPy with it, because every command should start fast.
+Only commands with claims import the catalog of metrics, and NumPy with it, and only those with claims about domains
+import the sources of text, because every command should start fast.
 """
 
 import logging
@@ -18,7 +19,6 @@ from moe.config.keys import OFF
 from moe.config.layer_experts import KEY as EXPERTS_BY_LAYER
 from moe.config.options import GROUPS, options
 from moe.config.words import as_word
-from moe.data import embedded
 from moe.runs.events import LAST, LAST_MEAN
 
 LEFT_OUT = "no run of this command has %s, so its runs alone cannot test this claim: %s"
@@ -143,6 +143,8 @@ def _check_applies(key: str, claim: ClaimConfig, members: Sequence[Cell]) -> Non
 
 def _domains(cell: Cell) -> list[str]:
     """Return the names that a domain of the text can have; empty if only the text itself tells."""
+    from moe.data import embedded
+
     source = build(cell.config.data.source, "data.source", trusted=True)
     return list(embedded.DOMAINS) if isinstance(source, embedded.Embedded) else []
 

@@ -19,13 +19,14 @@ from moe.config.schema import allowed_values
 from moe.launch import help, listing
 from moe.launch.cells import Start
 from moe.launch.compose import compose_config, composing
-from moe.launch.explain import explain
+from moe.launch.explain import check_name, explain
 from moe.launch.hints import hint
 from moe.launch.hydra_errors import FAULTS
 from moe.launch.implied import implied_by_checkpoint
 from moe.launch.overrides import (
     check_grid,
     check_override,
+    check_type,
     lines_of,
     only_last_of_each_key,
     parse_override,
@@ -82,8 +83,11 @@ def read_command(arguments: list[str]) -> Command:
         searching = is_search(overrides)
         if not searching:
             check_grid(overrides)
-        for override in overrides:
+        for override in overrides:  # before Hydra composes, which takes longer
             check_override(override)
+            check_name(override)
+            if not searching:
+                check_type(override)
         if args.cfg or args.info:
             _check_shown(overrides, args)
             return Command(None, [*lines_of(overrides), *flags])

@@ -8,12 +8,15 @@ from typing import Any
 import yaml
 from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue
 
 from moe.checks import ConfigError, one_of, unknown
+from moe.config import meanings
 from moe.config.keys import flatten
 from moe.config.options import GROUPS, options
+from moe.config.schema import allowed_values
 from moe.launch.groups import compose_groups
 from moe.launch.hints import hint
 from moe.launch.hydra_errors import FAULTS, cause_of
@@ -75,16 +78,28 @@ def explain(error: Exception, overrides: list[str]) -> ConfigError:
     return ConfigError(f"{place}: {cause_of(error)}")
 
 
+def check_name(override: Override) -> None:
+    """Raise ConfigError for a key whose first part is neither a field of `Config` nor a config group."""
+    first = override.key_or_group.partition(".")[0]
+    if not override.is_hydra_override() and first not in GROUPS and allowed_values(first) is None:
+        raise _unknown_name(override.key_or_group, meanings.all_keys())
+
+
+def _unknown_name(key: str, known: Iterable[str]) -> ConfigError:
+    """Return the error for a key that belongs to no chosen option. known: keys besides those of the options."""
+    if meant := hint(key):
+        return ConfigError(f"unknown key '{key}'; write {meant}")
+    others = ("router", "schedule", "data")  # the groups whose options differ in their keys
+    keys = {*known, *(f"{each}.{k}" for each in others for option in options(each) for k in keys_of(each, option))}
+    error = unknown("key", key, {*keys, *GROUPS})
+    return error if "; nearest: " in str(error) else ConfigError(f"{error}; `--cfg job` prints all keys")
+
+
 def _unknown_key(key: str, known: Iterable[str], choices: dict[str, str | None]) -> ConfigError:
     """Return the error for a key that the chosen options lack. It names other options that have the key, if any."""
     group, _, name = key.partition(".")
     if choices.get(group) is None or group in ("experiment", "variant"):
-        others = ("router", "schedule", "data")  # the groups whose options differ in their keys
-        keys = {*known, *(f"{each}.{k}" for each in others for option in options(each) for k in keys_of(each, option))}
-        if meant := hint(key):
-            return ConfigError(f"unknown key '{key}'; write {meant}")
-        error = unknown("key", key, {*keys, *GROUPS})
-        return error if "; nearest: " in str(error) else ConfigError(f"{error}; `--cfg job` prints all keys")
+        return _unknown_name(key, known)
     owner = f"{group}={choices[group]}"
     having = [f"{group}={option}" for option in options(group) if name in keys_of(group, option)]
     meant = hint(key)

@@ -381,6 +381,24 @@ def test_wrong_commands(arguments: str, message: str) -> None:
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("router=topkk", "unknown option of router 'topkk'; nearest: topk"),
+        ("noise=x", "noise=x: must be a number"),
+        ("nois=1", "unknown key 'nois'; nearest: noise"),
+        ("modl.dim=1", "unknown key 'modl.dim'; write model.dim"),
+    ],
+)
+def test_plain_mistakes_are_refused_before_hydra_composes(
+    word: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Composing would double the time until the message."""
+    monkeypatch.setattr("moe.launch.command_line.Start.of", lambda *_, **__: pytest.fail("composed"))
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        read_cells([word])
+
+
 def test_a_size_that_the_model_does_not_use_may_have_one_value() -> None:
     """It is no factor then, and the other cells of a sweep may be of models that use it."""
     for words in (
