@@ -19,7 +19,7 @@ import pandas as pd
 
 from moe.analysis.comparisons import NAN, Comparison, compared
 from moe.analysis.power import SIGNIFICANCE, Freedom, Prediction, detectable_effect, seeds_for, seeds_needed
-from moe.analysis.sentences import UNDECIDED, UNTESTED, detectable_note, deterministic_verdict, unit_of
+from moe.analysis.sentences import UNDECIDED, UNTESTED, detectable_note, deterministic_verdict, enumerated, unit_of
 from moe.analysis.statistics import (
     corrected,
     divisors,
@@ -86,8 +86,8 @@ def judge(runs: pd.DataFrame, claims: list[ClaimConfig]) -> pd.DataFrame:
     """Return a row for each claim: supported, contradicted or undecided by these runs, or not tested, and why.
 
     `runs` is a table of `moe.results.table.load_runs`. `difference` is `mean` minus `reference mean` over n paired
-    seeds, with its 95 % t interval. A claim can make several comparisons. The columns `compared`,
-    `mean`, `reference mean`, `difference` and its interval show the least favorable one, while `p` covers all of them:
+    seeds, with its 95 % t interval. A claim can make several comparisons. The columns `compared`, `mean`,
+    `reference mean`, `difference` and its interval show one of them. `choice` says which one, and `p` covers all:
 
     - The claim holds if every comparison holds. Its p is then the largest p of the comparisons (intersection-union).
     - The claim fails if one comparison fails. Its p is then the smallest p of the comparisons, after Bonferroni's
@@ -153,7 +153,7 @@ def evidence_sentence(judged: pd.Series) -> str:
         if math.isfinite(j["claimed_low"]) and math.isfinite(j["claimed_high"]):
             text += f" where {j['claimed_low']:.3g} to {j['claimed_high']:.3g} is claimed"
         text += f", p={j['p']:.2g} (Holm {j['p Holm']:.2g})"
-    return plain(f"{text}, n={j['n']}" + (f"; {j['reason']}" if j["reason"] else ""))
+    return plain("; ".join(filter(None, (f"{text}, n={j['n']}", j["choice"], j["reason"]))))
 
 
 def contrasts_without_claim(contrasts: pd.DataFrame, claims: list[ClaimConfig]) -> pd.DataFrame:
@@ -205,12 +205,30 @@ def _judge_levels(claim: ClaimConfig, runs: pd.DataFrame, evals: pd.DataFrame | 
         against = p_against.ravel()
     p_holds, p_fails = p_for.max(), min(1.0, len(against) * against.min())
     estimates = "as claimed" if favor.min() > 0 else "against" if favor[a, b] < 0 else "mixed"
-    text = f"{claim.factor} {_label(claim, runs, named[a])} vs {_label(claim, runs, rivals[b])}{_where(claim)}"
-    text += f", the least favorable of {favor.size} comparisons" if favor.size > 1 else ""
+    sides = [[_label(claim, runs, each) for each in side] for side in (named, rivals)]
+    text = f"{claim.factor} {sides[0][a]} vs {sides[1][b]}{_where(claim)}"
     untested = [pair.doubt for line in pairs for pair in line if math.isnan(pair.p_for)]
     shown = pairs[a][b]._replace(doubt=untested[0]) if untested else pairs[a][b]
     verdict = "supported" if p_holds < p_fails else "contradicted"
-    return _row(text, shown, float(np.minimum(p_holds, p_fails)), verdict, estimates)
+    return _row(text, shown, float(np.minimum(p_holds, p_fails)), verdict, estimates, _choice(claim, *sides))
+
+
+def _choice(claim: ClaimConfig, named: list[str], rivals: list[str]) -> str:
+    """Return which comparisons a claim makes, and which one of them is shown; an empty text if there is only one."""
+    number = len(named) * len(rivals)
+    if number == 1:
+        return ""
+    others = f"each of the {len(rivals)} other levels" if len(rivals) > 1 else "the other level"
+    against = others if not claim.than else f"each of {enumerated(rivals)}" if len(rivals) > 1 else rivals[0]
+    if claim.kind in ("lowest", "highest"):
+        first = (
+            f"the {'lower' if claim.kind == 'lowest' else 'higher'} of {enumerated(named)}" if named[1:] else named[0]
+        )
+        shown = f"{first} against its closest rival"
+    else:
+        shown = "the one that fits the claim least"
+    subject = f"each of {enumerated(named)}" if named[1:] else named[0]
+    return f"one of {number} comparisons that must all hold: {subject} with {against}; shown is {shown}"
 
 
 def _where(claim: ClaimConfig) -> str:
@@ -228,9 +246,12 @@ def _claim_row(text: str, source: str, metric: str, kind: str) -> dict[str, Any]
     return {"claim": text, "source": source, "metric": metric, "kind": kind}
 
 
-def _row(compared: str, comparison: Comparison, p: float, verdict: str, estimates: str) -> dict[str, Any]:
+def _row(
+    compared: str, comparison: Comparison, p: float, verdict: str, estimates: str, choice: str = ""
+) -> dict[str, Any]:
     return {
         "compared": compared,
+        "choice": choice,
         "n": comparison.n,
         "mean": comparison.mean,
         "reference mean": comparison.reference_mean,

@@ -22,12 +22,13 @@ import pandas as pd
 
 from moe.analysis.claims import evidence_sentence
 from moe.analysis.figures.drawing import Drawing
-from moe.analysis.report.blocks import Attachment, Details, Heading, Paragraph, ReportBlock, TableBlock, literal
+from moe.analysis.report.blocks import Attachment, Cards, Details, Heading, Paragraph, ReportBlock, TableBlock, literal
 from moe.analysis.report.inputs import ReportInputs, collect_inputs
 from moe.analysis.report.markdown import block_as_markdown
 from moe.analysis.report.sections.answer import answer
 from moe.analysis.report.sections.comparisons import condition_table
 from moe.analysis.report.sections.league import how_much_routing_matters, league
+from moe.analysis.report.sections.scaling import scaling_laws
 from moe.analysis.report.sections.tuning import tuning
 from moe.analysis.report.sections.verdicts import claim_verdicts
 from moe.checks import first_line, plain
@@ -48,6 +49,7 @@ difference is inside of what the claim allows, at the given distance to the near
 PILOT = "These numbers come from a small pilot, so they are uncertain: the range is in parentheses."
 NO_PILOT = """\
 There was no pilot. So a distance is in standard deviations of the differences between runs of one seed (sd)."""
+PAGE = re.compile(r"`docs/([\w-]+\.md)`")  # in the text of a report, which knows no page beside it
 FINDINGS = "findings.md"  # beside the folder of the studies
 VERDICT = re.compile(r"(?m)^(?P<line><!-- (?P<study>[\w.-]+): (?P<claim>.+) -->)[ ]*\n(?:> “.*\n)?")
 
@@ -128,15 +130,17 @@ def shown_by(folder: Path, experiments: list[ReportInputs]) -> str:
     for part in experiments:
         if several:
             texts.append(block_as_markdown(Heading(literal(str(part.runs["experiment"].iloc[0])))))
-        blocks = itertools.chain.from_iterable(section(part) for section in SECTIONS)
-        texts += [block_as_markdown(_lower(block) if several else block) for block in _plain(blocks)]
+        blocks = _plain(itertools.chain.from_iterable(section(part) for section in SECTIONS))
+        if len(part.claims):  # the list of claims says what their cards say
+            blocks = (block for block in blocks if not isinstance(block, Cards))
+        texts += [block_as_markdown(_lower(block) if several else block) for block in blocks]
     trained = max(part.runs.loc[part.runs["status"] == "finished", "seed"].nunique() for part in experiments)
     if plan.exists():
         try:
             texts += map(block_as_markdown, planned(json.loads(read_text(plan)), trained))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{plan}: is no plan of `moe plan` ({first_line(error)})") from error
-    return "\n\n".join(texts)
+    return PAGE.sub(r"[\1](../\1)", "\n\n".join(texts))
 
 
 def planned(plan: dict[str, Any], trained: int) -> Iterator[ReportBlock]:
@@ -205,7 +209,10 @@ def learning_curve(inputs: ReportInputs) -> Iterator[ReportBlock]:
     yield TableBlock(told.rename_axis("step").reset_index())
 
 
-SECTIONS = (answer, claim_verdicts, league, how_much_routing_matters, condition_table, tuning, learning_curve)
+SECTIONS = (
+    *(answer, claim_verdicts, league, how_much_routing_matters, scaling_laws),
+    *(condition_table, tuning, learning_curve),
+)
 
 
 def _lower(block: ReportBlock) -> ReportBlock:

@@ -16,6 +16,7 @@ import pandas as pd
 from jaxtyping import Bool, Float
 from scipy import stats
 
+from moe.analysis.simultaneous import interval
 from moe.analysis.statistics import CONFIDENCE
 
 LEAST_BUDGETS = 3  # L_inf, A and alpha need three points
@@ -310,3 +311,37 @@ def by_budget(table: pd.DataFrame) -> list[tuple[float, pd.DataFrame]]:
 def budgets(flops: Sequence[float] | pd.Series) -> int:
     """Return how many different budgets there are, if 2 % make no difference."""
     return len(by_budget(pd.DataFrame({"FLOPs": list(flops)})))
+
+
+def iso_flop_minima(points: pd.DataFrame, size: str = "active parameters") -> pd.DataFrame:
+    """Return a row for each budget at which three sizes or more were trained, for each number of experts.
+
+    points: columns seed, experts, FLOPs, loss and that of the size. In the rows, `best` is the size of the lowest mean
+    loss and `loss` is that mean. `size` is where a parabola in the log of the size has its minimum (the second approach
+    of Hoffmann et al., 2203.15556), and `inside` says whether it has one between the smallest and the largest size.
+    `low` and `high` are the ends of a 95 % t interval over the minima of single seeds, or NaN if a seed has none there.
+    """
+    rows = []
+    for number, of_number in points.groupby(EXPERTS):
+        for budget, members in by_budget(of_number):
+            means = members.groupby(size)["loss"].mean()
+            if len(means) < LEAST_BUDGETS:
+                continue
+            ends = float(means.index.min()), float(means.index.max())
+            of_seeds = np.array([_vertex(each[size], each["loss"], ends) for _, each in members.groupby("seed")])
+            low, high = np.exp(interval(np.log(of_seeds))) if np.isfinite(of_seeds).all() else (math.nan, math.nan)
+            lowest = _vertex(members[size], members["loss"], ends)
+            sized = {"sizes": len(means), "best": float(means.idxmin()), "loss": float(means.min())}
+            found = {"size": lowest, "inside": math.isfinite(lowest), "low": float(low), "high": float(high)}
+            rows.append({EXPERTS: number, "FLOPs": budget} | sized | found)
+    return pd.DataFrame(rows, columns=[EXPERTS, "FLOPs", "sizes", "best", "loss", "size", "inside", "low", "high"])
+
+
+def _vertex(sizes: pd.Series, losses: pd.Series, ends: tuple[float, float]) -> float:
+    """Return the size at which a parabola in log size is lowest; NaN if it is not between the ends."""
+    if sizes.nunique() < LEAST_BUDGETS:
+        return math.nan
+    x = np.log(sizes.to_numpy(dtype=float))
+    curvature, slope, _ = np.polyfit(x - x.mean(), losses.to_numpy(dtype=float), 2)
+    lowest = math.exp(x.mean() - slope / (2 * curvature)) if curvature > 0 else math.nan
+    return lowest if ends[0] <= lowest <= ends[1] else math.nan

@@ -1,6 +1,7 @@
 """Write a contrast as a sentence that ends with its verdict: a direction, equivalent, deterministic, or undecided."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -99,6 +100,12 @@ def unit_of(name: str) -> str:
     return (metric.noun or metric.name) if metric else name
 
 
+def noun(name: str) -> str:
+    """Return the word for a metric in running text."""
+    metric = lookup(name)
+    return (metric.noun or metric.label) if metric else name
+
+
 def null_everywhere(name: str) -> str:
     """Return that no run has a value of a metric, and when it has none, as far as the catalog says."""
     metric = lookup(name)
@@ -138,3 +145,13 @@ def _verdict(contrast: pd.Series, unit: str, up: str, down: str) -> str:
     return f"**{direction}**" + (
         "" if pd.isna(margin) or c["beyond"] else f", not shown to exceed the margin of {margin:.3g}"
     )
+
+
+def enumerated(items: Sequence[object]) -> str:
+    """Return items as an enumeration in a sentence, such as "a, b and c"."""
+    return " and ".join(filter(None, (", ".join(map(str, items[:-1])), *map(str, items[-1:]))))
+
+
+def with_capital(text: str) -> str:
+    """Return a clause as the start of a sentence."""
+    return text[:1].upper() + text[1:]

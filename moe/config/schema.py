@@ -18,6 +18,7 @@ from moe.config.classes import build, locate
 from moe.config.keys import DEFAULTED, DENSE_IGNORES, OF_EXPERTS, OFF, RATES, flatten, is_free
 from moe.config.model import ModelConfig
 from moe.config.plugins import Plugin, plugins
+from moe.config.question import parts_of
 from moe.config.sections import DataConfig, LoggerConfig, OptimizerConfig
 from moe.config.trainable import ALL, Trainable, normalized
 from moe.distributed import ranks
@@ -74,7 +75,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)  # the text, and how it becomes blocks of tokens
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)  # learning rates and their schedule
     logger: LoggerConfig = field(default_factory=LoggerConfig)  # where the events of a run are copied to
-    question: str = ""  # what the experiment asks, in a sentence; the report begins with it
+    question: Any = ""  # what the experiment asks: a sentence, or its parts, each with the claims that answer it
     planned_seeds: int | None = field(  # seeds after which the report decides; null: those of the first report
         default=None, metadata={"allowed": "a whole number from 2, or null"}
     )
@@ -148,6 +149,7 @@ class Config:
         build(self.schedule, "schedule", trusted=True)
         enough = self.planned_seeds is None or 2 <= self.planned_seeds <= 10**6
         require(enough, "planned_seeds", self.planned_seeds, "a whole number from 2 to 10^6, or null")
+        parts_of(self.question)
         for number, claim in enumerate(self.claims):
             settings = {*vars(self), *flatten(self)}
             claim.check(f"claims[{number}]", ["variant", *(key for key in settings if not is_free(key))])

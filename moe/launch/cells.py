@@ -24,7 +24,7 @@ from moe.config.schema import Config
 from moe.config.sections import OptimizerConfig
 from moe.distributed import ranks
 from moe.launch import slurm
-from moe.launch.claims import check_claims
+from moe.launch.claims import check_claims, check_question
 from moe.launch.compose import compose_config, levels_of, override_dirname, typed
 from moe.launch.distinct import check_distinct, each_run_once, with_overrides
 from moe.launch.explain import explain, group_choices, unusable_path
@@ -153,6 +153,7 @@ def expand_start(
     folders = {cell.folder for cell in runs}
     written = [cell for cell, each in zip(cells, described, strict=True) if each.folder in folders]
     check_claims(written, presets, sweep=multirun)
+    check_question(written[0].config, own)
     if planned:
         _say_what_is_replaced(presets, own)
     if start.launcher == "slurm" and not all(map(finished, runs)):

@@ -18,6 +18,8 @@ from moe.config.classes import build
 from moe.config.keys import OFF
 from moe.config.layer_experts import KEY as EXPERTS_BY_LAYER
 from moe.config.options import GROUPS, options
+from moe.config.question import parts_of
+from moe.config.schema import Config
 from moe.config.words import as_word
 from moe.runs.events import LAST, LAST_MEAN
 
@@ -60,6 +62,21 @@ def check_claims(cells: Sequence[Cell], grid: Iterable[Override], *, sweep: bool
             _check_applies(f"{key}.within", claim, [cell for cell in cells if _is_within(cell, claim)])
             if left_out := _left_out(claim, leaves):
                 log.warning(LEFT_OUT, ", ".join(left_out), printable(claim.text))
+
+
+def check_question(config: Config, own: Iterable[Override]) -> None:
+    """Raise ConfigError for a part of the question that names no claim. own: the overrides of the command.
+
+    A command that replaces the claims alone may lack some of those that the experiment's question names.
+    """
+    replaced = {override.key_or_group for override in own}
+    if "claims" in replaced and "question" not in replaced:
+        return
+    texts = [claim.text for claim in config.claims]
+    for number, part in enumerate(parts_of(config.question)):
+        for text in part.claims:
+            if text not in texts:
+                raise unknown(f"claim of question[{number}]", text, texts)
 
 
 def _left_out(claim: ClaimConfig, leaves: Sequence[dict[str, Any]]) -> list[str]:

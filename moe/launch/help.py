@@ -14,6 +14,7 @@ from moe.config import meanings
 from moe.config.classes import locate
 from moe.config.keys import flatten
 from moe.config.options import CLASSES, CONF, GROUPS, options, sources
+from moe.config.question import parts_of, text_of
 from moe.config.schema import Config, allowed_values
 from moe.launch.hints import hint
 from moe.launch.option_files import read_option
@@ -84,7 +85,7 @@ def option_text(group: str, option: str) -> str:
     comments = option_comments(group, option)
     lines = _wrapped(f"{group}={option}: {comments[0]}" if comments else f"{group}={option}", 2)
     lines += [part for line in comments[1:] for part in _wrapped(line, 2)]
-    lines += _wrapped(f"question: {content['question']}", 2) if "question" in content else []
+    lines += _wrapped(f"question: {text_of(parts_of(content['question']))}", 2) if "question" in content else []
     lines.append("")
     grid = content.get("hydra", {}).get("sweeper", {}).get("params", {})
     for part in content.get("defaults", []):

@@ -213,7 +213,13 @@ def test_a_claim_about_several_levels_is_as_strong_as_its_weakest_comparison() -
     assert judge_first(runs_with_means({0.0: 100, 0.1: 103, 0.5: 103}), both_levels)["verdict"] == "supported"
     row = judge_first(runs_with_means({0.0: 100, 0.1: 100, 0.5: 103}), both_levels)
     assert row["verdict"] == "undecided"
-    assert "noise 0.1 vs 0.0" in row["compared"]
+    assert row["compared"] == "noise 0.1 vs 0.0"
+    words = (
+        "one of 2 comparisons that must all hold: each of 0.1 and 0.5 with 0.0; shown is the one that fits the claim"
+    )
+    assert row["choice"] == f"{words} least"
+    assert f", n=5; {words} least; " in evidence_sentence(row)
+    assert judge_first(runs_with_means({0.0: 100, 0.5: 103}), claim("higher", [0.5], [0.0]))["choice"] == ""
     assert judge_first(runs_with_means({0.0: 100, 0.1: 97, 0.5: 103}), both_levels)["verdict"] == "contradicted"
     p_of_each_level = [
         judge_first(runs_with_means({0.0: 100, 0.1: 101, 0.5: 103}), claim("higher", [level], [0.0]))["p"]
@@ -228,7 +234,11 @@ def test_lowest_is_contradicted_only_by_a_level_that_beats_all_claimed_levels() 
     assert (not_beaten["verdict"], not_beaten["estimates"]) == ("undecided", "mixed")
     beaten = judge_first(runs_with_means({0.5: 110, 1.0: 99, 1.5: 101, 2.0: 103}), lowest)
     assert (beaten["verdict"], beaten["estimates"]) == ("contradicted", "against")
-    assert "noise 1.5 vs 1.0" in beaten["compared"], "the best level of the claim, compared with the best other level"
+    assert beaten["compared"] == "noise 1.5 vs 1.0", "the best level of the claim, compared with the best other level"
+    assert beaten["choice"] == (
+        "one of 4 comparisons that must all hold: each of 1.5 and 2.0 with each of the 2 other levels; "
+        "shown is the lower of 1.5 and 2.0 against its closest rival"
+    )
 
 
 def test_the_claims_of_an_experiment_are_corrected_by_holm() -> None:

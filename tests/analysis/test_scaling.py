@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from run_folders import write_metrics, write_record
+from scipy import stats
 from scipy.optimize import curve_fit
 
 from moe.analysis.figures.charts import charts
@@ -16,7 +17,7 @@ from moe.analysis.report.blocks import BulletList, TableBlock
 from moe.analysis.report.inputs import collect_inputs
 from moe.analysis.report.sections.cost import _speed_up_row
 from moe.analysis.report.sections.scaling import scaling_laws
-from moe.analysis.scaling import COMPUTE, EXPERTS, Law, _reasons, budgets, fit, over_seeds
+from moe.analysis.scaling import COMPUTE, EXPERTS, Law, _reasons, budgets, fit, iso_flop_minima, over_seeds
 from moe.analysis.speed_up import speed_up
 from moe.results.table import load_runs
 
@@ -241,3 +242,34 @@ def test_the_report_fits_the_law_extrapolates_it_and_checks_it(tmp_path: Path) -
     assert charts(figure) is not None, "the page shows values"
     few = inputs._replace(runs=inputs.runs[inputs.runs["parameters.active"] == 10**5])
     assert list(scaling_laws(few)) == []
+
+
+def test_the_minimum_of_a_budget_is_that_of_its_parabola_if_it_lies_between_the_sizes() -> None:
+    """Losses are parabolas in the log of the size: with the minimum at 200, at a size of the seed's own, and at 500."""
+
+    def runs(experts: int, budget: float, best: dict[int, float]) -> list[dict[str, float]]:
+        return [
+            {
+                "seed": seed,
+                EXPERTS: experts,
+                "FLOPs": budget,
+                "active parameters": size,
+                "loss": 3 + seed + math.log(size / at) ** 2,
+            }
+            for seed, at in best.items()
+            for size in (100, 200, 400)
+        ]
+
+    own = {1: 150.0, 2: 200.0, 3: 250.0}
+    rows = runs(4, 1e9, dict.fromkeys(own, 200.0)) + runs(4, 2e9, own) + runs(8, 1e9, {1: 500.0, 2: 200.0})
+    found = iso_flop_minima(pd.DataFrame(rows + runs(8, 2e9, own)[:2]))
+    assert found[[EXPERTS, "FLOPs"]].to_numpy().tolist() == [[4, 1e9], [4, 2e9], [8, 1e9]], "two sizes are too few"
+    assert found["size"].tolist() == pytest.approx([200, (150 * 200 * 250) ** (1 / 3), math.sqrt(500 * 200)])
+    assert found["inside"].tolist() == [True, True, True]
+    assert found["best"].tolist() == [200, 200, 400]
+    assert math.isnan(found["low"][0]), "seeds with the same minimum have no spread"
+    low, high = stats.t.interval(0.95, 2, np.log([*own.values()]).mean(), stats.sem(np.log([*own.values()])))
+    assert (found["low"][1], found["high"][1]) == pytest.approx((math.exp(low), math.exp(high)))
+    assert math.isnan(found["low"][2]), "the minimum of one seed is beyond its sizes"
+    beyond = iso_flop_minima(pd.DataFrame(runs(4, 1e9, {1: 500.0, 2: 500.0})))
+    assert beyond["inside"].tolist() == [False]

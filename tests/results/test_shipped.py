@@ -93,7 +93,8 @@ def test_a_page_holds_what_the_tables_show_between_its_marks(
     assert text.startswith("# Title\n\n<!--")
     assert text.endswith("-->\n\nThe end.\n")
     assert "earlier words" not in text
-    assert "noise helps: **supported**" in text
+    assert "noise helps (our own): **supported**" in text
+    assert "noise helps: **supported**" not in text, "the cards say the same"
     assert "1 of 6 runs did not finish" in text
     assert "| 0.0 | 3.020 ± 0.010 |" in text
     assert "| 0 | 4.000 | 4.000 | 4.000 |" in text

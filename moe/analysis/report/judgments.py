@@ -17,10 +17,10 @@ from moe.analysis.sentences import (
     directions,
     is_equivalent,
     levels_compared,
+    noun,
     standing,
 )
 from moe.checks import plain
-from moe.metrics.catalog import lookup
 
 CERTAINTY = [SIGNIFICANT, EQUIVALENT, DETERMINISTIC, UNDECIDED, UNTESTED]
 ALONE = "the interval alone would decide it, but not after the correction for all tests of the report"
@@ -35,7 +35,8 @@ class Judgment(NamedTuple):
     """The verdict on a planned claim, or on a comparison that nobody planned, and its numbers.
 
     text: the claim; for a comparison, the levels that it compares.
-    compared: which levels are compared.
+    compared: which levels are compared. choice: of a claim that makes several comparisons, which ones, and which one of
+        them is shown.
     kind: that of a claim, or "comparison".
     share: the difference as a share of the mean at the reference level; NaN if this says nothing.
     margin: the difference that counts as none, if a claim or the reader of the report named one. It is shown that the
@@ -67,6 +68,7 @@ class Judgment(NamedTuple):
     within: bool = False
     beyond: bool = False
     row: int | None = None
+    choice: str = ""
 
     @property
     def planned(self) -> bool:
@@ -139,7 +141,7 @@ def _on_claim(row: pd.Series, number: int) -> Judgment:
         verdict=row["verdict"],
         compared=row["compared"],
         kind=row["kind"],
-        unit=_noun(row["metric"]),
+        unit=noun(row["metric"]),
         n=int(row["n"]),
         difference=row["difference"],
         low=row["ci_low"],
@@ -156,6 +158,7 @@ def _on_claim(row: pd.Series, number: int) -> Judgment:
         within=math.isfinite(margin) and row["verdict"] == "supported",
         beyond=math.isfinite(margin) and row["verdict"] == "contradicted",
         row=number,
+        choice=row["choice"],
     )
 
 
@@ -173,7 +176,7 @@ def on_contrast(row: pd.Series, later: float = 1.0) -> Judgment:
         verdict=(up if row["difference"] > 0 else down) if known == SIGNIFICANT else known,
         compared=levels_compared(row),
         kind="comparison",
-        unit=_noun(row["metric"]),
+        unit=noun(row["metric"]),
         n=int(row["n"]),
         difference=row["difference"],
         low=row["ci_low"],
@@ -187,12 +190,6 @@ def on_contrast(row: pd.Series, later: float = 1.0) -> Judgment:
         within=within,
         beyond=beyond,
     )
-
-
-def _noun(name: str) -> str:
-    """Return the word for a metric in running text."""
-    metric = lookup(name)
-    return (metric.noun or metric.label) if metric else name
 
 
 def cards(
@@ -229,6 +226,7 @@ def _card(judged: Judgment, axis: tuple[float, float], advice: str) -> Card:
     if all(map(math.isfinite, judged.claimed)):
         effect += "; claimed: {:.3g} to {:.3g}".format(*judged.claimed)
     effect += f"; {ALONE}" if judged.decided_alone else ""
+    effect += f"; {literal(judged.choice)}" if judged.choice else ""
     claimed = judged.claimed if judged.planned else None
     picture = Interval(judged.difference, judged.low, judged.high, *axis, claimed)
     return Card(literal(judged.text), judged.verdict, tone, plain(effect), advice, picture)

@@ -19,6 +19,8 @@ from moe.analysis.report.blocks import (
 )
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.report.judgments import cards
+from moe.analysis.report.question import question_of
+from moe.analysis.report.sections.answers import answers
 from moe.analysis.report.sections.asked import asked
 from moe.analysis.report.sections.best_setting import best_setting, ranking
 from moe.analysis.report.sections.commands import command_for_more
@@ -27,7 +29,7 @@ from moe.analysis.report.sections.headline import headline
 from moe.analysis.report.sections.planned import price_of_more, warnings_of_looks
 from moe.analysis.report.sections.search import levels_from_a_search, search_result
 from moe.analysis.report.sections.setup import setup
-from moe.analysis.sentences import unit_of
+from moe.config.question import text_of
 from moe.results.comparable import several_tokenizers
 
 MOST_CARDS = 6  # that are visible at once
@@ -44,9 +46,15 @@ ONE_SEED = "With one seed nothing tells a difference from chance: train at least
 
 def answer(inputs: ReportInputs) -> Iterator[ReportBlock]:
     """Yield what a reader wants to know first."""
+    parts = question_of(inputs)
     if not inputs.search:
-        yield Paragraph(f"**Question:** {literal(_question(inputs))}")
-    yield Paragraph(f"**Answer:** {literal(headline(inputs))}")
+        yield Paragraph(f"**Question:** {literal(text_of(parts))}")
+    found = answers(inputs, parts)
+    if len(found) > 1:
+        yield Paragraph("**Answer:**")
+        yield BulletList([f"**{literal(ask)}** {literal(text)}" for ask, text in found])
+    else:
+        yield Paragraph(f"**Answer:** {literal(found[0][1] if found else headline(inputs))}")
     if inputs.observed:
         yield Facts([(each.name, each.fact) for each in findings(inputs)])
         yield Paragraph(UNCERTAINTY)
@@ -77,7 +85,7 @@ def index_of_verdicts(experiments: dict[str, ReportInputs]) -> Iterator[ReportBl
         rows.append(
             {
                 "experiment": name,
-                "answer": headline(inputs),
+                "answer": " ".join(text for _, text in answers(inputs, question_of(inputs))) or headline(inputs),
                 "verdicts": ", ".join(f"{count} {verdict}" for verdict, count in counts.items()) or "none",
                 "best setting": found.settings[0].name if found and found.settings else "–",
                 "runs finished": f"{(inputs.runs['status'] == 'finished').sum()} of {len(inputs.runs)}",
@@ -85,19 +93,6 @@ def index_of_verdicts(experiments: dict[str, ReportInputs]) -> Iterator[ReportBl
         )
     yield Heading("Verdicts of all experiments")
     yield TableBlock(pd.DataFrame(rows))
-
-
-def _question(inputs: ReportInputs) -> str:
-    """Return the question that the experiment asks, or one that its factors suggest."""
-    asked = inputs.loaded["question"].dropna().unique() if "question" in inputs.loaded else ()
-    if written := [str(text) for text in asked if str(text).strip()]:
-        return " ".join(dict.fromkeys(written))
-    if inputs.runs["folder"].nunique() == 1:
-        return "How well does this one run do?"
-    if not inputs.factors:
-        return "How much do runs differ by chance alone, if nothing but the seed varies?"
-    units = dict.fromkeys(each.unit for each in inputs.judgments) or [unit_of(each) for each in inputs.tested[:1]]
-    return f"What does a change of {' and '.join(inputs.factors)} do to {' and '.join(units) or 'the model'}?"
 
 
 def _warnings(inputs: ReportInputs) -> Iterator[str]:

@@ -8,7 +8,16 @@ from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.report.judgments import Judgment, on_contrast
 from moe.analysis.report.sections.experts import findings
 from moe.analysis.report.sections.seed_components import spread_sentence
-from moe.analysis.sentences import DETERMINISTIC, EQUIVALENT, SIGNIFICANT, UNTESTED, standing, unit_of
+from moe.analysis.sentences import (
+    DETERMINISTIC,
+    EQUIVALENT,
+    SIGNIFICANT,
+    UNTESTED,
+    enumerated,
+    standing,
+    unit_of,
+    with_capital,
+)
 from moe.checks import plain
 from moe.metrics.catalog import lookup
 from moe.results.comparable import NOT_COMPARABLE
@@ -32,7 +41,7 @@ def headline(inputs: ReportInputs) -> str:
         return plain(_of_observed(inputs))
     if not inputs.judgments:
         return plain(_without_comparison(inputs))
-    judged = [each for each in inputs.judgments if not _causal_with_others(each, inputs)]
+    judged = [each for each in inputs.judgments if not compares_causal_with_others(each, inputs)]
     left_out = len(inputs.judgments) - len(judged)
     if not left_out:
         return plain(_of_judgments(inputs, judged))
@@ -51,7 +60,7 @@ def _of_observed(inputs: ReportInputs) -> str:
     if inputs.tested and len(values := by_seed(inputs.runs, inputs.tested[0])):
         clauses.append(f"the {unit_of(inputs.tested[0])} is {values.mean():.4g}")
     clauses += [each.clause for each in findings(inputs) if each.clause]
-    return _upper(f"{'; '.join(clauses)}.")
+    return with_capital(f"{'; '.join(clauses)}.")
 
 
 def _of_judgments(inputs: ReportInputs, judged: list[Judgment]) -> str:
@@ -64,12 +73,12 @@ def _of_judgments(inputs: ReportInputs, judged: list[Judgment]) -> str:
     return _of_undecided(inputs, judged)
 
 
-def _causal_with_others(judged: Judgment, inputs: ReportInputs) -> bool:
+def compares_causal_with_others(judged: Judgment, inputs: ReportInputs) -> bool:
     """Return whether losses are compared of routers that see later tokens with losses of routers that do not."""
     metric, causal = lookup(judged.metric), inputs.runs["causal"]
     if not metric or metric.group not in ("quality", "test", "capacity limit") or causal.nunique() < 2:
         return False
-    subject, _, place = judged.compared.partition(", the least")[0].partition(" at ")
+    subject, _, place = judged.compared.partition(" at ")
     factor, _, sides = subject.partition(", change")[0].partition(" ")
     if factor not in inputs.runs:
         return False
@@ -90,14 +99,13 @@ def _rank(judged: Judgment) -> tuple[bool, float]:
 def _of_decided(first: Judgment, judged: list[Judgment]) -> str:
     """Return the answer if something is decided: the most certain judgment, and how many there are of each kind."""
     claim = shorten(first.text, LONGEST_CLAIM, placeholder=" …")
-    text = _effect(first) + (f", so the claim “{claim}” is {first.verdict}" if first.planned else "")
+    text = effect(first) + (f", so the claim “{claim}” is {first.verdict}" if first.planned else "")
     if len(judged) == 1:
         return f"{text}."
     of_each = Counter(each.verdict for each in judged)
-    *before, last = (
-        f"{count} {'is' if count == 1 else 'are'} {WORDS.get(verdict, verdict)}" for verdict, count in of_each.items()
+    counts = enumerated(
+        [f"{count} {'is' if count == 1 else 'are'} {WORDS.get(verdict, verdict)}" for verdict, count in of_each.items()]
     )
-    counts = " and ".join([*filter(None, [", ".join(before)]), last])
     kind = "planned claims" if first.planned else f"comparisons of {first.unit}"
     return f"Of {len(judged)} {kind}, {counts}; the most certain result is that {text}."
 
@@ -106,9 +114,9 @@ def _of_untested(inputs: ReportInputs, judged: list[Judgment]) -> str:
     """Return the answer if no test was possible."""
     none = _none(judged, "could", "be tested")
     if surest := _surest_contrast(inputs):
-        return _upper(f"{none}, but {surest}.")
+        return with_capital(f"{none}, but {surest}.")
     if all(each.n == 0 for each in judged):
-        return _upper(f"{none}: {judged[0].reason.rstrip('.')}.")
+        return with_capital(f"{none}: {judged[0].reason.rstrip('.')}.")
     seen = [each for each in judged if each.n]
     largest = _largest(seen)
     text = f"{none}; the largest difference that was seen is that of {_instead(largest)} ({_amount(largest)})."
@@ -116,7 +124,7 @@ def _of_untested(inputs: ReportInputs, judged: list[Judgment]) -> str:
         return f"With one seed no difference can be told from chance, and {text}"
     if all(each.n == 1 for each in seen):
         return f"Each pair of settings shares only one seed, so no difference can be told from chance, and {text}"
-    return _upper(text)
+    return with_capital(text)
 
 
 def _of_undecided(inputs: ReportInputs, judged: list[Judgment]) -> str:
@@ -124,7 +132,7 @@ def _of_undecided(inputs: ReportInputs, judged: list[Judgment]) -> str:
     tested = [each for each in judged if each.verdict != UNTESTED]
     none = _none(judged, "is", f"decided with {max(each.n for each in tested)} seeds")
     if surest := _surest_contrast(inputs):
-        return _upper(f"{none}, but {surest}.")
+        return with_capital(f"{none}, but {surest}.")
     largest = _largest(tested)
     needed = (
         "more than 1,000 seeds"
@@ -136,13 +144,13 @@ def _of_undecided(inputs: ReportInputs, judged: list[Judgment]) -> str:
     if all(each.low <= 0 <= each.high for each in tested):
         units = " or the ".join(dict.fromkeys(each.unit for each in tested))
         return f"No difference that was tested is more than chance explains, in the {units}: {text}"
-    return _upper(text)
+    return with_capital(text)
 
 
 def _surest_contrast(inputs: ReportInputs) -> str:
     """Return how many contrasts chance does not explain, and the most certain one; an empty text if there is none."""
     rows = [(row, on_contrast(row, inputs.later)) for _, row in inputs.contrasts.iterrows()]
-    rows = [(row, judged) for row, judged in rows if not _causal_with_others(judged, inputs)]
+    rows = [(row, judged) for row, judged in rows if not compares_causal_with_others(judged, inputs)]
     found = [
         judged
         for row, judged in rows
@@ -153,7 +161,7 @@ def _surest_contrast(inputs: ReportInputs) -> str:
     show = "shows" if len(found) == 1 else "show"
     compared = "comparison" if len(rows) == 1 else "comparisons"
     first = min(found, key=_rank)
-    return f"{len(found)} of {len(rows)} {compared} that nobody planned {show} more than chance: {_effect(first)}"
+    return f"{len(found)} of {len(rows)} {compared} that nobody planned {show} more than chance: {effect(first)}"
 
 
 def _without_comparison(inputs: ReportInputs) -> str:
@@ -199,7 +207,7 @@ def _largest(judged: list[Judgment]) -> Judgment:
     return max(known or judged, key=lambda each: abs(each.share if known else each.difference))
 
 
-def _effect(judged: Judgment) -> str:
+def effect(judged: Judgment) -> str:
     """Return an effect with its certainty as a clause."""
     j, (compared, _, change) = judged, judged.compared.partition(", change ")
     interval = [j.percent, f"95 % interval {j.low:.3g} to {j.high:.3g}", f"{j.n} seeds"]
@@ -225,8 +233,7 @@ def _effect(judged: Judgment) -> str:
 
 def _instead(judged: Judgment) -> str:
     """Return the levels that are compared as the subject of a clause."""
-    subject = judged.compared.replace(" vs ", " instead of ", 1)
-    return f"{subject}," if ", the least" in subject else subject
+    return judged.compared.replace(" vs ", " instead of ", 1)
 
 
 def _amount(judged: Judgment) -> str:
@@ -240,7 +247,3 @@ def _none(judged: list[Judgment], verb: str, rest: str) -> str:
     if len(judged) == 1:
         return f"the {one}{of} {verb} not {rest}"
     return f"none of the {len(judged)} {several}{of} {verb} {rest}"
-
-
-def _upper(text: str) -> str:
-    return text[:1].upper() + text[1:]

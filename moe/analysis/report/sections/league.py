@@ -1,5 +1,6 @@
 """Routers as a league: ranks with intervals, differences to the reference, cost; and how much routing matters here."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +15,7 @@ from moe.analysis.league import LEAST, METRICS, PLAIN, ROUTER, League, league_of
 from moe.analysis.limits import ORACLE, RANDOM, Share, covered
 from moe.analysis.report.blocks import Heading, Paragraph, ReportBlock, TableBlock, csv_file, literal
 from moe.analysis.report.inputs import ReportInputs, reference_levels
-from moe.analysis.sentences import decimals
+from moe.analysis.sentences import decimals, enumerated, noun, with_capital
 from moe.analysis.statistics import name_cell
 from moe.checks import plain
 from moe.results.conditions import conditions, present, reference_level
@@ -53,6 +54,10 @@ The routers do not cost the same: `{most}` takes {more:.0f} % more FLOPs per tok
 show what more computation gives (`model.ffn=${{equal_flops:F}}` makes the costs equal)."""
 SAME_COST = 1.02  # the largest ratio of FLOPs per token at which routers count as equally costly
 
+CERTAIN = "In each league, the intervals of all ranks hold together in 95 % of cases."
+OVERLAP = "the intervals of some ranks overlap"
+MOST_NAMED = 5  # routers that a sentence names
+
 LEAGUE_CAPTION = """\
 Routers in the order of their mean {metric}, the best one on top. Each point is the mean difference from {reference}
 over the seeds that all have, in nats per token; left is better. An interval that leaves out 0 is a difference that
@@ -68,8 +73,7 @@ def league(inputs: ReportInputs) -> Iterator[ReportBlock]:
     if metric is None or inputs.contrasts.empty:
         return
     runs = inputs.runs[inputs.runs["status"] == "finished"]
-    usual = PLAIN if PLAIN in set(runs[ROUTER]) else reference_level(runs, ROUTER)
-    reference = reference_levels(inputs).get(ROUTER, usual)
+    reference = _reference(inputs, runs)
     titled = False
     for number, (cell, members) in enumerate(_cells(inputs, runs)):
         found = league_of(members, metric, reference)
@@ -85,6 +89,60 @@ def league(inputs: ReportInputs) -> Iterator[ReportBlock]:
         yield drawing(name, LEAGUE_CAPTION.format(reference=reference, metric=metric), _league_figure(found, reference))
         yield TableBlock(table)
         yield csv_file(name, table, "this table.")
+
+
+def order_of_routers(inputs: ReportInputs) -> str:
+    """Return the best router by the league, and whether the order depends on the other factors; empty without one."""
+    metric = _metric(inputs)
+    if metric is None or inputs.contrasts.empty:
+        return ""
+    runs = inputs.runs[inputs.runs["status"] == "finished"]
+    leagues = {}
+    for cell, members in _cells(inputs, runs):
+        if (found := league_of(members, metric, _reference(inputs, runs))) is not None:
+            leagues[name_cell(cell)] = found.table.dropna(subset="rank").sort_values("rank")
+    unit = noun(metric)
+    if len(leagues) < 2:
+        return next((f"{_first(table, unit)}." for table in leagues.values()), "")
+    orders, places = [list(table.index) for table in leagues.values()], enumerated(list(leagues))
+    if all(order == orders[0] for order in orders) and all(map(_is_certain, leagues.values())):
+        return f"The order by {unit} is the same at {places}: {', '.join(map(str, orders[0]))}. {CERTAIN}"
+    if changed := _changed_places(leagues):
+        return f"The order by {unit} depends on the setting: {changed}. {CERTAIN}"
+    best = "; ".join(f"at {place}, {_first(table, unit)}" for place, table in leagues.items())
+    open_ = f"The runs do not decide whether the order of routers differs between {places}: {OVERLAP}."
+    return f"{open_} {with_capital(best)}."
+
+
+def _first(table: pd.DataFrame, unit: str) -> str:
+    """Return the best router of a league, and those that cannot be told from it."""
+    best, value = table.index[0], table["mean"].iloc[0]
+    rivals = [str(name) for name in table.index[1:] if table.loc[name, "best rank"] == 1]
+    text = f"{best} has the lowest {unit}, {value:.4g}"
+    if not rivals:
+        return f"{text}, and is certainly the best of {len(table)} routers"
+    more = f" and {len(rivals) - MOST_NAMED} more" if rivals[MOST_NAMED:] else ""
+    return f"{text}; of {len(table)} routers, {', '.join(rivals[:MOST_NAMED])}{more} could be as good"
+
+
+def _is_certain(table: pd.DataFrame) -> bool:
+    return bool((table["best rank"] == table["worst rank"]).all())
+
+
+def _changed_places(leagues: dict[str, pd.DataFrame]) -> str:
+    """Return two routers that certainly change places between two leagues; an empty text if there are none."""
+    for (here, one), (there, other) in itertools.combinations(leagues.items(), 2):
+        for a, b in itertools.permutations(one.index.intersection(other.index), 2):
+            ahead = one.loc[a, "worst rank"] < one.loc[b, "best rank"]
+            if ahead and other.loc[b, "worst rank"] < other.loc[a, "best rank"]:
+                return f"{a} is better than {b} at {here}, and worse at {there}"
+    return ""
+
+
+def _reference(inputs: ReportInputs, runs: pd.DataFrame) -> Any:
+    """Return the router with which the others are compared."""
+    usual = PLAIN if PLAIN in set(runs[ROUTER]) else reference_level(runs, ROUTER)
+    return reference_levels(inputs).get(ROUTER, usual)
 
 
 def _league_figure(found: League, reference: Any) -> Figure | str:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,8 @@ from moe.analysis.figures.drawing import drawing
 from moe.analysis.figures.scaling import iso_flop_curves
 from moe.analysis.report.blocks import BulletList, Heading, Paragraph, ReportBlock, TableBlock, csv_file, literal
 from moe.analysis.report.inputs import ReportInputs
-from moe.analysis.scaling import EXPERTS, TOKENS, Estimate, Fit, Law, fit
+from moe.analysis.scaling import EXPERTS, TOKENS, Estimate, Fit, Law, fit, iso_flop_minima
+from moe.analysis.sentences import enumerated
 from moe.analysis.statistics import name_cell
 from moe.checks import plain
 from moe.results.conditions import conditions
@@ -31,31 +33,98 @@ Validation loss against the size of the model at equal training FLOPs, a curve f
 fewer tokens. Where a curve is lowest, that size is the best one for the budget. Sizes and budgets beyond the runs are
 dashed; there the law extrapolates, which nothing checks."""
 
+MINIMA_EXPLAINED = """\
+**Best size for a budget.** Runs with the same training FLOPs and number of experts form a budget. A parabola in the log
+of the size is fitted to their losses (the second approach of Hoffmann et al., 2203.15556), without the law above. Its
+minimum counts only if it lies between the smallest and the largest size. In brackets is the 95 % t interval over the
+minima of single seeds, if all seeds have one there."""
+NO_MINIMUM = "none between the sizes"
+
+
+class _Fitted(NamedTuple):
+    """The law of one setting: its other levels, the points, the form of the law, and the fit."""
+
+    cell: dict[str, Any]
+    points: pd.DataFrame
+    law: Law
+    found: Fit
+
 
 def scaling_laws(inputs: ReportInputs) -> Iterator[ReportBlock]:
     """Yield the law of each setting that was trained at three sizes and three numbers of tokens or more."""
-    if inputs.search or LOSS not in inputs.runs:
-        return
-    others = [factor for factor in inputs.factors if not (is_scale(factor) or _is_budget(inputs.runs, factor))]
-    runs = inputs.runs[inputs.runs["status"] == "finished"]
-    titled = False
-    for number, (cell, members) in enumerate(conditions(runs, others)):
-        points = _points(members)
-        law = Law(((ACTIVE, EXPERTS) if points[EXPERTS].nunique() > 1 else (ACTIVE,), (TOKENS,)))
-        try:
-            found = fit(points, law, resamples=RESAMPLES)
-        except ValueError:
-            continue  # no grid over sizes and tokens
-        if not titled:
+    for number, (cell, points, law, found) in enumerate(_laws(inputs)):
+        if not number:
             yield Heading("Scaling law")
             yield Paragraph(LAW_EXPLAINED.format(resamples=RESAMPLES))
-            titled = True
         if cell:
             yield Paragraph(f"**{literal(name_cell(cell))}**")
         yield drawing(f"scaling_{number}", CAPTION, iso_flop_curves(points, found, FURTHER**2))
         yield TableBlock(_numbers(found))
-        yield BulletList([*_extrapolation(found, points), *_check(points, law), *(f"{each}." for each in found.doubts)])
+        yield BulletList([*_extrapolation(found, points), _check(points, law), *(f"{each}." for each in found.doubts)])
+        minima = iso_flop_minima(points)
+        if len(minima):
+            yield Paragraph(MINIMA_EXPLAINED)
+            yield TableBlock(_minima_table(minima))
         yield csv_file(f"scaling_{number}", points, "the points of this law.")
+
+
+def laws_in_words(inputs: ReportInputs) -> str:
+    """Return how the loss falls, which size is best for a budget, and what the fits carry; empty without a law."""
+    return " ".join(_in_words(each) for each in _laws(inputs))
+
+
+def _in_words(fitted: _Fitted) -> str:
+    cell, points, law, found = fitted
+    exponents = [f"{name} to the power of -{_text(found.estimate(found.exponent(name)))}" for _, name in law.exponents]
+    text = f"At {name_cell(cell)}: the" if cell else "The"
+    text += f" part of the loss above L_inf = {_text(found.estimate(found.floor))} falls as {enumerated(exponents)}."
+    minima = iso_flop_minima(points)
+    inside = minima[minima["inside"]]
+    if len(minima):
+        text += f" {len(inside)} of {len(minima)} budgets have their lowest loss at a size between the smallest and the"
+        text += " largest one."
+    for row in inside.tail(1).itertuples():
+        text += f" At the largest of these, {row.FLOPs:.2g} FLOPs with {row.experts:g} experts, the best size is about "
+        text += f"{_size(row.size, row.low, row.high)}."
+    carries = (
+        "The runs determine the law, so its numbers have intervals, in brackets."
+        if found.sure
+        else f"The runs do not determine the law ({'; '.join(found.doubts)}): its numbers describe these runs alone."
+    )
+    return f"{text} {carries} {_check(points, law)}"
+
+
+def _laws(inputs: ReportInputs) -> Iterator[_Fitted]:
+    if inputs.search or LOSS not in inputs.runs:
+        return
+    others = [factor for factor in inputs.factors if not (is_scale(factor) or _is_budget(inputs.runs, factor))]
+    for cell, members in conditions(inputs.runs[inputs.runs["status"] == "finished"], others):
+        points = _points(members)
+        law = Law(((ACTIVE, EXPERTS) if points[EXPERTS].nunique() > 1 else (ACTIVE,), (TOKENS,)))
+        try:
+            yield _Fitted(cell, points, law, fit(points, law, resamples=RESAMPLES))
+        except ValueError:
+            continue  # no grid over sizes and tokens
+
+
+def _minima_table(minima: pd.DataFrame) -> pd.DataFrame:
+    rows = [
+        {
+            "experts": f"{row.experts:g}",
+            "training FLOPs": f"{row.FLOPs:.3g}",
+            "sizes": row.sizes,
+            "size of the lowest mean loss": f"{row.best:,.0f}",
+            "that loss": f"{row.loss:.4g}",
+            "minimum of the parabola": _size(row.size, row.low, row.high) if row.inside else NO_MINIMUM,
+        }
+        for row in minima.itertuples()
+    ]
+    return pd.DataFrame(rows)
+
+
+def _size(size: float, low: float, high: float) -> str:
+    interval = f" [{low:,.0f}, {high:,.0f}]" if math.isfinite(low) else ""
+    return f"{size:,.0f}{interval} active parameters"
 
 
 def _is_budget(runs: pd.DataFrame, factor: str) -> bool:
@@ -106,19 +175,18 @@ def _beyond(found: Fit, x: dict[str, float]) -> str:
     return f"This is {' and '.join(beyond)}." if beyond else "This is within the range of the runs."
 
 
-def _check(points: pd.DataFrame, law: Law) -> Iterator[str]:
-    """Yield how well the law predicts the runs of the largest budget, fitted to the others alone."""
+def _check(points: pd.DataFrame, law: Law) -> str:
+    """Return how well the law predicts the runs of the largest budget, fitted to the others alone."""
     compute = points[ACTIVE] * points[TOKENS]
     held_out = compute > compute.max() / 1.5
     try:
         found = fit(points[~held_out], law, resamples=0)
     except ValueError:
-        yield "No check: without the runs of the largest budget there are too few points for the law."
-        return
+        return "No check: without the runs of the largest budget there are too few points for the law."
     names = [name for _, name in law.exponents]
     means = points[held_out].groupby(names, as_index=False)["loss"].mean()
     errors = [float(found.predict(**row[names].to_dict())[0] - row["loss"]) for _, row in means.iterrows()]
-    yield plain(
+    return plain(
         f"Check: fitted without the {len(errors)} settings of the largest budget, the law predicts their losses with a "
         f"mean error of {np.mean(errors):+.3g} and a largest error of {max(map(abs, errors)):.3g} nats per token."
     )

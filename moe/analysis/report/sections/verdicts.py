@@ -136,9 +136,11 @@ def claim_verdicts(inputs: ReportInputs) -> Iterator[ReportBlock]:
         yield Paragraph(SOURCES)
     if (judged["verdict"] == UNDECIDED).any():
         yield Paragraph(DETECTABLE)
+    advice = {each.row: each.advice for each in inputs.judgments}
     sentences = [
         f"{literal(row['claim'])} ({literal(row['source'])}): **{row['verdict']}**; {literal(evidence_sentence(row))}"
-        for _, row in judged.iterrows()
+        + (f"; {advice[number]}" if advice[number] else "")
+        for number, (_, row) in enumerate(judged.iterrows())
     ]
     yield BulletList(sentences)
     yield csv_file("claims", judged, "every claim with its numbers.")

@@ -1,0 +1,67 @@
+"""The answer to each part of an experiment's question: what its claims show, or else a league or a scaling law."""
+
+from collections.abc import Callable
+from textwrap import shorten
+
+from moe.analysis.report.inputs import ReportInputs
+from moe.analysis.report.judgments import Judgment
+from moe.analysis.report.sections.headline import LATER_TOKENS, LONGEST_CLAIM, compares_causal_with_others, effect
+from moe.analysis.report.sections.league import order_of_routers
+from moe.analysis.report.sections.scaling import laws_in_words
+from moe.analysis.sentences import enumerated
+from moe.checks import plain
+from moe.config.question import Part
+
+NO_CLAIM = "The runs do not decide this: no claim is about it, and no table ranks its settings."
+# What answers a part of a question without a claim, in this order.
+WITHOUT_CLAIM: tuple[Callable[[ReportInputs], str], ...] = (order_of_routers, laws_in_words)
+
+
+def answers(inputs: ReportInputs, parts: list[Part]) -> list[tuple[str, str]]:
+    """Return each part of a question, as a question of its own, with its answer.
+
+    There are none if no run has finished, or if nobody said what answers the question: no part names a claim of these
+    runs, and they have no league and no scaling law.
+    """
+    finished = (inputs.runs["status"] == "finished").any()
+    named = {each.text for each in inputs.judgments if each.planned} & {text for part in parts for text in part.claims}
+    if not finished or inputs.search or inputs.observed:
+        return []
+    if named:
+        return [(part.alone, plain(_of_claims(inputs, part) or _without_claim(inputs) or NO_CLAIM)) for part in parts]
+    found = "" if any(each.planned for each in inputs.judgments) else _without_claim(inputs)
+    return [(" ".join(part.alone for part in parts), plain(found))] if found else []
+
+
+def _without_claim(inputs: ReportInputs) -> str:
+    return next(filter(None, (found(inputs) for found in WITHOUT_CLAIM)), "")
+
+
+def _of_claims(inputs: ReportInputs, part: Part) -> str:
+    """Return what the claims of a part say, the decided ones first; an empty text if the runs have none of them."""
+    judged = [each for text in part.claims for each in inputs.judgments if each.planned and each.text == text]
+    decided = [_decided(each, inputs) for each in judged if each.decided]
+    waiting = [f"{_quoted(each)} ({_open(each)})" for each in judged if not each.decided]
+    return " ".join([*decided, *([f"The runs do not decide {enumerated(waiting)}."] if waiting else [])])
+
+
+def _decided(judged: Judgment, inputs: ReportInputs) -> str:
+    note = f"; {LATER_TOKENS}" if compares_causal_with_others(judged, inputs) else ""
+    return f"{_quoted(judged)} is {judged.verdict}: {'; '.join(filter(None, (effect(judged), _shown(judged))))}{note}."
+
+
+def _open(judged: Judgment) -> str:
+    """Return the estimate behind an undecided claim, and what would decide it."""
+    if judged.n == 0:
+        return judged.reason.rstrip(".")
+    estimate = ", ".join(filter(None, (judged.compared, judged.amount, judged.percent)))
+    return "; ".join(filter(None, (estimate, _shown(judged), judged.advice)))
+
+
+def _shown(judged: Judgment) -> str:
+    """Return which one of several comparisons is shown. Which ones there are is said where the claim is listed."""
+    return judged.choice.rpartition("; ")[2]
+
+
+def _quoted(judged: Judgment) -> str:
+    return f"“{shorten(judged.text, LONGEST_CLAIM, placeholder=' …')}”"
