@@ -226,7 +226,7 @@ def _choice(claim: ClaimConfig, named: list[str], rivals: list[str]) -> str:
         )
         shown = f"{first} against its closest rival"
     else:
-        shown = "the one that fits the claim least"
+        shown = "the comparison that fits the claim least"
     subject = f"each of {enumerated(named)}" if named[1:] else named[0]
     return f"one of {number} comparisons that must all hold: {subject} with {against}; shown is {shown}"
 

@@ -174,9 +174,10 @@ def _reasons(
     condition = np.linalg.cond(jacobian / np.linalg.norm(jacobian, axis=0))
     in_proportion = len(logs) > 1 and np.corrcoef(logs)[np.triu_indices(len(logs), 1)].max() > MOST_CORRELATION
     if len(law.terms) > 1 and (in_proportion or not condition <= MOST_CONDITION):
+        known = f"{condition:.2g}" if condition <= MOST_CONDITION else f"above {MOST_CONDITION:,.0f}"
         found.append(
             "the runs do not tell the terms apart, as when tokens grow in proportion to size "
-            f"(condition of the scaled Jacobian {condition:.2g})"
+            f"(condition of the scaled Jacobian {known})"
         )
     return found
 

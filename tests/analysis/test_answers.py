@@ -95,7 +95,7 @@ def test_the_first_of_a_league_is_named_with_those_that_may_be_as_good() -> None
         "a has the lowest test loss, 3, and is certainly the best of 3 routers"
     )
     assert league._first(ranked(a=(1, 2), b=(1, 3), c=(2, 3)), "test loss") == (
-        "a has the lowest test loss, 3; of 3 routers, b could be as good"
+        "a has the lowest test loss, 3; of 3 routers, b may be as good, by the intervals of their ranks"
     )
 
 

@@ -214,11 +214,10 @@ def test_a_claim_about_several_levels_is_as_strong_as_its_weakest_comparison() -
     row = judge_first(runs_with_means({0.0: 100, 0.1: 100, 0.5: 103}), both_levels)
     assert row["verdict"] == "undecided"
     assert row["compared"] == "noise 0.1 vs 0.0"
-    words = (
-        "one of 2 comparisons that must all hold: each of 0.1 and 0.5 with 0.0; shown is the one that fits the claim"
-    )
-    assert row["choice"] == f"{words} least"
-    assert f", n=5; {words} least; " in evidence_sentence(row)
+    words = "one of 2 comparisons that must all hold: each of 0.1 and 0.5 with 0.0; "
+    words += "shown is the comparison that fits the claim least"
+    assert row["choice"] == words
+    assert f", n=5; {words}; " in evidence_sentence(row)
     assert judge_first(runs_with_means({0.0: 100, 0.5: 103}), claim("higher", [0.5], [0.0]))["choice"] == ""
     assert judge_first(runs_with_means({0.0: 100, 0.1: 97, 0.5: 103}), both_levels)["verdict"] == "contradicted"
     p_of_each_level = [

@@ -192,28 +192,24 @@ def on_contrast(row: pd.Series, later: float = 1.0) -> Judgment:
     )
 
 
-def cards(
-    judged: list[Judgment], command_for_more: Callable[[Judgment], str] = lambda judged: "", price: str = ""
-) -> list[Card]:
+def cards(judged: list[Judgment], command_for_more: Callable[[Judgment], str] = lambda judged: "") -> list[Card]:
     """Return a card for each judgment. Those with one unit have one scale.
 
-    command_for_more: the command that trains the seeds that a judgment needs, or an empty text. price: what a report
-    about more seeds costs, or an empty text.
+    command_for_more: the command that trains the seeds that a judgment needs, or an empty text.
     """
     axes = {unit: _span([each for each in judged if each.unit == unit]) for unit in {each.unit for each in judged}}
-    return [_card(each, axes[each.unit], _advice(each, command_for_more, price)) for each in judged]
+    return [_card(each, axes[each.unit], _advice(each, command_for_more)) for each in judged]
 
 
-def _advice(judged: Judgment, command_for_more: Callable[[Judgment], str], price: str) -> str:
-    """Return what would decide a question, with its command and its price; an empty text if there is no advice."""
+def _advice(judged: Judgment, command_for_more: Callable[[Judgment], str]) -> str:
+    """Return what would decide a question, with its command; an empty text if there is no advice."""
     if not judged.advice:
         return ""
     advice = judged.advice[:1].upper() + judged.advice[1:]
     if math.isnan(judged.needed):
         return f"{advice}."
     command = command_for_more(judged)
-    advice += f": `{command}`" if command else ""
-    return f"{advice}. {price}" if price else f"{advice}{'' if command else '.'}"
+    return f"{advice}: `{command}`" if command else f"{advice}."
 
 
 def _card(judged: Judgment, axis: tuple[float, float], advice: str) -> Card:

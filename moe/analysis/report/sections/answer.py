@@ -1,5 +1,6 @@
 """The first screen of a report: question, answer, verdicts, the best setting and its cost, set-up, and warnings."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 
@@ -62,12 +63,14 @@ def answer(inputs: ReportInputs) -> Iterator[ReportBlock]:
         yield from search_result(inputs)
         yield Facts(setup(inputs))
         return
-    price = price_of_more(inputs.study, len(finished_seeds(inputs.loaded)))
-    shown = cards(inputs.judgments, lambda each: command_for_more(inputs, each.more, each.row), price)
-    if shown:
+    shown = cards(inputs.judgments, lambda each: command_for_more(inputs, each.more, each.row))
+    if shown and (inputs.judgments[0].planned or not found):  # a league or a law says more than its comparisons
         yield Cards(shown[:MOST_CARDS], PICTURES_EXPLAINED + (CLAIMED if inputs.judgments[0].planned else ""))
         if shown[MOST_CARDS:]:
             yield Details(f"{len(shown) - MOST_CARDS} more", [Cards(shown[MOST_CARDS:])])
+        price = price_of_more(inputs.study, len(finished_seeds(inputs.loaded)))
+        if price and any(each.advice and math.isfinite(each.needed) for each in inputs.judgments):
+            yield Paragraph(f"**More seeds:** {price}")
     yield from map(Paragraph, asked(inputs))
     yield from map(Paragraph, best_setting(inputs))
     yield Facts(setup(inputs))

@@ -41,26 +41,32 @@ def _of_claims(inputs: ReportInputs, part: Part) -> str:
     """Return what the claims of a part say, the decided ones first; an empty text if the runs have none of them."""
     judged = [each for text in part.claims for each in inputs.judgments if each.planned and each.text == text]
     decided = [_decided(each, inputs) for each in judged if each.decided]
-    waiting = [f"{_quoted(each)} ({_open(each)})" for each in judged if not each.decided]
+    waiting = [f"{_quoted(each)} ({_open(each, inputs)})" for each in judged if not each.decided]
     return " ".join([*decided, *([f"The runs do not decide {enumerated(waiting)}."] if waiting else [])])
 
 
 def _decided(judged: Judgment, inputs: ReportInputs) -> str:
-    note = f"; {LATER_TOKENS}" if compares_causal_with_others(judged, inputs) else ""
-    return f"{_quoted(judged)} is {judged.verdict}: {'; '.join(filter(None, (effect(judged), _shown(judged))))}{note}."
+    return f"{_quoted(judged)} is {judged.verdict}: {_clauses(effect(judged), *_notes(judged, inputs))}."
 
 
-def _open(judged: Judgment) -> str:
+def _open(judged: Judgment, inputs: ReportInputs) -> str:
     """Return the estimate behind an undecided claim, and what would decide it."""
     if judged.n == 0:
         return judged.reason.rstrip(".")
     estimate = ", ".join(filter(None, (judged.compared, judged.amount, judged.percent)))
-    return "; ".join(filter(None, (estimate, _shown(judged), judged.advice)))
+    return _clauses(estimate, *_notes(judged, inputs), judged.advice)
 
 
-def _shown(judged: Judgment) -> str:
-    """Return which one of several comparisons is shown. Which ones there are is said where the claim is listed."""
-    return judged.choice.rpartition("; ")[2]
+def _notes(judged: Judgment, inputs: ReportInputs) -> tuple[str, str]:
+    """Return which one of several comparisons is shown, and whether it says little because of routers that look ahead.
+
+    Which comparisons there are is said where the claim is listed.
+    """
+    return judged.choice.rpartition("; ")[2], LATER_TOKENS if compares_causal_with_others(judged, inputs) else ""
+
+
+def _clauses(*clauses: str) -> str:
+    return "; ".join(filter(None, clauses))
 
 
 def _quoted(judged: Judgment) -> str:

@@ -140,9 +140,10 @@ def _luck(found: Ranking) -> str:
     where = "on test text" if has_test else "on validation text, as there is no test text"
     found_lead = lead(chosen.to_numpy(), (judged if has_test else chosen).to_numpy())
     side = "better" if found_lead.judged >= 0 else "worse"
+    all_of_them = "both settings" if number == 2 else f"all {number} settings"
     worth = f"is {abs(found_lead.judged):.2g} {side} than the mean"
     return (
-        f"{text} On the validation text by which it was chosen, it leads the mean of all {number} settings by "
+        f"{text} On the validation text by which it was chosen, it leads the mean of {all_of_them} by "
         f"{found_lead.chosen:.2g}; if all were equal, the best of {number} would lead by {found_lead.luck:.2g} through "
         f"luck alone. A fair number leaves out each seed in turn: the other seeds choose the best setting, and the "
         f"seed that was left out judges it {where}. On average, the chosen setting {worth} of all settings."

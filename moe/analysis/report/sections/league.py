@@ -106,7 +106,8 @@ def order_of_routers(inputs: ReportInputs) -> str:
         return next((f"{_first(table, unit)}." for table in leagues.values()), "")
     orders, places = [list(table.index) for table in leagues.values()], enumerated(list(leagues))
     if all(order == orders[0] for order in orders) and all(map(_is_certain, leagues.values())):
-        return f"The order by {unit} is the same at {places}: {', '.join(map(str, orders[0]))}. {CERTAIN}"
+        order = ", ".join(map(str, orders[0]))
+        return f"The order by {unit} is the same at {places}: {order}. Every rank is certain. {CERTAIN}"
     if changed := _changed_places(leagues):
         return f"The order by {unit} depends on the setting: {changed}. {CERTAIN}"
     best = "; ".join(f"at {place}, {_first(table, unit)}" for place, table in leagues.items())
@@ -122,7 +123,8 @@ def _first(table: pd.DataFrame, unit: str) -> str:
     if not rivals:
         return f"{text}, and is certainly the best of {len(table)} routers"
     more = f" and {len(rivals) - MOST_NAMED} more" if rivals[MOST_NAMED:] else ""
-    return f"{text}; of {len(table)} routers, {', '.join(rivals[:MOST_NAMED])}{more} could be as good"
+    names = f"{', '.join(rivals[:MOST_NAMED])}{more}"
+    return f"{text}; of {len(table)} routers, {names} may be as good, by the intervals of their ranks"
 
 
 def _is_certain(table: pd.DataFrame) -> bool:
@@ -221,12 +223,16 @@ def how_much_routing_matters(inputs: ReportInputs) -> Iterator[ReportBlock]:
         if not {RANDOM, ORACLE} <= set(values):
             continue
         limits = values[[RANDOM, ORACLE]].dropna()
-        for name in values.columns.drop([RANDOM, ORACLE]):
-            both = limits.assign(arm=values[name]).dropna()
-            share = covered(*(both[side].to_numpy() for side in ("arm", RANDOM, ORACLE)))
-            rows.append({"within": name_cell(cell), ROUTER: name, "n": len(both), "share covered": _share(share)})
+        measured = {name: limits.assign(arm=values[name]).dropna() for name in values.columns.drop([RANDOM, ORACLE])}
+        of_routers = {
+            name: covered(*(both[side].to_numpy() for side in ("arm", RANDOM, ORACLE)))
+            for name, both in measured.items()
+        }
+        for name in sorted(of_routers, key=lambda each: np.nan_to_num(of_routers[each].value), reverse=True):
+            share, n = of_routers[name], len(measured[name])
+            rows.append({"within": name_cell(cell), ROUTER: name, "n": n, "share covered": _share(share)})
             place = f"{name} at {name_cell(cell)}" if cell else str(name)
-            shares += [Row(f"{place} (n={len(both)})", *share[:3], decided=leaves_out(share.low, share.high))]
+            shares += [Row(f"{place} (n={n})", *share[:3], decided=leaves_out(share.low, share.high))]
         clear = covered(*(limits[side].to_numpy() for side in (ORACLE, RANDOM, ORACLE))).clear
         distance = float((limits[RANDOM] - limits[ORACLE]).mean())
         if not clear or distance < 0:

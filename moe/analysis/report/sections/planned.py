@@ -31,8 +31,8 @@ NOTHING_NEW = """\
 Nothing of the 5 % is left for it, so its tests decide nothing. Reports about more seeds, up to the {planned} planned
 ones, do."""
 USED_UP = """\
-{which} are used up: with more, all tests together have {share:.3g} % instead of 5 %. The number of seeds above is right
-for that."""
+{which} are used up: with more, all tests together have {share:.3g} % instead of 5 %. The numbers of seeds above are
+right for that."""
 NOT_WRITTEN = """\
 **This look was not written down**, because the folder of the runs cannot be written to. A later report will not know of
 it, so its tests will have too large a share of the 5 %."""

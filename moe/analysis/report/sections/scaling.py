@@ -75,9 +75,9 @@ def laws_in_words(inputs: ReportInputs) -> str:
 
 def _in_words(fitted: _Fitted) -> str:
     cell, points, law, found = fitted
-    exponents = [f"{name} to the power of -{_text(found.estimate(found.exponent(name)))}" for _, name in law.exponents]
+    exponents = [f"{_text(found.estimate(found.exponent(name)))} of {name}" for _, name in law.exponents]
     text = f"At {name_cell(cell)}: the" if cell else "The"
-    text += f" part of the loss above L_inf = {_text(found.estimate(found.floor))} falls as {enumerated(exponents)}."
+    text += f" fitted law has the exponents {enumerated(exponents)}, and L_inf {_text(found.estimate(found.floor))}."
     minima = iso_flop_minima(points)
     inside = minima[minima["inside"]]
     if len(minima):
