@@ -205,12 +205,12 @@ def _judge_levels(claim: ClaimConfig, runs: pd.DataFrame, evals: pd.DataFrame | 
         against = p_against.ravel()
     p_holds, p_fails = p_for.max(), min(1.0, len(against) * against.min())
     estimates = "as claimed" if favor.min() > 0 else "against" if favor[a, b] < 0 else "mixed"
-    sides = [[_label(claim, runs, each) for each in side] for side in (named, rivals)]
-    text = f"{claim.factor} {sides[0][a]} vs {sides[1][b]}{_where(claim)}"
+    labels = [[_label(claim, runs, each) for each in side] for side in (named, rivals)]
+    text = f"{claim.factor} {labels[0][a]} vs {labels[1][b]}{_where(claim)}"
     untested = [pair.doubt for line in pairs for pair in line if math.isnan(pair.p_for)]
     shown = pairs[a][b]._replace(doubt=untested[0]) if untested else pairs[a][b]
     verdict = "supported" if p_holds < p_fails else "contradicted"
-    return _row(text, shown, float(np.minimum(p_holds, p_fails)), verdict, estimates, _choice(claim, *sides))
+    return _row(text, shown, float(np.minimum(p_holds, p_fails)), verdict, estimates, _choice(claim, *labels))
 
 
 def _choice(claim: ClaimConfig, named: list[str], rivals: list[str]) -> str:
@@ -221,10 +221,8 @@ def _choice(claim: ClaimConfig, named: list[str], rivals: list[str]) -> str:
     others = f"each of the {len(rivals)} other levels" if len(rivals) > 1 else "the other level"
     against = others if not claim.than else f"each of {enumerated(rivals)}" if len(rivals) > 1 else rivals[0]
     if claim.kind in ("lowest", "highest"):
-        first = (
-            f"the {'lower' if claim.kind == 'lowest' else 'higher'} of {enumerated(named)}" if named[1:] else named[0]
-        )
-        shown = f"{first} against its closest rival"
+        better = "lower" if claim.kind == "lowest" else "higher"
+        shown = f"{f'the {better} of {enumerated(named)}' if named[1:] else named[0]} against its closest rival"
     else:
         shown = "the comparison that fits the claim least"
     subject = f"each of {enumerated(named)}" if named[1:] else named[0]

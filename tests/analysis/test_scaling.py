@@ -16,7 +16,7 @@ from moe.analysis.figures.scaling import tokens_along
 from moe.analysis.report.blocks import BulletList, TableBlock
 from moe.analysis.report.inputs import collect_inputs
 from moe.analysis.report.sections.cost import _speed_up_row
-from moe.analysis.report.sections.scaling import scaling_laws
+from moe.analysis.report.sections.scaling import _points, laws_in_words, scaling_laws
 from moe.analysis.scaling import COMPUTE, EXPERTS, Law, _reasons, budgets, fit, iso_flop_minima, over_seeds
 from moe.analysis.speed_up import speed_up
 from moe.results.table import load_runs
@@ -217,11 +217,16 @@ def test_the_report_fits_the_law_extrapolates_it_and_checks_it(tmp_path: Path) -
         (folder / "events.jsonl").touch()
     [inputs] = collect_inputs(load_runs([tmp_path]))
     blocks = list(scaling_laws(inputs))
-    [table] = [block.frame for block in blocks if isinstance(block, TableBlock)]
+    table, minima = [block.frame for block in blocks if isinstance(block, TableBlock)]
+    assert len(minima) == len(iso_flop_minima(_points(inputs.runs)))
+    told = laws_in_words(inputs)
     numbers = table.set_index("number")["estimate"].str.split(" ").str[0].astype(float)
     assert numbers["exponent of experts"] == pytest.approx(0.15, abs=0.05)
     assert numbers["best size grows as FLOPs to the power of"] == pytest.approx(0.3 / 0.7, abs=0.1)
+    assert f" {table.set_index('number')['estimate']['exponent of tokens']} of tokens, and L_inf " in told
+    assert "The runs determine the law" in told
     [lines] = [block.items for block in blocks if isinstance(block, BulletList)]
+    assert told.endswith(lines[1])
     assert "2 times beyond the runs" in lines[0]
     predicted = float(lines[0].split("a loss of ")[1].split(" ")[0])
     assert predicted == pytest.approx(size_law(8e5, 8e6, 16), abs=0.03)

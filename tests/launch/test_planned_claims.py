@@ -161,7 +161,7 @@ def test_one_run_of_many_keeps_claims_about_levels_of_other_runs() -> None:
 def test_a_part_of_the_question_that_names_no_claim_is_refused() -> None:
     """A command that replaces the claims alone keeps the question of its experiment."""
     question = "question=[{ask: Is it worse?, claims: [A]}]"
-    with pytest.raises(ConfigError, match=r"^unknown claim of question\[0\] 'A'; nearest: a$"):
-        read("noise=0.0,0.5", question)
-    assert read("noise=0.0,0.5", question.replace("[A]", "[a]")) == 2
+    with pytest.raises(ConfigError, match=r"^unknown claim of question\[0\] 'A'; known: a$"):
+        read("-m", "noise=0.0,0.5", question)
+    assert read("-m", "noise=0.0,0.5", question.replace("[A]", "[a]")) == 2
     assert read("experiment=noise_lb_seed", "seed=1") == 6
