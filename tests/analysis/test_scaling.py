@@ -16,7 +16,7 @@ from moe.analysis.figures.scaling import tokens_along
 from moe.analysis.report.blocks import BulletList, TableBlock
 from moe.analysis.report.inputs import collect_inputs
 from moe.analysis.report.sections.cost import _speed_up_row
-from moe.analysis.report.sections.scaling import _points, laws_in_words, scaling_laws
+from moe.analysis.report.sections.scaling import _flops, _points, laws_in_words, scaling_laws
 from moe.analysis.scaling import COMPUTE, EXPERTS, Law, _reasons, budgets, fit, iso_flop_minima, over_seeds
 from moe.analysis.speed_up import speed_up
 from moe.results.table import load_runs
@@ -225,6 +225,7 @@ def test_the_report_fits_the_law_extrapolates_it_and_checks_it(tmp_path: Path) -
     assert numbers["best size grows as FLOPs to the power of"] == pytest.approx(0.3 / 0.7, abs=0.1)
     assert f" {table.set_index('number')['estimate']['exponent of tokens']} of tokens, and L_inf " in told
     assert "The runs determine the law" in told
+    assert _flops(2e12) == "2 x 10^12 FLOPs"
     [lines] = [block.items for block in blocks if isinstance(block, BulletList)]
     assert told.endswith(lines[1])
     assert "2 times beyond the runs" in lines[0]

@@ -13,7 +13,7 @@ from moe.analysis.figures.scaling import iso_flop_curves
 from moe.analysis.report.blocks import BulletList, Heading, Paragraph, ReportBlock, TableBlock, csv_file, literal
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.scaling import EXPERTS, TOKENS, Estimate, Fit, Law, fit, iso_flop_minima
-from moe.analysis.sentences import enumerated
+from moe.analysis.sentences import enumerated, with_capital
 from moe.analysis.statistics import name_cell
 from moe.checks import plain
 from moe.results.conditions import conditions
@@ -84,12 +84,12 @@ def _in_words(fitted: _Fitted) -> str:
         text += f" {len(inside)} of {len(minima)} budgets have their lowest loss at a size between the smallest and the"
         text += " largest one."
     for row in inside.tail(1).itertuples():
-        text += f" At the largest of these, {row.FLOPs:.2g} FLOPs with {row.experts:g} experts, the best size is about "
+        text += f" At the largest of these, {_flops(row.FLOPs)} with {row.experts:g} experts, the best size is about "
         text += f"{_size(row.size, row.low, row.high)}."
     carries = (
         "The runs determine the law, so its numbers have intervals, in brackets."
         if found.sure
-        else f"The runs do not determine the law ({'; '.join(found.doubts)}): its numbers describe these runs alone."
+        else f"{with_capital('; '.join(found.doubts))}. So the law describes these runs alone."
     )
     return f"{text} {carries} {_check(points, law)}"
 
@@ -120,6 +120,11 @@ def _minima_table(minima: pd.DataFrame) -> pd.DataFrame:
         for row in minima.itertuples()
     ]
     return pd.DataFrame(rows)
+
+
+def _flops(number: float) -> str:
+    power = math.floor(math.log10(number))
+    return f"{number / 10**power:.3g} x 10^{power} FLOPs"
 
 
 def _size(size: float, low: float, high: float) -> str:
