@@ -86,12 +86,13 @@ class Start(NamedTuple):
 class SayThatTorchLoads(MetaPathFinder):
     """Print a line before the seconds in which PyTorch is imported and nothing else can be seen.
 
-    Several checks of a command may import it first. A command whose runs are all finished never does.
+    Several checks of a command may import it first, and others only ask whether `torch` is there, so the first of its
+    modules counts. A command whose runs are all finished never does.
     """
 
     def find_spec(self, name: str, path: object, target: object = None) -> None:
         """Find nothing, so that Python goes on to search in the usual way."""
-        if name == "torch":
+        if name.startswith("torch."):
             sys.meta_path.remove(self)
             print("checking the settings and loading PyTorch", flush=True)
 
