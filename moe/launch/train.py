@@ -36,6 +36,9 @@ def run_cell(composed: DictConfig) -> None:
 
     from moe.launch.run import run
 
+    if "torch" not in sys.modules:  # a launcher has started this process: imports as in `main`
+        gc.disable()
+
     settings = HydraConfig.get()
     single = str(settings.mode) == "RunMode.RUN"
     place = Place() if single else Place.of(settings.job.num + 1)
