@@ -76,7 +76,7 @@
     const { title, ...rest } = description;
     return {
       ...rest, automargin: true, zeroline: false, gridcolor: colors.line, linecolor: colors.quiet, ticks: "outside",
-      tickcolor: colors.line, title: { text: wrapped(title, vertical ? 34 : 60), font: { size: 12 }, standoff: 8 },
+      tickcolor: colors.line, title: { text: wrapped(title, vertical ? 34 : innerWidth < 640 ? 24 : 60), font: { size: 12 }, standoff: 8 },
       showgrid: !image, ticktext: rest.ticktext?.map(escaped), tickfont: { color: colors.ink }, exponentformat: "power",
       ...(rest.type === "log" ? { nticks: 3, tickformat: "~g" } : { nticks: vertical ? 8 : 7 }), // log: 0.02 and not a small 2
     };
