@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
+Choices = Bool[np.ndarray, "L N E"] | list[Bool[np.ndarray, "N _"]]  # by layer; a list if layers may differ in E
 
-def overlap(a: Bool[np.ndarray, "L N E"], b: Bool[np.ndarray, "L N E"]) -> dict[str, Float[np.ndarray, "L"]]:
+
+def overlap(a: Choices, b: Choices) -> dict[str, Float[np.ndarray, "L"]]:
     """Compute the overlap o = Σ_t |A_t ∩ B_t| / Σ_t k of two choices, by layer.
 
     Also corrects it for chance c, as (o - c) / (1 - c):
@@ -19,23 +21,26 @@ def overlap(a: Bool[np.ndarray, "L N E"], b: Bool[np.ndarray, "L N E"]) -> dict[
     Where the number of experts per token varies, the larger set counts as k, in the overlap and in both chance levels.
     Corrected values are NaN where every token takes every expert, and all values where no token takes any.
     """
-    size = np.maximum(a.sum(-1), b.sum(-1)).sum(-1)
-    uniform = (a.sum(-1) * b.sum(-1)).sum(-1) / a.shape[-1]
-    shuffled = (a.sum(1) * b.sum(1)).sum(-1) / a.shape[1]
-    observed = _divide((a & b).sum((1, 2)), size)
+    sums = np.array([_sums(*of_layer) for of_layer in zip(a, b, strict=True)]).reshape(-1, 5)
+    size, shared, at_random, shuffled, size_if_shuffled = sums.T
+    observed = _divide(shared, size)
     return {
         "overlap": observed,
-        "kappa": beyond_chance(observed, _divide(uniform, size)),
-        "kappa_shuffled": beyond_chance(observed, _divide(shuffled, _size_if_shuffled(a, b))),
+        "kappa": beyond_chance(observed, _divide(at_random, size)),
+        "kappa_shuffled": beyond_chance(observed, _divide(shuffled, size_if_shuffled)),
     }
 
 
-def _size_if_shuffled(a: Bool[np.ndarray, "L N E"], b: Bool[np.ndarray, "L N E"]) -> Float[np.ndarray, "L"]:
-    """Return the expectation of Σ_t max(|A_t|, |B_t|) if the tokens of b are shuffled."""
-    numbers = np.arange(a.shape[-1] + 1)
-    largest = np.maximum(numbers[:, None], numbers)
-    counts = [(chosen.sum(-1)[..., None] == numbers).sum(1) for chosen in (a, b)]
-    return np.einsum("li,lj,ij->l", *counts, largest) / a.shape[1]
+def _sums(a: Bool[np.ndarray, "N E"], b: Bool[np.ndarray, "N E"]) -> Float[np.ndarray, "5"]:
+    """Return Σ_t max(|A_t|, |B_t|) and Σ_t |A_t ∩ B_t| in one layer, and what is expected by chance.
+
+    This is Σ_t |A_t ∩ B_t| of random experts, and both sums if the tokens of b are shuffled.
+    """
+    of_a, of_b, numbers = a.sum(-1), b.sum(-1), np.arange(a.shape[-1] + 1)
+    counts = [(of_token[:, None] == numbers).sum(0) for of_token in (of_a, of_b)]
+    if_shuffled = np.einsum("i,j,ij->", *counts, np.maximum(numbers[:, None], numbers)) / len(a)
+    at_random, shuffled = (of_a * of_b).sum() / a.shape[-1], (a.sum(0) * b.sum(0)).sum() / len(a)
+    return np.array([np.maximum(of_a, of_b).sum(), (a & b).sum(), at_random, shuffled, if_shuffled], dtype=float)
 
 
 def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -1,8 +1,11 @@
 """The types of what `python -m moe.specialization` measures on a run, as they are in its specialization.json.
 
-L layers have E experts each. A number that could not be computed is null in the file and None here.
+There are L layers. Each has E experts, and E can differ from layer to layer. A number that could not be computed is
+null in the file and None here.
 """
 
+import itertools
+from collections.abc import Sequence
 from typing import Any, TypedDict
 
 Number = float | None
@@ -193,7 +196,7 @@ class Prediction(TypedDict):
 
 
 class NextLayer(TypedDict):
-    """What a layer tells about the next one, see `moe.specialization.next_layer`. transitions: (E, E)."""
+    """What a layer tells about the next one, see `moe.specialization.next_layer`. transitions: (E here, E there)."""
 
     transitions: Grid
     by_choice: Prediction | None
@@ -239,32 +242,38 @@ class Measured(TypedDict):
     seed_agreement: list[SeedAgreement]
 
 
+# Of nested lists of equal length; or of the entry of each layer.
+Shape = tuple[int, ...] | Sequence[tuple[int, ...]]
+
+
 def check_shapes(measured: Measured) -> None:
     """Raise ValueError, naming the key, unless all lists have the lengths that follow from `load` and `domains`."""
-    layers, experts = len(measured["load"]), len(measured["load"][0]) if measured["load"] else 0
-    if not (layers and experts):
-        raise ValueError("measured.load: must have at least one layer and one expert")
+    numbers = [len(load) for load in measured["load"]]
+    if not numbers or 0 in numbers:
+        raise ValueError("measured.load: must have at least one layer, and one expert in each")
+    layers = len(numbers)
     deciles = len(measured["given_position"][0]) if measured["given_position"] else 0
-    grid, by_layer = (layers, experts), (layers,)
-    shapes: list[tuple[str, Any, tuple[int, ...]]] = [
-        ("load", measured["load"], grid),
+    by_layer: Shape = (layers,)
+    grid: Shape = [(experts,) for experts in numbers]
+    pairs: Shape = [(experts, experts) for experts in numbers]
+    shapes: list[tuple[str, Any, Shape]] = [
         ("experts_per_token", measured["experts_per_token"], by_layer),
-        ("given_domain", measured["given_domain"], (layers, len(measured["domains"]), experts)),
+        ("given_domain", measured["given_domain"], [(len(measured["domains"]), experts) for experts in numbers]),
         ("domain", measured["domain"], by_layer),
         *((f"vocabulary.{name}", entries, by_layer) for name, entries in measured["vocabulary"].items()),
-        ("given_position", measured["given_position"], (layers, deciles, experts)),
-        ("coactivation", measured["coactivation"], (layers, experts, experts)),
+        ("given_position", measured["given_position"], [(deciles, experts) for experts in numbers]),
+        ("coactivation", measured["coactivation"], pairs),
         ("coactivation_chance", measured["coactivation_chance"], by_layer),
         ("keywords", measured["keywords"], grid),
         *([("regret", measured["regret"], by_layer)] if measured["regret"] or measured["knockout"] else []),
         *(("seed_agreement", entry["layers"], by_layer) for entry in measured["seed_agreement"]),
     ]
-    pairs = (layers, experts, experts)
     shapes += [("similarity", table, pairs) for table in measured["similarity"].values() if table is not None]
     shapes += [("saliency.values", measured["saliency"]["values"], grid)]
     shapes += [("saliency.rho", entry["layers"], by_layer) for entry in measured["saliency"]["rho"].values()]
     shapes += [("next_layer", measured["next_layer"], (layers - 1,))]
-    shapes += [("next_layer.transitions", entry["transitions"], pairs[1:]) for entry in measured["next_layer"]]
+    tables = [entry["transitions"] for entry in measured["next_layer"]]
+    shapes += [("next_layer.transitions", tables, [*itertools.pairwise(numbers)])]
     found = measured["knockout"]
     for knockout in (found["rerouted"], found["zeroed"]) if found is not None else ():
         for part in (knockout["delta"], knockout["null"], knockout["excess"]):
@@ -273,7 +282,8 @@ def check_shapes(measured: Measured) -> None:
         for entry in agreements:
             shapes += [(key, row, by_layer) for row in (entry["overlap"], entry["kappa"], entry["kappa_shuffled"])]
     if (embedding := measured["embedding"]) is not None:
-        shapes += [("embedding", points, (*grid, 2)) for points in (embedding["pca"], embedding["tsne"])]
+        points_of_layers = [(experts, 2) for experts in numbers]
+        shapes += [("embedding", points, points_of_layers) for points in (embedding["pca"], embedding["tsne"])]
         shapes += [("embedding.explained", embedding["explained"], (2,))]
     if (landscape := measured["landscape"]) is not None:
         if 0 not in landscape["distances"]:
@@ -283,10 +293,19 @@ def check_shapes(measured: Measured) -> None:
             shapes += [(f"landscape.{name}", values, number) for values in (curve["loss"], curve["flipped"])]
     for key, values, shape in shapes:
         if not _has_shape(values, shape):
-            raise ValueError(f"measured.{key}: must have the shape {' x '.join(map(str, shape))}")
+            raise ValueError(f"measured.{key}: must have the shape {_in_words(shape)}")
 
 
-def _has_shape(values: Any, shape: tuple[int, ...]) -> bool:
-    if not shape:
-        return True
-    return len(values) == shape[0] and all(_has_shape(item, shape[1:]) for item in values)
+def _has_shape(values: Any, shape: Shape) -> bool:
+    if isinstance(shape, list):
+        return len(values) == len(shape) and all(map(_has_shape, values, shape))
+    return not shape or (len(values) == shape[0] and all(_has_shape(item, shape[1:]) for item in values))
+
+
+def _in_words(shape: Shape) -> str:
+    """Return a shape such as 2 x 8; for layers of different shapes, the shape of each."""
+    if isinstance(shape, list):
+        if len({*shape}) > 1:
+            return ", ".join(map(_in_words, shape)) + " by layer"
+        shape = (len(shape), *shape[0]) if shape else (0,)
+    return " x ".join(map(str, shape))

@@ -22,7 +22,10 @@ def milestones(steps: int) -> set[int]:
 
 
 class Trace(NamedTuple):
-    """Choices after `step` optimizer steps. `chosen` tells, by layer and token, whether each expert was chosen."""
+    """Choices after `step` optimizer steps. `chosen` tells, by layer and token, whether each expert was chosen.
+
+    In a file, a layer has as many columns as the layer with the most experts; columns beyond its own are false.
+    """
 
     step: int
     chosen: Bool[np.ndarray, "L N E"]

@@ -19,7 +19,7 @@ from moe.model.routed import build_router
 from moe.routers.base import Router
 from moe.routers.imported import Imported
 from moe.routing.decision import Knobs, Routing
-from moe.specialization.observation import next_token_nats
+from moe.specialization.observation import experts_of_layers, next_token_nats
 from moe.training.progress import counted
 
 MOST = 9  # numbers of experts per token that are tried
@@ -30,11 +30,11 @@ def loss_by_k(
 ) -> list[dict[str, Any]]:
     """Return the loss (nats per token) for several numbers k of experts per token, with its interval over documents.
 
-    All MoE layers have the same k, and the weights of the router follow from its own rule, with one exception: if the
-    weights of each token have the same sum with the k of the model, a single expert gets that sum as its weight. Our
-    routers use a probability there, which a router needs in training. difference: from the loss with the k of the
-    model, paired by block. Empty for a router without a setting `k`, with `model.routers`, and if another k changes
-    nothing in evaluation.
+    All MoE layers have the same k, at most the experts of the layer with the fewest. The weights of the router follow
+    from its own rule, with one exception: if the weights of each token have the same sum with the k of the model, a
+    single expert gets that sum as its weight. Our routers use a probability there, which a router needs in training.
+    difference: from the loss with the k of the model, paired by block. Empty for a router without a setting `k`, with
+    `model.routers`, and if another k changes nothing in evaluation.
     """
     router, settings = model.moe_layers[0].router, model.config.router or {}
     if "k" not in settings or model.config.router_layers:
@@ -47,7 +47,7 @@ def loss_by_k(
         own = next_token_nats(model, blocks, knobs).cpu().numpy()
     constants = {layer: _constant(torch.cat(each)) for layer, each in sums.items() if each}
     found, acts = [], False
-    for k in counted(numbers(of_model, router.num_experts), "numbers of experts per token:"):
+    for k in counted(numbers(of_model, min(experts_of_layers(model))), "numbers of experts per token:"):
         try:
             with _experts_per_token(model, k, constants):
                 nats = next_token_nats(model, blocks, knobs).cpu().numpy()
@@ -75,10 +75,10 @@ def _experts_per_token(model: MoEForCausalLM, k: int, sums: dict[MoELayer, float
     sums: of the weights of a token in each layer, None if tokens differ.
     """
     with ExitStack() as stack:
-        for layer in model.moe_layers:
+        for number, layer in enumerate(model.moe_layers):
             if isinstance(layer.router, Imported):
                 continue
-            other = stack.enter_context(_other_router(model, layer, k))
+            other = stack.enter_context(_other_router(model, number, k))
             if k == 1 and (total := sums.get(layer)) is not None:
                 other.register_forward_hook(partial(_with_weight, total))
         for block in model.model.deciding_blocks:
@@ -104,15 +104,15 @@ def _constant(values: Float[Tensor, "N"]) -> float | None:
 
 
 @contextmanager
-def _other_router(model: MoEForCausalLM, layer: MoELayer, k: int) -> Iterator[Router]:
-    """Replace a router by one with the same weights and another k, and yield it."""
-    before, config = layer.router, cast(MoEConfig, model.config)
+def _other_router(model: MoEForCausalLM, number: int, k: int) -> Iterator[Router]:
+    """Replace the router of an MoE layer by one with the same weights and another k, and yield it."""
+    layer, config = model.moe_layers[number], cast(MoEConfig, model.config)
+    before = layer.router
     spec = config.router
     config.router = {**(spec or {}), "k": k}
     try:
-        other = (
-            build_router(config, config.first_k_dense_replace, trusted=True).to(next(model.parameters()).device).eval()
-        )
+        other = build_router(config, config.first_k_dense_replace + number, trusted=True)
+        other = other.to(next(model.parameters()).device).eval()
     finally:
         config.router = spec
     weights, shapes = before.state_dict(), {name: tensor.shape for name, tensor in other.state_dict().items()}

@@ -18,8 +18,8 @@ PROBE_TOKENS = 64  # Tokens that every expert works on.
 
 
 @torch.no_grad()
-def expert_outputs(model: MoEForCausalLM, blocks: Batch, knobs: Knobs) -> Float[Tensor, "L E ND"]:
-    """Return the outputs of every expert for the same N tokens, as one vector of norm 1 per expert.
+def expert_outputs(model: MoEForCausalLM, blocks: Batch, knobs: Knobs) -> list[Float[Tensor, "_ ND"]]:
+    """Return, for each layer, the outputs of every expert for the same N tokens, as one vector of norm 1 per expert.
 
     The tokens are evenly spaced over the first blocks; an expert gets the hidden states that reach its layer. Outputs
     are used rather than weights, because hidden units can be permuted without changing what an expert does.
@@ -40,10 +40,10 @@ def expert_outputs(model: MoEForCausalLM, blocks: Batch, knobs: Knobs) -> Float[
     for layer, x in zip(model.moe_layers, inputs, strict=True):
         outputs = layer.outputs_of_all(x.to(next(layer.experts.parameters()).dtype))
         vectors.append(torch.nn.functional.normalize(outputs.flatten(1).float(), dim=-1))
-    return torch.stack(vectors).cpu()
+    return [of_layer.cpu() for of_layer in vectors]
 
 
-def similarities(model: MoEForCausalLM, vectors: Float[Tensor, "L E ND"]) -> dict[str, Any]:
+def similarities(model: MoEForCausalLM, vectors: list[Float[Tensor, "_ ND"]]) -> dict[str, Any]:
     """Return how similar the experts of each layer are to each other, by cosine: 1 is equal, 0 is unrelated.
 
     outputs: of `vectors`, from `expert_outputs`: their outputs on the same tokens. This compares what experts do.
@@ -57,28 +57,29 @@ def similarities(model: MoEForCausalLM, vectors: Float[Tensor, "L E ND"]) -> dic
         torch.nn.functional.normalize(each.detach().flatten(1).float(), dim=-1) for each in first if each is not None
     ]
     weights = [(unit @ unit.T).cpu().numpy() for unit in known] if len(known) == len(first) else None
-    return {"outputs": (vectors @ vectors.transpose(1, 2)).numpy(), "weights": weights}
+    return {"outputs": [(of_layer @ of_layer.T).numpy() for of_layer in vectors], "weights": weights}
 
 
-def projections(vectors: Float[np.ndarray, "L E F"]) -> dict[str, Any] | None:
+def projections(vectors: list[Float[np.ndarray, "_ F"]]) -> dict[str, Any] | None:
     """Return two-dimensional projections of all experts of all layers together.
 
-    pca, tsne: coordinates (L, E, 2). t-SNE keeps neighbors, not distances.
+    vectors: of the experts of each layer.
+    pca, tsne: coordinates (E, 2) for each layer. t-SNE keeps neighbors, not distances.
     explained: the shares of the variance that the two components of the PCA explain.
     perplexity: about how many neighbors t-SNE considers.
 
     Returns None with fewer than four experts in all.
     """
-    rows = vectors.reshape(-1, vectors.shape[-1]).astype(float)
+    rows = np.concatenate(vectors).astype(float)
     if len(rows) < 4:
         return None
     pca = PCA(n_components=2, svd_solver="full").fit(rows)
     perplexity = min(10.0, (len(rows) - 1) / 3)
     tsne = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(rows)
-    shape = (*vectors.shape[:2], 2)
+    ends = np.cumsum([len(of_layer) for of_layer in vectors])[:-1]
     return {
-        "pca": pca.transform(rows).reshape(shape),
+        "pca": np.split(pca.transform(rows), ends),
         "explained": pca.explained_variance_ratio_,
-        "tsne": tsne.reshape(shape),
+        "tsne": np.split(tsne, ends),
         "perplexity": perplexity,
     }

@@ -164,16 +164,16 @@ def coactivation(chosen: Bool[np.ndarray, "N E"]) -> Float[np.ndarray, "E E"]:
     return table
 
 
-def coactivation_chance(chosen: Bool[np.ndarray, "L N E"]) -> Float[np.ndarray, "L"]:
+def coactivation_chance(chosen: Bool[np.ndarray, "N E"]) -> float:
     """Return the mean of `coactivation` if each token took as many experts as it did, at random.
 
     This is (K' - 1) / (E - 1), see `experts_per_assignment`. NaN if no token takes an expert.
     """
     experts = chosen.shape[-1]
-    tokens_by_active = np.stack([np.bincount(of_token, minlength=experts + 1) for of_token in chosen.sum(-1)])
+    tokens_by_active = np.bincount(chosen.sum(-1), minlength=experts + 1)
     with np.errstate(invalid="ignore"):
-        others = experts_per_assignment(Sums({"tokens_by_active": tokens_by_active})) - 1
-    return others / max(1, experts - 1)
+        [others] = experts_per_assignment(Sums({"tokens_by_active": tokens_by_active[None]})) - 1
+    return float(others / max(1, experts - 1))
 
 
 def probabilities_by_position(chosen: Bool[np.ndarray, "N E"], seq_len: int) -> Float[np.ndarray, "P E"]:

@@ -33,46 +33,48 @@ def knockouts(
     in each forward pass. This shows the cost of removing that many assignments from any experts. The random choice is
     made only once, so the excess of a single expert is noisy. See `_summary` for the fields.
     """
-    experts = model.config.num_experts
-    removals: dict[str, Removal] = {
-        "rerouted": functools.partial(reroute, num_experts=experts),
-        "zeroed": remove,
-    }
-    load = observed.chosen.sum(1) / observed.chosen.sum((1, 2))[:, None]
-    layers = [*model.moe_layers]
-    rise = {name: np.zeros((2, len(layers), experts, len(observed.ids))) for name in removals}
-    each = [*itertools.product(removals, range(len(layers)), range(experts), (_without, _null))]
-    for name, layer, expert, kind in counted(each, "removals"):
-        with intervene(layers[layer], kind(expert, removals[name])):
+    load = [chosen.sum(0) / chosen.sum() for chosen in observed.chosen]
+    experts = [(layer, expert) for layer in model.moe_layers for expert in range(layer.router.num_experts)]
+    rise = {name: np.zeros((2, len(experts), len(observed.ids))) for name in ("rerouted", "zeroed")}
+    each = [*itertools.product(rise, enumerate(experts), (_without, _null))]
+    for name, (place, (layer, expert)), kind in counted(each, "removals"):
+        reroute_here = functools.partial(reroute, num_experts=layer.router.num_experts)
+        with intervene(layer, kind(expert, reroute_here if name == "rerouted" else remove)):
             nats = next_token_nats(model, observed.blocks, knobs).cpu().numpy()
-        rise[name][int(kind is _null), layer, expert] = np.nanmean(nats - observed.nats, axis=1)
+        rise[name][int(kind is _null), place] = np.nanmean(nats - observed.nats, axis=1)
     return {name: _summary(*both, load=load, domain=observed.domain, document=document) for name, both in rise.items()}
 
 
 def _summary(
-    rise: Float[np.ndarray, "L E B"],
-    null: Float[np.ndarray, "L E B"],
+    rise: Float[np.ndarray, "E B"],
+    null: Float[np.ndarray, "E B"],
     *,
-    load: Float[np.ndarray, "L E"],
+    load: list[Float[np.ndarray, "_"]],
     domain: Int[np.ndarray, "B"],
     document: Int[np.ndarray, "B"],
 ) -> dict[str, Any]:
-    """Return the results of one kind of removal.
+    """Return the results of one kind of removal. rise, null: of the experts of all layers, one layer after another.
 
     delta: rise of the loss. null: the same for random assignments. excess: delta - null. Each has a mean and an
-        interval, with shape (L, E).
-    by_domain: delta by domain (L, E, number of domains that occur).
+        interval, with a list of experts for each layer.
+    by_domain: delta by domain, with an array (E, number of domains that occur) for each layer.
     rho, rho_excess: (L) Spearman's correlation between load and delta, and between load and excess, over experts.
     """
     excess = rise - null
+    ends = np.cumsum([len(of_layer) for of_layer in load])[:-1]
+
+    def interval(values: Float[np.ndarray, "E B"]) -> dict[str, Any]:
+        found = bootstrap(values, document)
+        return found | {name: np.split(found[name], ends) for name in ("mean", "low", "high")}
+
     return {
-        "delta": bootstrap(rise, document),
-        "null": bootstrap(null, document),
-        "excess": bootstrap(excess, document),
+        "delta": interval(rise),
+        "null": interval(null),
+        "excess": interval(excess),
         "domains": np.unique(domain),
-        "by_domain": np.stack([rise[..., domain == d].mean(-1) for d in np.unique(domain)], -1),
-        "rho": [rank_correlation(*pair) for pair in zip(load, rise.mean(-1), strict=True)],
-        "rho_excess": [rank_correlation(*pair) for pair in zip(load, excess.mean(-1), strict=True)],
+        "by_domain": np.split(np.stack([rise[:, domain == d].mean(-1) for d in np.unique(domain)], -1), ends),
+        "rho": [rank_correlation(*pair) for pair in zip(load, np.split(rise.mean(-1), ends), strict=True)],
+        "rho_excess": [rank_correlation(*pair) for pair in zip(load, np.split(excess.mean(-1), ends), strict=True)],
     }
 
 

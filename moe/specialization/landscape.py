@@ -70,5 +70,6 @@ def moved_weights(weights: Sequence[Tensor], direction: Sequence[Tensor], distan
 
 def _flipped(a: Observation, b: Observation) -> float:
     """Return the share of assignments that changed. If a token has different numbers of experts, the larger counts."""
-    size = np.maximum(a.chosen.sum(-1), b.chosen.sum(-1)).sum()
-    return float(1 - (a.chosen & b.chosen).sum() / size)
+    pairs = [*zip(a.chosen, b.chosen, strict=True)]
+    size = sum(np.maximum(one.sum(-1), other.sum(-1)).sum() for one, other in pairs)
+    return float(1 - sum((one & other).sum() for one, other in pairs) / size)

@@ -44,7 +44,7 @@ def next_layer(
     return found
 
 
-def transitions(before: Bool[np.ndarray, "N E"], after: Bool[np.ndarray, "N E"]) -> Float[np.ndarray, "E E"]:
+def transitions(before: Bool[np.ndarray, "N E"], after: Bool[np.ndarray, "N F"]) -> Float[np.ndarray, "E F"]:
     """Return how often tokens of the row expert take the column expert in the next layer, as a multiple of chance.
 
     Each of a token's k experts counts 1/k. Chance is independence of the two layers: the product of the two loads. So
@@ -56,8 +56,8 @@ def transitions(before: Bool[np.ndarray, "N E"], after: Bool[np.ndarray, "N E"])
 
 
 def predicted_by_choice(
-    before: Bool[np.ndarray, "N E"], after: Bool[np.ndarray, "N E"], half: Bool[np.ndarray, "N"]
-) -> Bool[np.ndarray, "N E"]:
+    before: Bool[np.ndarray, "N E"], after: Bool[np.ndarray, "N F"], half: Bool[np.ndarray, "N"]
+) -> Bool[np.ndarray, "N F"]:
     """Predict the next experts of each token from its experts here: those that tokens with these experts took most.
 
     The frequencies P(next expert | expert) are those of the other half of the tokens, so that no token predicts itself.
@@ -83,7 +83,7 @@ def _agreement(predicted: Bool[np.ndarray, "N E"], after: Bool[np.ndarray, "N E"
 @torch.no_grad()
 def _decisions_one_layer_early(
     model: MoEForCausalLM, observed: Observation, knobs: Knobs
-) -> Bool[np.ndarray, "M N E"] | None:
+) -> list[Bool[np.ndarray, "N _"]] | None:
     """Return what the router of each layer but the first chooses for the hidden states of the layer before."""
     layers = [*model.moe_layers]
     routers = [layer.router for layer in layers]
@@ -97,9 +97,9 @@ def _decisions_one_layer_early(
                 hook = router.register_forward_pre_hook(lambda _, inputs, calls=calls: calls.append(inputs))
                 stack.callback(hook.remove)
             model(**part.inputs, knobs=knobs)
-        size = {"tokens": part.ids.numel(), "experts": model.config.num_experts}
-        early = zip(layers[1:], calls, calls[1:], strict=False)
-        decisions = [decide(layer.router, x, context, layer.router_precision) for layer, (x, _), (_, context) in early]
-        masks = [assignment_mask((decision,), **size) for decision in decisions]
-        parts.append(torch.stack(masks))
-    return torch.cat(parts, 1).cpu().numpy()
+        masks = []
+        for layer, (x, _), (_, context) in zip(layers[1:], calls, calls[1:], strict=False):
+            decision = decide(layer.router, x, context, layer.router_precision)
+            masks.append(assignment_mask((decision,), tokens=part.ids.numel(), experts=layer.router.num_experts))
+        parts.append(masks)
+    return [torch.cat(of_layer).cpu().numpy() for of_layer in zip(*parts, strict=True)]

@@ -4,6 +4,7 @@ All statistics of the specialization study start from these arrays.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,8 +26,9 @@ BLOCKS_PER_PASS = 8  # Blocks in one forward pass. A router that is not causal s
 class Observation(NamedTuple):
     """Choices and predictions of a model on B blocks of S tokens (N = B * S tokens). Each block is of one domain.
 
-    chosen: which experts a token asked for, in any iteration of a chain.
-    weight: the gate weight of each token and expert; 0 if the expert was not chosen.
+    chosen: for each of the L layers, which of its E experts a token asked for, in any iteration of a chain. Layers can
+        have different numbers of experts.
+    weight: for each layer, the gate weight of each token and expert; 0 if the expert was not chosen.
     predicted: the most likely next token.
     nats: cross-entropy of the true next token. NaN where the next token has no label: at the end of a block, and in
         conversations before every token that the assistant does not say.
@@ -35,8 +37,8 @@ class Observation(NamedTuple):
 
     ids: Int[np.ndarray, "B S"]
     domain: Int[np.ndarray, "B"]
-    chosen: Bool[np.ndarray, "L N E"]
-    weight: Float[np.ndarray, "L N E"]
+    chosen: list[Bool[np.ndarray, "N E"]]
+    weight: list[Float[np.ndarray, "N E"]]
     predicted: Int[np.ndarray, "B S"]
     nats: Float[np.ndarray, "B S"]
     blocks: Batch
@@ -75,8 +77,6 @@ def reason_not_studied(model: MoEForCausalLM, blocks: Batch) -> str | None:
     """Return why this model's routing cannot be studied, or None if it can: experts must work on single tokens."""
     if not model.moe_layers:
         return "a dense model: there is no routing"
-    if len({layer.router.num_experts for layer in model.moe_layers}) > 1:
-        return f"layers of different numbers of experts (model.experts_by_layer={model.config.experts_by_layer})"
     with torch.no_grad():
         routing = model(**blocks.take(slice(1)).to(model.device).inputs).routing
     if any(decision.slots is not None for layer in routing for decision in layer):
@@ -89,17 +89,28 @@ def observe(model: MoEForCausalLM, blocks: Batch, knobs: Knobs) -> Observation:
     """Run the blocks through a model in evaluation mode. Raises ValueError if `reason_not_studied` gives a reason."""
     if reason := reason_not_studied(model, blocks):
         raise ValueError(reason)
-    experts = model.config.num_experts
     parts = []
     for part in blocks.to(model.device).split(BLOCKS_PER_PASS):
         output = model(**part.inputs, knobs=knobs)
-        layers = [_choices(layer, tokens=part.ids.numel(), experts=experts) for layer in output.routing]
-        chosen, weight = (torch.stack(tensors) for tensors in zip(*layers, strict=True))
-        parts.append((chosen, weight, output.logits.argmax(-1), _nats(output.logits, part.labels)))
+        layers = [
+            _choices(decisions, tokens=part.ids.numel(), experts=experts)
+            for decisions, experts in zip(output.routing, experts_of_layers(model), strict=True)
+        ]
+        parts.append((*zip(*layers, strict=True), output.logits.argmax(-1), _nats(output.logits, part.labels)))
     masks, gates, tokens, nats = zip(*parts, strict=True)
-    tensors = (blocks.ids, blocks.domain, torch.cat(masks, 1), torch.cat(gates, 1), torch.cat(tokens), torch.cat(nats))
-    fields: tuple[Any, ...] = (*(tensor.cpu().numpy() for tensor in tensors), blocks)
-    return Observation(*fields)
+    chosen, weight = ([_joined(of_layer) for of_layer in zip(*each, strict=True)] for each in (masks, gates))
+    ids, domain = blocks.ids.cpu().numpy(), blocks.domain.cpu().numpy()
+    return Observation(ids, domain, chosen, weight, _joined(tokens), _joined(nats), blocks)
+
+
+def experts_of_layers(model: MoEForCausalLM) -> list[int]:
+    """Return the number of experts of each MoE layer."""
+    return [layer.router.num_experts for layer in model.moe_layers]
+
+
+def _joined(parts: Sequence[Tensor]) -> Any:
+    """Return the array of all parts of the blocks, on the CPU."""
+    return torch.cat(tuple(parts)).cpu().numpy()
 
 
 @torch.no_grad()

@@ -33,12 +33,12 @@ MOST_PARTS = 8  # tokens that one character can consist of
 
 
 class Passage(NamedTuple):
-    """A text of S tokens under its heading, and the experts of each token with their gate weights."""
+    """A text of S tokens under its heading, and by layer the experts of each token with their gate weights."""
 
     heading: str
     ids: Int[np.ndarray, "S"]
-    chosen: Bool[np.ndarray, "L S E"]
-    weight: Float[np.ndarray, "L S E"]
+    chosen: list[Bool[np.ndarray, "S E"]]
+    weight: list[Float[np.ndarray, "S E"]]
 
 
 class Token(NamedTuple):
@@ -61,7 +61,7 @@ def token_page(seen: Observation, tokenizer: PreTrainedTokenizerFast, *, domains
     """Return an HTML page with the first blocks of each domain. If there are many, each block is cut at its end."""
     of_domain = [np.flatnonzero(seen.domain == d)[:BLOCKS_PER_DOMAIN].tolist() for d in range(len(domains))]
     length = seen.ids.shape[1]
-    per_token = max(1.0, seen.chosen.sum() / seen.ids.size)
+    per_token = max(1.0, sum(chosen.sum() for chosen in seen.chosen) / seen.ids.size)
     shown = min(length, max(1, int(MOST_ASSIGNMENTS / per_token / sum(map(len, of_domain)))))
     cut = f"; the first {shown} are shown" if shown < length else ""
     passages = [
@@ -92,12 +92,14 @@ def _passage(seen: Observation, row: int, heading: str, shown: int | None = None
     """Return the first tokens of a block."""
     length = seen.ids.shape[1]
     at = slice(row * length, row * length + (shown or length))
-    return Passage(heading, seen.ids[row][:shown], seen.chosen[:, at], seen.weight[:, at])
+    chosen, weight = ([of_layer[at] for of_layer in each] for each in (seen.chosen, seen.weight))
+    return Passage(heading, seen.ids[row][:shown], chosen, weight)
 
 
 def _page(passages: Sequence[Passage], tokenizer: PreTrainedTokenizerFast, *, title: str, origin: str) -> str:
     """Return a page with texts. `origin` is a sentence that says what they are."""
-    layers, _, experts = passages[0].chosen.shape
+    numbers = [chosen.shape[-1] for chosen in passages[0].chosen]
+    layers, experts = len(numbers), max(numbers)
     parts = [_assignments(passage) for passage in passages]
     routing = [[token for part in parts for token in part[layer]] for layer in range(layers)]
     texts, decode = [], cache(partial(_decode, tokenizer))
@@ -107,7 +109,7 @@ def _page(passages: Sequence[Passage], tokenizer: PreTrainedTokenizerFast, *, ti
         texts.append((passage.heading, tokens))
     values = {
         "title": title,
-        "layers": layers,
+        "numbers": numbers,
         "experts": [expert_style(expert) for expert in range(experts)],
         "alike": LOOKS if experts > LOOKS else None,
         "tokens": sum(len(passage.ids) for passage in passages),

@@ -15,7 +15,7 @@ from moe.model.causal_lm import MoEForCausalLM
 from moe.model.layer import MoELayer
 from moe.routing.decision import Knobs, Routing
 from moe.specialization.interventions import intervene, swap_experts
-from moe.specialization.observation import BLOCKS_PER_PASS, Observation, next_token_nats
+from moe.specialization.observation import BLOCKS_PER_PASS, Observation, experts_of_layers, next_token_nats
 from moe.training.progress import counted
 
 MAX_ROUTES = 8  # Sets of experts that are tried for a token.
@@ -28,10 +28,10 @@ def route_regret(
     routes tried, in nats.
 
     A token tries up to `MAX_ROUTES` sets of as many experts as it has. They are windows of a random order of all
-    experts, drawn for this token, so that all experts are tried equally often; for k = 1 and few experts all of them
-    are tried. The gate weights stay (see `interventions.swap_experts`). Only one token of a block is changed at a time.
-    The change can influence later tokens of its block, but no other blocks, unless the router looks at the whole batch.
-    Tokens without an expert and tokens whose next token has no label are left out.
+    experts of the layer, drawn for this token, so that all are tried equally often; for k = 1 and few experts all of
+    them are tried. The gate weights stay (see `interventions.swap_experts`). Only one token of a block is changed at a
+    time. The change can influence later tokens of its block, but no other blocks, unless the router looks at the whole
+    batch. Tokens without an expert and tokens whose next token has no label are left out.
 
     regret: at least 0. It grows with the number of routes tried, because the best of several is picked afterwards.
     advantage: the mean loss over the routes tried minus the loss as routed. It involves no such choice of the best. It
@@ -41,7 +41,10 @@ def route_regret(
     rounds = math.ceil(samples / len(observed.ids))
     rng = np.random.default_rng(0)
     token = rng.integers(observed.ids.shape[1] - 1, size=(rounds, len(observed.ids)))
-    order = rng.permuted(np.tile(np.arange(model.config.num_experts), (rounds, len(observed.ids), 1)), axis=-1)
+    orders = {
+        experts: rng.permuted(np.tile(np.arange(experts), (rounds, len(observed.ids), 1)), axis=-1)
+        for experts in dict.fromkeys(experts_of_layers(model))
+    }
     chosen = np.take_along_axis(observed.nats, token.T, axis=1).T
     results = []
     layers = [*zip(model.moe_layers, observed.chosen, strict=True)]
@@ -49,7 +52,7 @@ def route_regret(
         tried = np.stack(
             [
                 _losses(model, layer, observed.blocks, knobs, *map(torch.from_numpy, drawn))
-                for drawn in zip(token, order, strict=True)
+                for drawn in zip(token, orders[layer.router.num_experts], strict=True)
             ]
         )  # (rounds, B, routes)
         routed = np.take_along_axis(taken.any(-1).reshape(observed.ids.shape), token.T, axis=1).T & ~np.isnan(chosen)

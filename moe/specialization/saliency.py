@@ -16,20 +16,20 @@ from moe.model.layer import MoELayer
 from moe.routing.decision import Knobs, Routing
 from moe.specialization.interventions import intervene
 from moe.specialization.knockout import rank_correlation
-from moe.specialization.observation import BLOCKS_PER_PASS
+from moe.specialization.observation import BLOCKS_PER_PASS, experts_of_layers
 
 NORMAL = 1.959964  # 97.5 % quantile of the normal distribution
 
 
 @torch.no_grad()
-def saliency(model: MoEForCausalLM, blocks: Batch, knobs: Knobs) -> Float[np.ndarray, "L E"]:
-    """Return the saliency of each expert (REAP 2510.13999): the mean of gate x ‖output‖₂ over the tokens that take it.
+def saliency(model: MoEForCausalLM, blocks: Batch, knobs: Knobs) -> list[Float[np.ndarray, "_"]]:
+    """Return, by layer, the saliency of each expert (REAP 2510.13999).
 
-    The gate is the weight with which the layer multiplies the output, to which an adapter beside the expert has added
-    its own. NaN for an expert without tokens.
+    It is the mean of gate x ‖output‖₂ over the tokens that take the expert. The gate is the weight with which the layer
+    multiplies the output, to which an adapter beside the expert has added its own. NaN for an expert without tokens.
     """
     layers = [*model.moe_layers]
-    sums = torch.zeros(2, len(layers), model.config.num_experts, dtype=torch.float64, device=model.device)
+    sums = [torch.zeros(2, experts, dtype=torch.float64, device=model.device) for experts in experts_of_layers(model)]
 
     decisions: list[Routing] = []  # the last one of the layer that runs
 
@@ -41,7 +41,7 @@ def saliency(model: MoEForCausalLM, blocks: Batch, knobs: Knobs) -> Float[np.nda
         expert, order = decisions[0].expert.sort(stable=True)  # the order in which experts get their rows
         norms = layer.full_width(layer.with_beside(outputs, *inputs)).float().norm(dim=-1)
         values = torch.stack([decisions[0].weight[order] * norms, torch.ones_like(norms)]).double()
-        sums[:, number].index_add_(1, expert, values)
+        sums[number].index_add_(1, expert, values)
 
     with ExitStack() as stack:
         for number, layer in enumerate(layers):
@@ -50,11 +50,13 @@ def saliency(model: MoEForCausalLM, blocks: Batch, knobs: Knobs) -> Float[np.nda
             stack.callback(hook.remove)
         for part in blocks.to(model.device).split(BLOCKS_PER_PASS):
             model(**part.inputs, knobs=knobs)
-    total, tokens = sums.cpu().numpy()
-    return np.divide(total, tokens, out=np.full(total.shape, np.nan), where=tokens > 0)
+    totals = [of_layer.cpu().numpy() for of_layer in sums]
+    return [np.divide(total, tokens, out=np.full(len(total), np.nan), where=tokens > 0) for total, tokens in totals]
 
 
-def against_knockouts(values: Float[np.ndarray, "L E"], knockouts: dict[str, dict[str, Any]] | None) -> dict[str, Any]:
+def against_knockouts(
+    values: list[Float[np.ndarray, "_"]], knockouts: dict[str, dict[str, Any]] | None
+) -> dict[str, Any]:
     """Return the saliency, and how it ranks experts compared with the rise of the loss without each of them.
 
     values: from `saliency`. rho: for each kind of removal, `agreement` of saliency and rise by layer, and over layers.

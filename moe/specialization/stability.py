@@ -8,11 +8,16 @@ from jaxtyping import Bool
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score
 
-from moe.metrics.agreement import beyond_chance, overlap
+from moe.metrics.agreement import Choices, beyond_chance, overlap
 from moe.runs.traces import Trace
 from moe.specialization.information import expert_set_labels
 
 SHUFFLES = 20
+
+
+def cut(trace: Trace, experts: list[int]) -> Trace:
+    """Return the trace without the columns that stand for no expert, in layers with fewer `experts` than others."""
+    return trace._replace(chosen=[chosen[:, :number] for chosen, number in zip(trace.chosen, experts, strict=True)])
 
 
 def saturation(traces: list[Trace]) -> list[dict[str, Any]]:
@@ -29,9 +34,7 @@ def churn(traces: list[Trace]) -> list[dict[str, Any]]:
     ]
 
 
-def seed_agreement(
-    a: Bool[np.ndarray, "L N E"], b: Bool[np.ndarray, "L N E"], *, rng: np.random.Generator
-) -> list[dict[str, float]]:
+def seed_agreement(a: Choices, b: Choices, *, rng: np.random.Generator) -> list[dict[str, float]]:
     """Return, for each layer, how similarly two models route the same tokens.
 
     matched: overlap / k after the experts of one model are renumbered so that it is as large as possible (Hungarian

@@ -25,6 +25,7 @@ from moe.specialization.next_layer import next_layer
 from moe.specialization.observation import (
     Observation,
     documents_of_blocks,
+    experts_of_layers,
     next_token_nats,
     observe,
     reason_not_studied,
@@ -90,8 +91,10 @@ def study(folder: Path, *, blocks_wanted: int, samples: int, trusted: bool = Fal
         content |= {"saliency": against_knockouts(saliency(model, probes, knobs), content["knockout"])}
         content |= {"next_layer": next_layer(model, seen, knobs, document=document)}
         vectors = expert_outputs(model, probes, knobs)
-        content |= {"embedding": projections(vectors.numpy()), "similarity": similarities(model, vectors)}
-        read = traces.read_traces(folder / "trace")
+        embedding = projections([of_layer.numpy() for of_layer in vectors])
+        content |= {"embedding": embedding, "similarity": similarities(model, vectors)}
+        experts = experts_of_layers(model)
+        read = [stability.cut(trace, experts) for trace in traces.read_traces(folder / "trace")]
         content |= {"saturation": stability.saturation(read), "churn": stability.churn(read), "seed_agreement": []}
         measured = content
         page = token_page(seen, data.tokenizer, domains=data.domains, title=_title(record))
@@ -148,19 +151,18 @@ def routing_statistics(
     if observed.blocks.position_ids is not None:  # The last token of a conversation does not predict the next one.
         next_ids[:, :-1][observed.blocks.position_ids[:, 1:].numpy() == 0] = NO_NEXT_TOKEN
     variants = {"input": observed.ids, "next": next_ids, "predicted": observed.predicted}
-    share = information.expert_shares(observed.chosen)
-    k = observed.chosen.sum(-1).mean(-1)
+    shares = [information.expert_shares(chosen) for chosen in observed.chosen]
     by_token = np.repeat(observed.domain, observed.ids.shape[1])
     return {
         "tokens": observed.ids.size,
         "blocks": len(observed.ids),
         "documents": len(np.unique(document)),
         "domains": domains,
-        "experts_per_token": k,
-        "load": share.sum(1) / share.sum((1, 2))[:, None],
+        "experts_per_token": [chosen.sum(-1).mean() for chosen in observed.chosen],
+        "load": [share.sum(0) / share.sum() for share in shares],
         "given_domain": [
             information.conditional_probabilities(information.sum_by_label(by_token, s, size=len(domains)))
-            for s in share
+            for s in shares
         ],
         "domain": [
             information.domain_dependence(chosen, observed.domain, document, rng=rng) for chosen in observed.chosen
@@ -173,7 +175,7 @@ def routing_statistics(
             information.probabilities_by_position(chosen, observed.ids.shape[1]) for chosen in observed.chosen
         ],
         "coactivation": [information.coactivation(chosen) for chosen in observed.chosen],
-        "coactivation_chance": information.coactivation_chance(observed.chosen),
+        "coactivation_chance": [information.coactivation_chance(chosen) for chosen in observed.chosen],
     }
 
 
@@ -184,22 +186,27 @@ def compare_seeds(folders: list[Path]) -> None:
     """
     rng = np.random.default_rng(0)
     runs = {folder: RunRecord.read(folder / RunRecord.FILE) for folder in folders}
-    last = {folder: read[-1].chosen for folder in folders if (read := traces.read_traces(folder / "trace"))}
+    last = {folder: read[-1] for folder in folders if (read := traces.read_traces(folder / "trace"))}
     for folder in folders:
         others = [
             other
             for other in last
             if other != folder and folder in last and _differ_in_seed_only(runs[folder], runs[other])
         ]
-        others = [other for other in others if last[other].shape == last[folder].shape]
+        others = [other for other in others if last[other].chosen.shape == last[folder].chosen.shape]
         record = SpecializationRecord.read(folder / SpecializationRecord.FILE)
         if record.measured is None:
             continue
+        experts = [len(load) for load in record.measured["load"]]
         record.measured["seed_agreement"] = [
             {
                 "seed": runs[other].typed_config().seed,
                 "folder": other.name,
-                "layers": to_json(stability.seed_agreement(last[folder], last[other], rng=rng)),
+                "layers": to_json(
+                    stability.seed_agreement(
+                        *(stability.cut(last[each], experts).chosen for each in (folder, other)), rng=rng
+                    )
+                ),
             }
             for other in others
         ]

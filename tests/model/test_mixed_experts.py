@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from small_runs import run
@@ -22,10 +23,16 @@ from moe.launch.command_line import read_cells
 from moe.metrics.summary import summarize
 from moe.model.causal_lm import MoEConfig, MoEForCausalLM, load_model
 from moe.model.cost import count_parameters, flops_per_token
+from moe.routing.decision import Knobs
 from moe.routing.stats import RoutingStats
 from moe.runs.events import read_events
 from moe.runs.signals import Interrupted
-from moe.specialization.observation import reason_not_studied
+from moe.specialization.geometry import expert_outputs, projections
+from moe.specialization.knockout import knockouts
+from moe.specialization.next_layer import next_layer
+from moe.specialization.observation import observe
+from moe.specialization.saliency import saliency
+from moe.specialization.study import routing_statistics
 
 V, S = 61, 8
 TOPK = {"_target_": "moe.routers.topk.TopK", "k": 2}
@@ -132,10 +139,23 @@ def test_a_saved_model_has_the_numbers_of_its_layers(ids: torch.Tensor, tmp_path
             load_model(tmp_path)
 
 
+def test_a_study_has_an_entry_for_each_expert_of_each_layer_and_for_no_other(ids: torch.Tensor) -> None:
+    model, document, knobs = make(BY_LAYER), np.arange(2), Knobs.of()
+    blocks = Batch(ids, torch.arange(2), ids, None)
+    seen = observe(model, blocks, knobs)
+    assert [chosen.shape for chosen in seen.chosen] == [(2 * S, experts) for experts in NUMBERS]
+    found = routing_statistics(seen, ("a", "b"), document=document)
+    removed = knockouts(model, seen, knobs, document=document)["zeroed"]["delta"]["mean"]
+    vectors = expert_outputs(model, blocks, knobs)
+    points = projections([of_layer.numpy() for of_layer in vectors])
+    assert points is not None
+    for entries in (found["load"], found["coactivation"], removed, saliency(model, blocks, knobs), points["tsne"]):
+        assert [len(of_layer) for of_layer in entries] == NUMBERS
+    tables = [entry["transitions"].shape for entry in next_layer(model, seen, knobs, document=document)]
+    assert tables == [(8, 4), (4, 4), (4, 8)]
+
+
 def test_what_needs_one_number_for_all_layers_says_so(tmp_path: Path) -> None:
-    model = make(BY_LAYER)
-    reason = "layers of different numbers of experts (model.experts_by_layer=1-2:4)"
-    assert reason_not_studied(model, Batch(*[torch.zeros(1, S, dtype=torch.long)] * 3, None)) == reason
     make(None, experts=4).save_pretrained(tmp_path / "run/model")
     with pytest.raises(ConfigError, match=r"^experts_by_layer in config.json of .*=null: must be 1:2, as in this run$"):
         read_cells(

@@ -38,7 +38,7 @@ def observed(ids: np.ndarray, *, layers: int, experts: int, k: int) -> Observati
     weight = np.where(chosen, score, 0)
     tokens = torch.from_numpy(ids)
     batch = Batch(tokens, torch.tensor([0, 1]), tokens, None)
-    return Observation(ids, np.array([0, 1]), chosen, weight, ids, np.zeros(ids.shape), batch)
+    return Observation(ids, np.array([0, 1]), [*chosen], [*weight], ids, np.zeros(ids.shape), batch)
 
 
 def test_the_page_holds_text_and_routing_once() -> None:
@@ -71,12 +71,12 @@ def test_the_policy_of_the_page_names_its_script_alone() -> None:
 
 def test_a_token_without_an_expert_has_no_color_and_a_weight_that_is_no_number_is_null() -> None:
     seen = observed(np.zeros((2, 2), int), layers=1, experts=4, k=1)
-    seen.chosen[0, 0] = False
-    seen.weight[0, 1, seen.chosen[0, 1]] = np.nan
+    seen.chosen[0][0] = False
+    seen.weight[0][1, seen.chosen[0][1]] = np.nan
     text = token_page(seen, byte_tokenizer("word"), domains=DOMAINS, title="")
     assert "<span>word</span><span" in text
     assert "1 without color have no expert" in text
-    assert json.loads(text.split('id="routing">')[1].split("<")[0])[0][:2] == [[], [seen.chosen[0, 1].argmax(), None]]
+    assert json.loads(text.split('id="routing">')[1].split("<")[0])[0][:2] == [[], [seen.chosen[0][1].argmax(), None]]
 
 
 def test_experts_look_different_and_eight_of_them_without_color() -> None:

@@ -230,7 +230,7 @@ def test_the_chance_level_of_coactivation_is_that_of_tokens_with_as_many_experts
     varied = np.arange(6) < active[:, None]
     chosen = np.stack([random_choices((5, 6), k=3), varied, np.zeros_like(varied)])
     others = (active * (active - 1)).sum() / active.sum()
-    np.testing.assert_allclose(coactivation_chance(chosen), [2 / 5, others / 5, np.nan])
+    np.testing.assert_allclose([coactivation_chance(of_layer) for of_layer in chosen], [2 / 5, others / 5, np.nan])
 
 
 def test_probabilities_by_position_are_those_of_each_decile() -> None:
@@ -287,7 +287,7 @@ def word_tokenizer(*vocabulary: str) -> PreTrainedTokenizerFast:
 def make_observation(ids: np.ndarray, domain: np.ndarray, chosen: np.ndarray, weight: np.ndarray) -> Observation:
     tokens = torch.from_numpy(ids)
     batch = Batch(tokens, torch.from_numpy(domain), tokens, None)
-    return Observation(ids, domain, chosen, weight, ids, np.zeros(ids.shape), batch)
+    return Observation(ids, domain, [*chosen], [*weight], ids, np.zeros(ids.shape), batch)
 
 
 def observation_of(ids: np.ndarray, chosen: np.ndarray) -> Observation:
@@ -309,13 +309,13 @@ def test_keywords_are_first_the_tokens_of_one_expert_and_then_shared_tokens() ->
 def test_projections_keep_similar_experts_together() -> None:
     centers = np.random.default_rng(0).normal(size=(2, 1, 30))
     vectors = centers.repeat(6, 1) + 0.01 * np.random.default_rng(1).normal(size=(2, 6, 30))
-    found = projections(vectors)
+    found = projections([*vectors])
     assert found is not None
     for name in ("pca", "tsne"):
         within = max(np.linalg.norm(group - group.mean(0), axis=-1).max() for group in found[name])
         assert np.linalg.norm(found[name][0].mean(0) - found[name][1].mean(0)) > 2 * within
     assert found["explained"][0] > 0.99
-    assert projections(vectors[:1, :3]) is None
+    assert projections([vectors[0, :3]]) is None
 
 
 def test_numbers_that_are_not_finite_become_null_and_arrays_become_lists() -> None:

@@ -49,10 +49,10 @@ def expert_coactivation(runs: list[MeasuredRun]) -> Figure:
 
     def to_chance(found: dict[str, Any]) -> list[np.ndarray]:
         chances = zip(found["coactivation"], found["coactivation_chance"], strict=True)
-        return [to_array(table) / chance for table, chance in chances]
+        return [to_array(table) / (chance or np.nan) for table, chance in chances]
 
     title = "tokens shared with another expert,\ntimes chance"
-    return _heatmaps(runs, to_chance, rows=("expert", _numbers(runs[0])), title=title)
+    return _heatmaps(runs, to_chance, rows=("expert", None), title=title)
 
 
 @matplotlib.rc_context(RC)
@@ -62,7 +62,7 @@ def expert_transitions(runs: list[MeasuredRun]) -> Figure:
     The runs must have more than one layer.
     """
     names = [f"from layer {layer} to {layer + 1}" for layer in range(len(runs[0].found["next_layer"]))]
-    rows, title = ("expert", _numbers(runs[0])), "tokens that go from expert to expert,\ntimes chance"
+    rows, title = ("expert", None), "tokens that go from expert to expert,\ntimes chance"
     return _heatmaps(
         runs,
         lambda found: [to_array(entry["transitions"]) for entry in found["next_layer"]],
@@ -80,7 +80,7 @@ def expert_similarity(runs: list[MeasuredRun], what: str) -> Figure:
     return _heatmaps(
         runs,
         lambda found: [to_array(table) for table in found["similarity"][what]],
-        rows=("expert", _numbers(runs[0])),
+        rows=("expert", None),
         title=f"cosine of two experts'\n{words}",
         norm=COSINE,
     )
@@ -130,7 +130,7 @@ def expert_embeddings(run: MeasuredRun) -> Figure | str:
     explained = [100 * share for share in found["explained"]]
     names = (f"component 1 ({explained[0]:.0f} % of variance)", f"component 2 ({explained[1]:.0f} %)")
     for axes, name, labels in ((left, "pca", names), (right, "tsne", ("t-SNE 1", "t-SNE 2"))):
-        for layer, points in enumerate(np.array(found[name])):
+        for layer, points in enumerate(map(to_array, found[name])):
             point_style = {"color": PALETTE[layer % len(PALETTE)], "marker": MARKER_SHAPES[layer % len(MARKER_SHAPES)]}
             axes.scatter(*points.T, s=140, alpha=0.35, label=f"layer {layer}", linewidth=0, **point_style)
             for expert, point in enumerate(points):
@@ -149,7 +149,7 @@ def expert_embeddings(run: MeasuredRun) -> Figure | str:
 def expert_keywords(run: MeasuredRun) -> Figure:
     """Draw the first keywords of every expert by TF-IDF, with the share of the keyword's occurrences that it took."""
     layers = _evenly_spaced(len(run.found["keywords"]), 4)
-    experts = len(run.found["keywords"][0])
+    experts = max(map(len, run.found["keywords"]))
     figure = Figure(figsize=(max(7.0, 2.75 * len(layers)), 1.0 + 0.8 * experts), layout="constrained")
     for axes, layer in zip(figure.subplots(1, len(layers), squeeze=False)[0], layers, strict=True):
         axes.set_title(f"layer {layer}", fontsize="medium")
@@ -166,10 +166,6 @@ def expert_keywords(run: MeasuredRun) -> Figure:
     return figure
 
 
-def _numbers(run: MeasuredRun) -> list[str]:
-    return [str(expert) for expert in range(len(run.found["load"][0]))]
-
-
 def _even_shares(name: str) -> Callable[[dict[str, Any]], list[np.ndarray]]:
     """Return the function that gives the tables `found[name]` as multiples of an even share."""
     return lambda found: [(table := to_array(each)) * table.shape[-1] for each in found[name]]
@@ -179,7 +175,7 @@ def _heatmaps(
     runs: list[MeasuredRun],
     tables: Callable[[dict[str, Any]], list[np.ndarray]],
     *,
-    rows: tuple[str, list[str]],
+    rows: tuple[str, list[str] | None],
     title: str,
     columns: str = "expert",
     panels: list[str] | None = None,
@@ -187,20 +183,23 @@ def _heatmaps(
 ) -> Figure:
     """Draw the `tables` of each run, one for each panel; missing cells are gray.
 
-    rows: the label of the rows, and their names. panels: their titles; None: the layers. norm: of the colors.
+    rows: the label of the rows, and their names; None: their numbers, and some panels can have fewer than others.
+    panels: their titles; None: the layers. norm: of the colors.
     """
     label, names = rows
-    figure, axes_of, shown = _grid(runs, height=0.5 + 0.19 * len(names), titles=panels)
+    most = max(len(table) for table in tables(runs[0].found))
+    figure, axes_of, shown = _grid(runs, height=0.5 + 0.19 * most, titles=panels)
     colors = matplotlib.colormaps["RdBu_r"].with_extremes(bad="#b0b0b0")
     for row, run in zip(axes_of, runs, strict=False):
         found = tables(run.found)
         for axes, number in zip(row, shown, strict=True):
             image = axes.imshow(np.ma.masked_invalid(found[number]), cmap=colors, norm=norm, aspect="auto")
             if axes is row[0]:  # the other panels of the row share this axis
-                axes.set_yticks(range(len(names)), names)
+                axes.set_yticks(range(most), names or [str(number) for number in range(most)])
             axes.set_xticks(range(found[number].shape[-1]) if found[number].shape[-1] <= 16 else [])
             axes.tick_params(labelsize=7)
             axes.grid(visible=False)
+        row[0].set_ylim(most - 0.5, -0.5)  # a panel with fewer rows has nothing below them
     figure.supxlabel(columns, fontsize="medium")
     figure.supylabel(label, fontsize="medium")
     shrink = min(1, 2 / len(axes_of) + 0.3)

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import pandas as pd
 
 from moe.analysis.figures import expert_grids
@@ -76,7 +75,7 @@ def _drawings(measured: list[MeasuredRun], first: list[MeasuredRun]) -> Iterator
     yield drawing("expert_embeddings", caption, expert_grids.expert_embeddings(first[0]))
     caption = "Share of each part of the sequence that an expert gets, relative to an even share."
     yield drawing("expert_positions", caption, expert_grids.expert_positions(first))
-    several = [run for run in first if (run.found["coactivation_chance"][0] or 0) > 0]
+    several = [run for run in first if any((chance or 0) > 0 for chance in run.found["coactivation_chance"])]
     caption = "How often two experts get the same token, relative to chance."
     result = expert_grids.expert_coactivation(several) if several else "no token has more than one expert"
     yield drawing("expert_coactivation", caption, result)
@@ -121,4 +120,4 @@ def measured_runs(runs: pd.DataFrame) -> tuple[list[MeasuredRun], str]:
 
 def _shape(run: MeasuredRun) -> tuple[Any, ...]:
     """Return the numbers of layers and experts, and the domains. All panels of a figure must have the same."""
-    return np.shape(run.found["load"]), tuple(run.found["domains"])
+    return [len(load) for load in run.found["load"]], tuple(run.found["domains"])

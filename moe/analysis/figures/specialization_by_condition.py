@@ -74,11 +74,12 @@ def expert_importance(runs: list[MeasuredRun]) -> Figure:
     for axes, (method, words) in zip(panels, REMOVALS.items(), strict=True):
         for style, name, members in _by_condition(runs):
             found = [run.found["knockout"][method] for run in members]
-            load = np.concatenate([np.ravel(run.found["load"]) for run in members]) * len(members[0].found["load"][0])
-            rise = np.concatenate([to_array(entry["delta"]["mean"]).ravel() for entry in found])
+            loads = [to_array(of_layer) * len(of_layer) for run in members for of_layer in run.found["load"]]
+            rises = [to_array(of_layer) for entry in found for of_layer in entry["delta"]["mean"]]
             rho, beyond = (_mean([entry[key] for entry in found]) for key in ("rho", "rho_excess"))
             label = f"{name} (n={len(members)}): mean ρ {rho:.2f}, of the rise beyond the null {beyond:.2f}"
-            axes.scatter(load, rise, s=16, alpha=0.6, color=style["color"], marker=style["marker"], label=label)
+            points = {"s": 16, "alpha": 0.6, "color": style["color"], "marker": style["marker"]}
+            axes.scatter(np.concatenate(loads), np.concatenate(rises), label=label, **points)
         axes.axhline(0, color="black", linewidth=0.6)
         axes.set(xlabel="load of the expert / mean load of its layer", ylabel=f"rise of the loss, {words} (nats)")
         handles, labels = axes.get_legend_handles_labels()
@@ -96,12 +97,13 @@ def expert_saliency(runs: list[MeasuredRun]) -> Figure:
     figure = Figure(figsize=(10.4, 4.8), layout="constrained")
     for axes, (method, words) in zip(figure.subplots(1, 2), REMOVALS.items(), strict=True):
         for style, name, members in _by_condition(runs):
-            saliency = np.concatenate([_relative(run.found["saliency"]["values"]).ravel() for run in members])
-            rises = [to_array(run.found["knockout"][method]["delta"]["mean"]).ravel() for run in members]
+            saliency = [_relative(of_layer) for run in members for of_layer in run.found["saliency"]["values"]]
+            found = [run.found["knockout"][method]["delta"]["mean"] for run in members]
+            rises = [to_array(of_layer) for entry in found for of_layer in entry]
             rho = _mean([[run.found["saliency"]["rho"][method]["all"]["rho"]] for run in members])
             label = f"{name} (n={len(members)}): mean ρ {rho:.2f}"
             points = {"s": 16, "alpha": 0.6, "color": style["color"], "marker": style["marker"]}
-            axes.scatter(saliency, np.concatenate(rises), label=label, **points)
+            axes.scatter(np.concatenate(saliency), np.concatenate(rises), label=label, **points)
         axes.axhline(0, color="black", linewidth=0.6)
         axes.set(xlabel="saliency of the expert / mean of its layer", ylabel=f"rise of the loss, {words} (nats)")
         handles, labels = axes.get_legend_handles_labels()
@@ -111,10 +113,10 @@ def expert_saliency(runs: list[MeasuredRun]) -> Figure:
     return figure
 
 
-def _relative(saliency: Any) -> np.ndarray:
-    """Return the saliency of each expert divided by the mean of its layer."""
+def _relative(saliency: list[float | None]) -> np.ndarray:
+    """Return the saliency of each expert of a layer divided by their mean."""
     values = to_array(saliency)
-    return values / np.nanmean(values, axis=1, keepdims=True)
+    return values / np.nanmean(values)
 
 
 @matplotlib.rc_context(RC)
@@ -151,7 +153,8 @@ def regret_by_route(runs: list[MeasuredRun]) -> Figure:
     _draw_by_layer(middle, runs, lambda found: [layer["regret"]["mean"] for layer in found["regret"]])
     _draw_by_layer(right, runs, lambda found: [layer["advantage"]["mean"] for layer in found["regret"]])
     right.axhline(0, color="black", linewidth=0.6)
-    routes = runs[0].found["regret"][0]["routes"]
+    numbers = sorted({layer["routes"] for run in runs for layer in run.found["regret"]})
+    routes = " or ".join(map(str, numbers))
     middle.set_ylabel(f"mean regret, best of {routes} routes (nats)")
     right.set_ylabel("mean loss of other routes - as chosen (nats)")
     shared_legend(figure, f"{_seeds_title(runs)}regret of a token: all layers{' and seeds' if runs[1:] else ''}")

@@ -34,6 +34,8 @@
   }
 
   function paint() {
+    const here = Number(layers[layer].dataset.experts); // layers can have different numbers of experts
+    if (alone !== null && alone >= here) alone = null;
     const taken = legend.map(() => 0);
     const heaviest = legend.map(() => 0);
     let without = 0;
@@ -45,6 +47,7 @@
       else without += 1;
     });
     legend.forEach((button, expert) => {
+      button.parentElement.hidden = expert >= here;
       button.setAttribute("aria-pressed", String(expert === alone));
       button.setAttribute("aria-label", `expert ${expert}, takes ${percent(taken[expert])} of the tokens`);
       button.querySelector(".share").textContent = percent(taken[expert]);
@@ -202,7 +205,8 @@
       const step = { ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1 }[event.key];
       if (!step) return;
       event.preventDefault();
-      legend[(expert + step + legend.length) % legend.length].focus();
+      const here = Number(layers[layer].dataset.experts);
+      legend[(expert + step + here) % here].focus();
     });
   });
   find("previous").addEventListener("click", () => choose(bounded((current ?? 1) - 1), false));

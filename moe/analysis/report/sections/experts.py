@@ -60,7 +60,7 @@ def experts_by_layer(runs: list[MeasuredRun]) -> pd.DataFrame:
             row |= {"token": _number(token and token["id"], "adjusted")}
             if run.found["knockout"]:
                 parts = run.found["knockout"]["rerouted"]
-                top = int(np.argmax(np.nan_to_num(_array(parts["excess"]["mean"])[layer], nan=-np.inf)))
+                top = int(np.argmax(np.nan_to_num(_array(parts["excess"]["mean"][layer]), nan=-np.inf)))
                 row |= {"missed most": top, "rise": parts["delta"]["mean"][layer][top]}
                 row |= {f"rise beyond random{_end(end)}": parts["excess"][end][layer][top] for end in _ENDS}
                 rho = run.found["saliency"]["rho"]["rerouted"]["layers"][layer]
@@ -163,15 +163,18 @@ def _removals(found: dict[str, Any]) -> Iterator[Finding]:
         yield Finding(name, "", "No expert was removed (--samples 0).")
         return
     parts = found["knockout"]["rerouted"]
-    excess, low, high = (_array(parts["excess"][end]) for end in _ENDS)
-    signs = _signs(parts["excess"])
+    experts = [(layer, expert) for layer, of_layer in enumerate(found["load"]) for expert in range(len(of_layer))]
+    ends = {end: _array([*itertools.chain(*parts["excess"][end])]) for end in _ENDS}
+    excess = ends["mean"]
+    signs = _signs(ends | {"documents": parts["excess"]["documents"]})
     among = excess if signs is None or not (signs > 0).any() else np.where(signs > 0, excess, -np.inf)
-    layer, expert = np.unravel_index(np.argmax(np.nan_to_num(among, nan=-np.inf)), excess.shape)
-    rise, null = (_array(parts[part]["mean"])[layer, expert] for part in ("delta", "null"))
+    place = int(np.argmax(np.nan_to_num(among, nan=-np.inf)))
+    layer, expert = experts[place]
+    rise, null = (_array(parts[part]["mean"][layer])[expert] for part in ("delta", "null"))
     top = f"expert {expert} of layer {layer}"
     fact = f"Without {top}, whose tokens then go to their next-best experts, the loss changes by {rise:+.2g} nats per "
     fact += f"token, and by {null:+.2g} if as many random choices are changed. The difference of the two is "
-    fact += f"{excess[layer, expert]:+.2g}{_interval(low[layer, expert], high[layer, expert])}, the largest of "
+    fact += f"{excess[place]:+.2g}{_interval(ends['low'][place], ends['high'][place])}, the largest of "
     fact += f"{excess.size} experts; the largest looks larger than it is."
     if signs is None:
         yield Finding(name, "", f"{fact} {NO_INTERVAL}.")
@@ -190,7 +193,8 @@ def _other_routes(found: dict[str, Any]) -> Iterator[Finding]:
         return
     advantage = {end: [each["advantage"][end] for each in found["regret"]] for end in _ENDS}
     signs = _signs(advantage | {"documents": found["documents"]})
-    regret, routes = np.mean(_array([each["regret"]["mean"] for each in found["regret"]])), found["regret"][0]["routes"]
+    regret = np.mean(_array([each["regret"]["mean"] for each in found["regret"]]))
+    routes = " or ".join(map(str, sorted({each["routes"] for each in found["regret"]})))
     fact = f"{NO_INTERVAL}."
     if signs is not None:
         fact = f"The chosen experts give a lower mean loss than other ones in {(signs > 0).sum()} of {len(signs)} "
