@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 
 from moe.checks import ConfigError, first_line
+from moe.config import run_routers
 from moe.config.cell import Cell
 from moe.config.classes import build
 from moe.config.keys import flatten
@@ -104,7 +105,7 @@ def null_metrics(configs: list[Config]) -> set[str]:
     To find out, the router of each run routes a few random tokens.
     """
     alike = {repr((config.router, config.model, config.capacity)): config for config in configs if not config.is_dense}
-    return set.intersection(*(_null_metrics(c, *each) for c in alike.values() for each in c.router_specs()))
+    return set.intersection(*(_null_metrics(c, *each) for c in alike.values() for each in run_routers.specs(c)))
 
 
 def _null_metrics(config: Config, spec: dict[str, Any], experts: int) -> set[str]:

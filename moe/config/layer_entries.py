@@ -1,7 +1,7 @@
 """Entries for single layers in `model.routers` and `model.experts_by_layer`, such as 0-2:WHAT, joined by +."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from moe.checks import ConfigError, require
 
@@ -18,6 +18,17 @@ def read_entries(key: str, text: str, what: str, *, form: str) -> Iterator[tuple
         first, last = int(match[1]), int(match[2] or match[1])
         require(first <= last, key, text, f"entries whose first layer is not after the last; wrong: {part}")
         yield first, last, match
+
+
+def check_layers(key: str, text: str, spans: Iterable[tuple[int, int]], *, dense: int, layers: int) -> None:
+    """Raise ConfigError unless all layers of the entries have experts.
+
+    spans: first and last layer of each entry. dense, layers: the number of first layers without experts, and of all
+    layers.
+    """
+    require(dense < layers, key, text, "null, because no layer has experts")
+    allowed = f"layers from {dense} to {layers - 1}, those that have experts"
+    require(all(dense <= first and last < layers for first, last in spans), key, text, allowed)
 
 
 def name_layers(first: int, last: int) -> str:

@@ -7,7 +7,7 @@ layers have `model.num_experts`.
 from typing import NamedTuple
 
 from moe.checks import ConfigError, require
-from moe.config.layer_entries import name_layers, read_entries
+from moe.config.layer_entries import check_layers, name_layers, read_entries
 
 KEY = "model.experts_by_layer"
 FORM = "entries such as 0-2:4 (layers 0 to 2 have four experts), joined by +"
@@ -53,10 +53,7 @@ def check(text: str, *, dense: int, layers: int) -> None:
     dense, layers: the number of first layers without experts, and of all layers.
     """
     parts = _parts(text)
-    require(dense < layers, KEY, text, "null, because no layer has experts")
-    for part in parts:
-        allowed = f"layers from {dense} to {layers - 1}, those that have experts"
-        require(dense <= part.first and part.last < layers, KEY, text, allowed)
+    check_layers(KEY, text, [(part.first, part.last) for part in parts], dense=dense, layers=layers)
     allowed = "left out for one layer at least: model.num_experts is the number of experts of the others"
     require(sum(part.last - part.first + 1 for part in parts) < layers - dense, KEY, text, allowed)
 

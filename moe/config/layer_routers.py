@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from moe.checks import require, unknown
-from moe.config.layer_entries import name_layers, read_entries
+from moe.config.layer_entries import check_layers, name_layers, read_entries
 from moe.config.options import options, sources
 
 KEY = "model.routers"
@@ -108,12 +108,9 @@ def check(text: str, *, dense: int, layers: int) -> None:
 
     dense, layers: the number of first layers without experts, and of all layers.
     """
-    chosen, parts = 0, _parts(text)
-    require(dense < layers, KEY, text, "null, because no layer has experts")
-    for part in parts:
-        allowed = f"layers from {dense} to {layers - 1}, those that have experts"
-        require(dense <= part.first and part.last < layers, KEY, text, allowed)
-        chosen += 0 if part.option is None else part.last - part.first + 1
+    parts = _parts(text)
+    check_layers(KEY, text, [(part.first, part.last) for part in parts], dense=dense, layers=layers)
+    chosen = sum(part.last - part.first + 1 for part in parts if part.option is not None)
     allowed = "left out for one layer at least: name the router of the others as router=OPTION"
     require(chosen < layers - dense, KEY, text, allowed)
 

@@ -1,18 +1,16 @@
 """The typed configuration of a run: keys, types, defaults, and allowed ranges."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache, lru_cache
 from typing import Any, get_type_hints
 
 from omegaconf import MISSING
 
-from moe.checks import ConfigError, describe, finite, one_of, require, require_path, unknown
-from moe.config import layer_experts, layer_routers
+from moe.checks import ConfigError, describe, finite, one_of, require, require_path
+from moe.config import layer_experts, layer_routers, run_routers
 from moe.config.checkpoints import dense as dense_checkpoint
-from moe.config.checkpoints import imported, replayed
+from moe.config.checkpoints import imported
 from moe.config.claim import ClaimConfig
 from moe.config.classes import build, locate
 from moe.config.keys import DEFAULTED, DENSE_IGNORES, OF_EXPERTS, OFF, RATES, flatten, is_free
@@ -170,60 +168,6 @@ class Config:
             require(divides, layer_experts.KEY, self.model.experts_by_layer, f"of numbers that are each {allowed}")
             require(not fsdp, "expert_parallel", True, "false when the launch file says FSDP, which shards experts too")
 
-    def check_router(self) -> None:
-        """Raise ConfigError for wrong keys or ranges of the router, and for a schedule or data that do not fit it."""
-        self.check_adapter()
-        routers = self.build_routers()
-        for router, (spec, experts) in zip(routers, self.router_specs(), strict=True):
-            with self._naming(spec, experts):
-                self._check_one(router)
-        allowed = "routers that all run once in a layer, or all equally often"
-        require(len({len(each.chain) for each in routers}) == 1, "model.routers", self.model.routers, allowed)
-        temperatures = {spec["temp"] for spec, _ in self.router_specs() if "temp" in spec}
-        allowed = "routers with one temp, because the temperature is one number for all layers"
-        require(len(temperatures) < 2, "model.routers", self.model.routers, allowed)
-        precision, computes = self.model.router_precision, not all(each.uses_ids for each in routers)
-        allowed = "fp32, because this router only looks experts up"
-        require(computes or precision == "fp32", "model.router_precision", precision, allowed)
-        rounds = any(True for each in routers for _ in each.parameters())
-        allowed = "fp32 or bf16, because this router has no parameters to round"
-        require(rounds or precision != "bf16_weights", "model.router_precision", precision, allowed)
-        if self.schedule.get("knob") == "noise" and all("noise" in each.ignored_keys() for each in routers):
-            raise ConfigError("schedule.knob=noise: this router ignores noise; use another router")
-        if self.schedule.get("knob") == "temperature" and not any(each.schedulable for each in routers):
-            raise ConfigError(
-                "schedule.knob=temperature: this router has no temperature; use router=temperature or router=gumbel"
-            )
-        schedule = build(self.schedule, "schedule", trusted=True)
-        for knob, setting in (("temperature", self.temperature), ("noise", self.noise)):
-            schedule(knob, setting, 0.0)
-
-    def _check_one(self, router: Any) -> None:
-        """Raise ConfigError for a router that does not fit this run."""
-        router.check_class()
-        if router.replays is not None:
-            allowed = "used without model.dense and model.checkpoint"
-            plain = self.model.dense is None and self.model.checkpoint is None
-            require(plain, "router._target_", self.router["_target_"], allowed)
-            replayed.check(router.replays[0], self.model, seq_len=self.data.seq_len)
-        if getattr(locate(self.data.source["_target_"], "data.source", trusted=True), "conversations", False):
-            router.require_documents_apart()
-        source = self.build_source()
-        if hasattr(source, "present"):  # of other sources the domains are known when the text has been read
-            router.check_domains(source.present())
-        allowed = "feed_forward, because this router adds a share of what it reads to the output of the layer"
-        before = self.model.router_input
-        require(before == "feed_forward" or not router.adds_output, "model.router_input", before, allowed)
-        settings = OFF.keys() | router.setting_keys()
-        for key in (router.ignores | router.ignores_without_capacity) - settings:
-            raise unknown(f"key in ignores of {type(router).__name__}", key, settings)
-        if self.capacity is not None and not self.is_dense and "capacity" not in router.ignored_keys():
-            most = router.num_experts / (router.fixed_k or 1)
-            allowed = (
-                f"null, or below {most:g}: from there on an expert has room for all tokens, so that none is dropped"
-            )
-            require(self.capacity < most, "capacity", self.capacity, allowed)
-
     def check_adapter(self) -> None:
         """Raise ConfigError for wrong keys or ranges of the adapter, and for a model that it does not fit."""
         if not self.adapter:
@@ -252,7 +196,7 @@ class Config:
         unused |= frozen & DEFAULTED
         if self.is_dense:
             return frozenset((*OFF, *DENSE_IGNORES, *RATES, "optimizer.expert_step", *unused))
-        router, *of_layers = routers = self.build_routers()
+        router, *of_layers = routers = run_routers.build_all(self)
         if all(each.num_experts == 1 for each in routers):
             unused.add("optimizer.expert_step")
         if not any(p.requires_grad for each in routers for p in each.parameters()) and not router.weights_elsewhere:
@@ -278,7 +222,7 @@ class Config:
 
     def settings_in_effect(self) -> dict[str, Any]:
         """Return `identity`, with the values that mean the same as the given ones. This imports torch, unless dense."""
-        routers = [] if self.is_dense else self.build_routers()
+        routers = [] if self.is_dense else run_routers.build_all(self)
         same, *of_layers = [each.same_as for each in routers if type(each) is type(routers[0])] or [{}]
         shared = [name for name, value in same.items() if all(each.get(name, ...) == value for each in of_layers)]
         equivalent = {f"router.{name}": same[name] for name in shared}
@@ -320,41 +264,9 @@ class Config:
         off = {key: OFF[key] for key in OFF.keys() & ignored}
         return replace(self, router=used, optimizer=replace(self.optimizer, **defaults), **off)
 
-    def router_specs(self) -> list[tuple[dict[str, Any], int]]:
-        """Return class and settings of each router, with the number of its experts, each pair once.
-
-        First comes `router` with the number of the first layer that has it, and with `model.num_experts` if none does.
-        """
-        specs = layer_routers.specs(self.model.routers, self.router)
-        pairs = [(specs.get(layer, self.router), self.model.experts_of(layer)) for layer in self.model.moe_layers]
-        unique = list({(id(spec), experts): (spec, experts) for spec, experts in pairs}.values())
-        unique.sort(key=lambda pair: pair[0] is not self.router)
-        return list({repr(pair): pair for pair in unique or [(self.router, self.model.num_experts)]}.values())
-
-    def build_routers(self) -> list[Any]:
-        """Return a router of each of `router_specs`, without memory for its parameters. This imports torch."""
-        import torch
-
-        routers = []
-        with torch.device("meta"):
-            for spec, experts in self.router_specs():
-                with self._naming(spec, experts):
-                    routers.append(build(spec, "router", self.model.dim, experts, trusted=True))
-        return routers
-
-    @contextmanager
-    def _naming(self, spec: dict[str, Any], experts: int) -> Iterator[None]:
-        """Let a ConfigError about a router of `router_specs` begin with the keys that give it only to some layers."""
-        try:
-            yield
-        except ConfigError as error:
-            routers = "" if spec is self.router else f"model.routers={self.model.routers}: "
-            numbers = layer_experts.named(self.model.experts_by_layer, experts, self.model.num_experts)
-            raise ConfigError(f"{routers}{numbers}{error}") from error
-
     def is_causal(self) -> bool:
         """Return whether the routing of all layers is causal, see `Router.is_causal`. This imports torch."""
-        return all(each.is_causal(capacity=self.capacity, drop=self.drop) for each in self.build_routers())
+        return all(each.is_causal(capacity=self.capacity, drop=self.drop) for each in run_routers.build_all(self))
 
     def plugins(self, *keys: str) -> dict[str, Plugin]:
         """Return the code from outside of this project that this run needs, by package. See `foreign_classes`.

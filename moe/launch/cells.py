@@ -15,7 +15,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from moe.checks import ConfigError, require
-from moe.config import layer_experts, layer_routers
+from moe.config import layer_experts, layer_routers, run_routers
 from moe.config.cell import Cell
 from moe.config.keys import DEFAULTED, DENSE_IGNORES, OFF, RATES, flatten
 from moe.config.model import ModelConfig
@@ -139,7 +139,7 @@ def expand_start(
         composed.append(compose_config(arguments))
         cell = _cell(composed[-1], arguments, multirun=multirun)
         if not finished(cell):  # the router of a finished run is known to be valid, and this check imports torch
-            cell.config.check_router()
+            run_routers.check(cell.config)
             _check_model(cell.config)
             if same_keys_apply and not cells and not in_vain:
                 _refuse_given_in_vain([cell], [_switch_off_ignored(cell)], given, varied)
@@ -347,7 +347,7 @@ def _refuse_given_in_vain(cells: list[Cell], described: list[Cell], given: set[s
             vain += [value for value in values if value not in quiet[:1]]
         if vain:
             for cell in filter(finished, cells):  # it was not checked, because its run is found without the vain key
-                cell.config.check_router()
+                run_routers.check(cell.config)
             raise ConfigError(f"{key}={vain[0]}: {_why_ignored(key, cells[0])}; leave it out")
     for key in sorted(swept & frozenset.intersection(*(cell.config.unused_keys() for cell in cells))):
         first, *others = dict.fromkeys(flatten(cell.config)[key] for cell in cells)

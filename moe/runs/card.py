@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moe.checks import escaped
+from moe.config import run_routers
 from moe.config.keys import flatten
 from moe.config.model import ModelConfig
 from moe.config.schema import Config
@@ -129,7 +130,7 @@ def _settings(record: RunRecord, has_adapter: bool) -> dict[str, str]:
     dense = f"first {model.first_k_dense_replace} dense" if model.first_k_dense_replace else "all with experts"
     precision = facts.process.get("precision", config.precision)  # what `auto` chose
     return {
-        "router": "; ".join(dict.fromkeys(_call(spec) for spec, _ in config.router_specs())),
+        "router": "; ".join(dict.fromkeys(_call(spec) for spec, _ in run_routers.specs(config))),
         "temperature schedule": _call(config.schedule),
         "noise on the logits": f"{config.noise:g}",
         "weights of auxiliary losses": ", ".join(f"{name}={weight:g}" for name, weight in weights.items()) or "none",
