@@ -93,8 +93,8 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def finished_ablation(tmp_path: Path) -> Path:
     """Write the results of a small sweep, the temperature ablation, and return the folder above it."""
-    rows = ["experiment,run,status,router.temp,val/loss", "x,a,finished,1.5,4.0", "x,b,finished,1.5,4.1"]
-    rows += ["x,c,finished,2.0,3.9", "x,d,finished,2.0,4.5"]
+    rows = ["experiment,run,status,seed,router.temp,val/loss", "x,a,finished,42,1.5,4.0", "x,b,finished,43,1.5,4.1"]
+    rows += ["x,c,finished,42,2.0,3.9", "x,d,finished,43,2.0,4.5"]
     (tmp_path / "temperature_ablation").mkdir()
     (tmp_path / "temperature_ablation" / "results.csv").write_text("\n".join(rows))
     return tmp_path

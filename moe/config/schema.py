@@ -79,7 +79,7 @@ class Config:
     )
     claims: list[ClaimConfig] = field(default_factory=list)  # planned claims, which the analysis judges
     tune: Any = None  # keys that a sweep tunes for each setting, and their values: {optimizer.muon_lr: [0.01, 0.02]}
-    tune_seeds: list[int] = field(default_factory=list)  # seeds that choose the tuned values; `seed` judges them
+    tune_seeds: list[int] = field(default_factory=list)  # seeds that choose tuned values, or chose one before
 
     def __post_init__(self) -> None:
         if self.trainable is not None:

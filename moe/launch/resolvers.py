@@ -47,28 +47,38 @@ def best_level(results: str, factor: str, other: Any = None) -> Any:
     Raises ConfigError if there is no such file, if a run in it is not finished, if it has several grids, or if the best
     level is `other`.
     """
-    if not Path(results).exists():
-        raise ConfigError(f"{factor} comes from {results}, which does not exist: run that experiment first")
-    losses: dict[str, list[float]] = defaultdict(list)
-    with open_file(Path(results), newline="") as file:
-        rows = list(csv.DictReader(file))
-        if len(grids := dict.fromkeys(row["experiment"] for row in rows)) > 1:
-            several = f"which has several grids: {'; '.join(grids)}"
-            raise ConfigError(f"{factor} comes from {results}, {several}. Give {factor}=VALUE instead")
-        for row in rows:
-            if row["status"] != "finished":
-                raise ConfigError(f"{factor} comes from {results}, where {row['run']} is {row['status']}: finish it")
-            losses[row[factor]].append(float(row["val/loss"]))
+    rows, losses = _rows(results, factor), defaultdict[str, list[float]](list)
+    if len(grids := dict.fromkeys(row["experiment"] for row in rows)) > 1:
+        several = f"which has several grids: {'; '.join(grids)}"
+        raise ConfigError(f"{factor} comes from {results}, {several}. Give {factor}=VALUE instead")
+    for row in rows:
+        if row["status"] != "finished":
+            raise ConfigError(f"{factor} comes from {results}, where {row['run']} is {row['status']}: finish it")
+        losses[row[factor]].append(float(row["val/loss"]))
     best = json.loads(min(losses, key=lambda level: fmean(losses[level])))
     if best == other:
         raise ConfigError(f"{factor}={best} has the lowest val/loss in {results}: no other one is better")
     return best
 
 
+def seeds_in(results: str) -> list[int]:
+    """Return the seeds in a sweep's results.csv. Raises ConfigError if there is no such file."""
+    return sorted({int(row["seed"]) for row in _rows(results, "tune_seeds")})
+
+
+def _rows(results: str, key: str) -> list[dict[str, str]]:
+    """Return the rows of a sweep's results.csv. Raises ConfigError, naming the key that needs it, if there is none."""
+    if not Path(results).exists():
+        raise ConfigError(f"{key} comes from {results}, which does not exist: run that experiment first")
+    with open_file(Path(results), newline="") as file:
+        return list(csv.DictReader(file))
+
+
 ConfigStore.instance().store(name="schema", node=Config)
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)
 OmegaConf.register_new_resolver("search_path", lambda: [f"file://{path}" for path in search_path()], replace=True)
 OmegaConf.register_new_resolver("best_level", best_level, replace=True)
+OmegaConf.register_new_resolver("seeds_in", seeds_in, replace=True)
 OmegaConf.register_new_resolver("twice", lambda number: 2 * number, replace=True)
 OmegaConf.register_new_resolver("equal_flops", lambda ffn, *, _root_: equal_flops(ffn, _root_), replace=True)
 OmegaConf.register_new_resolver("steps_of", lambda flops, *, _root_: steps_of(flops, _root_), replace=True)

@@ -4,12 +4,17 @@ The same command has two stages. The first one trains each arm (a combination of
 otherwise) at each value of the tuned keys, with seeds of its own. The second one chooses the best value of each arm
 by these runs, and trains the seeds of the sweep, which judge it. A run that two arms have in common, because the keys
 that tell them apart do not apply to it, counts for both.
+
+An experiment with `tune_seeds` alone tunes nothing: these seeds chose one of its values in an earlier experiment.
 """
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import count, islice
 from math import inf, isfinite
 from typing import Any, NamedTuple
+
+from omegaconf import DictConfig
 
 from moe.checks import ConfigError, require
 from moe.config.cell import CHOOSES, Cell
@@ -19,7 +24,9 @@ from moe.config.words import as_word
 from moe.distributed import ranks
 from moe.launch.cells import Start, combinations, expand_start
 from moe.launch.compose import compose_config
+from moe.launch.explain import explain
 from moe.launch.grids import with_part
+from moe.launch.hydra_errors import FAULTS
 from moe.launch.overrides import DEFAULTS, is_group, lines_of, parse_override, values_of
 from moe.launch.search import objective
 from moe.runs.folder import diverged, finished
@@ -27,6 +34,7 @@ from moe.runs.folder import diverged, finished
 log = logging.getLogger(__name__)
 KEYS = ("tune", "tune_seeds")
 SEEDS = ("seed", "init_seed", "data_seed")
+SEED_LIMIT = 2**32
 GOAL = f"minimize {CHOOSES}"
 
 
@@ -47,12 +55,15 @@ class Tuning(NamedTuple):
                 raise ConfigError(f"{swept.input_line}: a command tunes once; write [a,b] for several values")
             groups = [o for o in start.own if is_group(o) and not o.is_sweep_override()]
             base = compose_config(lines_of([*start.launch, *groups, *given]))
+        seeds = _seeds_that_choose(base, start)
         if base.tune is None:
-            useless = base.tune_seeds and all(o.key_or_group != "tune" for o in given)
-            require(not useless, "tune_seeds", list(base.tune_seeds), "left out without tune")
+            useless = seeds and given and all(o.key_or_group != "tune" for o in given)
+            require(not useless, "tune_seeds", seeds, "left out without tune")
+            if not given:
+                _check_apart(start, seeds)
             return None
         require(start.multirun, "tune", "{...}", "null, or used in a sweep: add -m")
-        tuning = cls(_values(base.tune), list(base.tune_seeds))
+        tuning = cls(_values(base.tune), seeds)
         tuning._check(start)
         return tuning
 
@@ -66,10 +77,9 @@ class Tuning(NamedTuple):
             given = next((values_of(o) for o in reversed(words) if o.key_or_group == name), None)
             values = [as_word(start.base[name])] if given is None else given
             require(values == ["null"], name, ",".join(values), "null with tune, because both stages would share it")
-        judging = next((values_of(o) for o in reversed(words) if o.key_or_group == "seed"), [str(start.base.seed)])
+        judging = _seeds_of(start)
         allowed = f"one or more different seeds >= 0 that are not those of the sweep, which are {', '.join(judging)}"
-        judge = {int(each.strip("'\"")) for each in judging if each.strip("'\"").isdecimal()}  # 042 is 42
-        ok = self.seeds and len({*self.seeds}) == len(self.seeds) and not {*self.seeds} & judge
+        ok = self.seeds and len({*self.seeds}) == len(self.seeds) and not {*self.seeds} & {*_numbers(judging)}
         require(bool(ok), "tune_seeds", self.seeds, allowed)
 
     def trials(self, start: Start) -> Start:
@@ -149,6 +159,41 @@ def chosen_values(tuning: Tuning, trials: Sequence[Cell]) -> dict[frozenset[str]
             if level in (tuning.values[key][0], tuning.values[key][-1]):
                 log.warning("%s: the best %s is at the end of its list; a better one may lie beyond", name, key)
     return best
+
+
+def seeds_after(last: int, taken: Iterable[int], number: int) -> list[int]:
+    """Return the next so many seeds after `last` that are not taken; where seeds end, they begin again at 0."""
+    known = {*taken}
+    after = (seed % SEED_LIMIT for seed in count(last + 1))
+    return [*islice((seed for seed in after if seed not in known), number)]
+
+
+def _seeds_that_choose(base: DictConfig, start: Start) -> list[int]:
+    """Return `tune_seeds`, which an experiment may read from the results of another one."""
+    try:
+        return list(base.tune_seeds)
+    except FAULTS as error:
+        raise explain(error, lines_of(start.own)) from None
+
+
+def _seeds_of(start: Start) -> list[str]:
+    """Return the seeds of a sweep as the command or its experiment writes them."""
+    words = [*start.presets, *start.own]
+    return next((values_of(o) for o in reversed(words) if o.key_or_group == "seed"), [str(start.base.seed)])
+
+
+def _numbers(seeds: Iterable[str]) -> list[int]:
+    return [int(each.strip("'\"")) for each in seeds if each.strip("'\"").isdecimal()]  # 042 is 42
+
+
+def _check_apart(start: Start, seeds: list[int]) -> None:
+    """Raise ConfigError for seeds of a sweep that chose one of its values in an earlier experiment."""
+    judging = _numbers(_seeds_of(start))
+    both = sorted({*judging} & {*seeds})
+    free = seeds_after(max([*judging, *seeds], default=0), (), len(judging))
+    chose, named, others = (", ".join(map(str, each)) for each in (sorted({*seeds}), both, free))
+    allowed = f"seeds that chose no value of this experiment, as {chose} did; the next free ones are {others}"
+    require(not both, "seed", named, allowed)
 
 
 def _say(line: str) -> None:

@@ -3,7 +3,6 @@
 import math
 import shlex
 from collections.abc import Sequence
-from itertools import count, islice
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -12,12 +11,12 @@ from moe.analysis.power import Prediction, seeds_for
 from moe.checks import ConfigError
 from moe.config.cell import Cell
 from moe.config.claim import ClaimConfig
+from moe.launch.tuning import seeds_after
 from moe.planning.cost import Speed, tokens_of
 from moe.planning.pilot import differences
 from moe.planning.report_ahead import Ahead, tests_ahead
 from moe.planning.seeds import NO_PILOT, Effect, Need, need, spread_of
 
-LIMIT = 2**32  # of seeds
 EFFECTS = (0.5, 1.0, 1.5, 2.0, 3.0, 5.0)  # of the answer without a pilot, in standard deviations of the differences
 
 
@@ -155,7 +154,7 @@ def pilot_command(request: Request, cells: list[Cell]) -> str:
     """Return the command of a pilot of three seeds, none of which the study has. It tunes nothing."""
     config = cells[0].config
     taken = {*config.tune_seeds, *(cell.config.seed for cell in cells)}
-    seeds = islice((seed for seed in count(1) if seed not in taken), 3)
+    seeds = seeds_after(0, taken, 3)
     untuned = ["tune=null"] if config.tune else []
     return request.command(*untuned, f"seed={','.join(map(str, seeds))}", "out=pilot", without=["tune", "tune_seeds"])
 
@@ -165,8 +164,7 @@ def free_seeds(own: list[int], taken: set[int], wanted: int) -> list[int]:
 
     taken: seeds that must not be added, because they choose or tell the spread.
     """
-    after = (seed % LIMIT for seed in count(max(own) + 1))
-    return [*own, *islice((seed for seed in after if seed not in {*own, *taken}), wanted)][:wanted]
+    return [*own, *seeds_after(max(own), {*own, *taken}, wanted)][:wanted]
 
 
 def _need(request: Request, claim: ClaimConfig, ahead: Ahead, pilot: pd.DataFrame | None) -> Need:

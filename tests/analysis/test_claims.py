@@ -23,7 +23,7 @@ from moe.config.cell import Cell
 from moe.config.claim import ClaimConfig
 from moe.config.options import CONF, options
 from moe.launch.command_line import read_cells
-from moe.launch.resolvers import best_level
+from moe.launch.resolvers import best_level, seeds_in
 from moe.launch.run import write_run_record
 from moe.metrics.catalog import lookup
 from moe.results.conditions import varied_factors
@@ -504,6 +504,7 @@ def sweep(tmp_path: Path):
     A level that another experiment chooses is 1.5.
     """
     OmegaConf.register_new_resolver("best_level", lambda *_: 1.5, replace=True)
+    OmegaConf.register_new_resolver("seeds_in", lambda *_: [], replace=True)
 
     def write(experiment: str, *overrides: str, seeds: tuple[int, ...] = (42, 43)) -> pd.DataFrame:
         cells = [
@@ -527,6 +528,7 @@ def sweep(tmp_path: Path):
 
     yield write
     OmegaConf.register_new_resolver("best_level", best_level, replace=True)
+    OmegaConf.register_new_resolver("seeds_in", seeds_in, replace=True)
 
 
 @pytest.mark.parametrize("experiment", [name for name in WITH_CLAIMS if name != "finetuning"])  # needs a checkpoint

@@ -17,7 +17,7 @@ from run_folders import FACTS
 from train_processes import ROOT, TRAIN, run_script
 
 from moe.checks import ConfigError, parse
-from moe.config.keys import flatten
+from moe.config.keys import flatten, is_free
 from moe.config.options import CONF, GROUPS, options
 from moe.config.schema import Config
 from moe.launch import command_line
@@ -28,6 +28,8 @@ from moe.launch.explain import CLAIM
 from moe.launch.hints import HINTS
 from moe.launch.resolvers import run_name
 from moe.launch.run import write_run_record
+from moe.planning.plan import Request, free_seeds, pilot_command
+from moe.planning.seeds import Effect
 from moe.runs.record import RunFacts
 
 
@@ -624,7 +626,7 @@ def test_the_cells_of_every_experiment_differ(experiment: str, finished_ablation
     fewer = {"router_league": ["router=topk,switch", "tune=null"], "scaling": ["model.num_experts=8"]}.get(
         experiment, []
     )
-    cells = read_cells([f"experiment={experiment}", "seed=42", f"out={finished_ablation}", *fewer]) or []
+    cells = read_cells([f"experiment={experiment}", "seed=7", f"out={finished_ablation}", *fewer]) or []
     identities = [str(sorted(cell.config.identity().items(), key=str)) for cell in cells]
     assert len(set(identities)) == len(identities)
 
@@ -659,6 +661,27 @@ def test_the_best_temperature_is_that_of_the_lowest_mean_over_seeds(finished_abl
     assert {str(claim.levels) for cell in cells for claim in cell.config.claims} == {"[1.5]"}
 
 
+def test_seeds_that_chose_the_temperature_do_not_judge_it(finished_ablation: Path) -> None:
+    """Whoever added seeds to the ablation gets the next free ones, and a plan proposes none that chose."""
+    results = finished_ablation / "temperature_ablation" / "results.csv"
+    results.write_text(f"{results.read_text()}\nx,e,finished,46,1.5,4.0\nx,f,finished,50,1.5,4.0\n")
+    command = ["experiment=temperature_best_long", f"out={finished_ablation}"]
+    refusal = r"^seed=46: must be seeds that chose no value of .*, as 42, 43, 46, 50 did; .* are 51, 52, 53$"
+    with pytest.raises(ConfigError, match=refusal):
+        read_cells(command)
+    with pytest.raises(ConfigError, match=r"^seed=42, 43: must be seeds .* free ones are 51, 52$"):
+        read_cells([*command, "seed=042,43"])
+    cells = read_cells([*command, "seed=45,47,49"]) or []
+    config = cells[0].config
+    assert config.tune_seeds == [42, 43, 46, 50]
+    assert free_seeds([45, 47, 49], {*config.tune_seeds}, 5) == [45, 47, 49, 51, 52]
+    request = Request(command, Effect("1sd"), {}, 0.8, 32)
+    assert " seed=1,2,3 " in pilot_command(request, cells)
+    results.write_text(results.read_text().replace(",50,", ",fifty,"))
+    with pytest.raises(ConfigError, match="fifty"):
+        read_cells(command)
+
+
 def test_a_best_temperature_of_1_has_nothing_to_be_compared_with(finished_ablation: Path) -> None:
     results = finished_ablation / "temperature_ablation" / "results.csv"
     with results.open(newline="") as file:
@@ -690,12 +713,12 @@ def test_an_experiments_own_keys_survive_the_variants_documented_with_it(
     own = {key: value for key, value in yaml.safe_load(text).items() if key not in others}
     [cell, *_] = read_cells([f"experiment={experiment}", f"variant={variant}", f"out={finished_ablation}"]) or []
     settings = cell.config.identity()
-    kept = {key: settings[key] for key in flatten(own) if key != "router.temp"}  # router.temp is a computed value
+    kept = {key: settings[key] for key in flatten(own) if not is_free(key)}
     assert kept == {key: value for key, value in flatten(own).items() if key in kept}
 
 
 def test_the_best_temperature_is_trained_for_twice_the_steps_of_the_recipe(finished_ablation: Path) -> None:
-    command = ["experiment=temperature_best_long", "seed=42", "router.temp=1.5", f"out={finished_ablation}"]
+    command = ["experiment=temperature_best_long", "seed=1", "router.temp=1.5", f"out={finished_ablation}"]
     steps = {
         words: [cell.config.steps for cell in read_cells([*command, *words]) or []]
         for words in ((), ("variant=temperature_study",), ("variant=temperature_study", "steps=7"))
