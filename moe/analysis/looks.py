@@ -5,10 +5,12 @@ decides anything at any of them with at most the probability of the level, whate
 depend on each other. Looks after the planned number of seeds was reached add at most a quarter. The shares are the
 steps of a spending function of O'Brien and Fleming's type (Lan and DeMets, Biometrika 1983): an early look gets little,
 and nearly everything is left for the last one. Each look at another set of seeds counts, also at fewer: what decides
-its share is how many seeds were seen.
+its share is how many seeds were seen. The looks of a claim are those of its own test at the seeds that recorded it. So
+what happens to other claims costs it nothing: a test that sees the same runs again gives the same answer.
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +19,8 @@ import pandas as pd
 from scipy import stats
 
 from moe.analysis.power import SIGNIFICANCE
-from moe.runs.planned import Look, LooksRecord, PlannedStudy, PlansRecord, digest_of, looks_in, plans_in
+from moe.config.claim import ClaimConfig
+from moe.runs.planned import Look, LooksRecord, PlannedStudy, PlansRecord, Seen, digest_of, looks_in, plans_in
 from moe.runs.record import RecordError
 
 FURTHER = 0.2  # of the share of the look before, for a look after the planned number of seeds was reached
@@ -72,32 +75,40 @@ class Study(NamedTuple):
     changed: list[tuple[PlannedStudy, int]] = []
     unwritten: bool = False
 
-    def share(self, n: int, claim: str | None = None) -> float:
-        """Return the share of the level of a claim, or of a comparison that nobody planned, at n seeds."""
-        looks, place = self.seen(n, claim)
-        return share_of_look(looks[place], looks[:place], self.planned) if n > 1 else 1.0
+    @property
+    def everything(self) -> Seen:
+        """What the comparisons that nobody planned see: all seeds with finished runs."""
+        return Seen(self.seeds, len(self.seeds))
 
-    def next_share(self, n: int, claim: str | None = None) -> float:
-        """Return the share that the same test will have in the next look, after this one at n seeds."""
-        return share_of_next_look(self.seen(n, claim)[0], self.planned) if n > 1 else 1.0
+    def share(self, seen: Seen, test: str | None = None) -> float:
+        """Return the share of its level that a test has in this look.
 
-    def seen(self, n: int, claim: str | None = None) -> tuple[list[int], int]:
-        """Return how many different seeds the looks had together, up to each of them, and the place of this look.
-
-        Looks are at a claim, or at the comparisons that nobody planned. Those at the same seeds are one look, and count
-        at the time of the first. A claim that lacks some seeds of a look counts as many fewer there.
+        seen: what it sees now. test: that of a claim (`name_of_test`); None is a comparison that nobody planned.
         """
-        numbers = [
-            (each.seeds, len(each.seeds) if claim is None else each.claims.get(claim, 0)) for each in self.earlier
+        looks, place = self.looks_of(seen, test)
+        return share_of_look(looks[place], looks[:place], self.planned) if seen.n > 1 else 1.0
+
+    def next_share(self, seen: Seen, test: str | None = None) -> float:
+        """Return the share that the same test will have in the next look, after this one."""
+        return share_of_next_look(self.looks_of(seen, test)[0], self.planned) if seen.n > 1 else 1.0
+
+    def looks_of(self, seen: Seen, test: str | None = None) -> tuple[list[int], int]:
+        """Return how many different seeds the looks of a test had together, up to each of them, and this look's place.
+
+        Looks at the same seeds are one look, and count at the time of the first. A test that lacks runs of some seeds
+        of a look counts as many fewer there.
+        """
+        earlier = [
+            Seen(look.seeds, len(look.seeds)) if test is None else look.claims.get(test) for look in self.earlier
         ]
-        looks = dict.fromkeys((frozenset(seeds), number) for seeds, number in numbers if number > 1)
-        this = frozenset(self.seeds), n
+        looks = dict.fromkeys((frozenset(each.seeds), each.n) for each in earlier if each and each.n > 1)
+        this = frozenset(seen.seeds), seen.n
         together: frozenset[int] = frozenset()
-        seen: list[int] = []
-        for seeds, number in looks | {this: None}:
+        numbers: list[int] = []
+        for seeds, n in looks | {this: None}:
             together |= seeds
-            seen.append(max([*seen[-1:], len(together) - len(seeds) + number]))
-        return seen, list(looks).index(this) if this in looks else len(looks)
+            numbers.append(max([*numbers[-1:], len(together) - len(seeds) + n]))
+        return numbers, list(looks).index(this) if this in looks else len(looks)
 
 
 def study_of(runs: pd.DataFrame) -> Study:
@@ -122,16 +133,21 @@ def finished_seeds(runs: pd.DataFrame) -> list[int]:
     return sorted({int(seed) for seed in runs.loc[runs["status"] == "finished", "seed"]}) if "seed" in runs else []
 
 
-def record_look(runs: pd.DataFrame, claims: pd.DataFrame) -> bool:
+def name_of_test(claim: ClaimConfig) -> str:
+    """Return a digest of what a claim tests, which does not depend on its words."""
+    return digest_of({key: value for key, value in asdict(claim).items() if key not in ("text", "source")})
+
+
+def record_look(runs: pd.DataFrame, claims: dict[str, Seen]) -> bool:
     """Write into the sweep folders that a report about these runs was written; return whether that was possible.
 
-    A report in which no test is possible, because there is a single seed, is no look.
+    claims: what the test of each claim saw. A report in which no test is possible, because there is a single seed, is
+    no look.
     """
     experiment, seeds = str(runs["experiment"].iloc[0]), finished_seeds(runs)
     if len(seeds) < 2:
         return True
-    counts = {str(claim): int(n) for claim, n in claims[["claim", "n"]].itertuples(index=False)} if len(claims) else {}
-    look = Look(datetime.now(UTC).isoformat(timespec="seconds"), seeds, counts)
+    look = Look(datetime.now(UTC).isoformat(timespec="seconds"), seeds, claims)
     written = True
     for folder in _sweeps(runs):
         looks = looks_in(folder)

@@ -30,12 +30,22 @@ class PlannedStudy(NamedTuple):
         return digest_of(self._replace(time="")._asdict())
 
 
+class Seen(NamedTuple):
+    """What a test saw in a report: the seeds with finished runs that it may use, and how many of them it compared."""
+
+    seeds: list[int]
+    n: int
+
+
 class Look(NamedTuple):
-    """A report that was written: its time, the seeds that had finished runs, and the number of seeds of each claim."""
+    """A report that was written: its time, the seeds that had finished runs, and what the test of each claim saw.
+
+    claims: by `moe.analysis.looks.name_of_test`, so that a claim with other words is the same test.
+    """
 
     time: str
     seeds: list[int]
-    claims: dict[str, int]
+    claims: dict[str, Seen]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +77,9 @@ class LooksRecord(Record):
             for number, look in enumerate(looks):
                 place = f"looks.{experiment}[{number}]"
                 _check_numbers(f"{place}.seeds", look.seeds)
-                _check_numbers(f"{place}.claims", look.claims.values())
+                _check_numbers(
+                    f"{place}.claims", (seed for seen in look.claims.values() for seed in (*seen.seeds, seen.n))
+                )
 
 
 def plans_in(folder: Path) -> list[PlannedStudy]:

@@ -1,6 +1,6 @@
 """Tests of looks: their shares, the error of adding seeds, and what a report says of earlier looks and of plans."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +8,12 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from moe.analysis.claims import planned_claims
 from moe.analysis.looks import (
     FURTHER,
     SMALLEST,
     Study,
-    finished_seeds,
+    name_of_test,
     record_look,
     share_of_look,
     share_of_next_look,
@@ -27,7 +28,7 @@ from moe.analysis.sentences import level_text
 from moe.bench.candidates import RULES, p_of_looks
 from moe.bench.errors import null_runs, write_record
 from moe.config.claim import ClaimConfig
-from moe.runs.planned import Look, LooksRecord, PlannedStudy, PlansRecord
+from moe.runs.planned import Look, LooksRecord, PlannedStudy, PlansRecord, Seen
 from moe.runs.record import FORMAT, RecordError
 
 CLAIM = ClaimConfig("a", "val/loss", "noise", [0.5], "higher", than=[0.0])
@@ -47,15 +48,25 @@ def test_the_shares_of_planned_looks_add_up_to_one(looks: tuple[int, ...]) -> No
 def test_looks_beyond_the_planned_seeds_share_a_quarter_more() -> None:
     assert [share_of_look(n, (3, 5)[:place], None) for place, n in enumerate((3, 5, 8))] == [1, FURTHER, FURTHER**2]
     assert sum(share_of_look(n, range(3, n), 3) for n in range(3, 40)) == pytest.approx(1.25)
-    assert share_of_look(0, (), None) == Study().share(1) == Study().next_share(1) == 1
+    alone = Study(seeds=[7])
+    assert share_of_look(0, (), None) == alone.share(alone.everything) == alone.next_share(alone.everything) == 1
     assert share_of_next_look([3], None) == FURTHER
     assert share_of_next_look([3, 5], None) == FURTHER**2
     assert share_of_next_look([3], 8) == 1 - spent(3 / 8)
 
 
+def looks_at(sets: list[list[int]], of_claim: list[list[int]] | None = None) -> list[Look]:
+    """Return looks at sets of seeds, one a day. of_claim: the seeds that the test "a" saw in each, by default all."""
+    seen = [Seen(seeds, len(seeds)) for seeds in of_claim or sets]
+    return [
+        Look(f"2026-01-{day:02}", seeds, {"a": each})
+        for day, (seeds, each) in enumerate(zip(sets, seen, strict=True), 1)
+    ]
+
+
 def shares_at(sets: list[list[int]], planned: int | None, claim: str | None = None) -> list[float]:
-    looks = [Look(f"2026-01-{day:02}", seeds, {"a": len(seeds)}) for day, seeds in enumerate(sets, 1)]
-    return [Study(planned, seeds, looks[:day]).share(len(seeds), claim) for day, seeds in enumerate(sets)]
+    looks, seen = looks_at(sets), [Seen(seeds, len(seeds)) for seeds in sets]
+    return [Study(planned, sets[day], looks[:day]).share(each, claim) for day, each in enumerate(seen)]
 
 
 @pytest.mark.parametrize("claim", [None, "a"])
@@ -77,23 +88,62 @@ def test_choosing_among_sets_of_seeds_keeps_the_error() -> None:
     assert (p <= 0.05 * np.array(shares_at(sets, 8))).any(1).mean() <= 0.0625
 
 
+def test_what_happens_to_other_claims_costs_a_claim_nothing() -> None:
+    """Another claim is changed, and the new one gets seeds of its own. The old claim sees the same runs again."""
+    seeds, of_old = [[0, 1, 2], [*range(8)], [*range(9)]], [[0, 1, 2]] * 3
+    for planned in (None, 3):
+        study = Study(planned, seeds[2], looks_at(seeds[:2], of_old))
+        assert study.share(Seen(of_old[2], 3), "a") == 1
+        assert study.share(study.everything) == FURTHER**2
+        assert study.share(Seen([*range(9)], 9), "a") == FURTHER  # the first new seeds of this test
+        assert study.share(Seen([3, 4, 5], 3), "a") == FURTHER
+        assert study.share(Seen(of_old[2], 2), "a") == FURTHER  # a run was left out
+        assert study.share(Seen(seeds[1], 8), "changed") == 1
+
+
+def test_a_test_is_known_by_what_it_tests() -> None:
+    assert name_of_test(CLAIM) == name_of_test(replace(CLAIM, text="in other words", source="a paper"))
+    others = [replace(CLAIM, kind="lower"), replace(CLAIM, metric="test/loss"), replace(CLAIM, levels=[0.1])]
+    assert len({name_of_test(each) for each in (CLAIM, *others)}) == 4
+
+
+def test_changing_other_claims_keeps_the_error_of_a_claim() -> None:
+    """A claim has looks at 3 seeds, at the same again, at 5, at the same 5 again and at 8; only three of them count."""
+    of_claim = [[*range(n)] for n in (3, 3, 5, 5, 8)]
+    all_seeds = [[*range(n)] for n in (3, 4, 6, 7, 8)]
+    looks = looks_at(all_seeds, of_claim)
+    p = p_of_looks((3, 3, 5, 5, 8), 0.0, studies := 4000)
+    noise = 2 * np.sqrt(0.05 * 0.95 / studies)
+    for planned, most in ((8, 0.05), (None, 0.0625)):
+        shares = [
+            Study(planned, all_seeds[day], looks[:day]).share(Seen(seeds, len(seeds)), "a")
+            for day, seeds in enumerate(of_claim)
+        ]
+        assert shares[0] == shares[1]
+        assert shares[2] == shares[3]
+        decided = p <= 0.05 * np.array(shares)
+        assert (decided[:, [0, 2]] == decided[:, [1, 3]]).all()  # the same runs, the same answer
+        assert decided.any(1).mean() <= most + noise
+    assert (p <= 0.05).any(1).mean() > 0.09
+
+
 def test_a_report_says_which_looks_leave_it_less() -> None:
     study = Study(8, [0, 4], [Look("2026-01-01", [0, 1, 2], {}), Look("2026-01-02", [3, 4, 5], {})])
-    assert "look 3 at these runs, and it has no new seed" in next(warnings_of_looks(study, 2))
+    assert "look 3 at these runs, and it has no new seed" in next(warnings_of_looks(study))
     other = Study(None, [7, 8, 9], study.earlier[:1])
-    assert "a report about other seeds (0, 1, 2) was written" in next(warnings_of_looks(other, 3))
-    assert list(warnings_of_looks(other._replace(seeds=[2, 1, 0]), 3)) == []
-    [warning] = warnings_of_looks(Study(None, [0, 1, 2], unwritten=True), 3)
+    assert "a report about other seeds (0, 1, 2) was written" in next(warnings_of_looks(other))
+    assert list(warnings_of_looks(other._replace(seeds=[2, 1, 0]))) == []
+    [warning] = warnings_of_looks(Study(None, [0, 1, 2], unwritten=True))
     assert "was not written down" in warning
 
 
 def test_advice_says_what_more_seeds_cost_once_the_planned_ones_are_there() -> None:
     """Seeds cost nothing up to the plan. Each look after it has a fifth of the level of the one before."""
     early = [Look("2026-01-01", [0, 1, 2], {})]
-    assert price_of_more(Study(8, [0, 1, 2]), 3) == price_of_more(Study(8, [0]), 1) == ""
-    planned = price_of_more(Study(8, list(range(8)), early), 8)
+    assert price_of_more(Study(8, [0, 1, 2])) == price_of_more(Study(8, [0])) == ""
+    planned = price_of_more(Study(8, list(range(8)), early))
     assert "(8) are used up: with more, all tests together have 1 % instead of 5 %" in planned
-    second = price_of_more(Study(None, list(range(5)), early), 5)
+    second = price_of_more(Study(None, list(range(5)), early))
     assert second.startswith(
         "These runs had no `planned_seeds`, so the 3 seeds of the first report count as planned. These"
     )
@@ -129,11 +179,11 @@ def runs(tmp_path: Path) -> pd.DataFrame:
 def test_a_second_look_is_said_and_corrected(runs: pd.DataFrame, tmp_path: Path) -> None:
     first = runs[runs["seed"] < 3]
     alone = collect_inputs(runs)[0]
-    assert record_look(first, collect_inputs(first)[0].claims)
-    assert record_look(first, collect_inputs(first)[0].claims)  # the same report again is the same look
+    assert record_look(first, dict(collect_inputs(first)[0].seen))
+    assert record_look(first, dict(collect_inputs(first)[0].seen))  # the same report again is the same look
     [look] = LooksRecord.read(tmp_path / "sweeps" / "noise" / "looks.json").looks["noise_lb_seed"]
     assert look.seeds == [0, 1, 2]
-    assert set(look.claims.values()) == {3}
+    assert look.claims == {name_of_test(claim): Seen([0, 1, 2], 3) for claim, _ in planned_claims(runs)}
     second = collect_inputs(runs)[0]
     assert second.claims["tests"].tolist() == (alone.claims["tests"] / FURTHER).tolist()
     assert (second.contrasts["tests"] == alone.contrasts["tests"] / FURTHER).all()
@@ -142,19 +192,20 @@ def test_a_second_look_is_said_and_corrected(runs: pd.DataFrame, tmp_path: Path)
     texts = [str(block) for block in how_it_decides(second)]
     for family in second.families:
         assert any(level_text(family.tests / family.share / FURTHER) in text for text in texts)
-    [warning] = warnings_of_looks(second.study, len(finished_seeds(runs)))
+    [warning] = warnings_of_looks(second.study)
     assert "look 2 at these runs, after 3 seeds, those of the first report, which count as planned because" in warning
     assert "together have 1 % instead of 5 %" in warning
     assert "at most 6 % of studies" in warning
-    assert list(warnings_of_looks(alone.study, 5)) == []
+    assert list(warnings_of_looks(alone.study)) == []
 
 
 def test_a_planned_look_keeps_the_level(runs: pd.DataFrame) -> None:
-    study = study_of(runs)._replace(planned=5, earlier=[Look("2026-01-01", [0, 1, 2], {"a": 3})])
-    assert study.share(5) + spent(0.6) == pytest.approx(1)
-    assert study.share(5, "a") == study.share(5)
-    assert study.share(5, "a claim that was added later") == 1
-    [warning] = warnings_of_looks(study, 5)
+    study = study_of(runs)._replace(planned=5, earlier=looks_at([[0, 1, 2]]))
+    seen = study.everything
+    assert study.share(seen) + spent(0.6) == pytest.approx(1)
+    assert study.share(seen, "a") == study.share(seen)
+    assert study.share(seen, "a claim that was added later") == 1
+    [warning] = warnings_of_looks(study)
     assert "look 2 at these runs, of 5 planned seeds" in warning
 
 
@@ -163,7 +214,12 @@ def test_a_planned_look_keeps_the_level(runs: pd.DataFrame) -> None:
     [
         ("looks.json", '{"looks": {"noise_lb_', "incomplete or not JSON"),
         ("looks.json", '{"format": 1, "looks": {}}', "written by another version"),
-        ("looks.json", '{"looks": {"a": [{"time": "", "seeds": [1, 2], "claims": {"c": -3}}]}}', "claims has -3"),
+        (
+            "looks.json",
+            '{"looks": {"a": [{"time": "", "seeds": [1, 2], "claims": {"c": {"seeds": [1], "n": -3}}}]}}',
+            "claims has -3",
+        ),
+        ("looks.json", '{"looks": {"a": [{"time": "", "seeds": [1, 2], "claims": {"c": 3}}]}}', "must be an object"),
         ("looks.json", '{"looks": {"a": [{"time": "", "seeds": [-1], "claims": {}}]}}', "seeds has -1"),
         ("plans.json", "[]", "must be an object"),
     ],
@@ -181,7 +237,7 @@ def test_a_damaged_file_is_named_and_kept(
     assert "move this file away" in str(error.value)
     if name == "looks.json":
         with pytest.raises(RecordError):
-            record_look(runs, pd.DataFrame())
+            record_look(runs, {})
     assert path.read_text() == damaged
 
 
@@ -194,7 +250,7 @@ def test_claims_that_were_changed_for_the_same_runs_are_shown(runs: pd.DataFrame
     PlansRecord(plans=[other]).write(beside / "plans.json")
     study = study_of(runs)
     assert study.changed == [(other, 1)]
-    told = next(warnings_of_looks(study, 5)).replace("\n", " ")
+    told = next(warnings_of_looks(study)).replace("\n", " ")
     assert "noise_lb_seed had other claims (1), planned for 1 of these runs" in told
     [(name, fact)] = planned_facts(study)
     assert name == "Planned"
@@ -222,9 +278,9 @@ def test_claims_that_were_changed_when_seeds_were_added_are_shown(runs: pd.DataF
     PlansRecord(plans=[old, new]).write(tmp_path / "sweeps" / "noise" / "plans.json")
     study = study_of(runs)
     assert study.changed == []
-    [told] = warnings_of_looks(study, 5)
+    [told] = warnings_of_looks(study)
     assert f"On {old.time}, noise_lb_seed was planned with 8 claims, and on {new.time}\nwith others" in told
-    assert list(warnings_of_looks(study._replace(plans=[old, old._replace(seeds=[2])]), 5)) == []
+    assert list(warnings_of_looks(study._replace(plans=[old, old._replace(seeds=[2])]))) == []
     [(_, fact)] = planned_facts(study)
     assert f"8 claims, seeds 0, 1, written down {old.time}, before the first step, digest {old.digest}; " in fact
     assert f"1 claim, seeds 0, 1, 2, written down {new.time}, before the first step, digest {new.digest}; " in fact

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from moe.analysis.claims import claim_families, decided, measured_claims
+from moe.analysis.claims import claim_families, decided, measured_claims, planned_claims
 from moe.analysis.components import DATA, INIT, is_crossed
 from moe.analysis.figures.style import MOST_LINES
-from moe.analysis.looks import Study, finished_seeds, study_of
+from moe.analysis.looks import Study, finished_seeds, name_of_test, study_of
 from moe.analysis.report.judgments import Judgment, judgments
 from moe.analysis.sentences import null_everywhere
 from moe.analysis.statistics import (
@@ -41,6 +41,7 @@ from moe.results.conditions import (
     without_causality,
 )
 from moe.results.table import EventTables, read_event_tables
+from moe.runs.planned import Seen
 from moe.runs.record import RunRecord
 
 # The families into which all tests of a report fall, in the order in which they take their shares of 5 %. The last one
@@ -118,8 +119,20 @@ class ReportInputs(NamedTuple):
     @property
     def later(self) -> float:
         """The factor by which the level of a comparison is divided more in a later report with more seeds."""
-        seeds = len(finished_seeds(self.loaded))
-        return self.study.share(seeds) / self.study.next_share(seeds)
+        seen = self.study.everything
+        return self.study.share(seen) / self.study.next_share(seen)
+
+    @property
+    def seen(self) -> list[tuple[str, Seen]]:
+        """The test of each claim (`moe.analysis.looks.name_of_test`), and what it sees."""
+        if self.claims.empty:
+            return []
+        planned = planned_claims(self.loaded[~self.loaded["folder"].isin(self.searched)])
+        numbers = self.claims["n"].astype(int)
+        return [
+            (name_of_test(claim), Seen(finished_seeds(runs), n))
+            for (claim, runs), n in zip(planned, numbers, strict=True)
+        ]
 
     @property
     def observed(self) -> bool:
@@ -301,16 +314,13 @@ def _tests(inputs: ReportInputs) -> pd.DataFrame:
     columns = {"claims": "p", "contrasts": "p", "variance": "p GG"}
     empty: dict[str, list[float]] = {"p": [], "family": [], "share": [], "next share": [], "field": []}
     tables = [pd.DataFrame(empty).astype({"p": float, "family": int})]
-    seeds = len(finished_seeds(inputs.loaded))
     for field, column in columns.items():
         if len(table := getattr(inputs, field)):
             family = claim_families(table) if field == "claims" else len(FAMILIES) - 1
-            at: list[tuple[int, str | None]] = [(seeds, None)] * len(table)
-            if field == "claims":
-                at = [(int(n), str(text)) for text, n in zip(table["claim"], table["n"], strict=True)]
+            tests = inputs.seen if field == "claims" else [(None, inputs.study.everything)] * len(table)
             both = {
-                "share": [inputs.study.share(*each) for each in at],
-                "next share": [inputs.study.next_share(*each) for each in at],
+                "share": [inputs.study.share(seen, test) for test, seen in tests],
+                "next share": [inputs.study.next_share(seen, test) for test, seen in tests],
             }
             p = table[column].to_numpy(dtype=float)
             tables.append(pd.DataFrame({"p": p, "family": family, "field": field} | both))

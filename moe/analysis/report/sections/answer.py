@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from moe.analysis.looks import finished_seeds
 from moe.analysis.report.blocks import (
     BulletList,
     Cards,
@@ -68,7 +67,7 @@ def answer(inputs: ReportInputs) -> Iterator[ReportBlock]:
         yield Cards(shown[:MOST_CARDS], PICTURES_EXPLAINED + (CLAIMED if inputs.judgments[0].planned else ""))
         if shown[MOST_CARDS:]:
             yield Details(f"{len(shown) - MOST_CARDS} more", [Cards(shown[MOST_CARDS:])])
-        price = price_of_more(inputs.study, len(finished_seeds(inputs.loaded)))
+        price = price_of_more(inputs.study)
         if price and any(each.advice and math.isfinite(each.needed) for each in inputs.judgments):
             yield Paragraph(f"**More seeds:** {price}")
     yield from map(Paragraph, asked(inputs))
@@ -104,7 +103,7 @@ def _warnings(inputs: ReportInputs) -> Iterator[str]:
     lost = len(runs) - (runs["status"] == "finished").sum()
     if lost:
         yield f"**{lost} of {len(runs)} runs did not finish**, and no result includes them."
-    yield from warnings_of_looks(inputs.study, len(finished_seeds(inputs.loaded)))
+    yield from warnings_of_looks(inputs.study)
     if inputs.trained and not inputs.crosses_seeds and "seed" in runs and runs["seed"].nunique() == 1:
         yield ONE_SEED
     if several_tokenizers(runs):

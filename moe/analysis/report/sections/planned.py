@@ -54,8 +54,8 @@ def _plan_in_words(plan: PlannedStudy) -> str:
     return f"{_claims(len(plan.claims))}, seeds {seeds}, {written}"
 
 
-def warnings_of_looks(study: Study, n: int) -> Iterator[str]:
-    """Yield what a reader has to know of earlier looks and of changed claims. n: the seeds with finished runs."""
+def warnings_of_looks(study: Study) -> Iterator[str]:
+    """Yield what a reader has to know of earlier looks and of changed claims."""
     for earlier, runs in study.changed[:3]:
         yield CHANGED.format(
             time=earlier.time, experiment=literal(earlier.experiment), claims=len(earlier.claims), runs=runs
@@ -69,15 +69,16 @@ def warnings_of_looks(study: Study, n: int) -> Iterator[str]:
             claims=_claims(len(earlier.claims)),
             newest=newest[0].time,
         )
-    if n < 2:
+    seen = study.everything
+    if seen.n < 2:
         return  # no test is possible
     if study.unwritten:
         yield NOT_WRITTEN
-    looks, place = study.seen(n)
+    looks, place = study.looks_of(seen)
     planned, before = study.planned or looks[0], looks[:place]
-    if not before and n >= planned:
+    if not before and seen.n >= planned:
         return
-    share = 100 * SIGNIFICANCE * study.share(n)
+    share = 100 * SIGNIFICANCE * study.share(seen)
     facts = {"number": place + 1, "planned": planned, "share": share}
     if beyond := sum(each >= planned for each in before):
         *_, last = takewhile(lambda look: set(look.seeds) != set(study.seeds), study.earlier)
@@ -91,17 +92,15 @@ def warnings_of_looks(study: Study, n: int) -> Iterator[str]:
         yield WITHIN.format(**facts)
 
 
-def price_of_more(study: Study, n: int) -> str:
-    """Return what a report about more seeds costs, as a share of the 5 %; an empty text if planned seeds are missing.
-
-    n: the seeds with finished runs.
-    """
-    looks, _ = study.seen(n)
+def price_of_more(study: Study) -> str:
+    """Return what a report about more seeds costs, as a share of the 5 %; "" if planned seeds are missing."""
+    seen = study.everything
+    looks, _ = study.looks_of(seen)
     planned = study.planned or looks[0]
-    if n < 2 or looks[-1] < planned:
+    if seen.n < 2 or looks[-1] < planned:
         return ""
     which = f"The planned seeds ({planned})" if study.planned else f"{NOT_PLANNED.format(planned=planned)} These seeds"
-    return USED_UP.format(which=which, share=100 * SIGNIFICANCE * study.next_share(n))
+    return USED_UP.format(which=which, share=100 * SIGNIFICANCE * study.next_share(seen))
 
 
 def _claims(number: int) -> str:
