@@ -92,7 +92,7 @@ def test_what_happens_to_other_claims_costs_a_claim_nothing() -> None:
     """Another claim is changed, and the new one gets seeds of its own. The old claim sees the same runs again."""
     seeds, of_old = [[0, 1, 2], [*range(8)], [*range(9)]], [[0, 1, 2]] * 3
     for planned in (None, 3):
-        study = Study(planned, seeds[2], looks_at(seeds[:2], of_old))
+        study = Study(planned, seeds[2], looks_at(seeds[:2], of_old[:2]))
         assert study.share(Seen(of_old[2], 3), "a") == 1
         assert study.share(study.everything) == FURTHER**2
         assert study.share(Seen([*range(9)], 9), "a") == FURTHER  # the first new seeds of this test
