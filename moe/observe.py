@@ -22,7 +22,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of the hub and of 
 
 import pandas as pd
 
-from moe.config.words import quoted
+from moe.config.words import quoted, with_words
 from moe.metrics.agreement import overlap
 from moe.runs.record import SpecializationRecord
 from moe.runs.traces import read_traces
@@ -101,9 +101,9 @@ def _observe(arguments: argparse.Namespace) -> tuple[Path, Path]:
     out, name = arguments.out, Path(arguments.model).name
     question = f"question={quoted(f'How does {name} route text, and what do its experts do?')}"
     words = ["model=imported", "steps=0", "save_model=none", f"out={quoted(str(out / RUNS))}", "logger.mode=disabled"]
-    words += [question, *arguments.overrides]
+    words = with_words([*words, question], *arguments.overrides)
     if arguments.offload:
-        words.append(f"model.offload={quoted(str(out))}")
+        words = with_words(words, f"model.offload={quoted(str(out))}")
     words, others = [f"model.checkpoint={quoted(arguments.model)}", *words], list[str]()
     if arguments.other is not None:
         tokenizer = read_one(words).config.data.tokenizer  # the same tokens for both

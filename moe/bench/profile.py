@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from moe.bench.options import whole
 from moe.bench.timing import UNCOUNTED, TimingTable, now, timed_device
+from moe.config.words import with_words
 from moe.launch.command_line import read_cells
 from moe.model.cost import count_parameters, peak_memory_gb
 from moe.training.setup import set_up
@@ -59,7 +60,7 @@ def profile_step(overrides: list[str], *, rounds: int, folder: Path, steps: int 
     Times are wall-clock times over rounds of `steps` steps each, because the host works on a step while a GPU still
     works on the one before.
     """
-    cells = read_cells(["logger.mode=disabled", *overrides, f"out={folder}"])
+    cells = read_cells(with_words(with_words(["logger.mode=disabled"], *overrides), f"out={folder}"))
     assert cells is not None, overrides
     config = cells[0].config
     training, numbers = set_up(config), count()

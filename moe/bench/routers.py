@@ -10,6 +10,7 @@ from statistics import median
 from moe.bench.options import one_of, several, whole
 from moe.bench.timing import UNCOUNTED, TimingTable, time_call
 from moe.config.options import complete, options
+from moe.config.words import with_words
 from moe.launch.command_line import read_cells
 from moe.training.setup import set_up
 from moe.training.step import train_step
@@ -51,7 +52,8 @@ def router_speeds(names: list[str], overrides: list[str], *, rounds: int, folder
 
 def training_step(router: str, overrides: list[str], folder: Path) -> Callable[[], object]:
     """Return a function that carries out the next training step of a run with this router."""
-    cells = read_cells(["logger.mode=disabled", *overrides, f"router={router}", f"out={folder}"])
+    words = with_words(["logger.mode=disabled"], *overrides)
+    cells = read_cells(with_words(words, f"router={router}", f"out={folder}"))
     assert cells is not None, overrides
     training, numbers = set_up(cells[0].config), count()
     return lambda: train_step(training, next(numbers))

@@ -31,6 +31,7 @@ from moe.bench.timing import (
 from moe.checks import require
 from moe.config import layer_experts
 from moe.config.schema import Config
+from moe.config.words import with_words
 from moe.launch.command_line import read_cells
 from moe.model.causal_lm import MoEForCausalLM
 from moe.model.cost import flops_per_token
@@ -94,7 +95,7 @@ def measure_steps(overrides: list[str], *, rounds: int, folder: Path) -> StepTim
     """
     steps = rounds + UNCOUNTED
     beyond_end = [f"{key}={100 * steps}" for key in ("steps", "eval_every", "save_every")]
-    cells = read_cells([*SWIGLU, *overrides, *beyond_end, f"out={folder}"])
+    cells = read_cells(with_words(with_words(SWIGLU, *overrides), *beyond_end, f"out={folder}"))
     assert cells is not None, overrides
     by_layer, allowed = (
         cells[0].config.model.experts_by_layer,

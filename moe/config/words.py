@@ -22,6 +22,17 @@ def as_word(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def with_words(words: Iterable[str], *others: str) -> list[str]:
+    """Return the words of a command with other ones, which replace those that set the same keys."""
+    keys = {key_of(word) for word in others}
+    return [*(word for word in words if key_of(word) not in keys), *others]
+
+
+def key_of(word: str) -> str:
+    """Return the key that an override sets: of ++router.k=2, router.k."""
+    return word.partition("=")[0].lstrip("+~")
+
+
 def searched(folders: Iterable[Path | str]) -> list[str]:
     """Return the words of a command that name folders of options outside of this project; none without folders."""
     named = [str(shown(Path(folder))) for folder in folders]

@@ -25,7 +25,7 @@ from moe.bench.options import OneLineParser, whole
 from moe.checks import ConfigError, require
 from moe.config.cell import Cell
 from moe.config.options import named_folders
-from moe.config.words import SEARCHED, as_word
+from moe.config.words import SEARCHED, as_word, with_words
 from moe.files import read_text, shown, write_json
 from moe.launch.command_line import read_command
 from moe.launch.listing import number_text
@@ -125,7 +125,7 @@ def _cells(request: Request) -> tuple[list[Cell], list[Cell]]:
     trials, tune = [], cells[0].config.tune if cells else None
     if cells and tune:
         trials = cells if cells[0].grid and cells[0].grid.search else []
-        cells = read_command(["-m", *request.words, "tune=null"]).cells
+        cells = read_command(["-m", *with_words(request.words, "tune=null")]).cells
     require(bool(cells), "experiment", None, "a grid of runs; a search for good settings has no claims to plan for")
     assert cells is not None
     measured = {claim.metric for claim in cells[0].config.claims}

@@ -11,6 +11,7 @@ from moe.analysis.power import Prediction, seeds_for
 from moe.checks import ConfigError
 from moe.config.cell import Cell
 from moe.config.claim import ClaimConfig
+from moe.config.words import key_of, with_words
 from moe.launch.tuning import seeds_after
 from moe.planning.cost import Speed, tokens_of
 from moe.planning.pilot import differences
@@ -36,9 +37,9 @@ class Request(NamedTuple):
 
     def command(self, *words: str, without: Sequence[str] = ()) -> str:
         """Return the command of a sweep with these words. without: keys that are left out."""
-        given = {word.partition("=")[0] for word in words} | {*without, "planned_seeds", "-m", "--multirun"}
-        kept = [word for word in self.words if word.partition("=")[0] not in given]
-        return f"python train.py -m {shlex.join([*kept, *words])}"
+        left_out = {*without, "planned_seeds", "-m", "--multirun"}
+        kept = [word for word in self.words if key_of(word) not in left_out]
+        return f"python train.py -m {shlex.join(with_words(kept, *words))}"
 
 
 class Plan(NamedTuple):
