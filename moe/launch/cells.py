@@ -4,7 +4,6 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import fields
 from functools import cache
 from importlib.abc import MetaPathFinder
 from pathlib import Path
@@ -18,10 +17,8 @@ from moe.checks import ConfigError, require
 from moe.config import layer_experts, layer_routers, run_routers
 from moe.config.cell import Cell
 from moe.config.keys import DEFAULTED, DENSE_IGNORES, OFF, RATES, flatten
-from moe.config.model import ModelConfig
-from moe.config.options import CLASSES, GROUPS, sources, use
+from moe.config.options import CLASSES, GROUPS, use
 from moe.config.schema import Config
-from moe.config.sections import OptimizerConfig
 from moe.distributed import ranks
 from moe.launch import slurm
 from moe.launch.claims import check_claims, check_question
@@ -30,7 +27,7 @@ from moe.launch.distinct import check_distinct, each_run_once, with_overrides
 from moe.launch.explain import explain, group_choices, unusable_path
 from moe.launch.grids import grid_of
 from moe.launch.hydra_errors import FAULTS
-from moe.launch.option_files import read_option
+from moe.launch.option_files import default_of
 from moe.launch.overrides import (
     DEFAULTS,
     ONE_PER_COMMAND,
@@ -341,7 +338,7 @@ def _refuse_given_in_vain(cells: list[Cell], described: list[Cell], given: set[s
     ignored = frozenset.intersection(*(cell.ignored for cell in described)) - {*DENSE_IGNORES}
     for key in sorted(key for key in ignored if any(f"{key}.".startswith(f"{name}.") for name in given)):
         values = dict.fromkeys(flatten(cell.config)[key] for cell in cells)
-        quiet = [OFF[key], _default(key, cells[0])] if key in OFF else [_default(key, cells[0])]
+        quiet = [OFF[key], default_of(key, cells[0].choices)] if key in OFF else [default_of(key, cells[0].choices)]
         vain = [value for value in values if value not in quiet]
         if key in swept and len(values) > 1:
             vain += [value for value in values if value not in quiet[:1]]
@@ -356,15 +353,6 @@ def _refuse_given_in_vain(cells: list[Cell], described: list[Cell], given: set[s
             ours = f"no layer of this model is {kind}"
             why = "this source of text does not use it" if key.startswith("data.") else ours
             raise ConfigError(f"{key}={first},{others[0]}: changes nothing, because {why}; leave it out")
-
-
-def _default(key: str, cell: Cell) -> Any:
-    """Return the value of a key that is set nowhere but in the chosen option of its group."""
-    group, _, name = key.rpartition(".")
-    kind = {"": Config, "model": ModelConfig, "optimizer": OptimizerConfig}.get(group)
-    default = next((field.default for field in fields(kind) if field.name == name), None) if kind else None
-    path = sources(group).get(str(cell.choices[group])) if group else None
-    return default if path is None else OmegaConf.select(read_option(path), name, default=default)
 
 
 def _why_ignored(key: str, cell: Cell) -> str:

@@ -1,6 +1,8 @@
 """Read the yaml files of options: their keys and values."""
 
 import re
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from moe.checks import ConfigError, first_line, require
 from moe.config.keys import flatten
+from moe.config.model import ModelConfig
 from moe.config.options import CLASSES, CONF, GROUPS, sources
+from moe.config.schema import Config
+from moe.config.sections import DataConfig, OptimizerConfig
 
 FAST = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the loader in C, if it is installed; it reads no objects either
 
@@ -63,6 +68,25 @@ def require_content(group: str, option: str | None) -> None:
     example = examples.get(group)
     if path is not None and example is not None and not path.is_relative_to(CONF) and not read_option(path):
         raise ConfigError(f"{path}: is empty; write keys and values as in conf/{group}/{example}.yaml")
+
+
+def default_of(key: str, choices: Mapping[str, str | None]) -> Any:
+    """Return the value of a key that is set nowhere but in the chosen option of its group; None if it has none.
+
+    choices: the option of each group.
+    """
+    group, _, name = key.rpartition(".") if "." not in key else key.partition(".")
+    kind = {"": Config, "model": ModelConfig, "data": DataConfig, "optimizer": OptimizerConfig}.get(group)
+    field = next((each for each in fields(kind) if each.name == name), None) if kind else None
+    made = field is not None and field.default_factory is not MISSING
+    default = field.default_factory() if made else field and field.default
+    path = sources(group).get(str(choices.get(group))) if group else None
+    return default if path is None else _settings(path).get(name, default)
+
+
+@cache
+def _settings(path: Path) -> dict[str, Any]:
+    return flatten(OmegaConf.to_container(read_option(path)))
 
 
 @cache

@@ -263,10 +263,11 @@ def test_of_a_pilot_that_tuned_the_runs_that_judge_tell_the_spread(pilot: Path, 
         runs_of_pilot(tuned_pilot)
 
 
-def test_the_runs_that_tune_are_part_of_the_plan_and_not_of_the_pilot() -> None:
+def test_the_runs_that_tune_are_part_of_the_plan_and_not_of_the_pilot(caplog: pytest.LogCaptureFixture) -> None:
     words = ["experiment=noise_lb_seed", "noise=0.0,0.5", "lb=0.0", "seed=42", "tune_seeds=[1,2]", "planned_seeds=8"]
     request = REQUEST._replace(words=[*words, "tune={optimizer.muon_lr: [0.01, 0.02]}"])
     cells, trials = planned_cells(request)
+    assert not [line for line in caplog.messages if "given twice" in line]  # by us, and not by the user
     command = pilot_command(request, cells)
     assert command.endswith(" tune=null seed=3,4,5 out=pilot")
     pilot = read_cells(shlex.split(command)[2:]) or []
@@ -283,12 +284,29 @@ def test_the_settings_that_a_pilot_lacks_are_named() -> None:
     )
     assert differences(cells, same) == []
     other = same.assign(steps=40).drop(columns="noise").assign(batch_size=3)
-    noise, batch = cells[0].config.noise, cells[0].config.batch_size
-    assert differences(cells, other)[0] == "steps is 40 in the pilot, and 4, 40 in the plan"
-    assert {*differences(cells, other)[1:]} == {
-        f"noise is absent in the pilot, and {noise} in the plan",
+    batch = cells[0].config.batch_size
+    assert differences(cells, other) == [
+        "steps is 40 in the pilot, and 4, 40 in the plan",
         f"batch_size is 3 in the pilot, and {batch} in the plan",
-    }
+    ]
+
+
+def test_an_absent_key_of_the_pilot_has_its_default_and_consequences_are_not_named() -> None:
+    """The pilot is of an older version, and of another router, whose keys differ too."""
+    cells = read_cells(["-m", "router=temperature", "router.temp=1.5,2.0", "seed=1"]) or []
+    rows = [cell.choices | {key: level(value) for key, value in cell.identity().items()} for cell in cells]
+    newer = ["model.experts_by_layer", "optimizer.beta2", "model.upcycle_parents", "router.gate", "noise"]
+    pilot = pd.DataFrame(rows).drop(columns=newer)
+    assert differences(cells, pilot) == []
+    changed = [cell._replace(config=replace(cell.config, noise=0.5)) for cell in cells]
+    assert differences(changed, pilot) == ["noise is 0.0 in the pilot, and 0.5 in the plan"]
+    other = pilot.assign(router="topk", logger="csv").drop(columns=["router.temp"])
+    assert differences(cells, other) == [
+        "router is topk in the pilot, and temperature in the plan",
+        "router.temp is absent in the pilot, and 1.5, 2.0 in the plan",
+    ]
+    assert differences(cells[:1], other.assign(**{"router.k": 7}))[0].startswith("router is topk in the pilot")
+    assert len(differences(read_cells(["router=temperature"]) or [], other.assign(**{"router.k": 7}))) == 1
 
 
 def test_seeds_that_are_added_are_free_and_below_the_limit() -> None:
