@@ -42,6 +42,7 @@ class Config:
     lb_global: float = 0.0  # weight of the load-balance loss of the whole batch of an optimizer step
     lb_document: float = 0.0  # weight of the load-balance loss of each document (conversation) by itself
     importance: float = 0.0  # weight of the squared CV of the experts' summed probabilities
+    load: float = 0.0  # weight of the squared CV of the experts' loads that are expected under `noise`
     mutual_information: float = 0.0  # weight of minus the mutual information of token and expert
     z: float = 0.0  # weight of the router z-loss; this loss and the following ones are summed over layers too
     router_entropy: float = 0.0  # weight of the mean entropy of a token's probabilities: makes routing sharper
@@ -105,6 +106,9 @@ class Config:
             require(finite(value) and value >= 0, name, value, "a finite number >= 0")
         ok = self.capacity is None or (finite(self.capacity) and self.capacity > 0)
         require(ok, "capacity", self.capacity, str(allowed_values("capacity")))
+        noisy = self.noise > 0 or self.schedule.get("knob") == "noise"
+        allowed = "0 without noise: it is about the load if the noise were drawn again, as with noise=0.1"
+        require(not self.load or noisy, "load", self.load, allowed)
         one_of("drop", self.drop, ("position", "score", "random"))
         one_of("save_model", self.save_model, ("none", "last", "all"))
         one_of("precision", self.precision, ("fp32", "bf16", "auto"))

@@ -372,5 +372,7 @@ def _why_ignored(key: str, cell: Cell) -> str:
         return "there is one expert"
     if key in DEFAULTED:
         return f"optimizer={cell.choices['optimizer']} has no Muon, and AdamW does not use this key"
+    if key == "load":
+        return f"router={cell.choices['router']} does not take the k largest of logits with Gaussian noise"
     settings = "" if key in OFF else " with its other settings"
     return f"router={cell.choices['router']} ignores {key}{settings}"

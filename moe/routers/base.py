@@ -13,6 +13,7 @@ from moe.checks import ConfigError, require
 from moe.routers.seeding import seeded
 from moe.routing.decision import Context, Knobs, Routing, TrainingText
 from moe.routing.loss_table import BALANCE_WEIGHTS, COSTLY, PROBABILITY_WEIGHTS
+from moe.routing.losses import expected_load_cv
 from moe.routing.stats import RoutingStats
 
 # How the optimizers treat a parameter. matrix: Muon, or AdamW with weight decay where AdamW trains everything. other,
@@ -64,6 +65,8 @@ class Router(nn.Module):
       `__init__` sets it.
     - `mean_k`: the mean number of experts per token that a router with `fixed_k=None` aims at. Default: None, unknown.
     - `schedulable = True`: the schedule of the temperature changes what this router does.
+    - `noisy_top_k = True`: it takes the k experts of largest logit after `add_noise`, and returns `expected_load` in
+      `Routing.aux`, which is weighted by the key `load`.
     - `loss_weights`: the weights of the auxiliary losses that `forward` returns in `Routing.aux`.
     - `chain`: the routers of a layer that routes several times in a row.
     - `experts_per_token`, `mixing_flops`: the work per token, for FLOPs and parameter counts.
@@ -92,6 +95,7 @@ class Router(nn.Module):
     replays: tuple[str, str | None] | None = None
     uses_ids: bool = False
     schedulable: bool = False
+    noisy_top_k: bool = False
     told: frozenset[str] = frozenset()
     ignores: frozenset[str] = frozenset()
     ignores_without_capacity: frozenset[str] = frozenset()
@@ -177,6 +181,8 @@ class Router(nn.Module):
         expert has always the probability 1.
         """
         keys = set(self.ignores)
+        if not self.noisy_top_k or self.fixed_k == self.num_experts:
+            keys.add("load")
         if any(router.expert_rows is None for router in self.chain):
             keys |= {"simbal", "erc"}
         if self.fixed_k == 1:
@@ -284,6 +290,18 @@ class Router(nn.Module):
         Called once after each step, never in evaluation. Store what this changes in a persistent buffer, so that
         checkpoints contain it.
         """
+
+    def expected_load(
+        self, clean: Float[Tensor, "T E"], noisy: Float[Tensor, "T E"], k: int, context: Context
+    ) -> dict[str, Float[Tensor, ""]]:
+        """Return the loss `expected_load_cv` for `Routing.aux`, if it is weighted and there is noise, as in training.
+
+        clean, noisy: logits before and after `add_noise`. k: how many of the largest noisy logits a token takes.
+        """
+        noise = context.knobs.noise
+        if "load" not in context.costly or noise is None or not self.training:
+            return {}
+        return {"expected_load_cv": expected_load_cv(clean, noisy, noise, k)}
 
     def add_noise(self, logits: Float[Tensor, "T E"], knobs: Knobs) -> Float[Tensor, "T E"]:
         """Return logits + N(0, noise^2) in training; return the logits unchanged in evaluation or without noise.

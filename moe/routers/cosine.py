@@ -26,6 +26,8 @@ class CosineRouter(Router):
     tau: the temperature before training.
     """
 
+    noisy_top_k = True
+
     def __init__(self, dim: int, num_experts: int, *, k: int = 2, proj_dim: int = 16, tau: float = 0.3) -> None:
         super().__init__(dim, num_experts, fixed_k=k)
         require(1 <= proj_dim <= dim, "router.proj_dim", proj_dim, f"between 1 and model.dim={dim}")
@@ -43,4 +45,5 @@ class CosineRouter(Router):
         logits = cosine / self.log_tau.to(x.dtype).clamp(min=math.log(MIN_TAU)).exp()
         noisy = self.add_noise(logits, context.knobs)
         probs, expert, weight = renormalized_top(noisy, self.k)
-        return Routing.token_choice(expert, weight, probs=probs, logits=logits)
+        aux = self.expected_load(logits, noisy, self.k, context)
+        return Routing.token_choice(expert, weight, probs=probs, logits=logits, aux=aux)

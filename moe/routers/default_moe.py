@@ -24,6 +24,8 @@ class DefaultMoE(LinearRouter):
     learns_from_outputs = True
     default: Tensor
 
+    noisy_top_k = True
+
     def __init__(self, dim: int, num_experts: int, *, k: int = 2, decay: float = 0.9) -> None:
         super().__init__(dim, num_experts, fixed_k=k)
         require(0 <= decay < 1, "router.decay", decay, "at least 0, below 1")
@@ -40,7 +42,8 @@ class DefaultMoE(LinearRouter):
         probs = torch.softmax(noisy, -1)
         expert = noisy.topk(self.k).indices
         added = probs.scatter(-1, expert, 0.0) @ self.default.to(x.dtype)
-        return Routing.token_choice(expert, probs.gather(-1, expert), probs=probs, logits=logits, added=added)
+        aux = self.expected_load(logits, noisy, self.k, context)
+        return Routing.token_choice(expert, probs.gather(-1, expert), probs=probs, logits=logits, added=added, aux=aux)
 
     @torch.no_grad()
     def after_step(self, stats: RoutingStats) -> None:

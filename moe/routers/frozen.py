@@ -20,6 +20,8 @@ class Frozen(Router):
 
     weight: Tensor
 
+    noisy_top_k = True
+
     def __init__(self, dim: int, num_experts: int, *, k: int = 2) -> None:
         super().__init__(dim, num_experts, fixed_k=k)
         self.k = k
@@ -42,4 +44,5 @@ class Frozen(Router):
         probs = torch.softmax(noisy, -1)
         expert = noisy.topk(self.k).indices
         weight = noisy.gather(-1, expert).softmax(-1) if self.k > 1 else probs.gather(-1, expert)
-        return Routing.token_choice(expert, weight, probs=probs, logits=logits)
+        aux = self.expected_load(logits, noisy, self.k, context)
+        return Routing.token_choice(expert, weight, probs=probs, logits=logits, aux=aux)

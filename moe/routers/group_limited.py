@@ -23,6 +23,8 @@ class GroupLimited(TopK):
     gate: the weight of a selected expert: renorm, softmax_all or uniform, see `TopK`.
     """
 
+    noisy_top_k = False  # groups are chosen first
+
     def __init__(
         self,
         dim: int,

@@ -33,6 +33,8 @@ class LatentPrototypes(Router):
     alignment: weight of the loss latent_alignment.
     """
 
+    noisy_top_k = True
+
     def __init__(
         self,
         dim: int,
@@ -84,4 +86,5 @@ class LatentPrototypes(Router):
             "latent_diversity": (gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).norm(),
             "latent_alignment": F.mse_loss(torch.softmax(logits, -1) @ prototypes, code.detach()),
         }
+        aux |= self.expected_load(logits, noisy, self.k, context)
         return Routing.token_choice(expert, weight, probs=probs, logits=logits, aux=aux)

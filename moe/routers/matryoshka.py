@@ -25,6 +25,8 @@ class Matryoshka(LinearRouter):
     k_max: most experts per token in training.
     """
 
+    noisy_top_k = True
+
     def __init__(self, dim: int, num_experts: int, *, k: int = 2, k_min: int = 1, k_max: int = 4) -> None:
         for name, value in (("k", k), ("k_min", k_min), ("k_max", k_max)):
             check_k(value, num_experts, key=f"router.{name}")
@@ -39,7 +41,8 @@ class Matryoshka(LinearRouter):
         noisy = self.add_noise(logits, context.knobs)
         top = noisy.topk(draw(self.k_min, self.k_max) if self.training else self.k)
         weight = torch.softmax(top.values, -1)
-        return Routing.token_choice(top.indices, weight, probs=torch.softmax(noisy, -1), logits=logits)
+        aux = self.expected_load(logits, noisy, top.indices.shape[-1], context)
+        return Routing.token_choice(top.indices, weight, probs=torch.softmax(noisy, -1), logits=logits, aux=aux)
 
 
 @torch.compiler.disable

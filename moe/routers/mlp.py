@@ -33,6 +33,8 @@ class MLPRouter(Router):
     gate: the weight of a selected expert, as in `TopK`.
     """
 
+    noisy_top_k = True
+
     def __init__(
         self,
         dim: int,

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from moe.checks import finite, require
 from moe.routers.topk import TopK
 from moe.routing.decision import Context, Routing
+from moe.routing.losses import cv_squared, stay_probability
 
 FLOOR = 0.01  # smallest standard deviation of the learned noise, as in the authors' code: the loss divides by it
 
@@ -22,6 +23,8 @@ class NoisyTopK(TopK):
             Unlike a count of tokens it has a gradient.
     The knob `noise` adds its N(0, noise^2) as in every router, and the loss `load` takes it into account. Causal.
     """
+
+    noisy_top_k = False  # its own loss `router.load` knows the noise that it learns
 
     def __init__(self, dim: int, num_experts: int, *, k: int = 2, importance: float = 0.1, load: float = 0.1) -> None:
         for name, weight in (("importance", importance), ("load", load)):
@@ -52,24 +55,3 @@ class NoisyTopK(TopK):
         staying = stay_probability(logits, noisy, spread if noise is None else torch.hypot(spread, noise), self.k)
         aux = {"importance": cv_squared(gates.sum(0)), "load": cv_squared(staying.sum(0))}
         return Routing.token_choice(expert, weight, probs=probs, logits=logits, aux=aux)
-
-
-def stay_probability(
-    clean: Float[Tensor, "T E"], noisy: Float[Tensor, "T E"], spread: Float[Tensor, "T E"], k: int
-) -> Float[Tensor, "T E"]:
-    """Return the probability that an expert is among the k largest if its own noise is drawn again.
-
-    Its logit is then clean + spread * N(0, 1), while all other experts keep their logits in `noisy`. The expert has to
-    beat the k-th largest of the others. That is the (k+1)-th largest of all if the expert is among the k itself, and
-    the k-th otherwise.
-    """
-    if k == clean.shape[-1]:
-        return torch.ones_like(clean)
-    kth, following = noisy.topk(k + 1).values[:, -2:].split(1, dim=-1)
-    threshold = torch.where(noisy > following, following, kth)
-    return torch.special.ndtr((clean - threshold) / spread)
-
-
-def cv_squared(values: Float[Tensor, "E"]) -> Float[Tensor, ""]:
-    """Return variance (ddof 0) / mean^2. It is 0 if all values are equal, also for a single expert."""
-    return values.var(correction=0) / values.mean().square()

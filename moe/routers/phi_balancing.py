@@ -66,7 +66,8 @@ class PhiBalancing(TopK):
         routing = super().forward(x, context)
         assert routing.probs is not None
         mean = routing.probs.mean(0)
-        return routing._replace(aux={"phi_balance": (mean * self.price(self.moved(mean.detach()))).sum()})
+        own = {"phi_balance": (mean * self.price(self.moved(mean.detach()))).sum()}
+        return routing._replace(aux=routing.aux | own)
 
     def moved(self, mean: Float[Tensor, "E"]) -> Float[Tensor, "E"]:
         """Return the moving average after a step whose mean probabilities are `mean`."""

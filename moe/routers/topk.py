@@ -27,6 +27,7 @@ class TopK(LinearRouter):
     """
 
     ignores_without_capacity = frozenset(("router.after_drops",))
+    noisy_top_k = True
 
     def __init__(
         self,
@@ -63,7 +64,8 @@ class TopK(LinearRouter):
         expert = noisy.topk(self.k).indices  # not of probs, which at low temperature round to ties
         weight = self._gate(probs.gather(-1, expert))
         log_weight = tempered.gather(-1, expert).flatten() if self.after_drops else None
-        return Routing.token_choice(expert, weight, probs=probs, logits=logits, log_weight=log_weight)
+        aux = self.expected_load(logits.masked_fill(noisy == -torch.inf, -torch.inf), noisy, self.k, context)
+        return Routing.token_choice(expert, weight, probs=probs, logits=logits, log_weight=log_weight, aux=aux)
 
     def _gate(self, top: Float[Tensor, "T K"]) -> Float[Tensor, "T K"]:
         if self.gate == "uniform":

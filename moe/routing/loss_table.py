@@ -49,6 +49,13 @@ LOSSES = {
         "Imbalance of the summed probabilities. Unlike the load-balance loss it reads no counts.",
         "Shazeer et al., 1701.06538, eq. 6-7; there of the gates",
     ),
+    "expected_load_cv": Loss(
+        "load",
+        "CV² over experts of Σ_t P(e stays among the k largest if its noise is drawn again)",
+        "Imbalance of the load that is expected under `noise`. Unlike a count of tokens it has a gradient. In training "
+        "alone, for routers that take the k largest logits with noise. Computed only where it is weighted.",
+        "Shazeer et al., 1701.06538, appendix A; with one standard deviation for all logits",
+    ),
     "negative_information": Loss(
         "mutual_information",
         "-I(t; e) = mean_t H(p_t) - H(P)",
@@ -100,7 +107,7 @@ BALANCE_WEIGHTS = frozenset(("lb", "lb_sequence", "lb_global", "lb_document"))
 PROBABILITY_WEIGHTS = BALANCE_WEIGHTS | {"importance", "mutual_information", "router_entropy", "gate_variance"}
 
 # The keys of losses that are computed only where they are weighted.
-COSTLY = frozenset(("erc", "output_orthogonality"))
+COSTLY = frozenset(("load", "erc", "output_orthogonality"))
 
 # Losses that one router brings along. `weight` is a key of conf/router/<router>.yaml.
 ROUTER_LOSSES = {

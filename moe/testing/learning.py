@@ -81,9 +81,11 @@ def keys_that_change_nothing_are_declared(make: Make) -> None:
     ignored = router.ignored_keys()
     allowed = OFF.keys() | router.setting_keys()
     hold(ignored <= allowed, f"`ignores` names {sorted(ignored - allowed)}; allowed: {', '.join(sorted(allowed))}")
-    dropless, limited = training_gradients(make), training_gradients(make, capacity=0.6)
+    dropless = training_gradients(make)
+    needs = {"drop": {"capacity": 0.6}, "load": {"noise": 2.0}}
+    without = {key: training_gradients(make, **base) for key, base in needs.items()}
     for key in OFF:
-        off, base = (limited, {"capacity": 0.6}) if key == "drop" else (dropless, {})
+        off, base = without.get(key, dropless), needs.get(key, {})
         on = training_gradients(make, **base, **{key: values.get(key, 1.0)})
         difference = (on - off).norm() / off.norm()
         if key not in ignored:

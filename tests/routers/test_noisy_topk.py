@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from moe.checks import ConfigError
-from moe.routers.noisy_topk import FLOOR, NoisyTopK, cv_squared, stay_probability
+from moe.routers.noisy_topk import FLOOR, NoisyTopK
 from moe.routers.topk import TopK
 from moe.routing.decision import Context, Knobs, Routing
+from moe.routing.losses import cv_squared, expected_load_cv, stay_probability
 
 T, D, E = 40, 16, 8
 
@@ -121,3 +122,40 @@ def test_loss_weights_are_settings_and_must_not_be_negative() -> None:
     assert make(importance=0.2, load=0.3).loss_weights == {"importance": 0.2, "load": 0.3}
     with pytest.raises(ConfigError, match=r"router\.load=-1\.0: must be a finite number >= 0"):
         make(load=-1.0)
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_the_expected_load_of_top_k_is_that_of_learned_noise_of_one_size(x: Tensor, k: int) -> None:
+    """With softplus(W_noise x) = softplus(0) everywhere, both routers have the same noise, and so the same loss."""
+    learned, plain = make(k=k), TopK(D, E, k=k)
+    nn.init.zeros_(learned.noise_weight)
+    plain.weight = learned.weight
+    noise = math.log(2) + FLOOR
+    context = Context(torch.zeros(1, T, dtype=torch.long), Knobs.of(noise=noise), costly=frozenset(("load",)))
+    torch.manual_seed(3)
+    found = plain(x, context).aux["expected_load_cv"]
+    torch.manual_seed(3)
+    expected = learned(x, context._replace(knobs=Knobs.of())).aux["load"]
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(loss, learned.weight)[0] for loss in (found, expected)]
+    torch.testing.assert_close(*gradients)
+    assert not plain(x, context._replace(costly=frozenset())).aux
+    assert not plain.eval()(x, context).aux
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_the_expected_load_is_that_of_a_slow_reference(k: int) -> None:
+    """Sums over tokens and experts of P(own noise > the k-th largest of the others), closed experts being left out."""
+    generator = torch.Generator().manual_seed(4)
+    clean, noise = torch.randn(20, E, generator=generator), 0.7
+    clean[:5, 2] = -torch.inf
+    noisy = clean + noise * torch.randn(20, E, generator=generator)
+    load = [0.0] * E
+    for t in range(20):
+        for e in range(E):
+            others = sorted((noisy[t, j].item() for j in range(E) if j != e), reverse=True)
+            z = (clean[t, e].item() - others[k - 1]) / noise
+            load[e] += 0.0 if z == -math.inf else (1 + math.erf(z / math.sqrt(2))) / 2
+    mean = sum(load) / E
+    expected = sum((each - mean) ** 2 for each in load) / E / mean**2
+    assert expected_load_cv(clean, noisy, torch.tensor(noise), k).item() == pytest.approx(expected, rel=1e-4)

@@ -190,10 +190,10 @@ def test_the_weights_of_a_shared_loss_in_the_router_and_in_the_configuration_are
 
 @pytest.mark.parametrize(("name", "key"), [(name, loss.weight) for name, loss in LOSSES.items()])
 def test_every_shared_loss_is_in_the_total_loss_with_its_configured_weight(name: str, key: str, cell: Any) -> None:
-    config = cell("lb=0", f"{key}=0.3").config
+    config = cell("lb=0", "noise=0.1", f"{key}=0.3").config
     model = build_model(config, vocab_size=400)
     ids = torch.randint(0, 300, (2, 16))
-    output = model(ids, ids, costly=COSTLY)
+    output = model(ids, ids, costly=COSTLY, knobs=Knobs.of(noise=0.1))
     expected = output.loss + 0.3 * output.aux[name].sum()
     torch.testing.assert_close(total_loss(config, [{} for _ in model.moe_layers], output), expected)
 
