@@ -22,6 +22,7 @@ ROUTING = tuple(metric.name for metric in select(shown="conditions"))
 # Those of the routers of an adapter, with the pooled load, which the other tables have beside the losses.
 ADAPTER_ROUTING = tuple(name for each in (*HEADLINE, *ROUTING) if lookup(name := f"adapter/{each}") is not None)
 STD = "std (ddof=1)"
+STEPS = "steps"
 FACTOR_GROUPS = ("variant", "router", "schedule", "adapter", "model", "data", "optimizer")
 
 
@@ -32,7 +33,7 @@ def varied_factors(runs: pd.DataFrame) -> list[str]:
 
 
 def tied_factors(runs: pd.DataFrame) -> dict[str, str]:
-    """Return {factor: the other factor that determines its level in all these runs}.
+    """Return {factor: the other factor, or factors joined by "and", that determine its level in all these runs}.
 
     The effects of the two factors cannot be told apart.
     """
@@ -195,13 +196,15 @@ def _free_and_tied(runs: pd.DataFrame) -> tuple[list[str], dict[str, str]]:
     """Return the varied factors, and a dictionary from each tied factor to the one that determines its level.
 
     If two factors change together, one of them counts as varied and the other as tied. An arm (`variant`) counts before
-    the keys that it sets, and a group such as `router` before a key below it, such as `router._target_`. The digest of
-    the text is a factor if runs with equal settings read different text, because files changed. A condition then has
-    runs with one text only. The same holds for the code of a package from outside of this project.
+    the keys that it sets, and a group such as `router` before a key below it, such as `router._target_`. The number of
+    steps counts last, because a budget of FLOPs gives each size of the model a number of its own. The digest of the
+    text is a factor if runs with equal settings read different text, because files changed. A condition then has runs
+    with one text only. The same holds for the code of a package from outside of this project.
     """
     factors = [c for c in runs if "/" not in c and c not in (*FACTS, "seed") and not is_free(c)]
     factors.sort(
         key=lambda column: (
+            column == STEPS,
             FACTOR_GROUPS.index(column) if column in FACTOR_GROUPS else len(FACTOR_GROUPS),
             "." in column,
         )
@@ -220,11 +223,28 @@ def _free_and_tied(runs: pd.DataFrame) -> tuple[list[str], dict[str, str]]:
             continue  # runs with equal settings of the data read the same text
         numbers, _ = pd.factorize(runs[factor])
         leader = next((other for other, leading in free.items() if _determines(leading, numbers)), None)
+        if leader is None and factor == STEPS:
+            leader = _joint_leader(free, numbers)
         if leader is None:
             free[factor] = numbers
         else:
             tied[factor] = leader
     return list(free), tied
+
+
+def _joint_leader(free: dict[str, np.ndarray], numbers: np.ndarray) -> str | None:
+    """Return the names of the factors that determine a level only together, such as "variant and model.dim", or None.
+
+    Factors that they do not need are left out.
+    """
+    names = list(free)
+    for name in (None, *free):
+        rest = [other for other in names if other != name]
+        if rest and _determines(pd.factorize(pd.MultiIndex.from_arrays([free[each] for each in rest]))[0], numbers):
+            names = rest
+        elif name is None:
+            return None
+    return " and ".join(names) or None
 
 
 def _determines(leading: np.ndarray, factor: np.ndarray) -> bool:
