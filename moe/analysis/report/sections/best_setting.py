@@ -20,6 +20,7 @@ from moe.results.table import ABSENT
 
 MOST_NAMED = 5  # settings that a sentence names
 LUCK = ", so the order of the two may be luck"
+CORRECTED = ", but corrected for all tests of this report, the order of the two may be luck"
 
 
 class Setting(NamedTuple):
@@ -108,7 +109,7 @@ def _doubt(inputs: ReportInputs, metric: str, best: Setting, following: Setting)
     if not tests and not claims:
         return ", but no test of this report compares the two"
     told_apart = any(standing(row) in (SIGNIFICANT, DETERMINISTIC) for row in tests)
-    return "" if told_apart or any(each.decided and math.isnan(each.margin) for each in claims) else LUCK
+    return "" if told_apart or any(each.decided and math.isnan(each.margin) for each in claims) else CORRECTED
 
 
 def _comparison(one: Setting, other: Setting) -> str:

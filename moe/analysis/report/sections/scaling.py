@@ -13,7 +13,7 @@ from moe.analysis.figures.scaling import iso_flop_curves
 from moe.analysis.report.blocks import BulletList, Heading, Paragraph, ReportBlock, TableBlock, csv_file, literal
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.scaling import EXPERTS, TOKENS, Estimate, Fit, Law, fit, iso_flop_minima
-from moe.analysis.sentences import enumerated, with_capital
+from moe.analysis.sentences import enumerated
 from moe.analysis.statistics import name_cell
 from moe.checks import plain
 from moe.results.conditions import conditions
@@ -75,23 +75,32 @@ def laws_in_words(inputs: ReportInputs) -> str:
 
 def _in_words(fitted: _Fitted) -> str:
     cell, points, law, found = fitted
-    exponents = [f"{_text(found.estimate(found.exponent(name)))} of {name}" for _, name in law.exponents]
-    text = f"At {name_cell(cell)}: the" if cell else "The"
-    text += f" fitted law has the exponents {enumerated(exponents)}, and L_inf {_text(found.estimate(found.floor))}."
+    sentences = [f"At {name_cell(cell)}:"] if cell else []
     minima = iso_flop_minima(points)
     inside = minima[minima["inside"]]
     if len(minima):
-        text += f" {len(inside)} of {len(minima)} budgets have their lowest loss at a size between the smallest and the"
-        text += " largest one."
+        sentences.append(
+            f"In {len(inside)} of {len(minima)} cases, each a budget with a number of experts, the loss is lowest at a"
+            " size between the smallest and the largest one."
+        )
     for row in inside.tail(1).itertuples():
-        text += f" At the largest of these, {_flops(row.FLOPs)} with {row.experts:g} experts, the best size is about "
-        text += f"{_size(row.size, row.low, row.high)}."
-    carries = (
-        "The runs determine the law, so its numbers have intervals, in brackets."
-        if found.sure
-        else f"{with_capital('; '.join(found.doubts))}. So the law describes these runs alone."
-    )
-    return f"{text} {carries} {_check(points, law)}"
+        sentences.append(
+            f"In the largest of these, {_flops(row.FLOPs)} with {row.experts:g} experts, the best size is about"
+            f" {_size(row.size, row.low, row.high)}."
+        )
+    if found.sure:
+        exponents = enumerated(
+            [f"{_text(found.estimate(found.exponent(name)))} of {name}" for _, name in law.exponents]
+        )
+        sentences.append(
+            f"The scaling law has the exponents {exponents}, and L_inf {_text(found.estimate(found.floor))}."
+        )
+    else:
+        doubts = "; ".join(found.doubts).removeprefix("no interval, because ")
+        sentences.append(
+            f"These runs do not determine a scaling law: {doubts}. So the fitted one describes them alone."
+        )
+    return " ".join([*sentences, _check(points, law)])
 
 
 def _laws(inputs: ReportInputs) -> Iterator[_Fitted]:
