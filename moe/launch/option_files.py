@@ -78,8 +78,9 @@ def default_of(key: str, choices: Mapping[str, str | None]) -> Any:
     group, _, name = key.rpartition(".") if "." not in key else key.partition(".")
     kind = {"": Config, "model": ModelConfig, "data": DataConfig, "optimizer": OptimizerConfig}.get(group)
     field = next((each for each in fields(kind) if each.name == name), None) if kind else None
-    made = field is not None and field.default_factory is not MISSING
-    default = field.default_factory() if made else field and field.default
+    default = None if field is None else field.default
+    if field is not None and field.default_factory is not MISSING:
+        default = field.default_factory()
     path = sources(group).get(str(choices.get(group))) if group else None
     return default if path is None else _settings(path).get(name, default)
 
