@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from importlib.resources import files
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -107,7 +107,7 @@ def _page(passages: Sequence[Passage], tokenizer: PreTrainedTokenizerFast, *, ti
         pieces = _pieces(passage.ids.tolist(), decode)
         tokens = [Token(text, _classes(text, of_token)) for text, of_token in zip(pieces, part[0], strict=True)]
         texts.append((passage.heading, tokens))
-    values = {
+    values: dict[str, Any] = {
         "title": title,
         "numbers": numbers,
         "experts": [expert_style(expert) for expert in range(experts)],

@@ -1,7 +1,8 @@
 """Measure how stable routing is: during a run, and between seeds, whose experts must be matched first."""
 
 import itertools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool
@@ -15,17 +16,24 @@ from moe.specialization.information import expert_set_labels
 SHUFFLES = 20
 
 
-def cut(trace: Trace, experts: list[int]) -> Trace:
+class OwnTrace(NamedTuple):
+    """A trace in which each layer has the columns of its own experts alone."""
+
+    step: int
+    chosen: Choices
+
+
+def cut(trace: Trace, experts: list[int]) -> OwnTrace:
     """Return the trace without the columns that stand for no expert, in layers with fewer `experts` than others."""
-    return trace._replace(chosen=[chosen[:, :number] for chosen, number in zip(trace.chosen, experts, strict=True)])
+    return OwnTrace(trace.step, [chosen[:, :number] for chosen, number in zip(trace.chosen, experts, strict=True)])
 
 
-def saturation(traces: list[Trace]) -> list[dict[str, Any]]:
+def saturation(traces: Sequence[Trace | OwnTrace]) -> list[dict[str, Any]]:
     """Return the `overlap` of every trace with the last one (OLMoE 2409.02060)."""
     return [{"step": trace.step} | overlap(trace.chosen, traces[-1].chosen) for trace in traces]
 
 
-def churn(traces: list[Trace]) -> list[dict[str, Any]]:
+def churn(traces: Sequence[Trace | OwnTrace]) -> list[dict[str, Any]]:
     """Return 1 - `overlap` of every two traces in a row: the share of choices that changed after the step `since`."""
     return [
         {"since": before.step, "step": after.step}
