@@ -212,11 +212,13 @@ def effect(judged: Judgment) -> str:
     j, (compared, _, change) = judged, judged.compared.partition(", change ")
     interval = [j.percent, f"95 % interval {j.low:.3g} to {j.high:.3g}", f"{j.n} seeds"]
     sure = f" in each of {j.n} seeds" if j.deterministic else f" ({', '.join(filter(None, interval))})"
+    if math.isnan(j.margin) and all(map(math.isfinite, j.claimed)):
+        sure += ", where {:.3g} to {:.3g} is claimed".format(*j.claimed)
     equivalent = j.within and not j.deterministic and (j.planned or j.verdict == EQUIVALENT)
     margin = ""
-    if math.isfinite(j.margin) and not j.beyond:
-        margin = f", {'within' if j.within else 'not shown to exceed'} the margin of {j.margin:.3g}"
-        margin += "," if j.deterministic else ""
+    if math.isfinite(j.margin):
+        place = "within" if j.within else "beyond" if j.beyond else "not shown to exceed"
+        margin = f", {place} the margin of {j.margin:.3g}" + ("," if j.deterministic else "")
     if change:
         by = f"less than the margin of {j.margin:.3g}" if equivalent else f"{j.difference:+.3g}"
         return f"the effect of {compared} on the {j.unit} changes by {by} {change}{'' if equivalent else margin}{sure}"
