@@ -143,8 +143,34 @@ def checksums(files: Iterable[Path]) -> dict[str, str]:
     return {path.as_posix(): sha256(path) for path in files}
 
 
+class _Rows:
+    """What the sources have in common whose documents are rows of a dataset, from the hub or from a folder."""
+
+    path: str
+    drop_duplicates: bool
+
+    def _rows(self, percent: int) -> Iterator[Document | str]:
+        """Yield the documents and those of `percent` percent more rows; a text says why a row gives none."""
+        raise NotImplementedError
+
+    def documents(self) -> Iterator[Document]:
+        return self.with_test(0)
+
+    def with_test(self, percent: int) -> Iterator[Document]:
+        """Yield the documents, and then those of `percent` percent more rows, for the test."""
+        return without_duplicates(self._rows(percent), drop_duplicates=self.drop_duplicates)
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """The field that only the hub knows, if the files are local."""
+        return () if on_the_hub(self.path) else ("name",)
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        return _describe_hub(self.path)
+
+
 @dataclass(frozen=True)
-class Hub:
+class Hub(_Rows):
     """Source that streams the first `max_documents` rows of a data set. Each row is a document and its own group.
 
     path: the name of a data set on the hub, a local .parquet or .jsonl file, or a folder of such files. Local files
@@ -174,21 +200,6 @@ class Hub:
         if self.max_documents < 1:
             raise ValueError(f"data.source.max_documents={self.max_documents}: must be at least 1")
 
-    def documents(self) -> Iterator[Document]:
-        return self.with_test(0)
-
-    def with_test(self, percent: int) -> Iterator[Document]:
-        """Yield the documents, and then those of `percent` percent more rows, for the test."""
-        return without_duplicates(self._rows(percent), drop_duplicates=self.drop_duplicates)
-
-    @property
-    def unused(self) -> tuple[str, ...]:
-        """The field that only the hub knows, if the files are local."""
-        return () if on_the_hub(self.path) else ("name",)
-
-    def describe(self) -> dict[str, dict[str, Any]]:
-        return _describe_hub(self.path)
-
     def _rows(self, percent: int) -> Iterator[Document | str]:
         for id, row, beyond in _hub_rows(self, [self.text], self.max_documents, percent):
             if text := _text(row, self.text, key="data.source.text", id=id):
@@ -199,7 +210,7 @@ class Hub:
 
 
 @dataclass(frozen=True)
-class Conversations:
+class Conversations(_Rows):
     """Source that streams the first `max_samples` conversations of a data set, with a `path` as in `Hub`.
 
     messages: the name of a column that holds lists of {role, content}. Roles are system, user and assistant.
@@ -233,21 +244,6 @@ class Conversations:
         _check_revision(self.path, self.revision)
         if self.max_samples < 1:
             raise ValueError(f"data.source.max_samples={self.max_samples}: must be at least 1")
-
-    def documents(self) -> Iterator[Document]:
-        return self.with_test(0)
-
-    def with_test(self, percent: int) -> Iterator[Document]:
-        """Yield the documents, and then those of `percent` percent more rows, for the test."""
-        return without_duplicates(self._rows(percent), drop_duplicates=self.drop_duplicates)
-
-    @property
-    def unused(self) -> tuple[str, ...]:
-        """The field that only the hub knows, if the files are local."""
-        return () if on_the_hub(self.path) else ("name",)
-
-    def describe(self) -> dict[str, dict[str, Any]]:
-        return _describe_hub(self.path)
 
     def _rows(self, percent: int) -> Iterator[Document | str]:
         for id, row, beyond in _hub_rows(self, [self.messages], self.max_samples, percent):
