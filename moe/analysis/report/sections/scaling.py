@@ -80,12 +80,12 @@ def _in_words(fitted: _Fitted) -> str:
     inside = minima[minima["inside"]]
     if len(minima):
         sentences.append(
-            f"In {len(inside)} of {len(minima)} cases, each a budget with a number of experts, the loss is lowest at a"
-            " size between the smallest and the largest one."
+            f"In {len(inside)} of {len(minima)} cases, each a budget with a number of experts, a parabola through the"
+            " mean losses has its minimum between the smallest and the largest size."
         )
     for row in inside.tail(1).itertuples():
         sentences.append(
-            f"In the largest of these, {_flops(row.FLOPs)} with {row.experts:g} experts, the best size is about"
+            f"In the largest of these, {_flops(row.FLOPs)} with {row.experts:g} experts, it is at about"
             f" {_size(row.size, row.low, row.high)}."
         )
     if found.sure:
@@ -137,8 +137,10 @@ def _flops(number: float) -> str:
 
 
 def _size(size: float, low: float, high: float) -> str:
-    interval = f" [{low:,.0f}, {high:,.0f}]" if math.isfinite(low) else ""
-    return f"{size:,.0f}{interval} active parameters"
+    """Return a size and its interval with three digits; the fit has no more."""
+    rounded = [f"{float(f'{each:.3g}'):,.0f}" for each in (size, low, high) if math.isfinite(each)]
+    interval = f" [{', '.join(rounded[1:])}]" if rounded[1:] else ""
+    return f"{rounded[0]}{interval} active parameters"
 
 
 def _is_budget(runs: pd.DataFrame, factor: str) -> bool:
