@@ -43,7 +43,7 @@ def names(metrics: Iterable[Metric]) -> set[str]:
 
 def test_a_run_writes_exactly_the_metrics_of_the_catalog(cell: Callable[..., Cell]) -> None:
     small_cell = cell(
-        "capacity=1.0", "output_orthogonality=0.1", "erc=0.1", "data.train_domains=[late]"
+        "capacity=1.0", "output_orthogonality=0.1", "erc=0.1", "noise=0.1", "load=0.1", "data.train_domains=[late]"
     )  # otherwise some metrics are absent
     run(small_cell)
     events = read_events(small_cell.folder / "events.jsonl")

@@ -50,9 +50,9 @@ def test_saliency_is_the_mean_of_gate_times_norm_over_the_tokens_of_an_expert(
 
 
 def test_an_expert_without_tokens_has_no_saliency_and_is_left_out_of_the_correlation() -> None:
-    values = np.array([[1, 2, 3, 4, 5, np.nan]])
-    found = against_knockouts(values, {"zeroed": {"delta": {"mean": np.array([[1, 2, 3, 5, 4, 99.0]])}}})
-    rho = spearmanr(values[0, :5], [1, 2, 3, 5, 4]).statistic
+    values = [np.array([1, 2, 3, 4, 5, np.nan])]
+    found = against_knockouts(values, {"zeroed": {"delta": {"mean": [np.array([1, 2, 3, 5, 4, 99.0])]}}})
+    rho = spearmanr(values[0][:5], [1, 2, 3, 5, 4]).statistic
     assert found["rho"]["zeroed"]["all"]["rho"] == pytest.approx(rho)
     assert against_knockouts(values, None)["rho"] == {}
 
