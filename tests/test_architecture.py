@@ -230,6 +230,7 @@ def test_only_launching_imports_hydra() -> None:
         "moe.launch.search",
         "moe.launch.slurm",
         "moe.launch.train",
+        "moe.launch.tuning",
     }
 
 

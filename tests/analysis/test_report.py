@@ -1124,7 +1124,7 @@ def test_the_best_setting_says_what_it_leaves_out(tmp_path: Path) -> None:
     [inputs] = collect_inputs(load_runs([tmp_path]))
     [text, luck, _] = best_setting(inputs)
     assert "noise=0.0, with a validation perplexity of 101.5 ± 0.71 (n=2), of 2 settings" in text
-    assert "it leads the mean of all 2 settings by 0.5; if all were equal, the best of 2 would lead by 0 " in luck
+    assert "it leads the mean of both settings by 0.5; if all were equal, the best of 2 would lead by 0 " in luck
     assert (
         "judges it on validation text, as there is no test text. On average, the chosen setting is 0.5 better than the"
         in luck

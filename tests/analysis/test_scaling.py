@@ -224,7 +224,7 @@ def test_the_report_fits_the_law_extrapolates_it_and_checks_it(tmp_path: Path) -
     assert numbers["exponent of experts"] == pytest.approx(0.15, abs=0.05)
     assert numbers["best size grows as FLOPs to the power of"] == pytest.approx(0.3 / 0.7, abs=0.1)
     assert f" {table.set_index('number')['estimate']['exponent of tokens']} of tokens, and L_inf " in told
-    assert "The runs determine the law" in told
+    assert "The scaling law has the exponents" in told
     assert _flops(2e12) == "2 x 10^12 FLOPs"
     [lines] = [block.items for block in blocks if isinstance(block, BulletList)]
     assert told.endswith(lines[1])

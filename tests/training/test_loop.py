@@ -246,7 +246,7 @@ def test_the_first_and_last_cell_of_every_experiment_can_be_trained(
     first_and_last = staticmethod(lambda *arguments: [grid[:: max(1, len(grid) - 1)] for grid in split(*arguments)])
     monkeypatch.setattr(BasicSweeper, "split_arguments", first_and_last)
     settings = [*small, "steps=1", "eval_every=1", f"out={finished_ablation}", *NEEDED.get(experiment, [])]
-    cells = read_cells([f"experiment={experiment}", "seed=42", *settings])
+    cells = read_cells([f"experiment={experiment}", "seed=7", *settings])
     assert cells
     for one in {cells[0].folder: cells[0], cells[-1].folder: cells[-1]}.values():
         run(one)
