@@ -16,8 +16,9 @@ BETTER, WORSE, UNDECIDED = "better", "worse", "undecided"
 class League(NamedTuple):
     """Routers in order; those that are not ranked, because they see later tokens, come last.
 
-    table: a row for each router, with mean, n, rank, best rank, worst rank, difference, low and high; what a router
-    that is not ranked lacks is NaN. values: the losses by seed of the ranked routers. layout: their means and spread.
+    table: a row for each router, with the mean over the seeds that all ranked routers have, n, rank, best rank, worst
+    rank, difference, low and high; what a router that is not ranked lacks is NaN. values: the losses by seed of the
+    ranked routers. layout: their means and spread.
     """
 
     table: pd.DataFrame
@@ -44,7 +45,11 @@ def league_of(runs: pd.DataFrame, metric: str, reference: Any) -> League | None:
     layout = block(complete)
     rank = ranks(layout)
     order = [*rank.sort_values("rank").index, *(name for name in values if name in later)]
-    table = pd.DataFrame({"mean": values.mean(), "n": values.count()}).join(rank).join(to_reference(layout, reference))
+    table = (
+        pd.DataFrame({"mean": values.loc[complete.index].mean(), "n": values.count()})
+        .join(rank)
+        .join(to_reference(layout, reference))
+    )
     return League(table.loc[order], complete, layout)
 
 

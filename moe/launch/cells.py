@@ -9,6 +9,7 @@ from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
@@ -171,7 +172,7 @@ def _say_what_is_replaced(presets: list[Override], own: list[Override]) -> None:
     given = {o.key_or_group: values_of(o) for o in own}
     for preset in presets:
         before, now = values_of(preset), given.get(preset.key_or_group, [])
-        if len(before) == 1 and now and now != before:
+        if len(before) == 1 and now and [*map(yaml.safe_load, now)] != [*map(yaml.safe_load, before)]:
             key = preset.key_or_group
             log.warning("%s=%s replaces the experiment's %s=%s", key, ",".join(now), key, before[0])
 
@@ -372,6 +373,10 @@ def _why_ignored(key: str, cell: Cell) -> str:
         return "there is one expert"
     if key in DEFAULTED:
         return f"optimizer={cell.choices['optimizer']} has no Muon, and AdamW does not use this key"
+    if key == "load" and cell.config.router.get("load") is not None:
+        return "this router has a loss of its own for it, router.load"
+    if key == "load" and cell.config.router.get("k", 1) >= cell.config.model.num_experts:
+        return "every token goes to all experts"
     if key == "load":
         return f"router={cell.choices['router']} does not take the k largest of logits with Gaussian noise"
     settings = "" if key in OFF else " with its other settings"

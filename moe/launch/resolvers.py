@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import math
 import os
 import re
 from collections import defaultdict
@@ -44,17 +45,17 @@ def best_level(results: str, factor: str, other: Any = None) -> Any:
 
     other: a level with which the best one will be compared, so that it must be another one.
 
-    Raises ConfigError if there is no such file, if a run in it is not finished, if it has several grids, or if the best
-    level is `other`.
+    Raises ConfigError if there is no such file, if a run in it is not finished or has no finite loss, if it has
+    several grids, or if the best level is `other`.
     """
-    rows, losses = _rows(results, factor), defaultdict[str, list[float]](list)
+    rows, losses = _rows(results, factor, column=factor), defaultdict[str, list[float]](list)
     if len(grids := dict.fromkeys(row["experiment"] for row in rows)) > 1:
         several = f"which has several grids: {'; '.join(grids)}"
-        raise ConfigError(f"{factor} comes from {results}, {several}. Give {factor}=VALUE instead")
+        raise ConfigError(f"{factor} comes from {results}, {several}; keep the runs of one of them there")
     for row in rows:
         if row["status"] != "finished":
             raise ConfigError(f"{factor} comes from {results}, where {row['run']} is {row['status']}: finish it")
-        losses[row[factor]].append(float(row["val/loss"]))
+        losses[row[factor]].append(_loss(row, results, factor))
     best = json.loads(min(losses, key=lambda level: fmean(losses[level])))
     if best == other:
         raise ConfigError(f"{factor}={best} has the lowest val/loss in {results}: no other one is better")
@@ -63,15 +64,33 @@ def best_level(results: str, factor: str, other: Any = None) -> Any:
 
 def seeds_in(results: str) -> list[int]:
     """Return the seeds in a sweep's results.csv. Raises ConfigError if there is no such file."""
-    return sorted({int(row["seed"]) for row in _rows(results, "tune_seeds")})
+    return sorted({int(row["seed"]) for row in _rows(results, "tune_seeds", column="seed")})
 
 
-def _rows(results: str, key: str) -> list[dict[str, str]]:
-    """Return the rows of a sweep's results.csv. Raises ConfigError, naming the key that needs it, if there is none."""
+def _rows(results: str, key: str, *, column: str) -> list[dict[str, str]]:
+    """Return the rows of a sweep's results.csv.
+
+    Raises ConfigError, naming the key that needs it, if there is no such file, or if it has no rows or no such column.
+    """
     if not Path(results).exists():
         raise ConfigError(f"{key} comes from {results}, which does not exist: run that experiment first")
     with open_file(Path(results), newline="") as file:
-        return list(csv.DictReader(file))
+        rows = list(csv.DictReader(file))
+    for needed in ("experiment", "status", "val/loss", column):
+        if not rows or needed not in rows[0]:
+            raise ConfigError(f"{key} comes from {results}, which has no column {needed} or no rows")
+    return rows
+
+
+def _loss(row: dict[str, str], results: str, factor: str) -> float:
+    """Return the final val/loss of a run in a results.csv. Raises ConfigError if it is no finite number."""
+    try:
+        loss = float(row["val/loss"])
+    except ValueError:
+        loss = math.nan
+    if not math.isfinite(loss):
+        raise ConfigError(f"{factor} comes from {results}, where the val/loss of {row['run']} is {row['val/loss']!r}")
+    return loss
 
 
 ConfigStore.instance().store(name="schema", node=Config)

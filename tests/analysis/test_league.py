@@ -4,11 +4,13 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from run_folders import write_metrics, write_record
 
 from moe.analysis.figures.charts import charts
 from moe.analysis.figures.drawing import Drawing
+from moe.analysis.league import league_of
 from moe.analysis.limits import covered
 from moe.analysis.report.blocks import Attachment, Paragraph, TableBlock
 from moe.analysis.report.inputs import ReportInputs, collect_inputs
@@ -111,3 +113,13 @@ def test_two_routers_are_no_league_and_without_limits_there_is_no_share(losses: 
     inputs = inputs_of(tmp_path, losses)
     assert bool(list(league(inputs))) == (len(losses) > 2)
     assert list(how_much_routing_matters(inputs)) == []
+
+
+def test_a_mean_is_over_the_seeds_that_all_ranked_routers_have() -> None:
+    """A router with two more seeds, both bad, keeps the lowest mean."""
+    rows = [(name, seed, 5 + place / 10 + seed / 100) for place, name in enumerate("abc") for seed in (1, 2, 3)]
+    rows += [("a", seed, 7.0) for seed in (4, 5)]
+    runs = pd.DataFrame(rows, columns=["router", "seed", "test/loss"]).assign(causal=True)
+    found = league_of(runs, "test/loss", "a")
+    assert found is not None
+    assert found.table["mean"].to_dict() == pytest.approx({"a": 5.02, "b": 5.12, "c": 5.22})

@@ -737,6 +737,24 @@ def test_a_value_that_replaces_one_of_the_experiment_is_named(
     assert not [line for line in caplog.messages if "replaces" in line]
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("2.0,3.9", "2.0,nan", r"where the val/loss of c is 'nan'"),
+        ("2.0,3.9", "2.0,", r"where the val/loss of c is ''"),
+        ("router.temp", "router.k", "has no column router.temp or no rows"),
+        ("seed", "sead", "has no column seed or no rows"),
+    ],
+)
+def test_results_from_which_no_temperature_can_be_chosen(
+    finished_ablation: Path, old: str, new: str, message: str
+) -> None:
+    results = finished_ablation / "temperature_ablation" / "results.csv"
+    results.write_text(results.read_text().replace(old, new))
+    with pytest.raises(ConfigError, match=message):
+        read_cells(["experiment=temperature_best_long", f"out={finished_ablation}"])
+
+
 def test_without_a_finished_ablation_there_is_no_best_temperature(tmp_path: Path, finished_ablation: Path) -> None:
     with pytest.raises(ConfigError, match=r"results\.csv, which does not exist: run that experiment first"):
         read_cells(["experiment=temperature_best_long", f"out={tmp_path / 'none'}"])

@@ -208,5 +208,5 @@ def test_the_best_level_of_several_grids_is_refused(finished_ablation: Path) -> 
     results = finished_ablation / "temperature_ablation" / "results.csv"
     assert best_level(str(results), "router.temp") == 1.5
     results.write_text(results.read_text().replace("x,a", "x: steps=20,a"))
-    with pytest.raises(ConfigError, match=r"has several grids: x: steps=20; x\. Give router\.temp=VALUE instead"):
+    with pytest.raises(ConfigError, match=r"has several grids: x: steps=20; x; keep the runs of one of them there"):
         best_level(str(results), "router.temp")
