@@ -12,9 +12,10 @@ class Grid(NamedTuple):
     """Runs that belong together: all combinations of levels of some factors, with several seeds.
 
     name: the experiment, followed by what distinguishes the grid from the experiment's own. factors: the keys that it
-    varies, without the seed. fixed: other settings that differ from those of the experiment. cells: the names of the
-    run folders, in the order of the levels. search: such as "minimize val/loss", if results decided which combinations
-    of levels there are; such runs are no factorial grid.
+    varies, without the seed. fixed: other settings that differ from those of the experiment; one that each cell
+    computes is the text of the command, such as ${equal_flops:64}. cells: the names of the run folders, in the order of
+    the levels. search: such as "minimize val/loss", if results decided which combinations of levels there are; such
+    runs are no factorial grid.
     """
 
     name: str

@@ -8,6 +8,7 @@ from typing import Any
 from moe.files import shown
 
 SEARCHED = "hydra.searchpath"  # the key that names several folders of options
+PLAIN = re.compile(r"[A-Za-z_]\w*(\.\w+)*|\$\{[\w.:]+\}")  # a text that needs no quotes: a.b, ${equal_flops:64}
 KEYWORDS = ("null", "none", "true", "false", "inf", "nan")  # words that Hydra's grammar does not read as text
 
 
@@ -18,7 +19,7 @@ def as_word(value: Any) -> str:
     if isinstance(value, list):
         return f"[{','.join(map(as_word, value))}]"
     if isinstance(value, str):
-        return value if re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", value) and value.lower() not in KEYWORDS else quote(value)
+        return value if PLAIN.fullmatch(value) and value.lower() not in KEYWORDS else quote(value)
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 

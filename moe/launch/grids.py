@@ -10,7 +10,7 @@ from hydra.core.override_parser.types import Override
 
 from moe.checks import printable
 from moe.config.cell import Cell, Grid
-from moe.config.keys import is_free
+from moe.config.keys import flatten, is_free
 from moe.config.options import GROUPS
 
 LONGEST_NAME = 120  # W&B allows 128 characters in the name of a group
@@ -21,13 +21,15 @@ def grid_of(cells: Sequence[Cell], presets: Sequence[Override], own: Sequence[Ov
 
     presets: the overrides that span the experiment's own grid. own: those of the command line. usual: the settings of
     the experiment without those of the command line. A factor of the experiment's grid remains a factor if the command
-    gives a single level of it. The seed is neither a factor nor a fixed setting.
+    gives a single level of it. The seed is neither a factor nor a fixed setting. A setting that each cell computes
+    is fixed as the command writes it, because cells may differ in its value.
     """
     planned, swept = ({o.key_or_group for o in part if o.is_sweep_override()} - {"seed"} for part in (presets, own))
     factors = sorted(planned | swept)
     settings: dict[str, Any] = {}
     for cell in reversed(cells):
         settings |= cell.identity() | cell.choices
+    settings |= {name: text for name, text in _computed(own).items() if name in settings}
     # The usual value of a key depends on the options of the groups. If these vary, every given value counts as fixed.
     unusual = {o.key_or_group for o in presets} | (settings.keys() - set(GROUPS) if swept & {*GROUPS} else set())
     fixed = {}
@@ -45,6 +47,12 @@ def grid_of(cells: Sequence[Cell], presets: Sequence[Override], own: Sequence[Ov
         parts = [re.sub(r"^[^=]*\.(?=[^=]*=)", "", part) for part in parts]  # such as layers=1
         name = _cut(printable(": ".join(filter(None, (cells[0].experiment, ", ".join(parts))))), factors, fixed)
     return Grid(name, factors, fixed, [cell.folder.name for cell in cells])
+
+
+def _computed(overrides: Sequence[Override]) -> dict[str, Any]:
+    """Return the values of overrides that refer to other settings or call a function, as written, by their full key."""
+    single = {o.key_or_group: o.value() for o in overrides if not o.is_sweep_override()}
+    return {name: value for name, value in flatten(single).items() if "${" in str(value)}
 
 
 def with_part(grid: Grid, text: str, settings: dict[str, Any]) -> Grid:

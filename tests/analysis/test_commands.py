@@ -9,7 +9,7 @@ import pytest
 from hydra.core.override_parser.types import Quote, QuotedString
 
 from moe.analysis.report.inputs import collect_inputs
-from moe.analysis.report.sections.commands import command_for_more, training_command
+from moe.analysis.report.sections.commands import command_for_more, fixed_settings, grid_of, training_command
 from moe.config.cell import Cell
 from moe.config.keys import flatten
 from moe.config.words import quote
@@ -73,6 +73,21 @@ def test_the_command_of_a_report_trains_its_runs(command: str, monkeypatch: pyte
     more = read_cells(shlex.split(training_command(runs, [7, 8]))[2:])
     assert more is not None
     assert {cell.config.seed for cell in more} == {7, 8}
+
+
+@pytest.mark.usefixtures("labs")
+def test_a_setting_that_each_cell_computes_is_printed_as_it_was_typed() -> None:
+    """At equal FLOPs, experts of the oracle are wider than those of top-2 routing."""
+    command = "router=topk,oracle 'model.ffn=${equal_flops:64}' seed=1"
+    cells, runs = trained(*shlex.split(command))
+    assert [cell.config.model.ffn for cell in cells] == [64, 128]
+    assert training_command(runs) == "python train.py -m 'model.ffn=${equal_flops:64}' router=topk,oracle seed=1"
+    grid = grid_of(runs)
+    assert grid is not None
+    assert fixed_settings(grid) == ["model.ffn=${equal_flops:64}"]
+    again = read_cells(shlex.split(training_command(runs))[2:])
+    assert again is not None
+    assert [*map(described, again)] == [*map(described, cells)]
 
 
 @pytest.mark.usefixtures("labs")

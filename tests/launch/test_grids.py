@@ -182,6 +182,18 @@ def test_another_factor_or_setting_is_another_grid(first: list[Cell], words: lis
     assert name in str(workspace(second, entity="me", project="p").runset_settings.filters)
 
 
+def test_a_setting_that_each_cell_computes_is_named_as_it_is_written(tmp_path: Path) -> None:
+    """The same setting with other routers is the same grid."""
+    asked = [
+        read_cells(["-m", f"router={routers}", "model.ffn=${equal_flops:64}", f"out={tmp_path}"]) or []
+        for routers in ("topk,oracle", "oracle,soft_moe")
+    ]
+    assert {cell.config.model.ffn for cells in asked for cell in cells} > {64}
+    [grid] = recorded(*asked)
+    assert grid.name == "default: router, model.ffn=${equal_flops:64}"
+    assert grid.fixed == {"model.ffn": "${equal_flops:64}"}
+
+
 def test_a_long_name_is_cut_and_still_names_one_grid(tmp_path: Path) -> None:
     """W&B allows 128 characters in the name of a group."""
     words = ["-m", "noise=0.0,0.5", f"out={tmp_path}"]
