@@ -51,11 +51,22 @@ def several_tokenizers(runs: pd.DataFrame) -> bool:
 def shown_together(runs: pd.DataFrame, metrics: Iterable[str]) -> list[str]:
     """Return those of `metrics` that can stand in one table about these runs.
 
-    If the runs have several tokenizers, these are all but means over tokens.
+    If the runs have several tokenizers, these are all but means over tokens. Where the layers of a run have different
+    numbers of experts, it has no load of all layers together; then the mean over layers stands for it in all runs.
     """
+    metrics = [_with_every_run(runs, metric) for metric in metrics]
     if not several_tokenizers(runs):
-        return list(metrics)
+        return metrics
     return [metric for metric in metrics if not ((entry := lookup(metric)) and entry.per_token)]
+
+
+def _with_every_run(runs: pd.DataFrame, metric: str) -> str:
+    """Return a metric, or the mean over layers in place of `.../pooled` if a run has only that."""
+    over_layers = metric.removesuffix("/pooled")
+    if over_layers == metric or over_layers not in runs:
+        return metric
+    without = runs[metric].isna() if metric in runs else True
+    return over_layers if (runs[over_layers].notna() & without).any() else metric
 
 
 def _levels(runs: pd.DataFrame, key: str) -> set[object]:

@@ -11,7 +11,7 @@ from moe.analysis.report.inputs import collect_inputs
 from moe.analysis.report.report import write_report
 from moe.analysis.sentences import contrast_sentence
 from moe.config.claim import ClaimConfig
-from moe.results.comparable import incomparable, not_poolable
+from moe.results.comparable import incomparable, not_poolable, shown_together
 from moe.results.sweep_tables import console_table
 from moe.results.table import load_runs
 
@@ -80,3 +80,13 @@ def test_a_missing_run_is_no_reason_not_to_compare(tmp_path: Path) -> None:
     assert incomparable("val/perplexity", runs[:3], missing) == ""
     assert not_poolable("val/perplexity", pd.concat([runs[:3], missing])) == ""
     assert incomparable("val/perplexity", runs[:3], runs[3:]).startswith("not comparable: the tokenizers differ")
+
+
+def test_the_mean_over_layers_stands_for_a_pooled_load_that_a_run_does_not_have() -> None:
+    """Layers with different numbers of experts have no load together."""
+    runs = pd.DataFrame({"routing/load_cv": [0.1, 0.2], "routing/load_cv/pooled": [0.05, None], "val/loss": [1.0, 2.0]})
+    shown = ["val/loss", "routing/load_cv/pooled"]
+    assert shown_together(runs, shown) == ["val/loss", "routing/load_cv"]
+    assert shown_together(runs.drop(columns="routing/load_cv/pooled"), shown) == ["val/loss", "routing/load_cv"]
+    assert shown_together(runs.iloc[:1], shown) == shown
+    assert shown_together(runs.drop(columns="routing/load_cv"), shown) == shown
