@@ -1,5 +1,6 @@
 """The question of an experiment: a text, or a list of its parts, each with the claims that answer it."""
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from moe.checks import require, unknown
@@ -51,3 +52,13 @@ def _part(part: Any, key: str) -> Part:
 def text_of(parts: list[Part]) -> str:
     """Return the whole question."""
     return " ".join(part.ask.strip() for part in parts)
+
+
+def applicable(question: Any, claims: Iterable[str]) -> Any:
+    """Return a question, but only its text if it names claims and `claims` has none of them.
+
+    Such a question was written for another experiment.
+    """
+    parts = parts_of(question)
+    named = {text for part in parts for text in part.claims}
+    return text_of(parts) if named and named.isdisjoint(claims) else question

@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from importlib.abc import MetaPathFinder
 from pathlib import Path
@@ -19,6 +20,7 @@ from moe.config import layer_experts, layer_routers, run_routers
 from moe.config.cell import Cell
 from moe.config.keys import DEFAULTED, DENSE_IGNORES, OFF, RATES, flatten
 from moe.config.options import CLASSES, GROUPS, use
+from moe.config.question import applicable
 from moe.config.schema import Config
 from moe.distributed import ranks
 from moe.launch import slurm
@@ -152,7 +154,7 @@ def expand_start(
     folders = {cell.folder for cell in runs}
     written = [cell for cell, each in zip(cells, described, strict=True) if each.folder in folders]
     check_claims(written, presets, sweep=multirun)
-    check_question(written[0].config, own)
+    check_question(written[0], own)
     if planned:
         _say_what_is_replaced(presets, own)
     if start.launcher == "slurm" and not all(map(finished, runs)):
@@ -300,13 +302,14 @@ def job_cell(composed: DictConfig, hydra: Any) -> Cell:
 
 
 def _switch_off_ignored(cell: Cell) -> Cell:
-    """Return the cell with every key switched off that does not apply to it."""
+    """Return the cell with every key switched off that does not apply to it, and the parts of a question likewise."""
     record = stored_record(cell)
     if record is not None and finished(cell) and not cell.config.is_dense:  # its record tells, without torch
         ignored = frozenset({*OFF, *cell.config.identity()} - record.identity.keys())
     else:
         ignored = cell.config.ignored_keys()
-    return cell._replace(config=cell.config.without(ignored), ignored=ignored)
+    question = applicable(cell.config.question, [claim.text for claim in cell.config.claims])
+    return cell._replace(config=replace(cell.config.without(ignored), question=question), ignored=ignored)
 
 
 def _without_ignored(cell: Cell, composed: DictConfig, arguments: list[str]) -> Cell:

@@ -11,16 +11,16 @@ from typing import Any
 
 from hydra.core.override_parser.types import Override, QuotedString
 
-from moe.checks import printable, require, unknown
+from moe.checks import ConfigError, printable, require, unknown
 from moe.config.cell import Cell
 from moe.config.claim import DOMAIN, ClaimConfig
 from moe.config.classes import build
 from moe.config.keys import OFF
 from moe.config.layer_experts import KEY as EXPERTS_BY_LAYER
-from moe.config.options import GROUPS, options
+from moe.config.options import GROUPS, options, sources
 from moe.config.question import parts_of
-from moe.config.schema import Config
 from moe.config.words import as_word
+from moe.launch.option_files import read_option
 from moe.runs.events import LAST, LAST_MEAN
 
 LEFT_OUT = "no run of this command has %s, so its runs alone cannot test this claim: %s"
@@ -64,19 +64,35 @@ def check_claims(cells: Sequence[Cell], grid: Iterable[Override], *, sweep: bool
                 log.warning(LEFT_OUT, ", ".join(left_out), printable(claim.text))
 
 
-def check_question(config: Config, own: Iterable[Override]) -> None:
+def check_question(cell: Cell, own: Iterable[Override]) -> None:
     """Raise ConfigError for a part of the question that names no claim. own: the overrides of the command.
 
-    A command that replaces the claims alone may lack some of those that the experiment's question names.
+    A command that replaces claims alone may lack some of those that the experiment's question names. An experiment may
+    build on another one whose question names none of its claims: see `applicable`.
     """
-    replaced = {override.key_or_group for override in own}
-    if "claims" in replaced and "question" not in replaced:
+    given = {override.key_or_group.partition(".")[0] for override in own}
+    if "claims" in given and "question" not in given:
         return
-    texts = [claim.text for claim in config.claims]
-    for number, part in enumerate(parts_of(config.question)):
-        for text in part.claims:
-            if text not in texts:
-                raise unknown(f"claim of question[{number}]", text, texts)
+    texts = [claim.text for claim in cell.config.claims]
+    named = [(number, text) for number, part in enumerate(parts_of(cell.config.question)) for text in part.claims]
+    lacking = [(number, text) for number, text in named if text not in texts]
+    origin, inherited = _origin(cell.experiment, given)
+    if lacking and not (inherited and lacking == named):
+        number, text = lacking[0]
+        error = unknown(f"claim of question[{number}]", text, texts)
+        raise ConfigError(f"{error}; the question is from {origin}: set question to one about these claims")
+
+
+def _origin(experiment: str, given: set[str]) -> tuple[str, bool]:
+    """Return where the question of an experiment is from, and whether that is another experiment.
+
+    given: the keys of the command.
+    """
+    file = sources("experiment").get(experiment)
+    if "question" in given or file is None:
+        return "this command", False
+    inherited = "question" not in read_option(file)
+    return f"what {file} builds on" if inherited else str(file), inherited
 
 
 def _left_out(claim: ClaimConfig, leaves: Sequence[dict[str, Any]]) -> list[str]:

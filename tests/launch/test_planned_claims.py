@@ -1,10 +1,14 @@
 """Tests that a claim that no run can judge is refused before a sweep is trained."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from moe.checks import ConfigError
+from moe.config.cell import Cell
+from moe.config.options import SEARCH_PATH
+from moe.config.question import parts_of
 from moe.launch.claims import LEFT_OUT
 from moe.launch.command_line import read_cells
 from moe.launch.plans import kept_claims
@@ -161,7 +165,37 @@ def test_one_run_of_many_keeps_claims_about_levels_of_other_runs() -> None:
 def test_a_part_of_the_question_that_names_no_claim_is_refused() -> None:
     """A command that replaces the claims alone keeps the question of its experiment."""
     question = "question=[{ask: Is it worse?, claims: [A]}]"
-    with pytest.raises(ConfigError, match=r"^unknown claim of question\[0\] 'A'; known: a$"):
+    words = r"^unknown claim of question\[0\] 'A'; known: a; the question is from this command: set question to one "
+    with pytest.raises(ConfigError, match=words):
         read("-m", "noise=0.0,0.5", question)
     assert read("-m", "noise=0.0,0.5", question.replace("[A]", "[a]")) == 2
     assert read("experiment=noise_lb_seed", "seed=1") == 6
+    [cell, *_] = read_cells(["experiment=noise_lb_seed", "claims.0.text=foo", "lb=0.0", "seed=1"]) or []
+    assert cell.config.claims[0].text == "foo"
+    assert len(parts_of(cell.config.question)) == 2
+
+
+def test_the_question_of_another_experiment_is_a_text_for_own_claims(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An experiment that builds on another one inherits its question. With some of its claims, that is a mistake."""
+    monkeypatch.setenv(SEARCH_PATH, "")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    conf = tmp_path / "conf"
+    (conf / "experiment").mkdir(parents=True)
+
+    def read_own(name: str, *texts: str, more: str = "") -> list[Cell]:
+        claims = "".join(f"  - {CLAIM | {'text': text, 'levels': [0.5], 'than': [0.0]}}\n" for text in texts)
+        content = f"# @package _global_\ndefaults: [noise_lb_seed]\nclaims:\n{claims}{more}"
+        (conf / "experiment" / f"{name}.yaml").write_text(content)
+        return read_cells([f"--config-dir={conf}", f"experiment={name}", "seed=1", "lb=0.0"]) or []
+
+    cells = read_own("none", "mine")
+    assert [claim.text for claim in cells[0].config.claims] == ["mine"]
+    text = "Do router noise and the load-balance loss help or hurt quality, and do they depend on each other?"
+    assert {cell.config.question for cell in cells} == {text}
+    known = "Deterministic routing has the best perplexity"
+    with pytest.raises(ConfigError, match=r"'Noise 0.5 raises.*; the question is from what .*some.yaml builds on: set"):
+        read_own("some", "mine", known)
+    with pytest.raises(ConfigError, match=r"'mien'; nearest: mine; the question is from .*wrong.yaml: set question to"):
+        read_own("wrong", "mine", more="question: [{ask: 'Is it?', claims: [mien]}]\n")
