@@ -108,13 +108,13 @@ def load_run(folder: Path | str) -> Run:
     require(isinstance(folder, Path | str), "folder", folder, "a path, as text or Path")
     require(not Path(folder).is_file(), "folder", folder, "the folder of a run, and not a file in it")
     folder = Path(folder)
-    record = RunRecord.read(folder / RunRecord.FILE)
+    record, config = RunRecord.read_typed(folder / RunRecord.FILE)
     finished = record.status == "finished"
     metrics = MetricsRecord.read(folder / MetricsRecord.FILE).scalars() if finished else {}
     path = folder / events.FILE
     evaluations = [event for event in events.read_events(path) if event["kind"] == "eval"] if path.exists() else []
     history = pd.DataFrame(evaluations).drop(columns="kind", errors="ignore")
-    return Run(folder, record.status, record.typed_config(), metrics, history)
+    return Run(folder, record.status, config, metrics, history)
 
 
 def load_runs(paths: Path | str | Iterable[Path | str] = "multirun") -> pd.DataFrame:

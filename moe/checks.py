@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
 from types import UnionType
 from typing import (
@@ -25,6 +25,8 @@ from typing import (
 )
 
 T = TypeVar("T")
+
+REQUIRED = "???"  # the default of a key that has none, in a configuration; OmegaConf calls it MISSING
 
 
 class ConfigError(ValueError):
@@ -104,9 +106,9 @@ def check_values(values: dict[str, Any], types: dict[str, Any], place: str) -> N
 def parse(kind: type[T], content: object, place: str = "") -> T:
     """Convert JSON `content` to an instance of `kind`, which is a dataclass, NamedTuple or TypedDict.
 
-    The keys must be exactly the fields of `kind`, and every value must fit its annotation. `place` says where in its
-    file the content was found, such as "config.model". Raises ValueError, with a message of one line that names the
-    key.
+    The keys must be the fields of `kind`, and every value must fit its annotation. A field of a dataclass that is not
+    there has its default. `place` says where in its file the content was found, such as "config.model". Raises
+    ValueError, with a message of one line that names the key.
     """
     if not isinstance(content, dict):
         raise ValueError(f"{place or 'the content'} is {_shorten(content)}: must be an object")
@@ -115,15 +117,28 @@ def parse(kind: type[T], content: object, place: str = "") -> T:
         if name not in types:
             raise unknown("key", _join(place, name), (_join(place, known) for known in types))
     for name in types:
-        if name not in content:
+        if name not in content and name not in _optional(cast(Any, kind)):
             raise ValueError(f"{_join(place, name)} is missing")
-    return kind(**{name: _parse_value(types[name], content[name], _join(place, name)) for name in types})
+    return kind(**{name: _parse_value(types[name], content[name], _join(place, name)) for name in content})
 
 
 @cache
 def _field_types(kind: Any) -> dict[str, Any]:
     types = get_type_hints(kind)
     return {name: annotation for name, annotation in types.items() if get_origin(annotation) is not ClassVar}
+
+
+@cache
+def _optional(kind: Any) -> frozenset[str]:
+    """Return the fields of a dataclass that have a default. A section of a configuration has one if its fields do."""
+
+    def has_default(field: Field[Any]) -> bool:
+        made_by = field.default_factory
+        if is_dataclass(made_by):
+            return {each.name for each in fields(made_by)} == _optional(made_by)
+        return made_by is not MISSING or field.default not in (MISSING, REQUIRED)
+
+    return frozenset(field.name for field in fields(kind) if has_default(field)) if is_dataclass(kind) else frozenset()
 
 
 class _Kinds(NamedTuple):

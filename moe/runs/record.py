@@ -147,14 +147,23 @@ class RunRecord(Record):
         for number, claim in enumerate(self.claims()):
             claim.check(f"config.claims[{number}]")
 
+    @classmethod
+    def read_typed(cls, path: Path) -> tuple["RunRecord", Config]:
+        """Return the record at `path` and its configuration. Raises RecordError if one of them cannot be read."""
+        record = cls.read(path)
+        try:
+            return record, record.typed_config()
+        except ValueError as error:
+            raise RecordError(f"{path}: {first_line(error)}; {cls.ADVICE}") from None
+
     @property
     def diverged(self) -> bool:
         """Whether the run failed because a loss or gradient was not finite."""
         return self.status == "failed" and str(self.error).startswith("Diverged")
 
     def typed_config(self) -> Config:
-        """Return the configuration. Raises ValueError, naming the key, if it is not one of this version."""
-        return parse(Config, self.config)
+        """Return the configuration; a key from after the run has its default. Raises ValueError that names the key."""
+        return parse(Config, self.config, "config")
 
     def claims(self) -> list[ClaimConfig]:
         """Return the planned claims. They can be read, because this is checked when the record is made."""

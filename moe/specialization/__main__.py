@@ -52,14 +52,8 @@ def main(command: list[str] | None = None) -> int:
                 raise ValueError(f"--{name} {getattr(arguments, name)}: must be at least {least}")
         text = _own_text(arguments)
         runs = load_runs(arguments.folders).drop_duplicates("folder")  # a run has a row for each of its grids
-        finished = [Path(folder) for folder in runs.loc[runs["status"] == "finished", "folder"]]
-        for folder in [folder for folder in finished if not _has_model(folder)]:
-            print(f"{folder}: has no saved model (save_model=none), so its experts cannot be studied", file=sys.stderr)
-            finished.remove(folder)
-        for folder in finished if arguments.trust else ():
-            record = RunRecord.read(folder / RunRecord.FILE)
-            for name in changed_code(record, record.typed_config()):
-                print(f"{folder}: the code of {name} has changed since that run began", file=sys.stderr)
+        folders = [Path(folder) for folder in runs.loc[runs["status"] == "finished", "folder"]]
+        finished = _with_models(folders, trusted=arguments.trust)
         if text is None:
             for folder in finished:
                 _study(folder, arguments)
@@ -92,9 +86,20 @@ def _study(folder: Path, arguments: argparse.Namespace) -> None:
     sys.stdout.flush()
 
 
-def _has_model(folder: Path) -> bool:
-    """Return whether a run has a saved model, or has evaluated an imported one."""
-    return (folder / "model").is_dir() or observed(RunRecord.read(folder / RunRecord.FILE).typed_config())
+def _with_models(folders: list[Path], *, trusted: bool) -> list[Path]:
+    """Return the runs that have a saved model or have evaluated an imported one, and print which others there are.
+
+    Of `trusted` runs, print whose code has changed. Raises RecordError for the first run that cannot be read.
+    """
+    records = {folder: RunRecord.read_typed(folder / RunRecord.FILE) for folder in folders}
+    for folder, (record, config) in [*records.items()]:
+        if not (folder / "model").is_dir() and not observed(config):
+            print(f"{folder}: has no saved model (save_model=none), so its experts cannot be studied", file=sys.stderr)
+            del records[folder]
+            continue
+        for name in changed_code(record, config) if trusted else ():
+            print(f"{folder}: the code of {name} has changed since that run began", file=sys.stderr)
+    return [*records]
 
 
 def _own_text(arguments: argparse.Namespace) -> str | None:

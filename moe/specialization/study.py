@@ -55,10 +55,9 @@ def study(folder: Path, *, blocks_wanted: int, samples: int, trusted: bool = Fal
     Returns False, and writes nothing, if they are up to date. Raises ValueError if the run is not finished, or if its
     data can no longer be prepared as they were.
     """
-    record = RunRecord.read(folder / RunRecord.FILE)
+    record, config = RunRecord.read_typed(folder / RunRecord.FILE)
     if record.status != "finished" or record.facts is None:
         raise ValueError(f"{folder}: the run is {record.status}, not finished")
-    config = record.typed_config()
     weights = folder / "model" / "model.safetensors"
     digest = sha256(weights) if weights.exists() or not observed(config) else str(config.model.checkpoint_digest)
     settings = StudySettings(STUDY_FORMAT, digest, blocks_wanted=blocks_wanted, samples=samples)
@@ -110,8 +109,7 @@ def write_own_text(folder: Path, text: str, *, trusted: bool = False) -> Path:
 
     It replaces the last page of this kind. Raises ValueError as `text_page` does.
     """
-    record = RunRecord.read(folder / RunRecord.FILE)
-    config = record.typed_config()
+    record, config = RunRecord.read_typed(folder / RunRecord.FILE)
     if not trusted:
         config.require_trust("--trust", "router")
     model = model_of_run(folder, config, trusted=trusted)

@@ -14,6 +14,7 @@ from train_processes import ANALYZE, TRAIN, run_script
 
 from moe.config.cell import Grid
 from moe.config.plugins import Plugin
+from moe.config.sections import LoggerConfig
 from moe.results.sweep_tables import console_table
 from moe.results.table import load_runs, read_event_tables
 from moe.runs.collapse import Collapse
@@ -198,6 +199,13 @@ def test_configuration_and_claims_are_read_as_dataclasses(cell: Any) -> None:
     for name, value in (("seed", "one"), ("model", {}), ("claims", [{"text": "x"}]), ("extra", 1)):
         with pytest.raises(ValueError, match=name):
             replace(record, config=record.config | {name: value}).typed_config()
+    older = {key: value for key, value in record.config.items() if key not in ("load", "logger")}
+    older["optimizer"] = {key: value for key, value in older["optimizer"].items() if key != "clip"}
+    found = replace(record, config=older).typed_config()
+    assert (found.load, found.logger, found.optimizer.clip) == (0.0, LoggerConfig(), 1.0)
+    for name in ("router", "model", "data"):  # each has, or is, a key without a default
+        with pytest.raises(ValueError, match=f"^config.{name} is missing$"):
+            replace(record, config={key: value for key, value in older.items() if key != name}).typed_config()
 
 
 def test_the_analysis_shows_every_unreadable_run_as_a_row(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
-from run_folders import change_record, write_record
+from run_folders import change_record, write_metrics, write_record
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -463,3 +463,7 @@ def test_a_wrong_command_gets_a_one_line_error(tmp_path: Path, capsys: Any) -> N
     assert main([str(tmp_path / "nowhere")]) == 2
     assert main([str(tmp_path), "--blocks", "0"]) == 2
     assert "--blocks 0: must be at least 1" in capsys.readouterr().err
+    write_record(tmp_path, config={"seed": 1})
+    write_metrics(tmp_path, {})
+    assert main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"moe.specialization: {tmp_path / 'run.json'}: config.router is ")
