@@ -148,7 +148,7 @@ def opened(written: tuple[Path, Observation], browser: Any, request: pytest.Fixt
 def expected(seen: Observation, token: int) -> list[str]:
     """Return what the panel shows of each layer: the layer, then experts and weights, the heaviest first."""
     rows = []
-    for layer, weight in enumerate(seen.weight[:, token]):
+    for layer, weight in enumerate(of_layer[token] for of_layer in seen.weight):
         best = np.argsort(-weight)[:4]
         rows.append(" ".join([str(layer), *(f"{expert} {weight[expert]:.3f}" for expert in best)]))
     return rows
@@ -207,7 +207,7 @@ def test_keys_move_from_token_to_token_and_switch_layers(opened: Any, written: t
     assert page.locator("[role=option][aria-selected=true]").count() == 1
     for key, layer in (("3", 3), ("]", 4), ("[", 3)):
         page.keyboard.press(key)
-        assert expert_of(page, 399) == f"e{seen.weight[layer, 399].argmax()}"
+        assert expert_of(page, 399) == f"e{seen.weight[layer][399].argmax()}"
         assert page.locator("tr.on th").inner_text() == str(layer)
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") == "previous"
@@ -221,7 +221,7 @@ def test_a_button_selects_the_layer_whose_experts_color_the_tokens(
     colors = []
     for layer in (0, 15):
         page.locator(f"input[value='{layer}']").check(force=True)
-        assert expert_of(page, 5) == f"e{written[1].weight[layer, 5].argmax()}"
+        assert expert_of(page, 5) == f"e{written[1].weight[layer][5].argmax()}"
         colors.append(token.evaluate("token => getComputedStyle(token).background"))
     assert colors[0] != colors[1]
 
@@ -272,7 +272,7 @@ def test_without_scripts_the_page_is_text_with_the_colors_of_the_first_layer(
     page = context.new_page()
     page.goto(written[0].as_uri())
     assert "42" in page.locator(".text").first.inner_text()
-    assert expert_of(page, 5) == f"e{written[1].weight[0, 5].argmax()}"
+    assert expert_of(page, 5) == f"e{written[1].weight[0][5].argmax()}"
     assert page.get_by_text("shows layer 0 alone").is_visible()
     assert not page.locator("fieldset").is_visible()
     context.close()
