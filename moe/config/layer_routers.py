@@ -85,13 +85,8 @@ def _written(parts: list[_Part]) -> str:
 def explicit(text: str) -> str:
     """Return the text with all settings of its options, so that it says what a run computes.
 
-    Two texts that give all layers the same options and settings become equal. Raises ConfigError for an entry that
-    later ones replace in each of its layers.
+    Two texts that give all layers the same options and settings become equal.
     """
-    given = _entries(text)
-    for number, each in enumerate(given):
-        allowed = f"entries that later ones leave an effect; {each} has none"
-        require(not _overruled(each, given[number + 1 :]), KEY, text, allowed)
     return _written(_parts(text))
 
 
@@ -104,14 +99,18 @@ def _overruled(entry: _Entry, later: list[_Entry]) -> bool:
 
 
 def check(text: str, *, dense: int, layers: int) -> None:
-    """Raise ConfigError unless the text names MoE layers, at least one of which keeps the router of the others.
+    """Raise ConfigError unless each entry has an effect, in MoE layers, and one of these at least gets no option.
 
-    dense, layers: the number of first layers without experts, and of all layers.
+    Entries may change settings in all MoE layers. dense, layers: the number of first layers without experts, and of
+    all layers.
     """
-    parts = _parts(text)
+    given, parts = _entries(text), _parts(text)
+    for number, each in enumerate(given):
+        allowed = f"entries that later ones leave an effect; {each} has none"
+        require(not _overruled(each, given[number + 1 :]), KEY, text, allowed)
     check_layers(KEY, text, [(part.first, part.last) for part in parts], dense=dense, layers=layers)
     chosen = sum(part.last - part.first + 1 for part in parts if part.option is not None)
-    allowed = "left out for one layer at least: name the router of the others as router=OPTION"
+    allowed = "without an option for one layer at least: name the router of the others as router=OPTION"
     require(chosen < layers - dense, KEY, text, allowed)
 
 

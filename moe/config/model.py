@@ -1,7 +1,7 @@
 """The section `model` of the configuration: sizes of the model, and where its weights come from."""
 
 import importlib.util
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from omegaconf import MISSING
@@ -93,6 +93,15 @@ class ModelConfig:
         alpha = self.neftune_noise_alpha
         require(finite(alpha) and alpha >= 0, "model.neftune_noise_alpha", alpha, "a finite number >= 0")
         self._check_upcycling()
+
+    def explicit(self) -> "ModelConfig":
+        """Return the same settings, with the texts for single layers written in the one way that a record has them."""
+        experts, routers = self.experts_by_layer, self.routers
+        return replace(
+            self,
+            experts_by_layer=None if experts is None else layer_experts.explicit(experts),
+            routers=None if routers is None else layer_routers.explicit(routers),
+        )
 
     def experts_of(self, layer: int) -> int:
         """Return the number of routed experts of a decoder layer."""

@@ -147,6 +147,7 @@ def expand_start(
     described = [_without_ignored(*each) for each in zip(cells, composed, grid, strict=True)]
     if not in_vain:
         _refuse_given_in_vain(cells, described, given, varied)
+    cells = [*map(_explicit, cells)]
     check_distinct(cells, grid, presets + own)
     if all(cell.config.is_dense for cell in described):
         _refuse_keys_of_routing(own)
@@ -309,7 +310,13 @@ def _switch_off_ignored(cell: Cell) -> Cell:
     else:
         ignored = cell.config.ignored_keys()
     question = applicable(cell.config.question, [claim.text for claim in cell.config.claims])
-    return cell._replace(config=replace(cell.config.without(ignored), question=question), ignored=ignored)
+    config = replace(cell.config.without(ignored), question=question)
+    return _explicit(cell._replace(config=config, ignored=ignored))
+
+
+def _explicit(cell: Cell) -> Cell:
+    """Return the cell with the texts for single layers as a record has them. Errors before it quote what was typed."""
+    return cell._replace(config=replace(cell.config, model=cell.config.model.explicit()))
 
 
 def _without_ignored(cell: Cell, composed: DictConfig, arguments: list[str]) -> Cell:

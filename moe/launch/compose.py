@@ -15,7 +15,6 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from moe.checks import require
-from moe.config import layer_experts, layer_routers
 from moe.config.checkpoints import dense, imported, replayed
 from moe.config.classes import locate
 from moe.config.options import CLASSES, CONF, GROUPS
@@ -126,10 +125,6 @@ def typed(composed: DictConfig, choices: dict[str, str | None]) -> Config:
     if settings.router.get("_target_") == REPLAY and isinstance(settings.router.get("run"), str):
         run = str(Path(settings.router["run"]))  # RUN/ is RUN
         settings.router |= {"run": run, "digest": replayed.digest_of(run, settings.router.get("digest"))}
-    if settings.model.experts_by_layer is not None:
-        settings.model.experts_by_layer = layer_experts.explicit(settings.model.experts_by_layer)
-    if settings.model.routers is not None:
-        settings.model.routers = layer_routers.explicit(settings.model.routers)
     for key, group in CLASSES.items():
         place, _, name = key.rpartition(".")
         holder = vars(settings) if not place else settings.adapter if place == "adapter" else vars(settings.data)

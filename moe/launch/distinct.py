@@ -44,17 +44,20 @@ def each_run_once(cells: list[Cell], *, say: bool, merge: bool) -> list[Cell]:
     for cell in cells:
         settings = cell.config.identity() if trained else cell.config.settings_in_effect()
         same.setdefault(fingerprint(settings), []).append(cell)
-    said = set()
+    everywhere = set.intersection(*({*cell.overrides} for cell in cells))
+    shared: dict[tuple[str, str], set[str]] = {}  # what all cells have in which two words mean the same run
     for alike in same.values():
         alike.sort(key=lambda cell: len(cell.ignored))
         first, *others = ([*cell.overrides[:-1]] for cell in alike)  # the last one names the folder
         for other in others:
             pair = [",".join(line for line in a if line not in b) for a, b in ((other, first), (first, other))]
             here, there = (words or "no override" for words in pair)
-            once = f"and is trained once, as {there}" if merge else "and both are trained, because each is tuned"
-            said.add(f"{here} is the same run as {there} here, {once}")
-    for line in sorted(said) if say else ():
-        log.warning(line)
+            both = {*first} & {*other} - everywhere
+            shared[here, there] = shared.get((here, there), both) & both
+    for (here, there), both in sorted(shared.items()) if say else ():
+        where = f"with {','.join(sorted(both))}" if both else "here"
+        once = f"and is trained once, as {there}" if merge else "and both are trained, because each is tuned"
+        log.warning(f"{here} is the same run as {there} {where}, {once}")
     return [alike[0] for alike in same.values()] if merge else cells
 
 

@@ -33,7 +33,10 @@ def test_the_other_layers_have_the_number_of_all() -> None:
         ("0-9:4", "must be layers from 0 to 3, those that have experts$"),
         ("0:4 model.first_k_dense_replace=1", "must be layers from 1 to 3, those that have experts$"),
         ("0-3:4", "must be left out for one layer at least: model.num_experts is the number of experts of the others$"),
-        ("0:8", "must be entries for layers with another number of experts; layer 0 has 8 anyway$"),
+        (
+            "2:4+0:8",
+            "^model.experts_by_layer=2:4\\+0:8: must be .* another number of experts; layer 0 has 8 anyway$",
+        ),
         ("1:4 router.k=5", "^model.experts_by_layer=1:4: router.k=5: must be between 1 and model.num_experts=4$"),
         ("1:4 capacity=3", "^model.experts_by_layer=1:4: capacity=3.0: must be null, or below 2: "),
         ("0:4 router=oracle", "^model.experts_by_layer=0:4: model.num_experts=4: must be at least 6, for speech, "),

@@ -43,16 +43,22 @@ def test_the_explicit_text_has_all_settings_and_means_the_same(text: str, explic
         ("model.routers=0:hsh", "^unknown option of router in model.routers 'hsh'; nearest: hash$"),
         ("model.routers=0-9:hash", "must be layers from 0 to 3, those that have experts$"),
         ("model.routers=0:hash model.first_k_dense_replace=1", "must be layers from 1 to 3, those that have experts$"),
-        ("model.routers=0-3:hash", "must be left out for one layer at least: name the router of the others as router="),
+        (
+            "model.routers=0-3:hash",
+            "^model.routers=0-3:hash: must be without an option for one layer at least: name the ",
+        ),
         ("model.routers=0:hash+0:topk", r"^model.routers=0:hash\+0:topk: must be entries .*; 0:hash has none$"),
         ("model.routers=0:kk:1", "^model.routers=0:kk:1: unknown key of router 'router.kk'; nearest: router.k$"),
         ("model.routers=0:k:9", "^model.routers=0:k:9: router.k=9: must be between 1 and model.num_experts=8$"),
         ("model.routers=0:k:two", "^model.routers=0:k:two: router.k=two: must be a whole number$"),
         ("model.routers=0:chain_of_experts", "must be routers that all run once in a layer, or all equally often$"),
-        ("model.routers=0:k:1+0:hash", r"^model.routers=0:k:1\+0:hash.*: must be entries .*; 0:k:1 has none$"),
+        ("model.routers=0:k:1+0:hash", r"^model.routers=0:k:1\+0:hash: must be entries .*; 0:k:1 has none$"),
         ("model.routers=0-1:k:1+0:k:3+1:k:4", "must be entries that later ones leave an effect; 0-1:k:1 has none$"),
-        ("model.routers=0:topk", "^model.routers=0:topk.*: must be entries .*; layer 0 has the same one$"),
-        ("model.routers=0:k:1+2:k:2", "must be entries for layers with another router .*; layer 2 has the same one$"),
+        ("model.routers=0:topk", "^model.routers=0:topk: must be entries .*; layer 0 has the same one$"),
+        (
+            "model.routers=0:k:1+2:k:2",
+            r"^model.routers=0:k:1\+2:k:2: must be .* another router .*; layer 2 has the same",
+        ),
         ("model.routers=0:k:4 capacity=2", "^model.routers=0:k:4: capacity=2.0: must be null, or below 2: "),
         ("model.routers=0:hash model.first_k_dense_replace=4", "must be null, because no layer has experts$"),
         ("model.routers=\N{ARABIC-INDIC DIGIT ZERO}:hash", "; wrong: "),
@@ -95,8 +101,18 @@ def test_a_sweep_over_routers_of_layers_names_its_levels() -> None:
     assert cells[0].grid.factors == ["model.routers"]
 
 
-def test_a_cell_whose_layers_have_the_router_of_the_others_anyway_is_the_same_run_as_the_plain_one() -> None:
-    """Layer 1 of the last cell with top-k has top-k anyway, and layer 0 of the one with hash has hash anyway."""
+def test_each_layer_may_have_an_entry_if_one_keeps_the_option_of_the_others() -> None:
+    [cell] = read_cells(["model.layers=2", "model.routers=1:k:1+0:hash"])
+    assert cell.config.model.routers == "0:hash+0:balanced:true+0:k:2+1:k:1"
+
+
+def test_a_cell_whose_layers_have_the_router_of_the_others_anyway_is_the_same_run_as_the_plain_one(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Layer 1 of the last cell with top-k has top-k anyway, and layer 0 of the one with hash has hash anyway.
+
+    Which cells are the same run is said with the router of both.
+    """
     cells = read_cells(["-m", "router=topk,hash", "model.routers=null,0:hash,0:hash+1:topk"])
     hashed = "0:hash+0:balanced:true+0:k:2"
     assert [(cell.choices["router"], cell.identity()["model.routers"]) for cell in cells] == [
@@ -104,6 +120,10 @@ def test_a_cell_whose_layers_have_the_router_of_the_others_anyway_is_the_same_ru
         ("topk", hashed),
         ("hash", None),
         ("hash", "1:topk+1:gate:renorm+1:k:2"),
+    ]
+    assert [line.partition(", and ")[0].replace("\\", "") for line in caplog.messages] == [
+        "model.routers=0:hash is the same run as model.routers=null with router=hash",
+        "model.routers=0:hash+1:topk is the same run as model.routers=0:hash with router=topk",
     ]
 
 

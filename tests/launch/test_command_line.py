@@ -561,7 +561,7 @@ def test_a_key_of_the_optimizer_does_not_apply_where_nothing_uses_it(
         (
             "router=topk,softk capacity=null,1.25",
             ["capacity=null,router=topk", "capacity=1.25,router=topk", "capacity=1.25,router=softk"],
-            ["router=softk is the same run as router=topk here"],
+            ["router=softk is the same run as router=topk with capacity=null, and is trained once, as router=topk"],
         ),
         (
             "router=spectra router.expert_choice_routing=false router.expert_choice_capacity_factor=1.25,5",
