@@ -106,8 +106,8 @@ def check_values(values: dict[str, Any], types: dict[str, Any], place: str) -> N
 def parse(kind: type[T], content: object, place: str = "") -> T:
     """Convert JSON `content` to an instance of `kind`, which is a dataclass, NamedTuple or TypedDict.
 
-    The keys must be the fields of `kind`, and every value must fit its annotation. A field of a dataclass that is not
-    there has its default. `place` says where in its file the content was found, such as "config.model". Raises
+    The keys must be the fields of `kind`, and every value must fit its annotation. A field that is not there has its
+    default. `place` says where in its file the content was found, such as "config.model". Raises
     ValueError, with a message of one line that names the key.
     """
     if not isinstance(content, dict):
@@ -130,7 +130,7 @@ def _field_types(kind: Any) -> dict[str, Any]:
 
 @cache
 def _optional(kind: Any) -> frozenset[str]:
-    """Return the fields of a dataclass that have a default. A section of a configuration has one if its fields do."""
+    """Return the fields that have a default. A section of a configuration has one if its fields do."""
 
     def has_default(field: Field[Any]) -> bool:
         made_by = field.default_factory
@@ -138,7 +138,9 @@ def _optional(kind: Any) -> frozenset[str]:
             return {each.name for each in fields(made_by)} == _optional(made_by)
         return made_by is not MISSING or field.default not in (MISSING, REQUIRED)
 
-    return frozenset(field.name for field in fields(kind) if has_default(field)) if is_dataclass(kind) else frozenset()
+    if is_dataclass(kind):
+        return frozenset(field.name for field in fields(kind) if has_default(field))
+    return frozenset(getattr(kind, "_field_defaults", ()))  # of a NamedTuple
 
 
 class _Kinds(NamedTuple):

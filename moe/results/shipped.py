@@ -26,6 +26,7 @@ PLACES = ["out", "data.cache"]  # columns with paths of the machine that trained
 
 # Columns whose empty cells are null. Elsewhere they are unknown, such as the settings of a run without a record.
 KNOWN = {*FACTS, *DIGESTS} - {"causal"}
+LATER = {"unigram_perplexity"}  # facts that tables shipped before lack
 
 # Columns with text, in which a number or a truth value is text too.
 TEXTS = {"folder", "experiment", "run", "search", "tuned", "status", "error", "started", "commit", "claims", *DIGESTS}
@@ -70,7 +71,7 @@ def read_shipped(folder: Path) -> tuple[pd.DataFrame, EventTables]:
 
     Raises ValueError, naming the file, for one that is damaged.
     """
-    cells = _read(folder / RUNS, KNOWN, dtype=str, keep_default_na=False)
+    cells = _read(folder / RUNS, KNOWN - LATER, dtype=str, keep_default_na=False)
     try:
         rows = [
             {column: _parse(column, text) for column, text in row.items() if text or "/" in column or column in KNOWN}

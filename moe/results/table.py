@@ -28,7 +28,7 @@ from moe.runs.record import MetricsRecord, RecordError, RunRecord, SweepRecord
 FACTS = (
     *("folder", "experiment", "run", "place", "search", "tuned", "status", "error", "started", "causal", "commit"),
     *("seconds", "train_seconds", "peak_memory_gb", "parameters.total", "parameters.active", "parameters.trainable"),
-    *("flops_per_token", "ranks.number", "claims"),
+    *("flops_per_token", "ranks.number", "unigram_perplexity", "claims"),
 )
 PLUGINS = "plugins"  # factors such as plugins.mylab: the start of the digest of a package's code, if a run used it
 # Factors: the start of the digests of what a run read.
@@ -164,6 +164,7 @@ def _facts(folder: Path, record: RunRecord) -> dict[str, Any]:
             "parameters.trainable": facts.parameters.trainable,
             "flops_per_token": facts.flops_per_token,
             "ranks.number": facts.ranks.number,
+            "unigram_perplexity": facts.unigram_perplexity,
         }
     return row
 

@@ -18,7 +18,8 @@ from moe.files import read_text, write_json
 from moe.runs.collapse import Collapse
 from moe.runs.measured import Measured, ValidationLoss, check_shapes
 
-FORMAT = 7  # of all these files; raise it whenever a field is added, removed or changes its meaning
+FORMAT = 8  # of all these files; raise it whenever a field is added, removed or changes its meaning
+READ = (7, FORMAT)  # formats that can be read; in format 7, runs have no unigram perplexity
 
 R = TypeVar("R", bound="Record")
 Status = Literal["running", "interrupted", "failed", "finished"]
@@ -63,7 +64,8 @@ class RunFacts(NamedTuple):
     train_seconds: without evaluation and saving. peak_memory_gb: in 1e9 bytes, null if unknown. process: thread and
     memory settings. experts_kernel: null for a model without experts. loss_kernel: how the loss over the
     vocabulary is computed. data: the manifest of the data, see `moe.data.blocks.Prepared`. collapses: layers whose
-    routing collapsed, or did so for a while, see `moe.runs.collapse`.
+    routing collapsed, or did so for a while, see `moe.runs.collapse`. unigram_perplexity: the validation perplexity of
+    a model that knows only how often each token occurs in the training text; null if recorded before format 8.
     """
 
     parameters: Parameters
@@ -78,6 +80,7 @@ class RunFacts(NamedTuple):
     loss_kernel: str
     data: dict[str, Any]
     collapses: list[Collapse]
+    unigram_perplexity: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +97,10 @@ class Record:
         """Read the record at `path`. Raises RecordError for a missing, torn or foreign file, or another format."""
         try:
             content = _load(path)
-            if isinstance(content, dict) and content.get("format") != FORMAT:
-                raise ValueError(f"written by another version of this project: {_number(content)}, here {FORMAT}")
+            if isinstance(content, dict):
+                if content.get("format") not in READ:
+                    raise ValueError(f"written by another version of this project: {_number(content)}, here {FORMAT}")
+                content["format"] = FORMAT
             return parse(cls, content)
         except FileNotFoundError:
             raise RecordError(f"{path.parent}: no {path.name}") from None

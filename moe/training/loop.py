@@ -84,14 +84,15 @@ def train(
     if config.save_model != "none":
         save_model(training, folder / "model", config.steps)
     save_adapter(training, folder / "adapter")
-    known = facts(training, clock, latest)
+    known = facts(training, clock, latest, unigram)
     return known | {"process": known["process"] | precision}
 
 
-def facts(training: Training, clock: Clock, latest: dict[str, Any]) -> dict[str, Any]:
+def facts(training: Training, clock: Clock, latest: dict[str, Any], unigram: float) -> dict[str, Any]:
     """Return the facts about a finished run for its run record.
 
-    latest: the values of the last evaluation. Its number of active experts per token determines the FLOPs.
+    latest: the values of the last evaluation. Its number of active experts per token determines the FLOPs. unigram: the
+    validation perplexity of a unigram model.
     """
     config, model, device = training.config, training.model, training.accelerator.device
     active = [latest[f"routing/active_experts/layer{index:02d}"] for index in range(len(training.routers))]
@@ -111,4 +112,5 @@ def facts(training: Training, clock: Clock, latest: dict[str, Any]) -> dict[str,
         "loss_kernel": "whole" if config.compile else model.loss_kernel(),
         "data": training.data.manifest,
         "collapses": [each._asdict() for each in collapses],
+        "unigram_perplexity": unigram,
     }

@@ -14,7 +14,7 @@ from moe.analysis.report.blocks import BulletList, Paragraph
 from moe.analysis.report.inputs import ReportInputs, collect_inputs
 from moe.analysis.report.question import question_of
 from moe.analysis.report.sections import league
-from moe.analysis.report.sections.answer import answer, index_of_verdicts
+from moe.analysis.report.sections.answer import answer, index_of_verdicts, learned_little
 from moe.analysis.report.sections.answers import NO_CLAIM, answers
 from moe.config.claim import ClaimConfig
 from moe.config.question import text_of
@@ -35,12 +35,13 @@ def inputs_of(
     question: Any = QUESTION,
     experiment: str = "made_up",
     claims: Sequence[ClaimConfig] = (BALANCED, WORSE, ABSENT),
+    **facts: Any,
 ) -> ReportInputs:
     for seed, noise in product((1, 2, 3), (0.0, 0.5)):
         folder = place / experiment / f"{seed},{noise}"
         folder.mkdir(parents=True)
         config = {"seed": seed, "noise": noise, "claims": [*map(asdict, claims)], "question": question}
-        write_record(folder, config=config)
+        write_record(folder, config=config, **facts)
         values = {
             "val/perplexity": 100 + seed + noise * (9 + 0.1 * seed),
             "routing/load_cv": 0.5 - noise * (seed - 1.5),
@@ -69,6 +70,24 @@ def test_each_part_is_answered_by_its_claims_and_not_by_the_most_certain_one(tmp
     assert shown[2].items[0].startswith("**Does noise hurt?** “noise hurts” is supported: ")
     [_, table] = index_of_verdicts({"made_up": inputs})
     assert table.frame["answer"].tolist() == [" ".join(found.values())]
+
+
+def test_a_report_warns_if_no_setting_is_better_than_a_unigram_model(tmp_path: Path) -> None:
+    """The means are 102 and 106.6. The best run has 101, but what counts is the mean of a setting."""
+    found = {}
+    for unigram in (101.5, 102.1, None):
+        inputs = inputs_of(tmp_path / str(unigram), unigram_perplexity=unigram)
+        [_, index] = index_of_verdicts({"made_up": inputs})
+        found[unigram] = learned_little(inputs)
+        assert index.frame["answer"][0].startswith(found[unigram] or "“noise hurts”")
+        second = [block.text for block in answer(inputs) if isinstance(block, Paragraph)][1]
+        assert second.startswith(f"**{found[unigram]}**" if found[unigram] else "**Answer:**")
+    assert found == {
+        101.5: "No run is better than a unigram model (val perplexity 101.5): these models have learned too little for "
+        "a verdict about routing.",
+        102.1: "",
+        None: "",
+    }
 
 
 def test_the_answer_says_which_range_or_margin_a_claim_allows(tmp_path: Path) -> None:

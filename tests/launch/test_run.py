@@ -188,6 +188,8 @@ def test_the_record_of_a_run_says_what_was_trained(finished_command: TrainComman
     assert record["config"]["model"]["dim"] == 32
     assert record["facts"]["parameters"]["active"] < record["facts"]["parameters"]["total"]
     assert record["facts"]["data"]["key"]
+    unigram = f"a unigram model has perplexity {record['facts']['unigram_perplexity']:.2f}"
+    assert unigram in finished_command.log.read_text()
     assert {"torch", "transformers", "python"} <= set(record["versions"])
     metrics = json.loads((folder / "metrics.json").read_text())
     series = """steps train_losses val_losses val_accuracies val_perplexities elapsed_times learning_rates temperatures

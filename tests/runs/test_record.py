@@ -43,6 +43,7 @@ FACTS = RunFacts(
     loss_kernel="chunks",
     data={"key": "k", "files": {"a": "b"}},
     collapses=[Collapse(1, "few", [0, 5], 8, 40, 95), Collapse(1, "unused", [3], 8, 60, None)],
+    unigram_perplexity=500.0,
 )
 RUN = RunRecord(
     status="finished",
@@ -85,6 +86,15 @@ def test_a_record_is_read_as_it_was_written(record: Any, tmp_path: Path) -> None
     assert type(record).read(tmp_path / record.FILE) == record
     assert [path.name for path in tmp_path.iterdir()] == [record.FILE]
     assert json.loads((tmp_path / record.FILE).read_text())["format"] == FORMAT
+
+
+def test_a_run_from_before_the_unigram_perplexity_is_read_without_it(tmp_path: Path) -> None:
+    content = written_content(RUN, tmp_path / RUN.FILE)
+    assert content["facts"].pop("unigram_perplexity") == 500.0
+    (tmp_path / RUN.FILE).write_text(json.dumps(content | {"format": 7}))
+    old = RunRecord.read(tmp_path / RUN.FILE)
+    assert old == replace(RUN, facts=FACTS._replace(unigram_perplexity=None))
+    assert old.format == FORMAT, "it is written as a record of this format"
 
 
 def written_content(record: Any, path: Path) -> dict[str, Any]:
@@ -144,9 +154,10 @@ def test_every_missing_unknown_or_mistyped_field_is_named(tmp_path: Path) -> Non
         assert_refused(record, content | {"line\nbreak": 1}, "line")
     content = written_content(RUN, path)
     for name in RunFacts._fields:
-        assert_refused(
-            RUN, content | {"facts": {k: v for k, v in content["facts"].items() if k != name}}, f"facts.{name}"
-        )
+        if name not in RunFacts._field_defaults:
+            assert_refused(
+                RUN, content | {"facts": {k: v for k, v in content["facts"].items() if k != name}}, f"facts.{name}"
+            )
         assert_refused(RUN, content | {"facts": content["facts"] | {name: [True]}}, f"facts.{name}")
     assert_refused(RUN, content | {"facts": content["facts"] | {"extra": 1}}, "facts.extra")
     assert_refused(RUN, content | {"status": "done"}, "one of running, interrupted, failed, finished")
