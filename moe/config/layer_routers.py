@@ -9,11 +9,9 @@ from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-import yaml
-
 from moe.checks import require, unknown
 from moe.config.layer_entries import check_layers, name_layers, read_entries
-from moe.config.options import options, sources
+from moe.config.options import options, router_spec
 
 KEY = "model.routers"
 FORM = "entries such as 0-2:hash (an option of router) or 0:k:1 (a setting), joined by +"
@@ -145,14 +143,9 @@ def _temperature_of_layers(text: str | None) -> float:
     return float(next(found, 1.0))
 
 
-@cache
-def _read(option: str) -> str:
-    return sources("router")[option].read_text(encoding="utf-8")
-
-
 def _preset(option: str) -> dict[str, Any]:
     """Return class and settings of an option of `router`. Raises ConfigError for a class outside of this project."""
-    spec: dict[str, Any] = yaml.safe_load(_read(option))
+    spec = router_spec(option)
     allowed = f"an option without required keys; choose router={option}, and name the routers of the other layers here"
     require("???" not in spec.values(), KEY, option, allowed)
     ours = str(spec.get("_target_")).startswith("moe.")

@@ -8,7 +8,10 @@ from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlparse
+
+import yaml
 
 from moe.checks import ConfigError
 
@@ -24,6 +27,7 @@ CLASSES = {
     "adapter.router": "adapter",
 }
 GROUPS = ("router", "schedule", "adapter", "model", "data", "optimizer", "logger", "experiment", "variant")
+WHOLE = ("experiment", "variant")  # groups whose options set keys of the whole configuration
 
 SEARCH_PATH = "MOE_SEARCH_PATH"  # environment variable: folders that hold router/, experiment/ and so on, as in conf/
 ENTRY_POINTS = "moe.conf"  # group of entry points: an installed package names such a folder in itself, as a package
@@ -125,6 +129,21 @@ def sources(group: str) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
+def spec_of(group: str, content: dict[str, Any]) -> dict[str, Any]:
+    """Return the class and the settings that the file of an option names.
+
+    content: what the file says. One whose keys belong to the whole configuration (`# @package _global_`) has them at
+    the name of its group, beside other keys, such as the balance weight that suits a router.
+    """
+    spec: dict[str, Any] = content if "_target_" in content else content.get(group, content)
+    return spec
+
+
+def router_spec(option: str) -> dict[str, Any]:
+    """Return the class and the settings of an option of `router`. Raises KeyError if there is none."""
+    return spec_of("router", yaml.safe_load(_text(sources("router")[option])))
+
+
 def options(group: str) -> dict[str, str]:
     """Return the options of a config group, each with its purpose, which is the first comment of its YAML file."""
     return {name: _purpose(path) for name, path in sources(group).items()}
@@ -133,6 +152,11 @@ def options(group: str) -> dict[str, str]:
 def complete(group: str) -> list[str]:
     """Return the options of a config group that can be chosen without a further key, because none has the value ???."""
     return [name for name, path in sources(group).items() if not re.search(r":\s+\?\?\?", _content(path))]
+
+
+@cache
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
 
 
 @cache

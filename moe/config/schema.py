@@ -37,7 +37,7 @@ class Config:
     batch_size: int = 16  # sequences per micro-batch
     grad_accum: int = 1  # micro-batches per optimizer step
     noise: float = 0.0  # std of the Gaussian noise on router logits, training only
-    lb: float = 0.01  # weight of the load-balance loss, summed over layers
+    lb: float = 0.01  # weight of the load-balance loss, summed over layers; 0 with routers that balance in another way
     lb_sequence: float = 0.0  # weight of the load-balance loss of each sequence by itself
     lb_global: float = 0.0  # weight of the load-balance loss of the whole batch of an optimizer step
     lb_document: float = 0.0  # weight of the load-balance loss of each document (conversation) by itself

@@ -6,13 +6,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import PretrainedConfig
 
 from moe.checks import ConfigError
 from moe.config.checkpoints import imported
 from moe.config.model import ModelConfig
-from moe.config.options import CONF
+from moe.config.options import router_spec
 from moe.model.architecture import IDS, MoEConfig
 from moe.model.causal_lm import MoEForCausalLM
 from moe.model.imported_checkpoint import read_checkpoint
@@ -57,4 +56,4 @@ def router_of(source: PretrainedConfig) -> dict[str, Any]:
     option, settings = imported.router(source)
     if option is None:
         return {"_target_": "moe.routers.imported.Imported", **settings}
-    return dict(yaml.safe_load((CONF / "router" / f"{option}.yaml").read_text(encoding="utf-8"))) | settings
+    return router_spec(option) | settings

@@ -15,7 +15,7 @@ from omegaconf.errors import MissingMandatoryValue
 from moe.checks import ConfigError, one_of, unknown
 from moe.config import meanings
 from moe.config.keys import flatten
-from moe.config.options import GROUPS, options
+from moe.config.options import GROUPS, WHOLE, options
 from moe.config.schema import allowed_values
 from moe.launch.groups import compose_groups
 from moe.launch.hints import hint
@@ -98,7 +98,7 @@ def _unknown_name(key: str, known: Iterable[str]) -> ConfigError:
 def _unknown_key(key: str, known: Iterable[str], choices: dict[str, str | None]) -> ConfigError:
     """Return the error for a key that the chosen options lack. It names other options that have the key, if any."""
     group, _, name = key.partition(".")
-    if choices.get(group) is None or group in ("experiment", "variant"):
+    if choices.get(group) is None or group in WHOLE:
         return _unknown_name(key, known)
     owner = f"{group}={choices[group]}"
     having = [f"{group}={option}" for option in options(group) if name in keys_of(group, option)]

@@ -4,7 +4,6 @@ import textwrap
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from inspect import Parameter
-from pathlib import Path
 from typing import Any, get_type_hints
 
 from omegaconf import OmegaConf
@@ -12,12 +11,11 @@ from omegaconf import OmegaConf
 from moe.checks import ConfigError, one_of, unknown
 from moe.config import meanings
 from moe.config.classes import locate
-from moe.config.keys import flatten
-from moe.config.options import CLASSES, CONF, GROUPS, options, sources
+from moe.config.options import CLASSES, CONF, GROUPS, WHOLE, options, sources
 from moe.config.question import parts_of, text_of
 from moe.config.schema import Config, allowed_values
 from moe.launch.hints import hint
-from moe.launch.option_files import read_option
+from moe.launch.option_files import named_in, read_option, values_of
 
 WIDTH = 80
 INTRODUCTION = """\
@@ -105,23 +103,21 @@ def option_text(group: str, option: str) -> str:
 def _key_text(key: str) -> str:
     """Return the text about a key that has the same meaning with every option."""
     lines = [*_explained({key: usual_values()[key]}, {}), "", f"It takes {allowed_values(key)}."]
-    group = key.partition(".")[0]
+    group = key.partition(".")[0] if "." in key else "router"  # routers may set keys of the whole configuration
     if group in GROUPS:
-        read = {
-            name: flatten(OmegaConf.to_container(read_option(path)), f"{group}.")
-            for name, path in sources(group).items()
-        }
+        read = {name: values_of(group, path) for name, path in sources(group).items()}
         listed = [f"{group}={name}: {value_text(values[key])}" for name, values in read.items() if key in values]
-        lines += ["Its value in each option:", *(f"  {each}" for each in listed)] if len(listed) > 1 else []
+        which = "each option" if len(listed) == len(read) else "the options that set it"
+        lines += [f"Its value in {which}:", *(f"  {each}" for each in listed)] if len(listed) > 1 else []
     return "\n".join(lines)
 
 
 def _keys_of_files() -> set[str]:
     """Return the keys that the files of options name, of all groups whose options are parts of the configuration."""
     found = set[str]()
-    for group in set(GROUPS) - {"experiment", "variant"}:
+    for group in {*GROUPS} - {*WHOLE}:
         for path in sources(group).values():
-            found |= _values(path, group).keys()
+            found |= values_of(group, path).keys()
     return {key for key in found if not key.endswith("._target_")}
 
 
@@ -141,12 +137,6 @@ def _setting_text(node: str, key: str) -> str:
     )
 
 
-def _values(path: Path, group: str) -> dict[str, Any]:
-    """Return the keys and values in the file of an option."""
-    content: Any = OmegaConf.to_container(read_option(path))
-    return flatten(content, f"{group}.")
-
-
 def option_comments(group: str, option: str) -> list[str]:
     """Return the lines of comment with which the yaml file of an option begins."""
     comments = []
@@ -163,9 +153,8 @@ def option_values(group: str, option: str) -> tuple[dict[str, Any], dict[str, st
     Keys that only the class has are there too, with its defaults. The code of the class is imported.
     """
     content: Any = OmegaConf.to_container(read_option(sources(group)[option]))
-    whole = group in ("experiment", "variant")  # such an option sets keys of the whole configuration
     rest = {key: value for key, value in content.items() if key not in ("defaults", "hydra", "claims")}
-    values = flatten(rest, "" if whole else f"{group}.")
+    values = named_in(group, rest)
     targets = {node: values.pop(f"{node}._target_") for node in CLASSES if f"{node}._target_" in values}
     for node, target in targets.items():
         own = meanings.settings(locate(target, node, trusted=True))
@@ -209,7 +198,7 @@ def usual_values() -> dict[str, Any]:
     values = _defaults()
     for group, option in usual_options().items():
         if group in ("model", "data", "optimizer", "logger"):
-            values |= _values(sources(group)[option], group)
+            values |= values_of(group, sources(group)[option])
     return {key: values.get(key) for key in meanings.all_keys()}
 
 

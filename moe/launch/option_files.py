@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from moe.checks import ConfigError, first_line, require
 from moe.config.keys import flatten
 from moe.config.model import ModelConfig
-from moe.config.options import CLASSES, CONF, GROUPS, sources
+from moe.config.options import CLASSES, CONF, GROUPS, WHOLE, sources, spec_of
 from moe.config.schema import Config
 from moe.config.sections import DataConfig, OptimizerConfig
 
@@ -52,7 +52,7 @@ def require_content(group: str, option: str | None) -> None:
     Only options outside of this project may be empty by mistake.
     """
     path = sources(group).get(str(option))
-    if path is not None and group in ("experiment", "variant") and read_option(path):
+    if path is not None and group in WHOLE and read_option(path):
         first = path.read_text(encoding="utf-8").lstrip().partition("\n")[0]
         required = "`# @package _global_` in the first line"
         require(re.fullmatch(r"#\s*@package _global_\s*", first) is not None, str(path), first, required)
@@ -81,13 +81,21 @@ def default_of(key: str, choices: Mapping[str, str | None]) -> Any:
     default = None if field is None else field.default
     if field is not None and field.default_factory is not MISSING:
         default = field.default_factory()
-    path = sources(group).get(str(choices.get(group))) if group else None
-    return default if path is None else _settings(path).get(name, default)
+    owner = group or "router"  # of all parts of a run, a router alone may set keys of the whole configuration
+    path = sources(owner).get(str(choices.get(owner)))
+    return default if path is None else values_of(owner, path).get(key, default)
 
 
 @cache
-def _settings(path: Path) -> dict[str, Any]:
-    return flatten(OmegaConf.to_container(read_option(path)))
+def values_of(group: str, path: Path) -> dict[str, Any]:
+    """Return the keys that the file of an option sets, flat, by their names in the whole configuration."""
+    return named_in(group, OmegaConf.to_container(read_option(path)))
+
+
+def named_in(group: str, content: Any) -> dict[str, Any]:
+    """Return what the file of an option says as flat keys of the whole configuration."""
+    whole = group in WHOLE or spec_of(group, content) is not content
+    return flatten(content, "" if whole else f"{group}.")
 
 
 @cache
@@ -95,7 +103,7 @@ def preset_of(key: str, option: str | None) -> dict[str, Any] | None:
     """Return what the yaml of an option says at `key`, which is one of `CLASSES`; None if there is no such option."""
     path = sources(CLASSES[key]).get(str(option))
     content: Any = {} if path is None else OmegaConf.to_container(read_option(path))
-    node: Any = content.get(key.partition(".")[2]) if "." in key else content
+    node: Any = content.get(key.partition(".")[2]) if "." in key else spec_of(key, content)
     return node if isinstance(node, dict) and "_target_" in node else None
 
 
@@ -108,4 +116,4 @@ def keys_of(group: str, option: str) -> set[str]:
         content = yaml.load(sources(group)[option].read_text(encoding="utf-8"), Loader=FAST)
     except (yaml.YAMLError, OSError, UnicodeDecodeError):
         return set()
-    return set(flatten(content)) if isinstance(content, dict) else set()
+    return set(flatten(spec_of(group, content))) if isinstance(content, dict) else set()

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache, lru_cache
 
-import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import (
@@ -20,7 +19,7 @@ from hydra.core.override_parser.types import (
 from omegaconf import OmegaConf
 
 from moe.checks import ConfigError, first_line, one_of, require, unknown
-from moe.config.options import CLASSES, GROUPS, options, search_path, sources
+from moe.config.options import CLASSES, GROUPS, options, router_spec, search_path
 from moe.config.schema import Config, allowed_values
 from moe.config.words import KEYWORDS, as_word, quote
 from moe.launch.hydra_errors import FAULTS, cause_of
@@ -109,7 +108,7 @@ def with_added_keys(overrides: list[Override]) -> list[Override]:
         value = None if override.is_sweep_override() else override.value()
         if override.key_or_group == INNER_ROUTER and isinstance(value, str):
             one_of(INNER_ROUTER, value, options("router"))
-            value = {**yaml.safe_load(sources("router")[value].read_text(encoding="utf-8"))}
+            value = router_spec(value)
         if override.key_or_group in CLASSES and isinstance(value, dict) and "_target_" in value:
             words = [f"{override.key_or_group}.{name}={as_word(each)}" for name, each in value.items()]
             parts += map(parse_override, words)

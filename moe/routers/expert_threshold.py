@@ -23,8 +23,8 @@ class ExpertThreshold(LinearRouter):
     (noise included). In the first step there are no thresholds yet, and tokens take their top-k experts. (The paper
     starts with expert choice, which is not causal.)
 
-    Expect balanced loads without a balance loss; use lb=0. Causal when dropless. Not causal under a capacity limit,
-    which is a share of the number of assignments in the micro-batch, and that number varies.
+    Expect balanced loads without a balance loss; `lb` is 0 by default. Causal when dropless. Not causal under a
+    capacity limit, which is a share of the number of assignments in the micro-batch, and that number varies.
 
     k: mean number of experts per token.
     decay: share of the old threshold in the moving average after a step.

@@ -24,8 +24,8 @@ class MoEPlusPlus(Router):
     The auxiliary loss `heterogeneous_balance`, with weight `balance`, is (sum_s 1/eta_s) sum_s eta_s f_s P_s over all
     choices s. eta is 1 for experts and `tau` for those that compute nothing, f is the share in the T k choices made,
     and P the mean softmax over all choices (eq. 7, scaled so that 1 is balanced). With a small tau more tokens choose
-    experts that compute nothing. The loss replaces the balance loss: use lb=0. The paper's capacities by kind of expert
-    do not exist here.
+    experts that compute nothing. The loss replaces the balance loss, and `lb` is 0 by default. The paper's capacities
+    by kind of expert do not exist here.
 
     `probs` and `logits` are those of the E experts. Expect active_experts_std above 0. Causal when dropless. Not causal
     under a capacity limit, which is a share of the number of assignments, and that number varies.

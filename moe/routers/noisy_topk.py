@@ -17,7 +17,8 @@ class NoisyTopK(TopK):
     """Router that takes the top-k of logits with learned noise (Shazeer et al. 1701.06538).
 
     H = W x + eps * (softplus(W_noise x) + 0.01), with eps ~ N(0, 1) in training and 0 in evaluation. Gates are the
-    softmax of H over the selected experts (k=1: over all, as in `TopK`). Two losses balance the load; use lb=0:
+    softmax of H over the selected experts (k=1: over all, as in `TopK`). Two losses balance the load; `lb` is 0 by
+    default:
         importance: weight of CV^2 over experts of the sum of gates.
         load: weight of CV^2 over experts of the expected number of tokens if the noise of that expert were drawn again.
             Unlike a count of tokens it has a gradient.

@@ -21,7 +21,7 @@ class NullExperts(Router):
     The auxiliary loss `null_balance`, with weight `balance`, balances all N = E + nulls choices: N * sum_n f_n P_n. P
     is the mean softmax over all choices. f is the share of each choice in the T k choices made; a null expert counts
     with the mean share of all nulls, because nulls need not be balanced among themselves. The loss is 1 if balanced. It
-    replaces the balance loss: use lb=0.
+    replaces the balance loss, and `lb` is 0 by default.
 
     `probs` and `logits` are those of the real experts, so metrics and the z-loss ignore nulls. Expect
     active_experts_std above 0. Causal when dropless. Not causal under a capacity limit, which is a share of the number

@@ -22,7 +22,7 @@ class PhiBalancing(TopK):
         entropy: phi = sum_e m_e ln m_e, and the price is ln(E m_e).
         euclidean: phi = sum_e m_e^2 / 2, and the price is m_e - 1/E.
     Each price has its value at m_e = 1/E subtracted. Since P sums to 1, this changes no gradient, and the loss is 0 if
-    the average is balanced. Use lb=0.
+    the average is balanced. `lb` is 0 by default.
 
     Two public implementations by others agree on the loss, on the average with the present P in it, and on the entropy
     as the usual potential. Only one of them has the euclidean potential. They differ in where m begins, at 0 or at 1/E

@@ -19,7 +19,7 @@ class QuantileBalancing(BiasedSigmoid):
     It is centered, because adding a constant to it changes nothing.
 
     A bias acts from the step after the one from which it was learned. Gates are s over the selected experts, normalized
-    to sum 1 (s itself for k=1). Expect load_cv to fall without a balance loss; use lb=0. Causal.
+    to sum 1 (s itself for k=1). Expect load_cv to fall without a balance loss; `lb` is 0 by default. Causal.
 
     decay: share of the old bias in the moving average after a step.
     """

@@ -102,7 +102,7 @@ class SigmoidBias(BiasedSigmoid):
 
     b_e += rate * sign(mean load - load_e), with the loads of the whole optimizer step. With update=proportional the
     sign is replaced by the difference relative to the mean load. Then b is centered, because adding a constant to it
-    changes nothing. Expect load_cv to fall without a balance loss; use lb=0. Causal.
+    changes nothing. Expect load_cv to fall without a balance loss; `lb` is 0 by default. Causal.
 
     rate: how far a bias moves in a step.
     scores: sigmoid, or sqrt_softplus: s = sqrt(ln(1 + exp(W x))) as in DeepSeek-V4, which does not saturate.

@@ -25,8 +25,9 @@ class Sinkhorn(LinearRouter):
     inference: use the plan in evaluation too. Text is then generated with use_cache=False, because a plan for a single
         new token would give every token the same experts.
 
-    Expect a low load_cv in training. Evaluation takes the largest logits and can be less balanced. Use lb=0, because
-    the plan already balances the load. Not causal: in training the experts of a token depend on the whole micro-batch.
+    Expect a low load_cv in training. Evaluation takes the largest logits and can be less balanced. `lb` is 0 by
+    default, because the plan already balances the load. Not causal: in training the experts of a token depend on the
+    whole micro-batch.
 
     epsilon: temperature of the plan.
     iterations: iterations of Sinkhorn's algorithm.

@@ -14,7 +14,7 @@ class Smebu(BiasedSigmoid):
     v_e = (mean load - load_e) / mean load, with the loads of the whole optimizer step. d_e = rate * tanh(kappa * v_e),
     minus its mean over experts. m = momentum * m + (1 - momentum) * d, and b += m. `SigmoidBias` moves by the sign of v
     instead, so its biases never come to rest. Selection and gates are those of `BiasedSigmoid`. Expect load_cv to fall
-    without a balance loss; use lb=0. Causal.
+    without a balance loss; `lb` is 0 by default. Causal.
 
     The equations were read in two write-ups of the report by others and in public code for another model. The constants
     rate = 5e-4, kappa = 2 and momentum = 0.5 are in one of the write-ups; that code has rate = 2e-3.

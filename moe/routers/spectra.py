@@ -47,10 +47,10 @@ class Spectra(Router):
     cosine_similarities_loss_coef: weight of the loss `cosine_similarity`, the mean of s^2.
 
     Gates are the rows of the plan over the chosen experts, summing to 1 (k=1: p itself), with a gradient through the
-    plan. With a quota no load in training exceeds factor times the mean load. Use lb=0. Not causal in training, where
-    plan, quota and means depend on the whole micro-batch. Evaluation uses no plan, no quota, and running means instead
-    of means over the batch, so it is causal unless `sinkhorn_inference` is set. The router is declared causal only if
-    neither repulsion nor plan nor quota is used.
+    plan. With a quota no load in training exceeds factor times the mean load. `lb` is 0 by default. Not causal in
+    training, where plan, quota and means depend on the whole micro-batch. Evaluation uses no plan, no quota, and
+    running means instead of means over the batch, so it is causal unless `sinkhorn_inference` is set. The router is
+    declared causal only if neither repulsion nor plan nor quota is used.
 
     router_dim: dimensions of routing and expression vectors.
     """
