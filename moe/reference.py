@@ -14,13 +14,11 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
-import pandas as pd
-
 from moe.analysis.league import METRICS, PLAIN, league_of, verdict
 from moe.checks import plain
 from moe.config import meanings
 from moe.config.classes import build, locate
-from moe.config.options import options
+from moe.config.options import options, router_spec
 from moe.files import read_text, write_text
 from moe.launch.help import option_comments, option_values, usual_options, usual_values, value_text
 from moe.results.conditions import present, with_causality, without_causality
@@ -77,8 +75,7 @@ LEAGUE = """
 *League* is the difference of `{metric}` from that with `{reference}` in nats per token, with its 95 % interval, over
 {seeds} seeds of [a study at equal work](studies/router_league.md): better or worse if the interval leaves out 0. All
 intervals hold together (Dunnett 1955). A router that sees later tokens has none, because its loss is not comparable.
-Neither has a router that the study leaves out or does not have yet. *At lb=* is the balance weight of the study, for
-routers that are meant for 0: such a verdict is about the router with two ways to balance at once."""
+Neither has a router that the study leaves out or does not have yet."""
 DOCS = Path(__file__).parents[1] / "docs"
 MEASURED = DOCS / "router_speed.json"  # what `moe.bench routers` wrote; without it, the table has no speeds
 STUDY = DOCS / "studies" / "router_league"  # its shipped tables; without them, the table has no league
@@ -119,8 +116,7 @@ def routers_page() -> str:
         purpose, causal = re.split(", (?=(?:not )?causal)", _papers(comments[0]), maxsplit=1)
         values, targets = option_values("router", name)
         rows.append([f"[{name}](#{name})", purpose, causal])
-        spec = {key.removeprefix("router."): value for key, value in values.items()}
-        router = build({"_target_": targets["router"], **spec}, "router", dim, experts)
+        router = build(router_spec(name), "router", dim, experts)
         measured = [found.get(name, "–") for found in (speeds, verdicts) if found]
         sizes.append([f"[{name}](#{name})", *router_size(router), *measured])
         equations = "".join(f"`{line}`\n\n" for line in comments[1:])
@@ -171,18 +167,9 @@ def router_verdicts(folder: Path) -> tuple[str, dict[str, str]]:
     verdicts = {
         str(without_causality(each.Index)): plain(f"{each.difference:+.3f} [{each.low:.3f}, {each.high:.3f}], ")
         + verdict(each.low, each.high)
-        + _unmeant_balance(str(each.Index), runs)
         for each in ranked.itertuples()
     }
     return LEAGUE.format(metric=metric, reference=PLAIN, seeds=found.layout.seeds), {PLAIN: "reference"} | verdicts
-
-
-def _unmeant_balance(name: str, runs: pd.DataFrame) -> str:
-    """Return which balance weight a router had in a study, if it is meant for 0."""
-    router = without_causality(name)
-    weight = runs.loc[runs["router"] == router, "lb"].max() if "lb" in runs else 0
-    meant_for_none = router in options("router") and "use lb=0" in option_comments("router", router)[0]
-    return f", at lb={weight:g}" if meant_for_none and weight > 0 else ""
 
 
 def router_size(router: Router) -> list[str]:

@@ -4,17 +4,16 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from moe.config.classes import build
-from moe.config.options import CONF
+from moe.config.options import options, router_spec
 from moe.foreign.rules import RULES, Rule, bias_of, matrix_of, rule_of
 from moe.routers.base import Router
 from moe.routers.topk import TopK
 from moe.routing.decision import Context, Knobs
 
 T, D, E = 50, 16, 8
-YAMLS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((CONF / "router").glob("*.yaml"))}
+YAMLS = {name: router_spec(name) for name in options("router")}
 # What these do in evaluation is no rule: a varying number of experts, or scores that are not linear or no target has.
 WITHOUT_RULE = set(
     """

@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import inspect
 import re
 import signal
 import subprocess
@@ -17,8 +18,9 @@ from run_folders import FACTS
 from train_processes import ROOT, TRAIN, run_script
 
 from moe.checks import ConfigError, parse
+from moe.config.classes import locate
 from moe.config.keys import flatten, is_free
-from moe.config.options import CONF, GROUPS, options
+from moe.config.options import CONF, GROUPS, options, router_spec
 from moe.config.schema import Config
 from moe.launch import command_line
 from moe.launch.cells import SayThatTorchLoads
@@ -26,6 +28,7 @@ from moe.launch.command_line import read_cells
 from moe.launch.compose import compose_config, typed
 from moe.launch.explain import CLAIM
 from moe.launch.hints import HINTS
+from moe.launch.option_files import default_of
 from moe.launch.resolvers import run_name
 from moe.launch.run import write_run_record
 from moe.planning.plan import Request, free_seeds, pilot_command
@@ -642,6 +645,19 @@ def test_every_option_composes(group: str) -> None:
             continue
         extra = ["router=temperature"] if group == "schedule" else []
         assert read_cells([f"{group}={name}", *extra])
+
+
+def test_routers_that_balance_in_another_way_have_no_balance_loss_by_default() -> None:
+    """Their docstrings say so, and a command or an experiment that sets lb is obeyed."""
+    specs = {name: router_spec(name) for name in options("router")}
+    texts = {
+        name: inspect.getdoc(locate(spec["_target_"], "router", trusted=True)) or "" for name, spec in specs.items()
+    }
+    said = {name for name, text in texts.items() if "`lb` is 0 by default" in " ".join(text.split())}
+    assert {name for name in specs if default_of("lb", {"router": name}) == 0} == said >= {"sinkhorn", "sigmoid_bias"}
+    by_router = [cell.config.lb for cell in read_cells(["-m", "router=topk,sinkhorn"]) or []]
+    given = [cell.config.lb for cell in read_cells(["-m", "router=topk,sinkhorn", "lb=0.02"]) or []]
+    assert (by_router, given) == ([0.01, 0.0], [0.02, 0.02])
 
 
 def test_every_variant_composes_and_wins_over_an_experiment() -> None:

@@ -13,11 +13,12 @@ from train_processes import TRAIN, run_script
 
 from moe.checks import ConfigError, parse
 from moe.config.cell import Cell
-from moe.config.options import CONF, SEARCH_PATH, options
+from moe.config.options import CONF, SEARCH_PATH, options, router_spec
 from moe.config.plugins import _read
 from moe.files import shown
 from moe.launch.command_line import help_text, read_cells
 from moe.launch.groups import _pickled
+from moe.launch.help import topic_text
 from moe.launch.option_files import require_content
 from moe.launch.run import run, write_run_record
 from moe.runs.folder import _runs_by_content, difference, finished
@@ -75,6 +76,20 @@ def test_a_command_can_name_a_folder_of_options(lab: Path, words: list[str]) -> 
     assert cell.choices["router"] == "momentum"
     assert cell.config.router == {"_target_": "mylab.momentum.Momentum", "k": 2, "beta": 0.9}
     assert os.environ[SEARCH_PATH] == str(lab / "conf"), "processes of launchers find the folder by this variable"
+
+
+def test_a_router_can_set_keys_of_the_whole_configuration(lab: Path) -> None:
+    """The file says so in its first line, as Hydra asks. Every other reader of routers finds class and settings too."""
+    indented = YAML.replace("_target_", "router:\n  _target_").replace("\nk", "\n  k").replace("\nbeta", "\n  beta")
+    (lab / "conf/router/momentum.yaml").write_text(f"# @package _global_\n{indented}lb: 0.5\n")
+    folder = ("hydra.searchpath=[conf]",)
+    plain, own, weighted = cells(*folder, "-m", "router=topk,momentum") + cells(*folder, "router=momentum", "lb=0.2")
+    assert [cell.config.lb for cell in (plain, own, weighted)] == [0.01, 0.5, 0.2]
+    assert own.config.router == {"_target_": "mylab.momentum.Momentum", "k": 2, "beta": 0.5}
+    assert router_spec("momentum") == own.config.router
+    with pytest.raises(ConfigError, match=r"^unknown key of router=momentum 'router\.bta'; nearest: router\.beta$"):
+        cells(*folder, "router=momentum", "router.bta=1")
+    assert "router=momentum: 0.5" in topic_text("lb")
 
 
 def test_the_environment_can_name_several_folders(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:

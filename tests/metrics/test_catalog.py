@@ -10,11 +10,10 @@ from dataclasses import fields
 
 import pytest
 import torch
-import yaml
 
 from moe.config.cell import Cell
 from moe.config.classes import build
-from moe.config.options import CONF
+from moe.config.options import CONF, router_spec
 from moe.config.schema import Config
 from moe.launch.run import run
 from moe.metrics.__main__ import page
@@ -71,7 +70,7 @@ def losses_by_router() -> dict[str, set[str]]:
     """Return the names of the losses that each router returns, by the name of its YAML file."""
     found = {}
     for path in sorted((CONF / "router").glob("*.yaml")):
-        router = next(iter(build(yaml.safe_load(path.read_text()), "router", 16, 8).chain))
+        router = next(iter(build(router_spec(path.stem), "router", 16, 8).chain))
         router.initialize(0.02)
         found[path.stem] = set(router(torch.randn(16, 16), context(torch.zeros(2, 8, dtype=torch.long))).aux)
     return found
@@ -82,7 +81,7 @@ def test_every_loss_of_a_router_is_in_the_table_under_the_key_that_weights_it(
 ) -> None:
     assert set().union(*losses_by_router.values()) == set(ROUTER_LOSSES)
     for router, losses in losses_by_router.items():
-        keys = yaml.safe_load((CONF / "router" / f"{router}.yaml").read_text())
+        keys = router_spec(router)
         for name in losses:
             assert ROUTER_LOSSES[name].weight.removeprefix("router.") in keys, (router, name)
 

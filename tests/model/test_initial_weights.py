@@ -5,21 +5,20 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from torch import Tensor
 
 from moe.config.model import ModelConfig
-from moe.config.options import CONF
+from moe.config.options import options, router_spec
 from moe.model.architecture import MoEConfig
 from moe.model.causal_lm import MoEForCausalLM
 
 SIZES = {"dim": 16, "heads": 2, "layers": 2, "ffn": 16, "num_experts": 4, "dense_ffn": 16}
-ROUTERS = sorted(path.stem for path in (CONF / "router").glob("*.yaml"))
+ROUTERS = list(options("router"))
 
 
 @functools.cache
 def initial(router: str = "topk", *, seed: int = 42, **sizes: Any) -> dict[str, Tensor]:
-    settings = yaml.safe_load((CONF / "router" / f"{router}.yaml").read_text())
+    settings = router_spec(router)
     torch.manual_seed(seed)
     torch.rand(seed)  # the state of the generator must not matter
     config = MoEConfig.of(ModelConfig(**SIZES | sizes), settings, vocab_size=32, seq_len=8)

@@ -5,19 +5,18 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from torch import Tensor
 
 from moe.checks import ConfigError
 from moe.config.model import ModelConfig
-from moe.config.options import CONF
+from moe.config.options import options, router_spec
 from moe.data.labels import IGNORED
 from moe.model.causal_lm import MoEConfig, MoEForCausalLM, MoEOutput
 from moe.routers.document_pool import DocumentPool
 from moe.routing.decision import LABELS, Knobs
 
 V, B, S, PADDING = 97, 3, 10, 4
-ROUTERS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((CONF / "router").glob("*.yaml"))}
+ROUTERS = {name: router_spec(name) for name in options("router")}
 # These fields of the statistics depend on the length of a sequence, which padding changes.
 BY_DECILE = ("offered_by_position", "kept_by_position")
 

@@ -4,11 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from small_runs import run, untimed
 
 from moe.config.classes import build
-from moe.config.options import CONF, complete
+from moe.config.options import complete, router_spec
 from moe.model.experts import Experts
 from moe.model.layer import MoELayer
 from moe.model.router_precision import PRECISIONS, decide, flips
@@ -94,7 +93,7 @@ def test_tokens_between_two_experts_flip_and_clear_ones_do_not() -> None:
 @pytest.mark.parametrize("precision", ["bf16_weights", "bf16"])
 @pytest.mark.parametrize("name", ROUTERS)
 def test_every_router_runs_in_every_precision(name: str, precision: str) -> None:
-    settings = yaml.safe_load((CONF / "router" / f"{name}.yaml").read_text())
+    settings = router_spec(name)
     router = inputs.random_router(lambda dim: build(settings, "router", dim, E))
     experts = Experts(router.num_experts, D, hidden=8, kind="silu")
     experts.initialize(0.3, {p: str(number) for number, p in enumerate(experts.parameters())})

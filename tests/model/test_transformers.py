@@ -5,20 +5,19 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from torch import nn
 from transformers import AutoModelForCausalLM, Cache, Trainer, TrainingArguments
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from moe.checks import ConfigError
 from moe.config.model import ModelConfig
-from moe.config.options import CONF, complete
+from moe.config.options import complete, router_spec
 from moe.model.causal_lm import MoEConfig, MoEForCausalLM
 from moe.model.routed import _inputs
 from moe.routing.decision import LABELS
 
 V, S = 97, 16
-ROUTERS = {name: yaml.safe_load((CONF / "router" / f"{name}.yaml").read_text()) for name in complete("router")}
+ROUTERS = {name: router_spec(name) for name in complete("router")}
 TOPK = ROUTERS["topk"]
 TOLD = torch.zeros(3, len(LABELS), dtype=torch.long)  # the domains of three texts, which only oracles read
 

@@ -5,12 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor
 
 from moe.checks import ConfigError
 from moe.config.classes import build
-from moe.config.options import CONF
+from moe.config.options import options, router_spec
 from moe.launch.command_line import read_cells
 from moe.routers.base import Router
 from moe.routing.decision import Routing
@@ -22,7 +21,7 @@ from moe.testing.inputs import B, D, E, S
 
 KEYS = BALANCE_WEIGHTS | {"importance", "mutual_information"}
 NAMES = {LOSSES[name].weight: name for name in LOSSES if LOSSES[name].weight in KEYS}
-YAMLS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((CONF / "router").glob("*.yaml"))}
+YAMLS = {name: router_spec(name) for name in options("router")}
 
 
 def make(name: str) -> Router:

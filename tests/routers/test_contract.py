@@ -14,7 +14,7 @@ from moe import testing
 from moe.checks import ConfigError
 from moe.config.classes import build, locate
 from moe.config.keys import OFF
-from moe.config.options import CONF
+from moe.config.options import CONF, router_spec
 from moe.config.schema import Config
 from moe.model.causal_lm import MoEOutput
 from moe.model.experts import Experts
@@ -42,7 +42,7 @@ class Spec(NamedTuple):
         return build(self.settings, "router", dim, self.num_experts)
 
 
-SPECS = [Spec(path.stem, yaml.safe_load(path.read_text())) for path in YAMLS]
+SPECS = [Spec(path.stem, router_spec(path.stem)) for path in YAMLS]
 for arm in sorted((CONF / "variant").glob("spectra_*.yaml")):
     [base] = [spec.settings for spec in SPECS if spec.name == "spectra"]
     SPECS.append(Spec(arm.stem, base | yaml.safe_load(arm.read_text()).get("router", {})))

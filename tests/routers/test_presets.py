@@ -3,11 +3,10 @@
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from moe.config.classes import build
-from moe.config.options import CONF
+from moe.config.options import router_spec
 from moe.routers.base import Router
 from moe.routing.decision import Context, Knobs, Routing
 
@@ -15,7 +14,7 @@ T, D, E = 40, 16, 8
 
 
 def settings(name: str) -> dict[str, Any]:
-    return yaml.safe_load((CONF / "router" / f"{name}.yaml").read_text())
+    return router_spec(name)
 
 
 def make(name: str) -> Router:

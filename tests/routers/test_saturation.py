@@ -10,15 +10,14 @@ from typing import Any
 import mpmath
 import pytest
 import torch
-import yaml
 from torch import Tensor
 
 from moe.config.classes import build
-from moe.config.options import CONF
+from moe.config.options import options, router_spec
 from moe.routing.decision import Context, Knobs, Routing
 
 T, E = 8, 8
-ROUTERS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((CONF / "router").glob("*.yaml"))}
+ROUTERS = {name: router_spec(name) for name in options("router")}
 BIAS = [0.0, 0.0, 0.0, 1e-3, 1e-3, -1e-3, -1e-3, 0.0]
 Rows = list[list[Any]]  # a row of numbers of any size and precision for each token
 Pairs = set[tuple[int, int]]  # (token, expert)

@@ -5,11 +5,10 @@ import math
 
 import pytest
 import torch
-import yaml
 from datasets import Dataset
 
 from moe.config.model import ModelConfig
-from moe.config.options import CONF, complete
+from moe.config.options import complete, router_spec
 from moe.data.blocks import Batch, batch
 from moe.metrics.catalog import ROUTING_METRICS
 from moe.model.causal_lm import MoEConfig, MoEForCausalLM
@@ -23,7 +22,7 @@ SIZE = ModelConfig(dim=16, heads=2, layers=1, ffn=8, num_experts=8, dense_ffn=16
 def make(router: str) -> tuple[MoEForCausalLM, Dataset]:
     """Return an untrained small model with this router, and six random blocks, three of each domain."""
     torch.manual_seed(0)
-    spec = yaml.safe_load((CONF / "router" / f"{router}.yaml").read_text())
+    spec = router_spec(router)
     model = MoEForCausalLM(MoEConfig.of(SIZE, spec, vocab_size=V, seq_len=S)).eval()
     ids = torch.randint(0, V, (6, S)).tolist()
     blocks = Dataset.from_dict({"input_ids": ids, "domain": [0, 0, 0, 1, 1, 1]}).with_format("numpy")
