@@ -18,6 +18,7 @@ from typing import NamedTuple
 import pandas as pd
 from scipy import stats
 
+from moe.analysis.claims import planned_claims
 from moe.analysis.power import SIGNIFICANCE
 from moe.config.claim import ClaimConfig
 from moe.runs.planned import Look, LooksRecord, PlannedStudy, PlansRecord, Seen, digest_of, looks_in, plans_in
@@ -116,7 +117,8 @@ def study_of(runs: pd.DataFrame) -> Study:
     experiment = str(runs["experiment"].iloc[0])
     first = runs.sort_values("started").iloc[0]
     planned = pd.to_numeric(first.get("planned_seeds"), errors="coerce")
-    looks = [look for folder in _sweeps(runs) for look in looks_in(folder).get(experiment, [])]
+    claims = planned_claims(runs) if "claims" in runs else []
+    looks = [_with_names(look, claims) for folder in _sweeps(runs) for look in looks_in(folder).get(experiment, [])]
     plans = [plan for folder in _sweeps(runs) for plan in plans_in(folder) if plan.experiment == experiment]
     plans.sort(key=lambda plan: plan.time)
     return Study(
@@ -136,6 +138,19 @@ def finished_seeds(runs: pd.DataFrame) -> list[int]:
 def name_of_test(claim: ClaimConfig) -> str:
     """Return a digest of what a claim tests, which does not depend on its words."""
     return digest_of({key: value for key, value in asdict(claim).items() if key not in ("text", "source")})
+
+
+def _with_names(look: Look, planned: Sequence[tuple[ClaimConfig, pd.DataFrame]]) -> Look:
+    """Return a look with the name of each test. One from before tests had names has the words of the claims instead.
+
+    Such a look does not say which seeds had recorded a claim. planned: each claim, and the runs that did.
+    """
+    known = {}
+    for claim, members in planned:
+        if seen := look.claims.get(claim.text):
+            recorded = finished_seeds(members)
+            known[name_of_test(claim)] = seen._replace(seeds=[seed for seed in seen.seeds if seed in recorded])
+    return look._replace(claims=known | look.claims)
 
 
 def record_look(runs: pd.DataFrame, claims: dict[str, Seen]) -> bool:

@@ -40,7 +40,8 @@ class Seen(NamedTuple):
 class Look(NamedTuple):
     """A report that was written: its time, the seeds that had finished runs, and what the test of each claim saw.
 
-    claims: by `moe.analysis.looks.name_of_test`, so that a claim with other words is the same test.
+    claims: by `moe.analysis.looks.name_of_test`, so that a claim with other words is the same test; by the words of the
+    claim in a look that was written before tests had names.
     """
 
     time: str
@@ -72,6 +73,14 @@ class LooksRecord(Record):
 
     looks: dict[str, list[Look]]
 
+    @classmethod
+    def in_present_layout(cls, content: dict[str, Any]) -> dict[str, Any]:
+        """Return looks whose claims say which seeds they saw. Before, they had the number of seeds alone."""
+        looks = content.get("looks")
+        if not isinstance(looks, dict):
+            return content
+        return content | {"looks": {name: _each_with_seeds(of_experiment) for name, of_experiment in looks.items()}}
+
     def __post_init__(self) -> None:
         for experiment, looks in self.looks.items():
             for number, look in enumerate(looks):
@@ -92,6 +101,20 @@ def looks_in(folder: Path) -> dict[str, list[Look]]:
     """Return the looks at each experiment of a sweep folder; none without the file. Raises RecordError if damaged."""
     path = folder / LooksRecord.FILE
     return LooksRecord.read(path).looks if path.exists() else {}
+
+
+def _each_with_seeds(looks: Any) -> Any:
+    """Return looks with the seeds of the look where a claim has a number alone. What is no look stays as it is."""
+    if not isinstance(looks, list):
+        return looks
+    found = []
+    for look in looks:
+        claims = look.get("claims") if isinstance(look, dict) else None
+        if isinstance(claims, dict):
+            seen = {name: {"seeds": look.get("seeds"), "n": n} for name, n in claims.items() if type(n) is int}
+            look = look | {"claims": claims | seen}
+        found.append(look)
+    return found
 
 
 def _check_numbers(place: str, numbers: Iterable[int]) -> None:

@@ -100,7 +100,7 @@ class Record:
             if isinstance(content, dict):
                 if content.get("format") not in READ:
                     raise ValueError(f"written by another version of this project: {_number(content)}, here {FORMAT}")
-                content["format"] = FORMAT
+                content = cls.in_present_layout(content | {"format": FORMAT})
             return parse(cls, content)
         except FileNotFoundError:
             raise RecordError(f"{path.parent}: no {path.name}") from None
@@ -108,6 +108,11 @@ class Record:
             raise RecordError(f"{path}: cannot be read: {error.strerror}") from None
         except ValueError as error:
             raise RecordError(f"{path}: {first_line(error)}; {cls.ADVICE}") from None
+
+    @classmethod
+    def in_present_layout(cls, content: dict[str, Any]) -> dict[str, Any]:
+        """Return the content of a file, changed to the present layout if it has an earlier one that can be read."""
+        return content
 
     def write(self, path: Path) -> None:
         """Write the record to `path`, atomically."""

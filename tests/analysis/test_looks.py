@@ -1,5 +1,6 @@
 """Tests of looks: their shares, the error of adding seeds, and what a report says of earlier looks and of plans."""
 
+import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -209,6 +210,25 @@ def test_a_planned_look_keeps_the_level(runs: pd.DataFrame) -> None:
     assert "look 2 at these runs, of 5 planned seeds" in warning
 
 
+def test_a_look_from_before_tests_had_names_counts(runs: pd.DataFrame, tmp_path: Path) -> None:
+    """It has the words of each claim and a number of seeds. The first claim was added after two seeds had run."""
+    path = tmp_path / "sweeps" / "noise" / "looks.json"
+    (claim, _), (other, _), *_ = planned_claims(runs)
+    late = runs["seed"] < 2
+    runs.loc[late, "claims"] = [json.dumps(json.loads(claims)[1:]) for claims in runs.loc[late, "claims"]]
+    seeds = {claim.text: 2, other.text: 4, "removed since": 4}
+    look = {"time": "2026-01-01T00:00:00+00:00", "seeds": [0, 1, 2, 3], "claims": seeds}
+    path.write_text(json.dumps({"format": FORMAT, "looks": {"noise_lb_seed": [look]}}))
+    study = study_of(runs)
+    [known] = study.earlier
+    assert known.claims[name_of_test(claim)] == Seen([2, 3], 2)
+    assert known.claims[name_of_test(other)] == Seen([0, 1, 2, 3], 4)
+    assert study.share(Seen([2, 3], 2), name_of_test(claim)) == 1  # the same runs again
+    assert study.share(Seen([0, 1, 2, 3, 4], 5), name_of_test(other)) == FURTHER
+    assert record_look(runs, {name_of_test(other): Seen([0, 1, 2, 3, 4], 5)})
+    assert [each.seeds for each in study_of(runs).earlier] == [[0, 1, 2, 3], [0, 1, 2, 3, 4]]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -219,7 +239,9 @@ def test_a_planned_look_keeps_the_level(runs: pd.DataFrame) -> None:
             '{"looks": {"a": [{"time": "", "seeds": [1, 2], "claims": {"c": {"seeds": [1], "n": -3}}}]}}',
             "claims has -3",
         ),
-        ("looks.json", '{"looks": {"a": [{"time": "", "seeds": [1, 2], "claims": {"c": 3}}]}}', "must be an object"),
+        ("looks.json", '{"looks": {"a": [{"time": "", "seeds": [1, 2], "claims": {"c": "3"}}]}}', "must be an object"),
+        ("looks.json", '{"looks": {"a": [{"time": "", "seeds": 2, "claims": {"c": 2}}]}}', "must be a list"),
+        ("looks.json", '{"looks": {"a": [{"time": "", "claims": {"c": 2}}]}}', "seeds is missing"),
         ("looks.json", '{"looks": {"a": [{"time": "", "seeds": [-1], "claims": {}}]}}', "seeds has -1"),
         ("plans.json", "[]", "must be an object"),
     ],
