@@ -12,6 +12,7 @@ from moe.routing.loss_table import LOSSES
 # dropout. conf/config.yaml leaves the same keys out of folder names.
 FREE_KEYS = (
     "out",
+    "results",
     "threads",
     "save_every",
     "save_model",

@@ -67,6 +67,7 @@ class Config:
     expert_parallel: bool = False  # divide the experts among the ranks instead of copying them
     rank_timeout: int = 600  # seconds that a rank waits for another one before it gives up
     out: str | None = None  # parent of the run folders; null: outputs/, or multirun/ in a sweep
+    results: str | None = None  # parent of sweeps whose results choose a value of this one; null: that of this one
     router: Any = MISSING  # how tokens are sent to experts: a class as router._target_, and its settings
     schedule: Any = MISSING  # how temperature or noise changes: a class as schedule._target_, and its settings
     adapter: Any = field(default_factory=dict)  # new parameters beside frozen ones: a class as adapter._target_
@@ -91,8 +92,9 @@ class Config:
         for key, value in flatten(self).items():
             fits = not isinstance(value, float) or not finite(value) or value == 0 or SMALLEST <= abs(value) <= LARGEST
             require(fits, key, value, f"0, or between {SMALLEST:.1e} and {LARGEST:.1e} in size, as 32-bit numbers are")
-        if self.out is not None:
-            require_path("out", self.out)
+        for name in ("out", "results"):
+            if (path := getattr(self, name)) is not None:
+                require_path(name, path)
         require(0 <= self.steps <= 10**9, "steps", self.steps, "a whole number from 0 to 10^9; 0 only evaluates")
         for name in ("batch_size", "grad_accum", "eval_every", "save_every", "threads", "rank_timeout"):
             require(1 <= getattr(self, name) <= 10**9, name, getattr(self, name), "a whole number from 1 to 10^9")

@@ -34,6 +34,7 @@ from moe.launch.option_files import default_of
 from moe.launch.overrides import (
     DEFAULTS,
     ONE_PER_COMMAND,
+    PLACES,
     check_discrete,
     check_number,
     check_type,
@@ -67,12 +68,12 @@ class Start(NamedTuple):
     def of(cls, overrides: list[Override], *, multirun: bool) -> "Start":
         """Read the overrides of a command. The keys of a group depend on its option, so no values are set yet.
 
-        Only `out` is, since a grid may follow from the results of another experiment.
+        Only `PLACES` are, since a grid may follow from the results of another experiment.
         """
         launch = [o for o in overrides if o.is_hydra_override()]
         own = [o for o in overrides if not o.is_hydra_override()]
-        place = [o for o in own if o.key_or_group == "out" and isinstance(o.value(), str)]
-        early = [*place, *(o for o in own if is_group(o) and not o.is_sweep_override())]
+        places = [o for o in own if o.key_or_group in PLACES and isinstance(o.value(), str)]
+        early = [*places, *(o for o in own if is_group(o) and not o.is_sweep_override())]
         arguments = lines_of([*launch, *early])
         base = compose_config(arguments)
         presets = [parse_override(f"{key}={value}") for key, value in levels_of(base, arguments).items()]

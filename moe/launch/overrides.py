@@ -35,7 +35,8 @@ SETTABLE = ", ".join(
 )
 SWEEPERS = {"hydra/sweeper": ("basic", "optuna"), "hydra/sweeper/sampler": ("tpe", "random")}
 INNER_ROUTER = "adapter.router"  # a router inside of an adapter, which is no config group of its own
-ONE_PER_COMMAND = ("experiment", "out")
+PLACES = ("out", "results")  # folders from which the grid of an experiment may follow
+ONE_PER_COMMAND = ("experiment", *PLACES)
 DEFAULTS = ("variant=null",)  # defaults that are no option; Hydra cannot choose them, so they are left out
 MOST_CELLS = 10_000  # of one sweep
 

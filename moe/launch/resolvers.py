@@ -20,6 +20,7 @@ from moe.config.schema import Config
 from moe.files import open_file
 from moe.launch.flops import equal_flops, steps_of
 
+MISSING = "run that experiment first, or name the folder above its own by results=DIR"
 LONGEST_NAME = 150  # bytes in the name of a run folder; file systems allow 255
 
 
@@ -38,6 +39,12 @@ def run_name(overrides: str) -> str:
     if len(name) > LONGEST_NAME:
         name = name[: LONGEST_NAME + 1].rpartition(",")[0] or name[:LONGEST_NAME]
     return f"{name}-{digest}" if overrides else name
+
+
+def results_of(experiment: str, config: Any) -> str:
+    """Return the path of results.csv of another experiment, below `results`, or else below `out`."""
+    folder = config.results or config.out or "multirun"
+    return os.path.join(os.path.expanduser(folder), experiment, "results.csv")
 
 
 def best_level(results: str, factor: str, other: Any = None) -> Any:
@@ -73,7 +80,7 @@ def _rows(results: str, key: str, *, column: str) -> list[dict[str, str]]:
     Raises ConfigError, naming the key that needs it, if there is no such file, or if it has no rows or no such column.
     """
     if not Path(results).exists():
-        raise ConfigError(f"{key} comes from {results}, which does not exist: run that experiment first")
+        raise ConfigError(f"{key} comes from {results}, which does not exist: {MISSING}")
     with open_file(Path(results), newline="") as file:
         rows = list(csv.DictReader(file))
     for needed in ("experiment", "status", "val/loss", column):
@@ -96,8 +103,14 @@ def _loss(row: dict[str, str], results: str, factor: str) -> float:
 ConfigStore.instance().store(name="schema", node=Config)
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)
 OmegaConf.register_new_resolver("search_path", lambda: [f"file://{path}" for path in search_path()], replace=True)
-OmegaConf.register_new_resolver("best_level", best_level, replace=True)
-OmegaConf.register_new_resolver("seeds_in", seeds_in, replace=True)
+OmegaConf.register_new_resolver(
+    "best_level",
+    lambda experiment, factor, other=None, *, _root_: best_level(results_of(experiment, _root_), factor, other),
+    replace=True,
+)
+OmegaConf.register_new_resolver(
+    "seeds_in", lambda experiment, *, _root_: seeds_in(results_of(experiment, _root_)), replace=True
+)
 OmegaConf.register_new_resolver("twice", lambda number: 2 * number, replace=True)
 OmegaConf.register_new_resolver("equal_flops", lambda ffn, *, _root_: equal_flops(ffn, _root_), replace=True)
 OmegaConf.register_new_resolver("steps_of", lambda flops, *, _root_: steps_of(flops, _root_), replace=True)

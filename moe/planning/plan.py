@@ -11,7 +11,7 @@ from moe.analysis.power import Prediction, seeds_for
 from moe.checks import ConfigError
 from moe.config.cell import Cell
 from moe.config.claim import ClaimConfig
-from moe.config.words import key_of, with_words
+from moe.config.words import key_of, quoted, with_words
 from moe.launch.tuning import seeds_after
 from moe.planning.cost import Speed, tokens_of
 from moe.planning.pilot import differences
@@ -133,7 +133,7 @@ def make_plan(
     of_one_seed = [cell for cell in cells if cell.config.seed == own[0]]
     runs = [cell.config for cell in (*trials, *of_one_seed * max(1, wanted))]
     tokens, seconds = sum(map(tokens_of, runs)), sum(map(speed.seconds, runs))
-    command = request.command(f"planned_seeds={wanted}", f"seed={','.join(map(str, seeds))}") if seeds else None
+    command = study_command(request, seeds) if seeds else None
     levels_of_tests = sorted({each.tests for each in needs}) if pilot is None else []
     table = {each: {effect: _seeds_alone(request, each, effect) for effect in EFFECTS} for each in levels_of_tests}
     return Plan(
@@ -151,13 +151,24 @@ def make_plan(
     )
 
 
+def study_command(request: Request, seeds: list[int]) -> str:
+    """Return the command of the study with these seeds, after which it decides."""
+    return request.command(f"planned_seeds={len(seeds)}", f"seed={','.join(map(str, seeds))}")
+
+
 def pilot_command(request: Request, cells: list[Cell]) -> str:
-    """Return the command of a pilot of three seeds, none of which the study has. It tunes nothing."""
+    """Return the command of a pilot of three seeds, none of which the study has. It tunes nothing.
+
+    Results that chose a value of the study, and choose one of the pilot, are not in the folder of the pilot.
+    """
     config = cells[0].config
     taken = {*config.tune_seeds, *(cell.config.seed for cell in cells)}
     seeds = seeds_after(0, taken, 3)
-    untuned = ["tune=null"] if config.tune else []
-    return request.command(*untuned, f"seed={','.join(map(str, seeds))}", "out=pilot", without=["tune", "tune_seeds"])
+    words = ["tune=null"] if config.tune else []
+    words += [f"seed={','.join(map(str, seeds))}", "out=pilot"]
+    if config.tune_seeds and not config.tune:
+        words += [f"results={quoted(config.results or config.out or 'multirun')}"]
+    return request.command(*words, without=["tune", "tune_seeds"])
 
 
 def free_seeds(own: list[int], taken: set[int], wanted: int) -> list[int]:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from omegaconf import OmegaConf
 from run_folders import change_record, write_metrics
 from scipy import stats
 from small_runs import OUT
@@ -23,7 +22,6 @@ from moe.config.cell import Cell
 from moe.config.claim import ClaimConfig
 from moe.config.options import CONF, options
 from moe.launch.command_line import read_cells
-from moe.launch.resolvers import best_level, seeds_in
 from moe.launch.run import write_run_record
 from moe.metrics.catalog import lookup
 from moe.results.conditions import varied_factors
@@ -498,13 +496,10 @@ def grid(experiment: str, *overrides: str) -> list[Cell]:
 
 
 @pytest.fixture
-def sweep(tmp_path: Path):
-    """Return a function that writes the records of an experiment's cells, with made-up results.
-
-    A level that another experiment chooses is 1.5.
-    """
-    OmegaConf.register_new_resolver("best_level", lambda *_: 1.5, replace=True)
-    OmegaConf.register_new_resolver("seeds_in", lambda *_: [], replace=True)
+def sweep(tmp_path: Path, finished_ablation: Path, monkeypatch: pytest.MonkeyPatch):
+    """Return a function that writes the records of an experiment's cells, with made-up results."""
+    results = finished_ablation / "temperature_ablation" / "results.csv"
+    monkeypatch.setattr("moe.launch.resolvers.results_of", lambda *_: str(results))
 
     def write(experiment: str, *overrides: str, seeds: tuple[int, ...] = (42, 43)) -> pd.DataFrame:
         cells = [
@@ -526,9 +521,7 @@ def sweep(tmp_path: Path):
             write_metrics(cell.folder, final)
         return load_runs([tmp_path])
 
-    yield write
-    OmegaConf.register_new_resolver("best_level", best_level, replace=True)
-    OmegaConf.register_new_resolver("seeds_in", seeds_in, replace=True)
+    return write
 
 
 @pytest.mark.parametrize("experiment", [name for name in WITH_CLAIMS if name != "finetuning"])  # needs a checkpoint
