@@ -218,7 +218,7 @@ def test_a_look_from_before_tests_had_names_counts(runs: pd.DataFrame, tmp_path:
     runs.loc[late, "claims"] = [json.dumps(json.loads(claims)[1:]) for claims in runs.loc[late, "claims"]]
     seeds = {claim.text: 2, other.text: 4, "removed since": 4}
     look = {"time": "2026-01-01T00:00:00+00:00", "seeds": [0, 1, 2, 3], "claims": seeds}
-    path.write_text(json.dumps({"format": FORMAT, "looks": {"noise_lb_seed": [look]}}))
+    path.write_text(json.dumps({"format": 7, "looks": {"noise_lb_seed": [look]}}))
     study = study_of(runs)
     [known] = study.earlier
     assert known.claims[name_of_test(claim)] == Seen([2, 3], 2)
