@@ -41,6 +41,7 @@ class Config:
     lb_sequence: float = 0.0  # weight of the load-balance loss of each sequence by itself
     lb_global: float = 0.0  # weight of the load-balance loss of the whole batch of an optimizer step
     lb_document: float = 0.0  # weight of the load-balance loss of each document (conversation) by itself
+    lb_first: float = 0.0  # weight of the load-balance loss of the most probable expert of each token
     importance: float = 0.0  # weight of the squared CV of the experts' summed probabilities
     load: float = 0.0  # weight of the squared CV of the experts' loads that are expected under `noise`
     mutual_information: float = 0.0  # weight of minus the mutual information of token and expert

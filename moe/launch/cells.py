@@ -389,6 +389,6 @@ def _why_ignored(key: str, cell: Cell) -> str:
     if key == "load" and cell.config.router.get("k", 1) >= cell.config.model.num_experts:
         return "every token goes to all experts"
     if key == "load":
-        return f"router={cell.choices['router']} does not take the k largest of logits with Gaussian noise"
+        return f"router={cell.choices['router']} does not choose by learned logits with Gaussian noise, each by itself"
     settings = "" if key in OFF else " with its other settings"
     return f"router={cell.choices['router']} ignores {key}{settings}"

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from moe.checks import ConfigError, require
 from moe.routers.seeding import seeded
 from moe.routing.decision import Context, Knobs, Routing, TrainingText
+from moe.routing.expected_load import bar, expected_load_cv
 from moe.routing.loss_table import BALANCE_WEIGHTS, COSTLY, PROBABILITY_WEIGHTS
-from moe.routing.losses import expected_load_cv
 from moe.routing.stats import RoutingStats
 
 # How the optimizers treat a parameter. matrix: Muon, or AdamW with weight decay where AdamW trains everything. other,
@@ -65,8 +65,9 @@ class Router(nn.Module):
       `__init__` sets it.
     - `mean_k`: the mean number of experts per token that a router with `fixed_k=None` aims at. Default: None, unknown.
     - `schedulable = True`: the schedule of the temperature changes what this router does.
-    - `noisy_top_k = True`: it takes the k experts of largest logit after `add_noise`, and returns `expected_load` in
-      `Routing.aux`, which is weighted by the key `load`.
+    - `expects_load = True`: it chooses an expert if the logit of the expert, after `add_noise`, exceeds a bar (`bars`)
+      that does not depend on this logit, as in a top-k. `forward` returns `expected_load` in `Routing.aux`, which the
+      key `load` weights.
     - `loss_weights`: the weights of the auxiliary losses that `forward` returns in `Routing.aux`.
     - `chain`: the routers of a layer that routes several times in a row.
     - `experts_per_token`, `mixing_flops`: the work per token, for FLOPs and parameter counts.
@@ -74,6 +75,7 @@ class Router(nn.Module):
     A subclass may implement, where it has something to do,
     - `role`: how the optimizers treat a parameter. Default: Muon trains matrices and stacks of matrices; AdamW trains
       vectors and numbers, without weight decay.
+    - `bars`: what a logit has to exceed, if its choice is no plain top-k.
     - `draw`: draw the initial values of a parameter or buffer. Default: N(0, std) for each matrix.
     - `check_domains`: refuse a text whose domains it cannot use.
     - `before_training`: learn from token frequencies or from the names of the domains, once.
@@ -95,7 +97,7 @@ class Router(nn.Module):
     replays: tuple[str, str | None] | None = None
     uses_ids: bool = False
     schedulable: bool = False
-    noisy_top_k: bool = False
+    expects_load: bool = False
     told: frozenset[str] = frozenset()
     ignores: frozenset[str] = frozenset()
     ignores_without_capacity: frozenset[str] = frozenset()
@@ -181,7 +183,7 @@ class Router(nn.Module):
         expert has always the probability 1.
         """
         keys = set(self.ignores)
-        if not self.noisy_top_k or self.fixed_k == self.num_experts:
+        if not self.expects_load or self.fixed_k == self.num_experts:
             keys.add("load")
         if any(router.expert_rows is None for router in self.chain):
             keys |= {"simbal", "erc"}
@@ -291,17 +293,27 @@ class Router(nn.Module):
         checkpoints contain it.
         """
 
+    def bars(self, noisy: Float[Tensor, "T N"], k: int) -> Float[Tensor, "T N"]:
+        """Return what each of the noisy logits has to exceed, if the others keep their values, to be chosen.
+
+        By default, this is the k-th largest of the others. An infinite value is one that cannot be exceeded, or that
+        always is.
+        """
+        return bar(noisy, k)
+
     def expected_load(
-        self, clean: Float[Tensor, "T E"], noisy: Float[Tensor, "T E"], k: int, context: Context
+        self, clean: Float[Tensor, "T N"], noisy: Float[Tensor, "T N"], k: int, context: Context
     ) -> dict[str, Float[Tensor, ""]]:
         """Return the loss `expected_load_cv` for `Routing.aux`, if it is weighted and there is noise, as in training.
 
-        clean, noisy: logits before and after `add_noise`. k: how many of the largest noisy logits a token takes.
+        clean, noisy: logits before and after `add_noise`, first those of the E experts, then those of other choices.
+        k: how many of the largest noisy logits a token takes.
         """
         noise = context.knobs.noise
         if "load" not in context.costly or noise is None or not self.training:
             return {}
-        return {"expected_load_cv": expected_load_cv(clean, noisy, noise, k)}
+        real = slice(0, self.num_experts)
+        return {"expected_load_cv": expected_load_cv(clean[:, real], self.bars(noisy, k)[:, real], noise)}
 
     def add_noise(self, logits: Float[Tensor, "T E"], knobs: Knobs) -> Float[Tensor, "T E"]:
         """Return logits + N(0, noise^2) in training; return the logits unchanged in evaluation or without noise.

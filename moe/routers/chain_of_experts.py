@@ -18,7 +18,7 @@ class ChainOfExperts(Router):
     k: experts per token in each iteration.
     """
 
-    noisy_top_k = True
+    expects_load = True
 
     def __init__(self, dim: int, num_experts: int, *, iterations: int = 2, k: int = 1) -> None:
         super().__init__(dim, num_experts, fixed_k=k)

@@ -26,7 +26,7 @@ class CosineRouter(Router):
     tau: the temperature before training.
     """
 
-    noisy_top_k = True
+    expects_load = True
 
     def __init__(self, dim: int, num_experts: int, *, k: int = 2, proj_dim: int = 16, tau: float = 0.3) -> None:
         super().__init__(dim, num_experts, fixed_k=k)

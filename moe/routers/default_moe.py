@@ -24,7 +24,7 @@ class DefaultMoE(LinearRouter):
     learns_from_outputs = True
     default: Tensor
 
-    noisy_top_k = True
+    expects_load = True
 
     def __init__(self, dim: int, num_experts: int, *, k: int = 2, decay: float = 0.9) -> None:
         super().__init__(dim, num_experts, fixed_k=k)

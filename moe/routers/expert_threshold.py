@@ -30,6 +30,7 @@ class ExpertThreshold(LinearRouter):
     decay: share of the old threshold in the moving average after a step.
     """
 
+    expects_load = True
     threshold: Tensor
 
     def __init__(self, dim: int, num_experts: int, *, k: int = 2, decay: float = 0.9) -> None:
@@ -50,8 +51,13 @@ class ExpertThreshold(LinearRouter):
             log_scores.exp(),
             probs=log_scores.softmax(-1),
             logits=logits,
+            aux=self.expected_load(logits, noisy, self.k, context),
             feedback=len(x) * noisy.detach().quantile(1 - self.k / self.num_experts, dim=0),
         )
+
+    def bars(self, noisy: Float[Tensor, "T E"], k: int) -> Float[Tensor, "T E"]:
+        """Return the thresholds, or in the first step what a top-k asks for."""
+        return torch.where(self.threshold.isinf(), super().bars(noisy, k), self.threshold)
 
     @torch.no_grad()
     def after_step(self, stats: RoutingStats) -> None:

@@ -20,7 +20,7 @@ class Frozen(Router):
 
     weight: Tensor
 
-    noisy_top_k = True
+    expects_load = True
 
     def __init__(self, dim: int, num_experts: int, *, k: int = 2) -> None:
         super().__init__(dim, num_experts, fixed_k=k)

@@ -9,6 +9,7 @@ from torch import Tensor
 from moe.routers.base import check_groups, largest
 from moe.routers.topk import TopK
 from moe.routing.decision import Context, Routing
+from moe.routing.expected_load import bar_in_groups
 
 
 class GroupLimited(TopK):
@@ -22,8 +23,6 @@ class GroupLimited(TopK):
     top_groups: groups per token whose experts can be chosen.
     gate: the weight of a selected expert: renorm, softmax_all or uniform, see `TopK`.
     """
-
-    noisy_top_k = False  # groups are chosen first
 
     def __init__(
         self,
@@ -46,7 +45,16 @@ class GroupLimited(TopK):
         noisy = self.add_noise(logits, context.knobs)
         probs = torch.softmax(noisy, -1)
         expert = noisy.masked_fill(~self._open(noisy.detach()), -torch.inf).topk(self.k).indices
-        return Routing.token_choice(expert, self._gate(probs.gather(-1, expert)), probs=probs, logits=logits)
+        aux = self.expected_load(logits, noisy, self.k, context)
+        return Routing.token_choice(expert, self._gate(probs.gather(-1, expert)), probs=probs, logits=logits, aux=aux)
+
+    def bars(self, noisy: Float[Tensor, "T E"], k: int) -> Float[Tensor, "T E"]:
+        """Return the bars of choosing groups first. They are found for exp(logit), which the scores of groups add."""
+        exact = noisy.double()
+        largest_logit = exact.detach().amax(-1, keepdim=True)
+        values = (exact - largest_logit).exp()
+        bars = bar_in_groups(values, k, groups=self.groups, top_groups=self.top_groups)
+        return torch.where(bars > 0, largest_logit + bars.clamp(min=1e-300).log(), -torch.inf)
 
     def _open(self, logits: Float[Tensor, "T E"]) -> Tensor:
         """Return the mask (T, E) of the experts in selected groups.

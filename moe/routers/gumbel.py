@@ -22,7 +22,7 @@ class Gumbel(Temperature):
     temp: temperature at which experts are drawn; a temperature schedule ends at it.
     """
 
-    noisy_top_k = False  # its noise is not Gaussian alone
+    expects_load = False  # its noise is not Gaussian alone
 
     def __init__(self, dim: int, num_experts: int, *, k: int = 2, temp: float = 1.0) -> None:
         super().__init__(dim, num_experts, k=k, temp=temp)

@@ -33,7 +33,7 @@ class LatentPrototypes(Router):
     alignment: weight of the loss latent_alignment.
     """
 
-    noisy_top_k = True
+    expects_load = True
 
     def __init__(
         self,

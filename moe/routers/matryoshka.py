@@ -25,7 +25,7 @@ class Matryoshka(LinearRouter):
     k_max: most experts per token in training.
     """
 
-    noisy_top_k = True
+    expects_load = True
 
     def __init__(self, dim: int, num_experts: int, *, k: int = 2, k_min: int = 1, k_max: int = 4) -> None:
         for name, value in (("k", k), ("k_min", k_min), ("k_max", k_max)):

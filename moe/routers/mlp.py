@@ -33,7 +33,7 @@ class MLPRouter(Router):
     gate: the weight of a selected expert, as in `TopK`.
     """
 
-    noisy_top_k = True
+    expects_load = True
 
     def __init__(
         self,

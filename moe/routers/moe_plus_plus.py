@@ -40,6 +40,7 @@ class MoEPlusPlus(Router):
     """
 
     adds_output = True
+    expects_load = True
 
     def __init__(
         self,
@@ -65,6 +66,8 @@ class MoEPlusPlus(Router):
         require(finite(balance) and balance >= 0, "router.balance", balance, "a finite number >= 0")
         self.k, self.zero, self.copy, self.tau, self.balance = k, zero, copy, tau, balance
         self.mean_k = k * tau * num_experts / (tau * num_experts + choices - num_experts)
+        if k == choices:
+            self.ignores = frozenset(("load",))
         self.weight = nn.Parameter(torch.empty(choices, dim))
         self.residual = nn.Parameter(torch.empty(choices, choices)) if residual else None
         self.constant = nn.Parameter(torch.empty(constant, dim)) if constant else None
@@ -91,13 +94,13 @@ class MoEPlusPlus(Router):
         chosen = torch.zeros_like(noisy, dtype=torch.bool).scatter(-1, noisy.topk(self.k).indices, True)
         loud = len(self.weight) - self.zero
         gates = softmax_over(chosen[:, :loud], noisy[:, :loud]) * chosen[:, :loud]
-        real = slice(0, self.num_experts)
+        real, balance = slice(0, self.num_experts), self._balance(chosen, torch.softmax(noisy, -1))
         return Routing.masked(
             chosen[:, real],
             gates[:, real],
             probs=torch.softmax(noisy[:, real], -1),
             logits=logits[:, real],
-            aux={"heterogeneous_balance": self._balance(chosen, torch.softmax(noisy, -1))},
+            aux={"heterogeneous_balance": balance} | self.expected_load(logits, noisy, self.k, context),
             state=None if self.residual is None else logits,
             added=self._without_computation(x, gates[:, self.num_experts :]),
         )

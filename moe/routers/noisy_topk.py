@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from moe.checks import finite, require
 from moe.routers.topk import TopK
 from moe.routing.decision import Context, Routing
-from moe.routing.losses import cv_squared, stay_probability
+from moe.routing.expected_load import cv_squared, stay_probability
 
 FLOOR = 0.01  # smallest standard deviation of the learned noise, as in the authors' code: the loss divides by it
 
@@ -25,7 +25,7 @@ class NoisyTopK(TopK):
     The knob `noise` adds its N(0, noise^2) as in every router, and the loss `load` takes it into account. Causal.
     """
 
-    noisy_top_k = False  # its own loss `router.load` knows the noise that it learns
+    expects_load = False  # its own loss `router.load` knows the noise that it learns
 
     def __init__(self, dim: int, num_experts: int, *, k: int = 2, importance: float = 0.1, load: float = 0.1) -> None:
         for name, weight in (("importance", importance), ("load", load)):
@@ -53,6 +53,7 @@ class NoisyTopK(TopK):
         weight = self._gate(probs.gather(-1, expert))
         gates = torch.zeros_like(probs).scatter(-1, expert, weight)
         noise = context.knobs.noise
-        staying = stay_probability(logits, noisy, spread if noise is None else torch.hypot(spread, noise), self.k)
+        both = spread if noise is None else torch.hypot(spread, noise)
+        staying = stay_probability(logits, self.bars(noisy, self.k), both)
         aux = {"importance": cv_squared(gates.sum(0)), "load": cv_squared(staying.sum(0))}
         return Routing.token_choice(expert, weight, probs=probs, logits=logits, aux=aux)

@@ -32,6 +32,8 @@ class NullExperts(Router):
     balance: weight of the auxiliary loss.
     """
 
+    expects_load = True
+
     def __init__(self, dim: int, num_experts: int, *, k: int = 4, nulls: int = 8, balance: float = 0.01) -> None:
         super().__init__(dim, num_experts, fixed_k=None)
         require(nulls >= 1, "router.nulls", nulls, "at least 1")
@@ -41,6 +43,8 @@ class NullExperts(Router):
         self.k = k
         self.mean_k = k * num_experts / choices
         self.balance = balance
+        if k == choices:
+            self.ignores = frozenset(("load",))
         self.weight = nn.Parameter(torch.empty(choices, dim))
 
     @property
@@ -52,12 +56,13 @@ class NullExperts(Router):
         noisy = self.add_noise(logits, context.knobs)
         chosen = torch.zeros_like(noisy, dtype=torch.bool).scatter(-1, noisy.topk(self.k).indices, True)
         real, noisy_real = chosen[:, : self.num_experts], noisy[:, : self.num_experts]
+        balance = self._balance(chosen, torch.softmax(noisy, -1))
         return Routing.masked(
             real,
             softmax_over(real, noisy_real),
             probs=torch.softmax(noisy_real, -1),
             logits=logits[:, : self.num_experts],
-            aux={"null_balance": self._balance(chosen, torch.softmax(noisy, -1))},
+            aux={"null_balance": balance} | self.expected_load(logits, noisy, self.k, context),
         )
 
     def _balance(self, chosen: Bool[Tensor, "T N"], probs: Float[Tensor, "T N"]) -> Float[Tensor, ""]:

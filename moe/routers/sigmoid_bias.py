@@ -10,6 +10,7 @@ from torch import Tensor
 from moe.checks import finite, require
 from moe.routers.base import LinearRouter, check_groups, largest
 from moe.routing.decision import Context, Routing
+from moe.routing.expected_load import bar_in_groups
 from moe.routing.stats import RoutingStats
 
 
@@ -25,6 +26,7 @@ class BiasedSigmoid(LinearRouter):
         which b learns. All of them are ignored if a token takes all experts, because b then selects nothing.
     """
 
+    expects_load = True
     bias: Tensor
     of_updates: frozenset[str] = frozenset()
 
@@ -68,10 +70,19 @@ class BiasedSigmoid(LinearRouter):
         expert = largest(scores_for_choice, self.k, ties=noisy.detach())
         normalize = self.normalize and self.k > 1
         weight = log_scores.gather(-1, expert).softmax(-1) if normalize else scores.gather(-1, expert)
-        probs = log_scores.softmax(-1)
         return Routing.token_choice(
-            expert, self.scale * weight, probs=probs, logits=logits, feedback=self.feedback(exact)
+            expert,
+            self.scale * weight,
+            probs=log_scores.softmax(-1),
+            logits=logits,
+            aux=self.expected_load(logits, noisy, self.k, context),
+            feedback=self.feedback(exact),
         )
+
+    def bars(self, noisy: Float[Tensor, "T E"], k: int) -> Float[Tensor, "T E"]:
+        """Return the logits at which s + b is the bar for s + b, infinite where all logits, or none, exceed it."""
+        values = self.exact_scores(noisy.double()) + self.bias
+        return self.logits_of(bar_in_groups(values, k, groups=self.groups, top_groups=self.top_groups) - self.bias)
 
     def log_scores(self, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
         """Return the logarithm of s, also where s itself would round to 0."""
@@ -80,6 +91,12 @@ class BiasedSigmoid(LinearRouter):
     def exact_scores(self, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
         """Return s. The logits are in fp64, because in fp32 the sigmoid is 1 for all logits above 17."""
         return torch.sigmoid(logits)
+
+    def logits_of(self, scores: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
+        """Return the inverse of `exact_scores`: -inf and inf for scores below and above all that logits have."""
+        within = (scores > 0) & (scores < 1)
+        outside = torch.where(scores <= 0, -torch.inf, torch.inf)
+        return torch.where(within, torch.logit(torch.where(within, scores, 0.5)), outside)
 
     def _open(self, scores: Float[Tensor, "T E"]) -> Bool[Tensor, "T E"]:
         """Return the mask of the experts in selected groups."""
@@ -141,6 +158,12 @@ class SigmoidBias(BiasedSigmoid):
         if self.scores == "sigmoid":
             return super().exact_scores(logits)
         return torch.logaddexp(logits, torch.zeros_like(logits)).sqrt()
+
+    def logits_of(self, scores: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
+        if self.scores == "sigmoid":
+            return super().logits_of(scores)
+        softplus = scores.clamp(min=1e-150).square()  # its inverse is x + ln(1 - exp(-x))
+        return torch.where(scores > 0, softplus + (-torch.expm1(-softplus)).log(), -torch.inf)
 
     @torch.no_grad()
     def after_step(self, stats: RoutingStats) -> None:

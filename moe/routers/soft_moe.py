@@ -27,7 +27,8 @@ class SoftMoE(Router):
     """
 
     causal = False
-    ignores = BALANCE_WEIGHTS | {"importance", "z", "output_orthogonality", "capacity"}  # each slot has one expert
+    # A slot has one expert, and each expert has as many slots.
+    ignores = BALANCE_WEIGHTS | {"lb_first", "importance", "z", "output_orthogonality", "capacity"}
 
     def __init__(self, dim: int, num_experts: int, *, slots: int = 32) -> None:
         super().__init__(dim, num_experts, fixed_k=None)

@@ -27,7 +27,7 @@ class TopK(LinearRouter):
     """
 
     ignores_without_capacity = frozenset(("router.after_drops",))
-    noisy_top_k = True
+    expects_load = True
 
     def __init__(
         self,

@@ -43,6 +43,13 @@ LOSSES = {
         "other blocks it is that of each sequence.",
         "",
     ),
+    "load_balance_first": Loss(
+        "lb_first",
+        "E Σ_e g_e P_e",
+        "Load-balance loss of first choices; g is the share of tokens whose most probable expert is e. With one expert "
+        "per token it is the load-balance loss.",
+        "GShard, 2006.16668, algorithm 1",
+    ),
     "importance_cv": Loss(
         "importance",
         "CV² over experts of Σ_t p_te = E Σ_e P_e² - 1",
@@ -51,9 +58,9 @@ LOSSES = {
     ),
     "expected_load_cv": Loss(
         "load",
-        "CV² over experts of Σ_t P(e stays among the k largest if its noise is drawn again)",
+        "CV² over experts of Σ_t P(t takes e if the noise of e is drawn again)",
         "Imbalance of the load that is expected under `noise`. Unlike a count of tokens it has a gradient. In training "
-        "alone, for routers that take the k largest logits with noise. Computed only where it is weighted.",
+        "alone. docs/routing.md says which routers have it. Computed only where it is weighted.",
         "Shazeer et al., 1701.06538, appendix A; with one standard deviation for all logits",
     ),
     "negative_information": Loss(
@@ -104,7 +111,13 @@ LOSSES = {
 
 # The keys of the losses that need a router's probabilities. Those of the balance losses also need uneven loads.
 BALANCE_WEIGHTS = frozenset(("lb", "lb_sequence", "lb_global", "lb_document"))
-PROBABILITY_WEIGHTS = BALANCE_WEIGHTS | {"importance", "mutual_information", "router_entropy", "gate_variance"}
+PROBABILITY_WEIGHTS = BALANCE_WEIGHTS | {
+    "lb_first",
+    "importance",
+    "mutual_information",
+    "router_entropy",
+    "gate_variance",
+}
 
 # The keys of losses that are computed only where they are weighted.
 COSTLY = frozenset(("load", "erc", "output_orthogonality"))

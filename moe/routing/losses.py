@@ -71,41 +71,6 @@ def importance_cv(probs: Float[Tensor, "T E"]) -> Float[Tensor, ""]:
     return probs.shape[1] * probs.mean(0).square().sum() - 1
 
 
-def stay_probability(
-    clean: Float[Tensor, "T E"], noisy: Float[Tensor, "T E"], spread: Float[Tensor, "T E"] | Float[Tensor, ""], k: int
-) -> Float[Tensor, "T E"]:
-    """Return the probability that an expert is among the k largest if its own noise is drawn again.
-
-    Its logit is then clean + spread * N(0, 1), while all other experts keep their logits in `noisy`. The expert has to
-    beat the k-th largest of the others. That is the (k+1)-th largest of all if the expert is among the k itself, and
-    the k-th otherwise.
-    """
-    if k == clean.shape[-1]:
-        return torch.ones_like(clean)
-    kth, following = noisy.topk(k + 1).values[:, -2:].split(1, dim=-1)
-    threshold = torch.where(noisy > following, following, kth)
-    return torch.special.ndtr((clean - threshold) / spread)
-
-
-def cv_squared(values: Float[Tensor, "E"]) -> Float[Tensor, ""]:
-    """Return variance (ddof 0) / mean^2. It is 0 if all values are equal, also for a single expert."""
-    return values.var(correction=0) / values.mean().square()
-
-
-def expected_load_cv(
-    clean: Float[Tensor, "T E"], noisy: Float[Tensor, "T E"], noise: Float[Tensor, ""], k: int
-) -> Float[Tensor, ""]:
-    """Compute CV^2 over experts of the load that is expected if the noise of one expert at a time is drawn again.
-
-    The expected load of an expert is the sum of `stay_probability` over tokens (Shazeer et al. 1701.06538, appendix A,
-    with one standard deviation for all logits). Unlike a count of tokens it has a gradient.
-
-    clean, noisy: logits without and with noise; -inf for experts that a token cannot take. noise: the standard
-        deviation. k: how many of the largest noisy logits a token takes.
-    """
-    return cv_squared(stay_probability(clean, noisy, noise, k).sum(0))
-
-
 def negative_information(probs: Float[Tensor, "T E"]) -> Float[Tensor, ""]:
     """Compute minus the mutual information of token and expert in nats: mean_t H(p_t) - H(P).
 
@@ -225,6 +190,7 @@ def auxiliary(
             if document_position is not None:
                 document = (document_position == 0).cumsum(0) - 1
                 losses["load_balance_document"] = load_balance_group(*choices, document, by_token=True)
+            losses["load_balance_first"] = load_balance(routing.probs, count(routing.probs.argmax(-1), len(offered)))
             losses["importance_cv"] = importance_cv(routing.probs)
         losses["negative_information"] = negative_information(routing.probs)
         losses["load_balance_global"] = load_balance(routing.probs, offered if load is None else offered + load)

@@ -11,7 +11,7 @@ from moe.checks import ConfigError
 from moe.routers.noisy_topk import FLOOR, NoisyTopK
 from moe.routers.topk import TopK
 from moe.routing.decision import Context, Knobs, Routing
-from moe.routing.losses import cv_squared, expected_load_cv, stay_probability
+from moe.routing.expected_load import bar, cv_squared, expected_load_cv, stay_probability
 
 T, D, E = 40, 16, 8
 
@@ -70,7 +70,7 @@ def test_stay_probability_is_how_often_an_expert_is_selected_again_with_new_nois
         redrawn = noisy.repeat(draws, 1)
         redrawn[:, e] = clean[e] + spread[e] * torch.randn(draws, generator=generator)
         expected.append((redrawn.topk(k).indices == e).any(-1).double().mean().item())
-    found = stay_probability(clean[None], noisy[None], spread[None], k)[0].double()
+    found = stay_probability(clean[None], bar(noisy[None], k), spread[None])[0].double()
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.double), atol=0.01, rtol=0)
 
 
@@ -158,4 +158,4 @@ def test_the_expected_load_is_that_of_a_slow_reference(k: int) -> None:
             load[e] += 0.0 if z == -math.inf else (1 + math.erf(z / math.sqrt(2))) / 2
     mean = sum(load) / E
     expected = sum((each - mean) ** 2 for each in load) / E / mean**2
-    assert expected_load_cv(clean, noisy, torch.tensor(noise), k).item() == pytest.approx(expected, rel=1e-4)
+    assert expected_load_cv(clean, bar(noisy, k), torch.tensor(noise)).item() == pytest.approx(expected, rel=1e-4)
